@@ -1,0 +1,10 @@
+//! Fine-tunes Qwen3-VL on chest X-rays and writes Chinese radiology reports, on Burn.
+//!
+//! Bytes and text become patches and tokens ([`processor`]), these become logits ([`qwen3_vl`]),
+//! these become text ([`generate`]); [`lora`] adapts the model.
+#![recursion_limit = "512"]
+#![warn(missing_docs, unreachable_pub, unsafe_code)]
+
+pub mod files;
+pub mod lora;
+pub mod qwen3_vl;

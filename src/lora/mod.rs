@@ -1,0 +1,134 @@
+//! Low-rank adapters: which weights are adapted, their share of a product, PEFT's files, merging.
+//!
+//! Names and conventions are PEFT's: `A` is `[r, in]`, `B` is `[out, r]`, the product is scaled by
+//! `alpha / r` (`alpha / √r` with rank stabilisation). The base weight is never composed with the
+//! adapter during training; [`merge`] does so once, for inference.
+
+pub mod attach;
+pub mod config;
+pub mod files;
+pub mod merge;
+
+use std::sync::Mutex;
+
+use burn::{
+    module::Param,
+    prelude::*,
+    tensor::{DType, Distribution},
+};
+
+use crate::qwen3_vl::nn::{to_dtype, to_f32};
+
+/// The adapter of one linear layer. Weights are f32 whatever the base is stored in.
+#[derive(Module, Debug)]
+pub struct Lora<B: Backend> {
+    /// `[r, in]`.
+    pub lora_a: Param<Tensor<B, 2>>,
+    /// `[out, r]`; zero when fresh, so that a fresh adapter changes nothing.
+    pub lora_b: Param<Tensor<B, 2>>,
+    /// DoRA's row magnitudes, `[out]`.
+    pub lora_magnitude_vector: Option<Param<Tensor<B, 1>>>,
+    scaling: f64,
+    dropout: f64,
+    /// Tells the masks of different layers apart.
+    index: usize,
+}
+
+/// The backend's random state is global: seeding and drawing must not be interleaved by threads.
+static RANDOM_STATE: Mutex<()> = Mutex::new(());
+
+impl<B: Backend> Lora<B> {
+    /// Factor on the low-rank product.
+    pub fn scaling(&self) -> f64 {
+        self.scaling
+    }
+
+    /// The layer's product without bias: `x W^T + s · drop(x) A^T B^T`.
+    ///
+    /// With DoRA the rows are rescaled to the trained magnitudes; the norm of `W + s·B·A` is worked
+    /// out from products with `A`, not from a composed matrix, and carries no gradient.
+    ///
+    /// # Shapes
+    /// - `x`: `[tokens, in]`, `weight`: `[out, in]`; returns `[tokens, out]` in the dtype of `x`
+    ///
+    /// Source: `Linear.forward` and `DoraLinearLayer.forward`, PEFT, `tuners/lora`.
+    pub fn forward(
+        &self,
+        x: Tensor<B, 2>,
+        weight: Tensor<B, 2>,
+        dropout_seed: Option<u64>,
+    ) -> Tensor<B, 2> {
+        let dtype = x.dtype();
+        let dropping = dropout_seed.filter(|_| self.dropout > 0.0);
+        let input = to_f32(x.clone());
+        let input = match dropping {
+            Some(seed) => self.drop_out(input, seed),
+            None => input,
+        };
+        let low = input
+            .clone()
+            .matmul(self.lora_a.val().transpose())
+            .matmul(self.lora_b.val().transpose())
+            * self.scaling;
+        let Some(magnitude) = &self.lora_magnitude_vector else {
+            let base = x.matmul(weight.transpose());
+            return to_dtype(to_f32(base) + low, dtype);
+        };
+        let norm = self.composed_row_norms(weight.clone());
+        let scale = (magnitude.val() / norm).unsqueeze();
+        // PEFT drops the base product's input as well once dropout is on.
+        let base_input = if dropping.is_some() {
+            to_dtype(input, dtype)
+        } else {
+            x.clone()
+        };
+        let base = to_f32(base_input.matmul(weight.clone().transpose()));
+        if dropping.is_some() {
+            let plain = to_f32(x.matmul(weight.transpose()));
+            return to_dtype(plain + (scale.clone() - 1.0) * base + scale * low, dtype);
+        }
+        to_dtype(scale * (base + low), dtype)
+    }
+
+    fn drop_out(&self, x: Tensor<B, 2>, seed: u64) -> Tensor<B, 2> {
+        let [tokens, width] = x.dims();
+        let device = x.device();
+        let mixed = mix(seed, self.index as u64);
+        let mask = {
+            let _guard = RANDOM_STATE.lock().unwrap_or_else(|lock| lock.into_inner());
+            B::seed(&device, mixed);
+            Tensor::<B, 2>::random(
+                [tokens, width],
+                Distribution::Uniform(0.0, 1.0),
+                (&device, DType::F32),
+            )
+        };
+        let kept = mask.greater_equal_elem(self.dropout as f32).float();
+        x * to_f32(kept) * (1.0 / (1.0 - self.dropout))
+    }
+
+    /// Euclidean norm of each row of `W + s·B·A`, `[out]`, detached.
+    pub(crate) fn composed_row_norms(&self, weight: Tensor<B, 2>) -> Tensor<B, 1> {
+        let weight = to_f32(weight.detach());
+        let a = self.lora_a.val().detach();
+        let b = self.lora_b.val().detach() * self.scaling;
+        let square = (weight.clone() * weight.clone()).sum_dim(1);
+        let cross = (weight.matmul(a.clone().transpose()) * b.clone()).sum_dim(1) * 2.0;
+        let low = (b.clone().matmul(a.clone().matmul(a.transpose())) * b).sum_dim(1);
+        (square + cross + low).clamp_min(0.0).sqrt().squeeze_dim(1)
+    }
+
+    /// `s · B · A`, `[out, in]`, f32: what merging adds.
+    pub fn delta(&self) -> Tensor<B, 2> {
+        self.lora_b.val().matmul(self.lora_a.val()) * self.scaling
+    }
+}
+
+/// Joins a seed and a counter into a seed of their own (SplitMix64's finaliser).
+pub(crate) fn mix(seed: u64, counter: u64) -> u64 {
+    let mut z = seed
+        .wrapping_add(counter.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}

@@ -1,0 +1,570 @@
+//! `config.json` as types, its names kept.
+//!
+//! Two layouts are in circulation: the published one (transformers 4.57: `rope_theta` beside
+//! `rope_scaling`) and that of transformers 5 (`rope_parameters`). Both read into the same types;
+//! writing always gives the published one.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+/// What can be wrong with a `config.json`.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error(
+        "cannot read `{}`: {cause}; expected the folder of a Qwen3-VL checkpoint with its `config.json`",
+        .path.display()
+    )]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        cause: std::io::Error,
+    },
+    /// The file is not JSON, or a key is missing or of another type.
+    #[error("`{}`: {cause}", .path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Why, with the key.
+        cause: serde_json::Error,
+    },
+    /// A value cannot be used.
+    #[error("`{}`: key `{key}`: {reason}", .path.display())]
+    Value {
+        /// The file.
+        path: PathBuf,
+        /// The key at fault, dotted.
+        key: String,
+        /// What was found and what was expected.
+        reason: String,
+    },
+}
+
+/// Sizes of a whole Qwen3-VL.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Qwen3VlConfig {
+    /// The language model.
+    pub text_config: TextConfig,
+    /// The vision tower.
+    pub vision_config: VisionConfig,
+    /// Token that stands for one merged image patch.
+    pub image_token_id: u32,
+    /// Token that stands for one merged video patch.
+    pub video_token_id: u32,
+    /// Token before an image.
+    pub vision_start_token_id: u32,
+    /// Token after an image.
+    pub vision_end_token_id: u32,
+    /// Whether the head is the transposed embedding (2B and 4B) or a matrix of its own (8B, 32B).
+    pub tie_word_embeddings: bool,
+}
+
+/// Sizes of the language model.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct TextConfig {
+    /// Rows of the embedding.
+    pub vocab_size: usize,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Width between the projections of the gated feed-forward block.
+    pub intermediate_size: usize,
+    /// Number of decoder layers.
+    pub num_hidden_layers: usize,
+    /// Query heads.
+    pub num_attention_heads: usize,
+    /// Key and value heads; divides the query heads.
+    pub num_key_value_heads: usize,
+    /// Width of one head; `head_dim * num_attention_heads` may differ from `hidden_size`.
+    pub head_dim: usize,
+    /// Longest sequence the positions were trained for, in tokens.
+    pub max_position_embeddings: usize,
+    /// Added to the mean square before the root.
+    pub rms_norm_eps: f64,
+    /// Base of the rotary frequencies.
+    pub rope_theta: f64,
+    /// Frequencies given to time, height and width; their sum is half of `head_dim`.
+    pub mrope_section: [usize; 3],
+    /// Whether the attention projections have a bias.
+    pub attention_bias: bool,
+    /// Token that ends an answer, where the file names one.
+    pub eos_token_id: Option<u32>,
+}
+
+/// Sizes of the vision tower.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct VisionConfig {
+    /// Number of blocks.
+    pub depth: usize,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Width inside the feed-forward block.
+    pub intermediate_size: usize,
+    /// Attention heads.
+    pub num_heads: usize,
+    /// Rows of the learned position table, a square number.
+    pub num_position_embeddings: usize,
+    /// Width of what is handed to the language model.
+    pub out_hidden_size: usize,
+    /// Colour channels.
+    #[serde(default = "three")]
+    pub in_channels: usize,
+    /// Side of a patch in pixels.
+    pub patch_size: usize,
+    /// Side of the square of patches that becomes one token.
+    pub spatial_merge_size: usize,
+    /// Frames in a patch; a still image is repeated.
+    pub temporal_patch_size: usize,
+    /// Blocks whose output goes to the first layers of the language model.
+    pub deepstack_visual_indexes: Vec<usize>,
+}
+
+fn three() -> usize {
+    3
+}
+
+impl VisionConfig {
+    /// Length of one flattened patch: channels × frames × height × width.
+    pub fn patch_dim(&self) -> usize {
+        self.in_channels * self.temporal_patch_size * self.patch_size * self.patch_size
+    }
+
+    /// Width of one attention head.
+    pub fn head_dim(&self) -> usize {
+        self.hidden_size / self.num_heads
+    }
+
+    /// Side of the square position table.
+    pub fn position_side(&self) -> usize {
+        self.num_position_embeddings.isqrt()
+    }
+}
+
+#[derive(Deserialize)]
+struct RawConfig {
+    model_type: String,
+    text_config: RawText,
+    vision_config: Value,
+    image_token_id: u32,
+    video_token_id: u32,
+    vision_start_token_id: u32,
+    vision_end_token_id: u32,
+    #[serde(default)]
+    tie_word_embeddings: bool,
+}
+
+#[derive(Deserialize)]
+struct RawText {
+    vocab_size: usize,
+    hidden_size: usize,
+    intermediate_size: usize,
+    num_hidden_layers: usize,
+    num_attention_heads: usize,
+    num_key_value_heads: usize,
+    head_dim: Option<usize>,
+    max_position_embeddings: usize,
+    rms_norm_eps: f64,
+    hidden_act: Option<String>,
+    #[serde(default)]
+    attention_bias: bool,
+    eos_token_id: Option<u32>,
+    rope_theta: Option<f64>,
+    rope_scaling: Option<RawRope>,
+    rope_parameters: Option<RawRope>,
+}
+
+#[derive(Deserialize)]
+struct RawRope {
+    mrope_section: Option<[usize; 3]>,
+    rope_theta: Option<f64>,
+    rope_type: Option<String>,
+    mrope_interleaved: Option<bool>,
+}
+
+impl Qwen3VlConfig {
+    /// Reads `config.json` in `model_dir`.
+    ///
+    /// # Errors
+    /// [`ConfigError`] names the file and the key.
+    pub fn from_dir(model_dir: &Path) -> Result<Self, ConfigError> {
+        let path = model_dir.join("config.json");
+        let text = fs::read_to_string(&path).map_err(|cause| ConfigError::Read {
+            path: path.clone(),
+            cause,
+        })?;
+        Self::from_json(&text, &path)
+    }
+
+    /// Reads the text of a `config.json`; `path` is what errors name.
+    ///
+    /// # Errors
+    /// [`ConfigError`] names the file and the key.
+    pub fn from_json(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let parse_error = |cause| ConfigError::Parse {
+            path: path.to_path_buf(),
+            cause,
+        };
+        let value_error = |key: &str, reason: String| ConfigError::Value {
+            path: path.to_path_buf(),
+            key: key.to_string(),
+            reason,
+        };
+        let tree: Value = serde_json::from_str(text).map_err(parse_error)?;
+        match tree.get("model_type").and_then(Value::as_str) {
+            Some("qwen3_vl") => {}
+            other => {
+                return Err(value_error(
+                    "model_type",
+                    format!("found {other:?}, expected `qwen3_vl`; this program reads Qwen3-VL (dense) checkpoints only"),
+                ));
+            }
+        }
+        let raw: RawConfig = serde_json::from_value(tree).map_err(parse_error)?;
+        debug_assert_eq!(raw.model_type, "qwen3_vl");
+        let vision_act = raw
+            .vision_config
+            .get("hidden_act")
+            .and_then(Value::as_str)
+            .unwrap_or("gelu_pytorch_tanh");
+        if vision_act != "gelu_pytorch_tanh" {
+            return Err(value_error(
+                "vision_config.hidden_act",
+                format!("found `{vision_act}`, expected `gelu_pytorch_tanh`"),
+            ));
+        }
+        let vision_config: VisionConfig =
+            serde_json::from_value(raw.vision_config).map_err(parse_error)?;
+        let text = raw.text_config;
+        let rope = text.rope_parameters.or(text.rope_scaling);
+        let rope_theta = rope
+            .as_ref()
+            .and_then(|rope| rope.rope_theta)
+            .or(text.rope_theta)
+            .ok_or_else(|| {
+                value_error(
+                    "text_config.rope_theta",
+                    "missing, also under `rope_parameters`".to_string(),
+                )
+            })?;
+        let mrope_section = rope
+            .as_ref()
+            .and_then(|rope| rope.mrope_section)
+            .ok_or_else(|| {
+                value_error(
+                    "text_config.rope_scaling.mrope_section",
+                    "missing, also under `rope_parameters`; expected three sizes".to_string(),
+                )
+            })?;
+        if let Some(rope) = &rope {
+            if let Some(kind) = rope.rope_type.as_deref().filter(|kind| *kind != "default") {
+                return Err(value_error(
+                    "text_config.rope_scaling.rope_type",
+                    format!("found `{kind}`, expected `default`"),
+                ));
+            }
+            if rope.mrope_interleaved == Some(false) {
+                return Err(value_error(
+                    "text_config.rope_scaling.mrope_interleaved",
+                    "found false; Qwen3-VL interleaves its axes".to_string(),
+                ));
+            }
+        }
+        if let Some(act) = text.hidden_act.as_deref().filter(|act| *act != "silu") {
+            return Err(value_error(
+                "text_config.hidden_act",
+                format!("found `{act}`, expected `silu`"),
+            ));
+        }
+        let config = Self {
+            text_config: TextConfig {
+                vocab_size: text.vocab_size,
+                hidden_size: text.hidden_size,
+                intermediate_size: text.intermediate_size,
+                num_hidden_layers: text.num_hidden_layers,
+                num_attention_heads: text.num_attention_heads,
+                num_key_value_heads: text.num_key_value_heads,
+                head_dim: text
+                    .head_dim
+                    .unwrap_or(text.hidden_size / text.num_attention_heads.max(1)),
+                max_position_embeddings: text.max_position_embeddings,
+                rms_norm_eps: text.rms_norm_eps,
+                rope_theta,
+                mrope_section,
+                attention_bias: text.attention_bias,
+                eos_token_id: text.eos_token_id,
+            },
+            vision_config,
+            image_token_id: raw.image_token_id,
+            video_token_id: raw.video_token_id,
+            vision_start_token_id: raw.vision_start_token_id,
+            vision_end_token_id: raw.vision_end_token_id,
+            tie_word_embeddings: raw.tie_word_embeddings,
+        };
+        config
+            .check()
+            .map_err(|(key, reason)| value_error(key, reason))?;
+        Ok(config)
+    }
+
+    /// Checks the sizes against each other; the error is the key and the reason.
+    ///
+    /// # Errors
+    /// The first key whose value cannot be used.
+    pub fn check(&self) -> Result<(), (&'static str, String)> {
+        let (text, vision) = (&self.text_config, &self.vision_config);
+        for (key, value) in [
+            ("text_config.vocab_size", text.vocab_size),
+            ("text_config.hidden_size", text.hidden_size),
+            ("text_config.intermediate_size", text.intermediate_size),
+            ("text_config.num_hidden_layers", text.num_hidden_layers),
+            ("text_config.num_attention_heads", text.num_attention_heads),
+            ("text_config.num_key_value_heads", text.num_key_value_heads),
+            ("text_config.head_dim", text.head_dim),
+            ("vision_config.depth", vision.depth),
+            ("vision_config.hidden_size", vision.hidden_size),
+            ("vision_config.intermediate_size", vision.intermediate_size),
+            ("vision_config.num_heads", vision.num_heads),
+            ("vision_config.in_channels", vision.in_channels),
+            ("vision_config.patch_size", vision.patch_size),
+            ("vision_config.spatial_merge_size", vision.spatial_merge_size),
+            ("vision_config.temporal_patch_size", vision.temporal_patch_size),
+        ] {
+            if value == 0 {
+                return Err((key, "found 0, expected a positive number".to_string()));
+            }
+        }
+        if text.num_attention_heads % text.num_key_value_heads != 0 {
+            return Err((
+                "text_config.num_key_value_heads",
+                format!(
+                    "{} does not divide num_attention_heads {}",
+                    text.num_key_value_heads, text.num_attention_heads
+                ),
+            ));
+        }
+        let sections: usize = text.mrope_section.iter().sum();
+        if sections * 2 != text.head_dim {
+            return Err((
+                "text_config.rope_scaling.mrope_section",
+                format!(
+                    "{:?} adds up to {sections}, expected half of head_dim {}",
+                    text.mrope_section, text.head_dim
+                ),
+            ));
+        }
+        if vision.hidden_size % vision.num_heads != 0 || !vision.head_dim().is_multiple_of(4) {
+            return Err((
+                "vision_config.num_heads",
+                format!(
+                    "hidden_size {} over {} heads must give a head width that is a multiple of 4",
+                    vision.hidden_size, vision.num_heads
+                ),
+            ));
+        }
+        let side = vision.position_side();
+        if side == 0 || side * side != vision.num_position_embeddings {
+            return Err((
+                "vision_config.num_position_embeddings",
+                format!("{} is not a square", vision.num_position_embeddings),
+            ));
+        }
+        if vision.out_hidden_size != text.hidden_size {
+            return Err((
+                "vision_config.out_hidden_size",
+                format!(
+                    "found {}, expected text_config.hidden_size {}",
+                    vision.out_hidden_size, text.hidden_size
+                ),
+            ));
+        }
+        if let Some(index) = vision
+            .deepstack_visual_indexes
+            .iter()
+            .find(|index| **index >= vision.depth)
+        {
+            return Err((
+                "vision_config.deepstack_visual_indexes",
+                format!("{index} is not below depth {}", vision.depth),
+            ));
+        }
+        if vision.deepstack_visual_indexes.len() > text.num_hidden_layers {
+            return Err((
+                "vision_config.deepstack_visual_indexes",
+                format!(
+                    "{} outputs for {} text layers",
+                    vision.deepstack_visual_indexes.len(),
+                    text.num_hidden_layers
+                ),
+            ));
+        }
+        if self.image_token_id as usize >= text.vocab_size {
+            return Err((
+                "image_token_id",
+                format!(
+                    "{} is not below vocab_size {}",
+                    self.image_token_id, text.vocab_size
+                ),
+            ));
+        }
+        Ok(())
+    }
+
+    /// The text of a `config.json` in the published layout.
+    pub fn to_published_json(&self, dtype: &str) -> String {
+        let (text, vision) = (&self.text_config, &self.vision_config);
+        let tree = json!({
+            "architectures": ["Qwen3VLForConditionalGeneration"],
+            "image_token_id": self.image_token_id,
+            "model_type": "qwen3_vl",
+            "text_config": {
+                "attention_bias": text.attention_bias,
+                "attention_dropout": 0.0,
+                "dtype": dtype,
+                "eos_token_id": text.eos_token_id,
+                "head_dim": text.head_dim,
+                "hidden_act": "silu",
+                "hidden_size": text.hidden_size,
+                "initializer_range": 0.02,
+                "intermediate_size": text.intermediate_size,
+                "max_position_embeddings": text.max_position_embeddings,
+                "model_type": "qwen3_vl_text",
+                "num_attention_heads": text.num_attention_heads,
+                "num_hidden_layers": text.num_hidden_layers,
+                "num_key_value_heads": text.num_key_value_heads,
+                "rms_norm_eps": text.rms_norm_eps,
+                "rope_scaling": {
+                    "mrope_interleaved": true,
+                    "mrope_section": text.mrope_section,
+                    "rope_type": "default",
+                },
+                "rope_theta": text.rope_theta,
+                "use_cache": true,
+                "vocab_size": text.vocab_size,
+            },
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "transformers_version": "4.57.0",
+            "video_token_id": self.video_token_id,
+            "vision_config": {
+                "deepstack_visual_indexes": vision.deepstack_visual_indexes,
+                "depth": vision.depth,
+                "hidden_act": "gelu_pytorch_tanh",
+                "hidden_size": vision.hidden_size,
+                "in_channels": vision.in_channels,
+                "initializer_range": 0.02,
+                "intermediate_size": vision.intermediate_size,
+                "model_type": "qwen3_vl",
+                "num_heads": vision.num_heads,
+                "num_position_embeddings": vision.num_position_embeddings,
+                "out_hidden_size": vision.out_hidden_size,
+                "patch_size": vision.patch_size,
+                "spatial_merge_size": vision.spatial_merge_size,
+                "temporal_patch_size": vision.temporal_patch_size,
+            },
+            "vision_end_token_id": self.vision_end_token_id,
+            "vision_start_token_id": self.vision_start_token_id,
+        });
+        let mut text = serde_json::to_string_pretty(&tree).unwrap_or_default();
+        text.push('\n');
+        text
+    }
+
+    /// Sizes of the published checkpoints: `2b`, `4b`, `8b`, `32b` (Instruct and Thinking alike).
+    ///
+    /// Source: `config.json` of `Qwen/Qwen3-VL-{2B,4B,8B,32B}-{Instruct,Thinking}`.
+    pub fn published(size: &str) -> Option<Self> {
+        let (hidden, inter, layers, heads, tied, vision) = match size.to_ascii_lowercase().as_str() {
+            "2b" => (2048, 6144, 28, 16, true, (24, 1024, 4096, [5, 11, 17])),
+            "4b" => (2560, 9728, 36, 32, true, (24, 1024, 4096, [5, 11, 17])),
+            "8b" => (4096, 12288, 36, 32, false, (27, 1152, 4304, [8, 16, 24])),
+            "32b" => (5120, 25600, 64, 64, false, (27, 1152, 4304, [8, 16, 24])),
+            _ => return None,
+        };
+        let (depth, vision_hidden, vision_inter, deepstack) = vision;
+        Some(Self {
+            text_config: TextConfig {
+                vocab_size: 151_936,
+                hidden_size: hidden,
+                intermediate_size: inter,
+                num_hidden_layers: layers,
+                num_attention_heads: heads,
+                num_key_value_heads: 8,
+                head_dim: 128,
+                max_position_embeddings: 262_144,
+                rms_norm_eps: 1e-6,
+                rope_theta: 5e6,
+                mrope_section: [24, 20, 20],
+                attention_bias: false,
+                eos_token_id: Some(151_645),
+            },
+            vision_config: VisionConfig {
+                depth,
+                hidden_size: vision_hidden,
+                intermediate_size: vision_inter,
+                num_heads: 16,
+                num_position_embeddings: 2304,
+                out_hidden_size: hidden,
+                in_channels: 3,
+                patch_size: 16,
+                spatial_merge_size: 2,
+                temporal_patch_size: 2,
+                deepstack_visual_indexes: deepstack.to_vec(),
+            },
+            image_token_id: 151_655,
+            video_token_id: 151_656,
+            vision_start_token_id: 151_652,
+            vision_end_token_id: 151_653,
+            tie_word_embeddings: tied,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn published_sizes_are_consistent_and_survive_writing() {
+        for size in ["2b", "4b", "8b", "32b"] {
+            let config = Qwen3VlConfig::published(size).unwrap();
+            config.check().unwrap();
+            let text = config.to_published_json("bfloat16");
+            let read = Qwen3VlConfig::from_json(&text, Path::new("config.json")).unwrap();
+            assert_eq!(read, config);
+        }
+    }
+
+    #[test]
+    fn a_missing_key_is_named_with_its_file() {
+        let text = Qwen3VlConfig::published("8b")
+            .unwrap()
+            .to_published_json("bfloat16")
+            .replace("\"num_hidden_layers\"", "\"num_layers\"");
+        let error = Qwen3VlConfig::from_json(&text, Path::new("m/config.json")).unwrap_err();
+        let message = error.to_string();
+        assert!(message.contains("m/config.json"), "{message}");
+        assert!(message.contains("num_hidden_layers"), "{message}");
+    }
+
+    #[test]
+    fn another_model_is_refused() {
+        let error = Qwen3VlConfig::from_json(
+            r#"{"model_type": "llama"}"#,
+            Path::new("config.json"),
+        )
+        .unwrap_err();
+        assert!(error.to_string().contains("qwen3_vl"), "{error}");
+    }
+
+    #[test]
+    fn sections_must_fill_the_head() {
+        let mut config = Qwen3VlConfig::published("8b").unwrap();
+        config.text_config.mrope_section = [24, 20, 19];
+        let (key, _) = config.check().unwrap_err();
+        assert!(key.contains("mrope_section"));
+    }
+}

@@ -1,0 +1,374 @@
+//! Qwen3-VL: token ids and patches in, hidden states and logits out.
+//!
+//! This module opens no file but a checkpoint's ([`weights`]) and knows neither text nor pixels: what
+//! it gets are ids, positions and normalised patches. Fields carry the checkpoint's own names, so
+//! a parameter's path in the module tree is its key in the file.
+
+pub mod attention;
+pub mod cache;
+pub mod config;
+pub mod nn;
+pub mod rope;
+pub mod text;
+pub mod vision;
+pub mod weights;
+
+use burn::{
+    prelude::*,
+    tensor::{DType, TensorData},
+};
+
+use attention::AttentionBias;
+use cache::KeyValueCache;
+use config::Qwen3VlConfig;
+use nn::{InitOptions, Linear, to_dtype, to_f32};
+use rope::{PositionError, Positions, RopeTables, rope_index};
+use text::{TextContext, TextModel};
+use vision::{VisionLayout, VisionModel, VisionOutput};
+
+/// The images of a batch, on the host: all patches one after another.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct ImageInput {
+    /// Normalised patches, `[patches, patch_dim]` row-major, in merge-block order.
+    pub pixel_values: Vec<f32>,
+    /// Patches of each image: `(time, height, width)`.
+    pub image_grid_thw: Vec<[usize; 3]>,
+}
+
+impl ImageInput {
+    /// Appends the images of `other`.
+    pub fn extend(&mut self, other: &Self) {
+        self.pixel_values.extend_from_slice(&other.pixel_values);
+        self.image_grid_thw.extend_from_slice(&other.image_grid_thw);
+    }
+
+    /// Number of patches of all images.
+    pub fn patches(&self) -> usize {
+        self.image_grid_thw.iter().map(|[t, h, w]| t * h * w).sum()
+    }
+
+    /// The patches as a tensor `[patches, patch_dim]`, f32.
+    ///
+    /// # Panics
+    /// If the number of values is not that of the grids.
+    pub fn tensor<B: Backend>(&self, patch_dim: usize, device: &B::Device) -> Tensor<B, 2> {
+        assert_eq!(
+            self.pixel_values.len(),
+            self.patches() * patch_dim,
+            "pixel values and grids disagree"
+        );
+        Tensor::from_data(
+            TensorData::new(self.pixel_values.clone(), [self.patches(), patch_dim]),
+            (device, DType::F32),
+        )
+    }
+}
+
+/// One batch of sequences, on the host: every row padded to one length.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TextInput {
+    /// Token ids, `[batch][seq]`.
+    pub input_ids: Vec<Vec<u32>>,
+    /// The sample each token belongs to, `[batch][seq]`, negative for padding. Several samples may
+    /// share a row; attention stays inside each.
+    pub segments: Vec<Vec<i32>>,
+    /// Positions of all tokens, row after row.
+    pub positions: Positions,
+    /// Token that stands for an image patch.
+    pub image_token_id: u32,
+}
+
+/// Side on which short rows are padded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Padding {
+    /// For generation: every row ends in its last token.
+    Left,
+    /// For training.
+    Right,
+}
+
+impl TextInput {
+    /// A padded batch of independent sequences.
+    ///
+    /// `grids` holds the images of each row; padding has position 0. Returns the batch and each
+    /// row's next position less its number of tokens.
+    ///
+    /// # Errors
+    /// [`PositionError`] when image tokens and grids of a row do not agree.
+    pub fn padded(
+        rows: &[Vec<u32>],
+        grids: &[Vec<[usize; 3]>],
+        config: &Qwen3VlConfig,
+        padding: Padding,
+        pad_token_id: u32,
+    ) -> Result<(Self, Vec<i64>), PositionError> {
+        let seq = rows.iter().map(Vec::len).max().unwrap_or(0);
+        let merge = config.vision_config.spatial_merge_size;
+        let mut batch = Self {
+            input_ids: Vec::with_capacity(rows.len()),
+            segments: Vec::with_capacity(rows.len()),
+            positions: Positions::default(),
+            image_token_id: config.image_token_id,
+        };
+        let mut deltas = Vec::with_capacity(rows.len());
+        for (ids, grids) in rows.iter().zip(grids) {
+            let (positions, delta) = rope_index(ids, grids, config.image_token_id, merge)?;
+            let pad = seq - ids.len();
+            let (before, after) = match padding {
+                Padding::Left => (pad, 0),
+                Padding::Right => (0, pad),
+            };
+            let fill = |count| std::iter::repeat_n(pad_token_id, count);
+            batch
+                .input_ids
+                .push(fill(before).chain(ids.iter().copied()).chain(fill(after)).collect());
+            let hidden = |count| std::iter::repeat_n(-1, count);
+            batch.segments.push(
+                hidden(before)
+                    .chain(std::iter::repeat_n(0, ids.len()))
+                    .chain(hidden(after))
+                    .collect(),
+            );
+            (0..before).for_each(|_| batch.positions.push([0; 3]));
+            batch.positions.extend(&positions);
+            (0..after).for_each(|_| batch.positions.push([0; 3]));
+            deltas.push(delta);
+        }
+        Ok((batch, deltas))
+    }
+
+    /// Several samples in one row, one after another; attention and positions stay inside each.
+    ///
+    /// # Errors
+    /// [`PositionError`] when image tokens and grids of a sample do not agree.
+    pub fn packed(
+        samples: &[Vec<u32>],
+        grids: &[Vec<[usize; 3]>],
+        config: &Qwen3VlConfig,
+    ) -> Result<Self, PositionError> {
+        let merge = config.vision_config.spatial_merge_size;
+        let mut positions = Positions::default();
+        let mut segments = Vec::new();
+        for (index, (ids, grids)) in samples.iter().zip(grids).enumerate() {
+            positions.extend(&rope_index(ids, grids, config.image_token_id, merge)?.0);
+            segments.extend(std::iter::repeat_n(index as i32, ids.len()));
+        }
+        Ok(Self {
+            input_ids: vec![samples.concat()],
+            segments: vec![segments],
+            positions,
+            image_token_id: config.image_token_id,
+        })
+    }
+
+    /// Number of rows.
+    pub fn batch(&self) -> usize {
+        self.input_ids.len()
+    }
+
+    /// Tokens in a row.
+    pub fn seq(&self) -> usize {
+        self.input_ids.first().map_or(0, Vec::len)
+    }
+
+    /// For each token the row of `[one zero row; image features]` that belongs to it.
+    fn image_rows(&self) -> Vec<i32> {
+        let mut next = 0;
+        self.input_ids
+            .iter()
+            .flatten()
+            .map(|id| {
+                if *id == self.image_token_id {
+                    next += 1;
+                    next
+                } else {
+                    0
+                }
+            })
+            .collect()
+    }
+
+    /// What the layers need, with the first `cached` tokens of each row of `segments` cached.
+    pub fn context<B: Backend>(
+        &self,
+        config: &Qwen3VlConfig,
+        dropout_seed: Option<u64>,
+        device: &B::Device,
+    ) -> TextContext<B> {
+        TextContext {
+            batch: self.batch(),
+            rope: RopeTables::text(&self.positions, &config.text_config, device),
+            bias: AttentionBias::causal(&self.segments, 0, device),
+            dropout_seed,
+        }
+    }
+}
+
+/// Where image features go among the tokens of a batch.
+#[derive(Debug, Clone)]
+pub struct ImagePlacement<B: Backend> {
+    /// For each token 0, or 1 + the index of its image feature; `[n]`.
+    rows: Tensor<B, 1, Int>,
+    /// 1 for text, 0 for image tokens; `[n, 1]`, f32.
+    is_text: Tensor<B, 2>,
+}
+
+impl<B: Backend> ImagePlacement<B> {
+    /// Reads the placement off the ids of a batch.
+    pub fn new(input: &TextInput, device: &B::Device) -> Self {
+        let rows = input.image_rows();
+        let is_text: Vec<f32> = rows.iter().map(|row| f32::from(*row == 0)).collect();
+        let tokens = rows.len();
+        Self {
+            rows: Tensor::from_ints(rows.as_slice(), device),
+            is_text: Tensor::from_data(TensorData::new(is_text, [tokens, 1]), (device, DType::F32)),
+        }
+    }
+
+    /// Features at the image tokens, zero elsewhere: `[m, hidden]` → `[n, hidden]`.
+    pub fn spread(&self, features: Tensor<B, 2>) -> Tensor<B, 2> {
+        let [_, hidden] = features.dims();
+        let zero = Tensor::zeros([1, hidden], (&features.device(), features.dtype()));
+        Tensor::cat(vec![zero, features], 0).select(0, self.rows.clone())
+    }
+
+    /// Token vectors with the image tokens' replaced by features.
+    pub fn replace(&self, embeds: Tensor<B, 2>, features: Tensor<B, 2>) -> Tensor<B, 2> {
+        let is_text = to_dtype(self.is_text.clone(), embeds.dtype());
+        embeds * is_text + self.spread(features)
+    }
+}
+
+/// The two towers, as the checkpoint nests them.
+#[derive(Module, Debug)]
+pub struct Qwen3VlModel<B: Backend> {
+    /// Vision tower.
+    pub visual: VisionModel<B>,
+    /// Language model.
+    pub language_model: TextModel<B>,
+}
+
+/// Qwen3-VL with its language head.
+///
+/// Source: `Qwen3VLForConditionalGeneration`, transformers, `modeling_qwen3_vl.py`.
+#[derive(Module, Debug)]
+pub struct Qwen3Vl<B: Backend> {
+    /// The two towers.
+    pub model: Qwen3VlModel<B>,
+    /// The head; `None` where it is tied to the embedding.
+    pub lm_head: Option<Linear<B>>,
+}
+
+impl<B: Backend> Qwen3Vl<B> {
+    /// A model whose parameters are drawn at first use, so that loading replaces them unallocated.
+    pub fn new(config: &Qwen3VlConfig, options: &InitOptions, device: &B::Device) -> Self {
+        let text = &config.text_config;
+        Self {
+            model: Qwen3VlModel {
+                visual: VisionModel::new(&config.vision_config, options, device),
+                language_model: TextModel::new(text, options, device),
+            },
+            lm_head: (!config.tie_word_embeddings).then(|| {
+                Linear::new(text.hidden_size, text.vocab_size, false, options, device)
+            }),
+        }
+    }
+
+    /// Type of the stored weights.
+    pub fn dtype(&self) -> DType {
+        self.model.language_model.norm.weight.val().dtype()
+    }
+
+    /// Runs the vision tower over all images of a batch.
+    pub fn encode_images(
+        &self,
+        images: &ImageInput,
+        config: &Qwen3VlConfig,
+        device: &B::Device,
+    ) -> VisionOutput<B> {
+        let layout = VisionLayout::new(&images.image_grid_thw, &config.vision_config, device);
+        let pixels = images.tensor(config.vision_config.patch_dim(), device);
+        self.model.visual.forward(pixels, &layout, None)
+    }
+
+    /// Token vectors of a batch, `[n, hidden]`.
+    pub fn embed(&self, input: &TextInput, device: &B::Device) -> Tensor<B, 2> {
+        let ids: Vec<i32> = input.input_ids.iter().flatten().map(|id| *id as i32).collect();
+        self.model
+            .language_model
+            .embed_tokens
+            .forward(Tensor::from_ints(ids.as_slice(), device))
+    }
+
+    /// Runs the language model over a batch: last hidden states after the final norm, `[n, hidden]`.
+    ///
+    /// `vision` holds the features of all image tokens of the batch, in order.
+    ///
+    /// # Panics
+    /// If the number of features is not that of the image tokens.
+    pub fn hidden_states(
+        &self,
+        input: &TextInput,
+        vision: Option<&VisionOutput<B>>,
+        config: &Qwen3VlConfig,
+        mut cache: Option<&mut KeyValueCache<B>>,
+        dropout_seed: Option<u64>,
+        device: &B::Device,
+    ) -> Tensor<B, 2> {
+        let mut context = input.context::<B>(config, dropout_seed, device);
+        if let Some(cache) = cache.as_deref_mut() {
+            let cached = cache.len();
+            if cache.segments.is_empty() {
+                cache.segments = vec![Vec::new(); input.batch()];
+            }
+            for (all, new) in cache.segments.iter_mut().zip(&input.segments) {
+                all.extend_from_slice(new);
+            }
+            context.bias = AttentionBias::causal(&cache.segments, cached, device);
+        }
+        let mut x = self.embed(input, device);
+        let placement = vision.map(|vision| {
+            let found = input.image_rows().iter().filter(|row| **row > 0).count();
+            assert_eq!(found, vision.merged.dims()[0], "image tokens and features disagree");
+            ImagePlacement::new(input, device)
+        });
+        if let (Some(vision), Some(placement)) = (vision, &placement) {
+            x = placement.replace(x, vision.merged.clone());
+        }
+        for (index, layer) in self.model.language_model.layers.iter().enumerate() {
+            let layer_cache = cache.as_deref_mut().map(|cache| &mut cache.layers[index]);
+            x = layer.forward(x, &context, layer_cache);
+            if let (Some(vision), Some(placement)) = (vision, &placement)
+                && let Some(features) = vision.deepstack.get(index)
+            {
+                x = x + placement.spread(features.clone());
+            }
+        }
+        self.model.language_model.norm.forward(x)
+    }
+
+    /// Logits in f32: `[n, hidden]` → `[n, vocab]`.
+    pub fn logits(&self, hidden: Tensor<B, 2>) -> Tensor<B, 2> {
+        to_f32(match &self.lm_head {
+            Some(head) => head.forward(hidden, None),
+            None => {
+                let weight = self.model.language_model.embed_tokens.weight.val();
+                hidden.matmul(weight.transpose())
+            }
+        })
+    }
+
+    /// The whole model at once, without a cache: logits of every token, `[n, vocab]`.
+    pub fn forward(
+        &self,
+        input: &TextInput,
+        images: &ImageInput,
+        config: &Qwen3VlConfig,
+        device: &B::Device,
+    ) -> Tensor<B, 2> {
+        let vision = (!images.image_grid_thw.is_empty())
+            .then(|| self.encode_images(images, config, device));
+        let hidden = self.hidden_states(input, vision.as_ref(), config, None, None, device);
+        self.logits(hidden)
+    }
+}

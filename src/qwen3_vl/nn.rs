@@ -1,0 +1,287 @@
+//! The building blocks both towers share, under the checkpoint's own names and layouts.
+//!
+//! Hidden states are two-dimensional, `[tokens, width]`, everywhere in the model: one matrix
+//! product serves batches, packed samples and single tokens alike.
+
+use burn::{
+    module::{Param, ParamId},
+    prelude::*,
+    tensor::{DType, FloatDType},
+};
+
+use crate::lora::Lora;
+
+/// Casts to f32 unless the tensor is f32 already.
+pub fn to_f32<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
+    to_dtype(x, DType::F32)
+}
+
+/// Casts to `dtype` unless the tensor has it already.
+pub fn to_dtype<B: Backend, const D: usize>(x: Tensor<B, D>, dtype: DType) -> Tensor<B, D> {
+    if x.dtype() == dtype {
+        x
+    } else {
+        x.cast(FloatDType::from(dtype))
+    }
+}
+
+/// A parameter that costs nothing until it is loaded or drawn: normal with the given deviation.
+pub(crate) fn lazy_normal<B: Backend, const D: usize>(
+    shape: [usize; D],
+    std: f64,
+    dtype: DType,
+    device: &B::Device,
+) -> Param<Tensor<B, D>> {
+    Param::uninitialized(
+        ParamId::new(),
+        move |device, require_grad| {
+            let tensor = Tensor::<B, D>::random(
+                shape,
+                burn::tensor::Distribution::Normal(0.0, std),
+                (device, DType::F32),
+            );
+            to_dtype(tensor, dtype).set_require_grad(require_grad)
+        },
+        device.clone(),
+        true,
+        shape.into(),
+    )
+}
+
+/// A parameter that costs nothing until it is loaded or used: every element `value`.
+pub(crate) fn lazy_full<B: Backend, const D: usize>(
+    shape: [usize; D],
+    value: f32,
+    dtype: DType,
+    device: &B::Device,
+) -> Param<Tensor<B, D>> {
+    Param::uninitialized(
+        ParamId::new(),
+        move |device, require_grad| {
+            Tensor::<B, D>::full(shape, value, (device, dtype)).set_require_grad(require_grad)
+        },
+        device.clone(),
+        true,
+        shape.into(),
+    )
+}
+
+/// How fresh parameters are drawn and stored.
+#[derive(Debug, Clone, Copy)]
+pub struct InitOptions {
+    /// Type of the stored weights.
+    pub dtype: DType,
+    /// Standard deviation of fresh weight matrices; the published value is 0.02.
+    pub initializer_range: f64,
+}
+
+impl Default for InitOptions {
+    fn default() -> Self {
+        Self {
+            dtype: DType::F32,
+            initializer_range: 0.02,
+        }
+    }
+}
+
+/// A linear layer with the weight as published, `[out, in]`, and room for a low-rank adapter.
+///
+/// The checkpoint's layout is kept (Burn's own `Linear` has `[in, out]`) because a matrix-vector
+/// product over it reads memory in rows, and because nothing has to be turned round at load.
+#[derive(Module, Debug)]
+pub struct Linear<B: Backend> {
+    /// `[out, in]`.
+    pub weight: Param<Tensor<B, 2>>,
+    /// `[out]`.
+    pub bias: Option<Param<Tensor<B, 1>>>,
+    /// The adapter, where one is attached.
+    pub lora: Option<Lora<B>>,
+}
+
+impl<B: Backend> Linear<B> {
+    /// A layer from `d_input` to `d_output` features.
+    pub fn new(
+        d_input: usize,
+        d_output: usize,
+        bias: bool,
+        options: &InitOptions,
+        device: &B::Device,
+    ) -> Self {
+        Self {
+            weight: lazy_normal(
+                [d_output, d_input],
+                options.initializer_range,
+                options.dtype,
+                device,
+            ),
+            bias: bias.then(|| lazy_full([d_output], 0.0, options.dtype, device)),
+            lora: None,
+        }
+    }
+
+    /// `x W^T + b`, plus the adapter's share where one is attached.
+    ///
+    /// `dropout_seed` turns the adapter's dropout on and decides its mask; `None` is inference.
+    ///
+    /// # Shapes
+    /// - `x`: `[tokens, in]`
+    /// - returns: `[tokens, out]`
+    pub fn forward(&self, x: Tensor<B, 2>, dropout_seed: Option<u64>) -> Tensor<B, 2> {
+        let weight = self.weight.val();
+        let Some(lora) = &self.lora else {
+            return self.add_bias(x.matmul(weight.transpose()));
+        };
+        let y = lora.forward(x, weight, dropout_seed);
+        self.add_bias(y)
+    }
+
+    fn add_bias(&self, y: Tensor<B, 2>) -> Tensor<B, 2> {
+        match &self.bias {
+            Some(bias) => y + bias.val().unsqueeze(),
+            None => y,
+        }
+    }
+}
+
+/// Root-mean-square norm with a scale, statistics in f32.
+///
+/// Source: `Qwen3VLTextRMSNorm`, transformers, `modeling_qwen3_vl.py`.
+#[derive(Module, Debug)]
+pub struct RmsNorm<B: Backend> {
+    /// `[width]`.
+    pub weight: Param<Tensor<B, 1>>,
+    epsilon: f64,
+}
+
+impl<B: Backend> RmsNorm<B> {
+    /// A norm over the last `width` elements with scale 1.
+    pub fn new(width: usize, epsilon: f64, options: &InitOptions, device: &B::Device) -> Self {
+        Self {
+            weight: lazy_full([width], 1.0, options.dtype, device),
+            epsilon,
+        }
+    }
+
+    /// Normalises the last axis; any shape `[.., width]`.
+    pub fn forward<const D: usize>(&self, x: Tensor<B, D>) -> Tensor<B, D> {
+        let dtype = x.dtype();
+        let x = to_f32(x);
+        let mean_square = (x.clone() * x.clone()).mean_dim(D - 1);
+        let x = x / (mean_square + self.epsilon).sqrt();
+        to_dtype(x, dtype) * self.weight.val().unsqueeze()
+    }
+}
+
+/// Layer norm with scale and shift, statistics in f32.
+///
+/// Source: `torch.nn.LayerNorm` as used by `Qwen3VLVisionBlock`.
+#[derive(Module, Debug)]
+pub struct LayerNorm<B: Backend> {
+    /// `[width]`.
+    pub weight: Param<Tensor<B, 1>>,
+    /// `[width]`.
+    pub bias: Param<Tensor<B, 1>>,
+    epsilon: f64,
+}
+
+impl<B: Backend> LayerNorm<B> {
+    /// A norm over the last `width` elements with scale 1 and shift 0.
+    pub fn new(width: usize, epsilon: f64, options: &InitOptions, device: &B::Device) -> Self {
+        Self {
+            weight: lazy_full([width], 1.0, options.dtype, device),
+            bias: lazy_full([width], 0.0, options.dtype, device),
+            epsilon,
+        }
+    }
+
+    /// Normalises the last axis; `[tokens, width]`.
+    pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        let dtype = x.dtype();
+        let x = to_f32(x);
+        let x = x.clone() - x.mean_dim(1);
+        let variance = (x.clone() * x.clone()).mean_dim(1);
+        let x = x / (variance + self.epsilon).sqrt();
+        let x = x * to_f32(self.weight.val()).unsqueeze() + to_f32(self.bias.val()).unsqueeze();
+        to_dtype(x, dtype)
+    }
+}
+
+/// A table of rows chosen by index.
+#[derive(Module, Debug)]
+pub struct Embedding<B: Backend> {
+    /// `[rows, width]`.
+    pub weight: Param<Tensor<B, 2>>,
+}
+
+impl<B: Backend> Embedding<B> {
+    /// A table of `rows` vectors.
+    pub fn new(rows: usize, width: usize, options: &InitOptions, device: &B::Device) -> Self {
+        Self {
+            weight: lazy_normal(
+                [rows, width],
+                options.initializer_range,
+                options.dtype,
+                device,
+            ),
+        }
+    }
+
+    /// Rows of the table: `indices` `[n]` → `[n, width]`.
+    pub fn forward(&self, indices: Tensor<B, 1, Int>) -> Tensor<B, 2> {
+        self.weight.val().select(0, indices)
+    }
+}
+
+/// GELU with the error function.
+///
+/// Composed by hand: the gradient of Burn's own `gelu` is that of the tanh form.
+pub fn gelu_exact<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
+    let dtype = x.dtype();
+    let x = to_f32(x);
+    let y = ((x.clone() * std::f64::consts::FRAC_1_SQRT_2).erf() + 1.0) * x * 0.5;
+    to_dtype(y, dtype)
+}
+
+/// GELU in the tanh form, `gelu_pytorch_tanh`.
+///
+/// In f32: the cube overflows f16 at the activations of the published vision tower.
+pub fn gelu_tanh<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
+    const SQRT_2_OVER_PI: f64 =
+        std::f64::consts::FRAC_2_SQRT_PI * std::f64::consts::FRAC_1_SQRT_2;
+    let dtype = x.dtype();
+    let x = to_f32(x);
+    let inner = (x.clone() * x.clone() * 0.044715 + 1.0) * x.clone() * SQRT_2_OVER_PI;
+    let y = (inner.tanh() + 1.0) * x * 0.5;
+    to_dtype(y, dtype)
+}
+
+#[cfg(all(test, feature = "flex"))]
+mod tests {
+    use super::*;
+    use burn_flex::Flex;
+
+    #[test]
+    fn both_gelus_match_known_values() {
+        let device = Default::default();
+        let x = Tensor::<Flex, 1>::from_floats([-3.0, -0.5, 0.0, 1.0, 2.5], &device);
+        let exact: Vec<f32> = gelu_exact(x.clone()).into_data().to_vec().unwrap();
+        let tanh: Vec<f32> = gelu_tanh(x).into_data().to_vec().unwrap();
+        // torch.nn.functional.gelu, both `approximate` settings.
+        let exact_want = [-0.00404969, -0.15426877, 0.0, 0.84134475, 2.4844758];
+        let tanh_want = [-0.00363740, -0.15428597, 0.0, 0.84119199, 2.4849157];
+        for i in 0..5 {
+            assert!((exact[i] - exact_want[i]).abs() < 1e-5, "{exact:?}");
+            assert!((tanh[i] - tanh_want[i]).abs() < 1e-5, "{tanh:?}");
+        }
+    }
+
+    #[test]
+    fn a_layer_multiplies_by_the_transposed_weight() {
+        let device = Default::default();
+        let mut layer = Linear::<Flex>::new(2, 3, true, &InitOptions::default(), &device);
+        layer.weight = Param::from_data([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], &device);
+        layer.bias = Some(Param::from_data([0.5, 0.0, -1.0], &device));
+        let y = layer.forward(Tensor::from_floats([[2.0, 3.0]], &device), None);
+        assert_eq!(y.into_data().to_vec::<f32>().unwrap(), [2.5, 3.0, 4.0]);
+    }
+}

@@ -1,0 +1,465 @@
+//! The vision tower: patches in, one token for every merged square of patches out.
+//!
+//! Patches come and go in spatial-merge-block order: the patches of one merged square lie next to
+//! each other. Shape letters: `n` patches of all images together, `m = n / merge²` merged tokens.
+
+use burn::{
+    module::Param,
+    prelude::*,
+    tensor::{DType, TensorData},
+};
+
+use super::{
+    attention::attention,
+    config::VisionConfig,
+    nn::{Embedding, InitOptions, LayerNorm, Linear, gelu_exact, gelu_tanh, lazy_full, lazy_normal, to_dtype},
+    rope::RopeTables,
+};
+
+const LAYER_NORM_EPS: f64 = 1e-6;
+
+/// Projection of flattened patches; the published kernel keeps its five axes.
+///
+/// Source: `Qwen3VLVisionPatchEmbed`, a 3-D convolution whose stride is its size, so a product.
+#[derive(Module, Debug)]
+pub struct PatchEmbedProjection<B: Backend> {
+    /// `[hidden, channels, frames, height, width]`.
+    pub weight: Param<Tensor<B, 5>>,
+    /// `[hidden]`.
+    pub bias: Param<Tensor<B, 1>>,
+}
+
+/// Patches to the tower's width.
+#[derive(Module, Debug)]
+pub struct PatchEmbed<B: Backend> {
+    /// The projection.
+    pub proj: PatchEmbedProjection<B>,
+}
+
+impl<B: Backend> PatchEmbed<B> {
+    fn new(config: &VisionConfig, options: &InitOptions, device: &B::Device) -> Self {
+        let shape = [
+            config.hidden_size,
+            config.in_channels,
+            config.temporal_patch_size,
+            config.patch_size,
+            config.patch_size,
+        ];
+        Self {
+            proj: PatchEmbedProjection {
+                weight: lazy_normal(shape, options.initializer_range, options.dtype, device),
+                bias: lazy_full([config.hidden_size], 0.0, options.dtype, device),
+            },
+        }
+    }
+
+    /// # Shapes
+    /// - `pixel_values`: `[n, channels × frames × height × width]`
+    /// - returns: `[n, hidden]`
+    pub fn forward(&self, pixel_values: Tensor<B, 2>) -> Tensor<B, 2> {
+        let weight = self.proj.weight.val();
+        let hidden = weight.dims()[0];
+        let weight = weight.reshape([hidden as i32, -1]);
+        let bias = self.proj.bias.val();
+        to_dtype(pixel_values, bias.dtype()).matmul(weight.transpose()) + bias.unsqueeze()
+    }
+}
+
+/// Self-attention inside each image.
+#[derive(Module, Debug)]
+pub struct VisionAttention<B: Backend> {
+    /// Queries, keys and values in one projection.
+    pub qkv: Linear<B>,
+    /// Output projection.
+    pub proj: Linear<B>,
+    num_heads: usize,
+}
+
+impl<B: Backend> VisionAttention<B> {
+    /// # Shapes
+    /// - `x`: `[n, hidden]`; returns the same. `segments` are the patches of each frame.
+    pub fn forward(
+        &self,
+        x: Tensor<B, 2>,
+        rope: &RopeTables<B>,
+        segments: &[usize],
+        dropout_seed: Option<u64>,
+    ) -> Tensor<B, 2> {
+        let [patches, hidden] = x.dims();
+        let head_dim = hidden / self.num_heads;
+        let qkv = self.qkv.forward(x, dropout_seed).reshape([patches, 3, self.num_heads, head_dim]);
+        let part = |index| -> Tensor<B, 3> { qkv.clone().narrow(1, index, 1).squeeze_dim(1) };
+        let heads_first = |x: Tensor<B, 3>| -> Tensor<B, 4> { x.swap_dims(0, 1).unsqueeze() };
+        let q = heads_first(rope.rotate(part(0)));
+        let k = heads_first(rope.rotate(part(1)));
+        let v = heads_first(part(2));
+        let mut start = 0;
+        let mut outputs = Vec::with_capacity(segments.len());
+        for length in segments {
+            let cut = |x: &Tensor<B, 4>| x.clone().narrow(2, start, *length);
+            outputs.push(attention(cut(&q), cut(&k), cut(&v), None));
+            start += length;
+        }
+        let y = if outputs.len() == 1 {
+            outputs.remove(0)
+        } else {
+            Tensor::cat(outputs, 2)
+        };
+        let y = y.swap_dims(1, 2).reshape([patches, hidden]);
+        self.proj.forward(y, dropout_seed)
+    }
+}
+
+/// Feed-forward block: `fc2(gelu(fc1(x)))`, GELU in the tanh form.
+#[derive(Module, Debug)]
+pub struct VisionMlp<B: Backend> {
+    /// Up.
+    pub linear_fc1: Linear<B>,
+    /// Down.
+    pub linear_fc2: Linear<B>,
+}
+
+impl<B: Backend> VisionMlp<B> {
+    /// `[n, hidden]` → `[n, hidden]`.
+    pub fn forward(&self, x: Tensor<B, 2>, dropout_seed: Option<u64>) -> Tensor<B, 2> {
+        let x = gelu_tanh(self.linear_fc1.forward(x, dropout_seed));
+        self.linear_fc2.forward(x, dropout_seed)
+    }
+}
+
+/// One block of the tower: pre-norm attention and feed-forward, both with a residual.
+#[derive(Module, Debug)]
+pub struct VisionBlock<B: Backend> {
+    /// Before attention.
+    pub norm1: LayerNorm<B>,
+    /// Before the feed-forward block.
+    pub norm2: LayerNorm<B>,
+    /// Attention.
+    pub attn: VisionAttention<B>,
+    /// Feed-forward block.
+    pub mlp: VisionMlp<B>,
+}
+
+impl<B: Backend> VisionBlock<B> {
+    fn new(config: &VisionConfig, options: &InitOptions, device: &B::Device) -> Self {
+        let hidden = config.hidden_size;
+        let linear = |from, to| Linear::new(from, to, true, options, device);
+        Self {
+            norm1: LayerNorm::new(hidden, LAYER_NORM_EPS, options, device),
+            norm2: LayerNorm::new(hidden, LAYER_NORM_EPS, options, device),
+            attn: VisionAttention {
+                qkv: linear(hidden, 3 * hidden),
+                proj: linear(hidden, hidden),
+                num_heads: config.num_heads,
+            },
+            mlp: VisionMlp {
+                linear_fc1: linear(hidden, config.intermediate_size),
+                linear_fc2: linear(config.intermediate_size, hidden),
+            },
+        }
+    }
+
+    /// `[n, hidden]` → `[n, hidden]`.
+    pub fn forward(
+        &self,
+        x: Tensor<B, 2>,
+        rope: &RopeTables<B>,
+        segments: &[usize],
+        dropout_seed: Option<u64>,
+    ) -> Tensor<B, 2> {
+        let x = x.clone()
+            + self
+                .attn
+                .forward(self.norm1.forward(x), rope, segments, dropout_seed);
+        x.clone() + self.mlp.forward(self.norm2.forward(x), dropout_seed)
+    }
+}
+
+/// Joins each merged square of patches into one token of the language model's width.
+#[derive(Module, Debug)]
+pub struct PatchMerger<B: Backend> {
+    /// Over single patches (main merger) or over the joined square (DeepStack mergers).
+    pub norm: LayerNorm<B>,
+    /// Inner projection.
+    pub linear_fc1: Linear<B>,
+    /// Outer projection.
+    pub linear_fc2: Linear<B>,
+    norm_after_shuffle: bool,
+}
+
+impl<B: Backend> PatchMerger<B> {
+    fn new(
+        config: &VisionConfig,
+        norm_after_shuffle: bool,
+        options: &InitOptions,
+        device: &B::Device,
+    ) -> Self {
+        let joined = config.hidden_size * config.spatial_merge_size.pow(2);
+        let norm_width = if norm_after_shuffle { joined } else { config.hidden_size };
+        Self {
+            norm: LayerNorm::new(norm_width, LAYER_NORM_EPS, options, device),
+            linear_fc1: Linear::new(joined, joined, true, options, device),
+            linear_fc2: Linear::new(joined, config.out_hidden_size, true, options, device),
+            norm_after_shuffle,
+        }
+    }
+
+    /// `[n, hidden]` → `[m, out_hidden]`.
+    pub fn forward(&self, x: Tensor<B, 2>, dropout_seed: Option<u64>) -> Tensor<B, 2> {
+        let [patches, hidden] = x.dims();
+        let joined = self.linear_fc1.weight.lazy_shape()[1];
+        let merged = patches * hidden / joined;
+        let x = if self.norm_after_shuffle {
+            self.norm.forward(x.reshape([merged, joined]))
+        } else {
+            self.norm.forward(x).reshape([merged, joined])
+        };
+        let x = gelu_exact(self.linear_fc1.forward(x, dropout_seed));
+        self.linear_fc2.forward(x, dropout_seed)
+    }
+}
+
+/// What the tower hands to the language model.
+#[derive(Debug, Clone)]
+pub struct VisionOutput<B: Backend> {
+    /// Goes into the text embeddings, `[m, out_hidden]`.
+    pub merged: Tensor<B, 2>,
+    /// Added behind the first layers of the language model, each `[m, out_hidden]`.
+    pub deepstack: Vec<Tensor<B, 2>>,
+}
+
+/// Where each patch of some images lies: what the tower needs besides pixels.
+#[derive(Debug, Clone)]
+pub struct VisionLayout<B: Backend> {
+    /// Four rows of the position table for each patch: one index tensor `[n]` a corner.
+    corners: Vec<(Tensor<B, 1, Int>, Tensor<B, 2>)>,
+    /// Rotary tables, `[n, head_dim]`.
+    pub rope: RopeTables<B>,
+    /// Patches of each frame: attention stays inside.
+    pub segments: Vec<usize>,
+}
+
+impl<B: Backend> VisionLayout<B> {
+    /// Works out positions for images of `grids` patches, `(time, height, width)` each.
+    pub fn new(grids: &[[usize; 3]], config: &VisionConfig, device: &B::Device) -> Self {
+        let mut corners = PositionCorners::default();
+        let mut rows_columns = Vec::new();
+        let mut segments = Vec::new();
+        for grid in grids {
+            corners.extend(*grid, config.position_side(), config.spatial_merge_size);
+            rows_columns.extend(patch_positions(*grid, config.spatial_merge_size));
+            segments.extend(std::iter::repeat_n(grid[1] * grid[2], grid[0]));
+        }
+        let patches = rows_columns.len();
+        let corners = (0..4)
+            .map(|corner| {
+                let indices: Vec<i32> = corners.indices.iter().map(|row| row[corner] as i32).collect();
+                let weights: Vec<f32> = corners.weights.iter().map(|row| row[corner]).collect();
+                (
+                    Tensor::from_ints(indices.as_slice(), device),
+                    Tensor::from_data(TensorData::new(weights, [patches, 1]), (device, DType::F32)),
+                )
+            })
+            .collect();
+        Self {
+            corners,
+            rope: RopeTables::vision(&rows_columns, config.head_dim(), device),
+            segments,
+        }
+    }
+}
+
+/// For each patch the four rows of the position table around it and their bilinear weights.
+#[derive(Debug, Clone, Default)]
+pub struct PositionCorners {
+    /// Rows of the table, `[n][4]`: top left, top right, bottom left, bottom right.
+    pub indices: Vec<[u32; 4]>,
+    /// Weights, `[n][4]`.
+    pub weights: Vec<[f32; 4]>,
+}
+
+impl PositionCorners {
+    /// Appends the patches of one image in merge-block order; corners of the table and of the image
+    /// coincide.
+    ///
+    /// Source: `Qwen3VLVisionModel.fast_pos_embed_interpolate`, transformers.
+    pub fn extend(&mut self, [t, h, w]: [usize; 3], side: usize, merge: usize) {
+        let rows = linspace(side, h);
+        let columns = linspace(side, w);
+        let start = self.indices.len();
+        for (row, column) in merge_block_order(h, w, merge) {
+            let (y, x) = (rows[row], columns[column]);
+            let (top, left) = (y as usize, x as usize);
+            let bottom = (top + 1).min(side - 1);
+            let right = (left + 1).min(side - 1);
+            let (dy, dx) = (y - top as f32, x - left as f32);
+            let at = |row, column| (row * side + column) as u32;
+            self.indices.push([at(top, left), at(top, right), at(bottom, left), at(bottom, right)]);
+            self.weights.push([
+                (1.0 - dy) * (1.0 - dx),
+                (1.0 - dy) * dx,
+                dy * (1.0 - dx),
+                dy * dx,
+            ]);
+        }
+        for _ in 1..t {
+            self.indices.extend_from_within(start..start + h * w);
+            self.weights.extend_from_within(start..start + h * w);
+        }
+    }
+}
+
+/// `steps` evenly spaced values from 0 to `side - 1`, both included, as `torch.linspace` in f32:
+/// from the left in the first half, from the right in the second.
+fn linspace(side: usize, steps: usize) -> Vec<f32> {
+    let end = (side - 1) as f32;
+    if steps == 1 {
+        return vec![0.0];
+    }
+    let step = end / (steps - 1) as f32;
+    (0..steps)
+        .map(|i| {
+            if i < steps / 2 {
+                step * i as f32
+            } else {
+                end - step * (steps - 1 - i) as f32
+            }
+        })
+        .collect()
+}
+
+/// `(row, column)` of the patches of one frame, merged square after merged square.
+fn merge_block_order(h: usize, w: usize, merge: usize) -> impl Iterator<Item = (usize, usize)> {
+    (0..h / merge).flat_map(move |block_row| {
+        (0..w / merge).flat_map(move |block_column| {
+            (0..merge).flat_map(move |row| {
+                (0..merge)
+                    .map(move |column| (block_row * merge + row, block_column * merge + column))
+            })
+        })
+    })
+}
+
+/// `[row, column]` of every patch of an image in merge-block order, frame after frame.
+pub fn patch_positions([t, h, w]: [usize; 3], merge: usize) -> Vec<[u32; 2]> {
+    let frame: Vec<[u32; 2]> = merge_block_order(h, w, merge)
+        .map(|(row, column)| [row as u32, column as u32])
+        .collect();
+    frame.repeat(t)
+}
+
+/// The vision tower.
+///
+/// Source: `Qwen3VLVisionModel`, transformers, `modeling_qwen3_vl.py`.
+#[derive(Module, Debug)]
+pub struct VisionModel<B: Backend> {
+    /// Patches to the tower's width.
+    pub patch_embed: PatchEmbed<B>,
+    /// Learned position table.
+    pub pos_embed: Embedding<B>,
+    /// Blocks.
+    pub blocks: Vec<VisionBlock<B>>,
+    /// Last block's output to tokens.
+    pub merger: PatchMerger<B>,
+    /// Inner blocks' outputs to DeepStack tokens.
+    pub deepstack_merger_list: Vec<PatchMerger<B>>,
+    deepstack_visual_indexes: Vec<usize>,
+}
+
+impl<B: Backend> VisionModel<B> {
+    /// A tower whose parameters are drawn at first use.
+    pub fn new(config: &VisionConfig, options: &InitOptions, device: &B::Device) -> Self {
+        Self {
+            patch_embed: PatchEmbed::new(config, options, device),
+            pos_embed: Embedding::new(
+                config.num_position_embeddings,
+                config.hidden_size,
+                options,
+                device,
+            ),
+            blocks: (0..config.depth)
+                .map(|_| VisionBlock::new(config, options, device))
+                .collect(),
+            merger: PatchMerger::new(config, false, options, device),
+            deepstack_merger_list: config
+                .deepstack_visual_indexes
+                .iter()
+                .map(|_| PatchMerger::new(config, true, options, device))
+                .collect(),
+            deepstack_visual_indexes: config.deepstack_visual_indexes.clone(),
+        }
+    }
+
+    /// Interpolated position embeddings, `[n, hidden]`.
+    pub fn position_embeddings(&self, layout: &VisionLayout<B>) -> Tensor<B, 2> {
+        let mut sum: Option<Tensor<B, 2>> = None;
+        for (indices, weights) in &layout.corners {
+            let rows = super::nn::to_f32(self.pos_embed.forward(indices.clone()));
+            let part = rows * weights.clone();
+            sum = Some(match sum {
+                Some(sum) => sum + part,
+                None => part,
+            });
+        }
+        let dtype = self.patch_embed.proj.bias.val().dtype();
+        to_dtype(sum.expect("a patch has four corners"), dtype)
+    }
+
+    /// What goes into the first block: patch embedding plus position, `[n, hidden]`.
+    pub fn embed(&self, pixel_values: Tensor<B, 2>, layout: &VisionLayout<B>) -> Tensor<B, 2> {
+        self.patch_embed.forward(pixel_values) + self.position_embeddings(layout)
+    }
+
+    /// The DeepStack merger that reads the output of block `index`, where there is one.
+    pub fn deepstack_after(&self, index: usize) -> Option<&PatchMerger<B>> {
+        let at = self.deepstack_visual_indexes.iter().position(|i| *i == index)?;
+        self.deepstack_merger_list.get(at)
+    }
+
+    /// # Shapes
+    /// - `pixel_values`: `[n, patch_dim]`, the images of `layout` one after another
+    pub fn forward(
+        &self,
+        pixel_values: Tensor<B, 2>,
+        layout: &VisionLayout<B>,
+        dropout_seed: Option<u64>,
+    ) -> VisionOutput<B> {
+        let mut x = self.embed(pixel_values, layout);
+        let mut deepstack = Vec::with_capacity(self.deepstack_merger_list.len());
+        for (index, block) in self.blocks.iter().enumerate() {
+            x = block.forward(x, &layout.rope, &layout.segments, dropout_seed);
+            if let Some(merger) = self.deepstack_after(index) {
+                deepstack.push(merger.forward(x.clone(), dropout_seed));
+            }
+        }
+        VisionOutput {
+            merged: self.merger.forward(x, dropout_seed),
+            deepstack,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patches_of_one_square_lie_next_to_each_other() {
+        assert_eq!(
+            patch_positions([1, 2, 4], 2),
+            [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]]
+        );
+    }
+
+    #[test]
+    fn position_corners_touch_the_corners_of_the_table() {
+        let mut corners = PositionCorners::default();
+        corners.extend([1, 4, 4], 48, 2);
+        assert_eq!(corners.indices[0][0], 0);
+        assert_eq!(corners.weights[0], [1.0, 0.0, 0.0, 0.0]);
+        assert_eq!(corners.indices[15][0], 48 * 48 - 1);
+        for weights in &corners.weights {
+            assert!((weights.iter().sum::<f32>() - 1.0).abs() < 1e-6);
+        }
+    }
+}

@@ -1,0 +1,11 @@
+//! Ours against the reference, part by part, at tiny size and through the true loader.
+//!
+//! Sizes, names and prompts are read from the fixture folder (`PARITY_FIXTURES`, by default the one
+//! in the repository), so another folder of the same form must pass as well. The backend is the CPU's
+//! unless the binary is built for another and `PARITY_DEVICE` names it.
+#![recursion_limit = "512"]
+
+mod backend;
+mod support;
+
+mod model;
