@@ -6,5 +6,7 @@
 #![warn(missing_docs, unreachable_pub, unsafe_code)]
 
 pub mod files;
+pub mod generate;
 pub mod lora;
+pub mod processor;
 pub mod qwen3_vl;

@@ -8,4 +8,6 @@
 mod backend;
 mod support;
 
+mod generate;
 mod model;
+mod text_processing;

@@ -24,12 +24,12 @@ use crate::support::{ACTIVATIONS, Reference, assert_close, fixtures, json, value
 
 use crate::backend::{TestBackend as B, device};
 
-struct Loaded {
-    config: Qwen3VlConfig,
-    model: Qwen3Vl<B>,
+pub struct Loaded {
+    pub config: Qwen3VlConfig,
+    pub model: Qwen3Vl<B>,
 }
 
-fn load(name: &str) -> Loaded {
+pub fn load(name: &str) -> Loaded {
     load_from(fixtures().join(name))
 }
 
@@ -41,7 +41,7 @@ fn load_from(dir: PathBuf) -> Loaded {
 }
 
 /// The images of a sequence of `inputs.json`, patches and grids one after another.
-fn images_of(names: &[String]) -> ImageInput {
+pub fn images_of(names: &[String]) -> ImageInput {
     let inputs = Reference::open("inputs.safetensors");
     let mut all = ImageInput::default();
     for name in names {

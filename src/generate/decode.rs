@@ -1,0 +1,312 @@
+//! Prefill, cached steps, stopping.
+
+use burn::{prelude::*, tensor::DType};
+
+use super::sampler::{Sampler, SamplingConfig};
+use crate::qwen3_vl::{
+    ImageInput, Padding, Qwen3Vl, TextInput,
+    cache::KeyValueCache,
+    config::Qwen3VlConfig,
+    rope::{PositionError, Positions},
+};
+
+/// When generation ends and how tokens are chosen.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GenerationConfig {
+    /// Most tokens to add to a prompt.
+    pub max_new_tokens: usize,
+    /// Tokens that end an answer.
+    pub eos_token_ids: Vec<u32>,
+    /// Ends an answer that goes round in circles.
+    pub stop_on_repetition: bool,
+    /// How tokens are chosen.
+    pub sampling: SamplingConfig,
+}
+
+impl Default for GenerationConfig {
+    fn default() -> Self {
+        Self {
+            max_new_tokens: 512,
+            eos_token_ids: Vec::new(),
+            stop_on_repetition: true,
+            sampling: SamplingConfig::default(),
+        }
+    }
+}
+
+/// Why an answer ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FinishReason {
+    /// An end token or a stop string.
+    Stop,
+    /// `max_new_tokens`.
+    Length,
+    /// The same tokens over and over.
+    Repetition,
+    /// The caller wanted no more.
+    Cancelled,
+}
+
+/// One prompt with its images.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Prompt {
+    /// Token ids, image placeholders expanded.
+    pub input_ids: Vec<u32>,
+    /// Images in the order of their placeholders.
+    pub images: ImageInput,
+}
+
+/// What came of one prompt.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Generation {
+    /// New tokens, the end token included.
+    pub token_ids: Vec<u32>,
+    /// Why it ended.
+    pub finish_reason: FinishReason,
+}
+
+/// What keeps generation from starting.
+#[derive(Debug, thiserror::Error)]
+pub enum GenerateError {
+    /// Prompt and answer do not fit the positions the model was trained for.
+    #[error(
+        "the prompt has {prompt} tokens ({image} of them image tokens) and may grow by {new}; the model's context is {context}. Shorten the prompt, lower `--max-new-tokens` or `--max-pixels`"
+    )]
+    TooLong {
+        /// Tokens of the prompt.
+        prompt: usize,
+        /// Image tokens among them.
+        image: usize,
+        /// `max_new_tokens`.
+        new: usize,
+        /// Longest sequence.
+        context: usize,
+    },
+    /// A prompt without a token.
+    #[error("the prompt is empty")]
+    Empty,
+    /// A token the model does not have.
+    #[error("the prompt holds token {id}, the model has {vocab_size} tokens; does the tokenizer belong to the model?")]
+    UnknownToken {
+        /// The token.
+        id: u32,
+        /// Tokens of the model.
+        vocab_size: usize,
+    },
+    /// Image tokens and images do not agree.
+    #[error(transparent)]
+    Positions(#[from] PositionError),
+    /// The model answers with NaN.
+    #[error("the model's output is not a number; weights and dtype do not go together, try `--dtype f32` or `--dtype bf16`")]
+    NotFinite,
+    /// A sampling setting out of range.
+    #[error("{0}")]
+    Sampling(String),
+}
+
+/// Seconds spent in the parts of one call.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Timing {
+    /// Vision tower.
+    pub vision_seconds: f64,
+    /// Language model over the prompt, up to the first token.
+    pub prefill_seconds: f64,
+    /// All steps behind the first token.
+    pub decode_seconds: f64,
+    /// Tokens of all prompts.
+    pub prompt_tokens: usize,
+    /// Tokens generated behind the first of each row.
+    pub decoded_tokens: usize,
+}
+
+/// Runs one batch of prompts to the end.
+///
+/// Every row equals the row alone: rows are padded on the left, padding is hidden, and each row has
+/// its own sampler. `on_token` gets the row and each new token, end token excluded, and says whether
+/// to go on: `Some(reason)` ends the row.
+///
+/// # Errors
+/// [`GenerateError`], before anything is computed but for [`GenerateError::NotFinite`].
+pub fn generate<B: Backend>(
+    model: &Qwen3Vl<B>,
+    config: &Qwen3VlConfig,
+    prompts: &[Prompt],
+    settings: &GenerationConfig,
+    device: &B::Device,
+    on_token: &mut dyn FnMut(usize, u32) -> Option<FinishReason>,
+) -> Result<(Vec<Generation>, Timing), GenerateError> {
+    check(config, prompts, settings)?;
+    let mut timing = Timing::default();
+    let mut clock = std::time::Instant::now();
+    let mut lap = |device: &B::Device| {
+        // The device works behind our back; a span ends when its work is done.
+        let _ = B::sync(device);
+        let seconds = clock.elapsed().as_secs_f64();
+        clock = std::time::Instant::now();
+        seconds
+    };
+
+    let rows: Vec<Vec<u32>> = prompts.iter().map(|prompt| prompt.input_ids.clone()).collect();
+    let grids: Vec<_> = prompts
+        .iter()
+        .map(|prompt| prompt.images.image_grid_thw.clone())
+        .collect();
+    let (input, deltas) = TextInput::padded(&rows, &grids, config, Padding::Left, 0)?;
+    timing.prompt_tokens = rows.iter().map(Vec::len).sum();
+    let mut images = ImageInput::default();
+    prompts.iter().for_each(|prompt| images.extend(&prompt.images));
+    let vision = (!images.image_grid_thw.is_empty())
+        .then(|| model.encode_images(&images, config, device));
+    timing.vision_seconds = lap(device);
+
+    let mut results: Vec<Generation> = prompts
+        .iter()
+        .map(|_| Generation {
+            token_ids: Vec::new(),
+            finish_reason: FinishReason::Length,
+        })
+        .collect();
+    let mut cache = KeyValueCache::new(config.text_config.num_hidden_layers);
+    let hidden = model.hidden_states(&input, vision.as_ref(), config, Some(&mut cache), None, device);
+    drop(vision);
+    let seq = input.seq();
+    let last: Vec<i32> = (1..=rows.len()).map(|row| (row * seq - 1) as i32).collect();
+    let hidden = hidden.select(0, Tensor::from_ints(last.as_slice(), device));
+    let mut logits = logits_on_host(model, hidden)?;
+    timing.prefill_seconds = lap(device);
+
+    let mut samplers: Vec<Sampler> = rows
+        .iter()
+        .map(|row| Sampler::new(&settings.sampling, row))
+        .collect();
+    // Rows of the batch that go on, by their place among the prompts.
+    let mut active: Vec<usize> = (0..rows.len()).collect();
+    loop {
+        let mut stays = Vec::with_capacity(active.len());
+        for (place, row) in active.iter().copied().enumerate() {
+            let token = samplers[row].next(&logits[place]);
+            let result = &mut results[row];
+            result.token_ids.push(token);
+            let ended = if settings.eos_token_ids.contains(&token) {
+                Some(FinishReason::Stop)
+            } else if let Some(reason) = on_token(row, token) {
+                Some(reason)
+            } else if result.token_ids.len() >= settings.max_new_tokens {
+                Some(FinishReason::Length)
+            } else if settings.stop_on_repetition && goes_round(&result.token_ids) {
+                Some(FinishReason::Repetition)
+            } else {
+                None
+            };
+            match ended {
+                Some(reason) => result.finish_reason = reason,
+                None => stays.push(place),
+            }
+        }
+        if stays.is_empty() {
+            break;
+        }
+        if stays.len() < active.len() {
+            cache.select_rows(&stays, device);
+            active = stays.iter().map(|place| active[*place]).collect();
+        }
+        let mut step = TextInput {
+            input_ids: Vec::with_capacity(active.len()),
+            segments: vec![vec![0]; active.len()],
+            positions: Positions::default(),
+            image_token_id: config.image_token_id,
+        };
+        for row in &active {
+            let tokens = &results[*row].token_ids;
+            step.input_ids.push(tokens[tokens.len() - 1..].to_vec());
+            let position = (rows[*row].len() + tokens.len() - 1) as i64 + deltas[*row];
+            step.positions.push([position; 3]);
+        }
+        // A drawn image placeholder is a plain token here: there is no feature to put in its place.
+        let hidden = model.hidden_states(&step, None, config, Some(&mut cache), None, device);
+        logits = logits_on_host(model, hidden)?;
+        timing.decoded_tokens += active.len();
+    }
+    timing.decode_seconds = lap(device);
+    Ok((results, timing))
+}
+
+fn check(
+    config: &Qwen3VlConfig,
+    prompts: &[Prompt],
+    settings: &GenerationConfig,
+) -> Result<(), GenerateError> {
+    settings.sampling.check().map_err(GenerateError::Sampling)?;
+    let text = &config.text_config;
+    for prompt in prompts {
+        let ids = &prompt.input_ids;
+        if ids.is_empty() {
+            return Err(GenerateError::Empty);
+        }
+        if let Some(id) = ids.iter().find(|id| **id as usize >= text.vocab_size) {
+            return Err(GenerateError::UnknownToken {
+                id: *id,
+                vocab_size: text.vocab_size,
+            });
+        }
+        if ids.len() + settings.max_new_tokens > text.max_position_embeddings {
+            return Err(GenerateError::TooLong {
+                prompt: ids.len(),
+                image: ids.iter().filter(|id| **id == config.image_token_id).count(),
+                new: settings.max_new_tokens,
+                context: text.max_position_embeddings,
+            });
+        }
+    }
+    Ok(())
+}
+
+fn logits_on_host<B: Backend>(
+    model: &Qwen3Vl<B>,
+    hidden: Tensor<B, 2>,
+) -> Result<Vec<Vec<f32>>, GenerateError> {
+    let logits = model.logits(hidden);
+    let [_, vocab] = logits.dims();
+    debug_assert_eq!(logits.dtype(), DType::F32);
+    let values: Vec<f32> = logits
+        .into_data()
+        .to_vec()
+        .map_err(|_| GenerateError::NotFinite)?;
+    if values.iter().any(|value| value.is_nan()) {
+        return Err(GenerateError::NotFinite);
+    }
+    Ok(values.chunks(vocab).map(<[f32]>::to_vec).collect())
+}
+
+/// Longest cycle looked for, in tokens.
+const LONGEST_CYCLE: usize = 96;
+
+/// Whether the end of the answer is one short piece over and over: at least four times and 32 tokens.
+fn goes_round(tokens: &[u32]) -> bool {
+    (1..=LONGEST_CYCLE).any(|cycle| {
+        let need = (4 * cycle).max(32);
+        tokens.len() >= need && {
+            let tail = &tokens[tokens.len() - need..];
+            tail[cycle..] == tail[..need - cycle]
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_circle_is_told_from_a_repeated_phrase() {
+        assert!(goes_round(&[5; 32]));
+        assert!(!goes_round(&[5; 31]));
+        let cycle: Vec<u32> = (0..20).collect();
+        assert!(goes_round(&cycle.repeat(4)));
+        assert!(!goes_round(&cycle.repeat(3)));
+        let mut broken = cycle.repeat(4);
+        broken[70] = 99;
+        assert!(!goes_round(&broken));
+        assert!(!goes_round(&(0..400).collect::<Vec<u32>>()));
+    }
+}

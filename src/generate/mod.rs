@@ -1,0 +1,10 @@
+//! Generation: logits to tokens to text.
+//!
+//! Knows the model and ids; text comes in only in [`text`], through the tokenizer.
+
+pub mod decode;
+pub mod sampler;
+pub mod text;
+
+pub use decode::{FinishReason, Generation, GenerationConfig, GenerateError, Prompt, Timing, generate};
+pub use sampler::SamplingConfig;

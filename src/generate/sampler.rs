@@ -1,0 +1,210 @@
+//! Logits to a token.
+
+use std::collections::HashSet;
+
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// How the next token is chosen; the defaults are greedy.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SamplingConfig {
+    /// Divides the logits; 0 takes the likeliest token.
+    pub temperature: f32,
+    /// Keeps this many likeliest tokens; 0 keeps all.
+    pub top_k: usize,
+    /// Keeps the likeliest tokens that reach this share together; 1 keeps all.
+    pub top_p: f32,
+    /// Keeps tokens at least this likely relative to the likeliest; 0 keeps all.
+    pub min_p: f32,
+    /// Divides positive and multiplies negative logits of tokens seen before; 1 changes nothing.
+    pub repetition_penalty: f32,
+    /// Seed of the draws.
+    pub seed: u64,
+}
+
+impl Default for SamplingConfig {
+    fn default() -> Self {
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            seed: 0,
+        }
+    }
+}
+
+impl SamplingConfig {
+    /// Checks the ranges.
+    ///
+    /// # Errors
+    /// A sentence that names the setting, what was found and what is allowed.
+    pub fn check(&self) -> Result<(), String> {
+        let range = |name: &str, value: f32, low: f32, high: f32| {
+            if value >= low && value <= high {
+                Ok(())
+            } else {
+                Err(format!("{name} is {value}, expected {low} to {high}"))
+            }
+        };
+        range("temperature", self.temperature, 0.0, 100.0)?;
+        range("top_p", self.top_p, f32::MIN_POSITIVE, 1.0)?;
+        range("min_p", self.min_p, 0.0, 1.0)?;
+        range("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+    }
+}
+
+/// Chooses tokens for one sequence.
+///
+/// The order of the filters is transformers': repetition penalty, temperature, top-k, top-p, min-p.
+#[derive(Debug, Clone)]
+pub struct Sampler {
+    config: SamplingConfig,
+    random: ChaCha8Rng,
+    seen: HashSet<u32>,
+}
+
+impl Sampler {
+    /// A sampler for a sequence that starts with `prompt`.
+    pub fn new(config: &SamplingConfig, prompt: &[u32]) -> Self {
+        Self {
+            random: ChaCha8Rng::seed_from_u64(config.seed),
+            seen: prompt.iter().copied().collect(),
+            config: config.clone(),
+        }
+    }
+
+    /// The next token; ties go to the lower id.
+    pub fn next(&mut self, logits: &[f32]) -> u32 {
+        let token = if self.config.repetition_penalty == 1.0 {
+            self.choose(logits)
+        } else {
+            let mut penalised = logits.to_vec();
+            for id in &self.seen {
+                if let Some(logit) = penalised.get_mut(*id as usize) {
+                    if *logit > 0.0 {
+                        *logit /= self.config.repetition_penalty;
+                    } else {
+                        *logit *= self.config.repetition_penalty;
+                    }
+                }
+            }
+            self.choose(&penalised)
+        };
+        self.seen.insert(token);
+        token
+    }
+
+    fn choose(&mut self, logits: &[f32]) -> u32 {
+        if self.config.temperature == 0.0 {
+            return argmax(logits);
+        }
+        let mut kept: Vec<(u32, f32)> = logits
+            .iter()
+            .enumerate()
+            .map(|(id, logit)| (id as u32, logit / self.config.temperature))
+            .collect();
+        kept.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        if self.config.top_k > 0 {
+            kept.truncate(self.config.top_k);
+        }
+        let top = kept.first().map_or(0.0, |first| first.1);
+        for (_, value) in &mut kept {
+            *value = (*value - top).exp();
+        }
+        if self.config.top_p < 1.0 {
+            let all: f32 = kept.iter().map(|(_, weight)| weight).sum();
+            let mut before = 0.0;
+            // A token stays while those before it do not reach the share yet; the first always does.
+            kept.retain(|(_, weight)| {
+                let stays = before < self.config.top_p * all;
+                before += weight;
+                stays
+            });
+        }
+        if self.config.min_p > 0.0 {
+            // The likeliest has weight 1.
+            kept.retain(|(_, weight)| *weight >= self.config.min_p);
+        }
+        let all: f32 = kept.iter().map(|(_, weight)| weight).sum();
+        let mut left = self.random.random::<f32>() * all;
+        for (id, weight) in &kept {
+            left -= weight;
+            if left < 0.0 {
+                return *id;
+            }
+        }
+        kept.last().map_or(0, |(id, _)| *id)
+    }
+}
+
+/// Index of the largest value, the first of equals.
+pub fn argmax(values: &[f32]) -> u32 {
+    let mut best = 0;
+    for (index, value) in values.iter().enumerate() {
+        if *value > values[best] {
+            best = index;
+        }
+    }
+    best as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn drawn(config: SamplingConfig, logits: &[f32], draws: usize) -> Vec<u32> {
+        let mut sampler = Sampler::new(&config, &[]);
+        (0..draws).map(|_| sampler.next(logits)).collect()
+    }
+
+    #[test]
+    fn greedy_takes_the_first_of_equals() {
+        assert_eq!(drawn(SamplingConfig::default(), &[1.0, 3.0, 3.0], 1), [1]);
+    }
+
+    #[test]
+    fn the_penalty_turns_greedy_away_from_what_was_said() {
+        let config = SamplingConfig {
+            repetition_penalty: 2.0,
+            ..SamplingConfig::default()
+        };
+        let mut sampler = Sampler::new(&config, &[1]);
+        assert_eq!(sampler.next(&[1.4, 2.0, -1.0]), 0);
+        // 1.4 / 2 and 2 / 2 against 0.9.
+        assert_eq!(sampler.next(&[1.4, 2.0, 0.9]), 1);
+    }
+
+    #[test]
+    fn filters_leave_only_what_they_promise() {
+        let logits = [0.0, 1.0, 2.0, 3.0];
+        let hot = SamplingConfig {
+            temperature: 5.0,
+            ..SamplingConfig::default()
+        };
+        let top_k = SamplingConfig { top_k: 2, ..hot.clone() };
+        assert!(drawn(top_k, &logits, 200).iter().all(|id| *id >= 2));
+        // softmax([0..3]) = .032 .087 .237 .644: 0.7 needs two.
+        let top_p = SamplingConfig { temperature: 1.0, top_p: 0.7, ..hot.clone() };
+        assert!(drawn(top_p, &logits, 200).iter().all(|id| *id >= 2));
+        let min_p = SamplingConfig { temperature: 1.0, min_p: 0.3, ..hot.clone() };
+        assert!(drawn(min_p, &logits, 200).iter().all(|id| *id >= 2));
+        assert!(drawn(hot, &logits, 200).contains(&0));
+    }
+
+    #[test]
+    fn one_seed_gives_one_sequence_and_frequencies_follow_the_softmax() {
+        let config = |seed| SamplingConfig {
+            temperature: 1.0,
+            seed,
+            ..SamplingConfig::default()
+        };
+        let logits = [0.0, 2f32.ln()];
+        assert_eq!(drawn(config(7), &logits, 50), drawn(config(7), &logits, 50));
+        assert_ne!(drawn(config(7), &logits, 50), drawn(config(8), &logits, 50));
+        let ones = drawn(config(1), &logits, 3000).iter().filter(|id| **id == 1).count();
+        // Two thirds of 3,000, four standard deviations.
+        assert!((1900..2100).contains(&ones), "{ones}");
+    }
+}

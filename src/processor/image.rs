@@ -1,0 +1,605 @@
+//! Picture files to RGB pixels: PNG, JPEG, WebP, BMP and TIFF, told apart by content.
+//!
+//! What a pixel becomes follows the reference pipeline (`to_rgb` of `qwen_vl_utils` over Pillow):
+//! red, green, blue and alpha are laid on white; grey with alpha, and transparency of a palette or
+//! of a single colour, lose it as Pillow's `convert("RGB")` does; 16-bit colour keeps its high byte.
+//! One deviation: Pillow clips 16-bit grey at 255, which leaves a radiograph white; here it is
+//! scaled to 8 bits, `value / 257` rounded. The orientation a camera wrote is applied.
+//!
+//! Nothing is allocated for pixels before the header's size has passed [`DecodeLimits`]. This module
+//! knows nothing of patches, tensors or windows of grey levels.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Cursor, Read, Seek};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+
+use image::metadata::Orientation;
+use image::{ColorType, DynamicImage, ImageDecoder, ImageFormat, ImageReader};
+
+/// Why a picture could not be read, sized or cut into patches.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// The file could not be opened or read.
+    #[error("cannot read picture `{name}`")]
+    Read {
+        /// File that was being read.
+        name: String,
+        /// What the system said.
+        #[source]
+        cause: io::Error,
+    },
+    /// The file holds no byte.
+    #[error("picture `{name}` is empty (0 bytes); hint: copy or export it again")]
+    Empty {
+        /// File or upload.
+        name: String,
+    },
+    /// The file is larger than the limit.
+    #[error(
+        "picture `{name}` has {bytes} bytes, more than the limit of {limit}; hint: save it smaller, for instance as PNG"
+    )]
+    FileTooLarge {
+        /// File or upload.
+        name: String,
+        /// Its size.
+        bytes: u64,
+        /// [`DecodeLimits::max_file_bytes`].
+        limit: u64,
+    },
+    /// The content is none of the formats read here.
+    #[error(
+        "`{name}` is not a PNG, JPEG, WebP, BMP or TIFF picture ({found}); hint: convert it to PNG"
+    )]
+    UnknownFormat {
+        /// File or upload.
+        name: String,
+        /// What the content looks like.
+        found: String,
+    },
+    /// The header announces more pixels than the limit.
+    #[error(
+        "picture `{name}` is {width} × {height} pixels, more than the limit of {limit} pixels; hint: scale it down first"
+    )]
+    TooManyPixels {
+        /// File or upload.
+        name: String,
+        /// Width in the header.
+        width: u32,
+        /// Height in the header.
+        height: u32,
+        /// [`DecodeLimits::max_decoded_pixels`].
+        limit: u64,
+    },
+    /// Decoding would take more memory than the limit.
+    #[error(
+        "picture `{name}` needs more than {limit} bytes of memory to decode; hint: scale it down, or save it with 8 bits a channel"
+    )]
+    TooMuchMemory {
+        /// File or upload.
+        name: String,
+        /// [`DecodeLimits::max_decoded_bytes`].
+        limit: u64,
+    },
+    /// A known format holds pixels of a kind that is not read.
+    #[error(
+        "{format} picture `{name}` holds pixels of a kind that is not read ({found}); hint: save it as 8 or 16 bit grey or RGB"
+    )]
+    UnsupportedPixels {
+        /// File or upload.
+        name: String,
+        /// File format.
+        format: PictureFormat,
+        /// The kind of pixels.
+        found: String,
+    },
+    /// The file ends before its pixels do.
+    #[error("{format} picture `{name}` is cut off before its end; hint: copy or export it again")]
+    Truncated {
+        /// File or upload.
+        name: String,
+        /// File format.
+        format: PictureFormat,
+    },
+    /// The content breaks the rules of its format.
+    #[error("{format} picture `{name}` is damaged ({reason}); hint: copy or export it again")]
+    Damaged {
+        /// File or upload.
+        name: String,
+        /// File format.
+        format: PictureFormat,
+        /// What the decoder said.
+        reason: String,
+    },
+    /// A buffer does not hold the pixels its size asks for.
+    #[error("{bytes} bytes of pixels do not make a picture of {width} × {height} pixels")]
+    PixelCount {
+        /// Width in pixels.
+        width: usize,
+        /// Height in pixels.
+        height: usize,
+        /// Length of the buffer.
+        bytes: usize,
+    },
+    /// The picture is too long for its width, or has no extent.
+    #[error(
+        "a picture of {width} × {height} pixels has no usable shape; expected one side at most 200 times the other; hint: crop it"
+    )]
+    AspectRatio {
+        /// Width in pixels.
+        width: usize,
+        /// Height in pixels.
+        height: usize,
+    },
+    /// `preprocessor_config.json` could not be read.
+    #[error("cannot read `{}`; hint: copy it from the published checkpoint", .path.display())]
+    ConfigRead {
+        /// File that was being read.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        cause: io::Error,
+    },
+    /// `preprocessor_config.json` is not what its name says.
+    #[error("`{}` is not an image processor's configuration; hint: copy it from the published checkpoint", .path.display())]
+    ConfigParse {
+        /// File that was being read.
+        path: PathBuf,
+        /// What the parser said.
+        #[source]
+        cause: serde_json::Error,
+    },
+    /// A value of the configuration cannot be used.
+    #[error("image processor: `{key}` is `{found}`, expected {expected}")]
+    ConfigValue {
+        /// Key in `preprocessor_config.json`.
+        key: &'static str,
+        /// What it holds.
+        found: String,
+        /// What it may hold.
+        expected: &'static str,
+    },
+}
+
+/// File formats that [`decode`] reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PictureFormat {
+    /// Portable Network Graphics.
+    Png,
+    /// JPEG, baseline and progressive.
+    Jpeg,
+    /// WebP, with and without loss; the first frame of an animation.
+    WebP,
+    /// Windows bitmap.
+    Bmp,
+    /// TIFF; the first page.
+    Tiff,
+}
+
+impl fmt::Display for PictureFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Png => "PNG",
+            Self::Jpeg => "JPEG",
+            Self::WebP => "WebP",
+            Self::Bmp => "BMP",
+            Self::Tiff => "TIFF",
+        })
+    }
+}
+
+impl PictureFormat {
+    /// Tells the format by the first bytes (16 are enough); a file's extension may lie.
+    ///
+    /// # Errors
+    /// [`ImageError::Empty`] and [`ImageError::UnknownFormat`], both with `name`.
+    pub fn of(head: &[u8], name: &str) -> Result<Self, ImageError> {
+        let unknown = |found| {
+            Err(ImageError::UnknownFormat {
+                name: name.to_owned(),
+                found,
+            })
+        };
+        match image::guess_format(head) {
+            Ok(ImageFormat::Png) => Ok(Self::Png),
+            Ok(ImageFormat::Jpeg) => Ok(Self::Jpeg),
+            Ok(ImageFormat::WebP) => Ok(Self::WebP),
+            Ok(ImageFormat::Bmp) => Ok(Self::Bmp),
+            Ok(ImageFormat::Tiff) => Ok(Self::Tiff),
+            Ok(other) => unknown(format!("the content is {}", other.to_mime_type())),
+            Err(_) if head.is_empty() => Err(ImageError::Empty {
+                name: name.to_owned(),
+            }),
+            Err(_) => unknown(format!(
+                "it begins with the bytes {:02x?}",
+                &head[..head.len().min(4)]
+            )),
+        }
+    }
+
+    fn decoder_format(self) -> ImageFormat {
+        match self {
+            Self::Png => ImageFormat::Png,
+            Self::Jpeg => ImageFormat::Jpeg,
+            Self::WebP => ImageFormat::WebP,
+            Self::Bmp => ImageFormat::Bmp,
+            Self::Tiff => ImageFormat::Tiff,
+        }
+    }
+}
+
+/// What a picture from outside may cost, checked before the cost is paid.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DecodeLimits {
+    /// Largest file, in bytes.
+    pub max_file_bytes: u64,
+    /// Largest width times height in a header.
+    pub max_decoded_pixels: u64,
+    /// Largest buffer of decoded pixels, in bytes.
+    pub max_decoded_bytes: u64,
+}
+
+impl Default for DecodeLimits {
+    /// 512 MiB of file, 200 million pixels, 1 GiB decoded: room for any radiograph, and a scan of
+    /// 20,000 × 10,000 pixels in 8-bit colour.
+    fn default() -> Self {
+        Self {
+            max_file_bytes: 512 << 20,
+            max_decoded_pixels: 200_000_000,
+            max_decoded_bytes: 1 << 30,
+        }
+    }
+}
+
+/// A picture of 8-bit red, green and blue, row by row from the top left.
+#[derive(Clone, PartialEq, Eq)]
+pub struct RgbImage {
+    width: usize,
+    height: usize,
+    pixels: Vec<u8>,
+}
+
+impl fmt::Debug for RgbImage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "RgbImage({} × {})", self.width, self.height)
+    }
+}
+
+impl RgbImage {
+    /// Takes `pixels` of layout `[height, width, 3]`.
+    ///
+    /// # Errors
+    /// [`ImageError::PixelCount`] if a side is zero or the length is not `height × width × 3`.
+    pub fn from_rgb(width: usize, height: usize, pixels: Vec<u8>) -> Result<Self, ImageError> {
+        let expected = width
+            .checked_mul(height)
+            .and_then(|count| count.checked_mul(3));
+        if pixels.is_empty() || expected != Some(pixels.len()) {
+            return Err(ImageError::PixelCount {
+                width,
+                height,
+                bytes: pixels.len(),
+            });
+        }
+        Ok(Self {
+            width,
+            height,
+            pixels,
+        })
+    }
+
+    /// Spreads grey `pixels` of layout `[height, width]` over the three channels.
+    ///
+    /// # Errors
+    /// [`ImageError::PixelCount`] if a side is zero or the length is not `height × width`.
+    pub fn from_gray(width: usize, height: usize, pixels: &[u8]) -> Result<Self, ImageError> {
+        Self::from_rgb(width, height, spread(pixels.iter().copied()))
+    }
+
+    /// Width in pixels.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Height in pixels.
+    pub fn height(&self) -> usize {
+        self.height
+    }
+
+    /// Pixels `[height, width, 3]`.
+    pub fn pixels(&self) -> &[u8] {
+        &self.pixels
+    }
+
+    /// Gives the pixels `[height, width, 3]` away.
+    pub fn into_pixels(self) -> Vec<u8> {
+        self.pixels
+    }
+}
+
+/// Reads and decodes the picture at `path`.
+///
+/// # Errors
+/// Those of [`decode`], and [`ImageError::Read`]; each names the file.
+pub fn load(path: &Path, limits: &DecodeLimits) -> Result<RgbImage, ImageError> {
+    let name = path.display().to_string();
+    let read = |cause| ImageError::Read {
+        name: name.clone(),
+        cause,
+    };
+    let file = File::open(path).map_err(read)?;
+    let size = file.metadata().map_err(read)?.len();
+    check_file_size(size, &name, limits)?;
+    let mut bytes = Vec::with_capacity(size as usize);
+    // A file may grow, or be a pipe that tells no size.
+    file.take(limits.max_file_bytes.saturating_add(1))
+        .read_to_end(&mut bytes)
+        .map_err(read)?;
+    decode(&bytes, &name, limits)
+}
+
+/// Decodes the picture in `bytes`; `name` stands for it in messages.
+///
+/// # Errors
+/// Any of the first ten kinds of [`ImageError`] but [`ImageError::Read`]: empty, too large, of
+/// unknown format, cut off or damaged. No content makes it panic.
+pub fn decode(bytes: &[u8], name: &str, limits: &DecodeLimits) -> Result<RgbImage, ImageError> {
+    check_file_size(bytes.len() as u64, name, limits)?;
+    let format = PictureFormat::of(bytes, name)?;
+    if format == PictureFormat::Jpeg && !jpeg_has_end(bytes) {
+        // The decoder would fill the missing part with grey and say nothing.
+        return Err(ImageError::Truncated {
+            name: name.to_owned(),
+            format,
+        });
+    }
+    guarded(format, name, || {
+        let mut decoder = open(Cursor::new(bytes), format, name, limits)?;
+        let orientation = orientation(&mut decoder);
+        let mut picture = DynamicImage::from_decoder(decoder)
+            .map_err(|cause| refusal(cause, format, name, limits))?;
+        picture.apply_orientation(orientation);
+        to_rgb(picture, drops_alpha(format, bytes), format, name)
+    })
+}
+
+/// Width and height of the picture at `path` in pixels, upright, from its header alone.
+///
+/// It meets the limits and is of a kind that is read; its pixels may still turn out damaged.
+///
+/// # Errors
+/// Those of [`load`] that a header can show.
+pub fn probe(path: &Path, limits: &DecodeLimits) -> Result<(usize, usize), ImageError> {
+    let name = path.display().to_string();
+    let read = |cause| ImageError::Read {
+        name: name.clone(),
+        cause,
+    };
+    let file = File::open(path).map_err(read)?;
+    check_file_size(file.metadata().map_err(read)?.len(), &name, limits)?;
+    let mut reader = BufReader::new(file);
+    let format = PictureFormat::of(reader.fill_buf().map_err(read)?, &name)?;
+    guarded(format, &name, || {
+        let mut decoder = open(reader, format, &name, limits)?;
+        let (width, height) = decoder.dimensions();
+        let (width, height) = (width as usize, height as usize);
+        Ok(match orientation(&mut decoder) {
+            Orientation::Rotate90
+            | Orientation::Rotate270
+            | Orientation::Rotate90FlipH
+            | Orientation::Rotate270FlipH => (height, width),
+            _ => (width, height),
+        })
+    })
+}
+
+fn check_file_size(bytes: u64, name: &str, limits: &DecodeLimits) -> Result<(), ImageError> {
+    let limit = limits.max_file_bytes;
+    if bytes > limit {
+        return Err(ImageError::FileTooLarge {
+            name: name.to_owned(),
+            bytes,
+            limit,
+        });
+    }
+    Ok(())
+}
+
+/// Runs a decoder such that a fault inside it costs one picture, not the program.
+fn guarded<T>(
+    format: PictureFormat,
+    name: &str,
+    run: impl FnOnce() -> Result<T, ImageError>,
+) -> Result<T, ImageError> {
+    // Nothing the closure could leave half done outlives it.
+    catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| {
+        Err(ImageError::Damaged {
+            name: name.to_owned(),
+            format,
+            reason: "the decoder gave up".to_owned(),
+        })
+    })
+}
+
+/// Reads the header and holds it against the limits.
+fn open<'a, R: BufRead + Seek + 'a>(
+    reader: R,
+    format: PictureFormat,
+    name: &str,
+    limits: &DecodeLimits,
+) -> Result<impl ImageDecoder + 'a, ImageError> {
+    let mut reader = ImageReader::with_format(reader, format.decoder_format());
+    let mut memory = image::Limits::no_limits();
+    memory.max_alloc = Some(limits.max_decoded_bytes);
+    reader.limits(memory);
+    let decoder = reader
+        .into_decoder()
+        .map_err(|cause| refusal(cause, format, name, limits))?;
+    let (width, height) = decoder.dimensions();
+    if width == 0 || height == 0 {
+        let reason = format!("its size is {width} × {height}");
+        return Err(ImageError::Damaged {
+            name: name.to_owned(),
+            format,
+            reason,
+        });
+    }
+    if u64::from(width) * u64::from(height) > limits.max_decoded_pixels {
+        let limit = limits.max_decoded_pixels;
+        return Err(ImageError::TooManyPixels {
+            name: name.to_owned(),
+            width,
+            height,
+            limit,
+        });
+    }
+    if decoder.total_bytes() > limits.max_decoded_bytes {
+        let limit = limits.max_decoded_bytes;
+        return Err(ImageError::TooMuchMemory {
+            name: name.to_owned(),
+            limit,
+        });
+    }
+    let color = decoder.color_type();
+    if matches!(color, ColorType::Rgb32F | ColorType::Rgba32F) {
+        return Err(unsupported(format, name, "32-bit fractions"));
+    }
+    Ok(decoder)
+}
+
+/// The orientation in the header; a broken tag is no reason to refuse sound pixels.
+fn orientation(decoder: &mut impl ImageDecoder) -> Orientation {
+    decoder.orientation().unwrap_or(Orientation::NoTransforms)
+}
+
+fn unsupported(format: PictureFormat, name: &str, found: impl ToString) -> ImageError {
+    ImageError::UnsupportedPixels {
+        name: name.to_owned(),
+        format,
+        found: found.to_string(),
+    }
+}
+
+/// Puts what a decoder says into our words.
+fn refusal(
+    cause: image::ImageError,
+    format: PictureFormat,
+    name: &str,
+    limits: &DecodeLimits,
+) -> ImageError {
+    let name = name.to_owned();
+    match cause {
+        image::ImageError::IoError(cause) if cause.kind() == io::ErrorKind::UnexpectedEof => {
+            ImageError::Truncated { name, format }
+        }
+        image::ImageError::Limits(_) => ImageError::TooMuchMemory {
+            name,
+            limit: limits.max_decoded_bytes,
+        },
+        image::ImageError::Unsupported(cause) => unsupported(format, &name, cause),
+        other => ImageError::Damaged {
+            name,
+            format,
+            reason: other.to_string(),
+        },
+    }
+}
+
+/// Whether the marker that ends a JPEG follows its first scan.
+///
+/// Compressed data never holds the marker's two bytes, a thumbnail in the header may.
+fn jpeg_has_end(bytes: &[u8]) -> bool {
+    const START_OF_SCAN: u8 = 0xda;
+    const END_OF_IMAGE: [u8; 2] = [0xff, 0xd9];
+    let mut rest = &bytes[2..];
+    loop {
+        match rest {
+            [0xff, START_OF_SCAN, scan @ ..] => {
+                return scan.windows(2).rev().any(|pair| pair == END_OF_IMAGE);
+            }
+            [0xff, 0xff, ..] => rest = &rest[1..],
+            [0xff, 0x01 | 0xd0..=0xd9, after @ ..] => rest = after,
+            [0xff, _, high, low, ..] => {
+                let length = usize::from(u16::from_be_bytes([*high, *low]));
+                match rest.get(2 + length..) {
+                    Some(after) => rest = after,
+                    None => return false,
+                }
+            }
+            // Not at a marker: the decoder knows better what is wrong.
+            [_, _, ..] => return true,
+            _ => return false,
+        }
+    }
+}
+
+/// Whether the reference loses the alpha channel of this picture instead of using it.
+///
+/// Pillow opens a PNG as RGBA, which the reference lays on white, only for colour type 6; the
+/// decoder used here also makes alpha of a `tRNS` chunk, which Pillow keeps aside.
+fn drops_alpha(format: PictureFormat, bytes: &[u8]) -> bool {
+    const COLOR_TYPE_OFFSET: usize = 25;
+    const TRUECOLOR_WITH_ALPHA: u8 = 6;
+    format == PictureFormat::Png && bytes.get(COLOR_TYPE_OFFSET) != Some(&TRUECOLOR_WITH_ALPHA)
+}
+
+/// Decoded pixels of any kind as 8-bit RGB.
+fn to_rgb(
+    picture: DynamicImage,
+    drops_alpha: bool,
+    format: PictureFormat,
+    name: &str,
+) -> Result<RgbImage, ImageError> {
+    let (width, height) = (picture.width() as usize, picture.height() as usize);
+    let high = |value: u16| (value >> 8) as u8;
+    let rgb = |[red, green, blue, alpha]: [u8; 4]| {
+        [red, green, blue].map(|value| {
+            if drops_alpha {
+                value
+            } else {
+                over_white(value, alpha)
+            }
+        })
+    };
+    let pixels = match picture {
+        DynamicImage::ImageRgb8(buffer) => buffer.into_raw(),
+        DynamicImage::ImageLuma8(buffer) => spread(buffer.into_raw().into_iter()),
+        DynamicImage::ImageLumaA8(buffer) => spread(buffer.pixels().map(|pixel| pixel.0[0])),
+        DynamicImage::ImageRgba8(buffer) => {
+            buffer.pixels().flat_map(|pixel| rgb(pixel.0)).collect()
+        }
+        DynamicImage::ImageLuma16(buffer) => spread(buffer.into_raw().into_iter().map(gray_to_u8)),
+        DynamicImage::ImageLumaA16(buffer) => {
+            spread(buffer.pixels().map(|pixel| gray_to_u8(pixel.0[0])))
+        }
+        DynamicImage::ImageRgb16(buffer) => buffer.into_raw().into_iter().map(high).collect(),
+        DynamicImage::ImageRgba16(buffer) => buffer
+            .pixels()
+            .flat_map(|pixel| rgb(pixel.0.map(high)))
+            .collect(),
+        other => return Err(unsupported(format, name, format!("{:?}", other.color()))),
+    };
+    RgbImage::from_rgb(width, height, pixels)
+}
+
+/// One level of colour on white paper, in Pillow's integers.
+///
+/// Source: `BLEND` and `DIV255`, Pillow, `ImagingUtils.h`.
+fn over_white(value: u8, alpha: u8) -> u8 {
+    let sum = 255 * (255 - u32::from(alpha)) + u32::from(value) * u32::from(alpha) + 128;
+    (((sum >> 8) + sum) >> 8) as u8
+}
+
+/// The whole range of 16-bit grey on the whole range of 8 bits, rounded.
+fn gray_to_u8(value: u16) -> u8 {
+    ((u32::from(value) + 128) / 257) as u8
+}
+
+fn spread(gray: impl ExactSizeIterator<Item = u8>) -> Vec<u8> {
+    let mut pixels = vec![0; gray.len() * 3];
+    for (pixel, value) in pixels.as_chunks_mut::<3>().0.iter_mut().zip(gray) {
+        *pixel = [value; 3];
+    }
+    pixels
+}

@@ -1,0 +1,391 @@
+//! RGB pictures to the vision tower's input: scaled, normalised, cut into patches in its order.
+//!
+//! Patches come in blocks of `merge_size` × `merge_size`, because the patch merger joins rows that
+//! lie next to each other in the sequence. A still picture is a film of `temporal_patch_size` equal
+//! frames. This module knows nothing of tensors, tokens or prompts; it yields plain vectors.
+//!
+//! Shape letters: `patches` = grid time × height × width, `row` = channels × `temporal_patch_size` ×
+//! `patch_size` × `patch_size`.
+
+use std::borrow::Cow;
+use std::fs;
+use std::path::Path;
+
+use serde::Deserialize;
+
+use super::image::{self, DecodeLimits, ImageError, RgbImage};
+use super::resize::{ResizeRule, resize_bicubic, smart_resize};
+
+/// Red, green and blue.
+const CHANNELS: usize = 3;
+
+/// How pictures are scaled, normalised and cut; names as in `preprocessor_config.json`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ImageProcessorConfig {
+    /// Side of a square patch in pixels.
+    pub patch_size: usize,
+    /// Frames in one patch; a still picture repeats its one frame.
+    pub temporal_patch_size: usize,
+    /// Patches per side that the patch merger joins into one token.
+    pub merge_size: usize,
+    /// Smallest width times height after scaling.
+    pub min_pixels: usize,
+    /// Largest width times height after scaling.
+    pub max_pixels: usize,
+    /// Mean of red, green and blue on the scale from 0 to 1.
+    pub image_mean: [f32; 3],
+    /// Standard deviation of red, green and blue on the scale from 0 to 1.
+    pub image_std: [f32; 3],
+    /// Which published function chooses the size.
+    pub resize_rule: ResizeRule,
+}
+
+impl Default for ImageProcessorConfig {
+    /// Qwen3-VL's patches with the pixel limits of the training recipe: 4 to 980 tokens a picture.
+    fn default() -> Self {
+        Self {
+            patch_size: 16,
+            temporal_patch_size: 2,
+            merge_size: 2,
+            min_pixels: 4096,
+            max_pixels: 1_003_520,
+            image_mean: [0.5; 3],
+            image_std: [0.5; 3],
+            resize_rule: ResizeRule::default(),
+        }
+    }
+}
+
+/// The keys of `preprocessor_config.json` that matter here, in all published forms.
+#[derive(Deserialize)]
+struct PreprocessorFile {
+    patch_size: Option<usize>,
+    temporal_patch_size: Option<usize>,
+    merge_size: Option<usize>,
+    image_mean: Option<[f32; 3]>,
+    image_std: Option<[f32; 3]>,
+    rescale_factor: Option<f64>,
+    min_pixels: Option<usize>,
+    max_pixels: Option<usize>,
+    size: Option<PreprocessorSize>,
+}
+
+#[derive(Deserialize)]
+struct PreprocessorSize {
+    shortest_edge: Option<usize>,
+    longest_edge: Option<usize>,
+}
+
+impl ImageProcessorConfig {
+    /// Reads `preprocessor_config.json` in `model_dir`, pixel limits and all.
+    ///
+    /// The limits are the published model's (`min_pixels` and `max_pixels`, or `size` with
+    /// `shortest_edge` and `longest_edge`, which count pixels in spite of their names). The training
+    /// recipe has its own: [`Self::from_dir`] puts them in their place.
+    ///
+    /// # Errors
+    /// [`ImageError::ConfigRead`], [`ImageError::ConfigParse`] or [`ImageError::ConfigValue`].
+    pub fn published(model_dir: &Path) -> Result<Self, ImageError> {
+        let path = model_dir.join("preprocessor_config.json");
+        let text = fs::read_to_string(&path).map_err(|cause| ImageError::ConfigRead {
+            path: path.clone(),
+            cause,
+        })?;
+        let file: PreprocessorFile =
+            serde_json::from_str(&text).map_err(|cause| ImageError::ConfigParse { path, cause })?;
+        if let Some(found) = file
+            .rescale_factor
+            .filter(|found| (found * 255.0 - 1.0).abs() > 1e-6)
+        {
+            let (key, found) = ("rescale_factor", found.to_string());
+            return Err(ImageError::ConfigValue {
+                key,
+                found,
+                expected: "1/255",
+            });
+        }
+        let fallback = Self::default();
+        let (shortest, longest) = file
+            .size
+            .map_or((None, None), |size| (size.shortest_edge, size.longest_edge));
+        let config = Self {
+            patch_size: file.patch_size.unwrap_or(fallback.patch_size),
+            temporal_patch_size: file
+                .temporal_patch_size
+                .unwrap_or(fallback.temporal_patch_size),
+            merge_size: file.merge_size.unwrap_or(fallback.merge_size),
+            min_pixels: file.min_pixels.or(shortest).unwrap_or(fallback.min_pixels),
+            max_pixels: file.max_pixels.or(longest).unwrap_or(fallback.max_pixels),
+            image_mean: file.image_mean.unwrap_or(fallback.image_mean),
+            image_std: file.image_std.unwrap_or(fallback.image_std),
+            resize_rule: fallback.resize_rule,
+        };
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Reads `preprocessor_config.json` in `model_dir`, but keeps the pixel limits of the recipe.
+    ///
+    /// # Errors
+    /// [`ImageError::ConfigRead`], [`ImageError::ConfigParse`] or [`ImageError::ConfigValue`].
+    pub fn from_dir(model_dir: &Path) -> Result<Self, ImageError> {
+        let Self {
+            min_pixels,
+            max_pixels,
+            ..
+        } = Self::default();
+        Ok(Self {
+            min_pixels,
+            max_pixels,
+            ..Self::published(model_dir)?
+        })
+    }
+
+    /// Checks the values alone and against each other.
+    ///
+    /// # Errors
+    /// [`ImageError::ConfigValue`] with the first key that cannot be used.
+    pub fn validate(&self) -> Result<(), ImageError> {
+        let sizes = [
+            ("patch_size", self.patch_size),
+            ("temporal_patch_size", self.temporal_patch_size),
+            ("merge_size", self.merge_size),
+        ];
+        for (key, found) in sizes {
+            if !(1..=256).contains(&found) {
+                let found = found.to_string();
+                return Err(ImageError::ConfigValue {
+                    key,
+                    found,
+                    expected: "1 to 256",
+                });
+            }
+        }
+        let refuse = |key, found: String, expected| {
+            Err(ImageError::ConfigValue {
+                key,
+                found,
+                expected,
+            })
+        };
+        if self.max_pixels < self.factor().pow(2) {
+            return refuse(
+                "max_pixels",
+                self.max_pixels.to_string(),
+                "room for one token, the square of `patch_size` times `merge_size`",
+            );
+        }
+        if self.min_pixels > self.max_pixels {
+            return refuse(
+                "min_pixels",
+                self.min_pixels.to_string(),
+                "at most `max_pixels`",
+            );
+        }
+        if self.image_mean.iter().any(|mean| !mean.is_finite()) {
+            return refuse(
+                "image_mean",
+                format!("{:?}", self.image_mean),
+                "three numbers",
+            );
+        }
+        if self
+            .image_std
+            .iter()
+            .any(|std| !std.is_finite() || *std <= 0.0)
+        {
+            let found = format!("{:?}", self.image_std);
+            return refuse("image_std", found, "three numbers above zero");
+        }
+        Ok(())
+    }
+
+    /// Both sides of a scaled picture are multiples of this many pixels.
+    pub fn factor(&self) -> usize {
+        self.patch_size * self.merge_size
+    }
+
+    /// Length of one row of [`ImagePatches::pixel_values`].
+    pub fn row_len(&self) -> usize {
+        CHANNELS * self.temporal_patch_size * self.patch_size * self.patch_size
+    }
+}
+
+/// One picture, ready for the patch embedding.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ImagePatches {
+    /// `[patches, row]`, row-major; a row is `[channels, temporal, patch, patch]`.
+    pub pixel_values: Vec<f32>,
+    /// Time, height and width in patches.
+    pub grid_thw: [usize; 3],
+}
+
+/// Makes [`ImagePatches`] of pictures; cheap to share between threads.
+#[derive(Debug, Clone)]
+pub struct ImageProcessor {
+    config: ImageProcessorConfig,
+    limits: DecodeLimits,
+    /// Normalised value of every level, per channel.
+    levels: [[f32; 256]; CHANNELS],
+}
+
+impl ImageProcessor {
+    /// Checks `config` and prepares its tables; pictures are held to [`DecodeLimits::default`].
+    ///
+    /// # Errors
+    /// [`ImageError::ConfigValue`] if the configuration cannot be used.
+    pub fn new(config: ImageProcessorConfig) -> Result<Self, ImageError> {
+        config.validate()?;
+        let levels = std::array::from_fn(|channel| {
+            // The reference folds 1/255 into both numbers before it rounds to f32.
+            let mean = config.image_mean[channel] * 255.0;
+            let std = config.image_std[channel] * 255.0;
+            std::array::from_fn(|level| (level as f32 - mean) / std)
+        });
+        Ok(Self {
+            config,
+            limits: DecodeLimits::default(),
+            levels,
+        })
+    }
+
+    /// Holds pictures to other limits.
+    #[must_use]
+    pub fn with_limits(mut self, limits: DecodeLimits) -> Self {
+        self.limits = limits;
+        self
+    }
+
+    /// The sizes this processor works with.
+    pub fn config(&self) -> &ImageProcessorConfig {
+        &self.config
+    }
+
+    /// Reads and decodes the picture at `path`; see [`image::load`].
+    ///
+    /// # Errors
+    /// As [`image::load`]; each names the file.
+    pub fn load(&self, path: &Path) -> Result<RgbImage, ImageError> {
+        image::load(path, &self.limits)
+    }
+
+    /// Decodes the picture in `bytes`, called `name` in messages; see [`image::decode`].
+    ///
+    /// # Errors
+    /// As [`image::decode`]; each carries `name`.
+    pub fn decode(&self, bytes: &[u8], name: &str) -> Result<RgbImage, ImageError> {
+        image::decode(bytes, name, &self.limits)
+    }
+
+    /// Width and height of the picture at `path`, from its header alone; see [`image::probe`].
+    ///
+    /// # Errors
+    /// As [`image::probe`]; each names the file.
+    pub fn probe(&self, path: &Path) -> Result<(usize, usize), ImageError> {
+        image::probe(path, &self.limits)
+    }
+
+    /// The grid `[time, height, width]`, in patches, of a picture of `height` × `width` pixels.
+    ///
+    /// # Errors
+    /// [`ImageError::AspectRatio`] if one side is more than 200 times the other.
+    pub fn grid_for(&self, height: usize, width: usize) -> Result<[usize; 3], ImageError> {
+        let (height, width) = self.size_for(height, width)?;
+        Ok([
+            1,
+            height / self.config.patch_size,
+            width / self.config.patch_size,
+        ])
+    }
+
+    /// Tokens that a picture of grid `grid_thw` takes in the decoder's sequence.
+    pub fn num_tokens(&self, grid_thw: [usize; 3]) -> usize {
+        grid_thw.iter().product::<usize>() / self.config.merge_size.pow(2)
+    }
+
+    /// `picture` at the size the model sees; borrowed if it has that size already.
+    ///
+    /// # Errors
+    /// [`ImageError::AspectRatio`] if one side is more than 200 times the other.
+    pub fn resize<'a>(&self, picture: &'a RgbImage) -> Result<Cow<'a, RgbImage>, ImageError> {
+        let (height, width) = self.size_for(picture.height(), picture.width())?;
+        if (height, width) == (picture.height(), picture.width()) {
+            return Ok(Cow::Borrowed(picture));
+        }
+        resize_bicubic(picture, width, height).map(Cow::Owned)
+    }
+
+    /// Scales `picture`, normalises it and cuts it into patches.
+    ///
+    /// # Errors
+    /// [`ImageError::AspectRatio`] if one side is more than 200 times the other.
+    ///
+    /// Source: `Qwen2VLImageProcessor`, transformers.
+    pub fn process(&self, picture: &RgbImage) -> Result<ImagePatches, ImageError> {
+        let picture = self.resize(picture)?;
+        let patch = self.config.patch_size;
+        let grid_thw = [1, picture.height() / patch, picture.width() / patch];
+        Ok(ImagePatches {
+            pixel_values: self.cut(&picture),
+            grid_thw,
+        })
+    }
+
+    fn size_for(&self, height: usize, width: usize) -> Result<(usize, usize), ImageError> {
+        let ImageProcessorConfig {
+            min_pixels,
+            max_pixels,
+            resize_rule,
+            ..
+        } = self.config;
+        smart_resize(
+            height,
+            width,
+            self.config.factor(),
+            min_pixels,
+            max_pixels,
+            resize_rule,
+        )
+    }
+
+    /// Patches of a picture whose sides are multiples of the factor.
+    fn cut(&self, picture: &RgbImage) -> Vec<f32> {
+        let ImageProcessorConfig {
+            patch_size: patch,
+            merge_size: merge,
+            ..
+        } = self.config;
+        let frames = self.config.temporal_patch_size;
+        let (stride, area) = (picture.width() * CHANNELS, patch * patch);
+        let (rows, columns) = (picture.height() / patch, picture.width() / patch);
+        let row_len = self.config.row_len();
+        let mut pixel_values = vec![0.0; rows * columns * row_len];
+        // A block of merge × merge patches is contiguous in the output, and blocks follow each other
+        // in reading order.
+        for (index, out) in pixel_values.chunks_exact_mut(row_len).enumerate() {
+            let (block, inside) = (index / (merge * merge), index % (merge * merge));
+            let blocks_across = columns / merge;
+            let top = (block / blocks_across * merge + inside / merge) * patch;
+            let left = (block % blocks_across * merge + inside % merge) * patch;
+            for y in 0..patch {
+                let start = (top + y) * stride + left * CHANNELS;
+                let source = picture.pixels()[start..start + patch * CHANNELS]
+                    .as_chunks::<3>()
+                    .0;
+                for (channel, levels) in self.levels.iter().enumerate() {
+                    let start = channel * frames * area + y * patch;
+                    for (value, rgb) in out[start..start + patch].iter_mut().zip(source) {
+                        *value = levels[usize::from(rgb[channel])];
+                    }
+                }
+            }
+            for frame in out.chunks_exact_mut(frames * area) {
+                let (first, others) = frame.split_at_mut(area);
+                others
+                    .chunks_exact_mut(area)
+                    .for_each(|other| other.copy_from_slice(first));
+            }
+        }
+        pixel_values
+    }
+}

@@ -1,0 +1,236 @@
+//! Sizes and pixels of the scaled picture: `smart_resize` and Pillow's bicubic filter, bit for bit.
+//!
+//! The reference pipeline scales 8-bit pixels with Pillow, so the model was trained on Pillow's
+//! rounding. Crates that follow a faster fixed-point scheme differ by one level here and there, hence
+//! this small convolution of our own. This module knows nothing of files, patches or tensors.
+
+use super::image::{ImageError, RgbImage};
+
+/// Longest side over shortest side that the reference still accepts.
+const MAX_ASPECT_RATIO: f64 = 200.0;
+
+/// Which of the two published `smart_resize` functions chooses the size.
+///
+/// They differ only where a side rounds to zero patches: the first grows such a picture to
+/// `min_pixels` keeping its shape, the second first lifts the short side to one `factor`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ResizeRule {
+    /// `smart_resize` of transformers, Qwen2-VL image processing.
+    Transformers,
+    /// `smart_resize` of `qwen_vl_utils` 0.0.14, which ms-swift trains with.
+    #[default]
+    QwenVlUtils,
+}
+
+/// Chooses the size an image is scaled to before it is cut into patches.
+///
+/// Keeps the aspect ratio as far as both sides stay multiples of `factor` (patch size times merge
+/// size) and their product stays between `min_pixels` and `max_pixels`. `height` and `width` are in
+/// pixels, and so is the returned `(height, width)`. Halves round to the even multiple. A side is
+/// never less than `factor`, so a very long picture may pass `max_pixels` by a little.
+///
+/// # Errors
+/// [`ImageError::AspectRatio`] if one side is more than 200 times the other, or zero.
+///
+/// Source: `smart_resize`, transformers (Qwen2-VL image processing) and `qwen_vl_utils`.
+pub fn smart_resize(
+    height: usize,
+    width: usize,
+    factor: usize,
+    min_pixels: usize,
+    max_pixels: usize,
+    rule: ResizeRule,
+) -> Result<(usize, usize), ImageError> {
+    let (h, w) = (height as f64, width as f64);
+    if height == 0 || width == 0 || factor == 0 || h.max(w) / h.min(w) > MAX_ASPECT_RATIO {
+        return Err(ImageError::AspectRatio { width, height });
+    }
+    let unit = factor as f64;
+    let nearest = |side: f64| (side / unit).round_ties_even() as usize * factor;
+    let (mut new_height, mut new_width) = (nearest(h), nearest(w));
+    if rule == ResizeRule::QwenVlUtils {
+        (new_height, new_width) = (new_height.max(factor), new_width.max(factor));
+    }
+    if new_height * new_width > max_pixels {
+        let beta = (h * w / max_pixels as f64).sqrt();
+        let down = |side: f64| ((side / beta / unit).floor() as usize * factor).max(factor);
+        (new_height, new_width) = (down(h), down(w));
+    } else if new_height * new_width < min_pixels {
+        let beta = (min_pixels as f64 / (h * w)).sqrt();
+        let up = |side: f64| (side * beta / unit).ceil() as usize * factor;
+        (new_height, new_width) = (up(h), up(w));
+    }
+    // Only `min_pixels` of zero leaves a side at zero here.
+    Ok((new_height.max(factor), new_width.max(factor)))
+}
+
+/// Fraction bits of a weight: 8 bits of pixel and 2 of overshoot leave 22 of 32.
+const PRECISION_BITS: u32 = 32 - 8 - 2;
+
+/// Half a level, so that the shift at the end rounds.
+const ROUNDING: i32 = 1 << (PRECISION_BITS - 1);
+
+/// Reach of the bicubic kernel in source pixels at scale one.
+const SUPPORT: f64 = 2.0;
+
+/// Catmull-Rom kernel (a = -0.5), its operations in Pillow's order.
+fn bicubic(x: f64) -> f64 {
+    const A: f64 = -0.5;
+    let x = x.abs();
+    if x < 1.0 {
+        ((A + 2.0) * x - (A + 3.0)) * x * x + 1.0
+    } else if x < 2.0 {
+        (((x - 5.0) * x + 8.0) * x - 4.0) * A
+    } else {
+        0.0
+    }
+}
+
+/// Weights of one axis: output `i` is the sum of `count` inputs from `first` on.
+struct Weights {
+    /// `(first, count)` per output.
+    bounds: Vec<(usize, usize)>,
+    /// `stride` weights per output, fixed point.
+    values: Vec<i32>,
+    stride: usize,
+}
+
+impl Weights {
+    /// Source: `precompute_coeffs` and `normalize_coeffs_8bpc`, Pillow, `Resample.c`.
+    fn new(input: usize, output: usize) -> Self {
+        let scale = input as f64 / output as f64;
+        let filter_scale = scale.max(1.0);
+        let support = SUPPORT * filter_scale;
+        let inverse = 1.0 / filter_scale;
+        let stride = support.ceil() as usize * 2 + 1;
+        let mut bounds = Vec::with_capacity(output);
+        let mut values = vec![0; output * stride];
+        let mut exact = Vec::with_capacity(stride);
+        for (index, row) in values.chunks_exact_mut(stride).enumerate() {
+            let center = (index as f64 + 0.5) * scale;
+            // The casts truncate as C's do; below zero they give zero, where C is clamped to zero.
+            let first = (center - support + 0.5) as usize;
+            let last = ((center + support + 0.5) as usize).min(input);
+            exact.clear();
+            exact.extend((first..last).map(|x| bicubic((x as f64 - center + 0.5) * inverse)));
+            let total: f64 = exact.iter().sum();
+            for (value, weight) in row.iter_mut().zip(&exact) {
+                let weight = if total != 0.0 {
+                    weight / total
+                } else {
+                    *weight
+                };
+                let fixed = weight * f64::from(1 << PRECISION_BITS);
+                *value = if weight < 0.0 {
+                    (fixed - 0.5) as i32
+                } else {
+                    (fixed + 0.5) as i32
+                };
+            }
+            bounds.push((first, exact.len()));
+        }
+        Self {
+            bounds,
+            values,
+            stride,
+        }
+    }
+
+    /// First input, and the weights of the inputs from there on, of output `index`.
+    fn of(&self, index: usize) -> (usize, &[i32]) {
+        let (first, count) = self.bounds[index];
+        let start = index * self.stride;
+        (first, &self.values[start..start + count])
+    }
+}
+
+fn to_u8(sum: i32) -> u8 {
+    (sum >> PRECISION_BITS).clamp(0, 255) as u8
+}
+
+/// Scales `image` to `width` × `height` pixels exactly as Pillow's `Image.resize` with `BICUBIC`.
+///
+/// Rows are scaled first, then columns, with 8-bit pixels between; an axis that keeps its size is
+/// left out. Downscaling widens the filter, so nothing aliases.
+///
+/// # Errors
+/// [`ImageError::PixelCount`] if a wanted side is zero.
+///
+/// Source: `ImagingResample`, Pillow, `Resample.c`.
+pub fn resize_bicubic(
+    image: &RgbImage,
+    width: usize,
+    height: usize,
+) -> Result<RgbImage, ImageError> {
+    let (from_width, from_height) = (image.width(), image.height());
+    if width == 0 || height == 0 {
+        return Err(ImageError::PixelCount {
+            width,
+            height,
+            bytes: 0,
+        });
+    }
+    let across = (width != from_width).then(|| scale_rows(image.pixels(), from_width, width));
+    let rows = across.as_deref().unwrap_or(image.pixels());
+    let pixels = if height != from_height {
+        scale_columns(rows, width * 3, from_height, height)
+    } else {
+        across.unwrap_or_else(|| image.pixels().to_vec())
+    };
+    RgbImage::from_rgb(width, height, pixels)
+}
+
+/// Scales every row of `pixels` from `from` to `to` pixels.
+fn scale_rows(pixels: &[u8], from: usize, to: usize) -> Vec<u8> {
+    let weights = Weights::new(from, to);
+    let rows = pixels.len() / (from * 3);
+    let mut out = vec![0; rows * to * 3];
+    for (source, target) in pixels
+        .chunks_exact(from * 3)
+        .zip(out.chunks_exact_mut(to * 3))
+    {
+        for (index, pixel) in target.as_chunks_mut::<3>().0.iter_mut().enumerate() {
+            let (first, weights) = weights.of(index);
+            let mut sums = [ROUNDING; 3];
+            for (rgb, weight) in source[first * 3..].as_chunks::<3>().0.iter().zip(weights) {
+                for (sum, value) in sums.iter_mut().zip(rgb) {
+                    *sum += i32::from(*value) * weight;
+                }
+            }
+            *pixel = sums.map(to_u8);
+        }
+    }
+    out
+}
+
+/// Scales the columns of rows of `stride` bytes from `from` to `to` rows.
+fn scale_columns(pixels: &[u8], stride: usize, from: usize, to: usize) -> Vec<u8> {
+    // As many sums as stay in registers; the rest of a row follows one by one.
+    const LANES: usize = 32;
+    let weights = Weights::new(from, to);
+    let mut out = vec![0; to * stride];
+    for (index, target) in out.chunks_exact_mut(stride).enumerate() {
+        let (first, weights) = weights.of(index);
+        let source = &pixels[first * stride..];
+        let (blocks, rest) = target.as_chunks_mut::<LANES>();
+        for (block, lanes) in blocks.iter_mut().enumerate() {
+            let mut sums = [ROUNDING; LANES];
+            for (row, weight) in source[block * LANES..].chunks(stride).zip(weights) {
+                for (sum, value) in sums.iter_mut().zip(&row[..LANES]) {
+                    *sum += i32::from(*value) * weight;
+                }
+            }
+            *lanes = sums.map(to_u8);
+        }
+        let done = blocks.len() * LANES;
+        for (lane, value) in rest.iter_mut().enumerate() {
+            let column = source[done + lane..].iter().step_by(stride);
+            *value = to_u8(
+                column
+                    .zip(weights)
+                    .fold(ROUNDING, |sum, (v, w)| sum + i32::from(*v) * w),
+            );
+        }
+    }
+    out
+}

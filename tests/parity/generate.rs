@@ -1,0 +1,148 @@
+//! Greedy generation against the reference.
+
+use serde_json::Value;
+use xray_qwen3vl::{
+    generate::{FinishReason, GenerationConfig, Prompt, generate},
+    lora::{files::load_adapter, merge::merge},
+};
+
+use crate::{
+    backend::device,
+    model::{Loaded, images_of, load},
+    support::{Reference, fixtures, json},
+};
+
+fn names(value: &Value) -> Vec<String> {
+    value
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|name| name.as_str().unwrap().to_string())
+        .collect()
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+}
+
+fn settings(new: usize) -> GenerationConfig {
+    GenerationConfig {
+        max_new_tokens: new,
+        stop_on_repetition: false,
+        ..GenerationConfig::default()
+    }
+}
+
+fn prompt(reference: &Reference, case: &str, images: &Value) -> Prompt {
+    Prompt {
+        input_ids: reference.id_rows(&format!("{case}.input_ids")).remove(0),
+        images: images_of(&names(images)),
+    }
+}
+
+fn check(loaded: &Loaded, part: &str, prompts: &[Prompt], want: &[Vec<u32>]) {
+    let longest = want.iter().map(Vec::len).max().unwrap();
+    let (results, _) = generate(
+        &loaded.model,
+        &loaded.config,
+        prompts,
+        &settings(longest),
+        &device(),
+        &mut |_, _| None,
+    )
+    .unwrap();
+    for (row, (result, want)) in results.iter().zip(want).enumerate() {
+        assert_eq!(&result.token_ids, want, "{part}, row {row}");
+        assert_eq!(result.finish_reason, FinishReason::Length);
+    }
+}
+
+#[test]
+fn greedy_tokens_of_single_prompts() {
+    let loaded = load("model-tiny");
+    let reference = Reference::open("generate.safetensors");
+    let cases = json("generate.json");
+    for case in ["image", "text", "two"] {
+        let prompt = prompt(&reference, case, &cases[case]["images"]);
+        check(&loaded, case, &[prompt], &[ids(&cases[case]["new_ids"])]);
+    }
+}
+
+#[test]
+fn generation_ends_with_the_end_token() {
+    let loaded = load("model-tiny");
+    let reference = Reference::open("generate.safetensors");
+    let case = &json("generate.json")["image_eos"];
+    let settings = GenerationConfig {
+        eos_token_ids: vec![case["eos_token_id"].as_u64().unwrap() as u32],
+        ..settings(100)
+    };
+    let prompt = prompt(&reference, "image", &case["images"]);
+    let mut streamed = Vec::new();
+    let (results, _) = generate(
+        &loaded.model,
+        &loaded.config,
+        &[prompt],
+        &settings,
+        &device(),
+        &mut |_, token| {
+            streamed.push(token);
+            None
+        },
+    )
+    .unwrap();
+    let want = ids(&case["new_ids"]);
+    assert_eq!(results[0].token_ids, want);
+    assert_eq!(streamed, want[..want.len() - 1]);
+    assert_eq!(results[0].finish_reason, FinishReason::Stop);
+}
+
+#[test]
+fn rows_of_a_batch_equal_the_reference_and_the_row_alone() {
+    let loaded = load("model-tiny");
+    let reference = Reference::open("generate.safetensors");
+    let cases = json("generate.json");
+    let batch = &cases["batch"];
+    let prompts: Vec<Prompt> = names(&batch["rows"])
+        .iter()
+        .map(|case| prompt(&reference, case, &cases[case.as_str()]["images"]))
+        .collect();
+    let want: Vec<Vec<u32>> = batch["new_ids"].as_array().unwrap().iter().map(ids).collect();
+    check(&loaded, "batch", &prompts, &want);
+    // Rows that end early leave the batch; the others must not notice.
+    let eos = want[0][want[0].len() / 2];
+    let with_eos = |prompts: &[Prompt]| {
+        let settings = GenerationConfig {
+            eos_token_ids: vec![eos],
+            ..settings(24)
+        };
+        generate(&loaded.model, &loaded.config, prompts, &settings, &device(), &mut |_, _| None)
+            .unwrap()
+            .0
+    };
+    let together = with_eos(&prompts);
+    for (row, prompt) in prompts.iter().enumerate() {
+        assert_eq!(together[row], with_eos(std::slice::from_ref(prompt))[0], "row {row}");
+    }
+}
+
+#[test]
+fn greedy_tokens_of_the_tied_model() {
+    let case = &json("generate.json")["tied_image"];
+    let reference = Reference::open("tied.safetensors");
+    let prompt = prompt(&reference, "gen_image", &case["images"]);
+    check(&load("model-tiny-tied"), "tied", &[prompt], &[ids(&case["new_ids"])]);
+}
+
+#[test]
+fn greedy_tokens_with_an_adapter_merged_and_not() {
+    let Loaded { config, model } = load("model-tiny");
+    let (model, _) = load_adapter(model, &fixtures().join("adapter")).unwrap();
+    let reference = Reference::open("generate.safetensors");
+    let case = &json("generate.json")["lora_image"];
+    let prompt = prompt(&reference, "image", &case["images"]);
+    let want = [ids(&case["new_ids"])];
+    let unmerged = Loaded { config: config.clone(), model: model.clone() };
+    check(&unmerged, "adapter", std::slice::from_ref(&prompt), &want);
+    check(&Loaded { config, model: merge(model) }, "merged", &[prompt], &want);
+}
