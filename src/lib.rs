@@ -5,8 +5,14 @@
 #![recursion_limit = "512"]
 #![warn(missing_docs, unreachable_pub, unsafe_code)]
 
+pub mod backend;
+pub mod cli;
+pub mod commands;
 pub mod files;
 pub mod generate;
 pub mod lora;
+pub mod phantom;
+pub mod pipeline;
 pub mod processor;
 pub mod qwen3_vl;
+pub mod system;

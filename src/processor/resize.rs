@@ -4,6 +4,8 @@
 //! rounding. Crates that follow a faster fixed-point scheme differ by one level here and there, hence
 //! this small convolution of our own. This module knows nothing of files, patches or tensors.
 
+use std::borrow::Cow;
+
 use super::image::{ImageError, RgbImage};
 
 /// Longest side over shortest side that the reference still accepts.
@@ -150,13 +152,15 @@ fn to_u8(sum: i32) -> u8 {
 
 /// Scales `image` to `width` × `height` pixels exactly as Pillow's `Image.resize` with `BICUBIC`.
 ///
-/// Rows are scaled first, then columns, with 8-bit pixels between; an axis that keeps its size is
-/// left out. Downscaling widens the filter, so nothing aliases.
+/// Rows are scaled first, then columns, with 8-bit pixels between; where the height shrinks by more
+/// than twice as many pixels as the width, columns come first. (Pillow before 13 always began with
+/// the rows, which differs by one level here and there.) An axis that keeps its size is left out.
+/// Downscaling widens the filter, so nothing aliases.
 ///
 /// # Errors
 /// [`ImageError::PixelCount`] if a wanted side is zero.
 ///
-/// Source: `ImagingResample`, Pillow, `Resample.c`.
+/// Source: `ImagingResampleInner`, Pillow 13.0.0, `Resample.c`.
 pub fn resize_bicubic(
     image: &RgbImage,
     width: usize,
@@ -170,14 +174,19 @@ pub fn resize_bicubic(
             bytes: 0,
         });
     }
-    let across = (width != from_width).then(|| scale_rows(image.pixels(), from_width, width));
-    let rows = across.as_deref().unwrap_or(image.pixels());
-    let pixels = if height != from_height {
-        scale_columns(rows, width * 3, from_height, height)
-    } else {
-        across.unwrap_or_else(|| image.pixels().to_vec())
-    };
-    RgbImage::from_rgb(width, height, pixels)
+    let mut pixels = Cow::Borrowed(image.pixels());
+    let columns_first = from_height > height
+        && (from_height - height) as i64 > 2 * (from_width as i64 - width as i64);
+    if columns_first {
+        pixels = Cow::Owned(scale_columns(&pixels, from_width * 3, from_height, height));
+    }
+    if width != from_width {
+        pixels = Cow::Owned(scale_rows(&pixels, from_width, width));
+    }
+    if height != from_height && !columns_first {
+        pixels = Cow::Owned(scale_columns(&pixels, width * 3, from_height, height));
+    }
+    RgbImage::from_rgb(width, height, pixels.into_owned())
 }
 
 /// Scales every row of `pixels` from `from` to `to` pixels.

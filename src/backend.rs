@@ -1,0 +1,275 @@
+//! `--device` to a backend type and a device: the one place that knows which backends exist.
+
+use std::{fmt, panic, str::FromStr, sync::Mutex};
+
+use burn::{prelude::*, tensor::DType};
+
+/// A device by its name on the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceName {
+    /// The CPU (pure Rust).
+    Cpu,
+    /// The CUDA device of this number.
+    Cuda(usize),
+    /// The discrete GPU of this number through Vulkan, or the best adapter there is.
+    Wgpu(Option<usize>),
+}
+
+impl fmt::Display for DeviceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(index) => write!(f, "cuda:{index}"),
+            Self::Wgpu(None) => f.write_str("wgpu"),
+            Self::Wgpu(Some(index)) => write!(f, "wgpu:{index}"),
+        }
+    }
+}
+
+impl FromStr for DeviceName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (kind, index) = match text.split_once(':') {
+            Some((kind, index)) => {
+                let index = index
+                    .parse::<usize>()
+                    .map_err(|_| format!("`{index}` is not a device number"))?;
+                (kind, Some(index))
+            }
+            None => (text, None),
+        };
+        match (kind, index) {
+            ("cpu", None) => Ok(Self::Cpu),
+            ("cuda", index) => Ok(Self::Cuda(index.unwrap_or(0))),
+            ("wgpu", index) => Ok(Self::Wgpu(index)),
+            _ => Err(format!(
+                "`{text}` is not a device; expected cpu, cuda, cuda:N, wgpu or wgpu:N"
+            )),
+        }
+    }
+}
+
+/// Types the weights can be held and multiplied in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum DtypeName {
+    /// bfloat16.
+    Bf16,
+    /// float16.
+    F16,
+    /// float32.
+    F32,
+}
+
+impl From<DtypeName> for DType {
+    fn from(name: DtypeName) -> Self {
+        match name {
+            DtypeName::Bf16 => Self::BF16,
+            DtypeName::F16 => Self::F16,
+            DtypeName::F32 => Self::F32,
+        }
+    }
+}
+
+/// Why a device cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// The program was built without the backend.
+    #[error("this program was built without `{feature}`, which device `{device}` needs; build it with `--features {feature}`")]
+    NotBuilt {
+        /// As given.
+        device: DeviceName,
+        /// The missing feature.
+        feature: &'static str,
+    },
+    /// The device does not answer.
+    #[error("device `{device}` is not there: {reason}; choose another with `--device`")]
+    NotThere {
+        /// As given.
+        device: DeviceName,
+        /// What the driver said.
+        reason: String,
+    },
+    /// The device cannot calculate in the type.
+    #[error("device `{device}` does not calculate in {dtype:?}; try `--dtype f32`")]
+    Dtype {
+        /// As given.
+        device: DeviceName,
+        /// As given.
+        dtype: DType,
+    },
+}
+
+/// Work that runs on whatever backend the device has.
+pub trait DeviceTask {
+    /// What comes of it.
+    type Output;
+
+    /// Does the work; `dtype` is the type asked for, or the device's best.
+    fn run<B: Backend>(self, device: B::Device, dtype: DType) -> Self::Output;
+}
+
+/// What the program was built with, best first.
+pub fn built_backends() -> Vec<&'static str> {
+    let mut names = Vec::new();
+    if cfg!(feature = "cuda") {
+        names.push("cuda");
+    }
+    if cfg!(feature = "wgpu") {
+        names.push("wgpu");
+    }
+    if cfg!(feature = "flex") {
+        names.push("cpu");
+    }
+    names
+}
+
+/// Runs `task` on the named device, or on the best one that answers.
+///
+/// # Errors
+/// [`DeviceError`].
+pub fn run_on<T: DeviceTask>(
+    name: Option<DeviceName>,
+    dtype: Option<DType>,
+    task: T,
+) -> Result<T::Output, DeviceError> {
+    let name = match name {
+        Some(name) => name,
+        None => best_device(),
+    };
+    match name {
+        DeviceName::Cpu => {
+            #[cfg(feature = "flex")]
+            return start::<burn_flex::Flex, T>(name, Default::default(), dtype, DType::F32, task);
+            #[cfg(not(feature = "flex"))]
+            Err(not_built(name, "flex"))
+        }
+        DeviceName::Cuda(_index) => {
+            #[cfg(feature = "cuda")]
+            return start::<burn::backend::Cuda, T>(
+                name,
+                burn::backend::cuda::CudaDevice::new(_index),
+                dtype,
+                DType::BF16,
+                task,
+            );
+            #[cfg(not(feature = "cuda"))]
+            Err(not_built(name, "cuda"))
+        }
+        DeviceName::Wgpu(_index) => {
+            #[cfg(feature = "wgpu")]
+            {
+                use burn::backend::wgpu::WgpuDevice;
+                let device = _index.map_or(WgpuDevice::DefaultDevice, WgpuDevice::DiscreteGpu);
+                return start::<burn::backend::Vulkan, T>(name, device, dtype, DType::F32, task);
+            }
+            #[cfg(not(feature = "wgpu"))]
+            Err(not_built(name, "wgpu"))
+        }
+    }
+}
+
+#[allow(dead_code, reason = "unused when every backend is built in")]
+fn not_built(device: DeviceName, feature: &'static str) -> DeviceError {
+    DeviceError::NotBuilt { device, feature }
+}
+
+/// The best device that is built in and answers: CUDA, then Vulkan, then the CPU.
+fn best_device() -> DeviceName {
+    #[cfg(feature = "cuda")]
+    if probe::<burn::backend::Cuda>(&burn::backend::cuda::CudaDevice::new(0)).is_ok() {
+        return DeviceName::Cuda(0);
+    }
+    #[cfg(feature = "wgpu")]
+    {
+        let device = burn::backend::wgpu::WgpuDevice::DefaultDevice;
+        // A software Vulkan device is slower than the CPU backend.
+        let answers = probe::<burn::backend::Vulkan>(&device).is_ok();
+        if answers || !cfg!(feature = "flex") {
+            return DeviceName::Wgpu(None);
+        }
+    }
+    if cfg!(feature = "flex") {
+        DeviceName::Cpu
+    } else {
+        DeviceName::Cuda(0)
+    }
+}
+
+fn start<B: Backend, T: DeviceTask>(
+    name: DeviceName,
+    device: B::Device,
+    dtype: Option<DType>,
+    best: DType,
+    task: T,
+) -> Result<T::Output, DeviceError> {
+    probe::<B>(&device).map_err(|reason| DeviceError::NotThere {
+        device: name,
+        reason,
+    })?;
+    let dtype = dtype.unwrap_or(best);
+    if !B::supports_dtype(&device, dtype) {
+        return Err(DeviceError::Dtype {
+            device: name,
+            dtype,
+        });
+    }
+    Ok(task.run::<B>(device, dtype))
+}
+
+/// Does one sum on the device; drivers that are missing panic, and the message is the reason.
+fn probe<B: Backend>(device: &B::Device) -> Result<(), String> {
+    let sum = quietly(|| {
+        let one = Tensor::<B, 1>::ones([2], device);
+        one.sum().into_data().iter::<f32>().next()
+    })?;
+    if sum == Some(2.0) {
+        Ok(())
+    } else {
+        Err(format!("1 + 1 gave {sum:?}"))
+    }
+}
+
+static PANIC_HOOK: Mutex<()> = Mutex::new(());
+
+/// Runs `work` and gives a panic's first line in place of printing it.
+pub fn quietly<T>(work: impl FnOnce() -> T) -> Result<T, String> {
+    let _guard = PANIC_HOOK.lock().unwrap_or_else(|lock| lock.into_inner());
+    let hook = panic::take_hook();
+    panic::set_hook(Box::new(|_| {}));
+    let result = panic::catch_unwind(panic::AssertUnwindSafe(work));
+    panic::set_hook(hook);
+    result.map_err(|payload| panic_text(payload.as_ref()))
+}
+
+/// The first line of what a panic said.
+pub fn panic_text(payload: &(dyn std::any::Any + Send)) -> String {
+    let text = payload
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or_else(|| payload.downcast_ref::<&str>().copied())
+        .unwrap_or("no reason given");
+    text.lines().next().unwrap_or_default().trim().to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn device_names_read_and_print() {
+        for (text, name) in [
+            ("cpu", DeviceName::Cpu),
+            ("cuda:1", DeviceName::Cuda(1)),
+            ("wgpu", DeviceName::Wgpu(None)),
+            ("wgpu:2", DeviceName::Wgpu(Some(2))),
+        ] {
+            assert_eq!(text.parse::<DeviceName>().unwrap(), name);
+            assert_eq!(name.to_string(), text);
+        }
+        assert_eq!("cuda".parse::<DeviceName>().unwrap(), DeviceName::Cuda(0));
+        for bad in ["gpu", "cpu:1", "cuda:x", ""] {
+            assert!(bad.parse::<DeviceName>().is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! What can be typed: clap types only.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::backend::{DeviceName, DtypeName};
+
+/// The question the published system asks.
+pub const DEFAULT_PROMPT: &str = "通过这张胸部X光影像可以诊断出什么？";
+
+/// Fine-tunes Qwen3-VL on chest X-rays and writes Chinese radiology reports.
+///
+/// For research. Nothing it writes is a diagnosis.
+#[derive(Debug, Parser)]
+#[command(name = "xray-qwen3vl", version)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What the program does.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Write reports about images.
+    ///
+    /// Without arguments, about an image that comes with the repository and with the tiny model that comes
+    /// with it.
+    Infer(InferArgs),
+}
+
+/// Which model, where.
+#[derive(Debug, Clone, Args)]
+pub struct ModelArgs {
+    /// Folder of a Qwen3-VL checkpoint, as published.
+    #[arg(long, value_name = "DIR", default_value = "model/tiny")]
+    pub model: PathBuf,
+    /// Folder of a PEFT LoRA adapter, merged into the weights at load.
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+    /// cpu, cuda, cuda:N, wgpu or wgpu:N; by default the best one that answers.
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<DeviceName>,
+    /// Type of the weights; by default bf16 on CUDA and f32 elsewhere.
+    #[arg(long, value_enum)]
+    pub dtype: Option<DtypeName>,
+    /// Smallest size an image is scaled to, in pixels.
+    #[arg(long, value_name = "PIXELS")]
+    pub min_pixels: Option<usize>,
+    /// Largest size an image is scaled to, in pixels; 1,024 pixels are one token.
+    #[arg(long, value_name = "PIXELS")]
+    pub max_pixels: Option<usize>,
+}
+
+/// How answers are generated.
+#[derive(Debug, Clone, Args)]
+pub struct GenerationArgs {
+    /// Most tokens of an answer.
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    pub max_new_tokens: usize,
+    /// 0 takes the likeliest token; higher is more varied.
+    #[arg(long, value_name = "F", default_value_t = 0.0)]
+    pub temperature: f32,
+    /// Keep this many likeliest tokens; 0 keeps all.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub top_k: usize,
+    /// Keep the likeliest tokens that reach this share.
+    #[arg(long, value_name = "F", default_value_t = 1.0)]
+    pub top_p: f32,
+    /// Keep tokens at least this likely relative to the likeliest.
+    #[arg(long, value_name = "F", default_value_t = 0.0)]
+    pub min_p: f32,
+    /// Above 1, makes tokens said before less likely.
+    #[arg(long, value_name = "F", default_value_t = 1.0)]
+    pub repetition_penalty: f32,
+    /// Seed of the draws.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// End an answer before this text; may be given several times.
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+}
+
+/// Arguments of `infer`.
+#[derive(Debug, Args)]
+pub struct InferArgs {
+    /// Images: PNG, JPEG, WebP, BMP or TIFF. Each gets a report of its own.
+    #[arg(value_name = "IMAGE", conflicts_with = "images_dir")]
+    pub images: Vec<PathBuf>,
+    /// All images of a folder, in order of name.
+    #[arg(long, value_name = "DIR")]
+    pub images_dir: Option<PathBuf>,
+    /// One report about all images together (the views of one study).
+    #[arg(long)]
+    pub together: bool,
+    /// What to ask.
+    #[arg(long, value_name = "TEXT", default_value = DEFAULT_PROMPT)]
+    pub prompt: String,
+    /// System message.
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// Model and device.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Generation.
+    #[command(flatten)]
+    pub generation: GenerationArgs,
+    /// Print the report as it is written.
+    #[arg(long, conflicts_with_all = ["json", "output"])]
+    pub stream: bool,
+    /// Print one JSON object a report.
+    #[arg(long)]
+    pub json: bool,
+    /// Batch run: append one JSON record a report to this file; started again, it goes on where it stopped.
+    #[arg(long, value_name = "FILE.jsonl")]
+    pub output: Option<PathBuf>,
+    /// Images that go through the model at once.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub batch_size: usize,
+    /// Print times, speeds and memory to stderr.
+    #[arg(long)]
+    pub verbose: bool,
+}

@@ -1,0 +1,431 @@
+//! `infer`: reports about images, one by one, together, or as a batch run that can be resumed.
+
+use std::{
+    collections::HashSet,
+    fs,
+    io::{Write, stdout},
+    path::{Path, PathBuf},
+    time::Instant,
+};
+
+use anyhow::{Context, Result, bail};
+use burn::{prelude::*, tensor::DType};
+use serde::{Deserialize, Serialize};
+
+use super::{UsageError, generation_config, pipeline_options, progress::{Progress, Unit}, shipped};
+use crate::{
+    backend::{DeviceTask, run_on},
+    cli::InferArgs,
+    generate::{FinishReason, GenerationConfig, Prompt, Timing},
+    pipeline::{Answer, Pipeline},
+    processor::message::split_thinking,
+    qwen3_vl::ImageInput,
+    system::peak_memory,
+};
+
+/// The image of a run without arguments.
+const SAMPLE_IMAGE: &str = "data/sample/demo.png";
+
+/// One line of a batch run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// The image as it was named; several with `--together`, separated by `;`.
+    pub image: String,
+    /// The question.
+    pub prompt: String,
+    /// The report; empty when there is an error.
+    #[serde(default)]
+    pub report: String,
+    /// The reasoning before it, for models that think.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub thinking: Option<String>,
+    /// Why it ended.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub finish_reason: Option<FinishReason>,
+    /// Tokens of the prompt, image included.
+    #[serde(default)]
+    pub prompt_tokens: usize,
+    /// Tokens of the answer.
+    #[serde(default)]
+    pub completion_tokens: usize,
+    /// Seconds from reading the image to the last token, shared evenly by a batch.
+    #[serde(default)]
+    pub seconds: f64,
+    /// Why there is no report.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub error: Option<String>,
+}
+
+/// Runs `infer`.
+///
+/// # Errors
+/// Anything that kept a report from being written; images that failed in a batch run are counted.
+pub fn run(args: InferArgs) -> Result<()> {
+    let settings = generation_config(&args.generation)?;
+    if args.batch_size == 0 {
+        bail!(UsageError("--batch-size is 0, expected at least 1".into()));
+    }
+    let images = list_images(&args)?;
+    let (device, dtype) = (args.model.device, args.model.dtype.map(DType::from));
+    run_on(
+        device,
+        dtype,
+        Infer {
+            args,
+            settings,
+            images,
+        },
+    )?
+}
+
+/// The images of each report.
+fn list_images(args: &InferArgs) -> Result<Vec<Vec<PathBuf>>> {
+    let mut images = args.images.clone();
+    if let Some(dir) = &args.images_dir {
+        let entries = fs::read_dir(dir)
+            .with_context(|| format!("cannot read the folder `{}`", dir.display()))?;
+        for entry in entries {
+            let path = entry?.path();
+            let known = path
+                .extension()
+                .and_then(|extension| extension.to_str())
+                .is_some_and(|extension| {
+                    ["png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff"]
+                        .contains(&extension.to_lowercase().as_str())
+                });
+            if known && path.is_file() {
+                images.push(path);
+            }
+        }
+        images.sort();
+        if images.is_empty() {
+            bail!("`{}` holds no image; expected files ending in png, jpg, webp, bmp or tiff", dir.display());
+        }
+    }
+    if images.is_empty() {
+        images.push(shipped(Path::new(SAMPLE_IMAGE)));
+    }
+    Ok(if args.together {
+        vec![images]
+    } else {
+        images.into_iter().map(|image| vec![image]).collect()
+    })
+}
+
+struct Infer {
+    args: InferArgs,
+    settings: GenerationConfig,
+    images: Vec<Vec<PathBuf>>,
+}
+
+impl DeviceTask for Infer {
+    type Output = Result<()>;
+
+    fn run<B: Backend>(self, device: B::Device, dtype: DType) -> Result<()> {
+        let mut run = OutputFile::open(self.args.output.as_deref(), &self.args.prompt)?;
+        let todo: Vec<&Vec<PathBuf>> = self
+            .images
+            .iter()
+            .filter(|images| !run.has(&name_of(images)))
+            .collect();
+        if todo.is_empty() {
+            eprintln!("all {} reports are there already", self.images.len());
+            return run.result();
+        }
+        if todo.len() < self.images.len() {
+            eprintln!(
+                "going on: {} of {} reports are there already",
+                self.images.len() - todo.len(),
+                self.images.len()
+            );
+        }
+        let started = Instant::now();
+        let options = pipeline_options(&self.args.model, dtype);
+        let mut progress = Progress::new("loading", 0, Unit::Bytes);
+        let pipeline = Pipeline::<B>::load(&options, device, &mut |done, total| {
+            progress.set(done, total);
+        })?;
+        progress.finish();
+        let _ = B::sync(&pipeline.device);
+        if self.args.verbose {
+            eprintln!("load     {:8.2} s", started.elapsed().as_secs_f64());
+        }
+        let mut progress =
+            (todo.len() > 1 || self.args.output.is_some())
+                .then(|| Progress::new("reports", todo.len() as u64, Unit::Items));
+        let mut done = 0;
+        for group in todo.chunks(self.args.batch_size) {
+            let records = self.answer_group(&pipeline, group);
+            done += group.len();
+            for record in records {
+                run.add(&record, &self.args)?;
+            }
+            if let Some(progress) = &mut progress {
+                progress.set(done as u64, todo.len() as u64);
+            }
+        }
+        if let Some(progress) = progress {
+            progress.finish();
+        }
+        if self.args.verbose
+            && let Some(bytes) = peak_memory()
+        {
+            eprintln!("memory   {:8.2} GiB at most on the host", bytes as f64 / (1u64 << 30) as f64);
+        }
+        run.result()
+    }
+}
+
+fn name_of(images: &[PathBuf]) -> String {
+    let names: Vec<String> = images.iter().map(|path| path.display().to_string()).collect();
+    names.join(";")
+}
+
+impl Infer {
+    fn prompt<B: Backend>(&self, pipeline: &Pipeline<B>, images: &[PathBuf]) -> Result<Prompt> {
+        let mut input = ImageInput::default();
+        for path in images {
+            let picture = pipeline.parts.images.load(path)?;
+            input.extend(&pipeline.parts.image_input(&picture)?);
+        }
+        let system = self.args.system.as_deref();
+        Ok(pipeline.parts.prompt(system, &self.args.prompt, input)?)
+    }
+
+    /// Reports of one batch; what fails becomes a record with its error.
+    fn answer_group<B: Backend>(
+        &self,
+        pipeline: &Pipeline<B>,
+        group: &[&Vec<PathBuf>],
+    ) -> Vec<Record> {
+        let started = Instant::now();
+        let mut records: Vec<Record> = group
+            .iter()
+            .map(|images| Record {
+                image: name_of(images),
+                prompt: self.args.prompt.clone(),
+                report: String::new(),
+                thinking: None,
+                finish_reason: None,
+                prompt_tokens: 0,
+                completion_tokens: 0,
+                seconds: 0.0,
+                error: None,
+            })
+            .collect();
+        let mut prompts = Vec::new();
+        let mut rows = Vec::new();
+        for (index, images) in group.iter().enumerate() {
+            match self.prompt(pipeline, images) {
+                Ok(prompt) => {
+                    prompts.push(prompt);
+                    rows.push(index);
+                }
+                Err(error) => records[index].error = Some(format!("{error:#}")),
+            }
+        }
+        if prompts.is_empty() {
+            return records;
+        }
+        let prepared = started.elapsed().as_secs_f64();
+        let mut shown = Shown::new(pipeline.parts.template.opens_thinking());
+        let answers = pipeline.answer(
+            &prompts,
+            &self.settings,
+            &self.args.generation.stop,
+            &mut |_, piece| {
+                if self.args.stream {
+                    shown.push(piece);
+                }
+            },
+        );
+        let seconds = started.elapsed().as_secs_f64() / prompts.len() as f64;
+        match answers {
+            Ok((answers, timing)) => {
+                if self.args.stream {
+                    shown.end();
+                }
+                for (row, answer) in rows.into_iter().zip(answers) {
+                    fill(&mut records[row], answer, seconds);
+                }
+                if self.args.verbose {
+                    tell_timing(prepared, &timing);
+                }
+            }
+            Err(error) => {
+                for row in rows {
+                    records[row].error = Some(error.to_string());
+                }
+            }
+        }
+        records
+    }
+}
+
+fn fill(record: &mut Record, answer: Answer, seconds: f64) {
+    record.report = answer.report;
+    record.thinking = answer.thinking;
+    record.finish_reason = Some(answer.finish_reason);
+    record.prompt_tokens = answer.prompt_tokens;
+    record.completion_tokens = answer.completion_tokens;
+    record.seconds = (seconds * 1e4).round() / 1e4;
+}
+
+fn tell_timing(prepared: f64, timing: &Timing) {
+    let rate = |tokens: usize, seconds: f64| tokens as f64 / seconds.max(1e-9);
+    eprintln!("images   {prepared:8.3} s");
+    eprintln!("vision   {:8.3} s", timing.vision_seconds);
+    eprintln!(
+        "prefill  {:8.3} s, {} tokens, {:.0} tokens/s",
+        timing.prefill_seconds,
+        timing.prompt_tokens,
+        rate(timing.prompt_tokens, timing.prefill_seconds)
+    );
+    eprintln!(
+        "decode   {:8.3} s, {} tokens, {:.1} tokens/s",
+        timing.decode_seconds,
+        timing.decoded_tokens,
+        rate(timing.decoded_tokens, timing.decode_seconds)
+    );
+}
+
+/// The report as it grows: reasoning is kept back, the answer goes to stdout.
+struct Shown {
+    starts_inside: bool,
+    text: String,
+    printed: usize,
+}
+
+impl Shown {
+    fn new(starts_inside: bool) -> Self {
+        Self {
+            starts_inside,
+            text: String::new(),
+            printed: 0,
+        }
+    }
+
+    fn push(&mut self, piece: &str) {
+        self.text.push_str(piece);
+        // What may still become an opening mark is not an answer yet.
+        if "<think>".starts_with(self.text.trim_start()) {
+            return;
+        }
+        let (_, answer) = split_thinking(&self.text, self.starts_inside);
+        if let Some(new) = answer.get(self.printed..) {
+            print!("{new}");
+            let _ = stdout().flush();
+            self.printed = answer.len();
+        }
+    }
+
+    fn end(&mut self) {
+        println!();
+    }
+}
+
+/// Where records go, and what is there already.
+struct OutputFile {
+    file: Option<(PathBuf, fs::File)>,
+    there: HashSet<String>,
+    failed: usize,
+    first_error: Option<String>,
+}
+
+impl OutputFile {
+    /// Opens the file of a batch run; a last line that was cut off is taken away.
+    fn open(path: Option<&Path>, prompt: &str) -> Result<Self> {
+        let mut this = Self {
+            file: None,
+            there: HashSet::new(),
+            failed: 0,
+            first_error: None,
+        };
+        let Some(path) = path else {
+            return Ok(this);
+        };
+        let context = || format!("cannot write `{}`", path.display());
+        let text = match fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+            Err(error) => return Err(error).with_context(|| format!("cannot read `{}`", path.display())),
+        };
+        let whole = text.rfind('\n').map_or(0, |at| at + 1);
+        for (row, line) in text[..whole].lines().enumerate() {
+            let record: Record = serde_json::from_str(line).with_context(|| {
+                format!(
+                    "`{}`, line {}: not a record of a batch run; name another file with --output",
+                    path.display(),
+                    row + 1
+                )
+            })?;
+            if record.prompt == prompt {
+                if record.error.is_some() {
+                    this.note_error(&record);
+                }
+                this.there.insert(record.image);
+            }
+        }
+        let file = fs::OpenOptions::new()
+            .create(true)
+            .write(true)
+            .truncate(false)
+            .open(path)
+            .with_context(context)?;
+        file.set_len(whole as u64).with_context(context)?;
+        let mut file = file;
+        std::io::Seek::seek(&mut file, std::io::SeekFrom::End(0)).with_context(context)?;
+        this.file = Some((path.to_path_buf(), file));
+        Ok(this)
+    }
+
+    fn has(&self, image: &str) -> bool {
+        self.there.contains(image)
+    }
+
+    fn note_error(&mut self, record: &Record) {
+        self.failed += 1;
+        if let Some(error) = &record.error {
+            self.first_error.get_or_insert_with(|| error.clone());
+        }
+    }
+
+    /// Writes one record at once, so that an interruption loses nothing that was finished.
+    fn add(&mut self, record: &Record, args: &InferArgs) -> Result<()> {
+        if record.error.is_some() {
+            self.note_error(record);
+        }
+        if let Some((path, file)) = &mut self.file {
+            let mut line = serde_json::to_string(record)?;
+            line.push('\n');
+            file.write_all(line.as_bytes())
+                .with_context(|| format!("cannot write `{}`", path.display()))?;
+        } else if args.json {
+            println!("{}", serde_json::to_string(record)?);
+        } else if record.error.is_none() && !args.stream {
+            println!("{}", record.report);
+        }
+        if self.file.is_none() && !args.json && args.verbose
+            && let Some(thinking) = &record.thinking
+        {
+            eprintln!("thinking {thinking}");
+        }
+        match record.finish_reason {
+            Some(FinishReason::Repetition) => eprintln!("`{}`: ended because the text went round in circles", record.image),
+            Some(FinishReason::Length) => eprintln!(
+                "`{}`: ended after {} tokens; --max-new-tokens allows more",
+                record.image, record.completion_tokens
+            ),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn result(&self) -> Result<()> {
+        match (&self.first_error, self.failed) {
+            (Some(error), 1) => bail!("{error}"),
+            (Some(error), failed) => bail!("{failed} reports failed, the first: {error}"),
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,60 @@
+//! Arguments to library calls, one command a file. Only here and in `main` is anything printed.
+
+pub mod infer;
+mod progress;
+
+use anyhow::{Result, bail};
+
+use crate::{
+    cli::{GenerationArgs, ModelArgs},
+    generate::{GenerationConfig, SamplingConfig},
+    pipeline::PipelineOptions,
+};
+use burn::tensor::DType;
+use std::path::{Path, PathBuf};
+
+/// A path that comes with the repository: as given, or beside the sources the program was built from.
+fn shipped(path: &Path) -> PathBuf {
+    if path.exists() || path.is_absolute() {
+        return path.to_path_buf();
+    }
+    let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
+    if beside.exists() { beside } else { path.to_path_buf() }
+}
+
+fn pipeline_options(args: &ModelArgs, dtype: DType) -> PipelineOptions {
+    PipelineOptions {
+        model: shipped(&args.model),
+        adapter: args.adapter.clone(),
+        dtype,
+        min_pixels: args.min_pixels,
+        max_pixels: args.max_pixels,
+    }
+}
+
+fn generation_config(args: &GenerationArgs) -> Result<GenerationConfig> {
+    let sampling = SamplingConfig {
+        temperature: args.temperature,
+        top_k: args.top_k,
+        top_p: args.top_p,
+        min_p: args.min_p,
+        repetition_penalty: args.repetition_penalty,
+        seed: args.seed,
+    };
+    if let Err(reason) = sampling.check() {
+        bail!(UsageError(reason));
+    }
+    if args.max_new_tokens == 0 {
+        bail!(UsageError("--max-new-tokens is 0, expected at least 1".into()));
+    }
+    Ok(GenerationConfig {
+        max_new_tokens: args.max_new_tokens,
+        sampling,
+        ..GenerationConfig::default()
+    })
+}
+
+/// What was typed cannot be meant; ends with exit code 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct UsageError(pub String);

@@ -1,0 +1,79 @@
+//! Progress of long work: a bar on a terminal, plain lines otherwise.
+
+use std::{
+    io::{IsTerminal, stderr},
+    time::{Duration, Instant},
+};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// Time between plain lines.
+const LINE_EVERY: Duration = Duration::from_secs(10);
+
+/// Progress over a known amount of work.
+pub(crate) struct Progress {
+    bar: Option<ProgressBar>,
+    what: String,
+    unit: Unit,
+    total: u64,
+    started: Instant,
+    told: Instant,
+}
+
+/// What is counted.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Unit {
+    Bytes,
+    Items,
+}
+
+impl Progress {
+    pub(crate) fn new(what: &str, total: u64, unit: Unit) -> Self {
+        let bar = stderr().is_terminal().then(|| {
+            let count = match unit {
+                Unit::Bytes => "{bytes}/{total_bytes} {bytes_per_sec}",
+                Unit::Items => "{pos}/{len}",
+            };
+            let template = format!("{{msg}} {{wide_bar}} {count}, {{eta}} left");
+            let bar = ProgressBar::new(total).with_message(what.to_string());
+            match ProgressStyle::with_template(&template) {
+                Ok(style) => bar.with_style(style),
+                Err(_) => bar,
+            }
+        });
+        Self {
+            bar,
+            what: what.to_string(),
+            unit,
+            total,
+            started: Instant::now(),
+            told: Instant::now(),
+        }
+    }
+
+    pub(crate) fn set(&mut self, done: u64, total: u64) {
+        self.total = total;
+        if let Some(bar) = &self.bar {
+            bar.set_length(total);
+            bar.set_position(done);
+            return;
+        }
+        if self.told.elapsed() < LINE_EVERY || done == 0 {
+            return;
+        }
+        self.told = Instant::now();
+        let left = self.started.elapsed().as_secs_f64() * (total.saturating_sub(done)) as f64
+            / done as f64;
+        let (done, total, unit) = match self.unit {
+            Unit::Bytes => (done >> 20, total >> 20, " MiB"),
+            Unit::Items => (done, total, ""),
+        };
+        eprintln!("{}: {done} of {total}{unit}, {left:.0} s left", self.what);
+    }
+
+    pub(crate) fn finish(self) {
+        if let Some(bar) = self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}

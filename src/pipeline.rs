@@ -1,0 +1,376 @@
+//! A model ready to be asked: weights, processor, tokenizer and template of one checkpoint.
+
+use std::path::{Path, PathBuf};
+
+use burn::{prelude::*, tensor::DType};
+use serde_json::Value;
+
+use crate::{
+    generate::{
+        FinishReason, GenerateError, GenerationConfig, Prompt, Timing, generate, text::TextStream,
+    },
+    lora::{config::AdapterError, files::load_adapter, merge::merge},
+    processor::{
+        chat::{ChatError, ChatTemplate, RenderOptions, encode_chat},
+        image::{ImageError, RgbImage},
+        message::{Content, Message, Role, split_thinking},
+        patches::{ImageProcessor, ImageProcessorConfig},
+        tokenizer::{Tokenizer, TokenizerError},
+    },
+    qwen3_vl::{
+        ImageInput, Qwen3Vl,
+        config::{ConfigError, Qwen3VlConfig},
+        nn::InitOptions,
+        weights::{LoadProgress, WeightsError, checkpoint_files, load_checkpoint},
+    },
+};
+
+/// What keeps a model from being loaded or asked.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "each variant is the error of the part it names")]
+pub enum PipelineError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    #[error(transparent)]
+    Chat(#[from] ChatError),
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    #[error(transparent)]
+    Generate(#[from] GenerateError),
+    #[error("`{}` is not the folder of a checkpoint; expected `config.json`, `tokenizer.json` and `model.safetensors` (or shards with their index) in it", .0.display())]
+    NoModel(PathBuf),
+    #[error(
+        "the tokenizer in `{}` has {found} tokens, the model only {expected}; do they belong together?",
+        .path.display()
+    )]
+    VocabSize {
+        path: PathBuf,
+        found: usize,
+        expected: usize,
+    },
+    #[error(
+        "the model needs about {need:.1} GiB of memory as {dtype:?}, {free:.1} GiB are free; try `--dtype bf16`, a smaller model, or close other programs"
+    )]
+    Memory {
+        need: f64,
+        free: f64,
+        dtype: DType,
+    },
+}
+
+/// What to load and how.
+#[derive(Debug, Clone)]
+pub struct PipelineOptions {
+    /// Checkpoint folder.
+    pub model: PathBuf,
+    /// PEFT adapter folder, merged into the weights.
+    pub adapter: Option<PathBuf>,
+    /// Type of the weights on the device.
+    pub dtype: DType,
+    /// Smallest picture the model is shown, in pixels; the recipe's when absent.
+    pub min_pixels: Option<usize>,
+    /// Largest picture the model is shown, in pixels; the recipe's when absent.
+    pub max_pixels: Option<usize>,
+}
+
+/// Text side of a checkpoint: all that is needed to make prompts and read answers.
+#[derive(Debug, Clone)]
+pub struct TextAndImages {
+    /// Sizes.
+    pub config: Qwen3VlConfig,
+    /// Pictures to patches.
+    pub images: ImageProcessor,
+    /// Text to ids.
+    pub tokenizer: Tokenizer,
+    /// Messages to text.
+    pub template: ChatTemplate,
+    /// Tokens that end an answer.
+    pub eos_token_ids: Vec<u32>,
+}
+
+impl TextAndImages {
+    /// Reads everything of a checkpoint but its weights.
+    ///
+    /// # Errors
+    /// [`PipelineError`] names the file.
+    pub fn load(options: &PipelineOptions) -> Result<Self, PipelineError> {
+        let dir = &options.model;
+        if !dir.is_dir() {
+            return Err(PipelineError::NoModel(dir.clone()));
+        }
+        let config = Qwen3VlConfig::from_dir(dir)?;
+        let mut image_config = if dir.join("preprocessor_config.json").is_file() {
+            ImageProcessorConfig::from_dir(dir)?
+        } else {
+            ImageProcessorConfig {
+                patch_size: config.vision_config.patch_size,
+                temporal_patch_size: config.vision_config.temporal_patch_size,
+                merge_size: config.vision_config.spatial_merge_size,
+                ..ImageProcessorConfig::default()
+            }
+        };
+        if let Some(pixels) = options.min_pixels {
+            image_config.min_pixels = pixels;
+        }
+        if let Some(pixels) = options.max_pixels {
+            image_config.max_pixels = pixels;
+        }
+        let images = ImageProcessor::new(image_config)?;
+        let tokenizer = Tokenizer::from_folder(dir)?;
+        if tokenizer.vocab_size() > config.text_config.vocab_size {
+            return Err(PipelineError::VocabSize {
+                path: dir.clone(),
+                found: tokenizer.vocab_size(),
+                expected: config.text_config.vocab_size,
+            });
+        }
+        let template = match ChatTemplate::find(dir, None)? {
+            Some(template) => template,
+            // A checkpoint without a template: the published folder names tell the two kinds apart.
+            None if dir.to_string_lossy().to_lowercase().contains("thinking") => {
+                ChatTemplate::thinking()?
+            }
+            None => ChatTemplate::instruct()?,
+        };
+        let eos_token_ids = eos_token_ids(dir, &config, &tokenizer);
+        Ok(Self {
+            config,
+            images,
+            tokenizer,
+            template,
+            eos_token_ids,
+        })
+    }
+
+    /// Patches of a picture, as the model takes them.
+    ///
+    /// # Errors
+    /// [`PipelineError::Image`].
+    pub fn image_input(&self, picture: &RgbImage) -> Result<ImageInput, PipelineError> {
+        let patches = self.images.process(picture)?;
+        Ok(ImageInput {
+            pixel_values: patches.pixel_values,
+            image_grid_thw: vec![patches.grid_thw],
+        })
+    }
+
+    /// A prompt that asks `question` about `images`, under an optional system message.
+    ///
+    /// # Errors
+    /// [`PipelineError::Chat`].
+    pub fn prompt(
+        &self,
+        system: Option<&str>,
+        question: &str,
+        images: ImageInput,
+    ) -> Result<Prompt, PipelineError> {
+        let mut messages = Vec::new();
+        if let Some(system) = system {
+            messages.push(Message {
+                role: Role::System,
+                content: Content::Text(system.to_string()),
+                reasoning_content: None,
+            });
+        }
+        messages.push(Message::question(images.image_grid_thw.len(), question));
+        self.chat_prompt(&messages, images)
+    }
+
+    /// A prompt from whole messages; `images` in the order of their places.
+    ///
+    /// # Errors
+    /// [`PipelineError::Chat`].
+    pub fn chat_prompt(
+        &self,
+        messages: &[Message],
+        images: ImageInput,
+    ) -> Result<Prompt, PipelineError> {
+        let input_ids = encode_chat(
+            &self.tokenizer,
+            &self.template,
+            messages,
+            RenderOptions::generation(),
+            &images.image_grid_thw,
+            self.config.vision_config.spatial_merge_size,
+        )?;
+        Ok(Prompt { input_ids, images })
+    }
+}
+
+/// End tokens of a checkpoint: those of `generation_config.json`, else of `config.json`, and always
+/// the end of a message.
+fn eos_token_ids(dir: &Path, config: &Qwen3VlConfig, tokenizer: &Tokenizer) -> Vec<u32> {
+    let mut ids = vec![tokenizer.special().im_end];
+    let named = std::fs::read_to_string(dir.join("generation_config.json"))
+        .ok()
+        .and_then(|text| serde_json::from_str::<Value>(&text).ok())
+        .and_then(|tree| tree.get("eos_token_id").cloned());
+    match named {
+        Some(Value::Array(list)) => {
+            ids.extend(list.iter().filter_map(Value::as_u64).map(|id| id as u32));
+        }
+        Some(Value::Number(id)) => ids.extend(id.as_u64().map(|id| id as u32)),
+        _ => ids.extend(config.text_config.eos_token_id),
+    }
+    ids.push(tokenizer.special().endoftext);
+    ids.sort_unstable();
+    ids.dedup();
+    ids
+}
+
+/// A whole answer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Answer {
+    /// What is meant for the reader.
+    pub report: String,
+    /// The reasoning before it, for models that think.
+    pub thinking: Option<String>,
+    /// Why it ended.
+    pub finish_reason: FinishReason,
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Tokens of the answer, end token included.
+    pub completion_tokens: usize,
+}
+
+/// A loaded model with all that belongs to it.
+#[derive(Debug)]
+pub struct Pipeline<B: Backend> {
+    /// Weights, adapter merged.
+    pub model: Qwen3Vl<B>,
+    /// Tokenizer, template, image processor.
+    pub parts: TextAndImages,
+    /// Where the weights lie.
+    pub device: B::Device,
+}
+
+impl<B: Backend> Pipeline<B> {
+    /// Loads a checkpoint and merges its adapter.
+    ///
+    /// # Errors
+    /// [`PipelineError`] names the file, and the key or tensor.
+    pub fn load(
+        options: &PipelineOptions,
+        device: B::Device,
+        on_progress: LoadProgress<'_>,
+    ) -> Result<Self, PipelineError> {
+        let parts = TextAndImages::load(options)?;
+        let mut model = load_model::<B>(options, &parts.config, &device, on_progress)?;
+        if let Some(dir) = &options.adapter {
+            model = merge(load_adapter(model, dir)?.0);
+        }
+        Ok(Self {
+            model,
+            parts,
+            device,
+        })
+    }
+
+    /// Answers a batch of prompts; `on_text` gets each row's new text as it comes.
+    ///
+    /// # Errors
+    /// [`PipelineError::Generate`].
+    pub fn answer(
+        &self,
+        prompts: &[Prompt],
+        settings: &GenerationConfig,
+        stop: &[String],
+        on_text: &mut dyn FnMut(usize, &str),
+    ) -> Result<(Vec<Answer>, Timing), PipelineError> {
+        let mut settings = settings.clone();
+        settings
+            .eos_token_ids
+            .extend_from_slice(&self.parts.eos_token_ids);
+        let mut streams: Vec<TextStream> = prompts
+            .iter()
+            .map(|_| TextStream::new(&self.parts.tokenizer, stop))
+            .collect();
+        let (generations, timing) = generate(
+            &self.model,
+            &self.parts.config,
+            prompts,
+            &settings,
+            &self.device,
+            &mut |row, token| {
+                let piece = streams[row].push(token);
+                if !piece.is_empty() {
+                    on_text(row, &piece);
+                }
+                streams[row].stopped().then_some(FinishReason::Stop)
+            },
+        )?;
+        let starts_inside = self.parts.template.opens_thinking();
+        let answers = generations
+            .into_iter()
+            .zip(&mut streams)
+            .zip(prompts)
+            .enumerate()
+            .map(|(row, ((generation, stream), prompt))| {
+                let rest = stream.finish();
+                if !rest.is_empty() {
+                    on_text(row, &rest);
+                }
+                let (thinking, report) = split_thinking(stream.text(), starts_inside);
+                Answer {
+                    report,
+                    thinking,
+                    finish_reason: generation.finish_reason,
+                    prompt_tokens: prompt.input_ids.len(),
+                    completion_tokens: generation.token_ids.len(),
+                }
+            })
+            .collect();
+        Ok((answers, timing))
+    }
+}
+
+/// Loads the weights of a checkpoint, adapter aside.
+///
+/// # Errors
+/// [`PipelineError::Weights`], [`PipelineError::Memory`].
+pub fn load_model<B: Backend>(
+    options: &PipelineOptions,
+    config: &Qwen3VlConfig,
+    device: &B::Device,
+    on_progress: LoadProgress<'_>,
+) -> Result<Qwen3Vl<B>, PipelineError> {
+    let init = InitOptions {
+        dtype: options.dtype,
+        ..InitOptions::default()
+    };
+    let mut model = Qwen3Vl::new(config, &init, device);
+    if B::name(device).contains("flex") {
+        check_host_memory(&options.model, &model, options.dtype)?;
+    }
+    load_checkpoint(&mut model, &options.model, options.dtype, on_progress)?;
+    Ok(model)
+}
+
+/// The CPU's memory ends the process when it runs out, so it is looked at before.
+fn check_host_memory<B: Backend>(
+    dir: &Path,
+    model: &Qwen3Vl<B>,
+    dtype: DType,
+) -> Result<(), PipelineError> {
+    const GIB: f64 = (1u64 << 30) as f64;
+    checkpoint_files(dir)?;
+    let parameters: usize = crate::qwen3_vl::weights::parameter_shapes(model)
+        .values()
+        .map(|shape| shape.iter().product::<usize>())
+        .sum();
+    let need = (parameters * dtype.size()) as f64 / GIB;
+    match crate::system::available_memory() {
+        Some(free) if need > free as f64 / GIB => Err(PipelineError::Memory {
+            need,
+            free: free as f64 / GIB,
+            dtype,
+        }),
+        _ => Ok(()),
+    }
+}

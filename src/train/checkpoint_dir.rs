@@ -1,0 +1,511 @@
+//! The `checkpoint-N/` folders of one run: saving, finding the newest whole one, pruning.
+//!
+//! `N` is the number of finished optimizer steps. What lies inside a checkpoint is the caller's
+//! business; here it is only written whole, verified and deleted. `best.json` beside the folders
+//! names the step with the best validation metric.
+//!
+//! One process at a time owns a run folder.
+
+use std::error::Error;
+use std::fmt;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::files::{
+    Depth, FileError, FolderDamage, FolderWriter, is_disk_full, remove_folder, remove_leftovers,
+    verify_folder, write_atomic,
+};
+
+const PREFIX: &str = "checkpoint-";
+const BEST_FILE: &str = "best.json";
+
+/// A run folder or one of its checkpoints cannot be written or read.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointDirError {
+    /// A file or folder of the run.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// The disk filled up while a checkpoint was being written.
+    #[error(
+        "no space left to save `{}`: {cause}; \
+         hint: free disk space or keep fewer checkpoints, then resume the run", .path.display()
+    )]
+    DiskFull {
+        /// The checkpoint's folder, which does not exist now unless it did before.
+        path: PathBuf,
+        /// What the writing closure returned.
+        cause: Box<dyn Error + Send + Sync>,
+    },
+    /// The writing closure failed.
+    #[error("cannot save `{}`: {cause}", .path.display())]
+    Save {
+        /// The checkpoint's folder, which does not exist now unless it did before.
+        path: PathBuf,
+        /// What the writing closure returned.
+        cause: Box<dyn Error + Send + Sync>,
+    },
+    /// `best.json` holds something else.
+    #[error(
+        "`{}` is damaged: {cause}; hint: delete it, or write the best step into it by hand as \
+         `{{\"step\": 100, \"metric\": \"eval_loss\", \"value\": 1.0}}`", .path.display()
+    )]
+    BadBest {
+        /// The file.
+        path: PathBuf,
+        /// Where it stops making sense.
+        cause: serde_json::Error,
+    },
+}
+
+/// The best checkpoint so far: the content of `best.json`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Best {
+    /// Finished optimizer steps.
+    pub step: u64,
+    /// Which metric chose it, such as `eval_loss`.
+    pub metric: String,
+    /// The metric's value there; a finite number.
+    pub value: f64,
+}
+
+/// A checkpoint folder.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Checkpoint {
+    /// Finished optimizer steps.
+    pub step: u64,
+    /// Its folder.
+    pub path: PathBuf,
+}
+
+/// A checkpoint that was passed over; displays as a warning that names the folder and the reason.
+#[derive(Debug)]
+pub struct DamagedCheckpoint {
+    /// The folder passed over.
+    pub checkpoint: Checkpoint,
+    /// What is wrong with it.
+    pub damage: FolderDamage,
+}
+
+impl fmt::Display for DamagedCheckpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let path = self.checkpoint.path.display();
+        write!(
+            f,
+            "checkpoint `{path}` is damaged and was passed over: {}",
+            self.damage
+        )
+    }
+}
+
+/// Result of a search for a whole checkpoint.
+#[derive(Debug)]
+pub struct Search {
+    /// The newest whole checkpoint, if there is one.
+    pub found: Option<Checkpoint>,
+    /// Newer ones that are damaged, newest first.
+    pub passed_over: Vec<DamagedCheckpoint>,
+}
+
+/// The checkpoints of one run folder.
+#[derive(Debug, Clone)]
+pub struct CheckpointDir {
+    run: PathBuf,
+}
+
+impl CheckpointDir {
+    /// Opens a run folder for writing, creating it if missing, and removes what a killed run left
+    /// half written.
+    ///
+    /// # Errors
+    /// [`CheckpointDirError::File`].
+    pub fn open(run: &Path) -> Result<Self, CheckpointDirError> {
+        fs::create_dir_all(run).map_err(|cause| FileError::write(run, cause))?;
+        remove_leftovers(run, |name| step_of(name).is_some() || name == BEST_FILE)?;
+        Ok(Self {
+            run: run.to_path_buf(),
+        })
+    }
+
+    /// Looks at a run folder without changing anything in it, for readers such as inference.
+    pub fn view(run: &Path) -> Self {
+        Self {
+            run: run.to_path_buf(),
+        }
+    }
+
+    /// Where the checkpoint of `step` lies, or would.
+    pub fn path(&self, step: u64) -> PathBuf {
+        self.run.join(format!("{PREFIX}{step}"))
+    }
+
+    /// Saves the checkpoint of `step`: `write` fills the folder it is given, and the checkpoint
+    /// appears only once all of it is on the disk. One that already exists is replaced.
+    ///
+    /// # Errors
+    /// [`CheckpointDirError::DiskFull`], [`CheckpointDirError::Save`] with the error of `write`, or
+    /// [`CheckpointDirError::File`]. Nothing half written stays.
+    pub fn save<E>(
+        &self,
+        step: u64,
+        write: impl FnOnce(&Path) -> Result<(), E>,
+    ) -> Result<Checkpoint, CheckpointDirError>
+    where
+        E: Into<Box<dyn Error + Send + Sync>>,
+    {
+        let path = self.path(step);
+        let folder = FolderWriter::new(&path)?;
+        if let Err(cause) = write(folder.path()) {
+            let (path, cause) = (path, cause.into());
+            return Err(if is_disk_full(cause.as_ref()) {
+                CheckpointDirError::DiskFull { path, cause }
+            } else {
+                CheckpointDirError::Save { path, cause }
+            });
+        }
+        folder.finish()?;
+        Ok(Checkpoint { step, path })
+    }
+
+    /// All checkpoint folders, whole or not, by rising step; none if the run folder is missing.
+    ///
+    /// # Errors
+    /// [`CheckpointDirError::File`] if the run folder cannot be listed.
+    pub fn list(&self) -> Result<Vec<Checkpoint>, CheckpointDirError> {
+        let unreadable = |cause| FileError::read(&self.run, cause);
+        let entries = match fs::read_dir(&self.run) {
+            Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            other => other.map_err(unreadable)?,
+        };
+        let mut checkpoints = Vec::new();
+        for entry in entries {
+            let entry = entry.map_err(unreadable)?;
+            let step = entry.file_name().to_str().and_then(step_of);
+            if let (Some(step), true) = (step, entry.path().is_dir()) {
+                checkpoints.push(Checkpoint {
+                    step,
+                    path: entry.path(),
+                });
+            }
+        }
+        checkpoints.sort_by_key(|checkpoint| checkpoint.step);
+        Ok(checkpoints)
+    }
+
+    /// Finds the newest checkpoint whose marker, file lengths and hashes all agree.
+    ///
+    /// # Errors
+    /// [`CheckpointDirError::File`] if the run folder cannot be listed; damage is no error.
+    pub fn newest_whole(&self) -> Result<Search, CheckpointDirError> {
+        self.search(|_| true)
+    }
+
+    /// As [`CheckpointDir::newest_whole`], among the checkpoints of fewer than `step` steps: where
+    /// to go on when a whole checkpoint turns out to be of no use.
+    ///
+    /// # Errors
+    /// As [`CheckpointDir::newest_whole`].
+    pub fn newest_whole_before(&self, step: u64) -> Result<Search, CheckpointDirError> {
+        self.search(|candidate| candidate < step)
+    }
+
+    fn search(&self, admit: impl Fn(u64) -> bool) -> Result<Search, CheckpointDirError> {
+        let mut passed_over = Vec::new();
+        for checkpoint in self.list()?.into_iter().rev().filter(|c| admit(c.step)) {
+            match verify_folder(&checkpoint.path, Depth::Hashes) {
+                Ok(_) => {
+                    return Ok(Search {
+                        found: Some(checkpoint),
+                        passed_over,
+                    });
+                }
+                Err(damage) => passed_over.push(DamagedCheckpoint { checkpoint, damage }),
+            }
+        }
+        Ok(Search {
+            found: None,
+            passed_over,
+        })
+    }
+
+    /// Records the best checkpoint in `best.json`, in one piece.
+    ///
+    /// # Errors
+    /// [`CheckpointDirError::File`]; the previous record stays.
+    pub fn set_best(&self, best: &Best) -> Result<(), CheckpointDirError> {
+        write_atomic(&self.run.join(BEST_FILE), |out| {
+            serde_json::to_writer_pretty(&mut *out, best)?;
+            out.write_all(b"\n")
+        })?;
+        Ok(())
+    }
+
+    /// The recorded best checkpoint; `None` before the first record. The folder is not looked at:
+    /// [`verify_folder`] on [`CheckpointDir::path`] tells whether it is whole.
+    ///
+    /// # Errors
+    /// [`CheckpointDirError::BadBest`] or [`CheckpointDirError::File`].
+    pub fn best(&self) -> Result<Option<Best>, CheckpointDirError> {
+        let path = self.run.join(BEST_FILE);
+        let text = match fs::read(&path) {
+            Ok(text) => text,
+            Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(cause) => return Err(FileError::read(&path, cause).into()),
+        };
+        serde_json::from_slice(&text)
+            .map(Some)
+            .map_err(|cause| CheckpointDirError::BadBest { path, cause })
+    }
+
+    /// Deletes all but the last `keep_last` checkpoints (at least one) and the best one. Returns
+    /// the deleted ones, oldest first.
+    ///
+    /// Only checkpoints whose marker and file lengths agree count or are deleted, so a damaged one
+    /// never pushes out a good one; damaged ones stay for a person to look at.
+    ///
+    /// # Errors
+    /// [`CheckpointDirError`]; if `best.json` cannot be read, nothing is deleted.
+    pub fn prune(&self, keep_last: usize) -> Result<Vec<Checkpoint>, CheckpointDirError> {
+        let best = self.best()?.map(|best| best.step);
+        let mut whole = self.list()?;
+        whole.retain(|checkpoint| verify_folder(&checkpoint.path, Depth::Sizes).is_ok());
+        whole.truncate(whole.len().saturating_sub(keep_last.max(1)));
+        whole.retain(|checkpoint| Some(checkpoint.step) != best);
+        for checkpoint in &whole {
+            remove_folder(&checkpoint.path)?;
+        }
+        Ok(whole)
+    }
+}
+
+/// `checkpoint-120` → 120; `None` for every other name, also `checkpoint-0120`.
+fn step_of(name: &str) -> Option<u64> {
+    let digits = name.strip_prefix(PREFIX)?;
+    let step: u64 = digits.parse().ok()?;
+    (step.to_string() == digits).then_some(step)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::files::COMPLETE_MARKER;
+
+    fn fill(folder: &Path) -> io::Result<()> {
+        fs::write(folder.join("adapter.safetensors"), [7_u8; 1000])?;
+        fs::create_dir(folder.join("optimizer"))?;
+        fs::write(folder.join("optimizer/state.bin"), [9_u8; 3000])
+    }
+
+    fn run_with(steps: &[u64]) -> (tempfile::TempDir, CheckpointDir) {
+        let dir = tempfile::tempdir().unwrap();
+        let checkpoints = CheckpointDir::open(dir.path()).unwrap();
+        for &step in steps {
+            checkpoints.save(step, fill).unwrap();
+        }
+        (dir, checkpoints)
+    }
+
+    fn steps(checkpoints: &CheckpointDir) -> Vec<u64> {
+        checkpoints
+            .list()
+            .unwrap()
+            .iter()
+            .map(|checkpoint| checkpoint.step)
+            .collect()
+    }
+
+    fn best(step: u64) -> Best {
+        Best {
+            step,
+            metric: "eval_loss".into(),
+            value: 0.5,
+        }
+    }
+
+    /// Damages checkpoint 30 by `harm`, expects 20 to be found and `reason` to be named.
+    fn assert_passed_over(reason: &str, harm: impl FnOnce(&Path)) {
+        let (_dir, checkpoints) = run_with(&[9, 20, 30]);
+        harm(&checkpoints.path(30));
+        let search = checkpoints.newest_whole().unwrap();
+        assert_eq!(search.found.unwrap().step, 20);
+        let [warning] = &search.passed_over[..] else {
+            panic!("one warning expected")
+        };
+        let warning = warning.to_string();
+        assert!(
+            warning.contains("checkpoint-30") && warning.contains(reason),
+            "{warning}"
+        );
+    }
+
+    #[test]
+    fn every_kind_of_damage_is_named_and_passed_over() {
+        let state = "optimizer/state.bin";
+        assert_passed_over("`COMPLETE.json` is missing", |folder| {
+            fs::remove_file(folder.join(COMPLETE_MARKER)).unwrap();
+        });
+        assert_passed_over("`COMPLETE.json` is damaged", |folder| {
+            let path = folder.join(COMPLETE_MARKER);
+            let text = fs::read(&path).unwrap();
+            fs::write(path, &text[..text.len() / 2]).unwrap();
+        });
+        assert_passed_over("`adapter.safetensors` is missing", |folder| {
+            fs::remove_file(folder.join("adapter.safetensors")).unwrap();
+        });
+        assert_passed_over("has 2999 bytes, expected 3000", |folder| {
+            let file = fs::File::options()
+                .write(true)
+                .open(folder.join(state))
+                .unwrap();
+            file.set_len(2999).unwrap();
+        });
+        assert_passed_over("`optimizer/state.bin` has sha256", |folder| {
+            let mut bytes = fs::read(folder.join(state)).unwrap();
+            bytes[1234] ^= 0x10;
+            fs::write(folder.join(state), bytes).unwrap();
+        });
+    }
+
+    #[test]
+    fn a_kill_at_any_stage_leaves_the_previous_checkpoint() {
+        // What the disk holds after a kill: an empty temporary folder, some files, all files, all
+        // files and the marker not yet renamed, the marker's own temporary file.
+        let stages: [&dyn Fn(&Path); 5] = [
+            &|_| {},
+            &|folder| fs::write(folder.join("adapter.safetensors"), [7; 10]).unwrap(),
+            &|folder| fill(folder).unwrap(),
+            &|folder| {
+                fill(folder).unwrap();
+                fs::write(folder.join(COMPLETE_MARKER), "{}").unwrap();
+            },
+            &|folder| {
+                fill(folder).unwrap();
+                fs::write(folder.join(".COMPLETE.json.tmp-99.1"), "{").unwrap();
+            },
+        ];
+        for stage in stages {
+            let (dir, checkpoints) = run_with(&[10]);
+            let partial = dir.path().join("checkpoint-20.tmp-99.0");
+            fs::create_dir(&partial).unwrap();
+            stage(&partial);
+            let search = checkpoints.newest_whole().unwrap();
+            assert_eq!(search.found.unwrap().step, 10);
+            assert!(search.passed_over.is_empty());
+            let reopened = CheckpointDir::open(dir.path()).unwrap();
+            assert!(!partial.exists());
+            reopened.save(20, fill).unwrap();
+            assert_eq!(reopened.newest_whole().unwrap().found.unwrap().step, 20);
+        }
+    }
+
+    #[test]
+    fn a_kill_while_replacing_brings_the_old_one_back() {
+        let (dir, checkpoints) = run_with(&[10]);
+        fs::rename(
+            checkpoints.path(10),
+            dir.path().join("checkpoint-10.old-99.0"),
+        )
+        .unwrap();
+        let reopened = CheckpointDir::open(dir.path()).unwrap();
+        assert_eq!(reopened.newest_whole().unwrap().found.unwrap().step, 10);
+    }
+
+    #[test]
+    fn a_failing_writer_leaves_nothing_and_keeps_an_older_save_of_the_step() {
+        let (dir, checkpoints) = run_with(&[10]);
+        for step in [10, 20] {
+            let error = checkpoints
+                .save(step, |folder| {
+                    fs::write(folder.join("adapter.safetensors"), "half")?;
+                    Err(io::Error::other("device lost"))
+                })
+                .unwrap_err();
+            let text = error.to_string();
+            assert!(
+                text.contains(&format!("checkpoint-{step}`: device lost")),
+                "{text}"
+            );
+        }
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        assert_eq!(checkpoints.newest_whole().unwrap().found.unwrap().step, 10);
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_full_disk_is_named() {
+        let (_dir, checkpoints) = run_with(&[]);
+        let error = checkpoints
+            .save(5, |_| fs::write("/dev/full", [0; 9]))
+            .unwrap_err();
+        assert!(
+            matches!(error, CheckpointDirError::DiskFull { .. }),
+            "{error}"
+        );
+        assert!(steps(&checkpoints).is_empty());
+    }
+
+    #[test]
+    fn all_damaged_finds_none_and_names_each_newest_first() {
+        let (_dir, checkpoints) = run_with(&[1, 2]);
+        for step in [1, 2] {
+            fs::remove_file(checkpoints.path(step).join(COMPLETE_MARKER)).unwrap();
+        }
+        let search = checkpoints.newest_whole().unwrap();
+        assert!(search.found.is_none());
+        let order: Vec<_> = search
+            .passed_over
+            .iter()
+            .map(|d| d.checkpoint.step)
+            .collect();
+        assert_eq!(order, [2, 1]);
+    }
+
+    #[test]
+    fn steps_are_ordered_as_numbers_and_other_names_ignored() {
+        let (dir, checkpoints) = run_with(&[100, 20, 3]);
+        for name in ["checkpoint-x", "checkpoint-007", "checkpoint-", "other"] {
+            fs::create_dir(dir.path().join(name)).unwrap();
+        }
+        fs::write(dir.path().join("checkpoint-900"), "a file").unwrap();
+        assert_eq!(steps(&checkpoints), [3, 20, 100]);
+        assert_eq!(
+            checkpoints
+                .newest_whole_before(100)
+                .unwrap()
+                .found
+                .unwrap()
+                .step,
+            20
+        );
+        assert!(checkpoints.newest_whole_before(3).unwrap().found.is_none());
+        let nowhere = CheckpointDir::view(&dir.path().join("none"));
+        assert!(nowhere.newest_whole().unwrap().found.is_none());
+    }
+
+    #[test]
+    fn pruning_keeps_the_last_the_best_and_never_the_damaged_in_their_stead() {
+        let (_dir, checkpoints) = run_with(&[10, 20, 30, 40, 50]);
+        checkpoints.set_best(&best(20)).unwrap();
+        fs::remove_file(checkpoints.path(50).join("adapter.safetensors")).unwrap();
+        let deleted = checkpoints.prune(1).unwrap();
+        assert_eq!(deleted.iter().map(|c| c.step).collect::<Vec<_>>(), [10, 30]);
+        assert_eq!(steps(&checkpoints), [20, 40, 50]);
+        assert!(checkpoints.prune(0).unwrap().is_empty());
+        assert_eq!(steps(&checkpoints), [20, 40, 50]);
+    }
+
+    #[test]
+    fn a_damaged_best_record_stops_pruning() {
+        let (dir, checkpoints) = run_with(&[1, 2, 3]);
+        assert_eq!(checkpoints.best().unwrap(), None);
+        checkpoints.set_best(&best(1)).unwrap();
+        assert_eq!(checkpoints.best().unwrap(), Some(best(1)));
+        fs::write(dir.path().join(BEST_FILE), "{\"step\": 1").unwrap();
+        let error = checkpoints.prune(1).unwrap_err();
+        assert!(error.to_string().contains("best.json"), "{error}");
+        assert_eq!(steps(&checkpoints), [1, 2, 3]);
+    }
+}
