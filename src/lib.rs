@@ -6,9 +6,11 @@
 #![warn(missing_docs, unreachable_pub, unsafe_code)]
 
 pub mod backend;
+pub mod clean;
 pub mod cli;
 pub mod commands;
 pub mod files;
+pub mod findings;
 pub mod generate;
 pub mod lora;
 pub mod phantom;
@@ -16,3 +18,4 @@ pub mod pipeline;
 pub mod processor;
 pub mod qwen3_vl;
 pub mod system;
+pub mod train;

@@ -153,7 +153,9 @@ impl fmt::Display for Finding {
 }
 
 /// What a report says of a class. The order is the one by which mentions are joined: the larger wins.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 #[serde(rename_all = "snake_case")]
 pub enum Status {
     /// No word of it.
@@ -233,7 +235,9 @@ pub struct ReportLabels {
 impl ReportLabels {
     /// Status of `finding`.
     pub fn status(&self, finding: Finding) -> Status {
-        self.findings.get(&finding).map_or(Status::NotMentioned, |label| label.status)
+        self.findings
+            .get(&finding)
+            .map_or(Status::NotMentioned, |label| label.status)
     }
 
     /// Label of `finding`, if mentioned.
@@ -243,7 +247,10 @@ impl ReportLabels {
 
     /// Whether anything abnormal is present or uncertain; devices alone are not abnormal.
     pub fn is_abnormal(&self) -> bool {
-        matches!(self.status(Finding::NoFinding), Status::Absent | Status::Uncertain)
+        matches!(
+            self.status(Finding::NoFinding),
+            Status::Absent | Status::Uncertain
+        )
     }
 
     /// Joins mentions, given in text order, to labels and derives [`Finding::NoFinding`].
@@ -253,11 +260,10 @@ impl ReportLabels {
         let mut first_normal: Option<&Mention> = None;
         for mention in &mentions {
             let normal = mention.finding == Some(Finding::NoFinding);
-            if normal || mention.status == Status::Absent {
+            let device = mention.finding == Some(Finding::SupportDevices);
+            if normal || (mention.status == Status::Absent && !device) {
                 first_normal = first_normal.or(Some(mention));
-            } else if mention.finding != Some(Finding::SupportDevices)
-                && worst.is_none_or(|seen| seen.status < mention.status)
-            {
+            } else if !device && worst.is_none_or(|seen| seen.status < mention.status) {
                 worst = Some(mention);
             }
             if let Some(finding) = mention.finding.filter(|_| !normal) {
@@ -272,7 +278,14 @@ impl ReportLabels {
         };
         if let Some((status, seen)) = no_finding {
             let evidence = Some(seen.span.clone());
-            findings.insert(Finding::NoFinding, FindingLabel { status, evidence, ..Default::default() });
+            findings.insert(
+                Finding::NoFinding,
+                FindingLabel {
+                    status,
+                    evidence,
+                    ..Default::default()
+                },
+            );
         }
         Self { findings, mentions }
     }

@@ -1,233 +1,30 @@
 //! Picture files to RGB pixels: PNG, JPEG, WebP, BMP and TIFF, told apart by content.
 //!
 //! What a pixel becomes follows the reference pipeline (`to_rgb` of `qwen_vl_utils` over Pillow):
-//! red, green, blue and alpha are laid on white; grey with alpha, and transparency of a palette or
-//! of a single colour, lose it as Pillow's `convert("RGB")` does; 16-bit colour keeps its high byte.
-//! One deviation: Pillow clips 16-bit grey at 255, which leaves a radiograph white; here it is
-//! scaled to 8 bits, `value / 257` rounded. The orientation a camera wrote is applied.
+//! red, green, blue and alpha are laid on white, and so is 16-bit grey with alpha; 8-bit grey with
+//! alpha, and transparency of a palette or of a single colour, lose it as Pillow's `convert("RGB")`
+//! does; 16-bit colour keeps its high byte. Two deviations: Pillow clips 16-bit grey at 255, which
+//! leaves a radiograph white, and here it is scaled to 8 bits, `value / 257` rounded; and the
+//! decoder of JPEG rounds in another way, by up to 4 levels where colour is stored at half size.
+//! The orientation a camera wrote is applied.
 //!
 //! Nothing is allocated for pixels before the header's size has passed [`DecodeLimits`]. This module
 //! knows nothing of patches, tensors or windows of grey levels.
+
+mod error;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Cursor, Read, Seek};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use image::metadata::Orientation;
-use image::{ColorType, DynamicImage, ImageDecoder, ImageFormat, ImageReader};
+use image::{ColorType, DynamicImage, ImageDecoder, ImageReader};
 
-/// Why a picture could not be read, sized or cut into patches.
-#[derive(Debug, thiserror::Error)]
-pub enum ImageError {
-    /// The file could not be opened or read.
-    #[error("cannot read picture `{name}`")]
-    Read {
-        /// File that was being read.
-        name: String,
-        /// What the system said.
-        #[source]
-        cause: io::Error,
-    },
-    /// The file holds no byte.
-    #[error("picture `{name}` is empty (0 bytes); hint: copy or export it again")]
-    Empty {
-        /// File or upload.
-        name: String,
-    },
-    /// The file is larger than the limit.
-    #[error(
-        "picture `{name}` has {bytes} bytes, more than the limit of {limit}; hint: save it smaller, for instance as PNG"
-    )]
-    FileTooLarge {
-        /// File or upload.
-        name: String,
-        /// Its size.
-        bytes: u64,
-        /// [`DecodeLimits::max_file_bytes`].
-        limit: u64,
-    },
-    /// The content is none of the formats read here.
-    #[error(
-        "`{name}` is not a PNG, JPEG, WebP, BMP or TIFF picture ({found}); hint: convert it to PNG"
-    )]
-    UnknownFormat {
-        /// File or upload.
-        name: String,
-        /// What the content looks like.
-        found: String,
-    },
-    /// The header announces more pixels than the limit.
-    #[error(
-        "picture `{name}` is {width} × {height} pixels, more than the limit of {limit} pixels; hint: scale it down first"
-    )]
-    TooManyPixels {
-        /// File or upload.
-        name: String,
-        /// Width in the header.
-        width: u32,
-        /// Height in the header.
-        height: u32,
-        /// [`DecodeLimits::max_decoded_pixels`].
-        limit: u64,
-    },
-    /// Decoding would take more memory than the limit.
-    #[error(
-        "picture `{name}` needs more than {limit} bytes of memory to decode; hint: scale it down, or save it with 8 bits a channel"
-    )]
-    TooMuchMemory {
-        /// File or upload.
-        name: String,
-        /// [`DecodeLimits::max_decoded_bytes`].
-        limit: u64,
-    },
-    /// A known format holds pixels of a kind that is not read.
-    #[error(
-        "{format} picture `{name}` holds pixels of a kind that is not read ({found}); hint: save it as 8 or 16 bit grey or RGB"
-    )]
-    UnsupportedPixels {
-        /// File or upload.
-        name: String,
-        /// File format.
-        format: PictureFormat,
-        /// The kind of pixels.
-        found: String,
-    },
-    /// The file ends before its pixels do.
-    #[error("{format} picture `{name}` is cut off before its end; hint: copy or export it again")]
-    Truncated {
-        /// File or upload.
-        name: String,
-        /// File format.
-        format: PictureFormat,
-    },
-    /// The content breaks the rules of its format.
-    #[error("{format} picture `{name}` is damaged ({reason}); hint: copy or export it again")]
-    Damaged {
-        /// File or upload.
-        name: String,
-        /// File format.
-        format: PictureFormat,
-        /// What the decoder said.
-        reason: String,
-    },
-    /// A buffer does not hold the pixels its size asks for.
-    #[error("{bytes} bytes of pixels do not make a picture of {width} × {height} pixels")]
-    PixelCount {
-        /// Width in pixels.
-        width: usize,
-        /// Height in pixels.
-        height: usize,
-        /// Length of the buffer.
-        bytes: usize,
-    },
-    /// The picture is too long for its width, or has no extent.
-    #[error(
-        "a picture of {width} × {height} pixels has no usable shape; expected one side at most 200 times the other; hint: crop it"
-    )]
-    AspectRatio {
-        /// Width in pixels.
-        width: usize,
-        /// Height in pixels.
-        height: usize,
-    },
-    /// `preprocessor_config.json` could not be read.
-    #[error("cannot read `{}`; hint: copy it from the published checkpoint", .path.display())]
-    ConfigRead {
-        /// File that was being read.
-        path: PathBuf,
-        /// What the system said.
-        #[source]
-        cause: io::Error,
-    },
-    /// `preprocessor_config.json` is not what its name says.
-    #[error("`{}` is not an image processor's configuration; hint: copy it from the published checkpoint", .path.display())]
-    ConfigParse {
-        /// File that was being read.
-        path: PathBuf,
-        /// What the parser said.
-        #[source]
-        cause: serde_json::Error,
-    },
-    /// A value of the configuration cannot be used.
-    #[error("image processor: `{key}` is `{found}`, expected {expected}")]
-    ConfigValue {
-        /// Key in `preprocessor_config.json`.
-        key: &'static str,
-        /// What it holds.
-        found: String,
-        /// What it may hold.
-        expected: &'static str,
-    },
-}
-
-/// File formats that [`decode`] reads.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PictureFormat {
-    /// Portable Network Graphics.
-    Png,
-    /// JPEG, baseline and progressive.
-    Jpeg,
-    /// WebP, with and without loss; the first frame of an animation.
-    WebP,
-    /// Windows bitmap.
-    Bmp,
-    /// TIFF; the first page.
-    Tiff,
-}
-
-impl fmt::Display for PictureFormat {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Png => "PNG",
-            Self::Jpeg => "JPEG",
-            Self::WebP => "WebP",
-            Self::Bmp => "BMP",
-            Self::Tiff => "TIFF",
-        })
-    }
-}
-
-impl PictureFormat {
-    /// Tells the format by the first bytes (16 are enough); a file's extension may lie.
-    ///
-    /// # Errors
-    /// [`ImageError::Empty`] and [`ImageError::UnknownFormat`], both with `name`.
-    pub fn of(head: &[u8], name: &str) -> Result<Self, ImageError> {
-        let unknown = |found| {
-            Err(ImageError::UnknownFormat {
-                name: name.to_owned(),
-                found,
-            })
-        };
-        match image::guess_format(head) {
-            Ok(ImageFormat::Png) => Ok(Self::Png),
-            Ok(ImageFormat::Jpeg) => Ok(Self::Jpeg),
-            Ok(ImageFormat::WebP) => Ok(Self::WebP),
-            Ok(ImageFormat::Bmp) => Ok(Self::Bmp),
-            Ok(ImageFormat::Tiff) => Ok(Self::Tiff),
-            Ok(other) => unknown(format!("the content is {}", other.to_mime_type())),
-            Err(_) if head.is_empty() => Err(ImageError::Empty {
-                name: name.to_owned(),
-            }),
-            Err(_) => unknown(format!(
-                "it begins with the bytes {:02x?}",
-                &head[..head.len().min(4)]
-            )),
-        }
-    }
-
-    fn decoder_format(self) -> ImageFormat {
-        match self {
-            Self::Png => ImageFormat::Png,
-            Self::Jpeg => ImageFormat::Jpeg,
-            Self::WebP => ImageFormat::WebP,
-            Self::Bmp => ImageFormat::Bmp,
-            Self::Tiff => ImageFormat::Tiff,
-        }
-    }
-}
+pub use error::{ImageError, PictureFormat};
 
 /// What a picture from outside may cost, checked before the cost is paid.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -406,6 +203,9 @@ fn check_file_size(bytes: u64, name: &str, limits: &DecodeLimits) -> Result<(), 
     Ok(())
 }
 
+/// Reason given for a picture whose decoder failed in an unforeseen way.
+const DECODER_PANIC: &str = "the decoder gave up";
+
 /// Runs a decoder such that a fault inside it costs one picture, not the program.
 fn guarded<T>(
     format: PictureFormat,
@@ -417,7 +217,7 @@ fn guarded<T>(
         Err(ImageError::Damaged {
             name: name.to_owned(),
             format,
-            reason: "the decoder gave up".to_owned(),
+            reason: DECODER_PANIC.to_owned(),
         })
     })
 }
@@ -536,12 +336,19 @@ fn jpeg_has_end(bytes: &[u8]) -> bool {
 
 /// Whether the reference loses the alpha channel of this picture instead of using it.
 ///
-/// Pillow opens a PNG as RGBA, which the reference lays on white, only for colour type 6; the
-/// decoder used here also makes alpha of a `tRNS` chunk, which Pillow keeps aside.
+/// Pillow opens a PNG as RGBA, which the reference lays on white, only for colour type 6 and for
+/// 16-bit grey with alpha; the decoder used here also makes alpha of a `tRNS` chunk, which Pillow
+/// keeps aside.
 fn drops_alpha(format: PictureFormat, bytes: &[u8]) -> bool {
-    const COLOR_TYPE_OFFSET: usize = 25;
+    /// Bit depth and colour type follow width and height in the first chunk.
+    const DEPTH_AND_COLOR: std::ops::Range<usize> = 24..26;
+    const GRAY_WITH_ALPHA: u8 = 4;
     const TRUECOLOR_WITH_ALPHA: u8 = 6;
-    format == PictureFormat::Png && bytes.get(COLOR_TYPE_OFFSET) != Some(&TRUECOLOR_WITH_ALPHA)
+    let kept = matches!(
+        bytes.get(DEPTH_AND_COLOR),
+        Some([_, TRUECOLOR_WITH_ALPHA] | [16, GRAY_WITH_ALPHA])
+    );
+    format == PictureFormat::Png && !kept
 }
 
 /// Decoded pixels of any kind as 8-bit RGB.
@@ -570,9 +377,14 @@ fn to_rgb(
             buffer.pixels().flat_map(|pixel| rgb(pixel.0)).collect()
         }
         DynamicImage::ImageLuma16(buffer) => spread(buffer.into_raw().into_iter().map(gray_to_u8)),
-        DynamicImage::ImageLumaA16(buffer) => {
-            spread(buffer.pixels().map(|pixel| gray_to_u8(pixel.0[0])))
-        }
+        DynamicImage::ImageLumaA16(buffer) => spread(buffer.pixels().map(|pixel| {
+            let [gray, alpha] = pixel.0;
+            if drops_alpha {
+                gray_to_u8(gray)
+            } else {
+                over_white(high(gray), high(alpha))
+            }
+        })),
         DynamicImage::ImageRgb16(buffer) => buffer.into_raw().into_iter().map(high).collect(),
         DynamicImage::ImageRgba16(buffer) => buffer
             .pixels()

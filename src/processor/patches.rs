@@ -389,3 +389,79 @@ impl ImageProcessor {
         pixel_values
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patches_come_in_blocks_and_frames_repeat() {
+        let config = ImageProcessorConfig {
+            patch_size: 2,
+            min_pixels: 16,
+            max_pixels: 1024,
+            ..Default::default()
+        };
+        let processor = ImageProcessor::new(config).unwrap();
+        // 4 × 8 pixels of 2 × 4 patches; red counts pixels, green is 0, blue is 255.
+        let pixels = (0..32).flat_map(|index| [index, 0, 255]).collect();
+        let picture = RgbImage::from_rgb(8, 4, pixels).unwrap();
+        let patches = processor.process(&picture).unwrap();
+        assert_eq!(patches.grid_thw, [1, 2, 4]);
+        assert_eq!(processor.num_tokens(patches.grid_thw), 2);
+        let rows: Vec<&[f32]> = patches.pixel_values.chunks(24).collect();
+        let red = |row: &[f32]| {
+            row.iter()
+                .map(|v| (v * 127.5 + 127.5).round())
+                .collect::<Vec<_>>()
+        };
+        // The block on the left: two patches above, two below; then the block on the right.
+        let corners: Vec<f32> = rows.iter().map(|row| red(row)[0]).collect();
+        assert_eq!(corners, [0.0, 2.0, 16.0, 18.0, 4.0, 6.0, 20.0, 22.0]);
+        assert_eq!(red(&rows[0][..8]), [0.0, 1.0, 8.0, 9.0, 0.0, 1.0, 8.0, 9.0]);
+        assert!(rows[0][8..16].iter().all(|value| *value == -1.0));
+        assert!(rows[0][16..].iter().all(|value| *value == 1.0));
+    }
+
+    #[test]
+    fn a_single_pixel_becomes_the_smallest_picture() {
+        let processor = ImageProcessor::new(ImageProcessorConfig::default()).unwrap();
+        let pixel = RgbImage::from_gray(1, 1, &[255]).unwrap();
+        let patches = processor.process(&pixel).unwrap();
+        assert_eq!(patches.grid_thw, [1, 4, 4]);
+        assert!(patches.pixel_values.iter().all(|value| *value == 1.0));
+        let line = RgbImage::from_gray(201, 1, &[0; 201]).unwrap();
+        let error = processor.process(&line).unwrap_err().to_string();
+        assert!(error.contains("201 × 1"), "{error}");
+    }
+
+    #[test]
+    fn both_forms_of_the_limits_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let read = |text: &str| {
+            fs::write(dir.path().join("preprocessor_config.json"), text).unwrap();
+            ImageProcessorConfig::published(dir.path())
+        };
+        let limits = |config: ImageProcessorConfig| (config.min_pixels, config.max_pixels);
+        let size = r#"{"size": {"shortest_edge": 65536, "longest_edge": 16777216}}"#;
+        assert_eq!(limits(read(size).unwrap()), (65536, 16777216));
+        let flat = r#"{"min_pixels": 5000, "max_pixels": 6000, "size": {"height": 3}}"#;
+        assert_eq!(limits(read(flat).unwrap()), (5000, 6000));
+        assert!(matches!(read("[]"), Err(ImageError::ConfigParse { .. })));
+        for (text, key) in [
+            (r#"{"patch_size": 0}"#, "patch_size"),
+            (r#"{"max_pixels": 1023}"#, "max_pixels"),
+            (r#"{"min_pixels": 9000, "max_pixels": 8000}"#, "min_pixels"),
+            (r#"{"image_std": [0.5, 0.0, 0.5]}"#, "image_std"),
+            (r#"{"rescale_factor": 1.0}"#, "rescale_factor"),
+        ] {
+            let error = read(text).unwrap_err().to_string();
+            assert!(error.contains(key), "{error}");
+        }
+        let error = ImageProcessorConfig::from_dir(Path::new("no/model")).unwrap_err();
+        assert!(
+            error.to_string().contains("preprocessor_config.json"),
+            "{error}"
+        );
+    }
+}

@@ -243,3 +243,62 @@ fn scale_columns(pixels: &[u8], stride: usize, from: usize, to: usize) -> Vec<u8
     }
     out
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn size(height: usize, width: usize, rule: ResizeRule) -> Option<(usize, usize)> {
+        smart_resize(height, width, 32, 4096, 1_003_520, rule).ok()
+    }
+
+    #[test]
+    fn sizes_are_multiples_between_the_limits() {
+        for rule in [ResizeRule::Transformers, ResizeRule::QwenVlUtils] {
+            assert_eq!(size(1, 1, rule), Some((64, 64)));
+            assert_eq!(size(514, 512, rule), Some((512, 512)));
+            // 80 / 32 is 2.5 and 112 / 32 is 3.5: halves go to the even multiple.
+            assert_eq!(size(80, 112, rule), Some((64, 128)));
+            assert_eq!(size(20_000, 20_000, rule), Some((992, 992)));
+            assert_eq!(size(1, 201, rule), None);
+            assert_eq!(size(0, 5, rule), None);
+        }
+        assert_eq!(size(1, 200, ResizeRule::Transformers), Some((32, 928)));
+        assert_eq!(size(1, 200, ResizeRule::QwenVlUtils), Some((32, 192)));
+        let (height, width) = smart_resize(1, 200, 32, 1, 1024, ResizeRule::QwenVlUtils).unwrap();
+        assert_eq!((height, width), (32, 448));
+    }
+
+    #[test]
+    fn weights_of_an_output_add_up_to_one() {
+        for (from, to) in [
+            (1, 64),
+            (97, 96),
+            (70, 64),
+            (1500, 352),
+            (9, 96),
+            (20_000, 1_001),
+        ] {
+            let weights = Weights::new(from, to);
+            for index in 0..to {
+                let (first, weights) = weights.of(index);
+                assert!(first + weights.len() <= from);
+                // Each weight is rounded by half a unit at most.
+                let sum: i32 = weights.iter().sum();
+                assert!((sum - (1 << PRECISION_BITS)).unsigned_abs() as usize <= weights.len());
+            }
+        }
+    }
+
+    #[test]
+    fn a_flat_picture_stays_flat_and_an_equal_size_stays_itself() {
+        let flat = RgbImage::from_rgb(37, 41, vec![201; 37 * 41 * 3]).unwrap();
+        let scaled = resize_bicubic(&flat, 96, 32).unwrap();
+        assert_eq!((scaled.width(), scaled.height()), (96, 32));
+        assert!(scaled.pixels().iter().all(|value| *value == 201));
+        let pixels = (0..6 * 4 * 3).map(|value| value as u8).collect();
+        let picture = RgbImage::from_rgb(6, 4, pixels).unwrap();
+        assert_eq!(resize_bicubic(&picture, 6, 4).unwrap(), picture);
+        assert!(resize_bicubic(&picture, 0, 4).is_err());
+    }
+}

@@ -11,3 +11,4 @@ mod support;
 mod generate;
 mod model;
 mod text_processing;
+mod training;

@@ -1,0 +1,362 @@
+//! Scores between true and predicted reports, over the findings both state.
+//!
+//! A mistake of the labeler counts like a mistake of the model: the scores compare what the labeler reads in both
+//! texts, not what a reader would.
+
+use std::collections::{BTreeMap, HashMap};
+
+use serde::{Deserialize, Serialize};
+
+use super::{Finding, Labeler, ReportLabels, Status};
+
+/// What a doubtful finding counts as, in truth and prediction alike.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum UncertainPolicy {
+    /// As there: 考虑肺炎 counts like 肺炎. The default, since a doubtful finding asks the reader to act.
+    #[default]
+    AsPresent,
+    /// As not there.
+    AsAbsent,
+    /// A class that is uncertain on either side is left out for that study.
+    LeaveOut,
+}
+
+impl UncertainPolicy {
+    /// Whether `status` of `finding` counts as positive; `None` if it is left out.
+    ///
+    /// A doubtful [`Finding::NoFinding`] means that some finding is doubtful, so it counts the other way round.
+    pub fn positive(self, finding: Finding, status: Status) -> Option<bool> {
+        match (status, self) {
+            (Status::Present, _) => Some(true),
+            (Status::Uncertain, Self::AsPresent) => Some(finding != Finding::NoFinding),
+            (Status::Uncertain, Self::AsAbsent) => Some(finding == Finding::NoFinding),
+            (Status::Uncertain, Self::LeaveOut) => None,
+            _ => Some(false),
+        }
+    }
+}
+
+/// One study to score.
+#[derive(Debug, Clone, Copy)]
+pub struct StudyTexts<'a> {
+    /// The true report.
+    pub truth: &'a str,
+    /// The report to judge.
+    pub prediction: &'a str,
+    /// What the model wrote before its answer, if it did.
+    pub thinking: Option<&'a str>,
+}
+
+/// Counts of a class, and what follows from them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counts {
+    /// In truth and prediction.
+    pub true_positive: usize,
+    /// In the prediction only.
+    pub false_positive: usize,
+    /// In the truth only.
+    pub false_negative: usize,
+}
+
+impl Counts {
+    /// Adds one study; `None` leaves it out.
+    pub fn add(&mut self, truth: Option<bool>, prediction: Option<bool>) {
+        match (truth, prediction) {
+            (Some(true), Some(true)) => self.true_positive += 1,
+            (Some(false), Some(true)) => self.false_positive += 1,
+            (Some(true), Some(false)) => self.false_negative += 1,
+            _ => {}
+        }
+    }
+
+    /// Studies with the class in the truth.
+    pub fn support(&self) -> usize {
+        self.true_positive + self.false_negative
+    }
+
+    /// Share of the predicted that is true; `None` if nothing is predicted.
+    pub fn precision(&self) -> Option<f64> {
+        share(self.true_positive, self.true_positive + self.false_positive)
+    }
+
+    /// Share of the true that is predicted; `None` if nothing is true.
+    pub fn recall(&self) -> Option<f64> {
+        share(self.true_positive, self.support())
+    }
+
+    /// Harmonic mean of precision and recall; `None` if the class is in neither.
+    pub fn f1(&self) -> Option<f64> {
+        share(
+            2 * self.true_positive,
+            2 * self.true_positive + self.false_positive + self.false_negative,
+        )
+    }
+
+    pub(crate) fn plus(self, other: Self) -> Self {
+        Self {
+            true_positive: self.true_positive + other.true_positive,
+            false_positive: self.false_positive + other.false_positive,
+            false_negative: self.false_negative + other.false_negative,
+        }
+    }
+}
+
+/// A count of cases among those where the question arises.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rate {
+    /// Cases.
+    pub count: usize,
+    /// Cases where the question arises.
+    pub of: usize,
+}
+
+impl Rate {
+    fn add(&mut self, hit: bool) {
+        self.count += usize::from(hit);
+        self.of += 1;
+    }
+
+    /// From 0 to 1; `None` if the question never arises.
+    pub fn value(&self) -> Option<f64> {
+        share(self.count, self.of)
+    }
+}
+
+fn share(part: usize, whole: usize) -> Option<f64> {
+    (whole > 0).then(|| part as f64 / whole as f64)
+}
+
+/// Precision, recall and F1, from 0 to 1.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Average {
+    /// Precision.
+    pub precision: f64,
+    /// Recall.
+    pub recall: f64,
+    /// F1.
+    pub f1: f64,
+}
+
+/// All scores of a set of studies.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct FindingScores {
+    /// How doubt was counted.
+    pub policy: UncertainPolicy,
+    /// Number of studies.
+    pub studies: usize,
+    /// Counts by class.
+    pub by_finding: BTreeMap<Finding, Counts>,
+    /// From the counts of all classes together.
+    pub micro: Average,
+    /// Mean over the classes with support in the truth; a ratio without cases counts 0.
+    pub macro_average: Average,
+    /// Among abnormal studies: the prediction says nothing abnormal.
+    pub false_normal: Rate,
+    /// Among normal studies: the prediction names an abnormality.
+    pub invented: Rate,
+    /// Among findings positive on both sides with a side in both: the sides differ.
+    pub laterality_errors: Rate,
+    /// Among studies with thinking text: a class is present in the one text and absent in the other.
+    pub contradictions: Rate,
+    /// Predictions whose text is that of another study too.
+    pub identical_outputs: Rate,
+    /// Predictions equal to the most frequent text; 1 of `of` when all differ.
+    pub most_frequent_output: Rate,
+}
+
+/// Labels and scores `studies`.
+pub fn score(
+    labeler: &Labeler,
+    studies: &[StudyTexts<'_>],
+    policy: UncertainPolicy,
+) -> FindingScores {
+    let mut by_finding: BTreeMap<Finding, Counts> = Finding::ALL
+        .into_iter()
+        .map(|finding| (finding, Counts::default()))
+        .collect();
+    let (mut false_normal, mut invented) = (Rate::default(), Rate::default());
+    let (mut laterality_errors, mut contradictions) = (Rate::default(), Rate::default());
+    let mut outputs: HashMap<&str, usize> = HashMap::new();
+    for study in studies {
+        let truth = labeler.label(study.truth);
+        let prediction = labeler.label(study.prediction);
+        for (finding, counts) in &mut by_finding {
+            let sides = (
+                policy.positive(*finding, truth.status(*finding)),
+                policy.positive(*finding, prediction.status(*finding)),
+            );
+            counts.add(sides.0, sides.1);
+            if sides == (Some(true), Some(true))
+                && let (Some(a), Some(b)) =
+                    (side_of(&truth, *finding), side_of(&prediction, *finding))
+            {
+                laterality_errors.add(a != b);
+            }
+        }
+        // A report that names nothing at all is neither normal nor abnormal as truth, and misses what is there.
+        if truth.is_abnormal() {
+            false_normal.add(!prediction.is_abnormal());
+        } else if truth.status(Finding::NoFinding) == Status::Present {
+            invented.add(prediction.is_abnormal());
+        }
+        if let Some(thinking) = study.thinking {
+            contradictions.add(contradict(&labeler.label(thinking), &prediction));
+        }
+        *outputs.entry(study.prediction.trim()).or_default() += 1;
+    }
+    let of = studies.len();
+    FindingScores {
+        policy,
+        studies: of,
+        micro: micro(by_finding.values()),
+        macro_average: macro_average(by_finding.values()),
+        by_finding,
+        false_normal,
+        invented,
+        laterality_errors,
+        contradictions,
+        identical_outputs: Rate {
+            count: outputs.values().filter(|n| **n > 1).sum(),
+            of,
+        },
+        most_frequent_output: Rate {
+            count: outputs.values().copied().max().unwrap_or(0),
+            of,
+        },
+    }
+}
+
+/// Whether a class is present in one report and absent in the other.
+pub fn contradict(a: &ReportLabels, b: &ReportLabels) -> bool {
+    Finding::ALL.into_iter().any(|finding| {
+        matches!(
+            (a.status(finding), b.status(finding)),
+            (Status::Present, Status::Absent) | (Status::Absent, Status::Present)
+        )
+    })
+}
+
+/// Average over the pooled counts.
+pub fn micro<'a>(counts: impl IntoIterator<Item = &'a Counts>) -> Average {
+    average_of(
+        &counts
+            .into_iter()
+            .fold(Counts::default(), |sum, next| sum.plus(*next)),
+    )
+}
+
+/// Mean over the classes that the truth holds.
+pub fn macro_average<'a>(counts: impl IntoIterator<Item = &'a Counts>) -> Average {
+    let all: Vec<Average> = counts
+        .into_iter()
+        .filter(|c| c.support() > 0)
+        .map(average_of)
+        .collect();
+    let mean =
+        |value: fn(&Average) -> f64| all.iter().map(value).sum::<f64>() / all.len().max(1) as f64;
+    Average {
+        precision: mean(|a| a.precision),
+        recall: mean(|a| a.recall),
+        f1: mean(|a| a.f1),
+    }
+}
+
+fn average_of(counts: &Counts) -> Average {
+    Average {
+        precision: counts.precision().unwrap_or(0.0),
+        recall: counts.recall().unwrap_or(0.0),
+        f1: counts.f1().unwrap_or(0.0),
+    }
+}
+
+fn side_of(labels: &ReportLabels, finding: Finding) -> Option<super::Laterality> {
+    labels.get(finding).and_then(|label| label.laterality)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn study<'a>(truth: &'a str, prediction: &'a str) -> StudyTexts<'a> {
+        StudyTexts {
+            truth,
+            prediction,
+            thinking: None,
+        }
+    }
+
+    #[test]
+    fn hand_counted_scores() {
+        let studies = [
+            study("左侧胸腔积液。", "右侧胸腔积液。"),
+            study("右侧气胸。", "心肺膈未见异常。"),
+            study("胸部未见异常。", "心影增大。"),
+            StudyTexts {
+                truth: "考虑肺炎。",
+                prediction: "肺炎。",
+                thinking: Some("未见肺炎。"),
+            },
+            study("未见气胸。", "心肺膈未见异常。"),
+        ];
+        let scores = score(Labeler::built_in(), &studies, UncertainPolicy::AsPresent);
+        // The doubtful study is no normal one.
+        let counts = |finding| scores.by_finding[&finding];
+        assert_eq!(
+            counts(Finding::PleuralEffusion),
+            Counts {
+                true_positive: 1,
+                ..Default::default()
+            }
+        );
+        assert_eq!(
+            counts(Finding::Pneumothorax),
+            Counts {
+                false_negative: 1,
+                ..Default::default()
+            }
+        );
+        assert_eq!(
+            counts(Finding::Cardiomegaly),
+            Counts {
+                false_positive: 1,
+                ..Default::default()
+            }
+        );
+        assert_eq!(
+            counts(Finding::NoFinding),
+            Counts {
+                true_positive: 1,
+                false_positive: 1,
+                false_negative: 1
+            }
+        );
+        assert_eq!(scores.laterality_errors, Rate { count: 1, of: 1 });
+        assert_eq!(scores.false_normal, Rate { count: 1, of: 3 });
+        assert_eq!(scores.invented, Rate { count: 1, of: 2 });
+        assert_eq!(scores.contradictions, Rate { count: 1, of: 1 });
+        assert_eq!(scores.identical_outputs, Rate { count: 2, of: 5 });
+        assert_eq!(scores.most_frequent_output, Rate { count: 2, of: 5 });
+        // 3 right, 2 too many, 2 missed, over all classes.
+        assert!((scores.micro.f1 - 0.6).abs() < 1e-12, "{:?}", scores.micro);
+    }
+
+    #[test]
+    fn the_policy_decides_on_doubt() {
+        let studies = [study("考虑肺炎。", "肺炎。")];
+        let pneumonia =
+            |policy| score(Labeler::built_in(), &studies, policy).by_finding[&Finding::Pneumonia];
+        assert_eq!(pneumonia(UncertainPolicy::AsPresent).true_positive, 1);
+        assert_eq!(pneumonia(UncertainPolicy::AsAbsent).false_positive, 1);
+        assert_eq!(pneumonia(UncertainPolicy::LeaveOut), Counts::default());
+    }
+
+    #[test]
+    fn no_studies_make_no_rate() {
+        let scores = score(Labeler::built_in(), &[], UncertainPolicy::default());
+        assert_eq!(
+            (scores.false_normal.value(), scores.macro_average.f1),
+            (None, 0.0)
+        );
+    }
+}

@@ -1,0 +1,571 @@
+//! Loss and gradients of one micro-batch, with as little kept for the backward pass as wanted.
+//!
+//! The model is cut into segments of layers. All but the last run first without autodiff, keeping
+//! only their inputs; the last runs with autodiff and ends in the loss; then each segment is run
+//! again with autodiff, from the back, and seeded with the gradient of what follows. One segment is
+//! plain backpropagation, one segment a layer is gradient checkpointing per block. The same is done
+//! for the vision tower where it is trained. Where it is frozen, it never sees autodiff.
+
+use std::ops::Range;
+
+use burn::{
+    module::{AutodiffModule, Module, ModuleVisitor, Param, ParamId},
+    optim::GradientsParams,
+    prelude::*,
+    tensor::{DType, activation::log_softmax, backend::AutodiffBackend},
+};
+
+use crate::qwen3_vl::{
+    ImageInput, ImagePlacement, Qwen3Vl, TextInput,
+    config::Qwen3VlConfig,
+    nn::to_dtype,
+    text::TextContext,
+    vision::{VisionLayout, VisionModel},
+};
+
+/// Marks a token that is no target.
+pub const IGNORE_INDEX: i64 = -100;
+
+/// Rows of logits held at once in the loss.
+const LOSS_ROWS: usize = 512;
+
+/// Some samples that go through the model together, on the host.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MicroBatch {
+    /// Tokens, padded on the right or packed.
+    pub text: TextInput,
+    /// What each token should be, `[batch][seq]`, [`IGNORE_INDEX`] where it is not a target.
+    pub labels: Vec<Vec<i64>>,
+    /// All images, in the order of their tokens.
+    pub images: ImageInput,
+}
+
+impl MicroBatch {
+    /// Number of targets: labels behind the first token of a row.
+    pub fn targets(&self) -> usize {
+        self.targets_with_rows().len()
+    }
+
+    /// For each target the flat row of the hidden state that predicts it, and its id.
+    fn targets_with_rows(&self) -> Vec<(i32, i32)> {
+        let seq = self.text.seq();
+        let mut targets = Vec::new();
+        for (row, labels) in self.labels.iter().enumerate() {
+            for (at, label) in labels.iter().enumerate().skip(1) {
+                if *label != IGNORE_INDEX {
+                    targets.push(((row * seq + at - 1) as i32, *label as i32));
+                }
+            }
+        }
+        targets
+    }
+}
+
+/// What is recomputed in the backward pass, and what decides the dropout masks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct GradientOptions {
+    /// Recompute each layer of the language model.
+    pub checkpoint_text: bool,
+    /// Recompute each block of the vision tower, where it is trained.
+    pub checkpoint_vision: bool,
+    /// Turns dropout on.
+    pub dropout_seed: Option<u64>,
+}
+
+/// Sums over the targets of one micro-batch, on the device until they are asked for.
+#[derive(Debug, Clone)]
+pub struct LossSums<B: Backend> {
+    /// Sum of the negative log likelihoods, sum of right predictions; `[2]`, f32.
+    sums: Tensor<B, 1>,
+    /// Number of targets.
+    pub targets: usize,
+}
+
+/// Sums over the targets of one or more micro-batches, on the host.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct LossTotals {
+    /// Sum of the negative log likelihoods, in nats.
+    pub nll: f64,
+    /// Targets that are the likeliest token.
+    pub correct: f64,
+    /// Number of targets.
+    pub targets: usize,
+}
+
+impl LossTotals {
+    /// Mean negative log likelihood.
+    pub fn loss(&self) -> f64 {
+        self.nll / self.targets.max(1) as f64
+    }
+
+    /// Share of right predictions.
+    pub fn token_accuracy(&self) -> f64 {
+        self.correct / self.targets.max(1) as f64
+    }
+
+    /// Adds the sums of another part.
+    pub fn add(&mut self, other: Self) {
+        self.nll += other.nll;
+        self.correct += other.correct;
+        self.targets += other.targets;
+    }
+}
+
+impl<B: Backend> LossSums<B> {
+    /// Reads the sums back; waits for the device.
+    pub fn totals(&self) -> LossTotals {
+        let values: Vec<f32> = self.sums.to_data().iter::<f32>().collect();
+        LossTotals {
+            nll: f64::from(values[0]),
+            correct: f64::from(values[1]),
+            targets: self.targets,
+        }
+    }
+}
+
+/// Whether any parameter of a module is trained.
+pub fn is_trained<B: Backend, M: Module<B>>(module: &M) -> bool {
+    struct Trained(bool);
+    impl<B: Backend> ModuleVisitor<B> for Trained {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+            self.0 |= param.is_require_grad();
+        }
+    }
+    let mut visitor = Trained(false);
+    module.visit(&mut visitor);
+    visitor.0
+}
+
+/// Adds the gradients of a module's parameters to `into`.
+pub fn add_gradients<B: AutodiffBackend, M: AutodiffModule<B>>(
+    module: &M,
+    mut from: GradientsParams,
+    into: &mut GradientsParams,
+) {
+    struct Adder<'a> {
+        from: &'a mut GradientsParams,
+        into: &'a mut GradientsParams,
+    }
+    impl<B: AutodiffBackend> ModuleVisitor<B> for Adder<'_> {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+            let id: ParamId = param.id;
+            if let Some(new) = self.from.remove::<B::InnerBackend, D>(id) {
+                let sum = match self.into.remove::<B::InnerBackend, D>(id) {
+                    Some(old) => old + new,
+                    None => new,
+                };
+                self.into.register(id, sum);
+            }
+        }
+    }
+    module.visit(&mut Adder {
+        from: &mut from,
+        into,
+    });
+}
+
+/// Loss and gradients of one micro-batch.
+///
+/// The loss is the sum of the targets' negative log likelihoods times `weight`; with `weight` one
+/// over the targets of the whole accumulation window, the gradients of the micro-batches add up to
+/// those of the window's token mean. `inner` is the same model without autodiff.
+pub fn gradients<B: AutodiffBackend>(
+    model: &Qwen3Vl<B>,
+    inner: &Qwen3Vl<B::InnerBackend>,
+    config: &Qwen3VlConfig,
+    batch: &MicroBatch,
+    weight: f64,
+    options: &GradientOptions,
+    device: &B::Device,
+) -> (GradientsParams, LossSums<B::InnerBackend>) {
+    let mut total = GradientsParams::new();
+    let vision = (!batch.images.image_grid_thw.is_empty())
+        .then(|| VisionPass::forward(model, inner, config, &batch.images, options, device));
+
+    // Features enter the language model as leaves, so that the two towers' backward passes can be
+    // run one after the other.
+    let trains_vision = vision.as_ref().is_some_and(|vision| vision.is_trained());
+    let trains_embedding = is_trained(&model.model.language_model.embed_tokens);
+    let features: Vec<Tensor<B, 2>> = vision
+        .iter()
+        .flat_map(|vision| vision.features.iter().cloned())
+        .map(|features| {
+            let features = Tensor::from_inner(features);
+            if trains_vision { features.require_grad() } else { features }
+        })
+        .collect();
+
+    let embed = || {
+        let x = model.embed(&batch.text, device);
+        match features.first() {
+            Some(merged) => ImagePlacement::new(&batch.text, device).replace(x, merged.clone()),
+            None => x,
+        }
+    };
+    let needs_input_gradient = trains_vision || trains_embedding;
+    let deepstack = features.get(1..).unwrap_or_default();
+    let context = batch.text.context::<B>(config, options.dropout_seed, device);
+    let placement = (!features.is_empty()).then(|| ImagePlacement::new(&batch.text, device));
+
+    let layers = model.model.language_model.layers.len();
+    let segments: Vec<Range<usize>> = if options.checkpoint_text {
+        (0..layers).map(|layer| layer..layer + 1).collect()
+    } else {
+        std::iter::once(0..layers).collect()
+    };
+
+    // Forward without autodiff up to the last segment.
+    let embedded = embed();
+    let mut inputs = vec![embedded.clone().inner()];
+    if segments.len() > 1 {
+        let inner_context = batch
+            .text
+            .context::<B::InnerBackend>(config, options.dropout_seed, device);
+        let inner_placement = ImagePlacement::new(&batch.text, device);
+        let inner_deepstack: Vec<_> = deepstack.iter().cloned().map(Tensor::inner).collect();
+        let inner_placement = placement.as_ref().map(|_| inner_placement);
+        for segment in &segments[..segments.len() - 1] {
+            let x = inputs[inputs.len() - 1].clone();
+            inputs.push(run_layers(
+                inner,
+                segment.clone(),
+                x,
+                &inner_context,
+                inner_placement.as_ref(),
+                &inner_deepstack,
+            ));
+        }
+    }
+
+    // The last segment ends in the loss.
+    let mut feature_gradients: Vec<Option<Tensor<B::InnerBackend, 2>>> = vec![None; features.len()];
+    let mut collect = |mut tape: B::Gradients, total: &mut GradientsParams| {
+        for (feature, gradient) in features.iter().zip(&mut feature_gradients) {
+            if let Some(new) = feature.grad_remove(&mut tape) {
+                *gradient = Some(match gradient.take() {
+                    Some(old) => old + new,
+                    None => new,
+                });
+            }
+        }
+        add_gradients(model, GradientsParams::from_grads(tape, model), total);
+    };
+    let mut gradient: Option<Tensor<B::InnerBackend, 2>> = None;
+    let mut sums = None;
+    for (index, segment) in segments.iter().enumerate().rev() {
+        let input = Tensor::<B, 2>::from_inner(inputs[index].clone());
+        let input = if index > 0 || needs_input_gradient {
+            input.require_grad()
+        } else {
+            input
+        };
+        let output = run_layers(
+            model,
+            segment.clone(),
+            input.clone(),
+            &context,
+            placement.as_ref(),
+            deepstack,
+        );
+        let objective = match gradient.take() {
+            Some(gradient) => (output * Tensor::from_inner(gradient)).sum(),
+            None => {
+                let hidden = model.model.language_model.norm.forward(output);
+                let (objective, loss_sums) =
+                    loss_objective(model, batch, hidden, weight, &mut total, device);
+                sums = Some(loss_sums);
+                objective
+            }
+        };
+        let mut tape = objective.backward();
+        gradient = input.grad_remove(&mut tape);
+        collect(tape, &mut total);
+        inputs.truncate(index);
+    }
+
+    // What flows into the embedding and the images.
+    if let Some(gradient) = gradient.filter(|_| needs_input_gradient) {
+        let objective = (embedded * Tensor::from_inner(gradient)).sum();
+        collect(objective.backward(), &mut total);
+    }
+    if let Some(vision) = vision.filter(|_| trains_vision) {
+        vision.backward(model, feature_gradients, &mut total);
+    }
+    let sums = sums.unwrap_or_else(|| LossSums {
+        sums: Tensor::zeros([2], (device, DType::F32)),
+        targets: 0,
+    });
+    (total, sums)
+}
+
+/// Runs some layers of the language model, DeepStack features added behind theirs.
+fn run_layers<B: Backend>(
+    model: &Qwen3Vl<B>,
+    layers: Range<usize>,
+    mut x: Tensor<B, 2>,
+    context: &TextContext<B>,
+    placement: Option<&ImagePlacement<B>>,
+    deepstack: &[Tensor<B, 2>],
+) -> Tensor<B, 2> {
+    for layer in layers {
+        x = model.model.language_model.layers[layer].forward(x, context, None);
+        if let (Some(placement), Some(features)) = (placement, deepstack.get(layer)) {
+            x = x + placement.spread(features.clone());
+        }
+    }
+    x
+}
+
+/// Negative log likelihoods and right predictions of the targets, summed; `[2]`.
+fn target_sums<B: Backend>(logits: &Tensor<B, 2>, ids: Tensor<B, 1, Int>) -> (Tensor<B, 1>, Tensor<B, 1>) {
+    let picked = log_softmax(logits.clone(), 1).gather(1, ids.clone().unsqueeze_dim(1));
+    let best = logits.clone().argmax(1).squeeze_dim::<1>(1);
+    (picked.sum().neg(), best.equal(ids).float().sum())
+}
+
+/// A scalar whose gradient with respect to `hidden` is that of the weighted loss.
+///
+/// Logits exist for the targets only and some rows at a time: each piece of the loss is
+/// backpropagated to the hidden states at once and forgotten.
+fn loss_objective<B: AutodiffBackend>(
+    model: &Qwen3Vl<B>,
+    batch: &MicroBatch,
+    hidden: Tensor<B, 2>,
+    weight: f64,
+    total: &mut GradientsParams,
+    device: &B::Device,
+) -> (Tensor<B, 1>, LossSums<B::InnerBackend>) {
+    let targets = batch.targets_with_rows();
+    if targets.is_empty() {
+        let sums = Tensor::zeros([2], (device, DType::F32));
+        return (hidden.sum() * 0.0, LossSums { sums, targets: 0 });
+    }
+    let rows: Vec<i32> = targets.iter().map(|(row, _)| *row).collect();
+    let selected = hidden.select(0, Tensor::from_ints(rows.as_slice(), device));
+    let mut pieces = Vec::new();
+    let mut sums: Option<Tensor<B::InnerBackend, 1>> = None;
+    for (index, piece) in targets.chunks(LOSS_ROWS).enumerate() {
+        let ids: Vec<i32> = piece.iter().map(|(_, id)| *id).collect();
+        let ids = Tensor::<B, 1, Int>::from_ints(ids.as_slice(), device);
+        let leaf = selected
+            .clone()
+            .inner()
+            .narrow(0, index * LOSS_ROWS, piece.len());
+        let leaf = Tensor::<B, 2>::from_inner(leaf).require_grad();
+        let logits = model.logits(leaf.clone());
+        let (nll, correct) = target_sums(&logits, ids);
+        let both = Tensor::cat(vec![nll.clone().inner(), correct.inner()], 0);
+        sums = Some(match sums {
+            Some(sums) => sums + both,
+            None => both,
+        });
+        let mut tape = (nll * weight).backward();
+        if let Some(gradient) = leaf.grad_remove(&mut tape) {
+            pieces.push(gradient);
+        }
+        add_gradients(model, GradientsParams::from_grads(tape, model), total);
+    }
+    let gradient = Tensor::from_inner(Tensor::cat(pieces, 0));
+    let sums = LossSums {
+        sums: sums.unwrap_or_else(|| Tensor::zeros([2], (device, DType::F32))),
+        targets: targets.len(),
+    };
+    ((selected * gradient).sum(), sums)
+}
+
+/// Loss sums of a batch without gradients: for validation.
+pub fn evaluate<B: Backend>(
+    model: &Qwen3Vl<B>,
+    config: &Qwen3VlConfig,
+    batch: &MicroBatch,
+    device: &B::Device,
+) -> LossSums<B> {
+    let targets = batch.targets_with_rows();
+    if targets.is_empty() {
+        let sums = Tensor::zeros([2], (device, DType::F32));
+        return LossSums { sums, targets: 0 };
+    }
+    let vision = (!batch.images.image_grid_thw.is_empty())
+        .then(|| model.encode_images(&batch.images, config, device));
+    let hidden = model.hidden_states(&batch.text, vision.as_ref(), config, None, None, device);
+    let mut sums = Tensor::zeros([2], (device, DType::F32));
+    for piece in targets.chunks(LOSS_ROWS) {
+        let rows: Vec<i32> = piece.iter().map(|(row, _)| *row).collect();
+        let ids: Vec<i32> = piece.iter().map(|(_, id)| *id).collect();
+        let rows = hidden.clone().select(0, Tensor::from_ints(rows.as_slice(), device));
+        let (nll, correct) = target_sums(
+            &model.logits(rows),
+            Tensor::from_ints(ids.as_slice(), device),
+        );
+        sums = sums + Tensor::cat(vec![nll, correct], 0);
+    }
+    LossSums {
+        sums,
+        targets: targets.len(),
+    }
+}
+
+/// How far the vision tower's backward pass has been prepared.
+enum VisionTape<B: AutodiffBackend> {
+    /// Frozen: nothing to do.
+    Frozen,
+    /// The outputs carry their whole graph.
+    Graph(Vec<Tensor<B, 2>>),
+    /// Inputs of all blocks and of the merger; each block is run again.
+    Blocks {
+        layout: VisionLayout<B>,
+        pixels: Tensor<B, 2>,
+        inputs: Vec<Tensor<B::InnerBackend, 2>>,
+    },
+}
+
+/// The vision tower's forward pass with what its backward pass needs.
+struct VisionPass<B: AutodiffBackend> {
+    /// Merged features, then DeepStack features.
+    features: Vec<Tensor<B::InnerBackend, 2>>,
+    tape: VisionTape<B>,
+    dropout_seed: Option<u64>,
+}
+
+impl<B: AutodiffBackend> VisionPass<B> {
+    fn forward(
+        model: &Qwen3Vl<B>,
+        inner: &Qwen3Vl<B::InnerBackend>,
+        config: &Qwen3VlConfig,
+        images: &ImageInput,
+        options: &GradientOptions,
+        device: &B::Device,
+    ) -> Self {
+        let vision = &config.vision_config;
+        let dropout_seed = options.dropout_seed;
+        if !is_trained(&model.model.visual) {
+            let output = inner.encode_images(images, config, device);
+            return Self {
+                features: std::iter::once(output.merged).chain(output.deepstack).collect(),
+                tape: VisionTape::Frozen,
+                dropout_seed,
+            };
+        }
+        let layout = VisionLayout::<B>::new(&images.image_grid_thw, vision, device);
+        let pixels = images.tensor::<B>(vision.patch_dim(), device);
+        if !options.checkpoint_vision {
+            let output = model.model.visual.forward(pixels, &layout, dropout_seed);
+            let outputs: Vec<Tensor<B, 2>> =
+                std::iter::once(output.merged).chain(output.deepstack).collect();
+            return Self {
+                features: outputs.iter().cloned().map(Tensor::inner).collect(),
+                tape: VisionTape::Graph(outputs),
+                dropout_seed,
+            };
+        }
+        let inner_layout =
+            VisionLayout::<B::InnerBackend>::new(&images.image_grid_thw, vision, device);
+        let visual = &inner.model.visual;
+        let mut inputs = vec![visual.embed(pixels.clone().inner(), &inner_layout)];
+        let mut deepstack = Vec::new();
+        for (index, block) in visual.blocks.iter().enumerate() {
+            let x = inputs[index].clone();
+            let y = block.forward(x, &inner_layout.rope, &inner_layout.segments, dropout_seed);
+            if let Some(merger) = visual.deepstack_after(index) {
+                deepstack.push(merger.forward(y.clone(), dropout_seed));
+            }
+            inputs.push(y);
+        }
+        let last = inputs[inputs.len() - 1].clone();
+        Self {
+            features: std::iter::once(visual.merger.forward(last, dropout_seed))
+                .chain(deepstack)
+                .collect(),
+            tape: VisionTape::Blocks {
+                layout,
+                pixels,
+                inputs,
+            },
+            dropout_seed,
+        }
+    }
+
+    fn is_trained(&self) -> bool {
+        !matches!(self.tape, VisionTape::Frozen)
+    }
+
+    fn backward(
+        self,
+        model: &Qwen3Vl<B>,
+        gradients: Vec<Option<Tensor<B::InnerBackend, 2>>>,
+        total: &mut GradientsParams,
+    ) {
+        match self.tape {
+            VisionTape::Frozen => {}
+            VisionTape::Graph(outputs) => {
+                let parts = outputs.into_iter().zip(gradients).filter_map(|(output, gradient)| {
+                    Some((output * Tensor::from_inner(gradient?)).sum())
+                });
+                if let Some(objective) = parts.reduce(|sum, part| sum + part) {
+                    let tape = objective.backward();
+                    add_gradients(model, GradientsParams::from_grads(tape, model), total);
+                }
+            }
+            VisionTape::Blocks {
+                layout,
+                pixels,
+                inputs,
+            } => backward_by_blocks(
+                &model.model.visual,
+                &layout,
+                pixels,
+                inputs,
+                gradients,
+                self.dropout_seed,
+                total,
+            ),
+        }
+    }
+}
+
+fn backward_by_blocks<B: AutodiffBackend>(
+    visual: &VisionModel<B>,
+    layout: &VisionLayout<B>,
+    pixels: Tensor<B, 2>,
+    mut inputs: Vec<Tensor<B::InnerBackend, 2>>,
+    mut gradients: Vec<Option<Tensor<B::InnerBackend, 2>>>,
+    dropout_seed: Option<u64>,
+    total: &mut GradientsParams,
+) {
+    let seeded = |output: Tensor<B, 2>, gradient: Tensor<B::InnerBackend, 2>| {
+        let dtype = output.dtype();
+        (output * to_dtype(Tensor::from_inner(gradient), dtype)).sum()
+    };
+    let (Some(last), Some(Some(merged))) = (inputs.pop(), gradients.first_mut().map(Option::take))
+    else {
+        return;
+    };
+    let leaf = Tensor::<B, 2>::from_inner(last).require_grad();
+    let mut tape = seeded(visual.merger.forward(leaf.clone(), dropout_seed), merged).backward();
+    let mut gradient = leaf.grad_remove(&mut tape);
+    add_gradients(visual, GradientsParams::from_grads(tape, visual), total);
+
+    // DeepStack features were collected from front to back; they are taken from the back.
+    let mut next_deepstack = gradients.len();
+    for (index, block) in visual.blocks.iter().enumerate().rev() {
+        let (Some(input), Some(flowing)) = (inputs.pop(), gradient.take()) else {
+            return;
+        };
+        let leaf = Tensor::<B, 2>::from_inner(input).require_grad();
+        let y = block.forward(leaf.clone(), &layout.rope, &layout.segments, dropout_seed);
+        let mut objective = seeded(y.clone(), flowing);
+        if let Some(merger) = visual.deepstack_after(index) {
+            next_deepstack -= 1;
+            if let Some(own) = gradients.get_mut(next_deepstack).and_then(Option::take) {
+                objective = objective + seeded(merger.forward(y, dropout_seed), own);
+            }
+        }
+        let mut tape = objective.backward();
+        gradient = leaf.grad_remove(&mut tape);
+        add_gradients(visual, GradientsParams::from_grads(tape, visual), total);
+    }
+    if let Some(flowing) = gradient {
+        let tape = seeded(visual.embed(pixels, layout), flowing).backward();
+        add_gradients(visual, GradientsParams::from_grads(tape, visual), total);
+    }
+}

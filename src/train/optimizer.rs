@@ -1,0 +1,235 @@
+//! AdamW with decoupled decay, and clipping by the norm of all gradients together.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard},
+};
+
+use burn::{
+
+    module::{AutodiffModule, ModuleMapper, ModuleVisitor, Param, ParamId},
+    optim::{GradientsParams, LearningRate, MultiGradientsParams, Optimizer},
+    prelude::*,
+    tensor::{DType, backend::AutodiffBackend},
+};
+
+use crate::qwen3_vl::nn::{to_dtype, to_f32};
+
+/// Settings of [`AdamW`]; the defaults are ms-swift's.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdamWConfig {
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub epsilon: f64,
+    /// Decay of the weights, times the learning rate; vectors (norms, biases) are left out.
+    pub weight_decay: f64,
+}
+
+impl Default for AdamWConfig {
+    fn default() -> Self {
+        Self {
+            beta1: 0.9,
+            beta2: 0.95,
+            epsilon: 1e-8,
+            weight_decay: 0.1,
+        }
+    }
+}
+
+/// Moments of one parameter, flattened, f32.
+#[derive(Debug, Clone)]
+pub struct Moments<B: Backend> {
+    /// Running mean of the gradient.
+    pub first: Tensor<B, 1>,
+    /// Running mean of its square.
+    pub second: Tensor<B, 1>,
+}
+
+/// State that outlives a step.
+#[derive(Debug, Clone)]
+pub struct AdamWState<B: Backend> {
+    /// Steps done.
+    pub steps: u64,
+    /// Moments by parameter.
+    pub moments: HashMap<ParamId, Moments<B>>,
+}
+
+/// AdamW as PyTorch's `torch.optim.AdamW`.
+///
+/// Clones share their state, so that a checkpoint can be written while the Learner owns the optimizer.
+#[derive(Debug)]
+pub struct AdamW<B: AutodiffBackend> {
+    config: AdamWConfig,
+    state: Arc<Mutex<AdamWState<B::InnerBackend>>>,
+}
+
+impl<B: AutodiffBackend> Clone for AdamW<B> {
+    fn clone(&self) -> Self {
+        Self {
+            config: self.config,
+            state: self.state.clone(),
+        }
+    }
+}
+
+impl<B: AutodiffBackend> AdamW<B> {
+    /// A fresh optimizer.
+    pub fn new(config: AdamWConfig) -> Self {
+        Self {
+            config,
+            state: Arc::new(Mutex::new(AdamWState {
+                steps: 0,
+                moments: HashMap::new(),
+            })),
+        }
+    }
+
+    /// The state, for reading and restoring.
+    pub fn state(&self) -> MutexGuard<'_, AdamWState<B::InnerBackend>> {
+        self.state.lock().unwrap_or_else(|lock| lock.into_inner())
+    }
+}
+
+impl<M: AutodiffModule<B>, B: AutodiffBackend> Optimizer<M, B> for AdamW<B> {
+    // Checkpoints are written by name (see `checkpoint`), not through Burn's records.
+    type Record = ();
+
+    fn step(&mut self, lr: LearningRate, module: M, mut grads: GradientsParams) -> M {
+        let config = self.config;
+        let mut state = self.state();
+        state.steps += 1;
+        module.map(&mut StepMapper::<B> {
+            config,
+            lr,
+            state: &mut state,
+            grads: &mut grads,
+        })
+    }
+
+    fn step_multi(&mut self, lr: LearningRate, module: M, mut grads: MultiGradientsParams) -> M {
+        let mut single = GradientsParams::new();
+        struct Gather<'a> {
+            from: &'a mut MultiGradientsParams,
+            into: &'a mut GradientsParams,
+        }
+        impl<B: AutodiffBackend> ModuleVisitor<B> for Gather<'_> {
+            fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+                if let Some((grad, _)) = self.from.remove::<B::InnerBackend, D>(param.id) {
+                    self.into.register(param.id, grad);
+                }
+            }
+        }
+        module.visit(&mut Gather {
+            from: &mut grads,
+            into: &mut single,
+        });
+        self.step(lr, module, single)
+    }
+
+    fn to_record(&self) -> Self::Record {}
+
+    fn load_record(self, (): Self::Record) -> Self {
+        self
+    }
+}
+
+struct StepMapper<'a, B: AutodiffBackend> {
+    config: AdamWConfig,
+    lr: f64,
+    state: &'a mut AdamWState<B::InnerBackend>,
+    grads: &'a mut GradientsParams,
+}
+
+impl<B: AutodiffBackend> ModuleMapper<B> for StepMapper<'_, B> {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+        let Some(grad) = self.grads.remove::<B::InnerBackend, D>(param.id) else {
+            return param;
+        };
+        let AdamWConfig {
+            beta1,
+            beta2,
+            epsilon,
+            weight_decay,
+        } = self.config;
+        let (lr, steps, id) = (self.lr, self.state.steps as f64, param.id);
+        let moments = &mut self.state.moments;
+        param.map(|tensor| {
+            let dtype = tensor.dtype();
+            let value = to_f32(tensor.inner());
+            let shape = value.shape();
+            let count = shape.num_elements();
+            let grad = to_f32(grad).reshape([count]);
+            let value = value.reshape([count]);
+            let (first, second) = match moments.remove(&id) {
+                Some(old) => (old.first, old.second),
+                None => (grad.zeros_like(), grad.zeros_like()),
+            };
+            let first = first * beta1 + grad.clone() * (1.0 - beta1);
+            let second = second * beta2 + grad.clone() * grad * (1.0 - beta2);
+            let step_size = lr / (1.0 - beta1.powf(steps));
+            let root = (second.clone() / (1.0 - beta2.powf(steps))).sqrt() + epsilon;
+            let value = if D > 1 && weight_decay > 0.0 {
+                value * (1.0 - lr * weight_decay)
+            } else {
+                value
+            };
+            let value = value - first.clone() / root * step_size;
+            moments.insert(id, Moments { first, second });
+            Tensor::from_inner(to_dtype(value.reshape(shape), dtype)).require_grad()
+        })
+    }
+}
+
+/// Scales all gradients so that their common norm is at most `max_norm`, and gives the norm before.
+///
+/// `max_norm` 0 only measures. A norm that is not a number scales nothing.
+///
+/// Source: `torch.nn.utils.clip_grad_norm_`.
+pub fn clip_global_norm<B: AutodiffBackend, M: AutodiffModule<B>>(
+    module: &M,
+    grads: &mut GradientsParams,
+    max_norm: f64,
+) -> f64 {
+    struct Squares<'a, B: Backend> {
+        grads: &'a GradientsParams,
+        sums: Vec<Tensor<B, 1>>,
+    }
+    impl<B: AutodiffBackend> ModuleVisitor<B> for Squares<'_, B::InnerBackend> {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+            if let Some(grad) = self.grads.get::<B::InnerBackend, D>(param.id) {
+                let grad = to_f32(grad);
+                self.sums.push((grad.clone() * grad).sum());
+            }
+        }
+    }
+    struct Scale<'a> {
+        grads: &'a mut GradientsParams,
+        factor: f64,
+    }
+    impl<B: AutodiffBackend> ModuleVisitor<B> for Scale<'_> {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+            if let Some(grad) = self.grads.remove::<B::InnerBackend, D>(param.id) {
+                self.grads.register(param.id, grad * self.factor);
+            }
+        }
+    }
+    let mut squares = Squares::<B::InnerBackend> {
+        grads,
+        sums: Vec::new(),
+    };
+    module.visit(&mut squares);
+    if squares.sums.is_empty() {
+        return 0.0;
+    }
+    let sums = Tensor::cat(squares.sums, 0);
+    debug_assert_eq!(sums.dtype(), DType::F32);
+    let norm = sums.to_data().iter::<f64>().sum::<f64>().sqrt();
+    let factor = max_norm / (norm + 1e-6);
+    if max_norm > 0.0 && factor < 1.0 {
+        module.visit(&mut Scale { grads, factor });
+    }
+    norm
+}
