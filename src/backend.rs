@@ -75,7 +75,9 @@ impl From<DtypeName> for DType {
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
     /// The program was built without the backend.
-    #[error("this program was built without `{feature}`, which device `{device}` needs; build it with `--features {feature}`")]
+    #[error(
+        "this program was built without `{feature}`, which device `{device}` needs; build it with `--features {feature}`"
+    )]
     NotBuilt {
         /// As given.
         device: DeviceName,
@@ -90,6 +92,9 @@ pub enum DeviceError {
         /// What the driver said.
         reason: String,
     },
+    /// Several devices that cannot work together.
+    #[error("devices `{0}` and `{1}` belong to different backends; name devices of one kind")]
+    Mixed(DeviceName, DeviceName),
     /// The device cannot calculate in the type.
     #[error("device `{device}` does not calculate in {dtype:?}; try `--dtype f32`")]
     Dtype {
@@ -107,6 +112,73 @@ pub trait DeviceTask {
 
     /// Does the work; `dtype` is the type asked for, or the device's best.
     fn run<B: Backend>(self, device: B::Device, dtype: DType) -> Self::Output;
+}
+
+/// Devices of one backend that hold the same model.
+pub struct Replicas<B: Backend> {
+    /// At least one.
+    pub devices: Vec<B::Device>,
+    /// Type of the weights.
+    pub dtype: DType,
+}
+
+/// Work on several devices of one backend.
+pub trait ReplicatedTask {
+    /// What comes of it.
+    type Output;
+
+    /// Does the work.
+    fn run<B: Backend>(self, replicas: Replicas<B>) -> Self::Output;
+}
+
+/// Runs `task` on all named devices together; on the best one when none is named.
+///
+/// # Errors
+/// [`DeviceError`]; [`DeviceError::Mixed`] when the names belong to different backends.
+pub fn run_on_all<T: ReplicatedTask>(
+    names: &[DeviceName],
+    dtype: Option<DType>,
+    task: T,
+) -> Result<T::Output, DeviceError> {
+    struct First<T> {
+        task: T,
+        names: Vec<DeviceName>,
+    }
+    impl<T: ReplicatedTask> DeviceTask for First<T> {
+        type Output = T::Output;
+
+        fn run<B: Backend>(self, device: B::Device, dtype: DType) -> T::Output {
+            let same = |name: &DeviceName| match name {
+                DeviceName::Cpu => device.clone(),
+                // Numbers count within the kind of device the first one is.
+                DeviceName::Cuda(index) | DeviceName::Wgpu(Some(index)) => {
+                    let id = burn::tensor::backend::DeviceOps::id(&device);
+                    burn::tensor::Device::<B>::from_id(burn::tensor::backend::DeviceId {
+                        index_id: *index as u16,
+                        ..id
+                    })
+                }
+                DeviceName::Wgpu(None) => device.clone(),
+            };
+            let devices = if self.names.is_empty() {
+                vec![device.clone()]
+            } else {
+                self.names.iter().map(same).collect()
+            };
+            self.task.run(Replicas::<B> { devices, dtype })
+        }
+    }
+    if let Some(other) = names
+        .iter()
+        .find(|name| std::mem::discriminant(*name) != std::mem::discriminant(&names[0]))
+    {
+        return Err(DeviceError::Mixed(names[0], *other));
+    }
+    let first = First {
+        task,
+        names: names.to_vec(),
+    };
+    run_on(names.first().copied(), dtype, first)
 }
 
 /// What the program was built with, best first.

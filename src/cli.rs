@@ -4,7 +4,10 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::backend::{DeviceName, DtypeName};
+use crate::{
+    backend::{DeviceName, DtypeName},
+    train::config::LossReduction,
+};
 
 /// The question the published system asks.
 pub const DEFAULT_PROMPT: &str = "通过这张胸部X光影像可以诊断出什么？";
@@ -28,6 +31,13 @@ pub enum Command {
     /// Without arguments, about an image that comes with the repository and with the tiny model that comes
     /// with it.
     Infer(InferArgs),
+    /// Fine-tune a model.
+    ///
+    /// Without arguments, the tiny model that comes with the repository on the sample data set that comes
+    /// with it: minutes on two cores.
+    Train(TrainArgs),
+    /// Write the config and tokenizer of the tiny model, to be trained from nothing.
+    InitTiny(InitTinyArgs),
 }
 
 /// Which model, where.
@@ -121,4 +131,68 @@ pub struct InferArgs {
     /// Print times, speeds and memory to stderr.
     #[arg(long)]
     pub verbose: bool,
+}
+
+/// Arguments of `train`; everything else is a key of the config file.
+#[derive(Debug, Args)]
+pub struct TrainArgs {
+    /// Settings of the run, TOML; `configs/openi-lora.toml` explains every key.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Base checkpoint folder.
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
+    /// Adapter to start from.
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+    /// Training data: JSONL in ms-swift's form.
+    #[arg(long, value_name = "FILE.jsonl")]
+    pub train_data: Option<String>,
+    /// Validation data.
+    #[arg(long, value_name = "FILE.jsonl")]
+    pub val_data: Option<String>,
+    /// Where checkpoints, metrics and curves go.
+    #[arg(long, value_name = "DIR")]
+    pub output_dir: Option<PathBuf>,
+    /// Devices, separated by commas: cuda:0,cuda:1 or cpu,cpu.
+    #[arg(long, value_name = "DEVICES", value_delimiter = ',')]
+    pub device: Vec<String>,
+    /// Type of the base weights; adapters are f32.
+    #[arg(long, value_enum)]
+    pub dtype: Option<DtypeName>,
+    /// Seed of order, adapters and dropout.
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+    /// Generate and score this many held-out reports at each validation.
+    #[arg(long, value_name = "N")]
+    pub eval_generate: Option<usize>,
+    /// What the loss of a step is the mean of.
+    #[arg(long, value_enum)]
+    pub loss_reduction: Option<LossReduction>,
+    /// Any other key of the config file; may be given several times.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Go on: `auto` from the newest whole checkpoint of the output folder, or a checkpoint folder.
+    #[arg(long, value_name = "auto|DIR")]
+    pub resume: Option<String>,
+    /// Draw the weights at random; only `config.json` and the tokenizer of the model are read.
+    #[arg(long)]
+    pub random_init: bool,
+    /// Plain progress lines in place of the dashboard.
+    #[arg(long)]
+    pub no_tui: bool,
+    /// Print this many held-out truths beside answers at the end.
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub show: usize,
+}
+
+/// Arguments of `init-tiny`.
+#[derive(Debug, Args)]
+pub struct InitTinyArgs {
+    /// Folder to write.
+    #[arg(long, value_name = "DIR", default_value = "artifacts/tiny-init")]
+    pub output: PathBuf,
+    /// Seed of the reports the tokenizer is learnt from.
+    #[arg(long, value_name = "N", default_value_t = 7)]
+    pub seed: u64,
 }

@@ -7,7 +7,7 @@ use clap::Parser;
 use xray_qwen3vl::{
     backend::panic_text,
     cli::{Cli, Command},
-    commands::{UsageError, infer},
+    commands::{UsageError, infer, init_tiny, train},
 };
 
 fn main() -> ExitCode {
@@ -23,6 +23,8 @@ fn main() -> ExitCode {
     }
     let result = panic::catch_unwind(|| match cli.command {
         Command::Infer(args) => infer::run(args),
+        Command::Train(args) => train::run(args),
+        Command::InitTiny(args) => init_tiny::run(&args),
     });
     match result {
         Ok(Ok(())) => ExitCode::SUCCESS,
@@ -33,11 +35,18 @@ fn main() -> ExitCode {
         Err(payload) => {
             let reason = panic_text(payload.as_ref());
             let lower = reason.to_lowercase();
-            if lower.contains("out of memory") || lower.contains("outofmemory") || lower.contains("alloc") {
-                eprintln!("error: the device ran out of memory ({reason}); lower --batch-size, --max-pixels or --max-new-tokens, or use --dtype bf16");
+            if lower.contains("out of memory")
+                || lower.contains("outofmemory")
+                || lower.contains("alloc")
+            {
+                eprintln!(
+                    "error: the device ran out of memory ({reason}); lower --batch-size, --max-pixels or --max-new-tokens, or use --dtype bf16"
+                );
             } else {
                 let place = PLACE.lock().map(|place| place.clone()).unwrap_or_default();
-                eprintln!("error: internal error at {place}: {reason}; run again with RUST_BACKTRACE=1 for more");
+                eprintln!(
+                    "error: internal error at {place}: {reason}; run again with RUST_BACKTRACE=1 for more"
+                );
             }
             ExitCode::FAILURE
         }

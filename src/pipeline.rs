@@ -27,7 +27,10 @@ use crate::{
 
 /// What keeps a model from being loaded or asked.
 #[derive(Debug, thiserror::Error)]
-#[allow(missing_docs, reason = "each variant is the error of the part it names")]
+#[allow(
+    missing_docs,
+    reason = "each variant is the error of the part it names"
+)]
 pub enum PipelineError {
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -57,11 +60,7 @@ pub enum PipelineError {
     #[error(
         "the model needs about {need:.1} GiB of memory as {dtype:?}, {free:.1} GiB are free; try `--dtype bf16`, a smaller model, or close other programs"
     )]
-    Memory {
-        need: f64,
-        free: f64,
-        dtype: DType,
-    },
+    Memory { need: f64, free: f64, dtype: DType },
 }
 
 /// What to load and how.

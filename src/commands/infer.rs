@@ -12,7 +12,11 @@ use anyhow::{Context, Result, bail};
 use burn::{prelude::*, tensor::DType};
 use serde::{Deserialize, Serialize};
 
-use super::{UsageError, generation_config, pipeline_options, progress::{Progress, Unit}, shipped};
+use super::{
+    UsageError, generation_config, pipeline_options,
+    progress::{Progress, Unit},
+    shipped,
+};
 use crate::{
     backend::{DeviceTask, run_on},
     cli::InferArgs,
@@ -99,7 +103,10 @@ fn list_images(args: &InferArgs) -> Result<Vec<Vec<PathBuf>>> {
         }
         images.sort();
         if images.is_empty() {
-            bail!("`{}` holds no image; expected files ending in png, jpg, webp, bmp or tiff", dir.display());
+            bail!(
+                "`{}` holds no image; expected files ending in png, jpg, webp, bmp or tiff",
+                dir.display()
+            );
         }
     }
     if images.is_empty() {
@@ -150,9 +157,8 @@ impl DeviceTask for Infer {
         if self.args.verbose {
             eprintln!("load     {:8.2} s", started.elapsed().as_secs_f64());
         }
-        let mut progress =
-            (todo.len() > 1 || self.args.output.is_some())
-                .then(|| Progress::new("reports", todo.len() as u64, Unit::Items));
+        let mut progress = (todo.len() > 1 || self.args.output.is_some())
+            .then(|| Progress::new("reports", todo.len() as u64, Unit::Items));
         let mut done = 0;
         for group in todo.chunks(self.args.batch_size) {
             let records = self.answer_group(&pipeline, group);
@@ -170,14 +176,20 @@ impl DeviceTask for Infer {
         if self.args.verbose
             && let Some(bytes) = peak_memory()
         {
-            eprintln!("memory   {:8.2} GiB at most on the host", bytes as f64 / (1u64 << 30) as f64);
+            eprintln!(
+                "memory   {:8.2} GiB at most on the host",
+                bytes as f64 / (1u64 << 30) as f64
+            );
         }
         run.result()
     }
 }
 
 fn name_of(images: &[PathBuf]) -> String {
-    let names: Vec<String> = images.iter().map(|path| path.display().to_string()).collect();
+    let names: Vec<String> = images
+        .iter()
+        .map(|path| path.display().to_string())
+        .collect();
     names.join(";")
 }
 
@@ -348,7 +360,9 @@ impl OutputFile {
         let text = match fs::read_to_string(path) {
             Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
-            Err(error) => return Err(error).with_context(|| format!("cannot read `{}`", path.display())),
+            Err(error) => {
+                return Err(error).with_context(|| format!("cannot read `{}`", path.display()));
+            }
         };
         let whole = text.rfind('\n').map_or(0, |at| at + 1);
         for (row, line) in text[..whole].lines().enumerate() {
@@ -405,13 +419,18 @@ impl OutputFile {
         } else if record.error.is_none() && !args.stream {
             println!("{}", record.report);
         }
-        if self.file.is_none() && !args.json && args.verbose
+        if self.file.is_none()
+            && !args.json
+            && args.verbose
             && let Some(thinking) = &record.thinking
         {
             eprintln!("thinking {thinking}");
         }
         match record.finish_reason {
-            Some(FinishReason::Repetition) => eprintln!("`{}`: ended because the text went round in circles", record.image),
+            Some(FinishReason::Repetition) => eprintln!(
+                "`{}`: ended because the text went round in circles",
+                record.image
+            ),
             Some(FinishReason::Length) => eprintln!(
                 "`{}`: ended after {} tokens; --max-new-tokens allows more",
                 record.image, record.completion_tokens

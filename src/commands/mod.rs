@@ -1,7 +1,9 @@
 //! Arguments to library calls, one command a file. Only here and in `main` is anything printed.
 
 pub mod infer;
+pub mod init_tiny;
 mod progress;
+pub mod train;
 
 use anyhow::{Result, bail};
 
@@ -19,7 +21,11 @@ fn shipped(path: &Path) -> PathBuf {
         return path.to_path_buf();
     }
     let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
-    if beside.exists() { beside } else { path.to_path_buf() }
+    if beside.exists() {
+        beside
+    } else {
+        path.to_path_buf()
+    }
 }
 
 fn pipeline_options(args: &ModelArgs, dtype: DType) -> PipelineOptions {
@@ -45,7 +51,9 @@ fn generation_config(args: &GenerationArgs) -> Result<GenerationConfig> {
         bail!(UsageError(reason));
     }
     if args.max_new_tokens == 0 {
-        bail!(UsageError("--max-new-tokens is 0, expected at least 1".into()));
+        bail!(UsageError(
+            "--max-new-tokens is 0, expected at least 1".into()
+        ));
     }
     Ok(GenerationConfig {
         max_new_tokens: args.max_new_tokens,

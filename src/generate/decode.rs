@@ -87,7 +87,9 @@ pub enum GenerateError {
     #[error("the prompt is empty")]
     Empty,
     /// A token the model does not have.
-    #[error("the prompt holds token {id}, the model has {vocab_size} tokens; does the tokenizer belong to the model?")]
+    #[error(
+        "the prompt holds token {id}, the model has {vocab_size} tokens; does the tokenizer belong to the model?"
+    )]
     UnknownToken {
         /// The token.
         id: u32,
@@ -98,7 +100,9 @@ pub enum GenerateError {
     #[error(transparent)]
     Positions(#[from] PositionError),
     /// The model answers with NaN.
-    #[error("the model's output is not a number; weights and dtype do not go together, try `--dtype f32` or `--dtype bf16`")]
+    #[error(
+        "the model's output is not a number; weights and dtype do not go together, try `--dtype f32` or `--dtype bf16`"
+    )]
     NotFinite,
     /// A sampling setting out of range.
     #[error("{0}")]
@@ -147,7 +151,10 @@ pub fn generate<B: Backend>(
         seconds
     };
 
-    let rows: Vec<Vec<u32>> = prompts.iter().map(|prompt| prompt.input_ids.clone()).collect();
+    let rows: Vec<Vec<u32>> = prompts
+        .iter()
+        .map(|prompt| prompt.input_ids.clone())
+        .collect();
     let grids: Vec<_> = prompts
         .iter()
         .map(|prompt| prompt.images.image_grid_thw.clone())
@@ -155,9 +162,11 @@ pub fn generate<B: Backend>(
     let (input, deltas) = TextInput::padded(&rows, &grids, config, Padding::Left, 0)?;
     timing.prompt_tokens = rows.iter().map(Vec::len).sum();
     let mut images = ImageInput::default();
-    prompts.iter().for_each(|prompt| images.extend(&prompt.images));
-    let vision = (!images.image_grid_thw.is_empty())
-        .then(|| model.encode_images(&images, config, device));
+    prompts
+        .iter()
+        .for_each(|prompt| images.extend(&prompt.images));
+    let vision =
+        (!images.image_grid_thw.is_empty()).then(|| model.encode_images(&images, config, device));
     timing.vision_seconds = lap(device);
 
     let mut results: Vec<Generation> = prompts
@@ -168,7 +177,14 @@ pub fn generate<B: Backend>(
         })
         .collect();
     let mut cache = KeyValueCache::new(config.text_config.num_hidden_layers);
-    let hidden = model.hidden_states(&input, vision.as_ref(), config, Some(&mut cache), None, device);
+    let hidden = model.hidden_states(
+        &input,
+        vision.as_ref(),
+        config,
+        Some(&mut cache),
+        None,
+        device,
+    );
     drop(vision);
     let seq = input.seq();
     let last: Vec<i32> = (1..=rows.len()).map(|row| (row * seq - 1) as i32).collect();
@@ -253,7 +269,10 @@ fn check(
         if ids.len() + settings.max_new_tokens > text.max_position_embeddings {
             return Err(GenerateError::TooLong {
                 prompt: ids.len(),
-                image: ids.iter().filter(|id| **id == config.image_token_id).count(),
+                image: ids
+                    .iter()
+                    .filter(|id| **id == config.image_token_id)
+                    .count(),
                 new: settings.max_new_tokens,
                 context: text.max_position_embeddings,
             });

@@ -6,5 +6,7 @@ pub mod decode;
 pub mod sampler;
 pub mod text;
 
-pub use decode::{FinishReason, Generation, GenerationConfig, GenerateError, Prompt, Timing, generate};
+pub use decode::{
+    FinishReason, GenerateError, Generation, GenerationConfig, Prompt, Timing, generate,
+};
 pub use sampler::SamplingConfig;

@@ -183,12 +183,23 @@ mod tests {
             temperature: 5.0,
             ..SamplingConfig::default()
         };
-        let top_k = SamplingConfig { top_k: 2, ..hot.clone() };
+        let top_k = SamplingConfig {
+            top_k: 2,
+            ..hot.clone()
+        };
         assert!(drawn(top_k, &logits, 200).iter().all(|id| *id >= 2));
         // softmax([0..3]) = .032 .087 .237 .644: 0.7 needs two.
-        let top_p = SamplingConfig { temperature: 1.0, top_p: 0.7, ..hot.clone() };
+        let top_p = SamplingConfig {
+            temperature: 1.0,
+            top_p: 0.7,
+            ..hot.clone()
+        };
         assert!(drawn(top_p, &logits, 200).iter().all(|id| *id >= 2));
-        let min_p = SamplingConfig { temperature: 1.0, min_p: 0.3, ..hot.clone() };
+        let min_p = SamplingConfig {
+            temperature: 1.0,
+            min_p: 0.3,
+            ..hot.clone()
+        };
         assert!(drawn(min_p, &logits, 200).iter().all(|id| *id >= 2));
         assert!(drawn(hot, &logits, 200).contains(&0));
     }
@@ -203,7 +214,10 @@ mod tests {
         let logits = [0.0, 2f32.ln()];
         assert_eq!(drawn(config(7), &logits, 50), drawn(config(7), &logits, 50));
         assert_ne!(drawn(config(7), &logits, 50), drawn(config(8), &logits, 50));
-        let ones = drawn(config(1), &logits, 3000).iter().filter(|id| **id == 1).count();
+        let ones = drawn(config(1), &logits, 3000)
+            .iter()
+            .filter(|id| **id == 1)
+            .count();
         // Two thirds of 3,000, four standard deviations.
         assert!((1900..2100).contains(&ones), "{ones}");
     }

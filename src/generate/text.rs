@@ -18,7 +18,11 @@ impl TextStream {
     pub fn new(tokenizer: &Tokenizer, stop: &[String]) -> Self {
         Self {
             decoder: tokenizer.stream(true),
-            stop: stop.iter().filter(|stop| !stop.is_empty()).cloned().collect(),
+            stop: stop
+                .iter()
+                .filter(|stop| !stop.is_empty())
+                .cloned()
+                .collect(),
             held: String::new(),
             text: String::new(),
             stopped: false,
@@ -52,7 +56,11 @@ impl TextStream {
             return String::new();
         }
         self.held.push_str(piece);
-        let stop_at = self.stop.iter().filter_map(|stop| self.held.find(stop.as_str())).min();
+        let stop_at = self
+            .stop
+            .iter()
+            .filter_map(|stop| self.held.find(stop.as_str()))
+            .min();
         let shown = if let Some(at) = stop_at {
             self.stopped = true;
             self.held.truncate(at);
@@ -60,7 +68,12 @@ impl TextStream {
         } else if last {
             std::mem::take(&mut self.held)
         } else {
-            let keep = self.stop.iter().map(|stop| overlap(&self.held, stop)).max().unwrap_or(0);
+            let keep = self
+                .stop
+                .iter()
+                .map(|stop| overlap(&self.held, stop))
+                .max()
+                .unwrap_or(0);
             let rest = self.held.split_off(self.held.len() - keep);
             std::mem::replace(&mut self.held, rest)
         };

@@ -115,7 +115,8 @@ impl<B: Backend> LinearMapper<B> for AttachLora<'_> {
             .collect();
         let a = Tensor::from_data(TensorData::new(a, [rank, d_input]), (&device, DType::F32));
         let b = Tensor::zeros([d_output, rank], (&device, DType::F32));
-        let param = |tensor| Param::initialized(ParamId::new(), Tensor::<B, 2>::require_grad(tensor));
+        let param =
+            |tensor| Param::initialized(ParamId::new(), Tensor::<B, 2>::require_grad(tensor));
         let mut lora = Lora {
             lora_a: param(a),
             lora_b: param(b),

@@ -50,7 +50,9 @@ pub enum AdapterError {
         reason: String,
     },
     /// No layer of the model is adapted.
-    #[error("target_modules {targets} match no linear layer of the model; layers are named like `model.language_model.layers.0.self_attn.q_proj`")]
+    #[error(
+        "target_modules {targets} match no linear layer of the model; layers are named like `model.language_model.layers.0.self_attn.q_proj`"
+    )]
     NoTarget {
         /// As given.
         targets: String,
@@ -290,7 +292,11 @@ impl LoraConfig {
     pub fn matcher(&self) -> Result<TargetMatcher, AdapterError> {
         Ok(TargetMatcher {
             targets: Matcher::new(&self.target_modules)?,
-            excluded: self.exclude_modules.as_ref().map(Matcher::new).transpose()?,
+            excluded: self
+                .exclude_modules
+                .as_ref()
+                .map(Matcher::new)
+                .transpose()?,
             layers: self.layers_to_transform.clone(),
         })
     }
@@ -393,7 +399,11 @@ impl TargetMatcher {
     ///
     /// Source: `check_target_module_exists`, PEFT, `tuners/tuners_utils.py`.
     pub fn matches(&self, path: &str) -> bool {
-        if self.excluded.as_ref().is_some_and(|excluded| excluded.matches(path)) {
+        if self
+            .excluded
+            .as_ref()
+            .is_some_and(|excluded| excluded.matches(path))
+        {
             return false;
         }
         let in_layers = self.layers.as_ref().is_none_or(|layers| {
@@ -463,7 +473,8 @@ mod tests {
     fn what_is_not_done_is_refused_by_key() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("adapter_config.json");
-        let base = r#"{"peft_type": "LORA", "r": 8, "lora_alpha": 32, "target_modules": "all-linear""#;
+        let base =
+            r#"{"peft_type": "LORA", "r": 8, "lora_alpha": 32, "target_modules": "all-linear""#;
         for (extra, key) in [
             (r#", "fan_in_fan_out": true}"#, "fan_in_fan_out"),
             (r#", "modules_to_save": ["lm_head"]}"#, "modules_to_save"),
@@ -471,7 +482,10 @@ mod tests {
         ] {
             fs::write(&path, format!("{base}{extra}")).unwrap();
             let error = LoraConfig::from_dir(dir.path()).unwrap_err().to_string();
-            assert!(error.contains(key) && error.contains("adapter_config.json"), "{error}");
+            assert!(
+                error.contains(key) && error.contains("adapter_config.json"),
+                "{error}"
+            );
         }
         fs::write(&path, format!("{base}{}", r#", "modules_to_save": []}"#)).unwrap();
         assert_eq!(LoraConfig::from_dir(dir.path()).unwrap().r, 8);

@@ -15,7 +15,10 @@ pub struct LayerCache<B: Backend> {
 
 impl<B: Backend> LayerCache<B> {
     fn new() -> Self {
-        Self { buffers: None, len: 0 }
+        Self {
+            buffers: None,
+            len: 0,
+        }
     }
 
     /// Appends new tokens and gives all keys and values so far.
@@ -26,10 +29,7 @@ impl<B: Backend> LayerCache<B> {
     pub fn append(&mut self, k: Tensor<B, 4>, v: Tensor<B, 4>) -> (Tensor<B, 4>, Tensor<B, 4>) {
         let [batch, heads, new, head_dim] = k.dims();
         let end = self.len + new;
-        let capacity = self
-            .buffers
-            .as_ref()
-            .map_or(0, |(keys, _)| keys.dims()[2]);
+        let capacity = self.buffers.as_ref().map_or(0, |(keys, _)| keys.dims()[2]);
         let (keys, values) = match self.buffers.take() {
             Some(buffers) if end <= capacity => buffers,
             old => {

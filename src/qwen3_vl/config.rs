@@ -220,7 +220,9 @@ impl Qwen3VlConfig {
             other => {
                 return Err(value_error(
                     "model_type",
-                    format!("found {other:?}, expected `qwen3_vl`; this program reads Qwen3-VL (dense) checkpoints only"),
+                    format!(
+                        "found {other:?}, expected `qwen3_vl`; this program reads Qwen3-VL (dense) checkpoints only"
+                    ),
                 ));
             }
         }
@@ -331,8 +333,14 @@ impl Qwen3VlConfig {
             ("vision_config.num_heads", vision.num_heads),
             ("vision_config.in_channels", vision.in_channels),
             ("vision_config.patch_size", vision.patch_size),
-            ("vision_config.spatial_merge_size", vision.spatial_merge_size),
-            ("vision_config.temporal_patch_size", vision.temporal_patch_size),
+            (
+                "vision_config.spatial_merge_size",
+                vision.spatial_merge_size,
+            ),
+            (
+                "vision_config.temporal_patch_size",
+                vision.temporal_patch_size,
+            ),
         ] {
             if value == 0 {
                 return Err((key, "found 0, expected a positive number".to_string()));
@@ -477,7 +485,8 @@ impl Qwen3VlConfig {
     ///
     /// Source: `config.json` of `Qwen/Qwen3-VL-{2B,4B,8B,32B}-{Instruct,Thinking}`.
     pub fn published(size: &str) -> Option<Self> {
-        let (hidden, inter, layers, heads, tied, vision) = match size.to_ascii_lowercase().as_str() {
+        let (hidden, inter, layers, heads, tied, vision) = match size.to_ascii_lowercase().as_str()
+        {
             "2b" => (2048, 6144, 28, 16, true, (24, 1024, 4096, [5, 11, 17])),
             "4b" => (2560, 9728, 36, 32, true, (24, 1024, 4096, [5, 11, 17])),
             "8b" => (4096, 12288, 36, 32, false, (27, 1152, 4304, [8, 16, 24])),
@@ -552,11 +561,9 @@ mod tests {
 
     #[test]
     fn another_model_is_refused() {
-        let error = Qwen3VlConfig::from_json(
-            r#"{"model_type": "llama"}"#,
-            Path::new("config.json"),
-        )
-        .unwrap_err();
+        let error =
+            Qwen3VlConfig::from_json(r#"{"model_type": "llama"}"#, Path::new("config.json"))
+                .unwrap_err();
         assert!(error.to_string().contains("qwen3_vl"), "{error}");
     }
 

@@ -119,9 +119,12 @@ impl TextInput {
                 Padding::Right => (0, pad),
             };
             let fill = |count| std::iter::repeat_n(pad_token_id, count);
-            batch
-                .input_ids
-                .push(fill(before).chain(ids.iter().copied()).chain(fill(after)).collect());
+            batch.input_ids.push(
+                fill(before)
+                    .chain(ids.iter().copied())
+                    .chain(fill(after))
+                    .collect(),
+            );
             let hidden = |count| std::iter::repeat_n(-1, count);
             batch.segments.push(
                 hidden(before)
@@ -268,9 +271,8 @@ impl<B: Backend> Qwen3Vl<B> {
                 visual: VisionModel::new(&config.vision_config, options, device),
                 language_model: TextModel::new(text, options, device),
             },
-            lm_head: (!config.tie_word_embeddings).then(|| {
-                Linear::new(text.hidden_size, text.vocab_size, false, options, device)
-            }),
+            lm_head: (!config.tie_word_embeddings)
+                .then(|| Linear::new(text.hidden_size, text.vocab_size, false, options, device)),
         }
     }
 
@@ -293,7 +295,12 @@ impl<B: Backend> Qwen3Vl<B> {
 
     /// Token vectors of a batch, `[n, hidden]`.
     pub fn embed(&self, input: &TextInput, device: &B::Device) -> Tensor<B, 2> {
-        let ids: Vec<i32> = input.input_ids.iter().flatten().map(|id| *id as i32).collect();
+        let ids: Vec<i32> = input
+            .input_ids
+            .iter()
+            .flatten()
+            .map(|id| *id as i32)
+            .collect();
         self.model
             .language_model
             .embed_tokens
@@ -329,7 +336,11 @@ impl<B: Backend> Qwen3Vl<B> {
         let mut x = self.embed(input, device);
         let placement = vision.map(|vision| {
             let found = input.image_rows().iter().filter(|row| **row > 0).count();
-            assert_eq!(found, vision.merged.dims()[0], "image tokens and features disagree");
+            assert_eq!(
+                found,
+                vision.merged.dims()[0],
+                "image tokens and features disagree"
+            );
             ImagePlacement::new(input, device)
         });
         if let (Some(vision), Some(placement)) = (vision, &placement) {
@@ -366,8 +377,8 @@ impl<B: Backend> Qwen3Vl<B> {
         config: &Qwen3VlConfig,
         device: &B::Device,
     ) -> Tensor<B, 2> {
-        let vision = (!images.image_grid_thw.is_empty())
-            .then(|| self.encode_images(images, config, device));
+        let vision =
+            (!images.image_grid_thw.is_empty()).then(|| self.encode_images(images, config, device));
         let hidden = self.hidden_states(input, vision.as_ref(), config, None, None, device);
         self.logits(hidden)
     }

@@ -5,7 +5,10 @@
 
 use burn::{prelude::*, tensor::TensorData};
 
-use super::{config::TextConfig, nn::{to_dtype, to_f32}};
+use super::{
+    config::TextConfig,
+    nn::{to_dtype, to_f32},
+};
 
 /// Positions of every token on the three axes (time, height, width), `[axis][token]`.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -123,11 +126,7 @@ pub fn rope_index(
         for frame in 0..t {
             for row in 0..rows {
                 for column in 0..columns {
-                    positions.push([
-                        next + frame as i64,
-                        next + row as i64,
-                        next + column as i64,
-                    ]);
+                    positions.push([next + frame as i64, next + row as i64, next + column as i64]);
                 }
             }
         }
@@ -265,7 +264,11 @@ mod tests {
         let split = rope_index(&[9, 1, 9, 9], &[[1, 2, 6]], 9, 2).unwrap_err();
         assert_eq!(
             split,
-            PositionError::Interrupted { image: 0, found: 1, expected: 3 }
+            PositionError::Interrupted {
+                image: 0,
+                found: 1,
+                expected: 3
+            }
         );
     }
 }

@@ -79,11 +79,16 @@ impl<B: Backend> TextAttention<B> {
         // [batch, heads, seq, head_dim]
         let heads_first = |x: Tensor<B, 3>| -> Tensor<B, 4> {
             let [_, heads, head_dim] = x.dims();
-            x.reshape([context.batch, seq, heads, head_dim]).swap_dims(1, 2)
+            x.reshape([context.batch, seq, heads, head_dim])
+                .swap_dims(1, 2)
         };
         // Normalised per head and before rotation: the checkpoint was trained in this order.
-        let q = self.q_norm.forward(split(self.q_proj.forward(x.clone(), seed)));
-        let k = self.k_norm.forward(split(self.k_proj.forward(x.clone(), seed)));
+        let q = self
+            .q_norm
+            .forward(split(self.q_proj.forward(x.clone(), seed)));
+        let k = self
+            .k_norm
+            .forward(split(self.k_proj.forward(x.clone(), seed)));
         let q = heads_first(context.rope.rotate(q));
         let k = heads_first(context.rope.rotate(k));
         let v = heads_first(split(self.v_proj.forward(x, seed)));

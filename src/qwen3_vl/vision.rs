@@ -12,7 +12,10 @@ use burn::{
 use super::{
     attention::attention,
     config::VisionConfig,
-    nn::{Embedding, InitOptions, LayerNorm, Linear, gelu_exact, gelu_tanh, lazy_full, lazy_normal, to_dtype},
+    nn::{
+        Embedding, InitOptions, LayerNorm, Linear, gelu_exact, gelu_tanh, lazy_full, lazy_normal,
+        to_dtype,
+    },
     rope::RopeTables,
 };
 
@@ -87,7 +90,10 @@ impl<B: Backend> VisionAttention<B> {
     ) -> Tensor<B, 2> {
         let [patches, hidden] = x.dims();
         let head_dim = hidden / self.num_heads;
-        let qkv = self.qkv.forward(x, dropout_seed).reshape([patches, 3, self.num_heads, head_dim]);
+        let qkv = self
+            .qkv
+            .forward(x, dropout_seed)
+            .reshape([patches, 3, self.num_heads, head_dim]);
         let part = |index| -> Tensor<B, 3> { qkv.clone().narrow(1, index, 1).squeeze_dim(1) };
         let heads_first = |x: Tensor<B, 3>| -> Tensor<B, 4> { x.swap_dims(0, 1).unsqueeze() };
         let q = heads_first(rope.rotate(part(0)));
@@ -195,7 +201,11 @@ impl<B: Backend> PatchMerger<B> {
         device: &B::Device,
     ) -> Self {
         let joined = config.hidden_size * config.spatial_merge_size.pow(2);
-        let norm_width = if norm_after_shuffle { joined } else { config.hidden_size };
+        let norm_width = if norm_after_shuffle {
+            joined
+        } else {
+            config.hidden_size
+        };
         Self {
             norm: LayerNorm::new(norm_width, LAYER_NORM_EPS, options, device),
             linear_fc1: Linear::new(joined, joined, true, options, device),
@@ -253,7 +263,11 @@ impl<B: Backend> VisionLayout<B> {
         let patches = rows_columns.len();
         let corners = (0..4)
             .map(|corner| {
-                let indices: Vec<i32> = corners.indices.iter().map(|row| row[corner] as i32).collect();
+                let indices: Vec<i32> = corners
+                    .indices
+                    .iter()
+                    .map(|row| row[corner] as i32)
+                    .collect();
                 let weights: Vec<f32> = corners.weights.iter().map(|row| row[corner]).collect();
                 (
                     Tensor::from_ints(indices.as_slice(), device),
@@ -294,7 +308,12 @@ impl PositionCorners {
             let right = (left + 1).min(side - 1);
             let (dy, dx) = (y - top as f32, x - left as f32);
             let at = |row, column| (row * side + column) as u32;
-            self.indices.push([at(top, left), at(top, right), at(bottom, left), at(bottom, right)]);
+            self.indices.push([
+                at(top, left),
+                at(top, right),
+                at(bottom, left),
+                at(bottom, right),
+            ]);
             self.weights.push([
                 (1.0 - dy) * (1.0 - dx),
                 (1.0 - dy) * dx,
@@ -412,7 +431,10 @@ impl<B: Backend> VisionModel<B> {
 
     /// The DeepStack merger that reads the output of block `index`, where there is one.
     pub fn deepstack_after(&self, index: usize) -> Option<&PatchMerger<B>> {
-        let at = self.deepstack_visual_indexes.iter().position(|i| *i == index)?;
+        let at = self
+            .deepstack_visual_indexes
+            .iter()
+            .position(|i| *i == index)?;
         self.deepstack_merger_list.get(at)
     }
 
@@ -447,7 +469,16 @@ mod tests {
     fn patches_of_one_square_lie_next_to_each_other() {
         assert_eq!(
             patch_positions([1, 2, 4], 2),
-            [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]]
+            [
+                [0, 0],
+                [0, 1],
+                [1, 0],
+                [1, 1],
+                [0, 2],
+                [0, 3],
+                [1, 2],
+                [1, 3]
+            ]
         );
     }
 

@@ -236,8 +236,12 @@ fn convert(bytes: &[u8], from: Dtype, to: DType) -> Result<Vec<u8>, Problem> {
     fn from_f32(values: impl Iterator<Item = f32>, to: DType) -> Result<Vec<u8>, Problem> {
         Ok(match to {
             DType::F32 => values.flat_map(f32::to_le_bytes).collect(),
-            DType::BF16 => values.flat_map(|v| bf16::from_f32(v).to_le_bytes()).collect(),
-            DType::F16 => values.flat_map(|v| f16::from_f32(v).to_le_bytes()).collect(),
+            DType::BF16 => values
+                .flat_map(|v| bf16::from_f32(v).to_le_bytes())
+                .collect(),
+            DType::F16 => values
+                .flat_map(|v| f16::from_f32(v).to_le_bytes())
+                .collect(),
             _ => return Err(Problem::Dtype),
         })
     }
@@ -276,12 +280,15 @@ pub fn checkpoint_files(dir: &Path) -> Result<Vec<PathBuf>, WeightsError> {
         path: index.clone(),
         cause,
     })?;
-    let parsed: ShardIndex =
-        serde_json::from_str(&text).map_err(|cause| WeightsError::Format {
-            path: index.clone(),
-            reason: cause.to_string(),
-        })?;
-    let mut files: Vec<PathBuf> = parsed.weight_map.values().map(|file| dir.join(file)).collect();
+    let parsed: ShardIndex = serde_json::from_str(&text).map_err(|cause| WeightsError::Format {
+        path: index.clone(),
+        reason: cause.to_string(),
+    })?;
+    let mut files: Vec<PathBuf> = parsed
+        .weight_map
+        .values()
+        .map(|file| dir.join(file))
+        .collect();
     files.sort();
     files.dedup();
     Ok(files)

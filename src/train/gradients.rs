@@ -191,7 +191,11 @@ pub fn gradients<B: AutodiffBackend>(
         .flat_map(|vision| vision.features.iter().cloned())
         .map(|features| {
             let features = Tensor::from_inner(features);
-            if trains_vision { features.require_grad() } else { features }
+            if trains_vision {
+                features.require_grad()
+            } else {
+                features
+            }
         })
         .collect();
 
@@ -204,7 +208,9 @@ pub fn gradients<B: AutodiffBackend>(
     };
     let needs_input_gradient = trains_vision || trains_embedding;
     let deepstack = features.get(1..).unwrap_or_default();
-    let context = batch.text.context::<B>(config, options.dropout_seed, device);
+    let context = batch
+        .text
+        .context::<B>(config, options.dropout_seed, device);
     let placement = (!features.is_empty()).then(|| ImagePlacement::new(&batch.text, device));
 
     let layers = model.model.language_model.layers.len();
@@ -218,9 +224,10 @@ pub fn gradients<B: AutodiffBackend>(
     let embedded = embed();
     let mut inputs = vec![embedded.clone().inner()];
     if segments.len() > 1 {
-        let inner_context = batch
-            .text
-            .context::<B::InnerBackend>(config, options.dropout_seed, device);
+        let inner_context =
+            batch
+                .text
+                .context::<B::InnerBackend>(config, options.dropout_seed, device);
         let inner_placement = ImagePlacement::new(&batch.text, device);
         let inner_deepstack: Vec<_> = deepstack.iter().cloned().map(Tensor::inner).collect();
         let inner_placement = placement.as_ref().map(|_| inner_placement);
@@ -317,7 +324,10 @@ fn run_layers<B: Backend>(
 }
 
 /// Negative log likelihoods and right predictions of the targets, summed; `[2]`.
-fn target_sums<B: Backend>(logits: &Tensor<B, 2>, ids: Tensor<B, 1, Int>) -> (Tensor<B, 1>, Tensor<B, 1>) {
+fn target_sums<B: Backend>(
+    logits: &Tensor<B, 2>,
+    ids: Tensor<B, 1, Int>,
+) -> (Tensor<B, 1>, Tensor<B, 1>) {
     let picked = log_softmax(logits.clone(), 1).gather(1, ids.clone().unsqueeze_dim(1));
     let best = logits.clone().argmax(1).squeeze_dim::<1>(1);
     (picked.sum().neg(), best.equal(ids).float().sum())
@@ -392,7 +402,9 @@ pub fn evaluate<B: Backend>(
     for piece in targets.chunks(LOSS_ROWS) {
         let rows: Vec<i32> = piece.iter().map(|(row, _)| *row).collect();
         let ids: Vec<i32> = piece.iter().map(|(_, id)| *id).collect();
-        let rows = hidden.clone().select(0, Tensor::from_ints(rows.as_slice(), device));
+        let rows = hidden
+            .clone()
+            .select(0, Tensor::from_ints(rows.as_slice(), device));
         let (nll, correct) = target_sums(
             &model.logits(rows),
             Tensor::from_ints(ids.as_slice(), device),
@@ -441,7 +453,9 @@ impl<B: AutodiffBackend> VisionPass<B> {
         if !is_trained(&model.model.visual) {
             let output = inner.encode_images(images, config, device);
             return Self {
-                features: std::iter::once(output.merged).chain(output.deepstack).collect(),
+                features: std::iter::once(output.merged)
+                    .chain(output.deepstack)
+                    .collect(),
                 tape: VisionTape::Frozen,
                 dropout_seed,
             };
@@ -450,8 +464,9 @@ impl<B: AutodiffBackend> VisionPass<B> {
         let pixels = images.tensor::<B>(vision.patch_dim(), device);
         if !options.checkpoint_vision {
             let output = model.model.visual.forward(pixels, &layout, dropout_seed);
-            let outputs: Vec<Tensor<B, 2>> =
-                std::iter::once(output.merged).chain(output.deepstack).collect();
+            let outputs: Vec<Tensor<B, 2>> = std::iter::once(output.merged)
+                .chain(output.deepstack)
+                .collect();
             return Self {
                 features: outputs.iter().cloned().map(Tensor::inner).collect(),
                 tape: VisionTape::Graph(outputs),
@@ -498,9 +513,12 @@ impl<B: AutodiffBackend> VisionPass<B> {
         match self.tape {
             VisionTape::Frozen => {}
             VisionTape::Graph(outputs) => {
-                let parts = outputs.into_iter().zip(gradients).filter_map(|(output, gradient)| {
-                    Some((output * Tensor::from_inner(gradient?)).sum())
-                });
+                let parts = outputs
+                    .into_iter()
+                    .zip(gradients)
+                    .filter_map(|(output, gradient)| {
+                        Some((output * Tensor::from_inner(gradient?)).sum())
+                    });
                 if let Some(objective) = parts.reduce(|sum, part| sum + part) {
                     let tape = objective.backward();
                     add_gradients(model, GradientsParams::from_grads(tape, model), total);

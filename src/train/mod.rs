@@ -1,4 +1,13 @@
 //! Training: loss and gradients, optimizer, schedule, checkpoints, the loop on Burn's Learner.
 
+pub mod checkpoint;
+pub mod checkpoint_dir;
+pub mod config;
 pub mod gradients;
+pub mod learner;
 pub mod optimizer;
+pub mod records;
+pub mod run;
+pub mod schedule;
+pub mod strategy;
+pub mod tfevents;

@@ -6,7 +6,6 @@ use std::{
 };
 
 use burn::{
-
     module::{AutodiffModule, ModuleMapper, ModuleVisitor, Param, ParamId},
     optim::{GradientsParams, LearningRate, MultiGradientsParams, Optimizer},
     prelude::*,

@@ -260,12 +260,10 @@ mod tests {
                 .flat_map(|&byte| (0..8).map(move |i| u32::from(byte >> i & 1)))
             {
                 let odd = (crc ^ bit) & 1;
-                crc = crc >> 1 ^ 0x82f6_3b78 * odd;
+                crc = (crc >> 1) ^ (0x82f6_3b78 * odd);
             }
             crc = !crc;
-            ((crc >> 15) | (crc << 17))
-                .wrapping_add(0xa282_ead8)
-                .to_le_bytes()
+            crc.rotate_right(15).wrapping_add(0xa282_ead8).to_le_bytes()
         };
         let mut result = Vec::new();
         while !bytes.is_empty() {

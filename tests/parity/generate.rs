@@ -22,7 +22,12 @@ fn names(value: &Value) -> Vec<String> {
 }
 
 fn ids(value: &Value) -> Vec<u32> {
-    value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+    value
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|id| id.as_u64().unwrap() as u32)
+        .collect()
 }
 
 fn settings(new: usize) -> GenerationConfig {
@@ -107,7 +112,12 @@ fn rows_of_a_batch_equal_the_reference_and_the_row_alone() {
         .iter()
         .map(|case| prompt(&reference, case, &cases[case.as_str()]["images"]))
         .collect();
-    let want: Vec<Vec<u32>> = batch["new_ids"].as_array().unwrap().iter().map(ids).collect();
+    let want: Vec<Vec<u32>> = batch["new_ids"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(ids)
+        .collect();
     check(&loaded, "batch", &prompts, &want);
     // Rows that end early leave the batch; the others must not notice.
     let eos = want[0][want[0].len() / 2];
@@ -116,13 +126,24 @@ fn rows_of_a_batch_equal_the_reference_and_the_row_alone() {
             eos_token_ids: vec![eos],
             ..settings(24)
         };
-        generate(&loaded.model, &loaded.config, prompts, &settings, &device(), &mut |_, _| None)
-            .unwrap()
-            .0
+        generate(
+            &loaded.model,
+            &loaded.config,
+            prompts,
+            &settings,
+            &device(),
+            &mut |_, _| None,
+        )
+        .unwrap()
+        .0
     };
     let together = with_eos(&prompts);
     for (row, prompt) in prompts.iter().enumerate() {
-        assert_eq!(together[row], with_eos(std::slice::from_ref(prompt))[0], "row {row}");
+        assert_eq!(
+            together[row],
+            with_eos(std::slice::from_ref(prompt))[0],
+            "row {row}"
+        );
     }
 }
 
@@ -131,7 +152,12 @@ fn greedy_tokens_of_the_tied_model() {
     let case = &json("generate.json")["tied_image"];
     let reference = Reference::open("tied.safetensors");
     let prompt = prompt(&reference, "gen_image", &case["images"]);
-    check(&load("model-tiny-tied"), "tied", &[prompt], &[ids(&case["new_ids"])]);
+    check(
+        &load("model-tiny-tied"),
+        "tied",
+        &[prompt],
+        &[ids(&case["new_ids"])],
+    );
 }
 
 #[test]
@@ -142,7 +168,18 @@ fn greedy_tokens_with_an_adapter_merged_and_not() {
     let case = &json("generate.json")["lora_image"];
     let prompt = prompt(&reference, "image", &case["images"]);
     let want = [ids(&case["new_ids"])];
-    let unmerged = Loaded { config: config.clone(), model: model.clone() };
+    let unmerged = Loaded {
+        config: config.clone(),
+        model: model.clone(),
+    };
     check(&unmerged, "adapter", std::slice::from_ref(&prompt), &want);
-    check(&Loaded { config, model: merge(model) }, "merged", &[prompt], &want);
+    check(
+        &Loaded {
+            config,
+            model: merge(model),
+        },
+        "merged",
+        &[prompt],
+        &want,
+    );
 }

@@ -10,5 +10,8 @@ mod support;
 
 mod generate;
 mod model;
+mod preprocess;
+mod schedule;
+mod text_metrics;
 mod text_processing;
 mod training;

@@ -69,7 +69,12 @@ fn sequence_images(sequence: &str) -> Vec<String> {
 
 fn sequences() -> Vec<String> {
     let inputs = json("inputs.json");
-    inputs["sequences"].as_object().unwrap().keys().cloned().collect()
+    inputs["sequences"]
+        .as_object()
+        .unwrap()
+        .keys()
+        .cloned()
+        .collect()
 }
 
 /// One unpadded sequence as a batch of one.
@@ -87,9 +92,13 @@ fn check_sequences(loaded: &Loaded, file: &str, part: &str) {
             continue;
         }
         let images = images_of(&sequence_images(&sequence));
-        let ids = reference.id_rows(&format!("{sequence}.input_ids")).remove(0);
+        let ids = reference
+            .id_rows(&format!("{sequence}.input_ids"))
+            .remove(0);
         let input = single(ids, &images.image_grid_thw, &loaded.config);
-        let logits = loaded.model.forward(&input, &images, &loaded.config, &device());
+        let logits = loaded
+            .model
+            .forward(&input, &images, &loaded.config, &device());
         let want = reference.f32s(&format!("{sequence}.logits"));
         let name = format!("{part} {sequence} logits");
         assert_close(&name, &values(logits), &want, ACTIVATIONS.0, ACTIVATIONS.1);
@@ -112,11 +121,22 @@ fn position_table_corners_and_patch_positions() {
         let grid = [1, h.parse().unwrap(), w.parse().unwrap()];
         let mut corners = PositionCorners::default();
         corners.extend(grid, side, 2);
-        let indices: Vec<i64> = corners.indices.iter().flatten().map(|i| i64::from(*i)).collect();
+        let indices: Vec<i64> = corners
+            .indices
+            .iter()
+            .flatten()
+            .map(|i| i64::from(*i))
+            .collect();
         assert_eq!(indices, reference.ints(&name), "{case} indices");
         let weights: Vec<f32> = corners.weights.iter().flatten().copied().collect();
         // The reference multiplies in another order: a few units in the last place of 1.
-        assert_close(case, &weights, &reference.f32s(&format!("{case}.weights")), 1e-5, 0.0);
+        assert_close(
+            case,
+            &weights,
+            &reference.f32s(&format!("{case}.weights")),
+            1e-5,
+            0.0,
+        );
         let positions: Vec<i64> = patch_positions(grid, 2)
             .iter()
             .flatten()
@@ -138,7 +158,13 @@ fn vision_tower_block_by_block() {
     for image in json("inputs.json")["images"].as_object().unwrap().keys() {
         let check = |part: &str, ours: Tensor<B, 2>| {
             let want = reference.f32s(&format!("{image}.{part}"));
-            assert_close(&format!("vision {image} {part}"), &values(ours), &want, 1e-4, 1e-4);
+            assert_close(
+                &format!("vision {image} {part}"),
+                &values(ours),
+                &want,
+                1e-4,
+                1e-4,
+            );
         };
         let input = images_of(std::slice::from_ref(image));
         let layout = VisionLayout::new(&input.image_grid_thw, &config.vision_config, &device());
@@ -159,7 +185,10 @@ fn vision_tower_block_by_block() {
                 );
                 check("block0.attn_out", attn.clone());
                 let middle = x.clone() + attn;
-                check("block0.mlp_out", block.mlp.forward(block.norm2.forward(middle), None));
+                check(
+                    "block0.mlp_out",
+                    block.mlp.forward(block.norm2.forward(middle), None),
+                );
             }
             x = block.forward(x, &layout.rope, &layout.segments, None);
             check(&format!("block{index}.out"), x.clone());
@@ -185,7 +214,13 @@ fn packed_images_equal_the_reference() {
         };
         let names: Vec<String> = letters.chars().map(|c| c.to_string()).collect();
         let output = model.encode_images(&images_of(&names), &config, &device());
-        assert_close(&name, &values(output.merged), &reference.f32s(&name), 1e-4, 1e-4);
+        assert_close(
+            &name,
+            &values(output.merged),
+            &reference.f32s(&name),
+            1e-4,
+            1e-4,
+        );
         let deepstack = format!("packed_{letters}.deepstack0");
         assert_close(
             &deepstack,
@@ -203,7 +238,9 @@ fn positions_of_single_sequences_and_padded_batches() {
     let merge = config.vision_config.spatial_merge_size;
     let reference = Reference::open("rope.safetensors");
     for sequence in sequences() {
-        let ids = reference.id_rows(&format!("{sequence}.input_ids")).remove(0);
+        let ids = reference
+            .id_rows(&format!("{sequence}.input_ids"))
+            .remove(0);
         let grids = images_of(&sequence_images(&sequence)).image_grid_thw;
         let (positions, delta) = rope_index(&ids, &grids, config.image_token_id, merge).unwrap();
         assert_eq!(
@@ -211,9 +248,15 @@ fn positions_of_single_sequences_and_padded_batches() {
             reference.ints(&format!("{sequence}.position_ids")),
             "{sequence} positions"
         );
-        assert_eq!(vec![delta], reference.ints(&format!("{sequence}.rope_deltas")));
+        assert_eq!(
+            vec![delta],
+            reference.ints(&format!("{sequence}.rope_deltas"))
+        );
     }
-    for (batch, padding) in [("batch_right", Padding::Right), ("batch_left", Padding::Left)] {
+    for (batch, padding) in [
+        ("batch_right", Padding::Right),
+        ("batch_left", Padding::Left),
+    ] {
         let (rows, grids) = batch_rows(&reference, batch);
         let (input, deltas) = TextInput::padded(&rows, &grids, &config, padding, 0).unwrap();
         assert_eq!(
@@ -221,7 +264,11 @@ fn positions_of_single_sequences_and_padded_batches() {
             reference.ints(&format!("{batch}.position_ids")),
             "{batch} positions"
         );
-        assert_eq!(deltas, reference.ints(&format!("{batch}.rope_deltas")), "{batch} deltas");
+        assert_eq!(
+            deltas,
+            reference.ints(&format!("{batch}.rope_deltas")),
+            "{batch} deltas"
+        );
     }
 }
 
@@ -275,7 +322,9 @@ fn language_model_layer_by_layer() {
             }
         };
         let images = images_of(&sequence_images(&sequence));
-        let ids = reference.id_rows(&format!("{sequence}.input_ids")).remove(0);
+        let ids = reference
+            .id_rows(&format!("{sequence}.input_ids"))
+            .remove(0);
         let input = single(ids, &images.image_grid_thw, &config);
         let context = input.context::<B>(&config, None, &device());
         check("rope_cos", context.rope.cos.clone());
@@ -290,8 +339,11 @@ fn language_model_layer_by_layer() {
         check("inputs_embeds", x.clone());
         for (index, layer) in model.model.language_model.layers.iter().enumerate() {
             if index == 0 {
-                let attn =
-                    layer.self_attn.forward(layer.input_layernorm.forward(x.clone()), &context, None);
+                let attn = layer.self_attn.forward(
+                    layer.input_layernorm.forward(x.clone()),
+                    &context,
+                    None,
+                );
                 check("layer0.attn_out", attn.clone());
                 let middle = layer.post_attention_layernorm.forward(x.clone() + attn);
                 check("layer0.mlp_out", layer.mlp.forward(middle, None));
@@ -313,11 +365,13 @@ fn language_model_layer_by_layer() {
 fn padded_batches_equal_the_reference() {
     let Loaded { config, model } = load("model-tiny");
     let reference = Reference::open("batch.safetensors");
-    for (batch, padding) in [("batch_right", Padding::Right), ("batch_left", Padding::Left)] {
+    for (batch, padding) in [
+        ("batch_right", Padding::Right),
+        ("batch_left", Padding::Left),
+    ] {
         let (rows, grids) = batch_rows(&reference, batch);
         let (input, _) = TextInput::padded(&rows, &grids, &config, padding, 0).unwrap();
-        let logits =
-            model.forward(&input, &batch_images(&reference, batch), &config, &device());
+        let logits = model.forward(&input, &batch_images(&reference, batch), &config, &device());
         let [_, vocab] = logits.dims();
         let logits = values(logits);
         let real: Vec<f32> = input
@@ -343,7 +397,11 @@ fn packed_samples_equal_the_reference() {
     let mut want = Vec::new();
     for sequence in sequences() {
         let own = images_of(&sequence_images(&sequence));
-        samples.push(reference.id_rows(&format!("{sequence}.input_ids")).remove(0));
+        samples.push(
+            reference
+                .id_rows(&format!("{sequence}.input_ids"))
+                .remove(0),
+        );
         grids.push(own.image_grid_thw.clone());
         images.extend(&own);
         want.extend(reference.f32s(&format!("{sequence}.logits")));
@@ -360,7 +418,11 @@ fn untied_checkpoint_in_the_newer_layout() {
 
 #[test]
 fn tied_checkpoint_in_the_published_layout() {
-    check_sequences(&load("model-tiny-tied"), "tied.safetensors", "model-tiny-tied");
+    check_sequences(
+        &load("model-tiny-tied"),
+        "tied.safetensors",
+        "model-tiny-tied",
+    );
 }
 
 #[test]
@@ -400,7 +462,11 @@ fn adapter_under_the_config_that_ms_swift_writes() {
     let lora = LoraConfig::from_dir(&fixtures().join("adapter_dropout_cfg")).unwrap();
     assert!(lora.lora_dropout > 0.0);
     let model = load_adapter_tensors(model, &lora, &fixtures().join("adapter")).unwrap();
-    check_sequences(&Loaded { config, model }, "lora_forward.safetensors", "dropout config");
+    check_sequences(
+        &Loaded { config, model },
+        "lora_forward.safetensors",
+        "dropout config",
+    );
 }
 
 #[test]
@@ -409,7 +475,9 @@ fn cached_steps_equal_one_full_pass() {
     let reference = Reference::open("text.safetensors");
     for sequence in sequences() {
         let images = images_of(&sequence_images(&sequence));
-        let ids = reference.id_rows(&format!("{sequence}.input_ids")).remove(0);
+        let ids = reference
+            .id_rows(&format!("{sequence}.input_ids"))
+            .remove(0);
         let whole = single(ids, &images.image_grid_thw, &config);
         let vision = (!images.image_grid_thw.is_empty())
             .then(|| model.encode_images(&images, &config, &device()));
@@ -428,18 +496,27 @@ fn cached_steps_equal_one_full_pass() {
                 input_ids: vec![whole.input_ids[0][range.clone()].to_vec()],
                 segments: vec![whole.segments[0][range.clone()].to_vec()],
                 positions: xray_qwen3vl::qwen3_vl::rope::Positions {
-                    axes: whole.positions.axes.clone().map(|axis| axis[range.clone()].to_vec()),
+                    axes: whole
+                        .positions
+                        .axes
+                        .clone()
+                        .map(|axis| axis[range.clone()].to_vec()),
                 },
                 image_token_id: config.image_token_id,
             };
             let vision = vision.as_ref().filter(|_| step == 0);
-            let hidden = model.hidden_states(
-                &part, vision, &config, Some(&mut cache), None, &device(),
-            );
+            let hidden =
+                model.hidden_states(&part, vision, &config, Some(&mut cache), None, &device());
             logits.extend(values(model.logits(hidden)));
         }
         let want = reference.f32s(&format!("{sequence}.logits"));
-        assert_close(&format!("{sequence} step by step"), &logits, &want, 1e-4, 1e-4);
+        assert_close(
+            &format!("{sequence} step by step"),
+            &logits,
+            &want,
+            1e-4,
+            1e-4,
+        );
     }
 }
 
@@ -489,6 +566,9 @@ fn published_sizes_have_the_published_number_of_parameters() {
             .values()
             .map(|shape| shape.iter().product::<usize>())
             .sum();
-        assert!((count as f64 / 1e9 - billions).abs() < 0.01, "{size}: {count}");
+        assert!(
+            (count as f64 / 1e9 - billions).abs() < 0.01,
+            "{size}: {count}"
+        );
     }
 }

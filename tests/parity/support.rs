@@ -121,7 +121,11 @@ pub fn assert_close(part: &str, ours: &[f32], want: &[f32], abs: f32, rel: f32) 
     let mut worst = (0, 0.0f32);
     for (index, (a, b)) in ours.iter().zip(want).enumerate() {
         let excess = (a - b).abs() - (abs + rel * b.abs());
-        let excess = if excess.is_nan() { f32::INFINITY } else { excess };
+        let excess = if excess.is_nan() {
+            f32::INFINITY
+        } else {
+            excess
+        };
         if index == 0 || excess > worst.1 {
             worst = (index, excess);
         }

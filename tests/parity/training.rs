@@ -43,7 +43,12 @@ fn adapted() -> (Qwen3Vl<AB>, Qwen3VlConfig) {
 }
 
 fn names(value: &Value) -> Vec<String> {
-    value.as_array().unwrap().iter().map(|n| n.as_str().unwrap().to_string()).collect()
+    value
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|n| n.as_str().unwrap().to_string())
+        .collect()
 }
 
 /// A right-padded batch with its images dealt out to the rows by their numbers of tokens.
@@ -58,14 +63,21 @@ fn batch(
         .iter()
         .zip(&mask)
         .map(|(ids, mask)| {
-            ids.iter().zip(mask).filter(|(_, real)| **real == 1).map(|(id, _)| *id).collect()
+            ids.iter()
+                .zip(mask)
+                .filter(|(_, real)| **real == 1)
+                .map(|(id, _)| *id)
+                .collect()
         })
         .collect();
     let mut left = images.image_grid_thw.clone().into_iter();
     let grids: Vec<Vec<[usize; 3]>> = rows
         .iter()
         .map(|row| {
-            let mut tokens = row.iter().filter(|id| **id == config.image_token_id).count();
+            let mut tokens = row
+                .iter()
+                .filter(|id| **id == config.image_token_id)
+                .count();
             let mut grids = Vec::new();
             while tokens > 0 {
                 let grid = left.next().unwrap();
@@ -76,15 +88,27 @@ fn batch(
         })
         .collect();
     let (text, _) = TextInput::padded(&rows, &grids, config, Padding::Right, 0).unwrap();
-    MicroBatch { text, labels, images }
+    MicroBatch {
+        text,
+        labels,
+        images,
+    }
 }
 
 fn one_image(config: &Qwen3VlConfig) -> MicroBatch {
     let reference = Reference::open("text.safetensors");
     let ids = reference.id_rows("one_image.input_ids");
     let mask = vec![vec![1; ids[0].len()]];
-    let images = images_of(&names(&json("inputs.json")["sequences"]["one_image"]["images"]));
-    batch(ids, mask, reference.int_rows("one_image.labels"), images, config)
+    let images = images_of(&names(
+        &json("inputs.json")["sequences"]["one_image"]["images"],
+    ));
+    batch(
+        ids,
+        mask,
+        reference.int_rows("one_image.labels"),
+        images,
+        config,
+    )
 }
 
 fn batch_right(config: &Qwen3VlConfig) -> MicroBatch {
@@ -118,7 +142,10 @@ fn micro_batches(config: &Qwen3VlConfig) -> Vec<MicroBatch> {
                 images_of(&names(&meta["images"])),
                 config,
             );
-            assert_eq!(micro.targets() as u64, meta["n_target_tokens"].as_u64().unwrap());
+            assert_eq!(
+                micro.targets() as u64,
+                meta["n_target_tokens"].as_u64().unwrap()
+            );
             micro
         })
         .collect()
@@ -141,7 +168,9 @@ fn named(model: &Qwen3Vl<AB>, grads: &GradientsParams) -> BTreeMap<String, Vec<f
     adapter_params(model)
         .into_iter()
         .map(|(name, id)| {
-            let grad = grads.get::<TestBackend, 2>(id).unwrap_or_else(|| panic!("{name}"));
+            let grad = grads
+                .get::<TestBackend, 2>(id)
+                .unwrap_or_else(|| panic!("{name}"));
             (name, values(grad))
         })
         .collect()
@@ -170,16 +199,29 @@ fn loss_of_every_sequence() {
         let micro = batch(ids, mask, labels, images, &config);
         let totals = evaluate(&base, &config, &micro, &device()).totals();
         let loss = want["loss_mean"].as_f64().unwrap();
-        assert!((totals.loss() / loss - 1.0).abs() < 1e-5, "{sequence}: {} {loss}", totals.loss());
-        assert_eq!(totals.targets as u64, want["n_target_tokens"].as_u64().unwrap());
+        assert!(
+            (totals.loss() / loss - 1.0).abs() < 1e-5,
+            "{sequence}: {} {loss}",
+            totals.loss()
+        );
+        assert_eq!(
+            totals.targets as u64,
+            want["n_target_tokens"].as_u64().unwrap()
+        );
         let accuracy = want["token_acc"].as_f64().unwrap();
-        assert!((totals.token_accuracy() - accuracy).abs() < 1e-6, "{sequence} accuracy");
+        assert!(
+            (totals.token_accuracy() - accuracy).abs() < 1e-6,
+            "{sequence} accuracy"
+        );
         // The reference's sum over positions is the same number once more.
         let nll: f32 = Reference::open("loss.safetensors")
             .f32s(&format!("{sequence}.token_nll_shifted"))
             .iter()
             .sum();
-        assert!((totals.nll / f64::from(nll) - 1.0).abs() < 1e-5, "{sequence} nll");
+        assert!(
+            (totals.nll / f64::from(nll) - 1.0).abs() < 1e-5,
+            "{sequence} nll"
+        );
     }
 }
 
@@ -187,18 +229,31 @@ fn loss_of_every_sequence() {
 fn adapter_gradients_with_and_without_recomputation() {
     let (model, config) = adapted();
     let reference = Reference::open("lora_grads.safetensors");
-    for (case, micro) in [("single", one_image(&config)), ("batch", batch_right(&config))] {
+    for (case, micro) in [
+        ("single", one_image(&config)),
+        ("batch", batch_right(&config)),
+    ] {
         for checkpoint_text in [false, true] {
-            let options = GradientOptions { checkpoint_text, ..PLAIN };
+            let options = GradientOptions {
+                checkpoint_text,
+                ..PLAIN
+            };
             let weight = 1.0 / micro.targets() as f64;
             let (grads, totals) = run(&model, &config, &micro, weight, &options);
             let loss = f64::from(reference.f32s(&format!("{case}.loss"))[0]);
-            assert!((totals.loss() / loss - 1.0).abs() < 1e-5, "{case} loss {}", totals.loss());
+            assert!(
+                (totals.loss() / loss - 1.0).abs() < 1e-5,
+                "{case} loss {}",
+                totals.loss()
+            );
             let grads = named(&model, &grads);
             for (name, ours) in grads {
                 let want = reference.f32s(&format!("{case}.{name}"));
                 let distance = relative_distance(&ours, &want);
-                assert!(distance < 1e-3, "{case} {name}: relative distance {distance}");
+                assert!(
+                    distance < 1e-3,
+                    "{case} {name}: relative distance {distance}"
+                );
             }
         }
     }
@@ -226,11 +281,17 @@ fn one_optimizer_step() {
         assert!((totals.loss() - number("loss_before")).abs() < 1e-4);
         let norm = clip_global_norm(&model, &mut grads, number("max_grad_norm"));
         let want = number("grad_norm_before_clip");
-        assert!((norm / want - 1.0).abs() < 1e-4, "{case}: norm {norm}, reference {want}");
+        assert!(
+            (norm / want - 1.0).abs() < 1e-4,
+            "{case}: norm {norm}, reference {want}"
+        );
         let model = optimizer.step(number("lr"), model, grads);
         check_adapter(case, &model, &reference, case, 5e-5);
         let after = run(&model, &config, &micro, weight, &PLAIN).1.loss();
-        assert!((after - number("loss_after")).abs() < 1e-3, "{case}: loss after {after}");
+        assert!(
+            (after - number("loss_after")).abs() < 1e-3,
+            "{case}: loss after {after}"
+        );
     }
 }
 
@@ -272,14 +333,22 @@ fn ten_step_trajectories() {
                 loss += totals.nll * weight;
             }
             let want = step["step_loss"].as_f64().unwrap();
-            assert!((loss - want).abs() < 1e-3, "{case} step {}: {loss} {want}", step["step"]);
+            assert!(
+                (loss - want).abs() < 1e-3,
+                "{case} step {}: {loss} {want}",
+                step["step"]
+            );
             let norm = clip_global_norm(
                 &model,
                 &mut grads,
                 settings["max_grad_norm"].as_f64().unwrap(),
             );
             let want = step["grad_norm"].as_f64().unwrap();
-            assert!((norm / want - 1.0).abs() < 5e-3, "{case} {}: norm {norm} {want}", step["step"]);
+            assert!(
+                (norm / want - 1.0).abs() < 5e-3,
+                "{case} {}: norm {norm} {want}",
+                step["step"]
+            );
             model = optimizer.step(step["lr"].as_f64().unwrap(), model, grads);
         }
         check_adapter(case, &model, &reference, case, 1e-3);
@@ -308,14 +377,24 @@ fn full_training_gradients_do_not_depend_on_recomputation() {
         let weight = 1.0 / micro.targets() as f64;
         let plain = run(&model, &config, &micro, weight, &PLAIN).0;
         let plain = all_gradients(&model, &plain);
-        assert!(plain.iter().all(|grad| !grad.is_empty()), "{name}: a parameter has no gradient");
+        assert!(
+            plain.iter().all(|grad| !grad.is_empty()),
+            "{name}: a parameter has no gradient"
+        );
         for (checkpoint_text, checkpoint_vision) in [(true, false), (false, true), (true, true)] {
-            let options = GradientOptions { checkpoint_text, checkpoint_vision, ..PLAIN };
+            let options = GradientOptions {
+                checkpoint_text,
+                checkpoint_vision,
+                ..PLAIN
+            };
             let again = run(&model, &config, &micro, weight, &options).0;
             for (index, (a, b)) in plain.iter().zip(all_gradients(&model, &again)).enumerate() {
                 // The same sums in another order.
                 let distance = relative_distance(&b, a);
-                assert!(distance < 1e-4, "{name} {options:?} parameter {index}: {distance}");
+                assert!(
+                    distance < 1e-4,
+                    "{name} {options:?} parameter {index}: {distance}"
+                );
             }
         }
     }
@@ -332,17 +411,24 @@ fn full_training_gradients_equal_finite_differences() {
         let eps = 1e-3;
         let at = |side: f64| {
             let model = nudged(side * eps / norm);
-            evaluate(&model.valid(), &config, &micro, &device()).totals().nll
+            evaluate(&model.valid(), &config, &micro, &device())
+                .totals()
+                .nll
         };
         let slope = (at(1.0) - at(-1.0)) / (2.0 * eps);
-        assert!((slope / norm - 1.0).abs() < 2e-2, "{part}: slope {slope}, gradient norm {norm}");
+        assert!(
+            (slope / norm - 1.0).abs() < 2e-2,
+            "{part}: slope {slope}, gradient norm {norm}"
+        );
     };
     let embed = model.model.language_model.embed_tokens.weight.clone();
     let grad = grads.get::<TestBackend, 2>(embed.id).unwrap();
     check("tied embedding", grad.clone(), &|by| {
         let mut model = model.clone();
         let weight = &mut model.model.language_model.embed_tokens.weight;
-        *weight = weight.clone().map(|w| w + Tensor::from_inner(grad.clone() * by));
+        *weight = weight
+            .clone()
+            .map(|w| w + Tensor::from_inner(grad.clone() * by));
         model
     });
     let qkv = model.model.visual.blocks[0].attn.qkv.weight.clone();
@@ -350,7 +436,9 @@ fn full_training_gradients_equal_finite_differences() {
     check("vision qkv", grad.clone(), &|by| {
         let mut model = model.clone();
         let weight = &mut model.model.visual.blocks[0].attn.qkv.weight;
-        *weight = weight.clone().map(|w| w + Tensor::from_inner(grad.clone() * by));
+        *weight = weight
+            .clone()
+            .map(|w| w + Tensor::from_inner(grad.clone() * by));
         model
     });
 }
@@ -367,12 +455,19 @@ fn packed_gradients_equal_unpacked_ones() {
     let mut labels = Vec::new();
     let mut images = ImageInput::default();
     for micro in &micros {
-        add_gradients(&model, run(&model, &config, micro, weight, &PLAIN).0, &mut apart);
+        add_gradients(
+            &model,
+            run(&model, &config, micro, weight, &PLAIN).0,
+            &mut apart,
+        );
         let mut left = micro.images.image_grid_thw.clone().into_iter();
         for (row, segments) in micro.text.segments.iter().enumerate() {
             let real = segments.iter().filter(|segment| **segment >= 0).count();
             let ids = micro.text.input_ids[row][..real].to_vec();
-            let mut tokens = ids.iter().filter(|id| **id == config.image_token_id).count();
+            let mut tokens = ids
+                .iter()
+                .filter(|id| **id == config.image_token_id)
+                .count();
             let mut own = Vec::new();
             while tokens > 0 {
                 let grid = left.next().unwrap();
@@ -387,7 +482,11 @@ fn packed_gradients_equal_unpacked_ones() {
     }
     let text = TextInput::packed(&samples, &grids, &config).unwrap();
     assert_eq!(labels[0], IGNORE_INDEX);
-    let packed = MicroBatch { text, labels: vec![labels], images };
+    let packed = MicroBatch {
+        text,
+        labels: vec![labels],
+        images,
+    };
     assert_eq!(packed.targets(), items);
     let together = named(&model, &run(&model, &config, &packed, weight, &PLAIN).0);
     for (name, want) in named(&model, &apart) {
@@ -399,8 +498,9 @@ fn packed_gradients_equal_unpacked_ones() {
 #[test]
 fn dropout_is_the_same_in_the_recomputed_pass() {
     let (base, config) = load_from::<AB>(fixtures().join("model-tiny"));
-    let lora = xray_qwen3vl::lora::config::LoraConfig::from_dir(&fixtures().join("adapter_dropout_cfg"))
-        .unwrap();
+    let lora =
+        xray_qwen3vl::lora::config::LoraConfig::from_dir(&fixtures().join("adapter_dropout_cfg"))
+            .unwrap();
     let model = xray_qwen3vl::lora::files::load_adapter_tensors(
         base.no_grad(),
         &lora,
@@ -409,7 +509,11 @@ fn dropout_is_the_same_in_the_recomputed_pass() {
     .unwrap();
     let micro = one_image(&config);
     let gradients_of = |checkpoint_text, dropout_seed| {
-        let options = GradientOptions { checkpoint_text, dropout_seed, ..PLAIN };
+        let options = GradientOptions {
+            checkpoint_text,
+            dropout_seed,
+            ..PLAIN
+        };
         named(&model, &run(&model, &config, &micro, 1.0, &options).0)
     };
     let plain = gradients_of(false, Some(5));

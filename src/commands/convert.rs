@@ -1,0 +1,104 @@
+//! `convert`: a corpus of reports and images to training and validation files.
+
+use std::io::{Write, stdout};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, ValueEnum};
+
+use super::check::image_processor;
+use super::{UsageError, shipped};
+use crate::dataset::convert::{ConvertOptions, Split, convert, read_prompts};
+use crate::processor::tokenizer::Tokenizer;
+
+/// What stays on one side of the split.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum SplitName {
+    /// All images of a study: those whose names agree up to the first `_`.
+    Uid,
+    /// Single rows, as published; views of one study and their common report come to both sides.
+    Image,
+}
+
+impl From<SplitName> for Split {
+    fn from(name: SplitName) -> Self {
+        match name {
+            SplitName::Uid => Self::Uid,
+            SplitName::Image => Self::Image,
+        }
+    }
+}
+
+/// Arguments of `convert`.
+#[derive(Debug, Clone, Args)]
+pub struct ConvertArgs {
+    /// Corpus: OpenI-zh's `annotations` or `img`/`prompt`/`label` rows, or JSONL in ms-swift's form.
+    #[arg(value_name = "INPUT.json")]
+    pub input: PathBuf,
+    /// Folder of the images; JSONL rows may do without and name their own.
+    #[arg(long, value_name = "DIR")]
+    pub images: Option<PathBuf>,
+    /// Folder for train.jsonl, val.jsonl, missing.txt, summary.json and histograms.
+    #[arg(long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// Questions to draw from, one a line; by default the twelve of the published training.
+    ///
+    /// JSONL rows keep the question they have unless this is given.
+    #[arg(long, value_name = "FILE")]
+    pub prompts: Option<PathBuf>,
+    /// Seed of the questions, the order and the split; 42 is the published one.
+    #[arg(long, value_name = "N", default_value_t = 42)]
+    pub seed: u64,
+    /// Share of the rows for validation; 0 puts all into train.jsonl.
+    #[arg(long, value_name = "F", default_value_t = 0.05)]
+    pub val_ratio: f64,
+    /// What stays on one side of the split.
+    #[arg(long, value_enum, default_value = "uid")]
+    pub split: SplitName,
+    /// Distilled reasoning by image_id (JSON or JSONL): answers become `<think>` blocks with the report.
+    ///
+    /// Rows without reasoning are left out and listed in missing.txt.
+    #[arg(long, value_name = "FILE")]
+    pub thinking: Option<PathBuf>,
+    /// Folder of the checkpoint to be trained: also counts tokens, with its tokenizer.
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
+}
+
+/// Runs `convert`; the summary goes to stdout.
+///
+/// # Errors
+/// Anything that kept the files from being written.
+pub fn run(args: ConvertArgs) -> Result<()> {
+    if !(0.0..1.0).contains(&args.val_ratio) {
+        let ratio = args.val_ratio;
+        bail!(UsageError(format!(
+            "--val-ratio is {ratio}, expected 0 or more and less than 1"
+        )));
+    }
+    let model = args.model.as_deref().map(shipped);
+    let tokenizer = match &model {
+        Some(model) => Some(Tokenizer::from_folder(model)?),
+        None => None,
+    };
+    let processor = image_processor(model.as_deref(), None, None)?;
+    let prompts = match &args.prompts {
+        Some(path) => {
+            let prompts = read_prompts(path);
+            Some(prompts.with_context(|| format!("questions of `{}`", path.display()))?)
+        }
+        None => None,
+    };
+    let options = ConvertOptions {
+        input: args.input,
+        images: args.images,
+        output: args.output,
+        prompts,
+        seed: args.seed,
+        val_ratio: args.val_ratio,
+        split: args.split.into(),
+        thinking: args.thinking,
+    };
+    let summary = convert(&options, tokenizer.as_ref(), &processor)?;
+    write!(stdout().lock(), "{summary}").context("cannot print the summary")
+}

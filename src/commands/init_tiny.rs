@@ -1,0 +1,111 @@
+//! `init-tiny`: the empty shell of a tiny Qwen3-VL for the phantom studies, ready to be trained.
+
+use std::io::Write;
+
+use anyhow::{Context, Result};
+
+use crate::{
+    cli::InitTinyArgs,
+    files::write_atomic,
+    phantom::{Dialect, PhantomStudies},
+    processor::{chat::ChatTemplate, train_tokenizer::train_tokenizer},
+    qwen3_vl::config::{Qwen3VlConfig, TextConfig, VisionConfig},
+};
+
+/// Studies whose reports the tokenizer is learnt from.
+const CORPUS_STUDIES: u64 = 4000;
+const VOCAB_SIZE: usize = 1024;
+
+/// Runs `init-tiny`.
+///
+/// # Errors
+/// The folder cannot be written.
+pub fn run(args: &InitTinyArgs) -> Result<()> {
+    let corpus: Vec<String> = [Dialect::Plain, Dialect::House]
+        .into_iter()
+        .flat_map(|dialect| {
+            let studies = PhantomStudies::new(args.seed).with_dialect(dialect);
+            (0..CORPUS_STUDIES).flat_map(move |index| {
+                let (_, prompt, report) = studies.get(index).into_parts();
+                [prompt, report]
+            })
+        })
+        .collect();
+    let trained = train_tokenizer(corpus.iter().map(String::as_str), VOCAB_SIZE)?;
+    std::fs::create_dir_all(&args.output)
+        .with_context(|| format!("cannot make the folder `{}`", args.output.display()))?;
+    trained.save(&args.output)?;
+    let special = trained.tokenizer()?.special();
+    let token = |name: &str| trained.tokenizer().map(|t| t.token_to_id(name));
+    let config = Qwen3VlConfig {
+        text_config: TextConfig {
+            vocab_size: VOCAB_SIZE,
+            hidden_size: 128,
+            intermediate_size: 384,
+            num_hidden_layers: 4,
+            num_attention_heads: 4,
+            num_key_value_heads: 2,
+            head_dim: 32,
+            max_position_embeddings: 4096,
+            rms_norm_eps: 1e-6,
+            rope_theta: 10_000.0,
+            mrope_section: [6, 5, 5],
+            attention_bias: false,
+            eos_token_id: Some(special.im_end),
+        },
+        vision_config: VisionConfig {
+            depth: 4,
+            hidden_size: 96,
+            intermediate_size: 256,
+            num_heads: 3,
+            num_position_embeddings: 64,
+            out_hidden_size: 128,
+            in_channels: 3,
+            patch_size: 16,
+            spatial_merge_size: 2,
+            temporal_patch_size: 2,
+            deepstack_visual_indexes: vec![1, 2],
+        },
+        image_token_id: special.image_pad,
+        video_token_id: token("<|video_pad|>")?.unwrap_or(special.image_pad),
+        vision_start_token_id: special.vision_start,
+        vision_end_token_id: special.vision_end,
+        tie_word_embeddings: true,
+    };
+    let write = |name: &str, text: String| {
+        write_atomic(&args.output.join(name), |out: &mut dyn Write| {
+            out.write_all(text.as_bytes())
+        })
+    };
+    write("config.json", config.to_published_json("float32"))?;
+    write(
+        "chat_template.jinja",
+        ChatTemplate::instruct()?.source().to_string(),
+    )?;
+    let json = |value: serde_json::Value| format!("{value:#}\n");
+    write(
+        "generation_config.json",
+        json(serde_json::json!({
+            "do_sample": false,
+            "eos_token_id": [special.im_end, special.endoftext],
+            "pad_token_id": special.endoftext,
+        })),
+    )?;
+    write(
+        "preprocessor_config.json",
+        json(serde_json::json!({
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+            "image_processor_type": "Qwen2VLImageProcessorFast",
+            "merge_size": 2,
+            "patch_size": 16,
+            "size": {"longest_edge": 1_003_520, "shortest_edge": 4096},
+            "temporal_patch_size": 2,
+        })),
+    )?;
+    println!(
+        "wrote `{}`; train it with: train --config configs/tiny-pretrain.toml --random-init",
+        args.output.display()
+    );
+    Ok(())
+}

@@ -1,0 +1,437 @@
+//! `train`: one run from a config file, on one device or several.
+
+use std::{
+    io::{IsTerminal, stderr, stdout},
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use anyhow::{Context, Result, bail};
+use burn::{
+    backend::Autodiff,
+    prelude::*,
+    tensor::DType,
+    train::{
+        Interrupter,
+        renderer::{MetricsRenderer, tui::TuiMetricsRendererWrapper},
+    },
+};
+
+use super::{
+    UsageError,
+    progress::{Progress, Unit},
+    shipped,
+};
+use crate::{
+    backend::{DeviceName, DtypeName, Replicas, ReplicatedTask, run_on_all},
+    cli::TrainArgs,
+    dataset::Dataset,
+    evaluate::{rouge::rouge_l, segment::characters},
+    findings::{
+        Labeler,
+        score::{StudyTexts, UncertainPolicy, score},
+    },
+    generate::{GenerationConfig, generate},
+    lora::merge::merge,
+    phantom::{finding_f1, findings_in_report},
+    pipeline::TextAndImages,
+    processor::message::split_thinking,
+    qwen3_vl::Qwen3Vl,
+    train::{
+        config::TrainConfig,
+        run::{QuietRenderer, Resume, RunOptions, RunResult, train},
+        strategy::{Ending, GenerationScorer, TrainError},
+    },
+};
+
+/// The run without arguments.
+const DEFAULT_CONFIG: &str = "configs/tiny.toml";
+
+/// Runs `train`.
+///
+/// # Errors
+/// Anything that kept the run from reaching its end; an interruption that was saved is none.
+pub fn run(args: TrainArgs) -> Result<()> {
+    let mut config = load_config(&args)?;
+    config.model = shipped(&config.model);
+    for data in [Some(&mut config.train_data), config.val_data.as_mut()]
+        .into_iter()
+        .flatten()
+    {
+        if !data.starts_with("phantom:") {
+            *data = shipped(Path::new(data.as_str())).display().to_string();
+        }
+    }
+    let resume = match args.resume.as_deref() {
+        None => Resume::No,
+        Some("auto") => Resume::Auto,
+        Some(dir) => Resume::From(dir.into()),
+    };
+    if args.output_dir.is_none() && args.config.is_none() && resume == Resume::No {
+        config.output_dir = free_folder(&config.output_dir);
+    }
+    config
+        .validate()
+        .map_err(|error| UsageError(error.to_string()))?;
+    let names = config
+        .device
+        .iter()
+        .map(|name| name.parse::<DeviceName>())
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(UsageError)?;
+    let dtype = match config.dtype.as_deref() {
+        None => None,
+        Some(name) => Some(DType::from(
+            <DtypeName as clap::ValueEnum>::from_str(name, true)
+                .map_err(|_| UsageError(format!("dtype `{name}`: expected bf16, f16 or f32")))?,
+        )),
+    };
+    run_on_all(
+        &names,
+        dtype,
+        Train {
+            args,
+            config,
+            resume,
+        },
+    )?
+}
+
+fn load_config(args: &TrainArgs) -> Result<TrainConfig> {
+    let path = args
+        .config
+        .clone()
+        .unwrap_or_else(|| shipped(Path::new(DEFAULT_CONFIG)));
+    let config = TrainConfig::from_file(&path).map_err(anyhow::Error::from)?;
+    let mut table = toml::Table::try_from(&config).context("cannot read the settings back")?;
+    let mut set = |key: &str, value: toml::Value| {
+        table.insert(key.to_string(), value);
+    };
+    let text = |path: &PathBuf| toml::Value::String(path.display().to_string());
+    if let Some(path) = &args.model {
+        set("model", text(path));
+    }
+    if let Some(path) = &args.adapter {
+        set("adapter", text(path));
+    }
+    if let Some(data) = &args.train_data {
+        set("train_data", data.clone().into());
+    }
+    if let Some(data) = &args.val_data {
+        set("val_data", data.clone().into());
+    }
+    if let Some(path) = &args.output_dir {
+        set("output_dir", text(path));
+    }
+    if !args.device.is_empty() {
+        set("device", args.device.clone().into());
+    }
+    if let Some(dtype) = args.dtype {
+        let name = clap::ValueEnum::to_possible_value(&dtype);
+        set(
+            "dtype",
+            name.map_or_else(String::new, |name| name.get_name().to_string())
+                .into(),
+        );
+    }
+    if let Some(seed) = args.seed {
+        set("seed", (seed as i64).into());
+    }
+    if let Some(generate) = args.eval_generate {
+        set("eval_generate", (generate as i64).into());
+    }
+    if let Some(reduction) = args.loss_reduction {
+        let name = clap::ValueEnum::to_possible_value(&reduction);
+        set(
+            "loss_reduction",
+            name.map_or_else(String::new, |name| name.get_name().to_string())
+                .into(),
+        );
+    }
+    for pair in &args.set {
+        let (key, value) = pair
+            .split_once('=')
+            .ok_or_else(|| UsageError(format!("--set `{pair}`: expected KEY=VALUE")))?;
+        let (key, value) = (key.trim(), value.trim());
+        // A bare word is a string.
+        let parsed = format!("v = {value}")
+            .parse::<toml::Table>()
+            .ok()
+            .and_then(|mut table| table.remove("v"))
+            .unwrap_or_else(|| value.into());
+        // A whole number where a fraction is meant.
+        let parsed = match (table.get(key), parsed) {
+            (Some(toml::Value::Float(_)), toml::Value::Integer(whole)) => (whole as f64).into(),
+            (_, parsed) => parsed,
+        };
+        table.insert(key.to_string(), parsed);
+    }
+    table.try_into().map_err(|error: toml::de::Error| {
+        UsageError(error.to_string().trim().replace('\n', " ")).into()
+    })
+}
+
+/// The folder itself, or the first of `NAME-2`, `NAME-3` … that is free.
+fn free_folder(folder: &Path) -> PathBuf {
+    (1..)
+        .map(|number| match number {
+            1 => folder.to_path_buf(),
+            number => PathBuf::from(format!("{}-{number}", folder.display())),
+        })
+        .find(|folder| !folder.exists())
+        .unwrap_or_else(|| folder.to_path_buf())
+}
+
+struct Train {
+    args: TrainArgs,
+    config: TrainConfig,
+    resume: Resume,
+}
+
+impl ReplicatedTask for Train {
+    type Output = Result<()>;
+
+    fn run<B: Backend>(self, replicas: Replicas<B>) -> Result<()> {
+        let Replicas { devices, dtype } = replicas;
+        let device = devices[0].clone();
+        let dashboard = !self.args.no_tui && stdout().is_terminal() && stderr().is_terminal();
+        let interrupter = Interrupter::new();
+        let renderer: Box<dyn MetricsRenderer> = if dashboard {
+            Box::new(TuiMetricsRendererWrapper::new(interrupter.clone(), None))
+        } else {
+            Box::new(QuietRenderer)
+        };
+        let mut progress = (!dashboard).then(|| Progress::new("loading", 0, Unit::Bytes));
+        let output_dir = self.config.output_dir.clone();
+        let options = RunOptions {
+            config: self.config,
+            resume: self.resume,
+            random_init: self.args.random_init,
+            renderer: Some(renderer),
+            interrupter,
+            interrupted: watch_signals()?,
+            tell: Arc::new(move |line| {
+                if !dashboard {
+                    eprintln!("{line}");
+                }
+            }),
+        };
+        let started = std::time::Instant::now();
+        let result: RunResult<B> = train::<Autodiff<B>>(
+            options,
+            devices,
+            dtype,
+            |config, parts, data, device| scorer::<B>(config, parts, data, device),
+            &mut |done, total| {
+                if let Some(progress) = &mut progress {
+                    progress.set(done, total);
+                }
+            },
+        )?;
+        if let Some(progress) = progress {
+            progress.finish();
+        }
+        let seconds = started.elapsed().as_secs_f64();
+        let how = match result.ending {
+            Ending::Done => "done",
+            Ending::EarlyStop => "ended early: the validation stopped getting better",
+            Ending::Interrupted => "interrupted and saved; `--resume auto` goes on",
+        };
+        println!(
+            "{how}: {} steps in {seconds:.0} s; checkpoint `{}`, curves `{}`",
+            result.state.step,
+            result.checkpoint.display(),
+            output_dir.join("training.svg").display()
+        );
+        if result.ending == Ending::Interrupted {
+            return Ok(());
+        }
+        if self.args.show > 0 && result.state.config.val_data.is_some() {
+            show_examples(&result, self.args.show, &device)?;
+        }
+        println!();
+        match result.state.config.tuner {
+            crate::train::config::Tuner::Lora => println!(
+                "next: infer --model {} --adapter {} IMAGE",
+                result.state.config.model.display(),
+                result.checkpoint.display()
+            ),
+            crate::train::config::Tuner::Full => {
+                println!("next: infer --model {} IMAGE", result.checkpoint.display());
+            }
+        }
+        println!(
+            "with the real model: put Qwen3-VL-8B-Instruct under model/, your data through `convert` and `check`, then train --config configs/openi-lora.toml"
+        );
+        Ok(())
+    }
+}
+
+/// Turns the first SIGINT or SIGTERM into a wish to stop; a second one ends the process at once.
+fn watch_signals() -> Result<Arc<AtomicBool>> {
+    use signal_hook::{
+        consts::{SIGINT, SIGTERM},
+        iterator::Signals,
+    };
+    let flag = Arc::new(AtomicBool::new(false));
+    let seen = flag.clone();
+    let mut signals = Signals::new([SIGINT, SIGTERM]).context("cannot watch for signals")?;
+    std::thread::spawn(move || {
+        for signal in signals.forever() {
+            if seen.swap(true, Ordering::Relaxed) {
+                std::process::exit(128 + signal);
+            }
+            eprintln!("stopping after this step and saving; once more to stop at once");
+        }
+    });
+    Ok(flag)
+}
+
+/// A generated report beside the true one.
+struct Generated {
+    truth: String,
+    thinking: Option<String>,
+    report: String,
+}
+
+/// Generates reports for the first `count` samples of a data set, some at a time.
+fn generate_reports<B: Backend>(
+    model: &Qwen3Vl<B>,
+    parts: &TextAndImages,
+    data: &Dataset,
+    count: usize,
+    max_new_tokens: usize,
+    batch_size: usize,
+    device: &B::Device,
+) -> Result<Vec<Generated>, TrainError> {
+    let settings = GenerationConfig {
+        max_new_tokens,
+        eos_token_ids: parts.eos_token_ids.clone(),
+        ..GenerationConfig::default()
+    };
+    let rows: Vec<usize> = (0..count.min(data.len())).collect();
+    let mut all = Vec::with_capacity(rows.len());
+    for rows in rows.chunks(batch_size) {
+        let (prompts, truths): (Vec<_>, Vec<_>) = rows
+            .iter()
+            .map(|row| data.question(*row, parts))
+            .collect::<Result<Vec<_>, _>>()?
+            .into_iter()
+            .unzip();
+        let (generations, _) = generate(
+            model,
+            &parts.config,
+            &prompts,
+            &settings,
+            device,
+            &mut |_, _| None,
+        )
+        .map_err(|error| TrainError::Other(error.to_string()))?;
+        for (generation, truth) in generations.into_iter().zip(truths) {
+            let text = parts
+                .tokenizer
+                .decode(&generation.token_ids, true)
+                .map_err(|error| TrainError::Other(error.to_string()))?;
+            let (thinking, report) = split_thinking(&text, parts.template.opens_thinking());
+            all.push(Generated {
+                truth: split_thinking(&truth, false).1,
+                thinking,
+                report,
+            });
+        }
+    }
+    Ok(all)
+}
+
+/// Mean character ROUGE-L F1 and finding F1 of some reports.
+fn scores(reports: &[Generated]) -> Vec<(&'static str, f64)> {
+    let rouge: f64 = reports
+        .iter()
+        .map(|one| rouge_l(&characters(&one.report), &characters(&one.truth)))
+        .sum::<f64>()
+        / reports.len().max(1) as f64;
+    let texts: Vec<StudyTexts<'_>> = reports
+        .iter()
+        .map(|one| StudyTexts {
+            truth: &one.truth,
+            prediction: &one.report,
+            thinking: one.thinking.as_deref(),
+        })
+        .collect();
+    let findings = score(Labeler::built_in(), &texts, UncertainPolicy::AsPresent);
+    vec![
+        ("eval_rouge_l", rouge),
+        ("eval_finding_f1", findings.micro.f1),
+    ]
+}
+
+fn scorer<B: Backend>(
+    config: &TrainConfig,
+    parts: &Arc<TextAndImages>,
+    data: &Dataset,
+    device: &B::Device,
+) -> GenerationScorer<B> {
+    let (parts, data, device) = (parts.clone(), data.clone(), device.clone());
+    let (count, tokens, batch) = (
+        config.eval_generate,
+        config.eval_max_new_tokens,
+        config.per_device_eval_batch_size,
+    );
+    Box::new(move |model| {
+        let model = merge(model.clone());
+        let reports = generate_reports(&model, &parts, &data, count, tokens, batch, &device)?;
+        Ok(scores(&reports))
+    })
+}
+
+/// Prints truth beside answer for held-out samples.
+fn show_examples<B: Backend>(
+    result: &RunResult<B>,
+    count: usize,
+    device: &B::Device,
+) -> Result<()> {
+    let config = &result.state.config;
+    let Some(name) = &config.val_data else {
+        return Ok(());
+    };
+    let data = Dataset::open(name)?;
+    let model = merge(result.model.clone());
+    let all = generate_reports(
+        &model,
+        &result.parts,
+        &data,
+        data.len().min(count.max(config.eval_generate)),
+        config.eval_max_new_tokens,
+        config.per_device_eval_batch_size,
+        device,
+    )?;
+    if all.is_empty() {
+        bail!("`{name}` holds no sample to show");
+    }
+    for (index, one) in all.iter().take(count).enumerate() {
+        println!("\nheld-out study {}", index + 1);
+        println!("  truth   {}", one.truth);
+        println!("  answer  {}", one.report);
+    }
+    println!();
+    for (name, value) in scores(&all) {
+        println!("{name} {value:.3} over {} held-out studies", all.len());
+    }
+    if name.starts_with("phantom:") || name.contains("data/sample") {
+        let labels: Vec<_> = all
+            .iter()
+            .map(|one| {
+                (
+                    findings_in_report(&one.truth),
+                    findings_in_report(&one.report),
+                )
+            })
+            .collect();
+        let exact = finding_f1(labels.iter().map(|(truth, stated)| (truth, stated)));
+        println!("finding F1 with side and zone {:.3}", exact.f1());
+    }
+    Ok(())
+}

@@ -1,0 +1,418 @@
+//! Checks data files before a model is loaded: every bad row, with file, line and reason.
+//!
+//! Each image is decoded once, in a few threads; each row is encoded as training will encode it.
+//! Nothing is repaired, cut or skipped. This module knows no tensor and no weights.
+
+mod finding;
+mod leaks;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use rayon::prelude::*;
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use crate::files::sha256_file;
+use crate::processor::chat::{ChatError, refuse_control_tokens};
+use crate::processor::image::ImageError;
+use crate::processor::patches::ImageProcessor;
+use crate::processor::sample::{IMAGE_TAG, Sample, SampleError, parse_line};
+use crate::processor::supervised::{SupervisedError, encode_supervised};
+use crate::processor::tokenizer::Tokenizer;
+
+pub use finding::{CheckReport, FileCount, Finding, Kind, Severity};
+
+/// Most threads that decode images: each holds a whole picture.
+const MAX_THREADS: usize = 8;
+
+/// Why a check could not be made at all.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckError {
+    /// A data file cannot be read.
+    #[error(
+        "cannot read `{}`: {cause}; expected a JSONL file in ms-swift's form", .path.display()
+    )]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        cause: std::io::Error,
+    },
+    /// The threads could not be started.
+    #[error("cannot start the threads of the check: {0}")]
+    Threads(#[from] rayon::ThreadPoolBuildError),
+}
+
+/// What to check, and against what.
+pub struct Check<'a> {
+    /// Counts tokens; the one of the model to be trained.
+    pub tokenizer: &'a Tokenizer,
+    /// Sizes and limits of images.
+    pub processor: &'a ImageProcessor,
+    /// Most tokens of a row, image tokens included.
+    pub max_length: usize,
+}
+
+/// An image file that was looked at.
+#[derive(Debug, Clone)]
+struct Seen {
+    sha256: String,
+    grid: [usize; 3],
+}
+
+/// A row that could be read.
+struct Row {
+    line: usize,
+    sample: Sample,
+    /// Where its images are.
+    paths: Vec<PathBuf>,
+    /// Hashes of its images; shorter than `paths` if one cannot be used.
+    hashes: Vec<String>,
+    /// Says whether two conversations are equal.
+    conversation: [u8; 32],
+}
+
+impl Row {
+    /// The words after the reasoning, as two reports are compared.
+    fn report(&self) -> &str {
+        let answer = self.sample.conversation.last_answer().unwrap_or_default();
+        let report = match answer.split_once("</think>") {
+            Some((_, report)) => report,
+            None => answer,
+        };
+        report.trim()
+    }
+
+    /// Whether every image could be used.
+    fn is_whole(&self) -> bool {
+        self.hashes.len() == self.paths.len()
+    }
+}
+
+/// A data file: its rows and what was found.
+struct DataFile {
+    path: PathBuf,
+    lines: usize,
+    rows: Vec<Row>,
+    findings: Vec<Finding>,
+}
+
+impl Check<'_> {
+    /// Checks the file `train`, and with `val` also whether validation is independent of it.
+    ///
+    /// `progress` is told how many of how many image files are done, from several threads.
+    ///
+    /// # Errors
+    /// [`CheckError`] if a data file cannot be read; whatever is wrong inside is a [`Finding`].
+    pub fn run(
+        &self,
+        train: &Path,
+        val: Option<&Path>,
+        progress: &(dyn Fn(usize, usize) + Sync),
+    ) -> Result<CheckReport, CheckError> {
+        let mut files = Vec::new();
+        for path in [Some(train), val].into_iter().flatten() {
+            files.push(read(path)?);
+        }
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads.min(MAX_THREADS))
+            .build()?;
+        let images = pool.install(|| self.look_at_images(&files, progress));
+        let mut row_tokens = Vec::new();
+        for file in &mut files {
+            let DataFile {
+                path,
+                rows,
+                findings,
+                ..
+            } = file;
+            let checked: Vec<_> = pool.install(|| {
+                rows.par_iter_mut()
+                    .map(|row| self.check_row(path, row, &images))
+                    .collect()
+            });
+            for (found, tokens) in checked {
+                findings.extend(found);
+                row_tokens.extend(tokens);
+            }
+            findings.extend(leaks::duplicates(path, rows));
+        }
+        if let [train, val] = files.as_mut_slice() {
+            let found = leaks::between(train, val);
+            val.findings.extend(found);
+        }
+        let mut findings = Vec::new();
+        let mut counts = Vec::new();
+        for mut file in files {
+            file.findings.sort_by_key(|finding| finding.line);
+            findings.extend(file.findings);
+            counts.push(FileCount {
+                file: file.path,
+                rows: file.lines,
+            });
+        }
+        Ok(CheckReport::new(
+            counts,
+            images.len(),
+            &row_tokens,
+            findings,
+        ))
+    }
+
+    /// Decodes each image of the files once.
+    fn look_at_images(
+        &self,
+        files: &[DataFile],
+        progress: &(dyn Fn(usize, usize) + Sync),
+    ) -> HashMap<PathBuf, Result<Seen, String>> {
+        let rows = files.iter().flat_map(|file| &file.rows);
+        let mut paths: Vec<&PathBuf> = rows.flat_map(|row| &row.paths).collect();
+        paths.sort_unstable();
+        paths.dedup();
+        let (done, total) = (AtomicUsize::new(0), paths.len());
+        paths
+            .into_par_iter()
+            .map(|path| {
+                let seen = self.look_at(path);
+                progress(done.fetch_add(1, Ordering::Relaxed) + 1, total);
+                (path.clone(), seen)
+            })
+            .collect()
+    }
+
+    fn look_at(&self, path: &Path) -> Result<Seen, String> {
+        let in_words = |error: ImageError| error.to_string();
+        let picture = self.processor.load(path).map_err(|error| match error {
+            // The system's word says whether it is missing or forbidden.
+            ImageError::Read { name, cause } => format!("cannot read image `{name}`: {cause}"),
+            other => other.to_string(),
+        })?;
+        let grid = self
+            .processor
+            .grid_for(picture.height(), picture.width())
+            .map_err(in_words)?;
+        let sha256 = sha256_file(path).map_err(|error| error.to_string())?;
+        Ok(Seen { sha256, grid })
+    }
+
+    /// Findings of one row, and its length in tokens if it could be encoded.
+    fn check_row(
+        &self,
+        file: &Path,
+        row: &mut Row,
+        images: &HashMap<PathBuf, Result<Seen, String>>,
+    ) -> (Vec<Finding>, Option<usize>) {
+        let line = row.line;
+        let mut findings = Vec::new();
+        let mut error = |kind, message: String| {
+            findings.push(Finding::new(Severity::Error, kind, file, line, message));
+        };
+        let mut grids = Vec::new();
+        for path in &row.paths {
+            match images.get(path) {
+                Some(Ok(seen)) => {
+                    row.hashes.push(seen.sha256.clone());
+                    grids.push(seen.grid);
+                }
+                Some(Err(reason)) => error(Kind::Image, reason.clone()),
+                None => {}
+            }
+        }
+        let conversation = &row.sample.conversation;
+        if conversation.last_answer().is_none() {
+            let message = "the last question has no answer; expected a message of `assistant`";
+            error(Kind::NoAnswer, message.to_owned());
+        }
+        if let Err(cause) = refuse_control_tokens(self.tokenizer, &conversation.messages()) {
+            error(Kind::ControlToken, cause.to_string());
+            return (findings, None);
+        }
+        if !row.is_whole() || conversation.last_answer().is_none() {
+            return (findings, None);
+        }
+        let merge_size = self.processor.config().merge_size;
+        match encode_supervised(self.tokenizer, conversation, &grids, merge_size) {
+            Ok(ids) => {
+                let tokens = ids.input_ids.len();
+                let image: usize = grids
+                    .iter()
+                    .map(|grid| self.processor.num_tokens(*grid))
+                    .sum();
+                if tokens > self.max_length {
+                    let text = tokens - image;
+                    let limit = self.max_length;
+                    error(
+                        Kind::TooLong,
+                        format!(
+                            "{tokens} tokens ({text} text, {image} image), more than max_length {limit}; hint: raise max_length, lower max_pixels or shorten the text"
+                        ),
+                    );
+                }
+                (findings, Some(tokens))
+            }
+            Err(cause) => {
+                let kind = match cause {
+                    SupervisedError::NoAnswer { .. } => Kind::NoAnswer,
+                    SupervisedError::Chat(ChatError::Control { .. }) => Kind::ControlToken,
+                    _ => Kind::Encode,
+                };
+                error(kind, cause.to_string());
+                (findings, None)
+            }
+        }
+    }
+}
+
+/// Reads a data file, line by line; what is no sample becomes a finding.
+fn read(path: &Path) -> Result<DataFile, CheckError> {
+    let bytes = fs::read(path).map_err(|cause| CheckError::Read {
+        path: path.to_owned(),
+        cause,
+    })?;
+    let folder = path.parent().unwrap_or(Path::new(""));
+    let mut file = DataFile {
+        path: path.to_owned(),
+        lines: 0,
+        rows: Vec::new(),
+        findings: Vec::new(),
+    };
+    let mut folders = HashMap::new();
+    let mut unknown: BTreeMap<String, (usize, usize)> = BTreeMap::new();
+    for (index, text) in bytes.split(|byte| *byte == b'\n').enumerate() {
+        let line = index + 1;
+        let mut found = |severity, kind, message| {
+            let finding = Finding::new(severity, kind, path, line, message);
+            file.findings.push(finding);
+        };
+        let text = match std::str::from_utf8(text) {
+            Ok(text) => text.trim(),
+            Err(cause) => {
+                file.lines += 1;
+                let message = format!("not UTF-8: {cause}");
+                found(Severity::Error, Kind::Json, message);
+                continue;
+            }
+        };
+        if text.is_empty() {
+            continue;
+        }
+        file.lines += 1;
+        let sample = match parse_line(text, path, line) {
+            Ok(sample) => sample,
+            Err(error) => {
+                let (kind, message) = in_words(error);
+                found(Severity::Error, kind, message);
+                continue;
+            }
+        };
+        let images = sample.images.len();
+        let marks = count_marks(text);
+        if marks != images {
+            let message = format!(
+                "{marks} `<image>` marks for {images} images; images without a mark go before the first question"
+            );
+            found(Severity::Warning, Kind::ImageMarks, message);
+        }
+        if images == 0 {
+            let message = "the row has no image".to_owned();
+            found(Severity::Warning, Kind::NoImage, message);
+        }
+        for key in &sample.unknown_keys {
+            unknown.entry(key.clone()).or_insert((line, 0)).1 += 1;
+        }
+        let conversation = format!("{:?}", sample.conversation);
+        file.rows.push(Row {
+            line,
+            paths: sample
+                .images
+                .iter()
+                .map(|name| real_path(folder.join(name), &mut folders))
+                .collect(),
+            hashes: Vec::new(),
+            conversation: Sha256::digest(conversation).into(),
+            sample,
+        });
+    }
+    for (key, (line, count)) in unknown {
+        let message =
+            format!("the key `{key}` is not used; {count} rows have it, this is the first");
+        let finding = Finding::new(Severity::Warning, Kind::UnknownKey, path, line, message);
+        file.findings.push(finding);
+    }
+    if file.lines == 0 {
+        let message = "the file holds no sample".to_owned();
+        let finding = Finding::new(Severity::Error, Kind::Empty, path, 0, message);
+        file.findings.push(finding);
+    }
+    Ok(file)
+}
+
+/// `path` with the true folder, so that one image has one path in all files; the name stays, for it
+/// tells the study even where it is a link.
+fn real_path(path: PathBuf, folders: &mut HashMap<PathBuf, PathBuf>) -> PathBuf {
+    let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else {
+        return path;
+    };
+    let real = folders.entry(folder.to_owned()).or_insert_with(|| {
+        let folder = if folder.as_os_str().is_empty() {
+            Path::new(".")
+        } else {
+            folder
+        };
+        // Of a folder that is not there, the image is missing, which is told in its place.
+        folder.canonicalize().unwrap_or_else(|_| folder.to_owned())
+    });
+    real.join(name)
+}
+
+/// Number of `<image>` in the questions as they are written.
+fn count_marks(text: &str) -> usize {
+    let Ok(row) = serde_json::from_str::<Value>(text) else {
+        return 0;
+    };
+    let messages = row.get("messages").and_then(Value::as_array);
+    messages
+        .into_iter()
+        .flatten()
+        .filter(|message| message.get("role").and_then(Value::as_str) == Some("user"))
+        .filter_map(|message| message.get("content").and_then(Value::as_str))
+        .map(|content| content.matches(IMAGE_TAG).count())
+        .sum()
+}
+
+/// Kind and words of a line that is no sample; file and line are told elsewhere.
+fn in_words(error: SampleError) -> (Kind, String) {
+    match error {
+        SampleError::Json { cause, .. } if cause.is_data() => (Kind::Form, cause.to_string()),
+        SampleError::Json { cause, .. } => (Kind::Json, format!("not JSON: {cause}")),
+        SampleError::Key {
+            key,
+            found,
+            expected,
+            ..
+        } => {
+            let kind = if found == "empty" {
+                Kind::NoAnswer
+            } else {
+                Kind::Form
+            };
+            (kind, format!("`{key}` is {found}; expected {expected}"))
+        }
+        SampleError::Placeholders {
+            placeholders,
+            images,
+            ..
+        } => {
+            let message = format!(
+                "{placeholders} `<image>` marks for {images} images; expected no more marks than images"
+            );
+            (Kind::ImageMarks, message)
+        }
+    }
+}

@@ -1,0 +1,423 @@
+//! A corpus of reports and images to training and validation files in ms-swift's form.
+//!
+//! The way: rows of any published form ([`CorpusForm`]) → rows whose images are there → a question
+//! each, drawn by seed → a split that keeps the views of a study together → `train.jsonl`,
+//! `val.jsonl`, `missing.txt`, histograms and `summary.json`. Draws follow Python's generator, so
+//! [`Split::Image`] with the published seed gives the published rows. Images are neither copied nor
+//! changed, and nothing is left out without a line in `missing.txt`.
+
+mod corpus;
+mod error;
+mod images;
+mod python_random;
+mod split;
+mod summary;
+#[cfg(test)]
+mod tests;
+mod thinking;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+use crate::files::{FileError, sha256_file, write_atomic};
+use crate::processor::patches::ImageProcessor;
+use crate::processor::sample::{IMAGE_TAG, parse_line};
+use crate::processor::supervised::encode_supervised;
+use crate::processor::tokenizer::Tokenizer;
+
+pub use corpus::CorpusForm;
+use corpus::{Body, Row};
+pub use error::ConvertError;
+use images::{Finder, LeftOut, Picture};
+use python_random::PythonRandom;
+use split::{choose, studies};
+use summary::Measures;
+pub use summary::{PartCount, Spread, Summary};
+use thinking::Thinking;
+
+/// The questions of the published training.
+///
+/// Source: `PROMPT_TEMPLATES`, XrayQwen3VL, `scripts/convert_xray_swift.py`.
+pub const PROMPTS: [&str; 12] = [
+    "通过这张胸部X光影像可以诊断出什么？",
+    "请分析这张胸部X光片。",
+    "这张X光影像显示了什么？",
+    "请对这张胸部X光进行诊断分析。",
+    "根据这张X光片，患者的情况如何？",
+    "请描述这张胸部X光片的诊断结果。",
+    "这张胸部X光影像有什么异常发现吗？",
+    "请根据这张X光影像给出诊断意见。",
+    "分析这张胸部X光片并给出诊断报告。",
+    "请解读这张胸部X光影像的检查结果。",
+    "这张X光片反映了哪些临床发现？",
+    "请对这张胸部影像进行专业分析。",
+];
+
+/// Names of the files a conversion writes beside its histograms.
+const OUTPUTS: [&str; 4] = ["train.jsonl", "val.jsonl", "missing.txt", "summary.json"];
+
+/// What must not be torn apart by the split.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Split {
+    /// Studies: the images whose names agree up to the first `_`.
+    #[default]
+    Uid,
+    /// Nothing: rows are drawn one by one, as published; views of one study, which share a report,
+    /// come to lie on both sides.
+    Image,
+}
+
+/// What to convert, and how.
+#[derive(Debug, Clone)]
+pub struct ConvertOptions {
+    /// The corpus.
+    pub input: PathBuf,
+    /// Folder of the images; rows of `messages` may do without and name their own.
+    pub images: Option<PathBuf>,
+    /// Folder to write to; made if missing.
+    pub output: PathBuf,
+    /// Questions to draw from instead of [`PROMPTS`]; also replaces the question of rows of
+    /// `messages` with one turn, which else keep theirs.
+    pub prompts: Option<Vec<String>>,
+    /// Seed of all draws.
+    pub seed: u64,
+    /// Share of the rows for validation, 0 to below 1; above 0 it is at least one row.
+    pub val_ratio: f64,
+    /// What must not be torn apart.
+    pub split: Split,
+    /// File of distilled reasoning; rows without a text in it are left out.
+    pub thinking: Option<PathBuf>,
+}
+
+/// A row with its images found.
+struct Usable {
+    row: Row,
+    images: Vec<Picture>,
+    question: Option<usize>,
+    answer: String,
+}
+
+/// Converts a corpus.
+///
+/// Of the image files only headers are read. With a tokenizer, tokens are counted as training will
+/// take them. The same input, images, folders and options give the same bytes.
+///
+/// # Errors
+/// [`ConvertError`] names the file and the row. `missing.txt` is there also when no row was left.
+pub fn convert(
+    options: &ConvertOptions,
+    tokenizer: Option<&Tokenizer>,
+    processor: &ImageProcessor,
+) -> Result<Summary, ConvertError> {
+    let prompts = questions(options)?;
+    if !(0.0..1.0).contains(&options.val_ratio) {
+        return Err(ConvertError::ValRatio(options.val_ratio));
+    }
+    let (form, rows) = corpus::read(&options.input)?;
+    if rows.is_empty() {
+        return Err(ConvertError::Empty(options.input.clone()));
+    }
+    let folder = options.images.as_deref();
+    if folder.is_some_and(|folder| !folder.is_dir())
+        || (folder.is_none() && form != CorpusForm::Messages)
+    {
+        return Err(ConvertError::NoImages(options.images.clone()));
+    }
+    let mut thinking = match &options.thinking {
+        Some(path) => Some(Thinking::read(path)?),
+        None => None,
+    };
+    let output = prepare_output(options)?;
+    let mut summary = empty_summary(options, form, rows.len(), processor)?;
+
+    let mut usable = Vec::new();
+    let mut left_out = Vec::new();
+    let mut finder = Finder::new(options, &output, processor);
+    for row in rows {
+        match finder.pictures(&row)? {
+            Err(reason) => {
+                let count = match reason {
+                    LeftOut::NoImage(_) => &mut summary.rows_without_image,
+                    LeftOut::Unusable(..) => &mut summary.rows_with_unusable_image,
+                };
+                *count += 1;
+                left_out.push((row.number, reason.image().to_owned(), reason.to_string()));
+            }
+            Ok(images) => {
+                let answer = match &mut thinking {
+                    None => Some(row.report().to_owned()),
+                    Some(thinking) => thinking.answer(row.id(), row.report()),
+                };
+                match answer {
+                    Some(answer) => usable.push(Usable {
+                        row,
+                        images,
+                        question: None,
+                        answer,
+                    }),
+                    None => {
+                        summary.rows_without_thinking += 1;
+                        let reason = "no reasoning for this image".to_owned();
+                        left_out.push((row.number, row.images.join(" "), reason));
+                    }
+                }
+            }
+        }
+    }
+    summary.thinking_unused = thinking.map_or_else(Vec::new, |thinking| thinking.unused());
+    let missing = output.join("missing.txt");
+    write_atomic(&missing, |out| {
+        for (number, image, reason) in &left_out {
+            writeln!(out, "row {number}\t{image}\t{reason}")?;
+        }
+        Ok(())
+    })?;
+    if usable.is_empty() {
+        return Err(ConvertError::NoneLeft {
+            path: options.input.clone(),
+            rows: summary.rows_read,
+            reason: left_out.swap_remove(0).2,
+            missing,
+        });
+    }
+
+    let mut random = PythonRandom::new(options.seed);
+    for usable in &mut usable {
+        let keeps = match &usable.row.body {
+            Body::Report(_) => false,
+            Body::Messages { sample, .. } => {
+                options.prompts.is_none() || sample.conversation.turns.len() != 1
+            }
+        };
+        if keeps {
+            summary.questions_kept += 1;
+        } else {
+            let question = random.below(prompts.len());
+            usable.question = Some(question);
+            *summary
+                .questions
+                .entry(prompts[question].clone())
+                .or_default() += 1;
+        }
+    }
+    random.shuffle(&mut usable);
+    let studies = studies(&usable);
+    let in_val = choose(options, &mut random, &studies)?;
+
+    let mut measures = Measures::default();
+    let mut lines = [Vec::new(), Vec::new()];
+    for (usable, in_val) in usable.iter().zip(&in_val) {
+        let line = usable.line(&prompts);
+        measure(usable, &line, options, tokenizer, processor, &mut measures)?;
+        lines[usize::from(*in_val)].push(line);
+    }
+    let side = |wanted: bool| -> BTreeSet<usize> {
+        let sides = studies.iter().zip(&in_val);
+        sides
+            .filter(|(_, val)| **val == wanted)
+            .map(|(study, _)| *study)
+            .collect()
+    };
+    let (train, val) = (side(false), side(true));
+    summary.train = PartCount {
+        rows: lines[0].len(),
+        studies: train.len(),
+    };
+    summary.val = PartCount {
+        rows: lines[1].len(),
+        studies: val.len(),
+    };
+    summary.studies_in_both = train.intersection(&val).count();
+    summary.characters = Spread::of(&measures.characters);
+    summary.answer_tokens = Spread::of(&measures.answer_tokens);
+    summary.row_tokens = Spread::of(&measures.row_tokens);
+    summary.image_width = Spread::of(&measures.image_width);
+    summary.image_height = Spread::of(&measures.image_height);
+    summary.vision_tokens = Spread::of(&measures.vision_tokens);
+
+    for (name, lines) in ["train.jsonl", "val.jsonl"].into_iter().zip(&lines) {
+        write_atomic(&output.join(name), |out| {
+            lines.iter().try_for_each(|line| writeln!(out, "{line}"))
+        })?;
+    }
+    for (name, drawing) in measures.histograms() {
+        write_atomic(&output.join(name), |out| out.write_all(drawing.as_bytes()))?;
+    }
+    // Last, so that it is never about files that are not there yet.
+    write_atomic(&output.join("summary.json"), |out| {
+        serde_json::to_writer_pretty(&mut *out, &summary)?;
+        writeln!(out)
+    })?;
+    Ok(summary)
+}
+
+/// Reads a file of questions, one a line; blank lines are passed over.
+///
+/// # Errors
+/// [`ConvertError::Read`], or [`ConvertError::Prompts`] if there is none or one holds `<image>`.
+pub fn read_prompts(path: &Path) -> Result<Vec<String>, ConvertError> {
+    let text = fs::read_to_string(path).map_err(|cause| ConvertError::Read {
+        path: path.to_owned(),
+        cause,
+    })?;
+    let lines = text.trim_start_matches('\u{feff}').lines().map(str::trim);
+    let prompts: Vec<String> = lines
+        .filter(|line| !line.is_empty())
+        .map(str::to_owned)
+        .collect();
+    check_prompts(&prompts)?;
+    Ok(prompts)
+}
+
+fn check_prompts(prompts: &[String]) -> Result<(), ConvertError> {
+    if prompts.iter().all(|prompt| prompt.trim().is_empty()) {
+        return Err(ConvertError::Prompts("is empty"));
+    }
+    if prompts.iter().any(|prompt| prompt.contains(IMAGE_TAG)) {
+        return Err(ConvertError::Prompts("holds `<image>`, which is added"));
+    }
+    Ok(())
+}
+
+fn questions(options: &ConvertOptions) -> Result<Vec<String>, ConvertError> {
+    let prompts = match &options.prompts {
+        Some(prompts) => prompts.clone(),
+        None => PROMPTS.iter().map(|prompt| (*prompt).to_owned()).collect(),
+    };
+    check_prompts(&prompts)?;
+    Ok(prompts)
+}
+
+/// Makes the output folder and gives its canonical path.
+fn prepare_output(options: &ConvertOptions) -> Result<PathBuf, ConvertError> {
+    let failed = |cause| FileError::write(&options.output, cause);
+    fs::create_dir_all(&options.output).map_err(failed)?;
+    let output = options.output.canonicalize().map_err(failed)?;
+    let read = [Some(&options.input), options.thinking.as_ref()];
+    for path in read.into_iter().flatten() {
+        let real = path.canonicalize().unwrap_or_else(|_| path.clone());
+        if OUTPUTS.iter().any(|name| output.join(name) == real) {
+            return Err(ConvertError::Overwrites(path.clone()));
+        }
+    }
+    Ok(output)
+}
+
+fn empty_summary(
+    options: &ConvertOptions,
+    form: CorpusForm,
+    rows_read: usize,
+    processor: &ImageProcessor,
+) -> Result<Summary, ConvertError> {
+    Ok(Summary {
+        form,
+        input_sha256: sha256_file(&options.input)?,
+        seed: options.seed,
+        split: options.split,
+        val_ratio: options.val_ratio,
+        rows_read,
+        rows_without_image: 0,
+        rows_with_unusable_image: 0,
+        rows_without_thinking: 0,
+        thinking_unused: Vec::new(),
+        train: PartCount::default(),
+        val: PartCount::default(),
+        studies_in_both: 0,
+        questions: BTreeMap::new(),
+        questions_kept: 0,
+        characters: None,
+        answer_tokens: None,
+        row_tokens: None,
+        image_width: None,
+        image_height: None,
+        vision_tokens: None,
+        min_pixels: processor.config().min_pixels,
+        max_pixels: processor.config().max_pixels,
+    })
+}
+
+impl Usable {
+    /// The row as a line of the output.
+    fn line(&self, prompts: &[String]) -> String {
+        let images: Vec<&str> = self
+            .images
+            .iter()
+            .map(|image| image.name.as_str())
+            .collect();
+        let question = |question: usize| {
+            let marks = IMAGE_TAG.repeat(images.len());
+            format!("{marks}{}", prompts[question])
+        };
+        let mut row = match &self.row.body {
+            Body::Report(_) => Map::from_iter([(
+                "messages".to_owned(),
+                json!([
+                    {"role": "user", "content": question(self.question.unwrap_or_default())},
+                    {"role": "assistant", "content": self.answer},
+                ]),
+            )]),
+            Body::Messages { row, .. } => {
+                let mut row = row.clone();
+                if let Some(Value::Array(messages)) = row.get_mut("messages") {
+                    for message in messages.iter_mut() {
+                        let content = match message.get("role").and_then(Value::as_str) {
+                            Some("user") => self.question.map(question),
+                            _ => None,
+                        };
+                        if let Some(content) = content {
+                            message["content"] = content.into();
+                        }
+                    }
+                    // A checked row ends with its answer.
+                    if let Some(last) = messages.last_mut() {
+                        last["content"] = self.answer.as_str().into();
+                    }
+                }
+                row
+            }
+        };
+        row.insert("images".into(), json!(images));
+        Value::Object(row).to_string()
+    }
+}
+
+fn measure(
+    usable: &Usable,
+    line: &str,
+    options: &ConvertOptions,
+    tokenizer: Option<&Tokenizer>,
+    processor: &ImageProcessor,
+    measures: &mut Measures,
+) -> Result<(), ConvertError> {
+    measures.characters.push(usable.answer.chars().count());
+    for picture in &usable.images {
+        measures.image_width.push(picture.width);
+        measures.image_height.push(picture.height);
+        measures
+            .vision_tokens
+            .push(processor.num_tokens(picture.grid));
+    }
+    let number = usable.row.number;
+    // What is written is read back as training will read it, before it is written.
+    let sample = parse_line(line, &options.input, number)?;
+    if let Some(tokenizer) = tokenizer {
+        let grids: Vec<[usize; 3]> = usable.images.iter().map(|image| image.grid).collect();
+        let merge_size = processor.config().merge_size;
+        let ids = encode_supervised(tokenizer, &sample.conversation, &grids, merge_size).map_err(
+            |cause| ConvertError::Encode {
+                path: options.input.clone(),
+                row: number,
+                cause,
+            },
+        )?;
+        measures.row_tokens.push(ids.input_ids.len());
+        let answer = tokenizer.encode(&usable.answer)?;
+        measures.answer_tokens.push(answer.len());
+    }
+    Ok(())
+}

@@ -1,0 +1,207 @@
+//! The forms a corpus comes in, brought to rows of one kind.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use super::ConvertError;
+use crate::processor::sample::{IMAGE_TAG, Sample, parse_line};
+
+/// Endings a picture may have where a row names none; the first is the corpus' own.
+const ENDINGS: [&str; 7] = ["png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff"];
+
+/// The form of an input file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CorpusForm {
+    /// `{"annotations": [{"image_id", "caption"}]}`.
+    Annotations,
+    /// `[{"img", "prompt", "label"}]`.
+    Prompts,
+    /// Rows of `messages` and `images`, one a line or as a list.
+    Messages,
+}
+
+/// What a row says.
+#[derive(Debug, Clone)]
+pub(super) enum Body {
+    /// A report, to be asked for.
+    Report(String),
+    /// A conversation with its row as it was.
+    Messages {
+        sample: Sample,
+        row: Map<String, Value>,
+    },
+}
+
+/// One row of a corpus.
+#[derive(Debug, Clone)]
+pub(super) struct Row {
+    /// Place in the file, from 1; the line of a JSONL file.
+    pub(super) number: usize,
+    /// Images as the row names them.
+    pub(super) images: Vec<String>,
+    pub(super) body: Body,
+}
+
+impl Row {
+    /// Name of the first image without folder and ending.
+    pub(super) fn id(&self) -> &str {
+        self.images.first().map_or("", |image| stem_of(image))
+    }
+
+    /// The report: the answer of the last turn.
+    pub(super) fn report(&self) -> &str {
+        match &self.body {
+            Body::Report(report) => report,
+            Body::Messages { sample, .. } => sample.conversation.last_answer().unwrap_or_default(),
+        }
+    }
+}
+
+/// Last part of a path of any system.
+fn base_name(path: &str) -> &str {
+    path.rsplit(['/', '\\']).next().unwrap_or(path)
+}
+
+/// Name of an image without folder and ending: `a/2_1.png` gives `2_1`.
+pub(super) fn stem_of(path: &str) -> &str {
+    let name = base_name(path);
+    match name.rsplit_once('.') {
+        Some((stem, ending)) if ENDINGS.contains(&ending.to_lowercase().as_str()) => stem,
+        _ => name,
+    }
+}
+
+/// Study of an image: what stands before the first `_` of its name.
+pub(super) fn study_of(image: &str) -> &str {
+    let stem = stem_of(image);
+    stem.split_once('_').map_or(stem, |(uid, _)| uid)
+}
+
+/// Finds the file of an image: by its name in `images`, else where the row says.
+pub(super) fn locate(image: &str, images: Option<&Path>, input: &Path) -> Option<PathBuf> {
+    let Some(folder) = images else {
+        let path = input.parent().unwrap_or(Path::new("")).join(image);
+        return path.is_file().then_some(path);
+    };
+    let name = base_name(image);
+    if name.is_empty() || name == ".." || name == "." {
+        return None;
+    }
+    let path = folder.join(name);
+    if stem_of(name) != name {
+        return path.is_file().then_some(path);
+    }
+    ENDINGS
+        .iter()
+        .map(|ending| folder.join(format!("{name}.{ending}")))
+        .find(|path| path.is_file())
+}
+
+/// Reads a corpus in any of its forms.
+pub(super) fn read(path: &Path) -> Result<(CorpusForm, Vec<Row>), ConvertError> {
+    let text = fs::read_to_string(path).map_err(|cause| ConvertError::Read {
+        path: path.to_owned(),
+        cause,
+    })?;
+    let text = text.trim_start_matches('\u{feff}');
+    let (form, rows) = match serde_json::from_str(text) {
+        Ok(Value::Object(mut fields)) => match fields.shift_remove("annotations") {
+            Some(Value::Array(rows)) => (CorpusForm::Annotations, rows),
+            _ if fields.contains_key("messages") => return lines(path, text),
+            _ => return Err(unknown(path)),
+        },
+        Ok(Value::Array(rows)) => match rows.first() {
+            Some(first) if first.get("img").is_some() => (CorpusForm::Prompts, rows),
+            Some(first) if first.get("messages").is_some() => (CorpusForm::Messages, rows),
+            _ => return Err(unknown(path)),
+        },
+        Ok(_) => return Err(unknown(path)),
+        Err(cause) => {
+            let first = text.lines().find(|line| !line.trim().is_empty());
+            let is_row = |line: &str| matches!(serde_json::from_str(line), Ok(Value::Object(_)));
+            if first.is_some_and(is_row) {
+                return lines(path, text);
+            }
+            return Err(ConvertError::Json {
+                path: path.to_owned(),
+                row: 1,
+                reason: cause.to_string(),
+            });
+        }
+    };
+    let rows = rows.into_iter().enumerate();
+    let rows = rows.map(|(index, row)| match form {
+        CorpusForm::Annotations => report_row(path, index + 1, &row, "image_id", "caption"),
+        CorpusForm::Prompts => report_row(path, index + 1, &row, "img", "label"),
+        CorpusForm::Messages => message_row(path, index + 1, &row.to_string()),
+    });
+    Ok((form, rows.collect::<Result<_, _>>()?))
+}
+
+fn unknown(path: &Path) -> ConvertError {
+    ConvertError::UnknownForm {
+        path: path.to_owned(),
+    }
+}
+
+fn lines(path: &Path, text: &str) -> Result<(CorpusForm, Vec<Row>), ConvertError> {
+    let lines = text.lines().enumerate();
+    let rows = lines
+        .filter(|(_, line)| !line.trim().is_empty())
+        .map(|(index, line)| message_row(path, index + 1, line));
+    Ok((CorpusForm::Messages, rows.collect::<Result<_, _>>()?))
+}
+
+fn report_row(
+    path: &Path,
+    number: usize,
+    row: &Value,
+    image: &str,
+    report: &str,
+) -> Result<Row, ConvertError> {
+    let wrong = |key: &str, expected: &str| ConvertError::Form {
+        path: path.to_owned(),
+        row: number,
+        what: format!("`{key}`"),
+        expected: expected.to_owned(),
+    };
+    let text = |key: &str| match row.get(key) {
+        Some(Value::String(text)) if !text.trim().is_empty() => Ok(text.clone()),
+        _ => Err(wrong(key, "a text that is not empty")),
+    };
+    let words = text(report)?;
+    if words.contains(IMAGE_TAG) {
+        return Err(wrong(report, "a report without `<image>`"));
+    }
+    Ok(Row {
+        number,
+        images: vec![text(image)?],
+        body: Body::Report(words),
+    })
+}
+
+fn message_row(path: &Path, number: usize, line: &str) -> Result<Row, ConvertError> {
+    let sample = parse_line(line, path, number)?;
+    let row = serde_json::from_str(line).map_err(|cause| ConvertError::Json {
+        path: path.to_owned(),
+        row: number,
+        reason: cause.to_string(),
+    })?;
+    if sample.conversation.last_answer().is_none() {
+        return Err(ConvertError::Form {
+            path: path.to_owned(),
+            row: number,
+            what: "`messages`".into(),
+            expected: "an answer at the end".into(),
+        });
+    }
+    Ok(Row {
+        number,
+        images: sample.images.clone(),
+        body: Body::Messages { sample, row },
+    })
+}

@@ -1,0 +1,110 @@
+//! Why a corpus could not be converted.
+
+use std::path::PathBuf;
+
+use crate::files::FileError;
+use crate::processor::sample::SampleError;
+use crate::processor::supervised::SupervisedError;
+use crate::processor::tokenizer::TokenizerError;
+
+/// Why a corpus could not be converted.
+#[derive(Debug, thiserror::Error)]
+pub enum ConvertError {
+    /// An input file cannot be read.
+    #[error("cannot read `{}`: {cause}", .path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        cause: std::io::Error,
+    },
+    /// An input file is not JSON.
+    #[error("`{}` row {row}: not JSON: {reason}", .path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// Row or line, from 1.
+        row: usize,
+        /// What the parser said.
+        reason: String,
+    },
+    /// The corpus is in none of the known forms.
+    #[error(
+        "`{}` is in no known form; expected `{{\"annotations\": [{{\"image_id\", \"caption\"}}]}}`, `[{{\"img\", \"prompt\", \"label\"}}]`, or rows of `messages` and `images`", .path.display()
+    )]
+    UnknownForm {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A row lacks something.
+    #[error("`{}` row {row}: {what} is not as expected; expected {expected}", .path.display())]
+    Form {
+        /// The file.
+        path: PathBuf,
+        /// Row or line, from 1.
+        row: usize,
+        /// What is wrong.
+        what: String,
+        /// What should be there.
+        expected: String,
+    },
+    /// A row of `messages` is no sample.
+    #[error(transparent)]
+    Sample(#[from] SampleError),
+    /// There is no folder of images.
+    #[error("{}; expected the folder with the images of the corpus (`--images`)", match .0 {
+        Some(path) => format!("`{}` is not a folder", path.display()),
+        None => "no folder of images was given".to_owned(),
+    })]
+    NoImages(Option<PathBuf>),
+    /// No row is left.
+    #[error(
+        "none of the {rows} rows of `{}` can be used ({reason}); see `{}`", .path.display(), .missing.display()
+    )]
+    NoneLeft {
+        /// The corpus.
+        path: PathBuf,
+        /// Its rows.
+        rows: usize,
+        /// Why the first was left out.
+        reason: String,
+        /// The list of all.
+        missing: PathBuf,
+    },
+    /// The corpus has no row.
+    #[error("`{}` holds no row", .0.display())]
+    Empty(PathBuf),
+    /// Validation would take all there is.
+    #[error(
+        "{0}; hint: `--val-ratio 0` puts all into train.jsonl, `--split image` splits by row, a smaller `--val-ratio` takes less"
+    )]
+    CannotSplit(String),
+    /// The share of validation is no share.
+    #[error("val_ratio is {0}; expected 0 or more and less than 1")]
+    ValRatio(f64),
+    /// There is no usable question.
+    #[error("the list of questions {0}; expected one question a line, without `<image>`")]
+    Prompts(&'static str),
+    /// The output would replace the input.
+    #[error("`{}` would be replaced by its own conversion; choose another output folder", .0.display())]
+    Overwrites(PathBuf),
+    /// A path cannot be written into JSON.
+    #[error("`{}` is not UTF-8; rename it", .0.display())]
+    PathText(PathBuf),
+    /// A row cannot become tokens.
+    #[error("`{}` row {row}: {cause}", .path.display())]
+    Encode {
+        /// The file.
+        path: PathBuf,
+        /// Row or line, from 1.
+        row: usize,
+        /// Why.
+        cause: SupervisedError,
+    },
+    /// A text cannot become tokens.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// An output file cannot be written.
+    #[error(transparent)]
+    File(#[from] FileError),
+}

@@ -1,0 +1,240 @@
+//! What a conversion made, in numbers, words and pictures.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::Serialize;
+
+use super::{CorpusForm, Split};
+use crate::plot;
+
+/// Spread of a whole number over rows or images.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Spread {
+    /// How many values there are.
+    pub count: usize,
+    /// Smallest value.
+    pub min: usize,
+    /// The value that 5 % do not exceed.
+    pub p5: usize,
+    /// The value in the middle.
+    pub p50: usize,
+    /// The value that 95 % do not exceed.
+    pub p95: usize,
+    /// The value that 99 % do not exceed.
+    pub p99: usize,
+    /// Largest value.
+    pub max: usize,
+    /// Mean value.
+    pub mean: f64,
+    /// Sum of all values.
+    pub total: usize,
+}
+
+impl Spread {
+    /// Spread of `values`; `None` if there are none. Percentiles are values that occur, those at
+    /// the nearest place.
+    pub fn of(values: &[usize]) -> Option<Self> {
+        let mut values = values.to_vec();
+        values.sort_unstable();
+        let (&min, &max) = (values.first()?, values.last()?);
+        let last = values.len() - 1;
+        let at = |share: f64| values[((last as f64 * share).round() as usize).min(last)];
+        let total: usize = values.iter().sum();
+        Some(Self {
+            count: values.len(),
+            min,
+            p5: at(0.05),
+            p50: at(0.5),
+            p95: at(0.95),
+            p99: at(0.99),
+            max,
+            mean: total as f64 / values.len() as f64,
+            total,
+        })
+    }
+}
+
+/// Rows of one output file.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct PartCount {
+    /// Rows.
+    pub rows: usize,
+    /// Studies.
+    pub studies: usize,
+}
+
+/// What a conversion made; `summary.json` holds the same.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Summary {
+    /// Form of the input.
+    pub form: CorpusForm,
+    /// SHA-256 of the input file.
+    pub input_sha256: String,
+    /// Seed of all draws.
+    pub seed: u64,
+    /// What was kept together.
+    pub split: Split,
+    /// Share of the rows asked for as validation.
+    pub val_ratio: f64,
+    /// Rows of the input.
+    pub rows_read: usize,
+    /// Rows left out because an image is missing; `missing.txt` names each.
+    pub rows_without_image: usize,
+    /// Rows left out because an image cannot be used; `missing.txt` names each.
+    pub rows_with_unusable_image: usize,
+    /// Rows left out because there is no reasoning for them; `missing.txt` names each.
+    pub rows_without_thinking: usize,
+    /// Images with reasoning that no row is about.
+    pub thinking_unused: Vec<String>,
+    /// What went into `train.jsonl`.
+    pub train: PartCount,
+    /// What went into `val.jsonl`.
+    pub val: PartCount,
+    /// Studies with rows on both sides: 0 unless the split is by image.
+    pub studies_in_both: usize,
+    /// How often each question was drawn.
+    pub questions: BTreeMap<String, usize>,
+    /// Rows that kept the question they came with.
+    pub questions_kept: usize,
+    /// Characters of an answer.
+    pub characters: Option<Spread>,
+    /// Tokens of an answer, without the token that ends it; absent without a tokenizer.
+    pub answer_tokens: Option<Spread>,
+    /// Tokens of a whole row, image tokens included; absent without a tokenizer.
+    pub row_tokens: Option<Spread>,
+    /// Width of an image, in pixels.
+    pub image_width: Option<Spread>,
+    /// Height of an image, in pixels.
+    pub image_height: Option<Spread>,
+    /// Tokens an image takes.
+    pub vision_tokens: Option<Spread>,
+    /// Smallest size an image is scaled to, in pixels.
+    pub min_pixels: usize,
+    /// Largest size an image is scaled to, in pixels.
+    pub max_pixels: usize,
+}
+
+impl Summary {
+    /// Rows of the input that are in neither output file.
+    pub fn rows_left_out(&self) -> usize {
+        self.rows_without_image + self.rows_with_unusable_image + self.rows_without_thinking
+    }
+}
+
+impl fmt::Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { train, val, .. } = self;
+        writeln!(f, "rows read              {}", self.rows_read)?;
+        for (what, count) in [
+            ("  without image        ", self.rows_without_image),
+            ("  image not usable     ", self.rows_with_unusable_image),
+            ("  without thinking     ", self.rows_without_thinking),
+        ] {
+            if count > 0 {
+                writeln!(f, "{what}{count}, left out, see missing.txt")?;
+            }
+        }
+        if !self.thinking_unused.is_empty() {
+            let count = self.thinking_unused.len();
+            writeln!(
+                f,
+                "  thinking unused      {count}, no row is about the image"
+            )?;
+        }
+        writeln!(
+            f,
+            "train.jsonl            {} rows, {} studies",
+            train.rows, train.studies
+        )?;
+        writeln!(
+            f,
+            "val.jsonl              {} rows, {} studies",
+            val.rows, val.studies
+        )?;
+        if self.studies_in_both > 0 {
+            let count = self.studies_in_both;
+            writeln!(
+                f,
+                "  studies in both      {count}: the validation loss is too good; `--split uid` keeps studies together"
+            )?;
+        }
+        writeln!(f, "questions drawn        {}", self.questions.len())?;
+        if self.questions_kept > 0 {
+            writeln!(f, "  kept as they came    {}", self.questions_kept)?;
+        }
+        writeln!(
+            f,
+            "{:<22} {:>7} {:>7} {:>7} {:>7} {:>7} {:>7} {:>9} {:>10}",
+            "", "min", "p5", "p50", "p95", "p99", "max", "mean", "total"
+        )?;
+        for (what, spread) in [
+            ("answer characters", &self.characters),
+            ("answer tokens", &self.answer_tokens),
+            ("row tokens", &self.row_tokens),
+            ("image width", &self.image_width),
+            ("image height", &self.image_height),
+            ("vision tokens", &self.vision_tokens),
+        ] {
+            if let Some(s) = spread {
+                writeln!(
+                    f,
+                    "{what:<22} {:>7} {:>7} {:>7} {:>7} {:>7} {:>7} {:>9.1} {:>10}",
+                    s.min, s.p5, s.p50, s.p95, s.p99, s.max, s.mean, s.total
+                )?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Every number behind a [`Summary`].
+#[derive(Debug, Default)]
+pub(super) struct Measures {
+    pub(super) characters: Vec<usize>,
+    pub(super) answer_tokens: Vec<usize>,
+    pub(super) row_tokens: Vec<usize>,
+    pub(super) image_width: Vec<usize>,
+    pub(super) image_height: Vec<usize>,
+    pub(super) vision_tokens: Vec<usize>,
+}
+
+impl Measures {
+    /// File names and SVG drawings.
+    pub(super) fn histograms(&self) -> Vec<(&'static str, String)> {
+        let drawings = [
+            (
+                "characters.svg",
+                &self.characters,
+                "Length of the answers",
+                "characters",
+            ),
+            (
+                "answer-tokens.svg",
+                &self.answer_tokens,
+                "Length of the answers",
+                "tokens",
+            ),
+            (
+                "row-tokens.svg",
+                &self.row_tokens,
+                "Length of the rows, image tokens included",
+                "tokens",
+            ),
+            (
+                "vision-tokens.svg",
+                &self.vision_tokens,
+                "Tokens of the images",
+                "tokens",
+            ),
+        ];
+        drawings
+            .into_iter()
+            .filter(|(_, values, _, _)| !values.is_empty())
+            .map(|(name, values, title, unit)| {
+                let values: Vec<f64> = values.iter().map(|value| *value as f64).collect();
+                (name, plot::histogram(&values, title, unit))
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,402 @@
+//! Windows of samples, one an optimizer step, made by worker threads ahead of the device.
+
+use std::sync::{
+    Arc, Mutex,
+    atomic::{AtomicBool, AtomicUsize, Ordering},
+    mpsc::{Receiver, SyncSender, sync_channel},
+};
+
+use burn::{
+    data::dataloader::{DataLoader, DataLoaderIterator, Progress},
+    prelude::Backend,
+};
+use rand::{SeedableRng, seq::SliceRandom};
+use rand_chacha::ChaCha8Rng;
+
+use super::{Dataset, DatasetError, EncodedSample};
+use crate::{
+    lora::mix,
+    pipeline::TextAndImages,
+    qwen3_vl::{Padding, TextInput},
+    train::gradients::MicroBatch,
+};
+
+/// Windows made ahead of their turn by each worker.
+const AHEAD: usize = 2;
+
+/// What is done with samples longer than `max_length`; nothing is ever cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Overlong {
+    /// Stop and name the row.
+    #[default]
+    Error,
+    /// Leave it out and count it.
+    Skip,
+}
+
+/// How samples become windows.
+#[derive(Debug, Clone, PartialEq)]
+pub struct WindowPlan {
+    /// Passes over the data; need not be whole.
+    pub epochs: f64,
+    /// Samples of a micro-batch.
+    pub batch_size: usize,
+    /// Micro-batches of a window and device.
+    pub accumulation: usize,
+    /// Devices that share a window.
+    pub devices: usize,
+    /// Micro-batches are packed into one row in place of padded.
+    pub packing: bool,
+    /// Longest sample in tokens.
+    pub max_length: usize,
+    /// What is done with longer ones.
+    pub overlong: Overlong,
+    /// Decides the order; every epoch has its own.
+    pub seed: u64,
+    /// Keeps the order of the file: for validation.
+    pub in_order: bool,
+}
+
+/// All samples of one optimizer step.
+#[derive(Debug, Clone)]
+pub struct Window {
+    /// Which step of the run, from 0.
+    pub step: usize,
+    /// Epochs done once the window is.
+    pub epoch: f64,
+    /// Micro-batches of each device.
+    pub parts: Vec<Vec<MicroBatch>>,
+    /// Rows of the data set in it, from 0.
+    pub rows: Vec<usize>,
+    /// Targets of all micro-batches, on all devices.
+    pub targets: usize,
+    /// Number of micro-batches, on all devices.
+    pub micro_batches: usize,
+    /// Number of the first micro-batch in `parts`, for what is random.
+    pub first_micro_batch: usize,
+    /// Tokens of all micro-batches, padding left out.
+    pub tokens: usize,
+}
+
+impl Window {
+    /// The window as each device takes it: its own micro-batches, the whole window's counts.
+    pub fn split(self) -> Vec<Self> {
+        let parts = self.parts;
+        let mut first_micro_batch = 0;
+        parts
+            .into_iter()
+            .map(|part| {
+                let own = Self {
+                    first_micro_batch,
+                    parts: vec![part],
+                    rows: self.rows.clone(),
+                    ..self
+                };
+                first_micro_batch += own.parts[0].len();
+                own
+            })
+            .collect()
+    }
+}
+
+impl WindowPlan {
+    /// Samples of a full window.
+    pub fn window_samples(&self) -> usize {
+        self.batch_size * self.accumulation * self.devices
+    }
+
+    /// Optimizer steps of an epoch over `samples`.
+    pub fn steps_per_epoch(&self, samples: usize) -> usize {
+        crate::train::schedule::steps_per_epoch(
+            samples as u64,
+            self.devices as u64,
+            self.batch_size as u64,
+            self.accumulation as u64,
+        ) as usize
+    }
+
+    /// Optimizer steps of the run.
+    pub fn total_steps(&self, samples: usize) -> usize {
+        crate::train::schedule::total_steps(self.steps_per_epoch(samples) as u64, self.epochs)
+            as usize
+    }
+
+    /// Rows of the data set that make window `step`.
+    fn rows(&self, step: usize, samples: usize) -> Vec<usize> {
+        let per_epoch = self.steps_per_epoch(samples);
+        let (epoch, at) = (step / per_epoch, step % per_epoch);
+        let mut order: Vec<usize> = (0..samples).collect();
+        if !self.in_order {
+            order.shuffle(&mut ChaCha8Rng::seed_from_u64(mix(self.seed, epoch as u64)));
+        }
+        let from = at * self.window_samples();
+        order[from.min(samples)..(from + self.window_samples()).min(samples)].to_vec()
+    }
+}
+
+/// Makes the windows of a run.
+#[derive(Debug, Clone)]
+pub struct WindowLoader {
+    dataset: Dataset,
+    parts: Arc<TextAndImages>,
+    plan: WindowPlan,
+    /// First step.
+    start: usize,
+    /// Step behind the last.
+    end: usize,
+    workers: usize,
+    skipped: Arc<AtomicUsize>,
+    error: Arc<Mutex<Option<DatasetError>>>,
+}
+
+impl WindowLoader {
+    /// A loader for steps `start..` of the run.
+    pub fn new(
+        dataset: Dataset,
+        parts: Arc<TextAndImages>,
+        plan: WindowPlan,
+        start: usize,
+        workers: usize,
+    ) -> Self {
+        let end = plan.total_steps(dataset.len());
+        Self {
+            dataset,
+            parts,
+            plan,
+            start,
+            end,
+            workers: workers.max(1),
+            skipped: Arc::default(),
+            error: Arc::default(),
+        }
+    }
+
+    /// Ends the run after `steps` steps at the latest.
+    #[must_use]
+    pub fn up_to(mut self, steps: usize) -> Self {
+        self.end = self.end.min(steps);
+        self
+    }
+
+    /// Step behind the last one.
+    pub fn end(&self) -> usize {
+        self.end
+    }
+
+    /// Samples left out so far because they are too long.
+    pub fn skipped(&self) -> usize {
+        self.skipped.load(Ordering::Relaxed)
+    }
+
+    /// What ended the last stream before its time.
+    pub fn take_error(&self) -> Option<DatasetError> {
+        self.error
+            .lock()
+            .unwrap_or_else(|lock| lock.into_inner())
+            .take()
+    }
+
+    /// Makes one window.
+    ///
+    /// # Errors
+    /// [`DatasetError`] names the row.
+    pub fn window(&self, step: usize) -> Result<Window, DatasetError> {
+        let rows = self.plan.rows(step, self.dataset.len());
+        let mut samples = Vec::with_capacity(rows.len());
+        let mut kept = Vec::with_capacity(rows.len());
+        for row in rows {
+            match self.dataset.encode(row, &self.parts, self.plan.max_length) {
+                Ok(sample) => {
+                    samples.push(sample);
+                    kept.push(row);
+                }
+                Err(DatasetError::TooLong { .. }) if self.plan.overlong == Overlong::Skip => {
+                    self.skipped.fetch_add(1, Ordering::Relaxed);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        let tokens = samples.iter().map(|sample| sample.input_ids.len()).sum();
+        let batches = samples
+            .chunks(self.plan.batch_size)
+            .enumerate()
+            .map(|(index, samples)| self.micro_batch(samples, &kept, index))
+            .collect::<Result<Vec<_>, _>>()?;
+        let targets = batches.iter().map(MicroBatch::targets).sum();
+        let micro_batches = batches.len();
+        // Micro-batches are dealt out in turn, so that a partial window is shared as well.
+        let mut parts = vec![Vec::new(); self.plan.devices];
+        for (index, batch) in batches.into_iter().enumerate() {
+            parts[index % self.plan.devices].push(batch);
+        }
+        let per_epoch = self.plan.steps_per_epoch(self.dataset.len()).max(1);
+        Ok(Window {
+            step,
+            epoch: (step + 1) as f64 / per_epoch as f64,
+            parts,
+            rows: kept,
+            targets,
+            micro_batches,
+            first_micro_batch: 0,
+            tokens,
+        })
+    }
+
+    fn micro_batch(
+        &self,
+        samples: &[EncodedSample],
+        rows: &[usize],
+        index: usize,
+    ) -> Result<MicroBatch, DatasetError> {
+        let ids: Vec<Vec<u32>> = samples
+            .iter()
+            .map(|sample| sample.input_ids.clone())
+            .collect();
+        let grids: Vec<_> = samples
+            .iter()
+            .map(|sample| sample.images.image_grid_thw.clone())
+            .collect();
+        let mut images = crate::qwen3_vl::ImageInput::default();
+        samples
+            .iter()
+            .for_each(|sample| images.extend(&sample.images));
+        let config = &self.parts.config;
+        let positions = |cause| DatasetError::Positions {
+            file: self.dataset.name().to_string(),
+            row: rows
+                .get(index * self.plan.batch_size)
+                .map_or(0, |row| row + 1),
+            cause,
+        };
+        if self.plan.packing {
+            let text = TextInput::packed(&ids, &grids, config).map_err(positions)?;
+            let labels = samples
+                .iter()
+                .flat_map(|sample| sample.labels.clone())
+                .collect();
+            return Ok(MicroBatch {
+                text,
+                labels: vec![labels],
+                images,
+            });
+        }
+        let pad = self.parts.tokenizer.special().endoftext;
+        let (text, _) =
+            TextInput::padded(&ids, &grids, config, Padding::Right, pad).map_err(positions)?;
+        let seq = text.seq();
+        let labels = samples
+            .iter()
+            .map(|sample| {
+                let mut labels = sample.labels.clone();
+                labels.resize(seq, crate::train::gradients::IGNORE_INDEX);
+                labels
+            })
+            .collect();
+        Ok(MicroBatch {
+            text,
+            labels,
+            images,
+        })
+    }
+
+    /// Windows in order, made by worker threads ahead of their turn.
+    pub fn stream(&self) -> WindowStream {
+        let stop = Arc::new(AtomicBool::new(false));
+        let channels = (0..self.workers)
+            .map(|worker| {
+                let (sender, receiver) = sync_channel(AHEAD);
+                let (loader, stop) = (self.clone(), stop.clone());
+                std::thread::spawn(move || loader.work(worker, &sender, &stop));
+                receiver
+            })
+            .collect();
+        WindowStream {
+            channels,
+            next: self.start,
+            start: self.start,
+            end: self.end,
+            stop,
+            error: self.error.clone(),
+        }
+    }
+
+    fn work(
+        &self,
+        worker: usize,
+        sender: &SyncSender<Result<Window, DatasetError>>,
+        stop: &AtomicBool,
+    ) {
+        for step in (self.start + worker..self.end).step_by(self.workers) {
+            if stop.load(Ordering::Relaxed) || sender.send(self.window(step)).is_err() {
+                return;
+            }
+        }
+    }
+}
+
+/// The windows of a run in order; an error ends it (see [`WindowLoader::take_error`]).
+pub struct WindowStream {
+    channels: Vec<Receiver<Result<Window, DatasetError>>>,
+    start: usize,
+    next: usize,
+    end: usize,
+    stop: Arc<AtomicBool>,
+    error: Arc<Mutex<Option<DatasetError>>>,
+}
+
+impl Iterator for WindowStream {
+    type Item = Window;
+
+    fn next(&mut self) -> Option<Window> {
+        if self.next >= self.end {
+            return None;
+        }
+        // Worker `k` makes every k-th window: asking in turn keeps the order.
+        let worker = (self.next - self.start) % self.channels.len();
+        match self.channels[worker].recv().ok()? {
+            Ok(window) => {
+                self.next += 1;
+                Some(window)
+            }
+            Err(error) => {
+                *self.error.lock().unwrap_or_else(|lock| lock.into_inner()) = Some(error);
+                None
+            }
+        }
+    }
+}
+
+impl DataLoaderIterator<Window> for WindowStream {
+    fn progress(&self) -> Progress {
+        Progress::new(self.next, self.end)
+    }
+}
+
+impl<B: Backend> DataLoader<B, Window> for WindowLoader {
+    fn iter<'a>(&'a self) -> Box<dyn DataLoaderIterator<Window> + 'a> {
+        Box::new(self.stream())
+    }
+
+    fn num_items(&self) -> usize {
+        self.end - self.start.min(self.end)
+    }
+
+    // Windows are host data: every device takes them as they are.
+    fn to_device(&self, _device: &B::Device) -> Arc<dyn DataLoader<B, Window>> {
+        Arc::new(self.clone())
+    }
+
+    fn slice(&self, start: usize, end: usize) -> Arc<dyn DataLoader<B, Window>> {
+        let mut part = self.clone();
+        part.end = (self.start + end).min(self.end);
+        part.start = self.start + start;
+        Arc::new(part)
+    }
+}
+
+impl Drop for WindowStream {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,274 @@
+//! What lies in a `checkpoint-N/`: the adapter in PEFT's form (or the whole model), the optimizer's
+//! moments and the state of the run.
+
+use std::{
+    fs,
+    io::Write,
+    path::{Path, PathBuf},
+};
+
+use burn::{
+    module::{Module, ModuleVisitor, Param, ParamId},
+    prelude::*,
+    tensor::{DType, TensorData, backend::AutodiffBackend},
+};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    config::{TrainConfig, Tuner},
+    optimizer::{AdamW, Moments},
+};
+use crate::{
+    files::{FileError, write_atomic},
+    lora::{
+        config::{AdapterError, LoraConfig},
+        files::{load_adapter, save_adapter},
+    },
+    qwen3_vl::{
+        Qwen3Vl,
+        config::Qwen3VlConfig,
+        weights::{
+            LazyTensor, MAX_SHARD_BYTES, TensorFile, WeightsError, load_checkpoint,
+            save_checkpoint, write_safetensors,
+        },
+    },
+};
+
+const OPTIMIZER: &str = "optimizer.safetensors";
+const STATE: &str = "trainer_state.json";
+
+/// What keeps a checkpoint from being written or read.
+#[derive(Debug, thiserror::Error)]
+#[allow(
+    missing_docs,
+    reason = "each variant is the error of the part it names"
+)]
+pub enum CheckpointError {
+    #[error(transparent)]
+    File(#[from] FileError),
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    #[error("`{}`: {reason}; the checkpoint was written by another run or version", .path.display())]
+    State { path: PathBuf, reason: String },
+}
+
+/// Where a run stands; all that is random is a function of the seed and the step.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TrainerState {
+    /// Optimizer steps done; the next window's number.
+    pub step: usize,
+    /// Epochs done.
+    pub epoch: f64,
+    /// Best value of the metric so far, and the step it was reached at.
+    pub best: Option<(usize, f64)>,
+    /// Validations since the best one.
+    pub validations_without_gain: usize,
+    /// The settings the run was started with.
+    pub config: TrainConfig,
+    /// Fingerprint of the training data.
+    pub train_data: String,
+    /// Version of this program.
+    pub version: String,
+}
+
+/// Paths and ids of all trained parameters, in the order of the module tree.
+pub fn trained_params<B: Backend, M: Module<B>>(module: &M) -> Vec<(String, ParamId)> {
+    struct Collect {
+        path: Vec<String>,
+        params: Vec<(String, ParamId)>,
+    }
+    impl<B: Backend> ModuleVisitor<B> for Collect {
+        fn enter_module(&mut self, name: &str, _container_type: &str) {
+            self.path.push(name.to_string());
+        }
+        fn exit_module(&mut self, _name: &str, _container_type: &str) {
+            self.path.pop();
+        }
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+            if param.is_require_grad() {
+                self.params.push((self.path.join("."), param.id));
+            }
+        }
+    }
+    let mut collect = Collect {
+        path: Vec::new(),
+        params: Vec::new(),
+    };
+    module.visit(&mut collect);
+    collect.params
+}
+
+/// Copies what a checkpoint folder needs besides weights: tokenizer, templates, processor.
+///
+/// # Errors
+/// [`FileError`] names the file.
+pub fn copy_side_files(from: &Path, to: &Path) -> Result<(), FileError> {
+    const NAMES: &[&str] = &[
+        "tokenizer.json",
+        "tokenizer.json.gz",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        "preprocessor_config.json",
+        "video_preprocessor_config.json",
+        "generation_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "merges.txt",
+    ];
+    for name in NAMES {
+        let source = from.join(name);
+        if source.is_file() {
+            let target = to.join(name);
+            fs::copy(&source, &target).map_err(|cause| FileError::write(&target, cause))?;
+        }
+    }
+    Ok(())
+}
+
+/// Name of a type as `config.json` spells it.
+pub fn dtype_text(dtype: DType) -> &'static str {
+    match dtype {
+        DType::BF16 => "bfloat16",
+        DType::F16 => "float16",
+        _ => "float32",
+    }
+}
+
+/// Writes a whole model with all that belongs to it into `dir`.
+///
+/// # Errors
+/// [`FileError`] names the file.
+pub fn save_model<B: Backend>(
+    model: &Qwen3Vl<B>,
+    config: &Qwen3VlConfig,
+    base: &Path,
+    dir: &Path,
+) -> Result<(), FileError> {
+    save_checkpoint(model, dir, MAX_SHARD_BYTES)?;
+    let text = config.to_published_json(dtype_text(model.dtype()));
+    write_atomic(&dir.join("config.json"), |out: &mut dyn Write| {
+        out.write_all(text.as_bytes())
+    })?;
+    copy_side_files(base, dir)
+}
+
+/// Writes everything into `dir`, which is a fresh folder.
+///
+/// # Errors
+/// [`CheckpointError`] names the file.
+pub fn write<B: AutodiffBackend>(
+    dir: &Path,
+    model: &Qwen3Vl<B>,
+    config: &Qwen3VlConfig,
+    lora: &LoraConfig,
+    optimizer: &AdamW<B>,
+    state: &TrainerState,
+) -> Result<(), CheckpointError> {
+    match state.config.tuner {
+        Tuner::Lora => save_adapter(model, lora, dir)?,
+        Tuner::Full => save_model(model, config, &state.config.model, dir)?,
+    }
+    let moments = optimizer.state();
+    let mut tensors = Vec::new();
+    for (path, id) in trained_params(model) {
+        if let Some(Moments { first, second }) = moments.moments.get(&id) {
+            for (part, tensor) in [("exp_avg", first), ("exp_avg_sq", second)] {
+                let tensor = tensor.clone();
+                tensors.push(LazyTensor {
+                    name: format!("{path}.{part}"),
+                    shape: tensor.dims().to_vec(),
+                    dtype: tensor.dtype(),
+                    data: Box::new(move || tensor.to_data()),
+                });
+            }
+        }
+    }
+    write_safetensors(&dir.join(OPTIMIZER), &tensors.iter().collect::<Vec<_>>())?;
+    write_atomic(&dir.join(STATE), |out: &mut dyn Write| {
+        serde_json::to_writer_pretty(&mut *out, state)?;
+        out.write_all(b"\n")
+    })?;
+    Ok(())
+}
+
+/// Reads the state of a run from its checkpoint.
+///
+/// # Errors
+/// [`CheckpointError::State`], [`CheckpointError::File`].
+pub fn read_state(dir: &Path) -> Result<TrainerState, CheckpointError> {
+    let path = dir.join(STATE);
+    let text = fs::read_to_string(&path).map_err(|cause| FileError::read(&path, cause))?;
+    serde_json::from_str(&text).map_err(|cause| CheckpointError::State {
+        path,
+        reason: cause.to_string(),
+    })
+}
+
+/// Puts the weights of a checkpoint into a model that was prepared like the run's: adapters are
+/// attached, or all parameters replaced.
+///
+/// # Errors
+/// [`CheckpointError`] names the file and the tensor.
+pub fn restore_model<B: Backend>(
+    dir: &Path,
+    mut model: Qwen3Vl<B>,
+    tuner: Tuner,
+) -> Result<Qwen3Vl<B>, CheckpointError> {
+    match tuner {
+        Tuner::Lora => Ok(load_adapter(model, dir)?.0),
+        Tuner::Full => {
+            let dtype = model.dtype();
+            load_checkpoint(&mut model, dir, dtype, &mut |_, _| {})?;
+            Ok(model)
+        }
+    }
+}
+
+/// Puts the moments of a checkpoint into an optimizer for `model`, whose ids they are kept under.
+///
+/// # Errors
+/// [`CheckpointError`] names the file and the tensor.
+pub fn restore_optimizer<B: AutodiffBackend>(
+    dir: &Path,
+    model: &Qwen3Vl<B>,
+    optimizer: &AdamW<B>,
+    steps: usize,
+    device: &B::Device,
+) -> Result<(), CheckpointError> {
+    let file = TensorFile::open(&dir.join(OPTIMIZER))?;
+    let shapes = file.shapes()?;
+    let mut state = optimizer.state();
+    state.steps = steps as u64;
+    state.moments.clear();
+    let mut used = 0;
+    for (path, id) in trained_params(model) {
+        if !shapes.contains_key(&format!("{path}.exp_avg")) {
+            continue;
+        }
+        let read = |part: &str| -> Result<Tensor<B::InnerBackend, 1>, CheckpointError> {
+            let data: TensorData = file.read(&format!("{path}.{part}"), DType::F32)?;
+            Ok(Tensor::from_data(data, (device, DType::F32)))
+        };
+        let moments = Moments {
+            first: read("exp_avg")?,
+            second: read("exp_avg_sq")?,
+        };
+        state.moments.insert(id, moments);
+        used += 2;
+    }
+    if used != shapes.len() {
+        return Err(CheckpointError::State {
+            path: file.path().to_path_buf(),
+            reason: format!(
+                "{} of {} tensors belong to no trained parameter",
+                shapes.len() - used,
+                shapes.len()
+            ),
+        });
+    }
+    Ok(())
+}

@@ -1,0 +1,544 @@
+//! One run as a file: `configs/*.toml`, every key with its reason there.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    gradients::GradientOptions,
+    optimizer::AdamWConfig,
+    schedule::{Schedule, ScheduleKind},
+};
+use crate::{
+    dataset::loader::{Overlong, WindowPlan},
+    lora::config::{LoraConfig, TargetModules},
+};
+
+/// What is wrong with a run's settings.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainConfigError {
+    /// The file cannot be read.
+    #[error("cannot read `{}`: {cause}; `configs/` holds examples", .path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        cause: std::io::Error,
+    },
+    /// The file is not TOML, or a key is unknown or of another type.
+    #[error("`{}`: {reason}", .path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Why, with line and key.
+        reason: String,
+    },
+    /// A value cannot be used.
+    #[error("key `{key}` is {found}, expected {expected}")]
+    Value {
+        /// The key.
+        key: &'static str,
+        /// Its value.
+        found: String,
+        /// What is allowed.
+        expected: &'static str,
+    },
+}
+
+/// What is trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Tuner {
+    /// Low-rank adapters on a frozen base.
+    #[default]
+    Lora,
+    /// The parameters themselves.
+    Full,
+}
+
+/// What the loss of a window is the mean of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum LossReduction {
+    /// All targets of the window, as ms-swift.
+    #[default]
+    Token,
+    /// The means of its micro-batches.
+    Micro,
+}
+
+/// One fine-tuning run; names are ms-swift's where it has one.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[allow(
+    missing_docs,
+    reason = "every key is explained in `configs/openi-lora.toml`"
+)]
+pub struct TrainConfig {
+    pub model: PathBuf,
+    pub adapter: Option<PathBuf>,
+    pub train_data: String,
+    pub val_data: Option<String>,
+    pub output_dir: PathBuf,
+    pub device: Vec<String>,
+    pub dtype: Option<String>,
+    pub seed: u64,
+
+    pub tuner: Tuner,
+    pub lora_rank: usize,
+    pub lora_alpha: f64,
+    pub lora_dropout: f64,
+    pub target_modules: TargetModules,
+    pub use_rslora: bool,
+    pub use_dora: bool,
+    pub freeze_vit: bool,
+    pub freeze_aligner: bool,
+    pub freeze_llm: bool,
+
+    pub num_train_epochs: f64,
+    pub max_steps: usize,
+    pub per_device_train_batch_size: usize,
+    pub gradient_accumulation_steps: usize,
+    pub packing: bool,
+    pub max_length: usize,
+    pub overlong: Overlong,
+    pub min_pixels: Option<usize>,
+    pub max_pixels: Option<usize>,
+    pub loss_reduction: LossReduction,
+
+    pub learning_rate: f64,
+    pub lr_scheduler_type: ScheduleKind,
+    pub warmup_ratio: f64,
+    pub weight_decay: f64,
+    pub adam_beta1: f64,
+    pub adam_beta2: f64,
+    pub adam_epsilon: f64,
+    pub max_grad_norm: f64,
+    pub gradient_checkpointing: bool,
+    pub vit_gradient_checkpointing: bool,
+
+    pub eval_steps: usize,
+    pub eval_generate: usize,
+    pub eval_max_new_tokens: usize,
+    pub per_device_eval_batch_size: usize,
+    pub metric_for_best_model: String,
+    pub early_stopping_patience: usize,
+    pub save_steps: usize,
+    pub save_total_limit: usize,
+    pub dataloader_num_workers: usize,
+}
+
+impl Default for TrainConfig {
+    /// The published recipe.
+    fn default() -> Self {
+        Self {
+            model: "model/tiny".into(),
+            adapter: None,
+            train_data: "data/sample/train/samples.jsonl".into(),
+            val_data: None,
+            output_dir: "artifacts/run".into(),
+            device: Vec::new(),
+            dtype: None,
+            seed: 42,
+            tuner: Tuner::Lora,
+            lora_rank: 8,
+            lora_alpha: 32.0,
+            lora_dropout: 0.05,
+            target_modules: TargetModules::default(),
+            use_rslora: false,
+            use_dora: false,
+            freeze_vit: true,
+            freeze_aligner: true,
+            freeze_llm: false,
+            num_train_epochs: 3.0,
+            max_steps: 0,
+            per_device_train_batch_size: 1,
+            gradient_accumulation_steps: 16,
+            packing: false,
+            max_length: 2048,
+            overlong: Overlong::Error,
+            min_pixels: None,
+            max_pixels: None,
+            loss_reduction: LossReduction::Token,
+            learning_rate: 1e-4,
+            lr_scheduler_type: ScheduleKind::Cosine,
+            warmup_ratio: 0.05,
+            weight_decay: 0.1,
+            adam_beta1: 0.9,
+            adam_beta2: 0.95,
+            adam_epsilon: 1e-8,
+            max_grad_norm: 1.0,
+            gradient_checkpointing: true,
+            vit_gradient_checkpointing: true,
+            eval_steps: 100,
+            eval_generate: 0,
+            eval_max_new_tokens: 512,
+            per_device_eval_batch_size: 4,
+            metric_for_best_model: "eval_loss".into(),
+            early_stopping_patience: 0,
+            save_steps: 100,
+            save_total_limit: 3,
+            dataloader_num_workers: 1,
+        }
+    }
+}
+
+/// Metrics that may choose the best checkpoint, and whether more is better.
+pub const BEST_METRICS: &[(&str, bool)] = &[
+    ("eval_loss", false),
+    ("eval_token_acc", true),
+    ("eval_rouge_l", true),
+    ("eval_finding_f1", true),
+];
+
+/// Keys that may differ between a run and its continuation: they change no number of it.
+const FREE_ON_RESUME: &[&str] = &[
+    "output_dir",
+    "device",
+    "save_steps",
+    "save_total_limit",
+    "dataloader_num_workers",
+    "eval_max_new_tokens",
+    "per_device_eval_batch_size",
+    "gradient_checkpointing",
+    "vit_gradient_checkpointing",
+];
+
+impl TrainConfig {
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// [`TrainConfigError`] names the file and the key.
+    pub fn from_file(path: &Path) -> Result<Self, TrainConfigError> {
+        let text = fs::read_to_string(path).map_err(|cause| TrainConfigError::Read {
+            path: path.to_path_buf(),
+            cause,
+        })?;
+        toml::from_str(&text).map_err(|error| TrainConfigError::Parse {
+            path: path.to_path_buf(),
+            reason: error.to_string().trim().replace('\n', " "),
+        })
+    }
+
+    /// The file's text.
+    pub fn to_toml(&self) -> String {
+        toml::to_string_pretty(self).unwrap_or_default()
+    }
+
+    /// Checks the keys alone and against each other.
+    ///
+    /// # Errors
+    /// The first key that cannot be used.
+    pub fn validate(&self) -> Result<(), TrainConfigError> {
+        fn check(
+            ok: bool,
+            key: &'static str,
+            found: impl ToString,
+            expected: &'static str,
+        ) -> Result<(), TrainConfigError> {
+            if ok {
+                Ok(())
+            } else {
+                Err(TrainConfigError::Value {
+                    key,
+                    found: found.to_string(),
+                    expected,
+                })
+            }
+        }
+        let positive = "a positive number";
+        check(
+            self.num_train_epochs > 0.0 && self.num_train_epochs.is_finite(),
+            "num_train_epochs",
+            self.num_train_epochs,
+            positive,
+        )?;
+        check(
+            self.per_device_train_batch_size > 0,
+            "per_device_train_batch_size",
+            0,
+            positive,
+        )?;
+        check(
+            self.per_device_eval_batch_size > 0,
+            "per_device_eval_batch_size",
+            0,
+            positive,
+        )?;
+        check(
+            self.gradient_accumulation_steps > 0,
+            "gradient_accumulation_steps",
+            0,
+            positive,
+        )?;
+        check(
+            self.max_length > 1,
+            "max_length",
+            self.max_length,
+            "at least 2 tokens",
+        )?;
+        check(self.lora_rank > 0, "lora_rank", 0, positive)?;
+        check(
+            (0.0..1.0).contains(&self.lora_dropout),
+            "lora_dropout",
+            self.lora_dropout,
+            "0 or more and less than 1",
+        )?;
+        check(
+            self.learning_rate > 0.0 && self.learning_rate.is_finite(),
+            "learning_rate",
+            self.learning_rate,
+            positive,
+        )?;
+        check(
+            (0.0..=1.0).contains(&self.warmup_ratio),
+            "warmup_ratio",
+            self.warmup_ratio,
+            "0 to 1",
+        )?;
+        check(
+            (0.0..1.0).contains(&self.adam_beta1),
+            "adam_beta1",
+            self.adam_beta1,
+            "0 or more and less than 1",
+        )?;
+        check(
+            (0.0..1.0).contains(&self.adam_beta2),
+            "adam_beta2",
+            self.adam_beta2,
+            "0 or more and less than 1",
+        )?;
+        check(
+            self.weight_decay >= 0.0,
+            "weight_decay",
+            self.weight_decay,
+            "0 or more",
+        )?;
+        check(
+            self.max_grad_norm >= 0.0,
+            "max_grad_norm",
+            self.max_grad_norm,
+            "0 (off) or more",
+        )?;
+        check(self.save_total_limit > 0, "save_total_limit", 0, positive)?;
+        check(
+            !(self.freeze_vit && self.freeze_aligner && self.freeze_llm),
+            "freeze_llm",
+            true,
+            "false: with freeze_vit and freeze_aligner nothing is left to train",
+        )?;
+        check(
+            BEST_METRICS
+                .iter()
+                .any(|(name, _)| *name == self.metric_for_best_model),
+            "metric_for_best_model",
+            &self.metric_for_best_model,
+            "eval_loss, eval_token_acc, eval_rouge_l or eval_finding_f1",
+        )?;
+        let generated = ["eval_rouge_l", "eval_finding_f1"];
+        check(
+            self.eval_generate > 0 || !generated.contains(&self.metric_for_best_model.as_str()),
+            "metric_for_best_model",
+            &self.metric_for_best_model,
+            "a metric that needs no generated reports, or `eval_generate` above 0",
+        )
+    }
+
+    /// Whether more of the metric for the best checkpoint is better.
+    pub fn more_is_better(&self) -> bool {
+        BEST_METRICS
+            .iter()
+            .any(|(name, more)| *name == self.metric_for_best_model && *more)
+    }
+
+    /// The adapter's settings; `all-linear` means what the freeze flags leave, as in ms-swift.
+    pub fn lora_config(&self) -> LoraConfig {
+        let target_modules = match &self.target_modules {
+            TargetModules::Pattern(pattern) if pattern == "all-linear" => {
+                let mut parts = Vec::new();
+                if !self.freeze_llm {
+                    parts.push(r"model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)");
+                }
+                if !self.freeze_vit {
+                    parts.push(r"model\.visual\.blocks\..*\.(qkv|proj|linear_fc1|linear_fc2)");
+                }
+                if !self.freeze_aligner {
+                    parts.push(r"model\.visual\.(merger|deepstack_merger_list\.\d+)\.(linear_fc1|linear_fc2)");
+                }
+                TargetModules::Pattern(format!("^({})$", parts.join("|")))
+            }
+            other => other.clone(),
+        };
+        LoraConfig {
+            r: self.lora_rank,
+            lora_alpha: self.lora_alpha,
+            lora_dropout: self.lora_dropout,
+            target_modules,
+            use_rslora: self.use_rslora,
+            use_dora: self.use_dora,
+            base_model_name_or_path: Some(self.model.display().to_string()),
+            ..LoraConfig::default()
+        }
+    }
+
+    /// How samples become windows on `devices` devices.
+    pub fn window_plan(&self, devices: usize) -> WindowPlan {
+        WindowPlan {
+            epochs: self.num_train_epochs,
+            batch_size: self.per_device_train_batch_size,
+            accumulation: self.gradient_accumulation_steps,
+            devices,
+            packing: self.packing,
+            max_length: self.max_length,
+            overlong: self.overlong,
+            seed: self.seed,
+            in_order: false,
+        }
+    }
+
+    /// Windows of a validation set: in order, once.
+    pub fn validation_plan(&self) -> WindowPlan {
+        WindowPlan {
+            epochs: 1.0,
+            batch_size: self.per_device_eval_batch_size,
+            accumulation: 1,
+            devices: 1,
+            packing: false,
+            in_order: true,
+            ..self.window_plan(1)
+        }
+    }
+
+    /// Optimizer steps over `samples` samples on `devices` devices.
+    pub fn total_steps(&self, samples: usize, devices: usize) -> usize {
+        let steps = self.window_plan(devices).total_steps(samples);
+        match self.max_steps {
+            0 => steps,
+            most => steps.min(most),
+        }
+    }
+
+    /// The learning rate of each step.
+    pub fn schedule(&self, total_steps: usize) -> Schedule {
+        Schedule::new(
+            self.lr_scheduler_type,
+            self.learning_rate,
+            self.warmup_ratio,
+            total_steps as u64,
+        )
+    }
+
+    /// Settings of the optimizer.
+    pub fn adamw(&self) -> AdamWConfig {
+        AdamWConfig {
+            beta1: self.adam_beta1,
+            beta2: self.adam_beta2,
+            epsilon: self.adam_epsilon,
+            weight_decay: self.weight_decay,
+        }
+    }
+
+    /// What is recomputed.
+    pub fn gradient_options(&self, dropout_seed: Option<u64>) -> GradientOptions {
+        GradientOptions {
+            checkpoint_text: self.gradient_checkpointing,
+            checkpoint_vision: self.vit_gradient_checkpointing,
+            dropout_seed,
+        }
+    }
+
+    /// Keys in which a continued run would differ from this one: `(key, here, there)`.
+    pub fn differences(&self, other: &Self) -> Vec<(String, String, String)> {
+        let table = |config: &Self| toml::Table::try_from(config).unwrap_or_default();
+        let (ours, theirs) = (table(self), table(other));
+        let mut keys: Vec<&String> = ours.keys().chain(theirs.keys()).collect();
+        keys.sort();
+        keys.dedup();
+        keys.into_iter()
+            .filter(|key| {
+                !FREE_ON_RESUME.contains(&key.as_str()) && ours.get(*key) != theirs.get(*key)
+            })
+            .map(|key| {
+                let text = |table: &toml::Table| {
+                    table
+                        .get(key)
+                        .map_or_else(|| "absent".to_string(), toml::Value::to_string)
+                };
+                (key.clone(), text(&ours), text(&theirs))
+            })
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_recipe_takes_573_steps_on_two_devices() {
+        assert_eq!(TrainConfig::default().total_steps(6102, 2), 573);
+    }
+
+    #[test]
+    fn every_file_in_configs_is_valid() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
+        let mut seen = 0;
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            TrainConfig::from_file(&path).unwrap().validate().unwrap();
+            seen += 1;
+        }
+        assert!(seen >= 3);
+    }
+
+    #[test]
+    fn an_unknown_key_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run.toml");
+        fs::write(&path, "learning_rat = 1.0\n").unwrap();
+        let error = TrainConfig::from_file(&path).unwrap_err().to_string();
+        assert!(
+            error.contains("learning_rat") && error.contains("run.toml"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn differences_name_the_key_and_both_values() {
+        let here = TrainConfig::default();
+        let there = TrainConfig {
+            learning_rate: 2e-4,
+            save_steps: 7,
+            ..TrainConfig::default()
+        };
+        let differences = here.differences(&there);
+        assert_eq!(differences.len(), 1);
+        assert_eq!(differences[0].0, "learning_rate");
+    }
+
+    #[test]
+    fn all_linear_means_what_the_freeze_flags_leave() {
+        let text = "model.language_model.layers.0.mlp.up_proj";
+        let visual = "model.visual.blocks.1.attn.qkv";
+        let aligner = "model.visual.deepstack_merger_list.0.linear_fc1";
+        let matched = |config: &TrainConfig| {
+            let matcher = config.lora_config().matcher().unwrap();
+            [text, visual, aligner].map(|path| matcher.matches(path))
+        };
+        assert_eq!(matched(&TrainConfig::default()), [true, false, false]);
+        let config = TrainConfig {
+            freeze_vit: false,
+            freeze_llm: true,
+            ..TrainConfig::default()
+        };
+        assert_eq!(matched(&config), [false, true, false]);
+        let config = TrainConfig {
+            freeze_aligner: false,
+            ..TrainConfig::default()
+        };
+        assert_eq!(matched(&config), [true, false, true]);
+    }
+}

@@ -1,0 +1,359 @@
+//! The model as Burn's Learner sees it, and the metrics of its dashboard.
+
+use std::sync::Arc;
+
+use burn::{
+    module::AutodiffModule,
+    optim::{GradientsParams, LearningRate, lr_scheduler::LrScheduler},
+    prelude::*,
+    tensor::backend::AutodiffBackend,
+    train::{
+        InferenceStep, ItemLazy, TrainOutput, TrainStep,
+        metric::{
+            Adaptor, Metric, MetricAttributes, MetricMetadata, MetricName, Numeric,
+            NumericAttributes, NumericEntry, SerializedEntry,
+            state::{FormatOptions, NumericMetricState},
+        },
+    },
+};
+
+use super::{
+    config::{LossReduction, TrainConfig},
+    gradients::{LossSums, LossTotals, add_gradients, evaluate, gradients},
+    schedule::Schedule,
+};
+use crate::{
+    dataset::loader::Window,
+    lora::mix,
+    qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig},
+};
+
+/// What a step needs besides the weights.
+#[derive(Debug, Clone)]
+pub struct StepSettings {
+    /// Sizes of the model.
+    pub config: Qwen3VlConfig,
+    /// The run.
+    pub train: TrainConfig,
+}
+
+/// The model with what its steps need.
+#[derive(Module, Debug)]
+pub struct Trainee<B: Backend> {
+    /// The model.
+    pub model: Qwen3Vl<B>,
+    #[module(skip)]
+    settings: Arc<StepSettings>,
+}
+
+impl<B: Backend> Trainee<B> {
+    /// Joins a model with its settings.
+    pub fn new(model: Qwen3Vl<B>, settings: Arc<StepSettings>) -> Self {
+        Self { model, settings }
+    }
+
+    fn device(&self) -> B::Device {
+        self.model.model.language_model.norm.weight.device()
+    }
+}
+
+/// Loss sums of one device's micro-batches with their weights, still on the device.
+#[derive(Debug)]
+pub struct PartSums<B: Backend>(Vec<(LossSums<B>, f64)>);
+
+impl<B: Backend> PartSums<B> {
+    /// Reads the sums back.
+    pub fn totals(&self) -> LossTotals {
+        let mut totals = LossTotals::default();
+        self.0
+            .iter()
+            .for_each(|(sums, _)| totals.add(sums.totals()));
+        totals
+    }
+
+    /// This part's share of the loss that is minimised.
+    fn objective(&self) -> f64 {
+        self.0
+            .iter()
+            .map(|(sums, weight)| sums.totals().nll * weight)
+            .sum()
+    }
+}
+
+/// Numbers of one step or one validation batch, as the dashboard shows them.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct StepNumbers {
+    /// Mean loss of a target.
+    pub loss: f64,
+    /// Share of right predictions.
+    pub token_acc: f64,
+    /// Targets behind the two.
+    pub targets: usize,
+    /// Norm of the gradient before clipping; 0 in validation.
+    pub grad_norm: f64,
+    /// Learning rate; 0 in validation.
+    pub learning_rate: f64,
+    /// Samples a second.
+    pub samples_per_second: f64,
+    /// Tokens a second.
+    pub tokens_per_second: f64,
+}
+
+/// What a step hands to the Learner: numbers once they are known.
+#[derive(Debug)]
+pub enum StepOutput<B: Backend> {
+    /// Still on the device.
+    Sums(PartSums<B>),
+    /// On the host.
+    Numbers(StepNumbers),
+}
+
+impl<B: Backend> ItemLazy for StepOutput<B> {
+    type ItemSync = StepNumbers;
+
+    fn sync(self) -> StepNumbers {
+        match self {
+            Self::Numbers(numbers) => numbers,
+            Self::Sums(sums) => {
+                let totals = sums.totals();
+                StepNumbers {
+                    loss: totals.loss(),
+                    token_acc: totals.token_accuracy(),
+                    targets: totals.targets,
+                    ..StepNumbers::default()
+                }
+            }
+        }
+    }
+}
+
+impl<B: AutodiffBackend> TrainStep for Trainee<B> {
+    type Input = Window;
+    type Output = StepOutput<B::InnerBackend>;
+
+    /// One device's part of a window: gradients that add up over the parts to those of its loss.
+    fn step(&self, window: Window) -> TrainOutput<Self::Output> {
+        let StepSettings { config, train } = self.settings.as_ref();
+        let device = self.device();
+        let inner = self.model.valid();
+        let mut grads = GradientsParams::new();
+        let mut all_sums = Vec::new();
+        for (place, batch) in window.parts.iter().flatten().enumerate() {
+            if batch.targets() == 0 {
+                continue;
+            }
+            let weight = match train.loss_reduction {
+                LossReduction::Token => 1.0 / window.targets as f64,
+                LossReduction::Micro => {
+                    1.0 / (batch.targets() * window.micro_batches.max(1)) as f64
+                }
+            };
+            let dropout_seed = (train.lora_dropout > 0.0).then(|| {
+                let step = mix(train.seed, window.step as u64);
+                mix(step, (window.first_micro_batch + place) as u64)
+            });
+            let options = train.gradient_options(dropout_seed);
+            let (new, sums) = gradients(
+                &self.model,
+                &inner,
+                config,
+                batch,
+                weight,
+                &options,
+                &device,
+            );
+            add_gradients(&self.model, new, &mut grads);
+            all_sums.push((sums, weight));
+        }
+        TrainOutput {
+            grads,
+            item: StepOutput::Sums(PartSums(all_sums)),
+        }
+    }
+}
+
+impl<B: Backend> InferenceStep for Trainee<B> {
+    type Input = Window;
+    type Output = StepOutput<B>;
+
+    fn step(&self, window: Window) -> StepOutput<B> {
+        let device = self.device();
+        let config = &self.settings.config;
+        let sums = window
+            .parts
+            .iter()
+            .flatten()
+            .map(|batch| {
+                let weight = 1.0 / window.targets.max(1) as f64;
+                (evaluate(&self.model, config, batch, &device), weight)
+            })
+            .collect();
+        StepOutput::Sums(PartSums(sums))
+    }
+}
+
+/// The schedule as the Learner steps it.
+#[derive(Debug, Clone)]
+pub struct ScheduleStepper {
+    schedule: Schedule,
+    next: u64,
+}
+
+impl ScheduleStepper {
+    /// Starts at optimizer step `next`.
+    pub fn new(schedule: Schedule, next: u64) -> Self {
+        Self { schedule, next }
+    }
+}
+
+impl LrScheduler for ScheduleStepper {
+    // The rate is a function of the step, which the checkpoint holds.
+    type Record<B: Backend> = ();
+
+    fn step(&mut self) -> LearningRate {
+        self.next += 1;
+        self.schedule.lr(self.next - 1)
+    }
+
+    fn to_record<B: Backend>(&self) -> Self::Record<B> {}
+
+    fn load_record<B: Backend>(self, (): Self::Record<B>) -> Self {
+        self
+    }
+}
+
+/// One number of [`StepNumbers`] as a metric of the dashboard.
+#[derive(Clone)]
+pub struct Gauge {
+    name: MetricName,
+    unit: Option<&'static str>,
+    higher_is_better: bool,
+    precision: usize,
+    read: fn(&StepNumbers) -> f64,
+    state: NumericMetricState,
+}
+
+impl Gauge {
+    fn new(
+        name: &str,
+        unit: Option<&'static str>,
+        higher_is_better: bool,
+        precision: usize,
+        read: fn(&StepNumbers) -> f64,
+    ) -> Self {
+        Self {
+            name: Arc::new(name.to_string()),
+            unit,
+            higher_is_better,
+            precision,
+            read,
+            state: NumericMetricState::default(),
+        }
+    }
+
+    /// Mean loss.
+    pub fn loss() -> Self {
+        Self::new("Loss", None, false, 4, |numbers| numbers.loss)
+    }
+
+    /// Token accuracy in percent.
+    pub fn token_accuracy() -> Self {
+        Self::new("Token accuracy", Some("%"), true, 2, |numbers| {
+            numbers.token_acc * 100.0
+        })
+    }
+
+    /// Learning rate.
+    pub fn learning_rate() -> Self {
+        Self::new("Learning rate", None, true, 8, |numbers| {
+            numbers.learning_rate
+        })
+    }
+
+    /// Norm of the gradient before clipping.
+    pub fn gradient_norm() -> Self {
+        Self::new("Gradient norm", None, false, 4, |numbers| numbers.grad_norm)
+    }
+
+    /// Samples a second.
+    pub fn samples_per_second() -> Self {
+        Self::new("Samples", Some("/s"), true, 2, |numbers| {
+            numbers.samples_per_second
+        })
+    }
+
+    /// Tokens a second.
+    pub fn tokens_per_second() -> Self {
+        Self::new("Tokens", Some("/s"), true, 0, |numbers| {
+            numbers.tokens_per_second
+        })
+    }
+}
+
+impl Adaptor<StepNumbers> for StepNumbers {
+    fn adapt(&self) -> StepNumbers {
+        *self
+    }
+}
+
+impl Metric for Gauge {
+    type Input = StepNumbers;
+
+    fn name(&self) -> MetricName {
+        self.name.clone()
+    }
+
+    fn attributes(&self) -> MetricAttributes {
+        NumericAttributes {
+            unit: self.unit.map(str::to_string),
+            higher_is_better: self.higher_is_better,
+        }
+        .into()
+    }
+
+    fn update(&mut self, numbers: &StepNumbers, _: &MetricMetadata) -> SerializedEntry {
+        let format = FormatOptions::new(self.name()).precision(self.precision);
+        let format = match self.unit {
+            Some(unit) => format.unit(unit),
+            None => format,
+        };
+        self.state
+            .update((self.read)(numbers), numbers.targets.max(1), format)
+    }
+
+    fn clear(&mut self) {
+        self.state.reset();
+    }
+}
+
+impl Numeric for Gauge {
+    fn value(&self) -> NumericEntry {
+        self.state.current_value()
+    }
+
+    fn running_value(&self) -> NumericEntry {
+        self.state.running_value()
+    }
+}
+
+impl<B: Backend> StepOutput<B> {
+    /// This part's share of the loss that is minimised.
+    pub fn objective(&self) -> f64 {
+        match self {
+            Self::Sums(sums) => sums.objective(),
+            Self::Numbers(numbers) => numbers.loss,
+        }
+    }
+
+    /// The loss sums, read back if they are still on the device.
+    pub fn totals(&self) -> LossTotals {
+        match self {
+            Self::Sums(sums) => sums.totals(),
+            Self::Numbers(numbers) => LossTotals {
+                nll: numbers.loss * numbers.targets as f64,
+                correct: numbers.token_acc * numbers.targets as f64,
+                targets: numbers.targets,
+            },
+        }
+    }
+}

@@ -1,0 +1,592 @@
+//! The loop, as a strategy of Burn's Learner: one item is one optimizer step.
+//!
+//! The Learner's own loop steps the schedule an item at a time, clips each tensor by itself, and
+//! validates and saves once an epoch; the recipe wants windows, one common norm, and both in the
+//! middle of an epoch. What the Learner brings stays in use: steps, optimizer, schedule, metrics,
+//! dashboard, interruption.
+
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Instant,
+};
+
+use burn::{
+    data::dataloader::Progress,
+    module::{AutodiffModule, Module, ModuleMapper, ModuleVisitor, Param},
+    optim::GradientsParams,
+    prelude::*,
+    tensor::backend::AutodiffBackend,
+    train::{
+        EventProcessorTraining, InferenceStep, Learner, LearnerEvent, LearningComponentsMarker,
+        SupervisedLearningStrategy, SupervisedTrainingEventProcessor, TrainLoader, TrainStep,
+        TrainingComponents, TrainingItem, ValidLoader,
+    },
+};
+use serde_json::json;
+
+use super::{
+    checkpoint::{self, CheckpointError, TrainerState},
+    checkpoint_dir::{Best, CheckpointDir, CheckpointDirError},
+    gradients::{LossTotals, add_gradients},
+    learner::{ScheduleStepper, StepNumbers, StepOutput, Trainee},
+    optimizer::{AdamW, clip_global_norm},
+    records::{MetricsLog, RecordsError, read_rows},
+    tfevents::EventWriter,
+};
+use crate::{
+    dataset::{
+        DatasetError,
+        loader::{Window, WindowLoader},
+    },
+    files::{FileError, write_atomic},
+    lora::config::LoraConfig,
+    plot::{TrainingRow, training_plot},
+    qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig},
+    system::peak_memory,
+};
+
+/// The Learner's components for a backend.
+pub type Components<B> = LearningComponentsMarker<B, ScheduleStepper, Trainee<B>, AdamW<B>>;
+
+/// What ends a run before its time.
+#[derive(Debug, thiserror::Error)]
+#[allow(
+    missing_docs,
+    reason = "each variant is the error of the part it names"
+)]
+pub enum TrainError {
+    #[error(transparent)]
+    Dataset(#[from] DatasetError),
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    #[error(transparent)]
+    CheckpointDir(#[from] CheckpointDirError),
+    #[error(transparent)]
+    Records(#[from] RecordsError),
+    #[error(transparent)]
+    File(#[from] FileError),
+    #[error(transparent)]
+    Pipeline(#[from] crate::pipeline::PipelineError),
+    #[error(transparent)]
+    Adapter(#[from] crate::lora::config::AdapterError),
+    #[error(transparent)]
+    Config(#[from] super::config::TrainConfigError),
+    #[error(
+        "step {step}: {what} is {value}; rows of the step (from 1): {rows:?}. The last whole checkpoint is {checkpoint}; lower learning_rate, or look at these rows with `check`"
+    )]
+    NotFinite {
+        step: usize,
+        what: &'static str,
+        value: f64,
+        rows: Vec<usize>,
+        checkpoint: String,
+    },
+    #[error(
+        "step {step}: no sample of the window has a target; is every sample longer than max_length?"
+    )]
+    NoTargets { step: usize },
+    #[error("a device's thread failed: {0}")]
+    Thread(String),
+    #[error("`{}` belongs to another run: {differences}; continue it with its own settings or choose another output_dir", .run.display())]
+    OtherRun { run: PathBuf, differences: String },
+    #[error("`{}` holds no whole checkpoint to continue from", .0.display())]
+    NothingToResume(PathBuf),
+    #[error("`{}` holds a run already; continue it with `--resume auto`, or choose another --output-dir", .0.display())]
+    RunExists(PathBuf),
+    #[error("{0}")]
+    Other(String),
+}
+
+/// Scores of generated reports, by name.
+pub type GenerationScores = Vec<(&'static str, f64)>;
+
+/// Generates reports with the model as it is and scores them.
+pub type GenerationScorer<B> =
+    Box<dyn Fn(&Qwen3Vl<B>) -> Result<GenerationScores, TrainError> + Send + Sync>;
+
+/// Tells a person how the run goes: one line.
+pub type Tell = Arc<dyn Fn(&str) + Send + Sync>;
+
+/// Everything the loop needs that the Learner does not bring.
+pub struct LoopState<B: AutodiffBackend> {
+    /// Settings, counters, best value; what a checkpoint keeps.
+    pub state: TrainerState,
+    /// Sizes of the model.
+    pub model_config: Qwen3VlConfig,
+    /// The adapter's settings.
+    pub lora: LoraConfig,
+    /// Makes windows; the same as the Learner's loader.
+    pub loader: WindowLoader,
+    /// Makes validation batches.
+    pub validation: Option<WindowLoader>,
+    /// Generates and scores reports.
+    pub scorer: Option<GenerationScorer<B::InnerBackend>>,
+    /// The optimizer, sharing its state with the Learner's.
+    pub optimizer: AdamW<B>,
+    /// Devices of the replicas, the first being the Learner's.
+    pub devices: Vec<B::Device>,
+    /// The run's folder.
+    pub checkpoints: CheckpointDir,
+    /// `metrics.jsonl`.
+    pub metrics: MetricsLog,
+    /// TensorBoard's file.
+    pub events: EventWriter,
+    /// Where the run writes.
+    pub output_dir: PathBuf,
+    /// Steps of the run.
+    pub total_steps: usize,
+    /// Set by a signal: save and end.
+    pub interrupted: Arc<AtomicBool>,
+    /// Plain progress lines.
+    pub tell: Tell,
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Ending {
+    /// All steps were taken.
+    Done,
+    /// Early stopping.
+    EarlyStop,
+    /// A signal or the dashboard's key.
+    Interrupted,
+}
+
+/// The strategy; used for one run.
+pub struct WindowStrategy<B: AutodiffBackend> {
+    work: Mutex<Option<LoopState<B>>>,
+    outcome: Mutex<Option<Result<(Ending, TrainerState), TrainError>>>,
+}
+
+impl<B: AutodiffBackend> WindowStrategy<B> {
+    /// A strategy over prepared state.
+    pub fn new(state: LoopState<B>) -> Self {
+        Self {
+            work: Mutex::new(Some(state)),
+            outcome: Mutex::new(None),
+        }
+    }
+
+    /// How the run ended; `None` before it has.
+    pub fn take_outcome(&self) -> Option<Result<(Ending, TrainerState), TrainError>> {
+        self.outcome
+            .lock()
+            .unwrap_or_else(|lock| lock.into_inner())
+            .take()
+    }
+}
+
+impl<B: AutodiffBackend> SupervisedLearningStrategy<Components<B>> for WindowStrategy<B> {
+    fn fit(
+        &self,
+        components: TrainingComponents<Components<B>>,
+        mut learner: Learner<Components<B>>,
+        dataloader_train: TrainLoader<Components<B>>,
+        _dataloader_valid: ValidLoader<Components<B>>,
+        _starting_epoch: usize,
+    ) -> (Trainee<B>, SupervisedTrainingEventProcessor<Components<B>>) {
+        let mut processor = components.event_processor;
+        let work = self
+            .work
+            .lock()
+            .unwrap_or_else(|lock| lock.into_inner())
+            .take();
+        if let Some(mut work) = work {
+            let interrupter = components.interrupter;
+            let stop = || interrupter.should_stop();
+            let result = work.run(&mut learner, dataloader_train, &mut processor, &stop);
+            let result = result.map(|ending| (ending, work.state));
+            *self.outcome.lock().unwrap_or_else(|lock| lock.into_inner()) = Some(result);
+        }
+        (learner.model(), processor)
+    }
+}
+
+impl<B: AutodiffBackend> LoopState<B> {
+    fn run(
+        &mut self,
+        learner: &mut Learner<Components<B>>,
+        loader: TrainLoader<Components<B>>,
+        processor: &mut SupervisedTrainingEventProcessor<Components<B>>,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<Ending, TrainError> {
+        let mut windows = loader.iter();
+        let mut replicas: Vec<Trainee<B>> = self.devices[1..]
+            .iter()
+            .map(|device| learner.model().fork(device))
+            .collect();
+        let mut clock = Instant::now();
+        while let Some(window) = windows.next() {
+            let step = window.step;
+            let (rows, samples, tokens, epoch) = (
+                window.rows.clone(),
+                window.rows.len(),
+                window.tokens,
+                window.epoch,
+            );
+            if window.targets == 0 {
+                return Err(TrainError::NoTargets { step });
+            }
+            learner.lr_step();
+            let (mut grads, totals, objective) = self.gradients(learner, &replicas, window)?;
+            let not_finite = |what, value| TrainError::NotFinite {
+                step,
+                what,
+                value,
+                rows: rows.iter().map(|row| row + 1).collect(),
+                checkpoint: self.last_checkpoint(),
+            };
+            if !objective.is_finite() {
+                return Err(not_finite("the loss", objective));
+            }
+            let model = learner.model();
+            let norm = clip_global_norm(&model, &mut grads, self.state.config.max_grad_norm);
+            if !norm.is_finite() {
+                return Err(not_finite("the gradient norm", norm));
+            }
+            drop(model);
+            learner.optimizer_step(grads);
+            if !replicas.is_empty() {
+                let model = learner.model();
+                for (replica, device) in replicas.iter_mut().zip(&self.devices[1..]) {
+                    *replica = copy_trained(&model, replica.clone(), device);
+                }
+            }
+            self.state.step = step + 1;
+            self.state.epoch = epoch;
+
+            let seconds = clock.elapsed().as_secs_f64();
+            clock = Instant::now();
+            let numbers = StepNumbers {
+                loss: objective,
+                token_acc: totals.token_accuracy(),
+                targets: totals.targets,
+                grad_norm: norm,
+                learning_rate: learner.lr_current(),
+                samples_per_second: samples as f64 / seconds,
+                tokens_per_second: tokens as f64 / seconds,
+            };
+            self.note_step(&numbers)?;
+            processor.process_train(LearnerEvent::ProcessedItem(TrainingItem::new(
+                StepOutput::Numbers(numbers),
+                windows.progress(),
+                Progress::new(
+                    epoch.ceil() as usize,
+                    self.state.config.num_train_epochs.ceil() as usize,
+                ),
+                Some(step + 1),
+                Some(learner.lr_current()),
+            )));
+
+            let last = step + 1 == self.total_steps;
+            let interrupted = stop() || self.interrupted.load(Ordering::Relaxed);
+            let due = |every: usize| every > 0 && (step + 1).is_multiple_of(every);
+            let mut ending = None;
+            if (due(self.state.config.eval_steps) || last) && !interrupted {
+                let improved = self.validate(learner, processor)?;
+                let patience = self.state.config.early_stopping_patience;
+                if !improved && patience > 0 && self.state.validations_without_gain >= patience {
+                    ending = Some(Ending::EarlyStop);
+                }
+                clock = Instant::now();
+                if improved || due(self.state.config.save_steps) || last || ending.is_some() {
+                    self.save(learner)?;
+                }
+            } else if interrupted || due(self.state.config.save_steps) || last {
+                self.save(learner)?;
+            }
+            if interrupted {
+                ending = Some(Ending::Interrupted);
+            }
+            if let Some(ending) = ending {
+                self.draw()?;
+                return Ok(ending);
+            }
+        }
+        if let Some(error) = self.loader.take_error() {
+            // What was learnt up to the bad sample is kept.
+            if self.state.step > 0 && !self.checkpoints.path(self.state.step as u64).exists() {
+                self.save(learner)?;
+            }
+            return Err(error.into());
+        }
+        self.draw()?;
+        Ok(Ending::Done)
+    }
+
+    /// Gradients of a window over all devices, on the first; loss sums; the loss as it is minimised.
+    fn gradients(
+        &self,
+        learner: &Learner<Components<B>>,
+        replicas: &[Trainee<B>],
+        window: Window,
+    ) -> Result<(GradientsParams, LossTotals, f64), TrainError> {
+        let all_targets = window.targets;
+        let mut parts = window.split().into_iter();
+        let own = parts.next();
+        let parts: Vec<Window> = parts.collect();
+        let main = &self.devices[0];
+        let outputs = std::thread::scope(|scope| {
+            let threads: Vec<_> = replicas
+                .iter()
+                .zip(parts)
+                .map(|(replica, part)| {
+                    // A module may move between threads but not be shared by them.
+                    let replica = replica.clone();
+                    scope.spawn(move || {
+                        let output = TrainStep::step(&replica, part);
+                        let grads = output.grads.to_device(main, &replica);
+                        (grads, output.item.totals(), output.item.objective())
+                    })
+                })
+                .collect();
+            let mut outputs = Vec::new();
+            if let Some(own) = own {
+                let output = learner.train_step(own);
+                outputs.push((output.grads, output.item.totals(), output.item.objective()));
+            }
+            for thread in threads {
+                outputs.push(thread.join().map_err(|payload| {
+                    TrainError::Thread(crate::backend::panic_text(payload.as_ref()))
+                })?);
+            }
+            Ok::<_, TrainError>(outputs)
+        })?;
+        let model = learner.model();
+        let mut grads = GradientsParams::new();
+        let mut totals = LossTotals::default();
+        let mut objective = 0.0;
+        for (part, sums, part_objective) in outputs {
+            add_gradients(&model, part, &mut grads);
+            totals.add(sums);
+            objective += part_objective;
+        }
+        debug_assert_eq!(totals.targets, all_targets);
+        Ok((grads, totals, objective))
+    }
+
+    fn note_step(&mut self, numbers: &StepNumbers) -> Result<(), TrainError> {
+        let step = self.state.step as u64;
+        let memory = peak_memory().map(|bytes| bytes as f64 / (1u64 << 30) as f64);
+        self.metrics.append(&json!({
+            "step": step,
+            "epoch": round(self.state.epoch, 6),
+            "loss": numbers.loss,
+            "token_acc": numbers.token_acc,
+            "learning_rate": numbers.learning_rate,
+            "grad_norm": numbers.grad_norm,
+            "samples_per_second": round(numbers.samples_per_second, 3),
+            "tokens_per_second": round(numbers.tokens_per_second, 1),
+            "memory_gib": memory.map(|gib| round(gib, 3)),
+        }))?;
+        self.events.scalars(
+            step,
+            &[
+                ("train/loss", numbers.loss as f32),
+                ("train/token_acc", numbers.token_acc as f32),
+                ("train/learning_rate", numbers.learning_rate as f32),
+                ("train/grad_norm", numbers.grad_norm as f32),
+                (
+                    "train/samples_per_second",
+                    numbers.samples_per_second as f32,
+                ),
+                ("train/tokens_per_second", numbers.tokens_per_second as f32),
+            ],
+        )?;
+        (self.tell)(&format!(
+            "step {step}/{}  epoch {:.2}  loss {:.4}  token acc {:.1} %  lr {:.2e}  grad norm {:.2}  {:.1} samples/s  {:.0} tokens/s",
+            self.total_steps,
+            self.state.epoch,
+            numbers.loss,
+            numbers.token_acc * 100.0,
+            numbers.learning_rate,
+            numbers.grad_norm,
+            numbers.samples_per_second,
+            numbers.tokens_per_second,
+        ));
+        Ok(())
+    }
+
+    /// Runs the validation set; says whether the metric for the best checkpoint improved.
+    fn validate(
+        &mut self,
+        learner: &Learner<Components<B>>,
+        processor: &mut SupervisedTrainingEventProcessor<Components<B>>,
+    ) -> Result<bool, TrainError> {
+        let Some(validation) = &self.validation else {
+            return Ok(false);
+        };
+        let model = learner.model().valid();
+        let mut totals = LossTotals::default();
+        let mut batches = validation.stream();
+        let started = Instant::now();
+        while let Some(window) = batches.next() {
+            let tokens = window.tokens;
+            let clock = Instant::now();
+            let output = InferenceStep::step(&model, window);
+            let sums = output.totals();
+            totals.add(sums);
+            let numbers = StepNumbers {
+                loss: sums.loss(),
+                token_acc: sums.token_accuracy(),
+                targets: sums.targets,
+                tokens_per_second: tokens as f64 / clock.elapsed().as_secs_f64(),
+                ..StepNumbers::default()
+            };
+            processor.process_valid(LearnerEvent::ProcessedItem(TrainingItem::new(
+                StepOutput::Numbers(numbers),
+                burn::data::dataloader::DataLoaderIterator::progress(&batches),
+                Progress::new(
+                    self.state.epoch.ceil() as usize,
+                    self.state.config.num_train_epochs.ceil() as usize,
+                ),
+                Some(self.state.step),
+                None,
+            )));
+        }
+        if let Some(error) = validation.take_error() {
+            return Err(error.into());
+        }
+        let mut values = vec![
+            ("eval_loss", totals.loss()),
+            ("eval_token_acc", totals.token_accuracy()),
+        ];
+        if let Some(scorer) = &self.scorer {
+            values.extend(scorer(&model.model)?);
+        }
+        let step = self.state.step as u64;
+        let mut row = serde_json::Map::new();
+        row.insert("step".into(), step.into());
+        for (name, value) in &values {
+            row.insert((*name).into(), (*value).into());
+        }
+        row.insert(
+            "eval_seconds".into(),
+            round(started.elapsed().as_secs_f64(), 3).into(),
+        );
+        self.metrics.append(&row)?;
+        let scalars: Vec<(String, f32)> = values
+            .iter()
+            .map(|(name, value)| (name.replacen("eval_", "eval/", 1), *value as f32))
+            .collect();
+        let scalars: Vec<(&str, f32)> = scalars
+            .iter()
+            .map(|(name, value)| (name.as_str(), *value))
+            .collect();
+        self.events.scalars(step, &scalars)?;
+        let told: Vec<String> = values
+            .iter()
+            .map(|(name, value)| format!("{name} {value:.4}"))
+            .collect();
+        (self.tell)(&format!("validation at step {step}: {}", told.join("  ")));
+        self.draw()?;
+
+        let config = &self.state.config;
+        let value = values
+            .iter()
+            .find(|(name, _)| *name == config.metric_for_best_model)
+            .map_or(f64::NAN, |(_, value)| *value);
+        let improved = match self.state.best {
+            None => value.is_finite(),
+            Some((_, best)) if config.more_is_better() => value > best,
+            Some((_, best)) => value < best,
+        };
+        if improved {
+            self.state.best = Some((self.state.step, value));
+            self.state.validations_without_gain = 0;
+        } else {
+            self.state.validations_without_gain += 1;
+        }
+        Ok(improved)
+    }
+
+    fn save(&self, learner: &Learner<Components<B>>) -> Result<(), TrainError> {
+        let step = self.state.step as u64;
+        let model = learner.model();
+        self.checkpoints.save(step, |dir| {
+            checkpoint::write(
+                dir,
+                &model.model,
+                &self.model_config,
+                &self.lora,
+                &self.optimizer,
+                &self.state,
+            )
+        })?;
+        if let Some((best, value)) = self.state.best
+            && self.checkpoints.path(best as u64).exists()
+        {
+            self.checkpoints.set_best(&Best {
+                step: best as u64,
+                metric: self.state.config.metric_for_best_model.clone(),
+                value,
+            })?;
+        }
+        self.checkpoints.prune(self.state.config.save_total_limit)?;
+        Ok(())
+    }
+
+    fn last_checkpoint(&self) -> String {
+        match self.checkpoints.newest_whole() {
+            Ok(search) => search.found.map_or_else(
+                || "none yet".to_string(),
+                |found| format!("`{}`", found.path.display()),
+            ),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    fn draw(&self) -> Result<(), TrainError> {
+        let rows: Vec<TrainingRow> = read_rows(&self.output_dir.join("metrics.jsonl"))?
+            .rows
+            .into_iter()
+            .filter_map(|row| serde_json::from_value(serde_json::Value::Object(row)).ok())
+            .collect();
+        let svg = training_plot(&rows);
+        write_atomic(&self.output_dir.join("training.svg"), |out| {
+            out.write_all(svg.as_bytes())
+        })?;
+        Ok(())
+    }
+}
+
+fn round(value: f64, digits: i32) -> f64 {
+    let scale = 10f64.powi(digits);
+    (value * scale).round() / scale
+}
+
+/// Brings the trained parameters of `from` to the replica `to` on another device.
+fn copy_trained<B: AutodiffBackend>(
+    from: &Trainee<B>,
+    to: Trainee<B>,
+    device: &B::Device,
+) -> Trainee<B> {
+    // Burn's own parameter container carries tensors of any rank by id.
+    struct Gather(GradientsParams);
+    impl<B: AutodiffBackend> ModuleVisitor<B> for Gather {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+            if param.is_require_grad() {
+                self.0.register(param.id, param.val().inner());
+            }
+        }
+    }
+    struct Scatter<'a, B: AutodiffBackend>(GradientsParams, &'a B::Device);
+    impl<B: AutodiffBackend> ModuleMapper<B> for Scatter<'_, B> {
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+            match self.0.remove::<B::InnerBackend, D>(param.id) {
+                Some(tensor) => {
+                    let tensor = tensor.to_device(self.1);
+                    param.map(|_| Tensor::from_inner(tensor).require_grad())
+                }
+                None => param,
+            }
+        }
+    }
+    let mut gather = Gather(GradientsParams::new());
+    from.visit(&mut gather);
+    to.map(&mut Scatter::<B>(gather.0, device))
+}
