@@ -36,6 +36,19 @@ pub enum Command {
     /// Without arguments, the tiny model that comes with the repository on the sample data set that comes
     /// with it: minutes on two cores.
     Train(TrainArgs),
+    /// Merge an adapter into its base and write the result as a checkpoint of its own.
+    ///
+    /// The written checkpoint is read back and compared with base plus adapter on a probe input
+    /// before it is called done. Without an adapter, a checkpoint is rewritten in another dtype.
+    Merge(MergeArgs),
+    /// Tell what a run will take, before anything is loaded: parameters, memory, steps, tokens, time.
+    Plan(PlanArgs),
+    /// Turn the OpenI-zh corpus, or any data set in a known form, into train.jsonl and val.jsonl.
+    Convert(crate::commands::convert::ConvertArgs),
+    /// Validate a data set before a model is loaded.
+    Check(crate::commands::check::CheckArgs),
+    /// Draw a data set of synthetic chest radiographs with Chinese reports.
+    Phantoms(PhantomsArgs),
     /// Write the config and tokenizer of the tiny model, to be trained from nothing.
     InitTiny(InitTinyArgs),
 }
@@ -70,7 +83,12 @@ pub struct GenerationArgs {
     #[arg(long, value_name = "N", default_value_t = 512)]
     pub max_new_tokens: usize,
     /// 0 takes the likeliest token; higher is more varied.
-    #[arg(long, value_name = "F", default_value_t = 0.0)]
+    #[arg(
+        long,
+        value_name = "F",
+        default_value_t = 0.0,
+        allow_negative_numbers = true
+    )]
     pub temperature: f32,
     /// Keep this many likeliest tokens; 0 keeps all.
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -195,4 +213,64 @@ pub struct InitTinyArgs {
     /// Seed of the reports the tokenizer is learnt from.
     #[arg(long, value_name = "N", default_value_t = 7)]
     pub seed: u64,
+}
+
+/// Arguments of `phantoms`.
+#[derive(Debug, Args)]
+pub struct PhantomsArgs {
+    /// Folder to write; must be absent or empty.
+    #[arg(long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// Seed of the studies.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
+    /// First study.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub from: u64,
+    /// Number of studies.
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    pub count: u64,
+    /// Short reports in place of the department's full ones.
+    #[arg(long)]
+    pub plain: bool,
+}
+
+/// Arguments of `merge`.
+#[derive(Debug, Args)]
+pub struct MergeArgs {
+    /// Base checkpoint folder.
+    #[arg(long, value_name = "DIR", default_value = "model/tiny")]
+    pub model: PathBuf,
+    /// PEFT adapter folder.
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+    /// Folder to write; must not exist.
+    #[arg(long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// Type of the written weights.
+    #[arg(long, value_enum)]
+    pub dtype: Option<DtypeName>,
+    /// Where the work is done.
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<DeviceName>,
+}
+
+/// Arguments of `plan`.
+#[derive(Debug, Args)]
+pub struct PlanArgs {
+    /// Settings of the run.
+    #[arg(long, value_name = "FILE", default_value = "configs/tiny.toml")]
+    pub config: PathBuf,
+    /// Checkpoint folder whose config and tokenizer count; weights are not read.
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
+    /// Data set in place of the config's.
+    #[arg(long, value_name = "FILE.jsonl")]
+    pub train_data: Option<String>,
+    /// Throughput from a bench or an earlier run; gives the time.
+    #[arg(long, value_name = "F")]
+    pub samples_per_second: Option<f64>,
+    /// Write the token histogram as SVG.
+    #[arg(long, value_name = "FILE.svg")]
+    pub histogram: Option<PathBuf>,
 }

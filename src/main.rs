@@ -7,7 +7,7 @@ use clap::Parser;
 use xray_qwen3vl::{
     backend::panic_text,
     cli::{Cli, Command},
-    commands::{UsageError, infer, init_tiny, train},
+    commands::{UsageError, check, convert, infer, init_tiny, merge, phantoms, plan, train},
 };
 
 fn main() -> ExitCode {
@@ -24,6 +24,11 @@ fn main() -> ExitCode {
     let result = panic::catch_unwind(|| match cli.command {
         Command::Infer(args) => infer::run(args),
         Command::Train(args) => train::run(args),
+        Command::Merge(args) => merge::run(args),
+        Command::Plan(args) => plan::run(&args),
+        Command::Convert(args) => convert::run(args),
+        Command::Check(args) => check::run(args),
+        Command::Phantoms(args) => phantoms::run(&args),
         Command::InitTiny(args) => init_tiny::run(&args),
     });
     match result {

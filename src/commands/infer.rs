@@ -27,6 +27,9 @@ use crate::{
     system::peak_memory,
 };
 
+/// How every record begins.
+const RECORD_START: &str = "{\"image\":\"";
+
 /// The image of a run without arguments.
 const SAMPLE_IMAGE: &str = "data/sample/demo.png";
 
@@ -68,6 +71,11 @@ pub fn run(args: InferArgs) -> Result<()> {
     let settings = generation_config(&args.generation)?;
     if args.batch_size == 0 {
         bail!(UsageError("--batch-size is 0, expected at least 1".into()));
+    }
+    if args.stream && args.batch_size > 1 {
+        bail!(UsageError(
+            "--stream shows one report as it grows; leave out --batch-size".into()
+        ));
     }
     let images = list_images(&args)?;
     let (device, dtype) = (args.model.device, args.model.dtype.map(DType::from));
@@ -198,7 +206,11 @@ impl Infer {
         let mut input = ImageInput::default();
         for path in images {
             let picture = pipeline.parts.images.load(path)?;
-            input.extend(&pipeline.parts.image_input(&picture)?);
+            let patches = pipeline
+                .parts
+                .image_input(&picture)
+                .with_context(|| format!("`{}`", path.display()))?;
+            input.extend(&patches);
         }
         let system = self.args.system.as_deref();
         Ok(pipeline.parts.prompt(system, &self.args.prompt, input)?)
@@ -357,15 +369,32 @@ impl OutputFile {
             return Ok(this);
         };
         let context = || format!("cannot write `{}`", path.display());
-        let text = match fs::read_to_string(path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+        let bytes = match fs::read(path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
             Err(error) => {
                 return Err(error).with_context(|| format!("cannot read `{}`", path.display()));
             }
         };
-        let whole = text.rfind('\n').map_or(0, |at| at + 1);
-        for (row, line) in text[..whole].lines().enumerate() {
+        // A record that was cut off is taken away; anything else at the end is not ours to touch.
+        let whole = bytes
+            .iter()
+            .rposition(|byte| *byte == b'\n')
+            .map_or(0, |at| at + 1);
+        let (rest, start) = (&bytes[whole..], RECORD_START.as_bytes());
+        if !rest.starts_with(start) && !start.starts_with(rest) {
+            bail!(
+                "`{}`, last line: not a record of a batch run; name another file with --output",
+                path.display()
+            );
+        }
+        let text = std::str::from_utf8(&bytes[..whole]).with_context(|| {
+            format!(
+                "`{}` is not text; name another file with --output",
+                path.display()
+            )
+        })?;
+        for (row, line) in text.lines().enumerate() {
             let record: Record = serde_json::from_str(line).with_context(|| {
                 format!(
                     "`{}`, line {}: not a record of a batch run; name another file with --output",

@@ -1,7 +1,12 @@
 //! Arguments to library calls, one command a file. Only here and in `main` is anything printed.
 
+pub mod check;
+pub mod convert;
 pub mod infer;
 pub mod init_tiny;
+pub mod merge;
+pub mod phantoms;
+pub mod plan;
 mod progress;
 pub mod train;
 

@@ -246,7 +246,15 @@ pub fn convert(
         })?;
     }
     for (name, drawing) in measures.histograms() {
-        write_atomic(&output.join(name), |out| out.write_all(drawing.as_bytes()))?;
+        let path = output.join(name);
+        match drawing {
+            Some(drawing) => write_atomic(&path, |out| out.write_all(drawing.as_bytes()))?,
+            // One of an earlier conversion would be taken for this one's.
+            None if path.exists() => {
+                fs::remove_file(&path).map_err(|cause| FileError::write(&path, cause))?;
+            }
+            None => {}
+        }
     }
     // Last, so that it is never about files that are not there yet.
     write_atomic(&output.join("summary.json"), |out| {

@@ -1,8 +1,10 @@
 //! Data sets: samples from files or from the phantom generator, encoded for training.
 //!
 //! A data set is named by a path to a JSONL file in ms-swift's form, or by
-//! `phantom:SEED:FROM..TO[:plain|house]`, which draws synthetic studies as they are asked for.
+//! `phantom:SEED:FROM..TO[:plain|terse|mixed|house]`, which draws synthetic studies as they are asked for.
 
+pub mod check;
+pub mod convert;
 pub mod loader;
 
 use std::{
@@ -29,7 +31,7 @@ use crate::{
 #[derive(Debug, thiserror::Error)]
 pub enum DatasetError {
     /// The file cannot be read.
-    #[error("cannot read `{}`: {cause}; expected a JSONL file in ms-swift's form, or `phantom:SEED:FROM..TO[:plain|house]`", .path.display())]
+    #[error("cannot read `{}`: {cause}; expected a JSONL file in ms-swift's form, or `phantom:SEED:FROM..TO[:plain|terse|mixed|house]`", .path.display())]
     Read {
         /// The file.
         path: PathBuf,
@@ -38,7 +40,7 @@ pub enum DatasetError {
     },
     /// A phantom data set is not named as expected.
     #[error(
-        "`{0}` does not name a phantom data set; expected `phantom:SEED:FROM..TO` with an optional `:plain` or `:house`"
+        "`{0}` does not name a phantom data set; expected `phantom:SEED:FROM..TO` with an optional `:plain`, `:terse`, `:mixed` or `:house`"
     )]
     Phantom(String),
     /// There is no row.
@@ -97,6 +99,9 @@ pub enum DatasetError {
     },
 }
 
+/// The question of a sample without picture.
+const WORDS_ONLY_PROMPT: &str = "请写一份胸部X光报告的范文。";
+
 /// Where samples come from.
 #[derive(Debug, Clone)]
 enum Source {
@@ -105,8 +110,9 @@ enum Source {
         folder: PathBuf,
     },
     Phantoms {
-        studies: Arc<PhantomStudies>,
+        studies: Arc<[PhantomStudies; 4]>,
         range: Range<u64>,
+        words_only: bool,
     },
 }
 
@@ -183,9 +189,18 @@ impl Dataset {
             .and_then(|range| range.split_once(".."))
             .ok_or_else(wrong)?;
         let range = from.parse().map_err(|_| wrong())?..to.parse().map_err(|_| wrong())?;
-        let dialect = match parts.next() {
-            None | Some("plain") => Dialect::Plain,
-            Some("house") => Dialect::House,
+        let dialects = match parts.next() {
+            None | Some("plain") => [Dialect::Plain; 4],
+            Some("terse") => [Dialect::Terse; 4],
+            Some("house") => [Dialect::House; 4],
+            // For a first training: two terse reports, which teach the eye, one with wording of its own,
+            // and one of the department's without its picture, which teaches words alone.
+            Some("mixed") => [
+                Dialect::Terse,
+                Dialect::Plain,
+                Dialect::Terse,
+                Dialect::House,
+            ],
             Some(_) => return Err(wrong()),
         };
         if range.is_empty() {
@@ -194,8 +209,11 @@ impl Dataset {
         Ok(Self {
             name: name.to_string(),
             source: Source::Phantoms {
-                studies: Arc::new(PhantomStudies::new(seed).with_dialect(dialect)),
+                studies: Arc::new(
+                    dialects.map(|dialect| PhantomStudies::new(seed).with_dialect(dialect)),
+                ),
                 range,
+                words_only: name.ends_with(":mixed"),
             },
             fingerprint: name.to_string(),
         })
@@ -254,8 +272,20 @@ impl Dataset {
                     pictures,
                 })
             }
-            Source::Phantoms { studies, range } => {
-                let (image, prompt, report) = studies.get(range.start + index as u64).into_parts();
+            Source::Phantoms {
+                studies,
+                range,
+                words_only,
+            } => {
+                let number = range.start + index as u64;
+                let (image, prompt, report) =
+                    studies[(number % 4) as usize].get(number).into_parts();
+                if *words_only && number % 4 == 3 {
+                    return Ok(RawSample {
+                        conversation: Conversation::single(0, WORDS_ONLY_PROMPT, report),
+                        pictures: Vec::new(),
+                    });
+                }
                 let (width, height) = image.dimensions();
                 let picture = RgbImage::from_gray(width as usize, height as usize, image.as_raw())
                     .map_err(|cause| DatasetError::Image {

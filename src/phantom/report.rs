@@ -15,6 +15,8 @@ use super::{
 pub enum Dialect {
     /// Short sentences in random order and wording, some of them negatives.
     Plain,
+    /// The findings and nothing else, in fixed order and wording: every word is read off the picture.
+    Terse,
     /// The style of one department: full sentences in fixed order (heart and mediastinum, lungs,
     /// pleura, devices, impression), 40 to 90 characters, with a few choices of wording.
     House,
@@ -27,8 +29,19 @@ pub fn write_report(findings: &BTreeSet<Finding>, dialect: Dialect, wording_seed
     let mut draws = Draws::new(wording_seed, 0, Purpose::Wording);
     match dialect {
         Dialect::Plain => plain_report(findings, &mut draws),
+        Dialect::Terse => terse_report(findings),
         Dialect::House => house_report(findings, &mut draws),
     }
+}
+
+fn terse_report(findings: &BTreeSet<Finding>) -> String {
+    if findings.is_empty() {
+        return "未见异常。".to_owned();
+    }
+    findings
+        .iter()
+        .map(|&finding| format!("{}。", name(finding)))
+        .collect()
 }
 
 /// The finding with its side and zone, as both dialects name it: `左侧上肺野结节`.
@@ -239,7 +252,7 @@ mod tests {
     fn every_report_gives_its_findings_back() {
         for index in 0..2000 {
             let findings = sample_findings(11, index);
-            for dialect in [Dialect::Plain, Dialect::House] {
+            for dialect in [Dialect::Plain, Dialect::Terse, Dialect::House] {
                 let report = write_report(&findings, dialect, index);
                 assert_eq!(findings_in_report(&report), findings, "{report}");
             }
@@ -260,7 +273,7 @@ mod tests {
         let mut alphabet: BTreeSet<char> = PROMPTS.iter().flat_map(|p| p.chars()).collect();
         for index in 0..2000 {
             let findings = sample_findings(13, index);
-            for dialect in [Dialect::Plain, Dialect::House] {
+            for dialect in [Dialect::Plain, Dialect::Terse, Dialect::House] {
                 alphabet.extend(write_report(&findings, dialect, index).chars());
             }
         }

@@ -266,8 +266,8 @@ mod tests {
         let exact: Vec<f32> = gelu_exact(x.clone()).into_data().to_vec().unwrap();
         let tanh: Vec<f32> = gelu_tanh(x).into_data().to_vec().unwrap();
         // torch.nn.functional.gelu, both `approximate` settings.
-        let exact_want = [-0.00404969, -0.15426877, 0.0, 0.84134475, 2.4844758];
-        let tanh_want = [-0.00363740, -0.15428597, 0.0, 0.84119199, 2.4849157];
+        let exact_want = [-0.00404969, -0.15426877, 0.0, 0.841_344_7, 2.484_475_9];
+        let tanh_want = [-0.00363740, -0.15428597, 0.0, 0.841_192, 2.484_915_7];
         for i in 0..5 {
             assert!((exact[i] - exact_want[i]).abs() < 1e-5, "{exact:?}");
             assert!((tanh[i] - tanh_want[i]).abs() < 1e-5, "{tanh:?}");

@@ -6,6 +6,7 @@ pub mod config;
 pub mod gradients;
 pub mod learner;
 pub mod optimizer;
+pub mod plan;
 pub mod records;
 pub mod run;
 pub mod schedule;

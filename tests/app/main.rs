@@ -3,12 +3,16 @@
 //! Reports come from the tiny model of the repository on the CPU; a build without the CPU backend
 //! has nothing to run here.
 #![cfg(feature = "flex")]
+#![recursion_limit = "512"]
 
 mod bad_input;
 mod bad_model;
 mod data_tools;
 mod infer;
 mod refusal;
+mod train;
+mod train_default;
+mod train_resume;
 
 use std::{
     fs,

@@ -5,6 +5,7 @@
 //! unless the binary is built for another and `PARITY_DEVICE` names it.
 #![recursion_limit = "512"]
 
+mod adapters;
 mod backend;
 mod support;
 

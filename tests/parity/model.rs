@@ -58,7 +58,7 @@ pub fn images_of(names: &[String]) -> ImageInput {
     all
 }
 
-fn sequence_images(sequence: &str) -> Vec<String> {
+pub fn sequence_images(sequence: &str) -> Vec<String> {
     json("inputs.json")["sequences"][sequence]["images"]
         .as_array()
         .unwrap()
@@ -78,7 +78,7 @@ fn sequences() -> Vec<String> {
 }
 
 /// One unpadded sequence as a batch of one.
-fn single(ids: Vec<u32>, grids: &[[usize; 3]], config: &Qwen3VlConfig) -> TextInput {
+pub fn single(ids: Vec<u32>, grids: &[[usize; 3]], config: &Qwen3VlConfig) -> TextInput {
     TextInput::padded(&[ids], &[grids.to_vec()], config, Padding::Right, 0)
         .unwrap()
         .0

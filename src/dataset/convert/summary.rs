@@ -200,41 +200,28 @@ pub(super) struct Measures {
 }
 
 impl Measures {
-    /// File names and SVG drawings.
-    pub(super) fn histograms(&self) -> Vec<(&'static str, String)> {
-        let drawings = [
+    /// File names and SVG drawings; `None` where nothing was measured.
+    pub(super) fn histograms(&self) -> [(&'static str, Option<String>); 4] {
+        let draw = |values: &[usize], title, unit| {
+            let values: Vec<f64> = values.iter().map(|value| *value as f64).collect();
+            (!values.is_empty()).then(|| plot::histogram(&values, title, unit))
+        };
+        let answers = "Length of the answers";
+        let rows = "Length of the rows, image tokens included";
+        [
             (
                 "characters.svg",
-                &self.characters,
-                "Length of the answers",
-                "characters",
+                draw(&self.characters, answers, "characters"),
             ),
             (
                 "answer-tokens.svg",
-                &self.answer_tokens,
-                "Length of the answers",
-                "tokens",
+                draw(&self.answer_tokens, answers, "tokens"),
             ),
-            (
-                "row-tokens.svg",
-                &self.row_tokens,
-                "Length of the rows, image tokens included",
-                "tokens",
-            ),
+            ("row-tokens.svg", draw(&self.row_tokens, rows, "tokens")),
             (
                 "vision-tokens.svg",
-                &self.vision_tokens,
-                "Tokens of the images",
-                "tokens",
+                draw(&self.vision_tokens, "Tokens of the images", "tokens"),
             ),
-        ];
-        drawings
-            .into_iter()
-            .filter(|(_, values, _, _)| !values.is_empty())
-            .map(|(name, values, title, unit)| {
-                let values: Vec<f64> = values.iter().map(|value| *value as f64).collect();
-                (name, plot::histogram(&values, title, unit))
-            })
-            .collect()
+        ]
     }
 }

@@ -1,0 +1,118 @@
+//! `plan`: what a run will take, before anything is loaded.
+
+use anyhow::{Context, Result};
+use burn::tensor::DType;
+use rayon::prelude::*;
+
+use super::shipped;
+use crate::{
+    cli::PlanArgs,
+    dataset::{Dataset, DatasetError},
+    files::write_atomic,
+    pipeline::{PipelineOptions, TextAndImages},
+    plot::histogram,
+    train::{config::TrainConfig, plan::Plan},
+};
+
+/// Runs `plan`.
+///
+/// # Errors
+/// Config, tokenizer or data cannot be read; the message names the file and the row.
+pub fn run(args: &PlanArgs) -> Result<()> {
+    let config = TrainConfig::from_file(&shipped(&args.config))?;
+    config.validate()?;
+    let options = PipelineOptions {
+        model: shipped(args.model.as_ref().unwrap_or(&config.model)),
+        adapter: None,
+        dtype: DType::F32,
+        min_pixels: config.min_pixels,
+        max_pixels: config.max_pixels,
+    };
+    let parts = TextAndImages::load(&options)?;
+    let name = args.train_data.as_deref().unwrap_or(&config.train_data);
+    let name = if name.starts_with("phantom:") {
+        name.to_string()
+    } else {
+        shipped(name.as_ref()).display().to_string()
+    };
+    let data = Dataset::open(&name)?;
+    let lengths: Vec<usize> = (0..data.len())
+        .into_par_iter()
+        .map(|row| match data.encode(row, &parts, usize::MAX) {
+            Ok(sample) => Ok(sample.input_ids.len()),
+            Err(error) => Err(error),
+        })
+        .collect::<Result<_, DatasetError>>()?;
+    let mut sorted = lengths.clone();
+    sorted.sort_unstable();
+    let at = |share: f64| sorted[((sorted.len() - 1) as f64 * share).round() as usize];
+    let devices = config.device.len().max(1);
+    let dtype_bytes = match config.dtype.as_deref() {
+        Some("f32") => 4,
+        _ => 2,
+    };
+    let longest = at(1.0).min(config.max_length);
+    let plan = Plan::new(
+        &config,
+        &parts.config,
+        data.len(),
+        longest,
+        devices,
+        dtype_bytes,
+    )?;
+    print!(
+        "{}",
+        plan.to_text(config.num_train_epochs, args.samples_per_second)
+    );
+    println!(
+        "tokens of a sample: min {}, median {}, p95 {}, p99 {}, max {}; {} in all",
+        at(0.0),
+        at(0.5),
+        at(0.95),
+        at(0.99),
+        at(1.0),
+        lengths.iter().sum::<usize>()
+    );
+    let over = lengths
+        .iter()
+        .filter(|length| **length > config.max_length)
+        .count();
+    if over > 0 {
+        println!(
+            "{over} samples are longer than max_length {}",
+            config.max_length
+        );
+    }
+    print!("{}", bars(&sorted));
+    if let Some(path) = &args.histogram {
+        let values: Vec<f64> = lengths.iter().map(|length| *length as f64).collect();
+        let svg = histogram(&values, "tokens of a sample", "tokens");
+        write_atomic(path, |out| out.write_all(svg.as_bytes()))
+            .context("cannot write the histogram")?;
+    }
+    Ok(())
+}
+
+/// A histogram in text: ten bars.
+fn bars(sorted: &[usize]) -> String {
+    let (low, high) = (sorted[0], sorted[sorted.len() - 1]);
+    let width = ((high - low) / 10 + 1).max(1);
+    let mut counts = [0usize; 10];
+    for length in sorted {
+        counts[((length - low) / width).min(9)] += 1;
+    }
+    let most = counts.iter().copied().max().unwrap_or(1).max(1);
+    counts
+        .iter()
+        .enumerate()
+        .filter(|(_, count)| **count > 0)
+        .map(|(bin, count)| {
+            let from = low + bin * width;
+            format!(
+                "  {from:>6}–{:<6} {:<40} {count}\n",
+                from + width - 1,
+                "█".repeat((count * 40).div_ceil(most))
+            )
+        })
+        .collect()
+}
