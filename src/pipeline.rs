@@ -48,6 +48,13 @@ pub enum PipelineError {
     Generate(#[from] GenerateError),
     #[error("`{}` is not the folder of a checkpoint; expected `config.json`, `tokenizer.json` and `model.safetensors` (or shards with their index) in it", .0.display())]
     NoModel(PathBuf),
+    #[error("`{}`: `{key}` is {found} in preprocessor_config.json and {expected} in the vision_config of config.json; the two must agree", .path.display())]
+    Patches {
+        path: PathBuf,
+        key: &'static str,
+        found: usize,
+        expected: usize,
+    },
     #[error(
         "the tokenizer in `{}` has {found} tokens, the model only {expected}; do they belong together?",
         .path.display()
@@ -120,6 +127,7 @@ impl TextAndImages {
         if let Some(pixels) = options.max_pixels {
             image_config.max_pixels = pixels;
         }
+        check_patches(dir, &image_config, &config)?;
         let images = ImageProcessor::new(image_config)?;
         let tokenizer = Tokenizer::from_folder(dir)?;
         if tokenizer.vocab_size() > config.text_config.vocab_size {
@@ -132,9 +140,7 @@ impl TextAndImages {
         let template = match ChatTemplate::find(dir, None)? {
             Some(template) => template,
             // A checkpoint without a template: the published folder names tell the two kinds apart.
-            None if dir.to_string_lossy().to_lowercase().contains("thinking") => {
-                ChatTemplate::thinking()?
-            }
+            None if is_thinking_folder(dir) => ChatTemplate::thinking()?,
             None => ChatTemplate::instruct()?,
         };
         let eos_token_ids = eos_token_ids(dir, &config, &tokenizer);
@@ -200,6 +206,42 @@ impl TextAndImages {
         )?;
         Ok(Prompt { input_ids, images })
     }
+}
+
+/// Whether the folder's own name, not its parents', says that the model thinks.
+fn is_thinking_folder(dir: &Path) -> bool {
+    let dir = dir.canonicalize().unwrap_or_else(|_| dir.to_path_buf());
+    dir.file_name()
+        .is_some_and(|name| name.to_string_lossy().to_lowercase().contains("thinking"))
+}
+
+/// The picture must be cut as the vision tower reads it.
+fn check_patches(
+    dir: &Path,
+    images: &ImageProcessorConfig,
+    config: &Qwen3VlConfig,
+) -> Result<(), PipelineError> {
+    let vision = &config.vision_config;
+    for (key, found, expected) in [
+        ("patch_size", images.patch_size, vision.patch_size),
+        (
+            "temporal_patch_size",
+            images.temporal_patch_size,
+            vision.temporal_patch_size,
+        ),
+        ("merge_size", images.merge_size, vision.spatial_merge_size),
+        ("channels", 3, vision.in_channels),
+    ] {
+        if found != expected {
+            return Err(PipelineError::Patches {
+                path: dir.to_path_buf(),
+                key,
+                found,
+                expected,
+            });
+        }
+    }
+    Ok(())
 }
 
 /// End tokens of a checkpoint: those of `generation_config.json`, else of `config.json`, and always

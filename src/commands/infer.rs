@@ -40,6 +40,9 @@ pub struct Record {
     pub image: String,
     /// The question.
     pub prompt: String,
+    /// Tells apart runs whose answers may differ: a hash of model, adapter and generation settings.
+    #[serde(default)]
+    pub settings: String,
     /// The report; empty when there is an error.
     #[serde(default)]
     pub report: String,
@@ -137,7 +140,7 @@ impl DeviceTask for Infer {
     type Output = Result<()>;
 
     fn run<B: Backend>(self, device: B::Device, dtype: DType) -> Result<()> {
-        let mut run = OutputFile::open(self.args.output.as_deref(), &self.args.prompt)?;
+        let mut run = OutputFile::open(self.args.output.as_deref(), &self.args)?;
         let todo: Vec<&Vec<PathBuf>> = self
             .images
             .iter()
@@ -193,6 +196,18 @@ impl DeviceTask for Infer {
     }
 }
 
+/// What decides an answer besides image and question.
+fn settings_hash(args: &InferArgs) -> String {
+    use sha2::{Digest, Sha256};
+    let (model, generation) = (&args.model, &args.generation);
+    let text = format!(
+        "{:?} {:?} {:?} {:?} {:?} {:?} {generation:?}",
+        model.model, model.adapter, model.dtype, model.min_pixels, model.max_pixels, args.system
+    );
+    let hash = Sha256::digest(text.as_bytes());
+    hash[..8].iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 fn name_of(images: &[PathBuf]) -> String {
     let names: Vec<String> = images
         .iter()
@@ -228,6 +243,7 @@ impl Infer {
             .map(|images| Record {
                 image: name_of(images),
                 prompt: self.args.prompt.clone(),
+                settings: settings_hash(&self.args),
                 report: String::new(),
                 thinking: None,
                 finish_reason: None,
@@ -276,9 +292,16 @@ impl Infer {
                     tell_timing(prepared, &timing);
                 }
             }
+            // One prompt that cannot be answered must not take the others with it.
+            Err(_) if rows.len() > 1 => {
+                for row in rows {
+                    let alone = self.answer_group(pipeline, &group[row..=row]);
+                    records.splice(row..=row, alone);
+                }
+            }
             Err(error) => {
                 for row in rows {
-                    records[row].error = Some(error.to_string());
+                    records[row].error = Some(format!("`{}`: {error}", records[row].image));
                 }
             }
         }
@@ -317,7 +340,7 @@ fn tell_timing(prepared: f64, timing: &Timing) {
 struct Shown {
     starts_inside: bool,
     text: String,
-    printed: usize,
+    printed: String,
 }
 
 impl Shown {
@@ -325,7 +348,7 @@ impl Shown {
         Self {
             starts_inside,
             text: String::new(),
-            printed: 0,
+            printed: String::new(),
         }
     }
 
@@ -336,16 +359,24 @@ impl Shown {
             return;
         }
         let (_, answer) = split_thinking(&self.text, self.starts_inside);
-        if let Some(new) = answer.get(self.printed..) {
-            print!("{new}");
-            let _ = stdout().flush();
-            self.printed = answer.len();
+        if !answer.starts_with(&self.printed) {
+            // A closing mark came where no block was open: what was shown was reasoning.
+            let _ = writeln!(stdout());
+            self.printed.clear();
         }
+        let _ = write!(stdout(), "{}", &answer[self.printed.len()..]);
+        let _ = stdout().flush();
+        self.printed = answer;
     }
 
     fn end(&mut self) {
-        println!();
+        let _ = writeln!(stdout());
     }
+}
+
+/// Prints one line to stdout; a reader that has gone away is an error like any other.
+fn say(line: &str) -> Result<()> {
+    writeln!(stdout(), "{line}").context("cannot write to stdout")
 }
 
 /// Where records go, and what is there already.
@@ -358,7 +389,8 @@ struct OutputFile {
 
 impl OutputFile {
     /// Opens the file of a batch run; a last line that was cut off is taken away.
-    fn open(path: Option<&Path>, prompt: &str) -> Result<Self> {
+    fn open(path: Option<&Path>, args: &InferArgs) -> Result<Self> {
+        let (prompt, settings) = (&args.prompt, settings_hash(args));
         let mut this = Self {
             file: None,
             there: HashSet::new(),
@@ -402,7 +434,7 @@ impl OutputFile {
                     row + 1
                 )
             })?;
-            if record.prompt == prompt {
+            if record.prompt == *prompt && record.settings == settings {
                 if record.error.is_some() {
                     this.note_error(&record);
                 }
@@ -444,9 +476,14 @@ impl OutputFile {
             file.write_all(line.as_bytes())
                 .with_context(|| format!("cannot write `{}`", path.display()))?;
         } else if args.json {
-            println!("{}", serde_json::to_string(record)?);
+            say(&serde_json::to_string(record)?)?;
         } else if record.error.is_none() && !args.stream {
-            println!("{}", record.report);
+            say(&record.report)?;
+        } else if let Some(error) = &record.error
+            && self.failed > 1
+        {
+            // The first one ends the program; the others would be lost.
+            eprintln!("{error}");
         }
         if self.file.is_none()
             && !args.json

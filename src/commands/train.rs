@@ -4,7 +4,7 @@ use std::{
     io::{IsTerminal, stderr, stdout},
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -70,7 +70,11 @@ pub fn run(args: TrainArgs) -> Result<()> {
         Some("auto") => Resume::Auto,
         Some(dir) => Resume::From(dir.into()),
     };
-    if args.output_dir.is_none() && args.config.is_none() && resume == Resume::No {
+    let names_folder = args
+        .set
+        .iter()
+        .any(|pair| pair.trim_start().starts_with("output_dir"));
+    if args.output_dir.is_none() && args.config.is_none() && !names_folder && resume == Resume::No {
         config.output_dir = free_folder(&config.output_dir);
     }
     config
@@ -206,6 +210,7 @@ impl ReplicatedTask for Train {
         };
         let mut progress = (!dashboard).then(|| Progress::new("loading", 0, Unit::Bytes));
         let output_dir = self.config.output_dir.clone();
+        let kept: Arc<Mutex<Vec<String>>> = Arc::default();
         let options = RunOptions {
             config: self.config,
             resume: self.resume,
@@ -213,14 +218,22 @@ impl ReplicatedTask for Train {
             renderer: Some(renderer),
             interrupter,
             interrupted: watch_signals()?,
-            tell: Arc::new(move |line| {
-                if !dashboard {
-                    eprintln!("{line}");
+            tell: Arc::new({
+                let kept = kept.clone();
+                move |line: &str| {
+                    if !dashboard {
+                        eprintln!("{line}");
+                    } else if !line.starts_with("step ") {
+                        // The dashboard owns the screen; what it does not show is told afterwards.
+                        kept.lock()
+                            .unwrap_or_else(|lock| lock.into_inner())
+                            .push(line.to_string());
+                    }
                 }
             }),
         };
         let started = std::time::Instant::now();
-        let result: RunResult<B> = train::<Autodiff<B>>(
+        let result: Result<RunResult<B>, TrainError> = train::<Autodiff<B>>(
             options,
             devices,
             dtype,
@@ -230,15 +243,26 @@ impl ReplicatedTask for Train {
                     progress.set(done, total);
                 }
             },
-        )?;
+        );
+        for line in kept
+            .lock()
+            .unwrap_or_else(|lock| lock.into_inner())
+            .drain(..)
+        {
+            eprintln!("{line}");
+        }
+        let result = result?;
         if let Some(progress) = progress {
             progress.finish();
         }
         let seconds = started.elapsed().as_secs_f64();
         let how = match result.ending {
-            Ending::Done => "done",
-            Ending::EarlyStop => "ended early: the validation stopped getting better",
-            Ending::Interrupted => "interrupted and saved; `--resume auto` goes on",
+            Ending::Done => "done".to_string(),
+            Ending::EarlyStop => "ended early: the validation stopped getting better".to_string(),
+            Ending::Interrupted => format!(
+                "interrupted and saved; `--resume auto --output-dir {}` goes on",
+                output_dir.display()
+            ),
         };
         println!(
             "{how}: {} steps in {seconds:.0} s; checkpoint `{}`, curves `{}`",

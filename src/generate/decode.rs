@@ -13,7 +13,7 @@ use crate::qwen3_vl::{
 /// When generation ends and how tokens are chosen.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GenerationConfig {
-    /// Most tokens to add to a prompt.
+    /// Most tokens to add to a prompt; at least one is added.
     pub max_new_tokens: usize,
     /// Tokens that end an answer.
     pub eos_token_ids: Vec<u32>,
@@ -266,7 +266,7 @@ fn check(
                 vocab_size: text.vocab_size,
             });
         }
-        if ids.len() + settings.max_new_tokens > text.max_position_embeddings {
+        if ids.len().saturating_add(settings.max_new_tokens) > text.max_position_embeddings {
             return Err(GenerateError::TooLong {
                 prompt: ids.len(),
                 image: ids

@@ -103,7 +103,7 @@ impl Sampler {
         let mut kept: Vec<(u32, f32)> = logits
             .iter()
             .enumerate()
-            .map(|(id, logit)| (id as u32, logit / self.config.temperature))
+            .map(|(id, logit)| (id as u32, *logit))
             .collect();
         kept.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
         if self.config.top_k > 0 {
@@ -111,7 +111,8 @@ impl Sampler {
         }
         let top = kept.first().map_or(0.0, |first| first.1);
         for (_, value) in &mut kept {
-            *value = (*value - top).exp();
+            // The maximum comes off first: a tiny temperature must not make infinities of all.
+            *value = ((*value - top) / self.config.temperature).exp();
         }
         if self.config.top_p < 1.0 {
             let all: f32 = kept.iter().map(|(_, weight)| weight).sum();

@@ -1,7 +1,6 @@
 //! PEFT's `adapter_config.json`: which layers, which rank, which scaling.
 
 use std::{
-    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
 };
@@ -116,9 +115,9 @@ pub struct LoraConfig {
     /// Trains row magnitudes apart from directions.
     pub use_dora: bool,
     /// Ranks that differ, by the end of a path.
-    pub rank_pattern: BTreeMap<String, usize>,
+    pub rank_pattern: Patterns<usize>,
     /// Alphas that differ, by the end of a path.
-    pub alpha_pattern: BTreeMap<String, f64>,
+    pub alpha_pattern: Patterns<f64>,
     /// Layer numbers adapted; all when absent.
     pub layers_to_transform: Option<Vec<usize>>,
     /// Where the base model came from; a note only.
@@ -136,8 +135,8 @@ impl Default for LoraConfig {
             exclude_modules: None,
             use_rslora: false,
             use_dora: false,
-            rank_pattern: BTreeMap::new(),
-            alpha_pattern: BTreeMap::new(),
+            rank_pattern: Patterns::default(),
+            alpha_pattern: Patterns::default(),
             layers_to_transform: None,
             base_model_name_or_path: None,
         }
@@ -156,8 +155,8 @@ struct RawConfig {
     use_rslora: Option<bool>,
     #[serde(default)]
     use_dora: Option<bool>,
-    rank_pattern: Option<BTreeMap<String, usize>>,
-    alpha_pattern: Option<BTreeMap<String, f64>>,
+    rank_pattern: Option<Patterns<usize>>,
+    alpha_pattern: Option<Patterns<f64>>,
     layers_to_transform: Option<LayerNumbers>,
     base_model_name_or_path: Option<String>,
 }
@@ -229,8 +228,13 @@ impl LoraConfig {
             }
         }
         let raw: RawConfig = serde_json::from_value(Value::Object(tree)).map_err(parse)?;
-        if raw.r == 0 {
-            return Err(unsupported("r", &Value::from(0), "a positive rank"));
+        // Far above any use; what a damaged file asks for must not be allocated.
+        let ranks = raw
+            .rank_pattern
+            .iter()
+            .flat_map(|ranks| ranks.0.iter().map(|(_, r)| *r));
+        if let Some(r) = ranks.chain([raw.r]).find(|r| !(1..=65_536).contains(r)) {
+            return Err(unsupported("r", &Value::from(r), "a rank from 1 to 65536"));
         }
         Ok(Self {
             r: raw.r,
@@ -333,12 +337,40 @@ fn number(value: f64) -> Value {
     }
 }
 
+/// Values by pattern, in the order of the file: the first that matches counts.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Patterns<T>(pub Vec<(String, T)>);
+
+impl<T> Default for Patterns<T> {
+    fn default() -> Self {
+        Self(Vec::new())
+    }
+}
+
+impl<T: Serialize> Serialize for Patterns<T> {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(key, value)| (key, value)))
+    }
+}
+
+impl<'de, T: serde::de::DeserializeOwned> Deserialize<'de> for Patterns<T> {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let map = Map::<String, Value>::deserialize(deserializer)?;
+        map.into_iter()
+            .map(|(key, value)| {
+                Ok((
+                    key,
+                    T::deserialize(value).map_err(serde::de::Error::custom)?,
+                ))
+            })
+            .collect::<Result<_, _>>()
+            .map(Self)
+    }
+}
+
 /// PEFT's rule: the first key that matches the end of the path.
-fn pattern_value<T: Copy>(
-    patterns: &BTreeMap<String, T>,
-    path: &str,
-) -> Result<Option<T>, AdapterError> {
-    for (key, value) in patterns {
+fn pattern_value<T: Copy>(patterns: &Patterns<T>, path: &str) -> Result<Option<T>, AdapterError> {
+    for (key, value) in &patterns.0 {
         if compile(&format!(r"^(?:(?:.*\.)?(?:{key}))$"))?
             .is_match(path)
             .unwrap_or(false)
@@ -461,8 +493,16 @@ mod tests {
         assert_eq!(config.scaling_of(Q).unwrap(), 4.0);
         config.use_rslora = true;
         assert!((config.scaling_of(Q).unwrap() - 32.0 / 8f64.sqrt()).abs() < 1e-12);
-        config.rank_pattern.insert(r"layers\.3\..*q_proj".into(), 2);
-        config.alpha_pattern.insert("q_proj".into(), 6.0);
+        config
+            .rank_pattern
+            .0
+            .push((r"layers\.3\..*q_proj".into(), 2));
+        config.alpha_pattern.0.push(("q_proj".into(), 6.0));
+        // The first that matches counts, as in PEFT.
+        config
+            .alpha_pattern
+            .0
+            .push((r"layers\.3\..*q_proj".into(), 99.0));
         config.use_rslora = false;
         assert_eq!(config.rank_of(Q).unwrap(), 2);
         assert_eq!(config.scaling_of(Q).unwrap(), 3.0);
@@ -499,7 +539,7 @@ mod tests {
             target_modules: TargetModules::Names(vec!["q_proj".into()]),
             ..LoraConfig::default()
         };
-        config.alpha_pattern.insert("q_proj".into(), 6.5);
+        config.alpha_pattern.0.push(("q_proj".into(), 6.5));
         fs::write(dir.path().join("adapter_config.json"), config.to_json()).unwrap();
         assert_eq!(LoraConfig::from_dir(dir.path()).unwrap(), config);
     }

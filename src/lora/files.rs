@@ -99,6 +99,23 @@ pub fn load_adapter<B: Backend>(
     Ok((model, config))
 }
 
+/// Attaches the adapter in `dir` to be trained on with the given dropout.
+///
+/// # Errors
+/// As [`load_adapter`].
+pub fn load_adapter_for_training<B: Backend>(
+    model: Qwen3Vl<B>,
+    dir: &Path,
+    dropout: f64,
+) -> Result<(Qwen3Vl<B>, LoraConfig), AdapterError> {
+    let config = LoraConfig {
+        lora_dropout: dropout,
+        ..LoraConfig::from_dir(dir)?
+    };
+    let model = load_adapter_tensors(model, &config, dir)?;
+    Ok((model, config))
+}
+
 /// Attaches the tensors in `dir` under a config read elsewhere.
 ///
 /// # Errors

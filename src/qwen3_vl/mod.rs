@@ -26,6 +26,9 @@ use rope::{PositionError, Positions, RopeTables, rope_index};
 use text::{TextContext, TextModel};
 use vision::{VisionLayout, VisionModel, VisionOutput};
 
+/// Rows of a half-type head cast to f32 at once.
+const HEAD_ROWS: usize = 16_384;
+
 /// The images of a batch, on the host: all patches one after another.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct ImageInput {
@@ -191,7 +194,7 @@ impl TextInput {
             .collect()
     }
 
-    /// What the layers need, with the first `cached` tokens of each row of `segments` cached.
+    /// What the layers need when nothing is cached.
     pub fn context<B: Backend>(
         &self,
         config: &Qwen3VlConfig,
@@ -359,14 +362,30 @@ impl<B: Backend> Qwen3Vl<B> {
     }
 
     /// Logits in f32: `[n, hidden]` → `[n, vocab]`.
+    ///
+    /// The product itself is f32 whatever the weights are stored in: rounding it to a half type
+    /// would make equals of neighbouring logits. A half-type head is cast some rows at a time.
     pub fn logits(&self, hidden: Tensor<B, 2>) -> Tensor<B, 2> {
-        to_f32(match &self.lm_head {
-            Some(head) => head.forward(hidden, None),
-            None => {
-                let weight = self.model.language_model.embed_tokens.weight.val();
-                hidden.matmul(weight.transpose())
-            }
-        })
+        let weight = match &self.lm_head {
+            Some(head) if head.lora.is_some() => return to_f32(head.forward(hidden, None)),
+            Some(head) => head.weight.val(),
+            None => self.model.language_model.embed_tokens.weight.val(),
+        };
+        let hidden = to_f32(hidden);
+        if weight.dtype() == DType::F32 {
+            return hidden.matmul(weight.transpose());
+        }
+        let [vocab, _] = weight.dims();
+        let parts = (0..vocab)
+            .step_by(HEAD_ROWS)
+            .map(|start| {
+                let rows = weight
+                    .clone()
+                    .narrow(0, start, HEAD_ROWS.min(vocab - start));
+                hidden.clone().matmul(to_f32(rows).transpose())
+            })
+            .collect();
+        Tensor::cat(parts, 1)
     }
 
     /// The whole model at once, without a cache: logits of every token, `[n, vocab]`.

@@ -1,4 +1,4 @@
-//! The language model: token vectors in, hidden states and logits out.
+//! The language model without its head: token vectors in, hidden states out.
 //!
 //! Shape letters: `b` sequences of `s` tokens, flattened to `n = b × s` rows.
 

@@ -111,6 +111,16 @@ pub enum WeightsError {
         /// First element at fault, row-major.
         index: usize,
     },
+    /// A weight that f16 cannot hold.
+    #[error("`{}`: element {index} of tensor `{name}` is too large for f16; use `--dtype bf16` or `--dtype f32`", .path.display())]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+        /// First element at fault, row-major.
+        index: usize,
+    },
     /// Writing failed.
     #[error(transparent)]
     Write(#[from] FileError),
@@ -198,6 +208,11 @@ impl TensorFile {
                 name: name.to_string(),
                 index,
             },
+            Problem::TooLarge(index) => WeightsError::TooLarge {
+                path: self.path.clone(),
+                name: name.to_string(),
+                index,
+            },
         })?;
         Ok(TensorData::from_bytes_vec(
             bytes,
@@ -210,6 +225,7 @@ impl TensorFile {
 enum Problem {
     Dtype,
     NotFinite(usize),
+    TooLarge(usize),
 }
 
 fn convert(bytes: &[u8], from: Dtype, to: DType) -> Result<Vec<u8>, Problem> {
@@ -239,9 +255,17 @@ fn convert(bytes: &[u8], from: Dtype, to: DType) -> Result<Vec<u8>, Problem> {
             DType::BF16 => values
                 .flat_map(|v| bf16::from_f32(v).to_le_bytes())
                 .collect(),
-            DType::F16 => values
-                .flat_map(|v| f16::from_f32(v).to_le_bytes())
-                .collect(),
+            DType::F16 => {
+                let mut bytes = Vec::new();
+                for (index, value) in values.enumerate() {
+                    let half = f16::from_f32(value);
+                    if !half.is_finite() {
+                        return Err(Problem::TooLarge(index));
+                    }
+                    bytes.extend(half.to_le_bytes());
+                }
+                bytes
+            }
             _ => return Err(Problem::Dtype),
         })
     }

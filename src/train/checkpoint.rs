@@ -22,7 +22,7 @@ use crate::{
     files::{FileError, write_atomic},
     lora::{
         config::{AdapterError, LoraConfig},
-        files::{load_adapter, save_adapter},
+        files::save_adapter,
     },
     qwen3_vl::{
         Qwen3Vl,
@@ -54,6 +54,19 @@ pub enum CheckpointError {
     State { path: PathBuf, reason: String },
 }
 
+impl CheckpointError {
+    /// The file error inside, if there is one: what tells a full disk from other failures.
+    pub fn into_cause(self) -> Box<dyn std::error::Error + Send + Sync> {
+        match self {
+            Self::File(error)
+            | Self::Adapter(AdapterError::File(error))
+            | Self::Adapter(AdapterError::Weights(WeightsError::Write(error)))
+            | Self::Weights(WeightsError::Write(error)) => error.into(),
+            other => other.into(),
+        }
+    }
+}
+
 /// Where a run stands; all that is random is a function of the seed and the step.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TrainerState {
@@ -65,6 +78,12 @@ pub struct TrainerState {
     pub best: Option<(usize, f64)>,
     /// Validations since the best one.
     pub validations_without_gain: usize,
+    /// A validation was put off by an interruption.
+    pub validation_due: bool,
+    /// Number of devices that share a window.
+    pub devices: usize,
+    /// Type of the weights.
+    pub dtype: String,
     /// The settings the run was started with.
     pub config: TrainConfig,
     /// Fingerprint of the training data.
@@ -208,24 +227,17 @@ pub fn read_state(dir: &Path) -> Result<TrainerState, CheckpointError> {
     })
 }
 
-/// Puts the weights of a checkpoint into a model that was prepared like the run's: adapters are
-/// attached, or all parameters replaced.
+/// Replaces all parameters of a model by those of a checkpoint.
 ///
 /// # Errors
 /// [`CheckpointError`] names the file and the tensor.
-pub fn restore_model<B: Backend>(
+pub fn restore_weights<B: Backend>(
     dir: &Path,
     mut model: Qwen3Vl<B>,
-    tuner: Tuner,
 ) -> Result<Qwen3Vl<B>, CheckpointError> {
-    match tuner {
-        Tuner::Lora => Ok(load_adapter(model, dir)?.0),
-        Tuner::Full => {
-            let dtype = model.dtype();
-            load_checkpoint(&mut model, dir, dtype, &mut |_, _| {})?;
-            Ok(model)
-        }
-    }
+    let dtype = model.dtype();
+    load_checkpoint(&mut model, dir, dtype, &mut |_, _| {})?;
+    Ok(model)
 }
 
 /// Puts the moments of a checkpoint into an optimizer for `model`, whose ids they are kept under.

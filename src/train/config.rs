@@ -194,14 +194,15 @@ pub const BEST_METRICS: &[(&str, bool)] = &[
     ("eval_finding_f1", true),
 ];
 
-/// Keys that may differ between a run and its continuation: they change no number of it.
+/// Keys that may differ between a run and its continuation: they change no number of it. The number of
+/// devices and the dtype are compared by themselves.
 const FREE_ON_RESUME: &[&str] = &[
     "output_dir",
     "device",
+    "dtype",
     "save_steps",
     "save_total_limit",
     "dataloader_num_workers",
-    "eval_max_new_tokens",
     "per_device_eval_batch_size",
     "gradient_checkpointing",
     "vit_gradient_checkpointing",
@@ -339,6 +340,18 @@ impl TrainConfig {
             "eval_loss, eval_token_acc, eval_rouge_l or eval_finding_f1",
         )?;
         let generated = ["eval_rouge_l", "eval_finding_f1"];
+        check(
+            self.tuner == Tuner::Lora || self.adapter.is_none(),
+            "adapter",
+            "given",
+            "it absent with `tuner = \"full\"`; merge it into the model first",
+        )?;
+        check(
+            self.early_stopping_patience == 0 || self.val_data.is_some(),
+            "early_stopping_patience",
+            self.early_stopping_patience,
+            "0, or `val_data` to validate on",
+        )?;
         check(
             self.eval_generate > 0 || !generated.contains(&self.metric_for_best_model.as_str()),
             "metric_for_best_model",

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{Arc, atomic::AtomicBool},
 };
 
@@ -16,7 +16,9 @@ use burn::{
 };
 
 use super::{
-    checkpoint::{TrainerState, read_state, restore_model, restore_optimizer, trained_params},
+    checkpoint::{
+        TrainerState, dtype_text, read_state, restore_optimizer, restore_weights, trained_params,
+    },
     checkpoint_dir::CheckpointDir,
     config::{TrainConfig, Tuner},
     learner::{Gauge, ScheduleStepper, StepSettings, Trainee},
@@ -28,7 +30,7 @@ use super::{
 use crate::{
     dataset::{Dataset, loader::WindowLoader},
     files::write_atomic,
-    lora::{attach::attach, files::load_adapter},
+    lora::{attach::attach, config::LoraConfig, files::load_adapter_for_training},
     pipeline::{PipelineOptions, TextAndImages, load_model},
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, nn::InitOptions, weights::LoadProgress},
 };
@@ -101,7 +103,8 @@ impl<B: Backend, F: Fn(&str) -> bool> ModuleMapper<B> for Freeze<F> {
 fn prepare_model<B: Backend>(
     model: Qwen3Vl<B>,
     config: &TrainConfig,
-) -> Result<Qwen3Vl<B>, TrainError> {
+) -> Result<(Qwen3Vl<B>, LoraConfig), TrainError> {
+    let own = config.lora_config();
     match config.tuner {
         Tuner::Full => {
             let (vit, aligner, llm) = (config.freeze_vit, config.freeze_aligner, config.freeze_llm);
@@ -116,16 +119,18 @@ fn prepare_model<B: Backend>(
                     !llm
                 }
             };
-            Ok(model.map(&mut Freeze {
+            let model = model.map(&mut Freeze {
                 path: Vec::new(),
                 trained,
-            }))
+            });
+            Ok((model, own))
         }
         Tuner::Lora => {
             let frozen = model.no_grad();
             Ok(match &config.adapter {
-                Some(dir) => load_adapter(frozen, dir)?.0,
-                None => attach(frozen, &config.lora_config(), config.seed)?.0,
+                // Its rank, scaling and targets count; dropout is the run's.
+                Some(dir) => load_adapter_for_training(frozen, dir, config.lora_dropout)?,
+                None => (attach(frozen, &own, config.seed)?.0, own),
             })
         }
     }
@@ -157,6 +162,8 @@ fn random_model<B: Backend>(
 fn find_checkpoint(
     options: &RunOptions,
     data: &Dataset,
+    devices: usize,
+    dtype: DType,
 ) -> Result<Option<(PathBuf, TrainerState)>, TrainError> {
     let run = &options.config.output_dir;
     let dir = match &options.resume {
@@ -169,13 +176,18 @@ fn find_checkpoint(
             };
         }
         Resume::Auto => {
-            let search = CheckpointDir::view(run).newest_whole()?;
+            if !run.is_dir() {
+                return Ok(None);
+            }
+            let search = CheckpointDir::open(run)?.newest_whole()?;
             for damaged in &search.passed_over {
                 (options.tell)(&damaged.to_string());
             }
             match search.found {
                 Some(found) => found.path,
-                None => return Ok(None),
+                None if search.passed_over.is_empty() => return Ok(None),
+                // Starting anew would overwrite what may still be saved by hand.
+                None => return Err(TrainError::NothingToResume(run.clone())),
             }
         }
         Resume::From(dir) => {
@@ -200,6 +212,17 @@ fn find_checkpoint(
         .collect();
     if state.train_data != data.fingerprint() {
         differences.push("the training data has changed".to_string());
+    }
+    // The devices may be others, but not more or fewer: they share every window.
+    if state.devices != devices {
+        differences.push(format!(
+            "the number of devices was {}, is {devices}",
+            state.devices
+        ));
+    }
+    let dtype = dtype_text(dtype);
+    if state.dtype != dtype {
+        differences.push(format!("`dtype` was {}, is {dtype}", state.dtype));
     }
     if !differences.is_empty() {
         return Err(TrainError::OtherRun {
@@ -253,7 +276,7 @@ pub fn train<B: AutodiffBackend>(
     let device = devices[0].clone();
     let data = Dataset::open(&config.train_data)?;
     let validation = config.val_data.as_deref().map(Dataset::open).transpose()?;
-    let resumed = find_checkpoint(&options, &data)?;
+    let resumed = find_checkpoint(&options, &data, devices.len(), dtype)?;
 
     let pipeline = PipelineOptions {
         model: config.model.clone(),
@@ -270,30 +293,37 @@ pub fn train<B: AutodiffBackend>(
         load_model::<B>(&pipeline, &model_config, &device, on_progress)?
     };
     let optimizer = AdamW::<B>::new(config.adamw());
-    let (model, state) = match &resumed {
+    let (model, lora, state) = match &resumed {
         None => {
             let state = TrainerState {
                 step: 0,
                 epoch: 0.0,
                 best: None,
                 validations_without_gain: 0,
+                validation_due: false,
+                devices: devices.len(),
+                dtype: dtype_text(dtype).to_string(),
                 config: config.clone(),
                 train_data: data.fingerprint().to_string(),
                 version: env!("CARGO_PKG_VERSION").to_string(),
             };
-            (prepare_model(base, &config)?, state)
+            let (model, lora) = prepare_model(base, &config)?;
+            (model, lora, state)
         }
         Some((dir, state)) => {
-            let model = match config.tuner {
-                Tuner::Lora => restore_model(dir, base.no_grad(), Tuner::Lora)?,
-                Tuner::Full => restore_model(dir, prepare_model(base, &config)?, Tuner::Full)?,
+            let (model, lora) = match config.tuner {
+                Tuner::Lora => load_adapter_for_training(base.no_grad(), dir, config.lora_dropout)?,
+                Tuner::Full => {
+                    let (model, lora) = prepare_model(base, &config)?;
+                    (restore_weights(dir, model)?, lora)
+                }
             };
             restore_optimizer(dir, &model, &optimizer, state.step, &device)?;
             let state = TrainerState {
                 config: config.clone(),
                 ..state.clone()
             };
-            (model, state)
+            (model, lora, state)
         }
     };
     let trained: usize = trained_params(&model).len();
@@ -355,7 +385,7 @@ pub fn train<B: AutodiffBackend>(
     let strategy = Arc::new(WindowStrategy::new(LoopState {
         state: state.clone(),
         model_config,
-        lora: config.lora_config(),
+        lora,
         loader: loader.clone(),
         validation: valid_loader.clone(),
         scorer,
@@ -492,9 +522,4 @@ mod quiet {
         fn manual_close(&mut self) {}
         fn register_metric(&mut self, _definition: MetricDefinition) {}
     }
-}
-
-/// Whether `path` holds the files of a whole model, adapters aside.
-pub fn is_model_folder(path: &Path) -> bool {
-    path.join("config.json").is_file() && path.join("tokenizer.json").exists()
 }

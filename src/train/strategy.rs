@@ -85,11 +85,9 @@ pub enum TrainError {
         rows: Vec<usize>,
         checkpoint: String,
     },
-    #[error(
-        "step {step}: no sample of the window has a target; is every sample longer than max_length?"
-    )]
-    NoTargets { step: usize },
-    #[error("a device's thread failed: {0}")]
+    #[error("`{data}` has no sample to validate on; is every sample longer than max_length?")]
+    NoTargets { data: String },
+    #[error("a thread failed: {0}; `--resume auto` goes on from the last checkpoint")]
     Thread(String),
     #[error("`{}` belongs to another run: {differences}; continue it with its own settings or choose another output_dir", .run.display())]
     OtherRun { run: PathBuf, differences: String },
@@ -214,6 +212,13 @@ impl<B: AutodiffBackend> LoopState<B> {
         processor: &mut SupervisedTrainingEventProcessor<Components<B>>,
         stop: &dyn Fn() -> bool,
     ) -> Result<Ending, TrainError> {
+        let patience = self.state.config.early_stopping_patience;
+        if patience > 0 && self.state.validations_without_gain >= patience {
+            return Ok(Ending::EarlyStop);
+        }
+        if std::mem::take(&mut self.state.validation_due) {
+            self.validate_and_save(learner, processor)?;
+        }
         let mut windows = loader.iter();
         let mut replicas: Vec<Trainee<B>> = self.devices[1..]
             .iter()
@@ -228,13 +233,24 @@ impl<B: AutodiffBackend> LoopState<B> {
                 window.tokens,
                 window.epoch,
             );
-            if window.targets == 0 {
-                return Err(TrainError::NoTargets { step });
-            }
             learner.lr_step();
+            if window.targets == 0 {
+                // Every sample of the window was left out: the step is counted, nothing is learnt.
+                self.state.step = step + 1;
+                self.state.epoch = epoch;
+                (self.tell)(&format!(
+                    "step {}/{}: every sample is longer than max_length; nothing learnt",
+                    step + 1,
+                    self.total_steps
+                ));
+                if step + 1 == self.total_steps {
+                    self.validate_and_save(learner, processor)?;
+                }
+                continue;
+            }
             let (mut grads, totals, objective) = self.gradients(learner, &replicas, window)?;
             let not_finite = |what, value| TrainError::NotFinite {
-                step,
+                step: step + 1,
                 what,
                 value,
                 rows: rows.iter().map(|row| row + 1).collect(),
@@ -286,23 +302,22 @@ impl<B: AutodiffBackend> LoopState<B> {
             let interrupted = stop() || self.interrupted.load(Ordering::Relaxed);
             let due = |every: usize| every > 0 && (step + 1).is_multiple_of(every);
             let mut ending = None;
-            if (due(self.state.config.eval_steps) || last) && !interrupted {
-                let improved = self.validate(learner, processor)?;
-                let patience = self.state.config.early_stopping_patience;
+            self.state.validation_due |= due(self.state.config.eval_steps) || last;
+            if self.state.validation_due && !interrupted {
+                let improved = self.validate_and_save(learner, processor)?;
                 if !improved && patience > 0 && self.state.validations_without_gain >= patience {
                     ending = Some(Ending::EarlyStop);
                 }
                 clock = Instant::now();
-                if improved || due(self.state.config.save_steps) || last || ending.is_some() {
-                    self.save(learner)?;
-                }
-            } else if interrupted || due(self.state.config.save_steps) || last {
+            } else if interrupted || due(self.state.config.save_steps) {
                 self.save(learner)?;
+                clock = Instant::now();
             }
             if interrupted {
                 ending = Some(Ending::Interrupted);
             }
             if let Some(ending) = ending {
+                self.tell_skipped();
                 self.draw()?;
                 return Ok(ending);
             }
@@ -312,8 +327,16 @@ impl<B: AutodiffBackend> LoopState<B> {
             if self.state.step > 0 && !self.checkpoints.path(self.state.step as u64).exists() {
                 self.save(learner)?;
             }
+            self.draw()?;
             return Err(error.into());
         }
+        if self.state.step < self.total_steps {
+            self.save(learner)?;
+            return Err(TrainError::Thread(
+                "the thread that prepares samples ended before the run".to_string(),
+            ));
+        }
+        self.tell_skipped();
         self.draw()?;
         Ok(Ending::Done)
     }
@@ -411,6 +434,33 @@ impl<B: AutodiffBackend> LoopState<B> {
         Ok(())
     }
 
+    /// Validates and saves; what was learnt is kept even if the validation fails.
+    fn validate_and_save(
+        &mut self,
+        learner: &Learner<Components<B>>,
+        processor: &mut SupervisedTrainingEventProcessor<Components<B>>,
+    ) -> Result<bool, TrainError> {
+        self.state.validation_due = false;
+        match self.validate(learner, processor) {
+            Ok(improved) => {
+                let due = self.state.config.save_steps;
+                let save_due = due > 0 && self.state.step.is_multiple_of(due);
+                let last = self.state.step == self.total_steps;
+                let patience = self.state.config.early_stopping_patience;
+                let ends = patience > 0 && self.state.validations_without_gain >= patience;
+                if improved || save_due || last || ends {
+                    self.save(learner)?;
+                }
+                Ok(improved)
+            }
+            Err(error) => {
+                self.state.validation_due = true;
+                self.save(learner)?;
+                Err(error)
+            }
+        }
+    }
+
     /// Runs the validation set; says whether the metric for the best checkpoint improved.
     fn validate(
         &mut self,
@@ -450,6 +500,17 @@ impl<B: AutodiffBackend> LoopState<B> {
         }
         if let Some(error) = validation.take_error() {
             return Err(error.into());
+        }
+        let done = burn::data::dataloader::DataLoaderIterator::progress(&batches);
+        if done.items_processed < done.items_total {
+            return Err(TrainError::Thread(
+                "the thread that prepares validation samples ended before its time".to_string(),
+            ));
+        }
+        if totals.targets == 0 {
+            return Err(TrainError::NoTargets {
+                data: self.state.config.val_data.clone().unwrap_or_default(),
+            });
         }
         let mut values = vec![
             ("eval_loss", totals.loss()),
@@ -516,6 +577,7 @@ impl<B: AutodiffBackend> LoopState<B> {
                 &self.optimizer,
                 &self.state,
             )
+            .map_err(CheckpointError::into_cause)
         })?;
         if let Some((best, value)) = self.state.best
             && self.checkpoints.path(best as u64).exists()
@@ -528,6 +590,17 @@ impl<B: AutodiffBackend> LoopState<B> {
         }
         self.checkpoints.prune(self.state.config.save_total_limit)?;
         Ok(())
+    }
+
+    /// Nothing is left out in silence.
+    fn tell_skipped(&self) {
+        let skipped = self.loader.skipped();
+        if skipped > 0 {
+            (self.tell)(&format!(
+                "{skipped} samples were left out because they are longer than max_length {}",
+                self.state.config.max_length
+            ));
+        }
     }
 
     fn last_checkpoint(&self) -> String {

@@ -9,6 +9,7 @@ mod bad_input;
 mod bad_model;
 mod data_tools;
 mod infer;
+mod merge_plan;
 mod refusal;
 mod train;
 mod train_default;

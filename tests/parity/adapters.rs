@@ -11,7 +11,7 @@ use burn::{
 use xray_qwen3vl::{
     lora::{
         attach::{LinearMapper, attach},
-        config::{LoraConfig, TargetModules},
+        config::{LoraConfig, Patterns, TargetModules},
         files::{adapter_tensors, load_adapter, save_adapter},
         merge::merge,
     },
@@ -100,8 +100,8 @@ fn variants() -> Vec<(&'static str, LoraConfig)> {
             "list with patterns",
             LoraConfig {
                 target_modules: names(&["q_proj", "down_proj", "qkv"]),
-                rank_pattern: BTreeMap::from([("down_proj".to_string(), 3)]),
-                alpha_pattern: BTreeMap::from([("q_proj".to_string(), 5.0)]),
+                rank_pattern: Patterns(vec![("down_proj".to_string(), 3)]),
+                alpha_pattern: Patterns(vec![("q_proj".to_string(), 5.0)]),
                 ..base
             },
         ),

@@ -4,12 +4,13 @@ use serde_json::Value;
 use xray_qwen3vl::{
     generate::{FinishReason, GenerationConfig, Prompt, generate},
     lora::{files::load_adapter, merge::merge},
+    qwen3_vl::rope::rope_index,
 };
 
 use crate::{
     backend::device,
-    model::{Loaded, images_of, load},
-    support::{Reference, fixtures, json},
+    model::{Loaded, images_of, load, single},
+    support::{Reference, assert_close, fixtures, json, values},
 };
 
 fn names(value: &Value) -> Vec<String> {
@@ -182,4 +183,46 @@ fn greedy_tokens_with_an_adapter_merged_and_not() {
         &[prompt],
         &want,
     );
+}
+
+#[test]
+fn logits_and_positions_of_every_step() {
+    let Loaded { config, model } = load("model-tiny");
+    let reference = Reference::open("generate.safetensors");
+    let cases = json("generate.json");
+    for case in ["image", "text", "two"] {
+        let Prompt { input_ids, images } = prompt(&reference, case, &cases[case]["images"]);
+        let steps = reference.shape(&format!("{case}.step_logits"))[1];
+        let prompt_len = input_ids.len();
+        let all: Vec<u32> = input_ids
+            .into_iter()
+            .chain(ids(&cases[case]["new_ids"]))
+            .collect();
+        let merge = config.vision_config.spatial_merge_size;
+        let grids = &images.image_grid_thw;
+        let (positions, _) = rope_index(&all, grids, config.image_token_id, merge).unwrap();
+        for (step, want) in cases[case]["decode_positions"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .enumerate()
+        {
+            let ours = positions
+                .axes
+                .clone()
+                .map(|axis| axis[prompt_len - 1 + step]);
+            let want: Vec<i64> = want
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|p| p.as_i64().unwrap())
+                .collect();
+            assert_eq!(ours.to_vec(), want, "{case}, position of step {step}");
+        }
+        let input = single(all, grids, &config);
+        let logits = model.forward(&input, &images, &config, &device());
+        let logits = values(logits.narrow(0, prompt_len - 1, steps));
+        let want = reference.f32s(&format!("{case}.step_logits"));
+        assert_close(&format!("{case} step logits"), &logits, &want, 1e-4, 1e-4);
+    }
 }

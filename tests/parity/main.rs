@@ -2,7 +2,7 @@
 //!
 //! Sizes, names and prompts are read from the fixture folder (`PARITY_FIXTURES`, by default the one
 //! in the repository), so another folder of the same form must pass as well. The backend is the CPU's
-//! unless the binary is built for another and `PARITY_DEVICE` names it.
+//! unless the binary is built with `wgpu` or `cuda`.
 #![recursion_limit = "512"]
 
 mod adapters;

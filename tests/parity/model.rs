@@ -572,3 +572,76 @@ fn published_sizes_have_the_published_number_of_parameters() {
         );
     }
 }
+
+#[test]
+fn vision_features_of_the_tied_model() {
+    let Loaded { config, model } = load("model-tiny-tied");
+    let reference = Reference::open("tied.safetensors");
+    for image in json("inputs.json")["images"].as_object().unwrap().keys() {
+        if !reference.has(&format!("{image}.merger_out")) {
+            continue;
+        }
+        let output =
+            model.encode_images(&images_of(std::slice::from_ref(image)), &config, &device());
+        let check = |name: String, ours: Tensor<B, 2>| {
+            assert_close(&name, &values(ours), &reference.f32s(&name), 1e-4, 1e-4);
+        };
+        check(format!("{image}.merger_out"), output.merged);
+        for (index, features) in output.deepstack.into_iter().enumerate() {
+            check(format!("{image}.deepstack{index}"), features);
+        }
+    }
+}
+
+#[test]
+#[cfg(not(feature = "wgpu"))]
+fn half_types_load_save_and_answer_alike() {
+    let full = load("model-tiny");
+    let reference = Reference::open("text.safetensors");
+    let images = images_of(&sequence_images("one_image"));
+    let ids = reference.id_rows("one_image.input_ids").remove(0);
+    let input = single(ids, &images.image_grid_thw, &full.config);
+    let want = reference.f32s("one_image.logits");
+    let read = |dir: &std::path::Path, dtype| {
+        let options = InitOptions {
+            dtype,
+            ..InitOptions::default()
+        };
+        let mut model = Qwen3Vl::<B>::new(&full.config, &options, &device());
+        load_checkpoint(&mut model, dir, dtype, &mut |_, _| {}).unwrap();
+        model
+    };
+    let bytes = |model: &Qwen3Vl<B>| -> Vec<u8> {
+        let tensors = xray_qwen3vl::qwen3_vl::weights::lazy_tensors(model);
+        tensors
+            .iter()
+            .flat_map(|tensor| (tensor.data)().bytes.to_vec())
+            .collect()
+    };
+    // Weights and activations keep 8 and 11 significant bits; errors grow over eight layers.
+    for (dtype, tolerance) in [(DType::BF16, 6e-2), (DType::F16, 8e-3)] {
+        let half = read(&fixtures().join("model-tiny"), dtype);
+        let dir = tempfile::tempdir().unwrap();
+        save_checkpoint(&half, dir.path(), usize::MAX).unwrap();
+        assert_eq!(
+            bytes(&read(dir.path(), dtype)),
+            bytes(&half),
+            "{dtype:?} round trip"
+        );
+        let logits = half.forward(&input, &images, &full.config, &device());
+        assert_eq!(logits.dtype(), DType::F32);
+        let distance = crate::support::relative_distance(&values(logits), &want);
+        assert!(
+            distance < tolerance,
+            "{dtype:?}: relative distance {distance}"
+        );
+        // A half-type file read as f32 gives the same numbers as the half-type model holds.
+        let wide = read(dir.path(), DType::F32);
+        let logits = wide.forward(&input, &images, &full.config, &device());
+        let distance = crate::support::relative_distance(&values(logits), &want);
+        assert!(
+            distance < tolerance,
+            "{dtype:?} as f32: relative distance {distance}"
+        );
+    }
+}

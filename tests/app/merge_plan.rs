@@ -1,0 +1,135 @@
+//! `merge` and `plan`.
+
+use xray_qwen3vl::qwen3_vl::weights::TensorFile;
+
+use super::{repository, run, text};
+
+fn fixture(name: &str) -> String {
+    text(&repository().join("tests/fixtures/parity").join(name)).to_string()
+}
+
+#[test]
+fn merge_writes_what_peft_writes() {
+    let folder = tempfile::tempdir().unwrap();
+    let (code, stdout, stderr) = run(
+        folder.path(),
+        &[
+            "merge",
+            "--device",
+            "cpu",
+            "--model",
+            &fixture("model-tiny"),
+            "--adapter",
+            &fixture("adapter"),
+            "--output",
+            "merged",
+        ],
+    );
+    assert_eq!(code, 0, "{stderr}");
+    assert!(stdout.contains("differ from base plus adapter"), "{stdout}");
+    let open = |path: &std::path::Path| TensorFile::open(&path.join("model.safetensors")).unwrap();
+    let ours = open(&folder.path().join("merged"));
+    let theirs = open(&repository().join("tests/fixtures/parity/merged"));
+    assert_eq!(ours.shapes().unwrap(), theirs.shapes().unwrap());
+    for name in theirs.shapes().unwrap().keys() {
+        let read = |file: &TensorFile| -> Vec<f32> {
+            let data = file.read(name, burn::tensor::DType::F32).unwrap();
+            data.to_vec().unwrap()
+        };
+        for (a, b) in read(&ours).iter().zip(read(&theirs)) {
+            // The product of eight terms in another order.
+            assert!((a - b).abs() < 1e-5, "{name}: {a} {b}");
+        }
+    }
+}
+
+#[test]
+fn merge_in_a_half_type_is_proven_as_well() {
+    let folder = tempfile::tempdir().unwrap();
+    let (code, stdout, stderr) = run(
+        folder.path(),
+        &[
+            "merge",
+            "--device",
+            "cpu",
+            "--model",
+            &fixture("model-tiny"),
+            "--adapter",
+            &fixture("adapter"),
+            "--output",
+            "merged",
+            "--dtype",
+            "bf16",
+        ],
+    );
+    assert_eq!(code, 0, "{stderr}");
+    assert!(stdout.contains("BF16"), "{stdout}");
+    let size = |path: &std::path::Path| path.join("model.safetensors").metadata().unwrap().len();
+    let halved = size(&folder.path().join("merged"));
+    assert!(halved * 2 < size(&repository().join("tests/fixtures/parity/merged")) + 20_000);
+}
+
+#[test]
+fn merge_refuses_another_base_and_an_output_that_is_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let (code, stdout, stderr) = run(
+        folder.path(),
+        &[
+            "merge",
+            "--device",
+            "cpu",
+            "--model",
+            &fixture("model-tiny-tied"),
+            "--adapter",
+            &fixture("adapter"),
+            "--output",
+            "merged",
+        ],
+    );
+    assert_eq!((code, stdout.as_str()), (1, ""), "{stderr}");
+    assert!(stderr.contains("another base model"), "{stderr}");
+    assert_eq!(
+        folder.path().read_dir().unwrap().count(),
+        0,
+        "something was left"
+    );
+    std::fs::create_dir(folder.path().join("there")).unwrap();
+    let (code, _, stderr) = run(
+        folder.path(),
+        &[
+            "merge",
+            "--device",
+            "cpu",
+            "--model",
+            &fixture("model-tiny"),
+            "--output",
+            "there",
+        ],
+    );
+    assert_eq!(code, 2, "{stderr}");
+}
+
+#[test]
+fn plan_tells_parameters_memory_steps_tokens_and_time() {
+    let (code, stdout, stderr) = run(
+        repository(),
+        &[
+            "plan",
+            "--config",
+            "configs/tiny.toml",
+            "--samples-per-second",
+            "50",
+        ],
+    );
+    assert_eq!(code, 0, "{stderr}");
+    for word in [
+        "parameters",
+        "trained",
+        "together",
+        "steps",
+        "tokens of a sample",
+        "time",
+    ] {
+        assert!(stdout.contains(word), "{word} is missing in: {stdout}");
+    }
+}
