@@ -82,6 +82,7 @@ fn json_is_one_object_with_the_documented_keys() {
     let expected = [
         "image",
         "prompt",
+        "settings",
         "report",
         "finish_reason",
         "prompt_tokens",
@@ -199,6 +200,57 @@ fn a_batch_run_goes_on_where_its_file_was_cut_off() {
         before,
         "a whole file is left alone"
     );
+}
+
+#[test]
+fn another_seed_is_another_batch_run_in_the_same_file() {
+    let folder = tempdir().unwrap();
+    let pictures = pictures();
+    let output = folder.path().join("reports.jsonl");
+    infer_well(
+        folder.path(),
+        &with(&["--output", text(&output)], &pictures),
+    );
+    let hot = [
+        "--output",
+        text(&output),
+        "--temperature",
+        "0.9",
+        "--seed",
+        "3",
+    ];
+    infer_well(folder.path(), &with(&hot, &pictures));
+    assert_eq!(records(&output).len(), 2 * pictures.len());
+}
+
+#[test]
+fn a_prompt_that_is_too_long_does_not_take_its_batch_with_it() {
+    let folder = tempdir().unwrap();
+    let small = fixture_image("model_a.png");
+    let wide = folder.path().join("wide.png");
+    // Scaled down to the given limit it still has more tokens than the tiny model's context.
+    image::GrayImage::new(2400, 2400).save(&wide).unwrap();
+    let output = folder.path().join("reports.jsonl");
+    let args = [
+        "--output",
+        text(&output),
+        "--batch-size",
+        "2",
+        "--max-pixels",
+        "6000000",
+        "--max-new-tokens",
+        "24",
+        text(&wide),
+        text(&small),
+    ];
+    let (code, _, stderr) = infer(folder.path(), &args);
+    assert_eq!(code, 1, "{stderr}");
+    let records = records(&output);
+    assert!(
+        field(&records[0], "error").contains("context"),
+        "{records:?}"
+    );
+    assert!(!field(&records[1], "report").is_empty(), "{records:?}");
 }
 
 #[test]
