@@ -15,7 +15,7 @@ fn main() {
             .prompt(None, "这张胸片有什么异常？", patches(&pipeline, 128))
             .expect("a plain question");
         let prompts = vec![prompt; batch];
-        let mut decode = |new: usize, name: &str| {
+        let decode = |new: usize, name: &str| {
             let settings = GenerationConfig {
                 max_new_tokens: new,
                 stop_on_repetition: false,

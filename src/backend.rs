@@ -254,10 +254,8 @@ fn best_device() -> DeviceName {
     }
     #[cfg(feature = "wgpu")]
     {
-        let device = burn::backend::wgpu::WgpuDevice::DefaultDevice;
         // A software Vulkan device is slower than the CPU backend.
-        let answers = probe::<burn::backend::Vulkan>(&device).is_ok();
-        if answers || !cfg!(feature = "flex") {
+        if !cfg!(feature = "flex") || has_vulkan_gpu() {
             return DeviceName::Wgpu(None);
         }
     }
@@ -266,6 +264,18 @@ fn best_device() -> DeviceName {
     } else {
         DeviceName::Cuda(0)
     }
+}
+
+/// Whether the best Vulkan adapter is a GPU that answers.
+#[cfg(feature = "wgpu")]
+fn has_vulkan_gpu() -> bool {
+    use burn::backend::wgpu::{RuntimeOptions, WgpuDevice, graphics::Vulkan, init_setup};
+    let device = WgpuDevice::DefaultDevice;
+    let kind = quietly(|| {
+        let setup = init_setup::<Vulkan>(&device, RuntimeOptions::default());
+        format!("{:?}", setup.adapter.get_info().device_type)
+    });
+    kind.is_ok_and(|kind| kind != "Cpu") && probe::<burn::backend::Vulkan>(&device).is_ok()
 }
 
 fn start<B: Backend, T: DeviceTask>(

@@ -244,6 +244,9 @@ pub struct MergeArgs {
     /// PEFT adapter folder.
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
+    /// Merge although the adapter's config names another base.
+    #[arg(long)]
+    pub any_base: bool,
     /// Folder to write; must not exist.
     #[arg(long, value_name = "DIR")]
     pub output: PathBuf,

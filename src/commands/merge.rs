@@ -1,5 +1,7 @@
 //! `merge`: a base and its adapter as one checkpoint, proven before it is called done.
 
+use std::path::Path;
+
 use anyhow::{Context, Result, bail};
 use burn::{prelude::*, tensor::DType};
 
@@ -12,7 +14,7 @@ use crate::{
     backend::{DeviceTask, run_on},
     cli::MergeArgs,
     files::FolderWriter,
-    lora::{files::load_adapter, merge::merge},
+    lora::{config::LoraConfig, files::load_adapter, merge::merge},
     pipeline::{PipelineOptions, load_model},
     qwen3_vl::{ImageInput, Padding, Qwen3Vl, TextInput, config::Qwen3VlConfig, nn::to_dtype},
     train::checkpoint::save_model,
@@ -57,6 +59,11 @@ impl DeviceTask for Merge {
         let options_dtype = options.dtype;
         let written = self.asked.unwrap_or(dtype);
         let config = Qwen3VlConfig::from_dir(&options.model)?;
+        if let Some(dir) = &self.args.adapter
+            && !self.args.any_base
+        {
+            check_base(dir, &options.model)?;
+        }
         let base = read::<B>(&options, &config, &device)?;
         let adapted = match &self.args.adapter {
             Some(dir) => load_adapter(base, dir)?.0,
@@ -107,6 +114,24 @@ impl DeviceTask for Merge {
             self.args.output.display()
         );
         Ok(())
+    }
+}
+
+/// Two bases of one size load each other's adapters; their names tell them apart.
+fn check_base(adapter: &Path, model: &Path) -> Result<()> {
+    let last = |path: &Path| -> Option<String> {
+        let name = path.file_name()?.to_string_lossy().to_lowercase();
+        Some(name)
+    };
+    let made_for = LoraConfig::from_dir(adapter)?.base_model_name_or_path;
+    let made_for = made_for.as_deref().map(Path::new).and_then(last);
+    let given = model.canonicalize().ok().as_deref().and_then(last);
+    match (made_for, given) {
+        (Some(made_for), Some(given)) if made_for != given => bail!(
+            "`{}` was made for another base model: its config names `{made_for}`, the base is `{given}`; if they are the same under two names, add --any-base",
+            adapter.display()
+        ),
+        _ => Ok(()),
     }
 }
 

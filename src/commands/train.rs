@@ -30,6 +30,7 @@ use crate::{
     cli::TrainArgs,
     dataset::Dataset,
     evaluate::{rouge::rouge_l, segment::characters},
+    files::{FileError, write_atomic},
     findings::{
         Labeler,
         score::{StudyTexts, UncertainPolicy, score},
@@ -198,8 +199,10 @@ struct Train {
 impl ReplicatedTask for Train {
     type Output = Result<()>;
 
-    fn run<B: Backend>(self, replicas: Replicas<B>) -> Result<()> {
+    fn run<B: Backend>(mut self, replicas: Replicas<B>) -> Result<()> {
         let Replicas { devices, dtype } = replicas;
+        // What was chosen for the user is written down as if it had been asked for.
+        self.config.dtype = Some(dtype_flag(dtype).to_string());
         let device = devices[0].clone();
         let dashboard = !self.args.no_tui && stdout().is_terminal() && stderr().is_terminal();
         let interrupter = Interrupter::new();
@@ -291,6 +294,15 @@ impl ReplicatedTask for Train {
             "with the real model: put Qwen3-VL-8B-Instruct under model/, your data through `convert` and `check`, then train --config configs/openi-lora.toml"
         );
         Ok(())
+    }
+}
+
+/// A type as `--dtype` spells it.
+fn dtype_flag(dtype: DType) -> &'static str {
+    match dtype {
+        DType::BF16 => "bf16",
+        DType::F16 => "f16",
+        _ => "f32",
     }
 }
 
@@ -404,9 +416,25 @@ fn scorer<B: Backend>(
         config.eval_max_new_tokens,
         config.per_device_eval_batch_size,
     );
-    Box::new(move |model| {
+    let folder = config.output_dir.join("generated");
+    Box::new(move |model, step| {
         let model = merge(model.clone());
         let reports = generate_reports(&model, &parts, &data, count, tokens, batch, &device)?;
+        std::fs::create_dir_all(&folder).map_err(|cause| FileError::write(&folder, cause))?;
+        write_atomic(&folder.join(format!("step-{step}.jsonl")), |out| {
+            for one in &reports {
+                serde_json::to_writer(
+                    &mut *out,
+                    &serde_json::json!({
+                        "truth": one.truth,
+                        "report": one.report,
+                        "thinking": one.thinking,
+                    }),
+                )?;
+                out.write_all(b"\n")?;
+            }
+            Ok(())
+        })?;
         Ok(scores(&reports))
     })
 }

@@ -16,6 +16,9 @@ use serde::Deserialize;
 use super::image::{self, DecodeLimits, ImageError, RgbImage};
 use super::resize::{ResizeRule, resize_bicubic, smart_resize};
 
+/// Most pixels a picture may be scaled to.
+const MAX_SCALED_PIXELS: usize = 100_000_000;
+
 /// Red, green and blue.
 const CHANNELS: usize = 3;
 
@@ -173,6 +176,14 @@ impl ImageProcessorConfig {
                 "max_pixels",
                 self.max_pixels.to_string(),
                 "room for one token, the square of `patch_size` times `merge_size`",
+            );
+        }
+        // A scaled picture takes 24 bytes a pixel as patches.
+        if self.max_pixels > MAX_SCALED_PIXELS {
+            return refuse(
+                "max_pixels",
+                self.max_pixels.to_string(),
+                "at most 100,000,000",
             );
         }
         if self.min_pixels > self.max_pixels {

@@ -10,7 +10,7 @@ use crate::qwen3_vl::config::Qwen3VlConfig;
 pub struct Plan {
     /// Parameters of the base.
     pub base_parameters: u64,
-    /// Parameters that are trained.
+    /// Parameters that are trained; with `tuner = "full"` all of them, whatever is frozen.
     pub trained_parameters: u64,
     /// Device memory by part, in bytes.
     pub memory: Vec<(&'static str, u64)>,

@@ -102,9 +102,9 @@ pub enum TrainError {
 /// Scores of generated reports, by name.
 pub type GenerationScores = Vec<(&'static str, f64)>;
 
-/// Generates reports with the model as it is and scores them.
+/// Generates reports with the model as it is after some steps and scores them.
 pub type GenerationScorer<B> =
-    Box<dyn Fn(&Qwen3Vl<B>) -> Result<GenerationScores, TrainError> + Send + Sync>;
+    Box<dyn Fn(&Qwen3Vl<B>, usize) -> Result<GenerationScores, TrainError> + Send + Sync>;
 
 /// Tells a person how the run goes: one line.
 pub type Tell = Arc<dyn Fn(&str) + Send + Sync>;
@@ -517,7 +517,7 @@ impl<B: AutodiffBackend> LoopState<B> {
             ("eval_token_acc", totals.token_accuracy()),
         ];
         if let Some(scorer) = &self.scorer {
-            values.extend(scorer(&model.model)?);
+            values.extend(scorer(&model.model, self.state.step)?);
         }
         let step = self.state.step as u64;
         let mut row = serde_json::Map::new();
