@@ -7,13 +7,12 @@ use std::sync::Arc;
 use burn::{
     backend::Autodiff,
     module::{AutodiffModule, Module},
-    tensor::DType,
 };
-use harness::{Cpu, measure, report, repository, tiny};
+use harness::{Cpu, measure, options, report, tiny};
 use xray_qwen3vl::{
     dataset::{Dataset, loader::WindowLoader},
     lora::attach::attach,
-    pipeline::{PipelineOptions, load_model},
+    pipeline::load_model,
     train::{
         config::TrainConfig,
         gradients::{GradientOptions, gradients},
@@ -32,15 +31,8 @@ fn main() {
     let data = Dataset::open("phantom:1:0..16:house").expect("a phantom data set");
     let loader = WindowLoader::new(data, parts.clone(), config.window_plan(1), 0, 1);
     let window = loader.window(0).expect("phantoms encode");
-    let options = PipelineOptions {
-        model: repository("model/tiny"),
-        adapter: None,
-        dtype: DType::F32,
-        min_pixels: None,
-        max_pixels: None,
-    };
     let device = Default::default();
-    let base = load_model::<AB>(&options, &parts.config, &device, &mut |_, _| {})
+    let base = load_model::<AB>(&options(), &parts.config, &device, &mut |_, _| {})
         .expect("model/tiny loads");
     let (model, _) = attach(base.no_grad(), &config.lora_config(), 1).expect("layers to adapt");
     let inner = model.valid();

@@ -81,16 +81,20 @@ pub fn repository(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
-/// The tiny model on the CPU, f32.
-pub fn tiny() -> Pipeline<Cpu> {
-    let options = PipelineOptions {
+/// The tiny model in f32, as it is.
+pub fn options() -> PipelineOptions {
+    PipelineOptions {
         model: repository("model/tiny"),
         adapter: None,
         dtype: DType::F32,
         min_pixels: None,
         max_pixels: None,
-    };
-    Pipeline::load(&options, Default::default(), &mut |_, _| {}).expect("model/tiny loads")
+    }
+}
+
+/// The tiny model on the CPU.
+pub fn tiny() -> Pipeline<Cpu> {
+    Pipeline::load(&options(), Default::default(), &mut |_, _| {}).expect("model/tiny loads")
 }
 
 /// A grey picture of `side` pixels with structure everywhere.

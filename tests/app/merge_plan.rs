@@ -8,23 +8,27 @@ fn fixture(name: &str) -> String {
     text(&repository().join("tests/fixtures/parity").join(name)).to_string()
 }
 
+/// `merge` of a fixture base and the fixture adapter into `folder/merged`.
+fn merge(folder: &std::path::Path, base: &str, more: &[&str]) -> (i32, String, String) {
+    let (base, adapter) = (fixture(base), fixture("adapter"));
+    let args = [
+        "merge",
+        "--device",
+        "cpu",
+        "--model",
+        &base,
+        "--adapter",
+        &adapter,
+        "--output",
+        "merged",
+    ];
+    run(folder, &[&args[..], more].concat())
+}
+
 #[test]
 fn merge_writes_what_peft_writes() {
     let folder = tempfile::tempdir().unwrap();
-    let (code, stdout, stderr) = run(
-        folder.path(),
-        &[
-            "merge",
-            "--device",
-            "cpu",
-            "--model",
-            &fixture("model-tiny"),
-            "--adapter",
-            &fixture("adapter"),
-            "--output",
-            "merged",
-        ],
-    );
+    let (code, stdout, stderr) = merge(folder.path(), "model-tiny", &[]);
     assert_eq!(code, 0, "{stderr}");
     assert!(stdout.contains("differ from base plus adapter"), "{stdout}");
     let open = |path: &std::path::Path| TensorFile::open(&path.join("model.safetensors")).unwrap();
@@ -46,22 +50,7 @@ fn merge_writes_what_peft_writes() {
 #[test]
 fn merge_in_a_half_type_is_proven_as_well() {
     let folder = tempfile::tempdir().unwrap();
-    let (code, stdout, stderr) = run(
-        folder.path(),
-        &[
-            "merge",
-            "--device",
-            "cpu",
-            "--model",
-            &fixture("model-tiny"),
-            "--adapter",
-            &fixture("adapter"),
-            "--output",
-            "merged",
-            "--dtype",
-            "bf16",
-        ],
-    );
+    let (code, stdout, stderr) = merge(folder.path(), "model-tiny", &["--dtype", "bf16"]);
     assert_eq!(code, 0, "{stderr}");
     assert!(stdout.contains("BF16"), "{stdout}");
     let size = |path: &std::path::Path| path.join("model.safetensors").metadata().unwrap().len();
@@ -72,20 +61,7 @@ fn merge_in_a_half_type_is_proven_as_well() {
 #[test]
 fn merge_refuses_another_base_and_an_output_that_is_there() {
     let folder = tempfile::tempdir().unwrap();
-    let (code, stdout, stderr) = run(
-        folder.path(),
-        &[
-            "merge",
-            "--device",
-            "cpu",
-            "--model",
-            &fixture("model-tiny-tied"),
-            "--adapter",
-            &fixture("adapter"),
-            "--output",
-            "merged",
-        ],
-    );
+    let (code, stdout, stderr) = merge(folder.path(), "model-tiny-tied", &[]);
     assert_eq!((code, stdout.as_str()), (1, ""), "{stderr}");
     assert!(stderr.contains("another base model"), "{stderr}");
     assert_eq!(
