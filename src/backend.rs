@@ -1,5 +1,6 @@
 //! `--device` to a backend type and a device: the one place that knows which backends exist.
 
+use crate::kernels::Kernels;
 use std::{fmt, panic, str::FromStr, sync::Mutex};
 
 use burn::{prelude::*, tensor::DType};
@@ -111,7 +112,7 @@ pub trait DeviceTask {
     type Output;
 
     /// Does the work; `dtype` is the type asked for, or the device's best.
-    fn run<B: Backend>(self, device: B::Device, dtype: DType) -> Self::Output;
+    fn run<B: Kernels>(self, device: B::Device, dtype: DType) -> Self::Output;
 }
 
 /// Devices of one backend that hold the same model.
@@ -128,7 +129,7 @@ pub trait ReplicatedTask {
     type Output;
 
     /// Does the work.
-    fn run<B: Backend>(self, replicas: Replicas<B>) -> Self::Output;
+    fn run<B: Kernels>(self, replicas: Replicas<B>) -> Self::Output;
 }
 
 /// Runs `task` on all named devices together; on the best one when none is named.
@@ -147,7 +148,7 @@ pub fn run_on_all<T: ReplicatedTask>(
     impl<T: ReplicatedTask> DeviceTask for First<T> {
         type Output = T::Output;
 
-        fn run<B: Backend>(self, device: B::Device, dtype: DType) -> T::Output {
+        fn run<B: Kernels>(self, device: B::Device, dtype: DType) -> T::Output {
             let same = |name: &DeviceName| match name {
                 DeviceName::Cpu => device.clone(),
                 // Numbers count within the kind of device the first one is.
@@ -278,7 +279,7 @@ fn has_vulkan_gpu() -> bool {
     kind.is_ok_and(|kind| kind != "Cpu") && probe::<burn::backend::Vulkan>(&device).is_ok()
 }
 
-fn start<B: Backend, T: DeviceTask>(
+fn start<B: Kernels, T: DeviceTask>(
     name: DeviceName,
     device: B::Device,
     dtype: Option<DType>,
@@ -300,7 +301,7 @@ fn start<B: Backend, T: DeviceTask>(
 }
 
 /// Does one sum on the device; drivers that are missing panic, and the message is the reason.
-fn probe<B: Backend>(device: &B::Device) -> Result<(), String> {
+fn probe<B: Kernels>(device: &B::Device) -> Result<(), String> {
     let sum = quietly(|| {
         let one = Tensor::<B, 1>::ones([2], device);
         one.sum().into_data().iter::<f32>().next()

@@ -14,6 +14,7 @@ pub mod evaluate;
 pub mod files;
 pub mod findings;
 pub mod generate;
+pub mod kernels;
 pub mod lora;
 pub mod phantom;
 pub mod pipeline;

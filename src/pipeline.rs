@@ -1,5 +1,6 @@
 //! A model ready to be asked: weights, processor, tokenizer and template of one checkpoint.
 
+use crate::kernels::Kernels;
 use std::path::{Path, PathBuf};
 
 use burn::{prelude::*, tensor::DType};
@@ -291,7 +292,7 @@ pub struct Pipeline<B: Backend> {
     pub device: B::Device,
 }
 
-impl<B: Backend> Pipeline<B> {
+impl<B: Kernels> Pipeline<B> {
     /// Loads a checkpoint and merges its adapter.
     ///
     /// # Errors
@@ -375,7 +376,7 @@ impl<B: Backend> Pipeline<B> {
 ///
 /// # Errors
 /// [`PipelineError::Weights`], [`PipelineError::Memory`].
-pub fn load_model<B: Backend>(
+pub fn load_model<B: Kernels>(
     options: &PipelineOptions,
     config: &Qwen3VlConfig,
     device: &B::Device,
@@ -394,7 +395,7 @@ pub fn load_model<B: Backend>(
 }
 
 /// The CPU's memory ends the process when it runs out, so it is looked at before.
-fn check_host_memory<B: Backend>(
+fn check_host_memory<B: Kernels>(
     dir: &Path,
     model: &Qwen3Vl<B>,
     dtype: DType,

@@ -6,8 +6,8 @@ use std::{
     path::{Path, PathBuf},
     time::Instant,
 };
+use xray_qwen3vl::kernels::Kernels;
 
-use burn::prelude::*;
 use burn::tensor::DType;
 use xray_qwen3vl::{
     pipeline::{Pipeline, PipelineOptions},
@@ -106,7 +106,7 @@ pub fn picture(side: usize) -> RgbImage {
 }
 
 /// Patches of a picture.
-pub fn patches<B: Backend>(pipeline: &Pipeline<B>, side: usize) -> ImageInput {
+pub fn patches<B: Kernels>(pipeline: &Pipeline<B>, side: usize) -> ImageInput {
     pipeline
         .parts
         .image_input(&picture(side))

@@ -1,5 +1,6 @@
 //! `infer`: reports about images, one by one, together, or as a batch run that can be resumed.
 
+use crate::kernels::Kernels;
 use std::{
     collections::HashSet,
     fs,
@@ -9,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use burn::{prelude::*, tensor::DType};
+use burn::tensor::DType;
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -139,7 +140,7 @@ struct Infer {
 impl DeviceTask for Infer {
     type Output = Result<()>;
 
-    fn run<B: Backend>(self, device: B::Device, dtype: DType) -> Result<()> {
+    fn run<B: Kernels>(self, device: B::Device, dtype: DType) -> Result<()> {
         let mut run = OutputFile::open(self.args.output.as_deref(), &self.args)?;
         let todo: Vec<&Vec<PathBuf>> = self
             .images
@@ -217,7 +218,7 @@ fn name_of(images: &[PathBuf]) -> String {
 }
 
 impl Infer {
-    fn prompt<B: Backend>(&self, pipeline: &Pipeline<B>, images: &[PathBuf]) -> Result<Prompt> {
+    fn prompt<B: Kernels>(&self, pipeline: &Pipeline<B>, images: &[PathBuf]) -> Result<Prompt> {
         let mut input = ImageInput::default();
         for path in images {
             let picture = pipeline.parts.images.load(path)?;
@@ -232,7 +233,7 @@ impl Infer {
     }
 
     /// Reports of one batch; what fails becomes a record with its error.
-    fn answer_group<B: Backend>(
+    fn answer_group<B: Kernels>(
         &self,
         pipeline: &Pipeline<B>,
         group: &[&Vec<PathBuf>],

@@ -1,5 +1,6 @@
 //! `merge`: a base and its adapter as one checkpoint, proven before it is called done.
 
+use crate::kernels::Kernels;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
@@ -43,7 +44,7 @@ struct Merge {
 impl DeviceTask for Merge {
     type Output = Result<()>;
 
-    fn run<B: Backend>(self, device: B::Device, dtype: DType) -> Result<()> {
+    fn run<B: Kernels>(self, device: B::Device, dtype: DType) -> Result<()> {
         let options = PipelineOptions {
             model: shipped(&self.args.model),
             adapter: self.args.adapter.clone(),
@@ -135,7 +136,7 @@ fn check_base(adapter: &Path, model: &Path) -> Result<()> {
     }
 }
 
-fn read<B: Backend>(
+fn read<B: Kernels>(
     options: &PipelineOptions,
     config: &Qwen3VlConfig,
     device: &B::Device,
@@ -149,7 +150,7 @@ fn read<B: Backend>(
     Ok(model)
 }
 
-fn cast<B: Backend>(model: Qwen3Vl<B>, dtype: DType) -> Qwen3Vl<B> {
+fn cast<B: Kernels>(model: Qwen3Vl<B>, dtype: DType) -> Qwen3Vl<B> {
     struct Cast(DType);
     impl<B: Backend> burn::module::ModuleMapper<B> for Cast {
         fn map_float<const D: usize>(
@@ -163,7 +164,7 @@ fn cast<B: Backend>(model: Qwen3Vl<B>, dtype: DType) -> Qwen3Vl<B> {
 }
 
 /// Logits for a fixed prompt with an image of smooth stripes; exercises both towers.
-fn probe<B: Backend>(model: &Qwen3Vl<B>, config: &Qwen3VlConfig, device: &B::Device) -> Vec<f32> {
+fn probe<B: Kernels>(model: &Qwen3Vl<B>, config: &Qwen3VlConfig, device: &B::Device) -> Vec<f32> {
     let vision = &config.vision_config;
     let merge = vision.spatial_merge_size;
     let grid = [1, 4 * merge, 3 * merge];

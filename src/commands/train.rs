@@ -1,5 +1,6 @@
 //! `train`: one run from a config file, on one device or several.
 
+use crate::kernels::Kernels;
 use std::{
     io::{IsTerminal, stderr, stdout},
     path::{Path, PathBuf},
@@ -12,7 +13,6 @@ use std::{
 use anyhow::{Context, Result, bail};
 use burn::{
     backend::Autodiff,
-    prelude::*,
     tensor::DType,
     train::{
         Interrupter,
@@ -199,7 +199,7 @@ struct Train {
 impl ReplicatedTask for Train {
     type Output = Result<()>;
 
-    fn run<B: Backend>(mut self, replicas: Replicas<B>) -> Result<()> {
+    fn run<B: Kernels>(mut self, replicas: Replicas<B>) -> Result<()> {
         let Replicas { devices, dtype } = replicas;
         // What was chosen for the user is written down as if it had been asked for.
         self.config.dtype = Some(dtype_flag(dtype).to_string());
@@ -334,7 +334,7 @@ struct Generated {
 }
 
 /// Generates reports for the first `count` samples of a data set, some at a time.
-fn generate_reports<B: Backend>(
+fn generate_reports<B: Kernels>(
     model: &Qwen3Vl<B>,
     parts: &TextAndImages,
     data: &Dataset,
@@ -404,7 +404,7 @@ fn scores(reports: &[Generated]) -> Vec<(&'static str, f64)> {
     ]
 }
 
-fn scorer<B: Backend>(
+fn scorer<B: Kernels>(
     config: &TrainConfig,
     parts: &Arc<TextAndImages>,
     data: &Dataset,
@@ -440,7 +440,7 @@ fn scorer<B: Backend>(
 }
 
 /// Prints truth beside answer for held-out samples.
-fn show_examples<B: Backend>(
+fn show_examples<B: Kernels>(
     result: &RunResult<B>,
     count: usize,
     device: &B::Device,

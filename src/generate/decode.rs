@@ -1,5 +1,6 @@
 //! Prefill, cached steps, stopping.
 
+use crate::kernels::Kernels;
 use burn::{prelude::*, tensor::DType};
 
 use super::sampler::{Sampler, SamplingConfig};
@@ -132,7 +133,7 @@ pub struct Timing {
 ///
 /// # Errors
 /// [`GenerateError`], before anything is computed but for [`GenerateError::NotFinite`].
-pub fn generate<B: Backend>(
+pub fn generate<B: Kernels>(
     model: &Qwen3Vl<B>,
     config: &Qwen3VlConfig,
     prompts: &[Prompt],
@@ -281,7 +282,7 @@ fn check(
     Ok(())
 }
 
-fn logits_on_host<B: Backend>(
+fn logits_on_host<B: Kernels>(
     model: &Qwen3Vl<B>,
     hidden: Tensor<B, 2>,
 ) -> Result<Vec<Vec<f32>>, GenerateError> {

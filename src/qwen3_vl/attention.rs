@@ -1,5 +1,6 @@
 //! Attention in plain operations: grouped-query heads without repeating keys, softmax in f32.
 
+use crate::kernels::Kernels;
 use burn::{
     prelude::*,
     tensor::{DType, TensorData, activation::softmax},
@@ -20,7 +21,7 @@ pub struct AttentionBias<B: Backend> {
     bias: Tensor<B, 4>,
 }
 
-impl<B: Backend> AttentionBias<B> {
+impl<B: Kernels> AttentionBias<B> {
     /// Causal attention inside segments.
     ///
     /// `segments[row][key]` names the sample a token belongs to, negative for padding; a token
@@ -66,7 +67,7 @@ impl<B: Backend> AttentionBias<B> {
 /// - `k`, `v`: `[batch, key_value_heads, keys, head_dim]`; query head `h` reads key head
 ///   `h / (heads / key_value_heads)`
 /// - returns: `[batch, heads, queries, head_dim]` in the dtype of `v`
-pub fn attention<B: Backend>(
+pub fn attention<B: Kernels>(
     q: Tensor<B, 4>,
     k: Tensor<B, 4>,
     v: Tensor<B, 4>,
@@ -91,7 +92,7 @@ pub fn attention<B: Backend>(
     Tensor::cat(parts, 2)
 }
 
-fn attend<B: Backend>(
+fn attend<B: Kernels>(
     q: Tensor<B, 4>,
     k: Tensor<B, 4>,
     v: Tensor<B, 4>,

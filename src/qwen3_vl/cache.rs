@@ -1,5 +1,6 @@
 //! The key/value cache of the language model.
 
+use crate::kernels::Kernels;
 use burn::prelude::*;
 
 /// Tokens by which the buffers grow.
@@ -13,7 +14,7 @@ pub struct LayerCache<B: Backend> {
     len: usize,
 }
 
-impl<B: Backend> LayerCache<B> {
+impl<B: Kernels> LayerCache<B> {
     fn new() -> Self {
         Self {
             buffers: None,
@@ -77,7 +78,7 @@ pub struct KeyValueCache<B: Backend> {
     pub segments: Vec<Vec<i32>>,
 }
 
-impl<B: Backend> KeyValueCache<B> {
+impl<B: Kernels> KeyValueCache<B> {
     /// An empty cache for `layers` layers.
     pub fn new(layers: usize) -> Self {
         Self {

@@ -13,6 +13,7 @@ pub mod text;
 pub mod vision;
 pub mod weights;
 
+use crate::kernels::Kernels;
 use burn::{
     prelude::*,
     tensor::{DType, TensorData},
@@ -54,7 +55,7 @@ impl ImageInput {
     ///
     /// # Panics
     /// If the number of values is not that of the grids.
-    pub fn tensor<B: Backend>(&self, patch_dim: usize, device: &B::Device) -> Tensor<B, 2> {
+    pub fn tensor<B: Kernels>(&self, patch_dim: usize, device: &B::Device) -> Tensor<B, 2> {
         assert_eq!(
             self.pixel_values.len(),
             self.patches() * patch_dim,
@@ -195,7 +196,7 @@ impl TextInput {
     }
 
     /// What the layers need when nothing is cached.
-    pub fn context<B: Backend>(
+    pub fn context<B: Kernels>(
         &self,
         config: &Qwen3VlConfig,
         dropout_seed: Option<u64>,
@@ -219,7 +220,7 @@ pub struct ImagePlacement<B: Backend> {
     is_text: Tensor<B, 2>,
 }
 
-impl<B: Backend> ImagePlacement<B> {
+impl<B: Kernels> ImagePlacement<B> {
     /// Reads the placement off the ids of a batch.
     pub fn new(input: &TextInput, device: &B::Device) -> Self {
         let rows = input.image_rows();
@@ -265,7 +266,7 @@ pub struct Qwen3Vl<B: Backend> {
     pub lm_head: Option<Linear<B>>,
 }
 
-impl<B: Backend> Qwen3Vl<B> {
+impl<B: Kernels> Qwen3Vl<B> {
     /// A model whose parameters are drawn at first use, so that loading replaces them unallocated.
     pub fn new(config: &Qwen3VlConfig, options: &InitOptions, device: &B::Device) -> Self {
         let text = &config.text_config;

@@ -3,6 +3,7 @@
 //! Hidden states are two-dimensional, `[tokens, width]`, everywhere in the model: one matrix
 //! product serves batches, packed samples and single tokens alike.
 
+use crate::kernels::Kernels;
 use burn::{
     module::{Param, ParamId},
     prelude::*,
@@ -98,7 +99,7 @@ pub struct Linear<B: Backend> {
     pub lora: Option<Lora<B>>,
 }
 
-impl<B: Backend> Linear<B> {
+impl<B: Kernels> Linear<B> {
     /// A layer from `d_input` to `d_output` features.
     pub fn new(
         d_input: usize,
@@ -153,7 +154,7 @@ pub struct RmsNorm<B: Backend> {
     epsilon: f64,
 }
 
-impl<B: Backend> RmsNorm<B> {
+impl<B: Kernels> RmsNorm<B> {
     /// A norm over the last `width` elements with scale 1.
     pub fn new(width: usize, epsilon: f64, options: &InitOptions, device: &B::Device) -> Self {
         Self {
@@ -184,7 +185,7 @@ pub struct LayerNorm<B: Backend> {
     epsilon: f64,
 }
 
-impl<B: Backend> LayerNorm<B> {
+impl<B: Kernels> LayerNorm<B> {
     /// A norm over the last `width` elements with scale 1 and shift 0.
     pub fn new(width: usize, epsilon: f64, options: &InitOptions, device: &B::Device) -> Self {
         Self {
@@ -213,7 +214,7 @@ pub struct Embedding<B: Backend> {
     pub weight: Param<Tensor<B, 2>>,
 }
 
-impl<B: Backend> Embedding<B> {
+impl<B: Kernels> Embedding<B> {
     /// A table of `rows` vectors.
     pub fn new(rows: usize, width: usize, options: &InitOptions, device: &B::Device) -> Self {
         Self {

@@ -3,6 +3,7 @@
 //! Positions are integers and are worked out on the host; the tables are f32 whatever the model's
 //! dtype, because bf16 cannot tell neighbouring positions apart beyond 256.
 
+use crate::kernels::Kernels;
 use burn::{prelude::*, tensor::TensorData};
 
 use super::{
@@ -150,7 +151,7 @@ pub struct RopeTables<B: Backend> {
     pub sin: Tensor<B, 2>,
 }
 
-impl<B: Backend> RopeTables<B> {
+impl<B: Kernels> RopeTables<B> {
     /// Tables from angles `[tokens, half]` given row by row; each row is used for both halves.
     fn from_angles(angles: &[f32], half: usize, device: &B::Device) -> Self {
         let tokens = angles.len() / half;

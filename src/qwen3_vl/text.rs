@@ -2,6 +2,7 @@
 //!
 //! Shape letters: `b` sequences of `s` tokens, flattened to `n = b × s` rows.
 
+use crate::kernels::Kernels;
 use burn::prelude::*;
 
 use super::{
@@ -46,7 +47,7 @@ pub struct TextAttention<B: Backend> {
     head_dim: usize,
 }
 
-impl<B: Backend> TextAttention<B> {
+impl<B: Kernels> TextAttention<B> {
     fn new(config: &TextConfig, options: &InitOptions, device: &B::Device) -> Self {
         let heads = |heads: usize| heads * config.head_dim;
         let linear = |from, to| Linear::new(from, to, config.attention_bias, options, device);
@@ -115,7 +116,7 @@ pub struct TextMlp<B: Backend> {
     pub down_proj: Linear<B>,
 }
 
-impl<B: Backend> TextMlp<B> {
+impl<B: Kernels> TextMlp<B> {
     /// `[n, hidden]` → `[n, hidden]`.
     pub fn forward(&self, x: Tensor<B, 2>, dropout_seed: Option<u64>) -> Tensor<B, 2> {
         let gate = self.gate_proj.forward(x.clone(), dropout_seed);
@@ -138,7 +139,7 @@ pub struct DecoderLayer<B: Backend> {
     pub post_attention_layernorm: RmsNorm<B>,
 }
 
-impl<B: Backend> DecoderLayer<B> {
+impl<B: Kernels> DecoderLayer<B> {
     fn new(config: &TextConfig, options: &InitOptions, device: &B::Device) -> Self {
         let linear = |from, to| Linear::new(from, to, false, options, device);
         let norm = || RmsNorm::new(config.hidden_size, config.rms_norm_eps, options, device);
@@ -181,7 +182,7 @@ pub struct TextModel<B: Backend> {
     pub norm: RmsNorm<B>,
 }
 
-impl<B: Backend> TextModel<B> {
+impl<B: Kernels> TextModel<B> {
     /// A model whose parameters are drawn at first use.
     pub fn new(config: &TextConfig, options: &InitOptions, device: &B::Device) -> Self {
         Self {

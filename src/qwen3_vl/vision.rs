@@ -3,6 +3,7 @@
 //! Patches come and go in spatial-merge-block order: the patches of one merged square lie next to
 //! each other. Shape letters: `n` patches of all images together, `m = n / merge²` merged tokens.
 
+use crate::kernels::Kernels;
 use burn::{
     module::Param,
     prelude::*,
@@ -39,7 +40,7 @@ pub struct PatchEmbed<B: Backend> {
     pub proj: PatchEmbedProjection<B>,
 }
 
-impl<B: Backend> PatchEmbed<B> {
+impl<B: Kernels> PatchEmbed<B> {
     fn new(config: &VisionConfig, options: &InitOptions, device: &B::Device) -> Self {
         let shape = [
             config.hidden_size,
@@ -78,7 +79,7 @@ pub struct VisionAttention<B: Backend> {
     num_heads: usize,
 }
 
-impl<B: Backend> VisionAttention<B> {
+impl<B: Kernels> VisionAttention<B> {
     /// # Shapes
     /// - `x`: `[n, hidden]`; returns the same. `segments` are the patches of each frame.
     pub fn forward(
@@ -125,7 +126,7 @@ pub struct VisionMlp<B: Backend> {
     pub linear_fc2: Linear<B>,
 }
 
-impl<B: Backend> VisionMlp<B> {
+impl<B: Kernels> VisionMlp<B> {
     /// `[n, hidden]` → `[n, hidden]`.
     pub fn forward(&self, x: Tensor<B, 2>, dropout_seed: Option<u64>) -> Tensor<B, 2> {
         let x = gelu_tanh(self.linear_fc1.forward(x, dropout_seed));
@@ -146,7 +147,7 @@ pub struct VisionBlock<B: Backend> {
     pub mlp: VisionMlp<B>,
 }
 
-impl<B: Backend> VisionBlock<B> {
+impl<B: Kernels> VisionBlock<B> {
     fn new(config: &VisionConfig, options: &InitOptions, device: &B::Device) -> Self {
         let hidden = config.hidden_size;
         let linear = |from, to| Linear::new(from, to, true, options, device);
@@ -193,7 +194,7 @@ pub struct PatchMerger<B: Backend> {
     norm_after_shuffle: bool,
 }
 
-impl<B: Backend> PatchMerger<B> {
+impl<B: Kernels> PatchMerger<B> {
     fn new(
         config: &VisionConfig,
         norm_after_shuffle: bool,
@@ -249,7 +250,7 @@ pub struct VisionLayout<B: Backend> {
     pub segments: Vec<usize>,
 }
 
-impl<B: Backend> VisionLayout<B> {
+impl<B: Kernels> VisionLayout<B> {
     /// Works out positions for images of `grids` patches, `(time, height, width)` each.
     pub fn new(grids: &[[usize; 3]], config: &VisionConfig, device: &B::Device) -> Self {
         let mut corners = PositionCorners::default();
@@ -385,7 +386,7 @@ pub struct VisionModel<B: Backend> {
     deepstack_visual_indexes: Vec<usize>,
 }
 
-impl<B: Backend> VisionModel<B> {
+impl<B: Kernels> VisionModel<B> {
     /// A tower whose parameters are drawn at first use.
     pub fn new(config: &VisionConfig, options: &InitOptions, device: &B::Device) -> Self {
         Self {

@@ -4,6 +4,7 @@
 //! memory-mapped and one shard is open at a time: host memory stays below one shard and the tensor
 //! in hand.
 
+use crate::kernels::Kernels;
 use std::{
     cell::RefCell,
     collections::BTreeMap,
@@ -339,7 +340,7 @@ impl<B: Backend> ModuleVisitor<B> for ShapeVisitor {
 }
 
 /// Paths and shapes of a module's parameters, without drawing any.
-pub fn parameter_shapes<B: Backend, M: Module<B>>(module: &M) -> BTreeMap<String, Vec<usize>> {
+pub fn parameter_shapes<B: Kernels, M: Module<B>>(module: &M) -> BTreeMap<String, Vec<usize>> {
     let mut visitor = ShapeVisitor {
         path: Vec::new(),
         shapes: BTreeMap::new(),
@@ -355,7 +356,7 @@ pub fn parameter_shapes<B: Backend, M: Module<B>>(module: &M) -> BTreeMap<String
 ///
 /// # Errors
 /// [`WeightsError`] names the file and the tensor.
-pub fn load_checkpoint<B: Backend, M: Module<B>>(
+pub fn load_checkpoint<B: Kernels, M: Module<B>>(
     module: &mut M,
     dir: &Path,
     dtype: DType,
@@ -485,7 +486,7 @@ impl<B: Backend> ModuleVisitor<B> for TensorVisitor {
 }
 
 /// All parameters of a module as tensors to be written.
-pub fn lazy_tensors<B: Backend, M: Module<B>>(module: &M) -> Vec<LazyTensor> {
+pub fn lazy_tensors<B: Kernels, M: Module<B>>(module: &M) -> Vec<LazyTensor> {
     let mut visitor = TensorVisitor {
         path: Vec::new(),
         tensors: Vec::new(),
@@ -545,7 +546,7 @@ pub const MAX_SHARD_BYTES: usize = 5_000_000_000;
 ///
 /// # Errors
 /// [`FileError`] names the file.
-pub fn save_checkpoint<B: Backend, M: Module<B>>(
+pub fn save_checkpoint<B: Kernels, M: Module<B>>(
     module: &M,
     dir: &Path,
     max_shard_bytes: usize,

@@ -1,6 +1,7 @@
 //! What lies in a `checkpoint-N/`: the adapter in PEFT's form (or the whole model), the optimizer's
 //! moments and the state of the run.
 
+use crate::kernels::{Kernels, TrainKernels};
 use std::{
     fs,
     io::Write,
@@ -10,7 +11,7 @@ use std::{
 use burn::{
     module::{Module, ModuleVisitor, Param, ParamId},
     prelude::*,
-    tensor::{DType, TensorData, backend::AutodiffBackend},
+    tensor::{DType, TensorData},
 };
 use serde::{Deserialize, Serialize};
 
@@ -93,7 +94,7 @@ pub struct TrainerState {
 }
 
 /// Paths and ids of all trained parameters, in the order of the module tree.
-pub fn trained_params<B: Backend, M: Module<B>>(module: &M) -> Vec<(String, ParamId)> {
+pub fn trained_params<B: Kernels, M: Module<B>>(module: &M) -> Vec<(String, ParamId)> {
     struct Collect {
         path: Vec<String>,
         params: Vec<(String, ParamId)>,
@@ -161,7 +162,7 @@ pub fn dtype_text(dtype: DType) -> &'static str {
 ///
 /// # Errors
 /// [`FileError`] names the file.
-pub fn save_model<B: Backend>(
+pub fn save_model<B: Kernels>(
     model: &Qwen3Vl<B>,
     config: &Qwen3VlConfig,
     base: &Path,
@@ -179,7 +180,7 @@ pub fn save_model<B: Backend>(
 ///
 /// # Errors
 /// [`CheckpointError`] names the file.
-pub fn write<B: AutodiffBackend>(
+pub fn write<B: TrainKernels>(
     dir: &Path,
     model: &Qwen3Vl<B>,
     config: &Qwen3VlConfig,
@@ -231,7 +232,7 @@ pub fn read_state(dir: &Path) -> Result<TrainerState, CheckpointError> {
 ///
 /// # Errors
 /// [`CheckpointError`] names the file and the tensor.
-pub fn restore_weights<B: Backend>(
+pub fn restore_weights<B: Kernels>(
     dir: &Path,
     mut model: Qwen3Vl<B>,
 ) -> Result<Qwen3Vl<B>, CheckpointError> {
@@ -244,7 +245,7 @@ pub fn restore_weights<B: Backend>(
 ///
 /// # Errors
 /// [`CheckpointError`] names the file and the tensor.
-pub fn restore_optimizer<B: AutodiffBackend>(
+pub fn restore_optimizer<B: TrainKernels>(
     dir: &Path,
     model: &Qwen3Vl<B>,
     optimizer: &AdamW<B>,

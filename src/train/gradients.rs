@@ -6,6 +6,7 @@
 //! plain backpropagation, one segment a layer is gradient checkpointing per block. The same is done
 //! for the vision tower where it is trained. Where it is frozen, it never sees autodiff.
 
+use crate::kernels::{Kernels, TrainKernels};
 use std::ops::Range;
 
 use burn::{
@@ -111,7 +112,7 @@ impl LossTotals {
     }
 }
 
-impl<B: Backend> LossSums<B> {
+impl<B: Kernels> LossSums<B> {
     /// Reads the sums back; waits for the device.
     pub fn totals(&self) -> LossTotals {
         let values: Vec<f32> = self.sums.to_data().iter::<f32>().collect();
@@ -124,7 +125,7 @@ impl<B: Backend> LossSums<B> {
 }
 
 /// Whether any parameter of a module is trained.
-pub fn is_trained<B: Backend, M: Module<B>>(module: &M) -> bool {
+pub fn is_trained<B: Kernels, M: Module<B>>(module: &M) -> bool {
     struct Trained(bool);
     impl<B: Backend> ModuleVisitor<B> for Trained {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
@@ -137,7 +138,7 @@ pub fn is_trained<B: Backend, M: Module<B>>(module: &M) -> bool {
 }
 
 /// Adds the gradients of a module's parameters to `into`.
-pub fn add_gradients<B: AutodiffBackend, M: AutodiffModule<B>>(
+pub fn add_gradients<B: TrainKernels, M: AutodiffModule<B>>(
     module: &M,
     mut from: GradientsParams,
     into: &mut GradientsParams,
@@ -169,7 +170,7 @@ pub fn add_gradients<B: AutodiffBackend, M: AutodiffModule<B>>(
 /// The loss is the sum of the targets' negative log likelihoods times `weight`; with `weight` one
 /// over the targets of the whole accumulation window, the gradients of the micro-batches add up to
 /// those of the window's token mean. `inner` is the same model without autodiff.
-pub fn gradients<B: AutodiffBackend>(
+pub fn gradients<B: TrainKernels>(
     model: &Qwen3Vl<B>,
     inner: &Qwen3Vl<B::InnerBackend>,
     config: &Qwen3VlConfig,
@@ -306,7 +307,7 @@ pub fn gradients<B: AutodiffBackend>(
 }
 
 /// Runs some layers of the language model, DeepStack features added behind theirs.
-fn run_layers<B: Backend>(
+fn run_layers<B: Kernels>(
     model: &Qwen3Vl<B>,
     layers: Range<usize>,
     mut x: Tensor<B, 2>,
@@ -324,7 +325,7 @@ fn run_layers<B: Backend>(
 }
 
 /// Negative log likelihoods and right predictions of the targets, summed; `[2]`.
-fn target_sums<B: Backend>(
+fn target_sums<B: Kernels>(
     logits: &Tensor<B, 2>,
     ids: Tensor<B, 1, Int>,
 ) -> (Tensor<B, 1>, Tensor<B, 1>) {
@@ -337,7 +338,7 @@ fn target_sums<B: Backend>(
 ///
 /// Logits exist for the targets only and some rows at a time: each piece of the loss is
 /// backpropagated to the hidden states at once and forgotten.
-fn loss_objective<B: AutodiffBackend>(
+fn loss_objective<B: TrainKernels>(
     model: &Qwen3Vl<B>,
     batch: &MicroBatch,
     hidden: Tensor<B, 2>,
@@ -384,7 +385,7 @@ fn loss_objective<B: AutodiffBackend>(
 }
 
 /// Loss sums of a batch without gradients: for validation.
-pub fn evaluate<B: Backend>(
+pub fn evaluate<B: Kernels>(
     model: &Qwen3Vl<B>,
     config: &Qwen3VlConfig,
     batch: &MicroBatch,
@@ -439,7 +440,7 @@ struct VisionPass<B: AutodiffBackend> {
     dropout_seed: Option<u64>,
 }
 
-impl<B: AutodiffBackend> VisionPass<B> {
+impl<B: TrainKernels> VisionPass<B> {
     fn forward(
         model: &Qwen3Vl<B>,
         inner: &Qwen3Vl<B::InnerBackend>,
@@ -541,7 +542,7 @@ impl<B: AutodiffBackend> VisionPass<B> {
     }
 }
 
-fn backward_by_blocks<B: AutodiffBackend>(
+fn backward_by_blocks<B: TrainKernels>(
     visual: &VisionModel<B>,
     layout: &VisionLayout<B>,
     pixels: Tensor<B, 2>,

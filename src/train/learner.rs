@@ -1,12 +1,12 @@
 //! The model as Burn's Learner sees it, and the metrics of its dashboard.
 
+use crate::kernels::{Kernels, TrainKernels};
 use std::sync::Arc;
 
 use burn::{
     module::AutodiffModule,
     optim::{GradientsParams, LearningRate, lr_scheduler::LrScheduler},
     prelude::*,
-    tensor::backend::AutodiffBackend,
     train::{
         InferenceStep, ItemLazy, TrainOutput, TrainStep,
         metric::{
@@ -46,7 +46,7 @@ pub struct Trainee<B: Backend> {
     settings: Arc<StepSettings>,
 }
 
-impl<B: Backend> Trainee<B> {
+impl<B: Kernels> Trainee<B> {
     /// Joins a model with its settings.
     pub fn new(model: Qwen3Vl<B>, settings: Arc<StepSettings>) -> Self {
         Self { model, settings }
@@ -61,7 +61,7 @@ impl<B: Backend> Trainee<B> {
 #[derive(Debug)]
 pub struct PartSums<B: Backend>(Vec<(LossSums<B>, f64)>);
 
-impl<B: Backend> PartSums<B> {
+impl<B: Kernels> PartSums<B> {
     /// Reads the sums back.
     pub fn totals(&self) -> LossTotals {
         let mut totals = LossTotals::default();
@@ -108,7 +108,7 @@ pub enum StepOutput<B: Backend> {
     Numbers(StepNumbers),
 }
 
-impl<B: Backend> ItemLazy for StepOutput<B> {
+impl<B: Kernels> ItemLazy for StepOutput<B> {
     type ItemSync = StepNumbers;
 
     fn sync(self) -> StepNumbers {
@@ -127,7 +127,7 @@ impl<B: Backend> ItemLazy for StepOutput<B> {
     }
 }
 
-impl<B: AutodiffBackend> TrainStep for Trainee<B> {
+impl<B: TrainKernels> TrainStep for Trainee<B> {
     type Input = Window;
     type Output = StepOutput<B::InnerBackend>;
 
@@ -172,7 +172,7 @@ impl<B: AutodiffBackend> TrainStep for Trainee<B> {
     }
 }
 
-impl<B: Backend> InferenceStep for Trainee<B> {
+impl<B: Kernels> InferenceStep for Trainee<B> {
     type Input = Window;
     type Output = StepOutput<B>;
 
@@ -336,7 +336,7 @@ impl Numeric for Gauge {
     }
 }
 
-impl<B: Backend> StepOutput<B> {
+impl<B: Kernels> StepOutput<B> {
     /// This part's share of the loss that is minimised.
     pub fn objective(&self) -> f64 {
         match self {

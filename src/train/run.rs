@@ -1,5 +1,6 @@
 //! A whole run: data, model, Learner, strategy; fresh or continued.
 
+use crate::kernels::{Kernels, TrainKernels};
 use std::{
     collections::BTreeMap,
     path::PathBuf,
@@ -9,7 +10,7 @@ use std::{
 use burn::{
     module::{Module, ModuleMapper, Param},
     prelude::*,
-    tensor::{DType, backend::AutodiffBackend},
+    tensor::DType,
     train::{
         Interrupter, Learner, SupervisedTraining, TrainingStrategy, renderer::MetricsRenderer,
     },
@@ -100,7 +101,7 @@ impl<B: Backend, F: Fn(&str) -> bool> ModuleMapper<B> for Freeze<F> {
 }
 
 /// Freezes what the run does not train and attaches adapters.
-fn prepare_model<B: Backend>(
+fn prepare_model<B: Kernels>(
     model: Qwen3Vl<B>,
     config: &TrainConfig,
 ) -> Result<(Qwen3Vl<B>, LoraConfig), TrainError> {
@@ -137,7 +138,7 @@ fn prepare_model<B: Backend>(
 }
 
 /// Draws a model at random: for the first training of a small one.
-fn random_model<B: Backend>(
+fn random_model<B: Kernels>(
     config: &Qwen3VlConfig,
     seed: u64,
     dtype: DType,
@@ -259,7 +260,7 @@ fn write_run_files(config: &TrainConfig, data: &BTreeMap<&str, String>) -> Resul
 ///
 /// # Errors
 /// [`TrainError`]; everything up to the last checkpoint is kept.
-pub fn train<B: AutodiffBackend>(
+pub fn train<B: TrainKernels>(
     options: RunOptions,
     devices: Vec<B::Device>,
     dtype: DType,

@@ -5,6 +5,7 @@
 //! middle of an epoch. What the Learner brings stays in use: steps, optimizer, schedule, metrics,
 //! dashboard, interruption.
 
+use crate::kernels::TrainKernels;
 use std::{
     path::PathBuf,
     sync::{
@@ -160,7 +161,7 @@ pub struct WindowStrategy<B: AutodiffBackend> {
     outcome: Mutex<Option<Result<(Ending, TrainerState), TrainError>>>,
 }
 
-impl<B: AutodiffBackend> WindowStrategy<B> {
+impl<B: TrainKernels> WindowStrategy<B> {
     /// A strategy over prepared state.
     pub fn new(state: LoopState<B>) -> Self {
         Self {
@@ -178,7 +179,7 @@ impl<B: AutodiffBackend> WindowStrategy<B> {
     }
 }
 
-impl<B: AutodiffBackend> SupervisedLearningStrategy<Components<B>> for WindowStrategy<B> {
+impl<B: TrainKernels> SupervisedLearningStrategy<Components<B>> for WindowStrategy<B> {
     fn fit(
         &self,
         components: TrainingComponents<Components<B>>,
@@ -204,7 +205,7 @@ impl<B: AutodiffBackend> SupervisedLearningStrategy<Components<B>> for WindowStr
     }
 }
 
-impl<B: AutodiffBackend> LoopState<B> {
+impl<B: TrainKernels> LoopState<B> {
     fn run(
         &mut self,
         learner: &mut Learner<Components<B>>,
@@ -633,7 +634,7 @@ fn round(value: f64, digits: i32) -> f64 {
 }
 
 /// Brings the trained parameters of `from` to the replica `to` on another device.
-fn copy_trained<B: AutodiffBackend>(
+fn copy_trained<B: TrainKernels>(
     from: &Trainee<B>,
     to: Trainee<B>,
     device: &B::Device,

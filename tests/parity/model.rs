@@ -37,7 +37,9 @@ pub fn load(name: &str) -> Loaded {
     Loaded { config, model }
 }
 
-pub fn load_from<C: Backend<Device = Device<B>>>(dir: PathBuf) -> (Qwen3Vl<C>, Qwen3VlConfig) {
+pub fn load_from<C: xray_qwen3vl::kernels::Kernels<Device = Device<B>>>(
+    dir: PathBuf,
+) -> (Qwen3Vl<C>, Qwen3VlConfig) {
     let config = Qwen3VlConfig::from_dir(&dir).unwrap();
     let mut model = Qwen3Vl::new(&config, &InitOptions::default(), &device());
     load_checkpoint(&mut model, &dir, DType::F32, &mut |_, _| {}).unwrap();

@@ -1,6 +1,7 @@
 //! Fixtures and comparison.
 
 use std::path::{Path, PathBuf};
+use xray_qwen3vl::kernels::Kernels;
 
 use burn::{prelude::*, tensor::DType};
 use safetensors::{Dtype, SafeTensors};
@@ -107,7 +108,7 @@ impl Reference {
 }
 
 /// Elements of a tensor in f32.
-pub fn values<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> Vec<f32> {
+pub fn values<B: Kernels, const D: usize>(tensor: Tensor<B, D>) -> Vec<f32> {
     let data = tensor.into_data();
     match data.dtype {
         DType::F32 => data.to_vec().unwrap(),
