@@ -4,7 +4,6 @@
 //! it gets are ids, positions and normalised patches. Fields carry the checkpoint's own names, so
 //! a parameter's path in the module tree is its key in the file.
 
-pub mod attention;
 pub mod cache;
 pub mod config;
 pub mod nn;
@@ -13,22 +12,18 @@ pub mod text;
 pub mod vision;
 pub mod weights;
 
-use crate::kernels::Kernels;
+use crate::kernels::{AttentionSpans, Kernels};
 use burn::{
     prelude::*,
     tensor::{DType, TensorData},
 };
 
-use attention::AttentionBias;
 use cache::KeyValueCache;
 use config::Qwen3VlConfig;
 use nn::{InitOptions, Linear, to_dtype, to_f32};
 use rope::{PositionError, Positions, RopeTables, rope_index};
 use text::{TextContext, TextModel};
 use vision::{VisionLayout, VisionModel, VisionOutput};
-
-/// Rows of a half-type head cast to f32 at once.
-const HEAD_ROWS: usize = 16_384;
 
 /// The images of a batch, on the host: all patches one after another.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -205,7 +200,7 @@ impl TextInput {
         TextContext {
             batch: self.batch(),
             rope: RopeTables::text(&self.positions, &config.text_config, device),
-            bias: AttentionBias::causal(&self.segments, 0, device),
+            spans: AttentionSpans::causal(&self.segments, 0, device),
             dropout_seed,
         }
     }
@@ -335,7 +330,7 @@ impl<B: Kernels> Qwen3Vl<B> {
             for (all, new) in cache.segments.iter_mut().zip(&input.segments) {
                 all.extend_from_slice(new);
             }
-            context.bias = AttentionBias::causal(&cache.segments, cached, device);
+            context.spans = AttentionSpans::causal(&cache.segments, cached, device);
         }
         let mut x = self.embed(input, device);
         let placement = vision.map(|vision| {
@@ -364,29 +359,13 @@ impl<B: Kernels> Qwen3Vl<B> {
 
     /// Logits in f32: `[n, hidden]` → `[n, vocab]`.
     ///
-    /// The product itself is f32 whatever the weights are stored in: rounding it to a half type
-    /// would make equals of neighbouring logits. A half-type head is cast some rows at a time.
     pub fn logits(&self, hidden: Tensor<B, 2>) -> Tensor<B, 2> {
         let weight = match &self.lm_head {
             Some(head) if head.lora.is_some() => return to_f32(head.forward(hidden, None)),
             Some(head) => head.weight.val(),
             None => self.model.language_model.embed_tokens.weight.val(),
         };
-        let hidden = to_f32(hidden);
-        if weight.dtype() == DType::F32 {
-            return hidden.matmul(weight.transpose());
-        }
-        let [vocab, _] = weight.dims();
-        let parts = (0..vocab)
-            .step_by(HEAD_ROWS)
-            .map(|start| {
-                let rows = weight
-                    .clone()
-                    .narrow(0, start, HEAD_ROWS.min(vocab - start));
-                hidden.clone().matmul(to_f32(rows).transpose())
-            })
-            .collect();
-        Tensor::cat(parts, 1)
+        B::logits(hidden, weight)
     }
 
     /// The whole model at once, without a cache: logits of every token, `[n, vocab]`.

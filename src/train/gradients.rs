@@ -6,14 +6,14 @@
 //! plain backpropagation, one segment a layer is gradient checkpointing per block. The same is done
 //! for the vision tower where it is trained. Where it is frozen, it never sees autodiff.
 
-use crate::kernels::{Kernels, TrainKernels};
+use crate::kernels::{Kernels, TrainKernels, plain::target_sums};
 use std::ops::Range;
 
 use burn::{
     module::{AutodiffModule, Module, ModuleVisitor, Param, ParamId},
     optim::GradientsParams,
     prelude::*,
-    tensor::{DType, activation::log_softmax, backend::AutodiffBackend},
+    tensor::{DType, backend::AutodiffBackend},
 };
 
 use crate::qwen3_vl::{
@@ -324,16 +324,6 @@ fn run_layers<B: Kernels>(
     x
 }
 
-/// Negative log likelihoods and right predictions of the targets, summed; `[2]`.
-fn target_sums<B: Kernels>(
-    logits: &Tensor<B, 2>,
-    ids: Tensor<B, 1, Int>,
-) -> (Tensor<B, 1>, Tensor<B, 1>) {
-    let picked = log_softmax(logits.clone(), 1).gather(1, ids.clone().unsqueeze_dim(1));
-    let best = logits.clone().argmax(1).squeeze_dim::<1>(1);
-    (picked.sum().neg(), best.equal(ids).float().sum())
-}
-
 /// A scalar whose gradient with respect to `hidden` is that of the weighted loss.
 ///
 /// Logits exist for the targets only and some rows at a time: each piece of the loss is
@@ -481,7 +471,7 @@ impl<B: TrainKernels> VisionPass<B> {
         let mut deepstack = Vec::new();
         for (index, block) in visual.blocks.iter().enumerate() {
             let x = inputs[index].clone();
-            let y = block.forward(x, &inner_layout.rope, &inner_layout.segments, dropout_seed);
+            let y = block.forward(x, &inner_layout, dropout_seed);
             if let Some(merger) = visual.deepstack_after(index) {
                 deepstack.push(merger.forward(y.clone(), dropout_seed));
             }
@@ -571,7 +561,7 @@ fn backward_by_blocks<B: TrainKernels>(
             return;
         };
         let leaf = Tensor::<B, 2>::from_inner(input).require_grad();
-        let y = block.forward(leaf.clone(), &layout.rope, &layout.segments, dropout_seed);
+        let y = block.forward(leaf.clone(), layout, dropout_seed);
         let mut objective = seeded(y.clone(), flowing);
         if let Some(merger) = visual.deepstack_after(index) {
             next_deepstack -= 1;
