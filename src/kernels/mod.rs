@@ -15,7 +15,12 @@ use burn::{
     tensor::{DType, Distribution, backend::AutodiffBackend},
 };
 
-use crate::qwen3_vl::nn::{gelu_exact, gelu_tanh};
+use crate::qwen3_vl::{
+    Qwen3Vl,
+    cache::KeyValueCache,
+    config::Qwen3VlConfig,
+    nn::{gelu_exact, gelu_tanh},
+};
 pub use spans::AttentionSpans;
 
 /// Zeroes inputs of an adapter at random; the same seed gives the same mask.
@@ -78,6 +83,33 @@ pub struct BackwardProduct<B: Backend> {
     pub weight: Tensor<B, 2>,
     /// Its adapter, and what flows back into the low-rank part `[tokens, r]`.
     pub adapter: Option<(Tensor<B, 2>, LowRank<B>)>,
+}
+
+/// Where decoding behind a prefilled cache starts.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DecodeStart {
+    /// The first new token of each row.
+    pub tokens: Vec<u32>,
+    /// Its position.
+    pub positions: Vec<i64>,
+    /// Steps that may follow.
+    pub most_steps: usize,
+}
+
+/// Decodes a batch behind a prefilled cache, one token a row and step, feeding itself.
+pub trait Decoder {
+    /// The likeliest token behind the last one of each row; `None` where the logits are NaN. The
+    /// next step takes these tokens.
+    ///
+    /// # Errors
+    /// What the driver says.
+    fn next_tokens(&mut self) -> Result<Vec<Option<u32>>, String>;
+
+    /// Logits behind the given tokens, one a row.
+    ///
+    /// # Errors
+    /// What the driver says.
+    fn next_logits(&mut self, tokens: &[u32]) -> Result<Vec<Vec<f32>>, String>;
 }
 
 /// A backend with the operations of the model.
@@ -250,6 +282,20 @@ pub trait Kernels: Backend {
     /// GELU with the error function, in f32 inside.
     fn gelu_exact(x: Tensor<Self, 2>) -> Tensor<Self, 2> {
         gelu_exact(x)
+    }
+
+    /// Whether [`Kernels::decoder`] may take over: caches then hold all tokens of a request from the
+    /// start.
+    const HAS_DECODER: bool = false;
+
+    /// A faster way to decode behind a prefilled cache, where there is one for the model.
+    fn decoder(
+        _model: &Qwen3Vl<Self>,
+        _config: &Qwen3VlConfig,
+        _cache: &KeyValueCache<Self>,
+        _start: &DecodeStart,
+    ) -> Option<Box<dyn Decoder>> {
+        None
     }
 
     /// Logits in f32: `hidden` `[n, width]`, `head` `[vocab, width]`.

@@ -217,7 +217,8 @@ impl<B: Kernels> RopeTables<B> {
     }
 }
 
-fn inverse_frequencies(dim: usize, theta: f64) -> Vec<f32> {
+/// Turns a position into angles: one frequency a pair of elements of a head.
+pub(crate) fn inverse_frequencies(dim: usize, theta: f64) -> Vec<f32> {
     // In f32 like the reference: the published tables were made so.
     (0..dim / 2)
         .map(|j| 1.0 / (theta as f32).powf((2 * j) as f32 / dim as f32))
