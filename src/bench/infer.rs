@@ -20,6 +20,8 @@ pub const DECODE_STEPS: usize = 128;
 
 /// Unmeasured calls of the short measurements, behind the first.
 const WARM_UP: usize = 2;
+/// The same for decode.
+const DECODE_WARM_UP: usize = 1;
 
 impl<B: Kernels> Bench<B> {
     /// Loads the model again and again, each time letting go of the one before.
@@ -36,7 +38,10 @@ impl<B: Kernels> Bench<B> {
         };
         let mut record = self.record("load", verb.to_string(), 1);
         let bytes = self.source.load_bytes(&self.config, self.dtype)?;
-        let laps = measure(0, self.samples.unwrap_or(3), |_| {
+        let laps = measure(0, self.samples(3), |call| {
+            if call == 1 {
+                self.mark_operations();
+            }
             let (_, seconds) = self.model::<B>(on_progress)?;
             Ok::<_, BenchError>(Lap {
                 seconds,
@@ -46,6 +51,7 @@ impl<B: Kernels> Bench<B> {
             })
         })?;
         record.set_laps(&laps);
+        self.note_operations(&mut record);
         self.note_memory(&mut record);
         Ok(vec![record])
     }
@@ -60,7 +66,10 @@ impl<B: Kernels> Bench<B> {
             let name = format!("vision_b{batch}_p{each}");
             let mut record = self.record("vision", name, batch);
             let work = vision(&self.config, &vec![each; batch], self.element());
-            let call = |_| {
+            let work_once = |call| {
+                if call == WARM_UP + 1 {
+                    self.mark_operations();
+                }
                 let start = Instant::now();
                 let output = model.encode_images(&images, &self.config, &self.device);
                 let _ = B::sync(&self.device);
@@ -74,7 +83,7 @@ impl<B: Kernels> Bench<B> {
                     work,
                 })
             };
-            let Ok(laps) = measure(WARM_UP, self.samples.unwrap_or(20), call);
+            let Ok(laps) = measure(WARM_UP, self.samples(20), work_once);
             self.finish(&mut record, &laps, load_seconds);
             record
         };
@@ -98,9 +107,12 @@ impl<B: Kernels> Bench<B> {
             let name = format!("prefill_b{batch}{}", self.length_of(&prompts));
             let mut record = self.record("prefill", name, *batch);
             let first_of_all = records.is_empty();
-            let laps = measure(WARM_UP, self.samples.unwrap_or(20), |call| {
+            let laps = measure(WARM_UP, self.samples(20), |call| {
                 if self.mixed {
                     prompts = requests.prompts(*batch);
+                }
+                if call == WARM_UP + 1 {
+                    self.mark_operations();
                 }
                 let start = Instant::now();
                 self.generate(model, &prompts, 1, &mut |_| {})?;
@@ -145,7 +157,7 @@ impl<B: Kernels> Bench<B> {
             let name = format!("decode_b{batch}{length}_n{DECODE_STEPS}");
             let mut record = self.record("decode", name, *batch);
             let first_of_all = records.is_empty();
-            let laps = measure(1, self.samples.unwrap_or(3), |call| {
+            let laps = measure(DECODE_WARM_UP, self.samples(3), |call| {
                 if self.mixed {
                     prompts = requests.prompts(*batch);
                 }
@@ -164,6 +176,9 @@ impl<B: Kernels> Bench<B> {
                                 since_process_start().map(|time| time.as_secs_f64());
                         }
                         None => {}
+                    }
+                    if before.is_none() && call == DECODE_WARM_UP + 1 {
+                        self.mark_operations();
                     }
                     before = Some(Instant::now());
                 })?;
@@ -226,6 +241,7 @@ impl<B: Kernels> Bench<B> {
     fn finish(&self, record: &mut Record, laps: &Laps, load_seconds: f64) {
         record.set_laps(laps);
         record.load_seconds = Some(load_seconds);
+        self.note_operations(record);
         self.note_memory(record);
     }
 }

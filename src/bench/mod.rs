@@ -8,12 +8,13 @@ pub mod count;
 pub mod device;
 pub mod infer;
 pub mod lengths;
+pub mod operations;
 pub mod report;
 pub mod requests;
 pub mod train;
 pub mod weights;
 
-use std::{path::PathBuf, time::Instant};
+use std::{cell::RefCell, path::PathBuf, time::Instant};
 
 use burn::{prelude::*, tensor::DType};
 
@@ -29,6 +30,7 @@ use crate::{
     train::{checkpoint::dtype_text, plan::base_parameters},
 };
 use device::{DeviceFacts, MemoryWatch};
+use operations::OperationLog;
 use report::Record;
 use weights::{RandomSize, draw};
 
@@ -134,6 +136,7 @@ pub struct Bench<B: Backend> {
     /// Measured calls; each kind of measurement has its own default.
     pub samples: Option<usize>,
     memory: MemoryWatch,
+    operations: RefCell<Option<OperationLog>>,
 }
 
 impl<B: Kernels> Bench<B> {
@@ -160,6 +163,7 @@ impl<B: Kernels> Bench<B> {
             mixed,
             samples,
             memory,
+            operations: RefCell::new(OperationLog::from_environment()),
         })
     }
 
@@ -236,6 +240,31 @@ impl<B: Kernels> Bench<B> {
         };
         record.set_device(&self.facts);
         record
+    }
+
+    /// Measured calls: as asked for, or `default`; one where operations are timed.
+    fn samples(&self, default: usize) -> usize {
+        match self.operations.borrow().as_ref() {
+            Some(_) => 1,
+            None => self.samples.unwrap_or(default),
+        }
+    }
+
+    /// Lets the table of operations begin here, in a profiled process.
+    fn mark_operations(&self) {
+        if let Some(log) = self.operations.borrow_mut().as_mut() {
+            let _ = B::sync(&self.device);
+            log.mark();
+        }
+    }
+
+    /// Writes the operations since the mark, in a profiled process.
+    fn note_operations(&self, record: &mut Record) {
+        record.operations = self
+            .operations
+            .borrow()
+            .as_ref()
+            .map(OperationLog::since_mark);
     }
 
     /// Writes the memory peaks of a measurement that has ended.

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     clock::Laps,
     device::{Ceilings, DeviceFacts},
+    operations::Operation,
 };
 
 /// One measurement. Every key is always there; `null` is what was not measured or is not known.
@@ -99,6 +100,9 @@ pub struct Record {
     pub loss_last: Option<f64>,
     /// Training: whether all losses and gradient norms were numbers.
     pub finite: Option<bool>,
+
+    /// With `--table`: the device's operations in one call (`decode`: in its steps), longest first.
+    pub operations: Option<Vec<Operation>>,
 }
 
 impl Record {
@@ -199,6 +203,40 @@ pub fn table(records: &[Record]) -> String {
     }
     if let Some(one) = records.first() {
         text.push_str(&footer(one));
+    }
+    for record in records {
+        text.push_str(&operation_table(record));
+    }
+    text
+}
+
+/// The operations of one call, the longest ones.
+fn operation_table(record: &Record) -> String {
+    const MOST: usize = 30;
+    let Some(operations) = record.operations.as_ref().filter(|all| !all.is_empty()) else {
+        return String::new();
+    };
+    let all: f64 = operations.iter().map(|one| one.seconds).sum();
+    let count: u64 = operations.iter().map(|one| one.count).sum();
+    let mut text = format!(
+        "\n{}: {count} operations, {} on the device when timed one by one\n",
+        record.name,
+        seconds(all)
+    );
+    let mut line = |count: u64, time: f64, name: &str| {
+        let share = 100.0 * time / all.max(f64::MIN_POSITIVE);
+        let _ = writeln!(
+            text,
+            "{count:>8}  {:>9}  {share:>5.1} %  {name}",
+            seconds(time)
+        );
+    };
+    for one in operations.iter().take(MOST) {
+        line(one.count, one.seconds, &one.name);
+    }
+    if let Some(rest) = operations.get(MOST..).filter(|rest| !rest.is_empty()) {
+        let time = rest.iter().map(|one| one.seconds).sum();
+        line(rest.iter().map(|one| one.count).sum(), time, "all others");
     }
     text
 }
@@ -359,6 +397,24 @@ mod tests {
             json["loss_last"].is_null() && json["finite"] == false,
             "{json}"
         );
+    }
+
+    #[test]
+    fn operations_are_listed_with_their_shares() {
+        let one = |name: &str, count, seconds| Operation {
+            name: name.into(),
+            count,
+            seconds,
+        };
+        let record = Record {
+            name: "prefill_b1".into(),
+            operations: Some(vec![one("gemm", 7, 0.003), one("norm", 2, 0.001)]),
+            ..Record::default()
+        };
+        let text = operation_table(&record);
+        assert!(text.contains("9 operations, 4.00 ms"), "{text}");
+        assert!(text.contains("75.0 %  gemm"), "{text}");
+        assert_eq!(operation_table(&Record::default()), "");
     }
 
     #[test]

@@ -31,6 +31,8 @@ use crate::{
 
 /// Samples of one optimizer step, as published.
 pub const STEP_SAMPLES: usize = 16;
+/// Unmeasured steps behind the first.
+const WARM_UP: usize = 1;
 /// Steps of the schedule the measured ones are the first of; only the learning rate depends on it.
 const SCHEDULE_STEPS: usize = 1000;
 
@@ -95,7 +97,7 @@ impl<B: Kernels> Bench<B> {
         let mut losses = Vec::new();
         let mut norms = Vec::new();
         let mut recompute_flop = Vec::new();
-        let laps = measure(1, self.samples.unwrap_or(5), |step| {
+        let laps = measure(WARM_UP, self.samples(5), |step| {
             if self.mixed && step > 0 {
                 window = requests.window(STEP_SAMPLES, shape.micro_batch, shape.packing)?;
             }
@@ -103,6 +105,9 @@ impl<B: Kernels> Bench<B> {
                 step,
                 ..window.clone()
             };
+            if step == WARM_UP + 1 {
+                self.mark_operations();
+            }
             let start = Instant::now();
             let (loss, norm) = one_step(
                 &mut trainee,
@@ -131,6 +136,7 @@ impl<B: Kernels> Bench<B> {
             })
         })?;
         record.set_laps(&laps);
+        self.note_operations(&mut record);
         self.note_memory(&mut record);
         if shape.recompute {
             let measured = &recompute_flop[recompute_flop.len() - laps.measured.len()..];

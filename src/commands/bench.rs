@@ -1,11 +1,15 @@
 //! `bench`: how fast the model is here, and how far from what the hardware allows.
 
 use std::{
+    env,
+    ffi::OsString,
+    fs,
     io::Write,
     path::{Path, PathBuf},
+    process,
 };
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use burn::{backend::Autodiff, tensor::DType};
 use clap::{Args, ValueEnum};
 
@@ -15,10 +19,11 @@ use super::{
     shipped,
 };
 use crate::{
-    backend::{DeviceName, DeviceTask, DtypeName, run_on},
+    backend::{DeviceName, DeviceTask, DtypeName, built_backends, run_on},
     bench::{
         Bench, BenchError, Source,
         device::measure_ceilings,
+        operations::environment,
         report::{Record, table},
         train::{STEP_SAMPLES, TrainShape},
         weights::RandomSize,
@@ -26,6 +31,9 @@ use crate::{
     files::write_atomic,
     kernels::Kernels,
 };
+
+/// Set in the processes that `--table` starts: they print records and nothing else.
+const CHILD_VARIABLE: &str = "XRAY_QWEN3VL_BENCH_CHILD";
 
 /// What is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -80,6 +88,10 @@ pub struct BenchArgs {
     /// memory.
     #[arg(long)]
     pub no_recompute: bool,
+    /// List the device's operations with count and time as well, from a second run that times each alone;
+    /// `cuda` and `wgpu` only.
+    #[arg(long)]
+    pub table: bool,
     /// One JSON object a measurement, into this file, or on stdout in place of the table.
     #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "-")]
     pub json: Option<PathBuf>,
@@ -91,13 +103,22 @@ pub struct BenchArgs {
 /// Arguments that do not go together, a model that cannot be loaded, a file that cannot be written.
 pub fn run(args: BenchArgs) -> Result<()> {
     check(&args)?;
-    let (device, dtype) = (args.device, args.dtype.map(DType::from));
     let json = args.json.clone();
-    let records = run_on(device, dtype, Measure(args))??;
+    let is_child = env::var_os(CHILD_VARIABLE).is_some();
+    let records = if args.table && !is_child {
+        measure_with_operations()?
+    } else {
+        let (device, dtype) = (args.device, args.dtype.map(DType::from));
+        run_on(device, dtype, Measure(args))??
+    };
     let lines: String = records
         .iter()
         .map(|record| record.to_json() + "\n")
         .collect();
+    if is_child {
+        print!("{lines}");
+        return Ok(());
+    }
     match json.as_deref() {
         Some(path) if path == Path::new("-") => print!("{lines}"),
         Some(path) => {
@@ -112,6 +133,49 @@ pub fn run(args: BenchArgs) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Measures in one process and times the operations in another: a timed operation is waited for, and
+/// neither run should find memory or time taken by the other.
+fn measure_with_operations() -> Result<Vec<Record>> {
+    let mut records = child(&[])?;
+    let folder = env::temp_dir().join(format!("xray-qwen3vl-bench-{}", process::id()));
+    fs::create_dir(&folder)
+        .with_context(|| format!("cannot make the folder `{}`", folder.display()))?;
+    eprintln!("once more, timing each operation");
+    let timed = child(&environment(&folder.join("kernels.log")));
+    let _ = fs::remove_dir_all(&folder);
+    let timed = timed?;
+    if timed
+        .iter()
+        .all(|record| record.operations.as_ref().is_none_or(Vec::is_empty))
+    {
+        eprintln!("the device's backend does not tell its operations: the table is empty");
+    }
+    for (record, timed) in records.iter_mut().zip(timed) {
+        record.operations = timed.operations;
+    }
+    Ok(records)
+}
+
+/// Runs this very command in a process of its own and takes its records.
+fn child(variables: &[(&str, OsString)]) -> Result<Vec<Record>> {
+    let program = env::current_exe().context("cannot find this program's own file")?;
+    let output = process::Command::new(&program)
+        .args(env::args_os().skip(1))
+        .env(CHILD_VARIABLE, "1")
+        .envs(variables.iter().map(|(name, value)| (name, value)))
+        .stderr(process::Stdio::inherit())
+        .output()
+        .with_context(|| format!("cannot start `{}`", program.display()))?;
+    if !output.status.success() {
+        bail!("the measuring process ended with {}", output.status);
+    }
+    // A profiler may write to stdout as well; records are the lines that read as such.
+    Ok(String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .collect())
 }
 
 /// Refuses what cannot be meant.
@@ -135,6 +199,12 @@ fn check(args: &BenchArgs) -> Result<()> {
     }
     if args.kind == BenchKind::Load && !args.batch.is_empty() {
         bail!(UsageError("`bench load` has no --batch".into()));
+    }
+    if args.table && (args.device == Some(DeviceName::Cpu) || built_backends() == ["cpu"]) {
+        bail!(UsageError(
+            "--table needs `--device cuda` or `wgpu`: the CPU backend does not time its operations"
+                .into()
+        ));
     }
     if matches!(args.kind, BenchKind::Load | BenchKind::Vision) && args.mixed {
         bail!(UsageError(

@@ -176,6 +176,7 @@ fn what_does_not_go_together_is_wrong_usage() {
         ("vision --mixed", "--mixed"),
         ("load --batch 2", "--batch"),
         ("load --random-weights 8b --layers 2", "3 (one for each"),
+        ("vision --table", "does not time its operations"),
         ("load --layers 2", "--random-weights"),
         ("load --random-weights 3b", "3b"),
     ] {
