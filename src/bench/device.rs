@@ -216,8 +216,9 @@ impl Drop for MemoryWatch {
 pub struct Ceilings {
     /// A large square product through the model's own linear layer, TFLOP/s.
     pub tflops: f64,
-    /// One elementwise pass over a large tensor, bytes read and written, GB/s.
-    pub gb_per_second: f64,
+    /// One elementwise pass over a large tensor, bytes read and written, GB/s; `None` where the device
+    /// did not do it.
+    pub gb_per_second: Option<f64>,
 }
 
 /// Measures both ceilings, in the weights' type.
@@ -225,8 +226,40 @@ pub struct Ceilings {
 /// The product goes through [`Linear`], so it is the fastest that the program knows, and its share of
 /// the data sheet's peak says what the program's own products leave on the table.
 pub fn measure_ceilings<B: Kernels>(dtype: DType, device: &B::Device) -> Ceilings {
-    let cpu = is_cpu::<B>(device);
-    let side = if cpu { 1024 } else { 8192 };
+    const SMALL: usize = 1024;
+    const LARGE: usize = 8192;
+    /// A device that takes longer than this for the small product takes seconds for the large one.
+    const SLOW_SECONDS: f64 = 2e-3;
+
+    let mut side = SMALL;
+    let mut product_seconds = product::<B>(side, dtype, device);
+    if !is_cpu::<B>(device) && product_seconds < SLOW_SECONDS {
+        side = LARGE;
+        product_seconds = product::<B>(side, dtype, device);
+    }
+
+    // Larger than any cache there; other backends may limit a buffer to 128 MiB.
+    let bytes: usize = if B::name(device).contains("cuda") {
+        256 << 20
+    } else {
+        64 << 20
+    };
+    let elements = bytes / dtype.size();
+    let x = Tensor::<B, 1>::ones([elements], (device, dtype));
+    let copy_seconds = fastest::<B>(device, || {
+        let _ = x.clone() + 1.0;
+    });
+    // A device that refuses the buffer says so in its own thread and is very fast.
+    let last = (x + 1.0).narrow(0, elements - 1, 1).into_data();
+    let done = last.iter::<f32>().eq([2.0]);
+    Ceilings {
+        tflops: 2.0 * (side as f64).powi(3) / product_seconds / 1e12,
+        gb_per_second: done.then(|| 2.0 * bytes as f64 / copy_seconds / 1e9),
+    }
+}
+
+/// Seconds of a square product through the model's own linear layer, at best.
+fn product<B: Kernels>(side: usize, dtype: DType, device: &B::Device) -> f64 {
     let options = InitOptions {
         dtype,
         ..InitOptions::default()
@@ -237,21 +270,9 @@ pub fn measure_ceilings<B: Kernels>(dtype: DType, device: &B::Device) -> Ceiling
         Distribution::Normal(0.0, 1.0),
         (device, dtype),
     );
-    let product_seconds = fastest::<B>(device, || {
+    fastest::<B>(device, || {
         let _ = layer.forward(x.clone(), None);
-    });
-    drop((layer, x));
-
-    let bytes: usize = if cpu { 64 << 20 } else { 256 << 20 };
-    let elements = bytes / dtype.size();
-    let x = Tensor::<B, 1>::ones([elements], (device, dtype));
-    let copy_seconds = fastest::<B>(device, || {
-        let _ = x.clone() + 1.0;
-    });
-    Ceilings {
-        tflops: 2.0 * (side as f64).powi(3) / product_seconds / 1e12,
-        gb_per_second: 2.0 * bytes as f64 / copy_seconds / 1e9,
-    }
+    })
 }
 
 /// Seconds of one call, at best: several rounds of calls in a row, so that waiting for the device
@@ -286,6 +307,7 @@ mod tests {
             ceilings.tflops > 1e-4 && ceilings.tflops < 100.0,
             "{ceilings:?}"
         );
-        assert!(ceilings.gb_per_second > 0.01 && ceilings.gb_per_second < 5000.0);
+        let copy = ceilings.gb_per_second.unwrap();
+        assert!(copy > 0.01 && copy < 5000.0, "{copy}");
     }
 }

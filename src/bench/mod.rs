@@ -250,6 +250,11 @@ impl<B: Kernels> Bench<B> {
         }
     }
 
+    /// Whether operations are timed one by one, so that no other time means anything.
+    pub fn is_profiled(&self) -> bool {
+        self.operations.borrow().is_some()
+    }
+
     /// Lets the table of operations begin here, in a profiled process.
     fn mark_operations(&self) {
         if let Some(log) = self.operations.borrow_mut().as_mut() {

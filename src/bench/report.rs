@@ -74,7 +74,7 @@ pub struct Record {
     pub gb_per_second: Option<f64>,
     /// Share of the product ceiling.
     pub flop_share: Option<f64>,
-    /// Share of the copy ceiling.
+    /// Share of the copy ceiling; above 1 where what is read stays in a cache.
     pub bandwidth_share: Option<f64>,
     /// Large product measured in this run, in TFLOP/s.
     pub matmul_ceiling_tflops: Option<f64>,
@@ -136,11 +136,12 @@ impl Record {
     /// Writes what the device can do at best, and the shares of it.
     pub fn set_ceilings(&mut self, ceilings: &Ceilings) {
         self.matmul_ceiling_tflops = Some(ceilings.tflops);
-        self.copy_ceiling_gb_per_second = Some(ceilings.gb_per_second);
+        self.copy_ceiling_gb_per_second = ceilings.gb_per_second;
         self.flop_share = self.tflops.map(|speed| speed / ceilings.tflops);
         self.bandwidth_share = self
             .gb_per_second
-            .map(|speed| speed / ceilings.gb_per_second);
+            .zip(ceilings.gb_per_second)
+            .map(|(speed, ceiling)| speed / ceiling);
     }
 
     /// What makes the measurement doubtful, to be said aloud.
@@ -362,7 +363,7 @@ mod tests {
         });
         record.set_ceilings(&Ceilings {
             tflops: 8.0,
-            gb_per_second: 12.0,
+            gb_per_second: Some(12.0),
         });
         assert_eq!(record.median_seconds, 0.5);
         assert_eq!(record.longest_stall_seconds, 4.0);
