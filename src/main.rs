@@ -7,7 +7,7 @@ use clap::Parser;
 use xray_qwen3vl::{
     backend::panic_text,
     cli::{Cli, Command},
-    commands::{UsageError, check, convert, infer, init_tiny, merge, phantoms, plan, train},
+    commands::{UsageError, bench, check, convert, infer, init_tiny, merge, phantoms, plan, train},
 };
 
 fn main() -> ExitCode {
@@ -30,6 +30,7 @@ fn main() -> ExitCode {
         Command::Check(args) => check::run(args),
         Command::Phantoms(args) => phantoms::run(&args),
         Command::InitTiny(args) => init_tiny::run(&args),
+        Command::Bench(args) => bench::run(args),
     });
     match result {
         Ok(Ok(())) => ExitCode::SUCCESS,
