@@ -8,6 +8,7 @@
 mod bad_input;
 mod bad_model;
 mod data_tools;
+mod dicom;
 mod infer;
 mod merge_plan;
 mod refusal;
