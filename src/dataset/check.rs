@@ -202,7 +202,11 @@ impl Check<'_> {
             .processor
             .grid_for(reading.picture.height(), reading.picture.width())
             .map_err(in_words)?;
-        let remarks = reading.remarks.iter();
+        // What a file merely leaves unsaid would be a warning on every row of some archives.
+        let remarks = reading
+            .remarks
+            .iter()
+            .filter(|remark| !remark.is_said_once());
         let remarks = remarks.map(|remark| format!("image `{}`: {remark}", path.display()));
         let sha256 = sha256_file(path).map_err(|error| error.to_string())?;
         Ok(Seen {

@@ -195,8 +195,8 @@ fn rle(header: &Header, data: &[u8]) -> Result<Samples, DicomError> {
         )));
     }
     let mut planes = Vec::with_capacity(expected);
-    for segment in 0..expected {
-        let start = u32::from_le_bytes(offsets[segment]) as usize;
+    for (segment, start) in offsets.iter().enumerate().take(expected) {
+        let start = u32::from_le_bytes(*start) as usize;
         let end = match offsets.get(segment + 1) {
             Some(next) if segment + 1 < expected => u32::from_le_bytes(*next) as usize,
             _ => data.len(),

@@ -4,7 +4,7 @@
 //! deflated; native, RLE, JPEG (8 bits with loss, any without), JPEG-LS and JPEG 2000 pixels. What
 //! else there is ends in an error that names the transfer syntax. Frames are counted from 1 here.
 //!
-//! Nothing is known of the patient: [`reader`] keeps technical attributes only, and neither errors,
+//! Nothing is known of the patient: `reader` keeps technical attributes only, and neither errors,
 //! remarks nor [`technical`] repeat free text. Nothing is allocated for pixels before the announced
 //! size has passed the limits. Not read are the windows of single frames of enhanced objects.
 
