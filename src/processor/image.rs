@@ -313,7 +313,10 @@ fn dicom_refusal(cause: DicomError, name: &str, limits: &DecodeLimits) -> ImageE
             name,
             limit: limits.max_decoded_bytes,
         },
-        cause => ImageError::Dicom { name, cause },
+        cause => ImageError::Dicom {
+            name,
+            cause: Box::new(cause),
+        },
     }
 }
 

@@ -108,7 +108,7 @@ pub enum ImageError {
         /// File or upload.
         name: String,
         /// The reason; it repeats no free text of the file.
-        cause: DicomError,
+        cause: Box<DicomError>,
     },
     /// Tags were asked for of another format.
     #[error("`{name}` is a {format} picture and has no DICOM tags; hint: leave out --show-tags")]
