@@ -115,7 +115,7 @@ pub struct GenerationArgs {
 /// Arguments of `infer`.
 #[derive(Debug, Args)]
 pub struct InferArgs {
-    /// Images: PNG, JPEG, WebP, BMP or TIFF. Each gets a report of its own.
+    /// Images: PNG, JPEG, WebP, BMP, TIFF or DICOM. Each gets a report of its own.
     #[arg(value_name = "IMAGE", conflicts_with = "images_dir")]
     pub images: Vec<PathBuf>,
     /// All images of a folder, in order of name.
@@ -124,6 +124,12 @@ pub struct InferArgs {
     /// One report about all images together (the views of one study).
     #[arg(long)]
     pub together: bool,
+    /// Frame of DICOM files that hold several, counted from 1.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub frame: Option<u32>,
+    /// List the technical tags of DICOM files in place of reports: nothing of the patient, no model loaded.
+    #[arg(long, conflicts_with_all = ["output", "stream"])]
+    pub show_tags: bool,
     /// What to ask.
     #[arg(long, value_name = "TEXT", default_value = DEFAULT_PROMPT)]
     pub prompt: String,

@@ -9,6 +9,7 @@ pub mod merge;
 pub mod phantoms;
 pub mod plan;
 mod progress;
+mod tags;
 pub mod train;
 
 use anyhow::{Result, bail};

@@ -9,6 +9,7 @@ mod bad_input;
 mod bad_model;
 mod bench;
 mod data_tools;
+mod dicom;
 mod infer;
 mod merge_plan;
 mod refusal;

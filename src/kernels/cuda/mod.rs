@@ -12,7 +12,6 @@ mod lora;
 mod loss;
 mod plan;
 mod pointwise;
-pub mod profile;
 mod rotary;
 mod rows;
 #[cfg(test)]
