@@ -78,7 +78,10 @@ async function send(path, options = {}) {
     if (sessionStorage.getItem(KEY) === key) {
       asking ??= askForKey(key !== null).finally(() => (asking = null));
       const given = await asking;
-      if (given === null) throw await errorOf(response);
+      if (given === null) {
+        forgetKey();
+        throw await errorOf(response);
+      }
       sessionStorage.setItem(KEY, given);
     }
     if (options.signal?.aborted) throw new ApiError("cancelled");

@@ -72,7 +72,7 @@ function showLanguage() {
   for (const [index, option] of [...$("preset").options].entries()) {
     if (index < PROMPTS.length) {
       const [chinese, english] = PROMPTS[index];
-      option.textContent = settings.language === "zh" ? chinese : `${english}`;
+      option.textContent = settings.language === "zh" ? chinese : english;
     }
   }
 }
@@ -152,7 +152,7 @@ function showDesk() {
   $("cards").dataset.count = films.length;
   for (const film of films) {
     const any = film.reports.childElementCount > 0;
-    film.empty.hidden = any;
+    film.empty.hidden = any || film.state === "unusable";
     film.element.classList.toggle("bare", together && !any);
     film.setAlone(films.length === 1);
   }
@@ -268,6 +268,8 @@ function historyItem(record) {
     $("history-title").focus();
   };
   const action = (key, onclick) => el("button", { type: "button", class: "plain", t: key, onclick });
+  const report = record.report.trim();
+  const opening = report.length > 60 ? `${report.slice(0, 60)}…` : report;
   const thumbnails = record.thumbnails.map((src) =>
     src === null ? el("span", { class: "no-thumb" }, icon("file")) : el("img", { src, alt: "" }),
   );
@@ -280,11 +282,11 @@ function historyItem(record) {
       { class: "history-text" },
       el("p", { class: "history-head" }, el("strong", {}, names), ` ${timeText(record.created)} · ${record.model ?? "–"}`),
       el("p", { class: "history-question" }, record.question),
-      el("details", {}, el("summary", { lang: "zh-CN" }, el("span", {}, record.report.trim().slice(0, 60))), el("p", { class: "report-text", lang: "zh-CN" }, record.report.trim())),
+      el("details", {}, el("summary", {}, el("span", { class: "opening", lang: "zh-CN" }, opening), el("span", { class: "more", t: "history.more" })), el("p", { class: "report-text", lang: "zh-CN" }, report)),
       el(
         "div",
         { class: "run-actions" },
-        action("run.copy", () => copy(record.report.trim()).then(() => announce(t("run.copied")))),
+        action("run.copy", () => copy(report).then(() => announce(t("run.copied")))),
         action("run.markdown", () => download(record, "md")),
         action("run.json", () => download(record, "json")),
         action("history.delete", forget),

@@ -27,6 +27,7 @@ const zh = {
   desk: "影像与报告",
   close: "关闭",
   cancel: "取消",
+  "notice.label": "声明",
   "notice.long": "仅供科研使用，不构成诊断。报告由模型生成，可能有误，须由医师核对原始影像。",
   "notice.short": "仅供科研使用，不构成诊断。",
   "ready.asking": "正在连接…",
@@ -189,6 +190,7 @@ const en = {
   desk: "Films and reports",
   close: "Close",
   cancel: "Cancel",
+  "notice.label": "Notice",
   "notice.long":
     "For research only, not a diagnosis. Reports are written by a model, may be wrong, and must be checked against the film by a physician.",
   "notice.short": "For research only, not a diagnosis.",

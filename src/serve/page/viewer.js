@@ -1,8 +1,10 @@
 // A film on a canvas: window and level, inversion, zoom and pan. For looking only: what is sent to
 // the model is the file as it was chosen.
 
+const FINGERS = matchMedia("(pointer: coarse)").matches;
+
 /** Longest side that is kept for looking, in pixels; phones have less memory. */
-const LONGEST_SIDE = matchMedia("(pointer: coarse)").matches ? 2048 : 4096;
+const LONGEST_SIDE = FINGERS ? 2048 : 4096;
 
 const ZOOM_MOST = 16;
 const WINDOW_LEAST = 2;
@@ -25,8 +27,8 @@ export class Viewer {
   #pointers = new Map();
   #stale = { levels: false, frame: false };
 
-  /** What a left drag does: `window` or `pan`. */
-  tool = "window";
+  /** What a left drag does: `window` or `pan`. A finger on a film scrolls the page, as elsewhere. */
+  tool = FINGERS ? "pan" : "window";
   view = { ...PLAIN, zoom: 1, x: 0, y: 0 };
 
   /** `changed` is called after each change of `view`. */
