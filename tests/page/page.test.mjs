@@ -149,6 +149,37 @@ test("DICOM is shown by the server's preview, or as a tile, and sent as it is", 
   assert.equal(url, `data:application/dicom;base64,${DICOM.buffer.toString("base64")}`);
 });
 
+test("a format is known by its bytes, whatever the file is called", async () => {
+  const made = await page.evaluate(async () => {
+    const canvas = Object.assign(document.createElement("canvas"), { width: 9, height: 7 });
+    const bytes = async (type) => {
+      const blob = await new Promise((resolve) => canvas.toBlob(resolve, type));
+      return [...new Uint8Array(await blob.arrayBuffer())];
+    };
+    return { jpeg: await bytes("image/jpeg"), webp: await bytes("image/webp") };
+  });
+  // One white pixel: file header, BITMAPINFOHEADER, a row padded to four bytes.
+  const bmp = Buffer.alloc(58, 0);
+  bmp.write("BM");
+  for (const [at, value] of [[2, 58], [10, 54], [14, 40], [18, 1], [22, 1]]) bmp.writeUInt32LE(value, at);
+  bmp.writeUInt16LE(1, 26);
+  bmp.writeUInt16LE(24, 28);
+  bmp.fill(255, 54, 57);
+  const tiff = Buffer.from("49492a0008000000", "hex");
+  const files = { jpeg: Buffer.from(made.jpeg), webp: Buffer.from(made.webp), bmp, tiff };
+  const unnamed = Object.values(files).map((buffer, index) => ({ name: `film${index}`, mimeType: "", buffer }));
+  await choose(...unnamed);
+  const shown = await page.locator(".corner-facts").allInnerTexts();
+  assert.deepEqual(shown.map((text) => text.split(" ")[0]), ["JPEG", "WebP", "BMP", "TIFF"]);
+  assert.match(shown[2], /1 × 1$/);
+  assert.deepEqual(mock.state.previewed, [tiff.length], "only the TIFF needs the server");
+  await page.check("[value=together]");
+  await generate();
+  await finished();
+  const types = mock.state.asked[0].messages[0].content.slice(0, 4).map((part) => part.image_url.url.split(";")[0]);
+  assert.deepEqual(types, ["data:image/jpeg", "data:image/webp", "data:image/bmp", "data:image/tiff"]);
+});
+
 test("a broken file is told and not sent", async () => {
   mock.state.preview = "refused";
   const words = { name: "notes.txt", mimeType: "text/plain", buffer: Buffer.from("no film") };
@@ -206,6 +237,11 @@ test("stopping closes the connection and keeps what came, marked as incomplete",
   assert.ok(REPORT.startsWith(kept) && kept.length < REPORT.length);
   await page.waitForTimeout(200);
   assert.equal(mock.state.hungUp, 1);
+  await page.context().grantPermissions(["clipboard-read", "clipboard-write"]);
+  await page.getByRole("button", { name: "复制" }).click();
+  await page.waitForFunction(() => document.querySelector(".told").textContent !== "");
+  const copied = await page.evaluate(() => navigator.clipboard.readText());
+  assert.equal(copied, `${kept}\n\n[${STRINGS.zh["finish.cancelled"]}]`);
   assert.ok(await page.isVisible(".run > .tool"), "it can be tried again");
 });
 

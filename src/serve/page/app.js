@@ -2,7 +2,7 @@
 
 import { forgetKey, hasKey, models, onKeyNeeded, readiness } from "./api.js";
 import { adopt, announce, currentLanguage, el, hush, icon, say, setLanguage, t, timeText } from "./dom.js";
-import { copy, download, fillPaper } from "./export.js";
+import { copy, download, fillPaper, plain } from "./export.js";
 import { Film } from "./film.js";
 import * as history from "./history.js";
 import { Run } from "./run.js";
@@ -218,8 +218,9 @@ function askAbout(chosen) {
   const form = checkedForm();
   if (form === null) return;
   const usable = chosen.filter((film) => film.usable);
-  if (usable.length === 0) {
-    say($("form-error"), "form.no_usable");
+  const reading = chosen.some((film) => film.state === "reading");
+  if (reading || usable.length === 0) {
+    say($("form-error"), reading ? "form.reading" : "form.no_usable");
     return;
   }
   const joint = settings.together && chosen.length > 1;
@@ -286,7 +287,7 @@ function historyItem(record) {
       el(
         "div",
         { class: "run-actions" },
-        action("run.copy", () => copy(report).then(() => announce(t("run.copied")))),
+        action("run.copy", () => copy(plain(record)).then(() => announce(t("run.copied")))),
         action("run.markdown", () => download(record, "md")),
         action("run.json", () => download(record, "json")),
         action("history.delete", forget),
@@ -458,6 +459,8 @@ for (const dialog of document.querySelectorAll("dialog")) {
   });
 }
 document.addEventListener("keydown", (event) => {
+  // Esc and Enter of an input method are not ours.
+  if (event.isComposing) return;
   const open = document.querySelector("dialog[open]") !== null;
   if (event.key === "Escape" && !open && !document.fullscreenElement) stopAll();
   if (!(event.ctrlKey || event.metaKey) || event.altKey || open) return;

@@ -2,7 +2,7 @@
 
 import { ApiError, chat } from "./api.js";
 import { announce, button, el, hush, say, t } from "./dom.js";
-import { copy, download } from "./export.js";
+import { copy, download, ended, plain } from "./export.js";
 
 /** A browser opens six connections to a server of HTTP/1.1; two are left for the rest of the page. */
 const AT_ONCE = 4;
@@ -123,7 +123,7 @@ export class Run {
     this.#hurry = hurry;
     this.#parts.now.hidden = false;
     // Doubling and a little chance: clients refused together do not come back together.
-    const wait = Math.min(60, Math.max(retryAfter, 2 ** attempt) * (1 + Math.random() / 4));
+    const wait = Math.max(retryAfter, 2 ** attempt) * (1 + Math.random() / 4);
     announce(t("run.queued", { seconds: Math.ceil(wait), attempt, most: MOST_RETRIES }));
     for (let left = Math.ceil(wait); left > 0 && !hurry.signal.aborted && !signal.aborted; left -= 1) {
       this.#status("run.queued", { seconds: left, attempt, most: MOST_RETRIES });
@@ -187,7 +187,7 @@ export class Run {
   #end(reason) {
     announce(`${this.report.slice(this.#heard).trim()} ${t("run.announce_end", { name: this.name })}`);
     if (reason === "stop") hush(this.#parts.status);
-    else this.#status(reason === "length" ? "finish.length" : "finish.other", { reason });
+    else this.#status(...ended(reason));
     this.#keep(reason);
   }
 
@@ -266,7 +266,7 @@ export class Run {
     parts.error = el("div", { class: "error", hidden: true });
     parts.retry = button("again", "run.retry", () => this.start(), { wide: true, hidden: true });
     const copied = async () => {
-      const [key] = await Promise.allSettled([copy(this.report.trim())]);
+      const [key] = await Promise.allSettled([copy(plain(this.record))]);
       const told = key.status === "fulfilled" ? "run.copied" : "run.not_copied";
       say(parts.told, told);
       announce(t(told));
