@@ -33,7 +33,11 @@ export const DICOM = {
   mimeType: "",
   buffer: Buffer.concat([Buffer.alloc(128), Buffer.from("DICM"), Buffer.from([2, 0, 0, 0])]),
 };
-export const BROKEN = { name: "broken.png", mimeType: "image/png", buffer: Buffer.from("89504e470d0a1a0a0000", "hex") };
+export const BROKEN = {
+  name: "broken.png",
+  mimeType: "image/png",
+  buffer: Buffer.from("89504e470d0a1a0a0000", "hex"),
+};
 
 /** Of the test that runs. */
 export let mock, page;
@@ -86,8 +90,7 @@ export async function reopen(options) {
 export async function choose(...files) {
   await page.setInputFiles("#files", files);
   await page.waitForFunction(
-    (count) =>
-      document.querySelectorAll(".film-tools:not([hidden]), .stage.tile, .unusable").length >= count,
+    (count) => document.querySelectorAll(".film-tools:not([hidden]), .stage.tile, .unusable").length >= count,
     files.length,
   );
 }
@@ -128,6 +131,8 @@ export async function accessible(where) {
       runOnly: ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"],
     }),
   );
-  const told = violations.flatMap(({ id, nodes }) => nodes.map((node) => `${id}: ${node.html} ${node.failureSummary}`));
+  const told = violations.flatMap(({ id, nodes }) =>
+    nodes.map((node) => `${id}: ${node.html} ${node.failureSummary}`),
+  );
   assert.deepEqual(told, [], where);
 }

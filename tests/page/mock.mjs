@@ -89,7 +89,8 @@ export async function startMock(port = 0) {
     response.writeHead(200, { "content-type": "text/event-stream", "cache-control": "no-store" });
     let ended = false;
     response.on("close", () => (state.hungUp += ended ? 0 : 1));
-    const send = (data) => response.write(`data: ${typeof data === "string" ? data : JSON.stringify(data)}\n\n`);
+    const send = (data) =>
+      response.write(`data: ${typeof data === "string" ? data : JSON.stringify(data)}\n\n`);
     const chunk = (delta, finish_reason = null) => ({
       id: "chatcmpl-1",
       object: "chat.completion.chunk",
@@ -105,7 +106,9 @@ export async function startMock(port = 0) {
       if (index === state.cutAfter) return response.destroy();
       if (index === state.failAfter) {
         ended = true;
-        send({ error: { message: "the request failed inside the server", type: "server_error", code: null } });
+        send({
+          error: { message: "the request failed inside the server", type: "server_error", code: null },
+        });
         return response.end();
       }
       // Once in two pieces, so that a reader meets events cut anywhere.

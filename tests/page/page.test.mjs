@@ -1,6 +1,6 @@
 // The page in Chromium against the mock server: what a reader of films does, and what goes wrong.
 //
-// `cd tests/page && npm ci && node page.test.mjs`; `harness.mjs` tells of the settings.
+// `cd tests/page && npm ci && npm test`; `harness.mjs` tells of the settings.
 
 import assert from "node:assert/strict";
 import { readFile } from "node:fs/promises";
@@ -12,7 +12,7 @@ import { REPORT, THOUGHTS } from "./mock.mjs";
 import { PROMPTS, STRINGS } from "../../src/serve/page/strings.js";
 
 /** Where texts are used by their keys. */
-const FILES = ["index.html", "app.js", "film.js", "run.js", "export.js"];
+const FILES = ["index.html", "app.js", "film.js", "run.js", "export.js", "history.js"];
 
 test("both languages have the same texts, and every text that is used", async () => {
   assert.deepEqual(Object.keys(STRINGS.en), Object.keys(STRINGS.zh));
@@ -29,18 +29,26 @@ test("both languages have the same texts, and every text that is used", async ()
     for (const [, key] of source.matchAll(/\bsay\([^,]+, "([a-z_.]+)"/g)) used.add(key);
   }
   assert.ok(used.size > 90, `${used.size} keys found`);
-  assert.deepEqual([...used].filter((key) => !(key in STRINGS.zh)), []);
+  assert.deepEqual(
+    [...used].filter((key) => !(key in STRINGS.zh)),
+    [],
+  );
   // Keys put together from a state are beyond this search.
   const made = /^(error|finish|ready|theme)\./;
   const sources = await Promise.all(FILES.map((name) => readFile(`${ROOT}src/serve/page/${name}`, "utf8")));
-  const unused = Object.keys(STRINGS.zh).filter((key) => !made.test(key) && !sources.join("").includes(`"${key}"`));
+  const unused = Object.keys(STRINGS.zh).filter(
+    (key) => !made.test(key) && !sources.join("").includes(`"${key}"`),
+  );
   assert.deepEqual(unused, []);
 });
 
 test("the questions are those of the published training", async () => {
   const source = await readFile(`${ROOT}src/dataset/convert.rs`, "utf8");
   const [, list] = source.match(/pub const PROMPTS: \[&str; 12\] = \[([^\]]*)\]/);
-  assert.deepEqual(PROMPTS.map(([chinese]) => chinese), [...list.matchAll(/"([^"]+)"/g)].map(([, text]) => text));
+  assert.deepEqual(
+    PROMPTS.map(([chinese]) => chinese),
+    [...list.matchAll(/"([^"]+)"/g)].map(([, text]) => text),
+  );
 });
 
 test("a film is chosen, the report streams in, the thinking folds", async () => {
@@ -86,7 +94,10 @@ test("question, model, length, temperature and seed are sent and remembered", as
   await finished();
   const [body] = mock.state.asked;
   assert.equal(body.messages[0].content[1].text, "有无气胸？");
-  assert.deepEqual([body.model, body.max_tokens, body.temperature, body.seed], ["xray-8b-thinking", 77, 0.7, 42]);
+  assert.deepEqual(
+    [body.model, body.max_tokens, body.temperature, body.seed],
+    ["xray-8b-thinking", 77, 0.7, 42],
+  );
 });
 
 test("what cannot be sent is told at its field", async () => {
@@ -161,22 +172,38 @@ test("a format is known by its bytes, whatever the file is called", async () => 
   // One white pixel: file header, BITMAPINFOHEADER, a row padded to four bytes.
   const bmp = Buffer.alloc(58, 0);
   bmp.write("BM");
-  for (const [at, value] of [[2, 58], [10, 54], [14, 40], [18, 1], [22, 1]]) bmp.writeUInt32LE(value, at);
+  for (const [at, value] of [
+    [2, 58],
+    [10, 54],
+    [14, 40],
+    [18, 1],
+    [22, 1],
+  ])
+    bmp.writeUInt32LE(value, at);
   bmp.writeUInt16LE(1, 26);
   bmp.writeUInt16LE(24, 28);
   bmp.fill(255, 54, 57);
   const tiff = Buffer.from("49492a0008000000", "hex");
   const files = { jpeg: Buffer.from(made.jpeg), webp: Buffer.from(made.webp), bmp, tiff };
-  const unnamed = Object.values(files).map((buffer, index) => ({ name: `film${index}`, mimeType: "", buffer }));
+  const unnamed = Object.values(files).map((buffer, index) => ({
+    name: `film${index}`,
+    mimeType: "",
+    buffer,
+  }));
   await choose(...unnamed);
   const shown = await page.locator(".corner-facts").allInnerTexts();
-  assert.deepEqual(shown.map((text) => text.split(" ")[0]), ["JPEG", "WebP", "BMP", "TIFF"]);
+  assert.deepEqual(
+    shown.map((text) => text.split(" ")[0]),
+    ["JPEG", "WebP", "BMP", "TIFF"],
+  );
   assert.match(shown[2], /1 × 1$/);
   assert.deepEqual(mock.state.previewed, [tiff.length], "only the TIFF needs the server");
   await page.check("[value=together]");
   await generate();
   await finished();
-  const types = mock.state.asked[0].messages[0].content.slice(0, 4).map((part) => part.image_url.url.split(";")[0]);
+  const types = mock.state.asked[0].messages[0].content
+    .slice(0, 4)
+    .map((part) => part.image_url.url.split(";")[0]);
   assert.deepEqual(types, ["data:image/jpeg", "data:image/webp", "data:image/bmp", "data:image/tiff"]);
 });
 
@@ -205,19 +232,27 @@ test("films side by side have a report each, or one for all", async () => {
   await generate();
   await page.waitForSelector("#joint .run-facts:not([hidden])");
   const { content } = mock.state.asked[4].messages[0];
-  assert.deepEqual(content.map((part) => part.type), ["image_url", "image_url", "image_url", "text"]);
+  assert.deepEqual(
+    content.map((part) => part.type),
+    ["image_url", "image_url", "image_url", "text"],
+  );
   await picture("joint");
 });
 
 test("paste and drop bring films", async () => {
   const bytes = [...(await readFile(FILM))];
-  for (const [kind, type] of [["paste", "ClipboardEvent"], ["drop", "DragEvent"]]) {
+  for (const [kind, type] of [
+    ["paste", "ClipboardEvent"],
+    ["drop", "DragEvent"],
+  ]) {
     await page.evaluate(
       ([kind, type, bytes]) => {
         const data = new DataTransfer();
         data.items.add(new File([new Uint8Array(bytes)], `${kind}.png`, { type: "image/png" }));
         const carried = kind === "paste" ? { clipboardData: data } : { dataTransfer: data };
-        document.body.dispatchEvent(new globalThis[type](kind, { bubbles: true, cancelable: true, ...carried }));
+        document.body.dispatchEvent(
+          new globalThis[type](kind, { bubbles: true, cancelable: true, ...carried }),
+        );
       },
       [kind, type, bytes],
     );
@@ -232,7 +267,10 @@ test("stopping closes the connection and keeps what came, marked as incomplete",
   await generate();
   await page.waitForFunction(() => document.querySelector(".report-text").textContent.length > 6);
   await page.keyboard.press("Escape");
-  await page.waitForFunction((text) => document.querySelector(".run-status").textContent === text, STRINGS.zh["run.stopped"]);
+  await page.waitForFunction(
+    (text) => document.querySelector(".run-status").textContent === text,
+    STRINGS.zh["run.stopped"],
+  );
   const kept = await textOf(".report-text");
   assert.ok(REPORT.startsWith(kept) && kept.length < REPORT.length);
   await page.waitForTimeout(200);
@@ -249,7 +287,9 @@ test("a full queue is tried again", async () => {
   mock.state.busy = 1;
   await choose(FILM);
   await generate();
-  await page.waitForFunction(() => /服务器队列已满，\d+ 秒后自动重试（第 1\/6 次）/.test(document.querySelector(".run-status").textContent));
+  await page.waitForFunction(() =>
+    /服务器队列已满，\d+ 秒后自动重试（第 1\/6 次）/.test(document.querySelector(".run-status").textContent),
+  );
   await picture("queue");
   await page.getByRole("button", { name: STRINGS.zh["run.now"] }).click();
   await finished();
@@ -257,7 +297,14 @@ test("a full queue is tried again", async () => {
 
 test("errors are told plainly", async () => {
   await choose(FILM);
-  for (const [code, key] of [[413, "too_large"], [400, "refused"], [404, "missing"], [503, "stopping"], [504, "deadline"], [500, "server"]]) {
+  for (const [code, key] of [
+    [413, "too_large"],
+    [400, "refused"],
+    [404, "missing"],
+    [503, "stopping"],
+    [504, "deadline"],
+    [500, "server"],
+  ]) {
     mock.state.status = { code, message: `said with ${code}` };
     await generate();
     await page.waitForSelector(".run .error:not([hidden])");
@@ -273,7 +320,10 @@ test("errors are told plainly", async () => {
   mock.state.cutAfter = null;
   mock.state.failAfter = 5;
   await page.click(".run > .tool");
-  await page.waitForFunction((text) => document.querySelector(".run .error p").textContent === text, STRINGS.zh["error.server"]);
+  await page.waitForFunction(
+    (text) => document.querySelector(".run .error p").textContent === text,
+    STRINGS.zh["error.server"],
+  );
   mock.state.failAfter = null;
   mock.state.finish = "length";
   await page.click(".run > .tool");
@@ -285,7 +335,10 @@ test("errors are told plainly", async () => {
 test("a server that is away, or not ready, is told", async () => {
   mock.state.ready = false;
   await page.reload();
-  await page.waitForFunction((text) => document.querySelector("#ready-text").textContent === text, STRINGS.zh["ready.not_ready"]);
+  await page.waitForFunction(
+    (text) => document.querySelector("#ready-text").textContent === text,
+    STRINGS.zh["ready.not_ready"],
+  );
   await choose(FILM);
   await mock.close();
   await generate();
@@ -300,7 +353,10 @@ test("a key is asked for, checked, kept for the tab and forgotten", async () => 
   await page.waitForSelector("#key-dialog[open]");
   await page.fill("#key", "wrong");
   await page.keyboard.press("Enter");
-  await page.waitForFunction((text) => document.querySelector("#key-wrong").textContent === text, STRINGS.zh["key.wrong"]);
+  await page.waitForFunction(
+    (text) => document.querySelector("#key-wrong").textContent === text,
+    STRINGS.zh["key.wrong"],
+  );
   await page.fill("#key", "open sesame");
   await page.keyboard.press("Enter");
   await page.waitForFunction(() => document.querySelectorAll("#model option").length === 2);
@@ -324,10 +380,16 @@ test("copy, Markdown and JSON hold the report", async () => {
   await generate();
   await finished();
   await page.getByRole("button", { name: "复制" }).click();
-  await page.waitForFunction((text) => document.querySelector(".told").textContent === text, STRINGS.zh["run.copied"]);
+  await page.waitForFunction(
+    (text) => document.querySelector(".told").textContent === text,
+    STRINGS.zh["run.copied"],
+  );
   assert.equal(await page.evaluate(() => navigator.clipboard.readText()), REPORT);
   const download = async (name) => {
-    const [file] = await Promise.all([page.waitForEvent("download"), page.getByRole("button", { name }).click()]);
+    const [file] = await Promise.all([
+      page.waitForEvent("download"),
+      page.getByRole("button", { name }).click(),
+    ]);
     return [file.suggestedFilename(), await readFile(await file.path(), "utf8")];
   };
   const [markdownName, markdown] = await download("Markdown");
@@ -395,8 +457,14 @@ test("the language changes everywhere, reports under way included", async () => 
   assert.equal(await page.inputValue("#question"), PROMPTS[0][0], "the question stays Chinese");
   const shown = await page.evaluate(() => {
     const copy = document.body.cloneNode(true);
-    for (const part of copy.querySelectorAll('[lang="zh-CN"], .run-question, noscript, #question, #live, #film-keys')) part.remove();
-    return copy.textContent + [...copy.querySelectorAll("[aria-label], [title]")].map((e) => `${e.ariaLabel} ${e.title}`).join(" ");
+    for (const part of copy.querySelectorAll(
+      '[lang="zh-CN"], .run-question, noscript, #question, #live, #film-keys',
+    ))
+      part.remove();
+    return (
+      copy.textContent +
+      [...copy.querySelectorAll("[aria-label], [title]")].map((e) => `${e.ariaLabel} ${e.title}`).join(" ")
+    );
   });
   assert.deepEqual(shown.match(/\p{Script=Han}+/gu), null);
   await page.reload();
@@ -415,90 +483,4 @@ test("the theme follows the system until one is chosen", async () => {
   assert.equal(await ground(), light, "remembered");
   await page.click("#theme");
   assert.equal(await ground(), dark);
-});
-
-test("screen readers hear whole sentences, not tokens", async () => {
-  mock.state.delay = 12;
-  await page.evaluate(() => {
-    globalThis.heard = [];
-    const live = document.getElementById("live");
-    new MutationObserver(() => heard.push(live.textContent)).observe(live, { childList: true });
-  });
-  await choose(FILM);
-  await generate();
-  await finished();
-  await page.waitForFunction(() => heard.join("").includes("报告完成") || heard.join("").includes("完成。"), null, { timeout: 8000 });
-  const heard = await page.evaluate(() => globalThis.heard);
-  assert.ok(heard.length <= 5, `${heard.length} announcements`);
-  const all = heard.join("").replace(/\s/g, "");
-  assert.ok(all.includes(REPORT.replace(/\s/g, "")), all);
-});
-
-test("everything can be reached and done with the keyboard", async () => {
-  await choose(FILM);
-  await page.focus("body");
-  await page.keyboard.press("Tab");
-  assert.equal(await page.evaluate(() => document.activeElement.className), "skip");
-  await page.keyboard.press("Enter");
-  await page.keyboard.press("Control+Enter");
-  await finished();
-  await page.keyboard.press("Control+/");
-  await page.waitForSelector("#help-dialog[open]");
-  await page.keyboard.press("Escape");
-  const order = [];
-  await page.evaluate(() => document.querySelector("#choose").focus());
-  for (let step = 0; step < 40; step += 1) {
-    const visible = await page.evaluate(() => {
-      const { outlineStyle, outlineWidth } = getComputedStyle(document.activeElement);
-      return outlineStyle !== "none" && parseFloat(outlineWidth) >= 1;
-    });
-    const name = await page.evaluate(() => document.activeElement.id || document.activeElement.className || document.activeElement.tagName);
-    if (name === "BODY") break;
-    if (step > 0) assert.ok(visible, `focus cannot be seen on ${name}`);
-    order.push(name);
-    await page.keyboard.press("Tab");
-  }
-  const at = (name) => order.indexOf(name);
-  assert.ok(at("choose") < at("question") && at("question") < at("generate"), order.join(" "));
-  assert.ok(at("generate") < order.indexOf("CANVAS") && order.indexOf("CANVAS") < order.lastIndexOf("tool wide"), order.join(" "));
-});
-
-for (const colorScheme of ["light", "dark"]) {
-  test(`axe finds nothing, ${colorScheme}`, async () => {
-    await reopen({ colorScheme });
-    await accessible("empty");
-    mock.state.thinking = true;
-    mock.state.preview = "refused";
-    await choose(await film("a.png"), BROKEN);
-    mock.state.cutAfter = 90;
-    await generate();
-    await page.waitForSelector(".run .error:not([hidden])");
-    await accessible("error");
-    mock.state.cutAfter = null;
-    mock.state.finish = "length";
-    await page.click(".run > .tool");
-    await finished();
-    await page.click(".thinking summary");
-    await accessible("report");
-    await picture(`films-${colorScheme}`);
-    await page.click("#open-help");
-    await accessible("help");
-  });
-}
-
-test("a phone shows everything in one column", async () => {
-  const phone = { viewport: { width: 360, height: 740 }, isMobile: true, hasTouch: true, deviceScaleFactor: 2 };
-  await reopen(phone);
-  await choose(FILM);
-  await generate();
-  await finished();
-  const { width, right } = await page.evaluate(() => ({
-    width: document.documentElement.scrollWidth,
-    right: Math.max(...[...document.querySelectorAll("button, input, select, canvas")].map((e) => e.getBoundingClientRect().right)),
-  }));
-  assert.equal(width, 360);
-  assert.ok(right <= 360, `something ends at ${right}`);
-  assert.ok(await page.locator(".run").evaluate((run) => run.getBoundingClientRect().top < innerHeight), "the report is in sight");
-  await accessible("phone");
-  await picture("phone");
 });

@@ -74,7 +74,14 @@ export class Run {
     if (this.active) return;
     this.#stopper = new AbortController();
     const { signal } = this.#stopper;
-    Object.assign(this, { report: "", reasoning: "", finish: null, usage: null, firstText: null, record: null });
+    Object.assign(this, {
+      report: "",
+      reasoning: "",
+      finish: null,
+      usage: null,
+      firstText: null,
+      record: null,
+    });
     this.#heard = 0;
     this.#begin();
     let placed = false;
@@ -201,7 +208,8 @@ export class Run {
     this.element.classList.toggle("failed", !cancelled);
     error.replaceChildren(el("p", { t: `error.${cause.kind}` }));
     const bytes = this.films.reduce((sum, film) => sum + film.file.size, 0);
-    if (cause.kind === "network" && bytes > 8 * 1024 * 1024) error.append(el("p", { t: "error.maybe_large" }));
+    if (cause.kind === "network" && bytes > 8 * 1024 * 1024)
+      error.append(el("p", { t: "error.maybe_large" }));
     const said = [cause.status || "", cause.message].filter(Boolean).join(" · ");
     if (said !== "") error.append(el("p", { class: "detail", lang: "en" }, said));
     if (this.report.trim() !== "") this.#keep(cancelled ? "cancelled" : "broken");
@@ -260,8 +268,18 @@ export class Run {
     parts.status = el("p", { class: "run-status" });
     parts.stop = button("stop", "run.stop", () => this.stop(), { wide: true });
     parts.now = button("again", "run.now", () => this.#hurry?.abort(), { wide: true, hidden: true });
-    parts.thoughts = el("div", { class: "thoughts", tabindex: "0", role: "region", "t-aria-label": "run.thinking" });
-    parts.thinking = el("details", { class: "thinking", hidden: true }, el("summary", { t: "run.thinking" }), parts.thoughts);
+    parts.thoughts = el("div", {
+      class: "thoughts",
+      tabindex: "0",
+      role: "region",
+      "t-aria-label": "run.thinking",
+    });
+    parts.thinking = el(
+      "details",
+      { class: "thinking", hidden: true },
+      el("summary", { t: "run.thinking" }),
+      parts.thoughts,
+    );
     parts.text = el("div", { class: "report-text", lang: "zh-CN" });
     parts.error = el("div", { class: "error", hidden: true });
     parts.retry = button("again", "run.retry", () => this.start(), { wide: true, hidden: true });
@@ -299,4 +317,3 @@ export class Run {
     );
   }
 }
-

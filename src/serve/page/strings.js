@@ -113,7 +113,8 @@ const zh = {
   "run.copied": "已复制",
   "run.not_copied": "浏览器不允许复制",
   "run.remove": "移除此报告",
-  "run.facts": "{model} · 输入 {read} token · 输出 {written} token · 首字 {first} 秒 · 共 {seconds} 秒 · {rate} token/秒",
+  "run.facts":
+    "{model} · 输入 {read} token · 输出 {written} token · 首字 {first} 秒 · 共 {seconds} 秒 · {rate} token/秒",
   "run.facts_short": "{model} · 首字 {first} 秒 · 共 {seconds} 秒",
   "run.announce_start": "开始为 {name} 生成报告。",
   "run.announce_end": "{name} 的报告完成。",
@@ -217,7 +218,8 @@ const en = {
   preset: "Common questions",
   "preset.own": "Own question",
   question: "Question",
-  "question.hint": "The model was trained on questions in Chinese, so these are sent in Chinese. Edit freely.",
+  "question.hint":
+    "The model was trained on questions in Chinese, so these are sent in Chinese. Edit freely.",
   options: "Options",
   length: "Greatest length (tokens)",
   temperature: "Temperature",
