@@ -37,8 +37,7 @@ fn kernel(
     threads: usize,
 ) -> Kernel {
     defines.push(("HEAD_DIM", head_dim as i64));
-    Kernel::new(name, sources, defines, threads as u32)
-        .with_entry_macro("ATTN_NAME")
+    Kernel::new(name, sources, defines, threads as u32).with_entry_macro("ATTN_NAME")
 }
 
 /// Bytes of a padded row in shared memory, as `ROW_BYTES` of `attention_common.cuh`.

@@ -119,9 +119,7 @@ fn cached_hash(kernel: &Kernel) -> u64 {
     static HASHES: LazyLock<Mutex<HashMap<Key, u64>>> = LazyLock::new(Mutex::default);
     let mut hashes = HASHES.lock().unwrap_or_else(|lock| lock.into_inner());
     let key = (kernel.name, kernel.defines.clone());
-    *hashes
-        .entry(key)
-        .or_insert_with(|| kernel.source_hash())
+    *hashes.entry(key).or_insert_with(|| kernel.source_hash())
 }
 
 impl KernelMetadata for Task {
