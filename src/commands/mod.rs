@@ -2,6 +2,7 @@
 
 pub mod check;
 pub mod convert;
+pub mod eval;
 pub mod infer;
 pub mod init_tiny;
 pub mod merge;

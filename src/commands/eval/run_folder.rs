@@ -1,0 +1,91 @@
+//! What a folder of a training run has to say.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use super::EvalArgs;
+use crate::{
+    commands::shipped,
+    plot::{TrainingRow, training_plot},
+    train::{
+        config::{TrainConfig, Tuner},
+        records::read_rows,
+    },
+};
+
+/// The curves of a run, drawn anew from its `metrics.jsonl`.
+pub(super) fn curves(dir: &Path) -> Result<String> {
+    let path = dir.join("metrics.jsonl");
+    let read = read_rows(&path)?;
+    let rows: Vec<TrainingRow> = read
+        .rows
+        .into_iter()
+        .filter_map(|row| serde_json::from_value(Value::Object(row)).ok())
+        .collect();
+    if rows.is_empty() {
+        bail!(
+            "`{}` holds no step; expected --run to name the folder of a run (`output_dir`)",
+            path.display()
+        );
+    }
+    Ok(training_plot(&rows))
+}
+
+/// Takes model, adapter and data sets of a run where none are named.
+pub(super) fn choose(dir: &Path, args: &mut EvalArgs) -> Result<()> {
+    let config = TrainConfig::from_file(&dir.join("config.toml"))?;
+    let checkpoint = best_checkpoint(dir)?;
+    eprintln!("evaluating `{}`", checkpoint.display());
+    match config.tuner {
+        Tuner::Lora => {
+            args.model = Some(shipped(&config.model));
+            args.adapter.get_or_insert(checkpoint);
+        }
+        Tuner::Full => args.model = Some(checkpoint),
+    }
+    args.min_pixels = args.min_pixels.or(config.min_pixels);
+    args.max_pixels = args.max_pixels.or(config.max_pixels);
+    if args.data.is_none() {
+        let data = config.val_data.with_context(|| {
+            format!(
+                "the run in `{}` has no validation data; name a test set with --data",
+                dir.display()
+            )
+        })?;
+        args.data = Some(data);
+    }
+    args.train_data.get_or_insert(config.train_data);
+    Ok(())
+}
+
+/// The checkpoint that `best.json` names, else the last one.
+fn best_checkpoint(dir: &Path) -> Result<PathBuf> {
+    let best = std::fs::read_to_string(dir.join("best.json"))
+        .ok()
+        .and_then(|text| serde_json::from_str::<Value>(&text).ok())
+        .and_then(|best| best.get("step")?.as_u64());
+    if let Some(step) = best {
+        let path = dir.join(format!("checkpoint-{step}"));
+        if path.is_dir() {
+            return Ok(path);
+        }
+    }
+    let entries = std::fs::read_dir(dir)
+        .with_context(|| format!("cannot read the folder `{}`", dir.display()))?;
+    let last = entries.filter_map(|entry| {
+        let path = entry.ok()?.path();
+        let step: u64 = path
+            .file_name()?
+            .to_str()?
+            .strip_prefix("checkpoint-")?
+            .parse()
+            .ok()?;
+        path.join("COMPLETE.json").is_file().then_some((step, path))
+    });
+    match last.max() {
+        Some((_, path)) => Ok(path),
+        None => bail!("`{}` holds no whole checkpoint to evaluate", dir.display()),
+    }
+}
