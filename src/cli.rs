@@ -49,6 +49,8 @@ pub enum Command {
     Eval(Box<crate::commands::eval::EvalArgs>),
     /// Turn the OpenI-zh corpus, or any data set in a known form, into train.jsonl and val.jsonl.
     Convert(crate::commands::convert::ConvertArgs),
+    /// Report the translation defects of a corpus, row by row, and propose a corrected copy.
+    Clean(crate::commands::clean::CleanArgs),
     /// Validate a data set before a model is loaded.
     Check(crate::commands::check::CheckArgs),
     /// Draw a data set of synthetic chest radiographs with Chinese reports.

@@ -7,7 +7,9 @@ use clap::Parser;
 use xray_qwen3vl::{
     backend::panic_text,
     cli::{Cli, Command},
-    commands::{UsageError, check, convert, eval, infer, init_tiny, merge, phantoms, plan, train},
+    commands::{
+        UsageError, check, clean, convert, eval, infer, init_tiny, merge, phantoms, plan, train,
+    },
 };
 
 fn main() -> ExitCode {
@@ -27,6 +29,7 @@ fn main() -> ExitCode {
         Command::Merge(args) => merge::run(args),
         Command::Plan(args) => plan::run(&args),
         Command::Eval(args) => eval::run(*args),
+        Command::Clean(args) => clean::run(&args),
         Command::Convert(args) => convert::run(args),
         Command::Check(args) => check::run(args),
         Command::Phantoms(args) => phantoms::run(&args),

@@ -1,6 +1,7 @@
 //! Arguments to library calls, one command a file. Only here and in `main` is anything printed.
 
 pub mod check;
+pub mod clean;
 pub mod convert;
 pub mod eval;
 pub mod infer;

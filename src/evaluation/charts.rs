@@ -21,7 +21,7 @@ pub fn dots(outcome: &Outcome, name: &str) -> String {
     if rows.is_empty() {
         return String::new();
     }
-    // A score far below the end of its scale fills the axis up to the next tenth.
+    // A score far below the end of its scale fills the axis up to the next fifth.
     let most = rows.iter().fold(0.0, |most: f64, (_, score)| {
         most.max(label.on_axis(if score.high.is_nan() {
             score.value
@@ -29,7 +29,7 @@ pub fn dots(outcome: &Outcome, name: &str) -> String {
             score.high
         }))
     });
-    let end = ((most * 10.0 - 1e-9).ceil() / 10.0).clamp(0.1, 1.0);
+    let end = ((most * 5.0 - 1e-9).ceil() / 5.0).clamp(0.2, 1.0);
     let (left, right) = (NAME_WIDTH, WIDTH - VALUE_WIDTH);
     let x = |value: f64| left + (right - left) * (label.on_axis(value) / end).clamp(0.0, 1.0);
     let height = ROW * rows.len() as f64 + 22.0;

@@ -3,8 +3,11 @@
 use std::fmt::Write;
 
 use super::{
-    Confusion, Difference, Outcome, Review, STATUSES, System, charts::dots, film::data_url,
-    names::label, table::shown,
+    Confusion, Difference, Outcome, Review, STATUSES, System,
+    charts::dots,
+    film::data_url,
+    names::{Label, label},
+    table::shown,
 };
 use crate::{
     findings::{Finding, Status},
@@ -180,17 +183,18 @@ fn tiles(page: &mut String, outcome: &Outcome, facts: &PageFacts) {
         let unit = if score.value.is_nan() { "" } else { " %" };
         let _ = write!(
             page,
-            "<div class=\"card tile\"><div>{}{less} <small>{}</small></div><b>{}{unit}</b><div class=\"interval\">{interval}</div>",
+            "<div class=\"card tile\"><div class=\"what\">{}{less}<small>{}</small></div><b>{}{unit}</b><div class=\"interval\">{interval}</div>",
             label.chinese,
-            label.english,
+            english(&label),
             label.value(score.value)
         );
         if let Some((system, value)) = best_baseline(outcome, name) {
             let _ = write!(
                 page,
-                "<div class=\"against\">最好的基线 <small>best baseline</small>：{} {}</div>",
+                "<div class=\"against\">最好的基线：{}，{}<small>best baseline: {}</small></div>",
                 label.value(value),
-                system.names().0
+                system.names().0,
+                system.names().1
             );
         }
         page.push_str("</div>");
@@ -198,13 +202,22 @@ fn tiles(page: &mut String, outcome: &Outcome, facts: &PageFacts) {
     if let Some((loss, perplexity, accuracy)) = facts.loss {
         let _ = write!(
             page,
-            "<div class=\"card tile\"><div>损失 <small>loss per token</small></div><b>{loss:.4}</b>\
+            "<div class=\"card tile\"><div class=\"what\">损失<small>loss per token</small></div><b>{loss:.4}</b>\
              <div class=\"interval\">困惑度 perplexity {perplexity:.3}</div>\
-             <div class=\"against\">词元准确率 <small>token accuracy</small>：{:.1} %</div></div>",
+             <div class=\"against\">词元准确率：{:.1} %<small>token accuracy</small></div></div>",
             100.0 * accuracy
         );
     }
     page.push_str("</div>\n");
+}
+
+/// The English name, with its tokens where the Chinese one tells them too.
+fn english(label: &Label) -> String {
+    if label.group.1 == "findings" {
+        label.english.clone()
+    } else {
+        format!("{}, {}", label.english, label.group.1)
+    }
 }
 
 fn charts(page: &mut String, outcome: &Outcome) {
@@ -229,7 +242,8 @@ fn charts(page: &mut String, outcome: &Outcome) {
         let _ = write!(
             page,
             "<div class=\"card\"><h3>{}{group}{less}<small>{}</small></h3>{chart}</div>",
-            label.chinese, label.english
+            label.chinese,
+            english(&label)
         );
     }
     page.push_str("</div>\n");
@@ -244,8 +258,18 @@ fn charts(page: &mut String, outcome: &Outcome) {
 }
 
 fn scores(page: &mut String, outcome: &Outcome) {
-    section(page, "全部分数", "all scores");
-    page.push_str("<details open><summary>百分数，CIDEr-D 为 0 到 10 · per cent, CIDEr-D from 0 to 10</summary><div class=\"card scroll\"><table><thead><tr><th></th>");
+    section(page, "分数", "scores");
+    page.push_str("<p class=\"muted\">百分数，CIDEr-D 为 0 到 10 · per cent, CIDEr-D from 0 to 10</p><div class=\"card scroll\">");
+    score_table(page, outcome, &shown(outcome, false));
+    page.push_str(
+        "</div><details><summary>全部分数 · all scores</summary><div class=\"card scroll\">",
+    );
+    score_table(page, outcome, &shown(outcome, true));
+    page.push_str("</div></details>\n");
+}
+
+fn score_table(page: &mut String, outcome: &Outcome, names: &[&str]) {
+    page.push_str("<table><thead><tr><th></th>");
     for (at, system) in outcome.systems.iter().enumerate() {
         let (chinese, english) = system.system.names();
         let _ = write!(page, "<th>{chinese}<small>{english}</small></th>");
@@ -254,10 +278,16 @@ fn scores(page: &mut String, outcome: &Outcome) {
         }
     }
     page.push_str("</tr></thead><tbody>");
+    let is_finding = |name: &&&str| name.starts_with("findings.");
+    let findings = names.iter().filter(is_finding);
+    let texts = names.iter().filter(|name| !is_finding(name));
     let mut group = "";
-    for name in shown(outcome, true) {
+    for name in findings.chain(texts) {
         let label = label(name);
         if label.group.1 != group {
+            if group == "findings" {
+                rate_rows(page, outcome);
+            }
             group = label.group.1;
             let english = if label.group.0 == group { "" } else { group };
             let _ = write!(
@@ -272,9 +302,10 @@ fn scores(page: &mut String, outcome: &Outcome) {
         } else {
             &label.english
         };
+        let less = if label.less_is_better { " ↓" } else { "" };
         let _ = write!(
             page,
-            "<tr><td>{} <small>{english}</small></td>",
+            "<tr><td>{}{less} <small>{english}</small></td>",
             label.chinese
         );
         for (at, system) in outcome.systems.iter().enumerate() {
@@ -293,6 +324,11 @@ fn scores(page: &mut String, outcome: &Outcome) {
         }
         page.push_str("</tr>");
     }
+    page.push_str("</tbody></table>");
+}
+
+/// Shares of equal outputs, which have no interval: a draw with repeats would make equals.
+fn rate_rows(page: &mut String, outcome: &Outcome) {
     type RateOf = fn(&super::SystemScores) -> crate::findings::score::Rate;
     let rates: [(&str, &str, RateOf); 2] = [
         ("相同输出占比", "identical outputs", |s| {
@@ -313,7 +349,6 @@ fn scores(page: &mut String, outcome: &Outcome) {
         }
         page.push_str("</tr>");
     }
-    page.push_str("</tbody></table></div></details>\n");
 }
 
 fn comparison(page: &mut String, outcome: &Outcome) {
