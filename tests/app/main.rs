@@ -7,7 +7,9 @@
 
 mod bad_input;
 mod bad_model;
+mod clean;
 mod data_tools;
+mod eval;
 mod infer;
 mod merge_plan;
 mod refusal;
