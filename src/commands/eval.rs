@@ -197,7 +197,6 @@ pub fn run(mut args: EvalArgs) -> Result<()> {
     let training = train.as_ref().map(cases::reports).transpose()?;
     cases::warn_of_leaks(&set, train.as_ref(), &mut warnings);
 
-    // Before hours of generation, not after.
     let compared = match &args.compare {
         Some(path) => Some(cases::align(
             path,
@@ -284,6 +283,17 @@ fn check(args: &EvalArgs) -> Result<()> {
     }
     if args.limit == Some(0) {
         wrong("--limit is 0, expected at least 1")?;
+    }
+    // Before hours of generation, not after.
+    for path in [&args.json, &args.html, &args.output].into_iter().flatten() {
+        let folder = path.parent().unwrap_or(Path::new(""));
+        if !folder.as_os_str().is_empty() && !folder.is_dir() {
+            wrong(&format!(
+                "`{}`: its folder is not there; make `{}` first",
+                path.display(),
+                folder.display()
+            ))?;
+        }
     }
     if args.predictions.is_none() && args.prediction_key.is_some() && args.compare.is_none() {
         wrong("--prediction-key: expected PREDICTIONS.jsonl or --compare to read it from")?;

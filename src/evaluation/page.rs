@@ -65,11 +65,11 @@ pub fn html(outcome: &Outcome, facts: &PageFacts, films: &mut dyn FnMut(usize) -
     comparison(&mut page, outcome);
     findings(&mut page, outcome);
     confusion(&mut page, outcome);
+    gallery::write(&mut page, outcome, facts.gallery, films);
     if let Some(curves) = &facts.curves {
         section(&mut page, "训练曲线", "training curves");
-        let _ = write!(page, "<div class=\"card curves\">{curves}</div>\n");
+        let _ = writeln!(page, "<div class=\"card curves\">{curves}</div>");
     }
-    gallery::write(&mut page, outcome, facts.gallery, films);
     page.push_str(
         "<footer><p>仅供研究，不是诊断。所见由规则从报告文字中读出；规则的错误与模型的错误一样计数。</p>\
          <p>For research only; nothing here is a diagnosis. Findings are read off the texts by rules, whose mistakes \

@@ -6,7 +6,7 @@ use super::{
     Outcome, SystemScores,
     names::{HEADLINE, Label, is_measured, label},
 };
-use crate::findings::{Finding, score::Rate};
+use crate::findings::Finding;
 
 /// The tables of `outcome`: scores of all systems, findings of the first, and the comparison. With `all`, every
 /// score, else those of [`HEADLINE`].
@@ -130,18 +130,12 @@ fn score_table(out: &mut String, outcome: &Outcome, all: bool) {
         }
         Some(row)
     }));
-    let rates: [(&str, fn(&SystemScores) -> Rate); 1] =
-        [("  identical outputs", |s| s.findings.identical_outputs)];
-    for (name, rate) in rates {
-        let mut row = vec![name.to_owned()];
-        row.extend(
-            outcome
-                .systems
-                .iter()
-                .map(|system| percent(rate(system).value())),
-        );
-        rows.push(row);
-    }
+    let mut row = vec!["  identical outputs".to_owned()];
+    row.extend(outcome.systems.iter().map(|system| {
+        let rate = system.findings.identical_outputs;
+        percent(rate.value())
+    }));
+    rows.push(row);
     align(out, &rows);
 }
 

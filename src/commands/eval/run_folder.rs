@@ -8,10 +8,10 @@ use serde_json::Value;
 use super::EvalArgs;
 use crate::{
     commands::shipped,
-    plot::{TrainingRow, training_plot},
+    plot::{Mark, Panel, Series, TrainingRow, figure, training_plot},
     train::{
         config::{TrainConfig, Tuner},
-        records::read_rows,
+        records::{Row, read_rows},
     },
 };
 
@@ -19,6 +19,7 @@ use crate::{
 pub(super) fn curves(dir: &Path) -> Result<String> {
     let path = dir.join("metrics.jsonl");
     let read = read_rows(&path)?;
+    let generated = generated_panel(&read.rows);
     let rows: Vec<TrainingRow> = read
         .rows
         .into_iter()
@@ -30,7 +31,39 @@ pub(super) fn curves(dir: &Path) -> Result<String> {
             path.display()
         );
     }
-    Ok(training_plot(&rows))
+    let mut curves = training_plot(&rows);
+    if let Some(panel) = generated {
+        curves.push_str(&figure(&[panel]));
+    }
+    Ok(curves)
+}
+
+/// Scores of the reports generated at validations, if there were any.
+fn generated_panel(rows: &[Row]) -> Option<Panel> {
+    let series = [
+        ("finding F1", "eval_finding_f1", "#d9480f"),
+        ("ROUGE-L, characters", "eval_rouge_l", "#1f6feb"),
+    ]
+    .map(|(name, key, color)| {
+        let points = rows
+            .iter()
+            .filter_map(|row| Some((row.get("step")?.as_f64()?, row.get(key)?.as_f64()?)));
+        Series {
+            name: name.into(),
+            color: color.into(),
+            mark: Mark::Points,
+            right: false,
+            points: points.collect(),
+        }
+    });
+    let some = series.iter().any(|series| !series.points.is_empty());
+    some.then(|| Panel {
+        title: "Generated reports".into(),
+        x_label: "optimizer step".into(),
+        y_label: "score".into(),
+        series: series.to_vec(),
+        ..Panel::default()
+    })
 }
 
 /// Takes model, adapter and data sets of a run where none are named.
