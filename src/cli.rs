@@ -57,6 +57,8 @@ pub enum Command {
     Phantoms(PhantomsArgs),
     /// Write the config and tokenizer of the tiny model, to be trained from nothing.
     InitTiny(InitTinyArgs),
+    /// Measure how fast the model is on this machine, and how far from the hardware's limit.
+    Bench(crate::commands::bench::BenchArgs),
 }
 
 /// Which model, where.

@@ -8,7 +8,8 @@ use xray_qwen3vl::{
     backend::panic_text,
     cli::{Cli, Command},
     commands::{
-        UsageError, check, clean, convert, eval, infer, init_tiny, merge, phantoms, plan, train,
+        UsageError, bench, check, clean, convert, eval, infer, init_tiny, merge, phantoms, plan,
+        train,
     },
 };
 
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
         Command::Check(args) => check::run(args),
         Command::Phantoms(args) => phantoms::run(&args),
         Command::InitTiny(args) => init_tiny::run(&args),
+        Command::Bench(args) => bench::run(args),
     });
     match result {
         Ok(Ok(())) => ExitCode::SUCCESS,

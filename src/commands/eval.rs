@@ -298,6 +298,11 @@ fn check(args: &EvalArgs) -> Result<()> {
     if args.predictions.is_none() && args.prediction_key.is_some() && args.compare.is_none() {
         wrong("--prediction-key: expected PREDICTIONS.jsonl or --compare to read it from")?;
     }
+    if args.adapter.is_some() && args.predictions.is_some() && args.model.is_none() {
+        wrong(
+            "--adapter: the predictions are there already; name its base with --model, or leave it out",
+        )?;
+    }
     if args.adapter.is_some() && args.baselines_only {
         wrong("--adapter: --baselines-only loads no model; leave one of them out")?;
     }

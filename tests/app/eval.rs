@@ -262,6 +262,7 @@ fn refusals_name_file_row_and_key() {
         vec!["--resamples", "0"],
         vec!["--baselines-only"],
         vec!["no_reference.jsonl", "--html", "nowhere/page.html"],
+        vec!["no_reference.jsonl", "--adapter", "nowhere"],
     ] {
         let (code, stderr) = eval_badly(folder.path(), &args);
         assert_eq!(code, 2, "{args:?}: {stderr}");

@@ -7,6 +7,7 @@
 
 mod bad_input;
 mod bad_model;
+mod bench;
 mod clean;
 mod data_tools;
 mod eval;
