@@ -43,8 +43,14 @@ pub enum Command {
     Merge(MergeArgs),
     /// Tell what a run will take, before anything is loaded: parameters, memory, steps, tokens, time.
     Plan(PlanArgs),
+    /// Score a model's reports, or a file of predictions, beside the baselines: texts and findings.
+    ///
+    /// Without arguments, the tiny model that comes with the repository on the sample data set.
+    Eval(Box<crate::commands::eval::EvalArgs>),
     /// Turn the OpenI-zh corpus, or any data set in a known form, into train.jsonl and val.jsonl.
     Convert(crate::commands::convert::ConvertArgs),
+    /// Report the translation defects of a corpus, row by row, and propose a corrected copy.
+    Clean(crate::commands::clean::CleanArgs),
     /// Validate a data set before a model is loaded.
     Check(crate::commands::check::CheckArgs),
     /// Draw a data set of synthetic chest radiographs with Chinese reports.

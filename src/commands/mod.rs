@@ -2,7 +2,9 @@
 
 pub mod bench;
 pub mod check;
+pub mod clean;
 pub mod convert;
+pub mod eval;
 pub mod infer;
 pub mod init_tiny;
 pub mod merge;
