@@ -187,6 +187,12 @@ pub struct TrainArgs {
     /// What the loss of a step is the mean of.
     #[arg(long, value_enum)]
     pub loss_reduction: Option<LossReduction>,
+    /// Join the samples of a step into rows of up to max_length tokens in place of padding.
+    #[arg(long)]
+    pub packing: bool,
+    /// Tokens of a packed row, in place of max_length; implies --packing.
+    #[arg(long, value_name = "N")]
+    pub packing_tokens: Option<usize>,
     /// Any other key of the config file; may be given several times.
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,

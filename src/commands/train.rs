@@ -156,6 +156,12 @@ fn load_config(args: &TrainArgs) -> Result<TrainConfig> {
                 .into(),
         );
     }
+    if args.packing || args.packing_tokens.is_some() {
+        set("packing", true.into());
+    }
+    if let Some(tokens) = args.packing_tokens {
+        set("packing_tokens", (tokens as i64).into());
+    }
     for pair in &args.set {
         let (key, value) = pair
             .split_once('=')

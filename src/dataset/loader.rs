@@ -17,9 +17,12 @@ use super::{Dataset, DatasetError, EncodedSample};
 use crate::{
     lora::mix,
     pipeline::TextAndImages,
-    qwen3_vl::{Padding, TextInput},
+    qwen3_vl::{ImageInput, Padding, TextInput, rope::PositionError},
     train::gradients::MicroBatch,
 };
+
+/// Frames, rows and columns of each image of a sample, in patches.
+type Grids = Vec<[usize; 3]>;
 
 /// Windows made ahead of their turn by each worker.
 const AHEAD: usize = 2;
@@ -46,8 +49,9 @@ pub struct WindowPlan {
     pub accumulation: usize,
     /// Devices that share a window.
     pub devices: usize,
-    /// Micro-batches are packed into one row in place of padded.
-    pub packing: bool,
+    /// Tokens of a row that samples of the whole window are joined into, in place of padded
+    /// micro-batches; 0 pads.
+    pub packing_tokens: usize,
     /// Longest sample in tokens.
     pub max_length: usize,
     /// What is done with longer ones.
@@ -135,6 +139,37 @@ impl WindowPlan {
     }
 }
 
+/// Fills rows of at most `budget` tokens with samples: for each row the places of its samples.
+///
+/// First-fit decreasing: the longest sample goes first, each into the first row with room for it. That
+/// needs at most 11/9 of the fewest rows, and it is a function of the lengths alone, so that a resumed
+/// run packs as it would have. A sample longer than the budget has a row of its own. Places rise within
+/// a row, and rows are in the order of their first sample.
+fn fill_rows(lengths: &[usize], budget: usize) -> Vec<Vec<usize>> {
+    let mut order: Vec<usize> = (0..lengths.len()).collect();
+    order.sort_by_key(|place| std::cmp::Reverse(lengths[*place]));
+    let mut rows: Vec<(usize, Vec<usize>)> = Vec::new();
+    for place in order {
+        let length = lengths[place];
+        match rows.iter_mut().find(|(used, _)| used + length <= budget) {
+            Some((used, places)) => {
+                *used += length;
+                places.push(place);
+            }
+            None => rows.push((length, vec![place])),
+        }
+    }
+    let mut rows: Vec<Vec<usize>> = rows
+        .into_iter()
+        .map(|(_, mut places)| {
+            places.sort_unstable();
+            places
+        })
+        .collect();
+    rows.sort();
+    rows
+}
+
 /// Makes the windows of a run.
 #[derive(Debug, Clone)]
 pub struct WindowLoader {
@@ -204,25 +239,35 @@ impl WindowLoader {
     pub fn window(&self, step: usize) -> Result<Window, DatasetError> {
         let rows = self.plan.rows(step, self.dataset.len());
         let mut samples = Vec::with_capacity(rows.len());
-        let mut kept = Vec::with_capacity(rows.len());
         for row in rows {
             match self.dataset.encode(row, &self.parts, self.plan.max_length) {
-                Ok(sample) => {
-                    samples.push(sample);
-                    kept.push(row);
-                }
+                Ok(sample) => samples.push((row, sample)),
                 Err(DatasetError::TooLong { .. }) if self.plan.overlong == Overlong::Skip => {
                     self.skipped.fetch_add(1, Ordering::Relaxed);
                 }
                 Err(error) => return Err(error),
             }
         }
-        let tokens = samples.iter().map(|sample| sample.input_ids.len()).sum();
-        let batches = samples
-            .chunks(self.plan.batch_size)
-            .enumerate()
-            .map(|(index, samples)| self.micro_batch(samples, &kept, index))
-            .collect::<Result<Vec<_>, _>>()?;
+        let kept = samples.iter().map(|(row, _)| *row).collect();
+        let lengths: Vec<usize> = samples
+            .iter()
+            .map(|(_, sample)| sample.input_ids.len())
+            .collect();
+        let tokens = lengths.iter().sum();
+        let batches = if self.plan.packing_tokens > 0 {
+            fill_rows(&lengths, self.plan.packing_tokens)
+                .into_iter()
+                .map(|places| {
+                    let row: Vec<_> = places.iter().map(|place| &samples[*place]).collect();
+                    self.packed(&row)
+                })
+                .collect::<Result<Vec<_>, _>>()?
+        } else {
+            samples
+                .chunks(self.plan.batch_size)
+                .map(|samples| self.padded(&samples.iter().collect::<Vec<_>>()))
+                .collect::<Result<Vec<_>, _>>()?
+        };
         let targets = batches.iter().map(MicroBatch::targets).sum();
         let micro_batches = batches.len();
         // Micro-batches are dealt out in turn, so that a partial window is shared as well.
@@ -243,51 +288,61 @@ impl WindowLoader {
         })
     }
 
-    fn micro_batch(
+    /// Ids and image grids of some samples, and all their images.
+    fn joined(samples: &[&(usize, EncodedSample)]) -> (Vec<Vec<u32>>, Vec<Grids>, ImageInput) {
+        let mut images = ImageInput::default();
+        let (ids, grids) = samples
+            .iter()
+            .map(|(_, sample)| {
+                images.extend(&sample.images);
+                (
+                    sample.input_ids.clone(),
+                    sample.images.image_grid_thw.clone(),
+                )
+            })
+            .unzip();
+        (ids, grids, images)
+    }
+
+    fn positions_error(
         &self,
-        samples: &[EncodedSample],
-        rows: &[usize],
-        index: usize,
-    ) -> Result<MicroBatch, DatasetError> {
-        let ids: Vec<Vec<u32>> = samples
-            .iter()
-            .map(|sample| sample.input_ids.clone())
-            .collect();
-        let grids: Vec<_> = samples
-            .iter()
-            .map(|sample| sample.images.image_grid_thw.clone())
-            .collect();
-        let mut images = crate::qwen3_vl::ImageInput::default();
-        samples
-            .iter()
-            .for_each(|sample| images.extend(&sample.images));
-        let config = &self.parts.config;
-        let positions = |cause| DatasetError::Positions {
+        samples: &[&(usize, EncodedSample)],
+        cause: PositionError,
+    ) -> DatasetError {
+        DatasetError::Positions {
             file: self.dataset.name().to_string(),
-            row: rows
-                .get(index * self.plan.batch_size)
-                .map_or(0, |row| row + 1),
+            row: samples.first().map_or(0, |(row, _)| row + 1),
             cause,
-        };
-        if self.plan.packing {
-            let text = TextInput::packed(&ids, &grids, config).map_err(positions)?;
-            let labels = samples
-                .iter()
-                .flat_map(|sample| sample.labels.clone())
-                .collect();
-            return Ok(MicroBatch {
-                text,
-                labels: vec![labels],
-                images,
-            });
         }
+    }
+
+    /// Some samples one after another in one row.
+    fn packed(&self, samples: &[&(usize, EncodedSample)]) -> Result<MicroBatch, DatasetError> {
+        let (ids, grids, images) = Self::joined(samples);
+        let text = TextInput::packed(&ids, &grids, &self.parts.config)
+            .map_err(|cause| self.positions_error(samples, cause))?;
+        let labels = samples
+            .iter()
+            .flat_map(|(_, sample)| sample.labels.clone())
+            .collect();
+        Ok(MicroBatch {
+            text,
+            labels: vec![labels],
+            images,
+        })
+    }
+
+    /// Some samples below each other, padded to the longest.
+    fn padded(&self, samples: &[&(usize, EncodedSample)]) -> Result<MicroBatch, DatasetError> {
+        let (ids, grids, images) = Self::joined(samples);
         let pad = self.parts.tokenizer.special().endoftext;
         let (text, _) =
-            TextInput::padded(&ids, &grids, config, Padding::Right, pad).map_err(positions)?;
+            TextInput::padded(&ids, &grids, &self.parts.config, Padding::Right, pad)
+                .map_err(|cause| self.positions_error(samples, cause))?;
         let seq = text.seq();
         let labels = samples
             .iter()
-            .map(|sample| {
+            .map(|(_, sample)| {
                 let mut labels = sample.labels.clone();
                 labels.resize(seq, crate::train::gradients::IGNORE_INDEX);
                 labels
@@ -398,5 +453,74 @@ impl<B: Backend> DataLoader<B, Window> for WindowLoader {
 impl Drop for WindowStream {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pipeline::PipelineOptions;
+
+    #[test]
+    fn rows_are_filled_to_the_budget_and_no_sample_is_lost() {
+        // 7+3, 6+4, 5+5 and nothing left over.
+        assert_eq!(
+            fill_rows(&[3, 5, 7, 4, 6, 5], 10),
+            [vec![0, 2], vec![1, 5], vec![3, 4]]
+        );
+        assert_eq!(fill_rows(&[12, 2, 8], 10), [vec![0], vec![1, 2]]);
+        assert_eq!(fill_rows(&[4, 4, 4], 4), [[0], [1], [2]]);
+        assert!(fill_rows(&[], 10).is_empty());
+        let lengths: Vec<usize> = (0..200).map(|i| 1 + i * 7919 % 97).collect();
+        let rows = fill_rows(&lengths, 100);
+        let mut all: Vec<usize> = rows.iter().flatten().copied().collect();
+        all.sort_unstable();
+        assert!(all.into_iter().eq(0..lengths.len()));
+        for row in &rows {
+            assert!(row.iter().map(|place| lengths[*place]).sum::<usize>() <= 100);
+        }
+    }
+
+    fn loader(packing_tokens: usize, devices: usize) -> WindowLoader {
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+        let parts = TextAndImages::load(&PipelineOptions {
+            model: root.join("model/tiny"),
+            adapter: None,
+            dtype: burn::tensor::DType::F32,
+            min_pixels: None,
+            max_pixels: None,
+        })
+        .unwrap();
+        let plan = WindowPlan {
+            epochs: 2.0,
+            batch_size: 2,
+            accumulation: 3,
+            devices,
+            packing_tokens,
+            max_length: 512,
+            overlong: Overlong::Error,
+            seed: 4,
+            in_order: false,
+        };
+        let data = Dataset::open("phantom:11:0..20:house").unwrap();
+        WindowLoader::new(data, Arc::new(parts), plan, 0, 1)
+    }
+
+    #[test]
+    fn a_packed_window_holds_the_samples_and_targets_of_the_padded_one() {
+        for devices in [1, 2] {
+            let (padded, packed) = (loader(0, devices), loader(512, devices));
+            assert_eq!(padded.end(), packed.end());
+            for step in 0..padded.end() {
+                let (a, b) = (padded.window(step).unwrap(), packed.window(step).unwrap());
+                assert_eq!((&a.rows, a.targets, a.tokens), (&b.rows, b.targets, b.tokens));
+                assert_eq!((a.step, a.epoch), (b.step, b.epoch));
+                assert!(b.micro_batches < a.rows.len(), "nothing was joined");
+                for batch in b.parts.iter().flatten() {
+                    assert_eq!(batch.text.batch(), 1);
+                    assert!(batch.text.seq() <= 512);
+                }
+            }
+        }
     }
 }

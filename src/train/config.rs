@@ -103,6 +103,7 @@ pub struct TrainConfig {
     pub per_device_train_batch_size: usize,
     pub gradient_accumulation_steps: usize,
     pub packing: bool,
+    pub packing_tokens: usize,
     pub max_length: usize,
     pub overlong: Overlong,
     pub min_pixels: Option<usize>,
@@ -158,6 +159,7 @@ impl Default for TrainConfig {
             per_device_train_batch_size: 1,
             gradient_accumulation_steps: 16,
             packing: false,
+            packing_tokens: 0,
             max_length: 2048,
             overlong: Overlong::Error,
             min_pixels: None,
@@ -281,6 +283,18 @@ impl TrainConfig {
             self.max_length,
             "at least 2 tokens",
         )?;
+        check(
+            self.packing || self.packing_tokens == 0,
+            "packing_tokens",
+            self.packing_tokens,
+            "0, or `packing = true`",
+        )?;
+        check(
+            !self.packing || self.loss_reduction == LossReduction::Token,
+            "loss_reduction",
+            "micro",
+            "token with `packing`: a packed row joins samples of several micro-batches",
+        )?;
         check(self.lora_rank > 0, "lora_rank", 0, positive)?;
         check(
             (0.0..1.0).contains(&self.lora_dropout),
@@ -397,6 +411,14 @@ impl TrainConfig {
         }
     }
 
+    /// Tokens of a packed row; `None` when samples are padded.
+    pub fn row_tokens(&self) -> Option<usize> {
+        self.packing.then_some(match self.packing_tokens {
+            0 => self.max_length,
+            tokens => tokens,
+        })
+    }
+
     /// How samples become windows on `devices` devices.
     pub fn window_plan(&self, devices: usize) -> WindowPlan {
         WindowPlan {
@@ -404,7 +426,7 @@ impl TrainConfig {
             batch_size: self.per_device_train_batch_size,
             accumulation: self.gradient_accumulation_steps,
             devices,
-            packing: self.packing,
+            packing_tokens: self.row_tokens().unwrap_or(0),
             max_length: self.max_length,
             overlong: self.overlong,
             seed: self.seed,
@@ -419,7 +441,7 @@ impl TrainConfig {
             batch_size: self.per_device_eval_batch_size,
             accumulation: 1,
             devices: 1,
-            packing: false,
+            packing_tokens: 0,
             in_order: true,
             ..self.window_plan(1)
         }

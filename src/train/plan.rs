@@ -154,7 +154,10 @@ impl Plan {
             Tuner::Full => base,
         };
         let text = &model.text_config;
-        let tokens = (longest * config.per_device_train_batch_size) as u64;
+        let tokens = match config.row_tokens() {
+            Some(tokens) => tokens.max(longest),
+            None => longest * config.per_device_train_batch_size,
+        } as u64;
         let heads =
             ((text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim) as u64;
         // Inputs of the projections and norms, rotated heads, gate, up and their product, in f32.
