@@ -69,13 +69,16 @@ pub struct TargetLoss<B: Backend> {
     pub hidden_gradient: Tensor<B, 2>,
 }
 
-/// One product whose input gradient is wanted: what flows back into its output, its weight
-/// `[out, in]`, and for an adapter what flows back into its low-rank part.
-pub type BackwardProduct<'a, B> = (
-    Tensor<B, 2>,
-    Tensor<B, 2>,
-    Option<(Tensor<B, 2>, &'a LowRank<B>)>,
-);
+/// One product whose input gradient is wanted.
+#[derive(Debug, Clone)]
+pub struct BackwardProduct<B: Backend> {
+    /// What flows back into its output, `[tokens, out]`.
+    pub dy: Tensor<B, 2>,
+    /// `[out, in]`.
+    pub weight: Tensor<B, 2>,
+    /// Its adapter, and what flows back into the low-rank part `[tokens, r]`.
+    pub adapter: Option<(Tensor<B, 2>, LowRank<B>)>,
+}
 
 /// A backend with the operations of the model.
 ///
@@ -115,7 +118,7 @@ pub trait Kernels: Backend {
     ///
     /// # Panics
     /// If there is no product.
-    fn input_gradient(products: &[BackwardProduct<'_, Self>]) -> Tensor<Self, 2> {
+    fn input_gradient(products: &[BackwardProduct<Self>]) -> Tensor<Self, 2> {
         plain::input_gradient(products)
     }
 

@@ -8,7 +8,9 @@ use burn::{
     },
 };
 
-use super::{AttentionSpans, HeadNorm, Kernels, LowRank, LowRankGradients, TargetLoss};
+use super::{
+    AttentionSpans, BackwardProduct, HeadNorm, Kernels, LowRank, LowRankGradients, TargetLoss,
+};
 use crate::qwen3_vl::nn::{to_dtype, to_f32};
 
 /// Query rows worked on at once: bounds the score matrix of a large image to some 100 MB.
@@ -76,17 +78,11 @@ pub(super) fn adapted_linear_backward<B: Kernels>(
     }
 }
 
-pub(super) fn input_gradient<B: Kernels>(
-    parts: &[(
-        Tensor<B, 2>,
-        Tensor<B, 2>,
-        Option<(Tensor<B, 2>, &LowRank<B>)>,
-    )],
-) -> Tensor<B, 2> {
-    let sum = parts.iter().map(|(dy, weight, adapter)| {
-        let dtype = dy.dtype();
-        let dx = dy.clone().matmul(weight.clone());
-        let Some((dlow, adapter)) = adapter else {
+pub(super) fn input_gradient<B: Kernels>(products: &[BackwardProduct<B>]) -> Tensor<B, 2> {
+    let parts = products.iter().map(|product| {
+        let dtype = product.dy.dtype();
+        let dx = product.dy.clone().matmul(product.weight.clone());
+        let Some((dlow, adapter)) = &product.adapter else {
             return dx;
         };
         let share = to_f32(dlow.clone()).matmul(adapter.a.clone());
@@ -96,7 +92,8 @@ pub(super) fn input_gradient<B: Kernels>(
         };
         to_dtype(to_f32(dx) + share, dtype)
     });
-    sum.reduce(|sum, part| sum + part)
+    parts
+        .reduce(|sum, part| sum + part)
         .expect("at least one product flows back")
 }
 

@@ -213,6 +213,8 @@ pub struct ImagePlacement<B: Backend> {
     rows: Tensor<B, 1, Int>,
     /// 1 for text, 0 for image tokens; `[n, 1]`, f32.
     is_text: Tensor<B, 2>,
+    /// The image tokens, `[m]`.
+    image_tokens: Tensor<B, 1, Int>,
 }
 
 impl<B: Kernels> ImagePlacement<B> {
@@ -221,7 +223,11 @@ impl<B: Kernels> ImagePlacement<B> {
         let rows = input.image_rows();
         let is_text: Vec<f32> = rows.iter().map(|row| f32::from(*row == 0)).collect();
         let tokens = rows.len();
+        let image_tokens: Vec<i32> = (0..tokens as i32)
+            .filter(|token| rows[*token as usize] > 0)
+            .collect();
         Self {
+            image_tokens: Tensor::from_ints(image_tokens.as_slice(), device),
             rows: Tensor::from_ints(rows.as_slice(), device),
             is_text: Tensor::from_data(TensorData::new(is_text, [tokens, 1]), (device, DType::F32)),
         }
@@ -232,6 +238,11 @@ impl<B: Kernels> ImagePlacement<B> {
         let [_, hidden] = features.dims();
         let zero = Tensor::zeros([1, hidden], (&features.device(), features.dtype()));
         Tensor::cat(vec![zero, features], 0).select(0, self.rows.clone())
+    }
+
+    /// Rows of the image tokens: `[n, hidden]` → `[m, hidden]`; what flows back through the others.
+    pub fn gather(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        x.select(0, self.image_tokens.clone())
     }
 
     /// Token vectors with the image tokens' replaced by features.
@@ -360,12 +371,18 @@ impl<B: Kernels> Qwen3Vl<B> {
     /// Logits in f32: `[n, hidden]` → `[n, vocab]`.
     ///
     pub fn logits(&self, hidden: Tensor<B, 2>) -> Tensor<B, 2> {
-        let weight = match &self.lm_head {
-            Some(head) if head.lora.is_some() => return to_f32(head.forward(hidden, None)),
+        match &self.lm_head {
+            Some(head) if head.lora.is_some() => to_f32(head.forward(hidden, None)),
+            _ => B::logits(hidden, self.head_weight()),
+        }
+    }
+
+    /// The head's weight, `[vocab, hidden]`: its own or the embedding's.
+    pub fn head_weight(&self) -> Tensor<B, 2> {
+        match &self.lm_head {
             Some(head) => head.weight.val(),
             None => self.model.language_model.embed_tokens.weight.val(),
-        };
-        B::logits(hidden, weight)
+        }
     }
 
     /// The whole model at once, without a cache: logits of every token, `[n, vocab]`.

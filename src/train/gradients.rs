@@ -6,6 +6,7 @@
 //! plain backpropagation, one segment a layer is gradient checkpointing per block. The same is done
 //! for the vision tower where it is trained. Where it is frozen, it never sees autodiff.
 
+use super::by_hand;
 use crate::kernels::{Kernels, TrainKernels, plain::target_sums};
 use std::ops::Range;
 
@@ -28,7 +29,7 @@ use crate::qwen3_vl::{
 pub const IGNORE_INDEX: i64 = -100;
 
 /// Rows of logits held at once in the loss.
-const LOSS_ROWS: usize = 512;
+pub(super) const LOSS_ROWS: usize = 512;
 
 /// Some samples that go through the model together, on the host.
 #[derive(Debug, Clone, PartialEq)]
@@ -48,7 +49,7 @@ impl MicroBatch {
     }
 
     /// For each target the flat row of the hidden state that predicts it, and its id.
-    fn targets_with_rows(&self) -> Vec<(i32, i32)> {
+    pub(super) fn targets_with_rows(&self) -> Vec<(i32, i32)> {
         let seq = self.text.seq();
         let mut targets = Vec::new();
         for (row, labels) in self.labels.iter().enumerate() {
@@ -63,7 +64,7 @@ impl MicroBatch {
 }
 
 /// What is recomputed in the backward pass, and what decides the dropout masks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct GradientOptions {
     /// Recompute each layer of the language model.
     pub checkpoint_text: bool,
@@ -71,6 +72,19 @@ pub struct GradientOptions {
     pub checkpoint_vision: bool,
     /// Turns dropout on.
     pub dropout_seed: Option<u64>,
+    /// Where only adapters of the language model's layers are trained, no graph is recorded.
+    pub by_hand: bool,
+}
+
+impl Default for GradientOptions {
+    fn default() -> Self {
+        Self {
+            checkpoint_text: false,
+            checkpoint_vision: false,
+            dropout_seed: None,
+            by_hand: true,
+        }
+    }
 }
 
 /// Sums over the targets of one micro-batch, on the device until they are asked for.
@@ -112,7 +126,12 @@ impl LossTotals {
     }
 }
 
-impl<B: Kernels> LossSums<B> {
+impl<B: Backend> LossSums<B> {
+    /// `sums`: negative log likelihood and right predictions, `[2]`, f32.
+    pub(super) fn new(sums: Tensor<B, 1>, targets: usize) -> Self {
+        Self { sums, targets }
+    }
+
     /// Reads the sums back; waits for the device.
     pub fn totals(&self) -> LossTotals {
         let values: Vec<f32> = self.sums.to_data().iter::<f32>().collect();
@@ -125,7 +144,7 @@ impl<B: Kernels> LossSums<B> {
 }
 
 /// Whether any parameter of a module is trained.
-pub fn is_trained<B: Kernels, M: Module<B>>(module: &M) -> bool {
+pub fn is_trained<B: Backend, M: Module<B>>(module: &M) -> bool {
     struct Trained(bool);
     impl<B: Backend> ModuleVisitor<B> for Trained {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
@@ -182,6 +201,28 @@ pub fn gradients<B: TrainKernels>(
     let mut total = GradientsParams::new();
     let vision = (!batch.images.image_grid_thw.is_empty())
         .then(|| VisionPass::forward(model, inner, config, &batch.images, options, device));
+
+    if options.by_hand && by_hand::covers(model) {
+        let features = vision
+            .as_ref()
+            .map_or(&[][..], |vision| vision.features.as_slice());
+        let context = batch
+            .text
+            .context::<B::InnerBackend>(config, options.dropout_seed, device);
+        let layers = inner.model.language_model.layers.len();
+        let first_kept = if options.checkpoint_text {
+            layers.saturating_sub(1)
+        } else {
+            0
+        };
+        let pass = by_hand::text_pass(inner, batch, features, &context, weight, first_kept, device);
+        total = pass.grads;
+        if let Some(vision) = vision.filter(VisionPass::is_trained) {
+            let gradients = pass.feature_gradients.into_iter().map(Some).collect();
+            vision.backward(model, gradients, &mut total);
+        }
+        return (total, pass.sums);
+    }
 
     // Features enter the language model as leaves, so that the two towers' backward passes can be
     // run one after the other.
