@@ -1,9 +1,12 @@
 //! Windows of samples, one an optimizer step, made by worker threads ahead of the device.
 
-use std::sync::{
-    Arc, Mutex,
-    atomic::{AtomicBool, AtomicUsize, Ordering},
-    mpsc::{Receiver, SyncSender, sync_channel},
+use std::{
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+        mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
+    },
+    time::Duration,
 };
 
 use burn::{
@@ -181,6 +184,7 @@ pub struct WindowLoader {
     /// Step behind the last.
     end: usize,
     workers: usize,
+    patience: Option<Duration>,
     skipped: Arc<AtomicUsize>,
     error: Arc<Mutex<Option<DatasetError>>>,
 }
@@ -202,6 +206,7 @@ impl WindowLoader {
             start,
             end,
             workers: workers.max(1),
+            patience: None,
             skipped: Arc::default(),
             error: Arc::default(),
         }
@@ -211,6 +216,13 @@ impl WindowLoader {
     #[must_use]
     pub fn up_to(mut self, steps: usize) -> Self {
         self.end = self.end.min(steps);
+        self
+    }
+
+    /// Makes a window that is not ready in this time an error in place of waiting on.
+    #[must_use]
+    pub fn with_patience(mut self, patience: Option<Duration>) -> Self {
+        self.patience = patience;
         self
     }
 
@@ -336,9 +348,8 @@ impl WindowLoader {
     fn padded(&self, samples: &[&(usize, EncodedSample)]) -> Result<MicroBatch, DatasetError> {
         let (ids, grids, images) = Self::joined(samples);
         let pad = self.parts.tokenizer.special().endoftext;
-        let (text, _) =
-            TextInput::padded(&ids, &grids, &self.parts.config, Padding::Right, pad)
-                .map_err(|cause| self.positions_error(samples, cause))?;
+        let (text, _) = TextInput::padded(&ids, &grids, &self.parts.config, Padding::Right, pad)
+            .map_err(|cause| self.positions_error(samples, cause))?;
         let seq = text.seq();
         let labels = samples
             .iter()
@@ -372,7 +383,7 @@ impl WindowLoader {
             start: self.start,
             end: self.end,
             stop,
-            error: self.error.clone(),
+            loader: self.clone(),
         }
     }
 
@@ -397,7 +408,31 @@ pub struct WindowStream {
     next: usize,
     end: usize,
     stop: Arc<AtomicBool>,
-    error: Arc<Mutex<Option<DatasetError>>>,
+    loader: WindowLoader,
+}
+
+impl WindowStream {
+    /// Waits for the next window of a worker; `None` if the worker is gone.
+    fn receive(&self, worker: usize) -> Option<Result<Window, DatasetError>> {
+        let channel = &self.channels[worker];
+        let Some(patience) = self.loader.patience else {
+            return channel.recv().ok();
+        };
+        match channel.recv_timeout(patience) {
+            Ok(window) => Some(window),
+            Err(RecvTimeoutError::Disconnected) => None,
+            Err(RecvTimeoutError::Timeout) => {
+                let WindowLoader { plan, dataset, .. } = &self.loader;
+                let rows = plan.rows(self.next, dataset.len());
+                Some(Err(DatasetError::Slow {
+                    file: dataset.name().to_string(),
+                    step: self.next + 1,
+                    rows: rows.into_iter().map(|row| row + 1).collect(),
+                    seconds: patience.as_secs_f64(),
+                }))
+            }
+        }
+    }
 }
 
 impl Iterator for WindowStream {
@@ -409,13 +444,17 @@ impl Iterator for WindowStream {
         }
         // Worker `k` makes every k-th window: asking in turn keeps the order.
         let worker = (self.next - self.start) % self.channels.len();
-        match self.channels[worker].recv().ok()? {
+        match self.receive(worker)? {
             Ok(window) => {
                 self.next += 1;
                 Some(window)
             }
             Err(error) => {
-                *self.error.lock().unwrap_or_else(|lock| lock.into_inner()) = Some(error);
+                *self
+                    .loader
+                    .error
+                    .lock()
+                    .unwrap_or_else(|lock| lock.into_inner()) = Some(error);
                 None
             }
         }
@@ -513,7 +552,10 @@ mod tests {
             assert_eq!(padded.end(), packed.end());
             for step in 0..padded.end() {
                 let (a, b) = (padded.window(step).unwrap(), packed.window(step).unwrap());
-                assert_eq!((&a.rows, a.targets, a.tokens), (&b.rows, b.targets, b.tokens));
+                assert_eq!(
+                    (&a.rows, a.targets, a.tokens),
+                    (&b.rows, b.targets, b.tokens)
+                );
                 assert_eq!((a.step, a.epoch), (b.step, b.epoch));
                 assert!(b.micro_batches < a.rows.len(), "nothing was joined");
                 for batch in b.parts.iter().flatten() {

@@ -9,6 +9,8 @@ mod spans;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 
+use std::sync::Arc;
+
 use burn::{
     backend::autodiff::checkpoint::strategy::CheckpointStrategy,
     prelude::*,
@@ -68,6 +70,19 @@ pub struct TargetLoss<B: Backend> {
     /// Gradient of the weighted loss, `[targets, hidden]`, in the type of the hidden states.
     pub hidden_gradient: Tensor<B, 2>,
 }
+
+/// Memory of a device that this process holds, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceMemory {
+    /// In tensors that are alive.
+    pub in_use: u64,
+    /// Taken from the device; pages are kept for later tensors, so this is what was needed at most.
+    pub reserved: u64,
+}
+
+/// Adds up a tensor over devices. Every device calls it, each from a thread of its own, with a tensor
+/// of one length; it returns the sum once all have.
+pub type AllReduce<B> = Arc<dyn Fn(Tensor<B, 1>) -> Tensor<B, 1> + Send + Sync>;
 
 /// One product whose input gradient is wanted.
 #[derive(Debug, Clone)]
@@ -271,6 +286,19 @@ pub trait Kernels: Backend {
     ) -> TargetLoss<Self> {
         plain::target_loss(hidden, head, ids, weight)
     }
+
+    /// Memory that the calling thread's work holds on the device; `None` where the backend does not tell.
+    fn memory_in_use(_device: &Self::Device) -> Option<DeviceMemory> {
+        None
+    }
+
+    /// How these devices add up among themselves; `None` where tensors have to be brought together.
+    ///
+    /// # Errors
+    /// What is missing on a machine whose devices could.
+    fn all_reduce(_devices: &[Self::Device]) -> Result<Option<AllReduce<Self>>, String> {
+        Ok(None)
+    }
 }
 
 static RANDOM_STATE: std::sync::Mutex<()> = std::sync::Mutex::new(());
@@ -287,4 +315,13 @@ impl<B: Kernels, C: CheckpointStrategy> Kernels for burn::backend::Autodiff<B, C
 impl Kernels for burn_flex::Flex {}
 
 #[cfg(feature = "wgpu")]
-impl Kernels for burn::backend::Vulkan {}
+impl Kernels for burn::backend::Vulkan {
+    fn memory_in_use(device: &Self::Device) -> Option<DeviceMemory> {
+        let tensor = Tensor::<Self, 1>::empty([1], device);
+        let usage = tensor.into_primitive().tensor().client.memory_usage();
+        usage.ok().map(|usage| DeviceMemory {
+            in_use: usage.bytes_in_use,
+            reserved: usage.bytes_reserved,
+        })
+    }
+}

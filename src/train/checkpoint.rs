@@ -195,7 +195,19 @@ pub fn write<B: TrainKernels>(
     let moments = optimizer.state();
     let mut tensors = Vec::new();
     for (path, id) in trained_params(model) {
-        if let Some(Moments { first, second }) = moments.moments.get(&id) {
+        if let Some(Moments {
+            steps,
+            first,
+            second,
+        }) = moments.moments.get(&id)
+        {
+            let steps = *steps as f32;
+            tensors.push(LazyTensor {
+                name: format!("{path}.step"),
+                shape: vec![1],
+                dtype: DType::F32,
+                data: Box::new(move || TensorData::new(vec![steps], [1])),
+            });
             for (part, tensor) in [("exp_avg", first), ("exp_avg_sq", second)] {
                 let tensor = tensor.clone();
                 tensors.push(LazyTensor {
@@ -255,7 +267,6 @@ pub fn restore_optimizer<B: TrainKernels>(
     let file = TensorFile::open(&dir.join(OPTIMIZER))?;
     let shapes = file.shapes()?;
     let mut state = optimizer.state();
-    state.steps = steps as u64;
     state.moments.clear();
     let mut used = 0;
     for (path, id) in trained_params(model) {
@@ -266,7 +277,17 @@ pub fn restore_optimizer<B: TrainKernels>(
             let data: TensorData = file.read(&format!("{path}.{part}"), DType::F32)?;
             Ok(Tensor::from_data(data, (device, DType::F32)))
         };
+        let own_steps = format!("{path}.step");
+        let steps = if shapes.contains_key(&own_steps) {
+            used += 1;
+            let data = file.read(&own_steps, DType::F32)?;
+            data.iter::<f32>().next().unwrap_or_default() as u64
+        } else {
+            // Checkpoints from before each parameter had its own.
+            steps as u64
+        };
         let moments = Moments {
+            steps,
             first: read("exp_avg")?,
             second: read("exp_avg_sq")?,
         };

@@ -4,11 +4,11 @@
 //! business; here it is only written whole, verified and deleted. `best.json` beside the folders
 //! names the step with the best validation metric.
 //!
-//! One process at a time owns a run folder.
+//! One process at a time owns a run folder; [`RunLock`] sees to it.
 
 use std::error::Error;
 use std::fmt;
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -20,7 +20,9 @@ use crate::files::{
 };
 
 const PREFIX: &str = "checkpoint-";
+const ABANDONED: &str = "abandoned-checkpoint-";
 const BEST_FILE: &str = "best.json";
+const LOCK_FILE: &str = ".lock";
 
 /// A run folder or one of its checkpoints cannot be written or read.
 #[derive(Debug, thiserror::Error)]
@@ -47,6 +49,12 @@ pub enum CheckpointDirError {
         /// What the writing closure returned.
         cause: Box<dyn Error + Send + Sync>,
     },
+    /// Another process owns the run folder.
+    #[error(
+        "`{}` is in use by another process that trains there; wait for its end, or choose another \
+         output_dir", .0.display()
+    )]
+    InUse(PathBuf),
     /// `best.json` holds something else.
     #[error(
         "`{}` is damaged: {cause}; hint: delete it, or write the best step into it by hand as \
@@ -58,6 +66,37 @@ pub enum CheckpointDirError {
         /// Where it stops making sense.
         cause: serde_json::Error,
     },
+}
+
+/// Keeps other processes out of a run folder while it lives.
+///
+/// The lock is the system's, on the file `.lock`: it ends with the process, however that ends, so a
+/// file left by a killed run locks nobody out.
+#[derive(Debug)]
+pub struct RunLock {
+    _file: File,
+}
+
+impl RunLock {
+    /// Takes the folder, which must exist.
+    ///
+    /// # Errors
+    /// [`CheckpointDirError::InUse`], or [`CheckpointDirError::File`] also where the file system
+    /// knows no locks.
+    pub fn take(run: &Path) -> Result<Self, CheckpointDirError> {
+        let path = run.join(LOCK_FILE);
+        let failed = |cause| FileError::write(&path, cause);
+        let file = File::options()
+            .create(true)
+            .append(true)
+            .open(&path)
+            .map_err(failed)?;
+        match file.try_lock() {
+            Ok(()) => Ok(Self { _file: file }),
+            Err(TryLockError::WouldBlock) => Err(CheckpointDirError::InUse(run.to_path_buf())),
+            Err(TryLockError::Error(cause)) => Err(failed(cause).into()),
+        }
+    }
 }
 
 /// The best checkpoint so far: the content of `best.json`.
@@ -260,20 +299,52 @@ impl CheckpointDir {
             .map_err(|cause| CheckpointDirError::BadBest { path, cause })
     }
 
-    /// Deletes all but the last `keep_last` checkpoints (at least one) and the best one. Returns
-    /// the deleted ones, oldest first.
+    /// Renames the checkpoints of more than `step` steps to `abandoned-checkpoint-N`, damaged ones
+    /// too: a run that goes on from `step` leaves their branch, and what it saves must not be mixed
+    /// with them. A best one among them is forgotten. Returns old and new places.
+    ///
+    /// # Errors
+    /// [`CheckpointDirError`].
+    pub fn abandon_after(&self, step: u64) -> Result<Vec<(PathBuf, PathBuf)>, CheckpointDirError> {
+        let mut moved = Vec::new();
+        for checkpoint in self.list()?.into_iter().filter(|one| one.step > step) {
+            let name = format!("{ABANDONED}{}", checkpoint.step);
+            let place = (1..)
+                .map(|number| match number {
+                    1 => self.run.join(&name),
+                    number => self.run.join(format!("{name}-{number}")),
+                })
+                .find(|place| place.symlink_metadata().is_err())
+                .unwrap_or_else(|| self.run.join(&name));
+            fs::rename(&checkpoint.path, &place)
+                .map_err(|cause| FileError::write(&place, cause))?;
+            moved.push((checkpoint.path, place));
+        }
+        if self.best()?.is_some_and(|best| best.step > step) {
+            let path = self.run.join(BEST_FILE);
+            fs::remove_file(&path).map_err(|cause| FileError::write(&path, cause))?;
+        }
+        Ok(moved)
+    }
+
+    /// Deletes all but the last `keep_last` checkpoints (at least one), the best one and that of
+    /// step `written`. Returns the deleted ones, oldest first.
     ///
     /// Only checkpoints whose marker and file lengths agree count or are deleted, so a damaged one
     /// never pushes out a good one; damaged ones stay for a person to look at.
     ///
     /// # Errors
     /// [`CheckpointDirError`]; if `best.json` cannot be read, nothing is deleted.
-    pub fn prune(&self, keep_last: usize) -> Result<Vec<Checkpoint>, CheckpointDirError> {
+    pub fn prune(
+        &self,
+        keep_last: usize,
+        written: u64,
+    ) -> Result<Vec<Checkpoint>, CheckpointDirError> {
         let best = self.best()?.map(|best| best.step);
         let mut whole = self.list()?;
         whole.retain(|checkpoint| verify_folder(&checkpoint.path, Depth::Sizes).is_ok());
         whole.truncate(whole.len().saturating_sub(keep_last.max(1)));
-        whole.retain(|checkpoint| Some(checkpoint.step) != best);
+        whole.retain(|checkpoint| Some(checkpoint.step) != best && checkpoint.step != written);
         for checkpoint in &whole {
             remove_folder(&checkpoint.path)?;
         }
@@ -490,11 +561,46 @@ mod tests {
         let (_dir, checkpoints) = run_with(&[10, 20, 30, 40, 50]);
         checkpoints.set_best(&best(20)).unwrap();
         fs::remove_file(checkpoints.path(50).join("adapter.safetensors")).unwrap();
-        let deleted = checkpoints.prune(1).unwrap();
+        let deleted = checkpoints.prune(1, 40).unwrap();
         assert_eq!(deleted.iter().map(|c| c.step).collect::<Vec<_>>(), [10, 30]);
         assert_eq!(steps(&checkpoints), [20, 40, 50]);
-        assert!(checkpoints.prune(0).unwrap().is_empty());
+        assert!(checkpoints.prune(0, 40).unwrap().is_empty());
         assert_eq!(steps(&checkpoints), [20, 40, 50]);
+    }
+
+    #[test]
+    fn an_abandoned_branch_steps_aside_and_the_one_just_written_stays() {
+        let (dir, checkpoints) = run_with(&[10, 20, 30]);
+        checkpoints.set_best(&best(30)).unwrap();
+        fs::create_dir(dir.path().join("abandoned-checkpoint-20")).unwrap();
+        let moved = checkpoints.abandon_after(10).unwrap();
+        let names: Vec<_> = moved
+            .iter()
+            .map(|(_, to)| to.file_name().unwrap().to_str().unwrap())
+            .collect();
+        assert_eq!(
+            names,
+            ["abandoned-checkpoint-20-2", "abandoned-checkpoint-30"]
+        );
+        assert_eq!(steps(&checkpoints), [10]);
+        assert_eq!(checkpoints.best().unwrap(), None);
+        verify_folder(&moved[1].1, Depth::Hashes).unwrap();
+        assert!(checkpoints.abandon_after(10).unwrap().is_empty());
+        // However the numbers lie, what was just written is kept.
+        let (_dir, checkpoints) = run_with(&[5, 20, 30]);
+        let deleted = checkpoints.prune(1, 5).unwrap();
+        assert_eq!(deleted.len(), 1);
+        assert_eq!(steps(&checkpoints), [5, 30]);
+    }
+
+    #[test]
+    fn a_locked_folder_is_refused_until_the_lock_ends() {
+        let dir = tempfile::tempdir().unwrap();
+        let lock = RunLock::take(dir.path()).unwrap();
+        let error = RunLock::take(dir.path()).unwrap_err().to_string();
+        assert!(error.contains("in use by another process"), "{error}");
+        drop(lock);
+        RunLock::take(dir.path()).unwrap();
     }
 
     #[test]
@@ -504,7 +610,7 @@ mod tests {
         checkpoints.set_best(&best(1)).unwrap();
         assert_eq!(checkpoints.best().unwrap(), Some(best(1)));
         fs::write(dir.path().join(BEST_FILE), "{\"step\": 1").unwrap();
-        let error = checkpoints.prune(1).unwrap_err();
+        let error = checkpoints.prune(1, 3).unwrap_err();
         assert!(error.to_string().contains("best.json"), "{error}");
         assert_eq!(steps(&checkpoints), [1, 2, 3]);
     }

@@ -3,6 +3,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use serde::{Deserialize, Serialize};
@@ -130,6 +131,7 @@ pub struct TrainConfig {
     pub save_steps: usize,
     pub save_total_limit: usize,
     pub dataloader_num_workers: usize,
+    pub ddp_timeout: f64,
 }
 
 impl Default for TrainConfig {
@@ -184,6 +186,7 @@ impl Default for TrainConfig {
             save_steps: 100,
             save_total_limit: 3,
             dataloader_num_workers: 1,
+            ddp_timeout: 1800.0,
         }
     }
 }
@@ -205,6 +208,7 @@ const FREE_ON_RESUME: &[&str] = &[
     "save_steps",
     "save_total_limit",
     "dataloader_num_workers",
+    "ddp_timeout",
     "per_device_eval_batch_size",
     "gradient_checkpointing",
     "vit_gradient_checkpointing",
@@ -338,6 +342,12 @@ impl TrainConfig {
             self.max_grad_norm,
             "0 (off) or more",
         )?;
+        check(
+            self.ddp_timeout > 0.0 && self.ddp_timeout <= 1e9,
+            "ddp_timeout",
+            self.ddp_timeout,
+            "a positive number of seconds",
+        )?;
         check(self.save_total_limit > 0, "save_total_limit", 0, positive)?;
         check(
             !(self.freeze_vit && self.freeze_aligner && self.freeze_llm),
@@ -464,6 +474,11 @@ impl TrainConfig {
             self.warmup_ratio,
             total_steps as u64,
         )
+    }
+
+    /// How long devices of a run wait for each other and for samples.
+    pub fn patience(&self) -> Duration {
+        Duration::from_secs_f64(self.ddp_timeout)
     }
 
     /// Settings of the optimizer.

@@ -41,6 +41,8 @@ impl Default for AdamWConfig {
 /// Moments of one parameter, flattened, f32.
 #[derive(Debug, Clone)]
 pub struct Moments<B: Backend> {
+    /// Steps this parameter took: those in which it had a gradient.
+    pub steps: u64,
     /// Running mean of the gradient.
     pub first: Tensor<B, 1>,
     /// Running mean of its square.
@@ -50,8 +52,6 @@ pub struct Moments<B: Backend> {
 /// State that outlives a step.
 #[derive(Debug, Clone)]
 pub struct AdamWState<B: Backend> {
-    /// Steps done.
-    pub steps: u64,
     /// Moments by parameter.
     pub moments: HashMap<ParamId, Moments<B>>,
 }
@@ -80,8 +80,26 @@ impl<B: AutodiffBackend> AdamW<B> {
         Self {
             config,
             state: Arc::new(Mutex::new(AdamWState {
-                steps: 0,
                 moments: HashMap::new(),
+            })),
+        }
+    }
+
+    /// An optimizer of its own for another device, with the same state.
+    pub fn copy_to(&self, device: &B::Device) -> Self {
+        let state = self.state();
+        let moments = state.moments.iter().map(|(id, old)| {
+            let moments = Moments {
+                steps: old.steps,
+                first: old.first.clone().to_device(device),
+                second: old.second.clone().to_device(device),
+            };
+            (*id, moments)
+        });
+        Self {
+            config: self.config,
+            state: Arc::new(Mutex::new(AdamWState {
+                moments: moments.collect(),
             })),
         }
     }
@@ -99,7 +117,6 @@ impl<M: AutodiffModule<B>, B: AutodiffBackend> Optimizer<M, B> for AdamW<B> {
     fn step(&mut self, lr: LearningRate, module: M, mut grads: GradientsParams) -> M {
         let config = self.config;
         let mut state = self.state();
-        state.steps += 1;
         module.map(&mut StepMapper::<B> {
             config,
             lr,
@@ -153,7 +170,7 @@ impl<B: AutodiffBackend> ModuleMapper<B> for StepMapper<'_, B> {
             epsilon,
             weight_decay,
         } = self.config;
-        let (lr, steps, id) = (self.lr, self.state.steps as f64, param.id);
+        let (lr, id) = (self.lr, param.id);
         let moments = &mut self.state.moments;
         param.map(|tensor| {
             let dtype = tensor.dtype();
@@ -162,21 +179,36 @@ impl<B: AutodiffBackend> ModuleMapper<B> for StepMapper<'_, B> {
             let count = shape.num_elements();
             let grad = to_f32(grad).reshape([count]);
             let value = value.reshape([count]);
-            let (first, second) = match moments.remove(&id) {
-                Some(old) => (old.first, old.second),
-                None => (grad.zeros_like(), grad.zeros_like()),
-            };
+            let Moments {
+                steps,
+                first,
+                second,
+            } = moments.remove(&id).unwrap_or_else(|| Moments {
+                steps: 0,
+                first: grad.zeros_like(),
+                second: grad.zeros_like(),
+            });
+            // The bias of the moments is that of the steps they were fed in, not of the run's.
+            let steps = steps + 1;
+            let power = steps.min(i32::MAX as u64) as i32;
             let first = first * beta1 + grad.clone() * (1.0 - beta1);
             let second = second * beta2 + grad.clone() * grad * (1.0 - beta2);
-            let step_size = lr / (1.0 - beta1.powf(steps));
-            let root = (second.clone() / (1.0 - beta2.powf(steps))).sqrt() + epsilon;
+            let step_size = lr / (1.0 - beta1.powi(power));
+            let root = (second.clone() / (1.0 - beta2.powi(power))).sqrt() + epsilon;
             let value = if D > 1 && weight_decay > 0.0 {
                 value * (1.0 - lr * weight_decay)
             } else {
                 value
             };
             let value = value - first.clone() / root * step_size;
-            moments.insert(id, Moments { first, second });
+            moments.insert(
+                id,
+                Moments {
+                    steps,
+                    first,
+                    second,
+                },
+            );
             Tensor::from_inner(to_dtype(value.reshape(shape), dtype)).require_grad()
         })
     }

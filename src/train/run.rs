@@ -20,7 +20,7 @@ use super::{
     checkpoint::{
         TrainerState, dtype_text, read_state, restore_optimizer, restore_weights, trained_params,
     },
-    checkpoint_dir::CheckpointDir,
+    checkpoint_dir::{CheckpointDir, RunLock},
     config::{TrainConfig, Tuner},
     learner::{Gauge, ScheduleStepper, StepSettings, Trainee},
     optimizer::AdamW,
@@ -34,6 +34,7 @@ use crate::{
     lora::{attach::attach, config::LoraConfig, files::load_adapter_for_training},
     pipeline::{PipelineOptions, TextAndImages, load_model},
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, nn::InitOptions, weights::LoadProgress},
+    system::MemoryWatch,
 };
 
 /// Whether a run starts anew or goes on.
@@ -277,6 +278,9 @@ pub fn train<B: TrainKernels>(
     let device = devices[0].clone();
     let data = Dataset::open(&config.train_data)?;
     let validation = config.val_data.as_deref().map(Dataset::open).transpose()?;
+    let run = &config.output_dir;
+    // Held to the end of the run. A folder that is not there yet is made once all has been checked.
+    let lock = run.is_dir().then(|| RunLock::take(run)).transpose()?;
     let resumed = find_checkpoint(&options, &data, devices.len(), dtype)?;
 
     let pipeline = PipelineOptions {
@@ -350,7 +354,8 @@ pub fn train<B: TrainKernels>(
         state.step,
         config.dataloader_num_workers,
     )
-    .up_to(total_steps);
+    .up_to(total_steps)
+    .with_patience((devices.len() > 1).then(|| config.patience()));
     let valid_loader = validation
         .clone()
         .map(|data| WindowLoader::new(data, parts.clone(), config.validation_plan(), 0, 1));
@@ -358,7 +363,21 @@ pub fn train<B: TrainKernels>(
         Some(data) if config.eval_generate > 0 => Some(scorer(&config, &parts, data, &device)),
         _ => None,
     };
-    let checkpoints = CheckpointDir::open(&config.output_dir)?;
+    let checkpoints = CheckpointDir::open(run)?;
+    let _lock = match lock {
+        Some(lock) => lock,
+        None => RunLock::take(run)?,
+    };
+    for (from, to) in match &resumed {
+        Some((_, state)) => checkpoints.abandon_after(state.step as u64)?,
+        None => Vec::new(),
+    } {
+        (options.tell)(&format!(
+            "`{}` lies beyond the step the run goes on from; it is now `{}`",
+            from.display(),
+            to.display()
+        ));
+    }
     if resumed.is_none() {
         let mut hashes = BTreeMap::from([("train", data.fingerprint().to_string())]);
         if let Some(data) = &validation {
@@ -397,6 +416,8 @@ pub fn train<B: TrainKernels>(
         events,
         output_dir: config.output_dir.clone(),
         total_steps,
+        good_steps: state.step.saturating_sub(1),
+        memory: MemoryWatch::default(),
         interrupted: options.interrupted,
         tell: options.tell,
     }));
@@ -413,6 +434,7 @@ pub fn train<B: TrainKernels>(
             .metric_train_numeric(Gauge::gradient_norm())
             .metric_train_numeric(Gauge::samples_per_second())
             .metric_train_numeric(Gauge::tokens_per_second())
+            .metric_train_numeric(Gauge::memory())
             .num_epochs(config.num_train_epochs.ceil() as usize)
             .with_interrupter(options.interrupter)
             .with_application_logger(None)
