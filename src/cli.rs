@@ -62,6 +62,9 @@ pub struct ModelArgs {
     /// Folder of a PEFT LoRA adapter, merged into the weights at load.
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
+    /// Take the adapter although it was trained on another base.
+    #[arg(long)]
+    pub any_base: bool,
     /// cpu, cuda, cuda:N, wgpu or wgpu:N; by default the best one that answers.
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<DeviceName>,
@@ -250,7 +253,7 @@ pub struct MergeArgs {
     /// PEFT adapter folder.
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
-    /// Merge although the adapter's config names another base.
+    /// Merge although the adapter was trained on, or its config names, another base.
     #[arg(long)]
     pub any_base: bool,
     /// Folder to write; must not exist.
@@ -277,8 +280,14 @@ pub struct PlanArgs {
     #[arg(long, value_name = "FILE.jsonl")]
     pub train_data: Option<String>,
     /// Throughput from a bench or an earlier run; gives the time.
-    #[arg(long, value_name = "F")]
+    #[arg(long, value_name = "F", conflicts_with = "bench")]
     pub samples_per_second: Option<f64>,
+    /// Throughput from a file that `bench train --json` wrote; gives the time.
+    #[arg(long, value_name = "FILE.json")]
+    pub bench: Option<PathBuf>,
+    /// Any key of the config file, as in `train`; may be given several times.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
     /// Write the token histogram as SVG.
     #[arg(long, value_name = "FILE.svg")]
     pub histogram: Option<PathBuf>,

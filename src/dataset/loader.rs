@@ -1,6 +1,7 @@
 //! Windows of samples, one an optimizer step, made by worker threads ahead of the device.
 
 use std::{
+    collections::BTreeSet,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -127,6 +128,13 @@ impl WindowPlan {
     pub fn total_steps(&self, samples: usize) -> usize {
         crate::train::schedule::total_steps(self.steps_per_epoch(samples) as u64, self.epochs)
             as usize
+    }
+
+    /// Rows of the data set in the first `steps` windows.
+    pub fn rows_before(&self, steps: usize, samples: usize) -> BTreeSet<usize> {
+        (0..steps)
+            .flat_map(|step| self.rows(step, samples))
+            .collect()
     }
 
     /// Rows of the data set that make window `step`.

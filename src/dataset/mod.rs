@@ -243,6 +243,19 @@ impl Dataset {
         &self.fingerprint
     }
 
+    /// Image files: row (from 0), name in the row, path; none for drawn studies.
+    pub fn image_files(&self) -> Vec<(usize, &str, PathBuf)> {
+        let Source::Rows { samples, folder } = &self.source else {
+            return Vec::new();
+        };
+        let rows = samples.iter().enumerate();
+        rows.flat_map(|(row, sample)| {
+            let images = sample.images.iter();
+            images.map(move |image| (row, image.as_str(), folder.join(image)))
+        })
+        .collect()
+    }
+
     /// Number of samples.
     pub fn len(&self) -> usize {
         match &self.source {

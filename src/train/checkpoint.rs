@@ -22,6 +22,7 @@ use super::{
 use crate::{
     files::{FileError, write_atomic},
     lora::{
+        base::BaseFingerprint,
         config::{AdapterError, LoraConfig},
         files::save_adapter,
     },
@@ -68,6 +69,9 @@ impl CheckpointError {
     }
 }
 
+/// Stands for a base whose weights were drawn at random.
+pub const RANDOM_BASE: &str = "random";
+
 /// Where a run stands; all that is random is a function of the seed and the step.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TrainerState {
@@ -89,6 +93,13 @@ pub struct TrainerState {
     pub config: TrainConfig,
     /// Fingerprint of the training data.
     pub train_data: String,
+    /// Fingerprint of its pictures; `None` in checkpoints from before it was kept.
+    #[serde(default)]
+    pub images: Option<String>,
+    /// Fingerprint of the base's weights, or [`RANDOM_BASE`]; `None` in checkpoints from before it was
+    /// kept.
+    #[serde(default)]
+    pub base: Option<String>,
     /// Version of this program.
     pub version: String,
 }
@@ -189,7 +200,13 @@ pub fn write<B: TrainKernels>(
     state: &TrainerState,
 ) -> Result<(), CheckpointError> {
     match state.config.tuner {
-        Tuner::Lora => save_adapter(model, lora, dir)?,
+        Tuner::Lora => {
+            save_adapter(model, lora, dir)?;
+            if let Some(sha256) = state.base.as_ref().filter(|base| *base != RANDOM_BASE) {
+                let sha256 = sha256.clone();
+                BaseFingerprint { format: 1, sha256 }.save(dir)?;
+            }
+        }
         Tuner::Full => save_model(model, config, &state.config.model, dir)?,
     }
     let moments = optimizer.state();

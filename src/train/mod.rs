@@ -5,6 +5,7 @@ pub mod checkpoint;
 pub mod checkpoint_dir;
 pub mod config;
 pub mod gradients;
+pub mod image_facts;
 pub mod learner;
 pub mod optimizer;
 pub mod plan;

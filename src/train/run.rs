@@ -3,7 +3,7 @@
 use crate::kernels::{Kernels, TrainKernels};
 use std::{
     collections::BTreeMap,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, atomic::AtomicBool},
 };
 
@@ -18,10 +18,12 @@ use burn::{
 
 use super::{
     checkpoint::{
-        TrainerState, dtype_text, read_state, restore_optimizer, restore_weights, trained_params,
+        RANDOM_BASE, TrainerState, dtype_text, read_state, restore_optimizer, restore_weights,
+        trained_params,
     },
     checkpoint_dir::{CheckpointDir, RunLock},
     config::{TrainConfig, Tuner},
+    image_facts::ImageFacts,
     learner::{Gauge, ScheduleStepper, StepSettings, Trainee},
     optimizer::AdamW,
     records::MetricsLog,
@@ -31,8 +33,13 @@ use super::{
 use crate::{
     dataset::{Dataset, loader::WindowLoader},
     files::write_atomic,
-    lora::{attach::attach, config::LoraConfig, files::load_adapter_for_training},
-    pipeline::{PipelineOptions, TextAndImages, load_model},
+    lora::{
+        attach::attach,
+        base::{BaseFingerprint, check_base},
+        config::LoraConfig,
+        files::load_adapter_for_training,
+    },
+    pipeline::{PipelineError, PipelineOptions, TextAndImages, load_model},
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, nn::InitOptions, weights::LoadProgress},
     system::MemoryWatch,
 };
@@ -164,6 +171,7 @@ fn random_model<B: Kernels>(
 fn find_checkpoint(
     options: &RunOptions,
     data: &Dataset,
+    facts: &RunFacts,
     devices: usize,
     dtype: DType,
 ) -> Result<Option<(PathBuf, TrainerState)>, TrainError> {
@@ -215,6 +223,17 @@ fn find_checkpoint(
     if state.train_data != data.fingerprint() {
         differences.push("the training data has changed".to_string());
     }
+    match &state.base {
+        Some(base) if *base != facts.base => differences.push(format!(
+            "the weights in `{}` have changed (fingerprint was {base}, is {})",
+            options.config.model.display(),
+            facts.base
+        )),
+        _ => {}
+    }
+    if state.train_data == data.fingerprint() {
+        differences.extend(changed_images(options, data, facts, devices, &dir, &state));
+    }
     // The devices may be others, but not more or fewer: they share every window.
     if state.devices != devices {
         differences.push(format!(
@@ -233,6 +252,39 @@ fn find_checkpoint(
         });
     }
     Ok(Some((dir, state)))
+}
+
+/// What a run's numbers depend on besides its settings and the rows of its data.
+struct RunFacts {
+    images: ImageFacts,
+    /// Fingerprint of the base's weights, or [`RANDOM_BASE`].
+    base: String,
+}
+
+/// Says which pictures are not what the run has learnt from.
+///
+/// One that no step has seen yet may be another: a run that an unreadable picture ended goes on once
+/// the picture is mended.
+fn changed_images(
+    options: &RunOptions,
+    data: &Dataset,
+    facts: &RunFacts,
+    devices: usize,
+    dir: &Path,
+    state: &TrainerState,
+) -> Option<String> {
+    let Some(before) = dir.parent().and_then(ImageFacts::load) else {
+        let changed = state.images.as_ref()? != &facts.images.digest();
+        return changed.then(|| "images of the training data have changed".to_string());
+    };
+    let plan = options.config.window_plan(devices);
+    let seen = plan.rows_before(state.step, data.len());
+    let changed = facts.images.changed_in(&before, data, &seen);
+    let first = changed.first()?;
+    Some(format!(
+        "{} of the images that were learnt from have changed, first `{first}`",
+        changed.len()
+    ))
 }
 
 /// Writes the resolved settings, versions and data hashes before the first step.
@@ -281,7 +333,17 @@ pub fn train<B: TrainKernels>(
     let run = &config.output_dir;
     // Held to the end of the run. A folder that is not there yet is made once all has been checked.
     let lock = run.is_dir().then(|| RunLock::take(run)).transpose()?;
-    let resumed = find_checkpoint(&options, &data, devices.len(), dtype)?;
+    let facts = RunFacts {
+        images: ImageFacts::of(&data),
+        base: if options.random_init {
+            RANDOM_BASE.to_string()
+        } else if config.model.is_dir() {
+            BaseFingerprint::of(&config.model)?.sha256
+        } else {
+            return Err(PipelineError::NoModel(config.model.clone()).into());
+        },
+    };
+    let resumed = find_checkpoint(&options, &data, &facts, devices.len(), dtype)?;
 
     let pipeline = PipelineOptions {
         model: config.model.clone(),
@@ -297,6 +359,12 @@ pub fn train<B: TrainKernels>(
     } else {
         load_model::<B>(&pipeline, &model_config, &device, on_progress)?
     };
+    if let Some(adapter) = config.adapter.as_ref().filter(|_| resumed.is_none())
+        && let Err(error) = check_base(adapter, &config.model)
+    {
+        // The adapter is where this run begins, not what it claims: a person may mean it.
+        (options.tell)(&format!("note: {error}"));
+    }
     let optimizer = AdamW::<B>::new(config.adamw());
     let (model, lora, state) = match &resumed {
         None => {
@@ -310,6 +378,8 @@ pub fn train<B: TrainKernels>(
                 dtype: dtype_text(dtype).to_string(),
                 config: config.clone(),
                 train_data: data.fingerprint().to_string(),
+                images: Some(facts.images.digest()),
+                base: Some(facts.base.clone()),
                 version: env!("CARGO_PKG_VERSION").to_string(),
             };
             let (model, lora) = prepare_model(base, &config)?;
@@ -326,6 +396,8 @@ pub fn train<B: TrainKernels>(
             restore_optimizer(dir, &model, &optimizer, state.step, &device)?;
             let state = TrainerState {
                 config: config.clone(),
+                images: Some(facts.images.digest()),
+                base: Some(facts.base.clone()),
                 ..state.clone()
             };
             (model, lora, state)
@@ -383,8 +455,11 @@ pub fn train<B: TrainKernels>(
         if let Some(data) = &validation {
             hashes.insert("val", data.fingerprint().to_string());
         }
+        hashes.insert("images", facts.images.digest());
+        hashes.insert("base", facts.base);
         write_run_files(&config, &hashes)?;
     }
+    facts.images.save(run)?;
     let metrics_path = config.output_dir.join("metrics.jsonl");
     let metrics = match &resumed {
         Some(_) => MetricsLog::resume(&metrics_path, state.step as u64)?.0,
