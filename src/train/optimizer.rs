@@ -264,3 +264,68 @@ pub fn clip_global_norm<B: AutodiffBackend, M: AutodiffModule<B>>(
     }
     norm
 }
+
+#[cfg(all(test, feature = "flex"))]
+mod tests {
+    use burn::backend::Autodiff;
+
+    use super::*;
+
+    type AB = Autodiff<burn_flex::Flex>;
+
+    #[derive(Module, Debug)]
+    struct Two<B: Backend> {
+        always: Param<Tensor<B, 1>>,
+        later: Param<Tensor<B, 1>>,
+    }
+
+    fn values(param: &Param<Tensor<AB, 1>>) -> Vec<f32> {
+        param.val().into_data().to_vec().unwrap()
+    }
+
+    /// PyTorch counts the steps of each parameter: one whose first gradient comes late is corrected
+    /// as in its first step.
+    #[test]
+    fn the_bias_is_corrected_by_each_parameters_own_steps() {
+        let device = Default::default();
+        let parameter = || Param::from_tensor(Tensor::<AB, 1>::from_floats([1.0, -2.0], &device));
+        let mut model = Two {
+            always: parameter(),
+            later: parameter(),
+        };
+        let mut optimizer = AdamW::<AB>::new(AdamWConfig {
+            weight_decay: 0.0,
+            ..AdamWConfig::default()
+        });
+        let lr = 0.1;
+        let gradient = || Tensor::<burn_flex::Flex, 1>::from_floats([0.5, -3.0], &device);
+        for step in 1..=3 {
+            let mut grads = GradientsParams::new();
+            grads.register(model.always.id, gradient());
+            if step == 3 {
+                grads.register(model.later.id, gradient());
+            }
+            model = optimizer.step(lr, model, grads);
+        }
+        // Under a constant gradient each corrected step is `lr` in the gradient's direction.
+        let close = |found: Vec<f32>, expected: [f32; 2]| {
+            for (a, b) in found.iter().zip(expected) {
+                assert!((a - b).abs() < 1e-6, "{found:?}, expected {expected:?}");
+            }
+        };
+        close(values(&model.always), [0.7, -1.7]);
+        close(values(&model.later), [0.9, -1.9]);
+        let state = optimizer.state();
+        assert_eq!(state.moments[&model.always.id].steps, 3);
+        assert_eq!(state.moments[&model.later.id].steps, 1);
+        drop(state);
+        // A copy steps as the original would.
+        let mut copy = optimizer.copy_to(&device);
+        let step = |optimizer: &mut AdamW<AB>| {
+            let mut grads = GradientsParams::new();
+            grads.register(model.later.id, gradient());
+            values(&optimizer.step(lr, model.clone(), grads).later)
+        };
+        assert_eq!(step(&mut copy), step(&mut optimizer));
+    }
+}

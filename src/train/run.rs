@@ -3,7 +3,7 @@
 use crate::kernels::{Kernels, TrainKernels};
 use std::{
     collections::BTreeMap,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{Arc, atomic::AtomicBool},
 };
 
@@ -17,16 +17,14 @@ use burn::{
 };
 
 use super::{
-    checkpoint::{
-        RANDOM_BASE, TrainerState, dtype_text, read_state, restore_optimizer, restore_weights,
-        trained_params,
-    },
+    checkpoint::{TrainerState, dtype_text, restore_optimizer, restore_weights, trained_params},
     checkpoint_dir::{CheckpointDir, RunLock},
     config::{TrainConfig, Tuner},
-    image_facts::ImageFacts,
     learner::{Gauge, ScheduleStepper, StepSettings, Trainee},
     optimizer::AdamW,
     records::MetricsLog,
+    renderers::BoxedRenderer,
+    resume::{RunFacts, find_checkpoint},
     strategy::{Components, Ending, GenerationScorer, LoopState, Tell, TrainError, WindowStrategy},
     tfevents::EventWriter,
 };
@@ -34,15 +32,14 @@ use crate::{
     dataset::{Dataset, loader::WindowLoader},
     files::write_atomic,
     lora::{
-        attach::attach,
-        base::{BaseFingerprint, check_base},
-        config::LoraConfig,
-        files::load_adapter_for_training,
+        attach::attach, base::check_base, config::LoraConfig, files::load_adapter_for_training,
     },
-    pipeline::{PipelineError, PipelineOptions, TextAndImages, load_model},
+    pipeline::{PipelineOptions, TextAndImages, load_model},
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, nn::InitOptions, weights::LoadProgress},
     system::MemoryWatch,
 };
+
+pub use super::renderers::QuietRenderer;
 
 /// Whether a run starts anew or goes on.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -167,126 +164,6 @@ fn random_model<B: Kernels>(
     Qwen3Vl::new(config, &options, device).map(&mut Draw)
 }
 
-/// Finds where to go on, checks that it is the same run, and gives the checkpoint's folder.
-fn find_checkpoint(
-    options: &RunOptions,
-    data: &Dataset,
-    facts: &RunFacts,
-    devices: usize,
-    dtype: DType,
-) -> Result<Option<(PathBuf, TrainerState)>, TrainError> {
-    let run = &options.config.output_dir;
-    let dir = match &options.resume {
-        Resume::No => {
-            let found = CheckpointDir::view(run).list()?;
-            return if found.is_empty() {
-                Ok(None)
-            } else {
-                Err(TrainError::RunExists(run.clone()))
-            };
-        }
-        Resume::Auto => {
-            if !run.is_dir() {
-                return Ok(None);
-            }
-            let search = CheckpointDir::open(run)?.newest_whole()?;
-            for damaged in &search.passed_over {
-                (options.tell)(&damaged.to_string());
-            }
-            match search.found {
-                Some(found) => found.path,
-                None if search.passed_over.is_empty() => return Ok(None),
-                // Starting anew would overwrite what may still be saved by hand.
-                None => return Err(TrainError::NothingToResume(run.clone())),
-            }
-        }
-        Resume::From(dir) => {
-            if !dir.is_dir() {
-                return Err(TrainError::NothingToResume(dir.clone()));
-            }
-            crate::files::verify_folder(dir, crate::files::Depth::Hashes).map_err(|damage| {
-                TrainError::Other(format!(
-                    "checkpoint `{}` is damaged: {damage}",
-                    dir.display()
-                ))
-            })?;
-            dir.clone()
-        }
-    };
-    let state = read_state(&dir)?;
-    let mut differences: Vec<String> = state
-        .config
-        .differences(&options.config)
-        .into_iter()
-        .map(|(key, there, here)| format!("`{key}` was {there}, is {here}"))
-        .collect();
-    if state.train_data != data.fingerprint() {
-        differences.push("the training data has changed".to_string());
-    }
-    match &state.base {
-        Some(base) if *base != facts.base => differences.push(format!(
-            "the weights in `{}` have changed (fingerprint was {base}, is {})",
-            options.config.model.display(),
-            facts.base
-        )),
-        _ => {}
-    }
-    if state.train_data == data.fingerprint() {
-        differences.extend(changed_images(options, data, facts, devices, &dir, &state));
-    }
-    // The devices may be others, but not more or fewer: they share every window.
-    if state.devices != devices {
-        differences.push(format!(
-            "the number of devices was {}, is {devices}",
-            state.devices
-        ));
-    }
-    let dtype = dtype_text(dtype);
-    if state.dtype != dtype {
-        differences.push(format!("`dtype` was {}, is {dtype}", state.dtype));
-    }
-    if !differences.is_empty() {
-        return Err(TrainError::OtherRun {
-            run: dir,
-            differences: differences.join("; "),
-        });
-    }
-    Ok(Some((dir, state)))
-}
-
-/// What a run's numbers depend on besides its settings and the rows of its data.
-struct RunFacts {
-    images: ImageFacts,
-    /// Fingerprint of the base's weights, or [`RANDOM_BASE`].
-    base: String,
-}
-
-/// Says which pictures are not what the run has learnt from.
-///
-/// One that no step has seen yet may be another: a run that an unreadable picture ended goes on once
-/// the picture is mended.
-fn changed_images(
-    options: &RunOptions,
-    data: &Dataset,
-    facts: &RunFacts,
-    devices: usize,
-    dir: &Path,
-    state: &TrainerState,
-) -> Option<String> {
-    let Some(before) = dir.parent().and_then(ImageFacts::load) else {
-        let changed = state.images.as_ref()? != &facts.images.digest();
-        return changed.then(|| "images of the training data have changed".to_string());
-    };
-    let plan = options.config.window_plan(devices);
-    let seen = plan.rows_before(state.step, data.len());
-    let changed = facts.images.changed_in(&before, data, &seen);
-    let first = changed.first()?;
-    Some(format!(
-        "{} of the images that were learnt from have changed, first `{first}`",
-        changed.len()
-    ))
-}
-
 /// Writes the resolved settings, versions and data hashes before the first step.
 fn write_run_files(config: &TrainConfig, data: &BTreeMap<&str, String>) -> Result<(), TrainError> {
     let dir = &config.output_dir;
@@ -333,16 +210,7 @@ pub fn train<B: TrainKernels>(
     let run = &config.output_dir;
     // Held to the end of the run. A folder that is not there yet is made once all has been checked.
     let lock = run.is_dir().then(|| RunLock::take(run)).transpose()?;
-    let facts = RunFacts {
-        images: ImageFacts::of(&data),
-        base: if options.random_init {
-            RANDOM_BASE.to_string()
-        } else if config.model.is_dir() {
-            BaseFingerprint::of(&config.model)?.sha256
-        } else {
-            return Err(PipelineError::NoModel(config.model.clone()).into());
-        },
-    };
+    let facts = RunFacts::gather(&config, options.random_init, &data)?;
     let resumed = find_checkpoint(&options, &data, &facts, devices.len(), dtype)?;
 
     let pipeline = PipelineOptions {
@@ -533,91 +401,4 @@ pub fn train<B: TrainKernels>(
         parts,
         checkpoint,
     })
-}
-
-/// A renderer chosen at run time, where the Learner wants a type.
-struct BoxedRenderer(Box<dyn MetricsRenderer>);
-
-mod boxed {
-    use burn::train::{
-        LearnerSummary,
-        metric::MetricDefinition,
-        renderer::{
-            EvaluationName, EvaluationProgress, MetricState, MetricsRenderer,
-            MetricsRendererEvaluation, MetricsRendererTraining, ProgressType, TrainingProgress,
-        },
-    };
-
-    use super::BoxedRenderer;
-
-    impl MetricsRendererTraining for BoxedRenderer {
-        fn update_train(&mut self, state: MetricState) {
-            self.0.update_train(state);
-        }
-        fn update_valid(&mut self, state: MetricState) {
-            self.0.update_valid(state);
-        }
-        fn render_train(&mut self, item: TrainingProgress, indicators: Vec<ProgressType>) {
-            self.0.render_train(item, indicators);
-        }
-        fn render_valid(&mut self, item: TrainingProgress, indicators: Vec<ProgressType>) {
-            self.0.render_valid(item, indicators);
-        }
-        fn on_train_end(
-            &mut self,
-            summary: Option<LearnerSummary>,
-        ) -> Result<(), Box<dyn core::error::Error>> {
-            self.0.on_train_end(summary)
-        }
-    }
-
-    impl MetricsRendererEvaluation for BoxedRenderer {
-        fn update_test(&mut self, name: EvaluationName, state: MetricState) {
-            self.0.update_test(name, state);
-        }
-        fn render_test(&mut self, item: EvaluationProgress, indicators: Vec<ProgressType>) {
-            self.0.render_test(item, indicators);
-        }
-    }
-
-    impl MetricsRenderer for BoxedRenderer {
-        fn manual_close(&mut self) {
-            self.0.manual_close();
-        }
-        fn register_metric(&mut self, definition: MetricDefinition) {
-            self.0.register_metric(definition);
-        }
-    }
-}
-
-/// A renderer that shows nothing: the strategy prints lines of its own.
-pub struct QuietRenderer;
-
-mod quiet {
-    use burn::train::{
-        metric::MetricDefinition,
-        renderer::{
-            EvaluationName, EvaluationProgress, MetricState, MetricsRenderer,
-            MetricsRendererEvaluation, MetricsRendererTraining, ProgressType, TrainingProgress,
-        },
-    };
-
-    use super::QuietRenderer;
-
-    impl MetricsRendererTraining for QuietRenderer {
-        fn update_train(&mut self, _state: MetricState) {}
-        fn update_valid(&mut self, _state: MetricState) {}
-        fn render_train(&mut self, _item: TrainingProgress, _indicators: Vec<ProgressType>) {}
-        fn render_valid(&mut self, _item: TrainingProgress, _indicators: Vec<ProgressType>) {}
-    }
-
-    impl MetricsRendererEvaluation for QuietRenderer {
-        fn update_test(&mut self, _name: EvaluationName, _state: MetricState) {}
-        fn render_test(&mut self, _item: EvaluationProgress, _indicators: Vec<ProgressType>) {}
-    }
-
-    impl MetricsRenderer for QuietRenderer {
-        fn manual_close(&mut self) {}
-        fn register_metric(&mut self, _definition: MetricDefinition) {}
-    }
 }

@@ -36,7 +36,7 @@ save_total_limit = 10
 "#;
 
 /// What a clock or the system measured: no two runs agree in it.
-const MEASURED: [&str; 4] = [
+const MEASURED: [&str; 5] = [
     "samples_per_second",
     "tokens_per_second",
     "memory_gib",
@@ -443,7 +443,8 @@ fn the_checkpoint_of_an_adapter_loads() {
 fn an_adapter_is_refused_by_another_base_of_the_same_name() {
     let folder = workplace();
     // A trained base this time: random weights have no fingerprint.
-    let always = ["--no-tui", "--show", "0", "--model", text(&tiny_model())];
+    let base = tiny_model();
+    let always = ["--no-tui", "--show", "0", "--model", text(&base)];
     let args = ["train", "--config", "run.toml", "--set", "max_steps=1"];
     let (code, _, stderr) = run(folder.path(), &[&args[..], &always[..]].concat());
     assert_eq!(code, 0, "{stderr}");
@@ -476,7 +477,7 @@ fn an_adapter_is_refused_by_another_base_of_the_same_name() {
         let (code, _, stderr) = run(folder.path(), &args);
         assert_eq!(code, 0, "{stderr}");
     }
-    let args = ["--model", text(&tiny_model()), "--adapter", text(&adapter)];
+    let args = ["--model", text(&base), "--adapter", text(&adapter)];
     infer_well(
         folder.path(),
         &[&args[..], &["--max-new-tokens", "4"]].concat(),
