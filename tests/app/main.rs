@@ -17,6 +17,8 @@ mod merge_plan;
 mod refusal;
 mod train;
 mod train_default;
+mod train_devices;
+mod train_kill;
 mod train_resume;
 
 use std::{

@@ -12,7 +12,9 @@ use burn::{
 
 use super::Cuda;
 use crate::{
-    kernels::{AttentionSpans, BackwardProduct, Dropout, HeadNorm, Kernels, LowRank, plain},
+    kernels::{
+        AdamWStep, AttentionSpans, BackwardProduct, Dropout, HeadNorm, Kernels, LowRank, plain,
+    },
     qwen3_vl::nn::{gelu_exact, gelu_tanh, to_dtype, to_f32},
 };
 
@@ -449,6 +451,39 @@ fn attention() {
                 SOME_ROUNDINGS,
             );
         }
+    }
+    report.finish();
+}
+
+#[test]
+fn optimizer() {
+    let Some(device) = device() else { return };
+    let mut report = Report::default();
+    for count in [1, 77, 98_304] {
+        let [value, gradient, first] =
+            [1.0, 0.1, 0.1].map(|std| normal([count], std, DType::F32, &device));
+        let second = gradient.clone() * gradient.clone() * 0.3;
+        let step = AdamWStep {
+            beta1: 0.9,
+            beta2: 0.95,
+            epsilon: 1e-8,
+            step_size: 0.01,
+            second_scale: 1.7,
+            keep: 0.999,
+        };
+        let moments = [first, second];
+        let got = Cuda::adamw(value.clone(), gradient.clone(), moments.clone(), step);
+        let want = plain::adamw(value.clone(), gradient.clone(), moments, step);
+        for (got, want) in got.into_iter().zip(want) {
+            report.close(&format!("adamw {count}"), got, want, 1e-5);
+        }
+        let tensors = vec![value, gradient];
+        report.close(
+            &format!("square_sums {count}"),
+            Cuda::square_sums(tensors.clone()).sum(),
+            plain::square_sums(tensors).sum(),
+            1e-5,
+        );
     }
     report.finish();
 }
