@@ -370,3 +370,90 @@ fn unflatten<B: TrainKernels>(
     model.visit(&mut scatter);
     scatter.grads
 }
+
+#[cfg(all(test, feature = "flex"))]
+mod tests {
+    use std::path::Path;
+
+    use burn::backend::Autodiff;
+
+    use super::*;
+    use crate::{
+        dataset::{Dataset, loader::WindowLoader},
+        lora::attach::attach,
+        pipeline::{PipelineOptions, TextAndImages, load_model},
+        train::{config::TrainConfig, learner::StepSettings},
+    };
+
+    type AB = Autodiff<burn_flex::Flex>;
+
+    /// The tiny model with fresh adapters, two CPU ranks of it, and a window for both.
+    fn two_ranks(patience: Duration) -> (Trainee<AB>, Result<Replicas<AB>, RankError>, Window) {
+        let config = TrainConfig {
+            gradient_accumulation_steps: 1,
+            lora_dropout: 0.0,
+            ..TrainConfig::default()
+        };
+        let options = PipelineOptions {
+            model: Path::new(env!("CARGO_MANIFEST_DIR")).join("model/tiny"),
+            adapter: None,
+            dtype: DType::F32,
+            min_pixels: None,
+            max_pixels: None,
+        };
+        let device = Default::default();
+        let parts = TextAndImages::load(&options).unwrap();
+        let sizes = parts.config.clone();
+        let base = load_model::<AB>(&options, &sizes, &device, &mut |_, _| {}).unwrap();
+        let (model, _) = attach(base.no_grad(), &config.lora_config(), 1).unwrap();
+        let settings = StepSettings {
+            config: sizes,
+            train: config.clone(),
+        };
+        let model = Trainee::new(model, Arc::new(settings));
+        let data = Dataset::open("phantom:11:0..8:house").unwrap();
+        let loader = WindowLoader::new(data, Arc::new(parts), config.window_plan(2), 0, 1);
+        let replicas = Replicas::start(
+            &[device, device],
+            &["cpu".to_string(), "cpu".to_string()],
+            &model,
+            &AdamW::new(config.adamw()),
+            1.0,
+            patience,
+        );
+        (model, replicas, loader.window(0).unwrap())
+    }
+
+    #[test]
+    fn a_rank_that_panics_in_the_model_ends_the_step_of_both() {
+        let (model, replicas, window) = two_ranks(Duration::from_secs(300));
+        let mut replicas = replicas.unwrap();
+        let learnt = replicas.learn(&model, window.clone()).unwrap();
+        assert_eq!(learnt.len(), 2);
+        let targets: usize = learnt.iter().map(|part| part.totals.targets).sum();
+        assert_eq!(targets, window.targets);
+        let sums = replicas.reduce(&model).unwrap();
+        assert!(!sums.is_empty());
+        replicas.step(1e-3).unwrap();
+
+        // No row of the embedding has this number: the second rank's model panics.
+        let mut broken = window;
+        broken.parts[1][0].text.input_ids[0][0] = 1 << 24;
+        let error = replicas.learn(&model, broken).unwrap_err();
+        let text = error.to_string();
+        assert!(
+            text.contains("`cpu` (rank 1) failed while working out gradients: "),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn ranks_that_are_slow_beyond_the_time_out_are_named() {
+        let (_, replicas, _) = two_ranks(Duration::from_nanos(1));
+        let error = replicas.map(|_| ()).unwrap_err().to_string();
+        assert!(
+            error.contains("`cpu` (rank 1) did not end taking a copy of the model"),
+            "{error}"
+        );
+    }
+}

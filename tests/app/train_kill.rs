@@ -40,9 +40,12 @@ fn half_written(run: &Path) -> Vec<(String, Vec<String>)> {
         .collect()
 }
 
+/// Says of the names in a half-written checkpoint whether it is written so far.
+type Moment = fn(&[String]) -> bool;
+
 /// Continues a run and kills it as soon as a checkpoint is written so far that `caught` holds. Says
 /// whether the kill came before the checkpoint was whole.
-fn kill_while_saving(folder: &Path, caught: fn(&[String]) -> bool) -> bool {
+fn kill_while_saving(folder: &Path, caught: Moment) -> bool {
     let run = folder.join("run");
     let mut child = program(folder, &train_args(&["--resume", "auto"]))
         .spawn()
@@ -63,7 +66,7 @@ fn kill_while_saving(folder: &Path, caught: fn(&[String]) -> bool) -> bool {
 
 #[test]
 fn a_kill_inside_the_writing_of_a_checkpoint_costs_only_that_checkpoint() {
-    let moments: [(&str, fn(&[String]) -> bool); 4] = [
+    let moments: [(&str, Moment); 4] = [
         ("at its beginning", |_| true),
         ("behind the weights", |inside| {
             inside
