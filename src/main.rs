@@ -14,6 +14,7 @@ use xray_qwen3vl::{
 };
 
 fn main() -> ExitCode {
+    xray_qwen3vl::system::keep_large_buffers();
     let cli = Cli::parse();
     // A panic is a defect of ours or of a driver; the user gets one sentence, not a backtrace.
     static PLACE: Mutex<String> = Mutex::new(String::new());

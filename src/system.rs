@@ -97,3 +97,26 @@ mod tests {
         assert_eq!((peak.gib(), peak.place()), (5.0, "device"));
     }
 }
+
+/// Keeps large host buffers for the next one of their size, where the C library is glibc.
+///
+/// Pixels and samples of a few megabytes come and go all the time; by default each is mapped anew,
+/// and every page of it is zeroed by the kernel at its first touch.
+pub fn keep_large_buffers() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    {
+        const M_TRIM_THRESHOLD: std::ffi::c_int = -1;
+        const M_MMAP_THRESHOLD: std::ffi::c_int = -3;
+        const BYTES: std::ffi::c_int = 256 << 20;
+        #[allow(unsafe_code)]
+        unsafe extern "C" {
+            fn mallopt(parameter: std::ffi::c_int, value: std::ffi::c_int) -> std::ffi::c_int;
+        }
+        // SAFETY: two settings of glibc's allocator, made before other threads are started.
+        #[allow(unsafe_code)]
+        unsafe {
+            mallopt(M_MMAP_THRESHOLD, BYTES);
+            mallopt(M_TRIM_THRESHOLD, BYTES);
+        }
+    }
+}

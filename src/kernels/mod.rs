@@ -328,8 +328,18 @@ pub trait Kernels: Backend {
     }
 
     /// Whether [`Kernels::decoder`] may take over: caches then hold all tokens of a request from the
-    /// start.
+    /// start, and what no token has been written to is never read.
     const HAS_DECODER: bool = false;
+
+    /// Writes new keys and values `[b, h, new, d]` into the buffers `[b, h, capacity, d]` of a cache from
+    /// token `at` on.
+    fn append_to_cache(
+        [keys, values]: [Tensor<Self, 4>; 2],
+        new: [Tensor<Self, 4>; 2],
+        at: usize,
+    ) -> [Tensor<Self, 4>; 2] {
+        plain::append_to_cache([keys, values], new, at)
+    }
 
     /// A faster way to decode behind a prefilled cache, where there is one for the model.
     fn decoder(

@@ -410,3 +410,16 @@ pub(super) fn square_sums<B: Backend>(tensors: Vec<Tensor<B, 1>>) -> Tensor<B, 1
         .collect();
     Tensor::cat(sums, 0)
 }
+
+pub(super) fn append_to_cache<B: Backend>(
+    [keys, values]: [Tensor<B, 4>; 2],
+    [new_keys, new_values]: [Tensor<B, 4>; 2],
+    at: usize,
+) -> [Tensor<B, 4>; 2] {
+    let [batch, heads, new, head_dim] = new_keys.dims();
+    let range = [0..batch, 0..heads, at..at + new, 0..head_dim];
+    [
+        keys.slice_assign(range.clone(), new_keys),
+        values.slice_assign(range, new_values),
+    ]
+}

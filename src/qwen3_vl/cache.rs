@@ -43,11 +43,14 @@ impl<B: Kernels> LayerCache<B> {
             Some(buffers) if end <= capacity => buffers,
             old => {
                 let capacity = end.max(self.reserved).next_multiple_of(GROWTH);
+                let shape = [batch, heads, capacity, head_dim];
                 let empty = |like: &Tensor<B, 4>| {
-                    Tensor::zeros(
-                        [batch, heads, capacity, head_dim],
-                        (&like.device(), like.dtype()),
-                    )
+                    let options = (&like.device(), like.dtype());
+                    if B::HAS_DECODER {
+                        Tensor::empty(shape, options)
+                    } else {
+                        Tensor::zeros(shape, options)
+                    }
                 };
                 let (mut keys, mut values) = (empty(&k), empty(&v));
                 if let Some((old_keys, old_values)) = old {
@@ -58,9 +61,7 @@ impl<B: Kernels> LayerCache<B> {
                 (keys, values)
             }
         };
-        let range = [0..batch, 0..heads, self.len..end, 0..head_dim];
-        let keys = keys.slice_assign(range.clone(), k);
-        let values = values.slice_assign(range, v);
+        let [keys, values] = B::append_to_cache([keys, values], [k, v], self.len);
         self.len = end;
         let seen = (
             keys.clone().narrow(2, 0, end),

@@ -14,6 +14,7 @@ pub mod weights;
 
 use crate::kernels::{AttentionSpans, Kernels};
 use half::slice::HalfFloatSliceExt;
+use rayon::prelude::*;
 
 use burn::{
     prelude::*,
@@ -67,7 +68,10 @@ impl ImageInput {
         );
         if dtype == DType::BF16 {
             let mut half = vec![half::bf16::ZERO; self.pixel_values.len()];
-            half.convert_from_f32_slice(&self.pixel_values);
+            const PIECE: usize = 1 << 15;
+            half.par_chunks_mut(PIECE)
+                .zip(self.pixel_values.par_chunks(PIECE))
+                .for_each(|(half, values)| half.convert_from_f32_slice(values));
             return Tensor::from_data(TensorData::new(half, shape), (device, dtype));
         }
         let values = TensorData::new(self.pixel_values.clone(), shape);

@@ -16,6 +16,7 @@ use super::{
     config::VisionConfig,
     nn::{Embedding, InitOptions, LayerNorm, Linear, lazy_full, lazy_normal, to_dtype},
     rope::RopeTables,
+    text::heads_first,
 };
 
 const LAYER_NORM_EPS: f64 = 1e-6;
@@ -92,10 +93,10 @@ impl<B: Kernels> VisionAttention<B> {
         dropout_seed: Option<u64>,
     ) -> Tensor<B, 2> {
         let [patches, hidden] = x.dims();
-        let heads_first = |x: Tensor<B, 3>| -> Tensor<B, 4> { x.swap_dims(0, 1).unsqueeze() };
         let qkv = self.qkv.forward(x, dropout_seed);
         let (cos, sin) = (layout.rope.cos.clone(), layout.rope.sin.clone());
-        let [q, k, v] = B::split_and_rotate(qkv, self.num_heads, cos, sin).map(heads_first);
+        let [q, k, v] =
+            B::split_and_rotate(qkv, self.num_heads, cos, sin).map(|x| heads_first(x, 1));
         let y = B::span_attention(q, k, v, &layout.spans);
         let y = y.swap_dims(1, 2).reshape([patches, hidden]);
         self.proj.forward_add(y, residual, dropout_seed)

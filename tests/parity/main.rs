@@ -16,3 +16,4 @@ mod schedule;
 mod text_metrics;
 mod text_processing;
 mod training;
+mod wide;

@@ -36,11 +36,14 @@ pub struct Reference {
 
 impl Reference {
     pub fn open(name: &str) -> Self {
-        let path = fixtures().join(name);
-        let bytes = std::fs::read(&path)
+        Self::at(&fixtures().join(name))
+    }
+
+    pub fn at(path: &Path) -> Self {
+        let bytes = std::fs::read(path)
             .unwrap_or_else(|error| panic!("cannot read {}: {error}", path.display()));
         Self {
-            name: name.to_string(),
+            name: path.display().to_string(),
             bytes,
         }
     }

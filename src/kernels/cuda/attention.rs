@@ -47,10 +47,12 @@ fn row_bytes(head_dim: usize) -> usize {
 }
 
 /// Heads whose elements lie together and start at multiples of 16 bytes.
-fn with_dense_heads(x: Tensor<Backend, 4>) -> Buffer {
+pub(super) fn with_dense_heads(x: Tensor<Backend, 4>) -> Buffer {
     let buffer = strided(x);
     let strides = buffer.meta.strides();
-    if strides[3] == 1 && (0..3).all(|axis| strides[axis].is_multiple_of(8)) {
+    // The stride of an axis of one element does not matter.
+    let fits = |axis: usize| strides[axis].is_multiple_of(8) || buffer.meta.shape()[axis] == 1;
+    if strides[3] == 1 && (0..3).all(fits) {
         buffer
     } else {
         burn_cubecl::kernel::into_contiguous(buffer)
@@ -58,7 +60,7 @@ fn with_dense_heads(x: Tensor<Backend, 4>) -> Buffer {
 }
 
 /// Strides of batch, head and row.
-fn strides(buffer: &Buffer) -> [u64; 3] {
+pub(super) fn strides(buffer: &Buffer) -> [u64; 3] {
     [0, 1, 2].map(|axis| buffer.meta.strides()[axis] as u64)
 }
 

@@ -114,17 +114,24 @@ struct Task {
 }
 
 /// The hash of a kernel's text, put together once a configuration.
+///
+/// The configuration is looked up by a hash of its own over the addresses of the names, which are
+/// all literals: this is on the way of every launch.
 fn cached_hash(kernel: &Kernel) -> u64 {
-    type Key = (&'static str, Defines);
-    static HASHES: LazyLock<Mutex<HashMap<Key, u64>>> = LazyLock::new(Mutex::default);
+    static HASHES: LazyLock<Mutex<HashMap<u64, u64>>> = LazyLock::new(Mutex::default);
+    const PRIME: u64 = 0x9e37_79b9_7f4a_7c15;
+    let mix = |hash: u64, value: u64| (hash ^ value).wrapping_mul(PRIME).rotate_left(29);
+    let start = mix(PRIME, kernel.name.as_ptr() as u64);
+    let key = kernel.defines.iter().fold(start, |hash, (name, value)| {
+        mix(mix(hash, name.as_ptr() as u64), *value as u64)
+    });
     let mut hashes = HASHES.lock().unwrap_or_else(|lock| lock.into_inner());
-    let key = (kernel.name, kernel.defines.clone());
     *hashes.entry(key).or_insert_with(|| kernel.source_hash())
 }
 
 impl KernelMetadata for Task {
     fn name(&self) -> &'static str {
-        "xray-qwen3vl"
+        self.kernel.name
     }
 
     fn id(&self) -> KernelId {
@@ -181,7 +188,7 @@ impl CubeTask<CudaCompiler> for Task {
         };
         Ok(CompiledKernel {
             entrypoint_name: kernel.entry(),
-            debug_name: None,
+            debug_name: Some(kernel.name),
             source: kernel.source(),
             cube_dim,
             debug_info: None,

@@ -5,6 +5,7 @@
 //! is tuned at run time: tiles are chosen from the shape.
 
 mod attention;
+mod cache;
 mod collective;
 mod decode;
 mod gemm;
@@ -70,6 +71,14 @@ pub fn configure() {
 
 impl Kernels for Cuda {
     const HAS_DECODER: bool = true;
+
+    fn append_to_cache(
+        buffers: [Tensor<Self, 4>; 2],
+        new: [Tensor<Self, 4>; 2],
+        at: usize,
+    ) -> [Tensor<Self, 4>; 2] {
+        cache::append(buffers, new, at)
+    }
 
     fn decoder(
         model: &Qwen3Vl<Self>,
