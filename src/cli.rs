@@ -51,6 +51,20 @@ pub enum Command {
     Phantoms(PhantomsArgs),
     /// Write the config and tokenizer of the tiny model, to be trained from nothing.
     InitTiny(InitTinyArgs),
+    /// Serve a model to many people: OpenAI's API and a web page, in one process.
+    ///
+    /// Without arguments, the tiny model that comes with the repository at http://127.0.0.1:7860.
+    Serve(crate::commands::serve::ServeArgs),
+    /// Measure.
+    #[command(subcommand)]
+    Bench(BenchCommand),
+}
+
+/// What is measured.
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// Send requests to a server at a fixed rate, or from a number of users, and report percentiles.
+    Serve(crate::commands::bench_serve::BenchServeArgs),
 }
 
 /// Which model, where.

@@ -6,8 +6,11 @@ use std::{panic, process::ExitCode, sync::Mutex};
 use clap::Parser;
 use xray_qwen3vl::{
     backend::panic_text,
-    cli::{Cli, Command},
-    commands::{UsageError, check, convert, infer, init_tiny, merge, phantoms, plan, train},
+    cli::{BenchCommand, Cli, Command},
+    commands::{
+        UsageError, bench_serve, check, convert, infer, init_tiny, merge, phantoms, plan, serve,
+        train,
+    },
 };
 
 fn main() -> ExitCode {
@@ -30,6 +33,8 @@ fn main() -> ExitCode {
         Command::Check(args) => check::run(args),
         Command::Phantoms(args) => phantoms::run(&args),
         Command::InitTiny(args) => init_tiny::run(&args),
+        Command::Serve(args) => serve::run(args),
+        Command::Bench(BenchCommand::Serve(args)) => bench_serve::run(&args),
     });
     match result {
         Ok(Ok(())) => ExitCode::SUCCESS,

@@ -12,6 +12,11 @@ pub fn peak_memory() -> Option<u64> {
     kibibytes("/proc/self/status", "VmHWM:")
 }
 
+/// Host memory this process holds now, in bytes; `None` where the system does not tell.
+pub fn resident_memory() -> Option<u64> {
+    kibibytes("/proc/self/status", "VmRSS:")
+}
+
 fn kibibytes(file: &str, key: &str) -> Option<u64> {
     let text = fs::read_to_string(file).ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix(key))?;

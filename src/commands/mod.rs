@@ -1,5 +1,6 @@
 //! Arguments to library calls, one command a file. Only here and in `main` is anything printed.
 
+pub mod bench_serve;
 pub mod check;
 pub mod convert;
 pub mod infer;
@@ -8,6 +9,7 @@ pub mod merge;
 pub mod phantoms;
 pub mod plan;
 mod progress;
+pub mod serve;
 pub mod train;
 
 use anyhow::{Result, bail};
