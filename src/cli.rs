@@ -163,6 +163,15 @@ pub struct InferArgs {
     /// Print times, speeds and memory to stderr.
     #[arg(long)]
     pub verbose: bool,
+    /// Ask a server (`serve`, or another with OpenAI's API) in place of a model; --batch-size requests at once.
+    #[arg(long, value_name = "URL")]
+    pub server: Option<String>,
+    /// Name of the model or adapter at the server; its base by default.
+    #[arg(long, value_name = "NAME", requires = "server")]
+    pub server_model: Option<String>,
+    /// Key of the server.
+    #[arg(long, value_name = "KEY", env = "XRAY_API_KEY", hide_env_values = true)]
+    pub api_key: Option<String>,
 }
 
 /// Arguments of `train`; everything else is a key of the config file.

@@ -82,6 +82,9 @@ pub fn run(args: InferArgs) -> Result<()> {
         ));
     }
     let images = list_images(&args)?;
+    if let Some(address) = &args.server {
+        return super::infer_server::run(address, &args, &settings, &images);
+    }
     let (device, dtype) = (args.model.device, args.model.dtype.map(DType::from));
     run_on(
         device,
@@ -201,20 +204,39 @@ impl DeviceTask for Infer {
 fn settings_hash(args: &InferArgs) -> String {
     use sha2::{Digest, Sha256};
     let (model, generation) = (&args.model, &args.generation);
-    let text = format!(
+    let mut text = format!(
         "{:?} {:?} {:?} {:?} {:?} {:?} {generation:?}",
         model.model, model.adapter, model.dtype, model.min_pixels, model.max_pixels, args.system
     );
+    if let Some(server) = &args.server {
+        text = format!("{text} {server:?} {:?}", args.server_model);
+    }
     let hash = Sha256::digest(text.as_bytes());
     hash[..8].iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn name_of(images: &[PathBuf]) -> String {
+pub(super) fn name_of(images: &[PathBuf]) -> String {
     let names: Vec<String> = images
         .iter()
         .map(|path| path.display().to_string())
         .collect();
     names.join(";")
+}
+
+/// A record without an answer.
+pub(super) fn empty_record(args: &InferArgs, images: &[PathBuf]) -> Record {
+    Record {
+        image: name_of(images),
+        prompt: args.prompt.clone(),
+        settings: settings_hash(args),
+        report: String::new(),
+        thinking: None,
+        finish_reason: None,
+        prompt_tokens: 0,
+        completion_tokens: 0,
+        seconds: 0.0,
+        error: None,
+    }
 }
 
 impl Infer {
@@ -241,18 +263,7 @@ impl Infer {
         let started = Instant::now();
         let mut records: Vec<Record> = group
             .iter()
-            .map(|images| Record {
-                image: name_of(images),
-                prompt: self.args.prompt.clone(),
-                settings: settings_hash(&self.args),
-                report: String::new(),
-                thinking: None,
-                finish_reason: None,
-                prompt_tokens: 0,
-                completion_tokens: 0,
-                seconds: 0.0,
-                error: None,
-            })
+            .map(|images| empty_record(&self.args, images))
             .collect();
         let mut prompts = Vec::new();
         let mut rows = Vec::new();
@@ -381,7 +392,7 @@ fn say(line: &str) -> Result<()> {
 }
 
 /// Where records go, and what is there already.
-struct OutputFile {
+pub(super) struct OutputFile {
     file: Option<(PathBuf, fs::File)>,
     there: HashSet<String>,
     failed: usize,
@@ -390,7 +401,7 @@ struct OutputFile {
 
 impl OutputFile {
     /// Opens the file of a batch run; a last line that was cut off is taken away.
-    fn open(path: Option<&Path>, args: &InferArgs) -> Result<Self> {
+    pub(super) fn open(path: Option<&Path>, args: &InferArgs) -> Result<Self> {
         let (prompt, settings) = (&args.prompt, settings_hash(args));
         let mut this = Self {
             file: None,
@@ -455,7 +466,7 @@ impl OutputFile {
         Ok(this)
     }
 
-    fn has(&self, image: &str) -> bool {
+    pub(super) fn has(&self, image: &str) -> bool {
         self.there.contains(image)
     }
 
@@ -467,7 +478,7 @@ impl OutputFile {
     }
 
     /// Writes one record at once, so that an interruption loses nothing that was finished.
-    fn add(&mut self, record: &Record, args: &InferArgs) -> Result<()> {
+    pub(super) fn add(&mut self, record: &Record, args: &InferArgs) -> Result<()> {
         if record.error.is_some() {
             self.note_error(record);
         }
@@ -507,7 +518,7 @@ impl OutputFile {
         Ok(())
     }
 
-    fn result(&self) -> Result<()> {
+    pub(super) fn result(&self) -> Result<()> {
         match (&self.first_error, self.failed) {
             (Some(error), 1) => bail!("{error}"),
             (Some(error), failed) => bail!("{failed} reports failed, the first: {error}"),

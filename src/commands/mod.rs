@@ -4,6 +4,7 @@ pub mod bench_serve;
 pub mod check;
 pub mod convert;
 pub mod infer;
+mod infer_server;
 pub mod init_tiny;
 pub mod merge;
 pub mod phantoms;

@@ -416,3 +416,7 @@ fn join_features<B: Kernels>(
             .collect(),
     })
 }
+
+#[cfg(all(test, feature = "flex"))]
+#[path = "slots_tests.rs"]
+mod tests;

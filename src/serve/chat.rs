@@ -77,7 +77,7 @@ pub async fn completions(
     expect_json(&headers)?;
     // A place first: a full server must not read, decode or tokenize what it will not answer.
     let mut place = app.engine.reserve(1)?;
-    let request: ChatRequest = read_json(&app, body).await?;
+    let (request, memory): (ChatRequest, _) = read_json(&app, body).await?;
     let model = app.models.find(request.model.as_deref())?;
     let vocab_size = app.parts.config.text_config.vocab_size;
     let settings = RequestSettings::new(&request, &app.config, vocab_size)?;
@@ -107,6 +107,7 @@ pub async fn completions(
         tokio::time::timeout_at(deadline.into(), prepare(&app, &model, request.messages))
             .await
             .map_err(|_| ApiError::from(super::engine::Failure::Deadline))??;
+    drop(memory);
     let prompt = Arc::new(prepared);
     log.images = prompt.images.len();
     log.prompt_tokens = prompt.len();
@@ -228,11 +229,11 @@ pub(super) fn expect_json(headers: &HeaderMap) -> Result<(), ApiError> {
     }
 }
 
-/// Reads a JSON body within the server's limits of size, time and memory.
-pub(super) async fn read_json<T: serde::de::DeserializeOwned>(
+/// Reads a body within the server's limits of size, time and memory; the permit stands for the memory.
+pub(super) async fn read_body(
     app: &App,
     body: Body,
-) -> Result<T, ApiError> {
+) -> Result<(Bytes, SemaphorePermit<'_>), ApiError> {
     let limit = app.config.max_body_bytes;
     let too_large = || {
         ApiError::new(
@@ -250,13 +251,13 @@ pub(super) async fn read_json<T: serde::de::DeserializeOwned>(
             "the body did not come in the time this server gives it",
         )
     };
-    let (bytes, _memory) = tokio::time::timeout(app.config.read_timeout, async {
-        let memory: SemaphorePermit<'_> = app
+    tokio::time::timeout(app.config.read_timeout, async {
+        let memory = app
             .body_kib
             .acquire_many((announced / 1024 + 1) as u32)
             .await
             .map_err(|_| ApiError::internal())?;
-        let bytes: Bytes = Limited::new(body, limit)
+        let bytes = Limited::new(body, limit)
             .collect()
             .await
             .map_err(|error| {
@@ -267,17 +268,26 @@ pub(super) async fn read_json<T: serde::de::DeserializeOwned>(
                 }
             })?
             .to_bytes();
-        Ok::<_, ApiError>((bytes, memory))
+        Ok((bytes, memory))
     })
     .await
-    .map_err(|_| late())??;
-    serde_json::from_slice(&bytes).map_err(|error| {
+    .map_err(|_| late())?
+}
+
+/// Reads a JSON body; see [`read_body`].
+pub(super) async fn read_json<T: serde::de::DeserializeOwned>(
+    app: &App,
+    body: Body,
+) -> Result<(T, SemaphorePermit<'_>), ApiError> {
+    let (bytes, memory) = read_body(app, body).await?;
+    let value = serde_json::from_slice(&bytes).map_err(|error| {
         let reason: String = error.to_string().chars().take(300).collect();
         ApiError::new(
             StatusCode::BAD_REQUEST,
             format!("the body is not a request: {reason}"),
         )
-    })
+    })?;
+    Ok((value, memory))
 }
 
 /// The whole answer as one object.

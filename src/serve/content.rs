@@ -213,7 +213,7 @@ fn encode(
 }
 
 /// Own words for what is wrong with an image: a decoder's may carry what is nobody's business.
-fn image_error(name: &str, error: &ImageError) -> ApiError {
+pub(super) fn image_error(name: &str, error: &ImageError) -> ApiError {
     let reason = match error {
         ImageError::Empty { .. } => "is empty (0 bytes)".into(),
         ImageError::FileTooLarge { bytes, limit, .. } => {

@@ -18,6 +18,7 @@ pub mod grammar;
 pub mod http;
 pub mod metrics;
 pub mod models;
+pub mod preview;
 pub mod reasoning;
 pub mod router;
 pub mod settings;

@@ -20,6 +20,7 @@ use super::{
     chat::{self, expect_json, read_json},
     error::ApiError,
     models::folder_inside,
+    preview::preview,
     types::AdapterRequest,
 };
 use crate::backend::panic_text;
@@ -61,6 +62,7 @@ pub fn router(app: Arc<App>) -> Router {
     let keys = KeyCheck::new(&app.config.api_keys);
     let guarded = Router::new()
         .route("/v1/chat/completions", post(chat::completions))
+        .route("/v1/images/preview", post(preview))
         .route("/v1/models", get(models))
         .route("/v1/models/{*name}", get(model))
         .route("/v1/load_lora_adapter", post(load_adapter))
@@ -184,7 +186,7 @@ async fn load_adapter(
     body: Body,
 ) -> Result<Response, ApiError> {
     expect_json(&headers)?;
-    let request: AdapterRequest = read_json(&app, body).await?;
+    let (request, _): (AdapterRequest, _) = read_json(&app, body).await?;
     let root = adapter_dir(&app)?;
     let path = request.lora_path.as_deref().unwrap_or(&request.lora_name);
     let dir = folder_inside(root, path)?;
@@ -201,7 +203,7 @@ async fn unload_adapter(
     body: Body,
 ) -> Result<Response, ApiError> {
     expect_json(&headers)?;
-    let request: AdapterRequest = read_json(&app, body).await?;
+    let (request, _): (AdapterRequest, _) = read_json(&app, body).await?;
     adapter_dir(&app)?;
     app.models.unload(&app.engine, &request.lora_name).await?;
     let message = format!("`{}` is unloaded", request.lora_name);
@@ -226,6 +228,7 @@ mod tests {
         let document: Value = serde_json::from_str(OPENAPI).unwrap();
         for path in [
             "/v1/chat/completions",
+            "/v1/images/preview",
             "/v1/models",
             "/v1/models/{name}",
             "/v1/load_lora_adapter",
