@@ -33,28 +33,38 @@ const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; script-src 'self'; st
      img-src 'self' blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; \
      frame-ancestors 'none'";
 
+/// A script of the web page.
+macro_rules! script {
+    ($name:literal) => {
+        (
+            concat!("/", $name),
+            "text/javascript; charset=utf-8",
+            include_str!(concat!("page/", $name)),
+        )
+    };
+}
+
 /// Files of the web page: path, type, content.
-const PAGE: [(&str, &str, &str); 4] = [
+const PAGE: [(&str, &str, &str); 11] = [
     (
         "/",
         "text/html; charset=utf-8",
         include_str!("page/index.html"),
     ),
     (
-        "/app.js",
-        "text/javascript; charset=utf-8",
-        include_str!("page/app.js"),
-    ),
-    (
-        "/strings.js",
-        "text/javascript; charset=utf-8",
-        include_str!("page/strings.js"),
-    ),
-    (
         "/style.css",
         "text/css; charset=utf-8",
         include_str!("page/style.css"),
     ),
+    script!("api.js"),
+    script!("app.js"),
+    script!("dom.js"),
+    script!("export.js"),
+    script!("film.js"),
+    script!("history.js"),
+    script!("run.js"),
+    script!("strings.js"),
+    script!("viewer.js"),
 ];
 
 /// All routes.

@@ -198,6 +198,14 @@ pub struct Engine {
     limits: Arc<EngineLimits>,
 }
 
+struct SetWhenDropped(Arc<AtomicBool>);
+
+impl Drop for SetWhenDropped {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
 impl Engine {
     /// Starts the worker on a thread of its own.
     ///
@@ -224,9 +232,9 @@ impl Engine {
         let thread = std::thread::Builder::new()
             .name("engine".into())
             .spawn(move || {
-                Worker::new(device, tokenizer, limits, metrics).run(&received);
                 // Whatever ends the worker, nothing more may be sent to it.
-                stopping.store(true, Ordering::SeqCst);
+                let _ends = SetWhenDropped(stopping);
+                Worker::new(device, tokenizer, limits, metrics).run(&received);
             })?;
         Ok((engine, thread))
     }

@@ -234,26 +234,36 @@ impl<D: DecodeBackend> Worker<D> {
         }
     }
 
-    /// Puts the next piece of the oldest unfinished prompt through the model.
+    /// Puts as many tokens of prompts through the model as go between two steps, oldest prompt first.
     fn prefill(&mut self) {
-        let Some(place) = self
+        let mut budget = self.limits.prefill_chunk;
+        while budget > 0 {
+            match self.prefill_next(budget) {
+                Some(tokens) => budget -= tokens.clamp(1, budget),
+                None => return,
+            }
+        }
+    }
+
+    /// Puts at most `budget` tokens of the oldest unfinished prompt through the model; gives their
+    /// number, `None` when no prompt is unfinished.
+    fn prefill_next(&mut self, budget: usize) -> Option<usize> {
+        let place = self
             .running
             .iter()
-            .position(|sequence| matches!(sequence.phase, Phase::Prefill(_)))
-        else {
-            return;
-        };
+            .position(|sequence| matches!(sequence.phase, Phase::Prefill(_)))?;
         let computed = {
             let this = &mut *self;
-            guarded(|| this.prefill_chunk(place))
+            guarded(|| this.prefill_chunk(place, budget))
         };
         match computed {
-            Ok(Some(logits)) => {
+            Ok((tokens, Some(logits))) => {
                 self.features.clear();
                 let outcome = advance(&mut self.running[place], logits);
                 self.settle(vec![(place, outcome)]);
+                Some(tokens)
             }
-            Ok(None) => {}
+            Ok((tokens, None)) => Some(tokens),
             Err(reason) => {
                 log::error!("prefill failed: {reason}");
                 self.features.clear();
@@ -262,11 +272,13 @@ impl<D: DecodeBackend> Worker<D> {
                 // A full device is the likeliest reason.
                 let kept = self.prefixes.clear();
                 self.free(kept);
+                Some(1)
             }
         }
     }
 
-    fn prefill_chunk(&mut self, place: usize) -> Option<Vec<f32>> {
+    /// Number of tokens computed, and the logits behind the prompt when that was the last of it.
+    fn prefill_chunk(&mut self, place: usize, budget: usize) -> (usize, Option<Vec<f32>>) {
         let prompt = self.running[place].prompt.clone();
         let adapter = self.running[place].adapter;
         let slot = match self.running[place].slot {
@@ -274,9 +286,9 @@ impl<D: DecodeBackend> Worker<D> {
             None => self.begin(place),
         };
         let Phase::Prefill(from) = self.running[place].phase else {
-            return None;
+            return (0, None);
         };
-        let to = prompt.len().min(from + self.limits.prefill_chunk);
+        let to = prompt.len().min(from + budget);
         let mut features = Vec::new();
         for (index, image) in prompt.images.iter().enumerate() {
             let end = image.first_token + image.tokens;
@@ -304,7 +316,7 @@ impl<D: DecodeBackend> Worker<D> {
         let logits = self.device.prefill(slot, &chunk);
         self.metrics.prompt_tokens.add((to - from) as u64);
         self.running[place].phase = Phase::Prefill(to);
-        logits
+        (to - from, logits)
     }
 
     /// Gives a sequence its slot, with as much of its prompt as lies in the cache already.

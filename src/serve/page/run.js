@@ -1,0 +1,302 @@
+// One answer: its request, its text as it comes, and what can be done with it afterwards.
+
+import { ApiError, chat } from "./api.js";
+import { announce, button, el, hush, say, t } from "./dom.js";
+import { copy, download } from "./export.js";
+
+/** A browser opens six connections to a server of HTTP/1.1; two are left for the rest of the page. */
+const AT_ONCE = 4;
+
+/** A full queue is tried again so often. */
+const MOST_RETRIES = 6;
+
+let running = 0;
+const line = [];
+
+async function takePlace(signal) {
+  if (running >= AT_ONCE) {
+    await new Promise((resolve) => {
+      line.push(resolve);
+      signal.addEventListener("abort", resolve, { once: true });
+    });
+  }
+  running += 1;
+}
+
+function leavePlace() {
+  running -= 1;
+  line.shift()?.();
+}
+
+/** Waits, or until `signal` is aborted. */
+function pause(milliseconds, signal) {
+  return new Promise((resolve) => {
+    const timer = setTimeout(resolve, milliseconds);
+    signal.addEventListener("abort", () => (clearTimeout(timer), resolve()), { once: true });
+  });
+}
+
+/** Where the last whole sentence of `text` behind `from` ends. */
+function sentenceEnd(text, from) {
+  let end = from;
+  for (const match of text.slice(from).matchAll(/[。！？；\n]|[.!?;](?=\s)/g)) {
+    end = from + match.index + match[0].length;
+  }
+  return end;
+}
+
+export class Run {
+  #stopper = null;
+  #hurry = null;
+  #parts = {};
+  #heard = 0;
+  #frame = null;
+
+  /**
+   * `films` are the `Film`s asked about; `settings` is `{ question, model, maxTokens, temperature,
+   * seed }`; `on` has `ended(run)`, `print(run)` and `remove(run)`.
+   */
+  constructor(films, settings, on) {
+    this.films = films;
+    this.settings = settings;
+    this.on = on;
+    this.name = films.map((film) => film.name).join("、");
+    this.record = null;
+    this.element = this.#view();
+  }
+
+  get active() {
+    return this.#stopper !== null;
+  }
+
+  /** Asks, and again while the queue is full; resolves when the answer is whole, stopped or failed. */
+  async start() {
+    if (this.active) return;
+    this.#stopper = new AbortController();
+    const { signal } = this.#stopper;
+    Object.assign(this, { report: "", reasoning: "", finish: null, usage: null, firstText: null, record: null });
+    this.#heard = 0;
+    this.#begin();
+    let placed = false;
+    try {
+      await takePlace(signal);
+      placed = true;
+      if (signal.aborted) throw new ApiError("cancelled");
+      this.facts = await Promise.all(this.films.map((film) => film.facts()));
+      const images = await Promise.all(this.films.map((film) => film.original()));
+      await this.#ask(images, signal);
+      this.#end(this.finish);
+    } catch (cause) {
+      this.#fail(cause instanceof ApiError ? cause : new ApiError("page", { message: String(cause) }));
+    } finally {
+      this.#stopper = null;
+      if (placed) leavePlace();
+      this.#settle();
+      this.on.ended(this);
+    }
+  }
+
+  /** Ends it; what has come stays. The server frees its place when the connection closes. */
+  stop() {
+    this.#stopper?.abort();
+  }
+
+  async #ask(images, signal) {
+    for (let attempt = 1; ; attempt += 1) {
+      try {
+        this.#status("run.sent");
+        this.started = performance.now();
+        for await (const event of chat({ ...this.settings, images }, signal)) this.#take(event);
+        this.seconds = (performance.now() - this.started) / 1000;
+        return;
+      } catch (cause) {
+        if (cause.kind !== "busy" || attempt > MOST_RETRIES) throw cause;
+        await this.#queue(attempt, cause.retryAfter, signal);
+        if (signal.aborted) throw new ApiError("cancelled");
+      }
+    }
+  }
+
+  /** Counts down to the next try; the user may take it at once. */
+  async #queue(attempt, retryAfter, signal) {
+    const hurry = new AbortController();
+    this.#hurry = hurry;
+    this.#parts.now.hidden = false;
+    // Doubling and a little chance: clients refused together do not come back together.
+    const wait = Math.min(60, Math.max(retryAfter, 2 ** attempt) * (1 + Math.random() / 4));
+    announce(t("run.queued", { seconds: Math.ceil(wait), attempt, most: MOST_RETRIES }));
+    for (let left = Math.ceil(wait); left > 0 && !hurry.signal.aborted && !signal.aborted; left -= 1) {
+      this.#status("run.queued", { seconds: left, attempt, most: MOST_RETRIES });
+      await pause(1000, AbortSignal.any ? AbortSignal.any([hurry.signal, signal]) : signal);
+    }
+    this.#parts.now.hidden = true;
+  }
+
+  #take({ content, reasoning, finish, usage }) {
+    if (content || reasoning) this.firstText ??= (performance.now() - this.started) / 1000;
+    if (reasoning) {
+      if (this.reasoning === "") this.#status("run.thinking_now");
+      this.reasoning += reasoning;
+    }
+    if (content) {
+      if (this.report === "") this.#answerBegins();
+      this.report += content;
+      const end = sentenceEnd(this.report, this.#heard);
+      if (end > this.#heard) {
+        announce(this.report.slice(this.#heard, end).trim());
+        this.#heard = end;
+      }
+    }
+    if (finish) this.finish = finish;
+    if (usage) this.usage = usage;
+    // The page is drawn once a frame, however fast the tokens come.
+    this.#frame ??= requestAnimationFrame(() => this.#draw());
+  }
+
+  #draw() {
+    this.#frame = null;
+    const { thinking, thoughts, text } = this.#parts;
+    thinking.hidden = this.reasoning.trim() === "";
+    const atEnd = thoughts.scrollTop + thoughts.clientHeight > thoughts.scrollHeight - 24;
+    thoughts.textContent = this.reasoning.trim();
+    if (atEnd && this.active) thoughts.scrollTop = thoughts.scrollHeight;
+    text.textContent = this.report.trim();
+    text.hidden = text.textContent === "";
+  }
+
+  #begin() {
+    const { text, error, retry, stop, done, facts, thinking } = this.#parts;
+    this.element.classList.add("active");
+    this.element.classList.remove("failed");
+    text.setAttribute("aria-busy", "true");
+    for (const part of [error, retry, done, facts]) part.hidden = true;
+    stop.hidden = false;
+    thinking.open = true;
+    this.#draw();
+    this.#status("run.waiting");
+    announce(t("run.announce_start", { name: this.name }));
+  }
+
+  #answerBegins() {
+    // The reasoning folds when the answer starts, unless the reader is in it.
+    const { thinking } = this.#parts;
+    if (!thinking.contains(document.activeElement)) thinking.open = false;
+    this.#status("run.writing");
+  }
+
+  #end(reason) {
+    announce(`${this.report.slice(this.#heard).trim()} ${t("run.announce_end", { name: this.name })}`);
+    if (reason === "stop") hush(this.#parts.status);
+    else this.#status(reason === "length" ? "finish.length" : "finish.other", { reason });
+    this.#keep(reason);
+  }
+
+  #fail(cause) {
+    const cancelled = cause.kind === "cancelled";
+    if (cancelled) this.#status("run.stopped");
+    else hush(this.#parts.status);
+    announce(cancelled ? t("run.stopped") : `${t("error.heading")} ${t(`error.${cause.kind}`)}`);
+    const { error } = this.#parts;
+    error.hidden = cancelled;
+    this.element.classList.toggle("failed", !cancelled);
+    error.replaceChildren(el("p", { t: `error.${cause.kind}` }));
+    const bytes = this.films.reduce((sum, film) => sum + film.file.size, 0);
+    if (cause.kind === "network" && bytes > 8 * 1024 * 1024) error.append(el("p", { t: "error.maybe_large" }));
+    const said = [cause.status || "", cause.message].filter(Boolean).join(" · ");
+    if (said !== "") error.append(el("p", { class: "detail", lang: "en" }, said));
+    if (this.report.trim() !== "") this.#keep(cancelled ? "cancelled" : "broken");
+  }
+
+  #keep(reason) {
+    const { question, model, maxTokens, temperature, seed } = this.settings;
+    this.record = {
+      id: `${Date.now()}-${Math.random().toString(36).slice(2, 8)}`,
+      created: Date.now(),
+      films: this.facts,
+      thumbnails: this.films.map((film) => film.thumbnail),
+      question,
+      model,
+      parameters: { max_tokens: maxTokens, temperature, seed },
+      report: this.report,
+      reasoning: this.reasoning,
+      finish_reason: reason,
+      usage: this.usage,
+      seconds: this.seconds ?? null,
+    };
+  }
+
+  /** The card at rest, however the answer ended. */
+  #settle() {
+    const { text, stop, now, retry, done, facts } = this.#parts;
+    cancelAnimationFrame(this.#frame);
+    this.#draw();
+    this.element.classList.remove("active");
+    text.removeAttribute("aria-busy");
+    stop.hidden = true;
+    now.hidden = true;
+    const whole = this.record !== null && this.finish !== null;
+    done.hidden = this.report.trim() === "";
+    retry.hidden = whole;
+    if (whole) {
+      facts.hidden = false;
+      const { prompt_tokens: read = 0, completion_tokens: written = 0 } = this.usage ?? {};
+      say(facts, this.usage ? "run.facts" : "run.facts_short", {
+        model: this.settings.model || "–",
+        read,
+        written,
+        first: (this.firstText ?? 0).toFixed(1),
+        seconds: this.seconds.toFixed(1),
+        rate: (written / Math.max(0.001, this.seconds)).toFixed(1),
+      });
+    }
+  }
+
+  #status(key, values = {}) {
+    say(this.#parts.status, key, values);
+  }
+
+  #view() {
+    const parts = this.#parts;
+    parts.status = el("p", { class: "run-status" });
+    parts.stop = button("stop", "run.stop", () => this.stop(), { wide: true });
+    parts.now = button("again", "run.now", () => this.#hurry?.abort(), { wide: true, hidden: true });
+    parts.thoughts = el("div", { class: "thoughts", tabindex: "0", role: "region", "t-aria-label": "run.thinking" });
+    parts.thinking = el("details", { class: "thinking", hidden: true }, el("summary", { t: "run.thinking" }), parts.thoughts);
+    parts.text = el("div", { class: "report-text", lang: "zh-CN" });
+    parts.error = el("div", { class: "error", hidden: true });
+    parts.retry = button("again", "run.retry", () => this.start(), { wide: true, hidden: true });
+    const copied = async () => {
+      const [key] = await Promise.allSettled([copy(this.report.trim())]);
+      const told = key.status === "fulfilled" ? "run.copied" : "run.not_copied";
+      say(parts.told, told);
+      announce(t(told));
+      setTimeout(() => hush(parts.told), 3000);
+    };
+    parts.told = el("span", { class: "told", "aria-hidden": "true" });
+    parts.done = el(
+      "div",
+      { class: "run-actions", role: "group", "t-aria-label": "run.actions", hidden: true },
+      button("copy", "run.copy", copied, { wide: true }),
+      button("print", "run.print", () => this.on.print(this), { wide: true }),
+      button("down", "run.markdown", () => download(this.record, "md"), { wide: true }),
+      button("down", "run.json", () => download(this.record, "json"), { wide: true }),
+      parts.told,
+    );
+    parts.facts = el("p", { class: "run-facts", hidden: true });
+    const drop = button("close", "run.remove", () => (this.stop(), this.on.remove(this)));
+    const question = el("h3", { class: "run-question" }, this.settings.question);
+    return el(
+      "section",
+      { class: "run" },
+      el("header", { class: "run-head" }, question, drop),
+      el("div", { class: "run-now" }, parts.status, parts.now, parts.stop),
+      parts.thinking,
+      parts.text,
+      parts.error,
+      parts.retry,
+      parts.done,
+      parts.facts,
+    );
+  }
+}
+
