@@ -33,9 +33,10 @@ pub async fn preview(State(app): State<Arc<App>>, body: Body) -> Result<Response
     let images = app.parts.images.clone();
     let png = tokio::task::spawn_blocking(move || {
         let name = "the image";
-        let picture = images
-            .decode(&bytes, name)
-            .map_err(|error| image_error(name, &error))?;
+        let picture = images.decode(&bytes, name).map_err(|error| ApiError {
+            param: None,
+            ..image_error(name, &error)
+        })?;
         encode(picture)
     })
     .await
