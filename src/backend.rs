@@ -219,13 +219,11 @@ pub fn run_on<T: DeviceTask>(
         }
         DeviceName::Cuda(_index) => {
             #[cfg(feature = "cuda")]
-            return start::<burn::backend::Cuda, T>(
-                name,
-                burn::backend::cuda::CudaDevice::new(_index),
-                dtype,
-                DType::BF16,
-                task,
-            );
+            {
+                crate::kernels::cuda::configure();
+                let device = burn::backend::cuda::CudaDevice::new(_index);
+                return start::<burn::backend::Cuda, T>(name, device, dtype, DType::BF16, task);
+            }
             #[cfg(not(feature = "cuda"))]
             Err(not_built(name, "cuda"))
         }
@@ -249,6 +247,8 @@ fn not_built(device: DeviceName, feature: &'static str) -> DeviceError {
 
 /// The best device that is built in and answers: CUDA, then Vulkan, then the CPU.
 fn best_device() -> DeviceName {
+    #[cfg(feature = "cuda")]
+    crate::kernels::cuda::configure();
     #[cfg(feature = "cuda")]
     if probe::<burn::backend::Cuda>(&burn::backend::cuda::CudaDevice::new(0)).is_ok() {
         return DeviceName::Cuda(0);

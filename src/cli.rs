@@ -55,15 +55,27 @@ pub enum Command {
     ///
     /// Without arguments, the tiny model that comes with the repository at http://127.0.0.1:7860.
     Serve(crate::commands::serve::ServeArgs),
-    /// Measure.
-    #[command(subcommand)]
+    /// Measure how fast the model is on this machine and how far from the hardware's limit, or how a
+    /// server holds up.
     Bench(BenchCommand),
 }
 
-/// What is measured.
+/// `bench KIND …`, or `bench serve …`.
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub struct BenchCommand {
+    /// A server.
+    #[command(subcommand)]
+    pub server: Option<BenchServer>,
+    /// The model.
+    #[command(flatten)]
+    pub model: Option<crate::commands::bench::BenchArgs>,
+}
+
+/// What is measured besides the model.
 #[derive(Debug, Subcommand)]
-pub enum BenchCommand {
-    /// Send requests to a server at a fixed rate, or from a number of users, and report percentiles.
+pub enum BenchServer {
+    /// Send requests to a server from a number of users or at a fixed rate, and report percentiles.
     Serve(crate::commands::bench_serve::BenchServeArgs),
 }
 

@@ -6,6 +6,7 @@
 #![warn(missing_docs, unreachable_pub, unsafe_code)]
 
 pub mod backend;
+pub mod bench;
 pub mod clean;
 pub mod cli;
 pub mod commands;

@@ -1,5 +1,6 @@
 //! Arguments to library calls, one command a file. Only here and in `main` is anything printed.
 
+pub mod bench;
 pub mod bench_serve;
 pub mod check;
 pub mod convert;

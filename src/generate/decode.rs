@@ -1,6 +1,6 @@
 //! Prefill, cached steps, stopping.
 
-use crate::kernels::Kernels;
+use crate::kernels::{DecodeStart, Decoder, Kernels};
 use burn::{prelude::*, tensor::DType};
 
 use super::sampler::{Sampler, SamplingConfig};
@@ -105,6 +105,9 @@ pub enum GenerateError {
         "the model's output is not a number; weights and dtype do not go together, try `--dtype f32` or `--dtype bf16`"
     )]
     NotFinite,
+    /// The device refuses to go on.
+    #[error("the device failed while decoding: {0}; a smaller batch (`--batch`) needs less memory")]
+    Device(String),
     /// A sampling setting out of range.
     #[error("{0}")]
     Sampling(String),
@@ -177,7 +180,12 @@ pub fn generate<B: Kernels>(
             finish_reason: FinishReason::Length,
         })
         .collect();
-    let mut cache = KeyValueCache::new(config.text_config.num_hidden_layers);
+    let layers = config.text_config.num_hidden_layers;
+    let mut cache = if B::HAS_DECODER {
+        KeyValueCache::with_capacity(layers, input.seq() + settings.max_new_tokens + DECODER_ROOM)
+    } else {
+        KeyValueCache::new(layers)
+    };
     let hidden = model.hidden_states(
         &input,
         vision.as_ref(),
@@ -190,7 +198,7 @@ pub fn generate<B: Kernels>(
     let seq = input.seq();
     let last: Vec<i32> = (1..=rows.len()).map(|row| (row * seq - 1) as i32).collect();
     let hidden = hidden.select(0, Tensor::from_ints(last.as_slice(), device));
-    let mut logits = logits_on_host(model, hidden)?;
+    let logits = logits_on_host(model, hidden)?;
     timing.prefill_seconds = lap(device);
 
     let mut samplers: Vec<Sampler> = rows
@@ -199,10 +207,17 @@ pub fn generate<B: Kernels>(
         .collect();
     // Rows of the batch that go on, by their place among the prompts.
     let mut active: Vec<usize> = (0..rows.len()).collect();
+    let mut next = Next::Logits(logits);
+    let mut decoder: Option<Box<dyn Decoder>> = None;
+    let mut decoder_tried = !B::HAS_DECODER;
+    let mut places: Vec<usize> = Vec::new();
     loop {
         let mut stays = Vec::with_capacity(active.len());
         for (place, row) in active.iter().copied().enumerate() {
-            let token = samplers[row].next(&logits[place]);
+            let token = match &next {
+                Next::Logits(logits) => samplers[row].next(&logits[place]),
+                Next::Tokens(tokens) => tokens[place],
+            };
             let result = &mut results[row];
             result.token_ids.push(token);
             let ended = if settings.eos_token_ids.contains(&token) {
@@ -224,9 +239,59 @@ pub fn generate<B: Kernels>(
         if stays.is_empty() {
             break;
         }
-        if stays.len() < active.len() {
+        let position = |row: usize, tokens: &[u32]| -> i64 {
+            (rows[row].len() + tokens.len() - 1) as i64 + deltas[row]
+        };
+        let last_token = |row: usize| results[row].token_ids[results[row].token_ids.len() - 1];
+        if stays.len() < active.len() && decoder.is_none() {
             cache.select_rows(&stays, device);
             active = stays.iter().map(|place| active[*place]).collect();
+        }
+        timing.decoded_tokens += stays.len();
+        if !decoder_tried {
+            decoder_tried = true;
+            let start = DecodeStart {
+                tokens: active.iter().map(|row| last_token(*row)).collect(),
+                positions: active
+                    .iter()
+                    .map(|row| position(*row, &results[*row].token_ids))
+                    .collect(),
+                most_steps: settings.max_new_tokens,
+            };
+            decoder = B::decoder(model, config, &cache, &start);
+            places = active.clone();
+        }
+        if let Some(decoder) = &mut decoder {
+            // The decoder keeps its rows; those that have ended are not looked at any more.
+            let stayed: Vec<usize> = stays.iter().map(|place| active[*place]).collect();
+            next = if settings.sampling.takes_likeliest() {
+                let tokens = decoder.next_tokens().map_err(GenerateError::Device)?;
+                let chosen = places
+                    .iter()
+                    .zip(tokens)
+                    .filter(|(row, _)| stayed.contains(row));
+                Next::Tokens(
+                    chosen
+                        .map(|(_, token)| token.ok_or(GenerateError::NotFinite))
+                        .collect::<Result<_, _>>()?,
+                )
+            } else {
+                let tokens: Vec<u32> = places.iter().map(|row| last_token(*row)).collect();
+                let logits = decoder
+                    .next_logits(&tokens)
+                    .map_err(GenerateError::Device)?;
+                let kept = places.iter().zip(logits);
+                let kept: Vec<Vec<f32>> = kept
+                    .filter(|(row, _)| stayed.contains(row))
+                    .map(|(_, logits)| logits)
+                    .collect();
+                if kept.iter().flatten().any(|value| value.is_nan()) {
+                    return Err(GenerateError::NotFinite);
+                }
+                Next::Logits(kept)
+            };
+            active = stayed;
+            continue;
         }
         let mut step = TextInput {
             input_ids: Vec::with_capacity(active.len()),
@@ -235,18 +300,28 @@ pub fn generate<B: Kernels>(
             image_token_id: config.image_token_id,
         };
         for row in &active {
-            let tokens = &results[*row].token_ids;
-            step.input_ids.push(tokens[tokens.len() - 1..].to_vec());
-            let position = (rows[*row].len() + tokens.len() - 1) as i64 + deltas[*row];
-            step.positions.push([position; 3]);
+            step.input_ids.push(vec![last_token(*row)]);
+            step.positions
+                .push([position(*row, &results[*row].token_ids); 3]);
         }
         // A drawn image placeholder is a plain token here: there is no feature to put in its place.
         let hidden = model.hidden_states(&step, None, config, Some(&mut cache), None, device);
-        logits = logits_on_host(model, hidden)?;
-        timing.decoded_tokens += active.len();
+        next = Next::Logits(logits_on_host(model, hidden)?);
     }
+    drop(decoder);
     timing.decode_seconds = lap(device);
     Ok((results, timing))
+}
+
+/// Tokens a decoder may run ahead of what is read.
+const DECODER_ROOM: usize = 8;
+
+/// What the next tokens come from, one entry an active row.
+enum Next {
+    /// To be sampled from.
+    Logits(Vec<Vec<f32>>),
+    /// Chosen already.
+    Tokens(Vec<u32>),
 }
 
 fn check(

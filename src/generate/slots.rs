@@ -10,19 +10,16 @@ use std::{
     path::Path,
 };
 
-use burn::{
-    prelude::*,
-    tensor::{DType, activation::sigmoid},
-};
+use burn::{prelude::*, tensor::DType};
 
 use super::backend::{AdapterId, Chunk, DecodeBackend, SlotId, StepRow};
 use crate::{
-    kernels::Kernels,
+    kernels::{AttentionSpans, Kernels},
     lora::{config::AdapterError, files::load_adapter},
     qwen3_vl::{
         ImageInput, ImagePlacement, Qwen3Vl, TextInput,
-        attention::{AttentionBias, attention},
         config::Qwen3VlConfig,
+        nn::RmsNorm,
         rope::{Positions, RopeTables},
         text::{DecoderLayer, TextAttention},
         vision::VisionOutput,
@@ -103,8 +100,8 @@ struct Row<B: Backend> {
     at: usize,
     /// Its number of tokens.
     count: usize,
-    /// What its queries see; `None` when that is everything.
-    bias: Option<AttentionBias<B>>,
+    /// What its queries see of the row's own keys.
+    spans: AttentionSpans<B>,
 }
 
 /// The rows of one pass, and where their tokens stand.
@@ -227,16 +224,12 @@ fn layout<B: Kernels>(
     };
     for (slot, ids) in rows {
         let (held, count) = (slots[slot].len, ids.len());
-        let bias = if count == 1 {
-            None
-        } else {
-            AttentionBias::causal(&[vec![0; held + count]], held, device)
-        };
+        let spans = AttentionSpans::causal(&[vec![0; held + count]], held, device);
         layout.rows.push(Row {
             slot: *slot,
             at,
             count,
-            bias,
+            spans,
         });
         at += count;
     }
@@ -252,39 +245,28 @@ fn layer_forward<B: Kernels>(
     index: usize,
 ) -> Tensor<B, 2> {
     let normed = layer.input_layernorm.forward(x.clone());
-    let x = x + attend(&layer.self_attn, normed, layout, slots, index);
+    let x = attend(&layer.self_attn, normed, x, layout, slots, index);
     let normed = layer.post_attention_layernorm.forward(x.clone());
-    let mlp = &layer.mlp;
-    let gate = mlp.gate_proj.forward(normed.clone(), None);
-    let up = mlp.up_proj.forward(normed, None);
-    x + mlp
-        .down_proj
-        .forward(gate.clone() * sigmoid(gate) * up, None)
+    layer.mlp.forward(normed, x, None)
 }
 
-/// `[n, hidden]` → `[n, hidden]`: products over all rows together, scores row by row.
+/// `[n, hidden]` → `[n, hidden]`, plus `residual`: products over all rows together, scores row by
+/// row.
 fn attend<B: Kernels>(
     attn: &TextAttention<B>,
     x: Tensor<B, 2>,
+    residual: Tensor<B, 2>,
     layout: &Layout<B>,
     slots: &mut HashMap<SlotId, Slot<B>>,
     index: usize,
 ) -> Tensor<B, 2> {
-    let [tokens, _] = x.dims();
-    let [head_dim] = attn.q_norm.weight.val().dims();
-    let split = |x: Tensor<B, 2>| -> Tensor<B, 3> {
-        let heads = x.dims()[1] / head_dim;
-        x.reshape([tokens, heads, head_dim])
+    let rotated = |x: Tensor<B, 2>, norm: &RmsNorm<B>| {
+        let heads = attn.split_heads(x);
+        layout.rope.rotate(heads, Some(norm.of_heads()))
     };
-    let q = attn
-        .q_norm
-        .forward(split(attn.q_proj.forward(x.clone(), None)));
-    let k = attn
-        .k_norm
-        .forward(split(attn.k_proj.forward(x.clone(), None)));
-    let q = layout.rope.rotate(q);
-    let k = layout.rope.rotate(k);
-    let v = split(attn.v_proj.forward(x, None));
+    let q = rotated(attn.q_proj.forward(x.clone(), None), &attn.q_norm);
+    let k = rotated(attn.k_proj.forward(x.clone(), None), &attn.k_norm);
+    let v = attn.split_heads(attn.v_proj.forward(x, None));
     let mut parts = Vec::with_capacity(layout.rows.len());
     for row in &layout.rows {
         let Some(slot) = slots.get_mut(&row.slot) else {
@@ -299,10 +281,11 @@ fn attend<B: Kernels>(
         };
         let len = slot.len;
         let (keys, values) = slot.layers[index].append(len, of_row(&k), of_row(&v));
-        let y = attention(of_row(&q), keys, values, row.bias.as_ref());
+        let y = B::span_attention(of_row(&q), keys, values, &row.spans);
         parts.push(y.swap_dims(1, 2).reshape([row.count as i32, -1]));
     }
-    attn.o_proj.forward(Tensor::cat(parts, 0), None)
+    attn.o_proj
+        .forward_add(Tensor::cat(parts, 0), residual, None)
 }
 
 impl<B: Kernels> DecodeBackend for PlainDecoder<B> {

@@ -1,28 +1,336 @@
 //! What the model is computed with: one trait of operations, plain Burn by default.
 //!
-//! Every backend works with the defaults. A backend with faster ways overrides methods; each of its
-//! operations is compared with the default it replaces.
+//! Every backend works with the defaults ([`plain`]). A backend with faster ways overrides methods;
+//! each of its operations is compared with the default it replaces, forward and backward.
 
-use burn::{prelude::*, tensor::backend::AutodiffBackend};
+pub mod plain;
+mod spans;
+
+#[cfg(feature = "cuda")]
+pub mod cuda;
+
+use burn::{
+    backend::autodiff::checkpoint::strategy::CheckpointStrategy,
+    prelude::*,
+    tensor::{DType, Distribution, backend::AutodiffBackend},
+};
+
+use crate::qwen3_vl::{
+    Qwen3Vl,
+    cache::KeyValueCache,
+    config::Qwen3VlConfig,
+    nn::{gelu_exact, gelu_tanh},
+};
+pub use spans::AttentionSpans;
+
+/// Zeroes inputs of an adapter at random; the same seed gives the same mask.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Dropout {
+    /// Share of the inputs that become zero, in `(0, 1)`.
+    pub probability: f64,
+    /// Decides the mask.
+    pub seed: u64,
+}
+
+/// One low-rank adapter as an operand: `y += scaling · drop(x) Aᵀ Bᵀ`.
+#[derive(Debug, Clone)]
+pub struct LowRank<B: Backend> {
+    /// `[r, in]`, f32.
+    pub a: Tensor<B, 2>,
+    /// `[out, r]`, f32.
+    pub b: Tensor<B, 2>,
+    /// Factor on the product.
+    pub scaling: f64,
+    /// Set in training only.
+    pub dropout: Option<Dropout>,
+}
+
+/// What flows back through a low-rank adapter.
+#[derive(Debug, Clone)]
+pub struct LowRankGradients<B: Backend> {
+    /// Of `A`, `[r, in]`, f32.
+    pub a: Tensor<B, 2>,
+    /// Of `B`, `[out, r]`, f32.
+    pub b: Tensor<B, 2>,
+    /// Of `drop(x) Aᵀ`, `[tokens, r]`.
+    pub low: Tensor<B, 2>,
+}
+
+/// A root-mean-square norm over each head.
+#[derive(Debug, Clone)]
+pub struct HeadNorm<B: Backend> {
+    /// `[head_dim]`.
+    pub weight: Tensor<B, 1>,
+    /// Added to the mean square.
+    pub epsilon: f64,
+}
+
+/// Loss over some targets and what flows back from it.
+#[derive(Debug, Clone)]
+pub struct TargetLoss<B: Backend> {
+    /// Sum of the negative log likelihoods, number of right predictions; `[2]`, f32.
+    pub sums: Tensor<B, 1>,
+    /// Gradient of the weighted loss, `[targets, hidden]`, in the type of the hidden states.
+    pub hidden_gradient: Tensor<B, 2>,
+}
+
+/// One product whose input gradient is wanted.
+#[derive(Debug, Clone)]
+pub struct BackwardProduct<B: Backend> {
+    /// What flows back into its output, `[tokens, out]`.
+    pub dy: Tensor<B, 2>,
+    /// `[out, in]`.
+    pub weight: Tensor<B, 2>,
+    /// Its adapter, and what flows back into the low-rank part `[tokens, r]`.
+    pub adapter: Option<(Tensor<B, 2>, LowRank<B>)>,
+}
+
+/// Where decoding behind a prefilled cache starts.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DecodeStart {
+    /// The first new token of each row.
+    pub tokens: Vec<u32>,
+    /// Its position.
+    pub positions: Vec<i64>,
+    /// Steps that may follow.
+    pub most_steps: usize,
+}
+
+/// Decodes a batch behind a prefilled cache, one token a row and step, feeding itself.
+pub trait Decoder {
+    /// The likeliest token behind the last one of each row; `None` where the logits are NaN. The
+    /// next step takes these tokens.
+    ///
+    /// # Errors
+    /// What the driver says.
+    fn next_tokens(&mut self) -> Result<Vec<Option<u32>>, String>;
+
+    /// Logits behind the given tokens, one a row.
+    ///
+    /// # Errors
+    /// What the driver says.
+    fn next_logits(&mut self, tokens: &[u32]) -> Result<Vec<Vec<f32>>, String>;
+}
 
 /// A backend with the operations of the model.
-pub trait Kernels: Backend {}
+///
+/// Shape letters: `n` tokens of all sequences, `b` sequences, `h` heads, `d` width of a head.
+pub trait Kernels: Backend {
+    /// `x Wᵀ + bias + residual`: `x` `[n, in]`, `weight` `[out, in]`, `residual` `[n, out]`.
+    fn dense(
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 2>,
+        bias: Option<Tensor<Self, 1>>,
+        residual: Option<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
+        plain::linear(x, weight, bias, residual)
+    }
+
+    /// `x Wᵀ + s · drop(x) Aᵀ Bᵀ + residual`, and `drop(x) Aᵀ` `[n, r]`, which the backward needs.
+    fn adapted_linear(
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 2>,
+        adapter: &LowRank<Self>,
+        residual: Option<Tensor<Self, 2>>,
+    ) -> (Tensor<Self, 2>, Tensor<Self, 2>) {
+        plain::adapted_linear(x, weight, adapter, residual)
+    }
+
+    /// Gradients of an adapter's weights; `x`, `low` as in the forward pass, `dy` `[n, out]`.
+    fn adapted_linear_backward(
+        x: Tensor<Self, 2>,
+        low: Tensor<Self, 2>,
+        adapter: &LowRank<Self>,
+        dy: Tensor<Self, 2>,
+    ) -> LowRankGradients<Self> {
+        plain::adapted_linear_backward(x, low, adapter, dy)
+    }
+
+    /// What flows back into the one input of several products, `Σ dy W + drop(dlow A)`, `[n, in]`.
+    ///
+    /// # Panics
+    /// If there is no product.
+    fn input_gradient(products: &[BackwardProduct<Self>]) -> Tensor<Self, 2> {
+        plain::input_gradient(products)
+    }
+
+    /// What the inputs of an adapter are multiplied with, in the shape of `like`, f32: 0, or
+    /// `1 / (1 - probability)`.
+    fn dropout_mask(like: &Tensor<Self, 2>, dropout: Dropout) -> Tensor<Self, 2> {
+        let device = like.device();
+        let draws = {
+            // The backend's random state is global: seeding and drawing must not be interleaved.
+            let _guard = RANDOM_STATE.lock().unwrap_or_else(|lock| lock.into_inner());
+            Self::seed(&device, dropout.seed);
+            Tensor::<Self, 2>::random(
+                like.dims(),
+                Distribution::Uniform(0.0, 1.0),
+                (&device, DType::F32),
+            )
+        };
+        let kept = draws
+            .greater_equal_elem(dropout.probability as f32)
+            .float()
+            .cast(burn::tensor::FloatDType::F32);
+        kept * (1.0 / (1.0 - dropout.probability))
+    }
+
+    /// Root-mean-square norm of each row of `[n, width]` with a scale, statistics in f32.
+    fn rms_norm(x: Tensor<Self, 2>, weight: Tensor<Self, 1>, epsilon: f64) -> Tensor<Self, 2> {
+        plain::rms_norm(x, weight, epsilon)
+    }
+
+    /// What flows back into the input of [`Kernels::rms_norm`], plus `residual`.
+    fn rms_norm_backward(
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 1>,
+        epsilon: f64,
+        dy: Tensor<Self, 2>,
+        residual: Tensor<Self, 2>,
+    ) -> Tensor<Self, 2> {
+        residual + plain::rms_norm_backward(x, weight, epsilon, dy)
+    }
+
+    /// Layer norm of each row of `[n, width]` with scale and shift, statistics in f32.
+    fn row_layer_norm(
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 1>,
+        bias: Tensor<Self, 1>,
+        epsilon: f64,
+    ) -> Tensor<Self, 2> {
+        plain::layer_norm(x, weight, bias, epsilon)
+    }
+
+    /// Normalises each head where a norm is given, then turns it by its token's angles.
+    ///
+    /// `x` `[n, h, d]`; `cos`, `sin` `[n, d]`, f32, both halves of a row alike.
+    fn rotate_heads(
+        x: Tensor<Self, 3>,
+        norm: Option<HeadNorm<Self>>,
+        cos: Tensor<Self, 2>,
+        sin: Tensor<Self, 2>,
+    ) -> Tensor<Self, 3> {
+        plain::rotate_heads(x, norm, cos, sin)
+    }
+
+    /// What flows back into the input of [`Kernels::rotate_heads`].
+    fn rotate_heads_backward(
+        x: Tensor<Self, 3>,
+        norm: Option<HeadNorm<Self>>,
+        cos: Tensor<Self, 2>,
+        sin: Tensor<Self, 2>,
+        dy: Tensor<Self, 3>,
+    ) -> Tensor<Self, 3> {
+        plain::rotate_heads_backward(x, norm, cos, sin, dy)
+    }
+
+    /// Scaled dot-product attention with grouped-query heads, softmax in f32.
+    ///
+    /// `q` `[b, h, queries, d]`; `k`, `v` `[b, key_value_heads, keys, d]`; query head `i` reads key
+    /// head `i / (h / key_value_heads)`. A query that sees no key gives any finite row.
+    fn span_attention(
+        q: Tensor<Self, 4>,
+        k: Tensor<Self, 4>,
+        v: Tensor<Self, 4>,
+        spans: &AttentionSpans<Self>,
+    ) -> Tensor<Self, 4> {
+        plain::attention(q, k, v, spans)
+    }
+
+    /// [`Kernels::span_attention`], and what its backward pass needs besides: `[b, h, queries]`, f32.
+    fn span_attention_for_backward(
+        q: Tensor<Self, 4>,
+        k: Tensor<Self, 4>,
+        v: Tensor<Self, 4>,
+        spans: &AttentionSpans<Self>,
+    ) -> (Tensor<Self, 4>, Option<Tensor<Self, 3>>) {
+        (plain::attention(q, k, v, spans), None)
+    }
+
+    /// What flows back into `q`, `k` and `v`; `y` and `statistics` are the forward pass's.
+    fn span_attention_backward(
+        q: Tensor<Self, 4>,
+        k: Tensor<Self, 4>,
+        v: Tensor<Self, 4>,
+        _y: Tensor<Self, 4>,
+        _statistics: Option<Tensor<Self, 3>>,
+        dy: Tensor<Self, 4>,
+        spans: &AttentionSpans<Self>,
+    ) -> [Tensor<Self, 4>; 3] {
+        plain::attention_backward(q, k, v, dy, spans)
+    }
+
+    /// `silu(gate) · up`, `[n, width]`.
+    fn gated(gate: Tensor<Self, 2>, up: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        plain::gated(gate, up)
+    }
+
+    /// What flows back into gate and up.
+    fn gated_backward(
+        gate: Tensor<Self, 2>,
+        up: Tensor<Self, 2>,
+        dy: Tensor<Self, 2>,
+    ) -> [Tensor<Self, 2>; 2] {
+        plain::gated_backward(gate, up, dy)
+    }
+
+    /// GELU in the tanh form, in f32 inside.
+    fn gelu_tanh(x: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        gelu_tanh(x)
+    }
+
+    /// GELU with the error function, in f32 inside.
+    fn gelu_exact(x: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        gelu_exact(x)
+    }
+
+    /// Whether [`Kernels::decoder`] may take over: caches then hold all tokens of a request from the
+    /// start.
+    const HAS_DECODER: bool = false;
+
+    /// A faster way to decode behind a prefilled cache, where there is one for the model.
+    fn decoder(
+        _model: &Qwen3Vl<Self>,
+        _config: &Qwen3VlConfig,
+        _cache: &KeyValueCache<Self>,
+        _start: &DecodeStart,
+    ) -> Option<Box<dyn Decoder>> {
+        None
+    }
+
+    /// Logits in f32: `hidden` `[n, width]`, `head` `[vocab, width]`.
+    ///
+    /// The result is f32 whatever the weights are stored in: rounding it to a half type would make
+    /// equals of neighbouring logits.
+    fn logits(hidden: Tensor<Self, 2>, head: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        plain::logits(hidden, head)
+    }
+
+    /// Cross-entropy of some hidden states against a frozen head, forward and backward at once.
+    ///
+    /// The gradient is that of `weight` times the sum of the negative log likelihoods of `ids`.
+    fn target_loss(
+        hidden: Tensor<Self, 2>,
+        head: Tensor<Self, 2>,
+        ids: Tensor<Self, 1, Int>,
+        weight: f64,
+    ) -> TargetLoss<Self> {
+        plain::target_loss(hidden, head, ids, weight)
+    }
+}
+
+static RANDOM_STATE: std::sync::Mutex<()> = std::sync::Mutex::new(());
 
 /// A backend that trains with the operations of the model.
 pub trait TrainKernels: AutodiffBackend<InnerBackend: Kernels> + Kernels {}
 
 impl<B: AutodiffBackend<InnerBackend: Kernels> + Kernels> TrainKernels for B {}
 
-impl<B: Kernels, C: burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy> Kernels
-    for burn::backend::Autodiff<B, C>
-{
-}
+/// Autodiff records the defaults.
+impl<B: Kernels, C: CheckpointStrategy> Kernels for burn::backend::Autodiff<B, C> {}
 
 #[cfg(feature = "flex")]
 impl Kernels for burn_flex::Flex {}
 
 #[cfg(feature = "wgpu")]
 impl Kernels for burn::backend::Vulkan {}
-
-#[cfg(feature = "cuda")]
-impl Kernels for burn::backend::Cuda {}

@@ -9,15 +9,12 @@ pub mod config;
 pub mod files;
 pub mod merge;
 
-use std::sync::Mutex;
+use burn::{module::Param, prelude::*};
 
-use burn::{
-    module::Param,
-    prelude::*,
-    tensor::{DType, Distribution},
+use crate::{
+    kernels::{Dropout, Kernels, LowRank},
+    qwen3_vl::nn::{to_dtype, to_f32},
 };
-
-use crate::qwen3_vl::nn::{to_dtype, to_f32};
 
 /// The adapter of one linear layer. Weights are f32 whatever the base is stored in.
 #[derive(Module, Debug)]
@@ -34,16 +31,23 @@ pub struct Lora<B: Backend> {
     index: usize,
 }
 
-/// The backend's random state is global: seeding and drawing must not be interleaved by threads.
-static RANDOM_STATE: Mutex<()> = Mutex::new(());
-
-impl<B: Backend> Lora<B> {
-    /// Factor on the low-rank product.
-    pub fn scaling(&self) -> f64 {
-        self.scaling
+impl<B: Kernels> Lora<B> {
+    /// The adapter as an operand; `dropout_seed` turns dropout on and decides its mask.
+    pub fn low_rank(&self, dropout_seed: Option<u64>) -> LowRank<B> {
+        LowRank {
+            a: self.lora_a.val(),
+            b: self.lora_b.val(),
+            scaling: self.scaling,
+            dropout: dropout_seed
+                .filter(|_| self.dropout > 0.0)
+                .map(|seed| Dropout {
+                    probability: self.dropout,
+                    seed: mix(seed, self.index as u64),
+                }),
+        }
     }
 
-    /// The layer's product without bias: `x W^T + s · drop(x) A^T B^T`.
+    /// The layer's product without bias, `x W^T + s · drop(x) A^T B^T`, plus `residual`.
     ///
     /// With DoRA the rows are rescaled to the trained magnitudes; the norm of `W + s·B·A` is worked
     /// out from products with `A`, not from a composed matrix, and carries no gradient.
@@ -56,55 +60,46 @@ impl<B: Backend> Lora<B> {
         &self,
         x: Tensor<B, 2>,
         weight: Tensor<B, 2>,
+        residual: Option<Tensor<B, 2>>,
         dropout_seed: Option<u64>,
     ) -> Tensor<B, 2> {
+        let adapter = self.low_rank(dropout_seed);
+        let Some(magnitude) = &self.lora_magnitude_vector else {
+            return B::adapted_linear(x, weight, &adapter, residual).0;
+        };
         let dtype = x.dtype();
-        let dropping = dropout_seed.filter(|_| self.dropout > 0.0);
         let input = to_f32(x.clone());
-        let input = match dropping {
-            Some(seed) => self.drop_out(input, seed),
+        let input = match adapter.dropout {
+            Some(dropout) => input.clone() * B::dropout_mask(&input, dropout),
             None => input,
         };
         let low = input
             .clone()
-            .matmul(self.lora_a.val().transpose())
-            .matmul(self.lora_b.val().transpose())
+            .matmul(adapter.a.transpose())
+            .matmul(adapter.b.transpose())
             * self.scaling;
-        let Some(magnitude) = &self.lora_magnitude_vector else {
-            let base = x.matmul(weight.transpose());
-            return to_dtype(to_f32(base) + low, dtype);
-        };
         let norm = self.composed_row_norms(weight.clone());
         let scale = (magnitude.val() / norm).unsqueeze();
-        // PEFT drops the base product's input as well once dropout is on.
-        let base_input = if dropping.is_some() {
-            to_dtype(input, dtype)
-        } else {
-            x.clone()
-        };
-        let base = to_f32(base_input.matmul(weight.clone().transpose()));
-        if dropping.is_some() {
+        let y = if adapter.dropout.is_some() {
+            // PEFT drops the base product's input as well once dropout is on.
+            let base = to_f32(to_dtype(input, dtype).matmul(weight.clone().transpose()));
             let plain = to_f32(x.matmul(weight.transpose()));
-            return to_dtype(plain + (scale.clone() - 1.0) * base + scale * low, dtype);
-        }
-        to_dtype(scale * (base + low), dtype)
-    }
-
-    fn drop_out(&self, x: Tensor<B, 2>, seed: u64) -> Tensor<B, 2> {
-        let [tokens, width] = x.dims();
-        let device = x.device();
-        let mixed = mix(seed, self.index as u64);
-        let mask = {
-            let _guard = RANDOM_STATE.lock().unwrap_or_else(|lock| lock.into_inner());
-            B::seed(&device, mixed);
-            Tensor::<B, 2>::random(
-                [tokens, width],
-                Distribution::Uniform(0.0, 1.0),
-                (&device, DType::F32),
-            )
+            plain + (scale.clone() - 1.0) * base + scale * low
+        } else {
+            scale * (to_f32(x.matmul(weight.transpose())) + low)
         };
-        let kept = mask.greater_equal_elem(self.dropout as f32).float();
-        x * to_f32(kept) * (1.0 / (1.0 - self.dropout))
+        let y = to_dtype(y, dtype);
+        match residual {
+            Some(residual) => residual + y,
+            None => y,
+        }
+    }
+}
+
+impl<B: Backend> Lora<B> {
+    /// Factor on the low-rank product.
+    pub fn scaling(&self) -> f64 {
+        self.scaling
     }
 
     /// Euclidean norm of each row of `W + s·B·A`, `[out]`, detached.

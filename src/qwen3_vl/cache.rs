@@ -12,14 +12,22 @@ pub struct LayerCache<B: Backend> {
     /// Keys and values, `[batch, key_value_heads, capacity, head_dim]` each.
     buffers: Option<(Tensor<B, 4>, Tensor<B, 4>)>,
     len: usize,
+    /// Tokens the buffers hold at least.
+    reserved: usize,
 }
 
 impl<B: Kernels> LayerCache<B> {
-    fn new() -> Self {
+    fn new(reserved: usize) -> Self {
         Self {
             buffers: None,
             len: 0,
+            reserved,
         }
+    }
+
+    /// The buffers of keys and values, `[batch, key_value_heads, capacity, head_dim]` each.
+    pub fn buffers(&self) -> Option<(&Tensor<B, 4>, &Tensor<B, 4>)> {
+        self.buffers.as_ref().map(|(keys, values)| (keys, values))
     }
 
     /// Appends new tokens and gives all keys and values so far.
@@ -34,7 +42,7 @@ impl<B: Kernels> LayerCache<B> {
         let (keys, values) = match self.buffers.take() {
             Some(buffers) if end <= capacity => buffers,
             old => {
-                let capacity = end.next_multiple_of(GROWTH);
+                let capacity = end.max(self.reserved).next_multiple_of(GROWTH);
                 let empty = |like: &Tensor<B, 4>| {
                     Tensor::zeros(
                         [batch, heads, capacity, head_dim],
@@ -81,10 +89,21 @@ pub struct KeyValueCache<B: Backend> {
 impl<B: Kernels> KeyValueCache<B> {
     /// An empty cache for `layers` layers.
     pub fn new(layers: usize) -> Self {
+        Self::with_capacity(layers, 0)
+    }
+
+    /// An empty cache whose buffers hold at least `tokens` a row from the start.
+    pub fn with_capacity(layers: usize, tokens: usize) -> Self {
         Self {
-            layers: (0..layers).map(|_| LayerCache::new()).collect(),
+            layers: (0..layers).map(|_| LayerCache::new(tokens)).collect(),
             segments: Vec::new(),
         }
+    }
+
+    /// Tokens a row the buffers have room for, once something is held.
+    pub fn capacity(&self) -> Option<usize> {
+        let (keys, _) = self.layers.first()?.buffers()?;
+        Some(keys.dims()[2])
     }
 
     /// Tokens held for each row, padding included.

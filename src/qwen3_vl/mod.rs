@@ -4,7 +4,6 @@
 //! it gets are ids, positions and normalised patches. Fields carry the checkpoint's own names, so
 //! a parameter's path in the module tree is its key in the file.
 
-pub mod attention;
 pub mod cache;
 pub mod config;
 pub mod nn;
@@ -13,22 +12,18 @@ pub mod text;
 pub mod vision;
 pub mod weights;
 
-use crate::kernels::Kernels;
+use crate::kernels::{AttentionSpans, Kernels};
 use burn::{
     prelude::*,
     tensor::{DType, TensorData},
 };
 
-use attention::AttentionBias;
 use cache::KeyValueCache;
 use config::Qwen3VlConfig;
 use nn::{InitOptions, Linear, to_dtype, to_f32};
 use rope::{PositionError, Positions, RopeTables, rope_index};
 use text::{TextContext, TextModel};
 use vision::{VisionLayout, VisionModel, VisionOutput};
-
-/// Rows of a half-type head cast to f32 at once.
-const HEAD_ROWS: usize = 16_384;
 
 /// The images of a batch, on the host: all patches one after another.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -205,7 +200,7 @@ impl TextInput {
         TextContext {
             batch: self.batch(),
             rope: RopeTables::text(&self.positions, &config.text_config, device),
-            bias: AttentionBias::causal(&self.segments, 0, device),
+            spans: AttentionSpans::causal(&self.segments, 0, device),
             dropout_seed,
         }
     }
@@ -218,6 +213,8 @@ pub struct ImagePlacement<B: Backend> {
     rows: Tensor<B, 1, Int>,
     /// 1 for text, 0 for image tokens; `[n, 1]`, f32.
     is_text: Tensor<B, 2>,
+    /// The image tokens, `[m]`.
+    image_tokens: Tensor<B, 1, Int>,
 }
 
 impl<B: Kernels> ImagePlacement<B> {
@@ -226,7 +223,11 @@ impl<B: Kernels> ImagePlacement<B> {
         let rows = input.image_rows();
         let is_text: Vec<f32> = rows.iter().map(|row| f32::from(*row == 0)).collect();
         let tokens = rows.len();
+        let image_tokens: Vec<i32> = (0..tokens as i32)
+            .filter(|token| rows[*token as usize] > 0)
+            .collect();
         Self {
+            image_tokens: Tensor::from_ints(image_tokens.as_slice(), device),
             rows: Tensor::from_ints(rows.as_slice(), device),
             is_text: Tensor::from_data(TensorData::new(is_text, [tokens, 1]), (device, DType::F32)),
         }
@@ -237,6 +238,11 @@ impl<B: Kernels> ImagePlacement<B> {
         let [_, hidden] = features.dims();
         let zero = Tensor::zeros([1, hidden], (&features.device(), features.dtype()));
         Tensor::cat(vec![zero, features], 0).select(0, self.rows.clone())
+    }
+
+    /// Rows of the image tokens: `[n, hidden]` → `[m, hidden]`; what flows back through the others.
+    pub fn gather(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        x.select(0, self.image_tokens.clone())
     }
 
     /// Token vectors with the image tokens' replaced by features.
@@ -335,7 +341,7 @@ impl<B: Kernels> Qwen3Vl<B> {
             for (all, new) in cache.segments.iter_mut().zip(&input.segments) {
                 all.extend_from_slice(new);
             }
-            context.bias = AttentionBias::causal(&cache.segments, cached, device);
+            context.spans = AttentionSpans::causal(&cache.segments, cached, device);
         }
         let mut x = self.embed(input, device);
         let placement = vision.map(|vision| {
@@ -364,29 +370,19 @@ impl<B: Kernels> Qwen3Vl<B> {
 
     /// Logits in f32: `[n, hidden]` → `[n, vocab]`.
     ///
-    /// The product itself is f32 whatever the weights are stored in: rounding it to a half type
-    /// would make equals of neighbouring logits. A half-type head is cast some rows at a time.
     pub fn logits(&self, hidden: Tensor<B, 2>) -> Tensor<B, 2> {
-        let weight = match &self.lm_head {
-            Some(head) if head.lora.is_some() => return to_f32(head.forward(hidden, None)),
+        match &self.lm_head {
+            Some(head) if head.lora.is_some() => to_f32(head.forward(hidden, None)),
+            _ => B::logits(hidden, self.head_weight()),
+        }
+    }
+
+    /// The head's weight, `[vocab, hidden]`: its own or the embedding's.
+    pub fn head_weight(&self) -> Tensor<B, 2> {
+        match &self.lm_head {
             Some(head) => head.weight.val(),
             None => self.model.language_model.embed_tokens.weight.val(),
-        };
-        let hidden = to_f32(hidden);
-        if weight.dtype() == DType::F32 {
-            return hidden.matmul(weight.transpose());
         }
-        let [vocab, _] = weight.dims();
-        let parts = (0..vocab)
-            .step_by(HEAD_ROWS)
-            .map(|start| {
-                let rows = weight
-                    .clone()
-                    .narrow(0, start, HEAD_ROWS.min(vocab - start));
-                hidden.clone().matmul(to_f32(rows).transpose())
-            })
-            .collect();
-        Tensor::cat(parts, 1)
     }
 
     /// The whole model at once, without a cache: logits of every token, `[n, vocab]`.

@@ -3,14 +3,16 @@
 //! Hidden states are two-dimensional, `[tokens, width]`, everywhere in the model: one matrix
 //! product serves batches, packed samples and single tokens alike.
 
-use crate::kernels::Kernels;
 use burn::{
     module::{Param, ParamId},
     prelude::*,
     tensor::{DType, FloatDType},
 };
 
-use crate::lora::Lora;
+use crate::{
+    kernels::{HeadNorm, Kernels},
+    lora::Lora,
+};
 
 /// Casts to f32 unless the tensor is f32 already.
 pub fn to_f32<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
@@ -128,18 +130,36 @@ impl<B: Kernels> Linear<B> {
     /// - `x`: `[tokens, in]`
     /// - returns: `[tokens, out]`
     pub fn forward(&self, x: Tensor<B, 2>, dropout_seed: Option<u64>) -> Tensor<B, 2> {
-        let weight = self.weight.val();
-        let Some(lora) = &self.lora else {
-            return self.add_bias(x.matmul(weight.transpose()));
-        };
-        let y = lora.forward(x, weight, dropout_seed);
-        self.add_bias(y)
+        self.run(x, None, dropout_seed)
     }
 
-    fn add_bias(&self, y: Tensor<B, 2>) -> Tensor<B, 2> {
-        match &self.bias {
-            Some(bias) => y + bias.val().unsqueeze(),
-            None => y,
+    /// [`Linear::forward`] plus `residual` `[tokens, out]`.
+    pub fn forward_add(
+        &self,
+        x: Tensor<B, 2>,
+        residual: Tensor<B, 2>,
+        dropout_seed: Option<u64>,
+    ) -> Tensor<B, 2> {
+        self.run(x, Some(residual), dropout_seed)
+    }
+
+    fn run(
+        &self,
+        x: Tensor<B, 2>,
+        residual: Option<Tensor<B, 2>>,
+        dropout_seed: Option<u64>,
+    ) -> Tensor<B, 2> {
+        let weight = self.weight.val();
+        let bias = self.bias.as_ref().map(Param::val);
+        match &self.lora {
+            None => B::dense(x, weight, bias, residual),
+            Some(lora) => {
+                let y = lora.forward(x, weight, residual, dropout_seed);
+                match bias {
+                    Some(bias) => y + bias.unsqueeze(),
+                    None => y,
+                }
+            }
         }
     }
 }
@@ -163,13 +183,22 @@ impl<B: Kernels> RmsNorm<B> {
         }
     }
 
-    /// Normalises the last axis; any shape `[.., width]`.
-    pub fn forward<const D: usize>(&self, x: Tensor<B, D>) -> Tensor<B, D> {
-        let dtype = x.dtype();
-        let x = to_f32(x);
-        let mean_square = (x.clone() * x.clone()).mean_dim(D - 1);
-        let x = x / (mean_square + self.epsilon).sqrt();
-        to_dtype(x, dtype) * self.weight.val().unsqueeze()
+    /// Normalises each row; `[tokens, width]`.
+    pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        B::rms_norm(x, self.weight.val(), self.epsilon)
+    }
+
+    /// The norm as an operand of [`Kernels::rotate_heads`].
+    pub fn of_heads(&self) -> HeadNorm<B> {
+        HeadNorm {
+            weight: self.weight.val(),
+            epsilon: self.epsilon,
+        }
+    }
+
+    /// Added to the mean square.
+    pub fn epsilon(&self) -> f64 {
+        self.epsilon
     }
 }
 
@@ -195,15 +224,9 @@ impl<B: Kernels> LayerNorm<B> {
         }
     }
 
-    /// Normalises the last axis; `[tokens, width]`.
+    /// Normalises each row; `[tokens, width]`.
     pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        let dtype = x.dtype();
-        let x = to_f32(x);
-        let x = x.clone() - x.mean_dim(1);
-        let variance = (x.clone() * x.clone()).mean_dim(1);
-        let x = x / (variance + self.epsilon).sqrt();
-        let x = x * to_f32(self.weight.val()).unsqueeze() + to_f32(self.bias.val()).unsqueeze();
-        to_dtype(x, dtype)
+        B::row_layer_norm(x, self.weight.val(), self.bias.val(), self.epsilon)
     }
 }
 

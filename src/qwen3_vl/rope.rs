@@ -3,13 +3,10 @@
 //! Positions are integers and are worked out on the host; the tables are f32 whatever the model's
 //! dtype, because bf16 cannot tell neighbouring positions apart beyond 256.
 
-use crate::kernels::Kernels;
+use crate::kernels::{HeadNorm, Kernels};
 use burn::{prelude::*, tensor::TensorData};
 
-use super::{
-    config::TextConfig,
-    nn::{to_dtype, to_f32},
-};
+use super::config::TextConfig;
 
 /// Positions of every token on the three axes (time, height, width), `[axis][token]`.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -214,25 +211,14 @@ impl<B: Kernels> RopeTables<B> {
         Self::from_angles(&angles, half, device)
     }
 
-    /// Rotates heads: `x * cos + rotate_half(x) * sin`, in f32.
-    ///
-    /// # Shapes
-    /// - `x`: `[tokens, heads, head_dim]`; returns the same.
-    pub fn rotate(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
-        let dtype = x.dtype();
-        let x = to_f32(x);
-        let [_, _, head_dim] = x.dims();
-        let half = head_dim / 2;
-        let first = x.clone().narrow(2, 0, half);
-        let second = x.clone().narrow(2, half, half);
-        let turned = Tensor::cat(vec![second.neg(), first], 2);
-        let cos = self.cos.clone().unsqueeze_dim(1);
-        let sin = self.sin.clone().unsqueeze_dim(1);
-        to_dtype(x * cos + turned * sin, dtype)
+    /// Normalises heads where a norm is given, then rotates them; `[tokens, heads, head_dim]`.
+    pub fn rotate(&self, x: Tensor<B, 3>, norm: Option<HeadNorm<B>>) -> Tensor<B, 3> {
+        B::rotate_heads(x, norm, self.cos.clone(), self.sin.clone())
     }
 }
 
-fn inverse_frequencies(dim: usize, theta: f64) -> Vec<f32> {
+/// Turns a position into angles: one frequency a pair of elements of a head.
+pub(crate) fn inverse_frequencies(dim: usize, theta: f64) -> Vec<f32> {
     // In f32 like the reference: the published tables were made so.
     (0..dim / 2)
         .map(|j| 1.0 / (theta as f32).powf((2 * j) as f32 / dim as f32))

@@ -2,17 +2,15 @@
 //!
 //! Shape letters: `b` sequences of `s` tokens, flattened to `n = b × s` rows.
 
-use crate::kernels::Kernels;
+use crate::kernels::{AttentionSpans, Kernels};
 use burn::prelude::*;
 
 use super::{
-    attention::{AttentionBias, attention},
     cache::LayerCache,
     config::TextConfig,
     nn::{Embedding, InitOptions, Linear, RmsNorm},
     rope::RopeTables,
 };
-use burn::tensor::activation::sigmoid;
 
 /// What every layer needs to know about the tokens at hand.
 #[derive(Debug, Clone)]
@@ -21,8 +19,8 @@ pub struct TextContext<B: Backend> {
     pub batch: usize,
     /// Rotary tables, `[n, head_dim]`.
     pub rope: RopeTables<B>,
-    /// Which keys each query sees; `None` when all are seen.
-    pub bias: Option<AttentionBias<B>>,
+    /// Which keys each query sees.
+    pub spans: AttentionSpans<B>,
     /// Turns the adapters' dropout on and decides its masks.
     pub dropout_seed: Option<u64>,
 }
@@ -63,44 +61,49 @@ impl<B: Kernels> TextAttention<B> {
         }
     }
 
-    /// `[n, hidden]` → `[n, hidden]`; with a cache the keys seen are the cached ones and these.
+    /// `[n, hidden]` → `[n, hidden]`, plus `residual`; with a cache the keys seen are the cached
+    /// ones and these.
     pub fn forward(
         &self,
         x: Tensor<B, 2>,
+        residual: Tensor<B, 2>,
         context: &TextContext<B>,
         cache: Option<&mut LayerCache<B>>,
     ) -> Tensor<B, 2> {
         let [tokens, _] = x.dims();
-        let seq = tokens / context.batch;
         let seed = context.dropout_seed;
-        let split = |x: Tensor<B, 2>| -> Tensor<B, 3> {
-            let heads = x.dims()[1] / self.head_dim;
-            x.reshape([tokens, heads, self.head_dim])
-        };
-        // [batch, heads, seq, head_dim]
-        let heads_first = |x: Tensor<B, 3>| -> Tensor<B, 4> {
-            let [_, heads, head_dim] = x.dims();
-            x.reshape([context.batch, seq, heads, head_dim])
-                .swap_dims(1, 2)
-        };
         // Normalised per head and before rotation: the checkpoint was trained in this order.
-        let q = self
-            .q_norm
-            .forward(split(self.q_proj.forward(x.clone(), seed)));
-        let k = self
-            .k_norm
-            .forward(split(self.k_proj.forward(x.clone(), seed)));
-        let q = heads_first(context.rope.rotate(q));
-        let k = heads_first(context.rope.rotate(k));
-        let v = heads_first(split(self.v_proj.forward(x, seed)));
+        let q = self.q_proj.forward(x.clone(), seed);
+        let q = context
+            .rope
+            .rotate(self.split_heads(q), Some(self.q_norm.of_heads()));
+        let k = self.k_proj.forward(x.clone(), seed);
+        let k = context
+            .rope
+            .rotate(self.split_heads(k), Some(self.k_norm.of_heads()));
+        let v = self.split_heads(self.v_proj.forward(x, seed));
+        let [q, k, v] = [q, k, v].map(|x| heads_first(x, context.batch));
         let (k, v) = match cache {
             Some(cache) => cache.append(k, v),
             None => (k, v),
         };
-        let y = attention(q, k, v, context.bias.as_ref());
+        let y = B::span_attention(q, k, v, &context.spans);
         let y = y.swap_dims(1, 2).reshape([tokens as i32, -1]);
-        self.o_proj.forward(y, seed)
+        self.o_proj.forward_add(y, residual, seed)
     }
+
+    /// `[n, heads × head_dim]` → `[n, heads, head_dim]`.
+    pub fn split_heads(&self, x: Tensor<B, 2>) -> Tensor<B, 3> {
+        let [tokens, width] = x.dims();
+        x.reshape([tokens, width / self.head_dim, self.head_dim])
+    }
+}
+
+/// `[batch × seq, heads, head_dim]` → `[batch, heads, seq, head_dim]`.
+pub fn heads_first<B: Backend>(x: Tensor<B, 3>, batch: usize) -> Tensor<B, 4> {
+    let [tokens, heads, head_dim] = x.dims();
+    x.reshape([batch, tokens / batch, heads, head_dim])
+        .swap_dims(1, 2)
 }
 
 /// Gated feed-forward block: `down(silu(gate(x)) * up(x))`.
@@ -117,12 +120,17 @@ pub struct TextMlp<B: Backend> {
 }
 
 impl<B: Kernels> TextMlp<B> {
-    /// `[n, hidden]` → `[n, hidden]`.
-    pub fn forward(&self, x: Tensor<B, 2>, dropout_seed: Option<u64>) -> Tensor<B, 2> {
+    /// `[n, hidden]` → `[n, hidden]`, plus `residual`.
+    pub fn forward(
+        &self,
+        x: Tensor<B, 2>,
+        residual: Tensor<B, 2>,
+        dropout_seed: Option<u64>,
+    ) -> Tensor<B, 2> {
         let gate = self.gate_proj.forward(x.clone(), dropout_seed);
         let up = self.up_proj.forward(x, dropout_seed);
-        let gated = gate.clone() * sigmoid(gate) * up;
-        self.down_proj.forward(gated, dropout_seed)
+        self.down_proj
+            .forward_add(B::gated(gate, up), residual, dropout_seed)
     }
 }
 
@@ -163,9 +171,9 @@ impl<B: Kernels> DecoderLayer<B> {
         cache: Option<&mut LayerCache<B>>,
     ) -> Tensor<B, 2> {
         let attn = self.input_layernorm.forward(x.clone());
-        let x = x + self.self_attn.forward(attn, context, cache);
+        let x = self.self_attn.forward(attn, x, context, cache);
         let mlp = self.post_attention_layernorm.forward(x.clone());
-        x + self.mlp.forward(mlp, context.dropout_seed)
+        self.mlp.forward(mlp, x, context.dropout_seed)
     }
 }
 

@@ -3,7 +3,7 @@
 //! Patches come and go in spatial-merge-block order: the patches of one merged square lie next to
 //! each other. Shape letters: `n` patches of all images together, `m = n / merge²` merged tokens.
 
-use crate::kernels::Kernels;
+use crate::kernels::{AttentionSpans, Kernels};
 use burn::{
     module::Param,
     prelude::*,
@@ -11,12 +11,8 @@ use burn::{
 };
 
 use super::{
-    attention::attention,
     config::VisionConfig,
-    nn::{
-        Embedding, InitOptions, LayerNorm, Linear, gelu_exact, gelu_tanh, lazy_full, lazy_normal,
-        to_dtype,
-    },
+    nn::{Embedding, InitOptions, LayerNorm, Linear, lazy_full, lazy_normal, to_dtype},
     rope::RopeTables,
 };
 
@@ -65,7 +61,12 @@ impl<B: Kernels> PatchEmbed<B> {
         let hidden = weight.dims()[0];
         let weight = weight.reshape([hidden as i32, -1]);
         let bias = self.proj.bias.val();
-        to_dtype(pixel_values, bias.dtype()).matmul(weight.transpose()) + bias.unsqueeze()
+        B::dense(
+            to_dtype(pixel_values, bias.dtype()),
+            weight,
+            Some(bias),
+            None,
+        )
     }
 }
 
@@ -80,13 +81,12 @@ pub struct VisionAttention<B: Backend> {
 }
 
 impl<B: Kernels> VisionAttention<B> {
-    /// # Shapes
-    /// - `x`: `[n, hidden]`; returns the same. `segments` are the patches of each frame.
+    /// `[n, hidden]` → `[n, hidden]`, plus `residual`.
     pub fn forward(
         &self,
         x: Tensor<B, 2>,
-        rope: &RopeTables<B>,
-        segments: &[usize],
+        residual: Tensor<B, 2>,
+        layout: &VisionLayout<B>,
         dropout_seed: Option<u64>,
     ) -> Tensor<B, 2> {
         let [patches, hidden] = x.dims();
@@ -97,23 +97,12 @@ impl<B: Kernels> VisionAttention<B> {
             .reshape([patches, 3, self.num_heads, head_dim]);
         let part = |index| -> Tensor<B, 3> { qkv.clone().narrow(1, index, 1).squeeze_dim(1) };
         let heads_first = |x: Tensor<B, 3>| -> Tensor<B, 4> { x.swap_dims(0, 1).unsqueeze() };
-        let q = heads_first(rope.rotate(part(0)));
-        let k = heads_first(rope.rotate(part(1)));
+        let q = heads_first(layout.rope.rotate(part(0), None));
+        let k = heads_first(layout.rope.rotate(part(1), None));
         let v = heads_first(part(2));
-        let mut start = 0;
-        let mut outputs = Vec::with_capacity(segments.len());
-        for length in segments {
-            let cut = |x: &Tensor<B, 4>| x.clone().narrow(2, start, *length);
-            outputs.push(attention(cut(&q), cut(&k), cut(&v), None));
-            start += length;
-        }
-        let y = if outputs.len() == 1 {
-            outputs.remove(0)
-        } else {
-            Tensor::cat(outputs, 2)
-        };
+        let y = B::span_attention(q, k, v, &layout.spans);
         let y = y.swap_dims(1, 2).reshape([patches, hidden]);
-        self.proj.forward(y, dropout_seed)
+        self.proj.forward_add(y, residual, dropout_seed)
     }
 }
 
@@ -127,10 +116,15 @@ pub struct VisionMlp<B: Backend> {
 }
 
 impl<B: Kernels> VisionMlp<B> {
-    /// `[n, hidden]` → `[n, hidden]`.
-    pub fn forward(&self, x: Tensor<B, 2>, dropout_seed: Option<u64>) -> Tensor<B, 2> {
-        let x = gelu_tanh(self.linear_fc1.forward(x, dropout_seed));
-        self.linear_fc2.forward(x, dropout_seed)
+    /// `[n, hidden]` → `[n, hidden]`, plus `residual`.
+    pub fn forward(
+        &self,
+        x: Tensor<B, 2>,
+        residual: Tensor<B, 2>,
+        dropout_seed: Option<u64>,
+    ) -> Tensor<B, 2> {
+        let x = B::gelu_tanh(self.linear_fc1.forward(x, dropout_seed));
+        self.linear_fc2.forward_add(x, residual, dropout_seed)
     }
 }
 
@@ -170,15 +164,13 @@ impl<B: Kernels> VisionBlock<B> {
     pub fn forward(
         &self,
         x: Tensor<B, 2>,
-        rope: &RopeTables<B>,
-        segments: &[usize],
+        layout: &VisionLayout<B>,
         dropout_seed: Option<u64>,
     ) -> Tensor<B, 2> {
-        let x = x.clone()
-            + self
-                .attn
-                .forward(self.norm1.forward(x), rope, segments, dropout_seed);
-        x.clone() + self.mlp.forward(self.norm2.forward(x), dropout_seed)
+        let normed = self.norm1.forward(x.clone());
+        let x = self.attn.forward(normed, x, layout, dropout_seed);
+        let normed = self.norm2.forward(x.clone());
+        self.mlp.forward(normed, x, dropout_seed)
     }
 }
 
@@ -225,7 +217,7 @@ impl<B: Kernels> PatchMerger<B> {
         } else {
             self.norm.forward(x).reshape([merged, joined])
         };
-        let x = gelu_exact(self.linear_fc1.forward(x, dropout_seed));
+        let x = B::gelu_exact(self.linear_fc1.forward(x, dropout_seed));
         self.linear_fc2.forward(x, dropout_seed)
     }
 }
@@ -246,8 +238,8 @@ pub struct VisionLayout<B: Backend> {
     corners: Vec<(Tensor<B, 1, Int>, Tensor<B, 2>)>,
     /// Rotary tables, `[n, head_dim]`.
     pub rope: RopeTables<B>,
-    /// Patches of each frame: attention stays inside.
-    pub segments: Vec<usize>,
+    /// Attention stays inside each frame.
+    pub spans: AttentionSpans<B>,
 }
 
 impl<B: Kernels> VisionLayout<B> {
@@ -279,7 +271,7 @@ impl<B: Kernels> VisionLayout<B> {
         Self {
             corners,
             rope: RopeTables::vision(&rows_columns, config.head_dim(), device),
-            segments,
+            spans: AttentionSpans::blocks(&segments, device),
         }
     }
 }
@@ -450,7 +442,7 @@ impl<B: Kernels> VisionModel<B> {
         let mut x = self.embed(pixel_values, layout);
         let mut deepstack = Vec::with_capacity(self.deepstack_merger_list.len());
         for (index, block) in self.blocks.iter().enumerate() {
-            x = block.forward(x, &layout.rope, &layout.segments, dropout_seed);
+            x = block.forward(x, layout, dropout_seed);
             if let Some(merger) = self.deepstack_after(index) {
                 deepstack.push(merger.forward(x.clone(), dropout_seed));
             }

@@ -460,6 +460,7 @@ impl TrainConfig {
             checkpoint_text: self.gradient_checkpointing,
             checkpoint_vision: self.vit_gradient_checkpointing,
             dropout_seed,
+            by_hand: true,
         }
     }
 

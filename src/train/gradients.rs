@@ -6,14 +6,15 @@
 //! plain backpropagation, one segment a layer is gradient checkpointing per block. The same is done
 //! for the vision tower where it is trained. Where it is frozen, it never sees autodiff.
 
-use crate::kernels::{Kernels, TrainKernels};
+use super::by_hand;
+use crate::kernels::{Kernels, TrainKernels, plain::target_sums};
 use std::ops::Range;
 
 use burn::{
     module::{AutodiffModule, Module, ModuleVisitor, Param, ParamId},
     optim::GradientsParams,
     prelude::*,
-    tensor::{DType, activation::log_softmax, backend::AutodiffBackend},
+    tensor::{DType, backend::AutodiffBackend},
 };
 
 use crate::qwen3_vl::{
@@ -28,7 +29,7 @@ use crate::qwen3_vl::{
 pub const IGNORE_INDEX: i64 = -100;
 
 /// Rows of logits held at once in the loss.
-const LOSS_ROWS: usize = 512;
+pub(super) const LOSS_ROWS: usize = 512;
 
 /// Some samples that go through the model together, on the host.
 #[derive(Debug, Clone, PartialEq)]
@@ -48,7 +49,7 @@ impl MicroBatch {
     }
 
     /// For each target the flat row of the hidden state that predicts it, and its id.
-    fn targets_with_rows(&self) -> Vec<(i32, i32)> {
+    pub(super) fn targets_with_rows(&self) -> Vec<(i32, i32)> {
         let seq = self.text.seq();
         let mut targets = Vec::new();
         for (row, labels) in self.labels.iter().enumerate() {
@@ -63,7 +64,7 @@ impl MicroBatch {
 }
 
 /// What is recomputed in the backward pass, and what decides the dropout masks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct GradientOptions {
     /// Recompute each layer of the language model.
     pub checkpoint_text: bool,
@@ -71,6 +72,19 @@ pub struct GradientOptions {
     pub checkpoint_vision: bool,
     /// Turns dropout on.
     pub dropout_seed: Option<u64>,
+    /// Where only adapters of the language model's layers are trained, no graph is recorded.
+    pub by_hand: bool,
+}
+
+impl Default for GradientOptions {
+    fn default() -> Self {
+        Self {
+            checkpoint_text: false,
+            checkpoint_vision: false,
+            dropout_seed: None,
+            by_hand: true,
+        }
+    }
 }
 
 /// Sums over the targets of one micro-batch, on the device until they are asked for.
@@ -112,7 +126,12 @@ impl LossTotals {
     }
 }
 
-impl<B: Kernels> LossSums<B> {
+impl<B: Backend> LossSums<B> {
+    /// `sums`: negative log likelihood and right predictions, `[2]`, f32.
+    pub(super) fn new(sums: Tensor<B, 1>, targets: usize) -> Self {
+        Self { sums, targets }
+    }
+
     /// Reads the sums back; waits for the device.
     pub fn totals(&self) -> LossTotals {
         let values: Vec<f32> = self.sums.to_data().iter::<f32>().collect();
@@ -125,7 +144,7 @@ impl<B: Kernels> LossSums<B> {
 }
 
 /// Whether any parameter of a module is trained.
-pub fn is_trained<B: Kernels, M: Module<B>>(module: &M) -> bool {
+pub fn is_trained<B: Backend, M: Module<B>>(module: &M) -> bool {
     struct Trained(bool);
     impl<B: Backend> ModuleVisitor<B> for Trained {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
@@ -182,6 +201,28 @@ pub fn gradients<B: TrainKernels>(
     let mut total = GradientsParams::new();
     let vision = (!batch.images.image_grid_thw.is_empty())
         .then(|| VisionPass::forward(model, inner, config, &batch.images, options, device));
+
+    if options.by_hand && by_hand::covers(model) {
+        let features = vision
+            .as_ref()
+            .map_or(&[][..], |vision| vision.features.as_slice());
+        let context = batch
+            .text
+            .context::<B::InnerBackend>(config, options.dropout_seed, device);
+        let layers = inner.model.language_model.layers.len();
+        let first_kept = if options.checkpoint_text {
+            layers.saturating_sub(1)
+        } else {
+            0
+        };
+        let pass = by_hand::text_pass(inner, batch, features, &context, weight, first_kept, device);
+        total = pass.grads;
+        if let Some(vision) = vision.filter(VisionPass::is_trained) {
+            let gradients = pass.feature_gradients.into_iter().map(Some).collect();
+            vision.backward(model, gradients, &mut total);
+        }
+        return (total, pass.sums);
+    }
 
     // Features enter the language model as leaves, so that the two towers' backward passes can be
     // run one after the other.
@@ -322,16 +363,6 @@ fn run_layers<B: Kernels>(
         }
     }
     x
-}
-
-/// Negative log likelihoods and right predictions of the targets, summed; `[2]`.
-fn target_sums<B: Kernels>(
-    logits: &Tensor<B, 2>,
-    ids: Tensor<B, 1, Int>,
-) -> (Tensor<B, 1>, Tensor<B, 1>) {
-    let picked = log_softmax(logits.clone(), 1).gather(1, ids.clone().unsqueeze_dim(1));
-    let best = logits.clone().argmax(1).squeeze_dim::<1>(1);
-    (picked.sum().neg(), best.equal(ids).float().sum())
 }
 
 /// A scalar whose gradient with respect to `hidden` is that of the weighted loss.
@@ -481,7 +512,7 @@ impl<B: TrainKernels> VisionPass<B> {
         let mut deepstack = Vec::new();
         for (index, block) in visual.blocks.iter().enumerate() {
             let x = inputs[index].clone();
-            let y = block.forward(x, &inner_layout.rope, &inner_layout.segments, dropout_seed);
+            let y = block.forward(x, &inner_layout, dropout_seed);
             if let Some(merger) = visual.deepstack_after(index) {
                 deepstack.push(merger.forward(y.clone(), dropout_seed));
             }
@@ -571,7 +602,7 @@ fn backward_by_blocks<B: TrainKernels>(
             return;
         };
         let leaf = Tensor::<B, 2>::from_inner(input).require_grad();
-        let y = block.forward(leaf.clone(), &layout.rope, &layout.segments, dropout_seed);
+        let y = block.forward(leaf.clone(), layout, dropout_seed);
         let mut objective = seeded(y.clone(), flowing);
         if let Some(merger) = visual.deepstack_after(index) {
             next_deepstack -= 1;

@@ -7,6 +7,7 @@
 
 mod bad_input;
 mod bad_model;
+mod bench;
 mod data_tools;
 mod infer;
 mod merge_plan;

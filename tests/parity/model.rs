@@ -181,18 +181,17 @@ fn vision_tower_block_by_block() {
             if index == 0 {
                 let attn = block.attn.forward(
                     block.norm1.forward(x.clone()),
-                    &layout.rope,
-                    &layout.segments,
+                    x.zeros_like(),
+                    &layout,
                     None,
                 );
                 check("block0.attn_out", attn.clone());
                 let middle = x.clone() + attn;
-                check(
-                    "block0.mlp_out",
-                    block.mlp.forward(block.norm2.forward(middle), None),
-                );
+                let normed = block.norm2.forward(middle);
+                let out = block.mlp.forward(normed, x.zeros_like(), None);
+                check("block0.mlp_out", out);
             }
-            x = block.forward(x, &layout.rope, &layout.segments, None);
+            x = block.forward(x, &layout, None);
             check(&format!("block{index}.out"), x.clone());
         }
         let output = model.encode_images(&input, &config, &device());
@@ -343,12 +342,14 @@ fn language_model_layer_by_layer() {
             if index == 0 {
                 let attn = layer.self_attn.forward(
                     layer.input_layernorm.forward(x.clone()),
+                    x.zeros_like(),
                     &context,
                     None,
                 );
                 check("layer0.attn_out", attn.clone());
                 let middle = layer.post_attention_layernorm.forward(x.clone() + attn);
-                check("layer0.mlp_out", layer.mlp.forward(middle, None));
+                let out = layer.mlp.forward(middle, x.zeros_like(), None);
+                check("layer0.mlp_out", out);
             }
             x = layer.forward(x, &context, None);
             check(&format!("layer{index}.out"), x.clone());

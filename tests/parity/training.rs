@@ -33,6 +33,7 @@ const PLAIN: GradientOptions = GradientOptions {
     checkpoint_text: false,
     checkpoint_vision: false,
     dropout_seed: None,
+    by_hand: true,
 };
 
 /// The base model, frozen, with the trained adapter of the fixtures attached.
@@ -233,9 +234,12 @@ fn adapter_gradients_with_and_without_recomputation() {
         ("single", one_image(&config)),
         ("batch", batch_right(&config)),
     ] {
-        for checkpoint_text in [false, true] {
+        for (checkpoint_text, by_hand) in
+            [(false, true), (true, true), (false, false), (true, false)]
+        {
             let options = GradientOptions {
                 checkpoint_text,
+                by_hand,
                 ..PLAIN
             };
             let weight = 1.0 / micro.targets() as f64;
@@ -508,20 +512,23 @@ fn dropout_is_the_same_in_the_recomputed_pass() {
     )
     .unwrap();
     let micro = one_image(&config);
-    let gradients_of = |checkpoint_text, dropout_seed| {
+    let gradients_of = |checkpoint_text, by_hand, dropout_seed| {
         let options = GradientOptions {
             checkpoint_text,
             dropout_seed,
+            by_hand,
             ..PLAIN
         };
         named(&model, &run(&model, &config, &micro, 1.0, &options).0)
     };
-    let plain = gradients_of(false, Some(5));
-    for (name, again) in gradients_of(true, Some(5)) {
-        assert!(relative_distance(&again, &plain[&name]) < 1e-4, "{name}");
+    let plain = gradients_of(false, true, Some(5));
+    for (checkpoint_text, by_hand) in [(true, true), (false, false), (true, false)] {
+        for (name, again) in gradients_of(checkpoint_text, by_hand, Some(5)) {
+            assert!(relative_distance(&again, &plain[&name]) < 1e-4, "{name}");
+        }
     }
-    let (name, other) = gradients_of(false, Some(6)).pop_first().unwrap();
+    let (name, other) = gradients_of(false, true, Some(6)).pop_first().unwrap();
     assert!(relative_distance(&other, &plain[&name]) > 1e-3);
-    let (name, none) = gradients_of(false, None).pop_first().unwrap();
+    let (name, none) = gradients_of(false, true, None).pop_first().unwrap();
     assert!(relative_distance(&none, &plain[&name]) > 1e-3);
 }

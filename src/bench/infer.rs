@@ -1,0 +1,261 @@
+//! Loading, the vision tower, prefill and decode.
+
+use std::{convert::Infallible, time::Instant};
+
+use super::{
+    Bench, BenchError, SEED,
+    clock::{Lap, Laps, measure, since_process_start},
+    count::{Work, decode, text_prefill, vision},
+    report::Record,
+    requests::Requests,
+};
+use crate::{
+    generate::{GenerationConfig, Prompt, Timing, generate},
+    kernels::Kernels,
+    qwen3_vl::{ImageInput, Qwen3Vl, weights::LoadProgress},
+};
+
+/// Tokens behind the first that a decode call generates.
+pub const DECODE_STEPS: usize = 128;
+
+/// Unmeasured calls of the short measurements, behind the first.
+const WARM_UP: usize = 2;
+/// The same for decode.
+const DECODE_WARM_UP: usize = 1;
+
+impl<B: Kernels> Bench<B> {
+    /// Loads the model again and again, each time letting go of the one before.
+    ///
+    /// Files are read through the system's cache: all but the first call measure the way from memory
+    /// to the device unless the cache is too small.
+    ///
+    /// # Errors
+    /// [`BenchError`] of a load.
+    pub fn load(&self, on_progress: LoadProgress<'_>) -> Result<Vec<Record>, BenchError> {
+        let verb = match self.source {
+            super::Source::Folder(_) => "load",
+            super::Source::Random { .. } => "draw",
+        };
+        let mut record = self.record("load", verb.to_string(), 1);
+        let bytes = self.source.load_bytes(&self.config, self.dtype)?;
+        let laps = measure(0, self.samples(3), |call| {
+            if call == 1 {
+                self.mark_operations();
+            }
+            let (_, seconds) = self.model::<B>(on_progress)?;
+            Ok::<_, BenchError>(Lap {
+                seconds,
+                stall_seconds: seconds,
+                work: Work { flop: 0.0, bytes },
+                ..Lap::default()
+            })
+        })?;
+        record.set_laps(&laps);
+        self.note_operations(&mut record);
+        self.note_memory(&mut record);
+        Ok(vec![record])
+    }
+
+    /// The vision tower alone, pixels brought to the device included.
+    pub fn vision(&self, model: &Qwen3Vl<B>, load_seconds: f64, batches: &[usize]) -> Vec<Record> {
+        let mut requests = Requests::new(&self.config, false, SEED);
+        let mut run = |batch: usize| {
+            let mut images = ImageInput::default();
+            (0..batch).for_each(|_| images.extend(&requests.image()));
+            let each = images.patches() / batch;
+            let name = format!("vision_b{batch}_p{each}");
+            let mut record = self.record("vision", name, batch);
+            let work = vision(&self.config, &vec![each; batch], self.element());
+            let work_once = |call| {
+                if call == WARM_UP + 1 {
+                    self.mark_operations();
+                }
+                let start = Instant::now();
+                let output = model.encode_images(&images, &self.config, &self.device);
+                let _ = B::sync(&self.device);
+                drop(output);
+                let seconds = start.elapsed().as_secs_f64();
+                Ok::<_, Infallible>(Lap {
+                    seconds,
+                    stall_seconds: seconds,
+                    samples: batch as f64,
+                    tokens: 0.0,
+                    work,
+                })
+            };
+            let Ok(laps) = measure(WARM_UP, self.samples(20), work_once);
+            self.finish(&mut record, &laps, load_seconds);
+            record
+        };
+        batches.iter().map(|batch| run(*batch)).collect()
+    }
+
+    /// Requests up to their first token on the host, vision included.
+    ///
+    /// # Errors
+    /// [`BenchError::Generate`] when the model's output is not a number.
+    pub fn prefill(
+        &self,
+        model: &Qwen3Vl<B>,
+        load_seconds: f64,
+        batches: &[usize],
+    ) -> Result<Vec<Record>, BenchError> {
+        let mut requests = Requests::new(&self.config, self.mixed, SEED);
+        let mut records = Vec::new();
+        for batch in batches {
+            let mut prompts = requests.prompts(*batch);
+            let name = format!("prefill_b{batch}{}", self.length_of(&prompts));
+            let mut record = self.record("prefill", name, *batch);
+            let first_of_all = records.is_empty();
+            let laps = measure(WARM_UP, self.samples(20), |call| {
+                if self.mixed {
+                    prompts = requests.prompts(*batch);
+                }
+                if call == WARM_UP + 1 {
+                    self.mark_operations();
+                }
+                let start = Instant::now();
+                self.generate(model, &prompts, 1, &mut |_| {})?;
+                let seconds = start.elapsed().as_secs_f64();
+                if call == 0 && first_of_all {
+                    record.first_token_seconds =
+                        since_process_start().map(|time| time.as_secs_f64());
+                }
+                let lengths = lengths(&prompts);
+                Ok::<_, BenchError>(Lap {
+                    seconds,
+                    stall_seconds: seconds,
+                    samples: *batch as f64,
+                    tokens: lengths.iter().sum::<usize>() as f64,
+                    work: vision(&self.config, &patches(&prompts), self.element())
+                        .plus(text_prefill(&self.config, &lengths, self.element())),
+                })
+            })?;
+            self.finish(&mut record, &laps, load_seconds);
+            records.push(record);
+        }
+        Ok(records)
+    }
+
+    /// [`DECODE_STEPS`] cached steps behind the first token of each request.
+    ///
+    /// A call's seconds are those of the steps alone; its first call's include the prefill.
+    ///
+    /// # Errors
+    /// [`BenchError::Generate`] when the model's output is not a number.
+    pub fn decode(
+        &self,
+        model: &Qwen3Vl<B>,
+        load_seconds: f64,
+        batches: &[usize],
+    ) -> Result<Vec<Record>, BenchError> {
+        let mut requests = Requests::new(&self.config, self.mixed, SEED);
+        let mut records = Vec::new();
+        for batch in batches {
+            let mut prompts = requests.prompts(*batch);
+            let length = self.length_of(&prompts);
+            let name = format!("decode_b{batch}{length}_n{DECODE_STEPS}");
+            let mut record = self.record("decode", name, *batch);
+            let first_of_all = records.is_empty();
+            let laps = measure(DECODE_WARM_UP, self.samples(3), |call| {
+                if self.mixed {
+                    prompts = requests.prompts(*batch);
+                }
+                let mut before: Option<Instant> = None;
+                let mut longest_gap = 0.0f64;
+                let timing = self.generate(model, &prompts, DECODE_STEPS + 1, &mut |row| {
+                    if row > 0 {
+                        return;
+                    }
+                    match before {
+                        Some(before) => {
+                            longest_gap = longest_gap.max(before.elapsed().as_secs_f64())
+                        }
+                        None if call == 0 && first_of_all => {
+                            record.first_token_seconds =
+                                since_process_start().map(|time| time.as_secs_f64());
+                        }
+                        None => {}
+                    }
+                    if before.is_none() && call == DECODE_WARM_UP + 1 {
+                        self.mark_operations();
+                    }
+                    before = Some(Instant::now());
+                })?;
+                Ok::<_, BenchError>(Lap {
+                    seconds: timing.decode_seconds,
+                    stall_seconds: longest_gap,
+                    samples: *batch as f64,
+                    tokens: timing.decoded_tokens as f64,
+                    work: decode(
+                        &self.config,
+                        &lengths(&prompts),
+                        DECODE_STEPS,
+                        self.element(),
+                    ),
+                })
+            })?;
+            self.finish(&mut record, &laps, load_seconds);
+            // Of a decode call the steps are timed, not the request: requests a second would mislead.
+            record.samples_per_second = None;
+            records.push(record);
+        }
+        Ok(records)
+    }
+
+    /// The length in a measurement's name; mixed prompts have no single one.
+    fn length_of(&self, prompts: &[Prompt]) -> String {
+        match lengths(prompts).first() {
+            Some(length) if !self.mixed => format!("_s{length}"),
+            _ => String::new(),
+        }
+    }
+
+    /// Exactly `new` tokens a row; `on_token` gets the row of each as it comes.
+    fn generate(
+        &self,
+        model: &Qwen3Vl<B>,
+        prompts: &[Prompt],
+        new: usize,
+        on_token: &mut dyn FnMut(usize),
+    ) -> Result<Timing, BenchError> {
+        let settings = GenerationConfig {
+            max_new_tokens: new,
+            stop_on_repetition: false,
+            ..GenerationConfig::default()
+        };
+        let (_, timing) = generate(
+            model,
+            &self.config,
+            prompts,
+            &settings,
+            &self.device,
+            &mut |row, _| {
+                on_token(row);
+                None
+            },
+        )?;
+        Ok(timing)
+    }
+
+    fn finish(&self, record: &mut Record, laps: &Laps, load_seconds: f64) {
+        record.set_laps(laps);
+        record.load_seconds = Some(load_seconds);
+        self.note_operations(record);
+        self.note_memory(record);
+    }
+}
+
+fn lengths(prompts: &[Prompt]) -> Vec<usize> {
+    prompts
+        .iter()
+        .map(|prompt| prompt.input_ids.len())
+        .collect()
+}
+
+fn patches(prompts: &[Prompt]) -> Vec<usize> {
+    prompts
+        .iter()
+        .map(|prompt| prompt.images.patches())
+        .collect()
+}

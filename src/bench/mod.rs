@@ -1,0 +1,285 @@
+//! Measuring the model as it is used: loading, vision, prefill, decode, training.
+//!
+//! Everything goes through the calls that `infer` and `train` make, on requests of OpenI's shape, and
+//! is set against what the device can do at best in the same run. Nothing is printed here.
+
+pub mod clock;
+pub mod count;
+pub mod device;
+pub mod infer;
+pub mod lengths;
+pub mod operations;
+pub mod report;
+pub mod requests;
+pub mod train;
+pub mod weights;
+
+use std::{cell::RefCell, path::PathBuf, time::Instant};
+
+use burn::{prelude::*, tensor::DType};
+
+use crate::{
+    kernels::Kernels,
+    pipeline::{PipelineError, PipelineOptions, load_model},
+    qwen3_vl::{
+        Qwen3Vl,
+        config::{ConfigError, Qwen3VlConfig},
+        weights::{LoadProgress, checkpoint_files},
+    },
+    system::{available_memory, peak_memory},
+    train::{checkpoint::dtype_text, plan::base_parameters},
+};
+use device::{DeviceFacts, MemoryWatch};
+use operations::OperationLog;
+use report::Record;
+use weights::{RandomSize, draw};
+
+/// Seed of weights and requests: a bench measures the same thing each time.
+pub const SEED: u64 = 7;
+
+/// What keeps a measurement from being made.
+#[derive(Debug, thiserror::Error)]
+#[allow(
+    missing_docs,
+    reason = "each variant is the error of the part it names"
+)]
+pub enum BenchError {
+    #[error(transparent)]
+    Pipeline(#[from] PipelineError),
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Generate(#[from] crate::generate::GenerateError),
+    #[error(transparent)]
+    Positions(#[from] crate::qwen3_vl::rope::PositionError),
+    #[error(transparent)]
+    Adapter(#[from] crate::lora::config::AdapterError),
+    #[error(transparent)]
+    TrainConfig(#[from] crate::train::config::TrainConfigError),
+    #[error("{0}")]
+    Size(String),
+    #[error(
+        "the random {size} model needs about {need:.1} GiB of memory as {dtype:?}, {free:.1} GiB are free; try a smaller --random-weights, --layers or --dtype bf16"
+    )]
+    Memory {
+        size: &'static str,
+        need: f64,
+        free: f64,
+        dtype: DType,
+    },
+}
+
+/// Where the weights come from.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Source {
+    /// A checkpoint folder.
+    Folder(PathBuf),
+    /// Drawn on the device.
+    Random {
+        /// Size of the model.
+        size: RandomSize,
+        /// Decoder layers, when fewer than the published number.
+        layers: Option<usize>,
+    },
+}
+
+impl Source {
+    /// Sizes of the model.
+    ///
+    /// # Errors
+    /// The folder's `config.json` cannot be used, or the model cannot have so many layers.
+    pub fn config(&self) -> Result<Qwen3VlConfig, BenchError> {
+        match self {
+            Self::Folder(dir) if !dir.is_dir() => Err(PipelineError::NoModel(dir.clone()).into()),
+            Self::Folder(dir) => Ok(Qwen3VlConfig::from_dir(dir)?),
+            Self::Random { size, layers } => size.config(*layers).map_err(BenchError::Size),
+        }
+    }
+
+    /// Name in the records.
+    pub fn name(&self) -> String {
+        match self {
+            Self::Folder(dir) => dir.display().to_string(),
+            Self::Random { size, .. } => format!("random {}", size.name()),
+        }
+    }
+
+    /// Bytes that loading reads (the checkpoint's files) or writes (drawn weights).
+    fn load_bytes(&self, config: &Qwen3VlConfig, dtype: DType) -> Result<f64, BenchError> {
+        match self {
+            Self::Folder(dir) => Ok(checkpoint_files(dir)
+                .map_err(PipelineError::from)?
+                .iter()
+                .filter_map(|file| file.metadata().ok())
+                .map(|file| file.len() as f64)
+                .sum()),
+            Self::Random { .. } => Ok(count::weight_bytes(config, dtype.size())),
+        }
+    }
+}
+
+/// A device with everything a measurement needs to know about it.
+#[derive(Debug)]
+pub struct Bench<B: Backend> {
+    /// Where the weights come from.
+    pub source: Source,
+    /// Sizes of the model.
+    pub config: Qwen3VlConfig,
+    /// Where the work is done.
+    pub device: B::Device,
+    /// Type of the weights.
+    pub dtype: DType,
+    /// Who the device is.
+    pub facts: DeviceFacts,
+    /// Lengths as OpenI-zh has them, in place of one length.
+    pub mixed: bool,
+    /// Measured calls; each kind of measurement has its own default.
+    pub samples: Option<usize>,
+    memory: MemoryWatch,
+    operations: RefCell<Option<OperationLog>>,
+}
+
+impl<B: Kernels> Bench<B> {
+    /// Prepares measurements; nothing is loaded yet.
+    ///
+    /// # Errors
+    /// The model's sizes cannot be read.
+    pub fn new(
+        source: Source,
+        device: B::Device,
+        dtype: DType,
+        mixed: bool,
+        samples: Option<usize>,
+    ) -> Result<Self, BenchError> {
+        let config = source.config()?;
+        let facts = DeviceFacts::of::<B>(&device);
+        let memory = MemoryWatch::start(&facts);
+        Ok(Self {
+            source,
+            config,
+            device,
+            dtype,
+            facts,
+            mixed,
+            samples,
+            memory,
+            operations: RefCell::new(OperationLog::from_environment()),
+        })
+    }
+
+    /// Loads or draws the model and waits for it: the model and the seconds it took.
+    ///
+    /// `A` is the backend or its autodiff form.
+    ///
+    /// # Errors
+    /// The checkpoint cannot be loaded, or the host has no room for a model on the CPU.
+    pub fn model<A: Kernels<Device = B::Device>>(
+        &self,
+        on_progress: LoadProgress<'_>,
+    ) -> Result<(Qwen3Vl<A>, f64), BenchError> {
+        let start = Instant::now();
+        let model = match &self.source {
+            Source::Folder(dir) => {
+                let options = PipelineOptions {
+                    model: dir.clone(),
+                    adapter: None,
+                    dtype: self.dtype,
+                    min_pixels: None,
+                    max_pixels: None,
+                };
+                load_model::<A>(&options, &self.config, &self.device, on_progress)?
+            }
+            Source::Random { size, .. } => {
+                self.check_host_memory(*size)?;
+                draw::<A>(&self.config, SEED, self.dtype, &self.device)
+            }
+        };
+        let _ = B::sync(&self.device);
+        Ok((model, start.elapsed().as_secs_f64()))
+    }
+
+    /// The CPU's memory ends the process when it runs out, so it is looked at before.
+    fn check_host_memory(&self, size: RandomSize) -> Result<(), BenchError> {
+        const GIB: f64 = (1u64 << 30) as f64;
+        let need = count::weight_bytes(&self.config, self.dtype.size());
+        match available_memory() {
+            Some(free) if device::is_cpu::<B>(&self.device) && need > free as f64 => {
+                Err(BenchError::Memory {
+                    size: size.name(),
+                    need: need / GIB,
+                    free: free as f64 / GIB,
+                    dtype: self.dtype,
+                })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// A record with all that is known before the measurement; forgets earlier peaks of memory.
+    fn record(&self, bench: &str, name: String, batch: usize) -> Record {
+        self.memory.take_peak_gib();
+        let mut record = Record {
+            bench: bench.to_string(),
+            name: if self.mixed {
+                format!("{name}_mixed")
+            } else {
+                name
+            },
+            model: self.source.name(),
+            layers: self.config.text_config.num_hidden_layers,
+            parameters: base_parameters(&self.config),
+            dtype: dtype_text(self.dtype).to_string(),
+            program: format!(
+                "xray-qwen3vl {} on burn 0.21.0, built with {}",
+                env!("CARGO_PKG_VERSION"),
+                crate::backend::built_backends().join(", ")
+            ),
+            batch,
+            mixed: self.mixed,
+            ..Record::default()
+        };
+        record.set_device(&self.facts);
+        record
+    }
+
+    /// Measured calls: as asked for, or `default`; one where operations are timed.
+    fn samples(&self, default: usize) -> usize {
+        match self.operations.borrow().as_ref() {
+            Some(_) => 1,
+            None => self.samples.unwrap_or(default),
+        }
+    }
+
+    /// Whether operations are timed one by one, so that no other time means anything.
+    pub fn is_profiled(&self) -> bool {
+        self.operations.borrow().is_some()
+    }
+
+    /// Lets the table of operations begin here, in a profiled process.
+    fn mark_operations(&self) {
+        if let Some(log) = self.operations.borrow_mut().as_mut() {
+            let _ = B::sync(&self.device);
+            log.mark();
+        }
+    }
+
+    /// Writes the operations since the mark, in a profiled process.
+    fn note_operations(&self, record: &mut Record) {
+        record.operations = self
+            .operations
+            .borrow()
+            .as_ref()
+            .map(OperationLog::since_mark);
+    }
+
+    /// Writes the memory peaks of a measurement that has ended.
+    fn note_memory(&self, record: &mut Record) {
+        record.device_memory_peak_gib = self.memory.take_peak_gib();
+        record.host_memory_peak_gib = peak_memory().map(|bytes| bytes as f64 / (1u64 << 30) as f64);
+    }
+
+    /// Bytes of an element of the weights.
+    fn element(&self) -> usize {
+        self.dtype.size()
+    }
+}

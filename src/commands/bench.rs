@@ -1,0 +1,287 @@
+//! `bench`: how fast the model is here, and how far from what the hardware allows.
+
+use std::{
+    env,
+    ffi::OsString,
+    fs,
+    io::Write,
+    path::{Path, PathBuf},
+    process,
+};
+
+use anyhow::{Context, Result, bail};
+use burn::{backend::Autodiff, tensor::DType};
+use clap::{Args, ValueEnum};
+
+use super::{
+    UsageError,
+    progress::{Progress, Unit},
+    shipped,
+};
+use crate::{
+    backend::{DeviceName, DeviceTask, DtypeName, built_backends, run_on},
+    bench::{
+        Bench, BenchError, Source,
+        device::measure_ceilings,
+        operations::environment,
+        report::{Record, table},
+        train::{STEP_SAMPLES, TrainShape},
+        weights::RandomSize,
+    },
+    files::write_atomic,
+    kernels::Kernels,
+};
+
+/// Set in the processes that `--table` starts: they print records and nothing else.
+const CHILD_VARIABLE: &str = "XRAY_QWEN3VL_BENCH_CHILD";
+
+/// What is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum BenchKind {
+    /// Reading a checkpoint to the device, or drawing the weights there.
+    Load,
+    /// The vision tower alone.
+    Vision,
+    /// Requests up to their first token, vision included.
+    Prefill,
+    /// 128 tokens behind the first.
+    Decode,
+    /// Optimizer steps of the published LoRA recipe.
+    Train,
+}
+
+/// Arguments of `bench`.
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// What is measured.
+    #[arg(value_enum)]
+    pub kind: BenchKind,
+    /// Folder of a Qwen3-VL checkpoint [default: model/tiny].
+    #[arg(long, value_name = "DIR", conflicts_with = "random_weights")]
+    pub model: Option<PathBuf>,
+    /// A model of this size with random weights drawn on the device; needs no checkpoint.
+    #[arg(long, value_enum, value_name = "SIZE")]
+    pub random_weights: Option<RandomSize>,
+    /// Only so many decoder layers of the random model.
+    #[arg(long, value_name = "N", requires = "random_weights")]
+    pub layers: Option<usize>,
+    /// cpu, cuda, cuda:N, wgpu or wgpu:N; by default the best one that answers.
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<DeviceName>,
+    /// Type of the weights; by default bf16 on CUDA and f32 elsewhere.
+    #[arg(long, value_enum)]
+    pub dtype: Option<DtypeName>,
+    /// Requests at once, several sizes one after another [default: 1; decode: 1,8,32]. In `train`, samples
+    /// of a micro-batch, 16 samples a step in any case.
+    #[arg(long, value_name = "N,N", value_delimiter = ',')]
+    pub batch: Vec<usize>,
+    /// Lengths as often as the OpenI-zh corpus has them, in place of 368 tokens each.
+    #[arg(long)]
+    pub mixed: bool,
+    /// Measured calls [default: 20; load and decode: 3, train: 5].
+    #[arg(long, value_name = "N")]
+    pub samples: Option<usize>,
+    /// `train`: the samples of a micro-batch lie in one row.
+    #[arg(long)]
+    pub packing: bool,
+    /// `train`: keep what the backward pass needs in place of running every layer again; faster, and more
+    /// memory.
+    #[arg(long)]
+    pub no_recompute: bool,
+    /// List the device's operations with count and time as well, from a second run that times each alone;
+    /// `cuda` and `wgpu` only.
+    #[arg(long)]
+    pub table: bool,
+    /// One JSON object a measurement, into this file, or on stdout in place of the table.
+    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "-")]
+    pub json: Option<PathBuf>,
+}
+
+/// Runs `bench`.
+///
+/// # Errors
+/// Arguments that do not go together, a model that cannot be loaded, a file that cannot be written.
+pub fn run(args: BenchArgs) -> Result<()> {
+    check(&args)?;
+    let json = args.json.clone();
+    let is_child = env::var_os(CHILD_VARIABLE).is_some();
+    let records = if args.table && !is_child {
+        measure_with_operations()?
+    } else {
+        let (device, dtype) = (args.device, args.dtype.map(DType::from));
+        run_on(device, dtype, Measure(args))??
+    };
+    let lines: String = records
+        .iter()
+        .map(|record| record.to_json() + "\n")
+        .collect();
+    if is_child {
+        print!("{lines}");
+        return Ok(());
+    }
+    match json.as_deref() {
+        Some(path) if path == Path::new("-") => print!("{lines}"),
+        Some(path) => {
+            write_atomic(path, |out: &mut dyn Write| out.write_all(lines.as_bytes()))?;
+            print!("{}", table(&records));
+        }
+        None => print!("{}", table(&records)),
+    }
+    for record in &records {
+        if let Some(warning) = record.warning() {
+            eprintln!("WARNING: {warning}");
+        }
+    }
+    Ok(())
+}
+
+/// Measures in one process and times the operations in another: a timed operation is waited for, and
+/// neither run should find memory or time taken by the other.
+fn measure_with_operations() -> Result<Vec<Record>> {
+    let mut records = child(&[])?;
+    let folder = env::temp_dir().join(format!("xray-qwen3vl-bench-{}", process::id()));
+    fs::create_dir(&folder)
+        .with_context(|| format!("cannot make the folder `{}`", folder.display()))?;
+    eprintln!("once more, timing each operation");
+    let timed = child(&environment(&folder.join("kernels.log")));
+    let _ = fs::remove_dir_all(&folder);
+    let timed = timed?;
+    if timed
+        .iter()
+        .all(|record| record.operations.as_ref().is_none_or(Vec::is_empty))
+    {
+        eprintln!("the device's backend does not tell its operations: the table is empty");
+    }
+    for (record, timed) in records.iter_mut().zip(timed) {
+        record.operations = timed.operations;
+    }
+    Ok(records)
+}
+
+/// Runs this very command in a process of its own and takes its records.
+fn child(variables: &[(&str, OsString)]) -> Result<Vec<Record>> {
+    let program = env::current_exe().context("cannot find this program's own file")?;
+    let output = process::Command::new(&program)
+        .args(env::args_os().skip(1))
+        .env(CHILD_VARIABLE, "1")
+        .envs(variables.iter().map(|(name, value)| (name, value)))
+        .stderr(process::Stdio::inherit())
+        .output()
+        .with_context(|| format!("cannot start `{}`", program.display()))?;
+    if !output.status.success() {
+        bail!("the measuring process ended with {}", output.status);
+    }
+    // A profiler may write to stdout as well; records are the lines that read as such.
+    Ok(String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .collect())
+}
+
+/// Refuses what cannot be meant.
+fn check(args: &BenchArgs) -> Result<()> {
+    if args.batch.contains(&0) {
+        bail!(UsageError("--batch is 0, expected at least 1".into()));
+    }
+    if args.samples == Some(0) {
+        bail!(UsageError("--samples is 0, expected at least 1".into()));
+    }
+    let train = args.kind == BenchKind::Train;
+    if !train && (args.packing || args.no_recompute) {
+        bail!(UsageError(
+            "--packing and --no-recompute belong to `bench train`".into()
+        ));
+    }
+    if train && let Some(batch) = args.batch.iter().find(|batch| **batch > STEP_SAMPLES) {
+        bail!(UsageError(format!(
+            "--batch is {batch}, a step has {STEP_SAMPLES} samples"
+        )));
+    }
+    if args.kind == BenchKind::Load && !args.batch.is_empty() {
+        bail!(UsageError("`bench load` has no --batch".into()));
+    }
+    if args.table && (args.device == Some(DeviceName::Cpu) || built_backends() == ["cpu"]) {
+        bail!(UsageError(
+            "--table needs `--device cuda` or `wgpu`: the CPU backend does not time its operations"
+                .into()
+        ));
+    }
+    if matches!(args.kind, BenchKind::Load | BenchKind::Vision) && args.mixed {
+        bail!(UsageError(
+            "--mixed is about lengths of text, which `bench load` and `bench vision` have none of"
+                .into()
+        ));
+    }
+    Ok(())
+}
+
+struct Measure(BenchArgs);
+
+impl DeviceTask for Measure {
+    type Output = Result<Vec<Record>>;
+
+    fn run<B: Kernels>(self, device: B::Device, dtype: DType) -> Result<Vec<Record>> {
+        let args = self.0;
+        let source = match args.random_weights {
+            Some(size) => Source::Random {
+                size,
+                layers: args.layers,
+            },
+            None => Source::Folder(shipped(
+                args.model.as_deref().unwrap_or(Path::new("model/tiny")),
+            )),
+        };
+        let bench = Bench::<B>::new(source, device.clone(), dtype, args.mixed, args.samples)
+            .map_err(usage)?;
+        let mut progress = Progress::new("loading", 0, Unit::Bytes);
+        let mut on_progress = |done, total| progress.set(done, total);
+        let batches = |default: &[usize]| {
+            if args.batch.is_empty() {
+                default.to_vec()
+            } else {
+                args.batch.clone()
+            }
+        };
+        let mut records = if args.kind == BenchKind::Load {
+            bench.load(&mut on_progress)?
+        } else if args.kind == BenchKind::Train {
+            let (base, seconds) = bench.model::<Autodiff<B>>(&mut on_progress)?;
+            batches(&[1])
+                .into_iter()
+                .map(|micro_batch| {
+                    let shape = TrainShape {
+                        micro_batch,
+                        packing: args.packing,
+                        recompute: !args.no_recompute,
+                    };
+                    bench.train(base.clone(), seconds, shape)
+                })
+                .collect::<Result<_, _>>()?
+        } else {
+            let (model, seconds) = bench.model::<B>(&mut on_progress)?;
+            match args.kind {
+                BenchKind::Vision => bench.vision(&model, seconds, &batches(&[1])),
+                BenchKind::Prefill => bench.prefill(&model, seconds, &batches(&[1]))?,
+                _ => bench.decode(&model, seconds, &batches(&[1, 8, 32]))?,
+            }
+        };
+        progress.finish();
+        if bench.is_profiled() {
+            return Ok(records);
+        }
+        // Behind everything else: tuning the large product must not count as the model's first call.
+        let ceilings = measure_ceilings::<B>(dtype, &device);
+        for record in &mut records {
+            record.set_ceilings(&ceilings);
+        }
+        Ok(records)
+    }
+}
+
+/// A size that was typed wrong is wrong usage.
+fn usage(error: BenchError) -> anyhow::Error {
+    match error {
+        BenchError::Size(reason) => UsageError(reason).into(),
+        other => other.into(),
+    }
+}

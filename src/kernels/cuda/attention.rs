@@ -1,0 +1,220 @@
+//! Flash attention, forward and backward: `attention_forward.cu`, `attention_backward.cu`.
+
+use burn::{prelude::*, tensor::DType};
+
+use super::{
+    AttentionSpans,
+    launch::{
+        Backend, Buffer, Defines, Kernel, Parameters, empty, float_bits, launch, strided, tensor,
+    },
+};
+
+const COMMON: &str = include_str!("attention_common.cuh");
+const FORWARD: &[&str] = &[
+    include_str!("common.cuh"),
+    COMMON,
+    include_str!("attention_forward.cu"),
+];
+const BACKWARD: &[&str] = &[
+    include_str!("common.cuh"),
+    COMMON,
+    include_str!("attention_backward.cu"),
+];
+
+/// Keys of a tile of the backward pass.
+const TILE: usize = 64;
+
+/// Whether heads of this width can be attended to.
+pub(super) fn covers(head_dim: usize, dtype: DType) -> bool {
+    dtype == DType::BF16 && head_dim.is_multiple_of(8) && (16..=128).contains(&head_dim)
+}
+
+fn kernel(
+    name: &str,
+    sources: &'static [&'static str],
+    mut defines: Defines,
+    head_dim: usize,
+    threads: usize,
+) -> Kernel {
+    defines.push(("HEAD_DIM", head_dim as i64));
+    Kernel::new(name, sources, defines, threads as u32)
+        .with_generated("#define ATTN_NAME ENTRY\n".to_string())
+}
+
+/// Bytes of a padded row in shared memory, as `ROW_BYTES` of `attention_common.cuh`.
+fn row_bytes(head_dim: usize) -> usize {
+    let chunks = head_dim.div_ceil(16) * 2;
+    chunks * 16 + if chunks.is_multiple_of(8) { 0 } else { 16 }
+}
+
+/// Heads whose elements lie together and start at multiples of 16 bytes.
+fn with_dense_heads(x: Tensor<Backend, 4>) -> Buffer {
+    let buffer = strided(x);
+    let strides = buffer.meta.strides();
+    if strides[3] == 1 && (0..3).all(|axis| strides[axis].is_multiple_of(8)) {
+        buffer
+    } else {
+        burn_cubecl::kernel::into_contiguous(buffer)
+    }
+}
+
+/// Strides of batch, head and row.
+fn strides(buffer: &Buffer) -> [u64; 3] {
+    [0, 1, 2].map(|axis| buffer.meta.strides()[axis] as u64)
+}
+
+/// A new `[batch, heads, rows, head_dim]` tensor whose memory is `[batch, rows, heads, head_dim]`.
+fn rows_first(like: &Buffer, [batch, heads, rows, head_dim]: [usize; 4]) -> Tensor<Backend, 4> {
+    let buffer = empty(like, [batch, rows, heads, head_dim], like.dtype);
+    tensor::<4>(buffer).swap_dims(1, 2)
+}
+
+fn scale(head_dim: usize) -> f64 {
+    (head_dim as f64).powf(-0.5)
+}
+
+fn ranges(pair: &[Tensor<Backend, 1, Int>; 2]) -> [Buffer; 2] {
+    pair.clone().map(|values| values.into_primitive())
+}
+
+/// Attended values, and their statistics where the backward pass will want them.
+pub(super) fn forward(
+    q: Tensor<Backend, 4>,
+    k: Tensor<Backend, 4>,
+    v: Tensor<Backend, 4>,
+    spans: &AttentionSpans<Backend>,
+    with_statistics: bool,
+) -> (Tensor<Backend, 4>, Option<Tensor<Backend, 3>>) {
+    let [batch, heads, queries, head_dim] = q.dims();
+    let [_, kv_heads, keys, _] = k.dims();
+    assert_eq!(
+        spans.dims(),
+        [batch, queries, keys],
+        "the mask belongs to other tokens"
+    );
+    let (q, k, v) = (
+        with_dense_heads(q),
+        with_dense_heads(k),
+        with_dense_heads(v),
+    );
+    // Smaller tiles where the large ones would leave processors idle.
+    let tile = if queries.div_ceil(128) * heads * batch >= 2 * 132 {
+        128
+    } else {
+        64
+    };
+    let kernel = kernel(
+        "attention_forward",
+        FORWARD,
+        vec![
+            ("TILE_Q", tile as i64),
+            ("WITH_LSE", i64::from(with_statistics)),
+        ],
+        head_dim,
+        tile * 2,
+    )
+    .with_shared((tile + 256) * row_bytes(head_dim));
+    let out = rows_first(&q, [batch, heads, queries, head_dim]);
+    let out_buffer = strided(out.clone());
+    let statistics = with_statistics.then(|| empty(&q, [batch, heads, queries], DType::F32));
+    let mut parameters: Parameters = [&q, &k, &v, &out_buffer]
+        .into_iter()
+        .flat_map(strides)
+        .collect();
+    parameters.extend([heads, kv_heads, queries, keys].map(|size| size as u64));
+    parameters.push(float_bits(scale(head_dim)));
+    let [first, end] = ranges(spans.ranges());
+    launch(
+        &q.client,
+        kernel,
+        [queries.div_ceil(tile), heads, batch],
+        &[
+            &q,
+            &k,
+            &v,
+            &out_buffer,
+            statistics.as_ref().unwrap_or(&out_buffer),
+            &first,
+            &end,
+        ],
+        parameters,
+    );
+    (out, statistics.map(tensor))
+}
+
+/// What flows back into queries, keys and values.
+pub(super) fn backward(
+    [q, k, v, y, dy]: [Tensor<Backend, 4>; 5],
+    statistics: Tensor<Backend, 3>,
+    spans: &AttentionSpans<Backend>,
+) -> [Tensor<Backend, 4>; 3] {
+    let [batch, heads, queries, head_dim] = q.dims();
+    let [_, kv_heads, keys, _] = k.dims();
+    let [q, k, v, y, dy] = [q, k, v, y, dy].map(with_dense_heads);
+    let statistics = super::launch::contiguous(statistics);
+    let dq = rows_first(&q, [batch, heads, queries, head_dim]);
+    let dk = rows_first(&q, [batch, kv_heads, keys, head_dim]);
+    let dv = rows_first(&q, [batch, kv_heads, keys, head_dim]);
+    let [dq_buffer, dk_buffer, dv_buffer] = [&dq, &dk, &dv].map(|x| strided(x.clone()));
+    let row_sums = empty(&q, [batch, heads, queries], DType::F32);
+    let mut parameters: Parameters = [&q, &k, &v, &y, &dy, &dq_buffer, &dk_buffer, &dv_buffer]
+        .into_iter()
+        .flat_map(strides)
+        .collect();
+    parameters.extend([batch, heads, kv_heads, queries, keys].map(|size| size as u64));
+    parameters.push(float_bits(scale(head_dim)));
+    let part = |part: i64| {
+        let defines = vec![("PART", part), ("DQ_SUMS", 0)];
+        kernel("attention_backward", BACKWARD, defines, head_dim, 128)
+    };
+    let tile_bytes = TILE * row_bytes(head_dim);
+    let [first, end] = ranges(spans.ranges());
+    let [first_query, end_query] = ranges(spans.key_ranges());
+
+    let rows_a_block = 128 / (head_dim / 8).next_power_of_two().max(2);
+    launch(
+        &q.client,
+        part(0),
+        [(batch * queries * heads).div_ceil(rows_a_block), 1, 1],
+        &[&y, &dy, &row_sums],
+        parameters.clone(),
+    );
+    launch(
+        &q.client,
+        part(1).with_shared(6 * tile_bytes + 2048),
+        [keys.div_ceil(TILE), kv_heads, batch],
+        &[
+            &q,
+            &k,
+            &v,
+            &dy,
+            &statistics,
+            &row_sums,
+            &first,
+            &end,
+            &first_query,
+            &end_query,
+            &dk_buffer,
+            &dv_buffer,
+        ],
+        parameters.clone(),
+    );
+    launch(
+        &q.client,
+        part(2).with_shared(6 * tile_bytes),
+        [queries.div_ceil(TILE), heads, batch],
+        &[
+            &q,
+            &k,
+            &v,
+            &dy,
+            &statistics,
+            &row_sums,
+            &first,
+            &end,
+            &dq_buffer,
+        ],
+        parameters,
+    );
+    [dq, dk, dv]
+}

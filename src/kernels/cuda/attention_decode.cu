@@ -1,0 +1,288 @@
+// Attention of one new query per sequence over its key/value cache, grouped-query ("flash decoding").
+//
+// Source: Dao, Haziza, Massa, Sizov 2023, "Flash-Decoding for long-context inference"; partial results are joined as in
+// Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
+//
+// The host puts in front: common.cuh, attention_common.cuh and
+//   ATTN_NAME  entry point      HEAD_DIM  16, 24 ... 128, see attention_common.cuh
+//   GROUP      query heads of one key head (heads / kv_heads), 1 to 8
+//   PART       0: one kernel; the last block of a (sequence, key head) joins the chunks
+//              1: the chunks only        2: the join only, launched after part 1
+//
+// Shapes (bf16 unless said otherwise; the last dimension is contiguous, every row starts at a multiple of 16 bytes):
+//   Q [batch, heads, HEAD_DIM]                    strides in elements
+//   K, V [batch, kv_heads, capacity, HEAD_DIM]    the cache, the new token's key and value already in it; strides in elements
+//   O [batch, heads * HEAD_DIM], contiguous       zeros where nothing is visible
+//   first, end i32 [batch]                        visible cache rows [first, end), read on the device
+//   partial f32 [batch, heads, splits, HEAD_DIM] and statistics f32 [batch, heads, splits, 2]: scratch, contents irrelevant
+//   finished i32 [batch, kv_heads]                zeros before the first launch; every launch leaves zeros (part 1: not touched,
+//     pass any buffer)
+// Launch, parts 0 and 1: grid (splits, kv_heads, batch), 128 threads. `splits` bounds how far one cache is cut up: about
+//   2 * processors / (kv_heads * batch), at least 1, at most 64. Part 2: grid (1, kv_heads, batch), 128 threads; it takes
+//   `splits` from the shape. No dynamic shared memory; static about GROUP * HEAD_DIM * 16 bytes (8 KiB at 4 x 128).
+// The launch depends on no length, so a captured graph stays right while the cache grows.
+//
+// How it reads memory: 4 warps take turns on strips of 16 keys. The tensor cores do the products with the query heads as rows
+// (8 of 16 rows are used; bandwidth is the limit, not arithmetic). The order of the head dimension inside a product is free
+// as long as both operands agree, so a lane loads 16 bytes of a key and uses them as they come, without shared memory:
+//   scores:  lane l reads key l / 4, chunks l % 4 + 4 i; half a chunk is its share of one depth step.
+//   output:  lane l reads values 2 (l % 4) + {0, 1, 8, 9}, chunk l / 4 + 8 i; element t of the chunk is its column of tile t.
+
+namespace attention {
+
+static_assert(GROUP >= 1 && GROUP <= 8, "one tensor core tile holds 8 query heads");
+
+struct DecodeShape {
+  i64 q_batch, q_head;
+  i64 k_batch, k_head, k_row;
+  i64 v_batch, v_head, v_row;
+  i64 kv_heads, capacity, splits;
+  u64 scale_bits;  // f32 in the low half; positive
+};
+
+constexpr int WARPS = 4, THREADS = WARPS * 32, STRIP = 16;
+constexpr int KEY_ROUNDS = (CHUNKS + 3) / 4;    // 16-byte loads of a lane for one key
+constexpr int VALUE_ROUNDS = (CHUNKS + 7) / 8;  // and for one value
+
+// The cache rows of one sequence, and how they are cut: every chunk but the last has `chunk` rows, a whole number of rounds
+// of the four warps. Short ranges give few chunks, and blocks without one leave at once.
+struct Cut {
+  int first, end, chunk, chunks;
+};
+__device__ __forceinline__ Cut cut_cache(const int* first, const int* end, int batch, const DecodeShape& shape) {
+  Cut cut;
+  cut.first = max(first[batch], 0);
+  cut.end = min(end[batch], (int)shape.capacity);
+  const int length = max(cut.end - cut.first, 0), splits = (int)shape.splits;
+  const int share = (length + splits - 1) / splits;
+  cut.chunk = max((share + WARPS * STRIP - 1) / (WARPS * STRIP), 1) * (WARPS * STRIP);
+  cut.chunks = (length + cut.chunk - 1) / cut.chunk;
+  return cut;
+}
+
+// Past L1, whose lines another block's writes do not refresh.
+__device__ __forceinline__ float4 read_fresh(const float4* p) {
+  float4 v;
+  asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ float2 read_fresh(const float2* p) {
+  float2 v;
+  asm volatile("ld.global.cg.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ uint4 read_chunk(const bf16* row, int chunk) {
+  return CHUNKS % 8 == 0 || chunk < CHUNKS ? load_streaming_16(row + chunk * 8) : make_uint4(0, 0, 0, 0);
+}
+
+// Joins the chunks of the query heads of one key head. `place` numbers (sequence, query head 0 of the group).
+__device__ __forceinline__ void join_chunks(bf16* O, const float* partial, const float* statistics, i64 place, int chunks,
+                                            int splits) {
+  constexpr int QUADS = HEAD_DIM / 4;
+  for (int item = threadIdx.x; item < GROUP * QUADS; item += THREADS) {
+    const i64 head = place + item / QUADS;
+    const int quad = item % QUADS;
+    const float2* chunk_statistics = (const float2*)statistics + head * splits;  // largest score, sum
+    const float4* chunk_output = (const float4*)partial + head * splits * QUADS + quad;
+    float largest = -infinity();
+#pragma unroll 8
+    for (int s = 0; s < chunks; s++) largest = fmaxf(largest, read_fresh(chunk_statistics + s).x);
+    float sum = 0.f;
+    float4 total = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll 8
+    for (int s = 0; s < chunks; s++) {
+      const float2 of_chunk = read_fresh(chunk_statistics + s);
+      const float4 output = read_fresh(chunk_output + s * QUADS);
+      // Every chunk holds at least one visible key, so `largest` is finite.
+      const float weight = exp2_approx(of_chunk.x - largest);
+      sum += weight * of_chunk.y;
+      total.x += weight * output.x;
+      total.y += weight * output.y;
+      total.z += weight * output.z;
+      total.w += weight * output.w;
+    }
+    const float inverse = chunks > 0 ? 1.f / sum : 0.f;
+    *(uint2*)(O + head * HEAD_DIM + quad * 4) =
+        make_uint2(pack_bf16x2(total.x * inverse, total.y * inverse), pack_bf16x2(total.z * inverse, total.w * inverse));
+  }
+}
+
+#if PART == 2
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    ATTN_NAME(bf16* __restrict__ O, const int* __restrict__ first, const int* __restrict__ end,
+              const float* __restrict__ partial, const float* __restrict__ statistics,
+              const __grid_constant__ DecodeShape shape) {
+  const int kv_head = blockIdx.y, batch = blockIdx.z;
+  const Cut cut = cut_cache(first, end, batch, shape);
+  join_chunks(O, partial, statistics, (batch * shape.kv_heads + kv_head) * GROUP, cut.chunks, (int)shape.splits);
+}
+
+#else
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+    ATTN_NAME(const bf16* __restrict__ Q, const bf16* __restrict__ K, const bf16* __restrict__ V, bf16* __restrict__ O,
+              const int* __restrict__ first, const int* __restrict__ end, float* partial, float* statistics, int* finished,
+              const __grid_constant__ DecodeShape shape) {
+  __shared__ float warp_largest[WARPS][GROUP], warp_sum[WARPS][GROUP];
+  __shared__ float warp_output[WARPS][GROUP][HEAD_DIM];
+  __shared__ bool last;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int group = lane >> 2, quarter = lane & 3;  // result row (query head) and place in it
+  const int split = blockIdx.x, kv_head = blockIdx.y, batch = blockIdx.z, splits = (int)shape.splits;
+  const i64 head0 = (batch * shape.kv_heads + kv_head) * GROUP;  // of O, partial, statistics
+
+  const Cut cut = cut_cache(first, end, batch, shape);
+  if (cut.chunks == 0 && split == 0) {  // nothing visible: zeros, and no one to wait for
+    for (int i = threadIdx.x; i < GROUP * HEAD_DIM / 2; i += THREADS) ((u32*)(O + head0 * HEAD_DIM))[i] = 0;
+  }
+  if (split >= cut.chunks) return;
+  const int chunk_first = cut.first + split * cut.chunk, chunk_end = min(chunk_first + cut.chunk, cut.end);
+
+  uint4 query[KEY_ROUNDS];
+  const bf16* q = Q + batch * shape.q_batch + ((i64)kv_head * GROUP + min(group, GROUP - 1)) * shape.q_head;
+#pragma unroll
+  for (int i = 0; i < KEY_ROUNDS; i++)
+    query[i] = group < GROUP ? read_chunk(q, quarter + 4 * i) : make_uint4(0, 0, 0, 0);
+
+  const bf16* k_head = K + batch * shape.k_batch + kv_head * shape.k_head;
+  const bf16* v_head = V + batch * shape.v_batch + kv_head * shape.v_head;
+  const float scale_log2 = __uint_as_float((u32)shape.scale_bits) * LOG2_E;
+  float output[VALUE_ROUNDS][8][4];  // only the upper eight rows, [0] and [1], carry anything
+#pragma unroll
+  for (int i = 0; i < VALUE_ROUNDS; i++) clear(output[i]);
+  float largest = -infinity(), sum = 0.f;  // `sum` is this lane's share
+
+  for (int strip = chunk_first + warp * STRIP; strip < chunk_end; strip += WARPS * STRIP) {
+    // Rows past the end repeat the last one; their weight is zero.
+    uint4 keys[2][KEY_ROUNDS], values[4][VALUE_ROUNDS];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const bf16* row = k_head + min(strip + half * 8 + group, chunk_end - 1) * shape.k_row;
+#pragma unroll
+      for (int i = 0; i < KEY_ROUNDS; i++) keys[half][i] = read_chunk(row, quarter + 4 * i);
+    }
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+      const bf16* row = v_head + min(strip + quarter * 2 + (n & 1) + (n >> 1) * 8, chunk_end - 1) * shape.v_row;
+#pragma unroll
+      for (int i = 0; i < VALUE_ROUNDS; i++) values[n][i] = read_chunk(row, group + 8 * i);
+    }
+
+    float scores[2][4];  // of keys strip + 8 half + 2 quarter + {0, 1}
+    clear(scores);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+#pragma unroll
+      for (int i = 0; i < KEY_ROUNDS; i++) {
+        const u32 a0[4] = {query[i].x, 0, query[i].y, 0}, a1[4] = {query[i].z, 0, query[i].w, 0};
+        mma_m16n8k16(scores[half], a0, keys[half][i].x, keys[half][i].y);
+        mma_m16n8k16(scores[half], a1, keys[half][i].z, keys[half][i].w);
+      }
+    }
+
+    float strip_largest = -infinity();
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        const bool visible = strip + half * 8 + quarter * 2 + e < chunk_end;
+        scores[half][e] = visible ? scores[half][e] * scale_log2 : -infinity();
+        strip_largest = fmaxf(strip_largest, scores[half][e]);
+      }
+    }
+    // The strip holds a visible key, so the new largest score is finite.
+    const float now_largest = fmaxf(largest, quad_max(strip_largest));
+    const float shrink = exp2_approx(largest - now_largest);
+    largest = now_largest;
+    sum *= shrink;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        scores[half][e] = exp2_approx(scores[half][e] - largest);
+        sum += scores[half][e];
+      }
+    }
+    const u32 weights[4] = {pack_bf16x2(scores[0][0], scores[0][1]), 0, pack_bf16x2(scores[1][0], scores[1][1]), 0};
+
+#pragma unroll
+    for (int i = 0; i < VALUE_ROUNDS; i++) {
+      const u32 rows[4][4] = {{values[0][i].x, values[0][i].y, values[0][i].z, values[0][i].w},
+                              {values[1][i].x, values[1][i].y, values[1][i].z, values[1][i].w},
+                              {values[2][i].x, values[2][i].y, values[2][i].z, values[2][i].w},
+                              {values[3][i].x, values[3][i].y, values[3][i].z, values[3][i].w}};
+#pragma unroll
+      for (int t = 0; t < 8; t++) {
+        // Element t of two neighbouring values side by side: low halves for even t, high halves for odd t.
+        const u32 halves = t & 1 ? 0x7632 : 0x5410;
+        output[i][t][0] *= shrink;
+        output[i][t][1] *= shrink;
+        mma_m16n8k16(output[i][t], weights, __byte_perm(rows[0][t >> 1], rows[1][t >> 1], halves),
+                     __byte_perm(rows[2][t >> 1], rows[3][t >> 1], halves));
+      }
+    }
+  }
+
+  // Join the warps. One without a strip has largest = -inf and zeros; warp 0 always has one.
+  sum = quad_sum(sum);
+  if (group < GROUP) {
+    if (quarter == 0) {
+      warp_largest[warp][group] = largest;
+      warp_sum[warp][group] = sum;
+    }
+#pragma unroll
+    for (int i = 0; i < VALUE_ROUNDS; i++) {
+#pragma unroll
+      for (int t = 0; t < 8; t++) {
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          const int chunk = quarter * 2 + e + 8 * i;  // result column 2 quarter + e of tile t: element t of that chunk
+          if (chunk < CHUNKS) warp_output[warp][group][chunk * 8 + t] = output[i][t][e];
+        }
+      }
+    }
+  }
+  __syncthreads();
+  for (int item = threadIdx.x; item < GROUP * HEAD_DIM / 2; item += THREADS) {
+    const int head = item / (HEAD_DIM / 2), column = item % (HEAD_DIM / 2) * 2;
+    float top = warp_largest[0][head];
+#pragma unroll
+    for (int w = 1; w < WARPS; w++) top = fmaxf(top, warp_largest[w][head]);
+    float total = 0.f, x = 0.f, y = 0.f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+      const float weight = exp2_approx(warp_largest[w][head] - top);
+      total += weight * warp_sum[w][head];
+      x += weight * warp_output[w][head][column];
+      y += weight * warp_output[w][head][column + 1];
+    }
+    if (PART == 0 && cut.chunks == 1) {
+      *(u32*)(O + (head0 + head) * HEAD_DIM + column) = pack_bf16x2(x / total, y / total);
+    } else {
+      const i64 at = (head0 + head) * splits + split;
+      *(float2*)(partial + at * HEAD_DIM + column) = make_float2(x, y);
+      if (column == 0) *(float2*)(statistics + at * 2) = make_float2(top, total);
+    }
+  }
+
+#if PART == 0
+  if (cut.chunks == 1) return;
+  // Whoever finishes last joins: each thread's writes are made visible before the block is counted.
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    int* counter = finished + batch * shape.kv_heads + kv_head;
+    last = atomicAdd(counter, 1) == cut.chunks - 1;
+    if (last) *counter = 0;  // for the next launch
+  }
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  join_chunks(O, partial, statistics, head0, cut.chunks, splits);
+#endif
+}
+
+#endif
+
+}  // namespace attention

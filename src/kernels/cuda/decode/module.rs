@@ -1,0 +1,129 @@
+//! Kernels compiled and loaded by ourselves: a captured graph needs function handles, which cubecl
+//! keeps to itself.
+
+use std::{
+    collections::HashMap,
+    ffi::{CStr, CString},
+    path::PathBuf,
+    sync::{LazyLock, Mutex},
+};
+
+use cudarc::{
+    driver::{result, sys},
+    nvrtc,
+};
+
+use super::super::launch::Kernel;
+
+/// What went wrong below the engine, in the driver's words.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{doing}: {reason}")]
+pub(super) struct DriverError {
+    doing: String,
+    reason: String,
+}
+
+pub(super) fn driver<T, E: std::fmt::Debug>(
+    doing: &str,
+    result: Result<T, E>,
+) -> Result<T, DriverError> {
+    result.map_err(|reason| DriverError {
+        doing: doing.to_string(),
+        reason: format!("{reason:?}"),
+    })
+}
+
+/// A loaded entry point and how many threads it wants.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Function {
+    handle: usize,
+    pub threads: u32,
+}
+
+impl Function {
+    pub(super) fn handle(self) -> sys::CUfunction {
+        self.handle as sys::CUfunction
+    }
+}
+
+/// Compiles (or finds on disk) and loads a kernel; a device's context is current.
+pub(super) fn load(kernel: &Kernel, device: usize, arch: &str) -> Result<Function, DriverError> {
+    static LOADED: LazyLock<Mutex<HashMap<(usize, String, u64), usize>>> =
+        LazyLock::new(Mutex::default);
+    let hash = kernel.source_hash();
+    let key = (device, kernel.entry().to_string(), hash);
+    let mut loaded = LOADED.lock().unwrap_or_else(|lock| lock.into_inner());
+    let handle = match loaded.get(&key) {
+        Some(handle) => *handle,
+        None => {
+            let file = super::super::cache_dir()
+                .map(|dir| dir.join(format!("{arch}-{}-{hash:016x}.ptx", kernel.entry())));
+            let ptx = match file.as_ref().and_then(|file| std::fs::read(file).ok()) {
+                Some(ptx) if ptx.last() == Some(&0) => ptx,
+                _ => {
+                    let ptx = compile(kernel, arch)?;
+                    keep(file, &ptx);
+                    ptx
+                }
+            };
+            let handle = load_ptx(kernel, &ptx)?;
+            loaded.insert(key, handle);
+            handle
+        }
+    };
+    Ok(Function {
+        handle,
+        threads: kernel.threads(),
+    })
+}
+
+/// A cache that cannot be written is no error: the next start compiles again.
+fn keep(file: Option<PathBuf>, ptx: &[u8]) {
+    let Some(file) = file else { return };
+    let beside = file.with_extension(format!("{}.tmp", std::process::id()));
+    let written = file
+        .parent()
+        .map_or(Ok(()), std::fs::create_dir_all)
+        .and_then(|()| std::fs::write(&beside, ptx))
+        .and_then(|()| std::fs::rename(&beside, &file));
+    if let Err(error) = written {
+        log::warn!(
+            "compiled kernels are not kept in {}: {error}",
+            file.display()
+        );
+    }
+}
+
+fn compile(kernel: &Kernel, arch: &str) -> Result<Vec<u8>, DriverError> {
+    let doing = format!("compiling {}", kernel.entry());
+    let source = driver(&doing, CString::new(kernel.source()))?;
+    let program = driver(&doing, nvrtc::result::create_program(&source, None))?;
+    // SAFETY: the program was made above and is destroyed below, once.
+    #[allow(unsafe_code)]
+    unsafe {
+        let compiled =
+            nvrtc::result::compile_program(program, &[format!("--gpu-architecture={arch}")]);
+        if compiled.is_err() {
+            let log = nvrtc::result::get_program_log(program)
+                .map(|log| CStr::from_ptr(log.as_ptr()).to_string_lossy().into_owned())
+                .unwrap_or_default();
+            return Err(DriverError { doing, reason: log });
+        }
+        let ptx = driver(&doing, nvrtc::result::get_ptx(program))?;
+        driver(&doing, nvrtc::result::destroy_program(program))?;
+        Ok(ptx.into_iter().map(|byte| byte as u8).collect())
+    }
+}
+
+fn load_ptx(kernel: &Kernel, ptx: &[u8]) -> Result<usize, DriverError> {
+    let doing = format!("loading {}", kernel.entry());
+    let name = driver(&doing, CString::new(kernel.entry()))?;
+    // SAFETY: the text ends in a zero byte, as NVRTC gives it and `load` checks; the module stays
+    // loaded as long as the process lives.
+    #[allow(unsafe_code)]
+    unsafe {
+        let module = driver(&doing, result::module::load_data(ptx.as_ptr().cast()))?;
+        let function = driver(&doing, result::module::get_function(module, name))?;
+        Ok(function as usize)
+    }
+}

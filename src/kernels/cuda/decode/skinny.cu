@@ -1,0 +1,154 @@
+// Matrix times a few vectors at the speed of the memory: Y[B, N] = X[B, K] W[N, K]^T, B up to 64,
+// bf16 in, f32 sums on the tensor cores.
+//
+// 16 rows of W are the tall side of mma m16n8k16, eight vectors the narrow one. A block owns 16 rows
+// (with GATE 16 of each matrix); its 8 warps take turns at 32 * DEPTH columns and read fragments
+// straight from memory: the k order inside 32 columns is permuted alike for both operands, so that a
+// lane's 16 bytes feed two products. Warps add their sums in shared memory, in a fixed order.
+//
+// Configuration: TILES (vectors / 8, rounded up), WEIGHTS 1 to 3, GATE, RESIDUAL, OUT_F32 as in
+// gemv.cu. K is a multiple of 32, the rows of each matrix a multiple of 16. Limit: memory.
+
+#define WARPS 8
+#define MATRICES (GATE ? 2 : 1)
+#define DEPTH (GATE || TILES > 4 ? 2 : 4)
+
+struct Parameters {
+    u64 k;
+    u64 rows[3];
+    u64 batch;
+};
+
+__device__ __forceinline__ uint4 read_once(const u16* from) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+    return v;
+}
+
+__device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32)
+ENTRY(const u16* x, const u16* w0,
+#if WEIGHTS > 1
+      const u16* w1,
+#endif
+#if WEIGHTS > 2
+      const u16* w2,
+#endif
+#if RESIDUAL
+      const u16* residual,
+#endif
+#if OUT_F32
+      float* y,
+#else
+      u16* y,
+#endif
+      const __grid_constant__ Parameters p) {
+    __shared__ float sums[MATRICES * TILES * 4][32];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int lane_row = lane >> 2, lane_column = (lane & 3) * 8;
+    const int k_end = (int)p.k, batch = (int)p.batch;
+    const int first = blockIdx.x * 16;
+    const u16* matrix[MATRICES];
+    int width = (int)p.rows[0];
+#if GATE
+    matrix[0] = w0 + (u64)first * p.k;
+    matrix[1] = w1 + (u64)first * p.k;
+#else
+    {
+        const u16* chosen = w0;
+        int within = first;
+#if WEIGHTS > 1
+        width += (int)p.rows[1];
+        if (within >= (int)p.rows[0]) {
+            within -= (int)p.rows[0];
+            chosen = w1;
+#if WEIGHTS > 2
+            if (within >= (int)p.rows[1]) {
+                within -= (int)p.rows[1];
+                chosen = w2;
+            }
+#endif
+        }
+#endif
+#if WEIGHTS > 2
+        width += (int)p.rows[2];
+#endif
+        matrix[0] = chosen + (u64)within * p.k;
+    }
+#endif
+    float acc[MATRICES][TILES][4];
+#pragma unroll
+    for (int m = 0; m < MATRICES; m++)
+#pragma unroll
+        for (int t = 0; t < TILES; t++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) acc[m][t][e] = 0.f;
+
+    for (int base = warp * 32 * DEPTH; base < k_end; base += WARPS * 32 * DEPTH) {
+        uint4 weights[DEPTH][MATRICES][2];
+#pragma unroll
+        for (int d = 0; d < DEPTH; d++)
+#pragma unroll
+            for (int m = 0; m < MATRICES; m++)
+#pragma unroll
+                for (int h = 0; h < 2; h++)
+                    if (base + d * 32 < k_end)
+                        weights[d][m][h] = read_once(matrix[m] + (u64)(h * 8 + lane_row) * p.k + base + d * 32 + lane_column);
+#pragma unroll
+        for (int d = 0; d < DEPTH; d++) {
+            if (base + d * 32 >= k_end) break;
+#pragma unroll
+            for (int t = 0; t < TILES; t++) {
+                const int vector = min(t * 8 + lane_row, batch - 1);
+                const uint4 b = *(const uint4*)(x + (u64)vector * p.k + base + d * 32 + lane_column);
+#pragma unroll
+                for (int m = 0; m < MATRICES; m++) {
+                    const uint4 upper = weights[d][m][0], lower = weights[d][m][1];
+                    mma(acc[m][t], upper.x, lower.x, upper.y, lower.y, b.x, b.y);
+                    mma(acc[m][t], upper.z, lower.z, upper.w, lower.w, b.z, b.w);
+                }
+            }
+        }
+    }
+    for (int turn = WARPS - 1; turn >= 0; turn--) {
+        if (warp == turn) {
+#pragma unroll
+            for (int m = 0; m < MATRICES; m++)
+#pragma unroll
+                for (int t = 0; t < TILES; t++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        float& sum = sums[(m * TILES + t) * 4 + e][lane];
+                        if (turn < WARPS - 1) acc[m][t][e] += sum;
+                        sum = acc[m][t][e];
+                    }
+        }
+        __syncthreads();
+    }
+    // Element e of a lane: row lane / 4 + 8 (e / 2) of W, vector 2 (lane % 4) + e % 2 of the tile.
+    for (int item = threadIdx.x; item < TILES * 128; item += WARPS * 32) {
+        const int from = item & 31, e = item / 32 % 4, t = item / 128;
+        const int vector = t * 8 + (from & 3) * 2 + (e & 1);
+        if (vector >= batch) continue;
+        float value = sums[t * 4 + e][from];
+#if GATE
+        value = value / (1.f + __expf(-value)) * sums[(TILES + t) * 4 + e][from];
+#endif
+        const u64 at = (u64)vector * width + first + (from >> 2) + (e >> 1) * 8;
+#if RESIDUAL
+        value += bf16_to_float(residual[at]);
+#endif
+#if OUT_F32
+        y[at] = value;
+#else
+        y[at] = (u16)pack_bf16(value, 0.f);
+#endif
+    }
+}

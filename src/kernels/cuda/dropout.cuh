@@ -1,0 +1,26 @@
+// Dropout masks from a counter: the forward and the backward pass draw the same mask without
+// storing it. One 32-bit hash decides two neighbouring columns, 16 bits each.
+
+struct Mask {
+    u32 seed_low, seed_high;
+    u32 threshold;  // of 65,536: columns whose 16 bits lie below it are dropped
+    float scale;    // 1 / share that is kept
+};
+
+// Source: the finaliser of MurmurHash3, keyed before and between its rounds.
+__device__ __forceinline__ u32 mask_bits(u32 pair, const Mask& mask) {
+    u32 x = (pair ^ mask.seed_low) * 0x9e3779b1u;
+    x ^= x >> 15;
+    x = (x ^ mask.seed_high) * 0x85ebca77u;
+    x ^= x >> 13;
+    x *= 0xc2b2ae3du;
+    return x ^ (x >> 16);
+}
+
+// Zeroes or keeps two bf16 values that share a register; the scale is applied elsewhere.
+__device__ __forceinline__ u32 drop_pair(u32 packed, u32 pair, const Mask& mask) {
+    const u32 bits = mask_bits(pair, mask);
+    const u32 keep_low = (bits & 0xffffu) >= mask.threshold ? 0x0000ffffu : 0u;
+    const u32 keep_high = (bits >> 16) >= mask.threshold ? 0xffff0000u : 0u;
+    return packed & (keep_low | keep_high);
+}

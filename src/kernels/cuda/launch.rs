@@ -1,0 +1,301 @@
+//! Launches CUDA C++ of our own on cubecl's stream, over the buffers of Burn's tensors.
+//!
+//! NVRTC compiles a source the first time a configuration is used; cubecl keeps the result in
+//! memory and on disk under a key that holds the configuration and a hash of the source.
+
+use std::{
+    collections::HashSet,
+    hash::{DefaultHasher, Hash, Hasher},
+};
+
+use burn::tensor::{DType, Tensor, TensorPrimitive};
+use burn_cubecl::tensor::CubeTensor;
+use cubecl::{
+    CompilationError, CubeTask,
+    client::ComputeClient,
+    prelude::*,
+    server::{KernelArguments, MetadataBindingInfo, TensorMapBinding, TensorMapMeta},
+    zspace::metadata::Metadata,
+};
+use cubecl_cpp::shared::{Body, ComputeKernel, Elem, Flags, Item, SharedMemory};
+use cubecl_cuda::{CudaCompiler, CudaRuntime};
+
+pub(super) type Backend = burn::backend::Cuda;
+pub(super) type Buffer = CubeTensor<CudaRuntime>;
+pub(super) type Client = ComputeClient<CudaRuntime>;
+type Dialect = cubecl_cpp::cuda::CudaDialect<cubecl_cpp::cuda::mma::CudaWmmaCompiler>;
+
+/// Values a source is compiled with: `#define NAME VALUE`.
+pub(super) type Defines = Vec<(&'static str, i64)>;
+
+/// One configuration of a kernel.
+#[derive(Debug, Clone)]
+pub(super) struct Kernel {
+    entry: String,
+    defines: Defines,
+    sources: &'static [&'static str],
+    generated: String,
+    threads: u32,
+    shared_bytes: usize,
+}
+
+impl Kernel {
+    /// A kernel of `sources`, whose entry point is called `ENTRY` there.
+    pub(super) fn new(
+        name: &str,
+        sources: &'static [&'static str],
+        defines: Defines,
+        threads: u32,
+    ) -> Self {
+        let mut entry = name.to_string();
+        for (_, value) in &defines {
+            entry.push('_');
+            entry.push_str(&value.to_string());
+        }
+        Self {
+            entry,
+            defines,
+            sources,
+            generated: String::new(),
+            threads,
+            shared_bytes: 0,
+        }
+    }
+
+    /// Dynamic shared memory.
+    pub(super) fn with_shared(mut self, bytes: usize) -> Self {
+        self.shared_bytes = bytes;
+        self
+    }
+
+    /// Text that goes before the sources.
+    pub(super) fn with_generated(mut self, text: String) -> Self {
+        self.generated = text;
+        self
+    }
+
+    /// Name of the entry point.
+    pub(super) fn entry(&self) -> &str {
+        &self.entry
+    }
+
+    /// Threads of a block.
+    pub(super) fn threads(&self) -> u32 {
+        self.threads
+    }
+
+    /// The whole text that is compiled.
+    pub(super) fn source(&self) -> String {
+        let mut text = format!("#define ENTRY {}\n", self.entry);
+        for (name, value) in &self.defines {
+            text.push_str(&format!("#define {name} {value}\n"));
+        }
+        text.push_str(&self.generated);
+        for source in self.sources {
+            text.push_str(source);
+            text.push('\n');
+        }
+        text
+    }
+
+    /// Tells versions of the text apart.
+    pub(super) fn source_hash(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        self.source().hash(&mut hasher);
+        hasher.finish()
+    }
+}
+
+/// What cubecl's server gets.
+struct Task {
+    kernel: Kernel,
+}
+
+/// Hashes of the sources by entry name: a source is put together once a configuration.
+fn cached_hash(kernel: &Kernel) -> u64 {
+    use std::{
+        collections::HashMap,
+        sync::{LazyLock, Mutex},
+    };
+    static HASHES: LazyLock<Mutex<HashMap<String, u64>>> = LazyLock::new(Mutex::default);
+    let mut hashes = HASHES.lock().unwrap_or_else(|lock| lock.into_inner());
+    if let Some(hash) = hashes.get(&kernel.entry) {
+        return *hash;
+    }
+    let hash = kernel.source_hash();
+    hashes.insert(kernel.entry.clone(), hash);
+    hash
+}
+
+impl KernelMetadata for Task {
+    fn name(&self) -> &'static str {
+        "xray-qwen3vl"
+    }
+
+    fn id(&self) -> KernelId {
+        let kernel = &self.kernel;
+        KernelId::new::<Self>()
+            .cube_dim(CubeDim::new_1d(kernel.threads))
+            .info((
+                kernel.entry.clone(),
+                kernel.shared_bytes,
+                cached_hash(kernel),
+            ))
+    }
+
+    fn address_type(&self) -> StorageType {
+        u32::as_type_native_unchecked().storage_type()
+    }
+}
+
+impl CubeTask<CudaCompiler> for Task {
+    fn compile(
+        &self,
+        _compiler: &mut CudaCompiler,
+        _options: &<CudaCompiler as cubecl::Compiler>::CompilationOptions,
+        _mode: ExecutionMode,
+        _address_type: StorageType,
+    ) -> Result<CompiledKernel<CudaCompiler>, CompilationError> {
+        let kernel = &self.kernel;
+        let cube_dim = CubeDim::new_1d(kernel.threads);
+        // The server reads the dynamic shared memory off the declared arrays, so one is declared.
+        let bytes = Item::scalar(Elem::<Dialect>::U8, true);
+        let shared_memories = (kernel.shared_bytes > 0)
+            .then(|| SharedMemory::new_array(0, bytes, kernel.shared_bytes, 128))
+            .into_iter()
+            .collect();
+        let repr = ComputeKernel::<Dialect> {
+            tensor_maps: vec![],
+            buffers: vec![],
+            scalars: vec![],
+            info: Default::default(),
+            meta_static_len: 0,
+            body: Body {
+                instructions: vec![],
+                shared_memories,
+                pipelines: vec![],
+                barriers: vec![],
+                const_arrays: vec![],
+                local_arrays: vec![],
+                info_by_ptr: false,
+                has_dynamic_meta: false,
+                address_type: Item::scalar(Elem::U32, true),
+            },
+            cube_dim,
+            cluster_dim: None,
+            extensions: vec![],
+            flags: Flags::default(),
+            items: HashSet::new(),
+            kernel_name: kernel.entry.clone(),
+        };
+        Ok(CompiledKernel {
+            entrypoint_name: kernel.entry.clone(),
+            debug_name: None,
+            source: kernel.source(),
+            cube_dim,
+            debug_info: None,
+            repr: Some(repr),
+        })
+    }
+}
+
+/// Parameters passed by value behind the pointers: one struct of 64-bit fields.
+pub(super) type Parameters = Vec<u64>;
+
+/// A float as a parameter field.
+pub(super) fn float_bits(value: f64) -> u64 {
+    u64::from((value as f32).to_bits())
+}
+
+/// Launches on the stream of the buffers' client.
+pub(super) fn launch(
+    client: &Client,
+    kernel: Kernel,
+    grid: [usize; 3],
+    buffers: &[&Buffer],
+    parameters: Parameters,
+) {
+    launch_with_maps(client, kernel, grid, vec![], buffers, parameters);
+}
+
+/// [`launch`] with tensor maps: they come first, then their buffers' pointers, then `buffers`.
+pub(super) fn launch_with_maps(
+    client: &Client,
+    kernel: Kernel,
+    grid: [usize; 3],
+    maps: Vec<TensorMapBinding>,
+    buffers: &[&Buffer],
+    parameters: Parameters,
+) {
+    super::profile::count(kernel.entry(), client);
+    let bindings = buffers
+        .iter()
+        .map(|buffer| buffer.handle.clone().binding())
+        .collect();
+    // With the dynamic part said to begin at the end, the server passes the data by value only.
+    let length = parameters.len();
+    let arguments = KernelArguments::new()
+        .with_tensor_maps(maps)
+        .with_buffers(bindings)
+        .with_info(MetadataBindingInfo::new(parameters, length));
+    let [x, y, z] = grid.map(|size| size as u32);
+    // SAFETY: every caller checks the shapes and layouts of its buffers against what the kernel's
+    // header says it reads and writes.
+    #[allow(unsafe_code)]
+    unsafe {
+        client.launch_unchecked(
+            Box::new(Task { kernel }),
+            CubeCount::Static(x, y, z),
+            arguments,
+        );
+    }
+}
+
+/// A map of a row-major bf16 matrix `[rows, columns]` for copies of `[box_rows, box_columns]` tiles
+/// into 128-byte swizzled shared memory; what lies outside reads as zero.
+pub(super) fn tensor_map(
+    buffer: &Buffer,
+    [rows, columns]: [usize; 2],
+    [box_rows, box_columns]: [usize; 2],
+) -> TensorMapBinding {
+    TensorMapBinding {
+        binding: buffer.handle.clone().binding(),
+        map: TensorMapMeta {
+            format: TensorMapFormat::Tiled(TiledArgs {
+                tile_size: [box_rows, box_columns].into(),
+            }),
+            metadata: Metadata::new([rows, columns], [columns, 1]),
+            elem_stride: [1usize, 1].into(),
+            interleave: TensorMapInterleave::None,
+            swizzle: TensorMapSwizzle::B128,
+            prefetch: TensorMapPrefetch::B256,
+            oob_fill: OobFill::Zero,
+            storage_ty: half::bf16::as_type_native_unchecked().storage_type(),
+        },
+    }
+}
+
+/// The buffer of a tensor, strided as it may be.
+pub(super) fn strided<const D: usize>(tensor: Tensor<Backend, D>) -> Buffer {
+    tensor.into_primitive().tensor()
+}
+
+/// The buffer of a tensor, copied if its elements do not lie row after row.
+pub(super) fn contiguous<const D: usize>(tensor: Tensor<Backend, D>) -> Buffer {
+    burn_cubecl::kernel::into_contiguous(strided(tensor))
+}
+
+/// A tensor over a buffer.
+pub(super) fn tensor<const D: usize>(buffer: Buffer) -> Tensor<Backend, D> {
+    Tensor::from_primitive(TensorPrimitive::Float(buffer))
+}
+
+/// A new buffer whose elements lie row after row, not initialised.
+pub(super) fn empty<const D: usize>(like: &Buffer, shape: [usize; D], dtype: DType) -> Buffer {
+    burn_cubecl::ops::numeric::empty_device_contiguous_dtype(
+        like.client.clone(),
+        like.device.clone(),
+        shape.into(),
+        dtype,
+    )
+}

@@ -1,0 +1,301 @@
+//! The operations on CUDA: kernels of our own where they cover the shapes, plain Burn elsewhere.
+//!
+//! One operation a file, Rust beside CUDA C++. The sources are compiled on the machine they run on
+//! (NVRTC), include no header, and are launched on cubecl's stream over Burn's own buffers. Nothing
+//! is tuned at run time: tiles are chosen from the shape.
+
+mod attention;
+mod decode;
+mod gemm;
+mod launch;
+mod lora;
+mod loss;
+mod plan;
+mod pointwise;
+pub mod profile;
+mod rotary;
+mod rows;
+#[cfg(test)]
+mod tests;
+
+use std::{path::PathBuf, sync::Once};
+
+use burn::{prelude::*, tensor::DType};
+use cubecl_common::config::RuntimeConfig;
+use cubecl_runtime::config::{CubeClRuntimeConfig, cache::CacheConfig};
+
+use super::{
+    AttentionSpans, BackwardProduct, DecodeStart, Decoder, Dropout, HeadNorm, Kernels, LowRank,
+    LowRankGradients, TargetLoss, plain,
+};
+use crate::qwen3_vl::{
+    Qwen3Vl,
+    cache::KeyValueCache,
+    config::Qwen3VlConfig,
+    nn::{gelu_exact, gelu_tanh},
+};
+use launch::Backend as Cuda;
+
+/// For a type the kernels know: whether it is bf16, and how many elements 16 bytes hold.
+fn scalar_of(dtype: DType) -> Option<(i64, usize)> {
+    match dtype {
+        DType::BF16 => Some((1, 8)),
+        DType::F32 => Some((0, 4)),
+        _ => None,
+    }
+}
+
+/// Where compiled kernels are kept from one start to the next: `$XDG_CACHE_HOME` or `~/.cache`.
+fn cache_dir() -> Option<PathBuf> {
+    let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
+    set("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .or_else(|| set("HOME").map(|home| PathBuf::from(home).join(".cache")))
+        .map(|dir| dir.join("xray-qwen3vl").join("kernels"))
+}
+
+/// Tells cubecl to keep compiled kernels on disk; before the first use of a device.
+pub fn configure() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let mut config = CubeClRuntimeConfig::from_current_dir().override_from_env();
+        if config.compilation.cache.is_none() {
+            config.compilation.cache = cache_dir().map(CacheConfig::File);
+        }
+        // Whoever read the configuration first has set it; then it stays as it is.
+        let _ = crate::backend::quietly(|| CubeClRuntimeConfig::set(config));
+    });
+}
+
+impl Kernels for Cuda {
+    const HAS_DECODER: bool = true;
+
+    fn decoder(
+        model: &Qwen3Vl<Self>,
+        config: &Qwen3VlConfig,
+        cache: &KeyValueCache<Self>,
+        start: &DecodeStart,
+    ) -> Option<Box<dyn Decoder>> {
+        decode::start(model, config, cache, start)
+    }
+
+    fn dense(
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 2>,
+        bias: Option<Tensor<Self, 1>>,
+        residual: Option<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
+        if gemm::covers(&x, &weight) {
+            gemm::dense(x, weight, bias, residual)
+        } else {
+            plain::linear(x, weight, bias, residual)
+        }
+    }
+
+    fn adapted_linear(
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 2>,
+        adapter: &LowRank<Self>,
+        residual: Option<Tensor<Self, 2>>,
+    ) -> (Tensor<Self, 2>, Tensor<Self, 2>) {
+        if gemm::covers(&x, &weight) && lora::covers(adapter, x.dtype()) {
+            lora::adapted_linear(x, weight, adapter, residual)
+        } else {
+            plain::adapted_linear(x, weight, adapter, residual)
+        }
+    }
+
+    fn adapted_linear_backward(
+        x: Tensor<Self, 2>,
+        low: Tensor<Self, 2>,
+        adapter: &LowRank<Self>,
+        dy: Tensor<Self, 2>,
+    ) -> LowRankGradients<Self> {
+        if lora::covers(adapter, x.dtype()) && low.dtype() == DType::BF16 {
+            lora::adapted_linear_backward(x, low, adapter, dy)
+        } else {
+            plain::adapted_linear_backward(x, low, adapter, dy)
+        }
+    }
+
+    fn input_gradient(products: &[BackwardProduct<Self>]) -> Tensor<Self, 2> {
+        let covered = products.iter().all(|product| {
+            gemm::covers_backward(&product.dy, &product.weight)
+                && product.adapter.as_ref().is_none_or(|(low, adapter)| {
+                    lora::covers(adapter, product.dy.dtype()) && low.dtype() == DType::BF16
+                })
+        });
+        if covered {
+            lora::input_gradient(products)
+        } else {
+            plain::input_gradient(products)
+        }
+    }
+
+    fn dropout_mask(like: &Tensor<Self, 2>, dropout: Dropout) -> Tensor<Self, 2> {
+        lora::dropout_mask(like, dropout)
+    }
+
+    fn rms_norm(x: Tensor<Self, 2>, weight: Tensor<Self, 1>, epsilon: f64) -> Tensor<Self, 2> {
+        if rows::covers(x.dims()[1], x.dtype()) && x.dtype() == weight.dtype() {
+            rows::rms_norm(x, weight, epsilon)
+        } else {
+            plain::rms_norm(x, weight, epsilon)
+        }
+    }
+
+    fn rms_norm_backward(
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 1>,
+        epsilon: f64,
+        dy: Tensor<Self, 2>,
+        residual: Tensor<Self, 2>,
+    ) -> Tensor<Self, 2> {
+        let one_type = [weight.dtype(), dy.dtype(), residual.dtype()]
+            .iter()
+            .all(|dtype| *dtype == x.dtype());
+        if rows::covers(x.dims()[1], x.dtype()) && one_type {
+            rows::rms_norm_backward(x, weight, epsilon, dy, residual)
+        } else {
+            residual + plain::rms_norm_backward(x, weight, epsilon, dy)
+        }
+    }
+
+    fn row_layer_norm(
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 1>,
+        bias: Tensor<Self, 1>,
+        epsilon: f64,
+    ) -> Tensor<Self, 2> {
+        if rows::covers(x.dims()[1], x.dtype()) && x.dtype() == weight.dtype() {
+            rows::layer_norm(x, weight, bias, epsilon)
+        } else {
+            plain::layer_norm(x, weight, bias, epsilon)
+        }
+    }
+
+    fn rotate_heads(
+        x: Tensor<Self, 3>,
+        norm: Option<HeadNorm<Self>>,
+        cos: Tensor<Self, 2>,
+        sin: Tensor<Self, 2>,
+    ) -> Tensor<Self, 3> {
+        if rotary::covers(x.dims()[2], x.dtype()) {
+            rotary::rotate(x, norm, cos, sin, None)
+        } else {
+            plain::rotate_heads(x, norm, cos, sin)
+        }
+    }
+
+    fn rotate_heads_backward(
+        x: Tensor<Self, 3>,
+        norm: Option<HeadNorm<Self>>,
+        cos: Tensor<Self, 2>,
+        sin: Tensor<Self, 2>,
+        dy: Tensor<Self, 3>,
+    ) -> Tensor<Self, 3> {
+        if rotary::covers(x.dims()[2], x.dtype()) && x.dtype() == dy.dtype() {
+            rotary::rotate(x, norm, cos, sin, Some(dy))
+        } else {
+            plain::rotate_heads_backward(x, norm, cos, sin, dy)
+        }
+    }
+
+    fn span_attention(
+        q: Tensor<Self, 4>,
+        k: Tensor<Self, 4>,
+        v: Tensor<Self, 4>,
+        spans: &AttentionSpans<Self>,
+    ) -> Tensor<Self, 4> {
+        if attention::covers(q.dims()[3], q.dtype()) {
+            attention::forward(q, k, v, spans, false).0
+        } else {
+            plain::attention(q, k, v, spans)
+        }
+    }
+
+    fn span_attention_for_backward(
+        q: Tensor<Self, 4>,
+        k: Tensor<Self, 4>,
+        v: Tensor<Self, 4>,
+        spans: &AttentionSpans<Self>,
+    ) -> (Tensor<Self, 4>, Option<Tensor<Self, 3>>) {
+        if attention::covers(q.dims()[3], q.dtype()) {
+            attention::forward(q, k, v, spans, true)
+        } else {
+            (plain::attention(q, k, v, spans), None)
+        }
+    }
+
+    fn span_attention_backward(
+        q: Tensor<Self, 4>,
+        k: Tensor<Self, 4>,
+        v: Tensor<Self, 4>,
+        y: Tensor<Self, 4>,
+        statistics: Option<Tensor<Self, 3>>,
+        dy: Tensor<Self, 4>,
+        spans: &AttentionSpans<Self>,
+    ) -> [Tensor<Self, 4>; 3] {
+        match statistics {
+            Some(statistics) => attention::backward([q, k, v, y, dy], statistics, spans),
+            None => plain::attention_backward(q, k, v, dy, spans),
+        }
+    }
+
+    fn gated(gate: Tensor<Self, 2>, up: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        if pointwise::covers(gate.shape().num_elements(), gate.dtype()) {
+            pointwise::gated(gate, up)
+        } else {
+            plain::gated(gate, up)
+        }
+    }
+
+    fn gated_backward(
+        gate: Tensor<Self, 2>,
+        up: Tensor<Self, 2>,
+        dy: Tensor<Self, 2>,
+    ) -> [Tensor<Self, 2>; 2] {
+        if pointwise::covers(gate.shape().num_elements(), gate.dtype()) {
+            pointwise::gated_backward(gate, up, dy)
+        } else {
+            plain::gated_backward(gate, up, dy)
+        }
+    }
+
+    fn gelu_tanh(x: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        if pointwise::covers(x.shape().num_elements(), x.dtype()) {
+            pointwise::gelu(x, true)
+        } else {
+            gelu_tanh(x)
+        }
+    }
+
+    fn gelu_exact(x: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        if pointwise::covers(x.shape().num_elements(), x.dtype()) {
+            pointwise::gelu(x, false)
+        } else {
+            gelu_exact(x)
+        }
+    }
+
+    fn logits(hidden: Tensor<Self, 2>, head: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        if gemm::covers(&hidden, &head) {
+            gemm::logits(hidden, head)
+        } else {
+            plain::logits(hidden, head)
+        }
+    }
+
+    fn target_loss(
+        hidden: Tensor<Self, 2>,
+        head: Tensor<Self, 2>,
+        ids: Tensor<Self, 1, Int>,
+        weight: f64,
+    ) -> TargetLoss<Self> {
+        if gemm::covers(&hidden, &head) && head.dims()[0].is_multiple_of(8) {
+            loss::target_loss(hidden, head, ids, weight)
+        } else {
+            plain::target_loss(hidden, head, ids, weight)
+        }
+    }
+}

@@ -1,0 +1,228 @@
+//! Which tile a matrix product gets: the one whose waves over the card cost least. Nothing is tuned.
+
+use std::sync::OnceLock;
+
+use super::launch::Buffer;
+
+/// Which instructions a product uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Form {
+    /// Warpgroup products fed by the tensor memory accelerator: Hopper.
+    Wgmma,
+    /// Warp products fed by asynchronous copies: Ampere and everything after it.
+    Mma,
+}
+
+/// What the choice depends on.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Device {
+    /// Instructions.
+    pub form: Form,
+    /// Multiprocessors.
+    pub processors: usize,
+    /// Most shared memory of a block, bytes.
+    pub shared_bytes: usize,
+}
+
+/// Set to 1 to use the Ampere kernels on any card.
+pub(super) const FORCE_AMPERE: &str = "XRAY_CUDA_SM80";
+
+/// The compute capability of a device, as major × 10 + minor.
+pub(super) fn compute_capability(index: usize) -> usize {
+    use cudarc::driver::{result, sys::CUdevice_attribute as Attribute};
+    let read = || -> Result<usize, cudarc::driver::DriverError> {
+        result::init()?;
+        let device = result::device::get(index as i32)?;
+        // SAFETY: `device` comes from the driver.
+        #[allow(unsafe_code)]
+        let [major, minor] = unsafe {
+            [
+                result::device::get_attribute(
+                    device,
+                    Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+                )?,
+                result::device::get_attribute(
+                    device,
+                    Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+                )?,
+            ]
+        };
+        Ok((major * 10 + minor) as usize)
+    };
+    read().unwrap_or(80)
+}
+
+/// Facts of the card a buffer lies on; one kind of card a process.
+pub(super) fn device(buffer: &Buffer) -> Device {
+    static DEVICE: OnceLock<Device> = OnceLock::new();
+    *DEVICE.get_or_init(|| {
+        let hardware = &buffer.client.properties().hardware;
+        let forced = std::env::var(FORCE_AMPERE).is_ok_and(|value| value == "1");
+        let capability = compute_capability(buffer.device.index);
+        Device {
+            form: if capability == 90 && !forced {
+                Form::Wgmma
+            } else {
+                Form::Mma
+            },
+            processors: hardware.num_streaming_multiprocessors.unwrap_or(108) as usize,
+            shared_bytes: if forced {
+                // What an A800 has.
+                163 * 1024
+            } else {
+                hardware.max_shared_memory_size
+            },
+        }
+    })
+}
+
+/// A tile of `gemm_wgmma.cu`: 128 rows and these columns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct WgmmaTile {
+    pub columns: usize,
+    pub stages: usize,
+    pub blocks: usize,
+    pub shared_bytes: usize,
+}
+
+/// The tile of an `m × n` product over `k`.
+pub(super) fn wgmma(m: usize, n: usize, k: usize, turned: bool, device: &Device) -> WgmmaTile {
+    // Time of a tile grows with its columns and has a fixed part, measured in columns.
+    const FIXED: usize = 40;
+    let tiles = |columns: usize| m.div_ceil(128) * n.div_ceil(columns);
+    let columns = [256, 192, 128, 96, 64]
+        .into_iter()
+        .min_by_key(|columns| tiles(*columns).div_ceil(device.processors) * (columns + FIXED))
+        .unwrap_or(128);
+    let stage_columns = if turned {
+        columns.next_multiple_of(64)
+    } else {
+        columns
+    };
+    let stage_bytes = (128 + stage_columns) * 128;
+    let slabs = k.div_ceil(64);
+    let stages = ((device.shared_bytes - 1024) / (stage_bytes + 16)).clamp(2, 7.min(slabs.max(2)));
+    WgmmaTile {
+        columns,
+        stages,
+        blocks: tiles(columns).min(device.processors),
+        shared_bytes: stages * (stage_bytes + 16) + 1024,
+    }
+}
+
+/// A tile of `gemm_mma.cu` and the part of it a warp computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct MmaTile {
+    pub rows: usize,
+    pub columns: usize,
+    pub warp_rows: usize,
+    pub warp_columns: usize,
+    pub stages: usize,
+    pub blocks_per_processor: usize,
+}
+
+impl MmaTile {
+    pub(super) fn threads(&self) -> u32 {
+        (self.rows / self.warp_rows * (self.columns / self.warp_columns) * 32) as u32
+    }
+
+    pub(super) fn shared_bytes(&self) -> usize {
+        self.stages * (self.rows + self.columns) * 128
+    }
+
+    pub(super) fn tiles(&self, m: usize, n: usize) -> usize {
+        m.div_ceil(self.rows) * n.div_ceil(self.columns)
+    }
+}
+
+const MMA_TILES: [MmaTile; 4] = [
+    MmaTile {
+        rows: 128,
+        columns: 256,
+        warp_rows: 64,
+        warp_columns: 64,
+        stages: 3,
+        blocks_per_processor: 1,
+    },
+    MmaTile {
+        rows: 128,
+        columns: 128,
+        warp_rows: 64,
+        warp_columns: 32,
+        stages: 4,
+        blocks_per_processor: 1,
+    },
+    MmaTile {
+        rows: 64,
+        columns: 128,
+        warp_rows: 32,
+        warp_columns: 64,
+        stages: 3,
+        blocks_per_processor: 2,
+    },
+    MmaTile {
+        rows: 64,
+        columns: 64,
+        warp_rows: 32,
+        warp_columns: 32,
+        stages: 4,
+        blocks_per_processor: 2,
+    },
+];
+
+/// The tile of an `m × n` product.
+pub(super) fn mma(m: usize, n: usize, device: &Device) -> MmaTile {
+    let cost = |tile: &MmaTile| {
+        // Smaller tiles reuse less of what they load; blocks that share a processor take turns.
+        let efficiency = match tile.rows * tile.columns {
+            32_768 => 100,
+            16_384 => 85,
+            8192 => 70,
+            _ => 50,
+        };
+        let at_once = device.processors * tile.blocks_per_processor;
+        let waves = tile.tiles(m, n).div_ceil(at_once);
+        waves * tile.blocks_per_processor * tile.rows * tile.columns * 100 / efficiency
+    };
+    MMA_TILES
+        .into_iter()
+        .filter(|tile| tile.shared_bytes() <= device.shared_bytes)
+        .min_by_key(cost)
+        .unwrap_or(MMA_TILES[3])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const H100: Device = Device {
+        form: Form::Wgmma,
+        processors: 132,
+        shared_bytes: 232_448,
+    };
+
+    #[test]
+    fn few_tiles_fill_the_card_with_narrow_ones() {
+        let short = wgmma(384, 4096, 4096, false, &H100);
+        assert_eq!((short.columns, short.blocks), (96, 129));
+        let long = wgmma(5888, 12_288, 4096, false, &H100);
+        assert_eq!((long.columns, long.blocks), (256, 132));
+        for tile in [short, long, wgmma(1, 8, 8, true, &H100)] {
+            assert!(tile.shared_bytes <= H100.shared_bytes && tile.stages >= 2);
+        }
+    }
+
+    #[test]
+    fn an_ampere_card_gets_tiles_that_fit() {
+        let a800 = Device {
+            form: Form::Mma,
+            processors: 108,
+            shared_bytes: 163 * 1024,
+        };
+        assert_eq!(mma(5888, 12_288, &a800).columns, 256);
+        assert!(mma(64, 4096, &a800).rows == 64);
+        for (m, n) in [(1, 8), (368, 4096), (5888, 12_288)] {
+            assert!(mma(m, n, &a800).shared_bytes() <= a800.shared_bytes);
+        }
+    }
+}

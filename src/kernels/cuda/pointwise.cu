@@ -1,0 +1,71 @@
+// Pointwise operations over contiguous tensors, a vector a thread and step. Limit: memory.
+//
+// Configuration: one of GATED, GATED_BACKWARD, GELU_TANH, GELU_EXACT. The number of elements is a
+// multiple of VECTOR.
+
+struct Parameters {
+    u64 vectors;
+};
+
+__device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + __expf(-x)); }
+
+__device__ __forceinline__ float gelu_tanh(float x) {
+    return 0.5f * x * (1.f + tanhf(0.7978845608028654f * x * (1.f + 0.044715f * x * x)));
+}
+
+__device__ __forceinline__ float gelu_exact(float x) {
+    return 0.5f * x * (1.f + erff(x * 0.7071067811865476f));
+}
+
+#define FOR_EACH_VECTOR(at)                                                        \
+    for (u64 at = ((u64)blockIdx.x * blockDim.x + threadIdx.x) * VECTOR;           \
+         at < p.vectors * VECTOR; at += (u64)gridDim.x * blockDim.x * VECTOR)
+
+#if GATED
+extern "C" __global__ void __launch_bounds__(256)
+ENTRY(const scalar* gate, const scalar* up, scalar* y, const __grid_constant__ Parameters p) {
+    FOR_EACH_VECTOR(at) {
+        float g[VECTOR], u[VECTOR];
+        load_vector(gate + at, g);
+        load_vector(up + at, u);
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++) g[i] = g[i] * sigmoid(g[i]) * u[i];
+        store_vector(y + at, g);
+    }
+}
+#endif
+
+#if GATED_BACKWARD
+extern "C" __global__ void __launch_bounds__(256)
+ENTRY(const scalar* gate, const scalar* up, const scalar* dy, scalar* dgate, scalar* dup,
+      const __grid_constant__ Parameters p) {
+    FOR_EACH_VECTOR(at) {
+        float g[VECTOR], u[VECTOR], d[VECTOR];
+        load_vector(gate + at, g);
+        load_vector(up + at, u);
+        load_vector(dy + at, d);
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++) {
+            const float s = sigmoid(g[i]);
+            const float flowing_up = d[i] * g[i] * s;
+            g[i] = d[i] * u[i] * s * (1.f + g[i] * (1.f - s));
+            u[i] = flowing_up;
+        }
+        store_vector(dgate + at, g);
+        store_vector(dup + at, u);
+    }
+}
+#endif
+
+#if GELU_TANH || GELU_EXACT
+extern "C" __global__ void __launch_bounds__(256)
+ENTRY(const scalar* x, scalar* y, const __grid_constant__ Parameters p) {
+    FOR_EACH_VECTOR(at) {
+        float v[VECTOR];
+        load_vector(x + at, v);
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++) v[i] = GELU_TANH ? gelu_tanh(v[i]) : gelu_exact(v[i]);
+        store_vector(y + at, v);
+    }
+}
+#endif

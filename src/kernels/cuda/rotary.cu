@@ -1,0 +1,95 @@
+// Norm over each head where there is one, then rotation by the token's angles; and back.
+//
+// x [tokens, heads, HEAD_DIM] with strides (elements) for tokens and heads, y and dx contiguous;
+// cos, sin [tokens, HEAD_DIM] f32, both halves of a row alike. One warp a head: a lane holds PAIRS
+// elements of the first half and their partners in the second.
+//
+// Configuration: HEAD_DIM (even, at most 128), WITH_NORM, BACKWARD. Limit: memory.
+
+#define HALF (HEAD_DIM / 2)
+#define PAIRS (HALF > 32 ? 2 : 1)
+
+struct Parameters {
+    u64 tokens, heads;
+    u64 token_stride, head_stride;      // of x
+    u64 dy_token_stride, dy_head_stride;
+    u64 epsilon;  // f32 bits
+};
+
+extern "C" __global__ void __launch_bounds__(256)
+ENTRY(const scalar* x, const scalar* weight, const float* cos_table, const float* sin_table,
+#if BACKWARD
+      const scalar* dy,
+#endif
+      scalar* out, const __grid_constant__ Parameters p) {
+    const u64 head = (u64)blockIdx.x * 8 + (threadIdx.x >> 5);
+    if (head >= p.tokens * p.heads) return;
+    const int lane = threadIdx.x & 31;
+    const u64 token = head / p.heads, index = head % p.heads;
+    const scalar* from = x + token * p.token_stride + index * p.head_stride;
+    const float* cosines = cos_table + token * HEAD_DIM;
+    const float* sines = sin_table + token * HEAD_DIM;
+    scalar* to = out + head * HEAD_DIM;
+
+    float first[PAIRS], second[PAIRS];
+#if WITH_NORM
+    float squares = 0.f;
+#pragma unroll
+    for (int i = 0; i < PAIRS; i++) {
+        const int at = lane * PAIRS + i;
+        first[i] = at < HALF ? load(from + at) : 0.f;
+        second[i] = at < HALF ? load(from + HALF + at) : 0.f;
+        squares += first[i] * first[i] + second[i] * second[i];
+    }
+    const float scale = rsqrtf(warp_sum(squares) / HEAD_DIM + __uint_as_float((u32)p.epsilon));
+#endif
+#if !BACKWARD
+#pragma unroll
+    for (int i = 0; i < PAIRS; i++) {
+        const int at = lane * PAIRS + i;
+        if (at >= HALF) continue;
+#if WITH_NORM
+        // Rounded where the plain operations round, so that both see the same heads.
+        const float a = rounded(rounded(first[i] * scale) * load(weight + at));
+        const float b = rounded(rounded(second[i] * scale) * load(weight + HALF + at));
+#else
+        const float a = load(from + at), b = load(from + HALF + at);
+#endif
+        store(to + at, a * cosines[at] - b * sines[at]);
+        store(to + HALF + at, b * cosines[at] + a * sines[at]);
+    }
+#else
+    const scalar* flowing = dy + token * p.dy_token_stride + index * p.dy_head_stride;
+    float turned_first[PAIRS], turned_second[PAIRS];
+    float along = 0.f;
+#pragma unroll
+    for (int i = 0; i < PAIRS; i++) {
+        const int at = lane * PAIRS + i;
+        turned_first[i] = turned_second[i] = 0.f;
+        if (at >= HALF) continue;
+        const float a = load(flowing + at), b = load(flowing + HALF + at);
+        turned_first[i] = a * cosines[at] + b * sines[at];
+        turned_second[i] = b * cosines[at] - a * sines[at];
+#if WITH_NORM
+        turned_first[i] *= load(weight + at);
+        turned_second[i] *= load(weight + HALF + at);
+        along += turned_first[i] * first[i] + turned_second[i] * second[i];
+#endif
+    }
+#if WITH_NORM
+    along = warp_sum(along) / HEAD_DIM * scale * scale;
+#endif
+#pragma unroll
+    for (int i = 0; i < PAIRS; i++) {
+        const int at = lane * PAIRS + i;
+        if (at >= HALF) continue;
+#if WITH_NORM
+        store(to + at, (turned_first[i] - first[i] * along) * scale);
+        store(to + HALF + at, (turned_second[i] - second[i] * along) * scale);
+#else
+        store(to + at, turned_first[i]);
+        store(to + HALF + at, turned_second[i]);
+#endif
+    }
+#endif
+}

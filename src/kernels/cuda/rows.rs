@@ -1,0 +1,88 @@
+//! Norms over rows: `rows.cu`.
+
+use burn::{prelude::*, tensor::DType};
+
+use super::launch::{Backend, Buffer, Kernel, contiguous, empty, float_bits, launch, tensor};
+use super::scalar_of;
+
+const SOURCES: &[&str] = &[include_str!("scalar.cuh"), include_str!("rows.cu")];
+
+/// Widest row a block holds in registers.
+const WIDEST: usize = 16_384;
+
+/// Whether the rows of a tensor can be worked on.
+pub(super) fn covers(width: usize, dtype: DType) -> bool {
+    scalar_of(dtype).is_some_and(|(_, vector)| width.is_multiple_of(vector)) && width <= WIDEST
+}
+
+fn kernel(name: &str, form: &'static str, width: usize, dtype: DType) -> Kernel {
+    let (bf16, vector) = scalar_of(dtype).expect("`covers` was asked");
+    let threads = (width / vector / 2)
+        .next_power_of_two()
+        .clamp(32, if width > 4096 { 512 } else { 256 });
+    Kernel::new(
+        name,
+        SOURCES,
+        vec![
+            (form, 1),
+            ("SCALAR_BF16", bf16),
+            ("WIDTH", width as i64),
+            ("THREADS", threads as i64),
+        ],
+        threads as u32,
+    )
+}
+
+fn run(kernel: Kernel, inputs: &[&Buffer], epsilon: f64) -> Buffer {
+    let [rows, width] = inputs[0].meta.shape().dims();
+    let out = empty(inputs[0], [rows, width], inputs[0].dtype);
+    let mut buffers = inputs.to_vec();
+    buffers.push(&out);
+    let parameters = vec![rows as u64, float_bits(epsilon)];
+    launch(
+        &inputs[0].client,
+        kernel,
+        [rows, 1, 1],
+        &buffers,
+        parameters,
+    );
+    out
+}
+
+pub(super) fn rms_norm(
+    x: Tensor<Backend, 2>,
+    weight: Tensor<Backend, 1>,
+    epsilon: f64,
+) -> Tensor<Backend, 2> {
+    let kernel = kernel("rms_norm", "NORM_RMS", x.dims()[1], x.dtype());
+    tensor(run(kernel, &[&contiguous(x), &contiguous(weight)], epsilon))
+}
+
+pub(super) fn rms_norm_backward(
+    x: Tensor<Backend, 2>,
+    weight: Tensor<Backend, 1>,
+    epsilon: f64,
+    dy: Tensor<Backend, 2>,
+    residual: Tensor<Backend, 2>,
+) -> Tensor<Backend, 2> {
+    let kernel = kernel(
+        "rms_norm_backward",
+        "NORM_RMS_BACKWARD",
+        x.dims()[1],
+        x.dtype(),
+    );
+    let (x, weight) = (contiguous(x), contiguous(weight));
+    let (dy, residual) = (contiguous(dy), contiguous(residual));
+    tensor(run(kernel, &[&x, &weight, &dy, &residual], epsilon))
+}
+
+pub(super) fn layer_norm(
+    x: Tensor<Backend, 2>,
+    weight: Tensor<Backend, 1>,
+    bias: Tensor<Backend, 1>,
+    epsilon: f64,
+) -> Tensor<Backend, 2> {
+    let kernel = kernel("layer_norm", "NORM_LAYER", x.dims()[1], x.dtype());
+    let (x, weight, bias) = (contiguous(x), contiguous(weight), contiguous(bias));
+    tensor(run(kernel, &[&x, &weight, &bias], epsilon))
+}

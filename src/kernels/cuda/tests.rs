@@ -1,0 +1,472 @@
+//! Every fast operation against the default it replaces, over odd shapes, in f32 and bf16.
+//!
+//! The reference is the default on the same inputs cast to f32. Tolerances are relative distances
+//! (norm of the difference over norm of the reference): a bf16 result is rounded once, 2⁻⁹ at most
+//! and 0.0017 on average; operations that round between their steps get twice that; f32 sums in
+//! another order differ by some 1e-6.
+
+use burn::{
+    prelude::*,
+    tensor::{DType, Distribution},
+};
+
+use super::Cuda;
+use crate::{
+    kernels::{AttentionSpans, BackwardProduct, Dropout, HeadNorm, Kernels, LowRank, plain},
+    qwen3_vl::nn::{gelu_exact, gelu_tanh, to_dtype, to_f32},
+};
+
+type T<const D: usize> = Tensor<Cuda, D>;
+
+/// The device, or `None` said aloud.
+fn device() -> Option<<Cuda as burn::tensor::backend::BackendTypes>::Device> {
+    let device = burn::backend::cuda::CudaDevice::new(0);
+    let answers = crate::backend::quietly(|| T::<1>::ones([2], &device).sum().into_data());
+    if answers.is_err() {
+        println!("SKIPPED: no CUDA device answers, so no kernel is compared");
+        return None;
+    }
+    Cuda::seed(&device, 7);
+    Some(device)
+}
+
+fn normal<const D: usize>(
+    shape: [usize; D],
+    std: f64,
+    dtype: DType,
+    device: &<Cuda as burn::tensor::backend::BackendTypes>::Device,
+) -> T<D> {
+    let x = T::<D>::random(shape, Distribution::Normal(0.0, std), (device, DType::F32));
+    to_dtype(x, dtype)
+}
+
+/// Relative distances seen, and which were too large.
+#[derive(Default)]
+struct Report(Vec<String>);
+
+impl Report {
+    fn close<const D: usize>(&mut self, name: &str, got: T<D>, want: T<D>, tolerance: f64) {
+        assert_eq!(got.dims(), want.dims(), "{name}");
+        let (got, want) = (to_f32(got), to_f32(want));
+        let norm = |x: T<D>| -> f64 {
+            let sum = (x.clone() * x).sum().into_data();
+            f64::from(sum.iter::<f32>().next().unwrap()).sqrt()
+        };
+        let reference = norm(want.clone());
+        let distance = norm(got - want) / reference.max(1e-30);
+        // A NaN is too far as well.
+        let fine = distance <= tolerance;
+        println!(
+            "{} {name}: {distance:.2e}",
+            if fine { "ok  " } else { "FAIL" }
+        );
+        if !fine {
+            self.0
+                .push(format!("{name}: {distance:.3e}, allowed {tolerance:.0e}"));
+        }
+    }
+
+    fn finish(self) {
+        assert!(self.0.is_empty(), "{:#?}", self.0);
+    }
+}
+
+const ONE_ROUNDING: f64 = 3e-3;
+const SOME_ROUNDINGS: f64 = 6e-3;
+
+fn tolerance(dtype: DType, bf16: f64) -> f64 {
+    if dtype == DType::F32 { 1e-5 } else { bf16 }
+}
+
+#[test]
+fn norms() {
+    let Some(device) = device() else { return };
+    let mut report = Report::default();
+    for dtype in [DType::F32, DType::BF16] {
+        for (rows, width) in [(1, 64), (3, 1152), (368, 4096), (5, 12_288), (7, 200)] {
+            let name = |what| format!("{what} {dtype:?} [{rows}, {width}]");
+            let x = normal([rows, width], 1.0, dtype, &device);
+            let weight = normal([width], 1.0, dtype, &device);
+            let bias = normal([width], 1.0, dtype, &device);
+            let dy = normal([rows, width], 1.0, dtype, &device);
+            let residual = normal([rows, width], 1.0, dtype, &device);
+            let (xf, wf) = (to_f32(x.clone()), to_f32(weight.clone()));
+            report.close(
+                &name("rms_norm"),
+                Cuda::rms_norm(x.clone(), weight.clone(), 1e-6),
+                plain::rms_norm(xf.clone(), wf.clone(), 1e-6),
+                tolerance(dtype, SOME_ROUNDINGS),
+            );
+            report.close(
+                &name("rms_norm_backward"),
+                Cuda::rms_norm_backward(
+                    x.clone(),
+                    weight.clone(),
+                    1e-6,
+                    dy.clone(),
+                    residual.clone(),
+                ),
+                to_f32(residual)
+                    + plain::rms_norm_backward(xf.clone(), wf.clone(), 1e-6, to_f32(dy)),
+                tolerance(dtype, ONE_ROUNDING),
+            );
+            report.close(
+                &name("layer_norm"),
+                Cuda::row_layer_norm(x, weight, bias.clone(), 1e-6),
+                plain::layer_norm(xf, wf, to_f32(bias), 1e-6),
+                tolerance(dtype, ONE_ROUNDING),
+            );
+        }
+    }
+    report.finish();
+}
+
+#[test]
+fn rotation() {
+    let Some(device) = device() else { return };
+    let mut report = Report::default();
+    for dtype in [DType::F32, DType::BF16] {
+        for (tokens, heads, head_dim) in [
+            (1, 1, 16),
+            (5, 3, 72),
+            (368, 32, 128),
+            (9, 2, 64),
+            (3, 1, 6),
+        ] {
+            // The queries of a fused projection: tokens lie three times as far apart.
+            let fused = normal([tokens, 3 * heads, head_dim], 1.0, dtype, &device);
+            let x = fused.narrow(1, heads, heads);
+            let angles = normal([tokens, head_dim / 2], 3.0, DType::F32, &device);
+            let angles = Tensor::cat(vec![angles.clone(), angles], 1);
+            let (cos, sin) = (angles.clone().cos(), angles.sin());
+            let dy = normal([tokens, heads, head_dim], 1.0, dtype, &device);
+            let norm = HeadNorm {
+                weight: normal([head_dim], 1.0, dtype, &device),
+                epsilon: 1e-6,
+            };
+            let exact = HeadNorm {
+                weight: to_f32(norm.weight.clone()),
+                epsilon: 1e-6,
+            };
+            for (norm, exact) in [(None, None), (Some(norm), Some(exact))] {
+                let name = |what: &str| {
+                    format!(
+                        "{what} {dtype:?} [{tokens}, {heads}, {head_dim}] norm {}",
+                        norm.is_some()
+                    )
+                };
+                report.close(
+                    &name("rotate_heads"),
+                    Cuda::rotate_heads(x.clone(), norm.clone(), cos.clone(), sin.clone()),
+                    plain::rotate_heads(to_f32(x.clone()), exact.clone(), cos.clone(), sin.clone()),
+                    tolerance(dtype, SOME_ROUNDINGS),
+                );
+                report.close(
+                    &name("rotate_heads_backward"),
+                    Cuda::rotate_heads_backward(
+                        x.clone(),
+                        norm,
+                        cos.clone(),
+                        sin.clone(),
+                        dy.clone(),
+                    ),
+                    plain::rotate_heads_backward(
+                        to_f32(x.clone()),
+                        exact,
+                        cos.clone(),
+                        sin.clone(),
+                        to_f32(dy.clone()),
+                    ),
+                    tolerance(dtype, ONE_ROUNDING),
+                );
+            }
+        }
+    }
+    report.finish();
+}
+
+#[test]
+fn pointwise() {
+    let Some(device) = device() else { return };
+    let mut report = Report::default();
+    for dtype in [DType::F32, DType::BF16] {
+        for (rows, width) in [(1, 8), (3, 4304), (368, 12_288)] {
+            let name = |what| format!("{what} {dtype:?} [{rows}, {width}]");
+            let [gate, up, dy] =
+                [3.0, 1.0, 1.0].map(|std| normal([rows, width], std, dtype, &device));
+            let [gf, uf, df] = [&gate, &up, &dy].map(|x| to_f32(x.clone()));
+            let close = tolerance(dtype, ONE_ROUNDING);
+            report.close(
+                &name("gated"),
+                Cuda::gated(gate.clone(), up.clone()),
+                plain::gated(gf.clone(), uf.clone()),
+                close,
+            );
+            let got = Cuda::gated_backward(gate.clone(), up, dy);
+            let want = plain::gated_backward(gf.clone(), uf, df);
+            for (got, want) in got.into_iter().zip(want) {
+                report.close(&name("gated_backward"), got, want, close);
+            }
+            report.close(
+                &name("gelu_tanh"),
+                Cuda::gelu_tanh(gate.clone()),
+                gelu_tanh(gf.clone()),
+                close,
+            );
+            report.close(
+                &name("gelu_exact"),
+                Cuda::gelu_exact(gate),
+                gelu_exact(gf),
+                close,
+            );
+        }
+    }
+    report.finish();
+}
+
+#[test]
+fn products() {
+    let Some(device) = device() else { return };
+    let mut report = Report::default();
+    let shapes = [
+        (1, 64, 64),
+        (7, 72, 136),
+        (129, 1152, 4304),
+        (368, 4096, 1024),
+        (300, 4304, 1152),
+        (640, 4096, 4096),
+    ];
+    for (rows, inner, out) in shapes {
+        let name = |what| format!("{what} {rows} x {inner} x {out}");
+        let x = normal([rows, inner], 1.0, DType::BF16, &device);
+        let weight = normal([out, inner], 0.02, DType::BF16, &device);
+        let bias = normal([out], 1.0, DType::BF16, &device);
+        let residual = normal([rows, out], 1.0, DType::BF16, &device);
+        let (xf, wf) = (to_f32(x.clone()), to_f32(weight.clone()));
+        for (bias, residual) in [
+            (None, None),
+            (Some(bias.clone()), None),
+            (Some(bias.clone()), Some(residual.clone())),
+        ] {
+            report.close(
+                &name("dense"),
+                Cuda::dense(x.clone(), weight.clone(), bias.clone(), residual.clone()),
+                plain::linear(
+                    xf.clone(),
+                    wf.clone(),
+                    bias.map(to_f32),
+                    residual.map(to_f32),
+                ),
+                ONE_ROUNDING,
+            );
+        }
+        report.close(
+            &name("logits"),
+            Cuda::logits(x.clone(), weight.clone()),
+            xf.matmul(wf.clone().transpose()),
+            1e-4,
+        );
+        let dy = normal([rows, out], 1.0, DType::BF16, &device);
+        let more = normal([rows, 64], 1.0, DType::BF16, &device);
+        let other = normal([64, inner], 0.1, DType::BF16, &device);
+        let product = |dy: &T<2>, weight: &T<2>| BackwardProduct {
+            dy: dy.clone(),
+            weight: weight.clone(),
+            adapter: None,
+        };
+        let want =
+            to_f32(dy.clone()).matmul(wf) + to_f32(more.clone()).matmul(to_f32(other.clone()));
+        report.close(
+            &name("input_gradient"),
+            Cuda::input_gradient(&[product(&dy, &weight), product(&more, &other)]),
+            want,
+            SOME_ROUNDINGS,
+        );
+    }
+    report.finish();
+}
+
+#[test]
+fn adapters() {
+    let Some(device) = device() else { return };
+    let mut report = Report::default();
+    for (rows, inner, out, rank) in [
+        (1, 64, 96, 8),
+        (33, 1152, 128, 16),
+        (400, 4096, 1024, 8),
+        (65, 256, 4096, 32),
+    ] {
+        for dropout in [
+            None,
+            Some(Dropout {
+                probability: 0.25,
+                seed: 11,
+            }),
+        ] {
+            let name = |what: &str| format!("{what} {rows} x {inner} x {out} r {rank} {dropout:?}");
+            let x = normal([rows, inner], 1.0, DType::BF16, &device);
+            let weight = normal([out, inner], 0.02, DType::BF16, &device);
+            let adapter = LowRank {
+                a: normal([rank, inner], 0.05, DType::F32, &device),
+                b: normal([out, rank], 0.1, DType::F32, &device),
+                scaling: 4.0,
+                dropout,
+            };
+            let residual = normal([rows, out], 1.0, DType::BF16, &device);
+            let (xf, wf) = (to_f32(x.clone()), to_f32(weight.clone()));
+            // The adapter's factors are rounded to bf16 for the tensor cores.
+            let close = 1e-2;
+            let (y, low) =
+                Cuda::adapted_linear(x.clone(), weight.clone(), &adapter, Some(residual.clone()));
+            let (want, want_low) =
+                plain::adapted_linear(xf.clone(), wf.clone(), &adapter, Some(to_f32(residual)));
+            report.close(&name("adapted_linear"), y, want, close);
+            report.close(&name("low"), low.clone(), want_low.clone(), close);
+            let dy = normal([rows, out], 1.0, DType::BF16, &device);
+            let got = Cuda::adapted_linear_backward(x.clone(), low, &adapter, dy.clone());
+            let want = plain::adapted_linear_backward(xf, want_low, &adapter, to_f32(dy.clone()));
+            report.close(&name("gradient of A"), got.a, want.a, close);
+            report.close(&name("gradient of B"), got.b, want.b, close);
+            report.close(
+                &name("gradient of low"),
+                got.low.clone(),
+                want.low.clone(),
+                close,
+            );
+            let product = |dy: T<2>, weight: T<2>, low: T<2>| BackwardProduct {
+                dy,
+                weight,
+                adapter: Some((low, adapter.clone())),
+            };
+            let got = Cuda::input_gradient(&vec![product(dy.clone(), weight.clone(), got.low); 3]);
+            let want = plain::input_gradient(&vec![product(to_f32(dy), wf, want.low); 3]);
+            report.close(&name("input_gradient"), got, want, close);
+        }
+    }
+    report.finish();
+}
+
+#[test]
+fn attention() {
+    let Some(device) = device() else { return };
+    let mut report = Report::default();
+    let packed = |lengths: &[usize]| -> Vec<i32> {
+        lengths
+            .iter()
+            .enumerate()
+            .flat_map(|(index, length)| std::iter::repeat_n(index as i32, *length))
+            .collect()
+    };
+    let padded =
+        |before: usize, tokens: usize| -> Vec<i32> { [vec![-1; before], vec![0; tokens]].concat() };
+    let causal = |segments: &[Vec<i32>], first| AttentionSpans::causal(segments, first, &device);
+    let cases = [
+        ("causal", 1, 1, 16, causal(&[vec![0; 5]], 0)),
+        (
+            "packed",
+            32,
+            8,
+            128,
+            causal(&[packed(&[368, 70, 1, 129])], 0),
+        ),
+        (
+            "padded",
+            4,
+            2,
+            64,
+            causal(&[padded(3, 61), padded(0, 64)], 0),
+        ),
+        ("behind a cache", 8, 8, 32, causal(&[vec![0; 200]], 150)),
+        (
+            "images",
+            16,
+            16,
+            72,
+            AttentionSpans::blocks(&[256, 64, 132], &device),
+        ),
+        (
+            "one image",
+            16,
+            16,
+            72,
+            AttentionSpans::blocks(&[1024], &device),
+        ),
+    ];
+    for (case, heads, kv_heads, head_dim, spans) in cases {
+        let [batch, queries, keys] = spans.dims();
+        let draw = |heads: usize, rows: usize| -> T<4> {
+            normal([batch, rows, heads, head_dim], 1.0, DType::BF16, &device).swap_dims(1, 2)
+        };
+        let (q, k, v) = (
+            draw(heads, queries),
+            draw(kv_heads, keys),
+            draw(kv_heads, keys),
+        );
+        let dy = draw(heads, queries);
+        let exact = |x: &T<4>| to_f32(x.clone());
+        // Rows that see nothing are zero here and anything finite in the default.
+        let [first, end] = spans.ranges().clone();
+        let sees = end
+            .greater(first)
+            .float()
+            .cast(burn::tensor::FloatDType::F32);
+        let sees = sees.reshape([batch, 1, queries, 1]);
+        let (y, statistics) =
+            Cuda::span_attention_for_backward(q.clone(), k.clone(), v.clone(), &spans);
+        let want = plain::attention(exact(&q), exact(&k), exact(&v), &spans);
+        report.close(
+            &format!("attention {case}"),
+            to_f32(y.clone()) * sees.clone(),
+            want * sees.clone(),
+            ONE_ROUNDING,
+        );
+        let dy = to_dtype(to_f32(dy) * sees, DType::BF16);
+        let got = Cuda::span_attention_backward(
+            q.clone(),
+            k.clone(),
+            v.clone(),
+            y,
+            statistics,
+            dy.clone(),
+            &spans,
+        );
+        let want = plain::attention_backward(exact(&q), exact(&k), exact(&v), exact(&dy), &spans);
+        for (what, (got, want)) in ["dq", "dk", "dv"]
+            .into_iter()
+            .zip(got.into_iter().zip(want))
+        {
+            report.close(
+                &format!("attention {case} {what}"),
+                got,
+                want,
+                SOME_ROUNDINGS,
+            );
+        }
+    }
+    report.finish();
+}
+
+#[test]
+fn loss() {
+    let Some(device) = device() else { return };
+    let mut report = Report::default();
+    for (rows, width, vocab) in [(1, 64, 304), (92, 256, 4096), (300, 128, 151_936)] {
+        let hidden = normal([rows, width], 1.0, DType::BF16, &device);
+        let head = normal([vocab, width], 0.05, DType::BF16, &device);
+        let ids: Vec<i32> = (0..rows as i32)
+            .map(|row| row * 37 % vocab as i32)
+            .collect();
+        let ids = Tensor::<Cuda, 1, Int>::from_ints(ids.as_slice(), &device);
+        let got = Cuda::target_loss(hidden.clone(), head.clone(), ids.clone(), 0.01);
+        let want = plain::target_loss(to_f32(hidden), to_f32(head), ids, 0.01);
+        let name = |what| format!("{what} {rows} x {width} x {vocab}");
+        report.close(&name("loss"), got.sums, want.sums, 1e-4);
+        report.close(
+            &name("gradient of hidden states"),
+            got.hidden_gradient,
+            want.hidden_gradient,
+            SOME_ROUNDINGS,
+        );
+    }
+    report.finish();
+}
