@@ -56,7 +56,8 @@ pub struct ServeArgs {
     /// Let everybody in who reaches the address.
     #[arg(long, conflicts_with = "api_key")]
     pub no_auth: bool,
-    /// Further name by which clients call a server without keys; may be given several times.
+    /// Name by which clients call the server, where that is not its address: behind a proxy, or without
+    /// keys under a name of its own; may be given several times.
     #[arg(long, value_name = "NAME")]
     pub host_name: Vec<String>,
     /// Certificate chain, PEM; turns TLS on.
@@ -251,6 +252,10 @@ impl DeviceTask for Serve {
     }
 }
 
+fn lowercase(names: &[String]) -> Vec<String> {
+    names.iter().map(|name| name.to_ascii_lowercase()).collect()
+}
+
 /// The folder's own name.
 fn base_name(dir: &Path) -> String {
     let dir = dir.canonicalize().unwrap_or_else(|_| dir.to_path_buf());
@@ -278,6 +283,7 @@ impl Serve {
             api_keys: args.api_key.clone(),
             adapter_dir: args.adapter_dir.clone(),
             host_names: self.host_names(),
+            origin_names: lowercase(&args.host_name),
         }
     }
 
@@ -292,7 +298,7 @@ impl Serve {
             IpAddr::V4(ip) => ip.to_string(),
             IpAddr::V6(ip) => format!("[{ip}]"),
         });
-        names.extend(args.host_name.iter().map(|name| name.to_ascii_lowercase()));
+        names.extend(lowercase(&args.host_name));
         names
     }
 

@@ -30,7 +30,7 @@ fn decoder(pipeline: &Pipeline<Flex>) -> PlainDecoder<Flex> {
     PlainDecoder::new(
         pipeline.model.clone(),
         pipeline.parts.config.clone(),
-        pipeline.device.clone(),
+        pipeline.device,
     )
 }
 

@@ -82,11 +82,15 @@ impl KeyCheck {
 ///
 /// A server that asks for no key trusts whoever reaches it. A page may reach it too: through a name
 /// that suddenly resolves to this machine (so the `Host` must be one of `host_names`), or by a plain
-/// cross-origin request (so the `Origin` must be the server itself).
+/// cross-origin request (so the `Origin` must be the server itself, or one of `origin_names`).
 ///
 /// # Errors
 /// [`ApiError`] of status 403.
-pub fn check_origin(headers: &HeaderMap, host_names: &[String]) -> Result<(), ApiError> {
+pub fn check_origin(
+    headers: &HeaderMap,
+    host_names: &[String],
+    origin_names: &[String],
+) -> Result<(), ApiError> {
     let text = |name: HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
     let host = text(header::HOST).unwrap_or_default();
     if !host_names.is_empty() {
@@ -100,10 +104,11 @@ pub fn check_origin(headers: &HeaderMap, host_names: &[String]) -> Result<(), Ap
     }
     if let Some(value) = headers.get(header::ORIGIN) {
         let origin = value.to_str().unwrap_or_default();
-        let same = origin
-            .split_once("://")
-            .is_some_and(|(_, authority)| authority.eq_ignore_ascii_case(host));
-        if !same {
+        let ours = origin.split_once("://").is_some_and(|(_, authority)| {
+            let name = host_name(authority).to_ascii_lowercase();
+            authority.eq_ignore_ascii_case(host) || origin_names.contains(&name)
+        });
+        if !ours {
             return Err(ApiError::new(
                 StatusCode::FORBIDDEN,
                 "requests from pages of other origins are not taken",
@@ -161,7 +166,7 @@ mod tests {
     #[test]
     fn foreign_pages_and_names_are_refused() {
         let names = ["localhost".to_owned(), "[::1]".to_owned()];
-        let check = |pairs: &[(&str, &str)]| check_origin(&headers(pairs), &names).is_ok();
+        let check = |pairs: &[(&str, &str)]| check_origin(&headers(pairs), &names, &[]).is_ok();
         assert!(check(&[("host", "localhost:7860")]));
         assert!(check(&[("host", "[::1]:7860")]));
         assert!(check(&[("host", "LOCALHOST")]));
@@ -182,6 +187,8 @@ mod tests {
                 "{origin}"
             );
         }
-        assert!(check_origin(&headers(&[("host", "any")]), &[]).is_ok());
+        let proxied = headers(&[("host", "inner:80"), ("origin", "https://xray.example")]);
+        assert!(check_origin(&proxied, &[], &[]).is_err());
+        assert!(check_origin(&proxied, &[], &["xray.example".into()]).is_ok());
     }
 }

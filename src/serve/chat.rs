@@ -7,13 +7,14 @@ use std::{
 
 use axum::{
     Json,
-    body::Body,
+    body::{Body, Bytes},
     extract::{Extension, State},
     http::{HeaderMap, StatusCode, header},
     response::{IntoResponse, Response},
 };
+use bytes::BytesMut;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
-use hyper::body::{Body as _, Bytes};
+use hyper::body::Body as _;
 use serde_json::{Value, json};
 use tokio::sync::{SemaphorePermit, mpsc::UnboundedReceiver};
 
@@ -75,16 +76,14 @@ pub async fn completions(
     let started = Instant::now();
     let deadline = started + app.config.request_timeout;
     expect_json(&headers)?;
-    // A place first: a full server must not read, decode or tokenize what it will not answer.
-    let mut place = app.engine.reserve(1)?;
+    // A full server does not read what it will not answer. The place itself is taken when the body is
+    // there: whoever sends slowly must not hold one.
+    app.engine.check_room()?;
     let (request, memory): (ChatRequest, _) = read_json(&app, body).await?;
     let model = app.models.find(request.model.as_deref())?;
     let vocab_size = app.parts.config.text_config.vocab_size;
     let settings = RequestSettings::new(&request, &app.config, vocab_size)?;
-    let mut more_places = match settings.choices {
-        1 => None,
-        choices => Some(app.engine.reserve(choices - 1)?),
-    };
+    let mut places = app.engine.reserve(settings.choices)?;
     let header = Header {
         id: format!("chatcmpl-{:032x}", rand::random::<u128>()),
         created: SystemTime::now()
@@ -137,11 +136,7 @@ pub async fn completions(
             deadline,
             client: peer.client,
         };
-        let place = match &mut more_places {
-            Some(more) if index > 0 => more,
-            _ => &mut place,
-        };
-        receivers.push(app.engine.submit(submission, place, started)?);
+        receivers.push(app.engine.submit(submission, &mut places, started)?);
     }
     let answers = Answers {
         header,
@@ -241,8 +236,7 @@ pub(super) async fn read_body(
             format!("the body has more than {limit} bytes"),
         )
     };
-    let announced = body.size_hint().exact().unwrap_or(limit as u64);
-    if announced > limit as u64 {
+    if body.size_hint().lower() > limit as u64 {
         return Err(too_large());
     }
     let late = || {
@@ -252,23 +246,24 @@ pub(super) async fn read_body(
         )
     };
     tokio::time::timeout(app.config.read_timeout, async {
-        let memory = app
-            .body_kib
-            .acquire_many((announced / 1024 + 1) as u32)
-            .await
-            .map_err(|_| ApiError::internal())?;
-        let bytes = Limited::new(body, limit)
-            .collect()
-            .await
-            .map_err(|error| {
+        let mut body = Limited::new(body, limit);
+        let mut bytes = BytesMut::new();
+        // Memory is taken for what has come, not for what was announced.
+        let mut memory = app.take_memory(1).await?;
+        while let Some(frame) = body.frame().await {
+            let frame = frame.map_err(|error| {
                 if error.is::<LengthLimitError>() {
                     too_large()
                 } else {
                     ApiError::new(StatusCode::BAD_REQUEST, "the body broke off")
                 }
-            })?
-            .to_bytes();
-        Ok((bytes, memory))
+            })?;
+            if let Some(data) = frame.data_ref() {
+                memory.merge(app.take_memory(data.len()).await?);
+                bytes.extend_from_slice(data);
+            }
+        }
+        Ok((bytes.freeze(), memory))
     })
     .await
     .map_err(|_| late())?

@@ -33,10 +33,11 @@ use std::{
     time::Duration,
 };
 
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::{generate::SamplingConfig, pipeline::TextAndImages, processor::image::DecodeLimits};
 use engine::Engine;
+use error::ApiError;
 use grammar::GrammarFactory;
 use metrics::Metrics;
 use models::Models;
@@ -72,6 +73,8 @@ pub struct ServeConfig {
     pub adapter_dir: Option<PathBuf>,
     /// Names the server goes by, for the check of the `Host` header; empty: any.
     pub host_names: Vec<String>,
+    /// Names a page may come from besides the `Host` itself, as behind a proxy that replaces it.
+    pub origin_names: Vec<String>,
 }
 
 impl ServeConfig {
@@ -128,6 +131,15 @@ impl App {
             config,
             grammar: OnceLock::new(),
         }
+    }
+
+    /// Takes memory for `bytes` of a body; waits while too many bodies are being read.
+    async fn take_memory(&self, bytes: usize) -> Result<SemaphorePermit<'_>, ApiError> {
+        let kib = u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX);
+        self.body_kib
+            .acquire_many(kib)
+            .await
+            .map_err(|_| ApiError::internal())
     }
 
     /// The maker of JSON constraints; `None` when the vocabulary cannot be used for it.

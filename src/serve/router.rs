@@ -103,7 +103,8 @@ pub fn router(app: Arc<App>) -> Router {
 
 /// Around every request: origin, panics, counters, headers.
 async fn every_request(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
-    let origin = check_origin(request.headers(), &app.config.host_names);
+    let config = &app.config;
+    let origin = check_origin(request.headers(), &config.host_names, &config.origin_names);
     let mut response = match origin {
         Err(error) => error.into_response(),
         // A panic ends its own request; the connection and all others live on.

@@ -92,7 +92,7 @@ fn settings_of_a_request_are_kept() {
     assert_eq!(stopped, whole[..whole.find(&stop).unwrap()]);
 
     let hot = with(
-        with(base.clone(), "temperature", 1.5.into()),
+        with(base.clone(), "temperature", 4.0.into()),
         "seed",
         5.into(),
     );

@@ -244,6 +244,21 @@ impl Engine {
         &self.limits
     }
 
+    /// Whether there is room in the queue at this moment; nothing is taken.
+    ///
+    /// # Errors
+    /// [`Refusal`].
+    pub fn check_room(&self) -> Result<(), Refusal> {
+        let waiting = self.waiting.load(Ordering::SeqCst);
+        if self.is_stopping() {
+            Err(Refusal::Stopping)
+        } else if waiting >= self.limits.max_queue {
+            Err(Refusal::Busy(waiting))
+        } else {
+            Ok(())
+        }
+    }
+
     /// Takes places in the queue, to be had before any work is put into a request.
     ///
     /// # Errors
