@@ -38,7 +38,7 @@ pub enum CleanError {
         cause: Box<regex::Error>,
     },
     /// An accepted defect names a row that is not there.
-    #[error("`{file}` has no row {row}; expected the rows the defects were found in")]
+    #[error("`{file}` has no row {}; expected the rows the defects were found in", .row + 1)]
     NoSuchRow {
         /// File of the defect.
         file: String,
@@ -47,7 +47,7 @@ pub enum CleanError {
     },
     /// The text has changed since the defect was found.
     #[error(
-        "`{file}` row {row}: expected `{expected}` at byte {start}; hint: find the defects again"
+        "`{file}` row {}: expected `{expected}` at byte {start}; hint: find the defects again", .row + 1
     )]
     TextChanged {
         /// File of the defect.
@@ -61,7 +61,7 @@ pub enum CleanError {
     },
     /// Two accepted defects want the same bytes.
     #[error(
-        "`{file}` row {row}: two accepted defects overlap at byte {start}; hint: accept one of them"
+        "`{file}` row {}: two accepted defects overlap at byte {start}; hint: accept one of them", .row + 1
     )]
     Overlap {
         /// File of the defects.
@@ -80,9 +80,20 @@ pub enum CleanError {
         #[source]
         cause: serde_json::Error,
     },
+    /// A line of a corpus file is not JSON.
+    #[error("`{file}` row {} is not JSON", .row + 1)]
+    Line {
+        /// The file.
+        file: String,
+        /// Row, from 0.
+        row: usize,
+        /// What the reader says.
+        #[source]
+        cause: serde_json::Error,
+    },
     /// A corpus file lacks a row or its text.
     #[error(
-        "`{file}` row {row}: expected `label` and `img` in a list, or `caption` and `image_id` in `annotations`"
+        "`{file}` row {}: expected `label` and `img` in a list, `caption` and `image_id` in `annotations`, or `messages` with an answer at the end", .row + 1
     )]
     Schema {
         /// The file.
@@ -226,6 +237,11 @@ impl TermTable {
             .map(compile)
             .collect::<Result<_, _>>()?;
         Ok(Self { terms })
+    }
+
+    /// Names of the defects, in the order of the table; a name may come several times.
+    pub fn defects(&self) -> impl Iterator<Item = &str> {
+        self.terms.iter().map(|term| term.defect.as_str())
     }
 
     /// Every place of `rows` with a defect, by row, then by place.

@@ -43,8 +43,14 @@ pub enum Command {
     Merge(MergeArgs),
     /// Tell what a run will take, before anything is loaded: parameters, memory, steps, tokens, time.
     Plan(PlanArgs),
+    /// Score a model's reports, or a file of predictions, beside the baselines: texts and findings.
+    ///
+    /// Without arguments, the tiny model that comes with the repository on the sample data set.
+    Eval(Box<crate::commands::eval::EvalArgs>),
     /// Turn the OpenI-zh corpus, or any data set in a known form, into train.jsonl and val.jsonl.
     Convert(crate::commands::convert::ConvertArgs),
+    /// Report the translation defects of a corpus, row by row, and propose a corrected copy.
+    Clean(crate::commands::clean::CleanArgs),
     /// Validate a data set before a model is loaded.
     Check(crate::commands::check::CheckArgs),
     /// Draw a data set of synthetic chest radiographs with Chinese reports.
@@ -139,7 +145,7 @@ pub struct GenerationArgs {
 /// Arguments of `infer`.
 #[derive(Debug, Args)]
 pub struct InferArgs {
-    /// Images: PNG, JPEG, WebP, BMP or TIFF. Each gets a report of its own.
+    /// Images: PNG, JPEG, WebP, BMP, TIFF or DICOM. Each gets a report of its own.
     #[arg(value_name = "IMAGE", conflicts_with = "images_dir")]
     pub images: Vec<PathBuf>,
     /// All images of a folder, in order of name.
@@ -148,6 +154,12 @@ pub struct InferArgs {
     /// One report about all images together (the views of one study).
     #[arg(long)]
     pub together: bool,
+    /// Frame of DICOM files that hold several, counted from 1.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub frame: Option<u32>,
+    /// List the technical tags of DICOM files in place of reports: nothing of the patient, no model loaded.
+    #[arg(long, conflicts_with_all = ["output", "stream"])]
+    pub show_tags: bool,
     /// What to ask.
     #[arg(long, value_name = "TEXT", default_value = DEFAULT_PROMPT)]
     pub prompt: String,

@@ -12,6 +12,7 @@ pub mod cli;
 pub mod commands;
 pub mod dataset;
 pub mod evaluate;
+pub mod evaluation;
 pub mod files;
 pub mod findings;
 pub mod generate;

@@ -8,8 +8,8 @@ use xray_qwen3vl::{
     backend::panic_text,
     cli::{BenchCommand, BenchServer, Cli, Command},
     commands::{
-        UsageError, bench, bench_serve, check, convert, infer, init_tiny, merge, phantoms, plan,
-        serve, train,
+        UsageError, bench, bench_serve, check, clean, convert, eval, infer, init_tiny, merge,
+        phantoms, plan, serve, train,
     },
 };
 
@@ -29,6 +29,8 @@ fn main() -> ExitCode {
         Command::Train(args) => train::run(args),
         Command::Merge(args) => merge::run(args),
         Command::Plan(args) => plan::run(&args),
+        Command::Eval(args) => eval::run(*args),
+        Command::Clean(args) => clean::run(&args),
         Command::Convert(args) => convert::run(args),
         Command::Check(args) => check::run(args),
         Command::Phantoms(args) => phantoms::run(&args),

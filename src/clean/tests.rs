@@ -44,6 +44,8 @@ fn each_known_mistranslation_gets_its_word() {
         ("纵隔轮廓不明显。", "纵隔轮廓未见异常。"),
         ("稳定的心肌肿大。", "稳定的心脏增大。"),
         ("胸椎左旋肉碱症。", "胸椎侧弯。"),
+        ("中度左旋肉芽肿。", "中度侧弯。"),
+        ("胸椎轻度脱臼。", "胸椎轻度侧弯。"),
         ("胸椎轻度脱位。", "胸椎轻度侧弯。"),
         ("左侧肋骨变钝。", "左侧肋膈角变钝。"),
         ("小的食堂疝气。", "小的食管裂孔疝。"),
@@ -51,6 +53,48 @@ fn each_known_mistranslation_gets_its_word() {
     ] {
         assert_eq!(corrected(&row(before)), after);
     }
+}
+
+#[test]
+fn what_a_reader_must_decide_is_reported_and_left() {
+    for (text, defect) in [
+        ("心影正常，建议随访。", "advice"),
+        ("请咨询医生。", "advice"),
+        ("您的心脏正常。", "speaks_to_reader"),
+        ("作为一个人工智能，我不能诊断。", "speaks_as_ai"),
+        ("与之前对比无变化。", "comparison"),
+        ("右侧PICC导管。", "latin_words"),
+        ("Primordial导管。", "latin_words"),
+        ("与XXXX的影像相似。", "anonymisation_mark"),
+        ("心影正常,肺野清晰。", "ascii_punctuation"),
+        ("心影正常", "no_final_stop"),
+        ("没有病灶性气孔病变。", "pneumothorax_as_stoma"),
+    ] {
+        let found = find_defects(&[row(text)]);
+        let found = found.iter().find(|found| found.defect == defect);
+        let found = found.unwrap_or_else(|| panic!("{defect} in {text}"));
+        assert_eq!(found.after, None, "{text}");
+        assert_eq!(corrected(&row(text)), text);
+    }
+    assert_eq!(corrected(&row("心影  正常。")), "心影 正常。");
+}
+
+#[test]
+fn lines_that_are_right_stay_byte_for_byte() {
+    let right = r#"{"images": ["x/8_1.png"],  "messages": [{"role":"user","content":"<image>?"},{"role":"assistant","content":"心影正常。"}]}"#;
+    let wrong = r#"{"messages":[{"role":"user","content":"纵膈?"},{"role":"assistant","content":"纵膈正常。"}],"images":[{"path":"x/9_2.png"}]}"#;
+    let text = format!("{right}\r\n\n{wrong}\n");
+    let rows = read_rows("a.jsonl", &text, &BTreeMap::new()).expect("rows");
+    let places: Vec<(usize, &str)> = rows.iter().map(|row| (row.row, row.id.as_str())).collect();
+    assert_eq!(places, [(0, "8_1"), (2, "9_2")]);
+    let corrections = apply(&rows, &find_defects(&rows)).expect("fits");
+    let written = correct_json("a.jsonl", &text, &corrections).expect("json");
+    // The question is the asker's, and stays.
+    let mended = wrong.replace("纵膈正常", "纵隔正常");
+    assert_eq!(written, format!("{right}\r\n\n{mended}\n"));
+    let no_answer = r#"{"messages":[{"role":"user","content":"?"}]}"#;
+    let error = read_rows("a.jsonl", no_answer, &BTreeMap::new()).expect_err("no answer");
+    assert!(error.to_string().contains("row 1"), "{error}");
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::{
     fs,
     io::{Write, stdout},
     path::{Path, PathBuf},
+    sync::Mutex,
     time::Instant,
 };
 
@@ -23,7 +24,7 @@ use crate::{
     cli::InferArgs,
     generate::{FinishReason, GenerationConfig, Prompt, Timing},
     pipeline::{Answer, Pipeline},
-    processor::message::split_thinking,
+    processor::{dicom::Remark, image::Reading, message::split_thinking},
     qwen3_vl::ImageInput,
     system::peak_memory,
 };
@@ -82,7 +83,15 @@ pub fn run(args: InferArgs) -> Result<()> {
         ));
     }
     let images = list_images(&args)?;
+    if args.show_tags {
+        return super::tags::show(images.iter().flatten(), args.json);
+    }
     if let Some(address) = &args.server {
+        if args.frame.is_some() {
+            bail!(UsageError(
+                "--frame is not sent to a server; give it files of one frame".into()
+            ));
+        }
         return super::infer_server::run(address, &args, &settings, &images);
     }
     let (device, dtype) = (args.model.device, args.model.dtype.map(DType::from));
@@ -93,6 +102,7 @@ pub fn run(args: InferArgs) -> Result<()> {
             args,
             settings,
             images,
+            remarked: Mutex::default(),
         },
     )?
 }
@@ -109,8 +119,10 @@ fn list_images(args: &InferArgs) -> Result<Vec<Vec<PathBuf>>> {
                 .extension()
                 .and_then(|extension| extension.to_str())
                 .is_some_and(|extension| {
-                    ["png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff"]
-                        .contains(&extension.to_lowercase().as_str())
+                    [
+                        "png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "dcm", "dicom",
+                    ]
+                    .contains(&extension.to_lowercase().as_str())
                 });
             if known && path.is_file() {
                 images.push(path);
@@ -119,7 +131,7 @@ fn list_images(args: &InferArgs) -> Result<Vec<Vec<PathBuf>>> {
         images.sort();
         if images.is_empty() {
             bail!(
-                "`{}` holds no image; expected files ending in png, jpg, webp, bmp or tiff",
+                "`{}` holds no image; expected files ending in png, jpg, webp, bmp, tiff or dcm",
                 dir.display()
             );
         }
@@ -138,6 +150,8 @@ struct Infer {
     args: InferArgs,
     settings: GenerationConfig,
     images: Vec<Vec<PathBuf>>,
+    /// Remarks on images that are said once a run, and were.
+    remarked: Mutex<HashSet<Remark>>,
 }
 
 impl DeviceTask for Infer {
@@ -211,6 +225,9 @@ fn settings_hash(args: &InferArgs) -> String {
     if let Some(server) = &args.server {
         text = format!("{text} {server:?} {:?}", args.server_model);
     }
+    if let Some(frame) = args.frame {
+        text.push_str(&format!(" frame {frame}"));
+    }
     let hash = Sha256::digest(text.as_bytes());
     hash[..8].iter().map(|byte| format!("{byte:02x}")).collect()
 }
@@ -240,10 +257,26 @@ pub(super) fn empty_record(args: &InferArgs, images: &[PathBuf]) -> Record {
 }
 
 impl Infer {
+    /// Prints doubts about an image to stderr.
+    fn tell(&self, path: &Path, remarks: Vec<Remark>) {
+        let Ok(mut remarked) = self.remarked.lock() else {
+            return;
+        };
+        for remark in remarks {
+            if !remark.is_said_once() {
+                eprintln!("`{}`: {remark}", path.display());
+            } else if remarked.insert(remark.clone()) {
+                eprintln!("`{}`: {remark} (said once)", path.display());
+            }
+        }
+    }
+
     fn prompt<B: Kernels>(&self, pipeline: &Pipeline<B>, images: &[PathBuf]) -> Result<Prompt> {
         let mut input = ImageInput::default();
         for path in images {
-            let picture = pipeline.parts.images.load(path)?;
+            let frame = self.args.frame.map(|frame| frame as usize);
+            let Reading { picture, remarks } = pipeline.parts.images.read(path, frame)?;
+            self.tell(path, remarks);
             let patches = pipeline
                 .parts
                 .image_input(&picture)

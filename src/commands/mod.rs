@@ -3,7 +3,9 @@
 pub mod bench;
 pub mod bench_serve;
 pub mod check;
+pub mod clean;
 pub mod convert;
+pub mod eval;
 pub mod infer;
 mod infer_server;
 pub mod init_tiny;
@@ -12,6 +14,7 @@ pub mod phantoms;
 pub mod plan;
 mod progress;
 pub mod serve;
+mod tags;
 pub mod train;
 
 use anyhow::{Result, bail};

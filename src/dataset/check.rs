@@ -63,6 +63,8 @@ pub struct Check<'a> {
 struct Seen {
     sha256: String,
     grid: [usize; 3],
+    /// Doubts about the picture, with its name.
+    remarks: Vec<String>,
 }
 
 /// A row that could be read.
@@ -188,17 +190,30 @@ impl Check<'_> {
 
     fn look_at(&self, path: &Path) -> Result<Seen, String> {
         let in_words = |error: ImageError| error.to_string();
-        let picture = self.processor.load(path).map_err(|error| match error {
-            // The system's word says whether it is missing or forbidden.
-            ImageError::Read { name, cause } => format!("cannot read image `{name}`: {cause}"),
-            other => other.to_string(),
-        })?;
+        let reading = self
+            .processor
+            .read(path, None)
+            .map_err(|error| match error {
+                // The system's word says whether it is missing or forbidden.
+                ImageError::Read { name, cause } => format!("cannot read image `{name}`: {cause}"),
+                other => other.to_string(),
+            })?;
         let grid = self
             .processor
-            .grid_for(picture.height(), picture.width())
+            .grid_for(reading.picture.height(), reading.picture.width())
             .map_err(in_words)?;
+        // What a file merely leaves unsaid would be a warning on every row of some archives.
+        let remarks = reading
+            .remarks
+            .iter()
+            .filter(|remark| !remark.is_said_once());
+        let remarks = remarks.map(|remark| format!("image `{}`: {remark}", path.display()));
         let sha256 = sha256_file(path).map_err(|error| error.to_string())?;
-        Ok(Seen { sha256, grid })
+        Ok(Seen {
+            sha256,
+            grid,
+            remarks: remarks.collect(),
+        })
     }
 
     /// Findings of one row, and its length in tokens if it could be encoded.
@@ -210,6 +225,14 @@ impl Check<'_> {
     ) -> (Vec<Finding>, Option<usize>) {
         let line = row.line;
         let mut findings = Vec::new();
+        for path in &row.paths {
+            if let Some(Ok(seen)) = images.get(path) {
+                let warning = |remark: &String| {
+                    Finding::new(Severity::Warning, Kind::Image, file, line, remark.clone())
+                };
+                findings.extend(seen.remarks.iter().map(warning));
+            }
+        }
         let mut error = |kind, message: String| {
             findings.push(Finding::new(Severity::Error, kind, file, line, message));
         };

@@ -21,6 +21,7 @@ use crate::{
     pipeline::TextAndImages,
     processor::{
         image::{ImageError, RgbImage},
+        message::Part,
         sample::{Conversation, Sample, SampleError, parse_line},
         supervised::{SupervisedError, encode_prompt, encode_supervised},
     },
@@ -131,6 +132,19 @@ pub struct RawSample {
     pub conversation: Conversation,
     /// Pictures in the order of their places.
     pub pictures: Vec<RgbImage>,
+}
+
+/// What a sample is called and says; its pictures stay closed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SampleText {
+    /// Image files, as they can be opened from here; none for phantoms.
+    pub images: Vec<PathBuf>,
+    /// Its images as the file names them, else its place.
+    pub name: String,
+    /// The last question, its images left out.
+    pub question: String,
+    /// The last answer; `None` in a sample made for inference.
+    pub answer: Option<String>,
 }
 
 /// One sample as the model takes it.
@@ -299,6 +313,59 @@ impl Dataset {
                     pictures: vec![picture],
                 })
             }
+        }
+    }
+
+    /// The pictures of a sample that is drawn, not read: of phantoms. `None` where they lie in files.
+    ///
+    /// # Panics
+    /// If `index` is not below [`Self::len`].
+    pub fn drawn(&self, index: usize) -> Option<Vec<RgbImage>> {
+        let Source::Phantoms { studies, range, .. } = &self.source else {
+            return None;
+        };
+        let number = range.start + index as u64;
+        let (image, ..) = studies[(number % 4) as usize].get(number).into_parts();
+        let (width, height) = image.dimensions();
+        let picture = RgbImage::from_gray(width as usize, height as usize, image.as_raw());
+        Some(picture.into_iter().collect())
+    }
+
+    /// Reads one sample's texts without opening its pictures.
+    ///
+    /// # Panics
+    /// If `index` is not below [`Self::len`].
+    pub fn text(&self, index: usize) -> SampleText {
+        let (images, name, conversation) = match &self.source {
+            Source::Rows { samples, folder } => {
+                let sample = &samples[index];
+                let name = if sample.images.is_empty() {
+                    format!("row {}", index + 1)
+                } else {
+                    sample.images.join(";")
+                };
+                let images = sample.images.iter().map(|image| folder.join(image));
+                (images.collect(), name, sample.conversation.clone())
+            }
+            Source::Phantoms { studies, range, .. } => {
+                let number = range.start + index as u64;
+                let (_, prompt, report) = studies[(number % 4) as usize].get(number).into_parts();
+                let conversation = Conversation::single(1, prompt, report);
+                (Vec::new(), format!("phantom {number}"), conversation)
+            }
+        };
+        let question = conversation.turns.last().map(|turn| {
+            let words = turn.question.iter().filter_map(|part| match part {
+                Part::Image => None,
+                Part::Text { text } => Some(text.as_str()),
+            });
+            words.collect()
+        });
+        SampleText {
+            images,
+            name,
+            question: question.unwrap_or_default(),
+            answer: conversation.last_answer().map(str::to_owned),
         }
     }
 

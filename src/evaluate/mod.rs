@@ -24,6 +24,7 @@ pub mod jieba;
 pub mod lcs;
 pub mod meteor;
 pub mod ngrams;
+pub mod predictions;
 pub mod published;
 pub mod rouge;
 pub mod segment;

@@ -20,6 +20,7 @@ mod engine;
 pub mod mesh;
 mod rules;
 pub mod score;
+pub mod tally;
 #[cfg(test)]
 mod tests;
 

@@ -270,7 +270,8 @@ fn average_of(counts: &Counts) -> Average {
     }
 }
 
-fn side_of(labels: &ReportLabels, finding: Finding) -> Option<super::Laterality> {
+/// Side that a report gives a class.
+pub(super) fn side_of(labels: &ReportLabels, finding: Finding) -> Option<super::Laterality> {
     labels.get(finding).and_then(|label| label.laterality)
 }
 

@@ -193,6 +193,7 @@ fn a_mistranslation_is_nothing_else() {
         ("右肩脱位。", F::Scoliosis),
         ("漏斗胸。", F::Atelectasis),
         ("胸骨后空隙增大。", F::LungOpacity),
+        ("左侧气胸，外带透亮度增加。", F::Emphysema),
     ] {
         assert_eq!(
             Labeler::built_in().label(text).status(finding),

@@ -213,6 +213,17 @@ pub trait Kernels: Backend {
         plain::rotate_heads(x, norm, cos, sin)
     }
 
+    /// Splits a fused projection `[n, 3 · h · d]` into queries, keys and values `[n, h, d]` each, the
+    /// first two turned.
+    fn split_and_rotate(
+        qkv: Tensor<Self, 2>,
+        heads: usize,
+        cos: Tensor<Self, 2>,
+        sin: Tensor<Self, 2>,
+    ) -> [Tensor<Self, 3>; 3] {
+        plain::split_and_rotate(qkv, heads, cos, sin)
+    }
+
     /// What flows back into the input of [`Kernels::rotate_heads`].
     fn rotate_heads_backward(
         x: Tensor<Self, 3>,

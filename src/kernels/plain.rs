@@ -168,6 +168,22 @@ pub(super) fn rotate_heads<B: Backend>(
     rotate(x, cos, sin)
 }
 
+pub(super) fn split_and_rotate<B: Backend>(
+    qkv: Tensor<B, 2>,
+    heads: usize,
+    cos: Tensor<B, 2>,
+    sin: Tensor<B, 2>,
+) -> [Tensor<B, 3>; 3] {
+    let [tokens, width] = qkv.dims();
+    let qkv = qkv.reshape([tokens, 3, heads, width / 3 / heads]);
+    let part = |index| -> Tensor<B, 3> { qkv.clone().narrow(1, index, 1).squeeze_dim(1) };
+    [
+        rotate(part(0), cos.clone(), sin.clone()),
+        rotate(part(1), cos, sin),
+        part(2),
+    ]
+}
+
 pub(super) fn rotate_heads_backward<B: Backend>(
     x: Tensor<B, 3>,
     norm: Option<HeadNorm<B>>,

@@ -1,4 +1,4 @@
-//! Picture files to RGB pixels: PNG, JPEG, WebP, BMP and TIFF, told apart by content.
+//! Picture files to RGB pixels: PNG, JPEG, WebP, BMP, TIFF and DICOM, told apart by content.
 //!
 //! What a pixel becomes follows the reference pipeline (`to_rgb` of `qwen_vl_utils` over Pillow):
 //! red, green, blue and alpha are laid on white, and so is 16-bit grey with alpha; 8-bit grey with
@@ -6,12 +6,13 @@
 //! does; 16-bit colour keeps its high byte. Two deviations: Pillow clips 16-bit grey at 255, which
 //! leaves a radiograph white, and here it is scaled to 8 bits, `value / 257` rounded; and the
 //! decoder of JPEG rounds in another way, by up to 4 levels where colour is stored at half size.
-//! The orientation a camera wrote is applied.
+//! The orientation a camera wrote is applied. Grey levels of DICOM are [`super::dicom`]'s.
 //!
 //! Nothing is allocated for pixels before the header's size has passed [`DecodeLimits`]. This module
 //! knows nothing of patches, tensors or windows of grey levels.
 
 mod error;
+mod jpeg;
 #[cfg(test)]
 mod tests;
 
@@ -24,7 +25,9 @@ use std::path::Path;
 use image::metadata::Orientation;
 use image::{ColorType, DynamicImage, ImageDecoder, ImageReader};
 
+use super::dicom::{self, DicomError, Remark};
 pub use error::{ImageError, PictureFormat};
+pub(super) use jpeg::jpeg_has_end;
 
 /// What a picture from outside may cost, checked before the cost is paid.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -115,11 +118,41 @@ impl RgbImage {
     }
 }
 
+/// A picture, and what a reader of a report on it should know.
+#[derive(Debug, Clone)]
+pub struct Reading {
+    /// The pixels, upright.
+    pub picture: RgbImage,
+    /// Doubts that are no errors, without the file's name; only DICOM gives any.
+    pub remarks: Vec<Remark>,
+}
+
 /// Reads and decodes the picture at `path`.
 ///
 /// # Errors
 /// Those of [`decode`], and [`ImageError::Read`]; each names the file.
 pub fn load(path: &Path, limits: &DecodeLimits) -> Result<RgbImage, ImageError> {
+    read(path, None, limits).map(|reading| reading.picture)
+}
+
+/// Reads and decodes a frame of the picture at `path`; see [`decode_frame`].
+///
+/// # Errors
+/// Those of [`decode_frame`], and [`ImageError::Read`]; each names the file.
+pub fn read(
+    path: &Path,
+    frame: Option<usize>,
+    limits: &DecodeLimits,
+) -> Result<Reading, ImageError> {
+    let name = path.display().to_string();
+    decode_frame(&read_bytes(path, limits)?, &name, frame, limits)
+}
+
+/// The bytes of the picture at `path`, no more than the limit.
+///
+/// # Errors
+/// [`ImageError::Read`] or [`ImageError::FileTooLarge`]; both name the file.
+pub fn read_bytes(path: &Path, limits: &DecodeLimits) -> Result<Vec<u8>, ImageError> {
     let name = path.display().to_string();
     let read = |cause| ImageError::Read {
         name: name.clone(),
@@ -133,17 +166,52 @@ pub fn load(path: &Path, limits: &DecodeLimits) -> Result<RgbImage, ImageError> 
     file.take(limits.max_file_bytes.saturating_add(1))
         .read_to_end(&mut bytes)
         .map_err(read)?;
-    decode(&bytes, &name, limits)
+    check_file_size(bytes.len() as u64, &name, limits)?;
+    Ok(bytes)
 }
 
 /// Decodes the picture in `bytes`; `name` stands for it in messages.
 ///
 /// # Errors
-/// Any of the first ten kinds of [`ImageError`] but [`ImageError::Read`]: empty, too large, of
+/// Any of the first twelve kinds of [`ImageError`] but [`ImageError::Read`]: empty, too large, of
 /// unknown format, cut off or damaged. No content makes it panic.
 pub fn decode(bytes: &[u8], name: &str, limits: &DecodeLimits) -> Result<RgbImage, ImageError> {
+    decode_frame(bytes, name, None, limits).map(|reading| reading.picture)
+}
+
+/// Decodes frame `frame`, counted from 1, or the only one, of the picture in `bytes`.
+///
+/// Several frames are known of DICOM alone; any other picture counts as one.
+///
+/// # Errors
+/// As [`decode`], and of a frame that is not there.
+pub fn decode_frame(
+    bytes: &[u8],
+    name: &str,
+    frame: Option<usize>,
+    limits: &DecodeLimits,
+) -> Result<Reading, ImageError> {
     check_file_size(bytes.len() as u64, name, limits)?;
     let format = PictureFormat::of(bytes, name)?;
+    if format == PictureFormat::Dicom {
+        return guarded(format, name, || {
+            let decoded = dicom::decode(bytes, frame, limits)
+                .map_err(|cause| dicom_refusal(cause, name, limits))?;
+            let mut picture = decoded.picture;
+            picture.apply_orientation(decoded.orientation);
+            Ok(Reading {
+                picture: to_rgb(picture, true, format, name)?,
+                remarks: decoded.remarks,
+            })
+        });
+    }
+    if let Some(frame) = frame.filter(|frame| *frame != 1) {
+        return Err(ImageError::NoFrame {
+            name: name.to_owned(),
+            format,
+            frame,
+        });
+    }
     if format == PictureFormat::Jpeg && !jpeg_has_end(bytes) {
         // The decoder would fill the missing part with grey and say nothing.
         return Err(ImageError::Truncated {
@@ -151,19 +219,45 @@ pub fn decode(bytes: &[u8], name: &str, limits: &DecodeLimits) -> Result<RgbImag
             format,
         });
     }
-    guarded(format, name, || {
+    let picture = guarded(format, name, || {
         let mut decoder = open(Cursor::new(bytes), format, name, limits)?;
         let orientation = orientation(&mut decoder);
         let mut picture = DynamicImage::from_decoder(decoder)
             .map_err(|cause| refusal(cause, format, name, limits))?;
         picture.apply_orientation(orientation);
         to_rgb(picture, drops_alpha(format, bytes), format, name)
+    })?;
+    Ok(Reading {
+        picture,
+        remarks: Vec::new(),
+    })
+}
+
+/// The technical tags of the DICOM file in `bytes`, by name; see [`dicom::technical`].
+///
+/// # Errors
+/// [`ImageError::UnknownFormat`] or [`ImageError::NotDicom`] for other files, or a damaged one.
+pub fn technical(
+    bytes: &[u8],
+    name: &str,
+    limits: &DecodeLimits,
+) -> Result<Vec<(&'static str, String)>, ImageError> {
+    let format = PictureFormat::of(bytes, name)?;
+    if format != PictureFormat::Dicom {
+        return Err(ImageError::NotDicom {
+            name: name.to_owned(),
+            format,
+        });
+    }
+    guarded(format, name, || {
+        dicom::technical(bytes, limits).map_err(|cause| dicom_refusal(cause, name, limits))
     })
 }
 
 /// Width and height of the picture at `path` in pixels, upright, from its header alone.
 ///
-/// It meets the limits and is of a kind that is read; its pixels may still turn out damaged.
+/// It meets the limits and is of a kind that is read; its pixels may still turn out damaged. A DICOM
+/// file is read whole, since its header ends where its pixels begin, wherever that is.
 ///
 /// # Errors
 /// Those of [`load`] that a header can show.
@@ -178,10 +272,17 @@ pub fn probe(path: &Path, limits: &DecodeLimits) -> Result<(usize, usize), Image
     let mut reader = BufReader::new(file);
     let format = PictureFormat::of(reader.fill_buf().map_err(read)?, &name)?;
     guarded(format, &name, || {
-        let mut decoder = open(reader, format, &name, limits)?;
-        let (width, height) = decoder.dimensions();
+        let (width, height, orientation) = if format == PictureFormat::Dicom {
+            let (width, height, orientation) = dicom::probe(&read_bytes(path, limits)?, limits)
+                .map_err(|cause| dicom_refusal(cause, &name, limits))?;
+            (width.into(), height.into(), orientation)
+        } else {
+            let mut decoder = open(reader, format, &name, limits)?;
+            let (width, height) = decoder.dimensions();
+            (width, height, orientation(&mut decoder))
+        };
         let (width, height) = (width as usize, height as usize);
-        Ok(match orientation(&mut decoder) {
+        Ok(match orientation {
             Orientation::Rotate90
             | Orientation::Rotate270
             | Orientation::Rotate90FlipH
@@ -189,6 +290,34 @@ pub fn probe(path: &Path, limits: &DecodeLimits) -> Result<(usize, usize), Image
             _ => (width, height),
         })
     })
+}
+
+/// Puts what is wrong with a DICOM file into the words of all pictures where there are such.
+fn dicom_refusal(cause: DicomError, name: &str, limits: &DecodeLimits) -> ImageError {
+    let name = name.to_owned();
+    let format = PictureFormat::Dicom;
+    match cause {
+        DicomError::Truncated => ImageError::Truncated { name, format },
+        DicomError::Damaged(reason) => ImageError::Damaged {
+            name,
+            format,
+            reason,
+        },
+        DicomError::TooManyPixels { columns, rows } => ImageError::TooManyPixels {
+            name,
+            width: columns,
+            height: rows,
+            limit: limits.max_decoded_pixels,
+        },
+        DicomError::TooMuchMemory => ImageError::TooMuchMemory {
+            name,
+            limit: limits.max_decoded_bytes,
+        },
+        cause => ImageError::Dicom {
+            name,
+            cause: Box::new(cause),
+        },
+    }
 }
 
 fn check_file_size(bytes: u64, name: &str, limits: &DecodeLimits) -> Result<(), ImageError> {
@@ -229,7 +358,10 @@ fn open<'a, R: BufRead + Seek + 'a>(
     name: &str,
     limits: &DecodeLimits,
 ) -> Result<impl ImageDecoder + 'a, ImageError> {
-    let mut reader = ImageReader::with_format(reader, format.decoder_format());
+    let Some(decoder_format) = format.decoder_format() else {
+        return Err(unsupported(format, name, "not one of a plain picture"));
+    };
+    let mut reader = ImageReader::with_format(reader, decoder_format);
     let mut memory = image::Limits::no_limits();
     memory.max_alloc = Some(limits.max_decoded_bytes);
     reader.limits(memory);
@@ -303,34 +435,6 @@ fn refusal(
             format,
             reason: other.to_string(),
         },
-    }
-}
-
-/// Whether the marker that ends a JPEG follows its first scan.
-///
-/// Compressed data never holds the marker's two bytes, a thumbnail in the header may.
-fn jpeg_has_end(bytes: &[u8]) -> bool {
-    const START_OF_SCAN: u8 = 0xda;
-    const END_OF_IMAGE: [u8; 2] = [0xff, 0xd9];
-    let mut rest = &bytes[2..];
-    loop {
-        match rest {
-            [0xff, START_OF_SCAN, scan @ ..] => {
-                return scan.windows(2).rev().any(|pair| pair == END_OF_IMAGE);
-            }
-            [0xff, 0xff, ..] => rest = &rest[1..],
-            [0xff, 0x01 | 0xd0..=0xd9, after @ ..] => rest = after,
-            [0xff, _, high, low, ..] => {
-                let length = usize::from(u16::from_be_bytes([*high, *low]));
-                match rest.get(2 + length..) {
-                    Some(after) => rest = after,
-                    None => return false,
-                }
-            }
-            // Not at a marker: the decoder knows better what is wrong.
-            [_, _, ..] => return true,
-            _ => return false,
-        }
     }
 }
 

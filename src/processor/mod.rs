@@ -4,6 +4,7 @@
 //! tensor.
 
 pub mod chat;
+pub mod dicom;
 pub mod image;
 mod jinja;
 pub mod message;

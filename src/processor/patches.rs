@@ -13,7 +13,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use super::image::{self, DecodeLimits, ImageError, RgbImage};
+use super::image::{self, DecodeLimits, ImageError, Reading, RgbImage};
 use super::resize::{ResizeRule, resize_bicubic, smart_resize};
 
 /// Most pixels a picture may be scaled to.
@@ -278,6 +278,14 @@ impl ImageProcessor {
     /// As [`image::load`]; each names the file.
     pub fn load(&self, path: &Path) -> Result<RgbImage, ImageError> {
         image::load(path, &self.limits)
+    }
+
+    /// Reads a frame of the picture at `path`, and what to know of it; see [`image::read`].
+    ///
+    /// # Errors
+    /// As [`image::read`]; each names the file.
+    pub fn read(&self, path: &Path, frame: Option<usize>) -> Result<Reading, ImageError> {
+        image::read(path, frame, &self.limits)
     }
 
     /// Decodes the picture in `bytes`, called `name` in messages; see [`image::decode`].

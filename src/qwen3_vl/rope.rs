@@ -155,14 +155,23 @@ impl<B: Kernels> RopeTables<B> {
         let mut cos = Vec::with_capacity(tokens * half * 2);
         let mut sin = Vec::with_capacity(tokens * half * 2);
         for row in angles.chunks_exact(half) {
-            for _ in 0..2 {
-                cos.extend(row.iter().map(|angle| angle.cos()));
-                sin.extend(row.iter().map(|angle| angle.sin()));
+            let start = cos.len();
+            for angle in row {
+                let (s, c) = angle.sin_cos();
+                cos.push(c);
+                sin.push(s);
             }
+            cos.extend_from_within(start..);
+            sin.extend_from_within(start..);
         }
-        let tensor = |values| {
+        Self::from_values(cos, sin, tokens, device)
+    }
+
+    fn from_values(cos: Vec<f32>, sin: Vec<f32>, tokens: usize, device: &B::Device) -> Self {
+        let tensor = |values: Vec<f32>| {
+            let width = values.len() / tokens.max(1);
             Tensor::from_data(
-                TensorData::new(values, [tokens, half * 2]),
+                TensorData::new(values, [tokens, width]),
                 (device, burn::tensor::DType::F32),
             )
         };
@@ -200,15 +209,36 @@ impl<B: Kernels> RopeTables<B> {
     /// Tables of the vision tower: the first half of the frequencies turns with the row, the second
     /// with the column. `rows_columns` holds `(row, column)` a patch.
     pub fn vision(rows_columns: &[[u32; 2]], head_dim: usize, device: &B::Device) -> Self {
-        let half = head_dim / 2;
-        let inv_freq = inverse_frequencies(half, 10_000.0);
-        let mut angles = Vec::with_capacity(rows_columns.len() * half);
+        let inv_freq = inverse_frequencies(head_dim / 2, 10_000.0);
+        let quarter = inv_freq.len();
+        // Rows and columns are few and occur often: their sines are worked out once.
+        let places = rows_columns
+            .iter()
+            .flatten()
+            .max()
+            .map_or(0, |most| *most + 1);
+        let sin_cos: Vec<(f32, f32)> = (0..places)
+            .flat_map(|place| {
+                inv_freq
+                    .iter()
+                    .map(move |freq| (place as f32 * freq).sin_cos())
+            })
+            .collect();
+        let mut cos = Vec::with_capacity(rows_columns.len() * head_dim);
+        let mut sin = Vec::with_capacity(rows_columns.len() * head_dim);
         for position in rows_columns {
-            for axis in position {
-                angles.extend(inv_freq.iter().map(|freq| *axis as f32 * freq));
+            let start = cos.len();
+            for place in position {
+                let at = *place as usize * quarter;
+                for (s, c) in &sin_cos[at..at + quarter] {
+                    cos.push(*c);
+                    sin.push(*s);
+                }
             }
+            cos.extend_from_within(start..);
+            sin.extend_from_within(start..);
         }
-        Self::from_angles(&angles, half, device)
+        Self::from_values(cos, sin, rows_columns.len(), device)
     }
 
     /// Normalises heads where a norm is given, then rotates them; `[tokens, heads, head_dim]`.

@@ -90,16 +90,10 @@ impl<B: Kernels> VisionAttention<B> {
         dropout_seed: Option<u64>,
     ) -> Tensor<B, 2> {
         let [patches, hidden] = x.dims();
-        let head_dim = hidden / self.num_heads;
-        let qkv = self
-            .qkv
-            .forward(x, dropout_seed)
-            .reshape([patches, 3, self.num_heads, head_dim]);
-        let part = |index| -> Tensor<B, 3> { qkv.clone().narrow(1, index, 1).squeeze_dim(1) };
         let heads_first = |x: Tensor<B, 3>| -> Tensor<B, 4> { x.swap_dims(0, 1).unsqueeze() };
-        let q = heads_first(layout.rope.rotate(part(0), None));
-        let k = heads_first(layout.rope.rotate(part(1), None));
-        let v = heads_first(part(2));
+        let qkv = self.qkv.forward(x, dropout_seed);
+        let (cos, sin) = (layout.rope.cos.clone(), layout.rope.sin.clone());
+        let [q, k, v] = B::split_and_rotate(qkv, self.num_heads, cos, sin).map(heads_first);
         let y = B::span_attention(q, k, v, &layout.spans);
         let y = y.swap_dims(1, 2).reshape([patches, hidden]);
         self.proj.forward_add(y, residual, dropout_seed)

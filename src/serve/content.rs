@@ -19,6 +19,7 @@ use crate::{
     pipeline::TextAndImages,
     processor::{
         chat::{ChatError, ChatTemplate, RenderOptions, encode_chat},
+        dicom::DicomError,
         image::ImageError,
         message::{Content, Message, Part, Role},
         tokenizer::TokenizerError,
@@ -219,7 +220,9 @@ pub(super) fn image_error(name: &str, error: &ImageError) -> ApiError {
         ImageError::FileTooLarge { bytes, limit, .. } => {
             format!("has {bytes} bytes, more than the limit of {limit}")
         }
-        ImageError::UnknownFormat { .. } => "is not a PNG, JPEG, WebP, BMP or TIFF picture".into(),
+        ImageError::UnknownFormat { .. } => {
+            "is not a PNG, JPEG, WebP, BMP, TIFF or DICOM picture".into()
+        }
         ImageError::TooManyPixels {
             width,
             height,
@@ -237,6 +240,13 @@ pub(super) fn image_error(name: &str, error: &ImageError) -> ApiError {
         ImageError::AspectRatio { width, height } => {
             format!("is {width} × {height} pixels; expected one side at most 200 times the other")
         }
+        ImageError::Dicom { cause, .. } => match cause.as_ref() {
+            DicomError::ManyFrames { frames } => {
+                format!("is a DICOM file of {frames} frames; send one of them")
+            }
+            // Code words and numbers only: free text of a file may be a patient's name.
+            cause => format!("is a DICOM file that {cause}"),
+        },
         other => {
             log::error!("an image could not be read: {other}");
             "cannot be read".into()

@@ -31,7 +31,7 @@ const OPENAPI: &str = include_str!("openapi.json");
 /// The web page may load its own files and nothing else.
 const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; \
      img-src 'self' blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; \
-     frame-ancestors 'none'";
+     frame-ancestors 'none'; require-trusted-types-for 'script'";
 
 /// A script of the web page.
 macro_rules! script {

@@ -8,7 +8,10 @@
 mod bad_input;
 mod bad_model;
 mod bench;
+mod clean;
 mod data_tools;
+mod dicom;
+mod eval;
 mod infer;
 mod merge_plan;
 mod refusal;

@@ -10,7 +10,7 @@ use super::ConvertError;
 use crate::processor::sample::{IMAGE_TAG, Sample, parse_line};
 
 /// Endings a picture may have where a row names none; the first is the corpus' own.
-const ENDINGS: [&str; 7] = ["png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff"];
+const ENDINGS: [&str; 8] = ["png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "dcm"];
 
 /// The form of an input file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]

@@ -30,15 +30,14 @@ pub(super) fn covers(head_dim: usize, dtype: DType) -> bool {
 }
 
 fn kernel(
-    name: &str,
+    name: &'static str,
     sources: &'static [&'static str],
     mut defines: Defines,
     head_dim: usize,
     threads: usize,
 ) -> Kernel {
     defines.push(("HEAD_DIM", head_dim as i64));
-    Kernel::new(name, sources, defines, threads as u32)
-        .with_generated("#define ATTN_NAME ENTRY\n".to_string())
+    Kernel::new(name, sources, defines, threads as u32).with_entry_macro("ATTN_NAME")
 }
 
 /// Bytes of a padded row in shared memory, as `ROW_BYTES` of `attention_common.cuh`.

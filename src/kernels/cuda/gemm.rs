@@ -128,7 +128,6 @@ fn run(
         depth(0) | depth(1) << 32,
         depth(2) | depth(3) << 32,
     ];
-    let name = "#define GEMM_NAME ENTRY\n".to_string();
     match device.form {
         Form::Wgmma => {
             let tile = plan::wgmma(m, n, depths.iter().sum(), turned, device);
@@ -147,7 +146,7 @@ fn run(
             buffers.extend(bias);
             buffers.extend(residual);
             let kernel = Kernel::new("gemm_wgmma", WGMMA, defines, 384)
-                .with_generated(name)
+                .with_entry_macro("GEMM_NAME")
                 .with_shared(tile.shared_bytes);
             let grid = [tile.blocks, 1, 1];
             launch_with_maps(&out.client, kernel, grid, maps, &buffers, parameters);
@@ -167,7 +166,7 @@ fn run(
             buffers.extend(bias);
             buffers.extend(residual);
             let kernel = Kernel::new("gemm_mma", MMA, defines, tile.threads())
-                .with_generated(name)
+                .with_entry_macro("GEMM_NAME")
                 .with_shared(tile.shared_bytes());
             let grid = [tile.tiles(m, n), 1, 1];
             launch(&out.client, kernel, grid, &buffers, parameters);

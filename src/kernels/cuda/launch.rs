@@ -4,8 +4,9 @@
 //! memory and on disk under a key that holds the configuration and a hash of the source.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     hash::{DefaultHasher, Hash, Hasher},
+    sync::{LazyLock, Mutex},
 };
 
 use burn::tensor::{DType, Tensor, TensorPrimitive};
@@ -28,13 +29,14 @@ type Dialect = cubecl_cpp::cuda::CudaDialect<cubecl_cpp::cuda::mma::CudaWmmaComp
 /// Values a source is compiled with: `#define NAME VALUE`.
 pub(super) type Defines = Vec<(&'static str, i64)>;
 
-/// One configuration of a kernel.
+/// One configuration of a kernel, light to make: texts are put together at its first use.
 #[derive(Debug, Clone)]
 pub(super) struct Kernel {
-    entry: String,
-    defines: Defines,
+    name: &'static str,
     sources: &'static [&'static str],
-    generated: String,
+    defines: Defines,
+    /// What the entry point is called in the sources.
+    entry_macro: &'static str,
     threads: u32,
     shared_bytes: usize,
 }
@@ -42,21 +44,16 @@ pub(super) struct Kernel {
 impl Kernel {
     /// A kernel of `sources`, whose entry point is called `ENTRY` there.
     pub(super) fn new(
-        name: &str,
+        name: &'static str,
         sources: &'static [&'static str],
         defines: Defines,
         threads: u32,
     ) -> Self {
-        let mut entry = name.to_string();
-        for (_, value) in &defines {
-            entry.push('_');
-            entry.push_str(&value.to_string());
-        }
         Self {
-            entry,
-            defines,
+            name,
             sources,
-            generated: String::new(),
+            defines,
+            entry_macro: "ENTRY",
             threads,
             shared_bytes: 0,
         }
@@ -68,15 +65,20 @@ impl Kernel {
         self
     }
 
-    /// Text that goes before the sources.
-    pub(super) fn with_generated(mut self, text: String) -> Self {
-        self.generated = text;
+    /// Another name for the entry point in the sources.
+    pub(super) fn with_entry_macro(mut self, name: &'static str) -> Self {
+        self.entry_macro = name;
         self
     }
 
-    /// Name of the entry point.
-    pub(super) fn entry(&self) -> &str {
-        &self.entry
+    /// Name of the compiled entry point: the kernel's and its configuration's.
+    pub(super) fn entry(&self) -> String {
+        let mut entry = self.name.to_string();
+        for (_, value) in &self.defines {
+            entry.push('_');
+            entry.push_str(&value.to_string());
+        }
+        entry
     }
 
     /// Threads of a block.
@@ -86,11 +88,10 @@ impl Kernel {
 
     /// The whole text that is compiled.
     pub(super) fn source(&self) -> String {
-        let mut text = format!("#define ENTRY {}\n", self.entry);
+        let mut text = format!("#define {} {}\n", self.entry_macro, self.entry());
         for (name, value) in &self.defines {
             text.push_str(&format!("#define {name} {value}\n"));
         }
-        text.push_str(&self.generated);
         for source in self.sources {
             text.push_str(source);
             text.push('\n');
@@ -109,22 +110,16 @@ impl Kernel {
 /// What cubecl's server gets.
 struct Task {
     kernel: Kernel,
+    source_hash: u64,
 }
 
-/// Hashes of the sources by entry name: a source is put together once a configuration.
+/// The hash of a kernel's text, put together once a configuration.
 fn cached_hash(kernel: &Kernel) -> u64 {
-    use std::{
-        collections::HashMap,
-        sync::{LazyLock, Mutex},
-    };
-    static HASHES: LazyLock<Mutex<HashMap<String, u64>>> = LazyLock::new(Mutex::default);
+    type Key = (&'static str, Defines);
+    static HASHES: LazyLock<Mutex<HashMap<Key, u64>>> = LazyLock::new(Mutex::default);
     let mut hashes = HASHES.lock().unwrap_or_else(|lock| lock.into_inner());
-    if let Some(hash) = hashes.get(&kernel.entry) {
-        return *hash;
-    }
-    let hash = kernel.source_hash();
-    hashes.insert(kernel.entry.clone(), hash);
-    hash
+    let key = (kernel.name, kernel.defines.clone());
+    *hashes.entry(key).or_insert_with(|| kernel.source_hash())
 }
 
 impl KernelMetadata for Task {
@@ -136,11 +131,7 @@ impl KernelMetadata for Task {
         let kernel = &self.kernel;
         KernelId::new::<Self>()
             .cube_dim(CubeDim::new_1d(kernel.threads))
-            .info((
-                kernel.entry.clone(),
-                kernel.shared_bytes,
-                cached_hash(kernel),
-            ))
+            .info((kernel.name, kernel.shared_bytes, self.source_hash))
     }
 
     fn address_type(&self) -> StorageType {
@@ -186,10 +177,10 @@ impl CubeTask<CudaCompiler> for Task {
             extensions: vec![],
             flags: Flags::default(),
             items: HashSet::new(),
-            kernel_name: kernel.entry.clone(),
+            kernel_name: kernel.entry(),
         };
         Ok(CompiledKernel {
-            entrypoint_name: kernel.entry.clone(),
+            entrypoint_name: kernel.entry(),
             debug_name: None,
             source: kernel.source(),
             cube_dim,
@@ -227,7 +218,6 @@ pub(super) fn launch_with_maps(
     buffers: &[&Buffer],
     parameters: Parameters,
 ) {
-    super::profile::count(kernel.entry(), client);
     let bindings = buffers
         .iter()
         .map(|buffer| buffer.handle.clone().binding())
@@ -244,7 +234,10 @@ pub(super) fn launch_with_maps(
     #[allow(unsafe_code)]
     unsafe {
         client.launch_unchecked(
-            Box::new(Task { kernel }),
+            Box::new(Task {
+                source_hash: cached_hash(&kernel),
+                kernel,
+            }),
             CubeCount::Static(x, y, z),
             arguments,
         );

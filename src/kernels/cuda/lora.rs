@@ -80,7 +80,7 @@ fn kernel(form: &'static str, rank: usize, adapters: usize, dropout: bool, threa
     if form == "SUM_PARTS" {
         defines.push(("TRANSPOSED", i64::from(adapters == 2)));
     }
-    Kernel::new(&form.to_lowercase(), SOURCES, defines, threads)
+    Kernel::new(form, SOURCES, defines, threads)
 }
 
 /// `scale · drop(x) Aᵀ`, `[rows, rank]` bf16; `a` `[rank, width]` f32.

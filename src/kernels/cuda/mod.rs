@@ -12,7 +12,6 @@ mod lora;
 mod loss;
 mod plan;
 mod pointwise;
-pub mod profile;
 mod rotary;
 mod rows;
 #[cfg(test)]
@@ -184,6 +183,22 @@ impl Kernels for Cuda {
             rotary::rotate(x, norm, cos, sin, None)
         } else {
             plain::rotate_heads(x, norm, cos, sin)
+        }
+    }
+
+    fn split_and_rotate(
+        qkv: Tensor<Self, 2>,
+        heads: usize,
+        cos: Tensor<Self, 2>,
+        sin: Tensor<Self, 2>,
+    ) -> [Tensor<Self, 3>; 3] {
+        let [tokens, width] = qkv.dims();
+        // The three parts start at multiples of what the allocator and other kernels rely on.
+        let aligned = (tokens * width / 3 * qkv.dtype().size()).is_multiple_of(256);
+        if aligned && rotary::covers(width / 3 / heads, qkv.dtype()) {
+            rotary::split_and_rotate(qkv, heads, cos, sin)
+        } else {
+            plain::split_and_rotate(qkv, heads, cos, sin)
         }
     }
 

@@ -20,7 +20,7 @@ pub(super) fn covers(elements: usize, dtype: DType) -> bool {
 }
 
 fn run<const OUT: usize>(
-    name: &str,
+    name: &'static str,
     form: &'static str,
     inputs: &[&Buffer],
 ) -> [Tensor<Backend, 2>; OUT] {

@@ -4,7 +4,10 @@
 // cos, sin [tokens, HEAD_DIM] f32, both halves of a row alike. One warp a head: a lane holds PAIRS
 // elements of the first half and their partners in the second.
 //
-// Configuration: HEAD_DIM (even, at most 128), WITH_NORM, BACKWARD. Limit: memory.
+// With SPLIT, x is a fused projection [tokens, 3, heads, HEAD_DIM]: queries and keys are turned, values
+// copied, and the three lie one after another in y, [3, tokens, heads, HEAD_DIM].
+//
+// Configuration: HEAD_DIM (even, at most 128), WITH_NORM, BACKWARD, SPLIT. Limit: memory.
 
 #define HALF (HEAD_DIM / 2)
 #define PAIRS (HALF > 32 ? 2 : 1)
@@ -23,13 +26,21 @@ ENTRY(const scalar* x, const scalar* weight, const float* cos_table, const float
 #endif
       scalar* out, const __grid_constant__ Parameters p) {
     const u64 head = (u64)blockIdx.x * 8 + (threadIdx.x >> 5);
-    if (head >= p.tokens * p.heads) return;
+    if (head >= p.tokens * p.heads * (SPLIT ? 3 : 1)) return;
     const int lane = threadIdx.x & 31;
-    const u64 token = head / p.heads, index = head % p.heads;
+    const u64 token = head / p.heads % p.tokens, index = head % p.heads;
     const scalar* from = x + token * p.token_stride + index * p.head_stride;
     const float* cosines = cos_table + token * HEAD_DIM;
     const float* sines = sin_table + token * HEAD_DIM;
     scalar* to = out + head * HEAD_DIM;
+#if SPLIT
+    const u64 part = head / (p.heads * p.tokens);
+    from += part * p.heads * p.head_stride;
+    if (part == 2) {
+        for (int i = lane; i < HEAD_DIM; i += 32) to[i] = from[i];
+        return;
+    }
+#endif
 
     float first[PAIRS], second[PAIRS];
 #if WITH_NORM

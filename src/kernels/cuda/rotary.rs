@@ -43,6 +43,7 @@ pub(super) fn rotate(
             ("HEAD_DIM", head_dim as i64),
             ("WITH_NORM", i64::from(norm.is_some())),
             ("BACKWARD", i64::from(dy.is_some())),
+            ("SPLIT", 0),
         ],
         256,
     );
@@ -69,4 +70,62 @@ pub(super) fn rotate(
     let grid = [(tokens * heads).div_ceil(8), 1, 1];
     launch(&x.client, kernel, grid, &buffers, parameters);
     tensor(out)
+}
+
+/// Queries and keys turned, values as they are, out of a fused projection `[tokens, 3 · heads · d]`.
+pub(super) fn split_and_rotate(
+    qkv: Tensor<Backend, 2>,
+    heads: usize,
+    cos: Tensor<Backend, 2>,
+    sin: Tensor<Backend, 2>,
+) -> [Tensor<Backend, 3>; 3] {
+    let [tokens, width] = qkv.dims();
+    let head_dim = width / 3 / heads;
+    let (bf16, _) = scalar_of(qkv.dtype()).expect("`covers` was asked");
+    let kernel = Kernel::new(
+        "split_and_rotate",
+        SOURCES,
+        vec![
+            ("SCALAR_BF16", bf16),
+            ("HEAD_DIM", head_dim as i64),
+            ("WITH_NORM", 0),
+            ("BACKWARD", 0),
+            ("SPLIT", 1),
+        ],
+        256,
+    );
+    let x = contiguous(qkv);
+    let out = empty(&x, [3, tokens, heads, head_dim], x.dtype);
+    let (cos, sin) = (contiguous(cos), contiguous(sin));
+    let parameters = vec![
+        tokens as u64,
+        heads as u64,
+        width as u64,
+        head_dim as u64,
+        0,
+        0,
+        0,
+    ];
+    let grid = [(3 * tokens * heads).div_ceil(8), 1, 1];
+    // Without a norm the weight is not read; any buffer takes its place.
+    launch(
+        &x.client,
+        kernel,
+        grid,
+        &[&x, &x, &cos, &sin, &out],
+        parameters,
+    );
+    let bytes = (tokens * heads * head_dim * x.dtype.size()) as u64;
+    [0, 1, 2].map(|part| {
+        let mut view = out.clone();
+        view.handle = view
+            .handle
+            .offset_start(part * bytes)
+            .offset_end((2 - part) * bytes);
+        *view.meta = burn_cubecl::cubecl::zspace::metadata::Metadata::new(
+            [tokens, heads, head_dim],
+            [heads * head_dim, head_dim, 1],
+        );
+        tensor(view)
+    })
 }

@@ -135,10 +135,17 @@ fn rotation() {
         ] {
             // The queries of a fused projection: tokens lie three times as far apart.
             let fused = normal([tokens, 3 * heads, head_dim], 1.0, dtype, &device);
-            let x = fused.narrow(1, heads, heads);
+            let x = fused.clone().narrow(1, heads, heads);
             let angles = normal([tokens, head_dim / 2], 3.0, DType::F32, &device);
             let angles = Tensor::cat(vec![angles.clone(), angles], 1);
             let (cos, sin) = (angles.clone().cos(), angles.sin());
+            let flat = fused.reshape([tokens, 3 * heads * head_dim]);
+            let got = Cuda::split_and_rotate(flat.clone(), heads, cos.clone(), sin.clone());
+            let want = plain::split_and_rotate(to_f32(flat), heads, cos.clone(), sin.clone());
+            for (got, want) in got.into_iter().zip(want) {
+                let name = format!("split_and_rotate {dtype:?} [{tokens}, {heads}, {head_dim}]");
+                report.close(&name, got, want, tolerance(dtype, ONE_ROUNDING));
+            }
             let dy = normal([tokens, heads, head_dim], 1.0, dtype, &device);
             let norm = HeadNorm {
                 weight: normal([head_dim], 1.0, dtype, &device),

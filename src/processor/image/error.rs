@@ -6,6 +6,8 @@ use std::path::PathBuf;
 
 use image::ImageFormat;
 
+use crate::processor::dicom::{DicomError, looks_like_dicom};
+
 /// Why a picture could not be read, sized or cut into patches.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
@@ -38,7 +40,7 @@ pub enum ImageError {
     },
     /// The content is none of the formats read here.
     #[error(
-        "`{name}` is not a PNG, JPEG, WebP, BMP or TIFF picture ({found}); hint: convert it to PNG"
+        "`{name}` is not a PNG, JPEG, WebP, BMP, TIFF or DICOM picture ({found}); hint: convert it to PNG"
     )]
     UnknownFormat {
         /// File or upload.
@@ -99,6 +101,32 @@ pub enum ImageError {
         format: PictureFormat,
         /// What the decoder said.
         reason: String,
+    },
+    /// A DICOM file gave no picture for a reason that other formats do not have.
+    #[error("DICOM picture `{name}` {cause}")]
+    Dicom {
+        /// File or upload.
+        name: String,
+        /// The reason; it repeats no free text of the file.
+        cause: Box<DicomError>,
+    },
+    /// Tags were asked for of another format.
+    #[error("`{name}` is a {format} picture and has no DICOM tags; hint: leave out --show-tags")]
+    NotDicom {
+        /// File or upload.
+        name: String,
+        /// File format.
+        format: PictureFormat,
+    },
+    /// A frame was asked for of a format that has one.
+    #[error("{format} picture `{name}` has no frame {frame}; hint: leave out --frame")]
+    NoFrame {
+        /// File or upload.
+        name: String,
+        /// File format.
+        format: PictureFormat,
+        /// The frame asked for, counted from 1.
+        frame: usize,
     },
     /// A buffer does not hold the pixels its size asks for.
     #[error("{bytes} bytes of pixels do not make a picture of {width} × {height} pixels")]
@@ -163,6 +191,8 @@ pub enum PictureFormat {
     Bmp,
     /// TIFF; the first page.
     Tiff,
+    /// DICOM, with and without preamble; see [`crate::processor::dicom`].
+    Dicom,
 }
 
 impl fmt::Display for PictureFormat {
@@ -173,12 +203,13 @@ impl fmt::Display for PictureFormat {
             Self::WebP => "WebP",
             Self::Bmp => "BMP",
             Self::Tiff => "TIFF",
+            Self::Dicom => "DICOM",
         })
     }
 }
 
 impl PictureFormat {
-    /// Tells the format by the first bytes (16 are enough); a file's extension may lie.
+    /// Tells the format by the first bytes (132 are enough); a file's extension may lie.
     ///
     /// # Errors
     /// [`ImageError::Empty`] and [`ImageError::UnknownFormat`], both with `name`.
@@ -189,6 +220,10 @@ impl PictureFormat {
                 found,
             })
         };
+        // First, since the preamble of a DICOM file may be the header of another format.
+        if looks_like_dicom(head) {
+            return Ok(Self::Dicom);
+        }
         match image::guess_format(head) {
             Ok(ImageFormat::Png) => Ok(Self::Png),
             Ok(ImageFormat::Jpeg) => Ok(Self::Jpeg),
@@ -206,13 +241,15 @@ impl PictureFormat {
         }
     }
 
-    pub(super) fn decoder_format(self) -> ImageFormat {
+    /// The decoder of the `image` crate; DICOM has one of its own.
+    pub(super) fn decoder_format(self) -> Option<ImageFormat> {
         match self {
-            Self::Png => ImageFormat::Png,
-            Self::Jpeg => ImageFormat::Jpeg,
-            Self::WebP => ImageFormat::WebP,
-            Self::Bmp => ImageFormat::Bmp,
-            Self::Tiff => ImageFormat::Tiff,
+            Self::Png => Some(ImageFormat::Png),
+            Self::Jpeg => Some(ImageFormat::Jpeg),
+            Self::WebP => Some(ImageFormat::WebP),
+            Self::Bmp => Some(ImageFormat::Bmp),
+            Self::Tiff => Some(ImageFormat::Tiff),
+            Self::Dicom => None,
         }
     }
 }

@@ -1,8 +1,8 @@
 // The page: films on a desk, a question, reports, and what is kept in the browser.
 
 import { forgetKey, hasKey, models, onKeyNeeded, readiness } from "./api.js";
-import { adopt, announce, currentLanguage, el, hush, icon, say, setLanguage, t, timeText } from "./dom.js";
-import { copy, download, fillPaper } from "./export.js";
+import { adopt, announce, currentLanguage, el, hush, say, setLanguage, t } from "./dom.js";
+import { fillPaper } from "./export.js";
 import { Film } from "./film.js";
 import * as history from "./history.js";
 import { Run } from "./run.js";
@@ -162,7 +162,9 @@ function showDesk() {
 }
 
 async function addFiles(files) {
-  const added = [...files].map((file) => new Film(file, { remove: removeFilm, ask: (film) => askAbout([film]) }));
+  const added = [...files].map(
+    (file) => new Film(file, { remove: removeFilm, ask: (film) => askAbout([film]) }),
+  );
   if (added.length === 0) return;
   hush($("form-error"));
   films.push(...added);
@@ -218,8 +220,9 @@ function askAbout(chosen) {
   const form = checkedForm();
   if (form === null) return;
   const usable = chosen.filter((film) => film.usable);
-  if (usable.length === 0) {
-    say($("form-error"), "form.no_usable");
+  const reading = chosen.some((film) => film.state === "reading");
+  if (reading || usable.length === 0) {
+    say($("form-error"), reading ? "form.reading" : "form.no_usable");
     return;
   }
   const joint = settings.together && chosen.length > 1;
@@ -256,74 +259,6 @@ addEventListener("afterprint", () => {
   chosenForPrint = false;
   $("paper").replaceChildren();
   document.documentElement.classList.remove("with-paper");
-});
-
-// ---- history --------------------------------------------------------------------------------
-
-function historyItem(record) {
-  const names = record.films.map((film) => film.name).join("、");
-  const forget = async () => {
-    await history.remove(record.id);
-    await showHistory();
-    $("history-title").focus();
-  };
-  const action = (key, onclick) => el("button", { type: "button", class: "plain", t: key, onclick });
-  const report = record.report.trim();
-  const opening = report.length > 60 ? `${report.slice(0, 60)}…` : report;
-  const thumbnails = record.thumbnails.map((src) =>
-    src === null ? el("span", { class: "no-thumb" }, icon("file")) : el("img", { src, alt: "" }),
-  );
-  return el(
-    "li",
-    {},
-    el("div", { class: "thumbs" }, ...thumbnails),
-    el(
-      "div",
-      { class: "history-text" },
-      el("p", { class: "history-head" }, el("strong", {}, names), ` ${timeText(record.created)} · ${record.model ?? "–"}`),
-      el("p", { class: "history-question" }, record.question),
-      el("details", {}, el("summary", {}, el("span", { class: "opening", lang: "zh-CN" }, opening), el("span", { class: "more", t: "history.more" })), el("p", { class: "report-text", lang: "zh-CN" }, report)),
-      el(
-        "div",
-        { class: "run-actions" },
-        action("run.copy", () => copy(report).then(() => announce(t("run.copied")))),
-        action("run.markdown", () => download(record, "md")),
-        action("run.json", () => download(record, "json")),
-        action("history.delete", forget),
-      ),
-    ),
-  );
-}
-
-async function showHistory() {
-  let records = [];
-  say($("history-none"), "history.none");
-  try {
-    records = await history.all();
-  } catch {
-    say($("history-none"), "history.unavailable");
-  }
-  $("history-none").hidden = records.length > 0;
-  $("history-clear").hidden = records.length === 0;
-  say($("history-clear"), "history.clear");
-  $("history-list").replaceChildren(...records.map(historyItem));
-}
-
-let sure = false;
-$("history-clear").addEventListener("click", async () => {
-  if (!sure) {
-    sure = true;
-    say($("history-clear"), "history.sure");
-    setTimeout(() => {
-      sure = false;
-      say($("history-clear"), "history.clear");
-    }, 4000);
-    return;
-  }
-  sure = false;
-  await history.clear();
-  await showHistory();
-  announce(t("history.cleared"));
 });
 
 // ---- server: key, models, readiness ---------------------------------------------------------
@@ -446,7 +381,7 @@ $("language").addEventListener("click", () => {
 });
 systemDark.addEventListener("change", showTheme);
 $("open-history").addEventListener("click", async () => {
-  await showHistory();
+  await history.show();
   $("history-dialog").showModal();
 });
 $("open-help").addEventListener("click", () => $("help-dialog").showModal());
@@ -458,6 +393,8 @@ for (const dialog of document.querySelectorAll("dialog")) {
   });
 }
 document.addEventListener("keydown", (event) => {
+  // Esc and Enter of an input method are not ours.
+  if (event.isComposing) return;
   const open = document.querySelector("dialog[open]") !== null;
   if (event.key === "Escape" && !open && !document.fullscreenElement) stopAll();
   if (!(event.ctrlKey || event.metaKey) || event.altKey || open) return;

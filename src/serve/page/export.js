@@ -6,6 +6,17 @@
 
 import { el, t, timeText } from "./dom.js";
 
+/** Key and values of the text for how an answer ended. */
+export function ended(reason) {
+  const known = ["stop", "length", "cancelled", "broken"];
+  return known.includes(reason) ? [`finish.${reason}`, {}] : ["finish.other", { reason }];
+}
+
+/** The report alone; one that is not whole says so, wherever it is pasted. */
+export function plain({ report, finish_reason: reason }) {
+  return reason === "stop" ? report.trim() : `${report.trim()}\n\n[${t(...ended(reason))}]`;
+}
+
 /** The record as Markdown. */
 export function markdown(record) {
   const films = record.films.map(({ name, width, height }) =>
@@ -21,7 +32,7 @@ export function markdown(record) {
     `- ${t("export.time")}: ${timeText(record.created)}`,
     `- ${t("export.model")}: ${record.model}`,
     `- ${t("export.parameters")}: max_tokens ${length}, temperature ${temperature}, seed ${seed ?? "–"}`,
-    `- ${t("export.ended")}: ${record.finish_reason}`,
+    `- ${t("export.ended")}: ${t(...ended(record.finish_reason))}`,
     "",
     `## ${t("export.question")}`,
     "",
@@ -89,7 +100,7 @@ function sheet(record, pictures) {
       fact("export.film", names),
       fact("export.time", timeText(record.created)),
       fact("export.model", record.model),
-      fact("export.ended", t(`finish.${record.finish_reason}`)),
+      fact("export.ended", t(...ended(record.finish_reason))),
     ),
     el("div", { class: "sheet-films" }, ...pictures.map((src) => el("img", { src, alt: names }))),
     el("h2", {}, t("export.question")),

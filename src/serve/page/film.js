@@ -203,7 +203,11 @@ export class Film {
 
     const ask = el("button", { type: "button", class: "plain ask-one", onclick: () => on.ask(this) });
     say(ask, "film.ask");
-    const remove = el("button", { type: "button", class: "tool", onclick: () => on.remove(this) }, icon("close"));
+    const remove = el(
+      "button",
+      { type: "button", class: "tool", onclick: () => on.remove(this) },
+      icon("close"),
+    );
     say(remove, "film.remove", { name }, "aria-label");
     say(remove, "film.remove", { name }, "title");
 
@@ -224,7 +228,9 @@ export class Film {
     const viewer = () => this.#viewer;
     parts.level = button("window", "tool.window", () => viewer().setTool("window"));
     parts.pan = button("pan", "tool.pan", () => viewer().setTool("pan"));
-    parts.invert = button("invert", "tool.invert", () => viewer().setLevels({ invert: !viewer().view.invert }));
+    parts.invert = button("invert", "tool.invert", () =>
+      viewer().setLevels({ invert: !viewer().view.invert }),
+    );
     parts.zoom = el("output", { class: "zoom" }, "100%");
     parts.windowInput = el("input", { type: "range", min: 2, max: 510, step: 1 });
     parts.levelInput = el("input", { type: "range", min: 0, max: 255, step: 1 });

@@ -1,5 +1,9 @@
 // Reports of this browser: text and a thumbnail each, in IndexedDB. Nothing of it is on the server.
 
+import { announce, el, icon, say, t, timeText } from "./dom.js";
+import { copy, download, plain } from "./export.js";
+
+const $ = (id) => document.getElementById(id);
 const NAME = "xray-reports";
 const STORE = "reports";
 
@@ -51,3 +55,85 @@ export async function remove(id) {
 export async function clear() {
   await promise((await store("readwrite")).clear());
 }
+
+function historyItem(record) {
+  const names = record.films.map((film) => film.name).join("、");
+  const forget = async () => {
+    await remove(record.id);
+    await show();
+    $("history-title").focus();
+  };
+  const action = (key, onclick) => el("button", { type: "button", class: "plain", t: key, onclick });
+  const report = record.report.trim();
+  const opening = report.length > 60 ? `${report.slice(0, 60)}…` : report;
+  const thumbnails = record.thumbnails.map((src) =>
+    src === null ? el("span", { class: "no-thumb" }, icon("file")) : el("img", { src, alt: "" }),
+  );
+  return el(
+    "li",
+    {},
+    el("div", { class: "thumbs" }, ...thumbnails),
+    el(
+      "div",
+      { class: "history-text" },
+      el(
+        "p",
+        { class: "history-head" },
+        el("strong", {}, names),
+        ` ${timeText(record.created)} · ${record.model ?? "–"}`,
+      ),
+      el("p", { class: "history-question" }, record.question),
+      el(
+        "details",
+        {},
+        el(
+          "summary",
+          {},
+          el("span", { class: "opening", lang: "zh-CN" }, opening),
+          el("span", { class: "more", t: "history.more" }),
+        ),
+        el("p", { class: "report-text", lang: "zh-CN" }, report),
+      ),
+      el(
+        "div",
+        { class: "run-actions" },
+        action("run.copy", () => copy(plain(record)).then(() => announce(t("run.copied")))),
+        action("run.markdown", () => download(record, "md")),
+        action("run.json", () => download(record, "json")),
+        action("history.delete", forget),
+      ),
+    ),
+  );
+}
+
+/** Fills the dialog of earlier reports. */
+export async function show() {
+  let records = [];
+  say($("history-none"), "history.none");
+  try {
+    records = await all();
+  } catch {
+    say($("history-none"), "history.unavailable");
+  }
+  $("history-none").hidden = records.length > 0;
+  $("history-clear").hidden = records.length === 0;
+  say($("history-clear"), "history.clear");
+  $("history-list").replaceChildren(...records.map(historyItem));
+}
+
+let sure = false;
+$("history-clear").addEventListener("click", async () => {
+  if (!sure) {
+    sure = true;
+    say($("history-clear"), "history.sure");
+    setTimeout(() => {
+      sure = false;
+      say($("history-clear"), "history.clear");
+    }, 4000);
+    return;
+  }
+  sure = false;
+  await clear();
+  await show();
+  announce(t("history.cleared"));
+});

@@ -2,7 +2,7 @@
 
 import { ApiError, chat } from "./api.js";
 import { announce, button, el, hush, say, t } from "./dom.js";
-import { copy, download } from "./export.js";
+import { copy, download, ended, plain } from "./export.js";
 
 /** A browser opens six connections to a server of HTTP/1.1; two are left for the rest of the page. */
 const AT_ONCE = 4;
@@ -74,7 +74,14 @@ export class Run {
     if (this.active) return;
     this.#stopper = new AbortController();
     const { signal } = this.#stopper;
-    Object.assign(this, { report: "", reasoning: "", finish: null, usage: null, firstText: null, record: null });
+    Object.assign(this, {
+      report: "",
+      reasoning: "",
+      finish: null,
+      usage: null,
+      firstText: null,
+      record: null,
+    });
     this.#heard = 0;
     this.#begin();
     let placed = false;
@@ -123,7 +130,7 @@ export class Run {
     this.#hurry = hurry;
     this.#parts.now.hidden = false;
     // Doubling and a little chance: clients refused together do not come back together.
-    const wait = Math.min(60, Math.max(retryAfter, 2 ** attempt) * (1 + Math.random() / 4));
+    const wait = Math.max(retryAfter, 2 ** attempt) * (1 + Math.random() / 4);
     announce(t("run.queued", { seconds: Math.ceil(wait), attempt, most: MOST_RETRIES }));
     for (let left = Math.ceil(wait); left > 0 && !hurry.signal.aborted && !signal.aborted; left -= 1) {
       this.#status("run.queued", { seconds: left, attempt, most: MOST_RETRIES });
@@ -187,7 +194,7 @@ export class Run {
   #end(reason) {
     announce(`${this.report.slice(this.#heard).trim()} ${t("run.announce_end", { name: this.name })}`);
     if (reason === "stop") hush(this.#parts.status);
-    else this.#status(reason === "length" ? "finish.length" : "finish.other", { reason });
+    else this.#status(...ended(reason));
     this.#keep(reason);
   }
 
@@ -201,7 +208,8 @@ export class Run {
     this.element.classList.toggle("failed", !cancelled);
     error.replaceChildren(el("p", { t: `error.${cause.kind}` }));
     const bytes = this.films.reduce((sum, film) => sum + film.file.size, 0);
-    if (cause.kind === "network" && bytes > 8 * 1024 * 1024) error.append(el("p", { t: "error.maybe_large" }));
+    if (cause.kind === "network" && bytes > 8 * 1024 * 1024)
+      error.append(el("p", { t: "error.maybe_large" }));
     const said = [cause.status || "", cause.message].filter(Boolean).join(" · ");
     if (said !== "") error.append(el("p", { class: "detail", lang: "en" }, said));
     if (this.report.trim() !== "") this.#keep(cancelled ? "cancelled" : "broken");
@@ -260,13 +268,23 @@ export class Run {
     parts.status = el("p", { class: "run-status" });
     parts.stop = button("stop", "run.stop", () => this.stop(), { wide: true });
     parts.now = button("again", "run.now", () => this.#hurry?.abort(), { wide: true, hidden: true });
-    parts.thoughts = el("div", { class: "thoughts", tabindex: "0", role: "region", "t-aria-label": "run.thinking" });
-    parts.thinking = el("details", { class: "thinking", hidden: true }, el("summary", { t: "run.thinking" }), parts.thoughts);
+    parts.thoughts = el("div", {
+      class: "thoughts",
+      tabindex: "0",
+      role: "region",
+      "t-aria-label": "run.thinking",
+    });
+    parts.thinking = el(
+      "details",
+      { class: "thinking", hidden: true },
+      el("summary", { t: "run.thinking" }),
+      parts.thoughts,
+    );
     parts.text = el("div", { class: "report-text", lang: "zh-CN" });
     parts.error = el("div", { class: "error", hidden: true });
     parts.retry = button("again", "run.retry", () => this.start(), { wide: true, hidden: true });
     const copied = async () => {
-      const [key] = await Promise.allSettled([copy(this.report.trim())]);
+      const [key] = await Promise.allSettled([copy(plain(this.record))]);
       const told = key.status === "fulfilled" ? "run.copied" : "run.not_copied";
       say(parts.told, told);
       announce(t(told));
@@ -299,4 +317,3 @@ export class Run {
     );
   }
 }
-

@@ -51,7 +51,7 @@ pub(super) fn load(kernel: &Kernel, device: usize, arch: &str) -> Result<Functio
     static LOADED: LazyLock<Mutex<HashMap<(usize, String, u64), usize>>> =
         LazyLock::new(Mutex::default);
     let hash = kernel.source_hash();
-    let key = (device, kernel.entry().to_string(), hash);
+    let key = (device, kernel.entry(), hash);
     let mut loaded = LOADED.lock().unwrap_or_else(|lock| lock.into_inner());
     let handle = match loaded.get(&key) {
         Some(handle) => *handle,

@@ -188,7 +188,7 @@ impl Builder<'_> {
         parameters: Vec<u64>,
     ) -> Result<(), DriverError> {
         let defines = vec![(form, 1), ("SCALAR_BF16", 1), ("HEAD_DIM", head_dim as i64)];
-        let kernel = Kernel::new(&form.to_lowercase(), STEP, defines, threads);
+        let kernel = Kernel::new(form, STEP, defines, threads);
         self.push(kernel, grid, pointers, parameters)
     }
 }
@@ -340,7 +340,7 @@ impl Plan {
                 ("PART", 0),
             ];
             let kernel = Kernel::new("attention_decode", ATTENTION, defines, 128)
-                .with_generated("#define ATTN_NAME ENTRY\n".to_string());
+                .with_entry_macro("ATTN_NAME");
             let mut parameters = vec![(heads * head_dim) as u64, head_dim as u64];
             parameters.extend(key_strides);
             parameters.extend(value_strides);

@@ -1,0 +1,387 @@
+//! What the model does for an evaluation: loss, reports, reports about other images, image embeddings.
+
+use std::{
+    fs::File,
+    io::Write,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result, bail};
+use burn::tensor::DType;
+use serde_json::json;
+
+use crate::{
+    backend::DeviceTask,
+    cli::ModelArgs,
+    commands::{
+        pipeline_options,
+        progress::{Progress, Unit},
+    },
+    dataset::{
+        Dataset, RawSample,
+        loader::{Overlong, WindowLoader, WindowPlan},
+    },
+    evaluation::{Case, Written, baselines::swapped},
+    generate::{FinishReason, GenerationConfig, Prompt},
+    kernels::Kernels,
+    pipeline::{Answer, Pipeline, TextAndImages},
+    processor::{image::RgbImage, supervised::encode_prompt},
+    qwen3_vl::ImageInput,
+    train::gradients::{LossTotals, evaluate},
+};
+
+/// Work for a model on a device.
+pub(super) struct ModelWork {
+    pub(super) model: ModelArgs,
+    pub(super) generation: GenerationConfig,
+    pub(super) stop: Vec<String>,
+    pub(super) batch_size: usize,
+    pub(super) data: Dataset,
+    /// Rows of the data set, one a case.
+    pub(super) rows: Vec<usize>,
+    pub(super) cases: Vec<Case>,
+    /// Whether it writes reports, and not only looks.
+    pub(super) writes: bool,
+    /// Whether it also writes about other studies' images.
+    pub(super) swaps: bool,
+    /// Training set to find the nearest images in.
+    pub(super) neighbour: Option<Dataset>,
+    /// Where the reports are kept.
+    pub(super) output: Option<PathBuf>,
+}
+
+/// What came of it.
+pub(super) struct ModelRun {
+    pub(super) loss: Option<LossTotals>,
+    pub(super) written: Option<Vec<Written>>,
+    pub(super) swapped: Option<Vec<Written>>,
+    pub(super) embeddings: Option<Embeddings>,
+    pub(super) warnings: Vec<String>,
+}
+
+/// Mean image features, row after row.
+pub(super) struct Embeddings {
+    /// `[cases, dimension]`
+    pub(super) queries: Vec<f32>,
+    /// `[training rows with an image, dimension]`
+    pub(super) training: Vec<f32>,
+    /// Training rows with an image.
+    pub(super) rows: Vec<usize>,
+    pub(super) dimension: usize,
+}
+
+impl DeviceTask for ModelWork {
+    type Output = Result<ModelRun>;
+
+    fn run<B: Kernels>(self, device: B::Device, dtype: DType) -> Result<ModelRun> {
+        let mut output = self.output.as_deref().map(OutputFile::create).transpose()?;
+        let options = pipeline_options(&self.model, dtype);
+        let mut progress = Progress::new("loading", 0, Unit::Bytes);
+        let pipeline = Pipeline::<B>::load(&options, device, &mut |done, total| {
+            progress.set(done, total);
+        })?;
+        progress.finish();
+        let mut run = ModelRun {
+            loss: None,
+            written: None,
+            swapped: None,
+            embeddings: None,
+            warnings: Vec::new(),
+        };
+        if self.writes {
+            run.loss = Some(self.loss(&pipeline)?);
+            let own: Vec<usize> = self.rows.clone();
+            let answers = self.answers(&pipeline, &own, "reports", output.as_mut())?;
+            let cut =
+                |reason: FinishReason| answers.iter().filter(|a| a.finish_reason == reason).count();
+            for (count, chinese, english) in [
+                (
+                    cut(FinishReason::Length),
+                    "份报告写满 --max-new-tokens 被截断",
+                    "reports were cut off at --max-new-tokens",
+                ),
+                (
+                    cut(FinishReason::Repetition),
+                    "份报告因文字循环而终止",
+                    "reports were ended because the text went round in circles",
+                ),
+            ] {
+                if count > 0 {
+                    run.warnings
+                        .push(format!("{count} {chinese} ({count} {english})"));
+                }
+            }
+            run.written = Some(answers.into_iter().map(written).collect());
+            if let Some(output) = output {
+                output.finish()?;
+            }
+        }
+        if self.swaps {
+            run.swapped = self.swapped_reports(&pipeline, &mut run.warnings)?;
+        }
+        if let Some(train) = &self.neighbour {
+            run.embeddings = self.embeddings(&pipeline, train, &mut run.warnings)?;
+        }
+        Ok(run)
+    }
+}
+
+fn written(answer: Answer) -> Written {
+    Written {
+        answer: answer.report,
+        thinking: answer.thinking,
+    }
+}
+
+impl ModelWork {
+    /// Loss over the true reports.
+    fn loss<B: Kernels>(&self, pipeline: &Pipeline<B>) -> Result<LossTotals> {
+        let parts = std::sync::Arc::new(pipeline.parts.clone());
+        let loader = |batch_size: usize| {
+            let plan = WindowPlan {
+                epochs: 1.0,
+                batch_size,
+                accumulation: 1,
+                devices: 1,
+                packing: false,
+                // Nothing is cut: what the model was trained on is not known here.
+                max_length: usize::MAX,
+                overlong: Overlong::Error,
+                seed: 0,
+                in_order: true,
+            };
+            WindowLoader::new(self.data.clone(), parts.clone(), plan, 0, 1)
+        };
+        // Rows in order go some at a time, the rest and chosen rows one by one.
+        let in_order = self.rows.iter().enumerate().all(|(at, row)| at == *row);
+        let whole = if in_order && self.rows.len() == self.data.len() {
+            self.rows.len().div_ceil(self.batch_size)
+        } else if in_order {
+            self.rows.len() / self.batch_size
+        } else {
+            0
+        };
+        let (many, single) = (loader(self.batch_size), loader(1));
+        let mut totals = LossTotals::default();
+        let mut progress = Progress::new("loss", self.rows.len() as u64, Unit::Items);
+        let mut done = 0;
+        let rest = self.rows.iter().skip(whole * self.batch_size);
+        let windows = (0..whole)
+            .map(|step| (&many, step))
+            .chain(rest.map(|row| (&single, *row)));
+        for (loader, step) in windows {
+            let window = loader.window(step)?;
+            done += window.rows.len();
+            for batch in window.parts.iter().flatten() {
+                let config = &pipeline.parts.config;
+                totals.add(evaluate(&pipeline.model, config, batch, &pipeline.device).totals());
+            }
+            progress.set(done as u64, self.rows.len() as u64);
+        }
+        progress.finish();
+        Ok(totals)
+    }
+
+    /// The model's answers to the questions of all cases, about the images of the rows `shown`.
+    fn answers<B: Kernels>(
+        &self,
+        pipeline: &Pipeline<B>,
+        shown: &[usize],
+        what: &str,
+        mut output: Option<&mut OutputFile>,
+    ) -> Result<Vec<Answer>> {
+        let mut progress = Progress::new(what, self.rows.len() as u64, Unit::Items);
+        let mut answers = Vec::with_capacity(self.rows.len());
+        let places: Vec<usize> = (0..self.rows.len()).collect();
+        for group in places.chunks(self.batch_size) {
+            let prompts = group
+                .iter()
+                .map(|at| self.prompt(&pipeline.parts, self.rows[*at], shown[*at]))
+                .collect::<Result<Vec<_>>>()?;
+            let (some, _) =
+                pipeline.answer(&prompts, &self.generation, &self.stop, &mut |_, _| {})?;
+            for (at, answer) in group.iter().zip(&some) {
+                if let Some(output) = output.as_deref_mut() {
+                    output.add(&self.cases[*at], answer)?;
+                }
+            }
+            answers.extend(some);
+            progress.set(answers.len() as u64, self.rows.len() as u64);
+        }
+        progress.finish();
+        Ok(answers)
+    }
+
+    /// The question of one row about the images of another.
+    fn prompt(&self, parts: &TextAndImages, row: usize, shown: usize) -> Result<Prompt> {
+        if row == shown {
+            return Ok(self.data.question(row, parts)?.0);
+        }
+        let RawSample { conversation, .. } = self.data.read(row, parts)?;
+        let images = patches(parts, &self.data.read(shown, parts)?.pictures)?;
+        let merge = parts.config.vision_config.spatial_merge_size;
+        let input_ids = encode_prompt(
+            &parts.tokenizer,
+            &conversation,
+            &images.image_grid_thw,
+            merge,
+        )
+        .with_context(|| format!("`{}`, row {}", self.data.name(), row + 1))?;
+        Ok(Prompt { input_ids, images })
+    }
+
+    fn swapped_reports<B: Kernels>(
+        &self,
+        pipeline: &Pipeline<B>,
+        warnings: &mut Vec<String>,
+    ) -> Result<Option<Vec<Written>>> {
+        let studies: Vec<&str> = self.cases.iter().map(|case| case.study.as_str()).collect();
+        let images = self
+            .rows
+            .iter()
+            .map(|row| match self.data.text(*row).images.len() {
+                // Drawn, or without a picture.
+                0 => Ok(self.data.read(*row, &pipeline.parts)?.pictures.len()),
+                count => Ok(count),
+            })
+            .collect::<Result<Vec<usize>>>()?;
+        let others = swapped(&studies, &images);
+        let alone = others.iter().enumerate().filter(|(at, other)| at == *other);
+        let alone = alone.filter(|(at, _)| images[*at] > 0).count();
+        if alone == others.len() || images.iter().all(|count| *count == 0) {
+            warnings
+                .push("没有别的检查可以互换影像 (no other study to swap images with)".to_owned());
+            return Ok(None);
+        }
+        if alone > 0 {
+            warnings.push(format!(
+                "{alone} 份没有同样张数的别的检查，影像未换 ({alone} keep their images: no other study has as many)"
+            ));
+        }
+        let shown: Vec<usize> = others.iter().map(|other| self.rows[*other]).collect();
+        let answers = self.answers(pipeline, &shown, "reports, images swapped", None)?;
+        Ok(Some(answers.into_iter().map(written).collect()))
+    }
+
+    fn embeddings<B: Kernels>(
+        &self,
+        pipeline: &Pipeline<B>,
+        train: &Dataset,
+        warnings: &mut Vec<String>,
+    ) -> Result<Option<Embeddings>> {
+        let (queries, with_image) =
+            self.embed(pipeline, &self.data, &self.rows, "images of the test set")?;
+        if with_image.len() < self.rows.len() {
+            warnings.push(
+                "测试集有没有影像的样本，不求最近邻 (samples without image: no nearest neighbour)"
+                    .to_owned(),
+            );
+            return Ok(None);
+        }
+        let all: Vec<usize> = (0..train.len()).collect();
+        let (training, rows) = self.embed(pipeline, train, &all, "images of the training set")?;
+        if rows.is_empty() {
+            warnings.push(
+                "训练集没有影像，不求最近邻 (the training set has no image: no nearest neighbour)"
+                    .to_owned(),
+            );
+            return Ok(None);
+        }
+        Ok(Some(Embeddings {
+            dimension: queries.len() / self.rows.len().max(1),
+            queries,
+            training,
+            rows,
+        }))
+    }
+
+    /// Mean of the vision tower's merged features over all images of each row, and the rows that have one.
+    fn embed<B: Kernels>(
+        &self,
+        pipeline: &Pipeline<B>,
+        data: &Dataset,
+        rows: &[usize],
+        what: &str,
+    ) -> Result<(Vec<f32>, Vec<usize>)> {
+        let parts = &pipeline.parts;
+        let mut progress = Progress::new(what, rows.len() as u64, Unit::Items);
+        let (mut values, mut kept) = (Vec::new(), Vec::new());
+        for (done, row) in rows.iter().enumerate() {
+            let pictures = data.read(*row, parts)?.pictures;
+            if !pictures.is_empty() {
+                let images = patches(parts, &pictures)
+                    .with_context(|| format!("`{}`, row {}", data.name(), row + 1))?;
+                let merged = pipeline
+                    .model
+                    .encode_images(&images, &parts.config, &pipeline.device)
+                    .merged;
+                let mean = merged.cast(DType::F32).mean_dim(0);
+                values.extend(mean.into_data().iter::<f32>());
+                kept.push(*row);
+            }
+            progress.set(done as u64 + 1, rows.len() as u64);
+        }
+        progress.finish();
+        Ok((values, kept))
+    }
+}
+
+fn patches(parts: &TextAndImages, pictures: &[RgbImage]) -> Result<ImageInput> {
+    let mut input = ImageInput::default();
+    for picture in pictures {
+        input.extend(&parts.image_input(picture)?);
+    }
+    Ok(input)
+}
+
+/// The reports as they come, under a name of their own until all are there.
+struct OutputFile {
+    path: PathBuf,
+    partial: PathBuf,
+    file: File,
+}
+
+impl OutputFile {
+    fn create(path: &Path) -> Result<Self> {
+        if path.exists() {
+            bail!(
+                "`{}` is there already; evaluate it with `eval {}`, or name another file with --output",
+                path.display(),
+                path.display()
+            );
+        }
+        let mut partial = path.as_os_str().to_owned();
+        partial.push(".partial");
+        let partial = PathBuf::from(partial);
+        let file = File::create(&partial)
+            .with_context(|| format!("cannot write `{}`", partial.display()))?;
+        Ok(Self {
+            path: path.to_owned(),
+            partial,
+            file,
+        })
+    }
+
+    fn add(&mut self, case: &Case, answer: &Answer) -> Result<()> {
+        let mut record = json!({
+            "image": case.name,
+            "prompt": case.question,
+            "report": answer.report,
+            "reference": case.truth,
+            "finish_reason": answer.finish_reason,
+            "prompt_tokens": answer.prompt_tokens,
+            "completion_tokens": answer.completion_tokens,
+        });
+        if let Some(thinking) = &answer.thinking {
+            record["thinking"] = json!(thinking);
+        }
+        writeln!(self.file, "{record}")
+            .with_context(|| format!("cannot write `{}`", self.partial.display()))
+    }
+
+    fn finish(self) -> Result<()> {
+        let context = || format!("cannot write `{}`", self.path.display());
+        self.file.sync_all().with_context(context)?;
+        std::fs::rename(&self.partial, &self.path).with_context(context)
+    }
+}

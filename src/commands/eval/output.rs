@@ -1,0 +1,128 @@
+//! An outcome as JSON, and the films of a page.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use super::cases::TestSet;
+use crate::{
+    dataset::Dataset,
+    evaluation::{Outcome, STATUSES, page, page::PageFacts},
+    processor::image::{DecodeLimits, load},
+};
+
+/// Everything that was found out; text scores in per cent, shares of findings from 0 to 1.
+pub(super) fn json(outcome: &Outcome, facts: &PageFacts) -> Value {
+    let facts_of = facts.facts.iter();
+    let named = facts_of.map(|(_, english, value)| (english.replace(' ', "_"), json!(value)));
+    let mut cases = vec![Value::Null; outcome.cases.len()];
+    for (rank, review) in outcome.reviews.iter().enumerate() {
+        let (case, text) = (&outcome.cases[review.case], &outcome.texts[review.case]);
+        let differences: serde_json::Map<String, Value> = review
+            .differences
+            .iter()
+            .map(|(finding, difference)| (finding.to_string(), json!(difference)))
+            .collect();
+        cases[review.case] = json!({
+            "study": case.study,
+            "name": case.name,
+            "truth": case.truth,
+            "answer": text.answer,
+            "thinking": text.thinking,
+            "differences": differences,
+            "false_normal": review.false_normal,
+            "invented": review.invented,
+            "contradiction": review.contradiction,
+            "rouge_l": review.rouge_l,
+            "rank_from_worst": rank + 1,
+        });
+    }
+    let bootstrap = &outcome.settings.bootstrap;
+    json!({
+        "program": concat!("xray-qwen3vl ", env!("CARGO_PKG_VERSION")),
+        "about": named.collect::<serde_json::Map<String, Value>>(),
+        "warnings": facts.warnings,
+        "reports": outcome.cases.len(),
+        "studies": outcome.studies,
+        "bootstrap": {
+            "resamples": bootstrap.resamples,
+            "confidence": bootstrap.confidence,
+            "seed": bootstrap.seed,
+        },
+        "uncertain": outcome.settings.policy,
+        "loss": facts.loss.map(|(loss, perplexity, accuracy)| json!({
+            "loss": loss,
+            "perplexity": perplexity,
+            "token_accuracy": accuracy,
+        })),
+        "systems": outcome.systems,
+        "comparison": outcome.comparison,
+        "confusion": { "order": STATUSES, "by_finding": outcome.confusion },
+        "cases": cases,
+    })
+}
+
+/// Finds and reads the films of cases.
+pub(super) struct Films<'a> {
+    set: &'a TestSet,
+    data: Option<&'a Dataset>,
+    folder: Option<&'a Path>,
+    missing: usize,
+    first: Option<String>,
+}
+
+impl<'a> Films<'a> {
+    pub(super) fn new(
+        set: &'a TestSet,
+        data: Option<&'a Dataset>,
+        folder: Option<&'a Path>,
+    ) -> Self {
+        Self {
+            set,
+            data,
+            folder,
+            missing: 0,
+            first: None,
+        }
+    }
+
+    /// The films of one case.
+    pub(super) fn of(&mut self, case: usize) -> page::Films {
+        if let (Some(data), Some(row)) = (self.data, self.set.rows[case])
+            && let Some(films) = data.drawn(row)
+        {
+            return films.into_iter().map(Ok).collect();
+        }
+        let set = self.set;
+        set.images[case]
+            .iter()
+            .map(|path| self.open(path))
+            .collect()
+    }
+
+    fn open(&mut self, path: &Path) -> Result<crate::processor::image::RgbImage, String> {
+        let path = match (self.folder, path.file_name()) {
+            (Some(folder), Some(name)) => folder.join(name),
+            _ => PathBuf::from(path),
+        };
+        load(&path, &DecodeLimits::default()).map_err(|error| {
+            self.missing += 1;
+            self.first.get_or_insert_with(|| error.to_string());
+            // A page may travel; the folders of this machine stay here.
+            let name = path
+                .file_name()
+                .map(|name| name.to_string_lossy().into_owned());
+            format!("影像打不开 cannot be opened: {}", name.unwrap_or_default())
+        })
+    }
+
+    /// Says on stderr how many films the page lacks.
+    pub(super) fn tell(&self) {
+        if let Some(first) = &self.first {
+            eprintln!(
+                "note: {} films of the page cannot be opened, the first: {first}; hint: `--images-dir` names their folder",
+                self.missing
+            );
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! What a folder of a training run has to say.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use super::EvalArgs;
+use crate::{
+    commands::shipped,
+    plot::{Mark, Panel, Series, TrainingRow, figure, training_plot},
+    train::{
+        config::{TrainConfig, Tuner},
+        records::{Row, read_rows},
+    },
+};
+
+/// The curves of a run, drawn anew from its `metrics.jsonl`.
+pub(super) fn curves(dir: &Path) -> Result<String> {
+    let path = dir.join("metrics.jsonl");
+    let read = read_rows(&path)?;
+    let generated = generated_panel(&read.rows);
+    let rows: Vec<TrainingRow> = read
+        .rows
+        .into_iter()
+        .filter_map(|row| serde_json::from_value(Value::Object(row)).ok())
+        .collect();
+    if rows.is_empty() {
+        bail!(
+            "`{}` holds no step; expected --run to name the folder of a run (`output_dir`)",
+            path.display()
+        );
+    }
+    let mut curves = training_plot(&rows);
+    if let Some(panel) = generated {
+        curves.push_str(&figure(&[panel]));
+    }
+    Ok(curves)
+}
+
+/// Scores of the reports generated at validations, if there were any.
+fn generated_panel(rows: &[Row]) -> Option<Panel> {
+    let series = [
+        ("finding F1", "eval_finding_f1", "#d9480f"),
+        ("ROUGE-L, characters", "eval_rouge_l", "#1f6feb"),
+    ]
+    .map(|(name, key, color)| {
+        let points = rows
+            .iter()
+            .filter_map(|row| Some((row.get("step")?.as_f64()?, row.get(key)?.as_f64()?)));
+        Series {
+            name: name.into(),
+            color: color.into(),
+            mark: Mark::Points,
+            right: false,
+            points: points.collect(),
+        }
+    });
+    let some = series.iter().any(|series| !series.points.is_empty());
+    some.then(|| Panel {
+        title: "Generated reports".into(),
+        x_label: "optimizer step".into(),
+        y_label: "score".into(),
+        series: series.to_vec(),
+        ..Panel::default()
+    })
+}
+
+/// Takes model, adapter and data sets of a run where none are named.
+pub(super) fn choose(dir: &Path, args: &mut EvalArgs) -> Result<()> {
+    let config = TrainConfig::from_file(&dir.join("config.toml"))?;
+    let checkpoint = best_checkpoint(dir)?;
+    eprintln!("evaluating `{}`", checkpoint.display());
+    match config.tuner {
+        Tuner::Lora => {
+            args.model = Some(shipped(&config.model));
+            args.adapter.get_or_insert(checkpoint);
+        }
+        Tuner::Full => args.model = Some(checkpoint),
+    }
+    args.min_pixels = args.min_pixels.or(config.min_pixels);
+    args.max_pixels = args.max_pixels.or(config.max_pixels);
+    if args.data.is_none() {
+        let data = config.val_data.with_context(|| {
+            format!(
+                "the run in `{}` has no validation data; name a test set with --data",
+                dir.display()
+            )
+        })?;
+        args.data = Some(data);
+    }
+    args.train_data.get_or_insert(config.train_data);
+    Ok(())
+}
+
+/// The checkpoint that `best.json` names, else the last one.
+fn best_checkpoint(dir: &Path) -> Result<PathBuf> {
+    let best = std::fs::read_to_string(dir.join("best.json"))
+        .ok()
+        .and_then(|text| serde_json::from_str::<Value>(&text).ok())
+        .and_then(|best| best.get("step")?.as_u64());
+    if let Some(step) = best {
+        let path = dir.join(format!("checkpoint-{step}"));
+        if path.is_dir() {
+            return Ok(path);
+        }
+    }
+    let entries = std::fs::read_dir(dir)
+        .with_context(|| format!("cannot read the folder `{}`", dir.display()))?;
+    let last = entries.filter_map(|entry| {
+        let path = entry.ok()?.path();
+        let step: u64 = path
+            .file_name()?
+            .to_str()?
+            .strip_prefix("checkpoint-")?
+            .parse()
+            .ok()?;
+        path.join("COMPLETE.json").is_file().then_some((step, path))
+    });
+    match last.max() {
+        Some((_, path)) => Ok(path),
+        None => bail!("`{}` holds no whole checkpoint to evaluate", dir.display()),
+    }
+}

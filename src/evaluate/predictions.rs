@@ -1,0 +1,392 @@
+//! Predictions in the forms that tools write them, one JSON object a line, and the studies they belong to.
+//!
+//! Known are this program's batch runs and generated reports of a training run, ms-swift's and LLaMA-Factory's
+//! result files, and answers in the form of OpenAI's interface, as vLLM's batch runs write them.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
+
+use crate::processor::message::split_thinking;
+
+/// Keys under which an answer is looked for, in this order.
+pub const ANSWER_KEYS: [&str; 9] = [
+    "report",
+    "response",
+    "generated",
+    "generated_text",
+    "prediction",
+    "predict",
+    "outputs",
+    "choices",
+    "text",
+];
+
+/// Keys under which a reference is looked for, in this order.
+pub const REFERENCE_KEYS: [&str; 6] = [
+    "reference",
+    "truth",
+    "labels",
+    "label",
+    "ground_truth",
+    "target",
+];
+
+/// Why a file of predictions cannot be evaluated.
+#[derive(Debug, thiserror::Error)]
+pub enum PredictionsError {
+    /// The file cannot be read.
+    #[error("cannot read the predictions `{}`: {cause}", .path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        cause: std::io::Error,
+    },
+    /// There is no row.
+    #[error("`{}` holds no prediction; expected one JSON object a line", .0.display())]
+    Empty(PathBuf),
+    /// A line is not a JSON object.
+    #[error("`{}` row {row}: not a JSON object ({reason}); expected one prediction a line", .path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// Row, from 1.
+        row: usize,
+        /// What the parser said.
+        reason: String,
+    },
+    /// A key is missing or of another type.
+    #[error("`{}` row {row}: {what}; expected {expected}", .path.display())]
+    Key {
+        /// The file.
+        path: PathBuf,
+        /// Row, from 1.
+        row: usize,
+        /// What is there.
+        what: String,
+        /// What should be there.
+        expected: String,
+    },
+}
+
+/// Where to look in a row; the known keys when absent.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PredictionKeys {
+    /// Key of the answer.
+    pub answer: Option<String>,
+    /// Key of the reference.
+    pub reference: Option<String>,
+}
+
+/// One answer of a model.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Prediction {
+    /// Row in the file, from 1.
+    pub row: usize,
+    /// Study, where the row names it.
+    pub study: Option<String>,
+    /// Images as the row names them.
+    pub images: Vec<String>,
+    /// What is meant for the reader; empty where the model failed.
+    pub answer: String,
+    /// The reasoning before it.
+    pub thinking: Option<String>,
+    /// What the data set says, where the row holds it; without reasoning.
+    pub reference: Option<String>,
+    /// Why there is no answer.
+    pub error: Option<String>,
+}
+
+impl Prediction {
+    /// The study: as named, else what the images share ([`study_of`]), else the row itself.
+    pub fn study_name(&self) -> String {
+        self.study.clone().unwrap_or_else(|| {
+            self.images
+                .first()
+                .map_or_else(|| format!("row {}", self.row), |image| study_of(image))
+        })
+    }
+
+    /// What the row is called: its images, else the study.
+    pub fn name(&self) -> String {
+        if self.images.is_empty() {
+            self.study_name()
+        } else {
+            self.images.join(";")
+        }
+    }
+}
+
+/// Study of an image: what stands before the first `_` of its file name.
+pub fn study_of(image: &str) -> String {
+    let name = image.rsplit(['/', '\\']).next().unwrap_or(image);
+    let stem = name.rsplit_once('.').map_or(name, |(stem, _)| stem);
+    let study = stem.split_once('_').map_or(stem, |(study, _)| study);
+    if study.is_empty() { stem } else { study }.to_owned()
+}
+
+/// Reads a file of predictions; blank lines are passed over.
+///
+/// # Errors
+/// [`PredictionsError`] names the file, the row and the key.
+pub fn read_predictions(
+    path: &Path,
+    keys: &PredictionKeys,
+) -> Result<Vec<Prediction>, PredictionsError> {
+    let text = std::fs::read_to_string(path).map_err(|cause| PredictionsError::Read {
+        path: path.to_owned(),
+        cause,
+    })?;
+    let predictions: Vec<Prediction> = text
+        .trim_start_matches('\u{feff}')
+        .lines()
+        .enumerate()
+        .filter(|(_, line)| !line.trim().is_empty())
+        .map(|(index, line)| {
+            let row = index + 1;
+            let reason = |reason: String| PredictionsError::Json {
+                path: path.to_owned(),
+                row,
+                reason,
+            };
+            match serde_json::from_str(line) {
+                Ok(Value::Object(fields)) => prediction(path, row, &fields, keys),
+                Ok(_) => Err(reason("another kind of value".into())),
+                Err(cause) => Err(reason(cause.to_string())),
+            }
+        })
+        .collect::<Result<_, _>>()?;
+    if predictions.is_empty() {
+        return Err(PredictionsError::Empty(path.to_owned()));
+    }
+    Ok(predictions)
+}
+
+fn prediction(
+    path: &Path,
+    row: usize,
+    fields: &Map<String, Value>,
+    keys: &PredictionKeys,
+) -> Result<Prediction, PredictionsError> {
+    let wrong = |what: String, expected: String| PredictionsError::Key {
+        path: path.to_owned(),
+        row,
+        what,
+        expected,
+    };
+    let error = match fields.get("error") {
+        None | Some(Value::Null) => None,
+        Some(Value::String(text)) => Some(text.clone()),
+        Some(other) => Some(other.to_string()),
+    };
+    let found = match &keys.answer {
+        Some(key) => fields.get_key_value(key),
+        None => ANSWER_KEYS
+            .iter()
+            .find_map(|key| fields.get_key_value(*key)),
+    };
+    let written = match found {
+        Some((key, value)) => match answer_text(value) {
+            Some(text) => text,
+            None if error.is_some() => String::new(),
+            None => {
+                return Err(wrong(
+                    format!("`{key}` holds no text"),
+                    "the answer as a text, or as `choices` with a message".into(),
+                ));
+            }
+        },
+        None if error.is_some() => String::new(),
+        None => {
+            let expected = keys.answer.as_ref().map_or_else(
+                || {
+                    format!(
+                        "the answer under one of {}; hint: name its key",
+                        listed(&ANSWER_KEYS)
+                    )
+                },
+                |key| format!("the answer under `{key}`"),
+            );
+            return Err(wrong(
+                format!("no answer among {}", names(fields)),
+                expected,
+            ));
+        }
+    };
+    let (thinking, answer) = split_thinking(&written, false);
+    let thinking = match fields.get("thinking").or_else(|| fields.get("reasoning")) {
+        Some(Value::String(text)) if !text.trim().is_empty() => Some(text.clone()),
+        _ => thinking,
+    };
+    let found = match &keys.reference {
+        Some(key) => Some(fields.get_key_value(key).ok_or_else(|| {
+            wrong(
+                format!("no `{key}` among {}", names(fields)),
+                "the true report under it".into(),
+            )
+        })?),
+        None => REFERENCE_KEYS
+            .iter()
+            .find_map(|key| fields.get_key_value(*key)),
+    };
+    let reference = match found {
+        None | Some((_, Value::Null)) => None,
+        Some((_, Value::String(text))) => Some(split_thinking(text, false).1),
+        Some((key, _)) => {
+            return Err(wrong(
+                format!("`{key}` is not a text"),
+                "the true report".into(),
+            ));
+        }
+    };
+    Ok(Prediction {
+        row,
+        study: ["study", "study_id", "uid"]
+            .iter()
+            .find_map(|key| match fields.get(*key)? {
+                Value::String(text) if !text.is_empty() => Some(text.clone()),
+                Value::Number(number) => Some(number.to_string()),
+                _ => None,
+            }),
+        images: images(fields),
+        answer,
+        thinking,
+        reference,
+        error,
+    })
+}
+
+/// The text of an answer: itself, or the first one of a list of outputs or choices, or of a response's body.
+fn answer_text(value: &Value) -> Option<String> {
+    match value {
+        Value::String(text) => Some(text.clone()),
+        Value::Array(list) => answer_text(list.first()?),
+        Value::Object(fields) => ["body", "choices", "message", "content", "text"]
+            .iter()
+            .find_map(|key| answer_text(fields.get(*key)?)),
+        _ => None,
+    }
+}
+
+fn images(fields: &Map<String, Value>) -> Vec<String> {
+    let one = |value: &Value| match value {
+        Value::String(path) => Some(path.clone()),
+        Value::Object(fields) => ["path", "url", "image"]
+            .iter()
+            .find_map(|key| fields.get(*key)?.as_str().map(str::to_owned)),
+        _ => None,
+    };
+    let named = ["images", "image", "img", "image_id"]
+        .iter()
+        .find_map(|key| fields.get(*key));
+    let all = match named {
+        Some(Value::Array(list)) => list.iter().filter_map(one).collect(),
+        // Batch runs part the views of a study by `;`.
+        Some(Value::String(paths)) => paths.split(';').map(str::to_owned).collect(),
+        Some(other) => one(other).into_iter().collect(),
+        None => Vec::new(),
+    };
+    // A picture inside the row has no name.
+    all.into_iter()
+        .filter(|path| !path.is_empty() && !path.starts_with("data:"))
+        .collect()
+}
+
+fn listed(keys: &[&str]) -> String {
+    let keys: Vec<String> = keys.iter().map(|key| format!("`{key}`")).collect();
+    keys.join(", ")
+}
+
+fn names(fields: &Map<String, Value>) -> String {
+    let keys: Vec<&str> = fields.keys().map(String::as_str).collect();
+    if keys.is_empty() {
+        "no keys".into()
+    } else {
+        listed(&keys)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(line: &str, keys: &PredictionKeys) -> Result<Prediction, PredictionsError> {
+        let Ok(Value::Object(fields)) = serde_json::from_str(line) else {
+            panic!("not an object: {line}");
+        };
+        prediction(Path::new("p.jsonl"), 3, &fields, keys)
+    }
+
+    #[test]
+    fn every_form_gives_the_same_answer() {
+        for line in [
+            r#"{"image":"a/7_1.png","report":"心影增大。","thinking":"想","truth":"正常。"}"#,
+            r#"{"response":"<think>\n想\n</think>\n\n心影增大。","labels":"正常。","images":[{"bytes":null,"path":"a/7_1.png"}]}"#,
+            r#"{"prompt":"?","predict":"<think>想</think>心影增大。","label":"正常。","image":"a/7_1.png"}"#,
+            r#"{"response":{"status_code":200,"body":{"choices":[{"message":{"role":"assistant","content":"<think>想</think>心影增大。"}}]}},"reference":"正常。","images":["a/7_1.png"]}"#,
+            r#"{"generated":"<think>想</think>心影增大。","target":"<think>x</think>正常。","img":"a/7_1.png","error":null}"#,
+        ] {
+            let read = read(line, &PredictionKeys::default()).unwrap();
+            let expected = Prediction {
+                row: 3,
+                study: None,
+                images: vec!["a/7_1.png".into()],
+                answer: "心影增大。".into(),
+                thinking: Some("想".into()),
+                reference: Some("正常。".into()),
+                error: None,
+            };
+            assert_eq!(read, expected, "{line}");
+            assert_eq!(read.study_name(), "7");
+        }
+    }
+
+    #[test]
+    fn named_keys_count_and_failures_are_empty_answers() {
+        let keys = PredictionKeys {
+            answer: Some("out".into()),
+            reference: Some("gold".into()),
+        };
+        let line = r#"{"out":"甲","report":"乙","gold":"丙","uid":12}"#;
+        let found = read(line, &keys).unwrap();
+        assert_eq!(
+            (found.answer.as_str(), found.study_name().as_str()),
+            ("甲", "12")
+        );
+        assert_eq!(found.reference.as_deref(), Some("丙"));
+        let failed = r#"{"image":"x.png","report":"","error":"out of memory"}"#;
+        let failed = read(failed, &PredictionKeys::default()).unwrap();
+        assert_eq!((failed.answer.as_str(), failed.reference), ("", None));
+        assert_eq!(failed.error.as_deref(), Some("out of memory"));
+    }
+
+    #[test]
+    fn what_is_missing_is_named() {
+        let keys = PredictionKeys::default();
+        let error = read(r#"{"image":"x.png"}"#, &keys).unwrap_err().to_string();
+        assert!(
+            error.contains("`p.jsonl` row 3") && error.contains("`image`"),
+            "{error}"
+        );
+        assert!(error.contains("`report`"), "{error}");
+        let error = read(r#"{"report":5}"#, &keys).unwrap_err().to_string();
+        assert!(error.contains("`report` holds no text"), "{error}");
+        let error = read(r#"{"report":"a","label":3}"#, &keys)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("`label` is not a text"), "{error}");
+    }
+
+    #[test]
+    fn studies_are_named_by_their_images() {
+        for (image, study) in [
+            ("images/162_1.png", "162"),
+            ("C:\\films\\12.dcm", "12"),
+            ("0320.png", "0320"),
+            ("_x.png", "_x"),
+        ] {
+            assert_eq!(study_of(image), study);
+        }
+    }
+}

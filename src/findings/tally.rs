@@ -1,0 +1,363 @@
+//! Findings of many reports, counted so that any weighting of studies is a sum and a few divisions: for intervals
+//! and for the paired comparison of two runs.
+
+use std::collections::BTreeMap;
+
+use super::{
+    Finding, Labeler, ReportLabels, Status,
+    score::{UncertainPolicy, contradict, side_of},
+};
+use crate::evaluate::{Bootstrap, Comparison, EvaluateError, Interval};
+
+const CLASSES: usize = Finding::ALL.len();
+
+/// Cases, and cases where the question arises.
+type Share = [f64; 2];
+
+/// One report beside its truth, or a weighted sum of many.
+#[derive(Debug, Clone, Copy)]
+pub struct FindingTally {
+    /// True positives, false positives, false negatives by class.
+    counts: [[f64; 3]; CLASSES],
+    false_normal: Share,
+    invented: Share,
+    laterality_errors: Share,
+    contradictions: Share,
+}
+
+impl Default for FindingTally {
+    fn default() -> Self {
+        Self {
+            counts: [[0.0; 3]; CLASSES],
+            false_normal: [0.0; 2],
+            invented: [0.0; 2],
+            laterality_errors: [0.0; 2],
+            contradictions: [0.0; 2],
+        }
+    }
+}
+
+impl FindingTally {
+    /// Counts one report; the rules are those of [`super::score::score`].
+    pub fn of(
+        truth: &ReportLabels,
+        prediction: &ReportLabels,
+        thinking: Option<&ReportLabels>,
+        policy: UncertainPolicy,
+    ) -> Self {
+        let mut tally = Self::default();
+        let hit = |hit: bool| [f64::from(u8::from(hit)), 1.0];
+        for (finding, counts) in Finding::ALL.into_iter().zip(&mut tally.counts) {
+            let sides = (
+                policy.positive(finding, truth.status(finding)),
+                policy.positive(finding, prediction.status(finding)),
+            );
+            match sides {
+                (Some(true), Some(true)) => {
+                    counts[0] = 1.0;
+                    if let (Some(a), Some(b)) =
+                        (side_of(truth, finding), side_of(prediction, finding))
+                    {
+                        let [wrong, of] = hit(a != b);
+                        tally.laterality_errors[0] += wrong;
+                        tally.laterality_errors[1] += of;
+                    }
+                }
+                (Some(false), Some(true)) => counts[1] = 1.0,
+                (Some(true), Some(false)) => counts[2] = 1.0,
+                _ => {}
+            }
+        }
+        if truth.is_abnormal() {
+            tally.false_normal = hit(!prediction.is_abnormal());
+        } else if truth.status(Finding::NoFinding) == Status::Present {
+            tally.invented = hit(prediction.is_abnormal());
+        }
+        if let Some(thinking) = thinking {
+            tally.contradictions = hit(contradict(thinking, prediction));
+        }
+        tally
+    }
+
+    /// Adds `other`, taken `weight` times.
+    pub fn add(&mut self, other: &Self, weight: f64) {
+        let pairs = self.counts.iter_mut().zip(&other.counts);
+        for (sum, value) in pairs.flat_map(|(sums, values)| sums.iter_mut().zip(values)) {
+            *sum += weight * value;
+        }
+        for (sums, values) in [
+            (&mut self.false_normal, &other.false_normal),
+            (&mut self.invented, &other.invented),
+            (&mut self.laterality_errors, &other.laterality_errors),
+            (&mut self.contradictions, &other.contradictions),
+        ] {
+            sums[0] += weight * values[0];
+            sums[1] += weight * values[1];
+        }
+    }
+
+    /// Names such as `micro.f1` and `pneumothorax.f1`, in the order of [`FindingTally::values`].
+    pub fn names() -> Vec<String> {
+        let averages = ["micro", "macro"]
+            .into_iter()
+            .flat_map(|kind| ["precision", "recall", "f1"].map(|what| format!("{kind}.{what}")));
+        let rates = [
+            "false_normal",
+            "invented",
+            "laterality_errors",
+            "contradictions",
+        ];
+        let classes = Finding::ALL
+            .into_iter()
+            .map(|finding| format!("{finding}.f1"));
+        averages
+            .chain(rates.map(str::to_owned))
+            .chain(classes)
+            .collect()
+    }
+
+    /// Every score, from 0 to 1, in the order of [`FindingTally::names`]; NaN for a share of nothing.
+    pub fn values(&self) -> Vec<f64> {
+        let mut sum = [0.0; 3];
+        let mut means = [0.0; 3];
+        let mut classes = 0.0;
+        for counts in &self.counts {
+            for (sum, count) in sum.iter_mut().zip(counts) {
+                *sum += count;
+            }
+            if counts[0] + counts[2] > 0.0 {
+                classes += 1.0;
+                for (mean, value) in means.iter_mut().zip(precision_recall_f1(counts)) {
+                    *mean += if value.is_nan() { 0.0 } else { value };
+                }
+            }
+        }
+        let zero_for_nothing = |value: f64| if value.is_nan() { 0.0 } else { value };
+        let mut values: Vec<f64> = precision_recall_f1(&sum).map(zero_for_nothing).to_vec();
+        values.extend(means.map(|mean| mean / f64::max(classes, 1.0)));
+        for [count, of] in [
+            self.false_normal,
+            self.invented,
+            self.laterality_errors,
+            self.contradictions,
+        ] {
+            values.push(count / of);
+        }
+        values.extend(
+            self.counts
+                .iter()
+                .map(|counts| precision_recall_f1(counts)[2]),
+        );
+        values
+    }
+}
+
+fn precision_recall_f1([both, only_said, only_true]: &[f64; 3]) -> [f64; 3] {
+    [
+        both / (both + only_said),
+        both / (both + only_true),
+        2.0 * both / (2.0 * both + only_said + only_true),
+    ]
+}
+
+/// Labels of one report and of its truth.
+#[derive(Debug, Clone)]
+pub struct LabelledPair {
+    /// The study it belongs to; pairs of one study are drawn together.
+    pub study: String,
+    /// What the data set says.
+    pub truth: ReportLabels,
+    /// What the model wrote.
+    pub prediction: ReportLabels,
+    /// What it wrote before, if it did.
+    pub thinking: Option<ReportLabels>,
+}
+
+impl LabelledPair {
+    /// Reads the findings of one report and of its truth.
+    pub fn read(
+        labeler: &Labeler,
+        study: &str,
+        truth: &str,
+        prediction: &str,
+        thinking: Option<&str>,
+    ) -> Self {
+        Self {
+            study: study.to_owned(),
+            truth: labeler.label(truth),
+            prediction: labeler.label(prediction),
+            thinking: thinking.map(|thinking| labeler.label(thinking)),
+        }
+    }
+}
+
+/// A set of reports counted by study; scores, intervals and comparisons are sums over it.
+#[derive(Debug, Clone)]
+pub struct FindingEvaluation {
+    studies: BTreeMap<String, FindingTally>,
+}
+
+impl FindingEvaluation {
+    /// Counts `pairs`.
+    pub fn new<'a>(
+        pairs: impl IntoIterator<Item = &'a LabelledPair>,
+        policy: UncertainPolicy,
+    ) -> Self {
+        let mut studies: BTreeMap<String, FindingTally> = BTreeMap::new();
+        for pair in pairs {
+            let tally = FindingTally::of(
+                &pair.truth,
+                &pair.prediction,
+                pair.thinking.as_ref(),
+                policy,
+            );
+            studies
+                .entry(pair.study.clone())
+                .or_default()
+                .add(&tally, 1.0);
+        }
+        Self { studies }
+    }
+
+    fn weighted(&self, times: &[f64]) -> Vec<f64> {
+        let mut sum = FindingTally::default();
+        for (tally, &weight) in self.studies.values().zip(times) {
+            if weight > 0.0 {
+                sum.add(tally, weight);
+            }
+        }
+        sum.values()
+    }
+
+    /// Every score with its interval, drawn by study, under the names of [`FindingTally::names`].
+    ///
+    /// # Errors
+    /// As [`Bootstrap::intervals`].
+    pub fn intervals(
+        &self,
+        bootstrap: &Bootstrap,
+    ) -> Result<Vec<(String, Interval)>, EvaluateError> {
+        let intervals = bootstrap.intervals(self.studies.len(), |times| self.weighted(times))?;
+        Ok(FindingTally::names().into_iter().zip(intervals).collect())
+    }
+
+    /// Compares this run with `other`, made on the same studies: each score's difference is `other` less this.
+    ///
+    /// # Errors
+    /// [`EvaluateError::DifferentStudies`] if the studies differ, else as [`Bootstrap::compare`].
+    pub fn compare(
+        &self,
+        other: &Self,
+        bootstrap: &Bootstrap,
+    ) -> Result<Vec<(String, Comparison)>, EvaluateError> {
+        let odd = |a: &Self, b: &Self| {
+            a.studies
+                .keys()
+                .find(|s| !b.studies.contains_key(*s))
+                .cloned()
+        };
+        if let Some(study) = odd(self, other).or_else(|| odd(other, self)) {
+            return Err(EvaluateError::DifferentStudies { study });
+        }
+        let compared = bootstrap.compare(
+            self.studies.len(),
+            |times| self.weighted(times),
+            |times| other.weighted(times),
+        )?;
+        Ok(FindingTally::names().into_iter().zip(compared).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::score::{StudyTexts, score};
+    use super::*;
+
+    const TEXTS: [(&str, &str, Option<&str>); 6] = [
+        ("左侧胸腔积液。", "右侧胸腔积液。", None),
+        ("右侧气胸。", "心肺膈未见异常。", None),
+        ("胸部未见异常。", "心影增大。", None),
+        ("考虑肺炎。", "肺炎。", Some("未见肺炎。")),
+        ("未见气胸。", "心肺膈未见异常。", None),
+        ("左肺结节，心影增大。", "左肺结节。", Some("左肺结节。")),
+    ];
+
+    fn pairs() -> Vec<LabelledPair> {
+        let read = |(at, (truth, prediction, thinking)): (usize, &(&str, &str, Option<&str>))| {
+            LabelledPair::read(
+                Labeler::built_in(),
+                &at.to_string(),
+                truth,
+                prediction,
+                *thinking,
+            )
+        };
+        TEXTS.iter().enumerate().map(read).collect()
+    }
+
+    #[test]
+    fn the_sums_are_the_scores_counted_one_by_one() {
+        let policy = UncertainPolicy::AsPresent;
+        let texts: Vec<StudyTexts> = TEXTS
+            .iter()
+            .map(|(truth, prediction, thinking)| StudyTexts {
+                truth,
+                prediction,
+                thinking: *thinking,
+            })
+            .collect();
+        let scores = score(Labeler::built_in(), &texts, policy);
+        let intervals = FindingEvaluation::new(&pairs(), policy)
+            .intervals(&Bootstrap::default())
+            .expect("good");
+        let value = |name: &str| {
+            intervals
+                .iter()
+                .find(|(other, _)| other == name)
+                .expect("a known name")
+                .1
+        };
+        for (name, counted) in [
+            ("micro.precision", Some(scores.micro.precision)),
+            ("micro.f1", Some(scores.micro.f1)),
+            ("macro.recall", Some(scores.macro_average.recall)),
+            ("macro.f1", Some(scores.macro_average.f1)),
+            ("false_normal", scores.false_normal.value()),
+            ("invented", scores.invented.value()),
+            ("laterality_errors", scores.laterality_errors.value()),
+            ("contradictions", scores.contradictions.value()),
+            (
+                "cardiomegaly.f1",
+                scores.by_finding[&Finding::Cardiomegaly].f1(),
+            ),
+        ] {
+            let found = value(name);
+            assert!(
+                (found.value - counted.expect("cases")).abs() < 1e-12,
+                "{name}"
+            );
+            assert!(
+                found.low <= found.value && found.value <= found.high,
+                "{name}"
+            );
+        }
+        assert!(value("hernia.f1").value.is_nan());
+    }
+
+    #[test]
+    fn runs_of_other_studies_are_refused() {
+        let all = pairs();
+        let policy = UncertainPolicy::AsPresent;
+        let first = FindingEvaluation::new(&all, policy);
+        let fewer = FindingEvaluation::new(&all[..5], policy);
+        let refused = first.compare(&fewer, &Bootstrap::default());
+        assert_eq!(
+            refused.expect_err("a study is missing"),
+            EvaluateError::DifferentStudies { study: "5".into() }
+        );
+        let same = first.compare(&first, &Bootstrap::default()).expect("same");
+        // A share of nothing does not differ from itself either.
+        let differs = |value: f64| !value.is_nan() && value != 0.0;
+        assert!(!same.iter().any(|(_, c)| differs(c.difference.value)));
+    }
+}

@@ -1,0 +1,346 @@
+//! Stored grey numbers to 8 bits: modality, window or table, percentiles, polarity.
+//!
+//! A number has 16 bits at most, so what becomes of each is worked out once, in a table. With `x` a
+//! stored number after its sign:
+//!
+//! 1. modality: the Modality LUT, or `slope · x + intercept`;
+//! 2. of interest: the first VOI LUT; or the first window by its function; or, where the file has
+//!    neither and more than 8 bits, the 1st to 99th percentile of the picture; 8-bit pictures
+//!    without a window are shown whole, as they were made to be looked at;
+//! 3. the range of step 2 on 0 to 255, rounded; turned over for `MONOCHROME1`.
+//!
+//! Source: PS3.3, C.11.1 and C.11.2. A table goes before a window where a file has both, as in
+//! pydicom's `apply_voi_lut`.
+
+use dicom_dictionary_std::tags;
+
+use super::error::DicomError;
+use super::header::{Header, Photometric};
+use super::reader::{DataSet, StoredTable};
+use super::remark::Remark;
+
+/// Share of pixels below and above the range shown where a file names none.
+const PERCENTILES: (f64, f64) = (0.01, 0.99);
+
+/// What becomes of each stored number, `[2^stored]`, and what a reader should know of it.
+///
+/// `numbers` are the pixels, for percentiles.
+///
+/// # Errors
+/// A rescale or table that gives no picture.
+pub(super) fn levels(
+    header: &Header,
+    set: &DataSet<'_>,
+    numbers: &[u16],
+) -> Result<(Vec<u8>, Vec<Remark>), DicomError> {
+    let mut remarks = Vec::new();
+    let modality = Modality::new(header, set)?;
+    let values: Vec<f64> = (0..=mask(header))
+        .map(|number| modality.apply(number))
+        .collect();
+    let shown: Vec<f64> =
+        if let Some(table) = Table::new(set.voi_table.as_ref(), values_signed(&values))? {
+            values.iter().map(|value| table.share(*value)).collect()
+        } else if let Some(window) = Window::new(set, &mut remarks) {
+            values.iter().map(|value| window.share(*value)).collect()
+        } else {
+            let (low, high) = if header.stored <= 8 && !modality.is_table() {
+                modality.range(header)
+            } else {
+                percentiles(header, set, &values, numbers)
+            };
+            let span = if high > low { high - low } else { 1.0 };
+            values.iter().map(|value| (value - low) / span).collect()
+        };
+    let level = |share: f64| {
+        let level = (share.clamp(0.0, 1.0) * 255.0).round() as u8;
+        if header.photometric == Photometric::Monochrome1 {
+            255 - level
+        } else {
+            level
+        }
+    };
+    Ok((shown.into_iter().map(level).collect(), remarks))
+}
+
+fn mask(header: &Header) -> u16 {
+    u16::MAX >> (16 - header.stored)
+}
+
+fn values_signed(values: &[f64]) -> bool {
+    values.iter().any(|value| *value < 0.0)
+}
+
+/// A stored number with its sign.
+fn with_sign(header: &Header, number: u16) -> i32 {
+    let number = i32::from(number);
+    if header.signed && number >> (header.stored - 1) != 0 {
+        number - (1 << header.stored)
+    } else {
+        number
+    }
+}
+
+/// From stored numbers to what the machine measured.
+enum Modality<'a> {
+    Table(Table<'a>, &'a Header),
+    Rescale {
+        slope: f64,
+        intercept: f64,
+        header: &'a Header,
+    },
+}
+
+impl<'a> Modality<'a> {
+    fn new(header: &'a Header, set: &'a DataSet<'a>) -> Result<Self, DicomError> {
+        if let Some(table) = Table::new(set.modality_table.as_ref(), header.signed)? {
+            return Ok(Self::Table(table, header));
+        }
+        let number = |tag, attribute, absent: f64| match set.numbers(tag).as_deref() {
+            Some([]) => Ok(absent),
+            Some([value, ..]) => Ok(*value),
+            None => Err(DicomError::Value {
+                attribute,
+                found: "no number".to_owned(),
+                expected: "a number",
+            }),
+        };
+        let slope = number(tags::RESCALE_SLOPE, "Rescale Slope (0028,1053)", 1.0)?;
+        let intercept = number(
+            tags::RESCALE_INTERCEPT,
+            "Rescale Intercept (0028,1052)",
+            0.0,
+        )?;
+        if slope == 0.0 {
+            return Err(DicomError::Value {
+                attribute: "Rescale Slope (0028,1053)",
+                found: "0".to_owned(),
+                expected: "another number",
+            });
+        }
+        Ok(Self::Rescale {
+            slope,
+            intercept,
+            header,
+        })
+    }
+
+    fn is_table(&self) -> bool {
+        matches!(self, Self::Table(..))
+    }
+
+    fn apply(&self, number: u16) -> f64 {
+        match self {
+            Self::Table(table, header) => table.value(f64::from(with_sign(header, number))),
+            Self::Rescale {
+                slope,
+                intercept,
+                header,
+            } => f64::from(with_sign(header, number)) * slope + intercept,
+        }
+    }
+
+    /// Lowest and highest value there can be.
+    fn range(&self, header: &Header) -> (f64, f64) {
+        match self {
+            Self::Table(table, _) => (0.0, table.highest()),
+            Self::Rescale { .. } => {
+                let (low, high) = if header.signed {
+                    (1 << (header.stored - 1), (1 << (header.stored - 1)) - 1)
+                } else {
+                    (0, mask(header))
+                };
+                let (low, high) = (self.apply(low), self.apply(high));
+                (low.min(high), low.max(high))
+            }
+        }
+    }
+}
+
+/// A table of levels.
+struct Table<'a> {
+    stored: &'a StoredTable<'a>,
+    first: f64,
+    entries: Vec<u16>,
+}
+
+impl<'a> Table<'a> {
+    /// `signed` says whether what goes in may be below zero.
+    fn new(stored: Option<&'a StoredTable<'a>>, signed: bool) -> Result<Option<Self>, DicomError> {
+        let Some(stored) = stored else {
+            return Ok(None);
+        };
+        let [count, first, bits] = stored.descriptor;
+        // 65,536 does not fit into the field.
+        let count = if count == 0 {
+            1 << 16
+        } else {
+            usize::from(count)
+        };
+        if !(8..=16).contains(&bits) {
+            return Err(DicomError::Value {
+                attribute: "LUT Descriptor (0028,3002)",
+                found: format!("of {bits} bits"),
+                expected: "8 to 16 bits",
+            });
+        }
+        let words = stored.data.as_chunks::<2>().0;
+        let entries: Vec<u16> = if words.len() >= count {
+            words[..count]
+                .iter()
+                .map(|word| stored.encoding.u16(*word))
+                .collect()
+        } else if bits == 8 && stored.data.len() >= count {
+            stored.data[..count]
+                .iter()
+                .map(|byte| u16::from(*byte))
+                .collect()
+        } else {
+            return Err(DicomError::damaged(
+                "a table of levels is shorter than it says",
+            ));
+        };
+        let first = if stored.signed || signed {
+            f64::from(first as i16)
+        } else {
+            f64::from(first)
+        };
+        Ok(Some(Self {
+            stored,
+            first,
+            entries,
+        }))
+    }
+
+    /// The entry of `value`, the nearest one outside the table.
+    fn value(&self, value: f64) -> f64 {
+        let last = (self.entries.len() - 1) as f64;
+        let index = (value - self.first).trunc().clamp(0.0, last);
+        f64::from(self.entries[index as usize])
+    }
+
+    fn highest(&self) -> f64 {
+        f64::from((1_u32 << self.stored.descriptor[2]) - 1)
+    }
+
+    /// The entry of `value` as a share of the highest there can be.
+    fn share(&self, value: f64) -> f64 {
+        self.value(value) / self.highest()
+    }
+}
+
+/// How values go through a window.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Function {
+    Linear,
+    LinearExact,
+    Sigmoid,
+}
+
+/// The first window of a file.
+struct Window {
+    center: f64,
+    width: f64,
+    function: Function,
+}
+
+impl Window {
+    /// `None` if there is none; one that cannot be used is remarked on.
+    fn new(set: &DataSet<'_>, remarks: &mut Vec<Remark>) -> Option<Self> {
+        if !set.has(tags::WINDOW_CENTER) && !set.has(tags::WINDOW_WIDTH) {
+            return None;
+        }
+        let mut unusable = |reason: &str| {
+            remarks.push(Remark::new(format!(
+                "its window {reason}; the 1st to 99th percentile of its grey levels is shown"
+            )));
+            None
+        };
+        let first = |tag| set.numbers(tag)?.first().copied();
+        let (Some(center), Some(width)) = (first(tags::WINDOW_CENTER), first(tags::WINDOW_WIDTH))
+        else {
+            return unusable("is no pair of numbers");
+        };
+        let function = match set.codes(tags::VOILUT_FUNCTION).first() {
+            None | Some(&"LINEAR") => Function::Linear,
+            Some(&"LINEAR_EXACT") => Function::LinearExact,
+            Some(&"SIGMOID") => Function::Sigmoid,
+            Some(_) => return unusable("has an unknown function"),
+        };
+        if width <= 0.0 || (function == Function::Linear && width < 1.0) {
+            return unusable("has no width");
+        }
+        Some(Self {
+            center,
+            width,
+            function,
+        })
+    }
+
+    /// Where `value` lies in the window, 0 to 1.
+    ///
+    /// Source: PS3.3, C.11.2.1.2 and C.11.2.1.3.
+    fn share(&self, value: f64) -> f64 {
+        let Self { center, width, .. } = *self;
+        let (center, width) = match self.function {
+            Function::Linear => (center - 0.5, width - 1.0),
+            Function::LinearExact => (center, width),
+            Function::Sigmoid => return 1.0 / (1.0 + (-4.0 * (value - center) / width).exp()),
+        };
+        // In this order a width of nothing, which LINEAR may have, divides nothing.
+        if value <= center - width / 2.0 {
+            0.0
+        } else if value > center + width / 2.0 {
+            1.0
+        } else {
+            (value - center) / width + 0.5
+        }
+    }
+}
+
+/// The values between which nearly all pixels lie; padding around the picture does not count.
+///
+/// If these are one, the lowest and highest value; numbers between ranks as in numpy's `percentile`.
+fn percentiles(header: &Header, set: &DataSet<'_>, values: &[f64], numbers: &[u16]) -> (f64, f64) {
+    let mut counts = vec![0_usize; values.len()];
+    for number in numbers {
+        counts[usize::from(*number)] += 1;
+    }
+    if let Some(padding) = set.word(tags::PIXEL_PADDING_VALUE) {
+        let limit = set.word(tags::PIXEL_PADDING_RANGE_LIMIT).unwrap_or(padding);
+        let ends = [padding, limit].map(|end| with_sign(header, end & mask(header)));
+        let (low, high) = (ends[0].min(ends[1]), ends[0].max(ends[1]));
+        let kept = counts.iter().enumerate().map(|(number, count)| {
+            let inside = (low..=high).contains(&with_sign(header, number as u16));
+            if inside { 0 } else { *count }
+        });
+        let kept: Vec<usize> = kept.collect();
+        if kept.iter().any(|count| *count > 0) {
+            counts = kept;
+        }
+    }
+    let mut found: Vec<(f64, usize)> = values.iter().copied().zip(counts).collect();
+    found.retain(|(_, count)| *count > 0);
+    found.sort_by(|(a, _), (b, _)| a.total_cmp(b));
+    let total: usize = found.iter().map(|(_, count)| count).sum();
+    let at_rank = |rank: usize| {
+        let mut before = 0;
+        let at = found.iter().find(|(_, count)| {
+            before += count;
+            before > rank
+        });
+        at.or(found.last()).map_or(0.0, |(value, _)| *value)
+    };
+    let percentile = |share: f64| {
+        let rank = share * (total.max(1) - 1) as f64;
+        let (below, part) = (rank.floor(), rank.fract());
+        let (low, high) = (at_rank(below as usize), at_rank(rank.ceil() as usize));
+        low + (high - low) * part
+    };
+    let (low, high) = (percentile(PERCENTILES.0), percentile(PERCENTILES.1));
+    if low < high {
+        (low, high)
+    } else {
+        (percentile(0.0), percentile(1.0))
+    }
+}

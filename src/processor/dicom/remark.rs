@@ -1,0 +1,147 @@
+//! What a reader of a report should know about the picture behind it, and the attributes to show.
+
+use std::fmt;
+
+use dicom_dictionary_std::tags;
+
+use super::reader::{DataSet, Opened};
+
+/// Something about a picture that is no error.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Remark {
+    text: String,
+    once: bool,
+}
+
+impl Remark {
+    pub(super) fn new(text: impl Into<String>) -> Self {
+        Self {
+            text: text.into(),
+            once: false,
+        }
+    }
+
+    /// One that need not be repeated for each picture of a run.
+    fn once(text: impl Into<String>) -> Self {
+        Self {
+            text: text.into(),
+            once: true,
+        }
+    }
+
+    /// Whether saying it once for a whole run is enough.
+    pub fn is_said_once(&self) -> bool {
+        self.once
+    }
+}
+
+impl fmt::Display for Remark {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+/// What does not look like a chest radiograph.
+pub(super) fn subject(set: &DataSet<'_>) -> Vec<Remark> {
+    let mut remarks = Vec::new();
+    match set.codes(tags::MODALITY).first() {
+        Some(&("CR" | "DX")) => {}
+        Some(found) => remarks.push(Remark::new(format!(
+            "its modality is {found}, not CR or DX: a report on it as a chest radiograph means nothing"
+        ))),
+        None => remarks.push(Remark::once(
+            "it does not say its modality, taken for a radiograph",
+        )),
+    }
+    match set.codes(tags::BODY_PART_EXAMINED).first() {
+        Some(part) if part.contains("CHEST") || part.contains("THORAX") => {}
+        Some(found) => remarks.push(Remark::new(format!(
+            "its body part is {found}, not CHEST or THORAX: a report on it as a chest radiograph means nothing"
+        ))),
+        None => remarks.push(Remark::once(
+            "it does not say its body part, taken for a chest",
+        )),
+    }
+    remarks.extend(aspect(set));
+    remarks
+}
+
+/// A remark if pixels are visibly not square.
+fn aspect(set: &DataSet<'_>) -> Option<Remark> {
+    const VISIBLE: f64 = 0.02;
+    let pair = |tag| match set.numbers(tag)?.as_slice() {
+        [vertical, horizontal] if *vertical > 0.0 && *horizontal > 0.0 => {
+            Some(vertical / horizontal)
+        }
+        _ => None,
+    };
+    let ratio = [
+        tags::PIXEL_ASPECT_RATIO,
+        tags::PIXEL_SPACING,
+        tags::IMAGER_PIXEL_SPACING,
+    ]
+    .into_iter()
+    .find_map(pair)?;
+    ((ratio - 1.0).abs() > VISIBLE).then(|| {
+        Remark::new(format!(
+            "its pixels are {ratio:.2} times as high as wide and are used as they are: shapes are distorted"
+        ))
+    })
+}
+
+/// The technical attributes of a file, by name: nothing of the patient, the place or the time.
+pub(super) fn technical(opened: &Opened<'_>, set: &DataSet<'_>) -> Vec<(&'static str, String)> {
+    let syntax = &opened.syntax;
+    let mut shown = vec![(
+        "transfer syntax",
+        format!("{} ({})", syntax.name(), syntax.uid()),
+    )];
+    let mut show = |name, value: Option<String>| {
+        if let Some(value) = value.filter(|value| !value.is_empty()) {
+            shown.push((name, value));
+        }
+    };
+    let word = |tag| set.word(tag).map(|word| word.to_string());
+    let codes = |tag| Some(set.codes(tag).join("\\"));
+    let numbers = |tag| {
+        let numbers = set.numbers(tag)?;
+        let texts: Vec<String> = numbers.iter().map(f64::to_string).collect();
+        Some(texts.join("\\"))
+    };
+    let there = |there| Some(if there { "yes" } else { "no" }.to_owned());
+    show("rows", word(tags::ROWS));
+    show("columns", word(tags::COLUMNS));
+    show("frames", numbers(tags::NUMBER_OF_FRAMES));
+    show("samples per pixel", word(tags::SAMPLES_PER_PIXEL));
+    show(
+        "photometric interpretation",
+        codes(tags::PHOTOMETRIC_INTERPRETATION),
+    );
+    show("bits allocated", word(tags::BITS_ALLOCATED));
+    show("bits stored", word(tags::BITS_STORED));
+    show("high bit", word(tags::HIGH_BIT));
+    show("pixel representation", word(tags::PIXEL_REPRESENTATION));
+    show("planar configuration", word(tags::PLANAR_CONFIGURATION));
+    show("lossy compression", codes(tags::LOSSY_IMAGE_COMPRESSION));
+    show("modality", codes(tags::MODALITY));
+    show("body part", codes(tags::BODY_PART_EXAMINED));
+    show("view position", codes(tags::VIEW_POSITION));
+    show("laterality", codes(tags::IMAGE_LATERALITY));
+    show(
+        "orientation of rows and columns",
+        codes(tags::PATIENT_ORIENTATION),
+    );
+    show("rescale slope", numbers(tags::RESCALE_SLOPE));
+    show("rescale intercept", numbers(tags::RESCALE_INTERCEPT));
+    show("modality table", there(set.modality_table.is_some()));
+    show("window center", numbers(tags::WINDOW_CENTER));
+    show("window width", numbers(tags::WINDOW_WIDTH));
+    show("window function", codes(tags::VOILUT_FUNCTION));
+    show("table of interest", there(set.voi_table.is_some()));
+    show("pixel spacing (mm)", numbers(tags::PIXEL_SPACING));
+    show(
+        "imager pixel spacing (mm)",
+        numbers(tags::IMAGER_PIXEL_SPACING),
+    );
+    shown
+}
