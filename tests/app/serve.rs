@@ -5,7 +5,7 @@ use std::{fs, path::Path, thread};
 use serde_json::{Value, json};
 
 use crate::{
-    cli_prompt, demo_image, fixture_image, infer_well, json_lines, records, run,
+    cli_prompt, demo_image, fixture_image, infer_well, json_lines, records, repository, run,
     server::{about, data_url, question, start, with},
     text,
 };
@@ -367,4 +367,27 @@ fn bench_serve_measures_and_compares() {
     ];
     let (code, stdout, stderr) = run(folder.path(), &args);
     assert_eq!(code, 0, "{stdout}{stderr}");
+}
+
+#[test]
+fn dicom_films_are_shown_and_read() {
+    let server = start(&[]);
+    let film = repository().join("tests/fixtures/dicom/gray_12u_1.dcm");
+    let shown = server.send(
+        "POST",
+        "/v1/images/preview",
+        &["content-type: application/dicom"],
+        &fs::read(&film).unwrap(),
+    );
+    assert_eq!(shown.status, 200, "{shown:?}");
+    assert_eq!(shown.header("content-type"), Some("image/png"));
+    assert!(shown.body.contains("PNG"));
+    let asked = with(
+        about(&data_url(&film), "请写一份报告。"),
+        "max_tokens",
+        8.into(),
+    );
+    assert!(!server.chat(&asked).text().is_empty());
+    let wrong = server.send("POST", "/v1/images/preview", &[], b"hello");
+    assert_eq!(wrong.status, 400);
 }

@@ -81,6 +81,8 @@ impl<D: DecodeBackend> Worker<D> {
         while self.receive(commands) {
             self.sweep();
             self.admit();
+            // Before any token goes out: who sees one must find its sequence counted.
+            self.publish();
             self.prefill();
             self.step();
             self.finish_unloads();
