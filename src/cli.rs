@@ -94,6 +94,9 @@ pub struct ModelArgs {
     /// Folder of a PEFT LoRA adapter, merged into the weights at load.
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
+    /// Take the adapter although it was trained on another base.
+    #[arg(long)]
+    pub any_base: bool,
     /// cpu, cuda, cuda:N, wgpu or wgpu:N; by default the best one that answers.
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<DeviceName>,
@@ -234,6 +237,12 @@ pub struct TrainArgs {
     /// What the loss of a step is the mean of.
     #[arg(long, value_enum)]
     pub loss_reduction: Option<LossReduction>,
+    /// Join the samples of a step into rows of up to max_length tokens in place of padding.
+    #[arg(long)]
+    pub packing: bool,
+    /// Tokens of a packed row, in place of max_length; implies --packing.
+    #[arg(long, value_name = "N")]
+    pub packing_tokens: Option<usize>,
     /// Any other key of the config file; may be given several times.
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
@@ -291,7 +300,7 @@ pub struct MergeArgs {
     /// PEFT adapter folder.
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
-    /// Merge although the adapter's config names another base.
+    /// Merge although the adapter was trained on, or its config names, another base.
     #[arg(long)]
     pub any_base: bool,
     /// Folder to write; must not exist.
@@ -318,8 +327,14 @@ pub struct PlanArgs {
     #[arg(long, value_name = "FILE.jsonl")]
     pub train_data: Option<String>,
     /// Throughput from a bench or an earlier run; gives the time.
-    #[arg(long, value_name = "F")]
+    #[arg(long, value_name = "F", conflicts_with = "bench")]
     pub samples_per_second: Option<f64>,
+    /// Throughput from a file that `bench train --json` wrote; gives the time.
+    #[arg(long, value_name = "FILE.json")]
+    pub bench: Option<PathBuf>,
+    /// Any key of the config file, as in `train`; may be given several times.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
     /// Write the token histogram as SVG.
     #[arg(long, value_name = "FILE.svg")]
     pub histogram: Option<PathBuf>,

@@ -2,6 +2,8 @@
 
 use std::fs;
 
+use crate::kernels::{DeviceMemory, Kernels};
+
 /// Host memory that can still be had, in bytes; `None` where the system does not tell.
 pub fn available_memory() -> Option<u64> {
     kibibytes("/proc/meminfo", "MemAvailable:")
@@ -15,6 +17,57 @@ pub fn peak_memory() -> Option<u64> {
 /// Host memory this process holds now, in bytes; `None` where the system does not tell.
 pub fn resident_memory() -> Option<u64> {
     kibibytes("/proc/self/status", "VmRSS:")
+}
+
+/// The most memory a run needed so far, and whose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PeakMemory {
+    /// Bytes.
+    pub bytes: u64,
+    /// Of the device; of the host where the backend does not tell, or works on the host.
+    pub on_device: bool,
+}
+
+impl PeakMemory {
+    /// In GiB.
+    pub fn gib(&self) -> f64 {
+        self.bytes as f64 / (1u64 << 30) as f64
+    }
+
+    /// `device` or `host`.
+    pub fn place(&self) -> &'static str {
+        if self.on_device { "device" } else { "host" }
+    }
+}
+
+/// Keeps the largest of what a device is seen to hold.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct MemoryWatch(Option<u64>);
+
+impl MemoryWatch {
+    /// Looks at the memory that the calling thread's work holds on `device`.
+    pub fn look<B: Kernels>(&mut self, device: &B::Device) {
+        self.note(B::memory_in_use(device));
+    }
+
+    /// Takes in what was seen elsewhere.
+    pub fn note(&mut self, seen: Option<DeviceMemory>) {
+        self.0 = self.0.max(seen.map(|memory| memory.reserved));
+    }
+
+    /// The peak so far: the device's, else the host's; `None` where neither is told.
+    pub fn peak(&self) -> Option<PeakMemory> {
+        let device = self.0.map(|bytes| PeakMemory {
+            bytes,
+            on_device: true,
+        });
+        device.or_else(|| {
+            peak_memory().map(|bytes| PeakMemory {
+                bytes,
+                on_device: false,
+            })
+        })
+    }
 }
 
 fn kibibytes(file: &str, key: &str) -> Option<u64> {
@@ -32,5 +85,20 @@ mod tests {
     fn memory_is_told_in_bytes() {
         assert!(available_memory().unwrap() > 1 << 24);
         assert!(peak_memory().unwrap() > 1 << 20);
+    }
+
+    #[test]
+    fn the_device_counts_before_the_host_and_peaks_stay() {
+        let mut watch = MemoryWatch::default();
+        let host = watch.peak().unwrap();
+        assert_eq!(host.place(), "host");
+        assert!(host.bytes > 1 << 20);
+        for reserved in [5 << 30, 3 << 30] {
+            let in_use = reserved / 2;
+            watch.note(Some(DeviceMemory { in_use, reserved }));
+        }
+        watch.note(None);
+        let peak = watch.peak().unwrap();
+        assert_eq!((peak.gib(), peak.place()), (5.0, "device"));
     }
 }

@@ -28,6 +28,7 @@ use crate::{
     },
     files::write_atomic,
     findings::score::UncertainPolicy,
+    lora::base::check_base,
     train::gradients::LossTotals,
 };
 use cases::TestSet;
@@ -89,6 +90,9 @@ pub struct EvalArgs {
     /// Folder of a PEFT LoRA adapter.
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
+    /// Take the adapter although it was trained on another base.
+    #[arg(long)]
+    pub any_base: bool,
     /// cpu, cuda, cuda:N, wgpu or wgpu:N; by default the best one that answers.
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<DeviceName>,
@@ -346,6 +350,9 @@ fn model_work(
         return Ok(None);
     };
     let neighbour = train.filter(|_| !args.no_neighbour).cloned();
+    if let Some(adapter) = args.adapter.as_ref().filter(|_| !args.any_base) {
+        check_base(adapter, model)?;
+    }
     let writes = args.predictions.is_none();
     let Some(data) = data.cloned().filter(|_| writes || neighbour.is_some()) else {
         bail!(UsageError(
@@ -356,6 +363,7 @@ fn model_work(
         model: ModelArgs {
             model: model.clone(),
             adapter: args.adapter.clone(),
+            any_base: args.any_base,
             device: args.device,
             dtype: args.dtype,
             min_pixels: args.min_pixels,

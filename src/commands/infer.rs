@@ -23,10 +23,11 @@ use crate::{
     backend::{DeviceTask, run_on},
     cli::InferArgs,
     generate::{FinishReason, GenerationConfig, Prompt, Timing},
+    lora::base::check_base,
     pipeline::{Answer, Pipeline},
     processor::{dicom::Remark, image::Reading, message::split_thinking},
     qwen3_vl::ImageInput,
-    system::peak_memory,
+    system::MemoryWatch,
 };
 
 /// How every record begins.
@@ -177,6 +178,13 @@ impl DeviceTask for Infer {
         }
         let started = Instant::now();
         let options = pipeline_options(&self.args.model, dtype);
+        if let Some(adapter) = options
+            .adapter
+            .as_ref()
+            .filter(|_| !self.args.model.any_base)
+        {
+            check_base(adapter, &options.model)?;
+        }
         let mut progress = Progress::new("loading", 0, Unit::Bytes);
         let pipeline = Pipeline::<B>::load(&options, device, &mut |done, total| {
             progress.set(done, total);
@@ -203,11 +211,16 @@ impl DeviceTask for Infer {
             progress.finish();
         }
         if self.args.verbose
-            && let Some(bytes) = peak_memory()
+            && let Some(peak) = {
+                let mut memory = MemoryWatch::default();
+                memory.look::<B>(&pipeline.device);
+                memory.peak()
+            }
         {
             eprintln!(
-                "memory   {:8.2} GiB at most on the host",
-                bytes as f64 / (1u64 << 30) as f64
+                "memory   {:8.2} GiB at most on the {}",
+                peak.gib(),
+                peak.place()
             );
         }
         run.result()

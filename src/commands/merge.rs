@@ -15,7 +15,12 @@ use crate::{
     backend::{DeviceTask, run_on},
     cli::MergeArgs,
     files::FolderWriter,
-    lora::{config::LoraConfig, files::load_adapter, merge::merge},
+    lora::{
+        base::{BaseFingerprint, check_base},
+        config::LoraConfig,
+        files::load_adapter,
+        merge::merge,
+    },
     pipeline::{PipelineOptions, load_model},
     qwen3_vl::{ImageInput, Padding, Qwen3Vl, TextInput, config::Qwen3VlConfig, nn::to_dtype},
     train::checkpoint::save_model,
@@ -64,6 +69,7 @@ impl DeviceTask for Merge {
             && !self.args.any_base
         {
             check_base(dir, &options.model)?;
+            check_name(dir, &options.model)?;
         }
         let base = read::<B>(&options, &config, &device)?;
         let adapted = match &self.args.adapter {
@@ -118,12 +124,15 @@ impl DeviceTask for Merge {
     }
 }
 
-/// Two bases of one size load each other's adapters; their names tell them apart.
-fn check_base(adapter: &Path, model: &Path) -> Result<()> {
+/// For adapters that hold no fingerprint of their base: names tell two bases apart as well.
+fn check_name(adapter: &Path, model: &Path) -> Result<()> {
     let last = |path: &Path| -> Option<String> {
         let name = path.file_name()?.to_string_lossy().to_lowercase();
         Some(name)
     };
+    if BaseFingerprint::load(adapter)?.is_some() {
+        return Ok(());
+    }
     let made_for = LoraConfig::from_dir(adapter)?.base_model_name_or_path;
     let made_for = made_for.as_deref().map(Path::new).and_then(last);
     let given = model.canonicalize().ok().as_deref().and_then(last);

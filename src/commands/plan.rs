@@ -1,17 +1,21 @@
 //! `plan`: what a run will take, before anything is loaded.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use burn::tensor::DType;
 use rayon::prelude::*;
 
-use super::shipped;
+use super::{UsageError, shipped, train::with_keys};
 use crate::{
+    backend::DeviceName,
     cli::PlanArgs,
     dataset::{Dataset, DatasetError},
     files::write_atomic,
     pipeline::{PipelineOptions, TextAndImages},
     plot::histogram,
-    train::{config::TrainConfig, plan::Plan},
+    train::{
+        config::TrainConfig,
+        plan::{Plan, Throughput},
+    },
 };
 
 /// Runs `plan`.
@@ -20,7 +24,21 @@ use crate::{
 /// Config, tokenizer or data cannot be read; the message names the file and the row.
 pub fn run(args: &PlanArgs) -> Result<()> {
     let config = TrainConfig::from_file(&shipped(&args.config))?;
-    config.validate()?;
+    let config = with_keys(&config, &args.set)?;
+    config
+        .validate()
+        .map_err(|error| UsageError(error.to_string()))?;
+    let throughput = match (&args.bench, args.samples_per_second) {
+        (Some(path), _) => Some(Throughput::from_bench(path)?),
+        (None, Some(rate)) if rate > 0.0 && rate.is_finite() => Some(Throughput {
+            samples_per_second: rate,
+            device: None,
+        }),
+        (None, Some(rate)) => bail!(UsageError(format!(
+            "--samples-per-second is {rate}, expected a positive number"
+        ))),
+        (None, None) => None,
+    };
     let options = PipelineOptions {
         model: shipped(args.model.as_ref().unwrap_or(&config.model)),
         adapter: None,
@@ -49,7 +67,16 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     let devices = config.device.len().max(1);
     let dtype_bytes = match config.dtype.as_deref() {
         Some("f32") => 4,
-        _ => 2,
+        Some(_) => 2,
+        // As the backends choose when nothing is said: half a float on CUDA, a whole one elsewhere.
+        None => {
+            let first = config.device.first().map(|name| name.parse::<DeviceName>());
+            let on_cuda = match first {
+                Some(name) => matches!(name.map_err(UsageError)?, DeviceName::Cuda(_)),
+                None => cfg!(feature = "cuda"),
+            };
+            if on_cuda { 2 } else { 4 }
+        }
     };
     let longest = at(1.0).min(config.max_length);
     let plan = Plan::new(
@@ -62,7 +89,7 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     )?;
     print!(
         "{}",
-        plan.to_text(config.num_train_epochs, args.samples_per_second)
+        plan.to_text(config.num_train_epochs, throughput.as_ref())
     );
     println!(
         "tokens of a sample: min {}, median {}, p95 {}, p99 {}, max {}; {} in all",

@@ -156,7 +156,31 @@ fn load_config(args: &TrainArgs) -> Result<TrainConfig> {
                 .into(),
         );
     }
-    for pair in &args.set {
+    if args.packing || args.packing_tokens.is_some() {
+        set("packing", true.into());
+    }
+    if let Some(tokens) = args.packing_tokens {
+        set("packing_tokens", (tokens as i64).into());
+    }
+    set_keys(&mut table, &args.set)?;
+    from_table(table)
+}
+
+/// A config with single keys replaced by `KEY=VALUE` pairs.
+pub(super) fn with_keys(config: &TrainConfig, pairs: &[String]) -> Result<TrainConfig> {
+    let mut table = toml::Table::try_from(config).context("cannot read the settings back")?;
+    set_keys(&mut table, pairs)?;
+    from_table(table)
+}
+
+fn from_table(table: toml::Table) -> Result<TrainConfig> {
+    table.try_into().map_err(|error: toml::de::Error| {
+        UsageError(error.to_string().trim().replace('\n', " ")).into()
+    })
+}
+
+fn set_keys(table: &mut toml::Table, pairs: &[String]) -> Result<()> {
+    for pair in pairs {
         let (key, value) = pair
             .split_once('=')
             .ok_or_else(|| UsageError(format!("--set `{pair}`: expected KEY=VALUE")))?;
@@ -174,9 +198,7 @@ fn load_config(args: &TrainArgs) -> Result<TrainConfig> {
         };
         table.insert(key.to_string(), parsed);
     }
-    table.try_into().map_err(|error: toml::de::Error| {
-        UsageError(error.to_string().trim().replace('\n', " ")).into()
-    })
+    Ok(())
 }
 
 /// The folder itself, or the first of `NAME-2`, `NAME-3` … that is free.

@@ -1,9 +1,15 @@
 //! Windows of samples, one an optimizer step, made by worker threads ahead of the device.
 
-use std::sync::{
-    Arc, Mutex,
-    atomic::{AtomicBool, AtomicUsize, Ordering},
-    mpsc::{Receiver, SyncSender, sync_channel},
+mod packing;
+
+use std::{
+    collections::BTreeSet,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+        mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
+    },
+    time::Duration,
 };
 
 use burn::{
@@ -17,9 +23,13 @@ use super::{Dataset, DatasetError, EncodedSample};
 use crate::{
     lora::mix,
     pipeline::TextAndImages,
-    qwen3_vl::{Padding, TextInput},
+    qwen3_vl::{ImageInput, Padding, TextInput, rope::PositionError},
     train::gradients::MicroBatch,
 };
+use packing::fill_rows;
+
+/// Frames, rows and columns of each image of a sample, in patches.
+type Grids = Vec<[usize; 3]>;
 
 /// Windows made ahead of their turn by each worker.
 const AHEAD: usize = 2;
@@ -46,8 +56,9 @@ pub struct WindowPlan {
     pub accumulation: usize,
     /// Devices that share a window.
     pub devices: usize,
-    /// Micro-batches are packed into one row in place of padded.
-    pub packing: bool,
+    /// Tokens of a row that samples of the whole window are joined into, in place of padded
+    /// micro-batches; 0 pads.
+    pub packing_tokens: usize,
     /// Longest sample in tokens.
     pub max_length: usize,
     /// What is done with longer ones.
@@ -122,6 +133,13 @@ impl WindowPlan {
             as usize
     }
 
+    /// Rows of the data set in the first `steps` windows.
+    pub fn rows_before(&self, steps: usize, samples: usize) -> BTreeSet<usize> {
+        (0..steps)
+            .flat_map(|step| self.rows(step, samples))
+            .collect()
+    }
+
     /// Rows of the data set that make window `step`.
     fn rows(&self, step: usize, samples: usize) -> Vec<usize> {
         let per_epoch = self.steps_per_epoch(samples);
@@ -146,6 +164,7 @@ pub struct WindowLoader {
     /// Step behind the last.
     end: usize,
     workers: usize,
+    patience: Option<Duration>,
     skipped: Arc<AtomicUsize>,
     error: Arc<Mutex<Option<DatasetError>>>,
 }
@@ -167,6 +186,7 @@ impl WindowLoader {
             start,
             end,
             workers: workers.max(1),
+            patience: None,
             skipped: Arc::default(),
             error: Arc::default(),
         }
@@ -176,6 +196,13 @@ impl WindowLoader {
     #[must_use]
     pub fn up_to(mut self, steps: usize) -> Self {
         self.end = self.end.min(steps);
+        self
+    }
+
+    /// Makes a window that is not ready in this time an error in place of waiting on.
+    #[must_use]
+    pub fn with_patience(mut self, patience: Option<Duration>) -> Self {
+        self.patience = patience;
         self
     }
 
@@ -204,25 +231,35 @@ impl WindowLoader {
     pub fn window(&self, step: usize) -> Result<Window, DatasetError> {
         let rows = self.plan.rows(step, self.dataset.len());
         let mut samples = Vec::with_capacity(rows.len());
-        let mut kept = Vec::with_capacity(rows.len());
         for row in rows {
             match self.dataset.encode(row, &self.parts, self.plan.max_length) {
-                Ok(sample) => {
-                    samples.push(sample);
-                    kept.push(row);
-                }
+                Ok(sample) => samples.push((row, sample)),
                 Err(DatasetError::TooLong { .. }) if self.plan.overlong == Overlong::Skip => {
                     self.skipped.fetch_add(1, Ordering::Relaxed);
                 }
                 Err(error) => return Err(error),
             }
         }
-        let tokens = samples.iter().map(|sample| sample.input_ids.len()).sum();
-        let batches = samples
-            .chunks(self.plan.batch_size)
-            .enumerate()
-            .map(|(index, samples)| self.micro_batch(samples, &kept, index))
-            .collect::<Result<Vec<_>, _>>()?;
+        let kept = samples.iter().map(|(row, _)| *row).collect();
+        let lengths: Vec<usize> = samples
+            .iter()
+            .map(|(_, sample)| sample.input_ids.len())
+            .collect();
+        let tokens = lengths.iter().sum();
+        let batches = if self.plan.packing_tokens > 0 {
+            fill_rows(&lengths, self.plan.packing_tokens)
+                .into_iter()
+                .map(|places| {
+                    let row: Vec<_> = places.iter().map(|place| &samples[*place]).collect();
+                    self.packed(&row)
+                })
+                .collect::<Result<Vec<_>, _>>()?
+        } else {
+            samples
+                .chunks(self.plan.batch_size)
+                .map(|samples| self.padded(&samples.iter().collect::<Vec<_>>()))
+                .collect::<Result<Vec<_>, _>>()?
+        };
         let targets = batches.iter().map(MicroBatch::targets).sum();
         let micro_batches = batches.len();
         // Micro-batches are dealt out in turn, so that a partial window is shared as well.
@@ -243,51 +280,60 @@ impl WindowLoader {
         })
     }
 
-    fn micro_batch(
+    /// Ids and image grids of some samples, and all their images.
+    fn joined(samples: &[&(usize, EncodedSample)]) -> (Vec<Vec<u32>>, Vec<Grids>, ImageInput) {
+        let mut images = ImageInput::default();
+        let (ids, grids) = samples
+            .iter()
+            .map(|(_, sample)| {
+                images.extend(&sample.images);
+                (
+                    sample.input_ids.clone(),
+                    sample.images.image_grid_thw.clone(),
+                )
+            })
+            .unzip();
+        (ids, grids, images)
+    }
+
+    fn positions_error(
         &self,
-        samples: &[EncodedSample],
-        rows: &[usize],
-        index: usize,
-    ) -> Result<MicroBatch, DatasetError> {
-        let ids: Vec<Vec<u32>> = samples
-            .iter()
-            .map(|sample| sample.input_ids.clone())
-            .collect();
-        let grids: Vec<_> = samples
-            .iter()
-            .map(|sample| sample.images.image_grid_thw.clone())
-            .collect();
-        let mut images = crate::qwen3_vl::ImageInput::default();
-        samples
-            .iter()
-            .for_each(|sample| images.extend(&sample.images));
-        let config = &self.parts.config;
-        let positions = |cause| DatasetError::Positions {
+        samples: &[&(usize, EncodedSample)],
+        cause: PositionError,
+    ) -> DatasetError {
+        DatasetError::Positions {
             file: self.dataset.name().to_string(),
-            row: rows
-                .get(index * self.plan.batch_size)
-                .map_or(0, |row| row + 1),
+            row: samples.first().map_or(0, |(row, _)| row + 1),
             cause,
-        };
-        if self.plan.packing {
-            let text = TextInput::packed(&ids, &grids, config).map_err(positions)?;
-            let labels = samples
-                .iter()
-                .flat_map(|sample| sample.labels.clone())
-                .collect();
-            return Ok(MicroBatch {
-                text,
-                labels: vec![labels],
-                images,
-            });
         }
+    }
+
+    /// Some samples one after another in one row.
+    fn packed(&self, samples: &[&(usize, EncodedSample)]) -> Result<MicroBatch, DatasetError> {
+        let (ids, grids, images) = Self::joined(samples);
+        let text = TextInput::packed(&ids, &grids, &self.parts.config)
+            .map_err(|cause| self.positions_error(samples, cause))?;
+        let labels = samples
+            .iter()
+            .flat_map(|(_, sample)| sample.labels.clone())
+            .collect();
+        Ok(MicroBatch {
+            text,
+            labels: vec![labels],
+            images,
+        })
+    }
+
+    /// Some samples below each other, padded to the longest.
+    fn padded(&self, samples: &[&(usize, EncodedSample)]) -> Result<MicroBatch, DatasetError> {
+        let (ids, grids, images) = Self::joined(samples);
         let pad = self.parts.tokenizer.special().endoftext;
-        let (text, _) =
-            TextInput::padded(&ids, &grids, config, Padding::Right, pad).map_err(positions)?;
+        let (text, _) = TextInput::padded(&ids, &grids, &self.parts.config, Padding::Right, pad)
+            .map_err(|cause| self.positions_error(samples, cause))?;
         let seq = text.seq();
         let labels = samples
             .iter()
-            .map(|sample| {
+            .map(|(_, sample)| {
                 let mut labels = sample.labels.clone();
                 labels.resize(seq, crate::train::gradients::IGNORE_INDEX);
                 labels
@@ -317,7 +363,7 @@ impl WindowLoader {
             start: self.start,
             end: self.end,
             stop,
-            error: self.error.clone(),
+            loader: self.clone(),
         }
     }
 
@@ -342,7 +388,31 @@ pub struct WindowStream {
     next: usize,
     end: usize,
     stop: Arc<AtomicBool>,
-    error: Arc<Mutex<Option<DatasetError>>>,
+    loader: WindowLoader,
+}
+
+impl WindowStream {
+    /// Waits for the next window of a worker; `None` if the worker is gone.
+    fn receive(&self, worker: usize) -> Option<Result<Window, DatasetError>> {
+        let channel = &self.channels[worker];
+        let Some(patience) = self.loader.patience else {
+            return channel.recv().ok();
+        };
+        match channel.recv_timeout(patience) {
+            Ok(window) => Some(window),
+            Err(RecvTimeoutError::Disconnected) => None,
+            Err(RecvTimeoutError::Timeout) => {
+                let WindowLoader { plan, dataset, .. } = &self.loader;
+                let rows = plan.rows(self.next, dataset.len());
+                Some(Err(DatasetError::Slow {
+                    file: dataset.name().to_string(),
+                    step: self.next + 1,
+                    rows: rows.into_iter().map(|row| row + 1).collect(),
+                    seconds: patience.as_secs_f64(),
+                }))
+            }
+        }
+    }
 }
 
 impl Iterator for WindowStream {
@@ -354,13 +424,17 @@ impl Iterator for WindowStream {
         }
         // Worker `k` makes every k-th window: asking in turn keeps the order.
         let worker = (self.next - self.start) % self.channels.len();
-        match self.channels[worker].recv().ok()? {
+        match self.receive(worker)? {
             Ok(window) => {
                 self.next += 1;
                 Some(window)
             }
             Err(error) => {
-                *self.error.lock().unwrap_or_else(|lock| lock.into_inner()) = Some(error);
+                *self
+                    .loader
+                    .error
+                    .lock()
+                    .unwrap_or_else(|lock| lock.into_inner()) = Some(error);
                 None
             }
         }
@@ -398,5 +472,57 @@ impl<B: Backend> DataLoader<B, Window> for WindowLoader {
 impl Drop for WindowStream {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pipeline::PipelineOptions;
+
+    fn loader(packing_tokens: usize, devices: usize) -> WindowLoader {
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+        let parts = TextAndImages::load(&PipelineOptions {
+            model: root.join("model/tiny"),
+            adapter: None,
+            dtype: burn::tensor::DType::F32,
+            min_pixels: None,
+            max_pixels: None,
+        })
+        .unwrap();
+        let plan = WindowPlan {
+            epochs: 2.0,
+            batch_size: 2,
+            accumulation: 3,
+            devices,
+            packing_tokens,
+            max_length: 512,
+            overlong: Overlong::Error,
+            seed: 4,
+            in_order: false,
+        };
+        let data = Dataset::open("phantom:11:0..20:house").unwrap();
+        WindowLoader::new(data, Arc::new(parts), plan, 0, 1)
+    }
+
+    #[test]
+    fn a_packed_window_holds_the_samples_and_targets_of_the_padded_one() {
+        for devices in [1, 2] {
+            let (padded, packed) = (loader(0, devices), loader(512, devices));
+            assert_eq!(padded.end(), packed.end());
+            for step in 0..padded.end() {
+                let (a, b) = (padded.window(step).unwrap(), packed.window(step).unwrap());
+                assert_eq!(
+                    (&a.rows, a.targets, a.tokens),
+                    (&b.rows, b.targets, b.tokens)
+                );
+                assert_eq!((a.step, a.epoch), (b.step, b.epoch));
+                assert!(b.micro_batches < a.rows.len(), "nothing was joined");
+                for batch in b.parts.iter().flatten() {
+                    assert_eq!(batch.text.batch(), 1);
+                    assert!(batch.text.seq() <= 512);
+                }
+            }
+        }
     }
 }

@@ -82,6 +82,20 @@ pub enum DatasetError {
         /// Why.
         cause: PositionError,
     },
+    /// A file does not come.
+    #[error(
+        "`{file}`: the samples of step {step} (rows {rows:?}) were not read within {seconds} s while the devices wait; is an image on a slow or broken disk? Raise ddp_timeout if it is only slow"
+    )]
+    Slow {
+        /// The data set.
+        file: String,
+        /// The step, from 1.
+        step: usize,
+        /// Rows of the step, from 1.
+        rows: Vec<usize>,
+        /// How long was waited.
+        seconds: f64,
+    },
     /// A row is longer than allowed.
     #[error(
         "`{file}`, row {row}: {tokens} tokens ({image} of them image tokens), more than max_length {max_length}; raise max_length, lower max_pixels, or set `overlong = \"skip\"`"
@@ -241,6 +255,19 @@ impl Dataset {
     /// Tells this data set from another: a hash of the file, or the generator's name.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
+    }
+
+    /// Image files: row (from 0), name in the row, path; none for drawn studies.
+    pub fn image_files(&self) -> Vec<(usize, &str, PathBuf)> {
+        let Source::Rows { samples, folder } = &self.source else {
+            return Vec::new();
+        };
+        let rows = samples.iter().enumerate();
+        rows.flat_map(|(row, sample)| {
+            let images = sample.images.iter();
+            images.map(move |image| (row, image.as_str(), folder.join(image)))
+        })
+        .collect()
     }
 
     /// Number of samples.

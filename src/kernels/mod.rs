@@ -9,6 +9,8 @@ mod spans;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 
+use std::sync::Arc;
+
 use burn::{
     backend::autodiff::checkpoint::strategy::CheckpointStrategy,
     prelude::*,
@@ -72,6 +74,36 @@ pub struct TargetLoss<B: Backend> {
     pub sums: Tensor<B, 1>,
     /// Gradient of the weighted loss, `[targets, hidden]`, in the type of the hidden states.
     pub hidden_gradient: Tensor<B, 2>,
+}
+
+/// Memory of a device that this process holds, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceMemory {
+    /// In tensors that are alive.
+    pub in_use: u64,
+    /// Taken from the device; pages are kept for later tensors, so this is what was needed at most.
+    pub reserved: u64,
+}
+
+/// Adds up a tensor over devices. Every device calls it, each from a thread of its own, with a tensor
+/// of one length; it returns the sum once all have.
+pub type AllReduce<B> = Arc<dyn Fn(Tensor<B, 1>) -> Tensor<B, 1> + Send + Sync>;
+
+/// What one AdamW step of one tensor needs besides value and gradient.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdamWStep {
+    /// Share of the old mean of the gradient.
+    pub beta1: f64,
+    /// Share of the old mean of its square.
+    pub beta2: f64,
+    /// Added to the root.
+    pub epsilon: f64,
+    /// Learning rate over the bias correction of the mean.
+    pub step_size: f64,
+    /// One over the bias correction of the mean square.
+    pub second_scale: f64,
+    /// What the value is multiplied with before: one less learning rate times decay.
+    pub keep: f64,
 }
 
 /// One product whose input gradient is wanted.
@@ -328,6 +360,34 @@ pub trait Kernels: Backend {
     ) -> TargetLoss<Self> {
         plain::target_loss(hidden, head, ids, weight)
     }
+
+    /// One step of AdamW: the new value, mean and mean square; all `[count]`, f32.
+    fn adamw(
+        value: Tensor<Self, 1>,
+        gradient: Tensor<Self, 1>,
+        [first, second]: [Tensor<Self, 1>; 2],
+        step: AdamWStep,
+    ) -> [Tensor<Self, 1>; 3] {
+        plain::adamw(value, gradient, [first, second], step)
+    }
+
+    /// Sums of squares that add up to that of all elements of all tensors; `[any]`, f32.
+    fn square_sums(tensors: Vec<Tensor<Self, 1>>) -> Tensor<Self, 1> {
+        plain::square_sums(tensors)
+    }
+
+    /// Memory that the calling thread's work holds on the device; `None` where the backend does not tell.
+    fn memory_in_use(_device: &Self::Device) -> Option<DeviceMemory> {
+        None
+    }
+
+    /// How these devices add up among themselves; `None` where tensors have to be brought together.
+    ///
+    /// # Errors
+    /// What is missing on a machine whose devices could.
+    fn all_reduce(_devices: &[Self::Device]) -> Result<Option<AllReduce<Self>>, String> {
+        Ok(None)
+    }
 }
 
 static RANDOM_STATE: std::sync::Mutex<()> = std::sync::Mutex::new(());
@@ -344,4 +404,13 @@ impl<B: Kernels, C: CheckpointStrategy> Kernels for burn::backend::Autodiff<B, C
 impl Kernels for burn_flex::Flex {}
 
 #[cfg(feature = "wgpu")]
-impl Kernels for burn::backend::Vulkan {}
+impl Kernels for burn::backend::Vulkan {
+    fn memory_in_use(device: &Self::Device) -> Option<DeviceMemory> {
+        let tensor = Tensor::<Self, 1>::empty([1], device);
+        let usage = tensor.into_primitive().tensor().client.memory_usage();
+        usage.ok().map(|usage| DeviceMemory {
+            in_use: usage.bytes_in_use,
+            reserved: usage.bytes_reserved,
+        })
+    }
+}

@@ -9,7 +9,8 @@ use burn::{
 };
 
 use super::{
-    AttentionSpans, BackwardProduct, HeadNorm, Kernels, LowRank, LowRankGradients, TargetLoss,
+    AdamWStep, AttentionSpans, BackwardProduct, HeadNorm, Kernels, LowRank, LowRankGradients,
+    TargetLoss,
 };
 use crate::qwen3_vl::nn::{to_dtype, to_f32};
 
@@ -384,4 +385,28 @@ pub(super) fn target_loss<B: Kernels>(
         sums: Tensor::cat(vec![nll, correct], 0),
         hidden_gradient: to_dtype(hidden_gradient, dtype),
     }
+}
+
+pub(super) fn adamw<B: Backend>(
+    value: Tensor<B, 1>,
+    gradient: Tensor<B, 1>,
+    [first, second]: [Tensor<B, 1>; 2],
+    step: AdamWStep,
+) -> [Tensor<B, 1>; 3] {
+    let first = first * step.beta1 + gradient.clone() * (1.0 - step.beta1);
+    let second = second * step.beta2 + gradient.clone() * gradient * (1.0 - step.beta2);
+    let root = (second.clone() * step.second_scale).sqrt() + step.epsilon;
+    let value = value * step.keep - first.clone() / root * step.step_size;
+    [value, first, second]
+}
+
+pub(super) fn square_sums<B: Backend>(tensors: Vec<Tensor<B, 1>>) -> Tensor<B, 1> {
+    let sums = tensors
+        .into_iter()
+        .map(|tensor| {
+            let tensor = to_f32(tensor);
+            (tensor.clone() * tensor).sum()
+        })
+        .collect();
+    Tensor::cat(sums, 0)
 }

@@ -5,6 +5,7 @@
 //! adapter during training; [`merge`] does so once, for inference.
 
 pub mod attach;
+pub mod base;
 pub mod config;
 pub mod files;
 pub mod merge;

@@ -13,6 +13,8 @@ pub mod vision;
 pub mod weights;
 
 use crate::kernels::{AttentionSpans, Kernels};
+use half::slice::HalfFloatSliceExt;
+
 use burn::{
     prelude::*,
     tensor::{DType, TensorData},
@@ -46,20 +48,30 @@ impl ImageInput {
         self.image_grid_thw.iter().map(|[t, h, w]| t * h * w).sum()
     }
 
-    /// The patches as a tensor `[patches, patch_dim]`, f32.
+    /// The patches as a tensor `[patches, patch_dim]` in `dtype`; bf16 is rounded here, so that half
+    /// the bytes travel.
     ///
     /// # Panics
     /// If the number of values is not that of the grids.
-    pub fn tensor<B: Kernels>(&self, patch_dim: usize, device: &B::Device) -> Tensor<B, 2> {
+    pub fn tensor<B: Kernels>(
+        &self,
+        patch_dim: usize,
+        dtype: DType,
+        device: &B::Device,
+    ) -> Tensor<B, 2> {
+        let shape = [self.patches(), patch_dim];
         assert_eq!(
             self.pixel_values.len(),
-            self.patches() * patch_dim,
+            shape[0] * shape[1],
             "pixel values and grids disagree"
         );
-        Tensor::from_data(
-            TensorData::new(self.pixel_values.clone(), [self.patches(), patch_dim]),
-            (device, DType::F32),
-        )
+        if dtype == DType::BF16 {
+            let mut half = vec![half::bf16::ZERO; self.pixel_values.len()];
+            half.convert_from_f32_slice(&self.pixel_values);
+            return Tensor::from_data(TensorData::new(half, shape), (device, dtype));
+        }
+        let values = TensorData::new(self.pixel_values.clone(), shape);
+        to_dtype(Tensor::from_data(values, (device, DType::F32)), dtype)
     }
 }
 
@@ -298,8 +310,9 @@ impl<B: Kernels> Qwen3Vl<B> {
         config: &Qwen3VlConfig,
         device: &B::Device,
     ) -> VisionOutput<B> {
-        let layout = VisionLayout::new(&images.image_grid_thw, &config.vision_config, device);
-        let pixels = images.tensor(config.vision_config.patch_dim(), device);
+        let layout = VisionLayout::shared(&images.image_grid_thw, &config.vision_config, device);
+        let dtype = self.model.visual.dtype();
+        let pixels = images.tensor(config.vision_config.patch_dim(), dtype, device);
         self.model.visual.forward(pixels, &layout, None)
     }
 

@@ -4,6 +4,8 @@
 //! each other. Shape letters: `n` patches of all images together, `m = n / merge²` merged tokens.
 
 use crate::kernels::{AttentionSpans, Kernels};
+use std::{any::Any, sync::Mutex};
+
 use burn::{
     module::Param,
     prelude::*,
@@ -236,7 +238,44 @@ pub struct VisionLayout<B: Backend> {
     pub spans: AttentionSpans<B>,
 }
 
+/// Layouts used last, shared by all models of a process.
+static LAYOUTS: Mutex<Vec<(String, Box<dyn Any + Send>)>> = Mutex::new(Vec::new());
+
+/// Layouts kept, and patches of the largest kept one: some 10 MB of device memory altogether.
+const KEPT_LAYOUTS: usize = 8;
+const LARGEST_KEPT: usize = 4096;
+
 impl<B: Kernels> VisionLayout<B> {
+    /// [`VisionLayout::new`], or the same layout made before: films of one size come again and again.
+    pub fn shared(grids: &[[usize; 3]], config: &VisionConfig, device: &B::Device) -> Self {
+        let patches: usize = grids.iter().map(|[t, h, w]| t * h * w).sum();
+        if patches > LARGEST_KEPT {
+            return Self::new(grids, config, device);
+        }
+        let key = format!(
+            "{} {device:?} {grids:?} {} {} {}",
+            std::any::type_name::<B>(),
+            config.position_side(),
+            config.spatial_merge_size,
+            config.head_dim()
+        );
+        let mut kept = LAYOUTS.lock().unwrap_or_else(|lock| lock.into_inner());
+        let found = kept.iter().position(|(name, _)| *name == key);
+        let (key, layout) = match found.map(|at| kept.remove(at)) {
+            Some(entry) => entry,
+            None => {
+                let layout: Box<dyn Any + Send> = Box::new(Self::new(grids, config, device));
+                (key, layout)
+            }
+        };
+        let shared = layout.downcast_ref::<Self>().cloned();
+        kept.push((key, layout));
+        if kept.len() > KEPT_LAYOUTS {
+            kept.remove(0);
+        }
+        shared.unwrap_or_else(|| Self::new(grids, config, device))
+    }
+
     /// Works out positions for images of `grids` patches, `(time, height, width)` each.
     pub fn new(grids: &[[usize; 3]], config: &VisionConfig, device: &B::Device) -> Self {
         let mut corners = PositionCorners::default();
@@ -396,6 +435,11 @@ impl<B: Kernels> VisionModel<B> {
         }
     }
 
+    /// Type of the stored weights.
+    pub fn dtype(&self) -> DType {
+        self.patch_embed.proj.bias.val().dtype()
+    }
+
     /// Interpolated position embeddings, `[n, hidden]`.
     pub fn position_embeddings(&self, layout: &VisionLayout<B>) -> Tensor<B, 2> {
         let mut sum: Option<Tensor<B, 2>> = None;
@@ -407,7 +451,7 @@ impl<B: Kernels> VisionModel<B> {
                 None => part,
             });
         }
-        let dtype = self.patch_embed.proj.bias.val().dtype();
+        let dtype = self.dtype();
         to_dtype(sum.expect("a patch has four corners"), dtype)
     }
 

@@ -22,6 +22,7 @@ use super::{
 use crate::{
     files::{FileError, write_atomic},
     lora::{
+        base::BaseFingerprint,
         config::{AdapterError, LoraConfig},
         files::save_adapter,
     },
@@ -68,6 +69,9 @@ impl CheckpointError {
     }
 }
 
+/// Stands for a base whose weights were drawn at random.
+pub const RANDOM_BASE: &str = "random";
+
 /// Where a run stands; all that is random is a function of the seed and the step.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TrainerState {
@@ -89,6 +93,13 @@ pub struct TrainerState {
     pub config: TrainConfig,
     /// Fingerprint of the training data.
     pub train_data: String,
+    /// Fingerprint of its pictures; `None` in checkpoints from before it was kept.
+    #[serde(default)]
+    pub images: Option<String>,
+    /// Fingerprint of the base's weights, or [`RANDOM_BASE`]; `None` in checkpoints from before it was
+    /// kept.
+    #[serde(default)]
+    pub base: Option<String>,
     /// Version of this program.
     pub version: String,
 }
@@ -189,13 +200,31 @@ pub fn write<B: TrainKernels>(
     state: &TrainerState,
 ) -> Result<(), CheckpointError> {
     match state.config.tuner {
-        Tuner::Lora => save_adapter(model, lora, dir)?,
+        Tuner::Lora => {
+            save_adapter(model, lora, dir)?;
+            if let Some(sha256) = state.base.as_ref().filter(|base| *base != RANDOM_BASE) {
+                let sha256 = sha256.clone();
+                BaseFingerprint { format: 1, sha256 }.save(dir)?;
+            }
+        }
         Tuner::Full => save_model(model, config, &state.config.model, dir)?,
     }
     let moments = optimizer.state();
     let mut tensors = Vec::new();
     for (path, id) in trained_params(model) {
-        if let Some(Moments { first, second }) = moments.moments.get(&id) {
+        if let Some(Moments {
+            steps,
+            first,
+            second,
+        }) = moments.moments.get(&id)
+        {
+            let steps = *steps as f32;
+            tensors.push(LazyTensor {
+                name: format!("{path}.step"),
+                shape: vec![1],
+                dtype: DType::F32,
+                data: Box::new(move || TensorData::new(vec![steps], [1])),
+            });
             for (part, tensor) in [("exp_avg", first), ("exp_avg_sq", second)] {
                 let tensor = tensor.clone();
                 tensors.push(LazyTensor {
@@ -255,7 +284,6 @@ pub fn restore_optimizer<B: TrainKernels>(
     let file = TensorFile::open(&dir.join(OPTIMIZER))?;
     let shapes = file.shapes()?;
     let mut state = optimizer.state();
-    state.steps = steps as u64;
     state.moments.clear();
     let mut used = 0;
     for (path, id) in trained_params(model) {
@@ -266,7 +294,17 @@ pub fn restore_optimizer<B: TrainKernels>(
             let data: TensorData = file.read(&format!("{path}.{part}"), DType::F32)?;
             Ok(Tensor::from_data(data, (device, DType::F32)))
         };
+        let own_steps = format!("{path}.step");
+        let steps = if shapes.contains_key(&own_steps) {
+            used += 1;
+            let data = file.read(&own_steps, DType::F32)?;
+            data.iter::<f32>().next().unwrap_or_default() as u64
+        } else {
+            // Checkpoints from before each parameter had its own.
+            steps as u64
+        };
         let moments = Moments {
+            steps,
             first: read("exp_avg")?,
             second: read("exp_avg_sq")?,
         };

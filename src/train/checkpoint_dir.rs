@@ -4,11 +4,11 @@
 //! business; here it is only written whole, verified and deleted. `best.json` beside the folders
 //! names the step with the best validation metric.
 //!
-//! One process at a time owns a run folder.
+//! One process at a time owns a run folder; [`RunLock`] sees to it.
 
 use std::error::Error;
 use std::fmt;
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -20,7 +20,9 @@ use crate::files::{
 };
 
 const PREFIX: &str = "checkpoint-";
+const ABANDONED: &str = "abandoned-checkpoint-";
 const BEST_FILE: &str = "best.json";
+const LOCK_FILE: &str = ".lock";
 
 /// A run folder or one of its checkpoints cannot be written or read.
 #[derive(Debug, thiserror::Error)]
@@ -47,6 +49,12 @@ pub enum CheckpointDirError {
         /// What the writing closure returned.
         cause: Box<dyn Error + Send + Sync>,
     },
+    /// Another process owns the run folder.
+    #[error(
+        "`{}` is in use by another process that trains there; wait for its end, or choose another \
+         output_dir", .0.display()
+    )]
+    InUse(PathBuf),
     /// `best.json` holds something else.
     #[error(
         "`{}` is damaged: {cause}; hint: delete it, or write the best step into it by hand as \
@@ -58,6 +66,37 @@ pub enum CheckpointDirError {
         /// Where it stops making sense.
         cause: serde_json::Error,
     },
+}
+
+/// Keeps other processes out of a run folder while it lives.
+///
+/// The lock is the system's, on the file `.lock`: it ends with the process, however that ends, so a
+/// file left by a killed run locks nobody out.
+#[derive(Debug)]
+pub struct RunLock {
+    _file: File,
+}
+
+impl RunLock {
+    /// Takes the folder, which must exist.
+    ///
+    /// # Errors
+    /// [`CheckpointDirError::InUse`], or [`CheckpointDirError::File`] also where the file system
+    /// knows no locks.
+    pub fn take(run: &Path) -> Result<Self, CheckpointDirError> {
+        let path = run.join(LOCK_FILE);
+        let failed = |cause| FileError::write(&path, cause);
+        let file = File::options()
+            .create(true)
+            .append(true)
+            .open(&path)
+            .map_err(failed)?;
+        match file.try_lock() {
+            Ok(()) => Ok(Self { _file: file }),
+            Err(TryLockError::WouldBlock) => Err(CheckpointDirError::InUse(run.to_path_buf())),
+            Err(TryLockError::Error(cause)) => Err(failed(cause).into()),
+        }
+    }
 }
 
 /// The best checkpoint so far: the content of `best.json`.
@@ -260,20 +299,52 @@ impl CheckpointDir {
             .map_err(|cause| CheckpointDirError::BadBest { path, cause })
     }
 
-    /// Deletes all but the last `keep_last` checkpoints (at least one) and the best one. Returns
-    /// the deleted ones, oldest first.
+    /// Renames the checkpoints of more than `step` steps to `abandoned-checkpoint-N`, damaged ones
+    /// too: a run that goes on from `step` leaves their branch, and what it saves must not be mixed
+    /// with them. A best one among them is forgotten. Returns old and new places.
+    ///
+    /// # Errors
+    /// [`CheckpointDirError`].
+    pub fn abandon_after(&self, step: u64) -> Result<Vec<(PathBuf, PathBuf)>, CheckpointDirError> {
+        let mut moved = Vec::new();
+        for checkpoint in self.list()?.into_iter().filter(|one| one.step > step) {
+            let name = format!("{ABANDONED}{}", checkpoint.step);
+            let place = (1..)
+                .map(|number| match number {
+                    1 => self.run.join(&name),
+                    number => self.run.join(format!("{name}-{number}")),
+                })
+                .find(|place| place.symlink_metadata().is_err())
+                .unwrap_or_else(|| self.run.join(&name));
+            fs::rename(&checkpoint.path, &place)
+                .map_err(|cause| FileError::write(&place, cause))?;
+            moved.push((checkpoint.path, place));
+        }
+        if self.best()?.is_some_and(|best| best.step > step) {
+            let path = self.run.join(BEST_FILE);
+            fs::remove_file(&path).map_err(|cause| FileError::write(&path, cause))?;
+        }
+        Ok(moved)
+    }
+
+    /// Deletes all but the last `keep_last` checkpoints (at least one), the best one and that of
+    /// step `written`. Returns the deleted ones, oldest first.
     ///
     /// Only checkpoints whose marker and file lengths agree count or are deleted, so a damaged one
     /// never pushes out a good one; damaged ones stay for a person to look at.
     ///
     /// # Errors
     /// [`CheckpointDirError`]; if `best.json` cannot be read, nothing is deleted.
-    pub fn prune(&self, keep_last: usize) -> Result<Vec<Checkpoint>, CheckpointDirError> {
+    pub fn prune(
+        &self,
+        keep_last: usize,
+        written: u64,
+    ) -> Result<Vec<Checkpoint>, CheckpointDirError> {
         let best = self.best()?.map(|best| best.step);
         let mut whole = self.list()?;
         whole.retain(|checkpoint| verify_folder(&checkpoint.path, Depth::Sizes).is_ok());
         whole.truncate(whole.len().saturating_sub(keep_last.max(1)));
-        whole.retain(|checkpoint| Some(checkpoint.step) != best);
+        whole.retain(|checkpoint| Some(checkpoint.step) != best && checkpoint.step != written);
         for checkpoint in &whole {
             remove_folder(&checkpoint.path)?;
         }
@@ -289,223 +360,4 @@ fn step_of(name: &str) -> Option<u64> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::files::COMPLETE_MARKER;
-
-    fn fill(folder: &Path) -> io::Result<()> {
-        fs::write(folder.join("adapter.safetensors"), [7_u8; 1000])?;
-        fs::create_dir(folder.join("optimizer"))?;
-        fs::write(folder.join("optimizer/state.bin"), [9_u8; 3000])
-    }
-
-    fn run_with(steps: &[u64]) -> (tempfile::TempDir, CheckpointDir) {
-        let dir = tempfile::tempdir().unwrap();
-        let checkpoints = CheckpointDir::open(dir.path()).unwrap();
-        for &step in steps {
-            checkpoints.save(step, fill).unwrap();
-        }
-        (dir, checkpoints)
-    }
-
-    fn steps(checkpoints: &CheckpointDir) -> Vec<u64> {
-        checkpoints
-            .list()
-            .unwrap()
-            .iter()
-            .map(|checkpoint| checkpoint.step)
-            .collect()
-    }
-
-    fn best(step: u64) -> Best {
-        Best {
-            step,
-            metric: "eval_loss".into(),
-            value: 0.5,
-        }
-    }
-
-    /// Damages checkpoint 30 by `harm`, expects 20 to be found and `reason` to be named.
-    fn assert_passed_over(reason: &str, harm: impl FnOnce(&Path)) {
-        let (_dir, checkpoints) = run_with(&[9, 20, 30]);
-        harm(&checkpoints.path(30));
-        let search = checkpoints.newest_whole().unwrap();
-        assert_eq!(search.found.unwrap().step, 20);
-        let [warning] = &search.passed_over[..] else {
-            panic!("one warning expected")
-        };
-        let warning = warning.to_string();
-        assert!(
-            warning.contains("checkpoint-30") && warning.contains(reason),
-            "{warning}"
-        );
-    }
-
-    #[test]
-    fn every_kind_of_damage_is_named_and_passed_over() {
-        let state = "optimizer/state.bin";
-        assert_passed_over("`COMPLETE.json` is missing", |folder| {
-            fs::remove_file(folder.join(COMPLETE_MARKER)).unwrap();
-        });
-        assert_passed_over("`COMPLETE.json` is damaged", |folder| {
-            let path = folder.join(COMPLETE_MARKER);
-            let text = fs::read(&path).unwrap();
-            fs::write(path, &text[..text.len() / 2]).unwrap();
-        });
-        assert_passed_over("`adapter.safetensors` is missing", |folder| {
-            fs::remove_file(folder.join("adapter.safetensors")).unwrap();
-        });
-        assert_passed_over("has 2999 bytes, expected 3000", |folder| {
-            let file = fs::File::options()
-                .write(true)
-                .open(folder.join(state))
-                .unwrap();
-            file.set_len(2999).unwrap();
-        });
-        assert_passed_over("`optimizer/state.bin` has sha256", |folder| {
-            let mut bytes = fs::read(folder.join(state)).unwrap();
-            bytes[1234] ^= 0x10;
-            fs::write(folder.join(state), bytes).unwrap();
-        });
-    }
-
-    #[test]
-    fn a_kill_at_any_stage_leaves_the_previous_checkpoint() {
-        // What the disk holds after a kill: an empty temporary folder, some files, all files, all
-        // files and the marker not yet renamed, the marker's own temporary file.
-        let stages: [&dyn Fn(&Path); 5] = [
-            &|_| {},
-            &|folder| fs::write(folder.join("adapter.safetensors"), [7; 10]).unwrap(),
-            &|folder| fill(folder).unwrap(),
-            &|folder| {
-                fill(folder).unwrap();
-                fs::write(folder.join(COMPLETE_MARKER), "{}").unwrap();
-            },
-            &|folder| {
-                fill(folder).unwrap();
-                fs::write(folder.join(".COMPLETE.json.tmp-99.1"), "{").unwrap();
-            },
-        ];
-        for stage in stages {
-            let (dir, checkpoints) = run_with(&[10]);
-            let partial = dir.path().join("checkpoint-20.tmp-99.0");
-            fs::create_dir(&partial).unwrap();
-            stage(&partial);
-            let search = checkpoints.newest_whole().unwrap();
-            assert_eq!(search.found.unwrap().step, 10);
-            assert!(search.passed_over.is_empty());
-            let reopened = CheckpointDir::open(dir.path()).unwrap();
-            assert!(!partial.exists());
-            reopened.save(20, fill).unwrap();
-            assert_eq!(reopened.newest_whole().unwrap().found.unwrap().step, 20);
-        }
-    }
-
-    #[test]
-    fn a_kill_while_replacing_brings_the_old_one_back() {
-        let (dir, checkpoints) = run_with(&[10]);
-        fs::rename(
-            checkpoints.path(10),
-            dir.path().join("checkpoint-10.old-99.0"),
-        )
-        .unwrap();
-        let reopened = CheckpointDir::open(dir.path()).unwrap();
-        assert_eq!(reopened.newest_whole().unwrap().found.unwrap().step, 10);
-    }
-
-    #[test]
-    fn a_failing_writer_leaves_nothing_and_keeps_an_older_save_of_the_step() {
-        let (dir, checkpoints) = run_with(&[10]);
-        for step in [10, 20] {
-            let error = checkpoints
-                .save(step, |folder| {
-                    fs::write(folder.join("adapter.safetensors"), "half")?;
-                    Err(io::Error::other("device lost"))
-                })
-                .unwrap_err();
-            let text = error.to_string();
-            assert!(
-                text.contains(&format!("checkpoint-{step}`: device lost")),
-                "{text}"
-            );
-        }
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
-        assert_eq!(checkpoints.newest_whole().unwrap().found.unwrap().step, 10);
-    }
-
-    #[cfg(target_os = "linux")]
-    #[test]
-    fn a_full_disk_is_named() {
-        let (_dir, checkpoints) = run_with(&[]);
-        let error = checkpoints
-            .save(5, |_| fs::write("/dev/full", [0; 9]))
-            .unwrap_err();
-        assert!(
-            matches!(error, CheckpointDirError::DiskFull { .. }),
-            "{error}"
-        );
-        assert!(steps(&checkpoints).is_empty());
-    }
-
-    #[test]
-    fn all_damaged_finds_none_and_names_each_newest_first() {
-        let (_dir, checkpoints) = run_with(&[1, 2]);
-        for step in [1, 2] {
-            fs::remove_file(checkpoints.path(step).join(COMPLETE_MARKER)).unwrap();
-        }
-        let search = checkpoints.newest_whole().unwrap();
-        assert!(search.found.is_none());
-        let order: Vec<_> = search
-            .passed_over
-            .iter()
-            .map(|d| d.checkpoint.step)
-            .collect();
-        assert_eq!(order, [2, 1]);
-    }
-
-    #[test]
-    fn steps_are_ordered_as_numbers_and_other_names_ignored() {
-        let (dir, checkpoints) = run_with(&[100, 20, 3]);
-        for name in ["checkpoint-x", "checkpoint-007", "checkpoint-", "other"] {
-            fs::create_dir(dir.path().join(name)).unwrap();
-        }
-        fs::write(dir.path().join("checkpoint-900"), "a file").unwrap();
-        assert_eq!(steps(&checkpoints), [3, 20, 100]);
-        assert_eq!(
-            checkpoints
-                .newest_whole_before(100)
-                .unwrap()
-                .found
-                .unwrap()
-                .step,
-            20
-        );
-        assert!(checkpoints.newest_whole_before(3).unwrap().found.is_none());
-        let nowhere = CheckpointDir::view(&dir.path().join("none"));
-        assert!(nowhere.newest_whole().unwrap().found.is_none());
-    }
-
-    #[test]
-    fn pruning_keeps_the_last_the_best_and_never_the_damaged_in_their_stead() {
-        let (_dir, checkpoints) = run_with(&[10, 20, 30, 40, 50]);
-        checkpoints.set_best(&best(20)).unwrap();
-        fs::remove_file(checkpoints.path(50).join("adapter.safetensors")).unwrap();
-        let deleted = checkpoints.prune(1).unwrap();
-        assert_eq!(deleted.iter().map(|c| c.step).collect::<Vec<_>>(), [10, 30]);
-        assert_eq!(steps(&checkpoints), [20, 40, 50]);
-        assert!(checkpoints.prune(0).unwrap().is_empty());
-        assert_eq!(steps(&checkpoints), [20, 40, 50]);
-    }
-
-    #[test]
-    fn a_damaged_best_record_stops_pruning() {
-        let (dir, checkpoints) = run_with(&[1, 2, 3]);
-        assert_eq!(checkpoints.best().unwrap(), None);
-        checkpoints.set_best(&best(1)).unwrap();
-        assert_eq!(checkpoints.best().unwrap(), Some(best(1)));
-        fs::write(dir.path().join(BEST_FILE), "{\"step\": 1").unwrap();
-        let error = checkpoints.prune(1).unwrap_err();
-        assert!(error.to_string().contains("best.json"), "{error}");
-        assert_eq!(steps(&checkpoints), [1, 2, 3]);
-    }
-}
+mod tests;

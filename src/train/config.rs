@@ -3,6 +3,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use serde::{Deserialize, Serialize};
@@ -103,6 +104,7 @@ pub struct TrainConfig {
     pub per_device_train_batch_size: usize,
     pub gradient_accumulation_steps: usize,
     pub packing: bool,
+    pub packing_tokens: usize,
     pub max_length: usize,
     pub overlong: Overlong,
     pub min_pixels: Option<usize>,
@@ -129,6 +131,7 @@ pub struct TrainConfig {
     pub save_steps: usize,
     pub save_total_limit: usize,
     pub dataloader_num_workers: usize,
+    pub ddp_timeout: f64,
 }
 
 impl Default for TrainConfig {
@@ -158,6 +161,7 @@ impl Default for TrainConfig {
             per_device_train_batch_size: 1,
             gradient_accumulation_steps: 16,
             packing: false,
+            packing_tokens: 0,
             max_length: 2048,
             overlong: Overlong::Error,
             min_pixels: None,
@@ -182,6 +186,7 @@ impl Default for TrainConfig {
             save_steps: 100,
             save_total_limit: 3,
             dataloader_num_workers: 1,
+            ddp_timeout: 1800.0,
         }
     }
 }
@@ -203,6 +208,7 @@ const FREE_ON_RESUME: &[&str] = &[
     "save_steps",
     "save_total_limit",
     "dataloader_num_workers",
+    "ddp_timeout",
     "per_device_eval_batch_size",
     "gradient_checkpointing",
     "vit_gradient_checkpointing",
@@ -281,6 +287,18 @@ impl TrainConfig {
             self.max_length,
             "at least 2 tokens",
         )?;
+        check(
+            self.packing || self.packing_tokens == 0,
+            "packing_tokens",
+            self.packing_tokens,
+            "0, or `packing = true`",
+        )?;
+        check(
+            !self.packing || self.loss_reduction == LossReduction::Token,
+            "loss_reduction",
+            "micro",
+            "token with `packing`: a packed row joins samples of several micro-batches",
+        )?;
         check(self.lora_rank > 0, "lora_rank", 0, positive)?;
         check(
             (0.0..1.0).contains(&self.lora_dropout),
@@ -323,6 +341,12 @@ impl TrainConfig {
             "max_grad_norm",
             self.max_grad_norm,
             "0 (off) or more",
+        )?;
+        check(
+            self.ddp_timeout > 0.0 && self.ddp_timeout <= 1e9,
+            "ddp_timeout",
+            self.ddp_timeout,
+            "a positive number of seconds",
         )?;
         check(self.save_total_limit > 0, "save_total_limit", 0, positive)?;
         check(
@@ -397,6 +421,14 @@ impl TrainConfig {
         }
     }
 
+    /// Tokens of a packed row; `None` when samples are padded.
+    pub fn row_tokens(&self) -> Option<usize> {
+        self.packing.then_some(match self.packing_tokens {
+            0 => self.max_length,
+            tokens => tokens,
+        })
+    }
+
     /// How samples become windows on `devices` devices.
     pub fn window_plan(&self, devices: usize) -> WindowPlan {
         WindowPlan {
@@ -404,7 +436,7 @@ impl TrainConfig {
             batch_size: self.per_device_train_batch_size,
             accumulation: self.gradient_accumulation_steps,
             devices,
-            packing: self.packing,
+            packing_tokens: self.row_tokens().unwrap_or(0),
             max_length: self.max_length,
             overlong: self.overlong,
             seed: self.seed,
@@ -419,7 +451,7 @@ impl TrainConfig {
             batch_size: self.per_device_eval_batch_size,
             accumulation: 1,
             devices: 1,
-            packing: false,
+            packing_tokens: 0,
             in_order: true,
             ..self.window_plan(1)
         }
@@ -442,6 +474,11 @@ impl TrainConfig {
             self.warmup_ratio,
             total_steps as u64,
         )
+    }
+
+    /// How long devices of a run wait for each other and for samples.
+    pub fn patience(&self) -> Duration {
+        Duration::from_secs_f64(self.ddp_timeout)
     }
 
     /// Settings of the optimizer.

@@ -493,7 +493,7 @@ impl<B: TrainKernels> VisionPass<B> {
             };
         }
         let layout = VisionLayout::<B>::new(&images.image_grid_thw, vision, device);
-        let pixels = images.tensor::<B>(vision.patch_dim(), device);
+        let pixels = images.tensor::<B>(vision.patch_dim(), model.model.visual.dtype(), device);
         if !options.checkpoint_vision {
             let output = model.model.visual.forward(pixels, &layout, dropout_seed);
             let outputs: Vec<Tensor<B, 2>> = std::iter::once(output.merged)

@@ -97,6 +97,8 @@ pub struct StepNumbers {
     pub samples_per_second: f64,
     /// Tokens a second.
     pub tokens_per_second: f64,
+    /// Most memory so far in GiB, of the device where it tells; 0 where nobody does.
+    pub memory_gib: f64,
 }
 
 /// What a step hands to the Learner: numbers once they are known.
@@ -286,6 +288,13 @@ impl Gauge {
     pub fn tokens_per_second() -> Self {
         Self::new("Tokens", Some("/s"), true, 0, |numbers| {
             numbers.tokens_per_second
+        })
+    }
+
+    /// Most memory so far in GiB.
+    pub fn memory() -> Self {
+        Self::new("Memory", Some(" GiB"), false, 2, |numbers| {
+            numbers.memory_gib
         })
     }
 }

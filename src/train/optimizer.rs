@@ -12,6 +12,7 @@ use burn::{
     tensor::{DType, backend::AutodiffBackend},
 };
 
+use crate::kernels::{AdamWStep, Kernels, TrainKernels};
 use crate::qwen3_vl::nn::{to_dtype, to_f32};
 
 /// Settings of [`AdamW`]; the defaults are ms-swift's.
@@ -41,6 +42,8 @@ impl Default for AdamWConfig {
 /// Moments of one parameter, flattened, f32.
 #[derive(Debug, Clone)]
 pub struct Moments<B: Backend> {
+    /// Steps this parameter took: those in which it had a gradient.
+    pub steps: u64,
     /// Running mean of the gradient.
     pub first: Tensor<B, 1>,
     /// Running mean of its square.
@@ -50,8 +53,6 @@ pub struct Moments<B: Backend> {
 /// State that outlives a step.
 #[derive(Debug, Clone)]
 pub struct AdamWState<B: Backend> {
-    /// Steps done.
-    pub steps: u64,
     /// Moments by parameter.
     pub moments: HashMap<ParamId, Moments<B>>,
 }
@@ -80,8 +81,26 @@ impl<B: AutodiffBackend> AdamW<B> {
         Self {
             config,
             state: Arc::new(Mutex::new(AdamWState {
-                steps: 0,
                 moments: HashMap::new(),
+            })),
+        }
+    }
+
+    /// An optimizer of its own for another device, with the same state.
+    pub fn copy_to(&self, device: &B::Device) -> Self {
+        let state = self.state();
+        let moments = state.moments.iter().map(|(id, old)| {
+            let moments = Moments {
+                steps: old.steps,
+                first: old.first.clone().to_device(device),
+                second: old.second.clone().to_device(device),
+            };
+            (*id, moments)
+        });
+        Self {
+            config: self.config,
+            state: Arc::new(Mutex::new(AdamWState {
+                moments: moments.collect(),
             })),
         }
     }
@@ -92,14 +111,13 @@ impl<B: AutodiffBackend> AdamW<B> {
     }
 }
 
-impl<M: AutodiffModule<B>, B: AutodiffBackend> Optimizer<M, B> for AdamW<B> {
+impl<M: AutodiffModule<B>, B: TrainKernels> Optimizer<M, B> for AdamW<B> {
     // Checkpoints are written by name (see `checkpoint`), not through Burn's records.
     type Record = ();
 
     fn step(&mut self, lr: LearningRate, module: M, mut grads: GradientsParams) -> M {
         let config = self.config;
         let mut state = self.state();
-        state.steps += 1;
         module.map(&mut StepMapper::<B> {
             config,
             lr,
@@ -142,7 +160,7 @@ struct StepMapper<'a, B: AutodiffBackend> {
     grads: &'a mut GradientsParams,
 }
 
-impl<B: AutodiffBackend> ModuleMapper<B> for StepMapper<'_, B> {
+impl<B: TrainKernels> ModuleMapper<B> for StepMapper<'_, B> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
         let Some(grad) = self.grads.remove::<B::InnerBackend, D>(param.id) else {
             return param;
@@ -153,7 +171,7 @@ impl<B: AutodiffBackend> ModuleMapper<B> for StepMapper<'_, B> {
             epsilon,
             weight_decay,
         } = self.config;
-        let (lr, steps, id) = (self.lr, self.state.steps as f64, param.id);
+        let (lr, id) = (self.lr, param.id);
         let moments = &mut self.state.moments;
         param.map(|tensor| {
             let dtype = tensor.dtype();
@@ -162,21 +180,35 @@ impl<B: AutodiffBackend> ModuleMapper<B> for StepMapper<'_, B> {
             let count = shape.num_elements();
             let grad = to_f32(grad).reshape([count]);
             let value = value.reshape([count]);
-            let (first, second) = match moments.remove(&id) {
-                Some(old) => (old.first, old.second),
-                None => (grad.zeros_like(), grad.zeros_like()),
+            let Moments {
+                steps,
+                first,
+                second,
+            } = moments.remove(&id).unwrap_or_else(|| Moments {
+                steps: 0,
+                first: grad.zeros_like(),
+                second: grad.zeros_like(),
+            });
+            // The bias of the moments is that of the steps they were fed in, not of the run's.
+            let steps = steps + 1;
+            let power = steps.min(i32::MAX as u64) as i32;
+            let step = AdamWStep {
+                beta1,
+                beta2,
+                epsilon,
+                step_size: lr / (1.0 - beta1.powi(power)),
+                second_scale: 1.0 / (1.0 - beta2.powi(power)),
+                keep: if D > 1 { 1.0 - lr * weight_decay } else { 1.0 },
             };
-            let first = first * beta1 + grad.clone() * (1.0 - beta1);
-            let second = second * beta2 + grad.clone() * grad * (1.0 - beta2);
-            let step_size = lr / (1.0 - beta1.powf(steps));
-            let root = (second.clone() / (1.0 - beta2.powf(steps))).sqrt() + epsilon;
-            let value = if D > 1 && weight_decay > 0.0 {
-                value * (1.0 - lr * weight_decay)
-            } else {
-                value
-            };
-            let value = value - first.clone() / root * step_size;
-            moments.insert(id, Moments { first, second });
+            let [value, first, second] = B::InnerBackend::adamw(value, grad, [first, second], step);
+            moments.insert(
+                id,
+                Moments {
+                    steps,
+                    first,
+                    second,
+                },
+            );
             Tensor::from_inner(to_dtype(value.reshape(shape), dtype)).require_grad()
         })
     }
@@ -187,20 +219,20 @@ impl<B: AutodiffBackend> ModuleMapper<B> for StepMapper<'_, B> {
 /// `max_norm` 0 only measures. A norm that is not a number scales nothing.
 ///
 /// Source: `torch.nn.utils.clip_grad_norm_`.
-pub fn clip_global_norm<B: AutodiffBackend, M: AutodiffModule<B>>(
+pub fn clip_global_norm<B: TrainKernels, M: AutodiffModule<B>>(
     module: &M,
     grads: &mut GradientsParams,
     max_norm: f64,
 ) -> f64 {
     struct Squares<'a, B: Backend> {
         grads: &'a GradientsParams,
-        sums: Vec<Tensor<B, 1>>,
+        flat: Vec<Tensor<B, 1>>,
     }
     impl<B: AutodiffBackend> ModuleVisitor<B> for Squares<'_, B::InnerBackend> {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
             if let Some(grad) = self.grads.get::<B::InnerBackend, D>(param.id) {
-                let grad = to_f32(grad);
-                self.sums.push((grad.clone() * grad).sum());
+                let count = grad.shape().num_elements();
+                self.flat.push(grad.reshape([count]));
             }
         }
     }
@@ -217,13 +249,13 @@ pub fn clip_global_norm<B: AutodiffBackend, M: AutodiffModule<B>>(
     }
     let mut squares = Squares::<B::InnerBackend> {
         grads,
-        sums: Vec::new(),
+        flat: Vec::new(),
     };
     module.visit(&mut squares);
-    if squares.sums.is_empty() {
+    if squares.flat.is_empty() {
         return 0.0;
     }
-    let sums = Tensor::cat(squares.sums, 0);
+    let sums = B::InnerBackend::square_sums(squares.flat);
     debug_assert_eq!(sums.dtype(), DType::F32);
     let norm = sums.to_data().iter::<f64>().sum::<f64>().sqrt();
     let factor = max_norm / (norm + 1e-6);
@@ -231,4 +263,69 @@ pub fn clip_global_norm<B: AutodiffBackend, M: AutodiffModule<B>>(
         module.visit(&mut Scale { grads, factor });
     }
     norm
+}
+
+#[cfg(all(test, feature = "flex"))]
+mod tests {
+    use burn::backend::Autodiff;
+
+    use super::*;
+
+    type AB = Autodiff<burn_flex::Flex>;
+
+    #[derive(Module, Debug)]
+    struct Two<B: Backend> {
+        always: Param<Tensor<B, 1>>,
+        later: Param<Tensor<B, 1>>,
+    }
+
+    fn values(param: &Param<Tensor<AB, 1>>) -> Vec<f32> {
+        param.val().into_data().to_vec().unwrap()
+    }
+
+    /// PyTorch counts the steps of each parameter: one whose first gradient comes late is corrected
+    /// as in its first step.
+    #[test]
+    fn the_bias_is_corrected_by_each_parameters_own_steps() {
+        let device = Default::default();
+        let parameter = || Param::from_tensor(Tensor::<AB, 1>::from_floats([1.0, -2.0], &device));
+        let mut model = Two {
+            always: parameter(),
+            later: parameter(),
+        };
+        let mut optimizer = AdamW::<AB>::new(AdamWConfig {
+            weight_decay: 0.0,
+            ..AdamWConfig::default()
+        });
+        let lr = 0.1;
+        let gradient = || Tensor::<burn_flex::Flex, 1>::from_floats([0.5, -3.0], &device);
+        for step in 1..=3 {
+            let mut grads = GradientsParams::new();
+            grads.register(model.always.id, gradient());
+            if step == 3 {
+                grads.register(model.later.id, gradient());
+            }
+            model = optimizer.step(lr, model, grads);
+        }
+        // Under a constant gradient each corrected step is `lr` in the gradient's direction.
+        let close = |found: Vec<f32>, expected: [f32; 2]| {
+            for (a, b) in found.iter().zip(expected) {
+                assert!((a - b).abs() < 1e-6, "{found:?}, expected {expected:?}");
+            }
+        };
+        close(values(&model.always), [0.7, -1.7]);
+        close(values(&model.later), [0.9, -1.9]);
+        let state = optimizer.state();
+        assert_eq!(state.moments[&model.always.id].steps, 3);
+        assert_eq!(state.moments[&model.later.id].steps, 1);
+        drop(state);
+        // A copy steps as the original would.
+        let mut copy = optimizer.copy_to(&device);
+        let step = |optimizer: &mut AdamW<AB>| {
+            let mut grads = GradientsParams::new();
+            grads.register(model.later.id, gradient());
+            values(&optimizer.step(lr, model.clone(), grads).later)
+        };
+        assert_eq!(step(&mut copy), step(&mut optimizer));
+    }
 }

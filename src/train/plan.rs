@@ -1,16 +1,84 @@
 //! What a run will take, before anything is loaded.
 
-use std::fmt::Write;
+use std::{
+    fmt::Write,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use serde_json::Value;
 
 use super::config::{TrainConfig, Tuner};
 use crate::qwen3_vl::config::Qwen3VlConfig;
+
+/// A throughput that was measured, and what on.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Throughput {
+    /// Samples a second, all devices together.
+    pub samples_per_second: f64,
+    /// The device as the bench names it; `None` for a figure that the user gave.
+    pub device: Option<String>,
+}
+
+/// Why a bench's file gives no throughput.
+#[derive(Debug, thiserror::Error)]
+pub enum BenchFileError {
+    /// The file cannot be read.
+    #[error("cannot read `{}`: {cause}; `bench train --json` writes it", .path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        cause: std::io::Error,
+    },
+    /// No line of it holds a throughput of training.
+    #[error(
+        "`{}` holds no JSON object with a positive number under `samples_per_second` and a text under `device`; expected what `bench train --json` writes", .0.display()
+    )]
+    NoFigure(PathBuf),
+}
+
+impl Throughput {
+    /// Reads the last figure of a file that `bench train --json` wrote: one JSON object a line, or
+    /// one object or list in all; other lines are passed over.
+    ///
+    /// # Errors
+    /// [`BenchFileError`].
+    pub fn from_bench(path: &Path) -> Result<Self, BenchFileError> {
+        let text = fs::read_to_string(path).map_err(|cause| BenchFileError::Read {
+            path: path.to_path_buf(),
+            cause,
+        })?;
+        let whole = serde_json::from_str::<Value>(&text).ok();
+        let values: Vec<Value> = match whole {
+            Some(Value::Array(list)) => list,
+            Some(one) => vec![one],
+            None => text
+                .lines()
+                .filter_map(|line| serde_json::from_str(line).ok())
+                .collect(),
+        };
+        values
+            .iter()
+            .rev()
+            .find_map(|value| {
+                let samples_per_second = value.get("samples_per_second")?.as_f64()?;
+                let device = value.get("device")?.as_str()?.to_string();
+                (samples_per_second > 0.0).then_some(Self {
+                    samples_per_second,
+                    device: Some(device),
+                })
+            })
+            .ok_or_else(|| BenchFileError::NoFigure(path.to_path_buf()))
+    }
+}
 
 /// Counts and bytes of a run.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Plan {
     /// Parameters of the base.
     pub base_parameters: u64,
-    /// Parameters that are trained; with `tuner = "full"` all of them, whatever is frozen.
+    /// Parameters that are trained; with `tuner = "full"` those that no freeze flag holds.
     pub trained_parameters: u64,
     /// Device memory by part, in bytes.
     pub memory: Vec<(&'static str, u64)>,
@@ -83,41 +151,78 @@ fn linear_layers(config: &Qwen3VlConfig) -> Vec<(String, u64, u64)> {
     layers
 }
 
+/// Parameters of a model by what the freeze flags hold, norms and biases included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PartParameters {
+    /// The vision tower without its mergers: `freeze_vit`.
+    pub vit: u64,
+    /// The mergers: `freeze_aligner`.
+    pub aligner: u64,
+    /// The language model, embedding and head: `freeze_llm`.
+    pub llm: u64,
+}
+
+impl PartParameters {
+    /// Of a model of these sizes.
+    pub fn of(config: &Qwen3VlConfig) -> Self {
+        let (text, vision) = (&config.text_config, &config.vision_config);
+        let is_aligner = |path: &str| path.contains(".merger") || path.contains(".deepstack");
+        let mut parts = Self {
+            vit: 0,
+            aligner: 0,
+            llm: 0,
+        };
+        for (path, from, to) in linear_layers(config) {
+            // The vision tower's linear layers have biases.
+            match path.starts_with("model.visual") {
+                true if is_aligner(&path) => parts.aligner += from * to + to,
+                true => parts.vit += from * to + to,
+                false => parts.llm += from * to,
+            }
+        }
+        let hidden = vision.hidden_size as u64;
+        let joined = hidden * (vision.spatial_merge_size as u64).pow(2);
+        parts.vit += vision.depth as u64 * 4 * hidden
+            + hidden * (vision.patch_dim() as u64 + 1)
+            + vision.num_position_embeddings as u64 * hidden;
+        parts.aligner += 2 * hidden + vision.deepstack_visual_indexes.len() as u64 * 2 * joined;
+        let table = (text.vocab_size * text.hidden_size) as u64;
+        let tables = if config.tie_word_embeddings { 1 } else { 2 };
+        let layers = text.num_hidden_layers as u64;
+        let norms =
+            layers * (2 * text.hidden_size + 2 * text.head_dim) as u64 + text.hidden_size as u64;
+        let biases = if text.attention_bias {
+            let heads = (text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim;
+            layers * (heads + text.hidden_size) as u64
+        } else {
+            0
+        };
+        parts.llm += tables * table + norms + biases;
+        parts
+    }
+
+    /// All of them.
+    pub fn all(&self) -> u64 {
+        self.vit + self.aligner + self.llm
+    }
+
+    /// Those that full training of a config moves.
+    fn trained(&self, config: &TrainConfig) -> u64 {
+        [
+            (config.freeze_vit, self.vit),
+            (config.freeze_aligner, self.aligner),
+            (config.freeze_llm, self.llm),
+        ]
+        .iter()
+        .filter(|(frozen, _)| !frozen)
+        .map(|(_, count)| count)
+        .sum()
+    }
+}
+
 /// Parameters of both towers, norms and biases included.
 pub fn base_parameters(config: &Qwen3VlConfig) -> u64 {
-    let (text, vision) = (&config.text_config, &config.vision_config);
-    let weights: u64 = linear_layers(config)
-        .iter()
-        .map(|(_, from, to)| from * to)
-        .sum();
-    let visual_biases: u64 = linear_layers(config)
-        .iter()
-        .filter(|(path, ..)| path.starts_with("model.visual"))
-        .map(|(_, _, to)| to)
-        .sum();
-    let hidden = vision.hidden_size as u64;
-    let joined = hidden * (vision.spatial_merge_size as u64).pow(2);
-    let visual_norms = vision.depth as u64 * 4 * hidden
-        + 2 * hidden
-        + vision.deepstack_visual_indexes.len() as u64 * 2 * joined;
-    let embeds =
-        hidden * (vision.patch_dim() as u64 + 1) + vision.num_position_embeddings as u64 * hidden;
-    let table = (text.vocab_size * text.hidden_size) as u64;
-    let tables = if config.tie_word_embeddings {
-        table
-    } else {
-        2 * table
-    };
-    let layers = text.num_hidden_layers as u64;
-    let text_norms =
-        layers * (2 * text.hidden_size + 2 * text.head_dim) as u64 + text.hidden_size as u64;
-    let text_biases = if text.attention_bias {
-        let heads = (text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim;
-        layers * (heads + text.hidden_size) as u64
-    } else {
-        0
-    };
-    weights + visual_biases + visual_norms + embeds + tables + text_norms + text_biases
+    PartParameters::of(config).all()
 }
 
 impl Plan {
@@ -151,10 +256,13 @@ impl Plan {
                     })
                     .sum()
             }
-            Tuner::Full => base,
+            Tuner::Full => PartParameters::of(model).trained(config),
         };
         let text = &model.text_config;
-        let tokens = (longest * config.per_device_train_batch_size) as u64;
+        let tokens = match config.row_tokens() {
+            Some(tokens) => tokens.max(longest),
+            None => longest * config.per_device_train_batch_size,
+        } as u64;
         let heads =
             ((text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim) as u64;
         // Inputs of the projections and norms, rotated heads, gate, up and their product, in f32.
@@ -196,8 +304,8 @@ impl Plan {
         })
     }
 
-    /// The plan as lines of text; `samples_per_second` adds the time it takes.
-    pub fn to_text(&self, epochs: f64, samples_per_second: Option<f64>) -> String {
+    /// The plan as lines of text; a throughput adds the time it takes.
+    pub fn to_text(&self, epochs: f64, throughput: Option<&Throughput>) -> String {
         const GIB: f64 = (1u64 << 30) as f64;
         let mut text = String::new();
         let _ = writeln!(text, "parameters   {:>14}", self.base_parameters);
@@ -215,9 +323,24 @@ impl Plan {
         let _ = writeln!(text, "  {:<24} {:>9.3} GiB", "together", total as f64 / GIB);
         let _ = writeln!(text, "samples      {:>14}", self.samples);
         let _ = writeln!(text, "steps        {:>14}", self.steps);
-        if let Some(rate) = samples_per_second {
-            let hours = self.samples as f64 * epochs / rate / 3600.0;
-            let _ = writeln!(text, "time         {hours:>14.2} h at {rate} samples/s");
+        match throughput {
+            Some(Throughput {
+                samples_per_second: rate,
+                device,
+            }) => {
+                let hours = self.samples as f64 * epochs / rate / 3600.0;
+                let measured = match device {
+                    Some(device) => format!(", measured on {device}"),
+                    None => String::new(),
+                };
+                let _ = writeln!(
+                    text,
+                    "time         {hours:>14.2} h at {rate} samples/s{measured}"
+                );
+            }
+            None => text.push_str(
+                "time            not estimated; give a figure of `bench train --json` with --bench, or --samples-per-second\n",
+            ),
         }
         text
     }
@@ -254,6 +377,57 @@ mod tests {
                 .map(|shape| shape.iter().product::<usize>() as u64)
                 .sum();
             assert_eq!(base_parameters(&config), count, "{size}");
+            let of = |wanted: fn(&str) -> bool| -> u64 {
+                parameter_shapes(&model)
+                    .iter()
+                    .filter(|(path, _)| wanted(path))
+                    .map(|(_, shape)| shape.iter().product::<usize>() as u64)
+                    .sum()
+            };
+            let parts = PartParameters::of(&config);
+            let aligner = of(|path| path.contains("visual.merger.") || path.contains("deepstack"));
+            assert_eq!(parts.aligner, aligner, "{size}");
+            assert_eq!(parts.vit + aligner, of(|path| path.contains("visual.")));
         }
+    }
+
+    #[test]
+    fn full_training_counts_what_no_flag_freezes() {
+        let model = Qwen3VlConfig::published("2b").unwrap();
+        let parts = PartParameters::of(&model);
+        let mut config = TrainConfig {
+            tuner: Tuner::Full,
+            freeze_llm: true,
+            freeze_aligner: false,
+            ..TrainConfig::default()
+        };
+        let plan = |config: &TrainConfig| Plan::new(config, &model, 10, 300, 1, 2).unwrap();
+        assert_eq!(plan(&config).trained_parameters, parts.aligner);
+        config.freeze_vit = false;
+        config.freeze_llm = false;
+        assert_eq!(plan(&config).trained_parameters, base_parameters(&model));
+    }
+
+    #[test]
+    fn a_bench_gives_the_time_and_nothing_else_does() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("bench.json");
+        let lines = "warming up\n\
+                     {\"what\": \"train\", \"device\": \"H200\", \"samples_per_second\": 4.0}\n\
+                     {\"what\": \"decode\", \"device\": \"H200\", \"samples_per_second\": null}\n";
+        fs::write(&path, lines).unwrap();
+        let found = Throughput::from_bench(&path).unwrap();
+        assert_eq!(found.samples_per_second, 4.0);
+        let model = Qwen3VlConfig::published("8b").unwrap();
+        let plan = Plan::new(&TrainConfig::default(), &model, 7200, 368, 1, 2).unwrap();
+        let text = plan.to_text(2.0, Some(&found));
+        assert!(
+            text.contains("1.00 h at 4 samples/s, measured on H200"),
+            "{text}"
+        );
+        assert!(plan.to_text(2.0, None).contains("not estimated"));
+        fs::write(&path, "{\"device\": \"H200\", \"samples_per_second\": 0}").unwrap();
+        let error = Throughput::from_bench(&path).unwrap_err().to_string();
+        assert!(error.contains("samples_per_second"), "{error}");
     }
 }

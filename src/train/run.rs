@@ -17,24 +17,29 @@ use burn::{
 };
 
 use super::{
-    checkpoint::{
-        TrainerState, dtype_text, read_state, restore_optimizer, restore_weights, trained_params,
-    },
-    checkpoint_dir::CheckpointDir,
+    checkpoint::{TrainerState, dtype_text, restore_optimizer, restore_weights, trained_params},
+    checkpoint_dir::{CheckpointDir, RunLock},
     config::{TrainConfig, Tuner},
     learner::{Gauge, ScheduleStepper, StepSettings, Trainee},
     optimizer::AdamW,
     records::MetricsLog,
+    renderers::BoxedRenderer,
+    resume::{RunFacts, find_checkpoint},
     strategy::{Components, Ending, GenerationScorer, LoopState, Tell, TrainError, WindowStrategy},
     tfevents::EventWriter,
 };
 use crate::{
     dataset::{Dataset, loader::WindowLoader},
     files::write_atomic,
-    lora::{attach::attach, config::LoraConfig, files::load_adapter_for_training},
+    lora::{
+        attach::attach, base::check_base, config::LoraConfig, files::load_adapter_for_training,
+    },
     pipeline::{PipelineOptions, TextAndImages, load_model},
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, nn::InitOptions, weights::LoadProgress},
+    system::MemoryWatch,
 };
+
+pub use super::renderers::QuietRenderer;
 
 /// Whether a run starts anew or goes on.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -159,81 +164,6 @@ fn random_model<B: Kernels>(
     Qwen3Vl::new(config, &options, device).map(&mut Draw)
 }
 
-/// Finds where to go on, checks that it is the same run, and gives the checkpoint's folder.
-fn find_checkpoint(
-    options: &RunOptions,
-    data: &Dataset,
-    devices: usize,
-    dtype: DType,
-) -> Result<Option<(PathBuf, TrainerState)>, TrainError> {
-    let run = &options.config.output_dir;
-    let dir = match &options.resume {
-        Resume::No => {
-            let found = CheckpointDir::view(run).list()?;
-            return if found.is_empty() {
-                Ok(None)
-            } else {
-                Err(TrainError::RunExists(run.clone()))
-            };
-        }
-        Resume::Auto => {
-            if !run.is_dir() {
-                return Ok(None);
-            }
-            let search = CheckpointDir::open(run)?.newest_whole()?;
-            for damaged in &search.passed_over {
-                (options.tell)(&damaged.to_string());
-            }
-            match search.found {
-                Some(found) => found.path,
-                None if search.passed_over.is_empty() => return Ok(None),
-                // Starting anew would overwrite what may still be saved by hand.
-                None => return Err(TrainError::NothingToResume(run.clone())),
-            }
-        }
-        Resume::From(dir) => {
-            if !dir.is_dir() {
-                return Err(TrainError::NothingToResume(dir.clone()));
-            }
-            crate::files::verify_folder(dir, crate::files::Depth::Hashes).map_err(|damage| {
-                TrainError::Other(format!(
-                    "checkpoint `{}` is damaged: {damage}",
-                    dir.display()
-                ))
-            })?;
-            dir.clone()
-        }
-    };
-    let state = read_state(&dir)?;
-    let mut differences: Vec<String> = state
-        .config
-        .differences(&options.config)
-        .into_iter()
-        .map(|(key, there, here)| format!("`{key}` was {there}, is {here}"))
-        .collect();
-    if state.train_data != data.fingerprint() {
-        differences.push("the training data has changed".to_string());
-    }
-    // The devices may be others, but not more or fewer: they share every window.
-    if state.devices != devices {
-        differences.push(format!(
-            "the number of devices was {}, is {devices}",
-            state.devices
-        ));
-    }
-    let dtype = dtype_text(dtype);
-    if state.dtype != dtype {
-        differences.push(format!("`dtype` was {}, is {dtype}", state.dtype));
-    }
-    if !differences.is_empty() {
-        return Err(TrainError::OtherRun {
-            run: dir,
-            differences: differences.join("; "),
-        });
-    }
-    Ok(Some((dir, state)))
-}
-
 /// Writes the resolved settings, versions and data hashes before the first step.
 fn write_run_files(config: &TrainConfig, data: &BTreeMap<&str, String>) -> Result<(), TrainError> {
     let dir = &config.output_dir;
@@ -277,7 +207,11 @@ pub fn train<B: TrainKernels>(
     let device = devices[0].clone();
     let data = Dataset::open(&config.train_data)?;
     let validation = config.val_data.as_deref().map(Dataset::open).transpose()?;
-    let resumed = find_checkpoint(&options, &data, devices.len(), dtype)?;
+    let run = &config.output_dir;
+    // Held to the end of the run. A folder that is not there yet is made once all has been checked.
+    let lock = run.is_dir().then(|| RunLock::take(run)).transpose()?;
+    let facts = RunFacts::gather(&config, options.random_init, &data)?;
+    let resumed = find_checkpoint(&options, &data, &facts, devices.len(), dtype)?;
 
     let pipeline = PipelineOptions {
         model: config.model.clone(),
@@ -293,6 +227,12 @@ pub fn train<B: TrainKernels>(
     } else {
         load_model::<B>(&pipeline, &model_config, &device, on_progress)?
     };
+    if let Some(adapter) = config.adapter.as_ref().filter(|_| resumed.is_none())
+        && let Err(error) = check_base(adapter, &config.model)
+    {
+        // The adapter is where this run begins, not what it claims: a person may mean it.
+        (options.tell)(&format!("note: {error}"));
+    }
     let optimizer = AdamW::<B>::new(config.adamw());
     let (model, lora, state) = match &resumed {
         None => {
@@ -306,6 +246,8 @@ pub fn train<B: TrainKernels>(
                 dtype: dtype_text(dtype).to_string(),
                 config: config.clone(),
                 train_data: data.fingerprint().to_string(),
+                images: Some(facts.images.digest()),
+                base: Some(facts.base.clone()),
                 version: env!("CARGO_PKG_VERSION").to_string(),
             };
             let (model, lora) = prepare_model(base, &config)?;
@@ -322,6 +264,8 @@ pub fn train<B: TrainKernels>(
             restore_optimizer(dir, &model, &optimizer, state.step, &device)?;
             let state = TrainerState {
                 config: config.clone(),
+                images: Some(facts.images.digest()),
+                base: Some(facts.base.clone()),
                 ..state.clone()
             };
             (model, lora, state)
@@ -350,7 +294,8 @@ pub fn train<B: TrainKernels>(
         state.step,
         config.dataloader_num_workers,
     )
-    .up_to(total_steps);
+    .up_to(total_steps)
+    .with_patience((devices.len() > 1).then(|| config.patience()));
     let valid_loader = validation
         .clone()
         .map(|data| WindowLoader::new(data, parts.clone(), config.validation_plan(), 0, 1));
@@ -358,14 +303,31 @@ pub fn train<B: TrainKernels>(
         Some(data) if config.eval_generate > 0 => Some(scorer(&config, &parts, data, &device)),
         _ => None,
     };
-    let checkpoints = CheckpointDir::open(&config.output_dir)?;
+    let checkpoints = CheckpointDir::open(run)?;
+    let _lock = match lock {
+        Some(lock) => lock,
+        None => RunLock::take(run)?,
+    };
+    for (from, to) in match &resumed {
+        Some((_, state)) => checkpoints.abandon_after(state.step as u64)?,
+        None => Vec::new(),
+    } {
+        (options.tell)(&format!(
+            "`{}` lies beyond the step the run goes on from; it is now `{}`",
+            from.display(),
+            to.display()
+        ));
+    }
     if resumed.is_none() {
         let mut hashes = BTreeMap::from([("train", data.fingerprint().to_string())]);
         if let Some(data) = &validation {
             hashes.insert("val", data.fingerprint().to_string());
         }
+        hashes.insert("images", facts.images.digest());
+        hashes.insert("base", facts.base);
         write_run_files(&config, &hashes)?;
     }
+    facts.images.save(run)?;
     let metrics_path = config.output_dir.join("metrics.jsonl");
     let metrics = match &resumed {
         Some(_) => MetricsLog::resume(&metrics_path, state.step as u64)?.0,
@@ -397,6 +359,8 @@ pub fn train<B: TrainKernels>(
         events,
         output_dir: config.output_dir.clone(),
         total_steps,
+        good_steps: state.step.saturating_sub(1),
+        memory: MemoryWatch::default(),
         interrupted: options.interrupted,
         tell: options.tell,
     }));
@@ -413,6 +377,7 @@ pub fn train<B: TrainKernels>(
             .metric_train_numeric(Gauge::gradient_norm())
             .metric_train_numeric(Gauge::samples_per_second())
             .metric_train_numeric(Gauge::tokens_per_second())
+            .metric_train_numeric(Gauge::memory())
             .num_epochs(config.num_train_epochs.ceil() as usize)
             .with_interrupter(options.interrupter)
             .with_application_logger(None)
@@ -436,91 +401,4 @@ pub fn train<B: TrainKernels>(
         parts,
         checkpoint,
     })
-}
-
-/// A renderer chosen at run time, where the Learner wants a type.
-struct BoxedRenderer(Box<dyn MetricsRenderer>);
-
-mod boxed {
-    use burn::train::{
-        LearnerSummary,
-        metric::MetricDefinition,
-        renderer::{
-            EvaluationName, EvaluationProgress, MetricState, MetricsRenderer,
-            MetricsRendererEvaluation, MetricsRendererTraining, ProgressType, TrainingProgress,
-        },
-    };
-
-    use super::BoxedRenderer;
-
-    impl MetricsRendererTraining for BoxedRenderer {
-        fn update_train(&mut self, state: MetricState) {
-            self.0.update_train(state);
-        }
-        fn update_valid(&mut self, state: MetricState) {
-            self.0.update_valid(state);
-        }
-        fn render_train(&mut self, item: TrainingProgress, indicators: Vec<ProgressType>) {
-            self.0.render_train(item, indicators);
-        }
-        fn render_valid(&mut self, item: TrainingProgress, indicators: Vec<ProgressType>) {
-            self.0.render_valid(item, indicators);
-        }
-        fn on_train_end(
-            &mut self,
-            summary: Option<LearnerSummary>,
-        ) -> Result<(), Box<dyn core::error::Error>> {
-            self.0.on_train_end(summary)
-        }
-    }
-
-    impl MetricsRendererEvaluation for BoxedRenderer {
-        fn update_test(&mut self, name: EvaluationName, state: MetricState) {
-            self.0.update_test(name, state);
-        }
-        fn render_test(&mut self, item: EvaluationProgress, indicators: Vec<ProgressType>) {
-            self.0.render_test(item, indicators);
-        }
-    }
-
-    impl MetricsRenderer for BoxedRenderer {
-        fn manual_close(&mut self) {
-            self.0.manual_close();
-        }
-        fn register_metric(&mut self, definition: MetricDefinition) {
-            self.0.register_metric(definition);
-        }
-    }
-}
-
-/// A renderer that shows nothing: the strategy prints lines of its own.
-pub struct QuietRenderer;
-
-mod quiet {
-    use burn::train::{
-        metric::MetricDefinition,
-        renderer::{
-            EvaluationName, EvaluationProgress, MetricState, MetricsRenderer,
-            MetricsRendererEvaluation, MetricsRendererTraining, ProgressType, TrainingProgress,
-        },
-    };
-
-    use super::QuietRenderer;
-
-    impl MetricsRendererTraining for QuietRenderer {
-        fn update_train(&mut self, _state: MetricState) {}
-        fn update_valid(&mut self, _state: MetricState) {}
-        fn render_train(&mut self, _item: TrainingProgress, _indicators: Vec<ProgressType>) {}
-        fn render_valid(&mut self, _item: TrainingProgress, _indicators: Vec<ProgressType>) {}
-    }
-
-    impl MetricsRendererEvaluation for QuietRenderer {
-        fn update_test(&mut self, _name: EvaluationName, _state: MetricState) {}
-        fn render_test(&mut self, _item: EvaluationProgress, _indicators: Vec<ProgressType>) {}
-    }
-
-    impl MetricsRenderer for QuietRenderer {
-        fn manual_close(&mut self) {}
-        fn register_metric(&mut self, _definition: MetricDefinition) {}
-    }
 }

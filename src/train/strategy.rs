@@ -5,7 +5,7 @@
 //! middle of an epoch. What the Learner brings stays in use: steps, optimizer, schedule, metrics,
 //! dashboard, interruption.
 
-use crate::kernels::TrainKernels;
+use crate::kernels::{DeviceMemory, Kernels, TrainKernels};
 use std::{
     path::PathBuf,
     sync::{
@@ -17,25 +17,24 @@ use std::{
 
 use burn::{
     data::dataloader::Progress,
-    module::{AutodiffModule, Module, ModuleMapper, ModuleVisitor, Param},
     optim::GradientsParams,
-    prelude::*,
     tensor::backend::AutodiffBackend,
     train::{
-        EventProcessorTraining, InferenceStep, Learner, LearnerEvent, LearningComponentsMarker,
-        SupervisedLearningStrategy, SupervisedTrainingEventProcessor, TrainLoader, TrainStep,
+        EventProcessorTraining, Learner, LearnerEvent, LearningComponentsMarker,
+        SupervisedLearningStrategy, SupervisedTrainingEventProcessor, TrainLoader,
         TrainingComponents, TrainingItem, ValidLoader,
     },
 };
-use serde_json::json;
 
 use super::{
-    checkpoint::{self, CheckpointError, TrainerState},
-    checkpoint_dir::{Best, CheckpointDir, CheckpointDirError},
-    gradients::{LossTotals, add_gradients},
+    checkpoint::{CheckpointError, TrainerState},
+    checkpoint_dir::{CheckpointDir, CheckpointDirError},
+    gradients::LossTotals,
     learner::{ScheduleStepper, StepNumbers, StepOutput, Trainee},
     optimizer::{AdamW, clip_global_norm},
-    records::{MetricsLog, RecordsError, read_rows},
+    ranks::RankError,
+    records::{MetricsLog, RecordsError},
+    replicas::Replicas,
     tfevents::EventWriter,
 };
 use crate::{
@@ -43,11 +42,10 @@ use crate::{
         DatasetError,
         loader::{Window, WindowLoader},
     },
-    files::{FileError, write_atomic},
+    files::FileError,
     lora::config::LoraConfig,
-    plot::{TrainingRow, training_plot},
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig},
-    system::peak_memory,
+    system::MemoryWatch,
 };
 
 /// The Learner's components for a backend.
@@ -77,7 +75,7 @@ pub enum TrainError {
     #[error(transparent)]
     Config(#[from] super::config::TrainConfigError),
     #[error(
-        "step {step}: {what} is {value}; rows of the step (from 1): {rows:?}. The last whole checkpoint is {checkpoint}; lower learning_rate, or look at these rows with `check`"
+        "step {step}: {what} is {value}; rows of the step (from 1): {rows:?}. The last checkpoint whose weights are known to give finite numbers is {checkpoint}; go on from it by name with a lower learning_rate, or look at these rows with `check`"
     )]
     NotFinite {
         step: usize,
@@ -88,6 +86,8 @@ pub enum TrainError {
     },
     #[error("`{data}` has no sample to validate on; is every sample longer than max_length?")]
     NoTargets { data: String },
+    #[error("{0}; `--resume auto` goes on from the last checkpoint")]
+    Rank(#[from] RankError),
     #[error("a thread failed: {0}; `--resume auto` goes on from the last checkpoint")]
     Thread(String),
     #[error("`{}` belongs to another run: {differences}; continue it with its own settings or choose another output_dir", .run.display())]
@@ -138,6 +138,11 @@ pub struct LoopState<B: AutodiffBackend> {
     pub output_dir: PathBuf,
     /// Steps of the run.
     pub total_steps: usize,
+    /// After how many steps the weights last gave a finite loss and gradient; later ones, though
+    /// saved, may be ruined.
+    pub good_steps: usize,
+    /// Most memory seen so far.
+    pub memory: MemoryWatch,
     /// Set by a signal: save and end.
     pub interrupted: Arc<AtomicBool>,
     /// Plain progress lines.
@@ -153,6 +158,13 @@ pub enum Ending {
     EarlyStop,
     /// A signal or the dashboard's key.
     Interrupted,
+}
+
+/// A window's loss and gradients; the latter stay with the ranks where there are several.
+struct LearntWindow {
+    grads: Option<GradientsParams>,
+    totals: LossTotals,
+    objective: f64,
 }
 
 /// The strategy; used for one run.
@@ -221,10 +233,7 @@ impl<B: TrainKernels> LoopState<B> {
             self.validate_and_save(learner, processor)?;
         }
         let mut windows = loader.iter();
-        let mut replicas: Vec<Trainee<B>> = self.devices[1..]
-            .iter()
-            .map(|device| learner.model().fork(device))
-            .collect();
+        let mut replicas = self.replicas(learner)?;
         let mut clock = Instant::now();
         while let Some(window) = windows.next() {
             let step = window.step;
@@ -249,29 +258,38 @@ impl<B: TrainKernels> LoopState<B> {
                 }
                 continue;
             }
-            let (mut grads, totals, objective) = self.gradients(learner, &replicas, window)?;
+            let LearntWindow {
+                grads,
+                totals,
+                objective,
+            } = self.learn(learner, replicas.as_mut(), window)?;
+            let good = self.good_steps;
+            let checkpoints = self.checkpoints.clone();
             let not_finite = |what, value| TrainError::NotFinite {
                 step: step + 1,
                 what,
                 value,
                 rows: rows.iter().map(|row| row + 1).collect(),
-                checkpoint: self.last_checkpoint(),
+                checkpoint: last_good(&checkpoints, good),
             };
             if !objective.is_finite() {
                 return Err(not_finite("the loss", objective));
             }
             let model = learner.model();
+            let mut grads = match (grads, replicas.as_mut()) {
+                (None, Some(replicas)) => replicas.reduce(&model)?,
+                (grads, _) => grads.unwrap_or_default(),
+            };
             let norm = clip_global_norm(&model, &mut grads, self.state.config.max_grad_norm);
             if !norm.is_finite() {
                 return Err(not_finite("the gradient norm", norm));
             }
             drop(model);
+            // The weights as they were before this step.
+            self.good_steps = self.good_steps.max(step);
             learner.optimizer_step(grads);
-            if !replicas.is_empty() {
-                let model = learner.model();
-                for (replica, device) in replicas.iter_mut().zip(&self.devices[1..]) {
-                    *replica = copy_trained(&model, replica.clone(), device);
-                }
+            if let Some(replicas) = replicas.as_mut() {
+                replicas.step(learner.lr_current())?;
             }
             self.state.step = step + 1;
             self.state.epoch = epoch;
@@ -286,6 +304,7 @@ impl<B: TrainKernels> LoopState<B> {
                 learning_rate: learner.lr_current(),
                 samples_per_second: samples as f64 / seconds,
                 tokens_per_second: tokens as f64 / seconds,
+                memory_gib: self.memory.peak().map_or(0.0, |peak| peak.gib()),
             };
             self.note_step(&numbers)?;
             processor.process_train(LearnerEvent::ProcessedItem(TrainingItem::new(
@@ -342,325 +361,78 @@ impl<B: TrainKernels> LoopState<B> {
         Ok(Ending::Done)
     }
 
-    /// Gradients of a window over all devices, on the first; loss sums; the loss as it is minimised.
-    fn gradients(
+    /// The other devices with their copies, if there are any.
+    fn replicas(
         &self,
         learner: &Learner<Components<B>>,
-        replicas: &[Trainee<B>],
-        window: Window,
-    ) -> Result<(GradientsParams, LossTotals, f64), TrainError> {
-        let all_targets = window.targets;
-        let mut parts = window.split().into_iter();
-        let own = parts.next();
-        let parts: Vec<Window> = parts.collect();
-        let main = &self.devices[0];
-        let outputs = std::thread::scope(|scope| {
-            let threads: Vec<_> = replicas
-                .iter()
-                .zip(parts)
-                .map(|(replica, part)| {
-                    // A module may move between threads but not be shared by them.
-                    let replica = replica.clone();
-                    scope.spawn(move || {
-                        let output = TrainStep::step(&replica, part);
-                        let grads = output.grads.to_device(main, &replica);
-                        (grads, output.item.totals(), output.item.objective())
-                    })
-                })
-                .collect();
-            let mut outputs = Vec::new();
-            if let Some(own) = own {
-                let output = learner.train_step(own);
-                outputs.push((output.grads, output.item.totals(), output.item.objective()));
-            }
-            for thread in threads {
-                outputs.push(thread.join().map_err(|payload| {
-                    TrainError::Thread(crate::backend::panic_text(payload.as_ref()))
-                })?);
-            }
-            Ok::<_, TrainError>(outputs)
-        })?;
-        let model = learner.model();
-        let mut grads = GradientsParams::new();
-        let mut totals = LossTotals::default();
-        let mut objective = 0.0;
-        for (part, sums, part_objective) in outputs {
-            add_gradients(&model, part, &mut grads);
-            totals.add(sums);
-            objective += part_objective;
+    ) -> Result<Option<Replicas<B>>, TrainError> {
+        if self.devices.len() < 2 {
+            return Ok(None);
         }
-        debug_assert_eq!(totals.targets, all_targets);
-        Ok((grads, totals, objective))
-    }
-
-    fn note_step(&mut self, numbers: &StepNumbers) -> Result<(), TrainError> {
-        let step = self.state.step as u64;
-        let memory = peak_memory().map(|bytes| bytes as f64 / (1u64 << 30) as f64);
-        self.metrics.append(&json!({
-            "step": step,
-            "epoch": round(self.state.epoch, 6),
-            "loss": numbers.loss,
-            "token_acc": numbers.token_acc,
-            "learning_rate": numbers.learning_rate,
-            "grad_norm": numbers.grad_norm,
-            "samples_per_second": round(numbers.samples_per_second, 3),
-            "tokens_per_second": round(numbers.tokens_per_second, 1),
-            "memory_gib": memory.map(|gib| round(gib, 3)),
-        }))?;
-        self.events.scalars(
-            step,
-            &[
-                ("train/loss", numbers.loss as f32),
-                ("train/token_acc", numbers.token_acc as f32),
-                ("train/learning_rate", numbers.learning_rate as f32),
-                ("train/grad_norm", numbers.grad_norm as f32),
-                (
-                    "train/samples_per_second",
-                    numbers.samples_per_second as f32,
-                ),
-                ("train/tokens_per_second", numbers.tokens_per_second as f32),
-            ],
-        )?;
-        (self.tell)(&format!(
-            "step {step}/{}  epoch {:.2}  loss {:.4}  token acc {:.1} %  lr {:.2e}  grad norm {:.2}  {:.1} samples/s  {:.0} tokens/s",
-            self.total_steps,
-            self.state.epoch,
-            numbers.loss,
-            numbers.token_acc * 100.0,
-            numbers.learning_rate,
-            numbers.grad_norm,
-            numbers.samples_per_second,
-            numbers.tokens_per_second,
-        ));
-        Ok(())
-    }
-
-    /// Validates and saves; what was learnt is kept even if the validation fails.
-    fn validate_and_save(
-        &mut self,
-        learner: &Learner<Components<B>>,
-        processor: &mut SupervisedTrainingEventProcessor<Components<B>>,
-    ) -> Result<bool, TrainError> {
-        self.state.validation_due = false;
-        match self.validate(learner, processor) {
-            Ok(improved) => {
-                let due = self.state.config.save_steps;
-                let save_due = due > 0 && self.state.step.is_multiple_of(due);
-                let last = self.state.step == self.total_steps;
-                let patience = self.state.config.early_stopping_patience;
-                let ends = patience > 0 && self.state.validations_without_gain >= patience;
-                if improved || save_due || last || ends {
-                    self.save(learner)?;
-                }
-                Ok(improved)
-            }
-            Err(error) => {
-                self.state.validation_due = true;
-                self.save(learner)?;
-                Err(error)
-            }
-        }
-    }
-
-    /// Runs the validation set; says whether the metric for the best checkpoint improved.
-    fn validate(
-        &mut self,
-        learner: &Learner<Components<B>>,
-        processor: &mut SupervisedTrainingEventProcessor<Components<B>>,
-    ) -> Result<bool, TrainError> {
-        let Some(validation) = &self.validation else {
-            return Ok(false);
-        };
-        let model = learner.model().valid();
-        let mut totals = LossTotals::default();
-        let mut batches = validation.stream();
-        let started = Instant::now();
-        while let Some(window) = batches.next() {
-            let tokens = window.tokens;
-            let clock = Instant::now();
-            let output = InferenceStep::step(&model, window);
-            let sums = output.totals();
-            totals.add(sums);
-            let numbers = StepNumbers {
-                loss: sums.loss(),
-                token_acc: sums.token_accuracy(),
-                targets: sums.targets,
-                tokens_per_second: tokens as f64 / clock.elapsed().as_secs_f64(),
-                ..StepNumbers::default()
-            };
-            processor.process_valid(LearnerEvent::ProcessedItem(TrainingItem::new(
-                StepOutput::Numbers(numbers),
-                burn::data::dataloader::DataLoaderIterator::progress(&batches),
-                Progress::new(
-                    self.state.epoch.ceil() as usize,
-                    self.state.config.num_train_epochs.ceil() as usize,
-                ),
-                Some(self.state.step),
-                None,
-            )));
-        }
-        if let Some(error) = validation.take_error() {
-            return Err(error.into());
-        }
-        let done = burn::data::dataloader::DataLoaderIterator::progress(&batches);
-        if done.items_processed < done.items_total {
-            return Err(TrainError::Thread(
-                "the thread that prepares validation samples ended before its time".to_string(),
-            ));
-        }
-        if totals.targets == 0 {
-            return Err(TrainError::NoTargets {
-                data: self.state.config.val_data.clone().unwrap_or_default(),
-            });
-        }
-        let mut values = vec![
-            ("eval_loss", totals.loss()),
-            ("eval_token_acc", totals.token_accuracy()),
-        ];
-        if let Some(scorer) = &self.scorer {
-            values.extend(scorer(&model.model, self.state.step)?);
-        }
-        let step = self.state.step as u64;
-        let mut row = serde_json::Map::new();
-        row.insert("step".into(), step.into());
-        for (name, value) in &values {
-            row.insert((*name).into(), (*value).into());
-        }
-        row.insert(
-            "eval_seconds".into(),
-            round(started.elapsed().as_secs_f64(), 3).into(),
-        );
-        self.metrics.append(&row)?;
-        let scalars: Vec<(String, f32)> = values
-            .iter()
-            .map(|(name, value)| (name.replacen("eval_", "eval/", 1), *value as f32))
-            .collect();
-        let scalars: Vec<(&str, f32)> = scalars
-            .iter()
-            .map(|(name, value)| (name.as_str(), *value))
-            .collect();
-        self.events.scalars(step, &scalars)?;
-        let told: Vec<String> = values
-            .iter()
-            .map(|(name, value)| format!("{name} {value:.4}"))
-            .collect();
-        (self.tell)(&format!("validation at step {step}: {}", told.join("  ")));
-        self.draw()?;
-
         let config = &self.state.config;
-        let value = values
-            .iter()
-            .find(|(name, _)| *name == config.metric_for_best_model)
-            .map_or(f64::NAN, |(_, value)| *value);
-        let improved = match self.state.best {
-            None => value.is_finite(),
-            Some((_, best)) if config.more_is_better() => value > best,
-            Some((_, best)) => value < best,
-        };
-        if improved {
-            self.state.best = Some((self.state.step, value));
-            self.state.validations_without_gain = 0;
-        } else {
-            self.state.validations_without_gain += 1;
-        }
-        Ok(improved)
+        let replicas = Replicas::start(
+            &self.devices,
+            &config.device,
+            &learner.model(),
+            &self.optimizer,
+            config.max_grad_norm,
+            config.patience(),
+        )?;
+        Ok(Some(replicas))
     }
 
-    fn save(&self, learner: &Learner<Components<B>>) -> Result<(), TrainError> {
-        let step = self.state.step as u64;
-        let model = learner.model();
-        self.checkpoints.save(step, |dir| {
-            checkpoint::write(
-                dir,
-                &model.model,
-                &self.model_config,
-                &self.lora,
-                &self.optimizer,
-                &self.state,
-            )
-            .map_err(CheckpointError::into_cause)
-        })?;
-        if let Some((best, value)) = self.state.best
-            && self.checkpoints.path(best as u64).exists()
-        {
-            self.checkpoints.set_best(&Best {
-                step: best as u64,
-                metric: self.state.config.metric_for_best_model.clone(),
-                value,
-            })?;
-        }
-        self.checkpoints.prune(self.state.config.save_total_limit)?;
-        Ok(())
-    }
-
-    /// Nothing is left out in silence.
-    fn tell_skipped(&self) {
-        let skipped = self.loader.skipped();
-        if skipped > 0 {
-            (self.tell)(&format!(
-                "{skipped} samples were left out because they are longer than max_length {}",
-                self.state.config.max_length
-            ));
-        }
-    }
-
-    fn last_checkpoint(&self) -> String {
-        match self.checkpoints.newest_whole() {
-            Ok(search) => search.found.map_or_else(
-                || "none yet".to_string(),
-                |found| format!("`{}`", found.path.display()),
-            ),
-            Err(error) => error.to_string(),
-        }
-    }
-
-    fn draw(&self) -> Result<(), TrainError> {
-        let rows: Vec<TrainingRow> = read_rows(&self.output_dir.join("metrics.jsonl"))?
-            .rows
-            .into_iter()
-            .filter_map(|row| serde_json::from_value(serde_json::Value::Object(row)).ok())
-            .collect();
-        let svg = training_plot(&rows);
-        write_atomic(&self.output_dir.join("training.svg"), |out| {
-            out.write_all(svg.as_bytes())
-        })?;
-        Ok(())
-    }
-}
-
-fn round(value: f64, digits: i32) -> f64 {
-    let scale = 10f64.powi(digits);
-    (value * scale).round() / scale
-}
-
-/// Brings the trained parameters of `from` to the replica `to` on another device.
-fn copy_trained<B: TrainKernels>(
-    from: &Trainee<B>,
-    to: Trainee<B>,
-    device: &B::Device,
-) -> Trainee<B> {
-    // Burn's own parameter container carries tensors of any rank by id.
-    struct Gather(GradientsParams);
-    impl<B: AutodiffBackend> ModuleVisitor<B> for Gather {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-            if param.is_require_grad() {
-                self.0.register(param.id, param.val().inner());
+    /// Works out a window's loss and gradients on all devices.
+    fn learn(
+        &mut self,
+        learner: &Learner<Components<B>>,
+        replicas: Option<&mut Replicas<B>>,
+        window: Window,
+    ) -> Result<LearntWindow, TrainError> {
+        let all_targets = window.targets;
+        let learnt = match replicas {
+            None => {
+                let output = learner.train_step(window);
+                let learnt = LearntWindow {
+                    totals: output.item.totals(),
+                    objective: output.item.objective(),
+                    grads: Some(output.grads),
+                };
+                self.memory.look::<B::InnerBackend>(&self.devices[0]);
+                learnt
             }
-        }
-    }
-    struct Scatter<'a, B: AutodiffBackend>(GradientsParams, &'a B::Device);
-    impl<B: AutodiffBackend> ModuleMapper<B> for Scatter<'_, B> {
-        fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
-            match self.0.remove::<B::InnerBackend, D>(param.id) {
-                Some(tensor) => {
-                    let tensor = tensor.to_device(self.1);
-                    param.map(|_| Tensor::from_inner(tensor).require_grad())
+            Some(replicas) => {
+                let mut sum = LearntWindow {
+                    grads: None,
+                    totals: LossTotals::default(),
+                    objective: 0.0,
+                };
+                let own = B::InnerBackend::memory_in_use(&self.devices[0]);
+                let parts = replicas.learn(&learner.model(), window)?;
+                for (rank, part) in parts.into_iter().enumerate() {
+                    sum.totals.add(part.totals);
+                    sum.objective += part.objective;
+                    // The first device also holds what this thread put there: the weights.
+                    let own = own.filter(|_| rank == 0);
+                    self.memory.note(part.memory.map(|memory| DeviceMemory {
+                        in_use: memory.in_use + own.map_or(0, |own| own.in_use),
+                        reserved: memory.reserved + own.map_or(0, |own| own.reserved),
+                    }));
                 }
-                None => param,
+                sum
             }
-        }
+        };
+        debug_assert_eq!(learnt.totals.targets, all_targets);
+        Ok(learnt)
     }
-    let mut gather = Gather(GradientsParams::new());
-    from.visit(&mut gather);
-    to.map(&mut Scatter::<B>(gather.0, device))
+}
+
+/// The newest whole checkpoint of at most `steps` steps, in words.
+fn last_good(checkpoints: &CheckpointDir, steps: usize) -> String {
+    match checkpoints.newest_whole_before(steps as u64 + 1) {
+        Ok(search) => search.found.map_or_else(
+            || "none".to_string(),
+            |found| format!("`{}`", found.path.display()),
+        ),
+        Err(error) => error.to_string(),
+    }
 }

@@ -20,6 +20,8 @@ mod serve_safety;
 mod server;
 mod train;
 mod train_default;
+mod train_devices;
+mod train_kill;
 mod train_resume;
 
 use std::{

@@ -109,3 +109,56 @@ fn plan_tells_parameters_memory_steps_tokens_and_time() {
         assert!(stdout.contains(word), "{word} is missing in: {stdout}");
     }
 }
+
+#[test]
+fn plan_follows_flags_benches_and_devices() {
+    let folder = tempfile::tempdir().unwrap();
+    let plan = |args: &[&str]| {
+        let (code, stdout, stderr) = run(repository(), &[&["plan"][..], args].concat());
+        assert_eq!(code, 0, "{stderr}");
+        stdout
+    };
+    let line = |text: &str, name: &str| -> String {
+        let found = text.lines().find(|line| line.trim().starts_with(name));
+        found
+            .unwrap_or_else(|| panic!("no `{name}` in: {text}"))
+            .to_string()
+    };
+    let full = ["--set", "tuner=full", "--set", "freeze_llm=true"];
+    let vision = plan(&[&full[..], &["--set", "freeze_vit=false"]].concat());
+    let aligner = plan(&[&full[..], &["--set", "freeze_aligner=false"]].concat());
+    assert_ne!(line(&vision, "trained"), line(&aligner, "trained"));
+    assert!(!aligner.contains("100.000 %"), "{aligner}");
+    // Nothing is invented where nothing was measured.
+    assert!(
+        line(&aligner, "time").contains("not estimated"),
+        "{aligner}"
+    );
+
+    // The pretraining's config names the CPU and f32; without the latter the CPU's default counts.
+    let text_of = std::fs::read_to_string(repository().join("configs/tiny.toml")).unwrap();
+    let config = folder.path().join("run.toml");
+    std::fs::write(&config, text_of.replace("dtype = \"f32\"\n", "")).unwrap();
+    let config = text(&config);
+    let weights = |text: &str| line(text, "frozen weights");
+    assert_eq!(weights(&plan(&["--config", config])), weights(&plan(&[])));
+    let half = plan(&["--set", "dtype=bf16"]);
+    assert_ne!(weights(&half), weights(&plan(&[])));
+
+    let bench = folder.path().join("bench.json");
+    std::fs::write(
+        &bench,
+        "{\"device\": \"cpu\", \"samples_per_second\": 32.0}\n",
+    )
+    .unwrap();
+    // 640 samples, six times, at 32 a second: two minutes.
+    let timed = plan(&["--bench", text(&bench)]);
+    assert!(
+        line(&timed, "time").contains("0.03 h at 32 samples/s, measured on cpu"),
+        "{timed}"
+    );
+    std::fs::write(&bench, "{}").unwrap();
+    let (code, _, stderr) = run(repository(), &["plan", "--bench", text(&bench)]);
+    assert_eq!(code, 1, "{stderr}");
+    assert!(stderr.contains("samples_per_second"), "{stderr}");
+}

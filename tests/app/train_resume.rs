@@ -18,13 +18,13 @@ use crate::{
 };
 
 /// Rows of a run's `metrics.jsonl` so far.
-fn rows_so_far(run: &Path) -> usize {
+pub(crate) fn rows_so_far(run: &Path) -> usize {
     let bytes = fs::read(run.join("metrics.jsonl")).unwrap_or_default();
     bytes.iter().filter(|byte| **byte == b'\n').count()
 }
 
 /// Starts a run, waits until `ready`, does `act`, and waits for the run's end.
-fn disturb(
+pub(crate) fn disturb(
     folder: &Path,
     args: &[&str],
     ready: impl Fn() -> bool,
@@ -185,7 +185,13 @@ fn another_run_is_not_continued() {
 
     let args = ["--resume", "run/checkpoint-10", "--set", "save_steps=7"];
     train_well(folder.path(), &args);
-    assert_eq!(saved_steps(&folder.path().join("run")), [5, 10, 14, 15, 20]);
+    // What the first branch saved behind step 10 steps aside.
+    let run = folder.path().join("run");
+    assert_eq!(saved_steps(&run), [5, 10, 14, 20]);
+    for step in [15, 20] {
+        let aside = run.join(format!("abandoned-checkpoint-{step}/COMPLETE.json"));
+        assert!(aside.is_file(), "{}", aside.display());
+    }
     assert_same_end(folder.path(), "another `save_steps`");
 }
 

@@ -143,7 +143,7 @@ impl ModelWork {
                 batch_size,
                 accumulation: 1,
                 devices: 1,
-                packing: false,
+                packing_tokens: 0,
                 // Nothing is cut: what the model was trained on is not known here.
                 max_length: usize::MAX,
                 overlong: Overlong::Error,

@@ -5,11 +5,13 @@
 //! is tuned at run time: tiles are chosen from the shape.
 
 mod attention;
+mod collective;
 mod decode;
 mod gemm;
 mod launch;
 mod lora;
 mod loss;
+mod optimizer;
 mod plan;
 mod pointwise;
 mod rotary;
@@ -24,8 +26,8 @@ use cubecl_common::config::RuntimeConfig;
 use cubecl_runtime::config::{CubeClRuntimeConfig, cache::CacheConfig};
 
 use super::{
-    AttentionSpans, BackwardProduct, DecodeStart, Decoder, Dropout, HeadNorm, Kernels, LowRank,
-    LowRankGradients, TargetLoss, plain,
+    AdamWStep, AllReduce, AttentionSpans, BackwardProduct, DecodeStart, Decoder, DeviceMemory,
+    Dropout, HeadNorm, Kernels, LowRank, LowRankGradients, TargetLoss, plain,
 };
 use crate::qwen3_vl::{
     Qwen3Vl,
@@ -76,6 +78,14 @@ impl Kernels for Cuda {
         start: &DecodeStart,
     ) -> Option<Box<dyn Decoder>> {
         decode::start(model, config, cache, start)
+    }
+
+    fn memory_in_use(device: &Self::Device) -> Option<DeviceMemory> {
+        collective::memory_in_use(device)
+    }
+
+    fn all_reduce(devices: &[Self::Device]) -> Result<Option<AllReduce<Self>>, String> {
+        collective::all_reduce(devices)
     }
 
     fn dense(
@@ -311,6 +321,28 @@ impl Kernels for Cuda {
             loss::target_loss(hidden, head, ids, weight)
         } else {
             plain::target_loss(hidden, head, ids, weight)
+        }
+    }
+
+    fn adamw(
+        value: Tensor<Self, 1>,
+        gradient: Tensor<Self, 1>,
+        moments: [Tensor<Self, 1>; 2],
+        step: AdamWStep,
+    ) -> [Tensor<Self, 1>; 3] {
+        let all = [&value, &gradient, &moments[0], &moments[1]];
+        if all.iter().all(|tensor| tensor.dtype() == DType::F32) {
+            optimizer::adamw(value, gradient, moments, step)
+        } else {
+            plain::adamw(value, gradient, moments, step)
+        }
+    }
+
+    fn square_sums(tensors: Vec<Tensor<Self, 1>>) -> Tensor<Self, 1> {
+        if !tensors.is_empty() && tensors.iter().all(|tensor| tensor.dtype() == DType::F32) {
+            optimizer::square_sums(tensors)
+        } else {
+            plain::square_sums(tensors)
         }
     }
 }

@@ -90,7 +90,7 @@ pub(super) fn wgmma(m: usize, n: usize, k: usize, turned: bool, device: &Device)
     // Time of a tile grows with its columns and has a fixed part, measured in columns.
     const FIXED: usize = 40;
     let tiles = |columns: usize| m.div_ceil(128) * n.div_ceil(columns);
-    let columns = [256, 192, 128, 96, 64]
+    let columns = [256usize, 192, 128, 96, 64]
         .into_iter()
         // A turned weight is loaded in blocks of 64 columns: a tile of 96 would waste a third.
         .filter(|columns| !turned || columns.is_multiple_of(64))

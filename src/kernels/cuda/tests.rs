@@ -12,8 +12,16 @@ use burn::{
 
 use super::Cuda;
 use crate::{
-    kernels::{AttentionSpans, BackwardProduct, Dropout, HeadNorm, Kernels, LowRank, plain},
-    qwen3_vl::nn::{gelu_exact, gelu_tanh, to_dtype, to_f32},
+    bench::weights::RandomSize,
+    kernels::{
+        AdamWStep, AttentionSpans, BackwardProduct, DecodeStart, Dropout, HeadNorm, Kernels,
+        LowRank, plain,
+    },
+    qwen3_vl::{
+        Padding, Qwen3Vl, TextInput,
+        cache::KeyValueCache,
+        nn::{InitOptions, gelu_exact, gelu_tanh, to_dtype, to_f32},
+    },
 };
 
 type T<const D: usize> = Tensor<Cuda, D>;
@@ -454,6 +462,39 @@ fn attention() {
 }
 
 #[test]
+fn optimizer() {
+    let Some(device) = device() else { return };
+    let mut report = Report::default();
+    for count in [1, 77, 98_304] {
+        let [value, gradient, first] =
+            [1.0, 0.1, 0.1].map(|std| normal([count], std, DType::F32, &device));
+        let second = gradient.clone() * gradient.clone() * 0.3;
+        let step = AdamWStep {
+            beta1: 0.9,
+            beta2: 0.95,
+            epsilon: 1e-8,
+            step_size: 0.01,
+            second_scale: 1.7,
+            keep: 0.999,
+        };
+        let moments = [first, second];
+        let got = Cuda::adamw(value.clone(), gradient.clone(), moments.clone(), step);
+        let want = plain::adamw(value.clone(), gradient.clone(), moments, step);
+        for (got, want) in got.into_iter().zip(want) {
+            report.close(&format!("adamw {count}"), got, want, 1e-5);
+        }
+        let tensors = vec![value, gradient];
+        report.close(
+            &format!("square_sums {count}"),
+            Cuda::square_sums(tensors.clone()).sum(),
+            plain::square_sums(tensors).sum(),
+            1e-5,
+        );
+    }
+    report.finish();
+}
+
+#[test]
 fn loss() {
     let Some(device) = device() else { return };
     let mut report = Report::default();
@@ -476,4 +517,190 @@ fn loss() {
         );
     }
     report.finish();
+}
+
+/// The captured step beside the same step in single operations, over several tokens and batches.
+#[test]
+fn decoding() {
+    let Some(device) = device() else { return };
+    let mut report = Report::default();
+    let config = RandomSize::Tiny.config(None).unwrap();
+    let options = InitOptions {
+        dtype: DType::BF16,
+        // Large enough that logits differ.
+        initializer_range: 0.1,
+    };
+    let model = Qwen3Vl::<Cuda>::new(&config, &options, &device);
+    let vocab = config.text_config.vocab_size as u32;
+    for rows in [1, 2, 9] {
+        let prompts: Vec<Vec<u32>> = (0..rows as u32)
+            .map(|row| {
+                (0..20 + 7 * row)
+                    .map(|at| (at * 37 + row * 11) % vocab)
+                    .collect()
+            })
+            .collect();
+        let grids = vec![vec![]; rows];
+        let (input, deltas) =
+            TextInput::padded(&prompts, &grids, &config, Padding::Left, 0).unwrap();
+        let layers = config.text_config.num_hidden_layers;
+        let mut cache = KeyValueCache::with_capacity(layers, input.seq() + 32);
+        model.hidden_states(&input, None, &config, Some(&mut cache), None, &device);
+        // Two caches of the same prompt: one for each way.
+        let mut plain_cache = KeyValueCache::with_capacity(layers, input.seq() + 32);
+        model.hidden_states(&input, None, &config, Some(&mut plain_cache), None, &device);
+        let mut tokens: Vec<u32> = (0..rows as u32).map(|row| 5 + row).collect();
+        let start = DecodeStart {
+            tokens: tokens.clone(),
+            positions: prompts
+                .iter()
+                .zip(&deltas)
+                .map(|(prompt, delta)| prompt.len() as i64 + delta)
+                .collect(),
+            most_steps: 8,
+        };
+        let mut decoder = Cuda::decoder(&model, &config, &cache, &start).expect("covered");
+        for step in 0..4 {
+            let got = decoder.next_logits(&tokens).unwrap();
+            let mut text = TextInput {
+                input_ids: tokens.iter().map(|token| vec![*token]).collect(),
+                segments: vec![vec![0]; rows],
+                positions: Default::default(),
+                image_token_id: config.image_token_id,
+            };
+            for position in &start.positions {
+                text.positions.push([position + step; 3]);
+            }
+            let hidden =
+                model.hidden_states(&text, None, &config, Some(&mut plain_cache), None, &device);
+            let want = model.logits(hidden);
+            let shape = [rows, vocab as usize];
+            let data = burn::tensor::TensorData::new(got.concat(), shape);
+            let got = T::<2>::from_data(data, (&device, DType::F32));
+            // bf16 activations, rounded at other places, through four layers.
+            report.close(
+                &format!("logits of step {step}, {rows} rows"),
+                got,
+                want.clone(),
+                3e-2,
+            );
+            let next: Vec<i32> = want.argmax(1).into_data().iter::<i32>().collect();
+            tokens = next.into_iter().map(|token| token as u32).collect();
+        }
+        let logits = decoder.next_logits(&tokens).unwrap();
+        let likeliest: Vec<Option<u32>> = logits
+            .iter()
+            .map(|row| {
+                (0..row.len())
+                    .max_by(|a, b| row[*a].total_cmp(&row[*b]).then(b.cmp(a)))
+                    .map(|token| token as u32)
+            })
+            .collect();
+        // The step that gave these logits has picked its tokens; the next one starts from them.
+        let again = decoder.next_tokens().unwrap();
+        assert_eq!(again.len(), rows);
+        let mut own = Cuda::decoder(
+            &model,
+            &config,
+            &plain_cache,
+            &DecodeStart {
+                tokens: tokens.clone(),
+                positions: start
+                    .positions
+                    .iter()
+                    .map(|position| position + 4)
+                    .collect(),
+                most_steps: 4,
+            },
+        )
+        .expect("covered");
+        assert_eq!(own.next_tokens().unwrap(), likeliest, "{rows} rows");
+        assert_eq!(own.next_tokens().unwrap(), again, "{rows} rows");
+    }
+    report.finish();
+}
+
+#[test]
+fn zz_costs() {
+    let Some(device) = device() else { return };
+    let sync = || {
+        let _ = Cuda::sync(&device);
+    };
+    let time = |name: &str, f: &mut dyn FnMut()| {
+        for _ in 0..20 {
+            f();
+        }
+        sync();
+        let n = 300;
+        let s = std::time::Instant::now();
+        for _ in 0..n {
+            f();
+        }
+        let submit = s.elapsed().as_secs_f64() / n as f64 * 1e6;
+        sync();
+        let all = s.elapsed().as_secs_f64() / n as f64 * 1e6;
+        println!("COST {name}: submit {submit:.1} us, all {all:.1} us");
+    };
+    let bf = DType::BF16;
+    let x = normal([368, 4096], 1.0, bf, &device);
+    let w = normal([4096, 4096], 0.02, bf, &device);
+    let g = normal([4096], 1.0, bf, &device);
+    time("clone", &mut || {
+        let _ = x.clone();
+    });
+    time("rms", &mut || {
+        let _ = Cuda::rms_norm(x.clone(), g.clone(), 1e-6);
+    });
+    time("dense", &mut || {
+        let _ = Cuda::dense(x.clone(), w.clone(), None, None);
+    });
+    time("dense small", &mut || {
+        let x = x.clone().narrow(0, 0, 1);
+        let _ = Cuda::dense(x, w.clone(), None, None);
+    });
+    time("dense residual", &mut || {
+        let _ = Cuda::dense(x.clone(), w.clone(), None, Some(x.clone()));
+    });
+    time("gated", &mut || {
+        let _ = Cuda::gated(x.clone(), x.clone());
+    });
+    let angles = normal([368, 128], 3.0, DType::F32, &device);
+    let heads = x.clone().reshape([368, 32, 128]);
+    time("rotate", &mut || {
+        let _ = Cuda::rotate_heads(heads.clone(), None, angles.clone(), angles.clone());
+    });
+    let spans = AttentionSpans::causal(&[vec![0; 368]], 0, &device);
+    let q = x.clone().reshape([1, 368, 32, 128]).swap_dims(1, 2);
+    let k = q.clone().narrow(1, 0, 8);
+    time("attention", &mut || {
+        let _ = Cuda::span_attention(q.clone(), k.clone(), k.clone(), &spans);
+    });
+    let cache = T::<4>::zeros([1, 8, 640, 128], (&device, bf));
+    let kk = normal([1, 8, 368, 128], 1.0, bf, &device);
+    let mut cache = Some(cache);
+    time("append", &mut || {
+        let c = cache.take().unwrap();
+        cache = Some(c.slice_assign([0..1, 0..8, 0..368, 0..128], kk.clone()));
+    });
+    time("plain add", &mut || {
+        let _ = x.clone() + x.clone();
+    });
+    let pixels = crate::qwen3_vl::ImageInput {
+        pixel_values: vec![0.5; 1024 * 1536],
+        image_grid_thw: vec![[1, 32, 32]],
+    };
+    time("pixels", &mut || {
+        let _ = pixels.tensor::<Cuda>(1536, bf, &device);
+    });
+    time("ints", &mut || {
+        let _ = Tensor::<Cuda, 1, Int>::from_ints([1, 2, 3], &device);
+    });
+    let config: crate::qwen3_vl::config::VisionConfig = crate::bench::weights::RandomSize::B8
+        .config(None)
+        .unwrap()
+        .vision_config;
+    time("layout", &mut || {
+        let _ =
+            crate::qwen3_vl::vision::VisionLayout::<Cuda>::new(&[[1, 32, 32]], &config, &device);
+    });
 }

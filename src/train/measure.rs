@@ -1,0 +1,265 @@
+//! What the loop writes down and keeps: steps, validations, checkpoints, curves.
+
+use std::time::Instant;
+
+use burn::{
+    data::dataloader::Progress,
+    module::AutodiffModule,
+    train::{
+        EventProcessorTraining, InferenceStep, Learner, LearnerEvent,
+        SupervisedTrainingEventProcessor, TrainingItem,
+    },
+};
+use serde_json::json;
+
+use super::{
+    checkpoint::{self, CheckpointError},
+    checkpoint_dir::Best,
+    gradients::LossTotals,
+    learner::{StepNumbers, StepOutput},
+    records::read_rows,
+    strategy::{Components, LoopState, TrainError},
+};
+use crate::{
+    files::write_atomic,
+    kernels::TrainKernels,
+    plot::{TrainingRow, training_plot},
+};
+
+impl<B: TrainKernels> LoopState<B> {
+    pub(super) fn note_step(&mut self, numbers: &StepNumbers) -> Result<(), TrainError> {
+        let step = self.state.step as u64;
+        let memory = self.memory.peak();
+        self.metrics.append(&json!({
+            "step": step,
+            "epoch": round(self.state.epoch, 6),
+            "loss": numbers.loss,
+            "token_acc": numbers.token_acc,
+            "learning_rate": numbers.learning_rate,
+            "grad_norm": numbers.grad_norm,
+            "samples_per_second": round(numbers.samples_per_second, 3),
+            "tokens_per_second": round(numbers.tokens_per_second, 1),
+            "memory_gib": memory.map(|peak| round(peak.gib(), 3)),
+            "memory_of": memory.map(|peak| peak.place()),
+        }))?;
+        self.events.scalars(
+            step,
+            &[
+                ("train/loss", numbers.loss as f32),
+                ("train/token_acc", numbers.token_acc as f32),
+                ("train/learning_rate", numbers.learning_rate as f32),
+                ("train/grad_norm", numbers.grad_norm as f32),
+                (
+                    "train/samples_per_second",
+                    numbers.samples_per_second as f32,
+                ),
+                ("train/tokens_per_second", numbers.tokens_per_second as f32),
+                ("train/memory_gib", numbers.memory_gib as f32),
+            ],
+        )?;
+        (self.tell)(&format!(
+            "step {step}/{}  epoch {:.2}  loss {:.4}  token acc {:.1} %  lr {:.2e}  grad norm {:.2}  {:.1} samples/s  {:.0} tokens/s  {:.2} GiB",
+            self.total_steps,
+            self.state.epoch,
+            numbers.loss,
+            numbers.token_acc * 100.0,
+            numbers.learning_rate,
+            numbers.grad_norm,
+            numbers.samples_per_second,
+            numbers.tokens_per_second,
+            numbers.memory_gib,
+        ));
+        Ok(())
+    }
+
+    /// Validates and saves; what was learnt is kept even if the validation fails.
+    pub(super) fn validate_and_save(
+        &mut self,
+        learner: &Learner<Components<B>>,
+        processor: &mut SupervisedTrainingEventProcessor<Components<B>>,
+    ) -> Result<bool, TrainError> {
+        self.state.validation_due = false;
+        match self.validate(learner, processor) {
+            Ok(improved) => {
+                let due = self.state.config.save_steps;
+                let save_due = due > 0 && self.state.step.is_multiple_of(due);
+                let last = self.state.step == self.total_steps;
+                let patience = self.state.config.early_stopping_patience;
+                let ends = patience > 0 && self.state.validations_without_gain >= patience;
+                if improved || save_due || last || ends {
+                    self.save(learner)?;
+                }
+                Ok(improved)
+            }
+            Err(error) => {
+                self.state.validation_due = true;
+                self.save(learner)?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Runs the validation set; says whether the metric for the best checkpoint improved.
+    fn validate(
+        &mut self,
+        learner: &Learner<Components<B>>,
+        processor: &mut SupervisedTrainingEventProcessor<Components<B>>,
+    ) -> Result<bool, TrainError> {
+        let Some(validation) = &self.validation else {
+            return Ok(false);
+        };
+        let model = learner.model().valid();
+        let mut totals = LossTotals::default();
+        let mut batches = validation.stream();
+        let started = Instant::now();
+        while let Some(window) = batches.next() {
+            let tokens = window.tokens;
+            let clock = Instant::now();
+            let output = InferenceStep::step(&model, window);
+            let sums = output.totals();
+            totals.add(sums);
+            let numbers = StepNumbers {
+                loss: sums.loss(),
+                token_acc: sums.token_accuracy(),
+                targets: sums.targets,
+                tokens_per_second: tokens as f64 / clock.elapsed().as_secs_f64(),
+                ..StepNumbers::default()
+            };
+            processor.process_valid(LearnerEvent::ProcessedItem(TrainingItem::new(
+                StepOutput::Numbers(numbers),
+                burn::data::dataloader::DataLoaderIterator::progress(&batches),
+                Progress::new(
+                    self.state.epoch.ceil() as usize,
+                    self.state.config.num_train_epochs.ceil() as usize,
+                ),
+                Some(self.state.step),
+                None,
+            )));
+        }
+        if let Some(error) = validation.take_error() {
+            return Err(error.into());
+        }
+        let done = burn::data::dataloader::DataLoaderIterator::progress(&batches);
+        if done.items_processed < done.items_total {
+            return Err(TrainError::Thread(
+                "the thread that prepares validation samples ended before its time".to_string(),
+            ));
+        }
+        if totals.targets == 0 {
+            return Err(TrainError::NoTargets {
+                data: self.state.config.val_data.clone().unwrap_or_default(),
+            });
+        }
+        let mut values = vec![
+            ("eval_loss", totals.loss()),
+            ("eval_token_acc", totals.token_accuracy()),
+        ];
+        if let Some(scorer) = &self.scorer {
+            values.extend(scorer(&model.model, self.state.step)?);
+        }
+        if totals.loss().is_finite() {
+            self.good_steps = self.good_steps.max(self.state.step);
+        }
+        let step = self.state.step as u64;
+        let mut row = serde_json::Map::new();
+        row.insert("step".into(), step.into());
+        for (name, value) in &values {
+            row.insert((*name).into(), (*value).into());
+        }
+        row.insert(
+            "eval_seconds".into(),
+            round(started.elapsed().as_secs_f64(), 3).into(),
+        );
+        self.metrics.append(&row)?;
+        let scalars: Vec<(String, f32)> = values
+            .iter()
+            .map(|(name, value)| (name.replacen("eval_", "eval/", 1), *value as f32))
+            .collect();
+        let scalars: Vec<(&str, f32)> = scalars
+            .iter()
+            .map(|(name, value)| (name.as_str(), *value))
+            .collect();
+        self.events.scalars(step, &scalars)?;
+        let told: Vec<String> = values
+            .iter()
+            .map(|(name, value)| format!("{name} {value:.4}"))
+            .collect();
+        (self.tell)(&format!("validation at step {step}: {}", told.join("  ")));
+        self.draw()?;
+
+        let config = &self.state.config;
+        let value = values
+            .iter()
+            .find(|(name, _)| *name == config.metric_for_best_model)
+            .map_or(f64::NAN, |(_, value)| *value);
+        let improved = match self.state.best {
+            None => value.is_finite(),
+            Some((_, best)) if config.more_is_better() => value > best,
+            Some((_, best)) => value < best,
+        };
+        if improved {
+            self.state.best = Some((self.state.step, value));
+            self.state.validations_without_gain = 0;
+        } else {
+            self.state.validations_without_gain += 1;
+        }
+        Ok(improved)
+    }
+
+    pub(super) fn save(&self, learner: &Learner<Components<B>>) -> Result<(), TrainError> {
+        let step = self.state.step as u64;
+        let model = learner.model();
+        self.checkpoints.save(step, |dir| {
+            checkpoint::write(
+                dir,
+                &model.model,
+                &self.model_config,
+                &self.lora,
+                &self.optimizer,
+                &self.state,
+            )
+            .map_err(CheckpointError::into_cause)
+        })?;
+        if let Some((best, value)) = self.state.best
+            && self.checkpoints.path(best as u64).exists()
+        {
+            self.checkpoints.set_best(&Best {
+                step: best as u64,
+                metric: self.state.config.metric_for_best_model.clone(),
+                value,
+            })?;
+        }
+        self.checkpoints
+            .prune(self.state.config.save_total_limit, step)?;
+        self.draw()
+    }
+
+    /// Nothing is left out in silence.
+    pub(super) fn tell_skipped(&self) {
+        let skipped = self.loader.skipped();
+        if skipped > 0 {
+            (self.tell)(&format!(
+                "{skipped} samples were left out because they are longer than max_length {}",
+                self.state.config.max_length
+            ));
+        }
+    }
+
+    pub(super) fn draw(&self) -> Result<(), TrainError> {
+        let rows: Vec<TrainingRow> = read_rows(&self.output_dir.join("metrics.jsonl"))?
+            .rows
+            .into_iter()
+            .filter_map(|row| serde_json::from_value(serde_json::Value::Object(row)).ok())
+            .collect();
+        let svg = training_plot(&rows);
+        write_atomic(&self.output_dir.join("training.svg"), |out| {
+            out.write_all(svg.as_bytes())
+        })?;
+        Ok(())
+    }
+}
+
+fn round(value: f64, digits: i32) -> f64 {
+    let scale = 10f64.powi(digits);
+    (value * scale).round() / scale
+}

@@ -1,0 +1,258 @@
+//! A thread for each device, asked together and waited for together, with an end to the waiting.
+//!
+//! Knows nothing of training. A rank that fails, panics or is silent too long becomes an error that
+//! names it; the others are never left waiting for it, because none is asked for the next thing
+//! before all have answered the last.
+
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel},
+    time::{Duration, Instant},
+};
+
+use crate::backend::panic_text;
+
+/// How long threads that are still at work are waited for once nobody wants their answers.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// Why the devices of a run cannot go on together.
+#[derive(Debug, thiserror::Error)]
+pub enum RankError {
+    /// One of them failed or panicked.
+    #[error("device {rank} failed while {what}: {reason}{}", hint(.reason))]
+    Failed {
+        /// Name and number of the device.
+        rank: String,
+        /// What it was asked to do.
+        what: &'static str,
+        /// Its own words.
+        reason: String,
+    },
+    /// Some have not answered in time.
+    #[error(
+        "device {} did not end {what} within {seconds} s while the others wait; \
+         raise ddp_timeout if it is only slow", .ranks.join(", ")
+    )]
+    Late {
+        /// Names and numbers of the devices.
+        ranks: Vec<String>,
+        /// What they were asked to do.
+        what: &'static str,
+        /// How long they were waited for.
+        seconds: f64,
+    },
+}
+
+/// What can be done about a reason that a driver gave.
+fn hint(reason: &str) -> &'static str {
+    let reason = reason.to_lowercase();
+    if ["out of memory", "outofmemory", "alloc"]
+        .iter()
+        .any(|word| reason.contains(word))
+    {
+        "; lower per_device_train_batch_size, packing_tokens or max_pixels, or set gradient_checkpointing = true"
+    } else {
+        ""
+    }
+}
+
+/// Threads that take jobs `J` and answer with `R`.
+///
+/// After an error the ranks must not be asked again: late answers would be taken for new ones.
+pub struct Ranks<J, R> {
+    names: Vec<String>,
+    jobs: Vec<Sender<J>>,
+    answers: Receiver<(usize, Result<R, String>)>,
+    patience: Duration,
+}
+
+impl<J: Send + 'static, R: Send + 'static> Ranks<J, R> {
+    /// Starts a thread for each name and worker; `patience` bounds every wait.
+    pub fn start<W>(workers: Vec<(String, W)>, patience: Duration) -> Self
+    where
+        W: FnMut(J) -> Result<R, String> + Send + 'static,
+    {
+        let (answer, answers) = channel();
+        let (names, jobs) = workers
+            .into_iter()
+            .enumerate()
+            .map(|(rank, (name, mut work))| {
+                let (job, jobs) = channel::<J>();
+                let answer = answer.clone();
+                std::thread::spawn(move || {
+                    for job in jobs {
+                        let result = catch_unwind(AssertUnwindSafe(|| work(job)))
+                            .unwrap_or_else(|payload| Err(panic_text(payload.as_ref())));
+                        if answer.send((rank, result)).is_err() {
+                            return;
+                        }
+                    }
+                });
+                (name, job)
+            })
+            .unzip();
+        Self {
+            names,
+            jobs,
+            answers,
+            patience,
+        }
+    }
+
+    /// Number of ranks.
+    pub fn len(&self) -> usize {
+        self.names.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.names.is_empty()
+    }
+
+    /// Hands jobs to ranks and waits for all answers, which come in the order of the jobs.
+    ///
+    /// # Errors
+    /// [`RankError`]: the first failure met, or all that are late.
+    pub fn ask(&self, what: &'static str, jobs: Vec<(usize, J)>) -> Result<Vec<R>, RankError> {
+        let asked: Vec<usize> = jobs.iter().map(|(rank, _)| *rank).collect();
+        for (rank, job) in jobs {
+            // A thread ends only when its channel is closed, which is not before we are dropped.
+            let _ = self.jobs[rank].send(job);
+        }
+        let mut answers: Vec<Option<R>> = asked.iter().map(|_| None).collect();
+        let end = Instant::now() + self.patience;
+        while answers.iter().any(Option::is_none) {
+            let left = end.saturating_duration_since(Instant::now());
+            match self.answers.recv_timeout(left) {
+                Ok((rank, Ok(answer))) => {
+                    if let Some(place) = asked.iter().position(|one| *one == rank) {
+                        answers[place] = Some(answer);
+                    }
+                }
+                Ok((rank, Err(reason))) => {
+                    return Err(RankError::Failed {
+                        rank: self.names[rank].clone(),
+                        what,
+                        reason,
+                    });
+                }
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
+                    let missing = asked.iter().zip(&answers);
+                    return Err(RankError::Late {
+                        ranks: missing
+                            .filter(|(_, answer)| answer.is_none())
+                            .map(|(rank, _)| self.names[*rank].clone())
+                            .collect(),
+                        what,
+                        seconds: self.patience.as_secs_f64(),
+                    });
+                }
+            }
+        }
+        Ok(answers.into_iter().flatten().collect())
+    }
+}
+
+impl<J, R> Drop for Ranks<J, R> {
+    /// Lets the threads end. A driver may not be torn down under a thread that still uses it, so one
+    /// at work is waited for, but not for ever.
+    fn drop(&mut self) {
+        self.jobs.clear();
+        let end = Instant::now() + GRACE;
+        while let Ok(_late) = self
+            .answers
+            .recv_timeout(end.saturating_duration_since(Instant::now()))
+        {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    type Work = Box<dyn FnMut(u64) -> Result<u64, String> + Send>;
+
+    fn ranks(patience: Duration, works: Vec<Work>) -> Ranks<u64, u64> {
+        let workers = works
+            .into_iter()
+            .enumerate()
+            .map(|(rank, work)| (format!("`cpu` (rank {rank})"), work))
+            .collect();
+        Ranks::start(workers, patience)
+    }
+
+    fn double() -> Work {
+        Box::new(|x| Ok(2 * x))
+    }
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn answers_come_in_the_order_of_the_jobs() {
+        let slow: Work = Box::new(|x| {
+            std::thread::sleep(Duration::from_millis(30));
+            Ok(3 * x)
+        });
+        let ranks = ranks(LONG, vec![slow, double()]);
+        assert_eq!(
+            ranks.ask("counting", vec![(0, 5), (1, 7)]).unwrap(),
+            [15, 14]
+        );
+        assert_eq!(ranks.ask("counting", vec![(1, 1)]).unwrap(), [2]);
+    }
+
+    #[test]
+    fn a_rank_that_fails_or_panics_ends_the_wait_at_once_and_is_named() {
+        let failing: [(Work, &str); 3] = [
+            (Box::new(|_| Err("no such image".into())), "no such image"),
+            (
+                Box::new(|x| panic!("device lost at {x}")),
+                "device lost at 2",
+            ),
+            (
+                Box::new(|_| panic!("CUDA_ERROR_OUT_OF_MEMORY: out of memory")),
+                "lower per_device_train_batch_size",
+            ),
+        ];
+        for (bad, says) in failing {
+            let started = Instant::now();
+            let ranks = ranks(LONG, vec![double(), bad]);
+            let error = ranks
+                .ask("working out gradients", vec![(0, 1), (1, 2)])
+                .unwrap_err()
+                .to_string();
+            for piece in ["`cpu` (rank 1) failed while working out gradients", says] {
+                assert!(error.contains(piece), "{error}");
+            }
+            assert!(started.elapsed() < LONG / 2);
+        }
+    }
+
+    #[test]
+    fn a_rank_that_is_slow_beyond_the_time_out_is_named() {
+        let (release, stuck) = channel::<()>();
+        let slow: Work = Box::new(move |x| {
+            // Until the test lets go, as a device that waits for a peer would.
+            let _ = stuck.recv();
+            Ok(x)
+        });
+        let ranks = ranks(Duration::from_millis(50), vec![slow, double()]);
+        let error = ranks
+            .ask("adding up gradients", vec![(0, 1), (1, 2)])
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("`cpu` (rank 0) did not end adding up gradients within 0.05 s"),
+            "{error}"
+        );
+        assert!(
+            error.contains("ddp_timeout") && !error.contains("rank 1"),
+            "{error}"
+        );
+        drop(release);
+        // The thread has ended once this returns.
+        let started = Instant::now();
+        drop(ranks);
+        assert!(started.elapsed() < GRACE);
+    }
+}

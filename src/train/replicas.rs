@@ -1,0 +1,372 @@
+//! One step on several devices: each works out its share, all add up the gradients, all step alike.
+//!
+//! The gradients of all trained parameters travel as one flat f32 tensor, so a step has one
+//! all-reduce. Where the backend brings one (NCCL on CUDA) it is used; elsewhere the first device adds
+//! up what the others bring. Every device then clips and steps by itself, from the same sums with the
+//! same optimizer state, so that no weights need to be sent.
+
+use std::{sync::Arc, time::Duration};
+
+use burn::{
+    module::{Module, ModuleVisitor, Param},
+    optim::{GradientsParams, Optimizer},
+    prelude::*,
+    tensor::{DType, backend::AutodiffBackend},
+    train::TrainStep,
+};
+
+use super::{
+    gradients::LossTotals,
+    learner::Trainee,
+    optimizer::{AdamW, clip_global_norm},
+    ranks::{RankError, Ranks},
+};
+use crate::{
+    dataset::loader::Window,
+    kernels::{AllReduce, DeviceMemory, Kernels, TrainKernels},
+    qwen3_vl::nn::to_f32,
+};
+
+type Flat<B> = Tensor<<B as AutodiffBackend>::InnerBackend, 1>;
+
+/// What a rank is asked for; in each step in this order.
+enum Job<B: TrainKernels> {
+    /// Take a copy of the model and of the optimizer.
+    Load(Box<(Trainee<B>, AdamW<B>)>),
+    /// Work out the gradients of a part; the first rank gets the Learner's model with it.
+    Learn(Option<Box<Trainee<B>>>, Box<Window>),
+    /// Hand over the gradients of the parameters that have one anywhere, added up if the backend can.
+    Reduce(Arc<Vec<bool>>),
+    /// Clip and step with the sums.
+    Step(Flat<B>, f64),
+}
+
+enum Answer<B: TrainKernels> {
+    Done,
+    Learnt(Learnt),
+    Flat(Flat<B>),
+}
+
+/// What a rank tells of its part before gradients are added up.
+#[derive(Debug, Clone)]
+pub struct Learnt {
+    /// Loss sums.
+    pub totals: LossTotals,
+    /// Share of the loss that is minimised.
+    pub objective: f64,
+    /// Memory of the device, where the backend tells.
+    pub memory: Option<DeviceMemory>,
+    /// For each trained parameter whether it has a gradient.
+    present: Vec<bool>,
+}
+
+/// Devices that train one model together.
+pub struct Replicas<B: TrainKernels> {
+    ranks: Ranks<Job<B>, Answer<B>>,
+    devices: Vec<B::Device>,
+    has_all_reduce: bool,
+    present: Arc<Vec<bool>>,
+    sums: Vec<Flat<B>>,
+}
+
+/// State of one rank's thread.
+struct Rank<B: TrainKernels> {
+    device: B::Device,
+    max_grad_norm: f64,
+    all_reduce: Option<AllReduce<B::InnerBackend>>,
+    model: Option<Trainee<B>>,
+    optimizer: Option<AdamW<B>>,
+    grads: GradientsParams,
+    present: Arc<Vec<bool>>,
+}
+
+impl<B: TrainKernels> Replicas<B> {
+    /// Copies the model and the optimizer to all devices but the first, where the Learner has them.
+    ///
+    /// `names` are the devices' names for messages.
+    ///
+    /// # Errors
+    /// [`RankError`]; also when the devices cannot add up among themselves, as CUDA without NCCL.
+    pub fn start(
+        devices: &[B::Device],
+        names: &[String],
+        model: &Trainee<B>,
+        optimizer: &AdamW<B>,
+        max_grad_norm: f64,
+        patience: Duration,
+    ) -> Result<Self, RankError> {
+        let name = |rank: usize| match names.get(rank) {
+            Some(name) => format!("`{name}` (rank {rank})"),
+            None => format!("{:?} (rank {rank})", devices[rank]),
+        };
+        let all_reduce =
+            B::InnerBackend::all_reduce(devices).map_err(|reason| RankError::Failed {
+                rank: name(0),
+                what: "preparing to add up gradients",
+                reason,
+            })?;
+        let workers = devices
+            .iter()
+            .enumerate()
+            .map(|(index, device)| {
+                let mut rank = Rank::<B> {
+                    device: device.clone(),
+                    max_grad_norm,
+                    all_reduce: all_reduce.clone(),
+                    model: None,
+                    optimizer: None,
+                    grads: GradientsParams::new(),
+                    present: Arc::default(),
+                };
+                (name(index), move |job| rank.work(job))
+            })
+            .collect();
+        let ranks = Ranks::start(workers, patience);
+        // One after the other: the first device sends each copy.
+        for rank in 1..devices.len() {
+            let job = Job::Load(Box::new((model.clone(), optimizer.clone())));
+            ranks.ask("taking a copy of the model", vec![(rank, job)])?;
+        }
+        Ok(Self {
+            ranks,
+            devices: devices.to_vec(),
+            has_all_reduce: all_reduce.is_some(),
+            present: Arc::default(),
+            sums: Vec::new(),
+        })
+    }
+
+    /// Works out the gradients of a window; they stay with the ranks.
+    ///
+    /// # Errors
+    /// [`RankError`].
+    pub fn learn(&mut self, model: &Trainee<B>, window: Window) -> Result<Vec<Learnt>, RankError> {
+        let jobs = window
+            .split()
+            .into_iter()
+            .enumerate()
+            .map(|(rank, part)| {
+                let model = (rank == 0).then(|| Box::new(model.clone()));
+                (rank, Job::Learn(model, Box::new(part)))
+            })
+            .collect();
+        let answers = self.ranks.ask("working out gradients", jobs)?;
+        let all: Vec<Learnt> = answers
+            .into_iter()
+            .filter_map(|answer| match answer {
+                Answer::Learnt(learnt) => Some(learnt),
+                _ => None,
+            })
+            .collect();
+        // A parameter without a gradient anywhere is not stepped, as on one device.
+        let count = all.first().map_or(0, |learnt| learnt.present.len());
+        let anywhere = (0..count)
+            .map(|place| all.iter().any(|learnt| learnt.present[place]))
+            .collect();
+        self.present = Arc::new(anywhere);
+        Ok(all)
+    }
+
+    /// Adds up the gradients of all ranks and gives the sums on the first device.
+    ///
+    /// # Errors
+    /// [`RankError`].
+    pub fn reduce(&mut self, model: &Trainee<B>) -> Result<GradientsParams, RankError> {
+        if !self.present.contains(&true) {
+            return Ok(GradientsParams::new());
+        }
+        let jobs = (0..self.ranks.len())
+            .map(|rank| (rank, Job::Reduce(self.present.clone())))
+            .collect();
+        let answers = self.ranks.ask("adding up gradients", jobs)?;
+        let flats = answers.into_iter().filter_map(|answer| match answer {
+            Answer::Flat(flat) => Some(flat),
+            _ => None,
+        });
+        self.sums = if self.has_all_reduce {
+            flats.collect()
+        } else {
+            let first = &self.devices[0];
+            let sum = flats
+                .map(|flat| flat.to_device(first))
+                .reduce(|sum, flat| sum + flat);
+            let copies = self.devices.iter();
+            sum.map(|sum| copies.map(|device| sum.clone().to_device(device)).collect())
+                .unwrap_or_default()
+        };
+        Ok(match self.sums.first() {
+            Some(sum) => unflatten(model, sum.clone(), &self.present),
+            None => GradientsParams::new(),
+        })
+    }
+
+    /// Lets all ranks but the first, which the Learner steps, clip and step.
+    ///
+    /// # Errors
+    /// [`RankError`].
+    pub fn step(&mut self, lr: f64) -> Result<(), RankError> {
+        let sums = std::mem::take(&mut self.sums);
+        let jobs = sums
+            .into_iter()
+            .enumerate()
+            .skip(1)
+            .map(|(rank, sum)| (rank, Job::Step(sum, lr)))
+            .collect();
+        self.ranks.ask("taking the step", jobs)?;
+        Ok(())
+    }
+}
+
+impl<B: TrainKernels> Rank<B> {
+    fn work(&mut self, job: Job<B>) -> Result<Answer<B>, String> {
+        const NO_MODEL: &str = "it holds no model";
+        match job {
+            Job::Load(copied) => {
+                let (model, optimizer) = *copied;
+                self.model = Some(model.fork(&self.device));
+                self.optimizer = Some(optimizer.copy_to(&self.device));
+                self.wait()?;
+                Ok(Answer::Done)
+            }
+            Job::Learn(model, window) => {
+                if let Some(model) = model {
+                    self.model = Some(*model);
+                }
+                let model = self.model.as_ref().ok_or(NO_MODEL)?;
+                let output = TrainStep::step(model, *window);
+                // Reading the sums waits for the device: what went wrong on it shows here, before
+                // any other rank waits for this one's gradients.
+                let learnt = Learnt {
+                    totals: output.item.totals(),
+                    objective: output.item.objective(),
+                    memory: B::InnerBackend::memory_in_use(&self.device),
+                    present: presence(model, &output.grads),
+                };
+                self.grads = output.grads;
+                self.wait()?;
+                Ok(Answer::Learnt(learnt))
+            }
+            Job::Reduce(present) => {
+                let model = self.model.as_ref().ok_or(NO_MODEL)?;
+                let grads = std::mem::replace(&mut self.grads, GradientsParams::new());
+                let flat = flatten(model, grads, &present, &self.device);
+                let flat = match &self.all_reduce {
+                    Some(all_reduce) => all_reduce(flat),
+                    None => flat,
+                };
+                self.present = present;
+                if self.optimizer.is_none() {
+                    // The Learner steps the first rank's model: a handle kept here would keep the
+                    // weights from before the step alive.
+                    self.model = None;
+                }
+                self.wait()?;
+                Ok(Answer::Flat(flat))
+            }
+            Job::Step(sum, lr) => {
+                let model = self.model.take().ok_or(NO_MODEL)?;
+                let optimizer = self.optimizer.as_mut().ok_or("it holds no optimizer")?;
+                let mut grads = unflatten(&model, sum, &self.present);
+                clip_global_norm(&model, &mut grads, self.max_grad_norm);
+                self.model = Some(optimizer.step(lr, model, grads));
+                Ok(Answer::Done)
+            }
+        }
+    }
+
+    /// Waits for all work of the device.
+    fn wait(&self) -> Result<(), String> {
+        B::sync(&self.device).map_err(|error| format!("{error:?}"))
+    }
+}
+
+/// For each trained parameter, in the order of the module tree, whether it has a gradient.
+fn presence<B: TrainKernels>(model: &Trainee<B>, grads: &GradientsParams) -> Vec<bool> {
+    struct Look<'a>(&'a GradientsParams, Vec<bool>);
+    impl<B: AutodiffBackend> ModuleVisitor<B> for Look<'_> {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+            if param.is_require_grad() {
+                let found = self.0.get::<B::InnerBackend, D>(param.id).is_some();
+                self.1.push(found);
+            }
+        }
+    }
+    let mut look = Look(grads, Vec::new());
+    model.visit(&mut look);
+    look.1
+}
+
+/// The gradients of the parameters that are `present` somewhere, one after another, f32; zeros where
+/// this rank has none.
+///
+/// # Panics
+/// If nothing is present.
+fn flatten<B: TrainKernels>(
+    model: &Trainee<B>,
+    grads: GradientsParams,
+    present: &[bool],
+    device: &B::Device,
+) -> Flat<B> {
+    struct Gather<'a, B: AutodiffBackend> {
+        grads: GradientsParams,
+        present: std::slice::Iter<'a, bool>,
+        device: &'a B::Device,
+        pieces: Vec<Flat<B>>,
+    }
+    impl<B: AutodiffBackend> ModuleVisitor<B> for Gather<'_, B> {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+            if !param.is_require_grad() || self.present.next() != Some(&true) {
+                return;
+            }
+            let count = param.lazy_shape().num_elements();
+            let piece = match self.grads.remove::<B::InnerBackend, D>(param.id) {
+                Some(grad) => to_f32(grad).reshape([count]),
+                None => Tensor::zeros([count], (self.device, DType::F32)),
+            };
+            self.pieces.push(piece);
+        }
+    }
+    let mut gather = Gather::<B> {
+        grads,
+        present: present.iter(),
+        device,
+        pieces: Vec::new(),
+    };
+    model.visit(&mut gather);
+    Tensor::cat(gather.pieces, 0)
+}
+
+/// The inverse of [`flatten`].
+fn unflatten<B: TrainKernels>(
+    model: &Trainee<B>,
+    flat: Flat<B>,
+    present: &[bool],
+) -> GradientsParams {
+    struct Scatter<'a, B: AutodiffBackend> {
+        flat: Flat<B>,
+        present: std::slice::Iter<'a, bool>,
+        at: usize,
+        grads: GradientsParams,
+    }
+    impl<B: AutodiffBackend> ModuleVisitor<B> for Scatter<'_, B> {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+            if !param.is_require_grad() || self.present.next() != Some(&true) {
+                return;
+            }
+            let shape = param.lazy_shape();
+            let count = shape.num_elements();
+            let grad: Tensor<B::InnerBackend, D> =
+                self.flat.clone().narrow(0, self.at, count).reshape(shape);
+            self.at += count;
+            self.grads.register(param.id, grad);
+        }
+    }
+    let mut scatter = Scatter::<B> {
+        flat,
+        present: present.iter(),
+        at: 0,
+        grads: GradientsParams::new(),
+    };
+    model.visit(&mut scatter);
+    scatter.grads
+}
