@@ -57,8 +57,32 @@ pub enum Command {
     Phantoms(PhantomsArgs),
     /// Write the config and tokenizer of the tiny model, to be trained from nothing.
     InitTiny(InitTinyArgs),
-    /// Measure how fast the model is on this machine, and how far from the hardware's limit.
-    Bench(crate::commands::bench::BenchArgs),
+    /// Serve a model to many people: OpenAI's API and a web page, in one process.
+    ///
+    /// Without arguments, the tiny model that comes with the repository at http://127.0.0.1:7860.
+    Serve(crate::commands::serve::ServeArgs),
+    /// Measure how fast the model is on this machine and how far from the hardware's limit, or how a
+    /// server holds up.
+    Bench(BenchCommand),
+}
+
+/// `bench KIND …`, or `bench serve …`.
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub struct BenchCommand {
+    /// A server.
+    #[command(subcommand)]
+    pub server: Option<BenchServer>,
+    /// The model.
+    #[command(flatten)]
+    pub model: Option<crate::commands::bench::BenchArgs>,
+}
+
+/// What is measured besides the model.
+#[derive(Debug, Subcommand)]
+pub enum BenchServer {
+    /// Send requests to a server from a number of users or at a fixed rate, and report percentiles.
+    Serve(crate::commands::bench_serve::BenchServeArgs),
 }
 
 /// Which model, where.
@@ -166,6 +190,15 @@ pub struct InferArgs {
     /// Print times, speeds and memory to stderr.
     #[arg(long)]
     pub verbose: bool,
+    /// Ask a server (`serve`, or another with OpenAI's API) in place of a model; --batch-size requests at once.
+    #[arg(long, value_name = "URL")]
+    pub server: Option<String>,
+    /// Name of the model or adapter at the server; its base by default.
+    #[arg(long, value_name = "NAME", requires = "server")]
+    pub server_model: Option<String>,
+    /// Key of the server.
+    #[arg(long, value_name = "KEY", env = "XRAY_API_KEY", hide_env_values = true)]
+    pub api_key: Option<String>,
 }
 
 /// Arguments of `train`; everything else is a key of the config file.

@@ -23,5 +23,6 @@ pub mod pipeline;
 pub mod plot;
 pub mod processor;
 pub mod qwen3_vl;
+pub mod serve;
 pub mod system;
 pub mod train;

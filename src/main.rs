@@ -6,10 +6,10 @@ use std::{panic, process::ExitCode, sync::Mutex};
 use clap::Parser;
 use xray_qwen3vl::{
     backend::panic_text,
-    cli::{Cli, Command},
+    cli::{BenchCommand, BenchServer, Cli, Command},
     commands::{
-        UsageError, bench, check, clean, convert, eval, infer, init_tiny, merge, phantoms, plan,
-        train,
+        UsageError, bench, bench_serve, check, clean, convert, eval, infer, init_tiny, merge,
+        phantoms, plan, serve, train,
     },
 };
 
@@ -36,7 +36,15 @@ fn main() -> ExitCode {
         Command::Check(args) => check::run(args),
         Command::Phantoms(args) => phantoms::run(&args),
         Command::InitTiny(args) => init_tiny::run(&args),
-        Command::Bench(args) => bench::run(args),
+        Command::Serve(args) => serve::run(args),
+        Command::Bench(BenchCommand {
+            server: Some(BenchServer::Serve(args)),
+            ..
+        }) => bench_serve::run(&args),
+        Command::Bench(BenchCommand { model, .. }) => match model {
+            Some(args) => bench::run(args),
+            None => Err(UsageError("bench needs to be told what to measure".into()).into()),
+        },
     });
     match result {
         Ok(Ok(())) => ExitCode::SUCCESS,

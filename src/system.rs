@@ -14,6 +14,11 @@ pub fn peak_memory() -> Option<u64> {
     kibibytes("/proc/self/status", "VmHWM:")
 }
 
+/// Host memory this process holds now, in bytes; `None` where the system does not tell.
+pub fn resident_memory() -> Option<u64> {
+    kibibytes("/proc/self/status", "VmRSS:")
+}
+
 /// The most memory a run needed so far, and whose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PeakMemory {

@@ -87,6 +87,14 @@ pub fn run(args: InferArgs) -> Result<()> {
     if args.show_tags {
         return super::tags::show(images.iter().flatten(), args.json);
     }
+    if let Some(address) = &args.server {
+        if args.frame.is_some() {
+            bail!(UsageError(
+                "--frame is not sent to a server; give it files of one frame".into()
+            ));
+        }
+        return super::infer_server::run(address, &args, &settings, &images);
+    }
     let (device, dtype) = (args.model.device, args.model.dtype.map(DType::from));
     run_on(
         device,
@@ -227,6 +235,9 @@ fn settings_hash(args: &InferArgs) -> String {
         "{:?} {:?} {:?} {:?} {:?} {:?} {generation:?}",
         model.model, model.adapter, model.dtype, model.min_pixels, model.max_pixels, args.system
     );
+    if let Some(server) = &args.server {
+        text = format!("{text} {server:?} {:?}", args.server_model);
+    }
     if let Some(frame) = args.frame {
         text.push_str(&format!(" frame {frame}"));
     }
@@ -234,12 +245,28 @@ fn settings_hash(args: &InferArgs) -> String {
     hash[..8].iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn name_of(images: &[PathBuf]) -> String {
+pub(super) fn name_of(images: &[PathBuf]) -> String {
     let names: Vec<String> = images
         .iter()
         .map(|path| path.display().to_string())
         .collect();
     names.join(";")
+}
+
+/// A record without an answer.
+pub(super) fn empty_record(args: &InferArgs, images: &[PathBuf]) -> Record {
+    Record {
+        image: name_of(images),
+        prompt: args.prompt.clone(),
+        settings: settings_hash(args),
+        report: String::new(),
+        thinking: None,
+        finish_reason: None,
+        prompt_tokens: 0,
+        completion_tokens: 0,
+        seconds: 0.0,
+        error: None,
+    }
 }
 
 impl Infer {
@@ -282,18 +309,7 @@ impl Infer {
         let started = Instant::now();
         let mut records: Vec<Record> = group
             .iter()
-            .map(|images| Record {
-                image: name_of(images),
-                prompt: self.args.prompt.clone(),
-                settings: settings_hash(&self.args),
-                report: String::new(),
-                thinking: None,
-                finish_reason: None,
-                prompt_tokens: 0,
-                completion_tokens: 0,
-                seconds: 0.0,
-                error: None,
-            })
+            .map(|images| empty_record(&self.args, images))
             .collect();
         let mut prompts = Vec::new();
         let mut rows = Vec::new();
@@ -422,7 +438,7 @@ fn say(line: &str) -> Result<()> {
 }
 
 /// Where records go, and what is there already.
-struct OutputFile {
+pub(super) struct OutputFile {
     file: Option<(PathBuf, fs::File)>,
     there: HashSet<String>,
     failed: usize,
@@ -431,7 +447,7 @@ struct OutputFile {
 
 impl OutputFile {
     /// Opens the file of a batch run; a last line that was cut off is taken away.
-    fn open(path: Option<&Path>, args: &InferArgs) -> Result<Self> {
+    pub(super) fn open(path: Option<&Path>, args: &InferArgs) -> Result<Self> {
         let (prompt, settings) = (&args.prompt, settings_hash(args));
         let mut this = Self {
             file: None,
@@ -496,7 +512,7 @@ impl OutputFile {
         Ok(this)
     }
 
-    fn has(&self, image: &str) -> bool {
+    pub(super) fn has(&self, image: &str) -> bool {
         self.there.contains(image)
     }
 
@@ -508,7 +524,7 @@ impl OutputFile {
     }
 
     /// Writes one record at once, so that an interruption loses nothing that was finished.
-    fn add(&mut self, record: &Record, args: &InferArgs) -> Result<()> {
+    pub(super) fn add(&mut self, record: &Record, args: &InferArgs) -> Result<()> {
         if record.error.is_some() {
             self.note_error(record);
         }
@@ -548,7 +564,7 @@ impl OutputFile {
         Ok(())
     }
 
-    fn result(&self) -> Result<()> {
+    pub(super) fn result(&self) -> Result<()> {
         match (&self.first_error, self.failed) {
             (Some(error), 1) => bail!("{error}"),
             (Some(error), failed) => bail!("{failed} reports failed, the first: {error}"),

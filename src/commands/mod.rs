@@ -1,16 +1,19 @@
 //! Arguments to library calls, one command a file. Only here and in `main` is anything printed.
 
 pub mod bench;
+pub mod bench_serve;
 pub mod check;
 pub mod clean;
 pub mod convert;
 pub mod eval;
 pub mod infer;
+mod infer_server;
 pub mod init_tiny;
 pub mod merge;
 pub mod phantoms;
 pub mod plan;
 mod progress;
+pub mod serve;
 mod tags;
 pub mod train;
 

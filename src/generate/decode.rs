@@ -378,7 +378,7 @@ fn logits_on_host<B: Kernels>(
 const LONGEST_CYCLE: usize = 96;
 
 /// Whether the end of the answer is one short piece over and over: at least four times and 32 tokens.
-fn goes_round(tokens: &[u32]) -> bool {
+pub(crate) fn goes_round(tokens: &[u32]) -> bool {
     (1..=LONGEST_CYCLE).any(|cycle| {
         let need = (4 * cycle).max(32);
         tokens.len() >= need && {

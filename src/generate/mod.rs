@@ -2,8 +2,10 @@
 //!
 //! Knows the model and ids; text comes in only in [`text`], through the tokenizer.
 
+pub mod backend;
 pub mod decode;
 pub mod sampler;
+pub mod slots;
 pub mod text;
 
 pub use decode::{

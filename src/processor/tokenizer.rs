@@ -322,7 +322,7 @@ impl Tokenizer {
     }
 
     /// Bytes one token stands for; empty for an unknown id and for a skipped special token.
-    fn bytes_of(&self, id: u32, skip_special: bool) -> Vec<u8> {
+    pub(crate) fn bytes_of(&self, id: u32, skip_special: bool) -> Vec<u8> {
         let Some(token) = self.inner.id_to_token(id) else {
             return Vec::new();
         };

@@ -15,6 +15,9 @@ mod eval;
 mod infer;
 mod merge_plan;
 mod refusal;
+mod serve;
+mod serve_safety;
+mod server;
 mod train;
 mod train_default;
 mod train_devices;
@@ -55,6 +58,11 @@ fn fixture_image(name: &str) -> PathBuf {
     repository().join("tests/fixtures/parity/images").join(name)
 }
 
+/// The question of a run without `--prompt`.
+fn cli_prompt() -> &'static str {
+    xray_qwen3vl::cli::DEFAULT_PROMPT
+}
+
 /// A path as an argument.
 fn text(path: &Path) -> &str {
     path.to_str().expect("paths of these tests are UTF-8")
@@ -67,6 +75,7 @@ fn program(folder: &Path, args: &[&str]) -> Command {
         .args(args)
         .current_dir(folder)
         .env_remove("RUST_BACKTRACE")
+        .env_remove("XRAY_API_KEY")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());

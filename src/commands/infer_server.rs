@@ -1,0 +1,243 @@
+//! `infer --server`: reports from a server in place of a model of our own.
+
+use std::{
+    io::{Write, stdout},
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use futures_util::{StreamExt, stream};
+use http_body_util::BodyExt;
+use hyper::header;
+use serde_json::{Value, json};
+
+use super::{
+    infer::{OutputFile, Record, empty_record, name_of},
+    progress::{Progress, Unit},
+};
+use crate::{
+    cli::InferArgs,
+    generate::{FinishReason, GenerationConfig},
+    serve::client::{EventLines, Server},
+};
+
+/// Longest wait between two tries at a busy server.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+
+/// Tries at a server that is busy.
+const MAX_TRIES: u32 = 60;
+
+struct Remote<'a> {
+    server: Server,
+    args: &'a InferArgs,
+    settings: &'a GenerationConfig,
+}
+
+/// Sends all images to the server at `address`, `--batch-size` requests at a time.
+///
+/// # Errors
+/// As `infer` without a server; a server that cannot be reached is the error of each report.
+pub(super) fn run(
+    address: &str,
+    args: &InferArgs,
+    settings: &GenerationConfig,
+    images: &[Vec<PathBuf>],
+) -> Result<()> {
+    let mut output = OutputFile::open(args.output.as_deref(), args)?;
+    let todo: Vec<&Vec<PathBuf>> = images
+        .iter()
+        .filter(|images| !output.has(&name_of(images)))
+        .collect();
+    if todo.len() < images.len() {
+        eprintln!(
+            "{} of {} reports are there already",
+            images.len() - todo.len(),
+            images.len()
+        );
+    }
+    let remote = Remote {
+        server: Server::new(address, args.api_key.clone())?,
+        args,
+        settings,
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
+    let total = todo.len() as u64;
+    let mut progress =
+        (total > 1 || args.output.is_some()).then(|| Progress::new("reports", total, Unit::Items));
+    runtime.block_on(async {
+        // In order, with as many under way as the batch is large.
+        let mut answers = stream::iter(&todo)
+            .map(|images| remote.record(images))
+            .buffered(args.batch_size);
+        let mut done = 0;
+        while let Some(record) = answers.next().await {
+            output.add(&record, args)?;
+            done += 1;
+            if let Some(progress) = &mut progress {
+                progress.set(done, total);
+            }
+        }
+        anyhow::Ok(())
+    })?;
+    if let Some(progress) = progress {
+        progress.finish();
+    }
+    output.result()
+}
+
+impl Remote<'_> {
+    /// The report about some images; what fails becomes a record with its error.
+    async fn record(&self, images: &[PathBuf]) -> Record {
+        let started = Instant::now();
+        let mut record = empty_record(self.args, images);
+        match self.answer(images).await {
+            Ok(answer) => fill(&mut record, &answer),
+            Err(error) => record.error = Some(format!("`{}`: {error:#}", record.image)),
+        }
+        record.seconds = (started.elapsed().as_secs_f64() * 1e4).round() / 1e4;
+        record
+    }
+
+    fn body(&self, images: &[PathBuf]) -> Result<Vec<u8>> {
+        let mut content = Vec::new();
+        for path in images {
+            let bytes = std::fs::read(path)
+                .with_context(|| format!("cannot read picture `{}`", path.display()))?;
+            // The server goes by the content.
+            let url = format!(
+                "data:application/octet-stream;base64,{}",
+                STANDARD.encode(bytes)
+            );
+            content.push(json!({"type": "image_url", "image_url": {"url": url}}));
+        }
+        content.push(json!({"type": "text", "text": self.args.prompt}));
+        let mut messages = Vec::new();
+        if let Some(system) = &self.args.system {
+            messages.push(json!({"role": "system", "content": system}));
+        }
+        messages.push(json!({"role": "user", "content": content}));
+        let sampling = &self.settings.sampling;
+        let mut body = json!({
+            "messages": messages,
+            "max_completion_tokens": self.settings.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+            "min_p": sampling.min_p,
+            "repetition_penalty": sampling.repetition_penalty,
+            "seed": sampling.seed as i64,
+            "stop": self.args.generation.stop,
+            "stream": self.args.stream,
+        });
+        if let Some(model) = &self.args.server_model {
+            body["model"] = model.as_str().into();
+        }
+        Ok(serde_json::to_vec(&body)?)
+    }
+
+    async fn answer(&self, images: &[PathBuf]) -> Result<Value> {
+        let body = self.body(images)?;
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let mut connection = self.server.connect().await?;
+            let request = self
+                .server
+                .request("/v1/chat/completions", Some(body.clone()))?;
+            let response = connection.send(request).await?;
+            let status = response.status();
+            if self.args.stream && status.is_success() {
+                return show(response.into_body()).await;
+            }
+            let pause = response
+                .headers()
+                .get(header::RETRY_AFTER)
+                .and_then(|value| value.to_str().ok()?.parse().ok())
+                .map_or(Duration::from_secs(1), Duration::from_secs)
+                .min(LONGEST_PAUSE);
+            let bytes = response.into_body().collect().await?.to_bytes();
+            if status == 429 && tries < MAX_TRIES {
+                tokio::time::sleep(pause).await;
+                continue;
+            }
+            let answer: Value = serde_json::from_slice(&bytes).with_context(|| {
+                format!("status {status}, and no JSON with it; is this the server's address?")
+            })?;
+            if !status.is_success() {
+                let message = answer["error"]["message"]
+                    .as_str()
+                    .unwrap_or("no reason given");
+                bail!("the server says: {message} (status {})", status.as_u16());
+            }
+            return Ok(answer);
+        }
+    }
+}
+
+/// Prints a stream as it comes; gives what a whole answer would have held.
+async fn show(mut body: hyper::body::Incoming) -> Result<Value> {
+    let mut lines = EventLines::default();
+    let (mut content, mut reasoning) = (String::new(), String::new());
+    let mut choice = json!({});
+    while let Some(frame) = body.frame().await {
+        let frame = frame?;
+        let Some(bytes) = frame.data_ref() else {
+            continue;
+        };
+        for data in lines.push(bytes) {
+            if data == "[DONE]" {
+                writeln!(stdout())?;
+                choice["message"] = json!({"content": content, "reasoning_content": reasoning});
+                return Ok(json!({"choices": [choice]}));
+            }
+            let chunk: Value = serde_json::from_str(&data)?;
+            if let Some(error) = chunk.get("error") {
+                bail!(
+                    "the server says: {}",
+                    error["message"].as_str().unwrap_or_default()
+                );
+            }
+            let part = &chunk["choices"][0];
+            if let Some(text) = part["delta"]["content"].as_str() {
+                write!(stdout(), "{text}")?;
+                stdout().flush()?;
+                content.push_str(text);
+            }
+            if let Some(text) = part["delta"]["reasoning_content"].as_str() {
+                reasoning.push_str(text);
+            }
+            if part["finish_reason"].is_string() {
+                choice = part.clone();
+            }
+        }
+    }
+    bail!("the stream was cut off")
+}
+
+fn fill(record: &mut Record, answer: &Value) {
+    let choice = &answer["choices"][0];
+    let text = |key: &str| {
+        choice["message"][key]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned()
+    };
+    let tokens = |key: &str| answer["usage"][key].as_u64().unwrap_or(0) as usize;
+    record.report = text("content");
+    record.thinking = Some(text("reasoning_content")).filter(|thinking| !thinking.is_empty());
+    record.finish_reason = match (
+        choice["finish_reason"].as_str(),
+        choice["stop_reason"].as_str(),
+    ) {
+        (_, Some("repetition")) => Some(FinishReason::Repetition),
+        (Some("length"), _) => Some(FinishReason::Length),
+        (Some(_), _) => Some(FinishReason::Stop),
+        _ => None,
+    };
+    record.prompt_tokens = tokens("prompt_tokens");
+    record.completion_tokens = tokens("completion_tokens");
+}

@@ -1,0 +1,395 @@
+//! `serve`: one process that many people use.
+
+use std::{
+    future::Future,
+    io::Write,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail};
+use burn::tensor::DType;
+use clap::Args;
+use tokio::net::TcpListener;
+
+use super::{
+    UsageError, generation_config, pipeline_options,
+    progress::{Progress, Unit},
+    shipped,
+};
+use crate::{
+    backend::{DeviceTask, run_on},
+    cli::{GenerationArgs, ModelArgs},
+    generate::{GenerationConfig, slots::PlainDecoder},
+    kernels::Kernels,
+    pipeline::Pipeline,
+    serve::{
+        App, ServeConfig,
+        engine::{Engine, EngineLimits},
+        http::{self, Transport},
+        metrics::Metrics,
+        models::Models,
+        router::router,
+    },
+};
+
+/// Arguments of `serve`. Those of the network may come from the environment as well.
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    /// Address to listen at; others than loopback need --api-key or --no-auth.
+    #[arg(long, value_name = "ADDRESS", default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST), env = "XRAY_HOST")]
+    pub host: IpAddr,
+    /// Port to listen at; 0 takes a free one, which is printed.
+    #[arg(long, value_name = "PORT", default_value_t = 7860, env = "XRAY_PORT")]
+    pub port: u16,
+    /// Key that clients must show; may be given several times, or several with commas in the environment.
+    #[arg(
+        long,
+        value_name = "KEY",
+        env = "XRAY_API_KEY",
+        hide_env_values = true,
+        value_delimiter = ','
+    )]
+    pub api_key: Vec<String>,
+    /// Let everybody in who reaches the address.
+    #[arg(long, conflicts_with = "api_key")]
+    pub no_auth: bool,
+    /// Name by which clients call the server, where that is not its address: behind a proxy, or without
+    /// keys under a name of its own; may be given several times.
+    #[arg(long, value_name = "NAME")]
+    pub host_name: Vec<String>,
+    /// Certificate chain, PEM; turns TLS on.
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    pub tls_cert: Option<PathBuf>,
+    /// Key of the certificate, PEM.
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
+    /// Name of the base model in requests; the name of its folder by default.
+    #[arg(long, value_name = "NAME")]
+    pub served_model_name: Option<String>,
+    /// Adapter beside the base, chosen by a request's `model`; may be given several times.
+    #[arg(long, value_name = "NAME=DIR")]
+    pub lora: Vec<String>,
+    /// Folder whose folders may be loaded as adapters at run time.
+    #[arg(long, value_name = "DIR")]
+    pub adapter_dir: Option<PathBuf>,
+    /// Requests that are answered at once.
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub max_running: usize,
+    /// Requests that wait; more get status 429.
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub max_queue: usize,
+    /// Tokens of the key/value cache, shared by all requests.
+    #[arg(long, value_name = "N", default_value_t = 65_536)]
+    pub cache_tokens: usize,
+    /// Tokens of a prompt between two steps of the others.
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    pub prefill_chunk: usize,
+    /// Forget a request's tokens when it is over; a second question about an image starts from nothing.
+    #[arg(long)]
+    pub no_prefix_cache: bool,
+    /// Most tokens of an answer that a request may ask for; --max-new-tokens is what it gets unasked.
+    #[arg(long, value_name = "N", default_value_t = 8192)]
+    pub max_new_tokens_limit: usize,
+    /// Most images of a request.
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub max_images: usize,
+    /// Largest body of a request, images included.
+    #[arg(long, value_name = "MIB", default_value_t = 64)]
+    pub max_body_mib: usize,
+    /// Largest image, in millions of pixels.
+    #[arg(long, value_name = "MEGAPIXELS", default_value_t = 64)]
+    pub max_image_megapixels: u64,
+    /// Open connections; more wait.
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    pub max_connections: usize,
+    /// Time for a request from its arrival to its last token.
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    pub request_timeout_seconds: u64,
+    /// Time for a client to send a request's head, and again for its body.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub read_timeout_seconds: u64,
+    /// Time for running requests when the server is told to stop.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub drain_seconds: u64,
+    /// Fetch images from http(s):// addresses of the public internet.
+    #[arg(long)]
+    pub allow_image_urls: bool,
+    /// Model and device.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// What requests get that do not say otherwise.
+    #[command(flatten)]
+    pub generation: GenerationArgs,
+}
+
+/// Runs `serve` until it is told to stop.
+///
+/// # Errors
+/// Whatever keeps it from starting.
+pub fn run(args: ServeArgs) -> Result<()> {
+    let defaults = generation_config(&args.generation)?;
+    check(&args)?;
+    init_log();
+    let (device, dtype) = (args.model.device, args.model.dtype.map(DType::from));
+    run_on(device, dtype, Serve { args, defaults })?
+}
+
+/// What can be said to be wrong before a model is loaded.
+fn check(args: &ServeArgs) -> Result<()> {
+    let wrong = |text: String| -> Result<()> { bail!(UsageError(text)) };
+    if !args.host.is_loopback() && args.api_key.is_empty() && !args.no_auth {
+        return wrong(format!(
+            "--host {} can be reached from other machines; give an --api-key, or --no-auth to let everybody in",
+            args.host
+        ));
+    }
+    if args
+        .api_key
+        .iter()
+        .any(|key| key.len() < 8 || !key.is_ascii())
+    {
+        return wrong("--api-key is shorter than 8 letters, or not ASCII; take a longer one, for instance of `openssl rand -hex 24`".into());
+    }
+    for (name, value) in [
+        ("--max-running", args.max_running),
+        ("--max-queue", args.max_queue),
+        ("--prefill-chunk", args.prefill_chunk),
+        ("--max-new-tokens-limit", args.max_new_tokens_limit),
+        ("--max-body-mib", args.max_body_mib),
+        ("--max-connections", args.max_connections),
+    ] {
+        if value == 0 {
+            return wrong(format!("{name} is 0, expected at least 1"));
+        }
+    }
+    if args.max_body_mib > 4096 {
+        return wrong(format!(
+            "--max-body-mib is {}, expected at most 4096",
+            args.max_body_mib
+        ));
+    }
+    if args.cache_tokens < 512 {
+        return wrong(format!(
+            "--cache-tokens is {}, expected at least 512",
+            args.cache_tokens
+        ));
+    }
+    if !args.generation.stop.is_empty() {
+        return wrong("--stop belongs to a request here; send it as `stop`".into());
+    }
+    if let Some(dir) = &args.adapter_dir
+        && !dir.is_dir()
+    {
+        bail!("--adapter-dir `{}` is not a folder", dir.display());
+    }
+    loras(args)?;
+    #[cfg(not(feature = "tls"))]
+    if args.tls_cert.is_some() {
+        bail!("this program was built without `tls`; build it with `--features tls`");
+    }
+    Ok(())
+}
+
+fn loras(args: &ServeArgs) -> Result<Vec<(&str, &Path)>> {
+    args.lora
+        .iter()
+        .map(|text| match text.split_once('=') {
+            Some((name, dir)) if !name.is_empty() && !dir.is_empty() => Ok((name, Path::new(dir))),
+            _ => bail!(UsageError(format!(
+                "--lora `{text}` is not of the form NAME=DIR"
+            ))),
+        })
+        .collect()
+}
+
+struct Serve {
+    args: ServeArgs,
+    defaults: GenerationConfig,
+}
+
+impl DeviceTask for Serve {
+    type Output = Result<()>;
+
+    fn run<B: Kernels>(self, device: B::Device, dtype: DType) -> Result<()> {
+        let options = pipeline_options(&self.args.model, dtype);
+        let mut progress = Progress::new("loading", 0, Unit::Bytes);
+        let pipeline = Pipeline::<B>::load(&options, device, &mut |done, total| {
+            progress.set(done, total);
+        })?;
+        progress.finish();
+        let Pipeline {
+            model,
+            parts,
+            device,
+        } = pipeline;
+        let name = match &self.args.served_model_name {
+            Some(name) => name.clone(),
+            None => base_name(&shipped(&self.args.model.model)),
+        };
+        let metrics = Arc::new(Metrics::default());
+        let limits = EngineLimits {
+            max_running: self.args.max_running,
+            cache_tokens: self.args.cache_tokens,
+            max_queue: self.args.max_queue,
+            prefill_chunk: self.args.prefill_chunk,
+            prefix_cache: !self.args.no_prefix_cache,
+        };
+        let decoder = PlainDecoder::new(model, parts.config.clone(), device);
+        let (engine, worker) =
+            Engine::start(decoder, parts.tokenizer.clone(), limits, metrics.clone())?;
+        let models = Models::new(name, parts.template.clone());
+        let app = App::new(engine, parts, models, metrics, self.config());
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .enable_all()
+            .build()?;
+        let served = runtime.block_on(self.serve(Arc::new(app)));
+        runtime.shutdown_timeout(Duration::from_secs(1));
+        let _ = worker.join();
+        served
+    }
+}
+
+fn lowercase(names: &[String]) -> Vec<String> {
+    names.iter().map(|name| name.to_ascii_lowercase()).collect()
+}
+
+/// The folder's own name.
+fn base_name(dir: &Path) -> String {
+    let dir = dir.canonicalize().unwrap_or_else(|_| dir.to_path_buf());
+    dir.file_name().map_or_else(
+        || "model".into(),
+        |name| name.to_string_lossy().into_owned(),
+    )
+}
+
+impl Serve {
+    fn config(&self) -> ServeConfig {
+        let args = &self.args;
+        ServeConfig {
+            max_body_bytes: args.max_body_mib << 20,
+            max_image_pixels: args.max_image_megapixels.saturating_mul(1_000_000),
+            max_images: args.max_images,
+            max_choices: args.max_running.min(8),
+            default_new_tokens: self.defaults.max_new_tokens,
+            max_new_tokens: args.max_new_tokens_limit,
+            sampling: self.defaults.sampling.clone(),
+            request_timeout: Duration::from_secs(args.request_timeout_seconds),
+            read_timeout: Duration::from_secs(args.read_timeout_seconds),
+            max_connections: args.max_connections,
+            allow_image_urls: args.allow_image_urls,
+            api_keys: args.api_key.clone(),
+            adapter_dir: args.adapter_dir.clone(),
+            host_names: self.host_names(),
+            origin_names: lowercase(&args.host_name),
+        }
+    }
+
+    /// Names a server without keys answers to; any, when everybody was let in on purpose.
+    fn host_names(&self) -> Vec<String> {
+        let args = &self.args;
+        if !args.api_key.is_empty() || !args.host.is_loopback() {
+            return Vec::new();
+        }
+        let mut names: Vec<String> = ["localhost", "127.0.0.1", "[::1]"].map(Into::into).into();
+        names.push(match args.host {
+            IpAddr::V4(ip) => ip.to_string(),
+            IpAddr::V6(ip) => format!("[{ip}]"),
+        });
+        names.extend(lowercase(&args.host_name));
+        names
+    }
+
+    fn transport(&self) -> Result<(Transport, &'static str)> {
+        #[cfg(feature = "tls")]
+        if let (Some(certificate), Some(key)) = (&self.args.tls_cert, &self.args.tls_key) {
+            let acceptor = crate::serve::tls::acceptor(certificate, key)?;
+            return Ok((Transport::Tls(acceptor), "https"));
+        }
+        Ok((Transport::Plain, "http"))
+    }
+
+    async fn serve(&self, app: Arc<App>) -> Result<()> {
+        for (name, dir) in loras(&self.args)? {
+            app.models
+                .load(&app.engine, name, dir.to_path_buf())
+                .await
+                .with_context(|| format!("--lora {name}={}", dir.display()))?;
+        }
+        let (transport, scheme) = self.transport()?;
+        let address = SocketAddr::new(self.args.host, self.args.port);
+        let listener = TcpListener::bind(address).await.with_context(|| {
+            format!("cannot listen at {address}; is the port in use? --port takes another")
+        })?;
+        let address = listener.local_addr()?;
+        let stop = stop_signal()?;
+        eprintln!(
+            "`{}` at {scheme}://{address}, the API at {scheme}://{address}/v1",
+            app.models.base()
+        );
+        if self.args.no_auth && !self.args.host.is_loopback() {
+            eprintln!("warning: everybody who reaches {address} can use it");
+        }
+        let drain = Duration::from_secs(self.args.drain_seconds);
+        http::serve(listener, transport, router(app.clone()), app, stop, drain).await?;
+        Ok(())
+    }
+}
+
+/// Ends with Ctrl-C or SIGTERM.
+fn stop_signal() -> Result<impl Future<Output = ()>> {
+    #[cfg(unix)]
+    {
+        use tokio::signal::unix::{SignalKind, signal};
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        Ok(async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+        })
+    }
+    #[cfg(not(unix))]
+    Ok(async {
+        let _ = tokio::signal::ctrl_c().await;
+    })
+}
+
+/// The log: lines on stderr, of this program only unless something is wrong elsewhere.
+struct Lines;
+
+impl log::Log for Lines {
+    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
+        let ours = metadata.target().starts_with("xray_qwen3vl");
+        metadata.level()
+            <= if ours {
+                log::Level::Info
+            } else {
+                log::Level::Error
+            }
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        if self.enabled(record.metadata()) {
+            let level = match record.level() {
+                log::Level::Error => "error: ",
+                log::Level::Warn => "warning: ",
+                _ => "",
+            };
+            // A closed stderr must not end a server.
+            let _ = writeln!(std::io::stderr(), "{level}{}", record.args());
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+fn init_log() {
+    static LINES: Lines = Lines;
+    if log::set_logger(&LINES).is_ok() {
+        log::set_max_level(log::LevelFilter::Info);
+    }
+}

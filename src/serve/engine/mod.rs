@@ -1,0 +1,348 @@
+//! One worker owns the device; requests join and leave its batch at token boundaries.
+//!
+//! Handlers prepare a [`PreparedPrompt`], [`Engine::submit`] it and read [`Event`]s from a channel.
+//! Dropping the channel is how a request is cancelled. The worker knows neither HTTP nor pictures.
+
+mod prefix;
+mod prompt;
+mod scheduler;
+mod sequence;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+        mpsc,
+    },
+    thread::JoinHandle,
+    time::Instant,
+};
+
+use tokio::sync::{mpsc::UnboundedReceiver, mpsc::UnboundedSender, oneshot};
+
+pub use prompt::{PreparedImage, PreparedPrompt};
+pub use sequence::{Penalties, TokenConstraint};
+
+use super::metrics::Metrics;
+use crate::{
+    generate::{
+        FinishReason, SamplingConfig,
+        backend::{AdapterId, DecodeBackend},
+    },
+    processor::tokenizer::Tokenizer,
+};
+use scheduler::Worker;
+
+/// What the engine may take.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EngineLimits {
+    /// Sequences in the batch.
+    pub max_running: usize,
+    /// Tokens in the key/value cache: running sequences with all they may still grow, and kept ones.
+    pub cache_tokens: usize,
+    /// Sequences that wait.
+    pub max_queue: usize,
+    /// Tokens of a prompt that go through the model between two steps of the batch.
+    pub prefill_chunk: usize,
+    /// Keeps finished sequences for prompts that begin alike.
+    pub prefix_cache: bool,
+}
+
+/// One sequence to be generated.
+pub struct Submission {
+    /// Base or adapter.
+    pub adapter: AdapterId,
+    /// The prompt.
+    pub prompt: Arc<PreparedPrompt>,
+    /// Most tokens to add; at least one.
+    pub max_new_tokens: usize,
+    /// Tokens that end the answer.
+    pub eos_token_ids: Vec<u32>,
+    /// How tokens are chosen.
+    pub sampling: SamplingConfig,
+    /// Changes of the logits before that.
+    pub penalties: Penalties,
+    /// Ends the answer before one of these.
+    pub stop: Vec<String>,
+    /// Ends an answer that goes round in circles.
+    pub stop_on_repetition: bool,
+    /// Log probabilities of the chosen and this many likeliest tokens.
+    pub logprobs: Option<usize>,
+    /// Which tokens are allowed.
+    pub constraint: Option<Box<dyn TokenConstraint>>,
+    /// When the answer must be there.
+    pub deadline: Instant,
+    /// Who asks; places are shared out fairly between different askers.
+    pub client: u64,
+}
+
+/// Log probability of a token.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenLogprob {
+    /// The token.
+    pub id: u32,
+    /// Natural logarithm of its probability under the model, before sampling settings.
+    pub logprob: f32,
+    /// The likeliest tokens with theirs.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// What happens to a submission.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// One token more; `text` is what can be shown now.
+    Token {
+        /// May be empty, when a character is not whole or may be part of a stop text.
+        text: String,
+        /// If asked for.
+        logprob: Option<TokenLogprob>,
+    },
+    /// The answer is over.
+    Done(Done),
+    /// There will be no more.
+    Failed(Failure),
+}
+
+/// End of an answer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Done {
+    /// What was still held back.
+    pub text: String,
+    /// Why it ended.
+    pub reason: FinishReason,
+    /// Tokens generated, end token included.
+    pub completion_tokens: usize,
+    /// Tokens of the prompt that were in the cache already.
+    pub cached_tokens: usize,
+}
+
+/// Why an answer broke off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Failure {
+    /// The deadline passed.
+    Deadline,
+    /// Something in the program failed; the others go on.
+    Internal,
+    /// The model answers with NaN.
+    NotFinite,
+    /// The server stops.
+    Stopping,
+}
+
+/// Why a submission was not taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// The queue is full.
+    #[error("the server is busy: {0} requests wait already")]
+    Busy(usize),
+    /// The server stops or has stopped.
+    #[error("the server is stopping")]
+    Stopping,
+}
+
+/// A place in the queue; dropping it gives it back.
+#[derive(Debug)]
+pub struct QueuePlace {
+    waiting: Arc<AtomicUsize>,
+    count: usize,
+}
+
+impl QueuePlace {
+    /// Takes one of several places out.
+    fn split(&mut self) -> Self {
+        assert!(self.count > 0, "more sequences than places");
+        self.count -= 1;
+        Self {
+            waiting: self.waiting.clone(),
+            count: 1,
+        }
+    }
+}
+
+impl Drop for QueuePlace {
+    fn drop(&mut self) {
+        self.waiting.fetch_sub(self.count, Ordering::SeqCst);
+    }
+}
+
+enum Command {
+    Run {
+        submission: Box<Submission>,
+        events: UnboundedSender<Event>,
+        place: QueuePlace,
+        submitted: Instant,
+    },
+    Load {
+        dir: PathBuf,
+        reply: oneshot::Sender<Result<AdapterId, String>>,
+    },
+    Unload {
+        adapter: AdapterId,
+        reply: oneshot::Sender<()>,
+    },
+    /// Finish what there is, then end.
+    Drain,
+    /// End now.
+    Abort,
+}
+
+/// The handlers' side of the worker; cheap to clone.
+#[derive(Clone)]
+pub struct Engine {
+    commands: mpsc::Sender<Command>,
+    waiting: Arc<AtomicUsize>,
+    stopping: Arc<AtomicBool>,
+    limits: Arc<EngineLimits>,
+}
+
+struct SetWhenDropped(Arc<AtomicBool>);
+
+impl Drop for SetWhenDropped {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+impl Engine {
+    /// Starts the worker on a thread of its own.
+    ///
+    /// # Errors
+    /// When the system gives no thread.
+    pub fn start<D>(
+        device: D,
+        tokenizer: Tokenizer,
+        limits: EngineLimits,
+        metrics: Arc<Metrics>,
+    ) -> std::io::Result<(Self, JoinHandle<()>)>
+    where
+        D: DecodeBackend + Send + 'static,
+    {
+        let (commands, received) = mpsc::channel();
+        let engine = Self {
+            commands,
+            waiting: Arc::new(AtomicUsize::new(0)),
+            stopping: Arc::new(AtomicBool::new(false)),
+            limits: Arc::new(limits.clone()),
+        };
+        metrics.watch_queue(engine.waiting.clone());
+        let stopping = engine.stopping.clone();
+        let thread = std::thread::Builder::new()
+            .name("engine".into())
+            .spawn(move || {
+                // Whatever ends the worker, nothing more may be sent to it.
+                let _ends = SetWhenDropped(stopping);
+                Worker::new(device, tokenizer, limits, metrics).run(&received);
+            })?;
+        Ok((engine, thread))
+    }
+
+    /// The limits it was started with.
+    pub fn limits(&self) -> &EngineLimits {
+        &self.limits
+    }
+
+    /// Whether there is room in the queue at this moment; nothing is taken.
+    ///
+    /// # Errors
+    /// [`Refusal`].
+    pub fn check_room(&self) -> Result<(), Refusal> {
+        let waiting = self.waiting.load(Ordering::SeqCst);
+        if self.is_stopping() {
+            Err(Refusal::Stopping)
+        } else if waiting >= self.limits.max_queue {
+            Err(Refusal::Busy(waiting))
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Takes places in the queue, to be had before any work is put into a request.
+    ///
+    /// # Errors
+    /// [`Refusal`].
+    pub fn reserve(&self, count: usize) -> Result<QueuePlace, Refusal> {
+        if self.is_stopping() {
+            return Err(Refusal::Stopping);
+        }
+        let limit = self.limits.max_queue;
+        self.waiting
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |waiting| {
+                (waiting + count <= limit).then_some(waiting + count)
+            })
+            .map_err(Refusal::Busy)?;
+        Ok(QueuePlace {
+            waiting: self.waiting.clone(),
+            count,
+        })
+    }
+
+    /// Hands a submission to the worker; `place` loses one of its places to it.
+    ///
+    /// # Errors
+    /// [`Refusal::Stopping`].
+    ///
+    /// # Panics
+    /// If `place` has none left.
+    pub fn submit(
+        &self,
+        submission: Submission,
+        place: &mut QueuePlace,
+        submitted: Instant,
+    ) -> Result<UnboundedReceiver<Event>, Refusal> {
+        let (events, receiver) = tokio::sync::mpsc::unbounded_channel();
+        self.commands
+            .send(Command::Run {
+                submission: Box::new(submission),
+                events,
+                place: place.split(),
+                submitted,
+            })
+            .map_err(|_| Refusal::Stopping)?;
+        Ok(receiver)
+    }
+
+    /// Loads an adapter between two steps.
+    ///
+    /// # Errors
+    /// What the loader says, in words.
+    pub async fn load_adapter(&self, dir: PathBuf) -> Result<AdapterId, String> {
+        let (reply, answer) = oneshot::channel();
+        let stopping = || Refusal::Stopping.to_string();
+        self.commands
+            .send(Command::Load { dir, reply })
+            .map_err(|_| stopping())?;
+        answer.await.map_err(|_| stopping())?
+    }
+
+    /// Drops an adapter as soon as no sequence uses it; the caller has made sure that none is added.
+    pub async fn unload_adapter(&self, adapter: AdapterId) {
+        let (reply, answer) = oneshot::channel();
+        if self
+            .commands
+            .send(Command::Unload { adapter, reply })
+            .is_ok()
+        {
+            let _ = answer.await;
+        }
+    }
+
+    /// Takes nothing new, finishes what there is, then ends the worker.
+    pub fn drain(&self) {
+        self.stopping.store(true, Ordering::SeqCst);
+        let _ = self.commands.send(Command::Drain);
+    }
+
+    /// Ends the worker at the next token boundary.
+    pub fn abort(&self) {
+        self.stopping.store(true, Ordering::SeqCst);
+        let _ = self.commands.send(Command::Abort);
+    }
+
+    /// Whether nothing new is taken.
+    pub fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::SeqCst)
+    }
+}

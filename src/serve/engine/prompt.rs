@@ -1,0 +1,143 @@
+//! A prompt as the engine takes it: ids, positions, images, and what tells equal beginnings.
+
+use sha2::{Digest, Sha256};
+
+use crate::{
+    generate::GenerateError,
+    qwen3_vl::{
+        ImageInput,
+        config::Qwen3VlConfig,
+        rope::{Positions, rope_index},
+    },
+};
+
+/// One image of a prompt.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PreparedImage {
+    /// Patches of this image alone.
+    pub input: ImageInput,
+    /// SHA-256 of patches and grid.
+    pub hash: [u8; 32],
+    /// Place of its first token in the prompt.
+    pub first_token: usize,
+    /// Its number of tokens.
+    pub tokens: usize,
+}
+
+/// A checked prompt.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PreparedPrompt {
+    /// Token ids, image placeholders expanded.
+    pub input_ids: Vec<u32>,
+    /// Positions of all tokens.
+    pub positions: Positions,
+    /// The position behind the prompt less its number of tokens.
+    pub delta: i64,
+    /// Images in order.
+    pub images: Vec<PreparedImage>,
+    /// One key a token: two prompts with equal first keys have equal first keys and values.
+    pub keys: Vec<u128>,
+}
+
+/// Key of a text token.
+pub(super) fn token_key(id: u32) -> u128 {
+    u128::from(id)
+}
+
+/// Key of one token of an image; its high bits keep it apart from every text token.
+fn image_key(hash: &[u8; 32], index: usize) -> u128 {
+    let mut hasher = Sha256::new();
+    hasher.update(hash);
+    hasher.update((index as u64).to_le_bytes());
+    let digest = hasher.finalize();
+    let mut bytes = [0; 16];
+    bytes.copy_from_slice(&digest[..16]);
+    u128::from_le_bytes(bytes) | 1 << 127
+}
+
+impl PreparedPrompt {
+    /// Checks a prompt and works out all that needs no device.
+    ///
+    /// `images` holds one image each, in the order of their places.
+    ///
+    /// # Errors
+    /// [`GenerateError`]: no token, a token that the model does not have, or images that do not
+    /// agree with their places.
+    pub fn new(
+        input_ids: Vec<u32>,
+        images: Vec<ImageInput>,
+        config: &Qwen3VlConfig,
+    ) -> Result<Self, GenerateError> {
+        if input_ids.is_empty() {
+            return Err(GenerateError::Empty);
+        }
+        let vocab_size = config.text_config.vocab_size;
+        if let Some(id) = input_ids.iter().find(|id| **id as usize >= vocab_size) {
+            return Err(GenerateError::UnknownToken {
+                id: *id,
+                vocab_size,
+            });
+        }
+        let merge = config.vision_config.spatial_merge_size;
+        let grids: Vec<[usize; 3]> = images
+            .iter()
+            .flat_map(|image| image.image_grid_thw.iter().copied())
+            .collect();
+        let (positions, delta) = rope_index(&input_ids, &grids, config.image_token_id, merge)?;
+        let mut keys: Vec<u128> = input_ids.iter().map(|id| token_key(*id)).collect();
+        let mut prepared = Vec::with_capacity(images.len());
+        let mut at = 0;
+        for input in images {
+            let tokens = input.patches() / (merge * merge);
+            while at < input_ids.len() && input_ids[at] != config.image_token_id {
+                at += 1;
+            }
+            let hash = hash_of(&input);
+            for (index, key) in keys.iter_mut().skip(at).take(tokens).enumerate() {
+                *key = image_key(&hash, index);
+            }
+            prepared.push(PreparedImage {
+                input,
+                hash,
+                first_token: at,
+                tokens,
+            });
+            at += tokens;
+        }
+        Ok(Self {
+            input_ids,
+            positions,
+            delta,
+            images: prepared,
+            keys,
+        })
+    }
+
+    /// Number of tokens.
+    pub fn len(&self) -> usize {
+        self.input_ids.len()
+    }
+
+    /// Whether there is no token; never, for a checked prompt.
+    pub fn is_empty(&self) -> bool {
+        self.input_ids.is_empty()
+    }
+
+    /// Positions of the tokens in `range`.
+    pub fn positions_of(&self, range: std::ops::Range<usize>) -> Positions {
+        Positions {
+            axes: std::array::from_fn(|axis| self.positions.axes[axis][range.clone()].to_vec()),
+        }
+    }
+}
+
+fn hash_of(image: &ImageInput) -> [u8; 32] {
+    let mut hasher = Sha256::new();
+    for grid in &image.image_grid_thw {
+        for side in grid {
+            hasher.update((*side as u64).to_le_bytes());
+        }
+    }
+    hasher.update(bytemuck::cast_slice::<f32, u8>(&image.pixel_values));
+    hasher.finalize().into()
+}

@@ -1,0 +1,263 @@
+//! One answer on its way: from logits to a token, its text, and whether it was the last.
+
+use std::{collections::HashMap, sync::Arc, time::Instant};
+
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::{Done, Event, Failure, PreparedPrompt, Submission, TokenLogprob, prompt::token_key};
+use crate::{
+    generate::{
+        FinishReason,
+        backend::{AdapterId, SlotId},
+        decode::goes_round,
+        sampler::Sampler,
+        text::TextStream,
+    },
+    processor::tokenizer::Tokenizer,
+};
+
+/// Decides which tokens may come next, for instance those that lead to valid JSON.
+pub trait TokenConstraint: Send {
+    /// Sets the logits of tokens that are not allowed to minus infinity.
+    ///
+    /// # Errors
+    /// A reason for the log; the answer breaks off.
+    fn mask(&mut self, logits: &mut [f32]) -> Result<(), String>;
+
+    /// Takes the chosen token; says whether the answer is complete with it.
+    ///
+    /// # Errors
+    /// A reason for the log; the answer breaks off.
+    fn accept(&mut self, token: u32) -> Result<bool, String>;
+}
+
+/// OpenAI's changes of the logits.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Penalties {
+    /// Taken off for every time a token was generated.
+    pub frequency: f32,
+    /// Taken off once for a token that was generated.
+    pub presence: f32,
+    /// Added to the logits of tokens.
+    pub bias: Vec<(u32, f32)>,
+}
+
+impl Penalties {
+    fn apply(&self, logits: &mut [f32], counts: &HashMap<u32, u32>) {
+        for (id, bias) in &self.bias {
+            if let Some(logit) = logits.get_mut(*id as usize) {
+                *logit += bias;
+            }
+        }
+        if self.frequency == 0.0 && self.presence == 0.0 {
+            return;
+        }
+        for (id, count) in counts {
+            if let Some(logit) = logits.get_mut(*id as usize) {
+                *logit -= self.frequency * *count as f32 + self.presence;
+            }
+        }
+    }
+}
+
+/// How far a sequence is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// Tokens of the prompt in the cache so far.
+    Prefill(usize),
+    /// The newest token, not in the cache yet.
+    Decode(u32),
+}
+
+/// A sequence with a place in the batch.
+pub(super) struct Sequence {
+    pub(super) adapter: AdapterId,
+    pub(super) client: u64,
+    pub(super) prompt: Arc<PreparedPrompt>,
+    pub(super) phase: Phase,
+    pub(super) slot: Option<SlotId>,
+    /// Tokens of the cache's budget set aside for it.
+    pub(super) reserved: usize,
+    /// Tokens of the prompt taken over from another sequence.
+    pub(super) cached_tokens: usize,
+    pub(super) deadline: Instant,
+    pub(super) submitted: Instant,
+    /// When its newest token came.
+    pub(super) last_token: Option<Instant>,
+    pub(super) generated: Vec<u32>,
+    events: UnboundedSender<Event>,
+    submission: Submission,
+    sampler: Sampler,
+    stream: TextStream,
+    counts: HashMap<u32, u32>,
+}
+
+impl Sequence {
+    pub(super) fn new(
+        submission: Submission,
+        events: UnboundedSender<Event>,
+        submitted: Instant,
+        reserved: usize,
+        tokenizer: &Tokenizer,
+    ) -> Self {
+        Self {
+            adapter: submission.adapter,
+            client: submission.client,
+            prompt: submission.prompt.clone(),
+            phase: Phase::Prefill(0),
+            slot: None,
+            reserved,
+            cached_tokens: 0,
+            deadline: submission.deadline,
+            submitted,
+            last_token: None,
+            generated: Vec::new(),
+            sampler: Sampler::new(&submission.sampling, &submission.prompt.input_ids),
+            stream: TextStream::new(tokenizer, &submission.stop),
+            counts: HashMap::new(),
+            events,
+            submission,
+        }
+    }
+
+    /// Whether nobody reads the answer any more.
+    pub(super) fn is_cancelled(&self) -> bool {
+        self.events.is_closed()
+    }
+
+    /// Position of the newest token.
+    pub(super) fn position(&self) -> i64 {
+        (self.prompt.len() + self.generated.len() - 1) as i64 + self.prompt.delta
+    }
+
+    /// Keys of the tokens that lie in the cache: all but the newest.
+    pub(super) fn cached_keys(&self) -> Vec<u128> {
+        let held = self.generated.len().saturating_sub(1);
+        let mut keys = self.prompt.keys.clone();
+        keys.extend(self.generated[..held].iter().map(|id| token_key(*id)));
+        keys
+    }
+
+    /// Tells the reader that there is no more.
+    pub(super) fn fail(&self, failure: Failure) {
+        let _ = self.events.send(Event::Failed(failure));
+    }
+
+    /// Chooses the next token and says what became of the sequence: `None` when it goes on.
+    ///
+    /// # Errors
+    /// [`Failure`], for the reader.
+    pub(super) fn advance(&mut self, mut logits: Vec<f32>) -> Result<Option<Done>, Failure> {
+        if logits.iter().any(|value| value.is_nan()) {
+            return Err(Failure::NotFinite);
+        }
+        let plain = self.submission.logprobs.map(|_| logits.clone());
+        self.submission.penalties.apply(&mut logits, &self.counts);
+        if let Some(constraint) = &mut self.submission.constraint {
+            constraint.mask(&mut logits).map_err(|reason| {
+                log::error!("constraint: {reason}");
+                Failure::Internal
+            })?;
+        }
+        let token = self.sampler.next(&logits);
+        let complete = match &mut self.submission.constraint {
+            Some(constraint) => constraint.accept(token).map_err(|reason| {
+                log::error!("constraint: {reason}");
+                Failure::Internal
+            })?,
+            None => false,
+        };
+        let logprob = plain
+            .zip(self.submission.logprobs)
+            .map(|(logits, top)| logprob_of(&logits, token, top));
+        *self.counts.entry(token).or_default() += 1;
+        self.generated.push(token);
+        self.phase = Phase::Decode(token);
+        let ended = if self.submission.eos_token_ids.contains(&token) {
+            // The end token is no text and has no place among the reported ones.
+            Some(FinishReason::Stop)
+        } else {
+            let text = self.stream.push(token);
+            let _ = self.events.send(Event::Token { text, logprob });
+            if complete || self.stream.stopped() {
+                Some(FinishReason::Stop)
+            } else if self.generated.len() >= self.submission.max_new_tokens {
+                Some(FinishReason::Length)
+            } else if self.submission.stop_on_repetition && goes_round(&self.generated) {
+                Some(FinishReason::Repetition)
+            } else {
+                None
+            }
+        };
+        Ok(ended.map(|reason| Done {
+            text: self.stream.finish(),
+            reason,
+            completion_tokens: self.generated.len(),
+            cached_tokens: self.cached_tokens,
+        }))
+    }
+
+    /// Tells the reader that the answer is whole.
+    pub(super) fn finish(&self, done: Done) {
+        let _ = self.events.send(Event::Done(done));
+    }
+}
+
+fn logprob_of(logits: &[f32], token: u32, top: usize) -> TokenLogprob {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits
+        .iter()
+        .map(|logit| f64::from(*logit - max).exp())
+        .sum();
+    let log_sum = max + sum.ln() as f32;
+    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+    let by_logit = |a: &u32, b: &u32| {
+        logits[*b as usize]
+            .total_cmp(&logits[*a as usize])
+            .then(a.cmp(b))
+    };
+    let top = top.min(order.len());
+    if top < order.len() {
+        order.select_nth_unstable_by(top, by_logit);
+        order.truncate(top);
+    }
+    order.sort_by(by_logit);
+    let of = |id: u32| {
+        logits
+            .get(id as usize)
+            .map_or(f32::NEG_INFINITY, |logit| logit - log_sum)
+    };
+    TokenLogprob {
+        id: token,
+        logprob: of(token),
+        top: order.into_iter().map(|id| (id, of(id))).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn log_probabilities_are_those_of_the_softmax() {
+        let logits = [0.0, 2f32.ln(), 0.0];
+        let found = logprob_of(&logits, 2, 2);
+        assert!((found.logprob - 0.25f32.ln()).abs() < 1e-6);
+        assert_eq!(found.top.len(), 2);
+        assert_eq!(found.top[0].0, 1);
+        assert!((found.top[0].1 - 0.5f32.ln()).abs() < 1e-6);
+        assert_eq!(found.top[1].0, 0);
+    }
+
+    #[test]
+    fn penalties_count_what_was_generated() {
+        let penalties = Penalties {
+            frequency: 0.5,
+            presence: 1.0,
+            bias: vec![(0, 3.0), (9, 1.0)],
+        };
+        let mut logits = [0.0, 0.0, 0.0];
+        penalties.apply(&mut logits, &HashMap::from([(1, 2)]));
+        assert_eq!(logits, [3.0, -2.0, 0.0]);
+    }
+}

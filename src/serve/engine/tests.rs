@@ -1,0 +1,520 @@
+//! The worker with a device made of arithmetic: who runs when, and who is not hurt by whom.
+
+use std::{
+    collections::HashMap,
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use tokio::sync::mpsc::UnboundedReceiver;
+
+use super::*;
+use crate::{
+    generate::backend::{Chunk, SlotId, StepRow},
+    lora::config::AdapterError,
+    qwen3_vl::{ImageInput, rope::Positions},
+};
+
+/// Tokens the device knows.
+const VOCAB: usize = 997;
+
+/// A token at which the device fails.
+const POISON: u32 = 666;
+
+/// What the device did, seen from outside.
+#[derive(Default)]
+struct Seen {
+    slots: HashMap<SlotId, Vec<u32>>,
+    prefilled: usize,
+    largest_step: usize,
+    first_tokens: Vec<u32>,
+}
+
+/// The next token is a function of all tokens so far, so a mixed-up row shows.
+struct Arithmetic {
+    seen: Arc<Mutex<Seen>>,
+    next: u64,
+    delay: Duration,
+}
+
+impl Arithmetic {
+    /// What was seen; a failure meant by a test leaves the lock poisoned.
+    fn seen(&self) -> MutexGuard<'_, Seen> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn next_token(tokens: &[u32]) -> u32 {
+    let sum = tokens.iter().fold(7u64, |sum, token| {
+        (sum * 31 + u64::from(*token)) % 1_000_003
+    });
+    (sum % 600) as u32
+}
+
+fn logits_of(tokens: &[u32]) -> Vec<f32> {
+    assert!(!tokens.contains(&POISON), "poison");
+    let mut logits = vec![0.0; VOCAB];
+    logits[next_token(tokens) as usize] = 1.0;
+    logits
+}
+
+impl DecodeBackend for Arithmetic {
+    type Features = ();
+
+    fn encode_image(&mut self, _adapter: AdapterId, _image: &ImageInput) {}
+
+    fn start(&mut self, _adapter: AdapterId, _capacity: usize) -> SlotId {
+        self.next += 1;
+        let mut seen = self.seen();
+        seen.slots.insert(SlotId(self.next), Vec::new());
+        SlotId(self.next)
+    }
+
+    fn fork(&mut self, source: SlotId, tokens: usize, _capacity: usize) -> SlotId {
+        self.next += 1;
+        let mut seen = self.seen();
+        let copy = seen.slots[&source][..tokens].to_vec();
+        seen.slots.insert(SlotId(self.next), copy);
+        SlotId(self.next)
+    }
+
+    fn prefill(&mut self, slot: SlotId, chunk: &Chunk<'_, ()>) -> Option<Vec<f32>> {
+        let mut seen = self.seen();
+        seen.prefilled += chunk.input_ids.len();
+        let tokens = seen.slots.get_mut(&slot).unwrap();
+        if tokens.is_empty() {
+            let first = chunk.input_ids[0];
+            tokens.extend_from_slice(chunk.input_ids);
+            seen.first_tokens.push(first);
+        } else {
+            tokens.extend_from_slice(chunk.input_ids);
+        }
+        chunk.wants_logits.then(|| logits_of(&seen.slots[&slot]))
+    }
+
+    fn step(&mut self, rows: &[StepRow]) -> Vec<Vec<f32>> {
+        std::thread::sleep(self.delay);
+        let seen = &mut *self.seen();
+        seen.largest_step = seen.largest_step.max(rows.len());
+        let logits: Vec<Vec<f32>> = rows
+            .iter()
+            .map(|row| {
+                let mut tokens = seen.slots[&row.slot].clone();
+                tokens.push(row.token);
+                logits_of(&tokens)
+            })
+            .collect();
+        for row in rows {
+            seen.slots.get_mut(&row.slot).unwrap().push(row.token);
+        }
+        logits
+    }
+
+    fn free(&mut self, slot: SlotId) {
+        let mut seen = self.seen();
+        seen.slots.remove(&slot);
+    }
+
+    fn load_adapter(&mut self, _dir: &Path) -> Result<AdapterId, AdapterError> {
+        self.next += 1;
+        Ok(AdapterId(self.next))
+    }
+
+    fn unload_adapter(&mut self, _adapter: AdapterId) {}
+}
+
+fn limits() -> EngineLimits {
+    EngineLimits {
+        max_running: 4,
+        cache_tokens: 4096,
+        max_queue: 100,
+        prefill_chunk: 8,
+        prefix_cache: true,
+    }
+}
+
+struct Bench {
+    engine: Engine,
+    thread: JoinHandle<()>,
+    seen: Arc<Mutex<Seen>>,
+    metrics: Arc<Metrics>,
+}
+
+fn tokenizer() -> Tokenizer {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("model/tiny");
+    Tokenizer::from_folder(folder).unwrap()
+}
+
+fn bench(limits: EngineLimits, delay: Duration) -> Bench {
+    let seen = Arc::new(Mutex::new(Seen::default()));
+    let device = Arithmetic {
+        seen: seen.clone(),
+        next: 0,
+        delay,
+    };
+    let metrics = Arc::new(Metrics::default());
+    let (engine, thread) = Engine::start(device, tokenizer(), limits, metrics.clone()).unwrap();
+    Bench {
+        engine,
+        thread,
+        seen,
+        metrics,
+    }
+}
+
+fn prompt(ids: &[u32]) -> Arc<PreparedPrompt> {
+    let mut positions = Positions::default();
+    (0..ids.len()).for_each(|at| positions.push([at as i64; 3]));
+    Arc::new(PreparedPrompt {
+        input_ids: ids.to_vec(),
+        positions,
+        delta: 0,
+        images: Vec::new(),
+        keys: ids.iter().map(|id| prompt::token_key(*id)).collect(),
+    })
+}
+
+fn submission(ids: &[u32], new: usize) -> Submission {
+    Submission {
+        adapter: AdapterId::BASE,
+        prompt: prompt(ids),
+        max_new_tokens: new,
+        eos_token_ids: Vec::new(),
+        sampling: SamplingConfig::default(),
+        penalties: Penalties::default(),
+        stop: Vec::new(),
+        stop_on_repetition: false,
+        logprobs: Some(0),
+        constraint: None,
+        deadline: Instant::now() + Duration::from_secs(60),
+        client: 0,
+    }
+}
+
+fn submit(bench: &Bench, submission: Submission) -> UnboundedReceiver<Event> {
+    let mut place = bench.engine.reserve(1).unwrap();
+    bench
+        .engine
+        .submit(submission, &mut place, Instant::now())
+        .unwrap()
+}
+
+/// Tokens of an answer and how it ended.
+fn wait(mut events: UnboundedReceiver<Event>) -> (Vec<u32>, Result<Done, Failure>) {
+    let mut tokens = Vec::new();
+    loop {
+        match events.blocking_recv() {
+            Some(Event::Token { logprob, .. }) => tokens.extend(logprob.map(|one| one.id)),
+            Some(Event::Done(done)) => return (tokens, Ok(done)),
+            Some(Event::Failed(failure)) => return (tokens, Err(failure)),
+            None => panic!("the worker is gone"),
+        }
+    }
+}
+
+/// What the arithmetic says, without an engine.
+fn expected(ids: &[u32], new: usize) -> Vec<u32> {
+    let mut tokens = ids.to_vec();
+    for _ in 0..new {
+        tokens.push(next_token(&tokens));
+    }
+    tokens.split_off(ids.len())
+}
+
+fn settle(bench: &Bench) {
+    let started = Instant::now();
+    while bench.metrics.running.get() > 0 {
+        assert!(started.elapsed() < Duration::from_secs(10), "still running");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn every_answer_is_its_own_whatever_runs_beside_it() {
+    let bench = bench(limits(), Duration::from_micros(200));
+    let jobs: Vec<Vec<u32>> = (0..40u32)
+        .map(|job| (0..3 + job % 23).map(|at| 1 + job * 7 + at).collect())
+        .collect();
+    let receivers: Vec<_> = jobs
+        .iter()
+        .enumerate()
+        .map(|(job, ids)| submit(&bench, submission(ids, 5 + job % 30)))
+        .collect();
+    for (job, (ids, receiver)) in jobs.iter().zip(receivers).enumerate() {
+        let (tokens, done) = wait(receiver);
+        assert_eq!(tokens, expected(ids, 5 + job % 30), "job {job}");
+        assert_eq!(done.unwrap().reason, FinishReason::Length);
+    }
+    assert_eq!(bench.seen.lock().unwrap().largest_step, 4);
+}
+
+#[test]
+fn a_panic_ends_its_own_request_alone() {
+    let bench = bench(limits(), Duration::from_micros(500));
+    let good: Vec<u32> = (1..20).collect();
+    let first = submit(&bench, submission(&good, 60));
+    let second = submit(&bench, submission(&[5, 6, 7], 60));
+    // One fails in its prompt, one in a step of the batch.
+    let in_prompt = submit(&bench, submission(&[1, POISON], 10));
+    let mut biased = submission(&[9, 9, 9], 10);
+    biased.penalties.bias = vec![(POISON, 100.0)];
+    let in_step = submit(&bench, biased);
+    assert_eq!(wait(in_prompt).1, Err(Failure::Internal));
+    let (tokens, end) = wait(in_step);
+    assert_eq!(
+        (tokens.as_slice(), end),
+        (&[POISON][..], Err(Failure::Internal))
+    );
+    assert_eq!(wait(first).0, expected(&good, 60));
+    assert_eq!(wait(second).0, expected(&[5, 6, 7], 60));
+    assert_eq!(
+        wait(submit(&bench, submission(&good, 5))).0,
+        expected(&good, 5)
+    );
+}
+
+#[test]
+fn a_cancelled_request_frees_its_place_and_slot() {
+    let bench = bench(
+        EngineLimits {
+            max_running: 2,
+            ..limits()
+        },
+        Duration::from_millis(1),
+    );
+    let mut running: Vec<_> = (0..2)
+        .map(|job| submit(&bench, submission(&[job, 50], 500)))
+        .collect();
+    let waiting: Vec<_> = (0..5)
+        .map(|job| submit(&bench, submission(&[job, 60], 500)))
+        .collect();
+    let last = submit(&bench, submission(&[3, 70], 3));
+    for receiver in &mut running {
+        assert!(matches!(
+            receiver.blocking_recv(),
+            Some(Event::Token { .. })
+        ));
+    }
+    drop(running);
+    drop(waiting);
+    let started = Instant::now();
+    assert_eq!(wait(last).0, expected(&[3, 70], 3));
+    assert!(
+        started.elapsed() < Duration::from_secs(2),
+        "cancelled requests went on"
+    );
+    settle(&bench);
+    // The finished one is kept for its beginning; the cancelled ones are gone.
+    assert_eq!(bench.seen.lock().unwrap().slots.len(), 1);
+    assert_eq!(bench.metrics.cache_running_tokens.get(), 0);
+    assert_eq!(bench.engine.reserve(100).unwrap().count, 100);
+}
+
+#[test]
+fn a_full_queue_refuses_and_recovers() {
+    let bench = bench(
+        EngineLimits {
+            max_running: 1,
+            max_queue: 3,
+            ..limits()
+        },
+        Duration::from_millis(1),
+    );
+    let mut first = submit(&bench, submission(&[1], 400));
+    assert!(matches!(first.blocking_recv(), Some(Event::Token { .. })));
+    let waiting: Vec<_> = (0..3)
+        .map(|job| submit(&bench, submission(&[2, job], 2)))
+        .collect();
+    assert_eq!(bench.engine.reserve(1).unwrap_err(), Refusal::Busy(3));
+    drop(first);
+    for receiver in waiting {
+        assert!(wait(receiver).1.is_ok());
+    }
+    assert!(bench.engine.reserve(3).is_ok());
+    assert_eq!(bench.engine.reserve(4).unwrap_err(), Refusal::Busy(0));
+}
+
+#[test]
+fn one_asker_with_many_requests_does_not_keep_another_waiting() {
+    let bench = bench(
+        EngineLimits {
+            max_running: 2,
+            ..limits()
+        },
+        Duration::from_millis(1),
+    );
+    let many: Vec<_> = (0..20u32)
+        .map(|job| {
+            let mut one = submission(&[100 + job], 20);
+            one.client = 1;
+            submit(&bench, one)
+        })
+        .collect();
+    let mut single = submission(&[500], 20);
+    single.client = 2;
+    let single = submit(&bench, single);
+    assert!(wait(single).1.is_ok());
+    for receiver in many {
+        assert!(wait(receiver).1.is_ok());
+    }
+    let order = bench.seen.lock().unwrap().first_tokens.clone();
+    let place = order.iter().position(|token| *token == 500).unwrap();
+    assert!(place <= 4, "started as number {place}: {order:?}");
+}
+
+#[test]
+fn a_prompt_that_begins_alike_is_not_computed_again() {
+    let bench = bench(limits(), Duration::ZERO);
+    let film: Vec<u32> = (1..=100).collect();
+    let first = [film.clone(), vec![200, 201]].concat();
+    let second = [film.clone(), vec![300, 301, 302]].concat();
+    let (tokens, _) = wait(submit(&bench, submission(&first, 4)));
+    assert_eq!(tokens, expected(&first, 4));
+    let before = bench.seen.lock().unwrap().prefilled;
+    assert_eq!(before, 102);
+    let (tokens, done) = wait(submit(&bench, submission(&second, 4)));
+    assert_eq!(tokens, expected(&second, 4));
+    assert_eq!(done.unwrap().cached_tokens, 100);
+    assert_eq!(bench.seen.lock().unwrap().prefilled - before, 3);
+    // The same question again: all but the last token.
+    let (tokens, done) = wait(submit(&bench, submission(&second, 4)));
+    assert_eq!(tokens, expected(&second, 4));
+    assert_eq!(done.unwrap().cached_tokens, 102);
+    // A conversation that goes on, its first answer included.
+    let next = [second.clone(), expected(&second, 4), vec![400]].concat();
+    let (tokens, done) = wait(submit(&bench, submission(&next, 4)));
+    assert_eq!(tokens, expected(&next, 4));
+    assert_eq!(done.unwrap().cached_tokens, second.len() + 3);
+}
+
+#[test]
+fn several_answers_to_one_question_share_its_prompt() {
+    let bench = bench(limits(), Duration::from_millis(1));
+    let ids: Vec<u32> = (1..=60).collect();
+    let receivers: Vec<_> = (0..3)
+        .map(|_| submit(&bench, submission(&ids, 6)))
+        .collect();
+    for receiver in receivers {
+        assert_eq!(wait(receiver).0, expected(&ids, 6));
+    }
+    assert_eq!(bench.seen.lock().unwrap().prefilled, 60 + 1 + 1);
+}
+
+#[test]
+fn the_cache_stays_within_its_budget() {
+    let bench = bench(
+        EngineLimits {
+            cache_tokens: 1024,
+            max_running: 8,
+            ..limits()
+        },
+        Duration::ZERO,
+    );
+    let receivers: Vec<_> = (0..30u32)
+        .map(|job| {
+            let ids: Vec<u32> = (0..20).map(|at| 1 + (job * 20 + at) % 600).collect();
+            submit(&bench, submission(&ids, 10))
+        })
+        .collect();
+    for receiver in receivers {
+        assert!(wait(receiver).1.is_ok());
+        let metrics = &bench.metrics;
+        assert!(metrics.cache_running_tokens.get() + metrics.cache_kept_tokens.get() <= 1024);
+    }
+    settle(&bench);
+    // Blocks of 256: four sequences at most.
+    assert!(bench.seen.lock().unwrap().slots.len() <= 4);
+    assert!(bench.seen.lock().unwrap().largest_step <= 4);
+}
+
+#[test]
+fn a_deadline_ends_running_and_waiting_requests() {
+    let bench = bench(
+        EngineLimits {
+            max_running: 1,
+            ..limits()
+        },
+        Duration::from_millis(2),
+    );
+    let mut running = submission(&[1], 2000);
+    running.deadline = Instant::now() + Duration::from_millis(60);
+    let mut waiting = submission(&[2], 5);
+    waiting.deadline = Instant::now() + Duration::from_millis(30);
+    let (running, waiting) = (submit(&bench, running), submit(&bench, waiting));
+    assert_eq!(wait(waiting).1, Err(Failure::Deadline));
+    let (tokens, end) = wait(running);
+    assert_eq!(end, Err(Failure::Deadline));
+    assert!(!tokens.is_empty());
+    assert!(wait(submit(&bench, submission(&[3], 5))).1.is_ok());
+}
+
+#[test]
+fn draining_finishes_what_there_is() {
+    let bench = bench(limits(), Duration::from_millis(1));
+    let receivers: Vec<_> = (0..6u32)
+        .map(|job| submit(&bench, submission(&[job], 20)))
+        .collect();
+    bench.engine.drain();
+    assert_eq!(bench.engine.reserve(1).unwrap_err(), Refusal::Stopping);
+    for (job, receiver) in receivers.into_iter().enumerate() {
+        assert_eq!(wait(receiver).0, expected(&[job as u32], 20));
+    }
+    bench.thread.join().unwrap();
+}
+
+#[test]
+fn aborting_tells_everybody() {
+    let bench = bench(limits(), Duration::from_millis(1));
+    let receivers: Vec<_> = (0..6u32)
+        .map(|job| submit(&bench, submission(&[job], 1000)))
+        .collect();
+    bench.engine.abort();
+    for receiver in receivers {
+        assert_eq!(wait(receiver).1, Err(Failure::Stopping));
+    }
+    bench.thread.join().unwrap();
+}
+
+#[test]
+fn an_adapter_is_dropped_when_its_last_answer_is_over() {
+    let bench = bench(limits(), Duration::from_millis(1));
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .unwrap();
+    let adapter = runtime
+        .block_on(bench.engine.load_adapter("x".into()))
+        .unwrap();
+    let ids: Vec<u32> = (1..30).collect();
+    let of_adapter = |new| {
+        let mut one = submission(&ids, new);
+        one.adapter = adapter;
+        submit(&bench, one)
+    };
+    assert!(wait(of_adapter(3)).1.is_ok());
+    let running = of_adapter(50);
+    runtime.block_on(bench.engine.unload_adapter(adapter));
+    // The answer was there before the adapter went.
+    assert_eq!(wait(running).0, expected(&ids, 50));
+    settle(&bench);
+    assert!(bench.seen.lock().unwrap().slots.is_empty());
+    // What the adapter computed is not taken over by the base.
+    let (_, done) = wait(submit(&bench, submission(&ids, 3)));
+    assert_eq!(done.unwrap().cached_tokens, 0);
+}
+
+#[test]
+fn one_seed_gives_one_answer_in_any_company() {
+    let bench = bench(limits(), Duration::ZERO);
+    let drawn = |seed| {
+        let mut one = submission(&[1, 2, 3], 12);
+        one.sampling.temperature = 5.0;
+        one.sampling.seed = seed;
+        submit(&bench, one)
+    };
+    let alone = wait(drawn(7)).0;
+    let together: Vec<_> = (5..9).map(drawn).collect();
+    let together: Vec<_> = together.into_iter().map(|one| wait(one).0).collect();
+    assert_eq!(together[2], alone);
+    assert_ne!(together[1], alone);
+}

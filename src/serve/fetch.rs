@@ -1,0 +1,275 @@
+//! Images from addresses on the web, where the server was told to allow that.
+//!
+//! Loopback, link-local, private and other special addresses are refused, after the name is resolved
+//! and again for every redirect; the address that was checked is the one that is connected to, so a
+//! name that resolves differently the second time gains nothing.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    time::Duration,
+};
+
+use axum::http::{StatusCode, Uri, header};
+use http_body_util::{BodyExt, Empty, Limited};
+use hyper::body::Bytes;
+
+use super::{client, error::ApiError};
+
+/// Redirects that are followed.
+const MAX_REDIRECTS: usize = 3;
+
+/// Time for one image, redirects included.
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The same words for an address that is refused and one that does not answer: the difference would
+/// tell a stranger what lies in the inner network.
+const UNREACHABLE: &str = "could not be fetched; expected an image at a public address that can be reached from the server";
+
+/// Longest address.
+const LONGEST_URL: usize = 4096;
+
+/// Fetches the image at `url`, of at most `max_bytes`; `name` stands for it in messages.
+///
+/// # Errors
+/// [`ApiError`] of status 400; it does not say why an address could not be reached.
+pub async fn fetch_image(url: &str, max_bytes: usize, name: &str) -> Result<Bytes, ApiError> {
+    tokio::time::timeout(TIMEOUT, follow(url, max_bytes, name))
+        .await
+        .unwrap_or_else(|_| Err(refuse(name, "did not come in time")))
+}
+
+fn refuse(name: &str, reason: &str) -> ApiError {
+    ApiError::invalid("messages", format!("{name} {reason}")).with_code("image_url")
+}
+
+async fn follow(url: &str, max_bytes: usize, name: &str) -> Result<Bytes, ApiError> {
+    let mut url = url.to_owned();
+    for _ in 0..=MAX_REDIRECTS {
+        let uri = parse(&url, name)?;
+        let address = resolve(&uri, name).await?;
+        let unreachable = || refuse(name, UNREACHABLE);
+        let mut connection = client::connect(&uri, address)
+            .await
+            .map_err(|_| unreachable())?;
+        let request = hyper::Request::get(uri.path_and_query().map_or("/", |path| path.as_str()))
+            .header(header::HOST, client::host_header(&uri))
+            .header(header::ACCEPT, "image/*")
+            .header(header::USER_AGENT, "xray-qwen3vl")
+            .body(Empty::<Bytes>::new())
+            .map_err(|_| unreachable())?;
+        let response = connection.send(request).await.map_err(|_| unreachable())?;
+        let status = response.status();
+        if status.is_redirection() {
+            let target = response
+                .headers()
+                .get(header::LOCATION)
+                .and_then(|location| location.to_str().ok())
+                .ok_or_else(unreachable)?;
+            url = redirected(&uri, target).ok_or_else(unreachable)?;
+            continue;
+        }
+        if status != StatusCode::OK {
+            return Err(unreachable());
+        }
+        return Limited::new(response.into_body(), max_bytes)
+            .collect()
+            .await
+            .map(http_body_util::Collected::to_bytes)
+            .map_err(|_| refuse(name, "is too large or broke off"));
+    }
+    Err(refuse(name, "is redirected too often"))
+}
+
+fn parse(url: &str, name: &str) -> Result<Uri, ApiError> {
+    let wrong = || refuse(name, "has no address of the form http:// or https://");
+    if url.len() > LONGEST_URL {
+        return Err(wrong());
+    }
+    let uri: Uri = url.parse().map_err(|_| wrong())?;
+    let known = matches!(uri.scheme_str(), Some("http" | "https"));
+    let plain = uri
+        .authority()
+        .is_some_and(|authority| !authority.as_str().contains('@'));
+    if known && plain {
+        Ok(uri)
+    } else {
+        Err(wrong())
+    }
+}
+
+fn redirected(from: &Uri, target: &str) -> Option<String> {
+    if target.contains("://") {
+        return Some(target.to_owned());
+    }
+    // `//host/path` and relative paths are rare among images; only an absolute path is followed.
+    if target.starts_with('/') && !target.starts_with("//") {
+        return Some(format!(
+            "{}://{}{target}",
+            from.scheme_str()?,
+            from.authority()?
+        ));
+    }
+    None
+}
+
+async fn resolve(uri: &Uri, name: &str) -> Result<SocketAddr, ApiError> {
+    let (host, port) = client::host_and_port(uri)
+        .ok_or_else(|| refuse(name, "has no address of the form http:// or https://"))?;
+    let found: Vec<SocketAddr> = match host.parse::<IpAddr>() {
+        Ok(ip) => vec![SocketAddr::new(ip, port)],
+        Err(_) => tokio::net::lookup_host((host.as_str(), port))
+            .await
+            .map_err(|_| refuse(name, UNREACHABLE))?
+            .collect(),
+    };
+    // One bad address condemns the name: the resolver chooses the order.
+    if found.iter().any(|address| !is_public(address.ip())) {
+        return Err(refuse(name, UNREACHABLE));
+    }
+    found
+        .first()
+        .copied()
+        .ok_or_else(|| refuse(name, UNREACHABLE))
+}
+
+/// Whether an address belongs to the public internet.
+///
+/// Source: the IANA registries of special-purpose addresses, for IPv4 and IPv6.
+pub fn is_public(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => is_public_v4(ip),
+        IpAddr::V6(ip) => is_public_v6(ip),
+    }
+}
+
+fn is_public_v4(ip: Ipv4Addr) -> bool {
+    let [a, b, c, _] = ip.octets();
+    let special = a == 0
+        || a == 10
+        || a == 127
+        || (a == 100 && (64..128).contains(&b))
+        || (a == 169 && b == 254)
+        || (a == 172 && (16..32).contains(&b))
+        || (a == 192 && b == 0 && (c == 0 || c == 2))
+        || (a == 192 && b == 88 && c == 99)
+        || (a == 192 && b == 168)
+        || (a == 198 && (b == 18 || b == 19))
+        || (a == 198 && b == 51 && c == 100)
+        || (a == 203 && b == 0 && c == 113)
+        || a >= 224;
+    !special
+}
+
+fn is_public_v6(ip: Ipv6Addr) -> bool {
+    let segments = ip.segments();
+    // Forms that carry an IPv4 address are what that address is.
+    if let Some(v4) = ip.to_ipv4_mapped() {
+        return is_public_v4(v4);
+    }
+    // NAT64 and 6to4 lead to IPv4 addresses, Teredo to anything; none is needed for an image.
+    let translated = segments[0] == 0x64 && segments[1] == 0xff9b
+        || segments[0] == 0x2002
+        || segments[0] == 0x2001 && segments[1] < 0x200;
+    let documentation = segments[0] == 0x2001 && segments[1] == 0xdb8 || segments[0] == 0x3fff;
+    // Only 2000::/3 is given out as global unicast.
+    (segments[0] & 0xe000) == 0x2000 && !translated && !documentation
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_public_internet_is_fetched_from() {
+        for bad in [
+            "127.0.0.1",
+            "127.8.9.1",
+            "0.0.0.0",
+            "10.1.2.3",
+            "172.16.0.1",
+            "172.31.255.255",
+            "192.168.1.1",
+            "169.254.169.254",
+            "100.64.0.1",
+            "192.0.0.8",
+            "198.18.0.1",
+            "224.0.0.1",
+            "255.255.255.255",
+            "::1",
+            "::",
+            "::ffff:127.0.0.1",
+            "::127.0.0.1",
+            "fe80::1",
+            "fc00::1",
+            "fd12:3456::1",
+            "ff02::1",
+            "64:ff9b::7f00:1",
+            "2002:7f00:1::",
+            "2001::1",
+            "2001:db8::1",
+        ] {
+            assert!(!is_public(bad.parse().unwrap()), "{bad}");
+        }
+        for good in [
+            "8.8.8.8",
+            "172.32.0.1",
+            "100.128.0.1",
+            "2606:4700:4700::1111",
+        ] {
+            assert!(is_public(good.parse().unwrap()), "{good}");
+        }
+    }
+
+    #[test]
+    fn other_schemes_and_hidden_users_are_refused() {
+        for bad in [
+            "file:///etc/passwd",
+            "ftp://example.org/a.png",
+            "http://user@example.org/a.png",
+            "gopher://127.0.0.1:6379/",
+            "//example.org/a.png",
+            "a.png",
+            "",
+        ] {
+            assert!(parse(bad, "image 1").is_err(), "{bad}");
+        }
+        assert!(parse("https://example.org/a.png", "image 1").is_ok());
+    }
+
+    #[test]
+    fn names_and_odd_spellings_of_loopback_are_refused() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        for bad in [
+            "http://127.0.0.1:9/a.png",
+            "http://localhost:9/a.png",
+            "http://[::1]:9/a.png",
+            "http://[::ffff:127.0.0.1]:9/a.png",
+            "http://2130706433/a.png",
+            "http://0x7f.1/a.png",
+            "http://127.1/a.png",
+            "http://169.254.169.254/latest/meta-data",
+        ] {
+            let error = runtime
+                .block_on(fetch_image(bad, 1000, "image 1"))
+                .unwrap_err();
+            assert_eq!(error.status, StatusCode::BAD_REQUEST, "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_redirect_is_taken_apart_again() {
+        let from: Uri = "https://example.org/a/b".parse().unwrap();
+        assert_eq!(
+            redirected(&from, "/c").as_deref(),
+            Some("https://example.org/c")
+        );
+        assert_eq!(
+            redirected(&from, "http://127.0.0.1/").as_deref(),
+            Some("http://127.0.0.1/")
+        );
+        assert_eq!(redirected(&from, "//127.0.0.1/"), None);
+    }
+}

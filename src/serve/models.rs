@@ -1,0 +1,244 @@
+//! Base and adapters by the names requests use.
+
+use std::{
+    collections::BTreeMap,
+    path::{Component, Path, PathBuf},
+    sync::{PoisonError, RwLock},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use axum::http::StatusCode;
+use serde_json::{Value, json};
+
+use super::{engine::Engine, error::ApiError};
+use crate::{generate::backend::AdapterId, processor::chat::ChatTemplate};
+
+/// A model that can be asked.
+#[derive(Debug, Clone)]
+pub struct ModelEntry {
+    /// For the engine.
+    pub adapter: AdapterId,
+    /// The base's template, or the one that lies in the adapter's folder.
+    pub template: ChatTemplate,
+    /// Seconds since 1970.
+    created: u64,
+}
+
+/// All models that can be asked.
+#[derive(Debug)]
+pub struct Models {
+    base: String,
+    base_template: ChatTemplate,
+    entries: RwLock<BTreeMap<String, ModelEntry>>,
+    /// One change at a time, so that a name is never given twice.
+    changing: tokio::sync::Mutex<()>,
+}
+
+fn now() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
+}
+
+fn not_found(name: &str) -> ApiError {
+    ApiError {
+        status: StatusCode::NOT_FOUND,
+        message: format!(
+            "the model `{}` does not exist; `GET /v1/models` lists those that do",
+            short(name)
+        ),
+        param: Some("model".into()),
+        code: Some("model_not_found"),
+    }
+}
+
+/// Enough of a name to recognise it.
+fn short(name: &str) -> String {
+    name.chars().take(100).collect()
+}
+
+impl Models {
+    /// The base alone.
+    pub fn new(base: impl Into<String>, template: ChatTemplate) -> Self {
+        let base = base.into();
+        let entry = ModelEntry {
+            adapter: AdapterId::BASE,
+            template: template.clone(),
+            created: now(),
+        };
+        Self {
+            entries: RwLock::new(BTreeMap::from([(base.clone(), entry)])),
+            base,
+            base_template: template,
+            changing: tokio::sync::Mutex::new(()),
+        }
+    }
+
+    /// The base's name.
+    pub fn base(&self) -> &str {
+        &self.base
+    }
+
+    /// The named model, the base when none is named.
+    ///
+    /// # Errors
+    /// [`ApiError`] of status 404.
+    pub fn find(&self, name: Option<&str>) -> Result<ModelEntry, ApiError> {
+        let name = name.unwrap_or(&self.base);
+        let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
+        entries.get(name).cloned().ok_or_else(|| not_found(name))
+    }
+
+    /// OpenAI's model objects, the base first.
+    pub fn list(&self) -> Vec<Value> {
+        let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
+        let mut all: Vec<(&String, &ModelEntry)> = entries.iter().collect();
+        all.sort_by_key(|(name, _)| (**name != self.base, (*name).clone()));
+        all.into_iter()
+            .map(|(name, entry)| self.object(name, entry))
+            .collect()
+    }
+
+    /// OpenAI's object of one model.
+    ///
+    /// # Errors
+    /// [`ApiError`] of status 404.
+    pub fn describe(&self, name: &str) -> Result<Value, ApiError> {
+        Ok(self.object(name, &self.find(Some(name))?))
+    }
+
+    fn object(&self, name: &str, entry: &ModelEntry) -> Value {
+        let parent = (name != self.base).then_some(&self.base);
+        json!({
+            "id": name,
+            "object": "model",
+            "created": entry.created,
+            "owned_by": "xray-qwen3vl",
+            "root": self.base,
+            "parent": parent,
+            "thinking": entry.template.opens_thinking(),
+        })
+    }
+
+    /// Loads the adapter in `dir` under `name`.
+    ///
+    /// # Errors
+    /// [`ApiError`]: the name is taken, or the folder cannot be used; why is in the log.
+    pub async fn load(&self, engine: &Engine, name: &str, dir: PathBuf) -> Result<(), ApiError> {
+        let _one = self.changing.lock().await;
+        if name.is_empty() || name.len() > 200 {
+            return Err(ApiError::invalid(
+                "lora_name",
+                "`lora_name` is empty or longer than 200 bytes",
+            ));
+        }
+        if self.find(Some(name)).is_ok() {
+            return Err(ApiError::invalid(
+                "lora_name",
+                format!("the name `{name}` is in use; unload it first or take another"),
+            ));
+        }
+        let refused = |reason: String| {
+            log::warn!("adapter `{name}`: {reason}");
+            ApiError::invalid(
+                "lora_path",
+                "the adapter cannot be loaded; the server's log says why",
+            )
+        };
+        let template = ChatTemplate::find(&dir, None)
+            .map_err(|error| refused(error.to_string()))?
+            .unwrap_or_else(|| self.base_template.clone());
+        let adapter = engine.load_adapter(dir).await.map_err(refused)?;
+        self.insert(name, adapter, template);
+        Ok(())
+    }
+
+    fn insert(&self, name: &str, adapter: AdapterId, template: ChatTemplate) {
+        let entry = ModelEntry {
+            adapter,
+            template,
+            created: now(),
+        };
+        let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
+        entries.insert(name.to_owned(), entry);
+    }
+
+    /// Takes the named adapter out; answers that are under way come to their end.
+    ///
+    /// # Errors
+    /// [`ApiError`]: there is none of this name, or it is the base.
+    pub async fn unload(&self, engine: &Engine, name: &str) -> Result<(), ApiError> {
+        let _one = self.changing.lock().await;
+        if name == self.base {
+            return Err(ApiError::invalid(
+                "lora_name",
+                "the base model cannot be unloaded",
+            ));
+        }
+        let entry = {
+            let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
+            entries.remove(name).ok_or_else(|| not_found(name))?
+        };
+        engine.unload_adapter(entry.adapter).await;
+        Ok(())
+    }
+}
+
+/// The folder `name` inside `root`, and nowhere else.
+///
+/// # Errors
+/// [`ApiError`]: not a plain name, or no such folder.
+pub fn folder_inside(root: &Path, name: &str) -> Result<PathBuf, ApiError> {
+    let wrong = || {
+        ApiError::invalid(
+            "lora_path",
+            "`lora_path` is not a folder of the server's adapter folder; expected its plain name",
+        )
+    };
+    let path = Path::new(name);
+    let mut parts = path.components();
+    match (parts.next(), parts.next()) {
+        (Some(Component::Normal(_)), None) => {}
+        _ => return Err(wrong()),
+    }
+    let root = root.canonicalize().map_err(|_| wrong())?;
+    // A link may lead elsewhere.
+    let found = root.join(path).canonicalize().map_err(|_| wrong())?;
+    if found.starts_with(&root) && found.is_dir() {
+        Ok(found)
+    } else {
+        Err(wrong())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_name_leads_out_of_the_adapter_folder() {
+        let root = tempfile::tempdir().unwrap();
+        std::fs::create_dir(root.path().join("a")).unwrap();
+        std::fs::write(root.path().join("file"), "").unwrap();
+        assert!(folder_inside(root.path(), "a").is_ok());
+        for bad in [
+            "",
+            ".",
+            "..",
+            "../a",
+            "/",
+            "/etc",
+            "a/b",
+            "file",
+            "none",
+            "a/../../x",
+        ] {
+            assert!(folder_inside(root.path(), bad).is_err(), "{bad}");
+        }
+        #[cfg(unix)]
+        {
+            std::os::unix::fs::symlink("/etc", root.path().join("link")).unwrap();
+            assert!(folder_inside(root.path(), "link").is_err());
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! Routes, and what every request passes on its way to one.
+
+use std::{panic::AssertUnwindSafe, sync::Arc};
+
+use axum::{
+    Json, Router,
+    body::Body,
+    extract::{Path, Request, State},
+    http::{HeaderMap, HeaderValue, StatusCode, header},
+    middleware::{Next, from_fn_with_state},
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use futures_util::FutureExt;
+use serde_json::{Value, json};
+
+use super::{
+    App,
+    auth::{KeyCheck, check_origin},
+    chat::{self, expect_json, read_json},
+    error::ApiError,
+    models::folder_inside,
+    preview::preview,
+    types::AdapterRequest,
+};
+use crate::backend::panic_text;
+
+/// The OpenAPI document.
+const OPENAPI: &str = include_str!("openapi.json");
+
+/// The web page may load its own files and nothing else.
+const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; \
+     img-src 'self' blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; \
+     frame-ancestors 'none'; require-trusted-types-for 'script'";
+
+/// A script of the web page.
+macro_rules! script {
+    ($name:literal) => {
+        (
+            concat!("/", $name),
+            "text/javascript; charset=utf-8",
+            include_str!(concat!("page/", $name)),
+        )
+    };
+}
+
+/// Files of the web page: path, type, content.
+const PAGE: [(&str, &str, &str); 11] = [
+    (
+        "/",
+        "text/html; charset=utf-8",
+        include_str!("page/index.html"),
+    ),
+    (
+        "/style.css",
+        "text/css; charset=utf-8",
+        include_str!("page/style.css"),
+    ),
+    script!("api.js"),
+    script!("app.js"),
+    script!("dom.js"),
+    script!("export.js"),
+    script!("film.js"),
+    script!("history.js"),
+    script!("run.js"),
+    script!("strings.js"),
+    script!("viewer.js"),
+];
+
+/// All routes.
+pub fn router(app: Arc<App>) -> Router {
+    let keys = KeyCheck::new(&app.config.api_keys);
+    let guarded = Router::new()
+        .route("/v1/chat/completions", post(chat::completions))
+        .route("/v1/images/preview", post(preview))
+        .route("/v1/models", get(models))
+        .route("/v1/models/{*name}", get(model))
+        .route("/v1/load_lora_adapter", post(load_adapter))
+        .route("/v1/unload_lora_adapter", post(unload_adapter))
+        .route("/metrics", get(metrics))
+        .layer(from_fn_with_state(keys, check_key));
+    let mut open = Router::new()
+        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/readyz", get(ready))
+        .route("/openapi.json", get(openapi));
+    for (path, kind, content) in PAGE {
+        open = open.route(path, get(move || async move { file(kind, content) }));
+    }
+    guarded
+        .merge(open)
+        .fallback(|| async {
+            ApiError::new(StatusCode::NOT_FOUND, "there is nothing at this path")
+        })
+        .method_not_allowed_fallback(|| async {
+            ApiError::new(
+                StatusCode::METHOD_NOT_ALLOWED,
+                "this path takes another method",
+            )
+        })
+        .layer(from_fn_with_state(app.clone(), every_request))
+        .with_state(app)
+}
+
+/// Around every request: origin, panics, counters, headers.
+async fn every_request(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+    let config = &app.config;
+    let origin = check_origin(request.headers(), &config.host_names, &config.origin_names);
+    let mut response = match origin {
+        Err(error) => error.into_response(),
+        // A panic ends its own request; the connection and all others live on.
+        Ok(()) => AssertUnwindSafe(next.run(request))
+            .catch_unwind()
+            .await
+            .unwrap_or_else(|payload| {
+                log::error!("a handler failed: {}", panic_text(payload.as_ref()));
+                ApiError::internal().into_response()
+            }),
+    };
+    app.metrics.response(response.status().as_u16());
+    let headers = response.headers_mut();
+    let fixed = |text| HeaderValue::from_static(text);
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, fixed("nosniff"));
+    headers.insert(header::REFERRER_POLICY, fixed("no-referrer"));
+    headers.insert(header::X_FRAME_OPTIONS, fixed("DENY"));
+    headers.insert("cross-origin-opener-policy", fixed("same-origin"));
+    headers.insert("cross-origin-resource-policy", fixed("same-origin"));
+    headers.insert(
+        header::CONTENT_SECURITY_POLICY,
+        fixed(CONTENT_SECURITY_POLICY),
+    );
+    headers
+        .entry(header::CACHE_CONTROL)
+        .or_insert(fixed("no-store"));
+    response
+}
+
+async fn check_key(
+    State(keys): State<KeyCheck>,
+    headers: HeaderMap,
+    request: Request,
+    next: Next,
+) -> Result<Response, ApiError> {
+    keys.check(&headers)?;
+    Ok(next.run(request).await)
+}
+
+fn file(kind: &'static str, content: &'static str) -> Response {
+    // Always asked for again: a new version of the program must not meet an old script.
+    (
+        [
+            (header::CONTENT_TYPE, kind),
+            (header::CACHE_CONTROL, "no-cache"),
+        ],
+        content,
+    )
+        .into_response()
+}
+
+async fn openapi() -> Response {
+    file("application/json", OPENAPI)
+}
+
+async fn ready(State(app): State<Arc<App>>) -> Response {
+    if app.engine.is_stopping() {
+        (StatusCode::SERVICE_UNAVAILABLE, "stopping\n").into_response()
+    } else {
+        "ready\n".into_response()
+    }
+}
+
+async fn metrics(State(app): State<Arc<App>>) -> Response {
+    let text = app.metrics.text(app.engine.limits().cache_tokens);
+    (
+        [(
+            header::CONTENT_TYPE,
+            "text/plain; version=0.0.4; charset=utf-8",
+        )],
+        text,
+    )
+        .into_response()
+}
+
+async fn models(State(app): State<Arc<App>>) -> Json<Value> {
+    Json(json!({"object": "list", "data": app.models.list()}))
+}
+
+async fn model(
+    State(app): State<Arc<App>>,
+    Path(name): Path<String>,
+) -> Result<Json<Value>, ApiError> {
+    app.models.describe(&name).map(Json)
+}
+
+async fn load_adapter(
+    State(app): State<Arc<App>>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ApiError> {
+    expect_json(&headers)?;
+    let (request, _): (AdapterRequest, _) = read_json(&app, body).await?;
+    let root = adapter_dir(&app)?;
+    let path = request.lora_path.as_deref().unwrap_or(&request.lora_name);
+    let dir = folder_inside(root, path)?;
+    app.models
+        .load(&app.engine, &request.lora_name, dir)
+        .await?;
+    let message = format!("`{}` is loaded", request.lora_name);
+    Ok(Json(json!({"message": message})).into_response())
+}
+
+async fn unload_adapter(
+    State(app): State<Arc<App>>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ApiError> {
+    expect_json(&headers)?;
+    let (request, _): (AdapterRequest, _) = read_json(&app, body).await?;
+    adapter_dir(&app)?;
+    app.models.unload(&app.engine, &request.lora_name).await?;
+    let message = format!("`{}` is unloaded", request.lora_name);
+    Ok(Json(json!({"message": message})).into_response())
+}
+
+fn adapter_dir(app: &App) -> Result<&std::path::Path, ApiError> {
+    app.config.adapter_dir.as_deref().ok_or_else(|| {
+        ApiError::new(
+            StatusCode::FORBIDDEN,
+            "adapters are not changed at run time; the server was started without --adapter-dir",
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_openapi_document_lists_every_route() {
+        let document: Value = serde_json::from_str(OPENAPI).unwrap();
+        for path in [
+            "/v1/chat/completions",
+            "/v1/images/preview",
+            "/v1/models",
+            "/v1/models/{name}",
+            "/v1/load_lora_adapter",
+            "/v1/unload_lora_adapter",
+            "/metrics",
+            "/healthz",
+            "/readyz",
+            "/openapi.json",
+        ] {
+            assert!(document["paths"][path].is_object(), "{path}");
+        }
+    }
+}

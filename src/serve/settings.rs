@@ -1,0 +1,243 @@
+//! A request's settings: checked, and completed from the server's defaults.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Value, json};
+
+use super::{
+    ServeConfig,
+    engine::Penalties,
+    error::ApiError,
+    types::{ChatRequest, ResponseFormat, Stop},
+};
+use crate::generate::SamplingConfig;
+
+/// Most stop texts, and the longest of them in bytes.
+const MAX_STOPS: usize = 16;
+const LONGEST_STOP: usize = 256;
+
+/// Most tokens whose probabilities are told, as OpenAI has it.
+const MAX_TOP_LOGPROBS: usize = 20;
+
+/// Most entries of `logit_bias`.
+const MAX_BIASES: usize = 1024;
+
+/// What a request wants besides its messages.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RequestSettings {
+    /// How tokens are chosen; the seed is that of the first answer.
+    pub sampling: SamplingConfig,
+    /// Changes of the logits.
+    pub penalties: Penalties,
+    /// Most tokens, if the request says.
+    pub max_new_tokens: Option<usize>,
+    /// Number of answers.
+    pub choices: usize,
+    /// Stop texts.
+    pub stop: Vec<String>,
+    /// Number of likeliest tokens to be told, if any.
+    pub logprobs: Option<usize>,
+    /// Sends the answer as it grows.
+    pub stream: bool,
+    /// Ends a stream with token counts.
+    pub include_usage: bool,
+    /// Goes on behind end tokens, for measurements.
+    pub ignore_eos: bool,
+    /// Schema of the answer.
+    pub schema: Option<Value>,
+}
+
+impl RequestSettings {
+    /// Checks a request; `vocab_size` is the model's.
+    ///
+    /// # Errors
+    /// [`ApiError`] of status 400 that names the field.
+    pub fn new(
+        request: &ChatRequest,
+        config: &ServeConfig,
+        vocab_size: usize,
+    ) -> Result<Self, ApiError> {
+        refuse_unknown_features(request)?;
+        let choices = request.n.unwrap_or(1);
+        if choices == 0 || choices > config.max_choices {
+            return Err(ApiError::invalid(
+                "n",
+                format!("`n` is {choices}, expected 1 to {}", config.max_choices),
+            ));
+        }
+        Ok(Self {
+            sampling: sampling(request, &config.sampling)?,
+            penalties: penalties(request, vocab_size)?,
+            max_new_tokens: max_new_tokens(request, config)?,
+            choices,
+            stop: stop(request)?,
+            logprobs: logprobs(request)?,
+            stream: request.stream.unwrap_or(false),
+            include_usage: request
+                .stream_options
+                .is_some_and(|options| options.include_usage),
+            ignore_eos: request.ignore_eos.unwrap_or(false),
+            schema: match &request.response_format {
+                None | Some(ResponseFormat::Text) => None,
+                Some(ResponseFormat::JsonObject) => Some(json!({"type": "object"})),
+                Some(ResponseFormat::JsonSchema { json_schema }) => {
+                    Some(json_schema.schema.clone())
+                }
+            },
+        })
+    }
+
+    /// Settings of answer `index`: answers to one request differ in their seeds.
+    pub fn sampling_of(&self, index: usize) -> SamplingConfig {
+        SamplingConfig {
+            seed: self.sampling.seed.wrapping_add(index as u64),
+            ..self.sampling.clone()
+        }
+    }
+}
+
+fn refuse_unknown_features(request: &ChatRequest) -> Result<(), ApiError> {
+    let given = |list: &Option<Vec<Value>>| list.as_ref().is_some_and(|list| !list.is_empty());
+    for (name, there) in [
+        ("tools", given(&request.tools)),
+        ("functions", given(&request.functions)),
+    ] {
+        if there {
+            return Err(ApiError::invalid(
+                name,
+                format!("`{name}` is not supported; this server writes text only"),
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn sampling(request: &ChatRequest, defaults: &SamplingConfig) -> Result<SamplingConfig, ApiError> {
+    let top_k = match request.top_k {
+        // -1 is how others write "all".
+        Some(-1) => 0,
+        Some(top_k) => usize::try_from(top_k).map_err(|_| {
+            ApiError::invalid("top_k", format!("`top_k` is {top_k}, expected -1 or more"))
+        })?,
+        None => defaults.top_k,
+    };
+    let sampling = SamplingConfig {
+        temperature: request.temperature.unwrap_or(defaults.temperature),
+        top_k,
+        top_p: request.top_p.unwrap_or(defaults.top_p),
+        min_p: request.min_p.unwrap_or(defaults.min_p),
+        repetition_penalty: request
+            .repetition_penalty
+            .unwrap_or(defaults.repetition_penalty),
+        seed: match request.seed {
+            Some(seed) => seed as u64,
+            None => rand::random(),
+        },
+    };
+    sampling.check().map_err(|reason| {
+        let field = reason.split(' ').next().unwrap_or_default().to_owned();
+        ApiError::invalid(field, reason)
+    })?;
+    Ok(sampling)
+}
+
+fn penalties(request: &ChatRequest, vocab_size: usize) -> Result<Penalties, ApiError> {
+    let range = |name: &str, value: Option<f32>| {
+        let value = value.unwrap_or(0.0);
+        if (-2.0..=2.0).contains(&value) {
+            Ok(value)
+        } else {
+            Err(ApiError::invalid(
+                name,
+                format!("`{name}` is {value}, expected -2 to 2"),
+            ))
+        }
+    };
+    Ok(Penalties {
+        frequency: range("frequency_penalty", request.frequency_penalty)?,
+        presence: range("presence_penalty", request.presence_penalty)?,
+        bias: match &request.logit_bias {
+            Some(bias) => logit_bias(bias, vocab_size)?,
+            None => Vec::new(),
+        },
+    })
+}
+
+fn logit_bias(
+    bias: &BTreeMap<String, f32>,
+    vocab_size: usize,
+) -> Result<Vec<(u32, f32)>, ApiError> {
+    let wrong = |reason: String| ApiError::invalid("logit_bias", reason);
+    if bias.len() > MAX_BIASES {
+        return Err(wrong(format!(
+            "`logit_bias` has {} entries, at most {MAX_BIASES} are taken",
+            bias.len()
+        )));
+    }
+    bias.iter()
+        .map(|(id, value)| {
+            let id = id
+                .parse::<u32>()
+                .ok()
+                .filter(|id| (*id as usize) < vocab_size);
+            match id {
+                Some(id) if (-100.0..=100.0).contains(value) => Ok((id, *value)),
+                _ => Err(wrong(format!(
+                    "`logit_bias` maps token ids below {vocab_size} to numbers from -100 to 100"
+                ))),
+            }
+        })
+        .collect()
+}
+
+fn max_new_tokens(request: &ChatRequest, config: &ServeConfig) -> Result<Option<usize>, ApiError> {
+    let (name, value) = match (request.max_completion_tokens, request.max_tokens) {
+        (Some(value), _) => ("max_completion_tokens", value),
+        (None, Some(value)) => ("max_tokens", value),
+        (None, None) => return Ok(None),
+    };
+    if value == 0 || value > config.max_new_tokens {
+        return Err(ApiError::invalid(
+            name,
+            format!(
+                "`{name}` is {value}, expected 1 to {}",
+                config.max_new_tokens
+            ),
+        ));
+    }
+    Ok(Some(value))
+}
+
+fn stop(request: &ChatRequest) -> Result<Vec<String>, ApiError> {
+    let stop = match request.stop.clone() {
+        None => Vec::new(),
+        Some(Stop::One(text)) => vec![text],
+        Some(Stop::Many(texts)) => texts,
+    };
+    let fits = |text: &String| !text.is_empty() && text.len() <= LONGEST_STOP;
+    if stop.len() > MAX_STOPS || !stop.iter().all(fits) {
+        return Err(ApiError::invalid(
+            "stop",
+            format!("`stop` takes at most {MAX_STOPS} texts of 1 to {LONGEST_STOP} bytes"),
+        ));
+    }
+    Ok(stop)
+}
+
+fn logprobs(request: &ChatRequest) -> Result<Option<usize>, ApiError> {
+    let top = request.top_logprobs.unwrap_or(0);
+    if top > MAX_TOP_LOGPROBS {
+        return Err(ApiError::invalid(
+            "top_logprobs",
+            format!("`top_logprobs` is {top}, expected 0 to {MAX_TOP_LOGPROBS}"),
+        ));
+    }
+    match request.logprobs {
+        Some(true) => Ok(Some(top)),
+        _ if top > 0 => Err(ApiError::invalid(
+            "top_logprobs",
+            "`top_logprobs` needs `logprobs` to be true",
+        )),
+        _ => Ok(None),
+    }
+}
