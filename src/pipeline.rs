@@ -1,6 +1,6 @@
 //! A model ready to be asked: weights, processor, tokenizer and template of one checkpoint.
 
-use crate::kernels::Kernels;
+use crate::kernels::{Kernels, compact};
 use std::path::{Path, PathBuf};
 
 use burn::{prelude::*, tensor::DType};
@@ -391,7 +391,7 @@ pub fn load_model<B: Kernels>(
         check_host_memory(&options.model, &model, options.dtype)?;
     }
     load_checkpoint(&mut model, &options.model, options.dtype, on_progress)?;
-    Ok(model)
+    Ok(compact(model))
 }
 
 /// The CPU's memory ends the process when it runs out, so it is looked at before.

@@ -108,7 +108,7 @@ struct Draw {
     std: f64,
 }
 
-impl<B: Backend> ModuleMapper<B> for Draw {
+impl<B: Kernels> ModuleMapper<B> for Draw {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
         if D < 2 {
             return param.map(|tensor| tensor);
@@ -121,7 +121,7 @@ impl<B: Backend> ModuleMapper<B> for Draw {
             Distribution::Normal(0.0, self.std),
             (&device, self.dtype),
         );
-        Param::initialized(param.id, tensor)
+        Param::initialized(param.id, B::compact(tensor))
     }
 }
 

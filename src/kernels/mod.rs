@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use burn::{
     backend::autodiff::checkpoint::strategy::CheckpointStrategy,
+    module::{ModuleMapper, Param},
     prelude::*,
     tensor::{DType, Distribution, backend::AutodiffBackend},
 };
@@ -386,6 +387,12 @@ pub trait Kernels: Backend {
         plain::square_sums(tensors)
     }
 
+    /// The same tensor with its elements one behind another: what is read again and again should not
+    /// have to be copied into that form each time.
+    fn compact<const D: usize>(x: Tensor<Self, D>) -> Tensor<Self, D> {
+        x
+    }
+
     /// Memory that the calling thread's work holds on the device; `None` where the backend does not tell.
     fn memory_in_use(_device: &Self::Device) -> Option<DeviceMemory> {
         None
@@ -408,7 +415,28 @@ pub trait TrainKernels: AutodiffBackend<InnerBackend: Kernels> + Kernels {}
 impl<B: AutodiffBackend<InnerBackend: Kernels> + Kernels> TrainKernels for B {}
 
 /// Autodiff records the defaults.
-impl<B: Kernels, C: CheckpointStrategy> Kernels for burn::backend::Autodiff<B, C> {}
+impl<B: Kernels, C: CheckpointStrategy> Kernels for burn::backend::Autodiff<B, C> {
+    fn compact<const D: usize>(x: Tensor<Self, D>) -> Tensor<Self, D> {
+        let trained = x.is_require_grad();
+        let compact = Tensor::from_inner(B::compact(x.inner()));
+        if trained {
+            compact.require_grad()
+        } else {
+            compact
+        }
+    }
+}
+
+/// [`Kernels::compact`] for all parameters of a module.
+pub fn compact<B: Kernels, M: Module<B>>(module: M) -> M {
+    struct Compact;
+    impl<B: Kernels> ModuleMapper<B> for Compact {
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+            param.map(B::compact)
+        }
+    }
+    module.map(&mut Compact)
+}
 
 #[cfg(feature = "flex")]
 impl Kernels for burn_flex::Flex {}

@@ -6,7 +6,7 @@
 
 use crate::kernels::Kernels;
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     collections::BTreeMap,
     fs::File,
     io::Write,
@@ -403,11 +403,13 @@ pub fn load_checkpoint<B: Kernels, M: Module<B>>(
             first: first.clone(),
         });
     }
+    let device = module.devices().into_iter().next();
     let mut done = 0;
     on_progress(done, total);
     for path in &files {
         let file = Rc::new(TensorFile::open(path)?);
         let problem: Rc<RefCell<Option<WeightsError>>> = Rc::default();
+        let underway: Rc<Cell<usize>> = Rc::default();
         let snapshots: Vec<TensorSnapshot> = file
             .shapes()?
             .into_iter()
@@ -415,9 +417,19 @@ pub fn load_checkpoint<B: Kernels, M: Module<B>>(
             .map(|(name, shape)| {
                 let path_stack = name.split('.').map(str::to_string).collect();
                 let (file, problem) = (file.clone(), problem.clone());
+                let (underway, device) = (underway.clone(), device.clone());
                 TensorSnapshot::from_closure(
                     Rc::new(move || match file.read(&name, dtype) {
-                        Ok(data) => Ok(data),
+                        Ok(data) => {
+                            // A device takes copies faster than it empties them; waiting now and
+                            // then bounds the host's memory.
+                            underway.set(underway.get() + data.bytes.len());
+                            if underway.get() > UNDERWAY_BYTES {
+                                underway.set(data.bytes.len());
+                                let _ = device.as_ref().map(B::sync);
+                            }
+                            Ok(data)
+                        }
                         Err(error) => {
                             let message = error.to_string();
                             problem.borrow_mut().get_or_insert(error);
@@ -441,6 +453,9 @@ pub fn load_checkpoint<B: Kernels, M: Module<B>>(
     }
     Ok(())
 }
+
+/// Bytes on their way to a device before the host waits for it.
+const UNDERWAY_BYTES: usize = 512 << 20;
 
 /// One tensor to be written, read from the device when its turn comes.
 pub struct LazyTensor {

@@ -89,6 +89,10 @@ impl Kernels for Cuda {
         decode::start(model, config, cache, start)
     }
 
+    fn compact<const D: usize>(x: Tensor<Self, D>) -> Tensor<Self, D> {
+        launch::tensor(launch::contiguous(x))
+    }
+
     fn memory_in_use(device: &Self::Device) -> Option<DeviceMemory> {
         collective::memory_in_use(device)
     }
