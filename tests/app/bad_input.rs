@@ -67,7 +67,11 @@ fn a_picture_that_cannot_be_used_is_named() {
             "words",
             &["words.png"],
             1,
-            &["`words.png`", "PNG, JPEG, WebP, BMP, TIFF or DICOM", "convert"],
+            &[
+                "`words.png`",
+                "PNG, JPEG, WebP, BMP, TIFF or DICOM",
+                "convert",
+            ],
         ),
         case(
             "another format",
