@@ -26,7 +26,10 @@ const TILE: usize = 64;
 
 /// Whether heads of this width can be attended to.
 pub(super) fn covers(head_dim: usize, dtype: DType) -> bool {
-    dtype == DType::BF16 && head_dim.is_multiple_of(8) && (16..=128).contains(&head_dim)
+    super::supported()
+        && dtype == DType::BF16
+        && head_dim.is_multiple_of(8)
+        && (16..=128).contains(&head_dim)
 }
 
 fn kernel(

@@ -40,7 +40,11 @@ fn is_bf16(tensors: &[&Tensor<Backend, 2>]) -> bool {
 /// Whether `x Wᵀ` can be worked on: bf16, rows of 16 bytes' multiples.
 pub(super) fn covers(x: &Tensor<Backend, 2>, weight: &Tensor<Backend, 2>) -> bool {
     let [out, inner] = weight.dims();
-    is_bf16(&[x, weight]) && out.is_multiple_of(8) && inner.is_multiple_of(8) && x.dims()[0] > 0
+    super::supported()
+        && is_bf16(&[x, weight])
+        && out.is_multiple_of(8)
+        && inner.is_multiple_of(8)
+        && x.dims()[0] > 0
 }
 
 /// Whether `dy W` can be worked on.

@@ -27,7 +27,8 @@ const LARGEST_RANK: usize = 64;
 pub(super) fn covers(adapter: &LowRank<Backend>, dtype: DType) -> bool {
     let [rank, width] = adapter.a.dims();
     let [out, _] = adapter.b.dims();
-    dtype == DType::BF16
+    super::supported()
+        && dtype == DType::BF16
         && adapter.a.dtype() == DType::F32
         && rank.is_multiple_of(8)
         && rank <= LARGEST_RANK

@@ -20,7 +20,10 @@ mod rows;
 #[cfg(test)]
 mod tests;
 
-use std::{path::PathBuf, sync::Once};
+use std::{
+    path::PathBuf,
+    sync::{Once, OnceLock},
+};
 
 use burn::{prelude::*, tensor::DType};
 use cubecl_common::config::RuntimeConfig;
@@ -38,9 +41,17 @@ use crate::qwen3_vl::{
 };
 use launch::Backend as Cuda;
 
+/// Whether the card has what the kernels are written for: bf16 products and asynchronous copies.
+/// Older cards run the plain operations.
+fn supported() -> bool {
+    static SUPPORTED: OnceLock<bool> = OnceLock::new();
+    *SUPPORTED.get_or_init(|| plan::compute_capability(0) >= 80)
+}
+
 /// For a type the kernels know: whether it is bf16, and how many elements 16 bytes hold.
 fn scalar_of(dtype: DType) -> Option<(i64, usize)> {
     match dtype {
+        _ if !supported() => None,
         DType::BF16 => Some((1, 8)),
         DType::F32 => Some((0, 4)),
         _ => None,
