@@ -37,7 +37,7 @@ fn is_bf16(tensors: &[&Tensor<Backend, 2>]) -> bool {
     tensors.iter().all(|tensor| tensor.dtype() == DType::BF16)
 }
 
-/// Whether `x Wᵀ` can be worked on: bf16, rows of 16 bytes' multiples.
+/// Whether `x Wᵀ`, and on the way back `dy W`, can be worked on: bf16, rows of 16 bytes' multiples.
 pub(super) fn covers(x: &Tensor<Backend, 2>, weight: &Tensor<Backend, 2>) -> bool {
     let [out, inner] = weight.dims();
     super::supported()
@@ -45,11 +45,6 @@ pub(super) fn covers(x: &Tensor<Backend, 2>, weight: &Tensor<Backend, 2>) -> boo
         && out.is_multiple_of(8)
         && inner.is_multiple_of(8)
         && x.dims()[0] > 0
-}
-
-/// Whether `dy W` can be worked on.
-pub(super) fn covers_backward(dy: &Tensor<Backend, 2>, weight: &Tensor<Backend, 2>) -> bool {
-    covers(dy, weight)
 }
 
 /// `Σ A B + bias + residual`, `[rows, columns]` in `dtype` (bf16 or f32).

@@ -153,7 +153,7 @@ impl Kernels for Cuda {
 
     fn input_gradient(products: &[BackwardProduct<Self>]) -> Tensor<Self, 2> {
         let covered = products.iter().all(|product| {
-            gemm::covers_backward(&product.dy, &product.weight)
+            gemm::covers(&product.dy, &product.weight)
                 && product.adapter.as_ref().is_none_or(|(low, adapter)| {
                     lora::covers(adapter, product.dy.dtype()) && low.dtype() == DType::BF16
                 })

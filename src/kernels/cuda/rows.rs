@@ -15,7 +15,8 @@ pub(super) fn covers(width: usize, dtype: DType) -> bool {
     scalar_of(dtype).is_some_and(|(_, vector)| width.is_multiple_of(vector)) && width <= WIDEST
 }
 
-fn kernel(name: &'static str, form: &'static str, width: usize, dtype: DType) -> Kernel {
+/// The kernel of one norm over rows of this width: `form` is its macro in `rows.cu`.
+pub(super) fn kernel(name: &'static str, form: &'static str, width: usize, dtype: DType) -> Kernel {
     let (bf16, vector) = scalar_of(dtype).expect("`covers` was asked");
     let threads = (width / vector / 2)
         .next_power_of_two()

@@ -58,15 +58,21 @@ pub(super) fn load(kernel: &Kernel, device: usize, arch: &str) -> Result<Functio
         None => {
             let file = super::super::cache_dir()
                 .map(|dir| dir.join(format!("{arch}-{}-{hash:016x}.ptx", kernel.entry())));
-            let ptx = match file.as_ref().and_then(|file| std::fs::read(file).ok()) {
-                Some(ptx) if ptx.last() == Some(&0) => ptx,
-                _ => {
+            let kept = file
+                .as_ref()
+                .and_then(|file| std::fs::read(file).ok())
+                .filter(|ptx| ptx.last() == Some(&0))
+                .and_then(|ptx| load_ptx(kernel, &ptx).ok());
+            let handle = match kept {
+                Some(handle) => handle,
+                // Nothing kept, or damaged, or written for another driver.
+                None => {
                     let ptx = compile(kernel, arch)?;
+                    let handle = load_ptx(kernel, &ptx)?;
                     keep(file, &ptx);
-                    ptx
+                    handle
                 }
             };
-            let handle = load_ptx(kernel, &ptx)?;
             loaded.insert(key, handle);
             handle
         }
@@ -107,6 +113,7 @@ fn compile(kernel: &Kernel, arch: &str) -> Result<Vec<u8>, DriverError> {
             let log = nvrtc::result::get_program_log(program)
                 .map(|log| CStr::from_ptr(log.as_ptr()).to_string_lossy().into_owned())
                 .unwrap_or_default();
+            let _ = nvrtc::result::destroy_program(program);
             return Err(DriverError { doing, reason: log });
         }
         let ptx = driver(&doing, nvrtc::result::get_ptx(program))?;

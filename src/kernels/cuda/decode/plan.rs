@@ -6,6 +6,7 @@ use super::{
     super::{
         launch::{Backend, Buffer, Client, Defines, Kernel, contiguous, float_bits, strided},
         plan::compute_capability,
+        rows,
     },
     floats, integers,
     module::{DriverError, Function, driver, load},
@@ -22,7 +23,6 @@ const SCALAR: &str = include_str!("../scalar.cuh");
 const GEMV: &[&str] = &[SCALAR, include_str!("gemv.cu")];
 const SKINNY: &[&str] = &[SCALAR, include_str!("skinny.cu")];
 const STEP: &[&str] = &[SCALAR, include_str!("step.cu")];
-const ROWS: &[&str] = &[SCALAR, include_str!("../rows.cu")];
 const ATTENTION: &[&str] = &[
     include_str!("../common.cuh"),
     include_str!("../attention_common.cuh"),
@@ -151,13 +151,7 @@ impl Builder<'_> {
         }
         let mut input = x;
         if let Some((weight, epsilon)) = around.norm {
-            let defines = vec![
-                ("NORM_RMS", 1),
-                ("SCALAR_BF16", 1),
-                ("WIDTH", k as i64),
-                ("THREADS", 256),
-            ];
-            let kernel = Kernel::new("rms_norm", ROWS, defines, 256);
+            let kernel = rows::kernel("rms_norm", "NORM_RMS", k, DType::BF16);
             self.push(
                 kernel,
                 [self.rows, 1, 1],
