@@ -33,11 +33,14 @@ use super::{
     AdamWStep, AllReduce, AttentionSpans, BackwardProduct, DecodeStart, Decoder, DeviceMemory,
     Dropout, HeadNorm, Kernels, LowRank, LowRankGradients, TargetLoss, plain,
 };
-use crate::qwen3_vl::{
-    Qwen3Vl,
-    cache::KeyValueCache,
-    config::Qwen3VlConfig,
-    nn::{gelu_exact, gelu_tanh},
+use crate::{
+    generate::backend::{ServingDecoder, ServingLimits},
+    qwen3_vl::{
+        Qwen3Vl,
+        cache::KeyValueCache,
+        config::Qwen3VlConfig,
+        nn::{gelu_exact, gelu_tanh},
+    },
 };
 use launch::Backend as Cuda;
 
@@ -98,6 +101,15 @@ impl Kernels for Cuda {
         start: &DecodeStart,
     ) -> Option<Box<dyn Decoder>> {
         decode::start(model, config, cache, start)
+    }
+
+    fn serving_decoder(
+        model: &Qwen3Vl<Self>,
+        config: &Qwen3VlConfig,
+        limits: &ServingLimits,
+        on_progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Option<ServingDecoder<Self>>, String> {
+        decode::serve(model, config, limits, on_progress)
     }
 
     fn compact<const D: usize>(x: Tensor<Self, D>) -> Tensor<Self, D> {
