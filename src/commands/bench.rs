@@ -15,7 +15,7 @@ use clap::{Args, ValueEnum};
 
 use super::{
     UsageError,
-    progress::{Progress, Unit},
+    progress::{Progress, Unit, prepare_kernels},
     shipped,
 };
 use crate::{
@@ -259,6 +259,7 @@ impl DeviceTask for Measure {
                 .collect::<Result<_, _>>()?
         } else {
             let (model, seconds) = bench.model::<B>(&mut on_progress)?;
+            prepare_kernels::<B>(&bench.config, dtype, &device);
             match args.kind {
                 BenchKind::Vision => bench.vision(&model, seconds, &batches(&[1])),
                 BenchKind::Prefill => bench.prefill(&model, seconds, &batches(&[1]))?,

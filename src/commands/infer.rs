@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     UsageError, generation_config, pipeline_options,
-    progress::{Progress, Unit},
+    progress::{Progress, Unit, prepare_kernels},
     shipped,
 };
 use crate::{
@@ -190,6 +190,7 @@ impl DeviceTask for Infer {
             progress.set(done, total);
         })?;
         progress.finish();
+        prepare_kernels::<B>(&pipeline.parts.config, dtype, &pipeline.device);
         let _ = B::sync(&pipeline.device);
         if self.args.verbose {
             eprintln!("load     {:8.2} s", started.elapsed().as_secs_f64());

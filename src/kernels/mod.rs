@@ -368,6 +368,16 @@ pub trait Kernels: Backend {
         gelu_exact(x)
     }
 
+    /// Compiles what a request of any length may need, so that none has to wait for it. `on_progress`
+    /// gets kernels done and in all.
+    fn prepare(
+        _config: &Qwen3VlConfig,
+        _dtype: DType,
+        _device: &Self::Device,
+        _on_progress: &mut dyn FnMut(u64, u64),
+    ) {
+    }
+
     /// The vision tower over some images, for inference; `run` is the tower as it is written.
     fn vision_tower(
         _tower: &VisionModel<Self>,

@@ -94,6 +94,21 @@ impl Kernels for Cuda {
         }
     }
 
+    fn prepare(
+        config: &Qwen3VlConfig,
+        dtype: DType,
+        device: &Self::Device,
+        on_progress: &mut dyn FnMut(u64, u64),
+    ) {
+        if scalar_of(dtype).is_some_and(|(bf16, _)| bf16 == 1) {
+            let like = launch::strided(Tensor::<Self, 1>::empty([1], (device, dtype)));
+            let vocab = config.text_config.vocab_size;
+            gemm::prepare(&like, vocab, |done, all| {
+                on_progress(done as u64, all as u64);
+            });
+        }
+    }
+
     fn vision_tower(
         tower: &VisionModel<Self>,
         images: &ImageInput,
