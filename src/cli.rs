@@ -252,6 +252,9 @@ pub struct TrainArgs {
     /// Draw the weights at random; only `config.json` and the tokenizer of the model are read.
     #[arg(long)]
     pub random_init: bool,
+    /// Write what loader threads and the device's host thread did when, in the form of Chrome's tracing.
+    #[arg(long, value_name = "FILE.json")]
+    pub trace: Option<PathBuf>,
     /// Plain progress lines in place of the dashboard.
     #[arg(long)]
     pub no_tui: bool,

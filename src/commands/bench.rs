@@ -30,6 +30,7 @@ use crate::{
     },
     files::write_atomic,
     kernels::Kernels,
+    train::trace::Trace,
 };
 
 /// Set in the processes that `--table` starts: they print records and nothing else.
@@ -78,8 +79,8 @@ pub struct BenchArgs {
     /// Lengths as often as the OpenI-zh corpus has them, in place of 368 tokens each.
     #[arg(long)]
     pub mixed: bool,
-    /// Measured calls [default: 20; load and decode: 3, train: 5].
-    #[arg(long, value_name = "N")]
+    /// Measured calls [default: 20; load and decode: 3, train: 5 steps].
+    #[arg(long, visible_alias = "steps", value_name = "N")]
     pub samples: Option<usize>,
     /// `train`: the samples of a micro-batch lie in one row.
     #[arg(long)]
@@ -88,6 +89,12 @@ pub struct BenchArgs {
     /// memory.
     #[arg(long)]
     pub no_recompute: bool,
+    /// `train`: run norms, rotation and the gate again in the backward pass, and nothing else.
+    #[arg(long, conflicts_with = "no_recompute")]
+    pub recompute_pointwise: bool,
+    /// `train`: write what the host's threads did when, in the form of Chrome's tracing.
+    #[arg(long, value_name = "FILE.json")]
+    pub trace: Option<PathBuf>,
     /// List the device's operations with count and time as well, from a second run that times each alone;
     /// `cuda` and `wgpu` only.
     #[arg(long)]
@@ -187,9 +194,12 @@ fn check(args: &BenchArgs) -> Result<()> {
         bail!(UsageError("--samples is 0, expected at least 1".into()));
     }
     let train = args.kind == BenchKind::Train;
-    if !train && (args.packing || args.no_recompute) {
+    let only_train =
+        args.packing || args.no_recompute || args.recompute_pointwise || args.trace.is_some();
+    if !train && only_train {
         bail!(UsageError(
-            "--packing and --no-recompute belong to `bench train`".into()
+            "--packing, --no-recompute, --recompute-pointwise and --trace belong to `bench train`"
+                .into()
         ));
     }
     if train && let Some(batch) = args.batch.iter().find(|batch| **batch > STEP_SAMPLES) {
@@ -246,17 +256,23 @@ impl DeviceTask for Measure {
             bench.load(&mut on_progress)?
         } else if args.kind == BenchKind::Train {
             let (base, seconds) = bench.model::<Autodiff<B>>(&mut on_progress)?;
-            batches(&[1])
+            let trace = Trace::new(args.trace.is_some());
+            let records = batches(&[1])
                 .into_iter()
                 .map(|micro_batch| {
                     let shape = TrainShape {
                         micro_batch,
                         packing: args.packing,
-                        recompute: !args.no_recompute,
+                        recompute: !args.no_recompute && !args.recompute_pointwise,
+                        recompute_pointwise: args.recompute_pointwise,
                     };
-                    bench.train(base.clone(), seconds, shape)
+                    bench.train(base.clone(), seconds, shape, &trace)
                 })
-                .collect::<Result<_, _>>()?
+                .collect::<Result<_, _>>()?;
+            if let Some(path) = &args.trace {
+                trace.write(path)?;
+            }
+            records
         } else {
             let (model, seconds) = bench.model::<B>(&mut on_progress)?;
             prepare_kernels::<B>(&bench.config, dtype, &device);
