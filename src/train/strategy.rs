@@ -229,11 +229,11 @@ impl<B: TrainKernels> LoopState<B> {
         if patience > 0 && self.state.validations_without_gain >= patience {
             return Ok(Ending::EarlyStop);
         }
+        let mut replicas = self.replicas(learner)?;
         if std::mem::take(&mut self.state.validation_due) {
-            self.validate_and_save(learner, processor)?;
+            self.validate_and_save(learner, replicas.as_ref(), processor)?;
         }
         let mut windows = loader.iter();
-        let mut replicas = self.replicas(learner)?;
         let mut clock = Instant::now();
         while let Some(window) = windows.next() {
             let step = window.step;
@@ -254,7 +254,7 @@ impl<B: TrainKernels> LoopState<B> {
                     self.total_steps
                 ));
                 if step + 1 == self.total_steps {
-                    self.validate_and_save(learner, processor)?;
+                    self.validate_and_save(learner, replicas.as_ref(), processor)?;
                 }
                 continue;
             }
@@ -287,9 +287,11 @@ impl<B: TrainKernels> LoopState<B> {
             drop(model);
             // The weights as they were before this step.
             self.good_steps = self.good_steps.max(step);
-            learner.optimizer_step(grads);
-            if let Some(replicas) = replicas.as_mut() {
-                replicas.step(learner.lr_current())?;
+            match replicas.as_mut() {
+                Some(replicas) => {
+                    replicas.step(learner.lr_current(), || learner.optimizer_step(grads))?;
+                }
+                None => learner.optimizer_step(grads),
             }
             self.state.step = step + 1;
             self.state.epoch = epoch;
@@ -323,8 +325,13 @@ impl<B: TrainKernels> LoopState<B> {
             let due = |every: usize| every > 0 && (step + 1).is_multiple_of(every);
             let mut ending = None;
             self.state.validation_due |= due(self.state.config.eval_steps) || last;
+            if let Some(replicas) = &replicas
+                && (self.state.validation_due || interrupted || due(self.state.config.save_steps))
+            {
+                replicas.compare(&learner.model(), step + 1)?;
+            }
             if self.state.validation_due && !interrupted {
-                let improved = self.validate_and_save(learner, processor)?;
+                let improved = self.validate_and_save(learner, replicas.as_ref(), processor)?;
                 if !improved && patience > 0 && self.state.validations_without_gain >= patience {
                     ending = Some(Ending::EarlyStop);
                 }

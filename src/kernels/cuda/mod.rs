@@ -12,6 +12,7 @@ mod gemm;
 mod launch;
 mod lora;
 mod loss;
+mod nccl;
 mod optimizer;
 mod plan;
 mod pointwise;
@@ -19,19 +20,25 @@ mod rotary;
 mod rows;
 #[cfg(test)]
 mod tests;
+mod upload;
 
 use std::{
     path::PathBuf,
-    sync::{Once, OnceLock},
+    sync::{Arc, Once, OnceLock},
+    time::Duration,
 };
 
-use burn::{prelude::*, tensor::DType};
+use burn::{
+    prelude::*,
+    tensor::{DType, ops::FloatTensor},
+};
 use cubecl_common::config::RuntimeConfig;
 use cubecl_runtime::config::{CubeClRuntimeConfig, cache::CacheConfig};
 
 use super::{
     AdamWStep, AllReduce, AttentionSpans, BackwardProduct, DecodeStart, Decoder, DeviceMemory,
     Dropout, HeadNorm, Kernels, LowRank, LowRankGradients, TargetLoss, plain,
+    upload::{Fill, Upload, UploadError},
 };
 use crate::qwen3_vl::{
     Qwen3Vl,
@@ -108,8 +115,23 @@ impl Kernels for Cuda {
         collective::memory_in_use(device)
     }
 
-    fn all_reduce(devices: &[Self::Device]) -> Result<Option<AllReduce<Self>>, String> {
-        collective::all_reduce(devices)
+    fn all_reduce(
+        devices: &[Self::Device],
+        patience: Duration,
+    ) -> Result<Option<Arc<dyn AllReduce<Self>>>, String> {
+        collective::all_reduce(devices, patience)
+    }
+
+    fn send_to<const D: usize>(x: Tensor<Self, D>, device: &Self::Device) -> Tensor<Self, D> {
+        collective::send_to(x, device)
+    }
+
+    fn upload<E: From<UploadError>>(
+        devices: &[Self::Device],
+        tensors: &[Upload],
+        fill: Fill<'_, E>,
+    ) -> Result<Vec<Vec<FloatTensor<Self>>>, E> {
+        upload::upload(devices, tensors, fill)
     }
 
     fn dense(
