@@ -244,7 +244,13 @@ impl<B: TrainKernels> Replicas<B> {
             .skip(1)
             .map(|(rank, sum)| (rank, Job::Step(sum, lr)))
             .collect();
-        self.ranks.ask_while("taking the step", jobs, first)?;
+        let device = self.devices[0].clone();
+        self.ranks.ask_while("taking the step", jobs, || {
+            first();
+            // What the caller reads was made by the first rank's thread, which may use the memory again
+            // as soon as it is let go: not before it has been read.
+            let _ = B::sync(&device);
+        })?;
         Ok(())
     }
 
