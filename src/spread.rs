@@ -14,7 +14,7 @@ use std::{
     thread,
 };
 
-use crate::backend::panic_text;
+use crate::backend::{device_reason, panic_text};
 
 /// A worker that cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -80,7 +80,7 @@ pub fn in_order<W: Send, J: Sync, R: Send, E: From<SpreadError>>(
                 Err(payload) => Err(SpreadError {
                     worker: number + 1,
                     workers: count,
-                    reason: panic_text(payload.as_ref()),
+                    reason: device_reason(&panic_text(payload.as_ref())),
                 }
                 .into()),
             };

@@ -12,6 +12,7 @@ pub mod operations;
 pub mod report;
 pub mod requests;
 pub mod train;
+pub mod train_devices;
 pub mod weights;
 
 use std::{
@@ -257,10 +258,8 @@ impl<B: Kernels> Bench<B> {
         let (model, _) = self.model::<B>(&mut |_, _| {})?;
         let folder = TemporaryFolder::in_dir(dir)?;
         let config = folder.0.join("config.json");
-        let written = serde_json::to_vec_pretty(&self.config)
-            .map_err(std::io::Error::from)
-            .and_then(|text| std::fs::write(&config, text));
-        written.map_err(|cause| FileError::write(&config, cause))?;
+        let text = self.config.to_published_json(dtype_text(self.dtype));
+        std::fs::write(&config, text).map_err(|cause| FileError::write(&config, cause))?;
         save_checkpoint(&model, &folder.0, MAX_SHARD_BYTES)?;
         self.source = Source::Folder(folder.0.clone());
         Ok(folder)

@@ -148,29 +148,6 @@ impl<'a> Requests<'a> {
         })
     }
 
-    /// [`Requests::window`] for several devices, `samples` each.
-    ///
-    /// # Errors
-    /// [`PositionError`] when the model's merge size does not fit its patches.
-    pub fn shared_window(
-        &mut self,
-        devices: usize,
-        samples: usize,
-        micro_batch: usize,
-        packing: bool,
-    ) -> Result<Window, PositionError> {
-        let mut shared = self.window(samples, micro_batch, packing)?;
-        for _ in 1..devices {
-            let other = self.window(samples, micro_batch, packing)?;
-            shared.targets += other.targets;
-            shared.micro_batches += other.micro_batches;
-            shared.tokens += other.tokens;
-            shared.parts.extend(other.parts);
-        }
-        shared.rows = (0..devices * samples).collect();
-        Ok(shared)
-    }
-
     fn micro_batch(&self, samples: &[Sample], packing: bool) -> Result<MicroBatch, PositionError> {
         let ids: Vec<Vec<u32>> = samples
             .iter()

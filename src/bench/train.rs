@@ -26,15 +26,13 @@ use crate::{
         gradients::MicroBatch,
         learner::{StepSettings, Trainee},
         optimizer::{AdamW, clip_global_norm},
-        ranks::RankError,
-        replicas::Replicas,
     },
 };
 
-/// Samples of one optimizer step and device, as published.
+/// Samples of one optimizer step, as published.
 pub const STEP_SAMPLES: usize = 16;
 /// Unmeasured steps behind the first.
-const WARM_UP: usize = 1;
+pub(super) const WARM_UP: usize = 1;
 /// Steps of the schedule the measured ones are the first of; only the learning rate depends on it.
 const SCHEDULE_STEPS: usize = 1000;
 
@@ -52,17 +50,15 @@ pub struct TrainShape {
 impl<B: Kernels> Bench<B> {
     /// Steps of LoRA (rank 8, alpha 32, dropout 0.05, all seven projections), the vision tower frozen,
     /// 16 samples each, one common norm for clipping, AdamW: gradients, clipping and the optimizer as a
-    /// run does them, on windows made before. On several devices, of which `base` is on the first, each
-    /// has as many samples, and all must have the same weights in the end.
+    /// run does them, on windows made before.
     ///
     /// # Errors
-    /// [`BenchError::TrainConfig`], [`BenchError::Adapter`], [`BenchError::Rank`].
+    /// [`BenchError::TrainConfig`], [`BenchError::Adapter`].
     pub fn train<A>(
         &self,
         base: Qwen3Vl<A>,
         load_seconds: f64,
         shape: TrainShape,
-        devices: &[B::Device],
     ) -> Result<Record, BenchError>
     where
         A: TrainKernels + AutodiffBackend<InnerBackend = B> + Kernels<Device = B::Device>,
@@ -81,7 +77,6 @@ impl<B: Kernels> Bench<B> {
         let schedule = settings.schedule(SCHEDULE_STEPS);
         let mut optimizer = AdamW::<A>::new(settings.adamw());
         let max_grad_norm = settings.max_grad_norm;
-        let patience = settings.patience();
         let mut trainee = Trainee::new(
             model,
             Arc::new(StepSettings {
@@ -91,36 +86,20 @@ impl<B: Kernels> Bench<B> {
         );
 
         let micro_batches = STEP_SAMPLES.div_ceil(shape.micro_batch);
-        let mut name = format!("train_m{}x{micro_batches}", shape.micro_batch);
-        let mut replicas = None;
-        if devices.len() > 1 {
-            name = format!("{name}_d{}", devices.len());
-            replicas = Some(Replicas::start(
-                devices,
-                &[],
-                &trainee,
-                &optimizer,
-                max_grad_norm,
-                patience,
-            )?);
-        }
+        let name = format!("train_m{}x{micro_batches}", shape.micro_batch);
         let mut record = self.record("train", name, shape.micro_batch);
         record.packing = Some(shape.packing);
         record.recompute = Some(shape.recompute);
         record.load_seconds = Some(load_seconds);
 
         let mut requests = Requests::new(&self.config, self.mixed, SEED);
-        let mut make = || {
-            let (micro_batch, packing) = (shape.micro_batch, shape.packing);
-            requests.shared_window(devices.len().max(1), STEP_SAMPLES, micro_batch, packing)
-        };
-        let mut window = make()?;
+        let mut window = requests.window(STEP_SAMPLES, shape.micro_batch, shape.packing)?;
         let mut losses = Vec::new();
         let mut norms = Vec::new();
         let mut recompute_flop = Vec::new();
         let laps = measure(WARM_UP, self.samples(5), |step| {
             if self.mixed && step > 0 {
-                window = make()?;
+                window = requests.window(STEP_SAMPLES, shape.micro_batch, shape.packing)?;
             }
             let input = Window {
                 step,
@@ -130,13 +109,13 @@ impl<B: Kernels> Bench<B> {
                 self.mark_operations();
             }
             let start = Instant::now();
-            let lr = schedule.lr(step as u64);
-            let (loss, norm) = match &mut replicas {
-                None => one_step(&mut trainee, &mut optimizer, input, lr, max_grad_norm),
-                Some(replicas) => {
-                    shared_step(replicas, &mut trainee, &mut optimizer, input, lr, max_grad_norm)?
-                }
-            };
+            let (loss, norm) = one_step(
+                &mut trainee,
+                &mut optimizer,
+                input,
+                schedule.lr(step as u64),
+                max_grad_norm,
+            );
             let _ = B::sync(&self.device);
             let seconds = start.elapsed().as_secs_f64();
             losses.push(loss);
@@ -156,9 +135,6 @@ impl<B: Kernels> Bench<B> {
                 },
             })
         })?;
-        if let Some(replicas) = &replicas {
-            replicas.compare(&trainee, losses.len())?;
-        }
         record.set_laps(&laps);
         self.note_operations(&mut record);
         self.note_memory(&mut record);
@@ -188,27 +164,8 @@ fn one_step<A: TrainKernels>(
     (loss, norm)
 }
 
-/// [`one_step`] on several devices.
-fn shared_step<A: TrainKernels>(
-    replicas: &mut Replicas<A>,
-    trainee: &mut Trainee<A>,
-    optimizer: &mut AdamW<A>,
-    window: Window,
-    learning_rate: f64,
-    max_grad_norm: f64,
-) -> Result<(f64, f64), RankError> {
-    let learnt = replicas.learn(trainee, window)?;
-    let loss = learnt.iter().map(|part| part.objective).sum();
-    let mut grads = replicas.reduce(trainee)?;
-    let norm = clip_global_norm(trainee, &mut grads, max_grad_norm);
-    replicas.step(learning_rate, || {
-        *trainee = optimizer.step(learning_rate, trainee.clone(), grads);
-    })?;
-    Ok((loss, norm))
-}
-
 /// The model's work in one window, padding left out.
-fn window_work<B: Kernels>(bench: &Bench<B>, lora: &LoraConfig, window: &Window) -> TrainWork {
+pub(super) fn window_work<B: Kernels>(bench: &Bench<B>, lora: &LoraConfig, window: &Window) -> TrainWork {
     let mut all = TrainWork::default();
     for batch in window.parts.iter().flatten() {
         for (tokens, targets) in samples(batch) {

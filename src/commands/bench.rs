@@ -284,9 +284,9 @@ impl ReplicatedTask for Measure {
                     packing: args.packing,
                     recompute: !args.no_recompute,
                 };
-                records.push(bench.train(base.clone(), seconds, shape, &devices[..1])?);
+                records.push(bench.train(base.clone(), seconds, shape)?);
                 if devices.len() > 1 {
-                    records.push(bench.train(base.clone(), seconds, shape, &devices)?);
+                    records.push(bench.train_on(base.clone(), seconds, shape, &devices)?);
                 }
             }
             records

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::backend::panic_text;
+use crate::backend::{device_reason, panic_text};
 
 /// How long threads that are still at work are waited for once nobody wants their answers.
 const GRACE: Duration = Duration::from_secs(5);
@@ -172,7 +172,7 @@ impl<J: Send + 'static, R: Send + 'static> Ranks<J, R> {
                     return Err(RankError::Failed {
                         rank: self.names[rank].clone(),
                         what,
-                        reason,
+                        reason: device_reason(&reason),
                     });
                 }
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
@@ -242,7 +242,7 @@ mod tests {
 
     #[test]
     fn a_rank_that_fails_or_panics_ends_the_wait_at_once_and_is_named() {
-        let failing: [(Work, &str); 3] = [
+        let failing: [(Work, &str); 4] = [
             (Box::new(|_| Err("no such image".into())), "no such image"),
             (
                 Box::new(|x| panic!("device lost at {x}")),
@@ -251,6 +251,10 @@ mod tests {
             (
                 Box::new(|_| panic!("CUDA_ERROR_OUT_OF_MEMORY: out of memory")),
                 "lower per_device_train_batch_size",
+            ),
+            (
+                Box::new(|_| panic!("called `Result::unwrap()` on an `Err` value: CallError")),
+                "most likely because it is out of memory",
             ),
         ];
         for (bad, says) in failing {

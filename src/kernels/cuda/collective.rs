@@ -270,3 +270,84 @@ impl Drop for Group {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two devices, or `None` said aloud.
+    fn two() -> Option<[CudaDevice; 2]> {
+        let devices = [CudaDevice::new(0), CudaDevice::new(1)];
+        for device in &devices {
+            let answers = crate::backend::quietly(|| {
+                Tensor::<Cuda, 1>::ones([2], device).sum().into_data()
+            });
+            if answers.is_err() {
+                println!("SKIPPED: no second CUDA device answers, so nothing is added up or copied");
+                return None;
+            }
+        }
+        Some(devices)
+    }
+
+    fn counted(count: usize, factor: f32, device: &CudaDevice) -> Tensor<Cuda, 1> {
+        let values: Vec<f32> = (0..count).map(|at| at as f32 * factor).collect();
+        Tensor::from_data(TensorData::new(values, [count]), (device, DType::F32))
+    }
+
+    #[test]
+    fn devices_add_up_to_the_same_bits() {
+        let Some(devices) = two() else { return };
+        let patience = Duration::from_secs(60);
+        let group = all_reduce(&devices, patience).unwrap().unwrap();
+        assert_eq!(group.len(), 2);
+        for count in [1, 3, 4097, 5_000_000] {
+            let sums: Vec<Vec<f32>> = std::thread::scope(|scope| {
+                let threads: Vec<_> = devices
+                    .iter()
+                    .enumerate()
+                    .map(|(rank, device)| {
+                        let group = &group;
+                        scope.spawn(move || {
+                            let mine = counted(count, 0.1 + rank as f32, device);
+                            let started = Instant::now();
+                            let sum = group.sum(mine).unwrap();
+                            let seconds = started.elapsed().as_secs_f64();
+                            println!("rank {rank}: {count} numbers in {:.2} ms", 1e3 * seconds);
+                            assert_eq!(sum.device(), *device);
+                            sum.into_data().to_vec().unwrap()
+                        })
+                    })
+                    .collect();
+                threads.into_iter().map(|one| one.join().unwrap()).collect()
+            });
+            assert!(sums[0] == sums[1], "{count} numbers differ");
+            for (at, sum) in sums[0].iter().enumerate() {
+                let (a, b) = (at as f32 * 0.1, at as f32 * 1.1);
+                assert_eq!(*sum, a + b, "number {at} of {count}");
+            }
+        }
+        // One that comes alone is let go.
+        group.give_up();
+        let alone = group.sum(counted(8, 1.0, &devices[0])).unwrap_err();
+        assert!(alone.contains("another device failed"), "{alone}");
+    }
+
+    #[test]
+    fn a_copy_on_another_device_has_the_same_bits() {
+        let Some([first, second]) = two() else { return };
+        for count in [1, 1000, 30_000_000] {
+            let here = counted(count, 0.37, &first);
+            let started = Instant::now();
+            let there = send_to(here.clone(), &second);
+            let seconds = started.elapsed().as_secs_f64();
+            println!("{count} numbers in {:.2} ms", 1e3 * seconds);
+            assert_eq!(there.device(), second);
+            assert!(here.into_data() == there.into_data(), "{count} numbers");
+        }
+        // A view is copied as what it shows.
+        let table = counted(60, 1.0, &first).reshape([6, 10]);
+        let turned = send_to(table.clone().transpose(), &second);
+        assert_eq!(turned.into_data(), table.transpose().into_data());
+    }
+}

@@ -242,3 +242,71 @@ pub(super) fn upload<E: From<UploadError>>(
     }
     Ok(ring.finish()?)
 }
+
+#[cfg(test)]
+mod tests {
+    use burn::{
+        prelude::*,
+        tensor::{DType, Shape, TensorPrimitive},
+    };
+
+    use super::*;
+
+    /// What comes back is what was sent, over tensors smaller and larger than a piece, on every device
+    /// there is; an error of the source is handed on.
+    #[test]
+    fn bytes_arrive_as_they_were_filled_in() {
+        let devices: Vec<CudaDevice> = (0..2)
+            .map(CudaDevice::new)
+            .take_while(|device| {
+                crate::backend::quietly(|| {
+                    Tensor::<Cuda, 1>::ones([2], device).sum().into_data()
+                })
+                .is_ok()
+            })
+            .collect();
+        if devices.is_empty() {
+            println!("SKIPPED: no CUDA device answers, so nothing is sent");
+            return;
+        }
+        let rows = [1, 7, 1000, 3 * PIECE_BYTES / 4 / 64 + 5];
+        let tensors: Vec<Upload> = rows
+            .iter()
+            .flat_map(|rows| [(64, DType::F32), (33, DType::BF16)].map(|one| (*rows, one)))
+            .map(|(rows, (columns, dtype))| Upload {
+                shape: Shape::from([rows, columns]),
+                dtype,
+            })
+            .collect();
+        let byte = |place: usize, at: usize| ((at * 31 + at / 251 + place) % 0x3f) as u8;
+        let sent = upload::<UploadError>(&devices, &tensors, &mut |place, offset, out| {
+            for (at, out) in out.iter_mut().enumerate() {
+                *out = byte(place, offset + at);
+            }
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(sent.len(), devices.len());
+        for (device, sent) in devices.iter().zip(sent) {
+            for (place, (buffer, tensor)) in sent.into_iter().zip(&tensors).enumerate() {
+                let tensor_here =
+                    Tensor::<Cuda, 2>::from_primitive(TensorPrimitive::Float(buffer));
+                assert_eq!(tensor_here.device(), *device);
+                let data = tensor_here.into_data();
+                assert_eq!((&data.shape, data.dtype), (&tensor.shape, tensor.dtype));
+                let wrong = data
+                    .bytes
+                    .iter()
+                    .enumerate()
+                    .find(|(at, found)| **found != byte(place, *at));
+                assert_eq!(wrong, None, "tensor {place}");
+            }
+        }
+        println!("sent {} tensors to {} device(s)", tensors.len(), devices.len());
+        let refused = upload::<UploadError>(&devices, &tensors, &mut |place, _, _| match place {
+            3 => Err(UploadError("no such byte".to_string())),
+            _ => Ok(()),
+        });
+        assert_eq!(refused.unwrap_err().to_string(), "no such byte");
+    }
+}
