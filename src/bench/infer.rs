@@ -144,6 +144,9 @@ impl<B: Kernels> Bench<B> {
                 let _ = B::sync(&self.device);
                 drop(output);
                 let seconds = start.elapsed().as_secs_f64();
+                if call == 0 {
+                    B::settle(model);
+                }
                 Ok::<_, Infallible>(Lap {
                     seconds,
                     stall_seconds: seconds,
@@ -189,6 +192,9 @@ impl<B: Kernels> Bench<B> {
                 if call == 0 && first_of_all {
                     record.first_token_seconds =
                         since_process_start().map(|time| time.as_secs_f64());
+                }
+                if call == 0 {
+                    B::settle(model);
                 }
                 let lengths = lengths(&prompts);
                 Ok::<_, BenchError>(Lap {

@@ -3,6 +3,8 @@
 //! Every backend works with the defaults ([`plain`]). A backend with faster ways overrides methods;
 //! each of its operations is compared with the default it replaces, forward and backward.
 
+mod autodiff;
+mod kept;
 pub mod plain;
 mod spans;
 pub mod upload;
@@ -20,11 +22,13 @@ use burn::{
 };
 
 use crate::qwen3_vl::{
-    Qwen3Vl,
+    ImageInput, Qwen3Vl,
     cache::KeyValueCache,
     config::Qwen3VlConfig,
     nn::{gelu_exact, gelu_tanh},
+    vision::{VisionLayout, VisionModel, VisionOutput},
 };
+pub use kept::Kept;
 pub use spans::AttentionSpans;
 use upload::{Fill, Upload, UploadError};
 
@@ -35,6 +39,25 @@ pub struct Dropout {
     pub probability: f64,
     /// Decides the mask.
     pub seed: u64,
+}
+
+/// What a layer's output goes through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// GELU in the tanh form.
+    GeluTanh,
+    /// GELU with the error function.
+    GeluExact,
+}
+
+impl Activation {
+    /// Of each element; in f32 inside.
+    pub fn of<B: Kernels>(self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        match self {
+            Self::GeluTanh => B::gelu_tanh(x),
+            Self::GeluExact => B::gelu_exact(x),
+        }
+    }
 }
 
 /// One low-rank adapter as an operand: `y += scaling · drop(x) Aᵀ Bᵀ`.
@@ -169,6 +192,13 @@ pub trait Decoder {
 ///
 /// Shape letters: `n` tokens of all sequences, `b` sequences, `h` heads, `d` width of a head.
 pub trait Kernels: Backend {
+    /// `a b` over the last two axes, leading axes alike: `[.., m, k]` and `[.., k, n]` to `[.., m, n]`.
+    ///
+    /// f32 is multiplied in f32: a backend whose own product rounds the operands brings another.
+    fn product<const D: usize>(a: Tensor<Self, D>, b: Tensor<Self, D>) -> Tensor<Self, D> {
+        a.matmul(b)
+    }
+
     /// `x Wᵀ + bias + residual`: `x` `[n, in]`, `weight` `[out, in]`, `residual` `[n, out]`.
     fn dense(
         x: Tensor<Self, 2>,
@@ -177,6 +207,16 @@ pub trait Kernels: Backend {
         residual: Option<Tensor<Self, 2>>,
     ) -> Tensor<Self, 2> {
         plain::linear(x, weight, bias, residual)
+    }
+
+    /// `activation(x Wᵀ + bias)`: as [`Kernels::dense`], then the activation.
+    fn dense_activated(
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 2>,
+        bias: Option<Tensor<Self, 1>>,
+        activation: Activation,
+    ) -> Tensor<Self, 2> {
+        activation.of(Self::dense(x, weight, bias, None))
     }
 
     /// `x Wᵀ + s · drop(x) Aᵀ Bᵀ + residual`, and `drop(x) Aᵀ` `[n, r]`, which the backward needs.
@@ -348,6 +388,19 @@ pub trait Kernels: Backend {
         gelu_exact(x)
     }
 
+    /// The vision tower over some images, for inference; `run` is the tower as it is written.
+    fn vision_tower(
+        _tower: &VisionModel<Self>,
+        _images: &ImageInput,
+        _layout: &VisionLayout<Self>,
+        run: impl Fn() -> VisionOutput<Self>,
+    ) -> VisionOutput<Self> {
+        run()
+    }
+
+    /// Waits until what is made in the background for a model is there: before something is timed.
+    fn settle(_model: &Qwen3Vl<Self>) {}
+
     /// Whether [`Kernels::decoder`] may take over: caches then hold all tokens of a request from the
     /// start, and what no token has been written to is never read.
     const HAS_DECODER: bool = false;
@@ -456,8 +509,12 @@ pub trait TrainKernels: AutodiffBackend<InnerBackend: Kernels> + Kernels {}
 
 impl<B: AutodiffBackend<InnerBackend: Kernels> + Kernels> TrainKernels for B {}
 
-/// Autodiff records the defaults.
+/// Autodiff records the defaults, and products of the inner backend's form.
 impl<B: Kernels, C: CheckpointStrategy> Kernels for burn::backend::Autodiff<B, C> {
+    fn product<const D: usize>(a: Tensor<Self, D>, b: Tensor<Self, D>) -> Tensor<Self, D> {
+        autodiff::product(a, b)
+    }
+
     fn compact<const D: usize>(x: Tensor<Self, D>) -> Tensor<Self, D> {
         let trained = x.is_require_grad();
         let compact = Tensor::from_inner(B::compact(x.inner()));

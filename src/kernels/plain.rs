@@ -20,13 +20,13 @@ const QUERY_ROWS: usize = 1024;
 /// Rows of a half-type head that are cast to f32 at once.
 const HEAD_ROWS: usize = 16_384;
 
-pub(super) fn linear<B: Backend>(
+pub(super) fn linear<B: Kernels>(
     x: Tensor<B, 2>,
     weight: Tensor<B, 2>,
     bias: Option<Tensor<B, 1>>,
     residual: Option<Tensor<B, 2>>,
 ) -> Tensor<B, 2> {
-    let y = x.matmul(weight.transpose());
+    let y = B::product(x, weight.transpose());
     let y = match bias {
         Some(bias) => y + bias.unsqueeze(),
         None => y,
@@ -49,9 +49,9 @@ pub(super) fn adapted_linear<B: Kernels>(
         Some(dropout) => input.clone() * B::dropout_mask(&input, dropout),
         None => input,
     };
-    let low = input.matmul(adapter.a.clone().transpose());
-    let up = low.clone().matmul(adapter.b.clone().transpose()) * adapter.scaling;
-    let y = to_dtype(to_f32(x.matmul(weight.transpose())) + up, dtype);
+    let low = B::product(input, adapter.a.clone().transpose());
+    let up = B::product(low.clone(), adapter.b.clone().transpose()) * adapter.scaling;
+    let y = to_dtype(to_f32(B::product(x, weight.transpose())) + up, dtype);
     let y = match residual {
         Some(residual) => residual + y,
         None => y,
@@ -71,10 +71,10 @@ pub(super) fn adapted_linear_backward<B: Kernels>(
         None => input,
     };
     let dy = to_f32(dy) * adapter.scaling;
-    let dlow = dy.clone().matmul(adapter.b.clone());
+    let dlow = B::product(dy.clone(), adapter.b.clone());
     LowRankGradients {
-        a: dlow.clone().transpose().matmul(input),
-        b: dy.transpose().matmul(to_f32(low)),
+        a: B::product(dlow.clone().transpose(), input),
+        b: B::product(dy.transpose(), to_f32(low)),
         low: dlow,
     }
 }
@@ -82,11 +82,11 @@ pub(super) fn adapted_linear_backward<B: Kernels>(
 pub(super) fn input_gradient<B: Kernels>(products: &[BackwardProduct<B>]) -> Tensor<B, 2> {
     let parts = products.iter().map(|product| {
         let dtype = product.dy.dtype();
-        let dx = product.dy.clone().matmul(product.weight.clone());
+        let dx = B::product(product.dy.clone(), product.weight.clone());
         let Some((dlow, adapter)) = &product.adapter else {
             return dx;
         };
-        let share = to_f32(dlow.clone()).matmul(adapter.a.clone());
+        let share = B::product(to_f32(dlow.clone()), adapter.a.clone());
         let share = match adapter.dropout {
             Some(dropout) => share.clone() * B::dropout_mask(&share, dropout),
             None => share,
@@ -200,7 +200,7 @@ pub(super) fn rotate_heads_backward<B: Backend>(
     }
 }
 
-pub(super) fn attention<B: Backend>(
+pub(super) fn attention<B: Kernels>(
     q: Tensor<B, 4>,
     k: Tensor<B, 4>,
     v: Tensor<B, 4>,
@@ -219,7 +219,7 @@ pub(super) fn attention<B: Backend>(
     attend_in_pieces(q, k, v, spans.bias())
 }
 
-fn attend_in_pieces<B: Backend>(
+fn attend_in_pieces<B: Kernels>(
     q: Tensor<B, 4>,
     k: Tensor<B, 4>,
     v: Tensor<B, 4>,
@@ -245,7 +245,7 @@ fn attend_in_pieces<B: Backend>(
 }
 
 /// Probabilities `[batch, key_value_heads, rows, keys]`, f32, and the scaled queries in that form.
-fn probabilities<B: Backend>(
+fn probabilities<B: Kernels>(
     q: Tensor<B, 4>,
     k: Tensor<B, 4>,
     bias: Option<Tensor<B, 4>>,
@@ -255,7 +255,8 @@ fn probabilities<B: Backend>(
     // Query heads that share a key head become more rows of one product.
     let rows = heads / key_value_heads * queries;
     let q = (q * scale(head_dim)).reshape([batch, key_value_heads, rows, head_dim]);
-    let scores = to_f32(q.clone().matmul(k.swap_dims(2, 3))).reshape([batch, heads, queries, keys]);
+    let scores =
+        to_f32(B::product(q.clone(), k.swap_dims(2, 3))).reshape([batch, heads, queries, keys]);
     let scores = match bias {
         Some(bias) => scores + bias,
         None => scores,
@@ -268,7 +269,7 @@ fn scale(head_dim: usize) -> f64 {
     (head_dim as f64).powf(-0.5)
 }
 
-fn attend<B: Backend>(
+fn attend<B: Kernels>(
     q: Tensor<B, 4>,
     k: Tensor<B, 4>,
     v: Tensor<B, 4>,
@@ -277,10 +278,10 @@ fn attend<B: Backend>(
     let shape = q.dims();
     let dtype = v.dtype();
     let (weights, _) = probabilities(q, k, bias);
-    to_dtype(weights, dtype).matmul(v).reshape(shape)
+    B::product(to_dtype(weights, dtype), v).reshape(shape)
 }
 
-pub(super) fn attention_backward<B: Backend>(
+pub(super) fn attention_backward<B: Kernels>(
     q: Tensor<B, 4>,
     k: Tensor<B, 4>,
     v: Tensor<B, 4>,
@@ -299,14 +300,12 @@ pub(super) fn attention_backward<B: Backend>(
         let bias = bias.clone().map(|bias| bias.narrow(2, start, count));
         let (weights, q) = probabilities(q, k.clone(), bias);
         let dy = dy.clone().narrow(2, start, count).reshape(q.dims());
-        let dv = to_dtype(weights.clone(), dtype)
-            .swap_dims(2, 3)
-            .matmul(dy.clone());
-        let dweights = to_f32(dy.matmul(v.clone().swap_dims(2, 3)));
+        let dv = B::product(to_dtype(weights.clone(), dtype).swap_dims(2, 3), dy.clone());
+        let dweights = to_f32(B::product(dy, v.clone().swap_dims(2, 3)));
         let mean = (dweights.clone() * weights.clone()).sum_dim(3);
         let dscores = to_dtype(weights * (dweights - mean), dtype);
-        dq.push((dscores.clone().matmul(k.clone()) * scale(head_dim)).reshape(shape));
-        let dk = dscores.swap_dims(2, 3).matmul(q);
+        dq.push((B::product(dscores.clone(), k.clone()) * scale(head_dim)).reshape(shape));
+        let dk = B::product(dscores.swap_dims(2, 3), q);
         dkv = Some(match dkv {
             Some((old_k, old_v)) => (old_k + dk, old_v + dv),
             None => (dk, dv),
@@ -336,10 +335,10 @@ pub(super) fn gated_backward<B: Backend>(
     ]
 }
 
-pub(super) fn logits<B: Backend>(hidden: Tensor<B, 2>, weight: Tensor<B, 2>) -> Tensor<B, 2> {
+pub(super) fn logits<B: Kernels>(hidden: Tensor<B, 2>, weight: Tensor<B, 2>) -> Tensor<B, 2> {
     let hidden = to_f32(hidden);
     if weight.dtype() == DType::F32 {
-        return hidden.matmul(weight.transpose());
+        return B::product(hidden, weight.transpose());
     }
     let [vocab, _] = weight.dims();
     let parts = (0..vocab)
@@ -348,7 +347,7 @@ pub(super) fn logits<B: Backend>(hidden: Tensor<B, 2>, weight: Tensor<B, 2>) -> 
             let rows = weight
                 .clone()
                 .narrow(0, start, HEAD_ROWS.min(vocab - start));
-            hidden.clone().matmul(to_f32(rows).transpose())
+            B::product(hidden.clone(), to_f32(rows).transpose())
         })
         .collect();
     Tensor::cat(parts, 1)
@@ -380,7 +379,7 @@ pub(super) fn target_loss<B: Kernels>(
         Tensor::full([rows, 1], -1.0, (&nll.device(), DType::F32)),
         burn::tensor::IndexingUpdateOp::Add,
     ) * weight;
-    let hidden_gradient = to_dtype(dlogits, head.dtype()).matmul(head);
+    let hidden_gradient = B::product(to_dtype(dlogits, head.dtype()), head);
     TargetLoss {
         sums: Tensor::cat(vec![nll, correct], 0),
         hidden_gradient: to_dtype(hidden_gradient, dtype),

@@ -6,7 +6,7 @@
 use burn::{prelude::*, tensor::DType};
 
 use super::{
-    gemm::{self, WeightLayout},
+    gemm::{self, Around, WeightLayout},
     launch::{Backend, Buffer, Kernel, Parameters, contiguous, empty, float_bits, launch, tensor},
 };
 use crate::kernels::{BackwardProduct, Dropout, LowRank, LowRankGradients};
@@ -180,8 +180,10 @@ pub(super) fn adapted_linear(
     let y = gemm::product(
         &[(&x, &weight), (&low, &b)],
         WeightLayout::OutIn,
-        None,
-        residual.as_ref(),
+        Around {
+            residual: residual.as_ref(),
+            ..Around::default()
+        },
         DType::BF16,
     );
     (tensor(y), tensor(low))

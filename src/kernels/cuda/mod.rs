@@ -12,15 +12,19 @@ mod gemm;
 mod launch;
 mod lora;
 mod loss;
+mod module;
 mod nccl;
 mod optimizer;
 mod plan;
 mod pointwise;
+mod product;
+mod recording;
 mod rotary;
 mod rows;
 #[cfg(test)]
 mod tests;
 mod upload;
+mod vision;
 
 use std::{
     path::PathBuf,
@@ -36,15 +40,16 @@ use cubecl_common::config::RuntimeConfig;
 use cubecl_runtime::config::{CubeClRuntimeConfig, cache::CacheConfig};
 
 use super::{
-    AdamWStep, AllReduce, AttentionSpans, BackwardProduct, DecodeStart, Decoder, DeviceMemory,
-    Dropout, HeadNorm, Kernels, LowRank, LowRankGradients, TargetLoss, plain,
+    Activation, AdamWStep, AllReduce, AttentionSpans, BackwardProduct, DecodeStart, Decoder,
+    DeviceMemory, Dropout, HeadNorm, Kernels, LowRank, LowRankGradients, TargetLoss, plain,
     upload::{Fill, Upload, UploadError},
 };
 use crate::qwen3_vl::{
-    Qwen3Vl,
+    ImageInput, Qwen3Vl,
     cache::KeyValueCache,
     config::Qwen3VlConfig,
     nn::{gelu_exact, gelu_tanh},
+    vision::{VisionLayout, VisionModel, VisionOutput},
 };
 use launch::Backend as Cuda;
 
@@ -88,6 +93,27 @@ pub fn configure() {
 }
 
 impl Kernels for Cuda {
+    fn product<const D: usize>(a: Tensor<Self, D>, b: Tensor<Self, D>) -> Tensor<Self, D> {
+        if product::covers(&a, &b) {
+            product::product(a, b)
+        } else {
+            a.matmul(b)
+        }
+    }
+
+    fn vision_tower(
+        tower: &VisionModel<Self>,
+        images: &ImageInput,
+        layout: &VisionLayout<Self>,
+        run: impl Fn() -> VisionOutput<Self>,
+    ) -> VisionOutput<Self> {
+        vision::run(tower, images, layout, run)
+    }
+
+    fn settle(model: &Qwen3Vl<Self>) {
+        vision::settle(&model.model.visual);
+    }
+
     const HAS_DECODER: bool = true;
 
     fn append_to_cache(
@@ -141,9 +167,22 @@ impl Kernels for Cuda {
         residual: Option<Tensor<Self, 2>>,
     ) -> Tensor<Self, 2> {
         if gemm::covers(&x, &weight) {
-            gemm::dense(x, weight, bias, residual)
+            gemm::dense(x, weight, bias, residual, None)
         } else {
             plain::linear(x, weight, bias, residual)
+        }
+    }
+
+    fn dense_activated(
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 2>,
+        bias: Option<Tensor<Self, 1>>,
+        activation: Activation,
+    ) -> Tensor<Self, 2> {
+        if gemm::covers(&x, &weight) {
+            gemm::dense(x, weight, bias, None, Some(activation))
+        } else {
+            activation.of(Self::dense(x, weight, bias, None))
         }
     }
 

@@ -14,8 +14,8 @@ use super::Cuda;
 use crate::{
     bench::weights::RandomSize,
     kernels::{
-        AdamWStep, AttentionSpans, BackwardProduct, DecodeStart, Dropout, HeadNorm, Kernels,
-        LowRank, plain,
+        Activation, AdamWStep, AttentionSpans, BackwardProduct, DecodeStart, Dropout, HeadNorm,
+        Kernels, LowRank, plain,
     },
     qwen3_vl::{
         Padding, Qwen3Vl, TextInput,
@@ -239,6 +239,84 @@ fn pointwise() {
     report.finish();
 }
 
+/// `a b` on the host, in f64.
+fn host_product(a: &T<3>, b: &T<3>) -> T<3> {
+    let ([batches, m, k], [_, _, n]) = (a.dims(), b.dims());
+    let values = |x: &T<3>| -> Vec<f64> {
+        let data = x.clone().into_data();
+        data.iter::<f32>().map(f64::from).collect()
+    };
+    let (left, right) = (values(a), values(b));
+    let mut y = Vec::with_capacity(batches * m * n);
+    for batch in 0..batches {
+        for row in 0..m {
+            for column in 0..n {
+                let terms = (0..k).map(|at| {
+                    left[(batch * m + row) * k + at] * right[(batch * k + at) * n + column]
+                });
+                y.push(terms.sum::<f64>() as f32);
+            }
+        }
+    }
+    let data = burn::tensor::TensorData::new(y, [batches, m, n]);
+    Tensor::from_data(data, (&a.device(), DType::F32))
+}
+
+/// f32 is multiplied in f32, forward and backward; TF32 would be some 3e-4 away.
+#[test]
+fn products_of_f32() {
+    use burn::backend::Autodiff;
+    let Some(device) = device() else { return };
+    let mut report = Report::default();
+    for (batches, m, k, n) in [
+        (1, 1, 5, 3),
+        (2, 65, 33, 70),
+        (3, 130, 200, 64),
+        (1, 7, 4096, 129),
+    ] {
+        let name = |what| format!("{what} {batches} x {m} x {k} x {n}");
+        let a = normal([batches, m, k], 1.0, DType::F32, &device);
+        let b = normal([batches, k, n], 1.0, DType::F32, &device);
+        let dy = normal([batches, m, n], 1.0, DType::F32, &device);
+        let want = host_product(&a, &b);
+        report.close(
+            &name("product"),
+            Cuda::product(a.clone(), b.clone()),
+            want.clone(),
+            2e-6,
+        );
+        // The same operands, strided as transposed views are.
+        let turned = |x: &T<3>| launch_contiguous(x.clone().swap_dims(1, 2)).swap_dims(1, 2);
+        report.close(
+            &name("product of views"),
+            Cuda::product(turned(&a), turned(&b)),
+            want,
+            2e-6,
+        );
+        let [left, right] =
+            [&a, &b].map(|x| Tensor::<Autodiff<Cuda>, 3>::from_inner(x.clone()).require_grad());
+        let y = Autodiff::<Cuda>::product(left.clone(), right.clone());
+        let gradients = (y * Tensor::from_inner(dy.clone())).sum().backward();
+        report.close(
+            &name("gradient of the left"),
+            left.grad(&gradients).expect("it was asked for"),
+            host_product(&dy, &b.swap_dims(1, 2)),
+            2e-6,
+        );
+        report.close(
+            &name("gradient of the right"),
+            right.grad(&gradients).expect("it was asked for"),
+            host_product(&a.swap_dims(1, 2), &dy),
+            2e-6,
+        );
+    }
+    report.finish();
+}
+
+fn launch_contiguous<const D: usize>(x: T<D>) -> T<D> {
+    super::launch::tensor(super::launch::contiguous(x))
+}
+
 #[test]
 fn products() {
     let Some(device) = device() else { return };
@@ -272,6 +350,20 @@ fn products() {
                     bias.map(to_f32),
                     residual.map(to_f32),
                 ),
+                ONE_ROUNDING,
+            );
+        }
+        for activation in [Activation::GeluTanh, Activation::GeluExact] {
+            let bias = Some(bias.clone());
+            let want = plain::linear(xf.clone(), wf.clone(), bias.clone().map(to_f32), None);
+            let want = match activation {
+                Activation::GeluTanh => gelu_tanh(want),
+                Activation::GeluExact => gelu_exact(want),
+            };
+            report.close(
+                &name("dense_activated"),
+                Cuda::dense_activated(x.clone(), weight.clone(), bias, activation),
+                want,
                 ONE_ROUNDING,
             );
         }

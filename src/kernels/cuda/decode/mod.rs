@@ -5,7 +5,6 @@
 //! device and the likeliest token is picked there, so that the next step can start before the host
 //! has seen the last.
 
-mod module;
 mod plan;
 
 use std::ffi::c_void;
@@ -13,12 +12,14 @@ use std::ffi::c_void;
 use burn::{prelude::*, tensor::DType};
 use cudarc::driver::{result, sys};
 
-use super::launch::{Backend, Buffer, Client, contiguous, empty, strided};
+use super::{
+    launch::{Backend, Buffer, Client, contiguous, empty, strided},
+    module::{DriverError, driver},
+};
 use crate::{
     kernels::{DecodeStart, Decoder},
     qwen3_vl::{Qwen3Vl, cache::KeyValueCache, config::Qwen3VlConfig, nn::Linear},
 };
-use module::{DriverError, driver};
 use plan::{Plan, Step};
 
 /// Most sequences of one batch.

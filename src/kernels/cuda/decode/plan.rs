@@ -5,12 +5,10 @@ use burn::{module::Param, prelude::*, tensor::DType};
 use super::{
     super::{
         launch::{Backend, Buffer, Client, Defines, Kernel, contiguous, float_bits, strided},
-        plan::compute_capability,
+        module::{DriverError, Function, architecture, driver, load},
         rows,
     },
-    floats, integers,
-    module::{DriverError, Function, driver, load},
-    scratch,
+    floats, integers, scratch,
 };
 use crate::{
     kernels::DecodeStart,
@@ -208,15 +206,10 @@ impl Plan {
         let head_dim = text.head_dim;
         let rows = start.tokens.len();
         let device = like.device.index;
-        let capability = compute_capability(device);
         let mut build = Builder {
             client,
             device,
-            arch: if capability == 90 {
-                "sm_90a".to_string()
-            } else {
-                format!("sm_{capability}")
-            },
+            arch: architecture(device),
             rows,
             steps: Vec::new(),
             kept: Vec::new(),
