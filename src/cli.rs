@@ -97,9 +97,10 @@ pub struct ModelArgs {
     /// Take the adapter although it was trained on another base.
     #[arg(long)]
     pub any_base: bool,
-    /// cpu, cuda, cuda:N, wgpu or wgpu:N; by default the best one that answers.
-    #[arg(long, value_name = "DEVICE")]
-    pub device: Option<DeviceName>,
+    /// cpu, cuda, cuda:N, wgpu or wgpu:N; by default the best one that answers. `infer` takes several
+    /// (cuda:0,cuda:1), with a copy of the model on each.
+    #[arg(long, value_name = "DEVICE,..", value_delimiter = ',')]
+    pub device: Vec<DeviceName>,
     /// Type of the weights; by default bf16 on CUDA and f32 elsewhere.
     #[arg(long, value_enum)]
     pub dtype: Option<DtypeName>,

@@ -24,5 +24,6 @@ pub mod plot;
 pub mod processor;
 pub mod qwen3_vl;
 pub mod serve;
+pub mod spread;
 pub mod system;
 pub mod train;

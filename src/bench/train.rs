@@ -40,7 +40,7 @@ use crate::{
 /// Samples of one optimizer step, as published.
 pub const STEP_SAMPLES: usize = 16;
 /// Unmeasured steps behind the first.
-const WARM_UP: usize = 1;
+pub(super) const WARM_UP: usize = 1;
 /// Steps of the schedule the measured ones are the first of; only the learning rate depends on it.
 const SCHEDULE_STEPS: usize = 1000;
 
@@ -336,7 +336,7 @@ fn digest(numbers: &[StepTotals]) -> String {
 }
 
 /// The model's work in one window, padding left out.
-fn window_work<B: Kernels>(bench: &Bench<B>, lora: &LoraConfig, window: &Window) -> TrainWork {
+pub(super) fn window_work<B: Kernels>(bench: &Bench<B>, lora: &LoraConfig, window: &Window) -> TrainWork {
     let mut all = TrainWork::default();
     for batch in window.parts.iter().flatten() {
         for (tokens, targets) in samples(batch) {

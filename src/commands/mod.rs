@@ -20,6 +20,7 @@ pub mod train;
 use anyhow::{Result, bail};
 
 use crate::{
+    backend::DeviceName,
     cli::{GenerationArgs, ModelArgs},
     generate::{GenerationConfig, SamplingConfig},
     pipeline::PipelineOptions,
@@ -37,6 +38,17 @@ fn shipped(path: &Path) -> PathBuf {
         beside
     } else {
         path.to_path_buf()
+    }
+}
+
+/// The device of a command that works on one.
+fn one_device(devices: &[DeviceName]) -> Result<Option<DeviceName>> {
+    match devices {
+        [] => Ok(None),
+        [device] => Ok(Some(*device)),
+        [..] => bail!(UsageError(
+            "--device names several devices, expected one".into()
+        )),
     }
 }
 

@@ -7,17 +7,18 @@ mod autodiff;
 mod kept;
 pub mod plain;
 mod spans;
+pub mod upload;
 
 #[cfg(feature = "cuda")]
 pub mod cuda;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use burn::{
     backend::autodiff::checkpoint::strategy::CheckpointStrategy,
     module::{ModuleMapper, Param},
     prelude::*,
-    tensor::{DType, Distribution, backend::AutodiffBackend},
+    tensor::{DType, Distribution, backend::AutodiffBackend, ops::FloatTensor},
 };
 
 use crate::qwen3_vl::{
@@ -29,6 +30,7 @@ use crate::qwen3_vl::{
 };
 pub use kept::Kept;
 pub use spans::AttentionSpans;
+use upload::{Fill, Upload, UploadError};
 
 /// Zeroes inputs of an adapter at random; the same seed gives the same mask.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -120,9 +122,27 @@ pub struct DeviceMemory {
     pub reserved: u64,
 }
 
-/// Adds up a tensor over devices. Every device calls it, each from a thread of its own, with a tensor
-/// of one length; it returns the sum once all have.
-pub type AllReduce<B> = Arc<dyn Fn(Tensor<B, 1>) -> Tensor<B, 1> + Send + Sync>;
+/// Adds up tensors over devices.
+pub trait AllReduce<B: Backend>: Send + Sync {
+    /// The sum, on the device of `x`. Every device calls it, each from a thread of its own, with an f32
+    /// tensor of one length; it returns once all have.
+    ///
+    /// # Errors
+    /// What the driver or the library says; that another device did not come. The devices cannot add
+    /// up any more then.
+    fn sum(&self, x: Tensor<B, 1>) -> Result<Tensor<B, 1>, String>;
+
+    /// Lets devices that wait for others end with an error.
+    fn give_up(&self);
+
+    /// Number of devices.
+    fn len(&self) -> usize;
+
+    /// Whether there is none.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
 
 /// What one AdamW step of one tensor needs besides value and gradient.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -519,11 +539,33 @@ pub trait Kernels: Backend {
     }
 
     /// How these devices add up among themselves; `None` where tensors have to be brought together.
+    /// `patience` bounds the wait of a device for the others.
     ///
     /// # Errors
     /// What is missing on a machine whose devices could.
-    fn all_reduce(_devices: &[Self::Device]) -> Result<Option<AllReduce<Self>>, String> {
+    fn all_reduce(
+        _devices: &[Self::Device],
+        _patience: Duration,
+    ) -> Result<Option<Arc<dyn AllReduce<Self>>>, String> {
         Ok(None)
+    }
+
+    /// The same tensor on another device of this process.
+    fn send_to<const D: usize>(x: Tensor<Self, D>, device: &Self::Device) -> Tensor<Self, D> {
+        x.to_device(device)
+    }
+
+    /// New tensors on each of some devices, elements one behind another, from bytes that `fill` writes:
+    /// all pieces of one tensor, then all of the next. What it reads is read once for all devices.
+    ///
+    /// # Errors
+    /// The first of `fill`, or that a device has no room.
+    fn upload<E: From<UploadError>>(
+        devices: &[Self::Device],
+        tensors: &[Upload],
+        fill: Fill<'_, E>,
+    ) -> Result<Vec<Vec<FloatTensor<Self>>>, E> {
+        upload::through_tensor_data::<Self, E>(devices, tensors, fill)
     }
 }
 
@@ -549,6 +591,35 @@ impl<B: Kernels, C: CheckpointStrategy> Kernels for burn::backend::Autodiff<B, C
             compact
         }
     }
+
+    fn send_to<const D: usize>(x: Tensor<Self, D>, device: &Self::Device) -> Tensor<Self, D> {
+        let trained = x.is_require_grad();
+        let sent = Tensor::from_inner(B::send_to(x.inner(), device));
+        if trained { sent.require_grad() } else { sent }
+    }
+
+    fn upload<E: From<UploadError>>(
+        devices: &[Self::Device],
+        tensors: &[Upload],
+        fill: Fill<'_, E>,
+    ) -> Result<Vec<Vec<FloatTensor<Self>>>, E> {
+        let sent = B::upload(devices, tensors, fill)?;
+        let wrap = |tensors: Vec<_>| tensors.into_iter().map(Self::from_inner).collect();
+        Ok(sent.into_iter().map(wrap).collect())
+    }
+}
+
+/// A module on another device, through [`Kernels::send_to`].
+pub fn send_module<B: Kernels, M: Module<B>>(module: M, device: &B::Device) -> M {
+    struct Send<'a, B: Backend>(&'a B::Device);
+    impl<B: Kernels> ModuleMapper<B> for Send<'_, B> {
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+            let trained = param.is_require_grad();
+            let sent = B::send_to(param.val().detach(), self.0);
+            Param::initialized(param.id, sent.set_require_grad(trained))
+        }
+    }
+    module.map(&mut Send::<B>(device))
 }
 
 /// [`Kernels::compact`] for all parameters of a module.

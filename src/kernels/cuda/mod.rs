@@ -13,6 +13,7 @@ mod launch;
 mod lora;
 mod loss;
 mod module;
+mod nccl;
 mod optimizer;
 mod plan;
 mod pointwise;
@@ -22,14 +23,19 @@ mod rotary;
 mod rows;
 #[cfg(test)]
 mod tests;
+mod upload;
 mod vision;
 
 use std::{
     path::PathBuf,
-    sync::{Once, OnceLock},
+    sync::{Arc, Once, OnceLock},
+    time::Duration,
 };
 
-use burn::{prelude::*, tensor::DType};
+use burn::{
+    prelude::*,
+    tensor::{DType, ops::FloatTensor},
+};
 use cubecl_common::config::RuntimeConfig;
 use cubecl_runtime::config::{CubeClRuntimeConfig, cache::CacheConfig};
 
@@ -37,6 +43,7 @@ use super::{
     Activation, AdamWTensor, AllReduce, AttentionSpans, BackwardProduct, DecodeStart, Decoder,
     DeviceMemory, Dropout, HeadNorm, Kernels, LowRank, LowRankFlow, LowRankGradients, Reading,
     TargetLoss, plain,
+    upload::{Fill, Upload, UploadError},
 };
 use crate::qwen3_vl::{
     ImageInput, Qwen3Vl,
@@ -158,8 +165,23 @@ impl Kernels for Cuda {
         collective::memory_in_use(device)
     }
 
-    fn all_reduce(devices: &[Self::Device]) -> Result<Option<AllReduce<Self>>, String> {
-        collective::all_reduce(devices)
+    fn all_reduce(
+        devices: &[Self::Device],
+        patience: Duration,
+    ) -> Result<Option<Arc<dyn AllReduce<Self>>>, String> {
+        collective::all_reduce(devices, patience)
+    }
+
+    fn send_to<const D: usize>(x: Tensor<Self, D>, device: &Self::Device) -> Tensor<Self, D> {
+        collective::send_to(x, device)
+    }
+
+    fn upload<E: From<UploadError>>(
+        devices: &[Self::Device],
+        tensors: &[Upload],
+        fill: Fill<'_, E>,
+    ) -> Result<Vec<Vec<FloatTensor<Self>>>, E> {
+        upload::upload(devices, tensors, fill)
     }
 
     fn dense(
