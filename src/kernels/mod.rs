@@ -21,12 +21,18 @@ use burn::{
     tensor::{DType, Distribution, backend::AutodiffBackend, ops::FloatTensor},
 };
 
-use crate::qwen3_vl::{
-    ImageInput, Qwen3Vl,
-    cache::KeyValueCache,
-    config::Qwen3VlConfig,
-    nn::{gelu_exact, gelu_tanh},
-    vision::{VisionLayout, VisionModel, VisionOutput},
+use crate::{
+    generate::{
+        SamplingConfig,
+        backend::{ServingDecoder, ServingLimits},
+    },
+    qwen3_vl::{
+        ImageInput, Qwen3Vl,
+        cache::KeyValueCache,
+        config::Qwen3VlConfig,
+        nn::{gelu_exact, gelu_tanh},
+        vision::{VisionLayout, VisionModel, VisionOutput},
+    },
 };
 pub use kept::Kept;
 pub use spans::AttentionSpans;
@@ -199,12 +205,18 @@ pub struct DecodeStart {
     pub positions: Vec<i64>,
     /// Steps that may follow.
     pub most_steps: usize,
+    /// How tokens are chosen.
+    pub sampling: SamplingConfig,
+    /// Uniform numbers of the draws to come, a list for each row; empty when none are drawn.
+    pub draws: Vec<Vec<f32>>,
+    /// All tokens before the first new one, a list for each row; empty without a repetition penalty.
+    pub seen: Vec<Vec<u32>>,
 }
 
 /// Decodes a batch behind a prefilled cache, one token a row and step, feeding itself.
 pub trait Decoder {
-    /// The likeliest token behind the last one of each row; `None` where the logits are NaN. The
-    /// next step takes these tokens.
+    /// The token chosen behind the last one of each row; `None` where the logits are NaN. The next
+    /// step takes these tokens.
     ///
     /// # Errors
     /// What the driver says.
@@ -481,6 +493,20 @@ pub trait Kernels: Backend {
         _start: &DecodeStart,
     ) -> Option<Box<dyn Decoder>> {
         None
+    }
+
+    /// An engine for serving that is faster than plain operations, where there is one for the model;
+    /// `on_progress` gets parts done and all parts of what is made ready beforehand.
+    ///
+    /// # Errors
+    /// What the device has no room for, and what to lower.
+    fn serving_decoder(
+        _model: &Qwen3Vl<Self>,
+        _config: &Qwen3VlConfig,
+        _limits: &ServingLimits,
+        _on_progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Option<ServingDecoder<Self>>, String> {
+        Ok(None)
     }
 
     /// Logits in f32: `hidden` `[n, width]`, `head` `[vocab, width]`.

@@ -45,12 +45,15 @@ use super::{
     TargetLoss, plain,
     upload::{Fill, Upload, UploadError},
 };
-use crate::qwen3_vl::{
-    ImageInput, Qwen3Vl,
-    cache::KeyValueCache,
-    config::Qwen3VlConfig,
-    nn::{gelu_exact, gelu_tanh},
-    vision::{VisionLayout, VisionModel, VisionOutput},
+use crate::{
+    generate::backend::{ServingDecoder, ServingLimits},
+    qwen3_vl::{
+        ImageInput, Qwen3Vl,
+        cache::KeyValueCache,
+        config::Qwen3VlConfig,
+        nn::{gelu_exact, gelu_tanh},
+        vision::{VisionLayout, VisionModel, VisionOutput},
+    },
 };
 use launch::Backend as Cuda;
 
@@ -155,6 +158,15 @@ impl Kernels for Cuda {
         start: &DecodeStart,
     ) -> Option<Box<dyn Decoder>> {
         decode::start(model, config, cache, start)
+    }
+
+    fn serving_decoder(
+        model: &Qwen3Vl<Self>,
+        config: &Qwen3VlConfig,
+        limits: &ServingLimits,
+        on_progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Option<ServingDecoder<Self>>, String> {
+        decode::serve(model, config, limits, on_progress)
     }
 
     fn compact<const D: usize>(x: Tensor<Self, D>) -> Tensor<Self, D> {

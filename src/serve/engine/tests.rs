@@ -11,7 +11,7 @@ use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::*;
 use crate::{
-    generate::backend::{Chunk, SlotId, StepRow},
+    generate::backend::{Chunk, Pick, SlotId, StepRow, Stepped},
     lora::config::AdapterError,
     qwen3_vl::{ImageInput, rope::Positions},
 };
@@ -29,6 +29,8 @@ struct Seen {
     prefilled: usize,
     largest_step: usize,
     first_tokens: Vec<u32>,
+    /// Rows whose logits went to the host in a step.
+    logits_read: usize,
 }
 
 /// The next token is a function of all tokens so far, so a mixed-up row shows.
@@ -93,22 +95,29 @@ impl DecodeBackend for Arithmetic {
         chunk.wants_logits.then(|| logits_of(&seen.slots[&slot]))
     }
 
-    fn step(&mut self, rows: &[StepRow]) -> Vec<Vec<f32>> {
+    fn step(&mut self, rows: &[StepRow]) -> Vec<Stepped> {
         std::thread::sleep(self.delay);
         let seen = &mut *self.seen();
         seen.largest_step = seen.largest_step.max(rows.len());
-        let logits: Vec<Vec<f32>> = rows
+        let stepped: Vec<Stepped> = rows
             .iter()
             .map(|row| {
                 let mut tokens = seen.slots[&row.slot].clone();
                 tokens.push(row.token);
-                logits_of(&tokens)
+                let logits = logits_of(&tokens);
+                match row.pick {
+                    Pick::Logits => {
+                        seen.logits_read += 1;
+                        Stepped::Logits(logits)
+                    }
+                    Pick::Token(choice) => Stepped::Token(Some(choice.token(&logits, &tokens))),
+                }
             })
             .collect();
         for row in rows {
             seen.slots.get_mut(&row.slot).unwrap().push(row.token);
         }
-        logits
+        stepped
     }
 
     fn free(&mut self, slot: SlotId) {
