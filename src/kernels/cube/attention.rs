@@ -91,6 +91,7 @@ fn attend<F: Numeric>(
     key_value_heads: usize,
     splits: usize,
     count: usize,
+    held: usize,
     q_batch_stride: usize,
     q_head_stride: usize,
     batch_stride: usize,
@@ -115,7 +116,7 @@ fn attend<F: Numeric>(
     let key_head = place / splits % key_value_heads;
     let row = place / splits / key_value_heads;
     let visible_from = first[row] as usize;
-    let visible_to = end[row] as usize;
+    let visible_to = min(end[row] as usize, held);
     let range = (visible_to - visible_from).div_ceil(splits);
     let from = visible_from + split * range;
     let to = min(from + range, visible_to);
@@ -283,7 +284,8 @@ fn join<F: Numeric>(
     }
 }
 
-/// One query a sequence, `q` `[b, h, 1, d]`, over keys `[first, end)` of its row; gives `[b, h · d]`.
+/// One query a sequence, `q` `[b, h, 1, d]`, over keys `[first, end)` of its row as far as there are
+/// `keys`; gives `[b, h · d]`.
 pub(super) fn one_query<R: CubeRuntime>(
     q: &Buffer<R>,
     cache: &Cache<'_, R>,
@@ -329,6 +331,7 @@ pub(super) fn one_query<R: CubeRuntime>(
             key_value_heads,
             splits,
             count,
+            keys,
             q_strides[0],
             q_strides[1],
             strides[0],

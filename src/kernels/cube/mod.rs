@@ -8,8 +8,12 @@
 mod attention;
 #[cfg(feature = "wgpu")]
 mod cache;
-#[cfg(any(feature = "wgpu"))]
+#[cfg(feature = "wgpu")]
+mod decode;
+#[cfg(feature = "wgpu")]
 mod launch;
+#[cfg(feature = "wgpu")]
+mod likeliest;
 #[cfg(feature = "wgpu")]
 mod matvec;
 #[cfg(feature = "wgpu")]

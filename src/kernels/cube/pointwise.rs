@@ -37,7 +37,7 @@ fn apply(x: f32, y: f32, #[comptime] operation: Operation) -> f32 {
         let a = 0.797_884_6f32 * x * (1.0f32 + 0.044715f32 * x * x);
         x / (1.0f32 + (-2.0f32 * a).exp())
     } else {
-        0.5f32 * x * (1.0f32 + (x * 0.707_106_77f32).erf())
+        0.5f32 * x * (1.0f32 + Erf::erf(x * 0.707_106_77f32))
     }
 }
 

@@ -219,8 +219,7 @@ fn turn_into_cache<F: Numeric>(
     qkv: &Array<F>,
     q_weight: &Array<F>,
     k_weight: &Array<F>,
-    cos: &Array<f32>,
-    sin: &Array<f32>,
+    tables: &Array<f32>,
     q: &mut Array<F>,
     keys: &mut Array<F>,
     values: &mut Array<F>,
@@ -228,6 +227,8 @@ fn turn_into_cache<F: Numeric>(
     key_value_heads: usize,
     capacity: usize,
     at: usize,
+    cos: usize,
+    sin: usize,
     q_epsilon: f32,
     k_epsilon: f32,
     #[comptime] form: Form,
@@ -243,7 +244,7 @@ fn turn_into_cache<F: Numeric>(
     if head < heads {
         let (first, second) = head_pair(qkv, q_weight, start, unit, q_epsilon, form);
         if unit < half {
-            let (c, s) = (cos[angle], sin[angle]);
+            let (c, s) = (tables[cos + angle], tables[sin + angle]);
             let out = (row * heads + head) * 2 * half + unit;
             q[out] = F::cast_from(within(first * c - second * s, form.packing));
             q[out + half] = F::cast_from(within(second * c + first * s, form.packing));
@@ -251,7 +252,7 @@ fn turn_into_cache<F: Numeric>(
     } else if head < heads + key_value_heads {
         let (first, second) = head_pair(qkv, k_weight, start, unit, k_epsilon, form);
         if unit < half {
-            let (c, s) = (cos[angle], sin[angle]);
+            let (c, s) = (tables[cos + angle], tables[sin + angle]);
             let slot = (row * key_value_heads + head - heads) * capacity + at;
             let out = slot * 2 * half + unit;
             keys[out] = F::cast_from(within(first * c - second * s, form.packing));
@@ -277,11 +278,12 @@ pub(super) struct HeadNorms<R: CubeRuntime> {
 /// One token a row: queries normalised and turned into `[rows, heads · d]`, keys likewise and values as
 /// they are into place `at` of the cache `[rows, key_value_heads, capacity, d]`.
 ///
-/// `qkv` is `[rows, (heads + 2 · key_value_heads) · d]`.
+/// `qkv` is `[rows, (heads + 2 · key_value_heads) · d]`; cosines `[rows, d]` start at `place` of the
+/// tables, sines behind them.
 pub(super) fn rotate_into_cache<R: CubeRuntime>(
     qkv: &Buffer<R>,
     norms: &HeadNorms<R>,
-    [cos, sin]: [&Buffer<R>; 2],
+    (tables, place): (&Buffer<R>, usize),
     [keys, values]: [&Buffer<R>; 2],
     at: usize,
 ) -> Buffer<R> {
@@ -305,8 +307,7 @@ pub(super) fn rotate_into_cache<R: CubeRuntime>(
             elements(qkv),
             elements(&norms.q),
             elements(&norms.k),
-            elements(cos),
-            elements(sin),
+            elements(tables),
             elements(&q),
             elements(keys),
             elements(values),
@@ -314,6 +315,8 @@ pub(super) fn rotate_into_cache<R: CubeRuntime>(
             key_value_heads,
             capacity,
             at,
+            place,
+            place + rows * head_dim,
             norms.q_epsilon as f32,
             norms.k_epsilon as f32,
             form,

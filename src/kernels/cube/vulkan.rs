@@ -8,15 +8,20 @@ use burn::{
 
 use super::{
     attention::{self, Cache},
-    cache,
+    cache, decode,
     launch::Buffer as AnyBuffer,
     matvec, pointwise,
     pointwise::Operation,
     rotary, rows,
 };
 use crate::{
-    kernels::{AttentionSpans, DeviceMemory, HeadNorm, Kernels, plain},
-    qwen3_vl::nn::{gelu_exact, gelu_tanh},
+    kernels::{AttentionSpans, DecodeStart, Decoder, DeviceMemory, HeadNorm, Kernels, plain},
+    qwen3_vl::{
+        Qwen3Vl,
+        cache::KeyValueCache,
+        config::Qwen3VlConfig,
+        nn::{gelu_exact, gelu_tanh},
+    },
 };
 
 pub(super) type Backend = burn::backend::Vulkan;
@@ -47,6 +52,17 @@ fn with_dense_heads(buffer: Buffer) -> Buffer {
 }
 
 impl Kernels for Backend {
+    const HAS_DECODER: bool = true;
+
+    fn decoder(
+        model: &Qwen3Vl<Self>,
+        config: &Qwen3VlConfig,
+        cache: &KeyValueCache<Self>,
+        start: &DecodeStart,
+    ) -> Option<Box<dyn Decoder>> {
+        decode::start(model, config, cache, start)
+    }
+
     fn memory_in_use(device: &Self::Device) -> Option<DeviceMemory> {
         let tensor = Tensor::<Self, 1>::empty([1], device);
         let usage = strided(tensor).client.memory_usage();

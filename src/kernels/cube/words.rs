@@ -43,9 +43,6 @@ impl Packing {
 /// Sixteen bytes.
 pub(super) type Piece = Vector<u32, Const<4>>;
 
-/// Two neighbouring elements.
-pub(super) type Pair = Vector<f32, Const<2>>;
-
 /// The pair of this number out of a piece.
 #[cube]
 pub(super) fn pair(
