@@ -80,14 +80,8 @@ impl<B: Kernels> Bench<B> {
         record.recompute = Some(recompute);
         record.load_seconds = Some(load_seconds);
 
-        let mut replicas = Replicas::start(
-            devices,
-            &[],
-            &trainee,
-            &optimizer,
-            max_grad_norm,
-            patience,
-        )?;
+        let mut replicas =
+            Replicas::start(devices, &[], &trainee, &optimizer, max_grad_norm, patience)?;
         let mut requests = Requests::new(&self.config, self.mixed, SEED);
         let mut window = shared_window(&mut requests, devices.len(), micro_batch, packing)?;
         let (mut losses, mut norms) = (Vec::new(), Vec::new());

@@ -9,6 +9,8 @@ pub mod plain;
 mod spans;
 pub mod upload;
 
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+pub mod cube;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 
@@ -661,15 +663,3 @@ pub fn compact<B: Kernels, M: Module<B>>(module: M) -> M {
 
 #[cfg(feature = "flex")]
 impl Kernels for burn_flex::Flex {}
-
-#[cfg(feature = "wgpu")]
-impl Kernels for burn::backend::Vulkan {
-    fn memory_in_use(device: &Self::Device) -> Option<DeviceMemory> {
-        let tensor = Tensor::<Self, 1>::empty([1], device);
-        let usage = tensor.into_primitive().tensor().client.memory_usage();
-        usage.ok().map(|usage| DeviceMemory {
-            in_use: usage.bytes_in_use,
-            reserved: usage.bytes_reserved,
-        })
-    }
-}

@@ -406,7 +406,10 @@ impl<D: DecodeBackend> Worker<D> {
             .collect::<Vec<_>>()
             .into_par_iter()
             .map(|(place, sequence, stepped)| {
-                (place, stepped.and_then(|stepped| advance(sequence, stepped)))
+                (
+                    place,
+                    stepped.and_then(|stepped| advance(sequence, stepped)),
+                )
             })
             .collect();
         self.settle(outcomes);

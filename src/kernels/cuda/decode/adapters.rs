@@ -55,8 +55,8 @@ impl AdapterTable {
         stream: &Stream,
     ) -> Result<usize, String> {
         let place = self.places.iter().position(Option::is_none);
-        let place =
-            place.ok_or_else(|| format!("{PLACES} adapters are loaded already; unload one first"))?;
+        let place = place
+            .ok_or_else(|| format!("{PLACES} adapters are loaded already; unload one first"))?;
         let mut addresses = Addresses::new(client);
         let mut words = Vec::with_capacity(self.matrices * ENTRY);
         for layer in &model.model.language_model.layers {
@@ -136,7 +136,10 @@ fn padded_pair(lora: &Lora<Backend>, padded: usize) -> (Buffer, Buffer) {
         let options = (&a.device(), a.dtype());
         let below = Tensor::zeros([padded - rank, width], options);
         let beside = Tensor::zeros([rows, padded - rank], options);
-        (Tensor::cat(vec![a, below], 0), Tensor::cat(vec![b, beside], 1))
+        (
+            Tensor::cat(vec![a, below], 0),
+            Tensor::cat(vec![b, beside], 1),
+        )
     };
     (
         contiguous(to_dtype(a, DType::BF16)),

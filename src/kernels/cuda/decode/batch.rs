@@ -98,7 +98,11 @@ impl Engine {
         let words = |count: usize| DeviceMemory::zeroed(context, count * size_of::<u32>());
         let control = words(super::plan::CONTROL_WORDS)?;
         let penalised = start.sampling.repetition_penalty != 1.0;
-        let seen = words(if penalised { rows * mask_words(vocab) } else { 0 })?;
+        let seen = words(if penalised {
+            rows * mask_words(vocab)
+        } else {
+            0
+        })?;
         let steps = start.draws.iter().map(Vec::len).max().unwrap_or(0) + RING;
         let uniforms = words(steps * rows)?;
         let mut draws = vec![0f32; steps * rows];

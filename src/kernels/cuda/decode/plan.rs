@@ -4,7 +4,9 @@ use burn::{module::Param, prelude::*, tensor::DType};
 
 use super::{
     super::{
-        launch::{Backend, Buffer, Client, Defines, Kernel, contiguous, empty, float_bits, strided},
+        launch::{
+            Backend, Buffer, Client, Defines, Kernel, contiguous, empty, float_bits, strided,
+        },
         rows,
     },
     module::{DriverError, architecture, driver, load},
@@ -253,9 +255,8 @@ impl Scratch {
         let head_dim = text.head_dim;
         let mut addresses = Addresses::new(&like.client);
         let a = &mut addresses;
-        let half = |a: &mut Addresses<'_>, width: usize| {
-            a.of(empty(like, [rows * width], DType::BF16))
-        };
+        let half =
+            |a: &mut Addresses<'_>, width: usize| a.of(empty(like, [rows * width], DType::BF16));
         let single = |a: &mut Addresses<'_>, count: usize| a.of(empty(like, [count], DType::F32));
         let ints = |a: &mut Addresses<'_>, count: usize| {
             let zeros = Tensor::<Backend, 1, Int>::zeros([count], (&like.device, DType::I32));
@@ -536,7 +537,12 @@ impl Builder<'_> {
         .chain(self.tables())
         .chain([scratch.partial, scratch.statistics, scratch.finished])
         .collect();
-        self.push(kernel, [scratch.splits, kv_heads, rows], pointers, parameters)
+        self.push(
+            kernel,
+            [scratch.splits, kv_heads, rows],
+            pointers,
+            parameters,
+        )
     }
 
     /// The next token of each row.

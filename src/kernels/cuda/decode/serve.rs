@@ -110,7 +110,10 @@ pub(in super::super) fn start(
         return Ok(None);
     }
     let mut decoder = PagedDecoder::new(model, config, limits).map_err(|error| {
-        format!("{error}; lower `--cache-tokens` (now {})", limits.cache_tokens)
+        format!(
+            "{error}; lower `--cache-tokens` (now {})",
+            limits.cache_tokens
+        )
     })?;
     decoder
         .warm_up(limits, on_progress)
@@ -189,7 +192,11 @@ impl PagedDecoder {
         while sizes[sizes.len() - 1] < self.largest {
             sizes.push(sizes[sizes.len() - 1] * 2);
         }
-        let kinds: &[bool] = if limits.adapters { &[false, true] } else { &[false] };
+        let kinds: &[bool] = if limits.adapters {
+            &[false, true]
+        } else {
+            &[false]
+        };
         let lengths: Vec<usize> = [16, 64, 128, 256, 384, 512, 1024, 2048]
             .into_iter()
             .filter(|length| *length < limits.prefill_chunk)
@@ -412,10 +419,7 @@ impl DecodeBackend for PagedDecoder {
 
     fn fork(&mut self, source: SlotId, tokens: usize, capacity: usize) -> SlotId {
         let from = &self.slots[&source];
-        assert!(
-            tokens <= from.tokens.len(),
-            "the source holds fewer tokens"
-        );
+        assert!(tokens <= from.tokens.len(), "the source holds fewer tokens");
         let (adapter, held) = (from.adapter, from.tokens[..tokens].to_vec());
         let forked = self
             .context

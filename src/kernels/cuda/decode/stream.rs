@@ -112,10 +112,7 @@ impl Stream {
         // SAFETY: the stream is idle and ours; the graph is destroyed on every way out.
         #[allow(unsafe_code)]
         unsafe {
-            driver(
-                doing,
-                sys::cuStreamBeginCapture_v2(self.raw, mode).result(),
-            )?;
+            driver(doing, sys::cuStreamBeginCapture_v2(self.raw, mode).result())?;
             let issued = self.issue(steps);
             let mut graph = std::ptr::null_mut();
             driver(
@@ -266,7 +263,10 @@ impl DeviceMemory {
         // SAFETY: the memory is ours; zeroing is waited for before anybody reads it.
         #[allow(unsafe_code)]
         unsafe {
-            let doing = format!("taking {:.1} GiB of device memory", bytes as f64 / 2f64.powi(30));
+            let doing = format!(
+                "taking {:.1} GiB of device memory",
+                bytes as f64 / 2f64.powi(30)
+            );
             let address = driver(&doing, result::malloc_sync(bytes.max(1)))?;
             let memory = Self { context, address };
             driver(&doing, result::memset_d8_sync(address, 0, bytes.max(1)))?;
