@@ -5,6 +5,8 @@
 //! and 0.0017 on average; operations that round between their steps get twice that; f32 sums in
 //! another order differ by some 1e-6.
 
+use std::collections::HashSet;
+
 use burn::{
     prelude::*,
     tensor::{DType, Distribution},
@@ -13,6 +15,10 @@ use burn::{
 use super::Cuda;
 use crate::{
     bench::weights::RandomSize,
+    generate::{
+        SamplingConfig,
+        sampler::{Sampler, TokenChoice},
+    },
     kernels::{
         Activation, AdamWStep, AdamWTensor, AttentionSpans, BackwardProduct, DecodeStart, Dropout,
         HeadNorm, Kernels, LowRank, LowRankFlow, plain,
@@ -24,10 +30,10 @@ use crate::{
     },
 };
 
-type T<const D: usize> = Tensor<Cuda, D>;
+pub(super) type T<const D: usize> = Tensor<Cuda, D>;
 
 /// The device, or `None` said aloud.
-fn device() -> Option<<Cuda as burn::tensor::backend::BackendTypes>::Device> {
+pub(super) fn device() -> Option<<Cuda as burn::tensor::backend::BackendTypes>::Device> {
     let device = burn::backend::cuda::CudaDevice::new(0);
     let answers = crate::backend::quietly(|| T::<1>::ones([2], &device).sum().into_data());
     if answers.is_err() {
@@ -50,10 +56,16 @@ fn normal<const D: usize>(
 
 /// Relative distances seen, and which were too large.
 #[derive(Default)]
-struct Report(Vec<String>);
+pub(super) struct Report(Vec<String>);
 
 impl Report {
-    fn close<const D: usize>(&mut self, name: &str, got: T<D>, want: T<D>, tolerance: f64) {
+    pub(super) fn close<const D: usize>(
+        &mut self,
+        name: &str,
+        got: T<D>,
+        want: T<D>,
+        tolerance: f64,
+    ) {
         assert_eq!(got.dims(), want.dims(), "{name}");
         let (got, want) = (to_f32(got), to_f32(want));
         let norm = |x: T<D>| -> f64 {
@@ -74,7 +86,7 @@ impl Report {
         }
     }
 
-    fn finish(self) {
+    pub(super) fn finish(self) {
         assert!(self.0.is_empty(), "{:#?}", self.0);
     }
 }
@@ -734,6 +746,9 @@ fn decoding() {
                 .map(|(prompt, delta)| prompt.len() as i64 + delta)
                 .collect(),
             most_steps: 8,
+            sampling: SamplingConfig::default(),
+            draws: Vec::new(),
+            seen: Vec::new(),
         };
         let mut decoder = Cuda::decoder(&model, &config, &cache, &start).expect("covered");
         for step in 0..4 {
@@ -787,11 +802,52 @@ fn decoding() {
                     .map(|position| position + 4)
                     .collect(),
                 most_steps: 4,
+                ..start.clone()
             },
         )
         .expect("covered");
         assert_eq!(own.next_tokens().unwrap(), likeliest, "{rows} rows");
         assert_eq!(own.next_tokens().unwrap(), again, "{rows} rows");
+
+        // Drawn with the host's numbers: what the host would choose from the same logits.
+        let sampling = SamplingConfig {
+            temperature: 1.3,
+            top_k: 40,
+            top_p: 0.9,
+            repetition_penalty: 1.2,
+            ..SamplingConfig::default()
+        };
+        let samplers: Vec<Sampler> = (0..rows as u64)
+            .map(|seed| {
+                let sampling = sampling.clone();
+                Sampler::new(&SamplingConfig { seed, ..sampling }, &[])
+            })
+            .collect();
+        let drawn = DecodeStart {
+            tokens: (0..rows as u32).map(|row| 5 + row).collect(),
+            draws: samplers.into_iter().map(|one| one.draws(8)).collect(),
+            seen: (prompts.iter().zip(0u32..))
+                .map(|(prompt, row)| [prompt, &[5 + row][..]].concat())
+                .collect(),
+            sampling,
+            ..start.clone()
+        };
+        let mut device_draws = Cuda::decoder(&model, &config, &cache, &drawn).expect("covered");
+        let mut logits_of = Cuda::decoder(&model, &config, &cache, &drawn).expect("covered");
+        let mut tokens = drawn.tokens.clone();
+        let mut seen = drawn.seen.clone();
+        for step in 0..5 {
+            let chosen = device_draws.next_tokens().unwrap();
+            let logits = logits_of.next_logits(&tokens).unwrap();
+            for row in 0..rows {
+                let choice = TokenChoice::new(&drawn.sampling, drawn.draws[row][step]);
+                let before: HashSet<u32> = seen[row].iter().copied().collect();
+                let want = choice.token(&logits[row], &before);
+                assert_eq!(chosen[row], Some(want), "row {row} of {rows}, step {step}");
+                seen[row].push(want);
+                tokens[row] = want;
+            }
+        }
     }
     report.finish();
 }

@@ -513,6 +513,53 @@ fn an_adapter_is_dropped_when_its_last_answer_is_over() {
 }
 
 #[test]
+fn logits_are_read_only_where_they_are_asked_for() {
+    let bench = bench(limits(), Duration::ZERO);
+    let ids = [1, 2, 3];
+    let answer = |change: &dyn Fn(&mut Submission)| {
+        let mut one = submission(&ids, 6);
+        one.logprobs = None;
+        change(&mut one);
+        let (_, done) = wait(submit(&bench, one));
+        assert_eq!(done.unwrap().completion_tokens, 6);
+        std::mem::take(&mut bench.seen.lock().unwrap().logits_read)
+    };
+    assert_eq!(answer(&|_| {}), 0);
+    assert_eq!(answer(&|one| one.sampling.temperature = 2.0), 0);
+    assert_eq!(answer(&|one| one.sampling.repetition_penalty = 1.5), 0);
+    // The first token comes of the prompt.
+    assert_eq!(answer(&|one| one.logprobs = Some(2)), 5);
+    assert_eq!(answer(&|one| one.penalties.presence = 1.0), 5);
+}
+
+#[test]
+fn a_device_draws_what_the_host_would_have_drawn() {
+    let bench = bench(limits(), Duration::ZERO);
+    let text = |logprobs, penalty| {
+        let mut one = submission(&[1, 2, 3], 20);
+        one.sampling.temperature = 5.0;
+        one.sampling.repetition_penalty = penalty;
+        one.sampling.seed = 11;
+        one.logprobs = logprobs;
+        let mut events = submit(&bench, one);
+        let mut text = String::new();
+        while let Some(event) = events.blocking_recv() {
+            match event {
+                Event::Token { text: piece, .. } => text.push_str(&piece),
+                Event::Done(done) => return text + &done.text,
+                Event::Failed(failure) => panic!("{failure:?}"),
+            }
+        }
+        panic!("the worker is gone")
+    };
+    for penalty in [1.0, 1.4] {
+        let here = text(Some(0), penalty);
+        assert!(!here.is_empty());
+        assert_eq!(text(None, penalty), here);
+    }
+}
+
+#[test]
 fn one_seed_gives_one_answer_in_any_company() {
     let bench = bench(limits(), Duration::ZERO);
     let drawn = |seed| {

@@ -14,6 +14,8 @@ mod pages;
 mod plan;
 mod serve;
 mod stream;
+#[cfg(test)]
+mod tests;
 
 use burn::tensor::DType;
 

@@ -57,7 +57,7 @@ impl PagePool {
         })
     }
 
-    /// Bytes of the pool for so many tokens.
+    /// Bytes of a page: keys, or values, of one layer.
     fn page_bytes(&self) -> usize {
         self.kv_heads * PAGE * self.head_dim * DType::BF16.size()
     }
@@ -138,11 +138,6 @@ impl PagePool {
             stream.wait()?;
         }
         Ok(held)
-    }
-
-    /// Pages that nobody holds.
-    pub(super) fn free_pages(&self) -> usize {
-        self.free.len()
     }
 
     /// Puts new keys and values `[1, key_value_heads, new, head_dim]` of a layer behind the first

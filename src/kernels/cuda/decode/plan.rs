@@ -202,11 +202,6 @@ impl Weights {
     pub(super) fn matrices(&self) -> usize {
         self.layers.len() * LAYER_MATRICES + 1
     }
-
-    /// Number of the device the weights lie on.
-    pub(super) fn device(&self) -> usize {
-        self.device
-    }
 }
 
 /// Some buffer of the model's: its client, device and type.

@@ -37,10 +37,7 @@ use crate::{
     kernels::cuda::launch::{Backend, Client},
     lora::{config::AdapterError, files::load_adapter},
     qwen3_vl::{
-        ImageInput, Qwen3Vl,
-        config::Qwen3VlConfig,
-        rope::{Positions, rope_index},
-        vision::VisionOutput,
+        ImageInput, Qwen3Vl, config::Qwen3VlConfig, rope::rope_index, vision::VisionOutput,
     },
 };
 
@@ -188,10 +185,7 @@ impl PagedDecoder {
         limits: &ServingLimits,
         on_progress: &mut dyn FnMut(usize, usize),
     ) -> Result<(), DriverError> {
-        let mut sizes: Vec<usize> = vec![1];
-        while sizes[sizes.len() - 1] < self.largest {
-            sizes.push(sizes[sizes.len() - 1] * 2);
-        }
+        let sizes = self.sizes();
         let kinds: &[bool] = if limits.adapters {
             &[false, true]
         } else {
@@ -230,6 +224,12 @@ impl PagedDecoder {
         self.sync();
         went_on();
         Ok(())
+    }
+
+    /// Numbers of rows there is a step for.
+    fn sizes(&self) -> Vec<usize> {
+        let powers = (0..).map(|power| 1 << power);
+        powers.take_while(|size| *size <= self.largest).collect()
     }
 
     /// A prompt of this length and one token behind it, whose result nobody wants.
@@ -492,8 +492,13 @@ impl DecodeBackend for PagedDecoder {
             path: dir.to_path_buf(),
             reason,
         };
-        let entered = self.context.enter().map_err(|error| error.to_string());
+        let mut entered = self.context.enter();
+        // The first adapter brings steps of their own; requests do not wait for them later.
+        for size in self.sizes() {
+            entered = entered.and_then(|()| self.graph(size, true).map(|_| ()));
+        }
         let place = entered
+            .map_err(|error| error.to_string())
             .and_then(|()| self.adapters.insert(&model, &self.client, &self.stream))
             .map_err(refused)?;
         let id = AdapterId(self.fresh());
