@@ -339,7 +339,9 @@ pub fn panic_text(payload: &(dyn std::any::Any + Send)) -> String {
 /// memory that is refused there shows as an answer that never comes.
 pub fn device_reason(reason: &str) -> String {
     if reason.contains("CallError") || reason.contains("Resource to exist") {
-        format!("the device did not do its work, most likely because it is out of memory ({reason})")
+        format!(
+            "the device did not do its work, most likely because it is out of memory ({reason})"
+        )
     } else {
         reason.to_string()
     }

@@ -401,12 +401,7 @@ pub fn load_model<B: Kernels>(
     device: &B::Device,
     on_progress: LoadProgress<'_>,
 ) -> Result<Qwen3Vl<B>, PipelineError> {
-    let mut models = load_models(
-        options,
-        config,
-        std::slice::from_ref(device),
-        on_progress,
-    )?;
+    let mut models = load_models(options, config, std::slice::from_ref(device), on_progress)?;
     Ok(models.remove(0))
 }
 

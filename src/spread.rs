@@ -168,7 +168,13 @@ mod tests {
                 &mut vec![(); workers],
                 &[(); 1000],
                 |(), ()| begun.fetch_add(1, Ordering::Relaxed),
-                |place, _| if place == 3 { Err(Failed::Full) } else { Ok(()) },
+                |place, _| {
+                    if place == 3 {
+                        Err(Failed::Full)
+                    } else {
+                        Ok(())
+                    }
+                },
             )
             .unwrap_err();
             assert!(matches!(error, Failed::Full), "{error}");

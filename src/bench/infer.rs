@@ -87,8 +87,9 @@ impl<B: Kernels> Bench<B> {
         for batch in batches {
             for count in counts(&devices) {
                 let mut requests = Requests::new(&self.config, self.mixed, SEED);
-                let groups: Vec<Vec<Prompt>> =
-                    (0..EACH * count).map(|_| requests.prompts(*batch)).collect();
+                let groups: Vec<Vec<Prompt>> = (0..EACH * count)
+                    .map(|_| requests.prompts(*batch))
+                    .collect();
                 let name = format!("infer_b{batch}{}", on_devices(count));
                 let mut record = self.record("infer", name, *batch);
                 let laps = measure(DECODE_WARM_UP, self.samples(2), |_| {
@@ -319,17 +320,10 @@ fn generate_on<B: Kernels>(
         stop_on_repetition: false,
         ..GenerationConfig::default()
     };
-    let (_, timing) = generate(
-        model,
-        config,
-        prompts,
-        &settings,
-        device,
-        &mut |row, _| {
-            on_token(row);
-            None
-        },
-    )?;
+    let (_, timing) = generate(model, config, prompts, &settings, device, &mut |row, _| {
+        on_token(row);
+        None
+    })?;
     Ok(timing)
 }
 

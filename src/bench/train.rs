@@ -165,7 +165,11 @@ fn one_step<A: TrainKernels>(
 }
 
 /// The model's work in one window, padding left out.
-pub(super) fn window_work<B: Kernels>(bench: &Bench<B>, lora: &LoraConfig, window: &Window) -> TrainWork {
+pub(super) fn window_work<B: Kernels>(
+    bench: &Bench<B>,
+    lora: &LoraConfig,
+    window: &Window,
+) -> TrainWork {
     let mut all = TrainWork::default();
     for batch in window.parts.iter().flatten() {
         for (tokens, targets) in samples(batch) {

@@ -80,14 +80,8 @@ impl<B: Kernels> Bench<B> {
         record.recompute = Some(recompute);
         record.load_seconds = Some(load_seconds);
 
-        let mut replicas = Replicas::start(
-            devices,
-            &[],
-            &trainee,
-            &optimizer,
-            max_grad_norm,
-            patience,
-        )?;
+        let mut replicas =
+            Replicas::start(devices, &[], &trainee, &optimizer, max_grad_norm, patience)?;
         let mut requests = Requests::new(&self.config, self.mixed, SEED);
         let mut window = shared_window(&mut requests, devices.len(), micro_batch, packing)?;
         let (mut losses, mut norms) = (Vec::new(), Vec::new());
@@ -104,9 +98,8 @@ impl<B: Kernels> Bench<B> {
                 let learnt = replicas.learn(&trainee, input)?;
                 let mut grads = replicas.reduce(&trainee)?;
                 let norm = clip_global_norm(&trainee, &mut grads, max_grad_norm);
-                replicas.step(learning_rate, || {
-                    trainee = optimizer.step(learning_rate, trainee.clone(), grads);
-                })?;
+                trainee = optimizer.step(learning_rate, trainee.clone(), grads);
+                replicas.step(learning_rate)?;
                 let loss: f64 = learnt.iter().map(|part| part.objective).sum();
                 Ok::<_, RankError>((loss, norm))
             }?;

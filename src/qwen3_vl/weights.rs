@@ -325,13 +325,11 @@ impl TensorFile {
     }
 
     fn entry(&self, name: &str) -> Result<&Entry, WeightsError> {
-        self.entries
-            .get(name)
-            .ok_or_else(|| WeightsError::Missing {
-                path: self.path.clone(),
-                count: 1,
-                first: name.to_string(),
-            })
+        self.entries.get(name).ok_or_else(|| WeightsError::Missing {
+            path: self.path.clone(),
+            count: 1,
+            first: name.to_string(),
+        })
     }
 }
 

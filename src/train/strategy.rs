@@ -287,11 +287,9 @@ impl<B: TrainKernels> LoopState<B> {
             drop(model);
             // The weights as they were before this step.
             self.good_steps = self.good_steps.max(step);
-            match replicas.as_mut() {
-                Some(replicas) => {
-                    replicas.step(learner.lr_current(), || learner.optimizer_step(grads))?;
-                }
-                None => learner.optimizer_step(grads),
+            learner.optimizer_step(grads);
+            if let Some(replicas) = replicas.as_mut() {
+                replicas.step(learner.lr_current())?;
             }
             self.state.step = step + 1;
             self.state.epoch = epoch;

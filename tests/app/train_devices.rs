@@ -76,7 +76,9 @@ fn two_devices_validate_as_one_does() {
         ];
         train_well(folder.path(), &[&args[..], &fixed[..]].concat());
         let rows = records(&folder.path().join(name).join("metrics.jsonl"));
-        let rows = rows.into_iter().filter(|row| row.get("eval_loss").is_some());
+        let rows = rows
+            .into_iter()
+            .filter(|row| row.get("eval_loss").is_some());
         rows.collect::<Vec<_>>()
     };
     let one = validate("one", "cpu", "gradient_accumulation_steps=4");

@@ -279,11 +279,12 @@ mod tests {
     fn two() -> Option<[CudaDevice; 2]> {
         let devices = [CudaDevice::new(0), CudaDevice::new(1)];
         for device in &devices {
-            let answers = crate::backend::quietly(|| {
-                Tensor::<Cuda, 1>::ones([2], device).sum().into_data()
-            });
+            let answers =
+                crate::backend::quietly(|| Tensor::<Cuda, 1>::ones([2], device).sum().into_data());
             if answers.is_err() {
-                println!("SKIPPED: no second CUDA device answers, so nothing is added up or copied");
+                println!(
+                    "SKIPPED: no second CUDA device answers, so nothing is added up or copied"
+                );
                 return None;
             }
         }

@@ -114,10 +114,9 @@ impl Ring {
         for _ in 0..PIECES {
             // SAFETY: plain driver calls; `drop` gives everything back.
             #[allow(unsafe_code)]
-            let memory = unsafe {
-                result::malloc_host(piece_bytes.max(1), sys::CU_MEMHOSTALLOC_PORTABLE)
-            }
-            .map_err(said(ring.lanes[0].device, "taking page-locked memory"))?;
+            let memory =
+                unsafe { result::malloc_host(piece_bytes.max(1), sys::CU_MEMHOSTALLOC_PORTABLE) }
+                    .map_err(said(ring.lanes[0].device, "taking page-locked memory"))?;
             // SAFETY: the memory is ours and as long; as a slice it must be initialised.
             #[allow(unsafe_code)]
             unsafe {
@@ -259,10 +258,8 @@ mod tests {
         let devices: Vec<CudaDevice> = (0..2)
             .map(CudaDevice::new)
             .take_while(|device| {
-                crate::backend::quietly(|| {
-                    Tensor::<Cuda, 1>::ones([2], device).sum().into_data()
-                })
-                .is_ok()
+                crate::backend::quietly(|| Tensor::<Cuda, 1>::ones([2], device).sum().into_data())
+                    .is_ok()
             })
             .collect();
         if devices.is_empty() {
@@ -289,8 +286,7 @@ mod tests {
         assert_eq!(sent.len(), devices.len());
         for (device, sent) in devices.iter().zip(sent) {
             for (place, (buffer, tensor)) in sent.into_iter().zip(&tensors).enumerate() {
-                let tensor_here =
-                    Tensor::<Cuda, 2>::from_primitive(TensorPrimitive::Float(buffer));
+                let tensor_here = Tensor::<Cuda, 2>::from_primitive(TensorPrimitive::Float(buffer));
                 assert_eq!(tensor_here.device(), *device);
                 let data = tensor_here.into_data();
                 assert_eq!((&data.shape, data.dtype), (&tensor.shape, tensor.dtype));
@@ -302,7 +298,11 @@ mod tests {
                 assert_eq!(wrong, None, "tensor {place}");
             }
         }
-        println!("sent {} tensors to {} device(s)", tensors.len(), devices.len());
+        println!(
+            "sent {} tensors to {} device(s)",
+            tensors.len(),
+            devices.len()
+        );
         let refused = upload::<UploadError>(&devices, &tensors, &mut |place, _, _| match place {
             3 => Err(UploadError("no such byte".to_string())),
             _ => Ok(()),

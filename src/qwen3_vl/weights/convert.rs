@@ -80,21 +80,16 @@ fn words(bytes: &[u8]) -> Option<usize> {
 }
 
 /// Converts checked elements; `out` has room for as many of type `to`.
-pub(super) fn convert(
-    bytes: &[u8],
-    from: Dtype,
-    to: DType,
-    out: &mut [u8],
-) -> Result<(), Problem> {
+pub(super) fn convert(bytes: &[u8], from: Dtype, to: DType, out: &mut [u8]) -> Result<(), Problem> {
     match from {
         _ if is_same(from, to) => {
             out.copy_from_slice(bytes);
             Ok(())
         }
         Dtype::BF16 => write(
-            bytes
-                .chunks_exact(2)
-                .map(|pair| f32::from_bits(u32::from(u16::from_le_bytes([pair[0], pair[1]])) << 16)),
+            bytes.chunks_exact(2).map(|pair| {
+                f32::from_bits(u32::from(u16::from_le_bytes([pair[0], pair[1]])) << 16)
+            }),
             to,
             out,
         ),

@@ -174,10 +174,7 @@ impl<B: Backend> ModuleMapper<B> for Put<B> {
         match self.tensors.remove(&self.path.join(".")) {
             Some(tensor) => {
                 let id = param.id;
-                param.transform_for_load(
-                    Tensor::from_primitive(TensorPrimitive::Float(tensor)),
-                    id,
-                )
+                param.transform_for_load(Tensor::from_primitive(TensorPrimitive::Float(tensor)), id)
             }
             None => param,
         }
