@@ -98,9 +98,8 @@ impl<B: Kernels> Bench<B> {
                 let learnt = replicas.learn(&trainee, input)?;
                 let mut grads = replicas.reduce(&trainee)?;
                 let norm = clip_global_norm(&trainee, &mut grads, max_grad_norm);
-                replicas.step(learning_rate, || {
-                    trainee = optimizer.step(learning_rate, trainee.clone(), grads);
-                })?;
+                trainee = optimizer.step(learning_rate, trainee.clone(), grads);
+                replicas.step(learning_rate)?;
                 let loss: f64 = learnt.iter().map(|part| part.objective).sum();
                 Ok::<_, RankError>((loss, norm))
             }?;

@@ -139,25 +139,11 @@ impl<J: Send + 'static, R: Send + 'static> Ranks<J, R> {
     /// # Errors
     /// [`RankError`]: the first failure met, or all that are late.
     pub fn ask(&self, what: &'static str, jobs: Vec<(usize, J)>) -> Result<Vec<R>, RankError> {
-        self.ask_while(what, jobs, || {})
-    }
-
-    /// [`Ranks::ask`], with work for the calling thread while the ranks are at theirs.
-    ///
-    /// # Errors
-    /// [`RankError`].
-    pub fn ask_while(
-        &self,
-        what: &'static str,
-        jobs: Vec<(usize, J)>,
-        meanwhile: impl FnOnce(),
-    ) -> Result<Vec<R>, RankError> {
         let asked: Vec<usize> = jobs.iter().map(|(rank, _)| *rank).collect();
         for (rank, job) in jobs {
             // A thread ends only when its channel is closed, which is not before we are dropped.
             let _ = self.jobs[rank].send(job);
         }
-        meanwhile();
         let mut answers: Vec<Option<R>> = asked.iter().map(|_| None).collect();
         let end = Instant::now() + self.patience;
         while answers.iter().any(Option::is_none) {

@@ -232,11 +232,14 @@ impl<B: TrainKernels> Replicas<B> {
         })
     }
 
-    /// Lets all ranks but the first clip and step, while `first` steps that one.
+    /// Lets all ranks but the first, which the Learner has stepped before, clip and step.
     ///
     /// # Errors
     /// [`RankError`].
-    pub fn step(&mut self, lr: f64, first: impl FnOnce()) -> Result<(), RankError> {
+    pub fn step(&mut self, lr: f64) -> Result<(), RankError> {
+        // What the Learner read was made by the first rank's thread, which may use the memory again once
+        // it is let go: not before it has been read.
+        let _ = B::sync(&self.devices[0]);
         let sums = std::mem::take(&mut self.sums);
         let jobs = sums
             .into_iter()
@@ -244,13 +247,7 @@ impl<B: TrainKernels> Replicas<B> {
             .skip(1)
             .map(|(rank, sum)| (rank, Job::Step(sum, lr)))
             .collect();
-        let device = self.devices[0].clone();
-        self.ranks.ask_while("taking the step", jobs, || {
-            first();
-            // What the caller reads was made by the first rank's thread, which may use the memory again
-            // as soon as it is let go: not before it has been read.
-            let _ = B::sync(&device);
-        })?;
+        self.ranks.ask("taking the step", jobs)?;
         Ok(())
     }
 
@@ -584,7 +581,7 @@ mod tests {
         let sums = replicas.reduce(&model).unwrap();
         assert!(!sums.is_empty());
         replicas.compare(&model, 0).unwrap();
-        replicas.step(1e-3, || {}).unwrap();
+        replicas.step(1e-3).unwrap();
         // The first rank was left where it was.
         let error = replicas.compare(&model, 1).unwrap_err().to_string();
         assert!(

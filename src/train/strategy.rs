@@ -412,7 +412,8 @@ impl<B: TrainKernels> LoopState<B> {
                 launched.numbers = Numbers::Known(sum);
                 self.check_finite(&launched)?;
                 drop(model);
-                replicas.step(learner.lr_current(), || learner.optimizer_step(grads))?;
+                learner.optimizer_step(grads);
+                replicas.step(learner.lr_current())?;
             }
         }
         Ok(launched)
