@@ -1,5 +1,7 @@
 //! `--device` to a backend type and a device: the one place that knows which backends exist.
 
+pub mod list;
+
 use crate::kernels::Kernels;
 use std::{fmt, panic, str::FromStr, sync::Mutex};
 

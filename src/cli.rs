@@ -61,6 +61,9 @@ pub enum Command {
     ///
     /// Without arguments, the tiny model that comes with the repository at http://127.0.0.1:7860.
     Serve(crate::commands::serve::ServeArgs),
+    /// List the devices of this machine and check on each, in every type it calculates in, that it computes
+    /// what the CPU computes.
+    Doctor(crate::commands::doctor::DoctorArgs),
     /// Measure how fast the model is on this machine and how far from the hardware's limit, or how a
     /// server holds up.
     Bench(BenchCommand),
@@ -253,6 +256,9 @@ pub struct TrainArgs {
     /// Draw the weights at random; only `config.json` and the tokenizer of the model are read.
     #[arg(long)]
     pub random_init: bool,
+    /// Write what loader threads and the device's host thread did when, in the form of Chrome's tracing.
+    #[arg(long, value_name = "FILE.json")]
+    pub trace: Option<PathBuf>,
     /// Plain progress lines in place of the dashboard.
     #[arg(long)]
     pub no_tui: bool,

@@ -11,6 +11,7 @@ pub mod clean;
 pub mod cli;
 pub mod commands;
 pub mod dataset;
+pub mod doctor;
 pub mod evaluate;
 pub mod evaluation;
 pub mod files;

@@ -112,6 +112,18 @@ impl TextAndImages {
             return Err(PipelineError::NoModel(dir.clone()));
         }
         let config = Qwen3VlConfig::from_dir(dir)?;
+        Self::load_for(options, config)
+    }
+
+    /// [`Self::load`] for a model of other sizes than the folder's.
+    ///
+    /// # Errors
+    /// [`PipelineError`] names the file.
+    pub fn load_for(
+        options: &PipelineOptions,
+        config: Qwen3VlConfig,
+    ) -> Result<Self, PipelineError> {
+        let dir = &options.model;
         let mut image_config = if dir.join("preprocessor_config.json").is_file() {
             ImageProcessorConfig::from_dir(dir)?
         } else {

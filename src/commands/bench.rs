@@ -15,7 +15,7 @@ use clap::{Args, ValueEnum};
 
 use super::{
     UsageError,
-    progress::{Progress, Unit},
+    progress::{Progress, Unit, prepare_kernels},
     shipped,
 };
 use crate::{
@@ -30,6 +30,7 @@ use crate::{
     },
     files::write_atomic,
     kernels::Kernels,
+    train::trace::Trace,
 };
 
 /// Set in the processes that `--table` starts: they print records and nothing else.
@@ -85,8 +86,8 @@ pub struct BenchArgs {
     /// afterwards.
     #[arg(long, value_name = "DIR", requires = "random_weights")]
     pub checkpoint_in: Option<PathBuf>,
-    /// Measured calls [default: 20; load and decode: 3, infer: 2, train: 5].
-    #[arg(long, value_name = "N")]
+    /// Measured calls [default: 20; load and decode: 3, infer: 2, train: 5 steps].
+    #[arg(long, visible_alias = "steps", value_name = "N")]
     pub samples: Option<usize>,
     /// `train`: the samples of a micro-batch lie in one row.
     #[arg(long)]
@@ -95,6 +96,12 @@ pub struct BenchArgs {
     /// memory.
     #[arg(long)]
     pub no_recompute: bool,
+    /// `train`: run norms, rotation and the gate again in the backward pass, and nothing else.
+    #[arg(long, conflicts_with = "no_recompute")]
+    pub recompute_pointwise: bool,
+    /// `train`: write what the host's threads did when, in the form of Chrome's tracing.
+    #[arg(long, value_name = "FILE.json")]
+    pub trace: Option<PathBuf>,
     /// List the device's operations with count and time as well, from a second run that times each alone;
     /// `cuda` and `wgpu` only.
     #[arg(long)]
@@ -194,9 +201,12 @@ fn check(args: &BenchArgs) -> Result<()> {
         bail!(UsageError("--samples is 0, expected at least 1".into()));
     }
     let train = args.kind == BenchKind::Train;
-    if !train && (args.packing || args.no_recompute) {
+    let only_train =
+        args.packing || args.no_recompute || args.recompute_pointwise || args.trace.is_some();
+    if !train && only_train {
         bail!(UsageError(
-            "--packing and --no-recompute belong to `bench train`".into()
+            "--packing, --no-recompute, --recompute-pointwise and --trace belong to `bench train`"
+                .into()
         ));
     }
     if train && let Some(batch) = args.batch.iter().find(|batch| **batch > STEP_SAMPLES) {
@@ -277,21 +287,27 @@ impl ReplicatedTask for Measure {
             bench.answers(models, seconds, &batches(&[16]))?
         } else if args.kind == BenchKind::Train {
             let (base, seconds) = bench.model::<Autodiff<B>>(&mut on_progress)?;
+            let trace = Trace::new(args.trace.is_some());
             let mut records = Vec::new();
             for micro_batch in batches(&[1]) {
                 let shape = TrainShape {
                     micro_batch,
                     packing: args.packing,
-                    recompute: !args.no_recompute,
+                    recompute: !args.no_recompute && !args.recompute_pointwise,
+                    recompute_pointwise: args.recompute_pointwise,
                 };
-                records.push(bench.train(base.clone(), seconds, shape)?);
+                records.push(bench.train(base.clone(), seconds, shape, &trace)?);
                 if devices.len() > 1 {
                     records.push(bench.train_on(base.clone(), seconds, shape, &devices)?);
                 }
             }
+            if let Some(path) = &args.trace {
+                trace.write(path)?;
+            }
             records
         } else {
             let (model, seconds) = bench.model::<B>(&mut on_progress)?;
+            prepare_kernels::<B>(&bench.config, dtype, &device);
             match args.kind {
                 BenchKind::Vision => bench.vision(&model, seconds, &batches(&[1])),
                 BenchKind::Prefill => bench.prefill(&model, seconds, &batches(&[1]))?,

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     UsageError, generation_config, pipeline_options,
-    progress::{Progress, Unit},
+    progress::{Progress, Unit, prepare_kernels},
     shipped,
 };
 use crate::{
@@ -201,6 +201,7 @@ impl ReplicatedTask for Infer {
         })?;
         progress.finish();
         for device in &devices {
+            prepare_kernels::<B>(&pipelines[0].parts.config, dtype, device);
             let _ = B::sync(device);
         }
         if self.args.verbose {

@@ -5,6 +5,7 @@ pub mod bench_serve;
 pub mod check;
 pub mod clean;
 pub mod convert;
+pub mod doctor;
 pub mod eval;
 pub mod infer;
 mod infer_server;

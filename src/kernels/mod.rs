@@ -9,6 +9,8 @@ pub mod plain;
 mod spans;
 pub mod upload;
 
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+pub mod cube;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 
@@ -21,12 +23,18 @@ use burn::{
     tensor::{DType, Distribution, backend::AutodiffBackend, ops::FloatTensor},
 };
 
-use crate::qwen3_vl::{
-    ImageInput, Qwen3Vl,
-    cache::KeyValueCache,
-    config::Qwen3VlConfig,
-    nn::{gelu_exact, gelu_tanh},
-    vision::{VisionLayout, VisionModel, VisionOutput},
+use crate::{
+    generate::{
+        SamplingConfig,
+        backend::{ServingDecoder, ServingLimits},
+    },
+    qwen3_vl::{
+        ImageInput, Qwen3Vl,
+        cache::KeyValueCache,
+        config::Qwen3VlConfig,
+        nn::{gelu_exact, gelu_tanh},
+        vision::{VisionLayout, VisionModel, VisionOutput},
+    },
 };
 pub use kept::Kept;
 pub use spans::AttentionSpans;
@@ -71,6 +79,17 @@ pub struct LowRank<B: Backend> {
     pub scaling: f64,
     /// Set in training only.
     pub dropout: Option<Dropout>,
+}
+
+/// What a low-rank adapter's backward pass starts from.
+#[derive(Debug, Clone)]
+pub struct LowRankFlow<B: Backend> {
+    /// `drop(x) Aᵀ` of the forward pass, `[tokens, r]`.
+    pub low: Tensor<B, 2>,
+    /// What flows back into the layer's output, `[tokens, out]`.
+    pub dy: Tensor<B, 2>,
+    /// The adapter.
+    pub adapter: LowRank<B>,
 }
 
 /// What flows back through a low-rank adapter.
@@ -150,6 +169,24 @@ pub struct AdamWStep {
     pub keep: f64,
 }
 
+/// One parameter in an AdamW step; all `[count]`, f32.
+#[derive(Debug, Clone)]
+pub struct AdamWTensor<B: Backend> {
+    /// The parameter.
+    pub value: Tensor<B, 1>,
+    /// Its gradient.
+    pub gradient: Tensor<B, 1>,
+    /// Running mean of the gradient.
+    pub first: Tensor<B, 1>,
+    /// Running mean of its square.
+    pub second: Tensor<B, 1>,
+    /// The rest; the first three numbers are the same for all parameters.
+    pub step: AdamWStep,
+}
+
+/// Values that are on their way to the host.
+pub type Reading = Box<dyn FnOnce() -> Vec<f32> + Send>;
+
 /// One product whose input gradient is wanted.
 #[derive(Debug, Clone)]
 pub struct BackwardProduct<B: Backend> {
@@ -170,12 +207,18 @@ pub struct DecodeStart {
     pub positions: Vec<i64>,
     /// Steps that may follow.
     pub most_steps: usize,
+    /// How tokens are chosen.
+    pub sampling: SamplingConfig,
+    /// Uniform numbers of the draws to come, a list for each row; empty when none are drawn.
+    pub draws: Vec<Vec<f32>>,
+    /// All tokens before the first new one, a list for each row; empty without a repetition penalty.
+    pub seen: Vec<Vec<u32>>,
 }
 
 /// Decodes a batch behind a prefilled cache, one token a row and step, feeding itself.
 pub trait Decoder {
-    /// The likeliest token behind the last one of each row; `None` where the logits are NaN. The
-    /// next step takes these tokens.
+    /// The token chosen behind the last one of each row; `None` where the logits are NaN. The next
+    /// step takes these tokens.
     ///
     /// # Errors
     /// What the driver says.
@@ -219,24 +262,34 @@ pub trait Kernels: Backend {
         activation.of(Self::dense(x, weight, bias, None))
     }
 
-    /// `x Wᵀ + s · drop(x) Aᵀ Bᵀ + residual`, and `drop(x) Aᵀ` `[n, r]`, which the backward needs.
-    fn adapted_linear(
-        x: Tensor<Self, 2>,
-        weight: Tensor<Self, 2>,
-        adapter: &LowRank<Self>,
-        residual: Option<Tensor<Self, 2>>,
-    ) -> (Tensor<Self, 2>, Tensor<Self, 2>) {
-        plain::adapted_linear(x, weight, adapter, residual)
+    /// `drop(x) Aᵀ` of adapters that share their input, `[n, r]` each; the backward pass needs them.
+    fn low_rank_inputs(x: Tensor<Self, 2>, adapters: &[&LowRank<Self>]) -> Vec<Tensor<Self, 2>> {
+        adapters
+            .iter()
+            .map(|adapter| plain::low_rank_input(x.clone(), adapter))
+            .collect()
     }
 
-    /// Gradients of an adapter's weights; `x`, `low` as in the forward pass, `dy` `[n, out]`.
-    fn adapted_linear_backward(
+    /// `x Wᵀ + s · low Bᵀ + residual`, `low` being the adapter's of [`Kernels::low_rank_inputs`].
+    fn adapted_product(
         x: Tensor<Self, 2>,
+        weight: Tensor<Self, 2>,
         low: Tensor<Self, 2>,
         adapter: &LowRank<Self>,
-        dy: Tensor<Self, 2>,
-    ) -> LowRankGradients<Self> {
-        plain::adapted_linear_backward(x, low, adapter, dy)
+        residual: Option<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
+        plain::adapted_product(x, weight, low, adapter, residual)
+    }
+
+    /// Gradients of adapters that share the input `x`, which is as in the forward pass.
+    fn low_rank_backward(
+        x: Tensor<Self, 2>,
+        flows: &[LowRankFlow<Self>],
+    ) -> Vec<LowRankGradients<Self>> {
+        flows
+            .iter()
+            .map(|flow| plain::low_rank_backward(x.clone(), flow))
+            .collect()
     }
 
     /// What flows back into the one input of several products, `Σ dy W + drop(dlow A)`, `[n, in]`.
@@ -245,6 +298,15 @@ pub trait Kernels: Backend {
     /// If there is no product.
     fn input_gradient(products: &[BackwardProduct<Self>]) -> Tensor<Self, 2> {
         plain::input_gradient(products)
+    }
+
+    /// What flows back into gate and up where the product's input is [`Kernels::gated`] of them.
+    fn gated_input_gradient(
+        product: BackwardProduct<Self>,
+        gate: Tensor<Self, 2>,
+        up: Tensor<Self, 2>,
+    ) -> [Tensor<Self, 2>; 2] {
+        Self::gated_backward(gate, up, Self::input_gradient(&[product]))
     }
 
     /// What the inputs of an adapter are multiplied with, in the shape of `like`, f32: 0, or
@@ -388,6 +450,16 @@ pub trait Kernels: Backend {
         gelu_exact(x)
     }
 
+    /// Compiles what a request of any length may need, so that none has to wait for it. `on_progress`
+    /// gets kernels done and in all.
+    fn prepare(
+        _config: &Qwen3VlConfig,
+        _dtype: DType,
+        _device: &Self::Device,
+        _on_progress: &mut dyn FnMut(u64, u64),
+    ) {
+    }
+
     /// The vision tower over some images, for inference; `run` is the tower as it is written.
     fn vision_tower(
         _tower: &VisionModel<Self>,
@@ -425,6 +497,20 @@ pub trait Kernels: Backend {
         None
     }
 
+    /// An engine for serving that is faster than plain operations, where there is one for the model;
+    /// `on_progress` gets parts done and all parts of what is made ready beforehand.
+    ///
+    /// # Errors
+    /// What the device has no room for, and what to lower.
+    fn serving_decoder(
+        _model: &Qwen3Vl<Self>,
+        _config: &Qwen3VlConfig,
+        _limits: &ServingLimits,
+        _on_progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Option<ServingDecoder<Self>>, String> {
+        Ok(None)
+    }
+
     /// Logits in f32: `hidden` `[n, width]`, `head` `[vocab, width]`.
     ///
     /// The result is f32 whatever the weights are stored in: rounding it to a half type would make
@@ -445,19 +531,28 @@ pub trait Kernels: Backend {
         plain::target_loss(hidden, head, ids, weight)
     }
 
-    /// One step of AdamW: the new value, mean and mean square; all `[count]`, f32.
+    /// One step of AdamW for many parameters: new value, mean and mean square of each.
+    ///
+    /// Gradients are multiplied by the second element of `clip`, which is of [`Kernels::clip_scale`].
     fn adamw(
-        value: Tensor<Self, 1>,
-        gradient: Tensor<Self, 1>,
-        [first, second]: [Tensor<Self, 1>; 2],
-        step: AdamWStep,
-    ) -> [Tensor<Self, 1>; 3] {
-        plain::adamw(value, gradient, [first, second], step)
+        tensors: Vec<AdamWTensor<Self>>,
+        clip: Option<Tensor<Self, 1>>,
+    ) -> Vec<[Tensor<Self, 1>; 3]> {
+        plain::adamw(tensors, clip)
     }
 
-    /// Sums of squares that add up to that of all elements of all tensors; `[any]`, f32.
-    fn square_sums(tensors: Vec<Tensor<Self, 1>>) -> Tensor<Self, 1> {
-        plain::square_sums(tensors)
+    /// The common norm of some tensors, and what they have to be multiplied with for it to be at most
+    /// `max_norm` (1 where that is 0); `[2]`, f32. There is at least one tensor.
+    fn clip_scale(tensors: Vec<Tensor<Self, 1>>, max_norm: f64) -> Tensor<Self, 1> {
+        plain::clip_scale(tensors, max_norm)
+    }
+
+    /// Whether [`Kernels::read_later`] returns before the device has done what was asked of it so far.
+    const READS_LATER: bool = false;
+
+    /// Asks for a few values of the device as they are now; the result waits for them when called.
+    fn read_later(x: Tensor<Self, 1>) -> Reading {
+        Box::new(move || x.into_data().iter::<f32>().collect())
     }
 
     /// The same tensor with its elements one behind another: what is read again and again should not
@@ -568,15 +663,3 @@ pub fn compact<B: Kernels, M: Module<B>>(module: M) -> M {
 
 #[cfg(feature = "flex")]
 impl Kernels for burn_flex::Flex {}
-
-#[cfg(feature = "wgpu")]
-impl Kernels for burn::backend::Vulkan {
-    fn memory_in_use(device: &Self::Device) -> Option<DeviceMemory> {
-        let tensor = Tensor::<Self, 1>::empty([1], device);
-        let usage = tensor.into_primitive().tensor().client.memory_usage();
-        usage.ok().map(|usage| DeviceMemory {
-            in_use: usage.bytes_in_use,
-            reserved: usage.bytes_reserved,
-        })
-    }
-}

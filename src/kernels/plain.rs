@@ -9,8 +9,8 @@ use burn::{
 };
 
 use super::{
-    AdamWStep, AttentionSpans, BackwardProduct, HeadNorm, Kernels, LowRank, LowRankGradients,
-    TargetLoss,
+    AdamWTensor, AttentionSpans, BackwardProduct, HeadNorm, Kernels, LowRank, LowRankFlow,
+    LowRankGradients, TargetLoss,
 };
 use crate::qwen3_vl::nn::{to_dtype, to_f32};
 
@@ -37,41 +37,43 @@ pub(super) fn linear<B: Kernels>(
     }
 }
 
-pub(super) fn adapted_linear<B: Kernels>(
-    x: Tensor<B, 2>,
-    weight: Tensor<B, 2>,
-    adapter: &LowRank<B>,
-    residual: Option<Tensor<B, 2>>,
-) -> (Tensor<B, 2>, Tensor<B, 2>) {
-    let dtype = x.dtype();
-    let input = to_f32(x.clone());
-    let input = match adapter.dropout {
+/// An adapter's input in f32, some of it dropped.
+fn dropped<B: Kernels>(x: Tensor<B, 2>, adapter: &LowRank<B>) -> Tensor<B, 2> {
+    let input = to_f32(x);
+    match adapter.dropout {
         Some(dropout) => input.clone() * B::dropout_mask(&input, dropout),
         None => input,
-    };
-    let low = B::product(input, adapter.a.clone().transpose());
-    let up = B::product(low.clone(), adapter.b.clone().transpose()) * adapter.scaling;
-    let y = to_dtype(to_f32(B::product(x, weight.transpose())) + up, dtype);
-    let y = match residual {
-        Some(residual) => residual + y,
-        None => y,
-    };
-    (y, low)
+    }
 }
 
-pub(super) fn adapted_linear_backward<B: Kernels>(
+pub(super) fn low_rank_input<B: Kernels>(x: Tensor<B, 2>, adapter: &LowRank<B>) -> Tensor<B, 2> {
+    B::product(dropped(x, adapter), adapter.a.clone().transpose())
+}
+
+pub(super) fn adapted_product<B: Kernels>(
     x: Tensor<B, 2>,
+    weight: Tensor<B, 2>,
     low: Tensor<B, 2>,
     adapter: &LowRank<B>,
-    dy: Tensor<B, 2>,
+    residual: Option<Tensor<B, 2>>,
+) -> Tensor<B, 2> {
+    let dtype = x.dtype();
+    let up = B::product(to_f32(low), adapter.b.clone().transpose()) * adapter.scaling;
+    let y = to_dtype(to_f32(B::product(x, weight.transpose())) + up, dtype);
+    match residual {
+        Some(residual) => residual + y,
+        None => y,
+    }
+}
+
+pub(super) fn low_rank_backward<B: Kernels>(
+    x: Tensor<B, 2>,
+    flow: &LowRankFlow<B>,
 ) -> LowRankGradients<B> {
-    let input = to_f32(x);
-    let input = match adapter.dropout {
-        Some(dropout) => input.clone() * B::dropout_mask(&input, dropout),
-        None => input,
-    };
+    let LowRankFlow { low, dy, adapter } = flow.clone();
+    let input = dropped(x, &adapter);
     let dy = to_f32(dy) * adapter.scaling;
-    let dlow = B::product(dy.clone(), adapter.b.clone());
+    let dlow = B::product(dy.clone(), adapter.b);
     LowRankGradients {
         a: B::product(dlow.clone().transpose(), input),
         b: B::product(dy.transpose(), to_f32(low)),
@@ -387,19 +389,34 @@ pub(super) fn target_loss<B: Kernels>(
 }
 
 pub(super) fn adamw<B: Backend>(
-    value: Tensor<B, 1>,
-    gradient: Tensor<B, 1>,
-    [first, second]: [Tensor<B, 1>; 2],
-    step: AdamWStep,
-) -> [Tensor<B, 1>; 3] {
-    let first = first * step.beta1 + gradient.clone() * (1.0 - step.beta1);
-    let second = second * step.beta2 + gradient.clone() * gradient * (1.0 - step.beta2);
-    let root = (second.clone() * step.second_scale).sqrt() + step.epsilon;
-    let value = value * step.keep - first.clone() / root * step.step_size;
-    [value, first, second]
+    tensors: Vec<AdamWTensor<B>>,
+    clip: Option<Tensor<B, 1>>,
+) -> Vec<[Tensor<B, 1>; 3]> {
+    let scale = clip.map(|clip| clip.narrow(0, 1, 1));
+    tensors
+        .into_iter()
+        .map(|one| {
+            let AdamWTensor {
+                value,
+                gradient,
+                first,
+                second,
+                step,
+            } = one;
+            let gradient = match &scale {
+                Some(scale) => gradient * scale.clone(),
+                None => gradient,
+            };
+            let first = first * step.beta1 + gradient.clone() * (1.0 - step.beta1);
+            let second = second * step.beta2 + gradient.clone() * gradient * (1.0 - step.beta2);
+            let root = (second.clone() * step.second_scale).sqrt() + step.epsilon;
+            let value = value * step.keep - first.clone() / root * step.step_size;
+            [value, first, second]
+        })
+        .collect()
 }
 
-pub(super) fn square_sums<B: Backend>(tensors: Vec<Tensor<B, 1>>) -> Tensor<B, 1> {
+pub(super) fn clip_scale<B: Backend>(tensors: Vec<Tensor<B, 1>>, max_norm: f64) -> Tensor<B, 1> {
     let sums = tensors
         .into_iter()
         .map(|tensor| {
@@ -407,7 +424,13 @@ pub(super) fn square_sums<B: Backend>(tensors: Vec<Tensor<B, 1>>) -> Tensor<B, 1
             (tensor.clone() * tensor).sum()
         })
         .collect();
-    Tensor::cat(sums, 0)
+    let norm = Tensor::cat(sums, 0).sum().sqrt();
+    let scale = if max_norm > 0.0 {
+        ((norm.clone() + 1e-6).recip() * max_norm).clamp_max(1.0)
+    } else {
+        norm.ones_like()
+    };
+    Tensor::cat(vec![norm, scale], 0)
 }
 
 pub(super) fn append_to_cache<B: Backend>(

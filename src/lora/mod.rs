@@ -66,7 +66,8 @@ impl<B: Kernels> Lora<B> {
     ) -> Tensor<B, 2> {
         let adapter = self.low_rank(dropout_seed);
         let Some(magnitude) = &self.lora_magnitude_vector else {
-            return B::adapted_linear(x, weight, &adapter, residual).0;
+            let low = B::low_rank_inputs(x.clone(), &[&adapter]).remove(0);
+            return B::adapted_product(x, weight, low, &adapter, residual);
         };
         let dtype = x.dtype();
         let input = to_f32(x.clone());

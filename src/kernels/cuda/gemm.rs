@@ -6,7 +6,7 @@ use super::{
     launch::{
         Backend, Buffer, Kernel, MatrixMap, contiguous, empty, launch, launch_with_maps, tensor,
     },
-    plan::{self, Form},
+    plan::{self, Form, Tile},
 };
 use crate::{kernels::Activation, qwen3_vl::nn::to_dtype};
 
@@ -135,6 +135,19 @@ fn run(
     out: &Buffer,
 ) {
     let [m, n] = out.meta.shape().dims();
+    let depth = pairs.iter().map(|(a, _)| a.meta.shape()[1]).sum();
+    let tile = plan::tile([m, n, depth], layout == WeightLayout::InOut, device);
+    run_tile(tile, pairs, layout, around, out);
+}
+
+fn run_tile(
+    tile: Tile,
+    pairs: &[(&Buffer, &Buffer)],
+    layout: WeightLayout,
+    around: Around<'_>,
+    out: &Buffer,
+) {
+    let [m, n] = out.meta.shape().dims();
     let depths: Vec<usize> = pairs
         .iter()
         .map(|(a, _)| a.meta.shape().dims::<2>()[1])
@@ -157,9 +170,8 @@ fn run(
         depth(2) | depth(3) << 32,
         around.flags(),
     ];
-    match device.form {
-        Form::Wgmma => {
-            let tile = plan::wgmma(m, n, depths.iter().sum(), turned, device);
+    match tile {
+        Tile::Wgmma(tile) => {
             defines.extend([
                 ("PAIRS", pairs.len() as i64),
                 ("TILE_N", tile.columns as i64),
@@ -182,8 +194,7 @@ fn run(
             let grid = [tile.blocks, 1, 1];
             launch_with_maps(&out.client, kernel, grid, &maps, &around_out, parameters);
         }
-        Form::Mma => {
-            let tile = plan::mma(m, n, device);
+        Tile::Mma(tile) => {
             defines.extend([
                 ("TILE_M", tile.rows as i64),
                 ("TILE_N", tile.columns as i64),
@@ -249,4 +260,34 @@ pub(super) fn input_gradient(
         Around::default(),
         DType::BF16,
     ))
+}
+
+/// Compiles the tiles that products of any number of rows get; `on_kernel` comes behind each.
+pub(super) fn prepare(like: &Buffer, vocab: usize, mut on_kernel: impl FnMut(usize, usize)) {
+    // Deep enough for all stages of any tile.
+    const DEPTH: usize = 512;
+    let device = plan::device(like);
+    let mut tiles: Vec<(Tile, DType)> = plan::forward_tiles(&device)
+        .into_iter()
+        .map(|tile| (tile, DType::BF16))
+        .collect();
+    tiles.push((plan::tile([1, vocab, DEPTH], false, &device), DType::F32));
+    let a = empty(like, [8, DEPTH], DType::BF16);
+    let b = empty(like, [256, DEPTH], DType::BF16);
+    for (done, (tile, dtype)) in tiles.iter().enumerate() {
+        let tile = match tile {
+            Tile::Wgmma(tile) => Tile::Wgmma(plan::WgmmaTile { blocks: 1, ..*tile }),
+            Tile::Mma(_) => *tile,
+        };
+        let out = empty(like, [8, 256], *dtype);
+        run_tile(
+            tile,
+            &[(&a, &b)],
+            WeightLayout::OutIn,
+            Around::default(),
+            &out,
+        );
+        let _ = cubecl_common::future::block_on(like.client.sync());
+        on_kernel(done + 1, tiles.len());
+    }
 }

@@ -4,24 +4,27 @@
 //! memory and on disk under a key that holds the configuration and a hash of the source.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     hash::{DefaultHasher, Hash, Hasher},
     sync::{LazyLock, Mutex},
 };
 
-use burn::tensor::{DType, Tensor, TensorPrimitive};
+use burn::tensor::{DType, Tensor, TensorData, TensorPrimitive};
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::{
     CompilationError, CubeTask,
     client::ComputeClient,
     prelude::*,
-    server::{KernelArguments, MetadataBindingInfo, TensorMapBinding, TensorMapMeta},
+    server::{
+        CopyDescriptor, KernelArguments, MetadataBindingInfo, TensorMapBinding, TensorMapMeta,
+    },
     zspace::metadata::Metadata,
 };
 use cubecl_cpp::shared::{Body, ComputeKernel, Elem, Flags, Item, SharedMemory};
 use cubecl_cuda::{CudaCompiler, CudaRuntime};
 
 use super::recording;
+use crate::kernels::Reading;
 
 pub(super) type Backend = burn::backend::Cuda;
 pub(super) type Buffer = CubeTensor<CudaRuntime>;
@@ -307,6 +310,34 @@ pub(super) fn contiguous<const D: usize>(tensor: Tensor<Backend, D>) -> Buffer {
 /// A tensor over a buffer.
 pub(super) fn tensor<const D: usize>(buffer: Buffer) -> Tensor<Backend, D> {
     Tensor::from_primitive(TensorPrimitive::Float(buffer))
+}
+
+/// The client of a buffer's device for as long as the program runs: a copy that is under way borrows it.
+fn lasting_client(buffer: &Buffer) -> &'static Client {
+    static CLIENTS: Mutex<BTreeMap<usize, &'static Client>> = Mutex::new(BTreeMap::new());
+    let mut clients = CLIENTS.lock().unwrap_or_else(|lock| lock.into_inner());
+    clients
+        .entry(buffer.device.index)
+        .or_insert_with(|| Box::leak(Box::new(buffer.client.clone())))
+}
+
+/// Copies values to the host behind all work so far; nothing waits before the result is called.
+pub(super) fn read_later(x: Tensor<Backend, 1>) -> Reading {
+    let buffer = contiguous(x);
+    let descriptor = CopyDescriptor::new(
+        buffer.handle.clone().binding(),
+        buffer.meta.shape().clone(),
+        buffer.meta.strides().clone(),
+        buffer.dtype.size(),
+    );
+    let (shape, dtype) = (buffer.meta.shape().clone(), buffer.dtype);
+    let copied = lasting_client(&buffer).read_one_tensor_async(descriptor);
+    Box::new(move || {
+        let bytes = cubecl::future::block_on(copied).expect("the device copies to the host");
+        TensorData::from_bytes(bytes, shape, dtype)
+            .iter::<f32>()
+            .collect()
+    })
 }
 
 /// A new buffer whose elements lie row after row, not initialised.

@@ -40,16 +40,20 @@ use cubecl_common::config::RuntimeConfig;
 use cubecl_runtime::config::{CubeClRuntimeConfig, cache::CacheConfig};
 
 use super::{
-    Activation, AdamWStep, AllReduce, AttentionSpans, BackwardProduct, DecodeStart, Decoder,
-    DeviceMemory, Dropout, HeadNorm, Kernels, LowRank, LowRankGradients, TargetLoss, plain,
+    Activation, AdamWTensor, AllReduce, AttentionSpans, BackwardProduct, DecodeStart, Decoder,
+    DeviceMemory, Dropout, HeadNorm, Kernels, LowRank, LowRankFlow, LowRankGradients, Reading,
+    TargetLoss, plain,
     upload::{Fill, Upload, UploadError},
 };
-use crate::qwen3_vl::{
-    ImageInput, Qwen3Vl,
-    cache::KeyValueCache,
-    config::Qwen3VlConfig,
-    nn::{gelu_exact, gelu_tanh},
-    vision::{VisionLayout, VisionModel, VisionOutput},
+use crate::{
+    generate::backend::{ServingDecoder, ServingLimits},
+    qwen3_vl::{
+        ImageInput, Qwen3Vl,
+        cache::KeyValueCache,
+        config::Qwen3VlConfig,
+        nn::{gelu_exact, gelu_tanh},
+        vision::{VisionLayout, VisionModel, VisionOutput},
+    },
 };
 use launch::Backend as Cuda;
 
@@ -92,12 +96,35 @@ pub fn configure() {
     });
 }
 
+/// Whether the kernels can work on what flows back through a product and its adapter.
+fn flows_back(product: &BackwardProduct<Cuda>) -> bool {
+    gemm::covers(&product.dy, &product.weight)
+        && product.adapter.as_ref().is_none_or(|(low, adapter)| {
+            lora::covers(adapter, product.dy.dtype()) && low.dtype() == DType::BF16
+        })
+}
+
 impl Kernels for Cuda {
     fn product<const D: usize>(a: Tensor<Self, D>, b: Tensor<Self, D>) -> Tensor<Self, D> {
         if product::covers(&a, &b) {
             product::product(a, b)
         } else {
             a.matmul(b)
+        }
+    }
+
+    fn prepare(
+        config: &Qwen3VlConfig,
+        dtype: DType,
+        device: &Self::Device,
+        on_progress: &mut dyn FnMut(u64, u64),
+    ) {
+        if scalar_of(dtype).is_some_and(|(bf16, _)| bf16 == 1) {
+            let like = launch::strided(Tensor::<Self, 1>::empty([1], (device, dtype)));
+            let vocab = config.text_config.vocab_size;
+            gemm::prepare(&like, vocab, |done, all| {
+                on_progress(done as u64, all as u64);
+            });
         }
     }
 
@@ -131,6 +158,15 @@ impl Kernels for Cuda {
         start: &DecodeStart,
     ) -> Option<Box<dyn Decoder>> {
         decode::start(model, config, cache, start)
+    }
+
+    fn serving_decoder(
+        model: &Qwen3Vl<Self>,
+        config: &Qwen3VlConfig,
+        limits: &ServingLimits,
+        on_progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Option<ServingDecoder<Self>>, String> {
+        decode::serve(model, config, limits, on_progress)
     }
 
     fn compact<const D: usize>(x: Tensor<Self, D>) -> Tensor<Self, D> {
@@ -186,43 +222,69 @@ impl Kernels for Cuda {
         }
     }
 
-    fn adapted_linear(
-        x: Tensor<Self, 2>,
-        weight: Tensor<Self, 2>,
-        adapter: &LowRank<Self>,
-        residual: Option<Tensor<Self, 2>>,
-    ) -> (Tensor<Self, 2>, Tensor<Self, 2>) {
-        if gemm::covers(&x, &weight) && lora::covers(adapter, x.dtype()) {
-            lora::adapted_linear(x, weight, adapter, residual)
+    fn low_rank_inputs(x: Tensor<Self, 2>, adapters: &[&LowRank<Self>]) -> Vec<Tensor<Self, 2>> {
+        if adapters.iter().all(|one| lora::covers(one, x.dtype())) {
+            lora::low_rank_inputs(x, adapters)
         } else {
-            plain::adapted_linear(x, weight, adapter, residual)
+            adapters
+                .iter()
+                .map(|adapter| plain::low_rank_input(x.clone(), adapter))
+                .collect()
         }
     }
 
-    fn adapted_linear_backward(
+    fn adapted_product(
         x: Tensor<Self, 2>,
+        weight: Tensor<Self, 2>,
         low: Tensor<Self, 2>,
         adapter: &LowRank<Self>,
-        dy: Tensor<Self, 2>,
-    ) -> LowRankGradients<Self> {
-        if lora::covers(adapter, x.dtype()) && low.dtype() == DType::BF16 {
-            lora::adapted_linear_backward(x, low, adapter, dy)
+        residual: Option<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
+        if gemm::covers(&x, &weight) && lora::covers(adapter, x.dtype()) {
+            lora::adapted_product(x, weight, low, adapter, residual)
         } else {
-            plain::adapted_linear_backward(x, low, adapter, dy)
+            plain::adapted_product(x, weight, low, adapter, residual)
+        }
+    }
+
+    fn low_rank_backward(
+        x: Tensor<Self, 2>,
+        flows: &[LowRankFlow<Self>],
+    ) -> Vec<LowRankGradients<Self>> {
+        let covered = flows.iter().all(|flow| {
+            lora::covers(&flow.adapter, x.dtype())
+                && [&flow.low, &flow.dy]
+                    .iter()
+                    .all(|x| x.dtype() == DType::BF16)
+        });
+        if covered {
+            lora::low_rank_backward(x, flows)
+        } else {
+            flows
+                .iter()
+                .map(|flow| plain::low_rank_backward(x.clone(), flow))
+                .collect()
         }
     }
 
     fn input_gradient(products: &[BackwardProduct<Self>]) -> Tensor<Self, 2> {
-        let covered = products.iter().all(|product| {
-            gemm::covers(&product.dy, &product.weight)
-                && product.adapter.as_ref().is_none_or(|(low, adapter)| {
-                    lora::covers(adapter, product.dy.dtype()) && low.dtype() == DType::BF16
-                })
-        });
-        if covered {
+        if products.iter().all(flows_back) {
             lora::input_gradient(products)
         } else {
             plain::input_gradient(products)
+        }
+    }
+
+    fn gated_input_gradient(
+        product: BackwardProduct<Self>,
+        gate: Tensor<Self, 2>,
+        up: Tensor<Self, 2>,
+    ) -> [Tensor<Self, 2>; 2] {
+        let one_type = [&gate, &up].iter().all(|x| x.dtype() == DType::BF16);
+        if flows_back(&product) && one_type {
+            lora::gated_input_gradient(product, gate, up)
+        } else {
+            Self::gated_backward(gate, up, Self::input_gradient(&[product]))
         }
     }
 
@@ -410,24 +472,32 @@ impl Kernels for Cuda {
     }
 
     fn adamw(
-        value: Tensor<Self, 1>,
-        gradient: Tensor<Self, 1>,
-        moments: [Tensor<Self, 1>; 2],
-        step: AdamWStep,
-    ) -> [Tensor<Self, 1>; 3] {
-        let all = [&value, &gradient, &moments[0], &moments[1]];
-        if all.iter().all(|tensor| tensor.dtype() == DType::F32) {
-            optimizer::adamw(value, gradient, moments, step)
+        tensors: Vec<AdamWTensor<Self>>,
+        clip: Option<Tensor<Self, 1>>,
+    ) -> Vec<[Tensor<Self, 1>; 3]> {
+        let all_f32 = tensors.iter().all(|one| {
+            [&one.value, &one.gradient, &one.first, &one.second]
+                .iter()
+                .all(|tensor| tensor.dtype() == DType::F32)
+        });
+        if all_f32 {
+            optimizer::adamw(tensors, clip)
         } else {
-            plain::adamw(value, gradient, moments, step)
+            plain::adamw(tensors, clip)
         }
     }
 
-    fn square_sums(tensors: Vec<Tensor<Self, 1>>) -> Tensor<Self, 1> {
-        if !tensors.is_empty() && tensors.iter().all(|tensor| tensor.dtype() == DType::F32) {
-            optimizer::square_sums(tensors)
+    fn clip_scale(tensors: Vec<Tensor<Self, 1>>, max_norm: f64) -> Tensor<Self, 1> {
+        if tensors.iter().all(|tensor| tensor.dtype() == DType::F32) {
+            optimizer::clip_scale(tensors, max_norm)
         } else {
-            plain::square_sums(tensors)
+            plain::clip_scale(tensors, max_norm)
         }
+    }
+
+    const READS_LATER: bool = true;
+
+    fn read_later(x: Tensor<Self, 1>) -> Reading {
+        launch::read_later(x)
     }
 }
