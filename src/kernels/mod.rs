@@ -132,13 +132,13 @@ pub struct DeviceMemory {
 
 /// Adds up tensors over devices.
 pub trait AllReduce<B: Backend>: Send + Sync {
-    /// The sum, on the device of `x`. Every device calls it, each from a thread of its own, with an f32
-    /// tensor of one length; it returns once all have.
+    /// The sum of each tensor, on the device of `tensors`. Every device calls it, each from a thread of
+    /// its own, with as many f32 tensors of the same lengths; it returns once all have.
     ///
     /// # Errors
     /// What the driver or the library says; that another device did not come. The devices cannot add
     /// up any more then.
-    fn sum(&self, x: Tensor<B, 1>) -> Result<Tensor<B, 1>, String>;
+    fn sum(&self, tensors: Vec<Tensor<B, 1>>) -> Result<Vec<Tensor<B, 1>>, String>;
 
     /// Lets devices that wait for others end with an error.
     fn give_up(&self);

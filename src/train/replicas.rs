@@ -1,8 +1,7 @@
 //! One step on several devices: each works out its share, all add up the gradients, all step alike.
 //!
-//! The gradients of all trained parameters travel as one flat f32 tensor, so a step has one
-//! all-reduce. Where the backend brings one (NCCL on CUDA) it is used; elsewhere the first device adds
-//! up what the others bring. Every device then clips and steps by itself, from the same sums with the
+//! The gradients of all trained parameters are added up together, in f32. Where the backend can (NCCL on
+//! CUDA) the devices do it among themselves; elsewhere the first one adds up what the others bring. Every device then clips and steps by itself, from the same sums with the
 //! same optimizer state, so that no weights need to be sent; that they stay the same, bit for bit, is
 //! looked at now and then. Validation is shared out as well, a batch a device.
 
@@ -46,7 +45,7 @@ enum Job<B: TrainKernels> {
     /// Hand over the gradients of the parameters that have one anywhere, added up if the backend can.
     Reduce(Arc<Vec<bool>>),
     /// Clip and step with the sums.
-    Step(Flat<B>, f64),
+    Step(Vec<Flat<B>>, f64),
     /// Work out the loss of a validation batch; the first rank gets the Learner's model with it.
     Evaluate(Option<Box<Trainee<B>>>, Box<Window>),
     /// Tell the weights apart; the first rank gets the Learner's model with it.
@@ -56,7 +55,7 @@ enum Job<B: TrainKernels> {
 enum Answer<B: TrainKernels> {
     Done,
     Learnt(Learnt),
-    Flat(Flat<B>),
+    Gradients(Vec<Flat<B>>),
     Totals(LossTotals),
     Digests(Vec<u64>),
 }
@@ -80,7 +79,8 @@ pub struct Replicas<B: TrainKernels> {
     devices: Vec<B::Device>,
     all_reduce: Option<Adder<B>>,
     present: Arc<Vec<bool>>,
-    sums: Vec<Flat<B>>,
+    /// Of each rank, in the order of the present parameters.
+    sums: Vec<Vec<Flat<B>>>,
 }
 
 /// State of one rank's thread.
@@ -211,23 +211,29 @@ impl<B: TrainKernels> Replicas<B> {
             .map(|rank| (rank, Job::Reduce(self.present.clone())))
             .collect();
         let answers = self.together("adding up gradients", jobs)?;
-        let flats = answers.into_iter().filter_map(|answer| match answer {
-            Answer::Flat(flat) => Some(flat),
+        let mut gradients = answers.into_iter().filter_map(|answer| match answer {
+            Answer::Gradients(gradients) => Some(gradients),
             _ => None,
         });
         self.sums = if self.all_reduce.is_some() {
-            flats.collect()
+            gradients.collect()
         } else {
-            let first = &self.devices[0];
-            let sum = flats
-                .map(|flat| flat.to_device(first))
-                .reduce(|sum, flat| sum + flat);
-            let copies = self.devices.iter();
-            sum.map(|sum| copies.map(|device| sum.clone().to_device(device)).collect())
-                .unwrap_or_default()
+            let mut sums = gradients.next().unwrap_or_default();
+            for other in gradients {
+                let added = sums.into_iter().zip(other);
+                sums = added
+                    .map(|(sum, other)| sum + B::InnerBackend::send_to(other, &self.devices[0]))
+                    .collect();
+            }
+            let copy = |device: &B::Device| {
+                let sums = sums.iter().cloned();
+                sums.map(|sum| B::InnerBackend::send_to(sum, device))
+                    .collect()
+            };
+            self.devices.iter().map(copy).collect()
         };
         Ok(match self.sums.first() {
-            Some(sum) => unflatten(model, sum.clone(), &self.present),
+            Some(sums) => scatter(model, sums.clone(), &self.present),
             None => GradientsParams::new(),
         })
     }
@@ -340,7 +346,8 @@ impl<B: TrainKernels> Rank<B> {
             Job::Meet => {
                 if let Some(all_reduce) = &self.all_reduce {
                     let one = Tensor::ones([1], (&self.device, DType::F32));
-                    let sum = all_reduce.sum(one)?.into_data().iter::<f32>().next();
+                    let sum = all_reduce.sum(vec![one])?.remove(0);
+                    let sum = sum.into_data().iter::<f32>().next();
                     let count = all_reduce.len() as f32;
                     if sum != Some(count) {
                         return Err(format!("ones of {count} devices add up to {sum:?}"));
@@ -369,10 +376,10 @@ impl<B: TrainKernels> Rank<B> {
             Job::Reduce(present) => {
                 let model = self.model.as_ref().ok_or(NO_MODEL)?;
                 let grads = std::mem::replace(&mut self.grads, GradientsParams::new());
-                let flat = flatten(model, grads, &present, &self.device);
-                let flat = match &self.all_reduce {
-                    Some(all_reduce) => all_reduce.sum(flat)?,
-                    None => flat,
+                let own = gather(model, grads, &present, &self.device);
+                let gradients = match &self.all_reduce {
+                    Some(all_reduce) => all_reduce.sum(own)?,
+                    None => own,
                 };
                 self.present = present;
                 if self.optimizer.is_none() {
@@ -381,12 +388,12 @@ impl<B: TrainKernels> Rank<B> {
                     self.model = None;
                 }
                 self.wait()?;
-                Ok(Answer::Flat(flat))
+                Ok(Answer::Gradients(gradients))
             }
-            Job::Step(sum, lr) => {
+            Job::Step(sums, lr) => {
                 let model = self.model.take().ok_or(NO_MODEL)?;
                 let optimizer = self.optimizer.as_mut().ok_or("it holds no optimizer")?;
-                let mut grads = unflatten(&model, sum, &self.present);
+                let mut grads = scatter(&model, sums, &self.present);
                 clip_global_norm(&model, &mut grads, self.max_grad_norm);
                 self.model = Some(optimizer.step(lr, model, grads));
                 Ok(Answer::Done)
@@ -442,22 +449,19 @@ fn presence<B: TrainKernels>(model: &Trainee<B>, grads: &GradientsParams) -> Vec
     look.1
 }
 
-/// The gradients of the parameters that are `present` somewhere, one after another, f32; zeros where
-/// this rank has none.
-///
-/// # Panics
-/// If nothing is present.
-fn flatten<B: TrainKernels>(
+/// The gradients of the parameters that are `present` somewhere, f32, each in one row; zeros where this
+/// rank has none.
+fn gather<B: TrainKernels>(
     model: &Trainee<B>,
     grads: GradientsParams,
     present: &[bool],
     device: &B::Device,
-) -> Flat<B> {
+) -> Vec<Flat<B>> {
     struct Gather<'a, B: AutodiffBackend> {
         grads: GradientsParams,
         present: std::slice::Iter<'a, bool>,
         device: &'a B::Device,
-        pieces: Vec<Flat<B>>,
+        all: Vec<Flat<B>>,
     }
     impl<B: AutodiffBackend> ModuleVisitor<B> for Gather<'_, B> {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
@@ -465,33 +469,32 @@ fn flatten<B: TrainKernels>(
                 return;
             }
             let count = param.lazy_shape().num_elements();
-            let piece = match self.grads.remove::<B::InnerBackend, D>(param.id) {
-                Some(grad) => to_f32(grad).reshape([count]),
-                None => Tensor::zeros([count], (self.device, DType::F32)),
-            };
-            self.pieces.push(piece);
+            self.all
+                .push(match self.grads.remove::<B::InnerBackend, D>(param.id) {
+                    Some(grad) => to_f32(grad).reshape([count]),
+                    None => Tensor::zeros([count], (self.device, DType::F32)),
+                });
         }
     }
     let mut gather = Gather::<B> {
         grads,
         present: present.iter(),
         device,
-        pieces: Vec::new(),
+        all: Vec::new(),
     };
     model.visit(&mut gather);
-    Tensor::cat(gather.pieces, 0)
+    gather.all
 }
 
-/// The inverse of [`flatten`].
-fn unflatten<B: TrainKernels>(
+/// The inverse of [`gather`].
+fn scatter<B: TrainKernels>(
     model: &Trainee<B>,
-    flat: Flat<B>,
+    gradients: Vec<Flat<B>>,
     present: &[bool],
 ) -> GradientsParams {
     struct Scatter<'a, B: AutodiffBackend> {
-        flat: Flat<B>,
+        gradients: std::vec::IntoIter<Flat<B>>,
         present: std::slice::Iter<'a, bool>,
-        at: usize,
         grads: GradientsParams,
     }
     impl<B: AutodiffBackend> ModuleVisitor<B> for Scatter<'_, B> {
@@ -499,18 +502,16 @@ fn unflatten<B: TrainKernels>(
             if !param.is_require_grad() || self.present.next() != Some(&true) {
                 return;
             }
-            let shape = param.lazy_shape();
-            let count = shape.num_elements();
-            let grad: Tensor<B::InnerBackend, D> =
-                self.flat.clone().narrow(0, self.at, count).reshape(shape);
-            self.at += count;
-            self.grads.register(param.id, grad);
+            if let Some(gradient) = self.gradients.next() {
+                let shape: [usize; D] = param.lazy_shape().dims();
+                let gradient: Tensor<B::InnerBackend, D> = gradient.reshape(shape);
+                self.grads.register(param.id, gradient);
+            }
         }
     }
     let mut scatter = Scatter::<B> {
-        flat,
+        gradients: gradients.into_iter(),
         present: present.iter(),
-        at: 0,
         grads: GradientsParams::new(),
     };
     model.visit(&mut scatter);

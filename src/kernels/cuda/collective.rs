@@ -56,14 +56,26 @@ pub(super) fn enter(device: usize) -> Result<sys::CUcontext, String> {
     open().map_err(|error| format!("device cuda:{device}: {error}"))
 }
 
-/// Where a buffer lies, once all that was queued for it is done.
-pub(super) fn address(buffer: &Buffer) -> Result<u64, String> {
-    let resource = buffer.client.get_resource(buffer.handle.clone());
-    let address = resource
-        .map_err(|error| format!("no memory on cuda:{}: {error:?}", buffer.device.index))?
-        .resource()
-        .ptr;
-    Ok(address)
+/// Where buffers of one device lie; asked for together, because each question to cubecl's thread of the
+/// device is a wait for it.
+pub(super) fn addresses(buffers: &[Buffer]) -> Result<Vec<u64>, String> {
+    let Some(first) = buffers.first() else {
+        return Ok(Vec::new());
+    };
+    let device = first.device.index;
+    let find = || -> Result<Vec<u64>, String> {
+        buffers
+            .iter()
+            .map(|buffer| {
+                let resource = buffer.client.get_resource(buffer.handle.clone());
+                resource
+                    .map(|resource| resource.resource().ptr)
+                    .map_err(|error| format!("no memory on cuda:{device}: {error:?}"))
+            })
+            .collect()
+    };
+    let found = first.client.exclusive(find);
+    found.map_err(|error| format!("device cuda:{device}: {error:?}"))?
 }
 
 /// Waits for the work of the calling thread on a buffer's device.
@@ -96,7 +108,8 @@ fn copy(from: &Buffer, device: &CudaDevice) -> Result<Buffer, String> {
     if bytes == 0 {
         return Ok(into);
     }
-    let addresses = (address(from)?, address(&into)?);
+    let source_address = addresses(std::slice::from_ref(from))?[0];
+    let target_address = addresses(std::slice::from_ref(&into))?[0];
     wait(from)?;
     wait(&into)?;
     let source = enter(from.device.index)?;
@@ -104,7 +117,7 @@ fn copy(from: &Buffer, device: &CudaDevice) -> Result<Buffer, String> {
     // SAFETY: both buffers are alive, hold as many bytes, and no queued work touches them.
     #[allow(unsafe_code)]
     let copied = unsafe {
-        sys::cuMemcpyPeer(addresses.1, target, addresses.0, source, bytes)
+        sys::cuMemcpyPeer(target_address, target, source_address, source, bytes)
             .result()
             // The call may return before the last bytes have arrived.
             .and_then(|()| sys::cuCtxSynchronize().result())
@@ -183,17 +196,19 @@ pub(super) fn all_reduce(
 }
 
 impl Group {
-    fn add(&self, member: &Member, from: &Buffer, into: &Buffer) -> Result<(), String> {
-        let addresses = (address(from)?, address(into)?);
-        wait(from)?;
+    fn add(&self, member: &Member, from: &[Buffer], into: &[Buffer]) -> Result<(), String> {
+        let places = addresses(from)?.into_iter().zip(addresses(into)?);
+        let tensors: Vec<(u64, u64, usize)> = places
+            .zip(from)
+            .map(|((from, into), buffer)| (from, into, buffer.meta.shape().num_elements()))
+            .collect();
+        from.first().map_or(Ok(()), wait)?;
         enter(member.device)?;
-        // SAFETY: both buffers are alive to the end of this function, which waits for the stream.
+        // SAFETY: all buffers are alive to the end of this function, which waits for the stream.
         #[allow(unsafe_code)]
         unsafe {
             self.nccl.sum(
-                addresses.0,
-                addresses.1,
-                from.meta.shape().num_elements(),
+                &tensors,
                 member.communicator,
                 member.stream.cast::<c_void>(),
             )?;
@@ -226,17 +241,23 @@ impl Group {
 }
 
 impl AllReduce<Cuda> for Group {
-    fn sum(&self, x: Tensor<Cuda, 1>) -> Result<Tensor<Cuda, 1>, String> {
-        assert_eq!(x.dtype(), DType::F32);
-        let from = contiguous(x);
-        let place = self.devices.iter().position(|id| *id == from.device.index);
+    fn sum(&self, tensors: Vec<Tensor<Cuda, 1>>) -> Result<Vec<Tensor<Cuda, 1>>, String> {
+        assert!(tensors.iter().all(|x| x.dtype() == DType::F32));
+        let from: Vec<Buffer> = tensors.into_iter().map(contiguous).collect();
+        let Some(first) = from.first() else {
+            return Ok(Vec::new());
+        };
+        let place = self.devices.iter().position(|id| *id == first.device.index);
         let mut member = self.members[place.ok_or("a device outside the group")?]
             .lock()
             .unwrap_or_else(|lock| lock.into_inner());
         if member.ended {
             return Err("the devices are no longer together".to_string());
         }
-        let into = empty(&from, [from.meta.shape().num_elements()], DType::F32);
+        let into: Vec<Buffer> = from
+            .iter()
+            .map(|buffer| empty(buffer, [buffer.meta.shape().num_elements()], DType::F32))
+            .collect();
         let added = self.add(&member, &from, &into);
         if let Err(reason) = added {
             // What is queued would hold the buffers and wait for ever.
@@ -244,7 +265,7 @@ impl AllReduce<Cuda> for Group {
             self.nccl.end(member.communicator, true);
             return Err(reason);
         }
-        Ok(tensor(into))
+        Ok(into.into_iter().map(tensor).collect())
     }
 
     fn give_up(&self) {
@@ -303,34 +324,41 @@ mod tests {
         let group = all_reduce(&devices, patience).unwrap().unwrap();
         assert_eq!(group.len(), 2);
         for count in [1, 3, 4097, 5_000_000] {
-            let sums: Vec<Vec<f32>> = std::thread::scope(|scope| {
+            let sums: Vec<[Vec<f32>; 2]> = std::thread::scope(|scope| {
                 let threads: Vec<_> = devices
                     .iter()
                     .enumerate()
                     .map(|(rank, device)| {
                         let group = &group;
                         scope.spawn(move || {
-                            let mine = counted(count, 0.1 + rank as f32, device);
+                            let factor = 0.1 + rank as f32;
+                            let mine = [count, 7].map(|count| counted(count, factor, device));
                             let started = Instant::now();
-                            let sum = group.sum(mine).unwrap();
+                            let sums = group.sum(mine.to_vec()).unwrap();
                             let seconds = started.elapsed().as_secs_f64();
                             println!("rank {rank}: {count} numbers in {:.2} ms", 1e3 * seconds);
-                            assert_eq!(sum.device(), *device);
-                            sum.into_data().to_vec().unwrap()
+                            let mut sums = sums.into_iter().map(|sum| {
+                                assert_eq!(sum.device(), *device);
+                                sum.into_data().to_vec().unwrap()
+                            });
+                            [(); 2].map(|()| sums.next().unwrap())
                         })
                     })
                     .collect();
                 threads.into_iter().map(|one| one.join().unwrap()).collect()
             });
             assert!(sums[0] == sums[1], "{count} numbers differ");
-            for (at, sum) in sums[0].iter().enumerate() {
-                let (a, b) = (at as f32 * 0.1, at as f32 * 1.1);
-                assert_eq!(*sum, a + b, "number {at} of {count}");
+            assert_eq!((sums[0][0].len(), sums[0][1].len()), (count, 7));
+            for sum in &sums[0] {
+                for (at, sum) in sum.iter().enumerate() {
+                    let (a, b) = (at as f32 * 0.1, at as f32 * 1.1);
+                    assert_eq!(*sum, a + b, "number {at} of {count}");
+                }
             }
         }
         // One that comes alone is let go.
         group.give_up();
-        let alone = group.sum(counted(8, 1.0, &devices[0])).unwrap_err();
+        let alone = group.sum(vec![counted(8, 1.0, &devices[0])]).unwrap_err();
         assert!(alone.contains("another device failed"), "{alone}");
     }
 

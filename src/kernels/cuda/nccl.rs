@@ -36,12 +36,15 @@ type AllReduce = unsafe extern "C" fn(
 type OfCommunicator = unsafe extern "C" fn(Communicator) -> c_int;
 type AsyncError = unsafe extern "C" fn(Communicator, *mut c_int) -> c_int;
 type ErrorText = unsafe extern "C" fn(c_int) -> *const c_char;
+type Group = unsafe extern "C" fn() -> c_int;
 type LastError = unsafe extern "C" fn(Communicator) -> *const c_char;
 
 /// The loaded library.
 pub(super) struct Nccl {
     init_all: InitAll,
     all_reduce: AllReduce,
+    group_start: Group,
+    group_end: Group,
     async_error: AsyncError,
     abort: OfCommunicator,
     destroy: OfCommunicator,
@@ -99,6 +102,8 @@ impl Nccl {
             Ok(Self {
                 init_all: find(&library, "ncclCommInitAll")?,
                 all_reduce: find(&library, "ncclAllReduce")?,
+                group_start: find(&library, "ncclGroupStart")?,
+                group_end: find(&library, "ncclGroupEnd")?,
                 async_error: find(&library, "ncclCommGetAsyncError")?,
                 abort: find(&library, "ncclCommAbort")?,
                 destroy: find(&library, "ncclCommDestroy")?,
@@ -155,33 +160,38 @@ impl Nccl {
         Ok(made)
     }
 
-    /// Queues the sum of `count` f32 over all devices on a stream.
+    /// Queues sums of f32 tensors over all devices on a stream: where each lies, where its sum goes, and
+    /// how many numbers it has.
     ///
     /// # Safety
-    /// Both addresses hold as many numbers on the communicator's device and stay until the stream has
+    /// All addresses hold as many numbers on the communicator's device and stay until the stream has
     /// passed; `stream` belongs to that device, whose context is current.
     #[allow(unsafe_code)]
     pub(super) unsafe fn sum(
         &self,
-        from: u64,
-        into: u64,
-        count: usize,
+        tensors: &[(u64, u64, usize)],
         communicator: Communicator,
         stream: *mut c_void,
     ) -> Result<(), String> {
-        // SAFETY: the caller's promise.
-        let code = unsafe {
-            (self.all_reduce)(
-                from as *const c_void,
-                into as *mut c_void,
-                count,
-                FLOAT32,
-                SUM,
-                communicator,
-                stream,
-            )
+        // SAFETY: the caller's promise; a group that was started is ended in any case.
+        let (queued, ended) = unsafe {
+            self.check("adding up", (self.group_start)())?;
+            let queued = tensors.iter().try_for_each(|(from, into, count)| {
+                let code = (self.all_reduce)(
+                    *from as *const c_void,
+                    *into as *mut c_void,
+                    *count,
+                    FLOAT32,
+                    SUM,
+                    communicator,
+                    stream,
+                );
+                self.check("adding up", code)
+            });
+            (queued, (self.group_end)())
         };
-        self.check("adding up", code)
+        queued?;
+        self.check("adding up", ended)
     }
 
     /// What went wrong behind the back of earlier calls.

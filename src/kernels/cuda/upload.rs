@@ -16,7 +16,7 @@ use cubecl_cuda::CudaRuntime;
 use cudarc::driver::{DriverError, result, sys};
 
 use super::{
-    collective::{address, enter, wait},
+    collective::{addresses, enter, wait},
     launch::Buffer,
 };
 use crate::kernels::upload::{Fill, Upload, UploadError};
@@ -57,25 +57,24 @@ impl Lane {
     fn new(device: &CudaDevice, tensors: &[Upload]) -> Result<Self, UploadError> {
         let client = CudaRuntime::client(device);
         let bytes: usize = tensors.iter().map(Upload::byte_len).sum();
-        let mut buffers = Vec::with_capacity(tensors.len());
-        let mut addresses = Vec::with_capacity(tensors.len());
-        for tensor in tensors {
-            let buffer = burn_cubecl::ops::numeric::empty_device_contiguous_dtype(
-                client.clone(),
-                device.clone(),
-                tensor.shape.clone(),
-                tensor.dtype,
-            );
-            let place = address(&buffer).map_err(|reason| {
-                UploadError(format!(
-                    "device cuda:{} is out of memory: the weights need {:.1} GiB ({reason})",
-                    device.index,
-                    bytes as f64 / (1u64 << 30) as f64
-                ))
-            })?;
-            addresses.push(place);
-            buffers.push(buffer);
-        }
+        let buffers: Vec<Buffer> = tensors
+            .iter()
+            .map(|tensor| {
+                burn_cubecl::ops::numeric::empty_device_contiguous_dtype(
+                    client.clone(),
+                    device.clone(),
+                    tensor.shape.clone(),
+                    tensor.dtype,
+                )
+            })
+            .collect();
+        let addresses = addresses(&buffers).map_err(|reason| {
+            UploadError(format!(
+                "device cuda:{} is out of memory: the weights need {:.1} GiB ({reason})",
+                device.index,
+                bytes as f64 / (1u64 << 30) as f64
+            ))
+        })?;
         // The memory may have been another tensor's, whose last use is still queued.
         if let Some(first) = buffers.first() {
             wait(first).map_err(UploadError)?;
