@@ -21,10 +21,12 @@ use burn::{prelude::*, tensor::DType};
 use crate::{
     kernels::Kernels,
     pipeline::{PipelineError, PipelineOptions, load_model},
+    quant::{Quantization, memory::weight_bytes},
     qwen3_vl::{
         Qwen3Vl,
         config::{ConfigError, Qwen3VlConfig},
-        weights::{LoadProgress, checkpoint_files},
+        nn::InitOptions,
+        weights::{LoadProgress, checkpoint_files, parameter_shapes},
     },
     system::{available_memory, peak_memory},
     train::{checkpoint::dtype_text, plan::base_parameters},
@@ -104,8 +106,8 @@ impl Source {
         }
     }
 
-    /// Bytes that loading reads (the checkpoint's files) or writes (drawn weights).
-    fn load_bytes(&self, config: &Qwen3VlConfig, dtype: DType) -> Result<f64, BenchError> {
+    /// Bytes that loading reads (the checkpoint's files) or writes (`drawn` weights).
+    fn load_bytes(&self, drawn: f64) -> Result<f64, BenchError> {
         match self {
             Self::Folder(dir) => Ok(checkpoint_files(dir)
                 .map_err(PipelineError::from)?
@@ -113,7 +115,7 @@ impl Source {
                 .filter_map(|file| file.metadata().ok())
                 .map(|file| file.len() as f64)
                 .sum()),
-            Self::Random { .. } => Ok(count::weight_bytes(config, dtype.size())),
+            Self::Random { .. } => Ok(drawn),
         }
     }
 }
@@ -135,6 +137,8 @@ pub struct Bench<B: Backend> {
     pub mixed: bool,
     /// Measured calls; each kind of measurement has its own default.
     pub samples: Option<usize>,
+    /// How weights are packed while they are loaded or drawn.
+    pub quantize: Option<Quantization>,
     memory: MemoryWatch,
     operations: RefCell<Option<OperationLog>>,
 }
@@ -162,6 +166,7 @@ impl<B: Kernels> Bench<B> {
             facts,
             mixed,
             samples,
+            quantize: None,
             memory,
             operations: RefCell::new(OperationLog::from_environment()),
         })
@@ -184,6 +189,7 @@ impl<B: Kernels> Bench<B> {
                     model: dir.clone(),
                     adapter: None,
                     dtype: self.dtype,
+                    quantize: self.quantize,
                     min_pixels: None,
                     max_pixels: None,
                 };
@@ -191,7 +197,8 @@ impl<B: Kernels> Bench<B> {
             }
             Source::Random { size, .. } => {
                 self.check_host_memory(*size)?;
-                draw::<A>(&self.config, SEED, self.dtype, &self.device)
+                let (dtype, quantize) = (self.dtype, self.quantize);
+                draw::<A>(&self.config, SEED, dtype, quantize, &self.device)
             }
         };
         let _ = B::sync(&self.device);
@@ -201,7 +208,7 @@ impl<B: Kernels> Bench<B> {
     /// The CPU's memory ends the process when it runs out, so it is looked at before.
     fn check_host_memory(&self, size: RandomSize) -> Result<(), BenchError> {
         const GIB: f64 = (1u64 << 30) as f64;
-        let need = count::weight_bytes(&self.config, self.dtype.size());
+        let need = self.weight_bytes();
         match available_memory() {
             Some(free) if device::is_cpu::<B>(&self.device) && need > free as f64 => {
                 Err(BenchError::Memory {
@@ -213,6 +220,33 @@ impl<B: Kernels> Bench<B> {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Bytes of all weights on the device.
+    fn weight_bytes(&self) -> f64 {
+        count::weight_bytes(&self.config, self.dtype.size()) - self.saved_bytes("")
+    }
+
+    /// Bytes that packing takes off the weights whose path begins with `prefix`.
+    fn saved_bytes(&self, prefix: &str) -> f64 {
+        let Some(quantization) = self.quantize else {
+            return 0.0;
+        };
+        let model = Qwen3Vl::<B>::new(&self.config, &InitOptions::default(), &self.device);
+        let mut shapes = parameter_shapes(&model);
+        shapes.retain(|path, _| path.starts_with(prefix));
+        let bytes = |quantization| weight_bytes(&shapes, quantization, self.dtype.size());
+        (bytes(None) - bytes(Some(quantization))) as f64
+    }
+
+    /// Bytes that packing takes off one pass through the language model and its head.
+    fn saved_text_bytes(&self) -> f64 {
+        let head = if self.config.tie_word_embeddings {
+            "model.language_model.embed_tokens."
+        } else {
+            "lm_head."
+        };
+        self.saved_bytes("model.language_model.layers.") + self.saved_bytes(head)
     }
 
     /// A record with all that is known before the measurement; forgets earlier peaks of memory.
@@ -228,7 +262,10 @@ impl<B: Kernels> Bench<B> {
             model: self.source.name(),
             layers: self.config.text_config.num_hidden_layers,
             parameters: base_parameters(&self.config),
-            dtype: dtype_text(self.dtype).to_string(),
+            dtype: match self.quantize {
+                None => dtype_text(self.dtype).to_string(),
+                Some(quantization) => format!("{} ({quantization})", dtype_text(self.dtype)),
+            },
             program: format!(
                 "xray-qwen3vl {} on burn 0.21.0, built with {}",
                 env!("CARGO_PKG_VERSION"),

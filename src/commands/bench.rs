@@ -30,6 +30,7 @@ use crate::{
     },
     files::write_atomic,
     kernels::Kernels,
+    quant::Quantization,
 };
 
 /// Set in the processes that `--table` starts: they print records and nothing else.
@@ -71,6 +72,9 @@ pub struct BenchArgs {
     /// Type of the weights; by default bf16 on CUDA and f32 elsewhere.
     #[arg(long, value_enum)]
     pub dtype: Option<DtypeName>,
+    /// Pack the weights while they are loaded, or draw them packed: int8, int4 (groups of 64) or int4:32.
+    #[arg(long, value_name = "FORMAT")]
+    pub quantize: Option<Quantization>,
     /// Requests at once, several sizes one after another [default: 1; decode: 1,8,32]. In `train`, samples
     /// of a micro-batch, 16 samples a step in any case.
     #[arg(long, value_name = "N,N", value_delimiter = ',')]
@@ -187,6 +191,11 @@ fn check(args: &BenchArgs) -> Result<()> {
         bail!(UsageError("--samples is 0, expected at least 1".into()));
     }
     let train = args.kind == BenchKind::Train;
+    if train && args.quantize.is_some() {
+        bail!(UsageError(
+            "training wants weights in 16 or 32 bits; leave out --quantize".into()
+        ));
+    }
     if !train && (args.packing || args.no_recompute) {
         bail!(UsageError(
             "--packing and --no-recompute belong to `bench train`".into()
@@ -231,8 +240,9 @@ impl DeviceTask for Measure {
                 args.model.as_deref().unwrap_or(Path::new("model/tiny")),
             )),
         };
-        let bench = Bench::<B>::new(source, device.clone(), dtype, args.mixed, args.samples)
+        let mut bench = Bench::<B>::new(source, device.clone(), dtype, args.mixed, args.samples)
             .map_err(usage)?;
+        bench.quantize = args.quantize;
         let mut progress = Progress::new("loading", 0, Unit::Bytes);
         let mut on_progress = |done, total| progress.set(done, total);
         let batches = |default: &[usize]| {

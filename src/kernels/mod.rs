@@ -6,6 +6,8 @@
 pub mod plain;
 mod spans;
 
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+mod cube;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 
@@ -18,11 +20,14 @@ use burn::{
     tensor::{DType, Distribution, backend::AutodiffBackend},
 };
 
-use crate::qwen3_vl::{
-    Qwen3Vl,
-    cache::KeyValueCache,
-    config::Qwen3VlConfig,
-    nn::{gelu_exact, gelu_tanh},
+use crate::{
+    quant::{self, PackedWeight},
+    qwen3_vl::{
+        Qwen3Vl,
+        cache::KeyValueCache,
+        config::Qwen3VlConfig,
+        nn::{gelu_exact, gelu_tanh},
+    },
 };
 pub use spans::AttentionSpans;
 
@@ -167,6 +172,42 @@ pub trait Kernels: Backend {
         residual: Option<Tensor<Self, 2>>,
     ) -> (Tensor<Self, 2>, Tensor<Self, 2>) {
         plain::adapted_linear(x, weight, adapter, residual)
+    }
+
+    /// Rows `start .. start + count` of a packed matrix as floats, `[count, in]`.
+    fn unpack_rows(
+        weight: &PackedWeight<Self>,
+        start: usize,
+        count: usize,
+        dtype: DType,
+    ) -> Tensor<Self, 2> {
+        weight.rows(start, count).unpack(dtype)
+    }
+
+    /// [`Kernels::dense`] with a packed matrix.
+    fn dense_packed(
+        x: Tensor<Self, 2>,
+        weight: &PackedWeight<Self>,
+        bias: Option<Tensor<Self, 1>>,
+        residual: Option<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
+        quant::weight::dense(x, weight, bias, residual)
+    }
+
+    /// [`Kernels::adapted_linear`] beside a packed matrix, which stays as it is; without its second
+    /// result.
+    fn adapted_packed(
+        x: Tensor<Self, 2>,
+        weight: &PackedWeight<Self>,
+        adapter: &LowRank<Self>,
+        residual: Option<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
+        quant::weight::adapted(x, weight, adapter, residual)
+    }
+
+    /// [`Kernels::logits`] with a packed head.
+    fn logits_packed(hidden: Tensor<Self, 2>, head: &PackedWeight<Self>) -> Tensor<Self, 2> {
+        quant::weight::logits(hidden, head)
     }
 
     /// Gradients of an adapter's weights; `x`, `low` as in the forward pass, `dy` `[n, out]`.
@@ -443,6 +484,37 @@ impl Kernels for burn_flex::Flex {}
 
 #[cfg(feature = "wgpu")]
 impl Kernels for burn::backend::Vulkan {
+    fn unpack_rows(
+        weight: &PackedWeight<Self>,
+        start: usize,
+        count: usize,
+        dtype: DType,
+    ) -> Tensor<Self, 2> {
+        cube::quantized::unpack_rows(weight, start, count, dtype)
+    }
+
+    fn dense_packed(
+        x: Tensor<Self, 2>,
+        weight: &PackedWeight<Self>,
+        bias: Option<Tensor<Self, 1>>,
+        residual: Option<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
+        cube::quantized::dense_packed(x, weight, bias, residual)
+    }
+
+    fn adapted_packed(
+        x: Tensor<Self, 2>,
+        weight: &PackedWeight<Self>,
+        adapter: &LowRank<Self>,
+        residual: Option<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
+        cube::quantized::adapted_packed(x, weight, adapter, residual)
+    }
+
+    fn logits_packed(hidden: Tensor<Self, 2>, head: &PackedWeight<Self>) -> Tensor<Self, 2> {
+        cube::quantized::logits_packed(hidden, head)
+    }
+
     fn memory_in_use(device: &Self::Device) -> Option<DeviceMemory> {
         let tensor = Tensor::<Self, 1>::empty([1], device);
         let usage = tensor.into_primitive().tensor().client.memory_usage();

@@ -31,13 +31,16 @@ use cubecl_runtime::config::{CubeClRuntimeConfig, cache::CacheConfig};
 
 use super::{
     AdamWStep, AllReduce, AttentionSpans, BackwardProduct, DecodeStart, Decoder, DeviceMemory,
-    Dropout, HeadNorm, Kernels, LowRank, LowRankGradients, TargetLoss, plain,
+    Dropout, HeadNorm, Kernels, LowRank, LowRankGradients, TargetLoss, cube::quantized, plain,
 };
-use crate::qwen3_vl::{
-    Qwen3Vl,
-    cache::KeyValueCache,
-    config::Qwen3VlConfig,
-    nn::{gelu_exact, gelu_tanh},
+use crate::{
+    quant::PackedWeight,
+    qwen3_vl::{
+        Qwen3Vl,
+        cache::KeyValueCache,
+        config::Qwen3VlConfig,
+        nn::{gelu_exact, gelu_tanh},
+    },
 };
 use launch::Backend as Cuda;
 
@@ -97,6 +100,9 @@ impl Kernels for Cuda {
         cache: &KeyValueCache<Self>,
         start: &DecodeStart,
     ) -> Option<Box<dyn Decoder>> {
+        if model.quantization().is_some() {
+            return None;
+        }
         decode::start(model, config, cache, start)
     }
 
@@ -163,6 +169,37 @@ impl Kernels for Cuda {
         } else {
             plain::input_gradient(products)
         }
+    }
+
+    fn unpack_rows(
+        weight: &PackedWeight<Self>,
+        start: usize,
+        count: usize,
+        dtype: DType,
+    ) -> Tensor<Self, 2> {
+        quantized::unpack_rows(weight, start, count, dtype)
+    }
+
+    fn dense_packed(
+        x: Tensor<Self, 2>,
+        weight: &PackedWeight<Self>,
+        bias: Option<Tensor<Self, 1>>,
+        residual: Option<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
+        quantized::dense_packed(x, weight, bias, residual)
+    }
+
+    fn adapted_packed(
+        x: Tensor<Self, 2>,
+        weight: &PackedWeight<Self>,
+        adapter: &LowRank<Self>,
+        residual: Option<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
+        quantized::adapted_packed(x, weight, adapter, residual)
+    }
+
+    fn logits_packed(hidden: Tensor<Self, 2>, head: &PackedWeight<Self>) -> Tensor<Self, 2> {
+        quantized::logits_packed(hidden, head)
     }
 
     fn dropout_mask(like: &Tensor<Self, 2>, dropout: Dropout) -> Tensor<Self, 2> {
