@@ -22,15 +22,12 @@ use super::{
     pack::{PackedMatrix, pack},
 };
 use crate::{
-    kernels::Kernels,
+    kernels::{Kernels, upload::UNDERWAY_BYTES},
     lora::attach::LinearMapper,
     qwen3_vl::{
         Qwen3Vl,
         nn::Linear,
-        weights::{
-            LoadProgress, TensorFile, UNDERWAY_BYTES, WeightsError, checkpoint_files,
-            parameter_shapes,
-        },
+        weights::{LoadProgress, TensorFile, WeightsError, checkpoint_files, parameter_shapes},
     },
 };
 

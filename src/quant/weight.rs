@@ -11,7 +11,7 @@ use burn::{
 
 use super::{Format, pack::PackedMatrix};
 use crate::{
-    kernels::{Kernels, LowRank},
+    kernels::{Activation, Kernels, LowRank},
     qwen3_vl::nn::{to_dtype, to_f32},
 };
 
@@ -209,13 +209,14 @@ pub(crate) fn adapted<B: Kernels>(
     adapter: &LowRank<B>,
     residual: Option<Tensor<B, 2>>,
 ) -> Tensor<B, 2> {
+    let low = B::low_rank_inputs(x.clone(), &[adapter]).remove(0);
     by_rows(weight, x.dtype(), |rows, start, count| {
         let adapter = LowRank {
             b: adapter.b.clone().narrow(0, start, count),
             ..adapter.clone()
         };
         let residual = residual.clone().map(|y| y.narrow(1, start, count));
-        B::adapted_linear(x.clone(), rows, &adapter, residual).0
+        B::adapted_product(x.clone(), rows, low.clone(), &adapter, residual)
     })
 }
 
@@ -223,7 +224,7 @@ pub(crate) fn adapted<B: Kernels>(
 pub(crate) fn logits<B: Kernels>(hidden: Tensor<B, 2>, head: &PackedWeight<B>) -> Tensor<B, 2> {
     let hidden = to_f32(hidden);
     by_rows(head, DType::F32, |rows, _, _| {
-        hidden.clone().matmul(rows.transpose())
+        B::product(hidden.clone(), rows.transpose())
     })
 }
 
@@ -309,8 +310,21 @@ impl<B: Kernels> Weight<B> {
         }
     }
 
-    /// [`Kernels::adapted_linear`] without its second result. Beside a packed matrix the low-rank
-    /// path stays apart: nothing is packed anew.
+    /// [`Kernels::dense_activated`], whatever form the matrix has.
+    pub fn dense_activated(
+        &self,
+        x: Tensor<B, 2>,
+        bias: Option<Tensor<B, 1>>,
+        activation: Activation,
+    ) -> Tensor<B, 2> {
+        match self {
+            Self::Dense(param) => B::dense_activated(x, param.val(), bias, activation),
+            Self::Packed(_) => activation.of(self.dense(x, bias, None)),
+        }
+    }
+
+    /// `x Wᵀ + residual` and an adapter's share. Beside a packed matrix the low-rank path stays
+    /// apart: nothing is packed anew.
     pub fn adapted_linear(
         &self,
         x: Tensor<B, 2>,
@@ -318,7 +332,10 @@ impl<B: Kernels> Weight<B> {
         residual: Option<Tensor<B, 2>>,
     ) -> Tensor<B, 2> {
         match self {
-            Self::Dense(param) => B::adapted_linear(x, param.val(), adapter, residual).0,
+            Self::Dense(param) => {
+                let low = B::low_rank_inputs(x.clone(), &[adapter]).remove(0);
+                B::adapted_product(x, param.val(), low, adapter, residual)
+            }
             Self::Packed(packed) => B::adapted_packed(x, packed, adapter, residual),
         }
     }

@@ -10,7 +10,7 @@ use burn::{
 };
 
 use crate::{
-    kernels::{HeadNorm, Kernels},
+    kernels::{Activation, HeadNorm, Kernels},
     lora::Lora,
     quant::Weight,
 };
@@ -142,6 +142,22 @@ impl<B: Kernels> Linear<B> {
         dropout_seed: Option<u64>,
     ) -> Tensor<B, 2> {
         self.run(x, Some(residual), dropout_seed)
+    }
+
+    /// [`Linear::forward`] through an activation.
+    pub fn forward_activated(
+        &self,
+        x: Tensor<B, 2>,
+        activation: Activation,
+        dropout_seed: Option<u64>,
+    ) -> Tensor<B, 2> {
+        match &self.lora {
+            None => {
+                let bias = self.bias.as_ref().map(Param::val);
+                self.weight.dense_activated(x, bias, activation)
+            }
+            Some(_) => activation.of(self.forward(x, dropout_seed)),
+        }
     }
 
     fn run(

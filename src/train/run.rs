@@ -27,6 +27,7 @@ use super::{
     resume::{RunFacts, find_checkpoint},
     strategy::{Components, Ending, GenerationScorer, LoopState, Tell, TrainError, WindowStrategy},
     tfevents::EventWriter,
+    trace::Trace,
 };
 use crate::{
     dataset::{Dataset, loader::WindowLoader},
@@ -67,6 +68,8 @@ pub struct RunOptions {
     pub interrupter: Interrupter,
     /// Set by a signal: save and end.
     pub interrupted: Arc<AtomicBool>,
+    /// What the host does when.
+    pub trace: Trace,
     /// Plain progress lines.
     pub tell: Tell,
 }
@@ -304,6 +307,7 @@ pub fn train<B: TrainKernels>(
         config.dataloader_num_workers,
     )
     .up_to(total_steps)
+    .with_trace(options.trace.clone())
     .with_patience((devices.len() > 1).then(|| config.patience()));
     let valid_loader = validation
         .clone()
@@ -371,6 +375,7 @@ pub fn train<B: TrainKernels>(
         good_steps: state.step.saturating_sub(1),
         memory: MemoryWatch::default(),
         interrupted: options.interrupted,
+        trace: options.trace,
         tell: options.tell,
     }));
     let train_loader = Arc::new(loader.clone());

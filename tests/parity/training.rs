@@ -32,6 +32,7 @@ type AB = Autodiff<TestBackend>;
 
 const PLAIN: GradientOptions = GradientOptions {
     checkpoint_text: false,
+    recompute_pointwise: false,
     checkpoint_vision: false,
     dropout_seed: None,
     by_hand: true,
