@@ -8,8 +8,8 @@ use xray_qwen3vl::{
     backend::panic_text,
     cli::{BenchCommand, BenchServer, Cli, Command},
     commands::{
-        UsageError, bench, bench_serve, check, clean, convert, eval, infer, init_tiny, merge,
-        phantoms, plan, serve, train,
+        UsageError, bench, bench_serve, check, clean, convert, doctor, eval, infer, init_tiny,
+        merge, phantoms, plan, quantize, serve, train,
     },
 };
 
@@ -29,6 +29,7 @@ fn main() -> ExitCode {
         Command::Infer(args) => infer::run(args),
         Command::Train(args) => train::run(args),
         Command::Merge(args) => merge::run(args),
+        Command::Quantize(args) => quantize::run(args),
         Command::Plan(args) => plan::run(&args),
         Command::Eval(args) => eval::run(*args),
         Command::Clean(args) => clean::run(&args),
@@ -37,6 +38,7 @@ fn main() -> ExitCode {
         Command::Phantoms(args) => phantoms::run(&args),
         Command::InitTiny(args) => init_tiny::run(&args),
         Command::Serve(args) => serve::run(args),
+        Command::Doctor(args) => doctor::run(args),
         Command::Bench(BenchCommand {
             server: Some(BenchServer::Serve(args)),
             ..

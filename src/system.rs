@@ -9,6 +9,11 @@ pub fn available_memory() -> Option<u64> {
     kibibytes("/proc/meminfo", "MemAvailable:")
 }
 
+/// Memory of the host, in bytes; `None` where the system does not tell.
+pub fn total_memory() -> Option<u64> {
+    kibibytes("/proc/meminfo", "MemTotal:")
+}
+
 /// Most host memory this process ever held, in bytes; `None` where the system does not tell.
 pub fn peak_memory() -> Option<u64> {
     kibibytes("/proc/self/status", "VmHWM:")

@@ -12,19 +12,29 @@ pub mod operations;
 pub mod report;
 pub mod requests;
 pub mod train;
+pub mod train_devices;
 pub mod weights;
 
-use std::{cell::RefCell, path::PathBuf, time::Instant};
+use std::{
+    cell::RefCell,
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
 use burn::{prelude::*, tensor::DType};
 
 use crate::{
-    kernels::Kernels,
-    pipeline::{PipelineError, PipelineOptions, load_model},
+    files::FileError,
+    kernels::{Kernels, send_module},
+    pipeline::{PipelineError, PipelineOptions, load_models},
+    quant::{Quantization, memory::weight_bytes},
     qwen3_vl::{
         Qwen3Vl,
         config::{ConfigError, Qwen3VlConfig},
-        weights::{LoadProgress, checkpoint_files},
+        nn::InitOptions,
+        weights::{
+            LoadProgress, MAX_SHARD_BYTES, checkpoint_files, parameter_shapes, save_checkpoint,
+        },
     },
     system::{available_memory, peak_memory},
     train::{checkpoint::dtype_text, plan::base_parameters},
@@ -56,6 +66,12 @@ pub enum BenchError {
     Adapter(#[from] crate::lora::config::AdapterError),
     #[error(transparent)]
     TrainConfig(#[from] crate::train::config::TrainConfigError),
+    #[error(transparent)]
+    Rank(#[from] crate::train::ranks::RankError),
+    #[error(transparent)]
+    Spread(#[from] crate::spread::SpreadError),
+    #[error(transparent)]
+    File(#[from] crate::files::FileError),
     #[error("{0}")]
     Size(String),
     #[error(
@@ -104,8 +120,8 @@ impl Source {
         }
     }
 
-    /// Bytes that loading reads (the checkpoint's files) or writes (drawn weights).
-    fn load_bytes(&self, config: &Qwen3VlConfig, dtype: DType) -> Result<f64, BenchError> {
+    /// Bytes that loading reads (the checkpoint's files) or writes (`drawn` weights).
+    fn load_bytes(&self, drawn: f64) -> Result<f64, BenchError> {
         match self {
             Self::Folder(dir) => Ok(checkpoint_files(dir)
                 .map_err(PipelineError::from)?
@@ -113,8 +129,26 @@ impl Source {
                 .filter_map(|file| file.metadata().ok())
                 .map(|file| file.len() as f64)
                 .sum()),
-            Self::Random { .. } => Ok(count::weight_bytes(config, dtype.size())),
+            Self::Random { .. } => Ok(drawn),
         }
+    }
+}
+
+/// A folder that goes with its name.
+#[derive(Debug)]
+pub struct TemporaryFolder(PathBuf);
+
+impl TemporaryFolder {
+    fn in_dir(dir: &Path) -> Result<Self, FileError> {
+        let folder = dir.join(format!("xray-qwen3vl-bench-{}", std::process::id()));
+        std::fs::create_dir(&folder).map_err(|cause| FileError::write(&folder, cause))?;
+        Ok(Self(folder))
+    }
+}
+
+impl Drop for TemporaryFolder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
     }
 }
 
@@ -135,6 +169,8 @@ pub struct Bench<B: Backend> {
     pub mixed: bool,
     /// Measured calls; each kind of measurement has its own default.
     pub samples: Option<usize>,
+    /// How weights are packed while they are loaded or drawn.
+    pub quantize: Option<Quantization>,
     memory: MemoryWatch,
     operations: RefCell<Option<OperationLog>>,
 }
@@ -162,6 +198,7 @@ impl<B: Kernels> Bench<B> {
             facts,
             mixed,
             samples,
+            quantize: None,
             memory,
             operations: RefCell::new(OperationLog::from_environment()),
         })
@@ -177,31 +214,73 @@ impl<B: Kernels> Bench<B> {
         &self,
         on_progress: LoadProgress<'_>,
     ) -> Result<(Qwen3Vl<A>, f64), BenchError> {
+        let (mut models, seconds) =
+            self.models::<A>(std::slice::from_ref(&self.device), on_progress)?;
+        Ok((models.remove(0), seconds))
+    }
+
+    /// [`Bench::model`] on each of some devices: files are read once, a drawn model is copied.
+    ///
+    /// # Errors
+    /// As [`Bench::model`].
+    pub fn models<A: Kernels<Device = B::Device>>(
+        &self,
+        devices: &[B::Device],
+        on_progress: LoadProgress<'_>,
+    ) -> Result<(Vec<Qwen3Vl<A>>, f64), BenchError> {
         let start = Instant::now();
-        let model = match &self.source {
+        let models = match &self.source {
             Source::Folder(dir) => {
                 let options = PipelineOptions {
                     model: dir.clone(),
                     adapter: None,
                     dtype: self.dtype,
+                    quantize: self.quantize,
                     min_pixels: None,
                     max_pixels: None,
                 };
-                load_model::<A>(&options, &self.config, &self.device, on_progress)?
+                load_models::<A>(&options, &self.config, devices, on_progress)?
             }
             Source::Random { size, .. } => {
                 self.check_host_memory(*size)?;
-                draw::<A>(&self.config, SEED, self.dtype, &self.device)
+                let first = draw::<A>(&self.config, SEED, self.dtype, self.quantize, &devices[0]);
+                let copies = devices[1..]
+                    .iter()
+                    .map(|device| send_module(first.clone(), device))
+                    .collect::<Vec<_>>();
+                std::iter::once(first).chain(copies).collect()
             }
         };
-        let _ = B::sync(&self.device);
-        Ok((model, start.elapsed().as_secs_f64()))
+        for device in devices {
+            let _ = B::sync(device);
+        }
+        Ok((models, start.elapsed().as_secs_f64()))
+    }
+
+    /// Draws the model, writes it as a checkpoint to a new folder in `dir`, and measures that from then on;
+    /// the folder is there as long as what is returned.
+    ///
+    /// # Errors
+    /// As [`Bench::model`]; the files cannot be written.
+    pub fn write_checkpoint(&mut self, dir: &Path) -> Result<TemporaryFolder, BenchError> {
+        // Floats, to be packed when they are loaded.
+        let quantize = self.quantize.take();
+        let model = self.model::<B>(&mut |_, _| {});
+        self.quantize = quantize;
+        let (model, _) = model?;
+        let folder = TemporaryFolder::in_dir(dir)?;
+        let config = folder.0.join("config.json");
+        let text = self.config.to_published_json(dtype_text(self.dtype));
+        std::fs::write(&config, text).map_err(|cause| FileError::write(&config, cause))?;
+        save_checkpoint(&model, &folder.0, MAX_SHARD_BYTES)?;
+        self.source = Source::Folder(folder.0.clone());
+        Ok(folder)
     }
 
     /// The CPU's memory ends the process when it runs out, so it is looked at before.
     fn check_host_memory(&self, size: RandomSize) -> Result<(), BenchError> {
         const GIB: f64 = (1u64 << 30) as f64;
-        let need = count::weight_bytes(&self.config, self.dtype.size());
+        let need = self.weight_bytes();
         match available_memory() {
             Some(free) if device::is_cpu::<B>(&self.device) && need > free as f64 => {
                 Err(BenchError::Memory {
@@ -213,6 +292,33 @@ impl<B: Kernels> Bench<B> {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Bytes of all weights on the device.
+    fn weight_bytes(&self) -> f64 {
+        count::weight_bytes(&self.config, self.dtype.size()) - self.saved_bytes("")
+    }
+
+    /// Bytes that packing takes off the weights whose path begins with `prefix`.
+    fn saved_bytes(&self, prefix: &str) -> f64 {
+        let Some(quantization) = self.quantize else {
+            return 0.0;
+        };
+        let model = Qwen3Vl::<B>::new(&self.config, &InitOptions::default(), &self.device);
+        let mut shapes = parameter_shapes(&model);
+        shapes.retain(|path, _| path.starts_with(prefix));
+        let bytes = |quantization| weight_bytes(&shapes, quantization, self.dtype.size());
+        (bytes(None) - bytes(Some(quantization))) as f64
+    }
+
+    /// Bytes that packing takes off one pass through the language model and its head.
+    fn saved_text_bytes(&self) -> f64 {
+        let head = if self.config.tie_word_embeddings {
+            "model.language_model.embed_tokens."
+        } else {
+            "lm_head."
+        };
+        self.saved_bytes("model.language_model.layers.") + self.saved_bytes(head)
     }
 
     /// A record with all that is known before the measurement; forgets earlier peaks of memory.
@@ -228,7 +334,10 @@ impl<B: Kernels> Bench<B> {
             model: self.source.name(),
             layers: self.config.text_config.num_hidden_layers,
             parameters: base_parameters(&self.config),
-            dtype: dtype_text(self.dtype).to_string(),
+            dtype: match self.quantize {
+                None => dtype_text(self.dtype).to_string(),
+                Some(quantization) => format!("{} ({quantization})", dtype_text(self.dtype)),
+            },
             program: format!(
                 "xray-qwen3vl {} on burn 0.21.0, built with {}",
                 env!("CARGO_PKG_VERSION"),

@@ -98,6 +98,16 @@ pub struct Record {
     pub loss_first: Option<f64>,
     /// Training: loss of the last step.
     pub loss_last: Option<f64>,
+    /// Training: a hash over losses and gradient norms of all steps, bit for bit.
+    pub losses_digest: Option<String>,
+    /// Training: memory that the device's pools (on the CPU: the process) held behind the first measured
+    /// step, in GiB.
+    pub memory_first_gib: Option<f64>,
+    /// Training: the same behind the last step.
+    pub memory_last_gib: Option<f64>,
+    /// Training: time in the measured steps in which no samples were ready: at most so long the device
+    /// waited for data.
+    pub data_wait_seconds: Option<f64>,
     /// Training: whether all losses and gradient norms were numbers.
     pub finite: Option<bool>,
 
@@ -282,6 +292,19 @@ fn notes(record: &Record) -> Option<String> {
     }
     if let (Some(first), Some(last)) = (record.loss_first, record.loss_last) {
         parts.push(format!("loss {first:.4} to {last:.4}"));
+    }
+    if let Some(digest) = &record.losses_digest {
+        parts.push(format!("losses {digest}"));
+    }
+    if let (Some(first), Some(last)) = (record.memory_first_gib, record.memory_last_gib) {
+        parts.push(format!("pools {first:.3} GiB, at the end {last:.3}"));
+    }
+    if let Some(waited) = record.data_wait_seconds {
+        parts.push(format!(
+            "the device waited for data {:.1} ms of {} at most",
+            waited * 1e3,
+            seconds(record.median_seconds * record.samples as f64)
+        ));
     }
     (!parts.is_empty()).then(|| parts.join(", "))
 }

@@ -24,6 +24,8 @@ pub struct Requests<'a> {
     config: &'a Qwen3VlConfig,
     lengths: Lengths,
     random: ChaCha8Rng,
+    /// Pixels of the first image; others are the same ones, turned round by some places.
+    pixels: Vec<f32>,
 }
 
 /// A conversation with its answer.
@@ -47,6 +49,7 @@ impl<'a> Requests<'a> {
             config,
             lengths,
             random: ChaCha8Rng::seed_from_u64(seed),
+            pixels: Vec::new(),
         }
     }
 
@@ -61,10 +64,14 @@ impl<'a> Requests<'a> {
     pub fn image(&mut self) -> ImageInput {
         let side = self.grid_side();
         let values = side * side * self.config.vision_config.patch_dim();
-        ImageInput {
-            pixel_values: (0..values)
+        if self.pixels.is_empty() {
+            self.pixels = (0..values)
                 .map(|_| self.random.random_range(-1.0..1.0))
-                .collect(),
+                .collect();
+        }
+        let (left, right) = self.pixels.split_at(self.random.random_range(0..values));
+        ImageInput {
+            pixel_values: [right, left].concat(),
             image_grid_thw: vec![[1, side, side]],
         }
     }

@@ -1,6 +1,10 @@
 //! Optimizer steps of the published recipe.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::{Arc, mpsc::sync_channel},
+    thread,
+    time::{Duration, Instant},
+};
 
 use burn::{
     module::Module,
@@ -8,10 +12,11 @@ use burn::{
     tensor::backend::AutodiffBackend,
     train::{TrainOutput, TrainStep},
 };
+use sha2::{Digest, Sha256};
 
 use super::{
     Bench, BenchError, SEED,
-    clock::{Lap, measure},
+    clock::{Lap, Laps},
     count::{TrainWork, Work, train_sample, train_weight_bytes},
     report::Record,
     requests::Requests,
@@ -21,18 +26,21 @@ use crate::{
     kernels::{Kernels, TrainKernels},
     lora::{attach::attach, config::LoraConfig},
     qwen3_vl::Qwen3Vl,
+    system::resident_memory,
     train::{
         config::TrainConfig,
         gradients::MicroBatch,
-        learner::{StepSettings, Trainee},
-        optimizer::{AdamW, clip_global_norm},
+        learner::{StepReading, StepSettings, StepTotals, Trainee},
+        optimizer::{AdamW, clip_on_device},
+        schedule::Schedule,
+        trace::{HOST, Trace},
     },
 };
 
 /// Samples of one optimizer step, as published.
 pub const STEP_SAMPLES: usize = 16;
 /// Unmeasured steps behind the first.
-const WARM_UP: usize = 1;
+pub(super) const WARM_UP: usize = 1;
 /// Steps of the schedule the measured ones are the first of; only the learning rate depends on it.
 const SCHEDULE_STEPS: usize = 1000;
 
@@ -45,6 +53,8 @@ pub struct TrainShape {
     pub packing: bool,
     /// Every layer is run again in the backward pass.
     pub recompute: bool,
+    /// Where layers are not: norms, rotated heads and the gate are.
+    pub recompute_pointwise: bool,
 }
 
 impl<B: Kernels> Bench<B> {
@@ -59,6 +69,7 @@ impl<B: Kernels> Bench<B> {
         base: Qwen3Vl<A>,
         load_seconds: f64,
         shape: TrainShape,
+        trace: &Trace,
     ) -> Result<Record, BenchError>
     where
         A: TrainKernels + AutodiffBackend<InnerBackend = B> + Kernels<Device = B::Device>,
@@ -68,6 +79,7 @@ impl<B: Kernels> Bench<B> {
             gradient_accumulation_steps: STEP_SAMPLES.div_ceil(shape.micro_batch),
             packing: shape.packing,
             gradient_checkpointing: shape.recompute,
+            recompute_pointwise: shape.recompute_pointwise,
             seed: SEED,
             ..TrainConfig::default()
         };
@@ -92,80 +104,243 @@ impl<B: Kernels> Bench<B> {
         record.recompute = Some(shape.recompute);
         record.load_seconds = Some(load_seconds);
 
-        let mut requests = Requests::new(&self.config, self.mixed, SEED);
-        let mut window = requests.window(STEP_SAMPLES, shape.micro_batch, shape.packing)?;
-        let mut losses = Vec::new();
-        let mut norms = Vec::new();
-        let mut recompute_flop = Vec::new();
-        let laps = measure(WARM_UP, self.samples(5), |step| {
-            if self.mixed && step > 0 {
-                window = requests.window(STEP_SAMPLES, shape.micro_batch, shape.packing)?;
-            }
-            let input = Window {
-                step,
-                ..window.clone()
-            };
-            if step == WARM_UP + 1 {
-                self.mark_operations();
-            }
-            let start = Instant::now();
-            let (loss, norm) = one_step(
-                &mut trainee,
-                &mut optimizer,
-                input,
-                schedule.lr(step as u64),
-                max_grad_norm,
-            );
-            let _ = B::sync(&self.device);
-            let seconds = start.elapsed().as_secs_f64();
-            losses.push(loss);
-            norms.push(norm);
-            let counted = window_work(self, &lora, &window);
-            recompute_flop.push(counted.recompute_flop);
-            // The language model's weights are read forward, backward, and once more to recompute.
-            let passes = window.micro_batches * if shape.recompute { 3 } else { 2 };
-            Ok::<_, BenchError>(Lap {
-                seconds,
-                stall_seconds: seconds,
-                samples: window.rows.len() as f64,
-                tokens: window.tokens as f64,
-                work: Work {
-                    flop: counted.model_flop,
-                    bytes: train_weight_bytes(&self.config, passes, self.element()),
-                },
+        let run = Run {
+            bench: self,
+            trace: trace.clone(),
+            schedule,
+            max_grad_norm,
+            measured: self.samples(5),
+        };
+        let measured = run.steps(&mut trainee, &mut optimizer, &shape)?;
+        let laps: Vec<Lap> = measured
+            .windows
+            .iter()
+            .zip(&measured.seconds)
+            .map(|(window, seconds)| {
+                let counted = window_work(self, &lora, window);
+                // The language model's weights are read forward, backward, and once more to recompute.
+                let passes = window.micro_batches * if shape.recompute { 3 } else { 2 };
+                Lap {
+                    seconds: *seconds,
+                    stall_seconds: *seconds,
+                    samples: window.rows.len() as f64,
+                    tokens: window.tokens as f64,
+                    work: Work {
+                        flop: counted.model_flop,
+                        bytes: train_weight_bytes(&self.config, passes, self.element()),
+                    },
+                }
             })
-        })?;
-        record.set_laps(&laps);
+            .collect();
+        record.set_laps(&Laps {
+            first_call_seconds: measured.first_seconds,
+            warm_up_calls: WARM_UP,
+            measured: laps,
+        });
         self.note_operations(&mut record);
         self.note_memory(&mut record);
         if shape.recompute {
-            let measured = &recompute_flop[recompute_flop.len() - laps.measured.len()..];
-            record.recompute_flop = Some(measured.iter().sum::<f64>() / measured.len() as f64);
+            let flop = measured
+                .windows
+                .iter()
+                .map(|window| window_work(self, &lora, window).recompute_flop);
+            record.recompute_flop = Some(flop.sum::<f64>() / measured.windows.len() as f64);
         }
-        record.loss_first = losses.first().copied();
-        record.loss_last = losses.last().copied();
-        record.finite = Some(losses.iter().chain(&norms).all(|value| value.is_finite()));
+        let numbers = &measured.numbers;
+        record.loss_first = numbers.first().map(|step| step.objective);
+        record.loss_last = numbers.last().map(|step| step.objective);
+        record.finite =
+            Some((numbers.iter()).all(|step| step.objective.is_finite() && step.norm.is_finite()));
+        record.losses_digest = Some(digest(numbers));
+        [record.memory_first_gib, record.memory_last_gib] = measured.memory;
+        record.data_wait_seconds = Some(measured.data_wait.as_secs_f64());
         Ok(record)
     }
 }
 
-/// Gradients, clipping, optimizer; gives the loss and the gradient's norm.
-fn one_step<A: TrainKernels>(
+/// What the steps of one measurement share.
+struct Run<'a, B: Kernels> {
+    bench: &'a Bench<B>,
+    trace: Trace,
+    schedule: Schedule,
+    max_grad_norm: f64,
+    measured: usize,
+}
+
+/// What came of the steps.
+struct Measured {
+    /// Of the first step, compilation included.
+    first_seconds: f64,
+    /// Of each measured step: from one step's numbers on the host to the next one's.
+    seconds: Vec<f64>,
+    /// Of the measured steps, without their micro-batches' pixels.
+    windows: Vec<Window>,
+    /// Of all steps.
+    numbers: Vec<StepTotals>,
+    /// Behind the first and the last measured step, in GiB.
+    memory: [Option<f64>; 2],
+    /// Spent waiting for windows in the measured steps.
+    data_wait: Duration,
+}
+
+impl<B: Kernels> Run<'_, B> {
+    /// Takes steps as a run does: windows come from a thread, and a step's numbers are waited for once
+    /// the next one is launched. Only the first steps, which are not measured, are waited for at once.
+    fn steps<A>(
+        &self,
+        trainee: &mut Trainee<A>,
+        optimizer: &mut AdamW<A>,
+        shape: &TrainShape,
+    ) -> Result<Measured, BenchError>
+    where
+        A: TrainKernels + AutodiffBackend<InnerBackend = B> + Kernels<Device = B::Device>,
+    {
+        let Bench { config, mixed, .. } = self.bench;
+        let steps = 1 + WARM_UP + self.measured;
+        let mut measured = Measured {
+            first_seconds: 0.0,
+            seconds: Vec::new(),
+            windows: Vec::new(),
+            numbers: Vec::new(),
+            memory: [None; 2],
+            data_wait: Duration::ZERO,
+        };
+        thread::scope(|scope| {
+            let (sender, windows) = sync_channel(2);
+            let trace = self.trace.clone();
+            scope.spawn(move || {
+                let mut requests = Requests::new(config, *mixed, SEED);
+                let mut make = |step: usize| {
+                    trace.span(1, "samples", step, || {
+                        requests.window(STEP_SAMPLES, shape.micro_batch, shape.packing)
+                    })
+                };
+                let first = make(0);
+                for step in 0..steps {
+                    let window = match &first {
+                        Ok(window) if step == 0 || !*mixed => Ok(window.clone()),
+                        _ => make(step),
+                    };
+                    if sender.send(window).is_err() {
+                        return;
+                    }
+                }
+            });
+            let mut clock = Instant::now();
+            let mut pending: Option<StepReading> = None;
+            let mut waited_before = Duration::ZERO;
+            for step in 0..steps {
+                if step == WARM_UP + 1 {
+                    self.bench.mark_operations();
+                    waited_before = self.trace.waited();
+                    clock = Instant::now();
+                }
+                let window = self
+                    .trace
+                    .wait_for_data(step, || windows.recv())
+                    .map_err(|_| BenchError::Size("no window was made".into()))??;
+                if step > WARM_UP {
+                    measured.windows.push(without_pixels(&window));
+                }
+                let window = Window { step, ..window };
+                let learning_rate = self.schedule.lr(step as u64);
+                let reading = self.trace.span(HOST, "launch", step, || {
+                    launch(
+                        trainee,
+                        optimizer,
+                        window,
+                        learning_rate,
+                        self.max_grad_norm,
+                    )
+                });
+                let previous = pending.replace(reading);
+                if step <= WARM_UP {
+                    measured
+                        .numbers
+                        .extend(pending.take().map(StepReading::wait));
+                    let _ = B::sync(&self.bench.device);
+                    if step == 0 {
+                        measured.first_seconds = clock.elapsed().as_secs_f64();
+                    }
+                } else if let Some(previous) = previous {
+                    self.settle(previous, step - 1, &mut clock, &mut measured);
+                }
+            }
+            if let Some(last) = pending {
+                self.settle(last, steps - 1, &mut clock, &mut measured);
+            }
+            measured.data_wait = self.trace.waited() - waited_before;
+            Ok(measured)
+        })
+    }
+
+    /// Waits for a step's numbers.
+    fn settle(
+        &self,
+        reading: StepReading,
+        step: usize,
+        clock: &mut Instant,
+        measured: &mut Measured,
+    ) {
+        let numbers = (self.trace).span(HOST, "wait for the device", step, || reading.wait());
+        measured.numbers.push(numbers);
+        measured.seconds.push(clock.elapsed().as_secs_f64());
+        *clock = Instant::now();
+        let held = B::memory_in_use(&self.bench.device).map(|memory| memory.reserved);
+        let gib = held
+            .or_else(resident_memory)
+            .map(|bytes| bytes as f64 / (1u64 << 30) as f64);
+        if measured.seconds.len() == 1 {
+            measured.memory[0] = gib;
+        }
+        measured.memory[1] = gib;
+    }
+}
+
+/// Hands gradients, clipping and the optimizer to the device; the loss and the gradient's norm follow.
+fn launch<A: TrainKernels>(
     trainee: &mut Trainee<A>,
     optimizer: &mut AdamW<A>,
     window: Window,
     learning_rate: f64,
     max_grad_norm: f64,
-) -> (f64, f64) {
-    let TrainOutput { mut grads, item } = TrainStep::step(trainee, window);
-    let loss = item.objective();
-    let norm = clip_global_norm(trainee, &mut grads, max_grad_norm);
+) -> StepReading {
+    let TrainOutput { grads, item } = TrainStep::step(trainee, window);
+    let clip = clip_on_device(trainee, &grads, max_grad_norm);
+    let reading = item.read_later(clip.clone());
+    optimizer.clip_next(clip);
     *trainee = optimizer.step(learning_rate, trainee.clone(), grads);
-    (loss, norm)
+    reading.expect("a training step's sums are on the device")
+}
+
+/// What is counted of a window.
+fn without_pixels(window: &Window) -> Window {
+    let mut counted = window.clone();
+    for batch in counted.parts.iter_mut().flatten() {
+        batch.images.pixel_values = Vec::new();
+    }
+    counted
+}
+
+/// Tells runs apart whose losses or norms differ in a single bit.
+fn digest(numbers: &[StepTotals]) -> String {
+    let mut hasher = Sha256::new();
+    for step in numbers {
+        hasher.update(step.objective.to_bits().to_le_bytes());
+        hasher.update(step.norm.to_bits().to_le_bytes());
+    }
+    hasher.finalize()[..8]
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
 }
 
 /// The model's work in one window, padding left out.
-fn window_work<B: Kernels>(bench: &Bench<B>, lora: &LoraConfig, window: &Window) -> TrainWork {
+pub(super) fn window_work<B: Kernels>(
+    bench: &Bench<B>,
+    lora: &LoraConfig,
+    window: &Window,
+) -> TrainWork {
     let mut all = TrainWork::default();
     for batch in window.parts.iter().flatten() {
         for (tokens, targets) in samples(batch) {

@@ -5,6 +5,7 @@ pub mod bench_serve;
 pub mod check;
 pub mod clean;
 pub mod convert;
+pub mod doctor;
 pub mod eval;
 pub mod infer;
 mod infer_server;
@@ -13,6 +14,7 @@ pub mod merge;
 pub mod phantoms;
 pub mod plan;
 mod progress;
+pub mod quantize;
 pub mod serve;
 mod tags;
 pub mod train;
@@ -20,6 +22,7 @@ pub mod train;
 use anyhow::{Result, bail};
 
 use crate::{
+    backend::DeviceName,
     cli::{GenerationArgs, ModelArgs},
     generate::{GenerationConfig, SamplingConfig},
     pipeline::PipelineOptions,
@@ -40,11 +43,23 @@ fn shipped(path: &Path) -> PathBuf {
     }
 }
 
+/// The device of a command that works on one.
+fn one_device(devices: &[DeviceName]) -> Result<Option<DeviceName>> {
+    match devices {
+        [] => Ok(None),
+        [device] => Ok(Some(*device)),
+        [..] => bail!(UsageError(
+            "--device names several devices, expected one".into()
+        )),
+    }
+}
+
 fn pipeline_options(args: &ModelArgs, dtype: DType) -> PipelineOptions {
     PipelineOptions {
         model: shipped(&args.model),
         adapter: args.adapter.clone(),
         dtype,
+        quantize: args.quantize,
         min_pixels: args.min_pixels,
         max_pixels: args.max_pixels,
     }

@@ -15,7 +15,7 @@ use clap::Args;
 use tokio::net::TcpListener;
 
 use super::{
-    UsageError, generation_config, pipeline_options,
+    UsageError, generation_config, one_device, pipeline_options,
     progress::{Progress, Unit},
     shipped,
 };
@@ -146,7 +146,8 @@ pub fn run(args: ServeArgs) -> Result<()> {
     let defaults = generation_config(&args.generation)?;
     check(&args)?;
     init_log();
-    let (device, dtype) = (args.model.device, args.model.dtype.map(DType::from));
+    let device = one_device(&args.model.device)?;
+    let dtype = args.model.dtype.map(DType::from);
     run_on(device, dtype, Serve { args, defaults })?
 }
 
@@ -282,7 +283,13 @@ fn random<B: Kernels>(
     config.vision_start_token_id = special.vision_start;
     config.vision_end_token_id = special.vision_end;
     let parts = TextAndImages::load_for(options, config)?;
-    let model = draw::<B>(&parts.config, SEED, options.dtype, &device);
+    let model = draw::<B>(
+        &parts.config,
+        SEED,
+        options.dtype,
+        options.quantize,
+        &device,
+    );
     let _ = B::sync(&device);
     Ok(Pipeline {
         model,

@@ -45,6 +45,7 @@ use crate::{
         config::TrainConfig,
         run::{QuietRenderer, Resume, RunOptions, RunResult, train},
         strategy::{Ending, GenerationScorer, TrainError},
+        trace::Trace,
     },
 };
 
@@ -228,6 +229,7 @@ impl ReplicatedTask for Train {
         let device = devices[0].clone();
         let dashboard = !self.args.no_tui && stdout().is_terminal() && stderr().is_terminal();
         let interrupter = Interrupter::new();
+        let trace = Trace::new(self.args.trace.is_some());
         let renderer: Box<dyn MetricsRenderer> = if dashboard {
             Box::new(TuiMetricsRendererWrapper::new(interrupter.clone(), None))
         } else {
@@ -243,6 +245,7 @@ impl ReplicatedTask for Train {
             renderer: Some(renderer),
             interrupter,
             interrupted: watch_signals()?,
+            trace: trace.clone(),
             tell: Arc::new({
                 let kept = kept.clone();
                 move |line: &str| {
@@ -258,6 +261,7 @@ impl ReplicatedTask for Train {
             }),
         };
         let started = std::time::Instant::now();
+        let trace_file = self.args.trace.take();
         let result: Result<RunResult<B>, TrainError> = train::<Autodiff<B>>(
             options,
             devices,
@@ -276,7 +280,11 @@ impl ReplicatedTask for Train {
         {
             eprintln!("{line}");
         }
+        if let Some(path) = &trace_file {
+            trace.write(path)?;
+        }
         let result = result?;
+        eprintln!("{}", trace.summary());
         if let Some(progress) = progress {
             progress.finish();
         }

@@ -24,7 +24,7 @@ use crate::{
     lora::mix,
     pipeline::TextAndImages,
     qwen3_vl::{ImageInput, Padding, TextInput, rope::PositionError},
-    train::gradients::MicroBatch,
+    train::{gradients::MicroBatch, trace::Trace},
 };
 use packing::fill_rows;
 
@@ -165,6 +165,7 @@ pub struct WindowLoader {
     end: usize,
     workers: usize,
     patience: Option<Duration>,
+    trace: Trace,
     skipped: Arc<AtomicUsize>,
     error: Arc<Mutex<Option<DatasetError>>>,
 }
@@ -187,6 +188,7 @@ impl WindowLoader {
             end,
             workers: workers.max(1),
             patience: None,
+            trace: Trace::default(),
             skipped: Arc::default(),
             error: Arc::default(),
         }
@@ -203,6 +205,13 @@ impl WindowLoader {
     #[must_use]
     pub fn with_patience(mut self, patience: Option<Duration>) -> Self {
         self.patience = patience;
+        self
+    }
+
+    /// Notes in `trace` when each worker makes which window.
+    #[must_use]
+    pub fn with_trace(mut self, trace: Trace) -> Self {
+        self.trace = trace;
         self
     }
 
@@ -374,7 +383,11 @@ impl WindowLoader {
         stop: &AtomicBool,
     ) {
         for step in (self.start + worker..self.end).step_by(self.workers) {
-            if stop.load(Ordering::Relaxed) || sender.send(self.window(step)).is_err() {
+            if stop.load(Ordering::Relaxed) {
+                return;
+            }
+            let window = (self.trace).span(1 + worker, "samples", step, || self.window(step));
+            if sender.send(window).is_err() {
                 return;
             }
         }
@@ -486,6 +499,7 @@ mod tests {
             model: root.join("model/tiny"),
             adapter: None,
             dtype: burn::tensor::DType::F32,
+            quantize: None,
             min_pixels: None,
             max_pixels: None,
         })

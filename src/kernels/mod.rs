@@ -3,19 +3,24 @@
 //! Every backend works with the defaults ([`plain`]). A backend with faster ways overrides methods;
 //! each of its operations is compared with the default it replaces, forward and backward.
 
+mod autodiff;
+mod kept;
 pub mod plain;
 mod spans;
+pub mod upload;
 
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+pub mod cube;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use burn::{
     backend::autodiff::checkpoint::strategy::CheckpointStrategy,
     module::{ModuleMapper, Param},
     prelude::*,
-    tensor::{DType, Distribution, backend::AutodiffBackend},
+    tensor::{DType, Distribution, backend::AutodiffBackend, ops::FloatTensor},
 };
 
 use crate::{
@@ -23,14 +28,18 @@ use crate::{
         SamplingConfig,
         backend::{ServingDecoder, ServingLimits},
     },
+    quant::{self, PackedWeight},
     qwen3_vl::{
-        Qwen3Vl,
+        ImageInput, Qwen3Vl,
         cache::KeyValueCache,
         config::Qwen3VlConfig,
         nn::{gelu_exact, gelu_tanh},
+        vision::{VisionLayout, VisionModel, VisionOutput},
     },
 };
+pub use kept::Kept;
 pub use spans::AttentionSpans;
+use upload::{Fill, Upload, UploadError};
 
 /// Zeroes inputs of an adapter at random; the same seed gives the same mask.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -39,6 +48,25 @@ pub struct Dropout {
     pub probability: f64,
     /// Decides the mask.
     pub seed: u64,
+}
+
+/// What a layer's output goes through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// GELU in the tanh form.
+    GeluTanh,
+    /// GELU with the error function.
+    GeluExact,
+}
+
+impl Activation {
+    /// Of each element; in f32 inside.
+    pub fn of<B: Kernels>(self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        match self {
+            Self::GeluTanh => B::gelu_tanh(x),
+            Self::GeluExact => B::gelu_exact(x),
+        }
+    }
 }
 
 /// One low-rank adapter as an operand: `y += scaling · drop(x) Aᵀ Bᵀ`.
@@ -52,6 +80,17 @@ pub struct LowRank<B: Backend> {
     pub scaling: f64,
     /// Set in training only.
     pub dropout: Option<Dropout>,
+}
+
+/// What a low-rank adapter's backward pass starts from.
+#[derive(Debug, Clone)]
+pub struct LowRankFlow<B: Backend> {
+    /// `drop(x) Aᵀ` of the forward pass, `[tokens, r]`.
+    pub low: Tensor<B, 2>,
+    /// What flows back into the layer's output, `[tokens, out]`.
+    pub dy: Tensor<B, 2>,
+    /// The adapter.
+    pub adapter: LowRank<B>,
 }
 
 /// What flows back through a low-rank adapter.
@@ -92,9 +131,27 @@ pub struct DeviceMemory {
     pub reserved: u64,
 }
 
-/// Adds up a tensor over devices. Every device calls it, each from a thread of its own, with a tensor
-/// of one length; it returns the sum once all have.
-pub type AllReduce<B> = Arc<dyn Fn(Tensor<B, 1>) -> Tensor<B, 1> + Send + Sync>;
+/// Adds up tensors over devices.
+pub trait AllReduce<B: Backend>: Send + Sync {
+    /// The sum of each tensor, on the device of `tensors`. Every device calls it, each from a thread of
+    /// its own, with as many f32 tensors of the same lengths; it returns once all have.
+    ///
+    /// # Errors
+    /// What the driver or the library says; that another device did not come. The devices cannot add
+    /// up any more then.
+    fn sum(&self, tensors: Vec<Tensor<B, 1>>) -> Result<Vec<Tensor<B, 1>>, String>;
+
+    /// Lets devices that wait for others end with an error.
+    fn give_up(&self);
+
+    /// Number of devices.
+    fn len(&self) -> usize;
+
+    /// Whether there is none.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
 
 /// What one AdamW step of one tensor needs besides value and gradient.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -112,6 +169,24 @@ pub struct AdamWStep {
     /// What the value is multiplied with before: one less learning rate times decay.
     pub keep: f64,
 }
+
+/// One parameter in an AdamW step; all `[count]`, f32.
+#[derive(Debug, Clone)]
+pub struct AdamWTensor<B: Backend> {
+    /// The parameter.
+    pub value: Tensor<B, 1>,
+    /// Its gradient.
+    pub gradient: Tensor<B, 1>,
+    /// Running mean of the gradient.
+    pub first: Tensor<B, 1>,
+    /// Running mean of its square.
+    pub second: Tensor<B, 1>,
+    /// The rest; the first three numbers are the same for all parameters.
+    pub step: AdamWStep,
+}
+
+/// Values that are on their way to the host.
+pub type Reading = Box<dyn FnOnce() -> Vec<f32> + Send>;
 
 /// One product whose input gradient is wanted.
 #[derive(Debug, Clone)]
@@ -161,6 +236,13 @@ pub trait Decoder {
 ///
 /// Shape letters: `n` tokens of all sequences, `b` sequences, `h` heads, `d` width of a head.
 pub trait Kernels: Backend {
+    /// `a b` over the last two axes, leading axes alike: `[.., m, k]` and `[.., k, n]` to `[.., m, n]`.
+    ///
+    /// f32 is multiplied in f32: a backend whose own product rounds the operands brings another.
+    fn product<const D: usize>(a: Tensor<Self, D>, b: Tensor<Self, D>) -> Tensor<Self, D> {
+        a.matmul(b)
+    }
+
     /// `x Wᵀ + bias + residual`: `x` `[n, in]`, `weight` `[out, in]`, `residual` `[n, out]`.
     fn dense(
         x: Tensor<Self, 2>,
@@ -171,24 +253,79 @@ pub trait Kernels: Backend {
         plain::linear(x, weight, bias, residual)
     }
 
-    /// `x Wᵀ + s · drop(x) Aᵀ Bᵀ + residual`, and `drop(x) Aᵀ` `[n, r]`, which the backward needs.
-    fn adapted_linear(
+    /// `activation(x Wᵀ + bias)`: as [`Kernels::dense`], then the activation.
+    fn dense_activated(
         x: Tensor<Self, 2>,
         weight: Tensor<Self, 2>,
-        adapter: &LowRank<Self>,
-        residual: Option<Tensor<Self, 2>>,
-    ) -> (Tensor<Self, 2>, Tensor<Self, 2>) {
-        plain::adapted_linear(x, weight, adapter, residual)
+        bias: Option<Tensor<Self, 1>>,
+        activation: Activation,
+    ) -> Tensor<Self, 2> {
+        activation.of(Self::dense(x, weight, bias, None))
     }
 
-    /// Gradients of an adapter's weights; `x`, `low` as in the forward pass, `dy` `[n, out]`.
-    fn adapted_linear_backward(
+    /// Rows `start .. start + count` of a packed matrix as floats, `[count, in]`.
+    fn unpack_rows(
+        weight: &PackedWeight<Self>,
+        start: usize,
+        count: usize,
+        dtype: DType,
+    ) -> Tensor<Self, 2> {
+        weight.rows(start, count).unpack(dtype)
+    }
+
+    /// [`Kernels::dense`] with a packed matrix.
+    fn dense_packed(
         x: Tensor<Self, 2>,
+        weight: &PackedWeight<Self>,
+        bias: Option<Tensor<Self, 1>>,
+        residual: Option<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
+        quant::weight::dense(x, weight, bias, residual)
+    }
+
+    /// [`Kernels::dense_packed`] plus an adapter's share: the matrix stays as it is.
+    fn adapted_packed(
+        x: Tensor<Self, 2>,
+        weight: &PackedWeight<Self>,
+        adapter: &LowRank<Self>,
+        residual: Option<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
+        quant::weight::adapted(x, weight, adapter, residual)
+    }
+
+    /// [`Kernels::logits`] with a packed head.
+    fn logits_packed(hidden: Tensor<Self, 2>, head: &PackedWeight<Self>) -> Tensor<Self, 2> {
+        quant::weight::logits(hidden, head)
+    }
+
+    /// `drop(x) Aᵀ` of adapters that share their input, `[n, r]` each; the backward pass needs them.
+    fn low_rank_inputs(x: Tensor<Self, 2>, adapters: &[&LowRank<Self>]) -> Vec<Tensor<Self, 2>> {
+        adapters
+            .iter()
+            .map(|adapter| plain::low_rank_input(x.clone(), adapter))
+            .collect()
+    }
+
+    /// `x Wᵀ + s · low Bᵀ + residual`, `low` being the adapter's of [`Kernels::low_rank_inputs`].
+    fn adapted_product(
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 2>,
         low: Tensor<Self, 2>,
         adapter: &LowRank<Self>,
-        dy: Tensor<Self, 2>,
-    ) -> LowRankGradients<Self> {
-        plain::adapted_linear_backward(x, low, adapter, dy)
+        residual: Option<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
+        plain::adapted_product(x, weight, low, adapter, residual)
+    }
+
+    /// Gradients of adapters that share the input `x`, which is as in the forward pass.
+    fn low_rank_backward(
+        x: Tensor<Self, 2>,
+        flows: &[LowRankFlow<Self>],
+    ) -> Vec<LowRankGradients<Self>> {
+        flows
+            .iter()
+            .map(|flow| plain::low_rank_backward(x.clone(), flow))
+            .collect()
     }
 
     /// What flows back into the one input of several products, `Σ dy W + drop(dlow A)`, `[n, in]`.
@@ -197,6 +334,15 @@ pub trait Kernels: Backend {
     /// If there is no product.
     fn input_gradient(products: &[BackwardProduct<Self>]) -> Tensor<Self, 2> {
         plain::input_gradient(products)
+    }
+
+    /// What flows back into gate and up where the product's input is [`Kernels::gated`] of them.
+    fn gated_input_gradient(
+        product: BackwardProduct<Self>,
+        gate: Tensor<Self, 2>,
+        up: Tensor<Self, 2>,
+    ) -> [Tensor<Self, 2>; 2] {
+        Self::gated_backward(gate, up, Self::input_gradient(&[product]))
     }
 
     /// What the inputs of an adapter are multiplied with, in the shape of `like`, f32: 0, or
@@ -340,6 +486,29 @@ pub trait Kernels: Backend {
         gelu_exact(x)
     }
 
+    /// Compiles what a request of any length may need, so that none has to wait for it. `on_progress`
+    /// gets kernels done and in all.
+    fn prepare(
+        _config: &Qwen3VlConfig,
+        _dtype: DType,
+        _device: &Self::Device,
+        _on_progress: &mut dyn FnMut(u64, u64),
+    ) {
+    }
+
+    /// The vision tower over some images, for inference; `run` is the tower as it is written.
+    fn vision_tower(
+        _tower: &VisionModel<Self>,
+        _images: &ImageInput,
+        _layout: &VisionLayout<Self>,
+        run: impl Fn() -> VisionOutput<Self>,
+    ) -> VisionOutput<Self> {
+        run()
+    }
+
+    /// Waits until what is made in the background for a model is there: before something is timed.
+    fn settle(_model: &Qwen3Vl<Self>) {}
+
     /// Whether [`Kernels::decoder`] may take over: caches then hold all tokens of a request from the
     /// start, and what no token has been written to is never read.
     const HAS_DECODER: bool = false;
@@ -398,19 +567,28 @@ pub trait Kernels: Backend {
         plain::target_loss(hidden, head, ids, weight)
     }
 
-    /// One step of AdamW: the new value, mean and mean square; all `[count]`, f32.
+    /// One step of AdamW for many parameters: new value, mean and mean square of each.
+    ///
+    /// Gradients are multiplied by the second element of `clip`, which is of [`Kernels::clip_scale`].
     fn adamw(
-        value: Tensor<Self, 1>,
-        gradient: Tensor<Self, 1>,
-        [first, second]: [Tensor<Self, 1>; 2],
-        step: AdamWStep,
-    ) -> [Tensor<Self, 1>; 3] {
-        plain::adamw(value, gradient, [first, second], step)
+        tensors: Vec<AdamWTensor<Self>>,
+        clip: Option<Tensor<Self, 1>>,
+    ) -> Vec<[Tensor<Self, 1>; 3]> {
+        plain::adamw(tensors, clip)
     }
 
-    /// Sums of squares that add up to that of all elements of all tensors; `[any]`, f32.
-    fn square_sums(tensors: Vec<Tensor<Self, 1>>) -> Tensor<Self, 1> {
-        plain::square_sums(tensors)
+    /// The common norm of some tensors, and what they have to be multiplied with for it to be at most
+    /// `max_norm` (1 where that is 0); `[2]`, f32. There is at least one tensor.
+    fn clip_scale(tensors: Vec<Tensor<Self, 1>>, max_norm: f64) -> Tensor<Self, 1> {
+        plain::clip_scale(tensors, max_norm)
+    }
+
+    /// Whether [`Kernels::read_later`] returns before the device has done what was asked of it so far.
+    const READS_LATER: bool = false;
+
+    /// Asks for a few values of the device as they are now; the result waits for them when called.
+    fn read_later(x: Tensor<Self, 1>) -> Reading {
+        Box::new(move || x.into_data().iter::<f32>().collect())
     }
 
     /// The same tensor with its elements one behind another: what is read again and again should not
@@ -425,11 +603,33 @@ pub trait Kernels: Backend {
     }
 
     /// How these devices add up among themselves; `None` where tensors have to be brought together.
+    /// `patience` bounds the wait of a device for the others.
     ///
     /// # Errors
     /// What is missing on a machine whose devices could.
-    fn all_reduce(_devices: &[Self::Device]) -> Result<Option<AllReduce<Self>>, String> {
+    fn all_reduce(
+        _devices: &[Self::Device],
+        _patience: Duration,
+    ) -> Result<Option<Arc<dyn AllReduce<Self>>>, String> {
         Ok(None)
+    }
+
+    /// The same tensor on another device of this process.
+    fn send_to<const D: usize>(x: Tensor<Self, D>, device: &Self::Device) -> Tensor<Self, D> {
+        x.to_device(device)
+    }
+
+    /// New tensors on each of some devices, elements one behind another, from bytes that `fill` writes:
+    /// all pieces of one tensor, then all of the next. What it reads is read once for all devices.
+    ///
+    /// # Errors
+    /// The first of `fill`, or that a device has no room.
+    fn upload<E: From<UploadError>>(
+        devices: &[Self::Device],
+        tensors: &[Upload],
+        fill: Fill<'_, E>,
+    ) -> Result<Vec<Vec<FloatTensor<Self>>>, E> {
+        upload::through_tensor_data::<Self, E>(devices, tensors, fill)
     }
 }
 
@@ -440,8 +640,12 @@ pub trait TrainKernels: AutodiffBackend<InnerBackend: Kernels> + Kernels {}
 
 impl<B: AutodiffBackend<InnerBackend: Kernels> + Kernels> TrainKernels for B {}
 
-/// Autodiff records the defaults.
+/// Autodiff records the defaults, and products of the inner backend's form.
 impl<B: Kernels, C: CheckpointStrategy> Kernels for burn::backend::Autodiff<B, C> {
+    fn product<const D: usize>(a: Tensor<Self, D>, b: Tensor<Self, D>) -> Tensor<Self, D> {
+        autodiff::product(a, b)
+    }
+
     fn compact<const D: usize>(x: Tensor<Self, D>) -> Tensor<Self, D> {
         let trained = x.is_require_grad();
         let compact = Tensor::from_inner(B::compact(x.inner()));
@@ -451,6 +655,35 @@ impl<B: Kernels, C: CheckpointStrategy> Kernels for burn::backend::Autodiff<B, C
             compact
         }
     }
+
+    fn send_to<const D: usize>(x: Tensor<Self, D>, device: &Self::Device) -> Tensor<Self, D> {
+        let trained = x.is_require_grad();
+        let sent = Tensor::from_inner(B::send_to(x.inner(), device));
+        if trained { sent.require_grad() } else { sent }
+    }
+
+    fn upload<E: From<UploadError>>(
+        devices: &[Self::Device],
+        tensors: &[Upload],
+        fill: Fill<'_, E>,
+    ) -> Result<Vec<Vec<FloatTensor<Self>>>, E> {
+        let sent = B::upload(devices, tensors, fill)?;
+        let wrap = |tensors: Vec<_>| tensors.into_iter().map(Self::from_inner).collect();
+        Ok(sent.into_iter().map(wrap).collect())
+    }
+}
+
+/// A module on another device, through [`Kernels::send_to`].
+pub fn send_module<B: Kernels, M: Module<B>>(module: M, device: &B::Device) -> M {
+    struct Send<'a, B: Backend>(&'a B::Device);
+    impl<B: Kernels> ModuleMapper<B> for Send<'_, B> {
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+            let trained = param.is_require_grad();
+            let sent = B::send_to(param.val().detach(), self.0);
+            Param::initialized(param.id, sent.set_require_grad(trained))
+        }
+    }
+    module.map(&mut Send::<B>(device))
 }
 
 /// [`Kernels::compact`] for all parameters of a module.
@@ -466,15 +699,3 @@ pub fn compact<B: Kernels, M: Module<B>>(module: M) -> M {
 
 #[cfg(feature = "flex")]
 impl Kernels for burn_flex::Flex {}
-
-#[cfg(feature = "wgpu")]
-impl Kernels for burn::backend::Vulkan {
-    fn memory_in_use(device: &Self::Device) -> Option<DeviceMemory> {
-        let tensor = Tensor::<Self, 1>::empty([1], device);
-        let usage = tensor.into_primitive().tensor().client.memory_usage();
-        usage.ok().map(|usage| DeviceMemory {
-            in_use: usage.bytes_in_use,
-            reserved: usage.bytes_reserved,
-        })
-    }
-}

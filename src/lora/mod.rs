@@ -14,6 +14,7 @@ use burn::{module::Param, prelude::*};
 
 use crate::{
     kernels::{Dropout, Kernels, LowRank},
+    quant::Weight,
     qwen3_vl::nn::{to_dtype, to_f32},
 };
 
@@ -60,34 +61,36 @@ impl<B: Kernels> Lora<B> {
     pub fn forward(
         &self,
         x: Tensor<B, 2>,
-        weight: Tensor<B, 2>,
+        weight: &Weight<B>,
         residual: Option<Tensor<B, 2>>,
         dropout_seed: Option<u64>,
     ) -> Tensor<B, 2> {
         let adapter = self.low_rank(dropout_seed);
         let Some(magnitude) = &self.lora_magnitude_vector else {
-            return B::adapted_linear(x, weight, &adapter, residual).0;
+            return weight.adapted_linear(x, &adapter, residual);
         };
+        // The rows' norms need the floats in any case.
+        let weight = weight.val();
         let dtype = x.dtype();
         let input = to_f32(x.clone());
         let input = match adapter.dropout {
             Some(dropout) => input.clone() * B::dropout_mask(&input, dropout),
             None => input,
         };
-        let low = input
-            .clone()
-            .matmul(adapter.a.transpose())
-            .matmul(adapter.b.transpose())
-            * self.scaling;
+        let low = B::product(input.clone(), adapter.a.transpose());
+        let low = B::product(low, adapter.b.transpose()) * self.scaling;
         let norm = self.composed_row_norms(weight.clone());
         let scale = (magnitude.val() / norm).unsqueeze();
         let y = if adapter.dropout.is_some() {
             // PEFT drops the base product's input as well once dropout is on.
-            let base = to_f32(to_dtype(input, dtype).matmul(weight.clone().transpose()));
-            let plain = to_f32(x.matmul(weight.transpose()));
+            let base = to_f32(B::product(
+                to_dtype(input, dtype),
+                weight.clone().transpose(),
+            ));
+            let plain = to_f32(B::product(x, weight.transpose()));
             plain + (scale.clone() - 1.0) * base + scale * low
         } else {
-            scale * (to_f32(x.matmul(weight.transpose())) + low)
+            scale * (to_f32(B::product(x, weight.transpose())) + low)
         };
         let y = to_dtype(y, dtype);
         match residual {
@@ -97,7 +100,7 @@ impl<B: Kernels> Lora<B> {
     }
 }
 
-impl<B: Backend> Lora<B> {
+impl<B: Kernels> Lora<B> {
     /// Factor on the low-rank product.
     pub fn scaling(&self) -> f64 {
         self.scaling
@@ -109,14 +112,14 @@ impl<B: Backend> Lora<B> {
         let a = self.lora_a.val().detach();
         let b = self.lora_b.val().detach() * self.scaling;
         let square = (weight.clone() * weight.clone()).sum_dim(1);
-        let cross = (weight.matmul(a.clone().transpose()) * b.clone()).sum_dim(1) * 2.0;
-        let low = (b.clone().matmul(a.clone().matmul(a.transpose())) * b).sum_dim(1);
+        let cross = (B::product(weight, a.clone().transpose()) * b.clone()).sum_dim(1) * 2.0;
+        let low = (B::product(b.clone(), B::product(a.clone(), a.transpose())) * b).sum_dim(1);
         (square + cross + low).clamp_min(0.0).sqrt().squeeze_dim(1)
     }
 
     /// `s · B · A`, `[out, in]`, f32: what merging adds.
     pub fn delta(&self) -> Tensor<B, 2> {
-        self.lora_b.val().matmul(self.lora_a.val()) * self.scaling
+        B::product(self.lora_b.val(), self.lora_a.val()) * self.scaling
     }
 }
 

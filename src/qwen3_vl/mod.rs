@@ -12,7 +12,10 @@ pub mod text;
 pub mod vision;
 pub mod weights;
 
-use crate::kernels::{AttentionSpans, Kernels};
+use crate::{
+    kernels::{AttentionSpans, Kernels},
+    quant::{Quantization, Weight},
+};
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
@@ -49,6 +52,16 @@ impl ImageInput {
         self.image_grid_thw.iter().map(|[t, h, w]| t * h * w).sum()
     }
 
+    /// The values of all patches, rounded to bf16.
+    pub fn half_values(&self) -> Vec<half::bf16> {
+        const PIECE: usize = 1 << 15;
+        let mut half = vec![half::bf16::ZERO; self.pixel_values.len()];
+        half.par_chunks_mut(PIECE)
+            .zip(self.pixel_values.par_chunks(PIECE))
+            .for_each(|(half, values)| half.convert_from_f32_slice(values));
+        half
+    }
+
     /// The patches as a tensor `[patches, patch_dim]` in `dtype`; bf16 is rounded here, so that half
     /// the bytes travel.
     ///
@@ -67,12 +80,8 @@ impl ImageInput {
             "pixel values and grids disagree"
         );
         if dtype == DType::BF16 {
-            let mut half = vec![half::bf16::ZERO; self.pixel_values.len()];
-            const PIECE: usize = 1 << 15;
-            half.par_chunks_mut(PIECE)
-                .zip(self.pixel_values.par_chunks(PIECE))
-                .for_each(|(half, values)| half.convert_from_f32_slice(values));
-            return Tensor::from_data(TensorData::new(half, shape), (device, dtype));
+            let values = TensorData::new(self.half_values(), shape);
+            return Tensor::from_data(values, (device, dtype));
         }
         let values = TensorData::new(self.pixel_values.clone(), shape);
         to_dtype(Tensor::from_data(values, (device, DType::F32)), dtype)
@@ -307,6 +316,13 @@ impl<B: Kernels> Qwen3Vl<B> {
         self.model.language_model.norm.weight.val().dtype()
     }
 
+    /// How the weights are packed, if they are.
+    pub fn quantization(&self) -> Option<Quantization> {
+        let layer = self.model.language_model.layers.first()?;
+        let layers = layer.self_attn.q_proj.weight.packed()?.format();
+        Some(Quantization { layers })
+    }
+
     /// Runs the vision tower over all images of a batch.
     pub fn encode_images(
         &self,
@@ -315,9 +331,12 @@ impl<B: Kernels> Qwen3Vl<B> {
         device: &B::Device,
     ) -> VisionOutput<B> {
         let layout = VisionLayout::shared(&images.image_grid_thw, &config.vision_config, device);
-        let dtype = self.model.visual.dtype();
-        let pixels = images.tensor(config.vision_config.patch_dim(), dtype, device);
-        self.model.visual.forward(pixels, &layout, None)
+        let tower = &self.model.visual;
+        B::vision_tower(tower, images, &layout, || {
+            let patch_dim = config.vision_config.patch_dim();
+            let pixels = images.tensor(patch_dim, tower.dtype(), device);
+            tower.forward(pixels, &layout, None)
+        })
     }
 
     /// Token vectors of a batch, `[n, hidden]`.
@@ -390,16 +409,24 @@ impl<B: Kernels> Qwen3Vl<B> {
     pub fn logits(&self, hidden: Tensor<B, 2>) -> Tensor<B, 2> {
         match &self.lm_head {
             Some(head) if head.lora.is_some() => to_f32(head.forward(hidden, None)),
-            _ => B::logits(hidden, self.head_weight()),
+            _ => match self.head() {
+                Weight::Dense(head) => B::logits(hidden, head.val()),
+                Weight::Packed(head) => B::logits_packed(hidden, head),
+            },
         }
     }
 
-    /// The head's weight, `[vocab, hidden]`: its own or the embedding's.
-    pub fn head_weight(&self) -> Tensor<B, 2> {
+    /// The head's matrix, `[vocab, hidden]`: its own or the embedding's.
+    fn head(&self) -> &Weight<B> {
         match &self.lm_head {
-            Some(head) => head.weight.val(),
-            None => self.model.language_model.embed_tokens.weight.val(),
+            Some(head) => &head.weight,
+            None => &self.model.language_model.embed_tokens.weight,
         }
+    }
+
+    /// The head's weight as floats, `[vocab, hidden]`.
+    pub fn head_weight(&self) -> Tensor<B, 2> {
+        self.head().val()
     }
 
     /// The whole model at once, without a cache: logits of every token, `[n, vocab]`.

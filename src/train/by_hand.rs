@@ -12,7 +12,7 @@ use burn::{
 };
 
 use crate::{
-    kernels::{BackwardProduct, Kernels},
+    kernels::{BackwardProduct, Kernels, LowRank, LowRankFlow},
     qwen3_vl::{
         ImagePlacement, Qwen3Vl,
         nn::{Linear, to_dtype},
@@ -66,52 +66,88 @@ fn trains_adapter_only<B: AutodiffBackend>(linear: &Linear<B>) -> bool {
     !linear.weight.is_require_grad() && !bias_trained && !rescaled
 }
 
-/// A linear layer's forward pass with what its backward pass needs besides the input.
-fn project<B: Kernels>(
-    linear: &Linear<B>,
-    x: Tensor<B, 2>,
-    residual: Option<Tensor<B, 2>>,
+/// The low-rank parts of some linear layers over one input, where they have adapters.
+fn low_parts<B: Kernels, const N: usize>(
+    linears: [&Linear<B>; N],
+    x: &Tensor<B, 2>,
     seed: Option<u64>,
-) -> (Tensor<B, 2>, Option<Tensor<B, 2>>) {
-    let weight = linear.weight.val();
-    let bias = linear.bias.as_ref().map(|bias| bias.val());
-    let Some(lora) = &linear.lora else {
-        return (B::dense(x, weight, bias, residual), None);
-    };
-    let (y, low) = B::adapted_linear(x, weight, &lora.low_rank(seed), residual);
-    let y = match bias {
-        Some(bias) => y + bias.unsqueeze(),
-        None => y,
-    };
-    (y, Some(low))
+) -> [Option<Tensor<B, 2>>; N] {
+    let adapters = linears.map(|linear| adapter(linear, seed));
+    let present: Vec<_> = adapters.iter().flatten().collect();
+    let mut lows = if present.is_empty() {
+        Vec::new()
+    } else {
+        B::low_rank_inputs(x.clone(), &present)
+    }
+    .into_iter();
+    adapters.map(|adapter| adapter.and_then(|_| lows.next()))
 }
 
-/// Registers the gradients of a layer's adapter; what is left to do flows into its input.
-fn project_backward<B: Kernels>(
+fn adapter<B: Kernels>(linear: &Linear<B>, seed: Option<u64>) -> Option<LowRank<B>> {
+    linear.lora.as_ref().map(|lora| lora.low_rank(seed))
+}
+
+/// A linear layer's result; `low` is its part of [`low_parts`].
+fn product<B: Kernels>(
     linear: &Linear<B>,
+    x: Tensor<B, 2>,
+    low: Option<&Tensor<B, 2>>,
+    residual: Option<Tensor<B, 2>>,
+) -> Tensor<B, 2> {
+    let weight = linear.weight.val();
+    let bias = linear.bias.as_ref().map(|bias| bias.val());
+    let (Some(low), Some(adapter)) = (low, adapter(linear, None)) else {
+        return B::dense(x, weight, bias, residual);
+    };
+    let y = B::adapted_product(x, weight, low.clone(), &adapter, residual);
+    match bias {
+        Some(bias) => y + bias.unsqueeze(),
+        None => y,
+    }
+}
+
+/// Registers the gradients of the adapters of some linear layers over one input; what is left to do
+/// flows into that input.
+fn flow_back<B: Kernels, const N: usize>(
+    linears: [&Linear<B>; N],
     x: &Tensor<B, 2>,
-    low: Option<Tensor<B, 2>>,
-    dy: Tensor<B, 2>,
+    lows: [Option<Tensor<B, 2>>; N],
+    dys: [Tensor<B, 2>; N],
     seed: Option<u64>,
     grads: &mut AdapterGradients<B>,
-) -> BackwardProduct<B> {
-    let weight = linear.weight.val();
-    let (Some(lora), Some(low)) = (&linear.lora, low) else {
-        return BackwardProduct {
-            dy,
-            weight,
-            adapter: None,
-        };
-    };
-    let adapter = lora.low_rank(seed);
-    let gradients = B::adapted_linear_backward(x.clone(), low, &adapter, dy.clone());
-    grads.0.push((lora.lora_a.id, gradients.a));
-    grads.0.push((lora.lora_b.id, gradients.b));
-    BackwardProduct {
-        dy,
-        weight,
-        adapter: Some((gradients.low, adapter)),
+) -> Vec<BackwardProduct<B>> {
+    let flows: Vec<LowRankFlow<B>> = (linears.iter().zip(lows).zip(&dys))
+        .filter_map(|((linear, low), dy)| {
+            Some(LowRankFlow {
+                low: low?,
+                dy: dy.clone(),
+                adapter: adapter(linear, seed)?,
+            })
+        })
+        .collect();
+    let mut gradients = if flows.is_empty() {
+        Vec::new()
+    } else {
+        B::low_rank_backward(x.clone(), &flows)
     }
+    .into_iter()
+    .zip(flows);
+    (linears.iter().zip(dys))
+        .map(|(linear, dy)| {
+            let weight = linear.weight.val();
+            let flowed = linear.lora.as_ref().and_then(|lora| {
+                let (gradients, flow) = gradients.next()?;
+                grads.0.push((lora.lora_a.id, gradients.a));
+                grads.0.push((lora.lora_b.id, gradients.b));
+                Some((gradients.low, flow.adapter))
+            });
+            BackwardProduct {
+                dy,
+                weight,
+                adapter: flowed,
+            }
+        })
+        .collect()
 }
 
 /// Gradients of the adapters' weights met so far.
@@ -119,76 +155,133 @@ struct AdapterGradients<B: Backend>(Vec<(ParamId, Tensor<B, 2>)>);
 
 /// What the backward pass of one layer needs of its forward pass; all `[n, …]`.
 struct LayerTape<B: Backend> {
-    /// Into the layer, and behind the first norm.
+    /// Into the layer.
     x: Tensor<B, 2>,
-    normed: Tensor<B, 2>,
     /// Projected heads before their norm, `[n, heads, head_dim]`.
     raw_q: Tensor<B, 3>,
     raw_k: Tensor<B, 3>,
-    /// Rotated, `[b, heads, s, head_dim]`.
-    q: Tensor<B, 4>,
-    k: Tensor<B, 4>,
+    /// `[b, heads, s, head_dim]`.
     v: Tensor<B, 4>,
     attended: Tensor<B, 4>,
     statistics: Option<Tensor<B, 3>>,
-    /// Into the feed-forward half, and behind its norm.
+    /// Into the feed-forward half.
     middle: Tensor<B, 2>,
-    middle_normed: Tensor<B, 2>,
     gate: Tensor<B, 2>,
     up: Tensor<B, 2>,
-    gated: Tensor<B, 2>,
     /// Low-rank parts, in the order of [`linears`].
     low: [Option<Tensor<B, 2>>; 7],
+    /// What is cheap to work out again; `None` where it is.
+    cheap: Option<Cheap<B>>,
 }
 
-fn layer_forward<B: Kernels>(
+/// Results of pointwise operations over a [`LayerTape`]: two fifths of all that could be kept.
+struct Cheap<B: Backend> {
+    /// Behind the first and the second norm.
+    normed: Tensor<B, 2>,
+    middle_normed: Tensor<B, 2>,
+    /// Rotated, `[b, heads, s, head_dim]`.
+    q: Tensor<B, 4>,
+    k: Tensor<B, 4>,
+    gated: Tensor<B, 2>,
+}
+
+impl<B: Kernels> LayerTape<B> {
+    fn take_cheap(&mut self, layer: &DecoderLayer<B>, context: &TextContext<B>) -> Cheap<B> {
+        self.cheap.take().unwrap_or_else(|| {
+            let [q, k] = turned_heads(layer, &self.raw_q, &self.raw_k, context);
+            Cheap {
+                normed: layer.input_layernorm.forward(self.x.clone()),
+                middle_normed: layer.post_attention_layernorm.forward(self.middle.clone()),
+                q,
+                k,
+                gated: B::gated(self.gate.clone(), self.up.clone()),
+            }
+        })
+    }
+}
+
+/// Queries and keys, normalised and rotated: `[b, heads, s, head_dim]`.
+fn turned_heads<B: Kernels>(
+    layer: &DecoderLayer<B>,
+    raw_q: &Tensor<B, 3>,
+    raw_k: &Tensor<B, 3>,
+    context: &TextContext<B>,
+) -> [Tensor<B, 4>; 2] {
+    let attn = &layer.self_attn;
+    [(raw_q, &attn.q_norm), (raw_k, &attn.k_norm)].map(|(raw, norm)| {
+        let turned = context.rope.rotate(raw.clone(), Some(norm.of_heads()));
+        heads_first(turned, context.batch)
+    })
+}
+
+/// A layer's forward pass up to its last product, whose result no backward pass needs.
+fn layer_tape<B: Kernels>(
     layer: &DecoderLayer<B>,
     x: Tensor<B, 2>,
     context: &TextContext<B>,
-) -> (Tensor<B, 2>, LayerTape<B>) {
+) -> LayerTape<B> {
     let attn = &layer.self_attn;
     let seed = context.dropout_seed;
     let normed = layer.input_layernorm.forward(x.clone());
-    let (q, low_q) = project(&attn.q_proj, normed.clone(), None, seed);
-    let (k, low_k) = project(&attn.k_proj, normed.clone(), None, seed);
-    let (v, low_v) = project(&attn.v_proj, normed.clone(), None, seed);
-    let (raw_q, raw_k) = (attn.split_heads(q), attn.split_heads(k));
-    let q = context
-        .rope
-        .rotate(raw_q.clone(), Some(attn.q_norm.of_heads()));
-    let k = context
-        .rope
-        .rotate(raw_k.clone(), Some(attn.k_norm.of_heads()));
-    let [q, k, v] = [q, k, attn.split_heads(v)].map(|x| heads_first(x, context.batch));
+    let inputs = [&attn.q_proj, &attn.k_proj, &attn.v_proj];
+    let [low_q, low_k, low_v] = low_parts(inputs, &normed, seed);
+    let heads = |linear, low: &Option<_>| {
+        attn.split_heads(product(linear, normed.clone(), low.as_ref(), None))
+    };
+    let raw_q = heads(&attn.q_proj, &low_q);
+    let raw_k = heads(&attn.k_proj, &low_k);
+    let v = heads_first(heads(&attn.v_proj, &low_v), context.batch);
+    let [q, k] = turned_heads(layer, &raw_q, &raw_k, context);
     let (attended, statistics) =
         B::span_attention_for_backward(q.clone(), k.clone(), v.clone(), &context.spans);
     let y = tokens_first(attended.clone());
-    let (middle, low_o) = project(&attn.o_proj, y, Some(x.clone()), seed);
+    let [low_o] = low_parts([&attn.o_proj], &y, seed);
+    let middle = product(&attn.o_proj, y, low_o.as_ref(), Some(x.clone()));
 
     let mlp = &layer.mlp;
     let middle_normed = layer.post_attention_layernorm.forward(middle.clone());
-    let (gate, low_gate) = project(&mlp.gate_proj, middle_normed.clone(), None, seed);
-    let (up, low_up) = project(&mlp.up_proj, middle_normed.clone(), None, seed);
+    let [low_gate, low_up] = low_parts([&mlp.gate_proj, &mlp.up_proj], &middle_normed, seed);
+    let wide = |linear, low: &Option<_>| product(linear, middle_normed.clone(), low.as_ref(), None);
+    let gate = wide(&mlp.gate_proj, &low_gate);
+    let up = wide(&mlp.up_proj, &low_up);
     let gated = B::gated(gate.clone(), up.clone());
-    let (y, low_down) = project(&mlp.down_proj, gated.clone(), Some(middle.clone()), seed);
-    let tape = LayerTape {
+    let [low_down] = low_parts([&mlp.down_proj], &gated, seed);
+    LayerTape {
         x,
-        normed,
         raw_q,
         raw_k,
-        q,
-        k,
         v,
         attended,
         statistics,
         middle,
-        middle_normed,
         gate,
         up,
-        gated,
         low: [low_q, low_k, low_v, low_o, low_gate, low_up, low_down],
-    };
-    (y, tape)
+        cheap: Some(Cheap {
+            normed,
+            middle_normed,
+            q,
+            k,
+            gated,
+        }),
+    }
+}
+
+/// A layer's result, `[n, hidden]`.
+fn layer_output<B: Kernels>(
+    layer: &DecoderLayer<B>,
+    tape: &mut LayerTape<B>,
+    context: &TextContext<B>,
+) -> Tensor<B, 2> {
+    let cheap = tape.take_cheap(layer, context);
+    let y = product(
+        &layer.mlp.down_proj,
+        cheap.gated.clone(),
+        tape.low[6].as_ref(),
+        Some(tape.middle.clone()),
+    );
+    tape.cheap = Some(cheap);
+    y
 }
 
 /// `[b, heads, s, head_dim]` → `[n, heads × head_dim]`.
@@ -199,30 +292,27 @@ fn tokens_first<B: Backend>(x: Tensor<B, 4>) -> Tensor<B, 2> {
 
 fn layer_backward<B: Kernels>(
     layer: &DecoderLayer<B>,
-    tape: LayerTape<B>,
+    mut tape: LayerTape<B>,
     context: &TextContext<B>,
     dy: Tensor<B, 2>,
     grads: &mut AdapterGradients<B>,
 ) -> Tensor<B, 2> {
     let (attn, mlp) = (&layer.self_attn, &layer.mlp);
     let seed = context.dropout_seed;
+    let cheap = tape.take_cheap(layer, context);
     let [low_q, low_k, low_v, low_o, low_gate, low_up, low_down] = tape.low;
 
-    let flowing = project_backward(
-        &mlp.down_proj,
-        &tape.gated,
-        low_down,
-        dy.clone(),
+    let down = [&mlp.down_proj];
+    let mut flowing = flow_back(down, &cheap.gated, [low_down], [dy.clone()], seed, grads);
+    let [dgate, dup] = B::gated_input_gradient(flowing.remove(0), tape.gate, tape.up);
+    let flowing = flow_back(
+        [&mlp.gate_proj, &mlp.up_proj],
+        &cheap.middle_normed,
+        [low_gate, low_up],
+        [dgate, dup],
         seed,
         grads,
     );
-    let dgated = B::input_gradient(&[flowing]);
-    let [dgate, dup] = B::gated_backward(tape.gate, tape.up, dgated);
-    let x = &tape.middle_normed;
-    let flowing = [
-        project_backward(&mlp.gate_proj, x, low_gate, dgate, seed, grads),
-        project_backward(&mlp.up_proj, x, low_up, dup, seed, grads),
-    ];
     let norm = &layer.post_attention_layernorm;
     let dmiddle = B::rms_norm_backward(
         tape.middle,
@@ -233,11 +323,12 @@ fn layer_backward<B: Kernels>(
     );
 
     let y = tokens_first(tape.attended.clone());
-    let flowing = project_backward(&attn.o_proj, &y, low_o, dmiddle.clone(), seed, grads);
-    let dattended = attn.split_heads(B::input_gradient(&[flowing]));
+    let out = [&attn.o_proj];
+    let flowing = flow_back(out, &y, [low_o], [dmiddle.clone()], seed, grads);
+    let dattended = attn.split_heads(B::input_gradient(&flowing));
     let [dq, dk, dv] = B::span_attention_backward(
-        tape.q,
-        tape.k,
+        cheap.q,
+        cheap.k,
         tape.v,
         tape.attended,
         tape.statistics,
@@ -254,12 +345,14 @@ fn layer_backward<B: Kernels>(
     let dq = turn_back(tape.raw_q, attn.q_norm.of_heads(), dq);
     let dk = turn_back(tape.raw_k, attn.k_norm.of_heads(), dk);
     let dv = tokens_first(dv);
-    let x = &tape.normed;
-    let flowing = [
-        project_backward(&attn.q_proj, x, low_q, dq, seed, grads),
-        project_backward(&attn.k_proj, x, low_k, dk, seed, grads),
-        project_backward(&attn.v_proj, x, low_v, dv, seed, grads),
-    ];
+    let flowing = flow_back(
+        [&attn.q_proj, &attn.k_proj, &attn.v_proj],
+        &cheap.normed,
+        [low_q, low_k, low_v],
+        [dq, dk, dv],
+        seed,
+        grads,
+    );
     let norm = &layer.input_layernorm;
     B::rms_norm_backward(
         tape.x,
@@ -288,17 +381,27 @@ enum Kept<B: Backend> {
     Tape(Box<LayerTape<B>>),
 }
 
+/// What is kept for the backward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Keep {
+    /// Inputs of the layers: each is run again.
+    Inputs,
+    /// All but what pointwise operations give from the rest.
+    Products,
+    /// All.
+    Everything,
+}
+
 /// Runs the language model forward and backward.
 ///
-/// `features` are the merged and the DeepStack features of the batch's images; layers before
-/// `first_kept` keep their input only.
+/// `features` are the merged and the DeepStack features of the batch's images.
 pub(super) fn text_pass<B: Kernels>(
     model: &Qwen3Vl<B>,
     batch: &MicroBatch,
     features: &[Tensor<B, 2>],
     context: &TextContext<B>,
     weight: f64,
-    first_kept: usize,
+    keep: Keep,
     device: &B::Device,
 ) -> TextPass<B> {
     let text = &model.model.language_model;
@@ -309,13 +412,18 @@ pub(super) fn text_pass<B: Kernels>(
     }
     let mut kept = Vec::with_capacity(text.layers.len());
     for (index, layer) in text.layers.iter().enumerate() {
-        if index < first_kept {
+        // The last layer's backward pass comes next.
+        let last = index + 1 == text.layers.len();
+        if keep == Keep::Inputs && !last {
             kept.push(Kept::Input(x.clone()));
             x = layer.forward(x, context, None);
         } else {
-            let (y, tape) = layer_forward(layer, x, context);
+            let mut tape = layer_tape(layer, x, context);
+            x = layer_output(layer, &mut tape, context);
+            if keep == Keep::Products && !last {
+                tape.cheap = None;
+            }
             kept.push(Kept::Tape(Box::new(tape)));
-            x = y;
         }
         if let (Some(placement), Some(features)) = (&placement, features.get(index + 1)) {
             x = x + placement.spread(features.clone());
@@ -331,7 +439,7 @@ pub(super) fn text_pass<B: Kernels>(
         }
         let tape = match kept {
             Kept::Tape(tape) => *tape,
-            Kept::Input(x) => layer_forward(layer, x, context).1,
+            Kept::Input(x) => layer_tape(layer, x, context),
         };
         gradient = layer_backward(layer, tape, context, gradient, &mut grads);
     }

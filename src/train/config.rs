@@ -120,6 +120,7 @@ pub struct TrainConfig {
     pub adam_epsilon: f64,
     pub max_grad_norm: f64,
     pub gradient_checkpointing: bool,
+    pub recompute_pointwise: bool,
     pub vit_gradient_checkpointing: bool,
 
     pub eval_steps: usize,
@@ -176,6 +177,7 @@ impl Default for TrainConfig {
             adam_epsilon: 1e-8,
             max_grad_norm: 1.0,
             gradient_checkpointing: true,
+            recompute_pointwise: false,
             vit_gradient_checkpointing: true,
             eval_steps: 100,
             eval_generate: 0,
@@ -211,6 +213,7 @@ const FREE_ON_RESUME: &[&str] = &[
     "ddp_timeout",
     "per_device_eval_batch_size",
     "gradient_checkpointing",
+    "recompute_pointwise",
     "vit_gradient_checkpointing",
 ];
 
@@ -495,6 +498,7 @@ impl TrainConfig {
     pub fn gradient_options(&self, dropout_seed: Option<u64>) -> GradientOptions {
         GradientOptions {
             checkpoint_text: self.gradient_checkpointing,
+            recompute_pointwise: self.recompute_pointwise,
             checkpoint_vision: self.vit_gradient_checkpointing,
             dropout_seed,
             by_hand: true,

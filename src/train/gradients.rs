@@ -6,7 +6,7 @@
 //! plain backpropagation, one segment a layer is gradient checkpointing per block. The same is done
 //! for the vision tower where it is trained. Where it is frozen, it never sees autodiff.
 
-use super::by_hand;
+use super::by_hand::{self, Keep};
 use crate::kernels::{Kernels, TrainKernels, plain::target_sums};
 use std::ops::Range;
 
@@ -68,6 +68,9 @@ impl MicroBatch {
 pub struct GradientOptions {
     /// Recompute each layer of the language model.
     pub checkpoint_text: bool,
+    /// Where layers are not recomputed: recompute what pointwise operations give (norms, rotated heads,
+    /// the gate), two fifths of what would be kept.
+    pub recompute_pointwise: bool,
     /// Recompute each block of the vision tower, where it is trained.
     pub checkpoint_vision: bool,
     /// Turns dropout on.
@@ -80,6 +83,7 @@ impl Default for GradientOptions {
     fn default() -> Self {
         Self {
             checkpoint_text: false,
+            recompute_pointwise: false,
             checkpoint_vision: false,
             dropout_seed: None,
             by_hand: true,
@@ -130,6 +134,11 @@ impl<B: Backend> LossSums<B> {
     /// `sums`: negative log likelihood and right predictions, `[2]`, f32.
     pub(super) fn new(sums: Tensor<B, 1>, targets: usize) -> Self {
         Self { sums, targets }
+    }
+
+    /// The sums, `[2]`, f32.
+    pub(super) fn tensor(&self) -> Tensor<B, 1> {
+        self.sums.clone()
     }
 
     /// Reads the sums back; waits for the device.
@@ -209,13 +218,12 @@ pub fn gradients<B: TrainKernels>(
         let context = batch
             .text
             .context::<B::InnerBackend>(config, options.dropout_seed, device);
-        let layers = inner.model.language_model.layers.len();
-        let first_kept = if options.checkpoint_text {
-            layers.saturating_sub(1)
-        } else {
-            0
+        let keep = match (options.checkpoint_text, options.recompute_pointwise) {
+            (true, _) => Keep::Inputs,
+            (false, true) => Keep::Products,
+            (false, false) => Keep::Everything,
         };
-        let pass = by_hand::text_pass(inner, batch, features, &context, weight, first_kept, device);
+        let pass = by_hand::text_pass(inner, batch, features, &context, weight, keep, device);
         total = pass.grads;
         if let Some(vision) = vision.filter(VisionPass::is_trained) {
             let gradients = pass.feature_gradients.into_iter().map(Some).collect();

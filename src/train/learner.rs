@@ -1,6 +1,6 @@
 //! The model as Burn's Learner sees it, and the metrics of its dashboard.
 
-use crate::kernels::{Kernels, TrainKernels};
+use crate::kernels::{Kernels, Reading, TrainKernels};
 use std::sync::Arc;
 
 use burn::{
@@ -71,12 +71,65 @@ impl<B: Kernels> PartSums<B> {
         totals
     }
 
+    /// Asks for the sums and, behind them, for the norm in `clip` (see [`Kernels::clip_scale`]).
+    pub fn read_later(&self, clip: Option<Tensor<B, 1>>) -> StepReading {
+        let values: Vec<_> = (self.0.iter().map(|(sums, _)| sums.tensor()))
+            .chain(clip)
+            .collect();
+        StepReading {
+            reading: (!values.is_empty()).then(|| B::read_later(Tensor::cat(values, 0))),
+            parts: (self.0.iter())
+                .map(|(sums, weight)| (sums.targets, *weight))
+                .collect(),
+        }
+    }
+
     /// This part's share of the loss that is minimised.
     fn objective(&self) -> f64 {
         self.0
             .iter()
             .map(|(sums, weight)| sums.totals().nll * weight)
             .sum()
+    }
+}
+
+/// Loss and gradient norm of a step, on their way to the host.
+pub struct StepReading {
+    reading: Option<Reading>,
+    /// Targets and weight of each micro-batch.
+    parts: Vec<(usize, f64)>,
+}
+
+/// What a step's reading gives.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct StepTotals {
+    /// Sums over the step's targets.
+    pub totals: LossTotals,
+    /// The loss that is minimised.
+    pub objective: f64,
+    /// Norm of the gradient before clipping.
+    pub norm: f64,
+}
+
+impl StepReading {
+    /// Waits for the numbers.
+    pub fn wait(self) -> StepTotals {
+        let values = self.reading.map_or_else(Vec::new, |reading| reading());
+        let (sums, clip) = values.split_at(values.len().min(2 * self.parts.len()));
+        let mut result = StepTotals {
+            norm: clip.first().copied().map_or(0.0, f64::from),
+            ..StepTotals::default()
+        };
+        for (sums, (targets, weight)) in sums.chunks(2).zip(self.parts) {
+            let nll = f64::from(sums[0]);
+            result.totals.add(LossTotals {
+                nll,
+                correct: f64::from(sums[1]),
+                targets,
+            });
+            result.objective += nll * weight;
+        }
+        result
     }
 }
 
@@ -351,6 +404,14 @@ impl<B: Kernels> StepOutput<B> {
         match self {
             Self::Sums(sums) => sums.objective(),
             Self::Numbers(numbers) => numbers.loss,
+        }
+    }
+
+    /// Asks for what is still on the device; `None` where nothing is.
+    pub fn read_later(&self, clip: Option<Tensor<B, 1>>) -> Option<StepReading> {
+        match self {
+            Self::Sums(sums) => Some(sums.read_later(clip)),
+            Self::Numbers(_) => None,
         }
     }
 

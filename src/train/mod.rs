@@ -19,3 +19,4 @@ pub mod run;
 pub mod schedule;
 pub mod strategy;
 pub mod tfevents;
+pub mod trace;

@@ -12,7 +12,7 @@ use burn::{
     tensor::{DType, backend::AutodiffBackend},
 };
 
-use crate::kernels::{AdamWStep, Kernels, TrainKernels};
+use crate::kernels::{AdamWStep, AdamWTensor, Kernels, TrainKernels};
 use crate::qwen3_vl::nn::{to_dtype, to_f32};
 
 /// Settings of [`AdamW`]; the defaults are ms-swift's.
@@ -64,6 +64,7 @@ pub struct AdamWState<B: Backend> {
 pub struct AdamW<B: AutodiffBackend> {
     config: AdamWConfig,
     state: Arc<Mutex<AdamWState<B::InnerBackend>>>,
+    clip: Arc<Mutex<Option<Tensor<B::InnerBackend, 1>>>>,
 }
 
 impl<B: AutodiffBackend> Clone for AdamW<B> {
@@ -71,11 +72,12 @@ impl<B: AutodiffBackend> Clone for AdamW<B> {
         Self {
             config: self.config,
             state: self.state.clone(),
+            clip: self.clip.clone(),
         }
     }
 }
 
-impl<B: AutodiffBackend> AdamW<B> {
+impl<B: TrainKernels> AdamW<B> {
     /// A fresh optimizer.
     pub fn new(config: AdamWConfig) -> Self {
         Self {
@@ -83,7 +85,14 @@ impl<B: AutodiffBackend> AdamW<B> {
             state: Arc::new(Mutex::new(AdamWState {
                 moments: HashMap::new(),
             })),
+            clip: Arc::default(),
         }
+    }
+
+    /// Scales the gradients of the next step by the second element of `clip`, which is of
+    /// [`clip_on_device`].
+    pub fn clip_next(&self, clip: Option<Tensor<B::InnerBackend, 1>>) {
+        *self.clip.lock().unwrap_or_else(|lock| lock.into_inner()) = clip;
     }
 
     /// An optimizer of its own for another device, with the same state.
@@ -92,8 +101,8 @@ impl<B: AutodiffBackend> AdamW<B> {
         let moments = state.moments.iter().map(|(id, old)| {
             let moments = Moments {
                 steps: old.steps,
-                first: old.first.clone().to_device(device),
-                second: old.second.clone().to_device(device),
+                first: B::InnerBackend::send_to(old.first.clone(), device),
+                second: B::InnerBackend::send_to(old.second.clone(), device),
             };
             (*id, moments)
         });
@@ -102,6 +111,7 @@ impl<B: AutodiffBackend> AdamW<B> {
             state: Arc::new(Mutex::new(AdamWState {
                 moments: moments.collect(),
             })),
+            clip: Arc::default(),
         }
     }
 
@@ -115,15 +125,25 @@ impl<M: AutodiffModule<B>, B: TrainKernels> Optimizer<M, B> for AdamW<B> {
     // Checkpoints are written by name (see `checkpoint`), not through Burn's records.
     type Record = ();
 
-    fn step(&mut self, lr: LearningRate, module: M, mut grads: GradientsParams) -> M {
-        let config = self.config;
+    fn step(&mut self, lr: LearningRate, module: M, grads: GradientsParams) -> M {
+        let clip = self
+            .clip
+            .lock()
+            .unwrap_or_else(|lock| lock.into_inner())
+            .take();
         let mut state = self.state();
-        module.map(&mut StepMapper::<B> {
-            config,
+        let mut stepper = Stepper::<B> {
+            config: self.config,
             lr,
+            clip,
             state: &mut state,
-            grads: &mut grads,
-        })
+            grads,
+            waiting: Vec::new(),
+            stepped: HashMap::new(),
+        };
+        module.visit(&mut stepper);
+        stepper.flush();
+        module.map(&mut stepper)
     }
 
     fn step_multi(&mut self, lr: LearningRate, module: M, mut grads: MultiGradientsParams) -> M {
@@ -153,17 +173,56 @@ impl<M: AutodiffModule<B>, B: TrainKernels> Optimizer<M, B> for AdamW<B> {
     }
 }
 
-struct StepMapper<'a, B: AutodiffBackend> {
+/// Steps all parameters that have a gradient, many at a time: a visit gathers them, a map puts the
+/// new values in their places.
+struct Stepper<'a, B: AutodiffBackend> {
     config: AdamWConfig,
     lr: f64,
+    clip: Option<Tensor<B::InnerBackend, 1>>,
     state: &'a mut AdamWState<B::InnerBackend>,
-    grads: &'a mut GradientsParams,
+    grads: GradientsParams,
+    waiting: Vec<Waiting<B::InnerBackend>>,
+    /// New values, flat, in the types of the parameters.
+    stepped: HashMap<ParamId, Tensor<B::InnerBackend, 1>>,
 }
 
-impl<B: TrainKernels> ModuleMapper<B> for StepMapper<'_, B> {
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+struct Waiting<B: Backend> {
+    id: ParamId,
+    dtype: DType,
+    steps: u64,
+    tensor: AdamWTensor<B>,
+}
+
+/// Parameters that are stepped together: bounds what f32 copies of half-type ones take.
+const TOGETHER: usize = 96;
+
+impl<B: TrainKernels> Stepper<'_, B> {
+    fn flush(&mut self) {
+        if self.waiting.is_empty() {
+            return;
+        }
+        let (facts, tensors): (Vec<_>, Vec<_>) = self
+            .waiting
+            .drain(..)
+            .map(|one| ((one.id, one.dtype, one.steps), one.tensor))
+            .unzip();
+        let stepped = B::InnerBackend::adamw(tensors, self.clip.clone());
+        for ((id, dtype, steps), [value, first, second]) in facts.into_iter().zip(stepped) {
+            let moments = Moments {
+                steps,
+                first,
+                second,
+            };
+            self.state.moments.insert(id, moments);
+            self.stepped.insert(id, to_dtype(value, dtype));
+        }
+    }
+}
+
+impl<B: TrainKernels> ModuleVisitor<B> for Stepper<'_, B> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
         let Some(grad) = self.grads.remove::<B::InnerBackend, D>(param.id) else {
-            return param;
+            return;
         };
         let AdamWConfig {
             beta1,
@@ -171,47 +230,86 @@ impl<B: TrainKernels> ModuleMapper<B> for StepMapper<'_, B> {
             epsilon,
             weight_decay,
         } = self.config;
-        let (lr, id) = (self.lr, param.id);
-        let moments = &mut self.state.moments;
-        param.map(|tensor| {
-            let dtype = tensor.dtype();
-            let value = to_f32(tensor.inner());
-            let shape = value.shape();
-            let count = shape.num_elements();
-            let grad = to_f32(grad).reshape([count]);
-            let value = value.reshape([count]);
-            let Moments {
-                steps,
+        let value = param.val().inner();
+        let dtype = value.dtype();
+        let count = value.shape().num_elements();
+        let gradient = to_f32(grad).reshape([count]);
+        let Moments {
+            steps,
+            first,
+            second,
+        } = (self.state.moments.remove(&param.id)).unwrap_or_else(|| Moments {
+            steps: 0,
+            first: gradient.zeros_like(),
+            second: gradient.zeros_like(),
+        });
+        // The bias of the moments is that of the steps they were fed in, not of the run's.
+        let steps = steps + 1;
+        let power = steps.min(i32::MAX as u64) as i32;
+        let decay = if D > 1 { self.lr * weight_decay } else { 0.0 };
+        self.waiting.push(Waiting {
+            id: param.id,
+            dtype,
+            steps,
+            tensor: AdamWTensor {
+                value: to_f32(value).reshape([count]),
+                gradient,
                 first,
                 second,
-            } = moments.remove(&id).unwrap_or_else(|| Moments {
-                steps: 0,
-                first: grad.zeros_like(),
-                second: grad.zeros_like(),
-            });
-            // The bias of the moments is that of the steps they were fed in, not of the run's.
-            let steps = steps + 1;
-            let power = steps.min(i32::MAX as u64) as i32;
-            let step = AdamWStep {
-                beta1,
-                beta2,
-                epsilon,
-                step_size: lr / (1.0 - beta1.powi(power)),
-                second_scale: 1.0 / (1.0 - beta2.powi(power)),
-                keep: if D > 1 { 1.0 - lr * weight_decay } else { 1.0 },
-            };
-            let [value, first, second] = B::InnerBackend::adamw(value, grad, [first, second], step);
-            moments.insert(
-                id,
-                Moments {
-                    steps,
-                    first,
-                    second,
+                step: AdamWStep {
+                    beta1,
+                    beta2,
+                    epsilon,
+                    step_size: self.lr / (1.0 - beta1.powi(power)),
+                    second_scale: 1.0 / (1.0 - beta2.powi(power)),
+                    keep: 1.0 - decay,
                 },
-            );
-            Tensor::from_inner(to_dtype(value.reshape(shape), dtype)).require_grad()
-        })
+            },
+        });
+        if self.waiting.len() == TOGETHER {
+            self.flush();
+        }
     }
+}
+
+impl<B: TrainKernels> ModuleMapper<B> for Stepper<'_, B> {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+        match self.stepped.remove(&param.id) {
+            None => param,
+            Some(value) => {
+                param.map(|old| Tensor::from_inner(value.reshape(old.shape())).require_grad())
+            }
+        }
+    }
+}
+
+/// The common norm of all gradients, and the factor that brings it down to `max_norm` (0 only
+/// measures), on the device; `[2]`, f32. `None` where there is no gradient.
+///
+/// Source: `torch.nn.utils.clip_grad_norm_`.
+pub fn clip_on_device<B: TrainKernels, M: AutodiffModule<B>>(
+    module: &M,
+    grads: &GradientsParams,
+    max_norm: f64,
+) -> Option<Tensor<B::InnerBackend, 1>> {
+    struct Flat<'a, B: Backend> {
+        grads: &'a GradientsParams,
+        flat: Vec<Tensor<B, 1>>,
+    }
+    impl<B: AutodiffBackend> ModuleVisitor<B> for Flat<'_, B::InnerBackend> {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+            if let Some(grad) = self.grads.get::<B::InnerBackend, D>(param.id) {
+                let count = grad.shape().num_elements();
+                self.flat.push(grad.reshape([count]));
+            }
+        }
+    }
+    let mut gathered = Flat::<B::InnerBackend> {
+        grads,
+        flat: Vec::new(),
+    };
+    module.visit(&mut gathered);
+    (!gathered.flat.is_empty()).then(|| B::InnerBackend::clip_scale(gathered.flat, max_norm))
 }
 
 /// Scales all gradients so that their common norm is at most `max_norm`, and gives the norm before.
@@ -224,18 +322,6 @@ pub fn clip_global_norm<B: TrainKernels, M: AutodiffModule<B>>(
     grads: &mut GradientsParams,
     max_norm: f64,
 ) -> f64 {
-    struct Squares<'a, B: Backend> {
-        grads: &'a GradientsParams,
-        flat: Vec<Tensor<B, 1>>,
-    }
-    impl<B: AutodiffBackend> ModuleVisitor<B> for Squares<'_, B::InnerBackend> {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-            if let Some(grad) = self.grads.get::<B::InnerBackend, D>(param.id) {
-                let count = grad.shape().num_elements();
-                self.flat.push(grad.reshape([count]));
-            }
-        }
-    }
     struct Scale<'a> {
         grads: &'a mut GradientsParams,
         factor: f64,
@@ -247,19 +333,12 @@ pub fn clip_global_norm<B: TrainKernels, M: AutodiffModule<B>>(
             }
         }
     }
-    let mut squares = Squares::<B::InnerBackend> {
-        grads,
-        flat: Vec::new(),
-    };
-    module.visit(&mut squares);
-    if squares.flat.is_empty() {
+    let Some(clip) = clip_on_device(module, grads, max_norm) else {
         return 0.0;
-    }
-    let sums = B::InnerBackend::square_sums(squares.flat);
-    debug_assert_eq!(sums.dtype(), DType::F32);
-    let norm = sums.to_data().iter::<f64>().sum::<f64>().sqrt();
-    let factor = max_norm / (norm + 1e-6);
-    if max_norm > 0.0 && factor < 1.0 {
+    };
+    let clip: Vec<f64> = clip.into_data().iter().collect();
+    let (norm, factor) = (clip[0], clip[1]);
+    if factor < 1.0 {
         module.visit(&mut Scale { grads, factor });
     }
     norm

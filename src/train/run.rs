@@ -27,6 +27,7 @@ use super::{
     resume::{RunFacts, find_checkpoint},
     strategy::{Components, Ending, GenerationScorer, LoopState, Tell, TrainError, WindowStrategy},
     tfevents::EventWriter,
+    trace::Trace,
 };
 use crate::{
     dataset::{Dataset, loader::WindowLoader},
@@ -34,7 +35,8 @@ use crate::{
     lora::{
         attach::attach, base::check_base, config::LoraConfig, files::load_adapter_for_training,
     },
-    pipeline::{PipelineOptions, TextAndImages, load_model},
+    pipeline::{PipelineError, PipelineOptions, TextAndImages, load_model},
+    quant::files::of_checkpoint,
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, nn::InitOptions, weights::LoadProgress},
     system::MemoryWatch,
 };
@@ -66,6 +68,8 @@ pub struct RunOptions {
     pub interrupter: Interrupter,
     /// Set by a signal: save and end.
     pub interrupted: Arc<AtomicBool>,
+    /// What the host does when.
+    pub trace: Trace,
     /// Plain progress lines.
     pub tell: Tell,
 }
@@ -204,6 +208,13 @@ pub fn train<B: TrainKernels>(
 ) -> Result<RunResult<B::InnerBackend>, TrainError> {
     options.config.validate()?;
     let config = options.config.clone();
+    if of_checkpoint(&config.model)
+        .map_err(PipelineError::from)?
+        .is_some()
+    {
+        let model = config.model;
+        return Err(TrainError::Quantised { model });
+    }
     let device = devices[0].clone();
     let data = Dataset::open(&config.train_data)?;
     let validation = config.val_data.as_deref().map(Dataset::open).transpose()?;
@@ -217,6 +228,7 @@ pub fn train<B: TrainKernels>(
         model: config.model.clone(),
         adapter: None,
         dtype,
+        quantize: None,
         min_pixels: config.min_pixels,
         max_pixels: config.max_pixels,
     };
@@ -295,6 +307,7 @@ pub fn train<B: TrainKernels>(
         config.dataloader_num_workers,
     )
     .up_to(total_steps)
+    .with_trace(options.trace.clone())
     .with_patience((devices.len() > 1).then(|| config.patience()));
     let valid_loader = validation
         .clone()
@@ -362,6 +375,7 @@ pub fn train<B: TrainKernels>(
         good_steps: state.step.saturating_sub(1),
         memory: MemoryWatch::default(),
         interrupted: options.interrupted,
+        trace: options.trace,
         tell: options.tell,
     }));
     let train_loader = Arc::new(loader.clone());

@@ -17,7 +17,6 @@ use std::{
 
 use burn::{
     data::dataloader::Progress,
-    optim::GradientsParams,
     tensor::backend::AutodiffBackend,
     train::{
         EventProcessorTraining, Learner, LearnerEvent, LearningComponentsMarker,
@@ -29,13 +28,13 @@ use burn::{
 use super::{
     checkpoint::{CheckpointError, TrainerState},
     checkpoint_dir::{CheckpointDir, CheckpointDirError},
-    gradients::LossTotals,
-    learner::{ScheduleStepper, StepNumbers, StepOutput, Trainee},
-    optimizer::{AdamW, clip_global_norm},
+    learner::{ScheduleStepper, StepNumbers, StepOutput, StepReading, StepTotals, Trainee},
+    optimizer::{AdamW, clip_global_norm, clip_on_device},
     ranks::RankError,
     records::{MetricsLog, RecordsError},
     replicas::Replicas,
     tfevents::EventWriter,
+    trace::{HOST, Trace},
 };
 use crate::{
     dataset::{
@@ -84,6 +83,10 @@ pub enum TrainError {
         rows: Vec<usize>,
         checkpoint: String,
     },
+    #[error(
+        "`{}` is quantised: training wants weights in 16 or 32 bits; train on the checkpoint it was made from, the adapter fits both", .model.display()
+    )]
+    Quantised { model: std::path::PathBuf },
     #[error("`{data}` has no sample to validate on; is every sample longer than max_length?")]
     NoTargets { data: String },
     #[error("{0}; `--resume auto` goes on from the last checkpoint")]
@@ -145,6 +148,8 @@ pub struct LoopState<B: AutodiffBackend> {
     pub memory: MemoryWatch,
     /// Set by a signal: save and end.
     pub interrupted: Arc<AtomicBool>,
+    /// What the host did when.
+    pub trace: Trace,
     /// Plain progress lines.
     pub tell: Tell,
 }
@@ -160,11 +165,23 @@ pub enum Ending {
     Interrupted,
 }
 
-/// A window's loss and gradients; the latter stay with the ranks where there are several.
-struct LearntWindow {
-    grads: Option<GradientsParams>,
-    totals: LossTotals,
-    objective: f64,
+/// Loss and gradient norm of a step.
+enum Numbers {
+    Known(StepTotals),
+    /// On their way: the next step is launched before they are waited for.
+    Reading(StepReading),
+}
+
+/// A step whose work has been handed to the device.
+struct Launched {
+    step: usize,
+    epoch: f64,
+    rows: Vec<usize>,
+    samples: usize,
+    tokens: usize,
+    learning_rate: f64,
+    progress: Progress,
+    numbers: Numbers,
 }
 
 /// The strategy; used for one run.
@@ -229,22 +246,22 @@ impl<B: TrainKernels> LoopState<B> {
         if patience > 0 && self.state.validations_without_gain >= patience {
             return Ok(Ending::EarlyStop);
         }
+        let mut replicas = self.replicas(learner)?;
         if std::mem::take(&mut self.state.validation_due) {
-            self.validate_and_save(learner, processor)?;
+            self.validate_and_save(learner, replicas.as_ref(), processor)?;
         }
         let mut windows = loader.iter();
-        let mut replicas = self.replicas(learner)?;
         let mut clock = Instant::now();
-        while let Some(window) = windows.next() {
+        let mut pending: Option<Launched> = None;
+        let trace = self.trace.clone();
+        let mut next_step = self.state.step;
+        while let Some(window) = trace.wait_for_data(next_step, || windows.next()) {
             let step = window.step;
-            let (rows, samples, tokens, epoch) = (
-                window.rows.clone(),
-                window.rows.len(),
-                window.tokens,
-                window.epoch,
-            );
+            next_step = step + 1;
+            let epoch = window.epoch;
             learner.lr_step();
             if window.targets == 0 {
+                self.settle_pending(&mut pending, processor, &mut clock)?;
                 // Every sample of the window was left out: the step is counted, nothing is learnt.
                 self.state.step = step + 1;
                 self.state.epoch = epoch;
@@ -254,77 +271,33 @@ impl<B: TrainKernels> LoopState<B> {
                     self.total_steps
                 ));
                 if step + 1 == self.total_steps {
-                    self.validate_and_save(learner, processor)?;
+                    self.validate_and_save(learner, replicas.as_ref(), processor)?;
                 }
                 continue;
             }
-            let LearntWindow {
-                grads,
-                totals,
-                objective,
-            } = self.learn(learner, replicas.as_mut(), window)?;
-            let good = self.good_steps;
-            let checkpoints = self.checkpoints.clone();
-            let not_finite = |what, value| TrainError::NotFinite {
-                step: step + 1,
-                what,
-                value,
-                rows: rows.iter().map(|row| row + 1).collect(),
-                checkpoint: last_good(&checkpoints, good),
-            };
-            if !objective.is_finite() {
-                return Err(not_finite("the loss", objective));
+            let launched = trace.span(HOST, "launch", step, || {
+                self.launch(learner, replicas.as_mut(), window, windows.progress())
+            })?;
+            if let Some(previous) = pending.replace(launched) {
+                self.settle(previous, processor, &mut clock)?;
             }
-            let model = learner.model();
-            let mut grads = match (grads, replicas.as_mut()) {
-                (None, Some(replicas)) => replicas.reduce(&model)?,
-                (grads, _) => grads.unwrap_or_default(),
-            };
-            let norm = clip_global_norm(&model, &mut grads, self.state.config.max_grad_norm);
-            if !norm.is_finite() {
-                return Err(not_finite("the gradient norm", norm));
-            }
-            drop(model);
-            // The weights as they were before this step.
-            self.good_steps = self.good_steps.max(step);
-            learner.optimizer_step(grads);
-            if let Some(replicas) = replicas.as_mut() {
-                replicas.step(learner.lr_current())?;
-            }
-            self.state.step = step + 1;
-            self.state.epoch = epoch;
-
-            let seconds = clock.elapsed().as_secs_f64();
-            clock = Instant::now();
-            let numbers = StepNumbers {
-                loss: objective,
-                token_acc: totals.token_accuracy(),
-                targets: totals.targets,
-                grad_norm: norm,
-                learning_rate: learner.lr_current(),
-                samples_per_second: samples as f64 / seconds,
-                tokens_per_second: tokens as f64 / seconds,
-                memory_gib: self.memory.peak().map_or(0.0, |peak| peak.gib()),
-            };
-            self.note_step(&numbers)?;
-            processor.process_train(LearnerEvent::ProcessedItem(TrainingItem::new(
-                StepOutput::Numbers(numbers),
-                windows.progress(),
-                Progress::new(
-                    epoch.ceil() as usize,
-                    self.state.config.num_train_epochs.ceil() as usize,
-                ),
-                Some(step + 1),
-                Some(learner.lr_current()),
-            )));
-
             let last = step + 1 == self.total_steps;
             let interrupted = stop() || self.interrupted.load(Ordering::Relaxed);
             let due = |every: usize| every > 0 && (step + 1).is_multiple_of(every);
+            let pause = last || interrupted || due(self.state.config.eval_steps);
+            let known = matches!(&pending, Some(one) if matches!(one.numbers, Numbers::Known(_)));
+            if pause || known || due(self.state.config.save_steps) {
+                self.settle_pending(&mut pending, processor, &mut clock)?;
+            }
             let mut ending = None;
             self.state.validation_due |= due(self.state.config.eval_steps) || last;
+            if let Some(replicas) = &replicas
+                && (self.state.validation_due || interrupted || due(self.state.config.save_steps))
+            {
+                replicas.compare(&learner.model(), step + 1)?;
+            }
             if self.state.validation_due && !interrupted {
-                let improved = self.validate_and_save(learner, processor)?;
+                let improved = self.validate_and_save(learner, replicas.as_ref(), processor)?;
                 if !improved && patience > 0 && self.state.validations_without_gain >= patience {
                     ending = Some(Ending::EarlyStop);
                 }
@@ -342,6 +315,7 @@ impl<B: TrainKernels> LoopState<B> {
                 return Ok(ending);
             }
         }
+        self.settle_pending(&mut pending, processor, &mut clock)?;
         if let Some(error) = self.loader.take_error() {
             // What was learnt up to the bad sample is kept.
             if self.state.step > 0 && !self.checkpoints.path(self.state.step as u64).exists() {
@@ -381,31 +355,45 @@ impl<B: TrainKernels> LoopState<B> {
         Ok(Some(replicas))
     }
 
-    /// Works out a window's loss and gradients on all devices.
-    fn learn(
+    /// Hands one step to the device or devices: gradients, clipping, optimizer.
+    fn launch(
         &mut self,
-        learner: &Learner<Components<B>>,
+        learner: &mut Learner<Components<B>>,
         replicas: Option<&mut Replicas<B>>,
         window: Window,
-    ) -> Result<LearntWindow, TrainError> {
-        let all_targets = window.targets;
-        let learnt = match replicas {
+        progress: Progress,
+    ) -> Result<Launched, TrainError> {
+        let (step, all_targets) = (window.step, window.targets);
+        let mut launched = Launched {
+            step,
+            epoch: window.epoch,
+            rows: window.rows.clone(),
+            samples: window.rows.len(),
+            tokens: window.tokens,
+            learning_rate: learner.lr_current(),
+            progress,
+            numbers: Numbers::Known(StepTotals::default()),
+        };
+        let max_norm = self.state.config.max_grad_norm;
+        match replicas {
             None => {
                 let output = learner.train_step(window);
-                let learnt = LearntWindow {
-                    totals: output.item.totals(),
-                    objective: output.item.objective(),
-                    grads: Some(output.grads),
-                };
+                let clip = clip_on_device(&learner.model(), &output.grads, max_norm);
                 self.memory.look::<B::InnerBackend>(&self.devices[0]);
-                learnt
+                let reading = output.item.read_later(clip.clone());
+                if let Some(reading) = reading {
+                    launched.numbers = if B::InnerBackend::READS_LATER {
+                        Numbers::Reading(reading)
+                    } else {
+                        Numbers::Known(reading.wait())
+                    };
+                }
+                self.check_finite(&launched)?;
+                self.optimizer.clip_next(clip);
+                learner.optimizer_step(output.grads);
             }
             Some(replicas) => {
-                let mut sum = LearntWindow {
-                    grads: None,
-                    totals: LossTotals::default(),
-                    objective: 0.0,
-                };
+                let mut sum = StepTotals::default();
                 let own = B::InnerBackend::memory_in_use(&self.devices[0]);
                 let parts = replicas.learn(&learner.model(), window)?;
                 for (rank, part) in parts.into_iter().enumerate() {
@@ -418,11 +406,103 @@ impl<B: TrainKernels> LoopState<B> {
                         reserved: memory.reserved + own.map_or(0, |own| own.reserved),
                     }));
                 }
-                sum
+                debug_assert_eq!(sum.totals.targets, all_targets);
+                launched.numbers = Numbers::Known(sum);
+                // A loss that is no number goes before an exchange of gradients that are none.
+                self.check_finite(&launched)?;
+                let model = learner.model();
+                let mut grads = replicas.reduce(&model)?;
+                sum.norm = clip_global_norm(&model, &mut grads, max_norm);
+                launched.numbers = Numbers::Known(sum);
+                self.check_finite(&launched)?;
+                drop(model);
+                learner.optimizer_step(grads);
+                replicas.step(learner.lr_current())?;
+            }
+        }
+        Ok(launched)
+    }
+
+    /// Refuses a step whose numbers are known and are none.
+    fn check_finite(&self, launched: &Launched) -> Result<(), TrainError> {
+        let Numbers::Known(known) = &launched.numbers else {
+            return Ok(());
+        };
+        for (what, value) in [
+            ("the loss", known.objective),
+            ("the gradient norm", known.norm),
+        ] {
+            if !value.is_finite() {
+                return Err(TrainError::NotFinite {
+                    step: launched.step + 1,
+                    what,
+                    value,
+                    rows: launched.rows.iter().map(|row| row + 1).collect(),
+                    checkpoint: last_good(&self.checkpoints, self.good_steps),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// [`LoopState::settle`] for the step that is still under way, if one is.
+    fn settle_pending(
+        &mut self,
+        pending: &mut Option<Launched>,
+        processor: &mut SupervisedTrainingEventProcessor<Components<B>>,
+        clock: &mut Instant,
+    ) -> Result<(), TrainError> {
+        match pending.take() {
+            Some(launched) => self.settle(launched, processor, clock),
+            None => Ok(()),
+        }
+    }
+
+    /// Waits for a step's numbers and writes them down.
+    fn settle(
+        &mut self,
+        mut launched: Launched,
+        processor: &mut SupervisedTrainingEventProcessor<Components<B>>,
+        clock: &mut Instant,
+    ) -> Result<(), TrainError> {
+        let step = launched.step;
+        let known = match launched.numbers {
+            Numbers::Known(known) => known,
+            Numbers::Reading(reading) => {
+                (self.trace).span(HOST, "wait for the device", step, || reading.wait())
             }
         };
-        debug_assert_eq!(learnt.totals.targets, all_targets);
-        Ok(learnt)
+        launched.numbers = Numbers::Known(known);
+        self.check_finite(&launched)?;
+        // The weights as they were before this step.
+        self.good_steps = self.good_steps.max(step);
+        self.state.step = step + 1;
+        self.state.epoch = launched.epoch;
+
+        let seconds = clock.elapsed().as_secs_f64();
+        *clock = Instant::now();
+        let numbers = StepNumbers {
+            loss: known.objective,
+            token_acc: known.totals.token_accuracy(),
+            targets: known.totals.targets,
+            grad_norm: known.norm,
+            learning_rate: launched.learning_rate,
+            samples_per_second: launched.samples as f64 / seconds,
+            tokens_per_second: launched.tokens as f64 / seconds,
+            memory_gib: self.memory.peak().map_or(0.0, |peak| peak.gib()),
+        };
+        self.note_step(&numbers)?;
+        processor.process_train(LearnerEvent::ProcessedItem(TrainingItem::new(
+            StepOutput::Numbers(numbers),
+            launched.progress,
+            Progress::new(
+                launched.epoch.ceil() as usize,
+                self.state.config.num_train_epochs.ceil() as usize,
+            ),
+            Some(step + 1),
+            Some(launched.learning_rate),
+        )));
+        Ok(())
     }
 }
 

@@ -17,10 +17,14 @@ __device__ __forceinline__ u32 mask_bits(u32 pair, const Mask& mask) {
     return x ^ (x >> 16);
 }
 
+// Whether the left and the right of two columns stay, by their half of the bits.
+__device__ __forceinline__ bool keeps_low(u32 bits, const Mask& mask) { return bits << 16 >= mask.threshold << 16; }
+__device__ __forceinline__ bool keeps_high(u32 bits, const Mask& mask) { return bits >= mask.threshold << 16; }
+
 // Zeroes or keeps two bf16 values that share a register; the scale is applied elsewhere.
 __device__ __forceinline__ u32 drop_pair(u32 packed, u32 pair, const Mask& mask) {
     const u32 bits = mask_bits(pair, mask);
-    const u32 keep_low = (bits & 0xffffu) >= mask.threshold ? 0x0000ffffu : 0u;
-    const u32 keep_high = (bits >> 16) >= mask.threshold ? 0xffff0000u : 0u;
-    return packed & (keep_low | keep_high);
+    if (!keeps_low(bits, mask)) packed &= 0xffff0000u;
+    if (!keeps_high(bits, mask)) packed &= 0x0000ffffu;
+    return packed;
 }

@@ -2,15 +2,22 @@
 // their large operand once. bf16 operands, f32 sums. RANK is a multiple of 8.
 //
 // Configuration: RANK, ADAPTERS (how many adapters share the input), DROPOUT, and one of
-// LOW_RANK_DOWN, LOW_RANK_OUTER, LOW_RANK_SPREAD, SCALE_CAST, MASK_FILL. Limit: memory.
+// LOW_RANK_DOWN, LOW_RANK_FLOW, LOW_RANK_OUTER, LOW_RANK_SPREAD, SUM_FLOW, SUM_OUTER, SCALE_CAST,
+// MASK_FILL. Limit: memory; with three masks to draw, arithmetic.
+//
+// The large operand goes straight from memory into registers: a lane reads 16 bytes, eight columns
+// of one row; a warp eight rows of 32 columns. Each of the four registers then is, over the warp, an
+// 8 x 8 matrix of a product whose columns are permuted: its column 2q + e is column 8q + 2i + e of
+// the 32 in register i. Where the product sums over rows, that matrix is turned in registers.
 
 struct Parameters {
     u64 rows, width;
-    u64 chunk;   // rows of one block's share, LOW_RANK_OUTER and LOW_RANK_SPREAD
+    u64 chunk;   // rows of one block's share; SUM_FLOW, SUM_OUTER: number of parts
     u64 scale;   // f32 bits
     u64 seeds[3];
     u64 threshold;
     u64 keep_scale;  // f32 bits
+    u64 low_parts;   // SUM_FLOW: number of parts of `low`
 };
 
 __device__ __forceinline__ Mask mask_of(const Parameters& p, int adapter) {
@@ -29,56 +36,60 @@ __device__ __forceinline__ void mma_16x8x16(float (&c)[4], u32 a0, u32 a1, u32 a
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+__device__ __forceinline__ void mma_16x8x8(float (&c)[4], u32 a0, u32 a1, u32 b0) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(b0));
+}
+
+// The 8 x 8 matrix that a register holds over a warp, rows for columns.
+__device__ __forceinline__ u32 turned(u32 matrix) {
+    u32 out;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(matrix));
+    return out;
+}
+
+__device__ __forceinline__ u32 word(const uint4& vector, int at) {
+    return at == 0 ? vector.x : at == 1 ? vector.y : at == 2 ? vector.z : vector.w;
+}
+
+#define TILES (RANK / 8)
+
+// Parameters of as many adapters as share a launch.
+#if ADAPTERS == 1
+#define EACH_ADAPTER(type, name) type name##0
+#define LIST(name) {name##0}
+#elif ADAPTERS == 2
+#define EACH_ADAPTER(type, name) type name##0, type name##1
+#define LIST(name) {name##0, name##1}
+#else
+#define EACH_ADAPTER(type, name) type name##0, type name##1, type name##2
+#define LIST(name) {name##0, name##1, name##2}
+#endif
+
 #if LOW_RANK_DOWN
 // low_i = drop_i(x) A_i^T * scale: x [rows, width] bf16, A_i [RANK, width] f32, low_i [rows, RANK] bf16.
 //
-// A block owns 32 rows; its 8 warps take turns at 32 columns. The k order inside 32 columns is
-// permuted alike for both operands, so that a lane's 16 consecutive bytes feed two products.
-// Registers: 2 row tiles x ADAPTERS x RANK / 8 accumulators; shared memory: their sums over warps.
-#define TILES (RANK / 8)
-extern "C" __global__ void __launch_bounds__(256)
-ENTRY(const u16* x, const float* a0
-#if ADAPTERS > 1
-      , const float* a1
-#endif
-#if ADAPTERS > 2
-      , const float* a2
-#endif
-      , u16* low0
-#if ADAPTERS > 1
-      , u16* low1
-#endif
-#if ADAPTERS > 2
-      , u16* low2
-#endif
-      , const __grid_constant__ Parameters p) {
-    const float* a[3] = {a0
-#if ADAPTERS > 1
-                         , a1
-#endif
-#if ADAPTERS > 2
-                         , a2
-#endif
-    };
-    u16* low[3] = {low0
-#if ADAPTERS > 1
-                   , low1
-#endif
-#if ADAPTERS > 2
-                   , low2
-#endif
-    };
-    __shared__ float sums[32][ADAPTERS * RANK];
+// A block owns 16 x ROW_TILES rows; its 16 warps take turns at 32 columns. The k order inside 32
+// columns is permuted alike for both operands, so that a lane's 16 bytes feed two products.
+// Registers: ROW_TILES x ADAPTERS x RANK / 8 accumulators; shared memory: their sums over warps.
+#define ROWS (16 * ROW_TILES)
+extern "C" __global__ void __launch_bounds__(512)
+ENTRY(const u16* x, EACH_ADAPTER(const float*, a), EACH_ADAPTER(u16*, low), const __grid_constant__ Parameters p) {
+    const float* a[ADAPTERS] = LIST(a);
+    u16* low[ADAPTERS] = LIST(low);
+    __shared__ float sums[ROWS][ADAPTERS * RANK];
     const int rows = (int)p.rows, width = (int)p.width;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int lane_row = lane >> 2, lane_column = (lane & 3) * 8;
-    const int first_row = blockIdx.x * 32;
-    for (int i = threadIdx.x; i < 32 * ADAPTERS * RANK; i += 256) (&sums[0][0])[i] = 0.f;
+    const int first_row = blockIdx.x * ROWS;
+    for (int i = threadIdx.x; i < ROWS * ADAPTERS * RANK; i += 512) (&sums[0][0])[i] = 0.f;
     __syncthreads();
 
-    float acc[2][ADAPTERS][TILES][4];
+    float acc[ROW_TILES][ADAPTERS][TILES][4];
 #pragma unroll
-    for (int m = 0; m < 2; m++)
+    for (int m = 0; m < ROW_TILES; m++)
 #pragma unroll
         for (int i = 0; i < ADAPTERS; i++)
 #pragma unroll
@@ -86,10 +97,10 @@ ENTRY(const u16* x, const float* a0
 #pragma unroll
                 for (int e = 0; e < 4; e++) acc[m][i][t][e] = 0.f;
 
-    for (int k = warp * 32 + lane_column; k < width; k += 256) {
-        uint4 input[2][2];
+    for (int k = warp * 32 + lane_column; k < width; k += 512) {
+        uint4 input[ROW_TILES][2];
 #pragma unroll
-        for (int m = 0; m < 2; m++)
+        for (int m = 0; m < ROW_TILES; m++)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 const int row = min(first_row + m * 16 + h * 8 + lane_row, rows - 1);
@@ -97,9 +108,9 @@ ENTRY(const u16* x, const float* a0
             }
 #pragma unroll
         for (int i = 0; i < ADAPTERS; i++) {
-            uint4 masked[2][2];
+            uint4 masked[ROW_TILES][2];
 #pragma unroll
-            for (int m = 0; m < 2; m++)
+            for (int m = 0; m < ROW_TILES; m++)
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
                     masked[m][h] = input[m][h];
@@ -119,7 +130,7 @@ ENTRY(const u16* x, const float* a0
                 const u32 b0 = pack_bf16(left.x, left.y), b1 = pack_bf16(left.z, left.w);
                 const u32 b2 = pack_bf16(right.x, right.y), b3 = pack_bf16(right.z, right.w);
 #pragma unroll
-                for (int m = 0; m < 2; m++) {
+                for (int m = 0; m < ROW_TILES; m++) {
                     mma_16x8x16(acc[m][i][t], masked[m][0].x, masked[m][1].x, masked[m][0].y, masked[m][1].y, b0, b1);
                     mma_16x8x16(acc[m][i][t], masked[m][0].z, masked[m][1].z, masked[m][0].w, masked[m][1].w, b2, b3);
                 }
@@ -127,10 +138,10 @@ ENTRY(const u16* x, const float* a0
         }
     }
     // Warps add their shares one after another: the order of the sum is fixed.
-    for (int turn = 0; turn < 8; turn++) {
+    for (int turn = 0; turn < 16; turn++) {
         if (warp == turn) {
 #pragma unroll
-            for (int m = 0; m < 2; m++)
+            for (int m = 0; m < ROW_TILES; m++)
 #pragma unroll
                 for (int i = 0; i < ADAPTERS; i++)
 #pragma unroll
@@ -145,7 +156,7 @@ ENTRY(const u16* x, const float* a0
 #if DROPOUT
     scale *= __uint_as_float((u32)p.keep_scale);
 #endif
-    for (int i = threadIdx.x; i < 32 * ADAPTERS * RANK / 2; i += 256) {
+    for (int i = threadIdx.x; i < ROWS * ADAPTERS * RANK / 2; i += 512) {
         const int row = i / (ADAPTERS * RANK / 2), column = i % (ADAPTERS * RANK / 2) * 2;
         if (first_row + row >= rows) continue;
         const u32 packed = pack_bf16(sums[row][column] * scale, sums[row][column + 1] * scale);
@@ -154,159 +165,388 @@ ENTRY(const u16* x, const float* a0
 }
 #endif
 
-#if LOW_RANK_OUTER
-// part[chunk, RANK, width] = sum over the chunk's rows of low[row, :]^T drop(x)[row, :].
-//
-// A thread owns two columns and RANK x 2 sums; rows of `low` are broadcast from shared memory.
-// The parts are added up by SUM_PARTS, in order.
-#define ROWS_AT_ONCE 32
+#if LOW_RANK_FLOW || LOW_RANK_OUTER || LOW_RANK_SPREAD
+// A warp's columns: COLUMN_TILES times 32. A block has four warps side by side.
+#define WARP_COLUMNS (32 * COLUMN_TILES)
+
+// Two sets of eight rows of the warp's columns; what lies outside is zero.
+__device__ __forceinline__ void load_rows(const u16* x, int row, int end, int column, int width,
+                                          uint4 (&into)[COLUMN_TILES][2]) {
+#pragma unroll
+    for (int c = 0; c < COLUMN_TILES; c++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const bool inside = row + h * 8 < end && column + c * 32 < width;
+            into[c][h] = inside ? *(const uint4*)(x + (u64)(row + h * 8) * width + column + c * 32)
+                                : make_uint4(0, 0, 0, 0);
+        }
+}
+
+// Two columns of eight rows of `low` [rows, RANK], from which a product takes one k step.
+__device__ __forceinline__ u32 low_pair(const u16* low, int row, int end, int column) {
+    return *(const u32*)(low + (u64)min(row, end - 1) * RANK + column);
+}
+#endif
+
+#if LOW_RANK_FLOW
+// What flows back through one adapter, dy [rows, width] read once:
+//   low_part[block column, row, :] = dy[row, columns] (scale B)[columns, :],
+//   b_part[chunk, column, :] = scale * sum over the chunk's rows of dy[row, column] low[row, :],
+// B [width, RANK] f32, low [rows, RANK] bf16, both parts f32. SUM_FLOW adds the parts up, in order.
+#define ROW_STEPS (TILES >= 4 ? 1 : 4 / TILES)
 extern "C" __global__ void __launch_bounds__(128)
-ENTRY(const u16* low, const u16* x, float* part, const __grid_constant__ Parameters p) {
-    __shared__ float staged[ROWS_AT_ONCE][RANK];
+ENTRY(const u16* dy, const u16* low, const float* b, float* low_part, float* b_part,
+      const __grid_constant__ Parameters p) {
+    __shared__ float staged[4][ROW_STEPS * 16][RANK];
     const int rows = (int)p.rows, width = (int)p.width;
-    const int column = (blockIdx.x * 128 + threadIdx.x) * 2;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int lane_row = lane >> 2, quad = lane & 3;
+    const int column = (blockIdx.x * 4 + warp) * WARP_COLUMNS + quad * 8;
     const int first = blockIdx.y * (int)p.chunk, end = min(first + (int)p.chunk, rows);
-    float acc[RANK][2];
+    const float scale = __uint_as_float((u32)p.scale);
+
+    u32 factor[COLUMN_TILES][TILES][4];
+    float acc[COLUMN_TILES][2][TILES][4];
 #pragma unroll
-    for (int r = 0; r < RANK; r++) acc[r][0] = acc[r][1] = 0.f;
-#if DROPOUT
-    const Mask mask = mask_of(p, 0);
-#endif
-    for (int base = first; base < end; base += ROWS_AT_ONCE) {
-        const int count = min(ROWS_AT_ONCE, end - base);
-        __syncthreads();
-        for (int i = threadIdx.x; i < count * RANK; i += 128)
-            (&staged[0][0])[i] = bf16_to_float(low[(u64)base * RANK + i]);
-        __syncthreads();
-        if (column >= width) continue;
-#pragma unroll 8
-        for (int i = 0; i < count; i++) {
-            u32 packed = *(const u32*)(x + (u64)(base + i) * width + column);
-#if DROPOUT
-            packed = drop_pair(packed, ((u32)(base + i) * (u32)width + column) >> 1, mask);
-#endif
-            const float left = low_half(packed), right = high_half(packed);
+    for (int c = 0; c < COLUMN_TILES; c++)
 #pragma unroll
-            for (int r = 0; r < RANK; r++) {
-                acc[r][0] += staged[i][r] * left;
-                acc[r][1] += staged[i][r] * right;
+        for (int t = 0; t < TILES; t++) {
+            const bool inside = column + c * 32 < width;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float* from = b + (u64)(column + c * 32 + 2 * i) * RANK + t * 8 + lane_row;
+                factor[c][t][i] = inside ? pack_bf16(from[0] * scale, from[RANK] * scale) : 0u;
+                acc[c][0][t][i] = acc[c][1][t][i] = 0.f;
             }
         }
-    }
-    if (column >= width) return;
-    float scale = __uint_as_float((u32)p.scale);
-#if DROPOUT
-    scale *= mask.scale;
-#endif
+
+    uint4 next[COLUMN_TILES][2];
+    load_rows(dy, first + lane_row, end, column, width, next);
+    for (int base = first; base < end; base += 16 * ROW_STEPS) {
 #pragma unroll
-    for (int r = 0; r < RANK; r++) {
-        float2 pair = make_float2(acc[r][0] * scale, acc[r][1] * scale);
-        *(float2*)(part + ((u64)blockIdx.y * RANK + r) * width + column) = pair;
+        for (int step = 0; step < ROW_STEPS; step++) {
+            const int row = base + step * 16;
+            uint4 now[COLUMN_TILES][2];
+#pragma unroll
+            for (int c = 0; c < COLUMN_TILES; c++) {
+                now[c][0] = next[c][0];
+                now[c][1] = next[c][1];
+            }
+            load_rows(dy, row + 16 + lane_row, end, column, width, next);
+            float flowing[TILES][4];
+#pragma unroll
+            for (int t = 0; t < TILES; t++) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) flowing[t][e] = 0.f;
+                const u32 top = turned(low_pair(low, row + lane_row, rows, t * 8 + quad * 2));
+                const u32 bottom = turned(low_pair(low, row + 8 + lane_row, rows, t * 8 + quad * 2));
+#pragma unroll
+                for (int c = 0; c < COLUMN_TILES; c++) {
+                    const uint4 upper = now[c][0], lower = now[c][1];
+                    mma_16x8x16(flowing[t], upper.x, lower.x, upper.y, lower.y, factor[c][t][0], factor[c][t][1]);
+                    mma_16x8x16(flowing[t], upper.z, lower.z, upper.w, lower.w, factor[c][t][2], factor[c][t][3]);
+                    mma_16x8x16(acc[c][0][t], turned(upper.x), turned(upper.y), turned(lower.x), turned(lower.y), top, bottom);
+                    mma_16x8x16(acc[c][1][t], turned(upper.z), turned(upper.w), turned(lower.z), turned(lower.w), top, bottom);
+                }
+                float* to = &staged[warp][step * 16 + lane_row][t * 8 + quad * 2];
+                *(float2*)to = make_float2(flowing[t][0], flowing[t][1]);
+                *(float2*)(to + 8 * RANK) = make_float2(flowing[t][2], flowing[t][3]);
+            }
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < ROW_STEPS * 16 * RANK; i += 128) {
+            const int row = base + i / RANK;
+            float sum = 0.f;
+#pragma unroll
+            for (int w = 0; w < 4; w++) sum += (&staged[w][0][0])[i];
+            if (row < end) low_part[((u64)blockIdx.x * rows + row) * RANK + i % RANK] = sum;
+        }
+        __syncthreads();
+    }
+    // Rows of a product's result are columns of dy, in the order the registers gave them.
+    const int own = column - quad * 8 + (lane_row >> 1) * 8 + (lane_row & 1);
+#pragma unroll
+    for (int c = 0; c < COLUMN_TILES; c++) {
+        if (column + c * 32 >= width) continue;
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+#pragma unroll
+            for (int t = 0; t < TILES; t++) {
+                const float* sum = acc[c][half][t];
+                float* to = b_part + ((u64)blockIdx.y * width + own + c * 32 + half * 4) * RANK + t * 8 + quad * 2;
+                *(float2*)to = make_float2(sum[0] * scale, sum[1] * scale);
+                *(float2*)(to + 2 * RANK) = make_float2(sum[2] * scale, sum[3] * scale);
+            }
     }
 }
 #endif
 
-#if SUM_PARTS
-// out = sum of `chunk` parts of [RANK, width]; written as it is, or transposed to [width, RANK].
-extern "C" __global__ void __launch_bounds__(256)
-ENTRY(const float* part, float* out, const __grid_constant__ Parameters p) {
-    const u64 count = RANK * p.width;
-    const u64 at = (u64)blockIdx.x * 256 + threadIdx.x;
-    if (at >= count) return;
-    float sum = 0.f;
-    for (u64 i = 0; i < p.chunk; i++) sum += part[i * count + at];
-    const u64 row = at / p.width, column = at % p.width;
-    out[TRANSPOSED ? column * RANK + row : at] = sum;
+#if LOW_RANK_OUTER
+// part[chunk, adapter, column, :] = sum over the chunk's rows of drop_i(x)[row, column] low_i[row, :],
+// x [rows, width] bf16 read once for all adapters, low_i [rows, RANK] bf16. SUM_OUTER adds the parts
+// up, in order.
+extern "C" __global__ void __launch_bounds__(128)
+ENTRY(const u16* x, EACH_ADAPTER(const u16*, low), float* part, const __grid_constant__ Parameters p) {
+    const u16* low[ADAPTERS] = LIST(low);
+    const int rows = (int)p.rows, width = (int)p.width;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int lane_row = lane >> 2, quad = lane & 3;
+    const int column = (blockIdx.x * 4 + warp) * WARP_COLUMNS + quad * 8;
+    const int first = blockIdx.y * (int)p.chunk, end = min(first + (int)p.chunk, rows);
+
+    float acc[ADAPTERS][COLUMN_TILES][2][TILES][4];
+#pragma unroll
+    for (int i = 0; i < ADAPTERS; i++)
+#pragma unroll
+        for (int c = 0; c < COLUMN_TILES; c++)
+#pragma unroll
+            for (int t = 0; t < TILES; t++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) acc[i][c][0][t][e] = acc[i][c][1][t][e] = 0.f;
+
+    uint4 next[COLUMN_TILES][2];
+    load_rows(x, first + lane_row, end, column, width, next);
+    for (int row = first; row < end; row += 16) {
+        uint4 now[COLUMN_TILES][2];
+#pragma unroll
+        for (int c = 0; c < COLUMN_TILES; c++) {
+            now[c][0] = next[c][0];
+            now[c][1] = next[c][1];
+        }
+        load_rows(x, row + 16 + lane_row, end, column, width, next);
+#if !DROPOUT
+        u32 matrix[COLUMN_TILES][2][4];
+#pragma unroll
+        for (int c = 0; c < COLUMN_TILES; c++)
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+#pragma unroll
+                for (int w = 0; w < 4; w++) matrix[c][h][w] = turned(word(now[c][h], w));
+#endif
+#pragma unroll
+        for (int i = 0; i < ADAPTERS; i++) {
+#if DROPOUT
+            const Mask mask = mask_of(p, i);
+            u32 matrix[COLUMN_TILES][2][4];
+#pragma unroll
+            for (int c = 0; c < COLUMN_TILES; c++)
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    const u32 pair = ((u32)(row + h * 8 + lane_row) * (u32)width + column + c * 32) >> 1;
+#pragma unroll
+                    for (int w = 0; w < 4; w++) matrix[c][h][w] = turned(drop_pair(word(now[c][h], w), pair + w, mask));
+                }
+#endif
+#pragma unroll
+            for (int t = 0; t < TILES; t++) {
+                const u32 top = turned(low_pair(low[i], row + lane_row, rows, t * 8 + quad * 2));
+                const u32 bottom = turned(low_pair(low[i], row + 8 + lane_row, rows, t * 8 + quad * 2));
+#pragma unroll
+                for (int c = 0; c < COLUMN_TILES; c++) {
+                    const auto& m = matrix[c];
+                    mma_16x8x16(acc[i][c][0][t], m[0][0], m[0][1], m[1][0], m[1][1], top, bottom);
+                    mma_16x8x16(acc[i][c][1][t], m[0][2], m[0][3], m[1][2], m[1][3], top, bottom);
+                }
+            }
+        }
+    }
+    float scale = __uint_as_float((u32)p.scale);
+#if DROPOUT
+    scale *= __uint_as_float((u32)p.keep_scale);
+#endif
+    const int own = column - quad * 8 + (lane_row >> 1) * 8 + (lane_row & 1);
+#pragma unroll
+    for (int i = 0; i < ADAPTERS; i++)
+#pragma unroll
+        for (int c = 0; c < COLUMN_TILES; c++) {
+            if (column + c * 32 >= width) continue;
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+#pragma unroll
+                for (int t = 0; t < TILES; t++) {
+                    const float* sum = acc[i][c][half][t];
+                    const u64 place = ((u64)blockIdx.y * ADAPTERS + i) * width + own + c * 32 + half * 4;
+                    float* to = part + place * RANK + t * 8 + quad * 2;
+                    *(float2*)to = make_float2(sum[0] * scale, sum[1] * scale);
+                    *(float2*)(to + 2 * RANK) = make_float2(sum[2] * scale, sum[3] * scale);
+                }
+        }
+}
+#endif
+
+#if SUM_FLOW || SUM_OUTER
+// Four neighbours of the sum of `parts` parts of `count` elements.
+__device__ __forceinline__ float4 sum_parts(const float* part, u64 at, u64 count, u64 parts) {
+    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 8
+    for (u64 i = 0; i < parts; i++) {
+        const float4 one = *(const float4*)(part + i * count + at);
+        sum.x += one.x;
+        sum.y += one.y;
+        sum.z += one.z;
+        sum.w += one.w;
+    }
+    return sum;
+}
+#endif
+
+#if SUM_FLOW
+// The two results of LOW_RANK_FLOW: b [width, RANK] f32 and low [rows, RANK] bf16.
+extern "C" __global__ void __launch_bounds__(128)
+ENTRY(const float* b_part, const float* low_part, float* b, u16* low, const __grid_constant__ Parameters p) {
+    u64 at = ((u64)blockIdx.x * 128 + threadIdx.x) * 4;
+    const u64 of_b = p.width * RANK, of_low = p.rows * RANK;
+    if (at < of_b) {
+        *(float4*)(b + at) = sum_parts(b_part, at, of_b, p.chunk);
+    } else if (at - of_b < of_low) {
+        at -= of_b;
+        const float4 sum = sum_parts(low_part, at, of_low, p.low_parts);
+        *(uint2*)(low + at) = make_uint2(pack_bf16(sum.x, sum.y), pack_bf16(sum.z, sum.w));
+    }
+}
+#endif
+
+#if SUM_OUTER
+// The results of LOW_RANK_OUTER, turned: a_i [RANK, width] f32. Neighbouring threads write
+// neighbouring columns.
+extern "C" __global__ void __launch_bounds__(128)
+ENTRY(const float* part, EACH_ADAPTER(float*, a), const __grid_constant__ Parameters p) {
+    float* a[ADAPTERS] = LIST(a);
+    const u64 at = (u64)blockIdx.x * 128 + threadIdx.x;
+    if (at >= p.width * (RANK / 4)) return;
+    const u64 column = at % p.width, row = at / p.width * 4;
+    const u64 one = p.width * RANK;
+    const float4 sum = sum_parts(part + blockIdx.y * one, column * RANK + row, one * ADAPTERS, p.chunk);
+#pragma unroll
+    for (int i = 0; i < ADAPTERS; i++)
+        if (blockIdx.y == i) {
+            float* to = a[i] + row * p.width + column;
+            to[0] = sum.x;
+            to[p.width] = sum.y;
+            to[2 * p.width] = sum.z;
+            to[3 * p.width] = sum.w;
+        }
 }
 #endif
 
 #if LOW_RANK_SPREAD
-// dx += sum over adapters of drop_i(low_i A_i): dx [rows, width] bf16 in place, low_i [rows, RANK]
-// bf16, A_i [RANK, width] f32. A thread owns two columns with all of A's and walks rows.
+// dx += sum over adapters of drop_i(low_i A_i): dx [rows, width] bf16, low_i [rows, RANK] bf16,
+// A_i [RANK, width] f32; in place, or with GATED on to what flows back into gate and up of
+// silu(gate) * up where dx is what flows into that product.
 extern "C" __global__ void __launch_bounds__(128)
-ENTRY(const u16* low0, const float* a0
-#if ADAPTERS > 1
-      , const u16* low1, const float* a1
+ENTRY(EACH_ADAPTER(const u16*, low), EACH_ADAPTER(const float*, a), u16* dx,
+#if GATED
+      const u16* gate, const u16* up, u16* dgate, u16* dup,
 #endif
-#if ADAPTERS > 2
-      , const u16* low2, const float* a2
-#endif
-      , u16* dx, const __grid_constant__ Parameters p) {
-    const u16* low[3] = {low0
-#if ADAPTERS > 1
-                         , low1
-#endif
-#if ADAPTERS > 2
-                         , low2
-#endif
-    };
-    const float* a[3] = {a0
-#if ADAPTERS > 1
-                         , a1
-#endif
-#if ADAPTERS > 2
-                         , a2
-#endif
-    };
-    __shared__ float staged[32][ADAPTERS * RANK];
+      const __grid_constant__ Parameters p) {
+    const u16* low[ADAPTERS] = LIST(low);
+    const float* a[ADAPTERS] = LIST(a);
     const int rows = (int)p.rows, width = (int)p.width;
-    const int column = (blockIdx.x * 128 + threadIdx.x) * 2;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int lane_row = lane >> 2, quad = lane & 3;
+    const int first_column = (blockIdx.x * 4 + warp) * WARP_COLUMNS;
+    const int column = first_column + quad * 8;
     const int first = blockIdx.y * (int)p.chunk, end = min(first + (int)p.chunk, rows);
-    float factors[ADAPTERS * RANK][2];
+    if (first_column >= width) return;
+
+    // Column n of the product in register w is the lane's column that w holds.
+    u32 factor[ADAPTERS][COLUMN_TILES][4][TILES];
 #pragma unroll
     for (int i = 0; i < ADAPTERS; i++)
 #pragma unroll
-        for (int r = 0; r < RANK; r++) {
-            const float2 pair = column < width ? *(const float2*)(a[i] + (u64)r * width + column) : make_float2(0.f, 0.f);
-            factors[i * RANK + r][0] = pair.x;
-            factors[i * RANK + r][1] = pair.y;
-        }
-    for (int base = first; base < end; base += 32) {
-        const int count = min(32, end - base);
-        __syncthreads();
-        for (int i = threadIdx.x; i < count * ADAPTERS * RANK; i += 128) {
-            const int row = i / (ADAPTERS * RANK), at = i % (ADAPTERS * RANK);
-            staged[row][at] = bf16_to_float(low[at / RANK][(u64)(base + row) * RANK + at % RANK]);
-        }
-        __syncthreads();
-        if (column >= width) continue;
-#pragma unroll 4
-        for (int i = 0; i < count; i++) {
-            u32* to = (u32*)(dx + (u64)(base + i) * width + column);
-            const u32 old = *to;
-            float left = low_half(old), right = high_half(old);
+        for (int c = 0; c < COLUMN_TILES; c++)
 #pragma unroll
-            for (int j = 0; j < ADAPTERS; j++) {
-                float share_left = 0.f, share_right = 0.f;
+            for (int w = 0; w < 4; w++)
 #pragma unroll
-                for (int r = 0; r < RANK; r++) {
-                    share_left += staged[i][j * RANK + r] * factors[j * RANK + r][0];
-                    share_right += staged[i][j * RANK + r] * factors[j * RANK + r][1];
+                for (int t = 0; t < TILES; t++) {
+                    const int of = first_column + c * 32 + (lane_row >> 1) * 8 + (lane_row & 1) + 2 * w;
+                    const float* from = a[i] + (u64)(t * 8 + quad * 2) * width + of;
+                    factor[i][c][w][t] = of < width ? pack_bf16(from[0], from[width]) : 0u;
                 }
+
+    uint4 next[COLUMN_TILES][2];
+    load_rows(dx, first + lane_row, end, column, width, next);
+    for (int row = first; row < end; row += 16) {
+        uint4 now[COLUMN_TILES][2];
+#pragma unroll
+        for (int c = 0; c < COLUMN_TILES; c++) {
+            now[c][0] = next[c][0];
+            now[c][1] = next[c][1];
+        }
+        load_rows(dx, row + 16 + lane_row, end, column, width, next);
+        u32 share[ADAPTERS][TILES][2];
+#pragma unroll
+        for (int i = 0; i < ADAPTERS; i++)
+#pragma unroll
+            for (int t = 0; t < TILES; t++)
+#pragma unroll
+                for (int h = 0; h < 2; h++)
+                    share[i][t][h] = low_pair(low[i], row + h * 8 + lane_row, rows, t * 8 + quad * 2);
+#pragma unroll
+        for (int c = 0; c < COLUMN_TILES; c++) {
+            if (first_column + c * 32 >= width) continue;
+            float flowing[2][8];
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+#pragma unroll
+                for (int w = 0; w < 4; w++) {
+                    flowing[h][2 * w] = low_half(word(now[c][h], w));
+                    flowing[h][2 * w + 1] = high_half(word(now[c][h], w));
+                }
+#pragma unroll
+            for (int i = 0; i < ADAPTERS; i++) {
 #if DROPOUT
-                const Mask mask = mask_of(p, j);
-                const u32 bits = mask_bits(((u32)(base + i) * (u32)width + column) >> 1, mask);
-                share_left = (bits & 0xffffu) >= mask.threshold ? share_left * mask.scale : 0.f;
-                share_right = (bits >> 16) >= mask.threshold ? share_right * mask.scale : 0.f;
+                const Mask mask = mask_of(p, i);
 #endif
-                left += share_left;
-                right += share_right;
+#pragma unroll
+                for (int w = 0; w < 4; w++) {
+                    float sum[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+                    for (int t = 0; t < TILES; t++) mma_16x8x8(sum, share[i][t][0], share[i][t][1], factor[i][c][w][t]);
+#pragma unroll
+                    for (int h = 0; h < 2; h++) {
+#if DROPOUT
+                        const u32 pair = (((u32)(row + h * 8 + lane_row) * (u32)width + column + c * 32) >> 1) + w;
+                        const u32 bits = mask_bits(pair, mask);
+                        if (keeps_low(bits, mask)) flowing[h][2 * w] += sum[2 * h] * mask.scale;
+                        if (keeps_high(bits, mask)) flowing[h][2 * w + 1] += sum[2 * h + 1] * mask.scale;
+#else
+                        flowing[h][2 * w] += sum[2 * h];
+                        flowing[h][2 * w + 1] += sum[2 * h + 1];
+#endif
+                    }
+                }
             }
-            *to = pack_bf16(left, right);
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                if (row + h * 8 + lane_row >= end) continue;
+                const u64 place = (u64)(row + h * 8 + lane_row) * width + column + c * 32;
+#if GATED
+                float g[VECTOR], u[VECTOR];
+                load_vector(gate + place, g);
+                load_vector(up + place, u);
+#pragma unroll
+                for (int j = 0; j < VECTOR; j++) gated_backward(g[j], u[j], flowing[h][j]);
+                store_vector(dgate + place, g);
+                store_vector(dup + place, u);
+#else
+                store_vector(dx + place, flowing[h]);
+#endif
+            }
         }
     }
 }
 #endif
 
 #if SCALE_CAST
-// B [width, RANK] f32 -> scale * B as [width, RANK] bf16 and as [RANK, width] f32.
+// B [width, RANK] f32 -> scale * B, bf16.
 extern "C" __global__ void __launch_bounds__(256)
-ENTRY(const float* b, u16* cast, float* transposed, const __grid_constant__ Parameters p) {
-    const u64 at = (u64)blockIdx.x * 256 + threadIdx.x;
+ENTRY(const float* b, u16* cast, const __grid_constant__ Parameters p) {
+    const u64 at = ((u64)blockIdx.x * 256 + threadIdx.x) * 4;
     if (at >= p.width * RANK) return;
-    const float value = b[at] * __uint_as_float((u32)p.scale);
-    cast[at] = (u16)pack_bf16(value, 0.f);
-    transposed[at % RANK * p.width + at / RANK] = value;
+    const float scale = __uint_as_float((u32)p.scale);
+    const float4 value = *(const float4*)(b + at);
+    *(uint2*)(cast + at) = make_uint2(pack_bf16(value.x * scale, value.y * scale), pack_bf16(value.z * scale, value.w * scale));
 }
 #endif
 
@@ -318,7 +558,7 @@ ENTRY(float* out, const __grid_constant__ Parameters p) {
     if (pair * 2 >= p.rows * p.width) return;
     const Mask mask = mask_of(p, 0);
     const u32 bits = mask_bits((u32)pair, mask);
-    out[pair * 2] = (bits & 0xffffu) >= mask.threshold ? mask.scale : 0.f;
-    if (pair * 2 + 1 < p.rows * p.width) out[pair * 2 + 1] = (bits >> 16) >= mask.threshold ? mask.scale : 0.f;
+    out[pair * 2] = keeps_low(bits, mask) ? mask.scale : 0.f;
+    if (pair * 2 + 1 < p.rows * p.width) out[pair * 2 + 1] = keeps_high(bits, mask) ? mask.scale : 0.f;
 }
 #endif

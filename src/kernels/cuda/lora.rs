@@ -6,19 +6,18 @@
 use burn::{prelude::*, tensor::DType};
 
 use super::{
-    gemm::{self, WeightLayout},
+    gemm::{self, Around, WeightLayout},
     launch::{Backend, Buffer, Kernel, Parameters, contiguous, empty, float_bits, launch, tensor},
+    plan,
 };
-use crate::kernels::{BackwardProduct, Dropout, LowRank, LowRankGradients};
+use crate::kernels::{BackwardProduct, Dropout, LowRank, LowRankFlow, LowRankGradients};
 
 const SOURCES: &[&str] = &[
     include_str!("scalar.cuh"),
     include_str!("dropout.cuh"),
+    include_str!("gated.cuh"),
     include_str!("lora.cu"),
 ];
-
-/// Rows of one block's share where blocks split the rows.
-const CHUNK: usize = 368;
 
 /// Largest rank the kernels hold in registers.
 const LARGEST_RANK: usize = 64;
@@ -46,12 +45,15 @@ fn keep_scale(dropout: Option<Dropout>) -> f64 {
     65_536.0 / (65_536 - threshold(dropout)) as f64
 }
 
+/// Sizes and factors of a launch; the rest of its parameters are the adapters' dropout.
 #[derive(Clone, Copy)]
 struct Shape {
     rows: usize,
     width: usize,
+    /// Rows of a block's share, or number of parts.
     chunk: usize,
     scale: f64,
+    low_parts: usize,
 }
 
 fn parameters(shape: Shape, dropouts: &[Option<Dropout>]) -> Parameters {
@@ -67,202 +69,356 @@ fn parameters(shape: Shape, dropouts: &[Option<Dropout>]) -> Parameters {
         seed(2),
         threshold(first),
         float_bits(keep_scale(first)),
+        shape.low_parts as u64,
     ]
 }
 
-fn kernel(form: &'static str, rank: usize, adapters: usize, dropout: bool, threads: u32) -> Kernel {
+/// A kernel of `lora.cu`; `more` says what its form wants besides.
+fn kernel(
+    form: &'static str,
+    rank: usize,
+    dropouts: &[Option<Dropout>],
+    threads: u32,
+    more: &[(&'static str, i64)],
+) -> Kernel {
+    let dropout = dropouts.first().is_some_and(Option::is_some);
     let mut defines = vec![
         ("SCALAR_BF16", 1),
         ("RANK", rank as i64),
-        ("ADAPTERS", adapters as i64),
+        ("ADAPTERS", dropouts.len().max(1) as i64),
         ("DROPOUT", i64::from(dropout)),
         (form, 1),
     ];
-    if form == "SUM_PARTS" {
-        defines.push(("TRANSPOSED", i64::from(adapters == 2)));
-    }
+    defines.extend(more);
     Kernel::new(form, SOURCES, defines, threads)
 }
 
-/// `scale · drop(x) Aᵀ`, `[rows, rank]` bf16; `a` `[rank, width]` f32.
-fn down(x: &Buffer, a: &Buffer, scale: f64, dropout: Option<Dropout>) -> Buffer {
+fn rank(adapter: &LowRank<Backend>) -> usize {
+    adapter.a.dims()[0]
+}
+
+/// How many of the first adapters one launch can serve: what shares a kernel's configuration and
+/// fits a thread's registers.
+fn together<'a>(mut adapters: impl Iterator<Item = &'a LowRank<Backend>>) -> usize {
+    let Some(first) = adapters.next() else {
+        return 0;
+    };
+    let probability = |one: &LowRank<Backend>| one.dropout.map(|dropout| dropout.probability);
+    let most = (LARGEST_RANK / rank(first)).clamp(1, 3);
+    1 + adapters
+        .take(most - 1)
+        .take_while(|other| rank(other) == rank(first) && probability(other) == probability(first))
+        .count()
+}
+
+/// Columns of a warp in units of 32, by the tiles of eight ranks that its sums hold.
+fn column_tiles(rank_tiles: usize) -> usize {
+    match rank_tiles {
+        1 => 4,
+        2..=4 => 2,
+        _ => 1,
+    }
+}
+
+/// How blocks of four warps share a large operand: blocks side by side, rows of each, and blocks
+/// one below another. A function of the shape alone, so that sums have one order.
+fn split(rows: usize, width: usize, column_tiles: usize) -> [usize; 3] {
+    /// Three blocks for each processor of an H100.
+    const BLOCKS: usize = 396;
+    let across = width.div_ceil(128 * column_tiles);
+    let chunk = rows.div_ceil((BLOCKS / across).max(1)).next_multiple_of(64);
+    [across, chunk, rows.div_ceil(chunk)]
+}
+
+/// `drop(x) Aᵀ` of adapters that share their input, `[rows, rank]` bf16 each.
+pub(super) fn low_rank_inputs(
+    x: Tensor<Backend, 2>,
+    adapters: &[&LowRank<Backend>],
+) -> Vec<Tensor<Backend, 2>> {
+    let x = contiguous(x);
+    let mut lows = Vec::with_capacity(adapters.len());
+    let mut rest = adapters;
+    while !rest.is_empty() {
+        let (now, later) = rest.split_at(together(rest.iter().copied()));
+        lows.extend(down(&x, now));
+        rest = later;
+    }
+    lows.into_iter().map(tensor).collect()
+}
+
+fn down(x: &Buffer, adapters: &[&LowRank<Backend>]) -> Vec<Buffer> {
     let [rows, width] = x.meta.shape().dims();
-    let [rank, _] = a.meta.shape().dims();
-    let low = empty(x, [rows, rank], DType::BF16);
+    let rank = rank(adapters[0]);
+    // Sums a thread holds for each 16 rows, in units of four.
+    let sums = adapters.len() * rank / 8;
+    let processors = plan::device(x).processors;
+    let row_tiles = (1..=(12 / sums).clamp(1, 4))
+        .rev()
+        .min_by_key(|tiles| rows.div_ceil(16 * tiles).div_ceil(processors) * tiles)
+        .unwrap_or(1);
+    let factors: Vec<Buffer> = adapters
+        .iter()
+        .map(|adapter| contiguous(adapter.a.clone()))
+        .collect();
+    let lows: Vec<Buffer> = adapters
+        .iter()
+        .map(|_| empty(x, [rows, rank], DType::BF16))
+        .collect();
+    let dropouts: Vec<_> = adapters.iter().map(|adapter| adapter.dropout).collect();
     let shape = Shape {
         rows,
         width,
         chunk: 0,
-        scale,
+        scale: 1.0,
+        low_parts: 0,
     };
+    let more = [("ROW_TILES", row_tiles as i64)];
+    let mut buffers = vec![x];
+    buffers.extend(&factors);
+    buffers.extend(&lows);
     launch(
         &x.client,
-        kernel("LOW_RANK_DOWN", rank, 1, dropout.is_some(), 256),
-        [rows.div_ceil(32), 1, 1],
-        &[x, a, &low],
-        parameters(shape, &[dropout]),
+        kernel("LOW_RANK_DOWN", rank, &dropouts, 512, &more),
+        [rows.div_ceil(16 * row_tiles), 1, 1],
+        &buffers,
+        parameters(shape, &dropouts),
     );
-    low
+    lows
 }
 
-/// `scale · B` as `[out, rank]` bf16 and as `[rank, out]` f32.
-fn scaled_b(adapter: &LowRank<Backend>) -> (Buffer, Buffer) {
+/// `scale · B` as bf16.
+fn scaled_b(adapter: &LowRank<Backend>) -> Buffer {
     let b = contiguous(adapter.b.clone());
     let [out, rank] = b.meta.shape().dims();
     let cast = empty(&b, [out, rank], DType::BF16);
-    let transposed = empty(&b, [rank, out], DType::F32);
     let shape = Shape {
         rows: 0,
         width: out,
         chunk: 0,
         scale: adapter.scaling,
+        low_parts: 0,
     };
     launch(
         &b.client,
-        kernel("SCALE_CAST", rank, 1, false, 256),
-        [(out * rank).div_ceil(256), 1, 1],
-        &[&b, &cast, &transposed],
+        kernel("SCALE_CAST", rank, &[], 256, &[]),
+        [(out * rank).div_ceil(1024), 1, 1],
+        &[&b, &cast],
         parameters(shape, &[]),
     );
-    (cast, transposed)
+    cast
 }
 
-/// `scale · lowᵀ drop(x)`, `[rank, width]` f32, or its transpose.
-fn outer(low: &Buffer, x: &Buffer, scale: f64, dropout: Option<Dropout>, turned: bool) -> Buffer {
-    let [rows, width] = x.meta.shape().dims();
-    let [_, rank] = low.meta.shape().dims();
-    let chunks = rows.div_ceil(CHUNK);
-    let parts = empty(x, [chunks, rank * width], DType::F32);
+/// `x Wᵀ + s · low Bᵀ + residual`.
+pub(super) fn adapted_product(
+    x: Tensor<Backend, 2>,
+    weight: Tensor<Backend, 2>,
+    low: Tensor<Backend, 2>,
+    adapter: &LowRank<Backend>,
+    residual: Option<Tensor<Backend, 2>>,
+) -> Tensor<Backend, 2> {
+    let (x, weight, low) = (contiguous(x), contiguous(weight), contiguous(low));
+    let b = scaled_b(adapter);
+    let residual = residual.map(contiguous);
+    tensor(gemm::product(
+        &[(&x, &weight), (&low, &b)],
+        WeightLayout::OutIn,
+        Around {
+            residual: residual.as_ref(),
+            ..Around::default()
+        },
+        DType::BF16,
+    ))
+}
+
+/// Gradients of the weights of adapters that share the input `x`.
+pub(super) fn low_rank_backward(
+    x: Tensor<Backend, 2>,
+    flows: &[LowRankFlow<Backend>],
+) -> Vec<LowRankGradients<Backend>> {
+    let x = contiguous(x);
+    // What flows back is read once for each adapter, the input once for all.
+    let (of_b, lows): (Vec<Buffer>, Vec<Buffer>) = flows.iter().map(flow).unzip();
+    let mut of_a = Vec::with_capacity(flows.len());
+    while of_a.len() < flows.len() {
+        let start = of_a.len();
+        let count = together(flows[start..].iter().map(|flow| &flow.adapter));
+        let dropouts: Vec<_> = flows[start..start + count]
+            .iter()
+            .map(|flow| flow.adapter.dropout)
+            .collect();
+        of_a.extend(outer(&x, &lows[start..start + count], &dropouts));
+    }
+    of_a.into_iter()
+        .zip(of_b)
+        .zip(lows)
+        .map(|((a, b), low)| LowRankGradients {
+            a: tensor(a),
+            b: tensor(b),
+            low: tensor(low),
+        })
+        .collect()
+}
+
+/// The gradient of `B`, `[out, rank]` f32, and of `drop(x) Aᵀ`, `[rows, rank]` bf16.
+fn flow(flow: &LowRankFlow<Backend>) -> (Buffer, Buffer) {
+    let (dy, low) = (contiguous(flow.dy.clone()), contiguous(flow.low.clone()));
+    let b = contiguous(flow.adapter.b.clone());
+    let [rows, width] = dy.meta.shape().dims();
+    let rank = rank(&flow.adapter);
+    let tiles = column_tiles(rank / 8);
+    let [across, chunk, chunks] = split(rows, width, tiles);
+    let low_part = empty(&dy, [across, rows * rank], DType::F32);
+    let b_part = empty(&dy, [chunks, width * rank], DType::F32);
     let shape = Shape {
         rows,
         width,
-        chunk: CHUNK,
-        scale,
+        chunk,
+        scale: flow.adapter.scaling,
+        low_parts: 0,
     };
+    let more = [("COLUMN_TILES", tiles as i64)];
     launch(
-        &x.client,
-        kernel("LOW_RANK_OUTER", rank, 1, dropout.is_some(), 128),
-        [width.div_ceil(256), chunks, 1],
-        &[low, x, &parts],
-        parameters(shape, &[dropout]),
+        &dy.client,
+        kernel("LOW_RANK_FLOW", rank, &[], 128, &more),
+        [across, chunks, 1],
+        &[&dy, &low, &b, &low_part, &b_part],
+        parameters(shape, &[]),
     );
-    let out = empty(
-        x,
-        if turned { [width, rank] } else { [rank, width] },
-        DType::F32,
-    );
+    let of_b = empty(&dy, [width, rank], DType::F32);
+    let of_low = empty(&dy, [rows, rank], DType::BF16);
     let shape = Shape {
         chunk: chunks,
+        low_parts: across,
         ..shape
     };
     launch(
-        &x.client,
-        kernel("SUM_PARTS", rank, 1 + usize::from(turned), false, 256),
-        [(rank * width).div_ceil(256), 1, 1],
-        &[&parts, &out],
+        &dy.client,
+        kernel("SUM_FLOW", rank, &[], 128, &[]),
+        [((width + rows) * rank).div_ceil(512), 1, 1],
+        &[&b_part, &low_part, &of_b, &of_low],
         parameters(shape, &[]),
     );
-    out
+    (of_b, of_low)
 }
 
-pub(super) fn adapted_linear(
-    x: Tensor<Backend, 2>,
-    weight: Tensor<Backend, 2>,
-    adapter: &LowRank<Backend>,
-    residual: Option<Tensor<Backend, 2>>,
-) -> (Tensor<Backend, 2>, Tensor<Backend, 2>) {
-    let x = contiguous(x);
-    let a = contiguous(adapter.a.clone());
-    let low = down(&x, &a, 1.0, adapter.dropout);
-    let (b, _) = scaled_b(adapter);
-    let weight = contiguous(weight);
-    let residual = residual.map(contiguous);
-    let y = gemm::product(
-        &[(&x, &weight), (&low, &b)],
-        WeightLayout::OutIn,
-        None,
-        residual.as_ref(),
-        DType::BF16,
-    );
-    (tensor(y), tensor(low))
-}
-
-pub(super) fn adapted_linear_backward(
-    x: Tensor<Backend, 2>,
-    low: Tensor<Backend, 2>,
-    adapter: &LowRank<Backend>,
-    dy: Tensor<Backend, 2>,
-) -> LowRankGradients<Backend> {
-    let (x, low, dy) = (contiguous(x), contiguous(low), contiguous(dy));
-    let (_, b) = scaled_b(adapter);
-    let dlow = down(&dy, &b, 1.0, None);
-    LowRankGradients {
-        a: tensor(outer(&dlow, &x, 1.0, adapter.dropout, false)),
-        b: tensor(outer(&low, &dy, adapter.scaling, None, true)),
-        low: tensor(dlow),
-    }
-}
-
-pub(super) fn input_gradient(products: &[BackwardProduct<Backend>]) -> Tensor<Backend, 2> {
-    let pairs: Vec<_> = products
-        .iter()
-        .map(|product| (product.dy.clone(), product.weight.clone()))
-        .collect();
-    let dx = contiguous(gemm::input_gradient(&pairs));
-    let adapters: Vec<_> = products
-        .iter()
-        .filter_map(|product| product.adapter.as_ref())
-        .collect();
-    // One launch serves the adapters that share the input, as far as they fit a thread's registers.
-    let mut rest = adapters.as_slice();
-    while let Some((_, first)) = rest.first() {
-        let rank = first.a.dims()[0];
-        let most = (24 / rank).clamp(1, 3);
-        let count = rest
-            .iter()
-            .take(most)
-            .take_while(|(_, other)| {
-                other.a.dims()[0] == rank && other.dropout.is_some() == first.dropout.is_some()
-            })
-            .count();
-        let (now, later) = rest.split_at(count);
-        spread(now, &dx);
-        rest = later;
-    }
-    tensor(dx)
-}
-
-/// `dx += Σ drop(low A)`, in place.
-fn spread(adapters: &[&(Tensor<Backend, 2>, LowRank<Backend>)], dx: &Buffer) {
-    let [rows, width] = dx.meta.shape().dims();
-    let rank = adapters[0].1.a.dims()[0];
-    let operands: Vec<Buffer> = adapters
-        .iter()
-        .flat_map(|(low, adapter)| [contiguous(low.clone()), contiguous(adapter.a.clone())])
-        .collect();
-    let dropouts: Vec<_> = adapters
-        .iter()
-        .map(|(_, adapter)| adapter.dropout)
-        .collect();
-    let chunk = CHUNK / 4;
+/// `lowᵀ drop(x)` of adapters that share `x`, `[rank, width]` f32 each.
+fn outer(x: &Buffer, lows: &[Buffer], dropouts: &[Option<Dropout>]) -> Vec<Buffer> {
+    let [rows, width] = x.meta.shape().dims();
+    let [_, rank] = lows[0].meta.shape().dims();
+    let count = lows.len();
+    let tiles = column_tiles(count * rank / 8);
+    let [across, chunk, chunks] = split(rows, width, tiles);
+    let part = empty(x, [chunks, count * width * rank], DType::F32);
     let shape = Shape {
         rows,
         width,
         chunk,
         scale: 1.0,
+        low_parts: 0,
+    };
+    let more = [("COLUMN_TILES", tiles as i64)];
+    let mut buffers = vec![x];
+    buffers.extend(lows);
+    buffers.push(&part);
+    launch(
+        &x.client,
+        kernel("LOW_RANK_OUTER", rank, dropouts, 128, &more),
+        [across, chunks, 1],
+        &buffers,
+        parameters(shape, dropouts),
+    );
+    let outs: Vec<Buffer> = lows
+        .iter()
+        .map(|_| empty(x, [rank, width], DType::F32))
+        .collect();
+    let mut buffers = vec![&part];
+    buffers.extend(&outs);
+    launch(
+        &x.client,
+        kernel("SUM_OUTER", rank, &vec![None; count], 128, &[]),
+        [(width * rank / 4).div_ceil(128), count, 1],
+        &buffers,
+        parameters(
+            Shape {
+                chunk: chunks,
+                ..shape
+            },
+            &[],
+        ),
+    );
+    outs
+}
+
+/// The products' share of what flows back into their input, and the adapters'.
+fn weights_share(products: &[BackwardProduct<Backend>]) -> Buffer {
+    let pairs: Vec<_> = products
+        .iter()
+        .map(|product| (product.dy.clone(), product.weight.clone()))
+        .collect();
+    contiguous(gemm::input_gradient(&pairs))
+}
+
+pub(super) fn input_gradient(products: &[BackwardProduct<Backend>]) -> Tensor<Backend, 2> {
+    let dx = weights_share(products);
+    let adapters: Vec<_> = products
+        .iter()
+        .filter_map(|product| product.adapter.as_ref())
+        .collect();
+    let mut rest = adapters.as_slice();
+    while !rest.is_empty() {
+        let count = together(rest.iter().map(|(_, adapter)| adapter));
+        let (now, later) = rest.split_at(count);
+        spread(now, &dx, &[]);
+        rest = later;
+    }
+    tensor(dx)
+}
+
+/// What flows back into gate and up, in one pass over what flows back into their product.
+pub(super) fn gated_input_gradient(
+    product: BackwardProduct<Backend>,
+    gate: Tensor<Backend, 2>,
+    up: Tensor<Backend, 2>,
+) -> [Tensor<Backend, 2>; 2] {
+    let dx = weights_share(std::slice::from_ref(&product));
+    let Some(adapter) = &product.adapter else {
+        return super::pointwise::gated_backward(gate, up, tensor(dx));
+    };
+    let (gate, up) = (contiguous(gate), contiguous(up));
+    let shape: [usize; 2] = dx.meta.shape().dims();
+    let outputs = [(); 2].map(|()| empty(&dx, shape, DType::BF16));
+    spread(&[adapter], &dx, &[&gate, &up, &outputs[0], &outputs[1]]);
+    outputs.map(tensor)
+}
+
+/// `dx += Σ drop(low A)`, in place, or into the gate's operands.
+fn spread(adapters: &[&(Tensor<Backend, 2>, LowRank<Backend>)], dx: &Buffer, gated: &[&Buffer]) {
+    let [rows, width] = dx.meta.shape().dims();
+    let rank = rank(&adapters[0].1);
+    let lows = adapters.iter().map(|(low, _)| contiguous(low.clone()));
+    let factors = adapters.iter().map(|(_, one)| contiguous(one.a.clone()));
+    let operands: Vec<Buffer> = lows.chain(factors).collect();
+    let dropouts: Vec<_> = adapters.iter().map(|(_, one)| one.dropout).collect();
+    let tiles = if adapters.len() * rank > 32 { 1 } else { 2 };
+    let [across, chunk, chunks] = split(rows, width, tiles);
+    let shape = Shape {
+        rows,
+        width,
+        chunk,
+        scale: 1.0,
+        low_parts: 0,
     };
     let mut buffers: Vec<&Buffer> = operands.iter().collect();
     buffers.push(dx);
+    buffers.extend(gated);
+    let more = [
+        ("COLUMN_TILES", tiles as i64),
+        ("GATED", i64::from(!gated.is_empty())),
+    ];
     launch(
         &dx.client,
-        kernel(
-            "LOW_RANK_SPREAD",
-            rank,
-            adapters.len(),
-            dropouts[0].is_some(),
-            128,
-        ),
-        [width.div_ceil(256), rows.div_ceil(chunk), 1],
+        kernel("LOW_RANK_SPREAD", rank, &dropouts, 128, &more),
+        [across, chunks, 1],
         &buffers,
         parameters(shape, &dropouts),
     );
@@ -278,10 +434,11 @@ pub(super) fn dropout_mask(like: &Tensor<Backend, 2>, dropout: Dropout) -> Tenso
         width,
         chunk: 0,
         scale: 1.0,
+        low_parts: 0,
     };
     launch(
         &like.client,
-        kernel("MASK_FILL", 8, 1, true, 256),
+        kernel("MASK_FILL", 8, &[Some(dropout)], 256, &[]),
         [(rows * width).div_ceil(512), 1, 1],
         &[&out],
         parameters(shape, &[Some(dropout)]),

@@ -12,34 +12,50 @@ mod gemm;
 mod launch;
 mod lora;
 mod loss;
+mod module;
+mod nccl;
 mod optimizer;
 mod plan;
 mod pointwise;
+mod product;
+mod recording;
 mod rotary;
 mod rows;
 #[cfg(test)]
 mod tests;
+mod upload;
+mod vision;
 
 use std::{
     path::PathBuf,
-    sync::{Once, OnceLock},
+    sync::{Arc, Once, OnceLock},
+    time::Duration,
 };
 
-use burn::{prelude::*, tensor::DType};
+use burn::{
+    prelude::*,
+    tensor::{DType, ops::FloatTensor},
+};
 use cubecl_common::config::RuntimeConfig;
 use cubecl_runtime::config::{CubeClRuntimeConfig, cache::CacheConfig};
 
 use super::{
-    AdamWStep, AllReduce, AttentionSpans, BackwardProduct, DecodeStart, Decoder, DeviceMemory,
-    Dropout, HeadNorm, Kernels, LowRank, LowRankGradients, TargetLoss, plain,
+    Activation, AdamWTensor, AllReduce, AttentionSpans, BackwardProduct, DecodeStart, Decoder,
+    DeviceMemory, Dropout, HeadNorm, Kernels, LowRank, LowRankFlow, LowRankGradients, Reading,
+    TargetLoss,
+    cube::quantized,
+    plain,
+    upload::{Fill, Upload, UploadError},
 };
 use crate::{
     generate::backend::{ServingDecoder, ServingLimits},
+    quant::PackedWeight,
     qwen3_vl::{
-        Qwen3Vl,
+        ImageInput, Qwen3Vl,
         cache::KeyValueCache,
         config::Qwen3VlConfig,
         nn::{gelu_exact, gelu_tanh},
+        vision::{VisionLayout, VisionModel, VisionOutput},
     },
 };
 use launch::Backend as Cuda;
@@ -83,7 +99,58 @@ pub fn configure() {
     });
 }
 
+/// Whether the kernels can work on what flows back through a product and its adapter.
+fn flows_back(product: &BackwardProduct<Cuda>) -> bool {
+    gemm::covers(&product.dy, &product.weight)
+        && product.adapter.as_ref().is_none_or(|(low, adapter)| {
+            lora::covers(adapter, product.dy.dtype()) && low.dtype() == DType::BF16
+        })
+}
+
 impl Kernels for Cuda {
+    fn product<const D: usize>(a: Tensor<Self, D>, b: Tensor<Self, D>) -> Tensor<Self, D> {
+        if product::covers(&a, &b) {
+            product::product(a, b)
+        } else {
+            a.matmul(b)
+        }
+    }
+
+    fn prepare(
+        config: &Qwen3VlConfig,
+        dtype: DType,
+        device: &Self::Device,
+        on_progress: &mut dyn FnMut(u64, u64),
+    ) {
+        if scalar_of(dtype).is_some_and(|(bf16, _)| bf16 == 1) {
+            let like = launch::strided(Tensor::<Self, 1>::empty([1], (device, dtype)));
+            let vocab = config.text_config.vocab_size;
+            gemm::prepare(&like, vocab, |done, all| {
+                on_progress(done as u64, all as u64);
+            });
+        }
+    }
+
+    fn vision_tower(
+        tower: &VisionModel<Self>,
+        images: &ImageInput,
+        layout: &VisionLayout<Self>,
+        run: impl Fn() -> VisionOutput<Self>,
+    ) -> VisionOutput<Self> {
+        if tower
+            .blocks
+            .iter()
+            .any(|block| block.attn.qkv.weight.packed().is_some())
+        {
+            return run();
+        }
+        vision::run(tower, images, layout, run)
+    }
+
+    fn settle(model: &Qwen3Vl<Self>) {
+        vision::settle(&model.model.visual);
+    }
+
     const HAS_DECODER: bool = true;
 
     fn append_to_cache(
@@ -100,6 +167,9 @@ impl Kernels for Cuda {
         cache: &KeyValueCache<Self>,
         start: &DecodeStart,
     ) -> Option<Box<dyn Decoder>> {
+        if model.quantization().is_some() {
+            return None;
+        }
         decode::start(model, config, cache, start)
     }
 
@@ -109,6 +179,9 @@ impl Kernels for Cuda {
         limits: &ServingLimits,
         on_progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Option<ServingDecoder<Self>>, String> {
+        if model.quantization().is_some() {
+            return Ok(None);
+        }
         decode::serve(model, config, limits, on_progress)
     }
 
@@ -120,8 +193,23 @@ impl Kernels for Cuda {
         collective::memory_in_use(device)
     }
 
-    fn all_reduce(devices: &[Self::Device]) -> Result<Option<AllReduce<Self>>, String> {
-        collective::all_reduce(devices)
+    fn all_reduce(
+        devices: &[Self::Device],
+        patience: Duration,
+    ) -> Result<Option<Arc<dyn AllReduce<Self>>>, String> {
+        collective::all_reduce(devices, patience)
+    }
+
+    fn send_to<const D: usize>(x: Tensor<Self, D>, device: &Self::Device) -> Tensor<Self, D> {
+        collective::send_to(x, device)
+    }
+
+    fn upload<E: From<UploadError>>(
+        devices: &[Self::Device],
+        tensors: &[Upload],
+        fill: Fill<'_, E>,
+    ) -> Result<Vec<Vec<FloatTensor<Self>>>, E> {
+        upload::upload(devices, tensors, fill)
     }
 
     fn dense(
@@ -131,49 +219,119 @@ impl Kernels for Cuda {
         residual: Option<Tensor<Self, 2>>,
     ) -> Tensor<Self, 2> {
         if gemm::covers(&x, &weight) {
-            gemm::dense(x, weight, bias, residual)
+            gemm::dense(x, weight, bias, residual, None)
         } else {
             plain::linear(x, weight, bias, residual)
         }
     }
 
-    fn adapted_linear(
+    fn dense_activated(
         x: Tensor<Self, 2>,
         weight: Tensor<Self, 2>,
-        adapter: &LowRank<Self>,
-        residual: Option<Tensor<Self, 2>>,
-    ) -> (Tensor<Self, 2>, Tensor<Self, 2>) {
-        if gemm::covers(&x, &weight) && lora::covers(adapter, x.dtype()) {
-            lora::adapted_linear(x, weight, adapter, residual)
+        bias: Option<Tensor<Self, 1>>,
+        activation: Activation,
+    ) -> Tensor<Self, 2> {
+        if gemm::covers(&x, &weight) {
+            gemm::dense(x, weight, bias, None, Some(activation))
         } else {
-            plain::adapted_linear(x, weight, adapter, residual)
+            activation.of(Self::dense(x, weight, bias, None))
         }
     }
 
-    fn adapted_linear_backward(
+    fn low_rank_inputs(x: Tensor<Self, 2>, adapters: &[&LowRank<Self>]) -> Vec<Tensor<Self, 2>> {
+        if adapters.iter().all(|one| lora::covers(one, x.dtype())) {
+            lora::low_rank_inputs(x, adapters)
+        } else {
+            adapters
+                .iter()
+                .map(|adapter| plain::low_rank_input(x.clone(), adapter))
+                .collect()
+        }
+    }
+
+    fn adapted_product(
         x: Tensor<Self, 2>,
+        weight: Tensor<Self, 2>,
         low: Tensor<Self, 2>,
         adapter: &LowRank<Self>,
-        dy: Tensor<Self, 2>,
-    ) -> LowRankGradients<Self> {
-        if lora::covers(adapter, x.dtype()) && low.dtype() == DType::BF16 {
-            lora::adapted_linear_backward(x, low, adapter, dy)
+        residual: Option<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
+        if gemm::covers(&x, &weight) && lora::covers(adapter, x.dtype()) {
+            lora::adapted_product(x, weight, low, adapter, residual)
         } else {
-            plain::adapted_linear_backward(x, low, adapter, dy)
+            plain::adapted_product(x, weight, low, adapter, residual)
+        }
+    }
+
+    fn low_rank_backward(
+        x: Tensor<Self, 2>,
+        flows: &[LowRankFlow<Self>],
+    ) -> Vec<LowRankGradients<Self>> {
+        let covered = flows.iter().all(|flow| {
+            lora::covers(&flow.adapter, x.dtype())
+                && [&flow.low, &flow.dy]
+                    .iter()
+                    .all(|x| x.dtype() == DType::BF16)
+        });
+        if covered {
+            lora::low_rank_backward(x, flows)
+        } else {
+            flows
+                .iter()
+                .map(|flow| plain::low_rank_backward(x.clone(), flow))
+                .collect()
         }
     }
 
     fn input_gradient(products: &[BackwardProduct<Self>]) -> Tensor<Self, 2> {
-        let covered = products.iter().all(|product| {
-            gemm::covers(&product.dy, &product.weight)
-                && product.adapter.as_ref().is_none_or(|(low, adapter)| {
-                    lora::covers(adapter, product.dy.dtype()) && low.dtype() == DType::BF16
-                })
-        });
-        if covered {
+        if products.iter().all(flows_back) {
             lora::input_gradient(products)
         } else {
             plain::input_gradient(products)
+        }
+    }
+
+    fn unpack_rows(
+        weight: &PackedWeight<Self>,
+        start: usize,
+        count: usize,
+        dtype: DType,
+    ) -> Tensor<Self, 2> {
+        quantized::unpack_rows(weight, start, count, dtype)
+    }
+
+    fn dense_packed(
+        x: Tensor<Self, 2>,
+        weight: &PackedWeight<Self>,
+        bias: Option<Tensor<Self, 1>>,
+        residual: Option<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
+        quantized::dense_packed(x, weight, bias, residual)
+    }
+
+    fn adapted_packed(
+        x: Tensor<Self, 2>,
+        weight: &PackedWeight<Self>,
+        adapter: &LowRank<Self>,
+        residual: Option<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
+        quantized::adapted_packed(x, weight, adapter, residual)
+    }
+
+    fn logits_packed(hidden: Tensor<Self, 2>, head: &PackedWeight<Self>) -> Tensor<Self, 2> {
+        quantized::logits_packed(hidden, head)
+    }
+
+    fn gated_input_gradient(
+        product: BackwardProduct<Self>,
+        gate: Tensor<Self, 2>,
+        up: Tensor<Self, 2>,
+    ) -> [Tensor<Self, 2>; 2] {
+        let one_type = [&gate, &up].iter().all(|x| x.dtype() == DType::BF16);
+        if flows_back(&product) && one_type {
+            lora::gated_input_gradient(product, gate, up)
+        } else {
+            Self::gated_backward(gate, up, Self::input_gradient(&[product]))
         }
     }
 
@@ -361,24 +519,32 @@ impl Kernels for Cuda {
     }
 
     fn adamw(
-        value: Tensor<Self, 1>,
-        gradient: Tensor<Self, 1>,
-        moments: [Tensor<Self, 1>; 2],
-        step: AdamWStep,
-    ) -> [Tensor<Self, 1>; 3] {
-        let all = [&value, &gradient, &moments[0], &moments[1]];
-        if all.iter().all(|tensor| tensor.dtype() == DType::F32) {
-            optimizer::adamw(value, gradient, moments, step)
+        tensors: Vec<AdamWTensor<Self>>,
+        clip: Option<Tensor<Self, 1>>,
+    ) -> Vec<[Tensor<Self, 1>; 3]> {
+        let all_f32 = tensors.iter().all(|one| {
+            [&one.value, &one.gradient, &one.first, &one.second]
+                .iter()
+                .all(|tensor| tensor.dtype() == DType::F32)
+        });
+        if all_f32 {
+            optimizer::adamw(tensors, clip)
         } else {
-            plain::adamw(value, gradient, moments, step)
+            plain::adamw(tensors, clip)
         }
     }
 
-    fn square_sums(tensors: Vec<Tensor<Self, 1>>) -> Tensor<Self, 1> {
-        if !tensors.is_empty() && tensors.iter().all(|tensor| tensor.dtype() == DType::F32) {
-            optimizer::square_sums(tensors)
+    fn clip_scale(tensors: Vec<Tensor<Self, 1>>, max_norm: f64) -> Tensor<Self, 1> {
+        if tensors.iter().all(|tensor| tensor.dtype() == DType::F32) {
+            optimizer::clip_scale(tensors, max_norm)
         } else {
-            plain::square_sums(tensors)
+            plain::clip_scale(tensors, max_norm)
         }
+    }
+
+    const READS_LATER: bool = true;
+
+    fn read_later(x: Tensor<Self, 1>) -> Reading {
+        launch::read_later(x)
     }
 }

@@ -7,8 +7,6 @@ struct Parameters {
     u64 vectors;
 };
 
-__device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + __expf(-x)); }
-
 __device__ __forceinline__ float gelu_tanh(float x) {
     return 0.5f * x * (1.f + tanhf(0.7978845608028654f * x * (1.f + 0.044715f * x * x)));
 }
@@ -29,7 +27,7 @@ ENTRY(const scalar* gate, const scalar* up, scalar* y, const __grid_constant__ P
         load_vector(gate + at, g);
         load_vector(up + at, u);
 #pragma unroll
-        for (int i = 0; i < VECTOR; i++) g[i] = g[i] * sigmoid(g[i]) * u[i];
+        for (int i = 0; i < VECTOR; i++) g[i] = gated(g[i], u[i]);
         store_vector(y + at, g);
     }
 }
@@ -45,12 +43,7 @@ ENTRY(const scalar* gate, const scalar* up, const scalar* dy, scalar* dgate, sca
         load_vector(up + at, u);
         load_vector(dy + at, d);
 #pragma unroll
-        for (int i = 0; i < VECTOR; i++) {
-            const float s = sigmoid(g[i]);
-            const float flowing_up = d[i] * g[i] * s;
-            g[i] = d[i] * u[i] * s * (1.f + g[i] * (1.f - s));
-            u[i] = flowing_up;
-        }
+        for (int i = 0; i < VECTOR; i++) gated_backward(g[i], u[i], d[i]);
         store_vector(dgate + at, g);
         store_vector(dup + at, u);
     }

@@ -7,7 +7,11 @@ use super::{
     scalar_of,
 };
 
-const SOURCES: &[&str] = &[include_str!("scalar.cuh"), include_str!("pointwise.cu")];
+const SOURCES: &[&str] = &[
+    include_str!("scalar.cuh"),
+    include_str!("gated.cuh"),
+    include_str!("pointwise.cu"),
+];
 
 const THREADS: u32 = 256;
 

@@ -20,8 +20,8 @@ use crate::{
         sampler::{Sampler, TokenChoice},
     },
     kernels::{
-        AdamWStep, AttentionSpans, BackwardProduct, DecodeStart, Dropout, HeadNorm, Kernels,
-        LowRank, plain,
+        Activation, AdamWStep, AdamWTensor, AttentionSpans, BackwardProduct, DecodeStart, Dropout,
+        HeadNorm, Kernels, LowRank, LowRankFlow, plain,
     },
     qwen3_vl::{
         Padding, Qwen3Vl, TextInput,
@@ -251,6 +251,84 @@ fn pointwise() {
     report.finish();
 }
 
+/// `a b` on the host, in f64.
+fn host_product(a: &T<3>, b: &T<3>) -> T<3> {
+    let ([batches, m, k], [_, _, n]) = (a.dims(), b.dims());
+    let values = |x: &T<3>| -> Vec<f64> {
+        let data = x.clone().into_data();
+        data.iter::<f32>().map(f64::from).collect()
+    };
+    let (left, right) = (values(a), values(b));
+    let mut y = Vec::with_capacity(batches * m * n);
+    for batch in 0..batches {
+        for row in 0..m {
+            for column in 0..n {
+                let terms = (0..k).map(|at| {
+                    left[(batch * m + row) * k + at] * right[(batch * k + at) * n + column]
+                });
+                y.push(terms.sum::<f64>() as f32);
+            }
+        }
+    }
+    let data = burn::tensor::TensorData::new(y, [batches, m, n]);
+    Tensor::from_data(data, (&a.device(), DType::F32))
+}
+
+/// f32 is multiplied in f32, forward and backward; TF32 would be some 3e-4 away.
+#[test]
+fn products_of_f32() {
+    use burn::backend::Autodiff;
+    let Some(device) = device() else { return };
+    let mut report = Report::default();
+    for (batches, m, k, n) in [
+        (1, 1, 5, 3),
+        (2, 65, 33, 70),
+        (3, 130, 200, 64),
+        (1, 7, 4096, 129),
+    ] {
+        let name = |what| format!("{what} {batches} x {m} x {k} x {n}");
+        let a = normal([batches, m, k], 1.0, DType::F32, &device);
+        let b = normal([batches, k, n], 1.0, DType::F32, &device);
+        let dy = normal([batches, m, n], 1.0, DType::F32, &device);
+        let want = host_product(&a, &b);
+        report.close(
+            &name("product"),
+            Cuda::product(a.clone(), b.clone()),
+            want.clone(),
+            2e-6,
+        );
+        // The same operands, strided as transposed views are.
+        let turned = |x: &T<3>| launch_contiguous(x.clone().swap_dims(1, 2)).swap_dims(1, 2);
+        report.close(
+            &name("product of views"),
+            Cuda::product(turned(&a), turned(&b)),
+            want,
+            2e-6,
+        );
+        let [left, right] =
+            [&a, &b].map(|x| Tensor::<Autodiff<Cuda>, 3>::from_inner(x.clone()).require_grad());
+        let y = Autodiff::<Cuda>::product(left.clone(), right.clone());
+        let gradients = (y * Tensor::from_inner(dy.clone())).sum().backward();
+        report.close(
+            &name("gradient of the left"),
+            left.grad(&gradients).expect("it was asked for"),
+            host_product(&dy, &b.swap_dims(1, 2)),
+            2e-6,
+        );
+        report.close(
+            &name("gradient of the right"),
+            right.grad(&gradients).expect("it was asked for"),
+            host_product(&a.swap_dims(1, 2), &dy),
+            2e-6,
+        );
+    }
+    report.finish();
+}
+
+fn launch_contiguous<const D: usize>(x: T<D>) -> T<D> {
+    super::launch::tensor(super::launch::contiguous(x))
+}
+
 #[test]
 fn products() {
     let Some(device) = device() else { return };
@@ -287,6 +365,20 @@ fn products() {
                 ONE_ROUNDING,
             );
         }
+        for activation in [Activation::GeluTanh, Activation::GeluExact] {
+            let bias = Some(bias.clone());
+            let want = plain::linear(xf.clone(), wf.clone(), bias.clone().map(to_f32), None);
+            let want = match activation {
+                Activation::GeluTanh => gelu_tanh(want),
+                Activation::GeluExact => gelu_exact(want),
+            };
+            report.close(
+                &name("dense_activated"),
+                Cuda::dense_activated(x.clone(), weight.clone(), bias, activation),
+                want,
+                ONE_ROUNDING,
+            );
+        }
         report.close(
             &name("logits"),
             Cuda::logits(x.clone(), weight.clone()),
@@ -313,61 +405,109 @@ fn products() {
     report.finish();
 }
 
+/// Adapters over one input, alone and several together, of which a launch may serve some.
 #[test]
 fn adapters() {
     let Some(device) = device() else { return };
     let mut report = Report::default();
-    for (rows, inner, out, rank) in [
-        (1, 64, 96, 8),
-        (33, 1152, 128, 16),
-        (400, 4096, 1024, 8),
-        (65, 256, 4096, 32),
+    for (rows, inner, outs, rank) in [
+        (1, 64, vec![96], 8),
+        (33, 1152, vec![128, 32], 16),
+        (400, 4096, vec![1024, 256, 256], 8),
+        (1000, 256, vec![4096], 32),
+        (65, 96, vec![160, 64], 24),
+        (130, 512, vec![64, 64, 64], 64),
     ] {
-        for dropout in [
-            None,
-            Some(Dropout {
-                probability: 0.25,
-                seed: 11,
-            }),
-        ] {
-            let name = |what: &str| format!("{what} {rows} x {inner} x {out} r {rank} {dropout:?}");
+        for dropout in [None, Some(0.25)] {
+            let name =
+                |what: &str| format!("{what} {rows} x {inner} x {outs:?} r {rank} {dropout:?}");
             let x = normal([rows, inner], 1.0, DType::BF16, &device);
-            let weight = normal([out, inner], 0.02, DType::BF16, &device);
-            let adapter = LowRank {
-                a: normal([rank, inner], 0.05, DType::F32, &device),
-                b: normal([out, rank], 0.1, DType::F32, &device),
-                scaling: 4.0,
-                dropout,
-            };
-            let residual = normal([rows, out], 1.0, DType::BF16, &device);
-            let (xf, wf) = (to_f32(x.clone()), to_f32(weight.clone()));
-            // The adapter's factors are rounded to bf16 for the tensor cores.
+            let xf = to_f32(x.clone());
+            let weights: Vec<T<2>> = (outs.iter())
+                .map(|out| normal([*out, inner], 0.02, DType::BF16, &device))
+                .collect();
+            let adapters: Vec<LowRank<Cuda>> = (outs.iter().enumerate())
+                .map(|(index, out)| LowRank {
+                    a: normal([rank, inner], 0.05, DType::F32, &device),
+                    b: normal([*out, rank], 0.1, DType::F32, &device),
+                    scaling: 4.0,
+                    dropout: dropout.map(|probability| Dropout {
+                        probability,
+                        seed: 11 + index as u64,
+                    }),
+                })
+                .collect();
+            // The adapters' factors are rounded to bf16 for the tensor cores.
             let close = 1e-2;
-            let (y, low) =
-                Cuda::adapted_linear(x.clone(), weight.clone(), &adapter, Some(residual.clone()));
-            let (want, want_low) =
-                plain::adapted_linear(xf.clone(), wf.clone(), &adapter, Some(to_f32(residual)));
-            report.close(&name("adapted_linear"), y, want, close);
-            report.close(&name("low"), low.clone(), want_low.clone(), close);
-            let dy = normal([rows, out], 1.0, DType::BF16, &device);
-            let got = Cuda::adapted_linear_backward(x.clone(), low, &adapter, dy.clone());
-            let want = plain::adapted_linear_backward(xf, want_low, &adapter, to_f32(dy.clone()));
-            report.close(&name("gradient of A"), got.a, want.a, close);
-            report.close(&name("gradient of B"), got.b, want.b, close);
+            let shared: Vec<_> = adapters.iter().collect();
+            let lows = Cuda::low_rank_inputs(x.clone(), &shared);
+            let (mut flows, mut exact) = (Vec::new(), Vec::new());
+            for ((adapter, weight), low) in adapters.iter().zip(&weights).zip(lows) {
+                let want_low = plain::low_rank_input(xf.clone(), adapter);
+                report.close(&name("low"), low.clone(), want_low.clone(), close);
+                let [out, _] = weight.dims();
+                let residual = normal([rows, out], 1.0, DType::BF16, &device);
+                report.close(
+                    &name("adapted_product"),
+                    Cuda::adapted_product(
+                        x.clone(),
+                        weight.clone(),
+                        low.clone(),
+                        adapter,
+                        Some(residual.clone()),
+                    ),
+                    plain::adapted_product(
+                        xf.clone(),
+                        to_f32(weight.clone()),
+                        want_low.clone(),
+                        adapter,
+                        Some(to_f32(residual)),
+                    ),
+                    close,
+                );
+                let dy = normal([rows, out], 1.0, DType::BF16, &device);
+                let flow = |low, dy| LowRankFlow {
+                    low,
+                    dy,
+                    adapter: adapter.clone(),
+                };
+                exact.push(flow(want_low, to_f32(dy.clone())));
+                flows.push(flow(low, dy));
+            }
+            let got = Cuda::low_rank_backward(x, &flows);
+            let (mut products, mut exact_products) = (Vec::new(), Vec::new());
+            for (index, got) in got.into_iter().enumerate() {
+                let want = plain::low_rank_backward(xf.clone(), &exact[index]);
+                report.close(&name("gradient of A"), got.a, want.a, close);
+                report.close(&name("gradient of B"), got.b, want.b, close);
+                let low = &name("gradient of low");
+                report.close(low, got.low.clone(), want.low.clone(), close);
+                let product = |dy, weight, low| BackwardProduct {
+                    dy,
+                    weight,
+                    adapter: Some((low, adapters[index].clone())),
+                };
+                let weight = weights[index].clone();
+                products.push(product(flows[index].dy.clone(), weight.clone(), got.low));
+                let dy = exact[index].dy.clone();
+                exact_products.push(product(dy, to_f32(weight), want.low));
+            }
             report.close(
-                &name("gradient of low"),
-                got.low.clone(),
-                want.low.clone(),
+                &name("input_gradient"),
+                Cuda::input_gradient(&products),
+                plain::input_gradient(&exact_products),
                 close,
             );
-            let product = |dy: T<2>, weight: T<2>, low: T<2>| BackwardProduct {
-                dy,
-                weight,
-                adapter: Some((low, adapter.clone())),
-            };
-            let got = Cuda::input_gradient(&vec![product(dy.clone(), weight.clone(), got.low); 3]);
-            let want = plain::input_gradient(&vec![product(to_f32(dy), wf, want.low); 3]);
-            report.close(&name("input_gradient"), got, want, close);
+            let [gate, up] = [2.0, 1.0].map(|std| normal([rows, inner], std, DType::BF16, &device));
+            let got = Cuda::gated_input_gradient(products.remove(0), gate.clone(), up.clone());
+            let want = plain::gated_backward(
+                to_f32(gate),
+                to_f32(up),
+                plain::input_gradient(&exact_products[..1]),
+            );
+            for (got, want) in got.into_iter().zip(want) {
+                report.close(&name("gated_input_gradient"), got, want, close);
+            }
         }
     }
     report.finish();
@@ -473,35 +613,71 @@ fn attention() {
     report.finish();
 }
 
+/// More tensors than a launch takes, of lengths that no vector divides.
 #[test]
 fn optimizer() {
     let Some(device) = device() else { return };
     let mut report = Report::default();
-    for count in [1, 77, 98_304] {
-        let [value, gradient, first] =
-            [1.0, 0.1, 0.1].map(|std| normal([count], std, DType::F32, &device));
-        let second = gradient.clone() * gradient.clone() * 0.3;
-        let step = AdamWStep {
-            beta1: 0.9,
-            beta2: 0.95,
-            epsilon: 1e-8,
-            step_size: 0.01,
-            second_scale: 1.7,
-            keep: 0.999,
-        };
-        let moments = [first, second];
-        let got = Cuda::adamw(value.clone(), gradient.clone(), moments.clone(), step);
-        let want = plain::adamw(value.clone(), gradient.clone(), moments, step);
-        for (got, want) in got.into_iter().zip(want) {
-            report.close(&format!("adamw {count}"), got, want, 1e-5);
+    let counts: Vec<usize> = (0..70)
+        .map(|index| [1, 77, 512, 98_304, 4099][index % 5] + index / 5)
+        .collect();
+    let tensors: Vec<AdamWTensor<Cuda>> = (counts.iter().enumerate())
+        .map(|(index, count)| {
+            let [value, gradient, first] =
+                [1.0, 0.1, 0.1].map(|std| normal([*count], std, DType::F32, &device));
+            AdamWTensor {
+                value,
+                second: gradient.clone() * gradient.clone() * 0.3,
+                gradient,
+                first,
+                step: AdamWStep {
+                    beta1: 0.9,
+                    beta2: 0.95,
+                    epsilon: 1e-8,
+                    step_size: 0.01 + index as f64 * 1e-4,
+                    second_scale: 1.7,
+                    keep: 0.999 - index as f64 * 1e-4,
+                },
+            }
+        })
+        .collect();
+    let gradients: Vec<T<1>> = tensors.iter().map(|one| one.gradient.clone()).collect();
+    for max_norm in [0.0, 1.0, 1e6] {
+        let clip = Cuda::clip_scale(gradients.clone(), max_norm);
+        let want = plain::clip_scale(gradients.clone(), max_norm);
+        report.close(&format!("clip_scale {max_norm}"), clip, want.clone(), 1e-5);
+        let got = Cuda::adamw(tensors.clone(), Some(want.clone()));
+        let want = plain::adamw(tensors.clone(), Some(want));
+        for ((got, want), count) in got.into_iter().zip(want).zip(&counts) {
+            for (what, (got, want)) in ["value", "mean", "mean square"]
+                .into_iter()
+                .zip(got.into_iter().zip(want))
+            {
+                report.close(
+                    &format!("adamw {what} of {count}, {max_norm}"),
+                    got,
+                    want,
+                    1e-5,
+                );
+            }
         }
-        let tensors = vec![value, gradient];
-        report.close(
-            &format!("square_sums {count}"),
-            Cuda::square_sums(tensors.clone()).sum(),
-            plain::square_sums(tensors).sum(),
-            1e-5,
-        );
+    }
+    // Results are parts of one buffer: they go into the next step, and to the host, as any tensor.
+    let mut again = tensors.clone();
+    for (one, [value, first, second]) in again.iter_mut().zip(Cuda::adamw(tensors.clone(), None)) {
+        (one.value, one.first, one.second) = (value, first, second);
+    }
+    let got = Cuda::adamw(again, None);
+    let mut again = tensors.clone();
+    for (one, [value, first, second]) in again.iter_mut().zip(plain::adamw(tensors, None)) {
+        (one.value, one.first, one.second) = (value, first, second);
+    }
+    let want = plain::adamw(again, None);
+    for (got, want) in got.into_iter().zip(want).take(6) {
+        let read = Cuda::read_later(got[0].clone());
+        let host: Vec<f32> = got[0].to_data().iter().collect();
+        assert_eq!(read(), host);
+        report.close("second step", got[0].clone(), want[0].clone(), 1e-5);
     }
     report.finish();
 }

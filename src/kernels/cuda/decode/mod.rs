@@ -10,7 +10,6 @@
 
 mod adapters;
 mod batch;
-mod module;
 mod pages;
 mod plan;
 mod serve;
@@ -20,7 +19,7 @@ mod tests;
 
 use burn::tensor::DType;
 
-use super::launch::Backend;
+use super::{launch::Backend, module};
 use crate::qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, nn::Linear};
 
 pub(super) use batch::start;

@@ -7,10 +7,9 @@ use super::{
         launch::{
             Backend, Buffer, Client, Defines, Kernel, contiguous, empty, float_bits, strided,
         },
-        plan::compute_capability,
         rows,
     },
-    module::{DriverError, driver, load},
+    module::{DriverError, architecture, driver, load},
     stream::Step,
 };
 use crate::qwen3_vl::{
@@ -156,7 +155,6 @@ impl Weights {
         let text = &config.text_config;
         let like = like(model);
         let device = like.device.index;
-        let capability = compute_capability(device);
         let mut addresses = Addresses::new(client);
         let a = &mut addresses;
         let language = &model.model.language_model;
@@ -190,11 +188,7 @@ impl Weights {
         Ok(Self {
             text: text.clone(),
             device,
-            arch: if capability == 90 {
-                "sm_90a".to_string()
-            } else {
-                format!("sm_{capability}")
-            },
+            arch: architecture(device),
             table,
             layers,
             norm,
