@@ -9,7 +9,7 @@ use xray_qwen3vl::{
     cli::{BenchCommand, BenchServer, Cli, Command},
     commands::{
         UsageError, bench, bench_serve, check, clean, convert, doctor, eval, infer, init_tiny,
-        merge, phantoms, plan, quantize, serve, train,
+        log_lines, merge, phantoms, plan, quantize, serve, train,
     },
 };
 
@@ -24,6 +24,10 @@ fn main() -> ExitCode {
                 *place = format!("{}:{}", location.file(), location.line());
             }
         }));
+    }
+    // Burn's training log is a file of the run's own.
+    if !matches!(cli.command, Command::Train(_)) {
+        log_lines::init(log::LevelFilter::Warn);
     }
     let result = panic::catch_unwind(|| match cli.command {
         Command::Infer(args) => infer::run(args),

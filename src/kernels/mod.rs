@@ -646,6 +646,11 @@ impl<B: Kernels, C: CheckpointStrategy> Kernels for burn::backend::Autodiff<B, C
         autodiff::product(a, b)
     }
 
+    /// The inner backend's: a pass without autodiff and one with it drop the same inputs.
+    fn dropout_mask(like: &Tensor<Self, 2>, dropout: Dropout) -> Tensor<Self, 2> {
+        Tensor::from_inner(B::dropout_mask(&like.clone().inner(), dropout))
+    }
+
     fn compact<const D: usize>(x: Tensor<Self, D>) -> Tensor<Self, D> {
         let trained = x.is_require_grad();
         let compact = Tensor::from_inner(B::compact(x.inner()));

@@ -21,6 +21,7 @@ mod product;
 mod recording;
 mod rotary;
 mod rows;
+mod stream;
 #[cfg(test)]
 mod tests;
 mod upload;

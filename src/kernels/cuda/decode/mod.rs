@@ -13,13 +13,12 @@ mod batch;
 mod pages;
 mod plan;
 mod serve;
-mod stream;
 #[cfg(test)]
 mod tests;
 
 use burn::tensor::DType;
 
-use super::{launch::Backend, module};
+use super::{launch::Backend, module, stream};
 use crate::qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, nn::Linear};
 
 pub(super) use batch::start;
