@@ -21,6 +21,7 @@ use cubecl::{bytes::Bytes, server::ServerError};
 use super::{
     attention::{self, Cache},
     likeliest::likeliest,
+    matrix::Matrix,
     matvec::{self, InputNorm},
     rotary::{self, HeadNorms},
     vulkan::{Backend, Buffer, contiguous, strided, tensor},
@@ -32,7 +33,7 @@ use crate::{
         Qwen3Vl,
         cache::KeyValueCache,
         config::Qwen3VlConfig,
-        nn::{Linear, RmsNorm},
+        nn::{Embedding, Linear, RmsNorm},
         rope::inverse_frequencies,
         text::DecoderLayer,
     },
@@ -47,13 +48,13 @@ const TABLES: usize = 64;
 /// A layer's weights and its part of the cache.
 struct Layer {
     input_norm: InputNorm<WgpuRuntime>,
-    qkv: [Buffer; 3],
+    qkv: [Matrix; 3],
     head_norms: HeadNorms<WgpuRuntime>,
-    output: Buffer,
+    output: Matrix,
     mlp_norm: InputNorm<WgpuRuntime>,
-    gate: Buffer,
-    up: Buffer,
-    down: Buffer,
+    gate: Matrix,
+    up: Matrix,
+    down: Matrix,
     keys: Buffer,
     values: Buffer,
 }
@@ -63,8 +64,8 @@ type Reading = Pin<Box<dyn Future<Output = Result<Vec<Bytes>, ServerError>> + Se
 struct Engine {
     layers: Vec<Layer>,
     norm: InputNorm<WgpuRuntime>,
-    embedding: Tensor<Backend, 2>,
-    head: Buffer,
+    embedding: Embedding<Backend>,
+    head: Matrix,
     heads: usize,
     frequencies: Vec<f32>,
     /// First visible key of each row, and a number no row's keys reach.
@@ -89,8 +90,8 @@ fn norm(norm: &RmsNorm<Backend>) -> InputNorm<WgpuRuntime> {
     }
 }
 
-fn weight(linear: &Linear<Backend>) -> Buffer {
-    strided(linear.weight.val())
+fn weight(linear: &Linear<Backend>) -> Matrix {
+    Matrix::of(&linear.weight)
 }
 
 /// The layer's linear layers.
@@ -115,10 +116,7 @@ fn covers(model: &Qwen3Vl<Backend>, config: &Qwen3VlConfig, rows: usize) -> bool
         return false;
     };
     let plain = |linear: &Linear<Backend>| {
-        linear.lora.is_none()
-            && linear.bias.is_none()
-            && linear.weight.val().dtype() == dtype
-            && weight(linear).is_contiguous()
+        linear.lora.is_none() && linear.bias.is_none() && weight(linear).covers(dtype)
     };
     let widths = [
         text.hidden_size,
@@ -134,6 +132,7 @@ fn covers(model: &Qwen3Vl<Backend>, config: &Qwen3VlConfig, rows: usize) -> bool
         && text.head_dim <= 256
         && text.num_attention_heads / text.num_key_value_heads <= 8
         && model.lm_head.as_ref().is_none_or(plain)
+        && Matrix::of(model.head()).covers(dtype)
         && model
             .model
             .language_model
@@ -157,6 +156,7 @@ pub(super) fn start(
         return None;
     }
     let text = &model.model.language_model;
+    let dtype = model.dtype();
     let layers = text
         .layers
         .iter()
@@ -167,7 +167,7 @@ pub(super) fn start(
             let [q, k, v, output, gate, up, down] = linears(layer).map(weight);
             let attn = &layer.self_attn;
             let fits = keys.is_contiguous() && values.is_contiguous();
-            (fits && keys.dtype == q.dtype).then(|| Layer {
+            (fits && keys.dtype == dtype).then(|| Layer {
                 input_norm: norm(&layer.input_layernorm),
                 qkv: [q, k, v],
                 head_norms: HeadNorms {
@@ -197,8 +197,8 @@ pub(super) fn start(
     Some(Box::new(Engine {
         layers,
         norm: norm(&text.norm),
-        embedding: text.embed_tokens.weight.val(),
-        head: strided(model.head_weight()),
+        embedding: text.embed_tokens.clone(),
+        head: Matrix::of(model.head()),
         heads: config.num_attention_heads,
         frequencies: inverse_frequencies(config.head_dim, config.rope_theta),
         ranges: [
@@ -248,7 +248,7 @@ impl Engine {
             }
         }
         let shape = [values.len()];
-        let device = self.embedding.device();
+        let device = self.embedding.weight.lazy_device();
         let tables =
             Tensor::<Backend, 1>::from_data(TensorData::new(values, shape), (&device, DType::F32));
         let tables = contiguous(tables);
@@ -261,11 +261,11 @@ impl Engine {
         let (tables, place) = self.table();
         let at = self.cached + self.launched;
         let indices = Tensor::<Backend, 1, Int>::from_primitive(self.tokens.clone());
-        let mut x = contiguous(self.embedding.clone().select(0, indices));
+        let mut x = contiguous(self.embedding.forward(indices));
         let [rows, _] = x.meta.shape().dims();
         let [first, end] = &self.ranges;
         for layer in &self.layers {
-            let qkv = matvec::three_products(&x, &layer.input_norm, layer.qkv.each_ref());
+            let qkv = Matrix::three_products(&x, &layer.input_norm, layer.qkv.each_ref());
             let (keys, values) = (&layer.keys, &layer.values);
             let q = rotary::rotate_into_cache(
                 &qkv,
@@ -277,12 +277,12 @@ impl Engine {
             let head_dim = keys.meta.shape()[3];
             let q = strided(tensor::<2>(q).reshape([rows, self.heads, 1, head_dim]));
             let y = attention::one_query(&q, &Cache { keys, values }, first, end, at + 1);
-            x = matvec::product(&y, None, &layer.output, None, Some(&x), x.dtype);
-            let y = matvec::gated_product(&x, &layer.mlp_norm, &layer.gate, &layer.up);
-            x = matvec::product(&y, None, &layer.down, None, Some(&x), x.dtype);
+            x = layer.output.product(&y, None, Some(&x), x.dtype);
+            let y = Matrix::gated_product(&x, &layer.mlp_norm, &layer.gate, &layer.up);
+            x = layer.down.product(&y, None, Some(&x), x.dtype);
         }
         self.launched += 1;
-        matvec::product(&x, Some(&self.norm), &self.head, None, None, DType::F32)
+        self.head.product(&x, Some(&self.norm), None, DType::F32)
     }
 }
 
@@ -327,7 +327,7 @@ impl Decoder for Engine {
 
     fn next_logits(&mut self, tokens: &[u32]) -> Result<Vec<Vec<f32>>, String> {
         let tokens: Vec<i32> = tokens.iter().map(|token| *token as i32).collect();
-        self.tokens = integers(&tokens, &self.embedding.device());
+        self.tokens = integers(&tokens, &self.embedding.weight.lazy_device());
         let logits = self.step();
         let [_, vocab] = logits.meta.shape().dims();
         let bytes = wait(read(logits))?;

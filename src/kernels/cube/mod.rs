@@ -10,10 +10,11 @@ mod attention;
 mod cache;
 #[cfg(feature = "wgpu")]
 mod decode;
-#[cfg(feature = "wgpu")]
 mod launch;
 #[cfg(feature = "wgpu")]
 mod likeliest;
+#[cfg(feature = "wgpu")]
+mod matrix;
 #[cfg(feature = "wgpu")]
 mod matvec;
 #[cfg(feature = "wgpu")]
@@ -26,11 +27,9 @@ mod quantized_tests;
 mod rotary;
 #[cfg(feature = "wgpu")]
 mod rows;
-#[cfg(feature = "wgpu")]
 mod sums;
 #[cfg(all(test, feature = "wgpu"))]
 mod tests;
 #[cfg(feature = "wgpu")]
 mod vulkan;
-#[cfg(feature = "wgpu")]
 mod words;
