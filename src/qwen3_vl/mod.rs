@@ -421,7 +421,7 @@ impl<B: Kernels> Qwen3Vl<B> {
     }
 
     /// The head's matrix, `[vocab, hidden]`: its own or the embedding's.
-    fn head(&self) -> &Weight<B> {
+    pub fn head(&self) -> &Weight<B> {
         match &self.lm_head {
             Some(head) => &head.weight,
             None => &self.model.language_model.embed_tokens.weight,

@@ -63,9 +63,6 @@ impl Kernels for Backend {
         cache: &KeyValueCache<Self>,
         start: &DecodeStart,
     ) -> Option<Box<dyn Decoder>> {
-        if model.quantization().is_some() {
-            return None;
-        }
         decode::start(model, config, cache, start)
     }
 
