@@ -200,7 +200,7 @@ pub(super) fn rotate_heads_backward<B: Backend>(
     }
 }
 
-pub(super) fn attention<B: Backend>(
+pub(super) fn attention<B: Kernels>(
     q: Tensor<B, 4>,
     k: Tensor<B, 4>,
     v: Tensor<B, 4>,
@@ -219,7 +219,7 @@ pub(super) fn attention<B: Backend>(
     attend_in_pieces(q, k, v, spans.bias())
 }
 
-fn attend_in_pieces<B: Backend>(
+fn attend_in_pieces<B: Kernels>(
     q: Tensor<B, 4>,
     k: Tensor<B, 4>,
     v: Tensor<B, 4>,
@@ -245,7 +245,7 @@ fn attend_in_pieces<B: Backend>(
 }
 
 /// Probabilities `[batch, key_value_heads, rows, keys]`, f32, and the scaled queries in that form.
-fn probabilities<B: Backend>(
+fn probabilities<B: Kernels>(
     q: Tensor<B, 4>,
     k: Tensor<B, 4>,
     bias: Option<Tensor<B, 4>>,
@@ -255,7 +255,8 @@ fn probabilities<B: Backend>(
     // Query heads that share a key head become more rows of one product.
     let rows = heads / key_value_heads * queries;
     let q = (q * scale(head_dim)).reshape([batch, key_value_heads, rows, head_dim]);
-    let scores = to_f32(q.clone().matmul(k.swap_dims(2, 3))).reshape([batch, heads, queries, keys]);
+    let scores =
+        B::wide_product(q.clone(), k.swap_dims(2, 3)).reshape([batch, heads, queries, keys]);
     let scores = match bias {
         Some(bias) => scores + bias,
         None => scores,
@@ -268,7 +269,7 @@ fn scale(head_dim: usize) -> f64 {
     (head_dim as f64).powf(-0.5)
 }
 
-fn attend<B: Backend>(
+fn attend<B: Kernels>(
     q: Tensor<B, 4>,
     k: Tensor<B, 4>,
     v: Tensor<B, 4>,
@@ -280,7 +281,7 @@ fn attend<B: Backend>(
     to_dtype(weights, dtype).matmul(v).reshape(shape)
 }
 
-pub(super) fn attention_backward<B: Backend>(
+pub(super) fn attention_backward<B: Kernels>(
     q: Tensor<B, 4>,
     k: Tensor<B, 4>,
     v: Tensor<B, 4>,
@@ -302,7 +303,7 @@ pub(super) fn attention_backward<B: Backend>(
         let dv = to_dtype(weights.clone(), dtype)
             .swap_dims(2, 3)
             .matmul(dy.clone());
-        let dweights = to_f32(dy.matmul(v.clone().swap_dims(2, 3)));
+        let dweights = B::wide_product(dy, v.clone().swap_dims(2, 3));
         let mean = (dweights.clone() * weights.clone()).sum_dim(3);
         let dscores = to_dtype(weights * (dweights - mean), dtype);
         dq.push((dscores.clone().matmul(k.clone()) * scale(head_dim)).reshape(shape));
