@@ -23,6 +23,7 @@ use burn::{
     tensor::{DType, Distribution, backend::AutodiffBackend, ops::FloatTensor},
 };
 
+<<<<<<< HEAD
 use crate::{
     generate::{
         SamplingConfig,
@@ -36,6 +37,13 @@ use crate::{
         nn::{gelu_exact, gelu_tanh},
         vision::{VisionLayout, VisionModel, VisionOutput},
     },
+=======
+use crate::qwen3_vl::{
+    Qwen3Vl,
+    cache::KeyValueCache,
+    config::Qwen3VlConfig,
+    nn::{gelu_exact, gelu_tanh, to_f32},
+>>>>>>> vulkan
 };
 pub use kept::Kept;
 pub use spans::AttentionSpans;
@@ -447,6 +455,16 @@ pub trait Kernels: Backend {
         spans: &AttentionSpans<Self>,
     ) -> (Tensor<Self, 4>, Option<Tensor<Self, 3>>) {
         (plain::attention(q, k, v, spans), None)
+    }
+
+    /// `a b` in f32, of matrices in one type: scores of f16 heads would be rounded to a thousandth of
+    /// their size, or leave the type's range.
+    fn wide_product(a: Tensor<Self, 4>, b: Tensor<Self, 4>) -> Tensor<Self, 4> {
+        if a.dtype() == DType::F16 {
+            to_f32(a).matmul(to_f32(b))
+        } else {
+            to_f32(a.matmul(b))
+        }
     }
 
     /// What flows back into `q`, `k` and `v`; `y` and `statistics` are the forward pass's.

@@ -20,7 +20,7 @@ use super::{
     vulkan::{Backend, contiguous, strided, tensor},
 };
 use crate::{
-    kernels::{AttentionSpans, HeadNorm, Kernels, plain},
+    kernels::{AttentionSpans, HeadNorm, Kernels, LowRank, plain},
     qwen3_vl::nn::{gelu_exact, gelu_tanh, to_dtype, to_f32},
 };
 
@@ -147,6 +147,7 @@ fn products_of_few_rows() {
             let want = plain::gated(want.clone(), want);
             report.close(&name("gated product"), tensor::<2>(got), want, dtype);
         }
+        adapters(dtype, &device, &mut report);
         let weights = [12, 4, 8].map(|out| normal([out, 72], 0.1, dtype, &device));
         let (x, scale) = (
             normal([2, 72], 1.0, dtype, &device),
@@ -166,6 +167,27 @@ fn products_of_few_rows() {
         report.close("three products", tensor::<2>(got), want, dtype);
     }
     report.finish();
+}
+
+fn adapters(dtype: DType, device: &Device, report: &mut Report) {
+    for (rows, inner, out, rank) in [(1, 64, 96, 8), (3, 200, 37, 4), (2, 72, 24, 6)] {
+        let x = normal([rows, inner], 1.0, dtype, device);
+        let weight = normal([out, inner], 0.05, dtype, device);
+        let residual = normal([rows, out], 1.0, dtype, device);
+        let adapter = LowRank {
+            a: normal([rank, inner], 0.1, DType::F32, device),
+            b: normal([out, rank], 0.1, DType::F32, device),
+            scaling: 4.0,
+            dropout: None,
+        };
+        let wide = [&x, &weight, &residual].map(|x| to_f32(x.clone()));
+        let [xf, wf, rf] = wide;
+        let got = Backend::adapted_linear(x, weight, &adapter, Some(residual));
+        let want = plain::adapted_linear(xf, wf, &adapter, Some(rf));
+        let name = format!("adapted_linear {rows} x {inner} x {out} r {rank}");
+        report.close(&name, got.0, want.0, dtype);
+        report.close(&format!("{name}, low"), got.1, want.1, DType::F32);
+    }
 }
 
 #[test]

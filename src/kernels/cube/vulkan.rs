@@ -5,6 +5,7 @@ use burn::{
     prelude::*,
     tensor::{DType, TensorPrimitive},
 };
+use burn_cubecl::kernel::matmul::{MatmulStrategy, matmul};
 
 use super::{
     attention::{self, Cache},
@@ -18,12 +19,15 @@ use crate::{
     kernels::{
         AttentionSpans, DecodeStart, Decoder, DeviceMemory, HeadNorm, Kernels, LowRank, plain,
     },
+<<<<<<< HEAD
     quant::PackedWeight,
+=======
+>>>>>>> vulkan
     qwen3_vl::{
         Qwen3Vl,
         cache::KeyValueCache,
         config::Qwen3VlConfig,
-        nn::{gelu_exact, gelu_tanh},
+        nn::{gelu_exact, gelu_tanh, to_f32},
     },
 };
 
@@ -105,6 +109,7 @@ impl Kernels for Backend {
         ))
     }
 
+<<<<<<< HEAD
     fn unpack_rows(
         weight: &PackedWeight<Self>,
         start: usize,
@@ -134,6 +139,32 @@ impl Kernels for Backend {
 
     fn logits_packed(hidden: Tensor<Self, 2>, head: &PackedWeight<Self>) -> Tensor<Self, 2> {
         quantized::logits_packed(hidden, head)
+=======
+    fn adapted_linear(
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 2>,
+        adapter: &LowRank<Self>,
+        residual: Option<Tensor<Self, 2>>,
+    ) -> (Tensor<Self, 2>, Tensor<Self, 2>) {
+        let (x, weight) = (contiguous(x), strided(weight));
+        let (a, b) = (contiguous(adapter.a.clone()), contiguous(adapter.b.clone()));
+        let wide: Buffer = strided(to_f32(tensor::<2>(x.clone())));
+        let fits = adapter.dropout.is_none()
+            && residual
+                .as_ref()
+                .is_none_or(|residual| residual.dtype() == x.dtype);
+        // The rank is the inner width of the second product.
+        let ranks = a.meta.shape()[0].is_multiple_of(4);
+        if !fits || !ranks || !matvec::covers(&x, &weight) || !matvec::covers(&wide, &a) {
+            return plain::adapted_linear(tensor(x), tensor(weight), adapter, residual);
+        }
+        let residual = residual.map(contiguous);
+        let y = matvec::product(&x, None, &weight, None, residual.as_ref(), x.dtype);
+        let low = matvec::product(&wide, None, &a, None, None, DType::F32);
+        let scaled = strided(tensor::<2>(low.clone()) * adapter.scaling);
+        let y = matvec::product(&scaled, None, &b, None, Some(&y), x.dtype);
+        (tensor(y), tensor(low))
+>>>>>>> vulkan
     }
 
     fn rms_norm(x: Tensor<Self, 2>, weight: Tensor<Self, 1>, epsilon: f64) -> Tensor<Self, 2> {
@@ -213,6 +244,12 @@ impl Kernels for Backend {
         let [first, end] = spans.ranges().clone().map(|range| range.into_primitive());
         let y = attention::one_query(&q, &cache, &first, &end, keys);
         tensor::<2>(y).reshape([batch, heads, 1, head_dim])
+    }
+
+    fn wide_product(a: Tensor<Self, 4>, b: Tensor<Self, 4>) -> Tensor<Self, 4> {
+        let (a, b) = (strided(a), strided(b));
+        let product = matmul(a, b, None, MatmulStrategy::default(), DType::F32);
+        tensor(product.expect("a strategy covers every product"))
     }
 
     fn gated(gate: Tensor<Self, 2>, up: Tensor<Self, 2>) -> Tensor<Self, 2> {
