@@ -89,6 +89,7 @@ pub fn options() -> PipelineOptions {
         dtype: DType::F32,
         min_pixels: None,
         max_pixels: None,
+        quantize: None,
     }
 }
 
