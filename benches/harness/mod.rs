@@ -90,6 +90,7 @@ pub fn options() -> PipelineOptions {
         quantize: None,
         min_pixels: None,
         max_pixels: None,
+        quantize: None,
     }
 }
 

@@ -127,7 +127,7 @@ class Client(unittest.TestCase):
         address = self.url.removesuffix("/v1") + "/metrics"
         request = urllib.request.Request(address, headers={"authorization": f"Bearer {KEY}"})
         text = urllib.request.urlopen(request).read().decode()
-        return float(re.search(r"^xray_requests_running (\S+)$", text, re.M).group(1))
+        return float(re.search(r"^xray_running (\S+)$", text, re.M).group(1))
 
 
 if __name__ == "__main__":
