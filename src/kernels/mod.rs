@@ -455,6 +455,11 @@ pub trait Kernels: Backend {
         None
     }
 
+    /// Memory of the device that can still be had, in bytes; `None` where the backend does not tell.
+    fn free_memory(_device: &Self::Device) -> Option<u64> {
+        None
+    }
+
     /// How these devices add up among themselves; `None` where tensors have to be brought together.
     ///
     /// # Errors

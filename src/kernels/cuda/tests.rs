@@ -27,7 +27,7 @@ use crate::{
 type T<const D: usize> = Tensor<Cuda, D>;
 
 /// The device, or `None` said aloud.
-fn device() -> Option<<Cuda as burn::tensor::backend::BackendTypes>::Device> {
+pub(super) fn device() -> Option<<Cuda as burn::tensor::backend::BackendTypes>::Device> {
     let device = burn::backend::cuda::CudaDevice::new(0);
     let answers = crate::backend::quietly(|| T::<1>::ones([2], &device).sum().into_data());
     if answers.is_err() {
