@@ -1,5 +1,7 @@
 //! `--device` to a backend type and a device: the one place that knows which backends exist.
 
+pub mod list;
+
 use crate::kernels::Kernels;
 use std::{fmt, panic, str::FromStr, sync::Mutex};
 
@@ -333,6 +335,18 @@ pub fn panic_text(payload: &(dyn std::any::Any + Send)) -> String {
         .or_else(|| payload.downcast_ref::<&str>().copied())
         .unwrap_or("no reason given");
     text.lines().next().unwrap_or_default().trim().to_string()
+}
+
+/// What a device's failure means, where its driver's thread keeps the reason to itself: a request for
+/// memory that is refused there shows as an answer that never comes.
+pub fn device_reason(reason: &str) -> String {
+    if reason.contains("CallError") || reason.contains("Resource to exist") {
+        format!(
+            "the device did not do its work, most likely because it is out of memory ({reason})"
+        )
+    } else {
+        reason.to_string()
+    }
 }
 
 #[cfg(test)]

@@ -61,6 +61,9 @@ pub enum Command {
     ///
     /// Without arguments, the tiny model that comes with the repository at http://127.0.0.1:7860.
     Serve(crate::commands::serve::ServeArgs),
+    /// List the devices of this machine and check on each, in every type it calculates in, that it computes
+    /// what the CPU computes.
+    Doctor(crate::commands::doctor::DoctorArgs),
     /// Measure how fast the model is on this machine and how far from the hardware's limit, or how a
     /// server holds up.
     Bench(BenchCommand),
@@ -97,9 +100,10 @@ pub struct ModelArgs {
     /// Take the adapter although it was trained on another base.
     #[arg(long)]
     pub any_base: bool,
-    /// cpu, cuda, cuda:N, wgpu or wgpu:N; by default the best one that answers.
-    #[arg(long, value_name = "DEVICE")]
-    pub device: Option<DeviceName>,
+    /// cpu, cuda, cuda:N, wgpu or wgpu:N; by default the best one that answers. `infer` takes several
+    /// (cuda:0,cuda:1), with a copy of the model on each.
+    #[arg(long, value_name = "DEVICE,..", value_delimiter = ',')]
+    pub device: Vec<DeviceName>,
     /// Type of the weights; by default bf16 on CUDA and f32 elsewhere.
     #[arg(long, value_enum)]
     pub dtype: Option<DtypeName>,

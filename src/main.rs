@@ -8,8 +8,8 @@ use xray_qwen3vl::{
     backend::panic_text,
     cli::{BenchCommand, BenchServer, Cli, Command},
     commands::{
-        UsageError, bench, bench_serve, check, clean, convert, eval, infer, init_tiny, merge,
-        phantoms, plan, serve, train,
+        UsageError, bench, bench_serve, check, clean, convert, doctor, eval, infer, init_tiny,
+        merge, phantoms, plan, serve, train,
     },
     out_of_memory,
 };
@@ -55,6 +55,7 @@ fn main() -> ExitCode {
         Command::Phantoms(args) => phantoms::run(&args),
         Command::InitTiny(args) => init_tiny::run(&args),
         Command::Serve(args) => serve::run(args),
+        Command::Doctor(args) => doctor::run(args),
         Command::Bench(BenchCommand {
             server: Some(BenchServer::Serve(args)),
             ..

@@ -22,7 +22,7 @@ use crate::{
         ImageInput, Qwen3Vl,
         config::{ConfigError, Qwen3VlConfig},
         nn::InitOptions,
-        weights::{LoadProgress, WeightsError, checkpoint_files, load_checkpoint},
+        weights::{LoadProgress, WeightsError, checkpoint_files, load_checkpoints},
     },
 };
 
@@ -112,6 +112,18 @@ impl TextAndImages {
             return Err(PipelineError::NoModel(dir.clone()));
         }
         let config = Qwen3VlConfig::from_dir(dir)?;
+        Self::load_for(options, config)
+    }
+
+    /// [`Self::load`] for a model of other sizes than the folder's.
+    ///
+    /// # Errors
+    /// [`PipelineError`] names the file.
+    pub fn load_for(
+        options: &PipelineOptions,
+        config: Qwen3VlConfig,
+    ) -> Result<Self, PipelineError> {
+        let dir = &options.model;
         let mut image_config = if dir.join("preprocessor_config.json").is_file() {
             ImageProcessorConfig::from_dir(dir)?
         } else {
@@ -302,16 +314,35 @@ impl<B: Kernels> Pipeline<B> {
         device: B::Device,
         on_progress: LoadProgress<'_>,
     ) -> Result<Self, PipelineError> {
+        Ok(Self::load_on(options, &[device], on_progress)?.remove(0))
+    }
+
+    /// [`Pipeline::load`] on each of some devices, from one reading of the files.
+    ///
+    /// # Errors
+    /// [`PipelineError`] names the file, and the key or tensor.
+    pub fn load_on(
+        options: &PipelineOptions,
+        devices: &[B::Device],
+        on_progress: LoadProgress<'_>,
+    ) -> Result<Vec<Self>, PipelineError> {
         let parts = TextAndImages::load(options)?;
-        let mut model = load_model::<B>(options, &parts.config, &device, on_progress)?;
-        if let Some(dir) = &options.adapter {
-            model = merge(load_adapter(model, dir)?.0);
-        }
-        Ok(Self {
-            model,
-            parts,
-            device,
-        })
+        let models = load_models::<B>(options, &parts.config, devices, on_progress)?;
+        models
+            .into_iter()
+            .zip(devices)
+            .map(|(model, device)| {
+                let model = match &options.adapter {
+                    Some(dir) => merge(load_adapter(model, dir)?.0),
+                    None => model,
+                };
+                Ok(Self {
+                    model,
+                    parts: parts.clone(),
+                    device: device.clone(),
+                })
+            })
+            .collect()
     }
 
     /// Answers a batch of prompts; `on_text` gets each row's new text as it comes.
@@ -382,16 +413,35 @@ pub fn load_model<B: Kernels>(
     device: &B::Device,
     on_progress: LoadProgress<'_>,
 ) -> Result<Qwen3Vl<B>, PipelineError> {
+    let mut models = load_models(options, config, std::slice::from_ref(device), on_progress)?;
+    Ok(models.remove(0))
+}
+
+/// [`load_model`] on each of some devices: the files are read once.
+///
+/// # Errors
+/// [`PipelineError::Weights`], [`PipelineError::Memory`].
+pub fn load_models<B: Kernels>(
+    options: &PipelineOptions,
+    config: &Qwen3VlConfig,
+    devices: &[B::Device],
+    on_progress: LoadProgress<'_>,
+) -> Result<Vec<Qwen3Vl<B>>, PipelineError> {
     let init = InitOptions {
         dtype: options.dtype,
         ..InitOptions::default()
     };
-    let mut model = Qwen3Vl::new(config, &init, device);
-    if B::name(device).contains("flex") {
-        check_host_memory(&options.model, &model, options.dtype)?;
+    let mut models: Vec<Qwen3Vl<B>> = devices
+        .iter()
+        .map(|device| Qwen3Vl::new(config, &init, device))
+        .collect();
+    if let (Some(device), Some(model)) = (devices.first(), models.first())
+        && B::name(device).contains("flex")
+    {
+        check_host_memory(&options.model, model, options.dtype, models.len())?;
     }
-    load_checkpoint(&mut model, &options.model, options.dtype, on_progress)?;
-    Ok(compact(model))
+    load_checkpoints(&mut models, &options.model, options.dtype, on_progress)?;
+    Ok(models.into_iter().map(compact).collect())
 }
 
 /// The CPU's memory ends the process when it runs out, so it is looked at before.
@@ -399,6 +449,7 @@ fn check_host_memory<B: Kernels>(
     dir: &Path,
     model: &Qwen3Vl<B>,
     dtype: DType,
+    copies: usize,
 ) -> Result<(), PipelineError> {
     const GIB: f64 = (1u64 << 30) as f64;
     checkpoint_files(dir)?;
@@ -406,7 +457,7 @@ fn check_host_memory<B: Kernels>(
         .values()
         .map(|shape| shape.iter().product::<usize>())
         .sum();
-    let need = (parameters * dtype.size()) as f64 / GIB;
+    let need = (parameters * dtype.size() * copies) as f64 / GIB;
     match crate::system::available_memory() {
         Some(free) if need > free as f64 / GIB => Err(PipelineError::Memory {
             need,

@@ -135,7 +135,8 @@ fn query(card: &str, what: &str) -> Option<String> {
     text.lines().next().map(|line| line.trim().to_string())
 }
 
-fn cpu_name() -> String {
+/// Name and number of cores of the machine's processor.
+pub fn cpu_name() -> String {
     let model = std::fs::read_to_string("/proc/cpuinfo")
         .ok()
         .and_then(|text| {

@@ -12,7 +12,8 @@ use super::{
 use crate::{
     generate::{GenerationConfig, Prompt, Timing, generate},
     kernels::Kernels,
-    qwen3_vl::{ImageInput, Qwen3Vl, weights::LoadProgress},
+    qwen3_vl::{ImageInput, Qwen3Vl, config::Qwen3VlConfig, weights::LoadProgress},
+    spread::in_order,
 };
 
 /// Tokens behind the first that a decode call generates.
@@ -24,36 +25,105 @@ const WARM_UP: usize = 2;
 const DECODE_WARM_UP: usize = 1;
 
 impl<B: Kernels> Bench<B> {
-    /// Loads the model again and again, each time letting go of the one before.
+    /// Loads the model again and again, each time letting go of the one before; on several devices at
+    /// once, where there are some.
     ///
     /// Files are read through the system's cache: all but the first call measure the way from memory
     /// to the device unless the cache is too small.
     ///
     /// # Errors
     /// [`BenchError`] of a load.
-    pub fn load(&self, on_progress: LoadProgress<'_>) -> Result<Vec<Record>, BenchError> {
+    pub fn load(
+        &self,
+        devices: &[B::Device],
+        on_progress: LoadProgress<'_>,
+    ) -> Result<Vec<Record>, BenchError> {
         let verb = match self.source {
             super::Source::Folder(_) => "load",
             super::Source::Random { .. } => "draw",
         };
-        let mut record = self.record("load", verb.to_string(), 1);
         let bytes = self.source.load_bytes(&self.config, self.dtype)?;
-        let laps = measure(0, self.samples(3), |call| {
-            if call == 1 {
-                self.mark_operations();
+        let mut records = Vec::new();
+        for count in counts(devices) {
+            let name = format!("{verb}{}", on_devices(count));
+            let mut record = self.record("load", name, 1);
+            let laps = measure(0, self.samples(3), |call| {
+                if call == 1 {
+                    self.mark_operations();
+                }
+                let (_, seconds) = self.models::<B>(&devices[..count], on_progress)?;
+                Ok::<_, BenchError>(Lap {
+                    seconds,
+                    stall_seconds: seconds,
+                    work: Work { flop: 0.0, bytes },
+                    ..Lap::default()
+                })
+            })?;
+            record.set_laps(&laps);
+            self.note_operations(&mut record);
+            self.note_memory(&mut record);
+            records.push(record);
+        }
+        Ok(records)
+    }
+
+    /// Answers of [`DECODE_STEPS`] + 1 tokens to batches of requests, images prepared; on several
+    /// devices, a batch each in turn, as `infer --output` does.
+    ///
+    /// # Errors
+    /// [`BenchError::Generate`] when the model's output is not a number, [`BenchError::Spread`].
+    pub fn answers(
+        &self,
+        models: Vec<(Qwen3Vl<B>, B::Device)>,
+        load_seconds: f64,
+        batches: &[usize],
+    ) -> Result<Vec<Record>, BenchError> {
+        /// Batches of a call and device.
+        const EACH: usize = 4;
+        let devices: Vec<_> = models.iter().map(|(_, device)| device.clone()).collect();
+        let mut models = models;
+        let config = &self.config;
+        let mut records = Vec::new();
+        for batch in batches {
+            for count in counts(&devices) {
+                let mut requests = Requests::new(&self.config, self.mixed, SEED);
+                let groups: Vec<Vec<Prompt>> = (0..EACH * count)
+                    .map(|_| requests.prompts(*batch))
+                    .collect();
+                let name = format!("infer_b{batch}{}", on_devices(count));
+                let mut record = self.record("infer", name, *batch);
+                let laps = measure(DECODE_WARM_UP, self.samples(2), |_| {
+                    let start = Instant::now();
+                    let (mut answers, mut tokens) = (0, 0);
+                    in_order(
+                        &mut models[..count],
+                        &groups,
+                        |(model, device), prompts| {
+                            let new = DECODE_STEPS + 1;
+                            generate_on(model, config, device, prompts, new, &mut |_| {})
+                                .map(|timing| (prompts.len(), timing.decoded_tokens))
+                        },
+                        |_, answered| {
+                            let (more, decoded) = answered?;
+                            answers += more;
+                            tokens += decoded;
+                            Ok::<_, BenchError>(())
+                        },
+                    )?;
+                    let seconds = start.elapsed().as_secs_f64();
+                    Ok::<_, BenchError>(Lap {
+                        seconds,
+                        stall_seconds: seconds,
+                        samples: answers as f64,
+                        tokens: tokens as f64,
+                        work: Work::default(),
+                    })
+                })?;
+                self.finish(&mut record, &laps, load_seconds);
+                records.push(record);
             }
-            let (_, seconds) = self.model::<B>(on_progress)?;
-            Ok::<_, BenchError>(Lap {
-                seconds,
-                stall_seconds: seconds,
-                work: Work { flop: 0.0, bytes },
-                ..Lap::default()
-            })
-        })?;
-        record.set_laps(&laps);
-        self.note_operations(&mut record);
-        self.note_memory(&mut record);
-        Ok(vec![record])
+        }
+        Ok(records)
     }
 
     /// The vision tower alone, pixels brought to the device included.
@@ -75,6 +145,9 @@ impl<B: Kernels> Bench<B> {
                 let _ = B::sync(&self.device);
                 drop(output);
                 let seconds = start.elapsed().as_secs_f64();
+                if call == 0 {
+                    B::settle(model);
+                }
                 Ok::<_, Infallible>(Lap {
                     seconds,
                     stall_seconds: seconds,
@@ -120,6 +193,9 @@ impl<B: Kernels> Bench<B> {
                 if call == 0 && first_of_all {
                     record.first_token_seconds =
                         since_process_start().map(|time| time.as_secs_f64());
+                }
+                if call == 0 {
+                    B::settle(model);
                 }
                 let lengths = lengths(&prompts);
                 Ok::<_, BenchError>(Lap {
@@ -219,23 +295,7 @@ impl<B: Kernels> Bench<B> {
         new: usize,
         on_token: &mut dyn FnMut(usize),
     ) -> Result<Timing, BenchError> {
-        let settings = GenerationConfig {
-            max_new_tokens: new,
-            stop_on_repetition: false,
-            ..GenerationConfig::default()
-        };
-        let (_, timing) = generate(
-            model,
-            &self.config,
-            prompts,
-            &settings,
-            &self.device,
-            &mut |row, _| {
-                on_token(row);
-                None
-            },
-        )?;
-        Ok(timing)
+        generate_on(model, &self.config, &self.device, prompts, new, on_token)
     }
 
     fn finish(&self, record: &mut Record, laps: &Laps, load_seconds: f64) {
@@ -243,6 +303,43 @@ impl<B: Kernels> Bench<B> {
         record.load_seconds = Some(load_seconds);
         self.note_operations(record);
         self.note_memory(record);
+    }
+}
+
+/// Exactly `new` tokens a row on a device; `on_token` gets the row of each as it comes.
+fn generate_on<B: Kernels>(
+    model: &Qwen3Vl<B>,
+    config: &Qwen3VlConfig,
+    device: &B::Device,
+    prompts: &[Prompt],
+    new: usize,
+    on_token: &mut dyn FnMut(usize),
+) -> Result<Timing, BenchError> {
+    let settings = GenerationConfig {
+        max_new_tokens: new,
+        stop_on_repetition: false,
+        ..GenerationConfig::default()
+    };
+    let (_, timing) = generate(model, config, prompts, &settings, device, &mut |row, _| {
+        on_token(row);
+        None
+    })?;
+    Ok(timing)
+}
+
+/// One device, and all where there are several.
+fn counts<D>(devices: &[D]) -> Vec<usize> {
+    let mut counts = vec![1, devices.len()];
+    counts.dedup();
+    counts
+}
+
+/// What a name says about the number of devices.
+fn on_devices(count: usize) -> String {
+    if count > 1 {
+        format!("_d{count}")
+    } else {
+        String::new()
     }
 }
 

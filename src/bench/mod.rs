@@ -12,19 +12,25 @@ pub mod operations;
 pub mod report;
 pub mod requests;
 pub mod train;
+pub mod train_devices;
 pub mod weights;
 
-use std::{cell::RefCell, path::PathBuf, time::Instant};
+use std::{
+    cell::RefCell,
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
 use burn::{prelude::*, tensor::DType};
 
 use crate::{
-    kernels::Kernels,
-    pipeline::{PipelineError, PipelineOptions, load_model},
+    files::FileError,
+    kernels::{Kernels, send_module},
+    pipeline::{PipelineError, PipelineOptions, load_models},
     qwen3_vl::{
         Qwen3Vl,
         config::{ConfigError, Qwen3VlConfig},
-        weights::{LoadProgress, checkpoint_files},
+        weights::{LoadProgress, MAX_SHARD_BYTES, checkpoint_files, save_checkpoint},
     },
     system::{available_memory, peak_memory},
     train::{checkpoint::dtype_text, plan::base_parameters},
@@ -56,6 +62,12 @@ pub enum BenchError {
     Adapter(#[from] crate::lora::config::AdapterError),
     #[error(transparent)]
     TrainConfig(#[from] crate::train::config::TrainConfigError),
+    #[error(transparent)]
+    Rank(#[from] crate::train::ranks::RankError),
+    #[error(transparent)]
+    Spread(#[from] crate::spread::SpreadError),
+    #[error(transparent)]
+    File(#[from] crate::files::FileError),
     #[error("{0}")]
     Size(String),
     #[error(
@@ -118,6 +130,24 @@ impl Source {
     }
 }
 
+/// A folder that goes with its name.
+#[derive(Debug)]
+pub struct TemporaryFolder(PathBuf);
+
+impl TemporaryFolder {
+    fn in_dir(dir: &Path) -> Result<Self, FileError> {
+        let folder = dir.join(format!("xray-qwen3vl-bench-{}", std::process::id()));
+        std::fs::create_dir(&folder).map_err(|cause| FileError::write(&folder, cause))?;
+        Ok(Self(folder))
+    }
+}
+
+impl Drop for TemporaryFolder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
 /// A device with everything a measurement needs to know about it.
 #[derive(Debug)]
 pub struct Bench<B: Backend> {
@@ -177,8 +207,22 @@ impl<B: Kernels> Bench<B> {
         &self,
         on_progress: LoadProgress<'_>,
     ) -> Result<(Qwen3Vl<A>, f64), BenchError> {
+        let (mut models, seconds) =
+            self.models::<A>(std::slice::from_ref(&self.device), on_progress)?;
+        Ok((models.remove(0), seconds))
+    }
+
+    /// [`Bench::model`] on each of some devices: files are read once, a drawn model is copied.
+    ///
+    /// # Errors
+    /// As [`Bench::model`].
+    pub fn models<A: Kernels<Device = B::Device>>(
+        &self,
+        devices: &[B::Device],
+        on_progress: LoadProgress<'_>,
+    ) -> Result<(Vec<Qwen3Vl<A>>, f64), BenchError> {
         let start = Instant::now();
-        let model = match &self.source {
+        let models = match &self.source {
             Source::Folder(dir) => {
                 let options = PipelineOptions {
                     model: dir.clone(),
@@ -187,15 +231,38 @@ impl<B: Kernels> Bench<B> {
                     min_pixels: None,
                     max_pixels: None,
                 };
-                load_model::<A>(&options, &self.config, &self.device, on_progress)?
+                load_models::<A>(&options, &self.config, devices, on_progress)?
             }
             Source::Random { size, .. } => {
                 self.check_host_memory(*size)?;
-                draw::<A>(&self.config, SEED, self.dtype, &self.device)
+                let first = draw::<A>(&self.config, SEED, self.dtype, &devices[0]);
+                let copies = devices[1..]
+                    .iter()
+                    .map(|device| send_module(first.clone(), device))
+                    .collect::<Vec<_>>();
+                std::iter::once(first).chain(copies).collect()
             }
         };
-        let _ = B::sync(&self.device);
-        Ok((model, start.elapsed().as_secs_f64()))
+        for device in devices {
+            let _ = B::sync(device);
+        }
+        Ok((models, start.elapsed().as_secs_f64()))
+    }
+
+    /// Draws the model, writes it as a checkpoint to a new folder in `dir`, and measures that from then on;
+    /// the folder is there as long as what is returned.
+    ///
+    /// # Errors
+    /// As [`Bench::model`]; the files cannot be written.
+    pub fn write_checkpoint(&mut self, dir: &Path) -> Result<TemporaryFolder, BenchError> {
+        let (model, _) = self.model::<B>(&mut |_, _| {})?;
+        let folder = TemporaryFolder::in_dir(dir)?;
+        let config = folder.0.join("config.json");
+        let text = self.config.to_published_json(dtype_text(self.dtype));
+        std::fs::write(&config, text).map_err(|cause| FileError::write(&config, cause))?;
+        save_checkpoint(&model, &folder.0, MAX_SHARD_BYTES)?;
+        self.source = Source::Folder(folder.0.clone());
+        Ok(folder)
     }
 
     /// The CPU's memory ends the process when it runs out, so it is looked at before.

@@ -15,11 +15,11 @@ use clap::{Args, ValueEnum};
 
 use super::{
     UsageError,
-    progress::{Progress, Unit},
+    progress::{Progress, Unit, prepare_kernels},
     shipped,
 };
 use crate::{
-    backend::{DeviceName, DeviceTask, DtypeName, built_backends, run_on},
+    backend::{DeviceName, DtypeName, Replicas, ReplicatedTask, built_backends, run_on_all},
     bench::{
         Bench, BenchError, Source,
         device::measure_ceilings,
@@ -30,7 +30,8 @@ use crate::{
     },
     files::write_atomic,
     kernels::Kernels,
-    train::trace::Trace,
+    system::free_memory,
+    train::{budget::Budget, trace::Trace},
 };
 
 /// Set in the processes that `--table` starts: they print records and nothing else.
@@ -47,6 +48,8 @@ pub enum BenchKind {
     Prefill,
     /// 128 tokens behind the first.
     Decode,
+    /// Whole answers of 129 tokens to batch after batch, as a batch run gives them.
+    Infer,
     /// Optimizer steps of the published LoRA recipe.
     Train,
 }
@@ -66,20 +69,25 @@ pub struct BenchArgs {
     /// Only so many decoder layers of the random model.
     #[arg(long, value_name = "N", requires = "random_weights")]
     pub layers: Option<usize>,
-    /// cpu, cuda, cuda:N, wgpu or wgpu:N; by default the best one that answers.
-    #[arg(long, value_name = "DEVICE")]
-    pub device: Option<DeviceName>,
+    /// cpu, cuda, cuda:N, wgpu or wgpu:N; by default the best one that answers. `load`, `infer` and `train`
+    /// take several (cuda:0,cuda:1) and measure the first alone, then all together.
+    #[arg(long, value_name = "DEVICE,..", value_delimiter = ',')]
+    pub device: Vec<DeviceName>,
     /// Type of the weights; by default bf16 on CUDA and f32 elsewhere.
     #[arg(long, value_enum)]
     pub dtype: Option<DtypeName>,
-    /// Requests at once, several sizes one after another [default: 1; decode: 1,8,32]. In `train`, samples
-    /// of a micro-batch, 16 samples a step in any case.
+    /// Requests at once, several sizes one after another [default: 1; decode: 1,8,32; infer: 16]. In
+    /// `train`, samples of a micro-batch, 16 samples a step and device in any case.
     #[arg(long, value_name = "N,N", value_delimiter = ',')]
     pub batch: Vec<usize>,
     /// Lengths as often as the OpenI-zh corpus has them, in place of 368 tokens each.
     #[arg(long)]
     pub mixed: bool,
-    /// Measured calls [default: 20; load and decode: 3, train: 5 steps].
+    /// `load`: write the random model there as a checkpoint first, and measure reading it; it is deleted
+    /// afterwards.
+    #[arg(long, value_name = "DIR", requires = "random_weights")]
+    pub checkpoint_in: Option<PathBuf>,
+    /// Measured calls [default: 20; load and decode: 3, infer: 2, train: 5 steps].
     #[arg(long, visible_alias = "steps", value_name = "N")]
     pub samples: Option<usize>,
     /// `train`: the samples of a micro-batch lie in one row.
@@ -92,6 +100,9 @@ pub struct BenchArgs {
     /// `train`: run norms, rotation and the gate again in the backward pass, and nothing else.
     #[arg(long, conflicts_with = "no_recompute")]
     pub recompute_pointwise: bool,
+    /// `train`: choose --batch, --packing and what is run again, as a run within so many GiB would.
+    #[arg(long, value_name = "auto|GIB", conflicts_with_all = ["batch", "no_recompute", "recompute_pointwise"])]
+    pub memory_budget: Option<Budget>,
     /// `train`: write what the host's threads did when, in the form of Chrome's tracing.
     #[arg(long, value_name = "FILE.json")]
     pub trace: Option<PathBuf>,
@@ -115,8 +126,8 @@ pub fn run(args: BenchArgs) -> Result<()> {
     let records = if args.table && !is_child {
         measure_with_operations()?
     } else {
-        let (device, dtype) = (args.device, args.dtype.map(DType::from));
-        run_on(device, dtype, Measure(args))??
+        let (devices, dtype) = (args.device.clone(), args.dtype.map(DType::from));
+        run_on_all(&devices, dtype, Measure(args))??
     };
     let lines: String = records
         .iter()
@@ -194,11 +205,14 @@ fn check(args: &BenchArgs) -> Result<()> {
         bail!(UsageError("--samples is 0, expected at least 1".into()));
     }
     let train = args.kind == BenchKind::Train;
-    let only_train =
-        args.packing || args.no_recompute || args.recompute_pointwise || args.trace.is_some();
+    let only_train = args.packing
+        || args.no_recompute
+        || args.recompute_pointwise
+        || args.memory_budget.is_some()
+        || args.trace.is_some();
     if !train && only_train {
         bail!(UsageError(
-            "--packing, --no-recompute, --recompute-pointwise and --trace belong to `bench train`"
+            "--packing, --no-recompute, --recompute-pointwise, --memory-budget and --trace belong to `bench train`"
                 .into()
         ));
     }
@@ -210,7 +224,20 @@ fn check(args: &BenchArgs) -> Result<()> {
     if args.kind == BenchKind::Load && !args.batch.is_empty() {
         bail!(UsageError("`bench load` has no --batch".into()));
     }
-    if args.table && (args.device == Some(DeviceName::Cpu) || built_backends() == ["cpu"]) {
+    if args.device.len() > 1
+        && !matches!(
+            args.kind,
+            BenchKind::Load | BenchKind::Infer | BenchKind::Train
+        )
+    {
+        bail!(UsageError(
+            "several devices are for `bench load`, `bench infer` and `bench train`".into()
+        ));
+    }
+    if args.checkpoint_in.is_some() && args.kind != BenchKind::Load {
+        bail!(UsageError("--checkpoint-in belongs to `bench load`".into()));
+    }
+    if args.table && (args.device.contains(&DeviceName::Cpu) || built_backends() == ["cpu"]) {
         bail!(UsageError(
             "--table needs `--device cuda` or `wgpu`: the CPU backend does not time its operations"
                 .into()
@@ -227,11 +254,13 @@ fn check(args: &BenchArgs) -> Result<()> {
 
 struct Measure(BenchArgs);
 
-impl DeviceTask for Measure {
+impl ReplicatedTask for Measure {
     type Output = Result<Vec<Record>>;
 
-    fn run<B: Kernels>(self, device: B::Device, dtype: DType) -> Result<Vec<Record>> {
+    fn run<B: Kernels>(self, replicas: Replicas<B>) -> Result<Vec<Record>> {
         let args = self.0;
+        let Replicas { devices, dtype } = replicas;
+        let device = devices[0].clone();
         let source = match args.random_weights {
             Some(size) => Source::Random {
                 size,
@@ -241,8 +270,23 @@ impl DeviceTask for Measure {
                 args.model.as_deref().unwrap_or(Path::new("model/tiny")),
             )),
         };
-        let bench = Bench::<B>::new(source, device.clone(), dtype, args.mixed, args.samples)
+        let mut bench = Bench::<B>::new(source, device.clone(), dtype, args.mixed, args.samples)
             .map_err(usage)?;
+        let written = args
+            .checkpoint_in
+            .as_deref()
+            .map(|dir| bench.write_checkpoint(dir))
+            .transpose()?;
+        let fitting = match args.memory_budget {
+            Some(budget) => {
+                let free = free_memory::<B>(&device);
+                let gib = budget.gib(free).map_err(UsageError)?;
+                let (shape, line) = TrainShape::fitting(&bench.config, dtype, gib)?;
+                eprintln!("{line}");
+                Some(shape)
+            }
+            None => None,
+        };
         let mut progress = Progress::new("loading", 0, Unit::Bytes);
         let mut on_progress = |done, total| progress.set(done, total);
         let batches = |default: &[usize]| {
@@ -253,28 +297,39 @@ impl DeviceTask for Measure {
             }
         };
         let mut records = if args.kind == BenchKind::Load {
-            bench.load(&mut on_progress)?
+            bench.load(&devices, &mut on_progress)?
+        } else if args.kind == BenchKind::Infer {
+            let (models, seconds) = bench.models::<B>(&devices, &mut on_progress)?;
+            let models = models.into_iter().zip(devices.clone()).collect();
+            bench.answers(models, seconds, &batches(&[16]))?
         } else if args.kind == BenchKind::Train {
             let (base, seconds) = bench.model::<Autodiff<B>>(&mut on_progress)?;
             let trace = Trace::new(args.trace.is_some());
-            let records = batches(&[1])
-                .into_iter()
-                .map(|micro_batch| {
-                    let shape = TrainShape {
+            let mut records = Vec::new();
+            let shapes = match fitting {
+                Some(shape) => vec![shape],
+                None => (batches(&[1]).into_iter())
+                    .map(|micro_batch| TrainShape {
                         micro_batch,
                         packing: args.packing,
                         recompute: !args.no_recompute && !args.recompute_pointwise,
                         recompute_pointwise: args.recompute_pointwise,
-                    };
-                    bench.train(base.clone(), seconds, shape, &trace)
-                })
-                .collect::<Result<_, _>>()?;
+                    })
+                    .collect(),
+            };
+            for shape in shapes {
+                records.push(bench.train(base.clone(), seconds, shape, &trace)?);
+                if devices.len() > 1 {
+                    records.push(bench.train_on(base.clone(), seconds, shape, &devices)?);
+                }
+            }
             if let Some(path) = &args.trace {
                 trace.write(path)?;
             }
             records
         } else {
             let (model, seconds) = bench.model::<B>(&mut on_progress)?;
+            prepare_kernels::<B>(&bench.config, dtype, &device);
             match args.kind {
                 BenchKind::Vision => bench.vision(&model, seconds, &batches(&[1])),
                 BenchKind::Prefill => bench.prefill(&model, seconds, &batches(&[1]))?,
@@ -282,6 +337,7 @@ impl DeviceTask for Measure {
             }
         };
         progress.finish();
+        drop(written);
         if bench.is_profiled() {
             return Ok(records);
         }

@@ -6,7 +6,10 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
+    fmt,
+    io::{BufRead, BufReader},
     path::PathBuf,
+    process::{Child, Command, Stdio},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -22,7 +25,11 @@ use rand::{Rng, SeedableRng, rngs::SmallRng};
 use serde_json::{Value, json};
 
 use super::{UsageError, shipped};
-use crate::serve::client::{EventLines, Server};
+use crate::{
+    backend::DeviceName,
+    bench::weights::RandomSize,
+    serve::client::{EventLines, Server},
+};
 
 /// What is asked in turn when no --prompt is given.
 const PROMPTS: [&str; 6] = [
@@ -46,9 +53,29 @@ pub struct BenchServeArgs {
     /// Model to ask; the server's base by default.
     #[arg(long, value_name = "NAME")]
     pub model: Option<String>,
-    /// Users that ask one question after another.
-    #[arg(long, value_name = "N", default_value_t = 8, conflicts_with = "rate")]
-    pub users: usize,
+    /// Start a server with a model of this size and random weights for the time of the measurement.
+    #[arg(long, value_enum, value_name = "SIZE", conflicts_with_all = ["server", "api_key", "model"])]
+    pub random_weights: Option<RandomSize>,
+    /// Folder whose tokenizer and chat template the random model has.
+    #[arg(
+        long,
+        value_name = "DIR",
+        default_value = "model/tiny",
+        requires = "random_weights"
+    )]
+    pub tokenizer: PathBuf,
+    /// Device of the random model.
+    #[arg(long, value_name = "DEVICE", requires = "random_weights")]
+    pub device: Option<DeviceName>,
+    /// Users that ask one question after another; several numbers are measured one after another.
+    #[arg(
+        long,
+        value_name = "N,N",
+        value_delimiter = ',',
+        default_value = "8",
+        conflicts_with = "rate"
+    )]
+    pub users: Vec<usize>,
     /// Mean number of requests a second, in place of users.
     #[arg(long, value_name = "F")]
     pub rate: Option<f64>,
@@ -64,6 +91,15 @@ pub struct BenchServeArgs {
     /// Most tokens of an answer.
     #[arg(long, value_name = "N", default_value_t = 128)]
     pub max_new_tokens: usize,
+    /// As in `infer`; a question has its own seed.
+    #[arg(long, value_name = "F", default_value_t = 0.0)]
+    pub temperature: f32,
+    /// As in `infer`.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub top_k: usize,
+    /// As in `infer`.
+    #[arg(long, value_name = "F", default_value_t = 1.0)]
+    pub top_p: f32,
     /// Go on behind the end of an answer, so that every answer has --max-new-tokens.
     #[arg(long)]
     pub ignore_eos: bool,
@@ -109,6 +145,9 @@ struct Bench {
 struct BodyArgs {
     model: Option<String>,
     max_new_tokens: usize,
+    temperature: f32,
+    top_k: usize,
+    top_p: f32,
     ignore_eos: bool,
     no_cache: bool,
 }
@@ -118,18 +157,74 @@ struct BodyArgs {
 /// # Errors
 /// When the server cannot be reached, or answers differ under `--check`.
 pub fn run(args: &BenchServeArgs) -> Result<()> {
-    if args.users == 0 || args.seconds <= 0.0 || args.rate.is_some_and(|rate| rate <= 0.0) {
+    if args.users.contains(&0) || args.seconds <= 0.0 || args.rate.is_some_and(|rate| rate <= 0.0) {
         bail!(UsageError(
             "--users, --rate and --seconds must be above 0".into()
         ));
     }
+    let started = args
+        .random_weights
+        .map(|size| OwnServer::start(size, args))
+        .transpose()?;
+    let server = started.as_ref().map_or(&args.server, |own| &own.url);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()?;
-    runtime.block_on(measure(args))
+    runtime.block_on(measure(args, server))
 }
 
-async fn measure(args: &BenchServeArgs) -> Result<()> {
+/// A server of our own, stopped when this is dropped.
+struct OwnServer {
+    process: Child,
+    url: String,
+}
+
+impl OwnServer {
+    fn start(size: RandomSize, args: &BenchServeArgs) -> Result<Self> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command
+            .args(["serve", "--port", "0", "--random-weights", size.name()])
+            .arg("--model")
+            .arg(&args.tokenizer)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
+        if let Some(device) = args.device {
+            command.arg("--device").arg(device.to_string());
+        }
+        let mut process = command.spawn().context("cannot start a server")?;
+        let said = process.stderr.take().map(BufReader::new);
+        let mut lines = said.into_iter().flat_map(BufRead::lines);
+        let mut last = String::new();
+        while let Some(Ok(line)) = lines.next() {
+            if let Some(url) = address_in(&line) {
+                // The log would stop the server if nobody read it.
+                std::thread::spawn(move || lines.for_each(drop));
+                return Ok(Self { process, url });
+            }
+            last = line;
+        }
+        let _ = process.wait();
+        bail!("the server did not start: {last}")
+    }
+}
+
+impl Drop for OwnServer {
+    fn drop(&mut self) {
+        // It may be gone already.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// The address in the line by which a server says that it is there.
+fn address_in(line: &str) -> Option<String> {
+    let (_, rest) = line.split_once("` at ")?;
+    let (url, _) = rest.split_once(',')?;
+    Some(url.to_owned())
+}
+
+async fn measure(args: &BenchServeArgs, server: &str) -> Result<()> {
     let images = args
         .image
         .iter()
@@ -146,10 +241,13 @@ async fn measure(args: &BenchServeArgs) -> Result<()> {
         args.prompt.clone()
     };
     let bench = Arc::new(Bench {
-        server: Server::new(&args.server, args.api_key.clone())?,
+        server: Server::new(server, args.api_key.clone())?,
         args: BodyArgs {
             model: args.model.clone(),
             max_new_tokens: args.max_new_tokens,
+            temperature: args.temperature,
+            top_k: args.top_k,
+            top_p: args.top_p,
             ignore_eos: args.ignore_eos,
             no_cache: args.no_cache,
         },
@@ -168,20 +266,45 @@ async fn measure(args: &BenchServeArgs) -> Result<()> {
         };
         alone.insert(kind, sample.text);
     }
-    let started = Instant::now();
-    match args.rate {
-        Some(rate) => arrivals(&bench, rate, args).await,
-        None => users(&bench, args).await,
+    let loads: Vec<Load> = match args.rate {
+        Some(rate) => vec![Load::Rate(rate)],
+        None => args.users.iter().copied().map(Load::Users).collect(),
+    };
+    for load in loads {
+        let started = Instant::now();
+        match load {
+            Load::Rate(rate) => arrivals(&bench, rate, args).await,
+            Load::Users(count) => users(&bench, count, args).await,
+        }
+        let seconds = started.elapsed().as_secs_f64();
+        let results =
+            std::mem::take(&mut *bench.results.lock().unwrap_or_else(PoisonError::into_inner));
+        report(args, load, &results, seconds, kinds, &alone)?;
     }
-    let seconds = started.elapsed().as_secs_f64();
-    let results =
-        std::mem::take(&mut *bench.results.lock().unwrap_or_else(PoisonError::into_inner));
-    report(args, &results, seconds, kinds, &alone)
+    Ok(())
 }
 
-async fn users(bench: &Arc<Bench>, args: &BenchServeArgs) {
+/// Who asks.
+#[derive(Debug, Clone, Copy)]
+enum Load {
+    /// So many, one question after another each.
+    Users(usize),
+    /// So many questions a second.
+    Rate(f64),
+}
+
+impl fmt::Display for Load {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Users(count) => write!(f, "{count} users"),
+            Self::Rate(rate) => write!(f, "{rate} requests/s"),
+        }
+    }
+}
+
+async fn users(bench: &Arc<Bench>, count: usize, args: &BenchServeArgs) {
     let end = Instant::now() + Duration::from_secs_f64(args.seconds);
-    let tasks: Vec<_> = (0..args.users)
+    let tasks: Vec<_> = (0..count)
         .map(|_| {
             let bench = bench.clone();
             tokio::spawn(async move {
@@ -242,7 +365,11 @@ impl Bench {
         let mut body = json!({
             "messages": [{"role": "user", "content": content}],
             "max_tokens": self.args.max_new_tokens,
-            "temperature": 0,
+            "temperature": self.args.temperature,
+            "top_k": self.args.top_k,
+            "top_p": self.args.top_p,
+            // The same question has the same answer alone and in company.
+            "seed": kind,
             "stream": true,
             "stream_options": {"include_usage": true},
             "ignore_eos": self.args.ignore_eos,
@@ -267,6 +394,7 @@ impl Bench {
         let mut body = response.into_body();
         let mut lines = EventLines::default();
         let mut sample = Sample::default();
+        let mut started_at = None;
         while let Some(frame) = body.frame().await {
             let frame = frame?;
             let Some(bytes) = frame.data_ref() else {
@@ -275,6 +403,10 @@ impl Bench {
             for data in lines.push(bytes) {
                 if data == "[DONE]" {
                     sample.total = started.elapsed().as_secs_f64();
+                    if sample.text.is_empty() {
+                        // Nothing of the answer could be shown: random tokens, for one.
+                        sample.first = started_at.unwrap_or(sample.total);
+                    }
                     return Ok(Ok(sample));
                 }
                 let chunk: Value = serde_json::from_str(&data)?;
@@ -282,6 +414,9 @@ impl Bench {
                     return Ok(Err("error in the stream".into()));
                 }
                 let delta = &chunk["choices"][0]["delta"];
+                if delta.is_object() && started_at.is_none() {
+                    started_at = Some(started.elapsed().as_secs_f64());
+                }
                 for key in ["reasoning_content", "content"] {
                     if let Some(text) = delta[key].as_str().filter(|text| !text.is_empty()) {
                         if sample.text.is_empty() {
@@ -312,6 +447,7 @@ fn percentiles(mut values: Vec<f64>) -> Value {
 
 fn report(
     args: &BenchServeArgs,
+    load: Load,
     results: &Results,
     seconds: f64,
     kinds: usize,
@@ -333,10 +469,7 @@ fn report(
         .iter()
         .filter(|(kind, sample)| alone.get(kind).is_some_and(|text| *text != sample.text))
         .count();
-    let load = match args.rate {
-        Some(rate) => format!("{rate} requests/s"),
-        None => format!("{} users", args.users),
-    };
+    let load = load.to_string();
     println!("{load}, {seconds:.1} s, {kinds} different questions");
     println!(
         "answered {} ({:.1}/s), refused {:?}",

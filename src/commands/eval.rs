@@ -364,7 +364,7 @@ fn model_work(
             model: model.clone(),
             adapter: args.adapter.clone(),
             any_base: args.any_base,
-            device: args.device,
+            device: args.device.into_iter().collect(),
             dtype: args.dtype,
             min_pixels: args.min_pixels,
             max_pixels: args.max_pixels,

@@ -1,6 +1,6 @@
 //! `infer`: reports about images, one by one, together, or as a batch run that can be resumed.
 
-use crate::kernels::Kernels;
+use crate::kernels::{DeviceMemory, Kernels};
 use std::{
     collections::HashSet,
     fs,
@@ -16,17 +16,18 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     UsageError, generation_config, pipeline_options,
-    progress::{Progress, Unit},
+    progress::{Progress, Unit, prepare_kernels},
     shipped,
 };
 use crate::{
-    backend::{DeviceTask, run_on},
+    backend::{Replicas, ReplicatedTask, run_on_all},
     cli::InferArgs,
     generate::{FinishReason, GenerationConfig, Prompt, Timing},
     lora::base::check_base,
     pipeline::{Answer, Pipeline},
     processor::{dicom::Remark, image::Reading, message::split_thinking},
     qwen3_vl::ImageInput,
+    spread::in_order,
     system::MemoryWatch,
 };
 
@@ -83,6 +84,12 @@ pub fn run(args: InferArgs) -> Result<()> {
             "--stream shows one report as it grows; leave out --batch-size".into()
         ));
     }
+    let devices = args.model.device.clone();
+    if devices.len() > 1 && (args.stream || args.server.is_some()) {
+        bail!(UsageError(
+            "several devices are for batch runs with a model; leave out --stream and --server, or name one --device".into()
+        ));
+    }
     let images = list_images(&args)?;
     if args.show_tags {
         return super::tags::show(images.iter().flatten(), args.json);
@@ -95,9 +102,9 @@ pub fn run(args: InferArgs) -> Result<()> {
         }
         return super::infer_server::run(address, &args, &settings, &images);
     }
-    let (device, dtype) = (args.model.device, args.model.dtype.map(DType::from));
-    run_on(
-        device,
+    let dtype = args.model.dtype.map(DType::from);
+    run_on_all(
+        &devices,
         dtype,
         Infer {
             args,
@@ -155,10 +162,11 @@ struct Infer {
     remarked: Mutex<HashSet<Remark>>,
 }
 
-impl DeviceTask for Infer {
+impl ReplicatedTask for Infer {
     type Output = Result<()>;
 
-    fn run<B: Kernels>(self, device: B::Device, dtype: DType) -> Result<()> {
+    fn run<B: Kernels>(self, replicas: Replicas<B>) -> Result<()> {
+        let Replicas { mut devices, dtype } = replicas;
         let mut run = OutputFile::open(self.args.output.as_deref(), &self.args)?;
         let todo: Vec<&Vec<PathBuf>> = self
             .images
@@ -177,6 +185,8 @@ impl DeviceTask for Infer {
             );
         }
         let started = Instant::now();
+        let groups: Vec<&[&Vec<PathBuf>]> = todo.chunks(self.args.batch_size).collect();
+        devices.truncate(groups.len());
         let options = pipeline_options(&self.args.model, dtype);
         if let Some(adapter) = options
             .adapter
@@ -186,36 +196,60 @@ impl DeviceTask for Infer {
             check_base(adapter, &options.model)?;
         }
         let mut progress = Progress::new("loading", 0, Unit::Bytes);
-        let pipeline = Pipeline::<B>::load(&options, device, &mut |done, total| {
+        let mut pipelines = Pipeline::<B>::load_on(&options, &devices, &mut |done, total| {
             progress.set(done, total);
         })?;
         progress.finish();
-        let _ = B::sync(&pipeline.device);
+        for device in &devices {
+            prepare_kernels::<B>(&pipelines[0].parts.config, dtype, device);
+            let _ = B::sync(device);
+        }
         if self.args.verbose {
             eprintln!("load     {:8.2} s", started.elapsed().as_secs_f64());
         }
         let mut progress = (todo.len() > 1 || self.args.output.is_some())
             .then(|| Progress::new("reports", todo.len() as u64, Unit::Items));
         let mut done = 0;
-        for group in todo.chunks(self.args.batch_size) {
-            let records = self.answer_group(&pipeline, group);
-            done += group.len();
-            for record in records {
-                run.add(&record, &self.args)?;
-            }
-            if let Some(progress) = &mut progress {
-                progress.set(done as u64, todo.len() as u64);
-            }
-        }
+        let memory = Mutex::new(MemoryWatch::default());
+        // Memory is counted by thread: with several devices, the weights are here and the work is not.
+        let weights: Vec<Option<DeviceMemory>> = pipelines
+            .iter()
+            .map(|pipeline| B::memory_in_use(&pipeline.device).filter(|_| devices.len() > 1))
+            .collect();
+        let mut workers: Vec<_> = pipelines.iter_mut().zip(weights).collect();
+        in_order(
+            &mut workers,
+            &groups,
+            |(pipeline, weights), group| {
+                let records = self.answer_group(pipeline, group);
+                if self.args.verbose
+                    && let Ok(mut memory) = memory.lock()
+                {
+                    let elsewhere = weights.map_or(0, |weights| weights.reserved);
+                    memory.note(B::memory_in_use(&pipeline.device).map(|own| DeviceMemory {
+                        reserved: own.reserved + elsewhere,
+                        ..own
+                    }));
+                }
+                records
+            },
+            |_, records| {
+                done += records.len();
+                for record in records {
+                    run.add(&record, &self.args)?;
+                }
+                if let Some(progress) = &mut progress {
+                    progress.set(done as u64, todo.len() as u64);
+                }
+                anyhow::Ok(())
+            },
+        )?;
         if let Some(progress) = progress {
             progress.finish();
         }
         if self.args.verbose
-            && let Some(peak) = {
-                let mut memory = MemoryWatch::default();
-                memory.look::<B>(&pipeline.device);
-                memory.peak()
-            }
+            && let Ok(memory) = memory.into_inner()
+            && let Some(peak) = memory.peak()
         {
             eprintln!(
                 "memory   {:8.2} GiB at most on the {}",

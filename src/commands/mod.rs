@@ -5,6 +5,7 @@ pub mod bench_serve;
 pub mod check;
 pub mod clean;
 pub mod convert;
+pub mod doctor;
 pub mod eval;
 pub mod infer;
 mod infer_server;
@@ -20,6 +21,7 @@ pub mod train;
 use anyhow::{Result, bail};
 
 use crate::{
+    backend::DeviceName,
     cli::{GenerationArgs, ModelArgs},
     generate::{GenerationConfig, SamplingConfig},
     pipeline::PipelineOptions,
@@ -37,6 +39,17 @@ fn shipped(path: &Path) -> PathBuf {
         beside
     } else {
         path.to_path_buf()
+    }
+}
+
+/// The device of a command that works on one.
+fn one_device(devices: &[DeviceName]) -> Result<Option<DeviceName>> {
+    match devices {
+        [] => Ok(None),
+        [device] => Ok(Some(*device)),
+        [..] => bail!(UsageError(
+            "--device names several devices, expected one".into()
+        )),
     }
 }
 

@@ -7,14 +7,13 @@ use rayon::prelude::*;
 use super::{UsageError, shipped, train::with_keys};
 use crate::{
     backend::{DeviceName, DeviceTask, run_on},
-    bench::device::is_cpu,
     cli::PlanArgs,
     dataset::{Dataset, DatasetError},
     files::write_atomic,
     kernels::Kernels,
     pipeline::{PipelineOptions, TextAndImages},
     plot::histogram,
-    system::available_memory,
+    system::free_memory,
     train::{
         budget::{Budget, Form},
         config::TrainConfig,
@@ -145,11 +144,7 @@ impl DeviceTask for Free {
     type Output = Option<u64>;
 
     fn run<B: Kernels>(self, device: B::Device, _dtype: DType) -> Option<u64> {
-        if is_cpu::<B>(&device) {
-            available_memory()
-        } else {
-            B::free_memory(&device)
-        }
+        free_memory::<B>(&device)
     }
 }
 

@@ -5,7 +5,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use burn::tensor::DType;
 use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::{kernels::Kernels, qwen3_vl::config::Qwen3VlConfig};
 
 /// Time between plain lines.
 const LINE_EVERY: Duration = Duration::from_secs(10);
@@ -76,4 +79,17 @@ impl Progress {
             bar.finish_and_clear();
         }
     }
+}
+
+/// Compiles what the model's kernels need on this card, with progress; at once where it was done before.
+pub(crate) fn prepare_kernels<B: Kernels>(
+    config: &Qwen3VlConfig,
+    dtype: DType,
+    device: &B::Device,
+) {
+    let mut progress = Progress::new("compiling kernels, once a card", 0, Unit::Items);
+    B::prepare(config, dtype, device, &mut |done, all| {
+        progress.set(done, all)
+    });
+    progress.finish();
 }

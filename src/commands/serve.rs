@@ -15,16 +15,26 @@ use clap::Args;
 use tokio::net::TcpListener;
 
 use super::{
-    UsageError, generation_config, pipeline_options,
+    UsageError, generation_config, one_device, pipeline_options,
     progress::{Progress, Unit},
     shipped,
 };
 use crate::{
     backend::{DeviceTask, run_on},
+    bench::{
+        SEED,
+        weights::{RandomSize, draw},
+    },
     cli::{GenerationArgs, ModelArgs},
-    generate::{GenerationConfig, slots::PlainDecoder},
+    generate::{
+        GenerationConfig,
+        backend::{ServingDecoder, ServingLimits},
+        slots::PlainDecoder,
+    },
     kernels::Kernels,
-    pipeline::Pipeline,
+    pipeline::{Pipeline, PipelineOptions, TextAndImages},
+    processor::tokenizer::Tokenizer,
+    qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig},
     serve::{
         App, ServeConfig,
         engine::{Engine, EngineLimits},
@@ -117,6 +127,9 @@ pub struct ServeArgs {
     /// Fetch images from http(s):// addresses of the public internet.
     #[arg(long)]
     pub allow_image_urls: bool,
+    /// Serve a model of this size with random weights, for measurements; `--model` has the tokenizer.
+    #[arg(long, value_enum, value_name = "SIZE", conflicts_with_all = ["adapter", "lora", "adapter_dir"])]
+    pub random_weights: Option<RandomSize>,
     /// Model and device.
     #[command(flatten)]
     pub model: ModelArgs,
@@ -133,7 +146,8 @@ pub fn run(args: ServeArgs) -> Result<()> {
     let defaults = generation_config(&args.generation)?;
     check(&args)?;
     init_log();
-    let (device, dtype) = (args.model.device, args.model.dtype.map(DType::from));
+    let device = one_device(&args.model.device)?;
+    let dtype = args.model.dtype.map(DType::from);
     run_on(device, dtype, Serve { args, defaults })?
 }
 
@@ -215,16 +229,21 @@ impl DeviceTask for Serve {
 
     fn run<B: Kernels>(self, device: B::Device, dtype: DType) -> Result<()> {
         let options = pipeline_options(&self.args.model, dtype);
-        let mut progress = Progress::new("loading", 0, Unit::Bytes);
-        let pipeline = Pipeline::<B>::load(&options, device, &mut |done, total| {
-            progress.set(done, total);
-        })?;
-        progress.finish();
         let Pipeline {
             model,
             parts,
             device,
-        } = pipeline;
+        } = match self.args.random_weights {
+            Some(size) => random::<B>(size, &options, device)?,
+            None => {
+                let mut progress = Progress::new("loading", 0, Unit::Bytes);
+                let pipeline = Pipeline::<B>::load(&options, device, &mut |done, total| {
+                    progress.set(done, total);
+                })?;
+                progress.finish();
+                pipeline
+            }
+        };
         let name = match &self.args.served_model_name {
             Some(name) => name.clone(),
             None => base_name(&shipped(&self.args.model.model)),
@@ -237,7 +256,7 @@ impl DeviceTask for Serve {
             prefill_chunk: self.args.prefill_chunk,
             prefix_cache: !self.args.no_prefix_cache,
         };
-        let decoder = PlainDecoder::new(model, parts.config.clone(), device);
+        let decoder = self.decoder(model, &parts.config, device, &limits)?;
         let (engine, worker) =
             Engine::start(decoder, parts.tokenizer.clone(), limits, metrics.clone())?;
         let models = Models::new(name, parts.template.clone());
@@ -250,6 +269,27 @@ impl DeviceTask for Serve {
         let _ = worker.join();
         served
     }
+}
+
+/// A model with weights that were drawn, under the tokenizer and template of a folder.
+fn random<B: Kernels>(
+    size: RandomSize,
+    options: &PipelineOptions,
+    device: B::Device,
+) -> Result<Pipeline<B>> {
+    let mut config = size.config(None).map_err(anyhow::Error::msg)?;
+    let special = Tokenizer::from_folder(&options.model)?.special().clone();
+    config.image_token_id = special.image_pad;
+    config.vision_start_token_id = special.vision_start;
+    config.vision_end_token_id = special.vision_end;
+    let parts = TextAndImages::load_for(options, config)?;
+    let model = draw::<B>(&parts.config, SEED, options.dtype, &device);
+    let _ = B::sync(&device);
+    Ok(Pipeline {
+        model,
+        parts,
+        device,
+    })
 }
 
 fn lowercase(names: &[String]) -> Vec<String> {
@@ -266,6 +306,33 @@ fn base_name(dir: &Path) -> String {
 }
 
 impl Serve {
+    /// The backend's own engine where it has one for the model, else plain operations.
+    fn decoder<B: Kernels>(
+        &self,
+        model: Qwen3Vl<B>,
+        config: &Qwen3VlConfig,
+        device: B::Device,
+        limits: &EngineLimits,
+    ) -> Result<ServingDecoder<B>> {
+        let mut progress = Progress::new("preparing", 0, Unit::Items);
+        let room = ServingLimits {
+            max_running: limits.max_running,
+            cache_tokens: limits.cache_tokens,
+            prefill_chunk: limits.prefill_chunk,
+            adapters: !self.args.lora.is_empty() || self.args.adapter_dir.is_some(),
+        };
+        let own = B::serving_decoder(&model, config, &room, &mut |done, total| {
+            progress.set(done as u64, total as u64);
+        });
+        Ok(match own.map_err(anyhow::Error::msg)? {
+            Some(decoder) => {
+                progress.finish();
+                decoder
+            }
+            None => Box::new(PlainDecoder::new(model, config.clone(), device)),
+        })
+    }
+
     fn config(&self) -> ServeConfig {
         let args = &self.args;
         ServeConfig {

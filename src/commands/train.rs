@@ -27,7 +27,6 @@ use super::{
 };
 use crate::{
     backend::{DeviceName, DtypeName, Replicas, ReplicatedTask, run_on_all},
-    bench::device::is_cpu,
     cli::TrainArgs,
     dataset::Dataset,
     evaluate::{rouge::rouge_l, segment::characters},
@@ -42,7 +41,7 @@ use crate::{
     pipeline::{PipelineOptions, TextAndImages},
     processor::message::split_thinking,
     qwen3_vl::Qwen3Vl,
-    system::available_memory,
+    system::free_memory,
     train::{
         budget::{Budget, Form},
         config::TrainConfig,
@@ -184,11 +183,7 @@ fn fit_budget<B: Kernels>(
     device: &B::Device,
     dtype: DType,
 ) -> Result<String> {
-    let free = if is_cpu::<B>(device) {
-        available_memory()
-    } else {
-        B::free_memory(device)
-    };
+    let free = free_memory::<B>(device);
     let gib = budget.gib(free).map_err(UsageError)?;
     config.memory_budget = Some(gib);
     let parts = TextAndImages::load(&PipelineOptions {

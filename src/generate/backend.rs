@@ -6,9 +6,10 @@
 
 use std::{ops::Range, path::Path};
 
+use super::sampler::TokenChoice;
 use crate::{
     lora::config::AdapterError,
-    qwen3_vl::{ImageInput, rope::Positions},
+    qwen3_vl::{ImageInput, rope::Positions, vision::VisionOutput},
 };
 
 /// A sequence's place in the cache.
@@ -38,8 +39,26 @@ pub struct Chunk<'a, F> {
     pub wants_logits: bool,
 }
 
+/// What is wanted of a row behind its newest token.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Pick {
+    /// The logits: somebody changes them, or tells of them, before a token is chosen.
+    Logits,
+    /// The next token, chosen so.
+    Token(TokenChoice),
+}
+
+/// What a step gives for a row.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Stepped {
+    /// The logits: asked for, or from a device that leaves the choice to its caller.
+    Logits(Vec<f32>),
+    /// The token; `None` where the logits are NaN.
+    Token(Option<u32>),
+}
+
 /// One token more for a sequence.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct StepRow {
     /// The sequence.
     pub slot: SlotId,
@@ -47,7 +66,25 @@ pub struct StepRow {
     pub token: u32,
     /// The token's position, the same on all axes.
     pub position: i64,
+    /// What is wanted. The tokens seen, for a penalty, are all that the slot was fed.
+    pub pick: Pick,
 }
+
+/// What a backend's own engine has to have room for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ServingLimits {
+    /// Sequences of a step.
+    pub max_running: usize,
+    /// Tokens of all slots, each slot rounded up to 256.
+    pub cache_tokens: usize,
+    /// Tokens of a prompt that come at once.
+    pub prefill_chunk: usize,
+    /// Whether adapters will be loaded.
+    pub adapters: bool,
+}
+
+/// An engine made for one backend.
+pub type ServingDecoder<B> = Box<dyn DecodeBackend<Features = VisionOutput<B>> + Send>;
 
 /// Computes sequences that come and go independently.
 ///
@@ -70,8 +107,8 @@ pub trait DecodeBackend {
     /// Appends part of a prompt; gives the logits behind its last token where they are wanted.
     fn prefill(&mut self, slot: SlotId, chunk: &Chunk<'_, Self::Features>) -> Option<Vec<f32>>;
 
-    /// Appends one token to each of several slots and gives the logits behind each.
-    fn step(&mut self, rows: &[StepRow]) -> Vec<Vec<f32>>;
+    /// Appends one token to each of several slots and gives what is wanted behind each.
+    fn step(&mut self, rows: &[StepRow]) -> Vec<Stepped>;
 
     /// Gives a slot back.
     fn free(&mut self, slot: SlotId);
@@ -84,4 +121,40 @@ pub trait DecodeBackend {
 
     /// Drops an adapter; no slot uses it any more.
     fn unload_adapter(&mut self, adapter: AdapterId);
+}
+
+impl<T: DecodeBackend + ?Sized> DecodeBackend for Box<T> {
+    type Features = T::Features;
+
+    fn encode_image(&mut self, adapter: AdapterId, image: &ImageInput) -> Self::Features {
+        (**self).encode_image(adapter, image)
+    }
+
+    fn start(&mut self, adapter: AdapterId, capacity: usize) -> SlotId {
+        (**self).start(adapter, capacity)
+    }
+
+    fn fork(&mut self, source: SlotId, tokens: usize, capacity: usize) -> SlotId {
+        (**self).fork(source, tokens, capacity)
+    }
+
+    fn prefill(&mut self, slot: SlotId, chunk: &Chunk<'_, Self::Features>) -> Option<Vec<f32>> {
+        (**self).prefill(slot, chunk)
+    }
+
+    fn step(&mut self, rows: &[StepRow]) -> Vec<Stepped> {
+        (**self).step(rows)
+    }
+
+    fn free(&mut self, slot: SlotId) {
+        (**self).free(slot);
+    }
+
+    fn load_adapter(&mut self, dir: &Path) -> Result<AdapterId, AdapterError> {
+        (**self).load_adapter(dir)
+    }
+
+    fn unload_adapter(&mut self, adapter: AdapterId) {
+        (**self).unload_adapter(adapter);
+    }
 }

@@ -257,6 +257,19 @@ pub fn generate<B: Kernels>(
                     .map(|row| position(*row, &results[*row].token_ids))
                     .collect(),
                 most_steps: settings.max_new_tokens,
+                sampling: settings.sampling.clone(),
+                draws: if settings.sampling.temperature == 0.0 {
+                    Vec::new()
+                } else {
+                    let draws = |row: &usize| samplers[*row].clone().draws(settings.max_new_tokens);
+                    active.iter().map(draws).collect()
+                },
+                seen: if settings.sampling.repetition_penalty == 1.0 {
+                    Vec::new()
+                } else {
+                    let seen = |row: &usize| [&rows[*row][..], &results[*row].token_ids].concat();
+                    active.iter().map(seen).collect()
+                },
             };
             decoder = B::decoder(model, config, &cache, &start);
             places = active.clone();
@@ -264,32 +277,16 @@ pub fn generate<B: Kernels>(
         if let Some(decoder) = &mut decoder {
             // The decoder keeps its rows; those that have ended are not looked at any more.
             let stayed: Vec<usize> = stays.iter().map(|place| active[*place]).collect();
-            next = if settings.sampling.takes_likeliest() {
-                let tokens = decoder.next_tokens().map_err(GenerateError::Device)?;
-                let chosen = places
-                    .iter()
-                    .zip(tokens)
-                    .filter(|(row, _)| stayed.contains(row));
-                Next::Tokens(
-                    chosen
-                        .map(|(_, token)| token.ok_or(GenerateError::NotFinite))
-                        .collect::<Result<_, _>>()?,
-                )
-            } else {
-                let tokens: Vec<u32> = places.iter().map(|row| last_token(*row)).collect();
-                let logits = decoder
-                    .next_logits(&tokens)
-                    .map_err(GenerateError::Device)?;
-                let kept = places.iter().zip(logits);
-                let kept: Vec<Vec<f32>> = kept
-                    .filter(|(row, _)| stayed.contains(row))
-                    .map(|(_, logits)| logits)
-                    .collect();
-                if kept.iter().flatten().any(|value| value.is_nan()) {
-                    return Err(GenerateError::NotFinite);
-                }
-                Next::Logits(kept)
-            };
+            let tokens = decoder.next_tokens().map_err(GenerateError::Device)?;
+            let chosen = places
+                .iter()
+                .zip(tokens)
+                .filter(|(row, _)| stayed.contains(row));
+            next = Next::Tokens(
+                chosen
+                    .map(|(_, token)| token.ok_or(GenerateError::NotFinite))
+                    .collect::<Result<_, _>>()?,
+            );
             active = stayed;
             continue;
         }

@@ -60,14 +60,117 @@ impl SamplingConfig {
     }
 }
 
-/// Chooses tokens for one sequence.
+/// One draw: how a token is to be chosen from logits, here or on a device.
 ///
 /// The order of the filters is transformers': repetition penalty, temperature, top-k, top-p, min-p.
+/// What is left is gone through from the likeliest token on, and equals by rising id, until the weights
+/// reach the share `uniform` of their sum.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TokenChoice {
+    /// As in [`SamplingConfig`].
+    pub temperature: f32,
+    /// As in [`SamplingConfig`].
+    pub top_k: usize,
+    /// As in [`SamplingConfig`].
+    pub top_p: f32,
+    /// As in [`SamplingConfig`].
+    pub min_p: f32,
+    /// As in [`SamplingConfig`].
+    pub repetition_penalty: f32,
+    /// Uniform in `[0, 1)`; not looked at without a temperature.
+    pub uniform: f32,
+}
+
+impl Default for TokenChoice {
+    fn default() -> Self {
+        Self::new(&SamplingConfig::default(), 0.0)
+    }
+}
+
+impl TokenChoice {
+    /// A draw with these settings.
+    pub fn new(config: &SamplingConfig, uniform: f32) -> Self {
+        Self {
+            temperature: config.temperature,
+            top_k: config.top_k,
+            top_p: config.top_p,
+            min_p: config.min_p,
+            repetition_penalty: config.repetition_penalty,
+            uniform,
+        }
+    }
+
+    /// The token; `seen` are those before it. Ties go to the lower id.
+    pub fn token<'a>(&self, logits: &[f32], seen: impl IntoIterator<Item = &'a u32>) -> u32 {
+        if self.repetition_penalty == 1.0 {
+            return self.draw(logits);
+        }
+        let mut penalised = logits.to_vec();
+        for id in seen {
+            if let Some(logit) = penalised.get_mut(*id as usize) {
+                if *logit > 0.0 {
+                    *logit /= self.repetition_penalty;
+                } else {
+                    *logit *= self.repetition_penalty;
+                }
+            }
+        }
+        self.draw(&penalised)
+    }
+
+    fn draw(&self, logits: &[f32]) -> u32 {
+        if self.temperature == 0.0 {
+            return argmax(logits);
+        }
+        let mut kept: Vec<(u32, f32)> = logits
+            .iter()
+            .enumerate()
+            .map(|(id, logit)| (id as u32, *logit))
+            .collect();
+        kept.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        if self.top_k > 0 {
+            kept.truncate(self.top_k);
+        }
+        let top = kept.first().map_or(0.0, |first| first.1);
+        for (_, value) in &mut kept {
+            // The maximum comes off first: a tiny temperature must not make infinities of all.
+            *value = ((*value - top) / self.temperature).exp();
+        }
+        // In f64: an f32 sum over a vocabulary is off by more than the draw resolves.
+        let sum = |kept: &[(u32, f32)]| -> f64 { kept.iter().map(|(_, w)| f64::from(*w)).sum() };
+        if self.top_p < 1.0 {
+            let share = f64::from(self.top_p) * sum(&kept);
+            let mut before = 0.0;
+            // A token stays while those before it do not reach the share yet; the first always does.
+            kept.retain(|(_, weight)| {
+                let stays = before < share;
+                before += f64::from(*weight);
+                stays
+            });
+        }
+        if self.min_p > 0.0 {
+            // The likeliest has weight 1.
+            kept.retain(|(_, weight)| *weight >= self.min_p);
+        }
+        let mut left = f64::from(self.uniform) * sum(&kept);
+        for (id, weight) in &kept {
+            left -= f64::from(*weight);
+            if left < 0.0 {
+                return *id;
+            }
+        }
+        kept.last().map_or(0, |(id, _)| *id)
+    }
+}
+
+/// Chooses tokens for one sequence.
 #[derive(Debug, Clone)]
 pub struct Sampler {
     config: SamplingConfig,
     random: ChaCha8Rng,
     seen: HashSet<u32>,
+    /// The choice that was asked for and not followed by a token yet.
+    pending: Option<TokenChoice>,
 }
 
 impl Sampler {
@@ -77,71 +180,43 @@ impl Sampler {
             random: ChaCha8Rng::seed_from_u64(config.seed),
             seen: prompt.iter().copied().collect(),
             config: config.clone(),
+            pending: None,
         }
     }
 
-    /// The next token; ties go to the lower id.
-    pub fn next(&mut self, logits: &[f32]) -> u32 {
-        let token = if self.config.repetition_penalty == 1.0 {
-            self.choose(logits)
-        } else {
-            let mut penalised = logits.to_vec();
-            for id in &self.seen {
-                if let Some(logit) = penalised.get_mut(*id as usize) {
-                    if *logit > 0.0 {
-                        *logit /= self.config.repetition_penalty;
-                    } else {
-                        *logit *= self.config.repetition_penalty;
-                    }
-                }
-            }
-            self.choose(&penalised)
+    /// How the next token is to be chosen; the same until there is one.
+    pub fn choice(&mut self) -> TokenChoice {
+        *self.pending.get_or_insert_with(|| {
+            let uniform = if self.config.temperature == 0.0 {
+                0.0
+            } else {
+                self.random.random::<f32>()
+            };
+            TokenChoice::new(&self.config, uniform)
+        })
+    }
+
+    /// The uniform numbers of the next draws, for a device that makes them all.
+    pub fn draws(mut self, count: usize) -> Vec<f32> {
+        let mut draw = || {
+            let uniform = self.choice().uniform;
+            self.pending = None;
+            uniform
         };
-        self.seen.insert(token);
-        token
+        (0..count).map(|_| draw()).collect()
     }
 
-    fn choose(&mut self, logits: &[f32]) -> u32 {
-        if self.config.temperature == 0.0 {
-            return argmax(logits);
-        }
-        let mut kept: Vec<(u32, f32)> = logits
-            .iter()
-            .enumerate()
-            .map(|(id, logit)| (id as u32, *logit))
-            .collect();
-        kept.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-        if self.config.top_k > 0 {
-            kept.truncate(self.config.top_k);
-        }
-        let top = kept.first().map_or(0.0, |first| first.1);
-        for (_, value) in &mut kept {
-            // The maximum comes off first: a tiny temperature must not make infinities of all.
-            *value = ((*value - top) / self.config.temperature).exp();
-        }
-        if self.config.top_p < 1.0 {
-            let all: f32 = kept.iter().map(|(_, weight)| weight).sum();
-            let mut before = 0.0;
-            // A token stays while those before it do not reach the share yet; the first always does.
-            kept.retain(|(_, weight)| {
-                let stays = before < self.config.top_p * all;
-                before += weight;
-                stays
-            });
-        }
-        if self.config.min_p > 0.0 {
-            // The likeliest has weight 1.
-            kept.retain(|(_, weight)| *weight >= self.config.min_p);
-        }
-        let all: f32 = kept.iter().map(|(_, weight)| weight).sum();
-        let mut left = self.random.random::<f32>() * all;
-        for (id, weight) in &kept {
-            left -= weight;
-            if left < 0.0 {
-                return *id;
-            }
-        }
-        kept.last().map_or(0, |(id, _)| *id)
+    /// Takes the token that came of [`Sampler::choice`].
+    pub fn take(&mut self, token: u32) {
+        self.pending = None;
+        self.seen.insert(token);
+    }
+
+    /// The next token.
+    pub fn next(&mut self, logits: &[f32]) -> u32 {
+        let token = self.choice().token(logits, &self.seen);
+        self.take(token);
+        token
     }
 }
 
@@ -180,6 +255,33 @@ mod tests {
         assert_eq!(sampler.next(&[1.4, 2.0, -1.0]), 0);
         // 1.4 / 2 and 2 / 2 against 0.9.
         assert_eq!(sampler.next(&[1.4, 2.0, 0.9]), 1);
+    }
+
+    #[test]
+    fn a_choice_made_elsewhere_leaves_the_same_sequence() {
+        let config = SamplingConfig {
+            temperature: 1.0,
+            repetition_penalty: 1.5,
+            seed: 3,
+            ..SamplingConfig::default()
+        };
+        let logits: Vec<f32> = (0..20).map(|id| (id % 7) as f32).collect();
+        let here = drawn(config.clone(), &logits, 30);
+        let mut sampler = Sampler::new(&config, &[]);
+        let mut seen = Vec::new();
+        for _ in 0..30 {
+            let choice = sampler.choice();
+            assert_eq!(choice, sampler.choice());
+            let token = choice.token(&logits, &seen);
+            sampler.take(token);
+            seen.push(token);
+        }
+        assert_eq!(seen, here);
+        let draws = Sampler::new(&config, &[]).draws(2);
+        let mut sampler = Sampler::new(&config, &[]);
+        assert_eq!(draws[0], sampler.choice().uniform);
+        sampler.next(&logits);
+        assert_eq!(draws[1], sampler.choice().uniform);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::{
 
 use burn::{prelude::*, tensor::DType};
 
-use super::backend::{AdapterId, Chunk, DecodeBackend, SlotId, StepRow};
+use super::backend::{AdapterId, Chunk, DecodeBackend, SlotId, StepRow, Stepped};
 use crate::{
     kernels::{AttentionSpans, Kernels},
     lora::{config::AdapterError, files::load_adapter},
@@ -110,6 +110,39 @@ struct Layout<B: Backend> {
     rope: RopeTables<B>,
 }
 
+/// Where a pass puts new keys and values, and finds those before them.
+pub(crate) trait SlotCache<B: Backend> {
+    /// Tokens that a slot holds; those of the pass are not among them.
+    fn held(&self, slot: SlotId) -> usize;
+
+    /// Puts new keys and values of a layer, `[1, key_value_heads, new, head_dim]` each, behind the
+    /// tokens held, and gives those of all tokens.
+    fn append(
+        &mut self,
+        slot: SlotId,
+        layer: usize,
+        k: Tensor<B, 4>,
+        v: Tensor<B, 4>,
+    ) -> (Tensor<B, 4>, Tensor<B, 4>);
+}
+
+impl<B: Backend> SlotCache<B> for HashMap<SlotId, Slot<B>> {
+    fn held(&self, slot: SlotId) -> usize {
+        self[&slot].len
+    }
+
+    fn append(
+        &mut self,
+        slot: SlotId,
+        layer: usize,
+        k: Tensor<B, 4>,
+        v: Tensor<B, 4>,
+    ) -> (Tensor<B, 4>, Tensor<B, 4>) {
+        let slot = self.get_mut(&slot).expect("the slot is in use");
+        slot.layers[layer].append(slot.len, k, v)
+    }
+}
+
 /// The engine of every backend, in plain Burn operations.
 #[derive(Debug)]
 pub struct PlainDecoder<B: Backend> {
@@ -143,12 +176,7 @@ impl<B: Kernels> PlainDecoder<B> {
         self.next
     }
 
-    /// Puts `rows` (a slot and its new tokens each) through one model and gives the logits of the
-    /// tokens in `wanted`, counted over all rows. The tokens are not counted yet: see
-    /// [`Self::commit`].
-    ///
-    /// # Panics
-    /// If a slot is unknown, or if image tokens and features disagree.
+    /// [`pass`] over slots of one adapter; the logits come to the host.
     fn pass(
         &mut self,
         adapter: AdapterId,
@@ -157,47 +185,20 @@ impl<B: Kernels> PlainDecoder<B> {
         vision: Option<VisionOutput<B>>,
         wanted: &[usize],
     ) -> Vec<Vec<f32>> {
-        let model = &self.models[&adapter];
-        let layout = layout(rows, &self.slots, positions, &self.config, &self.device);
-        let tokens: Vec<u32> = rows.iter().flat_map(|(_, ids)| *ids).copied().collect();
-        let input = TextInput {
-            segments: vec![vec![0; tokens.len()]],
-            input_ids: vec![tokens],
-            positions: positions.clone(),
-            image_token_id: self.config.image_token_id,
-        };
-        let mut x = model.embed(&input, &self.device);
-        let placement = vision.as_ref().map(|vision| {
-            let found = input.input_ids[0]
-                .iter()
-                .filter(|id| **id == input.image_token_id)
-                .count();
-            assert_eq!(
-                found,
-                vision.merged.dims()[0],
-                "image tokens and features disagree"
-            );
-            ImagePlacement::new(&input, &self.device)
-        });
-        if let (Some(vision), Some(placement)) = (&vision, &placement) {
-            x = placement.replace(x, vision.merged.clone());
-        }
-        for (index, layer) in model.model.language_model.layers.iter().enumerate() {
-            x = layer_forward(layer, x, &layout, &mut self.slots, index);
-            if let (Some(vision), Some(placement)) = (&vision, &placement)
-                && let Some(features) = vision.deepstack.get(index)
-            {
-                x = x + placement.spread(features.clone());
-            }
-        }
-        if wanted.is_empty() {
+        let logits = pass(
+            &self.models[&adapter],
+            &self.config,
+            &self.device,
+            &mut self.slots,
+            rows,
+            positions,
+            vision,
+            wanted,
+        );
+        let Some(logits) = logits else {
             return Vec::new();
-        }
-        let wanted: Vec<i32> = wanted.iter().map(|row| *row as i32).collect();
-        let last = x.select(0, Tensor::from_ints(wanted.as_slice(), &self.device));
-        let logits = model.logits(model.model.language_model.norm.forward(last));
+        };
         let vocab = logits.dims()[1];
-        debug_assert_eq!(logits.dtype(), DType::F32);
         let values: Vec<f32> = logits.into_data().iter::<f32>().collect();
         values.chunks(vocab).map(<[f32]>::to_vec).collect()
     }
@@ -210,9 +211,71 @@ impl<B: Kernels> PlainDecoder<B> {
     }
 }
 
+/// Puts `rows` (a slot and its new tokens each) through a model and gives the logits of the tokens in
+/// `wanted`, counted over all rows: `[wanted, vocab]`, f32; `None` when none are wanted. The caller
+/// counts the tokens as held when all has gone well.
+///
+/// # Panics
+/// If a slot is unknown, or if image tokens and features disagree.
+#[allow(
+    clippy::too_many_arguments,
+    reason = "one pass has these operands and no others"
+)]
+pub(crate) fn pass<B: Kernels>(
+    model: &Qwen3Vl<B>,
+    config: &Qwen3VlConfig,
+    device: &B::Device,
+    cache: &mut impl SlotCache<B>,
+    rows: &[(SlotId, &[u32])],
+    positions: &Positions,
+    vision: Option<VisionOutput<B>>,
+    wanted: &[usize],
+) -> Option<Tensor<B, 2>> {
+    let layout = layout(rows, cache, positions, config, device);
+    let tokens: Vec<u32> = rows.iter().flat_map(|(_, ids)| *ids).copied().collect();
+    let input = TextInput {
+        segments: vec![vec![0; tokens.len()]],
+        input_ids: vec![tokens],
+        positions: positions.clone(),
+        image_token_id: config.image_token_id,
+    };
+    let mut x = model.embed(&input, device);
+    let placement = vision.as_ref().map(|vision| {
+        let found = input.input_ids[0]
+            .iter()
+            .filter(|id| **id == input.image_token_id)
+            .count();
+        assert_eq!(
+            found,
+            vision.merged.dims()[0],
+            "image tokens and features disagree"
+        );
+        ImagePlacement::new(&input, device)
+    });
+    if let (Some(vision), Some(placement)) = (&vision, &placement) {
+        x = placement.replace(x, vision.merged.clone());
+    }
+    for (index, layer) in model.model.language_model.layers.iter().enumerate() {
+        x = layer_forward(layer, x, &layout, cache, index);
+        if let (Some(vision), Some(placement)) = (&vision, &placement)
+            && let Some(features) = vision.deepstack.get(index)
+        {
+            x = x + placement.spread(features.clone());
+        }
+    }
+    if wanted.is_empty() {
+        return None;
+    }
+    let wanted: Vec<i32> = wanted.iter().map(|row| *row as i32).collect();
+    let last = x.select(0, Tensor::from_ints(wanted.as_slice(), device));
+    let logits = model.logits(model.model.language_model.norm.forward(last));
+    debug_assert_eq!(logits.dtype(), DType::F32);
+    Some(logits)
+}
+
 fn layout<B: Kernels>(
     rows: &[(SlotId, &[u32])],
-    slots: &HashMap<SlotId, Slot<B>>,
+    cache: &impl SlotCache<B>,
     positions: &Positions,
     config: &Qwen3VlConfig,
     device: &B::Device,
@@ -223,7 +286,7 @@ fn layout<B: Kernels>(
         rope: RopeTables::text(positions, &config.text_config, device),
     };
     for (slot, ids) in rows {
-        let (held, count) = (slots[slot].len, ids.len());
+        let (held, count) = (cache.held(*slot), ids.len());
         let spans = AttentionSpans::causal(&[vec![0; held + count]], held, device);
         layout.rows.push(Row {
             slot: *slot,
@@ -241,11 +304,11 @@ fn layer_forward<B: Kernels>(
     layer: &DecoderLayer<B>,
     x: Tensor<B, 2>,
     layout: &Layout<B>,
-    slots: &mut HashMap<SlotId, Slot<B>>,
+    cache: &mut impl SlotCache<B>,
     index: usize,
 ) -> Tensor<B, 2> {
     let normed = layer.input_layernorm.forward(x.clone());
-    let x = attend(&layer.self_attn, normed, x, layout, slots, index);
+    let x = attend(&layer.self_attn, normed, x, layout, cache, index);
     let normed = layer.post_attention_layernorm.forward(x.clone());
     layer.mlp.forward(normed, x, None)
 }
@@ -257,7 +320,7 @@ fn attend<B: Kernels>(
     x: Tensor<B, 2>,
     residual: Tensor<B, 2>,
     layout: &Layout<B>,
-    slots: &mut HashMap<SlotId, Slot<B>>,
+    cache: &mut impl SlotCache<B>,
     index: usize,
 ) -> Tensor<B, 2> {
     let rotated = |x: Tensor<B, 2>, norm: &RmsNorm<B>| {
@@ -269,9 +332,6 @@ fn attend<B: Kernels>(
     let v = attn.split_heads(attn.v_proj.forward(x, None));
     let mut parts = Vec::with_capacity(layout.rows.len());
     for row in &layout.rows {
-        let Some(slot) = slots.get_mut(&row.slot) else {
-            continue;
-        };
         // [1, heads, count, head_dim]
         let of_row = |x: &Tensor<B, 3>| -> Tensor<B, 4> {
             x.clone()
@@ -279,8 +339,7 @@ fn attend<B: Kernels>(
                 .unsqueeze_dim::<4>(0)
                 .swap_dims(1, 2)
         };
-        let len = slot.len;
-        let (keys, values) = slot.layers[index].append(len, of_row(&k), of_row(&v));
+        let (keys, values) = cache.append(row.slot, index, of_row(&k), of_row(&v));
         let y = B::span_attention(of_row(&q), keys, values, &row.spans);
         parts.push(y.swap_dims(1, 2).reshape([row.count as i32, -1]));
     }
@@ -328,7 +387,8 @@ impl<B: Kernels> DecodeBackend for PlainDecoder<B> {
         logits.into_iter().next()
     }
 
-    fn step(&mut self, rows: &[StepRow]) -> Vec<Vec<f32>> {
+    /// Always logits: choosing a token costs the host less than a plain device a kernel.
+    fn step(&mut self, rows: &[StepRow]) -> Vec<Stepped> {
         // Rows of one adapter go together; the results go back to the places they came from.
         let mut groups: BTreeMap<AdapterId, Vec<usize>> = BTreeMap::new();
         for (place, row) in rows.iter().enumerate() {
@@ -355,7 +415,7 @@ impl<B: Kernels> DecodeBackend for PlainDecoder<B> {
         for row in rows {
             self.commit(row.slot, 1);
         }
-        logits
+        logits.into_iter().map(Stepped::Logits).collect()
     }
 
     fn free(&mut self, slot: SlotId) {
@@ -378,7 +438,7 @@ impl<B: Kernels> DecodeBackend for PlainDecoder<B> {
 }
 
 /// The named features of several images one after another; `None` without any.
-fn join_features<B: Kernels>(
+pub(crate) fn join_features<B: Kernels>(
     features: &[(VisionOutput<B>, std::ops::Range<usize>)],
 ) -> Option<VisionOutput<B>> {
     let cut = |tensor: &Tensor<B, 2>, range: &std::ops::Range<usize>| {

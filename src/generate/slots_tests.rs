@@ -6,7 +6,7 @@ use burn_flex::Flex;
 
 use super::*;
 use crate::{
-    generate::{GenerationConfig, Prompt, generate, sampler::argmax},
+    generate::{GenerationConfig, Prompt, backend::Pick, generate, sampler::argmax},
     pipeline::{Pipeline, PipelineOptions},
     qwen3_vl::rope::rope_index,
 };
@@ -118,9 +118,13 @@ fn decode(
                 slot: *slot,
                 token: tokens[tokens.len() - 1],
                 position: (prompt + tokens.len() - 1) as i64 + delta,
+                pick: Pick::Logits,
             })
             .collect();
-        for (tokens, logits) in tokens.iter_mut().zip(decoder.step(&step)) {
+        for (tokens, stepped) in tokens.iter_mut().zip(decoder.step(&step)) {
+            let Stepped::Logits(logits) = stepped else {
+                panic!("logits were asked for");
+            };
             tokens.push(argmax(&logits));
         }
     }

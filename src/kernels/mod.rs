@@ -3,28 +3,42 @@
 //! Every backend works with the defaults ([`plain`]). A backend with faster ways overrides methods;
 //! each of its operations is compared with the default it replaces, forward and backward.
 
+mod autodiff;
+mod kept;
 pub mod plain;
 mod spans;
+pub mod upload;
 
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+pub mod cube;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use burn::{
     backend::autodiff::checkpoint::strategy::CheckpointStrategy,
     module::{ModuleMapper, Param},
     prelude::*,
-    tensor::{DType, Distribution, backend::AutodiffBackend},
+    tensor::{DType, Distribution, backend::AutodiffBackend, ops::FloatTensor},
 };
 
-use crate::qwen3_vl::{
-    Qwen3Vl,
-    cache::KeyValueCache,
-    config::Qwen3VlConfig,
-    nn::{gelu_exact, gelu_tanh},
+use crate::{
+    generate::{
+        SamplingConfig,
+        backend::{ServingDecoder, ServingLimits},
+    },
+    qwen3_vl::{
+        ImageInput, Qwen3Vl,
+        cache::KeyValueCache,
+        config::Qwen3VlConfig,
+        nn::{gelu_exact, gelu_tanh},
+        vision::{VisionLayout, VisionModel, VisionOutput},
+    },
 };
+pub use kept::Kept;
 pub use spans::AttentionSpans;
+use upload::{Fill, Upload, UploadError};
 
 /// Zeroes inputs of an adapter at random; the same seed gives the same mask.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -33,6 +47,25 @@ pub struct Dropout {
     pub probability: f64,
     /// Decides the mask.
     pub seed: u64,
+}
+
+/// What a layer's output goes through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// GELU in the tanh form.
+    GeluTanh,
+    /// GELU with the error function.
+    GeluExact,
+}
+
+impl Activation {
+    /// Of each element; in f32 inside.
+    pub fn of<B: Kernels>(self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        match self {
+            Self::GeluTanh => B::gelu_tanh(x),
+            Self::GeluExact => B::gelu_exact(x),
+        }
+    }
 }
 
 /// One low-rank adapter as an operand: `y += scaling · drop(x) Aᵀ Bᵀ`.
@@ -97,9 +130,27 @@ pub struct DeviceMemory {
     pub reserved: u64,
 }
 
-/// Adds up a tensor over devices. Every device calls it, each from a thread of its own, with a tensor
-/// of one length; it returns the sum once all have.
-pub type AllReduce<B> = Arc<dyn Fn(Tensor<B, 1>) -> Tensor<B, 1> + Send + Sync>;
+/// Adds up tensors over devices.
+pub trait AllReduce<B: Backend>: Send + Sync {
+    /// The sum, on the device of `x`. Every device calls it, each from a thread of its own, with an f32
+    /// tensor of one length; it returns once all have.
+    ///
+    /// # Errors
+    /// What the driver or the library says; that another device did not come. The devices cannot add
+    /// up any more then.
+    fn sum(&self, x: Tensor<B, 1>) -> Result<Tensor<B, 1>, String>;
+
+    /// Lets devices that wait for others end with an error.
+    fn give_up(&self);
+
+    /// Number of devices.
+    fn len(&self) -> usize;
+
+    /// Whether there is none.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
 
 /// What one AdamW step of one tensor needs besides value and gradient.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -156,12 +207,18 @@ pub struct DecodeStart {
     pub positions: Vec<i64>,
     /// Steps that may follow.
     pub most_steps: usize,
+    /// How tokens are chosen.
+    pub sampling: SamplingConfig,
+    /// Uniform numbers of the draws to come, a list for each row; empty when none are drawn.
+    pub draws: Vec<Vec<f32>>,
+    /// All tokens before the first new one, a list for each row; empty without a repetition penalty.
+    pub seen: Vec<Vec<u32>>,
 }
 
 /// Decodes a batch behind a prefilled cache, one token a row and step, feeding itself.
 pub trait Decoder {
-    /// The likeliest token behind the last one of each row; `None` where the logits are NaN. The
-    /// next step takes these tokens.
+    /// The token chosen behind the last one of each row; `None` where the logits are NaN. The next
+    /// step takes these tokens.
     ///
     /// # Errors
     /// What the driver says.
@@ -178,6 +235,13 @@ pub trait Decoder {
 ///
 /// Shape letters: `n` tokens of all sequences, `b` sequences, `h` heads, `d` width of a head.
 pub trait Kernels: Backend {
+    /// `a b` over the last two axes, leading axes alike: `[.., m, k]` and `[.., k, n]` to `[.., m, n]`.
+    ///
+    /// f32 is multiplied in f32: a backend whose own product rounds the operands brings another.
+    fn product<const D: usize>(a: Tensor<Self, D>, b: Tensor<Self, D>) -> Tensor<Self, D> {
+        a.matmul(b)
+    }
+
     /// `x Wᵀ + bias + residual`: `x` `[n, in]`, `weight` `[out, in]`, `residual` `[n, out]`.
     fn dense(
         x: Tensor<Self, 2>,
@@ -186,6 +250,16 @@ pub trait Kernels: Backend {
         residual: Option<Tensor<Self, 2>>,
     ) -> Tensor<Self, 2> {
         plain::linear(x, weight, bias, residual)
+    }
+
+    /// `activation(x Wᵀ + bias)`: as [`Kernels::dense`], then the activation.
+    fn dense_activated(
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 2>,
+        bias: Option<Tensor<Self, 1>>,
+        activation: Activation,
+    ) -> Tensor<Self, 2> {
+        activation.of(Self::dense(x, weight, bias, None))
     }
 
     /// `drop(x) Aᵀ` of adapters that share their input, `[n, r]` each; the backward pass needs them.
@@ -376,6 +450,29 @@ pub trait Kernels: Backend {
         gelu_exact(x)
     }
 
+    /// Compiles what a request of any length may need, so that none has to wait for it. `on_progress`
+    /// gets kernels done and in all.
+    fn prepare(
+        _config: &Qwen3VlConfig,
+        _dtype: DType,
+        _device: &Self::Device,
+        _on_progress: &mut dyn FnMut(u64, u64),
+    ) {
+    }
+
+    /// The vision tower over some images, for inference; `run` is the tower as it is written.
+    fn vision_tower(
+        _tower: &VisionModel<Self>,
+        _images: &ImageInput,
+        _layout: &VisionLayout<Self>,
+        run: impl Fn() -> VisionOutput<Self>,
+    ) -> VisionOutput<Self> {
+        run()
+    }
+
+    /// Waits until what is made in the background for a model is there: before something is timed.
+    fn settle(_model: &Qwen3Vl<Self>) {}
+
     /// Whether [`Kernels::decoder`] may take over: caches then hold all tokens of a request from the
     /// start, and what no token has been written to is never read.
     const HAS_DECODER: bool = false;
@@ -398,6 +495,20 @@ pub trait Kernels: Backend {
         _start: &DecodeStart,
     ) -> Option<Box<dyn Decoder>> {
         None
+    }
+
+    /// An engine for serving that is faster than plain operations, where there is one for the model;
+    /// `on_progress` gets parts done and all parts of what is made ready beforehand.
+    ///
+    /// # Errors
+    /// What the device has no room for, and what to lower.
+    fn serving_decoder(
+        _model: &Qwen3Vl<Self>,
+        _config: &Qwen3VlConfig,
+        _limits: &ServingLimits,
+        _on_progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Option<ServingDecoder<Self>>, String> {
+        Ok(None)
     }
 
     /// Logits in f32: `hidden` `[n, width]`, `head` `[vocab, width]`.
@@ -461,11 +572,33 @@ pub trait Kernels: Backend {
     }
 
     /// How these devices add up among themselves; `None` where tensors have to be brought together.
+    /// `patience` bounds the wait of a device for the others.
     ///
     /// # Errors
     /// What is missing on a machine whose devices could.
-    fn all_reduce(_devices: &[Self::Device]) -> Result<Option<AllReduce<Self>>, String> {
+    fn all_reduce(
+        _devices: &[Self::Device],
+        _patience: Duration,
+    ) -> Result<Option<Arc<dyn AllReduce<Self>>>, String> {
         Ok(None)
+    }
+
+    /// The same tensor on another device of this process.
+    fn send_to<const D: usize>(x: Tensor<Self, D>, device: &Self::Device) -> Tensor<Self, D> {
+        x.to_device(device)
+    }
+
+    /// New tensors on each of some devices, elements one behind another, from bytes that `fill` writes:
+    /// all pieces of one tensor, then all of the next. What it reads is read once for all devices.
+    ///
+    /// # Errors
+    /// The first of `fill`, or that a device has no room.
+    fn upload<E: From<UploadError>>(
+        devices: &[Self::Device],
+        tensors: &[Upload],
+        fill: Fill<'_, E>,
+    ) -> Result<Vec<Vec<FloatTensor<Self>>>, E> {
+        upload::through_tensor_data::<Self, E>(devices, tensors, fill)
     }
 }
 
@@ -476,8 +609,12 @@ pub trait TrainKernels: AutodiffBackend<InnerBackend: Kernels> + Kernels {}
 
 impl<B: AutodiffBackend<InnerBackend: Kernels> + Kernels> TrainKernels for B {}
 
-/// Autodiff records the defaults.
+/// Autodiff records the defaults, and products of the inner backend's form.
 impl<B: Kernels, C: CheckpointStrategy> Kernels for burn::backend::Autodiff<B, C> {
+    fn product<const D: usize>(a: Tensor<Self, D>, b: Tensor<Self, D>) -> Tensor<Self, D> {
+        autodiff::product(a, b)
+    }
+
     fn compact<const D: usize>(x: Tensor<Self, D>) -> Tensor<Self, D> {
         let trained = x.is_require_grad();
         let compact = Tensor::from_inner(B::compact(x.inner()));
@@ -487,6 +624,35 @@ impl<B: Kernels, C: CheckpointStrategy> Kernels for burn::backend::Autodiff<B, C
             compact
         }
     }
+
+    fn send_to<const D: usize>(x: Tensor<Self, D>, device: &Self::Device) -> Tensor<Self, D> {
+        let trained = x.is_require_grad();
+        let sent = Tensor::from_inner(B::send_to(x.inner(), device));
+        if trained { sent.require_grad() } else { sent }
+    }
+
+    fn upload<E: From<UploadError>>(
+        devices: &[Self::Device],
+        tensors: &[Upload],
+        fill: Fill<'_, E>,
+    ) -> Result<Vec<Vec<FloatTensor<Self>>>, E> {
+        let sent = B::upload(devices, tensors, fill)?;
+        let wrap = |tensors: Vec<_>| tensors.into_iter().map(Self::from_inner).collect();
+        Ok(sent.into_iter().map(wrap).collect())
+    }
+}
+
+/// A module on another device, through [`Kernels::send_to`].
+pub fn send_module<B: Kernels, M: Module<B>>(module: M, device: &B::Device) -> M {
+    struct Send<'a, B: Backend>(&'a B::Device);
+    impl<B: Kernels> ModuleMapper<B> for Send<'_, B> {
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+            let trained = param.is_require_grad();
+            let sent = B::send_to(param.val().detach(), self.0);
+            Param::initialized(param.id, sent.set_require_grad(trained))
+        }
+    }
+    module.map(&mut Send::<B>(device))
 }
 
 /// [`Kernels::compact`] for all parameters of a module.
@@ -502,15 +668,3 @@ pub fn compact<B: Kernels, M: Module<B>>(module: M) -> M {
 
 #[cfg(feature = "flex")]
 impl Kernels for burn_flex::Flex {}
-
-#[cfg(feature = "wgpu")]
-impl Kernels for burn::backend::Vulkan {
-    fn memory_in_use(device: &Self::Device) -> Option<DeviceMemory> {
-        let tensor = Tensor::<Self, 1>::empty([1], device);
-        let usage = tensor.into_primitive().tensor().client.memory_usage();
-        usage.ok().map(|usage| DeviceMemory {
-            in_use: usage.bytes_in_use,
-            reserved: usage.bytes_reserved,
-        })
-    }
-}

@@ -20,13 +20,13 @@ const QUERY_ROWS: usize = 1024;
 /// Rows of a half-type head that are cast to f32 at once.
 const HEAD_ROWS: usize = 16_384;
 
-pub(super) fn linear<B: Backend>(
+pub(super) fn linear<B: Kernels>(
     x: Tensor<B, 2>,
     weight: Tensor<B, 2>,
     bias: Option<Tensor<B, 1>>,
     residual: Option<Tensor<B, 2>>,
 ) -> Tensor<B, 2> {
-    let y = x.matmul(weight.transpose());
+    let y = B::product(x, weight.transpose());
     let y = match bias {
         Some(bias) => y + bias.unsqueeze(),
         None => y,
@@ -47,10 +47,10 @@ fn dropped<B: Kernels>(x: Tensor<B, 2>, adapter: &LowRank<B>) -> Tensor<B, 2> {
 }
 
 pub(super) fn low_rank_input<B: Kernels>(x: Tensor<B, 2>, adapter: &LowRank<B>) -> Tensor<B, 2> {
-    dropped(x, adapter).matmul(adapter.a.clone().transpose())
+    B::product(dropped(x, adapter), adapter.a.clone().transpose())
 }
 
-pub(super) fn adapted_product<B: Backend>(
+pub(super) fn adapted_product<B: Kernels>(
     x: Tensor<B, 2>,
     weight: Tensor<B, 2>,
     low: Tensor<B, 2>,
@@ -58,8 +58,8 @@ pub(super) fn adapted_product<B: Backend>(
     residual: Option<Tensor<B, 2>>,
 ) -> Tensor<B, 2> {
     let dtype = x.dtype();
-    let up = to_f32(low).matmul(adapter.b.clone().transpose()) * adapter.scaling;
-    let y = to_dtype(to_f32(x.matmul(weight.transpose())) + up, dtype);
+    let up = B::product(to_f32(low), adapter.b.clone().transpose()) * adapter.scaling;
+    let y = to_dtype(to_f32(B::product(x, weight.transpose())) + up, dtype);
     match residual {
         Some(residual) => residual + y,
         None => y,
@@ -73,10 +73,10 @@ pub(super) fn low_rank_backward<B: Kernels>(
     let LowRankFlow { low, dy, adapter } = flow.clone();
     let input = dropped(x, &adapter);
     let dy = to_f32(dy) * adapter.scaling;
-    let dlow = dy.clone().matmul(adapter.b);
+    let dlow = B::product(dy.clone(), adapter.b);
     LowRankGradients {
-        a: dlow.clone().transpose().matmul(input),
-        b: dy.transpose().matmul(to_f32(low)),
+        a: B::product(dlow.clone().transpose(), input),
+        b: B::product(dy.transpose(), to_f32(low)),
         low: dlow,
     }
 }
@@ -84,11 +84,11 @@ pub(super) fn low_rank_backward<B: Kernels>(
 pub(super) fn input_gradient<B: Kernels>(products: &[BackwardProduct<B>]) -> Tensor<B, 2> {
     let parts = products.iter().map(|product| {
         let dtype = product.dy.dtype();
-        let dx = product.dy.clone().matmul(product.weight.clone());
+        let dx = B::product(product.dy.clone(), product.weight.clone());
         let Some((dlow, adapter)) = &product.adapter else {
             return dx;
         };
-        let share = to_f32(dlow.clone()).matmul(adapter.a.clone());
+        let share = B::product(to_f32(dlow.clone()), adapter.a.clone());
         let share = match adapter.dropout {
             Some(dropout) => share.clone() * B::dropout_mask(&share, dropout),
             None => share,
@@ -202,7 +202,7 @@ pub(super) fn rotate_heads_backward<B: Backend>(
     }
 }
 
-pub(super) fn attention<B: Backend>(
+pub(super) fn attention<B: Kernels>(
     q: Tensor<B, 4>,
     k: Tensor<B, 4>,
     v: Tensor<B, 4>,
@@ -221,7 +221,7 @@ pub(super) fn attention<B: Backend>(
     attend_in_pieces(q, k, v, spans.bias())
 }
 
-fn attend_in_pieces<B: Backend>(
+fn attend_in_pieces<B: Kernels>(
     q: Tensor<B, 4>,
     k: Tensor<B, 4>,
     v: Tensor<B, 4>,
@@ -247,7 +247,7 @@ fn attend_in_pieces<B: Backend>(
 }
 
 /// Probabilities `[batch, key_value_heads, rows, keys]`, f32, and the scaled queries in that form.
-fn probabilities<B: Backend>(
+fn probabilities<B: Kernels>(
     q: Tensor<B, 4>,
     k: Tensor<B, 4>,
     bias: Option<Tensor<B, 4>>,
@@ -257,7 +257,8 @@ fn probabilities<B: Backend>(
     // Query heads that share a key head become more rows of one product.
     let rows = heads / key_value_heads * queries;
     let q = (q * scale(head_dim)).reshape([batch, key_value_heads, rows, head_dim]);
-    let scores = to_f32(q.clone().matmul(k.swap_dims(2, 3))).reshape([batch, heads, queries, keys]);
+    let scores =
+        to_f32(B::product(q.clone(), k.swap_dims(2, 3))).reshape([batch, heads, queries, keys]);
     let scores = match bias {
         Some(bias) => scores + bias,
         None => scores,
@@ -270,7 +271,7 @@ fn scale(head_dim: usize) -> f64 {
     (head_dim as f64).powf(-0.5)
 }
 
-fn attend<B: Backend>(
+fn attend<B: Kernels>(
     q: Tensor<B, 4>,
     k: Tensor<B, 4>,
     v: Tensor<B, 4>,
@@ -279,10 +280,10 @@ fn attend<B: Backend>(
     let shape = q.dims();
     let dtype = v.dtype();
     let (weights, _) = probabilities(q, k, bias);
-    to_dtype(weights, dtype).matmul(v).reshape(shape)
+    B::product(to_dtype(weights, dtype), v).reshape(shape)
 }
 
-pub(super) fn attention_backward<B: Backend>(
+pub(super) fn attention_backward<B: Kernels>(
     q: Tensor<B, 4>,
     k: Tensor<B, 4>,
     v: Tensor<B, 4>,
@@ -301,14 +302,12 @@ pub(super) fn attention_backward<B: Backend>(
         let bias = bias.clone().map(|bias| bias.narrow(2, start, count));
         let (weights, q) = probabilities(q, k.clone(), bias);
         let dy = dy.clone().narrow(2, start, count).reshape(q.dims());
-        let dv = to_dtype(weights.clone(), dtype)
-            .swap_dims(2, 3)
-            .matmul(dy.clone());
-        let dweights = to_f32(dy.matmul(v.clone().swap_dims(2, 3)));
+        let dv = B::product(to_dtype(weights.clone(), dtype).swap_dims(2, 3), dy.clone());
+        let dweights = to_f32(B::product(dy, v.clone().swap_dims(2, 3)));
         let mean = (dweights.clone() * weights.clone()).sum_dim(3);
         let dscores = to_dtype(weights * (dweights - mean), dtype);
-        dq.push((dscores.clone().matmul(k.clone()) * scale(head_dim)).reshape(shape));
-        let dk = dscores.swap_dims(2, 3).matmul(q);
+        dq.push((B::product(dscores.clone(), k.clone()) * scale(head_dim)).reshape(shape));
+        let dk = B::product(dscores.swap_dims(2, 3), q);
         dkv = Some(match dkv {
             Some((old_k, old_v)) => (old_k + dk, old_v + dv),
             None => (dk, dv),
@@ -338,10 +337,10 @@ pub(super) fn gated_backward<B: Backend>(
     ]
 }
 
-pub(super) fn logits<B: Backend>(hidden: Tensor<B, 2>, weight: Tensor<B, 2>) -> Tensor<B, 2> {
+pub(super) fn logits<B: Kernels>(hidden: Tensor<B, 2>, weight: Tensor<B, 2>) -> Tensor<B, 2> {
     let hidden = to_f32(hidden);
     if weight.dtype() == DType::F32 {
-        return hidden.matmul(weight.transpose());
+        return B::product(hidden, weight.transpose());
     }
     let [vocab, _] = weight.dims();
     let parts = (0..vocab)
@@ -350,7 +349,7 @@ pub(super) fn logits<B: Backend>(hidden: Tensor<B, 2>, weight: Tensor<B, 2>) -> 
             let rows = weight
                 .clone()
                 .narrow(0, start, HEAD_ROWS.min(vocab - start));
-            hidden.clone().matmul(to_f32(rows).transpose())
+            B::product(hidden.clone(), to_f32(rows).transpose())
         })
         .collect();
     Tensor::cat(parts, 1)
@@ -363,7 +362,9 @@ pub fn target_sums<B: Backend>(
 ) -> (Tensor<B, 1>, Tensor<B, 1>) {
     let picked = log_softmax(logits.clone(), 1).gather(1, ids.clone().unsqueeze_dim(1));
     let best = logits.clone().argmax(1).squeeze_dim::<1>(1);
-    (picked.sum().neg(), best.equal(ids).float().sum())
+    // Along an axis: backends may sum a whole tensor with atomics, in no fixed order.
+    let nll = picked.sum_dim(0).reshape([1]).neg();
+    (nll, best.equal(ids).float().sum_dim(0))
 }
 
 pub(super) fn target_loss<B: Kernels>(
@@ -382,7 +383,7 @@ pub(super) fn target_loss<B: Kernels>(
         Tensor::full([rows, 1], -1.0, (&nll.device(), DType::F32)),
         burn::tensor::IndexingUpdateOp::Add,
     ) * weight;
-    let hidden_gradient = to_dtype(dlogits, head.dtype()).matmul(head);
+    let hidden_gradient = B::product(to_dtype(dlogits, head.dtype()), head);
     TargetLoss {
         sums: Tensor::cat(vec![nll, correct], 0),
         hidden_gradient: to_dtype(hidden_gradient, dtype),

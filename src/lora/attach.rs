@@ -13,7 +13,10 @@ use super::{
     config::{AdapterError, LoraConfig, TargetMatcher},
     mix,
 };
-use crate::qwen3_vl::{Qwen3Vl, nn::Linear, nn::to_f32};
+use crate::{
+    kernels::Kept,
+    qwen3_vl::{Qwen3Vl, nn::Linear, nn::to_f32},
+};
 
 /// Rebuilds the linear layers of a model one by one.
 ///
@@ -75,6 +78,8 @@ impl<B: Backend> Qwen3Vl<B> {
         for (path, linear) in linears!(&mut self, iter_mut, mut) {
             *linear = mapper.map_linear(&path, linear.clone());
         }
+        // The layers changed behind its back.
+        self.model.visual.kept = Kept::default();
         self
     }
 }

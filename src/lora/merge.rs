@@ -8,9 +8,12 @@ use burn::{
 };
 
 use super::{Lora, attach::LinearMapper};
-use crate::qwen3_vl::{
-    Qwen3Vl,
-    nn::{Linear, to_dtype, to_f32},
+use crate::{
+    kernels::Kernels,
+    qwen3_vl::{
+        Qwen3Vl,
+        nn::{Linear, to_dtype, to_f32},
+    },
 };
 
 /// Takes every adapter off its layer and keeps it by the path of the weight it belongs to.
@@ -18,7 +21,7 @@ struct DetachLora<B: Backend> {
     adapters: HashMap<String, Lora<B>>,
 }
 
-impl<B: Backend> LinearMapper<B> for DetachLora<B> {
+impl<B: Kernels> LinearMapper<B> for DetachLora<B> {
     fn map_linear(&mut self, path: &str, mut linear: Linear<B>) -> Linear<B> {
         if let Some(lora) = linear.lora.take() {
             self.adapters.insert(format!("{path}.weight"), lora);
@@ -33,7 +36,7 @@ struct MergeLora<B: Backend> {
     path: Vec<String>,
 }
 
-impl<B: Backend> ModuleMapper<B> for MergeLora<B> {
+impl<B: Kernels> ModuleMapper<B> for MergeLora<B> {
     fn enter_module(&mut self, name: &str, _container_type: &str) {
         self.path.push(name.to_string());
     }
@@ -54,7 +57,7 @@ impl<B: Backend> ModuleMapper<B> for MergeLora<B> {
 }
 
 /// `W + s·B·A`, rescaled to the trained magnitudes with DoRA; in f32, then back to the dtype of `W`.
-fn merged<B: Backend>(weight: Tensor<B, 2>, lora: &Lora<B>) -> Tensor<B, 2> {
+fn merged<B: Kernels>(weight: Tensor<B, 2>, lora: &Lora<B>) -> Tensor<B, 2> {
     let dtype = weight.dtype();
     let composed = to_f32(weight.clone()) + lora.delta();
     let composed = match &lora.lora_magnitude_vector {
@@ -70,7 +73,7 @@ fn merged<B: Backend>(weight: Tensor<B, 2>, lora: &Lora<B>) -> Tensor<B, 2> {
 /// Merges all attached adapters into the weights; the result has none.
 ///
 /// Source: `merge_and_unload`, PEFT.
-pub fn merge<B: Backend>(model: Qwen3Vl<B>) -> Qwen3Vl<B> {
+pub fn merge<B: Kernels>(model: Qwen3Vl<B>) -> Qwen3Vl<B> {
     let mut detach = DetachLora {
         adapters: HashMap::new(),
     };

@@ -75,20 +75,20 @@ impl<B: Kernels> Lora<B> {
             Some(dropout) => input.clone() * B::dropout_mask(&input, dropout),
             None => input,
         };
-        let low = input
-            .clone()
-            .matmul(adapter.a.transpose())
-            .matmul(adapter.b.transpose())
-            * self.scaling;
+        let low = B::product(input.clone(), adapter.a.transpose());
+        let low = B::product(low, adapter.b.transpose()) * self.scaling;
         let norm = self.composed_row_norms(weight.clone());
         let scale = (magnitude.val() / norm).unsqueeze();
         let y = if adapter.dropout.is_some() {
             // PEFT drops the base product's input as well once dropout is on.
-            let base = to_f32(to_dtype(input, dtype).matmul(weight.clone().transpose()));
-            let plain = to_f32(x.matmul(weight.transpose()));
+            let base = to_f32(B::product(
+                to_dtype(input, dtype),
+                weight.clone().transpose(),
+            ));
+            let plain = to_f32(B::product(x, weight.transpose()));
             plain + (scale.clone() - 1.0) * base + scale * low
         } else {
-            scale * (to_f32(x.matmul(weight.transpose())) + low)
+            scale * (to_f32(B::product(x, weight.transpose())) + low)
         };
         let y = to_dtype(y, dtype);
         match residual {
@@ -98,7 +98,7 @@ impl<B: Kernels> Lora<B> {
     }
 }
 
-impl<B: Backend> Lora<B> {
+impl<B: Kernels> Lora<B> {
     /// Factor on the low-rank product.
     pub fn scaling(&self) -> f64 {
         self.scaling
@@ -110,14 +110,14 @@ impl<B: Backend> Lora<B> {
         let a = self.lora_a.val().detach();
         let b = self.lora_b.val().detach() * self.scaling;
         let square = (weight.clone() * weight.clone()).sum_dim(1);
-        let cross = (weight.matmul(a.clone().transpose()) * b.clone()).sum_dim(1) * 2.0;
-        let low = (b.clone().matmul(a.clone().matmul(a.transpose())) * b).sum_dim(1);
+        let cross = (B::product(weight, a.clone().transpose()) * b.clone()).sum_dim(1) * 2.0;
+        let low = (B::product(b.clone(), B::product(a.clone(), a.transpose())) * b).sum_dim(1);
         (square + cross + low).clamp_min(0.0).sqrt().squeeze_dim(1)
     }
 
     /// `s · B · A`, `[out, in]`, f32: what merging adds.
     pub fn delta(&self) -> Tensor<B, 2> {
-        self.lora_b.val().matmul(self.lora_a.val()) * self.scaling
+        B::product(self.lora_b.val(), self.lora_a.val()) * self.scaling
     }
 }
 

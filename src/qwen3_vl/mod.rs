@@ -49,6 +49,16 @@ impl ImageInput {
         self.image_grid_thw.iter().map(|[t, h, w]| t * h * w).sum()
     }
 
+    /// The values of all patches, rounded to bf16.
+    pub fn half_values(&self) -> Vec<half::bf16> {
+        const PIECE: usize = 1 << 15;
+        let mut half = vec![half::bf16::ZERO; self.pixel_values.len()];
+        half.par_chunks_mut(PIECE)
+            .zip(self.pixel_values.par_chunks(PIECE))
+            .for_each(|(half, values)| half.convert_from_f32_slice(values));
+        half
+    }
+
     /// The patches as a tensor `[patches, patch_dim]` in `dtype`; bf16 is rounded here, so that half
     /// the bytes travel.
     ///
@@ -67,12 +77,8 @@ impl ImageInput {
             "pixel values and grids disagree"
         );
         if dtype == DType::BF16 {
-            let mut half = vec![half::bf16::ZERO; self.pixel_values.len()];
-            const PIECE: usize = 1 << 15;
-            half.par_chunks_mut(PIECE)
-                .zip(self.pixel_values.par_chunks(PIECE))
-                .for_each(|(half, values)| half.convert_from_f32_slice(values));
-            return Tensor::from_data(TensorData::new(half, shape), (device, dtype));
+            let values = TensorData::new(self.half_values(), shape);
+            return Tensor::from_data(values, (device, dtype));
         }
         let values = TensorData::new(self.pixel_values.clone(), shape);
         to_dtype(Tensor::from_data(values, (device, DType::F32)), dtype)
@@ -315,9 +321,12 @@ impl<B: Kernels> Qwen3Vl<B> {
         device: &B::Device,
     ) -> VisionOutput<B> {
         let layout = VisionLayout::shared(&images.image_grid_thw, &config.vision_config, device);
-        let dtype = self.model.visual.dtype();
-        let pixels = images.tensor(config.vision_config.patch_dim(), dtype, device);
-        self.model.visual.forward(pixels, &layout, None)
+        let tower = &self.model.visual;
+        B::vision_tower(tower, images, &layout, || {
+            let patch_dim = config.vision_config.patch_dim();
+            let pixels = images.tensor(patch_dim, tower.dtype(), device);
+            tower.forward(pixels, &layout, None)
+        })
     }
 
     /// Token vectors of a batch, `[n, hidden]`.

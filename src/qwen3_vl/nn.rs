@@ -10,7 +10,7 @@ use burn::{
 };
 
 use crate::{
-    kernels::{HeadNorm, Kernels},
+    kernels::{Activation, HeadNorm, Kernels},
     lora::Lora,
 };
 
@@ -141,6 +141,22 @@ impl<B: Kernels> Linear<B> {
         dropout_seed: Option<u64>,
     ) -> Tensor<B, 2> {
         self.run(x, Some(residual), dropout_seed)
+    }
+
+    /// [`Linear::forward`] through an activation.
+    pub fn forward_activated(
+        &self,
+        x: Tensor<B, 2>,
+        activation: Activation,
+        dropout_seed: Option<u64>,
+    ) -> Tensor<B, 2> {
+        match &self.lora {
+            None => {
+                let bias = self.bias.as_ref().map(Param::val);
+                B::dense_activated(x, self.weight.val(), bias, activation)
+            }
+            Some(_) => activation.of(self.forward(x, dropout_seed)),
+        }
     }
 
     fn run(

@@ -3,7 +3,7 @@
 //! Patches come and go in spatial-merge-block order: the patches of one merged square lie next to
 //! each other. Shape letters: `n` patches of all images together, `m = n / merge²` merged tokens.
 
-use crate::kernels::{AttentionSpans, Kernels};
+use crate::kernels::{Activation, AttentionSpans, Kept, Kernels};
 use std::{any::Any, sync::Mutex};
 
 use burn::{
@@ -56,10 +56,17 @@ impl<B: Kernels> PatchEmbed<B> {
         }
     }
 
+    /// The projection, plus `positions` where they are given.
+    ///
     /// # Shapes
     /// - `pixel_values`: `[n, channels × frames × height × width]`
+    /// - `positions`: `[n, hidden]`
     /// - returns: `[n, hidden]`
-    pub fn forward(&self, pixel_values: Tensor<B, 2>) -> Tensor<B, 2> {
+    pub fn forward(
+        &self,
+        pixel_values: Tensor<B, 2>,
+        positions: Option<Tensor<B, 2>>,
+    ) -> Tensor<B, 2> {
         let weight = self.proj.weight.val();
         let hidden = weight.dims()[0];
         let weight = weight.reshape([hidden as i32, -1]);
@@ -68,7 +75,7 @@ impl<B: Kernels> PatchEmbed<B> {
             to_dtype(pixel_values, bias.dtype()),
             weight,
             Some(bias),
-            None,
+            positions,
         )
     }
 }
@@ -120,7 +127,9 @@ impl<B: Kernels> VisionMlp<B> {
         residual: Tensor<B, 2>,
         dropout_seed: Option<u64>,
     ) -> Tensor<B, 2> {
-        let x = B::gelu_tanh(self.linear_fc1.forward(x, dropout_seed));
+        let x = self
+            .linear_fc1
+            .forward_activated(x, Activation::GeluTanh, dropout_seed);
         self.linear_fc2.forward_add(x, residual, dropout_seed)
     }
 }
@@ -214,7 +223,9 @@ impl<B: Kernels> PatchMerger<B> {
         } else {
             self.norm.forward(x).reshape([merged, joined])
         };
-        let x = B::gelu_exact(self.linear_fc1.forward(x, dropout_seed));
+        let x = self
+            .linear_fc1
+            .forward_activated(x, Activation::GeluExact, dropout_seed);
         self.linear_fc2.forward(x, dropout_seed)
     }
 }
@@ -410,6 +421,8 @@ pub struct VisionModel<B: Backend> {
     /// Inner blocks' outputs to DeepStack tokens.
     pub deepstack_merger_list: Vec<PatchMerger<B>>,
     deepstack_visual_indexes: Vec<usize>,
+    /// What the backend keeps for these weights.
+    pub kept: Kept,
 }
 
 impl<B: Kernels> VisionModel<B> {
@@ -433,6 +446,7 @@ impl<B: Kernels> VisionModel<B> {
                 .map(|_| PatchMerger::new(config, true, options, device))
                 .collect(),
             deepstack_visual_indexes: config.deepstack_visual_indexes.clone(),
+            kept: Kept::default(),
         }
     }
 
@@ -458,7 +472,8 @@ impl<B: Kernels> VisionModel<B> {
 
     /// What goes into the first block: patch embedding plus position, `[n, hidden]`.
     pub fn embed(&self, pixel_values: Tensor<B, 2>, layout: &VisionLayout<B>) -> Tensor<B, 2> {
-        self.patch_embed.forward(pixel_values) + self.position_embeddings(layout)
+        self.patch_embed
+            .forward(pixel_values, Some(self.position_embeddings(layout)))
     }
 
     /// The DeepStack merger that reads the output of block `index`, where there is one.
@@ -478,7 +493,19 @@ impl<B: Kernels> VisionModel<B> {
         layout: &VisionLayout<B>,
         dropout_seed: Option<u64>,
     ) -> VisionOutput<B> {
-        let mut x = self.embed(pixel_values, layout);
+        let positions = self.position_embeddings(layout);
+        self.forward_from(pixel_values, positions, layout, dropout_seed)
+    }
+
+    /// [`VisionModel::forward`] with position embeddings `[n, hidden]` worked out before.
+    pub fn forward_from(
+        &self,
+        pixel_values: Tensor<B, 2>,
+        positions: Tensor<B, 2>,
+        layout: &VisionLayout<B>,
+        dropout_seed: Option<u64>,
+    ) -> VisionOutput<B> {
+        let mut x = self.patch_embed.forward(pixel_values, Some(positions));
         let mut deepstack = Vec::with_capacity(self.deepstack_merger_list.len());
         for (index, block) in self.blocks.iter().enumerate() {
             x = block.forward(x, layout, dropout_seed);

@@ -1,31 +1,34 @@
 //! Checkpoint files to modules and back, tensor by tensor.
 //!
-//! A parameter's path in the module tree is its key in the file, so there is no key map. Files are
-//! memory-mapped and one shard is open at a time: host memory stays below one shard and the tensor
-//! in hand.
+//! A parameter's path in the module tree is its key in the file, so there is no key map. What is read
+//! goes to the device piece by piece, what is written comes from it tensor by tensor: host memory stays
+//! far below a shard.
+
+mod convert;
+mod load;
 
 use crate::kernels::Kernels;
 use std::{
-    cell::{Cell, RefCell},
     collections::BTreeMap,
     fs::File,
     io::Write,
+    ops::Range,
     path::{Path, PathBuf},
-    rc::Rc,
 };
 
 use burn::{
-    module::{Module, ModuleVisitor, Param, ParamId},
+    module::{Module, ModuleVisitor, Param},
     prelude::*,
     tensor::{DType, Shape, TensorData},
 };
-use burn_store::{ModuleSnapshot, TensorSnapshot, TensorSnapshotError};
-use half::{bf16, f16};
 use memmap2::Mmap;
+use rayon::prelude::*;
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 
 use crate::files::{FileError, write_atomic};
+use convert::{Problem, check, convert, is_same, stored_size};
+pub use load::{load_checkpoint, load_checkpoints};
 
 /// What can be wrong with the weights of a checkpoint.
 #[derive(Debug, thiserror::Error)]
@@ -122,6 +125,9 @@ pub enum WeightsError {
         /// First element at fault, row-major.
         index: usize,
     },
+    /// The device does not take them.
+    #[error("the weights do not come to the device: {0}")]
+    Upload(String),
     /// Writing failed.
     #[error(transparent)]
     Write(#[from] FileError),
@@ -130,11 +136,26 @@ pub enum WeightsError {
 /// Progress of loading, in bytes of the files.
 pub type LoadProgress<'a> = &'a mut dyn FnMut(u64, u64);
 
-/// A memory-mapped safetensors file.
+/// A tensor's entry in the header.
+#[derive(Debug)]
+struct Entry {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    /// Its bytes in the file.
+    bytes: Range<usize>,
+}
+
+/// An open safetensors file, its header read.
 pub struct TensorFile {
     path: PathBuf,
     map: Mmap,
+    #[cfg(unix)]
+    file: File,
+    entries: BTreeMap<String, Entry>,
 }
+
+/// Bytes a core reads and looks at in one go: what its cache holds.
+const SHARE_BYTES: usize = 1 << 20;
 
 impl TensorFile {
     /// Maps a file and checks its header.
@@ -151,11 +172,28 @@ impl TensorFile {
         // wrong numbers here as it would anywhere.
         #[allow(unsafe_code)]
         let map = unsafe { Mmap::map(&file) }.map_err(read)?;
-        let this = Self {
+        let mut this = Self {
             path: path.to_path_buf(),
             map,
+            #[cfg(unix)]
+            file,
+            entries: BTreeMap::new(),
         };
-        this.tensors()?;
+        let start = this.map.as_ptr() as usize;
+        let entries = this
+            .tensors()?
+            .iter()
+            .map(|(name, view)| {
+                let from = view.data().as_ptr() as usize - start;
+                let entry = Entry {
+                    dtype: view.dtype(),
+                    shape: view.shape().to_vec(),
+                    bytes: from..from + view.data().len(),
+                };
+                (name.to_string(), entry)
+            })
+            .collect();
+        this.entries = entries;
         Ok(this)
     }
 
@@ -178,13 +216,22 @@ impl TensorFile {
     /// Names and shapes of all tensors.
     ///
     /// # Errors
-    /// [`WeightsError::Format`].
+    /// None: the header was read when the file was opened.
     pub fn shapes(&self) -> Result<BTreeMap<String, Vec<usize>>, WeightsError> {
         Ok(self
-            .tensors()?
+            .entries
             .iter()
-            .map(|(name, view)| (name.to_string(), view.shape().to_vec()))
+            .map(|(name, entry)| (name.clone(), entry.shape.clone()))
             .collect())
+    }
+
+    /// Names and shapes in the order of the bytes.
+    fn shapes_in_order(&self) -> Vec<(&str, &[usize])> {
+        let mut all: Vec<_> = self.entries.iter().collect();
+        all.sort_by_key(|(_, entry)| entry.bytes.start);
+        all.into_iter()
+            .map(|(name, entry)| (name.as_str(), entry.shape.as_slice()))
+            .collect()
     }
 
     /// One tensor, converted to `dtype` (f32, bf16 or f16) and checked for NaN and infinity.
@@ -192,17 +239,34 @@ impl TensorFile {
     /// # Errors
     /// [`WeightsError::Missing`], [`WeightsError::Dtype`], [`WeightsError::NotFinite`].
     pub fn read(&self, name: &str, dtype: DType) -> Result<TensorData, WeightsError> {
-        let tensors = self.tensors()?;
-        let view = tensors.tensor(name).map_err(|_| WeightsError::Missing {
-            path: self.path.clone(),
-            count: 1,
-            first: name.to_string(),
-        })?;
-        let bytes = convert(view.data(), view.dtype(), dtype).map_err(|problem| match problem {
+        let entry = self.entry(name)?;
+        let count: usize = entry.shape.iter().product();
+        let mut bytes = vec![0; count * dtype.size()];
+        self.read_into(name, 0, dtype, &mut bytes)?;
+        Ok(TensorData::from_bytes_vec(
+            bytes,
+            Shape::from(entry.shape.clone()),
+            dtype,
+        ))
+    }
+
+    /// Elements of a tensor from `first` on, as many as `out` holds, converted and checked, on all cores.
+    ///
+    /// # Errors
+    /// As [`TensorFile::read`]; the file cannot be read.
+    fn read_into(
+        &self,
+        name: &str,
+        first: usize,
+        dtype: DType,
+        out: &mut [u8],
+    ) -> Result<(), WeightsError> {
+        let entry = self.entry(name)?;
+        let told = |problem| match problem {
             Problem::Dtype => WeightsError::Dtype {
                 path: self.path.clone(),
                 name: name.to_string(),
-                found: format!("{:?}", view.dtype()),
+                found: format!("{:?}", entry.dtype),
             },
             Problem::NotFinite(index) => WeightsError::NotFinite {
                 path: self.path.clone(),
@@ -214,69 +278,58 @@ impl TensorFile {
                 name: name.to_string(),
                 index,
             },
-        })?;
-        Ok(TensorData::from_bytes_vec(
-            bytes,
-            Shape::from(view.shape().to_vec()),
-            dtype,
-        ))
-    }
-}
-
-enum Problem {
-    Dtype,
-    NotFinite(usize),
-    TooLarge(usize),
-}
-
-fn convert(bytes: &[u8], from: Dtype, to: DType) -> Result<Vec<u8>, Problem> {
-    fn pairs(bytes: &[u8]) -> impl Iterator<Item = u16> + '_ {
-        bytes
-            .chunks_exact(2)
-            .map(|pair| u16::from_le_bytes([pair[0], pair[1]]))
-    }
-    fn quads(bytes: &[u8]) -> impl Iterator<Item = f32> + '_ {
-        bytes
-            .chunks_exact(4)
-            .map(|quad| f32::from_le_bytes([quad[0], quad[1], quad[2], quad[3]]))
-    }
-    // The exponent bits are all ones in NaN and infinity only.
-    let bad = match from {
-        Dtype::BF16 => pairs(bytes).position(|bits| bits & 0x7f80 == 0x7f80),
-        Dtype::F16 => pairs(bytes).position(|bits| bits & 0x7c00 == 0x7c00),
-        Dtype::F32 => quads(bytes).position(|value| !value.is_finite()),
-        _ => return Err(Problem::Dtype),
-    };
-    if let Some(index) = bad {
-        return Err(Problem::NotFinite(index));
-    }
-    fn from_f32(values: impl Iterator<Item = f32>, to: DType) -> Result<Vec<u8>, Problem> {
-        Ok(match to {
-            DType::F32 => values.flat_map(f32::to_le_bytes).collect(),
-            DType::BF16 => values
-                .flat_map(|v| bf16::from_f32(v).to_le_bytes())
-                .collect(),
-            DType::F16 => {
-                let mut bytes = Vec::new();
-                for (index, value) in values.enumerate() {
-                    let half = f16::from_f32(value);
-                    if !half.is_finite() {
-                        return Err(Problem::TooLarge(index));
-                    }
-                    bytes.extend(half.to_le_bytes());
+        };
+        let size = stored_size(entry.dtype).ok_or_else(|| told(Problem::Dtype))?;
+        let share = SHARE_BYTES / size.max(dtype.size());
+        let shares: Vec<Result<(), WeightsError>> = out
+            .par_chunks_mut(share * dtype.size())
+            .enumerate()
+            .map(|(number, out)| {
+                let first = first + number * share;
+                let from = entry.bytes.start + first * size;
+                let counted = |problem| match problem {
+                    Problem::NotFinite(at) => told(Problem::NotFinite(first + at)),
+                    Problem::TooLarge(at) => told(Problem::TooLarge(first + at)),
+                    Problem::Dtype => told(Problem::Dtype),
+                };
+                if is_same(entry.dtype, dtype) {
+                    self.bytes_into(from, out)?;
+                    return check(out, entry.dtype).map_err(counted);
                 }
-                bytes
-            }
-            _ => return Err(Problem::Dtype),
-        })
+                let mut stored = vec![0; out.len() / dtype.size() * size];
+                self.bytes_into(from, &mut stored)?;
+                check(&stored, entry.dtype)
+                    .and_then(|()| convert(&stored, entry.dtype, dtype, out))
+                    .map_err(counted)
+            })
+            .collect();
+        // The first error in the order of the elements, whoever met one first.
+        shares.into_iter().collect()
     }
-    match (from, to) {
-        (Dtype::BF16, DType::BF16) | (Dtype::F16, DType::F16) | (Dtype::F32, DType::F32) => {
-            Ok(bytes.to_vec())
+
+    /// Bytes of the file. Read, not taken from the map, where the system can read at a place: a page of
+    /// a map costs more to bring in than its bytes to copy, and stays with the process.
+    fn bytes_into(&self, from: usize, out: &mut [u8]) -> Result<(), WeightsError> {
+        #[cfg(unix)]
+        return std::os::unix::fs::FileExt::read_exact_at(&self.file, out, from as u64).map_err(
+            |cause| WeightsError::Read {
+                path: self.path.clone(),
+                cause,
+            },
+        );
+        #[cfg(not(unix))]
+        {
+            out.copy_from_slice(&self.map[from..from + out.len()]);
+            Ok(())
         }
-        (Dtype::BF16, _) => from_f32(pairs(bytes).map(|b| bf16::from_bits(b).to_f32()), to),
-        (Dtype::F16, _) => from_f32(pairs(bytes).map(|b| f16::from_bits(b).to_f32()), to),
-        _ => from_f32(quads(bytes), to),
+    }
+
+    fn entry(&self, name: &str) -> Result<&Entry, WeightsError> {
+        self.entries.get(name).ok_or_else(|| WeightsError::Missing {
+            path: self.path.clone(),
+            count: 1,
+            first: name.to_string(),
+        })
     }
 }
 
@@ -348,114 +401,6 @@ pub fn parameter_shapes<B: Kernels, M: Module<B>>(module: &M) -> BTreeMap<String
     module.visit(&mut visitor);
     visitor.shapes
 }
-
-/// Fills a fresh module from the checkpoint in `dir`, converting to `dtype`.
-///
-/// All names and shapes are compared before the first tensor is read. A `lm_head.weight` beside a
-/// tied embedding is passed over, as transformers does. `on_progress` gets bytes done and in all.
-///
-/// # Errors
-/// [`WeightsError`] names the file and the tensor.
-pub fn load_checkpoint<B: Kernels, M: Module<B>>(
-    module: &mut M,
-    dir: &Path,
-    dtype: DType,
-    on_progress: LoadProgress<'_>,
-) -> Result<(), WeightsError> {
-    let files = checkpoint_files(dir)?;
-    let expected = parameter_shapes(&*module);
-    let mut missing = expected.clone();
-    let mut surplus = Vec::new();
-    let mut total = 0;
-    for path in &files {
-        let file = TensorFile::open(path)?;
-        total += file.map.len() as u64;
-        for (name, shape) in file.shapes()? {
-            match expected.get(&name) {
-                Some(want) if *want == shape => {
-                    missing.remove(&name);
-                }
-                Some(want) => {
-                    return Err(WeightsError::Shape {
-                        path: path.clone(),
-                        name,
-                        found: shape,
-                        expected: want.clone(),
-                    });
-                }
-                None if name == "lm_head.weight" => {}
-                None => surplus.push(name),
-            }
-        }
-    }
-    if let Some((first, _)) = missing.first_key_value() {
-        return Err(WeightsError::Missing {
-            path: dir.to_path_buf(),
-            count: missing.len(),
-            first: first.clone(),
-        });
-    }
-    surplus.sort();
-    if let Some(first) = surplus.first() {
-        return Err(WeightsError::Surplus {
-            path: dir.to_path_buf(),
-            count: surplus.len(),
-            first: first.clone(),
-        });
-    }
-    let device = module.devices().into_iter().next();
-    let mut done = 0;
-    on_progress(done, total);
-    for path in &files {
-        let file = Rc::new(TensorFile::open(path)?);
-        let problem: Rc<RefCell<Option<WeightsError>>> = Rc::default();
-        let underway: Rc<Cell<usize>> = Rc::default();
-        let snapshots: Vec<TensorSnapshot> = file
-            .shapes()?
-            .into_iter()
-            .filter(|(name, _)| expected.contains_key(name))
-            .map(|(name, shape)| {
-                let path_stack = name.split('.').map(str::to_string).collect();
-                let (file, problem) = (file.clone(), problem.clone());
-                let (underway, device) = (underway.clone(), device.clone());
-                TensorSnapshot::from_closure(
-                    Rc::new(move || match file.read(&name, dtype) {
-                        Ok(data) => {
-                            // A device takes copies faster than it empties them; waiting now and
-                            // then bounds the host's memory.
-                            underway.set(underway.get() + data.bytes.len());
-                            if underway.get() > UNDERWAY_BYTES {
-                                underway.set(data.bytes.len());
-                                let _ = device.as_ref().map(B::sync);
-                            }
-                            Ok(data)
-                        }
-                        Err(error) => {
-                            let message = error.to_string();
-                            problem.borrow_mut().get_or_insert(error);
-                            Err(TensorSnapshotError::DataError(message))
-                        }
-                    }),
-                    dtype,
-                    Shape::from(shape),
-                    path_stack,
-                    Vec::new(),
-                    ParamId::new(),
-                )
-            })
-            .collect();
-        module.apply(snapshots, None, None, false);
-        if let Some(error) = problem.borrow_mut().take() {
-            return Err(error);
-        }
-        done += file.map.len() as u64;
-        on_progress(done, total);
-    }
-    Ok(())
-}
-
-/// Bytes on their way to a device before the host waits for it.
-const UNDERWAY_BYTES: usize = 512 << 20;
 
 /// One tensor to be written, read from the device when its turn comes.
 pub struct LazyTensor {

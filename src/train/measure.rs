@@ -18,9 +18,11 @@ use super::{
     gradients::LossTotals,
     learner::{StepNumbers, StepOutput},
     records::read_rows,
+    replicas::Replicas,
     strategy::{Components, LoopState, TrainError},
 };
 use crate::{
+    dataset::loader::Window,
     files::write_atomic,
     kernels::TrainKernels,
     plot::{TrainingRow, training_plot},
@@ -76,10 +78,11 @@ impl<B: TrainKernels> LoopState<B> {
     pub(super) fn validate_and_save(
         &mut self,
         learner: &Learner<Components<B>>,
+        replicas: Option<&Replicas<B>>,
         processor: &mut SupervisedTrainingEventProcessor<Components<B>>,
     ) -> Result<bool, TrainError> {
         self.state.validation_due = false;
-        match self.validate(learner, processor) {
+        match self.validate(learner, replicas, processor) {
             Ok(improved) => {
                 let due = self.state.config.save_steps;
                 let save_due = due > 0 && self.state.step.is_multiple_of(due);
@@ -100,9 +103,12 @@ impl<B: TrainKernels> LoopState<B> {
     }
 
     /// Runs the validation set; says whether the metric for the best checkpoint improved.
+    ///
+    /// Where there are several devices, each takes a batch in turn.
     fn validate(
         &mut self,
         learner: &Learner<Components<B>>,
+        replicas: Option<&Replicas<B>>,
         processor: &mut SupervisedTrainingEventProcessor<Components<B>>,
     ) -> Result<bool, TrainError> {
         let Some(validation) = &self.validation else {
@@ -112,29 +118,42 @@ impl<B: TrainKernels> LoopState<B> {
         let mut totals = LossTotals::default();
         let mut batches = validation.stream();
         let started = Instant::now();
-        while let Some(window) = batches.next() {
-            let tokens = window.tokens;
+        let at_once = replicas.map_or(1, Replicas::len);
+        loop {
+            let windows: Vec<Window> = batches.by_ref().take(at_once).collect();
+            if windows.is_empty() {
+                break;
+            }
+            let tokens: Vec<usize> = windows.iter().map(|window| window.tokens).collect();
             let clock = Instant::now();
-            let output = InferenceStep::step(&model, window);
-            let sums = output.totals();
-            totals.add(sums);
-            let numbers = StepNumbers {
-                loss: sums.loss(),
-                token_acc: sums.token_accuracy(),
-                targets: sums.targets,
-                tokens_per_second: tokens as f64 / clock.elapsed().as_secs_f64(),
-                ..StepNumbers::default()
+            let all_sums = match replicas {
+                Some(replicas) => replicas.evaluate(&learner.model(), windows)?,
+                None => windows
+                    .into_iter()
+                    .map(|window| InferenceStep::step(&model, window).totals())
+                    .collect(),
             };
-            processor.process_valid(LearnerEvent::ProcessedItem(TrainingItem::new(
-                StepOutput::Numbers(numbers),
-                burn::data::dataloader::DataLoaderIterator::progress(&batches),
-                Progress::new(
-                    self.state.epoch.ceil() as usize,
-                    self.state.config.num_train_epochs.ceil() as usize,
-                ),
-                Some(self.state.step),
-                None,
-            )));
+            let seconds = clock.elapsed().as_secs_f64();
+            for (sums, tokens) in all_sums.into_iter().zip(tokens) {
+                totals.add(sums);
+                let numbers = StepNumbers {
+                    loss: sums.loss(),
+                    token_acc: sums.token_accuracy(),
+                    targets: sums.targets,
+                    tokens_per_second: tokens as f64 / seconds,
+                    ..StepNumbers::default()
+                };
+                processor.process_valid(LearnerEvent::ProcessedItem(TrainingItem::new(
+                    StepOutput::Numbers(numbers),
+                    burn::data::dataloader::DataLoaderIterator::progress(&batches),
+                    Progress::new(
+                        self.state.epoch.ceil() as usize,
+                        self.state.config.num_train_epochs.ceil() as usize,
+                    ),
+                    Some(self.state.step),
+                    None,
+                )));
+            }
         }
         if let Some(error) = validation.take_error() {
             return Err(error.into());

@@ -77,7 +77,7 @@ impl<B: AutodiffBackend> Clone for AdamW<B> {
     }
 }
 
-impl<B: AutodiffBackend> AdamW<B> {
+impl<B: TrainKernels> AdamW<B> {
     /// A fresh optimizer.
     pub fn new(config: AdamWConfig) -> Self {
         Self {
@@ -101,8 +101,8 @@ impl<B: AutodiffBackend> AdamW<B> {
         let moments = state.moments.iter().map(|(id, old)| {
             let moments = Moments {
                 steps: old.steps,
-                first: old.first.clone().to_device(device),
-                second: old.second.clone().to_device(device),
+                first: B::InnerBackend::send_to(old.first.clone(), device),
+                second: B::InnerBackend::send_to(old.second.clone(), device),
             };
             (*id, moments)
         });

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::backend::panic_text;
+use crate::backend::{device_reason, panic_text};
 
 /// How long threads that are still at work are waited for once nobody wants their answers.
 const GRACE: Duration = Duration::from_secs(5);
@@ -40,6 +40,26 @@ pub enum RankError {
         what: &'static str,
         /// How long they were waited for.
         seconds: f64,
+    },
+    /// The copies of the model are no longer the same.
+    #[error(
+        "after step {step} the weights of device {rank} are not those of device {first}: {count} \
+         tensors differ, first number {place} of {all}; one of the devices calculates or adds up \
+         wrongly. Go on from the checkpoint before; if it comes again, leave the device out"
+    )]
+    Apart {
+        /// Name and number of the device that differs.
+        rank: String,
+        /// Name and number of the device it is compared with.
+        first: String,
+        /// Steps taken.
+        step: usize,
+        /// Tensors that differ.
+        count: usize,
+        /// The first of them in the order of the model, from 1.
+        place: usize,
+        /// Trained tensors.
+        all: usize,
     },
 }
 
@@ -99,6 +119,11 @@ impl<J: Send + 'static, R: Send + 'static> Ranks<J, R> {
         }
     }
 
+    /// Name and number of a rank.
+    pub fn name(&self, rank: usize) -> &str {
+        &self.names[rank]
+    }
+
     /// Number of ranks.
     pub fn len(&self) -> usize {
         self.names.len()
@@ -133,7 +158,7 @@ impl<J: Send + 'static, R: Send + 'static> Ranks<J, R> {
                     return Err(RankError::Failed {
                         rank: self.names[rank].clone(),
                         what,
-                        reason,
+                        reason: device_reason(&reason),
                     });
                 }
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
@@ -203,7 +228,7 @@ mod tests {
 
     #[test]
     fn a_rank_that_fails_or_panics_ends_the_wait_at_once_and_is_named() {
-        let failing: [(Work, &str); 3] = [
+        let failing: [(Work, &str); 4] = [
             (Box::new(|_| Err("no such image".into())), "no such image"),
             (
                 Box::new(|x| panic!("device lost at {x}")),
@@ -212,6 +237,10 @@ mod tests {
             (
                 Box::new(|_| panic!("CUDA_ERROR_OUT_OF_MEMORY: out of memory")),
                 "lower per_device_train_batch_size",
+            ),
+            (
+                Box::new(|_| panic!("called `Result::unwrap()` on an `Err` value: CallError")),
+                "most likely because it is out of memory",
             ),
         ];
         for (bad, says) in failing {

@@ -3,16 +3,21 @@
 //! The gradients of all trained parameters travel as one flat f32 tensor, so a step has one
 //! all-reduce. Where the backend brings one (NCCL on CUDA) it is used; elsewhere the first device adds
 //! up what the others bring. Every device then clips and steps by itself, from the same sums with the
-//! same optimizer state, so that no weights need to be sent.
+//! same optimizer state, so that no weights need to be sent; that they stay the same, bit for bit, is
+//! looked at now and then. Validation is shared out as well, a batch a device.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    hash::{DefaultHasher, Hasher},
+    sync::Arc,
+    time::Duration,
+};
 
 use burn::{
-    module::{Module, ModuleVisitor, Param},
+    module::{AutodiffModule, Module, ModuleVisitor, Param},
     optim::{GradientsParams, Optimizer},
     prelude::*,
     tensor::{DType, backend::AutodiffBackend},
-    train::TrainStep,
+    train::{InferenceStep, TrainStep},
 };
 
 use super::{
@@ -23,28 +28,37 @@ use super::{
 };
 use crate::{
     dataset::loader::Window,
-    kernels::{AllReduce, DeviceMemory, Kernels, TrainKernels},
+    kernels::{AllReduce, DeviceMemory, Kernels, TrainKernels, send_module},
     qwen3_vl::nn::to_f32,
 };
 
 type Flat<B> = Tensor<<B as AutodiffBackend>::InnerBackend, 1>;
+type Adder<B> = Arc<dyn AllReduce<<B as AutodiffBackend>::InnerBackend>>;
 
 /// What a rank is asked for; in each step in this order.
 enum Job<B: TrainKernels> {
     /// Take a copy of the model and of the optimizer.
     Load(Box<(Trainee<B>, AdamW<B>)>),
+    /// Add up a number with the others: what keeps them apart shows before the first step.
+    Meet,
     /// Work out the gradients of a part; the first rank gets the Learner's model with it.
     Learn(Option<Box<Trainee<B>>>, Box<Window>),
     /// Hand over the gradients of the parameters that have one anywhere, added up if the backend can.
     Reduce(Arc<Vec<bool>>),
     /// Clip and step with the sums.
     Step(Flat<B>, f64),
+    /// Work out the loss of a validation batch; the first rank gets the Learner's model with it.
+    Evaluate(Option<Box<Trainee<B>>>, Box<Window>),
+    /// Tell the weights apart; the first rank gets the Learner's model with it.
+    Digest(Option<Box<Trainee<B>>>),
 }
 
 enum Answer<B: TrainKernels> {
     Done,
     Learnt(Learnt),
     Flat(Flat<B>),
+    Totals(LossTotals),
+    Digests(Vec<u64>),
 }
 
 /// What a rank tells of its part before gradients are added up.
@@ -64,7 +78,7 @@ pub struct Learnt {
 pub struct Replicas<B: TrainKernels> {
     ranks: Ranks<Job<B>, Answer<B>>,
     devices: Vec<B::Device>,
-    has_all_reduce: bool,
+    all_reduce: Option<Adder<B>>,
     present: Arc<Vec<bool>>,
     sums: Vec<Flat<B>>,
 }
@@ -73,7 +87,7 @@ pub struct Replicas<B: TrainKernels> {
 struct Rank<B: TrainKernels> {
     device: B::Device,
     max_grad_norm: f64,
-    all_reduce: Option<AllReduce<B::InnerBackend>>,
+    all_reduce: Option<Adder<B>>,
     model: Option<Trainee<B>>,
     optimizer: Option<AdamW<B>>,
     grads: GradientsParams,
@@ -100,7 +114,7 @@ impl<B: TrainKernels> Replicas<B> {
             None => format!("{:?} (rank {rank})", devices[rank]),
         };
         let all_reduce =
-            B::InnerBackend::all_reduce(devices).map_err(|reason| RankError::Failed {
+            B::InnerBackend::all_reduce(devices, patience).map_err(|reason| RankError::Failed {
                 rank: name(0),
                 what: "preparing to add up gradients",
                 reason,
@@ -127,12 +141,30 @@ impl<B: TrainKernels> Replicas<B> {
             let job = Job::Load(Box::new((model.clone(), optimizer.clone())));
             ranks.ask("taking a copy of the model", vec![(rank, job)])?;
         }
-        Ok(Self {
+        let this = Self {
             ranks,
             devices: devices.to_vec(),
-            has_all_reduce: all_reduce.is_some(),
+            all_reduce,
             present: Arc::default(),
             sums: Vec::new(),
+        };
+        if this.all_reduce.is_some() {
+            let jobs = (0..devices.len()).map(|rank| (rank, Job::Meet)).collect();
+            this.together("adding up a first number", jobs)?;
+        }
+        Ok(this)
+    }
+
+    /// Asks for what the ranks do together: where one fails, the others are not left waiting for it.
+    fn together(
+        &self,
+        what: &'static str,
+        jobs: Vec<(usize, Job<B>)>,
+    ) -> Result<Vec<Answer<B>>, RankError> {
+        self.ranks.ask(what, jobs).inspect_err(|_| {
+            if let Some(all_reduce) = &self.all_reduce {
+                all_reduce.give_up();
+            }
         })
     }
 
@@ -178,12 +210,12 @@ impl<B: TrainKernels> Replicas<B> {
         let jobs = (0..self.ranks.len())
             .map(|rank| (rank, Job::Reduce(self.present.clone())))
             .collect();
-        let answers = self.ranks.ask("adding up gradients", jobs)?;
+        let answers = self.together("adding up gradients", jobs)?;
         let flats = answers.into_iter().filter_map(|answer| match answer {
             Answer::Flat(flat) => Some(flat),
             _ => None,
         });
-        self.sums = if self.has_all_reduce {
+        self.sums = if self.all_reduce.is_some() {
             flats.collect()
         } else {
             let first = &self.devices[0];
@@ -200,11 +232,14 @@ impl<B: TrainKernels> Replicas<B> {
         })
     }
 
-    /// Lets all ranks but the first, which the Learner steps, clip and step.
+    /// Lets all ranks but the first, which the Learner has stepped before, clip and step.
     ///
     /// # Errors
     /// [`RankError`].
     pub fn step(&mut self, lr: f64) -> Result<(), RankError> {
+        // What the Learner read was made by the first rank's thread, which may use the memory again once
+        // it is let go: not before it has been read.
+        let _ = B::sync(&self.devices[0]);
         let sums = std::mem::take(&mut self.sums);
         let jobs = sums
             .into_iter()
@@ -215,6 +250,80 @@ impl<B: TrainKernels> Replicas<B> {
         self.ranks.ask("taking the step", jobs)?;
         Ok(())
     }
+
+    /// Loss sums of validation batches, at most one a device.
+    ///
+    /// # Errors
+    /// [`RankError`].
+    pub fn evaluate(
+        &self,
+        model: &Trainee<B>,
+        windows: Vec<Window>,
+    ) -> Result<Vec<LossTotals>, RankError> {
+        let jobs = windows
+            .into_iter()
+            .enumerate()
+            .map(|(rank, window)| {
+                let model = (rank == 0).then(|| Box::new(model.clone()));
+                (rank, Job::Evaluate(model, Box::new(window)))
+            })
+            .collect();
+        let answers = self.ranks.ask("validating", jobs)?;
+        Ok(answers
+            .into_iter()
+            .filter_map(|answer| match answer {
+                Answer::Totals(totals) => Some(totals),
+                _ => None,
+            })
+            .collect())
+    }
+
+    /// Makes sure that all devices have the same trained weights after `step` steps, bit for bit.
+    ///
+    /// # Errors
+    /// [`RankError::Apart`] and others.
+    pub fn compare(&self, model: &Trainee<B>, step: usize) -> Result<(), RankError> {
+        let jobs = (0..self.ranks.len())
+            .map(|rank| {
+                let model = (rank == 0).then(|| Box::new(model.clone()));
+                (rank, Job::Digest(model))
+            })
+            .collect();
+        let answers = self.ranks.ask("comparing the weights", jobs)?;
+        let all: Vec<Vec<u64>> = answers
+            .into_iter()
+            .filter_map(|answer| match answer {
+                Answer::Digests(digests) => Some(digests),
+                _ => None,
+            })
+            .collect();
+        for (rank, other) in all.iter().enumerate().skip(1) {
+            let differing: Vec<usize> = (0..all[0].len().max(other.len()))
+                .filter(|place| all[0].get(*place) != other.get(*place))
+                .collect();
+            if let Some(place) = differing.first() {
+                return Err(RankError::Apart {
+                    rank: self.ranks.name(rank).to_string(),
+                    first: self.ranks.name(0).to_string(),
+                    step,
+                    count: differing.len(),
+                    place: place + 1,
+                    all: all[0].len(),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Number of devices.
+    pub fn len(&self) -> usize {
+        self.devices.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.devices.is_empty()
+    }
 }
 
 impl<B: TrainKernels> Rank<B> {
@@ -223,9 +332,20 @@ impl<B: TrainKernels> Rank<B> {
         match job {
             Job::Load(copied) => {
                 let (model, optimizer) = *copied;
-                self.model = Some(model.fork(&self.device));
+                self.model = Some(send_module(model, &self.device));
                 self.optimizer = Some(optimizer.copy_to(&self.device));
                 self.wait()?;
+                Ok(Answer::Done)
+            }
+            Job::Meet => {
+                if let Some(all_reduce) = &self.all_reduce {
+                    let one = Tensor::ones([1], (&self.device, DType::F32));
+                    let sum = all_reduce.sum(one)?.into_data().iter::<f32>().next();
+                    let count = all_reduce.len() as f32;
+                    if sum != Some(count) {
+                        return Err(format!("ones of {count} devices add up to {sum:?}"));
+                    }
+                }
                 Ok(Answer::Done)
             }
             Job::Learn(model, window) => {
@@ -251,7 +371,7 @@ impl<B: TrainKernels> Rank<B> {
                 let grads = std::mem::replace(&mut self.grads, GradientsParams::new());
                 let flat = flatten(model, grads, &present, &self.device);
                 let flat = match &self.all_reduce {
-                    Some(all_reduce) => all_reduce(flat),
+                    Some(all_reduce) => all_reduce.sum(flat)?,
                     None => flat,
                 };
                 self.present = present;
@@ -271,6 +391,15 @@ impl<B: TrainKernels> Rank<B> {
                 self.model = Some(optimizer.step(lr, model, grads));
                 Ok(Answer::Done)
             }
+            Job::Evaluate(model, window) => {
+                let model = model.as_deref().or(self.model.as_ref()).ok_or(NO_MODEL)?;
+                let output = InferenceStep::step(&model.valid(), *window);
+                Ok(Answer::Totals(output.totals()))
+            }
+            Job::Digest(model) => {
+                let model = model.as_deref().or(self.model.as_ref()).ok_or(NO_MODEL)?;
+                Ok(Answer::Digests(digests(model)))
+            }
         }
     }
 
@@ -278,6 +407,23 @@ impl<B: TrainKernels> Rank<B> {
     fn wait(&self) -> Result<(), String> {
         B::sync(&self.device).map_err(|error| format!("{error:?}"))
     }
+}
+
+/// For each trained parameter, in the order of the module tree, a number that its bits decide.
+fn digests<B: TrainKernels>(model: &Trainee<B>) -> Vec<u64> {
+    struct Read(Vec<u64>);
+    impl<B: AutodiffBackend> ModuleVisitor<B> for Read {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+            if param.is_require_grad() {
+                let mut hasher = DefaultHasher::new();
+                hasher.write(&param.val().into_data().bytes);
+                self.0.push(hasher.finish());
+            }
+        }
+    }
+    let mut read = Read(Vec::new());
+    model.visit(&mut read);
+    read.0
 }
 
 /// For each trained parameter, in the order of the module tree, whether it has a gradient.
@@ -434,7 +580,14 @@ mod tests {
         assert_eq!(targets, window.targets);
         let sums = replicas.reduce(&model).unwrap();
         assert!(!sums.is_empty());
+        replicas.compare(&model, 0).unwrap();
         replicas.step(1e-3).unwrap();
+        // The first rank was left where it was.
+        let error = replicas.compare(&model, 1).unwrap_err().to_string();
+        assert!(
+            error.contains("after step 1 the weights of device `cpu` (rank 1)"),
+            "{error}"
+        );
 
         // No row of the embedding has this number: the second rank's model panics.
         let mut broken = window;

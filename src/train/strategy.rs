@@ -254,14 +254,14 @@ impl<B: TrainKernels> LoopState<B> {
         if patience > 0 && self.state.validations_without_gain >= patience {
             return Ok(Ending::EarlyStop);
         }
+        let mut replicas = self.replicas(learner)?;
         if std::mem::take(&mut self.state.validation_due) {
-            self.validate_and_save(learner, processor)?;
+            self.validate_and_save(learner, replicas.as_ref(), processor)?;
         }
         if self.state.config.deterministic && self.devices.len() > 1 {
             (self.tell)("note: deterministic repeats steps on one device only; nothing is checked");
         }
         let mut windows = loader.iter();
-        let mut replicas = self.replicas(learner)?;
         let mut clock = Instant::now();
         let mut pending: Option<Launched> = None;
         let trace = self.trace.clone();
@@ -282,7 +282,7 @@ impl<B: TrainKernels> LoopState<B> {
                     self.total_steps
                 ));
                 if step + 1 == self.total_steps {
-                    self.validate_and_save(learner, processor)?;
+                    self.validate_and_save(learner, replicas.as_ref(), processor)?;
                 }
                 continue;
             }
@@ -302,8 +302,13 @@ impl<B: TrainKernels> LoopState<B> {
             }
             let mut ending = None;
             self.state.validation_due |= due(self.state.config.eval_steps) || last;
+            if let Some(replicas) = &replicas
+                && (self.state.validation_due || interrupted || due(self.state.config.save_steps))
+            {
+                replicas.compare(&learner.model(), step + 1)?;
+            }
             if self.state.validation_due && !interrupted {
-                let improved = self.validate_and_save(learner, processor)?;
+                let improved = self.validate_and_save(learner, replicas.as_ref(), processor)?;
                 if !improved && patience > 0 && self.state.validations_without_gain >= patience {
                     ending = Some(Ending::EarlyStop);
                 }

@@ -98,6 +98,71 @@ fn decode_counts_the_tokens_behind_the_first_of_each_row() {
 }
 
 #[test]
+fn several_devices_stand_beside_the_first_alone() {
+    let args = [
+        "--random-weights",
+        "tiny",
+        "--layers",
+        "2",
+        "--samples",
+        "1",
+    ];
+    let bench = |more: &[&str]| -> Vec<Record> {
+        let folder = tempfile::tempdir().unwrap();
+        let device = ["--device", "cpu,cpu", "--json"];
+        let all = [&["bench"], more, &args[..], &device[..]].concat();
+        let (code, stdout, stderr) = run(folder.path(), &all);
+        assert_eq!(code, 0, "{all:?}\n{stdout}\n{stderr}");
+        assert_eq!(folder.path().read_dir().unwrap().count(), 0, "left a file");
+        let records = json_lines(&stdout)
+            .into_iter()
+            .map(|line| serde_json::from_value(line).unwrap());
+        records.collect()
+    };
+    let [one, two] = &bench(&["train", "--batch", "8", "--packing"])[..] else {
+        panic!("expected two records")
+    };
+    assert_eq!(
+        (one.name.as_str(), two.name.as_str()),
+        ("train_m8x2", "train_m8x2_d2")
+    );
+    assert!(near(one.samples_per_second, 16.0 / one.median_seconds));
+    assert!(near(two.samples_per_second, 32.0 / two.median_seconds));
+    assert_eq!((one.finite, two.finite), (Some(true), Some(true)));
+    let [one, two] = &bench(&["infer", "--batch", "2"])[..] else {
+        panic!("expected two records")
+    };
+    assert_eq!(
+        (one.name.as_str(), two.name.as_str()),
+        ("infer_b2", "infer_b2_d2")
+    );
+    // Four batches of two a device.
+    assert!(near(one.samples_per_second, 8.0 / one.median_seconds));
+    assert!(near(two.samples_per_second, 16.0 / two.median_seconds));
+    let files = bench(&["load", "--checkpoint-in", "."]);
+    let names: Vec<_> = files.iter().map(|record| record.name.as_str()).collect();
+    assert_eq!(names, ["load", "load_d2"]);
+    assert!(
+        files
+            .iter()
+            .all(|record| record.gb_per_second.unwrap() > 0.0)
+    );
+
+    let folder = tempfile::tempdir().unwrap();
+    let all = [
+        "bench",
+        "decode",
+        "--random-weights",
+        "tiny",
+        "--device",
+        "cpu,cpu",
+    ];
+    let (code, _, stderr) = run(folder.path(), &all);
+    assert_eq!(code, 2, "{stderr}");
+    assert!(stderr.contains("several devices"), "{stderr}");
+}
+
+#[test]
 fn train_takes_whole_steps_of_sixteen() {
     let records = bench(&[
         "train",

@@ -385,7 +385,46 @@ fn verbose_tells_times_speeds_and_memory_on_stderr() {
 }
 
 #[test]
+fn several_devices_write_the_file_of_one() {
+    let folder = tempdir().unwrap();
+    let pictures: Vec<PathBuf> = pictures().into_iter().cycle().take(11).collect();
+    // A file that is not there: its record has the error, in its place.
+    let gone = folder.path().join("gone.png");
+    let pictures = [&pictures[..5], &[gone], &pictures[5..]].concat();
+    let written = |name: &str, device: &str| {
+        let output = folder.path().join(name);
+        let args = ["--device", device, "--batch-size", "2", "--verbose"];
+        let args = [&args[..], &["--output", text(&output)]].concat();
+        let (code, stdout, stderr) = infer(folder.path(), &with(&args, &pictures));
+        assert_eq!(code, 1, "{stdout}\n{stderr}");
+        assert!(stderr.contains("gone.png"), "{stderr}");
+        assert!(stderr.contains("memory"), "{stderr}");
+        let mut records = records(&output);
+        for record in &mut records {
+            record.as_object_mut().unwrap().remove("seconds");
+        }
+        records
+    };
+    let one = written("one.jsonl", "cpu");
+    assert_eq!(one.len(), pictures.len());
+    assert_eq!(written("two.jsonl", "cpu,cpu"), one);
+    assert_eq!(written("three.jsonl", "cpu,cpu,cpu"), one);
+
+    let demo = demo_image();
+    let args = ["--stream", "--device", "cpu,cpu", text(&demo)];
+    let (code, _, stderr) = infer(folder.path(), &args);
+    assert_eq!(code, 2, "{stderr}");
+    assert!(stderr.contains("several devices"), "{stderr}");
+}
+
+#[test]
 fn a_killed_batch_run_ends_with_every_record_once() {
+    for device in ["cpu", "cpu,cpu"] {
+        killed_batch_run(device);
+    }
+}
+
+fn killed_batch_run(device: &str) {
     let folder = tempdir().unwrap();
     let pictures: Vec<PathBuf> = (0..24)
         .map(|index| {
@@ -395,7 +434,8 @@ fn a_killed_batch_run_ends_with_every_record_once() {
         })
         .collect();
     let output = folder.path().join("reports.jsonl");
-    let args = with(&["--output", text(&output)], &pictures);
+    let args = ["--device", device, "--output", text(&output)];
+    let args = with(&args, &pictures);
     let mut child = program(folder.path(), &infer_args(&args)).spawn().unwrap();
     let lines = |output: &Path| {
         let bytes = fs::read(output).unwrap_or_default();

@@ -56,6 +56,43 @@ fn two_devices_with_half_the_accumulation_are_the_same_run() {
 }
 
 #[test]
+fn two_devices_validate_as_one_does() {
+    let folder = workplace();
+    let validate = |name: &str, devices: &str, accumulation: &str| {
+        let output = format!("output_dir={name}");
+        let args = ["--device", devices, "--set", &output, "--set", accumulation];
+        // Five batches, so that the last round has one for the first device only.
+        let fixed = [
+            "--set",
+            "max_steps=2",
+            "--set",
+            "lora_dropout=0",
+            "--set",
+            "eval_steps=1",
+            "--set",
+            "per_device_eval_batch_size=3",
+            "--val-data",
+            "phantom:12:0..14:house",
+        ];
+        train_well(folder.path(), &[&args[..], &fixed[..]].concat());
+        let rows = records(&folder.path().join(name).join("metrics.jsonl"));
+        let rows = rows
+            .into_iter()
+            .filter(|row| row.get("eval_loss").is_some());
+        rows.collect::<Vec<_>>()
+    };
+    let one = validate("one", "cpu", "gradient_accumulation_steps=4");
+    let two = validate("two", "cpu,cpu", "gradient_accumulation_steps=2");
+    assert_eq!((one.len(), two.len()), (2, 2));
+    for (one, two) in one.iter().zip(&two) {
+        for key in ["eval_loss", "eval_token_acc"] {
+            let (a, b) = (one[key].as_f64().unwrap(), two[key].as_f64().unwrap());
+            assert!((a - b).abs() <= 1e-4 * a.abs(), "{key}: {one}\n{two}");
+        }
+    }
+}
+
+#[test]
 fn packed_rows_are_the_same_run() {
     let padded = ["--set", "gradient_accumulation_steps=4"];
     let packed = [

@@ -1,10 +1,10 @@
-//! The backend under test: Vulkan or CUDA where the binary is built with it, else the CPU.
+//! The backend under test: CUDA or Vulkan where the binary is built with it, else the CPU.
 
-#[cfg(feature = "wgpu")]
-pub type TestBackend = burn::backend::Vulkan;
-
-#[cfg(all(feature = "cuda", not(feature = "wgpu")))]
+#[cfg(feature = "cuda")]
 pub type TestBackend = burn::backend::Cuda;
+
+#[cfg(all(feature = "wgpu", not(feature = "cuda")))]
+pub type TestBackend = burn::backend::Vulkan;
 
 #[cfg(not(any(feature = "wgpu", feature = "cuda")))]
 pub type TestBackend = burn_flex::Flex;

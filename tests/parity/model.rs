@@ -171,7 +171,10 @@ fn vision_tower_block_by_block() {
         let input = images_of(std::slice::from_ref(image));
         let layout = VisionLayout::new(&input.image_grid_thw, &config.vision_config, &device());
         let pixels = input.tensor::<B>(config.vision_config.patch_dim(), DType::F32, &device());
-        check("patch_embed", visual.patch_embed.forward(pixels.clone()));
+        check(
+            "patch_embed",
+            visual.patch_embed.forward(pixels.clone(), None),
+        );
         check("pos_embeds", visual.position_embeddings(&layout));
         check("rope_cos", layout.rope.cos.clone());
         check("rope_sin", layout.rope.sin.clone());

@@ -8,11 +8,14 @@
 //   GROUP      query heads of one key head (heads / kv_heads), 1 to 8
 //   PART       0: one kernel; the last block of a (sequence, key head) joins the chunks
 //              1: the chunks only        2: the join only, launched after part 1
+//   PAGE       0, or the tokens of a page, a multiple of 64: the cache of a sequence lies in pages (vLLM's
+//              "PagedAttention", Kwon et al. 2023), named by row `table[sequence]` of `pages [.., table_width]`
 //
 // Shapes (bf16 unless said otherwise; the last dimension is contiguous, every row starts at a multiple of 16 bytes):
 //   Q [batch, heads, HEAD_DIM]                    strides in elements
 //   K, V [batch, kv_heads, capacity, HEAD_DIM]    the cache, the new token's key and value already in it; strides in elements
 //   O [batch, heads * HEAD_DIM], contiguous       zeros where nothing is visible
+//     with PAGE: [pages, kv_heads, PAGE, HEAD_DIM], the stride of a batch is that of a page; `first` is 0 then
 //   first, end i32 [batch]                        visible cache rows [first, end), read on the device
 //   partial f32 [batch, heads, splits, HEAD_DIM] and statistics f32 [batch, heads, splits, 2]: scratch, contents irrelevant
 //   finished i32 [batch, kv_heads]                zeros before the first launch; every launch leaves zeros (part 1: not touched,
@@ -38,6 +41,9 @@ struct DecodeShape {
   i64 v_batch, v_head, v_row;
   i64 kv_heads, capacity, splits;
   u64 scale_bits;  // f32 in the low half; positive
+#if PAGE
+  i64 table_width;
+#endif
 };
 
 constexpr int WARPS = 4, THREADS = WARPS * 32, STRIP = 16;
@@ -122,8 +128,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     ATTN_NAME(const bf16* __restrict__ Q, const bf16* __restrict__ K, const bf16* __restrict__ V, bf16* __restrict__ O,
-              const int* __restrict__ first, const int* __restrict__ end, float* partial, float* statistics, int* finished,
-              const __grid_constant__ DecodeShape shape) {
+              const int* __restrict__ first, const int* __restrict__ end,
+#if PAGE
+              const int* __restrict__ table, const int* __restrict__ pages,
+#endif
+              float* partial, float* statistics, int* finished, const __grid_constant__ DecodeShape shape) {
   __shared__ float warp_largest[WARPS][GROUP], warp_sum[WARPS][GROUP];
   __shared__ float warp_output[WARPS][GROUP][HEAD_DIM];
   __shared__ bool last;
@@ -145,8 +154,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   for (int i = 0; i < KEY_ROUNDS; i++)
     query[i] = group < GROUP ? read_chunk(q, quarter + 4 * i) : make_uint4(0, 0, 0, 0);
 
+#if PAGE
+  const int* own_pages = pages + table[batch] * shape.table_width;
+#else
   const bf16* k_head = K + batch * shape.k_batch + kv_head * shape.k_head;
   const bf16* v_head = V + batch * shape.v_batch + kv_head * shape.v_head;
+#endif
   const float scale_log2 = __uint_as_float((u32)shape.scale_bits) * LOG2_E;
   float output[VALUE_ROUNDS][8][4];  // only the upper eight rows, [0] and [1], carry anything
 #pragma unroll
@@ -154,6 +167,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   float largest = -infinity(), sum = 0.f;  // `sum` is this lane's share
 
   for (int strip = chunk_first + warp * STRIP; strip < chunk_end; strip += WARPS * STRIP) {
+#if PAGE
+    // A strip lies in one page; rows are counted from the page's first.
+    const i64 page = own_pages[strip / PAGE], in_page = strip / PAGE * PAGE;
+    const bf16* k_head = K + page * shape.k_batch + kv_head * shape.k_head - in_page * shape.k_row;
+    const bf16* v_head = V + page * shape.v_batch + kv_head * shape.v_head - in_page * shape.v_row;
+#endif
     // Rows past the end repeat the last one; their weight is zero.
     uint4 keys[2][KEY_ROUNDS], values[4][VALUE_ROUNDS];
 #pragma unroll

@@ -4,11 +4,11 @@ use burn::{prelude::*, tensor::DType};
 
 use super::{
     launch::{
-        Backend, Buffer, Kernel, contiguous, empty, launch, launch_with_maps, tensor, tensor_map,
+        Backend, Buffer, Kernel, MatrixMap, contiguous, empty, launch, launch_with_maps, tensor,
     },
-    plan::{self, Form},
+    plan::{self, Form, Tile},
 };
-use crate::qwen3_vl::nn::to_dtype;
+use crate::{kernels::Activation, qwen3_vl::nn::to_dtype};
 
 const WGMMA: &[&str] = &[
     include_str!("common.cuh"),
@@ -33,6 +33,28 @@ pub(super) enum WeightLayout {
     InOut,
 }
 
+/// What is done with a product before it is stored: `activation(A B + bias) + residual`.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Around<'a> {
+    /// `[columns]`, bf16.
+    pub bias: Option<&'a Buffer>,
+    /// `[rows, columns]`, bf16.
+    pub residual: Option<&'a Buffer>,
+    pub activation: Option<Activation>,
+}
+
+impl Around<'_> {
+    /// `GemmShape::around` of `gemm_epilogue.cuh`.
+    fn flags(&self) -> u64 {
+        let activation = match self.activation {
+            None => 0,
+            Some(Activation::GeluTanh) => 4,
+            Some(Activation::GeluExact) => 8,
+        };
+        u64::from(self.bias.is_some()) + 2 * u64::from(self.residual.is_some()) + activation
+    }
+}
+
 fn is_bf16(tensors: &[&Tensor<Backend, 2>]) -> bool {
     tensors.iter().all(|tensor| tensor.dtype() == DType::BF16)
 }
@@ -47,7 +69,7 @@ pub(super) fn covers(x: &Tensor<Backend, 2>, weight: &Tensor<Backend, 2>) -> boo
         && x.dims()[0] > 0
 }
 
-/// `Σ A B + bias + residual`, `[rows, columns]` in `dtype` (bf16 or f32).
+/// `activation(Σ A B + bias) + residual`, `[rows, columns]` in `dtype` (bf16 or f32).
 ///
 /// Each pair holds `A` `[rows, k]` and `B` in `layout`; all are contiguous bf16.
 ///
@@ -56,8 +78,7 @@ pub(super) fn covers(x: &Tensor<Backend, 2>, weight: &Tensor<Backend, 2>) -> boo
 pub(super) fn product(
     pairs: &[(&Buffer, &Buffer)],
     layout: WeightLayout,
-    bias: Option<&Buffer>,
-    residual: Option<&Buffer>,
+    around: Around<'_>,
     dtype: DType,
 ) -> Buffer {
     let (a, b) = pairs[0];
@@ -90,11 +111,18 @@ pub(super) fn product(
         Form::Mma => 1,
     });
     let out = empty(a, [rows, n], dtype);
-    run(&device, now, layout, bias, residual, &out);
+    run(&device, now, layout, around, &out);
     // What one launch does not hold is added to what it left.
     for pairs in later.chunks(1) {
-        assert_eq!(dtype, DType::BF16, "only bf16 results are added up");
-        run(&device, pairs, layout, None, Some(&out), &out);
+        assert!(
+            dtype == DType::BF16 && around.activation.is_none(),
+            "only bf16 sums without an activation are added up"
+        );
+        let sum = Around {
+            residual: Some(&out),
+            ..Around::default()
+        };
+        run(&device, pairs, layout, sum, &out);
     }
     out
 }
@@ -103,8 +131,20 @@ fn run(
     device: &plan::Device,
     pairs: &[(&Buffer, &Buffer)],
     layout: WeightLayout,
-    bias: Option<&Buffer>,
-    residual: Option<&Buffer>,
+    around: Around<'_>,
+    out: &Buffer,
+) {
+    let [m, n] = out.meta.shape().dims();
+    let depth = pairs.iter().map(|(a, _)| a.meta.shape()[1]).sum();
+    let tile = plan::tile([m, n, depth], layout == WeightLayout::InOut, device);
+    run_tile(tile, pairs, layout, around, out);
+}
+
+fn run_tile(
+    tile: Tile,
+    pairs: &[(&Buffer, &Buffer)],
+    layout: WeightLayout,
+    around: Around<'_>,
     out: &Buffer,
 ) {
     let [m, n] = out.meta.shape().dims();
@@ -115,21 +155,23 @@ fn run(
     let turned = layout == WeightLayout::InOut;
     let mut defines = vec![
         ("B_IS_KN", i64::from(turned)),
-        ("HAS_BIAS", i64::from(bias.is_some())),
-        ("ACTIVATION", 0),
-        ("HAS_RESIDUAL", i64::from(residual.is_some())),
         ("OUT_F32", i64::from(out.dtype == DType::F32)),
     ];
-    let mut buffers: Vec<&Buffer> = Vec::new();
+    // What is not there is not read; any buffer takes its place.
+    let around_out = [
+        out,
+        around.bias.unwrap_or(out),
+        around.residual.unwrap_or(out),
+    ];
     let depth = |at: usize| depths.get(at).copied().unwrap_or(0) as u64;
     let parameters = vec![
         m as u64 | (n as u64) << 32,
         depth(0) | depth(1) << 32,
         depth(2) | depth(3) << 32,
+        around.flags(),
     ];
-    match device.form {
-        Form::Wgmma => {
-            let tile = plan::wgmma(m, n, depths.iter().sum(), turned, device);
+    match tile {
+        Tile::Wgmma(tile) => {
             defines.extend([
                 ("PAIRS", pairs.len() as i64),
                 ("TILE_N", tile.columns as i64),
@@ -137,21 +179,22 @@ fn run(
             ]);
             let mut maps = Vec::new();
             for (a, b) in pairs {
-                maps.push(tensor_map(a, a.meta.shape().dims(), [128, 64]));
-                let box_rows = if turned { 64 } else { tile.columns };
-                maps.push(tensor_map(b, b.meta.shape().dims(), [box_rows, 64]));
+                let rows = if turned { 64 } else { tile.columns };
+                maps.extend(
+                    [(a, [128, 64]), (b, [rows, 64])].map(|(buffer, tile)| MatrixMap {
+                        buffer,
+                        shape: buffer.meta.shape().dims(),
+                        tile,
+                    }),
+                );
             }
-            buffers.push(out);
-            buffers.extend(bias);
-            buffers.extend(residual);
             let kernel = Kernel::new("gemm_wgmma", WGMMA, defines, 384)
                 .with_entry_macro("GEMM_NAME")
                 .with_shared(tile.shared_bytes);
             let grid = [tile.blocks, 1, 1];
-            launch_with_maps(&out.client, kernel, grid, maps, &buffers, parameters);
+            launch_with_maps(&out.client, kernel, grid, &maps, &around_out, parameters);
         }
-        Form::Mma => {
-            let tile = plan::mma(m, n, device);
+        Tile::Mma(tile) => {
             defines.extend([
                 ("TILE_M", tile.rows as i64),
                 ("TILE_N", tile.columns as i64),
@@ -161,9 +204,7 @@ fn run(
                 ("BLOCKS_PER_SM", tile.blocks_per_processor as i64),
             ]);
             let (a, b) = pairs[0];
-            buffers.extend([a, b, out]);
-            buffers.extend(bias);
-            buffers.extend(residual);
+            let buffers: Vec<&Buffer> = [a, b].into_iter().chain(around_out).collect();
             let kernel = Kernel::new("gemm_mma", MMA, defines, tile.threads())
                 .with_entry_macro("GEMM_NAME")
                 .with_shared(tile.shared_bytes());
@@ -178,24 +219,30 @@ pub(super) fn dense(
     weight: Tensor<Backend, 2>,
     bias: Option<Tensor<Backend, 1>>,
     residual: Option<Tensor<Backend, 2>>,
+    activation: Option<Activation>,
 ) -> Tensor<Backend, 2> {
     let (x, weight) = (contiguous(x), contiguous(weight));
     let bias = bias.map(|bias| contiguous(to_dtype(bias, DType::BF16)));
     let residual = residual.map(|residual| contiguous(to_dtype(residual, DType::BF16)));
-    tensor(product(
-        &[(&x, &weight)],
-        WeightLayout::OutIn,
-        bias.as_ref(),
-        residual.as_ref(),
-        DType::BF16,
-    ))
+    let around = Around {
+        bias: bias.as_ref(),
+        residual: residual.as_ref(),
+        activation,
+    };
+    let pairs = [(&x, &weight)];
+    tensor(product(&pairs, WeightLayout::OutIn, around, DType::BF16))
 }
 
 /// Logits in f32. The sums are f32 and are not rounded, as if both operands had been cast before.
 pub(super) fn logits(hidden: Tensor<Backend, 2>, head: Tensor<Backend, 2>) -> Tensor<Backend, 2> {
     let (hidden, head) = (contiguous(hidden), contiguous(head));
     let pairs = [(&hidden, &head)];
-    tensor(product(&pairs, WeightLayout::OutIn, None, None, DType::F32))
+    tensor(product(
+        &pairs,
+        WeightLayout::OutIn,
+        Around::default(),
+        DType::F32,
+    ))
 }
 
 /// `Σ dy W` over pairs of `dy` `[rows, out]` and `W` `[out, in]`.
@@ -210,8 +257,37 @@ pub(super) fn input_gradient(
     tensor(product(
         &pairs,
         WeightLayout::InOut,
-        None,
-        None,
+        Around::default(),
         DType::BF16,
     ))
+}
+
+/// Compiles the tiles that products of any number of rows get; `on_kernel` comes behind each.
+pub(super) fn prepare(like: &Buffer, vocab: usize, mut on_kernel: impl FnMut(usize, usize)) {
+    // Deep enough for all stages of any tile.
+    const DEPTH: usize = 512;
+    let device = plan::device(like);
+    let mut tiles: Vec<(Tile, DType)> = plan::forward_tiles(&device)
+        .into_iter()
+        .map(|tile| (tile, DType::BF16))
+        .collect();
+    tiles.push((plan::tile([1, vocab, DEPTH], false, &device), DType::F32));
+    let a = empty(like, [8, DEPTH], DType::BF16);
+    let b = empty(like, [256, DEPTH], DType::BF16);
+    for (done, (tile, dtype)) in tiles.iter().enumerate() {
+        let tile = match tile {
+            Tile::Wgmma(tile) => Tile::Wgmma(plan::WgmmaTile { blocks: 1, ..*tile }),
+            Tile::Mma(_) => *tile,
+        };
+        let out = empty(like, [8, 256], *dtype);
+        run_tile(
+            tile,
+            &[(&a, &b)],
+            WeightLayout::OutIn,
+            Around::default(),
+            &out,
+        );
+        let _ = cubecl_common::future::block_on(like.client.sync());
+        on_kernel(done + 1, tiles.len());
+    }
 }

@@ -1,12 +1,12 @@
 // What both matrix-product kernels do with a finished tile, and the order in which they walk over the tiles.
 // Comes after common.cuh and before gemm_wgmma.cu or gemm_mma.cu, below the host's #defines:
 //
-//   HAS_BIAS      0 or 1: bf16 bias[N], added to every row
-//   ACTIVATION    0 none, 1 GELU (tanh form), 2 GELU (erf form), 3 SiLU
-//   HAS_RESIDUAL  0 or 1: bf16 residual[M, N], added last; may be the output buffer itself
 //   OUT_F32       0: output is bf16[M, N]; 1: f32[M, N]
 //
 //   output = activation(accumulator + bias) + residual, all in f32, rounded once.
+//
+// What of it there is, is said at run time (GemmShape::around): a branch that all threads take alike costs nothing
+// here, and each configuration less is a second less of compiling.
 
 #if OUT_F32
 using Output = float;
@@ -18,25 +18,25 @@ using Output = bf16;
 // operands where a kernel takes several (gemm_wgmma.cu).
 struct GemmShape {
     int m, n, k, more_k[3];
+    int around;  // AROUND_BIAS, AROUND_RESIDUAL and an activation, added up
+    int unused;
 };
+
+constexpr int AROUND_BIAS = 1;      // bf16 bias[N], added to every row
+constexpr int AROUND_RESIDUAL = 2;  // bf16 residual[M, N], added last; may be the output buffer itself
+constexpr int AROUND_GELU_TANH = 4, AROUND_GELU_ERF = 8;
 
 struct Epilogue {
     Output* output;        // [rows, columns]
     const bf16* bias;      // [columns] or null
     const bf16* residual;  // [rows, columns] or null. No __restrict__: it may be `output`.
-    int rows, columns;
+    int rows, columns, around;
 };
 
-__device__ __forceinline__ float activate(float x) {
-#if ACTIVATION == 1
-    return gelu_tanh(x);
-#elif ACTIVATION == 2
-    return gelu_erf(x);
-#elif ACTIVATION == 3
-    return silu(x);
-#else
-    return x;
-#endif
+__device__ __forceinline__ Epilogue make_epilogue(Output* output, const bf16* bias, const bf16* residual,
+                                                  const GemmShape& shape) {
+    return {output, shape.around & AROUND_BIAS ? bias : nullptr, shape.around & AROUND_RESIDUAL ? residual : nullptr,
+            shape.m, shape.n, shape.around};
 }
 
 // Finishes 16 rows x 32 columns that one warp holds, as accumulators of mma.m16n8 or wgmma.m64nN:
@@ -52,14 +52,14 @@ __device__ __forceinline__ void finish_16x32(const float (&accumulators)[COUNT],
     [[maybe_unused]] const int pair_column = warp_column + 2 * quad_lane;  // of this lane's pair in block 0
     [[maybe_unused]] const int block_column = warp_column + 8 * quad_lane;  // of the block it has once transposed
 
-#if HAS_BIAS
     u32 bias[4] = {0, 0, 0, 0};
+    if (epilogue.bias != nullptr) {
 #pragma unroll
-    for (int block = 0; block < 4; block++) {
-        const int column = pair_column + 8 * block;
-        if (column < epilogue.columns) bias[block] = *reinterpret_cast<const u32*>(epilogue.bias + column);
+        for (int block = 0; block < 4; block++) {
+            const int column = pair_column + 8 * block;
+            if (column < epilogue.columns) bias[block] = *reinterpret_cast<const u32*>(epilogue.bias + column);
+        }
     }
-#endif
 
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -67,33 +67,41 @@ __device__ __forceinline__ void finish_16x32(const float (&accumulators)[COUNT],
         const size_t row_start = static_cast<size_t>(row) * epilogue.columns;
         [[maybe_unused]] const bool owns_block = row < epilogue.rows && block_column < epilogue.columns;
 
-#if HAS_RESIDUAL
         u32 residual[4] = {0, 0, 0, 0};
-        if (owns_block) {
-            const uint4 words = *reinterpret_cast<const uint4*>(epilogue.residual + row_start + block_column);
-            residual[0] = words.x;
-            residual[1] = words.y;
-            residual[2] = words.z;
-            residual[3] = words.w;
+        if (epilogue.residual != nullptr) {
+            if (owns_block) {
+                const uint4 words = *reinterpret_cast<const uint4*>(epilogue.residual + row_start + block_column);
+                residual[0] = words.x;
+                residual[1] = words.y;
+                residual[2] = words.z;
+                residual[3] = words.w;
+            }
+            quad_transpose(residual);
         }
-        quad_transpose(residual);
-#endif
 
         float low[4], high[4];
 #pragma unroll
         for (int block = 0; block < 4; block++) {
-            low[block] = accumulators[first + 4 * block + 2 * half];
-            high[block] = accumulators[first + 4 * block + 2 * half + 1];
-#if HAS_BIAS
-            low[block] += low_bf16(bias[block]);
-            high[block] += high_bf16(bias[block]);
-#endif
-            low[block] = activate(low[block]);
-            high[block] = activate(high[block]);
-#if HAS_RESIDUAL
+            low[block] = accumulators[first + 4 * block + 2 * half] + low_bf16(bias[block]);
+            high[block] = accumulators[first + 4 * block + 2 * half + 1] + high_bf16(bias[block]);
+        }
+        if (epilogue.around & AROUND_GELU_TANH) {
+#pragma unroll
+            for (int block = 0; block < 4; block++) {
+                low[block] = gelu_tanh(low[block]);
+                high[block] = gelu_tanh(high[block]);
+            }
+        } else if (epilogue.around & AROUND_GELU_ERF) {
+#pragma unroll
+            for (int block = 0; block < 4; block++) {
+                low[block] = gelu_erf(low[block]);
+                high[block] = gelu_erf(high[block]);
+            }
+        }
+#pragma unroll
+        for (int block = 0; block < 4; block++) {
             low[block] += low_bf16(residual[block]);
             high[block] += high_bf16(residual[block]);
-#endif
         }
 
 #if OUT_F32

@@ -10,7 +10,7 @@
 //   BLOCKS_PER_SM     blocks that should share a multiprocessor: bounds the registers
 //   B_IS_KN           0: B is a weight W[N, K] and the product A * W^T (forward)
 //                     1: B is a weight W[K, N] and the product A * W (backward: dX = dY * W, with W as stored)
-//   and the epilogue's HAS_BIAS, ACTIVATION, HAS_RESIDUAL, OUT_F32.
+//   and the epilogue's OUT_F32.
 //
 // All matrices are row-major. Any M; N % 8 = 0 and K % 8 = 0 (16-byte rows); bases aligned to 16 bytes. What lies
 // beyond an edge is zero in shared memory and never written.
@@ -159,12 +159,7 @@ struct Fragments {
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 GEMM_NAME(const bf16* a_matrix, const bf16* b_matrix, Output* output,
-#if HAS_BIAS
-          const bf16* bias,
-#endif
-#if HAS_RESIDUAL
-          const bf16* residual,
-#endif
+          const bf16* bias, const bf16* residual,
           const __grid_constant__ GemmShape shape) {
     extern __shared__ __align__(1024) unsigned char dynamic_shared[];
     const u32 stages = shared_address(dynamic_shared);
@@ -232,13 +227,7 @@ GEMM_NAME(const bf16* a_matrix, const bf16* b_matrix, Output* output,
 
     copy_async_wait<0>();  // the zeros past the last slab
 
-    Epilogue epilogue = {output, nullptr, nullptr, shape.m, shape.n};
-#if HAS_BIAS
-    epilogue.bias = bias;
-#endif
-#if HAS_RESIDUAL
-    epilogue.residual = residual;
-#endif
+    const Epilogue epilogue = make_epilogue(output, bias, residual, shape);
 #pragma unroll
     for (int i = 0; i < A_FRAGMENTS; i++)
 #pragma unroll

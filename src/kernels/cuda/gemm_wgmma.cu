@@ -9,7 +9,7 @@
 //               1: B is a weight W[K, N] and the product A * W (backward: dX = dY * W, with W as stored)
 //   PAIRS       1 to 4: pairs of operands whose products are added before the epilogue, each with a K of its own:
 //               A0 * B0 + A1 * B1 + ... (an adapter beside its layer, all that flows back into one input)
-//   and the epilogue's HAS_BIAS, ACTIVATION, HAS_RESIDUAL, OUT_F32.
+//   and the epilogue's OUT_F32.
 //
 // All matrices are row-major. Any M; N % 8 = 0 and K % 8 = 0 (16-byte rows); bases aligned to 16 bytes. What lies
 // beyond an edge is read as zero by TMA and never written.
@@ -326,14 +326,7 @@ GEMM_NAME(MAPS(0),
 #if PAIRS > 3
           MAPPED,
 #endif
-          Output* output,
-#if HAS_BIAS
-          const bf16* bias,
-#endif
-#if HAS_RESIDUAL
-          const bf16* residual,
-#endif
-          const __grid_constant__ GemmShape shape) {
+          Output* output, const bf16* bias, const bf16* residual, const __grid_constant__ GemmShape shape) {
     extern __shared__ __align__(1024) unsigned char dynamic_shared[];
 
     Pipeline pipeline;
@@ -377,14 +370,7 @@ GEMM_NAME(MAPS(0),
         }
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 240;\n");
-        Epilogue epilogue = {output, nullptr, nullptr, shape.m, shape.n};
-#if HAS_BIAS
-        epilogue.bias = bias;
-#endif
-#if HAS_RESIDUAL
-        epilogue.residual = residual;
-#endif
-        consume(pipeline, warpgroup - 1, epilogue);
+        consume(pipeline, warpgroup - 1, make_epilogue(output, bias, residual, shape));
     }
 }
 

@@ -23,6 +23,7 @@ use cubecl::{
 use cubecl_cpp::shared::{Body, ComputeKernel, Elem, Flags, Item, SharedMemory};
 use cubecl_cuda::{CudaCompiler, CudaRuntime};
 
+use super::recording;
 use crate::kernels::Reading;
 
 pub(super) type Backend = burn::backend::Cuda;
@@ -88,6 +89,11 @@ impl Kernel {
     /// Threads of a block.
     pub(super) fn threads(&self) -> u32 {
         self.threads
+    }
+
+    /// Dynamic shared memory of a block.
+    pub(super) fn shared_bytes(&self) -> usize {
+        self.shared_bytes
     }
 
     /// The whole text that is compiled.
@@ -217,7 +223,40 @@ pub(super) fn launch(
     buffers: &[&Buffer],
     parameters: Parameters,
 ) {
-    launch_with_maps(client, kernel, grid, vec![], buffers, parameters);
+    launch_with_maps(client, kernel, grid, &[], buffers, parameters);
+}
+
+/// A row-major bf16 matrix that a kernel copies tile by tile into 128-byte swizzled shared memory; what
+/// lies outside reads as zero.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct MatrixMap<'a> {
+    pub buffer: &'a Buffer,
+    /// Rows and columns.
+    pub shape: [usize; 2],
+    /// Rows and columns of a tile.
+    pub tile: [usize; 2],
+}
+
+impl MatrixMap<'_> {
+    fn binding(&self) -> TensorMapBinding {
+        let [rows, columns] = self.shape;
+        let [tile_rows, tile_columns] = self.tile;
+        TensorMapBinding {
+            binding: self.buffer.handle.clone().binding(),
+            map: TensorMapMeta {
+                format: TensorMapFormat::Tiled(TiledArgs {
+                    tile_size: [tile_rows, tile_columns].into(),
+                }),
+                metadata: Metadata::new([rows, columns], [columns, 1]),
+                elem_stride: [1usize, 1].into(),
+                interleave: TensorMapInterleave::None,
+                swizzle: TensorMapSwizzle::B128,
+                prefetch: TensorMapPrefetch::B256,
+                oob_fill: OobFill::Zero,
+                storage_ty: half::bf16::as_type_native_unchecked().storage_type(),
+            },
+        }
+    }
 }
 
 /// [`launch`] with tensor maps: they come first, then their buffers' pointers, then `buffers`.
@@ -225,10 +264,13 @@ pub(super) fn launch_with_maps(
     client: &Client,
     kernel: Kernel,
     grid: [usize; 3],
-    maps: Vec<TensorMapBinding>,
+    maps: &[MatrixMap<'_>],
     buffers: &[&Buffer],
     parameters: Parameters,
 ) {
+    if recording::take(&kernel, grid, maps, buffers, &parameters) {
+        return;
+    }
     let bindings = buffers
         .iter()
         .map(|buffer| buffer.handle.clone().binding())
@@ -236,7 +278,7 @@ pub(super) fn launch_with_maps(
     // With the dynamic part said to begin at the end, the server passes the data by value only.
     let length = parameters.len();
     let arguments = KernelArguments::new()
-        .with_tensor_maps(maps)
+        .with_tensor_maps(maps.iter().map(MatrixMap::binding).collect())
         .with_buffers(bindings)
         .with_info(MetadataBindingInfo::new(parameters, length));
     let [x, y, z] = grid.map(|size| size as u32);
@@ -252,30 +294,6 @@ pub(super) fn launch_with_maps(
             CubeCount::Static(x, y, z),
             arguments,
         );
-    }
-}
-
-/// A map of a row-major bf16 matrix `[rows, columns]` for copies of `[box_rows, box_columns]` tiles
-/// into 128-byte swizzled shared memory; what lies outside reads as zero.
-pub(super) fn tensor_map(
-    buffer: &Buffer,
-    [rows, columns]: [usize; 2],
-    [box_rows, box_columns]: [usize; 2],
-) -> TensorMapBinding {
-    TensorMapBinding {
-        binding: buffer.handle.clone().binding(),
-        map: TensorMapMeta {
-            format: TensorMapFormat::Tiled(TiledArgs {
-                tile_size: [box_rows, box_columns].into(),
-            }),
-            metadata: Metadata::new([rows, columns], [columns, 1]),
-            elem_stride: [1usize, 1].into(),
-            interleave: TensorMapInterleave::None,
-            swizzle: TensorMapSwizzle::B128,
-            prefetch: TensorMapPrefetch::B256,
-            oob_fill: OobFill::Zero,
-            storage_ty: half::bf16::as_type_native_unchecked().storage_type(),
-        },
     }
 }
 
@@ -333,6 +351,9 @@ pub(super) fn read_later(x: Tensor<Backend, 1>) -> Reading {
 
 /// A new buffer whose elements lie row after row, not initialised.
 pub(super) fn empty<const D: usize>(like: &Buffer, shape: [usize; D], dtype: DType) -> Buffer {
+    if let Some(buffer) = recording::reserve(like, &shape, dtype) {
+        return buffer;
+    }
     burn_cubecl::ops::numeric::empty_device_contiguous_dtype(
         like.client.clone(),
         like.device.clone(),

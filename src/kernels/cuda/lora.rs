@@ -6,7 +6,7 @@
 use burn::{prelude::*, tensor::DType};
 
 use super::{
-    gemm::{self, WeightLayout},
+    gemm::{self, Around, WeightLayout},
     launch::{Backend, Buffer, Kernel, Parameters, contiguous, empty, float_bits, launch, tensor},
     plan,
 };
@@ -222,8 +222,10 @@ pub(super) fn adapted_product(
     tensor(gemm::product(
         &[(&x, &weight), (&low, &b)],
         WeightLayout::OutIn,
-        None,
-        residual.as_ref(),
+        Around {
+            residual: residual.as_ref(),
+            ..Around::default()
+        },
         DType::BF16,
     ))
 }

@@ -14,32 +14,48 @@ mod gradient_tests;
 mod launch;
 mod lora;
 mod loss;
+mod module;
+mod nccl;
 mod optimizer;
 mod plan;
 mod pointwise;
+mod product;
+mod recording;
 mod rotary;
 mod rows;
 #[cfg(test)]
 mod tests;
+mod upload;
+mod vision;
 
 use std::{
     path::PathBuf,
-    sync::{Once, OnceLock},
+    sync::{Arc, Once, OnceLock},
+    time::Duration,
 };
 
-use burn::{prelude::*, tensor::DType};
+use burn::{
+    prelude::*,
+    tensor::{DType, ops::FloatTensor},
+};
 use cubecl_common::config::RuntimeConfig;
 use cubecl_runtime::config::{CubeClRuntimeConfig, cache::CacheConfig};
 
 use super::{
-    AdamWTensor, AllReduce, AttentionSpans, BackwardProduct, DecodeStart, Decoder, DeviceMemory,
-    Dropout, HeadNorm, Kernels, LowRank, LowRankFlow, LowRankGradients, Reading, TargetLoss, plain,
+    Activation, AdamWTensor, AllReduce, AttentionSpans, BackwardProduct, DecodeStart, Decoder,
+    DeviceMemory, Dropout, HeadNorm, Kernels, LowRank, LowRankFlow, LowRankGradients, Reading,
+    TargetLoss, plain,
+    upload::{Fill, Upload, UploadError},
 };
-use crate::qwen3_vl::{
-    Qwen3Vl,
-    cache::KeyValueCache,
-    config::Qwen3VlConfig,
-    nn::{gelu_exact, gelu_tanh},
+use crate::{
+    generate::backend::{ServingDecoder, ServingLimits},
+    qwen3_vl::{
+        ImageInput, Qwen3Vl,
+        cache::KeyValueCache,
+        config::Qwen3VlConfig,
+        nn::{gelu_exact, gelu_tanh},
+        vision::{VisionLayout, VisionModel, VisionOutput},
+    },
 };
 use launch::Backend as Cuda;
 
@@ -91,6 +107,42 @@ fn flows_back(product: &BackwardProduct<Cuda>) -> bool {
 }
 
 impl Kernels for Cuda {
+    fn product<const D: usize>(a: Tensor<Self, D>, b: Tensor<Self, D>) -> Tensor<Self, D> {
+        if product::covers(&a, &b) {
+            product::product(a, b)
+        } else {
+            a.matmul(b)
+        }
+    }
+
+    fn prepare(
+        config: &Qwen3VlConfig,
+        dtype: DType,
+        device: &Self::Device,
+        on_progress: &mut dyn FnMut(u64, u64),
+    ) {
+        if scalar_of(dtype).is_some_and(|(bf16, _)| bf16 == 1) {
+            let like = launch::strided(Tensor::<Self, 1>::empty([1], (device, dtype)));
+            let vocab = config.text_config.vocab_size;
+            gemm::prepare(&like, vocab, |done, all| {
+                on_progress(done as u64, all as u64);
+            });
+        }
+    }
+
+    fn vision_tower(
+        tower: &VisionModel<Self>,
+        images: &ImageInput,
+        layout: &VisionLayout<Self>,
+        run: impl Fn() -> VisionOutput<Self>,
+    ) -> VisionOutput<Self> {
+        vision::run(tower, images, layout, run)
+    }
+
+    fn settle(model: &Qwen3Vl<Self>) {
+        vision::settle(&model.model.visual);
+    }
+
     const HAS_DECODER: bool = true;
 
     fn append_to_cache(
@@ -110,6 +162,15 @@ impl Kernels for Cuda {
         decode::start(model, config, cache, start)
     }
 
+    fn serving_decoder(
+        model: &Qwen3Vl<Self>,
+        config: &Qwen3VlConfig,
+        limits: &ServingLimits,
+        on_progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Option<ServingDecoder<Self>>, String> {
+        decode::serve(model, config, limits, on_progress)
+    }
+
     fn compact<const D: usize>(x: Tensor<Self, D>) -> Tensor<Self, D> {
         launch::tensor(launch::contiguous(x))
     }
@@ -122,8 +183,23 @@ impl Kernels for Cuda {
         launch::free_memory(device)
     }
 
-    fn all_reduce(devices: &[Self::Device]) -> Result<Option<AllReduce<Self>>, String> {
-        collective::all_reduce(devices)
+    fn all_reduce(
+        devices: &[Self::Device],
+        patience: Duration,
+    ) -> Result<Option<Arc<dyn AllReduce<Self>>>, String> {
+        collective::all_reduce(devices, patience)
+    }
+
+    fn send_to<const D: usize>(x: Tensor<Self, D>, device: &Self::Device) -> Tensor<Self, D> {
+        collective::send_to(x, device)
+    }
+
+    fn upload<E: From<UploadError>>(
+        devices: &[Self::Device],
+        tensors: &[Upload],
+        fill: Fill<'_, E>,
+    ) -> Result<Vec<Vec<FloatTensor<Self>>>, E> {
+        upload::upload(devices, tensors, fill)
     }
 
     fn dense(
@@ -133,9 +209,22 @@ impl Kernels for Cuda {
         residual: Option<Tensor<Self, 2>>,
     ) -> Tensor<Self, 2> {
         if gemm::covers(&x, &weight) {
-            gemm::dense(x, weight, bias, residual)
+            gemm::dense(x, weight, bias, residual, None)
         } else {
             plain::linear(x, weight, bias, residual)
+        }
+    }
+
+    fn dense_activated(
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 2>,
+        bias: Option<Tensor<Self, 1>>,
+        activation: Activation,
+    ) -> Tensor<Self, 2> {
+        if gemm::covers(&x, &weight) {
+            gemm::dense(x, weight, bias, None, Some(activation))
+        } else {
+            activation.of(Self::dense(x, weight, bias, None))
         }
     }
 

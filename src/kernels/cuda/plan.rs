@@ -76,6 +76,9 @@ pub(super) fn device(buffer: &Buffer) -> Device {
     })
 }
 
+/// Columns of the tiles of `gemm_wgmma.cu`.
+const WGMMA_COLUMNS: [usize; 5] = [256, 192, 128, 96, 64];
+
 /// A tile of `gemm_wgmma.cu`: 128 rows and these columns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct WgmmaTile {
@@ -90,12 +93,21 @@ pub(super) fn wgmma(m: usize, n: usize, k: usize, turned: bool, device: &Device)
     // Time of a tile grows with its columns and has a fixed part, measured in columns.
     const FIXED: usize = 40;
     let tiles = |columns: usize| m.div_ceil(128) * n.div_ceil(columns);
-    let columns = [256usize, 192, 128, 96, 64]
+    let columns = WGMMA_COLUMNS
         .into_iter()
         // A turned weight is loaded in blocks of 64 columns: a tile of 96 would waste a third.
         .filter(|columns| !turned || columns.is_multiple_of(64))
         .min_by_key(|columns| tiles(*columns).div_ceil(device.processors) * (columns + FIXED))
         .unwrap_or(128);
+    let tile = wgmma_tile(columns, k, turned, device);
+    WgmmaTile {
+        blocks: tiles(columns).min(device.processors),
+        ..tile
+    }
+}
+
+/// A tile of these columns, for one block.
+fn wgmma_tile(columns: usize, k: usize, turned: bool, device: &Device) -> WgmmaTile {
     let stage_columns = if turned {
         columns.next_multiple_of(64)
     } else {
@@ -107,7 +119,7 @@ pub(super) fn wgmma(m: usize, n: usize, k: usize, turned: bool, device: &Device)
     WgmmaTile {
         columns,
         stages,
-        blocks: tiles(columns).min(device.processors),
+        blocks: 1,
         shared_bytes: stages * (stage_bytes + 16) + 1024,
     }
 }
@@ -192,6 +204,36 @@ pub(super) fn mma(m: usize, n: usize, device: &Device) -> MmaTile {
         .filter(|tile| tile.shared_bytes() <= device.shared_bytes)
         .min_by_key(cost)
         .unwrap_or(MMA_TILES[3])
+}
+
+/// A tile of either form.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Tile {
+    Wgmma(WgmmaTile),
+    Mma(MmaTile),
+}
+
+/// The tile of an `m × n` product over `k`; `turned` where the weight is `[k, n]`.
+pub(super) fn tile([m, n, k]: [usize; 3], turned: bool, device: &Device) -> Tile {
+    match device.form {
+        Form::Wgmma => Tile::Wgmma(wgmma(m, n, k, turned, device)),
+        Form::Mma => Tile::Mma(mma(m, n, device)),
+    }
+}
+
+/// All tiles that a product over a long `k` may get.
+pub(super) fn forward_tiles(device: &Device) -> Vec<Tile> {
+    const LONG: usize = 4096;
+    match device.form {
+        Form::Wgmma => WGMMA_COLUMNS
+            .map(|columns| Tile::Wgmma(wgmma_tile(columns, LONG, false, device)))
+            .to_vec(),
+        Form::Mma => MMA_TILES
+            .into_iter()
+            .filter(|tile| tile.shared_bytes() <= device.shared_bytes)
+            .map(Tile::Mma)
+            .collect(),
+    }
 }
 
 #[cfg(test)]

@@ -5,6 +5,8 @@
 //! and 0.0017 on average; operations that round between their steps get twice that; f32 sums in
 //! another order differ by some 1e-6.
 
+use std::collections::HashSet;
+
 use burn::{
     prelude::*,
     tensor::{DType, Distribution},
@@ -13,9 +15,13 @@ use burn::{
 use super::Cuda;
 use crate::{
     bench::weights::RandomSize,
+    generate::{
+        SamplingConfig,
+        sampler::{Sampler, TokenChoice},
+    },
     kernels::{
-        AdamWStep, AdamWTensor, AttentionSpans, BackwardProduct, DecodeStart, Dropout, HeadNorm,
-        Kernels, LowRank, LowRankFlow, plain,
+        Activation, AdamWStep, AdamWTensor, AttentionSpans, BackwardProduct, DecodeStart, Dropout,
+        HeadNorm, Kernels, LowRank, LowRankFlow, plain,
     },
     qwen3_vl::{
         Padding, Qwen3Vl, TextInput,
@@ -24,7 +30,7 @@ use crate::{
     },
 };
 
-type T<const D: usize> = Tensor<Cuda, D>;
+pub(super) type T<const D: usize> = Tensor<Cuda, D>;
 
 /// The device, or `None` said aloud.
 pub(super) fn device() -> Option<<Cuda as burn::tensor::backend::BackendTypes>::Device> {
@@ -50,10 +56,16 @@ fn normal<const D: usize>(
 
 /// Relative distances seen, and which were too large.
 #[derive(Default)]
-struct Report(Vec<String>);
+pub(super) struct Report(Vec<String>);
 
 impl Report {
-    fn close<const D: usize>(&mut self, name: &str, got: T<D>, want: T<D>, tolerance: f64) {
+    pub(super) fn close<const D: usize>(
+        &mut self,
+        name: &str,
+        got: T<D>,
+        want: T<D>,
+        tolerance: f64,
+    ) {
         assert_eq!(got.dims(), want.dims(), "{name}");
         let (got, want) = (to_f32(got), to_f32(want));
         let norm = |x: T<D>| -> f64 {
@@ -74,7 +86,7 @@ impl Report {
         }
     }
 
-    fn finish(self) {
+    pub(super) fn finish(self) {
         assert!(self.0.is_empty(), "{:#?}", self.0);
     }
 }
@@ -239,6 +251,84 @@ fn pointwise() {
     report.finish();
 }
 
+/// `a b` on the host, in f64.
+fn host_product(a: &T<3>, b: &T<3>) -> T<3> {
+    let ([batches, m, k], [_, _, n]) = (a.dims(), b.dims());
+    let values = |x: &T<3>| -> Vec<f64> {
+        let data = x.clone().into_data();
+        data.iter::<f32>().map(f64::from).collect()
+    };
+    let (left, right) = (values(a), values(b));
+    let mut y = Vec::with_capacity(batches * m * n);
+    for batch in 0..batches {
+        for row in 0..m {
+            for column in 0..n {
+                let terms = (0..k).map(|at| {
+                    left[(batch * m + row) * k + at] * right[(batch * k + at) * n + column]
+                });
+                y.push(terms.sum::<f64>() as f32);
+            }
+        }
+    }
+    let data = burn::tensor::TensorData::new(y, [batches, m, n]);
+    Tensor::from_data(data, (&a.device(), DType::F32))
+}
+
+/// f32 is multiplied in f32, forward and backward; TF32 would be some 3e-4 away.
+#[test]
+fn products_of_f32() {
+    use burn::backend::Autodiff;
+    let Some(device) = device() else { return };
+    let mut report = Report::default();
+    for (batches, m, k, n) in [
+        (1, 1, 5, 3),
+        (2, 65, 33, 70),
+        (3, 130, 200, 64),
+        (1, 7, 4096, 129),
+    ] {
+        let name = |what| format!("{what} {batches} x {m} x {k} x {n}");
+        let a = normal([batches, m, k], 1.0, DType::F32, &device);
+        let b = normal([batches, k, n], 1.0, DType::F32, &device);
+        let dy = normal([batches, m, n], 1.0, DType::F32, &device);
+        let want = host_product(&a, &b);
+        report.close(
+            &name("product"),
+            Cuda::product(a.clone(), b.clone()),
+            want.clone(),
+            2e-6,
+        );
+        // The same operands, strided as transposed views are.
+        let turned = |x: &T<3>| launch_contiguous(x.clone().swap_dims(1, 2)).swap_dims(1, 2);
+        report.close(
+            &name("product of views"),
+            Cuda::product(turned(&a), turned(&b)),
+            want,
+            2e-6,
+        );
+        let [left, right] =
+            [&a, &b].map(|x| Tensor::<Autodiff<Cuda>, 3>::from_inner(x.clone()).require_grad());
+        let y = Autodiff::<Cuda>::product(left.clone(), right.clone());
+        let gradients = (y * Tensor::from_inner(dy.clone())).sum().backward();
+        report.close(
+            &name("gradient of the left"),
+            left.grad(&gradients).expect("it was asked for"),
+            host_product(&dy, &b.swap_dims(1, 2)),
+            2e-6,
+        );
+        report.close(
+            &name("gradient of the right"),
+            right.grad(&gradients).expect("it was asked for"),
+            host_product(&a.swap_dims(1, 2), &dy),
+            2e-6,
+        );
+    }
+    report.finish();
+}
+
+fn launch_contiguous<const D: usize>(x: T<D>) -> T<D> {
+    super::launch::tensor(super::launch::contiguous(x))
+}
+
 #[test]
 fn products() {
     let Some(device) = device() else { return };
@@ -272,6 +362,20 @@ fn products() {
                     bias.map(to_f32),
                     residual.map(to_f32),
                 ),
+                ONE_ROUNDING,
+            );
+        }
+        for activation in [Activation::GeluTanh, Activation::GeluExact] {
+            let bias = Some(bias.clone());
+            let want = plain::linear(xf.clone(), wf.clone(), bias.clone().map(to_f32), None);
+            let want = match activation {
+                Activation::GeluTanh => gelu_tanh(want),
+                Activation::GeluExact => gelu_exact(want),
+            };
+            report.close(
+                &name("dense_activated"),
+                Cuda::dense_activated(x.clone(), weight.clone(), bias, activation),
+                want,
                 ONE_ROUNDING,
             );
         }
@@ -642,6 +746,9 @@ fn decoding() {
                 .map(|(prompt, delta)| prompt.len() as i64 + delta)
                 .collect(),
             most_steps: 8,
+            sampling: SamplingConfig::default(),
+            draws: Vec::new(),
+            seen: Vec::new(),
         };
         let mut decoder = Cuda::decoder(&model, &config, &cache, &start).expect("covered");
         for step in 0..4 {
@@ -695,11 +802,52 @@ fn decoding() {
                     .map(|position| position + 4)
                     .collect(),
                 most_steps: 4,
+                ..start.clone()
             },
         )
         .expect("covered");
         assert_eq!(own.next_tokens().unwrap(), likeliest, "{rows} rows");
         assert_eq!(own.next_tokens().unwrap(), again, "{rows} rows");
+
+        // Drawn with the host's numbers: what the host would choose from the same logits.
+        let sampling = SamplingConfig {
+            temperature: 1.3,
+            top_k: 40,
+            top_p: 0.9,
+            repetition_penalty: 1.2,
+            ..SamplingConfig::default()
+        };
+        let samplers: Vec<Sampler> = (0..rows as u64)
+            .map(|seed| {
+                let sampling = sampling.clone();
+                Sampler::new(&SamplingConfig { seed, ..sampling }, &[])
+            })
+            .collect();
+        let drawn = DecodeStart {
+            tokens: (0..rows as u32).map(|row| 5 + row).collect(),
+            draws: samplers.into_iter().map(|one| one.draws(8)).collect(),
+            seen: (prompts.iter().zip(0u32..))
+                .map(|(prompt, row)| [prompt, &[5 + row][..]].concat())
+                .collect(),
+            sampling,
+            ..start.clone()
+        };
+        let mut device_draws = Cuda::decoder(&model, &config, &cache, &drawn).expect("covered");
+        let mut logits_of = Cuda::decoder(&model, &config, &cache, &drawn).expect("covered");
+        let mut tokens = drawn.tokens.clone();
+        let mut seen = drawn.seen.clone();
+        for step in 0..5 {
+            let chosen = device_draws.next_tokens().unwrap();
+            let logits = logits_of.next_logits(&tokens).unwrap();
+            for row in 0..rows {
+                let choice = TokenChoice::new(&drawn.sampling, drawn.draws[row][step]);
+                let before: HashSet<u32> = seen[row].iter().copied().collect();
+                let want = choice.token(&logits[row], &before);
+                assert_eq!(chosen[row], Some(want), "row {row} of {rows}, step {step}");
+                seen[row].push(want);
+                tokens[row] = want;
+            }
+        }
     }
     report.finish();
 }

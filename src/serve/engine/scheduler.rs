@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     backend::panic_text,
-    generate::backend::{AdapterId, Chunk, DecodeBackend, SlotId, StepRow},
+    generate::backend::{AdapterId, Chunk, DecodeBackend, SlotId, StepRow, Stepped},
     processor::tokenizer::Tokenizer,
     serve::metrics::Metrics,
 };
@@ -261,7 +261,7 @@ impl<D: DecodeBackend> Worker<D> {
         match computed {
             Ok((tokens, Some(logits))) => {
                 self.features.clear();
-                let outcome = advance(&mut self.running[place], logits);
+                let outcome = advance(&mut self.running[place], Stepped::Logits(logits));
                 self.settle(vec![(place, outcome)]);
                 Some(tokens)
             }
@@ -367,7 +367,7 @@ impl<D: DecodeBackend> Worker<D> {
     fn step(&mut self) {
         let rows: Vec<(usize, StepRow)> = self
             .running
-            .iter()
+            .iter_mut()
             .enumerate()
             .filter_map(|(place, sequence)| match (sequence.phase, sequence.slot) {
                 (Phase::Decode(token), Some(slot)) => Some((
@@ -376,6 +376,7 @@ impl<D: DecodeBackend> Worker<D> {
                         slot,
                         token,
                         position: sequence.position(),
+                        pick: sequence.pick(),
                     },
                 )),
                 _ => None,
@@ -386,8 +387,8 @@ impl<D: DecodeBackend> Worker<D> {
         }
         let step: Vec<StepRow> = rows.iter().map(|(_, row)| *row).collect();
         let device = &mut self.device;
-        let computed: Vec<Result<Vec<f32>, Failure>> = match guarded(|| device.step(&step)) {
-            Ok(logits) => logits.into_iter().map(Ok).collect(),
+        let computed: Vec<Result<Stepped, Failure>> = match guarded(|| device.step(&step)) {
+            Ok(stepped) => stepped.into_iter().map(Ok).collect(),
             Err(reason) => {
                 log::error!("a step of {} rows failed: {reason}", step.len());
                 let kept = self.prefixes.clear();
@@ -395,29 +396,32 @@ impl<D: DecodeBackend> Worker<D> {
                 self.step_alone(&step)
             }
         };
-        let mut logits: HashMap<usize, Result<Vec<f32>, Failure>> =
+        let mut stepped: HashMap<usize, Result<Stepped, Failure>> =
             rows.iter().map(|(place, _)| *place).zip(computed).collect();
         let outcomes: Vec<(usize, Outcome)> = self
             .running
             .iter_mut()
             .enumerate()
-            .filter_map(|(place, sequence)| Some((place, sequence, logits.remove(&place)?)))
+            .filter_map(|(place, sequence)| Some((place, sequence, stepped.remove(&place)?)))
             .collect::<Vec<_>>()
             .into_par_iter()
-            .map(|(place, sequence, logits)| {
-                (place, logits.and_then(|logits| advance(sequence, logits)))
+            .map(|(place, sequence, stepped)| {
+                (
+                    place,
+                    stepped.and_then(|stepped| advance(sequence, stepped)),
+                )
             })
             .collect();
         self.settle(outcomes);
     }
 
     /// After a step that failed: each row by itself, so that only the guilty one ends.
-    fn step_alone(&mut self, rows: &[StepRow]) -> Vec<Result<Vec<f32>, Failure>> {
+    fn step_alone(&mut self, rows: &[StepRow]) -> Vec<Result<Stepped, Failure>> {
         rows.iter()
             .map(|row| {
                 let device = &mut self.device;
                 match guarded(|| device.step(std::slice::from_ref(row)).pop()) {
-                    Ok(Some(logits)) => Ok(logits),
+                    Ok(Some(stepped)) => Ok(stepped),
                     Ok(None) => Err(Failure::Internal),
                     Err(reason) => {
                         log::error!("the step of one row failed: {reason}");
@@ -515,8 +519,8 @@ impl<D: DecodeBackend> Worker<D> {
 
 type Outcome = Result<Option<Done>, Failure>;
 
-fn advance(sequence: &mut Sequence, logits: Vec<f32>) -> Outcome {
-    guarded(|| sequence.advance(logits)).unwrap_or_else(|reason| {
+fn advance(sequence: &mut Sequence, stepped: Stepped) -> Outcome {
+    guarded(|| sequence.advance(stepped)).unwrap_or_else(|reason| {
         log::error!("choosing a token failed: {reason}");
         Err(Failure::Internal)
     })

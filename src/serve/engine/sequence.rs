@@ -8,7 +8,7 @@ use super::{Done, Event, Failure, PreparedPrompt, Submission, TokenLogprob, prom
 use crate::{
     generate::{
         FinishReason,
-        backend::{AdapterId, SlotId},
+        backend::{AdapterId, Pick, SlotId, Stepped},
         decode::goes_round,
         sampler::Sampler,
         text::TextStream,
@@ -143,11 +143,36 @@ impl Sequence {
         let _ = self.events.send(Event::Failed(failure));
     }
 
-    /// Chooses the next token and says what became of the sequence: `None` when it goes on.
+    /// What is wanted of the next step: logits where they are changed or told of, else the token.
+    pub(super) fn pick(&mut self) -> Pick {
+        let asked = &self.submission;
+        if asked.logprobs.is_some()
+            || asked.constraint.is_some()
+            || asked.penalties != Penalties::default()
+        {
+            Pick::Logits
+        } else {
+            Pick::Token(self.sampler.choice())
+        }
+    }
+
+    /// Takes what a step gave and says what became of the sequence: `None` when it goes on.
     ///
     /// # Errors
     /// [`Failure`], for the reader.
-    pub(super) fn advance(&mut self, mut logits: Vec<f32>) -> Result<Option<Done>, Failure> {
+    pub(super) fn advance(&mut self, stepped: Stepped) -> Result<Option<Done>, Failure> {
+        match stepped {
+            Stepped::Logits(logits) => self.choose(logits),
+            Stepped::Token(None) => Err(Failure::NotFinite),
+            Stepped::Token(Some(token)) => {
+                self.sampler.take(token);
+                Ok(self.append(token, None, false))
+            }
+        }
+    }
+
+    /// Chooses the next token.
+    fn choose(&mut self, mut logits: Vec<f32>) -> Result<Option<Done>, Failure> {
         if logits.iter().any(|value| value.is_nan()) {
             return Err(Failure::NotFinite);
         }
@@ -170,6 +195,16 @@ impl Sequence {
         let logprob = plain
             .zip(self.submission.logprobs)
             .map(|(logits, top)| logprob_of(&logits, token, top));
+        Ok(self.append(token, logprob, complete))
+    }
+
+    /// Puts a token behind the others and tells the reader; `complete` when nothing may follow.
+    fn append(
+        &mut self,
+        token: u32,
+        logprob: Option<TokenLogprob>,
+        complete: bool,
+    ) -> Option<Done> {
         *self.counts.entry(token).or_default() += 1;
         self.generated.push(token);
         self.phase = Phase::Decode(token);
@@ -189,12 +224,12 @@ impl Sequence {
                 None
             }
         };
-        Ok(ended.map(|reason| Done {
+        ended.map(|reason| Done {
             text: self.stream.finish(),
             reason,
             completion_tokens: self.generated.len(),
             cached_tokens: self.cached_tokens,
-        }))
+        })
     }
 
     /// Tells the reader that the answer is whole.

@@ -11,7 +11,7 @@ use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::*;
 use crate::{
-    generate::backend::{Chunk, SlotId, StepRow},
+    generate::backend::{Chunk, Pick, SlotId, StepRow, Stepped},
     lora::config::AdapterError,
     qwen3_vl::{ImageInput, rope::Positions},
 };
@@ -29,6 +29,8 @@ struct Seen {
     prefilled: usize,
     largest_step: usize,
     first_tokens: Vec<u32>,
+    /// Rows whose logits went to the host in a step.
+    logits_read: usize,
 }
 
 /// The next token is a function of all tokens so far, so a mixed-up row shows.
@@ -93,22 +95,29 @@ impl DecodeBackend for Arithmetic {
         chunk.wants_logits.then(|| logits_of(&seen.slots[&slot]))
     }
 
-    fn step(&mut self, rows: &[StepRow]) -> Vec<Vec<f32>> {
+    fn step(&mut self, rows: &[StepRow]) -> Vec<Stepped> {
         std::thread::sleep(self.delay);
         let seen = &mut *self.seen();
         seen.largest_step = seen.largest_step.max(rows.len());
-        let logits: Vec<Vec<f32>> = rows
+        let stepped: Vec<Stepped> = rows
             .iter()
             .map(|row| {
                 let mut tokens = seen.slots[&row.slot].clone();
                 tokens.push(row.token);
-                logits_of(&tokens)
+                let logits = logits_of(&tokens);
+                match row.pick {
+                    Pick::Logits => {
+                        seen.logits_read += 1;
+                        Stepped::Logits(logits)
+                    }
+                    Pick::Token(choice) => Stepped::Token(Some(choice.token(&logits, &tokens))),
+                }
             })
             .collect();
         for row in rows {
             seen.slots.get_mut(&row.slot).unwrap().push(row.token);
         }
-        logits
+        stepped
     }
 
     fn free(&mut self, slot: SlotId) {
@@ -501,6 +510,53 @@ fn an_adapter_is_dropped_when_its_last_answer_is_over() {
     // What the adapter computed is not taken over by the base.
     let (_, done) = wait(submit(&bench, submission(&ids, 3)));
     assert_eq!(done.unwrap().cached_tokens, 0);
+}
+
+#[test]
+fn logits_are_read_only_where_they_are_asked_for() {
+    let bench = bench(limits(), Duration::ZERO);
+    let ids = [1, 2, 3];
+    let answer = |change: &dyn Fn(&mut Submission)| {
+        let mut one = submission(&ids, 6);
+        one.logprobs = None;
+        change(&mut one);
+        let (_, done) = wait(submit(&bench, one));
+        assert_eq!(done.unwrap().completion_tokens, 6);
+        std::mem::take(&mut bench.seen.lock().unwrap().logits_read)
+    };
+    assert_eq!(answer(&|_| {}), 0);
+    assert_eq!(answer(&|one| one.sampling.temperature = 2.0), 0);
+    assert_eq!(answer(&|one| one.sampling.repetition_penalty = 1.5), 0);
+    // The first token comes of the prompt.
+    assert_eq!(answer(&|one| one.logprobs = Some(2)), 5);
+    assert_eq!(answer(&|one| one.penalties.presence = 1.0), 5);
+}
+
+#[test]
+fn a_device_draws_what_the_host_would_have_drawn() {
+    let bench = bench(limits(), Duration::ZERO);
+    let text = |logprobs, penalty| {
+        let mut one = submission(&[1, 2, 3], 20);
+        one.sampling.temperature = 5.0;
+        one.sampling.repetition_penalty = penalty;
+        one.sampling.seed = 11;
+        one.logprobs = logprobs;
+        let mut events = submit(&bench, one);
+        let mut text = String::new();
+        while let Some(event) = events.blocking_recv() {
+            match event {
+                Event::Token { text: piece, .. } => text.push_str(&piece),
+                Event::Done(done) => return text + &done.text,
+                Event::Failed(failure) => panic!("{failure:?}"),
+            }
+        }
+        panic!("the worker is gone")
+    };
+    for penalty in [1.0, 1.4] {
+        let here = text(Some(0), penalty);
+        assert!(!here.is_empty());
+        assert_eq!(text(None, penalty), here);
+    }
 }
 
 #[test]

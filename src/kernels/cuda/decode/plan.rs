@@ -4,25 +4,31 @@ use burn::{module::Param, prelude::*, tensor::DType};
 
 use super::{
     super::{
-        launch::{Backend, Buffer, Client, Defines, Kernel, contiguous, float_bits, strided},
-        plan::compute_capability,
+        launch::{
+            Backend, Buffer, Client, Defines, Kernel, contiguous, empty, float_bits, strided,
+        },
         rows,
     },
-    floats, integers,
-    module::{DriverError, Function, driver, load},
-    scratch,
+    module::{DriverError, architecture, driver, load},
+    stream::Step,
 };
-use crate::{
-    kernels::DecodeStart,
-    qwen3_vl::{
-        Qwen3Vl, cache::KeyValueCache, config::Qwen3VlConfig, nn::Linear, rope::inverse_frequencies,
-    },
+use crate::qwen3_vl::{
+    Qwen3Vl,
+    config::{Qwen3VlConfig, TextConfig},
+    nn::Linear,
+    rope::inverse_frequencies,
 };
 
 const SCALAR: &str = include_str!("../scalar.cuh");
+const ADAPTER: &str = include_str!("adapter.cuh");
 const GEMV: &[&str] = &[SCALAR, include_str!("gemv.cu")];
-const SKINNY: &[&str] = &[SCALAR, include_str!("skinny.cu")];
-const STEP: &[&str] = &[SCALAR, include_str!("step.cu")];
+const SKINNY: &[&str] = &[SCALAR, ADAPTER, include_str!("skinny.cu")];
+const STEP: &[&str] = &[SCALAR, ADAPTER, include_str!("step.cu")];
+const SAMPLE: &[&str] = &[
+    SCALAR,
+    include_str!("control.cuh"),
+    include_str!("sample.cu"),
+];
 const ATTENTION: &[&str] = &[
     include_str!("../common.cuh"),
     include_str!("../attention_common.cuh"),
@@ -32,62 +38,325 @@ const ATTENTION: &[&str] = &[
 /// Blocks that look for the likeliest token of a row.
 const SHARES: usize = 64;
 
-/// One launch.
-pub(super) struct Step {
-    pub function: Function,
-    pub grid: [u32; 3],
-    pub pointers: Vec<u64>,
-    pub parameters: Vec<u64>,
+/// Rows of the control words; `CONTROL_ROWS` of `control.cuh`.
+pub(super) const CONTROL_ROWS: usize = 64;
+
+/// What the control words tell of a row, in the order of `control.cuh`.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Field {
+    Token,
+    Position,
+    End,
+    First,
+    Table,
+    Adapter,
+    TopK,
+    Temperature,
+    TopP,
+    MinP,
+    Penalty,
+    Uniform,
+    Step,
 }
 
-/// All launches of a step, and what they point to.
-pub(super) struct Plan {
-    pub steps: Vec<Step>,
-    /// Device address of the tokens that go in, one a row.
-    pub token: u64,
-    /// Device address of the logits, `[rows, vocab]` f32.
-    pub logits: u64,
-    /// Keeps the memory behind the pointers.
+/// Control words of all rows.
+pub(super) const CONTROL_WORDS: usize = (Field::Step as usize + 1) * CONTROL_ROWS;
+
+/// Products that may be adapted, a layer; the head comes behind the last layer's.
+pub(super) const LAYER_MATRICES: usize = 7;
+
+/// Products of one input at most, and the largest rank; as in `adapter.cuh`.
+const ADAPTER_SHARES: usize = 3;
+pub(super) const ADAPTER_RANK: usize = 256;
+
+/// Addresses of one matrix.
+#[derive(Debug, Clone, Copy)]
+struct Matrix {
+    address: u64,
+    rows: usize,
+}
+
+#[derive(Debug)]
+struct LayerWeights {
+    input_norm: (u64, f64),
+    qkv: [Matrix; 3],
+    q_norm: (u64, f64),
+    k_norm: u64,
+    output: Matrix,
+    post_norm: (u64, f64),
+    gate_up: [Matrix; 2],
+    down: Matrix,
+}
+
+/// Where a model's weights lie on the device.
+#[derive(Debug)]
+pub(super) struct Weights {
+    text: TextConfig,
+    device: usize,
+    arch: String,
+    table: u64,
+    layers: Vec<LayerWeights>,
+    norm: (u64, f64),
+    head: Matrix,
+    frequencies: u64,
+    /// Keeps the memory behind the addresses.
     _kept: Vec<Buffer>,
 }
 
-struct Builder<'a> {
+/// Finds the addresses of Burn's buffers and keeps them alive.
+pub(super) struct Addresses<'a> {
     client: &'a Client,
-    device: usize,
-    arch: String,
-    rows: usize,
-    steps: Vec<Step>,
     kept: Vec<Buffer>,
 }
 
-/// What goes around a product.
-#[derive(Default, Clone, Copy)]
-struct Around {
-    /// Norm weight and epsilon.
-    norm: Option<(u64, f64)>,
-    gate: bool,
-    residual: Option<u64>,
-    out_f32: bool,
-}
+impl<'a> Addresses<'a> {
+    pub(super) fn new(client: &'a Client) -> Self {
+        Self {
+            client,
+            kept: Vec::new(),
+        }
+    }
 
-impl Builder<'_> {
-    fn address(&mut self, buffer: Buffer) -> Result<u64, DriverError> {
+    pub(super) fn of(&mut self, buffer: Buffer) -> Result<u64, DriverError> {
         let resource = self.client.get_resource(buffer.handle.clone());
         let address = driver("finding a buffer", resource)?.resource().ptr;
         self.kept.push(buffer);
         Ok(address)
     }
 
-    fn weight(&mut self, linear: &Linear<Backend>) -> Result<(u64, usize), DriverError> {
-        let buffer = contiguous(linear.weight.val());
-        let [out, _] = buffer.meta.shape().dims();
-        Ok((self.address(buffer)?, out))
+    pub(super) fn kept(self) -> Vec<Buffer> {
+        self.kept
+    }
+
+    fn matrix(&mut self, weight: Tensor<Backend, 2>) -> Result<Matrix, DriverError> {
+        let buffer = contiguous(weight);
+        let [rows, _] = buffer.meta.shape().dims();
+        Ok(Matrix {
+            address: self.of(buffer)?,
+            rows,
+        })
+    }
+
+    fn weight(&mut self, linear: &Linear<Backend>) -> Result<Matrix, DriverError> {
+        self.matrix(linear.weight.val())
     }
 
     fn vector(&mut self, param: &Param<Tensor<Backend, 1>>) -> Result<u64, DriverError> {
-        self.address(contiguous(param.val()))
+        self.of(contiguous(param.val()))
+    }
+}
+
+impl Weights {
+    pub(super) fn new(
+        model: &Qwen3Vl<Backend>,
+        config: &Qwen3VlConfig,
+        client: &Client,
+    ) -> Result<Self, DriverError> {
+        let text = &config.text_config;
+        let like = like(model);
+        let device = like.device.index;
+        let mut addresses = Addresses::new(client);
+        let a = &mut addresses;
+        let language = &model.model.language_model;
+        let layers = language
+            .layers
+            .iter()
+            .map(|layer| {
+                let (attn, mlp) = (&layer.self_attn, &layer.mlp);
+                let (before, after) = (&layer.input_layernorm, &layer.post_attention_layernorm);
+                Ok(LayerWeights {
+                    input_norm: (a.vector(&before.weight)?, before.epsilon()),
+                    qkv: [
+                        a.weight(&attn.q_proj)?,
+                        a.weight(&attn.k_proj)?,
+                        a.weight(&attn.v_proj)?,
+                    ],
+                    q_norm: (a.vector(&attn.q_norm.weight)?, attn.q_norm.epsilon()),
+                    k_norm: a.vector(&attn.k_norm.weight)?,
+                    output: a.weight(&attn.o_proj)?,
+                    post_norm: (a.vector(&after.weight)?, after.epsilon()),
+                    gate_up: [a.weight(&mlp.gate_proj)?, a.weight(&mlp.up_proj)?],
+                    down: a.weight(&mlp.down_proj)?,
+                })
+            })
+            .collect::<Result<_, DriverError>>()?;
+        let frequencies = inverse_frequencies(text.head_dim, text.rope_theta);
+        let table = a.of(contiguous(language.embed_tokens.weight.val()))?;
+        let norm = (a.vector(&language.norm.weight)?, language.norm.epsilon());
+        let head = a.matrix(model.head_weight())?;
+        let frequencies = a.of(floats(&frequencies, &like))?;
+        Ok(Self {
+            text: text.clone(),
+            device,
+            arch: architecture(device),
+            table,
+            layers,
+            norm,
+            head,
+            frequencies,
+            _kept: addresses.kept(),
+        })
     }
 
+    /// Products that may be adapted.
+    pub(super) fn matrices(&self) -> usize {
+        self.layers.len() * LAYER_MATRICES + 1
+    }
+}
+
+/// Some buffer of the model's: its client, device and type.
+pub(super) fn like(model: &Qwen3Vl<Backend>) -> Buffer {
+    strided(model.model.language_model.norm.weight.val())
+}
+
+/// A buffer with these floats.
+fn floats(values: &[f32], like: &Buffer) -> Buffer {
+    contiguous(Tensor::<Backend, 1>::from_data(
+        burn::tensor::TensorData::new(values.to_vec(), [values.len()]),
+        (&like.device, DType::F32),
+    ))
+}
+
+/// What passes from kernel to kernel.
+#[derive(Debug)]
+pub(super) struct Scratch {
+    x: [u64; 2],
+    normed: u64,
+    qkv: u64,
+    queries: u64,
+    attended: u64,
+    gated: u64,
+    low: u64,
+    /// `[rows, vocab]`, f32.
+    pub(super) logits: u64,
+    splits: usize,
+    partial: u64,
+    statistics: u64,
+    finished: u64,
+    best_values: u64,
+    best_indices: u64,
+    _kept: Vec<Buffer>,
+}
+
+impl Scratch {
+    /// Room for so many rows, whose caches are cut into at most `splits` parts.
+    pub(super) fn new(
+        text: &TextConfig,
+        rows: usize,
+        splits: usize,
+        like: &Buffer,
+    ) -> Result<Self, DriverError> {
+        let (heads, kv_heads) = (text.num_attention_heads, text.num_key_value_heads);
+        let head_dim = text.head_dim;
+        let mut addresses = Addresses::new(&like.client);
+        let a = &mut addresses;
+        let half =
+            |a: &mut Addresses<'_>, width: usize| a.of(empty(like, [rows * width], DType::BF16));
+        let single = |a: &mut Addresses<'_>, count: usize| a.of(empty(like, [count], DType::F32));
+        let ints = |a: &mut Addresses<'_>, count: usize| {
+            let zeros = Tensor::<Backend, 1, Int>::zeros([count], (&like.device, DType::I32));
+            a.of(zeros.into_primitive())
+        };
+        Ok(Self {
+            x: [half(a, text.hidden_size)?, half(a, text.hidden_size)?],
+            normed: half(a, text.hidden_size)?,
+            qkv: half(a, (heads + 2 * kv_heads) * head_dim)?,
+            queries: half(a, heads * head_dim)?,
+            attended: half(a, heads * head_dim)?,
+            gated: half(a, text.intermediate_size)?,
+            low: single(a, rows * ADAPTER_SHARES * ADAPTER_RANK)?,
+            logits: single(a, rows * text.vocab_size)?,
+            splits,
+            partial: single(a, rows * heads * splits * head_dim)?,
+            statistics: single(a, rows * heads * splits * 2)?,
+            finished: ints(a, rows * kv_heads)?,
+            best_values: single(a, rows * SHARES)?,
+            best_indices: ints(a, rows * SHARES)?,
+            _kept: addresses.kept(),
+        })
+    }
+}
+
+/// The keys and values of one layer.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct LayerCache {
+    pub keys: u64,
+    pub values: u64,
+    /// Of a sequence (or a page), a head and a token, in elements.
+    pub key_strides: [u64; 3],
+    pub value_strides: [u64; 3],
+    /// Tokens a sequence may hold.
+    pub capacity: usize,
+}
+
+/// Tables of pages, where the cache lies in pages.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Pages {
+    /// Tokens of a page.
+    pub tokens: usize,
+    /// `[tables, width]`.
+    pub tables: u64,
+    pub width: usize,
+}
+
+/// What becomes of the chosen tokens.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Ending {
+    /// They go to the host.
+    Told,
+    /// They are the next step's input as well; the host finds them in a ring of `slots` steps.
+    Fed { uniforms: u64, slots: usize },
+}
+
+/// What a step reads and writes besides weights and scratch.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Around<'a> {
+    pub rows: usize,
+    pub cache: &'a [LayerCache],
+    pub pages: Option<Pages>,
+    /// Control words.
+    pub control: u64,
+    /// Masks of tokens seen, one a table.
+    pub seen: u64,
+    /// Table of adapters, where rows may have one.
+    pub adapters: Option<u64>,
+    pub results: u64,
+    pub ending: Ending,
+    /// A single row is multiplied as a vector: faster by 6 %, and not the same bit for bit as in a
+    /// batch.
+    pub lone: bool,
+}
+
+impl Around<'_> {
+    fn field(&self, field: Field) -> u64 {
+        self.control + (field as usize * CONTROL_ROWS * size_of::<u32>()) as u64
+    }
+}
+
+/// 32-bit words of a mask of tokens.
+pub(super) fn mask_words(vocab: usize) -> usize {
+    vocab.div_ceil(32)
+}
+
+/// What belongs to a product.
+#[derive(Default, Clone, Copy)]
+struct Product {
+    norm: Option<(u64, f64)>,
+    gate: bool,
+    residual: Option<u64>,
+    out_f32: bool,
+    /// Place of its first matrix among those that may be adapted.
+    matrix: usize,
+}
+
+struct Builder<'a> {
+    weights: &'a Weights,
+    scratch: &'a Scratch,
+    around: Around<'a>,
+    steps: Vec<Step>,
+}
+
+impl Builder<'_> {
     fn push(
         &mut self,
         kernel: Kernel,
@@ -95,7 +364,7 @@ impl Builder<'_> {
         pointers: Vec<u64>,
         parameters: Vec<u64>,
     ) -> Result<(), DriverError> {
-        let function = load(&kernel, self.device, &self.arch)?;
+        let function = load(&kernel, self.weights.device, &self.weights.arch)?;
         self.steps.push(Step {
             function,
             grid: grid.map(|size| size as u32),
@@ -105,69 +374,77 @@ impl Builder<'_> {
         Ok(())
     }
 
-    /// `y = x [W…]ᵀ`: `weights` are addresses and rows of matrices `[rows, k]`.
+    /// `y = x [W…]ᵀ`, `x` `[rows, k]`.
     fn product(
         &mut self,
         x: u64,
         k: usize,
-        weights: &[(u64, usize)],
+        matrices: &[Matrix],
         y: u64,
-        around: Around,
-        normed: u64,
+        product: Product,
     ) -> Result<(), DriverError> {
         let mut defines: Defines = vec![
             ("SCALAR_BF16", 1),
-            ("WEIGHTS", weights.len() as i64),
-            ("GATE", i64::from(around.gate)),
-            ("RESIDUAL", i64::from(around.residual.is_some())),
-            ("OUT_F32", i64::from(around.out_f32)),
+            ("WEIGHTS", matrices.len() as i64),
+            ("GATE", i64::from(product.gate)),
+            ("RESIDUAL", i64::from(product.residual.is_some())),
+            ("OUT_F32", i64::from(product.out_f32)),
         ];
-        let rows_of = |at: usize| weights.get(at).map_or(0, |weight| weight.1 as u64);
-        let count: usize = if around.gate {
-            weights[0].1
+        let rows_of = |at: usize| matrices.get(at).map_or(0, |matrix| matrix.rows as u64);
+        let count: usize = if product.gate {
+            matrices[0].rows
         } else {
-            weights.iter().map(|weight| weight.1).sum()
+            matrices.iter().map(|matrix| matrix.rows).sum()
         };
-        let matrices = weights.iter().map(|weight| weight.0);
+        let addresses = matrices.iter().map(|matrix| matrix.address);
         let mut parameters = vec![k as u64, rows_of(0), rows_of(1), rows_of(2)];
-        if self.rows == 1 {
-            defines.push(("NORM", i64::from(around.norm.is_some())));
+        let rows = self.around.rows;
+        if self.around.lone && rows == 1 {
+            defines.push(("NORM", i64::from(product.norm.is_some())));
             let pointers = [x]
                 .into_iter()
-                .chain(around.norm.map(|norm| norm.0))
-                .chain(matrices)
-                .chain(around.residual)
+                .chain(product.norm.map(|norm| norm.0))
+                .chain(addresses)
+                .chain(product.residual)
                 .chain([y])
                 .collect();
-            parameters.push(float_bits(around.norm.map_or(0.0, |norm| norm.1)));
+            parameters.push(float_bits(product.norm.map_or(0.0, |norm| norm.1)));
             let kernel = Kernel::new("gemv", GEMV, defines, 256);
-            let a_block = if around.gate { 2 } else { 4 };
-            return self.push(
-                kernel,
-                [count.div_ceil(a_block), 1, 1],
-                pointers,
-                parameters,
-            );
+            let a_block = if product.gate { 2 } else { 4 };
+            let grid = [count.div_ceil(a_block), 1, 1];
+            return self.push(kernel, grid, pointers, parameters);
         }
         let mut input = x;
-        if let Some((weight, epsilon)) = around.norm {
-            let kernel = rows::kernel("rms_norm", "NORM_RMS", k, DType::BF16);
+        if let Some((weight, epsilon)) = product.norm {
+            input = self.scratch.normed;
             self.push(
-                kernel,
-                [self.rows, 1, 1],
-                vec![x, weight, normed],
-                vec![self.rows as u64, float_bits(epsilon)],
+                rows::kernel("rms_norm", "NORM_RMS", k, DType::BF16),
+                [rows, 1, 1],
+                vec![x, weight, input],
+                vec![rows as u64, float_bits(epsilon)],
             )?;
-            input = normed;
         }
-        defines.push(("TILES", self.rows.div_ceil(8) as i64));
+        let mut adapter = Vec::new();
+        parameters.push(rows as u64);
+        if let Some(table) = self.around.adapters {
+            let adapter_of = self.around.field(Field::Adapter);
+            let place = [self.weights.matrices() as u64, product.matrix as u64];
+            let mut shrink = small(k, [0; 2], [0; 3], 0.0, 0);
+            shrink.extend(place);
+            parameters.extend(place);
+            adapter = vec![table, adapter_of, self.scratch.low];
+            let pointers = vec![input, table, adapter_of, self.scratch.low];
+            self.small("SHRINK", 256, [4, matrices.len(), rows], pointers, shrink)?;
+        }
+        defines.push(("ADAPTERS", i64::from(!adapter.is_empty())));
+        defines.push(("TILES", rows.div_ceil(8) as i64));
         let pointers = [input]
             .into_iter()
-            .chain(matrices)
-            .chain(around.residual)
+            .chain(addresses)
+            .chain(product.residual)
+            .chain(adapter)
             .chain([y])
             .collect();
-        parameters.push(self.rows as u64);
         let kernel = Kernel::new("skinny", SKINNY, defines, 256);
         self.push(kernel, [count / 16, 1, 1], pointers, parameters)
     }
@@ -175,240 +452,216 @@ impl Builder<'_> {
     fn small(
         &mut self,
         form: &'static str,
-        head_dim: usize,
         threads: u32,
         grid: [usize; 3],
         pointers: Vec<u64>,
         parameters: Vec<u64>,
     ) -> Result<(), DriverError> {
-        let defines = vec![(form, 1), ("SCALAR_BF16", 1), ("HEAD_DIM", head_dim as i64)];
+        let defines = vec![
+            (form, 1),
+            ("SCALAR_BF16", 1),
+            ("HEAD_DIM", self.weights.text.head_dim as i64),
+            ("PAGE", self.page()),
+        ];
         let kernel = Kernel::new(form, STEP, defines, threads);
         self.push(kernel, grid, pointers, parameters)
     }
-}
 
-impl Plan {
-    #[allow(
-        clippy::too_many_arguments,
-        reason = "one caller, and all of it is needed"
-    )]
-    pub(super) fn new(
-        model: &Qwen3Vl<Backend>,
-        config: &Qwen3VlConfig,
-        cache: &KeyValueCache<Backend>,
-        start: &DecodeStart,
-        client: &Client,
-        like: &Buffer,
-        ring: u64,
-        slots: usize,
-    ) -> Result<Self, DriverError> {
-        let text = &config.text_config;
-        let (hidden, inner, vocab) = (text.hidden_size, text.intermediate_size, text.vocab_size);
-        let (heads, kv_heads) = (text.num_attention_heads, text.num_key_value_heads);
-        let head_dim = text.head_dim;
-        let rows = start.tokens.len();
-        let device = like.device.index;
-        let capability = compute_capability(device);
-        let mut build = Builder {
-            client,
-            device,
-            arch: if capability == 90 {
-                "sm_90a".to_string()
-            } else {
-                format!("sm_{capability}")
-            },
-            rows,
-            steps: Vec::new(),
-            kept: Vec::new(),
-        };
-        let b = &mut build;
+    fn page(&self) -> i64 {
+        self.around.pages.map_or(0, |pages| pages.tokens as i64)
+    }
 
-        // What changes from step to step.
-        let as_ints = |values: Vec<i64>| -> Vec<i32> {
-            values.into_iter().map(|value| value as i32).collect()
-        };
-        let tokens = as_ints(start.tokens.iter().map(|token| i64::from(*token)).collect());
-        let token = b.address(integers(&tokens, like))?;
-        let position = b.address(integers(&as_ints(start.positions.clone()), like))?;
-        // The new token counts as held; padding lies in front.
-        let end = b.address(integers(&vec![cache.len() as i32 + 1; rows], like))?;
-        let first: Vec<i32> = cache
-            .segments
-            .iter()
-            .map(|row| row.iter().take_while(|segment| **segment < 0).count() as i32)
-            .collect();
-        let first = b.address(integers(&first, like))?;
-        let step = b.address(integers(&vec![0; rows], like))?;
-        let finished = b.address(integers(&vec![0; rows * kv_heads], like))?;
-        let frequencies = inverse_frequencies(head_dim, text.rope_theta);
-        let frequencies = b.address(floats(&frequencies, like))?;
-
-        // Activations.
-        let half = |b: &mut Builder<'_>, width| b.address(scratch(like, rows * width, DType::BF16));
-        let single = |b: &mut Builder<'_>, count| b.address(scratch(like, count, DType::F32));
-        let (mut x, mut x_next) = (half(b, hidden)?, half(b, hidden)?);
-        let normed = half(b, hidden)?;
-        let qkv = half(b, (heads + 2 * kv_heads) * head_dim)?;
-        let queries = half(b, heads * head_dim)?;
-        let attended = half(b, heads * head_dim)?;
-        let gated = half(b, inner)?;
-        let logits = single(b, rows * vocab)?;
-        let splits = (2 * 132 / (kv_heads * rows)).clamp(1, 64);
-        let partial = single(b, rows * heads * splits * head_dim)?;
-        let statistics = single(b, rows * heads * splits * 2)?;
-        let best_values = single(b, rows * SHARES)?;
-        let best_indices = b.address(integers(&vec![0; rows * SHARES], like))?;
-
-        let small = |width: usize, strides: [u64; 3], epsilon: f64| -> Vec<u64> {
-            vec![
-                width as u64,
-                heads as u64,
-                kv_heads as u64,
-                strides[0],
-                strides[1],
-                strides[2],
-                float_bits(epsilon),
-                slots as u64,
-            ]
-        };
-        let language = &model.model.language_model;
-        let table = b.address(contiguous(language.embed_tokens.weight.val()))?;
-        b.small(
-            "EMBED",
-            head_dim,
-            256,
-            [rows, 1, 1],
-            vec![table, token, x],
-            small(hidden, [0; 3], 0.0),
-        )?;
-        for (layer, cached) in language.layers.iter().zip(&cache.layers) {
-            let (attn, mlp) = (&layer.self_attn, &layer.mlp);
-            let Some((keys, values)) = cached.buffers() else {
-                continue;
-            };
-            let (keys, values) = (strided(keys.clone()), strided(values.clone()));
-            let strides =
-                |buffer: &Buffer| [0, 1, 2].map(|axis| buffer.meta.strides()[axis] as u64);
-            let (key_strides, value_strides) = (strides(&keys), strides(&values));
-            let capacity = keys.meta.shape()[2];
-            let (keys, values) = (b.address(keys)?, b.address(values)?);
-
-            let projections = [
-                b.weight(&attn.q_proj)?,
-                b.weight(&attn.k_proj)?,
-                b.weight(&attn.v_proj)?,
-            ];
-            let norm = b.vector(&layer.input_layernorm.weight)?;
-            let around = Around {
-                norm: Some((norm, layer.input_layernorm.epsilon())),
-                ..Around::default()
-            };
-            b.product(x, hidden, &projections, qkv, around, normed)?;
-
-            let (q_norm, k_norm) = (
-                b.vector(&attn.q_norm.weight)?,
-                b.vector(&attn.k_norm.weight)?,
-            );
-            b.small(
-                "HEADS",
-                head_dim,
-                128,
-                [(heads + 2 * kv_heads).div_ceil(4), rows, 1],
-                vec![
-                    qkv,
-                    q_norm,
-                    k_norm,
-                    frequencies,
-                    position,
-                    end,
-                    queries,
-                    keys,
-                    values,
-                ],
-                small(0, key_strides, attn.q_norm.epsilon()),
-            )?;
-
-            let defines = vec![
-                ("HEAD_DIM", head_dim as i64),
-                ("GROUP", (heads / kv_heads) as i64),
-                ("PART", 0),
-            ];
-            let kernel = Kernel::new("attention_decode", ATTENTION, defines, 128)
-                .with_entry_macro("ATTN_NAME");
-            let mut parameters = vec![(heads * head_dim) as u64, head_dim as u64];
-            parameters.extend(key_strides);
-            parameters.extend(value_strides);
-            parameters.extend([kv_heads, capacity, splits].map(|size| size as u64));
-            parameters.push(float_bits((head_dim as f64).powf(-0.5)));
-            b.push(
-                kernel,
-                [splits, kv_heads, rows],
-                vec![
-                    queries, keys, values, attended, first, end, partial, statistics, finished,
-                ],
-                parameters,
-            )?;
-
-            let weight = b.weight(&attn.o_proj)?;
-            let around = Around {
-                residual: Some(x),
-                ..Around::default()
-            };
-            b.product(
-                attended,
-                heads * head_dim,
-                &[weight],
-                x_next,
-                around,
-                normed,
-            )?;
-            std::mem::swap(&mut x, &mut x_next);
-
-            let weights = [b.weight(&mlp.gate_proj)?, b.weight(&mlp.up_proj)?];
-            let norm = b.vector(&layer.post_attention_layernorm.weight)?;
-            let around = Around {
-                norm: Some((norm, layer.post_attention_layernorm.epsilon())),
-                gate: true,
-                ..Around::default()
-            };
-            b.product(x, hidden, &weights, gated, around, normed)?;
-            let weight = b.weight(&mlp.down_proj)?;
-            let around = Around {
-                residual: Some(x),
-                ..Around::default()
-            };
-            b.product(gated, inner, &[weight], x_next, around, normed)?;
-            std::mem::swap(&mut x, &mut x_next);
-        }
-        let norm = b.vector(&language.norm.weight)?;
-        let head = b.address(contiguous(model.head_weight()))?;
-        let around = Around {
-            norm: Some((norm, language.norm.epsilon())),
-            out_f32: true,
-            ..Around::default()
-        };
-        b.product(x, hidden, &[(head, vocab)], logits, around, normed)?;
-        b.small(
-            "PICK",
-            head_dim,
-            256,
-            [SHARES, rows, 1],
-            vec![logits, best_values, best_indices],
-            small(vocab, [0; 3], 0.0),
-        )?;
-        b.small(
-            "ADVANCE",
-            head_dim,
-            32,
-            [rows, 1, 1],
-            vec![best_values, best_indices, token, position, end, step, ring],
-            small(SHARES, [0; 3], 0.0),
-        )?;
-        Ok(Self {
-            steps: build.steps,
-            token,
-            logits,
-            _kept: build.kept,
+    /// Addresses that tell where a row's pages are; none without pages.
+    fn tables(&self) -> Vec<u64> {
+        self.around.pages.map_or(Vec::new(), |pages| {
+            vec![self.around.field(Field::Table), pages.tables]
         })
     }
+
+    /// Head norms, rotation and the cache, then attention.
+    fn attend(&mut self, layer: &LayerWeights, cache: LayerCache) -> Result<(), DriverError> {
+        let text = &self.weights.text;
+        let (heads, kv_heads) = (text.num_attention_heads, text.num_key_value_heads);
+        let (head_dim, rows) = (text.head_dim, self.around.rows);
+        let width = self.around.pages.map_or(0, |pages| pages.width);
+        let [position, end, first] =
+            [Field::Position, Field::End, Field::First].map(|field| self.around.field(field));
+        let (q_norm, epsilon) = layer.q_norm;
+        let scratch = self.scratch;
+        let pointers = [
+            scratch.qkv,
+            q_norm,
+            layer.k_norm,
+            self.weights.frequencies,
+            position,
+            end,
+        ]
+        .into_iter()
+        .chain(self.tables())
+        .chain([scratch.queries, cache.keys, cache.values])
+        .collect();
+        let grid = [(heads + 2 * kv_heads).div_ceil(4), rows, 1];
+        let parameters = small(0, [heads, kv_heads], cache.key_strides, epsilon, width);
+        self.small("HEADS", 128, grid, pointers, parameters)?;
+
+        let defines = vec![
+            ("HEAD_DIM", head_dim as i64),
+            ("GROUP", (heads / kv_heads) as i64),
+            ("PART", 0),
+            ("PAGE", self.page()),
+        ];
+        let kernel =
+            Kernel::new("attention_decode", ATTENTION, defines, 128).with_entry_macro("ATTN_NAME");
+        let mut parameters = vec![(heads * head_dim) as u64, head_dim as u64];
+        parameters.extend(cache.key_strides);
+        parameters.extend(cache.value_strides);
+        parameters.extend([kv_heads, cache.capacity, scratch.splits].map(|size| size as u64));
+        parameters.push(float_bits((head_dim as f64).powf(-0.5)));
+        if width > 0 {
+            parameters.push(width as u64);
+        }
+        let pointers = [
+            scratch.queries,
+            cache.keys,
+            cache.values,
+            scratch.attended,
+            first,
+            end,
+        ]
+        .into_iter()
+        .chain(self.tables())
+        .chain([scratch.partial, scratch.statistics, scratch.finished])
+        .collect();
+        self.push(
+            kernel,
+            [scratch.splits, kv_heads, rows],
+            pointers,
+            parameters,
+        )
+    }
+
+    /// The next token of each row.
+    fn choose(&mut self) -> Result<(), DriverError> {
+        let vocab = self.weights.text.vocab_size;
+        let (around, scratch) = (self.around, self.scratch);
+        let (fed, slots) = match around.ending {
+            Ending::Told => (None, 0),
+            Ending::Fed { uniforms, slots } => (Some(uniforms), slots),
+        };
+        let parameters: Vec<u64> = [vocab, SHARES, mask_words(vocab), slots]
+            .map(|size| size as u64)
+            .to_vec();
+        let defines = vec![("PICK", 1), ("SCALAR_BF16", 1)];
+        self.push(
+            Kernel::new("PICK", SAMPLE, defines, 256),
+            [SHARES, around.rows, 1],
+            vec![scratch.logits, scratch.best_values, scratch.best_indices],
+            parameters.clone(),
+        )?;
+        let defines = vec![
+            ("CHOOSE", 1),
+            ("FEED", i64::from(fed.is_some())),
+            ("SCALAR_BF16", 1),
+        ];
+        let pointers = [
+            scratch.logits,
+            scratch.best_values,
+            scratch.best_indices,
+            around.control,
+            around.seen,
+        ]
+        .into_iter()
+        .chain(fed)
+        .chain([around.results])
+        .collect();
+        let kernel = Kernel::new("CHOOSE", SAMPLE, defines, 1024);
+        self.push(kernel, [around.rows, 1, 1], pointers, parameters)
+    }
+}
+
+/// Parameters of the kernels in `step.cu`.
+fn small(
+    width: usize,
+    [heads, kv_heads]: [usize; 2],
+    strides: [u64; 3],
+    epsilon: f64,
+    table_width: usize,
+) -> Vec<u64> {
+    vec![
+        width as u64,
+        heads as u64,
+        kv_heads as u64,
+        strides[0],
+        strides[1],
+        strides[2],
+        float_bits(epsilon),
+        table_width as u64,
+    ]
+}
+
+/// All launches of a step.
+pub(super) fn step(
+    weights: &Weights,
+    scratch: &Scratch,
+    around: Around<'_>,
+) -> Result<Vec<Step>, DriverError> {
+    let text = &weights.text;
+    let (hidden, inner) = (text.hidden_size, text.intermediate_size);
+    let attended = text.num_attention_heads * text.head_dim;
+    let mut build = Builder {
+        weights,
+        scratch,
+        around,
+        steps: Vec::new(),
+    };
+    let b = &mut build;
+    let [mut x, mut x_next] = scratch.x;
+    b.small(
+        "EMBED",
+        256,
+        [around.rows, 1, 1],
+        vec![weights.table, around.field(Field::Token), x],
+        small(hidden, [0; 2], [0; 3], 0.0, 0),
+    )?;
+    for (index, (layer, cache)) in weights.layers.iter().zip(around.cache).enumerate() {
+        let matrix = index * LAYER_MATRICES;
+        let product = Product {
+            norm: Some(layer.input_norm),
+            matrix,
+            ..Product::default()
+        };
+        b.product(x, hidden, &layer.qkv, scratch.qkv, product)?;
+        b.attend(layer, *cache)?;
+        let product = Product {
+            residual: Some(x),
+            matrix: matrix + 3,
+            ..Product::default()
+        };
+        b.product(scratch.attended, attended, &[layer.output], x_next, product)?;
+        std::mem::swap(&mut x, &mut x_next);
+
+        let product = Product {
+            norm: Some(layer.post_norm),
+            gate: true,
+            matrix: matrix + 4,
+            ..Product::default()
+        };
+        b.product(x, hidden, &layer.gate_up, scratch.gated, product)?;
+        let product = Product {
+            residual: Some(x),
+            matrix: matrix + 6,
+            ..Product::default()
+        };
+        b.product(scratch.gated, inner, &[layer.down], x_next, product)?;
+        std::mem::swap(&mut x, &mut x_next);
+    }
+    let product = Product {
+        norm: Some(weights.norm),
+        out_f32: true,
+        matrix: weights.layers.len() * LAYER_MATRICES,
+        ..Product::default()
+    };
+    b.product(x, hidden, &[weights.head], scratch.logits, product)?;
+    b.choose()?;
+    Ok(build.steps)
 }

@@ -4,19 +4,28 @@
 // 16 rows of W are the tall side of mma m16n8k16, eight vectors the narrow one. A block owns 16 rows
 // (with GATE 16 of each matrix); its 8 warps take turns at 32 * DEPTH columns and read fragments
 // straight from memory: the k order inside 32 columns is permuted alike for both operands, so that a
-// lane's 16 bytes feed two products. Warps add their sums in shared memory, in a fixed order.
+// lane's 16 bytes feed two products. Warps add their sums in shared memory, in a fixed order; a warp's
+// columns and their order do not depend on the configuration, so a vector's result is the same bit for
+// bit whatever the size of its batch.
 //
 // Configuration: TILES (vectors / 8, rounded up), WEIGHTS 1 to 3, GATE, RESIDUAL, OUT_F32 as in
-// gemv.cu. K is a multiple of 32, the rows of each matrix a multiple of 16. Limit: memory.
+// gemv.cu; ADAPTERS (each vector may have low-rank terms of its own: adapter.cuh). K is a multiple of
+// 32, the rows of each matrix a multiple of 16. Limit: memory.
 
 #define WARPS 8
 #define MATRICES (GATE ? 2 : 1)
 #define DEPTH (GATE || TILES > 4 ? 2 : 4)
+// Columns a warp reads one after another before the next warp's begin, and the rounds that takes.
+#define TURN 128
+#define PARTS (TURN / (32 * DEPTH))
 
 struct Parameters {
     u64 k;
     u64 rows[3];
     u64 batch;
+#if ADAPTERS
+    AdapterPlace adapter;
+#endif
 };
 
 __device__ __forceinline__ uint4 read_once(const u16* from) {
@@ -44,6 +53,9 @@ ENTRY(const u16* x, const u16* w0,
 #if RESIDUAL
       const u16* residual,
 #endif
+#if ADAPTERS
+      const AdapterMatrix* adapters, const int* adapter_of, const float* low,
+#endif
 #if OUT_F32
       float* y,
 #else
@@ -57,22 +69,24 @@ ENTRY(const u16* x, const u16* w0,
     const int first = blockIdx.x * 16;
     const u16* matrix[MATRICES];
     int width = (int)p.rows[0];
+    int within = first, which = 0;
 #if GATE
     matrix[0] = w0 + (u64)first * p.k;
     matrix[1] = w1 + (u64)first * p.k;
 #else
     {
         const u16* chosen = w0;
-        int within = first;
 #if WEIGHTS > 1
         width += (int)p.rows[1];
         if (within >= (int)p.rows[0]) {
             within -= (int)p.rows[0];
             chosen = w1;
+            which = 1;
 #if WEIGHTS > 2
             if (within >= (int)p.rows[1]) {
                 within -= (int)p.rows[1];
                 chosen = w2;
+                which = 2;
             }
 #endif
         }
@@ -91,7 +105,10 @@ ENTRY(const u16* x, const u16* w0,
 #pragma unroll
             for (int e = 0; e < 4; e++) acc[m][t][e] = 0.f;
 
-    for (int base = warp * 32 * DEPTH; base < k_end; base += WARPS * 32 * DEPTH) {
+    for (int round = 0;; round++) {
+        const int turn = (round / PARTS * WARPS + warp) * TURN;
+        if (turn >= k_end) break;
+        const int base = turn + round % PARTS * 32 * DEPTH;
         uint4 weights[DEPTH][MATRICES][2];
 #pragma unroll
         for (int d = 0; d < DEPTH; d++)
@@ -137,11 +154,25 @@ ENTRY(const u16* x, const u16* w0,
         const int from = item & 31, e = item / 32 % 4, t = item / 128;
         const int vector = t * 8 + (from & 3) * 2 + (e & 1);
         if (vector >= batch) continue;
+        const int row = (from >> 2) + (e >> 1) * 8;
         float value = sums[t * 4 + e][from];
 #if GATE
-        value = value / (1.f + __expf(-value)) * sums[(TILES + t) * 4 + e][from];
+        float second = sums[(TILES + t) * 4 + e][from];
 #endif
-        const u64 at = (u64)vector * width + first + (from >> 2) + (e >> 1) * 8;
+#if ADAPTERS
+        if (adapter_of[vector] >= 0) {
+            const AdapterMatrix* matrices = adapters + (u64)adapter_of[vector] * p.adapter.matrices + p.adapter.first;
+            const float* lows = low + ((u64)vector * ADAPTER_SHARES + which) * ADAPTER_RANK;
+            value = adapted(value, matrices[which], lows, within + row);
+#if GATE
+            second = adapted(second, matrices[1], lows + ADAPTER_RANK, within + row);
+#endif
+        }
+#endif
+#if GATE
+        value = value / (1.f + __expf(-value)) * second;
+#endif
+        const u64 at = (u64)vector * width + first + row;
 #if RESIDUAL
         value += bf16_to_float(residual[at]);
 #endif

@@ -2,14 +2,18 @@
 // row; lengths, positions and tokens live on the device, so a captured graph of the step can be
 // replayed as they grow.
 //
-// Configuration: one of EMBED, HEADS, PICK, ADVANCE. Limit: launch.
+// Configuration: one of EMBED, HEADS, SHRINK; PAGE: 0, or the cache of a row lies in pages of PAGE
+// tokens. Limit: launch.
 
 struct Parameters {
-    u64 width;            // EMBED: hidden size; PICK, ADVANCE: vocabulary
-    u64 heads, kv_heads;  // HEADS
-    u64 cache_batch, cache_head, cache_row;  // strides of the cache, in elements
-    u64 epsilon;          // f32 bits
-    u64 slots;            // ADVANCE: steps the ring holds
+    u64 width;               // EMBED: hidden size; SHRINK: width of the input
+    u64 heads, kv_heads;     // HEADS
+    u64 cache_batch, cache_head, cache_row;  // strides of the cache, in elements; paged: of a page
+    u64 epsilon;             // f32 bits
+    u64 table_width;         // pages of a table
+#if SHRINK
+    AdapterPlace adapter;
+#endif
 };
 
 #if EMBED
@@ -28,13 +32,23 @@ ENTRY(const u16* table, const int* token, u16* x, const __grid_constant__ Parame
 #define HALF (HEAD_DIM / 2)
 extern "C" __global__ void __launch_bounds__(128)
 ENTRY(const u16* qkv, const u16* q_norm, const u16* k_norm, const float* frequencies, const int* position,
-      const int* end, u16* queries, u16* keys, u16* values, const __grid_constant__ Parameters p) {
+      const int* end,
+#if PAGE
+      const int* table, const int* pages,
+#endif
+      u16* queries, u16* keys, u16* values, const __grid_constant__ Parameters p) {
     const int lane = threadIdx.x & 31;
     const int head = blockIdx.x * 4 + (threadIdx.x >> 5), row = blockIdx.y;
     const int heads = (int)p.heads, kv_heads = (int)p.kv_heads;
     if (head >= heads + 2 * kv_heads) return;
     const u16* from = qkv + ((u64)row * (heads + 2 * kv_heads) + head) * HEAD_DIM;
-    const u64 slot = row * p.cache_batch + (u64)(end[row] - 1) * p.cache_row;
+    const int token = end[row] - 1;
+#if PAGE
+    const u64 page = pages[(u64)table[row] * p.table_width + token / PAGE];
+    const u64 slot = page * p.cache_batch + (u64)(token % PAGE) * p.cache_row;
+#else
+    const u64 slot = row * p.cache_batch + (u64)token * p.cache_row;
+#endif
     if (head >= heads + kv_heads) {
         u16* to = values + slot + (u64)(head - heads - kv_heads) * p.cache_head;
         for (int i = lane; i < HEAD_DIM; i += 32) to[i] = from[i];
@@ -61,67 +75,27 @@ ENTRY(const u16* qkv, const u16* q_norm, const u16* k_norm, const float* frequen
 }
 #endif
 
-#if PICK || ADVANCE
-struct Best {
-    float value;
-    int index;
-};
-
-__device__ __forceinline__ Best better(Best a, Best b) {
-    const bool take = b.value > a.value || (b.value == a.value && b.index < a.index);
-    return take ? b : a;
-}
-
-__device__ __forceinline__ Best warp_best(Best best) {
-#pragma unroll
-    for (int distance = 16; distance > 0; distance >>= 1) {
-        Best other;
-        other.value = __shfl_xor_sync(~0u, best.value, distance);
-        other.index = __shfl_xor_sync(~0u, best.index, distance);
-        best = better(best, other);
-    }
-    return best;
-}
-#endif
-
-#if PICK
-// The likeliest token of a share of the vocabulary: grid (shares, rows). NaN never wins.
+#if SHRINK
+// low[row][share] = x[row] A^T for each product of one input: grid (4, products, rows), a warp a rank.
 extern "C" __global__ void __launch_bounds__(256)
-ENTRY(const float* logits, float* best_values, int* best_indices, const __grid_constant__ Parameters p) {
-    __shared__ Best shared[8];
-    const int vocab = (int)p.width;
-    const float* row = logits + (u64)blockIdx.y * vocab;
-    Best best = {-3.4e38f, 0x7fffffff};
-    for (int i = blockIdx.x * 256 + threadIdx.x; i < vocab; i += gridDim.x * 256)
-        best = better(best, Best{row[i], i});
-    best = warp_best(best);
-    if ((threadIdx.x & 31) == 0) shared[threadIdx.x >> 5] = best;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        for (int i = 1; i < 8; i++) best = better(best, shared[i]);
-        best_values[blockIdx.y * gridDim.x + blockIdx.x] = best.value;
-        best_indices[blockIdx.y * gridDim.x + blockIdx.x] = best.index;
+ENTRY(const u16* x, const AdapterMatrix* adapters, const int* adapter_of, float* low,
+      const __grid_constant__ Parameters p) {
+    const int row = blockIdx.z, share = blockIdx.y, lane = threadIdx.x & 31, k_end = (int)p.width;
+    if (adapter_of[row] < 0) return;
+    const AdapterMatrix m = adapters[(u64)adapter_of[row] * p.adapter.matrices + p.adapter.first + share];
+    const u16* from = x + (u64)row * p.width;
+    for (int r = blockIdx.x * 8 + (threadIdx.x >> 5); r < m.rank; r += 32) {
+        const u16* a = m.a + (u64)r * p.width;
+        float sum = 0.f;
+        for (int k = lane * 8; k < k_end; k += 256) {
+            float left[8], right[8];
+            load_vector(from + k, left);
+            load_vector(a + k, right);
+#pragma unroll
+            for (int i = 0; i < 8; i++) sum += left[i] * right[i];
+        }
+        sum = warp_sum(sum);
+        if (lane == 0) low[((u64)row * ADAPTER_SHARES + share) * ADAPTER_RANK + r] = sum;
     }
-}
-#endif
-
-#if ADVANCE
-// Joins the shares of one row, makes the token the next input and hands it to the host: the ring
-// lies in the host's memory. -1 stands for logits without a largest one (NaN).
-extern "C" __global__ void __launch_bounds__(32)
-ENTRY(const float* best_values, const int* best_indices, int* token, int* position, int* end, int* step,
-      int* ring, const __grid_constant__ Parameters p) {
-    const int row = blockIdx.x, rows = gridDim.x, shares = (int)p.width;
-    Best best = {-3.4e38f, 0x7fffffff};
-    for (int i = threadIdx.x; i < shares; i += 32)
-        best = better(best, Best{best_values[row * shares + i], best_indices[row * shares + i]});
-    best = warp_best(best);
-    if (threadIdx.x != 0) return;
-    const bool found = best.index != 0x7fffffff;
-    token[row] = found ? best.index : 0;
-    position[row] += 1;
-    end[row] += 1;
-    ring[(u64)(step[row] % (int)p.slots) * rows + row] = found ? best.index : -1;
-    step[row] += 1;
 }
 #endif

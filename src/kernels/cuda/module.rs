@@ -5,7 +5,7 @@ use std::{
     collections::HashMap,
     ffi::{CStr, CString},
     path::PathBuf,
-    sync::{LazyLock, Mutex},
+    sync::{LazyLock, Mutex, PoisonError},
 };
 
 use cudarc::{
@@ -13,7 +13,7 @@ use cudarc::{
     nvrtc,
 };
 
-use super::super::launch::Kernel;
+use super::{launch::Kernel, plan::compute_capability};
 
 /// What went wrong below the engine, in the driver's words.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -33,16 +33,26 @@ pub(super) fn driver<T, E: std::fmt::Debug>(
     })
 }
 
-/// A loaded entry point and how many threads it wants.
+/// A loaded entry point, and the threads and dynamic shared memory of its blocks.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Function {
     handle: usize,
     pub threads: u32,
+    pub shared_bytes: usize,
 }
 
 impl Function {
     pub(super) fn handle(self) -> sys::CUfunction {
         self.handle as sys::CUfunction
+    }
+}
+
+/// The architecture that kernels are compiled for on a device.
+pub(super) fn architecture(device: usize) -> String {
+    match compute_capability(device) {
+        // The card's own instructions are in the architecture with an `a` only.
+        90 => "sm_90a".to_string(),
+        capability => format!("sm_{capability}"),
     }
 }
 
@@ -52,11 +62,13 @@ pub(super) fn load(kernel: &Kernel, device: usize, arch: &str) -> Result<Functio
         LazyLock::new(Mutex::default);
     let hash = kernel.source_hash();
     let key = (device, kernel.entry(), hash);
-    let mut loaded = LOADED.lock().unwrap_or_else(|lock| lock.into_inner());
-    let handle = match loaded.get(&key) {
-        Some(handle) => *handle,
+    let loaded = || LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+    let known = loaded().get(&key).copied();
+    let handle = match known {
+        Some(handle) => handle,
+        // The table is free meanwhile: compiling takes a second, and others load what they need.
         None => {
-            let file = super::super::cache_dir()
+            let file = super::cache_dir()
                 .map(|dir| dir.join(format!("{arch}-{}-{hash:016x}.ptx", kernel.entry())));
             let kept = file
                 .as_ref()
@@ -73,13 +85,14 @@ pub(super) fn load(kernel: &Kernel, device: usize, arch: &str) -> Result<Functio
                     handle
                 }
             };
-            loaded.insert(key, handle);
+            loaded().insert(key, handle);
             handle
         }
     };
     Ok(Function {
         handle,
         threads: kernel.threads(),
+        shared_bytes: kernel.shared_bytes(),
     })
 }
 
@@ -131,6 +144,15 @@ fn load_ptx(kernel: &Kernel, ptx: &[u8]) -> Result<usize, DriverError> {
     unsafe {
         let module = driver(&doing, result::module::load_data(ptx.as_ptr().cast()))?;
         let function = driver(&doing, result::module::get_function(module, name))?;
+        if kernel.shared_bytes() > 0 {
+            let attribute =
+                sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            let bytes = kernel.shared_bytes() as i32;
+            driver(
+                &doing,
+                sys::cuFuncSetAttribute(function, attribute, bytes).result(),
+            )?;
+        }
         Ok(function as usize)
     }
 }

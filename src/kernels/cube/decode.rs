@@ -1,0 +1,337 @@
+//! Decoding behind a prefilled cache in six or seven launches a layer.
+//!
+//! Norm and QKV; head norms, rotation and cache; attention; output and residual; norm, gate, up and SiLU;
+//! down and residual. The likeliest token is found on the device and goes into the next step there; that
+//! step is queued before the host has read the token.
+
+use std::{
+    collections::VecDeque,
+    future::{Future, ready},
+    pin::Pin,
+    task::{Context, Poll, Waker},
+};
+
+use burn::{
+    backend::wgpu::WgpuRuntime,
+    prelude::*,
+    tensor::{DType, TensorData},
+};
+use cubecl::{bytes::Bytes, server::ServerError};
+
+use super::{
+    attention::{self, Cache},
+    likeliest::likeliest,
+    matvec::{self, InputNorm},
+    rotary::{self, HeadNorms},
+    vulkan::{Backend, Buffer, contiguous, strided, tensor},
+    words::Packing,
+};
+use crate::{
+    kernels::{DecodeStart, Decoder},
+    qwen3_vl::{
+        Qwen3Vl,
+        cache::KeyValueCache,
+        config::Qwen3VlConfig,
+        nn::{Linear, RmsNorm},
+        rope::inverse_frequencies,
+        text::DecoderLayer,
+    },
+};
+
+/// Steps queued at once: the one waited for and the next.
+const AHEAD: usize = 2;
+
+/// Steps whose rotary tables are made at once.
+const TABLES: usize = 64;
+
+/// A layer's weights and its part of the cache.
+struct Layer {
+    input_norm: InputNorm<WgpuRuntime>,
+    qkv: [Buffer; 3],
+    head_norms: HeadNorms<WgpuRuntime>,
+    output: Buffer,
+    mlp_norm: InputNorm<WgpuRuntime>,
+    gate: Buffer,
+    up: Buffer,
+    down: Buffer,
+    keys: Buffer,
+    values: Buffer,
+}
+
+type Reading = Pin<Box<dyn Future<Output = Result<Vec<Bytes>, ServerError>> + Send>>;
+
+struct Engine {
+    layers: Vec<Layer>,
+    norm: InputNorm<WgpuRuntime>,
+    embedding: Tensor<Backend, 2>,
+    head: Buffer,
+    heads: usize,
+    frequencies: Vec<f32>,
+    /// First visible key of each row, and a number no row's keys reach.
+    ranges: [Buffer; 2],
+    /// Tokens of the next step, one a row.
+    tokens: Buffer,
+    /// Position of the first step of each row.
+    positions: Vec<i64>,
+    /// Rotary tables of the steps `made` and the following, `[TABLES, 2, rows, d]`.
+    tables: Option<(usize, Buffer)>,
+    /// Tokens in the cache before the first step.
+    cached: usize,
+    launched: usize,
+    most: usize,
+    waiting: VecDeque<Reading>,
+}
+
+fn norm(norm: &RmsNorm<Backend>) -> InputNorm<WgpuRuntime> {
+    InputNorm {
+        weight: contiguous(norm.weight.val()),
+        epsilon: norm.epsilon(),
+    }
+}
+
+fn weight(linear: &Linear<Backend>) -> Buffer {
+    strided(linear.weight.val())
+}
+
+/// The layer's linear layers.
+fn linears(layer: &DecoderLayer<Backend>) -> [&Linear<Backend>; 7] {
+    let (attn, mlp) = (&layer.self_attn, &layer.mlp);
+    [
+        &attn.q_proj,
+        &attn.k_proj,
+        &attn.v_proj,
+        &attn.o_proj,
+        &mlp.gate_proj,
+        &mlp.up_proj,
+        &mlp.down_proj,
+    ]
+}
+
+/// Whether the model's text layers are plain matrices of shapes the kernels know.
+fn covers(model: &Qwen3Vl<Backend>, config: &Qwen3VlConfig, rows: usize) -> bool {
+    let text = &config.text_config;
+    let dtype = model.dtype();
+    let Some(packing) = Packing::of(dtype) else {
+        return false;
+    };
+    let plain = |linear: &Linear<Backend>| {
+        linear.lora.is_none()
+            && linear.bias.is_none()
+            && linear.weight.val().dtype() == dtype
+            && weight(linear).is_contiguous()
+    };
+    let widths = [
+        text.hidden_size,
+        text.intermediate_size,
+        text.head_dim * text.num_attention_heads,
+        text.head_dim * text.num_key_value_heads,
+        text.head_dim,
+    ];
+    (1..=matvec::MOST_ROWS).contains(&rows)
+        && widths
+            .iter()
+            .all(|width| width.is_multiple_of(packing.piece()))
+        && text.head_dim <= 256
+        && text.num_attention_heads / text.num_key_value_heads <= 8
+        && model.lm_head.as_ref().is_none_or(plain)
+        && model
+            .model
+            .language_model
+            .layers
+            .iter()
+            .all(|layer| linears(layer).into_iter().all(plain))
+}
+
+/// The engine for a prefilled cache; `None` where the kernels do not cover the model.
+pub(super) fn start(
+    model: &Qwen3Vl<Backend>,
+    config: &Qwen3VlConfig,
+    cache: &KeyValueCache<Backend>,
+    start: &DecodeStart,
+) -> Option<Box<dyn Decoder>> {
+    let rows = start.tokens.len();
+    let room = cache
+        .capacity()
+        .is_some_and(|capacity| cache.len() + start.most_steps + AHEAD < capacity);
+    if !room || !covers(model, config, rows) {
+        return None;
+    }
+    let text = &model.model.language_model;
+    let layers = text
+        .layers
+        .iter()
+        .zip(&cache.layers)
+        .map(|(layer, cache)| {
+            let (keys, values) = cache.buffers()?;
+            let (keys, values) = (strided(keys.clone()), strided(values.clone()));
+            let [q, k, v, output, gate, up, down] = linears(layer).map(weight);
+            let attn = &layer.self_attn;
+            let fits = keys.is_contiguous() && values.is_contiguous();
+            (fits && keys.dtype == q.dtype).then(|| Layer {
+                input_norm: norm(&layer.input_layernorm),
+                qkv: [q, k, v],
+                head_norms: HeadNorms {
+                    q: contiguous(attn.q_norm.weight.val()),
+                    q_epsilon: attn.q_norm.epsilon(),
+                    k: contiguous(attn.k_norm.weight.val()),
+                    k_epsilon: attn.k_norm.epsilon(),
+                },
+                output,
+                mlp_norm: norm(&layer.post_attention_layernorm),
+                gate,
+                up,
+                down,
+                keys,
+                values,
+            })
+        })
+        .collect::<Option<Vec<_>>>()?;
+    let device = text.norm.weight.val().device();
+    let first: Vec<i32> = cache
+        .segments
+        .iter()
+        .map(|row| row.iter().take_while(|segment| **segment < 0).count() as i32)
+        .collect();
+    let tokens: Vec<i32> = start.tokens.iter().map(|token| *token as i32).collect();
+    let config = &config.text_config;
+    Some(Box::new(Engine {
+        layers,
+        norm: norm(&text.norm),
+        embedding: text.embed_tokens.weight.val(),
+        head: strided(model.head_weight()),
+        heads: config.num_attention_heads,
+        frequencies: inverse_frequencies(config.head_dim, config.rope_theta),
+        ranges: [
+            integers(&first, &device),
+            integers(&vec![i32::MAX; rows], &device),
+        ],
+        tokens: integers(&tokens, &device),
+        positions: start.positions.clone(),
+        tables: None,
+        cached: cache.len(),
+        launched: 0,
+        most: start.most_steps,
+        waiting: VecDeque::new(),
+    }))
+}
+
+fn integers(values: &[i32], device: &burn::tensor::Device<Backend>) -> Buffer {
+    Tensor::<Backend, 1, Int>::from_data(
+        TensorData::new(values.to_vec(), [values.len()]),
+        (device, DType::I32),
+    )
+    .into_primitive()
+}
+
+impl Engine {
+    /// Rotary tables that hold the coming step, and the place of its cosines there.
+    fn table(&mut self) -> (Buffer, usize) {
+        let width = 2 * self.positions.len() * 2 * self.frequencies.len();
+        if let Some((made, tables)) = &self.tables
+            && self.launched < made + TABLES
+        {
+            return (tables.clone(), (self.launched - made) * width);
+        }
+        let mut values = Vec::with_capacity(TABLES * width);
+        for step in self.launched..self.launched + TABLES {
+            for of in [f32::cos, f32::sin] {
+                for position in &self.positions {
+                    let position = (*position + step as i64) as f32;
+                    let row = self
+                        .frequencies
+                        .iter()
+                        .map(|frequency| of(position * frequency));
+                    let start = values.len();
+                    values.extend(row);
+                    values.extend_from_within(start..);
+                }
+            }
+        }
+        let shape = [values.len()];
+        let device = self.embedding.device();
+        let tables =
+            Tensor::<Backend, 1>::from_data(TensorData::new(values, shape), (&device, DType::F32));
+        let tables = contiguous(tables);
+        self.tables = Some((self.launched, tables.clone()));
+        (tables, 0)
+    }
+
+    /// Queues a step on the tokens at hand; gives its logits `[rows, vocab]`.
+    fn step(&mut self) -> Buffer {
+        let (tables, place) = self.table();
+        let at = self.cached + self.launched;
+        let indices = Tensor::<Backend, 1, Int>::from_primitive(self.tokens.clone());
+        let mut x = contiguous(self.embedding.clone().select(0, indices));
+        let [rows, _] = x.meta.shape().dims();
+        let [first, end] = &self.ranges;
+        for layer in &self.layers {
+            let qkv = matvec::three_products(&x, &layer.input_norm, layer.qkv.each_ref());
+            let (keys, values) = (&layer.keys, &layer.values);
+            let q = rotary::rotate_into_cache(
+                &qkv,
+                &layer.head_norms,
+                (&tables, place),
+                [keys, values],
+                at,
+            );
+            let head_dim = keys.meta.shape()[3];
+            let q = strided(tensor::<2>(q).reshape([rows, self.heads, 1, head_dim]));
+            let y = attention::one_query(&q, &Cache { keys, values }, first, end, at + 1);
+            x = matvec::product(&y, None, &layer.output, None, Some(&x), x.dtype);
+            let y = matvec::gated_product(&x, &layer.mlp_norm, &layer.gate, &layer.up);
+            x = matvec::product(&y, None, &layer.down, None, Some(&x), x.dtype);
+        }
+        self.launched += 1;
+        matvec::product(&x, Some(&self.norm), &self.head, None, None, DType::F32)
+    }
+}
+
+/// Queues the copy of a buffer to the host.
+fn read(buffer: Buffer) -> Reading {
+    let Buffer { client, handle, .. } = buffer;
+    let mut reading: Reading = Box::pin(async move { client.read_async(vec![handle]).await });
+    // Asked once, it queues the copy, before what comes after it is queued.
+    match reading
+        .as_mut()
+        .poll(&mut Context::from_waker(Waker::noop()))
+    {
+        Poll::Ready(read) => Box::pin(ready(read)),
+        Poll::Pending => reading,
+    }
+}
+
+fn wait(reading: Reading) -> Result<Bytes, String> {
+    let read = cubecl::future::block_on(reading).map_err(|error| error.to_string())?;
+    read.into_iter()
+        .next()
+        .ok_or_else(|| "the device gave nothing back".to_string())
+}
+
+impl Decoder for Engine {
+    fn next_tokens(&mut self) -> Result<Vec<Option<u32>>, String> {
+        while self.waiting.is_empty() || (self.waiting.len() < AHEAD && self.launched <= self.most)
+        {
+            let logits = self.step();
+            let [next, told] = likeliest(&logits);
+            self.tokens = next;
+            self.waiting.push_back(read(told));
+        }
+        let reading = self.waiting.pop_front().expect("a step is under way");
+        let bytes = wait(reading)?;
+        let tokens = bytemuck::pod_collect_to_vec::<u8, i32>(&bytes);
+        Ok(tokens
+            .into_iter()
+            .map(|token| u32::try_from(token).ok())
+            .collect())
+    }
+
+    fn next_logits(&mut self, tokens: &[u32]) -> Result<Vec<Vec<f32>>, String> {
+        let tokens: Vec<i32> = tokens.iter().map(|token| *token as i32).collect();
+        self.tokens = integers(&tokens, &self.embedding.device());
+        let logits = self.step();
+        let [_, vocab] = logits.meta.shape().dims();
+        let bytes = wait(read(logits))?;
+        let values = bytemuck::pod_collect_to_vec::<u8, f32>(&bytes);
+        Ok(values.chunks(vocab).map(<[f32]>::to_vec).collect())
+    }
+}

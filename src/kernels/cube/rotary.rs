@@ -1,0 +1,327 @@
+//! Norm and rotation of heads: a cube a head, a unit a pair of elements half a head apart.
+
+use burn::tensor::DType;
+use burn_cubecl::CubeRuntime;
+use cubecl::prelude::*;
+
+use super::{
+    launch::{Buffer, cubes, elements, empty},
+    sums::{Group, group_sum},
+    words::{Packing, within},
+};
+
+/// What a kernel is compiled for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Form {
+    half: usize,
+    units: usize,
+    packing: Packing,
+    norm: bool,
+}
+
+impl Form {
+    fn new(head_dim: usize, dtype: DType, norm: bool) -> Self {
+        Self {
+            half: head_dim / 2,
+            units: (head_dim / 2).next_power_of_two(),
+            packing: Packing::of(dtype).expect("`covers` was asked"),
+            norm,
+        }
+    }
+}
+
+/// Whether heads of this width and type can be turned.
+pub(super) fn covers(head_dim: usize, dtype: DType) -> bool {
+    Packing::of(dtype).is_some() && head_dim.is_multiple_of(2) && (2..=512).contains(&head_dim)
+}
+
+/// Both elements of this unit, normalised where there is a norm.
+#[cube]
+fn head_pair<F: Numeric>(
+    x: &Array<F>,
+    weight: &Array<F>,
+    start: usize,
+    unit: usize,
+    epsilon: f32,
+    #[comptime] form: Form,
+) -> (f32, f32) {
+    let half = comptime!(form.half);
+    let mut first = 0.0f32;
+    let mut second = 0.0f32;
+    if unit < half {
+        first = f32::cast_from(x[start + unit]);
+        second = f32::cast_from(x[start + half + unit]);
+    }
+    if form.norm {
+        let squares = group_sum(
+            first * first + second * second,
+            comptime!(Group::cube(form.units)),
+        );
+        let mean = squares / comptime!(2.0 * form.half as f32);
+        let root = 1.0f32 / (mean + epsilon).sqrt();
+        if unit < half {
+            first = first * root * f32::cast_from(weight[unit]);
+            second = second * root * f32::cast_from(weight[half + unit]);
+        }
+    }
+    (first, second)
+}
+
+#[cube(launch_unchecked)]
+#[allow(clippy::too_many_arguments)]
+fn turn_heads<F: Numeric>(
+    x: &Array<F>,
+    weight: &Array<F>,
+    cos: &Array<f32>,
+    sin: &Array<f32>,
+    y: &mut Array<F>,
+    count: usize,
+    heads: usize,
+    token_stride: usize,
+    head_stride: usize,
+    epsilon: f32,
+    #[comptime] form: Form,
+    #[define(F)] _dtype: StorageType,
+) {
+    let half = comptime!(form.half);
+    let unit = UNIT_POS as usize;
+    // Cubes behind the last head work on it again, so that all meet at the sum.
+    let place = min(CUBE_POS, count - 1);
+    let token = place / heads;
+    let start = token * token_stride + place % heads * head_stride;
+    let (first, second) = head_pair(x, weight, start, unit, epsilon, form);
+    if unit < half {
+        let angle = token * 2 * half + unit;
+        let (c, s) = (cos[angle], sin[angle]);
+        let out = place * 2 * half + unit;
+        y[out] = F::cast_from(within(first * c - second * s, form.packing));
+        y[out + half] = F::cast_from(within(second * c + first * s, form.packing));
+    }
+}
+
+/// Turns `x` `[tokens, heads, d]`, whose heads are dense; tokens and heads may lie apart.
+pub(super) fn rotate<R: CubeRuntime>(
+    x: &Buffer<R>,
+    norm: Option<(&Buffer<R>, f64)>,
+    cos: &Buffer<R>,
+    sin: &Buffer<R>,
+) -> Buffer<R> {
+    let [tokens, heads, head_dim] = x.meta.shape().dims();
+    let form = Form::new(head_dim, x.dtype, norm.is_some());
+    let y = empty(x, [tokens, heads, head_dim], x.dtype);
+    let strides = x.meta.strides();
+    // SAFETY: the strides are those of the buffer; without a norm the weight is not read.
+    #[allow(unsafe_code)]
+    unsafe {
+        turn_heads::launch_unchecked::<R>(
+            &x.client,
+            cubes(tokens * heads),
+            CubeDim::new_1d(form.units as u32),
+            elements(x),
+            elements(norm.map_or(x, |(weight, _)| weight)),
+            elements(cos),
+            elements(sin),
+            elements(&y),
+            tokens * heads,
+            heads,
+            strides[0],
+            strides[1],
+            norm.map_or(0.0, |(_, epsilon)| epsilon as f32),
+            form,
+            x.dtype.into(),
+        );
+    }
+    y
+}
+
+#[cube(launch_unchecked)]
+#[allow(clippy::too_many_arguments)]
+fn split_heads<F: Numeric>(
+    qkv: &Array<F>,
+    cos: &Array<f32>,
+    sin: &Array<f32>,
+    q: &mut Array<F>,
+    k: &mut Array<F>,
+    v: &mut Array<F>,
+    count: usize,
+    width: usize,
+    #[comptime] form: Form,
+    #[define(F)] _dtype: StorageType,
+) {
+    // A unit a pair of elements of queries, keys and values each.
+    let half = comptime!(form.half);
+    if ABSOLUTE_POS < count {
+        let place = ABSOLUTE_POS / half;
+        let unit = ABSOLUTE_POS % half;
+        let heads = width / (2 * half);
+        let token = place / heads;
+        let start = token * 3 * width + place % heads * 2 * half + unit;
+        let out = place * 2 * half + unit;
+        let angle = token * 2 * half + unit;
+        let (c, s) = (cos[angle], sin[angle]);
+        let (first, second) = (
+            f32::cast_from(qkv[start]),
+            f32::cast_from(qkv[start + half]),
+        );
+        q[out] = F::cast_from(within(first * c - second * s, form.packing));
+        q[out + half] = F::cast_from(within(second * c + first * s, form.packing));
+        let start = start + width;
+        let (first, second) = (
+            f32::cast_from(qkv[start]),
+            f32::cast_from(qkv[start + half]),
+        );
+        k[out] = F::cast_from(within(first * c - second * s, form.packing));
+        k[out + half] = F::cast_from(within(second * c + first * s, form.packing));
+        let start = start + width;
+        v[out] = qkv[start];
+        v[out + half] = qkv[start + half];
+    }
+}
+
+/// Queries and keys turned, values as they are, out of a fused projection `[tokens, 3 · heads · d]`.
+pub(super) fn split_and_rotate<R: CubeRuntime>(
+    qkv: &Buffer<R>,
+    heads: usize,
+    cos: &Buffer<R>,
+    sin: &Buffer<R>,
+) -> [Buffer<R>; 3] {
+    const UNITS: usize = 64;
+    let [tokens, width] = qkv.meta.shape().dims();
+    let width = width / 3;
+    let form = Form::new(width / heads, qkv.dtype, false);
+    let out = [(); 3].map(|()| empty(qkv, [tokens, heads, width / heads], qkv.dtype));
+    let count = tokens * width / 2;
+    // SAFETY: the arrays are as long as tokens and width say.
+    #[allow(unsafe_code)]
+    unsafe {
+        split_heads::launch_unchecked::<R>(
+            &qkv.client,
+            cubes(count.div_ceil(UNITS)),
+            CubeDim::new_1d(UNITS as u32),
+            elements(qkv),
+            elements(cos),
+            elements(sin),
+            elements(&out[0]),
+            elements(&out[1]),
+            elements(&out[2]),
+            count,
+            width,
+            form,
+            qkv.dtype.into(),
+        );
+    }
+    out
+}
+
+#[cube(launch_unchecked)]
+#[allow(clippy::too_many_arguments)]
+fn turn_into_cache<F: Numeric>(
+    qkv: &Array<F>,
+    q_weight: &Array<F>,
+    k_weight: &Array<F>,
+    tables: &Array<f32>,
+    q: &mut Array<F>,
+    keys: &mut Array<F>,
+    values: &mut Array<F>,
+    heads: usize,
+    key_value_heads: usize,
+    capacity: usize,
+    at: usize,
+    cos: usize,
+    sin: usize,
+    q_epsilon: f32,
+    k_epsilon: f32,
+    #[comptime] form: Form,
+    #[define(F)] _dtype: StorageType,
+) {
+    let half = comptime!(form.half);
+    let unit = UNIT_POS as usize;
+    let all = heads + 2 * key_value_heads;
+    let row = CUBE_POS / all;
+    let head = CUBE_POS % all;
+    let start = CUBE_POS * 2 * half;
+    let angle = row * 2 * half + unit;
+    if head < heads {
+        let (first, second) = head_pair(qkv, q_weight, start, unit, q_epsilon, form);
+        if unit < half {
+            let (c, s) = (tables[cos + angle], tables[sin + angle]);
+            let out = (row * heads + head) * 2 * half + unit;
+            q[out] = F::cast_from(within(first * c - second * s, form.packing));
+            q[out + half] = F::cast_from(within(second * c + first * s, form.packing));
+        }
+    } else if head < heads + key_value_heads {
+        let (first, second) = head_pair(qkv, k_weight, start, unit, k_epsilon, form);
+        if unit < half {
+            let (c, s) = (tables[cos + angle], tables[sin + angle]);
+            let slot = (row * key_value_heads + head - heads) * capacity + at;
+            let out = slot * 2 * half + unit;
+            keys[out] = F::cast_from(within(first * c - second * s, form.packing));
+            keys[out + half] = F::cast_from(within(second * c + first * s, form.packing));
+        }
+    } else if unit < half {
+        let slot = (row * key_value_heads + head - heads - key_value_heads) * capacity + at;
+        let out = slot * 2 * half + unit;
+        values[out] = qkv[start + unit];
+        values[out + half] = qkv[start + half + unit];
+    }
+}
+
+/// The norms of query and key heads, `[d]` each.
+#[derive(Debug, Clone)]
+pub(super) struct HeadNorms<R: CubeRuntime> {
+    pub q: Buffer<R>,
+    pub q_epsilon: f64,
+    pub k: Buffer<R>,
+    pub k_epsilon: f64,
+}
+
+/// One token a row: queries normalised and turned into `[rows, heads · d]`, keys likewise and values as
+/// they are into place `at` of the cache `[rows, key_value_heads, capacity, d]`.
+///
+/// `qkv` is `[rows, (heads + 2 · key_value_heads) · d]`; cosines `[rows, d]` start at `place` of the
+/// tables, sines behind them.
+pub(super) fn rotate_into_cache<R: CubeRuntime>(
+    qkv: &Buffer<R>,
+    norms: &HeadNorms<R>,
+    (tables, place): (&Buffer<R>, usize),
+    [keys, values]: [&Buffer<R>; 2],
+    at: usize,
+) -> Buffer<R> {
+    let [rows, width] = qkv.meta.shape().dims();
+    let [_, key_value_heads, capacity, head_dim] = keys.meta.shape().dims();
+    let heads = width / head_dim - 2 * key_value_heads;
+    assert!(
+        at < capacity,
+        "token {at} does not fit a cache of {capacity}"
+    );
+    let form = Form::new(head_dim, qkv.dtype, true);
+    let q = empty(qkv, [rows, heads * head_dim], qkv.dtype);
+    let count = (rows * (heads + 2 * key_value_heads)) as u32;
+    // SAFETY: a cube a head of `qkv`; the place in the cache was checked.
+    #[allow(unsafe_code)]
+    unsafe {
+        turn_into_cache::launch_unchecked::<R>(
+            &qkv.client,
+            CubeCount::Static(count, 1, 1),
+            CubeDim::new_1d(form.units as u32),
+            elements(qkv),
+            elements(&norms.q),
+            elements(&norms.k),
+            elements(tables),
+            elements(&q),
+            elements(keys),
+            elements(values),
+            heads,
+            key_value_heads,
+            capacity,
+            at,
+            place,
+            place + rows * head_dim,
+            norms.q_epsilon as f32,
+            norms.k_epsilon as f32,
+            form,
+            qkv.dtype.into(),
+        );
+    }
+    q
+}

@@ -1,0 +1,127 @@
+//! Norms over rows: a cube a row, statistics in f32.
+
+use burn_cubecl::CubeRuntime;
+use cubecl::prelude::*;
+
+use super::{
+    launch::{Buffer, cubes, elements, empty, pieces},
+    sums::{Group, group_sum},
+    words::{Packing, Piece, pair, within},
+};
+
+/// Units of a row's cube.
+const UNITS: usize = 128;
+
+/// What a kernel is compiled for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Form {
+    units: usize,
+    packing: Packing,
+    /// Layer norm with a shift, else root mean square.
+    centred: bool,
+}
+
+/// Whether rows of this width and type can be worked on.
+pub(super) fn covers<R: CubeRuntime>(x: &Buffer<R>) -> bool {
+    let [_, width] = x.meta.shape().dims();
+    Packing::of(x.dtype).is_some_and(|packing| width.is_multiple_of(packing.piece()))
+}
+
+#[cube(launch_unchecked)]
+#[allow(clippy::too_many_arguments)]
+fn norm_rows<F: Numeric>(
+    x: &Array<Piece>,
+    weight: &Array<Piece>,
+    bias: &Array<Piece>,
+    y: &mut Array<F>,
+    rows: usize,
+    row_pieces: usize,
+    epsilon: f32,
+    #[comptime] form: Form,
+    #[define(F)] _dtype: StorageType,
+) {
+    let packing = comptime!(form.packing);
+    let pairs = comptime!(form.packing.pairs());
+    // Cubes behind the last row work on it again, so that all meet at the sums.
+    let row = min(CUBE_POS, rows - 1);
+    let start = row * row_pieces;
+    let group = comptime!(Group::cube(form.units));
+    let count = f32::cast_from(row_pieces * comptime!(form.packing.piece()));
+    let unit = UNIT_POS as usize;
+    let mut mean = 0.0f32;
+    if form.centred {
+        let mut sum = 0.0f32;
+        for at in range_stepped(unit, row_pieces, form.units) {
+            let piece = x[start + at];
+            #[unroll]
+            for index in 0..pairs {
+                let value = pair(piece, index, packing);
+                sum += value[0] + value[1];
+            }
+        }
+        mean = group_sum(sum, group) / count;
+    }
+    let mut squares = 0.0f32;
+    for at in range_stepped(unit, row_pieces, form.units) {
+        let piece = x[start + at];
+        #[unroll]
+        for index in 0..pairs {
+            let value = pair(piece, index, packing) - Vector::new(mean);
+            squares = fma(value[0], value[0], fma(value[1], value[1], squares));
+        }
+    }
+    let root = 1.0f32 / (group_sum(squares, group) / count + epsilon).sqrt();
+    for at in range_stepped(unit, row_pieces, form.units) {
+        let piece = x[start + at];
+        let factors = weight[at];
+        let shifts = bias[at];
+        #[unroll]
+        for index in 0..pairs {
+            let value = (pair(piece, index, packing) - Vector::new(mean)) * Vector::new(root);
+            let mut value = value * pair(factors, index, packing);
+            if form.centred {
+                value += pair(shifts, index, packing);
+            }
+            let place = (start + at) * comptime!(form.packing.piece()) + 2 * index;
+            y[place] = F::cast_from(within(value[0], packing));
+            y[place + 1] = F::cast_from(within(value[1], packing));
+        }
+    }
+}
+
+/// Root-mean-square norm without `bias`, layer norm with it.
+pub(super) fn norm<R: CubeRuntime>(
+    x: &Buffer<R>,
+    weight: &Buffer<R>,
+    bias: Option<&Buffer<R>>,
+    epsilon: f64,
+) -> Buffer<R> {
+    let [rows, width] = x.meta.shape().dims();
+    let packing = Packing::of(x.dtype).expect("`covers` was asked");
+    let row_pieces = width / packing.piece();
+    let form = Form {
+        units: UNITS.min(row_pieces.next_power_of_two()),
+        packing,
+        centred: bias.is_some(),
+    };
+    let y = empty(x, [rows, width], x.dtype);
+    // SAFETY: the arrays are as long as rows and width say.
+    #[allow(unsafe_code)]
+    unsafe {
+        norm_rows::launch_unchecked::<R>(
+            &x.client,
+            cubes(rows),
+            CubeDim::new_1d(form.units as u32),
+            pieces(x),
+            pieces(weight),
+            pieces(bias.unwrap_or(weight)),
+            elements(&y),
+            rows,
+            row_pieces,
+            epsilon as f32,
+            form,
+            x.dtype.into(),
+        );
+    }
+    y
+}

@@ -1,0 +1,354 @@
+//! A stream of our own beside cubecl's, memory that lives on it, and launches captured as a graph.
+
+use std::ffi::c_void;
+
+use cudarc::driver::{result, sys};
+
+use super::module::{DriverError, Function, driver};
+
+/// One launch.
+pub(super) struct Step {
+    pub function: Function,
+    pub grid: [u32; 3],
+    pub pointers: Vec<u64>,
+    pub parameters: Vec<u64>,
+}
+
+/// The device's context, which every call needs to be current.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Context(sys::CUcontext);
+
+// SAFETY: a primary context may be used from every thread that makes it current.
+#[allow(unsafe_code)]
+unsafe impl Send for Context {}
+
+impl Context {
+    pub(super) fn of(device: usize) -> Result<Self, DriverError> {
+        driver("starting the driver", result::init())?;
+        let number = driver("finding the device", result::device::get(device as i32))?;
+        // SAFETY: the context is retained as long as the process lives, as cubecl does.
+        #[allow(unsafe_code)]
+        let context = driver("opening the device", unsafe {
+            result::primary_ctx::retain(number)
+        })?;
+        Ok(Self(context))
+    }
+
+    pub(super) fn enter(self) -> Result<(), DriverError> {
+        // SAFETY: retained in `of`.
+        #[allow(unsafe_code)]
+        driver("choosing the device", unsafe {
+            result::ctx::set_current(self.0)
+        })
+    }
+}
+
+/// A stream.
+pub(super) struct Stream {
+    context: Context,
+    raw: sys::CUstream,
+}
+
+// SAFETY: the handle belongs to this value alone; callers make the context current.
+#[allow(unsafe_code)]
+unsafe impl Send for Stream {}
+
+impl Stream {
+    /// A new stream on the device of the current context.
+    pub(super) fn new(context: Context) -> Result<Self, DriverError> {
+        let kind = result::stream::StreamKind::NonBlocking;
+        let raw = driver("making a stream", result::stream::create(kind))?;
+        Ok(Self { context, raw })
+    }
+
+    pub(super) fn raw(&self) -> sys::CUstream {
+        self.raw
+    }
+
+    /// Waits for all that was queued.
+    pub(super) fn wait(&self) -> Result<(), DriverError> {
+        // SAFETY: the stream is alive.
+        #[allow(unsafe_code)]
+        driver("waiting for the device", unsafe {
+            result::stream::synchronize(self.raw)
+        })
+    }
+
+    /// Launches kernels one by one.
+    pub(super) fn issue(&self, steps: &[Step]) -> Result<(), DriverError> {
+        for step in steps {
+            let Step {
+                function,
+                grid,
+                pointers,
+                parameters,
+            } = step;
+            let mut arguments: Vec<*mut c_void> = pointers
+                .iter()
+                .map(|pointer| (pointer as *const u64).cast_mut().cast())
+                .collect();
+            arguments.push(parameters.as_ptr().cast_mut().cast());
+            // SAFETY: the plan gives each kernel the pointers and parameters its header names.
+            #[allow(unsafe_code)]
+            let launched = unsafe {
+                result::launch_kernel(
+                    function.handle(),
+                    (grid[0], grid[1], grid[2]),
+                    (function.threads, 1, 1),
+                    0,
+                    self.raw,
+                    &mut arguments,
+                )
+            };
+            driver("launching the step", launched)?;
+        }
+        Ok(())
+    }
+
+    /// Records launches without running them.
+    fn record(&self, steps: &[Step]) -> Result<Graph, DriverError> {
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        let doing = "recording the step";
+        // SAFETY: the stream is idle and ours; the graph is destroyed on every way out.
+        #[allow(unsafe_code)]
+        unsafe {
+            driver(doing, sys::cuStreamBeginCapture_v2(self.raw, mode).result())?;
+            let issued = self.issue(steps);
+            let mut graph = std::ptr::null_mut();
+            driver(
+                doing,
+                sys::cuStreamEndCapture(self.raw, &mut graph).result(),
+            )?;
+            let mut executable = std::ptr::null_mut();
+            let made = issued.and_then(|()| {
+                let made = sys::cuGraphInstantiateWithFlags(&mut executable, graph, 0);
+                driver("making the step's graph", made.result())
+            });
+            let destroyed = sys::cuGraphDestroy(graph).result();
+            made?;
+            let graph = Graph {
+                context: self.context,
+                raw: executable,
+            };
+            driver("making the step's graph", destroyed)?;
+            Ok(graph)
+        }
+    }
+
+    /// Copies values to the device, behind what was queued.
+    ///
+    /// # Safety
+    /// `address` has room for them.
+    #[allow(unsafe_code)]
+    pub(super) unsafe fn send<T>(&self, address: u64, values: &[T]) -> Result<(), DriverError> {
+        // SAFETY: the caller's; the driver has read pageable memory when it returns, and pinned
+        // memory is not written before the stream was waited for.
+        driver("sending to the device", unsafe {
+            result::memcpy_htod_async(address, values, self.raw)
+        })
+    }
+
+    /// Copies values from the device; they are there when the stream has been waited for.
+    ///
+    /// # Safety
+    /// `address` holds so many, and `values` stays where it is until then.
+    #[allow(unsafe_code)]
+    pub(super) unsafe fn fetch<T>(
+        &self,
+        values: &mut [T],
+        address: u64,
+    ) -> Result<(), DriverError> {
+        // SAFETY: the caller's.
+        driver("reading from the device", unsafe {
+            result::memcpy_dtoh_async(values, address, self.raw)
+        })
+    }
+
+    /// Copies bytes on the device.
+    ///
+    /// # Safety
+    /// Both ranges are the caller's and do not overlap.
+    #[allow(unsafe_code)]
+    pub(super) unsafe fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<(), DriverError> {
+        // SAFETY: the caller's.
+        driver("copying on the device", unsafe {
+            result::memcpy_dtod_async(to, from, bytes, self.raw)
+        })
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        // Errors are not acted on here and below: there is nothing left to do with the handles.
+        if self.context.enter().is_ok() {
+            let _ = self.wait();
+            // SAFETY: waited for, and used by nobody afterwards.
+            #[allow(unsafe_code)]
+            let _ = unsafe { result::stream::destroy(self.raw) };
+        }
+    }
+}
+
+/// A captured sequence of launches.
+struct Graph {
+    context: Context,
+    raw: sys::CUgraphExec,
+}
+
+// SAFETY: as for `Stream`.
+#[allow(unsafe_code)]
+unsafe impl Send for Graph {}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        if self.context.enter().is_ok() {
+            // SAFETY: made by `record`; its owners wait for the stream before they let go of it.
+            #[allow(unsafe_code)]
+            let _ = unsafe { sys::cuGraphExecDestroy(self.raw).result() };
+        }
+    }
+}
+
+/// Launches that are run again and again: as one graph, or one by one where none can be made.
+pub(super) struct Repeated {
+    steps: Vec<Step>,
+    graph: Option<Graph>,
+}
+
+/// Set to run steps kernel by kernel.
+const NO_GRAPH: &str = "XRAY_CUDA_NO_GRAPH";
+
+impl Repeated {
+    pub(super) fn new(stream: &Stream, steps: Vec<Step>) -> Self {
+        let graph = if std::env::var_os(NO_GRAPH).is_some_and(|value| value == "1") {
+            None
+        } else {
+            match stream.record(&steps) {
+                Ok(graph) => Some(graph),
+                Err(error) => {
+                    log::warn!("the decode step is launched kernel by kernel: {error}");
+                    None
+                }
+            }
+        };
+        Self { steps, graph }
+    }
+
+    /// Queues all launches.
+    pub(super) fn run(&self, stream: &Stream) -> Result<(), DriverError> {
+        match &self.graph {
+            // SAFETY: the graph and the stream are alive.
+            #[allow(unsafe_code)]
+            Some(graph) => driver("running the step", unsafe {
+                sys::cuGraphLaunch(graph.raw, stream.raw).result()
+            }),
+            None => stream.issue(&self.steps),
+        }
+    }
+}
+
+/// Memory on the device, beside cubecl's pools.
+#[derive(Debug)]
+pub(super) struct DeviceMemory {
+    context: Context,
+    pub address: u64,
+}
+
+impl DeviceMemory {
+    /// Zeroed memory.
+    ///
+    /// # Errors
+    /// The driver's, for want of memory above all.
+    pub(super) fn zeroed(context: Context, bytes: usize) -> Result<Self, DriverError> {
+        // SAFETY: the memory is ours; zeroing is waited for before anybody reads it.
+        #[allow(unsafe_code)]
+        unsafe {
+            let doing = format!(
+                "taking {:.1} GiB of device memory",
+                bytes as f64 / 2f64.powi(30)
+            );
+            let address = driver(&doing, result::malloc_sync(bytes.max(1)))?;
+            let memory = Self { context, address };
+            driver(&doing, result::memset_d8_sync(address, 0, bytes.max(1)))?;
+            driver(&doing, result::ctx::synchronize())?;
+            Ok(memory)
+        }
+    }
+}
+
+impl Drop for DeviceMemory {
+    fn drop(&mut self) {
+        if self.context.enter().is_ok() {
+            // SAFETY: taken in `zeroed`; freeing waits for work that uses it.
+            #[allow(unsafe_code)]
+            let _ = unsafe { result::free_sync(self.address) };
+        }
+    }
+}
+
+/// Words in the host's memory that the device reads and writes.
+#[derive(Debug)]
+pub(super) struct HostWords {
+    context: Context,
+    raw: *mut i32,
+    count: usize,
+}
+
+// SAFETY: as for `Stream`.
+#[allow(unsafe_code)]
+unsafe impl Send for HostWords {}
+
+impl HostWords {
+    /// Zeroed words.
+    pub(super) fn new(context: Context, count: usize) -> Result<Self, DriverError> {
+        let mut raw: *mut c_void = std::ptr::null_mut();
+        let flags = sys::CU_MEMHOSTALLOC_DEVICEMAP | sys::CU_MEMHOSTALLOC_PORTABLE;
+        // SAFETY: the memory is ours and is written before it is read.
+        #[allow(unsafe_code)]
+        unsafe {
+            driver(
+                "taking host memory",
+                sys::cuMemHostAlloc(&mut raw, count * size_of::<i32>(), flags).result(),
+            )?;
+            std::ptr::write_bytes(raw.cast::<i32>(), 0, count);
+        }
+        Ok(Self {
+            context,
+            raw: raw.cast(),
+            count,
+        })
+    }
+
+    /// Where kernels find it: one address space for host and device on every 64-bit system.
+    pub(super) fn address(&self) -> u64 {
+        self.raw as u64
+    }
+
+    /// The words; what queued work writes must have been waited for.
+    pub(super) fn words(&self) -> &[i32] {
+        // SAFETY: allocated with this length in `new`.
+        #[allow(unsafe_code)]
+        unsafe {
+            std::slice::from_raw_parts(self.raw, self.count)
+        }
+    }
+
+    /// The words, to be written while no queued work reads them.
+    pub(super) fn words_mut(&mut self) -> &mut [i32] {
+        // SAFETY: as above.
+        #[allow(unsafe_code)]
+        unsafe {
+            std::slice::from_raw_parts_mut(self.raw, self.count)
+        }
+    }
+}
+
+impl Drop for HostWords {
+    fn drop(&mut self) {
+        if self.context.enter().is_ok() {
+            // SAFETY: taken in `new`; owners wait for the stream first.
+            #[allow(unsafe_code)]
+            let _ = unsafe { sys::cuMemFreeHost(self.raw.cast()).result() };
+        }
+    }
+}

@@ -1,0 +1,229 @@
+//! The few functions of NCCL that are needed, from the library as it is installed.
+//!
+//! cudarc looks for `libnccl.so` without a version, which only development packages and toolkits
+//! have; run-time packages, Python's among them, bring `libnccl.so.2`. It also panics where the
+//! library is missing, and its errors have no text.
+
+use std::{
+    ffi::{CStr, c_char, c_int, c_void},
+    sync::LazyLock,
+};
+
+use libloading::Library;
+
+/// Names the library is looked for by; the loader's search path is the place.
+const NAMES: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
+
+const SUCCESS: c_int = 0;
+const IN_PROGRESS: c_int = 7;
+/// `ncclFloat32` and `ncclSum`.
+const FLOAT32: c_int = 7;
+const SUM: c_int = 0;
+
+/// A communicator of one device.
+pub(super) type Communicator = *mut c_void;
+
+type InitAll = unsafe extern "C" fn(*mut Communicator, c_int, *const c_int) -> c_int;
+type AllReduce = unsafe extern "C" fn(
+    *const c_void,
+    *mut c_void,
+    usize,
+    c_int,
+    c_int,
+    Communicator,
+    *mut c_void,
+) -> c_int;
+type OfCommunicator = unsafe extern "C" fn(Communicator) -> c_int;
+type AsyncError = unsafe extern "C" fn(Communicator, *mut c_int) -> c_int;
+type ErrorText = unsafe extern "C" fn(c_int) -> *const c_char;
+type LastError = unsafe extern "C" fn(Communicator) -> *const c_char;
+
+/// The loaded library.
+pub(super) struct Nccl {
+    init_all: InitAll,
+    all_reduce: AllReduce,
+    async_error: AsyncError,
+    abort: OfCommunicator,
+    destroy: OfCommunicator,
+    error_text: ErrorText,
+    last_error: Option<LastError>,
+    _library: Library,
+}
+
+impl Nccl {
+    /// The library, loaded at the first call.
+    ///
+    /// # Errors
+    /// That it is not there, and how it comes there.
+    pub(super) fn get() -> Result<&'static Self, String> {
+        static NCCL: LazyLock<Result<Nccl, String>> = LazyLock::new(|| Nccl::load(&NAMES));
+        NCCL.as_ref().map_err(Clone::clone)
+    }
+
+    fn load(names: &[&str]) -> Result<Self, String> {
+        let mut reasons = Vec::new();
+        for name in names {
+            // SAFETY: NCCL's initialisers do nothing but set up its own state.
+            #[allow(unsafe_code)]
+            match unsafe { Library::new(*name) } {
+                Ok(library) => {
+                    return Self::of(library).map_err(|reason| {
+                        format!("`{name}` is no NCCL that can be used: {reason}; install NCCL 2.10 or newer")
+                    });
+                }
+                Err(error) => reasons.push(error.to_string()),
+            }
+        }
+        Err(format!(
+            "several CUDA devices need the library NCCL, which is not found ({}); install the package \
+             libnccl2 or `pip install nvidia-nccl-cu13` (cu12 for CUDA 12) and put the folder of \
+             libnccl.so.2 on LD_LIBRARY_PATH, or train on one device with more \
+             gradient_accumulation_steps",
+            reasons.join("; ")
+        ))
+    }
+
+    fn of(library: Library) -> Result<Self, String> {
+        /// SAFETY: the caller names the function's true type.
+        #[allow(unsafe_code)]
+        unsafe fn find<F: Copy>(library: &Library, name: &str) -> Result<F, String> {
+            // SAFETY: as above.
+            unsafe { library.get::<F>(name.as_bytes()) }
+                .map(|symbol| *symbol)
+                .map_err(|error| error.to_string())
+        }
+        // SAFETY: the types are those of nccl.h, unchanged since 2.4; the library is kept loaded beside
+        // the pointers.
+        #[allow(unsafe_code)]
+        unsafe {
+            Ok(Self {
+                init_all: find(&library, "ncclCommInitAll")?,
+                all_reduce: find(&library, "ncclAllReduce")?,
+                async_error: find(&library, "ncclCommGetAsyncError")?,
+                abort: find(&library, "ncclCommAbort")?,
+                destroy: find(&library, "ncclCommDestroy")?,
+                error_text: find(&library, "ncclGetErrorString")?,
+                last_error: find(&library, "ncclGetLastError").ok(),
+                _library: library,
+            })
+        }
+    }
+
+    fn check(&self, doing: &str, code: c_int) -> Result<(), String> {
+        if code == SUCCESS || code == IN_PROGRESS {
+            return Ok(());
+        }
+        /// SAFETY: a text that ends in zero and outlives the call, or null.
+        #[allow(unsafe_code)]
+        unsafe fn text(pointer: *const c_char) -> String {
+            if pointer.is_null() {
+                return String::new();
+            }
+            // SAFETY: as above.
+            unsafe { CStr::from_ptr(pointer) }
+                .to_string_lossy()
+                .trim()
+                .to_string()
+        }
+        // SAFETY: NCCL gives static texts; of the last error it asks for no communicator.
+        #[allow(unsafe_code)]
+        let (what, last) = unsafe {
+            (
+                text((self.error_text)(code)),
+                self.last_error
+                    .map_or_else(String::new, |last| text(last(std::ptr::null_mut()))),
+            )
+        };
+        let detail = if last.is_empty() {
+            String::new()
+        } else {
+            format!(" ({last})")
+        };
+        Err(format!(
+            "NCCL, {doing}: {what}{detail}; NCCL_DEBUG=WARN tells more"
+        ))
+    }
+
+    /// A communicator for each of the devices of this process, in their order.
+    pub(super) fn communicators(&self, devices: &[c_int]) -> Result<Vec<Communicator>, String> {
+        let mut made = vec![std::ptr::null_mut(); devices.len()];
+        // SAFETY: both lists have as many entries as the call is told.
+        #[allow(unsafe_code)]
+        let code =
+            unsafe { (self.init_all)(made.as_mut_ptr(), devices.len() as c_int, devices.as_ptr()) };
+        self.check("bringing the devices together", code)?;
+        Ok(made)
+    }
+
+    /// Queues the sum of `count` f32 over all devices on a stream.
+    ///
+    /// # Safety
+    /// Both addresses hold as many numbers on the communicator's device and stay until the stream has
+    /// passed; `stream` belongs to that device, whose context is current.
+    #[allow(unsafe_code)]
+    pub(super) unsafe fn sum(
+        &self,
+        from: u64,
+        into: u64,
+        count: usize,
+        communicator: Communicator,
+        stream: *mut c_void,
+    ) -> Result<(), String> {
+        // SAFETY: the caller's promise.
+        let code = unsafe {
+            (self.all_reduce)(
+                from as *const c_void,
+                into as *mut c_void,
+                count,
+                FLOAT32,
+                SUM,
+                communicator,
+                stream,
+            )
+        };
+        self.check("adding up", code)
+    }
+
+    /// What went wrong behind the back of earlier calls.
+    pub(super) fn state(&self, communicator: Communicator) -> Result<(), String> {
+        let mut code = SUCCESS;
+        // SAFETY: the communicator is alive.
+        #[allow(unsafe_code)]
+        let asked = unsafe { (self.async_error)(communicator, &mut code) };
+        self.check("adding up", asked)?;
+        self.check("adding up", code)
+    }
+
+    /// Gives a communicator back; `abort` ends what it is still doing.
+    pub(super) fn end(&self, communicator: Communicator, abort: bool) {
+        // SAFETY: the communicator is alive, and nobody uses it after this.
+        #[allow(unsafe_code)]
+        let _ = unsafe {
+            if abort {
+                (self.abort)(communicator)
+            } else {
+                (self.destroy)(communicator)
+            }
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_library_that_is_missing_or_another_says_what_to_do() {
+        let missing = Nccl::load(&["libnccl-that-is-nowhere.so.2"]).err().unwrap();
+        for piece in [
+            "libnccl-that-is-nowhere.so.2",
+            "nvidia-nccl-cu13",
+            "LD_LIBRARY_PATH",
+            "gradient_accumulation_steps",
+        ] {
+            assert!(missing.contains(piece), "{missing}");
+        }
+        let other = Nccl::load(&["libm.so.6"]).err().unwrap();
+        assert!(other.contains("`libm.so.6` is no NCCL"), "{other}");
+    }
+}

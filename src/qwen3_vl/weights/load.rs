@@ -1,0 +1,182 @@
+//! A checkpoint to one device or several.
+//!
+//! Bytes go from the file to where the device takes them (see [`Kernels::upload`]) without a stop:
+//! read, looked at and converted in one pass, on all cores, while the piece before is on its way.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::Path,
+};
+
+use burn::{
+    module::{Module, ModuleMapper, Param},
+    prelude::*,
+    tensor::{DType, Shape, TensorPrimitive, ops::FloatTensor},
+};
+
+use super::{LoadProgress, TensorFile, WeightsError, checkpoint_files, parameter_shapes};
+use crate::kernels::{
+    Kernels,
+    upload::{Upload, UploadError},
+};
+
+/// Fills a fresh module from the checkpoint in `dir`, converting to `dtype`.
+///
+/// All names and shapes are compared before the first tensor is read. A `lm_head.weight` beside a
+/// tied embedding is passed over, as transformers does. `on_progress` gets bytes done and in all.
+///
+/// # Errors
+/// [`WeightsError`] names the file and the tensor.
+pub fn load_checkpoint<B: Kernels, M: Module<B>>(
+    module: &mut M,
+    dir: &Path,
+    dtype: DType,
+    on_progress: LoadProgress<'_>,
+) -> Result<(), WeightsError> {
+    load_checkpoints(std::slice::from_mut(module), dir, dtype, on_progress)
+}
+
+/// [`load_checkpoint`] for the same module on several devices: files are read once.
+///
+/// # Errors
+/// [`WeightsError`] names the file and the tensor.
+pub fn load_checkpoints<B: Kernels, M: Module<B>>(
+    modules: &mut [M],
+    dir: &Path,
+    dtype: DType,
+    on_progress: LoadProgress<'_>,
+) -> Result<(), WeightsError> {
+    let Some(first) = modules.first() else {
+        return Ok(());
+    };
+    let files = checkpoint_files(dir)?
+        .iter()
+        .map(|path| TensorFile::open(path))
+        .collect::<Result<Vec<_>, _>>()?;
+    let sources = sources(&files, &parameter_shapes(first), dir)?;
+    let devices: Vec<B::Device> = modules
+        .iter()
+        .filter_map(|module| module.devices().into_iter().next())
+        .collect();
+    if devices.len() < modules.len() {
+        return Ok(());
+    }
+    let tensors: Vec<Upload> = sources
+        .iter()
+        .map(|source| Upload {
+            shape: Shape::from(source.shape.clone()),
+            dtype,
+        })
+        .collect();
+    let total: u64 = tensors.iter().map(|tensor| tensor.byte_len() as u64).sum();
+    let mut done = 0;
+    on_progress(done, total);
+    let sent = B::upload(&devices, &tensors, &mut |place, offset, out| {
+        let Source { file, name, .. } = &sources[place];
+        files[*file].read_into(name, offset / dtype.size(), dtype, out)?;
+        done += out.len() as u64;
+        on_progress(done, total);
+        Ok::<_, WeightsError>(())
+    })?;
+    for (module, sent) in modules.iter_mut().zip(sent) {
+        let names = sources.iter().map(|source| source.name.clone());
+        let mut put = Put::<B> {
+            path: Vec::new(),
+            tensors: names.zip(sent).collect(),
+        };
+        *module = module.clone().map(&mut put);
+    }
+    Ok(())
+}
+
+/// A tensor of the module in the files.
+struct Source {
+    file: usize,
+    name: String,
+    shape: Vec<usize>,
+}
+
+/// Where each parameter comes from, in the order of the bytes.
+fn sources(
+    files: &[TensorFile],
+    expected: &BTreeMap<String, Vec<usize>>,
+    dir: &Path,
+) -> Result<Vec<Source>, WeightsError> {
+    let mut missing = expected.clone();
+    let mut surplus = Vec::new();
+    let mut sources = Vec::new();
+    for (number, file) in files.iter().enumerate() {
+        for (name, shape) in file.shapes_in_order() {
+            match expected.get(name) {
+                Some(want) if want == shape => {
+                    // The same name in a second file counts for nothing.
+                    if missing.remove(name).is_some() {
+                        sources.push(Source {
+                            file: number,
+                            name: name.to_string(),
+                            shape: shape.to_vec(),
+                        });
+                    }
+                }
+                Some(want) => {
+                    return Err(WeightsError::Shape {
+                        path: file.path().to_path_buf(),
+                        name: name.to_string(),
+                        found: shape.to_vec(),
+                        expected: want.clone(),
+                    });
+                }
+                None if name == "lm_head.weight" => {}
+                None => surplus.push(name.to_string()),
+            }
+        }
+    }
+    if let Some((first, _)) = missing.first_key_value() {
+        return Err(WeightsError::Missing {
+            path: dir.to_path_buf(),
+            count: missing.len(),
+            first: first.clone(),
+        });
+    }
+    surplus.sort();
+    if let Some(first) = surplus.first() {
+        return Err(WeightsError::Surplus {
+            path: dir.to_path_buf(),
+            count: surplus.len(),
+            first: first.clone(),
+        });
+    }
+    Ok(sources)
+}
+
+impl From<UploadError> for WeightsError {
+    fn from(error: UploadError) -> Self {
+        Self::Upload(error.0)
+    }
+}
+
+/// Puts tensors in the places of parameters, by path; what the parameter was to be trained as stays.
+struct Put<B: Backend> {
+    path: Vec<String>,
+    tensors: HashMap<String, FloatTensor<B>>,
+}
+
+impl<B: Backend> ModuleMapper<B> for Put<B> {
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.path.push(name.to_string());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.path.pop();
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+        match self.tensors.remove(&self.path.join(".")) {
+            Some(tensor) => {
+                let id = param.id;
+                param.transform_for_load(Tensor::from_primitive(TensorPrimitive::Float(tensor)), id)
+            }
+            None => param,
+        }
+    }
+}
