@@ -23,7 +23,6 @@ use burn::{
     tensor::{DType, Distribution, backend::AutodiffBackend, ops::FloatTensor},
 };
 
-<<<<<<< HEAD
 use crate::{
     generate::{
         SamplingConfig,
@@ -34,16 +33,9 @@ use crate::{
         ImageInput, Qwen3Vl,
         cache::KeyValueCache,
         config::Qwen3VlConfig,
-        nn::{gelu_exact, gelu_tanh},
+        nn::{gelu_exact, gelu_tanh, to_f32},
         vision::{VisionLayout, VisionModel, VisionOutput},
     },
-=======
-use crate::qwen3_vl::{
-    Qwen3Vl,
-    cache::KeyValueCache,
-    config::Qwen3VlConfig,
-    nn::{gelu_exact, gelu_tanh, to_f32},
->>>>>>> vulkan
 };
 pub use kept::Kept;
 pub use spans::AttentionSpans;
@@ -461,9 +453,9 @@ pub trait Kernels: Backend {
     /// their size, or leave the type's range.
     fn wide_product(a: Tensor<Self, 4>, b: Tensor<Self, 4>) -> Tensor<Self, 4> {
         if a.dtype() == DType::F16 {
-            to_f32(a).matmul(to_f32(b))
+            Self::product(to_f32(a), to_f32(b))
         } else {
-            to_f32(a.matmul(b))
+            to_f32(Self::product(a, b))
         }
     }
 
@@ -617,6 +609,11 @@ pub trait Kernels: Backend {
 
     /// Memory that the calling thread's work holds on the device; `None` where the backend does not tell.
     fn memory_in_use(_device: &Self::Device) -> Option<DeviceMemory> {
+        None
+    }
+
+    /// Memory of the device that can still be had, in bytes; `None` where the backend does not tell.
+    fn free_memory(_device: &Self::Device) -> Option<u64> {
         None
     }
 

@@ -19,10 +19,7 @@ use crate::{
     kernels::{
         AttentionSpans, DecodeStart, Decoder, DeviceMemory, HeadNorm, Kernels, LowRank, plain,
     },
-<<<<<<< HEAD
     quant::PackedWeight,
-=======
->>>>>>> vulkan
     qwen3_vl::{
         Qwen3Vl,
         cache::KeyValueCache,
@@ -109,7 +106,6 @@ impl Kernels for Backend {
         ))
     }
 
-<<<<<<< HEAD
     fn unpack_rows(
         weight: &PackedWeight<Self>,
         start: usize,
@@ -139,32 +135,39 @@ impl Kernels for Backend {
 
     fn logits_packed(hidden: Tensor<Self, 2>, head: &PackedWeight<Self>) -> Tensor<Self, 2> {
         quantized::logits_packed(hidden, head)
-=======
-    fn adapted_linear(
+    }
+
+    fn low_rank_inputs(x: Tensor<Self, 2>, adapters: &[&LowRank<Self>]) -> Vec<Tensor<Self, 2>> {
+        let wide = contiguous(to_f32(x.clone()));
+        let low = |adapter: &&LowRank<Self>| {
+            let a = contiguous(adapter.a.clone());
+            if adapter.dropout.is_some() || !matvec::covers(&wide, &a) {
+                return plain::low_rank_input(x.clone(), adapter);
+            }
+            tensor(matvec::product(&wide, None, &a, None, None, DType::F32))
+        };
+        adapters.iter().map(low).collect()
+    }
+
+    fn adapted_product(
         x: Tensor<Self, 2>,
         weight: Tensor<Self, 2>,
+        low: Tensor<Self, 2>,
         adapter: &LowRank<Self>,
         residual: Option<Tensor<Self, 2>>,
-    ) -> (Tensor<Self, 2>, Tensor<Self, 2>) {
+    ) -> Tensor<Self, 2> {
         let (x, weight) = (contiguous(x), strided(weight));
-        let (a, b) = (contiguous(adapter.a.clone()), contiguous(adapter.b.clone()));
-        let wide: Buffer = strided(to_f32(tensor::<2>(x.clone())));
-        let fits = adapter.dropout.is_none()
-            && residual
-                .as_ref()
-                .is_none_or(|residual| residual.dtype() == x.dtype);
-        // The rank is the inner width of the second product.
-        let ranks = a.meta.shape()[0].is_multiple_of(4);
-        if !fits || !ranks || !matvec::covers(&x, &weight) || !matvec::covers(&wide, &a) {
-            return plain::adapted_linear(tensor(x), tensor(weight), adapter, residual);
+        let b = contiguous(adapter.b.clone());
+        let scaled = contiguous(to_f32(low.clone()) * adapter.scaling);
+        let one_type = residual
+            .as_ref()
+            .is_none_or(|residual| residual.dtype() == x.dtype);
+        if !one_type || !matvec::covers(&x, &weight) || !matvec::covers(&scaled, &b) {
+            return plain::adapted_product(tensor(x), tensor(weight), low, adapter, residual);
         }
         let residual = residual.map(contiguous);
         let y = matvec::product(&x, None, &weight, None, residual.as_ref(), x.dtype);
-        let low = matvec::product(&wide, None, &a, None, None, DType::F32);
-        let scaled = strided(tensor::<2>(low.clone()) * adapter.scaling);
-        let y = matvec::product(&scaled, None, &b, None, Some(&y), x.dtype);
-        (tensor(y), tensor(low))
->>>>>>> vulkan
+        tensor(matvec::product(&scaled, None, &b, None, Some(&y), x.dtype))
     }
 
     fn rms_norm(x: Tensor<Self, 2>, weight: Tensor<Self, 1>, epsilon: f64) -> Tensor<Self, 2> {

@@ -9,6 +9,8 @@ mod cache;
 mod collective;
 mod decode;
 mod gemm;
+#[cfg(all(test, feature = "flex"))]
+mod gradient_tests;
 mod launch;
 mod lora;
 mod loss;
@@ -192,6 +194,10 @@ impl Kernels for Cuda {
 
     fn memory_in_use(device: &Self::Device) -> Option<DeviceMemory> {
         collective::memory_in_use(device)
+    }
+
+    fn free_memory(device: &Self::Device) -> Option<u64> {
+        launch::free_memory(device)
     }
 
     fn all_reduce(
