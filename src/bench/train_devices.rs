@@ -46,13 +46,14 @@ impl<B: Kernels> Bench<B> {
             micro_batch,
             packing,
             recompute,
-            ..
+            recompute_pointwise,
         } = shape;
         let settings = TrainConfig {
             per_device_train_batch_size: micro_batch,
             gradient_accumulation_steps: STEP_SAMPLES.div_ceil(micro_batch),
             packing,
             gradient_checkpointing: recompute,
+            recompute_pointwise,
             seed: SEED,
             ..TrainConfig::default()
         };

@@ -24,10 +24,12 @@ use super::{
     learner::Trainee,
     optimizer::{AdamW, clip_global_norm},
     ranks::{RankError, Ranks},
+    strategy::{GenerateBatch, Generated, GenerationScorer},
 };
 use crate::{
     dataset::loader::Window,
     kernels::{AllReduce, DeviceMemory, Kernels, TrainKernels, send_module},
+    lora::merge::merge,
     qwen3_vl::nn::to_f32,
 };
 
@@ -48,6 +50,12 @@ enum Job<B: TrainKernels> {
     Step(Vec<Flat<B>>, f64),
     /// Work out the loss of a validation batch; the first rank gets the Learner's model with it.
     Evaluate(Option<Box<Trainee<B>>>, Box<Window>),
+    /// Generate reports of some batches; the first rank gets the Learner's model with it.
+    Generate(
+        Option<Box<Trainee<B>>>,
+        Arc<GenerateBatch<B::InnerBackend>>,
+        Vec<usize>,
+    ),
     /// Tell the weights apart; the first rank gets the Learner's model with it.
     Digest(Option<Box<Trainee<B>>>),
 }
@@ -57,6 +65,7 @@ enum Answer<B: TrainKernels> {
     Learnt(Learnt),
     Gradients(Vec<Flat<B>>),
     Totals(LossTotals),
+    Generated(Vec<Vec<Generated>>),
     Digests(Vec<u64>),
 }
 
@@ -284,6 +293,36 @@ impl<B: TrainKernels> Replicas<B> {
             .collect())
     }
 
+    /// Reports of all batches of a scorer, which the devices take in turn.
+    ///
+    /// # Errors
+    /// [`RankError`].
+    pub fn generate(
+        &self,
+        model: &Trainee<B>,
+        scorer: &GenerationScorer<B::InnerBackend>,
+    ) -> Result<Vec<Generated>, RankError> {
+        let count = self.ranks.len();
+        let jobs = (0..count)
+            .map(|rank| {
+                let model = (rank == 0).then(|| Box::new(model.clone()));
+                let batches = (rank..scorer.batches).step_by(count).collect();
+                (rank, Job::Generate(model, scorer.generate.clone(), batches))
+            })
+            .collect();
+        let answers = self.ranks.ask("generating reports", jobs)?;
+        let mut all: Vec<_> = answers
+            .into_iter()
+            .filter_map(|answer| match answer {
+                Answer::Generated(batches) => Some(batches.into_iter()),
+                _ => None,
+            })
+            .collect();
+        // Back into the order of the batches.
+        let ordered = (0..scorer.batches).filter_map(|batch| all[batch % count].next());
+        Ok(ordered.flatten().collect())
+    }
+
     /// Makes sure that all devices have the same trained weights after `step` steps, bit for bit.
     ///
     /// # Errors
@@ -402,6 +441,16 @@ impl<B: TrainKernels> Rank<B> {
                 let model = model.as_deref().or(self.model.as_ref()).ok_or(NO_MODEL)?;
                 let output = InferenceStep::step(&model.valid(), *window);
                 Ok(Answer::Totals(output.totals()))
+            }
+            Job::Generate(model, generate, batches) => {
+                let model = model.as_deref().or(self.model.as_ref()).ok_or(NO_MODEL)?;
+                let merged = merge(model.valid().model);
+                let reports = batches
+                    .into_iter()
+                    .map(|batch| generate(&merged, &self.device, batch))
+                    .collect::<Result<_, _>>()
+                    .map_err(|error| error.to_string())?;
+                Ok(Answer::Generated(reports))
             }
             Job::Digest(model) => {
                 let model = model.as_deref().or(self.model.as_ref()).ok_or(NO_MODEL)?;

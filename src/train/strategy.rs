@@ -17,7 +17,8 @@ use std::{
 
 use burn::{
     data::dataloader::Progress,
-    tensor::backend::AutodiffBackend,
+    prelude::Backend,
+    tensor::backend::{AutodiffBackend, BackendTypes},
     train::{
         EventProcessorTraining, Learner, LearnerEvent, LearningComponentsMarker,
         SupervisedLearningStrategy, SupervisedTrainingEventProcessor, TrainLoader,
@@ -102,9 +103,32 @@ pub enum TrainError {
 /// Scores of generated reports, by name.
 pub type GenerationScores = Vec<(&'static str, f64)>;
 
+/// A generated report beside the true one.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Generated {
+    /// What the data set says.
+    pub truth: String,
+    /// The reasoning before the report, for models that think.
+    pub thinking: Option<String>,
+    /// What the model says.
+    pub report: String,
+}
+
+/// Reports of a batch, by its number, with a merged model on a device.
+pub type GenerateBatch<B> = dyn Fn(&Qwen3Vl<B>, &<B as BackendTypes>::Device, usize) -> Result<Vec<Generated>, TrainError>
+    + Send
+    + Sync;
+
 /// Generates reports with the model as it is after some steps and scores them.
-pub type GenerationScorer<B> =
-    Box<dyn Fn(&Qwen3Vl<B>, usize) -> Result<GenerationScores, TrainError> + Send + Sync>;
+pub struct GenerationScorer<B: Backend> {
+    /// How many batches there are.
+    pub batches: usize,
+    /// Generates one of them; they are shared out among the devices.
+    pub generate: Arc<GenerateBatch<B>>,
+    /// Scores all reports, in the order of the batches.
+    pub score:
+        Box<dyn Fn(Vec<Generated>, usize) -> Result<GenerationScores, TrainError> + Send + Sync>,
+}
 
 /// Tells a person how the run goes: one line.
 pub type Tell = Arc<dyn Fn(&str) + Send + Sync>;
