@@ -20,7 +20,7 @@ use crate::{
     train::{
         config::TrainConfig,
         learner::{StepSettings, Trainee},
-        optimizer::{AdamW, clip_global_norm},
+        optimizer::{AdamW, clip_on_device},
         ranks::RankError,
         replicas::Replicas,
     },
@@ -97,11 +97,15 @@ impl<B: Kernels> Bench<B> {
             let start = Instant::now();
             let (loss, norm) = {
                 let learnt = replicas.learn(&trainee, input)?;
-                let mut grads = replicas.reduce(&trainee)?;
-                let norm = clip_global_norm(&trainee, &mut grads, max_grad_norm);
+                let grads = replicas.reduce(&trainee, learning_rate)?;
+                let clip = clip_on_device(&trainee, &grads, max_grad_norm);
+                let norm = clip.clone().map(B::read_later);
+                optimizer.clip_next(clip);
                 trainee = optimizer.step(learning_rate, trainee.clone(), grads);
-                replicas.step(learning_rate)?;
+                let norm = norm.and_then(|norm| norm().first().copied());
+                replicas.finish_step()?;
                 let loss: f64 = learnt.iter().map(|part| part.objective).sum();
+                let norm = norm.map_or(0.0, f64::from);
                 Ok::<_, RankError>((loss, norm))
             }?;
             let seconds = start.elapsed().as_secs_f64();

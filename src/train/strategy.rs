@@ -30,7 +30,7 @@ use super::{
     checkpoint::{CheckpointError, TrainerState},
     checkpoint_dir::{CheckpointDir, CheckpointDirError},
     learner::{ScheduleStepper, StepNumbers, StepOutput, StepReading, StepTotals, Trainee},
-    optimizer::{AdamW, clip_global_norm, clip_on_device},
+    optimizer::{AdamW, clip_on_device},
     ranks::RankError,
     records::{MetricsLog, RecordsError},
     replicas::Replicas,
@@ -430,14 +430,17 @@ impl<B: TrainKernels> LoopState<B> {
                 launched.numbers = Numbers::Known(sum);
                 // A loss that is no number goes before an exchange of gradients that are none.
                 self.check_finite(&launched)?;
-                let model = learner.model();
-                let mut grads = replicas.reduce(&model)?;
-                sum.norm = clip_global_norm(&model, &mut grads, max_norm);
+                let grads = replicas.reduce(&learner.model(), learner.lr_current())?;
+                let clip = clip_on_device(&learner.model(), &grads, max_norm);
+                let norm = clip.clone().map(B::InnerBackend::read_later);
+                self.optimizer.clip_next(clip);
+                learner.optimizer_step(grads);
+                if let Some(norm) = norm {
+                    sum.norm = norm().first().copied().map_or(0.0, f64::from);
+                }
                 launched.numbers = Numbers::Known(sum);
                 self.check_finite(&launched)?;
-                drop(model);
-                learner.optimizer_step(grads);
-                replicas.step(learner.lr_current())?;
+                replicas.finish_step()?;
             }
         }
         Ok(launched)
