@@ -23,6 +23,7 @@ pub mod phantom;
 pub mod pipeline;
 pub mod plot;
 pub mod processor;
+pub mod quant;
 pub mod qwen3_vl;
 pub mod serve;
 pub mod spread;

@@ -9,7 +9,7 @@ use xray_qwen3vl::{
     cli::{BenchCommand, BenchServer, Cli, Command},
     commands::{
         UsageError, bench, bench_serve, check, clean, convert, doctor, eval, infer, init_tiny,
-        merge, phantoms, plan, serve, train,
+        merge, phantoms, plan, quantize, serve, train,
     },
 };
 
@@ -29,6 +29,7 @@ fn main() -> ExitCode {
         Command::Infer(args) => infer::run(args),
         Command::Train(args) => train::run(args),
         Command::Merge(args) => merge::run(args),
+        Command::Quantize(args) => quantize::run(args),
         Command::Plan(args) => plan::run(&args),
         Command::Eval(args) => eval::run(*args),
         Command::Clean(args) => clean::run(&args),

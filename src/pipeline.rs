@@ -18,11 +18,14 @@ use crate::{
         patches::{ImageProcessor, ImageProcessorConfig},
         tokenizer::{Tokenizer, TokenizerError},
     },
+    quant::{self, Quantization, load::load_packed},
     qwen3_vl::{
         ImageInput, Qwen3Vl,
         config::{ConfigError, Qwen3VlConfig},
         nn::InitOptions,
-        weights::{LoadProgress, WeightsError, checkpoint_files, load_checkpoints},
+        weights::{
+            LoadProgress, WeightsError, checkpoint_files, load_checkpoints, parameter_shapes,
+        },
     },
 };
 
@@ -66,7 +69,7 @@ pub enum PipelineError {
         expected: usize,
     },
     #[error(
-        "the model needs about {need:.1} GiB of memory as {dtype:?}, {free:.1} GiB are free; try `--dtype bf16`, a smaller model, or close other programs"
+        "the model needs about {need:.1} GiB of memory as {dtype:?}, {free:.1} GiB are free; try `--dtype bf16` or `--quantize int8`, a smaller model, or close other programs"
     )]
     Memory { need: f64, free: f64, dtype: DType },
 }
@@ -76,10 +79,13 @@ pub enum PipelineError {
 pub struct PipelineOptions {
     /// Checkpoint folder.
     pub model: PathBuf,
-    /// PEFT adapter folder, merged into the weights.
+    /// PEFT adapter folder, merged into the weights; on packed weights it stays apart.
     pub adapter: Option<PathBuf>,
     /// Type of the weights on the device.
     pub dtype: DType,
+    /// Pack the weights of a 16-bit checkpoint while they are loaded; one that is packed on the disk
+    /// stays as it is.
+    pub quantize: Option<Quantization>,
     /// Smallest picture the model is shown, in pixels; the recipe's when absent.
     pub min_pixels: Option<usize>,
     /// Largest picture the model is shown, in pixels; the recipe's when absent.
@@ -296,7 +302,7 @@ pub struct Answer {
 /// A loaded model with all that belongs to it.
 #[derive(Debug)]
 pub struct Pipeline<B: Backend> {
-    /// Weights, adapter merged.
+    /// Weights with their adapter, merged unless they are packed.
     pub model: Qwen3Vl<B>,
     /// Tokenizer, template, image processor.
     pub parts: TextAndImages,
@@ -305,7 +311,7 @@ pub struct Pipeline<B: Backend> {
 }
 
 impl<B: Kernels> Pipeline<B> {
-    /// Loads a checkpoint and merges its adapter.
+    /// Loads a checkpoint and its adapter.
     ///
     /// # Errors
     /// [`PipelineError`] names the file, and the key or tensor.
@@ -333,6 +339,8 @@ impl<B: Kernels> Pipeline<B> {
             .zip(devices)
             .map(|(model, device)| {
                 let model = match &options.adapter {
+                    // What is packed is not packed anew: there the adapter stays beside it.
+                    Some(dir) if model.quantization().is_some() => load_adapter(model, dir)?.0,
                     Some(dir) => merge(load_adapter(model, dir)?.0),
                     None => model,
                 };
@@ -431,6 +439,8 @@ pub fn load_models<B: Kernels>(
         dtype: options.dtype,
         ..InitOptions::default()
     };
+    let on_disk = quant::files::of_checkpoint(&options.model)?;
+    let quantization = on_disk.or(options.quantize);
     let mut models: Vec<Qwen3Vl<B>> = devices
         .iter()
         .map(|device| Qwen3Vl::new(config, &init, device))
@@ -438,7 +448,25 @@ pub fn load_models<B: Kernels>(
     if let (Some(device), Some(model)) = (devices.first(), models.first())
         && B::name(device).contains("flex")
     {
-        check_host_memory(&options.model, model, options.dtype, models.len())?;
+        let copies = models.len();
+        check_host_memory(&options.model, model, options.dtype, quantization, copies)?;
+    }
+    if let Some(quantization) = quantization {
+        if options.quantize.is_some_and(|asked| asked != quantization) {
+            return Err(PipelineError::Weights(WeightsError::Quantization {
+                path: options.model.clone(),
+                reason: format!(
+                    "the weights are packed as {quantization} already; leave out --quantize, or take the checkpoint they were made from"
+                ),
+            }));
+        }
+        let (dir, packed) = (&options.model, on_disk.is_some());
+        let dtype = options.dtype;
+        for model in &mut models {
+            let fresh = model.clone();
+            *model = load_packed(fresh, dir, quantization, packed, dtype, &mut *on_progress)?;
+        }
+        return Ok(models);
     }
     load_checkpoints(&mut models, &options.model, options.dtype, on_progress)?;
     Ok(models.into_iter().map(compact).collect())
@@ -449,15 +477,14 @@ fn check_host_memory<B: Kernels>(
     dir: &Path,
     model: &Qwen3Vl<B>,
     dtype: DType,
+    quantization: Option<Quantization>,
     copies: usize,
 ) -> Result<(), PipelineError> {
     const GIB: f64 = (1u64 << 30) as f64;
     checkpoint_files(dir)?;
-    let parameters: usize = crate::qwen3_vl::weights::parameter_shapes(model)
-        .values()
-        .map(|shape| shape.iter().product::<usize>())
-        .sum();
-    let need = (parameters * dtype.size() * copies) as f64 / GIB;
+    let shapes = parameter_shapes(model);
+    let bytes = quant::memory::weight_bytes(&shapes, quantization, dtype.size());
+    let need = (bytes * copies) as f64 / GIB;
     match crate::system::available_memory() {
         Some(free) if need > free as f64 / GIB => Err(PipelineError::Memory {
             need,

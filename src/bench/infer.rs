@@ -42,7 +42,7 @@ impl<B: Kernels> Bench<B> {
             super::Source::Folder(_) => "load",
             super::Source::Random { .. } => "draw",
         };
-        let bytes = self.source.load_bytes(&self.config, self.dtype)?;
+        let bytes = self.source.load_bytes(self.weight_bytes())?;
         let mut records = Vec::new();
         for count in counts(devices) {
             let name = format!("{verb}{}", on_devices(count));
@@ -135,7 +135,8 @@ impl<B: Kernels> Bench<B> {
             let each = images.patches() / batch;
             let name = format!("vision_b{batch}_p{each}");
             let mut record = self.record("vision", name, batch);
-            let work = vision(&self.config, &vec![each; batch], self.element());
+            let mut work = vision(&self.config, &vec![each; batch], self.element());
+            work.bytes -= self.saved_bytes("model.visual.");
             let work_once = |call| {
                 if call == WARM_UP + 1 {
                     self.mark_operations();
@@ -175,6 +176,7 @@ impl<B: Kernels> Bench<B> {
     ) -> Result<Vec<Record>, BenchError> {
         let mut requests = Requests::new(&self.config, self.mixed, SEED);
         let mut records = Vec::new();
+        let saved = self.saved_bytes("model.visual.") + self.saved_text_bytes();
         for batch in batches {
             let mut prompts = requests.prompts(*batch);
             let name = format!("prefill_b{batch}{}", self.length_of(&prompts));
@@ -198,13 +200,15 @@ impl<B: Kernels> Bench<B> {
                     B::settle(model);
                 }
                 let lengths = lengths(&prompts);
+                let mut work = vision(&self.config, &patches(&prompts), self.element())
+                    .plus(text_prefill(&self.config, &lengths, self.element()));
+                work.bytes -= saved;
                 Ok::<_, BenchError>(Lap {
                     seconds,
                     stall_seconds: seconds,
                     samples: *batch as f64,
                     tokens: lengths.iter().sum::<usize>() as f64,
-                    work: vision(&self.config, &patches(&prompts), self.element())
-                        .plus(text_prefill(&self.config, &lengths, self.element())),
+                    work,
                 })
             })?;
             self.finish(&mut record, &laps, load_seconds);
@@ -227,6 +231,7 @@ impl<B: Kernels> Bench<B> {
     ) -> Result<Vec<Record>, BenchError> {
         let mut requests = Requests::new(&self.config, self.mixed, SEED);
         let mut records = Vec::new();
+        let saved = DECODE_STEPS as f64 * self.saved_text_bytes();
         for batch in batches {
             let mut prompts = requests.prompts(*batch);
             let length = self.length_of(&prompts);
@@ -258,17 +263,19 @@ impl<B: Kernels> Bench<B> {
                     }
                     before = Some(Instant::now());
                 })?;
+                let mut work = decode(
+                    &self.config,
+                    &lengths(&prompts),
+                    DECODE_STEPS,
+                    self.element(),
+                );
+                work.bytes -= saved;
                 Ok::<_, BenchError>(Lap {
                     seconds: timing.decode_seconds,
                     stall_seconds: longest_gap,
                     samples: *batch as f64,
                     tokens: timing.decoded_tokens as f64,
-                    work: decode(
-                        &self.config,
-                        &lengths(&prompts),
-                        DECODE_STEPS,
-                        self.element(),
-                    ),
+                    work,
                 })
             })?;
             self.finish(&mut record, &laps, load_seconds);

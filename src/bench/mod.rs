@@ -27,10 +27,14 @@ use crate::{
     files::FileError,
     kernels::{Kernels, send_module},
     pipeline::{PipelineError, PipelineOptions, load_models},
+    quant::{Quantization, memory::weight_bytes},
     qwen3_vl::{
         Qwen3Vl,
         config::{ConfigError, Qwen3VlConfig},
-        weights::{LoadProgress, MAX_SHARD_BYTES, checkpoint_files, save_checkpoint},
+        nn::InitOptions,
+        weights::{
+            LoadProgress, MAX_SHARD_BYTES, checkpoint_files, parameter_shapes, save_checkpoint,
+        },
     },
     system::{available_memory, peak_memory},
     train::{checkpoint::dtype_text, plan::base_parameters},
@@ -116,8 +120,8 @@ impl Source {
         }
     }
 
-    /// Bytes that loading reads (the checkpoint's files) or writes (drawn weights).
-    fn load_bytes(&self, config: &Qwen3VlConfig, dtype: DType) -> Result<f64, BenchError> {
+    /// Bytes that loading reads (the checkpoint's files) or writes (`drawn` weights).
+    fn load_bytes(&self, drawn: f64) -> Result<f64, BenchError> {
         match self {
             Self::Folder(dir) => Ok(checkpoint_files(dir)
                 .map_err(PipelineError::from)?
@@ -125,7 +129,7 @@ impl Source {
                 .filter_map(|file| file.metadata().ok())
                 .map(|file| file.len() as f64)
                 .sum()),
-            Self::Random { .. } => Ok(count::weight_bytes(config, dtype.size())),
+            Self::Random { .. } => Ok(drawn),
         }
     }
 }
@@ -165,6 +169,8 @@ pub struct Bench<B: Backend> {
     pub mixed: bool,
     /// Measured calls; each kind of measurement has its own default.
     pub samples: Option<usize>,
+    /// How weights are packed while they are loaded or drawn.
+    pub quantize: Option<Quantization>,
     memory: MemoryWatch,
     operations: RefCell<Option<OperationLog>>,
 }
@@ -192,6 +198,7 @@ impl<B: Kernels> Bench<B> {
             facts,
             mixed,
             samples,
+            quantize: None,
             memory,
             operations: RefCell::new(OperationLog::from_environment()),
         })
@@ -228,6 +235,7 @@ impl<B: Kernels> Bench<B> {
                     model: dir.clone(),
                     adapter: None,
                     dtype: self.dtype,
+                    quantize: self.quantize,
                     min_pixels: None,
                     max_pixels: None,
                 };
@@ -235,7 +243,7 @@ impl<B: Kernels> Bench<B> {
             }
             Source::Random { size, .. } => {
                 self.check_host_memory(*size)?;
-                let first = draw::<A>(&self.config, SEED, self.dtype, &devices[0]);
+                let first = draw::<A>(&self.config, SEED, self.dtype, self.quantize, &devices[0]);
                 let copies = devices[1..]
                     .iter()
                     .map(|device| send_module(first.clone(), device))
@@ -255,7 +263,11 @@ impl<B: Kernels> Bench<B> {
     /// # Errors
     /// As [`Bench::model`]; the files cannot be written.
     pub fn write_checkpoint(&mut self, dir: &Path) -> Result<TemporaryFolder, BenchError> {
-        let (model, _) = self.model::<B>(&mut |_, _| {})?;
+        // Floats, to be packed when they are loaded.
+        let quantize = self.quantize.take();
+        let model = self.model::<B>(&mut |_, _| {});
+        self.quantize = quantize;
+        let (model, _) = model?;
         let folder = TemporaryFolder::in_dir(dir)?;
         let config = folder.0.join("config.json");
         let text = self.config.to_published_json(dtype_text(self.dtype));
@@ -268,7 +280,7 @@ impl<B: Kernels> Bench<B> {
     /// The CPU's memory ends the process when it runs out, so it is looked at before.
     fn check_host_memory(&self, size: RandomSize) -> Result<(), BenchError> {
         const GIB: f64 = (1u64 << 30) as f64;
-        let need = count::weight_bytes(&self.config, self.dtype.size());
+        let need = self.weight_bytes();
         match available_memory() {
             Some(free) if device::is_cpu::<B>(&self.device) && need > free as f64 => {
                 Err(BenchError::Memory {
@@ -280,6 +292,33 @@ impl<B: Kernels> Bench<B> {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Bytes of all weights on the device.
+    fn weight_bytes(&self) -> f64 {
+        count::weight_bytes(&self.config, self.dtype.size()) - self.saved_bytes("")
+    }
+
+    /// Bytes that packing takes off the weights whose path begins with `prefix`.
+    fn saved_bytes(&self, prefix: &str) -> f64 {
+        let Some(quantization) = self.quantize else {
+            return 0.0;
+        };
+        let model = Qwen3Vl::<B>::new(&self.config, &InitOptions::default(), &self.device);
+        let mut shapes = parameter_shapes(&model);
+        shapes.retain(|path, _| path.starts_with(prefix));
+        let bytes = |quantization| weight_bytes(&shapes, quantization, self.dtype.size());
+        (bytes(None) - bytes(Some(quantization))) as f64
+    }
+
+    /// Bytes that packing takes off one pass through the language model and its head.
+    fn saved_text_bytes(&self) -> f64 {
+        let head = if self.config.tie_word_embeddings {
+            "model.language_model.embed_tokens."
+        } else {
+            "lm_head."
+        };
+        self.saved_bytes("model.language_model.layers.") + self.saved_bytes(head)
     }
 
     /// A record with all that is known before the measurement; forgets earlier peaks of memory.
@@ -295,7 +334,10 @@ impl<B: Kernels> Bench<B> {
             model: self.source.name(),
             layers: self.config.text_config.num_hidden_layers,
             parameters: base_parameters(&self.config),
-            dtype: dtype_text(self.dtype).to_string(),
+            dtype: match self.quantize {
+                None => dtype_text(self.dtype).to_string(),
+                Some(quantization) => format!("{} ({quantization})", dtype_text(self.dtype)),
+            },
             program: format!(
                 "xray-qwen3vl {} on burn 0.21.0, built with {}",
                 env!("CARGO_PKG_VERSION"),

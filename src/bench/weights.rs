@@ -1,5 +1,7 @@
 //! Models of published size with weights drawn on the device.
 
+use std::convert::Infallible;
+
 use burn::{
     module::{Module, ModuleMapper, Param},
     prelude::*,
@@ -8,6 +10,7 @@ use burn::{
 
 use crate::{
     kernels::Kernels,
+    quant::{Format, PackedWeight, Quantization, load::replace_weights, weight::scale_dtype},
     qwen3_vl::{
         Qwen3Vl,
         config::{Qwen3VlConfig, TextConfig, VisionConfig},
@@ -125,11 +128,36 @@ impl<B: Kernels> ModuleMapper<B> for Draw {
     }
 }
 
+/// A packed matrix of levels that are as likely as any other, with the deviation `std`.
+fn draw_packed<B: Kernels>(
+    [rows, d_input]: [usize; 2],
+    format: Format,
+    std: f64,
+    dtype: DType,
+    device: &B::Device,
+) -> PackedWeight<B> {
+    let shape = [rows, format.words(d_input)];
+    // Halves of words: a draw of 32 bits at once would have the 24 of an f32.
+    let half = |from: f64| -> Tensor<B, 2, Int> {
+        let range = Distribution::Uniform(from, from + 65_536.0);
+        Tensor::random(shape, range, (device, DType::I32))
+    };
+    let words = half(-32_768.0) * 65_536 + half(0.0);
+    let levels = (1u32 << format.bits()) as f64;
+    let scale = std / ((levels * levels - 1.0) / 12.0).sqrt();
+    let held = scale_dtype::<B>(format, device);
+    let scales = Tensor::full([rows, format.scales(d_input)], scale, (device, held));
+    PackedWeight::new(words, scales, format, d_input, dtype)
+}
+
 /// Draws a whole model, tensor by tensor, on the device: normal with the published deviation.
+///
+/// With `quantization` the packed words are drawn, never floats; the levels are even then.
 pub fn draw<B: Kernels>(
     config: &Qwen3VlConfig,
     seed: u64,
     dtype: DType,
+    quantization: Option<Quantization>,
     device: &B::Device,
 ) -> Qwen3Vl<B> {
     let options = InitOptions {
@@ -137,10 +165,15 @@ pub fn draw<B: Kernels>(
         ..InitOptions::default()
     };
     B::seed(device, seed);
-    Qwen3Vl::new(config, &options, device).map(&mut Draw {
-        dtype,
-        std: options.initializer_range,
-    })
+    let std = options.initializer_range;
+    let mut model = Qwen3Vl::new(config, &options, device);
+    if let Some(quantization) = quantization {
+        let Ok(packed) = replace_weights(model, quantization, |_, shape, format| {
+            Ok::<_, Infallible>(draw_packed(shape, format, std, dtype, device))
+        });
+        model = packed;
+    }
+    model.map(&mut Draw { dtype, std })
 }
 
 #[cfg(test)]
@@ -170,7 +203,7 @@ mod tests {
         let config = tiny();
         let device = Default::default();
         for dtype in [DType::F32, DType::BF16] {
-            let model = draw::<burn_flex::Flex>(&config, 1, dtype, &device);
+            let model = draw::<burn_flex::Flex>(&config, 1, dtype, None, &device);
             let table = model.model.language_model.embed_tokens.weight.val();
             assert_eq!(table.dtype(), dtype);
             let values: Vec<f32> = table.into_data().iter::<f32>().collect();
@@ -180,6 +213,29 @@ mod tests {
             assert!((square.sqrt() - 0.02).abs() < 1e-3, "{square}");
             let norm = model.model.language_model.norm.weight.val().into_data();
             assert!(norm.iter::<f32>().all(|v| v == 1.0));
+        }
+    }
+    #[cfg(feature = "flex")]
+    #[test]
+    fn drawn_packed_weights_have_the_deviation_too() {
+        let config = tiny();
+        let device = Default::default();
+        for text in ["int8", "int4", "int4:32"] {
+            let quantization: Quantization = text.parse().unwrap();
+            let model =
+                draw::<burn_flex::Flex>(&config, 1, DType::F32, Some(quantization), &device);
+            assert_eq!(model.quantization(), Some(quantization));
+            let weight = model.model.language_model.layers[0]
+                .mlp
+                .up_proj
+                .weight
+                .val();
+            let values: Vec<f32> = weight.into_data().iter::<f32>().collect();
+            let mean = values.iter().sum::<f32>() / values.len() as f32;
+            let square = values.iter().map(|v| v * v).sum::<f32>() / values.len() as f32;
+            // Levels lie half a step below zero on average.
+            assert!(mean.abs() < 3e-3, "{text}: {mean}");
+            assert!((square.sqrt() - 0.02).abs() < 1e-3, "{text}: {square}");
         }
     }
 }

@@ -30,6 +30,7 @@ use crate::{
     },
     files::write_atomic,
     kernels::Kernels,
+    quant::Quantization,
     train::trace::Trace,
 };
 
@@ -75,6 +76,9 @@ pub struct BenchArgs {
     /// Type of the weights; by default bf16 on CUDA and f32 elsewhere.
     #[arg(long, value_enum)]
     pub dtype: Option<DtypeName>,
+    /// Pack the weights while they are loaded, or draw them packed: int8, int4 (groups of 64) or int4:32.
+    #[arg(long, value_name = "FORMAT")]
+    pub quantize: Option<Quantization>,
     /// Requests at once, several sizes one after another [default: 1; decode: 1,8,32; infer: 16]. In
     /// `train`, samples of a micro-batch, 16 samples a step and device in any case.
     #[arg(long, value_name = "N,N", value_delimiter = ',')]
@@ -201,6 +205,11 @@ fn check(args: &BenchArgs) -> Result<()> {
         bail!(UsageError("--samples is 0, expected at least 1".into()));
     }
     let train = args.kind == BenchKind::Train;
+    if train && args.quantize.is_some() {
+        bail!(UsageError(
+            "training wants weights in 16 or 32 bits; leave out --quantize".into()
+        ));
+    }
     let only_train =
         args.packing || args.no_recompute || args.recompute_pointwise || args.trace.is_some();
     if !train && only_train {
@@ -265,6 +274,7 @@ impl ReplicatedTask for Measure {
         };
         let mut bench = Bench::<B>::new(source, device.clone(), dtype, args.mixed, args.samples)
             .map_err(usage)?;
+        bench.quantize = args.quantize;
         let written = args
             .checkpoint_in
             .as_deref()

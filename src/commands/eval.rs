@@ -29,6 +29,7 @@ use crate::{
     files::write_atomic,
     findings::score::UncertainPolicy,
     lora::base::check_base,
+    quant::Quantization,
     train::gradients::LossTotals,
 };
 use cases::TestSet;
@@ -99,6 +100,9 @@ pub struct EvalArgs {
     /// Type of the weights; by default bf16 on CUDA and f32 elsewhere.
     #[arg(long, value_enum)]
     pub dtype: Option<DtypeName>,
+    /// Pack the weights while they are loaded: int8, int4 (groups of 64) or int4:32.
+    #[arg(long, value_name = "FORMAT")]
+    pub quantize: Option<Quantization>,
     /// Smallest size an image is scaled to, in pixels.
     #[arg(long, value_name = "PIXELS")]
     pub min_pixels: Option<usize>,
@@ -366,6 +370,7 @@ fn model_work(
             any_base: args.any_base,
             device: args.device.into_iter().collect(),
             dtype: args.dtype,
+            quantize: args.quantize,
             min_pixels: args.min_pixels,
             max_pixels: args.max_pixels,
         },

@@ -269,6 +269,9 @@ fn settings_hash(args: &InferArgs) -> String {
         "{:?} {:?} {:?} {:?} {:?} {:?} {generation:?}",
         model.model, model.adapter, model.dtype, model.min_pixels, model.max_pixels, args.system
     );
+    if let Some(quantization) = model.quantize {
+        text.push_str(&format!(" {quantization}"));
+    }
     if let Some(server) = &args.server {
         text = format!("{text} {server:?} {:?}", args.server_model);
     }

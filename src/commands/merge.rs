@@ -22,6 +22,7 @@ use crate::{
         merge::merge,
     },
     pipeline::{PipelineOptions, load_model},
+    quant::files::of_checkpoint,
     qwen3_vl::{ImageInput, Padding, Qwen3Vl, TextInput, config::Qwen3VlConfig, nn::to_dtype},
     train::checkpoint::save_model,
 };
@@ -59,12 +60,19 @@ impl DeviceTask for Merge {
             } else {
                 dtype
             },
+            quantize: None,
             min_pixels: None,
             max_pixels: None,
         };
         let options_dtype = options.dtype;
         let written = self.asked.unwrap_or(dtype);
         let config = Qwen3VlConfig::from_dir(&options.model)?;
+        if let Some(quantization) = of_checkpoint(&options.model)? {
+            bail!(
+                "`{}` is quantised ({quantization}): an adapter cannot be merged into packed weights, and they are not written in another type; merge into the checkpoint it was made from, then run `quantize`",
+                options.model.display()
+            );
+        }
         if let Some(dir) = &self.args.adapter
             && !self.args.any_base
         {
@@ -145,7 +153,7 @@ fn check_name(adapter: &Path, model: &Path) -> Result<()> {
     }
 }
 
-fn read<B: Kernels>(
+pub(super) fn read<B: Kernels>(
     options: &PipelineOptions,
     config: &Qwen3VlConfig,
     device: &B::Device,
@@ -173,7 +181,11 @@ fn cast<B: Kernels>(model: Qwen3Vl<B>, dtype: DType) -> Qwen3Vl<B> {
 }
 
 /// Logits for a fixed prompt with an image of smooth stripes; exercises both towers.
-fn probe<B: Kernels>(model: &Qwen3Vl<B>, config: &Qwen3VlConfig, device: &B::Device) -> Vec<f32> {
+pub(super) fn probe<B: Kernels>(
+    model: &Qwen3Vl<B>,
+    config: &Qwen3VlConfig,
+    device: &B::Device,
+) -> Vec<f32> {
     let vision = &config.vision_config;
     let merge = vision.spatial_merge_size;
     let grid = [1, 4 * merge, 3 * merge];

@@ -14,6 +14,7 @@ pub mod merge;
 pub mod phantoms;
 pub mod plan;
 mod progress;
+pub mod quantize;
 pub mod serve;
 mod tags;
 pub mod train;
@@ -58,6 +59,7 @@ fn pipeline_options(args: &ModelArgs, dtype: DType) -> PipelineOptions {
         model: shipped(&args.model),
         adapter: args.adapter.clone(),
         dtype,
+        quantize: args.quantize,
         min_pixels: args.min_pixels,
         max_pixels: args.max_pixels,
     }

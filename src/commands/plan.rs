@@ -43,6 +43,7 @@ pub fn run(args: &PlanArgs) -> Result<()> {
         model: shipped(args.model.as_ref().unwrap_or(&config.model)),
         adapter: None,
         dtype: DType::F32,
+        quantize: None,
         min_pixels: config.min_pixels,
         max_pixels: config.max_pixels,
     };

@@ -283,7 +283,13 @@ fn random<B: Kernels>(
     config.vision_start_token_id = special.vision_start;
     config.vision_end_token_id = special.vision_end;
     let parts = TextAndImages::load_for(options, config)?;
-    let model = draw::<B>(&parts.config, SEED, options.dtype, &device);
+    let model = draw::<B>(
+        &parts.config,
+        SEED,
+        options.dtype,
+        options.quantize,
+        &device,
+    );
     let _ = B::sync(&device);
     Ok(Pipeline {
         model,

@@ -499,6 +499,7 @@ mod tests {
             model: root.join("model/tiny"),
             adapter: None,
             dtype: burn::tensor::DType::F32,
+            quantize: None,
             min_pixels: None,
             max_pixels: None,
         })

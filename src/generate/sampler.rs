@@ -101,7 +101,7 @@ impl TokenChoice {
     }
 
     /// The token; `seen` are those before it. Ties go to the lower id.
-    pub fn token<'a>(&self, logits: &[f32], seen: impl IntoIterator<Item = &'a u32>) -> u32 {
+    pub fn token(&self, logits: &[f32], seen: &HashSet<u32>) -> u32 {
         if self.repetition_penalty == 1.0 {
             return self.draw(logits);
         }
@@ -268,15 +268,16 @@ mod tests {
         let logits: Vec<f32> = (0..20).map(|id| (id % 7) as f32).collect();
         let here = drawn(config.clone(), &logits, 30);
         let mut sampler = Sampler::new(&config, &[]);
-        let mut seen = Vec::new();
+        let (mut tokens, mut seen) = (Vec::new(), HashSet::new());
         for _ in 0..30 {
             let choice = sampler.choice();
             assert_eq!(choice, sampler.choice());
             let token = choice.token(&logits, &seen);
             sampler.take(token);
-            seen.push(token);
+            tokens.push(token);
+            seen.insert(token);
         }
-        assert_eq!(seen, here);
+        assert_eq!(tokens, here);
         let draws = Sampler::new(&config, &[]).draws(2);
         let mut sampler = Sampler::new(&config, &[]);
         assert_eq!(draws[0], sampler.choice().uniform);

@@ -20,6 +20,7 @@ fn pipeline() -> Pipeline<Flex> {
         model: repository("model/tiny"),
         adapter: None,
         dtype: DType::F32,
+        quantize: None,
         min_pixels: None,
         max_pixels: None,
     };

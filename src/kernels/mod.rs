@@ -28,6 +28,7 @@ use crate::{
         SamplingConfig,
         backend::{ServingDecoder, ServingLimits},
     },
+    quant::{self, PackedWeight},
     qwen3_vl::{
         ImageInput, Qwen3Vl,
         cache::KeyValueCache,
@@ -260,6 +261,41 @@ pub trait Kernels: Backend {
         activation: Activation,
     ) -> Tensor<Self, 2> {
         activation.of(Self::dense(x, weight, bias, None))
+    }
+
+    /// Rows `start .. start + count` of a packed matrix as floats, `[count, in]`.
+    fn unpack_rows(
+        weight: &PackedWeight<Self>,
+        start: usize,
+        count: usize,
+        dtype: DType,
+    ) -> Tensor<Self, 2> {
+        weight.rows(start, count).unpack(dtype)
+    }
+
+    /// [`Kernels::dense`] with a packed matrix.
+    fn dense_packed(
+        x: Tensor<Self, 2>,
+        weight: &PackedWeight<Self>,
+        bias: Option<Tensor<Self, 1>>,
+        residual: Option<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
+        quant::weight::dense(x, weight, bias, residual)
+    }
+
+    /// [`Kernels::dense_packed`] plus an adapter's share: the matrix stays as it is.
+    fn adapted_packed(
+        x: Tensor<Self, 2>,
+        weight: &PackedWeight<Self>,
+        adapter: &LowRank<Self>,
+        residual: Option<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
+        quant::weight::adapted(x, weight, adapter, residual)
+    }
+
+    /// [`Kernels::logits`] with a packed head.
+    fn logits_packed(hidden: Tensor<Self, 2>, head: &PackedWeight<Self>) -> Tensor<Self, 2> {
+        quant::weight::logits(hidden, head)
     }
 
     /// `drop(x) Aᵀ` of adapters that share their input, `[n, r]` each; the backward pass needs them.

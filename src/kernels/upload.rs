@@ -6,7 +6,7 @@ use super::Kernels;
 
 /// Bytes on their way to a device before the host waits for it: a device takes copies faster than it
 /// empties them, and each holds host memory.
-const UNDERWAY_BYTES: usize = 512 << 20;
+pub(crate) const UNDERWAY_BYTES: usize = 512 << 20;
 
 /// Why tensors did not come to a device.
 #[derive(Debug, Clone, thiserror::Error)]

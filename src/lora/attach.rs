@@ -98,6 +98,11 @@ impl<B: Backend> LinearMapper<B> for AttachLora<'_> {
         if !self.matcher.matches(path) {
             return linear;
         }
+        if linear.lora.is_some() {
+            let layer = path.to_string();
+            self.error.get_or_insert(AdapterError::Attached { layer });
+            return linear;
+        }
         let sizes = self
             .config
             .rank_of(path)

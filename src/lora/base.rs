@@ -144,7 +144,9 @@ pub fn check_base(adapter: &Path, model: &Path) -> Result<(), BaseError> {
     let Some(trained_on) = BaseFingerprint::load(adapter)? else {
         return Ok(());
     };
-    let found = BaseFingerprint::of(model)?;
+    // A packed checkpoint says what it was made from: an adapter for that fits this as well.
+    let made_from = BaseFingerprint::load(model)?;
+    let found = made_from.map_or_else(|| BaseFingerprint::of(model), Ok)?;
     if found == trained_on {
         return Ok(());
     }

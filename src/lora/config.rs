@@ -56,6 +56,14 @@ pub enum AdapterError {
         /// As given.
         targets: String,
     },
+    /// A layer has an adapter already.
+    #[error(
+        "layer `{layer}` has an adapter already; on quantised weights adapters stay apart, and a layer takes one: leave out --adapter, or merge it before quantising"
+    )]
+    Attached {
+        /// Path of the layer.
+        layer: String,
+    },
     /// An adapter tensor has no place in this model, or another shape.
     #[error("`{}`: {reason}; is the adapter for another base model?", .path.display())]
     Mismatch {

@@ -72,8 +72,16 @@ fn merged<B: Kernels>(weight: Tensor<B, 2>, lora: &Lora<B>) -> Tensor<B, 2> {
 
 /// Merges all attached adapters into the weights; the result has none.
 ///
+/// # Panics
+/// If the weights are packed: they would have to be packed anew.
+///
 /// Source: `merge_and_unload`, PEFT.
 pub fn merge<B: Kernels>(model: Qwen3Vl<B>) -> Qwen3Vl<B> {
+    let packed = |linear: &Linear<B>| linear.weight.packed().is_some();
+    assert!(
+        !model.linears().iter().any(|(_, linear)| packed(linear)),
+        "adapters are not merged into packed weights"
+    );
     let mut detach = DetachLora {
         adapters: HashMap::new(),
     };

@@ -14,6 +14,7 @@ use burn::{module::Param, prelude::*};
 
 use crate::{
     kernels::{Dropout, Kernels, LowRank},
+    quant::Weight,
     qwen3_vl::nn::{to_dtype, to_f32},
 };
 
@@ -60,15 +61,16 @@ impl<B: Kernels> Lora<B> {
     pub fn forward(
         &self,
         x: Tensor<B, 2>,
-        weight: Tensor<B, 2>,
+        weight: &Weight<B>,
         residual: Option<Tensor<B, 2>>,
         dropout_seed: Option<u64>,
     ) -> Tensor<B, 2> {
         let adapter = self.low_rank(dropout_seed);
         let Some(magnitude) = &self.lora_magnitude_vector else {
-            let low = B::low_rank_inputs(x.clone(), &[&adapter]).remove(0);
-            return B::adapted_product(x, weight, low, &adapter, residual);
+            return weight.adapted_linear(x, &adapter, residual);
         };
+        // The rows' norms need the floats in any case.
+        let weight = weight.val();
         let dtype = x.dtype();
         let input = to_f32(x.clone());
         let input = match adapter.dropout {

@@ -12,7 +12,10 @@ pub mod text;
 pub mod vision;
 pub mod weights;
 
-use crate::kernels::{AttentionSpans, Kernels};
+use crate::{
+    kernels::{AttentionSpans, Kernels},
+    quant::{Quantization, Weight},
+};
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
@@ -313,6 +316,13 @@ impl<B: Kernels> Qwen3Vl<B> {
         self.model.language_model.norm.weight.val().dtype()
     }
 
+    /// How the weights are packed, if they are.
+    pub fn quantization(&self) -> Option<Quantization> {
+        let layer = self.model.language_model.layers.first()?;
+        let layers = layer.self_attn.q_proj.weight.packed()?.format();
+        Some(Quantization { layers })
+    }
+
     /// Runs the vision tower over all images of a batch.
     pub fn encode_images(
         &self,
@@ -399,16 +409,24 @@ impl<B: Kernels> Qwen3Vl<B> {
     pub fn logits(&self, hidden: Tensor<B, 2>) -> Tensor<B, 2> {
         match &self.lm_head {
             Some(head) if head.lora.is_some() => to_f32(head.forward(hidden, None)),
-            _ => B::logits(hidden, self.head_weight()),
+            _ => match self.head() {
+                Weight::Dense(head) => B::logits(hidden, head.val()),
+                Weight::Packed(head) => B::logits_packed(hidden, head),
+            },
         }
     }
 
-    /// The head's weight, `[vocab, hidden]`: its own or the embedding's.
-    pub fn head_weight(&self) -> Tensor<B, 2> {
+    /// The head's matrix, `[vocab, hidden]`: its own or the embedding's.
+    fn head(&self) -> &Weight<B> {
         match &self.lm_head {
-            Some(head) => head.weight.val(),
-            None => self.model.language_model.embed_tokens.weight.val(),
+            Some(head) => &head.weight,
+            None => &self.model.language_model.embed_tokens.weight,
         }
+    }
+
+    /// The head's weight as floats, `[vocab, hidden]`.
+    pub fn head_weight(&self) -> Tensor<B, 2> {
+        self.head().val()
     }
 
     /// The whole model at once, without a cache: logits of every token, `[n, vocab]`.

@@ -12,6 +12,7 @@ use burn::{
 use crate::{
     kernels::{Activation, HeadNorm, Kernels},
     lora::Lora,
+    quant::Weight,
 };
 
 /// Casts to f32 unless the tensor is f32 already.
@@ -94,7 +95,7 @@ impl Default for InitOptions {
 #[derive(Module, Debug)]
 pub struct Linear<B: Backend> {
     /// `[out, in]`.
-    pub weight: Param<Tensor<B, 2>>,
+    pub weight: Weight<B>,
     /// `[out]`.
     pub bias: Option<Param<Tensor<B, 1>>>,
     /// The adapter, where one is attached.
@@ -111,12 +112,12 @@ impl<B: Kernels> Linear<B> {
         device: &B::Device,
     ) -> Self {
         Self {
-            weight: lazy_normal(
+            weight: Weight::Dense(lazy_normal(
                 [d_output, d_input],
                 options.initializer_range,
                 options.dtype,
                 device,
-            ),
+            )),
             bias: bias.then(|| lazy_full([d_output], 0.0, options.dtype, device)),
             lora: None,
         }
@@ -153,7 +154,7 @@ impl<B: Kernels> Linear<B> {
         match &self.lora {
             None => {
                 let bias = self.bias.as_ref().map(Param::val);
-                B::dense_activated(x, self.weight.val(), bias, activation)
+                self.weight.dense_activated(x, bias, activation)
             }
             Some(_) => activation.of(self.forward(x, dropout_seed)),
         }
@@ -165,12 +166,11 @@ impl<B: Kernels> Linear<B> {
         residual: Option<Tensor<B, 2>>,
         dropout_seed: Option<u64>,
     ) -> Tensor<B, 2> {
-        let weight = self.weight.val();
         let bias = self.bias.as_ref().map(Param::val);
         match &self.lora {
-            None => B::dense(x, weight, bias, residual),
+            None => self.weight.dense(x, bias, residual),
             Some(lora) => {
-                let y = lora.forward(x, weight, residual, dropout_seed);
+                let y = lora.forward(x, &self.weight, residual, dropout_seed);
                 match bias {
                     Some(bias) => y + bias.unsqueeze(),
                     None => y,
@@ -250,25 +250,25 @@ impl<B: Kernels> LayerNorm<B> {
 #[derive(Module, Debug)]
 pub struct Embedding<B: Backend> {
     /// `[rows, width]`.
-    pub weight: Param<Tensor<B, 2>>,
+    pub weight: Weight<B>,
 }
 
 impl<B: Kernels> Embedding<B> {
     /// A table of `rows` vectors.
     pub fn new(rows: usize, width: usize, options: &InitOptions, device: &B::Device) -> Self {
         Self {
-            weight: lazy_normal(
+            weight: Weight::Dense(lazy_normal(
                 [rows, width],
                 options.initializer_range,
                 options.dtype,
                 device,
-            ),
+            )),
         }
     }
 
     /// Rows of the table: `indices` `[n]` → `[n, width]`.
     pub fn forward(&self, indices: Tensor<B, 1, Int>) -> Tensor<B, 2> {
-        self.weight.val().select(0, indices)
+        self.weight.select(indices)
     }
 }
 
@@ -318,7 +318,8 @@ mod tests {
     fn a_layer_multiplies_by_the_transposed_weight() {
         let device = Default::default();
         let mut layer = Linear::<Flex>::new(2, 3, true, &InitOptions::default(), &device);
-        layer.weight = Param::from_data([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], &device);
+        let weight = Param::from_data([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], &device);
+        layer.weight = Weight::Dense(weight);
         layer.bias = Some(Param::from_data([0.5, 0.0, -1.0], &device));
         let y = layer.forward(Tensor::from_floats([[2.0, 3.0]], &device), None);
         assert_eq!(y.into_data().to_vec::<f32>().unwrap(), [2.5, 3.0, 4.0]);

@@ -96,7 +96,7 @@ pub enum WeightsError {
         expected: Vec<usize>,
     },
     /// A tensor of a type that is no plain float.
-    #[error("`{}`: tensor `{name}` is stored as {found}, expected BF16, F16 or F32; quantised checkpoints are not read here", .path.display())]
+    #[error("`{}`: tensor `{name}` is stored as {found}, expected BF16, F16 or F32; of quantised checkpoints those that `quantize` wrote are read", .path.display())]
     Dtype {
         /// The file.
         path: PathBuf,
@@ -104,6 +104,26 @@ pub enum WeightsError {
         name: String,
         /// Type in the file.
         found: String,
+    },
+    /// A tensor of a packed matrix of another type.
+    #[error("`{}`: tensor `{name}` is stored as {found}, expected {expected}; was the file written by `quantize`?", .path.display())]
+    PackedDtype {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+        /// Type in the file.
+        found: String,
+        /// Type that belongs there.
+        expected: String,
+    },
+    /// The weights are packed in another way than was asked for, or than is read here.
+    #[error("`{}`: {reason}", .path.display())]
+    Quantization {
+        /// The file or folder.
+        path: PathBuf,
+        /// What was found, and what to do.
+        reason: String,
     },
     /// A weight that is no number.
     #[error("`{}`: tensor `{name}` holds NaN or infinity at element {index}; the file is damaged or the training that wrote it diverged", .path.display())]
@@ -200,6 +220,15 @@ impl TensorFile {
     /// Where the file lies.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Bytes of the file.
+    #[allow(
+        clippy::len_without_is_empty,
+        reason = "a file that opens is not empty"
+    )]
+    pub fn len(&self) -> u64 {
+        self.map.len() as u64
     }
 
     /// The parsed header over the mapped bytes.
@@ -408,7 +437,7 @@ pub struct LazyTensor {
     pub name: String,
     /// Shape.
     pub shape: Vec<usize>,
-    /// Stored type: f32, bf16 or f16.
+    /// Stored type: f32, bf16, f16 or i32.
     pub dtype: DType,
     /// Gives the elements, in the stored type.
     pub data: Box<dyn Fn() -> TensorData>,
@@ -459,6 +488,7 @@ fn dtype_name(dtype: DType) -> &'static str {
     match dtype {
         DType::BF16 => "BF16",
         DType::F16 => "F16",
+        DType::I32 => "I32",
         _ => "F32",
     }
 }
@@ -511,10 +541,21 @@ pub fn save_checkpoint<B: Kernels, M: Module<B>>(
     dir: &Path,
     max_shard_bytes: usize,
 ) -> Result<(), FileError> {
-    let tensors = lazy_tensors(module);
+    save_tensors(&lazy_tensors(module), dir, max_shard_bytes)
+}
+
+/// Writes tensors as a checkpoint: one file, or shards of at most `max_shard_bytes` with their index.
+///
+/// # Errors
+/// [`FileError`] names the file.
+pub fn save_tensors(
+    tensors: &[LazyTensor],
+    dir: &Path,
+    max_shard_bytes: usize,
+) -> Result<(), FileError> {
     let mut shards: Vec<Vec<&LazyTensor>> = vec![Vec::new()];
     let mut filled = 0;
-    for tensor in &tensors {
+    for tensor in tensors {
         let bytes = tensor.byte_len();
         if filled > 0 && filled + bytes > max_shard_bytes {
             shards.push(Vec::new());

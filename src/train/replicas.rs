@@ -621,6 +621,7 @@ mod tests {
             model: Path::new(env!("CARGO_MANIFEST_DIR")).join("model/tiny"),
             adapter: None,
             dtype: DType::F32,
+            quantize: None,
             min_pixels: None,
             max_pixels: None,
         };

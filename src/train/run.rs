@@ -35,7 +35,8 @@ use crate::{
     lora::{
         attach::attach, base::check_base, config::LoraConfig, files::load_adapter_for_training,
     },
-    pipeline::{PipelineOptions, TextAndImages, load_model},
+    pipeline::{PipelineError, PipelineOptions, TextAndImages, load_model},
+    quant::files::of_checkpoint,
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, nn::InitOptions, weights::LoadProgress},
     system::MemoryWatch,
 };
@@ -206,6 +207,13 @@ pub fn train<B: TrainKernels>(
 ) -> Result<RunResult<B::InnerBackend>, TrainError> {
     options.config.validate()?;
     let config = options.config.clone();
+    if of_checkpoint(&config.model)
+        .map_err(PipelineError::from)?
+        .is_some()
+    {
+        let model = config.model;
+        return Err(TrainError::Quantised { model });
+    }
     let device = devices[0].clone();
     let data = Dataset::open(&config.train_data)?;
     let validation = config.val_data.as_deref().map(Dataset::open).transpose()?;
@@ -219,6 +227,7 @@ pub fn train<B: TrainKernels>(
         model: config.model.clone(),
         adapter: None,
         dtype,
+        quantize: None,
         min_pixels: config.min_pixels,
         max_pixels: config.max_pixels,
     };

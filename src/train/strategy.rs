@@ -84,6 +84,10 @@ pub enum TrainError {
         rows: Vec<usize>,
         checkpoint: String,
     },
+    #[error(
+        "`{}` is quantised: training wants weights in 16 or 32 bits; train on the checkpoint it was made from, the adapter fits both", .model.display()
+    )]
+    Quantised { model: std::path::PathBuf },
     #[error("`{data}` has no sample to validate on; is every sample longer than max_length?")]
     NoTargets { data: String },
     #[error("{0}; `--resume auto` goes on from the last checkpoint")]

@@ -14,6 +14,7 @@ mod dicom;
 mod eval;
 mod infer;
 mod merge_plan;
+mod quantize;
 mod refusal;
 mod serve;
 mod serve_safety;

@@ -126,6 +126,7 @@ fn the_run_without_arguments_learns_to_report() {
         model: tiny_model(),
         adapter: Some(tuned.join(format!("checkpoint-{steps}"))),
         dtype: DType::F32,
+        quantize: None,
         min_pixels: None,
         max_pixels: None,
     };

@@ -12,6 +12,7 @@ mod support;
 mod generate;
 mod model;
 mod preprocess;
+mod quantized;
 mod schedule;
 mod text_metrics;
 mod text_processing;

@@ -18,6 +18,10 @@ mod likeliest;
 mod matvec;
 #[cfg(feature = "wgpu")]
 mod pointwise;
+pub(super) mod quantized;
+mod quantized_kernels;
+#[cfg(test)]
+mod quantized_tests;
 #[cfg(feature = "wgpu")]
 mod rotary;
 #[cfg(feature = "wgpu")]

@@ -12,10 +12,13 @@ use super::{
     launch::Buffer as AnyBuffer,
     matvec, pointwise,
     pointwise::Operation,
-    rotary, rows,
+    quantized, rotary, rows,
 };
 use crate::{
-    kernels::{AttentionSpans, DecodeStart, Decoder, DeviceMemory, HeadNorm, Kernels, plain},
+    kernels::{
+        AttentionSpans, DecodeStart, Decoder, DeviceMemory, HeadNorm, Kernels, LowRank, plain,
+    },
+    quant::PackedWeight,
     qwen3_vl::{
         Qwen3Vl,
         cache::KeyValueCache,
@@ -60,6 +63,9 @@ impl Kernels for Backend {
         cache: &KeyValueCache<Self>,
         start: &DecodeStart,
     ) -> Option<Box<dyn Decoder>> {
+        if model.quantization().is_some() {
+            return None;
+        }
         decode::start(model, config, cache, start)
     }
 
@@ -100,6 +106,37 @@ impl Kernels for Backend {
             residual.as_ref(),
             x.dtype,
         ))
+    }
+
+    fn unpack_rows(
+        weight: &PackedWeight<Self>,
+        start: usize,
+        count: usize,
+        dtype: DType,
+    ) -> Tensor<Self, 2> {
+        quantized::unpack_rows(weight, start, count, dtype)
+    }
+
+    fn dense_packed(
+        x: Tensor<Self, 2>,
+        weight: &PackedWeight<Self>,
+        bias: Option<Tensor<Self, 1>>,
+        residual: Option<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
+        quantized::dense_packed(x, weight, bias, residual)
+    }
+
+    fn adapted_packed(
+        x: Tensor<Self, 2>,
+        weight: &PackedWeight<Self>,
+        adapter: &LowRank<Self>,
+        residual: Option<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
+        quantized::adapted_packed(x, weight, adapter, residual)
+    }
+
+    fn logits_packed(hidden: Tensor<Self, 2>, head: &PackedWeight<Self>) -> Tensor<Self, 2> {
+        quantized::logits_packed(hidden, head)
     }
 
     fn rms_norm(x: Tensor<Self, 2>, weight: Tensor<Self, 1>, epsilon: f64) -> Tensor<Self, 2> {

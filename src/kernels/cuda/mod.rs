@@ -42,11 +42,14 @@ use cubecl_runtime::config::{CubeClRuntimeConfig, cache::CacheConfig};
 use super::{
     Activation, AdamWTensor, AllReduce, AttentionSpans, BackwardProduct, DecodeStart, Decoder,
     DeviceMemory, Dropout, HeadNorm, Kernels, LowRank, LowRankFlow, LowRankGradients, Reading,
-    TargetLoss, plain,
+    TargetLoss,
+    cube::quantized,
+    plain,
     upload::{Fill, Upload, UploadError},
 };
 use crate::{
     generate::backend::{ServingDecoder, ServingLimits},
+    quant::PackedWeight,
     qwen3_vl::{
         ImageInput, Qwen3Vl,
         cache::KeyValueCache,
@@ -134,6 +137,13 @@ impl Kernels for Cuda {
         layout: &VisionLayout<Self>,
         run: impl Fn() -> VisionOutput<Self>,
     ) -> VisionOutput<Self> {
+        if tower
+            .blocks
+            .iter()
+            .any(|block| block.attn.qkv.weight.packed().is_some())
+        {
+            return run();
+        }
         vision::run(tower, images, layout, run)
     }
 
@@ -157,6 +167,9 @@ impl Kernels for Cuda {
         cache: &KeyValueCache<Self>,
         start: &DecodeStart,
     ) -> Option<Box<dyn Decoder>> {
+        if model.quantization().is_some() {
+            return None;
+        }
         decode::start(model, config, cache, start)
     }
 
@@ -166,6 +179,9 @@ impl Kernels for Cuda {
         limits: &ServingLimits,
         on_progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Option<ServingDecoder<Self>>, String> {
+        if model.quantization().is_some() {
+            return Ok(None);
+        }
         decode::serve(model, config, limits, on_progress)
     }
 
@@ -273,6 +289,37 @@ impl Kernels for Cuda {
         } else {
             plain::input_gradient(products)
         }
+    }
+
+    fn unpack_rows(
+        weight: &PackedWeight<Self>,
+        start: usize,
+        count: usize,
+        dtype: DType,
+    ) -> Tensor<Self, 2> {
+        quantized::unpack_rows(weight, start, count, dtype)
+    }
+
+    fn dense_packed(
+        x: Tensor<Self, 2>,
+        weight: &PackedWeight<Self>,
+        bias: Option<Tensor<Self, 1>>,
+        residual: Option<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
+        quantized::dense_packed(x, weight, bias, residual)
+    }
+
+    fn adapted_packed(
+        x: Tensor<Self, 2>,
+        weight: &PackedWeight<Self>,
+        adapter: &LowRank<Self>,
+        residual: Option<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
+        quantized::adapted_packed(x, weight, adapter, residual)
+    }
+
+    fn logits_packed(hidden: Tensor<Self, 2>, head: &PackedWeight<Self>) -> Tensor<Self, 2> {
+        quantized::logits_packed(hidden, head)
     }
 
     fn gated_input_gradient(

@@ -110,7 +110,10 @@ impl DecodeBackend for Arithmetic {
                         seen.logits_read += 1;
                         Stepped::Logits(logits)
                     }
-                    Pick::Token(choice) => Stepped::Token(Some(choice.token(&logits, &tokens))),
+                    Pick::Token(choice) => {
+                        let before = tokens.iter().copied().collect();
+                        Stepped::Token(Some(choice.token(&logits, &before)))
+                    }
                 }
             })
             .collect();

@@ -1,0 +1,102 @@
+//! `quantize`: a checkpoint with packed weights, which loads without the one it was made from.
+
+use anyhow::{Context, Result, bail};
+use burn::tensor::DType;
+
+use super::{
+    UsageError,
+    merge::{probe, read},
+    shipped,
+};
+use crate::{
+    backend::{DeviceTask, run_on},
+    cli::QuantizeArgs,
+    files::FolderWriter,
+    kernels::Kernels,
+    lora::base::BaseFingerprint,
+    pipeline::PipelineOptions,
+    quant::{Quantization, memory::weight_bytes, save::write_packed},
+    qwen3_vl::{
+        Qwen3Vl,
+        config::Qwen3VlConfig,
+        nn::InitOptions,
+        weights::{MAX_SHARD_BYTES, parameter_shapes},
+    },
+    train::checkpoint::copy_side_files,
+};
+
+/// Runs `quantize`.
+///
+/// # Errors
+/// Anything that kept the checkpoint from being written whole and read back; nothing is left then.
+pub fn run(args: QuantizeArgs) -> Result<()> {
+    if args.output.exists() {
+        bail!(UsageError(format!(
+            "`{}` is there already; name a new folder with --output",
+            args.output.display()
+        )));
+    }
+    let quantization = Quantization::new(args.bits, args.group).map_err(UsageError)?;
+    let (device, task) = (args.device, Quantize { args, quantization });
+    run_on(device, None, task)?
+}
+
+struct Quantize {
+    args: QuantizeArgs,
+    quantization: Quantization,
+}
+
+impl DeviceTask for Quantize {
+    type Output = Result<()>;
+
+    fn run<B: Kernels>(self, device: B::Device, dtype: DType) -> Result<()> {
+        let from = shipped(&self.args.model);
+        let config = Qwen3VlConfig::from_dir(&from)?;
+        let shapes = {
+            let model = Qwen3Vl::<B>::new(&config, &InitOptions::default(), &device);
+            parameter_shapes(&model)
+        };
+        let gigabytes = |quantization| weight_bytes(&shapes, quantization, 2) as f64 / 1e9;
+        eprintln!(
+            "packing {:.2} GB of 16-bit weights as {}",
+            gigabytes(None),
+            self.quantization
+        );
+        let folder = FolderWriter::new(&self.args.output)?;
+        let to = folder.path();
+        write_packed(&from, to, &shapes, self.quantization, MAX_SHARD_BYTES)
+            .with_context(|| format!("cannot pack `{}`", from.display()))?;
+        copy_side_files(&from, to)?;
+        // Adapters name the base they were trained on; they fit what was made from it.
+        BaseFingerprint::of(&from)?.save(to)?;
+
+        // Every byte has been read back; that a model comes of them is the last thing to know.
+        let options = PipelineOptions {
+            model: to.to_path_buf(),
+            adapter: None,
+            dtype,
+            quantize: None,
+            min_pixels: None,
+            max_pixels: None,
+        };
+        let model = read::<B>(&options, &config, &device)?;
+        if !probe(&model, &config, &device)
+            .iter()
+            .all(|logit| logit.is_finite())
+        {
+            bail!(
+                "the packed model answers a probe with NaN or infinity in {dtype:?}; nothing was kept, does `{}` work with `infer`?",
+                from.display()
+            );
+        }
+        drop(model);
+        folder.finish()?;
+        println!(
+            "wrote `{}`: {}, {:.2} GB",
+            self.args.output.display(),
+            self.quantization,
+            gigabytes(Some(self.quantization))
+        );
+        Ok(())
+    }
+}

@@ -1,0 +1,442 @@
+//! A matrix of the model, as floats or packed, and the products with it in plain Burn.
+
+use burn::{
+    module::{
+        AutodiffModule, Content, Devices, Module, ModuleDisplay, ModuleDisplayDefault,
+        ModuleMapper, ModuleVisitor, Param,
+    },
+    prelude::*,
+    tensor::{DType, backend::AutodiffBackend},
+};
+
+use super::{Format, pack::PackedMatrix};
+use crate::{
+    kernels::{Activation, Kernels, LowRank},
+    qwen3_vl::nn::{to_dtype, to_f32},
+};
+
+/// Bytes of floats that are unpacked at once on the way to a product.
+pub const UNPACKED_BYTES: usize = 128 << 20;
+
+/// A packed matrix `[out, in]` on a device.
+#[derive(Debug, Clone)]
+pub struct PackedWeight<B: Backend> {
+    /// `[out, words of a row]`, i32: bit patterns.
+    words: Tensor<B, 2, Int>,
+    /// `[out, scales of a row]`, f16 or f32.
+    scales: Tensor<B, 2>,
+    format: Format,
+    d_input: usize,
+    dtype: DType,
+}
+
+impl<B: Backend> PackedWeight<B> {
+    /// Takes tensors that are packed already; `dtype` is what the values count as.
+    ///
+    /// # Panics
+    /// If the shapes are not those of `format` for `d_input` inputs.
+    pub fn new(
+        words: Tensor<B, 2, Int>,
+        scales: Tensor<B, 2>,
+        format: Format,
+        d_input: usize,
+        dtype: DType,
+    ) -> Self {
+        let [rows, _] = words.dims();
+        assert_eq!(words.dims(), [rows, format.words(d_input)], "packed words");
+        assert_eq!(scales.dims(), [rows, format.scales(d_input)], "scales");
+        Self {
+            words,
+            scales,
+            format,
+            d_input,
+            dtype,
+        }
+    }
+
+    /// Brings a packed matrix of `rows` rows to the device; int4's scales stay f16 where it has that.
+    pub fn upload(
+        matrix: PackedMatrix,
+        rows: usize,
+        d_input: usize,
+        format: Format,
+        dtype: DType,
+        device: &B::Device,
+    ) -> Self {
+        let words = TensorData::new(matrix.words, [rows, format.words(d_input)]);
+        let scales = TensorData::new(matrix.scales, [rows, format.scales(d_input)]);
+        let held = scale_dtype::<B>(format, device);
+        Self::new(
+            Tensor::from_data(words, (device, DType::I32)),
+            Tensor::from_data(scales.convert_dtype(held), (device, held)),
+            format,
+            d_input,
+            dtype,
+        )
+    }
+
+    /// `[out, in]`.
+    pub fn dims(&self) -> [usize; 2] {
+        [self.words.dims()[0], self.d_input]
+    }
+
+    /// How it is packed.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// Type the values count as: that of the model's other weights.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// `[out, words of a row]`, i32.
+    pub fn words(&self) -> &Tensor<B, 2, Int> {
+        &self.words
+    }
+
+    /// `[out, scales of a row]`, f16 or f32.
+    pub fn scales(&self) -> &Tensor<B, 2> {
+        &self.scales
+    }
+
+    /// Where it lies.
+    pub fn device(&self) -> B::Device {
+        self.words.device()
+    }
+
+    /// Bytes of device memory.
+    pub fn bytes(&self) -> usize {
+        self.words.shape().num_elements() * 4
+            + self.scales.shape().num_elements() * self.scales.dtype().size()
+    }
+
+    /// Rows `start .. start + count`.
+    pub fn rows(&self, start: usize, count: usize) -> Self {
+        Self {
+            words: self.words.clone().narrow(0, start, count),
+            scales: self.scales.clone().narrow(0, start, count),
+            ..self.clone()
+        }
+    }
+
+    /// The named rows: `indices` `[n]`.
+    pub fn select(&self, indices: Tensor<B, 1, Int>) -> Self {
+        Self {
+            words: self.words.clone().select(0, indices.clone()),
+            scales: self.scales.clone().select(0, indices),
+            ..self.clone()
+        }
+    }
+
+    /// The values as floats, `[out, in]`, in plain Burn.
+    pub fn unpack(&self, dtype: DType) -> Tensor<B, 2> {
+        let [rows, words] = self.words.dims();
+        let format = self.format;
+        let mask = (1i32 << format.bits()) - 1;
+        let places = (0..format.per_word()).map(|place| {
+            let shift = (place * format.bits()) as i32;
+            // The shift repeats the sign, which the mask takes off again.
+            self.words
+                .clone()
+                .bitwise_right_shift_scalar(shift.elem())
+                .bitwise_and_scalar(mask.elem())
+        });
+        let levels: Tensor<B, 3, Int> = Tensor::stack(places.collect(), 2);
+        let levels = to_f32(levels.reshape([rows, words * format.per_word()]).float());
+        let group = format.group(self.d_input);
+        let values = (levels - format.offset() as f64).reshape([rows as i32, -1, group as i32]);
+        let values: Tensor<B, 3> = values * to_f32(self.scales.clone()).unsqueeze_dim(2);
+        let values: Tensor<B, 2> = values.reshape([rows as i32, -1]);
+        to_dtype(values.narrow(1, 0, self.d_input), dtype)
+    }
+
+    /// Rows of floats of `dtype` that are unpacked at once.
+    pub fn rows_at_once(&self, dtype: DType) -> usize {
+        let row = self.format.padded(self.d_input) * dtype.size();
+        (UNPACKED_BYTES / row).max(1)
+    }
+}
+
+/// Type of the scales on a device: as stored, or f32 where there is no f16.
+pub fn scale_dtype<B: Backend>(format: Format, device: &B::Device) -> DType {
+    let stored = format.scale_dtype();
+    if B::supports_dtype(device, stored) {
+        stored
+    } else {
+        DType::F32
+    }
+}
+
+/// Does some rows of a packed matrix at a time and joins what comes of them: `[n, out]`.
+fn by_rows<B: Kernels>(
+    weight: &PackedWeight<B>,
+    dtype: DType,
+    part: impl Fn(Tensor<B, 2>, usize, usize) -> Tensor<B, 2>,
+) -> Tensor<B, 2> {
+    let [out, _] = weight.dims();
+    let at_once = weight.rows_at_once(dtype);
+    let parts = (0..out).step_by(at_once).map(|start| {
+        let count = at_once.min(out - start);
+        part(B::unpack_rows(weight, start, count, dtype), start, count)
+    });
+    let mut parts: Vec<_> = parts.collect();
+    if parts.len() == 1 {
+        parts.remove(0)
+    } else {
+        Tensor::cat(parts, 1)
+    }
+}
+
+/// `x Wᵀ + bias + residual`: some rows of the matrix as floats at a time.
+pub(crate) fn dense<B: Kernels>(
+    x: Tensor<B, 2>,
+    weight: &PackedWeight<B>,
+    bias: Option<Tensor<B, 1>>,
+    residual: Option<Tensor<B, 2>>,
+) -> Tensor<B, 2> {
+    by_rows(weight, x.dtype(), |rows, start, count| {
+        let bias = bias.clone().map(|bias| bias.narrow(0, start, count));
+        let residual = residual.clone().map(|y| y.narrow(1, start, count));
+        B::dense(x.clone(), rows, bias, residual)
+    })
+}
+
+/// [`dense`] plus an adapter's share, without bias.
+pub(crate) fn adapted<B: Kernels>(
+    x: Tensor<B, 2>,
+    weight: &PackedWeight<B>,
+    adapter: &LowRank<B>,
+    residual: Option<Tensor<B, 2>>,
+) -> Tensor<B, 2> {
+    let low = B::low_rank_inputs(x.clone(), &[adapter]).remove(0);
+    by_rows(weight, x.dtype(), |rows, start, count| {
+        let adapter = LowRank {
+            b: adapter.b.clone().narrow(0, start, count),
+            ..adapter.clone()
+        };
+        let residual = residual.clone().map(|y| y.narrow(1, start, count));
+        B::adapted_product(x.clone(), rows, low.clone(), &adapter, residual)
+    })
+}
+
+/// Logits in f32.
+pub(crate) fn logits<B: Kernels>(hidden: Tensor<B, 2>, head: &PackedWeight<B>) -> Tensor<B, 2> {
+    let hidden = to_f32(hidden);
+    by_rows(head, DType::F32, |rows, _, _| {
+        B::product(hidden.clone(), rows.transpose())
+    })
+}
+
+/// A matrix `[out, in]` of the model: a parameter, or packed and then no parameter.
+///
+/// Packed weights are constants: visitors and mappers of parameters pass them over, and what needs
+/// the floats asks for them with [`Weight::val`].
+#[derive(Debug, Clone)]
+pub enum Weight<B: Backend> {
+    /// Floats.
+    Dense(Param<Tensor<B, 2>>),
+    /// Packed.
+    Packed(PackedWeight<B>),
+}
+
+impl<B: Backend> Weight<B> {
+    /// The values as floats; unpacked for this call where they are packed.
+    pub fn val(&self) -> Tensor<B, 2> {
+        match self {
+            Self::Dense(param) => param.val(),
+            Self::Packed(packed) => packed.unpack(packed.dtype),
+        }
+    }
+
+    /// The packed matrix, where it is one.
+    pub fn packed(&self) -> Option<&PackedWeight<B>> {
+        match self {
+            Self::Dense(_) => None,
+            Self::Packed(packed) => Some(packed),
+        }
+    }
+
+    /// `[out, in]`, without drawing a value.
+    pub fn lazy_shape(&self) -> burn::tensor::Shape {
+        match self {
+            Self::Dense(param) => param.lazy_shape(),
+            Self::Packed(packed) => packed.dims().into(),
+        }
+    }
+
+    /// Where it lies, without drawing a value.
+    pub fn lazy_device(&self) -> B::Device {
+        match self {
+            Self::Dense(param) => param.lazy_device(),
+            Self::Packed(packed) => packed.device(),
+        }
+    }
+
+    /// Whether gradients are wanted; never of a packed matrix.
+    pub fn is_require_grad(&self) -> bool {
+        match self {
+            Self::Dense(param) => param.is_require_grad(),
+            Self::Packed(_) => false,
+        }
+    }
+
+    /// Rows by index as floats: `indices` `[n]` → `[n, in]`.
+    pub fn select(&self, indices: Tensor<B, 1, Int>) -> Tensor<B, 2> {
+        match self {
+            Self::Dense(param) => param.val().select(0, indices),
+            Self::Packed(packed) => packed.select(indices).unpack(packed.dtype),
+        }
+    }
+}
+
+impl<B: Kernels> Weight<B> {
+    /// [`Kernels::dense`], whatever form the matrix has.
+    pub fn dense(
+        &self,
+        x: Tensor<B, 2>,
+        bias: Option<Tensor<B, 1>>,
+        residual: Option<Tensor<B, 2>>,
+    ) -> Tensor<B, 2> {
+        match self {
+            Self::Dense(param) => B::dense(x, param.val(), bias, residual),
+            Self::Packed(packed) => {
+                // Islands of another type multiply by the same words.
+                let dtype = x.dtype();
+                let bias = bias.map(|bias| to_dtype(bias, dtype));
+                let residual = residual.map(|residual| to_dtype(residual, dtype));
+                B::dense_packed(x, packed, bias, residual)
+            }
+        }
+    }
+
+    /// [`Kernels::dense_activated`], whatever form the matrix has.
+    pub fn dense_activated(
+        &self,
+        x: Tensor<B, 2>,
+        bias: Option<Tensor<B, 1>>,
+        activation: Activation,
+    ) -> Tensor<B, 2> {
+        match self {
+            Self::Dense(param) => B::dense_activated(x, param.val(), bias, activation),
+            Self::Packed(_) => activation.of(self.dense(x, bias, None)),
+        }
+    }
+
+    /// `x Wᵀ + residual` and an adapter's share. Beside a packed matrix the low-rank path stays
+    /// apart: nothing is packed anew.
+    pub fn adapted_linear(
+        &self,
+        x: Tensor<B, 2>,
+        adapter: &LowRank<B>,
+        residual: Option<Tensor<B, 2>>,
+    ) -> Tensor<B, 2> {
+        match self {
+            Self::Dense(param) => {
+                let low = B::low_rank_inputs(x.clone(), &[adapter]).remove(0);
+                B::adapted_product(x, param.val(), low, adapter, residual)
+            }
+            Self::Packed(packed) => B::adapted_packed(x, packed, adapter, residual),
+        }
+    }
+}
+
+impl<B: Backend> Module<B> for Weight<B> {
+    type Record = Option<<Param<Tensor<B, 2>> as Module<B>>::Record>;
+
+    fn visit<V: ModuleVisitor<B>>(&self, visitor: &mut V) {
+        if let Self::Dense(param) = self {
+            param.visit(visitor);
+        }
+    }
+
+    fn map<M: ModuleMapper<B>>(self, mapper: &mut M) -> Self {
+        match self {
+            Self::Dense(param) => Self::Dense(Module::map(param, mapper)),
+            packed => packed,
+        }
+    }
+
+    fn load_record(self, record: Self::Record) -> Self {
+        match (self, record) {
+            (Self::Dense(param), Some(record)) => Self::Dense(param.load_record(record)),
+            (this, _) => this,
+        }
+    }
+
+    fn into_record(self) -> Self::Record {
+        match self {
+            Self::Dense(param) => Some(param.into_record()),
+            Self::Packed(_) => None,
+        }
+    }
+
+    fn to_device(self, device: &B::Device) -> Self {
+        match self {
+            Self::Dense(param) => Self::Dense(Module::to_device(param, device)),
+            Self::Packed(packed) => Self::Packed(PackedWeight {
+                words: packed.words.to_device(device),
+                scales: packed.scales.to_device(device),
+                ..packed
+            }),
+        }
+    }
+
+    fn fork(self, device: &B::Device) -> Self {
+        match self {
+            Self::Dense(param) => Self::Dense(Module::fork(param, device)),
+            packed => packed.to_device(device),
+        }
+    }
+
+    fn collect_devices(&self, devices: Devices<B>) -> Devices<B> {
+        match self {
+            Self::Dense(param) => param.collect_devices(devices),
+            Self::Packed(packed) => packed.words.collect_devices(devices),
+        }
+    }
+}
+
+impl<B: AutodiffBackend> AutodiffModule<B> for Weight<B> {
+    type InnerModule = Weight<B::InnerBackend>;
+
+    fn valid(&self) -> Self::InnerModule {
+        match self {
+            Self::Dense(param) => Weight::Dense(param.valid()),
+            Self::Packed(packed) => Weight::Packed(PackedWeight {
+                words: packed.words.clone().inner(),
+                scales: packed.scales.clone().inner(),
+                format: packed.format,
+                d_input: packed.d_input,
+                dtype: packed.dtype,
+            }),
+        }
+    }
+
+    fn from_inner(module: Self::InnerModule) -> Self {
+        match module {
+            Weight::Dense(param) => Self::Dense(AutodiffModule::from_inner(param)),
+            Weight::Packed(packed) => Self::Packed(PackedWeight {
+                words: Tensor::from_inner(packed.words),
+                scales: Tensor::from_inner(packed.scales),
+                format: packed.format,
+                d_input: packed.d_input,
+                dtype: packed.dtype,
+            }),
+        }
+    }
+}
+
+impl<B: Backend> ModuleDisplayDefault for Weight<B> {
+    fn content(&self, content: Content) -> Option<Content> {
+        match self {
+            Self::Dense(param) => content.add_single(param).optional(),
+            Self::Packed(packed) => {
+                let text = format!("{} {:?}", packed.format, packed.dims());
+                content.add_formatted(&text).optional()
+            }
+        }
+    }
+}
+
+impl<B: Backend> ModuleDisplay for Weight<B> {}

@@ -1,0 +1,233 @@
+//! `quantize`, and what is asked of packed weights afterwards.
+
+use std::{fs, path::Path};
+
+use serde_json::Value;
+use xray_qwen3vl::qwen3_vl::weights::TensorFile;
+
+use super::{infer, infer_well, repository, run, text, tiny_model};
+
+fn fixture(name: &str) -> String {
+    text(&repository().join("tests/fixtures/parity").join(name)).to_string()
+}
+
+/// `quantize` on the CPU into `folder/packed`; must end well.
+fn quantize(folder: &Path, model: &str, more: &[&str]) -> String {
+    let args = [
+        "quantize", "--device", "cpu", "--model", model, "--output", "packed",
+    ];
+    let (code, stdout, stderr) = run(folder, &[&args[..], more].concat());
+    assert_eq!(code, 0, "{stderr}");
+    stdout
+}
+
+fn size(dir: &Path) -> u64 {
+    dir.join("model.safetensors").metadata().unwrap().len()
+}
+
+#[test]
+fn a_packed_checkpoint_writes_the_reports_of_packing_at_load() {
+    for (bits, format, share) in [("8", "int8", 0.6), ("4", "int4", 0.5)] {
+        let folder = tempfile::tempdir().unwrap();
+        let model = tiny_model();
+        let stdout = quantize(folder.path(), text(&model), &["--bits", bits]);
+        assert!(stdout.contains(format), "{stdout}");
+        let packed = folder.path().join("packed");
+        let names = |dir: &Path| {
+            let entries = fs::read_dir(dir).unwrap();
+            let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name()).collect();
+            names.sort();
+            names
+        };
+        for name in [
+            "config.json",
+            "tokenizer_config.json",
+            "COMPLETE.json",
+            "base_fingerprint.json",
+        ] {
+            let found = names(&packed);
+            assert!(found.iter().any(|found| found == name), "{name}: {found:?}");
+        }
+        assert!(
+            (size(&packed) as f64) < share * size(&model) as f64,
+            "{bits} bits: {} of {}",
+            size(&packed),
+            size(&model)
+        );
+        // Without the original: what lies in the folder is all there is.
+        let (ours, _) = infer_well(folder.path(), &["--model", "packed"]);
+        let at_load = ["--model", text(&model), "--quantize", format];
+        let (want, _) = infer_well(folder.path(), &at_load);
+        assert_eq!(ours, want);
+        assert!(!ours.trim().is_empty());
+    }
+}
+
+#[test]
+fn an_adapter_of_the_original_fits_its_packed_form() {
+    let folder = tempfile::tempdir().unwrap();
+    quantize(folder.path(), &fixture("model-tiny"), &["--bits", "8"]);
+    // The fixture's folder has no tokenizer: that of the repository's model has other ids, and
+    // nothing to say here; the adapter is what counts.
+    let adapter = fixture("adapter");
+    let (code, _, stderr) = run(
+        folder.path(),
+        &[
+            "merge",
+            "--device",
+            "cpu",
+            "--model",
+            "packed",
+            "--adapter",
+            &adapter,
+            "--output",
+            "merged",
+        ],
+    );
+    assert_eq!(code, 1, "{stderr}");
+    for piece in [
+        "packed",
+        "quantised",
+        "cannot be merged",
+        "then run `quantize`",
+    ] {
+        assert!(stderr.contains(piece), "{stderr}");
+    }
+    assert!(!folder.path().join("merged").exists());
+}
+
+#[test]
+fn what_cannot_be_meant_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = tiny_model();
+    let model = text(&model);
+    quantize(folder.path(), model, &["--bits", "4", "--group", "32"]);
+    let base = [
+        "quantize", "--device", "cpu", "--model", model, "--output", "new",
+    ];
+    for (more, says) in [
+        (&["--bits", "5"][..], "expected 8 or 4"),
+        (&["--bits", "4", "--group", "48"], "expected 32 or 64"),
+        (&["--bits", "8", "--group", "64"], "no groups"),
+    ] {
+        let (code, stdout, stderr) = run(folder.path(), &[&base[..], more].concat());
+        assert_eq!((code, stdout.as_str()), (2, ""), "{stderr}");
+        assert!(stderr.contains(says), "{stderr}");
+    }
+    let again = |output: &str| {
+        let args = [
+            "quantize", "--device", "cpu", "--bits", "8", "--model", "packed",
+        ];
+        run(folder.path(), &[&args[..], &["--output", output]].concat())
+    };
+    let (code, _, stderr) = again("new");
+    assert_eq!(code, 1, "{stderr}");
+    assert!(
+        stderr.contains("packed as int4, groups of 32 already"),
+        "{stderr}"
+    );
+    let (code, _, stderr) = again("packed");
+    assert_eq!(code, 2, "{stderr}");
+    assert!(stderr.contains("is there already"), "{stderr}");
+
+    let (code, _, stderr) = infer(folder.path(), &["--model", "packed", "--quantize", "int8"]);
+    assert_eq!(code, 1, "{stderr}");
+    assert!(stderr.contains("leave out --quantize"), "{stderr}");
+    let (code, _, stderr) = infer(folder.path(), &["--model", model, "--quantize", "int3"]);
+    assert_eq!(code, 2, "{stderr}");
+    assert!(stderr.contains("int8, int4 or int4:32"), "{stderr}");
+    let train = [
+        "train",
+        "--no-tui",
+        "--device",
+        "cpu",
+        "--model",
+        "packed",
+        "--output-dir",
+        "run",
+    ];
+    let (code, _, stderr) = run(folder.path(), &train);
+    assert_eq!(code, 1, "{stderr}");
+    assert!(stderr.contains("is quantised"), "{stderr}");
+
+    let left = fs::read_dir(folder.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name());
+    let left: Vec<_> = left.filter(|name| name != "packed").collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+/// Rewrites one file of tensors through its header.
+fn edit_header(path: &Path, edit: impl FnOnce(&mut Value)) {
+    let bytes = fs::read(path).unwrap();
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let mut header: Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+    edit(&mut header);
+    let mut text = header.to_string().into_bytes();
+    text.resize(text.len().next_multiple_of(8), b' ');
+    let mut new = (text.len() as u64).to_le_bytes().to_vec();
+    new.extend(text);
+    new.extend(&bytes[8 + length..]);
+    fs::write(path, new).unwrap();
+}
+
+#[test]
+fn a_damaged_packed_checkpoint_is_named_by_file_and_tensor() {
+    const LAYER: &str = "model.language_model.layers.0.mlp.up_proj";
+    let folder = tempfile::tempdir().unwrap();
+    let model = tiny_model();
+    quantize(folder.path(), text(&model), &["--bits", "4"]);
+    let weights = folder.path().join("packed/model.safetensors");
+    let whole = fs::read(&weights).unwrap();
+    let (words, scales) = (
+        format!("{LAYER}.weight_packed"),
+        format!("{LAYER}.weight_scale"),
+    );
+    let shape = TensorFile::open(&weights).unwrap().shapes().unwrap()[&words].clone();
+    type Edit<'a> = Box<dyn Fn(&mut Value) + 'a>;
+    let cases: [(Edit, Vec<&str>); 4] = [
+        (
+            Box::new(|header| {
+                let tensor = header.as_object_mut().unwrap().remove(&scales).unwrap();
+                header["other"] = tensor;
+            }),
+            vec![&scales, "lacks"],
+        ),
+        (
+            Box::new(|header| header[&words]["dtype"] = "U32".into()),
+            vec![&words, "stored as U32", "expected I32"],
+        ),
+        (
+            Box::new(|header| header[&words]["shape"] = vec![shape[0] * 2, shape[1] / 2].into()),
+            vec![&words, "shape"],
+        ),
+        (
+            Box::new(|header| {
+                let tensor = header.as_object_mut().unwrap().remove(&words).unwrap();
+                header[format!("{LAYER}.weight_zero")] = tensor;
+            }),
+            vec![&words, "lacks"],
+        ),
+    ];
+    for (edit, says) in cases {
+        fs::write(&weights, &whole).unwrap();
+        edit_header(&weights, edit);
+        let (code, stdout, stderr) = infer(folder.path(), &["--model", "packed"]);
+        assert_eq!((code, stdout.as_str()), (1, ""), "{stderr}");
+        for piece in says.iter().chain(&["packed"]) {
+            assert!(stderr.contains(piece), "`{piece}` is missing in: {stderr}");
+        }
+    }
+    // Floats of another program's method.
+    fs::write(&weights, &whole).unwrap();
+    let config = folder.path().join("packed/config.json");
+    let mut tree: Value = serde_json::from_slice(&fs::read(&config).unwrap()).unwrap();
+    tree["quantization_config"] = serde_json::json!({"quant_method": "awq", "bits": 4});
+    fs::write(&config, tree.to_string()).unwrap();
+    let (code, _, stderr) = infer(folder.path(), &["--model", "packed"]);
+    assert_eq!(code, 1, "{stderr}");
+    assert!(
+        stderr.contains("`awq`") && stderr.contains("--quantize"),
+        "{stderr}"
+    );
+}
