@@ -20,7 +20,7 @@ use crate::{
     train::{
         config::TrainConfig,
         learner::{StepSettings, Trainee},
-        optimizer::{AdamW, clip_global_norm},
+        optimizer::{AdamW, clip_on_device},
         ranks::RankError,
         replicas::Replicas,
     },
@@ -46,13 +46,14 @@ impl<B: Kernels> Bench<B> {
             micro_batch,
             packing,
             recompute,
-            ..
+            recompute_pointwise,
         } = shape;
         let settings = TrainConfig {
             per_device_train_batch_size: micro_batch,
             gradient_accumulation_steps: STEP_SAMPLES.div_ceil(micro_batch),
             packing,
             gradient_checkpointing: recompute,
+            recompute_pointwise,
             seed: SEED,
             ..TrainConfig::default()
         };
@@ -96,11 +97,15 @@ impl<B: Kernels> Bench<B> {
             let start = Instant::now();
             let (loss, norm) = {
                 let learnt = replicas.learn(&trainee, input)?;
-                let mut grads = replicas.reduce(&trainee)?;
-                let norm = clip_global_norm(&trainee, &mut grads, max_grad_norm);
+                let grads = replicas.reduce(&trainee, learning_rate)?;
+                let clip = clip_on_device(&trainee, &grads, max_grad_norm);
+                let norm = clip.clone().map(B::read_later);
+                optimizer.clip_next(clip);
                 trainee = optimizer.step(learning_rate, trainee.clone(), grads);
-                replicas.step(learning_rate)?;
+                let norm = norm.and_then(|norm| norm().first().copied());
+                replicas.finish_step()?;
                 let loss: f64 = learnt.iter().map(|part| part.objective).sum();
+                let norm = norm.map_or(0.0, f64::from);
                 Ok::<_, RankError>((loss, norm))
             }?;
             let seconds = start.elapsed().as_secs_f64();

@@ -3,6 +3,7 @@
 use crate::kernels::Kernels;
 use std::{
     io::{IsTerminal, stderr, stdout},
+    ops::Range,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
@@ -46,7 +47,7 @@ use crate::{
         budget::{Budget, Form},
         config::TrainConfig,
         run::{QuietRenderer, Resume, RunOptions, RunResult, train},
-        strategy::{Ending, GenerationScorer, TrainError},
+        strategy::{Ending, Generated, GenerationScorer, TrainError},
         trace::Trace,
     },
 };
@@ -322,7 +323,7 @@ impl ReplicatedTask for Train {
             options,
             devices,
             dtype,
-            |config, parts, data, device| scorer::<B>(config, parts, data, device),
+            |config, parts, data| scorer::<B>(config, parts, data),
             &mut |done, total| {
                 if let Some(progress) = &mut progress {
                     progress.set(done, total);
@@ -412,21 +413,13 @@ fn watch_signals() -> Result<Arc<AtomicBool>> {
     Ok(flag)
 }
 
-/// A generated report beside the true one.
-struct Generated {
-    truth: String,
-    thinking: Option<String>,
-    report: String,
-}
-
-/// Generates reports for the first `count` samples of a data set, some at a time.
+/// Generates reports for some samples of a data set.
 fn generate_reports<B: Kernels>(
     model: &Qwen3Vl<B>,
     parts: &TextAndImages,
     data: &Dataset,
-    count: usize,
+    rows: Range<usize>,
     max_new_tokens: usize,
-    batch_size: usize,
     device: &B::Device,
 ) -> Result<Vec<Generated>, TrainError> {
     let settings = GenerationConfig {
@@ -434,38 +427,43 @@ fn generate_reports<B: Kernels>(
         eos_token_ids: parts.eos_token_ids.clone(),
         ..GenerationConfig::default()
     };
-    let rows: Vec<usize> = (0..count.min(data.len())).collect();
-    let mut all = Vec::with_capacity(rows.len());
-    for rows in rows.chunks(batch_size) {
-        let (prompts, truths): (Vec<_>, Vec<_>) = rows
-            .iter()
-            .map(|row| data.question(*row, parts))
-            .collect::<Result<Vec<_>, _>>()?
-            .into_iter()
-            .unzip();
-        let (generations, _) = generate(
-            model,
-            &parts.config,
-            &prompts,
-            &settings,
-            device,
-            &mut |_, _| None,
-        )
-        .map_err(|error| TrainError::Other(error.to_string()))?;
-        for (generation, truth) in generations.into_iter().zip(truths) {
-            let text = parts
-                .tokenizer
-                .decode(&generation.token_ids, true)
-                .map_err(|error| TrainError::Other(error.to_string()))?;
-            let (thinking, report) = split_thinking(&text, parts.template.opens_thinking());
-            all.push(Generated {
-                truth: split_thinking(&truth, false).1,
-                thinking,
-                report,
-            });
-        }
+    let (prompts, truths): (Vec<_>, Vec<_>) = rows
+        .map(|row| data.question(row, parts))
+        .collect::<Result<Vec<_>, _>>()?
+        .into_iter()
+        .unzip();
+    let (generations, _) = generate(
+        model,
+        &parts.config,
+        &prompts,
+        &settings,
+        device,
+        &mut |_, _| None,
+    )
+    .map_err(|error| TrainError::Other(error.to_string()))?;
+    let mut all = Vec::with_capacity(generations.len());
+    for (generation, truth) in generations.into_iter().zip(truths) {
+        let text = parts
+            .tokenizer
+            .decode(&generation.token_ids, true)
+            .map_err(|error| TrainError::Other(error.to_string()))?;
+        let (thinking, report) = split_thinking(&text, parts.template.opens_thinking());
+        all.push(Generated {
+            truth: split_thinking(&truth, false).1,
+            thinking,
+            report,
+        });
     }
     Ok(all)
+}
+
+/// The first `count` samples of a data set, some at a time.
+fn batches(data: &Dataset, count: usize, batch_size: usize) -> Vec<Range<usize>> {
+    let count = count.min(data.len());
+    (0..count)
+        .step_by(batch_size)
+        .map(|from| from..(from + batch_size).min(count))
+        .collect()
 }
 
 /// Mean character ROUGE-L F1 and finding F1 of some reports.
@@ -494,18 +492,19 @@ fn scorer<B: Kernels>(
     config: &TrainConfig,
     parts: &Arc<TextAndImages>,
     data: &Dataset,
-    device: &B::Device,
 ) -> GenerationScorer<B> {
-    let (parts, data, device) = (parts.clone(), data.clone(), device.clone());
-    let (count, tokens, batch) = (
+    let (parts, data, tokens) = (parts.clone(), data.clone(), config.eval_max_new_tokens);
+    let batches = batches(
+        &data,
         config.eval_generate,
-        config.eval_max_new_tokens,
         config.per_device_eval_batch_size,
     );
     let folder = config.output_dir.join("generated");
-    Box::new(move |model, step| {
-        let model = merge(model.clone());
-        let reports = generate_reports(&model, &parts, &data, count, tokens, batch, &device)?;
+    let count = batches.len();
+    let generate = move |model: &Qwen3Vl<B>, device: &B::Device, batch: usize| {
+        generate_reports(model, &parts, &data, batches[batch].clone(), tokens, device)
+    };
+    let score = move |reports: Vec<Generated>, step| {
         std::fs::create_dir_all(&folder).map_err(|cause| FileError::write(&folder, cause))?;
         write_atomic(&folder.join(format!("step-{step}.jsonl")), |out| {
             for one in &reports {
@@ -522,7 +521,12 @@ fn scorer<B: Kernels>(
             Ok(())
         })?;
         Ok(scores(&reports))
-    })
+    };
+    GenerationScorer {
+        batches: count,
+        generate: Arc::new(generate),
+        score: Box::new(score),
+    }
 }
 
 /// Prints truth beside answer for held-out samples.
@@ -537,15 +541,21 @@ fn show_examples<B: Kernels>(
     };
     let data = Dataset::open(name)?;
     let model = merge(result.model.clone());
-    let all = generate_reports(
-        &model,
-        &result.parts,
+    let mut all = Vec::new();
+    for rows in batches(
         &data,
-        data.len().min(count.max(config.eval_generate)),
-        config.eval_max_new_tokens,
+        count.max(config.eval_generate),
         config.per_device_eval_batch_size,
-        device,
-    )?;
+    ) {
+        all.extend(generate_reports(
+            &model,
+            &result.parts,
+            &data,
+            rows,
+            config.eval_max_new_tokens,
+            device,
+        )?);
+    }
     if all.is_empty() {
         bail!("`{name}` holds no sample to show");
     }

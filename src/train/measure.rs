@@ -25,6 +25,7 @@ use crate::{
     dataset::loader::Window,
     files::write_atomic,
     kernels::TrainKernels,
+    lora::merge::merge,
     plot::{TrainingRow, training_plot},
 };
 
@@ -174,7 +175,18 @@ impl<B: TrainKernels> LoopState<B> {
             ("eval_token_acc", totals.token_accuracy()),
         ];
         if let Some(scorer) = &self.scorer {
-            values.extend(scorer(&model.model, self.state.step)?);
+            let reports = match replicas {
+                Some(replicas) => replicas.generate(&learner.model(), scorer)?,
+                None => {
+                    let merged = merge(model.model.clone());
+                    let mut reports = Vec::new();
+                    for batch in 0..scorer.batches {
+                        reports.extend((scorer.generate)(&merged, &self.devices[0], batch)?);
+                    }
+                    reports
+                }
+            };
+            values.extend((scorer.score)(reports, self.state.step)?);
         }
         if totals.loss().is_finite() {
             self.good_steps = self.good_steps.max(self.state.step);

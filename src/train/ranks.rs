@@ -5,6 +5,8 @@
 //! before all have answered the last.
 
 use std::{
+    cell::RefCell,
+    collections::VecDeque,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel},
     time::{Duration, Instant},
@@ -83,6 +85,8 @@ pub struct Ranks<J, R> {
     names: Vec<String>,
     jobs: Vec<Sender<J>>,
     answers: Receiver<(usize, Result<R, String>)>,
+    /// Answers that were met before they were collected, of each rank.
+    early: RefCell<Vec<VecDeque<R>>>,
     patience: Duration,
 }
 
@@ -93,6 +97,7 @@ impl<J: Send + 'static, R: Send + 'static> Ranks<J, R> {
         W: FnMut(J) -> Result<R, String> + Send + 'static,
     {
         let (answer, answers) = channel();
+        let early = workers.iter().map(|_| VecDeque::new()).collect();
         let (names, jobs) = workers
             .into_iter()
             .enumerate()
@@ -115,6 +120,7 @@ impl<J: Send + 'static, R: Send + 'static> Ranks<J, R> {
             names,
             jobs,
             answers,
+            early: RefCell::new(early),
             patience,
         }
     }
@@ -141,19 +147,28 @@ impl<J: Send + 'static, R: Send + 'static> Ranks<J, R> {
     pub fn ask(&self, what: &'static str, jobs: Vec<(usize, J)>) -> Result<Vec<R>, RankError> {
         let asked: Vec<usize> = jobs.iter().map(|(rank, _)| *rank).collect();
         for (rank, job) in jobs {
-            // A thread ends only when its channel is closed, which is not before we are dropped.
-            let _ = self.jobs[rank].send(job);
+            self.send(rank, job);
         }
-        let mut answers: Vec<Option<R>> = asked.iter().map(|_| None).collect();
+        self.collect(what, &asked)
+    }
+
+    /// Hands a rank a job behind those it has; its answer is to be collected in its turn.
+    pub fn send(&self, rank: usize, job: J) {
+        // A thread ends only when its channel is closed, which is not before we are dropped.
+        let _ = self.jobs[rank].send(job);
+    }
+
+    /// Waits for one answer of each of some ranks, in their order.
+    ///
+    /// # Errors
+    /// [`RankError`]: the first failure met, or all that are late.
+    pub fn collect(&self, what: &'static str, asked: &[usize]) -> Result<Vec<R>, RankError> {
+        let mut early = self.early.borrow_mut();
         let end = Instant::now() + self.patience;
-        while answers.iter().any(Option::is_none) {
+        while asked.iter().any(|rank| early[*rank].is_empty()) {
             let left = end.saturating_duration_since(Instant::now());
             match self.answers.recv_timeout(left) {
-                Ok((rank, Ok(answer))) => {
-                    if let Some(place) = asked.iter().position(|one| *one == rank) {
-                        answers[place] = Some(answer);
-                    }
-                }
+                Ok((rank, Ok(answer))) => early[rank].push_back(answer),
                 Ok((rank, Err(reason))) => {
                     return Err(RankError::Failed {
                         rank: self.names[rank].clone(),
@@ -162,19 +177,17 @@ impl<J: Send + 'static, R: Send + 'static> Ranks<J, R> {
                     });
                 }
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
-                    let missing = asked.iter().zip(&answers);
+                    let missing = asked.iter().filter(|rank| early[**rank].is_empty());
                     return Err(RankError::Late {
-                        ranks: missing
-                            .filter(|(_, answer)| answer.is_none())
-                            .map(|(rank, _)| self.names[*rank].clone())
-                            .collect(),
+                        ranks: missing.map(|rank| self.names[*rank].clone()).collect(),
                         what,
                         seconds: self.patience.as_secs_f64(),
                     });
                 }
             }
         }
-        Ok(answers.into_iter().flatten().collect())
+        let answers = asked.iter().filter_map(|rank| early[*rank].pop_front());
+        Ok(answers.collect())
     }
 }
 
@@ -224,6 +237,12 @@ mod tests {
             [15, 14]
         );
         assert_eq!(ranks.ask("counting", vec![(1, 1)]).unwrap(), [2]);
+        // The second has done both before the first has done its one.
+        ranks.send(0, 1);
+        ranks.send(1, 2);
+        ranks.send(1, 3);
+        assert_eq!(ranks.collect("counting", &[0, 1]).unwrap(), [3, 4]);
+        assert_eq!(ranks.collect("counting", &[1]).unwrap(), [6]);
     }
 
     #[test]

@@ -21,13 +21,15 @@ use burn::{
 
 use super::{
     gradients::LossTotals,
-    learner::Trainee,
-    optimizer::{AdamW, clip_global_norm},
+    learner::{StepReading, Trainee},
+    optimizer::{AdamW, clip_on_device},
     ranks::{RankError, Ranks},
+    strategy::{GenerateBatch, Generated, GenerationScorer},
 };
 use crate::{
     dataset::loader::Window,
     kernels::{AllReduce, DeviceMemory, Kernels, TrainKernels, send_module},
+    lora::merge::merge,
     qwen3_vl::nn::to_f32,
 };
 
@@ -44,10 +46,16 @@ enum Job<B: TrainKernels> {
     Learn(Option<Box<Trainee<B>>>, Box<Window>),
     /// Hand over the gradients of the parameters that have one anywhere, added up if the backend can.
     Reduce(Arc<Vec<bool>>),
-    /// Clip and step with the sums.
-    Step(Vec<Flat<B>>, f64),
+    /// Clip and step with the sums: those given, or those the rank has of the last [`Job::Reduce`].
+    Step(Option<Vec<Flat<B>>>, f64),
     /// Work out the loss of a validation batch; the first rank gets the Learner's model with it.
     Evaluate(Option<Box<Trainee<B>>>, Box<Window>),
+    /// Generate reports of some batches; the first rank gets the Learner's model with it.
+    Generate(
+        Option<Box<Trainee<B>>>,
+        Arc<GenerateBatch<B::InnerBackend>>,
+        Vec<usize>,
+    ),
     /// Tell the weights apart; the first rank gets the Learner's model with it.
     Digest(Option<Box<Trainee<B>>>),
 }
@@ -57,6 +65,7 @@ enum Answer<B: TrainKernels> {
     Learnt(Learnt),
     Gradients(Vec<Flat<B>>),
     Totals(LossTotals),
+    Generated(Vec<Vec<Generated>>),
     Digests(Vec<u64>),
 }
 
@@ -79,8 +88,8 @@ pub struct Replicas<B: TrainKernels> {
     devices: Vec<B::Device>,
     all_reduce: Option<Adder<B>>,
     present: Arc<Vec<bool>>,
-    /// Of each rank, in the order of the present parameters.
-    sums: Vec<Vec<Flat<B>>>,
+    /// Ranks that were sent a step whose end was not waited for.
+    stepping: Vec<usize>,
 }
 
 /// State of one rank's thread.
@@ -91,6 +100,7 @@ struct Rank<B: TrainKernels> {
     model: Option<Trainee<B>>,
     optimizer: Option<AdamW<B>>,
     grads: GradientsParams,
+    sums: Vec<Flat<B>>,
     present: Arc<Vec<bool>>,
 }
 
@@ -130,6 +140,7 @@ impl<B: TrainKernels> Replicas<B> {
                     model: None,
                     optimizer: None,
                     grads: GradientsParams::new(),
+                    sums: Vec::new(),
                     present: Arc::default(),
                 };
                 (name(index), move |job| rank.work(job))
@@ -146,7 +157,7 @@ impl<B: TrainKernels> Replicas<B> {
             devices: devices.to_vec(),
             all_reduce,
             present: Arc::default(),
-            sums: Vec::new(),
+            stepping: Vec::new(),
         };
         if this.all_reduce.is_some() {
             let jobs = (0..devices.len()).map(|rank| (rank, Job::Meet)).collect();
@@ -161,7 +172,15 @@ impl<B: TrainKernels> Replicas<B> {
         what: &'static str,
         jobs: Vec<(usize, Job<B>)>,
     ) -> Result<Vec<Answer<B>>, RankError> {
-        self.ranks.ask(what, jobs).inspect_err(|_| {
+        let asked: Vec<usize> = jobs.iter().map(|(rank, _)| *rank).collect();
+        for (rank, job) in jobs {
+            self.ranks.send(rank, job);
+        }
+        self.collect(what, &asked)
+    }
+
+    fn collect(&self, what: &'static str, asked: &[usize]) -> Result<Vec<Answer<B>>, RankError> {
+        self.ranks.collect(what, asked).inspect_err(|_| {
             if let Some(all_reduce) = &self.all_reduce {
                 all_reduce.give_up();
             }
@@ -199,25 +218,32 @@ impl<B: TrainKernels> Replicas<B> {
         Ok(all)
     }
 
-    /// Adds up the gradients of all ranks and gives the sums on the first device.
+    /// Adds up the gradients of all ranks and gives the sums on the first device. The other ranks clip
+    /// and step with them at once; the caller does so for the first, then [`Replicas::finish_step`].
     ///
     /// # Errors
     /// [`RankError`].
-    pub fn reduce(&mut self, model: &Trainee<B>) -> Result<GradientsParams, RankError> {
+    pub fn reduce(&mut self, model: &Trainee<B>, lr: f64) -> Result<GradientsParams, RankError> {
         if !self.present.contains(&true) {
             return Ok(GradientsParams::new());
         }
-        let jobs = (0..self.ranks.len())
-            .map(|rank| (rank, Job::Reduce(self.present.clone())))
+        let all: Vec<usize> = (0..self.ranks.len()).collect();
+        let jobs = all
+            .iter()
+            .map(|rank| (*rank, Job::Reduce(self.present.clone())))
             .collect();
-        let answers = self.together("adding up gradients", jobs)?;
-        let mut gradients = answers.into_iter().filter_map(|answer| match answer {
-            Answer::Gradients(gradients) => Some(gradients),
-            _ => None,
-        });
-        self.sums = if self.all_reduce.is_some() {
-            gradients.collect()
+        self.stepping = all[1..].to_vec();
+        let sums = if self.all_reduce.is_some() {
+            for (rank, job) in jobs {
+                self.ranks.send(rank, job);
+            }
+            for rank in &self.stepping {
+                self.ranks.send(*rank, Job::Step(None, lr));
+            }
+            let answers = self.collect("adding up gradients", &all)?;
+            gradients(answers).next().unwrap_or_default()
         } else {
+            let mut gradients = gradients(self.ranks.ask("adding up gradients", jobs)?);
             let mut sums = gradients.next().unwrap_or_default();
             for other in gradients {
                 let added = sums.into_iter().zip(other);
@@ -225,35 +251,28 @@ impl<B: TrainKernels> Replicas<B> {
                     .map(|(sum, other)| sum + B::InnerBackend::send_to(other, &self.devices[0]))
                     .collect();
             }
-            let copy = |device: &B::Device| {
-                let sums = sums.iter().cloned();
-                sums.map(|sum| B::InnerBackend::send_to(sum, device))
-                    .collect()
-            };
-            self.devices.iter().map(copy).collect()
+            for rank in &self.stepping {
+                let device = &self.devices[*rank];
+                let copies = sums.iter().cloned();
+                let copies = copies.map(|sum| B::InnerBackend::send_to(sum, device));
+                self.ranks
+                    .send(*rank, Job::Step(Some(copies.collect()), lr));
+            }
+            sums
         };
-        Ok(match self.sums.first() {
-            Some(sums) => scatter(model, sums.clone(), &self.present),
-            None => GradientsParams::new(),
-        })
+        Ok(scatter(model, sums, &self.present))
     }
 
-    /// Lets all ranks but the first, which the Learner has stepped before, clip and step.
+    /// Waits until all ranks have taken the step, and the first device what the caller gave it to do.
     ///
     /// # Errors
     /// [`RankError`].
-    pub fn step(&mut self, lr: f64) -> Result<(), RankError> {
-        // What the Learner read was made by the first rank's thread, which may use the memory again once
+    pub fn finish_step(&mut self) -> Result<(), RankError> {
+        // What the caller read was made by the first rank's thread, which may use the memory again once
         // it is let go: not before it has been read.
         let _ = B::sync(&self.devices[0]);
-        let sums = std::mem::take(&mut self.sums);
-        let jobs = sums
-            .into_iter()
-            .enumerate()
-            .skip(1)
-            .map(|(rank, sum)| (rank, Job::Step(sum, lr)))
-            .collect();
-        self.ranks.ask("taking the step", jobs)?;
+        let stepping = std::mem::take(&mut self.stepping);
+        self.collect("taking the step", &stepping)?;
         Ok(())
     }
 
@@ -282,6 +301,36 @@ impl<B: TrainKernels> Replicas<B> {
                 _ => None,
             })
             .collect())
+    }
+
+    /// Reports of all batches of a scorer, which the devices take in turn.
+    ///
+    /// # Errors
+    /// [`RankError`].
+    pub fn generate(
+        &self,
+        model: &Trainee<B>,
+        scorer: &GenerationScorer<B::InnerBackend>,
+    ) -> Result<Vec<Generated>, RankError> {
+        let count = self.ranks.len();
+        let jobs = (0..count)
+            .map(|rank| {
+                let model = (rank == 0).then(|| Box::new(model.clone()));
+                let batches = (rank..scorer.batches).step_by(count).collect();
+                (rank, Job::Generate(model, scorer.generate.clone(), batches))
+            })
+            .collect();
+        let answers = self.ranks.ask("generating reports", jobs)?;
+        let mut all: Vec<_> = answers
+            .into_iter()
+            .filter_map(|answer| match answer {
+                Answer::Generated(batches) => Some(batches.into_iter()),
+                _ => None,
+            })
+            .collect();
+        // Back into the order of the batches.
+        let ordered = (0..scorer.batches).filter_map(|batch| all[batch % count].next());
+        Ok(ordered.flatten().collect())
     }
 
     /// Makes sure that all devices have the same trained weights after `step` steps, bit for bit.
@@ -361,17 +410,22 @@ impl<B: TrainKernels> Rank<B> {
                 }
                 let model = self.model.as_ref().ok_or(NO_MODEL)?;
                 let output = TrainStep::step(model, *window);
+                let reading = output.item.read_later(None);
+                let (memory, present) = (
+                    B::InnerBackend::memory_in_use(&self.device),
+                    presence(model, &output.grads),
+                );
+                self.grads = output.grads;
                 // Reading the sums waits for the device: what went wrong on it shows here, before
                 // any other rank waits for this one's gradients.
-                let learnt = Learnt {
-                    totals: output.item.totals(),
-                    objective: output.item.objective(),
-                    memory: B::InnerBackend::memory_in_use(&self.device),
-                    present: presence(model, &output.grads),
-                };
-                self.grads = output.grads;
+                let read = reading.map(StepReading::wait).unwrap_or_default();
                 self.wait()?;
-                Ok(Answer::Learnt(learnt))
+                Ok(Answer::Learnt(Learnt {
+                    totals: read.totals,
+                    objective: read.objective,
+                    memory,
+                    present,
+                }))
             }
             Job::Reduce(present) => {
                 let model = self.model.as_ref().ok_or(NO_MODEL)?;
@@ -386,6 +440,9 @@ impl<B: TrainKernels> Rank<B> {
                     // The Learner steps the first rank's model: a handle kept here would keep the
                     // weights from before the step alive.
                     self.model = None;
+                } else if self.all_reduce.is_some() {
+                    self.sums = gradients;
+                    return Ok(Answer::Done);
                 }
                 self.wait()?;
                 Ok(Answer::Gradients(gradients))
@@ -393,8 +450,9 @@ impl<B: TrainKernels> Rank<B> {
             Job::Step(sums, lr) => {
                 let model = self.model.take().ok_or(NO_MODEL)?;
                 let optimizer = self.optimizer.as_mut().ok_or("it holds no optimizer")?;
-                let mut grads = scatter(&model, sums, &self.present);
-                clip_global_norm(&model, &mut grads, self.max_grad_norm);
+                let sums = sums.unwrap_or_else(|| std::mem::take(&mut self.sums));
+                let grads = scatter(&model, sums, &self.present);
+                optimizer.clip_next(clip_on_device(&model, &grads, self.max_grad_norm));
                 self.model = Some(optimizer.step(lr, model, grads));
                 Ok(Answer::Done)
             }
@@ -402,6 +460,16 @@ impl<B: TrainKernels> Rank<B> {
                 let model = model.as_deref().or(self.model.as_ref()).ok_or(NO_MODEL)?;
                 let output = InferenceStep::step(&model.valid(), *window);
                 Ok(Answer::Totals(output.totals()))
+            }
+            Job::Generate(model, generate, batches) => {
+                let model = model.as_deref().or(self.model.as_ref()).ok_or(NO_MODEL)?;
+                let merged = merge(model.valid().model);
+                let reports = batches
+                    .into_iter()
+                    .map(|batch| generate(&merged, &self.device, batch))
+                    .collect::<Result<_, _>>()
+                    .map_err(|error| error.to_string())?;
+                Ok(Answer::Generated(reports))
             }
             Job::Digest(model) => {
                 let model = model.as_deref().or(self.model.as_ref()).ok_or(NO_MODEL)?;
@@ -414,6 +482,14 @@ impl<B: TrainKernels> Rank<B> {
     fn wait(&self) -> Result<(), String> {
         B::sync(&self.device).map_err(|error| format!("{error:?}"))
     }
+}
+
+/// The gradients among answers.
+fn gradients<B: TrainKernels>(answers: Vec<Answer<B>>) -> impl Iterator<Item = Vec<Flat<B>>> {
+    answers.into_iter().filter_map(|answer| match answer {
+        Answer::Gradients(gradients) => Some(gradients),
+        _ => None,
+    })
 }
 
 /// For each trained parameter, in the order of the module tree, a number that its bits decide.
@@ -580,10 +656,10 @@ mod tests {
         assert_eq!(learnt.len(), 2);
         let targets: usize = learnt.iter().map(|part| part.totals.targets).sum();
         assert_eq!(targets, window.targets);
-        let sums = replicas.reduce(&model).unwrap();
-        assert!(!sums.is_empty());
         replicas.compare(&model, 0).unwrap();
-        replicas.step(1e-3).unwrap();
+        let sums = replicas.reduce(&model, 1e-3).unwrap();
+        assert!(!sums.is_empty());
+        replicas.finish_step().unwrap();
         // The first rank was left where it was.
         let error = replicas.compare(&model, 1).unwrap_err().to_string();
         assert!(

@@ -202,7 +202,6 @@ pub fn train<B: TrainKernels>(
         &TrainConfig,
         &Arc<TextAndImages>,
         &Dataset,
-        &B::Device,
     ) -> GenerationScorer<B::InnerBackend>,
     on_progress: LoadProgress<'_>,
 ) -> Result<RunResult<B::InnerBackend>, TrainError> {
@@ -313,7 +312,7 @@ pub fn train<B: TrainKernels>(
         .clone()
         .map(|data| WindowLoader::new(data, parts.clone(), config.validation_plan(), 0, 1));
     let scorer = match &validation {
-        Some(data) if config.eval_generate > 0 => Some(scorer(&config, &parts, data, &device)),
+        Some(data) if config.eval_generate > 0 => Some(scorer(&config, &parts, data)),
         _ => None,
     };
     let checkpoints = CheckpointDir::open(run)?;

@@ -17,7 +17,8 @@ use std::{
 
 use burn::{
     data::dataloader::Progress,
-    tensor::backend::AutodiffBackend,
+    prelude::Backend,
+    tensor::backend::{AutodiffBackend, BackendTypes},
     train::{
         EventProcessorTraining, Learner, LearnerEvent, LearningComponentsMarker,
         SupervisedLearningStrategy, SupervisedTrainingEventProcessor, TrainLoader, TrainOutput,
@@ -30,7 +31,7 @@ use super::{
     checkpoint_dir::{CheckpointDir, CheckpointDirError},
     gradients::differing_elements,
     learner::{ScheduleStepper, StepNumbers, StepOutput, StepReading, StepTotals, Trainee},
-    optimizer::{AdamW, clip_global_norm, clip_on_device},
+    optimizer::{AdamW, clip_on_device},
     ranks::RankError,
     records::{MetricsLog, RecordsError},
     replicas::Replicas,
@@ -115,9 +116,32 @@ pub enum TrainError {
 /// Scores of generated reports, by name.
 pub type GenerationScores = Vec<(&'static str, f64)>;
 
+/// A generated report beside the true one.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Generated {
+    /// What the data set says.
+    pub truth: String,
+    /// The reasoning before the report, for models that think.
+    pub thinking: Option<String>,
+    /// What the model says.
+    pub report: String,
+}
+
+/// Reports of a batch, by its number, with a merged model on a device.
+pub type GenerateBatch<B> = dyn Fn(&Qwen3Vl<B>, &<B as BackendTypes>::Device, usize) -> Result<Vec<Generated>, TrainError>
+    + Send
+    + Sync;
+
 /// Generates reports with the model as it is after some steps and scores them.
-pub type GenerationScorer<B> =
-    Box<dyn Fn(&Qwen3Vl<B>, usize) -> Result<GenerationScores, TrainError> + Send + Sync>;
+pub struct GenerationScorer<B: Backend> {
+    /// How many batches there are.
+    pub batches: usize,
+    /// Generates one of them; they are shared out among the devices.
+    pub generate: Arc<GenerateBatch<B>>,
+    /// Scores all reports, in the order of the batches.
+    pub score:
+        Box<dyn Fn(Vec<Generated>, usize) -> Result<GenerationScores, TrainError> + Send + Sync>,
+}
 
 /// Tells a person how the run goes: one line.
 pub type Tell = Arc<dyn Fn(&str) + Send + Sync>;
@@ -432,14 +456,17 @@ impl<B: TrainKernels> LoopState<B> {
                 launched.numbers = Numbers::Known(sum);
                 // A loss that is no number goes before an exchange of gradients that are none.
                 self.check_finite(&launched)?;
-                let model = learner.model();
-                let mut grads = replicas.reduce(&model)?;
-                sum.norm = clip_global_norm(&model, &mut grads, max_norm);
+                let grads = replicas.reduce(&learner.model(), learner.lr_current())?;
+                let clip = clip_on_device(&learner.model(), &grads, max_norm);
+                let norm = clip.clone().map(B::InnerBackend::read_later);
+                self.optimizer.clip_next(clip);
+                learner.optimizer_step(grads);
+                if let Some(norm) = norm {
+                    sum.norm = norm().first().copied().map_or(0.0, f64::from);
+                }
                 launched.numbers = Numbers::Known(sum);
                 self.check_finite(&launched)?;
-                drop(model);
-                learner.optimizer_step(grads);
-                replicas.step(learner.lr_current())?;
+                replicas.finish_step()?;
             }
         }
         Ok(launched)
