@@ -81,11 +81,12 @@ pub const TRAIN: &str = "let `--memory-budget auto` choose the form of the step,
 /// What helps in `bench train`.
 pub const BENCH_TRAIN: &str = "let `--memory-budget` choose, lower --batch, or drop --no-recompute";
 /// What helps where reports are written.
-pub const INFER: &str = "lower --batch-size, --max-pixels or --max-new-tokens, or use --dtype bf16";
+pub const INFER: &str =
+    "lower --batch-size, --max-pixels or --max-new-tokens, or use --dtype bf16 or --quantize int8";
 /// What helps in `eval`.
-pub const EVAL: &str = "lower --batch-size or --max-pixels, or use --dtype bf16";
+pub const EVAL: &str = "lower --batch-size or --max-pixels, or use --dtype bf16 or --quantize int8";
 /// What helps in `serve`.
-pub const SERVE: &str = "lower the number of requests at once, --max-pixels or --max-new-tokens-limit, or use --dtype bf16";
+pub const SERVE: &str = "lower the number of requests at once, --max-pixels or --max-new-tokens-limit, or use --dtype bf16 or --quantize int8";
 /// What helps elsewhere.
 pub const OTHER: &str = "use a smaller model, --dtype bf16, or a device with more memory";
 

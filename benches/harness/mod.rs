@@ -90,7 +90,6 @@ pub fn options() -> PipelineOptions {
         quantize: None,
         min_pixels: None,
         max_pixels: None,
-        quantize: None,
     }
 }
 

@@ -191,6 +191,7 @@ fn fit_budget<B: Kernels>(
         model: config.model.clone(),
         adapter: None,
         dtype,
+        quantize: None,
         min_pixels: config.min_pixels,
         max_pixels: config.max_pixels,
     })?;

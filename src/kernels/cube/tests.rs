@@ -182,11 +182,18 @@ fn adapters(dtype: DType, device: &Device, report: &mut Report) {
         };
         let wide = [&x, &weight, &residual].map(|x| to_f32(x.clone()));
         let [xf, wf, rf] = wide;
-        let got = Backend::adapted_linear(x, weight, &adapter, Some(residual));
-        let want = plain::adapted_linear(xf, wf, &adapter, Some(rf));
-        let name = format!("adapted_linear {rows} x {inner} x {out} r {rank}");
-        report.close(&name, got.0, want.0, dtype);
-        report.close(&format!("{name}, low"), got.1, want.1, DType::F32);
+        let low = Backend::low_rank_inputs(x.clone(), &[&adapter]).remove(0);
+        let low_wanted = plain::low_rank_input(xf.clone(), &adapter);
+        let name = format!("adapted_product {rows} x {inner} x {out} r {rank}");
+        report.close(
+            &format!("{name}, low"),
+            low.clone(),
+            low_wanted.clone(),
+            DType::F32,
+        );
+        let got = Backend::adapted_product(x, weight, low, &adapter, Some(residual));
+        let want = plain::adapted_product(xf, wf, low_wanted, &adapter, Some(rf));
+        report.close(&name, got, want, dtype);
     }
 }
 
