@@ -10,7 +10,7 @@ mod backend;
 mod support;
 
 mod generate;
-#[cfg(feature = "wgpu")]
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
 mod half;
 mod model;
 mod preprocess;
