@@ -252,6 +252,7 @@ pub fn generate<B: Kernels>(
         if stays.len() < active.len() && decoder.is_none() {
             cache.select_rows(&stays, device);
             active = stays.iter().map(|place| active[*place]).collect();
+            stays = (0..active.len()).collect();
         }
         timing.decoded_tokens += stays.len();
         if !decoder_tried {

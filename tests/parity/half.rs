@@ -7,10 +7,7 @@
 //! distance (norm of the difference over norm of the reference).
 //! Two logits nearer to each other than the largest difference may change places; no others.
 
-use burn::{
-    prelude::*,
-    tensor::DType,
-};
+use burn::{prelude::*, tensor::DType};
 use xray_qwen3vl::{
     generate::{GenerationConfig, Prompt, generate},
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, nn::InitOptions, weights::load_checkpoint},

@@ -5,7 +5,6 @@
 //! step is queued before the host has read the token.
 
 use std::{
-    collections::VecDeque,
     future::{Future, ready},
     pin::Pin,
     task::{Context, Poll, Waker},
@@ -39,8 +38,8 @@ use crate::{
     },
 };
 
-/// Steps queued at once: the one waited for and the next.
-const AHEAD: usize = 2;
+/// Steps that may be queued behind those whose tokens were asked for.
+const AHEAD: usize = 1;
 
 /// Steps whose rotary tables are made at once.
 const TABLES: usize = 64;
@@ -80,7 +79,8 @@ struct Engine<R: CubeRuntime> {
     cached: usize,
     launched: usize,
     most: usize,
-    waiting: VecDeque<Reading>,
+    /// Tokens of the last step that was asked for, on their way to the host.
+    reading: Option<Reading>,
 }
 
 fn norm<R: CubeRuntime>(norm: &RmsNorm<Cube<R>>) -> InputNorm<R>
@@ -222,7 +222,7 @@ where
         cached: cache.len(),
         launched: 0,
         most: start.most_steps,
-        waiting: VecDeque::new(),
+        reading: None,
     }))
 }
 
@@ -294,13 +294,21 @@ where
             );
             let head_dim = keys.meta.shape()[3];
             let q = strided(tensor::<R, 2>(q).reshape([rows, self.heads, 1, head_dim]));
-            let y = attention::one_query(&q, &Cache { keys, values }, first, end, at + 1);
+            let y = attention::attended(&q, &Cache { keys, values }, first, end, at + 1);
+            let y = strided(tensor::<R, 4>(y).reshape([rows, self.heads * head_dim]));
             x = layer.output.product(&y, None, Some(&x), x.dtype);
             let y = Matrix::gated_product(&x, &layer.mlp_norm, &layer.gate, &layer.up);
             x = layer.down.product(&y, None, Some(&x), x.dtype);
         }
         self.launched += 1;
         self.head.product(&x, Some(&self.norm), None, DType::F32)
+    }
+
+    /// Queues a step and the choice of the tokens that go into the next; gives these to be read.
+    fn step_to_tokens(&mut self) -> Buffer<R> {
+        let [next, told] = likeliest(&self.step());
+        self.tokens = next;
+        told
     }
 }
 
@@ -325,25 +333,31 @@ fn wait(reading: Reading) -> Result<Bytes, String> {
         .ok_or_else(|| "the device gave nothing back".to_string())
 }
 
+impl<R: CubeRuntime> Drop for Engine<R> {
+    /// A copy that nobody waits for would leave its buffer mapped, and the next copy fail.
+    fn drop(&mut self) {
+        if let Some(reading) = self.reading.take() {
+            let _ = wait(reading);
+        }
+    }
+}
+
 impl<R: CubeRuntime> Decoder for Engine<R>
 where
     Cube<R>: Kernels,
 {
     fn next_tokens(&mut self) -> Result<Vec<Option<u32>>, String> {
-        while self.waiting.is_empty() || (self.waiting.len() < AHEAD && self.launched <= self.most)
-        {
-            let logits = self.step();
-            let [next, told] = likeliest(&logits);
-            self.tokens = next;
-            self.waiting.push_back(read(told));
-        }
-        let reading = self.waiting.pop_front().expect("a step is under way");
-        let bytes = wait(reading)?;
-        let tokens = bytemuck::pod_collect_to_vec::<u8, i32>(&bytes);
-        Ok(tokens
-            .into_iter()
-            .map(|token| u32::try_from(token).ok())
-            .collect())
+        let reading = match self.reading.take() {
+            Some(reading) => reading,
+            None => read(self.step_to_tokens()),
+        };
+        // The device goes on while the host waits. Two copies to the host at once would share a buffer
+        // there, so the next step's tokens are asked for when these are here.
+        let ahead = (self.launched <= self.most).then(|| self.step_to_tokens());
+        let tokens = bytemuck::pod_collect_to_vec::<u8, i32>(&wait(reading)?);
+        self.reading = ahead.map(read);
+        let known = |token| u32::try_from(token).ok();
+        Ok(tokens.into_iter().map(known).collect())
     }
 
     fn next_logits(&mut self, tokens: &[u32]) -> Result<Vec<Vec<f32>>, String> {

@@ -398,6 +398,56 @@ fn attention() {
     report.finish();
 }
 
+#[test]
+fn attention_of_many_queries() {
+    let Some(device) = device() else { return };
+    let mut report = Report::default();
+    let causal = |segments: &[Vec<i32>], first| AttentionSpans::causal(segments, first, &device);
+    let packed = [vec![0; 21], vec![1; 1], vec![2; 13]].concat();
+    let padded = |before: usize, tokens: usize| [vec![-1; before], vec![0; tokens]].concat();
+    for dtype in dtypes(&device) {
+        for (name, heads, kv_heads, head_dim, spans) in [
+            ("packed", 4, 1, 32, causal(&[packed.clone()], 0)),
+            (
+                "padded",
+                4,
+                2,
+                64,
+                causal(&[padded(3, 30), padded(0, 33)], 0),
+            ),
+            ("behind a cache", 8, 8, 32, causal(&[vec![0; 300]], 290)),
+            (
+                "images",
+                3,
+                3,
+                72,
+                AttentionSpans::blocks(&[25, 8, 12], &device),
+            ),
+        ] {
+            let [batch, queries, keys] = spans.dims();
+            let draw = |heads: usize, rows: usize| -> T<4> {
+                normal([batch, rows, heads, head_dim], 1.0, dtype, &device).swap_dims(1, 2)
+            };
+            let (q, k, v) = (
+                draw(heads, queries),
+                draw(kv_heads, keys),
+                draw(kv_heads, keys),
+            );
+            let got = Backend::span_attention(q.clone(), k.clone(), v.clone(), &spans);
+            let want = plain::attention(to_f32(q), to_f32(k), to_f32(v), &spans);
+            // What padding sees is nobody's business.
+            let seen: Vec<f32> = match name {
+                "padded" => [vec![0.0; 3], vec![1.0; 63]].concat(),
+                _ => vec![1.0; batch * queries],
+            };
+            let seen =
+                T::<1>::from_floats(seen.as_slice(), &device).reshape([batch, 1, queries, 1]);
+            report.close(name, to_f32(got) * seen.clone(), want * seen, dtype);
+        }
+    }
+    report.finish();
+}
+
 /// Activations of the published vision tower reach five digits: nothing on their way may become infinite.
 #[test]
 fn large_activations_stay_finite() {

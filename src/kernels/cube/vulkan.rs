@@ -230,13 +230,8 @@ impl Kernels for Backend {
         v: Tensor<Self, 4>,
         spans: &AttentionSpans<Self>,
     ) -> Tensor<Self, 4> {
-        let [batch, heads, queries, head_dim] = q.dims();
-        if queries > 1 {
-            return plain::attention(q, k, v, spans);
-        }
         let [_, _, keys, _] = k.dims();
-        let (q, k, v) = (strided(q), strided(k), strided(v));
-        let q = with_dense_heads(q);
+        let [q, k, v] = [q, k, v].map(|x| with_dense_heads(strided(x)));
         let cache = Cache {
             keys: &k,
             values: &v,
@@ -245,8 +240,8 @@ impl Kernels for Backend {
             return plain::attention(tensor(q), tensor(k), tensor(v), spans);
         }
         let [first, end] = spans.ranges().clone().map(|range| range.into_primitive());
-        let y = attention::one_query(&q, &cache, &first, &end, keys);
-        tensor::<2>(y).reshape([batch, heads, 1, head_dim])
+        let y = attention::attended(&q, &cache, &first, &end, keys);
+        tensor::<4>(y).swap_dims(1, 2)
     }
 
     fn wide_product(a: Tensor<Self, 4>, b: Tensor<Self, 4>) -> Tensor<Self, 4> {
