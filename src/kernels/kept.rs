@@ -3,6 +3,7 @@
 use std::{
     any::Any,
     fmt,
+    marker::PhantomData,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -15,27 +16,40 @@ use burn::{
     tensor::backend::AutodiffBackend,
 };
 
+/// What is kept, once something is.
+type Anything = Option<Box<dyn Any + Send>>;
+
 /// A field of a module that holds no parameter: what a backend keeps for the weights beside it.
 ///
 /// Clones share it, as they share the weights. It is empty again behind everything that may give the
-/// module other weights or another device.
-#[derive(Clone, Default)]
-pub struct Kept(Arc<Mutex<Option<Box<dyn Any + Send>>>>);
+/// module other weights or another device, and closed in what a model in training is validated with,
+/// whose weights change with every step.
+// The backend is named so that the derived code of the module around it sees a module here, and not a
+// constant, which it would clone into every mapped copy.
+#[derive(Clone)]
+pub struct Kept<B>(Option<Arc<Mutex<Anything>>>, PhantomData<B>);
 
-impl Kept {
-    /// What is kept, for one user at a time.
-    pub fn lock(&self) -> MutexGuard<'_, Option<Box<dyn Any + Send>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+impl<B> Default for Kept<B> {
+    fn default() -> Self {
+        Self(Some(Arc::default()), PhantomData)
     }
 }
 
-impl fmt::Debug for Kept {
+impl<B> Kept<B> {
+    /// What is kept, for one user at a time; `None` where nothing may be.
+    pub fn lock(&self) -> Option<MutexGuard<'_, Anything>> {
+        let kept = self.0.as_ref()?;
+        Some(kept.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl<B> fmt::Debug for Kept<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Kept")
     }
 }
 
-impl<B: Backend> Module<B> for Kept {
+impl<B: Backend> Module<B> for Kept<B> {
     type Record = EmptyRecord;
 
     fn collect_devices(&self, devices: Devices<B>) -> Devices<B> {
@@ -65,45 +79,62 @@ impl<B: Backend> Module<B> for Kept {
     }
 }
 
-impl<B: AutodiffBackend> AutodiffModule<B> for Kept {
-    type InnerModule = Self;
+impl<B: AutodiffBackend> AutodiffModule<B> for Kept<B> {
+    type InnerModule = Kept<B::InnerBackend>;
 
-    fn valid(&self) -> Self {
-        Self::default()
+    fn valid(&self) -> Self::InnerModule {
+        Kept(None, PhantomData)
     }
 
-    fn from_inner(_module: Self) -> Self {
+    fn from_inner(_module: Self::InnerModule) -> Self {
         Self::default()
     }
 }
 
-impl ModuleDisplayDefault for Kept {
+impl<B: Backend> ModuleDisplayDefault for Kept<B> {
     fn content(&self, content: Content) -> Option<Content> {
         Some(content)
     }
 }
 
-impl ModuleDisplay for Kept {}
+impl<B: Backend> ModuleDisplay for Kept<B> {}
 
 #[cfg(all(test, feature = "flex"))]
 mod tests {
     use super::*;
+    use burn::{backend::Autodiff, module::Param};
     use burn_flex::Flex;
 
+    /// A module as the derived code makes it.
+    #[derive(Module, Debug)]
+    struct Around<B: Backend> {
+        weight: Param<Tensor<B, 1>>,
+        kept: Kept<B>,
+    }
+
+    fn held<B>(kept: &Kept<B>) -> Option<u32> {
+        let held = kept.lock()?;
+        held.as_ref()
+            .and_then(|held| held.downcast_ref::<u32>().copied())
+    }
+
     #[test]
-    fn clones_share_and_mapping_forgets() {
+    fn clones_share_mapping_forgets_and_validation_keeps_nothing() {
+        type AB = Autodiff<Flex>;
         struct Nothing;
-        impl ModuleMapper<Flex> for Nothing {}
-        let kept = Kept::default();
-        let clone = kept.clone();
-        *kept.lock() = Some(Box::new(7_u32));
-        let held = |kept: &Kept| {
-            let held = kept.lock();
-            held.as_ref()
-                .and_then(|held| held.downcast_ref::<u32>().copied())
+        impl ModuleMapper<AB> for Nothing {}
+        let device = Default::default();
+        let module = Around::<AB> {
+            weight: Param::from_tensor(Tensor::ones([2], &device)),
+            kept: Kept::default(),
         };
-        assert_eq!(held(&clone), Some(7));
-        let mapped = Module::<Flex>::map(clone, &mut Nothing);
-        assert_eq!((held(&kept), held(&mapped)), (Some(7), None));
+        *module.kept.lock().unwrap() = Some(Box::new(7_u32));
+        assert_eq!(held(&module.clone().kept), Some(7));
+        let valid = module.valid();
+        assert!(valid.kept.lock().is_none());
+        let mapped = module.clone().map(&mut Nothing);
+        assert_eq!((held(&module.kept), held(&mapped.kept)), (Some(7), None));
+        assert!(mapped.kept.lock().is_some());
+        assert_eq!(held(&module.fork(&device).kept), None);
     }
 }

@@ -422,7 +422,7 @@ pub struct VisionModel<B: Backend> {
     pub deepstack_merger_list: Vec<PatchMerger<B>>,
     deepstack_visual_indexes: Vec<usize>,
     /// What the backend keeps for these weights.
-    pub kept: Kept,
+    pub kept: Kept<B>,
 }
 
 impl<B: Kernels> VisionModel<B> {

@@ -63,7 +63,9 @@ pub(super) fn run(
     {
         return run();
     }
-    let mut kept = tower.kept.lock();
+    let Some(mut kept) = tower.kept.lock() else {
+        return run();
+    };
     let layouts = kept.get_or_insert_with(|| Box::new(Layouts::default()));
     let Some(layouts) = layouts.downcast_mut::<Layouts>() else {
         return run();
@@ -118,7 +120,9 @@ pub(super) fn run(
 
 /// Waits until what is compiled for a tower is there.
 pub(super) fn settle(tower: &VisionModel<Backend>) {
-    let kept = tower.kept.lock();
+    let Some(kept) = tower.kept.lock() else {
+        return;
+    };
     let layouts = kept
         .as_ref()
         .and_then(|kept| kept.downcast_ref::<Layouts>());
