@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::{
     backend::{DeviceName, DtypeName},
-    quant::Quantization,
+    quant::{Quantization, cache::CacheFormat},
     train::config::LossReduction,
 };
 
@@ -158,6 +158,9 @@ pub struct GenerationArgs {
     /// End an answer before this text; may be given several times.
     #[arg(long, value_name = "TEXT")]
     pub stop: Vec<String>,
+    /// How keys and values are kept; int8 takes half the memory and makes each token slower.
+    #[arg(long, value_enum, default_value = "float")]
+    pub kv_cache: CacheFormat,
 }
 
 /// Arguments of `infer`.

@@ -62,7 +62,7 @@ fn main() -> ExitCode {
                 || lower.contains("alloc")
             {
                 eprintln!(
-                    "error: the device ran out of memory ({reason}); lower --batch-size, --max-pixels or --max-new-tokens, or use --dtype bf16"
+                    "error: the device ran out of memory ({reason}); lower --batch-size, --max-pixels or --max-new-tokens, or use --dtype bf16 or --quantize int8"
                 );
             } else {
                 let place = PLACE.lock().map(|place| place.clone()).unwrap_or_default();

@@ -30,7 +30,7 @@ use crate::{
     },
     files::write_atomic,
     kernels::Kernels,
-    quant::Quantization,
+    quant::{Quantization, files::of_checkpoint},
     train::trace::Trace,
 };
 
@@ -274,7 +274,10 @@ impl ReplicatedTask for Measure {
         };
         let mut bench = Bench::<B>::new(source, device.clone(), dtype, args.mixed, args.samples)
             .map_err(usage)?;
-        bench.quantize = args.quantize;
+        bench.quantize = match &bench.source {
+            Source::Folder(dir) if dir.is_dir() => of_checkpoint(dir)?.or(args.quantize),
+            _ => args.quantize,
+        };
         let written = args
             .checkpoint_in
             .as_deref()

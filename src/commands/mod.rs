@@ -85,6 +85,7 @@ fn generation_config(args: &GenerationArgs) -> Result<GenerationConfig> {
     Ok(GenerationConfig {
         max_new_tokens: args.max_new_tokens,
         sampling,
+        kv_cache: args.kv_cache,
         ..GenerationConfig::default()
     })
 }

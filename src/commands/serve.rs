@@ -34,6 +34,7 @@ use crate::{
     kernels::Kernels,
     pipeline::{Pipeline, PipelineOptions, TextAndImages},
     processor::tokenizer::Tokenizer,
+    quant::cache::CacheFormat,
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig},
     serve::{
         App, ServeConfig,
@@ -320,6 +321,11 @@ impl Serve {
         device: B::Device,
         limits: &EngineLimits,
     ) -> Result<ServingDecoder<B>> {
+        let kv_cache = self.defaults.kv_cache;
+        if kv_cache != CacheFormat::Float {
+            let decoder = PlainDecoder::new(model, config.clone(), device);
+            return Ok(Box::new(decoder.with_cache(kv_cache)));
+        }
         let mut progress = Progress::new("preparing", 0, Unit::Items);
         let room = ServingLimits {
             max_running: limits.max_running,

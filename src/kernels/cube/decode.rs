@@ -12,23 +12,23 @@ use std::{
 };
 
 use burn::{
-    backend::wgpu::WgpuRuntime,
     prelude::*,
     tensor::{DType, TensorData},
 };
+use burn_cubecl::CubeRuntime;
 use cubecl::{bytes::Bytes, server::ServerError};
 
 use super::{
     attention::{self, Cache},
+    launch::{Buffer, Cube, contiguous, strided, tensor},
     likeliest::likeliest,
     matrix::Matrix,
     matvec::{self, InputNorm},
     rotary::{self, HeadNorms},
-    vulkan::{Backend, Buffer, contiguous, strided, tensor},
     words::Packing,
 };
 use crate::{
-    kernels::{DecodeStart, Decoder},
+    kernels::{DecodeStart, Decoder, Kernels},
     qwen3_vl::{
         Qwen3Vl,
         cache::KeyValueCache,
@@ -46,36 +46,36 @@ const AHEAD: usize = 2;
 const TABLES: usize = 64;
 
 /// A layer's weights and its part of the cache.
-struct Layer {
-    input_norm: InputNorm<WgpuRuntime>,
-    qkv: [Matrix; 3],
-    head_norms: HeadNorms<WgpuRuntime>,
-    output: Matrix,
-    mlp_norm: InputNorm<WgpuRuntime>,
-    gate: Matrix,
-    up: Matrix,
-    down: Matrix,
-    keys: Buffer,
-    values: Buffer,
+struct Layer<R: CubeRuntime> {
+    input_norm: InputNorm<R>,
+    qkv: [Matrix<R>; 3],
+    head_norms: HeadNorms<R>,
+    output: Matrix<R>,
+    mlp_norm: InputNorm<R>,
+    gate: Matrix<R>,
+    up: Matrix<R>,
+    down: Matrix<R>,
+    keys: Buffer<R>,
+    values: Buffer<R>,
 }
 
 type Reading = Pin<Box<dyn Future<Output = Result<Vec<Bytes>, ServerError>> + Send>>;
 
-struct Engine {
-    layers: Vec<Layer>,
-    norm: InputNorm<WgpuRuntime>,
-    embedding: Embedding<Backend>,
-    head: Matrix,
+struct Engine<R: CubeRuntime> {
+    layers: Vec<Layer<R>>,
+    norm: InputNorm<R>,
+    embedding: Embedding<Cube<R>>,
+    head: Matrix<R>,
     heads: usize,
     frequencies: Vec<f32>,
     /// First visible key of each row, and a number no row's keys reach.
-    ranges: [Buffer; 2],
+    ranges: [Buffer<R>; 2],
     /// Tokens of the next step, one a row.
-    tokens: Buffer,
+    tokens: Buffer<R>,
     /// Position of the first step of each row.
     positions: Vec<i64>,
     /// Rotary tables of the steps `made` and the following, `[TABLES, 2, rows, d]`.
-    tables: Option<(usize, Buffer)>,
+    tables: Option<(usize, Buffer<R>)>,
     /// Tokens in the cache before the first step.
     cached: usize,
     launched: usize,
@@ -83,19 +83,22 @@ struct Engine {
     waiting: VecDeque<Reading>,
 }
 
-fn norm(norm: &RmsNorm<Backend>) -> InputNorm<WgpuRuntime> {
+fn norm<R: CubeRuntime>(norm: &RmsNorm<Cube<R>>) -> InputNorm<R>
+where
+    Cube<R>: Kernels,
+{
     InputNorm {
         weight: contiguous(norm.weight.val()),
         epsilon: norm.epsilon(),
     }
 }
 
-fn weight(linear: &Linear<Backend>) -> Matrix {
+fn weight<R: CubeRuntime>(linear: &Linear<Cube<R>>) -> Matrix<R> {
     Matrix::of(&linear.weight)
 }
 
 /// The layer's linear layers.
-fn linears(layer: &DecoderLayer<Backend>) -> [&Linear<Backend>; 7] {
+fn linears<R: CubeRuntime>(layer: &DecoderLayer<Cube<R>>) -> [&Linear<Cube<R>>; 7] {
     let (attn, mlp) = (&layer.self_attn, &layer.mlp);
     [
         &attn.q_proj,
@@ -109,13 +112,16 @@ fn linears(layer: &DecoderLayer<Backend>) -> [&Linear<Backend>; 7] {
 }
 
 /// Whether the model's text layers are plain matrices of shapes the kernels know.
-fn covers(model: &Qwen3Vl<Backend>, config: &Qwen3VlConfig, rows: usize) -> bool {
+fn covers<R: CubeRuntime>(model: &Qwen3Vl<Cube<R>>, config: &Qwen3VlConfig, rows: usize) -> bool
+where
+    Cube<R>: Kernels,
+{
     let text = &config.text_config;
     let dtype = model.dtype();
     let Some(packing) = Packing::of(dtype) else {
         return false;
     };
-    let plain = |linear: &Linear<Backend>| {
+    let plain = |linear: &Linear<Cube<R>>| {
         linear.lora.is_none() && linear.bias.is_none() && weight(linear).covers(dtype)
     };
     let widths = [
@@ -142,17 +148,22 @@ fn covers(model: &Qwen3Vl<Backend>, config: &Qwen3VlConfig, rows: usize) -> bool
 }
 
 /// The engine for a prefilled cache; `None` where the kernels do not cover the model.
-pub(super) fn start(
-    model: &Qwen3Vl<Backend>,
+pub(in crate::kernels) fn start<R: CubeRuntime>(
+    model: &Qwen3Vl<Cube<R>>,
     config: &Qwen3VlConfig,
-    cache: &KeyValueCache<Backend>,
+    cache: &KeyValueCache<Cube<R>>,
     start: &DecodeStart,
-) -> Option<Box<dyn Decoder>> {
+) -> Option<Box<dyn Decoder>>
+where
+    Cube<R>: Kernels,
+{
     let rows = start.tokens.len();
     let room = cache
         .capacity()
         .is_some_and(|capacity| cache.len() + start.most_steps + AHEAD < capacity);
-    if !room || !covers(model, config, rows) {
+    // Only the likeliest token is found on the device.
+    let likeliest = start.draws.is_empty() && start.seen.is_empty();
+    if !room || !likeliest || !covers(model, config, rows) {
         return None;
     }
     let text = &model.model.language_model;
@@ -186,7 +197,7 @@ pub(super) fn start(
             })
         })
         .collect::<Option<Vec<_>>>()?;
-    let device = text.norm.weight.val().device();
+    let device = contiguous(text.norm.weight.val()).device;
     let first: Vec<i32> = cache
         .segments
         .iter()
@@ -215,17 +226,24 @@ pub(super) fn start(
     }))
 }
 
-fn integers(values: &[i32], device: &burn::tensor::Device<Backend>) -> Buffer {
-    Tensor::<Backend, 1, Int>::from_data(
+fn integers<R: CubeRuntime>(values: &[i32], device: &R::Device) -> Buffer<R> {
+    Tensor::<Cube<R>, 1, Int>::from_data(
         TensorData::new(values.to_vec(), [values.len()]),
         (device, DType::I32),
     )
     .into_primitive()
 }
 
-impl Engine {
+fn indices<R: CubeRuntime>(buffer: Buffer<R>) -> Tensor<Cube<R>, 1, Int> {
+    Tensor::from_primitive(buffer)
+}
+
+impl<R: CubeRuntime> Engine<R>
+where
+    Cube<R>: Kernels,
+{
     /// Rotary tables that hold the coming step, and the place of its cosines there.
-    fn table(&mut self) -> (Buffer, usize) {
+    fn table(&mut self) -> (Buffer<R>, usize) {
         let width = 2 * self.positions.len() * 2 * self.frequencies.len();
         if let Some((made, tables)) = &self.tables
             && self.launched < made + TABLES
@@ -250,17 +268,17 @@ impl Engine {
         let shape = [values.len()];
         let device = self.embedding.weight.lazy_device();
         let tables =
-            Tensor::<Backend, 1>::from_data(TensorData::new(values, shape), (&device, DType::F32));
+            Tensor::<Cube<R>, 1>::from_data(TensorData::new(values, shape), (&device, DType::F32));
         let tables = contiguous(tables);
         self.tables = Some((self.launched, tables.clone()));
         (tables, 0)
     }
 
     /// Queues a step on the tokens at hand; gives its logits `[rows, vocab]`.
-    fn step(&mut self) -> Buffer {
+    fn step(&mut self) -> Buffer<R> {
         let (tables, place) = self.table();
         let at = self.cached + self.launched;
-        let indices = Tensor::<Backend, 1, Int>::from_primitive(self.tokens.clone());
+        let indices = indices(self.tokens.clone());
         let mut x = contiguous(self.embedding.forward(indices));
         let [rows, _] = x.meta.shape().dims();
         let [first, end] = &self.ranges;
@@ -275,7 +293,7 @@ impl Engine {
                 at,
             );
             let head_dim = keys.meta.shape()[3];
-            let q = strided(tensor::<2>(q).reshape([rows, self.heads, 1, head_dim]));
+            let q = strided(tensor::<R, 2>(q).reshape([rows, self.heads, 1, head_dim]));
             let y = attention::one_query(&q, &Cache { keys, values }, first, end, at + 1);
             x = layer.output.product(&y, None, Some(&x), x.dtype);
             let y = Matrix::gated_product(&x, &layer.mlp_norm, &layer.gate, &layer.up);
@@ -287,7 +305,7 @@ impl Engine {
 }
 
 /// Queues the copy of a buffer to the host.
-fn read(buffer: Buffer) -> Reading {
+fn read<R: CubeRuntime>(buffer: Buffer<R>) -> Reading {
     let Buffer { client, handle, .. } = buffer;
     let mut reading: Reading = Box::pin(async move { client.read_async(vec![handle]).await });
     // Asked once, it queues the copy, before what comes after it is queued.
@@ -307,7 +325,10 @@ fn wait(reading: Reading) -> Result<Bytes, String> {
         .ok_or_else(|| "the device gave nothing back".to_string())
 }
 
-impl Decoder for Engine {
+impl<R: CubeRuntime> Decoder for Engine<R>
+where
+    Cube<R>: Kernels,
+{
     fn next_tokens(&mut self) -> Result<Vec<Option<u32>>, String> {
         while self.waiting.is_empty() || (self.waiting.len() < AHEAD && self.launched <= self.most)
         {
@@ -327,7 +348,7 @@ impl Decoder for Engine {
 
     fn next_logits(&mut self, tokens: &[u32]) -> Result<Vec<Vec<f32>>, String> {
         let tokens: Vec<i32> = tokens.iter().map(|token| *token as i32).collect();
-        self.tokens = integers(&tokens, &self.embedding.weight.lazy_device());
+        self.tokens = integers(&tokens, &self.tokens.device);
         let logits = self.step();
         let [_, vocab] = logits.meta.shape().dims();
         let bytes = wait(read(logits))?;

@@ -1,28 +1,27 @@
 //! A matrix of the model as the decoder reads it: floats or packed.
 
-use burn::{backend::wgpu::WgpuRuntime, tensor::DType};
+use burn::tensor::DType;
+use burn_cubecl::CubeRuntime;
 
 use super::{
+    launch::{Buffer, Cube, strided},
     matvec::{self, InputNorm},
     quantized::{self, Packed},
-    vulkan::{Backend, Buffer, strided},
     words::Packing,
 };
 use crate::quant::Weight;
 
 /// Buffers of a matrix `[out, in]`.
-pub(super) enum Matrix {
+pub(super) enum Matrix<R: CubeRuntime> {
     /// Its elements.
-    Floats(Buffer),
+    Floats(Buffer<R>),
     /// Its words and scales.
-    Packed(Packed<WgpuRuntime>),
+    Packed(Packed<R>),
 }
 
-type Norm = InputNorm<WgpuRuntime>;
-
-impl Matrix {
+impl<R: CubeRuntime> Matrix<R> {
     /// The buffers of a weight, as they lie.
-    pub(super) fn of(weight: &Weight<Backend>) -> Self {
+    pub(super) fn of(weight: &Weight<Cube<R>>) -> Self {
         match weight {
             Weight::Dense(param) => Self::Floats(strided(param.val())),
             Weight::Packed(packed) => Self::Packed(Packed::of(packed)),
@@ -40,11 +39,11 @@ impl Matrix {
     /// `norm(x) Wᵀ + residual` in type `out`.
     pub(super) fn product(
         &self,
-        x: &Buffer,
-        norm: Option<&Norm>,
-        residual: Option<&Buffer>,
+        x: &Buffer<R>,
+        norm: Option<&InputNorm<R>>,
+        residual: Option<&Buffer<R>>,
         out: DType,
-    ) -> Buffer {
+    ) -> Buffer<R> {
         match self {
             Self::Floats(weight) => matvec::product(x, norm, weight, None, residual, out),
             Self::Packed(weight) => {
@@ -58,7 +57,11 @@ impl Matrix {
     ///
     /// # Panics
     /// If some are packed and some are not.
-    pub(super) fn three_products(x: &Buffer, norm: &Norm, weights: [&Self; 3]) -> Buffer {
+    pub(super) fn three_products(
+        x: &Buffer<R>,
+        norm: &InputNorm<R>,
+        weights: [&Self; 3],
+    ) -> Buffer<R> {
         match weights {
             [Self::Floats(a), Self::Floats(b), Self::Floats(c)] => {
                 matvec::three_products(x, norm, [a, b, c])
@@ -74,7 +77,12 @@ impl Matrix {
     ///
     /// # Panics
     /// If one is packed and the other is not.
-    pub(super) fn gated_product(x: &Buffer, norm: &Norm, gate: &Self, up: &Self) -> Buffer {
+    pub(super) fn gated_product(
+        x: &Buffer<R>,
+        norm: &InputNorm<R>,
+        gate: &Self,
+        up: &Self,
+    ) -> Buffer<R> {
         match (gate, up) {
             (Self::Floats(gate), Self::Floats(up)) => matvec::gated_product(x, norm, gate, up),
             (Self::Packed(gate), Self::Packed(up)) => {

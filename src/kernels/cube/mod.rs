@@ -4,18 +4,13 @@
 //! meets, and what it does not cover goes to the plain default. Operands are read sixteen bytes at a time
 //! (`words`), sums are f32, and f16 results end at its largest finite value.
 
-#[cfg(feature = "wgpu")]
 mod attention;
 #[cfg(feature = "wgpu")]
 mod cache;
-#[cfg(feature = "wgpu")]
-mod decode;
+pub(super) mod decode;
 mod launch;
-#[cfg(feature = "wgpu")]
 mod likeliest;
-#[cfg(feature = "wgpu")]
 mod matrix;
-#[cfg(feature = "wgpu")]
 mod matvec;
 #[cfg(feature = "wgpu")]
 mod pointwise;
@@ -23,7 +18,6 @@ pub(super) mod quantized;
 mod quantized_kernels;
 #[cfg(test)]
 mod quantized_tests;
-#[cfg(feature = "wgpu")]
 mod rotary;
 #[cfg(feature = "wgpu")]
 mod rows;

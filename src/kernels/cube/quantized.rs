@@ -5,12 +5,12 @@
 //! [`MOST_ROWS`] rows go in several such launches. More rows go through the dense product with rows of
 //! the matrix that a kernel writes out as floats, at most [`quant::weight::UNPACKED_BYTES`] at once.
 
-use burn::tensor::{DType, Tensor, TensorPrimitive};
-use burn_cubecl::{CubeBackend, CubeRuntime, kernel::into_contiguous};
+use burn::tensor::{DType, Tensor};
+use burn_cubecl::{CubeRuntime, kernel::into_contiguous};
 use cubecl::prelude::*;
 
 use super::{
-    launch::{Buffer, array, cubes, elements, empty, pieces},
+    launch::{Buffer, Cube, array, contiguous, cubes, elements, empty, pieces, tensor},
     quantized_kernels::{Form, gated_matrices, low_rank, one_matrix, three_matrices, unpack},
     sums::Group,
     words::Packing,
@@ -19,9 +19,6 @@ use crate::{
     kernels::{Kernels, LowRank},
     quant::{self, Format, PackedWeight},
 };
-
-/// A backend of CubeCL as Burn instantiates it.
-type Cube<R> = CubeBackend<R, f32, i32, u8>;
 
 /// Rows of one launch.
 const ROWS: usize = 8;
@@ -55,7 +52,7 @@ impl<R: CubeRuntime> Packed<R> {
     pub(super) fn of(weight: &PackedWeight<Cube<R>>) -> Self {
         Self {
             words: into_contiguous(weight.words().clone().into_primitive()),
-            scales: buffer(weight.scales().clone()),
+            scales: contiguous(weight.scales().clone()),
             format: weight.format(),
             d_input: weight.dims()[1],
         }
@@ -108,14 +105,6 @@ impl Form {
     fn dim(&self) -> CubeDim {
         CubeDim::new_1d((self.group.lanes * self.groups) as u32)
     }
-}
-
-fn buffer<R: CubeRuntime, const D: usize>(tensor: Tensor<Cube<R>, D>) -> Buffer<R> {
-    into_contiguous(tensor.into_primitive().tensor())
-}
-
-fn tensor<R: CubeRuntime>(buffer: Buffer<R>) -> Tensor<Cube<R>, 2> {
-    Tensor::from_primitive(TensorPrimitive::Float(buffer))
 }
 
 /// [`Kernels::dense_packed`].
@@ -203,7 +192,7 @@ fn by_rows<R: CubeRuntime>(
 ) -> Tensor<Cube<R>, 2> {
     let [rows, d_input] = x.dims();
     let packed = Packed::of(weight);
-    let bias = bias.map(buffer);
+    let bias = bias.map(contiguous);
     let padding = packed.format.padded(d_input) - d_input;
     let parts = (0..rows).step_by(ROWS).map(|start| {
         let count = ROWS.min(rows - start);
@@ -212,10 +201,10 @@ fn by_rows<R: CubeRuntime>(
             false => x.clone().narrow(0, start, count),
         };
         let x = cut(&x);
-        let residual = residual.as_ref().map(|residual| buffer(cut(residual)));
+        let residual = residual.as_ref().map(|residual| contiguous(cut(residual)));
         let share = adapter.map(|adapter| {
-            let low = low_rank_input(&buffer(x.clone()), adapter);
-            (low, buffer(adapter.b.clone()), adapter.b.dims()[1])
+            let low = low_rank_input(&contiguous(x.clone()), adapter);
+            (low, contiguous(adapter.b.clone()), adapter.b.dims()[1])
         });
         let x = match padding {
             0 => x,
@@ -224,7 +213,7 @@ fn by_rows<R: CubeRuntime>(
         };
         let added = (bias.as_ref(), residual.as_ref());
         tensor(product(
-            &buffer(x),
+            &contiguous(x),
             None,
             &packed,
             added,
@@ -400,7 +389,7 @@ fn low_rank_input<R: CubeRuntime>(x: &Buffer<R>, adapter: &LowRank<Cube<R>>) -> 
     let [rows, d_input] = x.meta.shape().dims();
     let [rank, width] = adapter.a.dims();
     assert_eq!(width, d_input, "inputs of the adapter");
-    let a = buffer(adapter.a.clone());
+    let a = contiguous(adapter.a.clone());
     let packing = Packing::of(x.dtype).expect("`covers` was asked");
     let group = Group::of(&x.client);
     let groups = if group.plane { UNITS / group.lanes } else { 1 };

@@ -43,7 +43,7 @@ use super::{
     Activation, AdamWTensor, AllReduce, AttentionSpans, BackwardProduct, DecodeStart, Decoder,
     DeviceMemory, Dropout, HeadNorm, Kernels, LowRank, LowRankFlow, LowRankGradients, Reading,
     TargetLoss,
-    cube::quantized,
+    cube::{self, quantized},
     plain,
     upload::{Fill, Upload, UploadError},
 };
@@ -168,7 +168,7 @@ impl Kernels for Cuda {
         start: &DecodeStart,
     ) -> Option<Box<dyn Decoder>> {
         if model.quantization().is_some() {
-            return None;
+            return cube::decode::start(model, config, cache, start);
         }
         decode::start(model, config, cache, start)
     }
