@@ -5,7 +5,7 @@
 //! records the run, compares the graph's output with the launched one's bit for bit, and from then on
 //! the graph is replayed. A graph that differs is never used.
 
-use std::thread::JoinHandle;
+use std::{any::Any, thread::JoinHandle};
 
 use burn::{prelude::*, tensor::DType};
 use rayon::prelude::*;
@@ -118,14 +118,17 @@ pub(super) fn run(
     output
 }
 
+fn kept_layouts(kept: &Option<Box<dyn Any + Send>>) -> Option<&Layouts> {
+    let kept: &(dyn Any + Send) = kept.as_deref()?;
+    kept.downcast_ref()
+}
+
 /// Waits until what is compiled for a tower is there.
 pub(super) fn settle(tower: &VisionModel<Backend>) {
     let Some(kept) = tower.kept.lock() else {
         return;
     };
-    let layouts = kept
-        .as_ref()
-        .and_then(|kept| kept.downcast_ref::<Layouts>());
+    let layouts = kept_layouts(&kept);
     for (_, state) in layouts.map_or(&[][..], |layouts| &layouts.0) {
         while matches!(state, State::Compiling(thread) if !thread.is_finished()) {
             std::thread::sleep(std::time::Duration::from_millis(5));
@@ -232,10 +235,10 @@ fn wait(like: &Buffer) -> Result<(), DriverError> {
 /// Whether a layout of a tower is replayed as a graph.
 #[cfg(test)]
 pub(super) fn is_replayed(tower: &VisionModel<Backend>, grids: &[[usize; 3]]) -> bool {
-    let kept = tower.kept.lock();
-    let layouts = kept
-        .as_ref()
-        .and_then(|kept| kept.downcast_ref::<Layouts>());
+    let Some(kept) = tower.kept.lock() else {
+        return false;
+    };
+    let layouts = kept_layouts(&kept);
     layouts.is_some_and(|layouts| {
         layouts
             .0
