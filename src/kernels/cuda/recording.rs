@@ -85,6 +85,8 @@ pub(super) fn record<R>(
     input_bytes: usize,
     work: impl FnOnce() -> R,
 ) -> Result<(R, Graph), DriverError> {
+    // Tensor maps are described by this thread, for the device's context.
+    Context::of(device)?.enter()?;
     let (output, mode) = within(Mode::Record(Recorder::default()), work);
     let Some(Mode::Record(recorder)) = mode else {
         unreachable!("`within` gives back the mode it was given");
