@@ -115,7 +115,7 @@ class Client(unittest.TestCase):
             self.ask(temperature=-1)
 
     def test_who_leaves_is_forgotten(self):
-        with self.ask(stream=True, max_tokens=5000, extra_body={"ignore_eos": True}) as stream:
+        with self.ask(stream=True, max_tokens=4000, extra_body={"ignore_eos": True}) as stream:
             next(iter(stream))
         deadline = time.monotonic() + 5
         while self.running() > 0:
