@@ -55,10 +55,11 @@ fn the_memory_budget_changes_how_a_step_is_made_and_not_what_it_gives() {
     for (form, numbers) in forms.iter().enumerate() {
         assert_eq!(numbers.len(), plain.len());
         for (step, (found, expected)) in numbers.iter().zip(&plain).enumerate() {
-            for (a, b) in found.iter().zip(expected) {
-                // f32 sums in another order, through six steps.
+            // f32 sums in another order, through six steps of AdamW, whose division by the root enlarges
+            // what rounding leaves of gradients near zero; the norm is made of those.
+            for (a, (b, allowed)) in found.iter().zip(expected.iter().zip([1e-4, 1e-3])) {
                 assert!(
-                    (a / b - 1.0).abs() < 1e-4,
+                    (a / b - 1.0).abs() < allowed,
                     "form {form} step {step}: {a} {b}"
                 );
             }

@@ -400,7 +400,9 @@ fn spread(adapters: &[&(Tensor<Backend, 2>, LowRank<Backend>)], dx: &Buffer, gat
     let operands: Vec<Buffer> = lows.chain(factors).collect();
     let dropouts: Vec<_> = adapters.iter().map(|(_, one)| one.dropout).collect();
     let tiles = if adapters.len() * rank > 32 { 1 } else { 2 };
-    let [across, chunk, chunks] = split(rows, width, tiles);
+    // Nothing is summed over rows: as many blocks as fit at once, and then some.
+    let (across, chunk) = (width.div_ceil(128 * tiles), 128);
+    let chunks = rows.div_ceil(chunk);
     let shape = Shape {
         rows,
         width,
