@@ -113,6 +113,9 @@ pub trait DeviceTask {
     /// What comes of it.
     type Output;
 
+    /// Whether f16 is too narrow for the work, and not taken unless asked for.
+    const NEEDS_RANGE: bool = false;
+
     /// Does the work; `dtype` is the type asked for, or the device's best.
     fn run<B: Kernels>(self, device: B::Device, dtype: DType) -> Self::Output;
 }
@@ -149,6 +152,9 @@ pub fn run_on_all<T: ReplicatedTask>(
     }
     impl<T: ReplicatedTask> DeviceTask for First<T> {
         type Output = T::Output;
+
+        // Gradients are not scaled, and small ones would vanish.
+        const NEEDS_RANGE: bool = true;
 
         fn run<B: Kernels>(self, device: B::Device, dtype: DType) -> T::Output {
             let same = |name: &DeviceName| match name {
@@ -232,9 +238,18 @@ pub fn run_on<T: DeviceTask>(
         DeviceName::Wgpu(_index) => {
             #[cfg(feature = "wgpu")]
             {
-                use burn::backend::wgpu::WgpuDevice;
+                use burn::{backend::wgpu::WgpuDevice, tensor::backend::Backend as _};
+                type Vulkan = burn::backend::Vulkan;
                 let device = _index.map_or(WgpuDevice::DefaultDevice, WgpuDevice::DiscreteGpu);
-                return start::<burn::backend::Vulkan, T>(name, device, dtype, DType::F32, task);
+                let adapter = wgpu_adapter(&device).map_err(|reason| DeviceError::NotThere {
+                    device: name,
+                    reason,
+                })?;
+                let half = !T::NEEDS_RANGE
+                    && !is_software(&adapter)
+                    && Vulkan::supports_dtype(&device, DType::F16);
+                let best = if half { DType::F16 } else { DType::F32 };
+                return start::<Vulkan, T>(name, device, dtype, best, task);
             }
             #[cfg(not(feature = "wgpu"))]
             Err(not_built(name, "wgpu"))
@@ -272,13 +287,38 @@ fn best_device() -> DeviceName {
 /// Whether the best Vulkan adapter is a GPU that answers.
 #[cfg(feature = "wgpu")]
 fn has_vulkan_gpu() -> bool {
-    use burn::backend::wgpu::{RuntimeOptions, WgpuDevice, graphics::Vulkan, init_setup};
-    let device = WgpuDevice::DefaultDevice;
-    let kind = quietly(|| {
-        let setup = init_setup::<Vulkan>(&device, RuntimeOptions::default());
-        format!("{:?}", setup.adapter.get_info().device_type)
-    });
-    kind.is_ok_and(|kind| kind != "Cpu") && probe::<burn::backend::Vulkan>(&device).is_ok()
+    let device = burn::backend::wgpu::WgpuDevice::DefaultDevice;
+    wgpu_adapter(&device).is_ok_and(|adapter| !is_software(&adapter))
+        && probe::<burn::backend::Vulkan>(&device).is_ok()
+}
+
+/// The adapter behind a device, opened once: its driver is asked for more than burn tells.
+///
+/// # Errors
+/// What a missing driver or adapter said.
+#[cfg(feature = "wgpu")]
+fn wgpu_adapter(
+    device: &burn::backend::wgpu::WgpuDevice,
+) -> Result<burn::backend::wgpu::WgpuSetup, String> {
+    use burn::backend::wgpu::{
+        RuntimeOptions, WgpuDevice, WgpuSetup, graphics::AutoGraphicsApi, init_setup,
+    };
+    type Opened = Vec<(WgpuDevice, Result<WgpuSetup, String>)>;
+    static OPENED: Mutex<Opened> = Mutex::new(Vec::new());
+    let mut opened = OPENED.lock().unwrap_or_else(|lock| lock.into_inner());
+    if let Some((_, adapter)) = opened.iter().find(|(name, _)| name == device) {
+        return adapter.clone();
+    }
+    let adapter = quietly(|| init_setup::<AutoGraphicsApi>(device, RuntimeOptions::default()));
+    opened.push((device.clone(), adapter.clone()));
+    adapter
+}
+
+/// Whether an adapter is a program on the CPU.
+#[cfg(feature = "wgpu")]
+fn is_software(adapter: &burn::backend::wgpu::WgpuSetup) -> bool {
+    // The type's own name is not burn's to give.
+    format!("{:?}", adapter.adapter.get_info().device_type) == "Cpu"
 }
 
 fn start<B: Kernels, T: DeviceTask>(
@@ -321,7 +361,7 @@ static PANIC_HOOK: Mutex<()> = Mutex::new(());
 pub fn quietly<T>(work: impl FnOnce() -> T) -> Result<T, String> {
     let _guard = PANIC_HOOK.lock().unwrap_or_else(|lock| lock.into_inner());
     let hook = panic::take_hook();
-    panic::set_hook(Box::new(|_| {}));
+    panic::set_hook(Box::new(|info| crate::out_of_memory::note(info)));
     let result = panic::catch_unwind(panic::AssertUnwindSafe(work));
     panic::set_hook(hook);
     result.map_err(|payload| panic_text(payload.as_ref()))

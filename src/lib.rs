@@ -19,6 +19,7 @@ pub mod findings;
 pub mod generate;
 pub mod kernels;
 pub mod lora;
+pub mod out_of_memory;
 pub mod phantom;
 pub mod pipeline;
 pub mod plot;

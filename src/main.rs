@@ -9,21 +9,43 @@ use xray_qwen3vl::{
     cli::{BenchCommand, BenchServer, Cli, Command},
     commands::{
         UsageError, bench, bench_serve, check, clean, convert, doctor, eval, infer, init_tiny,
-        merge, phantoms, plan, quantize, serve, train,
+        log_lines, merge, phantoms, plan, quantize, serve, train,
     },
+    out_of_memory,
 };
+
+/// What helps a command whose device is too small.
+fn what_to_lower(command: &Command) -> &'static str {
+    match command {
+        Command::Train(_) => out_of_memory::TRAIN,
+        Command::Infer(_) => out_of_memory::INFER,
+        Command::Eval(_) => out_of_memory::EVAL,
+        Command::Serve(_) => out_of_memory::SERVE,
+        Command::Bench(BenchCommand {
+            model: Some(args), ..
+        }) if args.kind == bench::BenchKind::Train => out_of_memory::BENCH_TRAIN,
+        _ => out_of_memory::OTHER,
+    }
+}
 
 fn main() -> ExitCode {
     xray_qwen3vl::system::keep_large_buffers();
     let cli = Cli::parse();
     // A panic is a defect of ours or of a driver; the user gets one sentence, not a backtrace.
     static PLACE: Mutex<String> = Mutex::new(String::new());
-    if std::env::var_os("RUST_BACKTRACE").is_none() {
-        panic::set_hook(Box::new(|info| {
-            if let (Ok(mut place), Some(location)) = (PLACE.lock(), info.location()) {
-                *place = format!("{}:{}", location.file(), location.line());
-            }
-        }));
+    let full = std::env::var_os("RUST_BACKTRACE").map(|_| panic::take_hook());
+    panic::set_hook(Box::new(move |info| {
+        out_of_memory::note(info);
+        if let Some(full) = &full {
+            full(info);
+        } else if let (Ok(mut place), Some(location)) = (PLACE.lock(), info.location()) {
+            *place = format!("{}:{}", location.file(), location.line());
+        }
+    }));
+    let advice = what_to_lower(&cli.command);
+    // Burn's training log is a file of the run's own.
+    if !matches!(cli.command, Command::Train(_)) {
+        log_lines::init(log::LevelFilter::Warn);
     }
     let result = panic::catch_unwind(|| match cli.command {
         Command::Infer(args) => infer::run(args),
@@ -51,19 +73,15 @@ fn main() -> ExitCode {
     match result {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(error)) => {
-            eprintln!("error: {error:#}");
+            let message = format!("{error:#}");
+            let message = out_of_memory::explain(&message, advice).unwrap_or(message);
+            eprintln!("error: {message}");
             ExitCode::from(if error.is::<UsageError>() { 2 } else { 1 })
         }
         Err(payload) => {
             let reason = panic_text(payload.as_ref());
-            let lower = reason.to_lowercase();
-            if lower.contains("out of memory")
-                || lower.contains("outofmemory")
-                || lower.contains("alloc")
-            {
-                eprintln!(
-                    "error: the device ran out of memory ({reason}); lower --batch-size, --max-pixels or --max-new-tokens, or use --dtype bf16"
-                );
+            if let Some(message) = out_of_memory::explain(&reason, advice) {
+                eprintln!("error: {message}");
             } else {
                 let place = PLACE.lock().map(|place| place.clone()).unwrap_or_default();
                 eprintln!(

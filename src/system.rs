@@ -14,6 +14,15 @@ pub fn total_memory() -> Option<u64> {
     kibibytes("/proc/meminfo", "MemTotal:")
 }
 
+/// Memory that can still be had where a device's tensors lie, in bytes: the host's for the CPU.
+pub fn free_memory<B: Kernels>(device: &B::Device) -> Option<u64> {
+    if crate::bench::device::is_cpu::<B>(device) {
+        available_memory()
+    } else {
+        B::free_memory(device)
+    }
+}
+
 /// Most host memory this process ever held, in bytes; `None` where the system does not tell.
 pub fn peak_memory() -> Option<u64> {
     kibibytes("/proc/self/status", "VmHWM:")

@@ -87,6 +87,7 @@ pub fn options() -> PipelineOptions {
         model: repository("model/tiny"),
         adapter: None,
         dtype: DType::F32,
+        quantize: None,
         min_pixels: None,
         max_pixels: None,
     }

@@ -58,7 +58,7 @@ fn add(
     }
 }
 
-#[cfg(any(feature = "cuda", feature = "wgpu"))]
+#[cfg(feature = "wgpu")]
 fn gib(bytes: u64) -> String {
     format!("{:.1} GiB", bytes as f64 / (1u64 << 30) as f64)
 }
@@ -108,23 +108,18 @@ mod cuda {
 
 #[cfg(feature = "wgpu")]
 mod vulkan {
-    use burn::backend::wgpu::{
-        RuntimeOptions, WgpuDevice, WgpuRuntime, WgpuSetup, graphics::Vulkan, init_setup,
-    };
+    use burn::backend::wgpu::{WgpuDevice, WgpuRuntime, WgpuSetup};
     use cubecl::{Runtime, ir::StorageType};
 
     use super::{DeviceName, ListedDevice, gib};
-    use crate::backend::quietly;
+    use crate::backend::wgpu_adapter;
 
     /// Discrete cards by number; where there is none, the best adapter.
     pub(super) fn list() -> Result<Vec<ListedDevice>, String> {
-        let setup = |device: &WgpuDevice| {
-            quietly(|| init_setup::<Vulkan>(device, RuntimeOptions::default()))
-        };
         let mut devices = Vec::new();
         for index in 0.. {
             let device = WgpuDevice::DiscreteGpu(index);
-            match setup(&device) {
+            match wgpu_adapter(&device) {
                 Ok(setup) => {
                     let name = DeviceName::Wgpu(Some(index));
                     devices.push(describe(name, &setup, &device));
@@ -134,7 +129,7 @@ mod vulkan {
         }
         if devices.is_empty() {
             let device = WgpuDevice::DefaultDevice;
-            let setup = setup(&device)
+            let setup = wgpu_adapter(&device)
                 .map_err(|_| "no Vulkan adapter; is a Vulkan driver installed?".to_string())?;
             devices.push(describe(DeviceName::Wgpu(None), &setup, &device));
         }

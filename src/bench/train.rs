@@ -9,7 +9,7 @@ use std::{
 use burn::{
     module::Module,
     optim::Optimizer,
-    tensor::backend::AutodiffBackend,
+    tensor::{DType, backend::AutodiffBackend},
     train::{TrainOutput, TrainStep},
 };
 use sha2::{Digest, Sha256};
@@ -25,9 +25,10 @@ use crate::{
     dataset::loader::Window,
     kernels::{Kernels, TrainKernels},
     lora::{attach::attach, config::LoraConfig},
-    qwen3_vl::Qwen3Vl,
+    qwen3_vl::{ImageInput, Qwen3Vl, config::Qwen3VlConfig},
     system::resident_memory,
     train::{
+        budget::{BudgetError, Form, Kept},
         config::TrainConfig,
         gradients::MicroBatch,
         learner::{StepReading, StepSettings, StepTotals, Trainee},
@@ -39,8 +40,10 @@ use crate::{
 
 /// Samples of one optimizer step, as published.
 pub const STEP_SAMPLES: usize = 16;
+/// Tokens of a sample where lengths are not mixed.
+const FIXED_TOKENS: usize = 368;
 /// Unmeasured steps behind the first.
-pub(super) const WARM_UP: usize = 1;
+pub(super) const WARM_UP: usize = 2;
 /// Steps of the schedule the measured ones are the first of; only the learning rate depends on it.
 const SCHEDULE_STEPS: usize = 1000;
 
@@ -55,6 +58,33 @@ pub struct TrainShape {
     pub recompute: bool,
     /// Where layers are not: norms, rotated heads and the gate are.
     pub recompute_pointwise: bool,
+}
+
+impl TrainShape {
+    /// The fastest shape within `gib` GiB, and why in one line.
+    ///
+    /// # Errors
+    /// [`BudgetError`].
+    pub fn fitting(
+        config: &Qwen3VlConfig,
+        dtype: DType,
+        gib: f64,
+    ) -> Result<(Self, String), BudgetError> {
+        const LONGEST: usize = FIXED_TOKENS;
+        let settings = TrainConfig {
+            gradient_accumulation_steps: STEP_SAMPLES,
+            ..TrainConfig::default()
+        };
+        let bytes = dtype.size() as u64;
+        let form = Form::choose(&settings, config, LONGEST, bytes, gib, None)?;
+        let shape = Self {
+            micro_batch: (form.row_tokens / LONGEST).max(1),
+            packing: form.row_tokens > 0,
+            recompute: form.kept == Kept::Inputs,
+            recompute_pointwise: form.kept == Kept::Products,
+        };
+        Ok((shape, form.explain(gib, LONGEST)))
+    }
 }
 
 impl<B: Kernels> Bench<B> {
@@ -254,10 +284,10 @@ impl<B: Kernels> Run<'_, B> {
                     )
                 });
                 let previous = pending.replace(reading);
-                if step <= WARM_UP {
-                    measured
-                        .numbers
-                        .extend(pending.take().map(StepReading::wait));
+                if step == 0 || step == WARM_UP {
+                    // All there is, in the order of the steps.
+                    let all = previous.into_iter().chain(pending.take());
+                    measured.numbers.extend(all.map(StepReading::wait));
                     let _ = B::sync(&self.bench.device);
                     if step == 0 {
                         measured.first_seconds = clock.elapsed().as_secs_f64();
@@ -315,11 +345,21 @@ fn launch<A: TrainKernels>(
 
 /// What is counted of a window.
 fn without_pixels(window: &Window) -> Window {
-    let mut counted = window.clone();
-    for batch in counted.parts.iter_mut().flatten() {
-        batch.images.pixel_values = Vec::new();
+    let counted = |batch: &MicroBatch| MicroBatch {
+        text: batch.text.clone(),
+        labels: batch.labels.clone(),
+        images: ImageInput {
+            pixel_values: Vec::new(),
+            image_grid_thw: batch.images.image_grid_thw.clone(),
+        },
+    };
+    Window {
+        parts: (window.parts.iter())
+            .map(|part| part.iter().map(counted).collect())
+            .collect(),
+        rows: window.rows.clone(),
+        ..*window
     }
-    counted
 }
 
 /// Tells runs apart whose losses or norms differ in a single bit.

@@ -128,6 +128,9 @@ impl<B: Kernels> ModuleMapper<B> for Draw {
     }
 }
 
+/// Bytes of packed words that are drawn at once.
+const DRAWN_BYTES: usize = 32 << 20;
+
 /// A packed matrix of levels that are as likely as any other, with the deviation `std`.
 fn draw_packed<B: Kernels>(
     [rows, d_input]: [usize; 2],
@@ -136,13 +139,20 @@ fn draw_packed<B: Kernels>(
     dtype: DType,
     device: &B::Device,
 ) -> PackedWeight<B> {
-    let shape = [rows, format.words(d_input)];
+    let width = format.words(d_input);
     // Halves of words: a draw of 32 bits at once would have the 24 of an f32.
-    let half = |from: f64| -> Tensor<B, 2, Int> {
+    let half = |rows: usize, from: f64| -> Tensor<B, 2, Int> {
         let range = Distribution::Uniform(from, from + 65_536.0);
-        Tensor::random(shape, range, (device, DType::I32))
+        Tensor::random([rows, width], range, (device, DType::I32))
     };
-    let words = half(-32_768.0) * 65_536 + half(0.0);
+    // Some rows at a time: the draws of a whole table would take as much memory again.
+    let at_once = (DRAWN_BYTES / 4 / width).max(1);
+    let mut words = Tensor::zeros([rows, width], (device, DType::I32));
+    for start in (0..rows).step_by(at_once) {
+        let count = at_once.min(rows - start);
+        let drawn = half(count, -32_768.0) * 65_536 + half(count, 0.0);
+        words = words.slice_assign([start..start + count, 0..width], drawn);
+    }
     let levels = (1u32 << format.bits()) as f64;
     let scale = std / ((levels * levels - 1.0) / 12.0).sqrt();
     let held = scale_dtype::<B>(format, device);

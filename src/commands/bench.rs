@@ -30,8 +30,9 @@ use crate::{
     },
     files::write_atomic,
     kernels::Kernels,
-    quant::Quantization,
-    train::trace::Trace,
+    quant::{Quantization, files::of_checkpoint},
+    system::free_memory,
+    train::{budget::Budget, trace::Trace},
 };
 
 /// Set in the processes that `--table` starts: they print records and nothing else.
@@ -103,6 +104,9 @@ pub struct BenchArgs {
     /// `train`: run norms, rotation and the gate again in the backward pass, and nothing else.
     #[arg(long, conflicts_with = "no_recompute")]
     pub recompute_pointwise: bool,
+    /// `train`: choose --batch, --packing and what is run again, as a run within so many GiB would.
+    #[arg(long, value_name = "auto|GIB", conflicts_with_all = ["batch", "no_recompute", "recompute_pointwise"])]
+    pub memory_budget: Option<Budget>,
     /// `train`: write what the host's threads did when, in the form of Chrome's tracing.
     #[arg(long, value_name = "FILE.json")]
     pub trace: Option<PathBuf>,
@@ -210,11 +214,14 @@ fn check(args: &BenchArgs) -> Result<()> {
             "training wants weights in 16 or 32 bits; leave out --quantize".into()
         ));
     }
-    let only_train =
-        args.packing || args.no_recompute || args.recompute_pointwise || args.trace.is_some();
+    let only_train = args.packing
+        || args.no_recompute
+        || args.recompute_pointwise
+        || args.memory_budget.is_some()
+        || args.trace.is_some();
     if !train && only_train {
         bail!(UsageError(
-            "--packing, --no-recompute, --recompute-pointwise and --trace belong to `bench train`"
+            "--packing, --no-recompute, --recompute-pointwise, --memory-budget and --trace belong to `bench train`"
                 .into()
         ));
     }
@@ -274,12 +281,25 @@ impl ReplicatedTask for Measure {
         };
         let mut bench = Bench::<B>::new(source, device.clone(), dtype, args.mixed, args.samples)
             .map_err(usage)?;
-        bench.quantize = args.quantize;
+        bench.quantize = match &bench.source {
+            Source::Folder(dir) if dir.is_dir() => of_checkpoint(dir)?.or(args.quantize),
+            _ => args.quantize,
+        };
         let written = args
             .checkpoint_in
             .as_deref()
             .map(|dir| bench.write_checkpoint(dir))
             .transpose()?;
+        let fitting = match args.memory_budget {
+            Some(budget) => {
+                let free = free_memory::<B>(&device);
+                let gib = budget.gib(free).map_err(UsageError)?;
+                let (shape, line) = TrainShape::fitting(&bench.config, dtype, gib)?;
+                eprintln!("{line}");
+                Some(shape)
+            }
+            None => None,
+        };
         let mut progress = Progress::new("loading", 0, Unit::Bytes);
         let mut on_progress = |done, total| progress.set(done, total);
         let batches = |default: &[usize]| {
@@ -299,13 +319,18 @@ impl ReplicatedTask for Measure {
             let (base, seconds) = bench.model::<Autodiff<B>>(&mut on_progress)?;
             let trace = Trace::new(args.trace.is_some());
             let mut records = Vec::new();
-            for micro_batch in batches(&[1]) {
-                let shape = TrainShape {
-                    micro_batch,
-                    packing: args.packing,
-                    recompute: !args.no_recompute && !args.recompute_pointwise,
-                    recompute_pointwise: args.recompute_pointwise,
-                };
+            let shapes = match fitting {
+                Some(shape) => vec![shape],
+                None => (batches(&[1]).into_iter())
+                    .map(|micro_batch| TrainShape {
+                        micro_batch,
+                        packing: args.packing,
+                        recompute: !args.no_recompute && !args.recompute_pointwise,
+                        recompute_pointwise: args.recompute_pointwise,
+                    })
+                    .collect(),
+            };
+            for shape in shapes {
                 records.push(bench.train(base.clone(), seconds, shape, &trace)?);
                 if devices.len() > 1 {
                     records.push(bench.train_on(base.clone(), seconds, shape, &devices)?);

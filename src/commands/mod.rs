@@ -10,6 +10,7 @@ pub mod eval;
 pub mod infer;
 mod infer_server;
 pub mod init_tiny;
+pub mod log_lines;
 pub mod merge;
 pub mod phantoms;
 pub mod plan;
@@ -85,6 +86,7 @@ fn generation_config(args: &GenerationArgs) -> Result<GenerationConfig> {
     Ok(GenerationConfig {
         max_new_tokens: args.max_new_tokens,
         sampling,
+        kv_cache: args.kv_cache,
         ..GenerationConfig::default()
     })
 }

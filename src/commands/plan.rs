@@ -6,13 +6,16 @@ use rayon::prelude::*;
 
 use super::{UsageError, shipped, train::with_keys};
 use crate::{
-    backend::DeviceName,
+    backend::{DeviceName, DeviceTask, run_on},
     cli::PlanArgs,
     dataset::{Dataset, DatasetError},
     files::write_atomic,
+    kernels::Kernels,
     pipeline::{PipelineOptions, TextAndImages},
     plot::histogram,
+    system::free_memory,
     train::{
+        budget::{Budget, Form},
         config::TrainConfig,
         plan::{Plan, Throughput},
     },
@@ -24,7 +27,7 @@ use crate::{
 /// Config, tokenizer or data cannot be read; the message names the file and the row.
 pub fn run(args: &PlanArgs) -> Result<()> {
     let config = TrainConfig::from_file(&shipped(&args.config))?;
-    let config = with_keys(&config, &args.set)?;
+    let mut config = with_keys(&config, &args.set)?;
     config
         .validate()
         .map_err(|error| UsageError(error.to_string()))?;
@@ -80,6 +83,20 @@ pub fn run(args: &PlanArgs) -> Result<()> {
         }
     };
     let longest = at(1.0).min(config.max_length);
+    let budget = args.memory_budget;
+    if let Some(budget) = budget.or(config.memory_budget.map(Budget::Gib)) {
+        let gib = match budget {
+            Budget::Gib(gib) => gib,
+            Budget::Free => {
+                let first = config.device.first().map(|name| name.parse::<DeviceName>());
+                let name = first.transpose().map_err(UsageError)?;
+                budget.gib(run_on(name, None, Free)?).map_err(UsageError)?
+            }
+        };
+        let form = Form::choose(&config, &parts.config, longest, dtype_bytes, gib, None)?;
+        form.apply(&mut config);
+        println!("{}", form.explain(gib, longest));
+    }
     let plan = Plan::new(
         &config,
         &parts.config,
@@ -119,6 +136,17 @@ pub fn run(args: &PlanArgs) -> Result<()> {
             .context("cannot write the histogram")?;
     }
     Ok(())
+}
+
+/// Asks a device how much of its memory is free.
+struct Free;
+
+impl DeviceTask for Free {
+    type Output = Option<u64>;
+
+    fn run<B: Kernels>(self, device: B::Device, _dtype: DType) -> Option<u64> {
+        free_memory::<B>(&device)
+    }
 }
 
 /// A histogram in text: ten bars.

@@ -2,7 +2,6 @@
 
 use std::{
     future::Future,
-    io::Write,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     sync::Arc,
@@ -34,6 +33,7 @@ use crate::{
     kernels::Kernels,
     pipeline::{Pipeline, PipelineOptions, TextAndImages},
     processor::tokenizer::Tokenizer,
+    quant::cache::CacheFormat,
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig},
     serve::{
         App, ServeConfig,
@@ -145,7 +145,7 @@ pub struct ServeArgs {
 pub fn run(args: ServeArgs) -> Result<()> {
     let defaults = generation_config(&args.generation)?;
     check(&args)?;
-    init_log();
+    super::log_lines::init(log::LevelFilter::Info);
     let device = one_device(&args.model.device)?;
     let dtype = args.model.dtype.map(DType::from);
     run_on(device, dtype, Serve { args, defaults })?
@@ -320,6 +320,11 @@ impl Serve {
         device: B::Device,
         limits: &EngineLimits,
     ) -> Result<ServingDecoder<B>> {
+        let kv_cache = self.defaults.kv_cache;
+        if kv_cache != CacheFormat::Float {
+            let decoder = PlainDecoder::new(model, config.clone(), device);
+            return Ok(Box::new(decoder.with_cache(kv_cache)));
+        }
         let mut progress = Progress::new("preparing", 0, Unit::Items);
         let room = ServingLimits {
             max_running: limits.max_running,
@@ -429,40 +434,4 @@ fn stop_signal() -> Result<impl Future<Output = ()>> {
     Ok(async {
         let _ = tokio::signal::ctrl_c().await;
     })
-}
-
-/// The log: lines on stderr, of this program only unless something is wrong elsewhere.
-struct Lines;
-
-impl log::Log for Lines {
-    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
-        let ours = metadata.target().starts_with("xray_qwen3vl");
-        metadata.level()
-            <= if ours {
-                log::Level::Info
-            } else {
-                log::Level::Error
-            }
-    }
-
-    fn log(&self, record: &log::Record<'_>) {
-        if self.enabled(record.metadata()) {
-            let level = match record.level() {
-                log::Level::Error => "error: ",
-                log::Level::Warn => "warning: ",
-                _ => "",
-            };
-            // A closed stderr must not end a server.
-            let _ = writeln!(std::io::stderr(), "{level}{}", record.args());
-        }
-    }
-
-    fn flush(&self) {}
-}
-
-fn init_log() {
-    static LINES: Lines = Lines;
-    if log::set_logger(&LINES).is_ok() {
-        log::set_max_level(log::LevelFilter::Info);
-    }
 }

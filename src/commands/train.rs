@@ -39,10 +39,12 @@ use crate::{
     generate::{GenerationConfig, generate},
     lora::merge::merge,
     phantom::{finding_f1, findings_in_report},
-    pipeline::TextAndImages,
+    pipeline::{PipelineOptions, TextAndImages},
     processor::message::split_thinking,
     qwen3_vl::Qwen3Vl,
+    system::free_memory,
     train::{
+        budget::{Budget, Form},
         config::TrainConfig,
         run::{QuietRenderer, Resume, RunOptions, RunResult, train},
         strategy::{Ending, Generated, GenerationScorer, TrainError},
@@ -164,8 +166,55 @@ fn load_config(args: &TrainArgs) -> Result<TrainConfig> {
     if let Some(tokens) = args.packing_tokens {
         set("packing_tokens", (tokens as i64).into());
     }
+    if args.deterministic {
+        set("deterministic", true.into());
+    }
     set_keys(&mut table, &args.set)?;
     from_table(table)
+}
+
+/// Samples whose lengths stand for all when a form of the step is chosen.
+const MEASURED_SAMPLES: usize = 32;
+
+/// Chooses the form of the step that fits the budget, and tells it in a line.
+fn fit_budget<B: Kernels>(
+    config: &mut TrainConfig,
+    budget: Budget,
+    resume: &Resume,
+    device: &B::Device,
+    dtype: DType,
+) -> Result<String> {
+    let free = free_memory::<B>(device);
+    let gib = budget.gib(free).map_err(UsageError)?;
+    config.memory_budget = Some(gib);
+    let parts = TextAndImages::load(&PipelineOptions {
+        model: config.model.clone(),
+        adapter: None,
+        dtype,
+        quantize: None,
+        min_pixels: config.min_pixels,
+        max_pixels: config.max_pixels,
+    })?;
+    let data = Dataset::open(&config.train_data)?;
+    // A sample that cannot be read is named when its turn comes.
+    let longest = (0..data.len())
+        .step_by(data.len().div_ceil(MEASURED_SAMPLES).max(1))
+        .filter_map(|row| data.encode(row, &parts, config.max_length).ok())
+        .map(|sample| sample.input_ids.len())
+        .max()
+        .unwrap_or(config.max_length);
+    // What a run has begun with decides its dropout masks, and is kept.
+    let begun = match resume {
+        Resume::No => None,
+        Resume::Auto => Some(config.output_dir.clone()),
+        Resume::From(checkpoint) => checkpoint.parent().map(Path::to_path_buf),
+    };
+    let begun = begun.and_then(|run| TrainConfig::from_file(&run.join("config.toml")).ok());
+    let rows = begun.map(|begun| begun.row_tokens().unwrap_or(0));
+    let bytes = dtype.size() as u64;
+    let form = Form::choose(config, &parts.config, longest, bytes, gib, rows)?;
+    form.apply(config);
+    Ok(form.explain(gib, longest))
 }
 
 /// A config with single keys replaced by `KEY=VALUE` pairs.
@@ -228,6 +277,14 @@ impl ReplicatedTask for Train {
         // What was chosen for the user is written down as if it had been asked for.
         self.config.dtype = Some(dtype_flag(dtype).to_string());
         let device = devices[0].clone();
+        let budget = self.args.memory_budget;
+        if let Some(budget) = budget.or(self.config.memory_budget.map(Budget::Gib)) {
+            let (config, resume) = (&mut self.config, &self.resume);
+            eprintln!(
+                "{}",
+                fit_budget::<B>(config, budget, resume, &device, dtype)?
+            );
+        }
         let dashboard = !self.args.no_tui && stdout().is_terminal() && stderr().is_terminal();
         let interrupter = Interrupter::new();
         let trace = Trace::new(self.args.trace.is_some());

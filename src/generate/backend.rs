@@ -107,6 +107,10 @@ pub trait DecodeBackend {
     /// Appends part of a prompt; gives the logits behind its last token where they are wanted.
     fn prefill(&mut self, slot: SlotId, chunk: &Chunk<'_, Self::Features>) -> Option<Vec<f32>>;
 
+    /// Starts on the step that is asked for next, where the device works behind its caller's back:
+    /// prompts of other slots may go through before [`DecodeBackend::step`] wants the same rows' results.
+    fn begin_step(&mut self, _rows: &[StepRow]) {}
+
     /// Appends one token to each of several slots and gives what is wanted behind each.
     fn step(&mut self, rows: &[StepRow]) -> Vec<Stepped>;
 
@@ -140,6 +144,10 @@ impl<T: DecodeBackend + ?Sized> DecodeBackend for Box<T> {
 
     fn prefill(&mut self, slot: SlotId, chunk: &Chunk<'_, Self::Features>) -> Option<Vec<f32>> {
         (**self).prefill(slot, chunk)
+    }
+
+    fn begin_step(&mut self, rows: &[StepRow]) {
+        (**self).begin_step(rows);
     }
 
     fn step(&mut self, rows: &[StepRow]) -> Vec<Stepped> {

@@ -4,11 +4,14 @@ use crate::kernels::{DecodeStart, Decoder, Kernels};
 use burn::{prelude::*, tensor::DType};
 
 use super::sampler::{Sampler, SamplingConfig};
-use crate::qwen3_vl::{
-    ImageInput, Padding, Qwen3Vl, TextInput,
-    cache::KeyValueCache,
-    config::Qwen3VlConfig,
-    rope::{PositionError, Positions},
+use crate::{
+    quant::cache::CacheFormat,
+    qwen3_vl::{
+        ImageInput, Padding, Qwen3Vl, TextInput,
+        cache::KeyValueCache,
+        config::Qwen3VlConfig,
+        rope::{PositionError, Positions},
+    },
 };
 
 /// When generation ends and how tokens are chosen.
@@ -22,6 +25,8 @@ pub struct GenerationConfig {
     pub stop_on_repetition: bool,
     /// How tokens are chosen.
     pub sampling: SamplingConfig,
+    /// How keys and values are kept.
+    pub kv_cache: CacheFormat,
 }
 
 impl Default for GenerationConfig {
@@ -31,6 +36,7 @@ impl Default for GenerationConfig {
             eos_token_ids: Vec::new(),
             stop_on_repetition: true,
             sampling: SamplingConfig::default(),
+            kv_cache: CacheFormat::default(),
         }
     }
 }
@@ -181,11 +187,11 @@ pub fn generate<B: Kernels>(
         })
         .collect();
     let layers = config.text_config.num_hidden_layers;
-    let mut cache = if B::HAS_DECODER {
-        KeyValueCache::with_capacity(layers, input.seq() + settings.max_new_tokens + DECODER_ROOM)
-    } else {
-        KeyValueCache::new(layers)
-    };
+    // A decoder takes over buffers that hold the whole request; of a packed cache it has none.
+    let decodes = B::HAS_DECODER && settings.kv_cache == CacheFormat::Float;
+    let room = input.seq() + settings.max_new_tokens + DECODER_ROOM;
+    let reserved = if decodes { room } else { 0 };
+    let mut cache = KeyValueCache::with_format(layers, reserved, settings.kv_cache);
     let hidden = model.hidden_states(
         &input,
         vision.as_ref(),
@@ -209,7 +215,7 @@ pub fn generate<B: Kernels>(
     let mut active: Vec<usize> = (0..rows.len()).collect();
     let mut next = Next::Logits(logits);
     let mut decoder: Option<Box<dyn Decoder>> = None;
-    let mut decoder_tried = !B::HAS_DECODER;
+    let mut decoder_tried = !decodes;
     let mut places: Vec<usize> = Vec::new();
     loop {
         let mut stays = Vec::with_capacity(active.len());
@@ -246,6 +252,7 @@ pub fn generate<B: Kernels>(
         if stays.len() < active.len() && decoder.is_none() {
             cache.select_rows(&stays, device);
             active = stays.iter().map(|place| active[*place]).collect();
+            stays = (0..active.len()).collect();
         }
         timing.decoded_tokens += stays.len();
         if !decoder_tried {

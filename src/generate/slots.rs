@@ -16,6 +16,7 @@ use super::backend::{AdapterId, Chunk, DecodeBackend, SlotId, StepRow, Stepped};
 use crate::{
     kernels::{AttentionSpans, Kernels},
     lora::{config::AdapterError, files::load_adapter},
+    quant::cache::{CacheFormat, PackedCache},
     qwen3_vl::{
         ImageInput, ImagePlacement, Qwen3Vl, TextInput,
         config::Qwen3VlConfig,
@@ -34,9 +35,20 @@ const GROWTH: usize = 256;
 struct SlotLayer<B: Backend> {
     /// `[1, key_value_heads, capacity, head_dim]` each.
     buffers: Option<(Tensor<B, 4>, Tensor<B, 4>)>,
+    /// In place of these in a packed cache.
+    packed: Option<PackedCache<B>>,
+    format: CacheFormat,
 }
 
 impl<B: Backend> SlotLayer<B> {
+    fn new(format: CacheFormat) -> Self {
+        Self {
+            buffers: None,
+            packed: None,
+            format,
+        }
+    }
+
     /// Writes new tokens behind the first `len` and gives all keys and values.
     ///
     /// # Panics
@@ -49,6 +61,14 @@ impl<B: Backend> SlotLayer<B> {
     ) -> (Tensor<B, 4>, Tensor<B, 4>) {
         let [_, heads, new, head_dim] = k.dims();
         let end = len + new;
+        if self.format == CacheFormat::Int8 {
+            let held = self.packed.take();
+            assert!(len == 0 || held.is_some(), "the sequence's cache is lost");
+            let capacity = end.next_multiple_of(GROWTH);
+            let (packed, seen) = PackedCache::append(held, len, [k, v], capacity);
+            self.packed = Some(packed);
+            return seen;
+        }
         let old = self.buffers.take();
         assert!(len == 0 || old.is_some(), "the sequence's cache is lost");
         let (keys, values) = match old {
@@ -152,6 +172,7 @@ pub struct PlainDecoder<B: Backend> {
     models: BTreeMap<AdapterId, Qwen3Vl<B>>,
     slots: HashMap<SlotId, Slot<B>>,
     next: u64,
+    kv_cache: CacheFormat,
 }
 
 impl<B: Kernels> PlainDecoder<B> {
@@ -163,7 +184,14 @@ impl<B: Kernels> PlainDecoder<B> {
             models: BTreeMap::from([(AdapterId::BASE, model)]),
             slots: HashMap::new(),
             next: 1,
+            kv_cache: CacheFormat::default(),
         }
+    }
+
+    /// Keeps keys and values of sequences that start from now on in another format.
+    #[must_use]
+    pub fn with_cache(self, kv_cache: CacheFormat) -> Self {
+        Self { kv_cache, ..self }
     }
 
     /// Slots in use.
@@ -359,7 +387,7 @@ impl<B: Kernels> DecodeBackend for PlainDecoder<B> {
         let layers = self.config.text_config.num_hidden_layers;
         let slot = Slot {
             adapter,
-            layers: (0..layers).map(|_| SlotLayer { buffers: None }).collect(),
+            layers: (0..layers).map(|_| SlotLayer::new(self.kv_cache)).collect(),
             len: 0,
         };
         self.slots.insert(id, slot);

@@ -33,7 +33,7 @@ use crate::{
         ImageInput, Qwen3Vl,
         cache::KeyValueCache,
         config::Qwen3VlConfig,
-        nn::{gelu_exact, gelu_tanh},
+        nn::{gelu_exact, gelu_tanh, to_f32},
         vision::{VisionLayout, VisionModel, VisionOutput},
     },
 };
@@ -449,6 +449,16 @@ pub trait Kernels: Backend {
         (plain::attention(q, k, v, spans), None)
     }
 
+    /// `a b` in f32, of matrices in one type: scores of f16 heads would be rounded to a thousandth of
+    /// their size, or leave the type's range.
+    fn wide_product(a: Tensor<Self, 4>, b: Tensor<Self, 4>) -> Tensor<Self, 4> {
+        if a.dtype() == DType::F16 {
+            Self::product(to_f32(a), to_f32(b))
+        } else {
+            to_f32(Self::product(a, b))
+        }
+    }
+
     /// What flows back into `q`, `k` and `v`; `y` and `statistics` are the forward pass's.
     fn span_attention_backward(
         q: Tensor<Self, 4>,
@@ -602,6 +612,11 @@ pub trait Kernels: Backend {
         None
     }
 
+    /// Memory of the device that can still be had, in bytes; `None` where the backend does not tell.
+    fn free_memory(_device: &Self::Device) -> Option<u64> {
+        None
+    }
+
     /// How these devices add up among themselves; `None` where tensors have to be brought together.
     /// `patience` bounds the wait of a device for the others.
     ///
@@ -644,6 +659,11 @@ impl<B: AutodiffBackend<InnerBackend: Kernels> + Kernels> TrainKernels for B {}
 impl<B: Kernels, C: CheckpointStrategy> Kernels for burn::backend::Autodiff<B, C> {
     fn product<const D: usize>(a: Tensor<Self, D>, b: Tensor<Self, D>) -> Tensor<Self, D> {
         autodiff::product(a, b)
+    }
+
+    /// The inner backend's: a pass without autodiff and one with it drop the same inputs.
+    fn dropout_mask(like: &Tensor<Self, 2>, dropout: Dropout) -> Tensor<Self, 2> {
+        Tensor::from_inner(B::dropout_mask(&like.clone().inner(), dropout))
     }
 
     fn compact<const D: usize>(x: Tensor<Self, D>) -> Tensor<Self, D> {

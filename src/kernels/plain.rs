@@ -258,7 +258,7 @@ fn probabilities<B: Kernels>(
     let rows = heads / key_value_heads * queries;
     let q = (q * scale(head_dim)).reshape([batch, key_value_heads, rows, head_dim]);
     let scores =
-        to_f32(B::product(q.clone(), k.swap_dims(2, 3))).reshape([batch, heads, queries, keys]);
+        B::wide_product(q.clone(), k.swap_dims(2, 3)).reshape([batch, heads, queries, keys]);
     let scores = match bias {
         Some(bias) => scores + bias,
         None => scores,
@@ -303,7 +303,7 @@ pub(super) fn attention_backward<B: Kernels>(
         let (weights, q) = probabilities(q, k.clone(), bias);
         let dy = dy.clone().narrow(2, start, count).reshape(q.dims());
         let dv = B::product(to_dtype(weights.clone(), dtype).swap_dims(2, 3), dy.clone());
-        let dweights = to_f32(B::product(dy, v.clone().swap_dims(2, 3)));
+        let dweights = B::wide_product(dy, v.clone().swap_dims(2, 3));
         let mean = (dweights.clone() * weights.clone()).sum_dim(3);
         let dscores = to_dtype(weights * (dweights - mean), dtype);
         dq.push((B::product(dscores.clone(), k.clone()) * scale(head_dim)).reshape(shape));
@@ -362,7 +362,9 @@ pub fn target_sums<B: Backend>(
 ) -> (Tensor<B, 1>, Tensor<B, 1>) {
     let picked = log_softmax(logits.clone(), 1).gather(1, ids.clone().unsqueeze_dim(1));
     let best = logits.clone().argmax(1).squeeze_dim::<1>(1);
-    (picked.sum().neg(), best.equal(ids).float().sum())
+    // Along an axis: backends may sum a whole tensor with atomics, in no fixed order.
+    let nll = picked.sum_dim(0).reshape([1]).neg();
+    (nll, best.equal(ids).float().sum_dim(0))
 }
 
 pub(super) fn target_loss<B: Kernels>(

@@ -14,6 +14,7 @@
 //! int8 in either case: together they are a sixth of the 8B's parameters, and in 16 bits would not
 //! leave room for the rest on a card of 8 GB. Norms, biases, patch embedding and position table stay.
 
+pub mod cache;
 pub mod files;
 pub mod load;
 pub mod memory;

@@ -280,17 +280,21 @@ impl<B: Backend> Weight<B> {
             Self::Packed(_) => false,
         }
     }
+}
 
+impl<B: Kernels> Weight<B> {
     /// Rows by index as floats: `indices` `[n]` → `[n, in]`.
     pub fn select(&self, indices: Tensor<B, 1, Int>) -> Tensor<B, 2> {
         match self {
             Self::Dense(param) => param.val().select(0, indices),
-            Self::Packed(packed) => packed.select(indices).unpack(packed.dtype),
+            Self::Packed(packed) => {
+                let rows = packed.select(indices);
+                let [count, _] = rows.dims();
+                B::unpack_rows(&rows, 0, count, packed.dtype)
+            }
         }
     }
-}
 
-impl<B: Kernels> Weight<B> {
     /// [`Kernels::dense`], whatever form the matrix has.
     pub fn dense(
         &self,

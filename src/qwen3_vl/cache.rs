@@ -1,6 +1,9 @@
 //! The key/value cache of the language model.
 
-use crate::kernels::Kernels;
+use crate::{
+    kernels::Kernels,
+    quant::cache::{CacheFormat, PackedCache},
+};
 use burn::prelude::*;
 
 /// Tokens by which the buffers grow.
@@ -11,21 +14,27 @@ const GROWTH: usize = 256;
 pub struct LayerCache<B: Backend> {
     /// Keys and values, `[batch, key_value_heads, capacity, head_dim]` each.
     buffers: Option<(Tensor<B, 4>, Tensor<B, 4>)>,
+    /// In place of these in a packed cache.
+    packed: Option<PackedCache<B>>,
+    format: CacheFormat,
     len: usize,
     /// Tokens the buffers hold at least.
     reserved: usize,
 }
 
 impl<B: Kernels> LayerCache<B> {
-    fn new(reserved: usize) -> Self {
+    fn new(reserved: usize, format: CacheFormat) -> Self {
         Self {
             buffers: None,
+            packed: None,
+            format,
             len: 0,
             reserved,
         }
     }
 
-    /// The buffers of keys and values, `[batch, key_value_heads, capacity, head_dim]` each.
+    /// The buffers of keys and values, `[batch, key_value_heads, capacity, head_dim]` each; none of a
+    /// packed cache.
     pub fn buffers(&self) -> Option<(&Tensor<B, 4>, &Tensor<B, 4>)> {
         self.buffers.as_ref().map(|(keys, values)| (keys, values))
     }
@@ -38,6 +47,14 @@ impl<B: Kernels> LayerCache<B> {
     pub fn append(&mut self, k: Tensor<B, 4>, v: Tensor<B, 4>) -> (Tensor<B, 4>, Tensor<B, 4>) {
         let [batch, heads, new, head_dim] = k.dims();
         let end = self.len + new;
+        if self.format == CacheFormat::Int8 {
+            let capacity = end.max(self.reserved).next_multiple_of(GROWTH);
+            let held = self.packed.take();
+            let (packed, seen) = PackedCache::append(held, self.len, [k, v], capacity);
+            self.packed = Some(packed);
+            self.len = end;
+            return seen;
+        }
         let capacity = self.buffers.as_ref().map_or(0, |(keys, _)| keys.dims()[2]);
         let (keys, values) = match self.buffers.take() {
             Some(buffers) if end <= capacity => buffers,
@@ -73,8 +90,9 @@ impl<B: Kernels> LayerCache<B> {
 
     fn select_rows(&mut self, rows: Tensor<B, 1, Int>) {
         if let Some((keys, values)) = self.buffers.take() {
-            self.buffers = Some((keys.select(0, rows.clone()), values.select(0, rows)));
+            self.buffers = Some((keys.select(0, rows.clone()), values.select(0, rows.clone())));
         }
+        self.packed = self.packed.take().map(|packed| packed.select(rows));
     }
 }
 
@@ -95,8 +113,15 @@ impl<B: Kernels> KeyValueCache<B> {
 
     /// An empty cache whose buffers hold at least `tokens` a row from the start.
     pub fn with_capacity(layers: usize, tokens: usize) -> Self {
+        Self::with_format(layers, tokens, CacheFormat::Float)
+    }
+
+    /// [`KeyValueCache::with_capacity`] in another format.
+    pub fn with_format(layers: usize, tokens: usize, format: CacheFormat) -> Self {
         Self {
-            layers: (0..layers).map(|_| LayerCache::new(tokens)).collect(),
+            layers: (0..layers)
+                .map(|_| LayerCache::new(tokens, format))
+                .collect(),
             segments: Vec::new(),
         }
     }

@@ -54,14 +54,16 @@ impl ImageInput {
         self.image_grid_thw.iter().map(|[t, h, w]| t * h * w).sum()
     }
 
-    /// The values of all patches, rounded to bf16.
-    pub fn half_values(&self) -> Vec<half::bf16> {
+    /// Writes the values of all patches, rounded to bf16.
+    ///
+    /// # Panics
+    /// If there is not room for exactly that many.
+    pub fn write_half_values(&self, half: &mut [half::bf16]) {
         const PIECE: usize = 1 << 15;
-        let mut half = vec![half::bf16::ZERO; self.pixel_values.len()];
+        assert_eq!(half.len(), self.pixel_values.len(), "room for the pixels");
         half.par_chunks_mut(PIECE)
             .zip(self.pixel_values.par_chunks(PIECE))
             .for_each(|(half, values)| half.convert_from_f32_slice(values));
-        half
     }
 
     /// The patches as a tensor `[patches, patch_dim]` in `dtype`; bf16 is rounded here, so that half
@@ -82,7 +84,9 @@ impl ImageInput {
             "pixel values and grids disagree"
         );
         if dtype == DType::BF16 {
-            let values = TensorData::new(self.half_values(), shape);
+            let mut half = vec![half::bf16::ZERO; self.pixel_values.len()];
+            self.write_half_values(&mut half);
+            let values = TensorData::new(half, shape);
             return Tensor::from_data(values, (device, dtype));
         }
         let values = TensorData::new(self.pixel_values.clone(), shape);
@@ -439,7 +443,7 @@ impl<B: Kernels> Qwen3Vl<B> {
     }
 
     /// The head's matrix, `[vocab, hidden]`: its own or the embedding's.
-    fn head(&self) -> &Weight<B> {
+    pub fn head(&self) -> &Weight<B> {
         match &self.lm_head {
             Some(head) => &head.weight,
             None => &self.model.language_model.embed_tokens.weight,

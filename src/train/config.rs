@@ -121,6 +121,8 @@ pub struct TrainConfig {
     pub max_grad_norm: f64,
     pub gradient_checkpointing: bool,
     pub recompute_pointwise: bool,
+    pub memory_budget: Option<f64>,
+    pub deterministic: bool,
     pub vit_gradient_checkpointing: bool,
 
     pub eval_steps: usize,
@@ -178,6 +180,8 @@ impl Default for TrainConfig {
             max_grad_norm: 1.0,
             gradient_checkpointing: true,
             recompute_pointwise: false,
+            memory_budget: None,
+            deterministic: false,
             vit_gradient_checkpointing: true,
             eval_steps: 100,
             eval_generate: 0,
@@ -214,6 +218,8 @@ const FREE_ON_RESUME: &[&str] = &[
     "per_device_eval_batch_size",
     "gradient_checkpointing",
     "recompute_pointwise",
+    "memory_budget",
+    "deterministic",
     "vit_gradient_checkpointing",
 ];
 
@@ -301,6 +307,13 @@ impl TrainConfig {
             "loss_reduction",
             "micro",
             "token with `packing`: a packed row joins samples of several micro-batches",
+        )?;
+        check(
+            self.memory_budget
+                .is_none_or(|gib| gib > 0.0 && gib.is_finite()),
+            "memory_budget",
+            self.memory_budget.unwrap_or_default(),
+            "a positive number of GiB",
         )?;
         check(self.lora_rank > 0, "lora_rank", 0, positive)?;
         check(
@@ -492,6 +505,13 @@ impl TrainConfig {
             epsilon: self.adam_epsilon,
             weight_decay: self.weight_decay,
         }
+    }
+
+    /// Whether only adapters of the language model are trained, so that the backward pass is written out
+    /// and not recorded.
+    pub fn writes_gradients_out(&self) -> bool {
+        let text_only = self.freeze_vit && self.freeze_aligner && !self.freeze_llm;
+        self.tuner == Tuner::Lora && text_only && !self.use_dora
     }
 
     /// What is recomputed.

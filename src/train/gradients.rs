@@ -193,6 +193,42 @@ pub fn add_gradients<B: TrainKernels, M: AutodiffModule<B>>(
     });
 }
 
+/// How many elements of a module's gradients differ between two computations, missing ones included.
+pub fn differing_elements<B: TrainKernels, M: AutodiffModule<B>>(
+    module: &M,
+    [first, second]: [&GradientsParams; 2],
+) -> u64 {
+    struct Compare<'a, B: Backend> {
+        pair: [&'a GradientsParams; 2],
+        missing: u64,
+        differing: Vec<Tensor<B, 1, Int>>,
+    }
+    impl<B: AutodiffBackend> ModuleVisitor<B> for Compare<'_, B::InnerBackend> {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+            match (self.pair).map(|grads| grads.get::<B::InnerBackend, D>(param.id)) {
+                [Some(first), Some(second)] => {
+                    self.differing.push(first.not_equal(second).int().sum());
+                }
+                [None, None] => {}
+                _ => self.missing += param.shape().num_elements() as u64,
+            }
+        }
+    }
+    let mut compare = Compare::<B::InnerBackend> {
+        pair: [first, second],
+        missing: 0,
+        differing: Vec::new(),
+    };
+    module.visit(&mut compare);
+    let counts = compare.differing;
+    let differing: i64 = if counts.is_empty() {
+        0
+    } else {
+        Tensor::cat(counts, 0).into_data().iter::<i64>().sum()
+    };
+    compare.missing + differing as u64
+}
+
 /// Loss and gradients of one micro-batch.
 ///
 /// The loss is the sum of the targets' negative log likelihoods times `weight`; with `weight` one

@@ -1,5 +1,6 @@
 //! Training: loss and gradients, optimizer, schedule, checkpoints, the loop on Burn's Learner.
 
+pub mod budget;
 mod by_hand;
 pub mod checkpoint;
 pub mod checkpoint_dir;

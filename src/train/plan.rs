@@ -8,7 +8,10 @@ use std::{
 
 use serde_json::Value;
 
-use super::config::{TrainConfig, Tuner};
+use super::{
+    budget::{Kept, StepMemory},
+    config::{TrainConfig, Tuner},
+};
 use crate::qwen3_vl::config::Qwen3VlConfig;
 
 /// A throughput that was measured, and what on.
@@ -225,12 +228,34 @@ pub fn base_parameters(config: &Qwen3VlConfig) -> u64 {
     PartParameters::of(config).all()
 }
 
+/// Parameters that a run moves.
+///
+/// # Errors
+/// A pattern in `target_modules` that cannot be read.
+pub fn trained_parameters(
+    config: &TrainConfig,
+    model: &Qwen3VlConfig,
+) -> Result<u64, crate::lora::config::AdapterError> {
+    if config.tuner == Tuner::Full {
+        return Ok(PartParameters::of(model).trained(config));
+    }
+    let lora = config.lora_config();
+    let matcher = lora.matcher()?;
+    Ok(linear_layers(model)
+        .iter()
+        .filter(|(path, ..)| matcher.matches(path))
+        .map(|(_, from, to)| {
+            let magnitude = if lora.use_dora { *to } else { 0 };
+            lora.r as u64 * (from + to) + magnitude
+        })
+        .sum())
+}
+
 impl Plan {
     /// Plans a run over `samples` samples of at most `longest` tokens on `devices` devices, weights
     /// in types of `dtype_bytes`.
     ///
-    /// Activations are estimated: what the backward pass of plain operations keeps a token and
-    /// layer, once for the layers computed at a time, plus the logits of the loss.
+    /// Activations are estimated, see [`StepMemory`].
     ///
     /// # Errors
     /// A pattern in `target_modules` that cannot be read.
@@ -242,62 +267,15 @@ impl Plan {
         devices: usize,
         dtype_bytes: u64,
     ) -> Result<Self, crate::lora::config::AdapterError> {
-        let base = base_parameters(model);
-        let trained = match config.tuner {
-            Tuner::Lora => {
-                let lora = config.lora_config();
-                let matcher = lora.matcher()?;
-                linear_layers(model)
-                    .iter()
-                    .filter(|(path, ..)| matcher.matches(path))
-                    .map(|(_, from, to)| {
-                        let magnitude = if lora.use_dora { *to } else { 0 };
-                        lora.r as u64 * (from + to) + magnitude
-                    })
-                    .sum()
-            }
-            Tuner::Full => PartParameters::of(model).trained(config),
-        };
-        let text = &model.text_config;
         let tokens = match config.row_tokens() {
             Some(tokens) => tokens.max(longest),
             None => longest * config.per_device_train_batch_size,
-        } as u64;
-        let heads =
-            ((text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim) as u64;
-        // Inputs of the projections and norms, rotated heads, gate, up and their product, in f32.
-        let a_token =
-            4 * (6 * text.hidden_size as u64 + 4 * heads + 5 * text.intermediate_size as u64);
-        let scores = 4 * 3 * text.num_attention_heads as u64 * longest as u64;
-        let layers = text.num_hidden_layers as u64;
-        let kept_layers = if config.gradient_checkpointing {
-            1
-        } else {
-            layers
         };
-        let activations = tokens * (a_token + scores) * kept_layers
-            + tokens * layers * text.hidden_size as u64 * dtype_bytes;
-        let logits = 512.min(tokens) * text.vocab_size as u64 * 4 * 3;
-        let memory = match config.tuner {
-            Tuner::Lora => vec![
-                ("frozen weights", base * dtype_bytes),
-                ("adapters, f32", trained * 4),
-                ("gradients, f32", trained * 4),
-                ("optimizer moments, f32", trained * 8),
-                ("activations", activations),
-                ("logits of the loss", logits),
-            ],
-            Tuner::Full => vec![
-                ("weights", base * dtype_bytes),
-                ("gradients", trained * dtype_bytes),
-                ("optimizer moments, f32", trained * 8),
-                ("activations", activations),
-                ("logits of the loss", logits),
-            ],
-        };
+        let memory = StepMemory::new(config, model, longest, dtype_bytes)?
+            .parts(tokens as u64, Kept::of(config));
         Ok(Self {
-            base_parameters: base,
-            trained_parameters: trained,
+            base_parameters: base_parameters(model),
+            trained_parameters: trained_parameters(config, model)?,
             memory,
             samples,
             steps: config.total_steps(samples, devices),

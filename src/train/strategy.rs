@@ -21,7 +21,7 @@ use burn::{
     tensor::backend::{AutodiffBackend, BackendTypes},
     train::{
         EventProcessorTraining, Learner, LearnerEvent, LearningComponentsMarker,
-        SupervisedLearningStrategy, SupervisedTrainingEventProcessor, TrainLoader,
+        SupervisedLearningStrategy, SupervisedTrainingEventProcessor, TrainLoader, TrainOutput,
         TrainingComponents, TrainingItem, ValidLoader,
     },
 };
@@ -29,6 +29,7 @@ use burn::{
 use super::{
     checkpoint::{CheckpointError, TrainerState},
     checkpoint_dir::{CheckpointDir, CheckpointDirError},
+    gradients::differing_elements,
     learner::{ScheduleStepper, StepNumbers, StepOutput, StepReading, StepTotals, Trainee},
     optimizer::{AdamW, clip_on_device},
     ranks::RankError,
@@ -88,6 +89,14 @@ pub enum TrainError {
         "`{}` is quantised: training wants weights in 16 or 32 bits; train on the checkpoint it was made from, the adapter fits both", .model.display()
     )]
     Quantised { model: std::path::PathBuf },
+    #[error(
+        "step {step} gave other bits when it was computed again: {gradients} elements of its gradients differ, losses {losses:?}; this device or one of the operations that `tuner`, `use_dora` and `dtype` call for sums in no fixed order, so leave out --deterministic or change them"
+    )]
+    NotDeterministic {
+        step: usize,
+        gradients: u64,
+        losses: [f64; 2],
+    },
     #[error("`{data}` has no sample to validate on; is every sample longer than max_length?")]
     NoTargets { data: String },
     #[error("{0}; `--resume auto` goes on from the last checkpoint")]
@@ -196,6 +205,9 @@ enum Numbers {
     Reading(StepReading),
 }
 
+/// With `deterministic`, steps of which one is computed twice.
+const REPEATED_STEPS: usize = 50;
+
 /// A step whose work has been handed to the device.
 struct Launched {
     step: usize,
@@ -273,6 +285,9 @@ impl<B: TrainKernels> LoopState<B> {
         let mut replicas = self.replicas(learner)?;
         if std::mem::take(&mut self.state.validation_due) {
             self.validate_and_save(learner, replicas.as_ref(), processor)?;
+        }
+        if self.state.config.deterministic && self.devices.len() > 1 {
+            (self.tell)("note: deterministic repeats steps on one device only; nothing is checked");
         }
         let mut windows = loader.iter();
         let mut clock = Instant::now();
@@ -413,7 +428,14 @@ impl<B: TrainKernels> LoopState<B> {
         let max_norm = self.state.config.max_grad_norm;
         match replicas {
             None => {
+                let config = &self.state.config;
+                let again = (config.deterministic && step.is_multiple_of(REPEATED_STEPS))
+                    .then(|| window.clone());
                 let output = learner.train_step(window);
+                if let Some(window) = again {
+                    let repeated = learner.train_step(window);
+                    check_repeated(&learner.model(), step, [&output, &repeated])?;
+                }
                 let clip = clip_on_device(&learner.model(), &output.grads, max_norm);
                 self.memory.look::<B::InnerBackend>(&self.devices[0]);
                 let reading = output.item.read_later(clip.clone());
@@ -543,6 +565,24 @@ impl<B: TrainKernels> LoopState<B> {
         )));
         Ok(())
     }
+}
+
+/// Refuses a step that gives other bits when it is computed again.
+fn check_repeated<B: TrainKernels>(
+    model: &Trainee<B>,
+    step: usize,
+    outputs: [&TrainOutput<StepOutput<B::InnerBackend>>; 2],
+) -> Result<(), TrainError> {
+    let [first, second] = outputs.map(|output| output.item.totals());
+    let gradients = differing_elements(model, outputs.map(|output| &output.grads));
+    if gradients == 0 && first == second {
+        return Ok(());
+    }
+    Err(TrainError::NotDeterministic {
+        step: step + 1,
+        gradients,
+        losses: [first.loss(), second.loss()],
+    })
 }
 
 /// The newest whole checkpoint of at most `steps` steps, in words.

@@ -22,6 +22,7 @@ mod server;
 mod train;
 mod train_default;
 mod train_devices;
+mod train_form;
 mod train_kill;
 mod train_resume;
 

@@ -80,6 +80,12 @@ export async function restartMock() {
   mock = await startMock();
 }
 
+/** Another server's page in place of the mock's. */
+export async function visit(address) {
+  await page.goto(address);
+  await page.waitForSelector("#ready[data-state]");
+}
+
 /** A page with other settings of the browser. */
 export async function reopen(options) {
   await page.context().close();

@@ -10,6 +10,8 @@ mod backend;
 mod support;
 
 mod generate;
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+mod half;
 mod model;
 mod preprocess;
 mod quantized;

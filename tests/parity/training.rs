@@ -236,11 +236,16 @@ fn adapter_gradients_with_and_without_recomputation() {
         ("single", one_image(&config)),
         ("batch", batch_right(&config)),
     ] {
-        for (checkpoint_text, by_hand) in
-            [(false, true), (true, true), (false, false), (true, false)]
-        {
+        for (checkpoint_text, recompute_pointwise, by_hand) in [
+            (false, false, true),
+            (false, true, true),
+            (true, false, true),
+            (false, false, false),
+            (true, false, false),
+        ] {
             let options = GradientOptions {
                 checkpoint_text,
+                recompute_pointwise,
                 by_hand,
                 ..PLAIN
             };
@@ -529,6 +534,16 @@ fn dropout_is_the_same_in_the_recomputed_pass() {
         named(&model, &run(&model, &config, &micro, 1.0, &options).0)
     };
     let plain = gradients_of(false, true, Some(5));
+    let pointwise = GradientOptions {
+        recompute_pointwise: true,
+        dropout_seed: Some(5),
+        ..PLAIN
+    };
+    let again = run(&model, &config, &micro, 1.0, &pointwise).0;
+    for (name, again) in named(&model, &again) {
+        // The same operations over the same numbers.
+        assert!(relative_distance(&again, &plain[&name]) < 1e-6, "{name}");
+    }
     for (checkpoint_text, by_hand) in [(true, true), (false, false), (true, false)] {
         for (name, again) in gradients_of(checkpoint_text, by_hand, Some(5)) {
             assert!(relative_distance(&again, &plain[&name]) < 1e-4, "{name}");

@@ -1,8 +1,9 @@
-//! Attention of one query a sequence over a cache.
+//! Attention over ranges of keys, scores and softmax in f32, no matrix of scores in memory.
 //!
-//! A cube takes the query heads that share a key head, and a range of keys. In tiles of as many keys as
-//! it has units, a unit first works out the scores of its own key, then a piece of the values of many
-//! keys. Long ranges are split between cubes, and a second launch joins what they found.
+//! A cube takes the query heads that share a key head, for one query or a few neighbours. In tiles of as
+//! many keys as it has units, a unit first works out the scores of its own key, then a piece of the values
+//! of many keys. Where there is one query, long ranges are split between cubes, and a second launch joins
+//! what they found.
 
 use burn::tensor::DType;
 use burn_cubecl::CubeRuntime;
@@ -10,12 +11,15 @@ use cubecl::prelude::*;
 
 use super::{
     launch::{Buffer, cubes, elements, empty, pieces},
-    sums::{Group, group_sum},
+    sums::cube_sum,
     words::{Packing, Piece, pair, within},
 };
 
 /// Units of a cube, and keys of a tile.
 const UNITS: usize = 256;
+
+/// Most rows (queries times heads) of a cube: what its units' registers hold.
+const ROWS: usize = 8;
 
 /// Keys of a range that is worth a cube of its own.
 const RANGE: usize = 512;
@@ -33,12 +37,19 @@ struct Form {
     head_dim: usize,
     /// Query heads that share a key head.
     group: usize,
+    /// Queries of a cube.
+    queries: usize,
     packing: Packing,
     /// Whether the range is split: sums are written as they are.
     split: bool,
 }
 
 impl Form {
+    /// Rows of a cube.
+    const fn rows(&self) -> usize {
+        self.group * self.queries
+    }
+
     /// Pieces of a head.
     const fn pieces(&self) -> usize {
         self.head_dim / self.packing.piece()
@@ -56,20 +67,18 @@ pub(super) struct Cache<'a, R: CubeRuntime> {
     pub values: &'a Buffer<R>,
 }
 
-/// Whether the kernel covers one query of these heads over such a cache.
+/// Whether the kernel covers queries of these heads over such a cache.
 pub(super) fn covers<R: CubeRuntime>(q: &Buffer<R>, cache: &Cache<'_, R>) -> bool {
-    let [_, heads, queries, head_dim] = q.meta.shape().dims();
+    let [_, heads, _, head_dim] = q.meta.shape().dims();
     let (keys, values) = (&cache.keys.meta, &cache.values.meta);
     let one_type = q.dtype == cache.keys.dtype && q.dtype == cache.values.dtype;
     let Some(packing) = Packing::of(q.dtype).filter(|_| one_type) else {
         return false;
     };
     let piece = packing.piece();
-    let group = heads / keys.shape()[1];
-    queries == 1
-        && head_dim.is_multiple_of(piece)
+    head_dim.is_multiple_of(piece)
         && head_dim <= 256
-        && group <= 8
+        && heads / keys.shape()[1] <= ROWS
         && keys.strides() == values.strides()
         && keys.strides()[3] == 1
         && q.meta.strides()[3] == 1
@@ -89,11 +98,13 @@ fn attend<F: Numeric>(
     y: &mut Array<F>,
     sums: &mut Array<f32>,
     key_value_heads: usize,
+    queries: usize,
     splits: usize,
     count: usize,
     held: usize,
     q_batch_stride: usize,
     q_head_stride: usize,
+    q_row_stride: usize,
     batch_stride: usize,
     head_stride: usize,
     row_stride: usize,
@@ -103,6 +114,7 @@ fn attend<F: Numeric>(
 ) {
     let units = comptime!(form.units);
     let group = comptime!(form.group);
+    let rows = comptime!(form.rows());
     let head_dim = comptime!(form.head_dim);
     let packing = comptime!(form.packing);
     let piece = comptime!(form.packing.piece());
@@ -111,38 +123,57 @@ fn attend<F: Numeric>(
     let lanes = comptime!(form.lanes());
     let unit = UNIT_POS as usize;
 
+    // Cubes behind the last do its work again, so that all meet at the barriers.
     let place = min(CUBE_POS, count - 1);
     let split = place % splits;
     let key_head = place / splits % key_value_heads;
-    let row = place / splits / key_value_heads;
-    let visible_from = first[row] as usize;
-    let visible_to = min(end[row] as usize, held);
-    let range = (visible_to - visible_from).div_ceil(splits);
-    let from = visible_from + split * range;
-    let to = min(from + range, visible_to);
-    let source = row * batch_stride + key_head * head_stride;
+    let tile = place / splits / key_value_heads;
+    let tiles = queries.div_ceil(form.queries);
+    let sequence = tile / tiles;
+    let query_from = tile % tiles * form.queries;
 
-    let mut query = SharedMemory::<f32>::new(comptime!(form.group * form.head_dim));
-    let mut scores = SharedMemory::<f32>::new(comptime!(form.group * form.units));
-    let mut largest = SharedMemory::<f32>::new(comptime!(form.group * SHARES));
-    for at in range_stepped(unit, comptime!(form.group * form.head_dim), units) {
-        let head = key_head * group + at / head_dim;
-        let value = q[row * q_batch_stride + head * q_head_stride + at % head_dim];
-        query[at] = f32::cast_from(value) * scale;
+    // Keys that each query sees, and all that any of them does. Queries behind the last repeat it.
+    let mut see_from = Array::<usize>::new(comptime!(form.queries));
+    let mut see_to = Array::<usize>::new(comptime!(form.queries));
+    let mut all_from = held;
+    let mut all_to = 0usize.runtime();
+    #[unroll]
+    for index in 0..form.queries {
+        let at = sequence * queries + min(query_from + index, queries - 1);
+        see_from[index] = first[at] as usize;
+        see_to[index] = min(end[at] as usize, held);
+        all_from = min(all_from, see_from[index]);
+        all_to = max(all_to, see_to[index]);
+    }
+    all_from = min(all_from, all_to);
+    let range = (all_to - all_from).div_ceil(splits);
+    let from = all_from + split * range;
+    let to = min(from + range, all_to);
+    let source = sequence * batch_stride + key_head * head_stride;
+
+    let mut query = SharedMemory::<f32>::new(comptime!(form.rows() * form.head_dim));
+    let mut scores = SharedMemory::<f32>::new(comptime!(form.rows() * form.units));
+    let mut largest = SharedMemory::<f32>::new(comptime!(form.rows() * SHARES));
+    for at in range_stepped(unit, comptime!(form.rows() * form.head_dim), units) {
+        let row = at / head_dim;
+        let head = key_head * group + row % group;
+        let index = min(query_from + row / group, queries - 1);
+        let start = sequence * q_batch_stride + head * q_head_stride + index * q_row_stride;
+        query[at] = f32::cast_from(q[start + at % head_dim]) * scale;
     }
     sync_cube();
 
-    let mut most = Array::<f32>::new(group);
-    let mut total = Array::<f32>::new(group);
-    let mut score = Array::<f32>::new(group);
-    let mut taken = Array::<f32>::new(comptime!(form.group * form.packing.piece()));
+    let mut most = Array::<f32>::new(rows);
+    let mut total = Array::<f32>::new(rows);
+    let mut score = Array::<f32>::new(rows);
+    let mut taken = Array::<f32>::new(comptime!(form.rows() * form.packing.piece()));
     #[unroll]
-    for head in 0..group {
-        most[head] = HIDDEN;
-        total[head] = 0.0f32;
+    for row in 0..rows {
+        most[row] = HIDDEN;
+        total[row] = 0.0f32;
         #[unroll]
         for element in 0..piece {
-            taken[head * piece + element] = 0.0f32;
+            taken[row * piece + element] = 0.0f32;
         }
     }
     let value_piece = unit % row_pieces;
@@ -150,12 +181,11 @@ fn attend<F: Numeric>(
 
     for tile in range_stepped(from, to, units) {
         let key = tile + unit;
-        let seen = key < to;
         #[unroll]
-        for head in 0..group {
-            score[head] = 0.0f32;
+        for row in 0..rows {
+            score[row] = 0.0f32;
         }
-        if seen {
+        if key < to {
             let start = (source + key * row_stride) / piece;
             for at in 0..row_pieces {
                 let words = keys[start + at];
@@ -163,20 +193,23 @@ fn attend<F: Numeric>(
                 for index in 0..pairs {
                     let factor = pair(words, index, packing);
                     #[unroll]
-                    for head in 0..group {
-                        let place = head * head_dim + at * piece + 2 * index;
-                        let sum = fma(query[place], factor[0], score[head]);
-                        score[head] = fma(query[place + 1], factor[1], sum);
+                    for row in 0..rows {
+                        let place = row * head_dim + at * piece + 2 * index;
+                        let sum = fma(query[place], factor[0], score[row]);
+                        score[row] = fma(query[place + 1], factor[1], sum);
                     }
                 }
             }
         }
         #[unroll]
-        for head in 0..group {
-            scores[head * units + unit] = select(seen, score[head], HIDDEN);
+        for row in 0..rows {
+            let index = row / group;
+            let seen = key < to && key >= see_from[index] && key < see_to[index];
+            score[row] = select(seen, score[row], HIDDEN);
+            scores[row * units + unit] = score[row];
         }
         sync_cube();
-        for at in range_stepped(unit, comptime!(form.group * SHARES), units) {
+        for at in range_stepped(unit, comptime!(form.rows() * SHARES), units) {
             let width = comptime!(form.units / SHARES);
             let mut found = HIDDEN.runtime();
             for index in 0..width {
@@ -186,21 +219,22 @@ fn attend<F: Numeric>(
         }
         sync_cube();
         #[unroll]
-        for head in 0..group {
-            let before = most[head];
+        for row in 0..rows {
+            let before = most[row];
             let mut now = before;
             #[unroll]
             for share in 0..SHARES {
-                now = max(now, largest[head * SHARES + share]);
+                now = max(now, largest[row * SHARES + share]);
             }
             let shrunk = (before - now).exp();
-            let weight = select(seen, (score[head] - now).exp(), 0.0f32);
-            most[head] = now;
-            total[head] = fma(total[head], shrunk, weight);
-            scores[head * units + unit] = weight;
+            // A hidden key weighs nothing, even where no key was seen yet.
+            let weight = select(score[row] > HIDDEN, (score[row] - now).exp(), 0.0f32);
+            most[row] = now;
+            total[row] = fma(total[row], shrunk, weight);
+            scores[row * units + unit] = weight;
             #[unroll]
             for element in 0..piece {
-                taken[head * piece + element] *= shrunk;
+                taken[row * piece + element] *= shrunk;
             }
         }
         sync_cube();
@@ -212,9 +246,9 @@ fn attend<F: Numeric>(
                 for part in 0..pairs {
                     let value = pair(words, part, packing);
                     #[unroll]
-                    for head in 0..group {
-                        let weight = scores[head * units + index];
-                        let at = head * piece + 2 * part;
+                    for row in 0..rows {
+                        let weight = scores[row * units + index];
+                        let at = row * piece + 2 * part;
                         taken[at] = fma(weight, value[0], taken[at]);
                         taken[at + 1] = fma(weight, value[1], taken[at + 1]);
                     }
@@ -226,27 +260,31 @@ fn attend<F: Numeric>(
 
     let mut parts = SharedMemory::<f32>::new(comptime!(form.units * form.packing.piece()));
     #[unroll]
-    for head in 0..group {
-        let sum = group_sum(total[head], comptime!(Group::cube(form.units)));
+    for row in 0..rows {
+        let sum = cube_sum(total[row], units);
         #[unroll]
         for element in 0..piece {
-            parts[unit * piece + element] = taken[head * piece + element];
+            parts[unit * piece + element] = taken[row * piece + element];
         }
         sync_cube();
-        let query_head = (row * key_value_heads + key_head) * group + head;
-        for element in range_stepped(unit, head_dim, units) {
-            let mut value = 0.0f32;
-            for lane in 0..lanes {
-                value += parts[lane * head_dim + element];
-            }
-            if form.split {
-                let place = (query_head * splits + split) * (head_dim + 2);
-                sums[place + element] = value;
-                sums[place + head_dim] = most[head];
-                sums[place + head_dim + 1] = sum;
-            } else {
-                let value = value / max(sum, 1e-30f32);
-                y[query_head * head_dim + element] = F::cast_from(within(value, packing));
+        let head = key_head * group + row % group;
+        let index = query_from + row / group;
+        let out = (sequence * queries + index) * key_value_heads * group + head;
+        if index < queries {
+            for element in range_stepped(unit, head_dim, units) {
+                let mut value = 0.0f32;
+                for lane in 0..lanes {
+                    value += parts[lane * head_dim + element];
+                }
+                if form.split {
+                    let place = (out * splits + split) * (head_dim + 2);
+                    sums[place + element] = value;
+                    sums[place + head_dim] = most[row];
+                    sums[place + head_dim + 1] = sum;
+                } else {
+                    let value = value / max(sum, 1e-30f32);
+                    y[out * head_dim + element] = F::cast_from(within(value, packing));
+                }
             }
         }
         sync_cube();
@@ -284,35 +322,41 @@ fn join<F: Numeric>(
     }
 }
 
-/// One query a sequence, `q` `[b, h, 1, d]`, over keys `[first, end)` of its row as far as there are
-/// `keys`; gives `[b, h · d]`.
-pub(super) fn one_query<R: CubeRuntime>(
+/// Attended values `[b, queries, h, d]` of `q` `[b, h, queries, d]`: each query over keys `[first, end)` as
+/// far as there are `keys`.
+pub(super) fn attended<R: CubeRuntime>(
     q: &Buffer<R>,
     cache: &Cache<'_, R>,
     first: &Buffer<R>,
     end: &Buffer<R>,
     keys: usize,
 ) -> Buffer<R> {
-    let [batch, heads, _, head_dim] = q.meta.shape().dims();
+    let [batch, heads, queries, head_dim] = q.meta.shape().dims();
     let key_value_heads = cache.keys.meta.shape()[1];
+    let group = heads / key_value_heads;
     let packing = Packing::of(q.dtype).expect("`covers` was asked");
-    let splits = (keys / RANGE).clamp(1, 16);
+    let splits = if queries == 1 {
+        (keys / RANGE).clamp(1, 16)
+    } else {
+        1
+    };
     let units = UNITS.min(q.client.properties().hardware.max_units_per_cube as usize);
     let form = Form {
         units,
         head_dim,
-        group: heads / key_value_heads,
+        group,
+        queries: if queries == 1 { 1 } else { ROWS / group },
         packing,
         split: splits > 1,
     };
-    let y = empty(q, [batch, heads * head_dim], q.dtype);
+    let y = empty(q, [batch, queries, heads, head_dim], q.dtype);
     let sums = if form.split {
         empty(q, [batch * heads, splits, head_dim + 2], DType::F32)
     } else {
         y.clone()
     };
     let (q_strides, strides) = (q.meta.strides(), cache.keys.meta.strides());
-    let count = batch * key_value_heads * splits;
+    let count = batch * queries.div_ceil(form.queries) * key_value_heads * splits;
     // SAFETY: the strides are those of the buffers, and ranges end at the number of keys; sums are
     // written where the range is split only, and are of their own then.
     #[allow(unsafe_code)]
@@ -329,11 +373,13 @@ pub(super) fn one_query<R: CubeRuntime>(
             elements(&y),
             elements(&sums),
             key_value_heads,
+            queries,
             splits,
             count,
             keys,
             q_strides[0],
             q_strides[1],
+            q_strides[2],
             strides[0],
             strides[1],
             strides[2],

@@ -1,11 +1,29 @@
 //! Buffers of tensors as arguments of kernels.
 
-use burn::tensor::DType;
-use burn_cubecl::{CubeRuntime, tensor::CubeTensor};
+use burn::tensor::{DType, Tensor, TensorPrimitive};
+use burn_cubecl::{CubeBackend, CubeRuntime, kernel::into_contiguous, tensor::CubeTensor};
 use cubecl::prelude::*;
+
+/// A backend of cubecl as Burn instantiates it.
+pub(super) type Cube<R> = CubeBackend<R, f32, i32, u8>;
 
 /// The buffer of a tensor, with its shape and strides.
 pub(super) type Buffer<R> = CubeTensor<R>;
+
+/// The buffer of a tensor, strided as it may be.
+pub(super) fn strided<R: CubeRuntime, const D: usize>(tensor: Tensor<Cube<R>, D>) -> Buffer<R> {
+    tensor.into_primitive().tensor()
+}
+
+/// The buffer of a tensor, copied if its elements do not lie row after row.
+pub(super) fn contiguous<R: CubeRuntime, const D: usize>(tensor: Tensor<Cube<R>, D>) -> Buffer<R> {
+    into_contiguous(strided(tensor))
+}
+
+/// A tensor over a buffer.
+pub(super) fn tensor<R: CubeRuntime, const D: usize>(buffer: Buffer<R>) -> Tensor<Cube<R>, D> {
+    Tensor::from_primitive(TensorPrimitive::Float(buffer))
+}
 
 /// A new buffer whose elements lie row after row, not initialised.
 pub(super) fn empty<R: CubeRuntime, const D: usize>(

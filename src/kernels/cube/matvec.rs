@@ -11,7 +11,7 @@ use cubecl::prelude::*;
 
 use super::{
     launch::{Buffer, cubes, elements, empty, pieces},
-    sums::{Group, group_sum},
+    sums::Group,
     words::{Packing, Piece, pair, within},
 };
 
@@ -46,11 +46,17 @@ impl Form {
         let packing = Packing::of(x.dtype).expect("`covers` was asked");
         let group = Group::of(&x.client);
         // More outputs of a group where several rows are read again for each.
-        let outputs = if rows > 2 { 4 } else { 2 };
+        let outputs = if rows > 2 && group.plane { 4 } else { 2 };
+        // A cube that stands in for a plane is short of nothing but code.
+        let ahead = if group.plane {
+            4 / matrices.min(2) * 2 / outputs
+        } else {
+            1
+        };
         Self {
             rows,
             outputs,
-            ahead: 4 / matrices.min(2) * 2 / outputs,
+            ahead,
             pieces: width / packing.piece(),
             group,
             groups: if group.plane { UNITS / group.lanes } else { 1 },
@@ -194,19 +200,46 @@ fn products(
         }
     }
     let mut mine = 0.0f32;
-    #[unroll]
-    for row in 0..form.rows {
-        let mut root = 1.0f32;
-        if form.norm {
-            let count = comptime!((form.pieces * form.packing.piece()) as f32);
-            let mean = group_sum(squares[row], form.group) / count;
-            root = 1.0f32 / (mean + epsilon).sqrt();
+    let mut square = 0.0f32;
+    if form.group.plane {
+        #[unroll]
+        for row in 0..form.rows {
+            let mut of_row = 0.0f32;
+            if form.norm {
+                of_row = plane_sum(squares[row]);
+            }
+            #[unroll]
+            for output in 0..outputs {
+                let sum = plane_sum(sums[row * outputs + output]);
+                let is_mine = lane == row * outputs + output;
+                mine = select(is_mine, sum, mine);
+                square = select(is_mine, of_row, square);
+            }
+        }
+    } else {
+        let results = comptime!(form.rows * form.outputs);
+        let mut shared = SharedMemory::<f32>::new(comptime!(
+            (form.rows * form.outputs + form.rows) * form.group.lanes
+        ));
+        #[unroll]
+        for result in 0..results {
+            shared[result * lanes + lane] = sums[result];
         }
         #[unroll]
-        for output in 0..outputs {
-            let sum = group_sum(sums[row * outputs + output], form.group) * root;
-            mine = select(lane == row * outputs + output, sum, mine);
+        for row in 0..form.rows {
+            shared[(results + row) * lanes + lane] = squares[row];
         }
+        sync_cube();
+        if lane < results {
+            for other in 0..lanes {
+                mine += shared[lane * lanes + other];
+                square += shared[(results + lane / outputs) * lanes + other];
+            }
+        }
+    }
+    if form.norm {
+        let count = comptime!((form.pieces * form.packing.piece()) as f32);
+        mine /= (square / count + epsilon).sqrt();
     }
     mine
 }

@@ -4,17 +4,13 @@
 //! meets, and what it does not cover goes to the plain default. Operands are read sixteen bytes at a time
 //! (`words`), sums are f32, and f16 results end at its largest finite value.
 
-#[cfg(feature = "wgpu")]
 mod attention;
 #[cfg(feature = "wgpu")]
 mod cache;
-#[cfg(feature = "wgpu")]
-mod decode;
-#[cfg(feature = "wgpu")]
+pub(super) mod decode;
 mod launch;
-#[cfg(feature = "wgpu")]
 mod likeliest;
-#[cfg(feature = "wgpu")]
+mod matrix;
 mod matvec;
 #[cfg(feature = "wgpu")]
 mod pointwise;
@@ -22,15 +18,12 @@ pub(super) mod quantized;
 mod quantized_kernels;
 #[cfg(test)]
 mod quantized_tests;
-#[cfg(feature = "wgpu")]
 mod rotary;
 #[cfg(feature = "wgpu")]
 mod rows;
-#[cfg(feature = "wgpu")]
 mod sums;
 #[cfg(all(test, feature = "wgpu"))]
 mod tests;
 #[cfg(feature = "wgpu")]
 mod vulkan;
-#[cfg(feature = "wgpu")]
 mod words;

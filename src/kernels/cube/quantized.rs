@@ -1,26 +1,24 @@
 //! Products with packed weights (see [`crate::quant`]): the words are read as they lie.
 //!
-//! One to eight rows at a time are multiplied by a plane (a warp, a subgroup) an output channel or
-//! several, each lane reading 16 bytes of words at a stride. Values are masked out where they stand,
-//! `word & (15 << 4i)` is `16ⁱ` times the level, and the input is scaled by `16⁻ⁱ` in place of shifting
-//! every word; that levels are stored with an offset costs one product with the sum of the inputs.
-//! More rows go through the dense product over rows of the matrix that [`unpack`] writes out.
+//! One to eight rows are multiplied as in [`super::matvec`]: a group of units works out some outputs for
+//! all rows and reads sixteen bytes of words a unit, side by side, several loads ahead. Up to
+//! [`MOST_ROWS`] rows go in several such launches. More rows go through the dense product with rows of
+//! the matrix that a kernel writes out as floats, at most [`quant::weight::UNPACKED_BYTES`] at once.
 
-use burn::tensor::{DType, Tensor, TensorPrimitive};
-use burn_cubecl::{
-    CubeBackend, CubeRuntime, kernel::into_contiguous, ops::numeric::empty_device_contiguous_dtype,
-    tensor::CubeTensor,
+use burn::tensor::{DType, Tensor};
+use burn_cubecl::{CubeRuntime, kernel::into_contiguous};
+use cubecl::prelude::*;
+
+use super::{
+    launch::{Buffer, Cube, array, contiguous, cubes, elements, empty, pieces, tensor},
+    quantized_kernels::{Form, gated_matrices, low_rank, one_matrix, three_matrices, unpack},
+    sums::Group,
+    words::Packing,
 };
-use cubecl::{client::ComputeClient, features::Plane, prelude::*};
-
-use super::quantized_kernels::{Shape, low_rank, product, unpack};
 use crate::{
     kernels::{Kernels, LowRank},
     quant::{self, Format, PackedWeight},
 };
-
-/// A backend of CubeCL as Burn instantiates it.
-type Cube<R> = CubeBackend<R, f32, i32, u8>;
 
 /// Rows of one launch.
 const ROWS: usize = 8;
@@ -28,23 +26,85 @@ const ROWS: usize = 8;
 /// Rows up to which launches over the packed words beat unpacking the matrix.
 const MOST_ROWS: usize = 4 * ROWS;
 
-/// Units of a cube.
-const UNITS: u32 = 128;
+/// Units of a cube of planes.
+const UNITS: usize = 256;
 
-/// Output channels of all planes together below which a plane takes fewer: a device should have
-/// enough planes to hide its memory's latency.
-const WIDE: usize = 8192;
-
-fn buffer<R: CubeRuntime, const D: usize>(tensor: Tensor<Cube<R>, D>) -> CubeTensor<R> {
-    into_contiguous(tensor.into_primitive().tensor())
+/// The buffers of a packed matrix.
+#[derive(Debug, Clone)]
+pub(super) struct Packed<R: CubeRuntime> {
+    /// `[out, words of a row]`.
+    words: Buffer<R>,
+    /// `[out, scales of a row]`.
+    scales: Buffer<R>,
+    format: Format,
+    d_input: usize,
 }
 
-fn tensor<R: CubeRuntime>(buffer: CubeTensor<R>) -> Tensor<Cube<R>, 2> {
-    Tensor::from_primitive(TensorPrimitive::Float(buffer))
+/// A norm that is taken of the input before it is multiplied: its scale and what is added to the mean
+/// square.
+pub(super) type Norm<'a, R> = (&'a Buffer<R>, f64);
+
+/// A low-rank share: `low` `[rows, rank]` scaled already, `up` `[out, rank]`, the rank.
+type Share<R> = (Buffer<R>, Buffer<R>, usize);
+
+impl<R: CubeRuntime> Packed<R> {
+    /// Of a matrix on the device.
+    pub(super) fn of(weight: &PackedWeight<Cube<R>>) -> Self {
+        Self {
+            words: into_contiguous(weight.words().clone().into_primitive()),
+            scales: contiguous(weight.scales().clone()),
+            format: weight.format(),
+            d_input: weight.dims()[1],
+        }
+    }
+
+    /// Outputs.
+    pub(super) fn width(&self) -> usize {
+        self.words.meta.shape()[0]
+    }
+
+    /// Whether rows of the matrix have no padding, so that an input is read as it lies.
+    pub(super) fn is_whole(&self) -> bool {
+        self.format.padded(self.d_input) == self.d_input
+    }
+
+    fn form(&self, x: &Buffer<R>, matrices: usize) -> Form {
+        let [rows, width] = x.meta.shape().dims();
+        assert_eq!(
+            width,
+            self.format.padded(self.d_input),
+            "inputs of the product"
+        );
+        let group = Group::of(&x.client);
+        // More outputs of a group where several rows are read again for each.
+        let outputs = if rows > 2 { 4 } else { 2 };
+        let per_piece = 4 * self.format.per_word();
+        Form {
+            bits: self.format.bits(),
+            rows,
+            outputs,
+            ahead: 4 / matrices.min(2) * 2 / outputs,
+            vectors: width / per_piece,
+            group_vectors: self.format.group(self.d_input) / per_piece,
+            group,
+            groups: if group.plane { UNITS / group.lanes } else { 1 },
+            packing: Packing::of(x.dtype).expect("`covers` was asked"),
+            norm: false,
+            bias: false,
+            residual: false,
+            adapter: false,
+        }
+    }
 }
 
-fn argument<R: CubeRuntime>(buffer: &CubeTensor<R>) -> ArrayArg<R> {
-    buffer.clone().into_array_arg()
+impl Form {
+    fn count(&self, outputs: usize) -> CubeCount {
+        cubes(outputs.div_ceil(self.outputs * self.groups))
+    }
+
+    fn dim(&self) -> CubeDim {
+        CubeDim::new_1d((self.group.lanes * self.groups) as u32)
+    }
 }
 
 /// [`Kernels::dense_packed`].
@@ -59,7 +119,7 @@ where
 {
     if covers(&x, weight) {
         let dtype = x.dtype();
-        product_of(x, weight, bias, residual, None, dtype)
+        by_rows(x, weight, bias, residual, None, dtype)
     } else {
         quant::weight::dense(x, weight, bias, residual)
     }
@@ -75,9 +135,11 @@ pub(in crate::kernels) fn adapted_packed<R: CubeRuntime>(
 where
     Cube<R>: Kernels,
 {
-    if covers(&x, weight) && adapter.dropout.is_none() {
+    // Sixteen bytes of the input are read at once.
+    let whole = weight.dims()[1].is_multiple_of(8);
+    if covers(&x, weight) && whole && adapter.dropout.is_none() {
         let dtype = x.dtype();
-        product_of(x, weight, None, residual, Some(adapter), dtype)
+        by_rows(x, weight, None, residual, Some(adapter), dtype)
     } else {
         quant::weight::adapted(x, weight, adapter, residual)
     }
@@ -92,7 +154,7 @@ where
     Cube<R>: Kernels,
 {
     if covers(&hidden, head) {
-        product_of(hidden, head, None, None, None, DType::F32)
+        by_rows(hidden, head, None, None, None, DType::F32)
     } else {
         quant::weight::logits(hidden, head)
     }
@@ -105,7 +167,7 @@ pub(in crate::kernels) fn unpack_rows<R: CubeRuntime>(
     count: usize,
     dtype: DType,
 ) -> Tensor<Cube<R>, 2> {
-    if unpacks(weight, dtype) {
+    if weight.dims()[1].is_multiple_of(4) && Packing::of(dtype).is_some() {
         unpacked(weight, start, count, dtype)
     } else {
         weight.rows(start, count).unpack(dtype)
@@ -114,186 +176,244 @@ pub(in crate::kernels) fn unpack_rows<R: CubeRuntime>(
 
 /// Whether the product goes through the kernel over packed words.
 fn covers<R: CubeRuntime>(x: &Tensor<Cube<R>, 2>, weight: &PackedWeight<Cube<R>>) -> bool {
-    let client = R::client(&x.device());
     let [rows, width] = x.dims();
     assert_eq!(width, weight.dims()[1], "inputs of the product");
-    rows <= MOST_ROWS && unpacks(weight, x.dtype()) && client.features().plane.contains(Plane::Ops)
+    (1..=MOST_ROWS).contains(&rows) && Packing::of(x.dtype()).is_some()
 }
 
-/// Whether rows of the matrix are unpacked to `dtype` by a kernel.
-fn unpacks<R: CubeRuntime>(weight: &PackedWeight<Cube<R>>, dtype: DType) -> bool {
-    weight.dims()[1].is_multiple_of(4) && matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
-}
-
-/// `x Wᵀ + bias + residual + scaling · x Aᵀ Bᵀ` in `dtype`.
-///
-/// # Panics
-/// If a type is not that of `x`, or a shape does not fit.
-fn product_of<R: CubeRuntime>(
+/// `x Wᵀ + bias + residual + scaling · x Aᵀ Bᵀ` in type `out`, some rows a launch.
+fn by_rows<R: CubeRuntime>(
     x: Tensor<Cube<R>, 2>,
     weight: &PackedWeight<Cube<R>>,
     bias: Option<Tensor<Cube<R>, 1>>,
     residual: Option<Tensor<Cube<R>, 2>>,
     adapter: Option<&LowRank<Cube<R>>>,
-    dtype: DType,
-) -> Tensor<Cube<R>, 2> {
-    let [rows, _] = x.dims();
-    if rows <= ROWS {
-        return few_rows(x, weight, bias, residual, adapter, dtype);
-    }
-    let parts = (0..rows).step_by(ROWS).map(|start| {
-        let count = ROWS.min(rows - start);
-        let cut = |x: &Tensor<Cube<R>, 2>| x.clone().narrow(0, start, count);
-        let residual = residual.as_ref().map(cut);
-        few_rows(cut(&x), weight, bias.clone(), residual, adapter, dtype)
-    });
-    Tensor::cat(parts.collect(), 0)
-}
-
-fn few_rows<R: CubeRuntime>(
-    x: Tensor<Cube<R>, 2>,
-    weight: &PackedWeight<Cube<R>>,
-    bias: Option<Tensor<Cube<R>, 1>>,
-    residual: Option<Tensor<Cube<R>, 2>>,
-    adapter: Option<&LowRank<Cube<R>>>,
-    dtype: DType,
+    out: DType,
 ) -> Tensor<Cube<R>, 2> {
     let [rows, d_input] = x.dims();
-    let [out, _] = weight.dims();
-    let format = weight.format();
-    let input = x.dtype();
-    let add = |tensor: &CubeTensor<R>, shape: &[usize]| {
-        assert_eq!(tensor.dtype, input, "type of what is added");
-        assert_eq!(
-            tensor.meta.shape().as_slice(),
-            shape,
-            "shape of what is added"
-        );
-    };
-    let bias = bias.map(buffer);
-    let residual = residual.map(buffer);
-    bias.iter().for_each(|bias| add(bias, &[out]));
-    residual
-        .iter()
-        .for_each(|residual| add(residual, &[rows, out]));
-
-    let x = buffer(x);
-    let low = adapter.map(|adapter| {
-        let low = low_rank_input(&x, [rows, d_input], adapter);
-        (low, buffer(adapter.b.clone()), adapter.b.dims()[1])
+    let packed = Packed::of(weight);
+    let bias = bias.map(contiguous);
+    let padding = packed.format.padded(d_input) - d_input;
+    let parts = (0..rows).step_by(ROWS).map(|start| {
+        let count = ROWS.min(rows - start);
+        let cut = |x: &Tensor<Cube<R>, 2>| match count == rows {
+            true => x.clone(),
+            false => x.clone().narrow(0, start, count),
+        };
+        let x = cut(&x);
+        let residual = residual.as_ref().map(|residual| contiguous(cut(residual)));
+        let share = adapter.map(|adapter| {
+            let low = low_rank_input(&contiguous(x.clone()), adapter);
+            (low, contiguous(adapter.b.clone()), adapter.b.dims()[1])
+        });
+        let x = match padding {
+            0 => x,
+            // The padding of the rows of words meets zeros.
+            _ => x.pad((0, padding, 0, 0), 0.0f32),
+        };
+        let added = (bias.as_ref(), residual.as_ref());
+        tensor(product(
+            &contiguous(x),
+            None,
+            &packed,
+            added,
+            share.as_ref(),
+            out,
+        ))
     });
-    // Padding of the rows of words meets zeros.
-    let padded = format.padded(d_input);
-    let x = if padded == d_input {
-        x
+    let mut parts: Vec<_> = parts.collect();
+    if parts.len() == 1 {
+        parts.remove(0)
     } else {
-        let x: Tensor<Cube<R>, 2> = tensor(x);
-        buffer(x.pad((0, padded - d_input, 0, 0), 0.0f32))
-    };
+        Tensor::cat(parts, 0)
+    }
+}
 
-    let words = buffer_int(weight);
-    let scales = buffer(weight.scales().clone());
-    let y = empty_device_contiguous_dtype(
-        x.client.clone(),
-        x.device.clone(),
-        [rows, out].into(),
-        dtype,
-    );
-    let shape = Shape {
-        bits: format.bits() as u32,
-        rows: rows as u32,
-        outputs: outputs(out),
+/// `norm(x) Wᵀ + bias + residual` and a low-rank share, in type `out`, which is that of what is added.
+///
+/// `x` has the padded width of the matrix.
+///
+/// # Panics
+/// If a type or shape does not fit.
+pub(super) fn product<R: CubeRuntime>(
+    x: &Buffer<R>,
+    norm: Option<Norm<'_, R>>,
+    weight: &Packed<R>,
+    (bias, residual): (Option<&Buffer<R>>, Option<&Buffer<R>>),
+    share: Option<&Share<R>>,
+    out: DType,
+) -> Buffer<R> {
+    let width = weight.width();
+    let form = Form {
+        norm: norm.is_some(),
         bias: bias.is_some(),
         residual: residual.is_some(),
-        adapter: low.is_some(),
-        saturate: dtype == DType::F16,
+        adapter: share.is_some(),
+        ..weight.form(x, 1)
     };
-    let vectors = format.words(d_input) / 4;
-    let group_vectors = format.group(d_input) / format.per_word() / 4;
-    let (low, up, rank) = match &low {
-        Some((low, up, rank)) => (argument(low), argument(up), *rank),
-        // Never read.
-        None => (argument(&scales), argument(&scales), 0),
-    };
-    // SAFETY: the shapes above are those of the kernel's header, and all buffers are compact.
+    for (added, shape) in [(bias, &[width][..]), (residual, &[form.rows, width])] {
+        let fits = |added: &Buffer<R>| added.dtype == out && added.meta.shape().as_slice() == shape;
+        assert!(added.is_none_or(fits), "what is added to the product");
+    }
+    let y = empty(x, [form.rows, width], out);
+    let none = &weight.scales;
+    let (low, up, rank) = share.map_or((none, none, 0), |(low, up, rank)| (low, up, *rank));
+    // SAFETY: the arrays are as long as the form and the widths say; what stands for an operand that is
+    // not there is not read.
     #[allow(unsafe_code)]
     unsafe {
-        product::launch_unchecked::<R>(
+        one_matrix::launch_unchecked::<R>(
             &x.client,
-            cubes(&x.client, out.div_ceil(shape.outputs as usize)),
-            CubeDim::new_1d(UNITS),
-            argument(&x),
-            argument(&words),
-            argument(&scales),
-            argument(bias.as_ref().unwrap_or(&x)),
-            argument(residual.as_ref().unwrap_or(&x)),
-            low,
-            up,
-            argument(&y),
-            out as u32,
-            vectors as u32,
-            group_vectors as u32,
-            rank as u32,
-            shape,
-            [input.into(), scales.dtype.into(), dtype.into()],
+            form.count(width),
+            form.dim(),
+            pieces(x),
+            pieces(norm.map_or(x, |(norm, _)| norm)),
+            pieces(&weight.words),
+            elements(&weight.scales),
+            elements(bias.unwrap_or(&y)),
+            elements(residual.unwrap_or(&y)),
+            array(low, 4),
+            array(up, 4),
+            elements(&y),
+            width,
+            rank,
+            norm.map_or(0.0, |(_, epsilon)| epsilon as f32),
+            form,
+            Packing::of(out).expect("an output has a type the kernels know"),
+            [weight.scales.dtype.into(), out.into()],
         );
     }
-    tensor(y)
+    y
+}
+
+/// Products of one normed input with three matrices, side by side `[rows, out₁ + out₂ + out₃]`.
+///
+/// # Panics
+/// If the matrices are packed differently, or a width is no multiple of four.
+pub(super) fn three_products<R: CubeRuntime>(
+    x: &Buffer<R>,
+    (norm, epsilon): Norm<'_, R>,
+    weights: [&Packed<R>; 3],
+) -> Buffer<R> {
+    let widths = weights.map(Packed::width);
+    assert!(
+        widths.iter().all(|width| width.is_multiple_of(4)),
+        "widths {widths:?} are no multiples of four"
+    );
+    let [first, second, third] = weights;
+    assert!(
+        first.format == second.format && first.format == third.format,
+        "matrices of one input are packed differently"
+    );
+    let form = Form {
+        norm: true,
+        ..first.form(x, 1)
+    };
+    let width = widths.iter().sum();
+    let y = empty(x, [form.rows, width], x.dtype);
+    // SAFETY: as for `product`.
+    #[allow(unsafe_code)]
+    unsafe {
+        three_matrices::launch_unchecked::<R>(
+            &x.client,
+            form.count(width),
+            form.dim(),
+            pieces(x),
+            pieces(norm),
+            pieces(&first.words),
+            elements(&first.scales),
+            pieces(&second.words),
+            elements(&second.scales),
+            pieces(&third.words),
+            elements(&third.scales),
+            array(norm, 4),
+            elements(&y),
+            widths[0],
+            widths[1],
+            widths[2],
+            epsilon as f32,
+            form,
+            [first.scales.dtype.into(), x.dtype.into()],
+        );
+    }
+    y
+}
+
+/// `silu(norm(x) Gᵀ) · (norm(x) Uᵀ)`.
+///
+/// # Panics
+/// If the matrices are packed differently.
+pub(super) fn gated_product<R: CubeRuntime>(
+    x: &Buffer<R>,
+    (norm, epsilon): Norm<'_, R>,
+    gate: &Packed<R>,
+    up: &Packed<R>,
+) -> Buffer<R> {
+    assert_eq!(
+        (gate.format, gate.width()),
+        (up.format, up.width()),
+        "gate and up"
+    );
+    let width = gate.width();
+    let form = Form {
+        norm: true,
+        ..gate.form(x, 2)
+    };
+    let y = empty(x, [form.rows, width], x.dtype);
+    // SAFETY: as for `product`.
+    #[allow(unsafe_code)]
+    unsafe {
+        gated_matrices::launch_unchecked::<R>(
+            &x.client,
+            form.count(width),
+            form.dim(),
+            pieces(x),
+            pieces(norm),
+            pieces(&gate.words),
+            elements(&gate.scales),
+            pieces(&up.words),
+            elements(&up.scales),
+            array(norm, 4),
+            elements(&y),
+            width,
+            epsilon as f32,
+            form,
+            [gate.scales.dtype.into(), x.dtype.into()],
+        );
+    }
+    y
 }
 
 /// `scaling · x Aᵀ`, `[rows, rank]`, f32.
-fn low_rank_input<R: CubeRuntime>(
-    x: &CubeTensor<R>,
-    [rows, d_input]: [usize; 2],
-    adapter: &LowRank<Cube<R>>,
-) -> CubeTensor<R> {
+fn low_rank_input<R: CubeRuntime>(x: &Buffer<R>, adapter: &LowRank<Cube<R>>) -> Buffer<R> {
+    let [rows, d_input] = x.meta.shape().dims();
     let [rank, width] = adapter.a.dims();
     assert_eq!(width, d_input, "inputs of the adapter");
-    let a = buffer(adapter.a.clone());
-    let low = empty_device_contiguous_dtype(
-        x.client.clone(),
-        x.device.clone(),
-        [rows, rank].into(),
-        DType::F32,
-    );
-    // SAFETY: the shapes are those of the kernel's header, and all buffers are compact.
+    let a = contiguous(adapter.a.clone());
+    let packing = Packing::of(x.dtype).expect("`covers` was asked");
+    let group = Group::of(&x.client);
+    let groups = if group.plane { UNITS / group.lanes } else { 1 };
+    let low = empty(x, [rows, rank], DType::F32);
+    // SAFETY: the arrays are as long as rows, rank and pieces say.
     #[allow(unsafe_code)]
     unsafe {
         low_rank::launch_unchecked::<R>(
             &x.client,
-            cubes(&x.client, rank),
-            CubeDim::new_1d(UNITS),
-            argument(x),
-            argument(&a),
-            argument(&low),
-            rank as u32,
-            (d_input / 4) as u32,
+            cubes(rank.div_ceil(groups)),
+            CubeDim::new_1d((group.lanes * groups) as u32),
+            pieces(x),
+            pieces(&a),
+            elements(&low),
+            rank,
+            d_input / packing.piece(),
             adapter.scaling as f32,
-            rows as u32,
-            x.dtype.into(),
+            rows,
+            group,
+            groups,
+            packing,
         );
     }
     low
-}
-
-/// Output channels a plane works on: inputs are read once for all of them.
-fn outputs(out: usize) -> u32 {
-    match out {
-        0..WIDE => 2,
-        _ => 4,
-    }
-}
-
-/// Cubes that have a plane for each of `tasks`; kernels go on where there are fewer.
-fn cubes<R: CubeRuntime>(client: &ComputeClient<R>, tasks: usize) -> CubeCount {
-    let hardware = &client.properties().hardware;
-    let planes = (UNITS / hardware.plane_size_max.max(1)).max(1) as usize;
-    let most = hardware.max_cube_count.0 as usize;
-    CubeCount::Static(tasks.div_ceil(planes).min(most) as u32, 1, 1)
-}
-
-fn buffer_int<R: CubeRuntime>(weight: &PackedWeight<Cube<R>>) -> CubeTensor<R> {
-    into_contiguous(weight.words().clone().into_primitive())
 }
 
 /// Rows `start .. start + count` of the matrix as floats.
@@ -308,34 +428,29 @@ fn unpacked<R: CubeRuntime>(
 ) -> Tensor<Cube<R>, 2> {
     let [out, d_input] = weight.dims();
     assert!(start + count <= out, "rows to unpack");
-    let format: Format = weight.format();
-    let words = buffer_int(weight);
-    let scales = buffer(weight.scales().clone());
-    let y = empty_device_contiguous_dtype(
-        words.client.clone(),
-        words.device.clone(),
-        [count, d_input].into(),
-        dtype,
-    );
+    let Packed {
+        words,
+        scales,
+        format,
+        ..
+    } = Packed::of(weight);
+    let y = empty(&words, [count, d_input], dtype);
     let words_row = format.words(d_input);
-    let units = 256;
-    let cubes = (count * words_row).div_ceil(units as usize);
-    let most = words.client.properties().hardware.max_cube_count.0 as usize;
-    // SAFETY: the shapes are those of the kernel's header, and all buffers are compact.
+    // SAFETY: the arrays are as long as rows, words and inputs say.
     #[allow(unsafe_code)]
     unsafe {
         unpack::launch_unchecked::<R>(
             &words.client,
-            CubeCount::Static(cubes.min(most) as u32, cubes.div_ceil(most) as u32, 1),
-            CubeDim::new_1d(units),
-            argument(&words),
-            argument(&scales),
-            argument(&y),
-            start as u32,
-            count as u32,
-            words_row as u32,
-            (format.group(d_input) / format.per_word()) as u32,
-            d_input as u32,
+            cubes((count * words_row).div_ceil(UNITS)),
+            CubeDim::new_1d(UNITS as u32),
+            elements(&words),
+            elements(&scales),
+            array(&y, 4 * dtype.size()),
+            start,
+            count,
+            words_row,
+            format.group(d_input) / format.per_word(),
+            d_input,
             format.bits() as u32,
             [dtype.into(), scales.dtype.into()],
         );

@@ -6,7 +6,7 @@ use cubecl::prelude::*;
 
 use super::{
     launch::{Buffer, cubes, elements, empty},
-    sums::{Group, group_sum},
+    sums::cube_sum,
     words::{Packing, within},
 };
 
@@ -53,10 +53,7 @@ fn head_pair<F: Numeric>(
         second = f32::cast_from(x[start + half + unit]);
     }
     if form.norm {
-        let squares = group_sum(
-            first * first + second * second,
-            comptime!(Group::cube(form.units)),
-        );
+        let squares = cube_sum(first * first + second * second, form.units);
         let mean = squares / comptime!(2.0 * form.half as f32);
         let root = 1.0f32 / (mean + epsilon).sqrt();
         if unit < half {

@@ -5,7 +5,7 @@ use cubecl::prelude::*;
 
 use super::{
     launch::{Buffer, cubes, elements, empty, pieces},
-    sums::{Group, group_sum},
+    sums::cube_sum,
     words::{Packing, Piece, pair, within},
 };
 
@@ -45,7 +45,6 @@ fn norm_rows<F: Numeric>(
     // Cubes behind the last row work on it again, so that all meet at the sums.
     let row = min(CUBE_POS, rows - 1);
     let start = row * row_pieces;
-    let group = comptime!(Group::cube(form.units));
     let count = f32::cast_from(row_pieces * comptime!(form.packing.piece()));
     let unit = UNIT_POS as usize;
     let mut mean = 0.0f32;
@@ -59,7 +58,7 @@ fn norm_rows<F: Numeric>(
                 sum += value[0] + value[1];
             }
         }
-        mean = group_sum(sum, group) / count;
+        mean = cube_sum(sum, form.units) / count;
     }
     let mut squares = 0.0f32;
     for at in range_stepped(unit, row_pieces, form.units) {
@@ -70,7 +69,7 @@ fn norm_rows<F: Numeric>(
             squares = fma(value[0], value[0], fma(value[1], value[1], squares));
         }
     }
-    let root = 1.0f32 / (group_sum(squares, group) / count + epsilon).sqrt();
+    let root = 1.0f32 / (cube_sum(squares, form.units) / count + epsilon).sqrt();
     for at in range_stepped(unit, row_pieces, form.units) {
         let piece = x[start + at];
         let factors = weight[at];

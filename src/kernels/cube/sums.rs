@@ -32,38 +32,36 @@ impl Group {
             plane,
         }
     }
-
-    /// A cube of this many units that works on one result.
-    pub(super) const fn cube(units: usize) -> Self {
-        Self {
-            lanes: units,
-            plane: false,
-        }
-    }
 }
 
-/// The sum over a group's units, known to all of them.
-///
-/// Every unit of the cube has to come here.
+/// The sum over a group's units, known to all of them; every unit of the cube has to come here.
 #[cube]
 pub(super) fn group_sum(value: f32, #[comptime] group: Group) -> f32 {
     if comptime!(group.plane) {
         plane_sum(value)
     } else {
-        let mut shared = SharedMemory::<f32>::new(comptime!(group.lanes));
-        let unit = UNIT_POS as usize;
-        sync_cube();
-        shared[unit] = value;
-        sync_cube();
-        let mut width = comptime!(group.lanes.next_power_of_two() / 2).runtime();
-        while width > 0 {
-            if unit < width && unit + width < comptime!(group.lanes) {
-                let other = shared[unit + width];
-                shared[unit] += other;
-            }
-            sync_cube();
-            width /= 2;
-        }
-        shared[0]
+        cube_sum(value, comptime!(group.lanes))
     }
+}
+
+/// The sum over the units of a cube, known to all of them; every unit has to come here.
+#[cube]
+pub(super) fn cube_sum(value: f32, #[comptime] units: usize) -> f32 {
+    let mut shared = SharedMemory::<f32>::new(units);
+    let unit = UNIT_POS as usize;
+    shared[unit] = value;
+    sync_cube();
+    let mut width = comptime!(units.next_power_of_two() / 2).runtime();
+    while width > 0 {
+        if unit < width && unit + width < units {
+            let other = shared[unit + width];
+            shared[unit] += other;
+        }
+        sync_cube();
+        width /= 2;
+    }
+    let sum = shared[0];
+    // The memory may be taken again at once.
+    sync_cube();
+    sum
 }

@@ -20,7 +20,7 @@ use super::{
     vulkan::{Backend, contiguous, strided, tensor},
 };
 use crate::{
-    kernels::{AttentionSpans, HeadNorm, Kernels, plain},
+    kernels::{AttentionSpans, HeadNorm, Kernels, LowRank, plain},
     qwen3_vl::nn::{gelu_exact, gelu_tanh, to_dtype, to_f32},
 };
 
@@ -147,6 +147,7 @@ fn products_of_few_rows() {
             let want = plain::gated(want.clone(), want);
             report.close(&name("gated product"), tensor::<2>(got), want, dtype);
         }
+        adapters(dtype, &device, &mut report);
         let weights = [12, 4, 8].map(|out| normal([out, 72], 0.1, dtype, &device));
         let (x, scale) = (
             normal([2, 72], 1.0, dtype, &device),
@@ -166,6 +167,34 @@ fn products_of_few_rows() {
         report.close("three products", tensor::<2>(got), want, dtype);
     }
     report.finish();
+}
+
+fn adapters(dtype: DType, device: &Device, report: &mut Report) {
+    for (rows, inner, out, rank) in [(1, 64, 96, 8), (3, 200, 37, 4), (2, 72, 24, 6)] {
+        let x = normal([rows, inner], 1.0, dtype, device);
+        let weight = normal([out, inner], 0.05, dtype, device);
+        let residual = normal([rows, out], 1.0, dtype, device);
+        let adapter = LowRank {
+            a: normal([rank, inner], 0.1, DType::F32, device),
+            b: normal([out, rank], 0.1, DType::F32, device),
+            scaling: 4.0,
+            dropout: None,
+        };
+        let wide = [&x, &weight, &residual].map(|x| to_f32(x.clone()));
+        let [xf, wf, rf] = wide;
+        let low = Backend::low_rank_inputs(x.clone(), &[&adapter]).remove(0);
+        let low_wanted = plain::low_rank_input(xf.clone(), &adapter);
+        let name = format!("adapted_product {rows} x {inner} x {out} r {rank}");
+        report.close(
+            &format!("{name}, low"),
+            low.clone(),
+            low_wanted.clone(),
+            DType::F32,
+        );
+        let got = Backend::adapted_product(x, weight, low, &adapter, Some(residual));
+        let want = plain::adapted_product(xf, wf, low_wanted, &adapter, Some(rf));
+        report.close(&name, got, want, dtype);
+    }
 }
 
 #[test]
@@ -364,6 +393,56 @@ fn attention() {
                 plain::attention(to_f32(q), to_f32(k), to_f32(v), &spans),
                 dtype,
             );
+        }
+    }
+    report.finish();
+}
+
+#[test]
+fn attention_of_many_queries() {
+    let Some(device) = device() else { return };
+    let mut report = Report::default();
+    let causal = |segments: &[Vec<i32>], first| AttentionSpans::causal(segments, first, &device);
+    let packed = [vec![0; 21], vec![1; 1], vec![2; 13]].concat();
+    let padded = |before: usize, tokens: usize| [vec![-1; before], vec![0; tokens]].concat();
+    for dtype in dtypes(&device) {
+        for (name, heads, kv_heads, head_dim, spans) in [
+            ("packed", 4, 1, 32, causal(&[packed.clone()], 0)),
+            (
+                "padded",
+                4,
+                2,
+                64,
+                causal(&[padded(3, 30), padded(0, 33)], 0),
+            ),
+            ("behind a cache", 8, 8, 32, causal(&[vec![0; 300]], 290)),
+            (
+                "images",
+                3,
+                3,
+                72,
+                AttentionSpans::blocks(&[25, 8, 12], &device),
+            ),
+        ] {
+            let [batch, queries, keys] = spans.dims();
+            let draw = |heads: usize, rows: usize| -> T<4> {
+                normal([batch, rows, heads, head_dim], 1.0, dtype, &device).swap_dims(1, 2)
+            };
+            let (q, k, v) = (
+                draw(heads, queries),
+                draw(kv_heads, keys),
+                draw(kv_heads, keys),
+            );
+            let got = Backend::span_attention(q.clone(), k.clone(), v.clone(), &spans);
+            let want = plain::attention(to_f32(q), to_f32(k), to_f32(v), &spans);
+            // What padding sees is nobody's business.
+            let seen: Vec<f32> = match name {
+                "padded" => [vec![0.0; 3], vec![1.0; 63]].concat(),
+                _ => vec![1.0; batch * queries],
+            };
+            let seen =
+                T::<1>::from_floats(seen.as_slice(), &device).reshape([batch, 1, queries, 1]);
+            report.close(name, to_f32(got) * seen.clone(), want * seen, dtype);
         }
     }
     report.finish();

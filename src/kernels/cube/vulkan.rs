@@ -5,6 +5,7 @@ use burn::{
     prelude::*,
     tensor::{DType, TensorPrimitive},
 };
+use burn_cubecl::kernel::matmul::{MatmulStrategy, matmul};
 
 use super::{
     attention::{self, Cache},
@@ -23,7 +24,7 @@ use crate::{
         Qwen3Vl,
         cache::KeyValueCache,
         config::Qwen3VlConfig,
-        nn::{gelu_exact, gelu_tanh},
+        nn::{gelu_exact, gelu_tanh, to_f32},
     },
 };
 
@@ -63,9 +64,6 @@ impl Kernels for Backend {
         cache: &KeyValueCache<Self>,
         start: &DecodeStart,
     ) -> Option<Box<dyn Decoder>> {
-        if model.quantization().is_some() {
-            return None;
-        }
         decode::start(model, config, cache, start)
     }
 
@@ -139,6 +137,39 @@ impl Kernels for Backend {
         quantized::logits_packed(hidden, head)
     }
 
+    fn low_rank_inputs(x: Tensor<Self, 2>, adapters: &[&LowRank<Self>]) -> Vec<Tensor<Self, 2>> {
+        let wide = contiguous(to_f32(x.clone()));
+        let low = |adapter: &&LowRank<Self>| {
+            let a = contiguous(adapter.a.clone());
+            if adapter.dropout.is_some() || !matvec::covers(&wide, &a) {
+                return plain::low_rank_input(x.clone(), adapter);
+            }
+            tensor(matvec::product(&wide, None, &a, None, None, DType::F32))
+        };
+        adapters.iter().map(low).collect()
+    }
+
+    fn adapted_product(
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 2>,
+        low: Tensor<Self, 2>,
+        adapter: &LowRank<Self>,
+        residual: Option<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
+        let (x, weight) = (contiguous(x), strided(weight));
+        let b = contiguous(adapter.b.clone());
+        let scaled = contiguous(to_f32(low.clone()) * adapter.scaling);
+        let one_type = residual
+            .as_ref()
+            .is_none_or(|residual| residual.dtype() == x.dtype);
+        if !one_type || !matvec::covers(&x, &weight) || !matvec::covers(&scaled, &b) {
+            return plain::adapted_product(tensor(x), tensor(weight), low, adapter, residual);
+        }
+        let residual = residual.map(contiguous);
+        let y = matvec::product(&x, None, &weight, None, residual.as_ref(), x.dtype);
+        tensor(matvec::product(&scaled, None, &b, None, Some(&y), x.dtype))
+    }
+
     fn rms_norm(x: Tensor<Self, 2>, weight: Tensor<Self, 1>, epsilon: f64) -> Tensor<Self, 2> {
         let x = contiguous(x);
         if !rows::covers(&x) || x.dtype != weight.dtype() {
@@ -199,13 +230,8 @@ impl Kernels for Backend {
         v: Tensor<Self, 4>,
         spans: &AttentionSpans<Self>,
     ) -> Tensor<Self, 4> {
-        let [batch, heads, queries, head_dim] = q.dims();
-        if queries > 1 {
-            return plain::attention(q, k, v, spans);
-        }
         let [_, _, keys, _] = k.dims();
-        let (q, k, v) = (strided(q), strided(k), strided(v));
-        let q = with_dense_heads(q);
+        let [q, k, v] = [q, k, v].map(|x| with_dense_heads(strided(x)));
         let cache = Cache {
             keys: &k,
             values: &v,
@@ -214,8 +240,14 @@ impl Kernels for Backend {
             return plain::attention(tensor(q), tensor(k), tensor(v), spans);
         }
         let [first, end] = spans.ranges().clone().map(|range| range.into_primitive());
-        let y = attention::one_query(&q, &cache, &first, &end, keys);
-        tensor::<2>(y).reshape([batch, heads, 1, head_dim])
+        let y = attention::attended(&q, &cache, &first, &end, keys);
+        tensor::<4>(y).swap_dims(1, 2)
+    }
+
+    fn wide_product(a: Tensor<Self, 4>, b: Tensor<Self, 4>) -> Tensor<Self, 4> {
+        let (a, b) = (strided(a), strided(b));
+        let product = matmul(a, b, None, MatmulStrategy::default(), DType::F32);
+        tensor(product.expect("a strategy covers every product"))
     }
 
     fn gated(gate: Tensor<Self, 2>, up: Tensor<Self, 2>) -> Tensor<Self, 2> {

@@ -312,6 +312,15 @@ pub(super) fn tensor<const D: usize>(buffer: Buffer) -> Tensor<Backend, D> {
     Tensor::from_primitive(TensorPrimitive::Float(buffer))
 }
 
+/// What the driver can still give, in bytes.
+pub(super) fn free_memory(device: &burn::backend::cuda::CudaDevice) -> Option<u64> {
+    let one = strided(Tensor::<Backend, 1>::empty([1], device));
+    // The device's context is current on its own thread only.
+    let asked = one.client.exclusive(cudarc::driver::result::mem_get_info);
+    let (free, _) = asked.ok()?.ok()?;
+    Some(free as u64)
+}
+
 /// The client of a buffer's device for as long as the program runs: a copy that is under way borrows it.
 fn lasting_client(buffer: &Buffer) -> &'static Client {
     static CLIENTS: Mutex<BTreeMap<usize, &'static Client>> = Mutex::new(BTreeMap::new());

@@ -4,6 +4,29 @@
 //
 // Limit: memory; a row is read twice (the second time mostly from L2) and written once.
 
+// With LOSS_SUMS: sums of the losses and of the right predictions, one block, in a fixed order.
+
+#if LOSS_SUMS
+struct Parameters {
+    u64 rows;
+};
+
+extern "C" __global__ void __launch_bounds__(256)
+ENTRY(const float* nll, const float* correct, float* sums, const __grid_constant__ Parameters p) {
+    __shared__ float scratch[8];
+    float loss = 0.f, right = 0.f;
+    for (u64 i = threadIdx.x; i < p.rows; i += 256) {
+        loss += nll[i];
+        right += correct[i];
+    }
+    loss = block_sum<8>(loss, scratch);
+    right = block_sum<8>(right, scratch);
+    if (threadIdx.x == 0) {
+        sums[0] = loss;
+        sums[1] = right;
+    }
+}
+#else
 #define THREADS 512
 #define WARPS (THREADS / 32)
 
@@ -75,3 +98,4 @@ ENTRY(const float* logits, const int* ids, float* nll, float* correct, scalar* g
         store(out + at, at == id ? share - weight : share);
     }
 }
+#endif

@@ -10,28 +10,40 @@ use crate::kernels::TargetLoss;
 
 const SOURCES: &[&str] = &[include_str!("scalar.cuh"), include_str!("loss.cu")];
 
-/// Losses, right predictions and the logits' gradient of `weight` times the summed loss.
+/// Sums of losses and right predictions, and the logits' gradient of `weight` times the summed loss.
 ///
-/// `logits` `[rows, vocab]` f32 → `[rows]`, `[rows]` f32 and `[rows, vocab]` bf16.
+/// `logits` `[rows, vocab]` f32 → `[2]` f32 and `[rows, vocab]` bf16.
 fn softmax_loss(
     logits: &Buffer,
     ids: Tensor<Backend, 1, Int>,
     weight: f64,
-) -> (Tensor<Backend, 1>, Tensor<Backend, 1>, Tensor<Backend, 2>) {
+) -> (Tensor<Backend, 1>, Tensor<Backend, 2>) {
     let [rows, vocab] = logits.meta.shape().dims();
-    let kernel = Kernel::new("softmax_loss", SOURCES, vec![("SCALAR_BF16", 1)], 512);
+    let kernel = |name, sums, threads| {
+        let defines = vec![("SCALAR_BF16", 1), ("LOSS_SUMS", sums)];
+        Kernel::new(name, SOURCES, defines, threads)
+    };
     let ids = burn_cubecl::kernel::into_contiguous(ids.into_primitive());
     let nll = empty(logits, [rows], DType::F32);
     let correct = empty(logits, [rows], DType::F32);
     let gradient = empty(logits, [rows, vocab], DType::BF16);
     launch(
         &logits.client,
-        kernel,
+        kernel("softmax_loss", 0, 512),
         [rows, 1, 1],
         &[logits, &ids, &nll, &correct, &gradient],
         vec![vocab as u64, float_bits(weight)],
     );
-    (tensor(nll), tensor(correct), tensor(gradient))
+    // Burn's own sum of a whole tensor adds with atomics, in no fixed order.
+    let sums = empty(logits, [2], DType::F32);
+    launch(
+        &logits.client,
+        kernel("loss_sums", 1, 256),
+        [1, 1, 1],
+        &[&nll, &correct, &sums],
+        vec![rows as u64],
+    );
+    (tensor(sums), tensor(gradient))
 }
 
 /// `hidden` `[rows, width]` and `head` `[vocab, width]` in bf16.
@@ -42,9 +54,9 @@ pub(super) fn target_loss(
     weight: f64,
 ) -> TargetLoss<Backend> {
     let logits = contiguous(gemm::logits(hidden, head.clone()));
-    let (nll, correct, gradient) = softmax_loss(&logits, ids, weight);
+    let (sums, gradient) = softmax_loss(&logits, ids, weight);
     TargetLoss {
-        sums: Tensor::cat(vec![nll.sum(), correct.sum()], 0),
+        sums,
         hidden_gradient: gemm::input_gradient(&[(gradient, head)]),
     }
 }

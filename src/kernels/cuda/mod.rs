@@ -9,6 +9,8 @@ mod cache;
 mod collective;
 mod decode;
 mod gemm;
+#[cfg(all(test, feature = "flex"))]
+mod gradient_tests;
 mod launch;
 mod lora;
 mod loss;
@@ -21,6 +23,7 @@ mod product;
 mod recording;
 mod rotary;
 mod rows;
+mod stream;
 #[cfg(test)]
 mod tests;
 mod upload;
@@ -43,7 +46,7 @@ use super::{
     Activation, AdamWTensor, AllReduce, AttentionSpans, BackwardProduct, DecodeStart, Decoder,
     DeviceMemory, Dropout, HeadNorm, Kernels, LowRank, LowRankFlow, LowRankGradients, Reading,
     TargetLoss,
-    cube::quantized,
+    cube::{self, quantized},
     plain,
     upload::{Fill, Upload, UploadError},
 };
@@ -168,7 +171,7 @@ impl Kernels for Cuda {
         start: &DecodeStart,
     ) -> Option<Box<dyn Decoder>> {
         if model.quantization().is_some() {
-            return None;
+            return cube::decode::start(model, config, cache, start);
         }
         decode::start(model, config, cache, start)
     }
@@ -191,6 +194,10 @@ impl Kernels for Cuda {
 
     fn memory_in_use(device: &Self::Device) -> Option<DeviceMemory> {
         collective::memory_in_use(device)
+    }
+
+    fn free_memory(device: &Self::Device) -> Option<u64> {
+        launch::free_memory(device)
     }
 
     fn all_reduce(

@@ -9,11 +9,12 @@
 use std::{cell::RefCell, collections::BTreeMap, ffi::c_void};
 
 use burn::tensor::DType;
-use cudarc::driver::{result, sys};
+use cudarc::driver::sys;
 
 use super::{
     launch::{Buffer, Kernel, MatrixMap},
-    module::{DriverError, Function, architecture, driver, load},
+    module::{DriverError, architecture, driver, load},
+    stream::{Context, HostWords, Repeated, Step, Stream},
 };
 
 /// Pool buffers are multiples of this many bytes.
@@ -75,12 +76,13 @@ pub(super) fn watch<R>(work: impl FnOnce() -> R) -> (R, Vec<Kernel>) {
 }
 
 /// Records what `work` launches in place of running it. What `work` returns lies in the graph's own
-/// memory and is there after each replay.
+/// memory and is there after each replay; the graph has room for an input of `input_bytes`.
 ///
 /// # Errors
 /// What the driver says.
 pub(super) fn record<R>(
     device: usize,
+    input_bytes: usize,
     work: impl FnOnce() -> R,
 ) -> Result<(R, Graph), DriverError> {
     let (output, mode) = within(Mode::Record(Recorder::default()), work);
@@ -90,7 +92,7 @@ pub(super) fn record<R>(
     if let Some(error) = recorder.error {
         return Err(error);
     }
-    let graph = Graph::new(device, recorder)?;
+    let graph = Graph::new(device, recorder, input_bytes)?;
     Ok((output, graph))
 }
 
@@ -221,75 +223,64 @@ impl Recorder {
     }
 }
 
-/// A recorded run on a stream of its own.
+/// A recorded run on a stream of its own, with page-locked memory for its input.
 pub(super) struct Graph {
-    context: sys::CUcontext,
-    stream: sys::CUstream,
-    executable: sys::CUgraphExec,
+    repeated: Repeated,
+    stream: Stream,
+    context: Context,
+    input: HostWords,
     _kept: Vec<Buffer>,
 }
 
-// SAFETY: the handles belong to this graph alone; every call makes the context current first.
-#[allow(unsafe_code)]
-unsafe impl Send for Graph {}
-
 impl Graph {
-    #[allow(unsafe_code)]
-    fn new(device: usize, recorder: Recorder) -> Result<Self, DriverError> {
-        let context = open(device)?;
+    fn new(device: usize, recorder: Recorder, input_bytes: usize) -> Result<Self, DriverError> {
+        let context = Context::of(device)?;
+        context.enter()?;
         let arch = architecture(device);
-        let functions = recorder
+        let steps = recorder
             .launches
-            .iter()
-            .map(|launch| load(&launch.kernel, device, &arch))
-            .collect::<Result<Vec<_>, _>>()?;
-        // SAFETY: plain driver calls; the stream is ours and idle, and each kernel gets what its
-        // launcher gave it.
-        unsafe {
-            let kind = result::stream::StreamKind::NonBlocking;
-            let stream = driver("making a stream", result::stream::create(kind))?;
-            let executable = capture(stream, &functions, &recorder.launches).inspect_err(|_| {
-                let _ = result::stream::destroy(stream);
-            })?;
-            let pool = recorder.pool.into_iter().map(|(_, buffer)| buffer);
-            Ok(Self {
-                context,
-                stream,
-                executable,
-                _kept: pool.chain(recorder.read.into_values()).collect(),
+            .into_iter()
+            .map(|launch| {
+                Ok(Step {
+                    function: load(&launch.kernel, device, &arch)?,
+                    grid: launch.grid,
+                    maps: launch.maps,
+                    pointers: launch.pointers,
+                    parameters: launch.parameters,
+                })
             })
-        }
-    }
-
-    fn set_current(&self) -> Result<(), DriverError> {
-        // SAFETY: the context was retained in `new`.
-        #[allow(unsafe_code)]
-        driver("choosing the device", unsafe {
-            result::ctx::set_current(self.context)
+            .collect::<Result<Vec<_>, DriverError>>()?;
+        let stream = Stream::new(context)?;
+        let pool = recorder.pool.into_iter().map(|(_, buffer)| buffer);
+        Ok(Self {
+            repeated: Repeated::new(&stream, steps),
+            stream,
+            context,
+            input: HostWords::new(context, input_bytes.div_ceil(size_of::<i32>()))?,
+            _kept: pool.chain(recorder.read.into_values()).collect(),
         })
     }
 
-    /// Sends bytes to a device address and starts the run behind them; returns at once.
+    /// Has `fill` write the input, sends it to a device address and starts the run behind it; does not
+    /// wait for the run.
     ///
     /// # Safety
-    /// `to` has room for `bytes`, and `bytes` stays as it is until [`Graph::finish`].
+    /// `to` has room for the input.
     ///
     /// # Errors
     /// What the driver says.
     #[allow(unsafe_code)]
-    pub(super) unsafe fn start(&self, bytes: &[u8], to: u64) -> Result<(), DriverError> {
-        self.set_current()?;
-        // SAFETY: as the caller promises; the graph lives as long as `self`.
-        unsafe {
-            driver(
-                "sending the input",
-                result::memcpy_htod_async(to, bytes, self.stream),
-            )?;
-            driver(
-                "running a graph",
-                sys::cuGraphLaunch(self.executable, self.stream).result(),
-            )
-        }
+    pub(super) unsafe fn start(
+        &mut self,
+        to: u64,
+        fill: impl FnOnce(&mut [u8]),
+    ) -> Result<(), DriverError> {
+        self.context.enter()?;
+        let words = self.input.words_mut();
+        fill(bytemuck::cast_slice_mut(words));
+        // SAFETY: as the caller promises; `finish` waits before the words are written again.
+        unsafe { self.stream.send(to, words)? };
+        self.repeated.run(&self.stream)
     }
 
     /// Copies results elsewhere on the device, `(from, to, bytes)` each, and waits for all of it.
@@ -301,98 +292,12 @@ impl Graph {
     /// What the driver says.
     #[allow(unsafe_code)]
     pub(super) unsafe fn finish(&self, copies: &[(u64, u64, usize)]) -> Result<(), DriverError> {
-        self.set_current()?;
-        // SAFETY: as the caller promises.
-        unsafe {
-            for (from, to, bytes) in copies {
-                driver(
-                    "copying a result",
-                    result::memcpy_dtod_async(*to, *from, *bytes, self.stream),
-                )?;
-            }
-            driver("running a graph", result::stream::synchronize(self.stream))
+        self.context.enter()?;
+        for (from, to, bytes) in copies {
+            // SAFETY: as the caller promises.
+            unsafe { self.stream.copy(*to, *from, *bytes)? };
         }
-    }
-}
-
-impl Drop for Graph {
-    fn drop(&mut self) {
-        if self.set_current().is_err() {
-            return;
-        }
-        // SAFETY: the stream is waited for before anything it uses is given back. Errors are not
-        // acted on: there is nothing left to do with the handles.
-        #[allow(unsafe_code)]
-        unsafe {
-            let _ = result::stream::synchronize(self.stream);
-            let _ = sys::cuGraphExecDestroy(self.executable).result();
-            let _ = result::stream::destroy(self.stream);
-        }
-    }
-}
-
-/// Makes a device's context current on this thread.
-pub(super) fn open(device: usize) -> Result<sys::CUcontext, DriverError> {
-    // SAFETY: plain driver calls; the primary context is never released, as cubecl's is not.
-    #[allow(unsafe_code)]
-    unsafe {
-        driver("starting the driver", result::init())?;
-        let number = driver("finding the device", result::device::get(device as i32))?;
-        let context = driver("opening the device", result::primary_ctx::retain(number))?;
-        driver("choosing the device", result::ctx::set_current(context))?;
-        Ok(context)
-    }
-}
-
-/// # Safety
-/// The stream is idle, the context current, and the launches fit their kernels.
-#[allow(unsafe_code)]
-unsafe fn capture(
-    stream: sys::CUstream,
-    functions: &[Function],
-    launches: &[Launch],
-) -> Result<sys::CUgraphExec, DriverError> {
-    const DOING: &str = "recording a graph";
-    let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-    // SAFETY: as the caller promises; the graph is destroyed once it is instantiated.
-    unsafe {
-        driver(DOING, sys::cuStreamBeginCapture_v2(stream, mode).result())?;
-        let issued = functions
-            .iter()
-            .zip(launches)
-            .try_for_each(|(function, launch)| {
-                let maps = launch
-                    .maps
-                    .iter()
-                    .map(|map| (&raw const *map).cast_mut().cast());
-                let pointers = launch
-                    .pointers
-                    .iter()
-                    .map(|at| (&raw const *at).cast_mut().cast());
-                let mut arguments: Vec<*mut c_void> = maps.chain(pointers).collect();
-                arguments.push(launch.parameters.as_ptr().cast_mut().cast());
-                let [x, y, z] = launch.grid;
-                let launched = result::launch_kernel(
-                    function.handle(),
-                    (x, y, z),
-                    (function.threads, 1, 1),
-                    function.shared_bytes as u32,
-                    stream,
-                    &mut arguments,
-                );
-                driver(DOING, launched)
-            });
-        let mut graph = std::ptr::null_mut();
-        driver(DOING, sys::cuStreamEndCapture(stream, &mut graph).result())?;
-        let mut executable = std::ptr::null_mut();
-        let made = issued.and_then(|()| {
-            let made = sys::cuGraphInstantiateWithFlags(&mut executable, graph, 0).result();
-            driver(DOING, made)
-        });
-        let destroyed = sys::cuGraphDestroy(graph).result();
-        made?;
-        driver(DOING, destroyed)?;
-        Ok(executable)
+        self.stream.wait()
     }
 }
 

@@ -24,9 +24,10 @@ use crate::{
         HeadNorm, Kernels, LowRank, LowRankFlow, plain,
     },
     qwen3_vl::{
-        Padding, Qwen3Vl, TextInput,
+        ImageInput, Padding, Qwen3Vl, TextInput,
         cache::KeyValueCache,
         nn::{InitOptions, gelu_exact, gelu_tanh, to_dtype, to_f32},
+        vision::VisionLayout,
     },
 };
 
@@ -850,4 +851,43 @@ fn decoding() {
         }
     }
     report.finish();
+}
+
+/// The vision tower replayed as a graph gives the launched tower's bits, whatever the image.
+#[test]
+fn vision_tower_as_a_graph() {
+    let Some(device) = device() else { return };
+    let config = RandomSize::B8.config(Some(4)).unwrap();
+    let options = InitOptions {
+        dtype: DType::BF16,
+        ..InitOptions::default()
+    };
+    let model = Qwen3Vl::<Cuda>::new(&config, &options, &device);
+    let vision = &config.vision_config;
+    let bits = |x: &T<2>| x.clone().into_data().bytes.to_vec();
+    for (call, [height, width]) in [[8, 12], [8, 12], [8, 12], [4, 6], [8, 12], [4, 6], [4, 6]]
+        .into_iter()
+        .enumerate()
+    {
+        let count = height * width * vision.patch_dim();
+        let images = ImageInput {
+            pixel_values: (0..count)
+                .map(|at| ((at * 31 + call * 17) % 255) as f32 / 128.0 - 1.0)
+                .collect(),
+            image_grid_thw: vec![[1, height, width]],
+        };
+        let got = model.encode_images(&images, &config, &device);
+        Cuda::settle(&model);
+        let layout = VisionLayout::new(&images.image_grid_thw, vision, &device);
+        let pixels = images.tensor(vision.patch_dim(), DType::BF16, &device);
+        let want = model.model.visual.forward(pixels, &layout, None);
+        assert_eq!(bits(&got.merged), bits(&want.merged), "call {call}");
+        for (got, want) in got.deepstack.iter().zip(&want.deepstack) {
+            assert_eq!(bits(got), bits(want), "call {call}");
+        }
+    }
+    for grid in [[1, 8, 12], [1, 4, 6]] {
+        let tower = &model.model.visual;
+        assert!(super::vision::is_replayed(tower, &[grid]), "{grid:?}");
+    }
 }

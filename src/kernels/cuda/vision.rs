@@ -5,7 +5,7 @@
 //! records the run, compares the graph's output with the launched one's bit for bit, and from then on
 //! the graph is replayed. A graph that differs is never used.
 
-use std::thread::JoinHandle;
+use std::{any::Any, thread::JoinHandle};
 
 use burn::{prelude::*, tensor::DType};
 use rayon::prelude::*;
@@ -13,7 +13,8 @@ use rayon::prelude::*;
 use super::{
     launch::{Backend, Buffer, Kernel, empty, strided, tensor},
     module::{DriverError, architecture, driver, load},
-    recording::{Graph, address, open, record, watch},
+    recording::{Graph, address, record, watch},
+    stream::Context,
 };
 use crate::qwen3_vl::{
     ImageInput,
@@ -86,7 +87,7 @@ pub(super) fn run(
             let output = run();
             let compiled = thread.join().unwrap_or(Ok(()));
             let made = compiled.and_then(|()| TowerGraph::new(tower, images, layout));
-            let state = match made.and_then(|graph| Ok((graph.run(images)?, graph))) {
+            let state = match made.and_then(|mut graph| Ok((graph.run(images)?, graph))) {
                 Ok((replayed, graph)) if same_bits(&replayed, &output) => {
                     State::Ready(Box::new(graph))
                 }
@@ -101,7 +102,7 @@ pub(super) fn run(
             };
             (output, state)
         }
-        Some(State::Ready(graph)) => match graph.run(images) {
+        Some(State::Ready(mut graph)) => match graph.run(images) {
             Ok(output) => (output, State::Ready(graph)),
             Err(error) => {
                 log::warn!("the vision tower is launched again: {error}");
@@ -117,14 +118,17 @@ pub(super) fn run(
     output
 }
 
+fn kept_layouts(kept: &Option<Box<dyn Any + Send>>) -> Option<&Layouts> {
+    let kept: &(dyn Any + Send) = kept.as_deref()?;
+    kept.downcast_ref()
+}
+
 /// Waits until what is compiled for a tower is there.
 pub(super) fn settle(tower: &VisionModel<Backend>) {
     let Some(kept) = tower.kept.lock() else {
         return;
     };
-    let layouts = kept
-        .as_ref()
-        .and_then(|kept| kept.downcast_ref::<Layouts>());
+    let layouts = kept_layouts(&kept);
     for (_, state) in layouts.map_or(&[][..], |layouts| &layouts.0) {
         while matches!(state, State::Compiling(thread) if !thread.is_finished()) {
             std::thread::sleep(std::time::Duration::from_millis(5));
@@ -135,7 +139,7 @@ pub(super) fn settle(tower: &VisionModel<Backend>) {
 fn compile(kernels: &[Kernel], device: usize) -> Result<(), DriverError> {
     let arch = architecture(device);
     kernels.par_iter().try_for_each(|kernel| {
-        open(device)?;
+        Context::of(device)?.enter()?;
         load(kernel, device, &arch).map(|_| ())
     })
 }
@@ -163,7 +167,8 @@ impl TowerGraph {
         let pixels = empty(&like, [images.patches(), patch_dim], DType::BF16);
         wait(&like)?;
         let input = tensor::<2>(pixels.clone());
-        let (output, graph) = record(like.device.index, || {
+        let input_bytes = images.pixel_values.len() * DType::BF16.size();
+        let (output, graph) = record(like.device.index, input_bytes, || {
             tower.forward_from(input, positions, layout, None)
         })?;
         let shape = output.merged.dims();
@@ -185,13 +190,14 @@ impl TowerGraph {
         })
     }
 
-    fn run(&self, images: &ImageInput) -> Result<VisionOutput<Backend>, DriverError> {
-        let half = images.half_values();
+    fn run(&mut self, images: &ImageInput) -> Result<VisionOutput<Backend>, DriverError> {
         let like = &self.held[0];
-        // SAFETY: the input has room for the pixels of its layout, and `half` lives until `finish`.
+        // SAFETY: the buffer of the pixels has room for those of its layout.
         #[allow(unsafe_code)]
         unsafe {
-            self.graph.start(bytemuck::cast_slice(&half), self.pixels)?;
+            self.graph.start(self.pixels, |bytes| {
+                images.write_half_values(bytemuck::cast_slice_mut(bytes));
+            })?;
         }
         let fresh: Vec<Buffer> = self
             .outputs
@@ -224,4 +230,19 @@ impl TowerGraph {
 fn wait(like: &Buffer) -> Result<(), DriverError> {
     let done = cubecl_common::future::block_on(like.client.sync());
     driver("waiting for the device", done)
+}
+
+/// Whether a layout of a tower is replayed as a graph.
+#[cfg(test)]
+pub(super) fn is_replayed(tower: &VisionModel<Backend>, grids: &[[usize; 3]]) -> bool {
+    let Some(kept) = tower.kept.lock() else {
+        return false;
+    };
+    let layouts = kept_layouts(&kept);
+    layouts.is_some_and(|layouts| {
+        layouts
+            .0
+            .iter()
+            .any(|(known, state)| known == grids && matches!(state, State::Ready(_)))
+    })
 }

@@ -83,8 +83,9 @@ impl<D: DecodeBackend> Worker<D> {
             self.admit();
             // Before any token goes out: who sees one must find its sequence counted.
             self.publish();
+            let rows = self.begin_step();
             self.prefill();
-            self.step();
+            self.step(&rows);
             self.finish_unloads();
             self.publish();
         }
@@ -340,7 +341,7 @@ impl<D: DecodeBackend> Worker<D> {
             .filter(|other| other.adapter == adapter && self.limits.prefix_cache)
             .filter_map(|other| match (other.phase, other.slot) {
                 (Phase::Decode(_), Some(slot)) => {
-                    Some((slot, shared_prefix(&other.prompt.keys, usable)))
+                    Some((slot, shared_prefix(other.held_prompt(), usable)))
                 }
                 _ => None,
             })
@@ -354,7 +355,10 @@ impl<D: DecodeBackend> Worker<D> {
         let sequence = &mut self.running[place];
         sequence.slot = Some(slot);
         sequence.cached_tokens = shared;
-        sequence.phase = Phase::Prefill(shared);
+        sequence.phase = match sequence.only_last_left(shared) {
+            Some(token) => Phase::Decode(token),
+            None => Phase::Prefill(shared),
+        };
         self.metrics.cached_tokens.add(shared as u64);
         if shared > 0 {
             self.metrics.prefix_hits.add(1);
@@ -363,46 +367,55 @@ impl<D: DecodeBackend> Worker<D> {
         slot
     }
 
-    /// One token more for every sequence whose prompt is through.
-    fn step(&mut self) {
-        let rows: Vec<(usize, StepRow)> = self
+    /// Lets the device start on one token more for every sequence whose prompt is through.
+    fn begin_step(&mut self) -> Vec<StepRow> {
+        let rows: Vec<StepRow> = self
             .running
             .iter_mut()
-            .enumerate()
-            .filter_map(|(place, sequence)| match (sequence.phase, sequence.slot) {
-                (Phase::Decode(token), Some(slot)) => Some((
-                    place,
-                    StepRow {
-                        slot,
-                        token,
-                        position: sequence.position(),
-                        pick: sequence.pick(),
-                    },
-                )),
+            .filter_map(|sequence| match (sequence.phase, sequence.slot) {
+                (Phase::Decode(token), Some(slot)) => Some(StepRow {
+                    slot,
+                    token,
+                    position: sequence.position(),
+                    pick: sequence.pick(),
+                }),
                 _ => None,
             })
             .collect();
-        if rows.is_empty() {
+        if !rows.is_empty() {
+            let device = &mut self.device;
+            // A failure comes again when the results are asked for, and is told then.
+            let _ = guarded(|| device.begin_step(&rows));
+        }
+        rows
+    }
+
+    /// Ends the step of these rows.
+    fn step(&mut self, step: &[StepRow]) {
+        if step.is_empty() {
             return;
         }
-        let step: Vec<StepRow> = rows.iter().map(|(_, row)| *row).collect();
         let device = &mut self.device;
-        let computed: Vec<Result<Stepped, Failure>> = match guarded(|| device.step(&step)) {
+        let computed: Vec<Result<Stepped, Failure>> = match guarded(|| device.step(step)) {
             Ok(stepped) => stepped.into_iter().map(Ok).collect(),
             Err(reason) => {
                 log::error!("a step of {} rows failed: {reason}", step.len());
                 let kept = self.prefixes.clear();
                 self.free(kept);
-                self.step_alone(&step)
+                self.step_alone(step)
             }
         };
-        let mut stepped: HashMap<usize, Result<Stepped, Failure>> =
-            rows.iter().map(|(place, _)| *place).zip(computed).collect();
+        // Prompts have gone through since: places are those of now.
+        let mut stepped: HashMap<SlotId, Result<Stepped, Failure>> =
+            step.iter().map(|row| row.slot).zip(computed).collect();
         let outcomes: Vec<(usize, Outcome)> = self
             .running
             .iter_mut()
             .enumerate()
-            .filter_map(|(place, sequence)| Some((place, sequence, stepped.remove(&place)?)))
+            .filter_map(|(place, sequence)| {
+                let stepped = stepped.remove(&sequence.slot?)?;
+                Some((place, sequence, stepped))
+            })
             .collect::<Vec<_>>()
             .into_par_iter()
             .map(|(place, sequence, stepped)| {

@@ -130,6 +130,20 @@ impl Sequence {
         (self.prompt.len() + self.generated.len() - 1) as i64 + self.prompt.delta
     }
 
+    /// Keys of the prompt's tokens that lie in the cache once the prompt is through: all, but for the
+    /// last where a step puts it there.
+    pub(super) fn held_prompt(&self) -> &[u128] {
+        &self.prompt.keys[..self.prompt.len() - usize::from(self.generated.is_empty())]
+    }
+
+    /// The prompt's last token, when the `held` before it lie in the cache and a step can take it: a
+    /// token of text.
+    pub(super) fn only_last_left(&self, held: usize) -> Option<u32> {
+        let last = self.prompt.positions_of(held..held + 1);
+        let plain = last.axes.iter().all(|axis| axis[0] == self.position());
+        (held + 1 == self.prompt.len() && plain).then(|| self.prompt.input_ids[held])
+    }
+
     /// Keys of the tokens that lie in the cache: all but the newest.
     pub(super) fn cached_keys(&self) -> Vec<u128> {
         let held = self.generated.len().saturating_sub(1);

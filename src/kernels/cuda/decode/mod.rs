@@ -13,13 +13,12 @@ mod batch;
 mod pages;
 mod plan;
 mod serve;
-mod stream;
 #[cfg(test)]
 mod tests;
 
 use burn::tensor::DType;
 
-use super::{launch::Backend, module};
+use super::{launch::Backend, module, stream};
 use crate::qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, nn::Linear};
 
 pub(super) use batch::start;
@@ -32,8 +31,12 @@ const LARGEST_BATCH: usize = plan::CONTROL_ROWS;
 /// one sequence multiplied as a vector, which asks less.
 fn covers(model: &Qwen3Vl<Backend>, config: &Qwen3VlConfig, alone: bool) -> bool {
     let text = &config.text_config;
+    // Packed weights are asked for first: `val` would unpack them.
     let plain = |linear: &Linear<Backend>| {
-        linear.lora.is_none() && linear.bias.is_none() && linear.weight.val().dtype() == DType::BF16
+        linear.lora.is_none()
+            && linear.bias.is_none()
+            && linear.weight.packed().is_none()
+            && linear.weight.val().dtype() == DType::BF16
     };
     let widths = [
         text.hidden_size,
@@ -54,6 +57,13 @@ fn covers(model: &Qwen3Vl<Backend>, config: &Qwen3VlConfig, alone: bool) -> bool
         && (1..=8).contains(&group)
         && super::rows::covers(text.hidden_size, DType::BF16)
         && model.lm_head.as_ref().is_none_or(plain)
+        && model
+            .model
+            .language_model
+            .embed_tokens
+            .weight
+            .packed()
+            .is_none()
         && model.model.language_model.layers.iter().all(|layer| {
             let (attn, mlp) = (&layer.self_attn, &layer.mlp);
             [&attn.q_proj, &attn.k_proj, &attn.v_proj, &attn.o_proj]

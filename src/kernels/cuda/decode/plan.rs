@@ -368,6 +368,7 @@ impl Builder<'_> {
         self.steps.push(Step {
             function,
             grid: grid.map(|size| size as u32),
+            maps: Vec::new(),
             pointers,
             parameters,
         });

@@ -86,10 +86,32 @@ struct Shared {
     u64 before;
 };
 
-__device__ __forceinline__ float logit_of(const Row& row, int i) {
-    float value = row.logits[i];
-    if (row.seen && row.seen[i >> 5] >> (i & 31) & 1) value = value > 0.f ? value / row.penalty : value * row.penalty;
-    return value;
+__device__ __forceinline__ float4 read_four(const float* from) {
+    float4 v;
+    asm("ld.global.nc.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(from));
+    return v;
+}
+
+// Calls `take(id, logit)` for all tokens, penalised where they were seen. The vocabulary is a multiple of
+// four; two reads are under way at a time, since one processor has a whole row to itself.
+template <class Take>
+__device__ __forceinline__ void each(const Row& row, Take take) {
+    const auto four = [&](int at, float4 v) {
+        const float values[4] = {v.x, v.y, v.z, v.w};
+        const u32 seen = row.seen ? row.seen[at >> 5] >> (at & 31) : 0;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float value = values[i];
+            if (seen >> i & 1) value = value > 0.f ? value / row.penalty : value * row.penalty;
+            take(at + i, value);
+        }
+    };
+    for (int at = threadIdx.x * 4; at < row.vocab; at += THREADS * 8) {
+        const int next = at + THREADS * 4;
+        const float4 first = read_four(row.logits + at), second = read_four(row.logits + min(next, row.vocab - 4));
+        four(at, first);
+        if (next < row.vocab) four(next, second);
+    }
 }
 
 __device__ __forceinline__ float weight_of(const Row& row, float distance) { return expf(-distance / row.temperature); }
@@ -206,13 +228,13 @@ __device__ __noinline__ Choice select(const Row& row, bool by_count, u64 target,
             weights[threadIdx.x] = 0;
         }
         __syncthreads();
-        for (int i = threadIdx.x; i < row.vocab; i += THREADS) {
-            const float distance = row.top - logit_of(row, i), place = distance * row.bins_per_unit;
-            if (!(place < (float)(bin + 1)) || place < (float)bin) continue;
+        each(row, [&](int, float logit) {
+            const float distance = row.top - logit, place = distance * row.bins_per_unit;
+            if (!(place < (float)(bin + 1)) || place < (float)bin) return;
             const int to = min((int)((place - (float)bin) * 64.f), 63);
             atomicAdd(counts + to, 1u);
             atomicAdd(weights + to, (u64)fixed(weight_of(row, distance)));
-        }
+        });
         const u64 within = target - before;
         if (by_count) {
             find([&](int i) { return (u64)counts[i]; }, 64, within, shared);
@@ -226,13 +248,13 @@ __device__ __noinline__ Choice select(const Row& row, bool by_count, u64 target,
         before_weight += block_sum(sum, shared);
         __syncthreads();
     }
-    for (int i = threadIdx.x; i < row.vocab; i += THREADS) {
-        const float distance = row.top - logit_of(row, i), place = distance * row.bins_per_unit;
-        if (!(place < (float)BINS) || (int)place != bin) continue;
-        if (crowded && min((int)((place - (float)bin) * 64.f), 63) != part) continue;
+    each(row, [&](int i, float logit) {
+        const float distance = row.top - logit, place = distance * row.bins_per_unit;
+        if (!(place < (float)BINS) || (int)place != bin) return;
+        if (crowded && min((int)((place - (float)bin) * 64.f), 63) != part) return;
         const int at = atomicAdd(&shared.collected, 1);
         if (at < COLLECTED) shared.keys[at] = (u64)__float_as_uint(distance) << 32 | (u32)i;
-    }
+    });
     __syncthreads();
     const bool overflow = shared.collected > COLLECTED;
     __syncthreads();
@@ -242,12 +264,12 @@ __device__ __noinline__ Choice select(const Row& row, bool by_count, u64 target,
             shared.collected = 1;
         }
         __syncthreads();
-        for (int i = threadIdx.x; i < row.vocab; i += THREADS) {
-            const float distance = row.top - logit_of(row, i), place = distance * row.bins_per_unit;
-            if (!(place < (float)BINS) || (int)place != bin) continue;
-            if (min((int)((place - (float)bin) * 64.f), 63) != part) continue;
+        each(row, [&](int i, float logit) {
+            const float distance = row.top - logit, place = distance * row.bins_per_unit;
+            if (!(place < (float)BINS) || (int)place != bin) return;
+            if (min((int)((place - (float)bin) * 64.f), 63) != part) return;
             atomicMin(shared.keys, (u64)__float_as_uint(distance) << 32 | (u32)i);
-        }
+        });
         __syncthreads();
     }
     sort_collected(shared);
@@ -274,18 +296,20 @@ __device__ __noinline__ u64 fill(const Row& row, Shared& shared) {
     for (int i = threadIdx.x; i < BINS; i += THREADS) shared.count[i] = shared.high[i] = shared.low[i] = 0;
     __syncthreads();
     u64 sum = 0;
-    for (int i = threadIdx.x; i < row.vocab; i += THREADS) {
-        const float distance = row.top - logit_of(row, i), place = distance * row.bins_per_unit;
+    u32 beyond = 0;
+    each(row, [&](int, float logit) {
+        const float distance = row.top - logit, place = distance * row.bins_per_unit;
         if (!(place < (float)BINS)) {
-            atomicAdd(shared.count + BINS - 1, 1u);
-            continue;
+            beyond++;
+            return;
         }
         const u32 weight = fixed(weight_of(row, distance));
         atomicAdd(shared.count + (int)place, 1u);
         if (weight >> 14) atomicAdd(shared.high + (int)place, weight >> 14);
         if (weight & 0x3fff) atomicAdd(shared.low + (int)place, weight & 0x3fff);
         sum += weight;
-    }
+    });
+    atomicAdd(shared.count + BINS - 1, beyond);
     return block_sum(sum, shared);
 }
 
@@ -312,7 +336,7 @@ ENTRY(const float* logits, const float* best_values, const int* best_indices, u3
         if (threadIdx.x == 0) mask[token >> 5] |= 1u << (token & 31);
         __syncthreads();
         row.seen = mask;
-        for (int i = threadIdx.x; i < row.vocab; i += THREADS) best = better(best, Best{logit_of(row, i), i});
+        each(row, [&](int i, float logit) { best = better(best, Best{logit, i}); });
     }
     best = block_best(best, shared);
     int token = best.index;
@@ -330,10 +354,10 @@ ENTRY(const float* logits, const float* best_values, const int* best_indices, u3
         }
         if (min_p > 0.f) {
             u64 sum = 0;
-            for (int i = threadIdx.x; i < row.vocab; i += THREADS) {
-                const float weight = weight_of(row, row.top - logit_of(row, i));
+            each(row, [&](int, float logit) {
+                const float weight = weight_of(row, row.top - logit);
                 if (weight >= min_p) sum += fixed(weight);
-            }
+            });
             sum = block_sum(sum, shared);
             all = min(all, sum);
         }

@@ -94,6 +94,8 @@ struct PagedDecoder {
     device: Device<Backend>,
     next: u64,
     largest: usize,
+    /// Rows of the step that is under way.
+    begun: Vec<StepRow>,
 }
 
 /// The engine for a model; `None` where the kernels do not cover it.
@@ -163,6 +165,7 @@ impl PagedDecoder {
             device: like.device.clone(),
             next: 0,
             largest,
+            begun: Vec::new(),
         })
     }
 
@@ -318,9 +321,11 @@ impl PagedDecoder {
         Ok(table)
     }
 
-    /// At most [`LARGEST_BATCH`] rows.
-    fn step_some(&mut self, rows: &[StepRow]) -> Result<Vec<Stepped>, DriverError> {
+    /// Queues the step of at most [`LARGEST_BATCH`] rows.
+    fn launch(&mut self, rows: &[StepRow]) -> Result<(), DriverError> {
         self.context.enter()?;
+        // The control words of a step that nobody asked about are read before they are overwritten.
+        self.stream.wait()?;
         let mut control = Control::idle();
         let mut adapted = false;
         for (at, row) in rows.iter().enumerate() {
@@ -343,12 +348,21 @@ impl PagedDecoder {
         }
         let size = rows.len().next_power_of_two();
         self.graph(size, adapted)?;
-        let mut logits: Vec<Vec<f32>> = Vec::new();
-        // SAFETY: control words and logits have these lengths.
+        // SAFETY: the control words have this length.
         #[allow(unsafe_code)]
         unsafe {
             self.stream.send(self.control.address, self.told.words())?;
-            self.graphs[&(size, adapted)].run(&self.stream)?;
+        }
+        self.graphs[&(size, adapted)].run(&self.stream)
+    }
+
+    /// Waits for the step of these rows.
+    fn finish(&mut self, rows: &[StepRow]) -> Result<Vec<Stepped>, DriverError> {
+        self.context.enter()?;
+        let mut logits: Vec<Vec<f32>> = Vec::new();
+        // SAFETY: the logits have this length.
+        #[allow(unsafe_code)]
+        unsafe {
             for (at, row) in rows.iter().enumerate() {
                 if row.pick == Pick::Logits {
                     let mut values = vec![0f32; self.vocab];
@@ -464,10 +478,19 @@ impl DecodeBackend for PagedDecoder {
         logits
     }
 
+    fn begin_step(&mut self, rows: &[StepRow]) {
+        // More rows than a step has take several, one behind the other.
+        if rows.len() <= self.largest && self.launch(rows).is_ok() {
+            self.begun = rows.to_vec();
+        }
+    }
+
     fn step(&mut self, rows: &[StepRow]) -> Vec<Stepped> {
+        let begun = std::mem::take(&mut self.begun) == rows;
         let mut stepped = Vec::with_capacity(rows.len());
         for some in rows.chunks(self.largest) {
-            let done = self.step_some(some);
+            let launched = if begun { Ok(()) } else { self.launch(some) };
+            let done = launched.and_then(|()| self.finish(some));
             stepped.extend(done.unwrap_or_else(|error| panic!("{error}")));
         }
         for row in rows {

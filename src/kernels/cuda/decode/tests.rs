@@ -155,6 +155,7 @@ struct Pair {
     plain: SlotId,
     held: usize,
     token: u32,
+    tolerance: f64,
 }
 
 #[test]
@@ -173,8 +174,9 @@ fn sequences_that_come_and_go_are_those_of_the_plain_engine() {
             plain.load_adapter(dir).unwrap(),
         ));
     }
-    // bf16 activations, rounded at other places, through four layers.
-    let tolerance = 3e-2;
+    // bf16 activations, rounded at other places, through four layers; the plain form of DoRA multiplies
+    // in f32 what the step holds in bf16.
+    let (tolerance, dora) = (3e-2, 5e-2);
     let mut pairs: Vec<Pair> = Vec::new();
     for (at, length) in [3u32, 64, 65, 130, 200, 63].into_iter().enumerate() {
         let (adapter, plain_adapter) = choices[at % choices.len()];
@@ -189,6 +191,11 @@ fn sequences_that_come_and_go_are_those_of_the_plain_engine() {
             plain: pair.1,
             held: ids.len(),
             token: argmax(&want),
+            tolerance: if at % choices.len() == 2 {
+                dora
+            } else {
+                tolerance
+            },
         });
     }
     for step in 0..8 {
@@ -212,6 +219,7 @@ fn sequences_that_come_and_go_are_those_of_the_plain_engine() {
                     plain: pair.1,
                     held: more.len(),
                     token: argmax(&want),
+                    tolerance,
                 });
             }
             6 => pairs.truncate(1),
@@ -226,7 +234,7 @@ fn sequences_that_come_and_go_are_those_of_the_plain_engine() {
         for (at, (got, want)) in got.into_iter().zip(want).enumerate() {
             let (got, want) = (logits(got), logits(want));
             let (a, b) = (tensor(&got, &device), tensor(&want, &device));
-            report.close(&format!("step {step}, row {at}"), a, b, tolerance);
+            report.close(&format!("step {step}, row {at}"), a, b, pairs[at].tolerance);
             pairs[at].held += 1;
             pairs[at].token = argmax(&want);
         }
@@ -239,7 +247,11 @@ fn a_row_alone_and_in_company_is_the_same_bit_for_bit() {
     let Some(device) = device() else { return };
     let config = RandomSize::Tiny.config(None).unwrap();
     let model = model(&config, &device);
-    let mut ours = paged(&model, &config, &LIMITS);
+    let limits = ServingLimits {
+        cache_tokens: 16_384,
+        ..LIMITS
+    };
+    let mut ours = paged(&model, &config, &limits);
     let prompt = ids(0..150);
     let source = ours.start(AdapterId::BASE, 0);
     prefill(&mut ours, source, &prompt, 0, 64);

@@ -10,6 +10,8 @@ use super::module::{DriverError, Function, driver};
 pub(super) struct Step {
     pub function: Function,
     pub grid: [u32; 3],
+    /// Tensor maps come before the pointers.
+    pub maps: Vec<sys::CUtensorMap>,
     pub pointers: Vec<u64>,
     pub parameters: Vec<u64>,
 }
@@ -80,27 +82,27 @@ impl Stream {
             let Step {
                 function,
                 grid,
+                maps,
                 pointers,
                 parameters,
             } = step;
-            let mut arguments: Vec<*mut c_void> = pointers
-                .iter()
-                .map(|pointer| (pointer as *const u64).cast_mut().cast())
-                .collect();
+            let maps = maps.iter().map(|map| (&raw const *map).cast_mut().cast());
+            let pointers = pointers.iter().map(|at| (&raw const *at).cast_mut().cast());
+            let mut arguments: Vec<*mut c_void> = maps.chain(pointers).collect();
             arguments.push(parameters.as_ptr().cast_mut().cast());
-            // SAFETY: the plan gives each kernel the pointers and parameters its header names.
+            // SAFETY: whoever made the step gave each kernel what its header names.
             #[allow(unsafe_code)]
             let launched = unsafe {
                 result::launch_kernel(
                     function.handle(),
                     (grid[0], grid[1], grid[2]),
                     (function.threads, 1, 1),
-                    0,
+                    function.shared_bytes as u32,
                     self.raw,
                     &mut arguments,
                 )
             };
-            driver("launching the step", launched)?;
+            driver("launching a kernel", launched)?;
         }
         Ok(())
     }
@@ -108,7 +110,7 @@ impl Stream {
     /// Records launches without running them.
     fn record(&self, steps: &[Step]) -> Result<Graph, DriverError> {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        let doing = "recording the step";
+        let doing = "recording launches";
         // SAFETY: the stream is idle and ours; the graph is destroyed on every way out.
         #[allow(unsafe_code)]
         unsafe {
@@ -122,7 +124,7 @@ impl Stream {
             let mut executable = std::ptr::null_mut();
             let made = issued.and_then(|()| {
                 let made = sys::cuGraphInstantiateWithFlags(&mut executable, graph, 0);
-                driver("making the step's graph", made.result())
+                driver("making a graph", made.result())
             });
             let destroyed = sys::cuGraphDestroy(graph).result();
             made?;
@@ -130,7 +132,7 @@ impl Stream {
                 context: self.context,
                 raw: executable,
             };
-            driver("making the step's graph", destroyed)?;
+            driver("making a graph", destroyed)?;
             Ok(graph)
         }
     }
@@ -215,7 +217,7 @@ pub(super) struct Repeated {
     graph: Option<Graph>,
 }
 
-/// Set to run steps kernel by kernel.
+/// Set to 1 to launch kernel by kernel.
 const NO_GRAPH: &str = "XRAY_CUDA_NO_GRAPH";
 
 impl Repeated {
@@ -226,7 +228,7 @@ impl Repeated {
             match stream.record(&steps) {
                 Ok(graph) => Some(graph),
                 Err(error) => {
-                    log::warn!("the decode step is launched kernel by kernel: {error}");
+                    log::warn!("kernels are launched one by one: {error}");
                     None
                 }
             }
@@ -239,7 +241,7 @@ impl Repeated {
         match &self.graph {
             // SAFETY: the graph and the stream are alive.
             #[allow(unsafe_code)]
-            Some(graph) => driver("running the step", unsafe {
+            Some(graph) => driver("running a graph", unsafe {
                 sys::cuGraphLaunch(graph.raw, stream.raw).result()
             }),
             None => stream.issue(&self.steps),

@@ -1,0 +1,422 @@
+//! What a training step takes of a device's memory, and which step fits a budget.
+//!
+//! Only the form of a step is chosen: how many tokens go through the model in one row, and what is kept
+//! for the backward pass. Samples, their weights in the loss and the optimizer's step stay what the
+//! config says.
+
+use super::{
+    config::{LossReduction, TrainConfig, Tuner},
+    plan::{base_parameters, trained_parameters},
+};
+use crate::{lora::config::AdapterError, qwen3_vl::config::Qwen3VlConfig};
+
+const GIB: f64 = (1u64 << 30) as f64;
+
+/// What the forward pass of a layer leaves for its backward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kept {
+    /// All that is needed.
+    Everything,
+    /// All but what norms, rotation and the gate give.
+    Products,
+    /// The layer's input.
+    Inputs,
+}
+
+impl Kept {
+    /// As a config says it.
+    pub fn of(config: &TrainConfig) -> Self {
+        match (config.gradient_checkpointing, config.recompute_pointwise) {
+            (true, _) => Self::Inputs,
+            (false, true) => Self::Products,
+            (false, false) => Self::Everything,
+        }
+    }
+
+    /// Work of a step beside that with everything kept, in percent: the products of a layer's forward
+    /// pass are a third of all, less the last one; pointwise operations only move memory.
+    fn work(self) -> u64 {
+        match self {
+            Self::Everything => 100,
+            Self::Products => 103,
+            Self::Inputs => 128,
+        }
+    }
+
+    fn words(self) -> &'static str {
+        match self {
+            Self::Everything => "everything kept for the backward pass",
+            Self::Products => "norms, rotation and gate run again in the backward pass",
+            Self::Inputs => "every layer run again in the backward pass",
+        }
+    }
+}
+
+/// Memory of a device in a step, by part, in bytes; an estimate.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StepMemory {
+    /// What does not depend on the step's form.
+    fixed: Vec<(&'static str, u64)>,
+    hidden: u64,
+    layers: u64,
+    /// Bytes a token and layer by what is kept, in the order of [`Kept`].
+    tape: [u64; 3],
+    /// Bytes a token while one layer is worked on, forward or backward, vision tower included.
+    working: u64,
+    vocab: u64,
+    dtype_bytes: u64,
+}
+
+/// Rows of logits at once.
+const LOSS_ROWS: u64 = super::gradients::LOSS_ROWS as u64;
+
+impl StepMemory {
+    /// Of a run, weights in types of `dtype_bytes`; `longest` is its longest sample in tokens.
+    ///
+    /// # Errors
+    /// A pattern in `target_modules` that cannot be read.
+    pub fn new(
+        config: &TrainConfig,
+        model: &Qwen3VlConfig,
+        longest: usize,
+        dtype_bytes: u64,
+    ) -> Result<Self, AdapterError> {
+        let (text, vision) = (&model.text_config, &model.vision_config);
+        let base = base_parameters(model);
+        let trained = trained_parameters(config, model)?;
+        let hidden = text.hidden_size as u64;
+        let wide = text.intermediate_size as u64;
+        let queries = (text.num_attention_heads * text.head_dim) as u64;
+        let keys = (text.num_key_value_heads * text.head_dim) as u64;
+        let patches = (vision.spatial_merge_size as u64).pow(2);
+        let image = patches * (10 * vision.hidden_size + 2 * vision.intermediate_size) as u64;
+        let (fixed, tape, working);
+        if config.writes_gradients_out() {
+            // Layer input, raw heads, values, attended values, middle, gate and up …
+            let products = 2 * hidden + 2 * queries + 2 * keys + 2 * wide;
+            // … and both norms, rotated heads, the gated product.
+            let cheap = 2 * hidden + queries + keys + wide;
+            tape = [products + cheap, products, hidden].map(|elements| elements * dtype_bytes);
+            // A layer's tape, what flows back through it, the low-rank parts' partial sums.
+            working = (products + cheap + 5 * hidden + 3 * wide + image) * dtype_bytes;
+            fixed = vec![
+                ("frozen weights", base * dtype_bytes),
+                ("adapters, f32", trained * 4),
+                ("gradients, f32", trained * 4),
+                ("optimizer moments, f32", trained * 8),
+                // New values and moments beside the old ones.
+                ("optimizer step, f32", trained * 12),
+            ];
+        } else {
+            // Inputs of the projections and norms, rotated heads, gate, up and their product, and three
+            // times the scores, in f32: what the recorded operations hold.
+            let scores = 3 * text.num_attention_heads as u64 * longest as u64;
+            let all = 4 * (6 * hidden + 4 * (queries + 2 * keys) + 5 * wide + scores);
+            tape = [all, all, hidden * dtype_bytes];
+            working = all + image * 4;
+            let weights = match config.tuner {
+                Tuner::Lora => ("frozen weights", base * dtype_bytes),
+                Tuner::Full => ("weights", base * dtype_bytes),
+            };
+            let each = match config.tuner {
+                Tuner::Lora => 4,
+                Tuner::Full => dtype_bytes,
+            };
+            fixed = vec![
+                weights,
+                (
+                    "trained values",
+                    trained * 4 * u64::from(config.tuner == Tuner::Lora),
+                ),
+                ("gradients", trained * each),
+                ("optimizer moments, f32", trained * 8),
+            ];
+        }
+        Ok(Self {
+            fixed,
+            hidden,
+            layers: text.num_hidden_layers as u64,
+            tape,
+            working,
+            vocab: text.vocab_size as u64,
+            dtype_bytes,
+        })
+    }
+
+    /// By part, for rows of so many tokens.
+    pub fn parts(&self, tokens: u64, kept: Kept) -> Vec<(&'static str, u64)> {
+        let tape = self.tape[kept as usize] * self.layers;
+        let rows = LOSS_ROWS.min(tokens);
+        let mut parts = self.fixed.clone();
+        parts.push(("kept activations", tokens * tape));
+        parts.push(("one layer at work", tokens * self.working));
+        // Logits in f32, their gradient in the weights' type, and the exponentials of plain operations.
+        let logits = rows * self.vocab * (4 + self.dtype_bytes.max(4));
+        parts.push(("logits of the loss", logits + tokens * self.hidden * 4));
+        parts
+    }
+
+    /// All parts, with what the driver holds and what pools leave between tensors.
+    pub fn bytes(&self, tokens: u64, kept: Kept) -> u64 {
+        /// A CUDA context with its modules.
+        const DRIVER: u64 = 600 << 20;
+        let sum: u64 = self
+            .parts(tokens, kept)
+            .iter()
+            .map(|(_, bytes)| bytes)
+            .sum();
+        let weights = self.fixed.first().map_or(0, |(_, bytes)| *bytes);
+        sum + (sum - weights) / 12 + DRIVER
+    }
+}
+
+/// A budget that no form of the step fits.
+#[derive(Debug, thiserror::Error)]
+pub enum BudgetError {
+    /// Too little even for one sample at a time.
+    #[error(
+        "a memory budget of {budget:.1} GiB is too small: one sample of {longest} tokens at a time, every layer run again in the backward pass, takes about {need:.1} GiB ({weights:.1} GiB of it weights); lower max_pixels or max_length, use `--dtype bf16`, or take a smaller model"
+    )]
+    TooSmall {
+        /// GiB.
+        budget: f64,
+        /// Tokens.
+        longest: usize,
+        /// GiB.
+        need: f64,
+        /// GiB.
+        weights: f64,
+    },
+    /// The adapter's pattern.
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
+}
+
+/// Memory that a run may take of a device.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Budget {
+    /// What is free when the run starts.
+    Free,
+    /// GiB.
+    Gib(f64),
+}
+
+impl std::str::FromStr for Budget {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.trim() {
+            "auto" => Ok(Self::Free),
+            number => (number.parse().ok())
+                .filter(|gib: &f64| *gib > 0.0 && gib.is_finite())
+                .map(Self::Gib)
+                .ok_or_else(|| format!("`{text}`: expected `auto` or a number of GiB, such as 24")),
+        }
+    }
+}
+
+impl Budget {
+    /// In GiB, of a device with `free` bytes left, to two places.
+    ///
+    /// # Errors
+    /// `auto` where the free memory is not known.
+    pub fn gib(self, free: Option<u64>) -> Result<f64, String> {
+        match (self, free) {
+            (Self::Gib(gib), _) => Ok(gib),
+            // The driver's own tables grow while kernels are loaded.
+            (Self::Free, Some(free)) => Ok((free as f64 * 0.97 / GIB * 100.0).floor() / 100.0),
+            (Self::Free, None) => Err(
+                "the device does not tell how much memory is free; give --memory-budget a number of GiB"
+                    .to_string(),
+            ),
+        }
+    }
+}
+
+/// The form of a step that was chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Form {
+    /// Tokens of a row that samples are joined into; 0 leaves padded micro-batches as configured.
+    pub row_tokens: usize,
+    /// What is kept.
+    pub kept: Kept,
+    /// Bytes it takes, about.
+    pub bytes: u64,
+}
+
+impl Form {
+    /// The fastest form within `gib` GiB; with `row_tokens`, of those with rows of so many tokens.
+    ///
+    /// `longest` is the longest sample in tokens. Rows are several times as long where that fits: a
+    /// product over few rows wastes the device. The choice is a function of the arguments alone.
+    ///
+    /// # Errors
+    /// [`BudgetError`].
+    pub fn choose(
+        config: &TrainConfig,
+        model: &Qwen3VlConfig,
+        longest: usize,
+        dtype_bytes: u64,
+        gib: f64,
+        row_tokens: Option<usize>,
+    ) -> Result<Self, BudgetError> {
+        let budget = (gib * GIB) as u64;
+        let memory = StepMemory::new(config, model, longest, dtype_bytes)?;
+        let samples = config.per_device_train_batch_size * config.gradient_accumulation_steps;
+        // A mean over micro-batches is another loss when they are cut otherwise.
+        let joins = config.loss_reduction == LossReduction::Token;
+        let padded = (config.per_device_train_batch_size * longest) as u64;
+        let rows: Vec<(usize, u64)> = match row_tokens {
+            Some(0) => vec![(0, padded)],
+            Some(tokens) => vec![(tokens, tokens.max(longest) as u64)],
+            None if joins => (1..=samples)
+                .map(|together| (together * longest, (together * longest) as u64))
+                .collect(),
+            None => vec![(0, padded)],
+        };
+        let forms: &[Kept] = if config.writes_gradients_out() {
+            &[Kept::Everything, Kept::Products, Kept::Inputs]
+        } else {
+            &[Kept::Everything, Kept::Inputs]
+        };
+        /// Tokens' worth of time that a row takes whatever its length: launches, and weights that are
+        /// read for few rows.
+        const FIXED: u64 = 300;
+        let all = rows.iter().flat_map(|&(row_tokens, tokens)| {
+            let form = |kept: Kept| Self {
+                row_tokens,
+                kept,
+                bytes: memory.bytes(tokens, kept),
+            };
+            // Of all samples of a step, in rows of this length.
+            let count = ((samples * longest) as u64).div_ceil(tokens);
+            let time = count * (tokens + FIXED);
+            forms
+                .iter()
+                .map(|kept| (time * kept.work(), form(*kept)))
+                .collect::<Vec<_>>()
+        });
+        let least = memory.bytes(rows[0].1, Kept::Inputs);
+        all.filter(|(_, form)| form.bytes <= budget)
+            .min_by_key(|(time, form)| (*time, form.bytes))
+            .map(|(_, form)| form)
+            .ok_or_else(|| BudgetError::TooSmall {
+                budget: gib,
+                longest,
+                need: least as f64 / GIB,
+                weights: memory.fixed[0].1 as f64 / GIB,
+            })
+    }
+
+    /// Writes the form into a config.
+    pub fn apply(&self, config: &mut TrainConfig) {
+        if self.row_tokens > 0 {
+            config.packing = true;
+            config.packing_tokens = self.row_tokens;
+        }
+        config.gradient_checkpointing = self.kept == Kept::Inputs;
+        config.recompute_pointwise = self.kept == Kept::Products;
+    }
+
+    /// The choice and its reason in one line.
+    pub fn explain(&self, gib: f64, longest: usize) -> String {
+        let rows = match self.row_tokens {
+            0 => "micro-batches as configured".to_string(),
+            tokens => format!(
+                "rows of {tokens} tokens ({} samples of {longest})",
+                tokens / longest
+            ),
+        };
+        format!(
+            "memory budget {gib:.1} GiB: {rows}, {}; about {:.1} GiB. Samples of a step, loss and optimizer stay as configured",
+            self.kept.words(),
+            self.bytes as f64 / GIB
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn form(gib: f64) -> Result<Form, BudgetError> {
+        let model = Qwen3VlConfig::published("8b").unwrap();
+        Form::choose(&TrainConfig::default(), &model, 368, 2, gib, None)
+    }
+
+    #[test]
+    fn budgets_are_read() {
+        assert_eq!("auto".parse(), Ok(Budget::Free));
+        assert_eq!("24".parse(), Ok(Budget::Gib(24.0)));
+        for bad in ["0", "-3", "lots", "inf", ""] {
+            assert!(bad.parse::<Budget>().is_err(), "{bad}");
+        }
+        assert_eq!(Budget::Free.gib(Some(100 << 30)), Ok(97.0));
+        assert!(Budget::Free.gib(None).unwrap_err().contains("GiB"));
+    }
+
+    #[test]
+    fn estimates_are_near_what_an_h100_showed() {
+        let model = Qwen3VlConfig::published("8b").unwrap();
+        let memory = StepMemory::new(&TrainConfig::default(), &model, 368, 2).unwrap();
+        // `bench train` of the 8B, 2026-11-24: batch 1 and 16 in a row recomputed, 16 kept.
+        for (tokens, kept, seen) in [
+            (368, Kept::Inputs, 18.8),
+            (5888, Kept::Inputs, 21.6),
+            (5888, Kept::Everything, 47.5),
+        ] {
+            let gib = memory.bytes(tokens, kept) as f64 / GIB;
+            assert!((gib / seen - 1.0).abs() < 0.06, "{tokens} {kept:?}: {gib}");
+        }
+    }
+
+    #[test]
+    fn more_memory_is_never_slower_and_is_kept_to() {
+        assert!(matches!(form(17.0), Err(BudgetError::TooSmall { .. })));
+        let mut before = 0;
+        for gib in [20.0, 22.0, 24.0, 32.0, 40.0, 48.0, 80.0] {
+            let form = form(gib).unwrap();
+            assert!(form.bytes as f64 <= gib * GIB, "{gib}: {form:?}");
+            // Faster forms only: tokens in a row and what is kept both cost memory.
+            assert!(form.bytes >= before, "{gib}: {form:?}");
+            before = form.bytes;
+        }
+        let all = form(80.0).unwrap();
+        assert_eq!((all.row_tokens, all.kept), (16 * 368, Kept::Everything));
+        // A card of 24 GiB need not run the layers twice.
+        assert_ne!(form(24.0).unwrap().kept, Kept::Inputs);
+    }
+
+    #[test]
+    fn the_form_changes_no_key_that_changes_the_step() {
+        let mut config = TrainConfig::default();
+        form(24.0).unwrap().apply(&mut config);
+        config.validate().unwrap();
+        let free = ["packing", "packing_tokens"];
+        for (key, ..) in TrainConfig::default().differences(&config) {
+            assert!(free.contains(&key.as_str()), "{key}");
+        }
+        assert_eq!(
+            config.window_plan(1).window_samples(),
+            TrainConfig::default().window_plan(1).window_samples()
+        );
+        // With a mean over micro-batches their cut is part of the loss.
+        let micro = TrainConfig {
+            loss_reduction: LossReduction::Micro,
+            ..TrainConfig::default()
+        };
+        let model = Qwen3VlConfig::published("8b").unwrap();
+        let form = Form::choose(&micro, &model, 368, 2, 40.0, None).unwrap();
+        assert_eq!(form.row_tokens, 0);
+        let line = form.explain(40.0, 368);
+        assert!(
+            line.contains("40.0 GiB") && line.contains("micro"),
+            "{line}"
+        );
+        // A continued run keeps its rows: they decide the dropout masks.
+        let rows = Some(736);
+        let config = TrainConfig::default();
+        let again = Form::choose(&config, &model, 368, 2, 80.0, rows).unwrap();
+        assert_eq!((again.row_tokens, again.kept), (736, Kept::Everything));
+    }
+}
