@@ -85,18 +85,30 @@ impl<B: Kernels> Bench<B> {
             Replicas::start(devices, &[], &trainee, &optimizer, max_grad_norm, patience)?;
         let mut requests = Requests::new(&self.config, self.mixed, SEED);
         let mut window = shared_window(&mut requests, devices.len(), micro_batch, packing)?;
+        // The micro-batches of a window that went ahead are no longer in it.
+        let facts = |window: &Window| Lap {
+            samples: window.rows.len() as f64,
+            tokens: window.tokens as f64,
+            work: Work {
+                flop: window_work(self, &lora, window).model_flop,
+                bytes: 0.0,
+            },
+            ..Lap::default()
+        };
+        let mut next = (facts(&window), window.clone());
         let (mut losses, mut norms) = (Vec::new(), Vec::new());
         let laps = measure(WARM_UP, self.samples(5), |step| {
-            if self.mixed && step > 0 {
+            if self.mixed {
                 window = shared_window(&mut requests, devices.len(), micro_batch, packing)?;
             }
-            let input = Window {
-                step,
+            let following = Window {
+                step: step + 1,
                 ..window.clone()
             };
+            let (facts, input) = std::mem::replace(&mut next, (facts(&window), following));
             let start = Instant::now();
             let (loss, norm) = {
-                let learnt = replicas.learn(&trainee, input)?;
+                let learnt = replicas.learn(&trainee, input, Some(&mut next.1))?;
                 let grads = replicas.reduce(&trainee, learning_rate)?;
                 let clip = clip_on_device(&trainee, &grads, max_grad_norm);
                 let norm = clip.clone().map(B::read_later);
@@ -114,12 +126,7 @@ impl<B: Kernels> Bench<B> {
             Ok::<_, BenchError>(Lap {
                 seconds,
                 stall_seconds: seconds,
-                samples: window.rows.len() as f64,
-                tokens: window.tokens as f64,
-                work: Work {
-                    flop: window_work(self, &lora, &window).model_flop,
-                    bytes: 0.0,
-                },
+                ..facts
             })
         })?;
         replicas.compare(&trainee, losses.len())?;

@@ -4,6 +4,7 @@
 //! it gets are ids, positions and normalised patches. Fields carry the checkpoint's own names, so
 //! a parameter's path in the module tree is its key in the file.
 
+mod ahead;
 pub mod cache;
 pub mod config;
 pub mod nn;
@@ -24,6 +25,7 @@ use burn::{
     tensor::{DType, TensorData},
 };
 
+use ahead::Ahead;
 use cache::KeyValueCache;
 use config::Qwen3VlConfig;
 use nn::{InitOptions, Linear, to_dtype, to_f32};
@@ -334,13 +336,33 @@ impl<B: Kernels> Qwen3Vl<B> {
         config: &Qwen3VlConfig,
         device: &B::Device,
     ) -> VisionOutput<B> {
-        let layout = VisionLayout::shared(&images.image_grid_thw, &config.vision_config, device);
         let tower = &self.model.visual;
+        let sent = ahead::take::<B>(images, device);
+        let (layout, sent) = match sent {
+            Some(Ahead { layout, pixels }) => (layout, Some(pixels)),
+            None => {
+                let (grids, sizes) = (&images.image_grid_thw, &config.vision_config);
+                (VisionLayout::shared(grids, sizes, device), None)
+            }
+        };
         B::vision_tower(tower, images, &layout, || {
             let patch_dim = config.vision_config.patch_dim();
-            let pixels = images.tensor(patch_dim, tower.dtype(), device);
+            let pixels = sent
+                .clone()
+                .unwrap_or_else(|| images.tensor(patch_dim, tower.dtype(), device));
             tower.forward(pixels, &layout, None)
         })
+    }
+
+    /// Sends the images of a batch that this thread will show the vision tower next, so that the device
+    /// has them by then. They are found again by where they lie: the batch must not be changed meanwhile.
+    pub fn send_ahead(&self, images: &ImageInput, config: &Qwen3VlConfig, device: &B::Device) {
+        let (patch_dim, dtype) = (config.vision_config.patch_dim(), self.model.visual.dtype());
+        let ahead = Ahead::<B> {
+            layout: VisionLayout::shared(&images.image_grid_thw, &config.vision_config, device),
+            pixels: images.tensor(patch_dim, dtype, device),
+        };
+        ahead::keep(images, device, ahead);
     }
 
     /// Token vectors of a batch, `[n, hidden]`.

@@ -57,6 +57,25 @@ impl<B: Kernels> Trainee<B> {
     }
 }
 
+impl<B: TrainKernels> Trainee<B> {
+    /// Sends the images of a window's first micro-batch that this thread will learn from next; those of
+    /// the others are sent while the device is at work on it.
+    pub fn send_ahead(&self, window: &Window) {
+        let StepSettings { config, train } = self.settings.as_ref();
+        let first = window
+            .parts
+            .iter()
+            .flatten()
+            .find(|batch| batch.targets() > 0);
+        // A tower that is trained takes its images another way.
+        let frozen = train.freeze_vit && train.freeze_aligner;
+        if let Some(batch) = first.filter(|batch| frozen && batch.images.patches() > 0) {
+            let inner = self.model.valid();
+            inner.send_ahead(&batch.images, config, &self.device());
+        }
+    }
+}
+
 /// Loss sums of one device's micro-batches with their weights, still on the device.
 #[derive(Debug)]
 pub struct PartSums<B: Backend>(Vec<(LossSums<B>, f64)>);

@@ -42,8 +42,13 @@ enum Job<B: TrainKernels> {
     Load(Box<(Trainee<B>, AdamW<B>)>),
     /// Add up a number with the others: what keeps them apart shows before the first step.
     Meet,
-    /// Work out the gradients of a part; the first rank gets the Learner's model with it.
-    Learn(Option<Box<Trainee<B>>>, Box<Window>),
+    /// Work out the gradients of a part, or of the one that was sent ahead with the last; the first rank
+    /// gets the Learner's model with it. The part of the next step comes along where it is known.
+    Learn(
+        Option<Box<Trainee<B>>>,
+        Option<Box<Window>>,
+        Option<Box<Window>>,
+    ),
     /// Hand over the gradients of the parameters that have one anywhere, added up if the backend can.
     Reduce(Arc<Vec<bool>>),
     /// Clip and step with the sums: those given, or those the rank has of the last [`Job::Reduce`].
@@ -102,6 +107,8 @@ struct Rank<B: TrainKernels> {
     grads: GradientsParams,
     sums: Vec<Flat<B>>,
     present: Arc<Vec<bool>>,
+    /// The part of the next step.
+    next: Option<Box<Window>>,
 }
 
 impl<B: TrainKernels> Replicas<B> {
@@ -142,6 +149,7 @@ impl<B: TrainKernels> Replicas<B> {
                     grads: GradientsParams::new(),
                     sums: Vec::new(),
                     present: Arc::default(),
+                    next: None,
                 };
                 (name(index), move |job| rank.work(job))
             })
@@ -189,16 +197,39 @@ impl<B: TrainKernels> Replicas<B> {
 
     /// Works out the gradients of a window; they stay with the ranks.
     ///
+    /// The micro-batches of the `next` window are taken out of it, so that their images travel while this
+    /// one is learnt from; it is then the one to be learnt from next.
+    ///
     /// # Errors
     /// [`RankError`].
-    pub fn learn(&mut self, model: &Trainee<B>, window: Window) -> Result<Vec<Learnt>, RankError> {
-        let jobs = window
-            .split()
+    pub fn learn(
+        &mut self,
+        model: &Trainee<B>,
+        window: Window,
+        next: Option<&mut Window>,
+    ) -> Result<Vec<Learnt>, RankError> {
+        let count = self.ranks.len();
+        let split = |window: Window| -> Vec<Option<Box<Window>>> {
+            let mut parts = window.split().into_iter().map(Box::new);
+            (0..count).map(|_| parts.next()).collect()
+        };
+        let ahead = match next {
+            Some(next) if next.targets > 0 => {
+                let parts = std::mem::take(&mut next.parts);
+                split(Window {
+                    parts,
+                    ..next.clone()
+                })
+            }
+            _ => vec![None; count],
+        };
+        let jobs = split(window)
             .into_iter()
+            .zip(ahead)
             .enumerate()
-            .map(|(rank, part)| {
+            .map(|(rank, (part, ahead))| {
                 let model = (rank == 0).then(|| Box::new(model.clone()));
-                (rank, Job::Learn(model, Box::new(part)))
+                (rank, Job::Learn(model, part, ahead))
             })
             .collect();
         let answers = self.ranks.ask("working out gradients", jobs)?;
@@ -404,13 +435,18 @@ impl<B: TrainKernels> Rank<B> {
                 }
                 Ok(Answer::Done)
             }
-            Job::Learn(model, window) => {
+            Job::Learn(model, window, next) => {
                 if let Some(model) = model {
                     self.model = Some(*model);
                 }
                 let model = self.model.as_ref().ok_or(NO_MODEL)?;
-                let output = TrainStep::step(model, *window);
+                let window = window.or_else(|| self.next.take());
+                let output = TrainStep::step(model, *window.ok_or("it has no samples")?);
                 let reading = output.item.read_later(None);
+                if let Some(next) = next {
+                    model.send_ahead(&next);
+                    self.next = Some(next);
+                }
                 let (memory, present) = (
                     B::InnerBackend::memory_in_use(&self.device),
                     presence(model, &output.grads),
@@ -652,7 +688,7 @@ mod tests {
     fn a_rank_that_panics_in_the_model_ends_the_step_of_both() {
         let (model, replicas, window) = two_ranks(Duration::from_secs(300));
         let mut replicas = replicas.unwrap();
-        let learnt = replicas.learn(&model, window.clone()).unwrap();
+        let learnt = replicas.learn(&model, window.clone(), None).unwrap();
         assert_eq!(learnt.len(), 2);
         let targets: usize = learnt.iter().map(|part| part.totals.targets).sum();
         assert_eq!(targets, window.targets);
@@ -667,10 +703,20 @@ mod tests {
             "{error}"
         );
 
+        // A window that went ahead is learnt from as if it had come in its turn.
+        let mut ahead = window.clone();
+        let first = replicas
+            .learn(&model, window.clone(), Some(&mut ahead))
+            .unwrap();
+        assert_eq!((ahead.parts.len(), ahead.targets), (0, window.targets));
+        let second = replicas.learn(&model, ahead, None).unwrap();
+        let loss = |all: &[Learnt]| all.iter().map(|part| part.objective).sum::<f64>();
+        assert_eq!(loss(&first), loss(&second));
+
         // No row of the embedding has this number: the second rank's model panics.
         let mut broken = window;
         broken.parts[1][0].text.input_ids[0][0] = 1 << 24;
-        let error = replicas.learn(&model, broken).unwrap_err();
+        let error = replicas.learn(&model, broken, None).unwrap_err();
         let text = error.to_string();
         assert!(
             text.contains("`cpu` (rank 1) failed while working out gradients: "),

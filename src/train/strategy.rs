@@ -294,7 +294,12 @@ impl<B: TrainKernels> LoopState<B> {
         let mut pending: Option<Launched> = None;
         let trace = self.trace.clone();
         let mut next_step = self.state.step;
-        while let Some(window) = trace.wait_for_data(next_step, || windows.next()) {
+        let mut ahead: Option<Window> = None;
+        let mut is_last = false;
+        while let Some(window) = ahead.take().or_else(|| {
+            let next = || trace.wait_for_data(next_step, || windows.next());
+            (!is_last).then(next).flatten()
+        }) {
             let step = window.step;
             next_step = step + 1;
             let epoch = window.epoch;
@@ -314,8 +319,14 @@ impl<B: TrainKernels> LoopState<B> {
                 }
                 continue;
             }
+            let progress = windows.progress();
+            if replicas.is_some() {
+                // Several devices take the next step's images while they work on this one.
+                ahead = trace.wait_for_data(next_step, || windows.next());
+                is_last = ahead.is_none();
+            }
             let launched = trace.span(HOST, "launch", step, || {
-                self.launch(learner, replicas.as_mut(), window, windows.progress())
+                self.launch(learner, replicas.as_mut(), window, ahead.as_mut(), progress)
             })?;
             if let Some(previous) = pending.replace(launched) {
                 self.settle(previous, processor, &mut clock)?;
@@ -400,6 +411,7 @@ impl<B: TrainKernels> LoopState<B> {
         learner: &mut Learner<Components<B>>,
         replicas: Option<&mut Replicas<B>>,
         window: Window,
+        next: Option<&mut Window>,
         progress: Progress,
     ) -> Result<Launched, TrainError> {
         let (step, all_targets) = (window.step, window.targets);
@@ -441,7 +453,7 @@ impl<B: TrainKernels> LoopState<B> {
             Some(replicas) => {
                 let mut sum = StepTotals::default();
                 let own = B::InnerBackend::memory_in_use(&self.devices[0]);
-                let parts = replicas.learn(&learner.model(), window)?;
+                let parts = replicas.learn(&learner.model(), window, next)?;
                 for (rank, part) in parts.into_iter().enumerate() {
                     sum.totals.add(part.totals);
                     sum.objective += part.objective;

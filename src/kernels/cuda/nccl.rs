@@ -5,6 +5,7 @@
 //! library is missing, and its errors have no text.
 
 use std::{
+    error::Error,
     ffi::{CStr, c_char, c_int, c_void},
     sync::LazyLock,
 };
@@ -74,7 +75,11 @@ impl Nccl {
                         format!("`{name}` is no NCCL that can be used: {reason}; install NCCL 2.10 or newer")
                     });
                 }
-                Err(error) => reasons.push(error.to_string()),
+                // What the loader says stands behind the error, which itself only says that it failed.
+                Err(error) => reasons.push(match error.source() {
+                    Some(reason) => format!("`{name}`: {reason}"),
+                    None => format!("`{name}`: {error}"),
+                }),
             }
         }
         Err(format!(
