@@ -45,17 +45,16 @@ impl Form {
         let [rows, width] = x.meta.shape().dims();
         let packing = Packing::of(x.dtype).expect("`covers` was asked");
         let group = Group::of(&x.client);
-        // More outputs of a group where several rows are read again for each.
-        let outputs = if rows > 2 && group.plane { 4 } else { 2 };
-        // A cube that stands in for a plane is short of nothing but code.
-        let ahead = if group.plane {
-            4 / matrices.min(2) * 2 / outputs
-        } else {
-            1
+        // As many loads in flight as the size of the code allows: drivers take seconds over long kernels.
+        // A cube that stands in for a plane is short of nothing else.
+        let ahead = match (group.plane, rows) {
+            (true, 1..=2) => 4 / matrices.min(2),
+            (true, 3..=4) => 2,
+            _ => 1,
         };
         Self {
             rows,
-            outputs,
+            outputs: 2,
             ahead,
             pieces: width / packing.piece(),
             group,
@@ -182,7 +181,6 @@ fn products(
             form,
         );
     }
-    #[unroll]
     for rest in 0..comptime!((form.pieces - whole).div_ceil(form.group.lanes)) {
         let at = whole + rest * lanes + lane;
         if at < form.pieces {
