@@ -361,7 +361,7 @@ static PANIC_HOOK: Mutex<()> = Mutex::new(());
 pub fn quietly<T>(work: impl FnOnce() -> T) -> Result<T, String> {
     let _guard = PANIC_HOOK.lock().unwrap_or_else(|lock| lock.into_inner());
     let hook = panic::take_hook();
-    panic::set_hook(Box::new(|info| crate::out_of_memory::note(info)));
+    panic::set_hook(Box::new(crate::out_of_memory::note));
     let result = panic::catch_unwind(panic::AssertUnwindSafe(work));
     panic::set_hook(hook);
     result.map_err(|payload| panic_text(payload.as_ref()))

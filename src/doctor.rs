@@ -63,7 +63,7 @@ impl Outcome {
     /// Whether the part was compared and is too far; a NaN is too far.
     pub fn is_bad(&self) -> bool {
         match self {
-            Self::Measured(distance, allowed) => !(distance <= allowed),
+            Self::Measured(distance, allowed) => distance.is_nan() || distance > allowed,
             Self::Failed(_) => true,
             Self::Unknown => false,
         }

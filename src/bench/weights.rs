@@ -10,7 +10,11 @@ use burn::{
 
 use crate::{
     kernels::Kernels,
-    quant::{Format, PackedWeight, Quantization, load::replace_weights, weight::scale_dtype},
+    quant::{
+        Format, PackedWeight, Quantization,
+        load::replace_weights,
+        weight::{persistent, scale_dtype},
+    },
     qwen3_vl::{
         Qwen3Vl,
         config::{Qwen3VlConfig, TextConfig, VisionConfig},
@@ -147,7 +151,9 @@ fn draw_packed<B: Kernels>(
     };
     // Some rows at a time: the draws of a whole table would take as much memory again.
     let at_once = (DRAWN_BYTES / 4 / width).max(1);
-    let mut words = Tensor::zeros([rows, width], (device, DType::I32));
+    let mut words: Tensor<B, 2, Int> = persistent::<B, _, _>(device, (), |()| {
+        Tensor::zeros([rows, width], (device, DType::I32))
+    });
     for start in (0..rows).step_by(at_once) {
         let count = at_once.min(rows - start);
         let drawn = half(count, -32_768.0) * 65_536 + half(count, 0.0);
@@ -156,7 +162,9 @@ fn draw_packed<B: Kernels>(
     let levels = (1u32 << format.bits()) as f64;
     let scale = std / ((levels * levels - 1.0) / 12.0).sqrt();
     let held = scale_dtype::<B>(format, device);
-    let scales = Tensor::full([rows, format.scales(d_input)], scale, (device, held));
+    let scales = persistent::<B, _, _>(device, (), |()| {
+        Tensor::full([rows, format.scales(d_input)], scale, (device, held))
+    });
     PackedWeight::new(words, scales, format, d_input, dtype)
 }
 

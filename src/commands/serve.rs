@@ -278,7 +278,7 @@ fn random<B: Kernels>(
     device: B::Device,
 ) -> Result<Pipeline<B>> {
     let mut config = size.config(None).map_err(anyhow::Error::msg)?;
-    let special = Tokenizer::from_folder(&options.model)?.special().clone();
+    let special = Tokenizer::from_folder(&options.model)?.special();
     config.image_token_id = special.image_pad;
     config.vision_start_token_id = special.vision_start;
     config.vision_end_token_id = special.vision_end;

@@ -25,6 +25,9 @@ use crate::{
     qwen3_vl::weights::{LazyTensor, TensorFile, WeightsError, checkpoint_files, save_tensors},
 };
 
+/// Makes one tensor of what is under way.
+type Maker = Box<dyn Fn(&Making) -> Result<TensorData, WeightsError>>;
+
 /// What the tensors of a checkpoint share while they are made, one after the other.
 #[derive(Default)]
 struct Making {
@@ -92,7 +95,7 @@ fn lazy_parts(
             pack_view(&view, file.path(), &path, format)
         })
     };
-    let part = |part: Part, make: Box<dyn Fn(&Making) -> Result<TensorData, WeightsError>>| {
+    let part = |part: Part, make: Maker| {
         let dtype = part.dtype(format).0;
         lazy(
             making,

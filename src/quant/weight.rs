@@ -63,16 +63,17 @@ impl<B: Backend> PackedWeight<B> {
         dtype: DType,
         device: &B::Device,
     ) -> Self {
+        let held = scale_dtype::<B>(format, device);
         let words = TensorData::new(matrix.words, [rows, format.words(d_input)]);
         let scales = TensorData::new(matrix.scales, [rows, format.scales(d_input)]);
-        let held = scale_dtype::<B>(format, device);
-        Self::new(
-            Tensor::from_data(words, (device, DType::I32)),
-            Tensor::from_data(scales.convert_dtype(held), (device, held)),
-            format,
-            d_input,
-            dtype,
-        )
+        let data = (words, scales.convert_dtype(held));
+        let (words, scales) = persistent::<B, _, _>(device, data, |(words, scales)| {
+            (
+                Tensor::from_data(words, (device, DType::I32)),
+                Tensor::from_data(scales, (device, held)),
+            )
+        });
+        Self::new(words, scales, format, d_input, dtype)
     }
 
     /// `[out, in]`.
@@ -156,6 +157,16 @@ impl<B: Backend> PackedWeight<B> {
         let row = self.format.padded(self.d_input) * dtype.size();
         (UNPACKED_BYTES / row).max(1)
     }
+}
+
+/// Makes tensors that stay: memory of their very size is taken for them, where pages of a backend's
+/// pool would leave gaps between the matrices of a model.
+pub fn persistent<B: Backend, Input: Send, Output: Send>(
+    device: &B::Device,
+    input: Input,
+    make: impl Fn(Input) -> Output + Send,
+) -> Output {
+    B::memory_persistent_allocations(device, input, make)
 }
 
 /// Type of the scales on a device: as stored, or f32 where there is no f16.

@@ -55,7 +55,7 @@ mod tests {
     fn images_sent_ahead_are_seen_as_they_are_and_once() {
         let config: Qwen3VlConfig = RandomSize::Tiny.config(None).unwrap();
         let device = Default::default();
-        let model = crate::bench::weights::draw::<Flex>(&config, 3, DType::F32, &device);
+        let model = crate::bench::weights::draw::<Flex>(&config, 3, DType::F32, None, &device);
         let mut requests = crate::bench::requests::Requests::new(&config, false, 5);
         let (images, others) = (requests.image(), requests.image());
         let see = |images: &ImageInput| {

@@ -280,7 +280,9 @@ impl<D: DecodeBackend> Worker<D> {
         }
     }
 
-    /// Number of tokens computed, and the logits behind the prompt when that was the last of it.
+    /// Number of tokens computed, and the logits behind the prompt when that was the last of it. Its
+    /// last token is left to the step of the batch, which chooses the next one where logits stay on the
+    /// device, and computes a token the same way whether or not the rest was in the cache.
     fn prefill_chunk(&mut self, place: usize, budget: usize) -> (usize, Option<Vec<f32>>) {
         let prompt = self.running[place].prompt.clone();
         let adapter = self.running[place].adapter;
@@ -291,7 +293,7 @@ impl<D: DecodeBackend> Worker<D> {
         let Phase::Prefill(from) = self.running[place].phase else {
             return (0, None);
         };
-        let to = prompt.len().min(from + budget);
+        let to = self.running[place].prefill_end().min(from + budget);
         let mut features = Vec::new();
         for (index, image) in prompt.images.iter().enumerate() {
             let end = image.first_token + image.tokens;
@@ -318,7 +320,11 @@ impl<D: DecodeBackend> Worker<D> {
         };
         let logits = self.device.prefill(slot, &chunk);
         self.metrics.prompt_tokens.add((to - from) as u64);
-        self.running[place].phase = Phase::Prefill(to);
+        let phase = self.running[place].phase_behind(to);
+        self.running[place].phase = phase;
+        if matches!(phase, Phase::Decode(_)) {
+            self.features.clear();
+        }
         (to - from, logits)
     }
 
@@ -355,10 +361,7 @@ impl<D: DecodeBackend> Worker<D> {
         let sequence = &mut self.running[place];
         sequence.slot = Some(slot);
         sequence.cached_tokens = shared;
-        sequence.phase = match sequence.only_last_left(shared) {
-            Some(token) => Phase::Decode(token),
-            None => Phase::Prefill(shared),
-        };
+        sequence.phase = sequence.phase_behind(shared);
         self.metrics.cached_tokens.add(shared as u64);
         if shared > 0 {
             self.metrics.prefix_hits.add(1);

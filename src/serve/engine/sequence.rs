@@ -136,12 +136,22 @@ impl Sequence {
         &self.prompt.keys[..self.prompt.len() - usize::from(self.generated.is_empty())]
     }
 
-    /// The prompt's last token, when the `held` before it lie in the cache and a step can take it: a
-    /// token of text.
-    pub(super) fn only_last_left(&self, held: usize) -> Option<u32> {
-        let last = self.prompt.positions_of(held..held + 1);
-        let plain = last.axes.iter().all(|axis| axis[0] == self.position());
-        (held + 1 == self.prompt.len() && plain).then(|| self.prompt.input_ids[held])
+    /// Where the prompt's prefill ends: before its last token, if a step can take that, which is text.
+    pub(super) fn prefill_end(&self) -> usize {
+        let last = self.prompt.len() - 1;
+        let position = self.prompt.positions_of(last..last + 1);
+        let is_text = position.axes.iter().all(|axis| axis[0] == self.position());
+        last + usize::from(!is_text)
+    }
+
+    /// What comes when the first `held` tokens of the prompt lie in the cache.
+    pub(super) fn phase_behind(&self, held: usize) -> Phase {
+        match self.prompt.input_ids.get(held) {
+            Some(last) if held + 1 == self.prompt.len() && held == self.prefill_end() => {
+                Phase::Decode(*last)
+            }
+            _ => Phase::Prefill(held),
+        }
     }
 
     /// Keys of the tokens that lie in the cache: all but the newest.

@@ -118,7 +118,11 @@ impl DecodeBackend for Arithmetic {
             })
             .collect();
         for row in rows {
-            seen.slots.get_mut(&row.slot).unwrap().push(row.token);
+            let tokens = seen.slots.get_mut(&row.slot).unwrap();
+            if tokens.is_empty() {
+                seen.first_tokens.push(row.token);
+            }
+            tokens.push(row.token);
         }
         stepped
     }
@@ -384,11 +388,12 @@ fn a_prompt_that_begins_alike_is_not_computed_again() {
     let (tokens, _) = wait(submit(&bench, submission(&first, 4)));
     assert_eq!(tokens, expected(&first, 4));
     let before = bench.seen.lock().unwrap().prefilled;
-    assert_eq!(before, 102);
+    // The last token goes with the step of the batch.
+    assert_eq!(before, 101);
     let (tokens, done) = wait(submit(&bench, submission(&second, 4)));
     assert_eq!(tokens, expected(&second, 4));
     assert_eq!(done.unwrap().cached_tokens, 100);
-    assert_eq!(bench.seen.lock().unwrap().prefilled - before, 3);
+    assert_eq!(bench.seen.lock().unwrap().prefilled - before, 2);
     // The same question again: all but the last token.
     let (tokens, done) = wait(submit(&bench, submission(&second, 4)));
     assert_eq!(tokens, expected(&second, 4));
@@ -410,8 +415,8 @@ fn several_answers_to_one_question_share_its_prompt() {
     for receiver in receivers {
         assert_eq!(wait(receiver).0, expected(&ids, 6));
     }
-    // The others begin with the prompt's last token, in a step of the batch.
-    assert_eq!(bench.seen.lock().unwrap().prefilled, 60);
+    // Each begins with the prompt's last token, in a step of the batch.
+    assert_eq!(bench.seen.lock().unwrap().prefilled, 59);
 }
 
 #[test]
@@ -531,9 +536,8 @@ fn logits_are_read_only_where_they_are_asked_for() {
     assert_eq!(answer(&|_| {}), 0);
     assert_eq!(answer(&|one| one.sampling.temperature = 2.0), 0);
     assert_eq!(answer(&|one| one.sampling.repetition_penalty = 1.5), 0);
-    // The first token comes of the prompt.
-    assert_eq!(answer(&|one| one.logprobs = Some(2)), 5);
-    assert_eq!(answer(&|one| one.penalties.presence = 1.0), 5);
+    assert_eq!(answer(&|one| one.logprobs = Some(2)), 6);
+    assert_eq!(answer(&|one| one.penalties.presence = 1.0), 6);
 }
 
 #[test]

@@ -229,7 +229,15 @@ fn sequences_that_come_and_go_are_those_of_the_plain_engine() {
             let row = |pair: &Pair| row(pick(pair), pair.token, pair.held, Pick::Logits);
             pairs.iter().map(row).collect()
         };
-        let got = ours.step(&rows(|pair| pair.ours));
+        let of_ours = rows(|pair| pair.ours);
+        if step % 2 == 1 {
+            // A prompt goes through while the step is under way.
+            ours.begin_step(&of_ours);
+            let other = ours.start(AdapterId::BASE, 0);
+            prefill(&mut ours, other, &ids(700..790), 0, 64);
+            ours.free(other);
+        }
+        let got = ours.step(&of_ours);
         let want = plain.step(&rows(|pair| pair.plain));
         for (at, (got, want)) in got.into_iter().zip(want).enumerate() {
             let (got, want) = (logits(got), logits(want));
