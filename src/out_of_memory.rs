@@ -70,10 +70,19 @@ impl Failure {
     }
 }
 
-/// The sentence for a command that ended with `message`, where memory was the cause.
+/// The sentence for a command that ended with `message`, where memory was the cause; behind the device
+/// it was, where the message begins with one of several.
 pub fn explain(message: &str, advice: &str) -> Option<String> {
     let failure = Failure::read(message).or(*seen())?;
-    Some(failure.sentence(advice))
+    let sentence = failure.sentence(advice);
+    let device = message
+        .split_once(": ")
+        .map(|(place, _)| place)
+        .filter(|place| place.contains("(rank ") || place.starts_with("worker "));
+    Some(match device {
+        Some(device) => format!("{device}: {sentence}"),
+        None => sentence,
+    })
 }
 
 /// What helps in training.
@@ -128,6 +137,12 @@ mod tests {
         ] {
             assert!(text.contains(word), "{text}");
         }
+        let failed = "device `cuda:1` (rank 1) failed while taking the step";
+        let text = explain(&format!("{failed}: CallError"), TRAIN).unwrap();
+        assert!(
+            text.starts_with(&format!("{failed}: the device ran out")),
+            "{text}"
+        );
         seen().take();
         assert_eq!(explain("no such file", TRAIN), None);
     }
