@@ -187,9 +187,14 @@ fn by_rows<B: Kernels>(
 ) -> Tensor<B, 2> {
     let [out, _] = weight.dims();
     let at_once = weight.rows_at_once(dtype);
+    let device = weight.device();
     let parts = (0..out).step_by(at_once).map(|start| {
         let count = at_once.min(out - start);
-        part(B::unpack_rows(weight, start, count, dtype), start, count)
+        // Of the same few sizes in every layer, so memory of these sizes is kept for them.
+        let rows = persistent::<B, _, _>(&device, weight.clone(), |weight| {
+            B::unpack_rows(&weight, start, count, dtype)
+        });
+        part(rows, start, count)
     });
     let mut parts: Vec<_> = parts.collect();
     if parts.len() == 1 {

@@ -121,6 +121,16 @@ fn logits_of_packed_models_lie_near_the_references() {
             let distance = relative_distance(&ours, &want);
             let agreement = top1(&ours, &want, config.text_config.vocab_size);
             println!("{name} {format}: relative {distance:.2e}, top-1 {agreement:.3}");
+            // A matrix errs by 0.8 % as int8 and by 8 to 9 % as int4; some twenty follow one another,
+            // and their errors add up like noise. Logits of random weights lie close together, so that
+            // the likeliest changes more easily than in a trained model.
+            let (most, least) = if format == "int8" {
+                (0.05, 0.8)
+            } else {
+                (0.5, 0.4)
+            };
+            assert!(distance < most, "{name} {format}: {distance}");
+            assert!(agreement >= least, "{name} {format}: {agreement}");
         }
     }
 }
@@ -261,5 +271,9 @@ fn logits_of_a_full_width_model_of_four_layers() {
         println!(
             "4 layers of the 8B, {dtype:?}, {name}: relative {distance:.2e}, top-1 {agreement:.3}"
         );
+        // As for the fixtures, and nine matrices more in a row; of 151,936 logits of random weights the
+        // two largest are often nearer to each other than the error, so their order says nothing here.
+        let most = if name == "int8" { 0.08 } else { 0.8 };
+        assert!(distance < most, "{name}: {distance}");
     }
 }

@@ -11,7 +11,9 @@ use cubecl::prelude::*;
 
 use super::{
     launch::{Buffer, Cube, array, contiguous, cubes, elements, empty, pieces, tensor},
-    quantized_kernels::{Form, gated_matrices, low_rank, one_matrix, three_matrices, unpack},
+    quantized_kernels::{
+        Form, gated_matrices, low_rank, one_matrix, pad_rows, three_matrices, unpack,
+    },
     sums::Group,
     words::Packing,
 };
@@ -77,13 +79,19 @@ impl<R: CubeRuntime> Packed<R> {
         );
         let group = Group::of(&x.client);
         // More outputs of a group where several rows are read again for each.
-        let outputs = if rows > 2 { 4 } else { 2 };
+        let outputs = if rows > 2 && group.plane { 4 } else { 2 };
+        // A cube that stands in for a plane is short of nothing but code.
+        let ahead = if group.plane {
+            4 / matrices.min(2) * 2 / outputs
+        } else {
+            1
+        };
         let per_piece = 4 * self.format.per_word();
         Form {
             bits: self.format.bits(),
             rows,
             outputs,
-            ahead: 4 / matrices.min(2) * 2 / outputs,
+            ahead,
             vectors: width / per_piece,
             group_vectors: self.format.group(self.d_input) / per_piece,
             group,
@@ -193,7 +201,6 @@ fn by_rows<R: CubeRuntime>(
     let [rows, d_input] = x.dims();
     let packed = Packed::of(weight);
     let bias = bias.map(contiguous);
-    let padding = packed.format.padded(d_input) - d_input;
     let parts = (0..rows).step_by(ROWS).map(|start| {
         let count = ROWS.min(rows - start);
         let cut = |x: &Tensor<Cube<R>, 2>| match count == rows {
@@ -202,24 +209,18 @@ fn by_rows<R: CubeRuntime>(
         };
         let x = cut(&x);
         let residual = residual.as_ref().map(|residual| contiguous(cut(residual)));
+        let x = contiguous(x);
         let share = adapter.map(|adapter| {
-            let low = low_rank_input(&contiguous(x.clone()), adapter);
+            let low = low_rank_input(&x, adapter);
             (low, contiguous(adapter.b.clone()), adapter.b.dims()[1])
         });
-        let x = match padding {
-            0 => x,
-            // The padding of the rows of words meets zeros.
-            _ => x.pad((0, padding, 0, 0), 0.0f32),
+        let x = if packed.is_whole() {
+            x
+        } else {
+            padded_rows(&x, packed.format.padded(d_input))
         };
         let added = (bias.as_ref(), residual.as_ref());
-        tensor(product(
-            &contiguous(x),
-            None,
-            &packed,
-            added,
-            share.as_ref(),
-            out,
-        ))
+        tensor(product(&x, None, &packed, added, share.as_ref(), out))
     });
     let mut parts: Vec<_> = parts.collect();
     if parts.len() == 1 {
@@ -379,6 +380,29 @@ pub(super) fn gated_product<R: CubeRuntime>(
             epsilon as f32,
             form,
             [gate.scales.dtype.into(), x.dtype.into()],
+        );
+    }
+    y
+}
+
+/// Rows with zeros behind them, which the padding of the rows of words meets.
+fn padded_rows<R: CubeRuntime>(x: &Buffer<R>, padded: usize) -> Buffer<R> {
+    let [rows, d_input] = x.meta.shape().dims();
+    let y = empty(x, [rows, padded], x.dtype);
+    let count = rows * padded;
+    // SAFETY: the arrays are as long as rows and widths say.
+    #[allow(unsafe_code)]
+    unsafe {
+        pad_rows::launch_unchecked::<R>(
+            &x.client,
+            cubes(count.div_ceil(UNITS)),
+            CubeDim::new_1d(UNITS as u32),
+            elements(x),
+            elements(&y),
+            d_input,
+            padded,
+            count,
+            x.dtype.into(),
         );
     }
     y

@@ -526,3 +526,24 @@ pub(super) fn unpack<F: Float, S: Numeric>(
         }
     }
 }
+
+/// Rows of `d_input` elements with zeros behind them up to `padded`: a unit an element of `y`.
+#[cube(launch_unchecked)]
+pub(super) fn pad_rows<F: Numeric>(
+    x: &Array<F>,
+    y: &mut Array<F>,
+    d_input: usize,
+    padded: usize,
+    count: usize,
+    #[define(F)] _type: StorageType,
+) {
+    if ABSOLUTE_POS < count {
+        let row = ABSOLUTE_POS / padded;
+        let input = ABSOLUTE_POS % padded;
+        let mut value = F::from_int(0);
+        if input < d_input {
+            value = x[row * d_input + input];
+        }
+        y[ABSOLUTE_POS] = value;
+    }
+}
