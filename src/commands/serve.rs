@@ -15,7 +15,7 @@ use tokio::net::TcpListener;
 
 use super::{
     UsageError, generation_config, one_device, pipeline_options,
-    progress::{Progress, Unit},
+    progress::{Progress, Unit, prepare_kernels},
     shipped,
 };
 use crate::{
@@ -244,6 +244,7 @@ impl DeviceTask for Serve {
                 pipeline
             }
         };
+        prepare_kernels::<B>(&parts.config, dtype, &device);
         let name = match &self.args.served_model_name {
             Some(name) => name.clone(),
             None => base_name(&shipped(&self.args.model.model)),

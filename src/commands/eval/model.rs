@@ -15,7 +15,7 @@ use crate::{
     cli::ModelArgs,
     commands::{
         pipeline_options,
-        progress::{Progress, Unit},
+        progress::{Progress, Unit, prepare_kernels},
     },
     dataset::{
         Dataset, RawSample,
@@ -81,6 +81,7 @@ impl DeviceTask for ModelWork {
             progress.set(done, total);
         })?;
         progress.finish();
+        prepare_kernels::<B>(&pipeline.parts.config, dtype, &pipeline.device);
         let mut run = ModelRun {
             loss: None,
             written: None,
