@@ -4,6 +4,9 @@
 //! meets, and what it does not cover goes to the plain default. Operands are read sixteen bytes at a time
 //! (`words`), sums are f32, and f16 results end at its largest finite value.
 
+// CUDA has kernels of its own for what Vulkan takes from here; it uses the decoder and what that needs.
+#![cfg_attr(not(feature = "wgpu"), allow(dead_code))]
+
 mod attention;
 #[cfg(feature = "wgpu")]
 mod cache;
