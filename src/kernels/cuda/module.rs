@@ -2,7 +2,7 @@
 //! keeps to itself.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     ffi::{CStr, CString},
     path::PathBuf,
     sync::{LazyLock, Mutex, PoisonError},
@@ -13,7 +13,9 @@ use cudarc::{
     nvrtc,
 };
 
-use super::{launch::Kernel, plan::compute_capability};
+use rayon::prelude::*;
+
+use super::{launch::Kernel, plan::compute_capability, stream::Context};
 
 /// What went wrong below the engine, in the driver's words.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -93,6 +95,22 @@ pub(super) fn load(kernel: &Kernel, device: usize, arch: &str) -> Result<Functio
         handle,
         threads: kernel.threads(),
         shared_bytes: kernel.shared_bytes(),
+    })
+}
+
+/// [`load`] for several kernels at once, on all cores: one takes up to a second to compile.
+pub(super) fn load_all<'a>(
+    kernels: impl Iterator<Item = &'a Kernel>,
+    device: usize,
+    arch: &str,
+) -> Result<(), DriverError> {
+    let mut known = HashSet::new();
+    let kernels: Vec<_> = kernels
+        .filter(|kernel| known.insert((kernel.entry(), kernel.source_hash())))
+        .collect();
+    kernels.into_par_iter().try_for_each(|kernel| {
+        Context::of(device)?.enter()?;
+        load(kernel, device, arch).map(|_| ())
     })
 }
 

@@ -8,13 +8,11 @@
 use std::{any::Any, thread::JoinHandle};
 
 use burn::{prelude::*, tensor::DType};
-use rayon::prelude::*;
 
 use super::{
-    launch::{Backend, Buffer, Kernel, empty, strided, tensor},
-    module::{DriverError, architecture, driver, load},
+    launch::{Backend, Buffer, empty, strided, tensor},
+    module::{DriverError, architecture, driver, load_all},
     recording::{Graph, address, record, watch},
-    stream::Context,
 };
 use crate::qwen3_vl::{
     ImageInput,
@@ -77,7 +75,8 @@ pub(super) fn run(
         None => {
             let device = strided(tower.patch_embed.proj.bias.val()).device.index;
             let (output, kernels) = watch(&run);
-            let compiling = std::thread::spawn(move || compile(&kernels, device));
+            let compiling =
+                std::thread::spawn(move || load_all(kernels.iter(), device, &architecture(device)));
             (output, State::Compiling(compiling))
         }
         Some(State::Compiling(thread)) if !thread.is_finished() => {
@@ -134,14 +133,6 @@ pub(super) fn settle(tower: &VisionModel<Backend>) {
             std::thread::sleep(std::time::Duration::from_millis(5));
         }
     }
-}
-
-fn compile(kernels: &[Kernel], device: usize) -> Result<(), DriverError> {
-    let arch = architecture(device);
-    kernels.par_iter().try_for_each(|kernel| {
-        Context::of(device)?.enter()?;
-        load(kernel, device, &arch).map(|_| ())
-    })
 }
 
 fn same_bits(a: &VisionOutput<Backend>, b: &VisionOutput<Backend>) -> bool {

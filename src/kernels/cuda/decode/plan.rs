@@ -9,7 +9,7 @@ use super::{
         },
         rows,
     },
-    module::{DriverError, architecture, driver, load},
+    module::{DriverError, architecture, driver, load, load_all},
     stream::Step,
 };
 use crate::qwen3_vl::{
@@ -349,41 +349,51 @@ struct Product {
     matrix: usize,
 }
 
+/// A launch whose kernel is not loaded yet.
+struct Launch {
+    kernel: Kernel,
+    grid: [usize; 3],
+    pointers: Vec<u64>,
+    parameters: Vec<u64>,
+}
+
 struct Builder<'a> {
     weights: &'a Weights,
     scratch: &'a Scratch,
     around: Around<'a>,
-    steps: Vec<Step>,
+    launches: Vec<Launch>,
 }
 
 impl Builder<'_> {
-    fn push(
-        &mut self,
-        kernel: Kernel,
-        grid: [usize; 3],
-        pointers: Vec<u64>,
-        parameters: Vec<u64>,
-    ) -> Result<(), DriverError> {
-        let function = load(&kernel, self.weights.device, &self.weights.arch)?;
-        self.steps.push(Step {
-            function,
-            grid: grid.map(|size| size as u32),
-            maps: Vec::new(),
+    fn push(&mut self, kernel: Kernel, grid: [usize; 3], pointers: Vec<u64>, parameters: Vec<u64>) {
+        self.launches.push(Launch {
+            kernel,
+            grid,
             pointers,
             parameters,
         });
-        Ok(())
+    }
+
+    /// The launches with their kernels, which are compiled side by side where they are new: together
+    /// they take seconds.
+    fn loaded(self) -> Result<Vec<Step>, DriverError> {
+        let (device, arch) = (self.weights.device, &self.weights.arch);
+        let kernels = self.launches.iter().map(|launch| &launch.kernel);
+        load_all(kernels, device, arch)?;
+        let steps = self.launches.into_iter().map(|launch| {
+            Ok(Step {
+                function: load(&launch.kernel, device, arch)?,
+                grid: launch.grid.map(|size| size as u32),
+                maps: Vec::new(),
+                pointers: launch.pointers,
+                parameters: launch.parameters,
+            })
+        });
+        steps.collect()
     }
 
     /// `y = x [W…]ᵀ`, `x` `[rows, k]`.
-    fn product(
-        &mut self,
-        x: u64,
-        k: usize,
-        matrices: &[Matrix],
-        y: u64,
-        product: Product,
-    ) -> Result<(), DriverError> {
+    fn product(&mut self, x: u64, k: usize, matrices: &[Matrix], y: u64, product: Product) {
         let mut defines: Defines = vec![
             ("SCALAR_BF16", 1),
             ("WEIGHTS", matrices.len() as i64),
@@ -413,7 +423,8 @@ impl Builder<'_> {
             let kernel = Kernel::new("gemv", GEMV, defines, 256);
             let a_block = if product.gate { 2 } else { 4 };
             let grid = [count.div_ceil(a_block), 1, 1];
-            return self.push(kernel, grid, pointers, parameters);
+            self.push(kernel, grid, pointers, parameters);
+            return;
         }
         let mut input = x;
         if let Some((weight, epsilon)) = product.norm {
@@ -423,7 +434,7 @@ impl Builder<'_> {
                 [rows, 1, 1],
                 vec![x, weight, input],
                 vec![rows as u64, float_bits(epsilon)],
-            )?;
+            );
         }
         let mut adapter = Vec::new();
         parameters.push(rows as u64);
@@ -435,7 +446,7 @@ impl Builder<'_> {
             parameters.extend(place);
             adapter = vec![table, adapter_of, self.scratch.low];
             let pointers = vec![input, table, adapter_of, self.scratch.low];
-            self.small("SHRINK", 256, [4, matrices.len(), rows], pointers, shrink)?;
+            self.small("SHRINK", 256, [4, matrices.len(), rows], pointers, shrink);
         }
         defines.push(("ADAPTERS", i64::from(!adapter.is_empty())));
         defines.push(("TILES", rows.div_ceil(8) as i64));
@@ -447,7 +458,7 @@ impl Builder<'_> {
             .chain([y])
             .collect();
         let kernel = Kernel::new("skinny", SKINNY, defines, 256);
-        self.push(kernel, [count / 16, 1, 1], pointers, parameters)
+        self.push(kernel, [count / 16, 1, 1], pointers, parameters);
     }
 
     fn small(
@@ -457,7 +468,7 @@ impl Builder<'_> {
         grid: [usize; 3],
         pointers: Vec<u64>,
         parameters: Vec<u64>,
-    ) -> Result<(), DriverError> {
+    ) {
         let defines = vec![
             (form, 1),
             ("SCALAR_BF16", 1),
@@ -465,7 +476,7 @@ impl Builder<'_> {
             ("PAGE", self.page()),
         ];
         let kernel = Kernel::new(form, STEP, defines, threads);
-        self.push(kernel, grid, pointers, parameters)
+        self.push(kernel, grid, pointers, parameters);
     }
 
     fn page(&self) -> i64 {
@@ -480,7 +491,7 @@ impl Builder<'_> {
     }
 
     /// Head norms, rotation and the cache, then attention.
-    fn attend(&mut self, layer: &LayerWeights, cache: LayerCache) -> Result<(), DriverError> {
+    fn attend(&mut self, layer: &LayerWeights, cache: LayerCache) {
         let text = &self.weights.text;
         let (heads, kv_heads) = (text.num_attention_heads, text.num_key_value_heads);
         let (head_dim, rows) = (text.head_dim, self.around.rows);
@@ -503,7 +514,7 @@ impl Builder<'_> {
         .collect();
         let grid = [(heads + 2 * kv_heads).div_ceil(4), rows, 1];
         let parameters = small(0, [heads, kv_heads], cache.key_strides, epsilon, width);
-        self.small("HEADS", 128, grid, pointers, parameters)?;
+        self.small("HEADS", 128, grid, pointers, parameters);
 
         let defines = vec![
             ("HEAD_DIM", head_dim as i64),
@@ -538,11 +549,11 @@ impl Builder<'_> {
             [scratch.splits, kv_heads, rows],
             pointers,
             parameters,
-        )
+        );
     }
 
     /// The next token of each row.
-    fn choose(&mut self) -> Result<(), DriverError> {
+    fn choose(&mut self) {
         let vocab = self.weights.text.vocab_size;
         let (around, scratch) = (self.around, self.scratch);
         let (fed, slots) = match around.ending {
@@ -558,7 +569,7 @@ impl Builder<'_> {
             [SHARES, around.rows, 1],
             vec![scratch.logits, scratch.best_values, scratch.best_indices],
             parameters.clone(),
-        )?;
+        );
         let defines = vec![
             ("CHOOSE", 1),
             ("FEED", i64::from(fed.is_some())),
@@ -576,7 +587,7 @@ impl Builder<'_> {
         .chain([around.results])
         .collect();
         let kernel = Kernel::new("CHOOSE", SAMPLE, defines, 1024);
-        self.push(kernel, [around.rows, 1, 1], pointers, parameters)
+        self.push(kernel, [around.rows, 1, 1], pointers, parameters);
     }
 }
 
@@ -613,7 +624,7 @@ pub(super) fn step(
         weights,
         scratch,
         around,
-        steps: Vec::new(),
+        launches: Vec::new(),
     };
     let b = &mut build;
     let [mut x, mut x_next] = scratch.x;
@@ -623,7 +634,7 @@ pub(super) fn step(
         [around.rows, 1, 1],
         vec![weights.table, around.field(Field::Token), x],
         small(hidden, [0; 2], [0; 3], 0.0, 0),
-    )?;
+    );
     for (index, (layer, cache)) in weights.layers.iter().zip(around.cache).enumerate() {
         let matrix = index * LAYER_MATRICES;
         let product = Product {
@@ -631,14 +642,14 @@ pub(super) fn step(
             matrix,
             ..Product::default()
         };
-        b.product(x, hidden, &layer.qkv, scratch.qkv, product)?;
-        b.attend(layer, *cache)?;
+        b.product(x, hidden, &layer.qkv, scratch.qkv, product);
+        b.attend(layer, *cache);
         let product = Product {
             residual: Some(x),
             matrix: matrix + 3,
             ..Product::default()
         };
-        b.product(scratch.attended, attended, &[layer.output], x_next, product)?;
+        b.product(scratch.attended, attended, &[layer.output], x_next, product);
         std::mem::swap(&mut x, &mut x_next);
 
         let product = Product {
@@ -647,13 +658,13 @@ pub(super) fn step(
             matrix: matrix + 4,
             ..Product::default()
         };
-        b.product(x, hidden, &layer.gate_up, scratch.gated, product)?;
+        b.product(x, hidden, &layer.gate_up, scratch.gated, product);
         let product = Product {
             residual: Some(x),
             matrix: matrix + 6,
             ..Product::default()
         };
-        b.product(scratch.gated, inner, &[layer.down], x_next, product)?;
+        b.product(scratch.gated, inner, &[layer.down], x_next, product);
         std::mem::swap(&mut x, &mut x_next);
     }
     let product = Product {
@@ -662,7 +673,7 @@ pub(super) fn step(
         matrix: weights.layers.len() * LAYER_MATRICES,
         ..Product::default()
     };
-    b.product(x, hidden, &[weights.head], scratch.logits, product)?;
-    b.choose()?;
-    Ok(build.steps)
+    b.product(x, hidden, &[weights.head], scratch.logits, product);
+    b.choose();
+    build.loaded()
 }
