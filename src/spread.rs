@@ -14,7 +14,7 @@ use std::{
     thread,
 };
 
-use crate::backend::{device_reason, panic_text};
+use crate::backend::{Queue, device_reason, panic_text};
 
 /// A worker that cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -29,7 +29,7 @@ pub struct SpreadError {
 }
 
 /// Does all jobs and hands each result on in the order of the jobs; a single worker works on the
-/// calling thread.
+/// calling thread, others in its queue, so that one call after another finds the memory of the first.
 ///
 /// # Errors
 /// The first of `take`, or the first worker that panics; jobs that are being done are done to the end.
@@ -48,10 +48,11 @@ pub fn in_order<W: Send, J: Sync, R: Send, E: From<SpreadError>>(
     let count = workers.len();
     let (next, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
     let (done, results) = channel();
+    let queue = Queue::current();
     thread::scope(|scope| {
         for (number, worker) in workers.iter_mut().enumerate() {
             let (done, next, stop, work) = (done.clone(), &next, &stop, &work);
-            scope.spawn(move || {
+            let work_on = move || {
                 while !stop.load(Ordering::Relaxed) {
                     let place = next.fetch_add(1, Ordering::Relaxed);
                     let Some(job) = jobs.get(place) else { return };
@@ -61,7 +62,8 @@ pub fn in_order<W: Send, J: Sync, R: Send, E: From<SpreadError>>(
                         return;
                     }
                 }
-            });
+            };
+            scope.spawn(move || queue.run(work_on));
         }
         drop(done);
         let mut early = BTreeMap::new();

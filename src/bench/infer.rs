@@ -86,7 +86,7 @@ impl<B: Kernels> Bench<B> {
         let mut records = Vec::new();
         for batch in batches {
             for count in counts(&devices) {
-                let mut requests = Requests::new(&self.config, self.mixed, SEED);
+                let mut requests = self.requests();
                 let groups: Vec<Vec<Prompt>> = (0..EACH * count)
                     .map(|_| requests.prompts(*batch))
                     .collect();
@@ -174,7 +174,7 @@ impl<B: Kernels> Bench<B> {
         load_seconds: f64,
         batches: &[usize],
     ) -> Result<Vec<Record>, BenchError> {
-        let mut requests = Requests::new(&self.config, self.mixed, SEED);
+        let mut requests = self.requests();
         let mut records = Vec::new();
         let saved = self.saved_bytes("model.visual.") + self.saved_text_bytes();
         for batch in batches {
@@ -229,7 +229,7 @@ impl<B: Kernels> Bench<B> {
         load_seconds: f64,
         batches: &[usize],
     ) -> Result<Vec<Record>, BenchError> {
-        let mut requests = Requests::new(&self.config, self.mixed, SEED);
+        let mut requests = self.requests();
         let mut records = Vec::new();
         let saved = DECODE_STEPS as f64 * self.saved_text_bytes();
         for batch in batches {

@@ -23,6 +23,7 @@ use std::{
 
 use burn::{prelude::*, tensor::DType};
 
+use self::requests::Requests;
 use crate::{
     files::FileError,
     kernels::{Kernels, send_module},
@@ -167,6 +168,8 @@ pub struct Bench<B: Backend> {
     pub facts: DeviceFacts,
     /// Lengths as OpenI-zh has them, in place of one length.
     pub mixed: bool,
+    /// Tokens of every prompt, in place of 368; training has its own lengths.
+    pub tokens: Option<usize>,
     /// Measured calls; each kind of measurement has its own default.
     pub samples: Option<usize>,
     /// How weights are packed while they are loaded or drawn.
@@ -197,6 +200,7 @@ impl<B: Kernels> Bench<B> {
             dtype,
             facts,
             mixed,
+            tokens: None,
             samples,
             quantize: None,
             memory,
@@ -351,6 +355,11 @@ impl<B: Kernels> Bench<B> {
         record
     }
 
+    /// Requests of the lengths asked for.
+    fn requests(&self) -> Requests<'_> {
+        Requests::new(&self.config, self.mixed, SEED).with_tokens(self.tokens)
+    }
+
     /// Measured calls: as asked for, or `default`; one where operations are timed.
     fn samples(&self, default: usize) -> usize {
         match self.operations.borrow().as_ref() {
@@ -383,8 +392,13 @@ impl<B: Kernels> Bench<B> {
 
     /// Writes the memory peaks of a measurement that has ended.
     fn note_memory(&self, record: &mut Record) {
+        let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
         record.device_memory_peak_gib = self.memory.take_peak_gib();
-        record.host_memory_peak_gib = peak_memory().map(|bytes| bytes as f64 / (1u64 << 30) as f64);
+        if let Some(memory) = B::memory_in_use(&self.device) {
+            record.device_memory_reserved_gib = Some(gib(memory.reserved));
+            record.device_memory_in_use_gib = Some(gib(memory.in_use));
+        }
+        record.host_memory_peak_gib = peak_memory().map(gib);
     }
 
     /// Bytes of an element of the weights.

@@ -87,6 +87,11 @@ pub struct Record {
 
     /// Most device memory in use during the measurement, by all processes, in GiB.
     pub device_memory_peak_gib: Option<f64>,
+    /// Device memory this process has taken for tensors when the measurement ends, in GiB; it is kept for
+    /// later tensors, so this is what was needed at most.
+    pub device_memory_reserved_gib: Option<f64>,
+    /// That which tensors alive then take, in GiB: weights, mostly.
+    pub device_memory_in_use_gib: Option<f64>,
     /// Most host memory this process ever held, in GiB.
     pub host_memory_peak_gib: Option<f64>,
     /// Time to load or draw the model before the measurement.
@@ -277,6 +282,12 @@ fn notes(record: &Record) -> Option<String> {
     let mut parts = Vec::new();
     if let Some(gib) = record.device_memory_peak_gib {
         parts.push(format!("{gib:.2} GiB of device memory at most"));
+    }
+    if let Some(gib) = record.device_memory_reserved_gib {
+        let in_use = record.device_memory_in_use_gib.unwrap_or(gib);
+        parts.push(format!(
+            "{gib:.2} GiB taken for tensors ({in_use:.2} alive)"
+        ));
     }
     if let Some(gib) = record.host_memory_peak_gib {
         parts.push(format!("{gib:.2} GiB on the host"));

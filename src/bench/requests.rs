@@ -26,6 +26,8 @@ pub struct Requests<'a> {
     random: ChaCha8Rng,
     /// Pixels of the first image; others are the same ones, turned round by some places.
     pixels: Vec<f32>,
+    /// Tokens of every prompt, in place of what `lengths` gives.
+    tokens: Option<usize>,
 }
 
 /// A conversation with its answer.
@@ -50,7 +52,21 @@ impl<'a> Requests<'a> {
             lengths,
             random: ChaCha8Rng::seed_from_u64(seed),
             pixels: Vec::new(),
+            tokens: None,
         }
+    }
+
+    /// Prompts of so many tokens, at least [`Self::shortest`].
+    pub fn with_tokens(mut self, tokens: Option<usize>) -> Self {
+        self.tokens = tokens;
+        self
+    }
+
+    /// Tokens of an image with its marks, what stands before it and one token behind.
+    pub fn shortest(config: &Qwen3VlConfig) -> usize {
+        let requests = Requests::new(config, false, 0);
+        let merge = config.vision_config.spatial_merge_size;
+        (requests.grid_side() / merge).pow(2) + BEFORE_IMAGE + 3
     }
 
     /// Patches on each side of the image.
@@ -78,10 +94,13 @@ impl<'a> Requests<'a> {
 
     /// One conversation: three tokens, the image between its marks, then text.
     pub fn sample(&mut self) -> Sample {
-        let TextLength { text, answer } = self.lengths.draw();
+        let TextLength { mut text, answer } = self.lengths.draw();
         let config = self.config;
         let images = self.image();
         let merge = config.vision_config.spatial_merge_size.pow(2);
+        if let Some(tokens) = self.tokens {
+            text = tokens - images.patches() / merge;
+        }
         let mut ids = Vec::new();
         self.words(BEFORE_IMAGE, &mut ids);
         ids.push(config.vision_start_token_id);

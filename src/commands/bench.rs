@@ -25,6 +25,7 @@ use crate::{
         device::measure_ceilings,
         operations::environment,
         report::{Record, table},
+        requests::Requests,
         train::{STEP_SAMPLES, TrainShape},
         weights::RandomSize,
     },
@@ -87,6 +88,9 @@ pub struct BenchArgs {
     /// Lengths as often as the OpenI-zh corpus has them, in place of 368 tokens each.
     #[arg(long)]
     pub mixed: bool,
+    /// `prefill`, `decode`, `infer`: tokens of every prompt, its image included, in place of 368.
+    #[arg(long, value_name = "N", conflicts_with = "mixed")]
+    pub tokens: Option<usize>,
     /// `load`: write the random model there as a checkpoint first, and measure reading it; it is deleted
     /// afterwards.
     #[arg(long, value_name = "DIR", requires = "random_weights")]
@@ -258,6 +262,15 @@ fn check(args: &BenchArgs) -> Result<()> {
                 .into()
         ));
     }
+    let has_prompts = matches!(
+        args.kind,
+        BenchKind::Prefill | BenchKind::Decode | BenchKind::Infer
+    );
+    if args.tokens.is_some() && !has_prompts {
+        bail!(UsageError(
+            "--tokens belongs to `bench prefill`, `decode` and `infer`".into()
+        ));
+    }
     Ok(())
 }
 
@@ -281,6 +294,13 @@ impl ReplicatedTask for Measure {
         };
         let mut bench = Bench::<B>::new(source, device.clone(), dtype, args.mixed, args.samples)
             .map_err(usage)?;
+        bench.tokens = args.tokens;
+        let shortest = Requests::shortest(&bench.config);
+        if let Some(tokens) = args.tokens.filter(|tokens| *tokens < shortest) {
+            bail!(UsageError(format!(
+                "--tokens {tokens}: a prompt with this model's image has at least {shortest}"
+            )));
+        }
         bench.quantize = match &bench.source {
             Source::Folder(dir) if dir.is_dir() => of_checkpoint(dir)?.or(args.quantize),
             _ => args.quantize,

@@ -1,6 +1,6 @@
 //! `infer`: reports about images, one by one, together, or as a batch run that can be resumed.
 
-use crate::kernels::{DeviceMemory, Kernels};
+use crate::kernels::Kernels;
 use std::{
     collections::HashSet,
     fs,
@@ -211,25 +211,15 @@ impl ReplicatedTask for Infer {
             .then(|| Progress::new("reports", todo.len() as u64, Unit::Items));
         let mut done = 0;
         let memory = Mutex::new(MemoryWatch::default());
-        // Memory is counted by thread: with several devices, the weights are here and the work is not.
-        let weights: Vec<Option<DeviceMemory>> = pipelines
-            .iter()
-            .map(|pipeline| B::memory_in_use(&pipeline.device).filter(|_| devices.len() > 1))
-            .collect();
-        let mut workers: Vec<_> = pipelines.iter_mut().zip(weights).collect();
         in_order(
-            &mut workers,
+            &mut pipelines,
             &groups,
-            |(pipeline, weights), group| {
+            |pipeline, group| {
                 let records = self.answer_group(pipeline, group);
                 if self.args.verbose
                     && let Ok(mut memory) = memory.lock()
                 {
-                    let elsewhere = weights.map_or(0, |weights| weights.reserved);
-                    memory.note(B::memory_in_use(&pipeline.device).map(|own| DeviceMemory {
-                        reserved: own.reserved + elsewhere,
-                        ..own
-                    }));
+                    memory.note(B::memory_in_use(&pipeline.device));
                 }
                 records
             },

@@ -12,7 +12,7 @@ use cubecl::prelude::*;
 use super::{
     launch::{Buffer, Cube, array, contiguous, cubes, elements, empty, pieces, tensor},
     quantized_kernels::{
-        Form, gated_matrices, low_rank, one_matrix, pad_rows, three_matrices, unpack,
+        Form, Matrices, gated_matrices, low_rank, one_matrix, pad_rows, three_matrices, unpack,
     },
     sums::Group,
     words::Packing,
@@ -70,7 +70,7 @@ impl<R: CubeRuntime> Packed<R> {
         self.format.padded(self.d_input) == self.d_input
     }
 
-    fn form(&self, x: &Buffer<R>, matrices: usize) -> Form {
+    fn form(&self, x: &Buffer<R>, matrices: Matrices) -> Form {
         let [rows, width] = x.meta.shape().dims();
         assert_eq!(
             width,
@@ -78,25 +78,36 @@ impl<R: CubeRuntime> Packed<R> {
             "inputs of the product"
         );
         let group = Group::of(&x.client);
-        // More outputs of a group where several rows are read again for each.
-        let outputs = if rows > 2 && group.plane { 4 } else { 2 };
-        // A cube that stands in for a plane is short of nothing but code.
+        let env = |name: &str, default: usize| {
+            std::env::var(name)
+                .ok()
+                .and_then(|v| v.parse().ok())
+                .unwrap_or(default)
+        };
+        let outputs = if rows > 2 && group.plane {
+            4
+        } else if matrices == Matrices::Pair {
+            4
+        } else {
+            env("XO", 2)
+        };
         let ahead = if group.plane {
-            4 / matrices.min(2) * 2 / outputs
+            env("XA", 4) * 2 / outputs
         } else {
             1
         };
+        let ahead = ahead.max(1);
         let per_piece = 4 * self.format.per_word();
         Form {
             bits: self.format.bits(),
             rows,
+            matrices,
             outputs,
             ahead,
             vectors: width / per_piece,
             group_vectors: self.format.group(self.d_input) / per_piece,
             group,
             groups: if group.plane { UNITS / group.lanes } else { 1 },
-            packing: Packing::of(x.dtype).expect("`covers` was asked"),
             norm: false,
             bias: false,
             residual: false,
@@ -106,8 +117,8 @@ impl<R: CubeRuntime> Packed<R> {
 }
 
 impl Form {
-    fn count(&self, outputs: usize) -> CubeCount {
-        cubes(outputs.div_ceil(self.outputs * self.groups))
+    fn count(&self, columns: usize) -> CubeCount {
+        cubes(columns.div_ceil(self.columns() * self.groups))
     }
 
     fn dim(&self) -> CubeDim {
@@ -250,7 +261,7 @@ pub(super) fn product<R: CubeRuntime>(
         bias: bias.is_some(),
         residual: residual.is_some(),
         adapter: share.is_some(),
-        ..weight.form(x, 1)
+        ..weight.form(x, Matrices::One)
     };
     for (added, shape) in [(bias, &[width][..]), (residual, &[form.rows, width])] {
         let fits = |added: &Buffer<R>| added.dtype == out && added.meta.shape().as_slice() == shape;
@@ -267,8 +278,8 @@ pub(super) fn product<R: CubeRuntime>(
             &x.client,
             form.count(width),
             form.dim(),
-            pieces(x),
-            pieces(norm.map_or(x, |(norm, _)| norm)),
+            quads(x),
+            quads(norm.map_or(x, |(norm, _)| norm)),
             pieces(&weight.words),
             elements(&weight.scales),
             elements(bias.unwrap_or(&y)),
@@ -281,7 +292,7 @@ pub(super) fn product<R: CubeRuntime>(
             norm.map_or(0.0, |(_, epsilon)| epsilon as f32),
             form,
             Packing::of(out).expect("an output has a type the kernels know"),
-            [weight.scales.dtype.into(), out.into()],
+            [weight.scales.dtype.into(), x.dtype.into(), out.into()],
         );
     }
     y
@@ -308,7 +319,7 @@ pub(super) fn three_products<R: CubeRuntime>(
     );
     let form = Form {
         norm: true,
-        ..first.form(x, 1)
+        ..first.form(x, Matrices::Three)
     };
     let width = widths.iter().sum();
     let y = empty(x, [form.rows, width], x.dtype);
@@ -319,8 +330,8 @@ pub(super) fn three_products<R: CubeRuntime>(
             &x.client,
             form.count(width),
             form.dim(),
-            pieces(x),
-            pieces(norm),
+            quads(x),
+            quads(norm),
             pieces(&first.words),
             elements(&first.scales),
             pieces(&second.words),
@@ -334,6 +345,7 @@ pub(super) fn three_products<R: CubeRuntime>(
             widths[2],
             epsilon as f32,
             form,
+            Packing::of(x.dtype).expect("`covers` was asked"),
             [first.scales.dtype.into(), x.dtype.into()],
         );
     }
@@ -358,7 +370,7 @@ pub(super) fn gated_product<R: CubeRuntime>(
     let width = gate.width();
     let form = Form {
         norm: true,
-        ..gate.form(x, 2)
+        ..gate.form(x, Matrices::Pair)
     };
     let y = empty(x, [form.rows, width], x.dtype);
     // SAFETY: as for `product`.
@@ -368,8 +380,8 @@ pub(super) fn gated_product<R: CubeRuntime>(
             &x.client,
             form.count(width),
             form.dim(),
-            pieces(x),
-            pieces(norm),
+            quads(x),
+            quads(norm),
             pieces(&gate.words),
             elements(&gate.scales),
             pieces(&up.words),
@@ -379,10 +391,16 @@ pub(super) fn gated_product<R: CubeRuntime>(
             width,
             epsilon as f32,
             form,
+            Packing::of(x.dtype).expect("`covers` was asked"),
             [gate.scales.dtype.into(), x.dtype.into()],
         );
     }
     y
+}
+
+/// A buffer as an array of four elements each.
+fn quads<R: CubeRuntime>(buffer: &Buffer<R>) -> ArrayArg<R> {
+    array(buffer, 4 * buffer.dtype.size())
 }
 
 /// Rows with zeros behind them, which the padding of the rows of words meets.

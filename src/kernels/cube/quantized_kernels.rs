@@ -7,6 +7,20 @@ use super::{
     words::{Packing, Piece, pair, within},
 };
 
+/// Four inputs, as they are stored.
+pub(super) type Quad<F> = Vector<F, Const<4>>;
+
+/// Where the outputs of a group of units come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Matrices {
+    /// One matrix.
+    One,
+    /// The first half from one matrix, the second half, of the same columns, from another.
+    Pair,
+    /// One of three that stand side by side.
+    Three,
+}
+
 /// What a kernel over packed words is compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Form {
@@ -14,7 +28,9 @@ pub(super) struct Form {
     pub bits: usize,
     /// Rows of the input.
     pub rows: usize,
-    /// Outputs of a group of units.
+    /// Matrices of the product.
+    pub matrices: Matrices,
+    /// Outputs of a group of units, of all its matrices.
     pub outputs: usize,
     /// Loads in flight of each row of the matrix.
     pub ahead: usize,
@@ -26,8 +42,6 @@ pub(super) struct Form {
     pub group: Group,
     /// Groups of a cube.
     pub groups: usize,
-    /// How the input is stored.
-    pub packing: Packing,
     /// Whether a norm comes before the product.
     pub norm: bool,
     /// Whether a bias is added.
@@ -39,9 +53,17 @@ pub(super) struct Form {
 }
 
 impl Form {
-    /// Pieces of the input that a piece of the matrix is multiplied with.
-    pub(super) fn pieces(&self) -> usize {
-        128 / self.bits / self.packing.piece()
+    /// Columns of the result that a group of units works out.
+    pub(super) fn columns(&self) -> usize {
+        match self.matrices {
+            Matrices::Pair => self.outputs / 2,
+            Matrices::One | Matrices::Three => self.outputs,
+        }
+    }
+
+    /// Quads of the input that a piece of the matrix is multiplied with.
+    fn quads(&self) -> usize {
+        128 / self.bits / 4
     }
 
     /// Scales of a row of the matrix.
@@ -49,20 +71,24 @@ impl Form {
         self.vectors / self.group_vectors
     }
 
-    /// Where a value of a piece of the matrix stands: its word, and its lowest bit there.
-    fn place(&self, value: usize) -> (usize, usize) {
-        let per_word = 32 / self.bits;
-        (value / per_word, value % per_word * self.bits)
+    /// Word of a piece in which the values of a quad stand.
+    fn word(&self, quad: usize) -> usize {
+        4 * quad * self.bits / 32
     }
 
-    /// The bits of a value that stands there.
-    fn mask(&self, value: usize) -> u32 {
-        ((1 << self.bits) - 1) << self.place(value).1
+    /// Lowest bit of a value of a quad there.
+    fn bit(&self, quad: usize, value: usize) -> usize {
+        (4 * quad + value) * self.bits % 32
+    }
+
+    /// The bits of a value of a quad there.
+    fn mask(&self, quad: usize, value: usize) -> u32 {
+        ((1 << self.bits) - 1) << self.bit(quad, value)
     }
 
     /// What takes the place of shifting the value down.
-    fn shrink(&self, value: usize) -> f32 {
-        (-(self.place(value).1 as f32)).exp2()
+    fn shrink(&self, quad: usize, value: usize) -> f32 {
+        (-(self.bit(quad, value) as f32)).exp2()
     }
 
     /// What levels are stored with.
@@ -71,17 +97,53 @@ impl Form {
     }
 }
 
+/// Loads the pieces and scales of `ahead` steps, the first at `at`, for the outputs from `from` up to `to`.
+#[cube]
+#[allow(clippy::too_many_arguments)]
+fn load<S: Numeric>(
+    words: &Array<Piece>,
+    scales: &Array<S>,
+    channels: &Array<usize>,
+    at: usize,
+    loaded: &mut Array<Piece>,
+    factors: &mut Array<f32>,
+    #[comptime] from: usize,
+    #[comptime] to: usize,
+    #[comptime] ahead: usize,
+    #[comptime] form: Form,
+) {
+    #[unroll]
+    for step in 0..ahead {
+        let place = at + step * comptime!(form.group.lanes);
+        #[unroll]
+        for output in from..to {
+            let channel = channels[output];
+            let slot = step * comptime!(form.outputs) + output;
+            loaded[slot] = words[channel * form.vectors + place];
+            let group = channel * comptime!(form.scales()) + place / form.group_vectors;
+            factors[slot] = f32::cast_from(scales[group]);
+        }
+    }
+}
+
 /// Adds the products of one step of the group: `ahead` pieces of each row, the first at `at`.
 ///
 /// A level masked out where it stands is `2^bit` times itself, so the input is scaled by `2^-bit`; the
-/// offset of the levels is taken off by one product with the sum of the inputs.
+/// offset of the levels is taken off by one product with the sum of the inputs. Operations are on four
+/// values each and the code of a step is there once, whatever the matrices: drivers take seconds over
+/// long kernels.
 #[cube]
 #[allow(clippy::too_many_arguments)]
-fn add_step<S: Numeric>(
-    x: &Array<Piece>,
-    norm: &Array<Piece>,
+fn add_step<S: Numeric, F: Numeric>(
+    x: &Array<Quad<F>>,
+    norm: &Array<Quad<F>>,
     words: &Array<Piece>,
     scales: &Array<S>,
+    second_words: &Array<Piece>,
+    second_scales: &Array<S>,
+    third_words: &Array<Piece>,
+    third_scales: &Array<S>,
+    matrix: usize,
     channels: &Array<usize>,
     at: usize,
     sums: &mut Array<f32>,
@@ -89,26 +151,64 @@ fn add_step<S: Numeric>(
     #[comptime] ahead: usize,
     #[comptime] form: Form,
 ) {
-    let lanes = comptime!(form.group.lanes);
     let outputs = comptime!(form.outputs);
-    let pieces = comptime!(form.pieces());
-    let width = comptime!(form.packing.piece());
+    let half = comptime!(form.outputs / 2);
     let mut loaded = Array::<Piece>::new(comptime!(ahead * form.outputs));
     let mut factors = Array::<f32>::new(comptime!(ahead * form.outputs));
-    #[unroll]
-    for step in 0..ahead {
-        let place = at + step * lanes;
-        #[unroll]
-        for output in 0..outputs {
-            let channel = channels[output];
-            loaded[step * outputs + output] = words[channel * form.vectors + place];
-            let group = channel * comptime!(form.scales()) + place / form.group_vectors;
-            factors[step * outputs + output] = f32::cast_from(scales[group]);
-        }
+    let (l, f) = (&mut loaded, &mut factors);
+    if comptime!(form.matrices == Matrices::One) {
+        load(
+            words, scales, channels, at, l, f, 0usize, outputs, ahead, form,
+        );
+    } else if comptime!(form.matrices == Matrices::Pair) {
+        load(words, scales, channels, at, l, f, 0usize, half, ahead, form);
+        load(
+            second_words,
+            second_scales,
+            channels,
+            at,
+            l,
+            f,
+            half,
+            outputs,
+            ahead,
+            form,
+        );
+    } else if matrix == 0 {
+        load(
+            words, scales, channels, at, l, f, 0usize, outputs, ahead, form,
+        );
+    } else if matrix == 1 {
+        load(
+            second_words,
+            second_scales,
+            channels,
+            at,
+            l,
+            f,
+            0usize,
+            outputs,
+            ahead,
+            form,
+        );
+    } else {
+        load(
+            third_words,
+            third_scales,
+            channels,
+            at,
+            l,
+            f,
+            0usize,
+            outputs,
+            ahead,
+            form,
+        );
     }
+    let ones = Vector::<f32, Const<4>>::new(1.0f32);
     #[unroll]
     for step in 0..ahead {
-        let place = at + step * lanes;
+        let place = at + step * comptime!(form.group.lanes);
         let mut dots = Array::<f32>::new(comptime!(form.rows * form.outputs));
         let mut totals = Array::<f32>::new(comptime!(form.rows));
         #[unroll]
@@ -120,42 +220,36 @@ fn add_step<S: Numeric>(
             }
         }
         #[unroll]
-        for piece in 0..pieces {
-            let mut levels = Array::<f32>::new(comptime!(form.outputs * form.packing.piece()));
+        for quad in 0..form.quads() {
+            let mut mask = Vector::<u32, Const<4>>::empty();
+            let mut shrink = Vector::<f32, Const<4>>::empty();
+            #[unroll]
+            for value in 0..4usize {
+                mask[value] = comptime!(form.mask(quad, value));
+                shrink[value] = comptime!(form.shrink(quad, value));
+            }
+            let mut levels = Array::<Vector<f32, Const<4>>>::new(outputs);
             #[unroll]
             for output in 0..outputs {
-                #[unroll]
-                for index in 0..width {
-                    let word = comptime!(form.place(piece * width + index).0);
-                    let mask = comptime!(form.mask(piece * width + index));
-                    levels[output * width + index] =
-                        f32::cast_from(loaded[step * outputs + output][word] & mask);
-                }
+                let word = loaded[step * outputs + output][comptime!(form.word(quad))];
+                let masked = Vector::<u32, Const<4>>::new(word) & mask;
+                levels[output] = Vector::<f32, Const<4>>::cast_from(masked);
             }
             #[unroll]
             for row in 0..form.rows {
-                let from = (row * form.vectors + place) * pieces + piece;
-                let values = x[from];
+                let from = (row * form.vectors + place) * comptime!(form.quads()) + quad;
+                let mut values = Vector::<f32, Const<4>>::cast_from(x[from]);
+                if form.norm {
+                    squares[row] += values.dot(values);
+                    values *= Vector::<f32, Const<4>>::cast_from(
+                        norm[place * comptime!(form.quads()) + quad],
+                    );
+                }
+                totals[row] += values.dot(ones);
+                let shrunk = values * shrink;
                 #[unroll]
-                for index in 0..form.packing.pairs() {
-                    let mut value = pair(values, index, form.packing);
-                    if form.norm {
-                        squares[row] = fma(value[0], value[0], squares[row]);
-                        squares[row] = fma(value[1], value[1], squares[row]);
-                        value *= pair(norm[place * pieces + piece], index, form.packing);
-                    }
-                    #[unroll]
-                    for half in 0..2usize {
-                        totals[row] += value[half];
-                        let shrink = comptime!(form.shrink(piece * width + 2 * index + half));
-                        let shrunk = value[half] * shrink;
-                        #[unroll]
-                        for output in 0..outputs {
-                            let dot = dots[row * outputs + output];
-                            let level = levels[output * width + 2 * index + half];
-                            dots[row * outputs + output] = fma(shrunk, level, dot);
-                        }
-                    }
+                for output in 0..outputs {
+                    dots[row * outputs + output] += shrunk.dot(levels[output]);
                 }
             }
         }
@@ -172,33 +266,40 @@ fn add_step<S: Numeric>(
     }
 }
 
-/// The group's products with the outputs from `first` on. Each unit gets one: that of row
-/// `lane / outputs` and output `first + lane % outputs`.
+/// The group's products with the columns from `first` on of matrix number `matrix`. Each unit gets that
+/// of row `lane / columns` and column `first + lane % columns`, and where there are two matrices, the
+/// second's behind it.
 #[cube]
 #[allow(clippy::too_many_arguments)]
-fn products<S: Numeric>(
-    x: &Array<Piece>,
-    norm: &Array<Piece>,
+fn products<S: Numeric, F: Numeric>(
+    x: &Array<Quad<F>>,
+    norm: &Array<Quad<F>>,
     words: &Array<Piece>,
     scales: &Array<S>,
+    second_words: &Array<Piece>,
+    second_scales: &Array<S>,
+    third_words: &Array<Piece>,
+    third_scales: &Array<S>,
     low: &Array<f32>,
     up: &Array<f32>,
+    matrix: usize,
     first: usize,
     width: usize,
     rank: usize,
     epsilon: f32,
     #[comptime] form: Form,
-) -> f32 {
+) -> Vector<f32, Const<2>> {
     let lanes = comptime!(form.group.lanes);
     let outputs = comptime!(form.outputs);
+    let columns = comptime!(form.columns());
     let lane = UNIT_POS as usize % lanes;
     let mut sums = Array::<f32>::new(comptime!(form.rows * form.outputs));
     let mut squares = Array::<f32>::new(comptime!(form.rows));
     let mut channels = Array::<usize>::new(outputs);
     #[unroll]
     for output in 0..outputs {
-        // Outputs behind the last repeat it; nobody writes them.
-        channels[output] = min(first + output, width - 1);
+        // Columns behind the last repeat it; nobody writes them.
+        channels[output] = min(first + comptime!(output % columns), width - 1);
     }
     #[unroll]
     for row in 0..form.rows {
@@ -210,29 +311,39 @@ fn products<S: Numeric>(
     }
     let step = comptime!(form.ahead * form.group.lanes);
     let whole = comptime!(form.vectors / step * step);
-    for round in 0..comptime!(form.vectors / step) {
-        add_step(
-            x,
-            norm,
-            words,
-            scales,
-            &channels,
-            round * step + lane,
-            &mut sums,
-            &mut squares,
-            form.ahead,
-            form,
-        );
-    }
-    #[unroll]
-    for rest in 0..comptime!((form.vectors - whole).div_ceil(form.group.lanes)) {
-        let at = whole + rest * lanes + lane;
-        if at < form.vectors {
+    if comptime!(whole > 0) {
+        for round in 0..comptime!(form.vectors / step) {
             add_step(
                 x,
                 norm,
                 words,
                 scales,
+                second_words,
+                second_scales,
+                third_words,
+                third_scales,
+                matrix,
+                &channels,
+                round * step + lane,
+                &mut sums,
+                &mut squares,
+                form.ahead,
+                form,
+            );
+        }
+    }
+    if comptime!(whole < form.vectors) {
+        for at in range_stepped(whole + lane, form.vectors, lanes) {
+            add_step(
+                x,
+                norm,
+                words,
+                scales,
+                second_words,
+                second_scales,
+                third_words,
+                third_scales,
+                matrix,
                 &channels,
                 at,
                 &mut sums,
@@ -255,7 +366,7 @@ fn products<S: Numeric>(
             }
         }
     }
-    let mut mine = 0.0f32;
+    let mut mine = Vector::<f32, Const<2>>::new(0.0f32);
     #[unroll]
     for row in 0..form.rows {
         let mut root = 1.0f32;
@@ -267,25 +378,27 @@ fn products<S: Numeric>(
         #[unroll]
         for output in 0..outputs {
             let sum = group_sum(sums[row * outputs + output], form.group) * root;
-            mine = select(lane == row * outputs + output, sum, mine);
+            let place = comptime!(output / columns);
+            let is_mine = lane == comptime!(row * columns + output % columns);
+            mine[place] = select(is_mine, sum, mine[place]);
         }
     }
     mine
 }
 
-/// The first output of this unit's group.
+/// The first column of this unit's group.
 #[cube]
-fn first_output(#[comptime] form: Form) -> usize {
+fn first_column(#[comptime] form: Form) -> usize {
     let group = UNIT_POS as usize / comptime!(form.group.lanes);
-    (CUBE_POS * form.groups + group) * form.outputs
+    (CUBE_POS * form.groups + group) * comptime!(form.columns())
 }
 
 /// `y = norm(x) Wᵀ (+ bias) (+ residual) (+ low Bᵀ)`; `low` `[rows, rank]` scaled already, `up` `[out, rank]`.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
-pub(super) fn one_matrix<S: Numeric, O: Numeric>(
-    x: &Array<Piece>,
-    norm: &Array<Piece>,
+pub(super) fn one_matrix<S: Numeric, F: Numeric, O: Numeric>(
+    x: &Array<Quad<F>>,
+    norm: &Array<Quad<F>>,
     words: &Array<Piece>,
     scales: &Array<S>,
     bias: &Array<O>,
@@ -298,16 +411,18 @@ pub(super) fn one_matrix<S: Numeric, O: Numeric>(
     epsilon: f32,
     #[comptime] form: Form,
     #[comptime] out: Packing,
-    #[define(S, O)] _types: [StorageType; 2],
+    #[define(S, F, O)] _types: [StorageType; 3],
 ) {
-    let first = first_output(form);
-    let mut value = products(
-        x, norm, words, scales, low, up, first, width, rank, epsilon, form,
+    let first = first_column(form);
+    let sums = products(
+        x, norm, words, scales, words, scales, words, scales, low, up, 0usize, first, width, rank,
+        epsilon, form,
     );
+    let mut value = sums[0];
     let lane = UNIT_POS as usize % comptime!(form.group.lanes);
-    let column = first + lane % form.outputs;
-    if lane < comptime!(form.rows * form.outputs) && column < width {
-        let at = lane / form.outputs * width + column;
+    let column = first + lane % form.columns();
+    if lane < comptime!(form.rows * form.columns()) && column < width {
+        let at = lane / form.columns() * width + column;
         if form.bias {
             value += f32::cast_from(bias[column]);
         }
@@ -321,9 +436,9 @@ pub(super) fn one_matrix<S: Numeric, O: Numeric>(
 /// Three products of one normed input side by side.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
-pub(super) fn three_matrices<S: Numeric, O: Numeric>(
-    x: &Array<Piece>,
-    norm: &Array<Piece>,
+pub(super) fn three_matrices<S: Numeric, F: Numeric>(
+    x: &Array<Quad<F>>,
+    norm: &Array<Quad<F>>,
     first_words: &Array<Piece>,
     first_scales: &Array<S>,
     second_words: &Array<Piece>,
@@ -331,107 +446,98 @@ pub(super) fn three_matrices<S: Numeric, O: Numeric>(
     third_words: &Array<Piece>,
     third_scales: &Array<S>,
     none: &Array<f32>,
-    y: &mut Array<O>,
+    y: &mut Array<F>,
     first_width: usize,
     second_width: usize,
     third_width: usize,
     epsilon: f32,
     #[comptime] form: Form,
-    #[define(S, O)] _types: [StorageType; 2],
+    #[comptime] out: Packing,
+    #[define(S, F)] _types: [StorageType; 2],
 ) {
     let width = first_width + second_width + third_width;
-    let first = first_output(form);
-    // The widths are multiples of a group's outputs, so a group has one matrix.
-    let value = if first < first_width {
-        products(
-            x,
-            norm,
-            first_words,
-            first_scales,
-            none,
-            none,
-            first,
-            first_width,
-            0usize,
-            epsilon,
-            form,
-        )
-    } else if first < first_width + second_width {
-        products(
-            x,
-            norm,
-            second_words,
-            second_scales,
-            none,
-            none,
-            first - first_width,
-            second_width,
-            0usize,
-            epsilon,
-            form,
-        )
-    } else {
-        products(
-            x,
-            norm,
-            third_words,
-            third_scales,
-            none,
-            none,
-            first - first_width - second_width,
-            third_width,
-            0usize,
-            epsilon,
-            form,
-        )
-    };
+    let first = first_column(form);
+    // The widths are multiples of a group's columns, so a group has one matrix.
+    let mut matrix = 0usize;
+    let mut before = 0usize;
+    let mut own_width = first_width;
+    if first >= first_width + second_width {
+        matrix = 2usize;
+        before = first_width + second_width;
+        own_width = third_width;
+    } else if first >= first_width {
+        matrix = 1usize;
+        before = first_width;
+        own_width = second_width;
+    }
+    let sums = products(
+        x,
+        norm,
+        first_words,
+        first_scales,
+        second_words,
+        second_scales,
+        third_words,
+        third_scales,
+        none,
+        none,
+        matrix,
+        first - before,
+        own_width,
+        0usize,
+        epsilon,
+        form,
+    );
     let lane = UNIT_POS as usize % comptime!(form.group.lanes);
-    let column = first + lane % form.outputs;
-    if lane < comptime!(form.rows * form.outputs) && column < width {
-        let at = lane / form.outputs * width + column;
-        y[at] = O::cast_from(within(value, form.packing));
+    let column = first + lane % form.columns();
+    if lane < comptime!(form.rows * form.columns()) && column < width {
+        let at = lane / form.columns() * width + column;
+        y[at] = F::cast_from(within(sums[0], out));
     }
 }
 
 /// `silu(norm(x) Gᵀ) · (norm(x) Uᵀ)`.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
-pub(super) fn gated_matrices<S: Numeric, O: Numeric>(
-    x: &Array<Piece>,
-    norm: &Array<Piece>,
+pub(super) fn gated_matrices<S: Numeric, F: Numeric>(
+    x: &Array<Quad<F>>,
+    norm: &Array<Quad<F>>,
     gate_words: &Array<Piece>,
     gate_scales: &Array<S>,
     up_words: &Array<Piece>,
     up_scales: &Array<S>,
     none: &Array<f32>,
-    y: &mut Array<O>,
+    y: &mut Array<F>,
     width: usize,
     epsilon: f32,
     #[comptime] form: Form,
-    #[define(S, O)] _types: [StorageType; 2],
+    #[comptime] out: Packing,
+    #[define(S, F)] _types: [StorageType; 2],
 ) {
-    let first = first_output(form);
-    let gate = products(
+    let first = first_column(form);
+    let sums = products(
         x,
         norm,
         gate_words,
         gate_scales,
+        up_words,
+        up_scales,
+        gate_words,
+        gate_scales,
         none,
         none,
+        0usize,
         first,
         width,
         0usize,
         epsilon,
         form,
     );
-    let up = products(
-        x, norm, up_words, up_scales, none, none, first, width, 0usize, epsilon, form,
-    );
     let lane = UNIT_POS as usize % comptime!(form.group.lanes);
-    let column = first + lane % form.outputs;
-    if lane < comptime!(form.rows * form.outputs) && column < width {
-        let value = gate / (1.0f32 + (-gate).exp()) * up;
-        y[lane / form.outputs * width + column] = O::cast_from(within(value, form.packing));
+    let column = first + lane % form.columns();
+    if lane < comptime!(form.rows * form.columns()) && column < width {
+        let value = sums[0] / (1.0f32 + (-sums[0]).exp()) * sums[1];
+        y[lane / form.columns() * width + column] = F::cast_from(within(value, out));
     }
 }
 

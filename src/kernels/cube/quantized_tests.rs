@@ -244,10 +244,14 @@ fn speed<B: Kernels>(name: &str, dtype: DType) {
                     let _ = B::sync(&device);
                     start.elapsed().as_secs_f64() / (times * copies) as f64
                 };
-                run(1);
+                // Compiling included.
+                let first = run(1) * copies as f64;
                 let seconds = run(4).min(run(4));
                 let rate = format.bytes(out, d_input) as f64 / seconds / 1e9;
-                line += &format!("  b{rows} {:.1} us {rate:.0} GB/s", seconds * 1e6);
+                line += &format!(
+                    "  b{rows} {:.1} us {rate:.0} GB/s (first {first:.2} s)",
+                    seconds * 1e6
+                );
             }
             eprintln!("{line}");
         }
