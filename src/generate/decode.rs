@@ -192,18 +192,12 @@ pub fn generate<B: Kernels>(
     let room = input.seq() + settings.max_new_tokens + DECODER_ROOM;
     let reserved = if decodes { room } else { 0 };
     let mut cache = KeyValueCache::with_format(layers, reserved, settings.kv_cache);
-    let hidden = model.hidden_states(
-        &input,
-        vision.as_ref(),
-        config,
-        Some(&mut cache),
-        None,
-        device,
-    );
+    let columns = match model.quantization() {
+        Some(_) => (PACKED_PREFILL_TOKENS / rows.len()).max(LEAST_PREFILL_COLUMNS),
+        None => input.seq(),
+    };
+    let hidden = model.prefill(&input, vision.as_ref(), config, &mut cache, columns, device);
     drop(vision);
-    let seq = input.seq();
-    let last: Vec<i32> = (1..=rows.len()).map(|row| (row * seq - 1) as i32).collect();
-    let hidden = hidden.select(0, Tensor::from_ints(last.as_slice(), device));
     let logits = logits_on_host(model, hidden)?;
     timing.prefill_seconds = lap(device);
 
@@ -316,6 +310,11 @@ pub fn generate<B: Kernels>(
     timing.decode_seconds = lap(device);
     Ok((results, timing))
 }
+
+/// Tokens of all prompts that go through a model with packed weights at once, and tokens of a prompt at
+/// least: who packs weights is short of memory, and each time all of them are unpacked again.
+const PACKED_PREFILL_TOKENS: usize = 512;
+const LEAST_PREFILL_COLUMNS: usize = 128;
 
 /// Tokens a decoder may run ahead of what is read.
 const DECODER_ROOM: usize = 8;

@@ -16,7 +16,10 @@ use crate::{
 };
 
 /// Bytes of floats that are unpacked at once on the way to a product.
-pub const UNPACKED_BYTES: usize = 128 << 20;
+pub const UNPACKED_BYTES: usize = 32 << 20;
+
+/// Rows of a whole tile of a product.
+const TILE: usize = 64;
 
 /// A packed matrix `[out, in]` on a device.
 #[derive(Debug, Clone)]
@@ -155,7 +158,13 @@ impl<B: Backend> PackedWeight<B> {
     /// Rows of floats of `dtype` that are unpacked at once.
     pub fn rows_at_once(&self, dtype: DType) -> usize {
         let row = self.format.padded(self.d_input) * dtype.size();
-        (UNPACKED_BYTES / row).max(1)
+        let rows = UNPACKED_BYTES / row;
+        // Whole tiles of a product.
+        if rows > TILE {
+            rows / TILE * TILE
+        } else {
+            rows.max(1)
+        }
     }
 }
 

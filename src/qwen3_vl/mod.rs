@@ -204,6 +204,22 @@ impl TextInput {
         self.input_ids.first().map_or(0, Vec::len)
     }
 
+    /// The tokens in the columns `range` of every row.
+    pub fn columns(&self, range: std::ops::Range<usize>) -> Self {
+        let mut positions = Positions::default();
+        for row in 0..self.batch() {
+            let start = row * self.seq();
+            let tokens = start + range.start..start + range.end;
+            positions.extend(&self.positions.slice(tokens));
+        }
+        Self {
+            input_ids: cut(&self.input_ids, &range),
+            segments: cut(&self.segments, &range),
+            positions,
+            image_token_id: self.image_token_id,
+        }
+    }
+
     /// For each token the row of `[one zero row; image features]` that belongs to it.
     fn image_rows(&self) -> Vec<i32> {
         let mut next = 0;
@@ -235,6 +251,12 @@ impl TextInput {
             dropout_seed,
         }
     }
+}
+
+/// The columns `range` of some rows.
+fn cut<T: Clone>(rows: &[Vec<T>], range: &std::ops::Range<usize>) -> Vec<Vec<T>> {
+    let cut = |row: &Vec<T>| row[range.clone()].to_vec();
+    rows.iter().map(cut).collect()
 }
 
 /// Where image features go among the tokens of a batch.
@@ -428,6 +450,49 @@ impl<B: Kernels> Qwen3Vl<B> {
             }
         }
         self.model.language_model.norm.forward(x)
+    }
+
+    /// Fills a cache with the prompts of a batch, padded on the left, at most `columns` tokens of every row
+    /// at once: what lies between the layers is no larger than that. The last hidden state of each row,
+    /// `[batch, hidden]`.
+    ///
+    /// # Panics
+    /// As [`Self::hidden_states`], or if there is no token.
+    pub fn prefill(
+        &self,
+        input: &TextInput,
+        vision: Option<&VisionOutput<B>>,
+        config: &Qwen3VlConfig,
+        cache: &mut KeyValueCache<B>,
+        columns: usize,
+        device: &B::Device,
+    ) -> Tensor<B, 2> {
+        let (batch, seq) = (input.batch(), input.seq());
+        let image_rows = input.image_rows();
+        let mut last = None;
+        for start in (0..seq).step_by(columns) {
+            let end = seq.min(start + columns);
+            let whole = end - start == seq;
+            let features: Vec<i32> = (0..batch)
+                .flat_map(|row| &image_rows[row * seq + start..row * seq + end])
+                .filter(|row| **row > 0)
+                .map(|row| row - 1)
+                .collect();
+            let chosen = vision.filter(|_| !features.is_empty()).map(|vision| {
+                if whole {
+                    vision.clone()
+                } else {
+                    vision.select(Tensor::from_ints(features.as_slice(), device))
+                }
+            });
+            let chunk = input.columns(start..end);
+            let hidden =
+                self.hidden_states(&chunk, chosen.as_ref(), config, Some(cache), None, device);
+            last = Some((hidden, end - start));
+        }
+        let (hidden, columns) = last.expect("a prompt has a token");
+        let ends: Vec<i32> = (1..=batch).map(|row| (row * columns - 1) as i32).collect();
+        hidden.select(0, Tensor::from_ints(ends.as_slice(), device))
     }
 
     /// Logits in f32: `[n, hidden]` → `[n, vocab]`.

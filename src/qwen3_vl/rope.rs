@@ -33,6 +33,16 @@ impl Positions {
         }
     }
 
+    /// The positions of tokens `range`.
+    pub fn slice(&self, range: std::ops::Range<usize>) -> Self {
+        Self {
+            axes: self
+                .axes
+                .each_ref()
+                .map(|axis| axis[range.clone()].to_vec()),
+        }
+    }
+
     /// Appends all tokens of `other`.
     pub fn extend(&mut self, other: &Self) {
         for (axis, more) in self.axes.iter_mut().zip(&other.axes) {

@@ -239,6 +239,17 @@ pub struct VisionOutput<B: Backend> {
     pub deepstack: Vec<Tensor<B, 2>>,
 }
 
+impl<B: Backend> VisionOutput<B> {
+    /// The features `indices` `[n]`, in that order.
+    pub fn select(&self, indices: Tensor<B, 1, Int>) -> Self {
+        let select = |x: &Tensor<B, 2>| x.clone().select(0, indices.clone());
+        Self {
+            merged: select(&self.merged),
+            deepstack: self.deepstack.iter().map(select).collect(),
+        }
+    }
+}
+
 /// Where each patch of some images lies: what the tower needs besides pixels.
 #[derive(Debug, Clone)]
 pub struct VisionLayout<B: Backend> {

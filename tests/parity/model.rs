@@ -394,6 +394,45 @@ fn padded_batches_equal_the_reference() {
 }
 
 #[test]
+fn prompts_filled_in_some_columns_at_a_time_equal_the_reference() {
+    let Loaded { config, model } = load("model-tiny");
+    let reference = Reference::open("batch.safetensors");
+    let (rows, grids) = batch_rows(&reference, "batch_left");
+    let (input, _) = TextInput::padded(&rows, &grids, &config, Padding::Left, 0).unwrap();
+    let images = batch_images(&reference, "batch_left");
+    let vision = model.encode_images(&images, &config, &device());
+    let logits = reference.f32s("batch_left.logits_valid");
+    let vocab = config.text_config.vocab_size;
+    let mut want = Vec::new();
+    let mut end = 0;
+    for row in &rows {
+        end += row.len() * vocab;
+        want.extend_from_slice(&logits[end - vocab..end]);
+    }
+    // One and two columns make chunks of padding alone and of image tokens alone.
+    for columns in [1, 2, 7, input.seq() - 1, input.seq()] {
+        let mut cache = KeyValueCache::new(config.text_config.num_hidden_layers);
+        let hidden = model.prefill(
+            &input,
+            Some(&vision),
+            &config,
+            &mut cache,
+            columns,
+            &device(),
+        );
+        assert_eq!(cache.len(), input.seq());
+        let ours = values(model.logits(hidden));
+        assert_close(
+            &format!("last logits, {columns} columns at a time"),
+            &ours,
+            &want,
+            1e-4,
+            1e-4,
+        );
+    }
+}
+
+#[test]
 fn packed_samples_equal_the_reference() {
     let Loaded { config, model } = load("model-tiny");
     let reference = Reference::open("text.safetensors");

@@ -1,7 +1,7 @@
 //! Products with packed weights (see [`crate::quant`]): the words are read as they lie.
 //!
 //! One to eight rows are multiplied as in [`super::matvec`]: a group of units works out some outputs for
-//! all rows and reads sixteen bytes of words a unit, side by side, several loads ahead. Up to
+//! all rows and reads sixteen bytes of words a unit, side by side. Up to
 //! [`MOST_ROWS`] rows go in several such launches. More rows go through the dense product with rows of
 //! the matrix that a kernel writes out as floats, at most [`quant::weight::UNPACKED_BYTES`] at once.
 
@@ -27,6 +27,9 @@ const ROWS: usize = 8;
 
 /// Rows up to which launches over the packed words beat unpacking the matrix.
 const MOST_ROWS: usize = 4 * ROWS;
+
+/// Outputs of a matrix from which groups of units take four each; of fewer, too few groups would read.
+const MANY_OUTPUTS: usize = 8192;
 
 /// Units of a cube of planes.
 const UNITS: usize = 256;
@@ -78,32 +81,19 @@ impl<R: CubeRuntime> Packed<R> {
             "inputs of the product"
         );
         let group = Group::of(&x.client);
-        let env = |name: &str, default: usize| {
-            std::env::var(name)
-                .ok()
-                .and_then(|v| v.parse().ok())
-                .unwrap_or(default)
-        };
-        let outputs = if rows > 2 && group.plane {
-            4
-        } else if matrices == Matrices::Pair {
+        // More outputs of a group where several rows are read again for each, and where groups are many.
+        let many = group.plane && (rows > 2 || self.width() >= MANY_OUTPUTS);
+        let outputs = if many || matrices == Matrices::Pair {
             4
         } else {
-            env("XO", 2)
+            2
         };
-        let ahead = if group.plane {
-            env("XA", 4) * 2 / outputs
-        } else {
-            1
-        };
-        let ahead = ahead.max(1);
         let per_piece = 4 * self.format.per_word();
         Form {
             bits: self.format.bits(),
             rows,
             matrices,
             outputs,
-            ahead,
             vectors: width / per_piece,
             group_vectors: self.format.group(self.d_input) / per_piece,
             group,

@@ -32,8 +32,6 @@ pub(super) struct Form {
     pub matrices: Matrices,
     /// Outputs of a group of units, of all its matrices.
     pub outputs: usize,
-    /// Loads in flight of each row of the matrix.
-    pub ahead: usize,
     /// Sixteen-byte pieces of a row of the matrix.
     pub vectors: usize,
     /// Pieces that share a scale.
@@ -97,7 +95,7 @@ impl Form {
     }
 }
 
-/// Loads the pieces and scales of `ahead` steps, the first at `at`, for the outputs from `from` up to `to`.
+/// Loads piece number `at` and its scale for the outputs from `from` up to `to`.
 #[cube]
 #[allow(clippy::too_many_arguments)]
 fn load<S: Numeric>(
@@ -109,29 +107,23 @@ fn load<S: Numeric>(
     factors: &mut Array<f32>,
     #[comptime] from: usize,
     #[comptime] to: usize,
-    #[comptime] ahead: usize,
     #[comptime] form: Form,
 ) {
     #[unroll]
-    for step in 0..ahead {
-        let place = at + step * comptime!(form.group.lanes);
-        #[unroll]
-        for output in from..to {
-            let channel = channels[output];
-            let slot = step * comptime!(form.outputs) + output;
-            loaded[slot] = words[channel * form.vectors + place];
-            let group = channel * comptime!(form.scales()) + place / form.group_vectors;
-            factors[slot] = f32::cast_from(scales[group]);
-        }
+    for output in from..to {
+        let channel = channels[output];
+        loaded[output] = words[channel * form.vectors + at];
+        let group = channel * comptime!(form.scales()) + at / form.group_vectors;
+        factors[output] = f32::cast_from(scales[group]);
     }
 }
 
-/// Adds the products of one step of the group: `ahead` pieces of each row, the first at `at`.
+/// Adds the products with piece number `at` of each row.
 ///
 /// A level masked out where it stands is `2^bit` times itself, so the input is scaled by `2^-bit`; the
 /// offset of the levels is taken off by one product with the sum of the inputs. Operations are on four
-/// values each and the code of a step is there once, whatever the matrices: drivers take seconds over
-/// long kernels.
+/// values each and the code is there once, whatever the matrices: drivers take seconds over long kernels,
+/// and loads further ahead were not faster.
 #[cube]
 #[allow(clippy::too_many_arguments)]
 fn add_step<S: Numeric, F: Numeric>(
@@ -148,20 +140,17 @@ fn add_step<S: Numeric, F: Numeric>(
     at: usize,
     sums: &mut Array<f32>,
     squares: &mut Array<f32>,
-    #[comptime] ahead: usize,
     #[comptime] form: Form,
 ) {
     let outputs = comptime!(form.outputs);
     let half = comptime!(form.outputs / 2);
-    let mut loaded = Array::<Piece>::new(comptime!(ahead * form.outputs));
-    let mut factors = Array::<f32>::new(comptime!(ahead * form.outputs));
+    let mut loaded = Array::<Piece>::new(outputs);
+    let mut factors = Array::<f32>::new(outputs);
     let (l, f) = (&mut loaded, &mut factors);
     if comptime!(form.matrices == Matrices::One) {
-        load(
-            words, scales, channels, at, l, f, 0usize, outputs, ahead, form,
-        );
+        load(words, scales, channels, at, l, f, 0usize, outputs, form);
     } else if comptime!(form.matrices == Matrices::Pair) {
-        load(words, scales, channels, at, l, f, 0usize, half, ahead, form);
+        load(words, scales, channels, at, l, f, 0usize, half, form);
         load(
             second_words,
             second_scales,
@@ -171,13 +160,10 @@ fn add_step<S: Numeric, F: Numeric>(
             f,
             half,
             outputs,
-            ahead,
             form,
         );
     } else if matrix == 0 {
-        load(
-            words, scales, channels, at, l, f, 0usize, outputs, ahead, form,
-        );
+        load(words, scales, channels, at, l, f, 0usize, outputs, form);
     } else if matrix == 1 {
         load(
             second_words,
@@ -188,7 +174,6 @@ fn add_step<S: Numeric, F: Numeric>(
             f,
             0usize,
             outputs,
-            ahead,
             form,
         );
     } else {
@@ -201,67 +186,61 @@ fn add_step<S: Numeric, F: Numeric>(
             f,
             0usize,
             outputs,
-            ahead,
             form,
         );
     }
     let ones = Vector::<f32, Const<4>>::new(1.0f32);
+    let mut dots = Array::<f32>::new(comptime!(form.rows * form.outputs));
+    let mut totals = Array::<f32>::new(comptime!(form.rows));
     #[unroll]
-    for step in 0..ahead {
-        let place = at + step * comptime!(form.group.lanes);
-        let mut dots = Array::<f32>::new(comptime!(form.rows * form.outputs));
-        let mut totals = Array::<f32>::new(comptime!(form.rows));
+    for row in 0..form.rows {
+        totals[row] = 0.0f32;
         #[unroll]
-        for row in 0..form.rows {
-            totals[row] = 0.0f32;
-            #[unroll]
-            for output in 0..outputs {
-                dots[row * outputs + output] = 0.0f32;
-            }
+        for output in 0..outputs {
+            dots[row * outputs + output] = 0.0f32;
         }
+    }
+    #[unroll]
+    for quad in 0..form.quads() {
+        let mut mask = Vector::<u32, Const<4>>::empty();
+        let mut shrink = Vector::<f32, Const<4>>::empty();
         #[unroll]
-        for quad in 0..form.quads() {
-            let mut mask = Vector::<u32, Const<4>>::empty();
-            let mut shrink = Vector::<f32, Const<4>>::empty();
-            #[unroll]
-            for value in 0..4usize {
-                mask[value] = comptime!(form.mask(quad, value));
-                shrink[value] = comptime!(form.shrink(quad, value));
-            }
-            let mut levels = Array::<Vector<f32, Const<4>>>::new(outputs);
-            #[unroll]
-            for output in 0..outputs {
-                let word = loaded[step * outputs + output][comptime!(form.word(quad))];
-                let masked = Vector::<u32, Const<4>>::new(word) & mask;
-                levels[output] = Vector::<f32, Const<4>>::cast_from(masked);
-            }
-            #[unroll]
-            for row in 0..form.rows {
-                let from = (row * form.vectors + place) * comptime!(form.quads()) + quad;
-                let mut values = Vector::<f32, Const<4>>::cast_from(x[from]);
-                if form.norm {
-                    squares[row] += values.dot(values);
-                    values *= Vector::<f32, Const<4>>::cast_from(
-                        norm[place * comptime!(form.quads()) + quad],
-                    );
-                }
-                totals[row] += values.dot(ones);
-                let shrunk = values * shrink;
-                #[unroll]
-                for output in 0..outputs {
-                    dots[row * outputs + output] += shrunk.dot(levels[output]);
-                }
-            }
+        for value in 0..4usize {
+            mask[value] = comptime!(form.mask(quad, value));
+            shrink[value] = comptime!(form.shrink(quad, value));
+        }
+        let mut levels = Array::<Vector<f32, Const<4>>>::new(outputs);
+        #[unroll]
+        for output in 0..outputs {
+            let word = loaded[output][comptime!(form.word(quad))];
+            let masked = Vector::<u32, Const<4>>::new(word) & mask;
+            levels[output] = Vector::<f32, Const<4>>::cast_from(masked);
         }
         #[unroll]
         for row in 0..form.rows {
-            let below = comptime!(form.offset()) * totals[row];
+            let from = (row * form.vectors + at) * comptime!(form.quads()) + quad;
+            let mut values = Vector::<f32, Const<4>>::cast_from(x[from]);
+            if form.norm {
+                squares[row] += values.dot(values);
+                values *=
+                    Vector::<f32, Const<4>>::cast_from(norm[at * comptime!(form.quads()) + quad]);
+            }
+            totals[row] += values.dot(ones);
+            let shrunk = values * shrink;
             #[unroll]
             for output in 0..outputs {
-                let sum = sums[row * outputs + output];
-                let dot = dots[row * outputs + output] - below;
-                sums[row * outputs + output] = fma(factors[step * outputs + output], dot, sum);
+                dots[row * outputs + output] += shrunk.dot(levels[output]);
             }
+        }
+    }
+    #[unroll]
+    for row in 0..form.rows {
+        let below = comptime!(form.offset()) * totals[row];
+        #[unroll]
+        for output in 0..outputs {
+            let sum = sums[row * outputs + output];
+            let dot = dots[row * outputs + output] - below;
+            sums[row * outputs + output] = fma(factors[output], dot, sum);
         }
     }
 }
@@ -309,49 +288,23 @@ fn products<S: Numeric, F: Numeric>(
             sums[row * outputs + output] = 0.0f32;
         }
     }
-    let step = comptime!(form.ahead * form.group.lanes);
-    let whole = comptime!(form.vectors / step * step);
-    if comptime!(whole > 0) {
-        for round in 0..comptime!(form.vectors / step) {
-            add_step(
-                x,
-                norm,
-                words,
-                scales,
-                second_words,
-                second_scales,
-                third_words,
-                third_scales,
-                matrix,
-                &channels,
-                round * step + lane,
-                &mut sums,
-                &mut squares,
-                form.ahead,
-                form,
-            );
-        }
-    }
-    if comptime!(whole < form.vectors) {
-        for at in range_stepped(whole + lane, form.vectors, lanes) {
-            add_step(
-                x,
-                norm,
-                words,
-                scales,
-                second_words,
-                second_scales,
-                third_words,
-                third_scales,
-                matrix,
-                &channels,
-                at,
-                &mut sums,
-                &mut squares,
-                1usize,
-                form,
-            );
-        }
+    for at in range_stepped(lane, form.vectors, lanes) {
+        add_step(
+            x,
+            norm,
+            words,
+            scales,
+            second_words,
+            second_scales,
+            third_words,
+            third_scales,
+            matrix,
+            &channels,
+            at,
+            &mut sums,
+            &mut squares,
+            form,
+        );
     }
     if form.adapter {
         for r in range_stepped(lane, rank, lanes) {

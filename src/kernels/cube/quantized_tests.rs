@@ -181,6 +181,9 @@ fn products_agree<B: Kernels>() {
                 ([5, 104, 33], false, Some(70)),
                 ([5, 100, 33], true, None),
                 ([9, 128, 33], true, Some(3)),
+                // An adapter over rows that are no whole pieces.
+                ([5, 100, 33], true, Some(4)),
+                ([1, 64, 8195], false, None),
             ] {
                 let case = Case {
                     format,
