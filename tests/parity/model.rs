@@ -6,6 +6,7 @@ use burn::{
     prelude::*,
     tensor::{DType, Device},
 };
+use burn_store::{ModuleSnapshot, SafetensorsStore};
 use xray_qwen3vl::{
     lora::{
         config::LoraConfig,
@@ -582,6 +583,22 @@ fn saving_keeps_every_bit_in_one_file_and_in_shards() {
             assert_eq!(config_again, config, "{name}");
             assert_eq!(flat(&again), all, "{name}, shards of {max_shard_bytes}");
         }
+    }
+}
+
+/// The keys are the paths of the modules' parameters, so Burn's own reader needs no list of them.
+#[test]
+fn checkpoints_are_what_burn_store_reads() {
+    for name in ["model-tiny", "model-tiny-tied"] {
+        let Loaded { config, model } = load(name);
+        let dir = tempfile::tempdir().unwrap();
+        save_checkpoint(&model, dir.path(), usize::MAX).unwrap();
+        let mut store = SafetensorsStore::from_file(dir.path().join("model.safetensors"));
+        let mut again = Qwen3Vl::<B>::new(&config, &InitOptions::default(), &device());
+        let result = again.load_from(&mut store).unwrap();
+        assert!(result.missing.is_empty(), "{:?}", result.missing);
+        assert!(result.unused.is_empty(), "{:?}", result.unused);
+        assert_eq!(flat(&again), flat(&model), "{name}");
     }
 }
 
