@@ -59,6 +59,11 @@ pub(super) fn pieces<R: CubeRuntime>(buffer: &Buffer<R>) -> ArrayArg<R> {
     array(buffer, 16)
 }
 
+/// A buffer as an array of four elements each.
+pub(super) fn quads<R: CubeRuntime>(buffer: &Buffer<R>) -> ArrayArg<R> {
+    array(buffer, 4 * buffer.dtype.size())
+}
+
 /// So many cubes, in a grid the adapter allows: [`CUBE_POS`] counts them, and may count some more.
 pub(super) fn cubes(count: usize) -> CubeCount {
     const WIDEST: usize = 65_535;

@@ -17,8 +17,8 @@ mod matrix;
 mod matvec;
 #[cfg(feature = "wgpu")]
 mod pointwise;
+mod products;
 pub(super) mod quantized;
-mod quantized_kernels;
 #[cfg(test)]
 mod quantized_tests;
 mod rotary;
@@ -27,6 +27,7 @@ mod rows;
 mod sums;
 #[cfg(all(test, feature = "wgpu"))]
 mod tests;
+mod unpack;
 #[cfg(feature = "wgpu")]
 mod vulkan;
 mod words;

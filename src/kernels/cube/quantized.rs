@@ -1,8 +1,6 @@
 //! Products with packed weights (see [`crate::quant`]): the words are read as they lie.
 //!
-//! One to eight rows are multiplied as in [`super::matvec`]: a group of units works out some outputs for
-//! all rows and reads sixteen bytes of words a unit, side by side. Up to
-//! [`MOST_ROWS`] rows go in several such launches. More rows go through the dense product with rows of
+//! Up to [`MOST_ROWS`] rows go in several such launches. More rows go through the dense product with rows of
 //! the matrix that a kernel writes out as floats, at most [`quant::weight::UNPACKED_BYTES`] at once.
 
 use burn::tensor::{DType, Tensor};
@@ -10,11 +8,10 @@ use burn_cubecl::{CubeRuntime, kernel::into_contiguous};
 use cubecl::prelude::*;
 
 use super::{
-    launch::{Buffer, Cube, array, contiguous, cubes, elements, empty, pieces, tensor},
-    quantized_kernels::{
-        Form, Matrices, gated_matrices, low_rank, one_matrix, pad_rows, three_matrices, unpack,
-    },
+    launch::{Buffer, Cube, array, contiguous, cubes, elements, empty, pieces, quads, tensor},
+    products::{Form, Matrices, Stored, gated_matrices, low_rank, one_matrix, three_matrices},
     sums::Group,
+    unpack::{pad_rows, unpack},
     words::Packing,
 };
 use crate::{
@@ -27,9 +24,6 @@ const ROWS: usize = 8;
 
 /// Rows up to which launches over the packed words beat unpacking the matrix.
 const MOST_ROWS: usize = 4 * ROWS;
-
-/// Outputs of a matrix from which groups of units take four each; of fewer, too few groups would read.
-const MANY_OUTPUTS: usize = 8192;
 
 /// Units of a cube of planes.
 const UNITS: usize = 256;
@@ -80,39 +74,14 @@ impl<R: CubeRuntime> Packed<R> {
             self.format.padded(self.d_input),
             "inputs of the product"
         );
-        let group = Group::of(&x.client);
-        // More outputs of a group where several rows are read again for each, and where groups are many.
-        let many = group.plane && (rows > 2 || self.width() >= MANY_OUTPUTS);
-        let outputs = if many || matrices == Matrices::Pair {
-            4
-        } else {
-            2
-        };
         let per_piece = 4 * self.format.per_word();
-        Form {
+        let stored = Stored::Levels {
             bits: self.format.bits(),
-            rows,
-            matrices,
-            outputs,
-            vectors: width / per_piece,
             group_vectors: self.format.group(self.d_input) / per_piece,
-            group,
-            groups: if group.plane { UNITS / group.lanes } else { 1 },
-            norm: false,
-            bias: false,
-            residual: false,
-            adapter: false,
-        }
-    }
-}
-
-impl Form {
-    fn count(&self, columns: usize) -> CubeCount {
-        cubes(columns.div_ceil(self.columns() * self.groups))
-    }
-
-    fn dim(&self) -> CubeDim {
-        CubeDim::new_1d((self.group.lanes * self.groups) as u32)
+        };
+        let group = Group::of(&x.client);
+        let sizes = [rows, self.width()];
+        Form::new(stored, sizes, matrices, width / per_piece, group)
     }
 }
 
@@ -386,11 +355,6 @@ pub(super) fn gated_product<R: CubeRuntime>(
         );
     }
     y
-}
-
-/// A buffer as an array of four elements each.
-fn quads<R: CubeRuntime>(buffer: &Buffer<R>) -> ArrayArg<R> {
-    array(buffer, 4 * buffer.dtype.size())
 }
 
 /// Rows with zeros behind them, which the padding of the rows of words meets.

@@ -73,7 +73,11 @@ fn compare(case: &Case, ours: Tensor<impl Kernels, 2>, wanted: &[f64], size: &[f
     for (index, ours) in ours.into_data().iter::<f32>().enumerate() {
         // Terms come with 128 times their level where the offset has not been taken off yet, and f32
         // rounds each of some hundred additions of a lane by 2^-24 of the sum so far.
-        let allowed = size[index] * 2e-5 + rounding * wanted[index].abs() + 1e-6;
+        let mut allowed = size[index] * 2e-5 + rounding * wanted[index].abs() + 1e-6;
+        if case.rank.is_some() && !case.sizes[1].is_multiple_of(8) {
+            // The default rounds the product, the adapter's inputs, its share and their sum.
+            allowed += 4.0 * rounding * size[index];
+        }
         let off = (f64::from(ours) - wanted[index]).abs();
         assert!(
             off <= allowed,

@@ -1,8 +1,16 @@
-//! The kernels behind [`super::quantized`].
+//! Products of one to eight rows with matrices `[out, in]`, of floats ([`super::matvec`]) or of packed
+//! words ([`super::quantized`]): as fast as the matrices can be read.
+//!
+//! A group of units works out a few outputs for all rows. It reads the rows of the matrix sixteen bytes a
+//! unit, side by side; the input rows come out of the cache. A norm before the product costs nothing here:
+//! its scale goes onto the input, its mean square is summed beside the products, and its root divides
+//! their sums. Operations are on four values each and the code of a step is there once, whatever the
+//! matrices: drivers take seconds over long kernels, and loads further ahead were not faster.
 
 use cubecl::prelude::*;
 
 use super::{
+    launch::cubes,
     sums::{Group, group_sum},
     words::{Packing, Piece, pair, within},
 };
@@ -21,11 +29,25 @@ pub(super) enum Matrices {
     Three,
 }
 
-/// What a kernel over packed words is compiled for.
+/// How the values of a matrix are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Stored {
+    /// Floats.
+    Floats(Packing),
+    /// Levels of so many bits, to be multiplied with a scale.
+    Levels {
+        /// Bits of a value.
+        bits: usize,
+        /// Sixteen-byte pieces that share a scale.
+        group_vectors: usize,
+    },
+}
+
+/// What a kernel is compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Form {
-    /// Bits of a value.
-    pub bits: usize,
+    /// How the values of the matrices are stored.
+    pub stored: Stored,
     /// Rows of the input.
     pub rows: usize,
     /// Matrices of the product.
@@ -34,8 +56,6 @@ pub(super) struct Form {
     pub outputs: usize,
     /// Sixteen-byte pieces of a row of the matrix.
     pub vectors: usize,
-    /// Pieces that share a scale.
-    pub group_vectors: usize,
     /// Units that work on some outputs together.
     pub group: Group,
     /// Groups of a cube.
@@ -50,52 +70,149 @@ pub(super) struct Form {
     pub adapter: bool,
 }
 
+/// Units of a cube of planes.
+const UNITS: usize = 256;
+
+/// Outputs of a matrix from which groups of units take four each; of fewer, too few groups would read.
+const MANY_OUTPUTS: usize = 8192;
+
 impl Form {
+    /// For products of `rows` rows with matrices of `width` outputs and rows of `vectors` pieces; nothing
+    /// comes before or is added.
+    pub(super) fn new(
+        stored: Stored,
+        [rows, width]: [usize; 2],
+        matrices: Matrices,
+        vectors: usize,
+        group: Group,
+    ) -> Self {
+        // More outputs of a group where several rows are read again for each, and where groups are many.
+        let many = group.plane && (rows > 2 || width >= MANY_OUTPUTS);
+        // A unit of the group for each result.
+        let fits = 4 * rows <= group.lanes;
+        Self {
+            stored,
+            rows,
+            matrices,
+            outputs: if (many && fits) || matrices == Matrices::Pair {
+                4
+            } else {
+                2
+            },
+            vectors,
+            group,
+            groups: if group.plane { UNITS / group.lanes } else { 1 },
+            norm: false,
+            bias: false,
+            residual: false,
+            adapter: false,
+        }
+    }
+
+    /// Cubes for so many columns.
+    pub(super) fn count(&self, columns: usize) -> CubeCount {
+        cubes(columns.div_ceil(self.columns() * self.groups))
+    }
+
+    /// Units of a cube.
+    pub(super) fn dim(&self) -> CubeDim {
+        CubeDim::new_1d((self.group.lanes * self.groups) as u32)
+    }
+
     /// Columns of the result that a group of units works out.
-    pub(super) fn columns(&self) -> usize {
+    fn columns(&self) -> usize {
         match self.matrices {
             Matrices::Pair => self.outputs / 2,
             Matrices::One | Matrices::Three => self.outputs,
         }
     }
 
+    /// Whether the matrix holds levels.
+    fn is_packed(&self) -> bool {
+        matches!(self.stored, Stored::Levels { .. })
+    }
+
+    /// How floats of the matrix are stored.
+    fn packing(&self) -> Packing {
+        match self.stored {
+            Stored::Floats(packing) => packing,
+            Stored::Levels { .. } => unreachable!("asked of matrices of floats only"),
+        }
+    }
+
+    /// Bits of a level.
+    fn bits(&self) -> usize {
+        match self.stored {
+            Stored::Floats(_) => unreachable!("asked of packed matrices only"),
+            Stored::Levels { bits, .. } => bits,
+        }
+    }
+
+    /// Pieces that share a scale.
+    fn group_vectors(&self) -> usize {
+        match self.stored {
+            Stored::Floats(_) => self.vectors,
+            Stored::Levels { group_vectors, .. } => group_vectors,
+        }
+    }
+
     /// Quads of the input that a piece of the matrix is multiplied with.
     fn quads(&self) -> usize {
-        128 / self.bits / 4
+        match self.stored {
+            Stored::Floats(packing) => packing.piece() / 4,
+            Stored::Levels { bits, .. } => 128 / bits / 4,
+        }
     }
 
     /// Scales of a row of the matrix.
     fn scales(&self) -> usize {
-        self.vectors / self.group_vectors
+        self.vectors / self.group_vectors()
     }
 
-    /// Word of a piece in which the values of a quad stand.
+    /// Word of a piece in which the levels of a quad stand.
     fn word(&self, quad: usize) -> usize {
-        4 * quad * self.bits / 32
+        4 * quad * self.bits() / 32
     }
 
-    /// Lowest bit of a value of a quad there.
+    /// Lowest bit of a level of a quad there.
     fn bit(&self, quad: usize, value: usize) -> usize {
-        (4 * quad + value) * self.bits % 32
+        (4 * quad + value) * self.bits() % 32
     }
 
-    /// The bits of a value of a quad there.
+    /// The bits of a level of a quad there.
     fn mask(&self, quad: usize, value: usize) -> u32 {
-        ((1 << self.bits) - 1) << self.bit(quad, value)
+        ((1 << self.bits()) - 1) << self.bit(quad, value)
     }
 
-    /// What takes the place of shifting the value down.
+    /// What takes the place of shifting the level down.
     fn shrink(&self, quad: usize, value: usize) -> f32 {
         (-(self.bit(quad, value) as f32)).exp2()
     }
 
     /// What levels are stored with.
     fn offset(&self) -> f32 {
-        (1 << (self.bits - 1)) as f32
+        (1 << (self.bits() - 1)) as f32
     }
 }
 
-/// Loads piece number `at` and its scale for the outputs from `from` up to `to`.
+/// The quad of this number out of a piece.
+#[cube]
+fn four(
+    piece: Piece,
+    #[comptime] quad: usize,
+    #[comptime] packing: Packing,
+) -> Vector<f32, Const<4>> {
+    let low = pair(piece, comptime!(2 * quad), packing);
+    let high = pair(piece, comptime!(2 * quad + 1), packing);
+    let mut values = Vector::<f32, Const<4>>::empty();
+    values[0] = low[0];
+    values[1] = low[1];
+    values[2] = high[0];
+    values[3] = high[1];
+    values
+}
+
+/// Loads piece number `at`, and its scale if there is one, for the outputs from `from` up to `to`.
 #[cube]
 #[allow(clippy::too_many_arguments)]
 fn load<S: Numeric>(
@@ -113,17 +230,17 @@ fn load<S: Numeric>(
     for output in from..to {
         let channel = channels[output];
         loaded[output] = words[channel * form.vectors + at];
-        let group = channel * comptime!(form.scales()) + at / form.group_vectors;
-        factors[output] = f32::cast_from(scales[group]);
+        if comptime!(form.is_packed()) {
+            let group = channel * comptime!(form.scales()) + at / comptime!(form.group_vectors());
+            factors[output] = f32::cast_from(scales[group]);
+        }
     }
 }
 
 /// Adds the products with piece number `at` of each row.
 ///
 /// A level masked out where it stands is `2^bit` times itself, so the input is scaled by `2^-bit`; the
-/// offset of the levels is taken off by one product with the sum of the inputs. Operations are on four
-/// values each and the code is there once, whatever the matrices: drivers take seconds over long kernels,
-/// and loads further ahead were not faster.
+/// offset of the levels is taken off by one product with the sum of the inputs.
 #[cube]
 #[allow(clippy::too_many_arguments)]
 fn add_step<S: Numeric, F: Numeric>(
@@ -202,19 +319,26 @@ fn add_step<S: Numeric, F: Numeric>(
     }
     #[unroll]
     for quad in 0..form.quads() {
-        let mut mask = Vector::<u32, Const<4>>::empty();
         let mut shrink = Vector::<f32, Const<4>>::empty();
-        #[unroll]
-        for value in 0..4usize {
-            mask[value] = comptime!(form.mask(quad, value));
-            shrink[value] = comptime!(form.shrink(quad, value));
-        }
-        let mut levels = Array::<Vector<f32, Const<4>>>::new(outputs);
-        #[unroll]
-        for output in 0..outputs {
-            let word = loaded[output][comptime!(form.word(quad))];
-            let masked = Vector::<u32, Const<4>>::new(word) & mask;
-            levels[output] = Vector::<f32, Const<4>>::cast_from(masked);
+        let mut factor = Array::<Vector<f32, Const<4>>>::new(outputs);
+        if comptime!(form.is_packed()) {
+            let mut mask = Vector::<u32, Const<4>>::empty();
+            #[unroll]
+            for value in 0..4usize {
+                mask[value] = comptime!(form.mask(quad, value));
+                shrink[value] = comptime!(form.shrink(quad, value));
+            }
+            #[unroll]
+            for output in 0..outputs {
+                let word = loaded[output][comptime!(form.word(quad))];
+                let masked = Vector::<u32, Const<4>>::new(word) & mask;
+                factor[output] = Vector::<f32, Const<4>>::cast_from(masked);
+            }
+        } else {
+            #[unroll]
+            for output in 0..outputs {
+                factor[output] = four(loaded[output], quad, comptime!(form.packing()));
+            }
         }
         #[unroll]
         for row in 0..form.rows {
@@ -225,22 +349,28 @@ fn add_step<S: Numeric, F: Numeric>(
                 values *=
                     Vector::<f32, Const<4>>::cast_from(norm[at * comptime!(form.quads()) + quad]);
             }
-            totals[row] += values.dot(ones);
-            let shrunk = values * shrink;
+            if comptime!(form.is_packed()) {
+                totals[row] += values.dot(ones);
+                values *= shrink;
+            }
             #[unroll]
             for output in 0..outputs {
-                dots[row * outputs + output] += shrunk.dot(levels[output]);
+                dots[row * outputs + output] += values.dot(factor[output]);
             }
         }
     }
     #[unroll]
     for row in 0..form.rows {
-        let below = comptime!(form.offset()) * totals[row];
         #[unroll]
         for output in 0..outputs {
-            let sum = sums[row * outputs + output];
-            let dot = dots[row * outputs + output] - below;
-            sums[row * outputs + output] = fma(factors[output], dot, sum);
+            let dot = dots[row * outputs + output];
+            if comptime!(form.is_packed()) {
+                let dot = dot - comptime!(form.offset()) * totals[row];
+                let sum = sums[row * outputs + output];
+                sums[row * outputs + output] = fma(factors[output], dot, sum);
+            } else {
+                sums[row * outputs + output] += dot;
+            }
         }
     }
 }
@@ -320,21 +450,54 @@ fn products<S: Numeric, F: Numeric>(
         }
     }
     let mut mine = Vector::<f32, Const<2>>::new(0.0f32);
-    #[unroll]
-    for row in 0..form.rows {
-        let mut root = 1.0f32;
-        if form.norm {
-            let count = comptime!((form.vectors * 128 / form.bits) as f32);
-            let mean = group_sum(squares[row], form.group) / count;
-            root = 1.0f32 / (mean + epsilon).sqrt();
+    let mut square = 0.0f32;
+    if form.group.plane {
+        #[unroll]
+        for row in 0..form.rows {
+            let mut of_row = 0.0f32;
+            if form.norm {
+                of_row = plane_sum(squares[row]);
+            }
+            #[unroll]
+            for output in 0..outputs {
+                let sum = plane_sum(sums[row * outputs + output]);
+                let place = comptime!(output / columns);
+                let is_mine = lane == comptime!(row * columns + output % columns);
+                mine[place] = select(is_mine, sum, mine[place]);
+                square = select(is_mine, of_row, square);
+            }
+        }
+    } else {
+        let results = comptime!(form.rows * form.outputs);
+        let mut shared = SharedMemory::<f32>::new(comptime!(
+            (form.rows * form.outputs + form.rows) * form.group.lanes
+        ));
+        #[unroll]
+        for result in 0..results {
+            shared[result * lanes + lane] = sums[result];
         }
         #[unroll]
-        for output in 0..outputs {
-            let sum = group_sum(sums[row * outputs + output], form.group) * root;
-            let place = comptime!(output / columns);
-            let is_mine = lane == comptime!(row * columns + output % columns);
-            mine[place] = select(is_mine, sum, mine[place]);
+        for row in 0..form.rows {
+            shared[(results + row) * lanes + lane] = squares[row];
         }
+        sync_cube();
+        if lane < comptime!(form.rows * columns) {
+            let row = lane / columns;
+            let first = row * outputs + lane % columns;
+            for other in 0..lanes {
+                mine[0] += shared[first * lanes + other];
+                if comptime!(columns < outputs) {
+                    mine[1] += shared[(first + columns) * lanes + other];
+                }
+                square += shared[(results + row) * lanes + other];
+            }
+        }
+    }
+    if form.norm {
+        let count = comptime!((form.vectors * form.quads() * 4) as f32);
+        let root = (square / count + epsilon).sqrt();
+        mine[0] /= root;
+        mine[1] /= root;
     }
     mine
 }
@@ -542,67 +705,5 @@ pub(super) fn low_rank(
         if lane == 0 && r < rank {
             low[row * rank + r] = sum * scaling;
         }
-    }
-}
-
-/// Rows of a matrix as floats: a unit a word. `y` `[rows, in]`, `in` a multiple of four.
-#[cube(launch_unchecked)]
-#[allow(clippy::too_many_arguments)]
-pub(super) fn unpack<F: Float, S: Numeric>(
-    words: &Array<u32>,
-    scales: &Array<S>,
-    y: &mut Array<Vector<F, Const<4>>>,
-    start: usize,
-    count: usize,
-    words_row: usize,
-    group_words: usize,
-    d_input: usize,
-    #[comptime] bits: u32,
-    #[define(F, S)] _types: [StorageType; 2],
-) {
-    let per_word = comptime!(32 / bits as usize);
-    let row = ABSOLUTE_POS / words_row;
-    let at = ABSOLUTE_POS % words_row;
-    if row < count {
-        let source = row + start;
-        let word = words[source * words_row + at];
-        let groups = words_row / group_words;
-        let scale = f32::cast_from(scales[source * groups + at / group_words]);
-        #[unroll]
-        for quad in 0..comptime!(per_word / 4) {
-            let input = at * per_word + comptime!(4 * quad);
-            if input < d_input {
-                let mut values = Vector::<F, Const<4>>::empty();
-                #[unroll]
-                for c in 0..4usize {
-                    let shift = comptime!(bits * (4 * quad + c) as u32);
-                    let level = (word >> shift) & comptime!((1u32 << bits) - 1);
-                    let level = f32::cast_from(level) - comptime!((1u32 << (bits - 1)) as f32);
-                    values[c] = F::cast_from(level * scale);
-                }
-                y[(row * d_input + input) / 4] = values;
-            }
-        }
-    }
-}
-
-/// Rows of `d_input` elements with zeros behind them up to `padded`: a unit an element of `y`.
-#[cube(launch_unchecked)]
-pub(super) fn pad_rows<F: Numeric>(
-    x: &Array<F>,
-    y: &mut Array<F>,
-    d_input: usize,
-    padded: usize,
-    count: usize,
-    #[define(F)] _type: StorageType,
-) {
-    if ABSOLUTE_POS < count {
-        let row = ABSOLUTE_POS / padded;
-        let input = ABSOLUTE_POS % padded;
-        let mut value = F::from_int(0);
-        if input < d_input {
-            value = x[row * d_input + input];
-        }
-        y[ABSOLUTE_POS] = value;
     }
 }
