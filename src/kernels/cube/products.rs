@@ -70,9 +70,6 @@ pub(super) struct Form {
     pub adapter: bool,
 }
 
-/// Units of a cube of planes.
-const UNITS: usize = 256;
-
 /// Outputs of a matrix from which groups of units take four each; of fewer, too few groups would read.
 const MANY_OUTPUTS: usize = 8192;
 
@@ -101,7 +98,7 @@ impl Form {
             },
             vectors,
             group,
-            groups: if group.plane { UNITS / group.lanes } else { 1 },
+            groups: group.in_a_cube(),
             norm: false,
             bias: false,
             residual: false,

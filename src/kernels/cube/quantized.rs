@@ -10,7 +10,7 @@ use cubecl::prelude::*;
 use super::{
     launch::{Buffer, Cube, array, contiguous, cubes, elements, empty, pieces, quads, tensor},
     products::{Form, Matrices, Stored, gated_matrices, low_rank, one_matrix, three_matrices},
-    sums::Group,
+    sums::{Group, UNITS},
     unpack::{pad_rows, unpack},
     words::Packing,
 };
@@ -24,9 +24,6 @@ const ROWS: usize = 8;
 
 /// Rows up to which launches over the packed words beat unpacking the matrix.
 const MOST_ROWS: usize = 4 * ROWS;
-
-/// Units of a cube of planes.
-const UNITS: usize = 256;
 
 /// The buffers of a packed matrix.
 #[derive(Debug, Clone)]
@@ -388,7 +385,7 @@ fn low_rank_input<R: CubeRuntime>(x: &Buffer<R>, adapter: &LowRank<Cube<R>>) -> 
     let a = contiguous(adapter.a.clone());
     let packing = Packing::of(x.dtype).expect("`covers` was asked");
     let group = Group::of(&x.client);
-    let groups = if group.plane { UNITS / group.lanes } else { 1 };
+    let groups = group.in_a_cube();
     let low = empty(x, [rows, rank], DType::F32);
     // SAFETY: the arrays are as long as rows, rank and pieces say.
     #[allow(unsafe_code)]

@@ -14,7 +14,15 @@ pub(super) struct Group {
 /// Units of a cube that stands in for a plane.
 const LANES: usize = 32;
 
+/// Units of a cube of planes.
+pub(super) const UNITS: usize = 256;
+
 impl Group {
+    /// Groups of a cube.
+    pub(super) fn in_a_cube(self) -> usize {
+        if self.plane { UNITS / self.lanes } else { 1 }
+    }
+
     /// The adapter's planes where all have one size, else cubes of [`LANES`] units.
     ///
     /// Adapters that choose a plane's size for each kernel do not say what they chose.
