@@ -4,6 +4,8 @@
 //! each of its operations is compared with the default it replaces, forward and backward.
 
 mod autodiff;
+#[cfg(all(test, any(feature = "cuda", feature = "wgpu")))]
+mod draws;
 mod kept;
 pub mod plain;
 mod spans;

@@ -7,10 +7,7 @@
 
 use std::collections::HashSet;
 
-use burn::{
-    prelude::*,
-    tensor::{DType, Distribution},
-};
+use burn::{prelude::*, tensor::DType};
 
 use super::Cuda;
 use crate::{
@@ -21,7 +18,7 @@ use crate::{
     },
     kernels::{
         Activation, AdamWStep, AdamWTensor, AttentionSpans, BackwardProduct, DecodeStart, Dropout,
-        HeadNorm, Kernels, LowRank, LowRankFlow, plain,
+        HeadNorm, Kernels, LowRank, LowRankFlow, draws, plain,
     },
     qwen3_vl::{
         ImageInput, Padding, Qwen3Vl, TextInput,
@@ -41,7 +38,7 @@ pub(super) fn device() -> Option<<Cuda as burn::tensor::backend::BackendTypes>::
         println!("SKIPPED: no CUDA device answers, so no kernel is compared");
         return None;
     }
-    Cuda::seed(&device, 7);
+    draws::begin();
     Some(device)
 }
 
@@ -51,8 +48,7 @@ fn normal<const D: usize>(
     dtype: DType,
     device: &<Cuda as burn::tensor::backend::BackendTypes>::Device,
 ) -> T<D> {
-    let x = T::<D>::random(shape, Distribution::Normal(0.0, std), (device, DType::F32));
-    to_dtype(x, dtype)
+    draws::normal(shape, std, dtype, device)
 }
 
 /// Relative distances seen, and which were too large.
