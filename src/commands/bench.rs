@@ -362,11 +362,16 @@ impl ReplicatedTask for Measure {
             records
         } else {
             let (model, seconds) = bench.model::<B>(&mut on_progress)?;
-            prepare_kernels::<B>(&bench.config, dtype, &device);
+            let decoded = batches(&[1, 8, 32]);
+            let largest = match args.kind {
+                BenchKind::Vision | BenchKind::Prefill => 0,
+                _ => decoded.iter().copied().max().unwrap_or(0),
+            };
+            prepare_kernels::<B>(&bench.config, dtype, &device, largest);
             match args.kind {
                 BenchKind::Vision => bench.vision(&model, seconds, &batches(&[1])),
                 BenchKind::Prefill => bench.prefill(&model, seconds, &batches(&[1]))?,
-                _ => bench.decode(&model, seconds, &batches(&[1, 8, 32]))?,
+                _ => bench.decode(&model, seconds, &decoded)?,
             }
         };
         progress.finish();

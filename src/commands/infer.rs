@@ -201,7 +201,8 @@ impl ReplicatedTask for Infer {
         })?;
         progress.finish();
         for device in &devices {
-            prepare_kernels::<B>(&pipelines[0].parts.config, dtype, device);
+            let config = &pipelines[0].parts.config;
+            prepare_kernels::<B>(config, dtype, device, self.args.batch_size);
             let _ = B::sync(device);
         }
         if self.args.verbose {

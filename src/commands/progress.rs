@@ -82,13 +82,15 @@ impl Progress {
 }
 
 /// Compiles what the model's kernels need on this card, with progress; at once where it was done before.
+/// Batches of up to `largest_batch` are to be decoded; none where a serving engine does it.
 pub(crate) fn prepare_kernels<B: Kernels>(
     config: &Qwen3VlConfig,
     dtype: DType,
     device: &B::Device,
+    largest_batch: usize,
 ) {
     let mut progress = Progress::new("compiling kernels, once a card", 0, Unit::Items);
-    B::prepare(config, dtype, device, &mut |done, all| {
+    B::prepare(config, dtype, device, largest_batch, &mut |done, all| {
         progress.set(done, all)
     });
     progress.finish();

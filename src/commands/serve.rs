@@ -244,7 +244,7 @@ impl DeviceTask for Serve {
                 pipeline
             }
         };
-        prepare_kernels::<B>(&parts.config, dtype, &device);
+        prepare_kernels::<B>(&parts.config, dtype, &device, 0);
         let name = match &self.args.served_model_name {
             Some(name) => name.clone(),
             None => base_name(&shipped(&self.args.model.model)),

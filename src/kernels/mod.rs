@@ -498,12 +498,14 @@ pub trait Kernels: Backend {
         gelu_exact(x)
     }
 
-    /// Compiles what a request of any length may need, so that none has to wait for it. `on_progress`
-    /// gets kernels done and in all.
+    /// Compiles what a request of any length may need, so that none has to wait for it; what decoding
+    /// batches of up to `largest_batch` takes, in the background. `on_progress` gets kernels done and in
+    /// all.
     fn prepare(
         _config: &Qwen3VlConfig,
         _dtype: DType,
         _device: &Self::Device,
+        _largest_batch: usize,
         _on_progress: &mut dyn FnMut(u64, u64),
     ) {
     }

@@ -81,7 +81,8 @@ impl DeviceTask for ModelWork {
             progress.set(done, total);
         })?;
         progress.finish();
-        prepare_kernels::<B>(&pipeline.parts.config, dtype, &pipeline.device);
+        let config = &pipeline.parts.config;
+        prepare_kernels::<B>(config, dtype, &pipeline.device, self.batch_size);
         let mut run = ModelRun {
             loss: None,
             written: None,

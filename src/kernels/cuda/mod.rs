@@ -123,6 +123,7 @@ impl Kernels for Cuda {
         config: &Qwen3VlConfig,
         dtype: DType,
         device: &Self::Device,
+        largest_batch: usize,
         on_progress: &mut dyn FnMut(u64, u64),
     ) {
         if scalar_of(dtype).is_some_and(|(bf16, _)| bf16 == 1) {
@@ -131,6 +132,7 @@ impl Kernels for Cuda {
             gemm::prepare(&like, vocab, |done, all| {
                 on_progress(done as u64, all as u64);
             });
+            decode::prepare(&config.text_config, device.index, largest_batch);
         }
     }
 

@@ -5,7 +5,7 @@ use std::{
     collections::{HashMap, HashSet},
     ffi::{CStr, CString},
     path::PathBuf,
-    sync::{LazyLock, Mutex, PoisonError},
+    sync::{Arc, LazyLock, Mutex, PoisonError},
 };
 
 use cudarc::{
@@ -58,17 +58,23 @@ pub(super) fn architecture(device: usize) -> String {
     }
 }
 
+/// A kernel's place in the table: its handle once it is loaded.
+type Place = Arc<Mutex<Option<usize>>>;
+
 /// Compiles (or finds on disk) and loads a kernel; a device's context is current.
 pub(super) fn load(kernel: &Kernel, device: usize, arch: &str) -> Result<Function, DriverError> {
-    static LOADED: LazyLock<Mutex<HashMap<(usize, String, u64), usize>>> =
+    static LOADED: LazyLock<Mutex<HashMap<(usize, String, u64), Place>>> =
         LazyLock::new(Mutex::default);
     let hash = kernel.source_hash();
     let key = (device, kernel.entry(), hash);
-    let loaded = || LOADED.lock().unwrap_or_else(PoisonError::into_inner);
-    let known = loaded().get(&key).copied();
-    let handle = match known {
+    // Compiling takes up to a second: whoever wants the same kernel waits, others go on.
+    let place = {
+        let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+        loaded.entry(key).or_default().clone()
+    };
+    let mut place = place.lock().unwrap_or_else(PoisonError::into_inner);
+    let handle = match *place {
         Some(handle) => handle,
-        // The table is free meanwhile: compiling takes a second, and others load what they need.
         None => {
             let file = super::cache_dir()
                 .map(|dir| dir.join(format!("{arch}-{}-{hash:016x}.ptx", kernel.entry())));
@@ -77,7 +83,7 @@ pub(super) fn load(kernel: &Kernel, device: usize, arch: &str) -> Result<Functio
                 .and_then(|file| std::fs::read(file).ok())
                 .filter(|ptx| ptx.last() == Some(&0))
                 .and_then(|ptx| load_ptx(kernel, &ptx).ok());
-            let handle = match kept {
+            match kept {
                 Some(handle) => handle,
                 // Nothing kept, or damaged, or written for another driver.
                 None => {
@@ -86,11 +92,10 @@ pub(super) fn load(kernel: &Kernel, device: usize, arch: &str) -> Result<Functio
                     keep(file, &ptx);
                     handle
                 }
-            };
-            loaded().insert(key, handle);
-            handle
+            }
         }
     };
+    *place = Some(handle);
     Ok(Function {
         handle,
         threads: kernel.threads(),
@@ -112,6 +117,21 @@ pub(super) fn load_all<'a>(
         Context::of(device)?.enter()?;
         load(kernel, device, arch).map(|_| ())
     })
+}
+
+/// [`load_all`] behind whatever else the program does, on half of the cores.
+pub(super) fn load_in_background(kernels: Vec<Kernel>, device: usize) {
+    let threads = std::thread::available_parallelism().map_or(1, |cores| cores.get() / 2);
+    std::thread::spawn(move || {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads.max(1))
+            .build();
+        let arch = architecture(device);
+        // Whoever needs a kernel that failed here compiles it again and says what is wrong with it.
+        if let Ok(pool) = pool {
+            let _ = pool.install(|| load_all(kernels.iter(), device, &arch));
+        }
+    });
 }
 
 /// A cache that cannot be written is no error: the next start compiles again.

@@ -2,6 +2,8 @@
 
 use std::sync::OnceLock;
 
+use cudarc::driver::{result, sys::CUdevice_attribute as Attribute};
+
 use super::launch::Buffer;
 
 /// Which instructions a product uses.
@@ -27,30 +29,38 @@ pub(super) struct Device {
 /// Set to 1 to use the Ampere kernels on any card.
 pub(super) const FORCE_AMPERE: &str = "XRAY_CUDA_SM80";
 
+/// What the driver says of a device.
+fn attribute(index: usize, attribute: Attribute) -> Option<usize> {
+    result::init().ok()?;
+    let device = result::device::get(index as i32).ok()?;
+    // SAFETY: `device` comes from the driver.
+    #[allow(unsafe_code)]
+    let value = unsafe { result::device::get_attribute(device, attribute) };
+    value.ok().map(|value| value as usize)
+}
+
 /// The compute capability of a device, as major × 10 + minor.
 pub(super) fn compute_capability(index: usize) -> usize {
-    use cudarc::driver::{result, sys::CUdevice_attribute as Attribute};
-    let read = || -> Result<usize, cudarc::driver::DriverError> {
-        result::init()?;
-        let device = result::device::get(index as i32)?;
-        // SAFETY: `device` comes from the driver.
-        #[allow(unsafe_code)]
-        let [major, minor] = unsafe {
-            [
-                result::device::get_attribute(
-                    device,
-                    Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
-                )?,
-                result::device::get_attribute(
-                    device,
-                    Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
-                )?,
-            ]
-        };
-        Ok((major * 10 + minor) as usize)
-    };
-    read().unwrap_or(80)
+    let major = attribute(
+        index,
+        Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+    );
+    let minor = attribute(
+        index,
+        Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+    );
+    major
+        .zip(minor)
+        .map_or(80, |(major, minor)| major * 10 + minor)
 }
+
+/// Multiprocessors of a device.
+pub(super) fn processors(index: usize) -> usize {
+    attribute(index, Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).unwrap_or(PROCESSORS)
+}
+
+/// What an A800 has.
+const PROCESSORS: usize = 108;
 
 /// Facts of the card a buffer lies on; one kind of card a process.
 pub(super) fn device(buffer: &Buffer) -> Device {
@@ -65,7 +75,9 @@ pub(super) fn device(buffer: &Buffer) -> Device {
             } else {
                 Form::Mma
             },
-            processors: hardware.num_streaming_multiprocessors.unwrap_or(108) as usize,
+            processors: hardware
+                .num_streaming_multiprocessors
+                .map_or(PROCESSORS, |count| count as usize),
             shared_bytes: if forced {
                 // What an A800 has.
                 163 * 1024

@@ -135,18 +135,14 @@ impl Engine {
         let synced = cubecl_common::future::block_on(like.client.sync());
         driver("waiting for the prefill", synced)?;
         let around = Around {
-            rows,
-            cache: &layers,
-            pages: None,
             control: control.address,
             seen: seen.address,
-            adapters: None,
             results: ring.address(),
             ending: Ending::Fed {
                 uniforms: uniforms.address,
                 slots: RING,
             },
-            lone: true,
+            ..Around::of_batch(rows, &layers)
         };
         let step = Repeated::new(&stream, step(&weights, &scratch, around)?);
         Ok(Self {

@@ -19,7 +19,11 @@ mod tests;
 use burn::tensor::DType;
 
 use super::{launch::Backend, module, stream};
-use crate::qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, nn::Linear};
+use crate::qwen3_vl::{
+    Qwen3Vl,
+    config::{Qwen3VlConfig, TextConfig},
+    nn::Linear,
+};
 
 pub(super) use batch::start;
 pub(super) use serve::start as serve;
@@ -30,7 +34,6 @@ const LARGEST_BATCH: usize = plan::CONTROL_ROWS;
 /// Whether the model's text layers are plain bf16 matrices of shapes the kernels know: `alone` for
 /// one sequence multiplied as a vector, which asks less.
 fn covers(model: &Qwen3Vl<Backend>, config: &Qwen3VlConfig, alone: bool) -> bool {
-    let text = &config.text_config;
     // Packed weights are asked for first: `val` would unpack them.
     let plain = |linear: &Linear<Backend>| {
         linear.lora.is_none()
@@ -38,6 +41,26 @@ fn covers(model: &Qwen3Vl<Backend>, config: &Qwen3VlConfig, alone: bool) -> bool
             && linear.weight.packed().is_none()
             && linear.weight.val().dtype() == DType::BF16
     };
+    covers_sizes(&config.text_config, alone)
+        && model.lm_head.as_ref().is_none_or(plain)
+        && model
+            .model
+            .language_model
+            .embed_tokens
+            .weight
+            .packed()
+            .is_none()
+        && model.model.language_model.layers.iter().all(|layer| {
+            let (attn, mlp) = (&layer.self_attn, &layer.mlp);
+            [&attn.q_proj, &attn.k_proj, &attn.v_proj, &attn.o_proj]
+                .into_iter()
+                .chain([&mlp.gate_proj, &mlp.up_proj, &mlp.down_proj])
+                .all(plain)
+        })
+}
+
+/// Whether the kernels know matrices of these shapes.
+fn covers_sizes(text: &TextConfig, alone: bool) -> bool {
     let widths = [
         text.hidden_size,
         text.intermediate_size,
@@ -56,21 +79,18 @@ fn covers(model: &Qwen3Vl<Backend>, config: &Qwen3VlConfig, alone: bool) -> bool
         && (16..=128).contains(&text.head_dim)
         && (1..=8).contains(&group)
         && super::rows::covers(text.hidden_size, DType::BF16)
-        && model.lm_head.as_ref().is_none_or(plain)
-        && model
-            .model
-            .language_model
-            .embed_tokens
-            .weight
-            .packed()
-            .is_none()
-        && model.model.language_model.layers.iter().all(|layer| {
-            let (attn, mlp) = (&layer.self_attn, &layer.mlp);
-            [&attn.q_proj, &attn.k_proj, &attn.v_proj, &attn.o_proj]
-                .into_iter()
-                .chain([&mlp.gate_proj, &mlp.up_proj, &mlp.down_proj])
-                .all(plain)
-        })
+}
+
+/// Compiles in the background what batches of up to `largest` rows are decoded with.
+pub(super) fn prepare(text: &TextConfig, device: usize, largest: usize) {
+    let eights = (1..=largest.min(LARGEST_BATCH).div_ceil(8)).map(|eights| eights * 8);
+    let kernels: Vec<_> = std::iter::once(1)
+        .chain(eights)
+        .take(largest)
+        .filter(|rows| covers_sizes(text, *rows == 1))
+        .flat_map(|rows| plan::kernels(text, device, rows))
+        .collect();
+    module::load_in_background(kernels, device);
 }
 
 /// Bit `id % 32` of word `id / 32` for each of these tokens.

@@ -7,6 +7,7 @@ use super::{
         launch::{
             Backend, Buffer, Client, Defines, Kernel, contiguous, empty, float_bits, strided,
         },
+        plan::processors,
         rows,
     },
     module::{DriverError, architecture, driver, load, load_all},
@@ -94,6 +95,7 @@ pub(super) struct Weights {
     text: TextConfig,
     device: usize,
     arch: String,
+    processors: usize,
     table: u64,
     layers: Vec<LayerWeights>,
     norm: (u64, f64),
@@ -189,6 +191,7 @@ impl Weights {
             text: text.clone(),
             device,
             arch: architecture(device),
+            processors: processors(device),
             table,
             layers,
             norm,
@@ -196,6 +199,35 @@ impl Weights {
             frequencies,
             _kept: addresses.kept(),
         })
+    }
+
+    /// One layer without memory, whose launches have the kernels of the real ones.
+    fn nowhere(text: &TextConfig, device: usize) -> Self {
+        let matrix = |rows: usize| Matrix { address: 0, rows };
+        let queries = text.num_attention_heads * text.head_dim;
+        let keys = text.num_key_value_heads * text.head_dim;
+        let layer = LayerWeights {
+            input_norm: (0, 0.0),
+            qkv: [queries, keys, keys].map(matrix),
+            q_norm: (0, 0.0),
+            k_norm: 0,
+            output: matrix(text.hidden_size),
+            post_norm: (0, 0.0),
+            gate_up: [text.intermediate_size; 2].map(matrix),
+            down: matrix(text.hidden_size),
+        };
+        Self {
+            text: text.clone(),
+            device,
+            arch: architecture(device),
+            processors: processors(device),
+            table: 0,
+            layers: vec![layer],
+            norm: (0, 0.0),
+            head: matrix(text.vocab_size),
+            frequencies: 0,
+            _kept: Vec::new(),
+        }
     }
 
     /// Products that may be adapted.
@@ -218,7 +250,7 @@ fn floats(values: &[f32], like: &Buffer) -> Buffer {
 }
 
 /// What passes from kernel to kernel.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Scratch {
     x: [u64; 2],
     normed: u64,
@@ -278,7 +310,7 @@ impl Scratch {
 }
 
 /// The keys and values of one layer.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub(super) struct LayerCache {
     pub keys: u64,
     pub values: u64,
@@ -327,7 +359,25 @@ pub(super) struct Around<'a> {
     pub lone: bool,
 }
 
-impl Around<'_> {
+impl<'a> Around<'a> {
+    /// What a batch behind a prefilled cache has; the addresses are still to be filled in.
+    pub(super) fn of_batch(rows: usize, cache: &'a [LayerCache]) -> Self {
+        Self {
+            rows,
+            cache,
+            pages: None,
+            control: 0,
+            seen: 0,
+            adapters: None,
+            results: 0,
+            ending: Ending::Fed {
+                uniforms: 0,
+                slots: 0,
+            },
+            lone: true,
+        }
+    }
+
     fn field(&self, field: Field) -> u64 {
         self.control + (field as usize * CONTROL_ROWS * size_of::<u32>()) as u64
     }
@@ -357,7 +407,8 @@ struct Launch {
     parameters: Vec<u64>,
 }
 
-struct Builder<'a> {
+/// The launches of a step.
+pub(super) struct Builder<'a> {
     weights: &'a Weights,
     scratch: &'a Scratch,
     around: Around<'a>,
@@ -374,12 +425,15 @@ impl Builder<'_> {
         });
     }
 
+    pub(super) fn kernels(&self) -> impl Iterator<Item = &Kernel> {
+        self.launches.iter().map(|launch| &launch.kernel)
+    }
+
     /// The launches with their kernels, which are compiled side by side where they are new: together
     /// they take seconds.
     fn loaded(self) -> Result<Vec<Step>, DriverError> {
         let (device, arch) = (self.weights.device, &self.weights.arch);
-        let kernels = self.launches.iter().map(|launch| &launch.kernel);
-        load_all(kernels, device, arch)?;
+        load_all(self.kernels(), device, arch)?;
         let steps = self.launches.into_iter().map(|launch| {
             Ok(Step {
                 function: load(&launch.kernel, device, arch)?,
@@ -450,6 +504,11 @@ impl Builder<'_> {
         }
         defines.push(("ADAPTERS", i64::from(!adapter.is_empty())));
         defines.push(("TILES", rows.div_ceil(8) as i64));
+        // A sum's order depends on the warps: they are chosen by the matrix, never by the batch.
+        let few = !product.gate && count / 16 <= 2 * self.weights.processors;
+        let warps = if few { 8 } else { 4 };
+        defines.push(("WARPS", warps));
+        defines.push(("WHOLE", i64::from(k.is_multiple_of(128))));
         let pointers = [input]
             .into_iter()
             .chain(addresses)
@@ -457,7 +516,7 @@ impl Builder<'_> {
             .chain(adapter)
             .chain([y])
             .collect();
-        let kernel = Kernel::new("skinny", SKINNY, defines, 256);
+        let kernel = Kernel::new("skinny", SKINNY, defines, 32 * warps as u32);
         self.push(kernel, [count / 16, 1, 1], pointers, parameters);
     }
 
@@ -617,6 +676,25 @@ pub(super) fn step(
     scratch: &Scratch,
     around: Around<'_>,
 ) -> Result<Vec<Step>, DriverError> {
+    launches(weights, scratch, around).loaded()
+}
+
+/// The kernels of a step of so many rows over a cache that lies in one piece.
+pub(super) fn kernels(text: &TextConfig, device: usize, rows: usize) -> Vec<Kernel> {
+    let weights = Weights::nowhere(text, device);
+    let cache = [LayerCache::default()];
+    let around = Around::of_batch(rows, &cache);
+    launches(&weights, &Scratch::default(), around)
+        .kernels()
+        .cloned()
+        .collect()
+}
+
+pub(super) fn launches<'a>(
+    weights: &'a Weights,
+    scratch: &'a Scratch,
+    around: Around<'a>,
+) -> Builder<'a> {
     let text = &weights.text;
     let (hidden, inner) = (text.hidden_size, text.intermediate_size);
     let attended = text.num_attention_heads * text.head_dim;
@@ -675,5 +753,5 @@ pub(super) fn step(
     };
     b.product(x, hidden, &[weights.head], scratch.logits, product);
     b.choose();
-    build.loaded()
+    build
 }

@@ -2,22 +2,21 @@
 // bf16 in, f32 sums on the tensor cores.
 //
 // 16 rows of W are the tall side of mma m16n8k16, eight vectors the narrow one. A block owns 16 rows
-// (with GATE 16 of each matrix); its 8 warps take turns at 32 * DEPTH columns and read fragments
+// (with GATE 16 of each matrix); its warps take turns at 32 * DEPTH columns and read fragments
 // straight from memory: the k order inside 32 columns is permuted alike for both operands, so that a
 // lane's 16 bytes feed two products. Warps add their sums in shared memory, in a fixed order; a warp's
 // columns and their order do not depend on the configuration, so a vector's result is the same bit for
 // bit whatever the size of its batch.
 //
 // Configuration: TILES (vectors / 8, rounded up), WEIGHTS 1 to 3, GATE, RESIDUAL, OUT_F32 as in
-// gemv.cu; ADAPTERS (each vector may have low-rank terms of its own: adapter.cuh). K is a multiple of
-// 32, the rows of each matrix a multiple of 16. Limit: memory.
+// gemv.cu; ADAPTERS (each vector may have low-rank terms of its own: adapter.cuh); WARPS of a block, 4,
+// or 8 where there are few blocks; WHOLE: K is a multiple of 32 * DEPTH, so that nothing is left to ask
+// in the loop. K is a multiple of 32, the rows of each matrix a multiple of 16.
 
-#define WARPS 8
 #define MATRICES (GATE ? 2 : 1)
-#define DEPTH (GATE || TILES > 4 ? 2 : 4)
-// Columns a warp reads one after another before the next warp's begin, and the rounds that takes.
-#define TURN 128
-#define PARTS (TURN / (32 * DEPTH))
+#define DEPTH 4
+// With more warps on a processor there are fewer registers, and so fewer loads under way.
+#define BLOCKS_A_PROCESSOR (WARPS == 8 ? 2 : 3)
 
 struct Parameters {
     u64 k;
@@ -42,7 +41,7 @@ __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_A_PROCESSOR)
 ENTRY(const u16* x, const u16* w0,
 #if WEIGHTS > 1
       const u16* w1,
@@ -105,10 +104,7 @@ ENTRY(const u16* x, const u16* w0,
 #pragma unroll
             for (int e = 0; e < 4; e++) acc[m][t][e] = 0.f;
 
-    for (int round = 0;; round++) {
-        const int turn = (round / PARTS * WARPS + warp) * TURN;
-        if (turn >= k_end) break;
-        const int base = turn + round % PARTS * 32 * DEPTH;
+    for (int base = warp * 32 * DEPTH; base < k_end; base += WARPS * 32 * DEPTH) {
         uint4 weights[DEPTH][MATRICES][2];
 #pragma unroll
         for (int d = 0; d < DEPTH; d++)
@@ -116,15 +112,20 @@ ENTRY(const u16* x, const u16* w0,
             for (int m = 0; m < MATRICES; m++)
 #pragma unroll
                 for (int h = 0; h < 2; h++)
-                    if (base + d * 32 < k_end)
+                    if (WHOLE || base + d * 32 < k_end)
                         weights[d][m][h] = read_once(matrix[m] + (u64)(h * 8 + lane_row) * p.k + base + d * 32 + lane_column);
 #pragma unroll
         for (int d = 0; d < DEPTH; d++) {
-            if (base + d * 32 >= k_end) break;
+            if (!WHOLE && base + d * 32 >= k_end) break;
+            uint4 vectors[TILES];
 #pragma unroll
             for (int t = 0; t < TILES; t++) {
                 const int vector = min(t * 8 + lane_row, batch - 1);
-                const uint4 b = *(const uint4*)(x + (u64)vector * p.k + base + d * 32 + lane_column);
+                vectors[t] = *(const uint4*)(x + (u64)vector * p.k + base + d * 32 + lane_column);
+            }
+#pragma unroll
+            for (int t = 0; t < TILES; t++) {
+                const uint4 b = vectors[t];
 #pragma unroll
                 for (int m = 0; m < MATRICES; m++) {
                     const uint4 upper = weights[d][m][0], lower = weights[d][m][1];

@@ -1,14 +1,24 @@
 //! The serving engine of CUDA beside the plain one, and tokens chosen on the device beside the host's.
 
-use std::{collections::HashSet, ops::Range, path::PathBuf};
+use std::{
+    collections::{BTreeSet, HashSet},
+    ops::Range,
+    path::PathBuf,
+};
 
 use burn::{
     module::Param,
     prelude::*,
-    tensor::{DType, Distribution, TensorData},
+    tensor::{DType, TensorData},
 };
 
-use super::super::tests::{Report, T, device};
+use super::{
+    super::{
+        launch::Kernel,
+        tests::{Report, T, device},
+    },
+    plan,
+};
 use crate::{
     bench::weights::RandomSize,
     generate::{
@@ -20,7 +30,7 @@ use crate::{
         sampler::{TokenChoice, argmax},
         slots::PlainDecoder,
     },
-    kernels::Kernels,
+    kernels::{Kernels, draws},
     lora::{
         attach::{LinearMapper, attach},
         config::LoraConfig,
@@ -121,9 +131,8 @@ struct FillB;
 impl LinearMapper<Cuda> for FillB {
     fn map_linear(&mut self, _path: &str, mut linear: Linear<Cuda>) -> Linear<Cuda> {
         if let Some(lora) = &mut linear.lora {
-            let options = (&lora.lora_b.val().device(), DType::F32);
-            let shape = lora.lora_b.dims();
-            let b = Tensor::random(shape, Distribution::Normal(0.0, 0.05), options);
+            let device = lora.lora_b.val().device();
+            let b = draws::normal(lora.lora_b.dims(), 0.05, DType::F32, &device);
             lora.lora_b = Param::initialized(lora.lora_b.id, b);
         }
         linear
@@ -378,5 +387,29 @@ fn pages_come_back() {
         let token = ours.step(&[row(fork, 1, 500, pick)]);
         assert_eq!(*first.get_or_insert(token.clone()), token, "round {round}");
         ours.free(fork);
+    }
+}
+
+#[test]
+fn kernels_compiled_ahead_are_those_of_a_step() {
+    let Some(device) = device() else { return };
+    let config = RandomSize::Tiny.config(None).unwrap();
+    let text = &config.text_config;
+    let model = model(&config, &device);
+    let like = plan::like(&model);
+    let weights = plan::Weights::new(&model, &config, &like.client).unwrap();
+    let cache = vec![plan::LayerCache::default(); text.num_hidden_layers];
+    let entries = |kernels: &mut dyn Iterator<Item = Kernel>| -> BTreeSet<_> {
+        kernels
+            .map(|kernel| (kernel.entry(), kernel.source_hash()))
+            .collect()
+    };
+    for rows in [1, 3, 8, 30, 64] {
+        let scratch = plan::Scratch::new(text, rows, 4, &like).unwrap();
+        let around = plan::Around::of_batch(rows, &cache);
+        let step = plan::launches(&weights, &scratch, around);
+        let of_step = entries(&mut step.kernels().cloned());
+        let ahead = entries(&mut plan::kernels(text, device.index, rows).into_iter());
+        assert_eq!(ahead, of_step, "{rows} rows");
     }
 }
