@@ -28,6 +28,9 @@
 // Part 1: a warp owns 16 keys; scores are held transposed (keys x queries), so that P^T and dS^T are left operands where they
 // are made. The block walks all query heads that share its keys and writes dK and dV once. Part 2: a warp owns 16 queries, as
 // in the forward pass. Both copy the walked tiles in the background into two buffers.
+//
+// On an H100 (Nsight Compute, 16 rows of 368 tokens, 32 and 8 heads of 128): part 0 85 % of the memory's rate, 32 registers;
+// part 1 67 % of the rate of shared memory, 255 registers; part 2 64 %, 240. The tensor cores are a third busy.
 
 namespace attention {
 

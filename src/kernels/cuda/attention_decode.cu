@@ -3,9 +3,10 @@
 // Source: Dao, Haziza, Massa, Sizov 2023, "Flash-Decoding for long-context inference"; partial results are joined as in
 // Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
 //
-// The host puts in front: common.cuh, attention_common.cuh and
+// The host puts in front: common.cuh, attention_common.cuh, decode/overlap.cuh and
 //   ATTN_NAME  entry point      HEAD_DIM  16, 24 ... 128, see attention_common.cuh
 //   GROUP      query heads of one key head (heads / kv_heads), 1 to 8
+//   OVERLAP    0, or 1: the next kernel may begin early, see decode/overlap.cuh
 //   PART       0: one kernel; the last block of a (sequence, key head) joins the chunks
 //              1: the chunks only        2: the join only, launched after part 1
 //   PAGE       0, or the tokens of a page, a multiple of 64: the cache of a sequence lies in pages (vLLM's
@@ -30,6 +31,9 @@
 // as long as both operands agree, so a lane loads 16 bytes of a key and uses them as they come, without shared memory:
 //   scores:  lane l reads key l / 4, chunks l % 4 + 4 i; half a chunk is its share of one depth step.
 //   output:  lane l reads values 2 (l % 4) + {0, 1, 8, 9}, chunk l / 4 + 8 i; element t of the chunk is its column of tile t.
+//
+// On an H100 (Nsight Compute, 32 and 8 heads of 128): 32 sequences of 370 tokens 67 % of the memory's rate, 21.7 us; one
+// alone 9.8 us, which is launch and the latency of three dependent reads. 188 registers.
 
 namespace attention {
 
@@ -136,6 +140,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   __shared__ float warp_largest[WARPS][GROUP], warp_sum[WARPS][GROUP];
   __shared__ float warp_output[WARPS][GROUP][HEAD_DIM];
   __shared__ bool last;
+  // It does not begin early itself: what is read through `__restrict__` may be read before a wait.
+  let_next_begin();
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int group = lane >> 2, quarter = lane & 3;  // result row (query head) and place in it
   const int split = blockIdx.x, kv_head = blockIdx.y, batch = blockIdx.z, splits = (int)shape.splits;

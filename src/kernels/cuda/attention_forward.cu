@@ -18,6 +18,9 @@
 // A warp owns 16 query rows: Q fragments, scores and output stay in registers. Tiles of 64 keys and values are copied in the
 // background into two buffers. Keys outside the union of the block's ranges are never read, so that they may be
 // uninitialised; a tile that all rows of a warp see entirely is not masked.
+//
+// On an H100 (Nsight Compute): 16 images of 1,024 patches, 16 heads of 72, 61 % of the rate of shared memory, which is what
+// bounds it; the tensor cores are a third busy. One image 58 %. 184 registers.
 
 namespace attention {
 

@@ -41,6 +41,10 @@
 // Source: PTX ISA, "Asynchronous warpgroup level matrix instructions" (descriptors, swizzled layouts) and
 // "cp.async.bulk.tensor"; the structure is CUTLASS 3's `KernelTmaWarpSpecializedCooperative` with a persistent
 // tile scheduler, without clusters.
+//
+// On an H100 (Nsight Compute), of the tensor cores' peak: backward with 5,888 rows 79 to 90 %, the most with two pairs
+// and K 12,288; 16,384 patches, K 1,152, 38 to 58 %; 1,024 patches 40 %; 368 rows 57 % where 129 tiles fill one wave, and
+// 21 % with the 48 tiles of 1,024 columns. 168 registers on average.
 
 constexpr int TILE_M = 128;
 constexpr int SLAB_K = 64;

@@ -64,6 +64,12 @@ impl Kernel {
         }
     }
 
+    /// One more value to compile with.
+    pub(super) fn with_define(mut self, name: &'static str, value: i64) -> Self {
+        self.defines.push((name, value));
+        self
+    }
+
     /// Dynamic shared memory.
     pub(super) fn with_shared(mut self, bytes: usize) -> Self {
         self.shared_bytes = bytes;

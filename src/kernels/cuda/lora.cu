@@ -9,6 +9,10 @@
 // of one row; a warp eight rows of 32 columns. Each of the four registers then is, over the warp, an
 // 8 x 8 matrix of a product whose columns are permuted: its column 2q + e is column 8q + 2i + e of
 // the 32 in register i. Where the product sums over rows, that matrix is turned in registers.
+//
+// On an H100 (Nsight Compute, 5,888 rows, rank 8; memory's rate for one adapter, then instructions for three with their
+// masks): DOWN 57 and 67 %, FLOW 65 to 75 %, OUTER 78 and 65 %, SPREAD 56 and 67 %, with the gate's backward 66 %. The sums
+// and casts are 3 to 15 us of launch and latency. Registers 78 to 136, sums 32 to 40.
 
 struct Parameters {
     u64 rows, width;

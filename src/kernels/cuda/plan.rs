@@ -29,6 +29,11 @@ pub(super) struct Device {
 /// Set to 1 to use the Ampere kernels on any card.
 pub(super) const FORCE_AMPERE: &str = "XRAY_CUDA_SM80";
 
+/// Whether the kernels of newer cards are to be left alone.
+fn ampere_is_forced() -> bool {
+    std::env::var(FORCE_AMPERE).is_ok_and(|value| value == "1")
+}
+
 /// What the driver says of a device.
 fn attribute(index: usize, attribute: Attribute) -> Option<usize> {
     result::init().ok()?;
@@ -54,6 +59,11 @@ pub(super) fn compute_capability(index: usize) -> usize {
         .map_or(80, |(major, minor)| major * 10 + minor)
 }
 
+/// Whether a kernel may begin before the one in front of it has ended.
+pub(super) fn begins_early(index: usize) -> bool {
+    compute_capability(index) >= 90 && !ampere_is_forced()
+}
+
 /// Multiprocessors of a device.
 pub(super) fn processors(index: usize) -> usize {
     attribute(index, Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).unwrap_or(PROCESSORS)
@@ -67,7 +77,7 @@ pub(super) fn device(buffer: &Buffer) -> Device {
     static DEVICE: OnceLock<Device> = OnceLock::new();
     *DEVICE.get_or_init(|| {
         let hardware = &buffer.client.properties().hardware;
-        let forced = std::env::var(FORCE_AMPERE).is_ok_and(|value| value == "1");
+        let forced = ampere_is_forced();
         let capability = compute_capability(buffer.device.index);
         Device {
             form: if capability == 90 && !forced {

@@ -244,6 +244,7 @@ impl Graph {
             .into_iter()
             .map(|launch| {
                 Ok(Step {
+                    early: false,
                     function: load(&launch.kernel, device, &arch)?,
                     grid: launch.grid,
                     maps: launch.maps,

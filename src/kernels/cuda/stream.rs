@@ -9,6 +9,8 @@ use super::module::{DriverError, Function, driver};
 /// One launch.
 pub(super) struct Step {
     pub function: Function,
+    /// Whether it may begin before the one in front has ended: its kernel then waits by itself.
+    pub early: bool,
     pub grid: [u32; 3],
     /// Tensor maps come before the pointers.
     pub maps: Vec<sys::CUtensorMap>,
@@ -81,6 +83,7 @@ impl Stream {
         for step in steps {
             let Step {
                 function,
+                early,
                 grid,
                 maps,
                 pointers,
@@ -90,17 +93,35 @@ impl Stream {
             let pointers = pointers.iter().map(|at| (&raw const *at).cast_mut().cast());
             let mut arguments: Vec<*mut c_void> = maps.chain(pointers).collect();
             arguments.push(parameters.as_ptr().cast_mut().cast());
+            let mut attribute = sys::CUlaunchAttribute {
+                id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                pad: [0; 4],
+                value: sys::CUlaunchAttributeValue {
+                    programmaticStreamSerializationAllowed: 1,
+                },
+            };
+            let config = sys::CUlaunchConfig {
+                gridDimX: grid[0],
+                gridDimY: grid[1],
+                gridDimZ: grid[2],
+                blockDimX: function.threads,
+                blockDimY: 1,
+                blockDimZ: 1,
+                sharedMemBytes: function.shared_bytes as u32,
+                hStream: self.raw,
+                attrs: &raw mut attribute,
+                numAttrs: u32::from(*early),
+            };
             // SAFETY: whoever made the step gave each kernel what its header names.
             #[allow(unsafe_code)]
             let launched = unsafe {
-                result::launch_kernel(
+                sys::cuLaunchKernelEx(
+                    &raw const config,
                     function.handle(),
-                    (grid[0], grid[1], grid[2]),
-                    (function.threads, 1, 1),
-                    function.shared_bytes as u32,
-                    self.raw,
-                    &mut arguments,
+                    arguments.as_mut_ptr(),
+                    std::ptr::null_mut(),
                 )
+                .result()
             };
             driver("launching a kernel", launched)?;
         }

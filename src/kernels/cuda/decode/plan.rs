@@ -7,7 +7,7 @@ use super::{
         launch::{
             Backend, Buffer, Client, Defines, Kernel, contiguous, empty, float_bits, strided,
         },
-        plan::processors,
+        plan::{begins_early, processors},
         rows,
     },
     module::{DriverError, architecture, driver, load, load_all},
@@ -22,17 +22,20 @@ use crate::qwen3_vl::{
 
 const SCALAR: &str = include_str!("../scalar.cuh");
 const ADAPTER: &str = include_str!("adapter.cuh");
-const GEMV: &[&str] = &[SCALAR, include_str!("gemv.cu")];
+const OVERLAP: &str = include_str!("overlap.cuh");
+const GEMV: &[&str] = &[SCALAR, OVERLAP, include_str!("gemv.cu")];
 const SKINNY: &[&str] = &[SCALAR, ADAPTER, include_str!("skinny.cu")];
-const STEP: &[&str] = &[SCALAR, ADAPTER, include_str!("step.cu")];
+const STEP: &[&str] = &[SCALAR, ADAPTER, OVERLAP, include_str!("step.cu")];
 const SAMPLE: &[&str] = &[
     SCALAR,
+    OVERLAP,
     include_str!("control.cuh"),
     include_str!("sample.cu"),
 ];
 const ATTENTION: &[&str] = &[
     include_str!("../common.cuh"),
     include_str!("../attention_common.cuh"),
+    OVERLAP,
     include_str!("../attention_decode.cu"),
 ];
 
@@ -96,6 +99,7 @@ pub(super) struct Weights {
     device: usize,
     arch: String,
     processors: usize,
+    begins_early: bool,
     table: u64,
     layers: Vec<LayerWeights>,
     norm: (u64, f64),
@@ -192,6 +196,7 @@ impl Weights {
             device,
             arch: architecture(device),
             processors: processors(device),
+            begins_early: begins_early(device),
             table,
             layers,
             norm,
@@ -221,6 +226,7 @@ impl Weights {
             device,
             arch: architecture(device),
             processors: processors(device),
+            begins_early: begins_early(device),
             table: 0,
             layers: vec![layer],
             norm: (0, 0.0),
@@ -402,6 +408,8 @@ struct Product {
 /// A launch whose kernel is not loaded yet.
 struct Launch {
     kernel: Kernel,
+    /// Whether it may begin before the one in front has ended.
+    early: bool,
     grid: [usize; 3],
     pointers: Vec<u64>,
     parameters: Vec<u64>,
@@ -412,13 +420,35 @@ pub(super) struct Builder<'a> {
     weights: &'a Weights,
     scratch: &'a Scratch,
     around: Around<'a>,
+    /// Whether kernels let the next one begin early: with a batch there is nothing to gain.
+    overlaps: bool,
     launches: Vec<Launch>,
 }
 
 impl Builder<'_> {
+    /// A kernel that waits for what it reads, see `overlap.cuh`.
+    fn push_early(
+        &mut self,
+        kernel: Kernel,
+        grid: [usize; 3],
+        pointers: Vec<u64>,
+        parameters: Vec<u64>,
+    ) {
+        self.push(kernel, grid, pointers, parameters);
+        if let Some(launch) = self.launches.last_mut() {
+            launch.early = self.overlaps;
+        }
+    }
+
     fn push(&mut self, kernel: Kernel, grid: [usize; 3], pointers: Vec<u64>, parameters: Vec<u64>) {
+        let kernel = if self.overlaps {
+            kernel.with_define("OVERLAP", 1)
+        } else {
+            kernel
+        };
         self.launches.push(Launch {
             kernel,
+            early: false,
             grid,
             pointers,
             parameters,
@@ -437,6 +467,7 @@ impl Builder<'_> {
         let steps = self.launches.into_iter().map(|launch| {
             Ok(Step {
                 function: load(&launch.kernel, device, arch)?,
+                early: launch.early,
                 grid: launch.grid.map(|size| size as u32),
                 maps: Vec::new(),
                 pointers: launch.pointers,
@@ -477,7 +508,7 @@ impl Builder<'_> {
             let kernel = Kernel::new("gemv", GEMV, defines, 256);
             let a_block = if product.gate { 2 } else { 4 };
             let grid = [count.div_ceil(a_block), 1, 1];
-            self.push(kernel, grid, pointers, parameters);
+            self.push_early(kernel, grid, pointers, parameters);
             return;
         }
         let mut input = x;
@@ -507,7 +538,7 @@ impl Builder<'_> {
         // A sum's order depends on the warps: they are chosen by the matrix, never by the batch.
         let few = !product.gate && count / 16 <= 2 * self.weights.processors;
         let warps = if few { 8 } else { 4 };
-        defines.push(("WARPS", warps));
+        defines.push(("BLOCK_WARPS", warps));
         defines.push(("WHOLE", i64::from(k.is_multiple_of(128))));
         let pointers = [input]
             .into_iter()
@@ -535,7 +566,7 @@ impl Builder<'_> {
             ("PAGE", self.page()),
         ];
         let kernel = Kernel::new(form, STEP, defines, threads);
-        self.push(kernel, grid, pointers, parameters);
+        self.push_early(kernel, grid, pointers, parameters);
     }
 
     fn page(&self) -> i64 {
@@ -623,7 +654,7 @@ impl Builder<'_> {
             .map(|size| size as u64)
             .to_vec();
         let defines = vec![("PICK", 1), ("SCALAR_BF16", 1)];
-        self.push(
+        self.push_early(
             Kernel::new("PICK", SAMPLE, defines, 256),
             [SHARES, around.rows, 1],
             vec![scratch.logits, scratch.best_values, scratch.best_indices],
@@ -646,7 +677,7 @@ impl Builder<'_> {
         .chain([around.results])
         .collect();
         let kernel = Kernel::new("CHOOSE", SAMPLE, defines, 1024);
-        self.push(kernel, [around.rows, 1, 1], pointers, parameters);
+        self.push_early(kernel, [around.rows, 1, 1], pointers, parameters);
     }
 }
 
@@ -702,6 +733,7 @@ pub(super) fn launches<'a>(
         weights,
         scratch,
         around,
+        overlaps: around.lone && around.rows == 1 && weights.begins_early,
         launches: Vec::new(),
     };
     let b = &mut build;

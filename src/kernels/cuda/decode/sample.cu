@@ -11,6 +11,7 @@
 // threads. CHOOSE: grid (rows), 1,024 threads; FEED: the token is the next step's input.
 // Limit of CHOOSE: one processor reads a row (600 KB) three to six times; 30 to 60 us with filters,
 // launch without.
+// On an H100: PICK 4.7 us (16 registers), CHOOSE without filters 4.4 us (54 registers, 37 KB of shared memory).
 
 struct Parameters {
     u64 vocab, shares;
@@ -46,6 +47,8 @@ __device__ __forceinline__ Best warp_best(Best best) {
 extern "C" __global__ void __launch_bounds__(256)
 ENTRY(const float* logits, float* best_values, int* best_indices, const __grid_constant__ Parameters p) {
     __shared__ Best shared[8];
+    let_next_begin();
+    wait_for_last();
     const int vocab = (int)p.vocab;
     const float* row = logits + (u64)blockIdx.y * vocab;
     Best best = {-3.4e38f, NONE};
@@ -322,6 +325,7 @@ ENTRY(const float* logits, const float* best_values, const int* best_indices, u3
 #endif
       int* results, const __grid_constant__ Parameters p) {
     __shared__ Shared shared;
+    wait_for_last();
     const int at = blockIdx.x, shares = (int)p.shares;
     const auto word = [&](int field) -> u32& { return control[field * CONTROL_ROWS + at]; };
     Row row = {logits + (u64)at * p.vocab, nullptr, (int)p.vocab, __uint_as_float(word(CONTROL_PENALTY)),

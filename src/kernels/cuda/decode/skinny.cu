@@ -9,10 +9,11 @@
 // bit whatever the size of its batch.
 //
 // Configuration: TILES (vectors / 8, rounded up), WEIGHTS 1 to 3, GATE, RESIDUAL, OUT_F32 as in
-// gemv.cu; ADAPTERS (each vector may have low-rank terms of its own: adapter.cuh); WARPS of a block, 4,
+// gemv.cu; ADAPTERS (each vector may have low-rank terms of its own: adapter.cuh); BLOCK_WARPS, 4,
 // or 8 where there are few blocks; WHOLE: K is a multiple of 32 * DEPTH, so that nothing is left to ask
 // in the loop. K is a multiple of 32, the rows of each matrix a multiple of 16.
 
+#define WARPS BLOCK_WARPS
 #define MATRICES (GATE ? 2 : 1)
 #define DEPTH 4
 // With more warps on a processor there are fewer registers, and so fewer loads under way.

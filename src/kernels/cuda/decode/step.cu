@@ -3,7 +3,8 @@
 // replayed as they grow.
 //
 // Configuration: one of EMBED, HEADS, SHRINK; PAGE: 0, or the cache of a row lies in pages of PAGE
-// tokens. Limit: launch.
+// tokens; OVERLAP: overlap.cuh.
+// On an H100: EMBED 3.4 us, HEADS 3.7 us for one row and 3.9 for 32; 30 registers.
 
 struct Parameters {
     u64 width;               // EMBED: hidden size; SHRINK: width of the input
@@ -20,6 +21,8 @@ struct Parameters {
 // x[row] = table[token[row]]
 extern "C" __global__ void __launch_bounds__(256)
 ENTRY(const u16* table, const int* token, u16* x, const __grid_constant__ Parameters p) {
+    let_next_begin();
+    wait_for_last();
     const uint4* from = (const uint4*)(table + (u64)token[blockIdx.x] * p.width);
     uint4* to = (uint4*)(x + (u64)blockIdx.x * p.width);
     for (int i = threadIdx.x; i < (int)(p.width / 8); i += 256) to[i] = from[i];
@@ -37,6 +40,8 @@ ENTRY(const u16* qkv, const u16* q_norm, const u16* k_norm, const float* frequen
       const int* table, const int* pages,
 #endif
       u16* queries, u16* keys, u16* values, const __grid_constant__ Parameters p) {
+    let_next_begin();
+    wait_for_last();
     const int lane = threadIdx.x & 31;
     const int head = blockIdx.x * 4 + (threadIdx.x >> 5), row = blockIdx.y;
     const int heads = (int)p.heads, kv_heads = (int)p.kv_heads;
