@@ -114,7 +114,9 @@ pub trait DeviceTask {
     type Output;
 
     /// Whether f16 is too narrow for the work, and not taken unless asked for.
-    const NEEDS_RANGE: bool = false;
+    fn needs_range(&self) -> bool {
+        false
+    }
 
     /// Does the work; `dtype` is the type asked for, or the device's best.
     fn run<B: Kernels>(self, device: B::Device, dtype: DType) -> Self::Output;
@@ -132,6 +134,11 @@ pub struct Replicas<B: Backend> {
 pub trait ReplicatedTask {
     /// What comes of it.
     type Output;
+
+    /// As [`DeviceTask::needs_range`].
+    fn needs_range(&self) -> bool {
+        false
+    }
 
     /// Does the work.
     fn run<B: Kernels>(self, replicas: Replicas<B>) -> Self::Output;
@@ -153,8 +160,9 @@ pub fn run_on_all<T: ReplicatedTask>(
     impl<T: ReplicatedTask> DeviceTask for First<T> {
         type Output = T::Output;
 
-        // Gradients are not scaled, and small ones would vanish.
-        const NEEDS_RANGE: bool = true;
+        fn needs_range(&self) -> bool {
+            self.task.needs_range()
+        }
 
         fn run<B: Kernels>(self, device: B::Device, dtype: DType) -> T::Output {
             let same = |name: &DeviceName| match name {
@@ -245,7 +253,7 @@ pub fn run_on<T: DeviceTask>(
                     device: name,
                     reason,
                 })?;
-                let half = !T::NEEDS_RANGE
+                let half = !task.needs_range()
                     && !is_software(&adapter)
                     && Vulkan::supports_dtype(&device, DType::F16);
                 let best = if half { DType::F16 } else { DType::F32 };

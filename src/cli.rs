@@ -110,12 +110,12 @@ pub struct ModelArgs {
     /// (cuda:0,cuda:1), with a copy of the model on each.
     #[arg(long, value_name = "DEVICE,..", value_delimiter = ',')]
     pub device: Vec<DeviceName>,
-    /// Type of the weights; by default bf16 on CUDA and f32 elsewhere.
+    /// Type of the weights; by default bf16 on CUDA, f16 on other GPUs and f32 on the CPU.
     #[arg(long, value_enum)]
     pub dtype: Option<DtypeName>,
     /// Pack the weights while they are loaded: int8, int4 (groups of 64) or int4:32.
     ///
-    /// The 8B takes 9 GB as int8 and 6 GB as int4. `quantize` writes such a checkpoint once for all.
+    /// The 8B takes 8.8 GB as int8 and 5.3 GB as int4. `quantize` writes such a checkpoint once for all.
     #[arg(long, value_name = "FORMAT")]
     pub quantize: Option<Quantization>,
     /// Smallest size an image is scaled to, in pixels.

@@ -75,7 +75,7 @@ pub struct BenchArgs {
     /// take several (cuda:0,cuda:1) and measure the first alone, then all together.
     #[arg(long, value_name = "DEVICE,..", value_delimiter = ',')]
     pub device: Vec<DeviceName>,
-    /// Type of the weights; by default bf16 on CUDA and f32 elsewhere.
+    /// Type of the weights; by default bf16 on CUDA, on other GPUs f16 and for `train` f32, f32 on the CPU.
     #[arg(long, value_enum)]
     pub dtype: Option<DtypeName>,
     /// Pack the weights while they are loaded, or draw them packed: int8, int4 (groups of 64) or int4:32.
@@ -278,6 +278,10 @@ struct Measure(BenchArgs);
 
 impl ReplicatedTask for Measure {
     type Output = Result<Vec<Record>>;
+
+    fn needs_range(&self) -> bool {
+        self.0.kind == BenchKind::Train
+    }
 
     fn run<B: Kernels>(self, replicas: Replicas<B>) -> Result<Vec<Record>> {
         let args = self.0;

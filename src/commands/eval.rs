@@ -97,7 +97,7 @@ pub struct EvalArgs {
     /// cpu, cuda, cuda:N, wgpu or wgpu:N; by default the best one that answers.
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<DeviceName>,
-    /// Type of the weights; by default bf16 on CUDA and f32 elsewhere.
+    /// Type of the weights; by default bf16 on CUDA, f16 on other GPUs and f32 on the CPU.
     #[arg(long, value_enum)]
     pub dtype: Option<DtypeName>,
     /// Pack the weights while they are loaded: int8, int4 (groups of 64) or int4:32.

@@ -50,8 +50,10 @@ struct Merge {
 impl DeviceTask for Merge {
     type Output = Result<()>;
 
-    // A checkpoint in bf16 may hold what f16 cannot.
-    const NEEDS_RANGE: bool = true;
+    fn needs_range(&self) -> bool {
+        // A checkpoint in bf16 may hold what f16 cannot.
+        true
+    }
 
     fn run<B: Kernels>(self, device: B::Device, dtype: DType) -> Result<()> {
         let options = PipelineOptions {

@@ -272,6 +272,11 @@ struct Train {
 impl ReplicatedTask for Train {
     type Output = Result<()>;
 
+    fn needs_range(&self) -> bool {
+        // Gradients are not scaled, and small ones would vanish.
+        true
+    }
+
     fn run<B: Kernels>(mut self, replicas: Replicas<B>) -> Result<()> {
         let Replicas { devices, dtype } = replicas;
         // What was chosen for the user is written down as if it had been asked for.
