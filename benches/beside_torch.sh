@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# This program and PyTorch on one card, one after the other in one call, so that both meet the same machine.
+# This program and PyTorch on one card, one after the other in one go, so that both meet the same machine.
 #
 #   benches/beside_torch.sh OUTPUT_DIR [TORCH_BENCH_DIR]
 #
-# TORCH_BENCH_DIR (or the variable of that name) holds Python scripts; each is run as it is and prints its
+# TORCH_BENCH_DIR (or the variable of that name; `benches/torch` here) holds Python scripts; each is run as it is and prints its
 # own figures. Without it only this program is measured. Variables:
 #   XRAY_BIN     the program            [target/release/xray-qwen3vl]
 #   XRAY_SIZE    size of the random weights: 8b, 4b, 2b, tiny [8b]
