@@ -73,6 +73,9 @@ fn rows_first(like: &Buffer, [batch, heads, rows, head_dim]: [usize; 4]) -> Tens
     tensor::<4>(buffer).swap_dims(1, 2)
 }
 
+/// Blocks that keep all processors of an H100 busy, two on each.
+const FULL: usize = 2 * 132;
+
 fn scale(head_dim: usize) -> f64 {
     (head_dim as f64).powf(-0.5)
 }
@@ -102,7 +105,7 @@ pub(super) fn forward(
         with_dense_heads(v),
     );
     // Smaller tiles where the large ones would leave processors idle.
-    let tile = if queries.div_ceil(128) * heads * batch >= 2 * 132 {
+    let tile = if queries.div_ceil(128) * heads * batch >= FULL {
         128
     } else {
         64
@@ -144,6 +147,16 @@ pub(super) fn forward(
         parameters,
     );
     (out, statistics.map(tensor))
+}
+
+/// Compiles the forward kernels that sequences of any length may get, for heads of one width.
+pub(super) fn prepare(head_dim: usize, device: &Device<Backend>) {
+    let spans = AttentionSpans::blocks(&[1], device);
+    // Few heads get the small tile, many the large one.
+    for heads in [1, FULL] {
+        let x = Tensor::<Backend, 4>::empty([1, heads, 1, head_dim], (device, DType::BF16));
+        let _ = forward(x.clone(), x.clone(), x, &spans, false);
+    }
 }
 
 /// What flows back into queries, keys and values.

@@ -20,7 +20,8 @@
 // uninitialised; a tile that all rows of a warp see entirely is not masked.
 //
 // On an H100 (Nsight Compute): 16 images of 1,024 patches, 16 heads of 72, 61 % of the rate of shared memory, which is what
-// bounds it; the tensor cores are a third busy. One image 58 %. 184 registers.
+// bounds it; the tensor cores are a third busy. One image 58 %. A row of 5,888 tokens packed from 16, 32 and 8 heads of 128:
+// 47 %. 184 and 222 registers.
 
 namespace attention {
 

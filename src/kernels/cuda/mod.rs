@@ -126,12 +126,24 @@ impl Kernels for Cuda {
         largest_batch: usize,
         on_progress: &mut dyn FnMut(u64, u64),
     ) {
-        if scalar_of(dtype).is_some_and(|(bf16, _)| bf16 == 1) {
+        if supported() && scalar_of(dtype).is_some_and(|(bf16, _)| bf16 == 1) {
             let like = launch::strided(Tensor::<Self, 1>::empty([1], (device, dtype)));
             let vocab = config.text_config.vocab_size;
+            let widths = [config.vision_config.head_dim(), config.text_config.head_dim]
+                .map(|width| attention::covers(width, dtype).then_some(width));
+            let mut tiles = 0;
             gemm::prepare(&like, vocab, |done, all| {
-                on_progress(done as u64, all as u64);
+                tiles = all;
+                on_progress(done as u64, (all + widths.len()) as u64);
             });
+            for (done, width) in widths.into_iter().enumerate() {
+                if let Some(width) = width {
+                    attention::prepare(width, device);
+                    let _ = Self::sync(device);
+                }
+                let all = tiles + widths.len();
+                on_progress((tiles + done + 1) as u64, all as u64);
+            }
             decode::prepare(&config.text_config, device.index, largest_batch);
         }
     }

@@ -4,7 +4,7 @@
 use std::{
     collections::{HashMap, HashSet},
     ffi::{CStr, CString},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, LazyLock, Mutex, PoisonError},
 };
 
@@ -12,8 +12,8 @@ use cudarc::{
     driver::{result, sys},
     nvrtc,
 };
-
 use rayon::prelude::*;
+use sha2::{Digest, Sha256};
 
 use super::{launch::Kernel, plan::compute_capability, stream::Context};
 
@@ -77,19 +77,18 @@ pub(super) fn load(kernel: &Kernel, device: usize, arch: &str) -> Result<Functio
         Some(handle) => handle,
         None => {
             let file = super::cache_dir()
-                .map(|dir| dir.join(format!("{arch}-{}-{hash:016x}.ptx", kernel.entry())));
+                .map(|dir| dir.join(format!("{arch}-{}-{hash:016x}.cubin", kernel.entry())));
             let kept = file
                 .as_ref()
-                .and_then(|file| std::fs::read(file).ok())
-                .filter(|ptx| ptx.last() == Some(&0))
-                .and_then(|ptx| load_ptx(kernel, &ptx).ok());
+                .and_then(|file| kept(file))
+                .and_then(|image| load_image(kernel, &image).ok());
             match kept {
                 Some(handle) => handle,
                 // Nothing kept, or damaged, or written for another driver.
                 None => {
-                    let ptx = compile(kernel, arch)?;
-                    let handle = load_ptx(kernel, &ptx)?;
-                    keep(file, &ptx);
+                    let image = compile(kernel, arch)?;
+                    let handle = load_image(kernel, &image)?;
+                    keep(file, &image);
                     handle
                 }
             }
@@ -134,14 +133,22 @@ pub(super) fn load_in_background(kernels: Vec<Kernel>, device: usize) {
     });
 }
 
+/// What [`keep`] wrote, if it is whole: the driver is not told how long an image is.
+fn kept(file: &Path) -> Option<Vec<u8>> {
+    let mut image = std::fs::read(file).ok()?;
+    let digest = image.split_off(image.len().checked_sub(Sha256::output_size())?);
+    (Sha256::digest(&image).as_slice() == digest).then_some(image)
+}
+
 /// A cache that cannot be written is no error: the next start compiles again.
-fn keep(file: Option<PathBuf>, ptx: &[u8]) {
+fn keep(file: Option<PathBuf>, image: &[u8]) {
     let Some(file) = file else { return };
     let beside = file.with_extension(format!("{}.tmp", std::process::id()));
+    let whole = [image, Sha256::digest(image).as_slice()].concat();
     let written = file
         .parent()
         .map_or(Ok(()), std::fs::create_dir_all)
-        .and_then(|()| std::fs::write(&beside, ptx))
+        .and_then(|()| std::fs::write(&beside, whole))
         .and_then(|()| std::fs::rename(&beside, &file));
     if let Err(error) = written {
         log::warn!(
@@ -151,6 +158,7 @@ fn keep(file: Option<PathBuf>, ptx: &[u8]) {
     }
 }
 
+/// Machine code: text for the driver would be compiled once more when it is loaded.
 fn compile(kernel: &Kernel, arch: &str) -> Result<Vec<u8>, DriverError> {
     let doing = format!("compiling {}", kernel.entry());
     let source = driver(&doing, CString::new(kernel.source()))?;
@@ -167,20 +175,27 @@ fn compile(kernel: &Kernel, arch: &str) -> Result<Vec<u8>, DriverError> {
             let _ = nvrtc::result::destroy_program(program);
             return Err(DriverError { doing, reason: log });
         }
-        let ptx = driver(&doing, nvrtc::result::get_ptx(program))?;
+        let mut size = 0;
+        driver(
+            &doing,
+            nvrtc::sys::nvrtcGetCUBINSize(program, &mut size).result(),
+        )?;
+        let mut image = vec![0u8; size];
+        let got = nvrtc::sys::nvrtcGetCUBIN(program, image.as_mut_ptr().cast()).result();
+        driver(&doing, got)?;
         driver(&doing, nvrtc::result::destroy_program(program))?;
-        Ok(ptx.into_iter().map(|byte| byte as u8).collect())
+        Ok(image)
     }
 }
 
-fn load_ptx(kernel: &Kernel, ptx: &[u8]) -> Result<usize, DriverError> {
+fn load_image(kernel: &Kernel, image: &[u8]) -> Result<usize, DriverError> {
     let doing = format!("loading {}", kernel.entry());
     let name = driver(&doing, CString::new(kernel.entry()))?;
-    // SAFETY: the text ends in a zero byte, as NVRTC gives it and `load` checks; the module stays
-    // loaded as long as the process lives.
+    // SAFETY: the image is whole, from NVRTC or as `kept` has checked; the module stays loaded as long
+    // as the process lives.
     #[allow(unsafe_code)]
     unsafe {
-        let module = driver(&doing, result::module::load_data(ptx.as_ptr().cast()))?;
+        let module = driver(&doing, result::module::load_data(image.as_ptr().cast()))?;
         let function = driver(&doing, result::module::get_function(module, name))?;
         if kernel.shared_bytes() > 0 {
             let attribute =
