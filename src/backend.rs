@@ -98,6 +98,9 @@ pub enum DeviceError {
     /// Several devices that cannot work together.
     #[error("devices `{0}` and `{1}` belong to different backends; name devices of one kind")]
     Mixed(DeviceName, DeviceName),
+    /// The best Vulkan device among several.
+    #[error("`wgpu` among several devices has no number; name each as wgpu:N, `doctor` lists them")]
+    Unnumbered,
     /// The device cannot calculate in the type.
     #[error("device `{device}` does not calculate in {dtype:?}; try `--dtype f32`")]
     Dtype {
@@ -158,13 +161,13 @@ pub fn run_on_all<T: ReplicatedTask>(
         names: Vec<DeviceName>,
     }
     impl<T: ReplicatedTask> DeviceTask for First<T> {
-        type Output = T::Output;
+        type Output = Result<T::Output, DeviceError>;
 
         fn needs_range(&self) -> bool {
             self.task.needs_range()
         }
 
-        fn run<B: Kernels>(self, device: B::Device, dtype: DType) -> T::Output {
+        fn run<B: Kernels>(self, device: B::Device, dtype: DType) -> Self::Output {
             let same = |name: &DeviceName| match name {
                 DeviceName::Cpu => device.clone(),
                 // Numbers count within the kind of device the first one is.
@@ -182,8 +185,21 @@ pub fn run_on_all<T: ReplicatedTask>(
             } else {
                 self.names.iter().map(same).collect()
             };
-            self.task.run(Replicas::<B> { devices, dtype })
+            // The first one answered already.
+            for (name, other) in self.names.iter().zip(&devices).skip(1) {
+                if *other != device {
+                    probe::<B>(other).map_err(|reason| DeviceError::NotThere {
+                        device: *name,
+                        reason,
+                    })?;
+                }
+            }
+            Ok(self.task.run(Replicas::<B> { devices, dtype }))
         }
+    }
+    // Which card the best one is, only its driver knows: another name may be the same card.
+    if names.len() > 1 && names.contains(&DeviceName::Wgpu(None)) {
+        return Err(DeviceError::Unnumbered);
     }
     if let Some(other) = names
         .iter()
@@ -195,7 +211,7 @@ pub fn run_on_all<T: ReplicatedTask>(
         task,
         names: names.to_vec(),
     };
-    run_on(names.first().copied(), dtype, first)
+    run_on(names.first().copied(), dtype, first)?
 }
 
 /// What the program was built with, best first.

@@ -138,10 +138,7 @@ pub fn compare(dtype: DType, answers: Result<Answers, String>, cpu: Option<&Answ
                         .map(|(name, ours)| (ours, &cpu.gradients[0][name]))
                 })
                 .map(|pair| distance([pair].into_iter()))
-                .fold(
-                    0.0,
-                    |worst: f64, one| if one <= worst { worst } else { one },
-                );
+                .fold(0.0, worse);
             (
                 Outcome::Measured(forward, allowed),
                 // A gradient has passed through twice as many roundings.
@@ -272,10 +269,7 @@ fn work_out<B: Kernels>(device: &B::Device, dtype: DType) -> Result<Answers, Str
         let least = row.iter().copied().fold(f32::INFINITY, f32::min);
         f64::from(most - row[*token as usize]) / f64::from(most - least)
     });
-    let decoding = decoding.fold(
-        0.0,
-        |worst: f64, one| if one <= worst { worst } else { one },
-    );
+    let decoding = decoding.fold(0.0, worse);
 
     let adapter = LoraConfig {
         r: 4,
@@ -383,4 +377,8 @@ mod tests {
         let failed = compare(DType::F16, Err("no".into()), Some(&cpu));
         assert!(!failed.is_good());
     }
+}
+/// The larger of two distances; what is no number is worst of all.
+fn worse(a: f64, b: f64) -> f64 {
+    if a.is_nan() || b <= a { a } else { b }
 }

@@ -156,12 +156,18 @@ impl TextAndImages {
                 expected: config.text_config.vocab_size,
             });
         }
-        let template = match ChatTemplate::find(dir, None)? {
-            Some(template) => template,
-            // A checkpoint without a template: the published folder names tell the two kinds apart.
-            None if is_thinking_folder(dir) => ChatTemplate::thinking()?,
-            None => ChatTemplate::instruct()?,
+        // The adapter's own template goes before the base's.
+        let own = match &options.adapter {
+            Some(adapter) => ChatTemplate::find(adapter, None)?,
+            None => None,
         };
+        let template =
+            match own.map_or_else(|| ChatTemplate::find(dir, None), |own| Ok(Some(own)))? {
+                Some(template) => template,
+                // A checkpoint without a template: the published folder names tell the two kinds apart.
+                None if is_thinking_folder(dir) => ChatTemplate::thinking()?,
+                None => ChatTemplate::instruct()?,
+            };
         let eos_token_ids = eos_token_ids(dir, &config, &tokenizer);
         Ok(Self {
             config,

@@ -158,7 +158,7 @@ pub struct EvalArgs {
     #[arg(long, value_name = "DIR")]
     pub images_dir: Option<PathBuf>,
     /// Keep the reports the model wrote, as predictions that `eval` reads.
-    #[arg(long, value_name = "FILE.jsonl", conflicts_with = "predictions")]
+    #[arg(long, value_name = "FILE.jsonl", conflicts_with_all = ["predictions", "baselines_only"])]
     pub output: Option<PathBuf>,
 }
 
@@ -355,7 +355,7 @@ fn model_work(
     };
     let neighbour = train.filter(|_| !args.no_neighbour).cloned();
     if let Some(adapter) = args.adapter.as_ref().filter(|_| !args.any_base) {
-        check_base(adapter, model)?;
+        check_base(adapter, &shipped(model))?;
     }
     let writes = args.predictions.is_none();
     let Some(data) = data.cloned().filter(|_| writes || neighbour.is_some()) else {

@@ -26,6 +26,7 @@ use crate::{
     lora::base::check_base,
     pipeline::{Answer, Pipeline},
     processor::{dicom::Remark, image::Reading, message::split_thinking},
+    quant::cache::CacheFormat,
     qwen3_vl::ImageInput,
     spread::in_order,
     system::MemoryWatch,
@@ -99,6 +100,22 @@ pub fn run(args: InferArgs) -> Result<()> {
             bail!(UsageError(
                 "--frame is not sent to a server; give it files of one frame".into()
             ));
+        }
+        let model = &args.model;
+        let unsent = [
+            ("--adapter", model.adapter.is_some()),
+            ("--any-base", model.any_base),
+            ("--device", !model.device.is_empty()),
+            ("--dtype", model.dtype.is_some()),
+            ("--quantize", model.quantize.is_some()),
+            ("--min-pixels", model.min_pixels.is_some()),
+            ("--max-pixels", model.max_pixels.is_some()),
+            ("--kv-cache", args.generation.kv_cache != CacheFormat::Float),
+        ];
+        if let Some((option, _)) = unsent.iter().find(|(_, given)| *given) {
+            bail!(UsageError(format!(
+                "{option} is the server's to decide; give it to `serve`, or name a model of the server with --server-model"
+            )));
         }
         return super::infer_server::run(address, &args, &settings, &images);
     }
@@ -487,13 +504,23 @@ impl OutputFile {
             return Ok(this);
         };
         let context = || format!("cannot write `{}`", path.display());
-        let bytes = match fs::read(path) {
-            Ok(bytes) => bytes,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
-            Err(error) => {
-                return Err(error).with_context(|| format!("cannot read `{}`", path.display()));
-            }
-        };
+        let mut file = fs::OpenOptions::new()
+            .create(true)
+            .read(true)
+            .write(true)
+            .truncate(false)
+            .open(path)
+            .with_context(context)?;
+        // The system's lock: it ends with the process, however that ends.
+        if let Err(fs::TryLockError::WouldBlock) = file.try_lock() {
+            bail!(
+                "`{}` is being written by another run; wait for it, or name another file with --output",
+                path.display()
+            );
+        }
+        let mut bytes = Vec::new();
+        std::io::Read::read_to_end(&mut file, &mut bytes)
+            .with_context(|| format!("cannot read `{}`", path.display()))?;
         // A record that was cut off is taken away; anything else at the end is not ours to touch.
         let whole = bytes
             .iter()
@@ -527,14 +554,7 @@ impl OutputFile {
                 this.there.insert(record.image);
             }
         }
-        let file = fs::OpenOptions::new()
-            .create(true)
-            .write(true)
-            .truncate(false)
-            .open(path)
-            .with_context(context)?;
         file.set_len(whole as u64).with_context(context)?;
-        let mut file = file;
         std::io::Seek::seek(&mut file, std::io::SeekFrom::End(0)).with_context(context)?;
         this.file = Some((path.to_path_buf(), file));
         Ok(this)

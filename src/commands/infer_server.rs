@@ -29,6 +29,11 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// Tries at a server that is busy.
 const MAX_TRIES: u32 = 60;
 
+/// The server cannot answer now; it may later.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Unreachable(String);
+
 struct Remote<'a> {
     server: Server,
     args: &'a InferArgs,
@@ -38,7 +43,8 @@ struct Remote<'a> {
 /// Sends all images to the server at `address`, `--batch-size` requests at a time.
 ///
 /// # Errors
-/// As `infer` without a server; a server that cannot be reached is the error of each report.
+/// As `infer` without a server. A server that cannot be reached, stops or stays full ends the run: what
+/// was not answered has no record, and the next run asks again.
 pub(super) fn run(
     address: &str,
     args: &InferArgs,
@@ -75,6 +81,13 @@ pub(super) fn run(
             .buffered(args.batch_size);
         let mut done = 0;
         while let Some(record) = answers.next().await {
+            let record = record.with_context(|| {
+                let goes_on = match &args.output {
+                    Some(_) => "; started again, the run goes on from there",
+                    None => "",
+                };
+                format!("{done} of {total} reports were written{goes_on}")
+            })?;
             output.add(&record, args)?;
             done += 1;
             if let Some(progress) = &mut progress {
@@ -90,16 +103,18 @@ pub(super) fn run(
 }
 
 impl Remote<'_> {
-    /// The report about some images; what fails becomes a record with its error.
-    async fn record(&self, images: &[PathBuf]) -> Record {
+    /// The report about some images; what is wrong with them becomes a record with its error, what is
+    /// wrong with the server an error.
+    async fn record(&self, images: &[PathBuf]) -> Result<Record> {
         let started = Instant::now();
         let mut record = empty_record(self.args, images);
         match self.answer(images).await {
             Ok(answer) => fill(&mut record, &answer),
+            Err(error) if error.is::<Unreachable>() => return Err(error),
             Err(error) => record.error = Some(format!("`{}`: {error:#}", record.image)),
         }
         record.seconds = (started.elapsed().as_secs_f64() * 1e4).round() / 1e4;
-        record
+        Ok(record)
     }
 
     fn body(&self, images: &[PathBuf]) -> Result<Vec<u8>> {
@@ -133,6 +148,9 @@ impl Remote<'_> {
             "stop": self.args.generation.stop,
             "stream": self.args.stream,
         });
+        if self.args.stream {
+            body["stream_options"] = json!({"include_usage": true});
+        }
         if let Some(model) = &self.args.server_model {
             body["model"] = model.as_str().into();
         }
@@ -144,11 +162,14 @@ impl Remote<'_> {
         let mut tries = 0;
         loop {
             tries += 1;
-            let mut connection = self.server.connect().await?;
+            let unreachable = |error: String| Unreachable(error);
+            let connected = self.server.connect().await;
+            let mut connection = connected.map_err(|error| unreachable(error.to_string()))?;
             let request = self
                 .server
                 .request("/v1/chat/completions", Some(body.clone()))?;
-            let response = connection.send(request).await?;
+            let sent = connection.send(request).await;
+            let response = sent.map_err(|error| unreachable(error.to_string()))?;
             let status = response.status();
             if self.args.stream && status.is_success() {
                 return show(response.into_body()).await;
@@ -159,10 +180,21 @@ impl Remote<'_> {
                 .and_then(|value| value.to_str().ok()?.parse().ok())
                 .map_or(Duration::from_secs(1), Duration::from_secs)
                 .min(LONGEST_PAUSE);
-            let bytes = response.into_body().collect().await?.to_bytes();
-            if status == 429 && tries < MAX_TRIES {
-                tokio::time::sleep(pause).await;
-                continue;
+            let body_came = response.into_body().collect().await;
+            let bytes = body_came
+                .map_err(|error| unreachable(error.to_string()))?
+                .to_bytes();
+            // Full, stopping, or not there behind a proxy: nothing that these images can help.
+            if [429, 502, 503].contains(&status.as_u16()) {
+                if tries < MAX_TRIES && status == 429 {
+                    tokio::time::sleep(pause).await;
+                    continue;
+                }
+                let reason = String::from_utf8_lossy(&bytes[..bytes.len().min(300)]).into_owned();
+                bail!(unreachable(format!(
+                    "status {} from the server: {reason}",
+                    status.as_u16()
+                )));
             }
             let answer: Value = serde_json::from_slice(&bytes).with_context(|| {
                 format!("status {status}, and no JSON with it; is this the server's address?")
@@ -183,6 +215,7 @@ async fn show(mut body: hyper::body::Incoming) -> Result<Value> {
     let mut lines = EventLines::default();
     let (mut content, mut reasoning) = (String::new(), String::new());
     let mut choice = json!({});
+    let mut usage = Value::Null;
     while let Some(frame) = body.frame().await {
         let frame = frame?;
         let Some(bytes) = frame.data_ref() else {
@@ -192,7 +225,7 @@ async fn show(mut body: hyper::body::Incoming) -> Result<Value> {
             if data == "[DONE]" {
                 writeln!(stdout())?;
                 choice["message"] = json!({"content": content, "reasoning_content": reasoning});
-                return Ok(json!({"choices": [choice]}));
+                return Ok(json!({"choices": [choice], "usage": usage}));
             }
             let chunk: Value = serde_json::from_str(&data)?;
             if let Some(error) = chunk.get("error") {
@@ -200,6 +233,9 @@ async fn show(mut body: hyper::body::Incoming) -> Result<Value> {
                     "the server says: {}",
                     error["message"].as_str().unwrap_or_default()
                 );
+            }
+            if chunk["usage"].is_object() {
+                usage = chunk["usage"].clone();
             }
             let part = &chunk["choices"][0];
             if let Some(text) = part["delta"]["content"].as_str() {

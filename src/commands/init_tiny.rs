@@ -2,7 +2,7 @@
 
 use std::io::Write;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use crate::{
     cli::InitTinyArgs,
@@ -32,6 +32,12 @@ pub fn run(args: &InitTinyArgs) -> Result<()> {
         })
         .collect();
     let trained = train_tokenizer(corpus.iter().map(String::as_str), VOCAB_SIZE)?;
+    if std::fs::read_dir(&args.output).is_ok_and(|mut entries| entries.next().is_some()) {
+        bail!(
+            "`{}` is there and not empty; name a new folder with --output",
+            args.output.display()
+        );
+    }
     std::fs::create_dir_all(&args.output)
         .with_context(|| format!("cannot make the folder `{}`", args.output.display()))?;
     trained.save(&args.output)?;

@@ -120,6 +120,11 @@ impl DeviceTask for Merge {
                 "merged weights answer differently from base plus adapter: relative distance of the logits {in_place:.2e}, allowed {allowed:.0e}; nothing was written"
             );
         }
+        if !expected.iter().all(|logit| logit.is_finite()) {
+            bail!(
+                "the merged weights do not answer with numbers in {written:?}; nothing was kept, take a `--dtype` with more room"
+            );
+        }
         // The same weights in the same type: not a bit may differ.
         if answer != expected {
             bail!(

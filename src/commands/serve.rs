@@ -31,6 +31,7 @@ use crate::{
         slots::PlainDecoder,
     },
     kernels::Kernels,
+    lora::base::check_base,
     pipeline::{Pipeline, PipelineOptions, TextAndImages},
     processor::tokenizer::Tokenizer,
     quant::cache::CacheFormat,
@@ -229,6 +230,10 @@ impl DeviceTask for Serve {
 
     fn run<B: Kernels>(self, device: B::Device, dtype: DType) -> Result<()> {
         let options = pipeline_options(&self.args.model, dtype);
+        let checks_base = self.args.random_weights.is_none() && !self.args.model.any_base;
+        if let Some(adapter) = options.adapter.as_ref().filter(|_| checks_base) {
+            check_base(adapter, &options.model)?;
+        }
         let Pipeline {
             model,
             parts,
@@ -260,7 +265,10 @@ impl DeviceTask for Serve {
         let decoder = self.decoder(model, &parts.config, device, &limits)?;
         let (engine, worker) =
             Engine::start(decoder, parts.tokenizer.clone(), limits, metrics.clone())?;
-        let models = Models::new(name, parts.template.clone());
+        let mut models = Models::new(name, parts.template.clone());
+        if checks_base {
+            models = models.only_for(options.model.clone());
+        }
         let app = App::new(engine, parts, models, metrics, self.config());
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .enable_all()
@@ -351,7 +359,7 @@ impl Serve {
             max_body_bytes: args.max_body_mib << 20,
             max_image_pixels: args.max_image_megapixels.saturating_mul(1_000_000),
             max_images: args.max_images,
-            max_choices: args.max_running.min(8),
+            max_choices: args.max_running.min(args.max_queue).min(8),
             default_new_tokens: self.defaults.max_new_tokens,
             max_new_tokens: args.max_new_tokens_limit,
             sampling: self.defaults.sampling.clone(),

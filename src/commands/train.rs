@@ -343,10 +343,9 @@ impl ReplicatedTask for Train {
         {
             eprintln!("{line}");
         }
-        if let Some(path) = &trace_file {
-            trace.write(path)?;
-        }
+        let written = trace_file.as_ref().map_or(Ok(()), |path| trace.write(path));
         let result = result?;
+        written?;
         eprintln!("{}", trace.summary());
         if let Some(progress) = progress {
             progress.finish();

@@ -112,7 +112,9 @@ pub enum GenerateError {
     )]
     NotFinite,
     /// The device refuses to go on.
-    #[error("the device failed while decoding: {0}; a smaller batch (`--batch`) needs less memory")]
+    #[error(
+        "the device failed while decoding: {0}; a smaller batch (`--batch-size`) needs less memory"
+    )]
     Device(String),
     /// A sampling setting out of range.
     #[error("{0}")]

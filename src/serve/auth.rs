@@ -18,7 +18,7 @@ pub struct Peer {
 impl Peer {
     /// An asker by address.
     pub fn new(address: IpAddr) -> Self {
-        let digest = match address {
+        let digest = match address.to_canonical() {
             IpAddr::V4(ip) => Sha256::digest(ip.octets()),
             // One subscriber has a whole /64.
             IpAddr::V6(ip) => Sha256::digest(&ip.octets()[..8]),
@@ -41,7 +41,10 @@ impl KeyCheck {
     /// A check against `keys`; none lets everybody in.
     pub fn new(keys: &[String]) -> Self {
         Self {
-            hashes: keys.iter().map(|key| Sha256::digest(key).into()).collect(),
+            hashes: keys
+                .iter()
+                .map(|key| Sha256::digest(key.trim()).into())
+                .collect(),
         }
     }
 

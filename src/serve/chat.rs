@@ -224,6 +224,9 @@ pub(super) fn expect_json(headers: &HeaderMap) -> Result<(), ApiError> {
     }
 }
 
+/// How long a body that has come in part waits for memory.
+const PATIENCE: Duration = Duration::from_secs(2);
+
 /// Reads a body within the server's limits of size, time and memory; the permit stands for the memory.
 pub(super) async fn read_body(
     app: &App,
@@ -245,11 +248,19 @@ pub(super) async fn read_body(
             "the body did not come in the time this server gives it",
         )
     };
+    let crowded = || {
+        ApiError::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "too many large bodies come at once; try again in a moment",
+        )
+        .with_code("too_many_bodies")
+    };
     tokio::time::timeout(app.config.read_timeout, async {
         let mut body = Limited::new(body, limit);
         let mut bytes = BytesMut::new();
         // Memory is taken for what has come, not for what was announced.
         let mut memory = app.take_memory(1).await?;
+        let mut taken_kib = 1;
         while let Some(frame) = body.frame().await {
             let frame = frame.map_err(|error| {
                 if error.is::<LengthLimitError>() {
@@ -259,8 +270,14 @@ pub(super) async fn read_body(
                 }
             })?;
             if let Some(data) = frame.data_ref() {
-                memory.merge(app.take_memory(data.len()).await?);
                 bytes.extend_from_slice(data);
+                let more = bytes.len().div_ceil(1024).saturating_sub(taken_kib);
+                if more > 0 {
+                    // Many who hold a part and wait for the rest would all wait in vain.
+                    let waited = tokio::time::timeout(PATIENCE, app.take_memory(more * 1024));
+                    memory.merge(waited.await.map_err(|_| crowded())??);
+                    taken_kib += more;
+                }
             }
         }
         Ok((bytes.freeze(), memory))

@@ -46,26 +46,38 @@ pub async fn prepare(
 ) -> Result<PreparedPrompt, ApiError> {
     let (messages, sources) = split(messages, app)?;
     let mut images = Vec::with_capacity(sources.len());
+    // Fetched images count like a body of the largest size, taken at once: who holds some memory and
+    // waits for more could wait for ever.
+    let mut left = app.config.max_body_bytes;
+    let fetches = sources
+        .iter()
+        .any(|source| matches!(source, Source::Url(_)));
+    let _memory = match fetches {
+        true => Some(app.take_memory(left).await?),
+        false => None,
+    };
     for (index, source) in sources.into_iter().enumerate() {
         images.push(match source {
             Source::Bytes(bytes) => Bytes::from(bytes),
             Source::Url(url) => {
-                fetch_image(&url, app.config.max_body_bytes, &image_name(index)).await?
+                let image = fetch_image(&url, left, &image_name(index)).await?;
+                left -= image.len().min(left);
+                image
             }
         });
     }
-    let _permit = app
-        .preparing
-        .acquire()
-        .await
-        .map_err(|_| ApiError::internal())?;
+    let permit = app.permit_to_decode().await?;
     let (app, template) = (app.clone(), model.template.clone());
-    tokio::task::spawn_blocking(move || encode(&app.parts, &template, &messages, &images))
-        .await
-        .map_err(|error| {
-            log::error!("preparing a prompt failed: {error}");
-            ApiError::internal()
-        })?
+    tokio::task::spawn_blocking(move || {
+        // Decoding goes on when the request is given up, and counts until it has ended.
+        let _permit = permit;
+        encode(&app.parts, &template, &messages, &images)
+    })
+    .await
+    .map_err(|error| {
+        log::error!("preparing a prompt failed: {error}");
+        ApiError::internal()
+    })?
 }
 
 fn image_name(index: usize) -> String {

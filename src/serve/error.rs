@@ -103,6 +103,12 @@ impl From<Failure> for ApiError {
             )
             .with_code("deadline"),
             Failure::Stopping => Self::from(Refusal::Stopping),
+            Failure::Unloaded => Self {
+                status: StatusCode::NOT_FOUND,
+                message: "the model was unloaded before its answer began".into(),
+                param: Some("model".into()),
+                code: Some("model_not_found"),
+            },
             Failure::Internal | Failure::NotFinite => Self::internal(),
         }
     }

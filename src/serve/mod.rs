@@ -33,7 +33,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 
 use crate::{generate::SamplingConfig, pipeline::TextAndImages, processor::image::DecodeLimits};
 use engine::Engine;
@@ -102,7 +102,7 @@ pub struct App {
     /// Limits and defaults.
     pub config: ServeConfig,
     /// Images that are decoded at once.
-    preparing: Semaphore,
+    preparing: Arc<Semaphore>,
     /// Kibibytes of bodies in memory at once.
     body_kib: Semaphore,
     grammar: OnceLock<Option<GrammarFactory>>,
@@ -126,7 +126,7 @@ impl App {
             parts,
             models,
             metrics,
-            preparing: Semaphore::new(cores),
+            preparing: Arc::new(Semaphore::new(cores)),
             body_kib: Semaphore::new(body_kib.min(Semaphore::MAX_PERMITS)),
             config,
             grammar: OnceLock::new(),
@@ -140,6 +140,12 @@ impl App {
             .acquire_many(kib)
             .await
             .map_err(|_| ApiError::internal())
+    }
+
+    /// Leave to decode images of one request.
+    async fn permit_to_decode(&self) -> Result<OwnedSemaphorePermit, ApiError> {
+        let permit = self.preparing.clone().acquire_owned().await;
+        permit.map_err(|_| ApiError::internal())
     }
 
     /// The maker of JSON constraints; `None` when the vocabulary cannot be used for it.

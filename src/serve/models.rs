@@ -11,7 +11,7 @@ use axum::http::StatusCode;
 use serde_json::{Value, json};
 
 use super::{engine::Engine, error::ApiError};
-use crate::{generate::backend::AdapterId, processor::chat::ChatTemplate};
+use crate::{generate::backend::AdapterId, lora::base::check_base, processor::chat::ChatTemplate};
 
 /// A model that can be asked.
 #[derive(Debug, Clone)]
@@ -29,6 +29,8 @@ pub struct ModelEntry {
 pub struct Models {
     base: String,
     base_template: ChatTemplate,
+    /// Folder of the base, which adapters must have been trained on; `None` asks nothing.
+    base_dir: Option<PathBuf>,
     entries: RwLock<BTreeMap<String, ModelEntry>>,
     /// One change at a time, so that a name is never given twice.
     changing: tokio::sync::Mutex<()>,
@@ -70,8 +72,15 @@ impl Models {
             entries: RwLock::new(BTreeMap::from([(base.clone(), entry)])),
             base,
             base_template: template,
+            base_dir: None,
             changing: tokio::sync::Mutex::new(()),
         }
+    }
+
+    /// Refuses adapters that were trained on another base than the one in `dir`.
+    pub fn only_for(mut self, dir: PathBuf) -> Self {
+        self.base_dir = Some(dir);
+        self
     }
 
     /// The base's name.
@@ -148,6 +157,14 @@ impl Models {
         let template = ChatTemplate::find(&dir, None)
             .map_err(|error| refused(error.to_string()))?
             .unwrap_or_else(|| self.base_template.clone());
+        if let Some(base) = self.base_dir.clone() {
+            let dir = dir.clone();
+            let checked = tokio::task::spawn_blocking(move || check_base(&dir, &base));
+            checked
+                .await
+                .map_err(|error| refused(error.to_string()))?
+                .map_err(|error| refused(error.to_string()))?;
+        }
         let adapter = engine.load_adapter(dir).await.map_err(refused)?;
         self.insert(name, adapter, template);
         Ok(())

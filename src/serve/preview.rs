@@ -25,13 +25,10 @@ const LONGEST_SIDE: u32 = 2048;
 /// [`ApiError`], with the words a chat request with this image would get.
 pub async fn preview(State(app): State<Arc<App>>, body: Body) -> Result<Response, ApiError> {
     let (bytes, _memory) = read_body(&app, body).await?;
-    let _permit = app
-        .preparing
-        .acquire()
-        .await
-        .map_err(|_| ApiError::internal())?;
+    let permit = app.permit_to_decode().await?;
     let images = app.parts.images.clone();
     let png = tokio::task::spawn_blocking(move || {
+        let _permit = permit;
         let name = "the image";
         let picture = images.decode(&bytes, name).map_err(|error| ApiError {
             param: None,

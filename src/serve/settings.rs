@@ -131,6 +131,8 @@ fn sampling(request: &ChatRequest, defaults: &SamplingConfig) -> Result<Sampling
             .unwrap_or(defaults.repetition_penalty),
         seed: match request.seed {
             Some(seed) => seed as u64,
+            // 0 is what nobody asked for.
+            None if defaults.seed != 0 => defaults.seed,
             None => rand::random(),
         },
     };

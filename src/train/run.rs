@@ -330,7 +330,8 @@ pub fn train<B: TrainKernels>(
             to.display()
         ));
     }
-    if resumed.is_none() {
+    // A run that goes on in another folder has none there yet.
+    if resumed.is_none() || !config.output_dir.join("config.toml").exists() {
         let mut hashes = BTreeMap::from([("train", data.fingerprint().to_string())]);
         if let Some(data) = &validation {
             hashes.insert("val", data.fingerprint().to_string());

@@ -76,7 +76,7 @@ pub enum TrainError {
     #[error(transparent)]
     Config(#[from] super::config::TrainConfigError),
     #[error(
-        "step {step}: {what} is {value}; rows of the step (from 1): {rows:?}. The last checkpoint whose weights are known to give finite numbers is {checkpoint}; go on from it by name with a lower learning_rate, or look at these rows with `check`"
+        "step {step}: {what} is {value}; rows of the step (from 1): {rows:?}. The last checkpoint whose weights are known to give finite numbers is {checkpoint}; start another run from its weights (`--adapter`, with everything trained `--model`) with a lower learning_rate, or look at these rows with `check`"
     )]
     NotFinite {
         step: usize,
@@ -285,6 +285,9 @@ impl<B: TrainKernels> LoopState<B> {
         let mut replicas = self.replicas(learner)?;
         if std::mem::take(&mut self.state.validation_due) {
             self.validate_and_save(learner, replicas.as_ref(), processor)?;
+            if patience > 0 && self.state.validations_without_gain >= patience {
+                return Ok(Ending::EarlyStop);
+            }
         }
         if self.state.config.deterministic && self.devices.len() > 1 {
             (self.tell)("note: deterministic repeats steps on one device only; nothing is checked");

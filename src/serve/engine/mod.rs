@@ -130,6 +130,8 @@ pub enum Failure {
     NotFinite,
     /// The server stops.
     Stopping,
+    /// The adapter was unloaded while the prompt was prepared.
+    Unloaded,
 }
 
 /// Why a submission was not taken.
@@ -220,6 +222,11 @@ impl Engine {
     where
         D: DecodeBackend + Send + 'static,
     {
+        // What is reserved are whole blocks: a request that `limits` lets in must fit an empty cache.
+        let limits = EngineLimits {
+            cache_tokens: scheduler::whole_blocks(limits.cache_tokens),
+            ..limits
+        };
         let (commands, received) = mpsc::channel();
         let engine = Self {
             commands,
@@ -239,7 +246,7 @@ impl Engine {
         Ok((engine, thread))
     }
 
-    /// The limits it was started with.
+    /// The limits it was started with, the cache in whole blocks.
     pub fn limits(&self) -> &EngineLimits {
         &self.limits
     }

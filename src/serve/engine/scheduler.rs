@@ -1,7 +1,7 @@
 //! The worker's loop: who joins the batch, whose prompt goes on, one step for all the others.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, mpsc},
     time::Instant,
@@ -30,6 +30,11 @@ pub(in crate::serve) fn cost_of(tokens: usize) -> usize {
     tokens.next_multiple_of(BLOCK)
 }
 
+/// Tokens of the whole blocks that fit in so many.
+pub(super) fn whole_blocks(tokens: usize) -> usize {
+    tokens / BLOCK * BLOCK
+}
+
 struct Queued {
     submission: Box<Submission>,
     events: UnboundedSender<Event>,
@@ -52,6 +57,8 @@ pub(super) struct Worker<D: DecodeBackend> {
     /// Features of the prompt that is being prefilled, always the first of `running` in that phase.
     features: ImageFeatures<D::Features>,
     prefixes: PrefixCache,
+    /// Those on the device besides the base.
+    adapters: HashSet<AdapterId>,
     unloads: Vec<(AdapterId, oneshot::Sender<()>)>,
     draining: bool,
 }
@@ -72,6 +79,7 @@ impl<D: DecodeBackend> Worker<D> {
             running: Vec::new(),
             features: HashMap::new(),
             prefixes: PrefixCache::default(),
+            adapters: HashSet::new(),
             unloads: Vec::new(),
             draining: false,
         }
@@ -129,19 +137,30 @@ impl<D: DecodeBackend> Worker<D> {
                     events,
                     place,
                     submitted,
-                } => self.queue.push_back(Queued {
-                    submission,
-                    events,
-                    submitted,
-                    _place: place,
-                }),
+                } => {
+                    let adapter = submission.adapter;
+                    if adapter != AdapterId::BASE && !self.adapters.contains(&adapter) {
+                        let _ = events.send(Event::Failed(Failure::Unloaded));
+                        continue;
+                    }
+                    self.queue.push_back(Queued {
+                        submission,
+                        events,
+                        submitted,
+                        _place: place,
+                    });
+                }
                 Command::Load { dir, reply } => {
                     let device = &mut self.device;
-                    let loaded = guarded(|| device.load_adapter(&dir));
-                    let _ = reply.send(match loaded {
-                        Ok(loaded) => loaded.map_err(|error| error.to_string()),
-                        Err(reason) => Err(reason),
-                    });
+                    let loaded = guarded(|| device.load_adapter(&dir))
+                        .and_then(|loaded| loaded.map_err(|error| error.to_string()));
+                    self.adapters.extend(loaded.as_ref().ok());
+                    if let Err(Ok(adapter)) = reply.send(loaded) {
+                        // Whoever asked is gone, and nobody else knows its number.
+                        self.adapters.remove(&adapter);
+                        let device = &mut self.device;
+                        let _ = guarded(|| device.unload_adapter(adapter));
+                    }
                 }
                 Command::Unload { adapter, reply } => {
                     self.unloads.push((adapter, reply));
@@ -156,12 +175,18 @@ impl<D: DecodeBackend> Worker<D> {
     /// Ends what nobody waits for any more.
     fn sweep(&mut self) {
         let now = Instant::now();
+        let metrics = &self.metrics;
         self.queue.retain(|queued| {
-            if now >= queued.submission.deadline {
-                let _ = queued.events.send(Event::Failed(Failure::Deadline));
+            if queued.events.is_closed() {
+                metrics.cancelled.add(1);
                 return false;
             }
-            !queued.events.is_closed()
+            if now >= queued.submission.deadline {
+                let _ = queued.events.send(Event::Failed(Failure::Deadline));
+                metrics.failed.add(1);
+                return false;
+            }
+            true
         });
         let mut place = 0;
         while place < self.running.len() {
@@ -171,6 +196,7 @@ impl<D: DecodeBackend> Worker<D> {
                 self.drop_sequence(place);
             } else if now >= sequence.deadline {
                 sequence.fail(Failure::Deadline);
+                self.metrics.failed.add(1);
                 self.drop_sequence(place);
             } else {
                 place += 1;
@@ -271,6 +297,7 @@ impl<D: DecodeBackend> Worker<D> {
                 log::error!("prefill failed: {reason}");
                 self.features.clear();
                 self.running[place].fail(Failure::Internal);
+                self.metrics.failed.add(1);
                 self.drop_sequence(place);
                 // A full device is the likeliest reason.
                 let kept = self.prefixes.clear();
@@ -513,6 +540,7 @@ impl<D: DecodeBackend> Worker<D> {
             }
             let kept = self.prefixes.evict_adapter(adapter);
             self.free(kept);
+            self.adapters.remove(&adapter);
             let device = &mut self.device;
             let _ = guarded(|| device.unload_adapter(adapter));
             let (_, reply) = self.unloads.swap_remove(place);

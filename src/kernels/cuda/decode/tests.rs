@@ -15,7 +15,7 @@ use burn::{
 use super::{
     super::{
         launch::Kernel,
-        tests::{Report, T, device},
+        tests::{Report, T, device, drawn},
     },
     plan,
 };
@@ -61,7 +61,7 @@ fn model(config: &Qwen3VlConfig, device: &Device<Cuda>) -> Qwen3Vl<Cuda> {
         // Large enough that logits differ.
         initializer_range: 0.1,
     };
-    Qwen3Vl::<Cuda>::new(config, &options, device)
+    drawn(device, || Qwen3Vl::<Cuda>::new(config, &options, device))
 }
 
 fn paged(
