@@ -444,6 +444,21 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_best_vulkan_device_has_no_place_among_several() {
+        struct Nothing;
+        impl ReplicatedTask for Nothing {
+            type Output = ();
+
+            fn run<B: Kernels>(self, _replicas: Replicas<B>) {}
+        }
+        for names in [["wgpu", "wgpu:1"], ["wgpu:1", "wgpu"]] {
+            let names = names.map(|name| name.parse().unwrap());
+            let refused = run_on_all(&names, None, Nothing);
+            assert!(matches!(refused, Err(DeviceError::Unnumbered)));
+        }
+    }
+
+    #[test]
     fn device_names_read_and_print() {
         for (text, name) in [
             ("cpu", DeviceName::Cpu),

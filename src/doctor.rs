@@ -344,6 +344,21 @@ mod tests {
     }
 
     #[test]
+    fn what_is_no_number_is_worst_wherever_it_stands() {
+        for distances in [
+            [0.5, f64::NAN, 0.001],
+            [f64::NAN, 0.5, 0.001],
+            [0.001, 0.5, f64::NAN],
+        ] {
+            assert!(
+                distances.into_iter().fold(0.0, worse).is_nan(),
+                "{distances:?}"
+            );
+        }
+        assert_eq!([0.1, 0.5, 0.2].into_iter().fold(0.0, worse), 0.5);
+    }
+
+    #[test]
     fn the_cpu_agrees_with_itself_and_has_gradients() {
         let cpu = cpu();
         assert!(cpu.logits.iter().all(|value| value.is_finite()));

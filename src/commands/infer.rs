@@ -105,7 +105,6 @@ pub fn run(args: InferArgs) -> Result<()> {
         let unsent = [
             ("--adapter", model.adapter.is_some()),
             ("--any-base", model.any_base),
-            ("--device", !model.device.is_empty()),
             ("--dtype", model.dtype.is_some()),
             ("--quantize", model.quantize.is_some()),
             ("--min-pixels", model.min_pixels.is_some()),

@@ -231,8 +231,11 @@ impl DeviceTask for Serve {
     fn run<B: Kernels>(self, device: B::Device, dtype: DType) -> Result<()> {
         let options = pipeline_options(&self.args.model, dtype);
         let checks_base = self.args.random_weights.is_none() && !self.args.model.any_base;
-        if let Some(adapter) = options.adapter.as_ref().filter(|_| checks_base) {
-            check_base(adapter, &options.model)?;
+        let loras = loras(&self.args)?.into_iter().map(|(_, dir)| dir);
+        for adapter in options.adapter.as_deref().into_iter().chain(loras) {
+            if checks_base {
+                check_base(adapter, &options.model)?;
+            }
         }
         let Pipeline {
             model,

@@ -348,3 +348,18 @@ fn a_file_that_is_no_batch_run_stays_as_it_was() {
         std::panic::resume_unwind(failure);
     }
 }
+
+#[test]
+fn a_model_that_is_there_is_not_written_over() {
+    let folder = tempdir().unwrap();
+    let model = folder.path().join("model");
+    fs::create_dir(&model).unwrap();
+    fs::write(model.join("config.json"), "mine").unwrap();
+    let (code, _, stderr) = run(folder.path(), &["init-tiny", "--output", text(&model)]);
+    assert_eq!(code, 1, "{stderr}");
+    assert!(stderr.contains("not empty"), "{stderr}");
+    assert_eq!(
+        fs::read_to_string(model.join("config.json")).unwrap(),
+        "mine"
+    );
+}

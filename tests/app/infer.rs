@@ -203,6 +203,23 @@ fn a_batch_run_goes_on_where_its_file_was_cut_off() {
 }
 
 #[test]
+fn two_runs_do_not_write_one_file() {
+    let folder = tempdir().unwrap();
+    let output = folder.path().join("reports.jsonl");
+    let other = fs::File::create(&output).unwrap();
+    other.lock().unwrap();
+    let pictures = pictures();
+    let args = with(&["--output", text(&output)], &pictures[..1]);
+    let (code, stdout, stderr) = infer(folder.path(), &args);
+    assert_eq!((code, stdout.as_str()), (1, ""), "{stderr}");
+    assert!(stderr.contains("another run"), "{stderr}");
+    assert_eq!(fs::read(&output).unwrap(), b"");
+    drop(other);
+    infer_well(folder.path(), &args);
+    assert_eq!(records(&output).len(), 1);
+}
+
+#[test]
 fn another_seed_is_another_batch_run_in_the_same_file() {
     let folder = tempdir().unwrap();
     let pictures = pictures();

@@ -325,10 +325,22 @@ fn infer_asks_a_server_and_gets_what_it_would_write_itself() {
     infer_well(folder.path(), &batch);
     assert_eq!(records(&output).len(), 2);
 
+    // What belongs to the server is not ignored.
+    let unsent = ["infer", "--server", &url, "--adapter", "x"];
+    let (code, stdout, stderr) = run(folder.path(), &unsent);
+    assert_eq!((code, stdout.as_str()), (2, ""), "{stderr}");
+    assert!(stderr.contains("--server-model"), "{stderr}");
+
     drop(server);
     let (code, stdout, stderr) = run(folder.path(), &["infer", "--server", &url]);
     assert_eq!((code, stdout.as_str()), (1, ""));
     assert!(stderr.contains("cannot reach"), "{stderr}");
+    // A server that is gone leaves no record, so that the next run asks again.
+    batch.push(text(&pictures[2]));
+    let (code, _, stderr) = run(folder.path(), &[&["infer"], &batch[..]].concat());
+    assert_eq!(code, 1, "{stderr}");
+    assert!(stderr.contains("0 of 1 reports"), "{stderr}");
+    assert_eq!(records(&output).len(), 2);
 }
 
 #[test]

@@ -477,6 +477,21 @@ fn an_adapter_is_refused_by_another_base_of_the_same_name() {
         let (code, _, stderr) = run(folder.path(), &args);
         assert_eq!(code, 0, "{stderr}");
     }
+    let served = [
+        "serve",
+        "--device",
+        "cpu",
+        "--port",
+        "0",
+        "--model",
+        text(&other),
+    ];
+    let lora = format!("other={}", text(&adapter));
+    for adapter in [["--adapter", text(&adapter)], ["--lora", &lora]] {
+        let (code, _, stderr) = run(folder.path(), &[&served[..], &adapter[..]].concat());
+        assert_eq!(code, 1, "{stderr}");
+        assert_says(&stderr, &["another base model"]);
+    }
     let args = ["--model", text(&base), "--adapter", text(&adapter)];
     infer_well(
         folder.path(),

@@ -447,6 +447,21 @@ fn the_cache_stays_within_its_budget() {
 }
 
 #[test]
+fn whatever_the_limits_let_in_fits_an_empty_cache() {
+    let limits = EngineLimits {
+        cache_tokens: 1000,
+        ..limits()
+    };
+    let bench = bench(limits, Duration::ZERO);
+    let room = bench.engine.limits().cache_tokens;
+    assert_eq!(room, 768, "whole blocks of 256");
+    let ids: Vec<u32> = (1..=20).collect();
+    let mut largest = submission(&ids, room - ids.len());
+    largest.deadline = Instant::now() + Duration::from_secs(20);
+    assert!(wait(submit(&bench, largest)).1.is_ok());
+}
+
+#[test]
 fn a_deadline_ends_running_and_waiting_requests() {
     let bench = bench(
         EngineLimits {
@@ -519,6 +534,10 @@ fn an_adapter_is_dropped_when_its_last_answer_is_over() {
     // What the adapter computed is not taken over by the base.
     let (_, done) = wait(submit(&bench, submission(&ids, 3)));
     assert_eq!(done.unwrap().cached_tokens, 0);
+    // A request that was being prepared meanwhile ends alone, and what is kept stays.
+    assert_eq!(wait(of_adapter(3)).1, Err(Failure::Unloaded));
+    let (_, done) = wait(submit(&bench, submission(&ids, 3)));
+    assert!(done.unwrap().cached_tokens > 0);
 }
 
 #[test]
