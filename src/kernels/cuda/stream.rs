@@ -283,6 +283,8 @@ impl DeviceMemory {
     /// # Errors
     /// The driver's, for want of memory above all.
     pub(super) fn zeroed(context: Context, bytes: usize) -> Result<Self, DriverError> {
+        // A stream of its own: to wait for the whole device is refused while another thread records.
+        let stream = Stream::new(context)?;
         // SAFETY: the memory is ours; zeroing is waited for before anybody reads it.
         #[allow(unsafe_code)]
         unsafe {
@@ -292,8 +294,9 @@ impl DeviceMemory {
             );
             let address = driver(&doing, result::malloc_sync(bytes.max(1)))?;
             let memory = Self { context, address };
-            driver(&doing, result::memset_d8_sync(address, 0, bytes.max(1)))?;
-            driver(&doing, result::ctx::synchronize())?;
+            let zeroed = result::memset_d8_async(address, 0, bytes.max(1), stream.raw());
+            driver(&doing, zeroed)?;
+            stream.wait()?;
             Ok(memory)
         }
     }
