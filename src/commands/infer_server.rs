@@ -162,14 +162,13 @@ impl Remote<'_> {
         let mut tries = 0;
         loop {
             tries += 1;
-            let unreachable = |error: String| Unreachable(error);
             let connected = self.server.connect().await;
-            let mut connection = connected.map_err(|error| unreachable(error.to_string()))?;
+            let mut connection = connected.map_err(|error| Unreachable(error.to_string()))?;
             let request = self
                 .server
                 .request("/v1/chat/completions", Some(body.clone()))?;
             let sent = connection.send(request).await;
-            let response = sent.map_err(|error| unreachable(error.to_string()))?;
+            let response = sent.map_err(|error| Unreachable(error.to_string()))?;
             let status = response.status();
             if self.args.stream && status.is_success() {
                 return show(response.into_body()).await;
@@ -182,7 +181,7 @@ impl Remote<'_> {
                 .min(LONGEST_PAUSE);
             let body_came = response.into_body().collect().await;
             let bytes = body_came
-                .map_err(|error| unreachable(error.to_string()))?
+                .map_err(|error| Unreachable(error.to_string()))?
                 .to_bytes();
             // Full, stopping, or not there behind a proxy: nothing that these images can help.
             if [429, 502, 503].contains(&status.as_u16()) {
@@ -191,7 +190,7 @@ impl Remote<'_> {
                     continue;
                 }
                 let reason = String::from_utf8_lossy(&bytes[..bytes.len().min(300)]).into_owned();
-                bail!(unreachable(format!(
+                bail!(Unreachable(format!(
                     "status {} from the server: {reason}",
                     status.as_u16()
                 )));

@@ -2,6 +2,8 @@
 //
 // Configuration: TENSORS (24 or 64: whose pointers are parameters of a launch) and one of ADAMW,
 // SQUARE_SUMS, CLIP_SCALE. Grid: blocks of a tensor x tensors. Limit: memory.
+// Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization"; Pascanu, Mikolov and Bengio 2013 for the
+// common norm.
 // On an H100 (Nsight Compute, adapters of rank 8): ADAMW 51 % of the memory's rate, 29 registers; the sums and the
 // scale take 13 and 3 us, which is launch.
 

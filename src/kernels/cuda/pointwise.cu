@@ -2,6 +2,7 @@
 //
 // Configuration: one of GATED, GATED_BACKWARD, GELU_TANH, GELU_EXACT. The number of elements is a
 // multiple of VECTOR.
+// Source: Shazeer 2020, "GLU Variants Improve Transformer"; Hendrycks and Gimpel 2016, "Gaussian Error Linear Units".
 // On an H100 (Nsight Compute), GATED: 88 % of the memory's rate with 5,888 rows of 12,288, 63 % with 368; 36 registers.
 
 struct Parameters {

@@ -3,6 +3,8 @@
 // Configuration: WIDTH (a multiple of VECTOR), THREADS (a multiple of 32), and one of NORM_RMS,
 // NORM_RMS_BACKWARD, NORM_LAYER. Registers hold WIDTH / THREADS values a thread; shared memory
 // holds one float a warp. Limit: memory; a row is read once and written once.
+// Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization"; Ba, Kiros and Hinton 2016, "Layer
+// Normalization".
 // On an H100 (Nsight Compute), of the memory's rate: NORM_RMS_BACKWARD 84 % with 5,888 rows of 4,096, NORM_LAYER 85 %
 // with 32,768 of 1,152; 368 rows take 4 us, which is launch. 32 registers, backward 56.
 

@@ -5,6 +5,7 @@
 // new_keys, new_values [heads, rows, HEAD_DIM] with strides for head and row; table [pages of the
 // sequence]; pool [pages, heads, PAGE, HEAD_DIM]; all_keys, all_values [heads, past + rows, HEAD_DIM],
 // written where past > 0. HEAD_DIM is a multiple of 8. Limit: launch.
+// Source: Kwon et al. 2023, "Efficient Memory Management for Large Language Model Serving with PagedAttention".
 // On an H100: 3.2 us, 22 registers.
 
 struct Parameters {
