@@ -157,17 +157,18 @@ impl TextAndImages {
             });
         }
         // The adapter's own template goes before the base's.
-        let own = match &options.adapter {
-            Some(adapter) => ChatTemplate::find(adapter, None)?,
-            None => None,
+        let mut found = None;
+        for folder in options.adapter.iter().chain([dir]) {
+            if found.is_none() {
+                found = ChatTemplate::find(folder, None)?;
+            }
+        }
+        let template = match found {
+            Some(template) => template,
+            // A checkpoint without a template: the published folder names tell the two kinds apart.
+            None if is_thinking_folder(dir) => ChatTemplate::thinking()?,
+            None => ChatTemplate::instruct()?,
         };
-        let template =
-            match own.map_or_else(|| ChatTemplate::find(dir, None), |own| Ok(Some(own)))? {
-                Some(template) => template,
-                // A checkpoint without a template: the published folder names tell the two kinds apart.
-                None if is_thinking_folder(dir) => ChatTemplate::thinking()?,
-                None => ChatTemplate::instruct()?,
-            };
         let eos_token_ids = eos_token_ids(dir, &config, &tokenizer);
         Ok(Self {
             config,

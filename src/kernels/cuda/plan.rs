@@ -66,11 +66,9 @@ pub(super) fn begins_early(index: usize) -> bool {
 
 /// Multiprocessors of a device.
 pub(super) fn processors(index: usize) -> usize {
-    attribute(index, Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).unwrap_or(PROCESSORS)
+    // Where the driver does not tell, what an A800 has.
+    attribute(index, Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).unwrap_or(108)
 }
-
-/// What an A800 has.
-const PROCESSORS: usize = 108;
 
 /// Facts of the card a buffer lies on; one kind of card a process.
 pub(super) fn device(buffer: &Buffer) -> Device {
@@ -85,9 +83,7 @@ pub(super) fn device(buffer: &Buffer) -> Device {
             } else {
                 Form::Mma
             },
-            processors: hardware
-                .num_streaming_multiprocessors
-                .map_or(PROCESSORS, |count| count as usize),
+            processors: processors(buffer.device.index),
             shared_bytes: if forced {
                 // What an A800 has.
                 163 * 1024
