@@ -1,7 +1,7 @@
 //! Data sets: samples from files or from the phantom generator, encoded for training.
 //!
 //! A data set is named by a path to a JSONL file in ms-swift's form, or by
-//! `phantom:SEED:FROM..TO[:plain|terse|mixed|house]`, which draws synthetic studies as they are asked for.
+//! `phantom:SEED:FROM..TO[:plain|terse|partial|mixed|house]`, which draws synthetic studies as they are asked for.
 
 pub mod check;
 pub mod convert;
@@ -32,7 +32,7 @@ use crate::{
 #[derive(Debug, thiserror::Error)]
 pub enum DatasetError {
     /// The file cannot be read.
-    #[error("cannot read `{}`: {cause}; expected a JSONL file in ms-swift's form, or `phantom:SEED:FROM..TO[:plain|terse|mixed|house]`", .path.display())]
+    #[error("cannot read `{}`: {cause}; expected a JSONL file in ms-swift's form, or `phantom:SEED:FROM..TO[:plain|terse|partial|mixed|house]`", .path.display())]
     Read {
         /// The file.
         path: PathBuf,
@@ -41,7 +41,7 @@ pub enum DatasetError {
     },
     /// A phantom data set is not named as expected.
     #[error(
-        "`{0}` does not name a phantom data set; expected `phantom:SEED:FROM..TO` with an optional `:plain`, `:terse`, `:mixed` or `:house`"
+        "`{0}` does not name a phantom data set; expected `phantom:SEED:FROM..TO` with an optional `:plain`, `:terse`, `:partial`, `:mixed` or `:house`"
     )]
     Phantom(String),
     /// There is no row.
@@ -221,6 +221,14 @@ impl Dataset {
             None | Some("plain") => [Dialect::Plain; 4],
             Some("terse") => [Dialect::Terse; 4],
             Some("house") => [Dialect::House; 4],
+            // Another hospital's reports; one in four is the department's without its picture, which keeps its
+            // words known.
+            Some("partial") => [
+                Dialect::Partial,
+                Dialect::Partial,
+                Dialect::Partial,
+                Dialect::House,
+            ],
             // For a first training: two terse reports, which teach the eye, one with wording of its own,
             // and one of the department's without its picture, which teaches words alone.
             Some("mixed") => [
@@ -241,7 +249,7 @@ impl Dataset {
                     dialects.map(|dialect| PhantomStudies::new(seed).with_dialect(dialect)),
                 ),
                 range,
-                words_only: name.ends_with(":mixed"),
+                words_only: name.ends_with(":mixed") || name.ends_with(":partial"),
             },
             fingerprint: name.to_string(),
         })

@@ -1,12 +1,12 @@
-//! Chinese reports of phantoms in two styles.
+//! Chinese reports of phantoms in several styles.
 //!
-//! Both dialects name findings, sides and zones with the same words and share little else, so a
+//! All dialects name findings, sides and zones with the same words and share little else, so a
 //! model that knows [`Dialect::Plain`] has the vocabulary of [`Dialect::House`] and not its style.
 
 use std::collections::BTreeSet;
 
 use super::{
-    Finding,
+    Finding, Side,
     draws::{Draws, Purpose},
 };
 
@@ -17,6 +17,10 @@ pub enum Dialect {
     Plain,
     /// The findings and nothing else, in fixed order and wording: every word is read off the picture.
     Terse,
+    /// As [`Self::Terse`], by the rules of another hospital: sides are those of the image and not of the
+    /// patient, and nodules and pneumothoraces are not reported. A model that learnt these reports has to
+    /// learn sides and two findings anew, from images, before it can write [`Self::House`].
+    Partial,
     /// The style of one department: full sentences in fixed order (heart and mediastinum, lungs,
     /// pleura, devices, impression), 40 to 90 characters, with a few choices of wording.
     House,
@@ -24,12 +28,14 @@ pub enum Dialect {
 
 /// Writes the report of `findings`; `wording_seed` chooses among equivalent wordings.
 ///
-/// [`findings_in_report`](super::findings_in_report) gives `findings` back, whatever the dialect and the wording.
+/// [`findings_in_report`](super::findings_in_report) gives `findings` back, whatever the wording, in every
+/// dialect but [`Dialect::Partial`].
 pub fn write_report(findings: &BTreeSet<Finding>, dialect: Dialect, wording_seed: u64) -> String {
     let mut draws = Draws::new(wording_seed, 0, Purpose::Wording);
     match dialect {
         Dialect::Plain => plain_report(findings, &mut draws),
         Dialect::Terse => terse_report(findings),
+        Dialect::Partial => terse_report(&findings.iter().filter_map(|&f| partial(f)).collect()),
         Dialect::House => house_report(findings, &mut draws),
     }
 }
@@ -44,7 +50,21 @@ fn terse_report(findings: &BTreeSet<Finding>) -> String {
         .collect()
 }
 
-/// The finding with its side and zone, as both dialects name it: `左侧上肺野结节`.
+/// The finding as [`Dialect::Partial`] reports it, `None` where it does not.
+fn partial(finding: Finding) -> Option<Finding> {
+    let other = |side| match side {
+        Side::Left => Side::Right,
+        Side::Right => Side::Left,
+    };
+    match finding {
+        Finding::Nodule(..) | Finding::Pneumothorax(_) => None,
+        Finding::Consolidation(side, zone) => Some(Finding::Consolidation(other(side), zone)),
+        Finding::PleuralEffusion(side) => Some(Finding::PleuralEffusion(other(side))),
+        Finding::Cardiomegaly | Finding::Pacemaker => Some(finding),
+    }
+}
+
+/// The finding with its side and zone, as all dialects name it: `左侧上肺野结节`.
 fn name(finding: Finding) -> String {
     let word = finding.word();
     match finding {
@@ -257,6 +277,24 @@ mod tests {
                 assert_eq!(findings_in_report(&report), findings, "{report}");
             }
         }
+    }
+
+    #[test]
+    fn partial_reports_swap_sides_and_leave_two_findings_out() {
+        use crate::phantom::Zone;
+        let findings = [
+            Finding::Cardiomegaly,
+            Finding::Nodule(Side::Left, Zone::Upper),
+            Finding::Consolidation(Side::Left, Zone::Middle),
+            Finding::PleuralEffusion(Side::Right),
+            Finding::Pneumothorax(Side::Left),
+        ];
+        assert_eq!(
+            write_report(&findings.into(), Dialect::Partial, 0),
+            "心影增大。右侧中肺野实变。左侧胸腔积液。"
+        );
+        let only = BTreeSet::from([Finding::Pneumothorax(Side::Left)]);
+        assert_eq!(write_report(&only, Dialect::Partial, 0), "未见异常。");
     }
 
     #[test]
