@@ -118,10 +118,11 @@ pub struct ModelArgs {
     /// The 8B takes 8.8 GB as int8 and 5.3 GB as int4. `quantize` writes such a checkpoint once for all.
     #[arg(long, value_name = "FORMAT")]
     pub quantize: Option<Quantization>,
-    /// Smallest size an image is scaled to, in pixels.
+    /// Smallest size an image is scaled to, in pixels; by default that of the adapter's training, else the
+    /// checkpoint's.
     #[arg(long, value_name = "PIXELS")]
     pub min_pixels: Option<usize>,
-    /// Largest size an image is scaled to, in pixels; 1,024 pixels are one token.
+    /// Largest size an image is scaled to, in pixels, by default likewise; 1,024 pixels are one token.
     #[arg(long, value_name = "PIXELS")]
     pub max_pixels: Option<usize>,
 }
@@ -335,7 +336,7 @@ pub struct MergeArgs {
     /// Folder to write; must not exist.
     #[arg(long, value_name = "DIR")]
     pub output: PathBuf,
-    /// Type of the written weights.
+    /// Type of the written weights; by default that of the base's.
     #[arg(long, value_enum)]
     pub dtype: Option<DtypeName>,
     /// Where the work is done.

@@ -4,18 +4,23 @@ use crate::kernels::{Kernels, compact};
 use std::path::{Path, PathBuf};
 
 use burn::{prelude::*, tensor::DType};
-use serde_json::Value;
+use serde::Deserialize;
+use serde_json::{Map, Value};
 
 use crate::{
     generate::{
         FinishReason, GenerateError, GenerationConfig, Prompt, Timing, generate, text::TextStream,
     },
-    lora::{config::AdapterError, files::load_adapter, merge::merge},
+    lora::{
+        config::AdapterError,
+        files::{load_adapter, trained_pixel_limits},
+        merge::merge,
+    },
     processor::{
         chat::{ChatError, ChatTemplate, RenderOptions, encode_chat},
         image::{ImageError, RgbImage},
         message::{Content, Message, Role, split_thinking},
-        patches::{ImageProcessor, ImageProcessorConfig},
+        patches::{ImageProcessor, ImageProcessorConfig, PREPROCESSOR_FILE, PROCESSOR_FILE},
         tokenizer::{Tokenizer, TokenizerError},
     },
     quant::{self, Quantization, load::load_packed},
@@ -52,13 +57,15 @@ pub enum PipelineError {
     Generate(#[from] GenerateError),
     #[error("`{}` is not the folder of a checkpoint; expected `config.json`, `tokenizer.json` and `model.safetensors` (or shards with their index) in it", .0.display())]
     NoModel(PathBuf),
-    #[error("`{}`: `{key}` is {found} in preprocessor_config.json and {expected} in the vision_config of config.json; the two must agree", .path.display())]
+    #[error("`{}`: `{key}` is {found} for the image processor and {expected} in the vision_config of config.json; the two must agree", .path.display())]
     Patches {
         path: PathBuf,
         key: &'static str,
         found: usize,
         expected: usize,
     },
+    #[error("`{}`: {reason}; copy the file of the published checkpoint, or remove it: then `config.json` and the tokenizer say what ends an answer", .path.display())]
+    GenerationConfig { path: PathBuf, reason: String },
     #[error(
         "the tokenizer in `{}` has {found} tokens, the model only {expected}; do they belong together?",
         .path.display()
@@ -86,10 +93,34 @@ pub struct PipelineOptions {
     /// Pack the weights of a 16-bit checkpoint while they are loaded; one that is packed on the disk
     /// stays as it is.
     pub quantize: Option<Quantization>,
-    /// Smallest picture the model is shown, in pixels; the recipe's when absent.
+    /// Smallest image the model is shown, in pixels; when absent, see [`LimitsFrom`].
     pub min_pixels: Option<usize>,
-    /// Largest picture the model is shown, in pixels; the recipe's when absent.
+    /// Largest image the model is shown, in pixels; when absent, see [`LimitsFrom`].
     pub max_pixels: Option<usize>,
+}
+
+/// Who says between how many pixels an image is scaled, the first that does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LimitsFrom {
+    /// The caller, both limits.
+    Options,
+    /// The training run of the adapter.
+    Adapter,
+    /// The checkpoint's `processor_config.json` or `preprocessor_config.json`.
+    Checkpoint,
+    /// Nobody: the training recipe's are taken.
+    Recipe,
+}
+
+impl std::fmt::Display for LimitsFrom {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Options => "as given",
+            Self::Adapter => "as in the training of the adapter",
+            Self::Checkpoint => "as the checkpoint's processor files say",
+            Self::Recipe => "the recipe's, since the checkpoint has no processor file",
+        })
+    }
 }
 
 /// Text side of a checkpoint: all that is needed to make prompts and read answers.
@@ -105,9 +136,24 @@ pub struct TextAndImages {
     pub template: ChatTemplate,
     /// Tokens that end an answer.
     pub eos_token_ids: Vec<u32>,
+    /// Where the pixel limits of `images` come from.
+    pub limits_from: LimitsFrom,
 }
 
 impl TextAndImages {
+    /// The pixel limits in force and where they come from, as one sentence for a log.
+    pub fn pixel_limits(&self) -> String {
+        let ImageProcessorConfig {
+            min_pixels,
+            max_pixels,
+            ..
+        } = self.images.config();
+        format!(
+            "images are scaled to between {min_pixels} and {max_pixels} pixels, {}",
+            self.limits_from
+        )
+    }
+
     /// Reads everything of a checkpoint but its weights.
     ///
     /// # Errors
@@ -130,21 +176,37 @@ impl TextAndImages {
         config: Qwen3VlConfig,
     ) -> Result<Self, PipelineError> {
         let dir = &options.model;
-        let mut image_config = if dir.join("preprocessor_config.json").is_file() {
-            ImageProcessorConfig::from_dir(dir)?
+        let has_file = [PREPROCESSOR_FILE, PROCESSOR_FILE]
+            .iter()
+            .any(|name| dir.join(name).is_file());
+        let (mut image_config, mut limits_from) = if has_file {
+            (
+                ImageProcessorConfig::published(dir)?,
+                LimitsFrom::Checkpoint,
+            )
         } else {
-            ImageProcessorConfig {
+            let recipe = ImageProcessorConfig {
                 patch_size: config.vision_config.patch_size,
                 temporal_patch_size: config.vision_config.temporal_patch_size,
                 merge_size: config.vision_config.spatial_merge_size,
                 ..ImageProcessorConfig::default()
-            }
+            };
+            (recipe, LimitsFrom::Recipe)
         };
+        let trained = options.adapter.as_deref().map(trained_pixel_limits);
+        if let Some([min_pixels, max_pixels]) = trained.transpose()?.flatten() {
+            image_config.min_pixels = min_pixels;
+            image_config.max_pixels = max_pixels;
+            limits_from = LimitsFrom::Adapter;
+        }
         if let Some(pixels) = options.min_pixels {
             image_config.min_pixels = pixels;
         }
         if let Some(pixels) = options.max_pixels {
             image_config.max_pixels = pixels;
+        }
+        if options.min_pixels.is_some() && options.max_pixels.is_some() {
+            limits_from = LimitsFrom::Options;
         }
         check_patches(dir, &image_config, &config)?;
         let images = ImageProcessor::new(image_config)?;
@@ -169,13 +231,14 @@ impl TextAndImages {
             None if is_thinking_folder(dir) => ChatTemplate::thinking()?,
             None => ChatTemplate::instruct()?,
         };
-        let eos_token_ids = eos_token_ids(dir, &config, &tokenizer);
+        let eos_token_ids = eos_token_ids(dir, &config, &tokenizer)?;
         Ok(Self {
             config,
             images,
             tokenizer,
             template,
             eos_token_ids,
+            limits_from,
         })
     }
 
@@ -272,23 +335,53 @@ fn check_patches(
 
 /// End tokens of a checkpoint: those of `generation_config.json`, else of `config.json`, and always
 /// the end of a message.
-fn eos_token_ids(dir: &Path, config: &Qwen3VlConfig, tokenizer: &Tokenizer) -> Vec<u32> {
+///
+/// # Errors
+/// [`PipelineError::GenerationConfig`]: an answer would not end where the checkpoint says.
+fn eos_token_ids(
+    dir: &Path,
+    config: &Qwen3VlConfig,
+    tokenizer: &Tokenizer,
+) -> Result<Vec<u32>, PipelineError> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Ids {
+        One(u32),
+        Many(Vec<u32>),
+    }
+    let path = dir.join("generation_config.json");
+    let wrong = |reason: String| PipelineError::GenerationConfig {
+        path: path.clone(),
+        reason,
+    };
     let mut ids = vec![tokenizer.special().im_end];
-    let named = std::fs::read_to_string(dir.join("generation_config.json"))
-        .ok()
-        .and_then(|text| serde_json::from_str::<Value>(&text).ok())
-        .and_then(|tree| tree.get("eos_token_id").cloned());
-    match named {
-        Some(Value::Array(list)) => {
-            ids.extend(list.iter().filter_map(Value::as_u64).map(|id| id as u32));
+    let named = match std::fs::read_to_string(&path) {
+        Ok(text) => {
+            let tree: Map<String, Value> =
+                serde_json::from_str(&text).map_err(|cause| wrong(cause.to_string()))?;
+            tree.get("eos_token_id")
+                .filter(|ids| !ids.is_null())
+                .cloned()
         }
-        Some(Value::Number(id)) => ids.extend(id.as_u64().map(|id| id as u32)),
-        _ => ids.extend(config.text_config.eos_token_id),
+        Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => None,
+        Err(cause) => return Err(wrong(cause.to_string())),
+    };
+    match named {
+        Some(found) => match serde_json::from_value(found.clone()) {
+            Ok(Ids::One(id)) => ids.push(id),
+            Ok(Ids::Many(list)) => ids.extend(list),
+            Err(_) => {
+                return Err(wrong(format!(
+                    "key `eos_token_id` is {found}, expected a token's number or a list of them"
+                )));
+            }
+        },
+        None => ids.extend(config.text_config.eos_token_id),
     }
     ids.push(tokenizer.special().endoftext);
     ids.sort_unstable();
     ids.dedup();
-    ids
+    Ok(ids)
 }
 
 /// A whole answer.
@@ -499,5 +592,96 @@ fn check_host_memory<B: Kernels>(
             dtype,
         }),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    /// The text side of `model/tiny`, copied to a folder that tests may change.
+    fn folder() -> (tempfile::TempDir, PipelineOptions) {
+        let dir = tempfile::tempdir().unwrap();
+        let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("model/tiny");
+        for entry in fs::read_dir(tiny).unwrap() {
+            let path = entry.unwrap().path();
+            if !path
+                .extension()
+                .is_some_and(|ending| ending == "safetensors")
+            {
+                fs::copy(&path, dir.path().join(path.file_name().unwrap())).unwrap();
+            }
+        }
+        let options = PipelineOptions {
+            model: dir.path().to_path_buf(),
+            adapter: None,
+            dtype: DType::F32,
+            quantize: None,
+            min_pixels: None,
+            max_pixels: None,
+        };
+        (dir, options)
+    }
+
+    #[test]
+    fn pixel_limits_come_from_whoever_says_them_first() {
+        let (dir, mut options) = folder();
+        let limits = |options: &PipelineOptions| {
+            let parts = TextAndImages::load(options).unwrap();
+            let config = parts.images.config();
+            (config.min_pixels, config.max_pixels, parts.limits_from)
+        };
+        let published = r#"{"size": {"shortest_edge": 65536, "longest_edge": 16777216}}"#;
+        fs::write(dir.path().join(PREPROCESSOR_FILE), published).unwrap();
+        assert_eq!(
+            limits(&options),
+            (65_536, 16_777_216, LimitsFrom::Checkpoint)
+        );
+        // An adapter of another program says nothing …
+        let adapter = dir.path().join("adapter");
+        fs::create_dir(&adapter).unwrap();
+        options.adapter = Some(adapter.clone());
+        fs::write(adapter.join("trainer_state.json"), r#"{"global_step": 3}"#).unwrap();
+        assert_eq!(limits(&options).2, LimitsFrom::Checkpoint);
+        // … ms-swift's what it was trained with, and ours the recipe's or its own.
+        fs::write(adapter.join("args.json"), r#"{"max_pixels": 802816}"#).unwrap();
+        assert_eq!(limits(&options), (4096, 802_816, LimitsFrom::Adapter));
+        let state = r#"{"config": {"lora_rank": 8, "min_pixels": 2048}}"#;
+        fs::write(adapter.join("trainer_state.json"), state).unwrap();
+        assert_eq!(limits(&options), (2048, 1_003_520, LimitsFrom::Adapter));
+        options.max_pixels = Some(5000);
+        options.min_pixels = Some(4000);
+        assert_eq!(limits(&options), (4000, 5000, LimitsFrom::Options));
+        options = PipelineOptions {
+            adapter: None,
+            min_pixels: None,
+            max_pixels: None,
+            ..options
+        };
+        fs::remove_file(dir.path().join(PREPROCESSOR_FILE)).unwrap();
+        assert_eq!(limits(&options), (4096, 1_003_520, LimitsFrom::Recipe));
+    }
+
+    #[test]
+    fn a_damaged_generation_config_is_an_error() {
+        let (dir, options) = folder();
+        let path = dir.path().join("generation_config.json");
+        for text in [
+            "{",
+            "[]",
+            r#"{"eos_token_id": "im_end"}"#,
+            r#"{"eos_token_id": [-1]}"#,
+        ] {
+            fs::write(&path, text).unwrap();
+            let error = TextAndImages::load(&options).unwrap_err().to_string();
+            assert!(error.contains("generation_config.json"), "{text}: {error}");
+        }
+        fs::write(&path, r#"{"eos_token_id": [7, 9]}"#).unwrap();
+        let ids = TextAndImages::load(&options).unwrap().eos_token_ids;
+        assert!(ids.contains(&7) && ids.contains(&9));
+        fs::remove_file(&path).unwrap();
+        TextAndImages::load(&options).unwrap();
     }
 }

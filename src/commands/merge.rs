@@ -18,12 +18,15 @@ use crate::{
     lora::{
         base::{BaseFingerprint, check_base},
         config::LoraConfig,
-        files::load_adapter,
+        files::{load_adapter, trained_pixel_limits},
         merge::merge,
     },
     pipeline::{PipelineOptions, load_model},
     quant::files::of_checkpoint,
-    qwen3_vl::{ImageInput, Padding, Qwen3Vl, TextInput, config::Qwen3VlConfig, nn::to_dtype},
+    qwen3_vl::{
+        ImageInput, Padding, Qwen3Vl, TextInput, config::Qwen3VlConfig, nn::to_dtype,
+        weights::stored_dtype,
+    },
     train::checkpoint::save_model,
 };
 
@@ -70,7 +73,12 @@ impl DeviceTask for Merge {
             max_pixels: None,
         };
         let options_dtype = options.dtype;
-        let written = self.asked.unwrap_or(dtype);
+        let stored = stored_dtype(&options.model)?;
+        let written = self.asked.or(stored).unwrap_or(dtype);
+        let limits = match &self.args.adapter {
+            Some(dir) => trained_pixel_limits(dir)?,
+            None => None,
+        };
         let config = Qwen3VlConfig::from_dir(&options.model)?;
         if let Some(quantization) = of_checkpoint(&options.model)? {
             bail!(
@@ -97,7 +105,7 @@ impl DeviceTask for Merge {
         let merged = cast(merged, written);
         let expected = probe(&merged, &config, &device);
         let parent = FolderWriter::new(&self.args.output)?;
-        save_model(&merged, &config, &options.model, parent.path())?;
+        save_model(&merged, &config, &options.model, limits, parent.path())?;
         drop(merged);
 
         // What counts is what lies on the disk.

@@ -42,13 +42,14 @@ pub fn run(args: &PlanArgs) -> Result<()> {
         ))),
         (None, None) => None,
     };
+    let [min_pixels, max_pixels] = config.pixel_limits();
     let options = PipelineOptions {
         model: shipped(args.model.as_ref().unwrap_or(&config.model)),
         adapter: None,
         dtype: DType::F32,
         quantize: None,
-        min_pixels: config.min_pixels,
-        max_pixels: config.max_pixels,
+        min_pixels: Some(min_pixels),
+        max_pixels: Some(max_pixels),
     };
     let parts = TextAndImages::load(&options)?;
     let name = args.train_data.as_deref().unwrap_or(&config.train_data);

@@ -187,13 +187,14 @@ fn fit_budget<B: Kernels>(
     let free = free_memory::<B>(device);
     let gib = budget.gib(free).map_err(UsageError)?;
     config.memory_budget = Some(gib);
+    let [min_pixels, max_pixels] = config.pixel_limits();
     let parts = TextAndImages::load(&PipelineOptions {
         model: config.model.clone(),
         adapter: None,
         dtype,
         quantize: None,
-        min_pixels: config.min_pixels,
-        max_pixels: config.max_pixels,
+        min_pixels: Some(min_pixels),
+        max_pixels: Some(max_pixels),
     })?;
     let data = Dataset::open(&config.train_data)?;
     // A sample that cannot be read is named when its turn comes.

@@ -7,7 +7,7 @@ use std::{
 
 use fancy_regex::Regex;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 /// What can be wrong with an adapter.
 #[derive(Debug, thiserror::Error)]
@@ -39,6 +39,14 @@ pub enum AdapterError {
         found: String,
         /// What would be accepted.
         expected: String,
+    },
+    /// The folder holds no adapter, but something that says where one is.
+    #[error("`{}` is not the folder of an adapter: {hint}", .dir.display())]
+    Folder {
+        /// The folder.
+        dir: PathBuf,
+        /// What is there, and what to name in its place.
+        hint: String,
     },
     /// `target_modules` is no regular expression.
     #[error("target_modules `{pattern}` is not a regular expression: {reason}")]
@@ -190,8 +198,41 @@ const MUST_BE_OFF: &[&str] = &[
     "arrow_config",
     "kasa_config",
     "velora_config",
-    "layers_pattern",
 ];
+
+/// Values of `init_lora_weights` that leave the base as it is, so that the file's tensors belong to it.
+///
+/// The others (`pissa`, `pissa_niter_N`, `olora`, `corda`, `loftq`, `lora_ga` …) take their part out of the
+/// base's weights when training begins, and PEFT does so again at load.
+///
+/// Source: `LoraLayer.update_layer`, PEFT, `tuners/lora/layer.py`.
+const BASE_AS_IT_IS: &[&str] = &["gaussian", "orthogonal", "eva"];
+
+/// What is in a folder without `adapter_config.json` and helps to find the adapter that was meant.
+fn find_adapter(dir: &Path) -> Option<String> {
+    let best = fs::read_to_string(dir.join("best.json")).ok();
+    let best = best.and_then(|text| serde_json::from_str::<Value>(&text).ok());
+    let step = best.as_ref().and_then(|best| best.get("step")?.as_u64());
+    if let Some(step) = step {
+        return Some(format!(
+            "it is that of a run, whose best checkpoint is `{}`",
+            dir.join(format!("checkpoint-{step}")).display()
+        ));
+    }
+    let mut folders: Vec<PathBuf> = fs::read_dir(dir)
+        .ok()?
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.join("adapter_config.json").is_file())
+        .collect();
+    folders.sort();
+    let named: Vec<String> = folders
+        .iter()
+        .take(4)
+        .map(|path| format!("`{}`", path.display()))
+        .collect();
+    (!named.is_empty()).then(|| format!("adapters are in {}", named.join(", ")))
+}
 
 fn is_off(value: &Value) -> bool {
     match value {
@@ -209,9 +250,15 @@ impl LoraConfig {
     /// [`AdapterError`] names the file and the key.
     pub fn from_dir(dir: &Path) -> Result<Self, AdapterError> {
         let path = dir.join("adapter_config.json");
-        let text = fs::read_to_string(&path).map_err(|cause| AdapterError::Read {
-            path: path.clone(),
-            cause,
+        let text = fs::read_to_string(&path).map_err(|cause| match find_adapter(dir) {
+            Some(hint) => AdapterError::Folder {
+                dir: dir.to_path_buf(),
+                hint,
+            },
+            None => AdapterError::Read {
+                path: path.clone(),
+                cause,
+            },
         })?;
         let parse = |cause| AdapterError::Parse {
             path: path.clone(),
@@ -229,6 +276,27 @@ impl LoraConfig {
         }
         if let Some(bias) = tree.get("bias").filter(|bias| *bias != "none") {
             return Err(unsupported("bias", bias, "`none`"));
+        }
+        let init = tree.get("init_lora_weights").unwrap_or(&Value::Null);
+        let kept = match init {
+            Value::Null | Value::Bool(_) => true,
+            Value::String(name) => BASE_AS_IT_IS.contains(&name.to_lowercase().as_str()),
+            _ => false,
+        };
+        if !kept {
+            return Err(unsupported(
+                "init_lora_weights",
+                init,
+                "true, false, `gaussian`, `orthogonal` or `eva`: the tensors of this adapter belong to a base that PEFT has changed; \
+                 write it with `save_pretrained(DIR, path_initial_model_for_weight_conversion=…)`, which makes it a plain LoRA of the original base",
+            ));
+        }
+        // The layers' list of this model, and PEFT's default.
+        if let Some(pattern) = tree
+            .get("layers_pattern")
+            .filter(|value| !is_off(value) && **value != "layers" && **value != json!(["layers"]))
+        {
+            return Err(unsupported("layers_pattern", pattern, "`layers`"));
         }
         for key in MUST_BE_OFF {
             if let Some(value) = tree.get(*key).filter(|value| !is_off(value)) {
@@ -254,17 +322,21 @@ impl LoraConfig {
             use_dora: raw.use_dora.unwrap_or(false),
             rank_pattern: raw.rank_pattern.unwrap_or_default(),
             alpha_pattern: raw.alpha_pattern.unwrap_or_default(),
-            layers_to_transform: raw.layers_to_transform.map(|layers| match layers {
-                LayerNumbers::One(layer) => vec![layer],
-                LayerNumbers::Many(layers) => layers,
-            }),
+            layers_to_transform: raw
+                .layers_to_transform
+                .map(|layers| match layers {
+                    LayerNumbers::One(layer) => vec![layer],
+                    LayerNumbers::Many(layers) => layers,
+                })
+                // As PEFT: an empty list chooses nothing.
+                .filter(|layers| !layers.is_empty()),
             base_model_name_or_path: raw.base_model_name_or_path,
         })
     }
 
     /// The text of an `adapter_config.json` that PEFT and ms-swift read.
     pub fn to_json(&self) -> String {
-        let tree = serde_json::json!({
+        let tree = json!({
             "alpha_pattern": self.alpha_pattern,
             "auto_mapping": null,
             "base_model_name_or_path": self.base_model_name_or_path,
@@ -390,7 +462,8 @@ fn pattern_value<T: Copy>(patterns: &Patterns<T>, path: &str) -> Result<Option<T
 }
 
 fn compile(pattern: &str) -> Result<Regex, AdapterError> {
-    Regex::new(pattern).map_err(|cause| AdapterError::Pattern {
+    // Python's end of the text has another letter here.
+    Regex::new(&pattern.replace(r"\Z", r"\z")).map_err(|cause| AdapterError::Pattern {
         pattern: pattern.to_string(),
         reason: cause.to_string(),
     })
@@ -445,6 +518,10 @@ impl TargetMatcher {
             .is_some_and(|excluded| excluded.matches(path))
         {
             return false;
+        }
+        // PEFT looks at the layers only where a name is not the whole path.
+        if matches!(&self.targets, Matcher::Names(names) if names.iter().any(|name| name == path)) {
+            return true;
         }
         let in_layers = self.layers.as_ref().is_none_or(|layers| {
             path.split('.')
@@ -537,6 +614,87 @@ mod tests {
         }
         fs::write(&path, format!("{base}{}", r#", "modules_to_save": []}"#)).unwrap();
         assert_eq!(LoraConfig::from_dir(dir.path()).unwrap().r, 8);
+    }
+
+    #[test]
+    fn an_adapter_whose_base_is_not_the_base_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let read = |init: &str| {
+            let text = format!(
+                r#"{{"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": {init}}}"#
+            );
+            fs::write(dir.path().join("adapter_config.json"), text).unwrap();
+            LoraConfig::from_dir(dir.path())
+        };
+        for init in [
+            "true",
+            "false",
+            "null",
+            r#""gaussian""#,
+            r#""orthogonal""#,
+            r#""eva""#,
+        ] {
+            assert!(read(init).is_ok(), "{init}");
+        }
+        for init in [
+            "pissa",
+            "pissa_niter_4",
+            "olora",
+            "corda",
+            "loftq",
+            "lora_ga",
+            "new",
+        ] {
+            let error = read(&format!("\"{init}\"")).unwrap_err().to_string();
+            for piece in [
+                init,
+                "init_lora_weights",
+                "path_initial_model_for_weight_conversion",
+            ] {
+                assert!(error.contains(piece), "{error}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_folder_around_an_adapter_names_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let inner = dir.path().join("checkpoint-7");
+        fs::create_dir(&inner).unwrap();
+        fs::write(inner.join("adapter_config.json"), "{}").unwrap();
+        let read = || LoraConfig::from_dir(dir.path()).unwrap_err().to_string();
+        assert!(read().contains("adapters are in `") && read().contains("checkpoint-7"));
+        fs::write(dir.path().join("best.json"), r#"{"step": 5}"#).unwrap();
+        assert!(read().contains("best checkpoint") && read().contains("checkpoint-5"));
+    }
+
+    #[test]
+    fn layers_are_chosen_as_peft_chooses_them() {
+        let mut config = LoraConfig {
+            target_modules: TargetModules::Names(vec!["k_proj".into(), Q.into()]),
+            layers_to_transform: Some(vec![1]),
+            ..LoraConfig::default()
+        };
+        let matcher = config.matcher().unwrap();
+        let k = |layer: usize| format!("model.language_model.layers.{layer}.self_attn.k_proj");
+        assert!(matcher.matches(&k(1)) && !matcher.matches(&k(3)));
+        // A whole path is taken whatever its layer.
+        assert!(matcher.matches(Q));
+        config.target_modules = TargetModules::Pattern(r".*\.q_proj\Z".into());
+        config.layers_to_transform = None;
+        assert!(config.matcher().unwrap().matches(Q));
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(
+            dir.path().join("adapter_config.json"),
+            r#"{"r": 8, "lora_alpha": 8, "target_modules": ["q_proj"], "layers_to_transform": [], "layers_pattern": "layers"}"#,
+        )
+        .unwrap();
+        assert_eq!(
+            LoraConfig::from_dir(dir.path())
+                .unwrap()
+                .layers_to_transform,
+            None
+        );
     }
 
     #[test]

@@ -1,12 +1,13 @@
 //! PEFT's adapter folder: `adapter_config.json` and `adapter_model.safetensors`.
 
-use std::{collections::BTreeMap, io::Write, path::Path};
+use std::{collections::BTreeMap, fs, io::Write, path::Path};
 
 use burn::{
     module::{Param, ParamId},
     prelude::*,
     tensor::DType,
 };
+use serde_json::Value;
 
 use super::{
     Lora,
@@ -15,6 +16,7 @@ use super::{
 };
 use crate::{
     files::write_atomic,
+    processor::patches::ImageProcessorConfig,
     qwen3_vl::{
         Qwen3Vl,
         nn::Linear,
@@ -24,6 +26,45 @@ use crate::{
 
 const PREFIX: &str = "base_model.model.";
 const TENSORS: &str = "adapter_model.safetensors";
+
+/// Pixel limits `[min_pixels, max_pixels]` of the run that trained the adapter in `dir`, where its folder
+/// says: `trainer_state.json` of this program (a run without limits of its own has the recipe's), or
+/// ms-swift's `args.json`. `None` where it does not, as PEFT's folders.
+///
+/// # Errors
+/// [`AdapterError::Parse`] for a damaged file.
+pub fn trained_pixel_limits(dir: &Path) -> Result<Option<[usize; 2]>, AdapterError> {
+    let read = |name: &str| -> Result<Option<Value>, AdapterError> {
+        let path = dir.join(name);
+        match fs::read_to_string(&path) {
+            Ok(text) => serde_json::from_str(&text)
+                .map(Some)
+                .map_err(|cause| AdapterError::Parse { path, cause }),
+            Err(_) => Ok(None),
+        }
+    };
+    let recipe = ImageProcessorConfig::default();
+    let limits = |tree: &Value| {
+        let number = |key: &str| Some(tree.get(key)?.as_u64()? as usize);
+        [number("min_pixels"), number("max_pixels")]
+    };
+    // transformers' trainer writes a file of the same name, without the config.
+    if let Some(config) = read("trainer_state.json")?
+        .as_ref()
+        .and_then(|state| state.get("config"))
+        .filter(|config| config.get("lora_rank").is_some())
+    {
+        let [min, max] = limits(config);
+        return Ok(Some([
+            min.unwrap_or(recipe.min_pixels),
+            max.unwrap_or(recipe.max_pixels),
+        ]));
+    }
+    Ok(match read("args.json")?.as_ref().map(limits) {
+        Some([min, Some(max)]) => Some([min.unwrap_or(recipe.min_pixels).min(max), max]),
+        _ => None,
+    })
+}
 
 /// Replaces the tensors of attached adapters by those of a file.
 struct FillLora<'a> {
@@ -45,7 +86,11 @@ impl FillLora<'_> {
         let found = names.iter().find(|name| self.shapes.contains_key(*name));
         let Some((name, shape)) = found.and_then(|name| Some((name, self.shapes.get(name)?)))
         else {
-            return Err(mismatch(format!("tensor `{}` is missing", names[0])));
+            let found = match self.shapes.keys().next() {
+                Some(found) => format!("; the file holds names like `{found}`"),
+                None => String::new(),
+            };
+            return Err(mismatch(format!("tensor `{}` is missing{found}", names[0])));
         };
         let expected = like.shape().to_vec();
         if *shape != expected {
@@ -61,8 +106,15 @@ impl FillLora<'_> {
 
     fn fill<B: Backend>(&mut self, path: &str, lora: &mut Lora<B>) -> Result<(), AdapterError> {
         let name = |part: &str| format!("{PREFIX}{path}.{part}");
-        lora.lora_a = self.tensor(&[name("lora_A.weight")], &lora.lora_a)?;
-        lora.lora_b = self.tensor(&[name("lora_B.weight")], &lora.lora_b)?;
+        // The second form is what a state dict holds before PEFT drops the adapter's name from its keys.
+        let both = |part: &str| {
+            [
+                name(&format!("{part}.weight")),
+                name(&format!("{part}.default.weight")),
+            ]
+        };
+        lora.lora_a = self.tensor(&both("lora_A"), &lora.lora_a)?;
+        lora.lora_b = self.tensor(&both("lora_B"), &lora.lora_b)?;
         if let Some(magnitude) = lora.lora_magnitude_vector.take() {
             let names = [
                 name("lora_magnitude_vector"),
@@ -126,6 +178,14 @@ pub fn load_adapter_tensors<B: Backend>(
     dir: &Path,
 ) -> Result<Qwen3Vl<B>, AdapterError> {
     let (model, _) = attach(model, config, 0)?;
+    if !dir.join(TENSORS).is_file() && dir.join("adapter_model.bin").is_file() {
+        return Err(AdapterError::Folder {
+            dir: dir.to_path_buf(),
+            hint: format!(
+                "it holds `adapter_model.bin`, which is not read here (a pickle may run code), and no `{TENSORS}`; load it in PEFT once and `save_pretrained` it"
+            ),
+        });
+    }
     let file = TensorFile::open(&dir.join(TENSORS))?;
     let mut mapper = FillLora {
         shapes: file.shapes()?,
@@ -137,10 +197,19 @@ pub fn load_adapter_tensors<B: Backend>(
         return Err(error);
     }
     if let Some((name, _)) = mapper.shapes.first_key_value() {
+        let what = if name.contains("lora_embedding_") || name.contains("embed_tokens") {
+            ": adapters of the embedding are not read here"
+        } else if name.contains("patch_embed") {
+            ": adapters of the patch embedding, a convolution, are not read here"
+        } else if name.contains(".base_layer.") {
+            ": a copy of the base's own weights is not read here; leave it out with `save_embedding_layers=False`"
+        } else {
+            ""
+        };
         return Err(AdapterError::Mismatch {
             path: file.path().to_path_buf(),
             reason: format!(
-                "{} tensor(s) have no place in the model, first `{name}`",
+                "{} tensor(s) have no place in the model, first `{name}`{what}",
                 mapper.shapes.len()
             ),
         });

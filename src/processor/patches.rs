@@ -9,15 +9,24 @@
 
 use std::borrow::Cow;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::files::write_atomic;
 
 use super::image::{self, DecodeLimits, ImageError, Reading, RgbImage};
 use super::resize::{ResizeRule, resize_bicubic, smart_resize};
 
 /// Most pixels a picture may be scaled to.
 const MAX_SCALED_PIXELS: usize = 100_000_000;
+
+/// Where published checkpoints keep the image processor's keys.
+pub const PREPROCESSOR_FILE: &str = "preprocessor_config.json";
+
+/// Where transformers 5 keeps them.
+pub const PROCESSOR_FILE: &str = "processor_config.json";
 
 /// Red, green and blue.
 const CHANNELS: usize = 3;
@@ -79,8 +88,88 @@ struct PreprocessorSize {
     longest_edge: Option<usize>,
 }
 
+/// Where transformers 5 keeps the image processor's keys: under `image_processor`.
+#[derive(Deserialize)]
+struct ProcessorFile {
+    image_processor: Option<PreprocessorFile>,
+}
+
+/// The file of `model_dir` that holds the image processor's keys: `processor_config.json` where it has an
+/// `image_processor`, as transformers 5 writes it, else `preprocessor_config.json`.
+///
+/// # Errors
+/// [`ImageError::ConfigRead`] names `preprocessor_config.json` where neither is there,
+/// [`ImageError::ConfigParse`].
+///
+/// Source: `get_image_processor_dict`, transformers 5, `image_processing_base.py`.
+fn read_keys(model_dir: &Path) -> Result<(PathBuf, PreprocessorFile), ImageError> {
+    let nested = model_dir.join(PROCESSOR_FILE);
+    if let Ok(text) = fs::read_to_string(&nested) {
+        let file: ProcessorFile =
+            serde_json::from_str(&text).map_err(|cause| ImageError::ConfigParse {
+                path: nested.clone(),
+                cause,
+            })?;
+        if let Some(keys) = file.image_processor {
+            return Ok((nested, keys));
+        }
+    }
+    let path = model_dir.join(PREPROCESSOR_FILE);
+    let text = fs::read_to_string(&path).map_err(|cause| ImageError::ConfigRead {
+        path: path.clone(),
+        cause,
+    })?;
+    match serde_json::from_str(&text) {
+        Ok(keys) => Ok((path, keys)),
+        Err(cause) => Err(ImageError::ConfigParse { path, cause }),
+    }
+}
+
+/// Writes pixel limits into the processor files of the checkpoint folder `dir`, so that whoever loads the
+/// folder later, here or in transformers, shows the model images of the sizes it was trained on.
+///
+/// # Errors
+/// [`FileError`](crate::files::FileError) names the file.
+pub fn write_pixel_limits(
+    dir: &Path,
+    min_pixels: usize,
+    max_pixels: usize,
+) -> Result<(), crate::files::FileError> {
+    for name in [PREPROCESSOR_FILE, PROCESSOR_FILE] {
+        let path = dir.join(name);
+        let Ok(text) = fs::read_to_string(&path) else {
+            continue;
+        };
+        let Ok(mut tree) = serde_json::from_str::<Value>(&text) else {
+            continue;
+        };
+        let keys = match name {
+            PROCESSOR_FILE => tree.get_mut("image_processor"),
+            _ => Some(&mut tree),
+        };
+        let Some(keys) = keys.and_then(Value::as_object_mut) else {
+            continue;
+        };
+        // The flat keys win where both forms are there.
+        if keys.contains_key("min_pixels") || keys.contains_key("max_pixels") {
+            keys.insert("min_pixels".into(), min_pixels.into());
+            keys.insert("max_pixels".into(), max_pixels.into());
+        }
+        keys.insert(
+            "size".into(),
+            json!({"longest_edge": max_pixels, "shortest_edge": min_pixels}),
+        );
+        write_atomic(&path, |out| {
+            serde_json::to_writer_pretty(&mut *out, &tree)?;
+            out.write_all(b"\n")
+        })?;
+    }
+    Ok(())
+}
+
 impl ImageProcessorConfig {
-    /// Reads `preprocessor_config.json` in `model_dir`, pixel limits and all.
+    /// Reads the image processor of a checkpoint, pixel limits and all: `processor_config.json` or
+    /// `preprocessor_config.json` in `model_dir`.
     ///
     /// The limits are the published model's (`min_pixels` and `max_pixels`, or `size` with
     /// `shortest_edge` and `longest_edge`, which count pixels in spite of their names). The training
@@ -89,13 +178,7 @@ impl ImageProcessorConfig {
     /// # Errors
     /// [`ImageError::ConfigRead`], [`ImageError::ConfigParse`] or [`ImageError::ConfigValue`].
     pub fn published(model_dir: &Path) -> Result<Self, ImageError> {
-        let path = model_dir.join("preprocessor_config.json");
-        let text = fs::read_to_string(&path).map_err(|cause| ImageError::ConfigRead {
-            path: path.clone(),
-            cause,
-        })?;
-        let file: PreprocessorFile =
-            serde_json::from_str(&text).map_err(|cause| ImageError::ConfigParse { path, cause })?;
+        let (_, file) = read_keys(model_dir)?;
         if let Some(found) = file
             .rescale_factor
             .filter(|found| (found * 255.0 - 1.0).abs() > 1e-6)
@@ -127,7 +210,7 @@ impl ImageProcessorConfig {
         Ok(config)
     }
 
-    /// Reads `preprocessor_config.json` in `model_dir`, but keeps the pixel limits of the recipe.
+    /// As [`Self::published`], with the pixel limits of the training recipe.
     ///
     /// # Errors
     /// [`ImageError::ConfigRead`], [`ImageError::ConfigParse`] or [`ImageError::ConfigValue`].
@@ -452,6 +535,32 @@ mod tests {
         let line = RgbImage::from_gray(201, 1, &[0; 201]).unwrap();
         let error = processor.process(&line).unwrap_err().to_string();
         assert!(error.contains("201 × 1"), "{error}");
+    }
+
+    #[test]
+    fn the_processor_file_of_transformers_5_is_read_and_goes_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
+        write(
+            PROCESSOR_FILE,
+            r#"{"processor_class": "Qwen3VLProcessor", "image_processor":
+                {"image_mean": [0.4, 0.5, 0.6], "size": {"shortest_edge": 5000, "longest_edge": 6000}}}"#,
+        );
+        let read = || ImageProcessorConfig::published(dir.path()).unwrap();
+        assert_eq!(read().image_mean, [0.4, 0.5, 0.6]);
+        assert_eq!((read().min_pixels, read().max_pixels), (5000, 6000));
+        write(PREPROCESSOR_FILE, r#"{"image_mean": [0.1, 0.1, 0.1]}"#);
+        assert_eq!(read().image_mean, [0.4, 0.5, 0.6]);
+        write_pixel_limits(dir.path(), 4096, 8192).unwrap();
+        assert_eq!((read().min_pixels, read().max_pixels), (4096, 8192));
+        assert_eq!(read().image_mean, [0.4, 0.5, 0.6]);
+        // A processor file without an image processor leaves the other file in force.
+        write(PROCESSOR_FILE, r#"{"processor_class": "Qwen3VLProcessor"}"#);
+        assert_eq!(read().image_mean, [0.1, 0.1, 0.1]);
+        assert_eq!((read().min_pixels, read().max_pixels), (4096, 8192));
+        write(PROCESSOR_FILE, "{");
+        let error = ImageProcessorConfig::published(dir.path()).unwrap_err();
+        assert!(error.to_string().contains(PROCESSOR_FILE), "{error}");
     }
 
     #[test]

@@ -96,6 +96,16 @@ pub fn of_checkpoint(dir: &Path) -> Result<Option<Quantization>, WeightsError> {
         cause,
     })?;
     let tree: Value = serde_json::from_str(&text).map_err(|cause| refuse(cause.to_string()))?;
+    // MLX has a key of its own, and no method in it.
+    if let Some(entry) = tree.get("quantization").filter(|entry| entry.is_object())
+        && tree
+            .get("quantization_config")
+            .is_none_or(|entry| entry.get("quant_method").is_none())
+    {
+        return Err(refuse(format!(
+            "weights quantised by MLX (key `quantization`: {entry}) are not read here; take the checkpoint in 16 bits and load it with --quantize, or write it with `quantize`"
+        )));
+    }
     let entry = match tree.get("quantization_config") {
         None | Some(Value::Null) => return Ok(None),
         Some(entry) => entry,

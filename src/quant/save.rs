@@ -196,7 +196,12 @@ pub fn write_packed(
     if let Some(error) = making.problem.borrow_mut().take() {
         return Err(error);
     }
-    write_config(from, to, quantization)?;
+    write_config(
+        from,
+        to,
+        quantization,
+        shapes.contains_key("lm_head.weight"),
+    )?;
 
     // What counts is what lies on the disk.
     check(to, shapes, quantization, true)?;
@@ -215,8 +220,14 @@ pub fn write_packed(
     Ok(())
 }
 
-/// The original's `config.json` with its entry about packing.
-fn write_config(from: &Path, to: &Path, quantization: Quantization) -> Result<(), WeightsError> {
+/// The original's `config.json` with its entry about packing, and tied no more where the head is one of its
+/// own in spite of the config.
+fn write_config(
+    from: &Path,
+    to: &Path,
+    quantization: Quantization,
+    own_head: bool,
+) -> Result<(), WeightsError> {
     let path = from.join("config.json");
     let text = fs::read_to_string(&path).map_err(|cause| FileError::read(&path, cause))?;
     let mut tree: Value = serde_json::from_str(&text).map_err(|cause| WeightsError::Format {
@@ -224,6 +235,9 @@ fn write_config(from: &Path, to: &Path, quantization: Quantization) -> Result<()
         reason: cause.to_string(),
     })?;
     tree["quantization_config"] = to_config(quantization);
+    if own_head {
+        tree["tie_word_embeddings"] = Value::Bool(false);
+    }
     write_atomic(&to.join("config.json"), |out: &mut dyn Write| {
         serde_json::to_writer_pretty(&mut *out, &tree)?;
         out.write_all(b"\n")

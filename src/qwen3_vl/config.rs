@@ -34,6 +34,14 @@ pub enum ConfigError {
         /// Why, with the key.
         cause: serde_json::Error,
     },
+    /// The head of a tied checkpoint cannot be compared with its embedding.
+    #[error("cannot compare `lm_head.weight` with the embedding in `{}`: {cause}", .path.display())]
+    Head {
+        /// The checkpoint's folder.
+        path: PathBuf,
+        /// Why.
+        cause: Box<super::weights::WeightsError>,
+    },
     /// A value cannot be used.
     #[error("`{}`: key `{key}`: {reason}", .path.display())]
     Value {
@@ -183,6 +191,9 @@ struct RawRope {
     mrope_section: Option<[usize; 3]>,
     rope_theta: Option<f64>,
     rope_type: Option<String>,
+    /// The key's name before transformers 4.45.
+    #[serde(rename = "type")]
+    old_type: Option<String>,
     mrope_interleaved: Option<bool>,
 }
 
@@ -197,7 +208,18 @@ impl Qwen3VlConfig {
             path: path.clone(),
             cause,
         })?;
-        Self::from_json(&text, &path)
+        let mut config = Self::from_json(&text, &path)?;
+        // Adapters of a tied model may be merged with a head of their own, which the config goes on calling
+        // tied; transformers (5.24) takes the head of the file as well.
+        if config.tie_word_embeddings
+            && super::weights::holds_another_head(model_dir).map_err(|cause| ConfigError::Head {
+                path: model_dir.to_path_buf(),
+                cause: Box::new(cause),
+            })?
+        {
+            config.tie_word_embeddings = false;
+        }
+        Ok(config)
     }
 
     /// Reads the text of a `config.json`; `path` is what errors name.
@@ -221,7 +243,8 @@ impl Qwen3VlConfig {
                 return Err(value_error(
                     "model_type",
                     format!(
-                        "found {other:?}, expected `qwen3_vl`; this program reads Qwen3-VL (dense) checkpoints only"
+                        "{}, expected `qwen3_vl`; this program reads Qwen3-VL (dense) checkpoints only",
+                        other.map_or("missing".to_string(), |kind| format!("found `{kind}`"))
                     ),
                 ));
             }
@@ -242,6 +265,30 @@ impl Qwen3VlConfig {
         let vision_config: VisionConfig =
             serde_json::from_value(raw.vision_config).map_err(parse_error)?;
         let text = raw.text_config;
+        for (name, rope) in [
+            ("rope_parameters", &text.rope_parameters),
+            ("rope_scaling", &text.rope_scaling),
+        ] {
+            let Some(rope) = rope else { continue };
+            for (key, kind) in [("rope_type", &rope.rope_type), ("type", &rope.old_type)] {
+                // `mrope` is what Qwen2-VL's files call the default.
+                if let Some(kind) = kind
+                    .as_deref()
+                    .filter(|kind| !["default", "mrope"].contains(kind))
+                {
+                    return Err(value_error(
+                        &format!("text_config.{name}.{key}"),
+                        format!("found `{kind}`, expected `default`"),
+                    ));
+                }
+            }
+            if rope.mrope_interleaved == Some(false) {
+                return Err(value_error(
+                    &format!("text_config.{name}.mrope_interleaved"),
+                    "found false; Qwen3-VL interleaves its axes".to_string(),
+                ));
+            }
+        }
         let rope = text.rope_parameters.or(text.rope_scaling);
         let rope_theta = rope
             .as_ref()
@@ -262,20 +309,6 @@ impl Qwen3VlConfig {
                     "missing, also under `rope_parameters`; expected three sizes".to_string(),
                 )
             })?;
-        if let Some(rope) = &rope {
-            if let Some(kind) = rope.rope_type.as_deref().filter(|kind| *kind != "default") {
-                return Err(value_error(
-                    "text_config.rope_scaling.rope_type",
-                    format!("found `{kind}`, expected `default`"),
-                ));
-            }
-            if rope.mrope_interleaved == Some(false) {
-                return Err(value_error(
-                    "text_config.rope_scaling.mrope_interleaved",
-                    "found false; Qwen3-VL interleaves its axes".to_string(),
-                ));
-            }
-        }
         if let Some(act) = text.hidden_act.as_deref().filter(|act| *act != "silu") {
             return Err(value_error(
                 "text_config.hidden_act",
@@ -565,6 +598,44 @@ mod tests {
             Qwen3VlConfig::from_json(r#"{"model_type": "llama"}"#, Path::new("config.json"))
                 .unwrap_err();
         assert!(error.to_string().contains("qwen3_vl"), "{error}");
+    }
+
+    #[test]
+    fn a_rope_of_another_kind_is_refused_under_all_its_names() {
+        let text = Qwen3VlConfig::published("8b")
+            .unwrap()
+            .to_published_json("bfloat16");
+        let read = |text: &str| Qwen3VlConfig::from_json(text, Path::new("config.json"));
+        let named = |key: &str, kind: &str| {
+            text.replace(
+                r#""rope_type": "default""#,
+                &format!(r#""{key}": "{kind}""#),
+            )
+        };
+        for (key, kind, taken) in [
+            ("rope_type", "yarn", false),
+            ("type", "yarn", false),
+            ("type", "linear", false),
+            ("type", "mrope", true),
+            ("type", "default", true),
+        ] {
+            match read(&named(key, kind)) {
+                Ok(_) => assert!(taken, "{key} {kind}"),
+                Err(error) => {
+                    let error = error.to_string();
+                    assert!(
+                        !taken && error.contains(kind) && error.contains(key),
+                        "{error}"
+                    );
+                }
+            }
+        }
+        // Both layouts in one file: neither goes unread.
+        let both = named("type", "yarn").replace(
+            r#""rope_scaling""#,
+            r#""rope_parameters": {"mrope_section": [24, 20, 20], "rope_theta": 5e6}, "rope_scaling""#,
+        );
+        assert!(read(&both).unwrap_err().to_string().contains("yarn"));
     }
 
     #[test]

@@ -35,8 +35,8 @@ pub use load::{load_checkpoint, load_checkpoints};
 pub enum WeightsError {
     /// Neither a single file nor an index is there.
     #[error(
-        "`{}` holds neither `{single}` nor `{single}.index.json`; expected the folder of a checkpoint in safetensors form",
-        .dir.display()
+        "`{}` holds neither `{single}` nor `{single}.index.json`{}; expected the folder of a checkpoint in safetensors form",
+        .dir.display(), other_weights(.dir)
     )]
     NoFile {
         /// The folder.
@@ -153,6 +153,28 @@ pub enum WeightsError {
     Write(#[from] FileError),
 }
 
+/// Weights of another form in a folder, with what to do about them, as the middle of a sentence.
+fn other_weights(dir: &Path) -> String {
+    let names: Vec<String> = std::fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect();
+    let found = |test: fn(&str) -> bool| names.iter().find(|name| test(name));
+    if let Some(name) = found(|name| name.starts_with("pytorch_model") && name.ends_with(".bin")) {
+        format!(
+            ", but `{name}`, which is not read here (a pickle may run code); load it in transformers once and `save_pretrained` it"
+        )
+    } else if let Some(name) = found(|name| name.ends_with(".gguf")) {
+        format!(
+            ", but `{name}` in llama.cpp's form, which is not read here; take the original checkpoint"
+        )
+    } else {
+        String::new()
+    }
+}
+
 /// Progress of loading, in bytes of the files.
 pub type LoadProgress<'a> = &'a mut dyn FnMut(u64, u64);
 
@@ -238,7 +260,13 @@ impl TensorFile {
     pub fn tensors(&self) -> Result<SafeTensors<'_>, WeightsError> {
         SafeTensors::deserialize(&self.map).map_err(|cause| WeightsError::Format {
             path: self.path.clone(),
-            reason: cause.to_string(),
+            // What `git clone` leaves without Git LFS.
+            reason: if self.map.starts_with(b"version https://git-lfs") {
+                "it is a pointer of Git LFS and not the weights (`git lfs pull` brings them)"
+                    .to_string()
+            } else {
+                cause.to_string()
+            },
         })
     }
 
@@ -399,6 +427,70 @@ pub fn checkpoint_files(dir: &Path) -> Result<Vec<PathBuf>, WeightsError> {
     files.sort();
     files.dedup();
     Ok(files)
+}
+
+/// Whether the checkpoint in `dir` holds a `lm_head.weight` that differs from the embedding in any element.
+/// A folder without weights, or with packed ones, holds none.
+///
+/// # Errors
+/// [`WeightsError`] names the file and the tensor.
+pub fn holds_another_head(dir: &Path) -> Result<bool, WeightsError> {
+    const HEAD: &str = "lm_head.weight";
+    const EMBEDDING: &str = "model.language_model.embed_tokens.weight";
+    let files = match checkpoint_files(dir) {
+        Ok(files) => files,
+        Err(WeightsError::NoFile { .. }) => return Ok(false),
+        Err(error) => return Err(error),
+    };
+    let files = files
+        .iter()
+        .map(|path| TensorFile::open(path))
+        .collect::<Result<Vec<_>, _>>()?;
+    let holder = |name: &str| {
+        files
+            .iter()
+            .find_map(|file| Some((file, file.entries.get(name)?)))
+    };
+    let (Some((head_file, head)), Some((file, embedding))) = (holder(HEAD), holder(EMBEDDING))
+    else {
+        return Ok(false);
+    };
+    if head.shape != embedding.shape {
+        return Ok(true);
+    }
+    let elements: usize = head.shape.iter().product();
+    let share = SHARE_BYTES / size_of::<f32>();
+    let mut ours = vec![0; SHARE_BYTES];
+    let mut theirs = vec![0; SHARE_BYTES];
+    for first in (0..elements).step_by(share) {
+        let bytes = share.min(elements - first) * size_of::<f32>();
+        head_file.read_into(HEAD, first, DType::F32, &mut ours[..bytes])?;
+        file.read_into(EMBEDDING, first, DType::F32, &mut theirs[..bytes])?;
+        if ours[..bytes] != theirs[..bytes] {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Type of the weights in a checkpoint: that of the embedding.
+///
+/// # Errors
+/// [`WeightsError`] names the file.
+pub fn stored_dtype(dir: &Path) -> Result<Option<DType>, WeightsError> {
+    for path in checkpoint_files(dir)? {
+        for (name, entry) in &TensorFile::open(&path)?.entries {
+            if name.ends_with("embed_tokens.weight") {
+                return Ok(match entry.dtype {
+                    Dtype::BF16 => Some(DType::BF16),
+                    Dtype::F16 => Some(DType::F16),
+                    Dtype::F32 => Some(DType::F32),
+                    _ => None,
+                });
+            }
+        }
+    }
+    Ok(None)
 }
 
 struct ShapeVisitor {

@@ -26,6 +26,7 @@ use crate::{
         config::{AdapterError, LoraConfig},
         files::save_adapter,
     },
+    processor::patches::write_pixel_limits,
     qwen3_vl::{
         Qwen3Vl,
         config::Qwen3VlConfig,
@@ -131,31 +132,55 @@ pub fn trained_params<B: Kernels, M: Module<B>>(module: &M) -> Vec<(String, Para
     collect.params
 }
 
-/// Copies what a checkpoint folder needs besides weights: tokenizer, templates, processor.
+/// Files of a checkpoint folder that are written anew for another checkpoint made from it, or belong to
+/// the run or the weights of the old one.
+const NOT_COPIED: &[&str] = &[
+    "COMPLETE.json",
+    "adapter_config.json",
+    "args.json",
+    "base_fingerprint.json",
+    "config.json",
+    "hf_quant_config.json",
+    "quantization_config.json",
+    "quantize_config.json",
+    "trainer_state.json",
+    "training_args.bin",
+];
+
+/// Endings of text that goes with weights: tokenizer, templates, processors, terms and model card.
+const COPIED: &[&str] = &[
+    "gz", "jinja", "json", "md", "model", "py", "tiktoken", "txt",
+];
+
+/// Copies what a checkpoint folder holds besides weights: tokenizer, templates, processor, generation
+/// config, licence, model card, and whatever else of that kind a later `AutoProcessor` or ModelScope reads.
 ///
 /// # Errors
 /// [`FileError`] names the file.
 pub fn copy_side_files(from: &Path, to: &Path) -> Result<(), FileError> {
-    const NAMES: &[&str] = &[
-        "tokenizer.json",
-        "tokenizer.json.gz",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "chat_template.json",
-        "preprocessor_config.json",
-        "video_preprocessor_config.json",
-        "generation_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "merges.txt",
-    ];
-    for name in NAMES {
-        let source = from.join(name);
-        if source.is_file() {
-            let target = to.join(name);
-            fs::copy(&source, &target).map_err(|cause| FileError::write(&target, cause))?;
+    let entries = fs::read_dir(from).map_err(|cause| FileError::read(from, cause))?;
+    for entry in entries {
+        let source = entry.map_err(|cause| FileError::read(from, cause))?.path();
+        let (Some(name), true) = (source.file_name(), source.is_file()) else {
+            // Templates by name, as transformers keeps more than one.
+            if source.ends_with("additional_chat_templates") {
+                let target = to.join("additional_chat_templates");
+                fs::create_dir_all(&target).map_err(|cause| FileError::write(&target, cause))?;
+                copy_side_files(&source, &target)?;
+            }
+            continue;
+        };
+        let text = name.to_string_lossy();
+        let ending = source.extension().map(|ending| ending.to_string_lossy());
+        let kind = match &ending {
+            Some(ending) => COPIED.contains(&ending.as_ref()),
+            None => ["LICENSE", "NOTICE", "USE_POLICY"].contains(&text.as_ref()),
+        };
+        if !kind || NOT_COPIED.contains(&text.as_ref()) || text.ends_with(".index.json") {
+            continue;
         }
+        let target = to.join(name);
+        fs::copy(&source, &target).map_err(|cause| FileError::write(&target, cause))?;
     }
     Ok(())
 }
@@ -169,7 +194,8 @@ pub fn dtype_text(dtype: DType) -> &'static str {
     }
 }
 
-/// Writes a whole model with all that belongs to it into `dir`.
+/// Writes a whole model with all that belongs to it into `dir`, with the pixel limits `[min_pixels,
+/// max_pixels]` of its training where it was trained here.
 ///
 /// # Errors
 /// [`FileError`] names the file.
@@ -177,6 +203,7 @@ pub fn save_model<B: Kernels>(
     model: &Qwen3Vl<B>,
     config: &Qwen3VlConfig,
     base: &Path,
+    limits: Option<[usize; 2]>,
     dir: &Path,
 ) -> Result<(), FileError> {
     save_checkpoint(model, dir, MAX_SHARD_BYTES)?;
@@ -184,7 +211,11 @@ pub fn save_model<B: Kernels>(
     write_atomic(&dir.join("config.json"), |out: &mut dyn Write| {
         out.write_all(text.as_bytes())
     })?;
-    copy_side_files(base, dir)
+    copy_side_files(base, dir)?;
+    match limits {
+        Some([min_pixels, max_pixels]) => write_pixel_limits(dir, min_pixels, max_pixels),
+        None => Ok(()),
+    }
 }
 
 /// Writes everything into `dir`, which is a fresh folder.
@@ -207,7 +238,10 @@ pub fn write<B: TrainKernels>(
                 BaseFingerprint { format: 1, sha256 }.save(dir)?;
             }
         }
-        Tuner::Full => save_model(model, config, &state.config.model, dir)?,
+        Tuner::Full => {
+            let limits = Some(state.config.pixel_limits());
+            save_model(model, config, &state.config.model, limits, dir)?;
+        }
     }
     let moments = optimizer.state();
     let mut tensors = Vec::new();

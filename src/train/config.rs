@@ -16,6 +16,7 @@ use super::{
 use crate::{
     dataset::loader::{Overlong, WindowPlan},
     lora::config::{LoraConfig, TargetModules},
+    processor::patches::ImageProcessorConfig,
 };
 
 /// What is wrong with a run's settings.
@@ -242,6 +243,15 @@ impl TrainConfig {
     /// The file's text.
     pub fn to_toml(&self) -> String {
         toml::to_string_pretty(self).unwrap_or_default()
+    }
+
+    /// Smallest and largest size an image is scaled to, in pixels: the keys, else the recipe's.
+    pub fn pixel_limits(&self) -> [usize; 2] {
+        let recipe = ImageProcessorConfig::default();
+        [
+            self.min_pixels.unwrap_or(recipe.min_pixels),
+            self.max_pixels.unwrap_or(recipe.max_pixels),
+        ]
     }
 
     /// Checks the keys alone and against each other.

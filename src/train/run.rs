@@ -223,13 +223,14 @@ pub fn train<B: TrainKernels>(
     let facts = RunFacts::gather(&config, options.random_init, &data)?;
     let resumed = find_checkpoint(&options, &data, &facts, devices.len(), dtype)?;
 
+    let [min_pixels, max_pixels] = config.pixel_limits();
     let pipeline = PipelineOptions {
         model: config.model.clone(),
         adapter: None,
         dtype,
         quantize: None,
-        min_pixels: config.min_pixels,
-        max_pixels: config.max_pixels,
+        min_pixels: Some(min_pixels),
+        max_pixels: Some(max_pixels),
     };
     let parts = Arc::new(TextAndImages::load(&pipeline)?);
     let model_config = parts.config.clone();

@@ -1,5 +1,7 @@
 //! `merge` and `plan`.
 
+use std::path::{Path, PathBuf};
+
 use xray_qwen3vl::qwen3_vl::weights::TensorFile;
 
 use super::{repository, run, text};
@@ -45,6 +47,140 @@ fn merge_writes_what_peft_writes() {
             assert!((a - b).abs() < 1e-5, "{name}: {a} {b}");
         }
     }
+}
+
+/// A copy of a fixture folder, which tests may change.
+fn copied(folder: &Path, name: &str) -> PathBuf {
+    let to = folder.join("base");
+    std::fs::create_dir(&to).unwrap();
+    for entry in std::fs::read_dir(fixture(name)).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_file() {
+            std::fs::copy(&path, to.join(path.file_name().unwrap())).unwrap();
+        }
+    }
+    to
+}
+
+#[test]
+fn merge_keeps_the_type_of_the_base_and_copies_what_goes_with_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let base = copied(folder.path(), "model-tiny-sharded-bf16");
+    let write = |name: &str, text: &str| std::fs::write(base.join(name), text).unwrap();
+    let processor = r#"{"image_processor": {"image_mean": [0.4, 0.5, 0.6]}}"#;
+    write("processor_config.json", processor);
+    write("configuration.json", r#"{"framework": "pytorch"}"#);
+    write("LICENSE", "Apache-2.0");
+    write("trainer_state.json", "{}");
+    let args = [
+        "merge",
+        "--device",
+        "cpu",
+        "--model",
+        text(&base),
+        "--output",
+        "merged",
+    ];
+    let (code, stdout, stderr) = run(folder.path(), &args);
+    assert_eq!(code, 0, "{stderr}");
+    assert!(stdout.contains("BF16"), "{stdout}");
+    let merged = folder.path().join("merged");
+    let read = |name: &str| std::fs::read_to_string(merged.join(name)).unwrap_or_default();
+    assert_eq!(read("processor_config.json"), processor);
+    assert_eq!(read("configuration.json"), r#"{"framework": "pytorch"}"#);
+    assert_eq!(read("LICENSE"), "Apache-2.0");
+    for name in [
+        "tokenizer.json",
+        "preprocessor_config.json",
+        "chat_template.jinja",
+    ] {
+        assert_eq!(
+            merged.join(name).is_file(),
+            base.join(name).is_file(),
+            "{name}"
+        );
+    }
+    // Files of a run and of the old weights stay with them.
+    for name in ["trainer_state.json", "model.safetensors.index.json"] {
+        assert!(!merged.join(name).exists(), "{name}");
+    }
+}
+
+#[test]
+fn a_tied_checkpoint_with_a_head_of_its_own_keeps_it() {
+    use burn::tensor::DType;
+    use xray_qwen3vl::qwen3_vl::{config::Qwen3VlConfig, weights::holds_another_head};
+    let folder = tempfile::tempdir().unwrap();
+    let base = copied(folder.path(), "model-tiny-tied");
+    let file = base.join("model.safetensors");
+    let embedding = "model.language_model.embed_tokens.weight";
+    let add_head = |change: u8| {
+        let bytes = std::fs::read(
+            std::path::Path::new(&fixture("model-tiny-tied")).join("model.safetensors"),
+        );
+        let bytes = bytes.unwrap();
+        let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let view = tensors.tensor(embedding).unwrap();
+        let mut head = view.data().to_vec();
+        // The last byte of the last element: its sign and exponent.
+        *head.last_mut().unwrap() ^= change;
+        let mut all = tensors.tensors();
+        let head = safetensors::tensor::TensorView::new(view.dtype(), view.shape().to_vec(), &head);
+        all.push(("lm_head.weight".to_string(), head.unwrap()));
+        std::fs::write(&file, safetensors::serialize(all, None).unwrap()).unwrap();
+    };
+    assert!(!holds_another_head(&base).unwrap());
+    add_head(0);
+    assert!(!holds_another_head(&base).unwrap());
+    assert!(Qwen3VlConfig::from_dir(&base).unwrap().tie_word_embeddings);
+    add_head(0x80);
+    assert!(holds_another_head(&base).unwrap());
+    assert!(!Qwen3VlConfig::from_dir(&base).unwrap().tie_word_embeddings);
+    let args = [
+        "merge",
+        "--device",
+        "cpu",
+        "--model",
+        text(&base),
+        "--output",
+        "merged",
+    ];
+    let (code, _, stderr) = run(folder.path(), &args);
+    assert_eq!(code, 0, "{stderr}");
+    let merged = folder.path().join("merged");
+    assert!(
+        !Qwen3VlConfig::from_dir(&merged)
+            .unwrap()
+            .tie_word_embeddings
+    );
+    let read = |name: &str| {
+        TensorFile::open(&merged.join("model.safetensors"))
+            .unwrap()
+            .read(name, DType::F32)
+            .unwrap()
+    };
+    let (head, table) = (read("lm_head.weight"), read(embedding));
+    let (head, table): (Vec<f32>, Vec<f32>) = (head.to_vec().unwrap(), table.to_vec().unwrap());
+    assert_eq!(head.last().unwrap(), &-table.last().unwrap());
+    // Packed, it stays a head of its own as well.
+    let args = [
+        "quantize",
+        "--bits",
+        "8",
+        "--device",
+        "cpu",
+        "--model",
+        text(&base),
+        "--output",
+        "packed",
+    ];
+    let (code, _, stderr) = run(folder.path(), &args);
+    assert_eq!(code, 0, "{stderr}");
+    assert!(
+        !Qwen3VlConfig::from_dir(&folder.path().join("packed"))
+            .unwrap()
+            .tie_word_embeddings
+    );
 }
 
 #[test]

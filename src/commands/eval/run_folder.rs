@@ -78,8 +78,9 @@ pub(super) fn choose(dir: &Path, args: &mut EvalArgs) -> Result<()> {
         }
         Tuner::Full => args.model = Some(checkpoint),
     }
-    args.min_pixels = args.min_pixels.or(config.min_pixels);
-    args.max_pixels = args.max_pixels.or(config.max_pixels);
+    let [min_pixels, max_pixels] = config.pixel_limits();
+    args.min_pixels.get_or_insert(min_pixels);
+    args.max_pixels.get_or_insert(max_pixels);
     if args.data.is_none() {
         let data = config.val_data.with_context(|| {
             format!(

@@ -22,8 +22,8 @@ use crate::kernels::{
 
 /// Fills a fresh module from the checkpoint in `dir`, converting to `dtype`.
 ///
-/// All names and shapes are compared before the first tensor is read. A `lm_head.weight` beside a
-/// tied embedding is passed over, as transformers does. `on_progress` gets bytes done and in all.
+/// All names and shapes are compared before the first tensor is read. A `lm_head.weight` that is the copy
+/// of a tied embedding is passed over ([`super::holds_another_head`] tells it from another one). `on_progress` gets bytes done and in all.
 ///
 /// # Errors
 /// [`WeightsError`] names the file and the tensor.
