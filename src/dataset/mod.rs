@@ -6,6 +6,7 @@
 pub mod check;
 pub mod convert;
 pub mod loader;
+pub mod study;
 
 use std::{
     fs,
