@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use super::progress::{Progress, Unit};
+use super::studies::StudyArgs;
 use super::{UsageError, shipped};
 use crate::dataset::check::{Check, CheckReport};
 use crate::processor::patches::{ImageProcessor, ImageProcessorConfig};
@@ -22,6 +23,9 @@ pub struct CheckArgs {
     /// Validation file; also checked for images, studies and reports of the data file.
     #[arg(long, value_name = "VAL.jsonl")]
     pub val: Option<PathBuf>,
+    /// Studies, which are not to be on both sides.
+    #[command(flatten)]
+    pub studies: StudyArgs,
     /// Folder of the checkpoint to be trained; its tokenizer counts the tokens.
     #[arg(long, value_name = "DIR", default_value = "model/tiny")]
     pub model: PathBuf,
@@ -55,6 +59,7 @@ pub fn run(args: CheckArgs) -> Result<()> {
         tokenizer: &tokenizer,
         processor: &processor,
         max_length: args.max_length,
+        studies: args.studies.rule()?,
     };
     let progress = Mutex::new(Progress::new("images", 0, Unit::Items));
     let report = check.run(&args.data, args.val.as_deref(), &|done, total| {
@@ -108,6 +113,9 @@ fn print(report: &CheckReport, json: bool) -> std::io::Result<()> {
             "tokens a row: {} to {}, {:.0} on average",
             tokens.min, tokens.max, tokens.mean
         )?;
+    }
+    if let Some(study) = &report.study {
+        writeln!(out, "{}", study.english())?;
     }
     writeln!(
         out,

@@ -24,6 +24,7 @@ use crate::processor::patches::ImageProcessor;
 use crate::processor::sample::{IMAGE_TAG, Sample, SampleError, parse_line};
 use crate::processor::supervised::{SupervisedError, encode_supervised};
 use crate::processor::tokenizer::Tokenizer;
+use crate::study::{StudyError, StudyRule};
 
 pub use finding::{CheckReport, FileCount, Finding, Kind, Severity};
 
@@ -43,6 +44,9 @@ pub enum CheckError {
         /// What the system said.
         cause: std::io::Error,
     },
+    /// A rule for studies does not fit.
+    #[error(transparent)]
+    Study(#[from] StudyError),
     /// The threads could not be started.
     #[error("cannot start the threads of the check: {0}")]
     Threads(#[from] rayon::ThreadPoolBuildError),
@@ -56,6 +60,8 @@ pub struct Check<'a> {
     pub processor: &'a ImageProcessor,
     /// Most tokens of a row, image tokens included.
     pub max_length: usize,
+    /// What a study is, where rows do not name theirs.
+    pub studies: StudyRule,
 }
 
 /// An image file that was looked at.
@@ -145,10 +151,7 @@ impl Check<'_> {
             }
             findings.extend(leaks::duplicates(path, rows));
         }
-        if let [train, val] = files.as_mut_slice() {
-            let found = leaks::between(train, val);
-            val.findings.extend(found);
-        }
+        let study = leaks::studies(&mut files, &self.studies)?;
         let mut findings = Vec::new();
         let mut counts = Vec::new();
         for mut file in files {
@@ -163,6 +166,7 @@ impl Check<'_> {
             counts,
             images.len(),
             &row_tokens,
+            study,
             findings,
         ))
     }

@@ -5,8 +5,10 @@
 
 pub mod check;
 pub mod convert;
+mod held_out;
 pub mod loader;
-pub mod study;
+mod python_random;
+mod split;
 
 use std::{
     fs,
@@ -51,6 +53,18 @@ pub enum DatasetError {
     /// A row is not in the expected form.
     #[error(transparent)]
     Sample(#[from] SampleError),
+    /// Nothing can be held out for validation.
+    #[error(
+        "`{file}`: no rows can be held out for validation (split_dataset_ratio {ratio}): {reason}; name validation data (`val_data`), or set `split_dataset_ratio = 0` to train without"
+    )]
+    HoldOut {
+        /// The data set.
+        file: String,
+        /// The share asked for.
+        ratio: f64,
+        /// Why.
+        reason: String,
+    },
     /// An image of a row cannot be read.
     #[error("`{file}`, row {row}: image `{image}`: {cause}")]
     Image {
@@ -115,6 +129,8 @@ pub enum DatasetError {
     },
 }
 
+pub use held_out::HeldOut;
+
 /// The question of a sample without picture.
 const WORDS_ONLY_PROMPT: &str = "请写一份胸部X光报告的范文。";
 
@@ -138,6 +154,8 @@ pub struct Dataset {
     name: String,
     source: Source,
     fingerprint: String,
+    /// Rows of the source that count, in their order; all if absent.
+    chosen: Option<Arc<[usize]>>,
 }
 
 /// One sample before encoding.
@@ -203,6 +221,7 @@ impl Dataset {
                 folder: path.parent().unwrap_or(Path::new("")).to_path_buf(),
             },
             fingerprint: format!("sha256:{}", hex(&Sha256::digest(text.as_bytes()))),
+            chosen: None,
         })
     }
 
@@ -245,6 +264,7 @@ impl Dataset {
                 words_only: name.ends_with(":mixed"),
             },
             fingerprint: name.to_string(),
+            chosen: None,
         })
     }
 
@@ -263,16 +283,24 @@ impl Dataset {
         let Source::Rows { samples, folder } = &self.source else {
             return Vec::new();
         };
-        let rows = samples.iter().enumerate();
-        rows.flat_map(|(row, sample)| {
-            let images = sample.images.iter();
-            images.map(move |image| (row, image.as_str(), folder.join(image)))
-        })
-        .collect()
+        (0..self.len())
+            .flat_map(|row| {
+                let images = samples[self.row(row)].images.iter();
+                images.map(move |image| (row, image.as_str(), folder.join(image)))
+            })
+            .collect()
+    }
+
+    /// Place in the source of a row of this data set, from 0.
+    fn row(&self, index: usize) -> usize {
+        self.chosen.as_ref().map_or(index, |chosen| chosen[index])
     }
 
     /// Number of samples.
     pub fn len(&self) -> usize {
+        if let Some(chosen) = &self.chosen {
+            return chosen.len();
+        }
         match &self.source {
             Source::Rows { samples, .. } => samples.len(),
             Source::Phantoms { range, .. } => (range.end - range.start) as usize,
@@ -292,6 +320,7 @@ impl Dataset {
     /// # Panics
     /// If `index` is not below [`Self::len`].
     pub fn read(&self, index: usize, parts: &TextAndImages) -> Result<RawSample, DatasetError> {
+        let index = self.row(index);
         match &self.source {
             Source::Rows { samples, folder } => {
                 let sample = &samples[index];
@@ -349,6 +378,7 @@ impl Dataset {
     /// # Panics
     /// If `index` is not below [`Self::len`].
     pub fn drawn(&self, index: usize) -> Option<Vec<RgbImage>> {
+        let index = self.row(index);
         let Source::Phantoms { studies, range, .. } = &self.source else {
             return None;
         };
@@ -364,6 +394,7 @@ impl Dataset {
     /// # Panics
     /// If `index` is not below [`Self::len`].
     pub fn text(&self, index: usize) -> SampleText {
+        let index = self.row(index);
         let (images, name, conversation) = match &self.source {
             Source::Rows { samples, folder } => {
                 let sample = &samples[index];
@@ -420,7 +451,7 @@ impl Dataset {
         if ids.input_ids.len() > max_length {
             return Err(DatasetError::TooLong {
                 file: self.name.clone(),
-                row: index + 1,
+                row: self.row(index) + 1,
                 tokens: ids.input_ids.len(),
                 image: images.patches() / (merge * merge),
                 max_length,
@@ -472,7 +503,7 @@ impl Dataset {
                 .process(picture)
                 .map_err(|cause| DatasetError::Image {
                     file: self.name.clone(),
-                    row: index + 1,
+                    row: self.row(index) + 1,
                     image: format!("number {}", place + 1),
                     cause,
                 })?;
@@ -487,7 +518,7 @@ impl Dataset {
     fn encode_error(&self, index: usize, cause: SupervisedError) -> DatasetError {
         DatasetError::Encode {
             file: self.name.clone(),
-            row: index + 1,
+            row: self.row(index) + 1,
             cause,
         }
     }

@@ -3,12 +3,14 @@
 //! `{"messages": [{"role": "user", "content": "<image>…"}, {"role": "assistant", "content": "…"}],
 //! "images": ["a.png"]}`: each `<image>` in a question is the place of the next image.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::chat::{Content, Message, Part, Role};
+use crate::study::{PATIENT_KEYS, STUDY_KEYS, keys_of};
 
 /// What ms-swift writes where an image belongs.
 pub const IMAGE_TAG: &str = "<image>";
@@ -156,6 +158,8 @@ pub struct Sample {
     pub conversation: Conversation,
     /// Paths as the line gives them, in the order of their places.
     pub images: Vec<String>,
+    /// Keys with a text or a number, as text: a study may be named by one.
+    pub keys: BTreeMap<String, String>,
     /// Keys that were passed over, such as `objects` or `messages[0].loss`.
     pub unknown_keys: Vec<String>,
 }
@@ -195,7 +199,12 @@ pub fn parse_line(line: &str, file: &Path, row: usize) -> Result<Sample, SampleE
         row,
         cause,
     })?;
-    let mut unknown_keys: Vec<String> = parsed.unknown.keys().cloned().collect();
+    let keys = keys_of(&parsed.unknown);
+    let names_study = |key: &&String| {
+        !STUDY_KEYS.contains(&key.as_str()) && !PATIENT_KEYS.contains(&key.as_str())
+    };
+    let mut unknown_keys: Vec<String> =
+        parsed.unknown.keys().filter(names_study).cloned().collect();
     let images =
         image_paths(parsed.images).map_err(|(key, found, expected)| at(key, found, expected))?;
 
@@ -254,6 +263,7 @@ pub fn parse_line(line: &str, file: &Path, row: usize) -> Result<Sample, SampleE
     Ok(Sample {
         conversation,
         images,
+        keys,
         unknown_keys,
     })
 }

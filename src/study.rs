@@ -110,7 +110,7 @@ impl StudyRule {
 pub struct StudyRow {
     /// What the row is called in an error.
     pub name: String,
-    /// Its keys with a text or a number, as text.
+    /// Its keys with a short text or a number, as text: [`keys_of`].
     pub keys: BTreeMap<String, String>,
     /// Paths of its images as the row names them.
     pub images: Vec<String>,
@@ -118,11 +118,14 @@ pub struct StudyRow {
     pub folder: String,
 }
 
-/// The keys of a row that may name its study: those with a text or a number, as text.
+/// The keys of a row that may name its study: those with a number or a text that is no report, as text.
 pub fn keys_of(row: &Map<String, Value>) -> BTreeMap<String, String> {
+    const LONGEST: usize = 256;
     let texts = row.iter().filter_map(|(key, value)| {
         let text = match value {
-            Value::String(text) if !text.trim().is_empty() => text.trim().to_owned(),
+            Value::String(text) if text.len() <= LONGEST && !text.trim().is_empty() => {
+                text.trim().to_owned()
+            }
             Value::Number(number) => number.to_string(),
             _ => return None,
         };
@@ -213,7 +216,7 @@ impl StudyDoubt {
 }
 
 /// How the studies were found, for files.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct StudyFacts {
     /// Where the studies come from, in words.
     pub from: String,
