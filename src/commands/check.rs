@@ -10,6 +10,7 @@ use clap::Args;
 use super::progress::{Progress, Unit};
 use super::{UsageError, shipped};
 use crate::dataset::check::{Check, CheckReport};
+use crate::processor::chat::ChatTemplate;
 use crate::processor::patches::{ImageProcessor, ImageProcessorConfig};
 use crate::processor::tokenizer::Tokenizer;
 
@@ -50,11 +51,13 @@ pub fn run(args: CheckArgs) -> Result<()> {
     let model = shipped(&args.model);
     let tokenizer = Tokenizer::from_folder(&model)
         .context("the tokens of the samples cannot be counted; hint: `--model` names the folder of a checkpoint")?;
+    let template = ChatTemplate::find(&model, None)?;
     let processor = image_processor(Some(&model), args.min_pixels, args.max_pixels)?;
     let check = Check {
         tokenizer: &tokenizer,
         processor: &processor,
         max_length: args.max_length,
+        opens_thinking: template.map(|template| template.opens_thinking()),
     };
     let progress = Mutex::new(Progress::new("images", 0, Unit::Items));
     let report = check.run(&args.data, args.val.as_deref(), &|done, total| {

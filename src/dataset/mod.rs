@@ -6,23 +6,29 @@
 pub mod check;
 pub mod convert;
 pub mod loader;
+pub mod rows;
 
 use std::{
+    borrow::Cow,
+    collections::BTreeMap,
     fs,
     ops::Range,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
+use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use crate::{
     phantom::{Dialect, PhantomStudies},
     pipeline::TextAndImages,
     processor::{
-        image::{ImageError, RgbImage},
+        chat::ImageGrid,
+        image::{DecodeLimits, ImageError, RgbImage, probe},
         message::Part,
-        sample::{Conversation, Sample, SampleError, parse_line},
+        patches::ImageProcessor,
+        sample::{Conversation, PixelLimits, RowFault, Sample, SampleError, parse_line},
         supervised::{SupervisedError, encode_prompt, encode_supervised},
     },
     qwen3_vl::{ImageInput, rope::PositionError},
@@ -47,11 +53,14 @@ pub enum DatasetError {
     /// There is no row.
     #[error("`{0}` holds no sample")]
     Empty(String),
+    /// The file is not one row a line.
+    #[error(transparent)]
+    Rows(#[from] rows::RowsError),
     /// A row is not in the expected form.
     #[error(transparent)]
     Sample(#[from] SampleError),
     /// An image of a row cannot be read.
-    #[error("`{file}`, row {row}: image `{image}`: {cause}")]
+    #[error("`{file}`, row {row}: image `{image}`: {}", in_words(.cause))]
     Image {
         /// The data set.
         file: String,
@@ -96,6 +105,24 @@ pub enum DatasetError {
         /// How long was waited.
         seconds: f64,
     },
+    /// Every row is longer than allowed, and such rows are left out.
+    #[error(
+        "`{file}`: {}, and `overlong = \"skip\"` leaves such rows out: nothing is left to learn; raise max_length or lower max_pixels",
+        match .rows {
+            1 => format!("its only row has {shortest} tokens, more than max_length {max_length}"),
+            rows => format!("all {rows} rows are longer than max_length {max_length} (the shortest has {shortest} tokens)"),
+        }
+    )]
+    AllTooLong {
+        /// The data set.
+        file: String,
+        /// Its rows.
+        rows: usize,
+        /// Tokens of the shortest.
+        shortest: usize,
+        /// The limit.
+        max_length: usize,
+    },
     /// A row is longer than allowed.
     #[error(
         "`{file}`, row {row}: {tokens} tokens ({image} of them image tokens), more than max_length {max_length}; raise max_length, lower max_pixels, or set `overlong = \"skip\"`"
@@ -114,6 +141,17 @@ pub enum DatasetError {
     },
 }
 
+/// An error with its causes, as the system's word says whether a file is missing or forbidden.
+fn in_words(error: &dyn std::error::Error) -> String {
+    let mut words = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        words = format!("{words}: {error}");
+        cause = error.source();
+    }
+    words
+}
+
 /// The question of a sample without picture.
 const WORDS_ONLY_PROMPT: &str = "请写一份胸部X光报告的范文。";
 
@@ -122,6 +160,8 @@ const WORDS_ONLY_PROMPT: &str = "请写一份胸部X光报告的范文。";
 enum Source {
     Rows {
         samples: Arc<Vec<Sample>>,
+        /// Line of each sample, from 1.
+        lines: Arc<Vec<usize>>,
         folder: PathBuf,
     },
     Phantoms {
@@ -137,6 +177,46 @@ pub struct Dataset {
     name: String,
     source: Source,
     fingerprint: String,
+    remarks: Vec<String>,
+}
+
+/// Rows that a run leaves out because they are longer than allowed.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct LeftOut {
+    /// Rows that are longer.
+    pub rows: usize,
+    /// All rows.
+    pub of: usize,
+    /// The limit, in tokens.
+    pub max_length: usize,
+}
+
+impl LeftOut {
+    /// Share of the rows above which the sentence is a warning.
+    const MUCH: f64 = 0.1;
+
+    /// What is left out, as a sentence; `None` if nothing is.
+    pub fn sentence(&self) -> Option<String> {
+        let Self {
+            rows,
+            of,
+            max_length,
+        } = self;
+        if *rows == 0 {
+            return None;
+        }
+        let share = *rows as f64 / (*of).max(1) as f64;
+        let (warning, hint) = if share > Self::MUCH {
+            ("warning: ", "; hint: raise max_length or lower max_pixels")
+        } else {
+            ("", "")
+        };
+        let percent = 100.0 * share;
+        let (words, is) = if *of == 1 { ("row", "is") } else { ("rows", "are") };
+        Some(format!(
+            "{warning}{rows} of {of} {words} ({percent:.1} %) {is} longer than max_length {max_length} and left out{hint}"
+        ))
+    }
 }
 
 /// One sample before encoding.
@@ -146,6 +226,8 @@ pub struct RawSample {
     pub conversation: Conversation,
     /// Pictures in the order of their places.
     pub pictures: Vec<RgbImage>,
+    /// Pixel limits of its own.
+    pub limits: PixelLimits,
 }
 
 /// What a sample is called and says; its pictures stay closed.
@@ -182,26 +264,31 @@ impl Dataset {
             return Self::phantoms(name);
         }
         let path = Path::new(name);
-        let text = fs::read_to_string(path).map_err(|cause| DatasetError::Read {
+        let bytes = fs::read(path).map_err(|cause| DatasetError::Read {
             path: path.to_path_buf(),
             cause,
         })?;
-        let mut samples = Vec::new();
-        for (index, line) in text.lines().enumerate() {
-            if !line.trim().is_empty() {
-                samples.push(parse_line(line, path, index + 1)?);
-            }
+        let (mut samples, mut lines) = (Vec::new(), Vec::new());
+        let mut unused = UnusedKeys::default();
+        for (number, line) in rows::rows(path, &bytes)? {
+            let mut sample = parse_line(line, path, number)?;
+            unused.add(number, std::mem::take(&mut sample.unknown_keys));
+            samples.push(sample);
+            lines.push(number);
         }
         if samples.is_empty() {
             return Err(DatasetError::Empty(name.to_string()));
         }
+        let remarks = unused.sentences().map(|(line, sentence)| format!("`{name}` row {line}: {sentence}"));
         Ok(Self {
             name: name.to_string(),
+            remarks: remarks.collect(),
             source: Source::Rows {
                 samples: Arc::new(samples),
+                lines: Arc::new(lines),
                 folder: path.parent().unwrap_or(Path::new("")).to_path_buf(),
             },
-            fingerprint: format!("sha256:{}", hex(&Sha256::digest(text.as_bytes()))),
+            fingerprint: format!("sha256:{}", hex(&Sha256::digest(&bytes))),
         })
     }
 
@@ -244,12 +331,18 @@ impl Dataset {
                 words_only: name.ends_with(":mixed"),
             },
             fingerprint: name.to_string(),
+            remarks: Vec::new(),
         })
     }
 
     /// As it was opened.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// What a reader of a result should know of the file: keys that nothing uses.
+    pub fn remarks(&self) -> &[String] {
+        &self.remarks
     }
 
     /// Tells this data set from another: a hash of the file, or the generator's name.
@@ -259,7 +352,7 @@ impl Dataset {
 
     /// Image files: row (from 0), name in the row, path; none for drawn studies.
     pub fn image_files(&self) -> Vec<(usize, &str, PathBuf)> {
-        let Source::Rows { samples, folder } = &self.source else {
+        let Source::Rows { samples, folder, .. } = &self.source else {
             return Vec::new();
         };
         let rows = samples.iter().enumerate();
@@ -278,6 +371,17 @@ impl Dataset {
         }
     }
 
+    /// The line of a sample in its file, or its place among drawn ones; from 1.
+    ///
+    /// # Panics
+    /// If `index` is not below [`Self::len`].
+    pub fn row(&self, index: usize) -> usize {
+        match &self.source {
+            Source::Rows { lines, .. } => lines[index],
+            Source::Phantoms { .. } => index + 1,
+        }
+    }
+
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
@@ -292,25 +396,27 @@ impl Dataset {
     /// If `index` is not below [`Self::len`].
     pub fn read(&self, index: usize, parts: &TextAndImages) -> Result<RawSample, DatasetError> {
         match &self.source {
-            Source::Rows { samples, folder } => {
+            Source::Rows {
+                samples, folder, ..
+            } => {
                 let sample = &samples[index];
                 let pictures = sample
                     .images
                     .iter()
                     .map(|image| {
-                        parts.images.load(&folder.join(image)).map_err(|cause| {
-                            DatasetError::Image {
-                                file: self.name.clone(),
-                                row: index + 1,
-                                image: image.clone(),
-                                cause,
-                            }
-                        })
+                        (parts.images)
+                            .load(&folder.join(image))
+                            .map_err(|cause| self.image_error(index, image.clone(), cause))
                     })
-                    .collect::<Result<_, _>>()?;
+                    .collect::<Result<Vec<RgbImage>, _>>()?;
+                let sizes: Vec<_> = pictures
+                    .iter()
+                    .map(|picture| (picture.width(), picture.height()))
+                    .collect();
                 Ok(RawSample {
-                    conversation: sample.conversation.clone(),
+                    conversation: self.placed(index, sample, &sizes)?,
                     pictures,
+                    limits: sample.limits,
                 })
             }
             Source::Phantoms {
@@ -325,19 +431,16 @@ impl Dataset {
                     return Ok(RawSample {
                         conversation: Conversation::single(0, WORDS_ONLY_PROMPT, report),
                         pictures: Vec::new(),
+                        limits: PixelLimits::default(),
                     });
                 }
                 let (width, height) = image.dimensions();
                 let picture = RgbImage::from_gray(width as usize, height as usize, image.as_raw())
-                    .map_err(|cause| DatasetError::Image {
-                        file: self.name.clone(),
-                        row: index + 1,
-                        image: "phantom".to_string(),
-                        cause,
-                    })?;
+                    .map_err(|cause| self.image_error(index, "phantom".to_string(), cause))?;
                 Ok(RawSample {
                     conversation: Conversation::single(1, prompt, report),
                     pictures: vec![picture],
+                    limits: PixelLimits::default(),
                 })
             }
         }
@@ -364,15 +467,25 @@ impl Dataset {
     /// If `index` is not below [`Self::len`].
     pub fn text(&self, index: usize) -> SampleText {
         let (images, name, conversation) = match &self.source {
-            Source::Rows { samples, folder } => {
+            Source::Rows {
+                samples, folder, ..
+            } => {
                 let sample = &samples[index];
                 let name = if sample.images.is_empty() {
-                    format!("row {}", index + 1)
+                    format!("row {}", self.row(index))
                 } else {
                     sample.images.join(";")
                 };
-                let images = sample.images.iter().map(|image| folder.join(image));
-                (images.collect(), name, sample.conversation.clone())
+                let images: Vec<PathBuf> = (sample.images.iter())
+                    .map(|image| folder.join(image))
+                    .collect();
+                let limits = DecodeLimits::default();
+                let sizes = images.iter().filter(|_| sample.has_boxes());
+                let sizes: Result<Vec<_>, _> = sizes.map(|image| probe(image, &limits)).collect();
+                // A picture that cannot be read is named when it is opened.
+                let placed = sizes.ok().and_then(|sizes| sample.placed(&sizes).ok());
+                let conversation = placed.map_or_else(|| sample.conversation.clone(), Cow::into_owned);
+                (images, name, conversation)
             }
             Source::Phantoms { studies, range, .. } => {
                 let number = range.start + index as u64;
@@ -419,7 +532,7 @@ impl Dataset {
         if ids.input_ids.len() > max_length {
             return Err(DatasetError::TooLong {
                 file: self.name.clone(),
-                row: index + 1,
+                row: self.row(index),
                 tokens: ids.input_ids.len(),
                 image: images.patches() / (merge * merge),
                 max_length,
@@ -465,16 +578,11 @@ impl Dataset {
         parts: &TextAndImages,
     ) -> Result<ImageInput, DatasetError> {
         let mut images = ImageInput::default();
+        let processor = self.processor(index, raw.limits, parts)?;
         for (place, picture) in raw.pictures.iter().enumerate() {
-            let patches = parts
-                .images
+            let patches = processor
                 .process(picture)
-                .map_err(|cause| DatasetError::Image {
-                    file: self.name.clone(),
-                    row: index + 1,
-                    image: format!("number {}", place + 1),
-                    cause,
-                })?;
+                .map_err(|cause| self.image_error(index, format!("number {}", place + 1), cause))?;
             images.extend(&ImageInput {
                 pixel_values: patches.pixel_values,
                 image_grid_thw: vec![patches.grid_thw],
@@ -483,12 +591,144 @@ impl Dataset {
         Ok(images)
     }
 
+    /// The image processor at the pixel limits of a row.
+    fn processor<'a>(
+        &self,
+        index: usize,
+        limits: PixelLimits,
+        parts: &'a TextAndImages,
+    ) -> Result<Cow<'a, ImageProcessor>, DatasetError> {
+        parts.images.with_pixels(limits).map_err(|cause| {
+            DatasetError::Sample(SampleError {
+                file: PathBuf::from(&self.name),
+                row: self.row(index),
+                fault: RowFault::Limits(cause.to_string()),
+            })
+        })
+    }
+
+    /// The conversation of a row with the boxes of its objects.
+    fn placed(
+        &self,
+        index: usize,
+        sample: &Sample,
+        sizes: &[(usize, usize)],
+    ) -> Result<Conversation, DatasetError> {
+        let placed = sample.placed(sizes).map_err(|fault| SampleError {
+            file: PathBuf::from(&self.name),
+            row: self.row(index),
+            fault,
+        })?;
+        Ok(placed.into_owned())
+    }
+
+    /// Tokens of one sample; of images in files only the headers are read.
+    fn tokens(&self, index: usize, parts: &TextAndImages) -> Result<usize, DatasetError> {
+        let (conversation, sizes, limits) = match &self.source {
+            Source::Rows {
+                samples, folder, ..
+            } => {
+                let sample = &samples[index];
+                let sizes = sample.images.iter().map(|image| {
+                    (parts.images)
+                        .probe(&folder.join(image))
+                        .map_err(|cause| self.image_error(index, image.clone(), cause))
+                });
+                let sizes = sizes.collect::<Result<Vec<_>, _>>()?;
+                (self.placed(index, sample, &sizes)?, sizes, sample.limits)
+            }
+            Source::Phantoms { .. } => {
+                let raw = self.read(index, parts)?;
+                let sizes = raw.pictures.iter();
+                let sizes = sizes.map(|picture| (picture.width(), picture.height()));
+                (raw.conversation, sizes.collect(), raw.limits)
+            }
+        };
+        let processor = self.processor(index, limits, parts)?;
+        let grids = sizes.iter().map(|(width, height)| {
+            processor
+                .grid_for(*height, *width)
+                .map_err(|cause| self.image_error(index, "of the row".to_string(), cause))
+        });
+        let grids = grids.collect::<Result<Vec<ImageGrid>, _>>()?;
+        let merge = parts.config.vision_config.spatial_merge_size;
+        encode_supervised(&parts.tokenizer, &conversation, &grids, merge)
+            .map(|ids| ids.input_ids.len())
+            .map_err(|cause| self.encode_error(index, cause))
+    }
+
+    /// Counts the samples that are longer than `max_length`, before any of them is trained on.
+    ///
+    /// A sample that cannot be read counts as short: it is named when its turn comes.
+    ///
+    /// # Errors
+    /// [`DatasetError::AllTooLong`] if no sample would be left.
+    pub fn left_out(
+        &self,
+        parts: &TextAndImages,
+        max_length: usize,
+    ) -> Result<LeftOut, DatasetError> {
+        let lengths: Vec<usize> = (0..self.len())
+            .into_par_iter()
+            .map(|index| self.tokens(index, parts).unwrap_or(0))
+            .collect();
+        let rows = lengths.iter().filter(|length| **length > max_length).count();
+        if rows == lengths.len() {
+            return Err(DatasetError::AllTooLong {
+                file: self.name.clone(),
+                rows,
+                shortest: lengths.into_iter().min().unwrap_or(0),
+                max_length,
+            });
+        }
+        Ok(LeftOut {
+            rows,
+            of: lengths.len(),
+            max_length,
+        })
+    }
+
+    fn image_error(&self, index: usize, image: String, cause: ImageError) -> DatasetError {
+        DatasetError::Image {
+            file: self.name.clone(),
+            row: self.row(index),
+            image,
+            cause,
+        }
+    }
+
     fn encode_error(&self, index: usize, cause: SupervisedError) -> DatasetError {
         DatasetError::Encode {
             file: self.name.clone(),
-            row: index + 1,
+            row: self.row(index),
             cause,
         }
+    }
+}
+
+/// Keys of rows that nothing uses: the first row of each, and how many have it.
+#[derive(Debug, Default)]
+pub(crate) struct UnusedKeys(BTreeMap<String, (usize, usize)>);
+
+impl UnusedKeys {
+    /// Notes the keys of a row.
+    pub(crate) fn add(&mut self, row: usize, keys: Vec<String>) {
+        for key in keys {
+            self.0.entry(key).or_insert((row, 0)).1 += 1;
+        }
+    }
+
+    /// The first row of each key, and a sentence about it.
+    pub(crate) fn sentences(self) -> impl Iterator<Item = (usize, String)> {
+        self.0.into_iter().map(|(key, (row, count))| {
+            let others = match count {
+                1 => String::new(),
+                2 => ", nor in 1 other row".to_string(),
+                count => format!(", nor in {} other rows", count - 1),
+            };
+            let hint = "hint: begin its name with `_` if it is meant for you alone";
+            (row, format!("the key `{key}` is not used{others}; {hint}"))
+        })
     }
 }
 

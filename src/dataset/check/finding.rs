@@ -43,6 +43,10 @@ pub enum Kind {
     Encode,
     /// A key that nothing uses.
     UnknownKey,
+    /// A key that would change what is learnt and is not supported.
+    RefusedKey,
+    /// Reasoning in the answers, and none in the chat template, or the other way round.
+    Thinking,
     /// The same images with the same conversation came before.
     Duplicate,
     /// The same images came before with another answer.
@@ -70,6 +74,8 @@ impl Kind {
             Self::TooLong => "too-long",
             Self::Encode => "encode",
             Self::UnknownKey => "unknown-key",
+            Self::RefusedKey => "refused-key",
+            Self::Thinking => "thinking",
             Self::Duplicate => "duplicate",
             Self::AnswersDiffer => "answers-differ",
             Self::LeakImage => "leak-image",
