@@ -112,6 +112,15 @@ fn print(report: &CheckReport, json: bool) -> std::io::Result<()> {
             tokens.min, tokens.max, tokens.mean
         )?;
     }
+    if report.too_long > 0 {
+        let rows: usize = report.files.iter().map(|file| file.rows).sum();
+        let share = 100.0 * report.too_long as f64 / rows as f64;
+        writeln!(
+            out,
+            "{} of {rows} rows ({share:.1} %) longer than max_length: training ends at the first, or leaves them out with `overlong = \"skip\"`",
+            report.too_long
+        )?;
+    }
     writeln!(
         out,
         "{} images, {} errors, {} warnings",

@@ -5,9 +5,9 @@
 
 mod finding;
 mod leaks;
-mod thinking;
 #[cfg(test)]
 mod tests;
+mod thinking;
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -224,7 +224,8 @@ impl Check<'_> {
     ) -> Result<(Cow<'s, Conversation>, Vec<ImageGrid>), String> {
         let conversation = sample.placed(sizes).map_err(|fault| fault.to_string())?;
         let processor = self.processor.with_pixels(sample.limits);
-        let processor = processor.map_err(|cause| RowFault::Limits(cause.to_string()).to_string())?;
+        let processor =
+            processor.map_err(|cause| RowFault::Limits(cause.to_string()).to_string())?;
         let grids = sizes.iter().map(|(width, height)| {
             let grid = processor.grid_for(*height, *width);
             grid.map_err(|error| in_words(&error))
@@ -349,7 +350,11 @@ fn read(path: &Path) -> Result<DataFile, CheckError> {
         let mut sample = match parse_line(text, path, line) {
             Ok(sample) => sample,
             Err(error) => {
-                found(Severity::Error, kind_of(&error.fault), error.fault.to_string());
+                found(
+                    Severity::Error,
+                    kind_of(&error.fault),
+                    error.fault.to_string(),
+                );
                 continue;
             }
         };

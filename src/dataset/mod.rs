@@ -5,26 +5,24 @@
 
 pub mod check;
 pub mod convert;
+mod facts;
 pub mod loader;
 pub mod rows;
 
 use std::{
     borrow::Cow,
-    collections::BTreeMap,
     fs,
     ops::Range,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
-use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use crate::{
     phantom::{Dialect, PhantomStudies},
     pipeline::TextAndImages,
     processor::{
-        chat::ImageGrid,
         image::{DecodeLimits, ImageError, RgbImage, probe},
         message::Part,
         patches::ImageProcessor,
@@ -33,6 +31,9 @@ use crate::{
     },
     qwen3_vl::{ImageInput, rope::PositionError},
 };
+
+pub(crate) use facts::UnusedKeys;
+pub use facts::{DataFacts, LeftOut};
 
 /// What can be wrong with a data set.
 #[derive(Debug, thiserror::Error)]
@@ -180,45 +181,6 @@ pub struct Dataset {
     remarks: Vec<String>,
 }
 
-/// Rows that a run leaves out because they are longer than allowed.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
-pub struct LeftOut {
-    /// Rows that are longer.
-    pub rows: usize,
-    /// All rows.
-    pub of: usize,
-    /// The limit, in tokens.
-    pub max_length: usize,
-}
-
-impl LeftOut {
-    /// Share of the rows above which the sentence is a warning.
-    const MUCH: f64 = 0.1;
-
-    /// What is left out, as a sentence; `None` if nothing is.
-    pub fn sentence(&self) -> Option<String> {
-        let Self {
-            rows,
-            of,
-            max_length,
-        } = self;
-        if *rows == 0 {
-            return None;
-        }
-        let share = *rows as f64 / (*of).max(1) as f64;
-        let (warning, hint) = if share > Self::MUCH {
-            ("warning: ", "; hint: raise max_length or lower max_pixels")
-        } else {
-            ("", "")
-        };
-        let percent = 100.0 * share;
-        let (words, is) = if *of == 1 { ("row", "is") } else { ("rows", "are") };
-        Some(format!(
-            "{warning}{rows} of {of} {words} ({percent:.1} %) {is} longer than max_length {max_length} and left out{hint}"
-        ))
-    }
-}
-
 /// One sample before encoding.
 #[derive(Debug, Clone)]
 pub struct RawSample {
@@ -279,7 +241,9 @@ impl Dataset {
         if samples.is_empty() {
             return Err(DatasetError::Empty(name.to_string()));
         }
-        let remarks = unused.sentences().map(|(line, sentence)| format!("`{name}` row {line}: {sentence}"));
+        let remarks = unused
+            .sentences()
+            .map(|(line, sentence)| format!("`{name}` row {line}: {sentence}"));
         Ok(Self {
             name: name.to_string(),
             remarks: remarks.collect(),
@@ -352,7 +316,10 @@ impl Dataset {
 
     /// Image files: row (from 0), name in the row, path; none for drawn studies.
     pub fn image_files(&self) -> Vec<(usize, &str, PathBuf)> {
-        let Source::Rows { samples, folder, .. } = &self.source else {
+        let Source::Rows {
+            samples, folder, ..
+        } = &self.source
+        else {
             return Vec::new();
         };
         let rows = samples.iter().enumerate();
@@ -484,7 +451,8 @@ impl Dataset {
                 let sizes: Result<Vec<_>, _> = sizes.map(|image| probe(image, &limits)).collect();
                 // A picture that cannot be read is named when it is opened.
                 let placed = sizes.ok().and_then(|sizes| sample.placed(&sizes).ok());
-                let conversation = placed.map_or_else(|| sample.conversation.clone(), Cow::into_owned);
+                let conversation =
+                    placed.map_or_else(|| sample.conversation.clone(), Cow::into_owned);
                 (images, name, conversation)
             }
             Source::Phantoms { studies, range, .. } => {
@@ -622,72 +590,6 @@ impl Dataset {
         Ok(placed.into_owned())
     }
 
-    /// Tokens of one sample; of images in files only the headers are read.
-    fn tokens(&self, index: usize, parts: &TextAndImages) -> Result<usize, DatasetError> {
-        let (conversation, sizes, limits) = match &self.source {
-            Source::Rows {
-                samples, folder, ..
-            } => {
-                let sample = &samples[index];
-                let sizes = sample.images.iter().map(|image| {
-                    (parts.images)
-                        .probe(&folder.join(image))
-                        .map_err(|cause| self.image_error(index, image.clone(), cause))
-                });
-                let sizes = sizes.collect::<Result<Vec<_>, _>>()?;
-                (self.placed(index, sample, &sizes)?, sizes, sample.limits)
-            }
-            Source::Phantoms { .. } => {
-                let raw = self.read(index, parts)?;
-                let sizes = raw.pictures.iter();
-                let sizes = sizes.map(|picture| (picture.width(), picture.height()));
-                (raw.conversation, sizes.collect(), raw.limits)
-            }
-        };
-        let processor = self.processor(index, limits, parts)?;
-        let grids = sizes.iter().map(|(width, height)| {
-            processor
-                .grid_for(*height, *width)
-                .map_err(|cause| self.image_error(index, "of the row".to_string(), cause))
-        });
-        let grids = grids.collect::<Result<Vec<ImageGrid>, _>>()?;
-        let merge = parts.config.vision_config.spatial_merge_size;
-        encode_supervised(&parts.tokenizer, &conversation, &grids, merge)
-            .map(|ids| ids.input_ids.len())
-            .map_err(|cause| self.encode_error(index, cause))
-    }
-
-    /// Counts the samples that are longer than `max_length`, before any of them is trained on.
-    ///
-    /// A sample that cannot be read counts as short: it is named when its turn comes.
-    ///
-    /// # Errors
-    /// [`DatasetError::AllTooLong`] if no sample would be left.
-    pub fn left_out(
-        &self,
-        parts: &TextAndImages,
-        max_length: usize,
-    ) -> Result<LeftOut, DatasetError> {
-        let lengths: Vec<usize> = (0..self.len())
-            .into_par_iter()
-            .map(|index| self.tokens(index, parts).unwrap_or(0))
-            .collect();
-        let rows = lengths.iter().filter(|length| **length > max_length).count();
-        if rows == lengths.len() {
-            return Err(DatasetError::AllTooLong {
-                file: self.name.clone(),
-                rows,
-                shortest: lengths.into_iter().min().unwrap_or(0),
-                max_length,
-            });
-        }
-        Ok(LeftOut {
-            rows,
-            of: lengths.len(),
-            max_length,
-        })
-    }
-
     fn image_error(&self, index: usize, image: String, cause: ImageError) -> DatasetError {
         DatasetError::Image {
             file: self.name.clone(),
@@ -703,32 +605,6 @@ impl Dataset {
             row: self.row(index),
             cause,
         }
-    }
-}
-
-/// Keys of rows that nothing uses: the first row of each, and how many have it.
-#[derive(Debug, Default)]
-pub(crate) struct UnusedKeys(BTreeMap<String, (usize, usize)>);
-
-impl UnusedKeys {
-    /// Notes the keys of a row.
-    pub(crate) fn add(&mut self, row: usize, keys: Vec<String>) {
-        for key in keys {
-            self.0.entry(key).or_insert((row, 0)).1 += 1;
-        }
-    }
-
-    /// The first row of each key, and a sentence about it.
-    pub(crate) fn sentences(self) -> impl Iterator<Item = (usize, String)> {
-        self.0.into_iter().map(|(key, (row, count))| {
-            let others = match count {
-                1 => String::new(),
-                2 => ", nor in 1 other row".to_string(),
-                count => format!(", nor in {} other rows", count - 1),
-            };
-            let hint = "hint: begin its name with `_` if it is meant for you alone";
-            (row, format!("the key `{key}` is not used{others}; {hint}"))
-        })
     }
 }
 

@@ -76,7 +76,9 @@ fn not_text(bytes: &[u8]) -> Option<String> {
     }
     if bytes.starts_with(b"PAR1") || bytes.starts_with(b"ARROW1") {
         let hint = "hint: write it as one JSON object a line, in pandas `to_json(FILE, orient=\"records\", lines=True, force_ascii=False)`";
-        return Some(format!("is a Parquet or Arrow table and not UTF-8 text; {hint}"));
+        return Some(format!(
+            "is a Parquet or Arrow table and not UTF-8 text; {hint}"
+        ));
     }
     let half = bytes.len().min(1000);
     let marked = bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff");
@@ -159,7 +161,8 @@ fn list(rows: &[Value], convert: &str) -> String {
 mod tests {
     use super::*;
 
-    const ROW: &str = r#"{"messages":[{"role":"user","content":"q"},{"role":"assistant","content":"a"}]}"#;
+    const ROW: &str =
+        r#"{"messages":[{"role":"user","content":"q"},{"role":"assistant","content":"a"}]}"#;
 
     fn reason(name: &str, bytes: &[u8]) -> String {
         rows(Path::new(name), bytes).unwrap_err().to_string()
@@ -186,7 +189,11 @@ mod tests {
                 format!("[{ROW},\n{ROW}]").into_bytes(),
                 &["one JSON list of 2 rows", "`convert`"][..],
             ),
-            ("a.jsonl", pretty.clone().into_bytes(), &["1 row is spread", "jq -c"]),
+            (
+                "a.jsonl",
+                pretty.clone().into_bytes(),
+                &["1 row is spread", "jq -c"],
+            ),
             (
                 "a.jsonl",
                 format!("{pretty}\n{pretty}").into_bytes(),

@@ -185,7 +185,12 @@ impl Objects {
     /// Refuses names and boxes that no tag of the row takes.
     pub(super) fn check_all_used(&self) -> Result<(), RowFault> {
         for (key, tag, given, used) in [
-            ("objects.ref", "<ref-object>", self.names.len(), self.next_name),
+            (
+                "objects.ref",
+                "<ref-object>",
+                self.names.len(),
+                self.next_name,
+            ),
             ("objects.bbox", "<bbox>", self.boxes.len(), self.next_box),
         ] {
             if used < given {

@@ -104,7 +104,10 @@ pub(super) fn describe_parts(parts: &[Value]) -> (&'static str, &'static str) {
     };
     let hint = "a text, with `<image>` where a picture belongs and its path in `images` of the row";
     if kinds("image_url") {
-        ("a list of parts with `image_url` (the form of OpenAI)", hint)
+        (
+            "a list of parts with `image_url` (the form of OpenAI)",
+            hint,
+        )
     } else if kinds("image") || kinds("text") {
         (
             "a list of parts (the form of chat templates on Hugging Face)",

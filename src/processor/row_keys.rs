@@ -251,10 +251,7 @@ mod tests {
             assert_eq!(of_row(key, &some), KeyUse::Read, "{key}");
         }
         assert_eq!(of_row("channel", &some), KeyUse::Harmless);
-        assert!(matches!(
-            of_row("label", &json!(false)),
-            KeyUse::Refused(_)
-        ));
+        assert!(matches!(of_row("label", &json!(false)), KeyUse::Refused(_)));
     }
 
     #[test]

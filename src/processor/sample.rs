@@ -186,7 +186,11 @@ fn read(row: &Map<String, Value>, sizes: Option<&[(usize, usize)]>) -> Result<Sa
     }
     if learns(row, "")? == Some(false) {
         return Err(RowFault::key(
-            if row.contains_key("loss") { "loss" } else { "loss_scale" },
+            if row.contains_key("loss") {
+                "loss"
+            } else {
+                "loss_scale"
+            },
             "that of a row of which nothing is learnt",
             "a row to learn from; take it out of the file",
         ));
@@ -371,10 +375,13 @@ fn pixel_limits(kwargs: Option<&Value>) -> Result<PixelLimits, RowFault> {
                 }
             },
         };
-        let pixels = value.as_u64().and_then(|pixels| usize::try_from(pixels).ok());
-        *limit = Some(pixels.filter(|pixels| *pixels > 0).ok_or_else(|| {
-            RowFault::key(key, shown(value), "a whole number of pixels above 0")
-        })?);
+        let pixels = value
+            .as_u64()
+            .and_then(|pixels| usize::try_from(pixels).ok());
+        *limit =
+            Some(pixels.filter(|pixels| *pixels > 0).ok_or_else(|| {
+                RowFault::key(key, shown(value), "a whole number of pixels above 0")
+            })?);
     }
     Ok(limits)
 }
@@ -389,7 +396,7 @@ fn parts_of(
 ) -> Result<Vec<Part>, RowFault> {
     let mut parts = Vec::new();
     let mut fault = None;
-    let mut write = |words: &str, parts: &mut Vec<Part>| match parts.last_mut() {
+    let write = |words: &str, parts: &mut Vec<Part>| match parts.last_mut() {
         Some(Part::Text { text }) => text.push_str(words),
         _ => parts.push(Part::Text {
             text: words.to_owned(),
@@ -451,7 +458,10 @@ fn parts_of(
 fn wrong_role(key: String, role: &str, answered: bool) -> RowFault {
     const ORDER: &str = "an optional `system`, then `user` and `assistant` by turns";
     let (found, expected) = match role {
-        "user" => ("`user` after `user`".to_owned(), format!("{ORDER}; join the two questions")),
+        "user" => (
+            "`user` after `user`".to_owned(),
+            format!("{ORDER}; join the two questions"),
+        ),
         "assistant" if answered => (
             "`assistant` without a question before it".to_owned(),
             format!("{ORDER}; join answers that follow each other"),
@@ -492,7 +502,11 @@ fn image_paths(images: Option<&Value>) -> Result<Vec<String>, RowFault> {
             Value::Object(fields) => match (fields.get("path"), fields.get("bytes")) {
                 (Some(Value::String(path)), _) => path,
                 (_, Some(bytes)) if !bytes.is_null() => {
-                    return Err(RowFault::key(key, "a picture in `bytes`", in_a_file(expected)));
+                    return Err(RowFault::key(
+                        key,
+                        "a picture in `bytes`",
+                        in_a_file(expected),
+                    ));
                 }
                 _ => return Err(RowFault::key(key, kind_of(entry), expected)),
             },
@@ -515,7 +529,10 @@ fn not_a_path(path: &str) -> Option<String> {
     if path.trim().is_empty() {
         return Some("an empty text".to_owned());
     }
-    if let Some((kind, _)) = path.strip_prefix("data:").and_then(|rest| rest.split_once(',')) {
+    if let Some((kind, _)) = path
+        .strip_prefix("data:")
+        .and_then(|rest| rest.split_once(','))
+    {
         let kind: String = kind.chars().take(40).collect();
         return Some(format!("a picture in the row itself (`data:{kind},…`)"));
     }

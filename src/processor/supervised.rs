@@ -181,3 +181,52 @@ fn push_question(text: &mut String, system: Option<&str>, turn: &Turn) {
     }
     text.push_str("<|im_end|>\n<|im_start|>assistant\n");
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::processor::sample::parse_line;
+
+    fn encode(line: &str, tokenizer: &Tokenizer) -> SupervisedIds {
+        let sample = parse_line(line, Path::new("x"), 1).unwrap();
+        let grids = vec![[1, 4, 4]; sample.images.len()];
+        encode_supervised(tokenizer, &sample.conversation, &grids, 2).unwrap()
+    }
+
+    #[test]
+    fn only_answers_that_are_learnt_have_labels() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("model/tiny");
+        let tokenizer = Tokenizer::from_folder(&folder).unwrap();
+        let row = |first: &str, last: &str| {
+            format!(
+                r#"{{"messages":[{{"role":"user","content":"<image>这张胸片有什么？"}},
+                {{"role":"assistant","content":"有实变。"{first}}},{{"role":"user","content":"哪侧？"}},
+                {{"role":"assistant","content":"左侧。"{last}}}],"images":["a"]}}"#
+            )
+        };
+        let plain = encode(&row("", ""), &tokenizer);
+        for (first, last, targets) in [
+            ("", "", "有实变。<|im_end|>\n左侧。<|im_end|>\n"),
+            (r#","loss":false"#, r#","loss":true"#, "左侧。<|im_end|>\n"),
+            (r#","loss_scale":0"#, "", "左侧。<|im_end|>\n"),
+            ("", r#","loss":false"#, "有实变。<|im_end|>\n"),
+            (
+                r#","loss_scale":1"#,
+                r#","loss":true"#,
+                "有实变。<|im_end|>\n左侧。<|im_end|>\n",
+            ),
+        ] {
+            let found = encode(&row(first, last), &tokenizer);
+            assert_eq!(found.input_ids, plain.input_ids, "{first} {last}");
+            let learnt = found.labels.iter().filter(|label| **label != IGNORE_INDEX);
+            let learnt: Vec<u32> = learnt.map(|label| *label as u32).collect();
+            assert_eq!(tokenizer.decode(&learnt, false).unwrap(), targets);
+            // Each label is the token of its own place.
+            for (label, id) in found.labels.iter().zip(&found.input_ids) {
+                assert!(*label == IGNORE_INDEX || *label == i64::from(*id));
+            }
+        }
+    }
+}

@@ -41,7 +41,7 @@ static TAGS: LazyLock<Regex> = LazyLock::new(|| {
 
 /// Calls `take` with each piece of `text`, in order.
 pub(super) fn read<'a>(text: &'a str, mut take: impl FnMut(Tag<'a>)) {
-    let mut words = |from: usize, to: usize, take: &mut dyn FnMut(Tag<'a>)| {
+    let words = |from: usize, to: usize, take: &mut dyn FnMut(Tag<'a>)| {
         if from < to {
             take(Tag::Words(&text[from..to]));
         }
@@ -86,8 +86,10 @@ pub(super) fn files_to_images(text: &str) -> (String, Vec<String>) {
 
 /// `text` as it has to be written for its tags to be plain words.
 pub(super) fn escaped(text: &str) -> String {
-    TAGS.replace_all(text, |found: &regex::Captures<'_>| format!("\\{}", &found[0]))
-        .into_owned()
+    TAGS.replace_all(text, |found: &regex::Captures<'_>| {
+        format!("\\{}", &found[0])
+    })
+    .into_owned()
 }
 
 #[cfg(test)]
@@ -146,7 +148,13 @@ mod tests {
 
     #[test]
     fn a_backslash_makes_a_tag_plain_words() {
-        for tag in ["<image>", "<bbox>", "<ref-object>", "< Image >", "<img>a</img>"] {
+        for tag in [
+            "<image>",
+            "<bbox>",
+            "<ref-object>",
+            "< Image >",
+            "<img>a</img>",
+        ] {
             assert_eq!(tags(&format!("\\{tag}")), [Tag::Words(tag)]);
         }
         assert_eq!(

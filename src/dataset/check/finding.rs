@@ -156,6 +156,8 @@ pub struct CheckReport {
     pub errors: usize,
     /// Number of warnings.
     pub warnings: usize,
+    /// Rows that are longer than allowed.
+    pub too_long: usize,
     /// Tokens of the rows that could be encoded, image tokens included.
     pub row_tokens: Option<Spread>,
     /// Everything found, by file and line.
@@ -174,9 +176,11 @@ impl CheckReport {
             let same = findings.iter().filter(|found| found.severity == severity);
             same.count()
         };
+        let too_long = findings.iter().filter(|found| found.kind == Kind::TooLong);
         Self {
             files,
             images,
+            too_long: too_long.count(),
             errors: of(Severity::Error),
             warnings: of(Severity::Warning),
             row_tokens: Spread::of(row_tokens),
