@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use super::progress::{Progress, Unit};
+use super::studies::StudyArgs;
 use super::{UsageError, shipped};
 use crate::dataset::check::{Check, CheckReport};
 use crate::processor::chat::ChatTemplate;
@@ -23,6 +24,9 @@ pub struct CheckArgs {
     /// Validation file; also checked for images, studies and reports of the data file.
     #[arg(long, value_name = "VAL.jsonl")]
     pub val: Option<PathBuf>,
+    /// Studies, which are not to be on both sides.
+    #[command(flatten)]
+    pub studies: StudyArgs,
     /// Folder of the checkpoint to be trained; its tokenizer counts the tokens.
     #[arg(long, value_name = "DIR", default_value = "model/tiny")]
     pub model: PathBuf,
@@ -58,6 +62,7 @@ pub fn run(args: CheckArgs) -> Result<()> {
         processor: &processor,
         max_length: args.max_length,
         opens_thinking: template.map(|template| template.opens_thinking()),
+        studies: args.studies.rule()?,
     };
     let progress = Mutex::new(Progress::new("images", 0, Unit::Items));
     let report = check.run(&args.data, args.val.as_deref(), &|done, total| {
@@ -120,6 +125,9 @@ fn print(report: &CheckReport, json: bool) -> std::io::Result<()> {
             "{} of {rows} rows ({share:.1} %) longer than max_length: training ends at the first, or leaves them out with `overlong = \"skip\"`",
             report.too_long
         )?;
+    }
+    if let Some(study) = &report.study {
+        writeln!(out, "{}", study.english())?;
     }
     writeln!(
         out,

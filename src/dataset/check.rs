@@ -25,6 +25,7 @@ use crate::processor::patches::ImageProcessor;
 use crate::processor::sample::{Conversation, RowFault, Sample, parse_line};
 use crate::processor::supervised::{SupervisedError, encode_supervised};
 use crate::processor::tokenizer::Tokenizer;
+use crate::study::{StudyError, StudyRule};
 
 pub use finding::{CheckReport, FileCount, Finding, Kind, Severity};
 
@@ -44,6 +45,9 @@ pub enum CheckError {
         /// What the system said.
         cause: std::io::Error,
     },
+    /// A rule for studies does not fit.
+    #[error(transparent)]
+    Study(#[from] StudyError),
     /// The threads could not be started.
     #[error("cannot start the threads of the check: {0}")]
     Threads(#[from] rayon::ThreadPoolBuildError),
@@ -59,6 +63,8 @@ pub struct Check<'a> {
     pub max_length: usize,
     /// Whether the chat template of the model opens a `<think>` block; `None` if it brings none.
     pub opens_thinking: Option<bool>,
+    /// What a study is, where rows do not name theirs.
+    pub studies: StudyRule,
 }
 
 /// An image file that was looked at.
@@ -150,10 +156,7 @@ impl Check<'_> {
             findings.extend(leaks::duplicates(path, rows));
             findings.extend(thinking::disagreement(path, rows, self.opens_thinking));
         }
-        if let [train, val] = files.as_mut_slice() {
-            let found = leaks::between(train, val);
-            val.findings.extend(found);
-        }
+        let study = leaks::studies(&mut files, &self.studies)?;
         let mut findings = Vec::new();
         let mut counts = Vec::new();
         for mut file in files {
@@ -168,6 +171,7 @@ impl Check<'_> {
             counts,
             images.len(),
             &row_tokens,
+            study,
             findings,
         ))
     }

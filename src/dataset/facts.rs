@@ -106,7 +106,7 @@ impl Dataset {
             Source::Rows {
                 samples, folder, ..
             } => {
-                let sample = &samples[index];
+                let sample = &samples[self.place(index)];
                 let sizes = sample.images.iter().map(|image| {
                     (parts.images)
                         .probe(&folder.join(image))

@@ -6,8 +6,11 @@
 pub mod check;
 pub mod convert;
 mod facts;
+mod held_out;
 pub mod loader;
+mod python_random;
 pub mod rows;
+mod split;
 
 use std::{
     borrow::Cow,
@@ -60,6 +63,18 @@ pub enum DatasetError {
     /// A row is not in the expected form.
     #[error(transparent)]
     Sample(#[from] SampleError),
+    /// Nothing can be held out for validation.
+    #[error(
+        "`{file}`: no rows can be held out for validation (split_dataset_ratio {ratio}): {reason}; name validation data (`val_data`), or set `split_dataset_ratio = 0` to train without"
+    )]
+    HoldOut {
+        /// The data set.
+        file: String,
+        /// The share asked for.
+        ratio: f64,
+        /// Why.
+        reason: String,
+    },
     /// An image of a row cannot be read.
     #[error("`{file}`, row {row}: image `{image}`: {}", in_words(.cause))]
     Image {
@@ -153,6 +168,8 @@ fn in_words(error: &dyn std::error::Error) -> String {
     words
 }
 
+pub use held_out::HeldOut;
+
 /// The question of a sample without picture.
 const WORDS_ONLY_PROMPT: &str = "请写一份胸部X光报告的范文。";
 
@@ -179,6 +196,8 @@ pub struct Dataset {
     source: Source,
     fingerprint: String,
     remarks: Vec<String>,
+    /// Rows of the source that count, in their order; all if absent.
+    chosen: Option<Arc<[usize]>>,
 }
 
 /// One sample before encoding.
@@ -253,6 +272,7 @@ impl Dataset {
                 folder: path.parent().unwrap_or(Path::new("")).to_path_buf(),
             },
             fingerprint: format!("sha256:{}", hex(&Sha256::digest(&bytes))),
+            chosen: None,
         })
     }
 
@@ -296,6 +316,7 @@ impl Dataset {
             },
             fingerprint: name.to_string(),
             remarks: Vec::new(),
+            chosen: None,
         })
     }
 
@@ -322,16 +343,24 @@ impl Dataset {
         else {
             return Vec::new();
         };
-        let rows = samples.iter().enumerate();
-        rows.flat_map(|(row, sample)| {
-            let images = sample.images.iter();
-            images.map(move |image| (row, image.as_str(), folder.join(image)))
-        })
-        .collect()
+        (0..self.len())
+            .flat_map(|row| {
+                let images = samples[self.place(row)].images.iter();
+                images.map(move |image| (row, image.as_str(), folder.join(image)))
+            })
+            .collect()
+    }
+
+    /// Place in the source of a row of this data set, from 0.
+    fn place(&self, index: usize) -> usize {
+        self.chosen.as_ref().map_or(index, |chosen| chosen[index])
     }
 
     /// Number of samples.
     pub fn len(&self) -> usize {
+        if let Some(chosen) = &self.chosen {
+            return chosen.len();
+        }
         match &self.source {
             Source::Rows { samples, .. } => samples.len(),
             Source::Phantoms { range, .. } => (range.end - range.start) as usize,
@@ -343,9 +372,10 @@ impl Dataset {
     /// # Panics
     /// If `index` is not below [`Self::len`].
     pub fn row(&self, index: usize) -> usize {
+        let place = self.place(index);
         match &self.source {
-            Source::Rows { lines, .. } => lines[index],
-            Source::Phantoms { .. } => index + 1,
+            Source::Rows { lines, .. } => lines[place],
+            Source::Phantoms { .. } => place + 1,
         }
     }
 
@@ -362,11 +392,12 @@ impl Dataset {
     /// # Panics
     /// If `index` is not below [`Self::len`].
     pub fn read(&self, index: usize, parts: &TextAndImages) -> Result<RawSample, DatasetError> {
+        let place = self.place(index);
         match &self.source {
             Source::Rows {
                 samples, folder, ..
             } => {
-                let sample = &samples[index];
+                let sample = &samples[place];
                 let pictures = sample
                     .images
                     .iter()
@@ -391,7 +422,7 @@ impl Dataset {
                 range,
                 words_only,
             } => {
-                let number = range.start + index as u64;
+                let number = range.start + place as u64;
                 let (image, prompt, report) =
                     studies[(number % 4) as usize].get(number).into_parts();
                 if *words_only && number % 4 == 3 {
@@ -418,10 +449,11 @@ impl Dataset {
     /// # Panics
     /// If `index` is not below [`Self::len`].
     pub fn drawn(&self, index: usize) -> Option<Vec<RgbImage>> {
+        let place = self.place(index);
         let Source::Phantoms { studies, range, .. } = &self.source else {
             return None;
         };
-        let number = range.start + index as u64;
+        let number = range.start + place as u64;
         let (image, ..) = studies[(number % 4) as usize].get(number).into_parts();
         let (width, height) = image.dimensions();
         let picture = RgbImage::from_gray(width as usize, height as usize, image.as_raw());
@@ -433,11 +465,12 @@ impl Dataset {
     /// # Panics
     /// If `index` is not below [`Self::len`].
     pub fn text(&self, index: usize) -> SampleText {
+        let place = self.place(index);
         let (images, name, conversation) = match &self.source {
             Source::Rows {
                 samples, folder, ..
             } => {
-                let sample = &samples[index];
+                let sample = &samples[place];
                 let name = if sample.images.is_empty() {
                     format!("row {}", self.row(index))
                 } else {
@@ -456,7 +489,7 @@ impl Dataset {
                 (images, name, conversation)
             }
             Source::Phantoms { studies, range, .. } => {
-                let number = range.start + index as u64;
+                let number = range.start + place as u64;
                 let (_, prompt, report) = studies[(number % 4) as usize].get(number).into_parts();
                 let conversation = Conversation::single(1, prompt, report);
                 (Vec::new(), format!("phantom {number}"), conversation)

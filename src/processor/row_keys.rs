@@ -10,6 +10,8 @@
 
 use serde_json::Value;
 
+use crate::study::{PATIENT_KEYS, STUDY_KEYS};
+
 /// What training does with a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KeyUse {
@@ -41,26 +43,20 @@ const ROW_KEYS: [&str; 9] = [
 /// Keys of a message that training reads.
 const MESSAGE_KEYS: [&str; 4] = ["role", "content", "loss", "loss_scale"];
 
-/// Keys that name or describe a row or a message. `channel` only splits the loss that ms-swift
+/// Keys that name or describe a row or a message, beside those of its study. `channel` only splits the loss that ms-swift
 /// prints.
 const HARMLESS: &[&str] = &[
     "id",
     "idx",
     "index",
-    "uid",
     "uuid",
     "sample_id",
     "row_id",
     "image_id",
     "question_id",
     "dicom_id",
-    "study",
-    "study_id",
     "study_uid",
     "series_id",
-    "patient",
-    "patient_id",
-    "subject_id",
     "accession",
     "accession_number",
     "source",
@@ -183,7 +179,8 @@ fn of(
         return KeyUse::Read;
     }
     // A name that begins with `_` is how a file says that a key is its own affair.
-    if is_empty(value) || key.starts_with('_') || HARMLESS.contains(&key) {
+    let names = [HARMLESS, &STUDY_KEYS, &PATIENT_KEYS].concat();
+    if is_empty(value) || key.starts_with('_') || names.contains(&key) {
         return KeyUse::Harmless;
     }
     let cure = refused.iter().find(|(keys, _)| keys.contains(&key));

@@ -7,6 +7,7 @@
 //! [`super::row_keys`]. A backslash makes a tag plain words: `\<image>`.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
@@ -18,6 +19,7 @@ pub use super::row_fault::{RowFault, SampleError};
 use super::row_keys::{self, KeyUse};
 use super::tags::{self, Tag};
 use super::{row_forms, strict_json};
+use crate::study::keys_of;
 
 /// What ms-swift writes where an image belongs.
 pub const IMAGE_TAG: &str = "<image>";
@@ -49,6 +51,8 @@ pub struct Sample {
     pub marks: usize,
     /// Pixel limits of its own.
     pub limits: PixelLimits,
+    /// Keys with a text or a number, as text: a study may be named by one.
+    pub keys: BTreeMap<String, String>,
     /// Keys of which nothing is known, such as `hospital` or `messages[0].mood`; they are passed over.
     pub unknown_keys: Vec<String>,
     /// The row, where its text has boxes that depend on the sizes of the images.
@@ -295,6 +299,7 @@ fn read(row: &Map<String, Value>, sizes: Option<&[(usize, usize)]>) -> Result<Sa
     Ok(Sample {
         conversation,
         images,
+        keys: keys_of(row),
         marks,
         limits,
         unknown_keys,

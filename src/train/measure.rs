@@ -167,7 +167,10 @@ impl<B: TrainKernels> LoopState<B> {
         }
         if totals.targets == 0 {
             return Err(TrainError::NoTargets {
-                data: self.state.config.val_data.clone().unwrap_or_default(),
+                data: match &self.state.config.val_data {
+                    Some(name) => name.clone(),
+                    None => format!("{} (held out)", self.state.config.train_data),
+                },
             });
         }
         let mut values = vec![

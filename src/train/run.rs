@@ -20,6 +20,7 @@ use super::{
     checkpoint::{TrainerState, dtype_text, restore_optimizer, restore_weights, trained_params},
     checkpoint_dir::{CheckpointDir, RunLock},
     config::{TrainConfig, Tuner},
+    data::RunData,
     learner::{Gauge, ScheduleStepper, StepSettings, Trainee},
     optimizer::AdamW,
     records::MetricsLog,
@@ -221,8 +222,12 @@ pub fn train<B: TrainKernels>(
         return Err(TrainError::Quantised { model });
     }
     let device = devices[0].clone();
-    let data = Dataset::open(&config.train_data)?;
-    let validation = config.val_data.as_deref().map(Dataset::open).transpose()?;
+    let RunData {
+        train: data,
+        validation,
+        notes,
+    } = RunData::open(&config)?;
+    notes.iter().for_each(|note| (options.tell)(note));
     let run = &config.output_dir;
     // Held to the end of the run. A folder that is not there yet is made once all has been checked.
     let lock = run.is_dir().then(|| RunLock::take(run)).transpose()?;

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::dataset::convert::Spread;
+use crate::study::StudyFacts;
 
 /// Whether training may go on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -55,8 +56,12 @@ pub enum Kind {
     LeakImage,
     /// Another view of a validation row's study is in the training file.
     LeakStudy,
+    /// Another study of a validation row's patient is in the training file.
+    LeakPatient,
     /// A validation row's report is in the training file.
     LeakReport,
+    /// The studies are not what one would expect of the files.
+    Studies,
 }
 
 impl Kind {
@@ -80,7 +85,9 @@ impl Kind {
             Self::AnswersDiffer => "answers-differ",
             Self::LeakImage => "leak-image",
             Self::LeakStudy => "leak-study",
+            Self::LeakPatient => "leak-patient",
             Self::LeakReport => "leak-report",
+            Self::Studies => "studies",
         }
     }
 }
@@ -160,6 +167,8 @@ pub struct CheckReport {
     pub too_long: usize,
     /// Tokens of the rows that could be encoded, image tokens included.
     pub row_tokens: Option<Spread>,
+    /// How studies were found; absent if no row could be read.
+    pub study: Option<StudyFacts>,
     /// Everything found, by file and line.
     #[serde(skip)]
     pub findings: Vec<Finding>,
@@ -170,6 +179,7 @@ impl CheckReport {
         files: Vec<FileCount>,
         images: usize,
         row_tokens: &[usize],
+        study: Option<StudyFacts>,
         findings: Vec<Finding>,
     ) -> Self {
         let of = |severity| {
@@ -184,6 +194,7 @@ impl CheckReport {
             errors: of(Severity::Error),
             warnings: of(Severity::Warning),
             row_tokens: Spread::of(row_tokens),
+            study,
             findings,
         }
     }

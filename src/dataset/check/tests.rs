@@ -42,6 +42,7 @@ impl Bench {
             processor: &self.processor,
             max_length,
             opens_thinking: None,
+            studies: StudyRule::Guess,
         };
         check.run(&train, val.as_deref(), &|_, _| {}).unwrap()
     }
@@ -222,6 +223,7 @@ fn a_file_of_nothing_or_of_other_bytes_is_an_error() {
         processor: &bench.processor,
         max_length: 9,
         opens_thinking: None,
+        studies: StudyRule::Guess,
     };
     let report = check.run(&path, None, &|_, _| {}).unwrap();
     assert_eq!(told(&report), [(Severity::Error, Kind::Json, 1)]);

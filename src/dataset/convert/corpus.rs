@@ -1,16 +1,18 @@
 //! The forms a corpus comes in, brought to rows of one kind.
 
+use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::ConvertError;
 use crate::processor::sample::{IMAGE_TAG, Sample, parse_row};
+use crate::study::keys_of;
 
 /// Endings a picture may have where a row names none; the first is the corpus' own.
-const ENDINGS: [&str; 8] = ["png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "dcm"];
+pub(super) const ENDINGS: [&str; 8] = ["png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "dcm"];
 
 /// The form of an input file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -43,6 +45,8 @@ pub(super) struct Row {
     pub(super) number: usize,
     /// Images as the row names them.
     pub(super) images: Vec<String>,
+    /// Keys with a text or a number, as text.
+    pub(super) keys: BTreeMap<String, String>,
     pub(super) body: Body,
 }
 
@@ -62,43 +66,19 @@ impl Row {
 }
 
 /// Last part of a path of any system.
-fn base_name(path: &str) -> &str {
+pub(super) fn base_name(path: &str) -> &str {
     path.rsplit(['/', '\\']).next().unwrap_or(path)
 }
 
-/// Name of an image without folder and ending: `a/2_1.png` gives `2_1`.
+/// Name of an image without folder and endings: `a/2_1.png` gives `2_1`, `1.dcm.png` gives `1`.
 pub(super) fn stem_of(path: &str) -> &str {
-    let name = base_name(path);
-    match name.rsplit_once('.') {
-        Some((stem, ending)) if ENDINGS.contains(&ending.to_lowercase().as_str()) => stem,
-        _ => name,
+    let mut stem = base_name(path);
+    while let Some((shorter, ending)) = stem.rsplit_once('.')
+        && ENDINGS.contains(&ending.to_lowercase().as_str())
+    {
+        stem = shorter;
     }
-}
-
-/// Study of an image: what stands before the first `_` of its name.
-pub(super) fn study_of(image: &str) -> &str {
-    let stem = stem_of(image);
-    stem.split_once('_').map_or(stem, |(uid, _)| uid)
-}
-
-/// Finds the file of an image: by its name in `images`, else where the row says.
-pub(super) fn locate(image: &str, images: Option<&Path>, input: &Path) -> Option<PathBuf> {
-    let Some(folder) = images else {
-        let path = input.parent().unwrap_or(Path::new("")).join(image);
-        return path.is_file().then_some(path);
-    };
-    let name = base_name(image);
-    if name.is_empty() || name == ".." || name == "." {
-        return None;
-    }
-    let path = folder.join(name);
-    if stem_of(name) != name {
-        return path.is_file().then_some(path);
-    }
-    ENDINGS
-        .iter()
-        .map(|ending| folder.join(format!("{name}.{ending}")))
-        .find(|path| path.is_file())
+    stem
 }
 
 /// Reads a corpus in any of its forms.
@@ -180,6 +160,7 @@ fn report_row(
     Ok(Row {
         number,
         images: vec![text(image)?],
+        keys: row.as_object().map(keys_of).unwrap_or_default(),
         body: Body::Report(words),
     })
 }
@@ -197,6 +178,7 @@ fn message_row(path: &Path, number: usize, line: &str) -> Result<Row, ConvertErr
     Ok(Row {
         number,
         images: sample.images.clone(),
+        keys: sample.keys.clone(),
         body: Body::Messages { sample, row },
     })
 }

@@ -1,4 +1,3 @@
-use super::corpus::study_of;
 use super::images::relative;
 use super::*;
 use crate::processor::patches::ImageProcessorConfig;
@@ -43,11 +42,14 @@ impl Bench {
             seed: 42,
             val_ratio: 0.2,
             split: Split::Uid,
+            studies: StudyRule::Guess,
             thinking: None,
         }
     }
 
+    /// Converts into a folder that an earlier conversion of the same test may have filled.
     fn convert(&self, options: &ConvertOptions) -> Result<Summary, ConvertError> {
+        let _ = fs::remove_dir_all(&options.output);
         convert(options, None, &self.processor)
     }
 
@@ -122,7 +124,8 @@ fn studies_stay_whole_for_every_seed_and_rows_do_not() {
             let uids = |rows: &[Value]| -> BTreeSet<String> {
                 images(rows)
                     .iter()
-                    .map(|image| study_of(image).to_owned())
+                    .filter_map(|image| image.rsplit('/').next()?.split('_').next())
+                    .map(str::to_owned)
                     .collect()
             };
             let both = uids(&train).intersection(&uids(&val)).count();
@@ -343,15 +346,15 @@ fn wrong_input_is_named() {
         ),
         (
             r#"{"annotations": [{"image_id": "8_1", "caption": "一"}]}"#,
-            "none of the 1 rows",
+            "none of 1 row of",
         ),
         (
             r#"{"annotations": [{"image_id": "2_1", "caption": "一"}]}"#,
-            "all of 1 rows",
+            "all of 1 row;",
         ),
         (
             r#"{"annotations": [{"image_id": "2_1", "caption": "一"}, {"image_id": "2_2", "caption": "一"}]}"#,
-            "all of 1 studies",
+            "all of 1 study",
         ),
         (
             r#"{"messages": [{"role": "user", "content": "q"}]}"#,
@@ -381,19 +384,20 @@ fn wrong_input_is_named() {
         ..options.clone()
     };
     assert!(message(ANNOTATIONS, &none).contains("questions is empty"));
+}
+
+#[test]
+fn a_folder_that_holds_something_is_refused() {
+    let bench = Bench::new(ANNOTATIONS);
+    let options = bench.options();
     bench.convert(&options).unwrap();
-    let train = options.output.join("train.jsonl");
-    let again = ConvertOptions {
-        input: train,
-        ..options
-    };
+    let before = bench.read("train.jsonl");
+    let error = convert(&options, None, &bench.processor).unwrap_err();
     assert!(
-        bench
-            .convert(&again)
-            .unwrap_err()
-            .to_string()
-            .contains("replaced by its own")
+        error.to_string().contains("is not an empty folder"),
+        "{error}"
     );
+    assert_eq!(bench.read("train.jsonl"), before);
 }
 
 #[test]
