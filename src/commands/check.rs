@@ -11,6 +11,7 @@ use super::progress::{Progress, Unit};
 use super::studies::StudyArgs;
 use super::{UsageError, shipped, unless_closed};
 use crate::dataset::check::{Check, CheckReport};
+use crate::processor::chat::ChatTemplate;
 use crate::processor::patches::{ImageProcessor, ImageProcessorConfig};
 use crate::processor::tokenizer::Tokenizer;
 
@@ -54,11 +55,13 @@ pub fn run(args: CheckArgs) -> Result<()> {
     let model = shipped(&args.model);
     let tokenizer = Tokenizer::from_folder(&model)
         .context("the tokens of the samples cannot be counted; hint: `--model` names the folder of a checkpoint")?;
+    let template = ChatTemplate::find(&model, None)?;
     let processor = image_processor(Some(&model), args.min_pixels, args.max_pixels)?;
     let check = Check {
         tokenizer: &tokenizer,
         processor: &processor,
         max_length: args.max_length,
+        opens_thinking: template.map(|template| template.opens_thinking()),
         studies: args.studies.rule()?,
     };
     let progress = Mutex::new(Progress::new("images", 0, Unit::Items));
@@ -112,6 +115,15 @@ fn print(report: &CheckReport, json: bool) -> std::io::Result<()> {
             out,
             "tokens a row: {} to {}, {:.0} on average",
             tokens.min, tokens.max, tokens.mean
+        )?;
+    }
+    if report.too_long > 0 {
+        let rows: usize = report.files.iter().map(|file| file.rows).sum();
+        let share = 100.0 * report.too_long as f64 / rows as f64;
+        writeln!(
+            out,
+            "{} of {rows} rows ({share:.1} %) longer than max_length: training ends at the first, or leaves them out with `overlong = \"skip\"`",
+            report.too_long
         )?;
     }
     if let Some(study) = &report.study {

@@ -23,7 +23,7 @@ use serde_json::{Map, Value, json};
 
 use crate::files::{FileError, sha256_file, write_atomic};
 use crate::processor::patches::ImageProcessor;
-use crate::processor::sample::{IMAGE_TAG, parse_line};
+use crate::processor::sample::{IMAGE_TAG, escaped, parse_line};
 use crate::processor::supervised::encode_supervised;
 use crate::processor::tokenizer::Tokenizer;
 use crate::study::{PATIENT_KEYS, STUDY_KEYS, Studies, StudyFacts, StudyRow, StudyRule, counted};
@@ -418,7 +418,7 @@ impl Usable {
                 "messages".to_owned(),
                 json!([
                     {"role": "user", "content": question(self.question.unwrap_or_default())},
-                    {"role": "assistant", "content": self.answer},
+                    {"role": "assistant", "content": escaped(&self.answer)},
                 ]),
             )]),
             Body::Messages { row, .. } => {
@@ -433,9 +433,10 @@ impl Usable {
                             message["content"] = content.into();
                         }
                     }
-                    // A checked row ends with its answer.
-                    if let Some(last) = messages.last_mut() {
-                        last["content"] = self.answer.as_str().into();
+                    // A checked row ends with its answer, which stays as it was written unless it is new.
+                    let new = self.answer != self.row.report();
+                    if let Some(last) = messages.last_mut().filter(|_| new) {
+                        last["content"] = escaped(&self.answer).into();
                     }
                 }
                 row

@@ -20,10 +20,10 @@ impl Dataset {
     /// # Panics
     /// If `index` is not below [`Self::len`].
     pub fn study_row(&self, index: usize) -> StudyRow {
-        let name = format!("`{}`, row {}", self.name, self.row(index) + 1);
+        let name = format!("`{}`, row {}", self.name, self.row(index));
         match &self.source {
-            super::Source::Rows { samples, folder } => {
-                let sample = &samples[self.row(index)];
+            super::Source::Rows { samples, folder, .. } => {
+                let sample = &samples[self.place(index)];
                 StudyRow {
                     name,
                     keys: sample.keys.clone(),
@@ -33,7 +33,7 @@ impl Dataset {
             }
             super::Source::Phantoms { range, .. } => {
                 let seed = self.name.split(':').nth(1).unwrap_or_default();
-                let number = range.start + self.row(index) as u64;
+                let number = range.start + self.place(index) as u64;
                 let study = format!("phantom {seed}:{number}");
                 StudyRow {
                     name,
@@ -65,7 +65,7 @@ impl Dataset {
             let rows = held.iter().enumerate();
             let chosen = rows.filter(|(_, held)| **held == wanted);
             Self {
-                chosen: Some(chosen.map(|(row, _)| self.row(row)).collect()),
+                chosen: Some(chosen.map(|(row, _)| self.place(row)).collect()),
                 fingerprint: format!("{} {what} {ratio} by seed {seed}", self.fingerprint),
                 ..self.clone()
             }

@@ -66,6 +66,7 @@ fn check(train: &Path, val: Option<&Path>, max_length: usize) -> CheckReport {
         tokenizer: &tokenizer,
         processor: &processor,
         max_length,
+        opens_thinking: None,
         studies: StudyRule::Guess,
     };
     check.run(train, val, &|_, _| {}).unwrap()

@@ -44,6 +44,10 @@ pub enum Kind {
     Encode,
     /// A key that nothing uses.
     UnknownKey,
+    /// A key that would change what is learnt and is not supported.
+    RefusedKey,
+    /// Reasoning in the answers, and none in the chat template, or the other way round.
+    Thinking,
     /// The same images with the same conversation came before.
     Duplicate,
     /// The same images came before with another answer.
@@ -75,6 +79,8 @@ impl Kind {
             Self::TooLong => "too-long",
             Self::Encode => "encode",
             Self::UnknownKey => "unknown-key",
+            Self::RefusedKey => "refused-key",
+            Self::Thinking => "thinking",
             Self::Duplicate => "duplicate",
             Self::AnswersDiffer => "answers-differ",
             Self::LeakImage => "leak-image",
@@ -157,6 +163,8 @@ pub struct CheckReport {
     pub errors: usize,
     /// Number of warnings.
     pub warnings: usize,
+    /// Rows that are longer than allowed.
+    pub too_long: usize,
     /// Tokens of the rows that could be encoded, image tokens included.
     pub row_tokens: Option<Spread>,
     /// How studies were found; absent if no row could be read.
@@ -178,9 +186,11 @@ impl CheckReport {
             let same = findings.iter().filter(|found| found.severity == severity);
             same.count()
         };
+        let too_long = findings.iter().filter(|found| found.kind == Kind::TooLong);
         Self {
             files,
             images,
+            too_long: too_long.count(),
             errors: of(Severity::Error),
             warnings: of(Severity::Warning),
             row_tokens: Spread::of(row_tokens),

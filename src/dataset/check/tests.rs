@@ -41,6 +41,7 @@ impl Bench {
             tokenizer: &self.tokenizer,
             processor: &self.processor,
             max_length,
+            opens_thinking: None,
             studies: StudyRule::Guess,
         };
         check.run(&train, val.as_deref(), &|_, _| {}).unwrap()
@@ -250,6 +251,7 @@ fn a_file_of_nothing_or_of_other_bytes_is_an_error() {
         tokenizer: &bench.tokenizer,
         processor: &bench.processor,
         max_length: 9,
+        opens_thinking: None,
         studies: StudyRule::Guess,
     };
     let report = check.run(&path, None, &|_, _| {}).unwrap();

@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::ConvertError;
-use crate::processor::sample::{IMAGE_TAG, Sample, parse_line};
+use crate::processor::sample::{IMAGE_TAG, Sample, parse_row};
 use crate::study::keys_of;
 
 /// Endings a picture may have where a row names none; the first is the corpus' own.
@@ -166,12 +166,7 @@ fn report_row(
 }
 
 fn message_row(path: &Path, number: usize, line: &str) -> Result<Row, ConvertError> {
-    let sample = parse_line(line, path, number)?;
-    let row = serde_json::from_str(line).map_err(|cause| ConvertError::Json {
-        path: path.to_owned(),
-        row: number,
-        reason: cause.to_string(),
-    })?;
+    let (sample, row) = parse_row(line, path, number)?;
     if sample.conversation.last_answer().is_none() {
         return Err(ConvertError::Form {
             path: path.to_owned(),
