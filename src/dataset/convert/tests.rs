@@ -36,6 +36,7 @@ impl Bench {
     fn options(&self) -> ConvertOptions {
         ConvertOptions {
             input: self.dir.path().join("corpus.json"),
+            keys: None,
             images: Some(self.dir.path().join("images")),
             output: self.dir.path().join("out"),
             prompts: None,
@@ -539,6 +540,67 @@ fn names_with_two_endings_are_found() {
     }
     let summary = bench.convert(&bench.options()).unwrap();
     assert_eq!((summary.rows_left_out(), summary.study.studies), (0, 2));
+}
+
+#[test]
+fn rows_of_other_keys_are_read_by_naming_them() {
+    let corpora = [
+        r#"{"train": [{"id": "CXR0", "report": "一", "image_path": ["CXR0/0.png", "CXR0/1.png"], "split": "train"}],
+            "val": [{"id": "CXR1", "report": "二", "image_path": ["CXR1/0.png"], "split": "val"}]}"#,
+        "{\"report\": \"一\", \"image_path\": [\"CXR0/0.png\", \"CXR0/1.png\"]}\n{\"report\": \"二\", \"image_path\": \"CXR1/0.png\", \"age\": 50}",
+    ];
+    for (corpus, unused) in corpora.into_iter().zip([0, 1]) {
+        let bench = Bench::new(corpus);
+        for name in ["CXR0/0.png", "CXR0/1.png", "CXR1/0.png"] {
+            let path = bench.dir.path().join("images").join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            image::GrayImage::new(64, 96).save(path).unwrap();
+        }
+        let keys = Some(CorpusKeys {
+            image: "image_path".into(),
+            report: "report".into(),
+        });
+        let options = ConvertOptions {
+            keys,
+            val_ratio: 0.0,
+            ..bench.options()
+        };
+        let summary = bench.convert(&options).unwrap();
+        assert_eq!(
+            (summary.form, summary.train.rows, summary.train.studies),
+            (CorpusForm::Keys, 2, 2)
+        );
+        let rows = bench.rows("train.jsonl");
+        let two = rows
+            .iter()
+            .find(|row| row["messages"][1]["content"] == "一")
+            .unwrap();
+        assert_eq!(two["images"].as_array().unwrap().len(), 2);
+        assert!(
+            two["messages"][0]["content"]
+                .as_str()
+                .unwrap()
+                .starts_with("<image><image>")
+        );
+        // A key that goes nowhere is told.
+        let told = summary
+            .warnings
+            .iter()
+            .filter(|line| line.contains("`age` of 1 row says nothing"));
+        assert_eq!(told.count(), unused);
+    }
+    let bench = Bench::new("a,b\n");
+    let table = bench.dir.path().join("table.csv");
+    fs::write(&table, "image,report\n").unwrap();
+    let options = ConvertOptions {
+        input: table,
+        ..bench.options()
+    };
+    let error = bench.convert(&options).unwrap_err().to_string();
+    assert!(
+        error.contains("--report-key") && error.contains("a table has to become JSON"),
+        "{error}"
+    );
 }
 
 #[test]
