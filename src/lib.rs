@@ -28,5 +28,6 @@ pub mod quant;
 pub mod qwen3_vl;
 pub mod serve;
 pub mod spread;
+pub mod study;
 pub mod system;
 pub mod train;

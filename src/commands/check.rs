@@ -8,8 +8,10 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use super::progress::{Progress, Unit};
-use super::{UsageError, shipped};
+use super::studies::StudyArgs;
+use super::{UsageError, shipped, unless_closed};
 use crate::dataset::check::{Check, CheckReport};
+use crate::processor::chat::ChatTemplate;
 use crate::processor::patches::{ImageProcessor, ImageProcessorConfig};
 use crate::processor::tokenizer::Tokenizer;
 
@@ -22,6 +24,9 @@ pub struct CheckArgs {
     /// Validation file; also checked for images, studies and reports of the data file.
     #[arg(long, value_name = "VAL.jsonl")]
     pub val: Option<PathBuf>,
+    /// Studies, which are not to be on both sides.
+    #[command(flatten)]
+    pub studies: StudyArgs,
     /// Folder of the checkpoint to be trained; its tokenizer counts the tokens.
     #[arg(long, value_name = "DIR", default_value = "model/tiny")]
     pub model: PathBuf,
@@ -50,11 +55,14 @@ pub fn run(args: CheckArgs) -> Result<()> {
     let model = shipped(&args.model);
     let tokenizer = Tokenizer::from_folder(&model)
         .context("the tokens of the samples cannot be counted; hint: `--model` names the folder of a checkpoint")?;
+    let template = ChatTemplate::find(&model, None)?;
     let processor = image_processor(Some(&model), args.min_pixels, args.max_pixels)?;
     let check = Check {
         tokenizer: &tokenizer,
         processor: &processor,
         max_length: args.max_length,
+        opens_thinking: template.map(|template| template.opens_thinking()),
+        studies: args.studies.rule()?,
     };
     let progress = Mutex::new(Progress::new("images", 0, Unit::Items));
     let report = check.run(&args.data, args.val.as_deref(), &|done, total| {
@@ -66,7 +74,7 @@ pub fn run(args: CheckArgs) -> Result<()> {
         progress.finish();
     }
     let report = report?;
-    print(&report, args.json).context("cannot print the findings")?;
+    unless_closed(print(&report, args.json)).context("cannot print the findings")?;
     if report.errors > 0 {
         bail!(
             "{} errors and {} warnings in {}; every one is listed above",
@@ -108,6 +116,18 @@ fn print(report: &CheckReport, json: bool) -> std::io::Result<()> {
             "tokens a row: {} to {}, {:.0} on average",
             tokens.min, tokens.max, tokens.mean
         )?;
+    }
+    if report.too_long > 0 {
+        let rows: usize = report.files.iter().map(|file| file.rows).sum();
+        let share = 100.0 * report.too_long as f64 / rows as f64;
+        writeln!(
+            out,
+            "{} of {rows} rows ({share:.1} %) longer than max_length: training ends at the first, or leaves them out with `overlong = \"skip\"`",
+            report.too_long
+        )?;
+    }
+    if let Some(study) = &report.study {
+        writeln!(out, "{}", study.english())?;
     }
     writeln!(
         out,

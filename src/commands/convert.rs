@@ -7,14 +7,16 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 
 use super::check::image_processor;
-use super::{UsageError, shipped};
-use crate::dataset::convert::{ConvertOptions, Split, convert, read_prompts};
+use super::studies::StudyArgs;
+use super::{UsageError, shipped, unless_closed};
+use crate::dataset::convert::{ConvertOptions, CorpusKeys, Split, convert, read_prompts};
 use crate::processor::tokenizer::Tokenizer;
 
 /// What stays on one side of the split.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum SplitName {
-    /// All images of a study: those whose names agree up to the first `_`.
+    /// All images of a study, and all studies of a patient where patients are known.
+    #[value(alias = "study")]
     Uid,
     /// Single rows, as published; views of one study and their common report come to both sides.
     Image,
@@ -35,10 +37,20 @@ pub struct ConvertArgs {
     /// Corpus: OpenI-zh's `annotations` or `img`/`prompt`/`label` rows, or JSONL in ms-swift's form.
     #[arg(value_name = "INPUT.json")]
     pub input: PathBuf,
+    /// Key of the image (a path or a list of them) in a corpus of another form: JSON rows, one a line, as a list, or
+    /// as lists under keys such as `train`.
+    #[arg(long, value_name = "KEY", requires = "report_key")]
+    pub image_key: Option<String>,
+    /// Key of the report in a corpus of another form.
+    #[arg(long, value_name = "KEY", requires = "image_key")]
+    pub report_key: Option<String>,
     /// Folder of the images; JSONL rows may do without and name their own.
+    ///
+    /// The path of a row is looked for below it, then ever shorter ends of the path, then the file name in any
+    /// folder below. A file that would stand for two paths is an error.
     #[arg(long, value_name = "DIR")]
     pub images: Option<PathBuf>,
-    /// Folder for train.jsonl, val.jsonl, missing.txt, summary.json and histograms.
+    /// Folder for train.jsonl, val.jsonl, missing.txt, summary.json and histograms; new or empty.
     #[arg(long, value_name = "DIR")]
     pub output: PathBuf,
     /// Questions to draw from, one a line; by default the twelve of the published training.
@@ -55,6 +67,9 @@ pub struct ConvertArgs {
     /// What stays on one side of the split.
     #[arg(long, value_enum, default_value = "uid")]
     pub split: SplitName,
+    /// Studies.
+    #[command(flatten)]
+    pub studies: StudyArgs,
     /// Distilled reasoning by image_id (JSON or JSONL): answers become `<think>` blocks with the report.
     ///
     /// Rows without reasoning are left out and listed in missing.txt.
@@ -90,6 +105,10 @@ pub fn run(args: ConvertArgs) -> Result<()> {
         None => None,
     };
     let options = ConvertOptions {
+        keys: args
+            .image_key
+            .zip(args.report_key)
+            .map(|(image, report)| CorpusKeys { image, report }),
         input: args.input,
         images: args.images,
         output: args.output,
@@ -97,8 +116,9 @@ pub fn run(args: ConvertArgs) -> Result<()> {
         seed: args.seed,
         val_ratio: args.val_ratio,
         split: args.split.into(),
+        studies: args.studies.rule()?,
         thinking: args.thinking,
     };
     let summary = convert(&options, tokenizer.as_ref(), &processor)?;
-    write!(stdout().lock(), "{summary}").context("cannot print the summary")
+    unless_closed(write!(stdout().lock(), "{summary}")).context("cannot print the summary")
 }

@@ -1,7 +1,6 @@
 //! `eval`: are the reports right? Scores of a model or of a file of predictions, beside the baselines.
 
 use std::{
-    collections::BTreeSet,
     io::{Write, stdout},
     path::{Path, PathBuf},
 };
@@ -10,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use burn::tensor::DType;
 use clap::{Args, ValueEnum};
 
-use super::{UsageError, generation_config, shipped};
+use super::{UsageError, generation_config, shipped, studies::StudyArgs, unless_closed};
 use crate::{
     backend::{DeviceName, DtypeName, run_on},
     cli::{GenerationArgs, ModelArgs},
@@ -20,17 +19,18 @@ use crate::{
         predictions::{PredictionKeys, read_predictions},
     },
     evaluation::{
-        Outcome, Settings, System, SystemTexts, Written,
+        Outcome, Remark, Settings, System, SystemTexts, Written,
         baselines::{Reports, nearest_image, without_images},
         evaluate,
         page::{PageFacts, html},
-        table,
+        table, too_few,
     },
     files::write_atomic,
     findings::score::UncertainPolicy,
     lora::base::check_base,
     quant::Quantization,
-    train::gradients::LossTotals,
+    study::{StudyFacts, counted},
+    train::{data::RunData, gradients::LossTotals},
 };
 use cases::TestSet;
 use model::ModelWork;
@@ -115,6 +115,9 @@ pub struct EvalArgs {
     /// Samples that go through the model at once.
     #[arg(long, value_name = "N", default_value_t = 8)]
     pub batch_size: usize,
+    /// Studies: intervals and tests are drawn by them.
+    #[command(flatten)]
+    pub studies: StudyArgs,
     /// Only the first reports of the test set.
     #[arg(long, value_name = "N")]
     pub limit: Option<usize>,
@@ -168,6 +171,7 @@ pub struct EvalArgs {
 /// Whatever keeps a report from being read, written or scored, with file, row and key.
 pub fn run(mut args: EvalArgs) -> Result<()> {
     check(&args)?;
+    let rule = args.studies.rule()?;
     let settings = Settings {
         bootstrap: Bootstrap {
             resamples: args.resamples,
@@ -179,9 +183,14 @@ pub fn run(mut args: EvalArgs) -> Result<()> {
         Some(dir) => Some(run_folder::curves(dir)?),
         None => None,
     };
-    choose_what(&mut args)?;
-    let data = args.data.as_deref().map(Dataset::open).transpose()?;
-    let train = args.train_data.as_deref().map(Dataset::open).transpose()?;
+    let held_out = choose_what(&mut args)?;
+    let (data, train) = match held_out {
+        Some(run) => (run.validation, Some(run.train)),
+        None => (
+            args.data.as_deref().map(Dataset::open).transpose()?,
+            args.train_data.as_deref().map(Dataset::open).transpose()?,
+        ),
+    };
     let mut warnings = Vec::new();
 
     let keys = PredictionKeys {
@@ -202,8 +211,10 @@ pub fn run(mut args: EvalArgs) -> Result<()> {
     if let Some(limit) = args.limit {
         set.truncate(limit);
     }
+    let study = set.find_studies(&rule, &mut warnings)?;
+    warnings.extend(too_few(study.studies, args.compare.is_some()));
     let training = train.as_ref().map(cases::reports).transpose()?;
-    cases::warn_of_leaks(&set, train.as_ref(), &mut warnings);
+    cases::warn_of_leaks(&set, train.as_ref(), &rule, &mut warnings)?;
 
     let compared = match &args.compare {
         Some(path) => Some(cases::align(
@@ -214,7 +225,7 @@ pub fn run(mut args: EvalArgs) -> Result<()> {
         )?),
         None => None,
     };
-    let work = model_work(&args, &set, data.as_ref(), train.as_ref())?;
+    let work = model_work(&args, &set, data.as_ref(), train.as_ref(), !study.guessed)?;
     let from_model = match work {
         Some(work) => Some(run_on(args.device, args.dtype.map(DType::from), work)??),
         None => None,
@@ -235,10 +246,10 @@ pub fn run(mut args: EvalArgs) -> Result<()> {
     }
     let reports = training.as_deref().map_or_else(
         || {
-            warnings.push(
-                "没有给训练集，基线取自测试集自身的报告，偏高 (no --train-data: the baselines know the test set's own reports, which flatters them)"
-                    .to_owned(),
-            );
+            warnings.push(Remark::new(
+                "没有给训练集，基线取自测试集自身的报告，偏高",
+                "no --train-data: the baselines know the test set's own reports, which flatters them",
+            ));
             Reports::Own
         },
         Reports::Training,
@@ -258,14 +269,15 @@ pub fn run(mut args: EvalArgs) -> Result<()> {
         System::Swapped => 4,
     });
     for warning in &warnings {
-        eprintln!("note: {warning}");
+        eprintln!("note: {}", warning.english);
     }
-    eprintln!("scoring {} reports", set.cases.len());
+    eprintln!("{}", study.english());
+    eprintln!("scoring {}", counted(set.cases.len(), "report", "reports"));
     let outcome = evaluate(set.cases.clone(), systems, compared.as_deref(), settings)?;
-    tell(&outcome, loss.as_ref(), args.all).context("cannot write to stdout")?;
-    let facts = facts(&args, &warnings, loss.as_ref(), curves);
+    unless_closed(tell(&outcome, loss.as_ref(), args.all)).context("cannot write to stdout")?;
+    let facts = facts(&args, &study, warnings, loss.as_ref(), curves);
     if let Some(path) = &args.json {
-        let json = output::json(&outcome, &facts);
+        let json = output::json(&outcome, &facts, &study);
         write_atomic(path, |out| {
             serde_json::to_writer_pretty(&mut *out, &json)?;
             out.write_all(b"\n")
@@ -318,10 +330,13 @@ fn check(args: &EvalArgs) -> Result<()> {
 }
 
 /// Fills in what was not typed: a run's best checkpoint and data, or what comes with the repository.
-fn choose_what(args: &mut EvalArgs) -> Result<()> {
+///
+/// Gives the data of a run that held its validation rows out of its training data.
+fn choose_what(args: &mut EvalArgs) -> Result<Option<RunData>> {
+    let mut held_out = None;
     if args.predictions.is_none() && args.model.is_none() && !args.baselines_only {
         if let Some(dir) = args.run.clone() {
-            run_folder::choose(&dir, args)?;
+            held_out = run_folder::choose(&dir, args)?;
         } else {
             args.model = Some(PathBuf::from("model/tiny"));
             if args.data.is_none() {
@@ -336,11 +351,11 @@ fn choose_what(args: &mut EvalArgs) -> Result<()> {
         ));
     }
     for name in [&mut args.data, &mut args.train_data].into_iter().flatten() {
-        if !name.starts_with("phantom:") {
+        if held_out.is_none() && !name.starts_with("phantom:") {
             *name = shipped(Path::new(name.as_str())).display().to_string();
         }
     }
-    Ok(())
+    Ok(held_out)
 }
 
 /// What a model is needed for; `None` if for nothing.
@@ -349,6 +364,7 @@ fn model_work(
     set: &TestSet,
     data: Option<&Dataset>,
     train: Option<&Dataset>,
+    keeps_studies: bool,
 ) -> Result<Option<ModelWork>> {
     let Some(model) = &args.model else {
         return Ok(None);
@@ -384,6 +400,7 @@ fn model_work(
         swaps: writes && !args.no_swapped,
         neighbour,
         output: args.output.clone(),
+        keeps_studies,
     }))
 }
 
@@ -412,7 +429,8 @@ fn tell(outcome: &Outcome, loss: Option<&LossTotals>, all: bool) -> std::io::Res
 
 fn facts(
     args: &EvalArgs,
-    warnings: &[String],
+    study: &StudyFacts,
+    warnings: Vec<Remark>,
     loss: Option<&LossTotals>,
     curves: Option<String>,
 ) -> PageFacts {
@@ -427,22 +445,16 @@ fn facts(
     fact("测试集", "test set", args.data.clone());
     fact("训练集", "training set", args.train_data.clone());
     fact("比较对象", "compared with", path(&args.compare));
+    fact("检查来源", "studies from", Some(study.from.clone()));
     if args.baselines_only {
         let value = "仅基线，无模型 (baselines only; the first one stands in the model's place)";
         fact("系统", "system", Some(value.to_owned()));
     }
     PageFacts {
         facts,
-        warnings: warnings.to_vec(),
+        warnings,
         loss: loss.map(|totals| (totals.loss(), totals.loss().exp(), totals.token_accuracy())),
         curves,
         gallery: args.gallery,
     }
-}
-
-/// Study names of a data set.
-fn studies(data: &Dataset) -> BTreeSet<String> {
-    (0..data.len())
-        .filter_map(|row| cases::study_of_row(data, row))
-        .collect()
 }

@@ -17,6 +17,7 @@ pub mod plan;
 mod progress;
 pub mod quantize;
 pub mod serve;
+pub mod studies;
 mod tags;
 pub mod train;
 
@@ -41,6 +42,14 @@ fn shipped(path: &Path) -> PathBuf {
         beside
     } else {
         path.to_path_buf()
+    }
+}
+
+/// A reader that has seen enough, such as `head`, is no failure.
+fn unless_closed(printed: std::io::Result<()>) -> std::io::Result<()> {
+    match printed {
+        Err(cause) if cause.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        other => other,
     }
 }
 

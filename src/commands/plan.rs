@@ -8,7 +8,7 @@ use super::{UsageError, shipped, train::with_keys};
 use crate::{
     backend::{DeviceName, DeviceTask, run_on},
     cli::PlanArgs,
-    dataset::{Dataset, DatasetError},
+    dataset::{Dataset, DatasetError, LeftOut, loader::Overlong},
     files::write_atomic,
     kernels::Kernels,
     pipeline::{PipelineOptions, TextAndImages},
@@ -123,11 +123,31 @@ pub fn run(args: &PlanArgs) -> Result<()> {
         .iter()
         .filter(|length| **length > config.max_length)
         .count();
-    if over > 0 {
-        println!(
-            "{over} samples are longer than max_length {}",
+    let left_out = LeftOut {
+        rows: over,
+        of: data.len(),
+        max_length: config.max_length,
+    };
+    match config.overlong {
+        Overlong::Skip if over == data.len() => bail!(DatasetError::AllTooLong {
+            file: name,
+            rows: over,
+            shortest: at(0.0),
+            max_length: config.max_length,
+        }),
+        Overlong::Skip => left_out
+            .sentence()
+            .iter()
+            .for_each(|line| println!("{line}")),
+        Overlong::Error if over > 0 => println!(
+            "{over} of {} samples are longer than max_length {}; the run ends at the first of them (`overlong = \"skip\"` leaves them out)",
+            data.len(),
             config.max_length
-        );
+        ),
+        Overlong::Error => {}
+    }
+    for remark in data.remarks() {
+        println!("note: {remark}");
     }
     print!("{}", bars(&sorted));
     if let Some(path) = &args.histogram {

@@ -46,6 +46,7 @@ use crate::{
     train::{
         budget::{Budget, Form},
         config::TrainConfig,
+        data::RunData,
         run::{QuietRenderer, Resume, RunOptions, RunResult, train},
         strategy::{Ending, Generated, GenerationScorer, TrainError},
         trace::Trace,
@@ -61,6 +62,7 @@ const DEFAULT_CONFIG: &str = "configs/tiny.toml";
 /// Anything that kept the run from reaching its end; an interruption that was saved is none.
 pub fn run(args: TrainArgs) -> Result<()> {
     let mut config = load_config(&args)?;
+    validate_on_own_data(&args, &mut config);
     config.model = shipped(&config.model);
     for data in [Some(&mut config.train_data), config.val_data.as_mut()]
         .into_iter()
@@ -171,6 +173,35 @@ fn load_config(args: &TrainArgs) -> Result<TrainConfig> {
     }
     set_keys(&mut table, &args.set)?;
     from_table(table)
+}
+
+/// Share held out where a run is given training data of its own and no validation data.
+const HELD_OUT: f64 = 0.05;
+
+/// Drawings say nothing about films: a run that is given films to learn from does not validate on the drawings of
+/// its config, but on studies held out of them.
+fn validate_on_own_data(args: &TrainArgs, config: &mut TrainConfig) {
+    let sample = Path::new("data/sample");
+    let is_drawn = |name: &str| {
+        let path = Path::new(name);
+        let repository = Path::new(env!("CARGO_MANIFEST_DIR"));
+        name.starts_with("phantom:")
+            || path.starts_with(sample)
+            || path.starts_with(repository.join(sample))
+    };
+    let is_set = |key: &str| {
+        let mut pairs = args.set.iter().filter_map(|pair| pair.split_once('='));
+        pairs.any(|(name, _)| name.trim() == key)
+    };
+    let own = (args.train_data.is_some() || is_set("train_data")) && !is_drawn(&config.train_data);
+    let asked = args.val_data.is_some() || is_set("val_data");
+    if !own || asked || !config.val_data.as_deref().is_some_and(is_drawn) {
+        return;
+    }
+    config.val_data = None;
+    if !is_set("split_dataset_ratio") {
+        config.split_dataset_ratio = HELD_OUT;
+    }
 }
 
 /// Samples whose lengths stand for all when a form of the step is chosen.
@@ -369,7 +400,7 @@ impl ReplicatedTask for Train {
         if result.ending == Ending::Interrupted {
             return Ok(());
         }
-        if self.args.show > 0 && result.state.config.val_data.is_some() {
+        if self.args.show > 0 && result.state.config.validates() {
             show_examples(&result, self.args.show, &device)?;
         }
         println!();
@@ -542,10 +573,10 @@ fn show_examples<B: Kernels>(
     device: &B::Device,
 ) -> Result<()> {
     let config = &result.state.config;
-    let Some(name) = &config.val_data else {
+    let Some(data) = RunData::open(config)?.validation else {
         return Ok(());
     };
-    let data = Dataset::open(name)?;
+    let name = data.name();
     let model = merge(result.model.clone());
     let mut all = Vec::new();
     for rows in batches(

@@ -7,23 +7,25 @@ mod finding;
 mod leaks;
 #[cfg(test)]
 mod tests;
+mod thinking;
 
-use std::collections::{BTreeMap, HashMap};
+use std::borrow::Cow;
+use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
-use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use super::{UnusedKeys, in_words, rows::rows};
 use crate::files::sha256_file;
-use crate::processor::chat::{ChatError, refuse_control_tokens};
-use crate::processor::image::ImageError;
+use crate::processor::chat::{ChatError, ImageGrid, refuse_control_tokens};
 use crate::processor::patches::ImageProcessor;
-use crate::processor::sample::{IMAGE_TAG, Sample, SampleError, parse_line};
+use crate::processor::sample::{Conversation, RowFault, Sample, parse_line};
 use crate::processor::supervised::{SupervisedError, encode_supervised};
 use crate::processor::tokenizer::Tokenizer;
+use crate::study::{StudyError, StudyRule};
 
 pub use finding::{CheckReport, FileCount, Finding, Kind, Severity};
 
@@ -43,6 +45,9 @@ pub enum CheckError {
         /// What the system said.
         cause: std::io::Error,
     },
+    /// A rule for studies does not fit.
+    #[error(transparent)]
+    Study(#[from] StudyError),
     /// The threads could not be started.
     #[error("cannot start the threads of the check: {0}")]
     Threads(#[from] rayon::ThreadPoolBuildError),
@@ -56,13 +61,18 @@ pub struct Check<'a> {
     pub processor: &'a ImageProcessor,
     /// Most tokens of a row, image tokens included.
     pub max_length: usize,
+    /// Whether the chat template of the model opens a `<think>` block; `None` if it brings none.
+    pub opens_thinking: Option<bool>,
+    /// What a study is, where rows do not name theirs.
+    pub studies: StudyRule,
 }
 
 /// An image file that was looked at.
 #[derive(Debug, Clone)]
 struct Seen {
     sha256: String,
-    grid: [usize; 3],
+    /// Width and height in pixels, as it is shown.
+    size: (usize, usize),
     /// Doubts about the picture, with its name.
     remarks: Vec<String>,
 }
@@ -144,11 +154,9 @@ impl Check<'_> {
                 row_tokens.extend(tokens);
             }
             findings.extend(leaks::duplicates(path, rows));
+            findings.extend(thinking::disagreement(path, rows, self.opens_thinking));
         }
-        if let [train, val] = files.as_mut_slice() {
-            let found = leaks::between(train, val);
-            val.findings.extend(found);
-        }
+        let study = leaks::studies(&mut files, &self.studies)?;
         let mut findings = Vec::new();
         let mut counts = Vec::new();
         for mut file in files {
@@ -163,6 +171,7 @@ impl Check<'_> {
             counts,
             images.len(),
             &row_tokens,
+            study,
             findings,
         ))
     }
@@ -189,19 +198,14 @@ impl Check<'_> {
     }
 
     fn look_at(&self, path: &Path) -> Result<Seen, String> {
-        let in_words = |error: ImageError| error.to_string();
         let reading = self
             .processor
             .read(path, None)
-            .map_err(|error| match error {
-                // The system's word says whether it is missing or forbidden.
-                ImageError::Read { name, cause } => format!("cannot read image `{name}`: {cause}"),
-                other => other.to_string(),
-            })?;
-        let grid = self
-            .processor
-            .grid_for(reading.picture.height(), reading.picture.width())
-            .map_err(in_words)?;
+            .map_err(|error| in_words(&error))?;
+        let (width, height) = (reading.picture.width(), reading.picture.height());
+        self.processor
+            .grid_for(height, width)
+            .map_err(|error| in_words(&error))?;
         // What a file merely leaves unsaid would be a warning on every row of some archives.
         let remarks = reading
             .remarks
@@ -211,9 +215,26 @@ impl Check<'_> {
         let sha256 = sha256_file(path).map_err(|error| error.to_string())?;
         Ok(Seen {
             sha256,
-            grid,
+            size: (width, height),
             remarks: remarks.collect(),
         })
+    }
+
+    /// The conversation with its boxes, and the grids of the images at the row's own pixel limits.
+    fn placed<'s>(
+        &self,
+        sample: &'s Sample,
+        sizes: &[(usize, usize)],
+    ) -> Result<(Cow<'s, Conversation>, Vec<ImageGrid>), String> {
+        let conversation = sample.placed(sizes).map_err(|fault| fault.to_string())?;
+        let processor = self.processor.with_pixels(sample.limits);
+        let processor =
+            processor.map_err(|cause| RowFault::Limits(cause.to_string()).to_string())?;
+        let grids = sizes.iter().map(|(width, height)| {
+            let grid = processor.grid_for(*height, *width);
+            grid.map_err(|error| in_words(&error))
+        });
+        Ok((conversation, grids.collect::<Result<_, _>>()?))
     }
 
     /// Findings of one row, and its length in tokens if it could be encoded.
@@ -236,12 +257,12 @@ impl Check<'_> {
         let mut error = |kind, message: String| {
             findings.push(Finding::new(Severity::Error, kind, file, line, message));
         };
-        let mut grids = Vec::new();
+        let mut sizes = Vec::new();
         for path in &row.paths {
             match images.get(path) {
                 Some(Ok(seen)) => {
                     row.hashes.push(seen.sha256.clone());
-                    grids.push(seen.grid);
+                    sizes.push(seen.size);
                 }
                 Some(Err(reason)) => error(Kind::Image, reason.clone()),
                 None => {}
@@ -259,8 +280,15 @@ impl Check<'_> {
         if !row.is_whole() || conversation.last_answer().is_none() {
             return (findings, None);
         }
+        let (conversation, grids) = match self.placed(&row.sample, &sizes) {
+            Ok(placed) => placed,
+            Err(reason) => {
+                error(Kind::Form, reason);
+                return (findings, None);
+            }
+        };
         let merge_size = self.processor.config().merge_size;
-        match encode_supervised(self.tokenizer, conversation, &grids, merge_size) {
+        match encode_supervised(self.tokenizer, &conversation, &grids, merge_size) {
             Ok(ids) => {
                 let tokens = ids.input_ids.len();
                 let image: usize = grids
@@ -305,37 +333,36 @@ fn read(path: &Path) -> Result<DataFile, CheckError> {
         rows: Vec::new(),
         findings: Vec::new(),
     };
+    let rows = match rows(path, &bytes) {
+        Ok(rows) => rows,
+        Err(error) => {
+            file.lines = 1;
+            let (severity, kind) = (Severity::Error, Kind::Json);
+            let finding = Finding::new(severity, kind, path, error.line, error.reason);
+            file.findings.push(finding);
+            return Ok(file);
+        }
+    };
     let mut folders = HashMap::new();
-    let mut unknown: BTreeMap<String, (usize, usize)> = BTreeMap::new();
-    for (index, text) in bytes.split(|byte| *byte == b'\n').enumerate() {
-        let line = index + 1;
+    let mut unused = UnusedKeys::default();
+    for (line, text) in rows {
         let mut found = |severity, kind, message| {
             let finding = Finding::new(severity, kind, path, line, message);
             file.findings.push(finding);
         };
-        let text = match std::str::from_utf8(text) {
-            Ok(text) => text.trim(),
-            Err(cause) => {
-                file.lines += 1;
-                let message = format!("not UTF-8: {cause}");
-                found(Severity::Error, Kind::Json, message);
-                continue;
-            }
-        };
-        if text.is_empty() {
-            continue;
-        }
         file.lines += 1;
-        let sample = match parse_line(text, path, line) {
+        let mut sample = match parse_line(text, path, line) {
             Ok(sample) => sample,
             Err(error) => {
-                let (kind, message) = in_words(error);
-                found(Severity::Error, kind, message);
+                found(
+                    Severity::Error,
+                    kind_of(&error.fault),
+                    error.fault.to_string(),
+                );
                 continue;
             }
         };
-        let images = sample.images.len();
-        let marks = count_marks(text);
+        let (images, marks) = (sample.images.len(), sample.marks);
         if marks != images {
             let message = format!(
                 "{marks} `<image>` marks for {images} images; images without a mark go before the first question"
@@ -346,9 +373,7 @@ fn read(path: &Path) -> Result<DataFile, CheckError> {
             let message = "the row has no image".to_owned();
             found(Severity::Warning, Kind::NoImage, message);
         }
-        for key in &sample.unknown_keys {
-            unknown.entry(key.clone()).or_insert((line, 0)).1 += 1;
-        }
+        unused.add(line, std::mem::take(&mut sample.unknown_keys));
         let conversation = format!("{:?}", sample.conversation);
         file.rows.push(Row {
             line,
@@ -362,9 +387,7 @@ fn read(path: &Path) -> Result<DataFile, CheckError> {
             sample,
         });
     }
-    for (key, (line, count)) in unknown {
-        let message =
-            format!("the key `{key}` is not used; {count} rows have it, this is the first");
+    for (line, message) in unused.sentences() {
         let finding = Finding::new(Severity::Warning, Kind::UnknownKey, path, line, message);
         file.findings.push(finding);
     }
@@ -394,48 +417,13 @@ fn real_path(path: PathBuf, folders: &mut HashMap<PathBuf, PathBuf>) -> PathBuf 
     real.join(name)
 }
 
-/// Number of `<image>` in the questions as they are written.
-fn count_marks(text: &str) -> usize {
-    let Ok(row) = serde_json::from_str::<Value>(text) else {
-        return 0;
-    };
-    let messages = row.get("messages").and_then(Value::as_array);
-    messages
-        .into_iter()
-        .flatten()
-        .filter(|message| message.get("role").and_then(Value::as_str) == Some("user"))
-        .filter_map(|message| message.get("content").and_then(Value::as_str))
-        .map(|content| content.matches(IMAGE_TAG).count())
-        .sum()
-}
-
-/// Kind and words of a line that is no sample; file and line are told elsewhere.
-fn in_words(error: SampleError) -> (Kind, String) {
-    match error {
-        SampleError::Json { cause, .. } if cause.is_data() => (Kind::Form, cause.to_string()),
-        SampleError::Json { cause, .. } => (Kind::Json, format!("not JSON: {cause}")),
-        SampleError::Key {
-            key,
-            found,
-            expected,
-            ..
-        } => {
-            let kind = if found == "empty" {
-                Kind::NoAnswer
-            } else {
-                Kind::Form
-            };
-            (kind, format!("`{key}` is {found}; expected {expected}"))
-        }
-        SampleError::Placeholders {
-            placeholders,
-            images,
-            ..
-        } => {
-            let message = format!(
-                "{placeholders} `<image>` marks for {images} images; expected no more marks than images"
-            );
-            (Kind::ImageMarks, message)
-        }
+/// What kind of fault makes a line no sample.
+fn kind_of(fault: &RowFault) -> Kind {
+    match fault {
+        RowFault::Json(_) => Kind::Json,
+        RowFault::Form { .. } | RowFault::Key { .. } | RowFault::Limits(_) => Kind::Form,
+        RowFault::EmptyAnswer { .. } => Kind::NoAnswer,
+        RowFault::Refused { .. } | RowFault::Slip { .. } => Kind::RefusedKey,
+        RowFault::Tag { .. } | RowFault::Placeholders { .. } => Kind::ImageMarks,
     }
 }

@@ -1,7 +1,7 @@
 //! A corpus of reports and images to training and validation files in ms-swift's form.
 //!
 //! The way: rows of any published form ([`CorpusForm`]) → rows whose images are there → a question
-//! each, drawn by seed → a split that keeps the views of a study together → `train.jsonl`,
+//! each, drawn by seed → a split that keeps studies and patients whole ([`crate::study`]) → `train.jsonl`,
 //! `val.jsonl`, `missing.txt`, histograms and `summary.json`. Draws follow Python's generator, so
 //! [`Split::Image`] with the published seed gives the published rows. Images are neither copied nor
 //! changed, and nothing is left out without a line in `missing.txt`.
@@ -9,8 +9,6 @@
 mod corpus;
 mod error;
 mod images;
-mod python_random;
-mod split;
 mod summary;
 #[cfg(test)]
 mod tests;
@@ -25,19 +23,21 @@ use serde_json::{Map, Value, json};
 
 use crate::files::{FileError, sha256_file, write_atomic};
 use crate::processor::patches::ImageProcessor;
-use crate::processor::sample::{IMAGE_TAG, parse_line};
+use crate::processor::sample::{IMAGE_TAG, escaped, parse_line};
 use crate::processor::supervised::encode_supervised;
 use crate::processor::tokenizer::Tokenizer;
+use crate::study::{PATIENT_KEYS, STUDY_KEYS, Studies, StudyFacts, StudyRow, StudyRule, counted};
 
-pub use corpus::CorpusForm;
 use corpus::{Body, Row};
+pub use corpus::{CorpusForm, CorpusKeys};
 pub use error::ConvertError;
 use images::{Finder, LeftOut, Picture};
-use python_random::PythonRandom;
-use split::{choose, studies};
 use summary::Measures;
 pub use summary::{PartCount, Spread, Summary};
 use thinking::Thinking;
+
+use super::python_random::PythonRandom;
+use super::split;
 
 /// The questions of the published training.
 ///
@@ -57,14 +57,14 @@ pub const PROMPTS: [&str; 12] = [
     "请对这张胸部影像进行专业分析。",
 ];
 
-/// Names of the files a conversion writes beside its histograms.
-const OUTPUTS: [&str; 4] = ["train.jsonl", "val.jsonl", "missing.txt", "summary.json"];
+/// A share of rows without image above which the result begins with a warning.
+const MUCH_MISSING: f64 = 0.1;
 
 /// What must not be torn apart by the split.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Split {
-    /// Studies: the images whose names agree up to the first `_`.
+    /// Studies, and patients where they are known.
     #[default]
     Uid,
     /// Nothing: rows are drawn one by one, as published; views of one study, which share a report,
@@ -77,6 +77,8 @@ pub enum Split {
 pub struct ConvertOptions {
     /// The corpus.
     pub input: PathBuf,
+    /// Keys of image and report in a corpus of another form.
+    pub keys: Option<CorpusKeys>,
     /// Folder of the images; rows of `messages` may do without and name their own.
     pub images: Option<PathBuf>,
     /// Folder to write to; made if missing.
@@ -90,6 +92,8 @@ pub struct ConvertOptions {
     pub val_ratio: f64,
     /// What must not be torn apart.
     pub split: Split,
+    /// What a study is, where rows do not name theirs.
+    pub studies: StudyRule,
     /// File of distilled reasoning; rows without a text in it are left out.
     pub thinking: Option<PathBuf>,
 }
@@ -118,7 +122,10 @@ pub fn convert(
     if !(0.0..1.0).contains(&options.val_ratio) {
         return Err(ConvertError::ValRatio(options.val_ratio));
     }
-    let (form, rows) = corpus::read(&options.input)?;
+    let (form, rows) = match &options.keys {
+        Some(keys) => corpus::read_keyed(&options.input, keys)?,
+        None => corpus::read(&options.input)?,
+    };
     if rows.is_empty() {
         return Err(ConvertError::Empty(options.input.clone()));
     }
@@ -134,6 +141,11 @@ pub fn convert(
     };
     let output = prepare_output(options)?;
     let mut summary = empty_summary(options, form, rows.len(), processor)?;
+
+    let mut unused: BTreeMap<String, usize> = BTreeMap::new();
+    for key in rows.iter().flat_map(|row| &row.unused) {
+        *unused.entry(key.clone()).or_default() += 1;
+    }
 
     let mut usable = Vec::new();
     let mut left_out = Vec::new();
@@ -206,33 +218,37 @@ pub fn convert(
         }
     }
     random.shuffle(&mut usable);
-    let studies = studies(&usable);
-    let in_val = choose(options, &mut random, &studies)?;
+    let rows: Vec<StudyRow> = usable
+        .iter()
+        .map(|usable| usable.study_row(options))
+        .collect();
+    let studies = options.studies.studies(&rows)?;
+    let in_val = in_validation(options, &mut random, &studies.groups)?;
 
     let mut measures = Measures::default();
     let mut lines = [Vec::new(), Vec::new()];
-    for (usable, in_val) in usable.iter().zip(&in_val) {
-        let line = usable.line(&prompts);
+    for (at, (usable, in_val)) in usable.iter().zip(&in_val).enumerate() {
+        let line = usable.line(
+            &prompts,
+            options.studies.is_given().then_some((&studies, at)),
+        );
         measure(usable, &line, options, tokenizer, processor, &mut measures)?;
         lines[usize::from(*in_val)].push(line);
     }
-    let side = |wanted: bool| -> BTreeSet<usize> {
-        let sides = studies.iter().zip(&in_val);
-        sides
-            .filter(|(_, val)| **val == wanted)
-            .map(|(study, _)| *study)
-            .collect()
-    };
-    let (train, val) = (side(false), side(true));
-    summary.train = PartCount {
-        rows: lines[0].len(),
-        studies: train.len(),
-    };
-    summary.val = PartCount {
-        rows: lines[1].len(),
-        studies: val.len(),
-    };
-    summary.studies_in_both = train.intersection(&val).count();
+    count_studies(&mut summary, studies, &in_val);
+    for (key, count) in unused {
+        summary.warnings.push(format!(
+            "the key `{key}` of {} says nothing to training",
+            counted(count, "row", "rows")
+        ));
+    }
+    if summary.rows_without_image as f64 > MUCH_MISSING * summary.rows_read as f64 {
+        summary.warnings.push(format!(
+            "{} of {} have no image and are left out; hint: `--images` names the folder that holds them all, missing.txt lists them",
+            summary.rows_without_image,
+            counted(summary.rows_read, "row", "rows"),
+        ));
+    }
     summary.characters = Spread::of(&measures.characters);
     summary.answer_tokens = Spread::of(&measures.answer_tokens);
     summary.row_tokens = Spread::of(&measures.row_tokens);
@@ -301,19 +317,57 @@ fn questions(options: &ConvertOptions) -> Result<Vec<String>, ConvertError> {
     Ok(prompts)
 }
 
-/// Makes the output folder and gives its canonical path.
+/// Makes the output folder, which must be empty, and gives its canonical path.
 fn prepare_output(options: &ConvertOptions) -> Result<PathBuf, ConvertError> {
     let failed = |cause| FileError::write(&options.output, cause);
-    fs::create_dir_all(&options.output).map_err(failed)?;
-    let output = options.output.canonicalize().map_err(failed)?;
-    let read = [Some(&options.input), options.thinking.as_ref()];
-    for path in read.into_iter().flatten() {
-        let real = path.canonicalize().unwrap_or_else(|_| path.clone());
-        if OUTPUTS.iter().any(|name| output.join(name) == real) {
-            return Err(ConvertError::Overwrites(path.clone()));
-        }
+    let holds_something = match fs::read_dir(&options.output) {
+        Ok(mut entries) => entries.next().is_some(),
+        Err(_) => options.output.exists(),
+    };
+    if holds_something {
+        return Err(ConvertError::Exists(options.output.clone()));
     }
-    Ok(output)
+    fs::create_dir_all(&options.output).map_err(failed)?;
+    Ok(options.output.canonicalize().map_err(failed)?)
+}
+
+/// Whether each row is for validation.
+fn in_validation(
+    options: &ConvertOptions,
+    random: &mut PythonRandom,
+    groups: &[usize],
+) -> Result<Vec<bool>, ConvertError> {
+    let chosen = match options.split {
+        Split::Uid => split::hold_out(groups, options.val_ratio, random),
+        Split::Image => split::wanted(groups.len(), options.val_ratio)
+            .map(|wanted| (0..groups.len()).map(|row| row < wanted).collect()),
+    };
+    chosen.map_err(ConvertError::CannotSplit)
+}
+
+/// Fills in what is on which side.
+fn count_studies(summary: &mut Summary, studies: Studies, in_val: &[bool]) {
+    let side = |wanted: bool| {
+        let rows = in_val.iter().enumerate();
+        rows.filter(move |(_, val)| **val == wanted)
+            .map(|(row, _)| row)
+    };
+    let ids = |wanted| -> BTreeSet<&String> { side(wanted).map(|row| &studies.ids[row]).collect() };
+    let patients = |wanted| -> BTreeSet<&String> {
+        side(wanted)
+            .filter_map(|row| studies.patients[row].as_ref())
+            .collect()
+    };
+    for (part, wanted) in [(&mut summary.train, false), (&mut summary.val, true)] {
+        *part = PartCount {
+            rows: side(wanted).count(),
+            studies: ids(wanted).len(),
+        };
+    }
+    summary.studies_in_both = ids(false).intersection(&ids(true)).count();
+    summary.patients_in_both = patients(false).intersection(&patients(true)).count();
+    summary.warnings = studies.doubts.iter().map(|doubt| doubt.english()).collect();
+    summary.study = studies.facts;
 }
 
 fn empty_summary(
@@ -336,6 +390,9 @@ fn empty_summary(
         train: PartCount::default(),
         val: PartCount::default(),
         studies_in_both: 0,
+        patients_in_both: 0,
+        study: StudyFacts::default(),
+        warnings: Vec::new(),
         questions: BTreeMap::new(),
         questions_kept: 0,
         characters: None,
@@ -350,8 +407,19 @@ fn empty_summary(
 }
 
 impl Usable {
-    /// The row as a line of the output.
-    fn line(&self, prompts: &[String]) -> String {
+    /// What the row says of its study.
+    fn study_row(&self, options: &ConvertOptions) -> StudyRow {
+        StudyRow {
+            name: format!("`{}` row {}", options.input.display(), self.row.number),
+            keys: self.row.keys.clone(),
+            images: self.images.iter().map(|image| image.told.clone()).collect(),
+            folder: String::new(),
+        }
+    }
+
+    /// The row as a line of the output. With `studies`, which a rule of the user gave, it names its study for those
+    /// who read it later.
+    fn line(&self, prompts: &[String], studies: Option<(&Studies, usize)>) -> String {
         let images: Vec<&str> = self
             .images
             .iter()
@@ -366,7 +434,7 @@ impl Usable {
                 "messages".to_owned(),
                 json!([
                     {"role": "user", "content": question(self.question.unwrap_or_default())},
-                    {"role": "assistant", "content": self.answer},
+                    {"role": "assistant", "content": escaped(&self.answer)},
                 ]),
             )]),
             Body::Messages { row, .. } => {
@@ -381,15 +449,28 @@ impl Usable {
                             message["content"] = content.into();
                         }
                     }
-                    // A checked row ends with its answer.
-                    if let Some(last) = messages.last_mut() {
-                        last["content"] = self.answer.as_str().into();
+                    // A checked row ends with its answer, which stays as it was written unless it is new.
+                    let new = self.answer != self.row.report();
+                    if let Some(last) = messages.last_mut().filter(|_| new) {
+                        last["content"] = escaped(&self.answer).into();
                     }
                 }
                 row
             }
         };
         row.insert("images".into(), json!(images));
+        let names = |keys: &[&str]| keys.iter().any(|key| self.row.keys.contains_key(*key));
+        if let Some((studies, at)) = studies {
+            if !names(&STUDY_KEYS) {
+                row.insert("study".into(), json!(studies.ids[at]));
+            }
+            if let Some(patient) = studies.patients[at]
+                .as_ref()
+                .filter(|_| !names(&PATIENT_KEYS))
+            {
+                row.insert("patient".into(), json!(patient));
+            }
+        }
         Value::Object(row).to_string()
     }
 }

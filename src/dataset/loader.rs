@@ -312,7 +312,7 @@ impl WindowLoader {
     ) -> DatasetError {
         DatasetError::Positions {
             file: self.dataset.name().to_string(),
-            row: samples.first().map_or(0, |(row, _)| row + 1),
+            row: samples.first().map_or(0, |(row, _)| self.dataset.row(*row)),
             cause,
         }
     }
@@ -420,7 +420,7 @@ impl WindowStream {
                 Some(Err(DatasetError::Slow {
                     file: dataset.name().to_string(),
                     step: self.next + 1,
-                    rows: rows.into_iter().map(|row| row + 1).collect(),
+                    rows: rows.into_iter().map(|row| dataset.row(row)).collect(),
                     seconds: patience.as_secs_f64(),
                 }))
             }

@@ -5,9 +5,15 @@
 
 pub mod check;
 pub mod convert;
+mod facts;
+mod held_out;
 pub mod loader;
+mod python_random;
+pub mod rows;
+mod split;
 
 use std::{
+    borrow::Cow,
     fs,
     ops::Range,
     path::{Path, PathBuf},
@@ -20,13 +26,17 @@ use crate::{
     phantom::{Dialect, PhantomStudies},
     pipeline::TextAndImages,
     processor::{
-        image::{ImageError, RgbImage},
+        image::{DecodeLimits, ImageError, RgbImage, probe},
         message::Part,
-        sample::{Conversation, Sample, SampleError, parse_line},
+        patches::ImageProcessor,
+        sample::{Conversation, PixelLimits, RowFault, Sample, SampleError, parse_line},
         supervised::{SupervisedError, encode_prompt, encode_supervised},
     },
     qwen3_vl::{ImageInput, rope::PositionError},
 };
+
+pub(crate) use facts::UnusedKeys;
+pub use facts::{DataFacts, LeftOut};
 
 /// What can be wrong with a data set.
 #[derive(Debug, thiserror::Error)]
@@ -47,11 +57,26 @@ pub enum DatasetError {
     /// There is no row.
     #[error("`{0}` holds no sample")]
     Empty(String),
+    /// The file is not one row a line.
+    #[error(transparent)]
+    Rows(#[from] rows::RowsError),
     /// A row is not in the expected form.
     #[error(transparent)]
     Sample(#[from] SampleError),
+    /// Nothing can be held out for validation.
+    #[error(
+        "`{file}`: no rows can be held out for validation (split_dataset_ratio {ratio}): {reason}; name validation data (`val_data`), or set `split_dataset_ratio = 0` to train without"
+    )]
+    HoldOut {
+        /// The data set.
+        file: String,
+        /// The share asked for.
+        ratio: f64,
+        /// Why.
+        reason: String,
+    },
     /// An image of a row cannot be read.
-    #[error("`{file}`, row {row}: image `{image}`: {cause}")]
+    #[error("`{file}`, row {row}: image `{image}`: {}", in_words(.cause))]
     Image {
         /// The data set.
         file: String,
@@ -96,6 +121,24 @@ pub enum DatasetError {
         /// How long was waited.
         seconds: f64,
     },
+    /// Every row is longer than allowed, and such rows are left out.
+    #[error(
+        "`{file}`: {}, and `overlong = \"skip\"` leaves such rows out: nothing is left to learn; raise max_length or lower max_pixels",
+        match .rows {
+            1 => format!("its only row has {shortest} tokens, more than max_length {max_length}"),
+            rows => format!("all {rows} rows are longer than max_length {max_length} (the shortest has {shortest} tokens)"),
+        }
+    )]
+    AllTooLong {
+        /// The data set.
+        file: String,
+        /// Its rows.
+        rows: usize,
+        /// Tokens of the shortest.
+        shortest: usize,
+        /// The limit.
+        max_length: usize,
+    },
     /// A row is longer than allowed.
     #[error(
         "`{file}`, row {row}: {tokens} tokens ({image} of them image tokens), more than max_length {max_length}; raise max_length, lower max_pixels, or set `overlong = \"skip\"`"
@@ -114,6 +157,19 @@ pub enum DatasetError {
     },
 }
 
+/// An error with its causes, as the system's word says whether a file is missing or forbidden.
+fn in_words(error: &dyn std::error::Error) -> String {
+    let mut words = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        words = format!("{words}: {error}");
+        cause = error.source();
+    }
+    words
+}
+
+pub use held_out::HeldOut;
+
 /// The question of a sample without picture.
 const WORDS_ONLY_PROMPT: &str = "请写一份胸部X光报告的范文。";
 
@@ -122,6 +178,8 @@ const WORDS_ONLY_PROMPT: &str = "请写一份胸部X光报告的范文。";
 enum Source {
     Rows {
         samples: Arc<Vec<Sample>>,
+        /// Line of each sample, from 1.
+        lines: Arc<Vec<usize>>,
         folder: PathBuf,
     },
     Phantoms {
@@ -137,6 +195,9 @@ pub struct Dataset {
     name: String,
     source: Source,
     fingerprint: String,
+    remarks: Vec<String>,
+    /// Rows of the source that count, in their order; all if absent.
+    chosen: Option<Arc<[usize]>>,
 }
 
 /// One sample before encoding.
@@ -146,6 +207,8 @@ pub struct RawSample {
     pub conversation: Conversation,
     /// Pictures in the order of their places.
     pub pictures: Vec<RgbImage>,
+    /// Pixel limits of its own.
+    pub limits: PixelLimits,
 }
 
 /// What a sample is called and says; its pictures stay closed.
@@ -182,26 +245,34 @@ impl Dataset {
             return Self::phantoms(name);
         }
         let path = Path::new(name);
-        let text = fs::read_to_string(path).map_err(|cause| DatasetError::Read {
+        let bytes = fs::read(path).map_err(|cause| DatasetError::Read {
             path: path.to_path_buf(),
             cause,
         })?;
-        let mut samples = Vec::new();
-        for (index, line) in text.lines().enumerate() {
-            if !line.trim().is_empty() {
-                samples.push(parse_line(line, path, index + 1)?);
-            }
+        let (mut samples, mut lines) = (Vec::new(), Vec::new());
+        let mut unused = UnusedKeys::default();
+        for (number, line) in rows::rows(path, &bytes)? {
+            let mut sample = parse_line(line, path, number)?;
+            unused.add(number, std::mem::take(&mut sample.unknown_keys));
+            samples.push(sample);
+            lines.push(number);
         }
         if samples.is_empty() {
             return Err(DatasetError::Empty(name.to_string()));
         }
+        let remarks = unused
+            .sentences()
+            .map(|(line, sentence)| format!("`{name}` row {line}: {sentence}"));
         Ok(Self {
             name: name.to_string(),
+            remarks: remarks.collect(),
             source: Source::Rows {
                 samples: Arc::new(samples),
+                lines: Arc::new(lines),
                 folder: path.parent().unwrap_or(Path::new("")).to_path_buf(),
             },
-            fingerprint: format!("sha256:{}", hex(&Sha256::digest(text.as_bytes()))),
+            fingerprint: format!("sha256:{}", hex(&Sha256::digest(&bytes))),
+            chosen: None,
         })
     }
 
@@ -252,12 +323,19 @@ impl Dataset {
                 words_only: name.ends_with(":mixed") || name.ends_with(":partial"),
             },
             fingerprint: name.to_string(),
+            remarks: Vec::new(),
+            chosen: None,
         })
     }
 
     /// As it was opened.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// What a reader of a result should know of the file: keys that nothing uses.
+    pub fn remarks(&self) -> &[String] {
+        &self.remarks
     }
 
     /// Tells this data set from another: a hash of the file, or the generator's name.
@@ -267,22 +345,45 @@ impl Dataset {
 
     /// Image files: row (from 0), name in the row, path; none for drawn studies.
     pub fn image_files(&self) -> Vec<(usize, &str, PathBuf)> {
-        let Source::Rows { samples, folder } = &self.source else {
+        let Source::Rows {
+            samples, folder, ..
+        } = &self.source
+        else {
             return Vec::new();
         };
-        let rows = samples.iter().enumerate();
-        rows.flat_map(|(row, sample)| {
-            let images = sample.images.iter();
-            images.map(move |image| (row, image.as_str(), folder.join(image)))
-        })
-        .collect()
+        (0..self.len())
+            .flat_map(|row| {
+                let images = samples[self.place(row)].images.iter();
+                images.map(move |image| (row, image.as_str(), folder.join(image)))
+            })
+            .collect()
+    }
+
+    /// Place in the source of a row of this data set, from 0.
+    fn place(&self, index: usize) -> usize {
+        self.chosen.as_ref().map_or(index, |chosen| chosen[index])
     }
 
     /// Number of samples.
     pub fn len(&self) -> usize {
+        if let Some(chosen) = &self.chosen {
+            return chosen.len();
+        }
         match &self.source {
             Source::Rows { samples, .. } => samples.len(),
             Source::Phantoms { range, .. } => (range.end - range.start) as usize,
+        }
+    }
+
+    /// The line of a sample in its file, or its place among drawn ones; from 1.
+    ///
+    /// # Panics
+    /// If `index` is not below [`Self::len`].
+    pub fn row(&self, index: usize) -> usize {
+        let place = self.place(index);
+        match &self.source {
+            Source::Rows { lines, .. } => lines[place],
+            Source::Phantoms { .. } => place + 1,
         }
     }
 
@@ -299,26 +400,29 @@ impl Dataset {
     /// # Panics
     /// If `index` is not below [`Self::len`].
     pub fn read(&self, index: usize, parts: &TextAndImages) -> Result<RawSample, DatasetError> {
+        let place = self.place(index);
         match &self.source {
-            Source::Rows { samples, folder } => {
-                let sample = &samples[index];
+            Source::Rows {
+                samples, folder, ..
+            } => {
+                let sample = &samples[place];
                 let pictures = sample
                     .images
                     .iter()
                     .map(|image| {
-                        parts.images.load(&folder.join(image)).map_err(|cause| {
-                            DatasetError::Image {
-                                file: self.name.clone(),
-                                row: index + 1,
-                                image: image.clone(),
-                                cause,
-                            }
-                        })
+                        (parts.images)
+                            .load(&folder.join(image))
+                            .map_err(|cause| self.image_error(index, image.clone(), cause))
                     })
-                    .collect::<Result<_, _>>()?;
+                    .collect::<Result<Vec<RgbImage>, _>>()?;
+                let sizes: Vec<_> = pictures
+                    .iter()
+                    .map(|picture| (picture.width(), picture.height()))
+                    .collect();
                 Ok(RawSample {
-                    conversation: sample.conversation.clone(),
+                    conversation: self.placed(index, sample, &sizes)?,
                     pictures,
+                    limits: sample.limits,
                 })
             }
             Source::Phantoms {
@@ -326,26 +430,23 @@ impl Dataset {
                 range,
                 words_only,
             } => {
-                let number = range.start + index as u64;
+                let number = range.start + place as u64;
                 let (image, prompt, report) =
                     studies[(number % 4) as usize].get(number).into_parts();
                 if *words_only && number % 4 == 3 {
                     return Ok(RawSample {
                         conversation: Conversation::single(0, WORDS_ONLY_PROMPT, report),
                         pictures: Vec::new(),
+                        limits: PixelLimits::default(),
                     });
                 }
                 let (width, height) = image.dimensions();
                 let picture = RgbImage::from_gray(width as usize, height as usize, image.as_raw())
-                    .map_err(|cause| DatasetError::Image {
-                        file: self.name.clone(),
-                        row: index + 1,
-                        image: "phantom".to_string(),
-                        cause,
-                    })?;
+                    .map_err(|cause| self.image_error(index, "phantom".to_string(), cause))?;
                 Ok(RawSample {
                     conversation: Conversation::single(1, prompt, report),
                     pictures: vec![picture],
+                    limits: PixelLimits::default(),
                 })
             }
         }
@@ -356,10 +457,11 @@ impl Dataset {
     /// # Panics
     /// If `index` is not below [`Self::len`].
     pub fn drawn(&self, index: usize) -> Option<Vec<RgbImage>> {
+        let place = self.place(index);
         let Source::Phantoms { studies, range, .. } = &self.source else {
             return None;
         };
-        let number = range.start + index as u64;
+        let number = range.start + place as u64;
         let (image, ..) = studies[(number % 4) as usize].get(number).into_parts();
         let (width, height) = image.dimensions();
         let picture = RgbImage::from_gray(width as usize, height as usize, image.as_raw());
@@ -371,19 +473,31 @@ impl Dataset {
     /// # Panics
     /// If `index` is not below [`Self::len`].
     pub fn text(&self, index: usize) -> SampleText {
+        let place = self.place(index);
         let (images, name, conversation) = match &self.source {
-            Source::Rows { samples, folder } => {
-                let sample = &samples[index];
+            Source::Rows {
+                samples, folder, ..
+            } => {
+                let sample = &samples[place];
                 let name = if sample.images.is_empty() {
-                    format!("row {}", index + 1)
+                    format!("row {}", self.row(index))
                 } else {
                     sample.images.join(";")
                 };
-                let images = sample.images.iter().map(|image| folder.join(image));
-                (images.collect(), name, sample.conversation.clone())
+                let images: Vec<PathBuf> = (sample.images.iter())
+                    .map(|image| folder.join(image))
+                    .collect();
+                let limits = DecodeLimits::default();
+                let sizes = images.iter().filter(|_| sample.has_boxes());
+                let sizes: Result<Vec<_>, _> = sizes.map(|image| probe(image, &limits)).collect();
+                // A picture that cannot be read is named when it is opened.
+                let placed = sizes.ok().and_then(|sizes| sample.placed(&sizes).ok());
+                let conversation =
+                    placed.map_or_else(|| sample.conversation.clone(), Cow::into_owned);
+                (images, name, conversation)
             }
             Source::Phantoms { studies, range, .. } => {
-                let number = range.start + index as u64;
+                let number = range.start + place as u64;
                 let (_, prompt, report) = studies[(number % 4) as usize].get(number).into_parts();
                 let conversation = Conversation::single(1, prompt, report);
                 (Vec::new(), format!("phantom {number}"), conversation)
@@ -427,7 +541,7 @@ impl Dataset {
         if ids.input_ids.len() > max_length {
             return Err(DatasetError::TooLong {
                 file: self.name.clone(),
-                row: index + 1,
+                row: self.row(index),
                 tokens: ids.input_ids.len(),
                 image: images.patches() / (merge * merge),
                 max_length,
@@ -473,16 +587,11 @@ impl Dataset {
         parts: &TextAndImages,
     ) -> Result<ImageInput, DatasetError> {
         let mut images = ImageInput::default();
+        let processor = self.processor(index, raw.limits, parts)?;
         for (place, picture) in raw.pictures.iter().enumerate() {
-            let patches = parts
-                .images
+            let patches = processor
                 .process(picture)
-                .map_err(|cause| DatasetError::Image {
-                    file: self.name.clone(),
-                    row: index + 1,
-                    image: format!("number {}", place + 1),
-                    cause,
-                })?;
+                .map_err(|cause| self.image_error(index, format!("number {}", place + 1), cause))?;
             images.extend(&ImageInput {
                 pixel_values: patches.pixel_values,
                 image_grid_thw: vec![patches.grid_thw],
@@ -491,10 +600,50 @@ impl Dataset {
         Ok(images)
     }
 
+    /// The image processor at the pixel limits of a row.
+    fn processor<'a>(
+        &self,
+        index: usize,
+        limits: PixelLimits,
+        parts: &'a TextAndImages,
+    ) -> Result<Cow<'a, ImageProcessor>, DatasetError> {
+        parts.images.with_pixels(limits).map_err(|cause| {
+            DatasetError::Sample(SampleError {
+                file: PathBuf::from(&self.name),
+                row: self.row(index),
+                fault: RowFault::Limits(cause.to_string()),
+            })
+        })
+    }
+
+    /// The conversation of a row with the boxes of its objects.
+    fn placed(
+        &self,
+        index: usize,
+        sample: &Sample,
+        sizes: &[(usize, usize)],
+    ) -> Result<Conversation, DatasetError> {
+        let placed = sample.placed(sizes).map_err(|fault| SampleError {
+            file: PathBuf::from(&self.name),
+            row: self.row(index),
+            fault,
+        })?;
+        Ok(placed.into_owned())
+    }
+
+    fn image_error(&self, index: usize, image: String, cause: ImageError) -> DatasetError {
+        DatasetError::Image {
+            file: self.name.clone(),
+            row: self.row(index),
+            image,
+            cause,
+        }
+    }
+
     fn encode_error(&self, index: usize, cause: SupervisedError) -> DatasetError {
         DatasetError::Encode {
             file: self.name.clone(),
-            row: index + 1,
+            row: self.row(index),
             cause,
         }
     }

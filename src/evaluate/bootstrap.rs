@@ -10,6 +10,13 @@ use serde::Serialize;
 
 use super::EvaluateError;
 
+/// Fewest studies for a p value: a sign-flip test of `n` studies gives no less than `2 / 2^n`, which is below 0.05
+/// from six on.
+pub const FEWEST_FOR_P: usize = 6;
+
+/// Fewest studies for an interval: one study redrawn is always itself.
+pub const FEWEST_FOR_INTERVAL: usize = 2;
+
 /// How intervals are drawn.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Bootstrap {
@@ -36,9 +43,9 @@ impl Default for Bootstrap {
 pub struct Interval {
     /// The statistic of the whole test set.
     pub value: f64,
-    /// Lower end.
+    /// Lower end; not a number where there is no interval.
     pub low: f64,
-    /// Upper end.
+    /// Upper end; not a number where there is no interval.
     pub high: f64,
 }
 
@@ -51,7 +58,8 @@ pub struct Comparison {
     pub second: f64,
     /// Second less first, on the same redrawn studies each time.
     pub difference: Interval,
-    /// Two-sided p value of no difference, never 0: the least is `2 / (resamples + 1)`.
+    /// Two-sided p value of no difference, never 0: the least is `2 / (resamples + 1)`, or `2 / 2^studies` if that is
+    /// more. Not a number below [`FEWEST_FOR_P`] studies, and where one run has no value.
     pub p: f64,
 }
 
@@ -109,7 +117,10 @@ impl Bootstrap {
         self.check(studies)?;
         let (whole, redrawn) = self.draw(studies, statistics);
         Ok((0..whole.len())
-            .map(|at| self.interval(whole[at], redrawn.iter().map(|values| values[at]).collect()))
+            .map(|at| {
+                let redrawn = redrawn.iter().map(|values| values[at]).collect();
+                self.interval(whole[at], redrawn, studies)
+            })
             .collect())
     }
 
@@ -145,19 +156,26 @@ impl Bootstrap {
             .enumerate()
             .map(|(at, (first, second))| {
                 let differences: Vec<f64> = redrawn.iter().map(|values| values[at]).collect();
-                let p = two_sided_p(&differences);
+                let p = if studies < FEWEST_FOR_P || whole[at].is_nan() {
+                    f64::NAN
+                } else {
+                    two_sided_p(&differences).max(f64::powf(2.0, 1.0 - studies as f64))
+                };
                 Comparison {
                     first,
                     second,
-                    difference: self.interval(whole[at], differences),
+                    difference: self.interval(whole[at], differences, studies),
                     p,
                 }
             })
             .collect())
     }
 
-    fn interval(&self, value: f64, mut redrawn: Vec<f64>) -> Interval {
+    fn interval(&self, value: f64, mut redrawn: Vec<f64>, studies: usize) -> Interval {
         redrawn.retain(|value| !value.is_nan());
+        if studies < FEWEST_FOR_INTERVAL || value.is_nan() {
+            redrawn.clear();
+        }
         redrawn.sort_unstable_by(f64::total_cmp);
         let tail = (1.0 - self.confidence) / 2.0;
         Interval {
@@ -251,6 +269,43 @@ mod tests {
         assert_eq!(
             (none.difference.low, none.difference.high, none.p),
             (0.0, 0.0, 1.0)
+        );
+    }
+
+    #[test]
+    fn few_studies_give_no_test_and_one_no_interval() {
+        let bootstrap = Bootstrap::default();
+        let compare = |studies: usize| {
+            let (first, second) = (vec![0.0; studies], vec![1.0; studies]);
+            bootstrap
+                .compare(studies, mean_of(&first), mean_of(&second))
+                .expect("good")[0]
+        };
+        let one = compare(1);
+        assert_eq!(
+            (one.first, one.second, one.difference.value),
+            (0.0, 1.0, 1.0)
+        );
+        assert!(one.p.is_nan() && one.difference.low.is_nan() && one.difference.high.is_nan());
+        assert!(compare(5).p.is_nan() && !compare(5).difference.low.is_nan());
+        // All six better: 2 of the 64 ways to flip signs are as far off.
+        assert!(
+            (compare(6).p - 2.0 / 64.0).abs() < 1e-12,
+            "{}",
+            compare(6).p
+        );
+        assert!((compare(20).p - 2.0 / 1001.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn a_value_that_one_run_lacks_has_no_p() {
+        let nothing = |_: &[f64]| vec![f64::NAN];
+        let compared = Bootstrap::default()
+            .compare(10, nothing, mean_of(&[1.0; 10]))
+            .expect("good")[0];
+        assert!(
+            compared.p.is_nan() && compared.difference.value.is_nan(),
+            "{compared:?}"
         );
     }
 

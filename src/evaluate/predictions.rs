@@ -1,13 +1,15 @@
-//! Predictions in the forms that tools write them, one JSON object a line, and the studies they belong to.
+//! Predictions in the forms that tools write them, one JSON object a line.
 //!
 //! Known are this program's batch runs and generated reports of a training run, ms-swift's and LLaMA-Factory's
 //! result files, and answers in the form of OpenAI's interface, as vLLM's batch runs write them.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
 use crate::processor::message::split_thinking;
+use crate::study::keys_of;
 
 /// Keys under which an answer is looked for, in this order.
 pub const ANSWER_KEYS: [&str; 9] = [
@@ -84,11 +86,11 @@ pub struct PredictionKeys {
 pub struct Prediction {
     /// Row in the file, from 1.
     pub row: usize,
-    /// Study, where the row names it.
-    pub study: Option<String>,
+    /// Keys with a short text or a number, as text: a study may be named by one.
+    pub keys: BTreeMap<String, String>,
     /// Images as the row names them.
     pub images: Vec<String>,
-    /// What is meant for the reader; empty where the model failed.
+    /// What is meant for the reader; empty where the model failed or wrote nothing ([`is_no_answer`]).
     pub answer: String,
     /// The reasoning before it.
     pub thinking: Option<String>,
@@ -99,31 +101,22 @@ pub struct Prediction {
 }
 
 impl Prediction {
-    /// The study: as named, else what the images share ([`study_of`]), else the row itself.
-    pub fn study_name(&self) -> String {
-        self.study.clone().unwrap_or_else(|| {
-            self.images
-                .first()
-                .map_or_else(|| format!("row {}", self.row), |image| study_of(image))
-        })
-    }
-
-    /// What the row is called: its images, else the study.
+    /// What the row is called: its images, else its place.
     pub fn name(&self) -> String {
         if self.images.is_empty() {
-            self.study_name()
+            format!("row {}", self.row)
         } else {
             self.images.join(";")
         }
     }
 }
 
-/// Study of an image: what stands before the first `_` of its file name.
-pub fn study_of(image: &str) -> String {
-    let name = image.rsplit(['/', '\\']).next().unwrap_or(image);
-    let stem = name.rsplit_once('.').map_or(name, |(stem, _)| stem);
-    let study = stem.split_once('_').map_or(stem, |(study, _)| study);
-    if study.is_empty() { stem } else { study }.to_owned()
+/// Whether a text is none: nothing but white space and marks, or what programs write for a missing value.
+pub fn is_no_answer(text: &str) -> bool {
+    const NONE: [&str; 7] = ["null", "none", "nan", "n/a", "nil", "undefined", "<empty>"];
+    let text = text.trim().trim_matches(['"', '\'']);
+    let nothing = !text.chars().any(char::is_alphanumeric);
+    nothing || NONE.iter().any(|none| none.eq_ignore_ascii_case(text))
 }
 
 /// Reads a file of predictions; blank lines are passed over.
@@ -187,6 +180,7 @@ fn prediction(
             .find_map(|key| fields.get_key_value(*key)),
     };
     let written = match found {
+        Some((_, value)) if is_nothing(value) => String::new(),
         Some((key, value)) => match answer_text(value) {
             Some(text) => text,
             None if error.is_some() => String::new(),
@@ -214,7 +208,10 @@ fn prediction(
             ));
         }
     };
-    let (thinking, answer) = split_thinking(&written, false);
+    let (thinking, mut answer) = split_thinking(&written, false);
+    if is_no_answer(&answer) {
+        answer.clear();
+    }
     let thinking = match fields.get("thinking").or_else(|| fields.get("reasoning")) {
         Some(Value::String(text)) if !text.trim().is_empty() => Some(text.clone()),
         _ => thinking,
@@ -242,19 +239,26 @@ fn prediction(
     };
     Ok(Prediction {
         row,
-        study: ["study", "study_id", "uid"]
-            .iter()
-            .find_map(|key| match fields.get(*key)? {
-                Value::String(text) if !text.is_empty() => Some(text.clone()),
-                Value::Number(number) => Some(number.to_string()),
-                _ => None,
-            }),
+        keys: keys_of(fields),
         images: images(fields),
         answer,
         thinking,
         reference,
         error,
     })
+}
+
+/// Whether a value stands for no answer at all: null, an empty list, or a list or message of such.
+fn is_nothing(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::Array(list) => list.first().is_none_or(is_nothing),
+        Value::Object(fields) => ["body", "choices", "message", "content", "text"]
+            .iter()
+            .find_map(|key| fields.get(*key))
+            .is_some_and(is_nothing),
+        _ => false,
+    }
 }
 
 /// The text of an answer: itself, or the first one of a list of outputs or choices, or of a response's body.
@@ -330,7 +334,7 @@ mod tests {
             let read = read(line, &PredictionKeys::default()).unwrap();
             let expected = Prediction {
                 row: 3,
-                study: None,
+                keys: read.keys.clone(),
                 images: vec!["a/7_1.png".into()],
                 answer: "心影增大。".into(),
                 thinking: Some("想".into()),
@@ -338,7 +342,7 @@ mod tests {
                 error: None,
             };
             assert_eq!(read, expected, "{line}");
-            assert_eq!(read.study_name(), "7");
+            assert_eq!(read.name(), "a/7_1.png");
         }
     }
 
@@ -351,7 +355,7 @@ mod tests {
         let line = r#"{"out":"甲","report":"乙","gold":"丙","uid":12}"#;
         let found = read(line, &keys).unwrap();
         assert_eq!(
-            (found.answer.as_str(), found.study_name().as_str()),
+            (found.answer.as_str(), found.keys["uid"].as_str()),
             ("甲", "12")
         );
         assert_eq!(found.reference.as_deref(), Some("丙"));
@@ -379,14 +383,29 @@ mod tests {
     }
 
     #[test]
-    fn studies_are_named_by_their_images() {
-        for (image, study) in [
-            ("images/162_1.png", "162"),
-            ("C:\\films\\12.dcm", "12"),
-            ("0320.png", "0320"),
-            ("_x.png", "_x"),
+    fn an_answer_that_says_nothing_is_empty() {
+        for written in [
+            r#"null"#,
+            r#""""#,
+            r#"" \n\t ""#,
+            r#""null""#,
+            r#""None""#,
+            r#""NaN""#,
+            r#""N/A""#,
+            r#""。""#,
+            r#"[]"#,
+            r#"[""]"#,
+            r#"[null]"#,
+            r#"{"choices":[{"message":{"content":null}}]}"#,
+            r#""<think>想</think>""#,
+            r#""\"null\"""#,
         ] {
-            assert_eq!(study_of(image), study);
+            let line = format!(r#"{{"image":"1.png","report":{written},"reference":"正常。"}}"#);
+            let read = read(&line, &PredictionKeys::default()).unwrap();
+            assert_eq!(read.answer, "", "{written}");
+        }
+        for text in ["正常。", "none seen", "0"] {
+            assert!(!is_no_answer(text), "{text}");
         }
     }
 }

@@ -10,7 +10,9 @@ use serde::{Serialize, Serializer, ser::SerializeMap};
 
 use crate::{
     evaluate::{
-        Bootstrap, Comparison, EvaluateError, Evaluation, Interval, Pair, rouge::rouge_l,
+        Bootstrap, Comparison, EvaluateError, Evaluation, Interval, Pair,
+        bootstrap::{FEWEST_FOR_INTERVAL, FEWEST_FOR_P},
+        rouge::rouge_l,
         segment::characters,
     },
     findings::{
@@ -26,6 +28,47 @@ pub mod film;
 pub mod names;
 pub mod page;
 pub mod table;
+
+/// Something a reader must know before believing the numbers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Remark {
+    /// For Chinese readers.
+    pub chinese: String,
+    /// For English readers.
+    pub english: String,
+}
+
+impl Remark {
+    /// The same in both languages.
+    pub fn new(chinese: impl Into<String>, english: impl Into<String>) -> Self {
+        Self {
+            chinese: chinese.into(),
+            english: english.into(),
+        }
+    }
+}
+
+/// What `studies` studies are too few for, if for anything.
+pub fn too_few(studies: usize, compares: bool) -> Option<Remark> {
+    let least = format!(
+        "2/2^{FEWEST_FOR_P} = {:.3}",
+        f64::powf(2.0, 1.0 - FEWEST_FOR_P as f64)
+    );
+    if studies < FEWEST_FOR_INTERVAL {
+        return Some(Remark::new(
+            "只有 1 项检查：没有区间，也没有 p 值",
+            "1 study: no interval and no p value",
+        ));
+    }
+    (compares && studies < FEWEST_FOR_P).then(|| {
+        Remark::new(
+            format!("只有 {studies} 项检查，少于 {FEWEST_FOR_P} 项（符号翻转检验的最小 p 值为 {least}）：不给 p 值"),
+            format!(
+                "{studies} studies: no p value; at least {FEWEST_FOR_P} are needed (a sign-flip test of {FEWEST_FOR_P} gives {least} at best)"
+            ),
+        )
+    })
+}
 
 /// One report of the test set.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -183,6 +226,8 @@ pub struct Review {
     pub case: usize,
     /// Classes that differ; the derived `no_finding` is not among them.
     pub differences: Vec<(Finding, Difference)>,
+    /// There is no answer.
+    pub empty: bool,
     /// The truth is abnormal, the answer is not.
     pub false_normal: bool,
     /// The truth is normal, the answer is not.
@@ -400,7 +445,8 @@ fn review(
     Review {
         case: at,
         differences,
-        false_normal: truth.is_abnormal() && !answer.is_abnormal(),
+        empty: pair.is_empty,
+        false_normal: !pair.is_empty && truth.is_abnormal() && !answer.is_abnormal(),
         invented: normal && answer.is_abnormal(),
         contradiction: pair
             .thinking
@@ -477,7 +523,19 @@ mod tests {
     fn a_run_compared_with_itself_does_not_differ() {
         let comparison = outcome().comparison.expect("another run was given");
         let rouge = comparison.get("characters.rouge_l").expect("a score");
-        assert_eq!((rouge.difference.value, rouge.p), (0.0, 1.0));
+        assert_eq!(rouge.difference.value, 0.0);
+        // Three studies are too few for a test.
+        assert!(rouge.p.is_nan());
+        let remark = too_few(3, true).expect("too few");
+        assert!(
+            remark
+                .english
+                .starts_with("3 studies: no p value; at least 6"),
+            "{remark:?}"
+        );
+        assert_eq!(too_few(3, false), None);
+        assert_eq!(too_few(6, true), None);
+        assert!(too_few(1, false).is_some());
         assert!(comparison.get("findings.micro.f1").is_some());
     }
 }

@@ -158,9 +158,24 @@ impl Label {
         if interval.value.is_nan() {
             return "–".to_owned();
         }
+        if interval.low.is_nan() || interval.high.is_nan() {
+            return format!("{} [–]", self.value(interval.value));
+        }
         format!(
             "{} [{}, {}]",
             self.value(interval.value),
+            self.value(interval.low),
+            self.value(interval.high)
+        )
+    }
+
+    /// The ends of an interval alone; `–` where there is none.
+    pub fn ends(&self, interval: &Interval) -> String {
+        if interval.low.is_nan() || interval.high.is_nan() {
+            return "–".to_owned();
+        }
+        format!(
+            "{} – {}",
             self.value(interval.low),
             self.value(interval.high)
         )
@@ -173,6 +188,15 @@ impl Label {
             Scale::Share => value,
             Scale::Ten => value / 10.0,
         }
+    }
+}
+
+/// A p value as it is written; `–` where there is none.
+pub fn p_value(p: f64) -> String {
+    if p.is_nan() {
+        "–".to_owned()
+    } else {
+        format!("{p:.3}")
     }
 }
 
@@ -219,6 +243,16 @@ mod tests {
         );
         assert_eq!(label("characters.cider_d").value(1.234), "1.23");
         assert_eq!(label("words.chrf").value(f64::NAN), "–");
+        let alone = Interval {
+            low: f64::NAN,
+            high: f64::NAN,
+            ..value
+        };
+        assert_eq!(label("findings.micro.f1").interval(&alone), "50.0 [–]");
+        assert_eq!(
+            (p_value(f64::NAN), p_value(0.0314)),
+            ("–".to_owned(), "0.031".to_owned())
+        );
         assert!(label("findings.invented").less_is_better);
         assert_eq!(label("findings.pneumothorax.f1").chinese, "气胸F1");
     }

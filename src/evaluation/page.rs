@@ -3,15 +3,16 @@
 use std::fmt::Write;
 
 use super::{
-    Confusion, Difference, Outcome, Review, STATUSES, System,
+    Confusion, Difference, Outcome, Remark, Review, STATUSES, System,
     charts::dots,
     film::data_url,
-    names::{Label, label},
+    names::{Label, label, p_value},
     table::shown,
 };
 use crate::{
     findings::{Finding, Status},
     processor::image::RgbImage,
+    study::counted,
 };
 
 mod gallery;
@@ -35,7 +36,7 @@ pub struct PageFacts {
     /// Rows of the head: Chinese name, English name, value.
     pub facts: Vec<(&'static str, &'static str, String)>,
     /// Things a reader must know before believing the numbers.
-    pub warnings: Vec<String>,
+    pub warnings: Vec<Remark>,
     /// Mean loss per token, perplexity and token accuracy (0 to 1) on the true reports.
     pub loss: Option<(f64, f64, f64)>,
     /// Curves of the training run, as SVG.
@@ -122,11 +123,11 @@ fn head(page: &mut String, outcome: &Outcome, facts: &PageFacts) {
         "规模",
         "size",
         &format!(
-            "{} 份报告，{} 项检查 ({} reports of {} studies)",
+            "{} 份报告，{} 项检查 ({} of {})",
             outcome.cases.len(),
             outcome.studies,
-            outcome.cases.len(),
-            outcome.studies
+            counted(outcome.cases.len(), "report", "reports"),
+            counted(outcome.studies, "study", "studies")
         ),
     );
     row(
@@ -141,7 +142,12 @@ fn head(page: &mut String, outcome: &Outcome, facts: &PageFacts) {
     );
     page.push_str("</dl></div>\n");
     for warning in &facts.warnings {
-        let _ = writeln!(page, "<div class=\"card warn\">{}</div>", escape(warning));
+        let _ = writeln!(
+            page,
+            "<div class=\"card warn\">{}<br><small>{}</small></div>",
+            escape(&warning.chinese),
+            escape(&warning.english)
+        );
     }
 }
 
@@ -177,7 +183,7 @@ fn tiles(page: &mut String, outcome: &Outcome, facts: &PageFacts) {
         let interval = if score.value.is_nan() {
             "没有这样的检查 · no such study".to_owned()
         } else {
-            format!("[{}, {}]", label.value(score.low), label.value(score.high))
+            format!("[{}]", label.ends(score))
         };
         let less = if label.less_is_better { " ↓" } else { "" };
         let unit = if score.value.is_nan() { "" } else { " %" };
@@ -314,12 +320,7 @@ fn score_table(page: &mut String, outcome: &Outcome, names: &[&str]) {
             };
             let _ = write!(page, "<td>{}</td>", label.value(score.value));
             if at == 0 {
-                let _ = write!(
-                    page,
-                    "<td class=\"muted\">{} – {}</td>",
-                    label.value(score.low),
-                    label.value(score.high)
-                );
+                let _ = write!(page, "<td class=\"muted\">{}</td>", label.ends(score));
             }
         }
         page.push_str("</tr>");
@@ -330,7 +331,10 @@ fn score_table(page: &mut String, outcome: &Outcome, names: &[&str]) {
 /// Shares of equal outputs, which have no interval: a draw with repeats would make equals.
 fn rate_rows(page: &mut String, outcome: &Outcome) {
     type RateOf = fn(&super::SystemScores) -> crate::findings::score::Rate;
-    let rates: [(&str, &str, RateOf); 2] = [
+    let rates: [(&str, &str, RateOf); 3] = [
+        ("空白回答占比", "empty answers", |s| {
+            s.findings.empty_outputs
+        }),
         ("相同输出占比", "identical outputs", |s| {
             s.findings.identical_outputs
         }),
@@ -371,16 +375,15 @@ fn comparison(page: &mut String, outcome: &Outcome) {
         let label = label(name);
         let _ = write!(
             page,
-            "<tr><td>{} <small>{} · {}</small></td><td>{}</td><td>{}</td><td>{}</td><td class=\"muted\">{} – {}</td><td>{:.3}</td></tr>",
+            "<tr><td>{} <small>{} · {}</small></td><td>{}</td><td>{}</td><td>{}</td><td class=\"muted\">{}</td><td>{}</td></tr>",
             label.chinese,
             label.group.0,
             label.english,
             label.value(compared.first),
             label.value(compared.second),
             label.value(compared.difference.value),
-            label.value(compared.difference.low),
-            label.value(compared.difference.high),
-            compared.p
+            label.ends(&compared.difference),
+            p_value(compared.p)
         );
     }
     page.push_str("</tbody></table></div>\n");
@@ -406,9 +409,10 @@ fn findings(page: &mut String, outcome: &Outcome) {
         }
         let name = format!("findings.{finding}.f1");
         let label = label(&name);
-        let interval = model.scores.get(&name).map_or_else(String::new, |score| {
-            format!("{} – {}", label.value(score.low), label.value(score.high))
-        });
+        let interval = model
+            .scores
+            .get(&name)
+            .map_or_else(String::new, |score| label.ends(score));
         let _ = write!(
             page,
             "<tr><td>{} <small>{}</small></td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td>\
@@ -434,6 +438,13 @@ fn findings(page: &mut String, outcome: &Outcome) {
             absent.join("、")
         );
     }
+    let averaged = model.findings.macro_classes.len();
+    let _ = write!(
+        page,
+        "<p class=\"muted\">宏平均：真值或回答中出现的 {averaged} 类所见的平均（含“未见异常”），没有例数的比值按 0 计 \
+         <small>macro: mean over the {} in truth or answer, no finding among them where it occurs; 0 where a share has no case</small></p>",
+        counted(averaged, "class", "classes")
+    );
     page.push_str("</div>\n");
 }
 

@@ -4,9 +4,10 @@ use std::fmt::Write;
 
 use super::{
     Outcome, SystemScores,
-    names::{HEADLINE, Label, is_measured, label},
+    names::{HEADLINE, Label, is_measured, label, p_value},
+    too_few,
 };
-use crate::findings::Finding;
+use crate::{findings::Finding, study::counted};
 
 /// The tables of `outcome`: scores of all systems, findings of the first, and the comparison. With `all`, every
 /// score, else those of [`HEADLINE`].
@@ -104,9 +105,9 @@ fn score_table(out: &mut String, outcome: &Outcome, all: bool) {
     let bootstrap = &outcome.settings.bootstrap;
     let _ = writeln!(
         out,
-        "{} reports of {} studies; in brackets the {:.0} % interval of {} draws by study; per cent but for CIDEr-D",
-        outcome.cases.len(),
-        outcome.studies,
+        "{} of {}; in brackets the {:.0} % interval of {} draws by study; per cent but for CIDEr-D",
+        counted(outcome.cases.len(), "report", "reports"),
+        counted(outcome.studies, "study", "studies"),
         100.0 * bootstrap.confidence,
         bootstrap.resamples
     );
@@ -136,6 +137,14 @@ fn score_table(out: &mut String, outcome: &Outcome, all: bool) {
         percent(rate.value())
     }));
     rows.push(row);
+    let mut row = vec!["  empty answers (count)".to_owned()];
+    row.extend(
+        outcome
+            .systems
+            .iter()
+            .map(|system| system.findings.empty_outputs.count.to_string()),
+    );
+    rows.push(row);
     align(out, &rows);
 }
 
@@ -164,8 +173,27 @@ fn finding_table(out: &mut String, system: &SystemScores) {
     let named = system.findings.by_finding.len() - (rows.len() - 1);
     align(out, &rows);
     if named > 0 {
-        let _ = writeln!(out, "{named} more findings are in no report and no answer");
+        let _ = writeln!(
+            out,
+            "{} in no report and no answer",
+            if named == 1 {
+                "1 more finding is".to_owned()
+            } else {
+                format!("{named} more findings are")
+            }
+        );
     }
+    let averaged = &system.findings.macro_classes;
+    let normal = if averaged.contains(&Finding::NoFinding) {
+        ", no_finding among them"
+    } else {
+        ""
+    };
+    let _ = writeln!(
+        out,
+        "macro: mean over the {} in truth or answer{normal}; 0 where a share has no case",
+        counted(averaged.len(), "finding", "findings")
+    );
 }
 
 fn comparison_table(out: &mut String, outcome: &Outcome, all: bool) {
@@ -181,10 +209,13 @@ fn comparison_table(out: &mut String, outcome: &Outcome, all: bool) {
             label.value(compared.first),
             label.value(compared.second),
             label.interval(&compared.difference),
-            format!("{:.3}", compared.p),
+            p_value(compared.p),
         ])
     }));
     align(out, &rows);
+    if let Some(remark) = too_few(outcome.studies, true) {
+        let _ = writeln!(out, "{}", remark.english);
+    }
 }
 
 #[cfg(test)]

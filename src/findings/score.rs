@@ -75,6 +75,11 @@ impl Counts {
         self.true_positive + self.false_negative
     }
 
+    /// Whether the class is in truth or prediction at all.
+    pub fn occurs(&self) -> bool {
+        self.support() + self.false_positive > 0
+    }
+
     /// Share of the predicted that is true; `None` if nothing is predicted.
     pub fn precision(&self) -> Option<f64> {
         share(self.true_positive, self.true_positive + self.false_positive)
@@ -149,8 +154,14 @@ pub struct FindingScores {
     pub by_finding: BTreeMap<Finding, Counts>,
     /// From the counts of all classes together.
     pub micro: Average,
-    /// Mean over the classes with support in the truth; a ratio without cases counts 0.
+    /// Mean over [`Self::macro_classes`]; a ratio without cases counts 0.
     pub macro_average: Average,
+    /// The classes in truth or prediction, which the macro average is taken over, as scikit-learn does.
+    #[serde(default)]
+    pub macro_classes: Vec<Finding>,
+    /// Predictions without text: neither normal nor abnormal.
+    #[serde(default)]
+    pub empty_outputs: Rate,
     /// Among abnormal studies: the prediction says nothing abnormal.
     pub false_normal: Rate,
     /// Among normal studies: the prediction names an abnormality.
@@ -178,7 +189,10 @@ pub fn score(
     let (mut false_normal, mut invented) = (Rate::default(), Rate::default());
     let (mut laterality_errors, mut contradictions) = (Rate::default(), Rate::default());
     let mut outputs: HashMap<&str, usize> = HashMap::new();
+    let mut empty_outputs = Rate::default();
     for study in studies {
+        let is_empty = study.prediction.trim().is_empty();
+        empty_outputs.add(is_empty);
         let truth = labeler.label(study.truth);
         let prediction = labeler.label(study.prediction);
         for (finding, counts) in &mut by_finding {
@@ -194,10 +208,11 @@ pub fn score(
                 laterality_errors.add(a != b);
             }
         }
-        // A report that names nothing at all is neither normal nor abnormal as truth, and misses what is there.
-        if truth.is_abnormal() {
+        // A report that names nothing at all is neither normal nor abnormal as truth, and misses what is there. An
+        // answer without text says neither.
+        if !is_empty && truth.is_abnormal() {
             false_normal.add(!prediction.is_abnormal());
-        } else if truth.status(Finding::NoFinding) == Status::Present {
+        } else if !is_empty && truth.status(Finding::NoFinding) == Status::Present {
             invented.add(prediction.is_abnormal());
         }
         if let Some(thinking) = study.thinking {
@@ -211,6 +226,12 @@ pub fn score(
         studies: of,
         micro: micro(by_finding.values()),
         macro_average: macro_average(by_finding.values()),
+        macro_classes: by_finding
+            .iter()
+            .filter(|(_, counts)| counts.occurs())
+            .map(|(finding, _)| *finding)
+            .collect(),
+        empty_outputs,
         by_finding,
         false_normal,
         invented,
@@ -246,11 +267,11 @@ pub fn micro<'a>(counts: impl IntoIterator<Item = &'a Counts>) -> Average {
     )
 }
 
-/// Mean over the classes that the truth holds.
+/// Mean over the classes in truth or prediction; a ratio without cases counts 0, as in scikit-learn.
 pub fn macro_average<'a>(counts: impl IntoIterator<Item = &'a Counts>) -> Average {
     let all: Vec<Average> = counts
         .into_iter()
-        .filter(|c| c.support() > 0)
+        .filter(|counts| counts.occurs())
         .map(average_of)
         .collect();
     let mean =
@@ -350,6 +371,35 @@ mod tests {
         assert_eq!(pneumonia(UncertainPolicy::AsPresent).true_positive, 1);
         assert_eq!(pneumonia(UncertainPolicy::AsAbsent).false_positive, 1);
         assert_eq!(pneumonia(UncertainPolicy::LeaveOut), Counts::default());
+    }
+
+    #[test]
+    fn the_macro_average_counts_invented_classes_as_scikit_learn_does() {
+        let studies = [study("左侧胸腔积液。", "左侧胸腔积液，心影增大。")];
+        let scores = score(Labeler::built_in(), &studies, UncertainPolicy::AsPresent);
+        // F1 1 for the effusion, 0 for the heart that is only in the answer.
+        assert_eq!(
+            scores.macro_classes,
+            [Finding::Cardiomegaly, Finding::PleuralEffusion]
+        );
+        assert!((scores.macro_average.f1 - 0.5).abs() < 1e-12, "{scores:?}");
+    }
+
+    #[test]
+    fn an_empty_answer_is_neither_normal_nor_abnormal() {
+        let studies = [
+            study("右侧气胸。", " \n"),
+            study("右侧气胸。", "胸部未见异常。"),
+            study("胸部未见异常。", ""),
+            study("胸部未见异常。", "胸部未见异常。"),
+        ];
+        let scores = score(Labeler::built_in(), &studies, UncertainPolicy::AsPresent);
+        assert_eq!(scores.empty_outputs, Rate { count: 2, of: 4 });
+        assert_eq!(scores.false_normal, Rate { count: 1, of: 1 });
+        assert_eq!(scores.invented, Rate { count: 0, of: 1 });
+        // What an empty answer does not say is missed all the same.
+        assert_eq!(scores.by_finding[&Finding::NoFinding].false_negative, 1);
+        assert_eq!(scores.by_finding[&Finding::Pneumothorax].false_negative, 2);
     }
 
     #[test]

@@ -39,12 +39,8 @@ impl Default for FindingTally {
 
 impl FindingTally {
     /// Counts one report; the rules are those of [`super::score::score`].
-    pub fn of(
-        truth: &ReportLabels,
-        prediction: &ReportLabels,
-        thinking: Option<&ReportLabels>,
-        policy: UncertainPolicy,
-    ) -> Self {
+    pub fn of(pair: &LabelledPair, policy: UncertainPolicy) -> Self {
+        let (truth, prediction) = (&pair.truth, &pair.prediction);
         let mut tally = Self::default();
         let hit = |hit: bool| [f64::from(u8::from(hit)), 1.0];
         for (finding, counts) in Finding::ALL.into_iter().zip(&mut tally.counts) {
@@ -68,12 +64,12 @@ impl FindingTally {
                 _ => {}
             }
         }
-        if truth.is_abnormal() {
+        if !pair.is_empty && truth.is_abnormal() {
             tally.false_normal = hit(!prediction.is_abnormal());
-        } else if truth.status(Finding::NoFinding) == Status::Present {
+        } else if !pair.is_empty && truth.status(Finding::NoFinding) == Status::Present {
             tally.invented = hit(prediction.is_abnormal());
         }
-        if let Some(thinking) = thinking {
+        if let Some(thinking) = &pair.thinking {
             tally.contradictions = hit(contradict(thinking, prediction));
         }
         tally
@@ -116,16 +112,24 @@ impl FindingTally {
             .collect()
     }
 
+    /// Which classes are in truth or prediction.
+    fn occurring(&self) -> [bool; CLASSES] {
+        self.counts.map(|counts| counts.iter().sum::<f64>() > 0.0)
+    }
+
     /// Every score, from 0 to 1, in the order of [`FindingTally::names`]; NaN for a share of nothing.
-    pub fn values(&self) -> Vec<f64> {
+    ///
+    /// The macro average is taken over `averaged`, the classes of the whole sample: the rare ones do not come and go
+    /// from draw to draw, and count 0 where a draw lacks them.
+    fn values(&self, averaged: &[bool; CLASSES]) -> Vec<f64> {
         let mut sum = [0.0; 3];
         let mut means = [0.0; 3];
         let mut classes = 0.0;
-        for counts in &self.counts {
+        for (counts, averaged) in self.counts.iter().zip(averaged) {
             for (sum, count) in sum.iter_mut().zip(counts) {
                 *sum += count;
             }
-            if counts[0] + counts[2] > 0.0 {
+            if *averaged {
                 classes += 1.0;
                 for (mean, value) in means.iter_mut().zip(precision_recall_f1(counts)) {
                     *mean += if value.is_nan() { 0.0 } else { value };
@@ -171,6 +175,8 @@ pub struct LabelledPair {
     pub prediction: ReportLabels,
     /// What it wrote before, if it did.
     pub thinking: Option<ReportLabels>,
+    /// Whether the model wrote no answer at all.
+    pub is_empty: bool,
 }
 
 impl LabelledPair {
@@ -187,6 +193,7 @@ impl LabelledPair {
             truth: labeler.label(truth),
             prediction: labeler.label(prediction),
             thinking: thinking.map(|thinking| labeler.label(thinking)),
+            is_empty: prediction.trim().is_empty(),
         }
     }
 }
@@ -195,6 +202,8 @@ impl LabelledPair {
 #[derive(Debug, Clone)]
 pub struct FindingEvaluation {
     studies: BTreeMap<String, FindingTally>,
+    /// The classes that the macro average is taken over, in every draw.
+    averaged: [bool; CLASSES],
 }
 
 impl FindingEvaluation {
@@ -205,18 +214,18 @@ impl FindingEvaluation {
     ) -> Self {
         let mut studies: BTreeMap<String, FindingTally> = BTreeMap::new();
         for pair in pairs {
-            let tally = FindingTally::of(
-                &pair.truth,
-                &pair.prediction,
-                pair.thinking.as_ref(),
-                policy,
-            );
+            let tally = FindingTally::of(pair, policy);
             studies
                 .entry(pair.study.clone())
                 .or_default()
                 .add(&tally, 1.0);
         }
-        Self { studies }
+        let mut whole = FindingTally::default();
+        studies.values().for_each(|tally| whole.add(tally, 1.0));
+        Self {
+            averaged: whole.occurring(),
+            studies,
+        }
     }
 
     fn weighted(&self, times: &[f64]) -> Vec<f64> {
@@ -226,7 +235,7 @@ impl FindingEvaluation {
                 sum.add(tally, weight);
             }
         }
-        sum.values()
+        sum.values(&self.averaged)
     }
 
     /// Every score with its interval, drawn by study, under the names of [`FindingTally::names`].
@@ -342,6 +351,18 @@ mod tests {
             );
         }
         assert!(value("hernia.f1").value.is_nan());
+    }
+
+    #[test]
+    fn a_class_that_a_draw_lacks_counts_nothing_in_its_macro_average() {
+        let all = FindingEvaluation::new(&pairs(), UncertainPolicy::AsPresent);
+        let classes = all.averaged.iter().filter(|averaged| **averaged).count() as f64;
+        // Only the pneumonia, six times, its F1 1: the mean is over all classes of the sample.
+        let values = all.weighted(&[0.0, 0.0, 0.0, 6.0, 0.0, 0.0]);
+        let at = FindingTally::names()
+            .iter()
+            .position(|name| name == "macro.f1");
+        assert!((values[at.expect("a name")] - 1.0 / classes).abs() < 1e-12);
     }
 
     #[test]

@@ -4,13 +4,20 @@
 //! tensor.
 
 pub mod chat;
+mod conversation;
 pub mod dicom;
 pub mod image;
 mod jinja;
 pub mod message;
+mod objects;
 pub mod patches;
 pub mod resize;
+mod row_fault;
+mod row_forms;
+pub mod row_keys;
 pub mod sample;
+mod strict_json;
 pub mod supervised;
+mod tags;
 pub mod tokenizer;
 pub mod train_tokenizer;

@@ -18,6 +18,7 @@ use crate::files::write_atomic;
 
 use super::image::{self, DecodeLimits, ImageError, Reading, RgbImage};
 use super::resize::{ResizeRule, resize_bicubic, smart_resize};
+use super::sample::PixelLimits;
 
 /// Most pixels a picture may be scaled to.
 const MAX_SCALED_PIXELS: usize = 100_000_000;
@@ -348,6 +349,30 @@ impl ImageProcessor {
     pub fn with_limits(mut self, limits: DecodeLimits) -> Self {
         self.limits = limits;
         self
+    }
+
+    /// This processor at a row's own pixel limits.
+    ///
+    /// Where only one limit is given and the other contradicts it, the given one holds for both.
+    ///
+    /// # Errors
+    /// [`ImageError::ConfigValue`] if the limits cannot be used.
+    pub fn with_pixels(&self, limits: PixelLimits) -> Result<Cow<'_, Self>, ImageError> {
+        if limits == PixelLimits::default() {
+            return Ok(Cow::Borrowed(self));
+        }
+        let mut own = self.clone();
+        let config = &mut own.config;
+        config.max_pixels = limits.max_pixels.unwrap_or(config.max_pixels);
+        config.min_pixels = limits.min_pixels.unwrap_or(config.min_pixels);
+        if limits.min_pixels.is_none() {
+            config.min_pixels = config.min_pixels.min(config.max_pixels);
+        }
+        if limits.max_pixels.is_none() {
+            config.max_pixels = config.max_pixels.max(config.min_pixels);
+        }
+        own.config.validate()?;
+        Ok(Cow::Owned(own))
     }
 
     /// The sizes this processor works with.

@@ -3,7 +3,9 @@
 //! The convention is ms-swift's (template backend `swift`): questions and answers are encoded
 //! apart, so no token reaches over the seam; an answer, its `<|im_end|>` and the newline after it
 //! are targets in every turn, all else is [`IGNORE_INDEX`]. The chat template of the checkpoint is
-//! not asked: past reasoning stays, and an answer is learnt with the spaces it has.
+//! not asked: past reasoning stays, and an answer is learnt with the spaces it has. An answer that is
+//! not learnt is encoded with the questions around it. One thing differs: of a last answer that is not
+//! learnt, ms-swift still learns the `<|im_end|>`; here its end is left out with it.
 //!
 //! Source: `_swift_encode` and `_encode_context_list`, ms-swift 4.6, `template/base.py`.
 
@@ -125,32 +127,45 @@ fn encode(
     }
     let mut encoded = SupervisedIds::default();
     let mut grids_left = grids;
-    for (index, turn) in conversation.turns.iter().enumerate() {
-        let system = conversation.system.as_deref().filter(|_| index == 0);
+    // What is not learnt, up to the next answer that is.
+    let mut prompt = String::new();
+    let mut push_prompt = |prompt: &mut String, encoded: &mut SupervisedIds| {
         let ids = tokenizer
-            .encode(&prompt_text(system, turn))
+            .encode(&std::mem::take(prompt))
             .map_err(ChatError::from)?;
         let images = ids.iter().filter(|&&id| id == image_pad).count();
         let (own, rest) = grids_left.split_at(images.min(grids_left.len()));
         grids_left = rest;
         encoded.push(&expand_image_pads(&ids, image_pad, own, merge_size)?, false);
+        Ok::<_, SupervisedError>(())
+    };
+    for (index, turn) in conversation.turns.iter().enumerate() {
+        let system = conversation.system.as_deref().filter(|_| index == 0);
+        push_question(&mut prompt, system, turn);
         match &turn.answer {
-            Some(answer) => {
+            Some(answer) if turn.learns => {
+                push_prompt(&mut prompt, &mut encoded)?;
                 let ids = tokenizer
                     .encode(&format!("{answer}<|im_end|>\n"))
                     .map_err(ChatError::from)?;
                 encoded.push(&ids, true);
             }
+            Some(answer) => {
+                prompt.push_str(answer);
+                prompt.push_str("<|im_end|>\n");
+            }
             None if index == last => {}
             None => return Err(SupervisedError::NoAnswer { turn: index }),
         }
     }
+    if !prompt.is_empty() {
+        push_prompt(&mut prompt, &mut encoded)?;
+    }
     Ok(encoded)
 }
 
-/// All that stands before the answer of a turn.
-fn prompt_text(system: Option<&str>, turn: &Turn) -> String {
-    let mut text = String::new();
+/// Writes all that is before the answer of a turn.
+fn push_question(text: &mut String, system: Option<&str>, turn: &Turn) {
     // ms-swift takes an empty system message for none.
     if let Some(system) = system.filter(|words| !words.is_empty()) {
         text.push_str("<|im_start|>system\n");
@@ -165,5 +180,53 @@ fn prompt_text(system: Option<&str>, turn: &Turn) -> String {
         });
     }
     text.push_str("<|im_end|>\n<|im_start|>assistant\n");
-    text
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::processor::sample::parse_line;
+
+    fn encode(line: &str, tokenizer: &Tokenizer) -> SupervisedIds {
+        let sample = parse_line(line, Path::new("x"), 1).unwrap();
+        let grids = vec![[1, 4, 4]; sample.images.len()];
+        encode_supervised(tokenizer, &sample.conversation, &grids, 2).unwrap()
+    }
+
+    #[test]
+    fn only_answers_that_are_learnt_have_labels() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("model/tiny");
+        let tokenizer = Tokenizer::from_folder(&folder).unwrap();
+        let row = |first: &str, last: &str| {
+            format!(
+                r#"{{"messages":[{{"role":"user","content":"<image>这张胸片有什么？"}},
+                {{"role":"assistant","content":"有实变。"{first}}},{{"role":"user","content":"哪侧？"}},
+                {{"role":"assistant","content":"左侧。"{last}}}],"images":["a"]}}"#
+            )
+        };
+        let plain = encode(&row("", ""), &tokenizer);
+        for (first, last, targets) in [
+            ("", "", "有实变。<|im_end|>\n左侧。<|im_end|>\n"),
+            (r#","loss":false"#, r#","loss":true"#, "左侧。<|im_end|>\n"),
+            (r#","loss_scale":0"#, "", "左侧。<|im_end|>\n"),
+            ("", r#","loss":false"#, "有实变。<|im_end|>\n"),
+            (
+                r#","loss_scale":1"#,
+                r#","loss":true"#,
+                "有实变。<|im_end|>\n左侧。<|im_end|>\n",
+            ),
+        ] {
+            let found = encode(&row(first, last), &tokenizer);
+            assert_eq!(found.input_ids, plain.input_ids, "{first} {last}");
+            let learnt = found.labels.iter().filter(|label| **label != IGNORE_INDEX);
+            let learnt: Vec<u32> = learnt.map(|label| *label as u32).collect();
+            assert_eq!(tokenizer.decode(&learnt, false).unwrap(), targets);
+            // Each label is the token of its own place.
+            for (label, id) in found.labels.iter().zip(&found.input_ids) {
+                assert!(*label == IGNORE_INDEX || *label == i64::from(*id));
+            }
+        }
+    }
 }

@@ -84,6 +84,7 @@ pub struct TrainConfig {
     pub adapter: Option<PathBuf>,
     pub train_data: String,
     pub val_data: Option<String>,
+    pub split_dataset_ratio: f64,
     pub output_dir: PathBuf,
     pub device: Vec<String>,
     pub dtype: Option<String>,
@@ -146,6 +147,7 @@ impl Default for TrainConfig {
             adapter: None,
             train_data: "data/sample/train/samples.jsonl".into(),
             val_data: None,
+            split_dataset_ratio: 0.0,
             output_dir: "artifacts/run".into(),
             device: Vec::new(),
             dtype: None,
@@ -397,10 +399,22 @@ impl TrainConfig {
             "it absent with `tuner = \"full\"`; merge it into the model first",
         )?;
         check(
-            self.early_stopping_patience == 0 || self.val_data.is_some(),
+            (0.0..1.0).contains(&self.split_dataset_ratio),
+            "split_dataset_ratio",
+            self.split_dataset_ratio,
+            "0 or more and less than 1",
+        )?;
+        check(
+            self.split_dataset_ratio == 0.0 || self.val_data.is_none(),
+            "split_dataset_ratio",
+            self.split_dataset_ratio,
+            "0 with `val_data`: the run validates on one of them",
+        )?;
+        check(
+            self.early_stopping_patience == 0 || self.validates(),
             "early_stopping_patience",
             self.early_stopping_patience,
-            "0, or `val_data` to validate on",
+            "0, or `val_data` or `split_dataset_ratio` to validate on",
         )?;
         check(
             self.eval_generate > 0 || !generated.contains(&self.metric_for_best_model.as_str()),
@@ -408,6 +422,11 @@ impl TrainConfig {
             &self.metric_for_best_model,
             "a metric that needs no generated reports, or `eval_generate` above 0",
         )
+    }
+
+    /// Whether the run validates: on data of its own, or on what is held out of the training data.
+    pub fn validates(&self) -> bool {
+        self.val_data.is_some() || self.split_dataset_ratio > 0.0
     }
 
     /// Whether more of the metric for the best checkpoint is better.

@@ -167,7 +167,10 @@ impl<B: TrainKernels> LoopState<B> {
         }
         if totals.targets == 0 {
             return Err(TrainError::NoTargets {
-                data: self.state.config.val_data.clone().unwrap_or_default(),
+                data: match &self.state.config.val_data {
+                    Some(name) => name.clone(),
+                    None => format!("{} (held out)", self.state.config.train_data),
+                },
             });
         }
         let mut values = vec![
@@ -269,8 +272,13 @@ impl<B: TrainKernels> LoopState<B> {
     pub(super) fn tell_skipped(&self) {
         let skipped = self.loader.skipped();
         if skipped > 0 {
+            let samples = if skipped == 1 {
+                "sample was"
+            } else {
+                "samples were"
+            };
             (self.tell)(&format!(
-                "{skipped} samples were left out because they are longer than max_length {}",
+                "over all epochs {skipped} {samples} left out, longer than max_length {}",
                 self.state.config.max_length
             ));
         }

@@ -5,6 +5,7 @@ mod by_hand;
 pub mod checkpoint;
 pub mod checkpoint_dir;
 pub mod config;
+pub mod data;
 pub mod gradients;
 pub mod image_facts;
 pub mod learner;

@@ -20,6 +20,7 @@ use super::{
     checkpoint::{TrainerState, dtype_text, restore_optimizer, restore_weights, trained_params},
     checkpoint_dir::{CheckpointDir, RunLock},
     config::{TrainConfig, Tuner},
+    data::RunData,
     learner::{Gauge, ScheduleStepper, StepSettings, Trainee},
     optimizer::AdamW,
     records::MetricsLog,
@@ -30,7 +31,7 @@ use super::{
     trace::Trace,
 };
 use crate::{
-    dataset::{Dataset, loader::WindowLoader},
+    dataset::{DataFacts, Dataset, loader::WindowLoader},
     files::write_atomic,
     lora::{
         attach::attach, base::check_base, config::LoraConfig, files::load_adapter_for_training,
@@ -168,8 +169,13 @@ fn random_model<B: Kernels>(
     Qwen3Vl::new(config, &options, device).map(&mut Draw)
 }
 
-/// Writes the resolved settings, versions and data hashes before the first step.
-fn write_run_files(config: &TrainConfig, data: &BTreeMap<&str, String>) -> Result<(), TrainError> {
+/// Writes the resolved settings, versions, data hashes and what to know of the data sets (training,
+/// then validation) before the first step.
+fn write_run_files(
+    config: &TrainConfig,
+    data: &BTreeMap<&str, String>,
+    data_facts: &[DataFacts],
+) -> Result<(), TrainError> {
     let dir = &config.output_dir;
     write_atomic(&dir.join("config.toml"), |out| {
         out.write_all(config.to_toml().as_bytes())
@@ -179,6 +185,7 @@ fn write_run_files(config: &TrainConfig, data: &BTreeMap<&str, String>) -> Resul
         "burn": "0.21.0",
         "seed": config.seed,
         "data": data,
+        "data_facts": data_facts,
         "arguments": std::env::args().collect::<Vec<_>>(),
     });
     write_atomic(&dir.join("run.json"), |out| {
@@ -215,8 +222,12 @@ pub fn train<B: TrainKernels>(
         return Err(TrainError::Quantised { model });
     }
     let device = devices[0].clone();
-    let data = Dataset::open(&config.train_data)?;
-    let validation = config.val_data.as_deref().map(Dataset::open).transpose()?;
+    let RunData {
+        train: data,
+        validation,
+        notes,
+    } = RunData::open(&config)?;
+    notes.iter().for_each(|note| (options.tell)(note));
     let run = &config.output_dir;
     // Held to the end of the run. A folder that is not there yet is made once all has been checked.
     let lock = run.is_dir().then(|| RunLock::take(run)).transpose()?;
@@ -234,6 +245,13 @@ pub fn train<B: TrainKernels>(
     };
     let parts = Arc::new(TextAndImages::load(&pipeline)?);
     let model_config = parts.config.clone();
+    let (max_length, overlong) = (config.max_length, config.overlong);
+    let mut data_facts = vec![data.facts(&parts, max_length, overlong)?];
+    if let Some(data) = &validation {
+        data_facts.push(data.facts(&parts, max_length, overlong)?);
+    }
+    let sentences = data_facts.iter().flat_map(DataFacts::sentences);
+    sentences.for_each(|line| (options.tell)(&line));
     let base = if options.random_init {
         random_model::<B>(&model_config, config.seed, dtype, &device)
     } else {
@@ -339,7 +357,7 @@ pub fn train<B: TrainKernels>(
         }
         hashes.insert("images", facts.images.digest());
         hashes.insert("base", facts.base);
-        write_run_files(&config, &hashes)?;
+        write_run_files(&config, &hashes, &data_facts)?;
     }
     facts.images.save(run)?;
     let metrics_path = config.output_dir.join("metrics.jsonl");

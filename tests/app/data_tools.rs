@@ -10,6 +10,7 @@ use xray_qwen3vl::dataset::check::{Check, CheckReport, Kind, Severity};
 use xray_qwen3vl::dataset::convert::{ConvertOptions, CorpusForm, PROMPTS, Split, Spread, convert};
 use xray_qwen3vl::processor::patches::{ImageProcessor, ImageProcessorConfig};
 use xray_qwen3vl::processor::tokenizer::Tokenizer;
+use xray_qwen3vl::study::StudyRule;
 
 /// Folder of the corpus, which is licensed and not in the repository.
 fn openi() -> Option<PathBuf> {
@@ -32,12 +33,14 @@ fn processor() -> ImageProcessor {
 fn options(input: PathBuf, images: PathBuf, output: &Path) -> ConvertOptions {
     ConvertOptions {
         input,
+        keys: None,
         images: Some(images),
         output: output.to_owned(),
         prompts: None,
         seed: 42,
         val_ratio: 0.05,
         split: Split::Uid,
+        studies: StudyRule::Guess,
         thinking: None,
     }
 }
@@ -64,6 +67,8 @@ fn check(train: &Path, val: Option<&Path>, max_length: usize) -> CheckReport {
         tokenizer: &tokenizer,
         processor: &processor,
         max_length,
+        opens_thinking: None,
+        studies: StudyRule::Guess,
     };
     check.run(train, val, &|_, _| {}).unwrap()
 }

@@ -1,7 +1,7 @@
 //! Predictions and test sets brought together.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     path::{Path, PathBuf},
 };
 
@@ -9,9 +9,10 @@ use anyhow::{Result, bail};
 
 use crate::{
     dataset::{Dataset, SampleText},
-    evaluate::predictions::{Prediction, study_of},
-    evaluation::{Case, Written},
+    evaluate::predictions::Prediction,
+    evaluation::{Case, Remark, Written},
     processor::message::split_thinking,
+    study::{STUDY_KEYS, StudyFacts, StudyRow, StudyRule, counted},
 };
 
 /// The cases to score, and where each comes from.
@@ -22,6 +23,8 @@ pub(super) struct TestSet {
     pub(super) rows: Vec<Option<usize>>,
     /// Image files as the prediction names them.
     pub(super) images: Vec<Vec<PathBuf>>,
+    /// What each says of its study.
+    pub(super) of: Vec<StudyRow>,
 }
 
 impl TestSet {
@@ -33,14 +36,31 @@ impl TestSet {
             set.cases.push(case_of_row(data, row, &text)?);
             set.images.push(text.images);
             set.rows.push(Some(row));
+            set.of.push(data.study_row(row));
         }
         Ok(set)
+    }
+
+    /// Gives each case its study.
+    pub(super) fn find_studies(
+        &mut self,
+        rule: &StudyRule,
+        warnings: &mut Vec<Remark>,
+    ) -> Result<StudyFacts> {
+        let studies = rule.studies(&self.of)?;
+        for (case, study) in self.cases.iter_mut().zip(studies.ids) {
+            case.study = study;
+        }
+        let doubts = studies.doubts.iter();
+        warnings.extend(doubts.map(|doubt| Remark::new(doubt.chinese(), doubt.english())));
+        Ok(studies.facts)
     }
 
     pub(super) fn truncate(&mut self, most: usize) {
         self.cases.truncate(most);
         self.rows.truncate(most);
         self.images.truncate(most);
+        self.of.truncate(most);
     }
 
     /// Rows of the data set, one a case.
@@ -53,26 +73,16 @@ impl TestSet {
     }
 }
 
-/// Study of a row, if its images name it.
-pub(super) fn study_of_row(data: &Dataset, row: usize) -> Option<String> {
-    let text = data.text(row);
-    Some(study_of(&text.images.first()?.to_string_lossy()))
-}
-
 fn case_of_row(data: &Dataset, row: usize, text: &SampleText) -> Result<Case> {
     let Some(answer) = &text.answer else {
         bail!(
-            "`{}`, row {}: the last question has no answer; expected the true report as the last message",
-            data.name(),
-            row + 1
+            "{}: the last question has no answer; expected the true report as the last message",
+            data.study_row(row).name
         );
     };
-    let study = match text.images.first() {
-        Some(image) => study_of(&image.to_string_lossy()),
-        None => text.name.clone(),
-    };
     Ok(Case {
-        study,
+        // Found later, from all rows together.
+        study: String::new(),
         name: text.name.clone(),
         question: text.question.clone(),
         truth: split_thinking(answer, false).1,
@@ -89,22 +99,64 @@ pub(super) fn reports(data: &Dataset) -> Result<Vec<String>> {
         .collect()
 }
 
-/// Warns if a study of the test set is in the training set.
-pub(super) fn warn_of_leaks(set: &TestSet, train: Option<&Dataset>, warnings: &mut Vec<String>) {
+/// Warns if a study or a patient of the test set is in the training set.
+pub(super) fn warn_of_leaks(
+    set: &TestSet,
+    train: Option<&Dataset>,
+    rule: &StudyRule,
+    warnings: &mut Vec<Remark>,
+) -> Result<()> {
     let Some(train) = train else {
-        return;
+        return Ok(());
     };
-    let seen = super::studies(train);
-    let leaked = set.cases.iter().filter(|case| seen.contains(&case.study));
-    let leaked: Vec<&Case> = leaked.collect();
+    // Together, so that a guess is the same on both sides.
+    let mut rows = set.of.clone();
+    rows.extend((0..train.len()).map(|row| train.study_row(row)));
+    let studies = rule.studies(&rows)?;
+    let (test, seen) = (0..set.of.len(), set.of.len()..rows.len());
+    // Predictions without data set may name the same images by other folders.
+    let by_name = set.rows.iter().any(Option::is_none);
+    let study = |at: usize| {
+        if by_name {
+            &studies.names[at]
+        } else {
+            &studies.ids[at]
+        }
+    };
+    let seen_studies: HashSet<&String> = seen.clone().map(study).collect();
+    let seen_patients: HashSet<&String> = seen
+        .filter_map(|at| studies.patients[at].as_ref())
+        .collect();
+    let leaks = |at: &usize| {
+        let patient = studies.patients[*at].as_ref();
+        seen_studies.contains(study(*at)) || patient.is_some_and(|one| seen_patients.contains(one))
+    };
+    let leaked: Vec<usize> = test.filter(leaks).collect();
     if let Some(first) = leaked.first() {
-        warnings.push(format!(
-            "测试集中 {} 份报告的检查也在训练集中，例如 `{}`：分数与基线不可信 ({} reports are of studies of the training set: scores and baselines are not to be believed)",
-            leaked.len(),
-            first.name,
-            leaked.len()
+        let name = &set.cases[*first].name;
+        warnings.push(Remark::new(
+            format!(
+                "测试集中 {} 份报告的检查或患者也在训练集中，例如 `{name}`：分数与基线不可信",
+                leaked.len()
+            ),
+            format!(
+                "{} of studies or patients of the training set, the first `{name}`: scores and baselines are not to be believed",
+                counted(leaked.len(), "report is", "reports are")
+            ),
         ));
     }
+    let named = |row: &StudyRow| STUDY_KEYS.iter().any(|key| row.keys.contains_key(*key));
+    let (test_named, train_named) = (
+        set.of.iter().any(named),
+        rows[set.of.len()..].iter().any(named),
+    );
+    if test_named != train_named && !rule.is_given() {
+        warnings.push(Remark::new(
+            "测试集和训练集只有一方用键写明检查：无法确定是否有检查同时在两方",
+            "only one of test set and training set names its studies by a key: whether a study is in both cannot be told; hint: `--study-regex` or `--study-key`",
+        ));
+    }
+    Ok(())
 }
 
 /// The base names of a list of images, by which predictions and rows find each other.
@@ -168,17 +220,57 @@ pub(super) fn join(
     path: &Path,
     predictions: Vec<Prediction>,
     data: Option<&Dataset>,
-    warnings: &mut Vec<String>,
+    warnings: &mut Vec<Remark>,
 ) -> Result<(TestSet, Vec<Written>)> {
     let failed = predictions.iter().filter(|one| one.error.is_some());
     if let Some(first) = failed.clone().next() {
-        warnings.push(format!(
-            "{} 份预测失败，按空报告计，第一份在第 {} 行 ({} predictions failed and count as empty reports, the first in row {}: {})",
-            failed.clone().count(),
-            first.row,
-            failed.count(),
-            first.row,
-            first.error.as_deref().unwrap_or_default()
+        warnings.push(Remark::new(
+            format!(
+                "{} 份预测失败，按空回答计，第一份在第 {} 行",
+                failed.clone().count(),
+                first.row
+            ),
+            format!(
+                "{} and count as empty answers, the first in row {}: {}",
+                counted(failed.count(), "prediction failed", "predictions failed"),
+                first.row,
+                first.error.as_deref().unwrap_or_default()
+            ),
+        ));
+    }
+    let empty = predictions
+        .iter()
+        .filter(|one| one.error.is_none() && one.answer.is_empty());
+    if let Some(first) = empty.clone().next() {
+        warnings.push(Remark::new(
+            format!(
+                "{} 份回答为空（空白、null 等），既不算正常也不算异常，第一份在第 {} 行",
+                empty.clone().count(),
+                first.row
+            ),
+            format!(
+                "{} (white space, null and the like) and count as neither normal nor abnormal, the first in row {}",
+                counted(empty.count(), "answer is empty", "answers are empty"),
+                first.row
+            ),
+        ));
+    }
+    let is_chinese = |text: &str| text.chars().any(|c| ('\u{3400}'..='\u{9fff}').contains(&c));
+    let foreign = predictions
+        .iter()
+        .filter(|one| !one.answer.is_empty() && !is_chinese(&one.answer));
+    if let Some(first) = foreign.clone().next() {
+        warnings.push(Remark::new(
+            format!(
+                "{} 份回答没有汉字，读不出所见，第一份在第 {} 行",
+                foreign.clone().count(),
+                first.row
+            ),
+            format!(
+                "{} no Chinese, and no finding is read from them, the first in row {}",
+                counted(foreign.count(), "answer holds", "answers hold"),
+                first.row
+            ),
         ));
     }
     let mut set = TestSet::default();
@@ -198,12 +290,13 @@ pub(super) fn join(
                 }
             }
             if rows.len() < data.len() {
-                warnings.push(format!(
-                    "测试集 {} 份中只有 {} 份有预测 (only {} of {} reports of the test set have a prediction)",
-                    data.len(),
-                    rows.len(),
-                    rows.len(),
-                    data.len()
+                warnings.push(Remark::new(
+                    format!("测试集 {} 份中只有 {} 份有预测", data.len(), rows.len()),
+                    format!(
+                        "only {} of {} of the test set have a prediction",
+                        rows.len(),
+                        counted(data.len(), "report", "reports")
+                    ),
                 ));
             }
             rows.into_iter().map(Some).collect()
@@ -211,10 +304,11 @@ pub(super) fn join(
         None => vec![None; predictions.len()],
     };
     for (one, row) in predictions.into_iter().zip(rows) {
+        set.of.push(study_row(path, &one, data.zip(row)));
         let case = match (data, row, &one.reference) {
             (Some(data), Some(row), _) => case_of_row(data, row, &data.text(row))?,
             (_, _, Some(truth)) => Case {
-                study: one.study_name(),
+                study: String::new(),
                 name: one.name(),
                 question: String::new(),
                 truth: truth.clone(),
@@ -241,6 +335,28 @@ pub(super) fn join(
     Ok((set, written))
 }
 
+/// What a prediction says of its study; the row of the data set counts where there is one.
+fn study_row(path: &Path, one: &Prediction, data: Option<(&Dataset, usize)>) -> StudyRow {
+    let Some((data, row)) = data else {
+        return StudyRow {
+            name: format!("`{}` row {}", path.display(), one.row),
+            keys: one.keys.clone(),
+            images: one.images.clone(),
+            folder: String::new(),
+        };
+    };
+    let mut found = data.study_row(row);
+    if !STUDY_KEYS.iter().any(|key| found.keys.contains_key(*key)) {
+        for (key, value) in &one.keys {
+            found
+                .keys
+                .entry(key.clone())
+                .or_insert_with(|| value.clone());
+        }
+    }
+    found
+}
+
 /// Another run's answers in the order of the cases.
 pub(super) fn align(
     path: &Path,
@@ -251,7 +367,7 @@ pub(super) fn align(
     let mut warnings = Vec::new();
     let (other, written) = join(path, predictions, data, &mut warnings)?;
     for warning in warnings {
-        eprintln!("note: `{}`: {warning}", path.display());
+        eprintln!("note: `{}`: {}", path.display(), warning.english);
     }
     let key = |case: &Case| key_of(case.name.split(';'));
     let mut by_name: HashMap<String, Vec<usize>> = HashMap::new();

@@ -21,12 +21,13 @@ use crate::{
         Dataset, RawSample,
         loader::{Overlong, WindowLoader, WindowPlan},
     },
-    evaluation::{Case, Written, baselines::swapped},
+    evaluation::{Case, Remark, Written, baselines::swapped},
     generate::{FinishReason, GenerationConfig, Prompt},
     kernels::Kernels,
     pipeline::{Answer, Pipeline, TextAndImages},
     processor::{image::RgbImage, supervised::encode_prompt},
     qwen3_vl::ImageInput,
+    study::counted,
     train::gradients::{LossTotals, evaluate},
 };
 
@@ -48,6 +49,8 @@ pub(super) struct ModelWork {
     pub(super) neighbour: Option<Dataset>,
     /// Where the reports are kept.
     pub(super) output: Option<PathBuf>,
+    /// Whether the studies of the cases are known, and not guessed: they are kept with the reports then.
+    pub(super) keeps_studies: bool,
 }
 
 /// What came of it.
@@ -56,7 +59,7 @@ pub(super) struct ModelRun {
     pub(super) written: Option<Vec<Written>>,
     pub(super) swapped: Option<Vec<Written>>,
     pub(super) embeddings: Option<Embeddings>,
-    pub(super) warnings: Vec<String>,
+    pub(super) warnings: Vec<Remark>,
 }
 
 /// Mean image features, row after row.
@@ -74,7 +77,11 @@ impl DeviceTask for ModelWork {
     type Output = Result<ModelRun>;
 
     fn run<B: Kernels>(self, device: B::Device, dtype: DType) -> Result<ModelRun> {
-        let mut output = self.output.as_deref().map(OutputFile::create).transpose()?;
+        let mut output = self
+            .output
+            .as_deref()
+            .map(|path| OutputFile::create(path, self.keeps_studies))
+            .transpose()?;
         let options = pipeline_options(&self.model, dtype);
         let mut progress = Progress::new("loading", 0, Unit::Bytes);
         let pipeline = Pipeline::<B>::load(&options, device, &mut |done, total| {
@@ -100,17 +107,19 @@ impl DeviceTask for ModelWork {
                 (
                     cut(FinishReason::Length),
                     "份报告写满 --max-new-tokens 被截断",
-                    "reports were cut off at --max-new-tokens",
+                    "cut off at --max-new-tokens",
                 ),
                 (
                     cut(FinishReason::Repetition),
-                    "份报告因文字循环而终止",
-                    "reports were ended because the text went round in circles",
+                    "份报告因文字重复而终止",
+                    "ended because the text repeated itself",
                 ),
             ] {
                 if count > 0 {
-                    run.warnings
-                        .push(format!("{count} {chinese} ({count} {english})"));
+                    run.warnings.push(Remark::new(
+                        format!("{count} {chinese}"),
+                        format!("{} {english}", counted(count, "report was", "reports were")),
+                    ));
                 }
             }
             run.written = Some(answers.into_iter().map(written).collect());
@@ -235,7 +244,7 @@ impl ModelWork {
     fn swapped_reports<B: Kernels>(
         &self,
         pipeline: &Pipeline<B>,
-        warnings: &mut Vec<String>,
+        warnings: &mut Vec<Remark>,
     ) -> Result<Option<Vec<Written>>> {
         let studies: Vec<&str> = self.cases.iter().map(|case| case.study.as_str()).collect();
         let images = self
@@ -251,13 +260,19 @@ impl ModelWork {
         let alone = others.iter().enumerate().filter(|(at, other)| at == *other);
         let alone = alone.filter(|(at, _)| images[*at] > 0).count();
         if alone == others.len() || images.iter().all(|count| *count == 0) {
-            warnings
-                .push("没有别的检查可以互换影像 (no other study to swap images with)".to_owned());
+            warnings.push(Remark::new(
+                "没有别的检查可以互换影像",
+                "no other study to swap images with",
+            ));
             return Ok(None);
         }
         if alone > 0 {
-            warnings.push(format!(
-                "{alone} 份没有同样张数的别的检查，影像未换 ({alone} keep their images: no other study has as many)"
+            warnings.push(Remark::new(
+                format!("{alone} 份没有同样张数的别的检查，影像未换"),
+                format!(
+                    "{} no other study with as many images, and keep their own",
+                    counted(alone, "report has", "reports have")
+                ),
             ));
         }
         let shown: Vec<usize> = others.iter().map(|other| self.rows[*other]).collect();
@@ -269,24 +284,24 @@ impl ModelWork {
         &self,
         pipeline: &Pipeline<B>,
         train: &Dataset,
-        warnings: &mut Vec<String>,
+        warnings: &mut Vec<Remark>,
     ) -> Result<Option<Embeddings>> {
         let (queries, with_image) =
             self.embed(pipeline, &self.data, &self.rows, "images of the test set")?;
         if with_image.len() < self.rows.len() {
-            warnings.push(
-                "测试集有没有影像的样本，不求最近邻 (samples without image: no nearest neighbour)"
-                    .to_owned(),
-            );
+            warnings.push(Remark::new(
+                "测试集有没有影像的样本，不求最近邻",
+                "samples of the test set have no image: no nearest neighbour",
+            ));
             return Ok(None);
         }
         let all: Vec<usize> = (0..train.len()).collect();
         let (training, rows) = self.embed(pipeline, train, &all, "images of the training set")?;
         if rows.is_empty() {
-            warnings.push(
-                "训练集没有影像，不求最近邻 (the training set has no image: no nearest neighbour)"
-                    .to_owned(),
-            );
+            warnings.push(Remark::new(
+                "训练集没有影像，不求最近邻",
+                "the training set has no image: no nearest neighbour",
+            ));
             return Ok(None);
         }
         Ok(Some(Embeddings {
@@ -341,10 +356,11 @@ struct OutputFile {
     path: PathBuf,
     partial: PathBuf,
     file: File,
+    keeps_studies: bool,
 }
 
 impl OutputFile {
-    fn create(path: &Path) -> Result<Self> {
+    fn create(path: &Path, keeps_studies: bool) -> Result<Self> {
         if path.exists() {
             bail!(
                 "`{}` is there already; evaluate it with `eval {}`, or name another file with --output",
@@ -361,6 +377,7 @@ impl OutputFile {
             path: path.to_owned(),
             partial,
             file,
+            keeps_studies,
         })
     }
 
@@ -374,6 +391,9 @@ impl OutputFile {
             "prompt_tokens": answer.prompt_tokens,
             "completion_tokens": answer.completion_tokens,
         });
+        if self.keeps_studies {
+            record["study"] = json!(case.study);
+        }
         if let Some(thinking) = &answer.thinking {
             record["thinking"] = json!(thinking);
         }

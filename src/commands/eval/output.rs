@@ -9,10 +9,11 @@ use crate::{
     dataset::Dataset,
     evaluation::{Outcome, STATUSES, page, page::PageFacts},
     processor::image::{DecodeLimits, load},
+    study::StudyFacts,
 };
 
 /// Everything that was found out; text scores in per cent, shares of findings from 0 to 1.
-pub(super) fn json(outcome: &Outcome, facts: &PageFacts) -> Value {
+pub(super) fn json(outcome: &Outcome, facts: &PageFacts, study: &StudyFacts) -> Value {
     let facts_of = facts.facts.iter();
     let named = facts_of.map(|(_, english, value)| (english.replace(' ', "_"), json!(value)));
     let mut cases = vec![Value::Null; outcome.cases.len()];
@@ -30,6 +31,7 @@ pub(super) fn json(outcome: &Outcome, facts: &PageFacts) -> Value {
             "answer": text.answer,
             "thinking": text.thinking,
             "differences": differences,
+            "empty": review.empty,
             "false_normal": review.false_normal,
             "invented": review.invented,
             "contradiction": review.contradiction,
@@ -41,9 +43,10 @@ pub(super) fn json(outcome: &Outcome, facts: &PageFacts) -> Value {
     json!({
         "program": concat!("xray-qwen3vl ", env!("CARGO_PKG_VERSION")),
         "about": named.collect::<serde_json::Map<String, Value>>(),
-        "warnings": facts.warnings,
+        "warnings": facts.warnings.iter().map(|remark| &remark.english).collect::<Vec<_>>(),
         "reports": outcome.cases.len(),
         "studies": outcome.studies,
+        "study": study,
         "bootstrap": {
             "resamples": bootstrap.resamples,
             "confidence": bootstrap.confidence,

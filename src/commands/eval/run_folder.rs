@@ -11,6 +11,7 @@ use crate::{
     plot::{Mark, Panel, Series, TrainingRow, figure, training_plot},
     train::{
         config::{TrainConfig, Tuner},
+        data::RunData,
         records::{Row, read_rows},
     },
 };
@@ -66,8 +67,9 @@ fn generated_panel(rows: &[Row]) -> Option<Panel> {
     })
 }
 
-/// Takes model, adapter and data sets of a run where none are named.
-pub(super) fn choose(dir: &Path, args: &mut EvalArgs) -> Result<()> {
+/// Takes model, adapter and data sets of a run where none are named; gives the data of one that held its validation
+/// rows out of its training data.
+pub(super) fn choose(dir: &Path, args: &mut EvalArgs) -> Result<Option<RunData>> {
     let config = TrainConfig::from_file(&dir.join("config.toml"))?;
     let checkpoint = best_checkpoint(dir)?;
     eprintln!("evaluating `{}`", checkpoint.display());
@@ -81,6 +83,12 @@ pub(super) fn choose(dir: &Path, args: &mut EvalArgs) -> Result<()> {
     let [min_pixels, max_pixels] = config.pixel_limits();
     args.min_pixels.get_or_insert(min_pixels);
     args.max_pixels.get_or_insert(max_pixels);
+    if args.data.is_none() && args.train_data.is_none() && config.split_dataset_ratio > 0.0 {
+        let run = RunData::open(&config)?;
+        args.data = run.validation.as_ref().map(|data| data.name().to_owned());
+        args.train_data = Some(config.train_data);
+        return Ok(Some(run));
+    }
     if args.data.is_none() {
         let data = config.val_data.with_context(|| {
             format!(
@@ -91,7 +99,7 @@ pub(super) fn choose(dir: &Path, args: &mut EvalArgs) -> Result<()> {
         args.data = Some(data);
     }
     args.train_data.get_or_insert(config.train_data);
-    Ok(())
+    Ok(None)
 }
 
 /// The checkpoint that `best.json` names, else the last one.

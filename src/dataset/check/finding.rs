@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::dataset::convert::Spread;
+use crate::study::StudyFacts;
 
 /// Whether training may go on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -43,6 +44,10 @@ pub enum Kind {
     Encode,
     /// A key that nothing uses.
     UnknownKey,
+    /// A key that would change what is learnt and is not supported.
+    RefusedKey,
+    /// Reasoning in the answers, and none in the chat template, or the other way round.
+    Thinking,
     /// The same images with the same conversation came before.
     Duplicate,
     /// The same images came before with another answer.
@@ -51,8 +56,12 @@ pub enum Kind {
     LeakImage,
     /// Another view of a validation row's study is in the training file.
     LeakStudy,
+    /// Another study of a validation row's patient is in the training file.
+    LeakPatient,
     /// A validation row's report is in the training file.
     LeakReport,
+    /// The studies are not what one would expect of the files.
+    Studies,
 }
 
 impl Kind {
@@ -70,11 +79,15 @@ impl Kind {
             Self::TooLong => "too-long",
             Self::Encode => "encode",
             Self::UnknownKey => "unknown-key",
+            Self::RefusedKey => "refused-key",
+            Self::Thinking => "thinking",
             Self::Duplicate => "duplicate",
             Self::AnswersDiffer => "answers-differ",
             Self::LeakImage => "leak-image",
             Self::LeakStudy => "leak-study",
+            Self::LeakPatient => "leak-patient",
             Self::LeakReport => "leak-report",
+            Self::Studies => "studies",
         }
     }
 }
@@ -150,8 +163,12 @@ pub struct CheckReport {
     pub errors: usize,
     /// Number of warnings.
     pub warnings: usize,
+    /// Rows that are longer than allowed.
+    pub too_long: usize,
     /// Tokens of the rows that could be encoded, image tokens included.
     pub row_tokens: Option<Spread>,
+    /// How studies were found; absent if no row could be read.
+    pub study: Option<StudyFacts>,
     /// Everything found, by file and line.
     #[serde(skip)]
     pub findings: Vec<Finding>,
@@ -162,18 +179,22 @@ impl CheckReport {
         files: Vec<FileCount>,
         images: usize,
         row_tokens: &[usize],
+        study: Option<StudyFacts>,
         findings: Vec<Finding>,
     ) -> Self {
         let of = |severity| {
             let same = findings.iter().filter(|found| found.severity == severity);
             same.count()
         };
+        let too_long = findings.iter().filter(|found| found.kind == Kind::TooLong);
         Self {
             files,
             images,
+            too_long: too_long.count(),
             errors: of(Severity::Error),
             warnings: of(Severity::Warning),
             row_tokens: Spread::of(row_tokens),
+            study,
             findings,
         }
     }

@@ -1,9 +1,10 @@
 //! Rows that say the same: inside one file, and between training and validation.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::path::Path;
 
 use super::{DataFile, Finding, Kind, Row, Severity};
+use crate::study::{Studies, StudyError, StudyFacts, StudyRow, StudyRule, counted};
 
 /// Rows that repeat an earlier one, and rows whose images had another answer before.
 pub(super) fn duplicates(file: &Path, rows: &[Row]) -> Vec<Finding> {
@@ -32,31 +33,22 @@ pub(super) fn duplicates(file: &Path, rows: &[Row]) -> Vec<Finding> {
     findings
 }
 
-/// The study an image is of, as far as its name tells: a number, or something with a digit in it
-/// followed by `_` and a number.
-fn study(path: &Path) -> Option<&str> {
-    let stem = path.file_stem()?.to_str()?;
-    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
-    let has_digit = |text: &str| text.bytes().any(|b| b.is_ascii_digit());
-    match stem.rsplit_once('_') {
-        Some((uid, view)) => (is_number(view) && has_digit(uid)).then_some(uid),
-        None => is_number(stem).then_some(stem),
-    }
-}
-
-/// Studies of a row; `None` if a name does not tell.
-fn studies(row: &Row) -> Option<HashSet<&str>> {
-    let studies: Option<HashSet<&str>> = row.paths.iter().map(|path| study(path)).collect();
-    studies.filter(|studies| !studies.is_empty())
-}
-
 /// Training rows with one report.
 struct SameReport<'a> {
     first: &'a Row,
     count: usize,
-    /// A row whose images' names tell no study.
-    unnamed: Option<&'a Row>,
+    /// A row whose study is not known.
+    unknown: Option<&'a Row>,
     by_study: HashMap<&'a str, &'a Row>,
+}
+
+/// A row with what is known of its study.
+#[derive(Clone, Copy)]
+struct InStudy<'a> {
+    row: &'a Row,
+    id: &'a str,
+    patient: Option<&'a str>,
+    told: bool,
 }
 
 impl<'a> SameReport<'a> {
@@ -64,55 +56,103 @@ impl<'a> SameReport<'a> {
         Self {
             first,
             count: 0,
-            unnamed: None,
+            unknown: None,
             by_study: HashMap::new(),
         }
     }
 
-    fn add(&mut self, row: &'a Row) {
+    fn add(&mut self, one: InStudy<'a>) {
         self.count += 1;
-        match studies(row) {
-            None => self.unnamed = self.unnamed.or(Some(row)),
-            Some(studies) => studies.into_iter().for_each(|study| {
-                self.by_study.entry(study).or_insert(row);
-            }),
+        if one.told {
+            self.by_study.entry(one.id).or_insert(one.row);
+        } else {
+            self.unknown = self.unknown.or(Some(one.row));
         }
     }
 
-    /// A training row that may be of the same study as `row`; `None` if the names of the images
-    /// show that all are of others.
-    fn of_same_study(&self, row: &Row) -> Option<&'a Row> {
-        let Some(studies) = studies(row) else {
+    /// A training row that may be of the same study; `None` if all are of others.
+    fn of_same_study(&self, one: InStudy<'_>) -> Option<&'a Row> {
+        if !one.told {
             return Some(self.first);
-        };
-        let named = studies.iter().find_map(|study| self.by_study.get(study));
-        named.copied().or(self.unnamed)
+        }
+        self.by_study.get(one.id).copied().or(self.unknown)
     }
 }
 
+/// Finds the studies of all files together, and adds what validation shares with training.
+///
+/// # Errors
+/// [`StudyError`] if the rule does not fit a row.
+pub(super) fn studies(
+    files: &mut [DataFile],
+    rule: &StudyRule,
+) -> Result<Option<StudyFacts>, StudyError> {
+    let rows: Vec<StudyRow> = files
+        .iter()
+        .flat_map(|file| {
+            let folder = file.path.parent().unwrap_or(Path::new(""));
+            file.rows.iter().map(move |row| StudyRow {
+                name: format!("`{}` row {}", file.path.display(), row.line),
+                keys: row.sample.keys.clone(),
+                images: row.sample.images.clone(),
+                folder: folder.to_string_lossy().into_owned(),
+            })
+        })
+        .collect();
+    if rows.is_empty() {
+        return Ok(None);
+    }
+    let studies = rule.studies(&rows)?;
+    if let [train, val] = files {
+        let found = between(train, val, &studies);
+        val.findings.extend(found);
+    }
+    if let Some(file) = files.first_mut() {
+        let doubts = studies.doubts.iter().map(|doubt| {
+            Finding::new(
+                Severity::Warning,
+                Kind::Studies,
+                &file.path,
+                0,
+                doubt.english(),
+            )
+        });
+        let doubts: Vec<Finding> = doubts.collect();
+        file.findings.extend(doubts);
+    }
+    Ok(Some(studies.facts))
+}
+
 /// What validation shares with training.
-pub(super) fn between(train: &DataFile, val: &DataFile) -> Vec<Finding> {
+fn between(train: &DataFile, val: &DataFile, studies: &Studies) -> Vec<Finding> {
+    let in_study = |row, at: usize| InStudy {
+        row,
+        id: &studies.ids[at],
+        patient: studies.patients[at].as_deref(),
+        told: studies.told[at],
+    };
     let mut by_hash: HashMap<&str, &Row> = HashMap::new();
-    let mut by_study: HashMap<(Option<&Path>, &str), &Row> = HashMap::new();
+    let mut by_study: HashMap<&str, &Row> = HashMap::new();
+    let mut by_patient: HashMap<&str, &Row> = HashMap::new();
     let mut by_report: HashMap<&str, SameReport<'_>> = HashMap::new();
-    for row in &train.rows {
+    for (at, row) in train.rows.iter().enumerate() {
+        let one = in_study(row, at);
         for hash in &row.hashes {
             by_hash.entry(hash).or_insert(row);
         }
-        for path in &row.paths {
-            if let Some(study) = study(path) {
-                // The same number in another folder may be another collection's.
-                by_study.entry((path.parent(), study)).or_insert(row);
-            }
+        by_study.entry(one.id).or_insert(row);
+        if let Some(patient) = one.patient {
+            by_patient.entry(patient).or_insert(row);
         }
         if !row.report().is_empty() {
             let same = by_report.entry(row.report());
-            same.or_insert_with(|| SameReport::new(row)).add(row);
+            same.or_insert_with(|| SameReport::new(row)).add(one);
         }
     }
     let name = train.path.display();
     let mut findings = Vec::new();
-    for row in &val.rows {
+    for (at, row) in val.rows.iter().enumerate() {
+        let one = in_study(row, train.rows.len() + at);
         let mut found = |severity, kind, message| {
             findings.push(Finding::new(severity, kind, &val.path, row.line, message));
         };
@@ -124,18 +164,23 @@ pub(super) fn between(train: &DataFile, val: &DataFile) -> Vec<Finding> {
             let message = format!("the image is also in `{name}` line {}", other.line);
             found(Severity::Error, Kind::LeakImage, message);
         }
-        let of_study = row.paths.iter().find_map(|path| {
-            let study = study(path)?;
-            Some((study, by_study.get(&(path.parent(), study))?))
-        });
-        if let Some((study, other)) = of_study {
-            let message = format!("study `{study}` is also in `{name}` line {}", other.line);
+        if let Some(other) = by_study.get(one.id) {
+            let message = format!("study `{}` is also in `{name}` line {}", one.id, other.line);
             found(Severity::Error, Kind::LeakStudy, message);
+        } else if let Some((patient, other)) = one
+            .patient
+            .and_then(|patient| Some((patient, by_patient.get(patient)?)))
+        {
+            let message = format!(
+                "patient `{patient}` is also in `{name}` line {}",
+                other.line
+            );
+            found(Severity::Error, Kind::LeakPatient, message);
         }
         let Some(same) = by_report.get(row.report()) else {
             continue;
         };
-        match same.of_same_study(row) {
+        match same.of_same_study(one) {
             Some(other) => {
                 let message = format!("the report is also in `{name}` line {}", other.line);
                 found(Severity::Error, Kind::LeakReport, message);
@@ -143,8 +188,10 @@ pub(super) fn between(train: &DataFile, val: &DataFile) -> Vec<Finding> {
             // Reports of healthy lungs are often alike to the letter.
             None => {
                 let message = format!(
-                    "the report is also in `{name}` line {}, about another study; {} rows there have it",
-                    same.first.line, same.count
+                    "the report is also in `{name}` line {}, about another study; {} there {} it",
+                    same.first.line,
+                    counted(same.count, "row", "rows"),
+                    if same.count == 1 { "has" } else { "have" }
                 );
                 found(Severity::Warning, Kind::LeakReport, message);
             }

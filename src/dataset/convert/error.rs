@@ -6,6 +6,7 @@ use crate::files::FileError;
 use crate::processor::sample::SampleError;
 use crate::processor::supervised::SupervisedError;
 use crate::processor::tokenizer::TokenizerError;
+use crate::study::{StudyError, counted};
 
 /// Why a corpus could not be converted.
 #[derive(Debug, thiserror::Error)]
@@ -30,7 +31,7 @@ pub enum ConvertError {
     },
     /// The corpus is in none of the known forms.
     #[error(
-        "`{}` is in no known form; expected `{{\"annotations\": [{{\"image_id\", \"caption\"}}]}}`, `[{{\"img\", \"prompt\", \"label\"}}]`, or rows of `messages` and `images`", .path.display()
+        "`{}` is in no known form; expected `{{\"annotations\": [{{\"image_id\", \"caption\"}}]}}`, `[{{\"img\", \"prompt\", \"label\"}}]`, rows of `messages` and `images`, or JSON rows of other keys with `--image-key` and `--report-key` (a table has to become JSON first)", .path.display()
     )]
     UnknownForm {
         /// The file.
@@ -51,6 +52,26 @@ pub enum ConvertError {
     /// A row of `messages` is no sample.
     #[error(transparent)]
     Sample(#[from] SampleError),
+    /// An image may be one of several files, or a file one of several images.
+    #[error(
+        "`{}` row {row}: image `{image}` {what}; expected one file an image: give the folder that the paths of the rows begin in (`--images`)", .path.display()
+    )]
+    Ambiguous {
+        /// The corpus.
+        path: PathBuf,
+        /// Row or line, from 1.
+        row: usize,
+        /// As the row names it.
+        image: String,
+        /// Both paths, in words.
+        what: String,
+    },
+    /// The output folder holds something.
+    #[error("`{}` exists and is not an empty folder; choose another folder or remove it", .0.display())]
+    Exists(PathBuf),
+    /// A rule for studies does not fit.
+    #[error(transparent)]
+    Study(#[from] StudyError),
     /// There is no folder of images.
     #[error("{}; expected the folder with the images of the corpus (`--images`)", match .0 {
         Some(path) => format!("`{}` is not a folder", path.display()),
@@ -59,7 +80,7 @@ pub enum ConvertError {
     NoImages(Option<PathBuf>),
     /// No row is left.
     #[error(
-        "none of the {rows} rows of `{}` can be used ({reason}); see `{}`", .path.display(), .missing.display()
+        "none of {} of `{}` can be used ({reason}); see `{}`", counted(*.rows, "row", "rows"), .path.display(), .missing.display()
     )]
     NoneLeft {
         /// The corpus.
@@ -76,7 +97,7 @@ pub enum ConvertError {
     Empty(PathBuf),
     /// Validation would take all there is.
     #[error(
-        "{0}; hint: `--val-ratio 0` puts all into train.jsonl, `--split image` splits by row, a smaller `--val-ratio` takes less"
+        "{0}; hint: `--val-ratio 0` puts all into train.jsonl, a smaller `--val-ratio` takes less, `--study-regex` or a key `study` in each row tells studies apart"
     )]
     CannotSplit(String),
     /// The share of validation is no share.
@@ -85,9 +106,6 @@ pub enum ConvertError {
     /// There is no usable question.
     #[error("the list of questions {0}; expected one question a line, without `<image>`")]
     Prompts(&'static str),
-    /// The output would replace the input.
-    #[error("`{}` would be replaced by its own conversion; choose another output folder", .0.display())]
-    Overwrites(PathBuf),
     /// A path cannot be written into JSON.
     #[error("`{}` is not UTF-8; rename it", .0.display())]
     PathText(PathBuf),

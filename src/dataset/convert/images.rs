@@ -1,9 +1,9 @@
 //! The images of rows: where they are, how large, and how the output names them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path, PathBuf};
 
-use super::corpus::{Row, locate};
+use super::corpus::{ENDINGS, Row, base_name};
 use super::{ConvertError, ConvertOptions};
 use crate::processor::image::ImageError;
 use crate::processor::patches::ImageProcessor;
@@ -13,6 +13,8 @@ use crate::processor::patches::ImageProcessor;
 pub(super) struct Picture {
     /// As the output names it.
     pub(super) name: String,
+    /// Its path as far as it tells the study: that of the row, or that below the folder of images if it is deeper.
+    pub(super) told: String,
     pub(super) width: usize,
     pub(super) height: usize,
     pub(super) grid: [usize; 3],
@@ -42,6 +44,10 @@ pub(super) struct Finder<'a> {
     processor: &'a ImageProcessor,
     /// Canonical folders by folder: asking the system for every file is slow.
     folders: BTreeMap<PathBuf, PathBuf>,
+    /// Files below the folder of images by their base names; read when a row needs it.
+    below: Option<BTreeMap<String, Vec<PathBuf>>>,
+    /// The first row that took a file, with the path it gave.
+    taken: BTreeMap<PathBuf, (usize, String, bool)>,
 }
 
 impl<'a> Finder<'a> {
@@ -55,6 +61,8 @@ impl<'a> Finder<'a> {
             output,
             processor,
             folders: BTreeMap::new(),
+            below: None,
+            taken: BTreeMap::new(),
         }
     }
 
@@ -67,8 +75,7 @@ impl<'a> Finder<'a> {
         }
         let mut pictures = Vec::new();
         for image in &row.images {
-            let Some(path) = locate(image, self.options.images.as_deref(), &self.options.input)
-            else {
+            let Some(path) = self.locate(image, row.number)? else {
                 return Ok(Err(LeftOut::NoImage(image.clone())));
             };
             let size = self.processor.probe(&path).and_then(|(width, height)| {
@@ -78,6 +85,7 @@ impl<'a> Finder<'a> {
             match size {
                 Ok((width, height, grid)) => pictures.push(Picture {
                     name: self.name(&path)?,
+                    told: self.told(image, &path),
                     width,
                     height,
                     grid,
@@ -86,6 +94,77 @@ impl<'a> Finder<'a> {
             }
         }
         Ok(Ok(pictures))
+    }
+
+    /// Finds the file of an image. Without a folder of images: where the row says, seen from the corpus. With one:
+    /// the longest end of the path that is there below it, else a file of this name in any folder below it.
+    fn locate(&mut self, image: &str, row: usize) -> Result<Option<PathBuf>, ConvertError> {
+        let Some(folder) = self.options.images.clone() else {
+            let path = self.options.input.parent().unwrap_or(Path::new(""));
+            return Ok(with_ending(&path.join(image)));
+        };
+        let parts = parts(image);
+        let found = (0..parts.len()).find_map(|from| {
+            let path: PathBuf = parts[from..].iter().collect();
+            Some((with_ending(&folder.join(path))?, from == 0))
+        });
+        let (path, whole) = match (found, parts.last()) {
+            (Some(found), _) => found,
+            (None, None) => return Ok(None),
+            (None, Some(name)) => match &self.elsewhere(&folder, name)[..] {
+                [] => return Ok(None),
+                [path] => (path.clone(), false),
+                [first, second, ..] => {
+                    return Err(ConvertError::Ambiguous {
+                        path: self.options.input.clone(),
+                        row,
+                        image: image.to_owned(),
+                        what: format!(
+                            "is in several folders, `{}` and `{}`",
+                            first.display(),
+                            second.display()
+                        ),
+                    });
+                }
+            },
+        };
+        let given = parts[..parts.len() - 1].join("/");
+        let (other, their, their_whole) = self
+            .taken
+            .entry(path.clone())
+            .or_insert_with(|| (row, given.clone(), whole));
+        // The same file under two paths is one picture for two studies, unless both paths are its own.
+        if *their != given && !(whole && *their_whole) {
+            return Err(ConvertError::Ambiguous {
+                path: self.options.input.clone(),
+                row,
+                image: image.to_owned(),
+                what: format!(
+                    "and an image of row {other} in `{their}` would both be `{}`",
+                    path.display()
+                ),
+            });
+        }
+        Ok(Some(path))
+    }
+
+    /// Files of this name in the folders below `folder`.
+    fn elsewhere(&mut self, folder: &Path, name: &str) -> Vec<PathBuf> {
+        let below = self.below.get_or_insert_with(|| files_below(folder));
+        let names = std::iter::once(name.to_owned())
+            .chain(ENDINGS.iter().map(|ending| format!("{name}.{ending}")));
+        let found = names.into_iter().find(|name| below.contains_key(name));
+        found.map_or_else(Vec::new, |name| below[&name].clone())
+    }
+
+    /// The path that tells more of the study: the row's own, or that of the file below the folder of images.
+    fn told(&self, image: &str, path: &Path) -> String {
+        let below = self.options.images.as_deref();
+        let below = below.and_then(|folder| path.strip_prefix(folder).ok()?.to_str());
+        match below {
+            Some(below) if parts(below).len() > parts(image).len() => below.replace('\\', "/"),
+            _ => image.to_owned(),
+        }
     }
 
     /// How the output names an image.
@@ -115,6 +194,58 @@ impl<'a> Finder<'a> {
             .map(|name| name.replace('\\', "/"))
             .ok_or(ConvertError::PathText(path))
     }
+}
+
+/// The parts of a path of any system after its last `..`, without the root.
+fn parts(image: &str) -> Vec<&str> {
+    let parts = image.split(['/', '\\']);
+    let mut kept: Vec<&str> = Vec::new();
+    for part in parts.filter(|part| !part.is_empty() && *part != ".") {
+        if part == ".." {
+            kept.clear();
+        } else {
+            kept.push(part);
+        }
+    }
+    kept
+}
+
+/// The file itself, or with the ending of an image after its name: `1_1` and `1.dcm` may mean `1_1.png` and
+/// `1.dcm.png`.
+fn with_ending(path: &Path) -> Option<PathBuf> {
+    let name = path.file_name()?.to_str()?;
+    let itself = std::iter::once(path.to_owned())
+        .filter(|_| super::corpus::stem_of(base_name(name)) != name);
+    let longer = ENDINGS
+        .iter()
+        .map(|ending| path.with_file_name(format!("{name}.{ending}")));
+    itself.chain(longer).find(|path| path.is_file())
+}
+
+/// All files below `folder`, by base name; links to folders are followed once.
+fn files_below(folder: &Path) -> BTreeMap<String, Vec<PathBuf>> {
+    let mut found: BTreeMap<String, Vec<PathBuf>> = BTreeMap::new();
+    let mut seen = BTreeSet::new();
+    let mut waiting = vec![folder.to_owned()];
+    while let Some(folder) = waiting.pop() {
+        if !folder.canonicalize().is_ok_and(|real| seen.insert(real)) {
+            continue;
+        }
+        // A folder that cannot be read holds nothing that a row could use.
+        let Ok(entries) = std::fs::read_dir(&folder) else {
+            continue;
+        };
+        for entry in entries.filter_map(Result::ok) {
+            let path = entry.path();
+            if path.is_dir() {
+                waiting.push(path);
+            } else if let Some(name) = entry.file_name().to_str() {
+                found.entry(name.to_owned()).or_default().push(path);
+            }
+        }
+    }
+    found.values_mut().for_each(|paths| paths.sort());
+    found
 }
 
 /// `path` seen from `folder`, both absolute; as it is if they share nothing but the root.

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::{CorpusForm, Split};
 use crate::plot;
+use crate::study::{StudyFacts, counted};
 
 /// Spread of a whole number over rows or images.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -91,8 +92,14 @@ pub struct Summary {
     pub train: PartCount,
     /// What went into `val.jsonl`.
     pub val: PartCount,
+    /// How studies were found.
+    pub study: StudyFacts,
     /// Studies with rows on both sides: 0 unless the split is by image.
     pub studies_in_both: usize,
+    /// Patients, as far as they are known, with rows on both sides: 0 unless the split is by image.
+    pub patients_in_both: usize,
+    /// What has to be looked at before the files are used.
+    pub warnings: Vec<String>,
     /// How often each question was drawn.
     pub questions: BTreeMap<String, usize>,
     /// Rows that kept the question they came with.
@@ -142,22 +149,25 @@ impl fmt::Display for Summary {
                 "  thinking unused      {count}, no row is about the image"
             )?;
         }
-        writeln!(
-            f,
-            "train.jsonl            {} rows, {} studies",
-            train.rows, train.studies
-        )?;
-        writeln!(
-            f,
-            "val.jsonl              {} rows, {} studies",
-            val.rows, val.studies
-        )?;
-        if self.studies_in_both > 0 {
-            let count = self.studies_in_both;
-            writeln!(
-                f,
-                "  studies in both      {count}: the validation loss is too good; `--split uid` keeps studies together"
-            )?;
+        for (name, part) in [("train.jsonl", train), ("val.jsonl", val)] {
+            let rows = counted(part.rows, "row", "rows");
+            let studies = counted(part.studies, "study", "studies");
+            writeln!(f, "{name:<22} {rows}, {studies}")?;
+        }
+        writeln!(f, "{}", self.study.english())?;
+        for (what, count) in [
+            ("  studies in both      ", self.studies_in_both),
+            ("  patients in both     ", self.patients_in_both),
+        ] {
+            if count > 0 {
+                writeln!(
+                    f,
+                    "{what}{count}: the validation loss is too good; `--split uid` keeps studies and patients together"
+                )?;
+            }
+        }
+        for warning in &self.warnings {
+            writeln!(f, "warning: {warning}")?;
         }
         writeln!(f, "questions drawn        {}", self.questions.len())?;
         if self.questions_kept > 0 {

@@ -1,0 +1,197 @@
+//! What a reader of a result should know of a data set: rows left out, and keys that nothing uses.
+
+use std::collections::BTreeMap;
+
+use rayon::prelude::*;
+use serde::Serialize;
+
+use super::{Dataset, DatasetError, Source, loader::Overlong};
+use crate::{
+    pipeline::TextAndImages,
+    processor::{chat::ImageGrid, supervised::encode_supervised},
+};
+
+/// Rows that a run leaves out because they are longer than allowed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct LeftOut {
+    /// Rows that are longer.
+    pub rows: usize,
+    /// All rows.
+    pub of: usize,
+    /// The limit, in tokens.
+    pub max_length: usize,
+}
+
+impl LeftOut {
+    /// Share of the rows above which the sentence is a warning.
+    const MUCH: f64 = 0.1;
+
+    /// Whether more than a tenth of the rows is left out.
+    pub fn is_much(&self) -> bool {
+        self.rows as f64 > Self::MUCH * self.of as f64
+    }
+
+    /// What is left out, as a sentence; `None` if nothing is.
+    pub fn sentence(&self) -> Option<String> {
+        let Self {
+            rows,
+            of,
+            max_length,
+        } = self;
+        if *rows == 0 {
+            return None;
+        }
+        let share = *rows as f64 / (*of).max(1) as f64;
+        let (warning, hint) = if self.is_much() {
+            ("warning: ", "; hint: raise max_length or lower max_pixels")
+        } else {
+            ("", "")
+        };
+        let percent = 100.0 * share;
+        let (words, is) = if *of == 1 {
+            ("row", "is")
+        } else {
+            ("rows", "are")
+        };
+        Some(format!(
+            "{warning}{rows} of {of} {words} ({percent:.1} %) {is} longer than max_length {max_length} and left out{hint}"
+        ))
+    }
+}
+
+/// What a run's record says of its data set.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct DataFacts {
+    /// Rows that are too long, where such rows are left out.
+    pub left_out: Option<LeftOut>,
+    /// Keys of rows that nothing uses.
+    pub remarks: Vec<String>,
+}
+
+impl DataFacts {
+    /// One sentence for each thing to know.
+    pub fn sentences(&self) -> impl Iterator<Item = String> {
+        let left_out = self.left_out.as_ref().and_then(LeftOut::sentence);
+        self.remarks
+            .iter()
+            .map(|remark| format!("note: {remark}"))
+            .chain(left_out)
+    }
+}
+
+impl Dataset {
+    /// What to know of the data set before a run begins; with [`Overlong::Skip`], the length of every
+    /// sample is taken.
+    ///
+    /// # Errors
+    /// [`DatasetError::AllTooLong`] if no sample would be left.
+    pub fn facts(
+        &self,
+        parts: &TextAndImages,
+        max_length: usize,
+        overlong: Overlong,
+    ) -> Result<DataFacts, DatasetError> {
+        Ok(DataFacts {
+            left_out: match overlong {
+                Overlong::Error => None,
+                Overlong::Skip => Some(self.left_out(parts, max_length)?),
+            },
+            remarks: self.remarks().to_vec(),
+        })
+    }
+
+    /// Tokens of one sample; of images in files only the headers are read.
+    fn tokens(&self, index: usize, parts: &TextAndImages) -> Result<usize, DatasetError> {
+        let (conversation, sizes, limits) = match &self.source {
+            Source::Rows {
+                samples, folder, ..
+            } => {
+                let sample = &samples[self.place(index)];
+                let sizes = sample.images.iter().map(|image| {
+                    (parts.images)
+                        .probe(&folder.join(image))
+                        .map_err(|cause| self.image_error(index, image.clone(), cause))
+                });
+                let sizes = sizes.collect::<Result<Vec<_>, _>>()?;
+                (self.placed(index, sample, &sizes)?, sizes, sample.limits)
+            }
+            Source::Phantoms { .. } => {
+                let raw = self.read(index, parts)?;
+                let sizes = raw.pictures.iter();
+                let sizes = sizes.map(|picture| (picture.width(), picture.height()));
+                (raw.conversation, sizes.collect(), raw.limits)
+            }
+        };
+        let processor = self.processor(index, limits, parts)?;
+        let grids = sizes.iter().map(|(width, height)| {
+            processor
+                .grid_for(*height, *width)
+                .map_err(|cause| self.image_error(index, "of the row".to_string(), cause))
+        });
+        let grids = grids.collect::<Result<Vec<ImageGrid>, _>>()?;
+        let merge = parts.config.vision_config.spatial_merge_size;
+        encode_supervised(&parts.tokenizer, &conversation, &grids, merge)
+            .map(|ids| ids.input_ids.len())
+            .map_err(|cause| self.encode_error(index, cause))
+    }
+
+    /// Counts the samples that are longer than `max_length`, before any of them is trained on.
+    ///
+    /// A sample that cannot be read counts as short: it is named when its turn comes.
+    ///
+    /// # Errors
+    /// [`DatasetError::AllTooLong`] if no sample would be left.
+    pub fn left_out(
+        &self,
+        parts: &TextAndImages,
+        max_length: usize,
+    ) -> Result<LeftOut, DatasetError> {
+        let lengths: Vec<usize> = (0..self.len())
+            .into_par_iter()
+            .map(|index| self.tokens(index, parts).unwrap_or(0))
+            .collect();
+        let rows = lengths
+            .iter()
+            .filter(|length| **length > max_length)
+            .count();
+        if rows == lengths.len() {
+            return Err(DatasetError::AllTooLong {
+                file: self.name.clone(),
+                rows,
+                shortest: lengths.into_iter().min().unwrap_or(0),
+                max_length,
+            });
+        }
+        Ok(LeftOut {
+            rows,
+            of: lengths.len(),
+            max_length,
+        })
+    }
+}
+
+/// Keys of rows that nothing uses: the first row of each, and how many have it.
+#[derive(Debug, Default)]
+pub(crate) struct UnusedKeys(BTreeMap<String, (usize, usize)>);
+
+impl UnusedKeys {
+    /// Notes the keys of a row.
+    pub(crate) fn add(&mut self, row: usize, keys: Vec<String>) {
+        for key in keys {
+            self.0.entry(key).or_insert((row, 0)).1 += 1;
+        }
+    }
+
+    /// The first row of each key, and a sentence about it.
+    pub(crate) fn sentences(self) -> impl Iterator<Item = (usize, String)> {
+        self.0.into_iter().map(|(key, (row, count))| {
+            let others = match count {
+                1 => String::new(),
+                2 => ", nor in 1 other row".to_string(),
+                count => format!(", nor in {} other rows", count - 1),
+            };
+            let hint = "hint: begin its name with `_` if it is meant for you alone";
+            (row, format!("the key `{key}` is not used{others}; {hint}"))
+        })
+    }
+}

@@ -1,0 +1,106 @@
+//! What can be wrong with a row of a training file.
+
+use std::path::PathBuf;
+
+use super::row_forms;
+
+/// Why a line is no sample; the message names the file and the row.
+#[derive(Debug, thiserror::Error)]
+#[error("`{}` row {row}: {fault}", .file.display())]
+pub struct SampleError {
+    /// File the line is from.
+    pub file: PathBuf,
+    /// Row in the file, from 1.
+    pub row: usize,
+    /// What is wrong.
+    pub fault: RowFault,
+}
+
+/// What is wrong with a row.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RowFault {
+    /// The line is not JSON.
+    #[error("not JSON: {0}")]
+    Json(String),
+    /// The row is in another form.
+    #[error("found {found}; expected {}; hint: {hint}", row_forms::EXPECTED)]
+    Form {
+        /// What is there.
+        found: String,
+        /// How to bring it into the form that is read.
+        hint: String,
+    },
+    /// A value under a key is not what the form asks for.
+    #[error("`{key}` is {found}; expected {expected}")]
+    Key {
+        /// Path of the key inside the line.
+        key: String,
+        /// What is there.
+        found: String,
+        /// What should be there.
+        expected: String,
+    },
+    /// An answer is empty.
+    #[error("`{key}` is empty; expected an answer to learn from")]
+    EmptyAnswer {
+        /// Path of the key inside the line.
+        key: String,
+    },
+    /// A key would change what is learnt, and is not supported.
+    #[error("the key `{key}` is not supported: {cure}")]
+    Refused {
+        /// Path of the key inside the line.
+        key: String,
+        /// What to do.
+        cure: &'static str,
+    },
+    /// A key that looks like one that is read.
+    #[error(
+        "the key `{key}` is not known; hint: is `{nearest}` meant? If not, begin its name with `_`, and it is passed over"
+    )]
+    Slip {
+        /// Path of the key inside the line.
+        key: String,
+        /// The key that is read.
+        nearest: &'static str,
+    },
+    /// A tag that stands where it has no meaning.
+    #[error(
+        "`{key}` holds `{tag}`; {expected}; hint: a backslash before a tag makes it plain words, in JSON `\\\\{tag}`"
+    )]
+    Tag {
+        /// Path of the key inside the line.
+        key: String,
+        /// The tag as it is written.
+        tag: String,
+        /// What should be there.
+        expected: &'static str,
+    },
+    /// The row's own pixel limits cannot be used.
+    #[error("`chat_template_kwargs`: {0}")]
+    Limits(String),
+    /// More image places than images.
+    #[error(
+        "the text has {placeholders} `<image>` placeholders but `images` holds {images}; expected no more placeholders than images"
+    )]
+    Placeholders {
+        /// Number of `<image>` in the questions.
+        placeholders: usize,
+        /// Number of images.
+        images: usize,
+    },
+}
+
+impl RowFault {
+    pub(super) fn key(
+        key: impl Into<String>,
+        found: impl Into<String>,
+        expected: impl Into<String>,
+    ) -> Self {
+        Self::Key {
+            key: key.into(),
+            found: found.into(),
+            expected: expected.into(),
+        }
+    }
+}

@@ -1,0 +1,278 @@
+//! Which keys of a row training reads, which say nothing to it, and which end it.
+//!
+//! The one policy for `train`, `check` and `convert`. A key that changes what is learnt is read or
+//! refused; a key that only describes the row passes; any other passes with a remark, unless it
+//! looks like a slip of the pen for one that is read. A key without a value (`null`, `""`, `[]`,
+//! `{}`) says nothing, whatever its name.
+//!
+//! Source of the keys with a meaning: `RowPreprocessor.standard_keys` and `_check_messages`,
+//! ms-swift 4.6, `dataset/preprocessor/core.py`.
+
+use serde_json::Value;
+
+use crate::study::{PATIENT_KEYS, STUDY_KEYS};
+
+/// What training does with a key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeyUse {
+    /// It is read.
+    Read,
+    /// It names or describes the row and changes nothing.
+    Harmless,
+    /// It would change what is learnt and is not supported; the text says what to do.
+    Refused(&'static str),
+    /// It looks like this key, which is read.
+    Slip(&'static str),
+    /// Nothing is known of it.
+    Unknown,
+}
+
+/// Keys of a row that training reads.
+const ROW_KEYS: [&str; 9] = [
+    "messages",
+    "images",
+    "image",
+    "system",
+    "system_prompt",
+    "objects",
+    "chat_template_kwargs",
+    "loss",
+    "loss_scale",
+];
+
+/// Keys of a message that training reads.
+const MESSAGE_KEYS: [&str; 4] = ["role", "content", "loss", "loss_scale"];
+
+/// Keys that name or describe a row or a message, beside those of its study. `channel` only splits the loss that ms-swift
+/// prints.
+const HARMLESS: &[&str] = &[
+    "id",
+    "idx",
+    "index",
+    "uuid",
+    "sample_id",
+    "row_id",
+    "image_id",
+    "question_id",
+    "dicom_id",
+    "study_uid",
+    "series_id",
+    "accession",
+    "accession_number",
+    "source",
+    "dataset",
+    "data_source",
+    "split",
+    "subset",
+    "channel",
+    "category",
+    "task",
+    "tags",
+    "language",
+    "lang",
+    "license",
+    "author",
+    "comment",
+    "comments",
+    "note",
+    "notes",
+    "meta",
+    "metadata",
+    "view",
+    "modality",
+    "created_at",
+    "timestamp",
+];
+
+/// A second text or picture set of a row, for another kind of training than that of answers.
+const PREFERENCES: &str = "preference training (DPO, KTO, reward models) is not supported; keep the answer to be learnt in `messages` and take the key out";
+const RL: &str = "reinforcement learning is not supported; put the answer to be learnt into `messages` and take the key out";
+const NO_VIDEO: &str =
+    "videos are not read; give single frames as `images`, or take the row out of the file";
+const NO_AUDIO: &str = "sound is not read; take the row out of the file";
+const NO_TOOLS: &str = "tools are not written into the prompt; put their description into the system message and take the key out";
+const NO_CALLS: &str =
+    "calls of tools are not written into the answer; put their text into `content`";
+const REASONING: &str = "reasoning is learnt from `content`: write `<think>\\n…\\n</think>\\n\\n` before the answer there, and take the key out";
+const WEIGHTS: &str = "rows and answers have no weights; use `loss` (true or false) or `loss_scale` (1 or 0) of a message, or repeat a row that is to count more";
+const SECOND_TEXT: &str = "the row has `messages` as well, and only they are learnt; take the key out, or move its text into `messages`";
+
+const REFUSED_IN_ROWS: &[(&[&str], &str)] = &[
+    (&["videos", "video"], NO_VIDEO),
+    (&["audios", "audio", "ref_audios", "audio_codes"], NO_AUDIO),
+    (&["tools", "functions"], NO_TOOLS),
+    (
+        &["label", "rejected_response", "rejected", "chosen", "margin"],
+        PREFERENCES,
+    ),
+    (&["solution", "teacher_prompt"], RL),
+    (
+        &[
+            "weight",
+            "weights",
+            "sample_weight",
+            "loss_weight",
+            "loss_mask",
+            "mask",
+        ],
+        WEIGHTS,
+    ),
+    (
+        &[
+            "query",
+            "response",
+            "history",
+            "instruction",
+            "input",
+            "output",
+            "prompt",
+            "answer",
+            "question",
+            "conversation",
+            "conversations",
+            "report",
+            "caption",
+            "text",
+        ],
+        SECOND_TEXT,
+    ),
+];
+
+const REFUSED_IN_MESSAGES: &[(&[&str], &str)] = &[
+    (&["reasoning_content", "reasoning", "thinking"], REASONING),
+    (
+        &["tool_calls", "tool_call_id", "function_call", "tools"],
+        NO_CALLS,
+    ),
+    (&["weight", "loss_weight", "loss_mask", "mask"], WEIGHTS),
+    (
+        &["images", "image"],
+        "pictures of a message are not read; name them in `images` of the row and put `<image>` where each belongs",
+    ),
+    (&["videos", "video"], NO_VIDEO),
+    (&["audios", "audio"], NO_AUDIO),
+];
+
+/// What training does with `key` of a row whose value is `value`.
+pub fn of_row(key: &str, value: &Value) -> KeyUse {
+    if key.starts_with("rejected_") && !is_empty(value) {
+        return KeyUse::Refused(PREFERENCES);
+    }
+    if (key.starts_with("positive_") || key.starts_with("negative_")) && !is_empty(value) {
+        return KeyUse::Refused("training of embeddings is not supported; take the key out");
+    }
+    of(key, value, &ROW_KEYS, REFUSED_IN_ROWS)
+}
+
+/// What training does with `key` of a message whose value is `value`.
+pub fn of_message(key: &str, value: &Value) -> KeyUse {
+    of(key, value, &MESSAGE_KEYS, REFUSED_IN_MESSAGES)
+}
+
+fn of(
+    key: &str,
+    value: &Value,
+    read: &[&'static str],
+    refused: &[(&[&str], &'static str)],
+) -> KeyUse {
+    if read.contains(&key) {
+        return KeyUse::Read;
+    }
+    // A name that begins with `_` is how a file says that a key is its own affair.
+    let names = [HARMLESS, &STUDY_KEYS, &PATIENT_KEYS].concat();
+    if is_empty(value) || key.starts_with('_') || names.contains(&key) {
+        return KeyUse::Harmless;
+    }
+    let cure = refused.iter().find(|(keys, _)| keys.contains(&key));
+    if let Some((_, cure)) = cure {
+        return KeyUse::Refused(cure);
+    }
+    nearest(key, read).map_or(KeyUse::Unknown, KeyUse::Slip)
+}
+
+/// Whether a value says nothing.
+pub(super) fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        // ms-swift writes `tools` as a text of JSON.
+        Value::String(text) => matches!(text.trim(), "" | "[]" | "{}" | "null"),
+        Value::Array(entries) => entries.is_empty(),
+        Value::Object(fields) => fields.is_empty(),
+        _ => false,
+    }
+}
+
+/// The known word that `word` is likely a misspelling of: the same but for capitals, `-` and `_`,
+/// or with one letter in four wrong.
+pub fn nearest<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
+    let plain = |word: &str| word.to_lowercase().replace(['-', ' ', '_'], "");
+    let word = plain(word);
+    let distances = known
+        .iter()
+        .map(|known| (strsim::osa_distance(&word, &plain(known)), *known));
+    let (distance, found) = distances.min_by_key(|(distance, _)| *distance)?;
+    (distance * 4 <= plain(found).chars().count()).then_some(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn every_key_of_ms_swift_is_read_or_refused() {
+        // `RowPreprocessor.standard_keys` without the prefixes, `messages` and `images`.
+        let some = json!("x");
+        for key in [
+            "videos",
+            "audios",
+            "tools",
+            "rejected_messages",
+            "rejected_images",
+            "positive_messages",
+            "negative_images",
+            "rejected_response",
+            "label",
+            "margin",
+            "teacher_prompt",
+            "ref_audios",
+            "audio_codes",
+        ] {
+            let found = of_row(key, &some);
+            assert!(matches!(found, KeyUse::Refused(_)), "{key}: {found:?}");
+            assert_eq!(of_row(key, &json!(null)), KeyUse::Harmless, "{key}");
+            assert_eq!(of_row(key, &json!([])), KeyUse::Harmless, "{key}");
+        }
+        for key in ["objects", "chat_template_kwargs", "image", "system"] {
+            assert_eq!(of_row(key, &some), KeyUse::Read, "{key}");
+        }
+        assert_eq!(of_row("channel", &some), KeyUse::Harmless);
+        assert!(matches!(of_row("label", &json!(false)), KeyUse::Refused(_)));
+    }
+
+    #[test]
+    fn a_slip_of_the_pen_is_told_from_a_key_of_ones_own() {
+        let some = json!("x");
+        for (key, nearest) in [
+            ("Images", "images"),
+            ("imags", "images"),
+            ("message", "messages"),
+            ("lossscale", "loss_scale"),
+            ("loss-scale", "loss_scale"),
+            ("System", "system"),
+            ("object", "objects"),
+        ] {
+            assert_eq!(of_row(key, &some), KeyUse::Slip(nearest), "{key}");
+        }
+        for key in ["hospital", "ViewPosition", "visit", "age", "sex"] {
+            assert_eq!(of_row(key, &some), KeyUse::Unknown, "{key}");
+        }
+        assert_eq!(of_row("_loss", &some), KeyUse::Harmless);
+        assert_eq!(of_message("contents", &some), KeyUse::Slip("content"));
+        assert!(matches!(
+            of_message("reasoning_content", &some),
+            KeyUse::Refused(_)
+        ));
+    }
+}

@@ -1,0 +1,59 @@
+//! The data sets of a run: those it names, or what it holds out of its training data.
+
+use super::config::TrainConfig;
+use crate::{
+    dataset::{Dataset, DatasetError},
+    study::counted,
+};
+
+/// What a run learns from and validates on.
+#[derive(Debug, Clone)]
+pub struct RunData {
+    /// Rows to learn from.
+    pub train: Dataset,
+    /// Rows to validate on, if any.
+    pub validation: Option<Dataset>,
+    /// What was held out and what has to be looked at, in lines.
+    pub notes: Vec<String>,
+}
+
+impl RunData {
+    /// Opens what `config` names.
+    ///
+    /// # Errors
+    /// As [`Dataset::open`] and [`Dataset::hold_out`].
+    pub fn open(config: &TrainConfig) -> Result<Self, DatasetError> {
+        let train = Dataset::open(&config.train_data)?;
+        if let Some(name) = &config.val_data {
+            return Ok(Self {
+                train,
+                validation: Some(Dataset::open(name)?),
+                notes: Vec::new(),
+            });
+        }
+        if config.split_dataset_ratio == 0.0 {
+            return Ok(Self {
+                train,
+                validation: None,
+                notes: Vec::new(),
+            });
+        }
+        let parts = train.hold_out(config.split_dataset_ratio, config.seed)?;
+        let mut notes = vec![format!(
+            "held out of `{}` for validation: {} of {}, whole studies by seed {} (split_dataset_ratio {}); {}",
+            config.train_data,
+            parts.val.len(),
+            counted(train.len(), "row", "rows"),
+            config.seed,
+            config.split_dataset_ratio,
+            parts.studies.facts.english()
+        )];
+        let doubts = parts.studies.doubts.iter();
+        notes.extend(doubts.map(|doubt| format!("warning: {}", doubt.english())));
+        Ok(Self {
+            train: parts.train,
+            validation: Some(parts.val),
+            notes,
+        })
+    }
+}
