@@ -22,7 +22,9 @@ impl Dataset {
     pub fn study_row(&self, index: usize) -> StudyRow {
         let name = format!("`{}`, row {}", self.name, self.row(index));
         match &self.source {
-            super::Source::Rows { samples, folder, .. } => {
+            super::Source::Rows {
+                samples, folder, ..
+            } => {
                 let sample = &samples[self.place(index)];
                 StudyRow {
                     name,
