@@ -9,7 +9,7 @@ use clap::Args;
 
 use super::progress::{Progress, Unit};
 use super::studies::StudyArgs;
-use super::{UsageError, shipped};
+use super::{UsageError, shipped, unless_closed};
 use crate::dataset::check::{Check, CheckReport};
 use crate::processor::chat::ChatTemplate;
 use crate::processor::patches::{ImageProcessor, ImageProcessorConfig};
@@ -74,7 +74,7 @@ pub fn run(args: CheckArgs) -> Result<()> {
         progress.finish();
     }
     let report = report?;
-    print(&report, args.json).context("cannot print the findings")?;
+    unless_closed(print(&report, args.json)).context("cannot print the findings")?;
     if report.errors > 0 {
         bail!(
             "{} errors and {} warnings in {}; every one is listed above",

@@ -9,7 +9,7 @@ use clap::{Args, ValueEnum};
 use super::check::image_processor;
 use super::studies::StudyArgs;
 use super::{UsageError, shipped, unless_closed};
-use crate::dataset::convert::{ConvertOptions, Split, convert, read_prompts};
+use crate::dataset::convert::{ConvertOptions, CorpusKeys, Split, convert, read_prompts};
 use crate::processor::tokenizer::Tokenizer;
 
 /// What stays on one side of the split.
@@ -37,6 +37,13 @@ pub struct ConvertArgs {
     /// Corpus: OpenI-zh's `annotations` or `img`/`prompt`/`label` rows, or JSONL in ms-swift's form.
     #[arg(value_name = "INPUT.json")]
     pub input: PathBuf,
+    /// Key of the image (a path or a list of them) in a corpus of another form: JSON rows, one a line, as a list, or
+    /// as lists under keys such as `train`.
+    #[arg(long, value_name = "KEY", requires = "report_key")]
+    pub image_key: Option<String>,
+    /// Key of the report in a corpus of another form.
+    #[arg(long, value_name = "KEY", requires = "image_key")]
+    pub report_key: Option<String>,
     /// Folder of the images; JSONL rows may do without and name their own.
     ///
     /// The path of a row is looked for below it, then ever shorter ends of the path, then the file name in any
@@ -98,6 +105,10 @@ pub fn run(args: ConvertArgs) -> Result<()> {
         None => None,
     };
     let options = ConvertOptions {
+        keys: args
+            .image_key
+            .zip(args.report_key)
+            .map(|(image, report)| CorpusKeys { image, report }),
         input: args.input,
         images: args.images,
         output: args.output,

@@ -28,8 +28,8 @@ use crate::processor::supervised::encode_supervised;
 use crate::processor::tokenizer::Tokenizer;
 use crate::study::{PATIENT_KEYS, STUDY_KEYS, Studies, StudyFacts, StudyRow, StudyRule, counted};
 
-pub use corpus::CorpusForm;
 use corpus::{Body, Row};
+pub use corpus::{CorpusForm, CorpusKeys};
 pub use error::ConvertError;
 use images::{Finder, LeftOut, Picture};
 use summary::Measures;
@@ -77,6 +77,8 @@ pub enum Split {
 pub struct ConvertOptions {
     /// The corpus.
     pub input: PathBuf,
+    /// Keys of image and report in a corpus of another form.
+    pub keys: Option<CorpusKeys>,
     /// Folder of the images; rows of `messages` may do without and name their own.
     pub images: Option<PathBuf>,
     /// Folder to write to; made if missing.
@@ -120,7 +122,10 @@ pub fn convert(
     if !(0.0..1.0).contains(&options.val_ratio) {
         return Err(ConvertError::ValRatio(options.val_ratio));
     }
-    let (form, rows) = corpus::read(&options.input)?;
+    let (form, rows) = match &options.keys {
+        Some(keys) => corpus::read_keyed(&options.input, keys)?,
+        None => corpus::read(&options.input)?,
+    };
     if rows.is_empty() {
         return Err(ConvertError::Empty(options.input.clone()));
     }
@@ -136,6 +141,11 @@ pub fn convert(
     };
     let output = prepare_output(options)?;
     let mut summary = empty_summary(options, form, rows.len(), processor)?;
+
+    let mut unused: BTreeMap<String, usize> = BTreeMap::new();
+    for key in rows.iter().flat_map(|row| &row.unused) {
+        *unused.entry(key.clone()).or_default() += 1;
+    }
 
     let mut usable = Vec::new();
     let mut left_out = Vec::new();
@@ -226,6 +236,12 @@ pub fn convert(
         lines[usize::from(*in_val)].push(line);
     }
     count_studies(&mut summary, studies, &in_val);
+    for (key, count) in unused {
+        summary.warnings.push(format!(
+            "the key `{key}` of {} says nothing to training",
+            counted(count, "row", "rows")
+        ));
+    }
     if summary.rows_without_image as f64 > MUCH_MISSING * summary.rows_read as f64 {
         summary.warnings.push(format!(
             "{} of {} have no image and are left out; hint: `--images` names the folder that holds them all, missing.txt lists them",

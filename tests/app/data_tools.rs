@@ -33,6 +33,7 @@ fn processor() -> ImageProcessor {
 fn options(input: PathBuf, images: PathBuf, output: &Path) -> ConvertOptions {
     ConvertOptions {
         input,
+        keys: None,
         images: Some(images),
         output: output.to_owned(),
         prompts: None,

@@ -199,6 +199,28 @@ fn leaks_by_image_study_and_report_are_found() {
 }
 
 #[test]
+fn a_patient_on_both_sides_is_a_leak_in_the_layout_of_mimic() {
+    let bench = Bench::new();
+    let film = |patient: &str, study: &str, level: u8| {
+        let folder = bench.dir.path().join(format!("files/{patient}/{study}"));
+        fs::create_dir_all(&folder).unwrap();
+        let picture = image::GrayImage::from_pixel(64, 96, image::Luma([level]));
+        picture.save(folder.join("a.png")).unwrap();
+        row(
+            &format!("files/{patient}/{study}/a.png"),
+            "<image>问",
+            &format!("答{level}"),
+        )
+    };
+    let train = [film("p10", "s1", 1), film("p11", "s2", 2)];
+    let val = [film("p10", "s3", 3), film("p12", "s4", 4)];
+    let report = bench.check(&train, Some(&val), 2048);
+    assert_eq!(told(&report), [(Severity::Error, Kind::LeakPatient, 1)]);
+    let facts = report.study.as_ref().unwrap();
+    assert_eq!((facts.studies, facts.patients), (4, Some(3)));
+}
+
+#[test]
 fn one_image_has_one_path_however_it_is_written() {
     let bench = Bench::new();
     fs::create_dir(bench.dir.path().join("sub")).unwrap();
@@ -208,7 +230,14 @@ fn one_image_has_one_path_however_it_is_written() {
     ];
     let report = bench.check(&train, None, 2048);
     assert_eq!(report.images, 1);
-    assert_eq!(told(&report), [(Severity::Error, Kind::Duplicate, 2)]);
+    assert_eq!(
+        told(&report),
+        [
+            // Two rows of one study are a reason to look.
+            (Severity::Warning, Kind::Studies, 0),
+            (Severity::Error, Kind::Duplicate, 2),
+        ]
+    );
 }
 
 #[test]

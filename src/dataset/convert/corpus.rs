@@ -8,6 +8,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::ConvertError;
+use crate::processor::row_keys::{KeyUse, of_row};
 use crate::processor::sample::{IMAGE_TAG, Sample, parse_row};
 use crate::study::keys_of;
 
@@ -24,6 +25,17 @@ pub enum CorpusForm {
     Prompts,
     /// Rows of `messages` and `images`, one a line or as a list.
     Messages,
+    /// Rows of any keys, one a line, as a list, or as lists under keys such as `train` and `val`.
+    Keys,
+}
+
+/// The keys of a corpus in no known form.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CorpusKeys {
+    /// Key of the image: a path, or a list of paths.
+    pub image: String,
+    /// Key of the report.
+    pub report: String,
 }
 
 /// What a row says.
@@ -47,6 +59,8 @@ pub(super) struct Row {
     pub(super) images: Vec<String>,
     /// Keys with a text or a number, as text.
     pub(super) keys: BTreeMap<String, String>,
+    /// Keys that neither a row of training nor a study is made of.
+    pub(super) unused: Vec<String>,
     pub(super) body: Body,
 }
 
@@ -81,12 +95,54 @@ pub(super) fn stem_of(path: &str) -> &str {
     stem
 }
 
-/// Reads a corpus in any of its forms.
-pub(super) fn read(path: &Path) -> Result<(CorpusForm, Vec<Row>), ConvertError> {
-    let text = fs::read_to_string(path).map_err(|cause| ConvertError::Read {
+/// Reads a corpus whose keys are named by the user.
+pub(super) fn read_keyed(
+    path: &Path,
+    keys: &CorpusKeys,
+) -> Result<(CorpusForm, Vec<Row>), ConvertError> {
+    let text = read_text(path)?;
+    let text = text.trim_start_matches('\u{feff}');
+    let rows: Vec<Value> = match serde_json::from_str(text) {
+        Ok(Value::Array(rows)) => rows,
+        Ok(Value::Object(fields))
+            if !fields.contains_key(&keys.report) && fields.values().any(Value::is_array) =>
+        {
+            let lists = fields.into_iter().filter_map(|(_, value)| match value {
+                Value::Array(rows) => Some(rows),
+                _ => None,
+            });
+            lists.flatten().collect()
+        }
+        Ok(row) => vec![row],
+        Err(_) => {
+            let lines = text.lines().enumerate();
+            lines
+                .filter(|(_, line)| !line.trim().is_empty())
+                .map(|(index, line)| {
+                    serde_json::from_str(line).map_err(|cause| ConvertError::Json {
+                        path: path.to_owned(),
+                        row: index + 1,
+                        reason: cause.to_string(),
+                    })
+                })
+                .collect::<Result<_, _>>()?
+        }
+    };
+    let rows = rows.iter().enumerate();
+    let rows = rows.map(|(at, row)| report_row(path, at + 1, row, &keys.image, &keys.report));
+    Ok((CorpusForm::Keys, rows.collect::<Result<_, _>>()?))
+}
+
+fn read_text(path: &Path) -> Result<String, ConvertError> {
+    fs::read_to_string(path).map_err(|cause| ConvertError::Read {
         path: path.to_owned(),
         cause,
-    })?;
+    })
+}
+
+/// Reads a corpus in any of its forms.
+pub(super) fn read(path: &Path) -> Result<(CorpusForm, Vec<Row>), ConvertError> {
+    let text = read_text(path)?;
     let text = text.trim_start_matches('\u{feff}');
     let (form, rows) = match serde_json::from_str(text) {
         Ok(Value::Object(mut fields)) => match fields.shift_remove("annotations") {
@@ -106,6 +162,10 @@ pub(super) fn read(path: &Path) -> Result<(CorpusForm, Vec<Row>), ConvertError> 
             if first.is_some_and(is_row) {
                 return lines(path, text);
             }
+            let ending = path.extension().and_then(|ending| ending.to_str());
+            if ending.is_some_and(|ending| ["csv", "tsv", "xlsx"].contains(&ending)) {
+                return Err(unknown(path));
+            }
             return Err(ConvertError::Json {
                 path: path.to_owned(),
                 row: 1,
@@ -117,7 +177,7 @@ pub(super) fn read(path: &Path) -> Result<(CorpusForm, Vec<Row>), ConvertError> 
     let rows = rows.map(|(index, row)| match form {
         CorpusForm::Annotations => report_row(path, index + 1, &row, "image_id", "caption"),
         CorpusForm::Prompts => report_row(path, index + 1, &row, "img", "label"),
-        CorpusForm::Messages => message_row(path, index + 1, &row.to_string()),
+        CorpusForm::Messages | CorpusForm::Keys => message_row(path, index + 1, &row.to_string()),
     });
     Ok((form, rows.collect::<Result<_, _>>()?))
 }
@@ -153,14 +213,34 @@ fn report_row(
         Some(Value::String(text)) if !text.trim().is_empty() => Ok(text.clone()),
         _ => Err(wrong(key, "a text that is not empty")),
     };
+    let paths = match row.get(image) {
+        Some(Value::Array(paths)) if !paths.is_empty() => paths
+            .iter()
+            .map(|path| match path {
+                Value::String(path) if !path.trim().is_empty() => Ok(path.clone()),
+                _ => Err(wrong(image, "a path, or a list of paths")),
+            })
+            .collect::<Result<_, _>>()?,
+        _ => vec![text(image)?],
+    };
     let words = text(report)?;
     if words.contains(IMAGE_TAG) {
         return Err(wrong(report, "a report without `<image>`"));
     }
     Ok(Row {
         number,
-        images: vec![text(image)?],
+        images: paths,
         keys: row.as_object().map(keys_of).unwrap_or_default(),
+        unused: row
+            .as_object()
+            .into_iter()
+            .flatten()
+            .filter(|(key, value)| {
+                let known = [image, report, "prompt"].contains(&key.as_str());
+                !known && of_row(key, value) != KeyUse::Harmless
+            })
+            .map(|(key, _)| key.clone())
+            .collect(),
         body: Body::Report(words),
     })
 }
@@ -179,6 +259,7 @@ fn message_row(path: &Path, number: usize, line: &str) -> Result<Row, ConvertErr
         number,
         images: sample.images.clone(),
         keys: sample.keys.clone(),
+        unused: sample.unknown_keys.clone(),
         body: Body::Messages { sample, row },
     })
 }

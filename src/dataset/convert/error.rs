@@ -31,7 +31,7 @@ pub enum ConvertError {
     },
     /// The corpus is in none of the known forms.
     #[error(
-        "`{}` is in no known form; expected `{{\"annotations\": [{{\"image_id\", \"caption\"}}]}}`, `[{{\"img\", \"prompt\", \"label\"}}]`, or rows of `messages` and `images`", .path.display()
+        "`{}` is in no known form; expected `{{\"annotations\": [{{\"image_id\", \"caption\"}}]}}`, `[{{\"img\", \"prompt\", \"label\"}}]`, rows of `messages` and `images`, or JSON rows of other keys with `--image-key` and `--report-key` (a table has to become JSON first)", .path.display()
     )]
     UnknownForm {
         /// The file.

@@ -36,6 +36,7 @@ impl Bench {
     fn options(&self) -> ConvertOptions {
         ConvertOptions {
             input: self.dir.path().join("corpus.json"),
+            keys: None,
             images: Some(self.dir.path().join("images")),
             output: self.dir.path().join("out"),
             prompts: None,
@@ -384,6 +385,242 @@ fn wrong_input_is_named() {
         ..options.clone()
     };
     assert!(message(ANNOTATIONS, &none).contains("questions is empty"));
+}
+
+/// Rows of `messages` about these images, which are made in `images`.
+fn films(bench: &Bench, names: &[String]) -> PathBuf {
+    let rows: Vec<String> = names
+        .iter()
+        .map(|name| {
+            let path = bench.dir.path().join("images").join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            image::GrayImage::new(64, 96).save(path).unwrap();
+            json!({
+                "messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}],
+                "images": [name],
+            })
+            .to_string()
+        })
+        .collect();
+    let path = bench.dir.path().join("films.jsonl");
+    fs::write(&path, rows.join("\n")).unwrap();
+    path
+}
+
+#[test]
+fn a_patient_is_never_on_both_sides_in_the_layout_of_mimic() {
+    let bench = Bench::new(ANNOTATIONS);
+    // Ten patients with two studies of two views.
+    let names: Vec<String> = (0..40)
+        .map(|at| format!("files/p1{}/s{}/d{at}.png", at / 4, at / 2))
+        .collect();
+    let input = films(&bench, &names);
+    for seed in 0..20 {
+        let options = ConvertOptions {
+            input: input.clone(),
+            seed,
+            val_ratio: 0.3,
+            ..bench.options()
+        };
+        let summary = bench.convert(&options).unwrap();
+        let patients = |name: &str| -> BTreeSet<String> {
+            let rows = bench.rows(name);
+            let all = images(&rows);
+            let patient = |path: &&str| path.split('/').nth(3).map(str::to_owned);
+            all.iter().filter_map(patient).collect()
+        };
+        assert!(patients("train.jsonl").is_disjoint(&patients("val.jsonl")));
+        assert_eq!((summary.studies_in_both, summary.patients_in_both), (0, 0));
+        // Three patients of four rows are the first to reach 12 rows.
+        assert_eq!((summary.val.rows, summary.val.studies), (12, 6));
+        assert_eq!(
+            (summary.study.studies, summary.study.patients),
+            (20, Some(10))
+        );
+        let options = ConvertOptions {
+            split: Split::Image,
+            ..options
+        };
+        let torn = bench.convert(&options).unwrap();
+        assert!(torn.studies_in_both > 0 && torn.patients_in_both > 0);
+    }
+}
+
+#[test]
+fn studies_by_a_rule_are_told_and_written_down() {
+    let bench = Bench::new(ANNOTATIONS);
+    let names: Vec<String> = (0..12).map(|at| format!("x-{}-{at}.png", at / 2)).collect();
+    let options = ConvertOptions {
+        input: films(&bench, &names),
+        studies: StudyRule::regex("x-([0-9]+)-").unwrap(),
+        ..bench.options()
+    };
+    let summary = bench.convert(&options).unwrap();
+    assert_eq!(summary.study.studies, 6);
+    let (train, val) = (bench.rows("train.jsonl"), bench.rows("val.jsonl"));
+    for row in train.iter().chain(&val) {
+        let study = images(std::slice::from_ref(row))[0]
+            .split('-')
+            .nth(1)
+            .unwrap()
+            .to_owned();
+        assert_eq!(row["study"], study);
+    }
+    assert!(
+        summary.to_string().contains("12 reports of 6 studies"),
+        "{summary}"
+    );
+    // A guess is not written down: it would be taken for known.
+    let options = ConvertOptions {
+        studies: StudyRule::Guess,
+        ..options
+    };
+    bench.convert(&options).unwrap();
+    assert!(bench.rows("train.jsonl")[0].get("study").is_none());
+}
+
+#[test]
+fn a_file_that_stands_for_two_images_is_refused_with_both_paths() {
+    let bench = Bench::new(ANNOTATIONS);
+    let names: Vec<String> = (0..4).map(|at| format!("CXR{at}/0.png")).collect();
+    let input = films(&bench, &names);
+    let options = ConvertOptions {
+        input: input.clone(),
+        ..bench.options()
+    };
+    // The tree is there: every row its own picture.
+    let summary = bench.convert(&options).unwrap();
+    assert_eq!((summary.rows_left_out(), summary.study.studies), (0, 4));
+    let (train, val) = (bench.rows("train.jsonl"), bench.rows("val.jsonl"));
+    let all: BTreeSet<&str> = images(&train).into_iter().chain(images(&val)).collect();
+    assert_eq!(all.len(), 4);
+    // One picture for all.
+    let flat = bench.dir.path().join("flat");
+    fs::create_dir(&flat).unwrap();
+    image::GrayImage::new(64, 96)
+        .save(flat.join("0.png"))
+        .unwrap();
+    let error = bench
+        .convert(&ConvertOptions {
+            images: Some(flat),
+            ..options.clone()
+        })
+        .unwrap_err()
+        .to_string();
+    for sign in [
+        "films.jsonl` row 2",
+        "`CXR1/0.png`",
+        "row 1 in `CXR0`",
+        "flat/0.png",
+    ] {
+        assert!(error.contains(sign), "{error}");
+    }
+    // The name alone, in several folders.
+    fs::write(
+        &input,
+        r#"{"annotations": [{"image_id": "0", "caption": "一"}]}"#,
+    )
+    .unwrap();
+    let error = bench.convert(&options).unwrap_err().to_string();
+    for sign in ["row 1", "several folders", "CXR0/0.png", "CXR1/0.png"] {
+        assert!(error.contains(sign), "{error}");
+    }
+}
+
+#[test]
+fn names_with_two_endings_are_found() {
+    let bench = Bench::new(
+        r#"{"annotations": [{"image_id": "1_IM-0001-4001.dcm", "caption": "一"},
+            {"image_id": "2_IM-0002-4001", "caption": "二"}]}"#,
+    );
+    for name in ["1_IM-0001-4001.dcm.png", "deeper/2_IM-0002-4001.png"] {
+        let path = bench.dir.path().join("images").join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        image::GrayImage::new(64, 96).save(path).unwrap();
+    }
+    let summary = bench.convert(&bench.options()).unwrap();
+    assert_eq!((summary.rows_left_out(), summary.study.studies), (0, 2));
+}
+
+#[test]
+fn rows_of_other_keys_are_read_by_naming_them() {
+    let corpora = [
+        r#"{"train": [{"id": "CXR0", "report": "一", "image_path": ["CXR0/0.png", "CXR0/1.png"], "split": "train"}],
+            "val": [{"id": "CXR1", "report": "二", "image_path": ["CXR1/0.png"], "split": "val"}]}"#,
+        "{\"report\": \"一\", \"image_path\": [\"CXR0/0.png\", \"CXR0/1.png\"]}\n{\"report\": \"二\", \"image_path\": \"CXR1/0.png\", \"age\": 50}",
+    ];
+    for (corpus, unused) in corpora.into_iter().zip([0, 1]) {
+        let bench = Bench::new(corpus);
+        for name in ["CXR0/0.png", "CXR0/1.png", "CXR1/0.png"] {
+            let path = bench.dir.path().join("images").join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            image::GrayImage::new(64, 96).save(path).unwrap();
+        }
+        let keys = Some(CorpusKeys {
+            image: "image_path".into(),
+            report: "report".into(),
+        });
+        let options = ConvertOptions {
+            keys,
+            val_ratio: 0.0,
+            ..bench.options()
+        };
+        let summary = bench.convert(&options).unwrap();
+        assert_eq!(
+            (summary.form, summary.train.rows, summary.train.studies),
+            (CorpusForm::Keys, 2, 2)
+        );
+        let rows = bench.rows("train.jsonl");
+        let two = rows
+            .iter()
+            .find(|row| row["messages"][1]["content"] == "一")
+            .unwrap();
+        assert_eq!(two["images"].as_array().unwrap().len(), 2);
+        assert!(
+            two["messages"][0]["content"]
+                .as_str()
+                .unwrap()
+                .starts_with("<image><image>")
+        );
+        // A key that goes nowhere is told.
+        let told = summary
+            .warnings
+            .iter()
+            .filter(|line| line.contains("`age` of 1 row says nothing"));
+        assert_eq!(told.count(), unused);
+    }
+    let bench = Bench::new("a,b\n");
+    let table = bench.dir.path().join("table.csv");
+    fs::write(&table, "image,report\n").unwrap();
+    let options = ConvertOptions {
+        input: table,
+        ..bench.options()
+    };
+    let error = bench.convert(&options).unwrap_err().to_string();
+    assert!(
+        error.contains("--report-key") && error.contains("a table has to become JSON"),
+        "{error}"
+    );
+}
+
+#[test]
+fn much_missing_is_a_warning_of_the_result() {
+    let bench = Bench::new(ANNOTATIONS);
+    let summary = bench.convert(&bench.options()).unwrap();
+    // 1 of 7 rows.
+    let warning = "1 of 7 rows have no image";
+    assert!(summary.warnings[0].starts_with(warning), "{summary}");
+    let written: Value = serde_json::from_str(&bench.read("summary.json")).unwrap();
+    assert!(
+        written["warnings"][0]
+            .as_str()
+            .unwrap()
+            .starts_with(warning)
+    );
+    assert!(
+        summary.to_string().contains("\nwarning: 1 of 7"),
+        "{summary}"
+    );
 }
 
 #[test]
