@@ -62,6 +62,8 @@ impl LeftOut {
 /// What a run's record says of its data set.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct DataFacts {
+    /// The data set.
+    pub name: String,
     /// Rows that are too long, where such rows are left out.
     pub left_out: Option<LeftOut>,
     /// Keys of rows that nothing uses.
@@ -72,10 +74,9 @@ impl DataFacts {
     /// One sentence for each thing to know.
     pub fn sentences(&self) -> impl Iterator<Item = String> {
         let left_out = self.left_out.as_ref().and_then(LeftOut::sentence);
-        self.remarks
-            .iter()
-            .map(|remark| format!("note: {remark}"))
-            .chain(left_out)
+        let left_out = left_out.map(|sentence| format!("`{}`: {sentence}", self.name));
+        let remarks = self.remarks.iter().map(|remark| format!("note: {remark}"));
+        remarks.chain(left_out)
     }
 }
 
@@ -92,6 +93,7 @@ impl Dataset {
         overlong: Overlong,
     ) -> Result<DataFacts, DatasetError> {
         Ok(DataFacts {
+            name: self.name.clone(),
             left_out: match overlong {
                 Overlong::Error => None,
                 Overlong::Skip => Some(self.left_out(parts, max_length)?),

@@ -250,8 +250,10 @@ pub fn train<B: TrainKernels>(
     if let Some(data) = &validation {
         data_facts.push(data.facts(&parts, max_length, overlong)?);
     }
-    let sentences = data_facts.iter().flat_map(DataFacts::sentences);
-    sentences.for_each(|line| (options.tell)(&line));
+    let mut sentences: Vec<String> = data_facts.iter().flat_map(DataFacts::sentences).collect();
+    // Both parts of one file have its remarks.
+    sentences.dedup();
+    sentences.iter().for_each(|line| (options.tell)(line));
     let base = if options.random_init {
         random_model::<B>(&model_config, config.seed, dtype, &device)
     } else {
