@@ -7,6 +7,8 @@ use burn::{prelude::*, tensor::DType};
 use serde_json::Value;
 
 use crate::{
+    backend::dtype_text,
+    files::hint::folder_hint,
     generate::{
         FinishReason, GenerateError, GenerationConfig, Prompt, Timing, generate, text::TextStream,
     },
@@ -50,7 +52,7 @@ pub enum PipelineError {
     Image(#[from] ImageError),
     #[error(transparent)]
     Generate(#[from] GenerateError),
-    #[error("`{}` is not the folder of a checkpoint; expected `config.json`, `tokenizer.json` and `model.safetensors` (or shards with their index) in it", .0.display())]
+    #[error("`{}` is not the folder of a checkpoint; expected `config.json`, `tokenizer.json` and `model.safetensors` (or shards with their index) in it{}", .0.display(), folder_hint(.0, "config.json"))]
     NoModel(PathBuf),
     #[error("`{}`: `{key}` is {found} in preprocessor_config.json and {expected} in the vision_config of config.json; the two must agree", .path.display())]
     Patches {
@@ -69,7 +71,8 @@ pub enum PipelineError {
         expected: usize,
     },
     #[error(
-        "the model needs about {need:.1} GiB of memory as {dtype:?}, {free:.1} GiB are free; try `--dtype bf16` or `--quantize int8`, a smaller model, or close other programs"
+        "the model needs about {need:.1} GiB of memory as {}, {free:.1} GiB are free; try `--dtype bf16` or `--quantize int8`, a smaller model, or close other programs",
+        dtype_text(*.dtype)
     )]
     Memory { need: f64, free: f64, dtype: DType },
 }
@@ -114,7 +117,7 @@ impl TextAndImages {
     /// [`PipelineError`] names the file.
     pub fn load(options: &PipelineOptions) -> Result<Self, PipelineError> {
         let dir = &options.model;
-        if !dir.is_dir() {
+        if !dir.join("config.json").is_file() {
             return Err(PipelineError::NoModel(dir.clone()));
         }
         let config = Qwen3VlConfig::from_dir(dir)?;
