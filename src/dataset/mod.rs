@@ -5,6 +5,7 @@
 
 pub mod check;
 pub mod convert;
+pub mod image_remarks;
 pub mod loader;
 
 use std::{
@@ -22,6 +23,7 @@ use crate::{
     processor::{
         image::{ImageError, RgbImage},
         message::Part,
+        remark::{Remark, RemarkKind},
         sample::{Conversation, Sample, SampleError, parse_line},
         supervised::{SupervisedError, encode_prompt, encode_supervised},
     },
@@ -137,6 +139,8 @@ pub struct Dataset {
     name: String,
     source: Source,
     fingerprint: String,
+    /// Shared by copies: each thread of a loader reads through one.
+    image_remarks: Arc<image_remarks::ImageRemarks>,
 }
 
 /// One sample before encoding.
@@ -202,6 +206,7 @@ impl Dataset {
                 folder: path.parent().unwrap_or(Path::new("")).to_path_buf(),
             },
             fingerprint: format!("sha256:{}", hex(&Sha256::digest(text.as_bytes()))),
+            image_remarks: Arc::default(),
         })
     }
 
@@ -244,7 +249,13 @@ impl Dataset {
                 words_only: name.ends_with(":mixed"),
             },
             fingerprint: name.to_string(),
+            image_remarks: Arc::default(),
         })
+    }
+
+    /// What its images gave cause to remark, as far as they were read, by this copy or another.
+    pub fn image_remarks(&self) -> &image_remarks::ImageRemarks {
+        &self.image_remarks
     }
 
     /// As it was opened.
@@ -298,16 +309,24 @@ impl Dataset {
                     .images
                     .iter()
                     .map(|image| {
-                        parts.images.load(&folder.join(image)).map_err(|cause| {
+                        let path = folder.join(image);
+                        let reading = parts.images.read(&path, None).map_err(|cause| {
                             DatasetError::Image {
                                 file: self.name.clone(),
                                 row: index + 1,
                                 image: image.clone(),
                                 cause,
                             }
-                        })
+                        })?;
+                        self.image_remarks.note(image, &reading.remarks);
+                        Ok(reading.picture)
                     })
-                    .collect::<Result<_, _>>()?;
+                    .collect::<Result<_, DatasetError>>()?;
+                if sample.images.is_empty() {
+                    let none = Remark::new(RemarkKind::NoImage, "the row has no image");
+                    self.image_remarks
+                        .note(&format!("row {}", index + 1), &[none]);
+                }
                 Ok(RawSample {
                     conversation: sample.conversation.clone(),
                     pictures,
