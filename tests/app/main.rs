@@ -13,6 +13,7 @@ mod data_tools;
 mod dicom;
 mod eval;
 mod infer;
+mod infer_files;
 mod merge_plan;
 mod quantize;
 mod refusal;
