@@ -99,16 +99,27 @@ pub enum DeviceError {
     #[error("devices `{0}` and `{1}` belong to different backends; name devices of one kind")]
     Mixed(DeviceName, DeviceName),
     /// The best Vulkan device among several.
-    #[error("`wgpu` among several devices has no number; name each as wgpu:N, `doctor` lists them")]
+    #[error(
+        "`wgpu` among several devices has no number; name each as wgpu:N, `xray-qwen3vl doctor` lists them"
+    )]
     Unnumbered,
     /// The device cannot calculate in the type.
-    #[error("device `{device}` does not calculate in {dtype:?}; try `--dtype f32`")]
+    #[error("device `{device}` does not calculate in {}; try `--dtype f32`", dtype_text(*.dtype))]
     Dtype {
         /// As given.
         device: DeviceName,
         /// As given.
         dtype: DType,
     },
+}
+
+/// A type as `--dtype` takes it.
+pub fn dtype_text(dtype: DType) -> &'static str {
+    match dtype {
+        DType::F16 => "f16",
+        DType::BF16 => "bf16",
+        _ => "f32",
+    }
 }
 
 /// Work that runs on whatever backend the device has.
@@ -375,7 +386,10 @@ fn probe<B: Kernels>(device: &B::Device) -> Result<(), String> {
     if sum == Some(2.0) {
         Ok(())
     } else {
-        Err(format!("1 + 1 gave {sum:?}"))
+        Err(match sum {
+            Some(sum) => format!("1 + 1 gave {sum}"),
+            None => "1 + 1 gave no number".to_string(),
+        })
     }
 }
 
@@ -398,7 +412,20 @@ pub fn panic_text(payload: &(dyn std::any::Any + Send)) -> String {
         .map(String::as_str)
         .or_else(|| payload.downcast_ref::<&str>().copied())
         .unwrap_or("no reason given");
-    text.lines().next().unwrap_or_default().trim().to_string()
+    let line = text.lines().next().unwrap_or_default().trim();
+    missing_library(line).unwrap_or_else(|| line.to_string())
+}
+
+/// A sentence in place of the list of file names that cudarc tried.
+fn missing_library(text: &str) -> Option<String> {
+    let (_, rest) = text.split_once("Unable to dynamically load the \"")?;
+    let (name, _) = rest.split_once('"')?;
+    Some(match name {
+        "cuda" | "nvcuda" => "no NVIDIA driver was found (its library is `libcuda.so`)".to_string(),
+        name => format!(
+            "the library `lib{name}.so` was not found; install the CUDA toolkit, or name its folder in LD_LIBRARY_PATH"
+        ),
+    })
 }
 
 /// What a device's failure means, where its driver's thread keeps the reason to itself: a request for
@@ -456,6 +483,22 @@ mod tests {
             let refused = run_on_all(&names, None, Nothing);
             assert!(matches!(refused, Err(DeviceError::Unnumbered)));
         }
+    }
+
+    #[test]
+    fn a_missing_library_is_one_sentence() {
+        let text = |name: &str| {
+            let choices = vec!["cuda"; 40];
+            let panic = format!(
+                "Unable to dynamically load the \"{name}\" shared library - searched for library names: {choices:?}."
+            );
+            panic_text(&panic)
+        };
+        assert_eq!(
+            text("cuda"),
+            "no NVIDIA driver was found (its library is `libcuda.so`)"
+        );
+        assert!(text("nvrtc").starts_with("the library `libnvrtc.so` was not found; "));
     }
 
     #[test]

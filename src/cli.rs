@@ -29,23 +29,28 @@ pub struct Cli {
 pub enum Command {
     /// Write reports about images.
     ///
-    /// Without arguments, about an image that comes with the repository and with the tiny model that comes
-    /// with it.
+    /// Without arguments, about the repository's sample image, with the repository's tiny model.
+    ///
+    /// Each line of --json and --output is an object with these keys: `image` (the name as given; `;`
+    /// between several), `image_encoding` (`percent` where the name is not UTF-8: `%` and two digits are a
+    /// byte), `image_sha256`, `prompt`, `settings` (a hash of what else decides the answer), `report`,
+    /// `thinking`, `finish_reason` (`stop`, `length`, `repetition`), `remarks` (a list of `code` and `text`:
+    /// what a reader should know about the image), `prompt_tokens`, `completion_tokens`, `seconds`, `error`.
     Infer(InferArgs),
     /// Fine-tune a model.
     ///
     /// Without arguments, the tiny model that comes with the repository on the sample data set that comes
     /// with it: minutes on two cores.
     Train(TrainArgs),
-    /// Merge an adapter into its base and write the result as a checkpoint of its own.
+    /// Merge an adapter into its base model and write the result as a checkpoint.
     ///
-    /// The written checkpoint is read back and compared with base plus adapter on a probe input
-    /// before it is called done. Without an adapter, a checkpoint is rewritten in another dtype.
+    /// The written checkpoint is read back and compared with base plus adapter on a test input. Without an
+    /// adapter, a checkpoint is rewritten in another dtype.
     Merge(MergeArgs),
-    /// Write a checkpoint anew with weights of 8 or 4 bits, for cards with less memory.
+    /// Quantise a checkpoint to 8 or 4 bits, for cards with less memory.
     ///
-    /// What is written loads without the original, and takes adapters that were trained on it. Every byte
-    /// is read back, and the model asked once, before it is called done.
+    /// The result loads without the original and takes adapters that were trained on the original. Every
+    /// byte is read back and the model is run once before the command ends.
     Quantize(QuantizeArgs),
     /// Tell what a run will take, before anything is loaded: parameters, memory, steps, tokens, time.
     Plan(PlanArgs),
@@ -67,8 +72,8 @@ pub enum Command {
     ///
     /// Without arguments, the tiny model that comes with the repository at http://127.0.0.1:7860.
     Serve(crate::commands::serve::ServeArgs),
-    /// List the devices of this machine and check on each, in every type it calculates in, that it computes
-    /// what the CPU computes.
+    /// List the devices of this machine, and check for every dtype of each that its results agree with the
+    /// CPU's.
     Doctor(crate::commands::doctor::DoctorArgs),
     /// Measure how fast the model is on this machine and how far from the hardware's limit, or how a
     /// server holds up.
@@ -100,22 +105,23 @@ pub struct ModelArgs {
     /// Folder of a Qwen3-VL checkpoint, as published.
     #[arg(long, value_name = "DIR", default_value = "model/tiny")]
     pub model: PathBuf,
-    /// Folder of a PEFT LoRA adapter, merged into the weights at load; on packed weights it stays apart.
+    /// Folder of a PEFT LoRA adapter. It is merged into the weights at load time; with quantised weights it
+    /// stays separate.
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
-    /// Take the adapter although it was trained on another base.
+    /// Use the adapter even if it was trained on a different base model.
     #[arg(long)]
     pub any_base: bool,
-    /// cpu, cuda, cuda:N, wgpu or wgpu:N; by default the best one that answers. `infer` takes several
-    /// (cuda:0,cuda:1), with a copy of the model on each.
+    /// cpu, cuda, cuda:N, wgpu or wgpu:N; the default is the fastest one available. `infer` accepts several
+    /// (cuda:0,cuda:1) and loads the model on each.
     #[arg(long, value_name = "DEVICE,..", value_delimiter = ',')]
     pub device: Vec<DeviceName>,
-    /// Type of the weights; by default bf16 on CUDA, f16 on other GPUs and f32 on the CPU.
+    /// Dtype of the weights; the default is bf16 on CUDA, f16 on other GPUs and f32 on the CPU.
     #[arg(long, value_enum)]
     pub dtype: Option<DtypeName>,
-    /// Pack the weights while they are loaded: int8, int4 (groups of 64) or int4:32.
+    /// Quantise the weights at load time: int8, int4 (groups of 64) or int4:32.
     ///
-    /// The 8B takes 8.8 GB as int8 and 5.3 GB as int4. `quantize` writes such a checkpoint once for all.
+    /// The 8B model takes 8.8 GB as int8 and 5.3 GB as int4. `quantize` writes such a checkpoint to disk.
     #[arg(long, value_name = "FORMAT")]
     pub quantize: Option<Quantization>,
     /// Smallest size an image is scaled to, in pixels; by default that of the adapter's training, else the
@@ -130,10 +136,10 @@ pub struct ModelArgs {
 /// How answers are generated.
 #[derive(Debug, Clone, Args)]
 pub struct GenerationArgs {
-    /// Most tokens of an answer.
+    /// Maximum number of tokens to generate.
     #[arg(long, value_name = "N", default_value_t = 512)]
     pub max_new_tokens: usize,
-    /// 0 takes the likeliest token; higher is more varied.
+    /// Sampling temperature; 0 always takes the most likely token (greedy decoding).
     #[arg(
         long,
         value_name = "F",
@@ -141,25 +147,33 @@ pub struct GenerationArgs {
         allow_negative_numbers = true
     )]
     pub temperature: f32,
-    /// Keep this many likeliest tokens; 0 keeps all.
+    /// Sample from the N most likely tokens; 0 means all.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub top_k: usize,
-    /// Keep the likeliest tokens that reach this share.
+    /// Sample from the smallest set of tokens whose probabilities add up to this (nucleus sampling).
     #[arg(long, value_name = "F", default_value_t = 1.0)]
     pub top_p: f32,
-    /// Keep tokens at least this likely relative to the likeliest.
+    /// Sample from tokens whose probability is at least this fraction of the highest.
     #[arg(long, value_name = "F", default_value_t = 0.0)]
     pub min_p: f32,
-    /// Above 1, makes tokens said before less likely.
+    /// Values above 1 make tokens less likely that occurred before.
     #[arg(long, value_name = "F", default_value_t = 1.0)]
     pub repetition_penalty: f32,
-    /// Seed of the draws.
+    /// Do not end an answer that repeats itself.
+    ///
+    /// By default generation ends, with finish reason `repetition`, once the last tokens are one piece of up
+    /// to 96 tokens at least four times in a row, and at least 32 tokens long. Hugging Face's `generate` has no such
+    /// rule and goes on to the token limit; with this option both give the same text. Answers that follow a
+    /// JSON schema are never ended this way.
+    #[arg(long)]
+    pub no_repetition_stop: bool,
+    /// Seed of the random sampling.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
-    /// End an answer before this text; may be given several times.
+    /// Stop before this text is generated; can be given several times.
     #[arg(long, value_name = "TEXT")]
     pub stop: Vec<String>,
-    /// How keys and values are kept; int8 takes half the memory and makes each token slower.
+    /// Format of the key/value cache; int8 halves its memory and makes each token slower.
     #[arg(long, value_enum, default_value = "float")]
     pub kv_cache: CacheFormat,
 }
@@ -167,22 +181,27 @@ pub struct GenerationArgs {
 /// Arguments of `infer`.
 #[derive(Debug, Args)]
 pub struct InferArgs {
-    /// Images: PNG, JPEG, WebP, BMP, TIFF or DICOM. Each gets a report of its own.
+    /// Images: PNG, JPEG, WebP, BMP, TIFF or DICOM. One report is written for each.
     #[arg(value_name = "IMAGE", conflicts_with = "images_dir")]
     pub images: Vec<PathBuf>,
-    /// All images of a folder, in order of name.
+    /// All images of a folder, sorted by name: files with the usual endings, and DICOM files of any name.
+    ///
+    /// What is skipped is counted on stderr.
     #[arg(long, value_name = "DIR")]
     pub images_dir: Option<PathBuf>,
-    /// One report about all images together (the views of one study).
+    /// With --images-dir, also the images of all folders below it.
+    #[arg(long, requires = "images_dir")]
+    pub recursive: bool,
+    /// Write a single report about all images (the views of one study).
     #[arg(long)]
     pub together: bool,
-    /// Frame of DICOM files that hold several, counted from 1.
+    /// Frame to use of multi-frame DICOM files, counted from 1.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub frame: Option<u32>,
-    /// List the technical tags of DICOM files in place of reports: nothing of the patient, no model loaded.
+    /// List the technical tags of DICOM files instead of writing reports; no patient data, no model needed.
     #[arg(long, conflicts_with_all = ["output", "stream"])]
     pub show_tags: bool,
-    /// What to ask.
+    /// Question to the model.
     #[arg(long, value_name = "TEXT", default_value = DEFAULT_PROMPT)]
     pub prompt: String,
     /// System message.
@@ -194,28 +213,34 @@ pub struct InferArgs {
     /// Generation.
     #[command(flatten)]
     pub generation: GenerationArgs,
-    /// Print the report as it is written.
+    /// Print the report while it is being generated.
     #[arg(long, conflicts_with_all = ["json", "output"])]
     pub stream: bool,
-    /// Print one JSON object a report.
+    /// Print one JSON object per report, with the keys that `help infer` lists.
     #[arg(long)]
     pub json: bool,
-    /// Batch run: append one JSON record a report to this file; started again, it goes on where it stopped.
+    /// Batch run: append one JSON object per report to this file.
+    ///
+    /// Started again, the run continues: images that have a report are skipped, except where the file has
+    /// changed since (by SHA-256) or the report failed. Each image has one record; the report of an image that
+    /// was exchanged is moved to FILE.replaced. Damaged lines are moved to FILE.damaged. `/dev/stdout` prints the
+    /// lines and has nothing to continue from.
     #[arg(long, value_name = "FILE.jsonl")]
     pub output: Option<PathBuf>,
-    /// Images that go through the model at once.
+    /// Number of images processed together.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub batch_size: usize,
-    /// Print times, speeds and memory to stderr.
+    /// Print timings, throughput and memory use to stderr.
     #[arg(long)]
     pub verbose: bool,
-    /// Ask a server (`serve`, or another with OpenAI's API) in place of a model; --batch-size requests at once.
+    /// Send the images to a server (`serve`, or another one with OpenAI's API) instead of loading a model;
+    /// --batch-size is the number of concurrent requests.
     #[arg(long, value_name = "URL")]
     pub server: Option<String>,
-    /// Name of the model or adapter at the server; its base by default.
+    /// Model or adapter to use on the server; the default is its base model.
     #[arg(long, value_name = "NAME", requires = "server")]
     pub server_model: Option<String>,
-    /// Key of the server.
+    /// API key for the server.
     #[arg(long, value_name = "KEY", env = "XRAY_API_KEY", hide_env_values = true)]
     pub api_key: Option<String>,
 }
@@ -319,7 +344,7 @@ pub struct PhantomsArgs {
     /// Number of studies.
     #[arg(long, value_name = "N", default_value_t = 100)]
     pub count: u64,
-    /// Short reports in place of the department's full ones.
+    /// Short reports instead of full ones.
     #[arg(long)]
     pub plain: bool,
 }
@@ -333,7 +358,7 @@ pub struct MergeArgs {
     /// PEFT adapter folder.
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
-    /// Merge although the adapter was trained on, or its config names, another base.
+    /// Merge even if the adapter was trained on, or its config names, a different base model.
     #[arg(long)]
     pub any_base: bool,
     /// Folder to write; must not exist.
@@ -342,7 +367,7 @@ pub struct MergeArgs {
     /// Type of the written weights; by default that of the base's.
     #[arg(long, value_enum)]
     pub dtype: Option<DtypeName>,
-    /// Where the work is done.
+    /// Device used for merging.
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<DeviceName>,
 }
@@ -356,13 +381,13 @@ pub struct QuantizeArgs {
     /// Folder to write; must not exist.
     #[arg(long, value_name = "DIR")]
     pub output: PathBuf,
-    /// 8: half the memory, hardly a difference. 4: a quarter, answers may differ.
+    /// 8: half the memory, almost the same answers. 4: a quarter of the memory, answers can differ.
     #[arg(long, value_name = "N")]
     pub bits: usize,
-    /// 4 bits: neighbours that share a scale, 64 or 32; 32 is more precise and 6 % larger [default: 64].
+    /// With 4 bits, number of weights per scale, 64 or 32; 32 is more precise and 6 % larger [default: 64].
     #[arg(long, value_name = "N")]
     pub group: Option<usize>,
-    /// Where the result is tried.
+    /// Device used to test the result.
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<DeviceName>,
 }

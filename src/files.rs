@@ -6,6 +6,11 @@
 //!
 //! This module knows nothing of what it writes.
 
+pub mod hint;
+pub mod name;
+#[cfg(test)]
+mod tests;
+
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Read, Write};
@@ -50,6 +55,14 @@ pub enum FileError {
         path: PathBuf,
         /// What the system said.
         cause: io::Error,
+    },
+    /// Something else than a file: read to its end, a pipe or a device may never come to it.
+    #[error("cannot read `{}`: it is a {kind}, expected a file{}", .path.display(), if *.kind == "folder" { "; hint: `--images-dir` takes a folder" } else { "; hint: save what it holds as a file first" })]
+    NotAFile {
+        /// What was named.
+        path: PathBuf,
+        /// `folder`, `pipe` or `device`.
+        kind: &'static str,
     },
     /// A path such as `/` or `..` that has no last name to write under.
     #[error("cannot write `{}`: the path must end in a name", .0.display())]
@@ -126,6 +139,82 @@ where
         let _ = fs::remove_file(&temporary);
         FileError::write(path, cause)
     })
+}
+
+/// What `path` is, links followed, where that is neither a file nor absent: `folder`, `pipe`, `socket`
+/// or `device`.
+pub fn other_kind(path: &Path) -> Option<&'static str> {
+    let kind = fs::metadata(path).ok()?.file_type();
+    if kind.is_file() {
+        return None;
+    }
+    if kind.is_dir() {
+        return Some("folder");
+    }
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::FileTypeExt;
+        if kind.is_fifo() {
+            return Some("pipe");
+        }
+        if kind.is_socket() {
+            return Some("socket");
+        }
+    }
+    Some("device")
+}
+
+/// Refuses what is there and is no file, before something is read that has no end.
+///
+/// # Errors
+/// [`FileError::NotAFile`].
+pub fn expect_file(path: &Path) -> Result<(), FileError> {
+    match other_kind(path) {
+        None => Ok(()),
+        Some(kind) => Err(FileError::NotAFile {
+            path: path.to_path_buf(),
+            kind,
+        }),
+    }
+}
+
+/// Whether two names, links followed, are of one file, pipe or device.
+pub fn is_same_file(one: &Path, other: &Path) -> bool {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        let number = |path: &Path| fs::metadata(path).map(|data| (data.dev(), data.ino()));
+        matches!((number(one), number(other)), (Ok(one), Ok(other)) if one == other)
+    }
+    #[cfg(not(unix))]
+    {
+        matches!((fs::canonicalize(one), fs::canonicalize(other)), (Ok(one), Ok(other)) if one == other)
+    }
+}
+
+/// SHA-256 of bytes, as 64 lower-case hexadecimal digits.
+pub fn sha256_bytes(bytes: &[u8]) -> String {
+    Sha256::digest(bytes)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}
+
+/// A size as people write it, in powers of ten with three digits: `812 bytes`, `4.04 MB`, `17.5 GB`.
+pub fn size_text(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["bytes", "kB", "MB", "GB", "TB"];
+    let (mut value, mut unit) = (bytes as f64, 0);
+    while value >= 999.5 && unit + 1 < UNITS.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    let decimals = match value {
+        _ if unit == 0 => 0,
+        value if value < 9.995 => 2,
+        value if value < 99.95 => 1,
+        _ => 0,
+    };
+    format!("{value:.decimals$} {}", UNITS[unit])
 }
 
 /// SHA-256 of a file's bytes, as 64 lower-case hexadecimal digits; reads in blocks.
@@ -512,125 +601,4 @@ fn collect_files(
         }
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn entries(folder: &Path) -> Vec<String> {
-        let mut names: Vec<_> = fs::read_dir(folder)
-            .unwrap()
-            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .collect();
-        names.sort();
-        names
-    }
-
-    #[test]
-    fn a_failed_write_keeps_the_old_content_and_no_temporary() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("a.json");
-        write_atomic(&path, |out| out.write_all(b"old")).unwrap();
-        let error = write_atomic(&path, |out| {
-            out.write_all(b"new")?;
-            Err(io::Error::other("the source ended"))
-        })
-        .unwrap_err();
-        assert!(
-            error.to_string().contains("a.json`: the source ended"),
-            "{error}"
-        );
-        assert_eq!(fs::read(&path).unwrap(), b"old");
-        assert_eq!(entries(dir.path()), ["a.json"]);
-    }
-
-    #[test]
-    fn paths_without_a_name_or_a_parent_folder_are_errors() {
-        let error = write_atomic(Path::new("/"), |_| Ok(())).unwrap_err();
-        assert!(matches!(error, FileError::NoName(_)));
-        let dir = tempfile::tempdir().unwrap();
-        let error = write_atomic(&dir.path().join("no/such"), |_| Ok(())).unwrap_err();
-        assert!(matches!(error, FileError::Write { .. }), "{error}");
-    }
-
-    #[cfg(target_os = "linux")]
-    #[test]
-    fn a_full_disk_is_recognised_through_wrappers() {
-        // The kernel's own answer of a full device, passed on by the writing closure.
-        let full = |_: &mut dyn Write| {
-            let mut device = File::options().write(true).open("/dev/full")?;
-            device.write_all(&[0; 4096])
-        };
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("weights.bin");
-        let error = write_atomic(&path, full).unwrap_err();
-        assert!(matches!(error, FileError::DiskFull { .. }), "{error}");
-        assert!(error.to_string().contains("weights.bin") && error.to_string().contains("hint"));
-        assert!(entries(dir.path()).is_empty());
-        assert!(is_disk_full(&io::Error::other(io::Error::other(error))));
-        assert!(!is_disk_full(&io::Error::other("disk is fine")));
-    }
-
-    #[test]
-    fn hashes_match_the_published_vectors() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("x");
-        fs::write(&path, b"abc").unwrap();
-        let abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
-        assert_eq!(sha256_file(&path).unwrap(), abc);
-        let error = sha256_file(&dir.path().join("none")).unwrap_err();
-        assert!(error.to_string().contains("none"));
-    }
-
-    #[test]
-    fn a_folder_appears_whole_and_replaces_an_older_one() {
-        let dir = tempfile::tempdir().unwrap();
-        let target = dir.path().join("run/checkpoint");
-        for text in ["one", "second"] {
-            let writer = FolderWriter::new(&target).unwrap();
-            fs::create_dir(writer.path().join("sub")).unwrap();
-            fs::write(writer.path().join("sub/b"), text).unwrap();
-            fs::write(writer.path().join("a"), "").unwrap();
-            let marker = writer.finish().unwrap();
-            let names: Vec<_> = marker.files.iter().map(|file| file.name.as_str()).collect();
-            assert_eq!(names, ["a", "sub/b"]);
-            assert_eq!(verify_folder(&target, Depth::Hashes).unwrap(), marker);
-        }
-        assert_eq!(fs::read(target.join("sub/b")).unwrap(), b"second");
-        assert_eq!(entries(&dir.path().join("run")), ["checkpoint"]);
-    }
-
-    #[test]
-    fn an_abandoned_folder_is_removed() {
-        let dir = tempfile::tempdir().unwrap();
-        let writer = FolderWriter::new(&dir.path().join("x")).unwrap();
-        fs::write(writer.path().join("a"), "a").unwrap();
-        drop(writer);
-        assert!(entries(dir.path()).is_empty());
-    }
-
-    #[test]
-    fn a_marker_cannot_point_outside_its_folder() {
-        let dir = tempfile::tempdir().unwrap();
-        let text = r#"{"format":1,"files":[{"name":"../secret","size":0,"sha256":""}]}"#;
-        fs::write(dir.path().join(COMPLETE_MARKER), text).unwrap();
-        let damage = verify_folder(dir.path(), Depth::Sizes).unwrap_err();
-        assert!(matches!(damage, FolderDamage::BadMarker(_)), "{damage}");
-    }
-
-    #[test]
-    fn leftovers_go_and_a_displaced_folder_returns() {
-        let dir = tempfile::tempdir().unwrap();
-        let at = |name: &str| dir.path().join(name);
-        fs::create_dir(at("c-1.tmp-77.0")).unwrap();
-        fs::write(at(".best.json.tmp-77.1"), "{").unwrap();
-        fs::create_dir(at("c-2.old-77.2")).unwrap();
-        fs::create_dir(at("c-3")).unwrap();
-        fs::create_dir(at("c-3.old-77.3")).unwrap();
-        fs::write(at("mine.tmp-1"), "").unwrap();
-        let ours = |name: &str| name.starts_with("c-") || name == "best.json";
-        assert_eq!(remove_leftovers(dir.path(), ours).unwrap().len(), 3);
-        assert_eq!(entries(dir.path()), ["c-2", "c-3", "mine.tmp-1"]);
-    }
 }

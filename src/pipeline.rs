@@ -8,6 +8,8 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::{
+    backend::dtype_text,
+    files::hint::folder_hint,
     generate::{
         FinishReason, GenerateError, GenerationConfig, Prompt, Timing, generate, text::TextStream,
     },
@@ -55,7 +57,7 @@ pub enum PipelineError {
     Image(#[from] ImageError),
     #[error(transparent)]
     Generate(#[from] GenerateError),
-    #[error("`{}` is not the folder of a checkpoint; expected `config.json`, `tokenizer.json` and `model.safetensors` (or shards with their index) in it", .0.display())]
+    #[error("`{}` is not the folder of a checkpoint; expected `config.json`, `tokenizer.json` and `model.safetensors` (or shards with their index) in it{}", .0.display(), folder_hint(.0, "config.json"))]
     NoModel(PathBuf),
     #[error("`{}`: `{key}` is {found} for the image processor and {expected} in the vision_config of config.json; the two must agree", .path.display())]
     Patches {
@@ -76,7 +78,8 @@ pub enum PipelineError {
         expected: usize,
     },
     #[error(
-        "the model needs about {need:.1} GiB of memory as {dtype:?}, {free:.1} GiB are free; try `--dtype bf16` or `--quantize int8`, a smaller model, or close other programs"
+        "the model needs about {need:.1} GiB of memory as {}, {free:.1} GiB are free; try `--dtype bf16` or `--quantize int8`, a smaller model, or close other programs",
+        dtype_text(*.dtype)
     )]
     Memory { need: f64, free: f64, dtype: DType },
 }
@@ -160,7 +163,7 @@ impl TextAndImages {
     /// [`PipelineError`] names the file.
     pub fn load(options: &PipelineOptions) -> Result<Self, PipelineError> {
         let dir = &options.model;
-        if !dir.is_dir() {
+        if !dir.join("config.json").is_file() {
             return Err(PipelineError::NoModel(dir.clone()));
         }
         let config = Qwen3VlConfig::from_dir(dir)?;

@@ -88,7 +88,7 @@ pub struct BenchServeArgs {
     /// Question; may be given several times.
     #[arg(long, value_name = "TEXT")]
     pub prompt: Vec<String>,
-    /// Most tokens of an answer.
+    /// Maximum number of tokens to generate per answer.
     #[arg(long, value_name = "N", default_value_t = 128)]
     pub max_new_tokens: usize,
     /// As in `infer`; a question has its own seed.

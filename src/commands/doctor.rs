@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::{
     backend::{
-        DeviceError, DeviceName, DeviceTask,
+        DeviceError, DeviceName, DeviceTask, dtype_text,
         list::{ListedDevice, list_devices},
         run_on,
     },
@@ -18,10 +18,10 @@ use crate::{
 /// Arguments of `doctor`.
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
-    /// Only this device.
+    /// Check only this device.
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<DeviceName>,
-    /// One JSON object a device.
+    /// Print one JSON object per device.
     #[arg(long)]
     pub json: bool,
 }
@@ -113,9 +113,14 @@ pub fn run(args: DoctorArgs) -> Result<()> {
     }
     match args.device {
         Some(name) if found == 0 => {
-            bail!("device `{name}` is not among those found; without `--device` all are listed")
+            bail!(
+                "device `{name}` is not among those found; `xray-qwen3vl doctor` without --device lists all"
+            )
         }
-        _ if !bad.is_empty() => bail!("not to be trusted: {}", bad.join(", ")),
+        _ if !bad.is_empty() => bail!(
+            "results are wrong or missing on {}; see above",
+            bad.join(", ")
+        ),
         _ => Ok(()),
     }
 }
@@ -153,14 +158,6 @@ fn heading(device: &ListedDevice) -> String {
     text
 }
 
-fn dtype_name(dtype: DType) -> &'static str {
-    match dtype {
-        DType::F16 => "f16",
-        DType::BF16 => "bf16",
-        _ => "f32",
-    }
-}
-
 fn cell(outcome: &Outcome) -> String {
     match outcome {
         Outcome::Measured(distance, _) if outcome.is_bad() => format!("WRONG {distance:.1e}"),
@@ -173,7 +170,7 @@ fn cell(outcome: &Outcome) -> String {
 fn to_text(patient: &Patient) -> String {
     let checkups = match &patient.checkups {
         Ok(checkups) => checkups,
-        Err(error) => return format!("  not to be trusted: {error}\n\n"),
+        Err(error) => return format!("  cannot be used: {error}\n\n"),
     };
     let mut text = format!(
         "  {:<6}{:>14}{:>14}{:>14}   trust\n",
@@ -182,7 +179,7 @@ fn to_text(patient: &Patient) -> String {
     for checkup in checkups {
         text += &format!(
             "  {:<6}{:>14}{:>14}{:>14}   {}\n",
-            dtype_name(checkup.dtype),
+            dtype_text(checkup.dtype),
             cell(&checkup.forward),
             cell(&checkup.decoding),
             cell(&checkup.gradient),
@@ -219,7 +216,7 @@ fn to_json(patient: &Patient) -> Value {
         Ok(checkups) => {
             let dtypes = checkups.iter().map(|checkup| {
                 json!({
-                    "dtype": dtype_name(checkup.dtype),
+                    "dtype": dtype_text(checkup.dtype),
                     "forward": part(&checkup.forward),
                     "decode": part(&checkup.decoding),
                     "gradient": part(&checkup.gradient),

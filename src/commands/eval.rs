@@ -91,7 +91,7 @@ pub struct EvalArgs {
     /// Folder of a PEFT LoRA adapter.
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
-    /// Take the adapter although it was trained on another base.
+    /// Use the adapter even if it was trained on a different base model.
     #[arg(long)]
     pub any_base: bool,
     /// cpu, cuda, cuda:N, wgpu or wgpu:N; by default the best one that answers.

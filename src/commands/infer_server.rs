@@ -14,12 +14,14 @@ use hyper::header;
 use serde_json::{Value, json};
 
 use super::{
-    infer::{OutputFile, Record, empty_record, name_of},
+    infer::{OutputFile, Record, RecordRemark, RemarkPrinter},
     progress::{Progress, Unit},
 };
 use crate::{
     cli::InferArgs,
+    files::{expect_file, name, sha256_bytes},
     generate::{FinishReason, GenerationConfig},
+    processor::image::{DecodeLimits, read_bytes},
     serve::client::{EventLines, Server},
 };
 
@@ -51,18 +53,12 @@ pub(super) fn run(
     settings: &GenerationConfig,
     images: &[Vec<PathBuf>],
 ) -> Result<()> {
-    let mut output = OutputFile::open(args.output.as_deref(), args)?;
-    let todo: Vec<&Vec<PathBuf>> = images
-        .iter()
-        .filter(|images| !output.has(&name_of(images)))
-        .collect();
-    if todo.len() < images.len() {
-        eprintln!(
-            "{} of {} reports are there already",
-            images.len() - todo.len(),
-            images.len()
-        );
+    let mut output = OutputFile::open(args, images)?;
+    let todo = output.todo(images);
+    if let Some(note) = todo.note {
+        eprintln!("{note}");
     }
+    let todo = todo.groups;
     let remote = Remote {
         server: Server::new(address, args.api_key.clone())?,
         args,
@@ -79,16 +75,19 @@ pub(super) fn run(
         let mut answers = stream::iter(&todo)
             .map(|images| remote.record(images))
             .buffered(args.batch_size);
+        let remarks = RemarkPrinter::default();
         let mut done = 0;
         while let Some(record) = answers.next().await {
+            let images = todo[done as usize];
             let record = record.with_context(|| {
                 let goes_on = match &args.output {
-                    Some(_) => "; started again, the run goes on from there",
+                    Some(_) => "; start it again to go on from there",
                     None => "",
                 };
                 format!("{done} of {total} reports were written{goes_on}")
             })?;
-            output.add(&record, args)?;
+            remarks.print(&record.image, &record.remarks);
+            output.add(images, &record, args)?;
             done += 1;
             if let Some(progress) = &mut progress {
                 progress.set(done, total);
@@ -99,7 +98,7 @@ pub(super) fn run(
     if let Some(progress) = progress {
         progress.finish();
     }
-    output.result()
+    output.finish()
 }
 
 impl Remote<'_> {
@@ -107,21 +106,31 @@ impl Remote<'_> {
     /// wrong with the server an error.
     async fn record(&self, images: &[PathBuf]) -> Result<Record> {
         let started = Instant::now();
-        let mut record = empty_record(self.args, images);
-        match self.answer(images).await {
-            Ok(answer) => fill(&mut record, &answer),
+        let mut record = Record::new(self.args, images);
+        let answer = match self.body(images) {
+            Ok((body, sha256)) => {
+                record.image_sha256 = Some(sha256);
+                self.answer(body).await
+            }
+            Err(error) => Err(error),
+        };
+        match answer {
+            Ok(answer) => fill(&mut record, &answer, images),
             Err(error) if error.is::<Unreachable>() => return Err(error),
             Err(error) => record.error = Some(format!("`{}`: {error:#}", record.image)),
         }
-        record.seconds = (started.elapsed().as_secs_f64() * 1e4).round() / 1e4;
+        record.set_seconds(started.elapsed().as_secs_f64());
         Ok(record)
     }
 
-    fn body(&self, images: &[PathBuf]) -> Result<Vec<u8>> {
+    /// The request, and the hash of its images as a record has it.
+    fn body(&self, images: &[PathBuf]) -> Result<(Vec<u8>, String)> {
         let mut content = Vec::new();
+        let mut hashes = Vec::new();
         for path in images {
-            let bytes = std::fs::read(path)
-                .with_context(|| format!("cannot read picture `{}`", path.display()))?;
+            expect_file(path)?;
+            let bytes = read_bytes(path, &DecodeLimits::default())?;
+            hashes.push(sha256_bytes(&bytes));
             // The server goes by the content.
             let url = format!(
                 "data:application/octet-stream;base64,{}",
@@ -154,11 +163,10 @@ impl Remote<'_> {
         if let Some(model) = &self.args.server_model {
             body["model"] = model.as_str().into();
         }
-        Ok(serde_json::to_vec(&body)?)
+        Ok((serde_json::to_vec(&body)?, hashes.join(";")))
     }
 
-    async fn answer(&self, images: &[PathBuf]) -> Result<Value> {
-        let body = self.body(images)?;
+    async fn answer(&self, body: Vec<u8>) -> Result<Value> {
         let mut tries = 0;
         loop {
             tries += 1;
@@ -214,7 +222,7 @@ async fn show(mut body: hyper::body::Incoming) -> Result<Value> {
     let mut lines = EventLines::default();
     let (mut content, mut reasoning) = (String::new(), String::new());
     let mut choice = json!({});
-    let mut usage = Value::Null;
+    let (mut usage, mut remarks) = (Value::Null, Value::Null);
     while let Some(frame) = body.frame().await {
         let frame = frame?;
         let Some(bytes) = frame.data_ref() else {
@@ -224,7 +232,7 @@ async fn show(mut body: hyper::body::Incoming) -> Result<Value> {
             if data == "[DONE]" {
                 writeln!(stdout())?;
                 choice["message"] = json!({"content": content, "reasoning_content": reasoning});
-                return Ok(json!({"choices": [choice], "usage": usage}));
+                return Ok(json!({"choices": [choice], "usage": usage, "remarks": remarks}));
             }
             let chunk: Value = serde_json::from_str(&data)?;
             if let Some(error) = chunk.get("error") {
@@ -235,6 +243,9 @@ async fn show(mut body: hyper::body::Incoming) -> Result<Value> {
             }
             if chunk["usage"].is_object() {
                 usage = chunk["usage"].clone();
+            }
+            if chunk["remarks"].is_array() {
+                remarks = chunk["remarks"].clone();
             }
             let part = &chunk["choices"][0];
             if let Some(text) = part["delta"]["content"].as_str() {
@@ -253,7 +264,23 @@ async fn show(mut body: hyper::body::Incoming) -> Result<Value> {
     bail!("the stream was cut off")
 }
 
-fn fill(record: &mut Record, answer: &Value) {
+/// The remarks of an answer, `{"code", "text", "image"}` each; `image` counts from 1.
+fn remarks(answer: &Value, images: &[PathBuf]) -> Vec<RecordRemark> {
+    let text = |remark: &Value, key: &str| Some(remark[key].as_str()?.to_owned());
+    let remark = |remark: &Value| {
+        let number = remark["image"].as_u64().filter(|_| images.len() > 1);
+        let image = number.and_then(|number| images.get((number as usize).checked_sub(1)?));
+        Some(RecordRemark {
+            code: text(remark, "code")?,
+            text: text(remark, "text")?,
+            image: image.map(|path| name::text_of(&[path]).0),
+        })
+    };
+    let list = answer["remarks"].as_array();
+    list.map_or_else(Vec::new, |list| list.iter().filter_map(remark).collect())
+}
+
+fn fill(record: &mut Record, answer: &Value, images: &[PathBuf]) {
     let choice = &answer["choices"][0];
     let text = |key: &str| {
         choice["message"][key]
@@ -273,6 +300,29 @@ fn fill(record: &mut Record, answer: &Value) {
         (Some(_), _) => Some(FinishReason::Stop),
         _ => None,
     };
+    record.remarks = remarks(answer, images);
     record.prompt_tokens = tokens("prompt_tokens");
     record.completion_tokens = tokens("completion_tokens");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn remarks_of_a_server_name_the_image_where_there_are_several() {
+        let answer = json!({"remarks": [
+            {"image": 2, "code": "not_a_chest", "text": "its body part is HAND"},
+            {"image": null, "code": "no_image", "text": "there is no image"},
+        ]});
+        let images = ["a.dcm", "b.dcm"].map(PathBuf::from);
+        let found = remarks(&answer, &images);
+        assert_eq!(found[0].image.as_deref(), Some("b.dcm"));
+        assert_eq!(
+            (found[1].code.as_str(), &found[1].image),
+            ("no_image", &None)
+        );
+        assert_eq!(remarks(&answer, &images[1..])[0].image, None);
+        assert_eq!(remarks(&json!({}), &images), []);
+    }
 }

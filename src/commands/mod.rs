@@ -32,6 +32,11 @@ use crate::{
 use burn::tensor::DType;
 use std::path::{Path, PathBuf};
 
+/// A number of things in words: `1 study`, `2 studies`.
+fn counted(count: usize, one: &str, many: &str) -> String {
+    format!("{count} {}", if count == 1 { one } else { many })
+}
+
 /// A path that comes with the repository: as given, or beside the sources the program was built from.
 fn shipped(path: &Path) -> PathBuf {
     if path.exists() || path.is_absolute() {
@@ -95,6 +100,7 @@ fn generation_config(args: &GenerationArgs) -> Result<GenerationConfig> {
     Ok(GenerationConfig {
         max_new_tokens: args.max_new_tokens,
         sampling,
+        stop_on_repetition: !args.no_repetition_stop,
         kv_cache: args.kv_cache,
         ..GenerationConfig::default()
     })

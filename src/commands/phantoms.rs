@@ -4,6 +4,8 @@ use anyhow::Result;
 
 use crate::{
     cli::PhantomsArgs,
+    commands::counted,
+    files::size_text,
     phantom::{Dialect, PROMPTS, write_dataset},
 };
 
@@ -20,11 +22,11 @@ pub fn run(args: &PhantomsArgs) -> Result<()> {
     let range = args.from..args.from.saturating_add(args.count);
     let summary = write_dataset(&args.output, args.seed, range, dialect, &PROMPTS)?;
     println!(
-        "{} studies, {} of them normal, {} findings, {} KiB of images; `{}`",
-        summary.samples,
+        "{}, {} of them normal, {}, {} of images; `{}`",
+        counted(summary.samples, "study", "studies"),
         summary.normal,
-        summary.findings,
-        summary.image_bytes / 1024,
+        counted(summary.findings, "finding", "findings"),
+        size_text(summary.image_bytes),
         summary.samples_file.display()
     );
     Ok(())

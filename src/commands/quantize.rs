@@ -9,9 +9,9 @@ use super::{
     shipped,
 };
 use crate::{
-    backend::{DeviceTask, run_on},
+    backend::{DeviceTask, dtype_text, run_on},
     cli::QuantizeArgs,
-    files::FolderWriter,
+    files::{FolderWriter, size_text},
     kernels::Kernels,
     lora::base::BaseFingerprint,
     pipeline::PipelineOptions,
@@ -56,16 +56,16 @@ impl DeviceTask for Quantize {
             let model = Qwen3Vl::<B>::new(&config, &InitOptions::default(), &device);
             parameter_shapes(&model)
         };
-        let gigabytes = |quantization| weight_bytes(&shapes, quantization, 2) as f64 / 1e9;
+        let size = |quantization| size_text(weight_bytes(&shapes, quantization, 2) as u64);
         eprintln!(
-            "packing {:.2} GB of 16-bit weights as {}",
-            gigabytes(None),
+            "quantising {} of 16-bit weights to {}",
+            size(None),
             self.quantization
         );
         let folder = FolderWriter::new(&self.args.output)?;
         let to = folder.path();
         write_packed(&from, to, &shapes, self.quantization, MAX_SHARD_BYTES)
-            .with_context(|| format!("cannot pack `{}`", from.display()))?;
+            .with_context(|| format!("cannot quantise `{}`", from.display()))?;
         copy_side_files(&from, to)?;
         // Adapters name the base they were trained on; they fit what was made from it.
         BaseFingerprint::of(&from)?.save(to)?;
@@ -85,17 +85,18 @@ impl DeviceTask for Quantize {
             .all(|logit| logit.is_finite())
         {
             bail!(
-                "the packed model answers a probe with NaN or infinity in {dtype:?}; nothing was kept, does `{}` work with `infer`?",
+                "the quantised model gives NaN or infinity in {} for a test input, and was not kept; does `xray-qwen3vl infer --model {}` work?",
+                dtype_text(dtype),
                 from.display()
             );
         }
         drop(model);
         folder.finish()?;
         println!(
-            "wrote `{}`: {}, {:.2} GB",
+            "wrote `{}`: {}, {}",
             self.args.output.display(),
             self.quantization,
-            gigabytes(Some(self.quantization))
+            size(Some(self.quantization))
         );
         Ok(())
     }

@@ -366,6 +366,7 @@ impl Serve {
             default_new_tokens: self.defaults.max_new_tokens,
             max_new_tokens: args.max_new_tokens_limit,
             sampling: self.defaults.sampling.clone(),
+            stop_on_repetition: self.defaults.stop_on_repetition,
             request_timeout: Duration::from_secs(args.request_timeout_seconds),
             read_timeout: Duration::from_secs(args.read_timeout_seconds),
             max_connections: args.max_connections,

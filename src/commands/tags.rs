@@ -1,12 +1,15 @@
 //! `infer --show-tags`: the technical tags of DICOM files, and nothing of the patient.
 
 use std::io::{Write, stdout};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value, json};
 
-use crate::processor::image::{DecodeLimits, read_bytes, technical};
+use crate::{
+    files::{expect_file, name::text_of},
+    processor::image::{DecodeLimits, read_bytes, technical},
+};
 
 /// Prints the tags of each file, a line each, or with `as_json` one object a file.
 ///
@@ -17,10 +20,15 @@ pub(super) fn show<'a>(images: impl Iterator<Item = &'a PathBuf>, as_json: bool)
     let mut failed = Vec::new();
     for path in images {
         let name = path.display().to_string();
-        let tags = read_bytes(path, &limits).and_then(|bytes| technical(&bytes, &name, &limits));
+        let tags = expect_file(path)
+            .map_err(anyhow::Error::from)
+            .and_then(|()| {
+                let bytes = read_bytes(path, &limits)?;
+                Ok(technical(&bytes, &name, &limits)?)
+            });
         match tags {
-            Ok(tags) => print(&name, tags, as_json).context("cannot write to stdout")?,
-            Err(error) => failed.push(anyhow::Error::from(error)),
+            Ok(tags) => print(path, tags, as_json).context("cannot write to stdout")?,
+            Err(error) => failed.push(error),
         }
     }
     let count = failed.len();
@@ -31,16 +39,21 @@ pub(super) fn show<'a>(images: impl Iterator<Item = &'a PathBuf>, as_json: bool)
     }
 }
 
-fn print(name: &str, tags: Vec<(&'static str, String)>, as_json: bool) -> std::io::Result<()> {
+fn print(path: &Path, tags: Vec<(&'static str, String)>, as_json: bool) -> std::io::Result<()> {
     let mut out = stdout().lock();
     if as_json {
         let tags: Map<String, Value> = tags
             .into_iter()
             .map(|(tag, value)| (tag.to_owned(), value.into()))
             .collect();
-        return writeln!(out, "{}", json!({ "image": name, "tags": tags }));
+        let (name, encoding) = text_of(&[path]);
+        let mut object = json!({ "image": name, "tags": tags });
+        if let Some(encoding) = encoding {
+            object["image_encoding"] = encoding.into();
+        }
+        return writeln!(out, "{object}");
     }
-    writeln!(out, "{name}")?;
+    writeln!(out, "{}", path.display())?;
     for (tag, value) in tags {
         writeln!(out, "  {tag}: {value}")?;
     }

@@ -7,6 +7,7 @@ pub mod check;
 pub mod convert;
 mod facts;
 mod held_out;
+pub mod image_remarks;
 pub mod loader;
 mod python_random;
 pub mod rows;
@@ -29,6 +30,7 @@ use crate::{
         image::{DecodeLimits, ImageError, RgbImage, probe},
         message::Part,
         patches::ImageProcessor,
+        remark::{Remark, RemarkKind},
         sample::{Conversation, PixelLimits, RowFault, Sample, SampleError, parse_line},
         supervised::{SupervisedError, encode_prompt, encode_supervised},
     },
@@ -198,6 +200,8 @@ pub struct Dataset {
     remarks: Vec<String>,
     /// Rows of the source that count, in their order; all if absent.
     chosen: Option<Arc<[usize]>>,
+    /// Shared by copies: each thread of a loader reads through one.
+    image_remarks: Arc<image_remarks::ImageRemarks>,
 }
 
 /// One sample before encoding.
@@ -273,6 +277,7 @@ impl Dataset {
             },
             fingerprint: format!("sha256:{}", hex(&Sha256::digest(&bytes))),
             chosen: None,
+            image_remarks: Arc::default(),
         })
     }
 
@@ -325,7 +330,13 @@ impl Dataset {
             fingerprint: name.to_string(),
             remarks: Vec::new(),
             chosen: None,
+            image_remarks: Arc::default(),
         })
+    }
+
+    /// What its images gave cause to remark, as far as they were read, by this copy or another.
+    pub fn image_remarks(&self) -> &image_remarks::ImageRemarks {
+        &self.image_remarks
     }
 
     /// As it was opened.
@@ -410,11 +421,18 @@ impl Dataset {
                     .images
                     .iter()
                     .map(|image| {
-                        (parts.images)
-                            .load(&folder.join(image))
-                            .map_err(|cause| self.image_error(index, image.clone(), cause))
+                        let reading = (parts.images)
+                            .read(&folder.join(image), None)
+                            .map_err(|cause| self.image_error(index, image.clone(), cause))?;
+                        self.image_remarks.note(image, &reading.remarks);
+                        Ok(reading.picture)
                     })
-                    .collect::<Result<Vec<RgbImage>, _>>()?;
+                    .collect::<Result<Vec<RgbImage>, DatasetError>>()?;
+                if sample.images.is_empty() {
+                    let none = Remark::new(RemarkKind::NoImage, "the row has no image");
+                    self.image_remarks
+                        .note(&format!("row {}", index + 1), &[none]);
+                }
                 let sizes: Vec<_> = pictures
                     .iter()
                     .map(|picture| (picture.width(), picture.height()))

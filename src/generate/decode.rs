@@ -21,7 +21,8 @@ pub struct GenerationConfig {
     pub max_new_tokens: usize,
     /// Tokens that end an answer.
     pub eos_token_ids: Vec<u32>,
-    /// Ends an answer that goes round in circles.
+    /// Ends an answer that repeats itself, where the reference goes on: see [`REPEATS`]. To be switched
+    /// off where a grammar forces the answer.
     pub stop_on_repetition: bool,
     /// How tokens are chosen.
     pub sampling: SamplingConfig,
@@ -49,7 +50,7 @@ pub enum FinishReason {
     Stop,
     /// `max_new_tokens`.
     Length,
-    /// The same tokens over and over.
+    /// The same tokens repeatedly; [`GenerationConfig::stop_on_repetition`].
     Repetition,
     /// The caller wanted no more.
     Cancelled,
@@ -128,11 +129,11 @@ pub struct Timing {
     pub vision_seconds: f64,
     /// Language model over the prompt, up to the first token.
     pub prefill_seconds: f64,
-    /// All steps behind the first token.
+    /// All steps after the first token.
     pub decode_seconds: f64,
     /// Tokens of all prompts.
     pub prompt_tokens: usize,
-    /// Tokens generated behind the first of each row.
+    /// Tokens generated after the first of each row.
     pub decoded_tokens: usize,
 }
 
@@ -156,7 +157,7 @@ pub fn generate<B: Kernels>(
     let mut timing = Timing::default();
     let mut clock = std::time::Instant::now();
     let mut lap = |device: &B::Device| {
-        // The device works behind our back; a span ends when its work is done.
+        // Kernels are asynchronous: synchronise before reading the clock.
         let _ = B::sync(device);
         let seconds = clock.elapsed().as_secs_f64();
         clock = std::time::Instant::now();
@@ -379,13 +380,22 @@ fn logits_on_host<B: Kernels>(
     Ok(values.chunks(vocab).map(<[f32]>::to_vec).collect())
 }
 
-/// Longest cycle looked for, in tokens.
-const LONGEST_CYCLE: usize = 96;
+/// Longest piece whose repeats are looked for, in tokens.
+pub const LONGEST_CYCLE: usize = 96;
 
-/// Whether the end of the answer is one short piece over and over: at least four times and 32 tokens.
+/// How often a piece is repeated at least until an answer is ended for it, the repeats being
+/// [`LEAST_REPEATED`] tokens or more.
+pub const REPEATS: usize = 4;
+
+/// Tokens that the repeats of a piece have at least until an answer is ended for them.
+pub const LEAST_REPEATED: usize = 32;
+
+/// Whether the answer ends in repeats of one piece of up to [`LONGEST_CYCLE`] tokens.
+///
+/// Transformers has no such rule: its answers go on to the end token or the token limit.
 pub(crate) fn goes_round(tokens: &[u32]) -> bool {
     (1..=LONGEST_CYCLE).any(|cycle| {
-        let need = (4 * cycle).max(32);
+        let need = (REPEATS * cycle).max(LEAST_REPEATED);
         tokens.len() >= need && {
             let tail = &tokens[tokens.len() - need..];
             tail[cycle..] == tail[..need - cycle]
@@ -408,5 +418,49 @@ mod tests {
         broken[70] = 99;
         assert!(!goes_round(&broken));
         assert!(!goes_round(&(0..400).collect::<Vec<u32>>()));
+    }
+
+    #[cfg(feature = "flex")]
+    #[test]
+    fn an_answer_that_repeats_ends_for_it_unless_told_to_go_on() {
+        use burn::module::{Module, ModuleMapper, Param};
+        use burn_flex::Flex;
+
+        use crate::{bench::weights::RandomSize, qwen3_vl::nn::InitOptions};
+
+        /// With all weights zero every token is as likely as the first, which is taken.
+        struct Zero;
+        impl ModuleMapper<Flex> for Zero {
+            fn map_float<const D: usize>(
+                &mut self,
+                param: Param<Tensor<Flex, D>>,
+            ) -> Param<Tensor<Flex, D>> {
+                Param::initialized(param.id, param.val().zeros_like())
+            }
+        }
+        let device = Default::default();
+        let config = RandomSize::Tiny.config(None).unwrap();
+        let model = Qwen3Vl::<Flex>::new(&config, &InitOptions::default(), &device).map(&mut Zero);
+        let prompt = Prompt {
+            input_ids: vec![1, 2, 3],
+            images: ImageInput::default(),
+        };
+        let answer = |stop_on_repetition: bool| {
+            let settings = GenerationConfig {
+                max_new_tokens: 40,
+                stop_on_repetition,
+                ..GenerationConfig::default()
+            };
+            let prompts = std::slice::from_ref(&prompt);
+            let (mut answers, _) =
+                generate(&model, &config, prompts, &settings, &device, &mut |_, _| {
+                    None
+                })
+                .unwrap();
+            let answer = answers.remove(0);
+            (answer.token_ids, answer.finish_reason)
+        };
+        assert_eq!(answer(true), (vec![0; 32], FinishReason::Repetition));
+        assert_eq!(answer(false), (vec![0; 40], FinishReason::Length));
     }
 }

@@ -5,6 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use crate::files::hint::file_hint;
 use fancy_regex::Regex;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -13,7 +14,7 @@ use serde_json::{Map, Value, json};
 #[derive(Debug, thiserror::Error)]
 pub enum AdapterError {
     /// The config cannot be read.
-    #[error("cannot read `{}`: {cause}; expected a PEFT adapter folder with `adapter_config.json` and `adapter_model.safetensors`", .path.display())]
+    #[error("cannot read `{}`: {cause}; expected a PEFT adapter folder with `adapter_config.json` and `adapter_model.safetensors`{}", .path.display(), file_hint(.path))]
     Read {
         /// The file.
         path: PathBuf,

@@ -11,6 +11,7 @@ mod jinja;
 pub mod message;
 mod objects;
 pub mod patches;
+pub mod remark;
 pub mod resize;
 mod row_fault;
 mod row_forms;

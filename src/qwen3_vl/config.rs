@@ -9,6 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use crate::files::hint::file_hint;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -17,8 +18,9 @@ use serde_json::{Value, json};
 pub enum ConfigError {
     /// The file cannot be read.
     #[error(
-        "cannot read `{}`: {cause}; expected the folder of a Qwen3-VL checkpoint with its `config.json`",
-        .path.display()
+        "cannot read `{}`: {cause}; expected the folder of a Qwen3-VL checkpoint with its `config.json`{}",
+        .path.display(),
+        file_hint(.path)
     )]
     Read {
         /// The file.

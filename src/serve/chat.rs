@@ -127,7 +127,7 @@ pub async fn completions(
             sampling: settings.sampling_of(index),
             penalties: settings.penalties.clone(),
             stop: settings.stop.clone(),
-            stop_on_repetition: !settings.ignore_eos,
+            stop_on_repetition: app.config.stop_on_repetition && !settings.ignore_eos,
             logprobs: settings.logprobs,
             constraint: match &settings.schema {
                 Some(schema) => Some(constraint(&app, schema.clone(), &model.template).await?),

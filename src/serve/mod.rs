@@ -59,6 +59,8 @@ pub struct ServeConfig {
     pub max_new_tokens: usize,
     /// How tokens are chosen when the request does not say.
     pub sampling: SamplingConfig,
+    /// Ends answers that repeat themselves.
+    pub stop_on_repetition: bool,
     /// Time for a whole request.
     pub request_timeout: Duration,
     /// Time for a request's headers, and again for its body.

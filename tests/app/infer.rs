@@ -3,6 +3,7 @@
 use std::{
     env, fs,
     path::{Path, PathBuf},
+    process::Command,
     thread,
     time::{Duration, Instant},
 };
@@ -81,16 +82,24 @@ fn json_is_one_object_with_the_documented_keys() {
     let found: Vec<&String> = record.as_object().unwrap().keys().collect();
     let expected = [
         "image",
+        "image_sha256",
         "prompt",
         "settings",
         "report",
         "finish_reason",
+        "remarks",
         "prompt_tokens",
         "completion_tokens",
         "seconds",
     ];
     assert_eq!(found, expected);
     assert_eq!(field(record, "image"), text(&picture));
+    let bytes = fs::read(&picture).unwrap();
+    assert_eq!(
+        field(record, "image_sha256"),
+        xray_qwen3vl::files::sha256_bytes(&bytes)
+    );
+    assert_eq!(record["remarks"], serde_json::json!([]));
     assert_eq!(field(record, "prompt"), "请描述这张胸片。");
     assert!(!field(record, "report").is_empty());
     assert!(["stop", "length", "repetition"].contains(&field(record, "finish_reason")));
@@ -404,7 +413,18 @@ fn verbose_tells_times_speeds_and_memory_on_stderr() {
 #[test]
 fn several_devices_write_the_file_of_one() {
     let folder = tempdir().unwrap();
-    let pictures: Vec<PathBuf> = pictures().into_iter().cycle().take(11).collect();
+    // Each under a name of its own: in a file, an image has one record.
+    let pictures: Vec<PathBuf> = pictures()
+        .into_iter()
+        .cycle()
+        .take(11)
+        .enumerate()
+        .map(|(number, picture)| {
+            let copy = folder.path().join(format!("{number:02}.png"));
+            fs::copy(picture, &copy).unwrap();
+            copy
+        })
+        .collect();
     // A file that is not there: its record has the error, in its place.
     let gone = folder.path().join("gone.png");
     let pictures = [&pictures[..5], &[gone], &pictures[5..]].concat();
@@ -436,12 +456,12 @@ fn several_devices_write_the_file_of_one() {
 
 #[test]
 fn a_killed_batch_run_ends_with_every_record_once() {
-    for device in ["cpu", "cpu,cpu"] {
-        killed_batch_run(device);
+    for (device, signal) in [("cpu", "KILL"), ("cpu,cpu", "TERM"), ("cpu", "HUP")] {
+        killed_batch_run(device, signal);
     }
 }
 
-fn killed_batch_run(device: &str) {
+fn killed_batch_run(device: &str, signal: &str) {
     let folder = tempdir().unwrap();
     let pictures: Vec<PathBuf> = (0..24)
         .map(|index| {
@@ -467,7 +487,9 @@ fn killed_batch_run(device: &str) {
         );
         thread::sleep(Duration::from_millis(2));
     }
-    child.kill().unwrap();
+    let id = child.id().to_string();
+    let sent = Command::new("kill").args(["-s", signal, &id]).status();
+    assert!(sent.unwrap().success());
     child.wait().unwrap();
     let kept = fs::read(&output).unwrap();
     let done = lines(&output);

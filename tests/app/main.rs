@@ -14,6 +14,7 @@ mod dicom;
 mod eval;
 mod forms;
 mod infer;
+mod infer_files;
 mod merge_plan;
 mod quantize;
 mod refusal;

@@ -1,0 +1,357 @@
+//! Where records go, and which are there already.
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    io::{Write, stdout},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result, bail};
+use rayon::prelude::*;
+
+use super::{
+    journal::{Journal, Kind, Repair},
+    record::{RECORD_START, Record, settings_hash},
+};
+use crate::{
+    cli::InferArgs,
+    commands::counted,
+    files::{is_same_file, other_kind, sha256_file},
+    generate::FinishReason,
+};
+
+/// Where the images of a report are.
+type Key = Vec<PathBuf>;
+
+/// A record that the file holds.
+struct Known {
+    sha256: Option<String>,
+    failed: bool,
+}
+
+enum Target {
+    /// Printed, as the arguments say.
+    Stdout,
+    /// Lines to stdout, or to a device, without looking for earlier ones.
+    Lines(PathBuf, Option<File>),
+    /// A batch run's file.
+    Journal(Box<Journal<Key>>),
+}
+
+/// What a run still has to do.
+pub(crate) struct Todo<'a> {
+    /// Images of the reports to write, in order.
+    pub(crate) groups: Vec<&'a Vec<PathBuf>>,
+    /// What was found there already, to be said on stderr.
+    pub(crate) note: Option<String>,
+}
+
+/// Where records go, and what is there already.
+pub(crate) struct OutputFile {
+    target: Target,
+    /// Records of this run's question and settings.
+    known: HashMap<Key, Known>,
+    /// Records of other ones.
+    others: usize,
+    failed: usize,
+    first_error: Option<String>,
+}
+
+impl OutputFile {
+    /// Opens the file of a batch run and mends it where it is damaged, which is said on stderr.
+    ///
+    /// # Errors
+    /// A file that is none of a batch run, or cannot be written.
+    pub(crate) fn open(args: &InferArgs, groups: &[Vec<PathBuf>]) -> Result<Self> {
+        let mut this = Self {
+            target: Target::Stdout,
+            known: HashMap::new(),
+            others: 0,
+            failed: 0,
+            first_error: None,
+        };
+        let Some(path) = &args.output else {
+            return Ok(this);
+        };
+        if let Some(lines) = without_resume(path)? {
+            this.target = lines;
+            return Ok(this);
+        }
+        let images = groups.first().map_or(1, Vec::len);
+        let settings = settings_hash(args, images);
+        let (known, others) = (&mut this.known, &mut this.others);
+        let (mut journal, repair) = Journal::open(path, RECORD_START.as_bytes(), &mut |line| {
+            let Ok(record) = serde_json::from_slice::<Record>(line) else {
+                return Kind::Damaged;
+            };
+            if record.prompt != args.prompt || record.settings != settings {
+                *others += 1;
+                return Kind::Other;
+            }
+            let key = record.places(images);
+            let failed = record.error.is_some();
+            let sha256 = record.image_sha256;
+            known.insert(key.clone(), Known { sha256, failed });
+            Kind::Keyed(key)
+        })?;
+        tell_repair(path, &repair);
+        // A run that was killed may have left both the old and the new record.
+        journal.settle(&worth_keeping)?;
+        this.target = Target::Journal(Box::new(journal));
+        Ok(this)
+    }
+
+    /// Which reports are to be written: those that are not there, those that ended in an error, and those
+    /// whose picture is another one now. In a file each image has one record, however often it is named.
+    pub(crate) fn todo<'a>(&self, groups: &'a [Vec<PathBuf>]) -> Todo<'a> {
+        if !matches!(self.target, Target::Journal(_)) {
+            let groups = groups.iter().collect();
+            return Todo { groups, note: None };
+        }
+        let mut asked: HashMap<Key, ()> = HashMap::new();
+        let unique: Vec<(&Vec<PathBuf>, Key)> = groups
+            .iter()
+            .filter_map(|images| {
+                let key = key_of(images);
+                asked
+                    .insert(key.clone(), ())
+                    .is_none()
+                    .then_some((images, key))
+            })
+            .collect();
+        let (mut there, mut failed, mut exchanged) = (0, 0, 0);
+        let states: Vec<State> = unique
+            .par_iter()
+            .map(|(images, key)| self.state(images, key))
+            .collect();
+        let mut todo = Vec::new();
+        for ((images, _), state) in unique.iter().zip(states) {
+            match state {
+                State::New => {}
+                State::There => there += 1,
+                State::Failed => failed += 1,
+                State::Exchanged => exchanged += 1,
+            }
+            if !matches!(state, State::There) {
+                todo.push(*images);
+            }
+        }
+        let mut notes = Vec::new();
+        let all = unique.len();
+        if todo.is_empty() {
+            notes.push(match all {
+                1 => "the report is there already".to_owned(),
+                _ => format!("all {all} reports are there already"),
+            });
+        } else if there > 0 {
+            notes.push(format!(
+                "going on: {there} of {all} reports are there already"
+            ));
+        }
+        if failed > 0 {
+            notes.push(format!(
+                "{} that failed before {} tried again",
+                counted(failed, "report", "reports"),
+                if failed == 1 { "is" } else { "are" }
+            ));
+        }
+        if exchanged > 0 {
+            notes.push(format!(
+                "{} not as the file has {} and {} reported on anew",
+                counted(exchanged, "image is", "images are"),
+                if exchanged == 1 { "it" } else { "them" },
+                if exchanged == 1 { "is" } else { "are" }
+            ));
+        }
+        if self.others > 0 {
+            notes.push(format!(
+                "the file also has {} of another question, model or setting",
+                counted(self.others, "report", "reports")
+            ));
+        }
+        if all < groups.len() {
+            notes.push(format!(
+                "{} named more than once, and reported on once",
+                counted(groups.len() - all, "image is", "images are")
+            ));
+        }
+        Todo {
+            groups: todo,
+            note: (!notes.is_empty()).then(|| notes.join("; ")),
+        }
+    }
+
+    fn state(&self, images: &[PathBuf], key: &Key) -> State {
+        match self.known.get(key) {
+            None => State::New,
+            Some(known) if known.failed => State::Failed,
+            Some(known) => match (&known.sha256, sha256_of(images)) {
+                // A picture that went away since keeps its report.
+                (Some(then), Some(now)) if *then != now => State::Exchanged,
+                _ => State::There,
+            },
+        }
+    }
+
+    /// Writes one record at once, so that an interruption loses nothing that was finished.
+    ///
+    /// # Errors
+    /// A full disk, a reader that has gone away.
+    pub(crate) fn add(
+        &mut self,
+        images: &[PathBuf],
+        record: &Record,
+        args: &InferArgs,
+    ) -> Result<()> {
+        if let Some(error) = &record.error {
+            self.failed += 1;
+            self.first_error.get_or_insert_with(|| error.clone());
+        }
+        match &mut self.target {
+            Target::Journal(journal) => {
+                journal.add(key_of(images), serde_json::to_string(record)?)?;
+            }
+            Target::Lines(path, file) => {
+                let line = serde_json::to_string(record)? + "\n";
+                match file {
+                    Some(file) => file.write_all(line.as_bytes()),
+                    None => stdout().write_all(line.as_bytes()),
+                }
+                .with_context(|| format!("cannot write `{}`", path.display()))?;
+            }
+            Target::Stdout if args.json => say(&serde_json::to_string(record)?)?,
+            Target::Stdout => {
+                match &record.error {
+                    None if !args.stream => say(&record.report)?,
+                    // The first one ends the program; the others would be lost.
+                    Some(error) if self.failed > 1 => eprintln!("{error}"),
+                    _ => {}
+                }
+                if args.verbose
+                    && let Some(thinking) = &record.thinking
+                {
+                    eprintln!("thinking {thinking}");
+                }
+            }
+        }
+        match record.finish_reason {
+            Some(FinishReason::Repetition) => eprintln!(
+                "`{}`: ended after {} because they repeat; --no-repetition-stop goes on",
+                record.image,
+                counted(record.completion_tokens, "token", "tokens")
+            ),
+            Some(FinishReason::Length) => eprintln!(
+                "`{}`: ended after {}; --max-new-tokens allows more",
+                record.image,
+                counted(record.completion_tokens, "token", "tokens")
+            ),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Puts new records in the place of those they replace.
+    ///
+    /// # Errors
+    /// The file cannot be written, or reports failed: how many, and why the first one did.
+    pub(crate) fn finish(mut self) -> Result<()> {
+        if let Target::Journal(journal) = &mut self.target {
+            journal.settle(&worth_keeping)?;
+        }
+        match (self.first_error, self.failed) {
+            (Some(error), 1) => bail!("{error}"),
+            (Some(error), failed) => bail!("{failed} reports failed, the first: {error}"),
+            _ => Ok(()),
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+enum State {
+    New,
+    There,
+    Failed,
+    Exchanged,
+}
+
+fn key_of(images: &[PathBuf]) -> Key {
+    images
+        .iter()
+        .map(|path| crate::files::name::place_of(path))
+        .collect()
+}
+
+/// SHA-256 of the images as a record has it; `None` if one cannot be read.
+fn sha256_of(images: &[PathBuf]) -> Option<String> {
+    let hashes: Option<Vec<String>> = images
+        .iter()
+        .map(|path| match other_kind(path) {
+            None => sha256_file(path).ok(),
+            Some(_) => None,
+        })
+        .collect();
+    Some(hashes?.join(";"))
+}
+
+/// Whether a record that was replaced is to be kept aside: it has a report, about another picture.
+fn worth_keeping(earlier: &[u8], later: &[u8]) -> bool {
+    let read = |line: &[u8]| serde_json::from_slice::<Record>(line).ok();
+    match (read(earlier), read(later)) {
+        (Some(earlier), Some(later)) => {
+            earlier.error.is_none()
+                && (later.error.is_some() || earlier.image_sha256 != later.image_sha256)
+        }
+        _ => true,
+    }
+}
+
+/// How to write to something that is no file of records: stdout and devices take lines.
+fn without_resume(path: &Path) -> Result<Option<Target>> {
+    if is_same_file(path, Path::new("/dev/stdout")) {
+        return Ok(Some(Target::Lines(path.to_path_buf(), None)));
+    }
+    match other_kind(path) {
+        // Opening a folder is an error that says so.
+        None | Some("folder") => Ok(None),
+        Some("device") => {
+            let file = std::fs::OpenOptions::new()
+                .write(true)
+                .open(path)
+                .with_context(|| format!("cannot write `{}`", path.display()))?;
+            Ok(Some(Target::Lines(path.to_path_buf(), Some(file))))
+        }
+        Some(kind) => bail!(
+            "cannot write `{}`: it is a {kind}, expected a file or `/dev/stdout`; --json without --output prints the records",
+            path.display()
+        ),
+    }
+}
+
+fn tell_repair(path: &Path, repair: &Repair) {
+    let name = path.display();
+    if let Some((rows, aside)) = &repair.damaged {
+        let shown: Vec<String> = rows.iter().take(5).map(usize::to_string).collect();
+        let more = if rows.len() > shown.len() { " …" } else { "" };
+        eprintln!(
+            "`{name}`: {} damaged ({}{more}) and moved to `{}`; what has no record is reported on again",
+            counted(rows.len(), "line is", "lines are"),
+            shown.join(", "),
+            aside.display()
+        );
+    }
+    if repair.zeros > 0 {
+        eprintln!(
+            "`{name}`: ended in {}, as after a power cut, which were taken away",
+            counted(repair.zeros as usize, "zero byte", "zero bytes")
+        );
+    }
+    if repair.cut {
+        eprintln!("`{name}`: the last record was cut off and is written again");
+    }
+}
+
+/// Prints one line to stdout; a reader that has gone away is an error like any other.
+fn say(line: &str) -> Result<()> {
+    writeln!(stdout(), "{line}").context("cannot write to stdout")
+}
