@@ -21,9 +21,9 @@ use std::{
     time::Instant,
 };
 
-use tokio::sync::{mpsc::UnboundedReceiver, mpsc::UnboundedSender, oneshot};
+use tokio::sync::{mpsc::UnboundedReceiver, mpsc::UnboundedSender, oneshot, watch};
 
-pub use prompt::{PreparedImage, PreparedPrompt};
+pub use prompt::{HeldMemory, Patches, PreparedImage, PreparedPrompt};
 pub use sequence::{Penalties, TokenConstraint};
 
 use super::metrics::Metrics;
@@ -41,7 +41,7 @@ use scheduler::Worker;
 pub struct EngineLimits {
     /// Sequences in the batch.
     pub max_running: usize,
-    /// Tokens in the key/value cache: running sequences with all they may still grow, and kept ones.
+    /// Tokens in the key/value cache: running sequences with what they hold, and kept ones.
     pub cache_tokens: usize,
     /// Sequences that wait.
     pub max_queue: usize,
@@ -197,14 +197,31 @@ pub struct Engine {
     commands: mpsc::Sender<Command>,
     waiting: Arc<AtomicUsize>,
     stopping: Arc<AtomicBool>,
+    end: watch::Receiver<Option<End>>,
     limits: Arc<EngineLimits>,
 }
 
-struct SetWhenDropped(Arc<AtomicBool>);
+/// How the worker ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// It was told to.
+    Told,
+    /// The device does not work any more.
+    DeviceLost,
+}
 
-impl Drop for SetWhenDropped {
+/// Whatever ends the worker, nothing more may be sent to it, and whoever waits for that learns why.
+struct Ending {
+    stopping: Arc<AtomicBool>,
+    end: watch::Sender<Option<End>>,
+    /// A panic of the worker itself leaves this as it was.
+    how: End,
+}
+
+impl Drop for Ending {
     fn drop(&mut self) {
-        self.0.store(true, Ordering::SeqCst);
+        self.stopping.store(true, Ordering::SeqCst);
+        self.end.send_replace(Some(self.how));
     }
 }
 
@@ -228,10 +245,12 @@ impl Engine {
             ..limits
         };
         let (commands, received) = mpsc::channel();
+        let (end, ended) = watch::channel(None);
         let engine = Self {
             commands,
             waiting: Arc::new(AtomicUsize::new(0)),
             stopping: Arc::new(AtomicBool::new(false)),
+            end: ended,
             limits: Arc::new(limits.clone()),
         };
         metrics.watch_queue(engine.waiting.clone());
@@ -239,9 +258,17 @@ impl Engine {
         let thread = std::thread::Builder::new()
             .name("engine".into())
             .spawn(move || {
-                // Whatever ends the worker, nothing more may be sent to it.
-                let _ends = SetWhenDropped(stopping);
-                Worker::new(device, tokenizer, limits, metrics).run(&received);
+                let mut ending = Ending {
+                    stopping,
+                    end,
+                    how: End::DeviceLost,
+                };
+                if Worker::new(device, tokenizer, limits, metrics)
+                    .run(&received)
+                    .is_ok()
+                {
+                    ending.how = End::Told;
+                }
             })?;
         Ok((engine, thread))
     }
@@ -346,6 +373,19 @@ impl Engine {
     pub fn abort(&self) {
         self.stopping.store(true, Ordering::SeqCst);
         let _ = self.commands.send(Command::Abort);
+    }
+
+    /// Waits until the worker has ended, and says how.
+    pub async fn ended(&self) -> End {
+        let mut end = self.end.clone();
+        let ended = end.wait_for(Option::is_some).await;
+        // The sender says so before it goes.
+        ended.ok().and_then(|end| *end).unwrap_or(End::DeviceLost)
+    }
+
+    /// How the worker ended, if it has.
+    pub fn end(&self) -> Option<End> {
+        *self.end.borrow()
     }
 
     /// Whether nothing new is taken.
