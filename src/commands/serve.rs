@@ -49,6 +49,10 @@ use crate::{
 
 /// Arguments of `serve`. Those of the network may come from the environment as well.
 #[derive(Debug, Args)]
+#[command(
+    after_help = "Exit codes: 0 told to stop, 1 it could not start or serve, 2 wrong arguments, 3 the device \
+                  failed three times in a row and does not work any more, 130 told to stop twice."
+)]
 pub struct ServeArgs {
     /// Address to listen at; others than loopback need --api-key or --no-auth.
     #[arg(long, value_name = "ADDRESS", default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST), env = "XRAY_HOST")]
@@ -90,7 +94,7 @@ pub struct ServeArgs {
     /// Requests that are answered at once.
     #[arg(long, value_name = "N", default_value_t = 32)]
     pub max_running: usize,
-    /// Requests that wait; more get status 429.
+    /// Requests that wait; more get status 429. An eighth is for clients that have less than that waiting.
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub max_queue: usize,
     /// Tokens of the key/value cache, shared by all requests.
@@ -122,7 +126,7 @@ pub struct ServeArgs {
     #[arg(long, value_name = "N", default_value_t = 1024)]
     pub max_connections: usize,
     /// Open connections of one address; more get the same.
-    #[arg(long, value_name = "N", default_value_t = 256)]
+    #[arg(long, value_name = "N", default_value_t = 512)]
     pub max_connections_per_address: usize,
     /// Address of a proxy whose `X-Forwarded-For` tells the clients' addresses: they share the server
     /// fairly, and the proxy may open any number of connections; may be given several times.
@@ -324,6 +328,8 @@ impl DeviceTask for Serve {
             .build()?;
         let app = Arc::new(app);
         let served = runtime.block_on(self.serve(app.clone()));
+        // Whatever ended the server, the worker has nobody left to work for.
+        app.engine.abort();
         runtime.shutdown_timeout(Duration::from_secs(1));
         let _ = worker.join();
         if app.engine.end() == Some(End::DeviceLost) {

@@ -47,6 +47,26 @@ pub(super) async fn take(share: &mut Share, bytes: usize) -> Result<(), ApiError
     }
 }
 
+/// Appends what has come to `bytes`, after taking memory for it: for that, not for what was announced.
+///
+/// # Errors
+/// [`ApiError`] of status 503 where there is no memory, and as [`take`].
+pub(super) async fn append(
+    bytes: &mut Vec<u8>,
+    data: &[u8],
+    limit: usize,
+    memory: &mut Share,
+) -> Result<(), ApiError> {
+    let needed = bytes.len() + data.len();
+    if needed > bytes.capacity() {
+        let capacity = needed.max((2 * bytes.capacity()).min(limit)).max(4096);
+        take(memory, capacity).await?;
+        bytes.reserve_exact(capacity - bytes.len());
+    }
+    bytes.extend_from_slice(data);
+    Ok(())
+}
+
 /// Reads the body of a request of `client`; the share is for the memory it takes.
 ///
 /// # Errors
@@ -89,14 +109,7 @@ pub(super) async fn read_body(
                 }
             })?;
             if let Some(data) = frame.data_ref() {
-                // Memory is taken for what has come, not for what was announced.
-                let needed = bytes.len() + data.len();
-                if needed > bytes.capacity() {
-                    let capacity = needed.max(2 * bytes.capacity()).min(limit).max(4096);
-                    take(&mut memory, capacity).await?;
-                    bytes.reserve_exact(capacity - bytes.len());
-                }
-                bytes.extend_from_slice(data);
+                append(&mut bytes, data, limit, &mut memory).await?;
             }
         }
         Ok((bytes.into(), memory))
@@ -194,7 +207,10 @@ impl Rest {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{
+        super::share::{Gate, GateLimits},
+        *,
+    };
 
     #[test]
     fn many_small_values_are_refused_and_long_texts_are_not() {
@@ -202,6 +218,38 @@ mod tests {
         assert!(check_json_size(many.as_bytes()).is_err());
         let text = format!("{{\"a\": \"{}\\\"{}\"}}", ",[{".repeat(MAX_VALUES), ",");
         assert!(check_json_size(text.as_bytes()).is_ok());
+    }
+
+    #[test]
+    fn memory_is_taken_for_what_has_come_and_who_finds_none_is_told_so() {
+        let gate = Gate::new(GateLimits {
+            places: 0,
+            spare_places: 0,
+            bytes: 100_000,
+            spare_bytes: 0,
+            max_waiting: 8,
+        });
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let mut memory = gate.take(1, 0, 1).await.unwrap();
+            let mut bytes = Vec::new();
+            for part in 1..=10 {
+                append(&mut bytes, &[7; 1000], 90_000, &mut memory)
+                    .await
+                    .unwrap();
+                assert_eq!(bytes.len(), part * 1000);
+                assert!(gate.bytes_held() <= 16_384, "{}", gate.bytes_held());
+            }
+            let _other = gate.take(2, 0, 100_000 - gate.bytes_held()).await.unwrap();
+            let error = append(&mut bytes, &[7; 20_000], 90_000, &mut memory)
+                .await
+                .unwrap_err();
+            assert_eq!(error.status, StatusCode::SERVICE_UNAVAILABLE);
+            assert_eq!(error.code, Some("too_many_bodies"));
+        });
     }
 
     #[test]

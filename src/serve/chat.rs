@@ -77,12 +77,12 @@ pub async fn completions(
     expect_json(&headers)?;
     // A full server does not read what it will not answer. The place itself is taken when the body is
     // there: whoever sends slowly must not hold one.
-    app.engine.check_room()?;
+    app.engine.check_room(peer.client)?;
     let (request, memory): (ChatRequest, _) = read_json(&app, peer.client, body).await?;
     let model = app.models.find(request.model.as_deref())?;
     let vocab_size = app.parts.config.text_config.vocab_size;
     let settings = RequestSettings::new(&request, &app.config, vocab_size)?;
-    let mut places = app.engine.reserve(settings.choices)?;
+    let mut places = app.engine.reserve(peer.client, settings.choices)?;
     let header = Header {
         id: format!("chatcmpl-{:032x}", rand::random::<u128>()),
         created: SystemTime::now()

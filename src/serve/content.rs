@@ -62,11 +62,11 @@ pub(super) fn largest_picture(pixels: u64, patch_pixels: u64) -> u64 {
 }
 
 /// Who asks for a prompt, and what is taken for the request so far.
-pub struct Asking {
+pub(super) struct Asking {
     /// The client.
-    pub client: u64,
+    pub(super) client: u64,
     /// Memory of the body.
-    pub memory: Share,
+    pub(super) memory: Share,
 }
 
 /// Set when a request is given up: work on other threads ends at its next look.
@@ -92,7 +92,7 @@ struct Cost {
 ///
 /// # Errors
 /// [`ApiError`] names the message or the image, by number.
-pub async fn prepare(
+pub(super) async fn prepare(
     app: &Arc<App>,
     model: &ModelEntry,
     messages: Vec<ChatMessage>,

@@ -13,7 +13,7 @@ use axum::http::{StatusCode, Uri, header};
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper::body::Bytes;
 
-use super::{body::take, client, error::ApiError, share::Share};
+use super::{body::append, client, error::ApiError, share::Share};
 
 /// Redirects that are followed.
 const MAX_REDIRECTS: usize = 3;
@@ -88,13 +88,7 @@ async fn follow(
         while let Some(frame) = body.frame().await {
             let frame = frame.map_err(|_| refuse(name, "is too large or broke off"))?;
             if let Some(data) = frame.data_ref() {
-                let needed = bytes.len() + data.len();
-                if needed > bytes.capacity() {
-                    let capacity = needed.max(2 * bytes.capacity()).min(max_bytes).max(4096);
-                    take(memory, capacity).await?;
-                    bytes.reserve_exact(capacity - bytes.len());
-                }
-                bytes.extend_from_slice(data);
+                append(&mut bytes, data, max_bytes, memory).await?;
             }
         }
         return Ok(bytes.into());

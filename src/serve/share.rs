@@ -233,11 +233,6 @@ impl State {
 }
 
 impl Share {
-    /// Bytes of this share.
-    pub(super) fn bytes(&self) -> u64 {
-        self.held.bytes
-    }
-
     /// Takes more bytes, waiting for room.
     ///
     /// Two that hold a part and wait for the rest may wait for each other: call it with a time limit.

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Four ways to take a server from everybody, and how long another user's film waits meanwhile.
+"""Five ways to take a server from everybody, and how long another user's film waits meanwhile.
 
 Usage: takedown.py [SERVER]. Starts a server of its own for each way, on loopback alone; SERVER, or
 $XRAY_SERVER, is the program. Every way ends by itself. Prints a table; exit code 1 if the film waited for
@@ -151,10 +151,22 @@ def silent_readers(server):
     server.held = held
 
 
+def many_answers(server):
+    body = question([], max_tokens=200, ignore_eos=True)
+
+    def user():
+        until = time.monotonic() + WINDOW
+        while time.monotonic() < until:
+            server.ask("POST", "/v1/chat/completions", body, timeout=WINDOW)
+
+    together(100, user)
+
+
 WAYS = [
     ("two texts of 16 MiB", long_text, []),
     ("60 requests of 4 images", full_queue, ["--max-running", "4"]),
     ("24 large previews", previews, []),
+    ("100 who ask on and on", many_answers, []),
     ("1,030 silent readers", silent_readers, []),
 ]
 

@@ -1,9 +1,7 @@
 //! The worker with a device made of arithmetic: who runs when, and who is not hurt by whom.
 
 use std::{
-    collections::HashMap,
     path::Path,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -215,7 +213,7 @@ fn submission(ids: &[u32], new: usize) -> Submission {
 }
 
 fn submit(bench: &Bench, submission: Submission) -> UnboundedReceiver<Event> {
-    let mut place = bench.engine.reserve(1).unwrap();
+    let mut place = bench.engine.reserve(submission.client, 1).unwrap();
     bench
         .engine
         .submit(submission, &mut place, Instant::now())
@@ -330,7 +328,7 @@ fn a_cancelled_request_frees_its_place_and_slot() {
     // The finished one is kept for its beginning; the cancelled ones are gone.
     assert_eq!(bench.seen.lock().unwrap().slots.len(), 1);
     assert_eq!(bench.metrics.cache_running_tokens.get(), 0);
-    assert_eq!(bench.engine.reserve(100).unwrap().count, 100);
+    assert_eq!(bench.engine.reserve(0, 88).unwrap().count, 88);
 }
 
 #[test]
@@ -348,13 +346,13 @@ fn a_full_queue_refuses_and_recovers() {
     let waiting: Vec<_> = (0..3)
         .map(|job| submit(&bench, submission(&[2, job], 2)))
         .collect();
-    assert_eq!(bench.engine.reserve(1).unwrap_err(), Refusal::Busy(3));
+    assert_eq!(bench.engine.reserve(0, 1).unwrap_err(), Refusal::Busy(3));
     drop(first);
     for receiver in waiting {
         assert!(wait(receiver).1.is_ok());
     }
-    assert!(bench.engine.reserve(3).is_ok());
-    assert_eq!(bench.engine.reserve(4).unwrap_err(), Refusal::Busy(0));
+    assert!(bench.engine.reserve(0, 3).is_ok());
+    assert_eq!(bench.engine.reserve(0, 4).unwrap_err(), Refusal::Busy(0));
 }
 
 #[test]
@@ -495,7 +493,7 @@ fn draining_finishes_what_there_is() {
         .map(|job| submit(&bench, submission(&[job], 20)))
         .collect();
     bench.engine.drain();
-    assert_eq!(bench.engine.reserve(1).unwrap_err(), Refusal::Stopping);
+    assert_eq!(bench.engine.reserve(0, 1).unwrap_err(), Refusal::Stopping);
     for (job, receiver) in receivers.into_iter().enumerate() {
         assert_eq!(wait(receiver).0, expected(&[job as u32], 20));
     }
@@ -731,7 +729,7 @@ fn a_device_that_fails_three_times_in_a_row_ends_the_engine() {
     bench.thread.join().unwrap();
     assert_eq!(bench.engine.end(), Some(End::DeviceLost));
     assert!(bench.engine.is_stopping());
-    assert_eq!(bench.engine.reserve(1).unwrap_err(), Refusal::Stopping);
+    assert_eq!(bench.engine.reserve(0, 1).unwrap_err(), Refusal::Stopping);
 }
 
 #[test]
@@ -763,4 +761,19 @@ fn patches_are_given_up_once_the_prompt_is_in_the_cache() {
     drop(events);
     settle(&bench);
     assert_eq!(Arc::strong_count(&counted), 1, "the prompt's");
+}
+
+#[test]
+fn one_client_does_not_fill_the_queue() {
+    let bench = bench(limits(), Duration::ZERO);
+    let engine = &bench.engine;
+    let many = engine.reserve(1, 88).unwrap();
+    assert_eq!(engine.reserve(1, 1).unwrap_err(), Refusal::Busy(88));
+    assert_eq!(engine.check_room(1), Err(Refusal::Busy(88)));
+    assert_eq!(engine.check_room(2), Ok(()));
+    let few = engine.reserve(2, 12).unwrap();
+    assert_eq!(engine.reserve(3, 1).unwrap_err(), Refusal::Busy(100));
+    drop((many, few));
+    assert!(engine.reserve(1, 88).is_ok());
+    assert!(engine.queue.by_client().is_empty());
 }
