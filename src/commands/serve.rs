@@ -366,6 +366,15 @@ fn random<B: Kernels>(
     })
 }
 
+/// Files beside the connections: those of the process itself, of images that are fetched, and spare ones.
+const OTHER_FILES: u64 = 64 + http::SPARE_CONNECTIONS as u64;
+
+/// Connections of `wanted` for which `files` open files are enough; a quarter of few.
+fn connections_with(files: u64, wanted: usize) -> usize {
+    let most = files.saturating_sub(OTHER_FILES).max(files / 4).max(1);
+    usize::try_from(most).map_or(wanted, |most| most.min(wanted))
+}
+
 fn lowercase(names: &[String]) -> Vec<String> {
     names.iter().map(|name| name.to_ascii_lowercase()).collect()
 }
@@ -441,24 +450,20 @@ impl Serve {
         }
     }
 
-    /// Connections that can be open: no more than the system gives this process files.
+    /// Connections that can be open, with a warning where the system allows fewer than were asked for.
     fn connections(&self) -> usize {
-        /// Files of the process itself, and of images that are fetched.
-        const OTHER_FILES: u64 = 64;
         let wanted = self.args.max_connections;
         let Some(files) = open_files_limit() else {
             return wanted;
         };
-        let needed = wanted as u64 + http::SPARE_CONNECTIONS as u64 + OTHER_FILES;
-        if files >= needed {
-            return wanted;
+        let taken = connections_with(files, wanted);
+        if taken < wanted {
+            eprintln!(
+                "warning: this process may open {files} files, so {taken} connections are taken instead of {wanted}; \
+                 `ulimit -n {}` allows all",
+                wanted as u64 + OTHER_FILES
+            );
         }
-        let left = files.saturating_sub(http::SPARE_CONNECTIONS as u64 + OTHER_FILES);
-        let taken = left.max(files / 4).max(1) as usize;
-        eprintln!(
-            "warning: this process may open {files} files, so {taken} connections are taken instead of {wanted}; \
-             `ulimit -n {needed}` allows all"
-        );
         taken
     }
 
@@ -541,4 +546,19 @@ fn stop_signal() -> Result<impl Future<Output = ()>> {
             std::process::exit(130);
         });
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_fit_the_files_that_may_be_open() {
+        assert_eq!(connections_with(1 << 20, 1024), 1024);
+        assert_eq!(connections_with(1024 + OTHER_FILES, 1024), 1024);
+        assert_eq!(connections_with(1024, 1024), 928);
+        assert_eq!(connections_with(64, 1024), 16);
+        assert_eq!(connections_with(64, 4), 4);
+        assert_eq!(connections_with(0, 4), 1);
+    }
 }

@@ -6,7 +6,7 @@ use std::{
     io,
     net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use axum::{
@@ -40,6 +40,9 @@ const MAX_HEAD_BYTES: usize = 64 << 10;
 /// How long after a refused `accept` the next one is tried: at first, and after many.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// How long nothing more is said of refused ones.
+const WARN_AGAIN: Duration = Duration::from_secs(60);
 
 /// Connections beyond the limits that are answered all the same, in all and of one address: those who
 /// look after the server must learn that it is full, and others why they are refused.
@@ -82,6 +85,7 @@ pub async fn serve(
     let mut connections = JoinSet::new();
     let mut spare: Vec<(u64, AbortHandle)> = Vec::new();
     let mut refused = 0u32;
+    let mut warned: Option<Instant> = None;
     tokio::pin!(stop);
     loop {
         let accepted = tokio::select! {
@@ -113,7 +117,8 @@ pub async fn serve(
             }
             Err(error) => {
                 // Out of file descriptors, most likely; others must close first.
-                if refused == 0 {
+                if warned.is_none_or(|last| last.elapsed() >= WARN_AGAIN) {
+                    warned = Some(Instant::now());
                     log::warn!("connections cannot be accepted: {error}; raise `ulimit -n`");
                 }
                 let pause = SHORTEST_PAUSE.saturating_mul(2u32.saturating_pow(refused));

@@ -127,7 +127,8 @@ async fn every_request(State(app): State<Arc<App>>, request: Request, next: Next
             }),
     };
     let status = response.status();
-    if sends && (status.is_client_error() || status.is_server_error()) {
+    let late = status == StatusCode::REQUEST_TIMEOUT;
+    if sends && !late && (status.is_client_error() || status.is_server_error()) {
         rest.drain(config.max_body_bytes.saturating_mul(2), config.read_timeout)
             .await;
     }
