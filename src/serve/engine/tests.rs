@@ -611,6 +611,7 @@ fn an_answer_holds_what_it_has_and_not_what_it_might_get() {
     let bench = bench(
         EngineLimits {
             max_running: 8,
+            prefill_chunk: 64,
             ..limits()
         },
         Duration::from_millis(1),
@@ -618,8 +619,8 @@ fn an_answer_holds_what_it_has_and_not_what_it_might_get() {
     let receivers: Vec<_> = (0..16u32)
         .map(|job| {
             let mut one = submission(&[1 + job, 2, 3], 2000);
-            // Half of all tokens: such answers end after a few.
-            one.eos_token_ids = (0..300).collect();
+            // One token of twenty: such answers end long before their limit.
+            one.eos_token_ids = (0..30).collect();
             submit(&bench, one)
         })
         .collect();
@@ -627,7 +628,8 @@ fn an_answer_holds_what_it_has_and_not_what_it_might_get() {
         assert_eq!(wait(receiver).1.unwrap().reason, FinishReason::Stop);
     }
     // Two of 2,003 tokens each would fill the cache of 4,096.
-    assert_eq!(bench.seen.lock().unwrap().largest_step, 8);
+    let together = bench.seen.lock().unwrap().largest_step;
+    assert!(together >= 6, "{together}");
     assert_eq!(bench.metrics.preempted.get(), 0);
 }
 
