@@ -76,7 +76,13 @@ fn main() -> ExitCode {
             let message = format!("{error:#}");
             let message = out_of_memory::explain(&message, advice).unwrap_or(message);
             eprintln!("error: {message}");
-            ExitCode::from(if error.is::<UsageError>() { 2 } else { 1 })
+            ExitCode::from(if error.is::<UsageError>() {
+                2
+            } else if error.is::<serve::DeviceLost>() {
+                3
+            } else {
+                1
+            })
         }
         Err(payload) => {
             let reason = panic_text(payload.as_ref());

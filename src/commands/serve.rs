@@ -38,16 +38,21 @@ use crate::{
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig},
     serve::{
         App, ServeConfig,
-        engine::{Engine, EngineLimits},
+        engine::{End, Engine, EngineLimits},
         http::{self, Transport},
         metrics::Metrics,
         models::Models,
         router::router,
     },
+    system::open_files_limit,
 };
 
 /// Arguments of `serve`. Those of the network may come from the environment as well.
 #[derive(Debug, Args)]
+#[command(
+    after_help = "Exit codes: 0 told to stop, 1 it could not start or serve, 2 wrong arguments, 3 the device \
+                  failed three times in a row and does not work any more, 130 told to stop twice."
+)]
 pub struct ServeArgs {
     /// Address to listen at; others than loopback need --api-key or --no-auth.
     #[arg(long, value_name = "ADDRESS", default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST), env = "XRAY_HOST")]
@@ -89,7 +94,7 @@ pub struct ServeArgs {
     /// Requests that are answered at once.
     #[arg(long, value_name = "N", default_value_t = 32)]
     pub max_running: usize,
-    /// Requests that wait; more get status 429.
+    /// Requests that wait; more get status 429. An eighth is for clients that have less than that waiting.
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub max_queue: usize,
     /// Tokens of the key/value cache, shared by all requests.
@@ -113,16 +118,31 @@ pub struct ServeArgs {
     /// Largest image, in millions of pixels.
     #[arg(long, value_name = "MEGAPIXELS", default_value_t = 64)]
     pub max_image_megapixels: u64,
-    /// Open connections; more wait.
+    /// Memory of all that waits: a quarter for bodies, the rest for pictures and prompts. Requests
+    /// beyond it wait for their turn, and those whose body finds no room get status 503.
+    #[arg(long, value_name = "MIB", default_value_t = 2048)]
+    pub max_waiting_memory_mib: usize,
+    /// Open connections; more get status 503, but for `/healthz`, `/readyz` and `/metrics`.
     #[arg(long, value_name = "N", default_value_t = 1024)]
     pub max_connections: usize,
+    /// Open connections of one address; more get the same.
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    pub max_connections_per_address: usize,
+    /// Address of a proxy whose `X-Forwarded-For` tells the clients' addresses: they share the server
+    /// fairly, and the proxy may open any number of connections; may be given several times.
+    #[arg(long, value_name = "ADDRESS")]
+    pub trusted_proxy: Vec<IpAddr>,
     /// Time for a request from its arrival to its last token.
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     pub request_timeout_seconds: u64,
     /// Time for a client to send a request's head, and again for its body.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub read_timeout_seconds: u64,
-    /// Time for running requests when the server is told to stop.
+    /// Time for a client to take what is ready to be sent.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub write_timeout_seconds: u64,
+    /// Time for running requests when the server is told to stop (SIGTERM, SIGHUP, Ctrl-C); told twice, it
+    /// ends at once.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub drain_seconds: u64,
     /// Fetch images from http(s):// addresses of the public internet.
@@ -152,9 +172,17 @@ pub fn run(args: ServeArgs) -> Result<()> {
     run_on(device, dtype, Serve { args, defaults })?
 }
 
+/// The device does not work any more; ends with exit code 3.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the device failed several times in a row and does not work any more; the log above has its error; start the server again"
+)]
+pub struct DeviceLost;
+
 /// What can be said to be wrong before a model is loaded.
 fn check(args: &ServeArgs) -> Result<()> {
     let wrong = |text: String| -> Result<()> { bail!(UsageError(text)) };
+    let count = |value: u64| usize::try_from(value).unwrap_or(usize::MAX);
     if !args.host.is_loopback() && args.api_key.is_empty() && !args.no_auth {
         return wrong(format!(
             "--host {} can be reached from other machines; give an --api-key, or --no-auth to let everybody in",
@@ -174,7 +202,19 @@ fn check(args: &ServeArgs) -> Result<()> {
         ("--prefill-chunk", args.prefill_chunk),
         ("--max-new-tokens-limit", args.max_new_tokens_limit),
         ("--max-body-mib", args.max_body_mib),
+        ("--max-images", args.max_images),
+        ("--max-image-megapixels", count(args.max_image_megapixels)),
+        (
+            "--request-timeout-seconds",
+            count(args.request_timeout_seconds),
+        ),
+        ("--read-timeout-seconds", count(args.read_timeout_seconds)),
+        ("--write-timeout-seconds", count(args.write_timeout_seconds)),
         ("--max-connections", args.max_connections),
+        (
+            "--max-connections-per-address",
+            args.max_connections_per_address,
+        ),
     ] {
         if value == 0 {
             return wrong(format!("{name} is 0, expected at least 1"));
@@ -272,13 +312,29 @@ impl DeviceTask for Serve {
         if checks_base {
             models = models.only_for(options.model.clone());
         }
-        let app = App::new(engine, parts, models, metrics, self.config());
+        let config = self.config();
+        let patch_pixels = parts.images.config().max_pixels as u64;
+        if let Err(needed) = config.check_waiting_memory(patch_pixels) {
+            bail!(UsageError(format!(
+                "--max-waiting-memory-mib is {}, expected at least {} for the largest body and image; \
+                 raise it, or lower --max-body-mib, --max-image-megapixels or --max-pixels",
+                self.args.max_waiting_memory_mib,
+                needed.div_ceil(1 << 20)
+            )));
+        }
+        let app = App::new(engine, parts, models, metrics, config);
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .enable_all()
             .build()?;
-        let served = runtime.block_on(self.serve(Arc::new(app)));
+        let app = Arc::new(app);
+        let served = runtime.block_on(self.serve(app.clone()));
+        // Whatever ended the server, the worker has nobody left to work for.
+        app.engine.abort();
         runtime.shutdown_timeout(Duration::from_secs(1));
         let _ = worker.join();
+        if app.engine.end() == Some(End::DeviceLost) {
+            bail!(DeviceLost);
+        }
         served
     }
 }
@@ -308,6 +364,15 @@ fn random<B: Kernels>(
         parts,
         device,
     })
+}
+
+/// Files beside the connections: those of the process itself, of images that are fetched, and spare ones.
+const OTHER_FILES: u64 = 64 + http::SPARE_CONNECTIONS as u64;
+
+/// Connections of `wanted` for which `files` open files are enough; a quarter of few.
+fn connections_with(files: u64, wanted: usize) -> usize {
+    let most = files.saturating_sub(OTHER_FILES).max(files / 4).max(1);
+    usize::try_from(most).map_or(wanted, |most| most.min(wanted))
 }
 
 fn lowercase(names: &[String]) -> Vec<String> {
@@ -369,13 +434,38 @@ impl Serve {
             stop_on_repetition: self.defaults.stop_on_repetition,
             request_timeout: Duration::from_secs(args.request_timeout_seconds),
             read_timeout: Duration::from_secs(args.read_timeout_seconds),
-            max_connections: args.max_connections,
+            write_timeout: Duration::from_secs(args.write_timeout_seconds),
+            max_connections: self.connections(),
+            max_connections_per_address: args.max_connections_per_address,
+            trusted_proxies: args
+                .trusted_proxy
+                .iter()
+                .map(IpAddr::to_canonical)
+                .collect(),
+            waiting_memory_bytes: (args.max_waiting_memory_mib as u64) << 20,
             allow_image_urls: args.allow_image_urls,
             api_keys: args.api_key.clone(),
             adapter_dir: args.adapter_dir.clone(),
             host_names: self.host_names(),
             origin_names: lowercase(&args.host_name),
         }
+    }
+
+    /// Connections that can be open, with a warning where the system allows fewer than were asked for.
+    fn connections(&self) -> usize {
+        let wanted = self.args.max_connections;
+        let Some(files) = open_files_limit() else {
+            return wanted;
+        };
+        let taken = connections_with(files, wanted);
+        if taken < wanted {
+            eprintln!(
+                "warning: this process may open {files} files, so {taken} connections are taken instead of {wanted}; \
+                 `ulimit -n {}` allows all",
+                wanted as u64 + OTHER_FILES
+            );
+        }
+        taken
     }
 
     /// Names a server without keys answers to; any, when everybody was let in on purpose.
@@ -429,22 +519,47 @@ impl Serve {
     }
 }
 
-/// Ends with Ctrl-C or SIGTERM.
+/// Ends with Ctrl-C, SIGTERM or SIGHUP; the next of them ends the process.
 fn stop_signal() -> Result<impl Future<Output = ()>> {
     #[cfg(unix)]
-    {
+    let mut signals = {
         use tokio::signal::unix::{SignalKind, signal};
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
-        Ok(async move {
+        let mut hangup = signal(SignalKind::hangup())?;
+        async move || {
             tokio::select! {
                 _ = terminate.recv() => {}
                 _ = interrupt.recv() => {}
+                _ = hangup.recv() => {}
             }
-        })
-    }
+        }
+    };
     #[cfg(not(unix))]
-    Ok(async {
+    let mut signals = async || {
         let _ = tokio::signal::ctrl_c().await;
+    };
+    Ok(async move {
+        signals().await;
+        tokio::spawn(async move {
+            signals().await;
+            eprintln!("told to stop a second time: answers are broken off");
+            std::process::exit(130);
+        });
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_fit_the_files_that_may_be_open() {
+        assert_eq!(connections_with(1 << 20, 1024), 1024);
+        assert_eq!(connections_with(1024 + OTHER_FILES, 1024), 1024);
+        assert_eq!(connections_with(1024, 1024), 928);
+        assert_eq!(connections_with(64, 1024), 16);
+        assert_eq!(connections_with(64, 4), 4);
+        assert_eq!(connections_with(0, 4), 1);
+    }
 }

@@ -11,6 +11,7 @@
 //! Nothing is allocated for pixels before the header's size has passed [`DecodeLimits`]. This module
 //! knows nothing of patches, tensors or windows of grey levels.
 
+mod cost;
 mod error;
 mod jpeg;
 #[cfg(test)]
@@ -27,6 +28,7 @@ use image::{ColorType, DynamicImage, ImageDecoder, ImageReader};
 
 use super::dicom::{self, DicomError};
 use super::remark::Remark;
+pub use cost::{DecodingCost, decoding_cost};
 pub use error::{ImageError, PictureFormat};
 pub(super) use jpeg::jpeg_has_end;
 

@@ -404,6 +404,18 @@ impl ImageProcessor {
         image::decode(bytes, name, &self.limits)
     }
 
+    /// What decoding the picture in `bytes` takes; see [`image::decoding_cost`].
+    ///
+    /// # Errors
+    /// As [`image::decoding_cost`]; each carries `name`.
+    pub fn decoding_cost(
+        &self,
+        bytes: &[u8],
+        name: &str,
+    ) -> Result<image::DecodingCost, ImageError> {
+        image::decoding_cost(bytes, name, &self.limits)
+    }
+
     /// Width and height of the picture at `path`, from its header alone; see [`image::probe`].
     ///
     /// # Errors

@@ -219,6 +219,15 @@ impl Tokenizer {
         self.inner.token_to_id(token)
     }
 
+    /// Bytes of the longest token: text of more than `n` times as many has more than `n` tokens.
+    pub fn longest_token_bytes(&self) -> usize {
+        let vocabulary = self.inner.get_vocab(true);
+        let lengths = vocabulary
+            .values()
+            .map(|id| self.bytes_of(*id, false).len());
+        lengths.max().unwrap_or(1).max(1)
+    }
+
     /// Number of ids in use, added tokens included; a checkpoint's embedding may have more rows.
     pub fn vocab_size(&self) -> usize {
         self.inner.get_vocab_size(true)

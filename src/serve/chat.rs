@@ -7,25 +7,24 @@ use std::{
 
 use axum::{
     Json,
-    body::{Body, Bytes},
+    body::Body,
     extract::{Extension, State},
     http::{HeaderMap, StatusCode, header},
     response::{IntoResponse, Response},
 };
-use bytes::BytesMut;
-use http_body_util::{BodyExt, LengthLimitError, Limited};
-use hyper::body::Body as _;
 use serde_json::{Value, json};
-use tokio::sync::{SemaphorePermit, mpsc::UnboundedReceiver};
+use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::{
     App,
     auth::Peer,
-    content::prepare,
+    body::{check_json_size, read_body, take},
+    content::{Asking, prepare},
     engine::{Done, Event, Submission, TokenLogprob},
     error::ApiError,
     reasoning::{Piece, ReasoningSplitter},
     settings::RequestSettings,
+    share::Share,
     stream,
     types::{ChatRequest, LogprobEntry, PromptTokensDetails, Usage},
 };
@@ -78,12 +77,12 @@ pub async fn completions(
     expect_json(&headers)?;
     // A full server does not read what it will not answer. The place itself is taken when the body is
     // there: whoever sends slowly must not hold one.
-    app.engine.check_room()?;
-    let (request, memory): (ChatRequest, _) = read_json(&app, body).await?;
+    app.engine.check_room(peer.client)?;
+    let (request, memory): (ChatRequest, _) = read_json(&app, peer.client, body).await?;
     let model = app.models.find(request.model.as_deref())?;
     let vocab_size = app.parts.config.text_config.vocab_size;
     let settings = RequestSettings::new(&request, &app.config, vocab_size)?;
-    let mut places = app.engine.reserve(settings.choices)?;
+    let mut places = app.engine.reserve(peer.client, settings.choices)?;
     let header = Header {
         id: format!("chatcmpl-{:032x}", rand::random::<u128>()),
         created: SystemTime::now()
@@ -102,11 +101,16 @@ pub async fn completions(
         completion_tokens: 0,
         outcome: "refused",
     };
-    let prepared =
-        tokio::time::timeout_at(deadline.into(), prepare(&app, &model, request.messages))
-            .await
-            .map_err(|_| ApiError::from(super::engine::Failure::Deadline))??;
-    drop(memory);
+    let asking = Asking {
+        client: peer.client,
+        memory,
+    };
+    let prepared = tokio::time::timeout_at(
+        deadline.into(),
+        prepare(&app, &model, request.messages, asking),
+    )
+    .await
+    .map_err(|_| ApiError::from(super::engine::Failure::Deadline))??;
     let prompt = Arc::new(prepared);
     log.images = prompt.images.len();
     log.prompt_tokens = prompt.len();
@@ -186,12 +190,7 @@ async fn constraint(
 
 /// Tokens an answer may have: as asked, or what is left of context and cache.
 fn room(app: &App, settings: &RequestSettings, prompt: usize) -> Result<usize, ApiError> {
-    let context = app
-        .parts
-        .config
-        .text_config
-        .max_position_embeddings
-        .min(app.engine.limits().cache_tokens);
+    let context = app.context();
     let left = context.saturating_sub(prompt);
     let wanted = settings.max_new_tokens;
     if left == 0 || wanted.is_some_and(|wanted| wanted > left) {
@@ -224,74 +223,16 @@ pub(super) fn expect_json(headers: &HeaderMap) -> Result<(), ApiError> {
     }
 }
 
-/// How long a body that has come in part waits for memory.
-const PATIENCE: Duration = Duration::from_secs(2);
-
-/// Reads a body within the server's limits of size, time and memory; the permit stands for the memory.
-pub(super) async fn read_body(
-    app: &App,
-    body: Body,
-) -> Result<(Bytes, SemaphorePermit<'_>), ApiError> {
-    let limit = app.config.max_body_bytes;
-    let too_large = || {
-        ApiError::new(
-            StatusCode::PAYLOAD_TOO_LARGE,
-            format!("the body has more than {limit} bytes"),
-        )
-    };
-    if body.size_hint().lower() > limit as u64 {
-        return Err(too_large());
-    }
-    let late = || {
-        ApiError::new(
-            StatusCode::REQUEST_TIMEOUT,
-            "the body did not come in the time this server gives it",
-        )
-    };
-    let crowded = || {
-        ApiError::new(
-            StatusCode::SERVICE_UNAVAILABLE,
-            "too many large bodies come at once; try again in a moment",
-        )
-        .with_code("too_many_bodies")
-    };
-    tokio::time::timeout(app.config.read_timeout, async {
-        let mut body = Limited::new(body, limit);
-        let mut bytes = BytesMut::new();
-        // Memory is taken for what has come, not for what was announced.
-        let mut memory = app.take_memory(1).await?;
-        let mut taken_kib = 1;
-        while let Some(frame) = body.frame().await {
-            let frame = frame.map_err(|error| {
-                if error.is::<LengthLimitError>() {
-                    too_large()
-                } else {
-                    ApiError::new(StatusCode::BAD_REQUEST, "the body broke off")
-                }
-            })?;
-            if let Some(data) = frame.data_ref() {
-                bytes.extend_from_slice(data);
-                let more = bytes.len().div_ceil(1024).saturating_sub(taken_kib);
-                if more > 0 {
-                    // Many who hold a part and wait for the rest would all wait in vain.
-                    let waited = tokio::time::timeout(PATIENCE, app.take_memory(more * 1024));
-                    memory.merge(waited.await.map_err(|_| crowded())??);
-                    taken_kib += more;
-                }
-            }
-        }
-        Ok((bytes.freeze(), memory))
-    })
-    .await
-    .map_err(|_| late())?
-}
-
 /// Reads a JSON body; see [`read_body`].
 pub(super) async fn read_json<T: serde::de::DeserializeOwned>(
     app: &App,
+    client: u64,
     body: Body,
-) -> Result<(T, SemaphorePermit<'_>), ApiError> {
-    let (bytes, memory) = read_body(app, body).await?;
+) -> Result<(T, Share), ApiError> {
+    let (bytes, mut memory) = read_body(app, client, body).await?;
+    check_json_size(&bytes)?;
+    // The text, and what is made of it.
+    take(&mut memory, 2 * bytes.len()).await?;
     let value = serde_json::from_slice(&bytes).map_err(|error| {
         let reason: String = error.to_string().chars().take(300).collect();
         ApiError::new(

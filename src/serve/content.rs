@@ -1,6 +1,9 @@
 //! Messages and images of a request to a prompt the engine takes.
 
-use std::sync::Arc;
+use std::sync::{
+    Arc, Mutex,
+    atomic::{AtomicBool, Ordering},
+};
 
 use axum::http::StatusCode;
 use base64::{Engine as _, engine::general_purpose};
@@ -8,22 +11,25 @@ use hyper::body::Bytes;
 
 use super::{
     App,
-    engine::PreparedPrompt,
+    body::crowded,
+    engine::{Patches, PreparedPrompt},
     error::ApiError,
     fetch::fetch_image,
     models::ModelEntry,
+    share::{Full, Share},
     types::{ChatContent, ChatMessage, ChatPart},
 };
 use crate::{
     generate::GenerateError,
-    pipeline::TextAndImages,
     processor::{
         chat::{ChatError, ChatTemplate, RenderOptions, encode_chat},
         dicom::DicomError,
-        image::ImageError,
+        image::{ImageError, RgbImage},
         message::{Content, Message, Part, Role},
+        patches::ImageProcessor,
         tokenizer::TokenizerError,
     },
+    qwen3_vl::ImageInput,
 };
 
 /// Most messages of a request.
@@ -35,49 +41,249 @@ enum Source {
     Url(String),
 }
 
+/// Patches, the picture they are made of, and what they are made from meanwhile: bytes of a pixel.
+const PATCH_BYTES: u64 = 24;
+pub(super) const PICTURE_BYTES: u64 = 3;
+const RESIZING_BYTES: u64 = 6;
+
+/// Memory of the tokenizer: for a byte of text, and for a token. A megabyte of short Latin words, half a
+/// million tokens, took 280 MB.
+const TEXT_BYTES: u64 = 48;
+const TOKEN_BYTES: u64 = 700;
+
+/// Text is tokenised in parts of this many bytes where it has to be counted first.
+const PART_BYTES: usize = 64 << 10;
+
+/// NFC makes at most one byte of so many.
+const LARGEST_COMPOSITION: usize = 3;
+
+/// What the largest picture takes of the memory for pictures, in bytes.
+pub(super) fn largest_picture(pixels: u64, patch_pixels: u64) -> u64 {
+    pixels.saturating_mul(8 + 3) + patch_pixels * (PATCH_BYTES + PICTURE_BYTES + RESIZING_BYTES)
+}
+
+/// Who asks for a prompt, and what is taken for the request so far.
+pub(super) struct Asking {
+    /// The client.
+    pub(super) client: u64,
+    /// Memory of the body.
+    pub(super) memory: Share,
+}
+
+/// Set when a request is given up: work on other threads ends at its next look.
+struct GivenUp(Arc<AtomicBool>);
+
+impl Drop for GivenUp {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// What a request takes of the memory for pictures and prompts, in bytes.
+struct Cost {
+    /// While it is prepared.
+    preparing: u64,
+    /// Until its prompt is in the cache.
+    patches: u64,
+    /// Until it is answered.
+    kept: u64,
+}
+
 /// Makes the prompt of `messages` for one model.
 ///
 /// # Errors
 /// [`ApiError`] names the message or the image, by number.
-pub async fn prepare(
+pub(super) async fn prepare(
     app: &Arc<App>,
     model: &ModelEntry,
     messages: Vec<ChatMessage>,
+    asking: Asking,
 ) -> Result<PreparedPrompt, ApiError> {
-    let (messages, sources) = split(messages, app)?;
-    let mut images = Vec::with_capacity(sources.len());
-    // Fetched images count like a body of the largest size, taken at once: who holds some memory and
-    // waits for more could wait for ever.
-    let mut left = app.config.max_body_bytes;
-    let fetches = sources
-        .iter()
-        .any(|source| matches!(source, Source::Url(_)));
-    let _memory = match fetches {
-        true => Some(app.take_memory(left).await?),
-        false => None,
-    };
-    for (index, source) in sources.into_iter().enumerate() {
-        images.push(match source {
-            Source::Bytes(bytes) => Bytes::from(bytes),
-            Source::Url(url) => {
-                let image = fetch_image(&url, left, &image_name(index)).await?;
-                left -= image.len().min(left);
-                image
-            }
-        });
+    let Asking { client, mut memory } = asking;
+    let (messages, sources) = blocking(app, move |app| split(messages, app)).await??;
+    let text_bytes = text_bytes(&messages);
+    let most = app.context() * app.longest_token * LARGEST_COMPOSITION;
+    if text_bytes > most {
+        return Err(too_long(
+            app,
+            text_bytes / app.longest_token / LARGEST_COMPOSITION,
+        ));
     }
-    let permit = app.permit_to_decode().await?;
-    let (app, template) = (app.clone(), model.template.clone());
-    tokio::task::spawn_blocking(move || {
+    let images = fetch_all(app, client, sources, &mut memory).await?;
+    let cost = cost(app, &images, text_bytes)?;
+    let mut share = match app.pictures.take(client, 1, cost.preparing).await {
+        Ok(share) => share,
+        Err(Full::TooManyWait) => return Err(crowded()),
+        Err(Full::TooLarge) => {
+            let message = "the images of the request need more memory together than this server gives \
+                           one request; send fewer or smaller ones";
+            let error = ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, message);
+            return Err(error.with_code("image"));
+        }
+    };
+    let template = model.template.clone();
+    let stop = Arc::new(AtomicBool::new(false));
+    let given_up = GivenUp(stop.clone());
+    let prompt = blocking(app, move |app| {
         // Decoding goes on when the request is given up, and counts until it has ended.
-        let _permit = permit;
-        encode(&app.parts, &template, &messages, &images)
+        let mut prompt = encode(app, &template, &messages, images, &stop)?;
+        drop(memory);
+        share.leave();
+        share.shrink_to(cost.patches + cost.kept);
+        let patches = share.split(cost.patches);
+        prompt.patch_memory = Mutex::new(Some(Box::new(patches)));
+        prompt.memory = Some(Box::new(share));
+        Ok(prompt)
     })
-    .await
-    .map_err(|error| {
-        log::error!("preparing a prompt failed: {error}");
-        ApiError::internal()
-    })?
+    .await?;
+    drop(given_up);
+    prompt
+}
+
+/// Runs work that takes a while on a thread of its own.
+async fn blocking<T: Send + 'static>(
+    app: &Arc<App>,
+    work: impl FnOnce(&App) -> T + Send + 'static,
+) -> Result<T, ApiError> {
+    let app = app.clone();
+    tokio::task::spawn_blocking(move || work(&app))
+        .await
+        .map_err(|error| {
+            log::error!("preparing a prompt failed: {error}");
+            ApiError::internal()
+        })
+}
+
+/// The bytes of all images; those that are fetched are fetched at once, and take memory as they come.
+async fn fetch_all(
+    app: &App,
+    client: u64,
+    sources: Vec<Source>,
+    memory: &mut Share,
+) -> Result<Vec<Bytes>, ApiError> {
+    let limit = app.config.max_body_bytes;
+    let fetches = sources
+        .into_iter()
+        .enumerate()
+        .map(|(index, source)| async move {
+            let url = match source {
+                Source::Bytes(bytes) => return Ok((Bytes::from(bytes), None)),
+                Source::Url(url) => url,
+            };
+            let name = image_name(index);
+            let place = app.fetches.take(client, 1, 0).await;
+            let _place = place.map_err(|_| crowded())?;
+            let taken = app.bodies.take(client, 0, 1).await;
+            let mut taken = taken.map_err(|_| crowded())?;
+            let image = fetch_image(&url, limit, &name, &mut taken).await?;
+            Ok::<_, ApiError>((image, Some(taken)))
+        });
+    let (mut images, mut fetched) = (Vec::new(), 0);
+    for (image, taken) in futures_util::future::try_join_all(fetches).await? {
+        if let Some(taken) = taken {
+            fetched += image.len();
+            memory.merge(taken);
+        }
+        images.push(image);
+    }
+    if fetched > limit {
+        return Err(ApiError::new(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            format!("the images have {fetched} bytes together, more than the limit of {limit}"),
+        ));
+    }
+    Ok(images)
+}
+
+/// What a request will take, by the headers of its images and the length of its text.
+fn cost(app: &App, images: &[Bytes], text_bytes: usize) -> Result<Cost, ApiError> {
+    let most = app.parts.images.config().max_pixels as u64;
+    let least = app.parts.images.config().min_pixels as u64;
+    let (mut decoding, mut pixels) = (0, 0);
+    for (index, bytes) in images.iter().enumerate() {
+        let name = image_name(index);
+        let found = app.parts.images.decoding_cost(bytes, &name);
+        let found = found.map_err(|error| image_error(&name, &error))?;
+        let scaled = found.pixels.clamp(least, most.max(least));
+        decoding = found.bytes.max(decoding);
+        pixels += scaled;
+    }
+    let tokens = text_bytes.min(app.context()) as u64;
+    // Rounding to whole patches may add a little.
+    let patches = pixels * PATCH_BYTES * 9 / 8;
+    let kept = pixels * PICTURE_BYTES * 9 / 8 + text_bytes as u64 + 64 * tokens;
+    let resizing = pixels.min(most) * RESIZING_BYTES;
+    let tokenizing = text_bytes as u64 * TEXT_BYTES + tokens * TOKEN_BYTES;
+    Ok(Cost {
+        preparing: patches + kept + (decoding + resizing).max(tokenizing),
+        patches,
+        kept,
+    })
+}
+
+fn text_bytes(messages: &[Message]) -> usize {
+    let of_content = |content: &Content| match content {
+        Content::Text(text) => text.len(),
+        Content::Parts(parts) => parts
+            .iter()
+            .map(|part| match part {
+                Part::Text { text } => text.len(),
+                Part::Image => 0,
+            })
+            .sum(),
+    };
+    messages
+        .iter()
+        .map(|message| {
+            let reasoning = message.reasoning_content.as_deref();
+            of_content(&message.content) + reasoning.map_or(0, str::len)
+        })
+        .sum()
+}
+
+fn too_long(app: &App, tokens: usize) -> ApiError {
+    let context = app.context();
+    ApiError::invalid(
+        "messages",
+        format!(
+            "the prompt has more than {tokens} tokens; this server takes {context} with the answer"
+        ),
+    )
+    .with_code("context_length_exceeded")
+}
+
+/// Counts the tokens of long text part by part, so that what does not fit ends early: what the
+/// tokenizer takes for all of it at once is some hundred times the text.
+fn check_length(app: &App, messages: &[Message], stop: &AtomicBool) -> Result<(), ApiError> {
+    if text_bytes(messages) <= PART_BYTES {
+        return Ok(());
+    }
+    // A cut may make a token into a few.
+    const OF_A_CUT: usize = 4;
+    let mut tokens = 0usize;
+    for message in messages {
+        let content = message.content.text();
+        let reasoning = message.reasoning_content.as_deref().unwrap_or_default();
+        for mut text in [content.as_str(), reasoning] {
+            while !text.is_empty() {
+                if stop.load(Ordering::Relaxed) {
+                    return Err(ApiError::internal());
+                }
+                let mut end = text.len().min(PART_BYTES);
+                while !text.is_char_boundary(end) {
+                    end += 1;
+                }
+                let (part, rest) = text.split_at(end);
+                text = rest;
+                let found = app.parts.tokenizer.encode_plain(part);
+                tokens += found.map_or(0, |ids| ids.len()).saturating_sub(OF_A_CUT);
+                if tokens >= app.context() {
+                    return Err(too_long(app, tokens));
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 fn image_name(index: usize) -> String {
@@ -187,25 +393,34 @@ fn source(url: &str, index: usize, urls_allowed: bool) -> Result<Source, ApiErro
 }
 
 fn encode(
-    parts: &TextAndImages,
+    app: &App,
     template: &ChatTemplate,
     messages: &[Message],
-    images: &[Bytes],
+    images: Vec<Bytes>,
+    stop: &AtomicBool,
 ) -> Result<PreparedPrompt, ApiError> {
-    let mut inputs = Vec::with_capacity(images.len());
+    let parts = &app.parts;
+    check_length(app, messages, stop)?;
+    let mut patches = Vec::with_capacity(images.len());
     let mut grids = Vec::with_capacity(images.len());
-    for (index, bytes) in images.iter().enumerate() {
+    for (index, bytes) in images.into_iter().enumerate() {
+        if stop.load(Ordering::Relaxed) {
+            return Err(ApiError::internal());
+        }
         let name = image_name(index);
-        let patches = parts
+        let picture = parts
             .images
-            .decode(bytes, &name)
-            .and_then(|picture| parts.images.process(&picture))
+            .decode(&bytes, &name)
+            .and_then(|picture| Ok(parts.images.resize(&picture)?.into_owned()))
             .map_err(|error| image_error(&name, &error))?;
-        grids.push(patches.grid_thw);
-        inputs.push(crate::qwen3_vl::ImageInput {
-            pixel_values: patches.pixel_values,
-            image_grid_thw: vec![patches.grid_thw],
-        });
+        drop(bytes);
+        let made =
+            patches_of(&parts.images, &picture).map_err(|error| image_error(&name, &error))?;
+        grids.extend_from_slice(&made.image_grid_thw);
+        let images = parts.images.clone();
+        patches.push(Patches::new(made, move || {
+            patches_of(&images, &picture).expect("the picture has been cut before")
+        }));
     }
     let ids = encode_chat(
         &parts.tokenizer,
@@ -216,12 +431,20 @@ fn encode(
         parts.config.vision_config.spatial_merge_size,
     )
     .map_err(chat_error)?;
-    PreparedPrompt::new(ids, inputs, &parts.config).map_err(|error| match error {
+    PreparedPrompt::new(ids, patches, &parts.config).map_err(|error| match error {
         GenerateError::Empty => ApiError::invalid("messages", "the prompt is empty"),
         other => {
             log::error!("a prompt could not be made: {other}");
             ApiError::internal()
         }
+    })
+}
+
+fn patches_of(images: &ImageProcessor, picture: &RgbImage) -> Result<ImageInput, ImageError> {
+    let patches = images.process(picture)?;
+    Ok(ImageInput {
+        pixel_values: patches.pixel_values,
+        image_grid_thw: vec![patches.grid_thw],
     })
 }
 

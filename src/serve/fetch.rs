@@ -13,7 +13,7 @@ use axum::http::{StatusCode, Uri, header};
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper::body::Bytes;
 
-use super::{client, error::ApiError};
+use super::{body::append, client, error::ApiError, share::Share};
 
 /// Redirects that are followed.
 const MAX_REDIRECTS: usize = 3;
@@ -28,12 +28,19 @@ const UNREACHABLE: &str = "could not be fetched; expected an image at a public a
 /// Longest address.
 const LONGEST_URL: usize = 4096;
 
-/// Fetches the image at `url`, of at most `max_bytes`; `name` stands for it in messages.
+/// Fetches the image at `url`, of at most `max_bytes`; `name` stands for it in messages, and `memory`
+/// grows with what has come.
 ///
 /// # Errors
-/// [`ApiError`] of status 400; it does not say why an address could not be reached.
-pub async fn fetch_image(url: &str, max_bytes: usize, name: &str) -> Result<Bytes, ApiError> {
-    tokio::time::timeout(TIMEOUT, follow(url, max_bytes, name))
+/// [`ApiError`] of status 400, which does not say why an address could not be reached, or of status 503
+/// where there is no memory for the image.
+pub(super) async fn fetch_image(
+    url: &str,
+    max_bytes: usize,
+    name: &str,
+    memory: &mut Share,
+) -> Result<Bytes, ApiError> {
+    tokio::time::timeout(TIMEOUT, follow(url, max_bytes, name, memory))
         .await
         .unwrap_or_else(|_| Err(refuse(name, "did not come in time")))
 }
@@ -42,7 +49,12 @@ fn refuse(name: &str, reason: &str) -> ApiError {
     ApiError::invalid("messages", format!("{name} {reason}")).with_code("image_url")
 }
 
-async fn follow(url: &str, max_bytes: usize, name: &str) -> Result<Bytes, ApiError> {
+async fn follow(
+    url: &str,
+    max_bytes: usize,
+    name: &str,
+    memory: &mut Share,
+) -> Result<Bytes, ApiError> {
     let mut url = url.to_owned();
     for _ in 0..=MAX_REDIRECTS {
         let uri = parse(&url, name)?;
@@ -71,11 +83,15 @@ async fn follow(url: &str, max_bytes: usize, name: &str) -> Result<Bytes, ApiErr
         if status != StatusCode::OK {
             return Err(unreachable());
         }
-        return Limited::new(response.into_body(), max_bytes)
-            .collect()
-            .await
-            .map(http_body_util::Collected::to_bytes)
-            .map_err(|_| refuse(name, "is too large or broke off"));
+        let mut body = Limited::new(response.into_body(), max_bytes);
+        let mut bytes = Vec::new();
+        while let Some(frame) = body.frame().await {
+            let frame = frame.map_err(|_| refuse(name, "is too large or broke off"))?;
+            if let Some(data) = frame.data_ref() {
+                append(&mut bytes, data, max_bytes, memory).await?;
+            }
+        }
+        return Ok(bytes.into());
     }
     Err(refuse(name, "is redirected too often"))
 }
@@ -252,8 +268,19 @@ mod tests {
             "http://127.1/a.png",
             "http://169.254.169.254/latest/meta-data",
         ] {
+            let limits = super::super::share::GateLimits {
+                places: 0,
+                spare_places: 0,
+                bytes: 1 << 20,
+                spare_bytes: 0,
+                max_waiting: 8,
+            };
+            let gate = super::super::share::Gate::new(limits);
             let error = runtime
-                .block_on(fetch_image(bad, 1000, "image 1"))
+                .block_on(async {
+                    let mut memory = gate.take(0, 0, 1).await.unwrap();
+                    fetch_image(bad, 1000, "image 1", &mut memory).await
+                })
                 .unwrap_err();
             assert_eq!(error.status, StatusCode::BAD_REQUEST, "{bad}");
         }

@@ -78,8 +78,8 @@ impl Histogram {
 }
 
 /// Status codes that are counted by themselves.
-const STATUSES: [u16; 13] = [
-    200, 204, 400, 401, 403, 404, 405, 413, 415, 429, 500, 503, 504,
+const STATUSES: [u16; 14] = [
+    200, 204, 400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503, 504,
 ];
 
 /// Everything that is counted.
@@ -99,7 +99,9 @@ pub struct Metrics {
     pub finished: Number,
     pub cancelled: Number,
     pub failed: Number,
+    pub preempted: Number,
     pub connections: Number,
+    pub waiting_memory: Number,
     pub first_token: Histogram,
     pub per_token: Histogram,
     responses: [Number; STATUSES.len()],
@@ -148,6 +150,12 @@ impl Metrics {
             "connections",
             "Open connections.",
             self.connections.get(),
+        );
+        number(
+            gauge,
+            "waiting_memory_bytes",
+            "Memory counted for bodies, pictures and prompts.",
+            self.waiting_memory.get(),
         );
         number(
             gauge,
@@ -226,6 +234,12 @@ impl Metrics {
             "sequences_failed_total",
             "Answers that broke off.",
             self.failed.get(),
+        );
+        number(
+            counter,
+            "sequences_preempted_total",
+            "Times an answer gave its place in the batch or cache to another and went on later.",
+            self.preempted.get(),
         );
         if let Some(bytes) = resident_memory() {
             number(

@@ -5,9 +5,13 @@
 //! into patches on other threads ([`content`]) and hands the prompt to the [`engine`], whose events
 //! become a response or a stream. Handlers see no tensor; the engine sees no HTTP.
 //!
+//! All that waits takes its memory from one budget (`share`): bodies a quarter, pictures and prompts the
+//! rest, counted from a picture's header before it is decoded.
+//!
 //! Uploads live in memory only, and the log holds ids and sizes, never content.
 
 pub mod auth;
+mod body;
 pub mod chat;
 pub mod client;
 pub mod content;
@@ -22,25 +26,33 @@ pub mod preview;
 pub mod reasoning;
 pub mod router;
 pub mod settings;
+mod share;
 mod stream;
 #[cfg(feature = "tls")]
 pub mod tls;
 pub mod types;
+mod wire;
 
 use std::{
+    net::IpAddr,
     path::PathBuf,
     sync::{Arc, OnceLock},
     time::Duration,
 };
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
-
 use crate::{generate::SamplingConfig, pipeline::TextAndImages, processor::image::DecodeLimits};
 use engine::Engine;
-use error::ApiError;
 use grammar::GrammarFactory;
 use metrics::Metrics;
 use models::Models;
+use share::{Gate, GateLimits};
+
+/// Most requests that wait for memory; the engine's queue is shorter.
+const MAX_WAITING: usize = 4096;
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(2, usize::from)
+}
 
 /// What a request may ask for, and what it gets when it does not ask.
 #[derive(Debug, Clone)]
@@ -65,8 +77,16 @@ pub struct ServeConfig {
     pub request_timeout: Duration,
     /// Time for a request's headers, and again for its body.
     pub read_timeout: Duration,
+    /// Time for a client to take what is ready to be sent.
+    pub write_timeout: Duration,
     /// Most open connections.
     pub max_connections: usize,
+    /// Most open connections of one address.
+    pub max_connections_per_address: usize,
+    /// Addresses of proxies whose `X-Forwarded-For` is believed.
+    pub trusted_proxies: Vec<IpAddr>,
+    /// Memory of bodies, pictures and prompts that wait, in bytes.
+    pub waiting_memory_bytes: u64,
     /// Fetches images from public addresses.
     pub allow_image_urls: bool,
     /// Keys of which one must be shown; none: everybody is let in.
@@ -89,6 +109,50 @@ impl ServeConfig {
             max_decoded_bytes: self.max_image_pixels.saturating_mul(8),
         }
     }
+
+    /// Whether an address is that of a proxy whose word is taken for its clients' addresses.
+    fn is_proxy(&self, address: IpAddr) -> bool {
+        self.trusted_proxies.contains(&address.to_canonical())
+    }
+
+    /// Places and bytes for the bodies of requests.
+    fn body_limits(&self) -> GateLimits {
+        let bytes = self.waiting_memory_bytes / 4;
+        GateLimits {
+            places: 0,
+            spare_places: 0,
+            bytes,
+            spare_bytes: bytes / 2,
+            max_waiting: MAX_WAITING,
+        }
+    }
+
+    /// Places and bytes for pictures that are decoded, and prompts that wait or run.
+    fn picture_limits(&self) -> GateLimits {
+        let bytes = self.waiting_memory_bytes - self.waiting_memory_bytes / 4;
+        GateLimits {
+            places: cores() + 1,
+            spare_places: 1,
+            bytes,
+            spare_bytes: bytes / 4,
+            max_waiting: MAX_WAITING,
+        }
+    }
+
+    /// Whether the largest body and the largest picture fit into the memory for them.
+    ///
+    /// # Errors
+    /// The number of bytes that would be enough.
+    pub fn check_waiting_memory(&self, patch_pixels: u64) -> Result<(), u64> {
+        let bodies = 16 * self.max_body_bytes as u64;
+        // 16-bit colour with alpha, the RGB made of it, and patches.
+        let picture = content::largest_picture(self.max_image_pixels, patch_pixels);
+        let needed = bodies.max(picture.saturating_mul(16).div_ceil(9));
+        if self.waiting_memory_bytes < needed {
+            return Err(needed);
+        }
+        Ok(())
+    }
 }
 
 /// Everything the handlers share.
@@ -103,10 +167,16 @@ pub struct App {
     pub metrics: Arc<Metrics>,
     /// Limits and defaults.
     pub config: ServeConfig,
-    /// Images that are decoded at once.
-    preparing: Arc<Semaphore>,
-    /// Kibibytes of bodies in memory at once.
-    body_kib: Semaphore,
+    /// Bodies in memory.
+    bodies: Arc<Gate>,
+    /// Requests whose pictures are decoded at once, and the memory of pictures and prompts.
+    pictures: Arc<Gate>,
+    /// Previews that are made at once.
+    previews: Arc<Gate>,
+    /// Images that are fetched at once.
+    fetches: Arc<Gate>,
+    /// Bytes of the tokenizer's longest token.
+    longest_token: usize,
     grammar: OnceLock<Option<GrammarFactory>>,
 }
 
@@ -120,34 +190,38 @@ impl App {
         config: ServeConfig,
     ) -> Self {
         parts.images = parts.images.with_limits(config.decode_limits());
-        let cores = std::thread::available_parallelism().map_or(2, usize::from);
-        // Eight of the largest bodies; smaller ones fit in greater number.
-        let body_kib = (config.max_body_bytes / 1024 + 1).saturating_mul(8);
+        let places = |places, spare_places, max_waiting| {
+            Gate::new(GateLimits {
+                places,
+                spare_places,
+                bytes: 0,
+                spare_bytes: 0,
+                max_waiting,
+            })
+        };
         Self {
             engine,
+            longest_token: parts.tokenizer.longest_token_bytes(),
             parts,
             models,
             metrics,
-            preparing: Arc::new(Semaphore::new(cores)),
-            body_kib: Semaphore::new(body_kib.min(Semaphore::MAX_PERMITS)),
+            bodies: Gate::new(config.body_limits()),
+            pictures: Gate::new(config.picture_limits()),
+            // Whoever writes a report comes before those who look: half of the cores.
+            previews: places((cores() / 2).max(1) + 1, 1, 32),
+            fetches: places(32, 8, MAX_WAITING),
             config,
             grammar: OnceLock::new(),
         }
     }
 
-    /// Takes memory for `bytes` of a body; waits while too many bodies are being read.
-    async fn take_memory(&self, bytes: usize) -> Result<SemaphorePermit<'_>, ApiError> {
-        let kib = u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX);
-        self.body_kib
-            .acquire_many(kib)
-            .await
-            .map_err(|_| ApiError::internal())
-    }
-
-    /// Leave to decode images of one request.
-    async fn permit_to_decode(&self) -> Result<OwnedSemaphorePermit, ApiError> {
-        let permit = self.preparing.clone().acquire_owned().await;
-        permit.map_err(|_| ApiError::internal())
+    /// Tokens of prompt and answer together.
+    pub fn context(&self) -> usize {
+        self.parts
+            .config
+            .text_config
+            .max_position_embeddings
+            .min(self.engine.limits().cache_tokens)
     }
 
     /// The maker of JSON constraints; `None` when the vocabulary cannot be used for it.

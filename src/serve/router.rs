@@ -5,7 +5,7 @@ use std::{panic::AssertUnwindSafe, sync::Arc};
 use axum::{
     Json, Router,
     body::Body,
-    extract::{Path, Request, State},
+    extract::{Extension, Path, Request, State},
     http::{HeaderMap, HeaderValue, StatusCode, header},
     middleware::{Next, from_fn_with_state},
     response::{IntoResponse, Response},
@@ -13,12 +13,15 @@ use axum::{
 };
 use futures_util::FutureExt;
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 
 use super::{
     App,
-    auth::{KeyCheck, check_origin},
+    auth::{KeyCheck, Peer, check_origin},
+    body::shared,
     chat::{self, expect_json, read_json},
     error::ApiError,
+    http::check_host,
     models::folder_inside,
     preview::preview,
     types::AdapterRequest,
@@ -70,6 +73,7 @@ const PAGE: [(&str, &str, &str); 11] = [
 /// All routes.
 pub fn router(app: Arc<App>) -> Router {
     let keys = KeyCheck::new(&app.config.api_keys);
+    let several = app.config.api_keys.len() > 1;
     let guarded = Router::new()
         .route("/v1/chat/completions", post(chat::completions))
         .route("/v1/images/preview", post(preview))
@@ -78,7 +82,7 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/v1/load_lora_adapter", post(load_adapter))
         .route("/v1/unload_lora_adapter", post(unload_adapter))
         .route("/metrics", get(metrics))
-        .layer(from_fn_with_state(keys, check_key));
+        .layer(from_fn_with_state((keys, several), check_key));
     let mut open = Router::new()
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(ready))
@@ -104,8 +108,14 @@ pub fn router(app: Arc<App>) -> Router {
 /// Around every request: origin, panics, counters, headers.
 async fn every_request(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     let config = &app.config;
-    let origin = check_origin(request.headers(), &config.host_names, &config.origin_names);
-    let mut response = match origin {
+    let allowed = check_host(&request)
+        .and_then(|()| check_origin(request.headers(), &config.host_names, &config.origin_names));
+    // A client that asks first sends nothing unless it is told to.
+    let sends = !request.headers().contains_key(header::EXPECT);
+    let (head, body) = request.into_parts();
+    let (body, rest) = shared(body);
+    let request = Request::from_parts(head, Body::new(body));
+    let mut response = match allowed {
         Err(error) => error.into_response(),
         // A panic ends its own request; the connection and all others live on.
         Ok(()) => AssertUnwindSafe(next.run(request))
@@ -116,7 +126,13 @@ async fn every_request(State(app): State<Arc<App>>, request: Request, next: Next
                 ApiError::internal().into_response()
             }),
     };
-    app.metrics.response(response.status().as_u16());
+    let status = response.status();
+    let late = status == StatusCode::REQUEST_TIMEOUT;
+    if sends && !late && (status.is_client_error() || status.is_server_error()) {
+        rest.drain(config.max_body_bytes.saturating_mul(2), config.read_timeout)
+            .await;
+    }
+    app.metrics.response(status.as_u16());
     let headers = response.headers_mut();
     let fixed = |text| HeaderValue::from_static(text);
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, fixed("nosniff"));
@@ -135,12 +151,20 @@ async fn every_request(State(app): State<Arc<App>>, request: Request, next: Next
 }
 
 async fn check_key(
-    State(keys): State<KeyCheck>,
+    State((keys, several)): State<(KeyCheck, bool)>,
     headers: HeaderMap,
-    request: Request,
+    mut request: Request,
     next: Next,
 ) -> Result<Response, ApiError> {
     keys.check(&headers)?;
+    // Where there are several keys, each is somebody; a single one is everybody's.
+    if several && let Some(key) = headers.get(header::AUTHORIZATION) {
+        let digest = Sha256::digest(key.as_bytes());
+        let mut client = [0; 8];
+        client.copy_from_slice(&digest[..8]);
+        let client = u64::from_le_bytes(client);
+        request.extensions_mut().insert(Peer { client });
+    }
     Ok(next.run(request).await)
 }
 
@@ -169,6 +193,8 @@ async fn ready(State(app): State<Arc<App>>) -> Response {
 }
 
 async fn metrics(State(app): State<Arc<App>>) -> Response {
+    let waiting = app.bodies.bytes_held() + app.pictures.bytes_held();
+    app.metrics.waiting_memory.set(waiting);
     let text = app.metrics.text(app.engine.limits().cache_tokens);
     (
         [(
@@ -193,11 +219,12 @@ async fn model(
 
 async fn load_adapter(
     State(app): State<Arc<App>>,
+    Extension(peer): Extension<Peer>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
     expect_json(&headers)?;
-    let (request, _): (AdapterRequest, _) = read_json(&app, body).await?;
+    let (request, _): (AdapterRequest, _) = read_json(&app, peer.client, body).await?;
     let root = adapter_dir(&app)?;
     let path = request.lora_path.as_deref().unwrap_or(&request.lora_name);
     let dir = folder_inside(root, path)?;
@@ -210,11 +237,12 @@ async fn load_adapter(
 
 async fn unload_adapter(
     State(app): State<Arc<App>>,
+    Extension(peer): Extension<Peer>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
     expect_json(&headers)?;
-    let (request, _): (AdapterRequest, _) = read_json(&app, body).await?;
+    let (request, _): (AdapterRequest, _) = read_json(&app, peer.client, body).await?;
     adapter_dir(&app)?;
     app.models.unload(&app.engine, &request.lora_name).await?;
     let message = format!("`{}` is unloaded", request.lora_name);

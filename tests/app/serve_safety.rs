@@ -522,3 +522,366 @@ fn with_a_certificate_it_speaks_tls() {
     assert_eq!(code, 1);
     assert!(stderr.contains("key.pem"), "{stderr}");
 }
+
+/// A PNG of one colour, as an address.
+fn plain_picture(side: u32) -> String {
+    let mut png = std::io::Cursor::new(Vec::new());
+    image::DynamicImage::new_luma8(side, side)
+        .write_to(&mut png, image::ImageFormat::Png)
+        .unwrap();
+    format!(
+        "data:image/png;base64,{}",
+        STANDARD.encode(png.into_inner())
+    )
+}
+
+fn signal(server: &Server, name: &str) {
+    let id = server.child.id().to_string();
+    let sent = Command::new("kill").args([name, &id]).status().unwrap();
+    assert!(sent.success());
+}
+
+/// Ends a server's life within this time, or the test.
+fn wait_for_end(server: &mut Server, limit: Duration) -> Option<i32> {
+    let started = Instant::now();
+    loop {
+        if let Some(status) = server.child.try_wait().unwrap() {
+            return status.code();
+        }
+        assert!(started.elapsed() < limit, "still there");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn text_beyond_the_context_is_refused_before_it_is_tokenised() {
+    let server = start(&[]);
+    answers(&server);
+    let before = server.metric("xray_resident_memory_bytes");
+    for megabytes in [1, 16] {
+        let text = "a b ".repeat(megabytes << 18);
+        let body = json!({"messages": [{"role": "user", "content": text}]});
+        let started = Instant::now();
+        let refused = server.chat(&body);
+        check_error(&refused, 400, "tokens");
+        assert_eq!(refused.json()["error"]["code"], "context_length_exceeded");
+        // Tokenised whole, a megabyte took two seconds and 300 MB.
+        assert!(started.elapsed() < Duration::from_secs(5));
+    }
+    let taken = server
+        .metric("xray_resident_memory_bytes")
+        .saturating_sub(before);
+    assert!(taken < 200 << 20, "{taken} bytes");
+    // Long text that fits is still answered.
+    let text = "心影".repeat(400);
+    let body = json!({"messages": [{"role": "user", "content": text}], "max_tokens": 2});
+    assert_eq!(server.chat(&body).status, 200);
+}
+
+#[test]
+fn json_that_is_large_in_memory_alone_is_refused() {
+    let server = start(&[]);
+    let body = format!("{{\"stop\": [{}\"\"]}}", "\"\",".repeat(1_000_000));
+    let head = ["content-type: application/json"];
+    let refused = server.send("POST", "/v1/chat/completions", &head, body.as_bytes());
+    check_error(&refused, 400, "values");
+}
+
+#[test]
+fn whatever_waits_stays_within_its_memory() {
+    let server = start(&[
+        "--max-running",
+        "1",
+        "--max-waiting-memory-mib",
+        "320",
+        "--max-body-mib",
+        "8",
+        "--max-image-megapixels",
+        "4",
+        "--request-timeout-seconds",
+        "20",
+    ]);
+    let picture = plain_picture(1000);
+    let mut body = about(&picture, "？");
+    let part = body["messages"][0]["content"][0].clone();
+    body["messages"][0]["content"] = json!([part, part, part, part]);
+    let body = with(
+        with(body, "max_tokens", 150.into()),
+        "ignore_eos",
+        true.into(),
+    );
+    // The first one brings the engine's own memory, which does not wait.
+    assert_eq!(server.chat(&body).status, 200);
+    let before = server.metric("xray_resident_memory_bytes");
+    let most = thread::scope(|scope| {
+        let users: Vec<_> = (0..40)
+            .map(|_| scope.spawn(|| server.chat(&body)))
+            .collect();
+        let (started, mut most) = (Instant::now(), 0);
+        while users.iter().any(|user| !user.is_finished()) {
+            assert!(started.elapsed() < Duration::from_secs(60));
+            most = most.max(server.metric("xray_resident_memory_bytes"));
+            thread::sleep(Duration::from_millis(50));
+        }
+        for user in users {
+            let status = user.join().unwrap().status;
+            assert!([200, 503, 504].contains(&status), "{status}");
+        }
+        most
+    });
+    // 40 times 96 MB of patches would be 3.8 GB.
+    let taken = most.saturating_sub(before) >> 20;
+    assert!(taken < 320 + 160, "{taken} MiB");
+    assert_eq!(server.metric("xray_queue"), 0);
+    server.wait_metric("xray_waiting_memory_bytes", 0);
+    answers(&server);
+}
+
+#[test]
+fn films_do_not_wait_for_previews() {
+    let server = start(&[]);
+    answers(&server);
+    let mut png = std::io::Cursor::new(Vec::new());
+    image::DynamicImage::new_rgb16(4000, 4000)
+        .write_to(&mut png, image::ImageFormat::Png)
+        .unwrap();
+    let png = png.into_inner();
+    thread::scope(|scope| {
+        let previews: Vec<_> = (0..24)
+            .map(|_| {
+                let head = ["content-type: image/png"];
+                let (server, png) = (&server, &png);
+                scope.spawn(move || server.send("POST", "/v1/images/preview", &head, png).status)
+            })
+            .collect();
+        thread::sleep(Duration::from_millis(300));
+        for _ in 0..3 {
+            let started = Instant::now();
+            answers(&server);
+            let took = started.elapsed();
+            assert!(took < Duration::from_secs(4), "{took:?}");
+        }
+        let statuses: Vec<u16> = previews
+            .into_iter()
+            .map(|preview| preview.join().unwrap())
+            .collect();
+        let known = |status: &u16| [200, 429].contains(status);
+        assert!(statuses.iter().all(known), "{statuses:?}");
+        assert!(
+            statuses.contains(&200) && statuses.contains(&429),
+            "{statuses:?}"
+        );
+    });
+}
+
+#[test]
+fn a_client_that_never_reads_is_closed() {
+    let server = start(&["--write-timeout-seconds", "1"]);
+    let request = format!(
+        "GET /strings.js HTTP/1.1\r\nhost: {}\r\n\r\n",
+        server.address
+    );
+    let silent: Vec<_> = (0..8)
+        .map(|_| {
+            let mut stream = server.connect();
+            stream
+                .set_write_timeout(Some(Duration::from_millis(200)))
+                .unwrap();
+            let _ = stream.write_all(request.repeat(2000).as_bytes());
+            stream
+        })
+        .collect();
+    // The connection that asks is the one left.
+    server.wait_metric("xray_connections", 1);
+    drop(silent);
+    answers(&server);
+}
+
+#[test]
+fn probes_are_answered_when_an_address_has_all_its_connections() {
+    let server = start(&["--max-connections-per-address", "4"]);
+    let held: Vec<_> = (0..20).map(|_| server.connect()).collect();
+    for path in ["/healthz", "/readyz", "/metrics"] {
+        assert_eq!(server.get(path).status, 200, "{path}");
+    }
+    let refused = server.get("/v1/models");
+    check_error(&refused, 503, "connections");
+    assert!(refused.header("retry-after").is_some());
+    drop(held);
+    let started = Instant::now();
+    while server.get("/v1/models").status != 200 {
+        assert!(started.elapsed() < Duration::from_secs(10));
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+#[test]
+fn a_client_that_closes_its_half_gets_its_answer() {
+    let server = start(&[]);
+    let whole = with(long_answer(), "max_tokens", 600.into());
+    for (streamed, tokens) in [(true, 600), (false, 600), (false, 1)] {
+        let body = with(whole.clone(), "stream", streamed.into());
+        let body = with(body, "max_tokens", tokens.into()).to_string();
+        let mut stream = server.connect();
+        let head = ["content-type: application/json"];
+        server.write(
+            &mut stream,
+            "POST",
+            "/v1/chat/completions",
+            &head,
+            body.as_bytes(),
+        );
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        let text = text.trim_start_matches("HTTP/1.1 100 Continue\r\n\r\n");
+        assert!(text.starts_with("HTTP/1.1 200"), "{text}");
+        let end = if streamed {
+            "data: [DONE]"
+        } else {
+            "\"usage\""
+        };
+        assert!(text.contains(end), "{text}");
+    }
+    let mut stream = server.connect();
+    stream
+        .write_all(format!("GET /healthz HTTP/1.1\r\nhost: {}\r\n\r\n", server.address).as_bytes())
+        .unwrap();
+    stream.shutdown(std::net::Shutdown::Write).unwrap();
+    assert_eq!(read_response(stream).status, 200);
+}
+
+#[test]
+fn a_request_names_one_host() {
+    let server = start(&["--host", "127.0.0.1"]);
+    let host = format!("host: {}", server.address);
+    let twice = server.send("GET", "/healthz", &[&host, "host: evil.example"], b"");
+    check_error(&twice, 400, "2 `Host` headers");
+    let mut none = server.connect();
+    none.write_all(b"GET /healthz HTTP/1.1\r\nconnection: close\r\n\r\n")
+        .unwrap();
+    check_error(&read_response(none), 400, "0 `Host` headers");
+    assert_eq!(server.send("GET", "/healthz", &[&host], b"").status, 200);
+}
+
+#[test]
+fn the_status_of_a_refused_body_arrives() {
+    let server = start(&["--api-key", "correct-horse", "--max-body-mib", "4"]);
+    let large = vec![b' '; 7 << 20];
+    let key = "authorization: Bearer correct-horse";
+    let json = "content-type: application/json";
+    for (path, head, status) in [
+        ("/v1/chat/completions", vec![json], 401),
+        ("/v1/none", vec![json], 404),
+        ("/v1/chat/completions", vec![json, key], 413),
+        ("/v1/chat/completions", vec![key], 415),
+    ] {
+        let mut stream = server.connect();
+        let mut request = format!("POST {path} HTTP/1.1\r\nhost: {}\r\n", server.address);
+        for line in head {
+            request.push_str(&format!("{line}\r\n"));
+        }
+        request.push_str(&format!("content-length: {}\r\n\r\n", large.len()));
+        // All of it is taken: a client that sends first and reads then learns the status.
+        stream.write_all(request.as_bytes()).unwrap();
+        stream.write_all(&large).unwrap();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        assert_eq!(read_response(stream).status, status, "{path}");
+    }
+    assert_eq!(server.send("GET", "/metrics", &[key], b"").status, 200);
+}
+
+#[test]
+fn streams_that_are_broken_off_at_the_end_say_so() {
+    let mut server = start(&["--drain-seconds", "0"]);
+    let body = with(long_answer(), "max_tokens", 3900.into()).to_string();
+    let json = ["content-type: application/json"];
+    let mut streams: Vec<_> = (0..8).map(|_| server.connect()).collect();
+    for stream in &mut streams {
+        server.write(
+            stream,
+            "POST",
+            "/v1/chat/completions",
+            &json,
+            body.as_bytes(),
+        );
+    }
+    server.wait_metric("xray_running", 8);
+    server.terminate();
+    for stream in streams {
+        let events = read_response(stream).events();
+        let last: Value = serde_json::from_str(events.last().unwrap()).unwrap();
+        assert_eq!(last["error"]["type"], "service_unavailable_error", "{last}");
+    }
+    assert_eq!(wait_for_end(&mut server, Duration::from_secs(10)), Some(0));
+}
+
+#[test]
+fn a_hangup_drains_and_a_second_signal_ends_at_once() {
+    let body = with(long_answer(), "max_tokens", 3900.into()).to_string();
+    let json = ["content-type: application/json"];
+    let busy = || {
+        let server = start(&[]);
+        let mut streams: Vec<_> = (0..8).map(|_| server.connect()).collect();
+        for stream in &mut streams {
+            server.write(
+                stream,
+                "POST",
+                "/v1/chat/completions",
+                &json,
+                body.as_bytes(),
+            );
+        }
+        server.wait_metric("xray_running", 8);
+        (server, streams)
+    };
+    let (mut server, mut streams) = busy();
+    signal(&server, "-HUP");
+    let stream = streams.swap_remove(0);
+    drop(streams);
+    let events = read_response(stream).events();
+    assert_eq!(events.last().map(String::as_str), Some("[DONE]"));
+    assert_eq!(wait_for_end(&mut server, Duration::from_secs(60)), Some(0));
+
+    let (mut server, _streams) = busy();
+    signal(&server, "-INT");
+    thread::sleep(Duration::from_millis(100));
+    signal(&server, "-TERM");
+    assert_eq!(wait_for_end(&mut server, Duration::from_secs(5)), Some(130));
+}
+
+#[test]
+fn limits_of_zero_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    for flag in [
+        "--max-images",
+        "--max-image-megapixels",
+        "--request-timeout-seconds",
+        "--read-timeout-seconds",
+        "--write-timeout-seconds",
+        "--max-connections-per-address",
+    ] {
+        let (code, _, stderr) = run(folder.path(), &["serve", flag, "0"]);
+        assert_eq!(code, 2, "{stderr}");
+        assert!(stderr.contains(&format!("{flag} is 0")), "{stderr}");
+    }
+    let (code, _, stderr) = run(
+        folder.path(),
+        &["serve", "--port", "0", "--max-waiting-memory-mib", "100"],
+    );
+    assert_eq!(code, 2, "{stderr}");
+    assert!(stderr.contains("expected at least 1250"), "{stderr}");
+}
+
+#[test]
+fn a_body_that_comes_too_late_has_its_own_number() {
+    let server = start(&["--read-timeout-seconds", "1"]);
+    let mut body = server.connect();
+    let request = format!(
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: {}\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n\r\n{{",
+        server.address
+    );
+    body.write_all(request.as_bytes()).unwrap();
+    assert_eq!(read_response(body).status, 408);
+    assert_eq!(server.metric("xray_responses_total{status=\"408\"}"), 1);
+}

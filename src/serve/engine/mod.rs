@@ -11,9 +11,10 @@ mod sequence;
 mod tests;
 
 use std::{
+    collections::HashMap,
     path::PathBuf,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
         mpsc,
     },
@@ -21,9 +22,9 @@ use std::{
     time::Instant,
 };
 
-use tokio::sync::{mpsc::UnboundedReceiver, mpsc::UnboundedSender, oneshot};
+use tokio::sync::{mpsc::UnboundedReceiver, mpsc::UnboundedSender, oneshot, watch};
 
-pub use prompt::{PreparedImage, PreparedPrompt};
+pub use prompt::{HeldMemory, Patches, PreparedImage, PreparedPrompt};
 pub use sequence::{Penalties, TokenConstraint};
 
 use super::metrics::Metrics;
@@ -41,7 +42,7 @@ use scheduler::Worker;
 pub struct EngineLimits {
     /// Sequences in the batch.
     pub max_running: usize,
-    /// Tokens in the key/value cache: running sequences with all they may still grow, and kept ones.
+    /// Tokens in the key/value cache: running sequences with what they hold, and kept ones.
     pub cache_tokens: usize,
     /// Sequences that wait.
     pub max_queue: usize,
@@ -148,8 +149,40 @@ pub enum Refusal {
 /// A place in the queue; dropping it gives it back.
 #[derive(Debug)]
 pub struct QueuePlace {
-    waiting: Arc<AtomicUsize>,
+    queue: Arc<Queue>,
+    client: u64,
     count: usize,
+}
+
+/// Places in the queue, and who has them.
+#[derive(Debug, Default)]
+struct Queue {
+    /// All that are taken.
+    waiting: Arc<AtomicUsize>,
+    by_client: Mutex<HashMap<u64, usize>>,
+}
+
+impl Queue {
+    fn by_client(&self) -> MutexGuard<'_, HashMap<u64, usize>> {
+        self.by_client
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether `count` places of `limit` can be had; the last eighth only by a client with few.
+    ///
+    /// # Errors
+    /// [`Refusal::Busy`].
+    fn check(&self, held: usize, count: usize, limit: usize) -> Result<(), Refusal> {
+        let waiting = self.waiting.load(Ordering::SeqCst);
+        let spare = limit / 8;
+        let all = waiting + count;
+        if all + spare <= limit || (held + count <= spare && all <= limit) {
+            Ok(())
+        } else {
+            Err(Refusal::Busy(waiting))
+        }
+    }
 }
 
 impl QueuePlace {
@@ -158,7 +191,8 @@ impl QueuePlace {
         assert!(self.count > 0, "more sequences than places");
         self.count -= 1;
         Self {
-            waiting: self.waiting.clone(),
+            queue: self.queue.clone(),
+            client: self.client,
             count: 1,
         }
     }
@@ -166,7 +200,14 @@ impl QueuePlace {
 
 impl Drop for QueuePlace {
     fn drop(&mut self) {
-        self.waiting.fetch_sub(self.count, Ordering::SeqCst);
+        let mut held = self.queue.by_client();
+        if let Some(of_client) = held.get_mut(&self.client) {
+            *of_client -= self.count;
+            if *of_client == 0 {
+                held.remove(&self.client);
+            }
+        }
+        self.queue.waiting.fetch_sub(self.count, Ordering::SeqCst);
     }
 }
 
@@ -195,16 +236,33 @@ enum Command {
 #[derive(Clone)]
 pub struct Engine {
     commands: mpsc::Sender<Command>,
-    waiting: Arc<AtomicUsize>,
+    queue: Arc<Queue>,
     stopping: Arc<AtomicBool>,
+    end: watch::Receiver<Option<End>>,
     limits: Arc<EngineLimits>,
 }
 
-struct SetWhenDropped(Arc<AtomicBool>);
+/// How the worker ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// It was told to.
+    Told,
+    /// The device does not work any more.
+    DeviceLost,
+}
 
-impl Drop for SetWhenDropped {
+/// Whatever ends the worker, nothing more may be sent to it, and whoever waits for that learns why.
+struct Ending {
+    stopping: Arc<AtomicBool>,
+    end: watch::Sender<Option<End>>,
+    /// A panic of the worker itself leaves this as it was.
+    how: End,
+}
+
+impl Drop for Ending {
     fn drop(&mut self) {
-        self.0.store(true, Ordering::SeqCst);
+        self.stopping.store(true, Ordering::SeqCst);
+        self.end.send_replace(Some(self.how));
     }
 }
 
@@ -228,20 +286,30 @@ impl Engine {
             ..limits
         };
         let (commands, received) = mpsc::channel();
+        let (end, ended) = watch::channel(None);
         let engine = Self {
             commands,
-            waiting: Arc::new(AtomicUsize::new(0)),
+            queue: Arc::default(),
             stopping: Arc::new(AtomicBool::new(false)),
+            end: ended,
             limits: Arc::new(limits.clone()),
         };
-        metrics.watch_queue(engine.waiting.clone());
+        metrics.watch_queue(engine.queue.waiting.clone());
         let stopping = engine.stopping.clone();
         let thread = std::thread::Builder::new()
             .name("engine".into())
             .spawn(move || {
-                // Whatever ends the worker, nothing more may be sent to it.
-                let _ends = SetWhenDropped(stopping);
-                Worker::new(device, tokenizer, limits, metrics).run(&received);
+                let mut ending = Ending {
+                    stopping,
+                    end,
+                    how: End::DeviceLost,
+                };
+                if Worker::new(device, tokenizer, limits, metrics)
+                    .run(&received)
+                    .is_ok()
+                {
+                    ending.how = End::Told;
+                }
             })?;
         Ok((engine, thread))
     }
@@ -251,37 +319,35 @@ impl Engine {
         &self.limits
     }
 
-    /// Whether there is room in the queue at this moment; nothing is taken.
+    /// Whether there is room in the queue for `client` at this moment; nothing is taken.
     ///
     /// # Errors
     /// [`Refusal`].
-    pub fn check_room(&self) -> Result<(), Refusal> {
-        let waiting = self.waiting.load(Ordering::SeqCst);
-        if self.is_stopping() {
-            Err(Refusal::Stopping)
-        } else if waiting >= self.limits.max_queue {
-            Err(Refusal::Busy(waiting))
-        } else {
-            Ok(())
-        }
-    }
-
-    /// Takes places in the queue, to be had before any work is put into a request.
-    ///
-    /// # Errors
-    /// [`Refusal`].
-    pub fn reserve(&self, count: usize) -> Result<QueuePlace, Refusal> {
+    pub fn check_room(&self, client: u64) -> Result<(), Refusal> {
         if self.is_stopping() {
             return Err(Refusal::Stopping);
         }
-        let limit = self.limits.max_queue;
-        self.waiting
-            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |waiting| {
-                (waiting + count <= limit).then_some(waiting + count)
-            })
-            .map_err(Refusal::Busy)?;
+        let held = self.queue.by_client().get(&client).copied().unwrap_or(0);
+        self.queue.check(held, 1, self.limits.max_queue)
+    }
+
+    /// Takes places in the queue for `client`, to be had before any work is put into a request.
+    ///
+    /// # Errors
+    /// [`Refusal`].
+    pub fn reserve(&self, client: u64, count: usize) -> Result<QueuePlace, Refusal> {
+        if self.is_stopping() {
+            return Err(Refusal::Stopping);
+        }
+        let mut all = self.queue.by_client();
+        let held = all.get(&client).copied().unwrap_or(0);
+        self.queue.check(held, count, self.limits.max_queue)?;
+        all.insert(client, held + count);
+        self.queue.waiting.fetch_add(count, Ordering::SeqCst);
+        drop(all);
         Ok(QueuePlace {
-            waiting: self.waiting.clone(),
+            queue: self.queue.clone(),
+            client,
             count,
         })
     }
@@ -346,6 +412,19 @@ impl Engine {
     pub fn abort(&self) {
         self.stopping.store(true, Ordering::SeqCst);
         let _ = self.commands.send(Command::Abort);
+    }
+
+    /// Waits until the worker has ended, and says how.
+    pub async fn ended(&self) -> End {
+        let mut end = self.end.clone();
+        let ended = end.wait_for(Option::is_some).await;
+        // The sender says so before it goes.
+        ended.ok().and_then(|end| *end).unwrap_or(End::DeviceLost)
+    }
+
+    /// How the worker ended, if it has.
+    pub fn end(&self) -> Option<End> {
+        *self.end.borrow()
     }
 
     /// Whether nothing new is taken.

@@ -1,5 +1,11 @@
 //! A prompt as the engine takes it: ids, positions, images, and what tells equal beginnings.
 
+use std::{
+    any::Any,
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+};
+
 use sha2::{Digest, Sha256};
 
 use crate::{
@@ -11,11 +17,48 @@ use crate::{
     },
 };
 
+/// Memory that is counted somewhere for as long as this is kept.
+pub type HeldMemory = Box<dyn Any + Send + Sync>;
+
+/// Patches of one image: given up when the device has seen them, and made again if they are wanted
+/// again, which a preempted sequence may do.
+pub struct Patches {
+    made: Mutex<Option<Arc<ImageInput>>>,
+    again: Box<dyn Fn() -> ImageInput + Send + Sync>,
+}
+
+impl fmt::Debug for Patches {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Patches")
+    }
+}
+
+impl Patches {
+    /// Patches, and how the same ones are made again.
+    pub fn new(made: ImageInput, again: impl Fn() -> ImageInput + Send + Sync + 'static) -> Self {
+        Self {
+            made: Mutex::new(Some(Arc::new(made))),
+            again: Box::new(again),
+        }
+    }
+
+    /// The patches.
+    pub fn get(&self) -> Arc<ImageInput> {
+        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        made.get_or_insert_with(|| Arc::new((self.again)())).clone()
+    }
+
+    fn give_up(&self) {
+        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        *made = None;
+    }
+}
+
 /// One image of a prompt.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug)]
 pub struct PreparedImage {
     /// Patches of this image alone.
-    pub input: ImageInput,
+    pub patches: Patches,
     /// SHA-256 of patches and grid.
     pub hash: [u8; 32],
     /// Place of its first token in the prompt.
@@ -25,7 +68,7 @@ pub struct PreparedImage {
 }
 
 /// A checked prompt.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug)]
 pub struct PreparedPrompt {
     /// Token ids, image placeholders expanded.
     pub input_ids: Vec<u32>,
@@ -37,6 +80,10 @@ pub struct PreparedPrompt {
     pub images: Vec<PreparedImage>,
     /// One key a token: two prompts with equal first keys have equal first keys and values.
     pub keys: Vec<u128>,
+    /// What is counted for the patches.
+    pub patch_memory: Mutex<Option<HeldMemory>>,
+    /// What is counted for all the rest.
+    pub memory: Option<HeldMemory>,
 }
 
 /// Key of a text token.
@@ -65,7 +112,7 @@ impl PreparedPrompt {
     /// agree with their places.
     pub fn new(
         input_ids: Vec<u32>,
-        images: Vec<ImageInput>,
+        images: Vec<Patches>,
         config: &Qwen3VlConfig,
     ) -> Result<Self, GenerateError> {
         if input_ids.is_empty() {
@@ -81,13 +128,14 @@ impl PreparedPrompt {
         let merge = config.vision_config.spatial_merge_size;
         let grids: Vec<[usize; 3]> = images
             .iter()
-            .flat_map(|image| image.image_grid_thw.iter().copied())
+            .flat_map(|image| image.get().image_grid_thw.clone())
             .collect();
         let (positions, delta) = rope_index(&input_ids, &grids, config.image_token_id, merge)?;
         let mut keys: Vec<u128> = input_ids.iter().map(|id| token_key(*id)).collect();
         let mut prepared = Vec::with_capacity(images.len());
         let mut at = 0;
-        for input in images {
+        for patches in images {
+            let input = patches.get();
             let tokens = input.patches() / (merge * merge);
             while at < input_ids.len() && input_ids[at] != config.image_token_id {
                 at += 1;
@@ -97,7 +145,7 @@ impl PreparedPrompt {
                 *key = image_key(&hash, index);
             }
             prepared.push(PreparedImage {
-                input,
+                patches,
                 hash,
                 first_token: at,
                 tokens,
@@ -110,7 +158,19 @@ impl PreparedPrompt {
             delta,
             images: prepared,
             keys,
+            patch_memory: Mutex::new(None),
+            memory: None,
         })
+    }
+
+    /// Gives the patches up, and what is counted for them: the prompt is in the cache.
+    pub fn give_up_patches(&self) {
+        self.images.iter().for_each(|image| image.patches.give_up());
+        let mut memory = self
+            .patch_memory
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *memory = None;
     }
 
     /// Number of tokens.

@@ -8,10 +8,10 @@ use std::{
 };
 
 use rayon::prelude::*;
-use tokio::sync::{mpsc::UnboundedSender, oneshot};
+use tokio::sync::oneshot;
 
 use super::{
-    Command, Done, EngineLimits, Event, Failure, QueuePlace, Submission,
+    Command, Done, EngineLimits, Event, Failure, QueuePlace,
     prefix::{PrefixCache, SHORTEST, shared_prefix},
     sequence::{Phase, Sequence},
 };
@@ -19,6 +19,7 @@ use crate::{
     backend::panic_text,
     generate::backend::{AdapterId, Chunk, DecodeBackend, SlotId, StepRow, Stepped},
     processor::tokenizer::Tokenizer,
+    qwen3_vl::rope::Positions,
     serve::metrics::Metrics,
 };
 
@@ -35,12 +36,16 @@ pub(super) fn whole_blocks(tokens: usize) -> usize {
     tokens / BLOCK * BLOCK
 }
 
+/// Failed device calls in a row after which the device is tried by itself.
+const FAILURES: u32 = 3;
+
+/// Clients whose last turn is remembered, at most.
+const MAX_TURNS: usize = 1024;
+
 struct Queued {
-    submission: Box<Submission>,
-    events: UnboundedSender<Event>,
-    submitted: Instant,
-    /// Given back when the sequence joins the batch.
-    _place: QueuePlace,
+    sequence: Sequence,
+    /// Given back when the sequence joins the batch; a preempted one has none.
+    _place: Option<QueuePlace>,
 }
 
 /// The features of the images of one prompt, as far as they are still needed.
@@ -61,6 +66,13 @@ pub(super) struct Worker<D: DecodeBackend> {
     adapters: HashSet<AdapterId>,
     unloads: Vec<(AdapterId, oneshot::Sender<()>)>,
     draining: bool,
+    /// Sequences that have arrived.
+    arrivals: u64,
+    /// When each client last had a sequence join the batch, in joins since the start.
+    turns: HashMap<u64, u64>,
+    joins: u64,
+    /// Device calls that failed since one last went well.
+    failures: u32,
 }
 
 impl<D: DecodeBackend> Worker<D> {
@@ -82,12 +94,35 @@ impl<D: DecodeBackend> Worker<D> {
             adapters: HashSet::new(),
             unloads: Vec::new(),
             draining: false,
+            arrivals: 0,
+            turns: HashMap::new(),
+            joins: 0,
+            failures: 0,
         }
     }
 
-    pub(super) fn run(mut self, commands: &mpsc::Receiver<Command>) {
+    /// Works until there is nothing to wait for.
+    ///
+    /// # Errors
+    /// When the device does not work any more.
+    pub(super) fn run(mut self, commands: &mpsc::Receiver<Command>) -> Result<(), DeviceLost> {
+        let ended = self.work(commands);
+        let failure = match ended {
+            Ok(()) => Failure::Stopping,
+            Err(DeviceLost) => Failure::Internal,
+        };
+        let queued = self.queue.drain(..).map(|queued| queued.sequence);
+        for sequence in self.running.drain(..).chain(queued) {
+            sequence.fail(failure);
+        }
+        self.publish();
+        ended
+    }
+
+    fn work(&mut self, commands: &mpsc::Receiver<Command>) -> Result<(), DeviceLost> {
         while self.receive(commands) {
             self.sweep();
+            self.grow();
             self.admit();
             // Before any token goes out: who sees one must find its sequence counted.
             self.publish();
@@ -96,16 +131,9 @@ impl<D: DecodeBackend> Worker<D> {
             self.step(&rows);
             self.finish_unloads();
             self.publish();
+            self.check_device()?;
         }
-        for sequence in &self.running {
-            sequence.fail(Failure::Stopping);
-        }
-        for queued in &self.queue {
-            let _ = queued.events.send(Event::Failed(Failure::Stopping));
-        }
-        self.running.clear();
-        self.queue.clear();
-        self.publish();
+        Ok(())
     }
 
     /// Takes all commands there are, waiting for one when there is nothing else to do; `false` ends
@@ -143,11 +171,16 @@ impl<D: DecodeBackend> Worker<D> {
                         let _ = events.send(Event::Failed(Failure::Unloaded));
                         continue;
                     }
+                    self.arrivals += 1;
                     self.queue.push_back(Queued {
-                        submission,
-                        events,
-                        submitted,
-                        _place: place,
+                        sequence: Sequence::new(
+                            *submission,
+                            events,
+                            submitted,
+                            self.arrivals,
+                            &self.tokenizer,
+                        ),
+                        _place: Some(place),
                     });
                 }
                 Command::Load { dir, reply } => {
@@ -177,12 +210,12 @@ impl<D: DecodeBackend> Worker<D> {
         let now = Instant::now();
         let metrics = &self.metrics;
         self.queue.retain(|queued| {
-            if queued.events.is_closed() {
+            if queued.sequence.is_cancelled() {
                 metrics.cancelled.add(1);
                 return false;
             }
-            if now >= queued.submission.deadline {
-                let _ = queued.events.send(Event::Failed(Failure::Deadline));
+            if now >= queued.sequence.deadline {
+                queued.sequence.fail(Failure::Deadline);
                 metrics.failed.add(1);
                 return false;
             }
@@ -222,45 +255,135 @@ impl<D: DecodeBackend> Worker<D> {
 
     /// Lets waiting sequences join while there is room.
     ///
-    /// The next one is that of the asker with the fewest sequences in the batch, the oldest among
-    /// equals. If it does not fit, nobody overtakes it: a long prompt must not wait for ever.
+    /// The next one is that of the client with the fewest sequences in the batch; among equals the
+    /// client whose last turn is longest ago, and of its sequences the oldest. If it does not fit,
+    /// nobody overtakes it: a long prompt must not wait for ever.
     fn admit(&mut self) {
-        while self.running.len() < self.limits.max_running {
-            let running = |client: u64| {
-                self.running
-                    .iter()
-                    .filter(|sequence| sequence.client == client)
-                    .count()
+        while let Some(next) = self.next_queued() {
+            let Some(victims) = self.room_for(&self.queue[next].sequence) else {
+                return;
             };
-            let Some(next) = self
-                .queue
+            let Some(Queued { mut sequence, .. }) = self.queue.remove(next) else {
+                return;
+            };
+            victims
+                .into_iter()
+                .for_each(|arrived| self.preempt(arrived));
+            sequence.reserved = cost_of(sequence.len());
+            self.evict_for(sequence.reserved);
+            self.joins += 1;
+            if self.turns.len() >= MAX_TURNS {
+                self.turns.clear();
+            }
+            self.turns.insert(sequence.client, self.joins);
+            self.running.push(sequence);
+        }
+    }
+
+    fn next_queued(&self) -> Option<usize> {
+        let mut running: HashMap<u64, usize> = HashMap::new();
+        for sequence in &self.running {
+            *running.entry(sequence.client).or_default() += 1;
+        }
+        let count = |of: &HashMap<u64, usize>, client| of.get(&client).copied().unwrap_or(0);
+        self.queue
+            .iter()
+            .enumerate()
+            .min_by_key(|(_, queued)| {
+                let sequence = &queued.sequence;
+                let turn = self.turns.get(&sequence.client).copied().unwrap_or(0);
+                (count(&running, sequence.client), turn, sequence.arrived)
+            })
+            .map(|(place, _)| place)
+    }
+
+    /// Which sequences (by order of arrival) have to make way so that `next` fits; `None` when it does
+    /// not fit. Only for a client that has nothing in the batch does anybody make way, and only those
+    /// that have several there.
+    fn room_for(&self, next: &Sequence) -> Option<Vec<u64>> {
+        let mut staying: Vec<&Sequence> = self.running.iter().collect();
+        let is_new = staying.iter().all(|other| other.client != next.client);
+        let mut victims = Vec::new();
+        loop {
+            let taken: usize = staying
                 .iter()
-                .enumerate()
-                .min_by_key(|(place, queued)| (running(queued.submission.client), *place))
-                .map(|(place, _)| place)
-            else {
-                return;
-            };
-            let submission = &self.queue[next].submission;
-            let reserved = cost_of(submission.prompt.len() + submission.max_new_tokens);
-            let in_use: usize = self.running.iter().map(|sequence| sequence.reserved).sum();
-            if in_use + reserved > self.limits.cache_tokens {
+                .map(|other| {
+                    // Everybody may grow by a block before somebody has to be preempted.
+                    let growth = cost_of(other.max_len()).saturating_sub(other.reserved);
+                    other.reserved + growth.min(BLOCK)
+                })
+                .sum();
+            if staying.len() < self.limits.max_running
+                && taken + cost_of(next.len()) <= self.limits.cache_tokens
+            {
+                return Some(victims);
+            }
+            let victim = is_new.then(|| greediest(&staying, 2)).flatten()?;
+            victims.push(staying.swap_remove(victim).arrived);
+        }
+    }
+
+    /// Drops kept sequences until `tokens` more fit.
+    fn evict_for(&mut self, tokens: usize) {
+        let in_use = self.in_use();
+        while in_use + self.prefixes.cost() + tokens > self.limits.cache_tokens {
+            let evicted = self.prefixes.evict();
+            if evicted.is_none() {
                 return;
             }
-            while in_use + self.prefixes.cost() + reserved > self.limits.cache_tokens {
-                let evicted = self.prefixes.evict();
-                self.free(evicted);
-            }
-            if let Some(queued) = self.queue.remove(next) {
-                self.running.push(Sequence::new(
-                    *queued.submission,
-                    queued.events,
-                    queued.submitted,
-                    reserved,
-                    &self.tokenizer,
-                ));
+            self.free(evicted);
+        }
+    }
+
+    fn in_use(&self) -> usize {
+        self.running.iter().map(|sequence| sequence.reserved).sum()
+    }
+
+    /// Gives sequences the blocks that their next token needs. When the cache is full, the youngest of
+    /// the client with the most sequences is preempted; the oldest of all never is, so every answer
+    /// comes to its end.
+    fn grow(&mut self) {
+        let mut order: Vec<u64> = self.running.iter().map(|one| one.arrived).collect();
+        order.sort_unstable();
+        for arrived in order {
+            while let Some(place) = self.running.iter().position(|one| one.arrived == arrived) {
+                let sequence = &self.running[place];
+                let needed = cost_of(sequence.len());
+                let more = needed.saturating_sub(sequence.reserved);
+                if more == 0 {
+                    break;
+                }
+                if self.in_use() + more <= self.limits.cache_tokens || self.running.len() == 1 {
+                    self.evict_for(more);
+                    self.running[place].reserved = needed;
+                    break;
+                }
+                let all: Vec<&Sequence> = self.running.iter().collect();
+                let Some(victim) = greediest(&all, 1).map(|place| all[place].arrived) else {
+                    break;
+                };
+                self.preempt(victim);
             }
         }
+    }
+
+    /// Puts a sequence of the batch back into the queue. What it generated stays its own; its keys and
+    /// values are kept as long as there is room for them, and computed again if there is not.
+    fn preempt(&mut self, arrived: u64) {
+        let Some(place) = self.running.iter().position(|one| one.arrived == arrived) else {
+            return;
+        };
+        let mut sequence = self.running.remove(place);
+        if matches!(sequence.phase, Phase::Prefill(_)) {
+            self.features.clear();
+        }
+        self.put_by(&sequence);
+        sequence.restart();
+        self.metrics.preempted.add(1);
+        self.queue.push_front(Queued {
+            sequence,
+            _place: None,
+        });
     }
 
     /// Puts as many tokens of prompts through the model as go between two steps, oldest prompt first.
@@ -287,14 +410,19 @@ impl<D: DecodeBackend> Worker<D> {
         };
         match computed {
             Ok((tokens, Some(logits))) => {
+                self.failures = 0;
                 self.features.clear();
                 let outcome = advance(&mut self.running[place], Stepped::Logits(logits));
                 self.settle(vec![(place, outcome)]);
                 Some(tokens)
             }
-            Ok((tokens, None)) => Some(tokens),
+            Ok((tokens, None)) => {
+                self.failures = 0;
+                Some(tokens)
+            }
             Err(reason) => {
                 log::error!("prefill failed: {reason}");
+                self.failures += 1;
                 self.features.clear();
                 self.running[place].fail(Failure::Internal);
                 self.metrics.failed.add(1);
@@ -307,7 +435,7 @@ impl<D: DecodeBackend> Worker<D> {
         }
     }
 
-    /// Number of tokens computed, and the logits behind the prompt when that was the last of it. Its
+    /// Number of tokens computed, and the logits after the prompt when that was the last of it. Its
     /// last token is left to the step of the batch, which chooses the next one where logits stay on the
     /// device, and computes a token the same way whether or not the rest was in the cache.
     fn prefill_chunk(&mut self, place: usize, budget: usize) -> (usize, Option<Vec<f32>>) {
@@ -318,6 +446,7 @@ impl<D: DecodeBackend> Worker<D> {
             None => self.begin(place),
         };
         let Phase::Prefill(from) = self.running[place].phase else {
+            prompt.give_up_patches();
             return (0, None);
         };
         let to = self.running[place].prefill_end().min(from + budget);
@@ -329,7 +458,7 @@ impl<D: DecodeBackend> Worker<D> {
                 continue;
             }
             if !self.features.contains_key(&index) {
-                let encoded = self.device.encode_image(adapter, &image.input);
+                let encoded = self.device.encode_image(adapter, &image.patches.get());
                 self.features.insert(index, encoded);
                 self.metrics.images_encoded.add(1);
             }
@@ -339,18 +468,20 @@ impl<D: DecodeBackend> Worker<D> {
                 self.features.remove(&index);
             }
         }
+        let (input_ids, positions) = self.running[place].tokens(from..to);
         let chunk = Chunk {
-            input_ids: &prompt.input_ids[from..to],
-            positions: prompt.positions_of(from..to),
+            input_ids: &input_ids,
+            positions,
             features,
-            wants_logits: to == prompt.len(),
+            wants_logits: to == self.running[place].len(),
         };
         let logits = self.device.prefill(slot, &chunk);
         self.metrics.prompt_tokens.add((to - from) as u64);
-        let phase = self.running[place].phase_behind(to);
+        let phase = self.running[place].phase_after(to);
         self.running[place].phase = phase;
-        if matches!(phase, Phase::Decode(_)) {
+        if to >= prompt.len() || matches!(phase, Phase::Decode(_)) {
             self.features.clear();
+            prompt.give_up_patches();
         }
         (to - from, logits)
     }
@@ -359,9 +490,9 @@ impl<D: DecodeBackend> Worker<D> {
     fn begin(&mut self, place: usize) -> SlotId {
         let sequence = &self.running[place];
         let (adapter, capacity) = (sequence.adapter, sequence.reserved);
-        let prompt = sequence.prompt.clone();
+        let keys = sequence.keys();
         // The last token always goes through the model: its logits are wanted.
-        let usable = &prompt.keys[..prompt.len() - 1];
+        let usable = &keys[..keys.len() - 1];
         let kept = if self.limits.prefix_cache {
             self.prefixes.find(adapter, usable)
         } else {
@@ -387,8 +518,8 @@ impl<D: DecodeBackend> Worker<D> {
         };
         let sequence = &mut self.running[place];
         sequence.slot = Some(slot);
-        sequence.cached_tokens = shared;
-        sequence.phase = sequence.phase_behind(shared);
+        sequence.cached_tokens.get_or_insert(shared);
+        sequence.phase = sequence.phase_after(shared);
         self.metrics.cached_tokens.add(shared as u64);
         if shared > 0 {
             self.metrics.prefix_hits.add(1);
@@ -427,7 +558,10 @@ impl<D: DecodeBackend> Worker<D> {
         }
         let device = &mut self.device;
         let computed: Vec<Result<Stepped, Failure>> = match guarded(|| device.step(step)) {
-            Ok(stepped) => stepped.into_iter().map(Ok).collect(),
+            Ok(stepped) => {
+                self.failures = 0;
+                stepped.into_iter().map(Ok).collect()
+            }
             Err(reason) => {
                 log::error!("a step of {} rows failed: {reason}", step.len());
                 let kept = self.prefixes.clear();
@@ -460,7 +594,8 @@ impl<D: DecodeBackend> Worker<D> {
 
     /// After a step that failed: each row by itself, so that only the guilty one ends.
     fn step_alone(&mut self, rows: &[StepRow]) -> Vec<Result<Stepped, Failure>> {
-        rows.iter()
+        let stepped: Vec<Result<Stepped, Failure>> = rows
+            .iter()
             .map(|row| {
                 let device = &mut self.device;
                 match guarded(|| device.step(std::slice::from_ref(row)).pop()) {
@@ -472,7 +607,54 @@ impl<D: DecodeBackend> Worker<D> {
                     }
                 }
             })
-            .collect()
+            .collect();
+        if stepped.iter().any(Result::is_ok) {
+            self.failures = 0;
+        } else {
+            self.failures += 1;
+        }
+        stepped
+    }
+
+    /// After several failures in a row: tries one token of our own, which no request can spoil.
+    ///
+    /// # Errors
+    /// When that fails as well.
+    fn check_device(&mut self) -> Result<(), DeviceLost> {
+        // A full cache would refuse the token; sequences end, and the next failure asks again.
+        if self.failures < FAILURES || self.in_use() + BLOCK > self.limits.cache_tokens {
+            return Ok(());
+        }
+        self.evict_for(BLOCK);
+        let device = &mut self.device;
+        let tried = guarded(|| {
+            let slot = device.start(AdapterId::BASE, BLOCK);
+            let mut positions = Positions::default();
+            positions.push([0; 3]);
+            let chunk = Chunk {
+                input_ids: &[0],
+                positions,
+                features: Vec::new(),
+                wants_logits: true,
+            };
+            let logits = device.prefill(slot, &chunk);
+            device.free(slot);
+            logits.is_some()
+        });
+        match tried {
+            Ok(true) => {
+                self.failures = 0;
+                Ok(())
+            }
+            Ok(false) => Err(DeviceLost),
+            Err(reason) => {
+                log::error!(
+                    "the device failed {} times in a row and does not work any more: {reason}",
+                    self.failures
+                );
+                Err(DeviceLost)
+            }
+        }
     }
 
     /// Counts new tokens and takes sequences that are over out of the batch.
@@ -505,18 +687,24 @@ impl<D: DecodeBackend> Worker<D> {
         }
     }
 
-    /// Takes a finished sequence out of the batch; its keys and values stay for the next question.
+    /// Takes a finished sequence out of the batch.
     fn retire(&mut self, place: usize) {
         let sequence = self.running.remove(place);
+        self.put_by(&sequence);
+    }
+
+    /// Keeps the keys and values of a sequence that has left the batch, for the next question or its
+    /// own return; frees them where nothing is kept.
+    fn put_by(&mut self, sequence: &Sequence) {
         let Some(slot) = sequence.slot else {
             return;
         };
         let unloading = self.unloads.iter().any(|(id, _)| *id == sequence.adapter);
-        if !self.limits.prefix_cache || unloading {
+        let keys = sequence.held_keys();
+        if !self.limits.prefix_cache || unloading || keys.is_empty() {
             self.free(Some(slot));
             return;
         }
-        let keys = sequence.cached_keys();
         let cost = cost_of(keys.len());
         let superfluous = self.prefixes.keep(slot, sequence.adapter, keys, cost);
         self.free(superfluous);
@@ -533,7 +721,7 @@ impl<D: DecodeBackend> Worker<D> {
                 || self
                     .queue
                     .iter()
-                    .any(|queued| queued.submission.adapter == adapter);
+                    .any(|queued| queued.sequence.adapter == adapter);
             if used {
                 place += 1;
                 continue;
@@ -549,9 +737,8 @@ impl<D: DecodeBackend> Worker<D> {
     }
 
     fn publish(&self) {
-        let in_use: usize = self.running.iter().map(|sequence| sequence.reserved).sum();
         self.metrics.running.set(self.running.len() as u64);
-        self.metrics.cache_running_tokens.set(in_use as u64);
+        self.metrics.cache_running_tokens.set(self.in_use() as u64);
         self.metrics
             .cache_kept_tokens
             .set(self.prefixes.cost() as u64);
@@ -559,6 +746,20 @@ impl<D: DecodeBackend> Worker<D> {
             .cache_kept_sequences
             .set(self.prefixes.len() as u64);
     }
+}
+
+/// The device does not work any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct DeviceLost;
+
+/// Place of the youngest sequence of the client that has the most, `fewest` of them at least.
+fn greediest(sequences: &[&Sequence], fewest: usize) -> Option<usize> {
+    let count = |client| sequences.iter().filter(|one| one.client == client).count();
+    (0..sequences.len())
+        .map(|place| (count(sequences[place].client), place))
+        .filter(|(count, _)| *count >= fewest)
+        .max_by_key(|(count, place)| (*count, sequences[*place].arrived))
+        .map(|(_, place)| place)
 }
 
 type Outcome = Result<Option<Done>, Failure>;

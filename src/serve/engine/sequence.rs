@@ -1,6 +1,6 @@
 //! One answer on its way: from logits to a token, its text, and whether it was the last.
 
-use std::{collections::HashMap, sync::Arc, time::Instant};
+use std::{collections::HashMap, ops::Range, sync::Arc, time::Instant};
 
 use tokio::sync::mpsc::UnboundedSender;
 
@@ -14,6 +14,7 @@ use crate::{
         text::TextStream,
     },
     processor::tokenizer::Tokenizer,
+    qwen3_vl::rope::Positions,
 };
 
 /// Decides which tokens may come next, for instance those that lead to valid JSON.
@@ -63,7 +64,7 @@ impl Penalties {
 /// How far a sequence is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Phase {
-    /// Tokens of the prompt in the cache so far.
+    /// Tokens in the cache so far: of the prompt, and of the answer where it was preempted.
     Prefill(usize),
     /// The newest token, not in the cache yet.
     Decode(u32),
@@ -76,10 +77,12 @@ pub(super) struct Sequence {
     pub(super) prompt: Arc<PreparedPrompt>,
     pub(super) phase: Phase,
     pub(super) slot: Option<SlotId>,
-    /// Tokens of the cache's budget set aside for it.
+    /// Tokens of the cache's budget that it holds; grows with the answer.
     pub(super) reserved: usize,
-    /// Tokens of the prompt taken over from another sequence.
-    pub(super) cached_tokens: usize,
+    /// Tokens of the prompt that the first prefill took from another sequence; `None` before it.
+    pub(super) cached_tokens: Option<usize>,
+    /// Number in the order of arrival.
+    pub(super) arrived: u64,
     pub(super) deadline: Instant,
     pub(super) submitted: Instant,
     /// When its newest token came.
@@ -97,7 +100,7 @@ impl Sequence {
         submission: Submission,
         events: UnboundedSender<Event>,
         submitted: Instant,
-        reserved: usize,
+        arrived: u64,
         tokenizer: &Tokenizer,
     ) -> Self {
         Self {
@@ -106,8 +109,9 @@ impl Sequence {
             prompt: submission.prompt.clone(),
             phase: Phase::Prefill(0),
             slot: None,
-            reserved,
-            cached_tokens: 0,
+            reserved: 0,
+            cached_tokens: None,
+            arrived,
             deadline: submission.deadline,
             submitted,
             last_token: None,
@@ -125,9 +129,62 @@ impl Sequence {
         self.events.is_closed()
     }
 
+    /// Tokens of prompt and answer so far.
+    pub(super) fn len(&self) -> usize {
+        self.prompt.len() + self.generated.len()
+    }
+
+    /// Most tokens it may ever have.
+    pub(super) fn max_len(&self) -> usize {
+        self.prompt.len() + self.submission.max_new_tokens
+    }
+
     /// Position of the newest token.
     pub(super) fn position(&self) -> i64 {
-        (self.prompt.len() + self.generated.len() - 1) as i64 + self.prompt.delta
+        (self.len() - 1) as i64 + self.prompt.delta
+    }
+
+    /// Tokens `range` of prompt and answer, with their positions.
+    pub(super) fn tokens(&self, range: Range<usize>) -> (Vec<u32>, Positions) {
+        let prompt = self.prompt.len();
+        let of_prompt = range.start.min(prompt)..range.end.min(prompt);
+        let mut positions = self.prompt.positions_of(of_prompt.clone());
+        let mut ids = self.prompt.input_ids[of_prompt].to_vec();
+        for at in range.start.max(prompt)..range.end {
+            ids.push(self.generated[at - prompt]);
+            positions.push([at as i64 + self.prompt.delta; 3]);
+        }
+        (ids, positions)
+    }
+
+    /// Keys of all tokens.
+    pub(super) fn keys(&self) -> Vec<u128> {
+        let mut keys = self.prompt.keys.clone();
+        keys.extend(self.generated.iter().map(|id| token_key(*id)));
+        keys
+    }
+
+    /// Tokens in the cache.
+    fn held(&self) -> usize {
+        match self.phase {
+            Phase::Prefill(held) => held,
+            // The newest is on its way there.
+            Phase::Decode(_) => self.len() - 1,
+        }
+    }
+
+    /// Keys of the tokens in the cache.
+    pub(super) fn held_keys(&self) -> Vec<u128> {
+        let mut keys = self.keys();
+        keys.truncate(self.held());
+        keys
+    }
+
+    /// Forgets slot and cache; what was generated stays and goes through the model again.
+    pub(super) fn restart(&mut self) {
+        self.slot = None;
+        self.reserved = 0;
+        self.phase = Phase::Prefill(0);
     }
 
     /// Keys of the prompt's tokens that lie in the cache once the prompt is through: all, but for the
@@ -136,30 +193,23 @@ impl Sequence {
         &self.prompt.keys[..self.prompt.len() - usize::from(self.generated.is_empty())]
     }
 
-    /// Where the prompt's prefill ends: before its last token, if a step can take that, which is text.
+    /// Where prefill ends: before the last token, if a step can take that, which is text.
     pub(super) fn prefill_end(&self) -> usize {
-        let last = self.prompt.len() - 1;
-        let position = self.prompt.positions_of(last..last + 1);
+        let last = self.len() - 1;
+        let (_, position) = self.tokens(last..last + 1);
         let is_text = position.axes.iter().all(|axis| axis[0] == self.position());
         last + usize::from(!is_text)
     }
 
-    /// What comes when the first `held` tokens of the prompt lie in the cache.
-    pub(super) fn phase_behind(&self, held: usize) -> Phase {
-        match self.prompt.input_ids.get(held) {
-            Some(last) if held + 1 == self.prompt.len() && held == self.prefill_end() => {
+    /// What comes when the first `held` tokens are in the cache.
+    pub(super) fn phase_after(&self, held: usize) -> Phase {
+        let last = self.generated.last().or(self.prompt.input_ids.last());
+        match last {
+            Some(last) if held + 1 == self.len() && held == self.prefill_end() => {
                 Phase::Decode(*last)
             }
             _ => Phase::Prefill(held),
         }
-    }
-
-    /// Keys of the tokens that lie in the cache: all but the newest.
-    pub(super) fn cached_keys(&self) -> Vec<u128> {
-        let held = self.generated.len().saturating_sub(1);
-        let mut keys = self.prompt.keys.clone();
-        keys.extend(self.generated[..held].iter().map(|id| token_key(*id)));
-        keys
     }
 
     /// Tells the reader that there is no more.
@@ -252,7 +302,7 @@ impl Sequence {
             text: self.stream.finish(),
             reason,
             completion_tokens: self.generated.len(),
-            cached_tokens: self.cached_tokens,
+            cached_tokens: self.cached_tokens.unwrap_or(0),
         })
     }
 

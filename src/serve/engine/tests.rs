@@ -1,9 +1,7 @@
 //! The worker with a device made of arithmetic: who runs when, and who is not hurt by whom.
 
 use std::{
-    collections::HashMap,
     path::Path,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -31,6 +29,8 @@ struct Seen {
     first_tokens: Vec<u32>,
     /// Rows whose logits went to the host in a step.
     logits_read: usize,
+    /// Every call fails from now on.
+    dead: bool,
 }
 
 /// The next token is a function of all tokens so far, so a mixed-up row shows.
@@ -83,6 +83,7 @@ impl DecodeBackend for Arithmetic {
 
     fn prefill(&mut self, slot: SlotId, chunk: &Chunk<'_, ()>) -> Option<Vec<f32>> {
         let mut seen = self.seen();
+        assert!(!seen.dead, "the device is gone");
         seen.prefilled += chunk.input_ids.len();
         let tokens = seen.slots.get_mut(&slot).unwrap();
         if tokens.is_empty() {
@@ -98,6 +99,7 @@ impl DecodeBackend for Arithmetic {
     fn step(&mut self, rows: &[StepRow]) -> Vec<Stepped> {
         std::thread::sleep(self.delay);
         let seen = &mut *self.seen();
+        assert!(!seen.dead, "the device is gone");
         seen.largest_step = seen.largest_step.max(rows.len());
         let stepped: Vec<Stepped> = rows
             .iter()
@@ -188,6 +190,8 @@ fn prompt(ids: &[u32]) -> Arc<PreparedPrompt> {
         delta: 0,
         images: Vec::new(),
         keys: ids.iter().map(|id| prompt::token_key(*id)).collect(),
+        patch_memory: Mutex::default(),
+        memory: None,
     })
 }
 
@@ -209,7 +213,7 @@ fn submission(ids: &[u32], new: usize) -> Submission {
 }
 
 fn submit(bench: &Bench, submission: Submission) -> UnboundedReceiver<Event> {
-    let mut place = bench.engine.reserve(1).unwrap();
+    let mut place = bench.engine.reserve(submission.client, 1).unwrap();
     bench
         .engine
         .submit(submission, &mut place, Instant::now())
@@ -324,7 +328,7 @@ fn a_cancelled_request_frees_its_place_and_slot() {
     // The finished one is kept for its beginning; the cancelled ones are gone.
     assert_eq!(bench.seen.lock().unwrap().slots.len(), 1);
     assert_eq!(bench.metrics.cache_running_tokens.get(), 0);
-    assert_eq!(bench.engine.reserve(100).unwrap().count, 100);
+    assert_eq!(bench.engine.reserve(0, 88).unwrap().count, 88);
 }
 
 #[test]
@@ -342,13 +346,13 @@ fn a_full_queue_refuses_and_recovers() {
     let waiting: Vec<_> = (0..3)
         .map(|job| submit(&bench, submission(&[2, job], 2)))
         .collect();
-    assert_eq!(bench.engine.reserve(1).unwrap_err(), Refusal::Busy(3));
+    assert_eq!(bench.engine.reserve(0, 1).unwrap_err(), Refusal::Busy(3));
     drop(first);
     for receiver in waiting {
         assert!(wait(receiver).1.is_ok());
     }
-    assert!(bench.engine.reserve(3).is_ok());
-    assert_eq!(bench.engine.reserve(4).unwrap_err(), Refusal::Busy(0));
+    assert!(bench.engine.reserve(0, 3).is_ok());
+    assert_eq!(bench.engine.reserve(0, 4).unwrap_err(), Refusal::Busy(0));
 }
 
 #[test]
@@ -489,7 +493,7 @@ fn draining_finishes_what_there_is() {
         .map(|job| submit(&bench, submission(&[job], 20)))
         .collect();
     bench.engine.drain();
-    assert_eq!(bench.engine.reserve(1).unwrap_err(), Refusal::Stopping);
+    assert_eq!(bench.engine.reserve(0, 1).unwrap_err(), Refusal::Stopping);
     for (job, receiver) in receivers.into_iter().enumerate() {
         assert_eq!(wait(receiver).0, expected(&[job as u32], 20));
     }
@@ -600,4 +604,178 @@ fn one_seed_gives_one_answer_in_any_company() {
     let together: Vec<_> = together.into_iter().map(|one| wait(one).0).collect();
     assert_eq!(together[2], alone);
     assert_ne!(together[1], alone);
+}
+
+#[test]
+fn an_answer_holds_what_it_has_and_not_what_it_might_get() {
+    let bench = bench(
+        EngineLimits {
+            max_running: 8,
+            prefill_chunk: 64,
+            ..limits()
+        },
+        Duration::from_millis(1),
+    );
+    let receivers: Vec<_> = (0..16u32)
+        .map(|job| {
+            let mut one = submission(&[1 + job, 2, 3], 2000);
+            // One token of twenty: such answers end long before their limit.
+            one.eos_token_ids = (0..30).collect();
+            submit(&bench, one)
+        })
+        .collect();
+    for receiver in receivers {
+        assert_eq!(wait(receiver).1.unwrap().reason, FinishReason::Stop);
+    }
+    // Two of 2,003 tokens each would fill the cache of 4,096.
+    let together = bench.seen.lock().unwrap().largest_step;
+    assert!(together >= 6, "{together}");
+    assert_eq!(bench.metrics.preempted.get(), 0);
+}
+
+#[test]
+fn when_the_cache_is_full_the_youngest_waits_and_every_answer_is_whole() {
+    for prefix_cache in [true, false] {
+        let bench = bench(
+            EngineLimits {
+                cache_tokens: 1024,
+                prefix_cache,
+                ..limits()
+            },
+            Duration::ZERO,
+        );
+        let jobs: Vec<Vec<u32>> = (0..4).map(|job| vec![job, 7, 7]).collect();
+        // Three blocks each in the end, of four in all.
+        let receivers: Vec<_> = jobs
+            .iter()
+            .map(|ids| submit(&bench, submission(ids, 600)))
+            .collect();
+        for (ids, receiver) in jobs.iter().zip(receivers) {
+            let (tokens, done) = wait(receiver);
+            assert_eq!(tokens, expected(ids, 600));
+            assert_eq!(done.unwrap().completion_tokens, 600);
+        }
+        assert!(bench.metrics.preempted.get() > 0);
+        settle(&bench);
+        assert!(bench.metrics.cache_kept_tokens.get() <= 1024);
+    }
+}
+
+#[test]
+fn a_client_with_nothing_in_a_full_batch_gets_a_place_at_once() {
+    let bench = bench(
+        EngineLimits {
+            max_running: 2,
+            ..limits()
+        },
+        Duration::from_millis(1),
+    );
+    let mut many: Vec<_> = (0..10u32)
+        .map(|job| {
+            let mut one = submission(&[100 + job], 300);
+            one.client = 1;
+            submit(&bench, one)
+        })
+        .collect();
+    assert!(matches!(many[1].blocking_recv(), Some(Event::Token { .. })));
+    let mut single = submission(&[500], 5);
+    single.client = 2;
+    assert_eq!(
+        wait(submit(&bench, single)).0,
+        expected(&[500], 5),
+        "the other client's answer"
+    );
+    assert_eq!(bench.metrics.finished.get(), 1, "it came first");
+    assert_eq!(bench.metrics.preempted.get(), 1);
+    // Who made way goes on where it was.
+    let tokens = wait(many.swap_remove(1)).0;
+    assert_eq!(tokens, expected(&[101], 300)[1..]);
+    for receiver in many {
+        assert!(wait(receiver).1.is_ok());
+    }
+}
+
+#[test]
+fn clients_take_turns_where_there_is_one_place() {
+    let bench = bench(
+        EngineLimits {
+            max_running: 1,
+            ..limits()
+        },
+        Duration::from_millis(1),
+    );
+    let of = |client: u64, token: u32| {
+        let mut one = submission(&[token], 10);
+        one.client = client;
+        submit(&bench, one)
+    };
+    let many: Vec<_> = (0..20).map(|job| of(1, 100 + job)).collect();
+    let few: Vec<_> = (0..2).map(|job| of(2, 500 + job)).collect();
+    for receiver in few.into_iter().chain(many) {
+        assert!(wait(receiver).1.is_ok());
+    }
+    let order = bench.seen.lock().unwrap().first_tokens.clone();
+    let place = |token| order.iter().position(|found| *found == token).unwrap();
+    assert!(place(500) <= 2 && place(501) <= 4, "{order:?}");
+}
+
+#[test]
+fn a_device_that_fails_three_times_in_a_row_ends_the_engine() {
+    let bench = bench(limits(), Duration::ZERO);
+    assert!(wait(submit(&bench, submission(&[1, 2], 5))).1.is_ok());
+    bench.seen.lock().unwrap().dead = true;
+    for job in 0..3 {
+        let failed = wait(submit(&bench, submission(&[job, 2], 5)));
+        assert_eq!(failed.1, Err(Failure::Internal));
+    }
+    bench.thread.join().unwrap();
+    assert_eq!(bench.engine.end(), Some(End::DeviceLost));
+    assert!(bench.engine.is_stopping());
+    assert_eq!(bench.engine.reserve(0, 1).unwrap_err(), Refusal::Stopping);
+}
+
+#[test]
+fn requests_that_fail_by_themselves_do_not_end_the_engine() {
+    let bench = bench(limits(), Duration::ZERO);
+    for job in 0..10 {
+        let failed = wait(submit(&bench, submission(&[job, POISON, 2], 5)));
+        assert_eq!(failed.1, Err(Failure::Internal));
+    }
+    assert_eq!(
+        wait(submit(&bench, submission(&[1, 2], 5))).0,
+        expected(&[1, 2], 5)
+    );
+    assert_eq!(bench.engine.end(), None);
+}
+
+#[test]
+fn patches_are_given_up_once_the_prompt_is_in_the_cache() {
+    let bench = bench(limits(), Duration::from_millis(1));
+    let counted = Arc::new(());
+    let mut one = submission(&(1..40).collect::<Vec<_>>(), 500);
+    let prompt = Arc::get_mut(&mut one.prompt).unwrap();
+    prompt.patch_memory = Mutex::new(Some(Box::new(counted.clone())));
+    prompt.memory = Some(Box::new(counted.clone()));
+    let mut events = submit(&bench, one);
+    assert_eq!(Arc::strong_count(&counted), 3);
+    assert!(matches!(events.blocking_recv(), Some(Event::Token { .. })));
+    assert_eq!(Arc::strong_count(&counted), 2, "the patches'");
+    drop(events);
+    settle(&bench);
+    assert_eq!(Arc::strong_count(&counted), 1, "the prompt's");
+}
+
+#[test]
+fn one_client_does_not_fill_the_queue() {
+    let bench = bench(limits(), Duration::ZERO);
+    let engine = &bench.engine;
+    let many = engine.reserve(1, 88).unwrap();
+    assert_eq!(engine.reserve(1, 1).unwrap_err(), Refusal::Busy(88));
+    assert_eq!(engine.check_room(1), Err(Refusal::Busy(88)));
+    assert_eq!(engine.check_room(2), Ok(()));
+    let few = engine.reserve(2, 12).unwrap();
+    assert_eq!(engine.reserve(3, 1).unwrap_err(), Refusal::Busy(100));
+    drop((many, few));
+    assert!(engine.reserve(1, 88).is_ok());
+    assert!(engine.queue.by_client().is_empty());
 }

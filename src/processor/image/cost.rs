@@ -1,0 +1,112 @@
+//! What decoding a picture takes, told by its header before anything is decoded.
+
+use std::io::Cursor;
+
+use image::{ImageDecoder, metadata::Orientation};
+
+use super::{
+    DecodeLimits, ImageError, PictureFormat, check_file_size, dicom, dicom_refusal, guarded, open,
+    orientation,
+};
+
+/// Most bytes that deflate makes of one.
+///
+/// Source: zlib's technical details, "Maximum Compression Factor".
+const LARGEST_INFLATION: u64 = 1032;
+
+/// The transfer syntax of a DICOM file that is deflated as a whole, and the bytes it is named within.
+const DEFLATED: &[u8] = b"1.2.840.10008.1.2.1.99";
+const META_BYTES: usize = 2048;
+
+/// What decoding a picture takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DecodingCost {
+    /// Pixels.
+    pub pixels: u64,
+    /// Bytes of memory, the 8-bit RGB picture that remains included.
+    pub bytes: u64,
+}
+
+/// What decoding the picture in `bytes` takes; `name` stands for it in messages.
+///
+/// # Errors
+/// Those of [`super::decode`] that a header can show.
+pub fn decoding_cost(
+    bytes: &[u8],
+    name: &str,
+    limits: &DecodeLimits,
+) -> Result<DecodingCost, ImageError> {
+    check_file_size(bytes.len() as u64, name, limits)?;
+    let format = PictureFormat::of(bytes, name)?;
+    guarded(format, name, || {
+        if format != PictureFormat::Dicom {
+            let mut decoder = open(Cursor::new(bytes), format, name, limits)?;
+            let (width, height) = decoder.dimensions();
+            let pixels = u64::from(width) * u64::from(height);
+            let stored = decoder.total_bytes();
+            // Coefficients of a progressive file, 16 bits each.
+            let coefficients = match format {
+                PictureFormat::Jpeg => 2 * stored,
+                _ => 0,
+            };
+            let turned = match orientation(&mut decoder) {
+                Orientation::NoTransforms => 0,
+                _ => stored,
+            };
+            return Ok(DecodingCost {
+                pixels,
+                bytes: stored + coefficients.max(turned) + 3 * pixels,
+            });
+        }
+        let meta = &bytes[..bytes.len().min(META_BYTES)];
+        if meta.windows(DEFLATED.len()).any(|part| part == DEFLATED) {
+            // Nothing is known before it is inflated.
+            let inflated = (bytes.len() as u64)
+                .saturating_mul(LARGEST_INFLATION)
+                .min(limits.max_decoded_bytes);
+            let pixels = inflated.min(limits.max_decoded_pixels);
+            return Ok(DecodingCost {
+                pixels,
+                bytes: inflated + 8 * pixels,
+            });
+        }
+        let (width, height, _) =
+            dicom::probe(bytes, limits).map_err(|cause| dicom_refusal(cause, name, limits))?;
+        let pixels = u64::from(width) * u64::from(height);
+        Ok(DecodingCost {
+            pixels,
+            // Samples of 16 bits, of a codec and in order; grey levels; RGB.
+            bytes: 8 * pixels,
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cost_is_told_by_the_header_alone() {
+        let mut png = Cursor::new(Vec::new());
+        image::DynamicImage::new_rgb16(300, 200)
+            .write_to(&mut png, image::ImageFormat::Png)
+            .unwrap();
+        let mut png = png.into_inner();
+        let limits = DecodeLimits::default();
+        let cost = decoding_cost(&png, "x", &limits).unwrap();
+        assert_eq!(cost.pixels, 60_000);
+        assert_eq!(cost.bytes, 60_000 * (6 + 3));
+        // The pixels are not looked at.
+        let end = png.len() - 40;
+        png[end..].fill(0);
+        assert_eq!(decoding_cost(&png, "x", &limits).unwrap(), cost);
+        let small = DecodeLimits {
+            max_decoded_pixels: 59_999,
+            ..limits
+        };
+        assert!(matches!(
+            decoding_cost(&png, "x", &small),
+            Err(ImageError::TooManyPixels { .. })
+        ));
+    }
+}
