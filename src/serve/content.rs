@@ -3,16 +3,16 @@
 use std::sync::Arc;
 
 use axum::http::StatusCode;
-use base64::{Engine as _, engine::general_purpose};
 use hyper::body::Bytes;
 
 use super::{
     App,
+    data_url::base64_bytes,
     engine::PreparedPrompt,
     error::ApiError,
     fetch::fetch_image,
     models::ModelEntry,
-    types::{ChatContent, ChatMessage, ChatPart},
+    types::{ChatContent, ChatMessage, ChatPart, ImageRemark},
 };
 use crate::{
     generate::GenerateError,
@@ -22,6 +22,7 @@ use crate::{
         dicom::DicomError,
         image::ImageError,
         message::{Content, Message, Part, Role},
+        remark::{Remark, RemarkKind},
         tokenizer::TokenizerError,
     },
 };
@@ -167,10 +168,7 @@ fn source(url: &str, index: usize, urls_allowed: bool) -> Result<Source, ApiErro
             return Err(wrong(form));
         }
         // What it is the content decides; the declared type may lie.
-        let bytes = general_purpose::STANDARD
-            .decode(data.trim())
-            .or_else(|_| general_purpose::STANDARD_NO_PAD.decode(data.trim()))
-            .map_err(|_| wrong("is not valid base64"))?;
+        let bytes = base64_bytes(data).ok_or_else(|| wrong("is not valid base64"))?;
         return Ok(Source::Bytes(bytes));
     }
     if scheme("http://") || scheme("https://") {
@@ -194,12 +192,26 @@ fn encode(
 ) -> Result<PreparedPrompt, ApiError> {
     let mut inputs = Vec::with_capacity(images.len());
     let mut grids = Vec::with_capacity(images.len());
+    let mut remarks = Vec::new();
+    if images.is_empty() {
+        let text = "the request holds no image: what is said of one is made up";
+        remarks.push(ImageRemark {
+            image: None,
+            remark: Remark::new(RemarkKind::NoImage, text),
+        });
+    }
     for (index, bytes) in images.iter().enumerate() {
         let name = image_name(index);
         let patches = parts
             .images
-            .decode(bytes, &name)
-            .and_then(|picture| parts.images.process(&picture))
+            .decode_with_remarks(bytes, &name)
+            .and_then(|reading| {
+                remarks.extend(reading.remarks.into_iter().map(|remark| ImageRemark {
+                    image: Some(index + 1),
+                    remark,
+                }));
+                parts.images.process(&reading.picture)
+            })
             .map_err(|error| image_error(&name, &error))?;
         grids.push(patches.grid_thw);
         inputs.push(crate::qwen3_vl::ImageInput {
@@ -216,13 +228,16 @@ fn encode(
         parts.config.vision_config.spatial_merge_size,
     )
     .map_err(chat_error)?;
-    PreparedPrompt::new(ids, inputs, &parts.config).map_err(|error| match error {
-        GenerateError::Empty => ApiError::invalid("messages", "the prompt is empty"),
-        other => {
-            log::error!("a prompt could not be made: {other}");
-            ApiError::internal()
-        }
-    })
+    let mut prompt =
+        PreparedPrompt::new(ids, inputs, &parts.config).map_err(|error| match error {
+            GenerateError::Empty => ApiError::invalid("messages", "the prompt is empty"),
+            other => {
+                log::error!("a prompt could not be made: {other}");
+                ApiError::internal()
+            }
+        })?;
+    prompt.remarks = remarks;
+    Ok(prompt)
 }
 
 /// Own words for what is wrong with an image: a decoder's may carry what is nobody's business.

@@ -7,20 +7,25 @@
 //!
 //! Uploads live in memory only, and the log holds ids and sizes, never content.
 
+mod audit;
 pub mod auth;
 pub mod chat;
 pub mod client;
 pub mod content;
+mod data_url;
 pub mod engine;
 pub mod error;
 pub mod fetch;
+mod fields;
 pub mod grammar;
 pub mod http;
 pub mod metrics;
 pub mod models;
 pub mod preview;
 pub mod reasoning;
+mod request;
 pub mod router;
+mod schema;
 pub mod settings;
 mod stream;
 #[cfg(feature = "tls")]
@@ -36,6 +41,8 @@ use std::{
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 
 use crate::{generate::SamplingConfig, pipeline::TextAndImages, processor::image::DecodeLimits};
+use audit::Audit;
+use auth::ApiKey;
 use engine::Engine;
 use error::ApiError;
 use grammar::GrammarFactory;
@@ -68,9 +75,14 @@ pub struct ServeConfig {
     /// Fetches images from public addresses.
     pub allow_image_urls: bool,
     /// Keys of which one must be shown; none: everybody is let in.
-    pub api_keys: Vec<String>,
+    pub api_keys: Vec<ApiKey>,
     /// Folder whose folders may be loaded as adapters at run time.
     pub adapter_dir: Option<PathBuf>,
+    /// Passes over unknown fields of a request, and names them in the answer, instead of refusing it.
+    pub lenient: bool,
+    /// Whether the page keeps a history of reports in the browser without being told to; where nothing is
+    /// said, the page does so on the server's own machine only.
+    pub page_history: Option<bool>,
     /// Names the server goes by, for the check of the `Host` header; empty: any.
     pub host_names: Vec<String>,
     /// Names a page may come from besides the `Host` itself, as behind a proxy that replaces it.
@@ -106,6 +118,8 @@ pub struct App {
     /// Kibibytes of bodies in memory at once.
     body_kib: Semaphore,
     grammar: OnceLock<Option<GrammarFactory>>,
+    /// Lines of the log about requests.
+    audit: Arc<Audit>,
 }
 
 impl App {
@@ -130,6 +144,7 @@ impl App {
             body_kib: Semaphore::new(body_kib.min(Semaphore::MAX_PERMITS)),
             config,
             grammar: OnceLock::new(),
+            audit: Arc::default(),
         }
     }
 
@@ -146,6 +161,15 @@ impl App {
     async fn permit_to_decode(&self) -> Result<OwnedSemaphorePermit, ApiError> {
         let permit = self.preparing.clone().acquire_owned().await;
         permit.map_err(|_| ApiError::internal())
+    }
+
+    /// Tokens of prompt and answer together.
+    pub fn context(&self) -> usize {
+        self.parts
+            .config
+            .text_config
+            .max_position_embeddings
+            .min(self.engine.limits().cache_tokens)
     }
 
     /// The maker of JSON constraints; `None` when the vocabulary cannot be used for it.

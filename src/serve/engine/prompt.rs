@@ -2,6 +2,7 @@
 
 use sha2::{Digest, Sha256};
 
+use crate::serve::types::ImageRemark;
 use crate::{
     generate::GenerateError,
     qwen3_vl::{
@@ -37,6 +38,8 @@ pub struct PreparedPrompt {
     pub images: Vec<PreparedImage>,
     /// One key a token: two prompts with equal first keys have equal first keys and values.
     pub keys: Vec<u128>,
+    /// What a reader of the answer should know about the images; the worker does not look at it.
+    pub remarks: Vec<ImageRemark>,
 }
 
 /// Key of a text token.
@@ -110,6 +113,7 @@ impl PreparedPrompt {
             delta,
             images: prepared,
             keys,
+            remarks: Vec::new(),
         })
     }
 

@@ -188,6 +188,7 @@ fn prompt(ids: &[u32]) -> Arc<PreparedPrompt> {
         delta: 0,
         images: Vec::new(),
         keys: ids.iter().map(|id| prompt::token_key(*id)).collect(),
+        remarks: Vec::new(),
     })
 }
 
