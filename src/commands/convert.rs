@@ -34,7 +34,8 @@ impl From<SplitName> for Split {
 /// Arguments of `convert`.
 #[derive(Debug, Clone, Args)]
 pub struct ConvertArgs {
-    /// Corpus: OpenI-zh's `annotations` or `img`/`prompt`/`label` rows, or JSONL in ms-swift's form.
+    /// Corpus: OpenI-zh's `annotations` or `img`/`prompt`/`label` rows, JSONL in ms-swift's form, or JSON rows of
+    /// other keys with --image-key and --report-key.
     #[arg(value_name = "INPUT.json")]
     pub input: PathBuf,
     /// Key of the image (a path or a list of them) in a corpus of another form: JSON rows, one a line, as a list, or

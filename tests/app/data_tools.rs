@@ -197,6 +197,7 @@ fn the_split_by_row_is_the_published_one() {
     assert_eq!(count(Kind::LeakStudy), 283);
     assert!(count(Kind::LeakReport) > 200);
 
+    fs::remove_dir_all(&out).unwrap();
     let by_study = ConvertOptions {
         split: Split::Uid,
         ..by_row
