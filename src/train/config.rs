@@ -125,6 +125,7 @@ pub struct TrainConfig {
     pub deterministic: bool,
     pub vit_gradient_checkpointing: bool,
 
+    pub logging_steps: usize,
     pub eval_steps: usize,
     pub eval_generate: usize,
     pub eval_max_new_tokens: usize,
@@ -183,6 +184,7 @@ impl Default for TrainConfig {
             memory_budget: None,
             deterministic: false,
             vit_gradient_checkpointing: true,
+            logging_steps: 0,
             eval_steps: 100,
             eval_generate: 0,
             eval_max_new_tokens: 512,
@@ -211,6 +213,7 @@ const FREE_ON_RESUME: &[&str] = &[
     "output_dir",
     "device",
     "dtype",
+    "logging_steps",
     "save_steps",
     "save_total_limit",
     "dataloader_num_workers",
