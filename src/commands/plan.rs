@@ -18,6 +18,7 @@ use crate::{
         budget::{Budget, Form},
         config::TrainConfig,
         plan::{Plan, Throughput},
+        words::counted,
     },
 };
 
@@ -124,7 +125,8 @@ pub fn run(args: &PlanArgs) -> Result<()> {
         .count();
     if over > 0 {
         println!(
-            "{over} samples are longer than max_length {}",
+            "{} longer than max_length {}",
+            counted(over, "sample is", "samples are"),
             config.max_length
         );
     }

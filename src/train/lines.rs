@@ -45,7 +45,7 @@ impl StepLines {
     pub(super) fn new(every: usize, before: usize, total: usize) -> Self {
         Self {
             every: match every {
-                0 => (total / LINES).max(1),
+                0 => total.div_ceil(LINES).max(1),
                 every => every,
             },
             total,
@@ -141,7 +141,7 @@ mod tests {
 
     #[test]
     fn a_run_gives_some_fifty_lines_and_each_says_what_is_left() {
-        assert_eq!(lines(0, 0, 480).len(), 54);
+        assert_eq!(lines(0, 0, 480).len(), 49);
         assert_eq!(lines(0, 0, 5).len(), 5);
         let all = lines(10, 0, 25);
         assert_eq!(all.len(), 4, "{all:?}");

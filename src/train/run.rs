@@ -88,6 +88,8 @@ pub struct RunResult<B: Backend> {
     pub model: Qwen3Vl<B>,
     /// Tokenizer, template, processor.
     pub parts: Arc<TextAndImages>,
+    /// What it was validated on.
+    pub validation: Option<Dataset>,
     /// Folder of the last checkpoint.
     pub checkpoint: PathBuf,
 }
@@ -469,6 +471,7 @@ pub fn train<B: TrainKernels>(
         state,
         model,
         parts,
+        validation,
         checkpoint,
     })
 }

@@ -109,7 +109,7 @@ pub enum TrainError {
     OtherRun { run: PathBuf, differences: String },
     #[error("`{}` holds no whole checkpoint to continue from", .0.display())]
     NothingToResume(PathBuf),
-    #[error("`{}` holds a run already; continue it with `--resume auto`, or choose another --output-dir", .0.display())]
+    #[error("`{run}` holds a run already; continue it with `xray-qwen3vl train --config {run}/config.toml --resume auto`, or choose another --output-dir", run = .0.display())]
     RunExists(PathBuf),
     #[error("{0}")]
     Other(String),
