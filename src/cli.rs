@@ -275,10 +275,11 @@ pub struct TrainArgs {
     /// Type of the base weights; adapters are f32.
     #[arg(long, value_enum)]
     pub dtype: Option<DtypeName>,
-    /// Seed of order, adapters and dropout.
+    /// Seed of order, adapters and dropout, the same on every device.
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
-    /// Generate and score this many held-out reports at each validation.
+    /// Generate and score this many held-out reports before the first step, at each validation and, with the
+    /// images swapped between studies, at the end.
     #[arg(long, value_name = "N")]
     pub eval_generate: Option<usize>,
     /// What the loss of a step is the mean of.
@@ -301,7 +302,8 @@ pub struct TrainArgs {
     /// Any other key of the config file; may be given several times.
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
-    /// Go on: `auto` from the newest whole checkpoint of the output folder, or a checkpoint folder.
+    /// Go on: `auto` from the newest whole checkpoint of the output folder, or a checkpoint folder. Settings
+    /// as before, `--config DIR/config.toml` holds them; a finished run takes a higher max_steps.
     #[arg(long, value_name = "auto|DIR")]
     pub resume: Option<String>,
     /// Draw the weights at random; only `config.json` and the tokenizer of the model are read.
@@ -310,7 +312,8 @@ pub struct TrainArgs {
     /// Write what loader threads and the device's host thread did when, in the form of Chrome's tracing.
     #[arg(long, value_name = "FILE.json")]
     pub trace: Option<PathBuf>,
-    /// Plain progress lines in place of the dashboard.
+    /// Plain progress lines, some 50 a run (`--set logging_steps=N`), in place of the dashboard. There, q and
+    /// then s saves and ends as Ctrl-C does; q and then k ends at once, all since the last checkpoint is lost.
     #[arg(long)]
     pub no_tui: bool,
     /// Print this many held-out truths beside answers at the end.

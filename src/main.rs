@@ -30,7 +30,16 @@ fn what_to_lower(command: &Command) -> &'static str {
 
 fn main() -> ExitCode {
     xray_qwen3vl::system::keep_large_buffers();
-    let cli = Cli::parse();
+    let typed: Vec<String> = std::env::args_os()
+        .map(|word| word.to_string_lossy().into_owned())
+        .collect();
+    let cli = Cli::try_parse().unwrap_or_else(|error| {
+        if let Some(hint) = train::flag_hint(&error, &typed) {
+            eprintln!("error: {hint}");
+            std::process::exit(2);
+        }
+        error.exit()
+    });
     // A panic is a defect of ours or of a driver; the user gets one sentence, not a backtrace.
     static PLACE: Mutex<String> = Mutex::new(String::new());
     let full = std::env::var_os("RUST_BACKTRACE").map(|_| panic::take_hook());

@@ -105,13 +105,18 @@ pub struct TrainingRow {
     pub eval_loss: Option<f64>,
     /// Share of target tokens guessed right in validation, 0 to 1.
     pub eval_token_acc: Option<f64>,
+    /// ROUGE-L of generated reports, 0 to 1.
+    pub eval_rouge_l: Option<f64>,
+    /// F1 of their findings, 0 to 1.
+    pub eval_finding_f1: Option<f64>,
     /// Learning rate.
     pub learning_rate: Option<f64>,
     /// Norm of the gradient before clipping.
     pub grad_norm: Option<f64>,
 }
 
-/// Draws the curves of a run: loss, token accuracy, learning rate with gradient norm.
+/// Draws the curves of a run: loss, token accuracy, learning rate with gradient norm, and where reports
+/// were generated their scores.
 pub fn training_plot(rows: &[TrainingRow]) -> String {
     let column = |value: fn(&TrainingRow) -> Option<f64>| -> Vec<(f64, f64)> {
         rows.iter()
@@ -133,11 +138,16 @@ pub fn training_plot(rows: &[TrainingRow]) -> String {
         ]
     };
     let grad_norm = column(|row| row.grad_norm);
+    let losses = column(|row| row.loss);
     let loss = Panel {
         title: "Loss".into(),
         x_label: "optimizer step".into(),
         y_label: "loss per token".into(),
-        series: measured(column(|row| row.loss), column(|row| row.eval_loss)),
+        scale: match spans_decades(&losses, 10.0) {
+            true => Scale::Log,
+            false => Scale::Linear,
+        },
+        series: measured(losses, column(|row| row.eval_loss)),
         ..Panel::default()
     };
     let accuracy = Panel {
@@ -155,7 +165,7 @@ pub fn training_plot(rows: &[TrainingRow]) -> String {
         x_label: "optimizer step".into(),
         y_label: "learning rate".into(),
         right_label: "gradient norm".into(),
-        right_scale: if spans_decades(&grad_norm) {
+        right_scale: if spans_decades(&grad_norm, 100.0) {
             Scale::Log
         } else {
             Scale::Linear
@@ -177,7 +187,28 @@ pub fn training_plot(rows: &[TrainingRow]) -> String {
         ],
         ..Panel::default()
     };
-    figure(&[loss, accuracy, rate])
+    let mut panels = vec![loss, accuracy, rate];
+    let scores = [
+        ("finding F1", ORANGE, column(|row| row.eval_finding_f1)),
+        ("character ROUGE-L", GREEN, column(|row| row.eval_rouge_l)),
+    ];
+    if scores.iter().any(|(.., points)| !points.is_empty()) {
+        let series = |(name, color, points): (&str, &str, _)| Series {
+            name: name.into(),
+            color: color.into(),
+            mark: Mark::Points,
+            right: false,
+            points,
+        };
+        panels.push(Panel {
+            title: "Reports about held-out studies".into(),
+            x_label: "optimizer step".into(),
+            y_label: "score".into(),
+            series: scores.map(series).into(),
+            ..Panel::default()
+        });
+    }
+    figure(&panels)
 }
 
 /// Draws how often values fall into equal bins, with the median marked. `unit` names the values
@@ -437,8 +468,8 @@ fn smooth(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
         .collect()
 }
 
-/// Whether the points are positive and the largest is over a hundred times the smallest.
-fn spans_decades(points: &[(f64, f64)]) -> bool {
+/// Whether the points are positive and the largest is over `factor` times the smallest.
+fn spans_decades(points: &[(f64, f64)], factor: f64) -> bool {
     let values = || {
         points
             .iter()
@@ -446,7 +477,7 @@ fn spans_decades(points: &[(f64, f64)]) -> bool {
             .filter(|value| value.is_finite())
     };
     let low = values().fold(f64::INFINITY, f64::min);
-    low > 0.0 && values().fold(0.0, f64::max) > 100.0 * low
+    low > 0.0 && values().fold(0.0, f64::max) > factor * low
 }
 
 /// At most [`MAX_POINTS`] points: of each stretch the lowest and the highest, so peaks stay.
@@ -850,5 +881,8 @@ mod tests {
         let svg = training_plot(&[row]);
         assert_eq!(svg.matches("no data").count(), 2);
         assert!(training_plot(&[]).matches("no data").count() == 3);
+        let scored = r#"{"step":0,"eval_rouge_l":0.5,"eval_finding_f1":0.25}"#;
+        let row: TrainingRow = serde_json::from_str(scored).unwrap();
+        assert!(training_plot(&[row]).contains("Reports about held-out studies"));
     }
 }

@@ -77,12 +77,17 @@ impl<B: Kernels> Bench<B> {
         models: Vec<(Qwen3Vl<B>, B::Device)>,
         load_seconds: f64,
         batches: &[usize],
+        on_call: &mut dyn FnMut(u64, u64),
     ) -> Result<Vec<Record>, BenchError> {
         /// Batches of a call and device.
         const EACH: usize = 4;
         let devices: Vec<_> = models.iter().map(|(_, device)| device.clone()).collect();
         let mut models = models;
         let config = &self.config;
+        let calls = 1 + DECODE_WARM_UP + self.samples(2).max(1);
+        let all = (batches.len() * counts(&devices).len() * calls) as u64;
+        let mut done = 0;
+        on_call(0, all);
         let mut records = Vec::new();
         for batch in batches {
             for count in counts(&devices) {
@@ -111,6 +116,8 @@ impl<B: Kernels> Bench<B> {
                         },
                     )?;
                     let seconds = start.elapsed().as_secs_f64();
+                    done += 1;
+                    on_call(done, all);
                     Ok::<_, BenchError>(Lap {
                         seconds,
                         stall_seconds: seconds,

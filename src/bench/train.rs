@@ -32,8 +32,9 @@ use crate::{
         config::TrainConfig,
         gradients::MicroBatch,
         learner::{StepReading, StepSettings, StepTotals, Trainee},
-        optimizer::{AdamW, clip_on_device},
+        optimizer::AdamW,
         schedule::Schedule,
+        step_clock::{LaunchTimes, StepClock},
         trace::{HOST, Trace},
     },
 };
@@ -188,6 +189,12 @@ impl<B: Kernels> Bench<B> {
     }
 }
 
+/// A step whose numbers are on their way.
+struct Pending {
+    reading: StepReading,
+    launched: LaunchTimes,
+}
+
 /// What the steps of one measurement share.
 struct Run<'a, B: Kernels> {
     bench: &'a Bench<B>,
@@ -201,7 +208,7 @@ struct Run<'a, B: Kernels> {
 struct Measured {
     /// Of the first step, compilation included.
     first_seconds: f64,
-    /// Of each measured step: from one step's numbers on the host to the next one's.
+    /// Of each measured step, see [`StepClock`].
     seconds: Vec<f64>,
     /// Of the measured steps, without their micro-batches' pixels.
     windows: Vec<Window>,
@@ -256,14 +263,15 @@ impl<B: Kernels> Run<'_, B> {
                     }
                 }
             });
-            let mut clock = Instant::now();
-            let mut pending: Option<StepReading> = None;
+            let first = Instant::now();
+            let mut clock = StepClock::start();
+            let mut pending: Option<Pending> = None;
             let mut waited_before = Duration::ZERO;
             for step in 0..steps {
                 if step == WARM_UP + 1 {
                     self.bench.mark_operations();
                     waited_before = self.trace.waited();
-                    clock = Instant::now();
+                    clock.skip();
                 }
                 let window = self
                     .trace
@@ -274,23 +282,25 @@ impl<B: Kernels> Run<'_, B> {
                 }
                 let window = Window { step, ..window };
                 let learning_rate = self.schedule.lr(step as u64);
-                let reading = self.trace.span(HOST, "launch", step, || {
-                    launch(
-                        trainee,
-                        optimizer,
-                        window,
-                        learning_rate,
-                        self.max_grad_norm,
-                    )
+                let (reading, launched) = LaunchTimes::of(|| {
+                    self.trace.span(HOST, "launch", step, || {
+                        launch(
+                            trainee,
+                            optimizer,
+                            window,
+                            learning_rate,
+                            self.max_grad_norm,
+                        )
+                    })
                 });
-                let previous = pending.replace(reading);
+                let previous = pending.replace(Pending { reading, launched });
                 if step == 0 || step == WARM_UP {
                     // All there is, in the order of the steps.
                     let all = previous.into_iter().chain(pending.take());
-                    measured.numbers.extend(all.map(StepReading::wait));
+                    measured.numbers.extend(all.map(|one| one.reading.wait()));
                     let _ = B::sync(&self.bench.device);
                     if step == 0 {
-                        measured.first_seconds = clock.elapsed().as_secs_f64();
+                        measured.first_seconds = first.elapsed().as_secs_f64();
                     }
                 } else if let Some(previous) = previous {
                     self.settle(previous, step - 1, &mut clock, &mut measured);
@@ -307,15 +317,17 @@ impl<B: Kernels> Run<'_, B> {
     /// Waits for a step's numbers.
     fn settle(
         &self,
-        reading: StepReading,
+        pending: Pending,
         step: usize,
-        clock: &mut Instant,
+        clock: &mut StepClock,
         measured: &mut Measured,
     ) {
-        let numbers = (self.trace).span(HOST, "wait for the device", step, || reading.wait());
+        let asked = Instant::now();
+        let wait = || pending.reading.wait();
+        let numbers = (self.trace).span(HOST, "wait for the device", step, wait);
         measured.numbers.push(numbers);
-        measured.seconds.push(clock.elapsed().as_secs_f64());
-        *clock = Instant::now();
+        let seconds = clock.settle(pending.launched, asked);
+        measured.seconds.push(seconds.as_secs_f64());
         let held = B::memory_in_use(&self.bench.device).map(|memory| memory.reserved);
         let gib = held
             .or_else(resident_memory)
@@ -336,9 +348,8 @@ fn launch<A: TrainKernels>(
     max_grad_norm: f64,
 ) -> StepReading {
     let TrainOutput { grads, item } = TrainStep::step(trainee, window);
-    let clip = clip_on_device(trainee, &grads, max_grad_norm);
-    let reading = item.read_later(clip.clone());
-    optimizer.clip_next(clip);
+    let clip = optimizer.clip_next(trainee, &grads, max_grad_norm);
+    let reading = item.read_later(clip);
     *trainee = optimizer.step(learning_rate, trainee.clone(), grads);
     reading.expect("a training step's sums are on the device")
 }

@@ -338,7 +338,11 @@ impl ReplicatedTask for Measure {
         } else if args.kind == BenchKind::Infer {
             let (models, seconds) = bench.models::<B>(&devices, &mut on_progress)?;
             let models = models.into_iter().zip(devices.clone()).collect();
-            bench.answers(models, seconds, &batches(&[16]))?
+            let mut calls = Progress::new("calls", 0, Unit::Items);
+            let mut on_call = |done, all| calls.set(done, all);
+            let records = bench.answers(models, seconds, &batches(&[16]), &mut on_call)?;
+            calls.finish();
+            records
         } else if args.kind == BenchKind::Train {
             let (base, seconds) = bench.model::<Autodiff<B>>(&mut on_progress)?;
             let trace = Trace::new(args.trace.is_some());

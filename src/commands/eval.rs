@@ -34,6 +34,7 @@ use crate::{
 };
 use cases::TestSet;
 use model::ModelWork;
+pub(super) use model::question_about;
 
 mod cases;
 mod model;

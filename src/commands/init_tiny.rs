@@ -4,6 +4,11 @@ use std::io::Write;
 
 use anyhow::{Context, Result, bail};
 
+use super::{
+    program,
+    progress::{Progress, Unit},
+    shell_word,
+};
 use crate::{
     cli::InitTinyArgs,
     files::write_atomic,
@@ -21,16 +26,23 @@ const VOCAB_SIZE: usize = 1024;
 /// # Errors
 /// The folder cannot be written.
 pub fn run(args: &InitTinyArgs) -> Result<()> {
-    let corpus: Vec<String> = [Dialect::Plain, Dialect::House]
-        .into_iter()
-        .flat_map(|dialect| {
-            let studies = PhantomStudies::new(args.seed).with_dialect(dialect);
-            (0..CORPUS_STUDIES).flat_map(move |index| {
-                let (_, prompt, report) = studies.get(index).into_parts();
-                [prompt, report]
-            })
-        })
-        .collect();
+    let dialects = [Dialect::Plain, Dialect::House];
+    let all = CORPUS_STUDIES * dialects.len() as u64;
+    let mut progress = Progress::new("drawing studies", all, Unit::Items);
+    let mut corpus = Vec::new();
+    for dialect in dialects {
+        let studies = PhantomStudies::new(args.seed).with_dialect(dialect);
+        for index in 0..CORPUS_STUDIES {
+            let (_, prompt, report) = studies.get(index).into_parts();
+            corpus.extend([prompt, report]);
+            progress.set(corpus.len() as u64 / 2, all);
+        }
+    }
+    progress.finish();
+    eprintln!(
+        "learning a tokenizer of {VOCAB_SIZE} words from {} texts",
+        corpus.len()
+    );
     let trained = train_tokenizer(corpus.iter().map(String::as_str), VOCAB_SIZE)?;
     if std::fs::read_dir(&args.output).is_ok_and(|mut entries| entries.next().is_some()) {
         bail!(
@@ -110,8 +122,10 @@ pub fn run(args: &InitTinyArgs) -> Result<()> {
         })),
     )?;
     println!(
-        "wrote `{}`; train it with: train --config configs/tiny-pretrain.toml --random-init",
-        args.output.display()
+        "wrote `{}`; train it with: {} train --config configs/tiny-pretrain.toml --random-init --model {}",
+        args.output.display(),
+        program(),
+        shell_word(&args.output.display().to_string())
     );
     Ok(())
 }

@@ -58,6 +58,23 @@ fn unless_closed(printed: std::io::Result<()>) -> std::io::Result<()> {
     }
 }
 
+/// The program as it was called, for commands that are printed to be typed.
+fn program() -> String {
+    let called = std::env::args_os().next();
+    let called = called.map(|name| name.to_string_lossy().into_owned());
+    shell_word(&called.unwrap_or_else(|| "xray-qwen3vl".to_string()))
+}
+
+/// A word as a shell takes it, in quotes where it has to be.
+fn shell_word(word: &str) -> String {
+    let plain = |c: char| c.is_alphanumeric() || "/._-+:,=@%~".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        word.to_string()
+    } else {
+        format!("'{}'", word.replace('\'', "'\\''"))
+    }
+}
+
 /// The device of a command that works on one.
 fn one_device(devices: &[DeviceName]) -> Result<Option<DeviceName>> {
     match devices {

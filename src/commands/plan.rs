@@ -18,6 +18,7 @@ use crate::{
         budget::{Budget, Form},
         config::TrainConfig,
         plan::{Plan, Throughput},
+        words::counted,
     },
 };
 

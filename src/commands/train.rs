@@ -1,9 +1,12 @@
 //! `train`: one run from a config file, on one device or several.
 
+mod reports;
+mod settings;
+
 use crate::kernels::Kernels;
 use std::{
-    io::{IsTerminal, stderr, stdout},
-    ops::Range,
+    io::{IsTerminal, Write as _, stderr, stdout},
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
@@ -22,36 +25,32 @@ use burn::{
 };
 
 use super::{
-    UsageError,
+    UsageError, program,
     progress::{Progress, Unit},
-    shipped,
+    shell_word, shipped,
 };
 use crate::{
-    backend::{DeviceName, DtypeName, Replicas, ReplicatedTask, run_on_all},
+    backend::{
+        DeviceName, DtypeName, Replicas, ReplicatedTask, built_backends, panic_text, run_on_all,
+    },
     cli::TrainArgs,
     dataset::Dataset,
-    evaluate::{rouge::rouge_l, segment::characters},
-    files::{FileError, write_atomic},
-    findings::{
-        Labeler,
-        score::{StudyTexts, UncertainPolicy, score},
-    },
-    generate::{GenerationConfig, generate},
-    lora::merge::merge,
-    phantom::{finding_f1, findings_in_report},
     pipeline::{PipelineOptions, TextAndImages},
-    processor::message::split_thinking,
-    qwen3_vl::Qwen3Vl,
     system::free_memory,
     train::{
         budget::{Budget, Form},
-        config::TrainConfig,
+        config::{TrainConfig, Tuner},
         data::RunData,
         run::{QuietRenderer, Resume, RunOptions, RunResult, train},
-        strategy::{Ending, Generated, GenerationScorer, TrainError},
+        strategy::{Ending, TrainError},
         trace::Trace,
+        words::{clock, counted},
     },
 };
+use reports::{Outcome, scorer, show_examples};
+pub use settings::flag_hint;
+pub(super) use settings::with_keys;
+use settings::{from_table, set_keys};
 
 /// The run without arguments.
 const DEFAULT_CONFIG: &str = "configs/tiny.toml";
@@ -249,41 +248,6 @@ fn fit_budget<B: Kernels>(
     Ok(form.explain(gib, longest))
 }
 
-/// A config with single keys replaced by `KEY=VALUE` pairs.
-pub(super) fn with_keys(config: &TrainConfig, pairs: &[String]) -> Result<TrainConfig> {
-    let mut table = toml::Table::try_from(config).context("cannot read the settings back")?;
-    set_keys(&mut table, pairs)?;
-    from_table(table)
-}
-
-fn from_table(table: toml::Table) -> Result<TrainConfig> {
-    table.try_into().map_err(|error: toml::de::Error| {
-        UsageError(error.to_string().trim().replace('\n', " ")).into()
-    })
-}
-
-fn set_keys(table: &mut toml::Table, pairs: &[String]) -> Result<()> {
-    for pair in pairs {
-        let (key, value) = pair
-            .split_once('=')
-            .ok_or_else(|| UsageError(format!("--set `{pair}`: expected KEY=VALUE")))?;
-        let (key, value) = (key.trim(), value.trim());
-        // A bare word is a string.
-        let parsed = format!("v = {value}")
-            .parse::<toml::Table>()
-            .ok()
-            .and_then(|mut table| table.remove("v"))
-            .unwrap_or_else(|| value.into());
-        // A whole number where a fraction is meant.
-        let parsed = match (table.get(key), parsed) {
-            (Some(toml::Value::Float(_)), toml::Value::Integer(whole)) => (whole as f64).into(),
-            (_, parsed) => parsed,
-        };
-        table.insert(key.to_string(), parsed);
-    }
-    Ok(())
-}
-
 /// The folder itself, or the first of `NAME-2`, `NAME-3` … that is free.
 fn free_folder(folder: &Path) -> PathBuf {
     (1..)
@@ -322,6 +286,13 @@ impl ReplicatedTask for Train {
                 fit_budget::<B>(config, budget, resume, &device, dtype)?
             );
         }
+        if dtype != DType::F32 && on_cpu(&self.config.device) {
+            say(&format!(
+                "note: {} on the CPU is slower than f32, about a third of its speed, and no more exact; `--dtype f32` takes twice the memory for the weights",
+                dtype_flag(dtype)
+            ));
+        }
+        let again = resume_command(&self.config, self.args.random_init);
         let dashboard = !self.args.no_tui && stdout().is_terminal() && stderr().is_terminal();
         let interrupter = Interrupter::new();
         let trace = Trace::new(self.args.trace.is_some());
@@ -345,7 +316,7 @@ impl ReplicatedTask for Train {
                 let kept = kept.clone();
                 move |line: &str| {
                     if !dashboard {
-                        eprintln!("{line}");
+                        say(line);
                     } else if !line.starts_with("step ") {
                         // The dashboard owns the screen; what it does not show is told afterwards.
                         kept.lock()
@@ -357,28 +328,40 @@ impl ReplicatedTask for Train {
         };
         let started = std::time::Instant::now();
         let trace_file = self.args.trace.take();
-        let result: Result<RunResult<B>, TrainError> = train::<Autodiff<B>>(
-            options,
-            devices,
-            dtype,
-            |config, parts, data| scorer::<B>(config, parts, data),
-            &mut |done, total| {
-                if let Some(progress) = &mut progress {
-                    progress.set(done, total);
-                }
-            },
-        );
+        let result = catch_unwind(AssertUnwindSafe(|| {
+            train::<Autodiff<B>>(
+                options,
+                devices,
+                dtype,
+                |config, parts, data| scorer::<B>(config, parts, data),
+                &mut |done, total| {
+                    if let Some(progress) = &mut progress {
+                        progress.set(done, total);
+                    }
+                },
+            )
+        }));
+        let result: Result<RunResult<B>, TrainError> = match result {
+            Ok(result) => result,
+            // Burn's dashboard has no other way to end a run at once.
+            Err(payload) if panic_text(payload.as_ref()).contains("from user input") => {
+                bail!(
+                    "ended at once from the dashboard; `{again}` goes on from the last checkpoint"
+                )
+            }
+            Err(payload) => resume_unwind(payload),
+        };
         for line in kept
             .lock()
             .unwrap_or_else(|lock| lock.into_inner())
             .drain(..)
         {
-            eprintln!("{line}");
+            say(&line);
         }
         let written = trace_file.as_ref().map_or(Ok(()), |path| trace.write(path));
         let result = result?;
         written?;
-        eprintln!("{}", trace.summary());
+        say(&trace.summary());
         if let Some(progress) = progress {
             progress.finish();
         }
@@ -386,39 +369,79 @@ impl ReplicatedTask for Train {
         let how = match result.ending {
             Ending::Done => "done".to_string(),
             Ending::EarlyStop => "ended early: the validation stopped getting better".to_string(),
-            Ending::Interrupted => format!(
-                "interrupted and saved; `--resume auto --output-dir {}` goes on",
-                output_dir.display()
-            ),
+            Ending::Interrupted => format!("interrupted and saved; `{again}` goes on"),
         };
-        println!(
-            "{how}: {} steps in {seconds:.0} s; checkpoint `{}`, curves `{}`",
-            result.state.step,
+        // The terminal may be gone by now.
+        let _ = writeln!(
+            stdout(),
+            "{how}: {} in {}; checkpoint `{}`, curves `{}`",
+            counted(result.state.step, "step", "steps"),
+            clock(seconds),
             result.checkpoint.display(),
             output_dir.join("training.svg").display()
         );
         if result.ending == Ending::Interrupted {
-            return Ok(());
+            return Outcome::default().save(&result.state, &result.ending, seconds);
         }
         if self.args.show > 0 && result.state.config.validates() {
             show_examples(&result, self.args.show, &device)?;
         }
-        println!();
-        match result.state.config.tuner {
-            crate::train::config::Tuner::Lora => println!(
-                "next: infer --model {} --adapter {} IMAGE",
-                result.state.config.model.display(),
-                result.checkpoint.display()
-            ),
-            crate::train::config::Tuner::Full => {
-                println!("next: infer --model {} IMAGE", result.checkpoint.display());
-            }
+        let outcome = Outcome::of(&result, &device)?;
+        outcome.save(&result.state, &result.ending, seconds)?;
+        if let Some(table) = outcome.table() {
+            println!("\n{table}");
         }
-        println!(
-            "with the real model: put Qwen3-VL-8B-Instruct under model/, your data through `convert` and `check`, then train --config configs/openi-lora.toml"
-        );
+        println!("\nnext: {}", infer_command(&result));
+        if self.args.config.is_none() {
+            println!(
+                "with the real model: put Qwen3-VL-8B-Instruct under model/, your data through `convert` and `check`, then {} train --config configs/openi-lora.toml",
+                program()
+            );
+        }
         Ok(())
     }
+}
+
+/// Writes a line to stderr, whether or not anybody is there to read it.
+fn say(line: &str) {
+    let _ = writeln!(stderr(), "{line}");
+}
+
+/// Whether a run's first device is the CPU.
+fn on_cpu(devices: &[String]) -> bool {
+    match devices.first() {
+        Some(name) => name.parse() == Ok(DeviceName::Cpu),
+        None => built_backends() == ["cpu"],
+    }
+}
+
+/// What goes on with a run, whatever it was started with: its folder holds its settings.
+fn resume_command(config: &TrainConfig, random_init: bool) -> String {
+    let settings = config.output_dir.join("config.toml");
+    format!(
+        "{} train --config {} --resume auto{}",
+        program(),
+        shell_word(&settings.display().to_string()),
+        if random_init { " --random-init" } else { "" }
+    )
+}
+
+/// What lets a run's model write about a picture.
+fn infer_command<B: Kernels>(result: &RunResult<B>) -> String {
+    let word = |path: &Path| shell_word(&path.display().to_string());
+    let image = result
+        .validation
+        .as_ref()
+        .filter(|data| !data.is_empty())
+        .and_then(|data| data.text(0).images.into_iter().next())
+        .map_or_else(|| "IMAGE".to_string(), |image| word(&image));
+    let checkpoint = word(&result.checkpoint);
+    let config = &result.state.config;
+    let model = match config.tuner {
+        Tuner::Lora => format!("{} --adapter {checkpoint}", word(&config.model)),
+        Tuner::Full => checkpoint,
+    };
+    format!("{} infer --model {model} {image}", program())
 }
 
 /// A type as `--dtype` spells it.
@@ -430,7 +453,7 @@ fn dtype_flag(dtype: DType) -> &'static str {
     }
 }
 
-/// Turns the first SIGINT or SIGTERM into a wish to stop; a second one ends the process at once.
+/// Turns the first SIGINT, SIGTERM or SIGHUP into a wish to stop; a second one ends the process at once.
 fn watch_signals() -> Result<Arc<AtomicBool>> {
     use signal_hook::{
         consts::{SIGINT, SIGTERM},
@@ -438,185 +461,32 @@ fn watch_signals() -> Result<Arc<AtomicBool>> {
     };
     let flag = Arc::new(AtomicBool::new(false));
     let seen = flag.clone();
-    let mut signals = Signals::new([SIGINT, SIGTERM]).context("cannot watch for signals")?;
+    #[allow(unused_mut, reason = "some systems have no further signal")]
+    let mut watched = vec![SIGINT, SIGTERM];
+    #[cfg(unix)]
+    if !ignores_hangup() {
+        watched.push(signal_hook::consts::SIGHUP);
+    }
+    let mut signals = Signals::new(watched).context("cannot watch for signals")?;
     std::thread::spawn(move || {
         for signal in signals.forever() {
             if seen.swap(true, Ordering::Relaxed) {
                 std::process::exit(128 + signal);
             }
-            eprintln!("stopping after this step and saving; once more to stop at once");
+            say("stopping after this step and saving; once more to stop at once");
         }
     });
     Ok(flag)
 }
 
-/// Generates reports for some samples of a data set.
-fn generate_reports<B: Kernels>(
-    model: &Qwen3Vl<B>,
-    parts: &TextAndImages,
-    data: &Dataset,
-    rows: Range<usize>,
-    max_new_tokens: usize,
-    device: &B::Device,
-) -> Result<Vec<Generated>, TrainError> {
-    let settings = GenerationConfig {
-        max_new_tokens,
-        eos_token_ids: parts.eos_token_ids.clone(),
-        ..GenerationConfig::default()
+/// Whether the process was started to outlive its terminal, as `nohup` does; also where that cannot be told.
+#[cfg(unix)]
+fn ignores_hangup() -> bool {
+    let Ok(status) = std::fs::read_to_string("/proc/self/status") else {
+        return true;
     };
-    let (prompts, truths): (Vec<_>, Vec<_>) = rows
-        .map(|row| data.question(row, parts))
-        .collect::<Result<Vec<_>, _>>()?
-        .into_iter()
-        .unzip();
-    let (generations, _) = generate(
-        model,
-        &parts.config,
-        &prompts,
-        &settings,
-        device,
-        &mut |_, _| None,
-    )
-    .map_err(|error| TrainError::Other(error.to_string()))?;
-    let mut all = Vec::with_capacity(generations.len());
-    for (generation, truth) in generations.into_iter().zip(truths) {
-        let text = parts
-            .tokenizer
-            .decode(&generation.token_ids, true)
-            .map_err(|error| TrainError::Other(error.to_string()))?;
-        let (thinking, report) = split_thinking(&text, parts.template.opens_thinking());
-        all.push(Generated {
-            truth: split_thinking(&truth, false).1,
-            thinking,
-            report,
-        });
-    }
-    Ok(all)
-}
-
-/// The first `count` samples of a data set, some at a time.
-fn batches(data: &Dataset, count: usize, batch_size: usize) -> Vec<Range<usize>> {
-    let count = count.min(data.len());
-    (0..count)
-        .step_by(batch_size)
-        .map(|from| from..(from + batch_size).min(count))
-        .collect()
-}
-
-/// Mean character ROUGE-L F1 and finding F1 of some reports.
-fn scores(reports: &[Generated]) -> Vec<(&'static str, f64)> {
-    let rouge: f64 = reports
-        .iter()
-        .map(|one| rouge_l(&characters(&one.report), &characters(&one.truth)))
-        .sum::<f64>()
-        / reports.len().max(1) as f64;
-    let texts: Vec<StudyTexts<'_>> = reports
-        .iter()
-        .map(|one| StudyTexts {
-            truth: &one.truth,
-            prediction: &one.report,
-            thinking: one.thinking.as_deref(),
-        })
-        .collect();
-    let findings = score(Labeler::built_in(), &texts, UncertainPolicy::AsPresent);
-    vec![
-        ("eval_rouge_l", rouge),
-        ("eval_finding_f1", findings.micro.f1),
-    ]
-}
-
-fn scorer<B: Kernels>(
-    config: &TrainConfig,
-    parts: &Arc<TextAndImages>,
-    data: &Dataset,
-) -> GenerationScorer<B> {
-    let (parts, data, tokens) = (parts.clone(), data.clone(), config.eval_max_new_tokens);
-    let batches = batches(
-        &data,
-        config.eval_generate,
-        config.per_device_eval_batch_size,
-    );
-    let folder = config.output_dir.join("generated");
-    let count = batches.len();
-    let generate = move |model: &Qwen3Vl<B>, device: &B::Device, batch: usize| {
-        generate_reports(model, &parts, &data, batches[batch].clone(), tokens, device)
-    };
-    let score = move |reports: Vec<Generated>, step| {
-        std::fs::create_dir_all(&folder).map_err(|cause| FileError::write(&folder, cause))?;
-        write_atomic(&folder.join(format!("step-{step}.jsonl")), |out| {
-            for one in &reports {
-                serde_json::to_writer(
-                    &mut *out,
-                    &serde_json::json!({
-                        "truth": one.truth,
-                        "report": one.report,
-                        "thinking": one.thinking,
-                    }),
-                )?;
-                out.write_all(b"\n")?;
-            }
-            Ok(())
-        })?;
-        Ok(scores(&reports))
-    };
-    GenerationScorer {
-        batches: count,
-        generate: Arc::new(generate),
-        score: Box::new(score),
-    }
-}
-
-/// Prints truth beside answer for held-out samples.
-fn show_examples<B: Kernels>(
-    result: &RunResult<B>,
-    count: usize,
-    device: &B::Device,
-) -> Result<()> {
-    let config = &result.state.config;
-    let Some(data) = RunData::open(config)?.validation else {
-        return Ok(());
-    };
-    let name = data.name();
-    let model = merge(result.model.clone());
-    let mut all = Vec::new();
-    for rows in batches(
-        &data,
-        count.max(config.eval_generate),
-        config.per_device_eval_batch_size,
-    ) {
-        all.extend(generate_reports(
-            &model,
-            &result.parts,
-            &data,
-            rows,
-            config.eval_max_new_tokens,
-            device,
-        )?);
-    }
-    if all.is_empty() {
-        bail!("`{name}` holds no sample to show");
-    }
-    for (index, one) in all.iter().take(count).enumerate() {
-        println!("\nheld-out study {}", index + 1);
-        println!("  truth   {}", one.truth);
-        println!("  answer  {}", one.report);
-    }
-    println!();
-    for (name, value) in scores(&all) {
-        println!("{name} {value:.3} over {} held-out studies", all.len());
-    }
-    if name.starts_with("phantom:") || name.contains("data/sample") {
-        let labels: Vec<_> = all
-            .iter()
-            .map(|one| {
-                (
-                    findings_in_report(&one.truth),
-                    findings_in_report(&one.report),
-                )
-            })
-            .collect();
-        let exact = finding_f1(labels.iter().map(|(truth, stated)| (truth, stated)));
-        println!("finding F1 with side and zone {:.3}", exact.f1());
-    }
-    Ok(())
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    // The first bit is that of signal 1.
+    mask.is_none_or(|mask| mask & 1 == 1)
 }

@@ -127,6 +127,7 @@ pub struct TrainConfig {
     pub deterministic: bool,
     pub vit_gradient_checkpointing: bool,
 
+    pub logging_steps: usize,
     pub eval_steps: usize,
     pub eval_generate: usize,
     pub eval_max_new_tokens: usize,
@@ -186,6 +187,7 @@ impl Default for TrainConfig {
             memory_budget: None,
             deterministic: false,
             vit_gradient_checkpointing: true,
+            logging_steps: 0,
             eval_steps: 100,
             eval_generate: 0,
             eval_max_new_tokens: 512,
@@ -214,6 +216,7 @@ const FREE_ON_RESUME: &[&str] = &[
     "output_dir",
     "device",
     "dtype",
+    "logging_steps",
     "save_steps",
     "save_total_limit",
     "dataloader_num_workers",
@@ -236,10 +239,28 @@ impl TrainConfig {
             path: path.to_path_buf(),
             cause,
         })?;
-        toml::from_str(&text).map_err(|error| TrainConfigError::Parse {
-            path: path.to_path_buf(),
-            reason: error.to_string().trim().replace('\n', " "),
+        toml::from_str(&text).map_err(|error| {
+            let at = error.span().map_or(0, |span| span.start.min(text.len()));
+            let line = text.as_bytes()[..at]
+                .iter()
+                .filter(|byte| **byte == b'\n')
+                .count()
+                + 1;
+            TrainConfigError::Parse {
+                path: path.to_path_buf(),
+                reason: format!("line {line}: {}", explain(error.message())),
+            }
         })
+    }
+
+    /// Names of all keys.
+    pub fn keys() -> Vec<String> {
+        // An unknown key is answered with all that are known.
+        let asked = toml::from_str::<Self>("no_such_key = 0");
+        let answer = asked.err().map(|error| error.message().to_string());
+        let words = answer.as_deref().unwrap_or_default().split('`');
+        // Every second piece stands between backticks; the first of them is what was asked for.
+        words.skip(3).step_by(2).map(str::to_string).collect()
     }
 
     /// The file's text.
@@ -390,6 +411,19 @@ impl TrainConfig {
             "metric_for_best_model",
             &self.metric_for_best_model,
             "eval_loss, eval_token_acc, eval_rouge_l or eval_finding_f1",
+        )?;
+        let bare = match &self.target_modules {
+            TargetModules::Pattern(pattern) if pattern != "all-linear" => {
+                let is_name = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
+                pattern.bytes().all(is_name).then_some(pattern.as_str())
+            }
+            _ => None,
+        };
+        check(
+            bare.is_none(),
+            "target_modules",
+            format!("\"{}\"", bare.unwrap_or_default()),
+            "a list of names such as [\"q_proj\"], \"all-linear\", or a regular expression over whole paths, which a single name never matches",
         )?;
         let generated = ["eval_rouge_l", "eval_finding_f1"];
         check(
@@ -577,9 +611,70 @@ impl TrainConfig {
     }
 }
 
+/// What toml says of a key or a value, in the words of this file.
+pub fn explain(message: &str) -> String {
+    let words = message.replace('\n', " ");
+    if let Some((_, rest)) = words.split_once("unknown field `")
+        && let Some((key, _)) = rest.split_once('`')
+    {
+        return unknown_key(key);
+    }
+    [
+        ("expected usize", "expected a whole number"),
+        ("expected u64", "expected a whole number"),
+        ("expected f64", "expected a number"),
+        ("expected a boolean", "expected true or false"),
+        ("expected a string", "expected text"),
+        ("invalid type: ", ""),
+        ("invalid value: ", ""),
+    ]
+    .iter()
+    .fold(words, |words, (from, to)| words.replace(from, to))
+    .trim()
+    .to_string()
+}
+
+/// Says that a key is none, and which may be meant.
+pub fn unknown_key(key: &str) -> String {
+    let known = TrainConfig::keys();
+    match nearest(key, known.iter().map(String::as_str)) {
+        Some(near) => format!("unknown key `{key}`; did you mean `{near}`?"),
+        None => format!("unknown key `{key}`; `configs/openi-lora.toml` explains every key"),
+    }
+}
+
+/// The known word that `word` is likely a misspelling of: the same but for capitals, `-` and `_`, or with
+/// one letter in four wrong.
+pub fn nearest<'a>(word: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    let plain = |word: &str| word.to_lowercase().replace(['-', ' ', '_'], "");
+    let word = plain(word);
+    let (distance, found) = known
+        .map(|known| (strsim::osa_distance(&word, &plain(known)), known))
+        .min_by_key(|(distance, _)| *distance)?;
+    (distance * 4 <= plain(found).chars().count()).then_some(found)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn keys_are_all_that_a_file_may_hold() {
+        let keys = TrainConfig::keys();
+        for key in [
+            "model",
+            "adapter",
+            "memory_budget",
+            "logging_steps",
+            "ddp_timeout",
+        ] {
+            assert!(
+                keys.iter().any(|known| known == key),
+                "no `{key}` in {keys:?}"
+            );
+        }
+        assert!(!keys.iter().any(|key| key == "no_such_key"));
+    }
 
     #[test]
     fn the_recipe_takes_573_steps_on_two_devices() {
@@ -605,7 +700,9 @@ mod tests {
         fs::write(&path, "learning_rat = 1.0\n").unwrap();
         let error = TrainConfig::from_file(&path).unwrap_err().to_string();
         assert!(
-            error.contains("learning_rat") && error.contains("run.toml"),
+            error.contains(
+                "run.toml`: line 1: unknown key `learning_rat`; did you mean `learning_rate`?"
+            ),
             "{error}"
         );
     }

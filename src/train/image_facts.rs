@@ -16,8 +16,11 @@ use crate::{
     files::{FileError, write_atomic},
 };
 
-/// Name of the file in a run's folder.
-const FILE: &str = "images.json";
+/// Name of the file in a run's folder, for the pictures that are learnt from.
+pub const TRAINING: &str = "images.json";
+
+/// The same for those of validation.
+pub const VALIDATION: &str = "images-val.json";
 
 /// Bytes of a picture that are read; its length counts besides. Headers of the usual formats and the
 /// first rows lie in them.
@@ -58,35 +61,53 @@ impl ImageFacts {
         hex(&hash.finalize())
     }
 
-    /// The pictures of `rows` that are not what they were in `before`.
+    /// The pictures that are not what they were in `before`, of those rows that `of` takes.
     pub fn changed_in(
         &self,
         before: &Self,
         data: &Dataset,
-        rows: &BTreeSet<usize>,
+        of: impl Fn(usize) -> bool,
     ) -> BTreeSet<String> {
         data.image_files()
             .into_iter()
-            .filter(|(row, name, _)| rows.contains(row) && self.0.get(*name) != before.0.get(*name))
+            .filter(|(row, name, _)| of(*row) && self.0.get(*name) != before.0.get(*name))
             .map(|(_, name, _)| name.to_string())
             .collect()
     }
 
-    /// Writes them into a run's folder.
+    /// Writes them into a run's folder under `name`.
     ///
     /// # Errors
     /// [`FileError`].
-    pub fn save(&self, run: &Path) -> Result<(), FileError> {
-        write_atomic(&run.join(FILE), |out| {
+    pub fn save(&self, run: &Path, name: &str) -> Result<(), FileError> {
+        write_atomic(&run.join(name), |out| {
             serde_json::to_writer_pretty(&mut *out, self)?;
             out.write_all(b"\n")
         })
     }
 
-    /// Those a run wrote down; `None` if there are none, or none that can be read.
-    pub fn load(run: &Path) -> Option<Self> {
-        serde_json::from_slice(&fs::read(run.join(FILE)).ok()?).ok()
+    /// Those a run wrote down under `name`.
+    pub fn load(run: &Path, name: &str) -> Written {
+        match fs::read(run.join(name)) {
+            Err(cause) if cause.kind() == io::ErrorKind::NotFound => Written::Absent,
+            Err(cause) => Written::Damaged(cause.to_string()),
+            Ok(bytes) => match serde_json::from_slice(&bytes) {
+                Ok(facts) => Written::Whole(facts),
+                Err(cause) => Written::Damaged(cause.to_string()),
+            },
+        }
     }
+}
+
+/// What is found of the facts that a run wrote down.
+#[derive(Debug, PartialEq)]
+pub enum Written {
+    /// No file: an older run, or another folder.
+    Absent,
+    /// A file that cannot be read, and why.
+    Damaged(String),
+    /// The facts.
+    Whole(ImageFacts),
 }
 
 fn look(path: &Path) -> io::Result<String> {
@@ -128,13 +149,17 @@ mod tests {
         fs::write(dir.path().join("b.png"), [2; 10]).unwrap();
         let after = ImageFacts::of(&data);
         assert_ne!(after.digest(), before.digest());
-        let changed = |rows: &[usize]| {
-            let rows = rows.iter().copied().collect();
-            after.changed_in(&before, &data, &rows)
-        };
+        let changed = |rows: &[usize]| after.changed_in(&before, &data, |row| rows.contains(&row));
         assert!(changed(&[0, 2]).is_empty());
         assert_eq!(changed(&[0, 1]), ["b.png".to_string()].into());
-        after.save(dir.path()).unwrap();
-        assert_eq!(ImageFacts::load(dir.path()), Some(after));
+        after.save(dir.path(), TRAINING).unwrap();
+        assert_eq!(
+            ImageFacts::load(dir.path(), TRAINING),
+            Written::Whole(after)
+        );
+        assert_eq!(ImageFacts::load(dir.path(), VALIDATION), Written::Absent);
+        fs::write(dir.path().join(TRAINING), "{\"a.png\": ").unwrap();
+        let found = ImageFacts::load(dir.path(), TRAINING);
+        assert!(matches!(found, Written::Damaged(_)), "{found:?}");
     }
 }

@@ -1,9 +1,8 @@
 //! What the loop writes down and keeps: steps, validations, checkpoints, curves.
 
-use std::time::Instant;
+use std::{fs, path::Path, time::Instant};
 
 use burn::{
-    data::dataloader::Progress,
     module::AutodiffModule,
     train::{
         EventProcessorTraining, InferenceStep, Learner, LearnerEvent,
@@ -17,20 +16,26 @@ use super::{
     checkpoint_dir::Best,
     gradients::LossTotals,
     learner::{StepNumbers, StepOutput},
-    records::read_rows,
+    lines::StepWork,
+    records::{METRICS, read_rows},
     replicas::Replicas,
     strategy::{Components, LoopState, TrainError},
+    words::counted,
 };
 use crate::{
     dataset::loader::Window,
-    files::write_atomic,
+    files::{FileError, write_atomic},
     kernels::TrainKernels,
     lora::merge::merge,
     plot::{TrainingRow, training_plot},
 };
 
 impl<B: TrainKernels> LoopState<B> {
-    pub(super) fn note_step(&mut self, numbers: &StepNumbers) -> Result<(), TrainError> {
+    pub(super) fn note_step(
+        &mut self,
+        numbers: &StepNumbers,
+        work: StepWork,
+    ) -> Result<(), TrainError> {
         let step = self.state.step as u64;
         let memory = self.memory.peak();
         self.metrics.append(&json!({
@@ -60,18 +65,10 @@ impl<B: TrainKernels> LoopState<B> {
                 ("train/memory_gib", numbers.memory_gib as f32),
             ],
         )?;
-        (self.tell)(&format!(
-            "step {step}/{}  epoch {:.2}  loss {:.4}  token acc {:.1} %  lr {:.2e}  grad norm {:.2}  {:.1} samples/s  {:.0} tokens/s  {:.2} GiB",
-            self.total_steps,
-            self.state.epoch,
-            numbers.loss,
-            numbers.token_acc * 100.0,
-            numbers.learning_rate,
-            numbers.grad_norm,
-            numbers.samples_per_second,
-            numbers.tokens_per_second,
-            numbers.memory_gib,
-        ));
+        let (step, epoch) = (self.state.step, self.state.epoch);
+        if let Some(line) = self.lines.add(step, epoch, numbers, work) {
+            (self.tell)(&line);
+        }
         Ok(())
     }
 
@@ -105,8 +102,9 @@ impl<B: TrainKernels> LoopState<B> {
 
     /// Runs the validation set; says whether the metric for the best checkpoint improved.
     ///
-    /// Where there are several devices, each takes a batch in turn.
-    fn validate(
+    /// Where there are several devices, each takes a batch in turn. Before the first step there is no
+    /// checkpoint that could be the best.
+    pub(super) fn validate(
         &mut self,
         learner: &Learner<Components<B>>,
         replicas: Option<&Replicas<B>>,
@@ -119,6 +117,7 @@ impl<B: TrainKernels> LoopState<B> {
         let mut totals = LossTotals::default();
         let mut batches = validation.stream();
         let started = Instant::now();
+        let [_, epochs] = self.steps.progress(self.state.step);
         let at_once = replicas.map_or(1, Replicas::len);
         loop {
             let windows: Vec<Window> = batches.by_ref().take(at_once).collect();
@@ -147,10 +146,7 @@ impl<B: TrainKernels> LoopState<B> {
                 processor.process_valid(LearnerEvent::ProcessedItem(TrainingItem::new(
                     StepOutput::Numbers(numbers),
                     burn::data::dataloader::DataLoaderIterator::progress(&batches),
-                    Progress::new(
-                        self.state.epoch.ceil() as usize,
-                        self.state.config.num_train_epochs.ceil() as usize,
-                    ),
+                    epochs.clone(),
                     Some(self.state.step),
                     None,
                 )));
@@ -220,6 +216,9 @@ impl<B: TrainKernels> LoopState<B> {
             .collect();
         (self.tell)(&format!("validation at step {step}: {}", told.join("  ")));
         self.draw()?;
+        if step == 0 {
+            return Ok(false);
+        }
 
         let config = &self.state.config;
         let value = values
@@ -252,6 +251,7 @@ impl<B: TrainKernels> LoopState<B> {
                 &self.optimizer,
                 &self.state,
             )
+            .and_then(|()| self.copy_metrics(dir))
             .map_err(CheckpointError::into_cause)
         })?;
         if let Some((best, value)) = self.state.best
@@ -268,24 +268,27 @@ impl<B: TrainKernels> LoopState<B> {
         self.draw()
     }
 
+    /// The rows so far go with the checkpoint: a damaged `metrics.jsonl` is mended from them.
+    fn copy_metrics(&self, checkpoint: &Path) -> Result<(), CheckpointError> {
+        let (from, to) = (&self.output_dir.join(METRICS), checkpoint.join(METRICS));
+        fs::copy(from, &to).map_err(|cause| FileError::write(&to, cause))?;
+        Ok(())
+    }
+
     /// Nothing is left out in silence.
     pub(super) fn tell_skipped(&self) {
         let skipped = self.loader.skipped();
         if skipped > 0 {
-            let samples = if skipped == 1 {
-                "sample was"
-            } else {
-                "samples were"
-            };
             (self.tell)(&format!(
-                "over all epochs {skipped} {samples} left out, longer than max_length {}",
+                "over all epochs {} left out, longer than max_length {}",
+                counted(skipped, "sample was", "samples were"),
                 self.state.config.max_length
             ));
         }
     }
 
     pub(super) fn draw(&self) -> Result<(), TrainError> {
-        let rows: Vec<TrainingRow> = read_rows(&self.output_dir.join("metrics.jsonl"))?
+        let rows: Vec<TrainingRow> = read_rows(&self.output_dir.join(METRICS))?
             .rows
             .into_iter()
             .filter_map(|row| serde_json::from_value(serde_json::Value::Object(row)).ok())

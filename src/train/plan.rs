@@ -11,6 +11,7 @@ use serde_json::Value;
 use super::{
     budget::{Kept, StepMemory},
     config::{TrainConfig, Tuner},
+    words::duration,
 };
 use crate::qwen3_vl::config::Qwen3VlConfig;
 
@@ -306,14 +307,14 @@ impl Plan {
                 samples_per_second: rate,
                 device,
             }) => {
-                let hours = self.samples as f64 * epochs / rate / 3600.0;
+                let time = duration(self.samples as f64 * epochs / rate);
                 let measured = match device {
                     Some(device) => format!(", measured on {device}"),
                     None => String::new(),
                 };
                 let _ = writeln!(
                     text,
-                    "time         {hours:>14.2} h at {rate} samples/s{measured}"
+                    "time         {time:>14} at {rate} samples/s{measured}"
                 );
             }
             None => text.push_str(
@@ -403,6 +404,14 @@ mod tests {
             text.contains("1.00 h at 4 samples/s, measured on H200"),
             "{text}"
         );
+        // Fifteen samples at two a second are no hour.
+        let few = Plan::new(&TrainConfig::default(), &model, 15, 368, 1, 2).unwrap();
+        let given = Throughput {
+            samples_per_second: 2.0,
+            device: None,
+        };
+        let text = few.to_text(1.0, Some(&given));
+        assert!(text.contains(" 7.5 s at 2 samples/s\n"), "{text}");
         assert!(plan.to_text(2.0, None).contains("not estimated"));
         fs::write(&path, "{\"device\": \"H200\", \"samples_per_second\": 0}").unwrap();
         let error = Throughput::from_bench(&path).unwrap_err().to_string();

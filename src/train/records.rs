@@ -11,7 +11,11 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+use super::words::counted;
 use crate::files::{FileError, write_atomic};
+
+/// The file's name, in a run's folder and in its checkpoints.
+pub const METRICS: &str = "metrics.jsonl";
 
 /// One line of `metrics.jsonl`.
 pub type Row = Map<String, Value>;
@@ -86,6 +90,36 @@ pub struct ResumeSummary {
     pub bad_lines: Vec<usize>,
     /// Whether a torn last line was dropped.
     pub torn: bool,
+    /// Rows taken from the checkpoint, which the file had lost.
+    pub restored: usize,
+}
+
+impl ResumeSummary {
+    /// What a person should know of it; `None` where nothing was lost but the row being written.
+    pub fn warning(&self, path: &Path, copy: &Path) -> Option<String> {
+        if self.bad_lines.is_empty() && self.restored == 0 {
+            return None;
+        }
+        let lines: Vec<String> = self.bad_lines.iter().map(usize::to_string).collect();
+        let damage = match lines.as_slice() {
+            [] => "rows are missing".to_string(),
+            [line] => format!("line {line} is damaged"),
+            lines => format!("lines {} are damaged", lines.join(", ")),
+        };
+        let cure = match (self.restored, copy.is_file()) {
+            (0, true) => "all rows of the steps gone on from are there".to_string(),
+            (0, false) => format!(
+                "what they held is lost, as there is no copy `{}`",
+                copy.display()
+            ),
+            (rows, _) => format!(
+                "{} restored from `{}`",
+                counted(rows, "row was", "rows were"),
+                copy.display()
+            ),
+        };
+        Some(format!("`{}`: {damage}; {cure}", path.display()))
+    }
 }
 
 /// Appends rows to `metrics.jsonl`.
@@ -108,11 +142,16 @@ impl MetricsLog {
     }
 
     /// Goes on after `step` finished optimizer steps: rows of later steps are dropped, as those
-    /// steps are about to be taken again, and so are damaged lines. A missing file is created.
+    /// steps are about to be taken again, and so are damaged lines. A missing file is created. What the
+    /// file has lost is taken from `copy`, the one in the checkpoint, if that is there.
     ///
     /// # Errors
     /// [`RecordsError::File`]; the file then still has its old content.
-    pub fn resume(path: &Path, step: u64) -> Result<(Self, ResumeSummary), RecordsError> {
+    pub fn resume(
+        path: &Path,
+        step: u64,
+        copy: &Path,
+    ) -> Result<(Self, ResumeSummary), RecordsError> {
         let Rows {
             mut rows,
             bad_lines,
@@ -121,6 +160,13 @@ impl MetricsLog {
         let before = rows.len();
         rows.retain(|row| step_of(row).is_some_and(|found| found <= step));
         let dropped = before - rows.len();
+        let saved = read_rows(copy)?;
+        let mut restored = 0;
+        if !saved.rows.is_empty() && saved.bad_lines.is_empty() {
+            // The checkpoint's rows are whole: its marker holds their hash.
+            restored = saved.rows.iter().filter(|row| !rows.contains(row)).count();
+            rows = saved.rows;
+        }
         write_atomic(path, |out| {
             for row in &rows {
                 serde_json::to_writer(&mut *out, row)?;
@@ -133,6 +179,7 @@ impl MetricsLog {
             dropped,
             bad_lines,
             torn,
+            restored,
         };
         Ok((Self::open(path)?, summary))
     }
@@ -218,16 +265,47 @@ mod tests {
         let text = "{\"step\":1}\n{\"step\":2}\n{\"step\":2,\"eval_loss\":1}\nnonsense\n\
                     {\"step\":3}\n{\"step\":4,\"lo";
         fs::write(&path, text).unwrap();
-        let (mut log, summary) = MetricsLog::resume(&path, 2).unwrap();
+        let (mut log, summary) = MetricsLog::resume(&path, 2, &dir.path().join("none")).unwrap();
         let expected = ResumeSummary {
             kept: 3,
             dropped: 1,
             bad_lines: vec![4],
             torn: true,
+            restored: 0,
         };
         assert_eq!(summary, expected);
+        let told = summary.warning(&path, &dir.path().join("none")).unwrap();
+        assert!(
+            told.contains("line 4 is damaged; what they held is lost"),
+            "{told}"
+        );
         log.append(&json!({"step": 3, "loss": 0.5})).unwrap();
         assert_eq!(steps(&path), [1, 2, 2, 3]);
+    }
+
+    /// Rows behind the damage up to the checkpoint's step are neither lost nor lost in silence.
+    #[test]
+    fn what_damage_has_taken_comes_back_from_the_checkpoint() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, copy) = (
+            dir.path().join("metrics.jsonl"),
+            dir.path().join("copy.jsonl"),
+        );
+        let row = |step: u64| format!("{{\"step\":{step},\"loss\":{step}.5}}\n");
+        fs::write(&copy, (1..=4).map(row).collect::<String>()).unwrap();
+        let damaged = format!("{}\0\0\0\n{}{}", row(1), row(4), row(5));
+        fs::write(&path, damaged).unwrap();
+        let (_, summary) = MetricsLog::resume(&path, 4, &copy).unwrap();
+        assert_eq!(steps(&path), [1, 2, 3, 4]);
+        assert_eq!((summary.restored, summary.dropped), (2, 1));
+        let told = summary.warning(&path, &copy).unwrap();
+        assert!(
+            told.contains("line 2 is damaged; 2 rows were restored from"),
+            "{told}"
+        );
+        // Whole, nothing is said.
+        let (_, summary) = MetricsLog::resume(&path, 4, &copy).unwrap();
+        assert_eq!((summary.kept, summary.warning(&path, &copy)), (4, None));
     }
 
     #[test]
@@ -235,7 +313,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metrics.jsonl");
         fs::write(&path, "{\"step\":1}\n{\"step\":2}").unwrap();
-        let (mut log, summary) = MetricsLog::resume(&path, 5).unwrap();
+        let (mut log, summary) = MetricsLog::resume(&path, 5, &dir.path().join("none")).unwrap();
         assert_eq!((summary.kept, summary.torn), (2, false));
         log.append(&json!({"step": 6})).unwrap();
         assert_eq!(steps(&path), [1, 2, 6]);
@@ -245,7 +323,7 @@ mod tests {
     fn a_missing_file_resumes_empty_and_a_torn_character_is_no_error() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metrics.jsonl");
-        let (_, summary) = MetricsLog::resume(&path, 9).unwrap();
+        let (_, summary) = MetricsLog::resume(&path, 9, &dir.path().join("none")).unwrap();
         assert_eq!(summary, ResumeSummary::default());
         fs::write(&path, b"{\"step\":1}\n{\"note\":\"\xe8\x82").unwrap();
         let rows = read_rows(&path).unwrap();

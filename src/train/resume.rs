@@ -8,15 +8,19 @@ use super::{
     checkpoint::{RANDOM_BASE, TrainerState, dtype_text, read_state},
     checkpoint_dir::CheckpointDir,
     config::TrainConfig,
-    image_facts::ImageFacts,
+    image_facts::{self, ImageFacts, Written},
     run::{Resume, RunOptions},
     strategy::TrainError,
+    words::counted,
 };
 use crate::{dataset::Dataset, lora::base::BaseFingerprint, pipeline::PipelineError};
 
 /// What a run's numbers depend on besides its settings and the rows of its data.
 pub(super) struct RunFacts {
+    /// Of the pictures that are learnt from.
     pub(super) images: ImageFacts,
+    /// Of those of validation.
+    pub(super) val_images: ImageFacts,
     /// Fingerprint of the base's weights, or [`RANDOM_BASE`].
     pub(super) base: String,
 }
@@ -27,9 +31,11 @@ impl RunFacts {
         config: &TrainConfig,
         random_init: bool,
         data: &Dataset,
+        validation: Option<&Dataset>,
     ) -> Result<Self, TrainError> {
         Ok(Self {
             images: ImageFacts::of(data),
+            val_images: validation.map(ImageFacts::of).unwrap_or_default(),
             base: if random_init {
                 RANDOM_BASE.to_string()
             } else if config.model.is_dir() {
@@ -41,36 +47,104 @@ impl RunFacts {
     }
 }
 
-/// Says which pictures are not what the run has learnt from.
+/// Says which pictures that the run has learnt from are not what they were, and tells of the others.
 ///
 /// One that no step has seen yet may be another: a run that an unreadable picture ended goes on once
 /// the picture is mended.
 fn changed_images(
     options: &RunOptions,
-    data: &Dataset,
+    [data, validation]: [Option<&Dataset>; 2],
     facts: &RunFacts,
     devices: usize,
     dir: &Path,
     state: &TrainerState,
 ) -> Option<String> {
-    let Some(before) = dir.parent().and_then(ImageFacts::load) else {
-        let changed = state.images.as_ref()? != &facts.images.digest();
-        return changed.then(|| "images of the training data have changed".to_string());
+    let (run, data) = (dir.parent()?, data?);
+    let damaged = |name: &str, why: &str| {
+        (options.tell)(&format!(
+            "`{}` is damaged ({why}) and is written anew from the pictures as they are",
+            run.join(name).display()
+        ));
+    };
+    let first = |changed: &std::collections::BTreeSet<String>, one: &str, many: &str| {
+        let name = changed.first()?;
+        Some(format!(
+            "{}, first `{name}`",
+            counted(changed.len(), one, many)
+        ))
+    };
+    if let Some(validation) = validation {
+        match ImageFacts::load(run, image_facts::VALIDATION) {
+            Written::Absent => {}
+            Written::Damaged(why) => damaged(image_facts::VALIDATION, &why),
+            Written::Whole(before) => {
+                let changed = facts.val_images.changed_in(&before, validation, |_| true);
+                if let Some(changed) = first(&changed, "picture", "pictures") {
+                    (options.tell)(&format!(
+                        "note: the validation data has changed in {changed}; validations before and after step {} do not compare",
+                        state.step
+                    ));
+                }
+            }
+        }
+    }
+    let before = match ImageFacts::load(run, image_facts::TRAINING) {
+        Written::Whole(before) => before,
+        found => {
+            if let Written::Damaged(why) = found {
+                damaged(image_facts::TRAINING, &why);
+            }
+            let changed = state.images.as_ref()? != &facts.images.digest();
+            return changed.then(|| "images of the training data have changed".to_string());
+        }
     };
     let plan = options.config.window_plan(devices);
     let seen = plan.rows_before(state.step, data.len());
-    let changed = facts.images.changed_in(&before, data, &seen);
+    let ahead = facts
+        .images
+        .changed_in(&before, data, |row| !seen.contains(&row));
+    let changed = facts
+        .images
+        .changed_in(&before, data, |row| seen.contains(&row));
+    let ahead = ahead.difference(&changed).cloned().collect();
+    if let Some(ahead) = first(&ahead, "picture", "pictures") {
+        (options.tell)(&format!(
+            "note: the training data has changed in {ahead}, which no step has learnt from yet"
+        ));
+    }
     let first = changed.first()?;
     Some(format!(
-        "{} of the images that were learnt from have changed, first `{first}`",
-        changed.len()
+        "{} of the images that were learnt from {} changed, first `{first}`",
+        changed.len(),
+        if changed.len() == 1 { "has" } else { "have" }
     ))
+}
+
+/// Keys that set the length of a run.
+const LENGTH: [&str; 2] = ["max_steps", "num_train_epochs"];
+
+/// Says that a finished run is to be taken further, if so.
+fn extension(
+    options: &RunOptions,
+    samples: usize,
+    devices: usize,
+    state: &TrainerState,
+) -> Option<String> {
+    let before = state.config.total_steps(samples, devices);
+    let now = options.config.total_steps(samples, devices);
+    (state.step == before && now > before).then(|| {
+        format!(
+            "the finished run of {} goes on to step {now}; its learning rate is that of a run of {now} steps from here on",
+            counted(before, "step", "steps")
+        )
+    })
 }
 
 /// Finds where to go on, checks that it is the same run, and gives the checkpoint's folder.
 pub(super) fn find_checkpoint(
     options: &RunOptions,
     data: &Dataset,
+    validation: Option<&Dataset>,
     facts: &RunFacts,
     devices: usize,
     dtype: DType,
@@ -114,10 +188,12 @@ pub(super) fn find_checkpoint(
         }
     };
     let state = read_state(&dir)?;
+    let extension = extension(options, data.len(), devices, &state);
     let mut differences: Vec<String> = state
         .config
         .differences(&options.config)
         .into_iter()
+        .filter(|(key, ..)| extension.is_none() || !LENGTH.contains(&key.as_str()))
         .map(|(key, there, here)| format!("`{key}` was {there}, is {here}"))
         .collect();
     if state.train_data != data.fingerprint() {
@@ -132,7 +208,8 @@ pub(super) fn find_checkpoint(
         _ => {}
     }
     if state.train_data == data.fingerprint() {
-        differences.extend(changed_images(options, data, facts, devices, &dir, &state));
+        let both = [Some(data), validation];
+        differences.extend(changed_images(options, both, facts, devices, &dir, &state));
     }
     // The devices may be others, but not more or fewer: they share every window.
     if state.devices != devices {
@@ -150,6 +227,9 @@ pub(super) fn find_checkpoint(
             run: dir,
             differences: differences.join("; "),
         });
+    }
+    if let Some(line) = extension {
+        (options.tell)(&line);
     }
     Ok(Some((dir, state)))
 }

@@ -3,7 +3,8 @@
 use crate::kernels::{Kernels, TrainKernels};
 use std::{
     collections::BTreeMap,
-    path::PathBuf,
+    fs,
+    path::{Path, PathBuf},
     sync::{Arc, atomic::AtomicBool},
 };
 
@@ -21,18 +22,21 @@ use super::{
     checkpoint_dir::{CheckpointDir, RunLock},
     config::{TrainConfig, Tuner},
     data::RunData,
+    image_facts,
     learner::{Gauge, ScheduleStepper, StepSettings, Trainee},
+    lines::StepLines,
     optimizer::AdamW,
-    records::MetricsLog,
-    renderers::BoxedRenderer,
+    records::{METRICS, MetricsLog},
+    renderers::{RunRenderer, RunSteps},
     resume::{RunFacts, find_checkpoint},
     strategy::{Components, Ending, GenerationScorer, LoopState, Tell, TrainError, WindowStrategy},
     tfevents::EventWriter,
     trace::Trace,
+    words::counted,
 };
 use crate::{
     dataset::{DataFacts, Dataset, loader::WindowLoader},
-    files::write_atomic,
+    files::{FileError, write_atomic},
     lora::{
         attach::attach, base::check_base, config::LoraConfig, files::load_adapter_for_training,
     },
@@ -85,6 +89,8 @@ pub struct RunResult<B: Backend> {
     pub model: Qwen3Vl<B>,
     /// Tokenizer, template, processor.
     pub parts: Arc<TextAndImages>,
+    /// What it was validated on.
+    pub validation: Option<Dataset>,
     /// Folder of the last checkpoint.
     pub checkpoint: PathBuf,
 }
@@ -169,17 +175,22 @@ fn random_model<B: Kernels>(
     Qwen3Vl::new(config, &options, device).map(&mut Draw)
 }
 
-/// Writes the resolved settings, versions, data hashes and what to know of the data sets (training,
-/// then validation) before the first step.
-fn write_run_files(
+/// Writes the resolved settings: what `--config` takes to go on.
+fn write_config(config: &TrainConfig) -> Result<(), TrainError> {
+    write_atomic(&config.output_dir.join("config.toml"), |out| {
+        out.write_all(config.to_toml().as_bytes())
+    })?;
+    Ok(())
+}
+
+/// Writes versions, data hashes and what to know of the data sets (training, then validation) before the
+/// first step.
+fn write_run_facts(
     config: &TrainConfig,
     data: &BTreeMap<&str, String>,
     data_facts: &[DataFacts],
 ) -> Result<(), TrainError> {
     let dir = &config.output_dir;
-    write_atomic(&dir.join("config.toml"), |out| {
-        out.write_all(config.to_toml().as_bytes())
-    })?;
     let facts = serde_json::json!({
         "program": concat!("xray-qwen3vl ", env!("CARGO_PKG_VERSION")),
         "burn": "0.21.0",
@@ -192,6 +203,23 @@ fn write_run_files(
         serde_json::to_writer_pretty(&mut *out, &facts)?;
         out.write_all(b"\n")
     })?;
+    Ok(())
+}
+
+/// Puts aside what Burn's logs hold of the epoch that a run goes on in: they begin a file anew.
+fn keep_part_of_epoch(run: &Path, steps: &RunSteps) -> Result<(), TrainError> {
+    if steps.before == 0 || steps.before.is_multiple_of(steps.an_epoch.max(1)) {
+        return Ok(());
+    }
+    let epoch = steps.epoch(steps.before);
+    for split in ["train", "valid"] {
+        let from = run.join(split).join(format!("epoch-{epoch}"));
+        let name = format!("part-of-epoch-{epoch}-before-step-{}", steps.before + 1);
+        let to = run.join(split).join(name);
+        if from.is_dir() && !to.exists() {
+            fs::rename(&from, &to).map_err(|cause| FileError::write(&to, cause))?;
+        }
+    }
     Ok(())
 }
 
@@ -231,8 +259,15 @@ pub fn train<B: TrainKernels>(
     let run = &config.output_dir;
     // Held to the end of the run. A folder that is not there yet is made once all has been checked.
     let lock = run.is_dir().then(|| RunLock::take(run)).transpose()?;
-    let facts = RunFacts::gather(&config, options.random_init, &data)?;
-    let resumed = find_checkpoint(&options, &data, &facts, devices.len(), dtype)?;
+    let facts = RunFacts::gather(&config, options.random_init, &data, validation.as_ref())?;
+    let resumed = find_checkpoint(
+        &options,
+        &data,
+        validation.as_ref(),
+        &facts,
+        devices.len(),
+        dtype,
+    )?;
 
     let [min_pixels, max_pixels] = config.pixel_limits();
     let pipeline = PipelineOptions {
@@ -306,9 +341,10 @@ pub fn train<B: TrainKernels>(
     let trained: usize = trained_params(&model).len();
     let total_steps = config.total_steps(data.len(), devices.len());
     (options.tell)(&format!(
-        "{} samples, {} optimizer steps, {trained} trained tensors{}",
-        data.len(),
-        total_steps,
+        "{}, {}, {}{}",
+        counted(data.len(), "sample", "samples"),
+        counted(total_steps, "optimizer step", "optimizer steps"),
+        counted(trained, "trained tensor", "trained tensors"),
         match &resumed {
             Some((dir, state)) => format!(
                 ", going on after step {} from `{}`",
@@ -351,20 +387,31 @@ pub fn train<B: TrainKernels>(
             to.display()
         ));
     }
+    write_config(&config)?;
     // A run that goes on in another folder has none there yet.
-    if resumed.is_none() || !config.output_dir.join("config.toml").exists() {
+    if resumed.is_none() || !config.output_dir.join("run.json").exists() {
         let mut hashes = BTreeMap::from([("train", data.fingerprint().to_string())]);
         if let Some(data) = &validation {
             hashes.insert("val", data.fingerprint().to_string());
         }
         hashes.insert("images", facts.images.digest());
         hashes.insert("base", facts.base);
-        write_run_files(&config, &hashes, &data_facts)?;
+        write_run_facts(&config, &hashes, &data_facts)?;
     }
-    facts.images.save(run)?;
-    let metrics_path = config.output_dir.join("metrics.jsonl");
+    facts.images.save(run, image_facts::TRAINING)?;
+    if validation.is_some() {
+        facts.val_images.save(run, image_facts::VALIDATION)?;
+    }
+    let metrics_path = config.output_dir.join(METRICS);
     let metrics = match &resumed {
-        Some(_) => MetricsLog::resume(&metrics_path, state.step as u64)?.0,
+        Some((dir, _)) => {
+            let copy = dir.join(METRICS);
+            let (log, summary) = MetricsLog::resume(&metrics_path, state.step as u64, &copy)?;
+            if let Some(warning) = summary.warning(&metrics_path, &copy) {
+                (options.tell)(&warning);
+            }
+            log
+        }
         None => MetricsLog::create(&metrics_path)?,
     };
     let events = EventWriter::create(
@@ -379,6 +426,14 @@ pub fn train<B: TrainKernels>(
     });
     let learner: Learner<Components<B>> =
         Learner::new(Trainee::new(model, settings), optimizer.clone(), schedule);
+    let steps = RunSteps {
+        before: state.step,
+        total: total_steps,
+        an_epoch: config
+            .window_plan(devices.len())
+            .steps_per_epoch(data.len()),
+    };
+    keep_part_of_epoch(&config.output_dir, &steps)?;
     let strategy = Arc::new(WindowStrategy::new(LoopState {
         state: state.clone(),
         model_config,
@@ -393,6 +448,9 @@ pub fn train<B: TrainKernels>(
         events,
         output_dir: config.output_dir.clone(),
         total_steps,
+        steps,
+        logged_epoch: 1,
+        lines: StepLines::new(config.logging_steps, state.step, total_steps),
         good_steps: state.step.saturating_sub(1),
         memory: MemoryWatch::default(),
         interrupted: options.interrupted,
@@ -418,7 +476,7 @@ pub fn train<B: TrainKernels>(
             .with_application_logger(None)
             .with_training_strategy(TrainingStrategy::Custom(strategy.clone()));
     if let Some(renderer) = options.renderer {
-        training = training.renderer(BoxedRenderer(renderer));
+        training = training.renderer(RunRenderer::new(renderer, steps));
     }
     let result = training.launch(learner);
     let model = result.model.model;
@@ -434,6 +492,7 @@ pub fn train<B: TrainKernels>(
         state,
         model,
         parts,
+        validation,
         checkpoint,
     })
 }

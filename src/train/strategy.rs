@@ -16,7 +16,6 @@ use std::{
 };
 
 use burn::{
-    data::dataloader::Progress,
     prelude::Backend,
     tensor::backend::{AutodiffBackend, BackendTypes},
     train::{
@@ -31,10 +30,13 @@ use super::{
     checkpoint_dir::{CheckpointDir, CheckpointDirError},
     gradients::differing_elements,
     learner::{ScheduleStepper, StepNumbers, StepOutput, StepReading, StepTotals, Trainee},
-    optimizer::{AdamW, clip_on_device},
+    lines::{StepLines, StepWork},
+    optimizer::AdamW,
     ranks::RankError,
     records::{MetricsLog, RecordsError},
+    renderers::RunSteps,
     replicas::Replicas,
+    step_clock::{LaunchTimes, StepClock},
     tfevents::EventWriter,
     trace::{HOST, Trace},
 };
@@ -107,7 +109,7 @@ pub enum TrainError {
     OtherRun { run: PathBuf, differences: String },
     #[error("`{}` holds no whole checkpoint to continue from", .0.display())]
     NothingToResume(PathBuf),
-    #[error("`{}` holds a run already; continue it with `--resume auto`, or choose another --output-dir", .0.display())]
+    #[error("`{run}` holds a run already; continue it with `xray-qwen3vl train --config {run}/config.toml --resume auto`, or choose another --output-dir", run = .0.display())]
     RunExists(PathBuf),
     #[error("{0}")]
     Other(String),
@@ -174,6 +176,12 @@ pub struct LoopState<B: AutodiffBackend> {
     pub output_dir: PathBuf,
     /// Steps of the run.
     pub total_steps: usize,
+    /// How they lie in epochs and processes.
+    pub(super) steps: RunSteps,
+    /// The epoch whose metrics Burn's logs are taking in.
+    pub(super) logged_epoch: usize,
+    /// Progress lines.
+    pub(super) lines: StepLines,
     /// After how many steps the weights last gave a finite loss and gradient; later ones, though
     /// saved, may be ruined.
     pub good_steps: usize,
@@ -216,7 +224,7 @@ struct Launched {
     samples: usize,
     tokens: usize,
     learning_rate: f64,
-    progress: Progress,
+    times: LaunchTimes,
     numbers: Numbers,
 }
 
@@ -282,7 +290,12 @@ impl<B: TrainKernels> LoopState<B> {
         if patience > 0 && self.state.validations_without_gain >= patience {
             return Ok(Ending::EarlyStop);
         }
+        self.enter_epoch(self.steps.epoch(self.state.step), processor);
         let mut replicas = self.replicas(learner)?;
+        if self.state.step == 0 && self.scorer.is_some() {
+            // What training is to be measured against; no checkpoint holds it.
+            self.validate(learner, replicas.as_ref(), processor)?;
+        }
         if std::mem::take(&mut self.state.validation_due) {
             self.validate_and_save(learner, replicas.as_ref(), processor)?;
             if patience > 0 && self.state.validations_without_gain >= patience {
@@ -293,7 +306,7 @@ impl<B: TrainKernels> LoopState<B> {
             (self.tell)("note: deterministic repeats steps on one device only; nothing is checked");
         }
         let mut windows = loader.iter();
-        let mut clock = Instant::now();
+        let mut clock = StepClock::start();
         let mut pending: Option<Launched> = None;
         let trace = self.trace.clone();
         let mut next_step = self.state.step;
@@ -322,15 +335,17 @@ impl<B: TrainKernels> LoopState<B> {
                 }
                 continue;
             }
-            let progress = windows.progress();
             if replicas.is_some() {
                 // Several devices take the next step's images while they work on this one.
                 ahead = trace.wait_for_data(next_step, || windows.next());
                 is_last = ahead.is_none();
             }
-            let launched = trace.span(HOST, "launch", step, || {
-                self.launch(learner, replicas.as_mut(), window, ahead.as_mut(), progress)
-            })?;
+            let (launched, times) = LaunchTimes::of(|| {
+                trace.span(HOST, "launch", step, || {
+                    self.launch(learner, replicas.as_mut(), window, ahead.as_mut())
+                })
+            });
+            let launched = Launched { times, ..launched? };
             if let Some(previous) = pending.replace(launched) {
                 self.settle(previous, processor, &mut clock)?;
             }
@@ -354,10 +369,10 @@ impl<B: TrainKernels> LoopState<B> {
                 if !improved && patience > 0 && self.state.validations_without_gain >= patience {
                     ending = Some(Ending::EarlyStop);
                 }
-                clock = Instant::now();
+                clock.skip();
             } else if interrupted || due(self.state.config.save_steps) {
                 self.save(learner)?;
-                clock = Instant::now();
+                clock.skip();
             }
             if interrupted {
                 ending = Some(Ending::Interrupted);
@@ -415,7 +430,6 @@ impl<B: TrainKernels> LoopState<B> {
         replicas: Option<&mut Replicas<B>>,
         window: Window,
         next: Option<&mut Window>,
-        progress: Progress,
     ) -> Result<Launched, TrainError> {
         let (step, all_targets) = (window.step, window.targets);
         let mut launched = Launched {
@@ -425,7 +439,7 @@ impl<B: TrainKernels> LoopState<B> {
             samples: window.rows.len(),
             tokens: window.tokens,
             learning_rate: learner.lr_current(),
-            progress,
+            times: LaunchTimes::of(|| ()).1,
             numbers: Numbers::Known(StepTotals::default()),
         };
         let max_norm = self.state.config.max_grad_norm;
@@ -439,9 +453,9 @@ impl<B: TrainKernels> LoopState<B> {
                     let repeated = learner.train_step(window);
                     check_repeated(&learner.model(), step, [&output, &repeated])?;
                 }
-                let clip = clip_on_device(&learner.model(), &output.grads, max_norm);
+                let clip = (self.optimizer).clip_next(&learner.model(), &output.grads, max_norm);
                 self.memory.look::<B::InnerBackend>(&self.devices[0]);
-                let reading = output.item.read_later(clip.clone());
+                let reading = output.item.read_later(clip);
                 if let Some(reading) = reading {
                     launched.numbers = if B::InnerBackend::READS_LATER {
                         Numbers::Reading(reading)
@@ -450,7 +464,6 @@ impl<B: TrainKernels> LoopState<B> {
                     };
                 }
                 self.check_finite(&launched)?;
-                self.optimizer.clip_next(clip);
                 learner.optimizer_step(output.grads);
             }
             Some(replicas) => {
@@ -472,9 +485,8 @@ impl<B: TrainKernels> LoopState<B> {
                 // A loss that is no number goes before an exchange of gradients that are none.
                 self.check_finite(&launched)?;
                 let grads = replicas.reduce(&learner.model(), learner.lr_current())?;
-                let clip = clip_on_device(&learner.model(), &grads, max_norm);
-                let norm = clip.clone().map(B::InnerBackend::read_later);
-                self.optimizer.clip_next(clip);
+                let clip = (self.optimizer).clip_next(&learner.model(), &grads, max_norm);
+                let norm = clip.map(B::InnerBackend::read_later);
                 learner.optimizer_step(grads);
                 if let Some(norm) = norm {
                     sum.norm = norm().first().copied().map_or(0.0, f64::from);
@@ -514,7 +526,7 @@ impl<B: TrainKernels> LoopState<B> {
         &mut self,
         pending: &mut Option<Launched>,
         processor: &mut SupervisedTrainingEventProcessor<Components<B>>,
-        clock: &mut Instant,
+        clock: &mut StepClock,
     ) -> Result<(), TrainError> {
         match pending.take() {
             Some(launched) => self.settle(launched, processor, clock),
@@ -527,9 +539,10 @@ impl<B: TrainKernels> LoopState<B> {
         &mut self,
         mut launched: Launched,
         processor: &mut SupervisedTrainingEventProcessor<Components<B>>,
-        clock: &mut Instant,
+        clock: &mut StepClock,
     ) -> Result<(), TrainError> {
         let step = launched.step;
+        let asked = Instant::now();
         let known = match launched.numbers {
             Numbers::Known(known) => known,
             Numbers::Reading(reading) => {
@@ -543,8 +556,7 @@ impl<B: TrainKernels> LoopState<B> {
         self.state.step = step + 1;
         self.state.epoch = launched.epoch;
 
-        let seconds = clock.elapsed().as_secs_f64();
-        *clock = Instant::now();
+        let seconds = clock.settle(launched.times, asked).as_secs_f64();
         let numbers = StepNumbers {
             loss: known.objective,
             token_acc: known.totals.token_accuracy(),
@@ -555,18 +567,37 @@ impl<B: TrainKernels> LoopState<B> {
             tokens_per_second: launched.tokens as f64 / seconds,
             memory_gib: self.memory.peak().map_or(0.0, |peak| peak.gib()),
         };
-        self.note_step(&numbers)?;
+        let work = StepWork {
+            seconds,
+            samples: launched.samples,
+            tokens: launched.tokens,
+        };
+        self.note_step(&numbers, work)?;
+        self.enter_epoch(self.steps.epoch(step), processor);
+        let [within, epochs] = self.steps.progress(step + 1);
         processor.process_train(LearnerEvent::ProcessedItem(TrainingItem::new(
             StepOutput::Numbers(numbers),
-            launched.progress,
-            Progress::new(
-                launched.epoch.ceil() as usize,
-                self.state.config.num_train_epochs.ceil() as usize,
-            ),
+            within,
+            epochs,
             Some(step + 1),
             Some(launched.learning_rate),
         )));
         Ok(())
+    }
+
+    /// Ends the epochs before `epoch` in Burn's logs and in the means of its dashboard.
+    ///
+    /// Both splits at once: the logs of one are begun anew whenever the other has another epoch.
+    fn enter_epoch(
+        &mut self,
+        epoch: usize,
+        processor: &mut SupervisedTrainingEventProcessor<Components<B>>,
+    ) {
+        if epoch > self.logged_epoch {
+            processor.process_train(LearnerEvent::EndEpoch(epoch - 1));
+            processor.process_valid(LearnerEvent::EndEpoch(epoch - 1));
+            self.logged_epoch = epoch;
+        }
     }
 }
 

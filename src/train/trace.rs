@@ -101,8 +101,8 @@ impl Trace {
     /// The wait in words, beside the time since the clock was started.
     pub fn summary(&self) -> String {
         format!(
-            "the device waited for data {:.1} ms of {:.2} s at most",
-            self.waited().as_secs_f64() * 1e3,
+            "{:.1} s of {:.1} s were spent waiting for samples",
+            self.waited().as_secs_f64(),
             self.start.elapsed().as_secs_f64()
         )
     }
@@ -170,7 +170,7 @@ mod tests {
         assert_eq!((spans.len(), &spans[1]["tid"]), (2, &json!(2)));
         assert_eq!(spans[1]["args"]["step"], 4);
         assert!(spans[0]["dur"].as_f64().unwrap() >= 5e3);
-        assert!(trace.waited() >= pause && trace.summary().contains("waited for data"));
+        assert!(trace.waited() >= pause && trace.summary().contains("waiting for samples"));
         // Off, nothing is kept; the wait still counts.
         let off = Trace::default();
         off.wait_for_data(0, || std::thread::sleep(pause));

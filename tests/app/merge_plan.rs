@@ -290,7 +290,7 @@ fn plan_follows_flags_benches_and_devices() {
     // 640 samples, six times, at 32 a second: two minutes.
     let timed = plan(&["--bench", text(&bench)]);
     assert!(
-        line(&timed, "time").contains("0.03 h at 32 samples/s, measured on cpu"),
+        line(&timed, "time").contains("2.0 min at 32 samples/s, measured on cpu"),
         "{timed}"
     );
     std::fs::write(&bench, "{}").unwrap();

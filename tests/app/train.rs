@@ -259,6 +259,11 @@ fn a_run_leaves_settings_measurements_curves_and_facts() {
     let loss = |row: &Value| row["loss"].as_f64().unwrap();
     assert!(loss(&rows[19]) < loss(&rows[0]), "nothing was learnt");
 
+    // Thirteen steps an epoch, each in a log of its own.
+    for (epoch, steps) in [(1, 13), (2, 7)] {
+        let log = run.join(format!("train/epoch-{epoch}/Loss.log"));
+        assert_eq!(fs::read_to_string(log).unwrap().lines().count(), steps);
+    }
     let svg = fs::read_to_string(run.join("training.svg")).unwrap();
     assert!(svg.contains("<svg") && svg.trim_end().ends_with("</svg>"));
     let events: Vec<PathBuf> = fs::read_dir(run.join("tensorboard"))
@@ -304,7 +309,11 @@ fn an_unreadable_image_costs_nothing_that_was_learnt() {
 
     // Nothing has been learnt from the broken image: mended, it is no other run.
     fs::write(&image, good).unwrap();
-    train_well(folder.path(), &resume);
+    let (_, stderr) = train_well(folder.path(), &resume);
+    assert_says(
+        &stderr,
+        &["1 picture, first `images/0005.png`, which no step has learnt from yet"],
+    );
     assert_eq!(trained_steps(&run), (1..=20).collect::<Vec<u64>>());
 
     let other = folder.path().join("data/images/0007.png");
@@ -536,4 +545,124 @@ fn the_last_checkpoints_and_the_best_one_are_kept() {
     let run = folder.path().join("early");
     assert_eq!(trained_steps(&run), [1, 2, 3]);
     assert_eq!(saved_steps(&run), [1, 2, 3]);
+}
+
+#[test]
+fn a_run_is_scored_before_its_first_step_and_with_other_images() {
+    let folder = workplace();
+    let mut args = vec!["--val-data", "phantom:4:0..4:house", "--eval-generate", "4"];
+    for pair in [
+        "max_steps=3",
+        "eval_max_new_tokens=4",
+        "eval_steps=2",
+        "save_steps=2",
+    ] {
+        args.extend(["--set", pair]);
+    }
+    let (stdout, _) = train_well(folder.path(), &args);
+    let run = folder.path().join("run");
+    let validations = || -> Vec<Value> {
+        let rows = records(&run.join("metrics.jsonl"));
+        rows.into_iter()
+            .filter(|row| row.get("eval_loss").is_some())
+            .collect()
+    };
+    let steps = |rows: &[Value]| -> Vec<u64> {
+        rows.iter()
+            .map(|row| row["step"].as_u64().unwrap())
+            .collect()
+    };
+    let rows = validations();
+    assert_eq!(steps(&rows), [0, 2, 3]);
+    let result = fs::read(run.join("result.json")).unwrap();
+    let result: Value = serde_json::from_slice(&result).unwrap();
+    assert_eq!(
+        (&result["ending"], &result["step"]),
+        (&"done".into(), &3.into())
+    );
+    let held_out = &result["held_out"];
+    assert_eq!(held_out["reports"], 4);
+    for key in ["eval_loss", "eval_finding_f1", "eval_finding_side_zone_f1"] {
+        assert_eq!(held_out["before"][key], rows[0][key], "{key}");
+        assert_eq!(held_out["after"][key], rows[2][key], "{key}");
+    }
+    assert!(
+        held_out["images_swapped"]["eval_finding_f1"]
+            .as_f64()
+            .is_some()
+    );
+    assert_says(
+        &stdout,
+        &["before", "images swapped", "finding F1, side and zone"],
+    );
+    assert_says(
+        &stdout,
+        &["xray-qwen3vl infer --model model/tiny --adapter run/checkpoint-3"],
+    );
+    // The config was given: it needs no mention of another.
+    assert!(!stdout.contains("with the real model"), "{stdout}");
+
+    let resume = [&args[..], &["--resume", "run/checkpoint-2"]].concat();
+    train_well(folder.path(), &resume);
+    assert_eq!(steps(&validations()), [0, 2, 3]);
+}
+
+#[test]
+fn progress_lines_come_every_logging_steps_with_the_time_left() {
+    let folder = workplace();
+    let (stdout, stderr) = train_well(folder.path(), &["--set", "logging_steps=8"]);
+    let lines: Vec<&str> = stderr
+        .lines()
+        .filter(|line| line.starts_with("step "))
+        .collect();
+    let heads: Vec<&str> = lines
+        .iter()
+        .map(|line| line.split("  ").next().unwrap())
+        .collect();
+    assert_eq!(
+        heads,
+        ["step 1/20", "step 8/20", "step 16/20", "step 20/20"]
+    );
+    for line in lines {
+        assert_says(line, &["elapsed", "left"]);
+    }
+    assert_says(&stdout, &["done: 20 steps in 0:"]);
+    let sets = [
+        "--dtype",
+        "bf16",
+        "--set",
+        "max_steps=1",
+        "--set",
+        "output_dir=half",
+    ];
+    let (stdout, stderr) = train_well(folder.path(), &sets);
+    assert_says(
+        &stderr,
+        &["note: bf16 on the CPU is slower", "1 optimizer step,"],
+    );
+    assert_says(&stdout, &["done: 1 step in"]);
+}
+
+#[test]
+fn a_flag_or_key_that_is_none_is_answered_with_what_to_write() {
+    let folder = workplace();
+    for (args, says) in [
+        (
+            ["--learning-rate", "1e-4"],
+            "write `--set learning_rate=1e-4`",
+        ),
+        (
+            ["--set", "learnin_rate=1e-4"],
+            "did you mean `learning_rate`?",
+        ),
+        (
+            ["--set", "target_modules=q_proj"],
+            "a list of names such as [\"q_proj\"]",
+        ),
+    ] {
+        let (code, stdout, stderr) = train(folder.path(), &args);
+        assert_eq!((code, stdout.as_str()), (2, ""), "{args:?}: {stderr}");
+        assert_says(&stderr, &["error: ", says]);
+        assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    }
 }

@@ -11,9 +11,10 @@ use std::{
 use crate::{
     LONGEST_RUN, program,
     refusal::refusal_problems,
+    run as run_program,
     train::{
         Files, assert_same_end, assert_says, finished, saved_steps, train, train_args, train_badly,
-        train_well, workplace,
+        train_well, trained_steps, workplace,
     },
 };
 
@@ -69,7 +70,11 @@ fn a_killed_run_goes_on_bit_for_bit() {
 #[cfg(unix)]
 #[test]
 fn an_interrupted_run_saves_and_says_how_to_go_on() {
-    for signal in ["INT", "TERM"] {
+    for signal in ["INT", "TERM", "HUP"] {
+        if signal == "HUP" && hangup_is_ignored() {
+            eprintln!("skipped: this test itself is run to outlive its terminal");
+            continue;
+        }
         let folder = workplace();
         let run = folder.path().join("run");
         let output = disturb(
@@ -89,9 +94,69 @@ fn an_interrupted_run_saves_and_says_how_to_go_on() {
         let steps = rows_so_far(&run);
         assert!(steps < 20, "{signal}: the run ended before the signal");
         assert_eq!(saved_steps(&run).last(), Some(&(steps as u64)), "{signal}");
-        train_well(folder.path(), &["--resume", "auto"]);
+        // As printed, without the config and the flags the run was started with.
+        let hint = stdout.split('`').nth(1).unwrap();
+        let words: Vec<&str> = hint.split(' ').collect();
+        assert!(words[0].ends_with("xray-qwen3vl"), "{hint}");
+        let (code, _, stderr) = run_program(folder.path(), &words[1..]);
+        assert_eq!(code, 0, "{hint}: {stderr}");
         assert_same_end(folder.path(), signal);
     }
+}
+
+/// Whether a hangup does nothing to this process and what it starts, as under `nohup`.
+#[cfg(unix)]
+fn hangup_is_ignored() -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .is_none_or(|mask| mask & 1 == 1)
+}
+
+#[test]
+fn a_finished_run_goes_further_and_no_less_far() {
+    let folder = finished();
+    let run = folder.path().join("run");
+    let args = ["--resume", "auto", "--set", "max_steps=10"];
+    let message = train_badly(folder.path(), &args);
+    assert_says(&message, &["`max_steps` was 20, is 10"]);
+    let args = ["--resume", "auto", "--set", "max_steps=24"];
+    let (_, stderr) = train_well(folder.path(), &args);
+    assert_says(
+        &stderr,
+        &["the finished run of 20 steps goes on to step 24"],
+    );
+    assert_eq!(trained_steps(&run), (1..=24).collect::<Vec<u64>>());
+    let settings = fs::read_to_string(run.join("config.toml")).unwrap();
+    assert!(settings.contains("max_steps = 24"), "{settings}");
+    // Not finished, it is another run: its rates were those of 24 steps.
+    let args = ["--resume", "run/checkpoint-15", "--set", "max_steps=30"];
+    let message = train_badly(folder.path(), &args);
+    assert_says(&message, &["`max_steps` was 20, is 30"]);
+}
+
+#[test]
+fn damaged_records_of_a_run_are_named_and_mended() {
+    let folder = finished();
+    let run = folder.path().join("run");
+    let path = run.join("metrics.jsonl");
+    let rows = fs::read_to_string(&path).unwrap();
+    let mut lines: Vec<&str> = rows.lines().collect();
+    // A part written over with zeros, its line feeds too.
+    lines.splice(5..8, ["\0\0\0\0"]);
+    fs::write(&path, lines.join("\n") + "\n").unwrap();
+    fs::write(run.join("images.json"), "{\"a\": ").unwrap();
+    let (_, stderr) = train_well(folder.path(), &["--resume", "run/checkpoint-15"]);
+    assert_says(
+        &stderr,
+        &[
+            "`run/metrics.jsonl`: line 6 is damaged; 3 rows were restored from `run/checkpoint-15/metrics.jsonl`",
+            "`run/images.json` is damaged",
+        ],
+    );
+    assert_same_end(folder.path(), "damaged records");
+    let (_, stderr) = train_well(folder.path(), &["--resume", "auto"]);
+    assert!(!stderr.contains("damaged"), "{stderr}");
 }
 
 #[test]

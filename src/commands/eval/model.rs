@@ -207,7 +207,7 @@ impl ModelWork {
         for group in places.chunks(self.batch_size) {
             let prompts = group
                 .iter()
-                .map(|at| self.prompt(&pipeline.parts, self.rows[*at], shown[*at]))
+                .map(|at| question_about(&self.data, &pipeline.parts, self.rows[*at], shown[*at]))
                 .collect::<Result<Vec<_>>>()?;
             let (some, _) =
                 pipeline.answer(&prompts, &self.generation, &self.stop, &mut |_, _| {})?;
@@ -221,24 +221,6 @@ impl ModelWork {
         }
         progress.finish();
         Ok(answers)
-    }
-
-    /// The question of one row about the images of another.
-    fn prompt(&self, parts: &TextAndImages, row: usize, shown: usize) -> Result<Prompt> {
-        if row == shown {
-            return Ok(self.data.question(row, parts)?.0);
-        }
-        let RawSample { conversation, .. } = self.data.read(row, parts)?;
-        let images = patches(parts, &self.data.read(shown, parts)?.pictures)?;
-        let merge = parts.config.vision_config.spatial_merge_size;
-        let input_ids = encode_prompt(
-            &parts.tokenizer,
-            &conversation,
-            &images.image_grid_thw,
-            merge,
-        )
-        .with_context(|| format!("`{}`, row {}", self.data.name(), row + 1))?;
-        Ok(Prompt { input_ids, images })
     }
 
     fn swapped_reports<B: Kernels>(
@@ -341,6 +323,29 @@ impl ModelWork {
         progress.finish();
         Ok((values, kept))
     }
+}
+
+/// The question of one row about the images of another.
+pub(in crate::commands) fn question_about(
+    data: &Dataset,
+    parts: &TextAndImages,
+    row: usize,
+    shown: usize,
+) -> Result<Prompt> {
+    if row == shown {
+        return Ok(data.question(row, parts)?.0);
+    }
+    let RawSample { conversation, .. } = data.read(row, parts)?;
+    let images = patches(parts, &data.read(shown, parts)?.pictures)?;
+    let merge = parts.config.vision_config.spatial_merge_size;
+    let input_ids = encode_prompt(
+        &parts.tokenizer,
+        &conversation,
+        &images.image_grid_thw,
+        merge,
+    )
+    .with_context(|| format!("`{}`, row {}", data.name(), row + 1))?;
+    Ok(Prompt { input_ids, images })
 }
 
 fn patches(parts: &TextAndImages, pictures: &[RgbImage]) -> Result<ImageInput> {
