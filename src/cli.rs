@@ -175,7 +175,7 @@ pub struct InferArgs {
     /// One report about all images together (the views of one study).
     #[arg(long)]
     pub together: bool,
-    /// Frame of DICOM files that hold several, counted from 1.
+    /// Frame of DICOM files, or page of TIFF files, that hold several, counted from 1.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub frame: Option<u32>,
     /// List the technical tags of DICOM files in place of reports: nothing of the patient, no model loaded.
