@@ -12,6 +12,7 @@ mod clean;
 mod data_tools;
 mod dicom;
 mod eval;
+mod found_pictures;
 mod infer;
 mod merge_plan;
 mod quantize;
