@@ -3,9 +3,11 @@
 //! What a pixel becomes follows the reference pipeline (`to_rgb` of `qwen_vl_utils` over Pillow):
 //! red, green, blue and alpha are laid on white, and so is 16-bit grey with alpha; 8-bit grey with
 //! alpha, and transparency of a palette or of a single colour, lose it as Pillow's `convert("RGB")`
-//! does; 16-bit colour keeps its high byte. Two deviations: Pillow clips 16-bit grey at 255, which
-//! leaves a radiograph white, and here it is scaled to 8 bits, `value / 257` rounded; and the
-//! decoder of JPEG rounds in another way, by up to 4 levels where colour is stored at half size.
+//! does; 16-bit colour keeps its high byte. One deviation: Pillow clips 16-bit grey at 255, which
+//! leaves a radiograph white, and here it is scaled to 8 bits, `value / 257` rounded; 16-bit levels
+//! that use fewer bits are scaled by the bits in use ([`rgb`]). JPEG of one and three channels gives
+//! Pillow's pixels exactly ([`jpeg`]); JPEG of four channels, and JPEG inside TIFF, may round in
+//! another way.
 //! The orientation a camera wrote is applied. Grey levels of DICOM are [`super::dicom`]'s.
 //!
 //! Nothing is allocated for pixels before the header's size has passed [`DecodeLimits`]. This module
@@ -13,10 +15,14 @@
 
 mod cost;
 mod error;
-mod jpeg;
+mod frames;
+pub(super) mod jpeg;
+mod rgb;
 #[cfg(test)]
 mod tests;
+mod tiff;
 
+use std::borrow::Cow;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Cursor, Read, Seek};
@@ -24,13 +30,16 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use image::metadata::Orientation;
-use image::{ColorType, DynamicImage, ImageDecoder, ImageReader};
+use image::{ColorType, DynamicImage, GrayImage, ImageDecoder, ImageReader};
 
 use super::dicom::{self, DicomError};
-use super::remark::Remark;
+use super::remark::{Remark, RemarkKind};
 pub use cost::{DecodingCost, decoding_cost};
 pub use error::{ImageError, PictureFormat};
-pub(super) use jpeg::jpeg_has_end;
+use frames::animation_frames;
+use jpeg::{JpegError, jpeg_has_end};
+use rgb::{Storage, drops_alpha, to_rgb};
+use tiff::{BitOrder, Tiff};
 
 /// What a picture from outside may cost, checked before the cost is paid.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -182,9 +191,11 @@ pub fn decode(bytes: &[u8], name: &str, limits: &DecodeLimits) -> Result<RgbImag
     decode_frame(bytes, name, None, limits).map(|reading| reading.picture)
 }
 
-/// Decodes frame `frame`, counted from 1, or the only one, of the picture in `bytes`.
+/// Decodes frame `frame`, counted from 1, of the picture in `bytes`.
 ///
-/// Several frames are known of DICOM alone; any other picture counts as one.
+/// A DICOM file of several frames wants one chosen; of a TIFF file the first page is taken otherwise,
+/// with a remark. Any other picture counts as one, also an animation, of which the first frame is
+/// taken with a remark.
 ///
 /// # Errors
 /// As [`decode`], and of a frame that is not there.
@@ -196,43 +207,170 @@ pub fn decode_frame(
 ) -> Result<Reading, ImageError> {
     check_file_size(bytes.len() as u64, name, limits)?;
     let format = PictureFormat::of(bytes, name)?;
-    if format == PictureFormat::Dicom {
-        return guarded(format, name, || {
-            let decoded = dicom::decode(bytes, frame, limits)
-                .map_err(|cause| dicom_refusal(cause, name, limits))?;
-            let mut picture = decoded.picture;
-            picture.apply_orientation(decoded.orientation);
-            Ok(Reading {
-                picture: to_rgb(picture, true, format, name)?,
-                remarks: decoded.remarks,
-            })
-        });
+    let Reading {
+        picture,
+        mut remarks,
+    } = guarded(format, name, || match format {
+        PictureFormat::Dicom => decode_dicom(bytes, name, frame, limits),
+        _ => decode_plain(bytes, format, name, frame, limits),
+    })?;
+    let (pixels, _) = picture.pixels.as_chunks::<3>();
+    if pixels.iter().all(|pixel| *pixel == pixels[0]) {
+        remarks.push(Remark::new(
+            RemarkKind::OneColour,
+            "all its pixels have one colour: a report on it means nothing",
+        ));
     }
-    if let Some(frame) = frame.filter(|frame| *frame != 1) {
+    Ok(Reading { picture, remarks })
+}
+
+fn decode_dicom(
+    bytes: &[u8],
+    name: &str,
+    frame: Option<usize>,
+    limits: &DecodeLimits,
+) -> Result<Reading, ImageError> {
+    let decoded =
+        dicom::decode(bytes, frame, limits).map_err(|cause| dicom_refusal(cause, name, limits))?;
+    let mut picture = decoded.picture;
+    picture.apply_orientation(decoded.orientation);
+    let mut remarks = decoded.remarks;
+    let storage = Storage::default();
+    let picture = to_rgb(picture, storage, PictureFormat::Dicom, name, &mut remarks)?;
+    Ok(Reading { picture, remarks })
+}
+
+/// Decodes any picture but DICOM.
+fn decode_plain(
+    bytes: &[u8],
+    format: PictureFormat,
+    name: &str,
+    frame: Option<usize>,
+    limits: &DecodeLimits,
+) -> Result<Reading, ImageError> {
+    let mut remarks = Vec::new();
+    let mut storage = Storage {
+        drops_alpha: drops_alpha(format, bytes),
+        white_is_zero: false,
+    };
+    let tiff = Tiff::new(bytes).filter(|_| format == PictureFormat::Tiff);
+    let pages = tiff.as_ref().map_or(1, Tiff::page_count);
+    if let Some(frame) = frame.filter(|frame| !(1..=pages).contains(frame)) {
         return Err(ImageError::NoFrame {
             name: name.to_owned(),
             format,
             frame,
+            frames: pages,
         });
     }
-    if format == PictureFormat::Jpeg && !jpeg_has_end(bytes) {
-        // The decoder would fill the missing part with grey and say nothing.
+    let first_of = |what| {
+        Remark::new(
+            RemarkKind::FirstOfSeveralPages,
+            format!("it holds {what}, of which the first is used"),
+        )
+    };
+    let frames = animation_frames(format, bytes);
+    if frames > 1 {
+        remarks.push(first_of(format!("an animation of {frames} frames")));
+    }
+    if pages > 1 && frame.is_none() {
+        remarks.push(first_of(format!("{pages} pages")));
+    }
+    let mut bytes = Cow::Borrowed(bytes);
+    if let Some(tiff) = tiff {
+        (bytes, storage.white_is_zero) =
+            tiff.page(frame.unwrap_or(1) - 1)
+                .map_err(|cause| match cause {
+                    BitOrder::Compression => unsupported(
+                        format,
+                        name,
+                        "compressed bits in reverse order, FillOrder 2",
+                    ),
+                    BitOrder::Strips => ImageError::Damaged {
+                        name: name.to_owned(),
+                        format,
+                        reason: "its strips are not where it says".to_owned(),
+                    },
+                })?;
+    }
+    if format == PictureFormat::Jpeg {
+        check_jpeg(&bytes, name)?;
+    }
+    let mut decoder = open(Cursor::new(&bytes[..]), format, name, limits)?;
+    let orientation = orientation(&mut decoder);
+    let jpeg = if format == PictureFormat::Jpeg {
+        decode_jpeg(&bytes, name, limits, &mut remarks)?
+    } else {
+        None
+    };
+    let mut picture = match jpeg {
+        Some(picture) => picture,
+        None => DynamicImage::from_decoder(decoder)
+            .map_err(|cause| refusal(cause, format, name, limits))?,
+    };
+    picture.apply_orientation(orientation);
+    let picture = to_rgb(picture, storage, format, name, &mut remarks)?;
+    Ok(Reading { picture, remarks })
+}
+
+/// Refuses a JPEG that is cut off, or of a kind for which decoders have no clear word.
+fn check_jpeg(bytes: &[u8], name: &str) -> Result<(), ImageError> {
+    let format = PictureFormat::Jpeg;
+    if !jpeg_has_end(bytes) {
         return Err(ImageError::Truncated {
             name: name.to_owned(),
             format,
         });
     }
-    let picture = guarded(format, name, || {
-        let mut decoder = open(Cursor::new(bytes), format, name, limits)?;
-        let orientation = orientation(&mut decoder);
-        let mut picture = DynamicImage::from_decoder(decoder)
-            .map_err(|cause| refusal(cause, format, name, limits))?;
-        picture.apply_orientation(orientation);
-        to_rgb(picture, drops_alpha(format, bytes), format, name)
-    })?;
-    Ok(Reading {
-        picture,
-        remarks: Vec::new(),
+    match jpeg::frame_header(bytes) {
+        Some(header) if header.is_lossless => Err(unsupported(format, name, "JPEG without loss")),
+        Some(header) if header.precision != 8 => {
+            let found = format!("levels of {} bits", header.precision);
+            Err(unsupported(format, name, found))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Decodes a JPEG of one or three channels as the reference does; `None` for one of another kind,
+/// which the `image` crate may read.
+fn decode_jpeg(
+    bytes: &[u8],
+    name: &str,
+    limits: &DecodeLimits,
+    remarks: &mut Vec<Remark>,
+) -> Result<Option<DynamicImage>, ImageError> {
+    let format = PictureFormat::Jpeg;
+    let refused = |cause| {
+        let name = name.to_owned();
+        match cause {
+            JpegError::Truncated => ImageError::Truncated { name, format },
+            JpegError::TooMuchMemory => ImageError::TooMuchMemory {
+                name,
+                limit: limits.max_decoded_bytes,
+            },
+            JpegError::Unsupported(found) => unsupported(format, &name, found),
+            JpegError::Damaged(reason) => ImageError::Damaged {
+                name,
+                format,
+                reason,
+            },
+        }
+    };
+    let decoded = match jpeg::decode(bytes, None, limits.max_decoded_bytes) {
+        Err(JpegError::Unsupported(_)) => return Ok(None),
+        decoded => decoded.map_err(refused)?,
+    };
+    remarks.extend(decoded.damage.remark().map_err(refused)?);
+    let (width, height) = (decoded.width as u32, decoded.height as u32);
+    Ok(match decoded.pixels {
+        jpeg::Pixels::Gray(levels) => {
+            let levels = levels.into_iter().map(|level| level as u8).collect();
+            GrayImage::from_raw(width, height, levels).map(DynamicImage::ImageLuma8)
+        }
+        jpeg::Pixels::Rgb(pixels) => {
+            image::RgbImage::from_raw(width, height, pixels).map(DynamicImage::ImageRgb8)
+        }
     })
 }
 
@@ -404,8 +542,16 @@ fn open<'a, R: BufRead + Seek + 'a>(
 }
 
 /// The orientation in the header; a broken tag is no reason to refuse sound pixels.
+///
+/// Some writers put the mark of a JPEG's Exif segment before the Exif of a WebP or PNG file.
 fn orientation(decoder: &mut impl ImageDecoder) -> Orientation {
-    decoder.orientation().unwrap_or(Orientation::NoTransforms)
+    const MARK: &[u8] = b"Exif\0\0";
+    let exif = decoder.exif_metadata().ok().flatten();
+    let marked = exif.as_deref().and_then(|exif| exif.strip_prefix(MARK));
+    marked
+        .and_then(Orientation::from_exif_chunk)
+        .or_else(|| decoder.orientation().ok())
+        .unwrap_or(Orientation::NoTransforms)
 }
 
 fn unsupported(format: PictureFormat, name: &str, found: impl ToString) -> ImageError {
@@ -439,80 +585,6 @@ fn refusal(
             reason: other.to_string(),
         },
     }
-}
-
-/// Whether the reference loses the alpha channel of this picture instead of using it.
-///
-/// Pillow opens a PNG as RGBA, which the reference lays on white, only for colour type 6 and for
-/// 16-bit grey with alpha; the decoder used here also makes alpha of a `tRNS` chunk, which Pillow
-/// keeps aside.
-fn drops_alpha(format: PictureFormat, bytes: &[u8]) -> bool {
-    /// Bit depth and colour type follow width and height in the first chunk.
-    const DEPTH_AND_COLOR: std::ops::Range<usize> = 24..26;
-    const GRAY_WITH_ALPHA: u8 = 4;
-    const TRUECOLOR_WITH_ALPHA: u8 = 6;
-    let kept = matches!(
-        bytes.get(DEPTH_AND_COLOR),
-        Some([_, TRUECOLOR_WITH_ALPHA] | [16, GRAY_WITH_ALPHA])
-    );
-    format == PictureFormat::Png && !kept
-}
-
-/// Decoded pixels of any kind as 8-bit RGB.
-fn to_rgb(
-    picture: DynamicImage,
-    drops_alpha: bool,
-    format: PictureFormat,
-    name: &str,
-) -> Result<RgbImage, ImageError> {
-    let (width, height) = (picture.width() as usize, picture.height() as usize);
-    let high = |value: u16| (value >> 8) as u8;
-    let rgb = |[red, green, blue, alpha]: [u8; 4]| {
-        [red, green, blue].map(|value| {
-            if drops_alpha {
-                value
-            } else {
-                over_white(value, alpha)
-            }
-        })
-    };
-    let pixels = match picture {
-        DynamicImage::ImageRgb8(buffer) => buffer.into_raw(),
-        DynamicImage::ImageLuma8(buffer) => spread(buffer.into_raw().into_iter()),
-        DynamicImage::ImageLumaA8(buffer) => spread(buffer.pixels().map(|pixel| pixel.0[0])),
-        DynamicImage::ImageRgba8(buffer) => {
-            buffer.pixels().flat_map(|pixel| rgb(pixel.0)).collect()
-        }
-        DynamicImage::ImageLuma16(buffer) => spread(buffer.into_raw().into_iter().map(gray_to_u8)),
-        DynamicImage::ImageLumaA16(buffer) => spread(buffer.pixels().map(|pixel| {
-            let [gray, alpha] = pixel.0;
-            if drops_alpha {
-                gray_to_u8(gray)
-            } else {
-                over_white(high(gray), high(alpha))
-            }
-        })),
-        DynamicImage::ImageRgb16(buffer) => buffer.into_raw().into_iter().map(high).collect(),
-        DynamicImage::ImageRgba16(buffer) => buffer
-            .pixels()
-            .flat_map(|pixel| rgb(pixel.0.map(high)))
-            .collect(),
-        other => return Err(unsupported(format, name, format!("{:?}", other.color()))),
-    };
-    RgbImage::from_rgb(width, height, pixels)
-}
-
-/// One level of colour on white paper, in Pillow's integers.
-///
-/// Source: `BLEND` and `DIV255`, Pillow, `ImagingUtils.h`.
-fn over_white(value: u8, alpha: u8) -> u8 {
-    let sum = 255 * (255 - u32::from(alpha)) + u32::from(value) * u32::from(alpha) + 128;
-    (((sum >> 8) + sum) >> 8) as u8
-}
-
-/// The whole range of 16-bit grey on the whole range of 8 bits, rounded.
-fn gray_to_u8(value: u16) -> u8 {
-    ((u32::from(value) + 128) / 257) as u8
 }
 
 fn spread(gray: impl ExactSizeIterator<Item = u8>) -> Vec<u8> {

@@ -13,6 +13,7 @@ mod data_tools;
 mod dicom;
 mod eval;
 mod forms;
+mod found_pictures;
 mod infer;
 mod infer_files;
 mod merge_plan;

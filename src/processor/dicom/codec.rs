@@ -4,13 +4,14 @@ use std::borrow::Cow;
 
 use dicom_core::VR;
 use hayro_jpeg2000::{DecodeSettings, DecoderContext, Image};
-use jpeg_decoder::{ColorTransform, Decoder, Error as JpegError, PixelFormat};
+use jpeg_decoder::{ColorTransform, Decoder, Error as LosslessError, PixelFormat};
 
 use super::error::DicomError;
 use super::header::{Header, Photometric};
 use super::reader::{DataSet, Encoding, Pixels};
 use super::syntax::{Codec, Syntax};
-use crate::processor::image::jpeg_has_end;
+use crate::processor::image::jpeg::{self, Colour, JpegError};
+use crate::processor::remark::{Remark, RemarkKind};
 
 /// The numbers of a frame, row by row.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,7 +22,7 @@ pub(super) enum Samples {
     Rgb(Vec<u8>),
 }
 
-/// Decodes frame `frame`, counted from 0.
+/// Decodes frame `frame`, counted from 0. Doubts are added to `remarks`.
 ///
 /// # Errors
 /// [`DicomError::TransferSyntax`] for a kind of compression that is not read, and damaged, cut off or
@@ -31,6 +32,7 @@ pub(super) fn decode(
     set: &DataSet<'_>,
     syntax: &Syntax,
     frame: usize,
+    remarks: &mut Vec<Remark>,
 ) -> Result<Samples, DicomError> {
     let codec = syntax.codec()?;
     match (&set.pixels, codec) {
@@ -42,7 +44,7 @@ pub(super) fn decode(
         (Pixels::Fragments { offsets, fragments }, codec) if codec != Codec::Native => {
             let data = frame_data(header, offsets, fragments, frame)?;
             match codec {
-                Codec::Jpeg => jpeg(header, &data, syntax),
+                Codec::Jpeg => jpeg(header, &data, syntax, remarks),
                 Codec::JpegLs => jpeg_ls(header, &data, syntax),
                 Codec::Jpeg2000 => jpeg_2000(header, &data),
                 _ => rle(header, &data),
@@ -65,17 +67,32 @@ fn native(
     encoding: Encoding,
     frame: usize,
 ) -> Result<Samples, DicomError> {
-    let length = header.pixels() * header.samples * (header.allocated as usize / 8);
-    let from = frame.checked_mul(length);
-    let range = from.and_then(|from| Some(from..from.checked_add(length)?));
-    let bytes = range.and_then(|range| bytes.get(range));
-    let bytes = bytes.ok_or(DicomError::Truncated)?;
-    let mut bytes = Cow::Borrowed(bytes);
-    if header.allocated == 8 && encoding == Encoding::ExplicitBig && vr == VR::OW {
-        // Pairs of 8-bit numbers were written as one of 16 bits.
-        for pair in bytes.to_mut().as_chunks_mut::<2>().0 {
+    let full = header.pixels() * header.samples * (header.allocated as usize / 8);
+    let subsampled = header.pixels() * 2;
+    let frames = header.frames as u64;
+    let holds = |length: usize| bytes.len() as u64 >= frames.saturating_mul(length as u64);
+    // Some writers say YBR_FULL_422 of pixels that have all their numbers.
+    let is_subsampled = header.subsampled && header.columns % 2 == 0 && !holds(full);
+    let length = if is_subsampled { subsampled } else { full };
+    let from = frame.checked_mul(length).ok_or(DicomError::Truncated)?;
+    let to = from.checked_add(length).ok_or(DicomError::Truncated)?;
+    let bytes = if header.allocated == 8 && encoding == Encoding::ExplicitBig && vr == VR::OW {
+        // Pairs of 8-bit numbers were written as one of 16 bits; a frame may begin inside a pair.
+        let pairs = bytes.get(from & !1..to.next_multiple_of(2));
+        let mut pairs = pairs.ok_or(DicomError::Truncated)?.to_vec();
+        for pair in pairs.as_chunks_mut::<2>().0 {
             pair.swap(0, 1);
         }
+        Cow::Owned(pairs[from & 1..][..length].to_vec())
+    } else {
+        Cow::Borrowed(bytes.get(from..to).ok_or(DicomError::Truncated)?)
+    };
+    if is_subsampled {
+        // Two luminances, then the colour differences of both.
+        let pairs = bytes.as_chunks::<4>().0.iter();
+        let pixels = pairs
+            .flat_map(|[first, second, blue, red]| [*first, *blue, *red, *second, *blue, *red]);
+        return Ok(colour(header, pixels.collect(), false));
     }
     if !header.photometric.is_gray() {
         return Ok(colour(header, bytes.into_owned(), header.planar));
@@ -167,6 +184,9 @@ fn frame_data<'a>(
             at += fragment.len() as u64 + 8;
         }
         own
+    } else if let Some(begins) = frame_starts(fragments).filter(|b| b.len() == header.frames) {
+        let to = begins.get(frame + 1).copied().unwrap_or(fragments.len());
+        fragments[begins[frame]..to].to_vec()
     } else {
         return Err(DicomError::damaged(
             "nothing tells where one compressed frame ends and the next begins",
@@ -177,6 +197,19 @@ fn frame_data<'a>(
         [one] => Ok(Cow::Borrowed(one)),
         several => Ok(Cow::Owned(several.concat())),
     }
+}
+
+/// The fragments that begin as a JPEG, JPEG-LS or JPEG 2000 stream does; `None` if the first does not.
+fn frame_starts(fragments: &[&[u8]]) -> Option<Vec<usize>> {
+    /// Start of image, and start of code stream.
+    const STARTS: [[u8; 3]; 2] = [[0xff, 0xd8, 0xff], [0xff, 0x4f, 0xff]];
+    let begins = |fragment: &[u8]| STARTS.iter().any(|start| fragment.starts_with(start));
+    begins(fragments.first()?).then(|| {
+        let all = fragments.iter().enumerate();
+        all.filter(|(_, fragment)| begins(fragment))
+            .map(|(at, _)| at)
+            .collect()
+    })
 }
 
 /// Source: PS3.5, annex G.
@@ -271,30 +304,77 @@ fn check_channels(header: &Header, found: usize) -> Result<(), DicomError> {
     )))
 }
 
-fn jpeg(header: &Header, data: &[u8], syntax: &Syntax) -> Result<Samples, DicomError> {
+fn jpeg(
+    header: &Header,
+    data: &[u8],
+    syntax: &Syntax,
+    remarks: &mut Vec<Remark>,
+) -> Result<Samples, DicomError> {
     if !data.starts_with(&[0xff, 0xd8]) {
         return Err(DicomError::damaged("its JPEG data do not begin as such"));
     }
-    if !jpeg_has_end(data) {
+    if !jpeg::jpeg_has_end(data) {
         return Err(DicomError::Truncated);
     }
+    let found = jpeg::frame_header(data)
+        .ok_or_else(|| DicomError::damaged("its JPEG data have no header"))?;
+    check_size(header, found.width.into(), found.height.into())?;
+    if found.is_lossless {
+        return jpeg_lossless(header, data, syntax);
+    }
+    let tag = match header.photometric {
+        Photometric::Rgb => Colour::Rgb,
+        _ => Colour::YCbCr,
+    };
+    // The header's size has passed the limits, and the stream's is the same.
+    let decoded = jpeg::decode(data, Some(tag), u64::MAX);
     let refused = |cause| match cause {
+        JpegError::Truncated => DicomError::Truncated,
+        JpegError::Damaged(reason) => DicomError::Damaged(reason),
         JpegError::Unsupported(_) => syntax.refused(),
-        JpegError::Io(cause) if cause.kind() == std::io::ErrorKind::UnexpectedEof => {
+        JpegError::TooMuchMemory => DicomError::TooMuchMemory,
+    };
+    let decoded = decoded.map_err(refused)?;
+    remarks.extend(decoded.damage.remark().map_err(refused)?);
+    match decoded.pixels {
+        jpeg::Pixels::Gray(numbers) => {
+            check_channels(header, 1)?;
+            gray_of(header, numbers)
+        }
+        jpeg::Pixels::Rgb(pixels) => {
+            check_channels(header, 3)?;
+            if let Some(marked) = decoded.marked.filter(|marked| *marked != tag) {
+                let name = |colour| match colour {
+                    Colour::Rgb => "RGB",
+                    Colour::YCbCr => "YBR_FULL",
+                };
+                remarks.push(Remark::new(
+                    RemarkKind::ColourTag,
+                    format!(
+                        "its header says {}, its JPEG stream is marked as {}; the stream is followed",
+                        name(tag),
+                        name(marked)
+                    ),
+                ));
+            }
+            rgb_of(header, pixels)
+        }
+    }
+}
+
+fn jpeg_lossless(header: &Header, data: &[u8], syntax: &Syntax) -> Result<Samples, DicomError> {
+    let refused = |cause| match cause {
+        LosslessError::Unsupported(_) => syntax.refused(),
+        LosslessError::Io(cause) if cause.kind() == std::io::ErrorKind::UnexpectedEof => {
             DicomError::Truncated
         }
         other => DicomError::damaged(other),
     };
-    // The decoder calls 12 bits a fault of the format.
-    if jpeg_precision(data).is_some_and(|(lossless, bits)| !lossless && bits != 8) {
-        return Err(syntax.refused());
-    }
     let mut decoder = Decoder::new(data);
     decoder.read_info().map_err(refused)?;
     let info = decoder
         .info()
         .ok_or_else(|| DicomError::damaged("its JPEG data have no header"))?;
-    check_size(header, info.width.into(), info.height.into())?;
     decoder.set_color_transform(match header.photometric {
         Photometric::Rgb => ColorTransform::RGB,
         Photometric::YbrFull => ColorTransform::YCbCr,
@@ -325,26 +405,6 @@ fn jpeg(header: &Header, data: &[u8], syntax: &Syntax) -> Result<Samples, DicomE
     }
 }
 
-/// Whether the first frame of a JPEG is without loss, and the bits of its numbers.
-fn jpeg_precision(data: &[u8]) -> Option<(bool, u8)> {
-    let mut rest = data.get(2..)?;
-    loop {
-        match rest {
-            [0xff, 0xff, ..] => rest = &rest[1..],
-            // Tables of Huffman codes, of arithmetic coding, and a reserved mark lie among the frames'.
-            [0xff, 0xc4 | 0xc8 | 0xcc, high, low, ..]
-            | [0xff, 0x02..=0xbf | 0xdb..=0xfe, high, low, ..] => {
-                let length = usize::from(u16::from_be_bytes([*high, *low]));
-                rest = rest.get(2 + length..)?;
-            }
-            [0xff, kind @ 0xc0..=0xcf, _, _, bits, ..] => {
-                return Some((matches!(kind, 0xc3 | 0xc7 | 0xcb | 0xcf), *bits));
-            }
-            _ => return None,
-        }
-    }
-}
-
 /// Numbers of a codec, which knows no place of the highest bit.
 fn gray_of(header: &Header, mut numbers: Vec<u16>) -> Result<Samples, DicomError> {
     if numbers.len() != header.pixels() {
@@ -369,12 +429,24 @@ fn jpeg_ls(header: &Header, data: &[u8], syntax: &Syntax) -> Result<Samples, Dic
         return Err(syntax.refused());
     }
     let (columns, rows) = (header.columns as u32, header.rows as u32);
-    // A frame of odd length is padded behind its end mark.
-    match jpegls::decode(data, columns, rows) {
+    // A frame of odd length is padded after its end mark, or by some writers before it.
+    let decoded = jpegls::decode(data, columns, rows).or_else(|error| {
+        let without = without_pad(data).ok_or(error)?;
+        jpegls::decode(&without, columns, rows)
+    });
+    match decoded {
         Ok((numbers, _, _)) => gray_of(header, numbers),
         Err(jpegls::CodecError::Unsupported(_)) => Err(syntax.refused()),
         Err(other) => Err(DicomError::damaged(other)),
     }
+}
+
+/// The stream without a zero before its end mark; `None` if there is none.
+fn without_pad(data: &[u8]) -> Option<Vec<u8>> {
+    const PADDED_END: [u8; 3] = [0, 0xff, 0xd9];
+    let at = data.windows(3).rposition(|bytes| bytes == PADDED_END)?;
+    // A zero after 0xff is a stuffed bit of the picture.
+    (at > 0 && data[at - 1] != 0xff).then(|| [&data[..at], &data[at + 1..]].concat())
 }
 
 fn jpeg_2000(header: &Header, data: &[u8]) -> Result<Samples, DicomError> {

@@ -44,6 +44,8 @@ pub(super) struct Header {
     pub(super) signed: bool,
     /// Whether a colour picture is stored plane by plane.
     pub(super) planar: bool,
+    /// Whether two pixels of a row share their colour differences.
+    pub(super) subsampled: bool,
 }
 
 impl Header {
@@ -90,10 +92,13 @@ impl Header {
     ) -> Result<Self, DicomError> {
         let (columns, rows) = Self::size(set, limits)?;
         let samples = set.word(tags::SAMPLES_PER_PIXEL).unwrap_or(1);
-        let photometric = photometric(set, samples)?;
+        let (photometric, subsampled) = photometric(set, samples)?;
         let allocated = required(set, tags::BITS_ALLOCATED, "Bits Allocated (0028,0100)")?;
-        let stored = set.word(tags::BITS_STORED).unwrap_or(allocated);
-        let high = set.word(tags::HIGH_BIT).unwrap_or(stored.saturating_sub(1));
+        let high = set.word(tags::HIGH_BIT);
+        let stored = set.word(tags::BITS_STORED);
+        let stored = stored.or(high.map(|high| high.saturating_add(1)));
+        let stored = stored.unwrap_or(allocated);
+        let high = high.unwrap_or(stored.saturating_sub(1));
         let value = |attribute, found: u16, expected| {
             Err(DicomError::Value {
                 attribute,
@@ -131,6 +136,7 @@ impl Header {
             high: high.into(),
             signed: representation == 1,
             planar: set.word(tags::PLANAR_CONFIGURATION) == Some(1),
+            subsampled,
         };
         if header.bytes_needed(codec) > limits.max_decoded_bytes {
             return Err(DicomError::TooMuchMemory);
@@ -177,14 +183,18 @@ pub(super) fn frames(set: &DataSet<'_>) -> Result<usize, DicomError> {
     }
 }
 
-fn photometric(set: &DataSet<'_>, samples: u16) -> Result<Photometric, DicomError> {
+/// What the numbers mean, and whether two pixels of a row share their colour differences.
+fn photometric(set: &DataSet<'_>, samples: u16) -> Result<(Photometric, bool), DicomError> {
     const ATTRIBUTE: &str = "Photometric Interpretation (0028,0004)";
-    let found = set.codes(tags::PHOTOMETRIC_INTERPRETATION).first().copied();
-    match (found, samples) {
-        (Some("MONOCHROME1"), 1) => Ok(Photometric::Monochrome1),
-        (Some("MONOCHROME2"), 1) => Ok(Photometric::Monochrome2),
-        (Some("RGB" | "YBR_RCT" | "YBR_ICT"), 3) => Ok(Photometric::Rgb),
-        (Some("YBR_FULL" | "YBR_FULL_422"), 3) => Ok(Photometric::YbrFull),
+    let found = set.texts(tags::PHOTOMETRIC_INTERPRETATION);
+    // Some writers use lower case.
+    let found = found.first().map(|text| text.to_ascii_uppercase());
+    match (found.as_deref(), samples) {
+        (Some("MONOCHROME1"), 1) => Ok((Photometric::Monochrome1, false)),
+        (Some("MONOCHROME2"), 1) => Ok((Photometric::Monochrome2, false)),
+        (Some("RGB" | "YBR_RCT" | "YBR_ICT"), 3) => Ok((Photometric::Rgb, false)),
+        (Some("YBR_FULL"), 3) => Ok((Photometric::YbrFull, false)),
+        (Some("YBR_FULL_422"), 3) => Ok((Photometric::YbrFull, true)),
         (Some(_), 0 | 2 | 4..) => Err(DicomError::Value {
             attribute: "Samples per Pixel (0028,0002)",
             found: samples.to_string(),

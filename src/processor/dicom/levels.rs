@@ -6,8 +6,10 @@
 //! 1. modality: the Modality LUT, or `slope · x + intercept`;
 //! 2. of interest: the first VOI LUT; or the first window by its function; or, where the file has
 //!    neither and more than 8 bits, the 1st to 99th percentile of the picture; 8-bit pictures
-//!    without a window are shown whole, as they were made to be looked at;
-//! 3. the range of step 2 on 0 to 255, rounded; turned over for `MONOCHROME1`.
+//!    without a window are shown whole, as they were made to be looked at; a table or window that
+//!    shows all pixels as one level is passed over with a remark;
+//! 3. the range of step 2 on 0 to 255, rounded; turned over for `MONOCHROME1`, or as Presentation
+//!    LUT Shape says.
 //!
 //! Source: PS3.3, C.11.1 and C.11.2. A table goes before a window where a file has both, as in
 //! pydicom's `apply_voi_lut`.
@@ -22,9 +24,9 @@ use crate::processor::remark::{Remark, RemarkKind};
 /// Share of pixels below and above the range shown where a file names none.
 const PERCENTILES: (f64, f64) = (0.01, 0.99);
 
-/// What becomes of each stored number, `[2^stored]`, and what a reader should know of it.
+/// What becomes of each stored number, `[2^stored]`; doubts are added to `remarks`.
 ///
-/// `numbers` are the pixels, for percentiles.
+/// `numbers` are the pixels, for percentiles and for windows that show none of them.
 ///
 /// # Errors
 /// A rescale or table that gives no picture.
@@ -32,35 +34,90 @@ pub(super) fn levels(
     header: &Header,
     set: &DataSet<'_>,
     numbers: &[u16],
-) -> Result<(Vec<u8>, Vec<Remark>), DicomError> {
-    let mut remarks = Vec::new();
+    remarks: &mut Vec<Remark>,
+) -> Result<Vec<u8>, DicomError> {
     let modality = Modality::new(header, set)?;
     let values: Vec<f64> = (0..=mask(header))
         .map(|number| modality.apply(number))
         .collect();
-    let shown: Vec<f64> =
-        if let Some(table) = Table::new(set.voi_table.as_ref(), values_signed(&values))? {
-            values.iter().map(|value| table.share(*value)).collect()
-        } else if let Some(window) = Window::new(set, &mut remarks) {
-            values.iter().map(|value| window.share(*value)).collect()
-        } else {
-            let (low, high) = if header.stored <= 8 && !modality.is_table() {
-                modality.range(header)
-            } else {
-                percentiles(header, set, &values, numbers)
-            };
-            let span = if high > low { high - low } else { 1.0 };
-            values.iter().map(|value| (value - low) / span).collect()
-        };
-    let level = |share: f64| {
-        let level = (share.clamp(0.0, 1.0) * 255.0).round() as u8;
-        if header.photometric == Photometric::Monochrome1 {
-            255 - level
-        } else {
-            level
-        }
+    let counts = counts(header, set, numbers);
+    let table = Table::new(set.voi_table.as_ref(), values_signed(&values))?;
+    let (name, chosen): (_, Option<Vec<f64>>) = if let Some(table) = table {
+        let shares = values.iter().map(|value| table.share(*value));
+        ("table of levels", Some(shares.collect()))
+    } else {
+        let window = Window::new(set, remarks);
+        let shares = |window: Window| values.iter().map(|value| window.share(*value)).collect();
+        ("window", window.map(shares))
     };
-    Ok((shown.into_iter().map(level).collect(), remarks))
+    let hides_all = chosen
+        .as_ref()
+        .is_some_and(|shares| hides_all(shares, &counts));
+    if hides_all {
+        remarks.push(Remark::new(
+            RemarkKind::WindowOutsideRange,
+            format!("its {name} shows all its pixels black, or all white; {WITHOUT_WINDOW}"),
+        ));
+    }
+    let shown = chosen.filter(|_| !hides_all).unwrap_or_else(|| {
+        let (low, high) = if header.stored <= 8 && !modality.is_table() && !hides_all {
+            modality.range(header)
+        } else {
+            percentiles(&values, &counts)
+        };
+        let span = if high > low { high - low } else { 1.0 };
+        values.iter().map(|value| (value - low) / span).collect()
+    });
+    let inverted = is_inverted(header, set, remarks);
+    let level = |share: f64| {
+        let level = level(share);
+        if inverted { 255 - level } else { level }
+    };
+    Ok(shown.into_iter().map(level).collect())
+}
+
+/// What is shown where no window can be used.
+const WITHOUT_WINDOW: &str = "the 1st to 99th percentile of its grey levels is shown";
+
+/// A share of the range shown as one of 8 bits.
+fn level(share: f64) -> u8 {
+    (share.clamp(0.0, 1.0) * 255.0).round() as u8
+}
+
+/// Whether numbers that differ are all shown black, or all white.
+fn hides_all(shares: &[f64], counts: &[usize]) -> bool {
+    let occurring = || shares.iter().zip(counts).filter(|(_, count)| **count > 0);
+    let all = |end: u8| occurring().all(|(share, _)| level(*share) == end);
+    occurring().count() > 1 && (all(0) || all(255))
+}
+
+/// Whether the lowest value is white.
+///
+/// Presentation LUT Shape (2050,0020) describes the last step before the screen, so where it is
+/// there it decides, as in DCMTK and dcm4che; pydicom does not look at it.
+///
+/// Source: PS3.3, C.11.6.
+fn is_inverted(header: &Header, set: &DataSet<'_>, remarks: &mut Vec<Remark>) -> bool {
+    let by_photometric = header.photometric == Photometric::Monochrome1;
+    let inverted = match set.codes(tags::PRESENTATION_LUT_SHAPE).first() {
+        Some(&"INVERSE") => true,
+        Some(&"IDENTITY") => false,
+        _ => by_photometric,
+    };
+    if inverted != by_photometric {
+        let (photometric, shape, shown) = if by_photometric {
+            ("MONOCHROME1", "IDENTITY", "low values are shown dark")
+        } else {
+            ("MONOCHROME2", "INVERSE", "low values are shown bright")
+        };
+        remarks.push(Remark::new(
+            RemarkKind::PresentationShape,
+            format!(
+                "it is {photometric} with Presentation LUT Shape {shape}; the shape is followed: {shown}"
+            ),
+        ));
+    }
+    inverted
 }
 
 fn mask(header: &Header) -> u16 {
@@ -247,19 +304,22 @@ struct Window {
 impl Window {
     /// `None` if there is none; one that cannot be used is remarked on.
     fn new(set: &DataSet<'_>, remarks: &mut Vec<Remark>) -> Option<Self> {
-        if !set.has(tags::WINDOW_CENTER) && !set.has(tags::WINDOW_WIDTH) {
+        let [center, width] = [tags::WINDOW_CENTER, tags::WINDOW_WIDTH].map(|tag| set.numbers(tag));
+        if [&center, &width]
+            .iter()
+            .all(|numbers| numbers.as_deref() == Some(&[]))
+        {
             return None;
         }
-        let mut unusable =
-            |reason: &str| {
-                remarks.push(Remark::new(RemarkKind::WindowOutsideRange, format!(
-                "its window {reason}; the 1st to 99th percentile of its grey levels is shown"
-            )));
-                None
-            };
-        let first = |tag| set.numbers(tag)?.first().copied();
-        let (Some(center), Some(width)) = (first(tags::WINDOW_CENTER), first(tags::WINDOW_WIDTH))
-        else {
+        let mut unusable = |reason: &str| {
+            remarks.push(Remark::new(
+                RemarkKind::WindowOutsideRange,
+                format!("its window {reason}; {WITHOUT_WINDOW}"),
+            ));
+            None
+        };
+        let first = |numbers: Option<Vec<f64>>| numbers?.first().copied();
+        let (Some(center), Some(width)) = (first(center), first(width)) else {
             return unusable("is no pair of numbers");
         };
         let function = match set.codes(tags::VOILUT_FUNCTION).first() {
@@ -299,28 +359,34 @@ impl Window {
     }
 }
 
-/// The values between which nearly all pixels lie; padding around the picture does not count.
-///
-/// If these are one, the lowest and highest value; numbers between ranks as in numpy's `percentile`.
-fn percentiles(header: &Header, set: &DataSet<'_>, values: &[f64], numbers: &[u16]) -> (f64, f64) {
-    let mut counts = vec![0_usize; values.len()];
+/// How often each stored number occurs, `[2^stored]`; padding around the picture does not count.
+fn counts(header: &Header, set: &DataSet<'_>, numbers: &[u16]) -> Vec<usize> {
+    let mut counts = vec![0_usize; usize::from(mask(header)) + 1];
     for number in numbers {
         counts[usize::from(*number)] += 1;
     }
-    if let Some(padding) = set.word(tags::PIXEL_PADDING_VALUE) {
-        let limit = set.word(tags::PIXEL_PADDING_RANGE_LIMIT).unwrap_or(padding);
-        let ends = [padding, limit].map(|end| with_sign(header, end & mask(header)));
-        let (low, high) = (ends[0].min(ends[1]), ends[0].max(ends[1]));
-        let kept = counts.iter().enumerate().map(|(number, count)| {
-            let inside = (low..=high).contains(&with_sign(header, number as u16));
-            if inside { 0 } else { *count }
-        });
-        let kept: Vec<usize> = kept.collect();
-        if kept.iter().any(|count| *count > 0) {
-            counts = kept;
-        }
+    let Some(padding) = set.word(tags::PIXEL_PADDING_VALUE) else {
+        return counts;
+    };
+    let limit = set.word(tags::PIXEL_PADDING_RANGE_LIMIT).unwrap_or(padding);
+    let ends = [padding, limit].map(|end| with_sign(header, end & mask(header)));
+    let (low, high) = (ends[0].min(ends[1]), ends[0].max(ends[1]));
+    let kept = counts.iter().enumerate().map(|(number, count)| {
+        let inside = (low..=high).contains(&with_sign(header, number as u16));
+        if inside { 0 } else { *count }
+    });
+    let kept: Vec<usize> = kept.collect();
+    if kept.iter().any(|count| *count > 0) {
+        return kept;
     }
-    let mut found: Vec<(f64, usize)> = values.iter().copied().zip(counts).collect();
+    counts
+}
+
+/// The values between which nearly all pixels are; if these are one, the lowest and highest value.
+///
+/// Between ranks as numpy's `percentile`.
+fn percentiles(values: &[f64], counts: &[usize]) -> (f64, f64) {
+    let mut found: Vec<(f64, usize)> = values.iter().copied().zip(counts.iter().copied()).collect();
     found.retain(|(_, count)| *count > 0);
     found.sort_by(|(a, _), (b, _)| a.total_cmp(b));
     let total: usize = found.iter().map(|(_, count)| count).sum();

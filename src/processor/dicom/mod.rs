@@ -1,7 +1,7 @@
 //! DICOM files to grey or colour pictures of 8 bits, as a viewer shows them first.
 //!
 //! Read are data sets with and without preamble; implicit and explicit, little and big endian,
-//! deflated; native, RLE, JPEG (8 bits with loss, any without), JPEG-LS and JPEG 2000 pixels. What
+//! deflated; native, RLE, JPEG (8 or 12 bits with loss, any without), JPEG-LS and JPEG 2000 pixels. What
 //! else there is ends in an error that names the transfer syntax. Frames are counted from 1 here.
 //!
 //! Nothing is known of the patient: `reader` keeps technical attributes only, and neither errors,
@@ -62,13 +62,12 @@ pub(super) fn decode(
         (Some(frame), frames) if (1..=frames).contains(&frame) => frame - 1,
         (Some(frame), frames) => return Err(DicomError::NoFrame { frame, frames }),
     };
-    let samples = codec::decode(&header, &set, &opened.syntax, frame)?;
     let mut remarks = remark::subject(&set);
+    let samples = codec::decode(&header, &set, &opened.syntax, frame, &mut remarks)?;
     let (width, height) = (header.columns as u32, header.rows as u32);
     let picture = match samples {
         Samples::Gray(numbers) => {
-            let (levels, found) = levels::levels(&header, &set, &numbers)?;
-            remarks.extend(found);
+            let levels = levels::levels(&header, &set, &numbers, &mut remarks)?;
             let pixels = numbers.iter().map(|number| levels[usize::from(*number)]);
             GrayImage::from_raw(width, height, pixels.collect()).map(DynamicImage::ImageLuma8)
         }

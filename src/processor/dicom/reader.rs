@@ -32,8 +32,11 @@ const ITEM_END: Tag = Tag(0xfffe, 0xe00d);
 const SEQUENCE_END: Tag = Tag(0xfffe, 0xe0dd);
 
 /// The attributes that are kept.
-const WANTED: [Tag; 34] = [
+const WANTED: [Tag; 37] = [
     tags::MODALITY,
+    tags::PRESENTATION_INTENT_TYPE,
+    tags::BURNED_IN_ANNOTATION,
+    tags::PRESENTATION_LUT_SHAPE,
     tags::BODY_PART_EXAMINED,
     tags::VIEW_POSITION,
     tags::IMAGER_PIXEL_SPACING,
@@ -169,6 +172,8 @@ pub(super) struct DataSet<'a> {
     elements: BTreeMap<Tag, Element<'a>>,
     pub(super) modality_table: Option<StoredTable<'a>>,
     pub(super) voi_table: Option<StoredTable<'a>>,
+    /// Whether graphics are stored beside the pixels.
+    pub(super) has_overlay: bool,
     pub(super) pixels: Pixels<'a>,
 }
 
@@ -213,13 +218,7 @@ impl<'a> Opened<'a> {
 
     /// Reads the attributes that are wanted.
     pub(super) fn data_set(&self) -> Result<DataSet<'_>, DicomError> {
-        let mut set = DataSet {
-            encoding: self.encoding,
-            elements: BTreeMap::new(),
-            modality_table: None,
-            voi_table: None,
-            pixels: Pixels::None,
-        };
+        let mut set = DataSet::empty(self.encoding);
         set.walk(&self.data)?;
         Ok(set)
     }
@@ -267,6 +266,17 @@ fn ascii(value: &[u8]) -> Option<&str> {
 }
 
 impl<'a> DataSet<'a> {
+    fn empty(encoding: Encoding) -> Self {
+        Self {
+            encoding,
+            elements: BTreeMap::new(),
+            modality_table: None,
+            voi_table: None,
+            has_overlay: false,
+            pixels: Pixels::None,
+        }
+    }
+
     /// Keeps the wanted attributes of `bytes`, up to the pixels.
     fn walk(&mut self, bytes: &'a [u8]) -> Result<(), DicomError> {
         let mut at = 0;
@@ -296,6 +306,7 @@ impl<'a> DataSet<'a> {
             match tag {
                 tags::MODALITY_LUT_SEQUENCE => self.modality_table = self.table(content)?,
                 tags::VOILUT_SEQUENCE => self.voi_table = self.table(content)?,
+                tag if is_overlay_data(tag) => self.has_overlay |= !content.is_empty(),
                 tag if WANTED.contains(&tag) => {
                     self.elements.entry(tag).or_insert(Element {
                         vr: header.vr,
@@ -371,13 +382,7 @@ impl<'a> DataSet<'a> {
             Some(_) => length + value(content, length, header.len)?.len(),
             None => content.len(),
         };
-        let mut item = DataSet {
-            encoding: self.encoding,
-            elements: BTreeMap::new(),
-            modality_table: None,
-            voi_table: None,
-            pixels: Pixels::None,
-        };
+        let mut item = DataSet::empty(self.encoding);
         let mut at = length;
         while at < end {
             let (header, length) = self.encoding.header(&content[at..end])?;
@@ -421,9 +426,10 @@ impl<'a> DataSet<'a> {
         self.words(tag)?.first().copied()
     }
 
-    /// The values of an attribute of short text.
+    /// The values of an attribute of short text; none if it is absent or holds nothing but padding.
     pub(super) fn texts(&self, tag: Tag) -> Vec<&'a str> {
         let value = self.elements.get(&tag).and_then(|e| ascii(e.value));
+        let value = value.filter(|text| !text.is_empty());
         let values = value.into_iter().flat_map(|text| text.split('\\'));
         values.map(|text| text.trim_matches(['\0', ' '])).collect()
     }
@@ -446,6 +452,12 @@ impl<'a> DataSet<'a> {
         let number = |text: &str| text.parse().ok().filter(|value: &f64| value.is_finite());
         texts.into_iter().map(number).collect()
     }
+}
+
+/// Whether an attribute holds the bits of an overlay; its group is even, 6000 to 60FF.
+fn is_overlay_data(tag: Tag) -> bool {
+    const OVERLAY_DATA: u16 = 0x3000;
+    tag.group() & 0xff01 == 0x6000 && tag.element() == OVERLAY_DATA
 }
 
 /// How attributes inside an attribute lie.

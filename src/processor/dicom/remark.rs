@@ -26,7 +26,75 @@ pub(super) fn subject(set: &DataSet<'_>) -> Vec<Remark> {
             "it does not say its body part, taken for a chest",
         )),
     }
+    remarks.extend(view(set));
+    remarks.extend(purpose(set));
     remarks.extend(aspect(set));
+    remarks
+}
+
+/// A remark on a view that nobody takes of a chest.
+///
+/// The field is free in practice, so what is not known is not doubted.
+fn view(set: &DataSet<'_>) -> Option<Remark> {
+    const ELSEWHERE: [&str; 24] = [
+        "CC",
+        "MLO",
+        "ML",
+        "LM",
+        "LMO",
+        "XCCL",
+        "XCCM",
+        "FB",
+        "SIO",
+        "ISO",
+        "CV",
+        "TOWNE",
+        "TOWNES",
+        "WATERS",
+        "CALDWELL",
+        "SMV",
+        "PANORAMIC",
+        "SUNRISE",
+        "SKYLINE",
+        "MERCHANT",
+        "TUNNEL",
+        "MORTISE",
+        "FROG LEG",
+        "DENS",
+    ];
+    let found = *set.codes(tags::VIEW_POSITION).first()?;
+    ELSEWHERE.contains(&found).then(|| {
+        Remark::new(
+            RemarkKind::NotAChest,
+            format!(
+                "its view is {found}, none of a chest: a report on it as a chest radiograph means nothing"
+            ),
+        )
+    })
+}
+
+/// Remarks on an image that is not made for reading, or not for reading alone.
+fn purpose(set: &DataSet<'_>) -> Vec<Remark> {
+    let says = |tag, word| set.codes(tag).first() == Some(&word);
+    let mut remarks = Vec::new();
+    if says(tags::PRESENTATION_INTENT_TYPE, "FOR PROCESSING") {
+        remarks.push(Remark::new(
+            RemarkKind::ForProcessing,
+            "it is FOR PROCESSING, not FOR PRESENTATION: its grey levels are not those of a film made for reading",
+        ));
+    }
+    if says(tags::BURNED_IN_ANNOTATION, "YES") {
+        remarks.push(Remark::new(
+            RemarkKind::BurnedInAnnotation,
+            "its Burned In Annotation is YES: text in its pixels may name the patient",
+        ));
+    }
+    if set.has_overlay {
+        remarks.push(Remark::new(
+            RemarkKind::OverlayLeftOut,
+            "it has an overlay, which is left out",
+        ));
+    }
     remarks
 }
 
@@ -88,6 +156,9 @@ pub(super) fn technical(opened: &Opened<'_>, set: &DataSet<'_>) -> Vec<(&'static
     show("planar configuration", word(tags::PLANAR_CONFIGURATION));
     show("lossy compression", codes(tags::LOSSY_IMAGE_COMPRESSION));
     show("modality", codes(tags::MODALITY));
+    show("presentation intent", codes(tags::PRESENTATION_INTENT_TYPE));
+    show("burned in annotation", codes(tags::BURNED_IN_ANNOTATION));
+    show("overlay", there(set.has_overlay));
     show("body part", codes(tags::BODY_PART_EXAMINED));
     show("view position", codes(tags::VIEW_POSITION));
     show("laterality", codes(tags::IMAGE_LATERALITY));
@@ -102,6 +173,10 @@ pub(super) fn technical(opened: &Opened<'_>, set: &DataSet<'_>) -> Vec<(&'static
     show("window width", numbers(tags::WINDOW_WIDTH));
     show("window function", codes(tags::VOILUT_FUNCTION));
     show("table of interest", there(set.voi_table.is_some()));
+    show(
+        "presentation lut shape",
+        codes(tags::PRESENTATION_LUT_SHAPE),
+    );
     show("pixel spacing (mm)", numbers(tags::PIXEL_SPACING));
     show(
         "imager pixel spacing (mm)",

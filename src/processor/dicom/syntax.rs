@@ -31,7 +31,7 @@ pub(super) enum Codec {
     Jpeg,
     /// JPEG-LS.
     JpegLs,
-    /// JPEG 2000 and its high-throughput form.
+    /// JPEG 2000, not its high-throughput form.
     Jpeg2000,
 }
 
@@ -45,7 +45,7 @@ impl Syntax {
         let codec = match uid {
             IMPLICIT_LITTLE | EXPLICIT_LITTLE | DEFLATED | EXPLICIT_BIG => Some(Codec::Native),
             "1.2.840.10008.1.2.5" => Some(Codec::Rle),
-            // Baseline; extended (12 bits of which fail later); lossless of any and of first order.
+            // Baseline; extended, of 8 or 12 bits; lossless of any and of first order.
             "1.2.840.10008.1.2.4.50"
             | "1.2.840.10008.1.2.4.51"
             | "1.2.840.10008.1.2.4.57"
@@ -95,7 +95,28 @@ impl Syntax {
         DicomError::TransferSyntax {
             syntax: self.name().to_owned(),
             uid: self.uid.clone(),
-            hint: "convert it to Explicit VR Little Endian, for instance with `gdcmconv --raw IN OUT` or dcmtk's `dcmdjpeg IN OUT`",
+            hint: self.cure(),
+        }
+    }
+
+    /// How a file of this syntax is made one that is read; only programs that can are named.
+    fn cure(&self) -> &'static str {
+        match self.uid.as_str() {
+            "1.2.840.10008.1.2.4.80" | "1.2.840.10008.1.2.4.81" => {
+                "convert it to Explicit VR Little Endian, for instance with `gdcmconv --raw IN OUT` or dcmtk's `dcmdjpls IN OUT`"
+            }
+            // High-throughput JPEG 2000: neither gdcm nor dcmtk reads it.
+            "1.2.840.10008.1.2.4.201" | "1.2.840.10008.1.2.4.202" | "1.2.840.10008.1.2.4.203" => {
+                "convert it to Explicit VR Little Endian with pydicom and pylibjpeg-openjpeg: `d = pydicom.dcmread(IN); d.decompress(); d.save_as(OUT)`"
+            }
+            uid if uid.starts_with("1.2.840.10008.1.2.4.5")
+                || uid.starts_with("1.2.840.10008.1.2.4.6") =>
+            {
+                "convert it to Explicit VR Little Endian, for instance with `gdcmconv --raw IN OUT` or dcmtk's `dcmdjpeg IN OUT`"
+            }
+            _ => {
+                "export it again where it was made, as Explicit VR Little Endian without compression"
+            }
         }
     }
 

@@ -1,5 +1,6 @@
 //! Against pydicom on fixtures, and on files written here to be wrong.
 
+mod found;
 mod goldens;
 mod hostile;
 mod written;

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use image::ImageFormat;
 
+use super::tiff::Tiff;
 use crate::processor::dicom::{DicomError, looks_like_dicom};
 
 /// Why a picture could not be read, sized or cut into patches.
@@ -118,8 +119,11 @@ pub enum ImageError {
         /// File format.
         format: PictureFormat,
     },
-    /// A frame was asked for of a format that has one.
-    #[error("{format} picture `{name}` has no frame {frame}; hint: leave out --frame")]
+    /// A frame was asked for that is not there.
+    #[error(
+        "{format} picture `{name}` has no frame {frame}, expected {}; hint: leave out --frame",
+        expected_frames(*.frames)
+    )]
     NoFrame {
         /// File or upload.
         name: String,
@@ -127,6 +131,8 @@ pub enum ImageError {
         format: PictureFormat,
         /// The frame asked for, counted from 1.
         frame: usize,
+        /// How many can be chosen.
+        frames: usize,
     },
     /// A buffer does not hold the pixels its size asks for.
     #[error("{bytes} bytes of pixels do not make a picture of {width} × {height} pixels")]
@@ -178,6 +184,14 @@ pub enum ImageError {
     },
 }
 
+/// The frames that can be chosen, in words.
+fn expected_frames(frames: usize) -> String {
+    match frames {
+        0 | 1 => "1".to_owned(),
+        frames => format!("1 to {frames}"),
+    }
+}
+
 /// File formats that [`super::decode`] reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PictureFormat {
@@ -189,7 +203,7 @@ pub enum PictureFormat {
     WebP,
     /// Windows bitmap.
     Bmp,
-    /// TIFF; the first page.
+    /// TIFF and BigTIFF.
     Tiff,
     /// DICOM, with and without preamble; see [`crate::processor::dicom`].
     Dicom,
@@ -208,6 +222,26 @@ impl fmt::Display for PictureFormat {
     }
 }
 
+/// The name of a format that is not read and would be told wrongly or not at all.
+fn foreign(head: &[u8]) -> Option<&'static str> {
+    const SIGNATURES: [(&[u8], &str); 9] = [
+        (b"\xff\xd8\xff\xf7", "JPEG-LS"),
+        (b"\xff\x4f\xff\x51", "JPEG 2000"),
+        (b"\0\0\0\x0cjP  ", "JPEG 2000"),
+        (b"\0\0\0\x0cJXL ", "JPEG XL"),
+        (b"\xff\x0a", "JPEG XL"),
+        // The length of a bitmap's second header; its first, of 14 bytes, is missing.
+        (b"\x28\0\0\0", "DIB, a bitmap without its file header"),
+        (b"%PDF", "PDF"),
+        (b"NRRD", "NRRD"),
+        (b"\x1f\x8b", "compressed with gzip"),
+    ];
+    let found = SIGNATURES
+        .iter()
+        .find(|(start, _)| head.starts_with(start))?;
+    Some(found.1)
+}
+
 impl PictureFormat {
     /// Tells the format by the first bytes (132 are enough); a file's extension may lie.
     ///
@@ -224,6 +258,9 @@ impl PictureFormat {
         if looks_like_dicom(head) {
             return Ok(Self::Dicom);
         }
+        if let Some(found) = foreign(head) {
+            return unknown(format!("the content is {found}"));
+        }
         match image::guess_format(head) {
             Ok(ImageFormat::Png) => Ok(Self::Png),
             Ok(ImageFormat::Jpeg) => Ok(Self::Jpeg),
@@ -231,6 +268,7 @@ impl PictureFormat {
             Ok(ImageFormat::Bmp) => Ok(Self::Bmp),
             Ok(ImageFormat::Tiff) => Ok(Self::Tiff),
             Ok(other) => unknown(format!("the content is {}", other.to_mime_type())),
+            Err(_) if Tiff::new(head).is_some() => Ok(Self::Tiff),
             Err(_) if head.is_empty() => Err(ImageError::Empty {
                 name: name.to_owned(),
             }),

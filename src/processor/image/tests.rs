@@ -98,12 +98,317 @@ fn sixteen_bit_grey_is_scaled_and_colour_keeps_its_high_byte() {
         ),
         [1, 128, 255]
     );
-    let half = native(&[0x0aff, 0x14ff, 0x1eff, 0x80ff]);
-    assert_eq!(row(ExtendedColorType::Rgba16, 1, &half), [132, 137, 142]);
+    // A second pixel fills the range.
+    let half = native(&[
+        0x0aff, 0x14ff, 0x1eff, 0x80ff, 0xffff, 0xffff, 0xffff, 0xffff,
+    ]);
     assert_eq!(
-        row(ExtendedColorType::La16, 1, &native(&[0x0aff, 0x80ff])),
+        row(ExtendedColorType::Rgba16, 2, &half)[..3],
+        [132, 137, 142]
+    );
+    assert_eq!(
+        row(
+            ExtendedColorType::La16,
+            2,
+            &native(&[0x0aff, 0x80ff, 0xffff, 0xffff])
+        )[..3],
         [132; 3]
     );
+}
+
+/// Codes of the remarks on a picture, and every third value of its pixels.
+fn seen(bytes: &[u8], frame: Option<usize>) -> (Vec<&'static str>, Vec<u8>) {
+    let reading = decode_frame(bytes, "chest", frame, &DecodeLimits::default()).unwrap();
+    let codes = reading.remarks.iter().map(|remark| remark.kind().code());
+    let levels = reading.picture.pixels().iter().copied().step_by(3);
+    (codes.collect(), levels.collect())
+}
+
+fn gray_16_png(levels: &[u16]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    PngEncoder::new(&mut bytes)
+        .write_image(
+            &native(levels),
+            levels.len() as u32,
+            1,
+            ExtendedColorType::L16,
+        )
+        .unwrap();
+    bytes
+}
+
+#[test]
+fn sixteen_bit_levels_that_use_fewer_bits_are_shown_by_these() {
+    for bits in 9..16 {
+        let top = u16::MAX >> (16 - bits);
+        let (codes, levels) = seen(&gray_16_png(&[0, top / 2 + 1, top]), None);
+        assert_eq!(
+            (codes, levels),
+            (vec!["narrow_range"], vec![0, 128, 255]),
+            "{bits}"
+        );
+    }
+    // The highest level decides, not whether it is reached.
+    assert_eq!(seen(&gray_16_png(&[0, 2900, 2100]), None).1, [0, 181, 131]);
+    // Eight bits in sixteen are the levels themselves; fewer are not stretched.
+    assert_eq!(seen(&gray_16_png(&[0, 1, 200]), None).1, [0, 1, 200]);
+    assert_eq!(seen(&gray_16_png(&[0, 1, 2]), None).1, [0, 1, 2]);
+    // The upper half is reached: all as before, without a word.
+    let (codes, levels) = seen(&gray_16_png(&[0, 4095, 0x8000]), None);
+    assert_eq!((codes, levels), (vec![], vec![0, 16, 128]));
+}
+
+/// A TIFF file of pages of one row each: their tags beside the offset of the pixels, and pixels.
+fn tiff(pages: &[(&[(u16, u32)], &[u8])]) -> Vec<u8> {
+    let mut file = b"II*\0\0\0\0\0".to_vec();
+    let mut link = 4;
+    for (tags, pixels) in pages {
+        let offset = file.len() as u32;
+        file.extend(*pixels);
+        file.resize(file.len().next_multiple_of(2), 0);
+        let directory = file.len() as u32;
+        file[link..link + 4].copy_from_slice(&directory.to_le_bytes());
+        let mut tags = tags.to_vec();
+        tags.extend([(257, 1), (259, 1), (273, offset), (277, 1), (278, 1)]);
+        tags.push((279, pixels.len() as u32));
+        tags.sort_unstable();
+        file.extend((tags.len() as u16).to_le_bytes());
+        for (tag, value) in tags {
+            file.extend(tag.to_le_bytes());
+            file.extend(4_u16.to_le_bytes());
+            file.extend(1_u32.to_le_bytes());
+            file.extend(value.to_le_bytes());
+        }
+        link = file.len();
+        file.extend([0; 4]);
+    }
+    file
+}
+
+fn little(levels: &[u16]) -> Vec<u8> {
+    levels
+        .iter()
+        .flat_map(|level| level.to_le_bytes())
+        .collect()
+}
+
+const BITS: u16 = 258;
+const PHOTOMETRIC: u16 = 262;
+
+#[test]
+fn a_tiff_of_twelve_bits_is_scaled_whichever_level_is_white() {
+    let pixels = little(&[0, 2048, 4095]);
+    let black = tiff(&[(&[(256, 3), (BITS, 16), (PHOTOMETRIC, 1)], &pixels)]);
+    assert_eq!(
+        seen(&black, None),
+        (vec!["narrow_range"], vec![0, 128, 255])
+    );
+    let white = tiff(&[(&[(256, 3), (BITS, 16), (PHOTOMETRIC, 0)], &pixels)]);
+    assert_eq!(
+        seen(&white, None),
+        (vec!["narrow_range"], vec![255, 127, 0])
+    );
+}
+
+#[test]
+fn bits_in_reverse_order_are_turned_around() {
+    const FILL_ORDER: u16 = 266;
+    let pixels = [1, 2, 200].map(u8::reverse_bits);
+    let tags = [(256, 3), (BITS, 8), (PHOTOMETRIC, 1), (FILL_ORDER, 2)];
+    assert_eq!(
+        seen(&tiff(&[(&tags, &pixels)]), None),
+        (vec![], vec![1, 2, 200])
+    );
+}
+
+#[test]
+fn the_first_of_several_pages_is_remarked_on_and_the_others_can_be_chosen() {
+    const SMALLER_COPY: (u16, u32) = (254, 1);
+    let tags = [(256, 3), (BITS, 8), (PHOTOMETRIC, 1)];
+    let copy = [(256, 3), (BITS, 8), (PHOTOMETRIC, 1), SMALLER_COPY];
+    let file = tiff(&[
+        (&tags, &[1, 2, 3]),
+        (&copy, &[7, 8, 9]),
+        (&tags, &[4, 5, 6]),
+    ]);
+    assert_eq!(
+        seen(&file, None),
+        (vec!["first_of_several_pages"], vec![1, 2, 3])
+    );
+    assert_eq!(seen(&file, Some(1)), (vec![], vec![1, 2, 3]));
+    assert_eq!(seen(&file, Some(2)), (vec![], vec![4, 5, 6]));
+    let error = decode_frame(&file, "chest", Some(3), &DecodeLimits::default()).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "TIFF picture `chest` has no frame 3, expected 1 to 2; hint: leave out --frame"
+    );
+    // Pages that follow each other in a circle are no pages without end.
+    let mut circle = tiff(&[(&tags, &[1, 2, 3])]);
+    let (first, end) = (circle[4..8].to_vec(), circle.len() - 4);
+    circle[end..].copy_from_slice(&first);
+    assert!(read(&circle).is_err());
+}
+
+/// A chunk of a PNG file.
+fn png_chunk(kind: &[u8; 4], content: &[u8]) -> Vec<u8> {
+    let mut sum = flate2::Crc::new();
+    sum.update(kind);
+    sum.update(content);
+    let length = (content.len() as u32).to_be_bytes();
+    [&length, &kind[..], content, &sum.sum().to_be_bytes()].concat()
+}
+
+#[test]
+fn the_first_frame_of_an_animation_is_remarked_on() {
+    const AFTER_HEADER: usize = 33;
+    let mut png = Vec::new();
+    PngEncoder::new(&mut png)
+        .write_image(&[5, 6], 2, 1, ExtendedColorType::L8)
+        .unwrap();
+    let control = png_chunk(b"acTL", &[0, 0, 0, 2, 0, 0, 0, 0]);
+    png.splice(AFTER_HEADER..AFTER_HEADER, control);
+    assert_eq!(
+        seen(&png, None),
+        (vec!["first_of_several_pages"], vec![5, 6])
+    );
+
+    let mut still = Vec::new();
+    WebPEncoder::new_lossless(&mut still)
+        .encode(&[5, 5, 5, 6, 6, 6], 2, 1, ExtendedColorType::Rgb8)
+        .unwrap();
+    let chunk = |kind: &[u8], content: &[u8]| {
+        [kind, &(content.len() as u32).to_le_bytes(), content].concat()
+    };
+    // Animated; then width and height less one.
+    let canvas = chunk(b"VP8X", &[2, 0, 0, 0, 1, 0, 0, 0, 0, 0]);
+    let control = chunk(b"ANIM", &[0; 6]);
+    // Width less one at 6; in the last byte, not to be blended with what is below.
+    let place = [0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 100, 0, 0, 2];
+    let frame = chunk(b"ANMF", &[&place, &still[12..]].concat());
+    let chunks = [b"WEBP".to_vec(), canvas, control, frame.clone(), frame].concat();
+    let webp = chunk(b"RIFF", &chunks);
+    assert_eq!(
+        seen(&webp, None),
+        (vec!["first_of_several_pages"], vec![5, 6])
+    );
+}
+
+#[test]
+fn one_colour_is_remarked_on() {
+    let black = DynamicImage::ImageLuma8(image::GrayImage::new(8, 8));
+    assert_eq!(
+        seen(&encode(&black, ImageFormat::Bmp), None).0,
+        ["one_colour"]
+    );
+    assert!(
+        seen(&encode(&rgb(8, 8), ImageFormat::Bmp), None)
+            .0
+            .is_empty()
+    );
+}
+
+fn jpeg_fixture(name: &str) -> Vec<u8> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/jpeg");
+    std::fs::read(folder.join(name)).unwrap()
+}
+
+#[test]
+fn a_jpeg_gives_pillows_pixels_exactly() {
+    for name in [
+        "gray",
+        "gray_progressive",
+        "gray_restarts",
+        "colour_444",
+        "colour_422",
+        "colour_420",
+        "colour_440",
+        "colour_411",
+        "colour_420_progressive",
+        "colour_rgb",
+    ] {
+        let ours = read(&jpeg_fixture(&format!("{name}.jpg"))).unwrap();
+        let pillows = read(&jpeg_fixture(&format!("{name}.png"))).unwrap();
+        assert_eq!((ours.width(), ours.height()), (53, 45));
+        assert!(ours == pillows, "{name}");
+    }
+    // Twelve bits are DICOM's; here the levels alone.
+    let decoded = jpeg::decode(&jpeg_fixture("gray_12_bits.jpg"), None, 1 << 20).unwrap();
+    let expected = image::load_from_memory(&jpeg_fixture("gray_12_bits.png")).unwrap();
+    assert_eq!(
+        decoded.pixels,
+        jpeg::Pixels::Gray(expected.into_luma16().into_raw())
+    );
+}
+
+#[test]
+fn a_jpeg_damaged_inside_is_refused_or_remarked_on_with_its_share() {
+    // Restarts after each of 42 blocks: one lost is 2.4 %.
+    let whole = jpeg_fixture("gray_restarts.jpg");
+    let restart = |number: u8| {
+        whole
+            .windows(2)
+            .position(|pair| pair == [0xff, 0xd0 + number])
+            .unwrap()
+    };
+    let mut broken = whole.clone();
+    let (from, to) = (restart(2) + 2, restart(3));
+    broken[from..to].fill(0xaa);
+    let (codes, levels) = seen(&broken, None);
+    assert_eq!(codes, ["damaged"]);
+    let (_, sound) = seen(&whole, None);
+    let off = levels.iter().zip(&sound).filter(|(a, b)| a != b).count();
+    assert!(
+        off <= 64,
+        "{off} pixels differ, more than those of the lost block"
+    );
+    // A restart mark that is missing moves nothing after it.
+    let mut missing = whole.clone();
+    missing.drain(from - 2..to);
+    let (codes, levels) = seen(&missing, None);
+    assert_eq!(codes, ["damaged"]);
+    assert_eq!(levels[levels.len() - 200..], sound[sound.len() - 200..]);
+    // Without restarts nothing tells where the damage begins.
+    for name in ["gray.jpg", "gray_progressive.jpg", "colour_420.jpg"] {
+        let bytes = jpeg_fixture(name);
+        let cut = [&bytes[..bytes.len() * 3 / 4], &[0xff, 0xd9]].concat();
+        let text = read(&cut).unwrap_err().to_string();
+        assert_eq!(
+            text,
+            "JPEG picture `chest` is damaged (100.0 % of its blocks cannot be trusted); hint: copy or export it again"
+        );
+    }
+}
+
+#[test]
+fn formats_that_are_not_read_are_named() {
+    for (head, name) in [
+        (&b"\xff\xd8\xff\xf7\0\x0b\x08"[..], "JPEG-LS"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000"),
+        (b"\xff\x4f\xff\x51\0\x2f", "JPEG 2000"),
+        (
+            b"\x28\0\0\0\x10\0\0\0",
+            "DIB, a bitmap without its file header",
+        ),
+    ] {
+        let text = read(head).unwrap_err().to_string();
+        assert!(
+            text.contains(name) && text.contains("convert it to PNG"),
+            "{text}"
+        );
+    }
+    // The mark of BigTIFF.
+    assert_eq!(
+        PictureFormat::of(b"II\x2b\0\x08\0\0\0\x10\0\0\0\0\0\0\0", "x").unwrap(),
+        PictureFormat::Tiff
+    );
+    let mut lossless = encode(&rgb(16, 16), ImageFormat::Jpeg);
+    let frame = lossless
+        .windows(2)
+        .position(|pair| pair == [0xff, 0xc0])
+        .unwrap();
+    lossless[frame + 1] = 0xc3;
+    let text = read(&lossless).unwrap_err().to_string();
+    assert!(text.contains("JPEG without loss"), "{text}");
 }
 
 /// Exif that says nothing but the orientation.
@@ -156,7 +461,13 @@ fn the_cameras_orientation_is_applied() {
     let mut encoder = WebPEncoder::new_lossless(&mut webp);
     encoder.set_exif_metadata(exif(6)).unwrap();
     encoder.write_image(&pixels, 10, 20, color).unwrap();
-    for bytes in [jpeg, webp] {
+    // Some writers put the mark of a JPEG's segment before it.
+    let mut marked = Vec::new();
+    let mut encoder = WebPEncoder::new_lossless(&mut marked);
+    let exif = [&b"Exif\0\0"[..], &exif(6)].concat();
+    encoder.set_exif_metadata(exif).unwrap();
+    encoder.write_image(&pixels, 10, 20, color).unwrap();
+    for bytes in [jpeg, webp, marked] {
         let ours = read(&bytes).unwrap();
         assert_eq!((ours.width(), ours.height()), (20, 10));
     }

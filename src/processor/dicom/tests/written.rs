@@ -16,11 +16,11 @@ pub(super) const NATIVE: [&str; 4] = [
     "1.2.840.10008.1.2.1.99",
     "1.2.840.10008.1.2.2",
 ];
-const EXPLICIT: &str = NATIVE[1];
+pub(super) const EXPLICIT: &str = NATIVE[1];
 
 /// A file under construction: a grey picture of 4 × 3 pixels unless told otherwise.
 pub(super) struct Builder {
-    set: InMemDicomObject,
+    pub(super) set: InMemDicomObject,
     syntax: String,
 }
 
@@ -61,7 +61,7 @@ impl Builder {
             .text(tags::WINDOW_WIDTH, VR::DS, width)
     }
 
-    fn words(mut self, words: &[u16]) -> Self {
+    pub(super) fn words(mut self, words: &[u16]) -> Self {
         let value = PrimitiveValue::U16(words.iter().copied().collect());
         self.set
             .put(DataElement::new(tags::PIXEL_DATA, VR::OW, value));
@@ -106,7 +106,7 @@ impl Builder {
 }
 
 /// A ramp over all numbers of `stored` bits, as bit patterns.
-fn ramp(stored: u16, signed: bool) -> Vec<u16> {
+pub(super) fn ramp(stored: u16, signed: bool) -> Vec<u16> {
     let top = u16::MAX >> (16 - stored);
     (0..12_u32)
         .map(|at| (u32::from(top) * at / 11) as u16)
@@ -127,7 +127,7 @@ fn ramp_levels() -> Vec<u8> {
 }
 
 /// A file of the ramp, its whole range in the window.
-fn ramp_file(syntax: &str, stored: u16, signed: bool, photometric: &str) -> Builder {
+pub(super) fn ramp_file(syntax: &str, stored: u16, signed: bool, photometric: &str) -> Builder {
     let range = 2_f64.powi(stored.into());
     let center = if signed { -0.5 } else { (range - 1.0) / 2.0 };
     let file = Builder::new(syntax, stored, signed)
@@ -317,9 +317,13 @@ fn frames_are_chosen_by_number() {
     }
     let split = file(&offsets, &pieces);
     assert_eq!(frame_levels(&split, Some(2)).unwrap(), [100; 12]);
+    // Without it, by the pieces that begin a stream.
     let untold = file(&[], &pieces);
+    assert_eq!(frame_levels(&untold, Some(2)).unwrap(), [100; 12]);
+    // A piece that begins none where one has to.
+    let lost = file(&[], &pieces[1..]);
     assert!(matches!(
-        frame_levels(&untold, Some(2)),
+        frame_levels(&lost, Some(2)),
         Err(DicomError::Damaged(_))
     ));
     let native = Builder::new(EXPLICIT, 8, false)
