@@ -132,6 +132,7 @@ fn converted(file: &Path, parts: &TextAndImages) -> Result<String, String> {
     let folder = tempdir().unwrap();
     let output = folder.path().join("out");
     let options = ConvertOptions {
+        keys: None,
         input: file.to_owned(),
         images: (file.extension() == Some("json".as_ref())).then(|| file.parent().unwrap().into()),
         output: output.clone(),

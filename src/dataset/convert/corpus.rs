@@ -45,7 +45,7 @@ pub(super) enum Body {
     Report(String),
     /// A conversation with its row as it was.
     Messages {
-        sample: Sample,
+        sample: Box<Sample>,
         row: Map<String, Value>,
     },
 }
@@ -260,6 +260,9 @@ fn message_row(path: &Path, number: usize, line: &str) -> Result<Row, ConvertErr
         images: sample.images.clone(),
         keys: sample.keys.clone(),
         unused: sample.unknown_keys.clone(),
-        body: Body::Messages { sample, row },
+        body: Body::Messages {
+            sample: Box::new(sample),
+            row,
+        },
     })
 }
