@@ -137,7 +137,8 @@ impl<K: Clone + Eq + std::hash::Hash> Journal<K> {
         };
         let mut reader = BufReader::with_capacity(1 << 16, &self.file);
         let mut repair = Repair::default();
-        let (mut lines, mut damaged): (Vec<Line<K>>, Vec<(usize, u64, u64)>) = Default::default();
+        let mut lines: Vec<Line<K>> = Vec::new();
+        let mut damaged = Vec::new();
         let (mut at, mut good, mut bad, mut row, mut whole) = (0, 0, 0, 1, true);
         let mut line = Vec::new();
         loop {
