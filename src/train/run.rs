@@ -89,6 +89,8 @@ pub struct RunResult<B: Backend> {
     pub model: Qwen3Vl<B>,
     /// Tokenizer, template, processor.
     pub parts: Arc<TextAndImages>,
+    /// What was learnt from.
+    pub data: Dataset,
     /// What it was validated on.
     pub validation: Option<Dataset>,
     /// Folder of the last checkpoint.
@@ -492,6 +494,7 @@ pub fn train<B: TrainKernels>(
         state,
         model,
         parts,
+        data,
         validation,
         checkpoint,
     })

@@ -228,13 +228,10 @@ impl Outcome {
             .map(|row| data.text(row).answer.unwrap_or_default())
             .collect();
         let images = (0..outcome.reports)
-            .map(|row| {
-                Ok(data
-                    .question(row, &result.parts)?
-                    .0
-                    .images
-                    .image_grid_thw
-                    .len())
+            .map(|row| match data.text(row).images.len() {
+                // Drawn, or without a picture.
+                0 => Ok(data.read(row, &result.parts)?.pictures.len()),
+                count => Ok(count),
             })
             .collect::<Result<Vec<usize>>>()?;
         // Studies are told apart by what is true of them: the views of one share its report.
