@@ -72,7 +72,7 @@ fn native(
     let frames = header.frames as u64;
     let holds = |length: usize| bytes.len() as u64 >= frames.saturating_mul(length as u64);
     // Some writers say YBR_FULL_422 of pixels that have all their numbers.
-    let is_subsampled = header.subsampled && header.columns % 2 == 0 && !holds(full);
+    let is_subsampled = header.subsampled && header.columns.is_multiple_of(2) && !holds(full);
     let length = if is_subsampled { subsampled } else { full };
     let from = frame.checked_mul(length).ok_or(DicomError::Truncated)?;
     let to = from.checked_add(length).ok_or(DicomError::Truncated)?;

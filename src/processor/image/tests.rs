@@ -158,8 +158,11 @@ fn sixteen_bit_levels_that_use_fewer_bits_are_shown_by_these() {
     assert_eq!((codes, levels), (vec![], vec![0, 16, 128]));
 }
 
-/// A TIFF file of pages of one row each: their tags beside the offset of the pixels, and pixels.
-fn tiff(pages: &[(&[(u16, u32)], &[u8])]) -> Vec<u8> {
+/// The tags of a page beside those of its place, and its pixels, one row.
+type Page<'a> = (&'a [(u16, u32)], &'a [u8]);
+
+/// A TIFF file of `pages`.
+fn tiff(pages: &[Page<'_>]) -> Vec<u8> {
     let mut file = b"II*\0\0\0\0\0".to_vec();
     let mut link = 4;
     for (tags, pixels) in pages {

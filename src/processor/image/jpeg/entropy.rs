@@ -480,8 +480,8 @@ fn refine_ac(
         }
     }
     if *empty_run > 0 {
-        for place in at..=end {
-            let coefficient = &mut block[usize::from(ZIGZAG[place])];
+        for place in ZIGZAG.iter().take(end + 1).skip(at) {
+            let coefficient = &mut block[usize::from(*place)];
             if *coefficient != 0 {
                 refine(coefficient, bits, bit)?;
             }
