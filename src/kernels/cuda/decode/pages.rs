@@ -11,6 +11,7 @@ use crate::{
     kernels::cuda::{
         attention::with_dense_heads,
         launch::{Backend, Kernel, empty, launch, tensor},
+        operand::Operand,
     },
     qwen3_vl::config::TextConfig,
 };
@@ -47,7 +48,7 @@ impl PagePool {
         );
         let bytes = 2 * layers * pages * kv_heads * PAGE * head_dim * DType::BF16.size();
         Ok(Self {
-            memory: DeviceMemory::zeroed(context, bytes)?,
+            memory: DeviceMemory::fresh(context, bytes)?,
             layers,
             kv_heads,
             head_dim,
@@ -167,8 +168,16 @@ impl PagePool {
         parameters.extend(self.layer(layer));
         let grid = [(2 * heads * tokens).div_ceil(8), 1, 1];
         let client = keys.client.clone();
+        let fresh = |x| Operand::dense_rows(x, DType::BF16, [1, heads, new, head_dim]);
+        let pages = table.meta.shape().num_elements();
+        assert!(
+            pages * PAGE >= tokens && (heads, head_dim) == (self.kv_heads, self.head_dim),
+            "{tokens} tokens of {heads} heads in {pages} pages"
+        );
+        let of_sequence = Operand::dense(&table, DType::I32, [pages]);
         if past == 0 {
-            let all = [&keys, &values, &table, &keys, &values];
+            let unused = Operand::unused(&keys);
+            let all = [fresh(&keys), fresh(&values), of_sequence, unused, unused];
             launch(&client, kernel, grid, &all, parameters);
             return (k, v);
         }
@@ -177,7 +186,14 @@ impl PagePool {
             empty(&keys, shape, DType::BF16),
             empty(&keys, shape, DType::BF16),
         );
-        let all = [&keys, &values, &table, &all_keys, &all_values];
+        let joined = |x| Operand::dense(x, DType::BF16, shape);
+        let all = [
+            fresh(&keys),
+            fresh(&values),
+            of_sequence,
+            joined(&all_keys),
+            joined(&all_values),
+        ];
         launch(&client, kernel, grid, &all, parameters);
         (tensor(all_keys), tensor(all_values))
     }

@@ -24,7 +24,7 @@ use super::{
     module::DriverError,
     pages::{PAGE, PagePool},
     plan::{Around, Ending, Field, Pages, Scratch, Weights, like, mask_words, step},
-    stream::{Context, DeviceMemory, HostWords, Repeated, Stream},
+    stream::{Context, DeviceMemory, DeviceWords, PinnedMemory, Repeated, Stream},
 };
 use crate::{
     generate::{
@@ -78,8 +78,8 @@ struct PagedDecoder {
     seen: DeviceMemory,
     control: DeviceMemory,
     /// What goes to `control` before a step.
-    told: HostWords,
-    results: HostWords,
+    told: PinnedMemory,
+    results: DeviceWords,
     scratch: Scratch,
     weights: Weights,
     context: Context,
@@ -149,8 +149,8 @@ impl PagedDecoder {
             tables: words(table_count * table_width)?,
             seen: words(table_count * mask_words(text.vocab_size))?,
             control: words(super::plan::CONTROL_WORDS)?,
-            told: HostWords::new(context, super::plan::CONTROL_WORDS)?,
-            results: HostWords::new(context, largest)?,
+            told: PinnedMemory::new(context, super::plan::CONTROL_WORDS * size_of::<u32>())?,
+            results: DeviceWords::new(context, largest)?,
             scratch,
             weights,
             context,
@@ -343,15 +343,19 @@ impl PagedDecoder {
                 control.set_choice(at, choice);
             }
         }
-        for (to, from) in self.told.words_mut().iter_mut().zip(control.0) {
-            *to = from as i32;
+        // SAFETY: the stream was waited for above, and nothing has been queued on it since that reads
+        // the control words.
+        #[allow(unsafe_code)]
+        unsafe {
+            let told = self.told.bytes_mut();
+            told.copy_from_slice(bytemuck::cast_slice(&control.0));
         }
         let size = rows.len().next_power_of_two();
         self.graph(size, adapted)?;
         // SAFETY: the control words have this length.
         #[allow(unsafe_code)]
         unsafe {
-            self.stream.send(self.control.address, self.told.words())?;
+            self.stream.send(self.control.address, self.told.bytes())?;
         }
         self.graphs[&(size, adapted)].run(&self.stream)
     }
@@ -374,7 +378,7 @@ impl PagedDecoder {
         }
         self.stream.wait()?;
         let mut logits = logits.into_iter();
-        let results = self.results.words();
+        let results = self.results.read(0..rows.len());
         Ok(rows
             .iter()
             .enumerate()
