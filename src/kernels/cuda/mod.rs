@@ -210,6 +210,14 @@ impl Kernels for Cuda {
         launch::free_memory(device)
     }
 
+    fn in_exact_memory<R>(
+        device: &Self::Device,
+        sizes: Option<&[usize]>,
+        work: impl FnOnce() -> R,
+    ) -> R {
+        memory::in_exact_memory(device, sizes, work)
+    }
+
     fn all_reduce(
         devices: &[Self::Device],
         patience: Duration,

@@ -22,7 +22,7 @@ use super::{
     adapters::AdapterTable,
     covers, mask_of,
     module::DriverError,
-    pages::{PAGE, PagePool},
+    pages::{HeldPages, PAGE, PagePool},
     plan::{Around, Ending, Field, Pages, Scratch, Weights, like, mask_words, step},
     stream::{Context, DeviceMemory, DeviceWords, PinnedMemory, Repeated, Stream},
 };
@@ -51,7 +51,7 @@ const LEAST_COST: usize = 256;
 #[derive(Debug)]
 struct Slot {
     adapter: AdapterId,
-    pages: Vec<u32>,
+    pages: HeldPages,
     /// All tokens held, for the repetition penalty; what a panic interrupted is not among them.
     tokens: Vec<u32>,
     /// Its row among the page tables on the device, once it has been stepped.
@@ -288,7 +288,7 @@ impl PagedDecoder {
     /// Gives a sequence room for one token more, and tells the device of its pages.
     fn prepare(&mut self, id: SlotId, pick: &Pick) -> Result<usize, DriverError> {
         let slot = self.slots.get_mut(&id).expect("the slot is in use");
-        self.pool.grow(&mut slot.pages, slot.tokens.len() + 1);
+        slot.pages.grow(slot.tokens.len() + 1);
         let table = match slot.table {
             Some(table) => table,
             None => {
@@ -425,7 +425,7 @@ impl DecodeBackend for PagedDecoder {
         let id = SlotId(self.fresh());
         let slot = Slot {
             adapter,
-            pages: Vec::new(),
+            pages: self.pool.hold(),
             tokens: Vec::new(),
             table: None,
             told_pages: 0,
@@ -455,7 +455,7 @@ impl DecodeBackend for PagedDecoder {
         let new = chunk.input_ids.len();
         let held = self.slots.get_mut(&slot).expect("the slot is in use");
         let past = held.tokens.len();
-        self.pool.grow(&mut held.pages, past + new);
+        held.pages.grow(past + new);
         let pages: Vec<i32> = held.pages.iter().map(|page| *page as i32).collect();
         let table = burn::tensor::TensorData::new(pages, [held.pages.len()]);
         let mut cache = IntoPages {
@@ -507,7 +507,6 @@ impl DecodeBackend for PagedDecoder {
 
     fn free(&mut self, slot: SlotId) {
         if let Some(slot) = self.slots.remove(&slot) {
-            self.pool.release(&slot.pages);
             self.free_tables.extend(slot.table);
         }
     }
