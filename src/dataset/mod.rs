@@ -476,7 +476,7 @@ impl Dataset {
                     cause,
                 })?;
             images.extend(&ImageInput {
-                pixel_values: patches.pixel_values,
+                pixel_values: patches.pixel_values.into(),
                 image_grid_thw: vec![patches.grid_thw],
             });
         }

@@ -203,7 +203,7 @@ fn encode(
             .map_err(|error| image_error(&name, &error))?;
         grids.push(patches.grid_thw);
         inputs.push(crate::qwen3_vl::ImageInput {
-            pixel_values: patches.pixel_values,
+            pixel_values: patches.pixel_values.into(),
             image_grid_thw: vec![patches.grid_thw],
         });
     }

@@ -30,6 +30,8 @@ mod rows;
 mod stream;
 #[cfg(test)]
 mod tests;
+#[cfg(all(test, feature = "flex"))]
+mod unwritten_tests;
 mod upload;
 mod vision;
 

@@ -109,10 +109,7 @@ impl Ring {
             let first = &lanes[0];
             let memory = PinnedMemory::new(first.context, most.min(PIECE_BYTES));
             let events = lanes.iter().map(|lane| {
-                let made = lane
-                    .context
-                    .enter()
-                    .and_then(|()| Event::new(lane.context));
+                let made = lane.context.enter().and_then(|()| Event::new(lane.context));
                 made.map_err(said(lane.device))
             });
             pieces.push(Piece {

@@ -220,7 +220,7 @@ impl PagedDecoder {
         let side = 16.max(vision.spatial_merge_size);
         let patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size.pow(2);
         let image = ImageInput {
-            pixel_values: vec![0.0; side * side * patch],
+            pixel_values: vec![0.0; side * side * patch].into(),
             image_grid_thw: vec![[1, side, side]],
         };
         drop(self.encode_image(AdapterId::BASE, &image));
