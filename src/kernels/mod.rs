@@ -4,6 +4,7 @@
 //! each of its operations is compared with the default it replaces, forward and backward.
 
 mod autodiff;
+pub mod dropout;
 #[cfg(all(test, any(feature = "cuda", feature = "wgpu")))]
 mod draws;
 mod kept;
@@ -22,7 +23,7 @@ use burn::{
     backend::autodiff::checkpoint::strategy::CheckpointStrategy,
     module::{ModuleMapper, Param},
     prelude::*,
-    tensor::{DType, Distribution, backend::AutodiffBackend, ops::FloatTensor},
+    tensor::{DType, backend::AutodiffBackend, ops::FloatTensor},
 };
 
 use crate::{
@@ -39,18 +40,10 @@ use crate::{
         vision::{VisionLayout, VisionModel, VisionOutput},
     },
 };
+pub use dropout::Dropout;
 pub use kept::Kept;
 pub use spans::AttentionSpans;
 use upload::{Fill, Upload, UploadError};
-
-/// Zeroes inputs of an adapter at random; the same seed gives the same mask.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Dropout {
-    /// Share of the inputs that become zero, in `(0, 1)`.
-    pub probability: f64,
-    /// Decides the mask.
-    pub seed: u64,
-}
 
 /// What a layer's output goes through.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -347,25 +340,10 @@ pub trait Kernels: Backend {
         Self::gated_backward(gate, up, Self::input_gradient(&[product]))
     }
 
-    /// What the inputs of an adapter are multiplied with, in the shape of `like`, f32: 0, or
-    /// `1 / (1 - probability)`.
+    /// What the inputs of an adapter are multiplied with, in the shape of `like`, f32: [`Dropout::mask`],
+    /// bit for bit.
     fn dropout_mask(like: &Tensor<Self, 2>, dropout: Dropout) -> Tensor<Self, 2> {
-        let device = like.device();
-        let draws = {
-            // The backend's random state is global: seeding and drawing must not be interleaved.
-            let _guard = RANDOM_STATE.lock().unwrap_or_else(|lock| lock.into_inner());
-            Self::seed(&device, dropout.seed);
-            Tensor::<Self, 2>::random(
-                like.dims(),
-                Distribution::Uniform(0.0, 1.0),
-                (&device, DType::F32),
-            )
-        };
-        let kept = draws
-            .greater_equal_elem(dropout.probability as f32)
-            .float()
-            .cast(burn::tensor::FloatDType::F32);
-        kept * (1.0 / (1.0 - dropout.probability))
+        plain::dropout_mask(like, dropout)
     }
 
     /// Root-mean-square norm of each row of `[n, width]` with a scale, statistics in f32.
@@ -662,8 +640,6 @@ pub trait Kernels: Backend {
         upload::through_tensor_data::<Self, E>(devices, tensors, fill)
     }
 }
-
-static RANDOM_STATE: std::sync::Mutex<()> = std::sync::Mutex::new(());
 
 /// A backend that trains with the operations of the model.
 pub trait TrainKernels: AutodiffBackend<InnerBackend: Kernels> + Kernels {}

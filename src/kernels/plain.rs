@@ -3,13 +3,13 @@
 use burn::{
     prelude::*,
     tensor::{
-        DType,
+        DType, TensorData,
         activation::{log_softmax, sigmoid, softmax},
     },
 };
 
 use super::{
-    AdamWTensor, AttentionSpans, BackwardProduct, HeadNorm, Kernels, LowRank, LowRankFlow,
+    AdamWTensor, AttentionSpans, BackwardProduct, Dropout, HeadNorm, Kernels, LowRank, LowRankFlow,
     LowRankGradients, TargetLoss,
 };
 use crate::qwen3_vl::nn::{to_dtype, to_f32};
@@ -35,6 +35,12 @@ pub(super) fn linear<B: Kernels>(
         Some(residual) => residual + y,
         None => y,
     }
+}
+
+pub(super) fn dropout_mask<B: Backend>(like: &Tensor<B, 2>, dropout: Dropout) -> Tensor<B, 2> {
+    let [rows, width] = like.dims();
+    let mask = TensorData::new(dropout.mask(rows * width), [rows, width]);
+    Tensor::from_data(mask, (&like.device(), DType::F32))
 }
 
 /// An adapter's input in f32, some of it dropped.

@@ -11,6 +11,8 @@ mod attention;
 #[cfg(feature = "wgpu")]
 mod cache;
 pub(super) mod decode;
+#[cfg(feature = "wgpu")]
+mod dropout;
 mod launch;
 mod likeliest;
 mod matrix;

@@ -20,7 +20,7 @@ use super::{
     vulkan::{Backend, contiguous, strided, tensor},
 };
 use crate::{
-    kernels::{AttentionSpans, HeadNorm, Kernels, LowRank, draws, plain},
+    kernels::{AttentionSpans, Dropout, HeadNorm, Kernels, LowRank, draws, plain},
     qwen3_vl::nn::{gelu_exact, gelu_tanh, to_dtype, to_f32},
 };
 
@@ -193,6 +193,21 @@ fn adapters(dtype: DType, device: &Device, report: &mut Report) {
         let got = Backend::adapted_product(x, weight, low, &adapter, Some(residual));
         let want = plain::adapted_product(xf, wf, low_wanted, &adapter, Some(rf));
         report.close(&name, got, want, dtype);
+    }
+}
+
+#[test]
+fn dropout_masks_are_the_host_s_bit_for_bit() {
+    let Some(device) = device() else { return };
+    for (rows, width, probability) in [(1, 1, 0.5), (5, 7, 0.25), (400, 130, 0.05)] {
+        let dropout = Dropout {
+            probability,
+            seed: 0x0123_4567_89ab_cdef,
+        };
+        let like = normal([rows, width], 1.0, DType::F32, &device);
+        let mask = Backend::dropout_mask(&like, dropout).into_data();
+        let wanted = dropout.mask(rows * width);
+        assert_eq!(mask.to_vec::<f32>().unwrap(), wanted, "{rows} x {width}");
     }
 }
 

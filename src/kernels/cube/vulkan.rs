@@ -9,7 +9,7 @@ use burn_cubecl::kernel::matmul::{MatmulStrategy, matmul};
 
 use super::{
     attention::{self, Cache},
-    cache, decode,
+    cache, decode, dropout,
     launch::Buffer as AnyBuffer,
     matvec, pointwise,
     pointwise::Operation,
@@ -17,7 +17,8 @@ use super::{
 };
 use crate::{
     kernels::{
-        AttentionSpans, DecodeStart, Decoder, DeviceMemory, HeadNorm, Kernels, LowRank, plain,
+        AttentionSpans, DecodeStart, Decoder, DeviceMemory, Dropout, HeadNorm, Kernels, LowRank,
+        plain,
     },
     quant::PackedWeight,
     qwen3_vl::{
@@ -168,6 +169,10 @@ impl Kernels for Backend {
         let residual = residual.map(contiguous);
         let y = matvec::product(&x, None, &weight, None, residual.as_ref(), x.dtype);
         tensor(matvec::product(&scaled, None, &b, None, Some(&y), x.dtype))
+    }
+
+    fn dropout_mask(like: &Tensor<Self, 2>, dropout: Dropout) -> Tensor<Self, 2> {
+        tensor(dropout::mask(&strided(like.clone()), dropout))
     }
 
     fn rms_norm(x: Tensor<Self, 2>, weight: Tensor<Self, 1>, epsilon: f64) -> Tensor<Self, 2> {

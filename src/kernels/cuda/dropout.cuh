@@ -1,5 +1,6 @@
 // Dropout masks from a counter: the forward and the backward pass draw the same mask without
-// storing it. One 32-bit hash decides two neighbouring columns, 16 bits each.
+// storing it. One 32-bit hash decides two neighbouring columns, 16 bits each. The same function as
+// `Dropout::mask` in kernels/dropout.rs, bit for bit.
 
 struct Mask {
     u32 seed_low, seed_high;

@@ -563,7 +563,8 @@ ENTRY(float* out, const __grid_constant__ Parameters p) {
     const u64 pair = (u64)blockIdx.x * 256 + threadIdx.x;
     if (pair * 2 >= p.rows * p.width) return;
     const Mask mask = mask_of(p, 0);
-    const u32 bits = mask_bits((u32)pair, mask);
+    // Places wrap at 2^32, as where rows and columns are multiplied.
+    const u32 bits = mask_bits((u32)pair & 0x7fffffffu, mask);
     out[pair * 2] = keeps_low(bits, mask) ? mask.scale : 0.f;
     if (pair * 2 + 1 < p.rows * p.width) out[pair * 2 + 1] = keeps_high(bits, mask) ? mask.scale : 0.f;
 }

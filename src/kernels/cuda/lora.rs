@@ -36,16 +36,6 @@ pub(super) fn covers(adapter: &LowRank<Backend>, dtype: DType) -> bool {
         && out.is_multiple_of(32)
 }
 
-/// Of 65,536 draws, those below this drop a column.
-fn threshold(dropout: Option<Dropout>) -> u64 {
-    dropout.map_or(0, |dropout| (dropout.probability * 65_536.0).round() as u64)
-}
-
-/// Factor on what is kept, exact for the threshold.
-fn keep_scale(dropout: Option<Dropout>) -> f64 {
-    65_536.0 / (65_536 - threshold(dropout)) as f64
-}
-
 /// Sizes and factors of a launch; the rest of its parameters are the adapters' dropout.
 #[derive(Clone, Copy)]
 struct Shape {
@@ -68,8 +58,8 @@ fn parameters(shape: Shape, dropouts: &[Option<Dropout>]) -> Parameters {
         seed(0),
         seed(1),
         seed(2),
-        threshold(first),
-        float_bits(keep_scale(first)),
+        first.map_or(0, |dropout| u64::from(dropout.threshold())),
+        float_bits(first.map_or(1.0, Dropout::keep_scale)),
         shape.low_parts as u64,
     ]
 }

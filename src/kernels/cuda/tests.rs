@@ -66,7 +66,9 @@ impl ModuleVisitor<Cuda> for Look {
 
 /// A module that draws its parameters from the backend, the same ones in every run.
 pub(super) fn drawn<M: Module<Cuda>>(device: &Device<Cuda>, make: impl FnOnce() -> M) -> M {
-    let state = crate::kernels::RANDOM_STATE.lock();
+    // The backend's random state is global: seeding and drawing must not be interleaved.
+    static RANDOM_STATE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    let state = RANDOM_STATE.lock();
     let _guard = state.unwrap_or_else(|lock| lock.into_inner());
     Cuda::seed(device, 7);
     let module = make();
@@ -431,6 +433,21 @@ fn products() {
         );
     }
     report.finish();
+}
+
+#[test]
+fn dropout_masks_are_the_host_s_bit_for_bit() {
+    let Some(device) = device() else { return };
+    for (rows, width, probability) in [(1, 1, 0.5), (5, 7, 0.25), (400, 4096, 0.05)] {
+        let dropout = Dropout {
+            probability,
+            seed: 0x0123_4567_89ab_cdef,
+        };
+        let like = normal([rows, width], 1.0, DType::F32, &device);
+        let mask = Cuda::dropout_mask(&like, dropout).into_data();
+        let wanted = dropout.mask(rows * width);
+        assert_eq!(mask.to_vec::<f32>().unwrap(), wanted, "{rows} x {width}");
+    }
 }
 
 /// Adapters over one input, alone and several together, of which a launch may serve some.
