@@ -28,8 +28,8 @@ mkdir -p "$logs"
 run=$(mktemp -d)
 trap 'rm -rf "$run"' EXIT
 cd "$run" || exit 2
-# An allocation for every tensor, in place of pages that many share.
-printf '[memory]\npersistent_memory = "enforced"\n' >cubecl.toml
+# An allocation for every tensor, in place of pages that many share; kernels are compiled once for all tools.
+printf '[memory]\npersistent_memory = "enforced"\n[compilation]\ncache = { file = "%s" }\n' "$run" >cubecl.toml
 export XRAY_CUDA_SMALL=1 RUST_BACKTRACE=0
 
 # Each operation of kernels::cuda, then whole models. Racecheck follows every access to shared memory:
