@@ -4,9 +4,9 @@
 //! each of its operations is compared with the default it replaces, forward and backward.
 
 mod autodiff;
-pub mod dropout;
 #[cfg(all(test, any(feature = "cuda", feature = "wgpu")))]
 mod draws;
+pub mod dropout;
 mod kept;
 pub mod plain;
 mod spans;

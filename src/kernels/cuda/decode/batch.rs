@@ -1,6 +1,8 @@
 //! One batch behind a prefilled cache: the step feeds itself, and the next one is queued before the
 //! host has read the last.
 
+use burn::tensor::DType;
+
 use super::{
     Control, LARGEST_BATCH, covers, mask_of,
     module::{DriverError, driver},
@@ -13,10 +15,15 @@ use crate::{
         DecodeStart, Decoder,
         cuda::{
             launch::{Backend, Buffer, strided},
+            operand::Operand,
             plan::card,
         },
     },
-    qwen3_vl::{Qwen3Vl, cache::KeyValueCache, config::Qwen3VlConfig},
+    qwen3_vl::{
+        Qwen3Vl,
+        cache::KeyValueCache,
+        config::{Qwen3VlConfig, TextConfig},
+    },
 };
 
 /// Steps whose tokens the ring in the host's memory holds.
@@ -94,7 +101,7 @@ impl Engine {
         let blocks = 2 * card(like.device.index).processors;
         let splits = (blocks / (text.num_key_value_heads * rows)).clamp(1, 64);
         let scratch = Scratch::new(text, rows, splits, &like)?;
-        let (layers, kept) = layers_of(cache, &like)?;
+        let (layers, kept) = layers_of(cache, text, rows, &like)?;
 
         let words = |count: usize| DeviceMemory::zeroed(context, count * size_of::<u32>());
         let control = words(super::plan::CONTROL_WORDS)?;
@@ -205,6 +212,8 @@ impl Engine {
 /// Addresses and strides of a cache's buffers.
 fn layers_of(
     cache: &KeyValueCache<Backend>,
+    text: &TextConfig,
+    rows: usize,
     like: &Buffer,
 ) -> Result<(Vec<LayerCache>, Vec<Buffer>), DriverError> {
     let mut addresses = super::plan::Addresses::new(&like.client);
@@ -212,10 +221,15 @@ fn layers_of(
     for (keys, values) in cache.layers.iter().filter_map(|layer| layer.buffers()) {
         let (keys, values) = (strided(keys.clone()), strided(values.clone()));
         let strides = |buffer: &Buffer| [0, 1, 2].map(|axis| buffer.meta.strides()[axis] as u64);
+        let capacity = keys.meta.shape()[2];
+        let shape = [rows, text.num_key_value_heads, capacity, text.head_dim];
+        for buffer in [&keys, &values] {
+            let _ = Operand::dense_rows(buffer, DType::BF16, shape);
+        }
         layers.push(LayerCache {
             key_strides: strides(&keys),
             value_strides: strides(&values),
-            capacity: keys.meta.shape()[2],
+            capacity,
             keys: addresses.of(keys)?,
             values: addresses.of(values)?,
         });
