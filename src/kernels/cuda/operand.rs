@@ -73,9 +73,9 @@ impl<'a> Operand<'a> {
 
     #[track_caller]
     fn checked(buffer: &'a Buffer, dtype: DType, shape: &[usize], layout: Layout) -> Self {
-        let (found, strides) = (buffer.meta.shape(), buffer.meta.strides());
+        let (found, strides) = (&buffer.meta.shape()[..], &buffer.meta.strides()[..]);
         assert!(
-            buffer.dtype == dtype && found[..] == *shape,
+            buffer.dtype == dtype && found == shape,
             "a kernel takes {dtype:?} {shape:?} here, not {:?} {found:?}",
             buffer.dtype
         );
