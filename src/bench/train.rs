@@ -32,7 +32,7 @@ use crate::{
         config::TrainConfig,
         gradients::MicroBatch,
         learner::{StepReading, StepSettings, StepTotals, Trainee},
-        optimizer::{AdamW, clip_on_device},
+        optimizer::AdamW,
         schedule::Schedule,
         trace::{HOST, Trace},
     },
@@ -336,9 +336,8 @@ fn launch<A: TrainKernels>(
     max_grad_norm: f64,
 ) -> StepReading {
     let TrainOutput { grads, item } = TrainStep::step(trainee, window);
-    let clip = clip_on_device(trainee, &grads, max_grad_norm);
-    let reading = item.read_later(clip.clone());
-    optimizer.clip_next(clip);
+    let clip = optimizer.clip_next(trainee, &grads, max_grad_norm);
+    let reading = item.read_later(clip);
     *trainee = optimizer.step(learning_rate, trainee.clone(), grads);
     reading.expect("a training step's sums are on the device")
 }

@@ -20,7 +20,7 @@ use crate::{
     train::{
         config::TrainConfig,
         learner::{StepSettings, Trainee},
-        optimizer::{AdamW, clip_on_device},
+        optimizer::AdamW,
         ranks::RankError,
         replicas::Replicas,
     },
@@ -110,9 +110,8 @@ impl<B: Kernels> Bench<B> {
             let (loss, norm) = {
                 let learnt = replicas.learn(&trainee, input, Some(&mut next.1))?;
                 let grads = replicas.reduce(&trainee, learning_rate)?;
-                let clip = clip_on_device(&trainee, &grads, max_grad_norm);
-                let norm = clip.clone().map(B::read_later);
-                optimizer.clip_next(clip);
+                let clip = optimizer.clip_next(&trainee, &grads, max_grad_norm);
+                let norm = clip.map(B::read_later);
                 trainee = optimizer.step(learning_rate, trainee.clone(), grads);
                 let norm = norm.and_then(|norm| norm().first().copied());
                 replicas.finish_step()?;

@@ -24,7 +24,7 @@ pub struct AdamWConfig {
     pub beta2: f64,
     /// Added to the root of the second moment.
     pub epsilon: f64,
-    /// Decay of the weights, times the learning rate; vectors (norms, biases) are left out.
+    /// Decay of the weights, times the learning rate; norms and biases are left out.
     pub weight_decay: f64,
 }
 
@@ -89,10 +89,20 @@ impl<B: TrainKernels> AdamW<B> {
         }
     }
 
-    /// Scales the gradients of the next step by the second element of `clip`, which is of
-    /// [`clip_on_device`].
-    pub fn clip_next(&self, clip: Option<Tensor<B::InnerBackend, 1>>) {
-        *self.clip.lock().unwrap_or_else(|lock| lock.into_inner()) = clip;
+    /// Brings the gradients of the next step down to a common norm of at most `max_norm` (0 only
+    /// measures). Returns the norm before and the factor, `[2]`, f32, on the device; `None` where there
+    /// is no gradient.
+    ///
+    /// Source: `torch.nn.utils.clip_grad_norm_`.
+    pub fn clip_next<M: AutodiffModule<B>>(
+        &self,
+        module: &M,
+        grads: &GradientsParams,
+        max_norm: f64,
+    ) -> Option<Tensor<B::InnerBackend, 1>> {
+        let clip = clip_on_device(module, grads, max_norm);
+        *self.clip.lock().unwrap_or_else(|lock| lock.into_inner()) = clip.clone();
+        clip
     }
 
     /// An optimizer of its own for another device, with the same state.
@@ -138,6 +148,7 @@ impl<M: AutodiffModule<B>, B: TrainKernels> Optimizer<M, B> for AdamW<B> {
             clip,
             state: &mut state,
             grads,
+            path: Vec::new(),
             waiting: Vec::new(),
             stepped: HashMap::new(),
         };
@@ -181,6 +192,8 @@ struct Stepper<'a, B: AutodiffBackend> {
     clip: Option<Tensor<B::InnerBackend, 1>>,
     state: &'a mut AdamWState<B::InnerBackend>,
     grads: GradientsParams,
+    /// Names from the root of the module to where the visit is.
+    path: Vec<String>,
     waiting: Vec<Waiting<B::InnerBackend>>,
     /// New values, flat, in the types of the parameters.
     stepped: HashMap<ParamId, Tensor<B::InnerBackend, 1>>,
@@ -219,7 +232,24 @@ impl<B: TrainKernels> Stepper<'_, B> {
     }
 }
 
+/// Whether a parameter of this name decays: all but norms and biases, which here are the vectors other
+/// than DoRA's magnitudes.
+///
+/// Source: `Trainer.get_decay_parameter_names`, transformers, `trainer.py`, which goes by names (`bias`,
+/// `norm`) and `nn.LayerNorm`; PEFT calls the magnitudes `lora_magnitude_vector`.
+fn decays(name: &str, dimensions: usize) -> bool {
+    dimensions > 1 || name == "lora_magnitude_vector"
+}
+
 impl<B: TrainKernels> ModuleVisitor<B> for Stepper<'_, B> {
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.path.push(name.to_string());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.path.pop();
+    }
+
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
         let Some(grad) = self.grads.remove::<B::InnerBackend, D>(param.id) else {
             return;
@@ -246,7 +276,11 @@ impl<B: TrainKernels> ModuleVisitor<B> for Stepper<'_, B> {
         // The bias of the moments is that of the steps they were fed in, not of the run's.
         let steps = steps + 1;
         let power = steps.min(i32::MAX as u64) as i32;
-        let decay = if D > 1 { self.lr * weight_decay } else { 0.0 };
+        let name = self.path.last().map_or("", String::as_str);
+        let decay = match decays(name, D) {
+            true => self.lr * weight_decay,
+            false => 0.0,
+        };
         self.waiting.push(Waiting {
             id: param.id,
             dtype,
@@ -283,11 +317,8 @@ impl<B: TrainKernels> ModuleMapper<B> for Stepper<'_, B> {
     }
 }
 
-/// The common norm of all gradients, and the factor that brings it down to `max_norm` (0 only
-/// measures), on the device; `[2]`, f32. `None` where there is no gradient.
-///
-/// Source: `torch.nn.utils.clip_grad_norm_`.
-pub fn clip_on_device<B: TrainKernels, M: AutodiffModule<B>>(
+/// The common norm of all gradients, and the factor that brings it down to `max_norm`.
+fn clip_on_device<B: TrainKernels, M: AutodiffModule<B>>(
     module: &M,
     grads: &GradientsParams,
     max_norm: f64,
@@ -310,38 +341,6 @@ pub fn clip_on_device<B: TrainKernels, M: AutodiffModule<B>>(
     };
     module.visit(&mut gathered);
     (!gathered.flat.is_empty()).then(|| B::InnerBackend::clip_scale(gathered.flat, max_norm))
-}
-
-/// Scales all gradients so that their common norm is at most `max_norm`, and gives the norm before.
-///
-/// `max_norm` 0 only measures. A norm that is not a number scales nothing.
-///
-/// Source: `torch.nn.utils.clip_grad_norm_`.
-pub fn clip_global_norm<B: TrainKernels, M: AutodiffModule<B>>(
-    module: &M,
-    grads: &mut GradientsParams,
-    max_norm: f64,
-) -> f64 {
-    struct Scale<'a> {
-        grads: &'a mut GradientsParams,
-        factor: f64,
-    }
-    impl<B: AutodiffBackend> ModuleVisitor<B> for Scale<'_> {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-            if let Some(grad) = self.grads.remove::<B::InnerBackend, D>(param.id) {
-                self.grads.register(param.id, grad * self.factor);
-            }
-        }
-    }
-    let Some(clip) = clip_on_device(module, grads, max_norm) else {
-        return 0.0;
-    };
-    let clip: Vec<f64> = clip.into_data().iter().collect();
-    let (norm, factor) = (clip[0], clip[1]);
-    if factor < 1.0 {
-        module.visit(&mut Scale { grads, factor });
-    }
-    norm
 }
 
 #[cfg(all(test, feature = "flex"))]
@@ -406,5 +405,99 @@ mod tests {
             values(&optimizer.step(lr, model.clone(), grads).later)
         };
         assert_eq!(step(&mut copy), step(&mut optimizer));
+    }
+
+    /// Gradients 3 and 4 of two parameters have the common norm 5: brought down to 1 they are 0.6 and
+    /// 0.8, and what AdamW makes of those is known. A step behind it is not clipped by the same factor.
+    #[test]
+    fn the_step_after_clip_next_takes_the_clipped_gradients() {
+        let device = Default::default();
+        let parameter = || Param::from_tensor(Tensor::<AB, 1>::from_floats([1.0], &device));
+        let model = Two {
+            always: parameter(),
+            later: parameter(),
+        };
+        let mut optimizer = AdamW::<AB>::new(AdamWConfig {
+            weight_decay: 0.0,
+            epsilon: 1.0,
+            ..AdamWConfig::default()
+        });
+        let grads = || {
+            let mut grads = GradientsParams::new();
+            let one = |value| Tensor::<burn_flex::Flex, 1>::from_floats([value], &device);
+            grads.register(model.always.id, one(3.0_f32));
+            grads.register(model.later.id, one(4.0_f32));
+            grads
+        };
+        let close = |found: f32, expected: f32| {
+            assert!((found - expected).abs() < 1e-6, "{found}, not {expected}");
+        };
+        let only = |tensor: &Tensor<burn_flex::Flex, 1>| tensor.to_data().to_vec::<f32>().unwrap()[0];
+
+        let first = grads();
+        let clip = optimizer.clip_next(&model, &first, 1.0).unwrap();
+        let clip = clip.into_data().to_vec::<f32>().unwrap();
+        close(clip[0], 5.0);
+        // PyTorch divides by the norm plus 1e-6.
+        close(clip[1], 1.0 / 5.000_001);
+        let stepped = optimizer.step(0.1, model.clone(), first);
+        // In the first step the corrected moments are g and g²: lr · g / (|g| + ε), with ε = 1.
+        close(values(&stepped.always)[0], 1.0 - 0.1 * 0.6 / 1.6);
+        close(values(&stepped.later)[0], 1.0 - 0.1 * 0.8 / 1.8);
+        for (id, gradient) in [(model.always.id, 0.6), (model.later.id, 0.8)] {
+            let state = optimizer.state();
+            close(only(&state.moments[&id].first), 0.1 * gradient);
+            close(only(&state.moments[&id].second), 0.05 * gradient * gradient);
+        }
+
+        // Below the bound, or without one, nothing is scaled.
+        for max_norm in [10.0, 0.0] {
+            let mut fresh = AdamW::<AB>::new(optimizer.config);
+            fresh.clip_next(&model, &grads(), max_norm);
+            let stepped = fresh.step(0.1, model.clone(), grads());
+            close(values(&stepped.always)[0], 1.0 - 0.1 * 3.0 / 4.0);
+        }
+        // The factor belongs to one step.
+        let mut fresh = AdamW::<AB>::new(optimizer.config);
+        fresh.clip_next(&model, &grads(), 1.0);
+        let _ = fresh.step(0.0, model.clone(), grads());
+        let _ = fresh.step(0.0, model.clone(), grads());
+        let second = only(&fresh.state().moments[&model.always.id].first);
+        close(second, 0.9 * 0.1 * 0.6 + 0.1 * 3.0);
+    }
+
+    #[derive(Module, Debug)]
+    struct Kinds<B: Backend> {
+        weight: Param<Tensor<B, 2>>,
+        bias: Param<Tensor<B, 1>>,
+        lora_magnitude_vector: Option<Param<Tensor<B, 1>>>,
+    }
+
+    /// As transformers' Trainer: matrices and DoRA's magnitudes decay, norms and biases do not.
+    #[test]
+    fn magnitudes_decay_and_biases_do_not() {
+        let device = Default::default();
+        let vector = || Param::from_tensor(Tensor::<AB, 1>::from_floats([2.0], &device));
+        let model = Kinds {
+            weight: Param::from_tensor(Tensor::<AB, 2>::from_floats([[2.0]], &device)),
+            bias: vector(),
+            lora_magnitude_vector: Some(vector()),
+        };
+        let mut grads = GradientsParams::new();
+        let zero = || Tensor::<burn_flex::Flex, 1>::zeros([1], &device);
+        grads.register(model.weight.id, zero().reshape([1, 1]));
+        grads.register(model.bias.id, zero());
+        let magnitude = model.lora_magnitude_vector.as_ref().unwrap().id;
+        grads.register(magnitude, zero());
+        // Without a gradient the step is the decay alone: 2 · (1 - 0.1 · 0.5).
+        let mut optimizer = AdamW::<AB>::new(AdamWConfig {
+            weight_decay: 0.5,
+            ..AdamWConfig::default()
+        });
+        let model = optimizer.step(0.1, model, grads);
+        let weight: Vec<f32> = model.weight.val().into_data().to_vec().unwrap();
+        assert_eq!(weight, [1.9]);
+        assert_eq!(values(&model.bias), [2.0]);
+        assert_eq!(values(model.lora_magnitude_vector.as_ref().unwrap()), [1.9]);
     }
 }

@@ -22,7 +22,7 @@ use burn::{
 use super::{
     gradients::LossTotals,
     learner::{StepReading, Trainee},
-    optimizer::{AdamW, clip_on_device},
+    optimizer::AdamW,
     ranks::{RankError, Ranks},
     strategy::{GenerateBatch, Generated, GenerationScorer},
 };
@@ -488,7 +488,7 @@ impl<B: TrainKernels> Rank<B> {
                 let optimizer = self.optimizer.as_mut().ok_or("it holds no optimizer")?;
                 let sums = sums.unwrap_or_else(|| std::mem::take(&mut self.sums));
                 let grads = scatter(&model, sums, &self.present);
-                optimizer.clip_next(clip_on_device(&model, &grads, self.max_grad_norm));
+                optimizer.clip_next(&model, &grads, self.max_grad_norm);
                 self.model = Some(optimizer.step(lr, model, grads));
                 Ok(Answer::Done)
             }

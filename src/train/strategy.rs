@@ -31,7 +31,7 @@ use super::{
     checkpoint_dir::{CheckpointDir, CheckpointDirError},
     gradients::differing_elements,
     learner::{ScheduleStepper, StepNumbers, StepOutput, StepReading, StepTotals, Trainee},
-    optimizer::{AdamW, clip_on_device},
+    optimizer::AdamW,
     ranks::RankError,
     records::{MetricsLog, RecordsError},
     replicas::Replicas,
@@ -439,9 +439,9 @@ impl<B: TrainKernels> LoopState<B> {
                     let repeated = learner.train_step(window);
                     check_repeated(&learner.model(), step, [&output, &repeated])?;
                 }
-                let clip = clip_on_device(&learner.model(), &output.grads, max_norm);
+                let clip = (self.optimizer).clip_next(&learner.model(), &output.grads, max_norm);
                 self.memory.look::<B::InnerBackend>(&self.devices[0]);
-                let reading = output.item.read_later(clip.clone());
+                let reading = output.item.read_later(clip);
                 if let Some(reading) = reading {
                     launched.numbers = if B::InnerBackend::READS_LATER {
                         Numbers::Reading(reading)
@@ -450,7 +450,6 @@ impl<B: TrainKernels> LoopState<B> {
                     };
                 }
                 self.check_finite(&launched)?;
-                self.optimizer.clip_next(clip);
                 learner.optimizer_step(output.grads);
             }
             Some(replicas) => {
@@ -472,9 +471,8 @@ impl<B: TrainKernels> LoopState<B> {
                 // A loss that is no number goes before an exchange of gradients that are none.
                 self.check_finite(&launched)?;
                 let grads = replicas.reduce(&learner.model(), learner.lr_current())?;
-                let clip = clip_on_device(&learner.model(), &grads, max_norm);
-                let norm = clip.clone().map(B::InnerBackend::read_later);
-                self.optimizer.clip_next(clip);
+                let clip = (self.optimizer).clip_next(&learner.model(), &grads, max_norm);
+                let norm = clip.map(B::InnerBackend::read_later);
                 learner.optimizer_step(grads);
                 if let Some(norm) = norm {
                     sum.norm = norm().first().copied().map_or(0.0, f64::from);
