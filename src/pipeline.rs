@@ -252,7 +252,7 @@ impl TextAndImages {
     pub fn image_input(&self, picture: &RgbImage) -> Result<ImageInput, PipelineError> {
         let patches = self.images.process(picture)?;
         Ok(ImageInput {
-            pixel_values: patches.pixel_values,
+            pixel_values: patches.pixel_values.into(),
             image_grid_thw: vec![patches.grid_thw],
         })
     }

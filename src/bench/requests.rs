@@ -87,7 +87,7 @@ impl<'a> Requests<'a> {
         }
         let (left, right) = self.pixels.split_at(self.random.random_range(0..values));
         ImageInput {
-            pixel_values: [right, left].concat(),
+            pixel_values: [right, left].concat().into(),
             image_grid_thw: vec![[1, side, side]],
         }
     }

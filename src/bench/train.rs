@@ -360,7 +360,7 @@ fn without_pixels(window: &Window) -> Window {
         text: batch.text.clone(),
         labels: batch.labels.clone(),
         images: ImageInput {
-            pixel_values: Vec::new(),
+            pixel_values: Vec::new().into(),
             image_grid_thw: batch.images.image_grid_thw.clone(),
         },
     };

@@ -123,12 +123,12 @@ impl<B: Kernels> ModuleMapper<B> for Draw {
         let device = param.lazy_device();
         // Not through the parameter's own initialiser, which draws in f32 and casts: of the
         // vocabulary's table that would be 2.5 GB beside the 1.2 GB that stay.
-        let tensor = Tensor::random(
-            param.lazy_shape(),
-            Distribution::Normal(0.0, self.std),
-            (&device, self.dtype),
-        );
-        Param::initialized(param.id, B::compact(tensor))
+        let (std, dtype) = (self.std, self.dtype);
+        let tensor = persistent::<B, _, _>(&device, param.lazy_shape(), |shape| {
+            let drawn = Tensor::random(shape, Distribution::Normal(0.0, std), (&device, dtype));
+            B::compact(drawn)
+        });
+        Param::initialized(param.id, tensor)
     }
 }
 

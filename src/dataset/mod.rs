@@ -611,7 +611,7 @@ impl Dataset {
                 .process(picture)
                 .map_err(|cause| self.image_error(index, format!("number {}", place + 1), cause))?;
             images.extend(&ImageInput {
-                pixel_values: patches.pixel_values,
+                pixel_values: patches.pixel_values.into(),
                 image_grid_thw: vec![patches.grid_thw],
             });
         }

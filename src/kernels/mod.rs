@@ -599,6 +599,17 @@ pub trait Kernels: Backend {
         None
     }
 
+    /// Runs work whose tensors are to take memory of their very size, where a backend's pools would take
+    /// pages that grow with the card. What the work leaves is used again by work of the same `sizes` and
+    /// given back before work of others; without sizes the work belongs to that before it.
+    fn in_exact_memory<R>(
+        _device: &Self::Device,
+        _sizes: Option<&[usize]>,
+        work: impl FnOnce() -> R,
+    ) -> R {
+        work()
+    }
+
     /// How these devices add up among themselves; `None` where tensors have to be brought together.
     /// `patience` bounds the wait of a device for the others.
     ///
@@ -654,6 +665,14 @@ impl<B: Kernels, C: CheckpointStrategy> Kernels for burn::backend::Autodiff<B, C
         } else {
             compact
         }
+    }
+
+    fn in_exact_memory<R>(
+        device: &Self::Device,
+        sizes: Option<&[usize]>,
+        work: impl FnOnce() -> R,
+    ) -> R {
+        B::in_exact_memory(device, sizes, work)
     }
 
     fn send_to<const D: usize>(x: Tensor<Self, D>, device: &Self::Device) -> Tensor<Self, D> {

@@ -4,7 +4,10 @@
 
 use std::{any::Any, cell::RefCell};
 
-use burn::prelude::*;
+use burn::{
+    prelude::*,
+    tensor::backend::{DeviceId, DeviceOps},
+};
 
 use super::{ImageInput, vision::VisionLayout};
 use crate::kernels::Kernels;
@@ -16,20 +19,15 @@ pub(super) struct Ahead<B: Backend> {
     pub pixels: Tensor<B, 2>,
 }
 
-/// Which images: address and number of the pixels, and the device they were sent to.
-type Key = (usize, usize, String);
+/// Which images, by the number of their pixels, and the device they were sent to.
+type Key = (u64, DeviceId);
 
 thread_local! {
     static KEPT: RefCell<Option<(Key, Box<dyn Any>)>> = const { RefCell::new(None) };
 }
 
-fn key<D: std::fmt::Debug>(images: &ImageInput, device: &D) -> Key {
-    let values = &images.pixel_values;
-    (
-        values.as_ptr() as usize,
-        values.len(),
-        format!("{device:?}"),
-    )
+fn key<D: DeviceOps>(images: &ImageInput, device: &D) -> Key {
+    (images.pixel_values.number(), device.id())
 }
 
 /// Keeps what was sent in place of what was kept before.
@@ -72,5 +70,34 @@ mod tests {
         let of_others = see(&others);
         assert_ne!(of_others, expected);
         assert_eq!(see(&images), expected);
+    }
+
+    /// Pixels in the place of others in memory, as many of them, are not taken for them.
+    #[test]
+    fn pixels_are_known_by_number_and_not_by_address() {
+        let device = Default::default();
+        let mut images = ImageInput {
+            pixel_values: vec![1.0; 8].into(),
+            image_grid_thw: vec![[1, 2, 4]],
+        };
+        let clone = images.clone();
+        assert_eq!(
+            key::<burn_flex::FlexDevice>(&images, &device),
+            key(&clone, &device)
+        );
+        let address = images.pixel_values.as_ptr();
+        let before = key(&images, &device);
+        // The allocator gives the place to the next vector of this length, sooner or later.
+        for _ in 0..64 {
+            images.pixel_values = Default::default();
+            images.pixel_values = vec![2.0; 8].into();
+            assert_ne!(key(&images, &device), before);
+            if images.pixel_values.as_ptr() == address {
+                break;
+            }
+        }
+        let one = images.clone();
+        images.extend(&clone);
+        assert_ne!(key(&images, &device), key(&one, &device));
     }
 }

@@ -8,6 +8,7 @@ mod ahead;
 pub mod cache;
 pub mod config;
 pub mod nn;
+pub mod pixels;
 pub mod rope;
 pub mod text;
 pub mod vision;
@@ -29,6 +30,7 @@ use ahead::Ahead;
 use cache::KeyValueCache;
 use config::Qwen3VlConfig;
 use nn::{InitOptions, Linear, to_dtype, to_f32};
+use pixels::Pixels;
 use rope::{PositionError, Positions, RopeTables, rope_index};
 use text::{TextContext, TextModel};
 use vision::{VisionLayout, VisionModel, VisionOutput};
@@ -37,7 +39,7 @@ use vision::{VisionLayout, VisionModel, VisionOutput};
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct ImageInput {
     /// Normalised patches, `[patches, patch_dim]` row-major, in merge-block order.
-    pub pixel_values: Vec<f32>,
+    pub pixel_values: Pixels,
     /// Patches of each image: `(time, height, width)`.
     pub image_grid_thw: Vec<[usize; 3]>,
 }
@@ -89,7 +91,7 @@ impl ImageInput {
             let values = TensorData::new(half, shape);
             return Tensor::from_data(values, (device, dtype));
         }
-        let values = TensorData::new(self.pixel_values.clone(), shape);
+        let values = TensorData::new(self.pixel_values.to_vec(), shape);
         to_dtype(Tensor::from_data(values, (device, DType::F32)), dtype)
     }
 }

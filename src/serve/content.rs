@@ -458,7 +458,7 @@ fn encode(
 fn patches_of(images: &ImageProcessor, picture: &RgbImage) -> Result<ImageInput, ImageError> {
     let patches = images.process(picture)?;
     Ok(ImageInput {
-        pixel_values: patches.pixel_values,
+        pixel_values: patches.pixel_values.into(),
         image_grid_thw: vec![patches.grid_thw],
     })
 }

@@ -48,6 +48,16 @@ impl MicroBatch {
         self.targets_with_rows().len()
     }
 
+    /// What the sizes of all tensors of a pass over it follow from.
+    pub(super) fn sizes(&self) -> [usize; 4] {
+        [
+            self.labels.len(),
+            self.text.seq(),
+            self.images.patches(),
+            self.targets(),
+        ]
+    }
+
     /// For each target the flat row of the hidden state that predicts it, and its id.
     pub(super) fn targets_with_rows(&self) -> Vec<(i32, i32)> {
         let seq = self.text.seq();

@@ -70,8 +70,10 @@ impl<B: TrainKernels> Trainee<B> {
         // A tower that is trained takes its images another way.
         let frozen = train.freeze_vit && train.freeze_aligner;
         if let Some(batch) = first.filter(|batch| frozen && batch.images.patches() > 0) {
-            let inner = self.model.valid();
-            inner.send_ahead(&batch.images, config, &self.device());
+            let (inner, device) = (self.model.valid(), self.device());
+            B::in_exact_memory(&device, None, || {
+                inner.send_ahead(&batch.images, config, &device);
+            });
         }
     }
 }
@@ -227,16 +229,19 @@ impl<B: TrainKernels> TrainStep for Trainee<B> {
                 mix(step, (window.first_micro_batch + place) as u64)
             });
             let options = train.gradient_options(dropout_seed);
-            let (new, sums) = gradients(
-                &self.model,
-                &inner,
-                config,
-                batch,
-                weight,
-                &options,
-                &device,
-            );
-            add_gradients(&self.model, new, &mut grads);
+            let sums = B::in_exact_memory(&device, Some(&batch.sizes()), || {
+                let (new, sums) = gradients(
+                    &self.model,
+                    &inner,
+                    config,
+                    batch,
+                    weight,
+                    &options,
+                    &device,
+                );
+                add_gradients(&self.model, new, &mut grads);
+                sums
+            });
             all_sums.push((sums, weight));
         }
         TrainOutput {
@@ -259,7 +264,10 @@ impl<B: Kernels> InferenceStep for Trainee<B> {
             .flatten()
             .map(|batch| {
                 let weight = 1.0 / window.targets.max(1) as f64;
-                (evaluate(&self.model, config, batch, &device), weight)
+                let sums = B::in_exact_memory(&device, Some(&batch.sizes()), || {
+                    evaluate(&self.model, config, batch, &device)
+                });
+                (sums, weight)
             })
             .collect();
         StepOutput::Sums(PartSums(sums))

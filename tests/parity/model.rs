@@ -54,7 +54,7 @@ pub fn images_of(names: &[String]) -> ImageInput {
     for name in names {
         let grid = inputs.ints(&format!("{name}.image_grid_thw"));
         all.extend(&ImageInput {
-            pixel_values: inputs.f32s(&format!("{name}.pixel_values")),
+            pixel_values: inputs.f32s(&format!("{name}.pixel_values")).into(),
             image_grid_thw: vec![[grid[0] as usize, grid[1] as usize, grid[2] as usize]],
         });
     }

@@ -65,9 +65,9 @@ fn images(entry: &Value, reference: &Reference, name: &str) -> ImageInput {
             .map(|grid| [0, 1, 2].map(|axis| grid[axis].as_u64().unwrap() as usize))
             .collect(),
         pixel_values: if reference.has(name) {
-            reference.f32s(name)
+            reference.f32s(name).into()
         } else {
-            Vec::new()
+            Default::default()
         },
     }
 }

@@ -7,6 +7,8 @@ use super::{
     launch::{
         Backend, Buffer, Defines, Kernel, Parameters, empty, float_bits, launch, strided, tensor,
     },
+    operand::Operand,
+    plan::card,
 };
 
 const COMMON: &str = include_str!("attention_common.cuh");
@@ -24,9 +26,9 @@ const BACKWARD: &[&str] = &[
 /// Keys of a tile of the backward pass.
 const TILE: usize = 64;
 
-/// Whether heads of this width can be attended to.
-pub(super) fn covers(head_dim: usize, dtype: DType) -> bool {
-    super::supported()
+/// Whether heads of this width can be attended to on a device.
+pub(super) fn covers(device: usize, head_dim: usize, dtype: DType) -> bool {
+    card(device).is_supported()
         && dtype == DType::BF16
         && head_dim.is_multiple_of(8)
         && (16..=128).contains(&head_dim)
@@ -73,8 +75,10 @@ fn rows_first(like: &Buffer, [batch, heads, rows, head_dim]: [usize; 4]) -> Tens
     tensor::<4>(buffer).swap_dims(1, 2)
 }
 
-/// Blocks that keep all processors of an H100 busy, two on each.
-const FULL: usize = 2 * 132;
+/// Blocks that keep all processors of a card busy, two on each.
+fn full(device: usize) -> usize {
+    2 * card(device).processors
+}
 
 fn scale(head_dim: usize) -> f64 {
     (head_dim as f64).powf(-0.5)
@@ -99,13 +103,17 @@ pub(super) fn forward(
         [batch, queries, keys],
         "the mask belongs to other tokens"
     );
+    assert!(
+        heads.is_multiple_of(kv_heads),
+        "{heads} query heads over {kv_heads} key heads"
+    );
     let (q, k, v) = (
         with_dense_heads(q),
         with_dense_heads(k),
         with_dense_heads(v),
     );
     // Smaller tiles where the large ones would leave processors idle.
-    let tile = if queries.div_ceil(128) * heads * batch >= FULL {
+    let tile = if queries.div_ceil(128) * heads * batch >= full(q.device.index) {
         128
     } else {
         64
@@ -131,18 +139,24 @@ pub(super) fn forward(
     parameters.extend([heads, kv_heads, queries, keys].map(|size| size as u64));
     parameters.push(float_bits(scale(head_dim)));
     let [first, end] = ranges(spans.ranges());
+    let values =
+        |x, heads, rows| Operand::dense_rows(x, DType::BF16, [batch, heads, rows, head_dim]);
+    let range = |x| Operand::dense(x, DType::I32, [batch * queries]);
     launch(
         &q.client,
         kernel,
         [queries.div_ceil(tile), heads, batch],
         &[
-            &q,
-            &k,
-            &v,
-            &out_buffer,
-            statistics.as_ref().unwrap_or(&out_buffer),
-            &first,
-            &end,
+            values(&q, heads, queries),
+            values(&k, kv_heads, keys),
+            values(&v, kv_heads, keys),
+            values(&out_buffer, heads, queries),
+            statistics.as_ref().map_or_else(
+                || Operand::unused(&out_buffer),
+                |x| Operand::dense(x, DType::F32, [batch, heads, queries]),
+            ),
+            range(&first),
+            range(&end),
         ],
         parameters,
     );
@@ -153,7 +167,7 @@ pub(super) fn forward(
 pub(super) fn prepare(head_dim: usize, device: &Device<Backend>) {
     let spans = AttentionSpans::blocks(&[1], device);
     // Few heads get the small tile, many the large one.
-    for heads in [1, FULL] {
+    for heads in [1, full(device.index)] {
         let x = Tensor::<Backend, 4>::empty([1, heads, 1, head_dim], (device, DType::BF16));
         let _ = forward(x.clone(), x.clone(), x, &spans, false);
     }
@@ -187,13 +201,20 @@ pub(super) fn backward(
     let tile_bytes = TILE * row_bytes(head_dim);
     let [first, end] = ranges(spans.ranges());
     let [first_query, end_query] = ranges(spans.key_ranges());
+    let values =
+        |x, heads, rows| Operand::dense_rows(x, DType::BF16, [batch, heads, rows, head_dim]);
+    let of_queries = |x| values(x, heads, queries);
+    let of_keys = |x| values(x, kv_heads, keys);
+    let of_rows = |x| Operand::dense(x, DType::F32, [batch, heads, queries]);
+    let range = |x| Operand::dense(x, DType::I32, [batch * queries]);
+    let key_range = |x| Operand::dense(x, DType::I32, [batch * keys]);
 
     let rows_a_block = 128 / (head_dim / 8).next_power_of_two().max(2);
     launch(
         &q.client,
         part(0),
         [(batch * queries * heads).div_ceil(rows_a_block), 1, 1],
-        &[&y, &dy, &row_sums],
+        &[of_queries(&y), of_queries(&dy), of_rows(&row_sums)],
         parameters.clone(),
     );
     launch(
@@ -201,18 +222,18 @@ pub(super) fn backward(
         part(1).with_shared(6 * tile_bytes + 2048),
         [keys.div_ceil(TILE), kv_heads, batch],
         &[
-            &q,
-            &k,
-            &v,
-            &dy,
-            &statistics,
-            &row_sums,
-            &first,
-            &end,
-            &first_query,
-            &end_query,
-            &dk_buffer,
-            &dv_buffer,
+            of_queries(&q),
+            of_keys(&k),
+            of_keys(&v),
+            of_queries(&dy),
+            of_rows(&statistics),
+            of_rows(&row_sums),
+            range(&first),
+            range(&end),
+            key_range(&first_query),
+            key_range(&end_query),
+            of_keys(&dk_buffer),
+            of_keys(&dv_buffer),
         ],
         parameters.clone(),
     );
@@ -221,15 +242,15 @@ pub(super) fn backward(
         part(2).with_shared(6 * tile_bytes),
         [queries.div_ceil(TILE), heads, batch],
         &[
-            &q,
-            &k,
-            &v,
-            &dy,
-            &statistics,
-            &row_sums,
-            &first,
-            &end,
-            &dq_buffer,
+            of_queries(&q),
+            of_keys(&k),
+            of_keys(&v),
+            of_queries(&dy),
+            of_rows(&statistics),
+            of_rows(&row_sums),
+            range(&first),
+            range(&end),
+            of_queries(&dq_buffer),
         ],
         parameters,
     );

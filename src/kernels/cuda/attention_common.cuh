@@ -56,9 +56,9 @@ __device__ __forceinline__ void load_tile_async(u32 tile, const bf16* head, int 
     if (PIECES % THREADS != 0 && in_tile >= ROWS) break;
     const int source_row = row + in_tile;
     const bool valid = source_row >= low && source_row < high && (PADDED_CHUNKS == CHUNKS || chunk < CHUNKS);
-    // The address stays inside the head even where nothing is read from it.
+    // Where nothing is read the address is the head's first: choosing the offset takes a register less.
     const bf16* source = head + (valid ? source_row * row_stride + chunk * 8 : 0);
-    copy_async_16_or_zero(tile_address(tile, in_tile, chunk), source, valid);
+    copy_async_16_or_zero(tile_address(tile, in_tile, chunk), source, source, valid);
   }
 }
 

@@ -5,6 +5,7 @@ use burn::{prelude::*, tensor::DType};
 use super::{
     attention::{strides, with_dense_heads},
     launch::{Backend, Kernel, launch, strided, tensor},
+    operand::Operand,
 };
 use crate::kernels::plain;
 
@@ -39,7 +40,14 @@ pub(super) fn append(
     parameters.extend(strides(&new_keys));
     parameters.extend(strides(&new_values));
     let grid = [(2 * batch * heads * rows).div_ceil(8), 1, 1];
-    let all = [&new_keys, &new_values, &keys, &values];
+    let fresh = |x| Operand::dense_rows(x, DType::BF16, [batch, heads, rows, head_dim]);
+    let held = |x| Operand::dense(x, DType::BF16, [batch, heads, capacity, head_dim]);
+    let all = [
+        fresh(&new_keys),
+        fresh(&new_values),
+        held(&keys),
+        held(&values),
+    ];
     launch(&keys.client, kernel, grid, &all, parameters);
     [tensor(keys), tensor(values)]
 }

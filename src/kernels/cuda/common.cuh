@@ -66,11 +66,13 @@ __device__ __forceinline__ void copy_async_16(u32 destination, const void* sourc
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;\n" ::"r"(destination), "l"(source));
 }
 
-// The same; if not `valid`, writes 16 zero bytes and does not touch `source`.
-__device__ __forceinline__ void copy_async_16_or_zero(u32 destination, const void* source, bool valid) {
+// The same; if not `valid`, writes 16 zero bytes. Nothing is read then, but the address given is one of memory
+// that is there, `instead`: checkers look at addresses, and so may a card.
+__device__ __forceinline__ void copy_async_16_or_zero(u32 destination, const void* source, const void* instead,
+                                                      bool valid) {
     const u32 bytes = valid ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(destination), "l"(source),
-                 "r"(bytes));
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(destination),
+                 "l"(valid ? source : instead), "r"(bytes));
 }
 
 // Closes the group of copies that this thread started since the last group.

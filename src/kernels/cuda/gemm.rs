@@ -6,6 +6,7 @@ use super::{
     launch::{
         Backend, Buffer, Kernel, MatrixMap, contiguous, empty, launch, launch_with_maps, tensor,
     },
+    operand::Operand,
     plan::{self, Form, Tile},
 };
 use crate::{kernels::Activation, qwen3_vl::nn::to_dtype};
@@ -62,7 +63,7 @@ fn is_bf16(tensors: &[&Tensor<Backend, 2>]) -> bool {
 /// Whether `x Wᵀ`, and on the way back `dy W`, can be worked on: bf16, rows of 16 bytes' multiples.
 pub(super) fn covers(x: &Tensor<Backend, 2>, weight: &Tensor<Backend, 2>) -> bool {
     let [out, inner] = weight.dims();
-    super::supported()
+    super::supported(x)
         && is_bf16(&[x, weight])
         && out.is_multiple_of(8)
         && inner.is_multiple_of(8)
@@ -140,12 +141,12 @@ fn run(
     run_tile(tile, pairs, layout, around, out);
 }
 
-fn run_tile(
+fn run_tile<'a>(
     tile: Tile,
-    pairs: &[(&Buffer, &Buffer)],
+    pairs: &[(&'a Buffer, &'a Buffer)],
     layout: WeightLayout,
-    around: Around<'_>,
-    out: &Buffer,
+    around: Around<'a>,
+    out: &'a Buffer,
 ) {
     let [m, n] = out.meta.shape().dims();
     let depths: Vec<usize> = pairs
@@ -158,10 +159,11 @@ fn run_tile(
         ("OUT_F32", i64::from(out.dtype == DType::F32)),
     ];
     // What is not there is not read; any buffer takes its place.
+    let or_unused = |x: Option<Operand<'a>>| x.unwrap_or(Operand::unused(out));
     let around_out = [
-        out,
-        around.bias.unwrap_or(out),
-        around.residual.unwrap_or(out),
+        Operand::dense(out, out.dtype, [m, n]),
+        or_unused(around.bias.map(|x| Operand::dense(x, DType::BF16, [n]))),
+        or_unused((around.residual).map(|x| Operand::dense(x, DType::BF16, [m, n]))),
     ];
     let depth = |at: usize| depths.get(at).copied().unwrap_or(0) as u64;
     let parameters = vec![
@@ -180,13 +182,9 @@ fn run_tile(
             let mut maps = Vec::new();
             for (a, b) in pairs {
                 let rows = if turned { 64 } else { tile.columns };
-                maps.extend(
-                    [(a, [128, 64]), (b, [rows, 64])].map(|(buffer, tile)| MatrixMap {
-                        buffer,
-                        shape: buffer.meta.shape().dims(),
-                        tile,
-                    }),
-                );
+                maps.extend([(a, [128, 64]), (b, [rows, 64])].map(|(buffer, tile)| {
+                    MatrixMap::new(buffer, buffer.meta.shape().dims(), tile)
+                }));
             }
             let kernel = Kernel::new("gemm_wgmma", WGMMA, defines, 384)
                 .with_entry_macro("GEMM_NAME")
@@ -204,12 +202,13 @@ fn run_tile(
                 ("BLOCKS_PER_SM", tile.blocks_per_processor as i64),
             ]);
             let (a, b) = pairs[0];
-            let buffers: Vec<&Buffer> = [a, b].into_iter().chain(around_out).collect();
+            let matrix = |x: &'a Buffer| Operand::dense(x, DType::BF16, x.meta.shape().dims::<2>());
+            let operands: Vec<_> = [a, b].map(matrix).into_iter().chain(around_out).collect();
             let kernel = Kernel::new("gemm_mma", MMA, defines, tile.threads())
                 .with_entry_macro("GEMM_NAME")
                 .with_shared(tile.shared_bytes());
             let grid = [tile.tiles(m, n), 1, 1];
-            launch(&out.client, kernel, grid, &buffers, parameters);
+            launch(&out.client, kernel, grid, &operands, parameters);
         }
     }
 }

@@ -76,12 +76,13 @@ __device__ __forceinline__ u32 swizzled(int row, int chunk) {
 // PASS_ROWS-th row after it.
 template <int ROWS>
 struct RowLoader {
+    const bf16* matrix;  // an address that is there, for chunks that are not
     const bf16* source;  // this thread's chunk of the next slab
     size_t stride;       // elements from a row to the next
     int rows_left;       // rows of the matrix from this thread's first row on
     int k_left;          // columns of the matrix from this thread's chunk of the next slab on
 
-    __device__ __forceinline__ RowLoader(const bf16* matrix, int rows, int k, int first_row) {
+    __device__ __forceinline__ RowLoader(const bf16* matrix, int rows, int k, int first_row) : matrix(matrix) {
         const int row = first_row + threadIdx.x / ROW_CHUNKS, column = threadIdx.x % ROW_CHUNKS * CHUNK;
         stride = k;
         source = matrix + row * stride + column;
@@ -92,7 +93,7 @@ struct RowLoader {
     __device__ __forceinline__ void load(u32 destination) {
 #pragma unroll
         for (int first = 0; first < ROWS; first += PASS_ROWS)
-            copy_async_16_or_zero(destination + first * ROW_BYTES, source + first * stride,
+            copy_async_16_or_zero(destination + first * ROW_BYTES, source + first * stride, matrix,
                                   first < rows_left && k_left > 0);
         source += SLAB_K;
         k_left -= SLAB_K;
@@ -102,12 +103,14 @@ struct RowLoader {
 // Copies slab after slab of TILE_N columns of a [K, N] matrix, in blocks of 64 columns. Thread t has, in every
 // block, chunk t % 8 of row t / 8 of k and of every PASS_ROWS-th row after it.
 struct ColumnBlockLoader {
+    const bf16* matrix;
     const bf16* source;
     size_t stride;
     int columns_left;
     int k_left;
 
-    __device__ __forceinline__ ColumnBlockLoader(const bf16* matrix, int k, int columns, int first_column) {
+    __device__ __forceinline__ ColumnBlockLoader(const bf16* matrix, int k, int columns, int first_column)
+        : matrix(matrix) {
         const int row = threadIdx.x / ROW_CHUNKS, column = first_column + threadIdx.x % ROW_CHUNKS * CHUNK;
         stride = columns;
         source = matrix + row * stride + column;
@@ -121,7 +124,7 @@ struct ColumnBlockLoader {
 #pragma unroll
             for (int first = 0; first < SLAB_K; first += PASS_ROWS)
                 copy_async_16_or_zero(destination + block * B_BLOCK_BYTES + first * ROW_BYTES,
-                                      source + first * stride + block * B_BLOCK_COLUMNS,
+                                      source + first * stride + block * B_BLOCK_COLUMNS, matrix,
                                       first < k_left && block * B_BLOCK_COLUMNS < columns_left);
         source += SLAB_K * stride;
         k_left -= SLAB_K;

@@ -75,7 +75,7 @@ fn model<B: TrainKernels>(config: &Qwen3VlConfig, dtype: DType, device: &B::Devi
 }
 
 /// Gradients by the order of the adapters' parameters, and the loss.
-fn adapter_gradients<B: TrainKernels>(
+pub(super) fn adapter_gradients<B: TrainKernels>(
     config: &Qwen3VlConfig,
     batch: &MicroBatch,
     dtype: DType,
@@ -114,12 +114,12 @@ fn distance(got: &[Vec<f32>], want: &[Vec<f32>]) -> f64 {
     (difference / reference.max(1e-60)).sqrt()
 }
 
-fn packed_samples(config: &Qwen3VlConfig) -> MicroBatch {
+pub(super) fn packed_samples(config: &Qwen3VlConfig) -> MicroBatch {
     let window = Requests::new(config, true, 9).window(3, 3, true).unwrap();
     window.parts[0][0].clone()
 }
 
-const BY_HAND: GradientOptions = GradientOptions {
+pub(super) const BY_HAND: GradientOptions = GradientOptions {
     checkpoint_text: false,
     recompute_pointwise: false,
     checkpoint_vision: false,

@@ -5,7 +5,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    hash::{DefaultHasher, Hash, Hasher},
+    hash::{Hash, Hasher},
     sync::{LazyLock, Mutex},
 };
 
@@ -23,7 +23,9 @@ use cubecl::{
 use cubecl_cpp::shared::{Body, ComputeKernel, Elem, Flags, Item, SharedMemory};
 use cubecl_cuda::{CudaCompiler, CudaRuntime};
 
-use super::recording;
+use sha2::{Digest, Sha256};
+
+use super::{compiled, operand::Operand, poison, recording};
 use crate::kernels::Reading;
 
 pub(super) type Backend = burn::backend::Cuda;
@@ -35,7 +37,7 @@ type Dialect = cubecl_cpp::cuda::CudaDialect<cubecl_cpp::cuda::mma::CudaWmmaComp
 pub(super) type Defines = Vec<(&'static str, i64)>;
 
 /// One configuration of a kernel, light to make: texts are put together at its first use.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Eq)]
 pub(super) struct Kernel {
     name: &'static str,
     sources: &'static [&'static str],
@@ -83,13 +85,35 @@ impl Kernel {
     }
 
     /// Name of the compiled entry point: the kernel's and its configuration's.
-    pub(super) fn entry(&self) -> String {
+    pub(super) fn entry(&self) -> &'static str {
+        &self.identity().entry
+    }
+
+    /// What tells this configuration apart from all others, put together once.
+    pub(super) fn identity(&self) -> &'static Identity {
+        static KNOWN: LazyLock<Mutex<HashMap<Kernel, &'static Identity>>> =
+            LazyLock::new(Mutex::default);
+        let mut known = KNOWN.lock().unwrap_or_else(|lock| lock.into_inner());
+        if let Some(identity) = known.get(self) {
+            return identity;
+        }
         let mut entry = self.name.to_string();
         for (_, value) in &self.defines {
             entry.push('_');
             entry.push_str(&value.to_string());
         }
-        entry
+        let mut hasher = Sha256::new();
+        hasher.update(self.text(&entry));
+        hasher.update(compiled::toolchain());
+        let digest = hasher.finalize();
+        // As many as the program has configurations; they are asked for as long as it runs.
+        let identity: &'static Identity = Box::leak(Box::new(Identity {
+            id: known.len() as u32,
+            entry,
+            digest: digest.iter().map(|byte| format!("{byte:02x}")).collect(),
+        }));
+        known.insert(self.clone(), identity);
+        identity
     }
 
     /// Threads of a block.
@@ -104,7 +128,11 @@ impl Kernel {
 
     /// The whole text that is compiled.
     pub(super) fn source(&self) -> String {
-        let mut text = format!("#define {} {}\n", self.entry_macro, self.entry());
+        self.text(self.entry())
+    }
+
+    fn text(&self, entry: &str) -> String {
+        let mut text = format!("#define {} {entry}\n", self.entry_macro);
         for (name, value) in &self.defines {
             text.push_str(&format!("#define {name} {value}\n"));
         }
@@ -114,47 +142,50 @@ impl Kernel {
         }
         text
     }
+}
 
-    /// Tells versions of the text apart.
-    pub(super) fn source_hash(&self) -> u64 {
-        let mut hasher = DefaultHasher::new();
-        self.source().hash(&mut hasher);
-        hasher.finish()
+impl PartialEq for Kernel {
+    fn eq(&self, other: &Self) -> bool {
+        // Texts of tens of kilobytes are compared only where they are not the same constant.
+        (self.name, self.entry_macro) == (other.name, other.entry_macro)
+            && (self.threads, self.shared_bytes) == (other.threads, other.shared_bytes)
+            && self.defines == other.defines
+            && (std::ptr::eq(self.sources, other.sources) || self.sources == other.sources)
     }
+}
+
+impl Hash for Kernel {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        // The texts are left to `eq`: this is on the way of every launch.
+        (self.name, self.threads, self.shared_bytes).hash(state);
+        self.defines.hash(state);
+    }
+}
+
+/// What tells a configuration of a kernel apart.
+#[derive(Debug)]
+pub(super) struct Identity {
+    /// In this process.
+    pub id: u32,
+    /// Name of the entry point.
+    pub entry: String,
+    /// Anywhere: SHA-256 of the text and of the versions of compiler and driver.
+    pub digest: String,
 }
 
 /// What cubecl's server gets.
-struct Task {
-    kernel: Kernel,
-    source_hash: u64,
-}
-
-/// The hash of a kernel's text, put together once a configuration.
-///
-/// The configuration is looked up by a hash of its own over the addresses of the names, which are
-/// all literals: this is on the way of every launch.
-fn cached_hash(kernel: &Kernel) -> u64 {
-    static HASHES: LazyLock<Mutex<HashMap<u64, u64>>> = LazyLock::new(Mutex::default);
-    const PRIME: u64 = 0x9e37_79b9_7f4a_7c15;
-    let mix = |hash: u64, value: u64| (hash ^ value).wrapping_mul(PRIME).rotate_left(29);
-    let start = mix(PRIME, kernel.name.as_ptr() as u64);
-    let key = kernel.defines.iter().fold(start, |hash, (name, value)| {
-        mix(mix(hash, name.as_ptr() as u64), *value as u64)
-    });
-    let mut hashes = HASHES.lock().unwrap_or_else(|lock| lock.into_inner());
-    *hashes.entry(key).or_insert_with(|| kernel.source_hash())
-}
+struct Task(Kernel);
 
 impl KernelMetadata for Task {
     fn name(&self) -> &'static str {
-        self.kernel.name
+        self.0.name
     }
 
     fn id(&self) -> KernelId {
-        let kernel = &self.kernel;
+        let kernel = &self.0;
         KernelId::new::<Self>()
             .cube_dim(CubeDim::new_1d(kernel.threads))
-            .info((kernel.name, kernel.shared_bytes, self.source_hash))
+            .info((kernel.name, kernel.shared_bytes, &*kernel.identity().digest))
     }
 
     fn address_type(&self) -> StorageType {
@@ -170,7 +201,7 @@ impl CubeTask<CudaCompiler> for Task {
         _mode: ExecutionMode,
         _address_type: StorageType,
     ) -> Result<CompiledKernel<CudaCompiler>, CompilationError> {
-        let kernel = &self.kernel;
+        let kernel = &self.0;
         let cube_dim = CubeDim::new_1d(kernel.threads);
         // The server reads the dynamic shared memory off the declared arrays, so one is declared.
         let bytes = Item::scalar(Elem::<Dialect>::U8, true);
@@ -200,10 +231,10 @@ impl CubeTask<CudaCompiler> for Task {
             extensions: vec![],
             flags: Flags::default(),
             items: HashSet::new(),
-            kernel_name: kernel.entry(),
+            kernel_name: kernel.entry().to_string(),
         };
         Ok(CompiledKernel {
-            entrypoint_name: kernel.entry(),
+            entrypoint_name: kernel.entry().to_string(),
             debug_name: Some(kernel.name),
             source: kernel.source(),
             cube_dim,
@@ -221,34 +252,44 @@ pub(super) fn float_bits(value: f64) -> u64 {
     u64::from((value as f32).to_bits())
 }
 
-/// Launches on the stream of the buffers' client.
+/// Launches on the stream of the operands' device.
 pub(super) fn launch(
     client: &Client,
     kernel: Kernel,
     grid: [usize; 3],
-    buffers: &[&Buffer],
+    operands: &[Operand<'_>],
     parameters: Parameters,
 ) {
-    launch_with_maps(client, kernel, grid, &[], buffers, parameters);
+    launch_with_maps(client, kernel, grid, &[], operands, parameters);
 }
 
 /// A row-major bf16 matrix that a kernel copies tile by tile into 128-byte swizzled shared memory; what
 /// lies outside reads as zero.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct MatrixMap<'a> {
-    pub buffer: &'a Buffer,
+    pub(super) operand: Operand<'a>,
     /// Rows and columns.
-    pub shape: [usize; 2],
+    pub(super) shape: [usize; 2],
     /// Rows and columns of a tile.
-    pub tile: [usize; 2],
+    pub(super) tile: [usize; 2],
 }
 
-impl MatrixMap<'_> {
+impl<'a> MatrixMap<'a> {
+    /// A whole matrix, cut into tiles of rows and columns.
+    #[track_caller]
+    pub(super) fn new(buffer: &'a Buffer, shape: [usize; 2], tile: [usize; 2]) -> Self {
+        Self {
+            operand: Operand::dense(buffer, DType::BF16, shape),
+            shape,
+            tile,
+        }
+    }
+
     fn binding(&self) -> TensorMapBinding {
         let [rows, columns] = self.shape;
         let [tile_rows, tile_columns] = self.tile;
         TensorMapBinding {
-            binding: self.buffer.handle.clone().binding(),
+            binding: self.operand.buffer().handle.clone().binding(),
             map: TensorMapMeta {
                 format: TensorMapFormat::Tiled(TiledArgs {
                     tile_size: [tile_rows, tile_columns].into(),
@@ -265,16 +306,28 @@ impl MatrixMap<'_> {
     }
 }
 
-/// [`launch`] with tensor maps: they come first, then their buffers' pointers, then `buffers`.
+/// [`launch`] with tensor maps: they come first, then their buffers' pointers, then `operands`.
+///
+/// # Panics
+/// If the operands lie on several devices.
 pub(super) fn launch_with_maps(
     client: &Client,
     kernel: Kernel,
     grid: [usize; 3],
     maps: &[MatrixMap<'_>],
-    buffers: &[&Buffer],
+    operands: &[Operand<'_>],
     parameters: Parameters,
 ) {
-    if recording::take(&kernel, grid, maps, buffers, &parameters) {
+    let all = maps.iter().map(|map| &map.operand).chain(operands);
+    let mut devices = all.map(|operand| operand.buffer().device.index);
+    let first = devices.next();
+    assert!(
+        devices.all(|device| Some(device) == first),
+        "operands of {} on several devices",
+        kernel.name
+    );
+    let buffers: Vec<&Buffer> = operands.iter().map(Operand::buffer).collect();
+    if recording::take(&kernel, grid, maps, &buffers, &parameters) {
         return;
     }
     let bindings = buffers
@@ -288,15 +341,12 @@ pub(super) fn launch_with_maps(
         .with_buffers(bindings)
         .with_info(MetadataBindingInfo::new(parameters, length));
     let [x, y, z] = grid.map(|size| size as u32);
-    // SAFETY: every caller checks the shapes and layouts of its buffers against what the kernel's
-    // header says it reads and writes.
+    // SAFETY: `Operand` has checked type, shape, layout and length of every buffer against what the
+    // kernel's header names; the grid and the sizes among the parameters come from the same shapes.
     #[allow(unsafe_code)]
     unsafe {
         client.launch_unchecked(
-            Box::new(Task {
-                source_hash: cached_hash(&kernel),
-                kernel,
-            }),
+            Box::new(Task(kernel)),
             CubeCount::Static(x, y, z),
             arguments,
         );
@@ -357,13 +407,14 @@ pub(super) fn read_later(x: Tensor<Backend, 1>) -> Reading {
 
 /// A new buffer whose elements lie row after row, not initialised.
 pub(super) fn empty<const D: usize>(like: &Buffer, shape: [usize; D], dtype: DType) -> Buffer {
-    if let Some(buffer) = recording::reserve(like, &shape, dtype) {
-        return buffer;
-    }
-    burn_cubecl::ops::numeric::empty_device_contiguous_dtype(
-        like.client.clone(),
-        like.device.clone(),
-        shape.into(),
-        dtype,
-    )
+    let buffer = recording::reserve(like, &shape, dtype).unwrap_or_else(|| {
+        burn_cubecl::ops::numeric::empty_device_contiguous_dtype(
+            like.client.clone(),
+            like.device.clone(),
+            shape.into(),
+            dtype,
+        )
+    });
+    poison::fill(&buffer);
+    buffer
 }

@@ -8,6 +8,7 @@ use burn::{prelude::*, tensor::DType};
 use super::{
     gemm::{self, Around, WeightLayout},
     launch::{Backend, Buffer, Kernel, Parameters, contiguous, empty, float_bits, launch, tensor},
+    operand::Operand,
     plan,
 };
 use crate::kernels::{BackwardProduct, Dropout, LowRank, LowRankFlow, LowRankGradients};
@@ -26,9 +27,9 @@ const LARGEST_RANK: usize = 64;
 pub(super) fn covers(adapter: &LowRank<Backend>, dtype: DType) -> bool {
     let [rank, width] = adapter.a.dims();
     let [out, _] = adapter.b.dims();
-    super::supported()
+    super::supported(&adapter.a)
         && dtype == DType::BF16
-        && adapter.a.dtype() == DType::F32
+        && [adapter.a.dtype(), adapter.b.dtype()] == [DType::F32; 2]
         && rank.is_multiple_of(8)
         && rank <= LARGEST_RANK
         && width.is_multiple_of(32)
@@ -111,12 +112,12 @@ fn column_tiles(rank_tiles: usize) -> usize {
 }
 
 /// How blocks of four warps share a large operand: blocks side by side, rows of each, and blocks
-/// one below another. A function of the shape alone, so that sums have one order.
-fn split(rows: usize, width: usize, column_tiles: usize) -> [usize; 3] {
-    /// Three blocks for each processor of an H100.
-    const BLOCKS: usize = 396;
+/// one below another. A function of the shape and the card alone, so that sums have one order.
+fn split(rows: usize, width: usize, column_tiles: usize, processors: usize) -> [usize; 3] {
     let across = width.div_ceil(128 * column_tiles);
-    let chunk = rows.div_ceil((BLOCKS / across).max(1)).next_multiple_of(64);
+    // Three blocks for each processor.
+    let below = (3 * processors / across).max(1);
+    let chunk = rows.div_ceil(below).next_multiple_of(64);
     [across, chunk, rows.div_ceil(chunk)]
 }
 
@@ -163,14 +164,14 @@ fn down(x: &Buffer, adapters: &[&LowRank<Backend>]) -> Vec<Buffer> {
         low_parts: 0,
     };
     let more = [("ROW_TILES", row_tiles as i64)];
-    let mut buffers = vec![x];
-    buffers.extend(&factors);
-    buffers.extend(&lows);
+    let mut operands = vec![Operand::dense(x, DType::BF16, [rows, width])];
+    operands.extend((factors.iter()).map(|a| Operand::dense(a, DType::F32, [rank, width])));
+    operands.extend((lows.iter()).map(|low| Operand::dense(low, DType::BF16, [rows, rank])));
     launch(
         &x.client,
         kernel("LOW_RANK_DOWN", rank, &dropouts, 512, &more),
         [rows.div_ceil(16 * row_tiles), 1, 1],
-        &buffers,
+        &operands,
         parameters(shape, &dropouts),
     );
     lows
@@ -192,7 +193,10 @@ fn scaled_b(adapter: &LowRank<Backend>) -> Buffer {
         &b.client,
         kernel("SCALE_CAST", rank, &[], 256, &[]),
         [(out * rank).div_ceil(1024), 1, 1],
-        &[&b, &cast],
+        &[
+            Operand::dense(&b, DType::F32, [out, rank]),
+            Operand::dense(&cast, DType::BF16, [out, rank]),
+        ],
         parameters(shape, &[]),
     );
     cast
@@ -256,7 +260,7 @@ fn flow(flow: &LowRankFlow<Backend>) -> (Buffer, Buffer) {
     let [rows, width] = dy.meta.shape().dims();
     let rank = rank(&flow.adapter);
     let tiles = column_tiles(rank / 8);
-    let [across, chunk, chunks] = split(rows, width, tiles);
+    let [across, chunk, chunks] = split(rows, width, tiles, plan::device(&dy).processors);
     let low_part = empty(&dy, [across, rows * rank], DType::F32);
     let b_part = empty(&dy, [chunks, width * rank], DType::F32);
     let shape = Shape {
@@ -267,11 +271,19 @@ fn flow(flow: &LowRankFlow<Backend>) -> (Buffer, Buffer) {
         low_parts: 0,
     };
     let more = [("COLUMN_TILES", tiles as i64)];
+    let low_parts = Operand::dense(&low_part, DType::F32, [across, rows * rank]);
+    let b_parts = Operand::dense(&b_part, DType::F32, [chunks, width * rank]);
     launch(
         &dy.client,
         kernel("LOW_RANK_FLOW", rank, &[], 128, &more),
         [across, chunks, 1],
-        &[&dy, &low, &b, &low_part, &b_part],
+        &[
+            Operand::dense(&dy, DType::BF16, [rows, width]),
+            Operand::dense(&low, DType::BF16, [rows, rank]),
+            Operand::dense(&b, DType::F32, [width, rank]),
+            low_parts,
+            b_parts,
+        ],
         parameters(shape, &[]),
     );
     let of_b = empty(&dy, [width, rank], DType::F32);
@@ -285,7 +297,12 @@ fn flow(flow: &LowRankFlow<Backend>) -> (Buffer, Buffer) {
         &dy.client,
         kernel("SUM_FLOW", rank, &[], 128, &[]),
         [((width + rows) * rank).div_ceil(512), 1, 1],
-        &[&b_part, &low_part, &of_b, &of_low],
+        &[
+            b_parts,
+            low_parts,
+            Operand::dense(&of_b, DType::F32, [width, rank]),
+            Operand::dense(&of_low, DType::BF16, [rows, rank]),
+        ],
         parameters(shape, &[]),
     );
     (of_b, of_low)
@@ -297,7 +314,7 @@ fn outer(x: &Buffer, lows: &[Buffer], dropouts: &[Option<Dropout>]) -> Vec<Buffe
     let [_, rank] = lows[0].meta.shape().dims();
     let count = lows.len();
     let tiles = column_tiles(count * rank / 8);
-    let [across, chunk, chunks] = split(rows, width, tiles);
+    let [across, chunk, chunks] = split(rows, width, tiles, plan::device(x).processors);
     let part = empty(x, [chunks, count * width * rank], DType::F32);
     let shape = Shape {
         rows,
@@ -307,27 +324,28 @@ fn outer(x: &Buffer, lows: &[Buffer], dropouts: &[Option<Dropout>]) -> Vec<Buffe
         low_parts: 0,
     };
     let more = [("COLUMN_TILES", tiles as i64)];
-    let mut buffers = vec![x];
-    buffers.extend(lows);
-    buffers.push(&part);
+    let parts = Operand::dense(&part, DType::F32, [chunks, count * width * rank]);
+    let mut operands = vec![Operand::dense(x, DType::BF16, [rows, width])];
+    operands.extend((lows.iter()).map(|low| Operand::dense(low, DType::BF16, [rows, rank])));
+    operands.push(parts);
     launch(
         &x.client,
         kernel("LOW_RANK_OUTER", rank, dropouts, 128, &more),
         [across, chunks, 1],
-        &buffers,
+        &operands,
         parameters(shape, dropouts),
     );
     let outs: Vec<Buffer> = lows
         .iter()
         .map(|_| empty(x, [rank, width], DType::F32))
         .collect();
-    let mut buffers = vec![&part];
-    buffers.extend(&outs);
+    let mut operands = vec![parts];
+    operands.extend((outs.iter()).map(|out| Operand::dense(out, DType::F32, [rank, width])));
     launch(
         &x.client,
         kernel("SUM_OUTER", rank, &vec![None; count], 128, &[]),
         [(width * rank / 4).div_ceil(128), count, 1],
-        &buffers,
+        &operands,
         parameters(
             Shape {
                 chunk: chunks,
@@ -385,9 +403,12 @@ pub(super) fn gated_input_gradient(
 fn spread(adapters: &[&(Tensor<Backend, 2>, LowRank<Backend>)], dx: &Buffer, gated: &[&Buffer]) {
     let [rows, width] = dx.meta.shape().dims();
     let rank = rank(&adapters[0].1);
-    let lows = adapters.iter().map(|(low, _)| contiguous(low.clone()));
-    let factors = adapters.iter().map(|(_, one)| contiguous(one.a.clone()));
-    let operands: Vec<Buffer> = lows.chain(factors).collect();
+    let lows: Vec<Buffer> = (adapters.iter())
+        .map(|(low, _)| contiguous(low.clone()))
+        .collect();
+    let factors: Vec<Buffer> = (adapters.iter())
+        .map(|(_, one)| contiguous(one.a.clone()))
+        .collect();
     let dropouts: Vec<_> = adapters.iter().map(|(_, one)| one.dropout).collect();
     let tiles = if adapters.len() * rank > 32 { 1 } else { 2 };
     // Nothing is summed over rows: as many blocks as fit at once, and then some.
@@ -400,9 +421,12 @@ fn spread(adapters: &[&(Tensor<Backend, 2>, LowRank<Backend>)], dx: &Buffer, gat
         scale: 1.0,
         low_parts: 0,
     };
-    let mut buffers: Vec<&Buffer> = operands.iter().collect();
-    buffers.push(dx);
-    buffers.extend(gated);
+    let mut operands: Vec<Operand<'_>> = (lows.iter())
+        .map(|low| Operand::dense(low, DType::BF16, [rows, rank]))
+        .collect();
+    operands.extend((factors.iter()).map(|a| Operand::dense(a, DType::F32, [rank, width])));
+    let wide = std::iter::once(dx).chain(gated.iter().copied());
+    operands.extend(wide.map(|x| Operand::dense(x, DType::BF16, [rows, width])));
     let more = [
         ("COLUMN_TILES", tiles as i64),
         ("GATED", i64::from(!gated.is_empty())),
@@ -411,7 +435,7 @@ fn spread(adapters: &[&(Tensor<Backend, 2>, LowRank<Backend>)], dx: &Buffer, gat
         &dx.client,
         kernel("LOW_RANK_SPREAD", rank, &dropouts, 128, &more),
         [across, chunks, 1],
-        &buffers,
+        &operands,
         parameters(shape, &dropouts),
     );
 }
@@ -432,7 +456,7 @@ pub(super) fn dropout_mask(like: &Tensor<Backend, 2>, dropout: Dropout) -> Tenso
         &like.client,
         kernel("MASK_FILL", 8, &[Some(dropout)], 256, &[]),
         [(rows * width).div_ceil(512), 1, 1],
-        &[&out],
+        &[Operand::dense(&out, DType::F32, [rows, width])],
         parameters(shape, &[Some(dropout)]),
     );
     tensor(out)

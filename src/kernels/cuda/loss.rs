@@ -5,6 +5,7 @@ use burn::{prelude::*, tensor::DType};
 use super::{
     gemm,
     launch::{Backend, Buffer, Kernel, contiguous, empty, float_bits, launch, tensor},
+    operand::Operand,
 };
 use crate::kernels::TargetLoss;
 
@@ -27,11 +28,18 @@ fn softmax_loss(
     let nll = empty(logits, [rows], DType::F32);
     let correct = empty(logits, [rows], DType::F32);
     let gradient = empty(logits, [rows, vocab], DType::BF16);
+    let of_rows = |x| Operand::dense(x, DType::F32, [rows]);
     launch(
         &logits.client,
         kernel("softmax_loss", 0, 512),
         [rows, 1, 1],
-        &[logits, &ids, &nll, &correct, &gradient],
+        &[
+            Operand::dense(logits, DType::F32, [rows, vocab]),
+            Operand::dense(&ids, DType::I32, [rows]),
+            of_rows(&nll),
+            of_rows(&correct),
+            Operand::dense(&gradient, DType::BF16, [rows, vocab]),
+        ],
         vec![vocab as u64, float_bits(weight)],
     );
     // Burn's own sum of a whole tensor adds with atomics, in no fixed order.
@@ -40,7 +48,11 @@ fn softmax_loss(
         &logits.client,
         kernel("loss_sums", 1, 256),
         [1, 1, 1],
-        &[&nll, &correct, &sums],
+        &[
+            of_rows(&nll),
+            of_rows(&correct),
+            Operand::dense(&sums, DType::F32, [2]),
+        ],
         vec![rows as u64],
     );
     (tensor(sums), tensor(gradient))

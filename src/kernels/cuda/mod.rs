@@ -7,6 +7,7 @@
 mod attention;
 mod cache;
 mod collective;
+mod compiled;
 mod decode;
 mod gemm;
 #[cfg(all(test, feature = "flex"))]
@@ -14,11 +15,14 @@ mod gradient_tests;
 mod launch;
 mod lora;
 mod loss;
+mod memory;
 mod module;
 mod nccl;
+mod operand;
 mod optimizer;
 mod plan;
 mod pointwise;
+mod poison;
 mod product;
 mod recording;
 mod rotary;
@@ -26,12 +30,13 @@ mod rows;
 mod stream;
 #[cfg(test)]
 mod tests;
+#[cfg(all(test, feature = "flex"))]
+mod unwritten_tests;
 mod upload;
 mod vision;
 
 use std::{
-    path::PathBuf,
-    sync::{Arc, Once, OnceLock},
+    sync::{Arc, Once},
     time::Duration,
 };
 
@@ -63,30 +68,23 @@ use crate::{
 };
 use launch::Backend as Cuda;
 
-/// Whether the card has what the kernels are written for: bf16 products and asynchronous copies.
-/// Older cards run the plain operations.
-fn supported() -> bool {
-    static SUPPORTED: OnceLock<bool> = OnceLock::new();
-    *SUPPORTED.get_or_init(|| plan::compute_capability(0) >= 80)
+/// Whether the kernels run on the card a tensor lies on.
+fn supported<const D: usize>(x: &Tensor<Cuda, D>) -> bool {
+    plan::card(x.device().index).is_supported()
+}
+
+/// Whether tensors have the type of the first.
+fn one_type<const N: usize>(dtypes: [DType; N]) -> bool {
+    dtypes.iter().all(|dtype| *dtype == dtypes[0])
 }
 
 /// For a type the kernels know: whether it is bf16, and how many elements 16 bytes hold.
 fn scalar_of(dtype: DType) -> Option<(i64, usize)> {
     match dtype {
-        _ if !supported() => None,
         DType::BF16 => Some((1, 8)),
         DType::F32 => Some((0, 4)),
         _ => None,
     }
-}
-
-/// Where compiled kernels are kept from one start to the next: `$XDG_CACHE_HOME` or `~/.cache`.
-fn cache_dir() -> Option<PathBuf> {
-    let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
-    set("XDG_CACHE_HOME")
-        .map(PathBuf::from)
-        .or_else(|| set("HOME").map(|home| PathBuf::from(home).join(".cache")))
-        .map(|dir| dir.join("xray-qwen3vl").join("kernels"))
 }
 
 /// Tells cubecl to keep compiled kernels on disk; before the first use of a device.
@@ -95,7 +93,7 @@ pub fn configure() {
     ONCE.call_once(|| {
         let mut config = CubeClRuntimeConfig::from_current_dir().override_from_env();
         if config.compilation.cache.is_none() {
-            config.compilation.cache = cache_dir().map(CacheConfig::File);
+            config.compilation.cache = compiled::shared_folder().map(CacheConfig::File);
         }
         // Whoever read the configuration first has set it; then it stays as it is.
         let _ = crate::backend::quietly(|| CubeClRuntimeConfig::set(config));
@@ -126,11 +124,11 @@ impl Kernels for Cuda {
         largest_batch: usize,
         on_progress: &mut dyn FnMut(u64, u64),
     ) {
-        if supported() && scalar_of(dtype).is_some_and(|(bf16, _)| bf16 == 1) {
+        if plan::card(device.index).is_supported() && dtype == DType::BF16 {
             let like = launch::strided(Tensor::<Self, 1>::empty([1], (device, dtype)));
             let vocab = config.text_config.vocab_size;
             let widths = [config.vision_config.head_dim(), config.text_config.head_dim]
-                .map(|width| attention::covers(width, dtype).then_some(width));
+                .map(|width| attention::covers(device.index, width, dtype).then_some(width));
             let mut tiles = 0;
             gemm::prepare(&like, vocab, |done, all| {
                 tiles = all;
@@ -212,6 +210,14 @@ impl Kernels for Cuda {
 
     fn free_memory(device: &Self::Device) -> Option<u64> {
         launch::free_memory(device)
+    }
+
+    fn in_exact_memory<R>(
+        device: &Self::Device,
+        sizes: Option<&[usize]>,
+        work: impl FnOnce() -> R,
+    ) -> R {
+        memory::in_exact_memory(device, sizes, work)
     }
 
     fn all_reduce(
@@ -361,7 +367,8 @@ impl Kernels for Cuda {
     }
 
     fn rms_norm(x: Tensor<Self, 2>, weight: Tensor<Self, 1>, epsilon: f64) -> Tensor<Self, 2> {
-        if rows::covers(x.dims()[1], x.dtype()) && x.dtype() == weight.dtype() {
+        let covered = rows::covers(x.device().index, x.dims()[1], x.dtype());
+        if covered && one_type([x.dtype(), weight.dtype()]) {
             rows::rms_norm(x, weight, epsilon)
         } else {
             plain::rms_norm(x, weight, epsilon)
@@ -375,10 +382,8 @@ impl Kernels for Cuda {
         dy: Tensor<Self, 2>,
         residual: Tensor<Self, 2>,
     ) -> Tensor<Self, 2> {
-        let one_type = [weight.dtype(), dy.dtype(), residual.dtype()]
-            .iter()
-            .all(|dtype| *dtype == x.dtype());
-        if rows::covers(x.dims()[1], x.dtype()) && one_type {
+        let dtypes = [x.dtype(), weight.dtype(), dy.dtype(), residual.dtype()];
+        if rows::covers(x.device().index, x.dims()[1], x.dtype()) && one_type(dtypes) {
             rows::rms_norm_backward(x, weight, epsilon, dy, residual)
         } else {
             residual + plain::rms_norm_backward(x, weight, epsilon, dy)
@@ -391,7 +396,8 @@ impl Kernels for Cuda {
         bias: Tensor<Self, 1>,
         epsilon: f64,
     ) -> Tensor<Self, 2> {
-        if rows::covers(x.dims()[1], x.dtype()) && x.dtype() == weight.dtype() {
+        let covered = rows::covers(x.device().index, x.dims()[1], x.dtype());
+        if covered && one_type([x.dtype(), weight.dtype(), bias.dtype()]) {
             rows::layer_norm(x, weight, bias, epsilon)
         } else {
             plain::layer_norm(x, weight, bias, epsilon)
@@ -404,7 +410,8 @@ impl Kernels for Cuda {
         cos: Tensor<Self, 2>,
         sin: Tensor<Self, 2>,
     ) -> Tensor<Self, 3> {
-        if rotary::covers(x.dims()[2], x.dtype()) {
+        let weight = norm.as_ref().map_or(x.dtype(), |norm| norm.weight.dtype());
+        if rotary::covers(&x, x.dims()[2]) && one_type([x.dtype(), weight]) {
             rotary::rotate(x, norm, cos, sin, None)
         } else {
             plain::rotate_heads(x, norm, cos, sin)
@@ -420,7 +427,7 @@ impl Kernels for Cuda {
         let [tokens, width] = qkv.dims();
         // The three parts start at multiples of what the allocator and other kernels rely on.
         let aligned = (tokens * width / 3 * qkv.dtype().size()).is_multiple_of(256);
-        if aligned && rotary::covers(width / 3 / heads, qkv.dtype()) {
+        if aligned && rotary::covers(&qkv, width / 3 / heads) {
             rotary::split_and_rotate(qkv, heads, cos, sin)
         } else {
             plain::split_and_rotate(qkv, heads, cos, sin)
@@ -434,7 +441,8 @@ impl Kernels for Cuda {
         sin: Tensor<Self, 2>,
         dy: Tensor<Self, 3>,
     ) -> Tensor<Self, 3> {
-        if rotary::covers(x.dims()[2], x.dtype()) && x.dtype() == dy.dtype() {
+        let weight = norm.as_ref().map_or(x.dtype(), |norm| norm.weight.dtype());
+        if rotary::covers(&x, x.dims()[2]) && one_type([x.dtype(), weight, dy.dtype()]) {
             rotary::rotate(x, norm, cos, sin, Some(dy))
         } else {
             plain::rotate_heads_backward(x, norm, cos, sin, dy)
@@ -447,7 +455,8 @@ impl Kernels for Cuda {
         v: Tensor<Self, 4>,
         spans: &AttentionSpans<Self>,
     ) -> Tensor<Self, 4> {
-        if attention::covers(q.dims()[3], q.dtype()) {
+        let covered = attention::covers(q.device().index, q.dims()[3], q.dtype());
+        if covered && one_type([q.dtype(), k.dtype(), v.dtype()]) {
             attention::forward(q, k, v, spans, false).0
         } else {
             plain::attention(q, k, v, spans)
@@ -460,7 +469,8 @@ impl Kernels for Cuda {
         v: Tensor<Self, 4>,
         spans: &AttentionSpans<Self>,
     ) -> (Tensor<Self, 4>, Option<Tensor<Self, 3>>) {
-        if attention::covers(q.dims()[3], q.dtype()) {
+        let covered = attention::covers(q.device().index, q.dims()[3], q.dtype());
+        if covered && one_type([q.dtype(), k.dtype(), v.dtype()]) {
             attention::forward(q, k, v, spans, true)
         } else {
             (plain::attention(q, k, v, spans), None)
@@ -483,7 +493,7 @@ impl Kernels for Cuda {
     }
 
     fn gated(gate: Tensor<Self, 2>, up: Tensor<Self, 2>) -> Tensor<Self, 2> {
-        if pointwise::covers(gate.shape().num_elements(), gate.dtype()) {
+        if pointwise::covers(&[&gate, &up]) {
             pointwise::gated(gate, up)
         } else {
             plain::gated(gate, up)
@@ -495,7 +505,7 @@ impl Kernels for Cuda {
         up: Tensor<Self, 2>,
         dy: Tensor<Self, 2>,
     ) -> [Tensor<Self, 2>; 2] {
-        if pointwise::covers(gate.shape().num_elements(), gate.dtype()) {
+        if pointwise::covers(&[&gate, &up, &dy]) {
             pointwise::gated_backward(gate, up, dy)
         } else {
             plain::gated_backward(gate, up, dy)
@@ -503,7 +513,7 @@ impl Kernels for Cuda {
     }
 
     fn gelu_tanh(x: Tensor<Self, 2>) -> Tensor<Self, 2> {
-        if pointwise::covers(x.shape().num_elements(), x.dtype()) {
+        if pointwise::covers(&[&x]) {
             pointwise::gelu(x, true)
         } else {
             gelu_tanh(x)
@@ -511,7 +521,7 @@ impl Kernels for Cuda {
     }
 
     fn gelu_exact(x: Tensor<Self, 2>) -> Tensor<Self, 2> {
-        if pointwise::covers(x.shape().num_elements(), x.dtype()) {
+        if pointwise::covers(&[&x]) {
             pointwise::gelu(x, false)
         } else {
             gelu_exact(x)

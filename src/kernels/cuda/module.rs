@@ -15,7 +15,7 @@ use cudarc::{
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
-use super::{launch::Kernel, plan::compute_capability, stream::Context};
+use super::{launch::Kernel, plan::card, stream::Context};
 
 /// What went wrong below the engine, in the driver's words.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -51,7 +51,7 @@ impl Function {
 
 /// The architecture that kernels are compiled for on a device.
 pub(super) fn architecture(device: usize) -> String {
-    match compute_capability(device) {
+    match card(device).capability {
         // The card's own instructions are in the architecture with an `a` only.
         90 => "sm_90a".to_string(),
         capability => format!("sm_{capability}"),
@@ -63,10 +63,9 @@ type Place = Arc<Mutex<Option<usize>>>;
 
 /// Compiles (or finds on disk) and loads a kernel; a device's context is current.
 pub(super) fn load(kernel: &Kernel, device: usize, arch: &str) -> Result<Function, DriverError> {
-    static LOADED: LazyLock<Mutex<HashMap<(usize, String, u64), Place>>> =
-        LazyLock::new(Mutex::default);
-    let hash = kernel.source_hash();
-    let key = (device, kernel.entry(), hash);
+    static LOADED: LazyLock<Mutex<HashMap<(usize, u32), Place>>> = LazyLock::new(Mutex::default);
+    let identity = kernel.identity();
+    let key = (device, identity.id);
     // Compiling takes up to a second: whoever wants the same kernel waits, others go on.
     let place = {
         let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
@@ -76,8 +75,8 @@ pub(super) fn load(kernel: &Kernel, device: usize, arch: &str) -> Result<Functio
     let handle = match *place {
         Some(handle) => handle,
         None => {
-            let file = super::cache_dir()
-                .map(|dir| dir.join(format!("{arch}-{}-{hash:016x}.cubin", kernel.entry())));
+            let name = format!("{arch}-{}-{}.cubin", identity.entry, identity.digest);
+            let file = super::compiled::folder().map(|folder| folder.join(name));
             let kept = file
                 .as_ref()
                 .and_then(|file| kept(file))
@@ -110,7 +109,7 @@ pub(super) fn load_all<'a>(
 ) -> Result<(), DriverError> {
     let mut known = HashSet::new();
     let kernels: Vec<_> = kernels
-        .filter(|kernel| known.insert((kernel.entry(), kernel.source_hash())))
+        .filter(|kernel| known.insert(kernel.identity().id))
         .collect();
     kernels.into_par_iter().try_for_each(|kernel| {
         Context::of(device)?.enter()?;
@@ -145,11 +144,7 @@ fn keep(file: Option<PathBuf>, image: &[u8]) {
     let Some(file) = file else { return };
     let beside = file.with_extension(format!("{}.tmp", std::process::id()));
     let whole = [image, Sha256::digest(image).as_slice()].concat();
-    let written = file
-        .parent()
-        .map_or(Ok(()), std::fs::create_dir_all)
-        .and_then(|()| std::fs::write(&beside, whole))
-        .and_then(|()| std::fs::rename(&beside, &file));
+    let written = std::fs::write(&beside, whole).and_then(|()| std::fs::rename(&beside, &file));
     if let Err(error) = written {
         log::warn!(
             "compiled kernels are not kept in {}: {error}",

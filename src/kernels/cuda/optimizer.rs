@@ -3,8 +3,10 @@
 use burn::{prelude::*, tensor::DType};
 use burn_cubecl::cubecl::zspace::metadata::Metadata;
 
-use super::launch::{
-    Backend, Buffer, Kernel, Parameters, contiguous, empty, float_bits, launch, tensor,
+use super::{
+    launch::{Backend, Buffer, Kernel, Parameters, contiguous, empty, float_bits, launch, tensor},
+    memory::exact,
+    operand::Operand,
 };
 use crate::kernels::AdamWTensor;
 
@@ -87,13 +89,21 @@ fn step(tensors: Vec<AdamWTensor<Backend>>, clip: Option<&Buffer>) -> Vec<[Tenso
         operands.extend(four);
     }
     let like = operands[0].clone();
-    let results = empty(&like, [3 * total], DType::F32);
+    // The moments of a whole run: of their very size, whatever the pages of the card's pools.
+    let results = exact(&like.client, || empty(&like, [3 * total], DType::F32));
+    let mut buffers: Vec<Operand<'_>> = (operands.chunks(4))
+        .flat_map(|four| {
+            let elements = count(&four[0]);
+            four.iter()
+                .map(move |x| Operand::dense(x, DType::F32, [elements]))
+        })
+        .collect();
     // Places without a tensor are not looked at; any buffer fills them.
-    let mut buffers: Vec<&Buffer> = operands.iter().collect();
-    buffers.resize(4 * STEPPED, &like);
+    let unused = Operand::unused(&like);
+    buffers.resize(4 * STEPPED, unused);
     parameters.resize(4 + 5 * STEPPED, 0);
-    buffers.push(clip.unwrap_or(&like));
-    buffers.push(&results);
+    buffers.push(clip.map_or(unused, |clip| Operand::dense(clip, DType::F32, [2])));
+    buffers.push(Operand::dense(&results, DType::F32, [3 * total]));
     let more = [
         ("TENSORS", STEPPED as i64),
         ("CLIPPED", i64::from(clip.is_some())),
@@ -123,9 +133,12 @@ pub(super) fn clip_scale(tensors: Vec<Tensor<Backend, 1>>, max_norm: f64) -> Ten
         let mut parameters = vec![(index * SUMMED * BLOCKS) as u64];
         parameters.extend(group.iter().map(|buffer| count(buffer) as u64));
         parameters.resize(1 + SUMMED, 0);
-        let mut operands: Vec<&Buffer> = group.iter().collect();
-        operands.resize(SUMMED, like);
-        operands.push(&sums);
+        let mut operands: Vec<_> = group
+            .iter()
+            .map(|x| Operand::dense(x, DType::F32, [count(x)]))
+            .collect();
+        operands.resize(SUMMED, Operand::unused(like));
+        operands.push(Operand::dense(&sums, DType::F32, [count(&sums)]));
         launch(
             &like.client,
             kernel("SQUARE_SUMS", &[("TENSORS", SUMMED as i64)]),
@@ -139,7 +152,10 @@ pub(super) fn clip_scale(tensors: Vec<Tensor<Backend, 1>>, max_norm: f64) -> Ten
         &like.client,
         kernel("CLIP_SCALE", &[]),
         [1, 1, 1],
-        &[&sums, &clip],
+        &[
+            Operand::dense(&sums, DType::F32, [count(&sums)]),
+            Operand::dense(&clip, DType::F32, [2]),
+        ],
         vec![count(&sums) as u64, float_bits(max_norm)],
     );
     tensor(clip)

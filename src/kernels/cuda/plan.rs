@@ -1,6 +1,9 @@
 //! Which tile a matrix product gets: the one whose waves over the card cost least. Nothing is tuned.
 
-use std::sync::OnceLock;
+use std::{
+    collections::BTreeMap,
+    sync::{Mutex, PoisonError},
+};
 
 use cudarc::driver::{result, sys::CUdevice_attribute as Attribute};
 
@@ -15,15 +18,30 @@ pub(super) enum Form {
     Mma,
 }
 
-/// What the choice depends on.
+/// What is known of a card: the choice of kernels and tiles depends on it.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Device {
+    /// Compute capability, as major × 10 + minor; 0 where the driver does not answer.
+    pub capability: usize,
     /// Instructions.
     pub form: Form,
     /// Multiprocessors.
     pub processors: usize,
     /// Most shared memory of a block, bytes.
     pub shared_bytes: usize,
+}
+
+impl Device {
+    /// Whether the card has what the kernels are written for: bf16 products and asynchronous copies.
+    /// Older cards run the plain operations.
+    pub(super) fn is_supported(&self) -> bool {
+        self.capability >= 80
+    }
+
+    /// Whether a kernel may begin before the one in front of it has ended.
+    pub(super) fn begins_early(&self) -> bool {
+        self.capability >= 90 && !ampere_is_forced()
+    }
 }
 
 /// Set to 1 to use the Ampere kernels on any card.
@@ -34,64 +52,51 @@ fn ampere_is_forced() -> bool {
     std::env::var(FORCE_AMPERE).is_ok_and(|value| value == "1")
 }
 
-/// What the driver says of a device.
-fn attribute(index: usize, attribute: Attribute) -> Option<usize> {
-    result::init().ok()?;
-    let device = result::device::get(index as i32).ok()?;
-    // SAFETY: `device` comes from the driver.
-    #[allow(unsafe_code)]
-    let value = unsafe { result::device::get_attribute(device, attribute) };
-    value.ok().map(|value| value as usize)
+/// The card of this number; cards of several kinds may share a machine. The driver is asked once each.
+pub(super) fn card(index: usize) -> Device {
+    static CARDS: Mutex<BTreeMap<usize, Device>> = Mutex::new(BTreeMap::new());
+    let mut cards = CARDS.lock().unwrap_or_else(PoisonError::into_inner);
+    *cards.entry(index).or_insert_with(|| ask(index))
 }
 
-/// The compute capability of a device, as major × 10 + minor.
-pub(super) fn compute_capability(index: usize) -> usize {
-    let major = attribute(
-        index,
-        Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
-    );
-    let minor = attribute(
-        index,
-        Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
-    );
-    major
+/// What the driver says of a card.
+fn ask(index: usize) -> Device {
+    let attribute = |which: Attribute| -> Option<usize> {
+        result::init().ok()?;
+        let device = result::device::get(index as i32).ok()?;
+        // SAFETY: `device` comes from the driver.
+        #[allow(unsafe_code)]
+        let value = unsafe { result::device::get_attribute(device, which) };
+        value.ok().map(|value| value as usize)
+    };
+    let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR);
+    let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
+    let processors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
+    let shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN);
+    let forced = ampere_is_forced();
+    let capability = major
         .zip(minor)
-        .map_or(80, |(major, minor)| major * 10 + minor)
+        .map_or(0, |(major, minor)| major * 10 + minor);
+    Device {
+        capability,
+        form: if capability == 90 && !forced {
+            Form::Wgmma
+        } else {
+            Form::Mma
+        },
+        processors: processors.unwrap_or(1),
+        // What an A800 has, where its kernels are wanted.
+        shared_bytes: if forced {
+            163 * 1024
+        } else {
+            shared.unwrap_or(48 * 1024)
+        },
+    }
 }
 
-/// Whether a kernel may begin before the one in front of it has ended.
-pub(super) fn begins_early(index: usize) -> bool {
-    compute_capability(index) >= 90 && !ampere_is_forced()
-}
-
-/// Multiprocessors of a device.
-pub(super) fn processors(index: usize) -> usize {
-    // Where the driver does not tell, what an A800 has.
-    attribute(index, Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).unwrap_or(108)
-}
-
-/// Facts of the card a buffer lies on; one kind of card a process.
+/// The card a buffer lies on.
 pub(super) fn device(buffer: &Buffer) -> Device {
-    static DEVICE: OnceLock<Device> = OnceLock::new();
-    *DEVICE.get_or_init(|| {
-        let hardware = &buffer.client.properties().hardware;
-        let forced = ampere_is_forced();
-        let capability = compute_capability(buffer.device.index);
-        Device {
-            form: if capability == 90 && !forced {
-                Form::Wgmma
-            } else {
-                Form::Mma
-            },
-            processors: processors(buffer.device.index),
-            shared_bytes: if forced {
-                // What an A800 has.
-                163 * 1024
-            } else {
-                hardware.max_shared_memory_size
-            },
-        }
-    })
+    card(buffer.device.index)
 }
 
 /// Columns of the tiles of `gemm_wgmma.cu`.
@@ -259,6 +264,7 @@ mod tests {
     use super::*;
 
     const H100: Device = Device {
+        capability: 90,
         form: Form::Wgmma,
         processors: 132,
         shared_bytes: 232_448,
@@ -278,6 +284,7 @@ mod tests {
     #[test]
     fn an_ampere_card_gets_tiles_that_fit() {
         let a800 = Device {
+            capability: 80,
             form: Form::Mma,
             processors: 108,
             shared_bytes: 163 * 1024,
@@ -287,5 +294,20 @@ mod tests {
         for (m, n) in [(1, 8), (368, 4096), (5888, 12_288)] {
             assert!(mma(m, n, &a800).shared_bytes() <= a800.shared_bytes);
         }
+    }
+
+    #[test]
+    fn cards_of_several_kinds_are_told_apart() {
+        // A card that is not there is not supported, and says nothing of those that are.
+        if crate::backend::quietly(|| card(63).is_supported()) != Ok(false) {
+            println!("SKIPPED: no CUDA driver");
+            return;
+        }
+        let seen = ask(0);
+        let kept = card(0);
+        assert_eq!(
+            (seen.capability, seen.processors, seen.shared_bytes),
+            (kept.capability, kept.processors, kept.shared_bytes)
+        );
     }
 }

@@ -1,9 +1,11 @@
 //! Pointwise operations: `pointwise.cu`.
 
-use burn::{prelude::*, tensor::DType};
+use burn::prelude::*;
 
 use super::{
     launch::{Backend, Buffer, Kernel, contiguous, empty, launch, tensor},
+    operand::Operand,
+    plan::device,
     scalar_of,
 };
 
@@ -15,12 +17,17 @@ const SOURCES: &[&str] = &[
 
 const THREADS: u32 = 256;
 
-/// Blocks of a grid that walks the rest.
-const MOST_BLOCKS: usize = 132 * 16;
+/// Blocks a processor gets of a grid that walks the rest.
+const MOST_BLOCKS: usize = 16;
 
-/// Whether a tensor of this many elements can be worked on.
-pub(super) fn covers(elements: usize, dtype: DType) -> bool {
-    scalar_of(dtype).is_some_and(|(_, vector)| elements.is_multiple_of(vector)) && elements > 0
+/// Whether tensors of one shape can be worked on together.
+pub(super) fn covers(tensors: &[&Tensor<Backend, 2>]) -> bool {
+    let first = tensors[0];
+    let elements = first.shape().num_elements();
+    super::supported(first)
+        && tensors.iter().all(|other| other.dtype() == first.dtype())
+        && scalar_of(first.dtype()).is_some_and(|(_, vector)| elements.is_multiple_of(vector))
+        && elements > 0
 }
 
 fn run<const OUT: usize>(
@@ -39,15 +46,19 @@ fn run<const OUT: usize>(
     }
     let kernel = Kernel::new(name, SOURCES, defines, THREADS);
     let outputs = [(); OUT].map(|()| empty(like, [rows, width], like.dtype));
-    let mut buffers = inputs.to_vec();
-    buffers.extend(&outputs);
+    let operands: Vec<_> = (inputs.iter().copied())
+        .chain(&outputs)
+        .map(|x| Operand::dense(x, like.dtype, [rows, width]))
+        .collect();
     let vectors = rows * width / vector;
-    let blocks = vectors.div_ceil(THREADS as usize).min(MOST_BLOCKS);
+    let blocks = vectors
+        .div_ceil(THREADS as usize)
+        .min(MOST_BLOCKS * device(like).processors);
     launch(
         &like.client,
         kernel,
         [blocks, 1, 1],
-        &buffers,
+        &operands,
         vec![vectors as u64],
     );
     outputs.map(tensor)

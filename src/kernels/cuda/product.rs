@@ -2,7 +2,10 @@
 
 use burn::{prelude::*, tensor::DType};
 
-use super::launch::{Backend, Kernel, empty, launch, strided, tensor};
+use super::{
+    launch::{Backend, Kernel, empty, launch, strided, tensor},
+    operand::Operand,
+};
 
 const SOURCES: &[&str] = &[include_str!("product.cu")];
 
@@ -56,7 +59,11 @@ pub(super) fn product<const D: usize>(
         &a.client,
         kernel,
         [n.div_ceil(TILE), m.div_ceil(TILE), batches],
-        &[&a, &b, &y],
+        &[
+            Operand::strided(&a, DType::F32, left),
+            Operand::strided(&b, DType::F32, right),
+            Operand::dense(&y, DType::F32, shape),
+        ],
         parameters,
     );
     tensor(y)

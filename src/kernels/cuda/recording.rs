@@ -14,7 +14,7 @@ use cudarc::driver::sys;
 use super::{
     launch::{Buffer, Kernel, MatrixMap},
     module::{DriverError, architecture, driver, load},
-    stream::{Context, HostWords, Repeated, Step, Stream},
+    stream::{Context, PinnedMemory, Repeated, Step, Stream},
 };
 
 /// Pool buffers are multiples of this many bytes.
@@ -109,7 +109,7 @@ pub(super) fn take(
     MODE.with_borrow_mut(|mode| match mode {
         None => false,
         Some(Mode::Watch(kernels)) => {
-            if !kernels.iter().any(|known| known.entry() == kernel.entry()) {
+            if !kernels.contains(kernel) {
                 kernels.push(kernel.clone());
             }
             false
@@ -172,7 +172,7 @@ impl Recorder {
         let mut pointers = Vec::with_capacity(maps.len() + buffers.len());
         let mut encoded = Vec::with_capacity(maps.len());
         for map in maps {
-            let address = self.hold(map.buffer)?;
+            let address = self.hold(map.operand.buffer())?;
             encoded.push(map.encode(address)?);
             pointers.push(address);
         }
@@ -230,7 +230,7 @@ pub(super) struct Graph {
     repeated: Repeated,
     stream: Stream,
     context: Context,
-    input: HostWords,
+    input: PinnedMemory,
     _kept: Vec<Buffer>,
 }
 
@@ -259,7 +259,7 @@ impl Graph {
             repeated: Repeated::new(&stream, steps),
             stream,
             context,
-            input: HostWords::new(context, input_bytes.div_ceil(size_of::<i32>()))?,
+            input: PinnedMemory::new(context, input_bytes)?,
             _kept: pool.chain(recorder.read.into_values()).collect(),
         })
     }
@@ -279,10 +279,14 @@ impl Graph {
         fill: impl FnOnce(&mut [u8]),
     ) -> Result<(), DriverError> {
         self.context.enter()?;
-        let words = self.input.words_mut();
-        fill(bytemuck::cast_slice_mut(words));
-        // SAFETY: as the caller promises; `finish` waits before the words are written again.
-        unsafe { self.stream.send(to, words)? };
+        // An input that was sent and never waited for may still be on its way.
+        self.stream.wait()?;
+        // SAFETY: the stream is idle; there is room for the input, as the caller promises.
+        unsafe {
+            let input = self.input.bytes_mut();
+            fill(input);
+            self.stream.send(to, input)?;
+        }
         self.repeated.run(&self.stream)
     }
 

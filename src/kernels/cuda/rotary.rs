@@ -5,14 +5,18 @@ use burn::{prelude::*, tensor::DType};
 use super::{
     HeadNorm,
     launch::{Backend, Kernel, contiguous, empty, float_bits, launch, strided, tensor},
+    operand::Operand,
     scalar_of,
 };
 
 const SOURCES: &[&str] = &[include_str!("scalar.cuh"), include_str!("rotary.cu")];
 
 /// Whether heads of this width can be turned.
-pub(super) fn covers(head_dim: usize, dtype: DType) -> bool {
-    scalar_of(dtype).is_some() && head_dim.is_multiple_of(2) && head_dim <= 128
+pub(super) fn covers<const D: usize>(x: &Tensor<Backend, D>, head_dim: usize) -> bool {
+    super::supported(x)
+        && scalar_of(x.dtype()).is_some()
+        && head_dim.is_multiple_of(2)
+        && head_dim <= 128
 }
 
 /// Heads whose elements lie together; tokens and heads may lie apart.
@@ -51,8 +55,7 @@ pub(super) fn rotate(
     let dy = dy.map(with_dense_heads);
     let out = empty(&x, [tokens, heads, head_dim], x.dtype);
     let epsilon = norm.as_ref().map_or(0.0, |norm| norm.epsilon);
-    // Without a norm the weight is not read; any buffer takes its place.
-    let weight = norm.map_or_else(|| x.clone(), |norm| contiguous(norm.weight));
+    let weight = norm.map(|norm| contiguous(norm.weight));
     let (cos, sin) = (contiguous(cos), contiguous(sin));
     let stride = |buffer: &super::launch::Buffer, axis: usize| buffer.meta.strides()[axis] as u64;
     let parameters = vec![
@@ -64,11 +67,17 @@ pub(super) fn rotate(
         dy.as_ref().map_or(0, |dy| stride(dy, 1)),
         float_bits(epsilon),
     ];
-    let mut buffers = vec![&x, &weight, &cos, &sin];
-    buffers.extend(dy.as_ref());
-    buffers.push(&out);
+    let of_heads = |one| Operand::dense_rows(one, x.dtype, [tokens, heads, head_dim]);
+    let angles = |one| Operand::dense(one, DType::F32, [tokens, head_dim]);
+    // Without a norm the weight is not read; any buffer takes its place.
+    let weight = (weight.as_ref()).map_or(Operand::unused(&x), |weight| {
+        Operand::dense(weight, x.dtype, [head_dim])
+    });
+    let mut operands = vec![of_heads(&x), weight, angles(&cos), angles(&sin)];
+    operands.extend(dy.as_ref().map(of_heads));
+    operands.push(of_heads(&out));
     let grid = [(tokens * heads).div_ceil(8), 1, 1];
-    launch(&x.client, kernel, grid, &buffers, parameters);
+    launch(&x.client, kernel, grid, &operands, parameters);
     tensor(out)
 }
 
@@ -107,12 +116,19 @@ pub(super) fn split_and_rotate(
         0,
     ];
     let grid = [(3 * tokens * heads).div_ceil(8), 1, 1];
+    let angles = |one| Operand::dense(one, DType::F32, [tokens, head_dim]);
     // Without a norm the weight is not read; any buffer takes its place.
     launch(
         &x.client,
         kernel,
         grid,
-        &[&x, &x, &cos, &sin, &out],
+        &[
+            Operand::dense(&x, x.dtype, [tokens, width]),
+            Operand::unused(&x),
+            angles(&cos),
+            angles(&sin),
+            Operand::dense(&out, x.dtype, [3, tokens, heads, head_dim]),
+        ],
         parameters,
     );
     let bytes = (tokens * heads * head_dim * x.dtype.size()) as u64;

@@ -3,16 +3,18 @@
 use burn::{prelude::*, tensor::DType};
 
 use super::launch::{Backend, Buffer, Kernel, contiguous, empty, float_bits, launch, tensor};
-use super::scalar_of;
+use super::{operand::Operand, plan::card, scalar_of};
 
 const SOURCES: &[&str] = &[include_str!("scalar.cuh"), include_str!("rows.cu")];
 
 /// Widest row a block holds in registers.
 const WIDEST: usize = 16_384;
 
-/// Whether the rows of a tensor can be worked on.
-pub(super) fn covers(width: usize, dtype: DType) -> bool {
-    scalar_of(dtype).is_some_and(|(_, vector)| width.is_multiple_of(vector)) && width <= WIDEST
+/// Whether the rows of a tensor on this device can be worked on.
+pub(super) fn covers(device: usize, width: usize, dtype: DType) -> bool {
+    card(device).is_supported()
+        && scalar_of(dtype).is_some_and(|(_, vector)| width.is_multiple_of(vector))
+        && width <= WIDEST
 }
 
 /// The kernel of one norm over rows of this width: `form` is its macro in `rows.cu`.
@@ -34,19 +36,22 @@ pub(super) fn kernel(name: &'static str, form: &'static str, width: usize, dtype
     )
 }
 
-fn run(kernel: Kernel, inputs: &[&Buffer], epsilon: f64) -> Buffer {
-    let [rows, width] = inputs[0].meta.shape().dims();
-    let out = empty(inputs[0], [rows, width], inputs[0].dtype);
-    let mut buffers = inputs.to_vec();
-    buffers.push(&out);
+/// `vectors` are over columns, `matrices` over rows and columns; the kernel takes `x`, then them.
+fn run(
+    kernel: Kernel,
+    x: &Buffer,
+    vectors: &[&Buffer],
+    matrices: &[&Buffer],
+    epsilon: f64,
+) -> Buffer {
+    let [rows, width] = x.meta.shape().dims();
+    let out = empty(x, [rows, width], x.dtype);
+    let matrix = |one| Operand::dense(one, x.dtype, [rows, width]);
+    let mut operands = vec![matrix(x)];
+    operands.extend((vectors.iter()).map(|one| Operand::dense(one, x.dtype, [width])));
+    operands.extend(matrices.iter().copied().chain([&out]).map(matrix));
     let parameters = vec![rows as u64, float_bits(epsilon)];
-    launch(
-        &inputs[0].client,
-        kernel,
-        [rows, 1, 1],
-        &buffers,
-        parameters,
-    );
+    launch(&x.client, kernel, [rows, 1, 1], &operands, parameters);
     out
 }
 
@@ -56,7 +61,8 @@ pub(super) fn rms_norm(
     epsilon: f64,
 ) -> Tensor<Backend, 2> {
     let kernel = kernel("rms_norm", "NORM_RMS", x.dims()[1], x.dtype());
-    tensor(run(kernel, &[&contiguous(x), &contiguous(weight)], epsilon))
+    let (x, weight) = (contiguous(x), contiguous(weight));
+    tensor(run(kernel, &x, &[&weight], &[], epsilon))
 }
 
 pub(super) fn rms_norm_backward(
@@ -74,7 +80,7 @@ pub(super) fn rms_norm_backward(
     );
     let (x, weight) = (contiguous(x), contiguous(weight));
     let (dy, residual) = (contiguous(dy), contiguous(residual));
-    tensor(run(kernel, &[&x, &weight, &dy, &residual], epsilon))
+    tensor(run(kernel, &x, &[&weight], &[&dy, &residual], epsilon))
 }
 
 pub(super) fn layer_norm(
@@ -85,5 +91,5 @@ pub(super) fn layer_norm(
 ) -> Tensor<Backend, 2> {
     let kernel = kernel("layer_norm", "NORM_LAYER", x.dims()[1], x.dtype());
     let (x, weight, bias) = (contiguous(x), contiguous(weight), contiguous(bias));
-    tensor(run(kernel, &[&x, &weight, &bias], epsilon))
+    tensor(run(kernel, &x, &[&weight, &bias], &[], epsilon))
 }

@@ -1,10 +1,16 @@
 //! A stream of our own beside cubecl's, memory that lives on it, and launches captured as a graph.
 
-use std::ffi::c_void;
+use std::{
+    ffi::c_void,
+    sync::atomic::{AtomicI32, Ordering},
+};
 
 use cudarc::driver::{result, sys};
 
-use super::module::{DriverError, Function, driver};
+use super::{
+    module::{DriverError, Function, driver},
+    poison,
+};
 
 /// One launch.
 pub(super) struct Step {
@@ -212,6 +218,53 @@ impl Drop for Stream {
     }
 }
 
+/// A mark in a stream that the host can wait for.
+pub(super) struct Event {
+    context: Context,
+    raw: sys::CUevent,
+}
+
+// SAFETY: as for `Stream`.
+#[allow(unsafe_code)]
+unsafe impl Send for Event {}
+
+impl Event {
+    /// A new event on the device of the current context.
+    pub(super) fn new(context: Context) -> Result<Self, DriverError> {
+        let kind = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING;
+        let raw = driver("making an event", result::event::create(kind))?;
+        Ok(Self { context, raw })
+    }
+
+    /// Marks what the stream has queued so far.
+    pub(super) fn record(&self, stream: &Stream) -> Result<(), DriverError> {
+        // SAFETY: both handles are alive.
+        #[allow(unsafe_code)]
+        driver("marking the stream", unsafe {
+            result::event::record(self.raw, stream.raw)
+        })
+    }
+
+    /// Waits until the device has passed the mark.
+    pub(super) fn wait(&self) -> Result<(), DriverError> {
+        // SAFETY: the handle is alive.
+        #[allow(unsafe_code)]
+        driver("waiting for the device", unsafe {
+            result::event::synchronize(self.raw)
+        })
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        if self.context.enter().is_ok() {
+            // SAFETY: made in `new`; the driver lets go of it once the device has passed it.
+            #[allow(unsafe_code)]
+            let _ = unsafe { result::event::destroy(self.raw) };
+        }
+    }
+}
+
 /// A captured sequence of launches.
 struct Graph {
     context: Context,
@@ -283,9 +336,21 @@ impl DeviceMemory {
     /// # Errors
     /// The driver's, for want of memory above all.
     pub(super) fn zeroed(context: Context, bytes: usize) -> Result<Self, DriverError> {
+        Self::filled(context, bytes, 0)
+    }
+
+    /// Memory that is written before it is read: what it holds until then must not matter.
+    ///
+    /// # Errors
+    /// As for [`DeviceMemory::zeroed`].
+    pub(super) fn fresh(context: Context, bytes: usize) -> Result<Self, DriverError> {
+        Self::filled(context, bytes, if poison::is_on() { 0xff } else { 0 })
+    }
+
+    fn filled(context: Context, bytes: usize, byte: u8) -> Result<Self, DriverError> {
         // A stream of its own: to wait for the whole device is refused while another thread records.
         let stream = Stream::new(context)?;
-        // SAFETY: the memory is ours; zeroing is waited for before anybody reads it.
+        // SAFETY: the memory is ours; filling is waited for before anybody reads it.
         #[allow(unsafe_code)]
         unsafe {
             let doing = format!(
@@ -294,8 +359,8 @@ impl DeviceMemory {
             );
             let address = driver(&doing, result::malloc_sync(bytes.max(1)))?;
             let memory = Self { context, address };
-            let zeroed = result::memset_d8_async(address, 0, bytes.max(1), stream.raw());
-            driver(&doing, zeroed)?;
+            let filled = result::memset_d8_async(address, byte, bytes.max(1), stream.raw());
+            driver(&doing, filled)?;
             stream.wait()?;
             Ok(memory)
         }
@@ -305,76 +370,109 @@ impl DeviceMemory {
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
         if self.context.enter().is_ok() {
-            // SAFETY: taken in `zeroed`; freeing waits for work that uses it.
+            // SAFETY: taken in `filled`; freeing waits for work that uses it.
             #[allow(unsafe_code)]
             let _ = unsafe { result::free_sync(self.address) };
         }
     }
 }
 
-/// Words in the host's memory that the device reads and writes.
+/// Page-locked memory of the host, which the device reads and writes.
 #[derive(Debug)]
-pub(super) struct HostWords {
+pub(super) struct PinnedMemory {
     context: Context,
-    raw: *mut i32,
-    count: usize,
+    raw: *mut u8,
+    bytes: usize,
 }
 
 // SAFETY: as for `Stream`.
 #[allow(unsafe_code)]
-unsafe impl Send for HostWords {}
+unsafe impl Send for PinnedMemory {}
 
-impl HostWords {
-    /// Zeroed words.
-    pub(super) fn new(context: Context, count: usize) -> Result<Self, DriverError> {
+impl PinnedMemory {
+    /// Zeroed memory, for all devices.
+    pub(super) fn new(context: Context, bytes: usize) -> Result<Self, DriverError> {
         let mut raw: *mut c_void = std::ptr::null_mut();
         let flags = sys::CU_MEMHOSTALLOC_DEVICEMAP | sys::CU_MEMHOSTALLOC_PORTABLE;
         // SAFETY: the memory is ours and is written before it is read.
         #[allow(unsafe_code)]
         unsafe {
             driver(
-                "taking host memory",
-                sys::cuMemHostAlloc(&mut raw, count * size_of::<i32>(), flags).result(),
+                "taking page-locked memory",
+                sys::cuMemHostAlloc(&mut raw, bytes.max(1), flags).result(),
             )?;
-            std::ptr::write_bytes(raw.cast::<i32>(), 0, count);
+            std::ptr::write_bytes(raw.cast::<u8>(), 0, bytes);
         }
         Ok(Self {
             context,
             raw: raw.cast(),
-            count,
+            bytes,
         })
     }
 
-    /// Where kernels find it: one address space for host and device on every 64-bit system.
-    pub(super) fn address(&self) -> u64 {
-        self.raw as u64
+    /// What the host has written.
+    ///
+    /// # Safety
+    /// No queued work writes the memory as long as the result is held.
+    #[allow(unsafe_code)]
+    pub(super) unsafe fn bytes(&self) -> &[u8] {
+        // SAFETY: allocated with this length and initialised in `new`; the caller's promise.
+        unsafe { std::slice::from_raw_parts(self.raw, self.bytes) }
     }
 
-    /// The words; what queued work writes must have been waited for.
-    pub(super) fn words(&self) -> &[i32] {
-        // SAFETY: allocated with this length in `new`.
-        #[allow(unsafe_code)]
-        unsafe {
-            std::slice::from_raw_parts(self.raw, self.count)
-        }
-    }
-
-    /// The words, to be written while no queued work reads them.
-    pub(super) fn words_mut(&mut self) -> &mut [i32] {
+    /// Room for the host to write.
+    ///
+    /// # Safety
+    /// No queued work reads or writes the memory as long as the result is held.
+    #[allow(unsafe_code)]
+    pub(super) unsafe fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: as above.
-        #[allow(unsafe_code)]
-        unsafe {
-            std::slice::from_raw_parts_mut(self.raw, self.count)
-        }
+        unsafe { std::slice::from_raw_parts_mut(self.raw, self.bytes) }
     }
 }
 
-impl Drop for HostWords {
+impl Drop for PinnedMemory {
     fn drop(&mut self) {
         if self.context.enter().is_ok() {
             // SAFETY: taken in `new`; owners wait for the stream first.
             #[allow(unsafe_code)]
             let _ = unsafe { sys::cuMemFreeHost(self.raw.cast()).result() };
         }
+    }
+}
+
+/// Words in the host's memory that kernels write while the host goes on.
+#[derive(Debug)]
+pub(super) struct DeviceWords(PinnedMemory);
+
+impl DeviceWords {
+    /// Zeroed words.
+    pub(super) fn new(context: Context, count: usize) -> Result<Self, DriverError> {
+        PinnedMemory::new(context, count * size_of::<i32>()).map(Self)
+    }
+
+    /// Where kernels find them: one address space for host and device on every 64-bit system.
+    pub(super) fn address(&self) -> u64 {
+        self.0.raw as u64
+    }
+
+    /// A copy of some words as they are now. Each is read atomically: there is no reference to memory
+    /// that another writer changes. What a kernel has written is there once its event was waited for.
+    ///
+    /// # Panics
+    /// Past the last word.
+    pub(super) fn read(&self, words: std::ops::Range<usize>) -> Vec<i32> {
+        let count = self.0.bytes / size_of::<i32>();
+        assert!(words.end <= count, "words {words:?} of {count}");
+        words
+            .map(|at| {
+                // SAFETY: inside the memory, which is aligned to pages; whoever writes it writes whole
+                // words.
+                #[allow(unsafe_code)]
+                unsafe {
+                    AtomicI32::from_ptr(self.0.raw.cast::<i32>().add(at)).load(Ordering::Acquire)
+                }
+            })
+            .collect()
     }
 }

@@ -5,19 +5,19 @@
 //! caller, on as many threads as it likes, while the cards fetch the pieces before: the slower of the
 //! two is the speed of the whole, and a piece is read once for all cards.
 
-use std::ffi::c_void;
-
 use burn::{
     backend::{Cuda, cuda::CudaDevice},
     tensor::ops::FloatTensor,
 };
 use cubecl::Runtime;
 use cubecl_cuda::CudaRuntime;
-use cudarc::driver::{DriverError, result, sys};
 
 use super::{
-    collective::{addresses, enter, wait},
+    collective::{addresses, wait},
     launch::Buffer,
+    memory::exact,
+    module::DriverError,
+    stream::{Context, Event, PinnedMemory, Stream},
 };
 use crate::kernels::upload::{Fill, Upload, UploadError};
 
@@ -26,48 +26,50 @@ const PIECE_BYTES: usize = 32 << 20;
 /// Pieces of the ring: one being filled, the others on their way.
 const PIECES: usize = 4;
 
-/// A card's side.
+/// A card's side. Streams are waited for before anything they read is given back.
 struct Lane {
     device: usize,
-    context: sys::CUcontext,
-    stream: sys::CUstream,
+    context: Context,
+    stream: Stream,
     buffers: Vec<Buffer>,
     addresses: Vec<u64>,
 }
 
 /// Page-locked memory and, for each lane, the event behind its last copy out of it.
 struct Piece {
-    memory: *mut u8,
-    events: Vec<sys::CUevent>,
+    memory: PinnedMemory,
+    events: Vec<Event>,
     underway: bool,
 }
 
-/// All that is made for one call; given back when it ends, however it ends.
+/// All that is made for one call; given back when it ends, however it ends: the lanes first.
 struct Ring {
     lanes: Vec<Lane>,
     pieces: Vec<Piece>,
 }
 
-fn said(device: usize, doing: &str) -> impl Fn(DriverError) -> UploadError {
-    move |error| UploadError(format!("device cuda:{device}, {doing}: {error}"))
+fn said(device: usize) -> impl Fn(DriverError) -> UploadError {
+    move |error| UploadError(format!("device cuda:{device}, {error}"))
 }
 
 impl Lane {
-    /// Takes memory for all tensors of a device.
+    /// Takes memory for all tensors of a device, of their very size: they stay as long as the model.
     fn new(device: &CudaDevice, tensors: &[Upload]) -> Result<Self, UploadError> {
         let client = CudaRuntime::client(device);
         let bytes: usize = tensors.iter().map(Upload::byte_len).sum();
-        let buffers: Vec<Buffer> = tensors
-            .iter()
-            .map(|tensor| {
-                burn_cubecl::ops::numeric::empty_device_contiguous_dtype(
-                    client.clone(),
-                    device.clone(),
-                    tensor.shape.clone(),
-                    tensor.dtype,
-                )
-            })
-            .collect();
+        let buffers: Vec<Buffer> = exact(&client, || {
+            tensors
+                .iter()
+                .map(|tensor| {
+                    burn_cubecl::ops::numeric::empty_device_contiguous_dtype(
+                        client.clone(),
+                        device.clone(),
+                        tensor.shape.clone(),
+                        tensor.dtype,
+                    )
+                })
+                .collect()
+        });
         let addresses = addresses(&buffers).map_err(|reason| {
             UploadError(format!(
                 "device cuda:{} is out of memory: the weights need {:.1} GiB ({reason})",
@@ -79,9 +81,12 @@ impl Lane {
         if let Some(first) = buffers.first() {
             wait(first).map_err(UploadError)?;
         }
-        let context = enter(device.index).map_err(UploadError)?;
-        let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
-            .map_err(said(device.index, "making a stream"))?;
+        let stream = || -> Result<(Context, Stream), DriverError> {
+            let context = Context::of(device.index)?;
+            context.enter()?;
+            Ok((context, Stream::new(context)?))
+        };
+        let (context, stream) = stream().map_err(said(device.index))?;
         Ok(Self {
             device: device.index,
             context,
@@ -90,52 +95,44 @@ impl Lane {
             addresses,
         })
     }
-
-    fn enter(&self) -> Result<(), UploadError> {
-        // SAFETY: the context is the device's primary one, which is never given back.
-        #[allow(unsafe_code)]
-        unsafe { result::ctx::set_current(self.context) }
-            .map_err(said(self.device, "choosing the device"))
-    }
 }
 
 impl Ring {
     fn new(devices: &[CudaDevice], tensors: &[Upload]) -> Result<Self, UploadError> {
-        let mut ring = Self {
-            lanes: Vec::new(),
-            pieces: Vec::new(),
-        };
-        for device in devices {
-            ring.lanes.push(Lane::new(device, tensors)?);
-        }
+        let lanes = devices
+            .iter()
+            .map(|device| Lane::new(device, tensors))
+            .collect::<Result<Vec<_>, _>>()?;
         let most = tensors.iter().map(Upload::byte_len).max().unwrap_or(0);
-        let piece_bytes = most.min(PIECE_BYTES);
+        let mut pieces = Vec::with_capacity(PIECES);
         for _ in 0..PIECES {
-            // SAFETY: plain driver calls; `drop` gives everything back.
-            #[allow(unsafe_code)]
-            let memory =
-                unsafe { result::malloc_host(piece_bytes.max(1), sys::CU_MEMHOSTALLOC_PORTABLE) }
-                    .map_err(said(ring.lanes[0].device, "taking page-locked memory"))?;
-            // SAFETY: the memory is ours and as long; as a slice it must be initialised.
-            #[allow(unsafe_code)]
-            unsafe {
-                memory.cast::<u8>().write_bytes(0, piece_bytes);
-            }
-            ring.pieces.push(Piece {
-                memory: memory.cast(),
-                events: Vec::new(),
+            let first = &lanes[0];
+            let memory = PinnedMemory::new(first.context, most.min(PIECE_BYTES));
+            let events = lanes.iter().map(|lane| {
+                let made = lane.context.enter().and_then(|()| Event::new(lane.context));
+                made.map_err(said(lane.device))
+            });
+            pieces.push(Piece {
+                memory: memory.map_err(said(first.device))?,
+                events: events.collect::<Result<_, _>>()?,
                 underway: false,
             });
         }
-        for lane in &ring.lanes {
-            lane.enter()?;
-            for piece in &mut ring.pieces {
-                let event = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
-                    .map_err(said(lane.device, "making an event"))?;
-                piece.events.push(event);
-            }
-        }
-        Ok(ring)
+        Ok(Self { lanes, pieces })
+    }
+
+    /// Waits until all cards have fetched what a piece held, and has it written anew.
+    fn fill<E: From<UploadError>>(
+        &mut self,
+        piece: usize,
+        bytes: usize,
+        fill: impl FnOnce(&mut [u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.free(piece)?;
+        // SAFETY: no card reads the piece any more.
+        #[allow(unsafe_code)]
+        let room = unsafe { self.pieces[piece].memory.bytes_mut() };
+        fill(&mut room[..bytes])
     }
 
     /// Waits until all cards have fetched what a piece held.
@@ -143,16 +140,13 @@ impl Ring {
         let piece = &mut self.pieces[piece];
         if std::mem::take(&mut piece.underway) {
             for (lane, event) in self.lanes.iter().zip(&piece.events) {
-                // SAFETY: the event was made above and is not destroyed before `drop`.
-                #[allow(unsafe_code)]
-                unsafe { result::event::synchronize(*event) }
-                    .map_err(said(lane.device, "waiting for a copy"))?;
+                event.wait().map_err(said(lane.device))?;
             }
         }
         Ok(())
     }
 
-    /// Lets all cards fetch `bytes` bytes of a piece to an offset of a tensor.
+    /// Lets all cards fetch the first bytes of a piece to an offset of a tensor.
     fn send(
         &mut self,
         piece: usize,
@@ -163,17 +157,15 @@ impl Ring {
         let piece = &mut self.pieces[piece];
         piece.underway = true;
         for (lane, event) in self.lanes.iter().zip(&piece.events) {
-            lane.enter()?;
-            // SAFETY: the piece holds as many bytes and is not written to before its events have
-            // passed; the tensor has as many behind `offset`.
+            let into = lane.addresses[tensor] + offset as u64;
+            // SAFETY: the piece is not written to before its events have passed; the tensor has as many
+            // bytes behind `offset`.
             #[allow(unsafe_code)]
-            let queued = unsafe {
-                let from = std::slice::from_raw_parts(piece.memory, bytes);
-                let into = lane.addresses[tensor] + offset as u64;
-                result::memcpy_htod_async(into, from, lane.stream)
-                    .and_then(|()| result::event::record(*event, lane.stream))
-            };
-            queued.map_err(said(lane.device, "copying"))?;
+            let queued = lane.context.enter().and_then(|()| unsafe {
+                lane.stream.send(into, &piece.memory.bytes()[..bytes])?;
+                event.record(&lane.stream)
+            });
+            queued.map_err(said(lane.device))?;
         }
         Ok(())
     }
@@ -185,31 +177,6 @@ impl Ring {
             .iter_mut()
             .map(|lane| std::mem::take(&mut lane.buffers))
             .collect())
-    }
-}
-
-impl Drop for Ring {
-    fn drop(&mut self) {
-        // SAFETY: every stream is waited for before what it reads is given back. Errors are not acted
-        // on: there is nothing left to do with the handles.
-        #[allow(unsafe_code)]
-        unsafe {
-            for (place, lane) in self.lanes.iter().enumerate() {
-                if lane.enter().is_err() {
-                    continue;
-                }
-                let _ = result::stream::synchronize(lane.stream);
-                for piece in &self.pieces {
-                    if let Some(event) = piece.events.get(place) {
-                        let _ = result::event::destroy(*event);
-                    }
-                }
-                let _ = result::stream::destroy(lane.stream);
-            }
-            for piece in &self.pieces {
-                let _ = result::free_host(piece.memory.cast::<c_void>());
-            }
-        }
     }
 }
 
@@ -230,11 +197,7 @@ pub(super) fn upload<E: From<UploadError>>(
             let bytes = PIECE_BYTES.min(all - offset);
             let piece = next % PIECES;
             next += 1;
-            ring.free(piece)?;
-            // SAFETY: the piece has at least as many bytes, initialised, and no card reads them any more.
-            #[allow(unsafe_code)]
-            let room = unsafe { std::slice::from_raw_parts_mut(ring.pieces[piece].memory, bytes) };
-            fill(place, offset, room)?;
+            ring.fill(piece, bytes, |room| fill(place, offset, room))?;
             ring.send(piece, place, offset, bytes)?;
         }
     }

@@ -57,7 +57,9 @@ pub(super) fn run(
     run: impl Fn() -> VisionOutput<Backend>,
 ) -> VisionOutput<Backend> {
     let patches = images.patches();
-    if !super::supported() || tower.dtype() != DType::BF16 || !(1..=MOST_PATCHES).contains(&patches)
+    if !super::supported(&tower.patch_embed.proj.bias.val())
+        || tower.dtype() != DType::BF16
+        || !(1..=MOST_PATCHES).contains(&patches)
     {
         return run();
     }

@@ -109,17 +109,25 @@ fn entry(linear: &Linear<Backend>, addresses: &mut Addresses<'_>) -> Result<[u64
         ));
     }
     let (a, b) = padded_pair(lora, padded);
-    let mut address = |buffer| addresses.of(buffer).map_err(|error| error.to_string());
+    let mut address = |buffer, dtype, shape: &[usize]| {
+        let placed = match *shape {
+            [length] => addresses.dense(buffer, dtype, [length]),
+            _ => addresses.dense(buffer, dtype, [shape[0], shape[1]]),
+        };
+        placed.map_err(|error| error.to_string())
+    };
+    let [width, rows] = [lora.lora_a.dims()[1], lora.lora_b.dims()[0]];
     let scale = match &lora.lora_magnitude_vector {
         Some(magnitude) => {
             let norms = lora.composed_row_norms(linear.weight.val());
-            address(contiguous(magnitude.val() / norms))?
+            let scale = contiguous(to_dtype(magnitude.val() / norms, DType::F32));
+            address(scale, DType::F32, &[rows])?
         }
         None => 0,
     };
     Ok([
-        address(a)?,
-        address(b)?,
+        address(a, DType::BF16, &[padded, width])?,
+        address(b, DType::BF16, &[rows, padded])?,
         scale,
         padded as u64 | float_bits(lora.scaling()) << 32,
     ])

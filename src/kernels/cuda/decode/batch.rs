@@ -1,21 +1,29 @@
 //! One batch behind a prefilled cache: the step feeds itself, and the next one is queued before the
 //! host has read the last.
 
-use cudarc::driver::{result, sys};
+use burn::tensor::DType;
 
 use super::{
     Control, LARGEST_BATCH, covers, mask_of,
     module::{DriverError, driver},
     plan::{Around, Ending, Field, LayerCache, Scratch, Weights, like, mask_words, step},
-    stream::{Context, DeviceMemory, HostWords, Repeated, Stream},
+    stream::{Context, DeviceMemory, DeviceWords, Event, Repeated, Stream},
 };
 use crate::{
     generate::sampler::TokenChoice,
     kernels::{
         DecodeStart, Decoder,
-        cuda::launch::{Backend, Buffer, strided},
+        cuda::{
+            launch::{Backend, Buffer, strided},
+            operand::Operand,
+            plan::card,
+        },
     },
-    qwen3_vl::{Qwen3Vl, cache::KeyValueCache, config::Qwen3VlConfig},
+    qwen3_vl::{
+        Qwen3Vl,
+        cache::KeyValueCache,
+        config::{Qwen3VlConfig, TextConfig},
+    },
 };
 
 /// Steps whose tokens the ring in the host's memory holds.
@@ -27,8 +35,8 @@ const AHEAD: usize = 2;
 /// A captured step and all it reads and writes; dropped in this order, the stream waited for first.
 struct Engine {
     step: Repeated,
-    events: Vec<sys::CUevent>,
-    ring: HostWords,
+    events: Vec<Event>,
+    ring: DeviceWords,
     control: DeviceMemory,
     _seen: DeviceMemory,
     _uniforms: DeviceMemory,
@@ -84,16 +92,16 @@ impl Engine {
         let context = Context::of(like.device.index)?;
         context.enter()?;
         let stream = Stream::new(context)?;
-        let ring = HostWords::new(context, RING * rows)?;
-        let mut events = Vec::new();
-        for _ in 0..RING {
-            let kind = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING;
-            events.push(driver("making an event", result::event::create(kind))?);
-        }
+        let ring = DeviceWords::new(context, RING * rows)?;
+        let events = (0..RING)
+            .map(|_| Event::new(context))
+            .collect::<Result<_, _>>()?;
         let weights = Weights::new(model, config, &like.client)?;
-        let splits = (2 * 132 / (text.num_key_value_heads * rows)).clamp(1, 64);
+        // Two blocks for each processor.
+        let blocks = 2 * card(like.device.index).processors;
+        let splits = (blocks / (text.num_key_value_heads * rows)).clamp(1, 64);
         let scratch = Scratch::new(text, rows, splits, &like)?;
-        let (layers, kept) = layers_of(cache, &like)?;
+        let (layers, kept) = layers_of(cache, text, rows, &like)?;
 
         let words = |count: usize| DeviceMemory::zeroed(context, count * size_of::<u32>());
         let control = words(super::plan::CONTROL_WORDS)?;
@@ -167,30 +175,21 @@ impl Engine {
 
     fn launch(&mut self) -> Result<(), DriverError> {
         self.step.run(&self.stream)?;
-        let event = self.events[self.launched % RING];
-        // SAFETY: event and stream live as long as the engine.
-        #[allow(unsafe_code)]
-        driver("running the step", unsafe {
-            result::event::record(event, self.stream.raw())
-        })?;
+        self.events[self.launched % RING].record(&self.stream)?;
         self.launched += 1;
         Ok(())
     }
 
     /// Waits for the oldest step not read yet and reads its tokens.
     fn read(&mut self) -> Result<Vec<Option<u32>>, DriverError> {
-        let event = self.events[self.read % RING];
-        // SAFETY: the event was recorded behind the step.
-        #[allow(unsafe_code)]
-        driver("waiting for the step", unsafe {
-            result::event::synchronize(event)
-        })?;
+        self.events[self.read % RING].wait()?;
         // The steps queued behind this one write other entries.
         let from = self.read % RING * self.rows;
         self.read += 1;
-        Ok(self.ring.words()[from..from + self.rows]
-            .iter()
-            .map(|token| u32::try_from(*token).ok())
+        let tokens = self.ring.read(from..from + self.rows);
+        Ok(tokens
+            .into_iter()
+            .map(|token| u32::try_from(token).ok())
             .collect())
     }
 
@@ -213,6 +212,8 @@ impl Engine {
 /// Addresses and strides of a cache's buffers.
 fn layers_of(
     cache: &KeyValueCache<Backend>,
+    text: &TextConfig,
+    rows: usize,
     like: &Buffer,
 ) -> Result<(Vec<LayerCache>, Vec<Buffer>), DriverError> {
     let mut addresses = super::plan::Addresses::new(&like.client);
@@ -220,10 +221,15 @@ fn layers_of(
     for (keys, values) in cache.layers.iter().filter_map(|layer| layer.buffers()) {
         let (keys, values) = (strided(keys.clone()), strided(values.clone()));
         let strides = |buffer: &Buffer| [0, 1, 2].map(|axis| buffer.meta.strides()[axis] as u64);
+        let capacity = keys.meta.shape()[2];
+        let shape = [rows, text.num_key_value_heads, capacity, text.head_dim];
+        for buffer in [&keys, &values] {
+            let _ = Operand::dense_rows(buffer, DType::BF16, shape);
+        }
         layers.push(LayerCache {
             key_strides: strides(&keys),
             value_strides: strides(&values),
-            capacity: keys.meta.shape()[2],
+            capacity,
             keys: addresses.of(keys)?,
             values: addresses.of(values)?,
         });
@@ -250,14 +256,8 @@ impl Decoder for Engine {
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        if self.context.enter().is_err() {
-            return;
-        }
-        let _ = self.stream.wait();
-        for event in &self.events {
-            // SAFETY: made in `new`; the stream was waited for.
-            #[allow(unsafe_code)]
-            let _ = unsafe { result::event::destroy(*event) };
+        if self.context.enter().is_ok() {
+            let _ = self.stream.wait();
         }
     }
 }

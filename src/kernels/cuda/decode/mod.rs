@@ -41,7 +41,7 @@ fn covers(model: &Qwen3Vl<Backend>, config: &Qwen3VlConfig, alone: bool) -> bool
             && linear.weight.packed().is_none()
             && linear.weight.val().dtype() == DType::BF16
     };
-    covers_sizes(&config.text_config, alone)
+    covers_sizes(&config.text_config, plan::like(model).device.index, alone)
         && model.lm_head.as_ref().is_none_or(plain)
         && model
             .model
@@ -60,7 +60,7 @@ fn covers(model: &Qwen3Vl<Backend>, config: &Qwen3VlConfig, alone: bool) -> bool
 }
 
 /// Whether the kernels know matrices of these shapes.
-fn covers_sizes(text: &TextConfig, alone: bool) -> bool {
+fn covers_sizes(text: &TextConfig, device: usize, alone: bool) -> bool {
     let widths = [
         text.hidden_size,
         text.intermediate_size,
@@ -71,14 +71,14 @@ fn covers_sizes(text: &TextConfig, alone: bool) -> bool {
     // Vectors of eight and four rows for one sequence, tiles of 16 rows and 32 columns for several.
     let unit = if alone { 8 } else { 32 };
     let group = text.num_attention_heads / text.num_key_value_heads;
-    super::supported()
+    super::plan::card(device).is_supported()
         && widths.iter().all(|width| {
             width.is_multiple_of(unit) || (*width == text.vocab_size && width.is_multiple_of(16))
         })
         && text.head_dim.is_multiple_of(8)
         && (16..=128).contains(&text.head_dim)
         && (1..=8).contains(&group)
-        && super::rows::covers(text.hidden_size, DType::BF16)
+        && super::rows::covers(device, text.hidden_size, DType::BF16)
 }
 
 /// Compiles in the background what batches of up to `largest` rows are decoded with.
@@ -87,7 +87,7 @@ pub(super) fn prepare(text: &TextConfig, device: usize, largest: usize) {
     let kernels: Vec<_> = std::iter::once(1)
         .chain(eights)
         .take(largest)
-        .filter(|rows| covers_sizes(text, *rows == 1))
+        .filter(|rows| covers_sizes(text, device, *rows == 1))
         .flat_map(|rows| plan::kernels(text, device, rows))
         .collect();
     module::load_in_background(kernels, device);

@@ -1,5 +1,10 @@
 //! Keys and values of all sequences in pages of one pool, and who holds which page: `pages.cu`.
 
+use std::{
+    ops::Deref,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
 use burn::{prelude::*, tensor::DType};
 
 use super::{
@@ -11,6 +16,7 @@ use crate::{
     kernels::cuda::{
         attention::with_dense_heads,
         launch::{Backend, Kernel, empty, launch, tensor},
+        operand::Operand,
     },
     qwen3_vl::config::TextConfig,
 };
@@ -27,9 +33,77 @@ pub(super) struct PagePool {
     kv_heads: usize,
     head_dim: usize,
     pages: usize,
+    ledger: Arc<Mutex<Ledger>>,
+}
+
+/// Who holds which page.
+#[derive(Debug)]
+struct Ledger {
     free: Vec<u32>,
     /// Sequences that hold each page.
     holders: Vec<u32>,
+}
+
+/// The pages of a sequence, which go back to their pool with this value.
+#[derive(Debug)]
+pub(super) struct HeldPages {
+    pages: Vec<u32>,
+    ledger: Arc<Mutex<Ledger>>,
+}
+
+impl Deref for HeldPages {
+    type Target = [u32];
+
+    fn deref(&self) -> &[u32] {
+        &self.pages
+    }
+}
+
+impl HeldPages {
+    /// Pages for the sequence until it holds `tokens` tokens.
+    ///
+    /// # Panics
+    /// When there are no more: the engine's budget is the pool's size.
+    pub(super) fn grow(&mut self, tokens: usize) {
+        let mut ledger = locked(&self.ledger);
+        while self.pages.len() * PAGE < tokens {
+            let page = ledger.free.pop();
+            let page = page.expect("the key/value cache is full; raise `--cache-tokens`");
+            ledger.holders[page as usize] = 1;
+            self.pages.push(page);
+        }
+    }
+
+    /// The first pages, held by another sequence as well.
+    fn shared(&self, pages: usize) -> Self {
+        let mut ledger = locked(&self.ledger);
+        let pages = self.pages[..pages].to_vec();
+        for page in &pages {
+            ledger.holders[*page as usize] += 1;
+        }
+        Self {
+            pages,
+            ledger: self.ledger.clone(),
+        }
+    }
+}
+
+impl Drop for HeldPages {
+    fn drop(&mut self) {
+        let ledger = &mut *locked(&self.ledger);
+        for page in &self.pages {
+            let holders = &mut ledger.holders[*page as usize];
+            *holders -= 1;
+            if *holders == 0 {
+                ledger.free.push(*page);
+            }
+        }
+    }
+}
+
+/// A panic under the lock leaves whole pages only.
+fn locked(ledger: &Mutex<Ledger>) -> MutexGuard<'_, Ledger> {
+    ledger.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl PagePool {
@@ -47,13 +121,15 @@ impl PagePool {
         );
         let bytes = 2 * layers * pages * kv_heads * PAGE * head_dim * DType::BF16.size();
         Ok(Self {
-            memory: DeviceMemory::zeroed(context, bytes)?,
+            memory: DeviceMemory::fresh(context, bytes)?,
             layers,
             kv_heads,
             head_dim,
             pages,
-            free: (1..pages as u32).rev().collect(),
-            holders: vec![0; pages],
+            ledger: Arc::new(Mutex::new(Ledger {
+                free: (1..pages as u32).rev().collect(),
+                holders: vec![0; pages],
+            })),
         })
     }
 
@@ -87,44 +163,25 @@ impl PagePool {
             .collect()
     }
 
-    /// Pages for a sequence until it holds `tokens` tokens.
-    ///
-    /// # Panics
-    /// When there are no more: the engine's budget is the pool's size.
-    pub(super) fn grow(&mut self, held: &mut Vec<u32>, tokens: usize) {
-        while held.len() * PAGE < tokens {
-            let page = self.free.pop();
-            let page = page.expect("the key/value cache is full; raise `--cache-tokens`");
-            self.holders[page as usize] = 1;
-            held.push(page);
-        }
-    }
-
-    /// Lets go of pages.
-    pub(super) fn release(&mut self, held: &[u32]) {
-        for page in held {
-            let holders = &mut self.holders[*page as usize];
-            *holders -= 1;
-            if *holders == 0 {
-                self.free.push(*page);
-            }
+    /// A sequence without pages.
+    pub(super) fn hold(&self) -> HeldPages {
+        HeldPages {
+            pages: Vec::new(),
+            ledger: self.ledger.clone(),
         }
     }
 
     /// Pages of a new sequence that begins with the first `tokens` tokens of another: whole pages are
     /// shared, the rest is copied.
     pub(super) fn fork(
-        &mut self,
-        source: &[u32],
+        &self,
+        source: &HeldPages,
         tokens: usize,
         stream: &Stream,
-    ) -> Result<Vec<u32>, DriverError> {
+    ) -> Result<HeldPages, DriverError> {
         let whole = tokens / PAGE;
-        let mut held = source[..whole].to_vec();
-        for page in &held {
-            self.holders[*page as usize] += 1;
-        }
-        self.grow(&mut held, tokens);
+        let mut held = source.shared(whole);
+        held.grow(tokens);
         if let (Some(to), Some(from)) = (held.get(whole), source.get(whole)) {
             let bytes = self.page_bytes();
             let offset = |page: u32| (page as usize * bytes) as u64;
@@ -167,8 +224,16 @@ impl PagePool {
         parameters.extend(self.layer(layer));
         let grid = [(2 * heads * tokens).div_ceil(8), 1, 1];
         let client = keys.client.clone();
+        let fresh = |x| Operand::dense_rows(x, DType::BF16, [1, heads, new, head_dim]);
+        let pages = table.meta.shape().num_elements();
+        assert!(
+            pages * PAGE >= tokens && (heads, head_dim) == (self.kv_heads, self.head_dim),
+            "{tokens} tokens of {heads} heads in {pages} pages"
+        );
+        let of_sequence = Operand::dense(&table, DType::I32, [pages]);
         if past == 0 {
-            let all = [&keys, &values, &table, &keys, &values];
+            let unused = Operand::unused(&keys);
+            let all = [fresh(&keys), fresh(&values), of_sequence, unused, unused];
             launch(&client, kernel, grid, &all, parameters);
             return (k, v);
         }
@@ -177,8 +242,56 @@ impl PagePool {
             empty(&keys, shape, DType::BF16),
             empty(&keys, shape, DType::BF16),
         );
-        let all = [&keys, &values, &table, &all_keys, &all_values];
+        let joined = |x| Operand::dense(x, DType::BF16, shape);
+        let all = [
+            fresh(&keys),
+            fresh(&values),
+            of_sequence,
+            joined(&all_keys),
+            joined(&all_values),
+        ];
         launch(&client, kernel, grid, &all, parameters);
         (tensor(all_keys), tensor(all_values))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ledger(pages: u32) -> Arc<Mutex<Ledger>> {
+        Arc::new(Mutex::new(Ledger {
+            free: (1..pages).rev().collect(),
+            holders: vec![0; pages as usize],
+        }))
+    }
+
+    /// Pages go back with the last sequence that holds them, whatever ends it.
+    #[test]
+    fn pages_go_back_with_their_owner() {
+        let ledger = ledger(8);
+        let free = || {
+            let mut free = locked(&ledger).free.clone();
+            free.sort();
+            free
+        };
+        let mut first = HeldPages {
+            pages: Vec::new(),
+            ledger: ledger.clone(),
+        };
+        first.grow(3 * PAGE - 1);
+        assert_eq!((&first[..], free()), (&[1, 2, 3][..], vec![4, 5, 6, 7]));
+        let mut second = first.shared(2);
+        second.grow(2 * PAGE + 1);
+        assert_eq!(&second[..], [1, 2, 4]);
+        drop(first);
+        assert_eq!(free(), [3, 5, 6, 7]);
+        // A step that panics lets go of its pages as well.
+        let lost = std::panic::catch_unwind(std::panic::AssertUnwindSafe(move || {
+            let _held = second;
+            std::panic::resume_unwind(Box::new(()));
+        }));
+        assert!(lost.is_err());
+        assert_eq!(free(), [1, 2, 3, 4, 5, 6, 7]);
     }
 }

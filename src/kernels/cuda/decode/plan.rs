@@ -7,7 +7,8 @@ use super::{
         launch::{
             Backend, Buffer, Client, Defines, Kernel, contiguous, empty, float_bits, strided,
         },
-        plan::{begins_early, processors},
+        operand::Operand,
+        plan::card,
         rows,
     },
     module::{DriverError, architecture, driver, load, load_all},
@@ -134,21 +135,43 @@ impl<'a> Addresses<'a> {
         self.kept
     }
 
-    fn matrix(&mut self, weight: Tensor<Backend, 2>) -> Result<Matrix, DriverError> {
-        let buffer = contiguous(weight);
-        let [rows, _] = buffer.meta.shape().dims();
-        Ok(Matrix {
-            address: self.of(buffer)?,
-            rows,
-        })
+    /// The address of a tensor with elements of this type one behind another, in this shape.
+    ///
+    /// # Panics
+    /// If it is another tensor: kernels are told sizes, and check none.
+    pub(super) fn dense<const D: usize>(
+        &mut self,
+        buffer: Buffer,
+        dtype: DType,
+        shape: [usize; D],
+    ) -> Result<u64, DriverError> {
+        let _ = Operand::dense(&buffer, dtype, shape);
+        self.of(buffer)
     }
 
-    fn weight(&mut self, linear: &Linear<Backend>) -> Result<Matrix, DriverError> {
-        self.matrix(linear.weight.val())
+    fn matrix(
+        &mut self,
+        weight: Tensor<Backend, 2>,
+        [rows, columns]: [usize; 2],
+    ) -> Result<Matrix, DriverError> {
+        let address = self.dense(contiguous(weight), DType::BF16, [rows, columns])?;
+        Ok(Matrix { address, rows })
     }
 
-    fn vector(&mut self, param: &Param<Tensor<Backend, 1>>) -> Result<u64, DriverError> {
-        self.of(contiguous(param.val()))
+    fn weight(
+        &mut self,
+        linear: &Linear<Backend>,
+        shape: [usize; 2],
+    ) -> Result<Matrix, DriverError> {
+        self.matrix(linear.weight.val(), shape)
+    }
+
+    fn vector(
+        &mut self,
+        param: &Param<Tensor<Backend, 1>>,
+        length: usize,
+    ) -> Result<u64, DriverError> {
+        self.dense(contiguous(param.val()), DType::BF16, [length])
     }
 }
 
@@ -164,6 +187,9 @@ impl Weights {
         let mut addresses = Addresses::new(client);
         let a = &mut addresses;
         let language = &model.model.language_model;
+        let (hidden, inner, width) = (text.hidden_size, text.intermediate_size, text.head_dim);
+        let queries = text.num_attention_heads * width;
+        let keys = text.num_key_value_heads * width;
         let layers = language
             .layers
             .iter()
@@ -171,32 +197,39 @@ impl Weights {
                 let (attn, mlp) = (&layer.self_attn, &layer.mlp);
                 let (before, after) = (&layer.input_layernorm, &layer.post_attention_layernorm);
                 Ok(LayerWeights {
-                    input_norm: (a.vector(&before.weight)?, before.epsilon()),
+                    input_norm: (a.vector(&before.weight, hidden)?, before.epsilon()),
                     qkv: [
-                        a.weight(&attn.q_proj)?,
-                        a.weight(&attn.k_proj)?,
-                        a.weight(&attn.v_proj)?,
+                        a.weight(&attn.q_proj, [queries, hidden])?,
+                        a.weight(&attn.k_proj, [keys, hidden])?,
+                        a.weight(&attn.v_proj, [keys, hidden])?,
                     ],
-                    q_norm: (a.vector(&attn.q_norm.weight)?, attn.q_norm.epsilon()),
-                    k_norm: a.vector(&attn.k_norm.weight)?,
-                    output: a.weight(&attn.o_proj)?,
-                    post_norm: (a.vector(&after.weight)?, after.epsilon()),
-                    gate_up: [a.weight(&mlp.gate_proj)?, a.weight(&mlp.up_proj)?],
-                    down: a.weight(&mlp.down_proj)?,
+                    q_norm: (a.vector(&attn.q_norm.weight, width)?, attn.q_norm.epsilon()),
+                    k_norm: a.vector(&attn.k_norm.weight, width)?,
+                    output: a.weight(&attn.o_proj, [hidden, queries])?,
+                    post_norm: (a.vector(&after.weight, hidden)?, after.epsilon()),
+                    gate_up: [
+                        a.weight(&mlp.gate_proj, [inner, hidden])?,
+                        a.weight(&mlp.up_proj, [inner, hidden])?,
+                    ],
+                    down: a.weight(&mlp.down_proj, [hidden, inner])?,
                 })
             })
             .collect::<Result<_, DriverError>>()?;
         let frequencies = inverse_frequencies(text.head_dim, text.rope_theta);
-        let table = a.of(contiguous(language.embed_tokens.weight.val()))?;
-        let norm = (a.vector(&language.norm.weight)?, language.norm.epsilon());
-        let head = a.matrix(model.head_weight())?;
+        let vocab = [text.vocab_size, hidden];
+        let table = a.matrix(language.embed_tokens.weight.val(), vocab)?.address;
+        let norm = (
+            a.vector(&language.norm.weight, hidden)?,
+            language.norm.epsilon(),
+        );
+        let head = a.matrix(model.head_weight(), vocab)?;
         let frequencies = a.of(floats(&frequencies, &like))?;
         Ok(Self {
             text: text.clone(),
             device,
             arch: architecture(device),
-            processors: processors(device),
-            begins_early: begins_early(device),
+            processors: card(device).processors,
+            begins_early: card(device).begins_early(),
             table,
             layers,
             norm,
@@ -225,8 +258,8 @@ impl Weights {
             text: text.clone(),
             device,
             arch: architecture(device),
-            processors: processors(device),
-            begins_early: begins_early(device),
+            processors: card(device).processors,
+            begins_early: card(device).begins_early(),
             table: 0,
             layers: vec![layer],
             norm: (0, 0.0),

@@ -22,9 +22,9 @@ use super::{
     adapters::AdapterTable,
     covers, mask_of,
     module::DriverError,
-    pages::{PAGE, PagePool},
+    pages::{HeldPages, PAGE, PagePool},
     plan::{Around, Ending, Field, Pages, Scratch, Weights, like, mask_words, step},
-    stream::{Context, DeviceMemory, HostWords, Repeated, Stream},
+    stream::{Context, DeviceMemory, DeviceWords, PinnedMemory, Repeated, Stream},
 };
 use crate::{
     generate::{
@@ -51,7 +51,7 @@ const LEAST_COST: usize = 256;
 #[derive(Debug)]
 struct Slot {
     adapter: AdapterId,
-    pages: Vec<u32>,
+    pages: HeldPages,
     /// All tokens held, for the repetition penalty; what a panic interrupted is not among them.
     tokens: Vec<u32>,
     /// Its row among the page tables on the device, once it has been stepped.
@@ -78,8 +78,8 @@ struct PagedDecoder {
     seen: DeviceMemory,
     control: DeviceMemory,
     /// What goes to `control` before a step.
-    told: HostWords,
-    results: HostWords,
+    told: PinnedMemory,
+    results: DeviceWords,
     scratch: Scratch,
     weights: Weights,
     context: Context,
@@ -149,8 +149,8 @@ impl PagedDecoder {
             tables: words(table_count * table_width)?,
             seen: words(table_count * mask_words(text.vocab_size))?,
             control: words(super::plan::CONTROL_WORDS)?,
-            told: HostWords::new(context, super::plan::CONTROL_WORDS)?,
-            results: HostWords::new(context, largest)?,
+            told: PinnedMemory::new(context, super::plan::CONTROL_WORDS * size_of::<u32>())?,
+            results: DeviceWords::new(context, largest)?,
             scratch,
             weights,
             context,
@@ -220,7 +220,7 @@ impl PagedDecoder {
         let side = 16.max(vision.spatial_merge_size);
         let patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size.pow(2);
         let image = ImageInput {
-            pixel_values: vec![0.0; side * side * patch],
+            pixel_values: vec![0.0; side * side * patch].into(),
             image_grid_thw: vec![[1, side, side]],
         };
         drop(self.encode_image(AdapterId::BASE, &image));
@@ -288,7 +288,7 @@ impl PagedDecoder {
     /// Gives a sequence room for one token more, and tells the device of its pages.
     fn prepare(&mut self, id: SlotId, pick: &Pick) -> Result<usize, DriverError> {
         let slot = self.slots.get_mut(&id).expect("the slot is in use");
-        self.pool.grow(&mut slot.pages, slot.tokens.len() + 1);
+        slot.pages.grow(slot.tokens.len() + 1);
         let table = match slot.table {
             Some(table) => table,
             None => {
@@ -343,15 +343,19 @@ impl PagedDecoder {
                 control.set_choice(at, choice);
             }
         }
-        for (to, from) in self.told.words_mut().iter_mut().zip(control.0) {
-            *to = from as i32;
+        // SAFETY: the stream was waited for above, and nothing has been queued on it since that reads
+        // the control words.
+        #[allow(unsafe_code)]
+        unsafe {
+            let told = self.told.bytes_mut();
+            told.copy_from_slice(bytemuck::cast_slice(&control.0));
         }
         let size = rows.len().next_power_of_two();
         self.graph(size, adapted)?;
         // SAFETY: the control words have this length.
         #[allow(unsafe_code)]
         unsafe {
-            self.stream.send(self.control.address, self.told.words())?;
+            self.stream.send(self.control.address, self.told.bytes())?;
         }
         self.graphs[&(size, adapted)].run(&self.stream)
     }
@@ -374,7 +378,7 @@ impl PagedDecoder {
         }
         self.stream.wait()?;
         let mut logits = logits.into_iter();
-        let results = self.results.words();
+        let results = self.results.read(0..rows.len());
         Ok(rows
             .iter()
             .enumerate()
@@ -421,7 +425,7 @@ impl DecodeBackend for PagedDecoder {
         let id = SlotId(self.fresh());
         let slot = Slot {
             adapter,
-            pages: Vec::new(),
+            pages: self.pool.hold(),
             tokens: Vec::new(),
             table: None,
             told_pages: 0,
@@ -451,7 +455,7 @@ impl DecodeBackend for PagedDecoder {
         let new = chunk.input_ids.len();
         let held = self.slots.get_mut(&slot).expect("the slot is in use");
         let past = held.tokens.len();
-        self.pool.grow(&mut held.pages, past + new);
+        held.pages.grow(past + new);
         let pages: Vec<i32> = held.pages.iter().map(|page| *page as i32).collect();
         let table = burn::tensor::TensorData::new(pages, [held.pages.len()]);
         let mut cache = IntoPages {
@@ -503,7 +507,6 @@ impl DecodeBackend for PagedDecoder {
 
     fn free(&mut self, slot: SlotId) {
         if let Some(slot) = self.slots.remove(&slot) {
-            self.pool.release(&slot.pages);
             self.free_tables.extend(slot.table);
         }
     }
