@@ -18,7 +18,6 @@ use crate::{
         budget::{Budget, Form},
         config::TrainConfig,
         plan::{Plan, Throughput},
-        words::counted,
     },
 };
 

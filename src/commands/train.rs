@@ -40,7 +40,6 @@ use crate::{
     train::{
         budget::{Budget, Form},
         config::{TrainConfig, Tuner},
-        data::RunData,
         run::{QuietRenderer, Resume, RunOptions, RunResult, train},
         strategy::{Ending, TrainError},
         trace::Trace,

@@ -239,15 +239,6 @@ impl App {
             .min(self.engine.limits().cache_tokens)
     }
 
-    /// Tokens of prompt and answer together.
-    pub fn context(&self) -> usize {
-        self.parts
-            .config
-            .text_config
-            .max_position_embeddings
-            .min(self.engine.limits().cache_tokens)
-    }
-
     /// The maker of JSON constraints; `None` when the vocabulary cannot be used for it.
     ///
     /// Reads the whole vocabulary at its first use.
