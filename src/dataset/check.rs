@@ -25,7 +25,7 @@ use crate::processor::patches::ImageProcessor;
 use crate::processor::sample::{Conversation, RowFault, Sample, parse_line};
 use crate::processor::supervised::{SupervisedError, encode_supervised};
 use crate::processor::tokenizer::Tokenizer;
-use crate::study::{StudyError, StudyRule};
+use crate::study::{StudyError, StudyRule, counted};
 
 pub use finding::{CheckReport, FileCount, Finding, Kind, Severity};
 
@@ -365,7 +365,9 @@ fn read(path: &Path) -> Result<DataFile, CheckError> {
         let (images, marks) = (sample.images.len(), sample.marks);
         if marks != images {
             let message = format!(
-                "{marks} `<image>` marks for {images} images; images without a mark go before the first question"
+                "{} for {}; images without a mark go before the first question",
+                counted(marks, "`<image>` mark", "`<image>` marks"),
+                counted(images, "image", "images"),
             );
             found(Severity::Warning, Kind::ImageMarks, message);
         }

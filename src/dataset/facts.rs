@@ -197,3 +197,41 @@ impl UnusedKeys {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tenth_left_out_is_said_and_more_is_a_warning() {
+        let sentence = |rows, of| {
+            let max_length = 128;
+            LeftOut {
+                rows,
+                of,
+                max_length,
+            }
+            .sentence()
+        };
+        assert_eq!(sentence(0, 10), None);
+        assert_eq!(
+            sentence(1, 10).as_deref(),
+            Some("1 of 10 rows (10.0 %) are longer than max_length 128 and left out")
+        );
+        let much = sentence(2, 10).unwrap();
+        assert!(much.starts_with("warning: 2 of 10 rows (20.0 %)"), "{much}");
+        assert!(much.ends_with("hint: raise max_length or lower max_pixels"));
+    }
+
+    #[test]
+    fn unused_keys_are_one_remark_each() {
+        let mut unused = UnusedKeys::default();
+        unused.add(2, vec!["visit".to_owned()]);
+        unused.add(5, vec!["visit".to_owned(), "age".to_owned()]);
+        let sentences: Vec<_> = unused.sentences().collect();
+        assert_eq!((sentences[0].0, sentences[1].0), (5, 2));
+        assert!(sentences[0].1.starts_with("the key `age` is not used; "));
+        let visit = "the key `visit` is not used, nor in 1 other row; ";
+        assert!(sentences[1].1.starts_with(visit));
+    }
+}

@@ -22,11 +22,11 @@ pub struct RowsError {
     pub reason: String,
 }
 
-/// The rows of a file with their lines, from 1; blank lines and a byte order mark are passed over.
+/// The text of a file, a byte order mark left out.
 ///
 /// # Errors
-/// [`RowsError`] if the file is not text of one JSON object a line.
-pub fn rows<'a>(path: &Path, bytes: &'a [u8]) -> Result<Vec<(usize, &'a str)>, RowsError> {
+/// [`RowsError`] if the file is not UTF-8.
+pub fn text<'a>(path: &Path, bytes: &'a [u8]) -> Result<&'a str, RowsError> {
     let fail = |line, reason: String| RowsError {
         path: path.to_owned(),
         line,
@@ -44,7 +44,15 @@ pub fn rows<'a>(path: &Path, bytes: &'a [u8]) -> Result<Vec<(usize, &'a str)>, R
                 .to_owned(),
         )
     })?;
-    let text = text.trim_start_matches('\u{feff}');
+    Ok(text.trim_start_matches('\u{feff}'))
+}
+
+/// The rows of a file with their lines, from 1; blank lines and a byte order mark are passed over.
+///
+/// # Errors
+/// [`RowsError`] if the file is not text of one JSON object a line.
+pub fn rows<'a>(path: &Path, bytes: &'a [u8]) -> Result<Vec<(usize, &'a str)>, RowsError> {
+    let text = text(path, bytes)?;
     let lines = text.split('\n').enumerate();
     let rows: Vec<(usize, &str)> = lines
         .map(|(index, line)| (index + 1, line.trim()))
@@ -53,7 +61,11 @@ pub fn rows<'a>(path: &Path, bytes: &'a [u8]) -> Result<Vec<(usize, &'a str)>, R
     if let Some((line, first)) = rows.first()
         && let Some(reason) = not_lines(path, text, first)
     {
-        return Err(fail(*line, reason));
+        return Err(RowsError {
+            path: path.to_owned(),
+            line: *line,
+            reason,
+        });
     }
     Ok(rows)
 }
@@ -100,6 +112,12 @@ fn not_lines(path: &Path, text: &str, first: &str) -> Option<String> {
         Ok(Value::Array(rows)) => return Some(list(&rows, convert)),
         _ => {}
     }
+    if !text.contains('\n') && text.trim().contains('\r') {
+        return Some(
+            "its lines end with CR alone, as on old Macs; expected LF; hint: `tr '\\r' '\\n' < FILE`"
+                .to_owned(),
+        );
+    }
     let whole: Result<Vec<Value>, _> = Deserializer::from_str(text).into_iter().collect();
     match whole.as_deref() {
         Ok([Value::Array(rows)]) => return Some(list(rows, convert)),
@@ -124,12 +142,6 @@ fn not_lines(path: &Path, text: &str, first: &str) -> Option<String> {
         }
         Err(_) => {}
     }
-    if !text.contains('\n') && text.trim().contains('\r') {
-        return Some(
-            "its lines end with CR alone, as on old Macs; expected LF; hint: `tr '\\r' '\\n' < FILE`"
-                .to_owned(),
-        );
-    }
     let ending = path.extension().and_then(|ending| ending.to_str());
     let is_table = matches!(ending, Some("csv" | "tsv" | "xlsx" | "xls"));
     if is_table || (!first.contains(['{', '[']) && first.contains([',', '\t'])) {
@@ -148,11 +160,11 @@ fn list(rows: &[Value], convert: &str) -> String {
     let cure = if has("messages") {
         convert.to_owned()
     } else if has("img") && has("label") {
-        "`convert FILE --images DIR --output OUT` reads it".to_owned()
+        "`convert` reads it, with `--images DIR` and `--output OUT`".to_owned()
     } else if has("image_id") && has("caption") {
-        "`convert` reads it as `{\"annotations\": [rows]}`".to_owned()
+        "`convert` reads it, with `--image-key image_id` and `--report-key caption`".to_owned()
     } else {
-        "write each row as `{\"messages\": […], \"images\": […]}` on a line of its own".to_owned()
+        "write each row as `{\"messages\": […], \"images\": […]}` on a line of its own, or let `convert` do it, with `--image-key` and `--report-key`".to_owned()
     };
     format!("is one JSON list of {count} {words}; expected one row a line; hint: {cure}")
 }

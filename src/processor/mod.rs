@@ -17,7 +17,7 @@ mod row_fault;
 mod row_forms;
 pub mod row_keys;
 pub mod sample;
-mod strict_json;
+pub(crate) mod strict_json;
 pub mod supervised;
 mod tags;
 pub mod tokenizer;

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::row_forms;
+use crate::study::counted;
 
 /// Why a line is no sample; the message names the file and the row.
 #[derive(Debug, thiserror::Error)]
@@ -81,7 +82,8 @@ pub enum RowFault {
     Limits(String),
     /// More image places than images.
     #[error(
-        "the text has {placeholders} `<image>` placeholders but `images` holds {images}; expected no more placeholders than images"
+        "the text has {} but `images` holds {images}; expected no more placeholders than images",
+        counted(*.placeholders, "`<image>` placeholder", "`<image>` placeholders")
     )]
     Placeholders {
         /// Number of `<image>` in the questions.

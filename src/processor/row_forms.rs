@@ -55,19 +55,19 @@ pub(super) fn describe(row: &Map<String, Value>) -> (String, String) {
     if has("img") && has("label") {
         return found(
             "`img`, `prompt` and `label` (the form of XrayGLM)",
-            "`convert` reads a file that is one list of such rows: `convert FILE.json --images DIR --output OUT`",
+            "`convert` reads such rows, with `--image-key img`, `--report-key label`, `--images DIR` and `--output OUT`",
         );
     }
     if has("annotations") {
         return found(
             "one object with `annotations` (the form of OpenI-zh)",
-            "`convert` reads it: `convert FILE.json --images DIR --output OUT`",
+            "`convert` reads it, with `--images DIR` and `--output OUT`",
         );
     }
     if has("image_id") && has("caption") {
         return found(
             "`image_id` and `caption` (a row of OpenI-zh)",
-            "`convert` reads such rows as `{\"annotations\": [rows]}`",
+            "`convert` reads such rows, with `--image-key image_id` and `--report-key caption`",
         );
     }
     if has("file_name") || row.values().any(|value| value.get("file_name").is_some()) {
@@ -90,7 +90,7 @@ pub(super) fn describe(row: &Map<String, Value>) -> (String, String) {
     };
     (
         words,
-        "put question and answer into `messages` and the paths of the pictures into `images`"
+        "put question and answer into `messages` and the paths of the pictures into `images`, or let `convert` do it, with `--image-key` and `--report-key`"
             .to_owned(),
     )
 }

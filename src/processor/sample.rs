@@ -104,7 +104,7 @@ pub fn parse_row(
     row: usize,
 ) -> Result<(Sample, Map<String, Value>), SampleError> {
     let parsed = || {
-        let mut fields = match strict_json::from_line(line).map_err(RowFault::Json)? {
+        let mut fields = match strict_json::parse(line).map_err(RowFault::Json)? {
             Value::Object(fields) => fields,
             other => {
                 return Err(RowFault::Form {
@@ -200,7 +200,7 @@ fn read(row: &Map<String, Value>, sizes: Option<&[(usize, usize)]>) -> Result<Sa
         ));
     }
     let limits = pixel_limits(row.get("chat_template_kwargs"))?;
-    let images = image_paths(row.get("images"))?;
+    let images = image_paths(row.get("images"), &mut unknown_keys)?;
     let mut objects = Objects::read(row.get("objects"), images.len())?;
     let messages = match row.get("messages") {
         Some(Value::Array(messages)) => messages,
@@ -469,7 +469,7 @@ fn wrong_role(key: String, role: &str, answered: bool) -> RowFault {
         ),
         "assistant" if answered => (
             "`assistant` without a question before it".to_owned(),
-            format!("{ORDER}; join answers that follow each other"),
+            format!("{ORDER}; put a question before it, or join answers that follow each other"),
         ),
         "system" => ("`system` after other messages".to_owned(), ORDER.to_owned()),
         "tool" | "tool_call" | "tool_response" | "function" | "function_call" => (
@@ -488,7 +488,10 @@ fn wrong_role(key: String, role: &str, answered: bool) -> RowFault {
 }
 
 /// Paths from `"a.png"`, `["a.png"]`, `{"path": "a.png"}` or a list of such.
-fn image_paths(images: Option<&Value>) -> Result<Vec<String>, RowFault> {
+fn image_paths(
+    images: Option<&Value>,
+    unknown_keys: &mut Vec<String>,
+) -> Result<Vec<String>, RowFault> {
     let one;
     let entries = match images {
         None | Some(Value::Null) => return Ok(Vec::new()),
@@ -505,7 +508,13 @@ fn image_paths(images: Option<&Value>) -> Result<Vec<String>, RowFault> {
         let path = match entry {
             Value::String(path) => path,
             Value::Object(fields) => match (fields.get("path"), fields.get("bytes")) {
-                (Some(Value::String(path)), _) => path,
+                (Some(Value::String(path)), _) => {
+                    let others = fields
+                        .iter()
+                        .filter(|(name, value)| *name != "path" && !row_keys::is_empty(value));
+                    unknown_keys.extend(others.map(|(name, _)| format!("{key}.{name}")));
+                    path
+                }
                 (_, Some(bytes)) if !bytes.is_null() => {
                     return Err(RowFault::key(
                         key,

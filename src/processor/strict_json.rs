@@ -1,4 +1,4 @@
-//! JSON of one line in which no key may stand twice, with errors in plain words.
+//! JSON in which no key may stand twice, with errors in plain words.
 
 use std::fmt;
 
@@ -63,7 +63,7 @@ impl<'de> Visitor<'de> for StrictVisitor {
         let mut fields = Map::new();
         while let Some(key) = from.next_key::<String>()? {
             if fields.contains_key(&key) {
-                let words = format!("the key `{key}` stands twice in one object");
+                let words = format!("the key `{key}` is given twice in one object");
                 return Err(A::Error::custom(words));
             }
             let Strict(value) = from.next_value()?;
@@ -73,15 +73,15 @@ impl<'de> Visitor<'de> for StrictVisitor {
     }
 }
 
-/// Reads one line; the error is a reason in plain words, with the column.
-pub(super) fn from_line(line: &str) -> Result<Value, String> {
-    match serde_json::from_str(line) {
+/// Reads a line or a whole text; the error is a reason in plain words, with the column.
+pub(crate) fn parse(text: &str) -> Result<Value, String> {
+    match serde_json::from_str(text) {
         Ok(Strict(value)) => Ok(value),
         Err(error) => Err(reason(&error)),
     }
 }
 
-/// What a parser of JSON says, the line left out: it is always 1.
+/// What a parser of JSON says; a line of a file is always line 1 to it.
 fn reason(error: &serde_json::Error) -> String {
     let text = error.to_string();
     let words = match text.rfind(" at line ") {
@@ -89,7 +89,10 @@ fn reason(error: &serde_json::Error) -> String {
         None => &text,
     };
     let words = words.replace("EOF while parsing", "the line ends inside");
-    format!("{words} (column {})", error.column())
+    match error.line() {
+        0 | 1 => format!("{words} (column {})", error.column()),
+        line => format!("{words} (line {line}, column {})", error.column()),
+    }
 }
 
 #[cfg(test)]
@@ -97,20 +100,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_key_twice_is_an_error_wherever_it_stands() {
-        let value = from_line(r#"{"a":[1,-2,0.5,{"b":null,"c":true}],"d":"x"}"#).unwrap();
+    fn a_key_twice_is_an_error_wherever_it_is() {
+        let value = parse(r#"{"a":[1,-2,0.5,{"b":null,"c":true}],"d":"x"}"#).unwrap();
         assert_eq!(
             value.to_string(),
             r#"{"a":[1,-2,0.5,{"b":null,"c":true}],"d":"x"}"#
         );
         for (line, word) in [
-            (r#"{"a":1,"a":2}"#, "the key `a` stands twice"),
-            (r#"{"m":[{"a":1,"a":2}]}"#, "the key `a` stands twice"),
+            (r#"{"a":1,"a":2}"#, "the key `a` is given twice"),
+            (r#"{"m":[{"a":1,"a":2}]}"#, "the key `a` is given twice"),
             ("{\"a\":", "the line ends inside"),
             ("{\"a\":1,}", "trailing comma (column 8)"),
             ("// x", "expected value (column 1)"),
         ] {
-            let reason = from_line(line).unwrap_err();
+            let reason = parse(line).unwrap_err();
             assert!(reason.contains(word), "{reason}");
             assert!(!reason.contains(" line 1"), "{reason}");
         }

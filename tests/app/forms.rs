@@ -142,13 +142,16 @@ fn converted(file: &Path, parts: &TextAndImages) -> Result<String, String> {
         split: Split::Uid,
         studies: StudyRule::Guess,
         thinking: None,
+        keys: None,
     };
     convert(&options, Some(&parts.tokenizer), &parts.images).map_err(|error| {
         let text = error.to_string();
         text.replace(folder.path().to_str().unwrap(), "")
     })?;
-    let text = trained(&output.join("train.jsonl"), parts)?;
-    Ok(text.replace(folder.path().to_str().unwrap(), ""))
+    let place = folder.path().to_str().unwrap();
+    let text = trained(&output.join("train.jsonl"), parts);
+    let text = text.map_err(|error| error.replace(place, ""))?;
+    Ok(text.replace(place, ""))
 }
 
 #[test]
@@ -164,7 +167,12 @@ fn every_form_is_read_with_its_value_or_refused_with_its_sentence() {
         .filter(|name| !name.ends_with(".png") && !name.ends_with(".tsv"))
         .collect();
     names.sort();
-    let one_line = |text: String| text.replace(&place, "").replace(['\n', '\t', '\r'], " ");
+    let one_line = |text: String| {
+        let text = text
+            .replace(&place, "")
+            .replace(place.trim_end_matches('/'), ".");
+        text.replace(['\n', '\t', '\r'], " ")
+    };
     let outcome = |result: Result<String, String>| match result {
         Ok(text) => one_line(format!("reads {text}")),
         Err(text) => one_line(format!("refuses: {text}")),

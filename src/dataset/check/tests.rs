@@ -109,7 +109,7 @@ fn every_planted_defect_is_found_in_its_line() {
         row("3_1.png", "<image>问", &"肺部清晰".repeat(200)),
         GOOD.to_owned(),
         row("1_1.png", "<image>别的", "答Z"),
-        r#"{"messages":[{"role":"user","content":"问"},{"role":"assistant","content":"答"}],"note":1}"#.into(),
+        r#"{"messages":[{"role":"user","content":"问"},{"role":"assistant","content":"答"}],"hospital":1}"#.into(),
         row("none.png", "<image>问", "<|im_start|>"),
     ];
     let report = bench.check(&train, None, 100);
@@ -155,6 +155,35 @@ fn every_planted_defect_is_found_in_its_line() {
         (&json["kind"], &json["severity"]),
         (&"json".into(), &"error".into())
     );
+}
+
+#[test]
+fn answers_that_do_not_suit_the_chat_template_are_one_warning() {
+    let bench = Bench::new();
+    let rows = [
+        row("1_1.png", "<image>问", "<think>\n甲\n</think>\n\n肺部清晰"),
+        row("2_1.png", "<image>问", "心脏大小正常"),
+        row("3_1.png", "<image>问", "肺部清晰，心脏大小正常"),
+    ];
+    let path = bench.write("train.jsonl", &rows);
+    let of = |opens_thinking| {
+        let check = Check {
+            tokenizer: &bench.tokenizer,
+            processor: &bench.processor,
+            max_length: 2048,
+            opens_thinking,
+            studies: StudyRule::Guess,
+        };
+        let report = check.run(&path, None, &|_, _| {}).unwrap();
+        let found = report.findings.iter();
+        let found = found.filter(|found| found.kind == Kind::Thinking);
+        found
+            .map(|found| (found.line, found.message[..6].to_owned()))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(of(None), []);
+    assert_eq!(of(Some(true)), [(2, "2 of 3".to_owned())]);
+    assert_eq!(of(Some(false)), [(1, "1 of 3".to_owned())]);
 }
 
 #[test]

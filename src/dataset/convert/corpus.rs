@@ -8,8 +8,10 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::ConvertError;
+use crate::dataset::rows;
 use crate::processor::row_keys::{KeyUse, of_row};
 use crate::processor::sample::{IMAGE_TAG, Sample, parse_row};
+use crate::processor::strict_json;
 use crate::study::keys_of;
 
 /// Endings a picture may have where a row names none; the first is the corpus' own.
@@ -101,8 +103,7 @@ pub(super) fn read_keyed(
     keys: &CorpusKeys,
 ) -> Result<(CorpusForm, Vec<Row>), ConvertError> {
     let text = read_text(path)?;
-    let text = text.trim_start_matches('\u{feff}');
-    let rows: Vec<Value> = match serde_json::from_str(text) {
+    let rows: Vec<Value> = match strict_json::parse(&text) {
         Ok(Value::Array(rows)) => rows,
         Ok(Value::Object(fields))
             if !fields.contains_key(&keys.report) && fields.values().any(Value::is_array) =>
@@ -119,10 +120,10 @@ pub(super) fn read_keyed(
             lines
                 .filter(|(_, line)| !line.trim().is_empty())
                 .map(|(index, line)| {
-                    serde_json::from_str(line).map_err(|cause| ConvertError::Json {
+                    strict_json::parse(line).map_err(|reason| ConvertError::Json {
                         path: path.to_owned(),
                         row: index + 1,
-                        reason: cause.to_string(),
+                        reason,
                     })
                 })
                 .collect::<Result<_, _>>()?
@@ -134,20 +135,24 @@ pub(super) fn read_keyed(
 }
 
 fn read_text(path: &Path) -> Result<String, ConvertError> {
-    fs::read_to_string(path).map_err(|cause| ConvertError::Read {
+    let bytes = fs::read(path).map_err(|cause| ConvertError::Read {
         path: path.to_owned(),
         cause,
-    })
+    })?;
+    Ok(rows::text(path, &bytes)?.to_owned())
 }
 
 /// Reads a corpus in any of its forms.
 pub(super) fn read(path: &Path) -> Result<(CorpusForm, Vec<Row>), ConvertError> {
     let text = read_text(path)?;
-    let text = text.trim_start_matches('\u{feff}');
-    let (form, rows) = match serde_json::from_str(text) {
+    let text = text.as_str();
+    let (form, rows) = match strict_json::parse(text) {
         Ok(Value::Object(mut fields)) => match fields.shift_remove("annotations") {
             Some(Value::Array(rows)) => (CorpusForm::Annotations, rows),
-            _ if fields.contains_key("messages") => return lines(path, text),
+            _ if fields.contains_key("messages") => {
+                rows::rows(path, text.as_bytes())?;
+                return lines(path, text);
+            }
             _ => return Err(unknown(path)),
         },
         Ok(Value::Array(rows)) => match rows.first() {
@@ -156,7 +161,7 @@ pub(super) fn read(path: &Path) -> Result<(CorpusForm, Vec<Row>), ConvertError> 
             _ => return Err(unknown(path)),
         },
         Ok(_) => return Err(unknown(path)),
-        Err(cause) => {
+        Err(reason) => {
             let first = text.lines().find(|line| !line.trim().is_empty());
             let is_row = |line: &str| matches!(serde_json::from_str(line), Ok(Value::Object(_)));
             if first.is_some_and(is_row) {
@@ -166,11 +171,11 @@ pub(super) fn read(path: &Path) -> Result<(CorpusForm, Vec<Row>), ConvertError> 
             if ending.is_some_and(|ending| ["csv", "tsv", "xlsx"].contains(&ending)) {
                 return Err(unknown(path));
             }
-            return Err(ConvertError::Json {
-                path: path.to_owned(),
-                row: 1,
-                reason: cause.to_string(),
-            });
+            if rows::rows(path, text.as_bytes())?.is_empty() {
+                return Err(ConvertError::Empty(path.to_owned()));
+            }
+            let (path, row) = (path.to_owned(), 1);
+            return Err(ConvertError::Json { path, row, reason });
         }
     };
     let rows = rows.into_iter().enumerate();

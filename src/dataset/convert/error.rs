@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use crate::dataset::rows::RowsError;
 use crate::files::FileError;
 use crate::processor::sample::SampleError;
 use crate::processor::supervised::SupervisedError;
@@ -49,6 +50,9 @@ pub enum ConvertError {
         /// What should be there.
         expected: String,
     },
+    /// An input file is not text, or not one row a line.
+    #[error(transparent)]
+    Rows(#[from] RowsError),
     /// A row of `messages` is no sample.
     #[error(transparent)]
     Sample(#[from] SampleError),
