@@ -25,7 +25,7 @@ use crate::{
     generate::{FinishReason, GenerationConfig, Prompt, Timing},
     lora::base::check_base,
     pipeline::{Answer, Pipeline},
-    processor::{dicom::Remark, image::Reading, message::split_thinking},
+    processor::{image::Reading, message::split_thinking, remark::Remark},
     quant::cache::CacheFormat,
     qwen3_vl::ImageInput,
     spread::in_order,

@@ -38,14 +38,18 @@ use crate::{
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig},
     serve::{
         App, ServeConfig,
+        auth::{ApiKey, KeyError},
         engine::{End, Engine, EngineLimits},
         http::{self, Transport},
         metrics::Metrics,
-        models::Models,
+        models::{MAX_ADAPTERS, Models, check_name},
         router::router,
     },
     system::open_files_limit,
 };
+
+/// The environment's name for `--api-key`.
+const API_KEY: &str = "XRAY_API_KEY";
 
 /// Arguments of `serve`. Those of the network may come from the environment as well.
 #[derive(Debug, Args)]
@@ -64,7 +68,7 @@ pub struct ServeArgs {
     #[arg(
         long,
         value_name = "KEY",
-        env = "XRAY_API_KEY",
+        env = API_KEY,
         hide_env_values = true,
         value_delimiter = ','
     )]
@@ -91,6 +95,17 @@ pub struct ServeArgs {
     /// Folder whose folders may be loaded as adapters at run time.
     #[arg(long, value_name = "DIR")]
     pub adapter_dir: Option<PathBuf>,
+    /// Most adapters at once, those of --lora included.
+    #[arg(long, value_name = "N", default_value_t = MAX_ADAPTERS)]
+    pub max_adapters: usize,
+    /// Pass over fields of a request that this server does not know, or cannot honour, instead of refusing
+    /// it; the answer names them in `ignored_fields` and in the header `x-ignored-fields`.
+    #[arg(long)]
+    pub lenient: bool,
+    /// Whether the page keeps reports in the browser until its user says otherwise; by default only where it
+    /// is opened on the server's own machine.
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    pub page_history: Option<bool>,
     /// Requests that are answered at once.
     #[arg(long, value_name = "N", default_value_t = 32)]
     pub max_running: usize,
@@ -166,10 +181,19 @@ pub struct ServeArgs {
 pub fn run(args: ServeArgs) -> Result<()> {
     let defaults = generation_config(&args.generation)?;
     check(&args)?;
-    super::log_lines::init(log::LevelFilter::Info);
+    let api_keys = api_keys(&args)?;
+    super::log_lines::init_timed(log::LevelFilter::Info);
     let device = one_device(&args.model.device)?;
     let dtype = args.model.dtype.map(DType::from);
-    run_on(device, dtype, Serve { args, defaults })?
+    run_on(
+        device,
+        dtype,
+        Serve {
+            args,
+            api_keys,
+            defaults,
+        },
+    )?
 }
 
 /// The device does not work any more; ends with exit code 3.
@@ -188,13 +212,6 @@ fn check(args: &ServeArgs) -> Result<()> {
             "--host {} can be reached from other machines; give an --api-key, or --no-auth to let everybody in",
             args.host
         ));
-    }
-    if args
-        .api_key
-        .iter()
-        .any(|key| key.len() < 8 || !key.is_ascii())
-    {
-        return wrong("--api-key is shorter than 8 letters, or not ASCII; take a longer one, for instance of `openssl rand -hex 24`".into());
     }
     for (name, value) in [
         ("--max-running", args.max_running),
@@ -248,11 +265,53 @@ fn check(args: &ServeArgs) -> Result<()> {
     Ok(())
 }
 
+/// The keys, of the command line or the environment.
+fn api_keys(args: &ServeArgs) -> Result<Vec<ApiKey>> {
+    let given = args.api_key.iter().map(String::as_str);
+    let from_environment = std::env::var(API_KEY).is_ok_and(|text| given.eq(text.split(',')));
+    let source = if from_environment {
+        API_KEY
+    } else {
+        "--api-key"
+    };
+    let several = args.api_key.len() > 1;
+    args.api_key
+        .iter()
+        .enumerate()
+        .map(|(index, text)| {
+            ApiKey::new(text).map_err(|error| {
+                let which = match several {
+                    true => format!("key {} of {source}", index + 1),
+                    false => source.to_owned(),
+                };
+                let cure = match error {
+                    KeyError::Empty if from_environment && !several => {
+                        "unset it, or give it a key, for instance of `openssl rand -hex 24`"
+                    }
+                    KeyError::Empty => "leave it out, or give a key",
+                    _ => "take another, for instance of `openssl rand -hex 24`",
+                };
+                UsageError(format!("{which} {error}; {cure}")).into()
+            })
+        })
+        .collect()
+}
+
 fn loras(args: &ServeArgs) -> Result<Vec<(&str, &Path)>> {
+    if args.lora.len() > args.max_adapters {
+        bail!(UsageError(format!(
+            "--lora is given {} times and --max-adapters is {}; raise it",
+            args.lora.len(),
+            args.max_adapters
+        )));
+    }
     args.lora
         .iter()
         .map(|text| match text.split_once('=') {
-            Some((name, dir)) if !name.is_empty() && !dir.is_empty() => Ok((name, Path::new(dir))),
+            Some((name, dir)) if !dir.is_empty() => match check_name(name) {
+                Ok(()) => Ok((name, Path::new(dir))),
+                Err(reason) => bail!(UsageError(format!("the name of --lora `{text}` {reason}"))),
+            },
             _ => bail!(UsageError(format!(
                 "--lora `{text}` is not of the form NAME=DIR"
             ))),
@@ -262,6 +321,7 @@ fn loras(args: &ServeArgs) -> Result<Vec<(&str, &Path)>> {
 
 struct Serve {
     args: ServeArgs,
+    api_keys: Vec<ApiKey>,
     defaults: GenerationConfig,
 }
 
@@ -308,7 +368,8 @@ impl DeviceTask for Serve {
         let decoder = self.decoder(model, &parts.config, device, &limits)?;
         let (engine, worker) =
             Engine::start(decoder, parts.tokenizer.clone(), limits, metrics.clone())?;
-        let mut models = Models::new(name, parts.template.clone());
+        let mut models =
+            Models::new(name, parts.template.clone()).with_max_adapters(self.args.max_adapters);
         if checks_base {
             models = models.only_for(options.model.clone());
         }
@@ -443,8 +504,10 @@ impl Serve {
                 .collect(),
             waiting_memory_bytes: (args.max_waiting_memory_mib as u64) << 20,
             allow_image_urls: args.allow_image_urls,
-            api_keys: args.api_key.clone(),
+            api_keys: self.api_keys.clone(),
             adapter_dir: args.adapter_dir.clone(),
+            lenient: args.lenient,
+            page_history: args.page_history,
             host_names: self.host_names(),
             origin_names: lowercase(&args.host_name),
         }

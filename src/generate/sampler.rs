@@ -54,7 +54,12 @@ impl SamplingConfig {
             }
         };
         range("temperature", self.temperature, 0.0, 100.0)?;
-        range("top_p", self.top_p, f32::MIN_POSITIVE, 1.0)?;
+        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
+            return Err(format!(
+                "top_p is {}, expected more than 0 and at most 1; temperature 0 takes the likeliest token",
+                self.top_p
+            ));
+        }
         range("min_p", self.min_p, 0.0, 1.0)?;
         range("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
     }

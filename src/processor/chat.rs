@@ -139,6 +139,8 @@ pub struct ChatTemplate {
     source: String,
     origin: String,
     tokens: BTreeMap<String, String>,
+    /// Used where the options of a rendering do not say.
+    enable_thinking: Option<bool>,
     opens_thinking: bool,
 }
 
@@ -161,12 +163,32 @@ impl ChatTemplate {
             source,
             origin,
             tokens,
+            enable_thinking: None,
             opens_thinking: false,
         };
-        let probe = [Message::text(Role::User, "?")];
-        let prompt = template.render(&probe, RenderOptions::generation())?;
-        template.opens_thinking = prompt.trim_end().ends_with("<think>");
+        template.probe()?;
         Ok(template)
+    }
+
+    fn probe(&mut self) -> Result<(), ChatError> {
+        let probe = [Message::text(Role::User, "?")];
+        let prompt = self.render(&probe, RenderOptions::generation())?;
+        self.opens_thinking = prompt.trim_end().ends_with("<think>");
+        Ok(())
+    }
+
+    /// The template with `enable_thinking` set; `None` for one that does not read it.
+    ///
+    /// # Errors
+    /// [`ChatError::Template`], where the template refuses the value.
+    pub fn with_thinking(&self, enable: bool) -> Result<Option<Self>, ChatError> {
+        if !self.source.contains("enable_thinking") {
+            return Ok(None);
+        }
+        let mut template = self.clone();
+        template.enable_thinking = Some(enable);
+        template.probe()?;
+        Ok(Some(template))
     }
 
     /// The built-in template of Qwen3-VL Instruct.
@@ -256,6 +278,7 @@ impl ChatTemplate {
         // Undefined is not false to templates that ask `is defined`, so it is left out instead.
         let thinking = options
             .enable_thinking
+            .or(self.enable_thinking)
             .map_or(Value::UNDEFINED, Value::from);
         template
             .render(context! {

@@ -26,7 +26,8 @@ use std::path::Path;
 use image::metadata::Orientation;
 use image::{ColorType, DynamicImage, ImageDecoder, ImageReader};
 
-use super::dicom::{self, DicomError, Remark};
+use super::dicom::{self, DicomError};
+use super::remark::Remark;
 pub use cost::{DecodingCost, decoding_cost};
 pub use error::{ImageError, PictureFormat};
 pub(super) use jpeg::jpeg_has_end;
@@ -125,7 +126,7 @@ impl RgbImage {
 pub struct Reading {
     /// The pixels, upright.
     pub picture: RgbImage,
-    /// Doubts that are no errors, without the file's name; only DICOM gives any.
+    /// What is no error but should reach whoever reads the report.
     pub remarks: Vec<Remark>,
 }
 

@@ -9,6 +9,7 @@ pub mod image;
 mod jinja;
 pub mod message;
 pub mod patches;
+pub mod remark;
 pub mod resize;
 pub mod sample;
 pub mod supervised;

@@ -308,6 +308,14 @@ impl ImageProcessor {
         image::decoding_cost(bytes, name, &self.limits)
     }
 
+    /// As [`Self::decode`], with what a reader of a report should know about the picture.
+    ///
+    /// # Errors
+    /// As [`image::decode`]; each carries `name`.
+    pub fn decode_with_remarks(&self, bytes: &[u8], name: &str) -> Result<Reading, ImageError> {
+        image::decode_frame(bytes, name, None, &self.limits)
+    }
+
     /// Width and height of the picture at `path`, from its header alone; see [`image::probe`].
     ///
     /// # Errors

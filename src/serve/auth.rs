@@ -31,52 +31,101 @@ impl Peer {
     }
 }
 
-/// Hashes of the keys of which one must be shown.
+/// Fewest letters of a key.
+const SHORTEST_KEY: usize = 8;
+
+/// Why a text is no key; the text itself is never repeated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum KeyError {
+    /// Nothing but blanks.
+    #[error("is empty")]
+    Empty,
+    /// Easily guessed.
+    #[error(
+        "is too short: {0} letters without the blanks around it, expected at least {SHORTEST_KEY}"
+    )]
+    Short(usize),
+    /// Cannot be sent in a header.
+    #[error("holds something else than the printable letters of ASCII")]
+    NotAscii,
+}
+
+/// One key, as its hash. There is none of blanks, and none that is shorter than it looks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ApiKey([u8; 32]);
+
+impl ApiKey {
+    /// Reads a key; blanks around it are not part of it.
+    ///
+    /// # Errors
+    /// [`KeyError`].
+    pub fn new(text: &str) -> Result<Self, KeyError> {
+        let key = text.trim();
+        if key.is_empty() {
+            return Err(KeyError::Empty);
+        }
+        if !key.bytes().all(|byte| matches!(byte, b' '..=b'~')) {
+            return Err(KeyError::NotAscii);
+        }
+        if key.len() < SHORTEST_KEY {
+            return Err(KeyError::Short(key.len()));
+        }
+        Ok(Self(Sha256::digest(key).into()))
+    }
+
+    /// Tells keys apart without showing them.
+    fn client(&self) -> u64 {
+        let mut bytes = [0; 8];
+        bytes.copy_from_slice(&self.0[..8]);
+        u64::from_le_bytes(bytes)
+    }
+}
+
+/// The keys of which one must be shown.
 #[derive(Clone, Default)]
 pub struct KeyCheck {
-    hashes: Vec<[u8; 32]>,
+    keys: Vec<ApiKey>,
 }
 
 impl KeyCheck {
     /// A check against `keys`; none lets everybody in.
-    pub fn new(keys: &[String]) -> Self {
+    pub fn new(keys: &[ApiKey]) -> Self {
         Self {
-            hashes: keys
-                .iter()
-                .map(|key| Sha256::digest(key.trim()).into())
-                .collect(),
+            keys: keys.to_vec(),
         }
     }
 
-    /// Looks for `Authorization: Bearer KEY`.
+    /// Looks for `Authorization: Bearer KEY` and gives what tells the keys apart, if any is asked for.
     ///
     /// Hashes are compared, all of them and to the end, so that the time tells nothing.
     ///
     /// # Errors
     /// [`ApiError`] of status 401.
-    pub fn check(&self, headers: &HeaderMap) -> Result<(), ApiError> {
-        if self.hashes.is_empty() {
-            return Ok(());
+    pub fn check(&self, headers: &HeaderMap) -> Result<Option<u64>, ApiError> {
+        if self.keys.is_empty() {
+            return Ok(None);
         }
         let shown = headers
             .get(header::AUTHORIZATION)
             .and_then(|value| value.to_str().ok())
             .and_then(|value| value.split_once(' '))
             .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"))
-            .map_or("", |(_, key)| key.trim());
-        let shown: [u8; 32] = Sha256::digest(shown).into();
-        let found = self
-            .hashes
-            .iter()
-            .fold(Choice::from(0), |found, hash| found | hash.ct_eq(&shown));
-        if bool::from(found) {
-            Ok(())
-        } else {
-            Err(ApiError::new(
+            // No key at all is compared with none.
+            .and_then(|(_, key)| ApiKey::new(key).ok());
+        let found = shown.filter(|shown| {
+            let same = self
+                .keys
+                .iter()
+                .fold(Choice::from(0), |found, key| found | key.0.ct_eq(&shown.0));
+            bool::from(same)
+        });
+        match found {
+            Some(key) => Ok(Some(key.client())),
+            None => Err(ApiError::new(
                 StatusCode::UNAUTHORIZED,
                 "expected the header `Authorization: Bearer KEY` with a key of this server",
             )
-            .with_code("invalid_api_key"))
+            .with_code("invalid_api_key")),
         }
     }
 }
@@ -143,8 +192,13 @@ mod tests {
     #[test]
     fn one_of_the_keys_and_nothing_like_it() {
         // As a list in the environment is cut up.
-        let check = KeyCheck::new(&["one".into(), " two".into()]);
-        for good in ["Bearer one", "bearer two", "Bearer  one"] {
+        let keys = ["key-number-one", " key-number-two"].map(|key| ApiKey::new(key).unwrap());
+        let check = KeyCheck::new(&keys);
+        for good in [
+            "Bearer key-number-one",
+            "bearer key-number-two",
+            "Bearer  key-number-one",
+        ] {
             assert!(
                 check.check(&headers(&[("authorization", good)])).is_ok(),
                 "{good}"
@@ -153,10 +207,10 @@ mod tests {
         for bad in [
             "Bearer",
             "Bearer ",
-            "Bearer on",
-            "Bearer onetwo",
-            "Basic one",
-            "one",
+            "Bearer key-number-on",
+            "Bearer key-number-onekey-number-two",
+            "Basic key-number-one",
+            "key-number-one",
         ] {
             let error = check
                 .check(&headers(&[("authorization", bad)]))
@@ -164,7 +218,33 @@ mod tests {
             assert_eq!(error.status, StatusCode::UNAUTHORIZED, "{bad}");
         }
         assert!(check.check(&headers(&[])).is_err());
-        assert!(KeyCheck::new(&[]).check(&headers(&[])).is_ok());
+        assert_eq!(KeyCheck::new(&[]).check(&headers(&[])), Ok(None));
+    }
+
+    #[test]
+    fn a_key_is_judged_without_the_blanks_around_it() {
+        for (text, error) in [
+            ("", KeyError::Empty),
+            ("        ", KeyError::Empty),
+            ("\t\u{a0}\u{3000}   ", KeyError::Empty),
+            ("       a", KeyError::Short(1)),
+            ("a              ", KeyError::Short(1)),
+            ("钥匙钥匙钥匙钥匙", KeyError::NotAscii),
+            ("line\nbreak-1", KeyError::NotAscii),
+        ] {
+            assert_eq!(ApiKey::new(text), Err(error), "{text:?}");
+        }
+        assert_eq!(ApiKey::new(" 12345678 "), ApiKey::new("12345678"));
+    }
+
+    #[test]
+    fn one_client_however_its_key_is_written() {
+        let check = KeyCheck::new(&[ApiKey::new("key-number-one").unwrap()]);
+        let client = |text: &str| check.check(&headers(&[("authorization", text)])).unwrap();
+        assert_eq!(
+            client("Bearer key-number-one"),
+            client("bearer   key-number-one")
+        );
     }
 
     #[test]

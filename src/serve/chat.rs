@@ -9,7 +9,7 @@ use axum::{
     Json,
     body::Body,
     extract::{Extension, State},
-    http::{HeaderMap, StatusCode, header},
+    http::{HeaderMap, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
 use serde_json::{Value, json};
@@ -17,18 +17,24 @@ use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::{
     App,
+    audit::RequestRecord,
     auth::Peer,
     body::{check_json_size, read_body, take},
     content::{Asking, prepare},
-    engine::{Done, Event, Submission, TokenLogprob},
+    engine::{Done, Event, Submission, TokenConstraint, TokenLogprob},
     error::ApiError,
+    fields::{Fields, parse_body},
+    grammar::TokenRules,
     reasoning::{Piece, ReasoningSplitter},
     settings::RequestSettings,
     share::Share,
     stream,
-    types::{ChatRequest, LogprobEntry, PromptTokensDetails, Usage},
+    types::{AnswerForm, ChatRequest, ImageRemark, LogprobEntry, PromptTokensDetails, Usage},
 };
-use crate::{generate::FinishReason, processor::tokenizer::Tokenizer};
+use crate::{
+    generate::FinishReason,
+    processor::{chat::ChatTemplate, tokenizer::Tokenizer},
+};
 
 /// What every response to one request repeats.
 #[derive(Debug, Clone)]
@@ -38,37 +44,14 @@ pub(super) struct Header {
     pub(super) model: String,
 }
 
-/// Writes one line to the log when a request is over, however it ends.
-pub(super) struct RequestLog {
-    pub(super) id: String,
-    started: Instant,
-    pub(super) images: usize,
-    pub(super) prompt_tokens: usize,
-    pub(super) completion_tokens: usize,
-    pub(super) outcome: &'static str,
-}
-
-impl Drop for RequestLog {
-    fn drop(&mut self) {
-        log::info!(
-            "{} {}: {} image(s), {} + {} tokens, {:.3} s",
-            self.id,
-            self.outcome,
-            self.images,
-            self.prompt_tokens,
-            self.completion_tokens,
-            self.started.elapsed().as_secs_f64()
-        );
-    }
-}
-
 /// Answers a chat request, whole or as a stream.
 ///
 /// # Errors
 /// [`ApiError`].
-pub async fn completions(
+pub(super) async fn completions(
     State(app): State<Arc<App>>,
     Extension(peer): Extension<Peer>,
+    Extension(record): Extension<Arc<RequestRecord>>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
@@ -78,13 +61,23 @@ pub async fn completions(
     // A full server does not read what it will not answer. The place itself is taken when the body is
     // there: whoever sends slowly must not hold one.
     app.engine.check_room(peer.client)?;
-    let (request, memory): (ChatRequest, _) = read_json(&app, peer.client, body).await?;
-    let model = app.models.find(request.model.as_deref())?;
+    let (fields, memory) = read_json(&app, peer.client, body).await?;
+    let request = ChatRequest::read(fields, app.config.lenient)?;
+    let mut model = app.models.find(request.model.as_deref())?;
+    record.facts().model = Some(
+        request
+            .model
+            .clone()
+            .unwrap_or_else(|| app.models.base().to_owned()),
+    );
+    if let Some(enable) = request.enable_thinking {
+        model.template = with_thinking(&model.template, enable)?;
+    }
     let vocab_size = app.parts.config.text_config.vocab_size;
     let settings = RequestSettings::new(&request, &app.config, vocab_size)?;
     let mut places = app.engine.reserve(peer.client, settings.choices)?;
     let header = Header {
-        id: format!("chatcmpl-{:032x}", rand::random::<u128>()),
+        id: format!("chatcmpl-{}", record.id()),
         created: SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .map_or(0, |since| since.as_secs()),
@@ -92,14 +85,6 @@ pub async fn completions(
             .model
             .clone()
             .unwrap_or_else(|| app.models.base().to_owned()),
-    };
-    let mut log = RequestLog {
-        id: header.id.clone(),
-        started,
-        images: 0,
-        prompt_tokens: 0,
-        completion_tokens: 0,
-        outcome: "refused",
     };
     let asking = Asking {
         client: peer.client,
@@ -112,15 +97,18 @@ pub async fn completions(
     .await
     .map_err(|_| ApiError::from(super::engine::Failure::Deadline))??;
     let prompt = Arc::new(prepared);
-    log.images = prompt.images.len();
-    log.prompt_tokens = prompt.len();
-    log.outcome = "left";
+    {
+        let mut facts = record.facts();
+        facts.images = prompt.images.len();
+        facts.prompt_tokens = prompt.len();
+        facts.outcome = Some("left");
+    }
     let max_new_tokens = room(&app, &settings, prompt.len())?;
-    let eos_token_ids = if settings.ignore_eos {
-        Vec::new()
-    } else {
-        app.parts.eos_token_ids.clone()
+    let mut eos_token_ids = match settings.ignore_eos {
+        true => Vec::new(),
+        false => app.parts.eos_token_ids.clone(),
     };
+    eos_token_ids.extend(&settings.stop_token_ids);
     let mut receivers = Vec::with_capacity(settings.choices);
     for index in 0..settings.choices {
         let submission = Submission {
@@ -133,10 +121,7 @@ pub async fn completions(
             stop: settings.stop.clone(),
             stop_on_repetition: !settings.ignore_eos,
             logprobs: settings.logprobs,
-            constraint: match &settings.schema {
-                Some(schema) => Some(constraint(&app, schema.clone(), &model.template).await?),
-                None => None,
-            },
+            constraint: constraint(&app, &settings, &eos_token_ids, &model.template).await?,
             deadline,
             client: peer.client,
         };
@@ -144,43 +129,103 @@ pub async fn completions(
     }
     let answers = Answers {
         header,
-        log,
+        record,
+        prompt_tokens: prompt.len(),
+        remarks: prompt.remarks.clone(),
         receivers,
         opens_thinking: model.template.opens_thinking(),
         settings,
         tokenizer: app.parts.tokenizer.clone(),
     };
-    if answers.settings.stream {
-        stream::respond(answers).await
+    let ignored = ignored_header(&answers.settings.ignored);
+    let mut response = if answers.settings.stream {
+        stream::respond(answers).await?
     } else {
-        Ok(Json(collect(answers).await?).into_response())
+        Json(collect(answers).await?).into_response()
+    };
+    if let Some(ignored) = ignored {
+        response.headers_mut().insert("x-ignored-fields", ignored);
     }
+    Ok(response)
+}
+
+/// Names of fields that were passed over, as a header.
+fn ignored_header(names: &[String]) -> Option<HeaderValue> {
+    if names.is_empty() {
+        return None;
+    }
+    let names: Vec<String> = names
+        .iter()
+        .map(|name| name.escape_default().to_string())
+        .collect();
+    let text: String = names.join(", ").chars().take(2000).collect();
+    HeaderValue::from_str(&text).ok()
+}
+
+/// A template with `enable_thinking` set.
+fn with_thinking(template: &ChatTemplate, enable: bool) -> Result<ChatTemplate, ApiError> {
+    let name = "chat_template_kwargs.enable_thinking";
+    let wrong = |reason: &str| ApiError::invalid(name, format!("`{name}` {reason}"));
+    template
+        .with_thinking(enable)
+        .map_err(|_| wrong("is not taken by the model's chat template"))?
+        .ok_or_else(|| wrong("is not read by the model's chat template; leave it out"))
 }
 
 /// What is being answered.
 pub(super) struct Answers {
     pub(super) header: Header,
-    pub(super) log: RequestLog,
+    pub(super) record: Arc<RequestRecord>,
+    pub(super) prompt_tokens: usize,
+    /// What a reader should know about the images.
+    pub(super) remarks: Vec<ImageRemark>,
     pub(super) receivers: Vec<UnboundedReceiver<Event>>,
     pub(super) opens_thinking: bool,
     pub(super) settings: RequestSettings,
     pub(super) tokenizer: Tokenizer,
 }
 
+/// What the request allows of each token, if it says.
 async fn constraint(
     app: &Arc<App>,
-    schema: Value,
-    template: &crate::processor::chat::ChatTemplate,
-) -> Result<Box<dyn super::engine::TokenConstraint>, ApiError> {
+    settings: &RequestSettings,
+    eos_token_ids: &[u32],
+    template: &ChatTemplate,
+) -> Result<Option<Box<dyn TokenConstraint>>, ApiError> {
+    let form = match &settings.form {
+        Some(form) => Some(form_constraint(app, form.clone(), template).await?),
+        None => None,
+    };
+    if settings.min_new_tokens == 0 && settings.allowed_token_ids.is_none() {
+        return Ok(form);
+    }
+    Ok(Some(Box::new(TokenRules {
+        end_tokens: eos_token_ids.to_vec(),
+        min_new_tokens: settings.min_new_tokens,
+        allowed: settings.allowed_token_ids.clone(),
+        form,
+        written: 0,
+    })))
+}
+
+async fn form_constraint(
+    app: &Arc<App>,
+    form: AnswerForm,
+    template: &ChatTemplate,
+) -> Result<Box<dyn TokenConstraint>, ApiError> {
     let (app, thinks) = (app.clone(), template.opens_thinking());
     // Reading a vocabulary or a large schema takes a while.
     tokio::task::spawn_blocking(move || {
         let grammar = app.grammar().ok_or_else(ApiError::internal)?;
-        grammar.json(schema, thinks).map_err(|reason| {
-            let reason: String = reason.chars().take(300).collect();
+        grammar.constraint(&form, thinks).map_err(|reason| {
+            let what = match form {
+                AnswerForm::Json(_) => "the JSON schema",
+                AnswerForm::Regex(_) => "the regular expression",
+                AnswerForm::Choice(_) => "the list of choices",
+            };
             ApiError::invalid(
                 "response_format",
-                format!("the JSON schema cannot be followed: {reason}"),
+                format!("{what} cannot be followed: {reason}"),
             )
         })
     })
@@ -224,23 +269,16 @@ pub(super) fn expect_json(headers: &HeaderMap) -> Result<(), ApiError> {
 }
 
 /// Reads a JSON body; see [`read_body`].
-pub(super) async fn read_json<T: serde::de::DeserializeOwned>(
+pub(super) async fn read_json(
     app: &App,
     client: u64,
     body: Body,
-) -> Result<(T, Share), ApiError> {
+) -> Result<(Fields, Share), ApiError> {
     let (bytes, mut memory) = read_body(app, client, body).await?;
     check_json_size(&bytes)?;
     // The text, and what is made of it.
     take(&mut memory, 2 * bytes.len()).await?;
-    let value = serde_json::from_slice(&bytes).map_err(|error| {
-        let reason: String = error.to_string().chars().take(300).collect();
-        ApiError::new(
-            StatusCode::BAD_REQUEST,
-            format!("the body is not a request: {reason}"),
-        )
-    })?;
-    Ok((value, memory))
+    Ok((parse_body(&bytes)?, memory))
 }
 
 /// The whole answer as one object.
@@ -259,11 +297,11 @@ async fn collect(mut answers: Answers) -> Result<Value, ApiError> {
                 }
                 Some(Event::Done(done)) => break done,
                 Some(Event::Failed(failure)) => {
-                    answers.log.outcome = "failed";
+                    answers.record.facts().outcome = Some("failed");
                     return Err(failure.into());
                 }
                 None => {
-                    answers.log.outcome = "failed";
+                    answers.record.facts().outcome = Some("failed");
                     return Err(ApiError::internal());
                 }
             }
@@ -277,7 +315,7 @@ async fn collect(mut answers: Answers) -> Result<Value, ApiError> {
                 Piece::Answer(text) => content.push_str(&text),
             }
         }
-        count(&mut usage, answers.log.prompt_tokens, &done);
+        count(&mut usage, answers.prompt_tokens, &done);
         let reasoning = (!reasoning.is_empty()).then_some(reasoning);
         let logprobs = answers
             .settings
@@ -295,16 +333,32 @@ async fn collect(mut answers: Answers) -> Result<Value, ApiError> {
             "stop_reason": stop_reason(done.reason),
         }));
     }
-    answers.log.completion_tokens = usage.completion_tokens;
-    answers.log.outcome = "done";
-    Ok(json!({
+    {
+        let mut facts = answers.record.facts();
+        facts.completion_tokens = usage.completion_tokens;
+        facts.outcome = Some("done");
+    }
+    let mut answer = json!({
         "id": answers.header.id,
         "object": "chat.completion",
         "created": answers.header.created,
         "model": answers.header.model,
         "choices": choices,
         "usage": usage,
-    }))
+    });
+    answers.note(&mut answer);
+    Ok(answer)
+}
+
+impl Answers {
+    /// Adds what a client should know besides the answer: remarks on the images, and fields that were
+    /// passed over.
+    pub(super) fn note(&self, answer: &mut Value) {
+        answer["remarks"] = json!(self.remarks);
+        if !self.settings.ignored.is_empty() {
+            answer["ignored_fields"] = json!(self.settings.ignored);
+        }
+    }
 }
 
 /// Adds one answer to the counts; the prompt counts once.

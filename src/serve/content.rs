@@ -6,18 +6,18 @@ use std::sync::{
 };
 
 use axum::http::StatusCode;
-use base64::{Engine as _, engine::general_purpose};
 use hyper::body::Bytes;
 
 use super::{
     App,
     body::crowded,
+    data_url::base64_bytes,
     engine::{Patches, PreparedPrompt},
     error::ApiError,
     fetch::fetch_image,
     models::ModelEntry,
     share::{Full, Share},
-    types::{ChatContent, ChatMessage, ChatPart},
+    types::{ChatContent, ChatMessage, ChatPart, ImageRemark},
 };
 use crate::{
     generate::GenerateError,
@@ -27,6 +27,7 @@ use crate::{
         image::{ImageError, RgbImage},
         message::{Content, Message, Part, Role},
         patches::ImageProcessor,
+        remark::{Remark, RemarkKind},
         tokenizer::TokenizerError,
     },
     qwen3_vl::ImageInput,
@@ -373,10 +374,7 @@ fn source(url: &str, index: usize, urls_allowed: bool) -> Result<Source, ApiErro
             return Err(wrong(form));
         }
         // What it is the content decides; the declared type may lie.
-        let bytes = general_purpose::STANDARD
-            .decode(data.trim())
-            .or_else(|_| general_purpose::STANDARD_NO_PAD.decode(data.trim()))
-            .map_err(|_| wrong("is not valid base64"))?;
+        let bytes = base64_bytes(data).ok_or_else(|| wrong("is not valid base64"))?;
         return Ok(Source::Bytes(bytes));
     }
     if scheme("http://") || scheme("https://") {
@@ -403,6 +401,14 @@ fn encode(
     check_length(app, messages, stop)?;
     let mut patches = Vec::with_capacity(images.len());
     let mut grids = Vec::with_capacity(images.len());
+    let mut remarks = Vec::new();
+    if images.is_empty() {
+        let text = "the request holds no image: what is said of one is made up";
+        remarks.push(ImageRemark {
+            image: None,
+            remark: Remark::new(RemarkKind::NoImage, text),
+        });
+    }
     for (index, bytes) in images.into_iter().enumerate() {
         if stop.load(Ordering::Relaxed) {
             return Err(ApiError::internal());
@@ -410,8 +416,14 @@ fn encode(
         let name = image_name(index);
         let picture = parts
             .images
-            .decode(&bytes, &name)
-            .and_then(|picture| Ok(parts.images.resize(&picture)?.into_owned()))
+            .decode_with_remarks(&bytes, &name)
+            .and_then(|reading| {
+                remarks.extend(reading.remarks.into_iter().map(|remark| ImageRemark {
+                    image: Some(index + 1),
+                    remark,
+                }));
+                Ok(parts.images.resize(&reading.picture)?.into_owned())
+            })
             .map_err(|error| image_error(&name, &error))?;
         drop(bytes);
         let made =
@@ -431,13 +443,16 @@ fn encode(
         parts.config.vision_config.spatial_merge_size,
     )
     .map_err(chat_error)?;
-    PreparedPrompt::new(ids, patches, &parts.config).map_err(|error| match error {
-        GenerateError::Empty => ApiError::invalid("messages", "the prompt is empty"),
-        other => {
-            log::error!("a prompt could not be made: {other}");
-            ApiError::internal()
-        }
-    })
+    let mut prompt =
+        PreparedPrompt::new(ids, patches, &parts.config).map_err(|error| match error {
+            GenerateError::Empty => ApiError::invalid("messages", "the prompt is empty"),
+            other => {
+                log::error!("a prompt could not be made: {other}");
+                ApiError::internal()
+            }
+        })?;
+    prompt.remarks = remarks;
+    Ok(prompt)
 }
 
 fn patches_of(images: &ImageProcessor, picture: &RgbImage) -> Result<ImageInput, ImageError> {

@@ -10,21 +10,26 @@
 //!
 //! Uploads live in memory only, and the log holds ids and sizes, never content.
 
+mod audit;
 pub mod auth;
 mod body;
 pub mod chat;
 pub mod client;
 pub mod content;
+mod data_url;
 pub mod engine;
 pub mod error;
 pub mod fetch;
+mod fields;
 pub mod grammar;
 pub mod http;
 pub mod metrics;
 pub mod models;
 pub mod preview;
 pub mod reasoning;
+mod request;
 pub mod router;
+mod schema;
 pub mod settings;
 mod share;
 mod stream;
@@ -41,6 +46,8 @@ use std::{
 };
 
 use crate::{generate::SamplingConfig, pipeline::TextAndImages, processor::image::DecodeLimits};
+use audit::Audit;
+use auth::ApiKey;
 use engine::Engine;
 use grammar::GrammarFactory;
 use metrics::Metrics;
@@ -88,9 +95,14 @@ pub struct ServeConfig {
     /// Fetches images from public addresses.
     pub allow_image_urls: bool,
     /// Keys of which one must be shown; none: everybody is let in.
-    pub api_keys: Vec<String>,
+    pub api_keys: Vec<ApiKey>,
     /// Folder whose folders may be loaded as adapters at run time.
     pub adapter_dir: Option<PathBuf>,
+    /// Passes over unknown fields of a request, and names them in the answer, instead of refusing it.
+    pub lenient: bool,
+    /// Whether the page keeps a history of reports in the browser without being told to; where nothing is
+    /// said, the page does so on the server's own machine only.
+    pub page_history: Option<bool>,
     /// Names the server goes by, for the check of the `Host` header; empty: any.
     pub host_names: Vec<String>,
     /// Names a page may come from besides the `Host` itself, as behind a proxy that replaces it.
@@ -176,6 +188,8 @@ pub struct App {
     /// Bytes of the tokenizer's longest token.
     longest_token: usize,
     grammar: OnceLock<Option<GrammarFactory>>,
+    /// Lines of the log about requests.
+    audit: Arc<Audit>,
 }
 
 impl App {
@@ -210,6 +224,7 @@ impl App {
             fetches: places(32, 8, MAX_WAITING),
             config,
             grammar: OnceLock::new(),
+            audit: Arc::default(),
         }
     }
 

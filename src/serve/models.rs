@@ -32,6 +32,8 @@ pub struct Models {
     /// Folder of the base, which adapters must have been trained on; `None` asks nothing.
     base_dir: Option<PathBuf>,
     entries: RwLock<BTreeMap<String, ModelEntry>>,
+    /// Most adapters at once.
+    max_adapters: usize,
     /// One change at a time, so that a name is never given twice.
     changing: tokio::sync::Mutex<()>,
 }
@@ -47,7 +49,7 @@ fn not_found(name: &str) -> ApiError {
         status: StatusCode::NOT_FOUND,
         message: format!(
             "the model `{}` does not exist; `GET /v1/models` lists those that do",
-            short(name)
+            short(name).escape_debug()
         ),
         param: Some("model".into()),
         code: Some("model_not_found"),
@@ -73,6 +75,7 @@ impl Models {
             base,
             base_template: template,
             base_dir: None,
+            max_adapters: MAX_ADAPTERS,
             changing: tokio::sync::Mutex::new(()),
         }
     }
@@ -80,6 +83,12 @@ impl Models {
     /// Refuses adapters that were trained on another base than the one in `dir`.
     pub fn only_for(mut self, dir: PathBuf) -> Self {
         self.base_dir = Some(dir);
+        self
+    }
+
+    /// Takes at most `count` adapters.
+    pub fn with_max_adapters(mut self, count: usize) -> Self {
+        self.max_adapters = count;
         self
     }
 
@@ -135,17 +144,26 @@ impl Models {
     /// [`ApiError`]: the name is taken, or the folder cannot be used; why is in the log.
     pub async fn load(&self, engine: &Engine, name: &str, dir: PathBuf) -> Result<(), ApiError> {
         let _one = self.changing.lock().await;
-        if name.is_empty() || name.len() > 200 {
-            return Err(ApiError::invalid(
-                "lora_name",
-                "`lora_name` is empty or longer than 200 bytes",
-            ));
-        }
+        check_name(name)
+            .map_err(|reason| ApiError::invalid("lora_name", format!("`lora_name` {reason}")))?;
         if self.find(Some(name)).is_ok() {
             return Err(ApiError::invalid(
                 "lora_name",
                 format!("the name `{name}` is in use; unload it first or take another"),
             ));
+        }
+        let adapters = {
+            let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
+            entries.len() - 1
+        };
+        if adapters >= self.max_adapters {
+            return Err(ApiError::new(
+                StatusCode::BAD_REQUEST,
+                format!(
+                    "{adapters} adapters are loaded, as many as this server takes; unload one first"
+                ),
+            )
+            .with_code("too_many_adapters"));
         }
         let refused = |reason: String| {
             log::warn!("adapter `{name}`: {reason}");
@@ -201,6 +219,35 @@ impl Models {
     }
 }
 
+/// Most adapters at once, unless it is said otherwise.
+pub const MAX_ADAPTERS: usize = 32;
+
+/// Longest name of an adapter, in bytes.
+const LONGEST_NAME: usize = 100;
+
+/// Checks the name of an adapter: it is seen in lists, logs and addresses.
+///
+/// # Errors
+/// What is wrong with it, to follow what it is the name of.
+pub fn check_name(name: &str) -> Result<(), String> {
+    if name.is_empty() || name.len() > LONGEST_NAME {
+        return Err(format!(
+            "has {} bytes, expected 1 to {LONGEST_NAME}",
+            name.len()
+        ));
+    }
+    let known = |letter: char| letter.is_alphanumeric() || "._-:/".contains(letter);
+    let plain = |part: &str| part.starts_with(char::is_alphanumeric) && !part.contains("..");
+    if !name.chars().all(known) || !name.split('/').all(plain) {
+        return Err(
+            "is no name: expected letters, digits and `.`, `_`, `-`, `:`, with `/` between parts \
+             that begin with a letter or digit and hold no `..`"
+                .into(),
+        );
+    }
+    Ok(())
+}
+
 /// The folder `name` inside `root`, and nowhere else.
 ///
 /// # Errors
@@ -231,6 +278,31 @@ pub fn folder_inside(root: &Path, name: &str) -> Result<PathBuf, ApiError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_adapters_name_cannot_pretend_to_be_something_else() {
+        for good in ["a", "chest-v1.2", "org/model:latest", "胸片_2"] {
+            assert_eq!(check_name(good), Ok(()), "{good}");
+        }
+        for bad in [
+            "",
+            " ",
+            "a b",
+            "x\n2026-11-30 ERROR forged",
+            "\u{1b}[31m",
+            "../../etc",
+            "a/../b",
+            "a..b",
+            "/etc",
+            "a/",
+            "<script>",
+            ".hidden",
+            "a\u{202e}b",
+            &"a".repeat(101),
+        ] {
+            assert!(check_name(bad).is_err(), "{bad:?}");
+        }
+    }
 
     #[test]
     fn no_name_leads_out_of_the_adapter_folder() {

@@ -17,6 +17,7 @@ use sha2::{Digest, Sha256};
 
 use super::{
     App,
+    audit::{ErrorCode, RequestRecord},
     auth::{KeyCheck, Peer, check_origin},
     body::shared,
     chat::{self, expect_json, read_json},
@@ -77,6 +78,7 @@ pub fn router(app: Arc<App>) -> Router {
     let guarded = Router::new()
         .route("/v1/chat/completions", post(chat::completions))
         .route("/v1/images/preview", post(preview))
+        .route("/v1/limits", get(limits))
         .route("/v1/models", get(models))
         .route("/v1/models/{*name}", get(model))
         .route("/v1/load_lora_adapter", post(load_adapter))
@@ -106,8 +108,10 @@ pub fn router(app: Arc<App>) -> Router {
 }
 
 /// Around every request: origin, panics, counters, headers.
-async fn every_request(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+async fn every_request(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
     let config = &app.config;
+    let record = RequestRecord::begin(&app.audit, &request);
+    request.extensions_mut().insert(record.clone());
     let allowed = check_host(&request)
         .and_then(|()| check_origin(request.headers(), &config.host_names, &config.origin_names));
     // A client that asks first sends nothing unless it is told to.
@@ -133,7 +137,15 @@ async fn every_request(State(app): State<Arc<App>>, request: Request, next: Next
             .await;
     }
     app.metrics.response(status.as_u16());
+    {
+        let mut facts = record.facts();
+        facts.status = Some(status.as_u16());
+        facts.code = response.extensions().get::<ErrorCode>().map(|code| code.0);
+    }
     let headers = response.headers_mut();
+    if let Ok(id) = HeaderValue::from_str(record.id()) {
+        headers.insert("x-request-id", id);
+    }
     let fixed = |text| HeaderValue::from_static(text);
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, fixed("nosniff"));
     headers.insert(header::REFERRER_POLICY, fixed("no-referrer"));
@@ -206,15 +218,43 @@ async fn metrics(State(app): State<Arc<App>>) -> Response {
         .into_response()
 }
 
+/// What a request may hold, for clients that say so before they send it.
+async fn limits(State(app): State<Arc<App>>) -> Json<Value> {
+    let config = &app.config;
+    Json(json!({
+        "object": "limits",
+        "max_images": config.max_images,
+        "max_image_pixels": config.max_image_pixels,
+        "max_body_bytes": config.max_body_bytes,
+        "max_new_tokens": config.max_new_tokens,
+        "max_model_len": app.context(),
+        "request_timeout_seconds": config.request_timeout.as_secs(),
+        "page_history": config.page_history,
+    }))
+}
+
 async fn models(State(app): State<Arc<App>>) -> Json<Value> {
-    Json(json!({"object": "list", "data": app.models.list()}))
+    let models: Vec<Value> = app
+        .models
+        .list()
+        .into_iter()
+        .map(|model| with_length(&app, model))
+        .collect();
+    Json(json!({"object": "list", "data": models}))
 }
 
 async fn model(
     State(app): State<Arc<App>>,
     Path(name): Path<String>,
 ) -> Result<Json<Value>, ApiError> {
-    app.models.describe(&name).map(Json)
+    let model = app.models.describe(&name)?;
+    Ok(Json(with_length(&app, model)))
+}
+
+/// A model's object with the tokens of prompt and answer together, as vLLM tells them.
+fn with_length(app: &App, mut model: Value) -> Value {
+    model["max_model_len"] = app.context().into();
+    model
 }
 
 async fn load_adapter(
@@ -224,13 +264,15 @@ async fn load_adapter(
     body: Body,
 ) -> Result<Response, ApiError> {
     expect_json(&headers)?;
-    let (request, _): (AdapterRequest, _) = read_json(&app, peer.client, body).await?;
+    let (fields, _) = read_json(&app, peer.client, body).await?;
+    let request = AdapterRequest::read(fields)?;
     let root = adapter_dir(&app)?;
     let path = request.lora_path.as_deref().unwrap_or(&request.lora_name);
     let dir = folder_inside(root, path)?;
     app.models
         .load(&app.engine, &request.lora_name, dir)
         .await?;
+    log::info!("adapter `{}` was loaded", request.lora_name);
     let message = format!("`{}` is loaded", request.lora_name);
     Ok(Json(json!({"message": message})).into_response())
 }
@@ -242,9 +284,11 @@ async fn unload_adapter(
     body: Body,
 ) -> Result<Response, ApiError> {
     expect_json(&headers)?;
-    let (request, _): (AdapterRequest, _) = read_json(&app, peer.client, body).await?;
+    let (fields, _) = read_json(&app, peer.client, body).await?;
+    let request = AdapterRequest::read(fields)?;
     adapter_dir(&app)?;
     app.models.unload(&app.engine, &request.lora_name).await?;
+    log::info!("adapter `{}` was unloaded", request.lora_name);
     let message = format!("`{}` is unloaded", request.lora_name);
     Ok(Json(json!({"message": message})).into_response())
 }
@@ -268,6 +312,7 @@ mod tests {
         for path in [
             "/v1/chat/completions",
             "/v1/images/preview",
+            "/v1/limits",
             "/v1/models",
             "/v1/models/{name}",
             "/v1/load_lora_adapter",

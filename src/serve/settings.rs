@@ -2,13 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::{Value, json};
-
 use super::{
     ServeConfig,
     engine::Penalties,
     error::ApiError,
-    types::{ChatRequest, ResponseFormat, Stop},
+    types::{AnswerForm, ChatRequest},
 };
 use crate::generate::SamplingConfig;
 
@@ -41,10 +39,18 @@ pub struct RequestSettings {
     pub stream: bool,
     /// Ends a stream with token counts.
     pub include_usage: bool,
-    /// Goes on behind end tokens, for measurements.
+    /// Goes on after end tokens, for measurements.
     pub ignore_eos: bool,
-    /// Schema of the answer.
-    pub schema: Option<Value>,
+    /// Form of the answer.
+    pub form: Option<AnswerForm>,
+    /// Tokens that end an answer besides the model's own.
+    pub stop_token_ids: Vec<u32>,
+    /// Tokens before which none of these is taken.
+    pub min_new_tokens: usize,
+    /// The only tokens that may be chosen, if not all.
+    pub allowed_token_ids: Option<Vec<u32>>,
+    /// Fields of the request that were passed over.
+    pub ignored: Vec<String>,
 }
 
 impl RequestSettings {
@@ -57,7 +63,6 @@ impl RequestSettings {
         config: &ServeConfig,
         vocab_size: usize,
     ) -> Result<Self, ApiError> {
-        refuse_unknown_features(request)?;
         let choices = request.n.unwrap_or(1);
         if choices == 0 || choices > config.max_choices {
             return Err(ApiError::invalid(
@@ -73,17 +78,13 @@ impl RequestSettings {
             stop: stop(request)?,
             logprobs: logprobs(request)?,
             stream: request.stream.unwrap_or(false),
-            include_usage: request
-                .stream_options
-                .is_some_and(|options| options.include_usage),
+            include_usage: request.include_usage,
             ignore_eos: request.ignore_eos.unwrap_or(false),
-            schema: match &request.response_format {
-                None | Some(ResponseFormat::Text) => None,
-                Some(ResponseFormat::JsonObject) => Some(json!({"type": "object"})),
-                Some(ResponseFormat::JsonSchema { json_schema }) => {
-                    Some(json_schema.schema.clone())
-                }
-            },
+            form: request.form.clone(),
+            stop_token_ids: token_ids("stop_token_ids", &request.stop_token_ids, vocab_size)?,
+            min_new_tokens: min_new_tokens(request, config)?,
+            allowed_token_ids: allowed_token_ids(request, vocab_size)?,
+            ignored: request.ignored.clone(),
         })
     }
 
@@ -94,22 +95,6 @@ impl RequestSettings {
             ..self.sampling.clone()
         }
     }
-}
-
-fn refuse_unknown_features(request: &ChatRequest) -> Result<(), ApiError> {
-    let given = |list: &Option<Vec<Value>>| list.as_ref().is_some_and(|list| !list.is_empty());
-    for (name, there) in [
-        ("tools", given(&request.tools)),
-        ("functions", given(&request.functions)),
-    ] {
-        if there {
-            return Err(ApiError::invalid(
-                name,
-                format!("`{name}` is not supported; this server writes text only"),
-            ));
-        }
-    }
-    Ok(())
 }
 
 fn sampling(request: &ChatRequest, defaults: &SamplingConfig) -> Result<SamplingConfig, ApiError> {
@@ -210,12 +195,55 @@ fn max_new_tokens(request: &ChatRequest, config: &ServeConfig) -> Result<Option<
     Ok(Some(value))
 }
 
-fn stop(request: &ChatRequest) -> Result<Vec<String>, ApiError> {
-    let stop = match request.stop.clone() {
-        None => Vec::new(),
-        Some(Stop::One(text)) => vec![text],
-        Some(Stop::Many(texts)) => texts,
+fn min_new_tokens(request: &ChatRequest, config: &ServeConfig) -> Result<usize, ApiError> {
+    let least = request.min_tokens.unwrap_or(0);
+    let most = max_new_tokens(request, config)?.unwrap_or(config.default_new_tokens);
+    if least > most {
+        return Err(ApiError::invalid(
+            "min_tokens",
+            format!(
+                "`min_tokens` is {least}, expected at most the {most} tokens the answer may have"
+            ),
+        ));
+    }
+    Ok(least)
+}
+
+fn token_ids(name: &str, ids: &[u32], vocab_size: usize) -> Result<Vec<u32>, ApiError> {
+    match ids.iter().find(|id| **id as usize >= vocab_size) {
+        Some(id) => Err(ApiError::invalid(
+            name,
+            format!("`{name}` has {id}, expected token ids below {vocab_size}"),
+        )),
+        None => Ok(ids.to_vec()),
+    }
+}
+
+fn allowed_token_ids(
+    request: &ChatRequest,
+    vocab_size: usize,
+) -> Result<Option<Vec<u32>>, ApiError> {
+    let name = "allowed_token_ids";
+    let Some(ids) = &request.allowed_token_ids else {
+        return Ok(None);
     };
+    if ids.is_empty() {
+        return Err(ApiError::invalid(
+            name,
+            format!("`{name}` is empty, expected at least one token id"),
+        ));
+    }
+    if request.form.is_some() {
+        return Err(ApiError::invalid(
+            name,
+            format!("`{name}` cannot be followed together with a form of the answer"),
+        ));
+    }
+    token_ids(name, ids, vocab_size).map(Some)
+}
+
+fn stop(request: &ChatRequest) -> Result<Vec<String>, ApiError> {
+    let stop = request.stop.clone();
     let fits = |text: &String| !text.is_empty() && text.len() <= LONGEST_STOP;
     if stop.len() > MAX_STOPS || !stop.iter().all(fits) {
         return Err(ApiError::invalid(

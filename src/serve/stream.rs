@@ -71,7 +71,7 @@ pub(super) async fn respond(mut answers: Answers) -> Result<Response, ApiError> 
     // One that must wait long gets its headers before, so that nothing on the way loses patience.
     let first = tokio::time::timeout(KEEP_ALIVE, running.events.next()).await;
     if let Ok(Some((_, Event::Failed(failure)))) = first {
-        running.answers.log.outcome = "failed";
+        running.answers.record.facts().outcome = Some("failed");
         return Err(failure.into());
     }
     for index in 0..count {
@@ -122,7 +122,7 @@ impl Running {
     fn take(&mut self, index: usize, event: Event) {
         match event {
             Event::Token { text, logprob } => {
-                self.answers.log.completion_tokens += 1;
+                self.answers.record.facts().completion_tokens += 1;
                 let pieces = self.splitters[index].push(&text);
                 let mut logprobs =
                     logprob.map(|one| json!({"content": [entry(&self.answers.tokenizer, &one)]}));
@@ -141,7 +141,7 @@ impl Running {
                     None,
                     Some((finish_reason(done.reason), stop_reason(done.reason))),
                 );
-                count(&mut self.usage, self.answers.log.prompt_tokens, &done);
+                count(&mut self.usage, self.answers.prompt_tokens, &done);
                 self.open -= 1;
                 if self.open == 0 {
                     self.finish();
@@ -168,6 +168,7 @@ impl Running {
         logprobs: Option<Value>,
         finish: Option<(&'static str, Option<&'static str>)>,
     ) {
+        let delta_begins = delta.get("role").is_some();
         let mut choice = json!({
             "index": index,
             "delta": delta,
@@ -177,10 +178,12 @@ impl Running {
         if let Some((_, Some(reason))) = finish {
             choice["stop_reason"] = reason.into();
         }
-        self.send(json!([choice]), None);
+        // Said before the first word, for who reads along, and with the last, for who looks there.
+        let notes = finish.is_some() || delta_begins;
+        self.send(json!([choice]), None, notes);
     }
 
-    fn send(&mut self, choices: Value, usage: Option<&Usage>) {
+    fn send(&mut self, choices: Value, usage: Option<&Usage>, notes: bool) {
         let header = &self.answers.header;
         let mut chunk = json!({
             "id": header.id,
@@ -192,24 +195,29 @@ impl Running {
         if let Some(usage) = usage {
             chunk["usage"] = json!(usage);
         }
+        if notes {
+            self.answers.note(&mut chunk);
+        }
         self.ready.push_back(format!("data: {chunk}\n\n"));
     }
 
     fn finish(&mut self) {
         if self.answers.settings.include_usage {
             let usage = self.usage.clone();
-            self.send(json!([]), Some(&usage));
+            self.send(json!([]), Some(&usage), false);
         }
         self.ready.push_back("data: [DONE]\n\n".into());
-        self.answers.log.completion_tokens = self.usage.completion_tokens;
-        self.answers.log.outcome = "done";
+        let mut facts = self.answers.record.facts();
+        facts.completion_tokens = self.usage.completion_tokens;
+        facts.outcome = Some("done");
+        drop(facts);
         self.over = true;
     }
 
     /// The status is long sent; the error is an event of its own, as OpenAI does it.
     fn fail(&mut self, error: &ApiError) {
         self.ready.push_back(format!("data: {}\n\n", error.body()));
-        self.answers.log.outcome = "failed";
+        self.answers.record.facts().outcome = Some("failed");
         self.over = true;
     }
 }

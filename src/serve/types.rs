@@ -1,20 +1,24 @@
 //! The wire format: OpenAI's chat completions, with the extensions that vLLM has made common.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::processor::remark::Remark;
+
 /// Body of `POST /v1/chat/completions`.
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default)]
+#[derive(Debug, Clone, Default)]
 #[allow(
     missing_docs,
-    reason = "the keys are OpenAI's; openapi.json explains each"
+    reason = "the keys are OpenAI's and vLLM's; openapi.json explains each"
 )]
 pub struct ChatRequest {
     pub model: Option<String>,
     pub messages: Vec<ChatMessage>,
     pub max_tokens: Option<usize>,
     pub max_completion_tokens: Option<usize>,
+    pub min_tokens: Option<usize>,
     pub temperature: Option<f32>,
     pub top_p: Option<f32>,
     pub top_k: Option<i64>,
@@ -22,79 +26,47 @@ pub struct ChatRequest {
     pub repetition_penalty: Option<f32>,
     pub frequency_penalty: Option<f32>,
     pub presence_penalty: Option<f32>,
-    pub logit_bias: Option<std::collections::BTreeMap<String, f32>>,
+    pub logit_bias: Option<BTreeMap<String, f32>>,
+    pub allowed_token_ids: Option<Vec<u32>>,
     pub seed: Option<i64>,
     pub n: Option<usize>,
-    pub stop: Option<Stop>,
+    pub stop: Vec<String>,
+    pub stop_token_ids: Vec<u32>,
     pub stream: Option<bool>,
-    pub stream_options: Option<StreamOptions>,
+    pub include_usage: bool,
     pub logprobs: Option<bool>,
     pub top_logprobs: Option<usize>,
-    pub response_format: Option<ResponseFormat>,
+    pub form: Option<AnswerForm>,
     pub ignore_eos: Option<bool>,
-    pub tools: Option<Vec<Value>>,
-    pub functions: Option<Vec<Value>>,
+    pub enable_thinking: Option<bool>,
+    /// Fields that were passed over.
+    pub ignored: Vec<String>,
 }
 
-/// One stop text or several.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(untagged, expecting = "`stop` is a text or a list of texts")]
-pub enum Stop {
-    /// One.
-    One(String),
-    /// Several.
-    Many(Vec<String>),
-}
-
-/// What a stream tells besides text.
-#[derive(Debug, Clone, Copy, Default, Deserialize)]
-#[serde(default)]
-pub struct StreamOptions {
-    /// Ends the stream with a chunk of token counts.
-    pub include_usage: bool,
-}
-
-/// Form of the answer.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(tag = "type", rename_all = "snake_case")]
-pub enum ResponseFormat {
-    /// Any text.
-    Text,
-    /// Some JSON object.
-    JsonObject,
+/// Form of an answer that is no free text.
+#[derive(Debug, Clone, PartialEq)]
+pub enum AnswerForm {
     /// JSON of a schema.
-    JsonSchema {
-        /// The schema with its name.
-        json_schema: NamedSchema,
-    },
-}
-
-/// A JSON schema in OpenAI's wrapping.
-#[derive(Debug, Clone, Deserialize)]
-pub struct NamedSchema {
-    /// The schema.
-    pub schema: Value,
+    Json(Value),
+    /// A text that a regular expression matches.
+    Regex(String),
+    /// One of these.
+    Choice(Vec<String>),
 }
 
 /// One message of a request.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone)]
 pub struct ChatMessage {
     /// Who speaks.
     pub role: String,
     /// What is said.
-    #[serde(default)]
     pub content: Option<ChatContent>,
     /// Reasoning before an earlier answer.
-    #[serde(default)]
     pub reasoning_content: Option<String>,
 }
 
 /// Text, or text and images.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(
-    untagged,
-    expecting = "`content` is a text or a list of {\"type\": \"text\", \"text\": …} and {\"type\": \"image_url\", \"image_url\": {\"url\": …}}"
-)]
+#[derive(Debug, Clone)]
 pub enum ChatContent {
     /// Text alone.
     Text(String),
@@ -103,8 +75,7 @@ pub enum ChatContent {
 }
 
 /// One piece of a message.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(tag = "type", rename_all = "snake_case")]
+#[derive(Debug, Clone)]
 pub enum ChatPart {
     /// Words.
     Text {
@@ -118,26 +89,25 @@ pub enum ChatPart {
     },
 }
 
-/// Address of an image, alone or in an object.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(untagged, expecting = "`image_url` is {\"url\": …}")]
-pub enum ImageUrl {
-    /// As OpenAI writes it.
-    Object {
-        /// `data:`, `http:` or `https:`.
-        url: String,
-    },
-    /// As some clients write it.
-    Plain(String),
-}
+/// Address of an image: `data:`, `http:` or `https:`.
+#[derive(Debug, Clone)]
+pub struct ImageUrl(pub String);
 
 impl ImageUrl {
     /// The address.
     pub fn url(&self) -> &str {
-        match self {
-            Self::Object { url } | Self::Plain(url) => url,
-        }
+        &self.0
     }
+}
+
+/// What a reader of an answer should know about an image it was written from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ImageRemark {
+    /// The image's number in the request, from 1; none for a remark on the request as a whole.
+    pub image: Option<usize>,
+    /// Code and sentence.
+    #[serde(flatten)]
+    pub remark: Remark,
 }
 
 /// Counts of tokens.
@@ -173,11 +143,10 @@ pub struct LogprobEntry {
 }
 
 /// Body of `POST /v1/load_lora_adapter` and `/v1/unload_lora_adapter`.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone)]
 pub struct AdapterRequest {
     /// The name to be used as `model`.
     pub lora_name: String,
     /// Folder inside the server's adapter folder; the name when absent.
-    #[serde(default)]
     pub lora_path: Option<String>,
 }

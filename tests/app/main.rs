@@ -17,6 +17,7 @@ mod merge_plan;
 mod quantize;
 mod refusal;
 mod serve;
+mod serve_api;
 mod serve_safety;
 mod server;
 mod train;

@@ -70,7 +70,7 @@ fn an_answer_is_that_of_infer_whole_streamed_and_again() {
     assert_eq!(server.metric("xray_images_encoded_total"), 1);
     // The log tells sizes, not what was said.
     let log = server.log();
-    assert!(log.contains("1 image(s)"), "{log}");
+    assert!(log.contains(" images=1 "), "{log}");
     assert!(!log.contains(want) && !log.contains("积液"), "{log}");
 }
 
@@ -203,7 +203,7 @@ fn many_users_at_once_get_what_each_gets_alone() {
 }
 
 /// Writes an adapter of the tiny model that changes its answers.
-fn write_adapter(dir: &Path) {
+pub(crate) fn write_adapter(dir: &Path) {
     fs::create_dir_all(dir).unwrap();
     let config = json!({
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 8, "lora_dropout": 0.0,

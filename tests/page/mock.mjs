@@ -46,7 +46,8 @@ async function bodyOf(request) {
  * Starts the mock on loopback. The returned `state` may be changed at any time:
  * `models`, `key` (or null), `preview` (`png`, `missing`, `refused`), `ready`, `report`, `thinking`,
  * `delay` (milliseconds between pieces), `busy` (how many requests are refused with 429),
- * `status` (of the next answer alone, or null), `cutAfter` (pieces until the connection breaks, or
+ * `status` (of the next answer alone, or null: `{ code, message, name, retry }`), `limits` (or null),
+ * `remarks`, `stop` (reason, or null), `cutAfter` (pieces until the connection breaks, or
  * null), `failAfter` (pieces until an error event), `finish`. It collects `asked` (bodies),
  * `previewed` (byte counts) and `hungUp` (how many clients went away before the end).
  */
@@ -64,14 +65,18 @@ export async function startMock(port = 0) {
     cutAfter: null,
     failAfter: null,
     finish: "stop",
+    stop: null,
+    remarks: [],
+    limits: null,
+    failure: { message: "the request failed inside the server", type: "server_error", code: null },
     asked: [],
     previewed: [],
     hungUp: 0,
   };
 
-  const fail = (response, status, message, headers = {}) => {
+  const fail = (response, status, message, headers = {}, code = null) => {
     response.writeHead(status, { "content-type": "application/json", ...headers });
-    response.end(JSON.stringify({ error: { message, type: "mock", param: null, code: null } }));
+    response.end(JSON.stringify({ error: { message, type: "mock", param: null, code } }));
   };
 
   async function chat(request, response) {
@@ -81,9 +86,9 @@ export async function startMock(port = 0) {
       return fail(response, 429, "64 requests are waiting; try again later", { "retry-after": "1" });
     }
     if (state.status !== null) {
-      const { code, message } = state.status;
+      const { code, message, name, retry } = state.status;
       state.status = null;
-      return fail(response, code, message);
+      return fail(response, code, message, retry ? { "retry-after": retry } : {}, name);
     }
     state.asked.push(body);
     response.writeHead(200, { "content-type": "text/event-stream", "cache-control": "no-store" });
@@ -97,6 +102,7 @@ export async function startMock(port = 0) {
       model: body.model,
       choices: [{ index: 0, delta, finish_reason }],
     });
+    const first = { ...chunk({ role: "assistant" }), remarks: state.remarks };
     const inTwos = (text) => text.match(/[\s\S]{1,2}/g) ?? [];
     const pieces = [{ role: "assistant" }];
     if (state.thinking) pieces.push(...inTwos(THOUGHTS).map((text) => ({ reasoning_content: text })));
@@ -106,20 +112,20 @@ export async function startMock(port = 0) {
       if (index === state.cutAfter) return response.destroy();
       if (index === state.failAfter) {
         ended = true;
-        send({
-          error: { message: "the request failed inside the server", type: "server_error", code: null },
-        });
+        send({ error: state.failure });
         return response.end();
       }
       // Once in two pieces, so that a reader meets events cut anywhere.
-      const text = `data: ${JSON.stringify(chunk(delta))}\n\n`;
+      const text = `data: ${JSON.stringify(index === 0 ? first : chunk(delta))}\n\n`;
       const cut = Math.floor(text.length / 2);
       response.write(Buffer.from(text).subarray(0, cut));
       await pause(state.delay);
       response.write(Buffer.from(text).subarray(cut));
     }
     ended = true;
-    send(chunk({}, state.finish));
+    const last = { ...chunk({}, state.finish), remarks: state.remarks };
+    if (state.stop !== null) last.choices[0].stop_reason = state.stop;
+    send(last);
     if (body.stream_options?.include_usage) {
       const completion_tokens = pieces.length;
       const usage = { prompt_tokens: 312, completion_tokens, total_tokens: 312 + completion_tokens };
@@ -165,6 +171,10 @@ export async function startMock(port = 0) {
         response.writeHead(200, { "content-type": "application/json" });
         const data = state.models.map((id) => ({ id, object: "model" }));
         return response.end(JSON.stringify({ object: "list", data }));
+      }
+      if (pathname === "/v1/limits" && state.limits !== null) {
+        response.writeHead(200, { "content-type": "application/json" });
+        return response.end(JSON.stringify(state.limits));
       }
       if (pathname === "/v1/chat/completions" && request.method === "POST") return chat(request, response);
       if (pathname === "/v1/images/preview" && request.method === "POST") return previewed(request, response);

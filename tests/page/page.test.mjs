@@ -34,7 +34,7 @@ test("both languages have the same texts, and every text that is used", async ()
     [],
   );
   // Keys put together from a state are beyond this search.
-  const made = /^(error|finish|ready|theme)\./;
+  const made = /^(error|finish|ready|remark|theme)\./;
   const sources = await Promise.all(FILES.map((name) => readFile(`${ROOT}src/serve/page/${name}`, "utf8")));
   const unused = Object.keys(STRINGS.zh).filter(
     (key) => !made.test(key) && !sources.join("").includes(`"${key}"`),
@@ -111,7 +111,7 @@ test("what cannot be sent is told at its field", async () => {
   await page.fill("#question", "问");
   await page.fill("#length", "0");
   await generate();
-  assert.equal(await textOf("#form-error"), STRINGS.zh["form.bad_length"]);
+  assert.equal(await textOf("#form-error"), STRINGS.zh["form.bad_length"].replace("{most}", "32768"));
   assert.equal(mock.state.asked.length, 0);
 });
 
@@ -295,13 +295,156 @@ test("a full queue is tried again", async () => {
   await finished();
 });
 
+test("a server that has no room for the moment is tried again, with its own words", async () => {
+  await choose(FILM);
+  for (const [status, key] of [
+    [{ code: 503, message: "too many", name: "too_many_bodies", retry: "1" }, "run.crowded"],
+    [{ code: 503, message: "the server is stopping", retry: "1" }, "run.stopping"],
+  ]) {
+    mock.state.status = status;
+    await generate();
+    const opening = STRINGS.zh[key].split("，")[0];
+    await page.waitForFunction(
+      (text) => document.querySelector(".run-status").textContent.startsWith(text),
+      opening,
+    );
+    await page.getByRole("button", { name: STRINGS.zh["run.now"] }).click();
+    await finished();
+    await page.getByRole("button", { name: STRINGS.zh["run.remove"] }).first().click();
+  }
+});
+
+test("an answer that went round in circles is told as that, in exports too", async () => {
+  await page.context().grantPermissions(["clipboard-read", "clipboard-write"]);
+  Object.assign(mock.state, { finish: "length", stop: "repetition", report: "双肺清晰。".repeat(9) });
+  await choose(FILM);
+  await generate();
+  await finished();
+  assert.equal(await textOf(".run-status"), STRINGS.zh["finish.repetition"]);
+  await picture("repetition");
+  await page.getByRole("button", { name: "复制" }).click();
+  await page.waitForFunction(() => document.querySelector(".told").textContent !== "");
+  const copied = await page.evaluate(() => navigator.clipboard.readText());
+  assert.ok(copied.endsWith(`[${STRINGS.zh["finish.repetition"]}]`), copied);
+  const [file] = await Promise.all([
+    page.waitForEvent("download"),
+    page.getByRole("button", { name: "JSON" }).click(),
+  ]);
+  const record = JSON.parse(await readFile(await file.path(), "utf8"));
+  assert.deepEqual([record.finish_reason, record.stop_reason], ["length", "repetition"]);
+});
+
+test("a broken connection is told above the report, and in the head of the page", async () => {
+  mock.state.report = REPORT.repeat(12);
+  mock.state.cutAfter = 500;
+  mock.state.delay = 1;
+  await choose(FILM);
+  await generate();
+  await page.waitForFunction(() => document.querySelector(".report-text").textContent.length > 900);
+  await mock.close();
+  await page.waitForSelector(".run .error:not([hidden])");
+  const top = (selector) => page.locator(selector).first().evaluate((e) => e.getBoundingClientRect().top);
+  assert.ok((await top(".run .error")) < (await top(".report-text")));
+  await page.waitForSelector('#ready[data-state="unreachable"]');
+  await picture("broken-connection");
+  await restartMock();
+});
+
+test("remarks on the films stand above the report and go with it", async () => {
+  mock.state.remarks = [
+    { image: 2, code: "not_a_chest", text: "its body part is HIP" },
+    { image: 1, code: "of_a_later_version", text: "words of the server" },
+  ];
+  await choose(await film("张三_男_1985_ID00123.png"), await film("b.png"));
+  await page.check("[value=together]");
+  await generate();
+  await page.waitForSelector("#joint .run-facts:not([hidden])");
+  const told = await page.locator(".remarks li").allInnerTexts();
+  assert.deepEqual(told, [`影像 2 ${STRINGS.zh["remark.not_a_chest"]}`, "影像 1 words of the server"]);
+  const top = (selector) => page.locator(selector).first().evaluate((e) => e.getBoundingClientRect().top);
+  assert.ok((await top(".remarks")) < (await top("#joint .report-text")));
+  assert.deepEqual(await page.locator(".run-films li").allInnerTexts(), [
+    "影像 1：张三_男_1985_ID00123.png",
+    "影像 2：b.png",
+  ]);
+  assert.deepEqual(await page.locator(".film-number").allInnerTexts(), ["影像 1", "影像 2"]);
+  await accessible("remarks");
+  await picture("remarks");
+  await page.click("#language");
+  assert.equal(await textOf(".remarks li"), `Film 2 ${STRINGS.en["remark.not_a_chest"]}`);
+  await picture("remarks-english");
+  const [file] = await Promise.all([
+    page.waitForEvent("download"),
+    page.getByRole("button", { name: "Markdown" }).click(),
+  ]);
+  const markdown = await readFile(await file.path(), "utf8");
+  assert.ok(markdown.includes(`Film 2: ${STRINGS.en["remark.not_a_chest"]}`), markdown);
+});
+
+test("the server's limits are told before anything is sent", async () => {
+  mock.state.limits = {
+    max_images: 2,
+    max_image_pixels: 16000,
+    max_body_bytes: 4 << 20,
+    max_new_tokens: 50,
+  };
+  await page.reload();
+  await page.waitForSelector("#pick-limits:not([hidden])");
+  assert.match(await textOf("#pick-limits"), /最多 2 张；.*0 百万像素；.*3\.0 MB/);
+  // 128 × 128 pixels.
+  await choose(FILM);
+  assert.match(await textOf(".stage-message p"), /128 × 128 像素/);
+  mock.state.limits.max_image_pixels = 64e6;
+  await page.reload();
+  await page.waitForSelector("#pick-limits:not([hidden])");
+  await choose(await film("a.png"), await film("b.png"), await film("c.png"));
+  await page.check("[value=together]");
+  await generate();
+  assert.match(await textOf("#form-error"), /最大长度须为 1 到 50/);
+  await page.fill("#length", "50");
+  await generate();
+  assert.match(await textOf("#form-error"), /选了 3 张影像；此服务器一次最多合写 2 张/);
+  await picture("limits");
+  assert.equal(mock.state.asked.length, 0);
+});
+
+test("where many may use a machine nothing is kept, and names can be left out", async () => {
+  mock.state.limits = { page_history: false };
+  await page.reload();
+  await page.waitForFunction(() => !document.querySelector("#history-on").checked);
+  await choose(await film("张三_男_1985.png"));
+  await generate();
+  await finished();
+  await page.click("#open-history");
+  await page.waitForSelector("#history-none:not([hidden])");
+  await page.check("#history-on");
+  await page.check("#history-hash");
+  await page.keyboard.press("Escape");
+  await page.reload();
+  await choose(await film("张三_男_1985.png"));
+  await generate();
+  await finished();
+  await page.click("#open-history");
+  await page.waitForSelector(".history li");
+  assert.match(await textOf(".history strong"), /^film-[0-9a-f]{12}$/);
+  const kept = await page.evaluate(
+    () =>
+      new Promise((resolve) => {
+        indexedDB.open("xray-reports").onsuccess = ({ target }) => {
+          const all = target.result.transaction("reports").objectStore("reports").getAll();
+          all.onsuccess = () => resolve(JSON.stringify(all.result));
+        };
+      }),
+  );
+  assert.ok(!kept.includes("张三"));
+});
+
 test("errors are told plainly", async () => {
   await choose(FILM);
   for (const [code, key] of [
     [413, "too_large"],
     [400, "refused"],
     [404, "missing"],
-    [503, "stopping"],
     [504, "deadline"],
     [500, "server"],
   ]) {
@@ -324,6 +467,15 @@ test("errors are told plainly", async () => {
     (text) => document.querySelector(".run .error p").textContent === text,
     STRINGS.zh["error.server"],
   );
+  assert.equal(await textOf(".run .error p:nth-child(2)"), STRINGS.zh["error.incomplete"]);
+  // In the middle of a stream a deadline has no status of its own.
+  mock.state.failure = { message: "too late", type: "timeout_error", code: "deadline" };
+  await page.click(".run > .tool");
+  await page.waitForFunction(
+    (text) => document.querySelector(".run .error p").textContent === text,
+    STRINGS.zh["error.deadline"],
+  );
+  assert.equal(await textOf(".run .error .detail"), "too late");
   mock.state.failAfter = null;
   mock.state.finish = "length";
   await page.click(".run > .tool");

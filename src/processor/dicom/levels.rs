@@ -17,7 +17,7 @@ use dicom_dictionary_std::tags;
 use super::error::DicomError;
 use super::header::{Header, Photometric};
 use super::reader::{DataSet, StoredTable};
-use super::remark::Remark;
+use crate::processor::remark::{Remark, RemarkKind};
 
 /// Share of pixels below and above the range shown where a file names none.
 const PERCENTILES: (f64, f64) = (0.01, 0.99);
@@ -250,12 +250,13 @@ impl Window {
         if !set.has(tags::WINDOW_CENTER) && !set.has(tags::WINDOW_WIDTH) {
             return None;
         }
-        let mut unusable = |reason: &str| {
-            remarks.push(Remark::new(format!(
+        let mut unusable =
+            |reason: &str| {
+                remarks.push(Remark::new(RemarkKind::WindowOutsideRange, format!(
                 "its window {reason}; the 1st to 99th percentile of its grey levels is shown"
             )));
-            None
-        };
+                None
+            };
         let first = |tag| set.numbers(tag)?.first().copied();
         let (Some(center), Some(width)) = (first(tags::WINDOW_CENTER), first(tags::WINDOW_WIDTH))
         else {

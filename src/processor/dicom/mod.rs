@@ -24,9 +24,9 @@ use image::{DynamicImage, GrayImage, RgbImage};
 
 pub use error::DicomError;
 pub use reader::looks_like_dicom;
-pub use remark::Remark;
 
 use super::image::DecodeLimits;
+use super::remark::{Remark, RemarkKind};
 use codec::Samples;
 use header::Header;
 use reader::{DataSet, Opened};
@@ -78,7 +78,7 @@ pub(super) fn decode(
     };
     let orientation = upright::orientation(&set);
     if orientation != Orientation::NoTransforms {
-        remarks.push(Remark::new(
+        remarks.push(Remark::new(RemarkKind::Turned,
             "it is turned or mirrored as its Patient Orientation says, to head up and left on the right",
         ));
     }

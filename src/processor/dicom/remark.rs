@@ -1,64 +1,28 @@
-//! What a reader of a report should know about the picture behind it, and the attributes to show.
-
-use std::fmt;
+//! What a reader of a report should know about a file, and the attributes to show.
 
 use dicom_dictionary_std::tags;
 
 use super::reader::{DataSet, Opened};
-
-/// Something about a picture that is no error.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Remark {
-    text: String,
-    once: bool,
-}
-
-impl Remark {
-    pub(super) fn new(text: impl Into<String>) -> Self {
-        Self {
-            text: text.into(),
-            once: false,
-        }
-    }
-
-    /// One that need not be repeated for each picture of a run.
-    fn once(text: impl Into<String>) -> Self {
-        Self {
-            text: text.into(),
-            once: true,
-        }
-    }
-
-    /// Whether saying it once for a whole run is enough.
-    pub fn is_said_once(&self) -> bool {
-        self.once
-    }
-}
-
-impl fmt::Display for Remark {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.text)
-    }
-}
+use crate::processor::remark::{Remark, RemarkKind};
 
 /// What does not look like a chest radiograph.
 pub(super) fn subject(set: &DataSet<'_>) -> Vec<Remark> {
     let mut remarks = Vec::new();
     match set.codes(tags::MODALITY).first() {
         Some(&("CR" | "DX")) => {}
-        Some(found) => remarks.push(Remark::new(format!(
+        Some(found) => remarks.push(Remark::new(RemarkKind::NotAChest, format!(
             "its modality is {found}, not CR or DX: a report on it as a chest radiograph means nothing"
         ))),
-        None => remarks.push(Remark::once(
+        None => remarks.push(Remark::new(RemarkKind::SubjectNotStated,
             "it does not say its modality, taken for a radiograph",
         )),
     }
     match set.codes(tags::BODY_PART_EXAMINED).first() {
         Some(part) if part.contains("CHEST") || part.contains("THORAX") => {}
-        Some(found) => remarks.push(Remark::new(format!(
+        Some(found) => remarks.push(Remark::new(RemarkKind::NotAChest, format!(
             "its body part is {found}, not CHEST or THORAX: a report on it as a chest radiograph means nothing"
         ))),
-        None => remarks.push(Remark::once(
+        None => remarks.push(Remark::new(RemarkKind::SubjectNotStated,
             "it does not say its body part, taken for a chest",
         )),
     }
@@ -83,7 +47,7 @@ fn aspect(set: &DataSet<'_>) -> Option<Remark> {
     .into_iter()
     .find_map(pair)?;
     ((ratio - 1.0).abs() > VISIBLE).then(|| {
-        Remark::new(format!(
+        Remark::new(RemarkKind::PixelAspect, format!(
             "its pixels are {ratio:.2} times as high as wide and are used as they are: shapes are distorted"
         ))
     })

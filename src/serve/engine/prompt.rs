@@ -8,6 +8,7 @@ use std::{
 
 use sha2::{Digest, Sha256};
 
+use crate::serve::types::ImageRemark;
 use crate::{
     generate::GenerateError,
     qwen3_vl::{
@@ -84,6 +85,8 @@ pub struct PreparedPrompt {
     pub patch_memory: Mutex<Option<HeldMemory>>,
     /// What is counted for all the rest.
     pub memory: Option<HeldMemory>,
+    /// What a reader of the answer should know about the images; the worker does not look at it.
+    pub remarks: Vec<ImageRemark>,
 }
 
 /// Key of a text token.
@@ -160,6 +163,7 @@ impl PreparedPrompt {
             keys,
             patch_memory: Mutex::new(None),
             memory: None,
+            remarks: Vec::new(),
         })
     }
 

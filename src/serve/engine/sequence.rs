@@ -30,6 +30,10 @@ pub trait TokenConstraint: Send {
     /// # Errors
     /// A reason for the log; the answer breaks off.
     fn accept(&mut self, token: u32) -> Result<bool, String>;
+
+    /// Whether the answer is free text at this place, so that going round in circles is the model's
+    /// fault: what a form asks for may well be one piece over and over.
+    fn is_free(&self) -> bool;
 }
 
 /// OpenAI's changes of the logits.
@@ -292,7 +296,14 @@ impl Sequence {
                 Some(FinishReason::Stop)
             } else if self.generated.len() >= self.submission.max_new_tokens {
                 Some(FinishReason::Length)
-            } else if self.submission.stop_on_repetition && goes_round(&self.generated) {
+            } else if self.submission.stop_on_repetition
+                && self
+                    .submission
+                    .constraint
+                    .as_ref()
+                    .is_none_or(|form| form.is_free())
+                && goes_round(&self.generated)
+            {
                 Some(FinishReason::Repetition)
             } else {
                 None

@@ -192,6 +192,7 @@ fn prompt(ids: &[u32]) -> Arc<PreparedPrompt> {
         keys: ids.iter().map(|id| prompt::token_key(*id)).collect(),
         patch_memory: Mutex::default(),
         memory: None,
+        remarks: Vec::new(),
     })
 }
 

@@ -3,7 +3,7 @@
 const KEY = "xray-api-key";
 
 /**
- * A request that did not end well. `kind` is one of `key`, `busy`, `stopping`, `deadline`,
+ * A request that did not end well. `kind` is one of `key`, `busy`, `crowded`, `stopping`, `deadline`,
  * `too_large`, `refused`, `missing`, `server`, `network`, `broken`, `cancelled`; `message` is what the
  * server said, perhaps empty; `retryAfter` is in seconds.
  */
@@ -16,21 +16,28 @@ export class ApiError extends Error {
   }
 }
 
-function kindOf(status) {
+/** The kind of an error by the server's own code and type, and by the status where it names none. */
+function kindOf(status, { code = null, type = null } = {}) {
+  const codes = { queue_full: "busy", too_many_bodies: "crowded", deadline: "deadline" };
+  if (code in codes) return codes[code];
+  const types = { timeout_error: "deadline", service_unavailable_error: "stopping" };
+  if (type in types) return types[type];
   const kinds = { 401: "key", 403: "key", 404: "missing", 413: "too_large", 429: "busy" };
   if (status in kinds) return kinds[status];
   if (status === 503) return "stopping";
-  if (status === 504) return "deadline";
+  if (status === 504 || status === 408) return "deadline";
   return status >= 500 ? "server" : "refused";
 }
 
 /** The error of an answer that is no success. */
 async function errorOf(response) {
   let message = "";
+  let said = {};
   try {
     const text = await response.text();
     try {
-      message = JSON.parse(text)?.error?.message ?? "";
+      said = JSON.parse(text)?.error ?? {};
+      message = said.message ?? "";
     } catch {
       // A proxy's page of markup says nothing to a reader.
       message = text.startsWith("<") ? "" : text.slice(0, 300);
@@ -39,7 +46,7 @@ async function errorOf(response) {
     // The status alone has to do.
   }
   const retryAfter = Number(response.headers.get("retry-after")) || 0;
-  return new ApiError(kindOf(response.status), { message, status: response.status, retryAfter });
+  return new ApiError(kindOf(response.status, said), { message, status: response.status, retryAfter });
 }
 
 /** Asks the user for a key; set by the page. Resolves to a key, or to null if there will be none. */
@@ -94,6 +101,15 @@ export async function models() {
   return data.map((model) => model.id);
 }
 
+/** What the server takes, and how it is set up for the page; an empty object where it does not say. */
+export async function limits() {
+  try {
+    return await (await send("/v1/limits")).json();
+  } catch {
+    return {};
+  }
+}
+
 /** `ready`, `not_ready` (loading, or shutting down) or `unreachable`. */
 export async function readiness() {
   try {
@@ -138,8 +154,9 @@ async function* events(body) {
 }
 
 /**
- * Asks for a report and gives `{ content }`, `{ reasoning }`, `{ finish }` and `{ usage }` as they
- * come.
+ * Asks for a report and gives `{ content }`, `{ reasoning }`, `{ remarks }`, `{ finish, stop }` and
+ * `{ usage }` as they come. `stop` says why an answer was cut off, where the server knows more than
+ * `finish`; remarks are `{ image, code, text }`, counted from 1.
  *
  * `images` are data: URLs of the original files. Throws an `ApiError`; one of kind `broken` if the
  * stream ends before the server said that the answer is whole.
@@ -168,15 +185,16 @@ export async function* chat({ model, images, question, maxTokens, temperature, s
       if (data === "[DONE]") break;
       const chunk = JSON.parse(data);
       if (chunk.error) {
-        const status = Number(chunk.error.code) || 500;
-        throw new ApiError(kindOf(status), { message: chunk.error.message ?? "", status });
+        // The status was sent long before, and was a good one: there is none to tell.
+        throw new ApiError(kindOf(500, chunk.error), { message: chunk.error.message ?? "" });
       }
       const choice = chunk.choices?.[0];
+      if (chunk.remarks?.length > 0) yield { remarks: chunk.remarks };
       if (choice?.delta?.reasoning_content) yield { reasoning: choice.delta.reasoning_content };
       if (choice?.delta?.content) yield { content: choice.delta.content };
       if (choice?.finish_reason) {
         finished = true;
-        yield { finish: choice.finish_reason };
+        yield { finish: choice.finish_reason, stop: choice.stop_reason ?? null };
       }
       if (chunk.usage) yield { usage: chunk.usage };
     }

@@ -1,18 +1,22 @@
 // The page: films on a desk, a question, reports, and what is kept in the browser.
 
-import { forgetKey, hasKey, models, onKeyNeeded, readiness } from "./api.js";
-import { adopt, announce, currentLanguage, el, hush, say, setLanguage, t } from "./dom.js";
+import { forgetKey, hasKey, limits, models, onKeyNeeded, readiness } from "./api.js";
+import { adopt, announce, currentLanguage, el, hush, say, setLanguage, sizeText, t } from "./dom.js";
 import { fillPaper } from "./export.js";
-import { Film } from "./film.js";
+import { Film, largestFile, limitFilms } from "./film.js";
 import * as history from "./history.js";
 import { Run } from "./run.js";
 import { PROMPTS } from "./strings.js";
 
 const SETTINGS = "xray-settings";
 const READY_MILLISECONDS = 15_000;
+const AWAY_MILLISECONDS = 3_000;
 
 const $ = (id) => document.getElementById(id);
 const films = [];
+let numbered = 0;
+/** What the server takes, as it says at `/v1/limits`. */
+let most = {};
 const runs = new Set();
 
 // ---- settings -------------------------------------------------------------------------------
@@ -26,8 +30,16 @@ const settings = {
   temperature: 0,
   seed: "",
   together: false,
-  history: true,
+  /** Whether reports are kept in this browser; `null` until its user says so. */
+  keepsReports: null,
+  hashNames: false,
 };
+
+/** Where nothing was chosen, a machine that many may use keeps nothing. */
+function keepsReports() {
+  const own = ["localhost", "127.0.0.1", "[::1]"].includes(location.hostname);
+  return settings.keepsReports ?? most.page_history ?? own;
+}
 
 function readSettings() {
   try {
@@ -86,7 +98,8 @@ function fillForm() {
   $("length").value = settings.length;
   $("temperature").value = settings.temperature;
   $("seed").value = settings.seed;
-  $("history-on").checked = settings.history;
+  $("history-on").checked = keepsReports();
+  $("history-hash").checked = settings.hashNames;
   document.querySelector(`[name=mode][value=${settings.together ? "together" : "each"}]`).checked = true;
   $("options").open = matchMedia("(min-width: 900px)").matches;
   formChanged();
@@ -101,7 +114,7 @@ function formChanged() {
   settings.temperature = Number($("temperature").value);
   settings.seed = $("seed").value;
   settings.together = document.querySelector("[name=mode]:checked").value === "together";
-  settings.history = $("history-on").checked;
+  settings.hashNames = $("history-hash").checked;
   if ($("model").value !== "") settings.model = $("model").value;
   keepSettings();
   showDesk();
@@ -110,8 +123,8 @@ function formChanged() {
 /** The request's settings, or `null` after telling what is wrong. */
 function checkedForm() {
   const whole = (text, least, most) => /^\d+$/.test(text) && Number(text) >= least && Number(text) <= most;
-  const wrong = (key, field) => {
-    say($("form-error"), key);
+  const wrong = (key, field, values = {}) => {
+    say($("form-error"), key, values);
     field.setAttribute("aria-invalid", "true");
     if ($("options").contains(field)) $("options").open = true;
     field.focus();
@@ -122,7 +135,10 @@ function checkedForm() {
   if (films.length === 0) return wrong("form.no_film", $("choose"));
   const question = $("question").value.trim();
   if (question === "") return wrong("form.no_question", $("question"));
-  if (!whole($("length").value, 1, 32768)) return wrong("form.bad_length", $("length"));
+  const longest = most.max_new_tokens ?? 32768;
+  if (!whole($("length").value, 1, longest)) {
+    return wrong("form.bad_length", $("length"), { most: longest });
+  }
   const seed = $("seed").value;
   if ($("seed").validity.badInput || (seed !== "" && !whole(seed, 0, 2 ** 32 - 1))) {
     return wrong("form.bad_seed", $("seed"));
@@ -133,6 +149,7 @@ function checkedForm() {
     maxTokens: Number($("length").value),
     temperature: Number($("temperature").value),
     seed: seed === "" ? null : Number(seed),
+    hashNames: settings.hashNames,
   };
 }
 
@@ -162,9 +179,10 @@ function showDesk() {
 }
 
 async function addFiles(files) {
-  const added = [...files].map(
-    (file) => new Film(file, { remove: removeFilm, ask: (film) => askAbout([film]) }),
-  );
+  // Numbers stay with their films as long as there are any.
+  if (films.length === 0) numbered = 0;
+  const on = { remove: removeFilm, ask: (film) => askAbout([film]) };
+  const added = [...files].map((file) => new Film(file, (numbered += 1), on));
   if (added.length === 0) return;
   hush($("form-error"));
   films.push(...added);
@@ -198,8 +216,10 @@ function removeFilm(film) {
 const onRun = {
   ended(run) {
     showDesk();
-    if (run.record !== null && settings.history) history.keep(run.record).catch(() => {});
+    if (run.record !== null && keepsReports()) history.keep(run.record).catch(() => {});
   },
+  // The state in the head is asked for anew at once, and often until the server is back.
+  lost: () => showReadiness(),
   print: (run) => printRuns([run]),
   remove(run) {
     runs.delete(run);
@@ -226,6 +246,15 @@ function askAbout(chosen) {
     return;
   }
   const joint = settings.together && chosen.length > 1;
+  if (joint && most.max_images && usable.length > most.max_images) {
+    say($("form-error"), "form.too_many", { count: usable.length, most: most.max_images });
+    return;
+  }
+  const bytes = usable.reduce((sum, film) => sum + film.file.size, 0);
+  if (joint && most.max_body_bytes && bytes > largestFile(most.max_body_bytes)) {
+    say($("form-error"), "form.too_large", { most: sizeText(largestFile(most.max_body_bytes)) });
+    return;
+  }
   const started = joint
     ? [newRun(usable, form, $("joint-runs"))]
     : usable.map((film) => newRun([film], form, film.reports));
@@ -299,6 +328,7 @@ async function showModels() {
   try {
     const names = await models();
     modelsKnown = true;
+    await showLimits();
     $("model").replaceChildren(...names.map((name) => el("option", { value: name }, name)));
     if (names.includes(settings.model)) $("model").value = settings.model;
     $("model").disabled = names.length < 2;
@@ -307,6 +337,22 @@ async function showModels() {
     $("model").disabled = true;
   }
   showKey();
+}
+
+/** Says what the server takes before anything is sent. */
+async function showLimits() {
+  most = await limits();
+  limitFilms(most);
+  if (most.max_images && most.max_image_pixels && most.max_body_bytes) {
+    say($("pick-limits"), "pick.limits", {
+      images: most.max_images,
+      megapixels: Math.round(most.max_image_pixels / 1e5) / 10,
+      size: sizeText(largestFile(most.max_body_bytes)),
+    });
+    $("pick-limits").hidden = false;
+  }
+  if (most.max_new_tokens) $("length").max = most.max_new_tokens;
+  $("history-on").checked = keepsReports();
 }
 
 async function showReadiness() {
@@ -322,7 +368,10 @@ async function showReadiness() {
     await showModels();
   }
   if (state !== "ready") wasRefused = false;
+  clearTimeout(again);
+  again = setTimeout(showReadiness, state === "ready" ? READY_MILLISECONDS : AWAY_MILLISECONDS);
 }
+let again = null;
 let wasRefused = false;
 
 // ---- wiring ---------------------------------------------------------------------------------
@@ -368,7 +417,11 @@ $("preset").addEventListener("input", (event) => {
   else $("question").focus();
   formChanged();
 });
-$("history-on").addEventListener("change", formChanged);
+$("history-on").addEventListener("change", () => {
+  settings.keepsReports = $("history-on").checked;
+  keepSettings();
+});
+$("history-hash").addEventListener("change", formChanged);
 $("stop-all").addEventListener("click", stopAll);
 $("clear-films").addEventListener("click", () => {
   for (const film of [...films]) removeFilm(film);
@@ -420,4 +473,3 @@ fillForm();
 showLanguage();
 showTheme();
 showReadiness();
-setInterval(showReadiness, READY_MILLISECONDS);

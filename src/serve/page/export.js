@@ -2,25 +2,54 @@
 //
 // A record is what these take and what the history keeps:
 // { id, created, films: [facts], thumbnails, question, model, parameters, report, reasoning,
-//   finish_reason, usage, seconds }.
+//   finish_reason, stop_reason, remarks, usage, seconds }.
+//
+// A film of it is { number, name, type, bytes, width, height, sha256 }; a remark { image, code, text }.
 
 import { el, t, timeText } from "./dom.js";
 
-/** Key and values of the text for how an answer ended. */
-export function ended(reason) {
-  const known = ["stop", "length", "cancelled", "broken"];
+/** Key and values of the text for how an answer ended; `stop` is the nearer reason, if there is one. */
+export function ended(finish, stop = null) {
+  const reason = stop ?? finish;
+  const known = ["stop", "length", "repetition", "cancelled", "broken"];
   return known.includes(reason) ? [`finish.${reason}`, {}] : ["finish.other", { reason }];
 }
 
-/** The report alone; one that is not whole says so, wherever it is pasted. */
-export function plain({ report, finish_reason: reason }) {
-  return reason === "stop" ? report.trim() : `${report.trim()}\n\n[${t(...ended(reason))}]`;
+const endOf = (record) => t(...ended(record.finish_reason, record.stop_reason));
+
+/** Number and name of a film; the name alone where there is one film only. */
+export function filmLabel({ number, name }, alone) {
+  return alone ? name : t("film.numbered", { number: number ?? "–", name });
+}
+
+/** The films of a record, in the order in which the model saw them. */
+const filmLabels = ({ films }) => films.map((film) => filmLabel(film, films.length === 1));
+
+/** Key and values of the text of a remark, in the language of the page where it has words for it. */
+export function remarkText({ image, code, text }, films) {
+  const known = t(`remark.${code}`) !== `remark.${code}`;
+  const words = known ? t(`remark.${code}`) : text;
+  const film = films[(image ?? 0) - 1];
+  return films.length > 1 && film
+    ? t("remark.of_film", { film: t("film.number", { number: film.number ?? image }), words })
+    : words;
+}
+
+const remarkTexts = ({ remarks = [], films }) => remarks.map((remark) => remarkText(remark, films));
+
+/** The report alone, after what has to be known of it, wherever it is pasted. */
+export function plain(record) {
+  const notes = remarkTexts(record).map((text) => `[${text}]`);
+  const whole = record.finish_reason === "stop";
+  const end = whole ? [] : [`[${endOf(record)}]`];
+  return [...notes, record.report.trim(), ...end].join("\n\n");
 }
 
 /** The record as Markdown. */
 export function markdown(record) {
-  const films = record.films.map(({ name, width, height }) =>
-    width ? `${name} (${width} × ${height})` : name,
+  const labels = filmLabels(record);
+  const films = record.films.map(({ width, height }, index) =>
+    width ? `${labels[index]} (${width} × ${height})` : labels[index],
   );
   const { max_tokens: length, temperature, seed } = record.parameters;
   const lines = [
@@ -32,7 +61,8 @@ export function markdown(record) {
     `- ${t("export.time")}: ${timeText(record.created)}`,
     `- ${t("export.model")}: ${record.model}`,
     `- ${t("export.parameters")}: max_tokens ${length}, temperature ${temperature}, seed ${seed ?? "–"}`,
-    `- ${t("export.ended")}: ${t(...ended(record.finish_reason))}`,
+    `- ${t("export.ended")}: ${endOf(record)}`,
+    ...remarkTexts(record).map((text) => `- ${t("export.remark")}: ${text}`),
     "",
     `## ${t("export.question")}`,
     "",
@@ -88,7 +118,7 @@ function fact(key, value) {
 
 /** One report on paper. `pictures` are data: URLs of the films as decoded. */
 function sheet(record, pictures) {
-  const names = record.films.map((film) => film.name).join("; ");
+  const names = filmLabels(record).join("; ");
   return el(
     "section",
     { class: "sheet" },
@@ -100,7 +130,8 @@ function sheet(record, pictures) {
       fact("export.film", names),
       fact("export.time", timeText(record.created)),
       fact("export.model", record.model),
-      fact("export.ended", t(...ended(record.finish_reason))),
+      fact("export.ended", endOf(record)),
+      ...remarkTexts(record).map((text) => fact("export.remark", text)),
     ),
     el("div", { class: "sheet-films" }, ...pictures.map((src) => el("img", { src, alt: names }))),
     el("h2", {}, t("export.question")),

@@ -45,18 +45,26 @@ async function sha256(blob) {
   return [...new Uint8Array(digest)].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
-let made = 0;
+/** What the server takes of one film; set when it is known. */
+let most = {};
+
+/** Sets the server's limits: `{ max_image_pixels, max_body_bytes }`, either may be absent. */
+export function limitFilms(limits) {
+  most = limits;
+}
+
+/** Bytes of a file that fit a body as base64, with a little left for the question. */
+export const largestFile = (bodyBytes) => Math.floor(((bodyBytes - 65536) * 3) / 4);
 
 export class Film {
   #viewer = null;
   #parts = {};
 
-  /** `on` has `remove(film)` and `ask(film)`. */
-  constructor(file, on) {
-    made += 1;
-    this.id = made;
+  /** `number` tells it from the others of the desk; `on` has `remove(film)` and `ask(film)`. */
+  constructor(file, number, on) {
+    this.number = number;
     this.file = file;
-    this.name = file.name || `film-${made}`;
+    this.name = file.name || `film-${number}`;
     this.kind = null;
     /** `reading`, `shown`, `tile` (cannot be shown but can be sent) or `unusable`. */
     this.state = "reading";
@@ -79,6 +87,9 @@ export class Film {
     }
     if (this.file.size === 0) return this.#unusable("film.empty");
     if (this.kind === null) return this.#unusable("film.unknown");
+    if (most.max_body_bytes && this.file.size > largestFile(most.max_body_bytes)) {
+      return this.#unusable("film.too_large", "", { most: sizeText(largestFile(most.max_body_bytes)) });
+    }
     this.#parts.kind.textContent = `${KINDS[this.kind].label} · ${sizeText(this.file.size)}`;
     if (KINDS[this.kind].native) {
       try {
@@ -109,20 +120,36 @@ export class Film {
     return dataUrl(this.file, KINDS[this.kind].mime);
   }
 
-  /** What a report says of its film. */
-  async facts() {
+  /** What a report says of its film; `hashed` puts a part of the file's hash in place of its name. */
+  async facts(hashed = false) {
+    const digest = await sha256(this.file).catch(() => null);
     return {
-      name: this.name,
+      number: this.number,
+      name: hashed ? `film-${digest?.slice(0, 12) ?? this.number}` : this.name,
       type: KINDS[this.kind].mime,
       bytes: this.file.size,
       width: this.width,
       height: this.height,
-      sha256: await sha256(this.file).catch(() => null),
+      sha256: digest,
     };
+  }
+
+  /** The film as a joint report names it. */
+  reference() {
+    const item = el("li", { title: this.name });
+    say(item, "film.numbered", { number: this.number, name: this.name });
+    return item;
   }
 
   async #show(blob) {
     const bitmap = await createImageBitmap(blob);
+    const pixels = bitmap.width * bitmap.height;
+    // A preview is smaller than its film.
+    if (blob === this.file && most.max_image_pixels && pixels > most.max_image_pixels) {
+      const values = { width: bitmap.width, height: bitmap.height, most: most.max_image_pixels / 1e6 };
+      bitmap.close();
+      return this.#unusable("film.too_many_pixels", "", values);
+    }
     this.width = bitmap.width;
     this.height = bitmap.height;
     this.thumbnail = Viewer.thumbnail(bitmap);
@@ -142,15 +169,15 @@ export class Film {
     this.#parts.stage.classList.add("tile");
   }
 
-  #unusable(key, detail = "") {
+  #unusable(key, detail = "", values = {}) {
     this.state = "unusable";
-    this.#message(key, detail, "file");
+    this.#message(key, detail, "file", values);
     this.element.classList.add("unusable");
   }
 
-  #message(key, detail = "", picture = null) {
+  #message(key, detail = "", picture = null, values = {}) {
     const { message, stage } = this.#parts;
-    message.replaceChildren(...(picture ? [icon(picture)] : []), el("p", { t: key }));
+    message.replaceChildren(...(picture ? [icon(picture)] : []), say(el("p"), key, values));
     if (detail !== "") message.append(el("p", { class: "detail", lang: "en" }, detail));
     stage.replaceChildren(message, this.#parts.corners);
   }
@@ -211,11 +238,13 @@ export class Film {
     say(remove, "film.remove", { name }, "aria-label");
     say(remove, "film.remove", { name }, "title");
 
+    this.badge = el("span", { class: "film-number", hidden: true });
+    say(this.badge, "film.number", { number: this.number });
     this.title = el("h2", { class: "film-name", title: name }, name);
     this.reports = el("div", { class: "runs" });
     this.empty = el("p", { class: "no-report", t: "report.none" });
     const film = el("div", { class: "film" }, parts.stage, parts.tools);
-    const head = el("header", { class: "film-head" }, this.title, ask, remove);
+    const head = el("header", { class: "film-head" }, this.badge, this.title, ask, remove);
     const pane = el("div", { class: "pane" }, this.empty, this.reports);
     const inner = el("div", { class: "card-inner" }, head, film, pane);
     const card = el("article", { class: "card", tabindex: "-1" }, inner);
@@ -266,6 +295,7 @@ export class Film {
 
   /** With one film the main button asks about it, and a button of its own would be the same. */
   setAlone(alone) {
+    this.badge.hidden = alone;
     this.element.querySelector(".ask-one").hidden = alone || !this.usable;
   }
 }

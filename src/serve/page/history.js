@@ -1,7 +1,7 @@
 // Reports of this browser: text and a thumbnail each, in IndexedDB. Nothing of it is on the server.
 
 import { announce, el, icon, say, t, timeText } from "./dom.js";
-import { copy, download, plain } from "./export.js";
+import { copy, download, ended, filmLabel, plain, remarkText } from "./export.js";
 
 const $ = (id) => document.getElementById(id);
 const NAME = "xray-reports";
@@ -57,7 +57,10 @@ export async function clear() {
 }
 
 function historyItem(record) {
-  const names = record.films.map((film) => film.name).join("、");
+  const names = record.films.map((film) => filmLabel(film, record.films.length === 1)).join("、");
+  const notes = (record.remarks ?? []).map((remark) =>
+    el("p", { class: "history-remark" }, remarkText(remark, record.films)),
+  );
   const forget = async () => {
     await remove(record.id);
     await show();
@@ -83,6 +86,10 @@ function historyItem(record) {
         ` ${timeText(record.created)} · ${record.model ?? "–"}`,
       ),
       el("p", { class: "history-question" }, record.question),
+      ...notes,
+      record.finish_reason === "stop"
+        ? null
+        : el("p", { class: "history-remark" }, t(...ended(record.finish_reason, record.stop_reason))),
       el(
         "details",
         {},

@@ -2,13 +2,16 @@
 
 import { ApiError, chat } from "./api.js";
 import { announce, button, el, hush, say, t } from "./dom.js";
-import { copy, download, ended, plain } from "./export.js";
+import { copy, download, ended, filmLabel, plain, remarkText } from "./export.js";
 
 /** A browser opens six connections to a server of HTTP/1.1; two are left for the rest of the page. */
 const AT_ONCE = 4;
 
-/** A full queue is tried again so often. */
+/** A server that has no room at the moment is tried again so often. */
 const MOST_RETRIES = 6;
+
+/** What passes by itself, with what is said while it is waited for. */
+const PASSING = { busy: "run.queued", crowded: "run.crowded", stopping: "run.stopping" };
 
 let running = 0;
 const line = [];
@@ -54,13 +57,13 @@ export class Run {
 
   /**
    * `films` are the `Film`s asked about; `settings` is `{ question, model, maxTokens, temperature,
-   * seed }`; `on` has `ended(run)`, `print(run)` and `remove(run)`.
+   * seed, hashNames }`; `on` has `ended(run)`, `lost()`, `print(run)` and `remove(run)`.
    */
   constructor(films, settings, on) {
     this.films = films;
     this.settings = settings;
     this.on = on;
-    this.name = films.map((film) => film.name).join("、");
+    this.name = films.map((film) => filmLabel(film, films.length === 1)).join("、");
     this.record = null;
     this.element = this.#view();
   }
@@ -69,7 +72,7 @@ export class Run {
     return this.#stopper !== null;
   }
 
-  /** Asks, and again while the queue is full; resolves when the answer is whole, stopped or failed. */
+  /** Asks, and again while the server has no room; resolves when the answer is whole, stopped or failed. */
   async start() {
     if (this.active) return;
     this.#stopper = new AbortController();
@@ -78,6 +81,8 @@ export class Run {
       report: "",
       reasoning: "",
       finish: null,
+      stopReason: null,
+      remarks: [],
       usage: null,
       firstText: null,
       record: null,
@@ -89,7 +94,7 @@ export class Run {
       await takePlace(signal);
       placed = true;
       if (signal.aborted) throw new ApiError("cancelled");
-      this.facts = await Promise.all(this.films.map((film) => film.facts()));
+      this.facts = await Promise.all(this.films.map((film) => film.facts(this.settings.hashNames)));
       const images = await Promise.all(this.films.map((film) => film.original()));
       await this.#ask(images, signal);
       this.#end(this.finish);
@@ -117,29 +122,30 @@ export class Run {
         this.seconds = (performance.now() - this.started) / 1000;
         return;
       } catch (cause) {
-        if (cause.kind !== "busy" || attempt > MOST_RETRIES) throw cause;
-        await this.#queue(attempt, cause.retryAfter, signal);
+        const begun = this.report !== "" || this.reasoning !== "";
+        if (!(cause.kind in PASSING) || begun || attempt > MOST_RETRIES) throw cause;
+        await this.#queue(PASSING[cause.kind], attempt, cause.retryAfter, signal);
         if (signal.aborted) throw new ApiError("cancelled");
       }
     }
   }
 
   /** Counts down to the next try; the user may take it at once. */
-  async #queue(attempt, retryAfter, signal) {
+  async #queue(key, attempt, retryAfter, signal) {
     const hurry = new AbortController();
     this.#hurry = hurry;
     this.#parts.now.hidden = false;
     // Doubling and a little chance: clients refused together do not come back together.
     const wait = Math.max(retryAfter, 2 ** attempt) * (1 + Math.random() / 4);
-    announce(t("run.queued", { seconds: Math.ceil(wait), attempt, most: MOST_RETRIES }));
+    announce(t(key, { seconds: Math.ceil(wait), attempt, most: MOST_RETRIES }));
     for (let left = Math.ceil(wait); left > 0 && !hurry.signal.aborted && !signal.aborted; left -= 1) {
-      this.#status("run.queued", { seconds: left, attempt, most: MOST_RETRIES });
+      this.#status(key, { seconds: left, attempt, most: MOST_RETRIES });
       await pause(1000, AbortSignal.any ? AbortSignal.any([hurry.signal, signal]) : signal);
     }
     this.#parts.now.hidden = true;
   }
 
-  #take({ content, reasoning, finish, usage }) {
+  #take({ content, reasoning, remarks, finish, stop, usage }) {
     if (content || reasoning) this.firstText ??= (performance.now() - this.started) / 1000;
     if (reasoning) {
       if (this.reasoning === "") this.#status("run.thinking_now");
@@ -154,10 +160,32 @@ export class Run {
         this.#heard = end;
       }
     }
-    if (finish) this.finish = finish;
+    if (remarks) this.#remark(remarks);
+    if (finish) {
+      this.finish = finish;
+      this.stopReason = stop;
+    }
     if (usage) this.usage = usage;
     // The page is drawn once a frame, however fast the tokens come.
     this.#frame ??= requestAnimationFrame(() => this.#draw());
+  }
+
+  /** Shows what the server says of the films, above the report; it comes with the first and the last event. */
+  #remark(remarks) {
+    if (this.remarks.length > 0) return;
+    this.remarks = remarks;
+    const { remarks: list } = this.#parts;
+    const films = this.films;
+    const line = (remark) => {
+      const key = `remark.${remark.code}`;
+      const words = t(key) === key ? el("span", { lang: "en" }, remark.text) : el("span", { t: key });
+      const film = films.length > 1 ? films[(remark.image ?? 0) - 1] : null;
+      const name = film ? say(el("strong"), "film.number", { number: film.number }) : null;
+      return el("li", { "data-remark": remark.code }, name, name && " ", words);
+    };
+    list.replaceChildren(...remarks.map(line));
+    list.hidden = remarks.length === 0;
+    announce(remarks.map((remark) => remarkText(remark, films)).join(" "));
   }
 
   #draw() {
@@ -176,7 +204,7 @@ export class Run {
     this.element.classList.add("active");
     this.element.classList.remove("failed");
     text.setAttribute("aria-busy", "true");
-    for (const part of [error, retry, done, facts]) part.hidden = true;
+    for (const part of [error, retry, done, facts, this.#parts.remarks]) part.hidden = true;
     stop.hidden = false;
     thinking.open = true;
     this.#draw();
@@ -192,14 +220,16 @@ export class Run {
   }
 
   #end(reason) {
-    announce(`${this.report.slice(this.#heard).trim()} ${t("run.announce_end", { name: this.name })}`);
+    const end = reason === "stop" ? t("run.announce_end", { name: this.name }) : t(...ended(reason, this.stopReason));
+    announce(`${this.report.slice(this.#heard).trim()} ${end}`);
     if (reason === "stop") hush(this.#parts.status);
-    else this.#status(...ended(reason));
+    else this.#status(...ended(reason, this.stopReason));
     this.#keep(reason);
   }
 
   #fail(cause) {
     const cancelled = cause.kind === "cancelled";
+    if (cause.kind === "network" || cause.kind === "broken") this.on.lost();
     if (cancelled) this.#status("run.stopped");
     else hush(this.#parts.status);
     announce(cancelled ? t("run.stopped") : `${t("error.heading")} ${t(`error.${cause.kind}`)}`);
@@ -207,6 +237,8 @@ export class Run {
     error.hidden = cancelled;
     this.element.classList.toggle("failed", !cancelled);
     error.replaceChildren(el("p", { t: `error.${cause.kind}` }));
+    const cut = !cancelled && this.report.trim() !== "";
+    if (cut && cause.kind !== "broken") error.append(el("p", { t: "error.incomplete" }));
     const bytes = this.films.reduce((sum, film) => sum + film.file.size, 0);
     if (cause.kind === "network" && bytes > 8 * 1024 * 1024)
       error.append(el("p", { t: "error.maybe_large" }));
@@ -228,6 +260,8 @@ export class Run {
       report: this.report,
       reasoning: this.reasoning,
       finish_reason: reason,
+      stop_reason: this.stopReason,
+      remarks: this.remarks,
       usage: this.usage,
       seconds: this.seconds ?? null,
     };
@@ -280,6 +314,7 @@ export class Run {
       el("summary", { t: "run.thinking" }),
       parts.thoughts,
     );
+    parts.remarks = el("ul", { class: "remarks", "t-aria-label": "run.remarks", hidden: true });
     parts.text = el("div", { class: "report-text", lang: "zh-CN" });
     parts.error = el("div", { class: "error", hidden: true });
     parts.retry = button("again", "run.retry", () => this.start(), { wide: true, hidden: true });
@@ -303,15 +338,23 @@ export class Run {
     parts.facts = el("p", { class: "run-facts", hidden: true });
     const drop = button("close", "run.remove", () => (this.stop(), this.on.remove(this)));
     const question = el("h3", { class: "run-question" }, this.settings.question);
+    // A joint report says of which films it speaks, in the model's order.
+    const films =
+      this.films.length > 1
+        ? el("ol", { class: "run-films" }, ...this.films.map((film) => film.reference()))
+        : null;
     return el(
       "section",
       { class: "run" },
       el("header", { class: "run-head" }, question, drop),
+      films,
       el("div", { class: "run-now" }, parts.status, parts.now, parts.stop),
-      parts.thinking,
-      parts.text,
+      // What is wrong with a report is read before it, however long it is.
       parts.error,
       parts.retry,
+      parts.remarks,
+      parts.thinking,
+      parts.text,
       parts.done,
       parts.facts,
     );
