@@ -101,7 +101,6 @@ pub(super) async fn completions(
         let mut facts = record.facts();
         facts.images = prompt.images.len();
         facts.prompt_tokens = prompt.len();
-        facts.outcome = Some("left");
     }
     let max_new_tokens = room(&app, &settings, prompt.len())?;
     let mut eos_token_ids = match settings.ignore_eos {
@@ -127,6 +126,8 @@ pub(super) async fn completions(
         };
         receivers.push(app.engine.submit(submission, &mut places, started)?);
     }
+    // Until it is known to have ended otherwise.
+    record.facts().outcome = Some("left");
     let answers = Answers {
         header,
         record,

@@ -143,7 +143,16 @@ fn in_words(error: &str) -> String {
         log::info!("a form that cannot be followed: {first}");
         return "no answer of an end can be written by it, or it is too large".into();
     }
-    let mut text: String = first.chars().take(200).collect();
+    // A regular expression is shown with a mark under it, and the reason in the last line.
+    let why = error
+        .lines()
+        .find_map(|line| line.trim().strip_prefix("error: "))
+        .filter(|_| first.ends_with(':'));
+    let whole = match why {
+        Some(why) => format!("{first} {why}"),
+        None => first.to_owned(),
+    };
+    let mut text: String = whole.chars().take(200).collect();
     if text.starts_with(|letter: char| letter.is_ascii_uppercase()) {
         text[..1].make_ascii_lowercase();
     }
@@ -407,6 +416,7 @@ mod tests {
             let reason = refusal(&factory, AnswerForm::Regex(regex.into()));
             println!("{regex}: {reason}");
             assert!(!reason.is_empty() && !reason.contains('\n'), "{reason}");
+            assert!(!reason.contains("build"), "{reason}");
         }
         refusal(&factory, AnswerForm::Choice(Vec::new()));
     }
