@@ -45,7 +45,7 @@ use crate::{
         models::{MAX_ADAPTERS, Models, check_name},
         router::router,
     },
-    system::open_files_limit,
+    system::{open_files_limit, share_one_heap},
 };
 
 /// The environment's name for `--api-key`.
@@ -181,6 +181,7 @@ pub struct ServeArgs {
 pub fn run(args: ServeArgs) -> Result<()> {
     let defaults = generation_config(&args.generation)?;
     check(&args)?;
+    share_one_heap();
     let api_keys = api_keys(&args)?;
     super::log_lines::init_timed(log::LevelFilter::Info);
     let device = one_device(&args.model.device)?;
