@@ -142,7 +142,6 @@ fn converted(file: &Path, parts: &TextAndImages) -> Result<String, String> {
         split: Split::Uid,
         studies: StudyRule::Guess,
         thinking: None,
-        keys: None,
     };
     convert(&options, Some(&parts.tokenizer), &parts.images).map_err(|error| {
         let text = error.to_string();

@@ -14,7 +14,7 @@ impl Bench {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         for (name, level) in [("1_1", 1), ("1_2", 2), ("2_1", 3), ("3_1", 4), ("view", 5)] {
-            let picture = image::GrayImage::from_pixel(64, 96, image::Luma([level]));
+            let picture = image::GrayImage::from_fn(64, 96, |x, _| image::Luma([level + x as u8]));
             picture
                 .save(dir.path().join(format!("{name}.png")))
                 .unwrap();
