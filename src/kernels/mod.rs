@@ -4,7 +4,6 @@
 //! each of its operations is compared with the default it replaces, forward and backward.
 
 mod autodiff;
-pub mod dropout;
 #[cfg(all(test, any(feature = "cuda", feature = "wgpu")))]
 mod draws;
 pub mod dropout;

@@ -432,7 +432,8 @@ mod tests {
         let close = |found: f32, expected: f32| {
             assert!((found - expected).abs() < 1e-6, "{found}, not {expected}");
         };
-        let only = |tensor: &Tensor<burn_flex::Flex, 1>| tensor.to_data().to_vec::<f32>().unwrap()[0];
+        let only =
+            |tensor: &Tensor<burn_flex::Flex, 1>| tensor.to_data().to_vec::<f32>().unwrap()[0];
 
         let first = grads();
         let clip = optimizer.clip_next(&model, &first, 1.0).unwrap();
