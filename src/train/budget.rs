@@ -156,9 +156,12 @@ impl StepMemory {
         parts
     }
 
-    /// All parts, with what the driver holds and what pools leave between tensors.
+    /// All parts, with what the driver holds and what is left between tensors.
+    ///
+    /// On CUDA a step's tensors take memory of their very size (`Kernels::in_exact_memory`), whatever
+    /// the card; only small ones lie in pages of cubecl's pools.
     pub fn bytes(&self, tokens: u64, kept: Kept) -> u64 {
-        /// A CUDA context with its modules, and the pools' smallest pages.
+        /// A CUDA context with its modules (0.55 GiB on an H200), and the pools' smallest pages.
         const DRIVER: u64 = 1 << 30;
         let sum: u64 = self
             .parts(tokens, kept)
@@ -166,7 +169,7 @@ impl StepMemory {
             .map(|(_, bytes)| bytes)
             .sum();
         let weights = self.fixed.first().map_or(0, |(_, bytes)| *bytes);
-        sum + (sum - weights) / 16 + DRIVER
+        sum + (sum - weights) / 32 + DRIVER
     }
 }
 
@@ -356,19 +359,25 @@ mod tests {
     }
 
     #[test]
-    fn estimates_are_near_what_an_h100_showed() {
+    fn estimates_are_near_what_an_h200_showed() {
         let model = Qwen3VlConfig::published("8b").unwrap();
         let memory = StepMemory::new(&TrainConfig::default(), &model, 368, 2).unwrap();
-        // `bench train` of the 8B, 2026-11-25: GiB in use on the card, driver included.
+        // `bench train` of the 8B, 2026-11-30: GiB in use on the card, driver included.
         for (tokens, kept, seen) in [
-            (368, Kept::Inputs, 18.96),
-            (1472, Kept::Products, 23.40),
-            (5888, Kept::Inputs, 21.71),
-            (5888, Kept::Products, 37.49),
-            (5888, Kept::Everything, 47.68),
+            (368, Kept::Inputs, 17.90),
+            (1472, Kept::Inputs, 18.86),
+            (1472, Kept::Products, 22.61),
+            (2944, Kept::Products, 27.65),
+            (5888, Kept::Inputs, 22.24),
+            (5888, Kept::Products, 37.21),
+            (5888, Kept::Everything, 47.05),
         ] {
             let gib = memory.bytes(tokens, kept) as f64 / GIB;
-            assert!((gib / seen - 1.0).abs() < 0.06, "{tokens} {kept:?}: {gib}");
+            // Never less than it takes: a budget holds.
+            assert!(
+                (1.0..1.06).contains(&(gib / seen)),
+                "{tokens} {kept:?}: {gib}"
+            );
         }
     }
 
