@@ -105,7 +105,7 @@ pub struct PipelineOptions {
 /// Who says between how many pixels an image is scaled, the first that does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LimitsFrom {
-    /// The caller, both limits.
+    /// The caller, one limit or both.
     Options,
     /// The training run of the adapter.
     Adapter,
@@ -208,7 +208,7 @@ impl TextAndImages {
         if let Some(pixels) = options.max_pixels {
             image_config.max_pixels = pixels;
         }
-        if options.min_pixels.is_some() && options.max_pixels.is_some() {
+        if options.min_pixels.is_some() || options.max_pixels.is_some() {
             limits_from = LimitsFrom::Options;
         }
         check_patches(dir, &image_config, &config)?;

@@ -52,6 +52,7 @@ pub fn run(args: &PlanArgs) -> Result<()> {
         max_pixels: Some(max_pixels),
     };
     let parts = TextAndImages::load(&options)?;
+    println!("{}", parts.pixel_limits());
     let name = args.train_data.as_deref().unwrap_or(&config.train_data);
     let name = if name.starts_with("phantom:") {
         name.to_string()

@@ -32,7 +32,7 @@ use crate::{
     },
     kernels::Kernels,
     lora::base::check_base,
-    pipeline::{Pipeline, PipelineOptions, TextAndImages},
+    pipeline::{LimitsFrom, Pipeline, PipelineOptions, TextAndImages},
     processor::tokenizer::Tokenizer,
     quant::cache::CacheFormat,
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig},
@@ -371,6 +371,10 @@ impl DeviceTask for Serve {
             Engine::start(decoder, parts.tokenizer.clone(), limits, metrics.clone())?;
         let mut models =
             Models::new(name, parts.template.clone()).with_max_adapters(self.args.max_adapters);
+        if parts.limits_from == LimitsFrom::Options {
+            models = models.with_one_size();
+        }
+        log::info!("{}", parts.pixel_limits());
         if checks_base {
             models = models.only_for(options.model.clone());
         }

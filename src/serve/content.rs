@@ -111,7 +111,14 @@ pub(super) async fn prepare(
         ));
     }
     let images = fetch_all(app, client, sources, &mut memory).await?;
-    let cost = cost(app, &images, text_bytes)?;
+    let processor = app.parts.images.with_pixels(model.limits);
+    let processor = processor
+        .map_err(|error| {
+            log::error!("the pixel limits of an adapter cannot be used: {error}");
+            ApiError::internal()
+        })?
+        .into_owned();
+    let cost = cost(app, &processor, &images, text_bytes)?;
     let mut share = match app.pictures.take(client, 1, cost.preparing).await {
         Ok(share) => share,
         Err(Full::TooManyWait) => return Err(crowded()),
@@ -127,7 +134,7 @@ pub(super) async fn prepare(
     let given_up = GivenUp(stop.clone());
     let prompt = blocking(app, move |app| {
         // Decoding goes on when the request is given up, and counts until it has ended.
-        let mut prompt = encode(app, &template, &messages, images, &stop)?;
+        let mut prompt = encode(app, &processor, &template, &messages, images, &stop)?;
         drop(memory);
         share.leave();
         share.shrink_to(cost.patches + cost.kept);
@@ -197,13 +204,18 @@ async fn fetch_all(
 }
 
 /// What a request will take, by the headers of its images and the length of its text.
-fn cost(app: &App, images: &[Bytes], text_bytes: usize) -> Result<Cost, ApiError> {
-    let most = app.parts.images.config().max_pixels as u64;
-    let least = app.parts.images.config().min_pixels as u64;
+fn cost(
+    app: &App,
+    processor: &ImageProcessor,
+    images: &[Bytes],
+    text_bytes: usize,
+) -> Result<Cost, ApiError> {
+    let most = processor.config().max_pixels as u64;
+    let least = processor.config().min_pixels as u64;
     let (mut decoding, mut pixels) = (0, 0);
     for (index, bytes) in images.iter().enumerate() {
         let name = image_name(index);
-        let found = app.parts.images.decoding_cost(bytes, &name);
+        let found = processor.decoding_cost(bytes, &name);
         let found = found.map_err(|error| image_error(&name, &error))?;
         let scaled = found.pixels.clamp(least, most.max(least));
         decoding = found.bytes.max(decoding);
@@ -392,6 +404,7 @@ fn source(url: &str, index: usize, urls_allowed: bool) -> Result<Source, ApiErro
 
 fn encode(
     app: &App,
+    processor: &ImageProcessor,
     template: &ChatTemplate,
     messages: &[Message],
     images: Vec<Bytes>,
@@ -414,22 +427,20 @@ fn encode(
             return Err(ApiError::internal());
         }
         let name = image_name(index);
-        let picture = parts
-            .images
+        let picture = processor
             .decode_with_remarks(&bytes, &name)
             .and_then(|reading| {
                 remarks.extend(reading.remarks.into_iter().map(|remark| ImageRemark {
                     image: Some(index + 1),
                     remark,
                 }));
-                Ok(parts.images.resize(&reading.picture)?.into_owned())
+                Ok(processor.resize(&reading.picture)?.into_owned())
             })
             .map_err(|error| image_error(&name, &error))?;
         drop(bytes);
-        let made =
-            patches_of(&parts.images, &picture).map_err(|error| image_error(&name, &error))?;
+        let made = patches_of(processor, &picture).map_err(|error| image_error(&name, &error))?;
         grids.extend_from_slice(&made.image_grid_thw);
-        let images = parts.images.clone();
+        let images = processor.clone();
         patches.push(Patches::new(made, move || {
             patches_of(&images, &picture).expect("the picture has been cut before")
         }));

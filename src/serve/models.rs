@@ -11,7 +11,11 @@ use axum::http::StatusCode;
 use serde_json::{Value, json};
 
 use super::{engine::Engine, error::ApiError};
-use crate::{generate::backend::AdapterId, lora::base::check_base, processor::chat::ChatTemplate};
+use crate::{
+    generate::backend::AdapterId,
+    lora::{base::check_base, files::trained_pixel_limits},
+    processor::{chat::ChatTemplate, sample::PixelLimits},
+};
 
 /// A model that can be asked.
 #[derive(Debug, Clone)]
@@ -20,6 +24,8 @@ pub struct ModelEntry {
     pub adapter: AdapterId,
     /// The base's template, or the one that lies in the adapter's folder.
     pub template: ChatTemplate,
+    /// Pixel limits of the adapter's training, where its folder has them, in place of the server's.
+    pub limits: PixelLimits,
     /// Seconds since 1970.
     created: u64,
 }
@@ -31,6 +37,8 @@ pub struct Models {
     base_template: ChatTemplate,
     /// Folder of the base, which adapters must have been trained on; `None` asks nothing.
     base_dir: Option<PathBuf>,
+    /// Whether adapters bring the pixel limits of their training.
+    own_limits: bool,
     entries: RwLock<BTreeMap<String, ModelEntry>>,
     /// Most adapters at once.
     max_adapters: usize,
@@ -68,6 +76,7 @@ impl Models {
         let entry = ModelEntry {
             adapter: AdapterId::BASE,
             template: template.clone(),
+            limits: PixelLimits::default(),
             created: now(),
         };
         Self {
@@ -75,6 +84,7 @@ impl Models {
             base,
             base_template: template,
             base_dir: None,
+            own_limits: true,
             max_adapters: MAX_ADAPTERS,
             changing: tokio::sync::Mutex::new(()),
         }
@@ -83,6 +93,12 @@ impl Models {
     /// Refuses adapters that were trained on another base than the one in `dir`.
     pub fn only_for(mut self, dir: PathBuf) -> Self {
         self.base_dir = Some(dir);
+        self
+    }
+
+    /// Shows every model images of the server's own limits, whatever adapters were trained with.
+    pub fn with_one_size(mut self) -> Self {
+        self.own_limits = false;
         self
     }
 
@@ -175,6 +191,14 @@ impl Models {
         let template = ChatTemplate::find(&dir, None)
             .map_err(|error| refused(error.to_string()))?
             .unwrap_or_else(|| self.base_template.clone());
+        let trained = match self.own_limits {
+            true => trained_pixel_limits(&dir).map_err(|error| refused(error.to_string()))?,
+            false => None,
+        };
+        let limits = trained.map_or_else(PixelLimits::default, |[min, max]| PixelLimits {
+            min_pixels: Some(min),
+            max_pixels: Some(max),
+        });
         if let Some(base) = self.base_dir.clone() {
             let dir = dir.clone();
             let checked = tokio::task::spawn_blocking(move || check_base(&dir, &base));
@@ -184,14 +208,15 @@ impl Models {
                 .map_err(|error| refused(error.to_string()))?;
         }
         let adapter = engine.load_adapter(dir).await.map_err(refused)?;
-        self.insert(name, adapter, template);
+        self.insert(name, adapter, template, limits);
         Ok(())
     }
 
-    fn insert(&self, name: &str, adapter: AdapterId, template: ChatTemplate) {
+    fn insert(&self, name: &str, adapter: AdapterId, template: ChatTemplate, limits: PixelLimits) {
         let entry = ModelEntry {
             adapter,
             template,
+            limits,
             created: now(),
         };
         let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);

@@ -88,6 +88,7 @@ impl DeviceTask for ModelWork {
             progress.set(done, total);
         })?;
         progress.finish();
+        eprintln!("{}", pipeline.parts.pixel_limits());
         let config = &pipeline.parts.config;
         prepare_kernels::<B>(config, dtype, &pipeline.device, self.batch_size);
         let mut run = ModelRun {

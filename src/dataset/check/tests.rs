@@ -233,7 +233,7 @@ fn a_patient_on_both_sides_is_a_leak_in_the_layout_of_mimic() {
     let film = |patient: &str, study: &str, level: u8| {
         let folder = bench.dir.path().join(format!("files/{patient}/{study}"));
         fs::create_dir_all(&folder).unwrap();
-        let picture = image::GrayImage::from_pixel(64, 96, image::Luma([level]));
+        let picture = image::GrayImage::from_fn(64, 96, |x, _| image::Luma([level + x as u8]));
         picture.save(folder.join("a.png")).unwrap();
         row(
             &format!("files/{patient}/{study}/a.png"),
