@@ -46,7 +46,7 @@ use crate::{
         words::{clock, counted},
     },
 };
-use reports::{Outcome, scorer, show_examples};
+use reports::{Outcome, image_remarks, scorer, show_examples};
 pub use settings::flag_hint;
 pub(super) use settings::with_keys;
 use settings::{from_table, set_keys};
@@ -379,14 +379,17 @@ impl ReplicatedTask for Train {
             result.checkpoint.display(),
             output_dir.join("training.svg").display()
         );
+        for remark in image_remarks(&result) {
+            say(&format!("images: {}", remark.sentence()));
+        }
         if result.ending == Ending::Interrupted {
-            return Outcome::default().save(&result.state, &result.ending, seconds);
+            return Outcome::default().save(&result, seconds);
         }
         if self.args.show > 0 && result.state.config.validates() {
             show_examples(&result, self.args.show, &device)?;
         }
         let outcome = Outcome::of(&result, &device)?;
-        outcome.save(&result.state, &result.ending, seconds)?;
+        outcome.save(&result, seconds)?;
         if let Some(table) = outcome.table() {
             println!("\n{table}");
         }

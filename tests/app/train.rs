@@ -597,7 +597,10 @@ fn a_run_is_scored_before_its_first_step_and_with_other_images() {
     );
     assert_says(
         &stdout,
-        &["xray-qwen3vl infer --model model/tiny --adapter run/checkpoint-3"],
+        &[
+            "xray-qwen3vl infer --model ",
+            "model/tiny --adapter run/checkpoint-3 IMAGE",
+        ],
     );
     // The config was given: it needs no mention of another.
     assert!(!stdout.contains("with the real model"), "{stdout}");

@@ -128,7 +128,7 @@ fn the_trace_shows_loader_launches_and_waits() {
     let folder = workplace();
     let args = [&SHORT[..], &["--trace", "trace.json"]].concat();
     let (_, stderr) = train_well(folder.path(), &args);
-    assert_says(&stderr, &["the device waited for data", "ms of"]);
+    assert_says(&stderr, &["were spent waiting for samples"]);
     let text = fs::read_to_string(folder.path().join("trace.json")).unwrap();
     let trace: Value = serde_json::from_str(&text).unwrap();
     let events = trace["traceEvents"].as_array().unwrap();

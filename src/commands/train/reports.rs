@@ -10,7 +10,7 @@ use crate::{
         eval::question_about,
         progress::{Progress, Unit},
     },
-    dataset::Dataset,
+    dataset::{Dataset, image_remarks::RemarkCount},
     evaluate::{rouge::rouge_l, segment::characters},
     evaluation::baselines::swapped,
     files::{FileError, write_atomic},
@@ -297,12 +297,8 @@ impl Outcome {
     }
 
     /// Writes `result.json` into the run's folder.
-    pub(super) fn save(
-        &self,
-        state: &crate::train::checkpoint::TrainerState,
-        ending: &Ending,
-        seconds: f64,
-    ) -> Result<()> {
+    pub(super) fn save<B: Kernels>(&self, result: &RunResult<B>, seconds: f64) -> Result<()> {
+        let RunResult { state, ending, .. } = result;
         let values = |values: &BTreeMap<String, f64>| match values.is_empty() {
             true => Value::Null,
             false => json!(values),
@@ -326,6 +322,15 @@ impl Outcome {
                 "after": values(&self.after),
                 "images_swapped": values(&self.swapped),
             },
+            "image_remarks": image_remarks(result)
+                .iter()
+                .map(|remark| json!({
+                    "code": remark.kind.code(),
+                    "images": remark.images,
+                    "first": remark.first,
+                    "text": remark.text,
+                }))
+                .collect::<Vec<_>>(),
         });
         write_atomic(&state.config.output_dir.join("result.json"), |out| {
             serde_json::to_writer_pretty(&mut *out, &record)?;
@@ -333,6 +338,15 @@ impl Outcome {
         })?;
         Ok(())
     }
+}
+
+/// What the images of the training and of the validation data gave cause to remark.
+pub(super) fn image_remarks<B: Kernels>(result: &RunResult<B>) -> Vec<RemarkCount> {
+    let sets = [Some(&result.data), result.validation.as_ref()];
+    sets.into_iter()
+        .flatten()
+        .flat_map(|data| data.image_remarks().counts())
+        .collect()
 }
 
 /// The measured values of a validation's row.
