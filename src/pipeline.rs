@@ -141,9 +141,21 @@ pub struct TextAndImages {
     pub eos_token_ids: Vec<u32>,
     /// Where the pixel limits of `images` come from.
     pub limits_from: LimitsFrom,
+    /// Pixel limits of the checkpoint itself.
+    checkpoint_limits: [usize; 2],
 }
 
 impl TextAndImages {
+    /// [`Self::pixel_limits`] where somebody may expect others: unless they were given, or those of the
+    /// checkpoint and the recipe are the same.
+    pub fn pixel_limits_to_know(&self) -> Option<String> {
+        let limits = |config: &ImageProcessorConfig| [config.min_pixels, config.max_pixels];
+        let ours = limits(self.images.config());
+        let recipe = limits(&ImageProcessorConfig::default());
+        let expected = ours == recipe && ours == self.checkpoint_limits;
+        (self.limits_from != LimitsFrom::Options && !expected).then(|| self.pixel_limits())
+    }
+
     /// The pixel limits in force and where they come from, as one sentence for a log.
     pub fn pixel_limits(&self) -> String {
         let ImageProcessorConfig {
@@ -196,6 +208,7 @@ impl TextAndImages {
             };
             (recipe, LimitsFrom::Recipe)
         };
+        let checkpoint_limits = [image_config.min_pixels, image_config.max_pixels];
         let trained = options.adapter.as_deref().map(trained_pixel_limits);
         if let Some([min_pixels, max_pixels]) = trained.transpose()?.flatten() {
             image_config.min_pixels = min_pixels;
@@ -242,6 +255,7 @@ impl TextAndImages {
             template,
             eos_token_ids,
             limits_from,
+            checkpoint_limits,
         })
     }
 
@@ -610,9 +624,9 @@ mod tests {
         let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("model/tiny");
         for entry in fs::read_dir(tiny).unwrap() {
             let path = entry.unwrap().path();
-            if !path
+            if path
                 .extension()
-                .is_some_and(|ending| ending == "safetensors")
+                .is_none_or(|ending| ending != "safetensors")
             {
                 fs::copy(&path, dir.path().join(path.file_name().unwrap())).unwrap();
             }
@@ -642,6 +656,10 @@ mod tests {
             limits(&options),
             (65_536, 16_777_216, LimitsFrom::Checkpoint)
         );
+        let to_know = |options: &PipelineOptions| {
+            TextAndImages::load(options).unwrap().pixel_limits_to_know()
+        };
+        assert!(to_know(&options).is_some_and(|line| line.contains("65536 and 16777216")));
         // An adapter of another program says nothing …
         let adapter = dir.path().join("adapter");
         fs::create_dir(&adapter).unwrap();
@@ -657,6 +675,7 @@ mod tests {
         options.max_pixels = Some(5000);
         options.min_pixels = Some(4000);
         assert_eq!(limits(&options), (4000, 5000, LimitsFrom::Options));
+        assert_eq!(to_know(&options), None);
         options = PipelineOptions {
             adapter: None,
             min_pixels: None,
@@ -665,6 +684,7 @@ mod tests {
         };
         fs::remove_file(dir.path().join(PREPROCESSOR_FILE)).unwrap();
         assert_eq!(limits(&options), (4096, 1_003_520, LimitsFrom::Recipe));
+        assert_eq!(to_know(&options), None);
     }
 
     #[test]

@@ -132,7 +132,9 @@ impl ReplicatedTask for Infer {
             progress.set(done, total);
         })?;
         progress.finish();
-        eprintln!("{}", pipelines[0].parts.pixel_limits());
+        if let Some(limits) = pipelines[0].parts.pixel_limits_to_know() {
+            eprintln!("{limits}");
+        }
         for device in &devices {
             let config = &pipelines[0].parts.config;
             prepare_kernels::<B>(config, dtype, device, self.args.batch_size);

@@ -726,8 +726,9 @@ mod tests {
 
     #[test]
     fn ranks_that_are_slow_beyond_the_time_out_are_named() {
-        let (_, replicas, _) = two_ranks(Duration::from_nanos(1));
-        let error = replicas.map(|_| ()).unwrap_err().to_string();
+        // Now and then both are done before anybody looks.
+        let slow = || two_ranks(Duration::from_nanos(1)).1.err();
+        let error = (0..50).find_map(|_| slow()).unwrap().to_string();
         assert!(
             error.contains("`cpu` (rank 1) did not end taking a copy of the model"),
             "{error}"

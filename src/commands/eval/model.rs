@@ -88,7 +88,9 @@ impl DeviceTask for ModelWork {
             progress.set(done, total);
         })?;
         progress.finish();
-        eprintln!("{}", pipeline.parts.pixel_limits());
+        if let Some(limits) = pipeline.parts.pixel_limits_to_know() {
+            eprintln!("{limits}");
+        }
         let config = &pipeline.parts.config;
         prepare_kernels::<B>(config, dtype, &pipeline.device, self.batch_size);
         let mut run = ModelRun {
