@@ -28,14 +28,10 @@ use crate::{
     cli::{GenerationArgs, ModelArgs},
     generate::{GenerationConfig, SamplingConfig},
     pipeline::PipelineOptions,
+    study::counted,
 };
 use burn::tensor::DType;
 use std::path::{Path, PathBuf};
-
-/// A number of things in words: `1 study`, `2 studies`.
-fn counted(count: usize, one: &str, many: &str) -> String {
-    format!("{count} {}", if count == 1 { one } else { many })
-}
 
 /// A path that comes with the repository: as given, or beside the sources the program was built from.
 fn shipped(path: &Path) -> PathBuf {

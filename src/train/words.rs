@@ -1,9 +1,6 @@
 //! Counts and times in messages.
 
-/// A count with its noun: `1 step`, `2 steps`.
-pub fn counted(count: usize, one: &str, many: &str) -> String {
-    format!("{count} {}", if count == 1 { one } else { many })
-}
+pub use crate::study::counted;
 
 /// A time as a clock shows it: `0:07`, `12:30`, `1:02:03`.
 pub fn clock(seconds: f64) -> String {

@@ -582,7 +582,7 @@ fn rows_of_other_keys_are_read_by_naming_them() {
                 .unwrap()
                 .starts_with("<image><image>")
         );
-        // A key that goes nowhere is told.
+        // A key that is not used is reported.
         let told = summary
             .warnings
             .iter()
