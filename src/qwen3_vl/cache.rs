@@ -1,8 +1,8 @@
 //! The key/value cache of the language model.
 
-use crate::{
-    kernels::Kernels,
-    quant::cache::{CacheFormat, PackedCache},
+use crate::ops::{
+    Ops,
+    quantised::cache::{CacheFormat, PackedCache},
 };
 use burn::prelude::*;
 
@@ -22,7 +22,7 @@ pub struct LayerCache<B: Backend> {
     reserved: usize,
 }
 
-impl<B: Kernels> LayerCache<B> {
+impl<B: Ops> LayerCache<B> {
     fn new(reserved: usize, format: CacheFormat) -> Self {
         Self {
             buffers: None,
@@ -61,14 +61,8 @@ impl<B: Kernels> LayerCache<B> {
             old => {
                 let capacity = end.max(self.reserved).next_multiple_of(GROWTH);
                 let shape = [batch, heads, capacity, head_dim];
-                let empty = |like: &Tensor<B, 4>| {
-                    let options = (&like.device(), like.dtype());
-                    if B::HAS_DECODER {
-                        Tensor::empty(shape, options)
-                    } else {
-                        Tensor::zeros(shape, options)
-                    }
-                };
+                let empty =
+                    |like: &Tensor<B, 4>| B::cache_buffer(shape, like.dtype(), &like.device());
                 let (mut keys, mut values) = (empty(&k), empty(&v));
                 if let Some((old_keys, old_values)) = old {
                     let range = [0..batch, 0..heads, 0..self.len, 0..head_dim];
@@ -105,7 +99,7 @@ pub struct KeyValueCache<B: Backend> {
     pub segments: Vec<Vec<i32>>,
 }
 
-impl<B: Kernels> KeyValueCache<B> {
+impl<B: Ops> KeyValueCache<B> {
     /// An empty cache for `layers` layers.
     pub fn new(layers: usize) -> Self {
         Self::with_capacity(layers, 0)

@@ -4,262 +4,39 @@
 //! it gets are ids, positions and normalised patches. Fields carry the checkpoint's own names, so
 //! a parameter's path in the module tree is its key in the file.
 
-mod ahead;
 pub mod cache;
-pub mod config;
-pub mod nn;
-pub mod pixels;
-pub mod rope;
-pub mod text;
-pub mod vision;
-pub mod weights;
 
-use crate::{
-    kernels::{AttentionSpans, Kernels},
-    quant::{Quantization, Weight},
-};
-use half::slice::HalfFloatSliceExt;
-use rayon::prelude::*;
+pub mod config;
+
+pub mod nn;
+
+pub mod rope;
+
+pub mod text;
+
+pub mod vision;
+
+pub mod weights;
 
 use burn::{
     prelude::*,
     tensor::{DType, TensorData},
 };
 
-use ahead::Ahead;
+use crate::{
+    batch::{images::ImageInput, text::TextInput},
+    ops::{
+        AttentionSpans, Ops,
+        cast::{to_dtype, to_f32},
+        quantised::Quantization,
+    },
+    weights::Weight,
+};
 use cache::KeyValueCache;
 use config::Qwen3VlConfig;
-use nn::{InitOptions, Linear, to_dtype, to_f32};
-use pixels::Pixels;
-use rope::{PositionError, Positions, RopeTables, rope_index};
+use nn::{InitOptions, Linear};
 use text::{TextContext, TextModel};
-use vision::{VisionLayout, VisionModel, VisionOutput};
-
-/// The images of a batch, on the host: all patches one after another.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct ImageInput {
-    /// Normalised patches, `[patches, patch_dim]` row-major, in merge-block order.
-    pub pixel_values: Pixels,
-    /// Patches of each image: `(time, height, width)`.
-    pub image_grid_thw: Vec<[usize; 3]>,
-}
-
-impl ImageInput {
-    /// Appends the images of `other`.
-    pub fn extend(&mut self, other: &Self) {
-        self.pixel_values.extend_from_slice(&other.pixel_values);
-        self.image_grid_thw.extend_from_slice(&other.image_grid_thw);
-    }
-
-    /// Number of patches of all images.
-    pub fn patches(&self) -> usize {
-        self.image_grid_thw.iter().map(|[t, h, w]| t * h * w).sum()
-    }
-
-    /// Writes the values of all patches, rounded to bf16.
-    ///
-    /// # Panics
-    /// If there is not room for exactly that many.
-    pub fn write_half_values(&self, half: &mut [half::bf16]) {
-        const PIECE: usize = 1 << 15;
-        assert_eq!(half.len(), self.pixel_values.len(), "room for the pixels");
-        half.par_chunks_mut(PIECE)
-            .zip(self.pixel_values.par_chunks(PIECE))
-            .for_each(|(half, values)| half.convert_from_f32_slice(values));
-    }
-
-    /// The patches as a tensor `[patches, patch_dim]` in `dtype`; bf16 is rounded here, so that half
-    /// the bytes travel.
-    ///
-    /// # Panics
-    /// If the number of values is not that of the grids.
-    pub fn tensor<B: Kernels>(
-        &self,
-        patch_dim: usize,
-        dtype: DType,
-        device: &B::Device,
-    ) -> Tensor<B, 2> {
-        let shape = [self.patches(), patch_dim];
-        assert_eq!(
-            self.pixel_values.len(),
-            shape[0] * shape[1],
-            "pixel values and grids disagree"
-        );
-        if dtype == DType::BF16 {
-            let mut half = vec![half::bf16::ZERO; self.pixel_values.len()];
-            self.write_half_values(&mut half);
-            let values = TensorData::new(half, shape);
-            return Tensor::from_data(values, (device, dtype));
-        }
-        let values = TensorData::new(self.pixel_values.to_vec(), shape);
-        to_dtype(Tensor::from_data(values, (device, DType::F32)), dtype)
-    }
-}
-
-/// One batch of sequences, on the host: every row padded to one length.
-#[derive(Debug, Clone, PartialEq)]
-pub struct TextInput {
-    /// Token ids, `[batch][seq]`.
-    pub input_ids: Vec<Vec<u32>>,
-    /// The sample each token belongs to, `[batch][seq]`, negative for padding. Several samples may
-    /// share a row; attention stays inside each.
-    pub segments: Vec<Vec<i32>>,
-    /// Positions of all tokens, row after row.
-    pub positions: Positions,
-    /// Token that stands for an image patch.
-    pub image_token_id: u32,
-}
-
-/// Side on which short rows are padded.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Padding {
-    /// For generation: every row ends in its last token.
-    Left,
-    /// For training.
-    Right,
-}
-
-impl TextInput {
-    /// A padded batch of independent sequences.
-    ///
-    /// `grids` holds the images of each row; padding has position 0. Returns the batch and each
-    /// row's next position less its number of tokens.
-    ///
-    /// # Errors
-    /// [`PositionError`] when image tokens and grids of a row do not agree.
-    pub fn padded(
-        rows: &[Vec<u32>],
-        grids: &[Vec<[usize; 3]>],
-        config: &Qwen3VlConfig,
-        padding: Padding,
-        pad_token_id: u32,
-    ) -> Result<(Self, Vec<i64>), PositionError> {
-        let seq = rows.iter().map(Vec::len).max().unwrap_or(0);
-        let merge = config.vision_config.spatial_merge_size;
-        let mut batch = Self {
-            input_ids: Vec::with_capacity(rows.len()),
-            segments: Vec::with_capacity(rows.len()),
-            positions: Positions::default(),
-            image_token_id: config.image_token_id,
-        };
-        let mut deltas = Vec::with_capacity(rows.len());
-        for (ids, grids) in rows.iter().zip(grids) {
-            let (positions, delta) = rope_index(ids, grids, config.image_token_id, merge)?;
-            let pad = seq - ids.len();
-            let (before, after) = match padding {
-                Padding::Left => (pad, 0),
-                Padding::Right => (0, pad),
-            };
-            let fill = |count| std::iter::repeat_n(pad_token_id, count);
-            batch.input_ids.push(
-                fill(before)
-                    .chain(ids.iter().copied())
-                    .chain(fill(after))
-                    .collect(),
-            );
-            let hidden = |count| std::iter::repeat_n(-1, count);
-            batch.segments.push(
-                hidden(before)
-                    .chain(std::iter::repeat_n(0, ids.len()))
-                    .chain(hidden(after))
-                    .collect(),
-            );
-            (0..before).for_each(|_| batch.positions.push([0; 3]));
-            batch.positions.extend(&positions);
-            (0..after).for_each(|_| batch.positions.push([0; 3]));
-            deltas.push(delta);
-        }
-        Ok((batch, deltas))
-    }
-
-    /// Several samples in one row, one after another; attention and positions stay inside each.
-    ///
-    /// # Errors
-    /// [`PositionError`] when image tokens and grids of a sample do not agree.
-    pub fn packed(
-        samples: &[Vec<u32>],
-        grids: &[Vec<[usize; 3]>],
-        config: &Qwen3VlConfig,
-    ) -> Result<Self, PositionError> {
-        let merge = config.vision_config.spatial_merge_size;
-        let mut positions = Positions::default();
-        let mut segments = Vec::new();
-        for (index, (ids, grids)) in samples.iter().zip(grids).enumerate() {
-            positions.extend(&rope_index(ids, grids, config.image_token_id, merge)?.0);
-            segments.extend(std::iter::repeat_n(index as i32, ids.len()));
-        }
-        Ok(Self {
-            input_ids: vec![samples.concat()],
-            segments: vec![segments],
-            positions,
-            image_token_id: config.image_token_id,
-        })
-    }
-
-    /// Number of rows.
-    pub fn batch(&self) -> usize {
-        self.input_ids.len()
-    }
-
-    /// Tokens in a row.
-    pub fn seq(&self) -> usize {
-        self.input_ids.first().map_or(0, Vec::len)
-    }
-
-    /// The tokens in the columns `range` of every row.
-    pub fn columns(&self, range: std::ops::Range<usize>) -> Self {
-        let mut positions = Positions::default();
-        for row in 0..self.batch() {
-            let start = row * self.seq();
-            let tokens = start + range.start..start + range.end;
-            positions.extend(&self.positions.slice(tokens));
-        }
-        Self {
-            input_ids: cut(&self.input_ids, &range),
-            segments: cut(&self.segments, &range),
-            positions,
-            image_token_id: self.image_token_id,
-        }
-    }
-
-    /// For each token the row of `[one zero row; image features]` that belongs to it.
-    fn image_rows(&self) -> Vec<i32> {
-        let mut next = 0;
-        self.input_ids
-            .iter()
-            .flatten()
-            .map(|id| {
-                if *id == self.image_token_id {
-                    next += 1;
-                    next
-                } else {
-                    0
-                }
-            })
-            .collect()
-    }
-
-    /// What the layers need when nothing is cached.
-    pub fn context<B: Kernels>(
-        &self,
-        config: &Qwen3VlConfig,
-        dropout_seed: Option<u64>,
-        device: &B::Device,
-    ) -> TextContext<B> {
-        TextContext {
-            batch: self.batch(),
-            rope: RopeTables::text(&self.positions, &config.text_config, device),
-            spans: AttentionSpans::causal(&self.segments, 0, device),
-            dropout_seed,
-        }
-    }
-}
-
-/// The columns `range` of some rows.
-fn cut<T: Clone>(rows: &[Vec<T>], range: &std::ops::Range<usize>) -> Vec<Vec<T>> {
-    let cut = |row: &Vec<T>| row[range.clone()].to_vec();
-    rows.iter().map(cut).collect()
-}
+use vision::{VisionLayout, VisionModel, VisionOutput, pixel_tensor};
 
 /// Where image features go among the tokens of a batch.
 #[derive(Debug, Clone)]
@@ -272,7 +49,7 @@ pub struct ImagePlacement<B: Backend> {
     image_tokens: Tensor<B, 1, Int>,
 }
 
-impl<B: Kernels> ImagePlacement<B> {
+impl<B: Ops> ImagePlacement<B> {
     /// Reads the placement off the ids of a batch.
     pub fn new(input: &TextInput, device: &B::Device) -> Self {
         let rows = input.image_rows();
@@ -327,7 +104,7 @@ pub struct Qwen3Vl<B: Backend> {
     pub lm_head: Option<Linear<B>>,
 }
 
-impl<B: Kernels> Qwen3Vl<B> {
+impl<B: Ops> Qwen3Vl<B> {
     /// A model whose parameters are drawn at first use, so that loading replaces them unallocated.
     pub fn new(config: &Qwen3VlConfig, options: &InitOptions, device: &B::Device) -> Self {
         let text = &config.text_config;
@@ -351,42 +128,6 @@ impl<B: Kernels> Qwen3Vl<B> {
         let layer = self.model.language_model.layers.first()?;
         let layers = layer.self_attn.q_proj.weight.packed()?.format();
         Some(Quantization { layers })
-    }
-
-    /// Runs the vision tower over all images of a batch.
-    pub fn encode_images(
-        &self,
-        images: &ImageInput,
-        config: &Qwen3VlConfig,
-        device: &B::Device,
-    ) -> VisionOutput<B> {
-        let tower = &self.model.visual;
-        let sent = ahead::take::<B>(images, device);
-        let (layout, sent) = match sent {
-            Some(Ahead { layout, pixels }) => (layout, Some(pixels)),
-            None => {
-                let (grids, sizes) = (&images.image_grid_thw, &config.vision_config);
-                (VisionLayout::shared(grids, sizes, device), None)
-            }
-        };
-        B::vision_tower(tower, images, &layout, || {
-            let patch_dim = config.vision_config.patch_dim();
-            let pixels = sent
-                .clone()
-                .unwrap_or_else(|| images.tensor(patch_dim, tower.dtype(), device));
-            tower.forward(pixels, &layout, None)
-        })
-    }
-
-    /// Sends the images of a batch that this thread will show the vision tower next, so that the device
-    /// has them by then. They are found again by where they lie: the batch must not be changed meanwhile.
-    pub fn send_ahead(&self, images: &ImageInput, config: &Qwen3VlConfig, device: &B::Device) {
-        let (patch_dim, dtype) = (config.vision_config.patch_dim(), self.model.visual.dtype());
-        let ahead = Ahead::<B> {
-            layout: VisionLayout::shared(&images.image_grid_thw, &config.vision_config, device),
-            pixels: images.tensor(patch_dim, dtype, device),
-        };
-        ahead::keep(images, device, ahead);
     }
 
     /// Token vectors of a batch, `[n, hidden]`.
@@ -418,7 +159,7 @@ impl<B: Kernels> Qwen3Vl<B> {
         dropout_seed: Option<u64>,
         device: &B::Device,
     ) -> Tensor<B, 2> {
-        let mut context = input.context::<B>(config, dropout_seed, device);
+        let mut context = TextContext::new(input, config, dropout_seed, device);
         if let Some(cache) = cache.as_deref_mut() {
             let cached = cache.len();
             if cache.segments.is_empty() {
@@ -530,8 +271,13 @@ impl<B: Kernels> Qwen3Vl<B> {
         config: &Qwen3VlConfig,
         device: &B::Device,
     ) -> Tensor<B, 2> {
-        let vision =
-            (!images.image_grid_thw.is_empty()).then(|| self.encode_images(images, config, device));
+        let vision = (!images.image_grid_thw.is_empty()).then(|| {
+            let tower = &self.model.visual;
+            let sizes = &config.vision_config;
+            let layout = VisionLayout::new(&images.image_grid_thw, sizes, device);
+            let pixels = pixel_tensor(images, sizes.patch_dim(), tower.dtype(), device);
+            tower.forward(pixels, &layout, None)
+        });
         let hidden = self.hidden_states(input, vision.as_ref(), config, None, None, device);
         self.logits(hidden)
     }

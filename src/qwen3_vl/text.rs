@@ -2,12 +2,15 @@
 //!
 //! Shape letters: `b` sequences of `s` tokens, flattened to `n = b × s` rows.
 
-use crate::kernels::{AttentionSpans, Kernels};
+use crate::{
+    batch::text::TextInput,
+    ops::{AttentionSpans, Ops},
+};
 use burn::prelude::*;
 
 use super::{
     cache::LayerCache,
-    config::TextConfig,
+    config::{Qwen3VlConfig, TextConfig},
     nn::{Embedding, InitOptions, Linear, RmsNorm},
     rope::RopeTables,
 };
@@ -23,6 +26,23 @@ pub struct TextContext<B: Backend> {
     pub spans: AttentionSpans<B>,
     /// Turns the adapters' dropout on and decides its masks.
     pub dropout_seed: Option<u64>,
+}
+
+impl<B: Ops> TextContext<B> {
+    /// What the layers need when nothing is cached.
+    pub fn new(
+        input: &TextInput,
+        config: &Qwen3VlConfig,
+        dropout_seed: Option<u64>,
+        device: &B::Device,
+    ) -> Self {
+        Self {
+            batch: input.batch(),
+            rope: RopeTables::text(&input.positions, &config.text_config, device),
+            spans: AttentionSpans::causal(&input.segments, 0, device),
+            dropout_seed,
+        }
+    }
 }
 
 /// Grouped-query self-attention with normalised, rotated heads.
@@ -45,7 +65,7 @@ pub struct TextAttention<B: Backend> {
     head_dim: usize,
 }
 
-impl<B: Kernels> TextAttention<B> {
+impl<B: Ops> TextAttention<B> {
     fn new(config: &TextConfig, options: &InitOptions, device: &B::Device) -> Self {
         let heads = |heads: usize| heads * config.head_dim;
         let linear = |from, to| Linear::new(from, to, config.attention_bias, options, device);
@@ -119,7 +139,7 @@ pub struct TextMlp<B: Backend> {
     pub down_proj: Linear<B>,
 }
 
-impl<B: Kernels> TextMlp<B> {
+impl<B: Ops> TextMlp<B> {
     /// `[n, hidden]` → `[n, hidden]`, plus `residual`.
     pub fn forward(
         &self,
@@ -147,7 +167,7 @@ pub struct DecoderLayer<B: Backend> {
     pub post_attention_layernorm: RmsNorm<B>,
 }
 
-impl<B: Kernels> DecoderLayer<B> {
+impl<B: Ops> DecoderLayer<B> {
     fn new(config: &TextConfig, options: &InitOptions, device: &B::Device) -> Self {
         let linear = |from, to| Linear::new(from, to, false, options, device);
         let norm = || RmsNorm::new(config.hidden_size, config.rms_norm_eps, options, device);
@@ -190,7 +210,7 @@ pub struct TextModel<B: Backend> {
     pub norm: RmsNorm<B>,
 }
 
-impl<B: Kernels> TextModel<B> {
+impl<B: Ops> TextModel<B> {
     /// A model whose parameters are drawn at first use.
     pub fn new(config: &TextConfig, options: &InitOptions, device: &B::Device) -> Self {
         Self {

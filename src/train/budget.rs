@@ -8,7 +8,7 @@ use super::{
     config::{LossReduction, TrainConfig, Tuner},
     plan::{base_parameters, trained_parameters},
 };
-use crate::{lora::config::AdapterError, qwen3_vl::config::Qwen3VlConfig};
+use crate::{adapters::lora::config::AdapterError, qwen3_vl::config::Qwen3VlConfig};
 
 const GIB: f64 = (1u64 << 30) as f64;
 
@@ -158,7 +158,7 @@ impl StepMemory {
 
     /// All parts, with what the driver holds and what is left between tensors.
     ///
-    /// On CUDA a step's tensors take memory of their very size (`Kernels::in_exact_memory`), whatever
+    /// On CUDA a step's tensors take memory of their very size (`Accelerator::in_exact_memory`), whatever
     /// the card; only small ones lie in pages of cubecl's pools.
     pub fn bytes(&self, tokens: u64, kept: Kept) -> u64 {
         /// A CUDA context with its modules (0.55 GiB on an H200), and the pools' smallest pages.

@@ -2,7 +2,7 @@
 //!
 //! No graph is recorded: a layer's forward pass keeps what its backward pass needs, a frozen weight
 //! never gets a gradient, and one product serves all that flows back into one input. Everything is
-//! expressed in the operations of [`Kernels`], so the same code runs on every backend.
+//! expressed in the operations of [`Accelerator`], so the same code runs on every backend.
 
 use burn::{
     module::ParamId,
@@ -11,16 +11,17 @@ use burn::{
     tensor::{DType, IndexingUpdateOp, backend::AutodiffBackend},
 };
 
+use super::gradients::{LOSS_ROWS, LossSums, is_trained};
 use crate::{
-    kernels::{BackwardProduct, Kernels, LowRank, LowRankFlow},
+    batch::micro_batch::MicroBatch,
+    ops::{BackwardProduct, LowRank, LowRankFlow, cast::to_dtype},
     qwen3_vl::{
         ImagePlacement, Qwen3Vl,
-        nn::{Linear, to_dtype},
+        nn::Linear,
         text::{DecoderLayer, TextContext, heads_first},
     },
+    runtime::accelerator::Accelerator,
 };
-
-use super::gradients::{LOSS_ROWS, LossSums, MicroBatch, is_trained};
 
 /// Whether this way of differentiating covers everything the language model trains.
 pub(super) fn covers<B: AutodiffBackend>(model: &Qwen3Vl<B>) -> bool {
@@ -67,7 +68,7 @@ fn trains_adapter_only<B: AutodiffBackend>(linear: &Linear<B>) -> bool {
 }
 
 /// The low-rank parts of some linear layers over one input, where they have adapters.
-fn low_parts<B: Kernels, const N: usize>(
+fn low_parts<B: Accelerator, const N: usize>(
     linears: [&Linear<B>; N],
     x: &Tensor<B, 2>,
     seed: Option<u64>,
@@ -83,12 +84,12 @@ fn low_parts<B: Kernels, const N: usize>(
     adapters.map(|adapter| adapter.and_then(|_| lows.next()))
 }
 
-fn adapter<B: Kernels>(linear: &Linear<B>, seed: Option<u64>) -> Option<LowRank<B>> {
+fn adapter<B: Accelerator>(linear: &Linear<B>, seed: Option<u64>) -> Option<LowRank<B>> {
     linear.lora.as_ref().map(|lora| lora.low_rank(seed))
 }
 
 /// A linear layer's result; `low` is its part of [`low_parts`].
-fn product<B: Kernels>(
+fn product<B: Accelerator>(
     linear: &Linear<B>,
     x: Tensor<B, 2>,
     low: Option<&Tensor<B, 2>>,
@@ -108,7 +109,7 @@ fn product<B: Kernels>(
 
 /// Registers the gradients of the adapters of some linear layers over one input; what is left to do
 /// flows into that input.
-fn flow_back<B: Kernels, const N: usize>(
+fn flow_back<B: Accelerator, const N: usize>(
     linears: [&Linear<B>; N],
     x: &Tensor<B, 2>,
     lows: [Option<Tensor<B, 2>>; N],
@@ -185,7 +186,7 @@ struct Cheap<B: Backend> {
     gated: Tensor<B, 2>,
 }
 
-impl<B: Kernels> LayerTape<B> {
+impl<B: Accelerator> LayerTape<B> {
     fn take_cheap(&mut self, layer: &DecoderLayer<B>, context: &TextContext<B>) -> Cheap<B> {
         self.cheap.take().unwrap_or_else(|| {
             let [q, k] = turned_heads(layer, &self.raw_q, &self.raw_k, context);
@@ -201,7 +202,7 @@ impl<B: Kernels> LayerTape<B> {
 }
 
 /// Queries and keys, normalised and rotated: `[b, heads, s, head_dim]`.
-fn turned_heads<B: Kernels>(
+fn turned_heads<B: Accelerator>(
     layer: &DecoderLayer<B>,
     raw_q: &Tensor<B, 3>,
     raw_k: &Tensor<B, 3>,
@@ -215,7 +216,7 @@ fn turned_heads<B: Kernels>(
 }
 
 /// A layer's forward pass up to its last product, whose result no backward pass needs.
-fn layer_tape<B: Kernels>(
+fn layer_tape<B: Accelerator>(
     layer: &DecoderLayer<B>,
     x: Tensor<B, 2>,
     context: &TextContext<B>,
@@ -268,7 +269,7 @@ fn layer_tape<B: Kernels>(
 }
 
 /// A layer's result, `[n, hidden]`.
-fn layer_output<B: Kernels>(
+fn layer_output<B: Accelerator>(
     layer: &DecoderLayer<B>,
     tape: &mut LayerTape<B>,
     context: &TextContext<B>,
@@ -290,7 +291,7 @@ fn tokens_first<B: Backend>(x: Tensor<B, 4>) -> Tensor<B, 2> {
     x.swap_dims(1, 2).reshape([batch * seq, heads * head_dim])
 }
 
-fn layer_backward<B: Kernels>(
+fn layer_backward<B: Accelerator>(
     layer: &DecoderLayer<B>,
     mut tape: LayerTape<B>,
     context: &TextContext<B>,
@@ -395,7 +396,7 @@ pub(super) enum Keep {
 /// Runs the language model forward and backward.
 ///
 /// `features` are the merged and the DeepStack features of the batch's images.
-pub(super) fn text_pass<B: Kernels>(
+pub(super) fn text_pass<B: Accelerator>(
     model: &Qwen3Vl<B>,
     batch: &MicroBatch,
     features: &[Tensor<B, 2>],
@@ -460,7 +461,7 @@ pub(super) fn text_pass<B: Kernels>(
 }
 
 /// Norm, head and loss over the target rows only: what flows back into the last layer's output.
-fn head_pass<B: Kernels>(
+fn head_pass<B: Accelerator>(
     model: &Qwen3Vl<B>,
     batch: &MicroBatch,
     output: Tensor<B, 2>,

@@ -8,15 +8,12 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{
-    gradients::GradientOptions,
-    optimizer::AdamWConfig,
-    schedule::{Schedule, ScheduleKind},
-};
+use super::{gradients::GradientOptions, optimizer::AdamWConfig};
 use crate::{
+    adapters::lora::config::{LoraConfig, TargetModules},
     dataset::loader::{Overlong, WindowPlan},
-    lora::config::{LoraConfig, TargetModules},
     processor::patches::ImageProcessorConfig,
+    schedule::{Schedule, ScheduleKind},
 };
 
 /// What is wrong with a run's settings.

@@ -7,7 +7,7 @@
 //! for the vision tower where it is trained. Where it is frozen, it never sees autodiff.
 
 use super::by_hand::{self, Keep};
-use crate::kernels::{Kernels, TrainKernels, plain::target_sums};
+
 use std::ops::Range;
 
 use burn::{
@@ -17,61 +17,23 @@ use burn::{
     tensor::{DType, backend::AutodiffBackend},
 };
 
-use crate::qwen3_vl::{
-    ImageInput, ImagePlacement, Qwen3Vl, TextInput,
-    config::Qwen3VlConfig,
-    nn::to_dtype,
-    text::TextContext,
-    vision::{VisionLayout, VisionModel},
+use crate::{
+    batch::{images::ImageInput, micro_batch::MicroBatch},
+    ops::{cast::to_dtype, plain::target_sums},
+    qwen3_vl::{
+        ImagePlacement, Qwen3Vl,
+        config::Qwen3VlConfig,
+        text::TextContext,
+        vision::{VisionLayout, VisionModel, pixel_tensor},
+    },
+    runtime::{
+        accelerator::{Accelerator, TrainAccelerator},
+        vision::encode_images,
+    },
 };
-
-/// Marks a token that is no target.
-pub const IGNORE_INDEX: i64 = -100;
 
 /// Rows of logits held at once in the loss.
 pub(super) const LOSS_ROWS: usize = 512;
-
-/// Some samples that go through the model together, on the host.
-#[derive(Debug, Clone, PartialEq)]
-pub struct MicroBatch {
-    /// Tokens, padded on the right or packed.
-    pub text: TextInput,
-    /// What each token should be, `[batch][seq]`, [`IGNORE_INDEX`] where it is not a target.
-    pub labels: Vec<Vec<i64>>,
-    /// All images, in the order of their tokens.
-    pub images: ImageInput,
-}
-
-impl MicroBatch {
-    /// Number of targets: labels behind the first token of a row.
-    pub fn targets(&self) -> usize {
-        self.targets_with_rows().len()
-    }
-
-    /// What the sizes of all tensors of a pass over it follow from.
-    pub(super) fn sizes(&self) -> [usize; 4] {
-        [
-            self.labels.len(),
-            self.text.seq(),
-            self.images.patches(),
-            self.targets(),
-        ]
-    }
-
-    /// For each target the flat row of the hidden state that predicts it, and its id.
-    pub(super) fn targets_with_rows(&self) -> Vec<(i32, i32)> {
-        let seq = self.text.seq();
-        let mut targets = Vec::new();
-        for (row, labels) in self.labels.iter().enumerate() {
-            for (at, label) in labels.iter().enumerate().skip(1) {
-                if *label != IGNORE_INDEX {
-                    targets.push(((row * seq + at - 1) as i32, *label as i32));
-                }
-            }
-        }
-        targets
-    }
-}
 
 /// What is recomputed in the backward pass, and what decides the dropout masks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -176,7 +138,7 @@ pub fn is_trained<B: Backend, M: Module<B>>(module: &M) -> bool {
 }
 
 /// Adds the gradients of a module's parameters to `into`.
-pub fn add_gradients<B: TrainKernels, M: AutodiffModule<B>>(
+pub fn add_gradients<B: TrainAccelerator, M: AutodiffModule<B>>(
     module: &M,
     mut from: GradientsParams,
     into: &mut GradientsParams,
@@ -204,7 +166,7 @@ pub fn add_gradients<B: TrainKernels, M: AutodiffModule<B>>(
 }
 
 /// How many elements of a module's gradients differ between two computations, missing ones included.
-pub fn differing_elements<B: TrainKernels, M: AutodiffModule<B>>(
+pub fn differing_elements<B: TrainAccelerator, M: AutodiffModule<B>>(
     module: &M,
     [first, second]: [&GradientsParams; 2],
 ) -> u64 {
@@ -244,7 +206,7 @@ pub fn differing_elements<B: TrainKernels, M: AutodiffModule<B>>(
 /// The loss is the sum of the targets' negative log likelihoods times `weight`; with `weight` one
 /// over the targets of the whole accumulation window, the gradients of the micro-batches add up to
 /// those of the window's token mean. `inner` is the same model without autodiff.
-pub fn gradients<B: TrainKernels>(
+pub fn gradients<B: TrainAccelerator>(
     model: &Qwen3Vl<B>,
     inner: &Qwen3Vl<B::InnerBackend>,
     config: &Qwen3VlConfig,
@@ -261,9 +223,8 @@ pub fn gradients<B: TrainKernels>(
         let features = vision
             .as_ref()
             .map_or(&[][..], |vision| vision.features.as_slice());
-        let context = batch
-            .text
-            .context::<B::InnerBackend>(config, options.dropout_seed, device);
+        let context =
+            TextContext::<B::InnerBackend>::new(&batch.text, config, options.dropout_seed, device);
         let keep = match (options.checkpoint_text, options.recompute_pointwise) {
             (true, _) => Keep::Inputs,
             (false, true) => Keep::Products,
@@ -304,9 +265,7 @@ pub fn gradients<B: TrainKernels>(
     };
     let needs_input_gradient = trains_vision || trains_embedding;
     let deepstack = features.get(1..).unwrap_or_default();
-    let context = batch
-        .text
-        .context::<B>(config, options.dropout_seed, device);
+    let context = TextContext::<B>::new(&batch.text, config, options.dropout_seed, device);
     let placement = (!features.is_empty()).then(|| ImagePlacement::new(&batch.text, device));
 
     let layers = model.model.language_model.layers.len();
@@ -321,9 +280,7 @@ pub fn gradients<B: TrainKernels>(
     let mut inputs = vec![embedded.clone().inner()];
     if segments.len() > 1 {
         let inner_context =
-            batch
-                .text
-                .context::<B::InnerBackend>(config, options.dropout_seed, device);
+            TextContext::<B::InnerBackend>::new(&batch.text, config, options.dropout_seed, device);
         let inner_placement = ImagePlacement::new(&batch.text, device);
         let inner_deepstack: Vec<_> = deepstack.iter().cloned().map(Tensor::inner).collect();
         let inner_placement = placement.as_ref().map(|_| inner_placement);
@@ -402,7 +359,7 @@ pub fn gradients<B: TrainKernels>(
 }
 
 /// Runs some layers of the language model, DeepStack features added behind theirs.
-fn run_layers<B: Kernels>(
+fn run_layers<B: Accelerator>(
     model: &Qwen3Vl<B>,
     layers: Range<usize>,
     mut x: Tensor<B, 2>,
@@ -423,7 +380,7 @@ fn run_layers<B: Kernels>(
 ///
 /// Logits exist for the targets only and some rows at a time: each piece of the loss is
 /// backpropagated to the hidden states at once and forgotten.
-fn loss_objective<B: TrainKernels>(
+fn loss_objective<B: TrainAccelerator>(
     model: &Qwen3Vl<B>,
     batch: &MicroBatch,
     hidden: Tensor<B, 2>,
@@ -470,7 +427,7 @@ fn loss_objective<B: TrainKernels>(
 }
 
 /// Loss sums of a batch without gradients: for validation.
-pub fn evaluate<B: Kernels>(
+pub fn evaluate<B: Accelerator>(
     model: &Qwen3Vl<B>,
     config: &Qwen3VlConfig,
     batch: &MicroBatch,
@@ -482,7 +439,7 @@ pub fn evaluate<B: Kernels>(
         return LossSums { sums, targets: 0 };
     }
     let vision = (!batch.images.image_grid_thw.is_empty())
-        .then(|| model.encode_images(&batch.images, config, device));
+        .then(|| encode_images(model, &batch.images, config, device));
     let hidden = model.hidden_states(&batch.text, vision.as_ref(), config, None, None, device);
     let mut sums = Tensor::zeros([2], (device, DType::F32));
     for piece in targets.chunks(LOSS_ROWS) {
@@ -525,7 +482,7 @@ struct VisionPass<B: AutodiffBackend> {
     dropout_seed: Option<u64>,
 }
 
-impl<B: TrainKernels> VisionPass<B> {
+impl<B: TrainAccelerator> VisionPass<B> {
     fn forward(
         model: &Qwen3Vl<B>,
         inner: &Qwen3Vl<B::InnerBackend>,
@@ -537,7 +494,7 @@ impl<B: TrainKernels> VisionPass<B> {
         let vision = &config.vision_config;
         let dropout_seed = options.dropout_seed;
         if !is_trained(&model.model.visual) {
-            let output = inner.encode_images(images, config, device);
+            let output = encode_images(inner, images, config, device);
             return Self {
                 features: std::iter::once(output.merged)
                     .chain(output.deepstack)
@@ -547,7 +504,12 @@ impl<B: TrainKernels> VisionPass<B> {
             };
         }
         let layout = VisionLayout::<B>::new(&images.image_grid_thw, vision, device);
-        let pixels = images.tensor::<B>(vision.patch_dim(), model.model.visual.dtype(), device);
+        let pixels = pixel_tensor::<B>(
+            images,
+            vision.patch_dim(),
+            model.model.visual.dtype(),
+            device,
+        );
         if !options.checkpoint_vision {
             let output = model.model.visual.forward(pixels, &layout, dropout_seed);
             let outputs: Vec<Tensor<B, 2>> = std::iter::once(output.merged)
@@ -627,7 +589,7 @@ impl<B: TrainKernels> VisionPass<B> {
     }
 }
 
-fn backward_by_blocks<B: TrainKernels>(
+fn backward_by_blocks<B: TrainAccelerator>(
     visual: &VisionModel<B>,
     layout: &VisionLayout<B>,
     pixels: Tensor<B, 2>,

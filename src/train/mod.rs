@@ -5,6 +5,10 @@ mod by_hand;
 pub mod checkpoint;
 pub mod checkpoint_dir;
 pub mod config;
+#[cfg(all(test, feature = "cuda", feature = "flex"))]
+mod cuda_gradient_tests;
+#[cfg(all(test, feature = "cuda", feature = "flex"))]
+mod cuda_unwritten_tests;
 pub mod data;
 pub mod gradients;
 pub mod image_facts;
@@ -19,9 +23,8 @@ mod renderers;
 pub mod replicas;
 mod resume;
 pub mod run;
-pub mod schedule;
 pub mod step_clock;
 pub mod strategy;
 pub mod tfevents;
-pub mod trace;
+
 pub mod words;

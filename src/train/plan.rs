@@ -236,7 +236,7 @@ pub fn base_parameters(config: &Qwen3VlConfig) -> u64 {
 pub fn trained_parameters(
     config: &TrainConfig,
     model: &Qwen3VlConfig,
-) -> Result<u64, crate::lora::config::AdapterError> {
+) -> Result<u64, crate::adapters::lora::config::AdapterError> {
     if config.tuner == Tuner::Full {
         return Ok(PartParameters::of(model).trained(config));
     }
@@ -267,7 +267,7 @@ impl Plan {
         longest: usize,
         devices: usize,
         dtype_bytes: u64,
-    ) -> Result<Self, crate::lora::config::AdapterError> {
+    ) -> Result<Self, crate::adapters::lora::config::AdapterError> {
         let tokens = match config.row_tokens() {
             Some(tokens) => tokens.max(longest),
             None => longest * config.per_device_train_batch_size,

@@ -10,16 +10,18 @@ use burn::{
 };
 use serde_json::Value;
 use xray_qwen3vl::{
-    lora::files::{adapter_params, adapter_tensors, load_adapter},
-    quant::Weight,
-    qwen3_vl::{ImageInput, Padding, Qwen3Vl, TextInput, config::Qwen3VlConfig},
+    adapters::lora::files::{adapter_params, adapter_tensors, load_adapter},
+    batch::{
+        images::ImageInput,
+        micro_batch::{IGNORE_INDEX, MicroBatch},
+        text::{Padding, TextInput},
+    },
+    qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig},
     train::{
-        gradients::{
-            GradientOptions, IGNORE_INDEX, LossTotals, MicroBatch, add_gradients, evaluate,
-            gradients,
-        },
+        gradients::{GradientOptions, LossTotals, add_gradients, evaluate, gradients},
         optimizer::{AdamW, AdamWConfig},
     },
+    weights::Weight,
 };
 
 use crate::{
@@ -518,10 +520,11 @@ fn packed_gradients_equal_unpacked_ones() {
 #[test]
 fn dropout_is_the_same_in_the_recomputed_pass() {
     let (base, config) = load_from::<AB>(fixtures().join("model-tiny"));
-    let lora =
-        xray_qwen3vl::lora::config::LoraConfig::from_dir(&fixtures().join("adapter_dropout_cfg"))
-            .unwrap();
-    let model = xray_qwen3vl::lora::files::load_adapter_tensors(
+    let lora = xray_qwen3vl::adapters::lora::config::LoraConfig::from_dir(
+        &fixtures().join("adapter_dropout_cfg"),
+    )
+    .unwrap();
+    let model = xray_qwen3vl::adapters::lora::files::load_adapter_tensors(
         base.no_grad(),
         &lora,
         &fixtures().join("adapter"),
