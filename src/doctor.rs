@@ -299,9 +299,9 @@ fn work_out<B: Accelerator>(device: &B::Device, dtype: DType) -> Result<Answers,
         images: prompt.images,
     };
     let weight = 1.0 / batch.targets() as f64;
-    let gradients = [false, true].map(|by_hand| {
+    let gradients = [false, true].map(|manual_backward| {
         let options = GradientOptions {
-            by_hand,
+            manual_backward,
             ..GradientOptions::default()
         };
         let (grads, _) = gradients(&adapted, &inner, &config, &batch, weight, &options, device);

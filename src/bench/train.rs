@@ -35,11 +35,12 @@ use crate::{
     },
     schedule::Schedule,
     train::{
-        budget::{BudgetError, Form, Kept},
+        budget::{BudgetError, Form},
         config::TrainConfig,
         learner::{StepReading, StepSettings, StepTotals, Trainee},
         optimizer::AdamW,
         step_clock::{LaunchTimes, StepClock},
+        tape::Recorded,
     },
 };
 
@@ -85,8 +86,8 @@ impl TrainShape {
         let shape = Self {
             micro_batch: (form.row_tokens / LONGEST).max(1),
             packing: form.row_tokens > 0,
-            recompute: form.kept == Kept::Inputs,
-            recompute_pointwise: form.kept == Kept::Products,
+            recompute: form.kept == Recorded::Inputs,
+            recompute_pointwise: form.kept == Recorded::Matmuls,
         };
         Ok((shape, form.explain(gib, LONGEST)))
     }

@@ -114,6 +114,11 @@ impl<B: Ops> RopeTables<B> {
         Self::from_values(cos, sin, rows_columns.len(), device)
     }
 
+    /// Width of a head.
+    pub fn head_dim(&self) -> usize {
+        self.cos.dims()[1]
+    }
+
     /// Normalises heads where a norm is given, then rotates them; `[tokens, heads, head_dim]`.
     pub fn rotate(&self, x: Tensor<B, 3>, norm: Option<HeadNorm<B>>) -> Tensor<B, 3> {
         B::rotate_heads(x, norm, self.cos.clone(), self.sin.clone())

@@ -19,9 +19,9 @@ use burn::{
 
 use super::{
     config::VisionConfig,
+    layer::{heads_first, tokens_first},
     nn::{Embedding, InitOptions, LayerNorm, Linear, lazy_full, lazy_normal},
     rope::RopeTables,
-    text::heads_first,
 };
 
 const LAYER_NORM_EPS: f64 = 1e-6;
@@ -104,14 +104,13 @@ impl<B: Ops> VisionAttention<B> {
         layout: &VisionLayout<B>,
         dropout_seed: Option<u64>,
     ) -> Tensor<B, 2> {
-        let [patches, hidden] = x.dims();
         let qkv = self.qkv.forward(x, dropout_seed);
         let (cos, sin) = (layout.rope.cos.clone(), layout.rope.sin.clone());
         let [q, k, v] =
             B::split_and_rotate(qkv, self.num_heads, cos, sin).map(|x| heads_first(x, 1));
         let y = B::span_attention(q, k, v, &layout.spans);
-        let y = y.swap_dims(1, 2).reshape([patches, hidden]);
-        self.proj.forward_add(y, residual, dropout_seed)
+        self.proj
+            .forward_add(tokens_first(y), residual, dropout_seed)
     }
 }
 
@@ -511,14 +510,28 @@ impl<B: Ops> VisionModel<B> {
         layout: &VisionLayout<B>,
         dropout_seed: Option<u64>,
     ) -> VisionOutput<B> {
-        let mut x = self.patch_embed.forward(pixel_values, Some(positions));
+        let x = self.patch_embed.forward(pixel_values, Some(positions));
+        self.run_blocks(x, layout, dropout_seed, |_| ())
+    }
+
+    /// All blocks and mergers over what [`VisionModel::embed`] gives; `on_input` sees the input of each
+    /// block and at last that of the main merger, `[n, hidden]` each.
+    pub fn run_blocks(
+        &self,
+        mut x: Tensor<B, 2>,
+        layout: &VisionLayout<B>,
+        dropout_seed: Option<u64>,
+        mut on_input: impl FnMut(&Tensor<B, 2>),
+    ) -> VisionOutput<B> {
         let mut deepstack = Vec::with_capacity(self.deepstack_merger_list.len());
         for (index, block) in self.blocks.iter().enumerate() {
+            on_input(&x);
             x = block.forward(x, layout, dropout_seed);
             if let Some(merger) = self.deepstack_after(index) {
                 deepstack.push(merger.forward(x.clone(), dropout_seed));
             }
         }
+        on_input(&x);
         VisionOutput {
             merged: self.merger.forward(x, dropout_seed),
             deepstack,

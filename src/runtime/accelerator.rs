@@ -14,8 +14,8 @@ use crate::{
     ops::Ops,
     qwen3_vl::{
         Qwen3Vl,
-        cache::KeyValueCache,
         config::Qwen3VlConfig,
+        key_values::KeyValueCache,
         vision::{VisionLayout, VisionModel, VisionOutput},
     },
 };

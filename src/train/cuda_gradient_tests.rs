@@ -123,12 +123,12 @@ pub(super) fn packed_samples(config: &Qwen3VlConfig) -> MicroBatch {
     window.parts[0][0].clone()
 }
 
-pub(super) const BY_HAND: GradientOptions = GradientOptions {
+pub(super) const MANUAL: GradientOptions = GradientOptions {
     checkpoint_text: false,
     recompute_pointwise: false,
     checkpoint_vision: false,
     dropout_seed: None,
-    by_hand: true,
+    manual_backward: true,
 };
 
 #[test]
@@ -140,13 +140,13 @@ fn adapter_gradients_beside_the_cpu() {
     let batch = packed_samples(&config);
     let cpu = Default::default();
     let (want, want_loss) =
-        adapter_gradients::<Autodiff<Flex>>(&config, &batch, DType::F32, &BY_HAND, &cpu);
+        adapter_gradients::<Autodiff<Flex>>(&config, &batch, DType::F32, &MANUAL, &cpu);
     assert!(want.len() == 2 * 7 * config.text_config.num_hidden_layers);
     // f32: other orders of sums (2e-6 seen on an H100; a product in TF32 would be some 1e-3 away);
     // bf16: weights, activations and what flows back are rounded (2⁻⁹) some dozen times in a row.
     for (dtype, allowed) in [(DType::F32, 1e-4), (DType::BF16, 8e-2)] {
         let (got, loss) =
-            adapter_gradients::<Autodiff<Cuda>>(&config, &batch, dtype, &BY_HAND, &device);
+            adapter_gradients::<Autodiff<Cuda>>(&config, &batch, dtype, &MANUAL, &device);
         let apart = distance(&got, &want);
         println!(
             "adapter gradients, {dtype:?}: {apart:.2e} from the CPU's f32; loss {loss:.5}, there {want_loss:.5}"
@@ -175,7 +175,7 @@ fn gradients_are_the_same_bit_for_bit() {
         checkpoint_text,
         recompute_pointwise,
         dropout_seed: Some(17),
-        ..BY_HAND
+        ..MANUAL
     };
     let run = |options: GradientOptions| {
         adapter_gradients::<Autodiff<Cuda>>(&config, &batch, DType::BF16, &options, &device)

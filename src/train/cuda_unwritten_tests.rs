@@ -15,7 +15,7 @@ use crate::{
         text::{Padding, TextInput},
     },
     ops::{AdamWStep, AdamWTensor, TrainingOps},
-    qwen3_vl::{Qwen3Vl, cache::KeyValueCache, config::Qwen3VlConfig, nn::InitOptions},
+    qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, key_values::KeyValueCache, nn::InitOptions},
     runtime::{
         accelerator::{Accelerator, DecodeStart},
         generate::{
@@ -26,7 +26,7 @@ use crate::{
         vision::encode_images,
     },
     train::{
-        cuda_gradient_tests::{BY_HAND, adapter_gradients, packed_samples},
+        cuda_gradient_tests::{MANUAL, adapter_gradients, packed_samples},
         gradients::GradientOptions,
     },
 };
@@ -157,7 +157,7 @@ fn nothing_unwritten_reaches_a_packed_training_step() {
             checkpoint_text,
             recompute_pointwise,
             dropout_seed: Some(17),
-            ..BY_HAND
+            ..MANUAL
         };
         let step = || {
             let (grads, loss) = adapter_gradients::<Autodiff<Cuda>>(

@@ -6,7 +6,7 @@
 //! plain backpropagation, one segment a layer is gradient checkpointing per block. The same is done
 //! for the vision tower where it is trained. Where it is frozen, it never sees autodiff.
 
-use super::by_hand::{self, Keep};
+use super::{manual_backward, tape::Recorded};
 
 use std::ops::Range;
 
@@ -21,10 +21,11 @@ use crate::{
     batch::{images::ImageInput, micro_batch::MicroBatch},
     ops::{cast::to_dtype, plain::target_sums},
     qwen3_vl::{
-        ImagePlacement, Qwen3Vl,
+        ImageFeatures, Qwen3Vl,
         config::Qwen3VlConfig,
-        text::TextContext,
-        vision::{VisionLayout, VisionModel, pixel_tensor},
+        key_values::KeyValueCache,
+        layer::{Eager, TextContext, decoder_layers},
+        vision::{VisionLayout, VisionModel, VisionOutput, pixel_tensor},
     },
     runtime::{
         accelerator::{Accelerator, TrainAccelerator},
@@ -48,7 +49,7 @@ pub struct GradientOptions {
     /// Turns dropout on.
     pub dropout_seed: Option<u64>,
     /// Where only adapters of the language model's layers are trained, no graph is recorded.
-    pub by_hand: bool,
+    pub manual_backward: bool,
 }
 
 impl Default for GradientOptions {
@@ -58,7 +59,7 @@ impl Default for GradientOptions {
             recompute_pointwise: false,
             checkpoint_vision: false,
             dropout_seed: None,
-            by_hand: true,
+            manual_backward: true,
         }
     }
 }
@@ -219,18 +220,17 @@ pub fn gradients<B: TrainAccelerator>(
     let vision = (!batch.images.image_grid_thw.is_empty())
         .then(|| VisionPass::forward(model, inner, config, &batch.images, options, device));
 
-    if options.by_hand && by_hand::covers(model) {
-        let features = vision
-            .as_ref()
-            .map_or(&[][..], |vision| vision.features.as_slice());
-        let context =
-            TextContext::<B::InnerBackend>::new(&batch.text, config, options.dropout_seed, device);
-        let keep = match (options.checkpoint_text, options.recompute_pointwise) {
-            (true, _) => Keep::Inputs,
-            (false, true) => Keep::Products,
-            (false, false) => Keep::Everything,
+    if options.manual_backward && manual_backward::covers(model) {
+        let features = vision.as_ref().map(VisionPass::output);
+        let seed = options.dropout_seed;
+        let context = TextContext::<B::InnerBackend>::new(&batch.text, config, seed, device);
+        let recorded = match (options.checkpoint_text, options.recompute_pointwise) {
+            (true, _) => Recorded::Inputs,
+            (false, true) => Recorded::Matmuls,
+            (false, false) => Recorded::Everything,
         };
-        let pass = by_hand::text_pass(inner, batch, features, &context, weight, keep, device);
+        let pass =
+            manual_backward::text_pass(inner, batch, features, &context, weight, recorded, device);
         total = pass.grads;
         if let Some(vision) = vision.filter(VisionPass::is_trained) {
             let gradients = pass.feature_gradients.into_iter().map(Some).collect();
@@ -243,57 +243,54 @@ pub fn gradients<B: TrainAccelerator>(
     // run one after the other.
     let trains_vision = vision.as_ref().is_some_and(|vision| vision.is_trained());
     let trains_embedding = is_trained(&model.model.language_model.embed_tokens);
-    let features: Vec<Tensor<B, 2>> = vision
-        .iter()
-        .flat_map(|vision| vision.features.iter().cloned())
-        .map(|features| {
-            let features = Tensor::from_inner(features);
+    let leaves = vision.as_ref().map(|vision| {
+        let leaf = |features: &Tensor<B::InnerBackend, 2>| {
+            let features = Tensor::<B, 2>::from_inner(features.clone());
             if trains_vision {
                 features.require_grad()
             } else {
                 features
             }
-        })
-        .collect();
-
-    let embed = || {
-        let x = model.embed(&batch.text, device);
-        match features.first() {
-            Some(merged) => ImagePlacement::new(&batch.text, device).replace(x, merged.clone()),
-            None => x,
+        };
+        let VisionOutput { merged, deepstack } = &vision.features;
+        VisionOutput {
+            merged: leaf(merged),
+            deepstack: deepstack.iter().map(leaf).collect(),
         }
-    };
+    });
+    let features: Vec<Tensor<B, 2>> = leaves
+        .iter()
+        .flat_map(|leaves| std::iter::once(&leaves.merged).chain(&leaves.deepstack))
+        .cloned()
+        .collect();
+    let images = leaves.map(|leaves| ImageFeatures::new(&batch.text, leaves, device));
     let needs_input_gradient = trains_vision || trains_embedding;
-    let deepstack = features.get(1..).unwrap_or_default();
-    let context = TextContext::<B>::new(&batch.text, config, options.dropout_seed, device);
-    let placement = (!features.is_empty()).then(|| ImagePlacement::new(&batch.text, device));
-
-    let layers = model.model.language_model.layers.len();
+    let seed = options.dropout_seed;
+    let context = TextContext::<B>::new(&batch.text, config, seed, device);
+    let layers = &model.model.language_model.layers;
     let segments: Vec<Range<usize>> = if options.checkpoint_text {
-        (0..layers).map(|layer| layer..layer + 1).collect()
+        (0..layers.len()).map(|layer| layer..layer + 1).collect()
     } else {
-        std::iter::once(0..layers).collect()
+        std::iter::once(0..layers.len()).collect()
     };
 
     // Forward without autodiff up to the last segment.
-    let embedded = embed();
+    let embedded = model.embed(&batch.text, images.as_ref(), device);
     let mut inputs = vec![embedded.clone().inner()];
     if segments.len() > 1 {
-        let inner_context =
-            TextContext::<B::InnerBackend>::new(&batch.text, config, options.dropout_seed, device);
-        let inner_placement = ImagePlacement::new(&batch.text, device);
-        let inner_deepstack: Vec<_> = deepstack.iter().cloned().map(Tensor::inner).collect();
-        let inner_placement = placement.as_ref().map(|_| inner_placement);
+        let context = TextContext::<B::InnerBackend>::new(&batch.text, config, seed, device);
+        let features = vision.as_ref().map(VisionPass::output);
+        let images = features.map(|features| ImageFeatures::new(&batch.text, features, device));
+        let layers = &inner.model.language_model.layers;
+        let mut run = Eager::new(
+            layers,
+            &context,
+            images.as_ref(),
+            None::<&mut KeyValueCache<_>>,
+        );
         for segment in &segments[..segments.len() - 1] {
             let x = inputs[inputs.len() - 1].clone();
-            inputs.push(run_layers(
-                inner,
-                segment.clone(),
-                x,
-                &inner_context,
-                inner_placement.as_ref(),
-                &inner_deepstack,
-            ));
+            inputs.push(decoder_layers(&mut run, segment.clone(), x));
         }
     }
 
@@ -319,18 +316,17 @@ pub fn gradients<B: TrainAccelerator>(
         } else {
             input
         };
-        let output = run_layers(
-            model,
-            segment.clone(),
-            input.clone(),
+        let mut run = Eager::new(
+            layers,
             &context,
-            placement.as_ref(),
-            deepstack,
+            images.as_ref(),
+            None::<&mut KeyValueCache<_>>,
         );
+        let output = decoder_layers(&mut run, segment.clone(), input.clone());
         let objective = match gradient.take() {
             Some(gradient) => (output * Tensor::from_inner(gradient)).sum(),
             None => {
-                let hidden = model.model.language_model.norm.forward(output);
+                let hidden = model.norm(output);
                 let (objective, loss_sums) =
                     loss_objective(model, batch, hidden, weight, &mut total, device);
                 sums = Some(loss_sums);
@@ -356,24 +352,6 @@ pub fn gradients<B: TrainAccelerator>(
         targets: 0,
     });
     (total, sums)
-}
-
-/// Runs some layers of the language model, DeepStack features added behind theirs.
-fn run_layers<B: Accelerator>(
-    model: &Qwen3Vl<B>,
-    layers: Range<usize>,
-    mut x: Tensor<B, 2>,
-    context: &TextContext<B>,
-    placement: Option<&ImagePlacement<B>>,
-    deepstack: &[Tensor<B, 2>],
-) -> Tensor<B, 2> {
-    for layer in layers {
-        x = model.model.language_model.layers[layer].forward(x, context, None);
-        if let (Some(placement), Some(features)) = (placement, deepstack.get(layer)) {
-            x = x + placement.spread(features.clone());
-        }
-    }
-    x
 }
 
 /// A scalar whose gradient with respect to `hidden` is that of the weighted loss.
@@ -476,8 +454,7 @@ enum VisionTape<B: AutodiffBackend> {
 
 /// The vision tower's forward pass with what its backward pass needs.
 struct VisionPass<B: AutodiffBackend> {
-    /// Merged features, then DeepStack features.
-    features: Vec<Tensor<B::InnerBackend, 2>>,
+    features: VisionOutput<B::InnerBackend>,
     tape: VisionTape<B>,
     dropout_seed: Option<u64>,
 }
@@ -494,11 +471,8 @@ impl<B: TrainAccelerator> VisionPass<B> {
         let vision = &config.vision_config;
         let dropout_seed = options.dropout_seed;
         if !is_trained(&model.model.visual) {
-            let output = encode_images(inner, images, config, device);
             return Self {
-                features: std::iter::once(output.merged)
-                    .chain(output.deepstack)
-                    .collect(),
+                features: encode_images(inner, images, config, device),
                 tape: VisionTape::Frozen,
                 dropout_seed,
             };
@@ -515,8 +489,14 @@ impl<B: TrainAccelerator> VisionPass<B> {
             let outputs: Vec<Tensor<B, 2>> = std::iter::once(output.merged)
                 .chain(output.deepstack)
                 .collect();
+            let mut features = outputs.iter().cloned().map(Tensor::inner);
             return Self {
-                features: outputs.iter().cloned().map(Tensor::inner).collect(),
+                features: VisionOutput {
+                    merged: features
+                        .next()
+                        .expect("the main merger's output comes first"),
+                    deepstack: features.collect(),
+                },
                 tape: VisionTape::Graph(outputs),
                 dropout_seed,
             };
@@ -524,21 +504,12 @@ impl<B: TrainAccelerator> VisionPass<B> {
         let inner_layout =
             VisionLayout::<B::InnerBackend>::new(&images.image_grid_thw, vision, device);
         let visual = &inner.model.visual;
-        let mut inputs = vec![visual.embed(pixels.clone().inner(), &inner_layout)];
-        let mut deepstack = Vec::new();
-        for (index, block) in visual.blocks.iter().enumerate() {
-            let x = inputs[index].clone();
-            let y = block.forward(x, &inner_layout, dropout_seed);
-            if let Some(merger) = visual.deepstack_after(index) {
-                deepstack.push(merger.forward(y.clone(), dropout_seed));
-            }
-            inputs.push(y);
-        }
-        let last = inputs[inputs.len() - 1].clone();
+        let x = visual.embed(pixels.clone().inner(), &inner_layout);
+        let mut inputs = Vec::with_capacity(visual.blocks.len() + 1);
+        let keep = |x: &Tensor<_, 2>| inputs.push(x.clone());
+        let features = visual.run_blocks(x, &inner_layout, dropout_seed, keep);
         Self {
-            features: std::iter::once(visual.merger.forward(last, dropout_seed))
-                .chain(deepstack)
-                .collect(),
+            features,
             tape: VisionTape::Blocks {
                 layout,
                 pixels,
@@ -546,6 +517,11 @@ impl<B: TrainAccelerator> VisionPass<B> {
             },
             dropout_seed,
         }
+    }
+
+    /// What the language model gets.
+    fn output(&self) -> VisionOutput<B::InnerBackend> {
+        self.features.clone()
     }
 
     fn is_trained(&self) -> bool {

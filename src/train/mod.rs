@@ -1,7 +1,6 @@
 //! Training: loss and gradients, optimizer, schedule, checkpoints, the loop on Burn's Learner.
 
 pub mod budget;
-mod by_hand;
 pub mod checkpoint;
 pub mod checkpoint_dir;
 pub mod config;
@@ -14,6 +13,7 @@ pub mod gradients;
 pub mod image_facts;
 pub mod learner;
 mod lines;
+mod manual_backward;
 mod measure;
 pub mod optimizer;
 pub mod plan;
@@ -25,6 +25,7 @@ mod resume;
 pub mod run;
 pub mod step_clock;
 pub mod strategy;
+pub mod tape;
 pub mod tfevents;
 
 pub mod words;

@@ -19,12 +19,12 @@ use xray_qwen3vl::{
         text::{Padding, TextInput},
     },
     qwen3_vl::{
-        ImagePlacement, Qwen3Vl,
-        cache::KeyValueCache,
+        ImageFeatures, Qwen3Vl,
         config::Qwen3VlConfig,
+        key_values::KeyValueCache,
+        layer::{Eager, Executor, LayerNorm, TextContext, decoder_layer},
         nn::InitOptions,
         rope::RopeTables,
-        text::TextContext,
         vision::{PositionCorners, VisionLayout, patch_positions, pixel_tensor},
         weights::{load_checkpoint, parameter_shapes, save_checkpoint},
     },
@@ -346,35 +346,34 @@ fn language_model_layer_by_layer() {
         let context = TextContext::<B>::new(&input, &config, None, &device());
         check("rope_cos", context.rope.cos.clone());
         check("rope_sin", context.rope.sin.clone());
-        let placement = ImagePlacement::new(&input, &device());
-        let vision = (!images.image_grid_thw.is_empty())
-            .then(|| encode_images(&model, &images, &config, &device()));
-        let mut x = model.embed(&input, &device());
-        if let Some(vision) = &vision {
-            x = placement.replace(x, vision.merged.clone());
-        }
+        let images = (!images.image_grid_thw.is_empty()).then(|| {
+            let vision = encode_images(&model, &images, &config, &device());
+            ImageFeatures::new(&input, vision, &device())
+        });
+        let mut x = model.embed(&input, images.as_ref(), &device());
         check("inputs_embeds", x.clone());
-        for (index, layer) in model.model.language_model.layers.iter().enumerate() {
+        let layers = &model.model.language_model.layers;
+        let uncached = None::<&mut KeyValueCache<B>>;
+        let mut run = Eager::new(layers, &context, images.as_ref(), uncached);
+        for index in 0..layers.len() {
+            run.enter(index);
             if index == 0 {
-                let attn = layer.self_attn.forward(
-                    layer.input_layernorm.forward(x.clone()),
-                    x.zeros_like(),
-                    &context,
-                    None,
-                );
+                let h = run.norm(LayerNorm::Input, &x);
+                let heads = run.project_heads(h);
+                let heads = run.rotate(heads);
+                let y = run.attend(heads);
+                let attn = run.project_attended(y, x.zeros_like());
                 check("layer0.attn_out", attn.clone());
-                let middle = layer.post_attention_layernorm.forward(x.clone() + attn);
-                let out = layer.mlp.forward(middle, x.zeros_like(), None);
-                check("layer0.mlp_out", out);
+                let h = run.norm(LayerNorm::PostAttention, &(x.clone() + attn));
+                let y = run.swiglu(h);
+                check("layer0.mlp_out", run.project_down(y, x.zeros_like()));
             }
-            x = layer.forward(x, &context, None);
+            x = decoder_layer(&mut run, x);
             check(&format!("layer{index}.out"), x.clone());
-            if let Some(features) = vision.as_ref().and_then(|v| v.deepstack.get(index)) {
-                x = x + placement.spread(features.clone());
-            }
+            x = run.add_deepstack(index, x);
             check(&format!("layer{index}.out_after_deepstack"), x.clone());
         }
-        let hidden = model.model.language_model.norm.forward(x);
+        let hidden = model.norm(x);
         check("final_norm", hidden.clone());
         check("logits", model.logits(hidden));
     }

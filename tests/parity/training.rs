@@ -37,7 +37,7 @@ const PLAIN: GradientOptions = GradientOptions {
     recompute_pointwise: false,
     checkpoint_vision: false,
     dropout_seed: None,
-    by_hand: true,
+    manual_backward: true,
 };
 
 /// The base model, frozen, with the trained adapter of the fixtures attached.
@@ -238,7 +238,7 @@ fn adapter_gradients_with_and_without_recomputation() {
         ("single", one_image(&config)),
         ("batch", batch_right(&config)),
     ] {
-        for (checkpoint_text, recompute_pointwise, by_hand) in [
+        for (checkpoint_text, recompute_pointwise, manual_backward) in [
             (false, false, true),
             (false, true, true),
             (true, false, true),
@@ -248,7 +248,7 @@ fn adapter_gradients_with_and_without_recomputation() {
             let options = GradientOptions {
                 checkpoint_text,
                 recompute_pointwise,
-                by_hand,
+                manual_backward,
                 ..PLAIN
             };
             let weight = 1.0 / micro.targets() as f64;
@@ -531,11 +531,11 @@ fn dropout_is_the_same_in_the_recomputed_pass() {
     )
     .unwrap();
     let micro = one_image(&config);
-    let gradients_of = |checkpoint_text, by_hand, dropout_seed| {
+    let gradients_of = |checkpoint_text, manual_backward, dropout_seed| {
         let options = GradientOptions {
             checkpoint_text,
             dropout_seed,
-            by_hand,
+            manual_backward,
             ..PLAIN
         };
         named(&model, &run(&model, &config, &micro, 1.0, &options).0)
@@ -551,8 +551,8 @@ fn dropout_is_the_same_in_the_recomputed_pass() {
         // The same operations over the same numbers.
         assert!(relative_distance(&again, &plain[&name]) < 1e-6, "{name}");
     }
-    for (checkpoint_text, by_hand) in [(true, true), (false, false), (true, false)] {
-        for (name, again) in gradients_of(checkpoint_text, by_hand, Some(5)) {
+    for (checkpoint_text, manual_backward) in [(true, true), (false, false), (true, false)] {
+        for (name, again) in gradients_of(checkpoint_text, manual_backward, Some(5)) {
             assert!(relative_distance(&again, &plain[&name]) < 1e-4, "{name}");
         }
     }

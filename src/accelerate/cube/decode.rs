@@ -1,7 +1,7 @@
 //! Decoding behind a prefilled cache in six or seven launches a layer.
 //!
-//! Norm and QKV; head norms, rotation and cache; attention; output and residual; norm, gate, up and SiLU;
-//! down and residual. The likeliest token is found on the device and goes into the next step there; that
+//! Norm and QKV; head norms, rotation and cache; attention; output and residual; norm, gate, up and SwiGLU;
+//! down and residual ([`FusedStep`]). The likeliest token is found on the device and goes into the next step there; that
 //! step is queued before the host has read the token.
 
 use std::{
@@ -29,11 +29,11 @@ use super::{
 use crate::{
     qwen3_vl::{
         Qwen3Vl,
-        cache::KeyValueCache,
         config::Qwen3VlConfig,
+        key_values::KeyValueCache,
+        layer::{Executor, LayerNorm, decoder_layers},
         nn::{Embedding, Linear, RmsNorm},
         rope::inverse_frequencies,
-        text::DecoderLayer,
     },
     runtime::accelerator::{Accelerator, DecodeStart, Decoder},
 };
@@ -97,20 +97,6 @@ fn weight<R: CubeRuntime>(linear: &Linear<Cube<R>>) -> Matrix<R> {
     Matrix::of(&linear.weight)
 }
 
-/// The layer's linear layers.
-fn linears<R: CubeRuntime>(layer: &DecoderLayer<Cube<R>>) -> [&Linear<Cube<R>>; 7] {
-    let (attn, mlp) = (&layer.self_attn, &layer.mlp);
-    [
-        &attn.q_proj,
-        &attn.k_proj,
-        &attn.v_proj,
-        &attn.o_proj,
-        &mlp.gate_proj,
-        &mlp.up_proj,
-        &mlp.down_proj,
-    ]
-}
-
 /// Whether the model's text layers are plain matrices of shapes the kernels know.
 fn covers<R: CubeRuntime>(model: &Qwen3Vl<Cube<R>>, config: &Qwen3VlConfig, rows: usize) -> bool
 where
@@ -144,7 +130,7 @@ where
             .language_model
             .layers
             .iter()
-            .all(|layer| linears(layer).into_iter().all(plain))
+            .all(|layer| layer.projections().into_iter().all(plain))
 }
 
 /// The engine for a prefilled cache; `None` where the kernels do not cover the model.
@@ -175,7 +161,7 @@ where
         .map(|(layer, cache)| {
             let (keys, values) = cache.buffers()?;
             let (keys, values) = (strided(keys.clone()), strided(values.clone()));
-            let [q, k, v, output, gate, up, down] = linears(layer).map(weight);
+            let [q, k, v, output, gate, up, down] = layer.projections().map(weight);
             let attn = &layer.self_attn;
             let fits = keys.is_contiguous() && values.is_contiguous();
             (fits && keys.dtype == dtype).then(|| Layer {
@@ -279,29 +265,19 @@ where
         let (tables, place) = self.table();
         let at = self.cached + self.launched;
         let indices = indices(self.tokens.clone());
-        let mut x = contiguous(self.embedding.forward(indices));
+        let x = contiguous(self.embedding.forward(indices));
         let [rows, _] = x.meta.shape().dims();
-        let [first, end] = &self.ranges;
-        for layer in &self.layers {
-            let qkv = Matrix::three_products(&x, &layer.input_norm, layer.qkv.each_ref());
-            let (keys, values) = (&layer.keys, &layer.values);
-            let q = rotary::rotate_into_cache(
-                &qkv,
-                &layer.head_norms,
-                (&tables, place),
-                [keys, values],
-                at,
-            );
-            let head_dim = keys.meta.shape()[3];
-            let q = strided(tensor::<R, 2>(q).reshape([rows, self.heads, 1, head_dim]));
-            let y = attention::attended(&q, &Cache { keys, values }, first, end, at + 1);
-            let y = strided(tensor::<R, 4>(y).reshape([rows, self.heads * head_dim]));
-            x = layer.output.product(&y, None, Some(&x), x.dtype);
-            let y = Matrix::gated_product(&x, &layer.mlp_norm, &layer.gate, &layer.up);
-            x = layer.down.product(&y, None, Some(&x), x.dtype);
-        }
+        let mut run = FusedStep {
+            engine: self,
+            layer: &self.layers[0],
+            tables: (&tables, place),
+            rows,
+            at,
+        };
+        let x = decoder_layers(&mut run, 0..self.layers.len(), x);
+        let logits = self.head.product(&x, Some(&self.norm), None, DType::F32);
         self.launched += 1;
-        self.head.product(&x, Some(&self.norm), None, DType::F32)
+        logits
     }
 
     /// Queues a step and the choice of the tokens that go into the next; gives these to be read.
@@ -309,6 +285,82 @@ where
         let [next, told] = likeliest(&self.step());
         self.tokens = next;
         told
+    }
+}
+
+/// The layers of one step in fused launches.
+struct FusedStep<'a, R: CubeRuntime> {
+    engine: &'a Engine<R>,
+    layer: &'a Layer<R>,
+    /// Rotary tables, and the place of the step's cosines there.
+    tables: (&'a Buffer<R>, usize),
+    rows: usize,
+    /// Tokens in the cache before the step's.
+    at: usize,
+}
+
+/// A stream whose norm the next matmul applies to what it reads.
+struct Normed<'a, R: CubeRuntime> {
+    x: Buffer<R>,
+    norm: &'a InputNorm<R>,
+}
+
+impl<'a, R: CubeRuntime> Executor for FusedStep<'a, R>
+where
+    Cube<R>: Accelerator,
+{
+    type Hidden = Buffer<R>;
+    type Normed = Normed<'a, R>;
+    type Projected = Buffer<R>;
+    /// Queries; keys and values are in the cache.
+    type Rotated = Buffer<R>;
+    type Attended = Buffer<R>;
+    type Activated = Buffer<R>;
+
+    fn enter(&mut self, layer: usize) {
+        self.layer = &self.engine.layers[layer];
+    }
+
+    fn norm(&mut self, norm: LayerNorm, x: &Buffer<R>) -> Normed<'a, R> {
+        let norm = match norm {
+            LayerNorm::Input => &self.layer.input_norm,
+            LayerNorm::PostAttention => &self.layer.mlp_norm,
+        };
+        Normed { x: x.clone(), norm }
+    }
+
+    fn project_heads(&mut self, h: Normed<'a, R>) -> Buffer<R> {
+        Matrix::three_products(&h.x, h.norm, self.layer.qkv.each_ref())
+    }
+
+    fn rotate(&mut self, qkv: Buffer<R>) -> Buffer<R> {
+        let cache = [&self.layer.keys, &self.layer.values];
+        rotary::rotate_into_cache(&qkv, &self.layer.head_norms, self.tables, cache, self.at)
+    }
+
+    fn attend(&mut self, q: Buffer<R>) -> Buffer<R> {
+        let (keys, values) = (&self.layer.keys, &self.layer.values);
+        let (rows, heads, head_dim) = (self.rows, self.engine.heads, keys.meta.shape()[3]);
+        let q = strided(tensor::<R, 2>(q).reshape([rows, heads, 1, head_dim]));
+        let [first, end] = &self.engine.ranges;
+        let y = attention::attended(&q, &Cache { keys, values }, first, end, self.at + 1);
+        strided(tensor::<R, 4>(y).reshape([rows, heads * head_dim]))
+    }
+
+    fn project_attended(&mut self, y: Buffer<R>, residual: Buffer<R>) -> Buffer<R> {
+        self.layer
+            .output
+            .product(&y, None, Some(&residual), residual.dtype)
+    }
+
+    fn swiglu(&mut self, h: Normed<'a, R>) -> Buffer<R> {
+        Matrix::gated_product(&h.x, h.norm, &self.layer.gate, &self.layer.up)
+    }
+
+    fn project_down(&mut self, y: Buffer<R>, residual: Buffer<R>) -> Buffer<R> {
+        self.layer
+            .down
+            .product(&y, None, Some(&residual), residual.dtype)
     }
 }
 

@@ -21,7 +21,7 @@ use crate::{
         AttentionSpans, DeviceMemory, DeviceOps, Dropout, ForwardOps, HeadNorm, LowRank,
         TrainingOps, cast::to_f32, plain, quantised::PackedWeight,
     },
-    qwen3_vl::{Qwen3Vl, cache::KeyValueCache, config::Qwen3VlConfig},
+    qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, key_values::KeyValueCache},
     runtime::accelerator::{Accelerator, DecodeStart, Decoder},
 };
 

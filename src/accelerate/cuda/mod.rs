@@ -56,8 +56,8 @@ use crate::{
     },
     qwen3_vl::{
         Qwen3Vl,
-        cache::KeyValueCache,
         config::Qwen3VlConfig,
+        key_values::KeyValueCache,
         vision::{VisionLayout, VisionModel, VisionOutput},
     },
     runtime::{

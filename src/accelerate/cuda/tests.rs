@@ -29,7 +29,7 @@ use crate::{
     },
     qwen3_vl::{
         Qwen3Vl,
-        cache::KeyValueCache,
+        key_values::KeyValueCache,
         nn::InitOptions,
         vision::{VisionLayout, pixel_tensor},
     },

@@ -12,7 +12,7 @@ use super::config::{AdapterError, LoraConfig, TargetMatcher};
 use crate::{
     base::seeds::mix,
     ops::{Kept, cast::to_f32},
-    qwen3_vl::{Qwen3Vl, nn::Linear},
+    qwen3_vl::{Qwen3Vl, layer::Projection, nn::Linear},
     weights::lora::Lora,
 };
 
@@ -27,7 +27,7 @@ pub trait LinearMapper<B: Backend> {
 
 /// Lists all linear layers with their paths, by the given way of borrowing.
 macro_rules! linears {
-    ($model:expr, $iter:ident $(, $mutability:tt)?) => {{
+    ($model:expr, $iter:ident, $projections:ident $(, $mutability:tt)?) => {{
         let model = $model;
         let mut all = Vec::new();
         let visual = &$($mutability)? model.model.visual;
@@ -48,15 +48,10 @@ macro_rules! linears {
         }
         for (i, layer) in model.model.language_model.layers.$iter().enumerate() {
             let at = format!("model.language_model.layers.{i}");
-            let attn = &$($mutability)? layer.self_attn;
-            all.push((format!("{at}.self_attn.q_proj"), &$($mutability)? attn.q_proj));
-            all.push((format!("{at}.self_attn.k_proj"), &$($mutability)? attn.k_proj));
-            all.push((format!("{at}.self_attn.v_proj"), &$($mutability)? attn.v_proj));
-            all.push((format!("{at}.self_attn.o_proj"), &$($mutability)? attn.o_proj));
-            let mlp = &$($mutability)? layer.mlp;
-            all.push((format!("{at}.mlp.gate_proj"), &$($mutability)? mlp.gate_proj));
-            all.push((format!("{at}.mlp.up_proj"), &$($mutability)? mlp.up_proj));
-            all.push((format!("{at}.mlp.down_proj"), &$($mutability)? mlp.down_proj));
+            let linears = layer.$projections();
+            for (projection, linear) in Projection::ALL.into_iter().zip(linears) {
+                all.push((format!("{at}.{}", projection.path()), linear));
+            }
         }
         if let Some(head) = &$($mutability)? model.lm_head {
             all.push(("lm_head".to_string(), head));
@@ -68,12 +63,12 @@ macro_rules! linears {
 impl<B: Backend> Qwen3Vl<B> {
     /// All linear layers with their published paths.
     pub fn linears(&self) -> Vec<(String, &Linear<B>)> {
-        linears!(self, iter)
+        linears!(self, iter, projections)
     }
 
     /// Rebuilds every linear layer through `mapper`.
     pub fn map_linears(mut self, mapper: &mut impl LinearMapper<B>) -> Self {
-        for (path, linear) in linears!(&mut self, iter_mut, mut) {
+        for (path, linear) in linears!(&mut self, iter_mut, projections_mut, mut) {
             *linear = mapper.map_linear(&path, linear.clone());
         }
         // The layers changed behind its back.

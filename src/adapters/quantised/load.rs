@@ -18,7 +18,7 @@ use safetensors::{Dtype, tensor::TensorView};
 
 use super::files::Part;
 use crate::{
-    adapters::lora::attach::LinearMapper,
+    adapters::{lora::attach::LinearMapper, quantised::format_of},
     ops::{
         Ops,
         quantised::{
@@ -55,7 +55,7 @@ pub fn replace_weights<B: Ops, E>(
             M: FnMut(&str, [usize; 2], Format) -> Result<PackedWeight<B>, E>,
         {
             let path = format!("{layer}.weight");
-            let format = self.quantization.format_of(&path);
+            let format = format_of(self.quantization, &path);
             let Some(format) = format.filter(|_| self.error.is_none()) else {
                 return weight;
             };
@@ -111,7 +111,7 @@ fn look_through(
 ) -> Result<Contents, WeightsError> {
     let mut missing: BTreeMap<String, ()> = BTreeMap::new();
     for path in shapes.keys() {
-        if packed && quantization.format_of(path).is_some() {
+        if packed && format_of(quantization, path).is_some() {
             missing.insert(Part::Words.key(path), ());
             missing.insert(Part::Scales.key(path), ());
         } else {
@@ -136,7 +136,7 @@ fn look_through(
                 continue;
             }
             let full = &shapes[parameter];
-            let format = quantization.format_of(parameter);
+            let format = format_of(quantization, parameter);
             let (shape, dtype) = match (part, format, full.as_slice()) {
                 (Some(part), Some(format), [rows, d_input]) => (
                     part.shape([*rows, *d_input], format),
@@ -347,7 +347,7 @@ pub fn load_packed<B: Ops>(
                 Some((part, parameter)) => (Some(part), parameter),
                 None => (None, key),
             };
-            let Some(format) = quantization.format_of(parameter) else {
+            let Some(format) = format_of(quantization, parameter) else {
                 rest.insert(key.to_string(), file.read(key, dtype)?);
                 continue;
             };

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use crate::{ops::quantised::Quantization, qwen3_vl::config::TextConfig};
+use crate::{
+    adapters::quantised::format_of, ops::quantised::Quantization, qwen3_vl::config::TextConfig,
+};
 
 /// Bytes of the weights of `shapes`, `element` bytes each where they are not packed.
 pub fn weight_bytes(
@@ -11,7 +13,7 @@ pub fn weight_bytes(
     element: usize,
 ) -> usize {
     let of = |(path, shape): (&String, &Vec<usize>)| {
-        let format = quantization.and_then(|quantization| quantization.format_of(path));
+        let format = quantization.and_then(|quantization| format_of(quantization, path));
         match (format, shape.as_slice()) {
             (Some(format), [rows, d_input]) => format.bytes(*rows, *d_input),
             _ => shape.iter().product::<usize>() * element,

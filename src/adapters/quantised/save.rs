@@ -19,6 +19,7 @@ use super::{
     load::{check, pack_view},
 };
 use crate::{
+    adapters::quantised::format_of,
     base::files::{FileError, write_atomic},
     ops::quantised::{Format, Quantization, pack::PackedMatrix},
     qwen3_vl::weights::{LazyTensor, TensorFile, WeightsError, checkpoint_files, save_tensors},
@@ -147,7 +148,7 @@ fn packed_tensors(
                 continue;
             };
             if let (Some(format), [rows, d_input]) =
-                (quantization.format_of(name), shape.as_slice())
+                (format_of(quantization, name), shape.as_slice())
             {
                 let dims = [*rows, *d_input];
                 tensors.extend(lazy_parts(making, &file, name, dims, format));

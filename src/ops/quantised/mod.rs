@@ -137,35 +137,6 @@ impl Quantization {
             layers => Ok(Self { layers }),
         }
     }
-
-    /// Format of the parameter at `path`; `None` where it stays as it is.
-    pub fn format_of(self, path: &str) -> Option<Format> {
-        let layer = path.strip_suffix(".weight")?;
-        if layer == "lm_head" || layer == "model.language_model.embed_tokens" {
-            return Some(Format::Int8);
-        }
-        const LINEAR: [&str; 11] = [
-            "attn.qkv",
-            "attn.proj",
-            "linear_fc1",
-            "linear_fc2",
-            "q_proj",
-            "k_proj",
-            "v_proj",
-            "o_proj",
-            "gate_proj",
-            "up_proj",
-            "down_proj",
-        ];
-        LINEAR
-            .iter()
-            .any(|name| {
-                layer
-                    .strip_suffix(name)
-                    .is_some_and(|rest| rest.ends_with('.'))
-            })
-            .then_some(self.layers)
-    }
 }
 
 /// `int8`, `int4` (groups of 64) or `int4:32`.
@@ -222,39 +193,5 @@ mod tests {
         assert_eq!((Format::Int8.padded(20), Format::Int8.scales(20)), (32, 1));
         assert_eq!(Format::Int4 { group: 32 }.bytes(3, 40), 3 * (32 + 2 * 2));
         assert_eq!(Format::Int8.bytes(2, 16), 2 * (16 + 4));
-    }
-
-    #[test]
-    fn layers_are_packed_and_the_rest_is_not() {
-        let quantization: Quantization = "int4".parse().unwrap();
-        for (path, format) in [
-            (
-                "model.visual.blocks.0.attn.qkv.weight",
-                Some(quantization.layers),
-            ),
-            (
-                "model.visual.merger.linear_fc2.weight",
-                Some(quantization.layers),
-            ),
-            (
-                "model.language_model.layers.1.mlp.down_proj.weight",
-                Some(quantization.layers),
-            ),
-            (
-                "model.language_model.embed_tokens.weight",
-                Some(Format::Int8),
-            ),
-            ("lm_head.weight", Some(Format::Int8)),
-            ("model.visual.patch_embed.proj.weight", None),
-            ("model.visual.pos_embed.weight", None),
-            ("model.visual.blocks.0.attn.qkv.bias", None),
-            (
-                "model.language_model.layers.1.self_attn.q_norm.weight",
-                None,
-            ),
-            ("model.language_model.norm.weight", None),
-        ] {
-            assert_eq!(quantization.format_of(path), format, "{path}");
-        }
     }
 }

@@ -10,7 +10,7 @@ use crate::{
         text::{Padding, TextInput},
     },
     ops::quantised::cache::CacheFormat,
-    qwen3_vl::{Qwen3Vl, cache::KeyValueCache, config::Qwen3VlConfig},
+    qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, key_values::KeyValueCache},
     runtime::{
         accelerator::{Accelerator, DecodeStart, Decoder},
         vision::encode_images,

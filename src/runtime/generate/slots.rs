@@ -16,153 +16,43 @@ use super::backend::{AdapterId, Chunk, DecodeBackend, SlotId, StepRow, Stepped};
 use crate::{
     adapters::lora::{config::AdapterError, files::load_adapter},
     batch::{images::ImageInput, positions::Positions, text::TextInput},
-    ops::{
-        AttentionSpans,
-        quantised::cache::{CacheFormat, PackedCache},
-    },
+    ops::{AttentionSpans, Ops, quantised::cache::CacheFormat},
     qwen3_vl::{
-        ImagePlacement, Qwen3Vl,
+        ImageFeatures, Qwen3Vl,
         config::Qwen3VlConfig,
-        nn::RmsNorm,
+        key_values::{KeyValues, LayerKeyValues},
+        layer::{SequenceGroup, TextContext},
         rope::RopeTables,
-        text::{DecoderLayer, TextAttention},
         vision::VisionOutput,
     },
     runtime::{accelerator::Accelerator, vision::encode_images},
 };
 
-/// Tokens by which the buffers of a slot grow.
-const GROWTH: usize = 256;
-
-/// Keys and values of one layer of one sequence.
-#[derive(Debug, Clone, Default)]
-struct SlotLayer<B: Backend> {
-    /// `[1, key_value_heads, capacity, head_dim]` each.
-    buffers: Option<(Tensor<B, 4>, Tensor<B, 4>)>,
-    /// In place of these in a packed cache.
-    packed: Option<PackedCache<B>>,
-    format: CacheFormat,
-}
-
-impl<B: Backend> SlotLayer<B> {
-    fn new(format: CacheFormat) -> Self {
-        Self {
-            buffers: None,
-            packed: None,
-            format,
-        }
-    }
-
-    /// Writes new tokens behind the first `len` and gives all keys and values.
-    ///
-    /// # Panics
-    /// If an earlier write was interrupted by a panic and took the buffers with it.
-    fn append(
-        &mut self,
-        len: usize,
-        k: Tensor<B, 4>,
-        v: Tensor<B, 4>,
-    ) -> (Tensor<B, 4>, Tensor<B, 4>) {
-        let [_, heads, new, head_dim] = k.dims();
-        let end = len + new;
-        if self.format == CacheFormat::Int8 {
-            let held = self.packed.take();
-            assert!(len == 0 || held.is_some(), "the sequence's cache is lost");
-            let capacity = end.next_multiple_of(GROWTH);
-            let (packed, seen) = PackedCache::append(held, len, [k, v], capacity);
-            self.packed = Some(packed);
-            return seen;
-        }
-        let old = self.buffers.take();
-        assert!(len == 0 || old.is_some(), "the sequence's cache is lost");
-        let (keys, values) = match old {
-            Some((keys, values)) if end <= keys.dims()[2] => (keys, values),
-            old => {
-                let capacity = end.next_multiple_of(GROWTH);
-                let grown = |old: Option<Tensor<B, 4>>, like: &Tensor<B, 4>| {
-                    let empty = Tensor::zeros(
-                        [1, heads, capacity, head_dim],
-                        (&like.device(), like.dtype()),
-                    );
-                    match old {
-                        Some(old) => {
-                            let held = [0..1, 0..heads, 0..len, 0..head_dim];
-                            empty.slice_assign(held.clone(), old.slice(held))
-                        }
-                        None => empty,
-                    }
-                };
-                let (old_keys, old_values) = old.unzip();
-                (grown(old_keys, &k), grown(old_values, &v))
-            }
-        };
-        let range = [0..1, 0..heads, len..end, 0..head_dim];
-        let keys = keys.slice_assign(range.clone(), k);
-        let values = values.slice_assign(range, v);
-        let seen = (
-            keys.clone().narrow(2, 0, end),
-            values.clone().narrow(2, 0, end),
-        );
-        self.buffers = Some((keys, values));
-        seen
-    }
-}
-
 /// One sequence.
 #[derive(Debug, Clone)]
 struct Slot<B: Backend> {
     adapter: AdapterId,
-    layers: Vec<SlotLayer<B>>,
+    layers: Vec<LayerKeyValues<B>>,
     /// Tokens held; a pass that was interrupted by a panic is not among them.
     len: usize,
 }
 
-/// One row of a pass.
-struct Row<B: Backend> {
-    slot: SlotId,
-    /// Place of the row's first token among all tokens.
-    at: usize,
-    /// Its number of tokens.
-    count: usize,
-    /// What its queries see of the row's own keys.
-    spans: AttentionSpans<B>,
+/// The slots of a pass, one a group.
+struct SlotRows<'a, B: Backend> {
+    slots: &'a mut HashMap<SlotId, Slot<B>>,
+    rows: Vec<SlotId>,
 }
 
-/// The rows of one pass, and where their tokens stand.
-struct Layout<B: Backend> {
-    rows: Vec<Row<B>>,
-    rope: RopeTables<B>,
-}
-
-/// Where a pass puts new keys and values, and finds those before them.
-pub(crate) trait SlotCache<B: Backend> {
-    /// Tokens that a slot holds; those of the pass are not among them.
-    fn held(&self, slot: SlotId) -> usize;
-
-    /// Puts new keys and values of a layer, `[1, key_value_heads, new, head_dim]` each, behind the
-    /// tokens held, and gives those of all tokens.
+impl<B: Ops> KeyValues<B> for SlotRows<'_, B> {
     fn append(
         &mut self,
-        slot: SlotId,
-        layer: usize,
-        k: Tensor<B, 4>,
-        v: Tensor<B, 4>,
-    ) -> (Tensor<B, 4>, Tensor<B, 4>);
-}
-
-impl<B: Backend> SlotCache<B> for HashMap<SlotId, Slot<B>> {
-    fn held(&self, slot: SlotId) -> usize {
-        self[&slot].len
-    }
-
-    fn append(
-        &mut self,
-        slot: SlotId,
+        group: usize,
         layer: usize,
         k: Tensor<B, 4>,
         v: Tensor<B, 4>,
     ) -> (Tensor<B, 4>, Tensor<B, 4>) {
-        let slot = self.get_mut(&slot).expect("the slot is in use");
+        let slot = self.slots.get_mut(&self.rows[group]);
+        let slot = slot.expect("the slot is in use");
         slot.layers[layer].append(slot.len, k, v)
     }
 }
@@ -217,12 +107,23 @@ impl<B: Accelerator> PlainDecoder<B> {
         vision: Option<VisionOutput<B>>,
         wanted: &[usize],
     ) -> Vec<Vec<f32>> {
+        let new: Vec<NewTokens<'_>> = rows
+            .iter()
+            .map(|(slot, input_ids)| NewTokens {
+                held: self.slots[slot].len,
+                input_ids,
+            })
+            .collect();
+        let key_values = SlotRows {
+            slots: &mut self.slots,
+            rows: rows.iter().map(|(slot, _)| *slot).collect(),
+        };
         let logits = pass(
             &self.models[&adapter],
             &self.config,
             &self.device,
-            &mut self.slots,
-            rows,
+            key_values,
+            &new,
             positions,
             vision,
             wanted,
@@ -243,9 +144,17 @@ impl<B: Accelerator> PlainDecoder<B> {
     }
 }
 
-/// Puts `rows` (a slot and its new tokens each) through a model and gives the logits of the tokens in
-/// `wanted`, counted over all rows: `[wanted, vocab]`, f32; `None` when none are wanted. The caller
-/// counts the tokens as held when all has gone well.
+/// New tokens of one sequence.
+pub(crate) struct NewTokens<'a> {
+    /// Tokens held of the sequence before these.
+    pub(crate) held: usize,
+    /// The new ones.
+    pub(crate) input_ids: &'a [u32],
+}
+
+/// Puts new tokens of some sequences through a model and returns the logits of the tokens in `wanted`,
+/// counted over all rows: `[wanted, vocab]`, f32; `None` when none are wanted. `key_values` has a group
+/// for each row; the caller counts the tokens as held when all has gone well.
 ///
 /// # Panics
 /// If a slot is unknown, or if image tokens and features disagree.
@@ -257,126 +166,55 @@ pub(crate) fn pass<B: Accelerator>(
     model: &Qwen3Vl<B>,
     config: &Qwen3VlConfig,
     device: &B::Device,
-    cache: &mut impl SlotCache<B>,
-    rows: &[(SlotId, &[u32])],
+    key_values: impl KeyValues<B>,
+    rows: &[NewTokens<'_>],
     positions: &Positions,
     vision: Option<VisionOutput<B>>,
     wanted: &[usize],
 ) -> Option<Tensor<B, 2>> {
-    let layout = layout(rows, cache, positions, config, device);
-    let tokens: Vec<u32> = rows.iter().flat_map(|(_, ids)| *ids).copied().collect();
+    let tokens: Vec<u32> = rows.iter().flat_map(|row| row.input_ids).copied().collect();
     let input = TextInput {
         segments: vec![vec![0; tokens.len()]],
         input_ids: vec![tokens],
         positions: positions.clone(),
         image_token_id: config.image_token_id,
     };
-    let mut x = model.embed(&input, device);
-    let placement = vision.as_ref().map(|vision| {
-        let found = input.input_ids[0]
-            .iter()
-            .filter(|id| **id == input.image_token_id)
-            .count();
-        assert_eq!(
-            found,
-            vision.merged.dims()[0],
-            "image tokens and features disagree"
-        );
-        ImagePlacement::new(&input, device)
-    });
-    if let (Some(vision), Some(placement)) = (&vision, &placement) {
-        x = placement.replace(x, vision.merged.clone());
-    }
-    for (index, layer) in model.model.language_model.layers.iter().enumerate() {
-        x = layer_forward(layer, x, &layout, cache, index);
-        if let (Some(vision), Some(placement)) = (&vision, &placement)
-            && let Some(features) = vision.deepstack.get(index)
-        {
-            x = x + placement.spread(features.clone());
-        }
-    }
+    let context = context(rows, positions, config, device);
+    let images = vision.map(|vision| ImageFeatures::new(&input, vision, device));
+    let x = model.run_layers(&input, images.as_ref(), &context, key_values, device);
     if wanted.is_empty() {
         return None;
     }
     let wanted: Vec<i32> = wanted.iter().map(|row| *row as i32).collect();
     let last = x.select(0, Tensor::from_ints(wanted.as_slice(), device));
-    let logits = model.logits(model.model.language_model.norm.forward(last));
+    let logits = model.logits(model.norm(last));
     debug_assert_eq!(logits.dtype(), DType::F32);
     Some(logits)
 }
 
-fn layout<B: Accelerator>(
-    rows: &[(SlotId, &[u32])],
-    cache: &impl SlotCache<B>,
+/// Each row a group of its own, over its own keys.
+fn context<B: Ops>(
+    rows: &[NewTokens<'_>],
     positions: &Positions,
     config: &Qwen3VlConfig,
     device: &B::Device,
-) -> Layout<B> {
-    let mut at = 0;
-    let mut layout = Layout {
-        rows: Vec::with_capacity(rows.len()),
+) -> TextContext<B> {
+    let mut start = 0;
+    let group = |row: &NewTokens<'_>| {
+        let (held, count) = (row.held, row.input_ids.len());
+        let tokens = start..start + count;
+        start += count;
+        SequenceGroup {
+            batch: 1,
+            tokens,
+            spans: AttentionSpans::causal(&[vec![0; held + count]], held, device),
+        }
+    };
+    TextContext {
+        groups: rows.iter().map(group).collect(),
         rope: RopeTables::text(positions, &config.text_config, device),
-    };
-    for (slot, ids) in rows {
-        let (held, count) = (cache.held(*slot), ids.len());
-        let spans = AttentionSpans::causal(&[vec![0; held + count]], held, device);
-        layout.rows.push(Row {
-            slot: *slot,
-            at,
-            count,
-            spans,
-        });
-        at += count;
+        dropout_seed: None,
     }
-    layout
-}
-
-/// `[n, hidden]` → `[n, hidden]`.
-fn layer_forward<B: Accelerator>(
-    layer: &DecoderLayer<B>,
-    x: Tensor<B, 2>,
-    layout: &Layout<B>,
-    cache: &mut impl SlotCache<B>,
-    index: usize,
-) -> Tensor<B, 2> {
-    let normed = layer.input_layernorm.forward(x.clone());
-    let x = attend(&layer.self_attn, normed, x, layout, cache, index);
-    let normed = layer.post_attention_layernorm.forward(x.clone());
-    layer.mlp.forward(normed, x, None)
-}
-
-/// `[n, hidden]` → `[n, hidden]`, plus `residual`: products over all rows together, scores row by
-/// row.
-fn attend<B: Accelerator>(
-    attn: &TextAttention<B>,
-    x: Tensor<B, 2>,
-    residual: Tensor<B, 2>,
-    layout: &Layout<B>,
-    cache: &mut impl SlotCache<B>,
-    index: usize,
-) -> Tensor<B, 2> {
-    let rotated = |x: Tensor<B, 2>, norm: &RmsNorm<B>| {
-        let heads = attn.split_heads(x);
-        layout.rope.rotate(heads, Some(norm.of_heads()))
-    };
-    let q = rotated(attn.q_proj.forward(x.clone(), None), &attn.q_norm);
-    let k = rotated(attn.k_proj.forward(x.clone(), None), &attn.k_norm);
-    let v = attn.split_heads(attn.v_proj.forward(x, None));
-    let mut parts = Vec::with_capacity(layout.rows.len());
-    for row in &layout.rows {
-        // [1, heads, count, head_dim]
-        let of_row = |x: &Tensor<B, 3>| -> Tensor<B, 4> {
-            x.clone()
-                .narrow(0, row.at, row.count)
-                .unsqueeze_dim::<4>(0)
-                .swap_dims(1, 2)
-        };
-        let (keys, values) = cache.append(row.slot, index, of_row(&k), of_row(&v));
-        let y = B::span_attention(of_row(&q), keys, values, &row.spans);
-        parts.push(y.swap_dims(1, 2).reshape([row.count as i32, -1]));
-    }
-    attn.o_proj
-        .forward_add(Tensor::cat(parts, 0), residual, None)
 }
 
 impl<B: Accelerator> DecodeBackend for PlainDecoder<B> {
@@ -391,7 +229,9 @@ impl<B: Accelerator> DecodeBackend for PlainDecoder<B> {
         let layers = self.config.text_config.num_hidden_layers;
         let slot = Slot {
             adapter,
-            layers: (0..layers).map(|_| SlotLayer::new(self.kv_cache)).collect(),
+            layers: (0..layers)
+                .map(|_| LayerKeyValues::forking(self.kv_cache))
+                .collect(),
             len: 0,
         };
         self.slots.insert(id, slot);

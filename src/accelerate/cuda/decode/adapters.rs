@@ -5,7 +5,7 @@ use burn::{prelude::*, tensor::DType};
 
 use super::{
     module::DriverError,
-    plan::{ADAPTER_RANK, Addresses, LAYER_MATRICES},
+    plan::{ADAPTER_RANK, Addresses},
     stream::{Context, DeviceMemory, Stream},
 };
 use crate::{
@@ -58,17 +58,7 @@ impl AdapterTable {
         let mut addresses = Addresses::new(client);
         let mut words = Vec::with_capacity(self.matrices * ENTRY);
         for layer in &model.model.language_model.layers {
-            let (attn, mlp) = (&layer.self_attn, &layer.mlp);
-            let all: [&Linear<Backend>; LAYER_MATRICES] = [
-                &attn.q_proj,
-                &attn.k_proj,
-                &attn.v_proj,
-                &attn.o_proj,
-                &mlp.gate_proj,
-                &mlp.up_proj,
-                &mlp.down_proj,
-            ];
-            for linear in all {
+            for linear in layer.projections() {
                 words.extend(entry(linear, &mut addresses)?);
             }
         }

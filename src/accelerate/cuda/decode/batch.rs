@@ -17,8 +17,8 @@ use crate::{
     },
     qwen3_vl::{
         Qwen3Vl,
-        cache::KeyValueCache,
         config::{Qwen3VlConfig, TextConfig},
+        key_values::KeyValueCache,
     },
     runtime::{
         accelerator::{DecodeStart, Decoder},

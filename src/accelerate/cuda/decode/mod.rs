@@ -50,13 +50,8 @@ fn covers(model: &Qwen3Vl<Backend>, config: &Qwen3VlConfig, alone: bool) -> bool
             .weight
             .packed()
             .is_none()
-        && model.model.language_model.layers.iter().all(|layer| {
-            let (attn, mlp) = (&layer.self_attn, &layer.mlp);
-            [&attn.q_proj, &attn.k_proj, &attn.v_proj, &attn.o_proj]
-                .into_iter()
-                .chain([&mlp.gate_proj, &mlp.up_proj, &mlp.down_proj])
-                .all(plain)
-        })
+        && (model.model.language_model.layers.iter())
+            .all(|layer| layer.projections().into_iter().all(plain))
 }
 
 /// Whether the kernels know matrices of these shapes.

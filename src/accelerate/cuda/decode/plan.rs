@@ -17,7 +17,7 @@ use super::{
 use crate::qwen3_vl::{
     Qwen3Vl,
     config::{Qwen3VlConfig, TextConfig},
-    nn::Linear,
+    layer::{Executor, LayerNorm, Projection, decoder_layers},
     rope::inverse_frequencies,
 };
 
@@ -67,15 +67,15 @@ pub(super) enum Field {
 /// Control words of all rows.
 pub(super) const CONTROL_WORDS: usize = (Field::Step as usize + 1) * CONTROL_ROWS;
 
-/// Products that may be adapted, a layer; the head comes behind the last layer's.
-pub(super) const LAYER_MATRICES: usize = 7;
+/// Matmuls that may be adapted, a layer; the head comes after the last layer's.
+pub(super) const LAYER_MATRICES: usize = Projection::ALL.len();
 
 /// Products of one input at most, and the largest rank; as in `adapter.cuh`.
 const ADAPTER_SHARES: usize = 3;
 pub(super) const ADAPTER_RANK: usize = 256;
 
 /// Addresses of one matrix.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 struct Matrix {
     address: u64,
     rows: usize,
@@ -84,13 +84,19 @@ struct Matrix {
 #[derive(Debug)]
 struct LayerWeights {
     input_norm: (u64, f64),
-    qkv: [Matrix; 3],
     q_norm: (u64, f64),
     k_norm: u64,
-    output: Matrix,
     post_norm: (u64, f64),
-    gate_up: [Matrix; 2],
-    down: Matrix,
+    /// In the order of [`Projection::ALL`].
+    matrices: [Matrix; LAYER_MATRICES],
+}
+
+impl LayerWeights {
+    /// Neighbouring matrices of [`Projection::ALL`], and the first one's place in the layer.
+    fn matrices<const N: usize>(&self, first: Projection) -> ([Matrix; N], usize) {
+        let place = first as usize;
+        (std::array::from_fn(|at| self.matrices[place + at]), place)
+    }
 }
 
 /// Where a model's weights lie on the device.
@@ -158,14 +164,6 @@ impl<'a> Addresses<'a> {
         Ok(Matrix { address, rows })
     }
 
-    fn weight(
-        &mut self,
-        linear: &Linear<Backend>,
-        shape: [usize; 2],
-    ) -> Result<Matrix, DriverError> {
-        self.matrix(linear.weight.val(), shape)
-    }
-
     fn vector(
         &mut self,
         param: &Param<Tensor<Backend, 1>>,
@@ -187,31 +185,24 @@ impl Weights {
         let mut addresses = Addresses::new(client);
         let a = &mut addresses;
         let language = &model.model.language_model;
-        let (hidden, inner, width) = (text.hidden_size, text.intermediate_size, text.head_dim);
-        let queries = text.num_attention_heads * width;
-        let keys = text.num_key_value_heads * width;
+        let (hidden, width) = (text.hidden_size, text.head_dim);
         let layers = language
             .layers
             .iter()
             .map(|layer| {
-                let (attn, mlp) = (&layer.self_attn, &layer.mlp);
+                let attn = &layer.self_attn;
                 let (before, after) = (&layer.input_layernorm, &layer.post_attention_layernorm);
+                let mut matrices = [Matrix::default(); LAYER_MATRICES];
+                for (matrix, projection) in matrices.iter_mut().zip(Projection::ALL) {
+                    let linear = layer.projection(projection);
+                    *matrix = a.matrix(linear.weight.val(), projection.shape(text))?;
+                }
                 Ok(LayerWeights {
                     input_norm: (a.vector(&before.weight, hidden)?, before.epsilon()),
-                    qkv: [
-                        a.weight(&attn.q_proj, [queries, hidden])?,
-                        a.weight(&attn.k_proj, [keys, hidden])?,
-                        a.weight(&attn.v_proj, [keys, hidden])?,
-                    ],
                     q_norm: (a.vector(&attn.q_norm.weight, width)?, attn.q_norm.epsilon()),
                     k_norm: a.vector(&attn.k_norm.weight, width)?,
-                    output: a.weight(&attn.o_proj, [hidden, queries])?,
                     post_norm: (a.vector(&after.weight, hidden)?, after.epsilon()),
-                    gate_up: [
-                        a.weight(&mlp.gate_proj, [inner, hidden])?,
-                        a.weight(&mlp.up_proj, [inner, hidden])?,
-                    ],
-                    down: a.weight(&mlp.down_proj, [hidden, inner])?,
+                    matrices,
                 })
             })
             .collect::<Result<_, DriverError>>()?;
@@ -241,18 +232,15 @@ impl Weights {
 
     /// One layer without memory, whose launches have the kernels of the real ones.
     fn nowhere(text: &TextConfig, device: usize) -> Self {
-        let matrix = |rows: usize| Matrix { address: 0, rows };
-        let queries = text.num_attention_heads * text.head_dim;
-        let keys = text.num_key_value_heads * text.head_dim;
         let layer = LayerWeights {
             input_norm: (0, 0.0),
-            qkv: [queries, keys, keys].map(matrix),
             q_norm: (0, 0.0),
             k_norm: 0,
-            output: matrix(text.hidden_size),
             post_norm: (0, 0.0),
-            gate_up: [text.intermediate_size; 2].map(matrix),
-            down: matrix(text.hidden_size),
+            matrices: Projection::ALL.map(|projection| Matrix {
+                address: 0,
+                rows: projection.shape(text)[0],
+            }),
         };
         Self {
             text: text.clone(),
@@ -263,7 +251,10 @@ impl Weights {
             table: 0,
             layers: vec![layer],
             norm: (0, 0.0),
-            head: matrix(text.vocab_size),
+            head: Matrix {
+                address: 0,
+                rows: text.vocab_size,
+            },
             frequencies: 0,
             _kept: Vec::new(),
         }
@@ -456,6 +447,10 @@ pub(super) struct Builder<'a> {
     /// Whether kernels let the next one begin early: with a batch there is nothing to gain.
     overlaps: bool,
     launches: Vec<Launch>,
+    /// The layer at hand, and its place among all.
+    layer: (&'a LayerWeights, usize),
+    /// Where the next residual sum goes.
+    free: u64,
 }
 
 impl Builder<'_> {
@@ -613,14 +608,18 @@ impl Builder<'_> {
         })
     }
 
-    /// Head norms, rotation and the cache, then attention.
-    fn attend(&mut self, layer: &LayerWeights, cache: LayerCache) {
+    fn cache(&self) -> LayerCache {
+        self.around.cache[self.layer.1]
+    }
+
+    /// Head norms, rotation, and keys and values into the cache.
+    fn rotate_into_cache(&mut self) {
+        let (layer, cache) = (self.layer.0, self.cache());
         let text = &self.weights.text;
         let (heads, kv_heads) = (text.num_attention_heads, text.num_key_value_heads);
-        let (head_dim, rows) = (text.head_dim, self.around.rows);
+        let rows = self.around.rows;
         let width = self.around.pages.map_or(0, |pages| pages.width);
-        let [position, end, first] =
-            [Field::Position, Field::End, Field::First].map(|field| self.around.field(field));
+        let [position, end] = [Field::Position, Field::End].map(|field| self.around.field(field));
         let (q_norm, epsilon) = layer.q_norm;
         let scratch = self.scratch;
         let pointers = [
@@ -638,7 +637,17 @@ impl Builder<'_> {
         let grid = [(heads + 2 * kv_heads).div_ceil(4), rows, 1];
         let parameters = small(0, [heads, kv_heads], cache.key_strides, epsilon, width);
         self.small("HEADS", 128, grid, pointers, parameters);
+    }
 
+    /// Attention over the cache.
+    fn attend_to_cache(&mut self) {
+        let cache = self.cache();
+        let text = &self.weights.text;
+        let (heads, kv_heads) = (text.num_attention_heads, text.num_key_value_heads);
+        let (head_dim, rows) = (text.head_dim, self.around.rows);
+        let width = self.around.pages.map_or(0, |pages| pages.width);
+        let [end, first] = [Field::End, Field::First].map(|field| self.around.field(field));
+        let scratch = self.scratch;
         let defines = vec![
             ("HEAD_DIM", head_dim as i64),
             ("GROUP", (heads / kv_heads) as i64),
@@ -760,17 +769,18 @@ pub(super) fn launches<'a>(
     around: Around<'a>,
 ) -> Builder<'a> {
     let text = &weights.text;
-    let (hidden, inner) = (text.hidden_size, text.intermediate_size);
-    let attended = text.num_attention_heads * text.head_dim;
+    let hidden = text.hidden_size;
+    let [x, free] = scratch.x;
     let mut build = Builder {
         weights,
         scratch,
         around,
         overlaps: around.lone && around.rows == 1 && weights.begins_early,
         launches: Vec::new(),
+        layer: (&weights.layers[0], 0),
+        free,
     };
     let b = &mut build;
-    let [mut x, mut x_next] = scratch.x;
     b.small(
         "EMBED",
         256,
@@ -778,38 +788,7 @@ pub(super) fn launches<'a>(
         vec![weights.table, around.field(Field::Token), x],
         small(hidden, [0; 2], [0; 3], 0.0, 0),
     );
-    for (index, (layer, cache)) in weights.layers.iter().zip(around.cache).enumerate() {
-        let matrix = index * LAYER_MATRICES;
-        let product = Product {
-            norm: Some(layer.input_norm),
-            matrix,
-            ..Product::default()
-        };
-        b.product(x, hidden, &layer.qkv, scratch.qkv, product);
-        b.attend(layer, *cache);
-        let product = Product {
-            residual: Some(x),
-            matrix: matrix + 3,
-            ..Product::default()
-        };
-        b.product(scratch.attended, attended, &[layer.output], x_next, product);
-        std::mem::swap(&mut x, &mut x_next);
-
-        let product = Product {
-            norm: Some(layer.post_norm),
-            gate: true,
-            matrix: matrix + 4,
-            ..Product::default()
-        };
-        b.product(x, hidden, &layer.gate_up, scratch.gated, product);
-        let product = Product {
-            residual: Some(x),
-            matrix: matrix + 6,
-            ..Product::default()
-        };
-        b.product(scratch.gated, inner, &[layer.down], x_next, product);
-        std::mem::swap(&mut x, &mut x_next);
-    }
+    let x = decoder_layers(b, 0..weights.layers.len(), x);
     let product = Product {
         norm: Some(weights.norm),
         out_f32: true,
@@ -819,4 +798,98 @@ pub(super) fn launches<'a>(
     b.product(x, hidden, &[weights.head], scratch.logits, product);
     b.choose();
     build
+}
+
+/// A stream whose norm the next matmul applies, or a kernel of its own before it.
+pub(super) struct Normed {
+    x: u64,
+    norm: (u64, f64),
+}
+
+/// Addresses go from launch to launch; where several values share a buffer of the scratch, `()` does.
+impl Executor for Builder<'_> {
+    type Hidden = u64;
+    type Normed = Normed;
+    type Projected = ();
+    type Rotated = ();
+    type Attended = ();
+    type Activated = ();
+
+    fn enter(&mut self, layer: usize) {
+        self.layer = (&self.weights.layers[layer], layer);
+    }
+
+    fn norm(&mut self, norm: LayerNorm, x: &u64) -> Normed {
+        let norm = match norm {
+            LayerNorm::Input => self.layer.0.input_norm,
+            LayerNorm::PostAttention => self.layer.0.post_norm,
+        };
+        Normed { x: *x, norm }
+    }
+
+    fn project_heads(&mut self, h: Normed) {
+        let qkv = self.layer.0.matrices::<3>(Projection::Query);
+        self.normed_product(h, qkv, self.scratch.qkv, false);
+    }
+
+    fn rotate(&mut self, (): ()) {
+        self.rotate_into_cache();
+    }
+
+    fn attend(&mut self, (): ()) {
+        self.attend_to_cache();
+    }
+
+    fn project_attended(&mut self, (): (), residual: u64) -> u64 {
+        let text = &self.weights.text;
+        let width = text.num_attention_heads * text.head_dim;
+        self.residual_product(self.scratch.attended, width, Projection::Output, residual)
+    }
+
+    fn swiglu(&mut self, h: Normed) {
+        let gate_up = self.layer.0.matrices::<2>(Projection::Gate);
+        self.normed_product(h, gate_up, self.scratch.gated, true);
+    }
+
+    fn project_down(&mut self, (): (), residual: u64) -> u64 {
+        let width = self.weights.text.intermediate_size;
+        self.residual_product(self.scratch.gated, width, Projection::Down, residual)
+    }
+}
+
+impl Builder<'_> {
+    fn normed_product<const N: usize>(
+        &mut self,
+        h: Normed,
+        (matrices, place): ([Matrix; N], usize),
+        y: u64,
+        gate: bool,
+    ) {
+        let product = Product {
+            norm: Some(h.norm),
+            gate,
+            matrix: self.layer.1 * LAYER_MATRICES + place,
+            ..Product::default()
+        };
+        self.product(h.x, self.weights.text.hidden_size, &matrices, y, product);
+    }
+
+    /// Into the free one of the two buffers of the stream; the residual's is free afterwards.
+    fn residual_product(
+        &mut self,
+        x: u64,
+        width: usize,
+        projection: Projection,
+        residual: u64,
+    ) -> u64 {
+        let ([matrix], place) = self.layer.0.matrices::<1>(projection);
+        let product = Product {
+            residual: Some(residual),
+            matrix: self.layer.1 * LAYER_MATRICES + place,
+            ..Product::default()
+        };
+        let y = std::mem::replace(&mut self.free, residual);
+        self.product(x, width, &[matrix], y, product);
+        y
+    }
 }

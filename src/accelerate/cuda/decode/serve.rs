@@ -30,14 +30,14 @@ use crate::{
     accelerate::cuda::launch::{Backend, Client},
     adapters::lora::{config::AdapterError, files::load_adapter},
     batch::{images::ImageInput, positions::rope_index},
-    qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, vision::VisionOutput},
+    qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, key_values::KeyValues, vision::VisionOutput},
     runtime::{
         generate::{
             backend::{
                 AdapterId, Chunk, DecodeBackend, Pick, ServingDecoder, ServingLimits, SlotId,
                 StepRow, Stepped,
             },
-            slots::{SlotCache, join_features, pass},
+            slots::{NewTokens, join_features, pass},
         },
         vision::encode_images,
     },
@@ -399,14 +399,10 @@ struct IntoPages<'a> {
     past: usize,
 }
 
-impl SlotCache<Backend> for IntoPages<'_> {
-    fn held(&self, _slot: SlotId) -> usize {
-        self.past
-    }
-
+impl KeyValues<Backend> for IntoPages<'_> {
     fn append(
         &mut self,
-        _slot: SlotId,
+        _group: usize,
         layer: usize,
         k: Tensor<Backend, 4>,
         v: Tensor<Backend, 4>,
@@ -460,7 +456,7 @@ impl DecodeBackend for PagedDecoder {
         held.pages.grow(past + new);
         let pages: Vec<i32> = held.pages.iter().map(|page| *page as i32).collect();
         let table = burn::tensor::TensorData::new(pages, [held.pages.len()]);
-        let mut cache = IntoPages {
+        let key_values = IntoPages {
             pool: &self.pool,
             table: Tensor::from_data(table, (&self.device, DType::I32)),
             past,
@@ -470,8 +466,11 @@ impl DecodeBackend for PagedDecoder {
             &self.models[&held.adapter].model,
             &self.config,
             &self.device,
-            &mut cache,
-            &[(slot, chunk.input_ids)],
+            key_values,
+            &[NewTokens {
+                held: past,
+                input_ids: chunk.input_ids,
+            }],
             &chunk.positions,
             join_features(&chunk.features),
             if chunk.wants_logits { &wanted } else { &[] },
