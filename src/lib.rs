@@ -6,23 +6,19 @@
 #![warn(missing_docs, unreachable_pub, unsafe_code)]
 
 pub mod backend;
+pub mod base;
 pub mod bench;
-pub mod clean;
 pub mod cli;
 pub mod commands;
 pub mod dataset;
-pub mod doctor;
-pub mod evaluate;
-pub mod evaluation;
+pub mod eval;
 pub mod files;
-pub mod findings;
 pub mod generate;
 pub mod kernels;
 pub mod lora;
 pub mod out_of_memory;
 pub mod phantom;
 pub mod pipeline;
-pub mod plot;
 pub mod processor;
 pub mod quant;
 pub mod qwen3_vl;

@@ -14,7 +14,7 @@ use serde_json::json;
 
 use super::UsageError;
 use crate::{
-    clean::{
+    eval::clean::{
         Correction, Defect, TermTable, apply, correct_json, count_defects, read_rows, to_jsonl,
         unified_diff,
     },

@@ -7,12 +7,12 @@ use rayon::prelude::*;
 use super::{UsageError, shipped, train::with_keys};
 use crate::{
     backend::{DeviceName, DeviceTask, run_on},
+    base::plot::histogram,
     cli::PlanArgs,
     dataset::{Dataset, DatasetError, LeftOut, loader::Overlong},
     files::write_atomic,
     kernels::Kernels,
     pipeline::{PipelineOptions, TextAndImages},
-    plot::histogram,
     system::free_memory,
     train::{
         budget::{Budget, Form},

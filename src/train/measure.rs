@@ -23,11 +23,11 @@ use super::{
     words::counted,
 };
 use crate::{
+    base::plot::{TrainingRow, training_plot},
     dataset::loader::Window,
     files::{FileError, write_atomic},
     kernels::TrainKernels,
     lora::merge::merge,
-    plot::{TrainingRow, training_plot},
 };
 
 impl<B: TrainKernels> LoopState<B> {

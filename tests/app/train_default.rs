@@ -6,7 +6,7 @@ use std::{fs, time::Instant};
 
 use serde_json::Value;
 use tempfile::tempdir;
-use xray_qwen3vl::evaluate::{
+use xray_qwen3vl::eval::text::{
     baselines::{ConstantSearch, best_constant_report},
     rouge::rouge_l,
     segment::characters,

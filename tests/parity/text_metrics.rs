@@ -6,11 +6,11 @@ use std::fs;
 use std::path::PathBuf;
 
 use serde_json::Value;
-use xray_qwen3vl::evaluate::bleu::{BleuCounts, Smoothing};
-use xray_qwen3vl::evaluate::chrf::ChrfCounts;
-use xray_qwen3vl::evaluate::published::{PublishedPair, llama_factory, ms_swift, ms_swift_3};
-use xray_qwen3vl::evaluate::segment::{CutText, characters, sacrebleu_zh, words};
-use xray_qwen3vl::evaluate::{Evaluation, Pair, PublishedScores, TextScores, UnitScores, jieba};
+use xray_qwen3vl::eval::text::bleu::{BleuCounts, Smoothing};
+use xray_qwen3vl::eval::text::chrf::ChrfCounts;
+use xray_qwen3vl::eval::text::published::{PublishedPair, llama_factory, ms_swift, ms_swift_3};
+use xray_qwen3vl::eval::text::segment::{CutText, characters, sacrebleu_zh, words};
+use xray_qwen3vl::eval::text::{Evaluation, Pair, PublishedScores, TextScores, UnitScores, jieba};
 
 /// Of numbers in per cent. The packages add 1e-8 to a divisor of ROUGE that our plain form leaves
 /// out, which is at most 5e-7 here; all else differs in the order of sums alone.

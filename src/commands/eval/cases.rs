@@ -9,8 +9,10 @@ use anyhow::{Result, bail};
 
 use crate::{
     dataset::{Dataset, SampleText},
-    evaluate::predictions::Prediction,
-    evaluation::{Case, Remark, Written},
+    eval::{
+        predictions::Prediction,
+        report::{Case, Remark, Written},
+    },
     processor::message::split_thinking,
     study::{STUDY_KEYS, StudyFacts, StudyRow, StudyRule, counted},
 };
@@ -317,7 +319,7 @@ pub(super) fn join(
                 "`{}` row {}: no reference; expected the true report under one of `{}`, or the test set in --data",
                 path.display(),
                 one.row,
-                crate::evaluate::predictions::REFERENCE_KEYS.join("`, `")
+                crate::eval::predictions::REFERENCE_KEYS.join("`, `")
             ),
         };
         let images = match (data, row) {

@@ -21,7 +21,7 @@ use crate::{
         Dataset, RawSample,
         loader::{Overlong, WindowLoader, WindowPlan},
     },
-    evaluation::{Case, Remark, Written, baselines::swapped},
+    eval::report::{Case, Remark, Written, baselines::swapped},
     generate::{FinishReason, GenerationConfig, Prompt},
     kernels::Kernels,
     pipeline::{Answer, Pipeline, TextAndImages},

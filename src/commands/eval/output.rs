@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::cases::TestSet;
 use crate::{
     dataset::Dataset,
-    evaluation::{Outcome, STATUSES, page, page::PageFacts},
+    eval::report::{Outcome, STATUSES, page, page::PageFacts},
     processor::image::{DecodeLimits, load},
     study::StudyFacts,
 };

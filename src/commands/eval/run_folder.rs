@@ -7,8 +7,8 @@ use serde_json::Value;
 
 use super::EvalArgs;
 use crate::{
+    base::plot::{Mark, Panel, Series, TrainingRow, figure, training_plot},
     commands::shipped,
-    plot::{Mark, Panel, Series, TrainingRow, figure, training_plot},
     train::{
         config::{TrainConfig, Tuner},
         data::RunData,

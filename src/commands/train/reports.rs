@@ -11,13 +11,15 @@ use crate::{
         progress::{Progress, Unit},
     },
     dataset::{Dataset, image_remarks::RemarkCount},
-    evaluate::{rouge::rouge_l, segment::characters},
-    evaluation::baselines::swapped,
-    files::{FileError, write_atomic},
-    findings::{
-        Labeler,
-        score::{StudyTexts, UncertainPolicy, score},
+    eval::{
+        findings::{
+            Labeler,
+            score::{StudyTexts, UncertainPolicy, score},
+        },
+        report::baselines::swapped,
+        text::{rouge::rouge_l, segment::characters},
     },
+    files::{FileError, write_atomic},
     generate::{GenerationConfig, Prompt, generate},
     kernels::Kernels,
     lora::merge::merge,

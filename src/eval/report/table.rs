@@ -7,7 +7,7 @@ use super::{
     names::{HEADLINE, Label, is_measured, label, p_value},
     too_few,
 };
-use crate::{findings::Finding, study::counted};
+use crate::{eval::findings::Finding, study::counted};
 
 /// The tables of `outcome`: scores of all systems, findings of the first, and the comparison. With `all`, every
 /// score, else those of [`HEADLINE`].

@@ -1,25 +1,21 @@
 //! One model's reports beside the truth, and beside what needs no model: scores with intervals, what is wrong in
 //! which study, and the same as a table, as JSON and as a page.
 //!
-//! It puts [`crate::evaluate`] (texts) and [`crate::findings`] together. Where the reports come from it does not know.
+//! It puts [`crate::eval::text`] (texts) and [`crate::eval::findings`] together. Where the reports come from it does not know.
 
 use std::collections::BTreeMap;
 
 use rayon::prelude::*;
 use serde::{Serialize, Serializer, ser::SerializeMap};
 
-use crate::{
-    evaluate::{
-        Bootstrap, Comparison, EvaluateError, Evaluation, Interval, Pair,
-        bootstrap::{FEWEST_FOR_INTERVAL, FEWEST_FOR_P},
-        rouge::rouge_l,
-        segment::characters,
-    },
+use crate::eval::{
+    bootstrap::{Bootstrap, Comparison, FEWEST_FOR_INTERVAL, FEWEST_FOR_P, Interval},
     findings::{
         Finding, Labeler, Status,
         score::{FindingScores, StudyTexts, UncertainPolicy, score},
         tally::{FindingEvaluation, LabelledPair},
     },
+    text::{EvaluateError, Evaluation, Pair, rouge::rouge_l, segment::characters},
 };
 
 pub mod baselines;
@@ -427,7 +423,7 @@ fn review(
             (Some(true), Some(false)) => Some(Difference::Missed),
             (Some(false), Some(true)) => Some(Difference::Invented),
             (Some(true), Some(true)) => {
-                let side = |labels: &crate::findings::ReportLabels| {
+                let side = |labels: &crate::eval::findings::ReportLabels| {
                     labels.get(finding).and_then(|label| label.laterality)
                 };
                 let (a, b) = (side(truth), side(answer));
@@ -451,7 +447,7 @@ fn review(
         contradiction: pair
             .thinking
             .as_ref()
-            .is_some_and(|thinking| crate::findings::score::contradict(thinking, answer)),
+            .is_some_and(|thinking| crate::eval::findings::score::contradict(thinking, answer)),
         rouge_l: rouge_l(&characters(&text.answer), &characters(&case.truth)),
     }
 }

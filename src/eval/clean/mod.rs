@@ -1,6 +1,6 @@
 //! Finds translation defects in a report corpus and proposes corrections; nothing is changed in silence.
 //!
-//! The reviewed terms are in `clean/terms.toml`. [`find_defects`] lists every place with the words before and
+//! The reviewed terms are in `terms.toml`. [`find_defects`] lists every place with the words before and
 //! after, [`apply`] changes only the places it is given, [`unified_diff`] shows what changed, and [`correct_json`]
 //! writes a corrected copy of a corpus file.
 
@@ -212,7 +212,7 @@ pub struct TermTable {
 }
 
 static BUILT_IN: LazyLock<TermTable> = LazyLock::new(|| {
-    TermTable::from_toml(include_str!("clean/terms.toml"))
+    TermTable::from_toml(include_str!("terms.toml"))
         .expect("the built-in terms are checked by a test")
 });
 

@@ -33,7 +33,7 @@ struct SplitScore {
 
 /// Scores a split: strict wants the very status (absent and uncertain too), positive counts doubt as present.
 fn score_split(split: &str) -> SplitScore {
-    let text = include_str!("../../tests/fixtures/findings/sentences.jsonl");
+    let text = include_str!("../../../tests/fixtures/findings/sentences.jsonl");
     let sentences: Vec<Sentence> = text
         .lines()
         .map(|line| serde_json::from_str(line).expect("sentence"))

@@ -1,7 +1,7 @@
 //! What scores are called and how they are written.
 
 use super::Named;
-use crate::{evaluate::Interval, findings::Finding};
+use crate::eval::{bootstrap::Interval, findings::Finding};
 
 /// How a score is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -208,7 +208,7 @@ pub fn is_measured<'a>(name: &str, mut scores: impl Iterator<Item = &'a Named<In
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{evaluate::TextScores, findings::tally::FindingTally};
+    use crate::eval::{findings::tally::FindingTally, text::TextScores};
 
     #[test]
     fn every_score_has_a_name_in_both_languages() {

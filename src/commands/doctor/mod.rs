@@ -11,9 +11,12 @@ use crate::{
         list::{ListedDevice, list_devices},
         run_on,
     },
-    doctor::{Answers, Checkup, Outcome, answers, compare},
     kernels::Kernels,
 };
+
+use checkup::{Answers, Checkup, Outcome, answers, compare};
+
+mod checkup;
 
 /// Arguments of `doctor`.
 #[derive(Debug, Args)]

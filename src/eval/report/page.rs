@@ -10,7 +10,7 @@ use super::{
     table::shown,
 };
 use crate::{
-    findings::{Finding, Status},
+    eval::findings::{Finding, Status},
     processor::image::RgbImage,
     study::counted,
 };
@@ -330,7 +330,7 @@ fn score_table(page: &mut String, outcome: &Outcome, names: &[&str]) {
 
 /// Shares of equal outputs, which have no interval: a draw with repeats would make equals.
 fn rate_rows(page: &mut String, outcome: &Outcome) {
-    type RateOf = fn(&super::SystemScores) -> crate::findings::score::Rate;
+    type RateOf = fn(&super::SystemScores) -> crate::eval::findings::score::Rate;
     let rates: [(&str, &str, RateOf); 3] = [
         ("空白回答占比", "empty answers", |s| {
             s.findings.empty_outputs

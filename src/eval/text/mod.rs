@@ -17,20 +17,18 @@ use serde::Serialize;
 
 pub mod baselines;
 pub mod bleu;
-pub mod bootstrap;
 pub mod chrf;
 pub mod cider;
 pub mod jieba;
 pub mod lcs;
 pub mod meteor;
 pub mod ngrams;
-pub mod predictions;
 pub mod published;
 pub mod rouge;
 pub mod segment;
 mod tally;
 
-pub use bootstrap::{Bootstrap, Comparison, Interval};
+pub use super::bootstrap::{Bootstrap, Comparison, Interval};
 
 use tally::Tally;
 

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use super::{Case, System, SystemTexts, Written};
-use crate::evaluate::baselines::{
+use crate::eval::text::baselines::{
     BaselineError, ConstantSearch, Neighbour, best_constant_report, nearest_neighbours,
     random_reports,
 };

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::{Difference, FILM_PIXELS, Films, Outcome, Review, data_url, escape, section};
-use crate::findings::{Finding, ReportLabels, Status};
+use crate::eval::findings::{Finding, ReportLabels, Status};
 
 pub(super) fn write(
     page: &mut String,

@@ -7,7 +7,7 @@ use super::{
     Finding, Labeler, ReportLabels, Status,
     score::{UncertainPolicy, contradict, side_of},
 };
-use crate::evaluate::{Bootstrap, Comparison, EvaluateError, Interval};
+use crate::eval::text::{Bootstrap, Comparison, EvaluateError, Interval};
 
 const CLASSES: usize = Finding::ALL.len();
 
