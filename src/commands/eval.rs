@@ -15,15 +15,17 @@ use crate::{
     cli::{GenerationArgs, ModelArgs},
     dataset::Dataset,
     eval::{
+        baselines::systems::{Reports, nearest_image, without_images},
         bootstrap::Bootstrap,
-        findings::score::UncertainPolicy,
+        cases::{System, SystemTexts, Written},
+        caveat::{Caveat, too_few},
+        evaluate::evaluate,
+        findings::UncertainPolicy,
+        outcome::{EvalOutcome, EvalSettings},
         predictions::{PredictionKeys, read_predictions},
         report::{
-            Outcome, Remark, Settings, System, SystemTexts, Written,
-            baselines::{Reports, nearest_image, without_images},
-            evaluate,
             page::{PageFacts, html},
-            table, too_few,
+            table,
         },
     },
     files::write_atomic,
@@ -173,7 +175,7 @@ pub struct EvalArgs {
 pub fn run(mut args: EvalArgs) -> Result<()> {
     check(&args)?;
     let rule = args.studies.rule()?;
-    let settings = Settings {
+    let settings = EvalSettings {
         bootstrap: Bootstrap {
             resamples: args.resamples,
             ..Bootstrap::default()
@@ -247,7 +249,7 @@ pub fn run(mut args: EvalArgs) -> Result<()> {
     }
     let reports = training.as_deref().map_or_else(
         || {
-            warnings.push(Remark::new(
+            warnings.push(Caveat::new(
                 "没有给训练集，基线取自测试集自身的报告，偏高",
                 "no --train-data: the baselines know the test set's own reports, which flatters them",
             ));
@@ -285,7 +287,7 @@ pub fn run(mut args: EvalArgs) -> Result<()> {
         })?;
     }
     if let Some(path) = &args.html {
-        let mut films = output::Films::new(&set, data.as_ref(), args.images_dir.as_deref());
+        let mut films = output::ImageFinder::new(&set, data.as_ref(), args.images_dir.as_deref());
         let page = html(&outcome, &facts, &mut |case| films.of(case));
         films.tell();
         write_atomic(path, |out| out.write_all(page.as_bytes()))?;
@@ -413,7 +415,7 @@ fn system(system: System, texts: Vec<Written>) -> SystemTexts {
     }
 }
 
-fn tell(outcome: &Outcome, loss: Option<&LossTotals>, all: bool) -> std::io::Result<()> {
+fn tell(outcome: &EvalOutcome, loss: Option<&LossTotals>, all: bool) -> std::io::Result<()> {
     let mut out = stdout().lock();
     if let Some(totals) = loss {
         writeln!(
@@ -431,7 +433,7 @@ fn tell(outcome: &Outcome, loss: Option<&LossTotals>, all: bool) -> std::io::Res
 fn facts(
     args: &EvalArgs,
     study: &StudyFacts,
-    warnings: Vec<Remark>,
+    warnings: Vec<Caveat>,
     loss: Option<&LossTotals>,
     curves: Option<String>,
 ) -> PageFacts {

@@ -1,32 +1,29 @@
 //! `merge`: a base and its adapter as one checkpoint, proven before it is called done.
 
-use crate::kernels::Kernels;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use burn::{prelude::*, tensor::DType};
 
 use super::{
     UsageError,
-    progress::{Progress, Unit},
+    logits::{probe, read, relative_distance},
     shipped,
 };
 use crate::{
     backend::{DeviceTask, run_on},
     cli::MergeArgs,
     files::FolderWriter,
+    kernels::Kernels,
     lora::{
         base::{BaseFingerprint, check_base},
         config::LoraConfig,
         files::{load_adapter, trained_pixel_limits},
         merge::merge,
     },
-    pipeline::{PipelineOptions, load_model},
+    pipeline::PipelineOptions,
     quant::files::of_checkpoint,
-    qwen3_vl::{
-        ImageInput, Padding, Qwen3Vl, TextInput, config::Qwen3VlConfig, nn::to_dtype,
-        weights::stored_dtype,
-    },
+    qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, nn::to_dtype, weights::stored_dtype},
     train::checkpoint::save_model,
 };
 
@@ -101,7 +98,7 @@ impl DeviceTask for Merge {
 
         // First the arithmetic, in the type it was done in; rounding to the written type comes after.
         let merged = merge(adapted);
-        let in_place = distance(&before, &probe(&merged, &config, &device));
+        let in_place = relative_distance(&probe(&merged, &config, &device), &before);
         let merged = cast(merged, written);
         let expected = probe(&merged, &config, &device);
         let parent = FolderWriter::new(&self.args.output)?;
@@ -137,10 +134,10 @@ impl DeviceTask for Merge {
         if answer != expected {
             bail!(
                 "the written checkpoint reads back differently from what was merged (relative distance of the logits {:.2e}); nothing was kept, is the disk sound?",
-                distance(&expected, &answer)
+                relative_distance(&answer, &expected)
             );
         }
-        let distance = distance(&before, &answer);
+        let distance = relative_distance(&answer, &before);
         parent.finish()?;
         println!(
             "wrote `{}` ({written:?}); logits on the probe differ from base plus adapter by {distance:.1e} relative",
@@ -171,20 +168,6 @@ fn check_name(adapter: &Path, model: &Path) -> Result<()> {
     }
 }
 
-pub(super) fn read<B: Kernels>(
-    options: &PipelineOptions,
-    config: &Qwen3VlConfig,
-    device: &B::Device,
-) -> Result<Qwen3Vl<B>> {
-    let mut progress = Progress::new("loading", 0, Unit::Bytes);
-    let model = load_model::<B>(options, config, device, &mut |done, total| {
-        progress.set(done, total);
-    })
-    .with_context(|| format!("cannot load `{}`", options.model.display()))?;
-    progress.finish();
-    Ok(model)
-}
-
 fn cast<B: Kernels>(model: Qwen3Vl<B>, dtype: DType) -> Qwen3Vl<B> {
     struct Cast(DType);
     impl<B: Backend> burn::module::ModuleMapper<B> for Cast {
@@ -196,46 +179,4 @@ fn cast<B: Kernels>(model: Qwen3Vl<B>, dtype: DType) -> Qwen3Vl<B> {
         }
     }
     model.map(&mut Cast(dtype))
-}
-
-/// Logits for a fixed prompt with an image of smooth stripes; exercises both towers.
-pub(super) fn probe<B: Kernels>(
-    model: &Qwen3Vl<B>,
-    config: &Qwen3VlConfig,
-    device: &B::Device,
-) -> Vec<f32> {
-    let vision = &config.vision_config;
-    let merge = vision.spatial_merge_size;
-    let grid = [1, 4 * merge, 3 * merge];
-    let patches = grid[1] * grid[2];
-    let values = patches * vision.patch_dim();
-    let images = ImageInput {
-        pixel_values: (0..values).map(|i| (i as f32 * 0.013).sin()).collect(),
-        image_grid_thw: vec![grid],
-    };
-    let text = |i: usize| (i * 7919 % config.image_token_id.max(2) as usize) as u32;
-    let mut ids: Vec<u32> = (0..8).map(text).collect();
-    ids.extend(std::iter::repeat_n(
-        config.image_token_id,
-        patches / (merge * merge),
-    ));
-    ids.extend((8..24).map(text));
-    match TextInput::padded(&[ids], &[vec![grid]], config, Padding::Right, 0) {
-        Ok((input, _)) => {
-            let logits = model.forward(&input, &images, config, device);
-            logits.into_data().iter::<f32>().collect()
-        }
-        Err(_) => vec![f32::NAN],
-    }
-}
-
-/// Relative Euclidean distance.
-fn distance(want: &[f32], ours: &[f32]) -> f64 {
-    let square = |x: f32| f64::from(x) * f64::from(x);
-    let difference: f64 = want.iter().zip(ours).map(|(a, b)| square(a - b)).sum();
-    let norm: f64 = want.iter().map(|a| square(*a)).sum();
-    if want.len() != ours.len() {
-        return f64::NAN;
-    }
-    (difference / norm.max(f64::MIN_POSITIVE)).sqrt()
 }

@@ -11,6 +11,7 @@ pub mod infer;
 mod infer_server;
 pub mod init_tiny;
 pub mod log_lines;
+mod logits;
 pub mod merge;
 pub mod phantoms;
 pub mod plan;

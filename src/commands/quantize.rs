@@ -5,7 +5,7 @@ use burn::tensor::DType;
 
 use super::{
     UsageError,
-    merge::{probe, read},
+    logits::{probe, read},
     shipped,
 };
 use crate::{

@@ -46,7 +46,7 @@ use crate::{
         words::{clock, counted},
     },
 };
-use reports::{Outcome, image_remarks, scorer, show_examples};
+use reports::{HeldOutScores, image_remarks, scorer, show_examples};
 pub use settings::flag_hint;
 pub(super) use settings::with_keys;
 use settings::{from_table, set_keys};
@@ -383,12 +383,12 @@ impl ReplicatedTask for Train {
             say(&format!("images: {}", remark.sentence()));
         }
         if result.ending == Ending::Interrupted {
-            return Outcome::default().save(&result, seconds);
+            return HeldOutScores::default().save(&result, seconds);
         }
         if self.args.show > 0 && result.state.config.validates() {
             show_examples(&result, self.args.show, &device)?;
         }
-        let outcome = Outcome::of(&result, &device)?;
+        let outcome = HeldOutScores::of(&result, &device)?;
         outcome.save(&result, seconds)?;
         if let Some(table) = outcome.table() {
             println!("\n{table}");

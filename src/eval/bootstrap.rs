@@ -8,7 +8,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
-use super::text::EvaluateError;
+use super::error::EvaluateError;
 
 /// Fewest studies for a p value: a sign-flip test of `n` studies gives no less than `2 / 2^n`, which is below 0.05
 /// from six on.

@@ -14,8 +14,10 @@ use crate::{
     kernels::Kernels,
 };
 
-use checkup::{Answers, Checkup, Outcome, answers, compare};
+use answers::{Answers, answers};
+use checkup::{Agreement, Checkup, compare};
 
+mod answers;
 mod checkup;
 
 /// Arguments of `doctor`.
@@ -30,12 +32,12 @@ pub struct DoctorArgs {
 }
 
 /// A device and how it does in each of its types.
-struct Patient {
+struct CheckedDevice {
     device: ListedDevice,
     checkups: Result<Vec<Checkup>, DeviceError>,
 }
 
-impl Patient {
+impl CheckedDevice {
     fn is_good(&self) -> bool {
         self.checkups
             .as_ref()
@@ -44,9 +46,9 @@ impl Patient {
 }
 
 /// Checks the types the device calculates in.
-struct Check<'a>(Option<&'a Answers>);
+struct CheckDtypes<'a>(Option<&'a Answers>);
 
-impl DeviceTask for Check<'_> {
+impl DeviceTask for CheckDtypes<'_> {
     type Output = Vec<Checkup>;
 
     fn run<B: Kernels>(self, device: B::Device, _dtype: DType) -> Vec<Checkup> {
@@ -59,9 +61,9 @@ impl DeviceTask for Check<'_> {
 }
 
 /// The CPU's answers, which others are compared with.
-struct Ask;
+struct AnswersOfCpu;
 
-impl DeviceTask for Ask {
+impl DeviceTask for AnswersOfCpu {
     type Output = Result<Answers, String>;
 
     fn run<B: Kernels>(self, device: B::Device, _dtype: DType) -> Self::Output {
@@ -79,7 +81,7 @@ pub fn run(args: DoctorArgs) -> Result<()> {
         .into_iter()
         .filter(|device| args.device.is_none_or(|name| is(device.name, name)))
         .collect();
-    let cpu = run_on(Some(DeviceName::Cpu), Some(DType::F32), Ask);
+    let cpu = run_on(Some(DeviceName::Cpu), Some(DType::F32), AnswersOfCpu);
     let cpu = match cpu {
         Ok(answers) => Some(answers.map_err(anyhow::Error::msg)?),
         Err(_) => None,
@@ -90,15 +92,19 @@ pub fn run(args: DoctorArgs) -> Result<()> {
         if !args.json {
             print!("{}", heading(&device));
         }
-        let checkups = run_on(Some(device.name), Some(DType::F32), Check(cpu.as_ref()));
-        let patient = Patient { device, checkups };
+        let checkups = run_on(
+            Some(device.name),
+            Some(DType::F32),
+            CheckDtypes(cpu.as_ref()),
+        );
+        let checked = CheckedDevice { device, checkups };
         if args.json {
-            println!("{}", to_json(&patient));
+            println!("{}", to_json(&checked));
         } else {
-            print!("{}", to_text(&patient));
+            print!("{}", to_text(&checked));
         }
-        if !patient.is_good() {
-            bad.push(patient.device.name.to_string());
+        if !checked.is_good() {
+            bad.push(checked.device.name.to_string());
         }
     }
     for backend in &empty {
@@ -161,17 +167,17 @@ fn heading(device: &ListedDevice) -> String {
     text
 }
 
-fn cell(outcome: &Outcome) -> String {
-    match outcome {
-        Outcome::Measured(distance, _) if outcome.is_bad() => format!("WRONG {distance:.1e}"),
-        Outcome::Measured(distance, _) => format!("{distance:.1e}"),
-        Outcome::Failed(_) => "FAILED".to_string(),
-        Outcome::Unknown => "-".to_string(),
+fn cell(agreement: &Agreement) -> String {
+    match agreement {
+        Agreement::Measured(distance, _) if agreement.is_bad() => format!("WRONG {distance:.1e}"),
+        Agreement::Measured(distance, _) => format!("{distance:.1e}"),
+        Agreement::Failed(_) => "FAILED".to_string(),
+        Agreement::Unknown => "-".to_string(),
     }
 }
 
-fn to_text(patient: &Patient) -> String {
-    let checkups = match &patient.checkups {
+fn to_text(checked: &CheckedDevice) -> String {
+    let checkups = match &checked.checkups {
         Ok(checkups) => checkups,
         Err(error) => return format!("  cannot be used: {error}\n\n"),
     };
@@ -188,7 +194,7 @@ fn to_text(patient: &Patient) -> String {
             cell(&checkup.gradient),
             if checkup.is_good() { "yes" } else { "NO" }
         );
-        if let Outcome::Failed(reason) = &checkup.forward {
+        if let Agreement::Failed(reason) = &checkup.forward {
             text += &format!("         {reason}\n");
         }
     }
@@ -196,16 +202,16 @@ fn to_text(patient: &Patient) -> String {
     text
 }
 
-fn to_json(patient: &Patient) -> Value {
-    let device = &patient.device;
-    let part = |outcome: &Outcome| match outcome {
-        Outcome::Measured(distance, allowed) => json!({
+fn to_json(checked: &CheckedDevice) -> Value {
+    let device = &checked.device;
+    let part = |agreement: &Agreement| match agreement {
+        Agreement::Measured(distance, allowed) => json!({
             "distance": if distance.is_finite() { json!(distance) } else { Value::Null },
             "allowed": allowed,
-            "good": !outcome.is_bad(),
+            "good": !agreement.is_bad(),
         }),
-        Outcome::Failed(reason) => json!({ "good": false, "error": reason }),
-        Outcome::Unknown => Value::Null,
+        Agreement::Failed(reason) => json!({ "good": false, "error": reason }),
+        Agreement::Unknown => Value::Null,
     };
     let mut object = json!({
         "device": device.name.to_string(),
@@ -213,9 +219,9 @@ fn to_json(patient: &Patient) -> Value {
         "driver": device.driver,
         "memory_bytes": device.memory,
         "limits": device.limits.iter().cloned().collect::<std::collections::BTreeMap<_, _>>(),
-        "good": patient.is_good(),
+        "good": checked.is_good(),
     });
-    match &patient.checkups {
+    match &checked.checkups {
         Ok(checkups) => {
             let dtypes = checkups.iter().map(|checkup| {
                 json!({

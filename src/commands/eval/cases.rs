@@ -10,8 +10,9 @@ use anyhow::{Result, bail};
 use crate::{
     dataset::{Dataset, SampleText},
     eval::{
+        cases::{Case, Written},
+        caveat::Caveat,
         predictions::Prediction,
-        report::{Case, Remark, Written},
     },
     processor::message::split_thinking,
     study::{STUDY_KEYS, StudyFacts, StudyRow, StudyRule, counted},
@@ -47,14 +48,14 @@ impl TestSet {
     pub(super) fn find_studies(
         &mut self,
         rule: &StudyRule,
-        warnings: &mut Vec<Remark>,
+        warnings: &mut Vec<Caveat>,
     ) -> Result<StudyFacts> {
         let studies = rule.studies(&self.of)?;
         for (case, study) in self.cases.iter_mut().zip(studies.ids) {
             case.study = study;
         }
         let doubts = studies.doubts.iter();
-        warnings.extend(doubts.map(|doubt| Remark::new(doubt.chinese(), doubt.english())));
+        warnings.extend(doubts.map(|doubt| Caveat::new(doubt.chinese(), doubt.english())));
         Ok(studies.facts)
     }
 
@@ -106,7 +107,7 @@ pub(super) fn warn_of_leaks(
     set: &TestSet,
     train: Option<&Dataset>,
     rule: &StudyRule,
-    warnings: &mut Vec<Remark>,
+    warnings: &mut Vec<Caveat>,
 ) -> Result<()> {
     let Some(train) = train else {
         return Ok(());
@@ -136,7 +137,7 @@ pub(super) fn warn_of_leaks(
     let leaked: Vec<usize> = test.filter(leaks).collect();
     if let Some(first) = leaked.first() {
         let name = &set.cases[*first].name;
-        warnings.push(Remark::new(
+        warnings.push(Caveat::new(
             format!(
                 "测试集中 {} 份报告的检查或患者也在训练集中，例如 `{name}`：分数与基线不可信",
                 leaked.len()
@@ -153,7 +154,7 @@ pub(super) fn warn_of_leaks(
         rows[set.of.len()..].iter().any(named),
     );
     if test_named != train_named && !rule.is_given() {
-        warnings.push(Remark::new(
+        warnings.push(Caveat::new(
             "测试集和训练集只有一方用键写明检查：无法确定是否有检查同时在两方",
             "only one of test set and training set names its studies by a key: whether a study is in both cannot be told; hint: `--study-regex` or `--study-key`",
         ));
@@ -222,11 +223,11 @@ pub(super) fn join(
     path: &Path,
     predictions: Vec<Prediction>,
     data: Option<&Dataset>,
-    warnings: &mut Vec<Remark>,
+    warnings: &mut Vec<Caveat>,
 ) -> Result<(TestSet, Vec<Written>)> {
     let failed = predictions.iter().filter(|one| one.error.is_some());
     if let Some(first) = failed.clone().next() {
-        warnings.push(Remark::new(
+        warnings.push(Caveat::new(
             format!(
                 "{} 份预测失败，按空回答计，第一份在第 {} 行",
                 failed.clone().count(),
@@ -244,7 +245,7 @@ pub(super) fn join(
         .iter()
         .filter(|one| one.error.is_none() && one.answer.is_empty());
     if let Some(first) = empty.clone().next() {
-        warnings.push(Remark::new(
+        warnings.push(Caveat::new(
             format!(
                 "{} 份回答为空（空白、null 等），既不算正常也不算异常，第一份在第 {} 行",
                 empty.clone().count(),
@@ -262,7 +263,7 @@ pub(super) fn join(
         .iter()
         .filter(|one| !one.answer.is_empty() && !is_chinese(&one.answer));
     if let Some(first) = foreign.clone().next() {
-        warnings.push(Remark::new(
+        warnings.push(Caveat::new(
             format!(
                 "{} 份回答没有汉字，读不出所见，第一份在第 {} 行",
                 foreign.clone().count(),
@@ -292,7 +293,7 @@ pub(super) fn join(
                 }
             }
             if rows.len() < data.len() {
-                warnings.push(Remark::new(
+                warnings.push(Caveat::new(
                     format!("测试集 {} 份中只有 {} 份有预测", data.len(), rows.len()),
                     format!(
                         "only {} of {} of the test set have a prediction",

@@ -21,7 +21,11 @@ use crate::{
         Dataset, RawSample,
         loader::{Overlong, WindowLoader, WindowPlan},
     },
-    eval::report::{Case, Remark, Written, baselines::swapped},
+    eval::{
+        baselines::systems::swapped,
+        cases::{Case, Written},
+        caveat::Caveat,
+    },
     generate::{FinishReason, GenerationConfig, Prompt},
     kernels::Kernels,
     pipeline::{Answer, Pipeline, TextAndImages},
@@ -59,7 +63,7 @@ pub(super) struct ModelRun {
     pub(super) written: Option<Vec<Written>>,
     pub(super) swapped: Option<Vec<Written>>,
     pub(super) embeddings: Option<Embeddings>,
-    pub(super) warnings: Vec<Remark>,
+    pub(super) warnings: Vec<Caveat>,
 }
 
 /// Mean image features, row after row.
@@ -119,7 +123,7 @@ impl DeviceTask for ModelWork {
                 ),
             ] {
                 if count > 0 {
-                    run.warnings.push(Remark::new(
+                    run.warnings.push(Caveat::new(
                         format!("{count} {chinese}"),
                         format!("{} {english}", counted(count, "report was", "reports were")),
                     ));
@@ -229,7 +233,7 @@ impl ModelWork {
     fn swapped_reports<B: Kernels>(
         &self,
         pipeline: &Pipeline<B>,
-        warnings: &mut Vec<Remark>,
+        warnings: &mut Vec<Caveat>,
     ) -> Result<Option<Vec<Written>>> {
         let studies: Vec<&str> = self.cases.iter().map(|case| case.study.as_str()).collect();
         let images = self
@@ -245,14 +249,14 @@ impl ModelWork {
         let alone = others.iter().enumerate().filter(|(at, other)| at == *other);
         let alone = alone.filter(|(at, _)| images[*at] > 0).count();
         if alone == others.len() || images.iter().all(|count| *count == 0) {
-            warnings.push(Remark::new(
+            warnings.push(Caveat::new(
                 "没有别的检查可以互换影像",
                 "no other study to swap images with",
             ));
             return Ok(None);
         }
         if alone > 0 {
-            warnings.push(Remark::new(
+            warnings.push(Caveat::new(
                 format!("{alone} 份没有同样张数的别的检查，影像未换"),
                 format!(
                     "{} no other study with as many images, and keep their own",
@@ -269,12 +273,12 @@ impl ModelWork {
         &self,
         pipeline: &Pipeline<B>,
         train: &Dataset,
-        warnings: &mut Vec<Remark>,
+        warnings: &mut Vec<Caveat>,
     ) -> Result<Option<Embeddings>> {
         let (queries, with_image) =
             self.embed(pipeline, &self.data, &self.rows, "images of the test set")?;
         if with_image.len() < self.rows.len() {
-            warnings.push(Remark::new(
+            warnings.push(Caveat::new(
                 "测试集有没有影像的样本，不求最近邻",
                 "samples of the test set have no image: no nearest neighbour",
             ));
@@ -283,7 +287,7 @@ impl ModelWork {
         let all: Vec<usize> = (0..train.len()).collect();
         let (training, rows) = self.embed(pipeline, train, &all, "images of the training set")?;
         if rows.is_empty() {
-            warnings.push(Remark::new(
+            warnings.push(Caveat::new(
                 "训练集没有影像，不求最近邻",
                 "the training set has no image: no nearest neighbour",
             ));

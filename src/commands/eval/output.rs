@@ -7,13 +7,16 @@ use serde_json::{Value, json};
 use super::cases::TestSet;
 use crate::{
     dataset::Dataset,
-    eval::report::{Outcome, STATUSES, page, page::PageFacts},
+    eval::{
+        outcome::{EvalOutcome, STATUSES},
+        report::page::{CaseImages, PageFacts},
+    },
     processor::image::{DecodeLimits, load},
     study::StudyFacts,
 };
 
 /// Everything that was found out; text scores in per cent, shares of findings from 0 to 1.
-pub(super) fn json(outcome: &Outcome, facts: &PageFacts, study: &StudyFacts) -> Value {
+pub(super) fn json(outcome: &EvalOutcome, facts: &PageFacts, study: &StudyFacts) -> Value {
     let facts_of = facts.facts.iter();
     let named = facts_of.map(|(_, english, value)| (english.replace(' ', "_"), json!(value)));
     let mut cases = vec![Value::Null; outcome.cases.len()];
@@ -66,7 +69,7 @@ pub(super) fn json(outcome: &Outcome, facts: &PageFacts, study: &StudyFacts) -> 
 }
 
 /// Finds and reads the films of cases.
-pub(super) struct Films<'a> {
+pub(super) struct ImageFinder<'a> {
     set: &'a TestSet,
     data: Option<&'a Dataset>,
     folder: Option<&'a Path>,
@@ -74,7 +77,7 @@ pub(super) struct Films<'a> {
     first: Option<String>,
 }
 
-impl<'a> Films<'a> {
+impl<'a> ImageFinder<'a> {
     pub(super) fn new(
         set: &'a TestSet,
         data: Option<&'a Dataset>,
@@ -90,7 +93,7 @@ impl<'a> Films<'a> {
     }
 
     /// The films of one case.
-    pub(super) fn of(&mut self, case: usize) -> page::Films {
+    pub(super) fn of(&mut self, case: usize) -> CaseImages {
         if let (Some(data), Some(row)) = (self.data, self.set.rows[case])
             && let Some(films) = data.drawn(row)
         {

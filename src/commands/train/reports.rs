@@ -12,11 +12,11 @@ use crate::{
     },
     dataset::{Dataset, image_remarks::RemarkCount},
     eval::{
+        baselines::systems::swapped,
         findings::{
-            Labeler,
-            score::{StudyTexts, UncertainPolicy, score},
+            Labeler, UncertainPolicy,
+            score::{StudyTexts, score},
         },
-        report::baselines::swapped,
         text::{rouge::rouge_l, segment::characters},
     },
     files::{FileError, write_atomic},
@@ -194,7 +194,7 @@ pub(super) fn scorer<B: Kernels>(
 
 /// What a run came to on held-out studies.
 #[derive(Debug, Default)]
-pub(super) struct Outcome {
+pub(super) struct HeldOutScores {
     /// Reports that were scored.
     reports: usize,
     before: BTreeMap<String, f64>,
@@ -202,7 +202,7 @@ pub(super) struct Outcome {
     swapped: BTreeMap<String, f64>,
 }
 
-impl Outcome {
+impl HeldOutScores {
     /// Reads the validations of a run and lets the model write about swapped images.
     pub(super) fn of<B: Kernels>(result: &RunResult<B>, device: &B::Device) -> Result<Self> {
         let config = &result.state.config;

@@ -1,11 +1,11 @@
 //! Terms, accepted places and corpus files, checked by hand-made rows and by the counts of the corpus.
 
-use std::{env, fs, path::PathBuf, time::Instant};
+use std::{collections::BTreeMap, env, fs, path::PathBuf, time::Instant};
 
 use super::*;
 
-fn row(text: &str) -> Row {
-    Row {
+fn row(text: &str) -> CorpusReport {
+    CorpusReport {
         file: "a.json".into(),
         row: 0,
         id: "7_1".into(),
@@ -14,7 +14,7 @@ fn row(text: &str) -> Row {
     }
 }
 
-fn corrected(row: &Row) -> String {
+fn corrected(row: &CorpusReport) -> String {
     let defects = find_defects(std::slice::from_ref(row));
     let corrections = apply(std::slice::from_ref(row), &defects).expect("fits");
     corrections
@@ -115,14 +115,14 @@ fn right_words_stay() {
 #[test]
 fn the_source_decides_on_edema() {
     let with = |source: &str| {
-        corrected(&Row {
+        corrected(&CorpusReport {
             source: Some(source.into()),
             ..row("左底肺水肿。")
         })
     };
     assert_eq!(with("Left basal atelectasis."), "左底肺不张。");
     assert_eq!(with("Pulmonary edema."), "左底肺水肿。");
-    let doubtful = Row {
+    let doubtful = CorpusReport {
         source: Some("Opacity.".into()),
         ..row("左底肺水肿。")
     };

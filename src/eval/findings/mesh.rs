@@ -9,8 +9,12 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::{
-    Finding, FindingsError, Labeler, Status,
-    score::{Average, Counts, UncertainPolicy, macro_average, micro},
+    finding::Finding,
+    labeler::Labeler,
+    labels::Status,
+    pair::UncertainPolicy,
+    rules::FindingsError,
+    score::{Average, ClassCounts, macro_average, micro, percent},
 };
 
 /// Study number (`uid`) to what its MeSH labels say; a class that is not in the map is not there.
@@ -22,7 +26,7 @@ pub struct MeshAgreement {
     /// Studies with MeSH labels and a Chinese report.
     pub studies: usize,
     /// Counts by class; the MeSH labels are the truth.
-    pub by_finding: BTreeMap<Finding, Counts>,
+    pub by_finding: BTreeMap<Finding, ClassCounts>,
     /// From the counts of all classes together.
     pub micro: Average,
     /// Mean over the classes.
@@ -153,9 +157,9 @@ pub fn compare_with_mesh<'a>(
     reports: impl IntoIterator<Item = (u32, &'a str)>,
     policy: UncertainPolicy,
 ) -> MeshAgreement {
-    let mut by_finding: BTreeMap<Finding, Counts> = Finding::ALL
+    let mut by_finding: BTreeMap<Finding, ClassCounts> = Finding::ALL
         .into_iter()
-        .map(|f| (f, Counts::default()))
+        .map(|f| (f, ClassCounts::default()))
         .collect();
     let mut seen = std::collections::BTreeSet::new();
     for (uid, text) in reports {
@@ -182,9 +186,6 @@ pub fn compare_with_mesh<'a>(
 impl MeshAgreement {
     /// The table as Markdown, one row a class, shares as percentages.
     pub fn to_markdown(&self) -> String {
-        let percent = |share: Option<f64>| {
-            share.map_or("–".to_owned(), |value| format!("{:.1}", 100.0 * value))
-        };
         let mut table = String::from(
             "| finding | MeSH | read | both | precision % | recall % | F1 % |\n|---|---|---|---|---|---|---|\n",
         );
@@ -252,7 +253,7 @@ mod tests {
         assert_eq!(agreement.studies, 2);
         assert_eq!(
             agreement.by_finding[&Finding::Hernia],
-            Counts {
+            ClassCounts {
                 false_negative: 1,
                 ..Default::default()
             }

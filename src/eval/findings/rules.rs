@@ -5,7 +5,10 @@ use std::ops::Range;
 use regex::Regex;
 use serde::Deserialize;
 
-use super::{Finding, Laterality, Severity, Status};
+use super::{
+    finding::Finding,
+    labels::{Laterality, Severity, Status},
+};
 
 /// What can be wrong with a table of words or with the labels of the Indiana collection.
 #[derive(Debug, thiserror::Error)]

@@ -7,35 +7,11 @@ use std::collections::{BTreeMap, HashMap};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Finding, Labeler, ReportLabels, Status};
-
-/// What a doubtful finding counts as, in truth and prediction alike.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum UncertainPolicy {
-    /// As there: 考虑肺炎 counts like 肺炎. The default, since a doubtful finding asks the reader to act.
-    #[default]
-    AsPresent,
-    /// As not there.
-    AsAbsent,
-    /// A class that is uncertain on either side is left out for that study.
-    LeaveOut,
-}
-
-impl UncertainPolicy {
-    /// Whether `status` of `finding` counts as positive; `None` if it is left out.
-    ///
-    /// A doubtful [`Finding::NoFinding`] means that some finding is doubtful, so it counts the other way round.
-    pub fn positive(self, finding: Finding, status: Status) -> Option<bool> {
-        match (status, self) {
-            (Status::Present, _) => Some(true),
-            (Status::Uncertain, Self::AsPresent) => Some(finding != Finding::NoFinding),
-            (Status::Uncertain, Self::AsAbsent) => Some(finding == Finding::NoFinding),
-            (Status::Uncertain, Self::LeaveOut) => None,
-            _ => Some(false),
-        }
-    }
-}
+use super::{
+    finding::Finding,
+    labeler::Labeler,
+    pair::{LabelledPair, UncertainPolicy},
+};
 
 /// One study to score.
 #[derive(Debug, Clone, Copy)]
@@ -50,7 +26,7 @@ pub struct StudyTexts<'a> {
 
 /// Counts of a class, and what follows from them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Counts {
+pub struct ClassCounts {
     /// In truth and prediction.
     pub true_positive: usize,
     /// In the prediction only.
@@ -59,7 +35,7 @@ pub struct Counts {
     pub false_negative: usize,
 }
 
-impl Counts {
+impl ClassCounts {
     /// Adds one study; `None` leaves it out.
     pub fn add(&mut self, truth: Option<bool>, prediction: Option<bool>) {
         match (truth, prediction) {
@@ -98,7 +74,7 @@ impl Counts {
         )
     }
 
-    pub(crate) fn plus(self, other: Self) -> Self {
+    fn plus(self, other: Self) -> Self {
         Self {
             true_positive: self.true_positive + other.true_positive,
             false_positive: self.false_positive + other.false_positive,
@@ -117,9 +93,10 @@ pub struct Rate {
 }
 
 impl Rate {
-    fn add(&mut self, hit: bool) {
-        self.count += usize::from(hit);
-        self.of += 1;
+    /// Counts a case; `None` where the question does not arise.
+    fn add(&mut self, hit: Option<bool>) {
+        self.count += usize::from(hit == Some(true));
+        self.of += usize::from(hit.is_some());
     }
 
     /// From 0 to 1; `None` if the question never arises.
@@ -130,6 +107,11 @@ impl Rate {
 
 fn share(part: usize, whole: usize) -> Option<f64> {
     (whole > 0).then(|| part as f64 / whole as f64)
+}
+
+/// A share as per cent; `–` where there is none.
+pub fn percent(share: Option<f64>) -> String {
+    share.map_or_else(|| "–".to_owned(), |share| format!("{:.1}", 100.0 * share))
 }
 
 /// Precision, recall and F1, from 0 to 1.
@@ -151,7 +133,7 @@ pub struct FindingScores {
     /// Number of studies.
     pub studies: usize,
     /// Counts by class.
-    pub by_finding: BTreeMap<Finding, Counts>,
+    pub by_finding: BTreeMap<Finding, ClassCounts>,
     /// From the counts of all classes together.
     pub micro: Average,
     /// Mean over [`Self::macro_classes`]; a ratio without cases counts 0.
@@ -182,45 +164,43 @@ pub fn score(
     studies: &[StudyTexts<'_>],
     policy: UncertainPolicy,
 ) -> FindingScores {
-    let mut by_finding: BTreeMap<Finding, Counts> = Finding::ALL
+    let pairs: Vec<LabelledPair> = studies
+        .iter()
+        .map(|one| LabelledPair::read(labeler, "", one.truth, one.prediction, one.thinking))
+        .collect();
+    score_pairs(&pairs, studies.iter().map(|one| one.prediction), policy)
+}
+
+/// Scores labelled pairs; `outputs` are the texts of their predictions.
+pub(in crate::eval) fn score_pairs<'a>(
+    pairs: &[LabelledPair],
+    outputs: impl IntoIterator<Item = &'a str>,
+    policy: UncertainPolicy,
+) -> FindingScores {
+    let mut by_finding: BTreeMap<Finding, ClassCounts> = Finding::ALL
         .into_iter()
-        .map(|finding| (finding, Counts::default()))
+        .map(|finding| (finding, ClassCounts::default()))
         .collect();
     let (mut false_normal, mut invented) = (Rate::default(), Rate::default());
     let (mut laterality_errors, mut contradictions) = (Rate::default(), Rate::default());
-    let mut outputs: HashMap<&str, usize> = HashMap::new();
     let mut empty_outputs = Rate::default();
-    for study in studies {
-        let is_empty = study.prediction.trim().is_empty();
-        empty_outputs.add(is_empty);
-        let truth = labeler.label(study.truth);
-        let prediction = labeler.label(study.prediction);
-        for (finding, counts) in &mut by_finding {
-            let sides = (
-                policy.positive(*finding, truth.status(*finding)),
-                policy.positive(*finding, prediction.status(*finding)),
-            );
-            counts.add(sides.0, sides.1);
-            if sides == (Some(true), Some(true))
-                && let (Some(a), Some(b)) =
-                    (side_of(&truth, *finding), side_of(&prediction, *finding))
-            {
-                laterality_errors.add(a != b);
-            }
+    for pair in pairs {
+        empty_outputs.add(Some(pair.is_empty));
+        let compared = pair.compare(policy);
+        for class in compared.classes {
+            let counts = by_finding.entry(class.finding).or_default();
+            counts.add(class.in_truth, class.in_prediction);
+            laterality_errors.add(class.wrong_side);
         }
-        // A report that names nothing at all is neither normal nor abnormal as truth, and misses what is there. An
-        // answer without text says neither.
-        if !is_empty && truth.is_abnormal() {
-            false_normal.add(!prediction.is_abnormal());
-        } else if !is_empty && truth.status(Finding::NoFinding) == Status::Present {
-            invented.add(prediction.is_abnormal());
-        }
-        if let Some(thinking) = study.thinking {
-            contradictions.add(contradict(&labeler.label(thinking), &prediction));
-        }
-        *outputs.entry(study.prediction.trim()).or_default() += 1;
+        false_normal.add(compared.false_normal);
+        invented.add(compared.invented);
+        contradictions.add(compared.contradiction);
     }
-    let of = studies.len();
+    let mut times: HashMap<&str, usize> = HashMap::new();
+    for output in outputs {
+        *times.entry(output.trim()).or_default() += 1;
+    }
+    let of = pairs.len();
     FindingScores {
         policy,
         studies: of,
@@ -238,37 +218,27 @@ pub fn score(
         laterality_errors,
         contradictions,
         identical_outputs: Rate {
-            count: outputs.values().filter(|n| **n > 1).sum(),
+            count: times.values().filter(|n| **n > 1).sum(),
             of,
         },
         most_frequent_output: Rate {
-            count: outputs.values().copied().max().unwrap_or(0),
+            count: times.values().copied().max().unwrap_or(0),
             of,
         },
     }
 }
 
-/// Whether a class is present in one report and absent in the other.
-pub fn contradict(a: &ReportLabels, b: &ReportLabels) -> bool {
-    Finding::ALL.into_iter().any(|finding| {
-        matches!(
-            (a.status(finding), b.status(finding)),
-            (Status::Present, Status::Absent) | (Status::Absent, Status::Present)
-        )
-    })
-}
-
 /// Average over the pooled counts.
-pub fn micro<'a>(counts: impl IntoIterator<Item = &'a Counts>) -> Average {
+pub fn micro<'a>(counts: impl IntoIterator<Item = &'a ClassCounts>) -> Average {
     average_of(
         &counts
             .into_iter()
-            .fold(Counts::default(), |sum, next| sum.plus(*next)),
+            .fold(ClassCounts::default(), |sum, next| sum.plus(*next)),
     )
 }
 
 /// Mean over the classes in truth or prediction; a ratio without cases counts 0, as in scikit-learn.
-pub fn macro_average<'a>(counts: impl IntoIterator<Item = &'a Counts>) -> Average {
+pub fn macro_average<'a>(counts: impl IntoIterator<Item = &'a ClassCounts>) -> Average {
     let all: Vec<Average> = counts
         .into_iter()
         .filter(|counts| counts.occurs())
@@ -283,17 +253,12 @@ pub fn macro_average<'a>(counts: impl IntoIterator<Item = &'a Counts>) -> Averag
     }
 }
 
-fn average_of(counts: &Counts) -> Average {
+fn average_of(counts: &ClassCounts) -> Average {
     Average {
         precision: counts.precision().unwrap_or(0.0),
         recall: counts.recall().unwrap_or(0.0),
         f1: counts.f1().unwrap_or(0.0),
     }
-}
-
-/// Side that a report gives a class.
-pub(super) fn side_of(labels: &ReportLabels, finding: Finding) -> Option<super::Laterality> {
-    labels.get(finding).and_then(|label| label.laterality)
 }
 
 #[cfg(test)]
@@ -326,28 +291,28 @@ mod tests {
         let counts = |finding| scores.by_finding[&finding];
         assert_eq!(
             counts(Finding::PleuralEffusion),
-            Counts {
+            ClassCounts {
                 true_positive: 1,
                 ..Default::default()
             }
         );
         assert_eq!(
             counts(Finding::Pneumothorax),
-            Counts {
+            ClassCounts {
                 false_negative: 1,
                 ..Default::default()
             }
         );
         assert_eq!(
             counts(Finding::Cardiomegaly),
-            Counts {
+            ClassCounts {
                 false_positive: 1,
                 ..Default::default()
             }
         );
         assert_eq!(
             counts(Finding::NoFinding),
-            Counts {
+            ClassCounts {
                 true_positive: 1,
                 false_positive: 1,
                 false_negative: 1
@@ -370,7 +335,7 @@ mod tests {
             |policy| score(Labeler::built_in(), &studies, policy).by_finding[&Finding::Pneumonia];
         assert_eq!(pneumonia(UncertainPolicy::AsPresent).true_positive, 1);
         assert_eq!(pneumonia(UncertainPolicy::AsAbsent).false_positive, 1);
-        assert_eq!(pneumonia(UncertainPolicy::LeaveOut), Counts::default());
+        assert_eq!(pneumonia(UncertainPolicy::LeaveOut), ClassCounts::default());
     }
 
     #[test]

@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use super::{
     mesh::{compare_with_mesh, read_mesh_labels},
-    score::{Counts, UncertainPolicy, macro_average, micro},
+    score::{ClassCounts, macro_average, micro},
     *,
 };
 
@@ -39,8 +39,8 @@ fn score_split(split: &str) -> SplitScore {
         .map(|line| serde_json::from_str(line).expect("sentence"))
         .filter(|s: &Sentence| s.split == split)
         .collect();
-    let mut strict: BTreeMap<Finding, Counts> = BTreeMap::new();
-    let mut positive: BTreeMap<Finding, Counts> = BTreeMap::new();
+    let mut strict: BTreeMap<Finding, ClassCounts> = BTreeMap::new();
+    let mut positive: BTreeMap<Finding, ClassCounts> = BTreeMap::new();
     let (mut sides, mut degrees) = ((0, 0), (0, 0));
     for sentence in &sentences {
         let read = Labeler::built_in().label(&sentence.text);
@@ -252,7 +252,7 @@ fn odd_text_is_no_trouble() {
 }
 
 #[derive(Deserialize)]
-struct Row {
+struct CorpusRow {
     img: String,
     label: String,
 }
@@ -263,7 +263,7 @@ fn the_corpus_agrees_with_its_mesh_labels() {
         eprintln!("skipped: set `XRAY_OPENI_DIR` to compare with the Indiana labels");
         return;
     };
-    let rows: Vec<Row> = serde_json::from_str(
+    let rows: Vec<CorpusRow> = serde_json::from_str(
         &fs::read_to_string(folder.join("openi-zh-prompt.json")).expect("corpus"),
     )
     .expect("rows");

@@ -2,7 +2,8 @@
 
 use std::fmt::Write;
 
-use super::{Outcome, names::label};
+use super::names::{ScoreScale, score_name};
+use crate::eval::outcome::EvalOutcome;
 
 const WIDTH: f64 = 420.0;
 const NAME_WIDTH: f64 = 150.0;
@@ -10,8 +11,8 @@ const VALUE_WIDTH: f64 = 52.0;
 const ROW: f64 = 26.0;
 
 /// Dots with intervals of one score, a row a system, from 0 to the end of the scale; empty if nobody has it.
-pub fn dots(outcome: &Outcome, name: &str) -> String {
-    let label = label(name);
+pub fn dots(outcome: &EvalOutcome, name: &str) -> String {
+    let label = score_name(name);
     let rows: Vec<_> = outcome
         .systems
         .iter()
@@ -42,7 +43,7 @@ pub fn dots(outcome: &Outcome, name: &str) -> String {
         let at = left + (right - left) * f64::from(tick) / 2.0;
         let share = end * f64::from(tick) / 2.0;
         let text = match label.scale {
-            super::names::Scale::Ten => format!("{:.1}", share * 10.0),
+            ScoreScale::Ten => format!("{:.1}", share * 10.0),
             _ => format!("{:.0}", share * 100.0),
         };
         let _ = write!(

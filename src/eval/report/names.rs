@@ -1,11 +1,10 @@
 //! What scores are called and how they are written.
 
-use super::Named;
-use crate::eval::{bootstrap::Interval, findings::Finding};
+use crate::eval::{bootstrap::Interval, findings::Finding, outcome::NamedValues};
 
 /// How a score is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Scale {
+pub enum ScoreScale {
     /// 0 to 100 already.
     Percent,
     /// 0 to 1, written as per cent.
@@ -16,7 +15,7 @@ pub enum Scale {
 
 /// A score's name for readers.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Label {
+pub struct ScoreName {
     /// Group, Chinese and English.
     pub group: (&'static str, &'static str),
     /// Name in Chinese.
@@ -24,7 +23,7 @@ pub struct Label {
     /// Name in English.
     pub english: String,
     /// How its values are written.
-    pub scale: Scale,
+    pub scale: ScoreScale,
     /// Whether less is better.
     pub less_is_better: bool,
 }
@@ -58,10 +57,10 @@ pub const HEADLINE: [&str; 24] = [
 ];
 
 /// The name for readers of the score `name`.
-pub fn label(name: &str) -> Label {
+pub fn score_name(name: &str) -> ScoreName {
     let (group, rest) = name.split_once('.').unwrap_or(("", name));
     if group == "findings" {
-        return finding_label(rest);
+        return finding_score_name(rest);
     }
     let english = match rest {
         "meteor" => "METEOR (exact)".to_owned(),
@@ -85,11 +84,11 @@ pub fn label(name: &str) -> Label {
         _ => ("其他", "other"),
     };
     let scale = if rest == "cider_d" {
-        Scale::Ten
+        ScoreScale::Ten
     } else {
-        Scale::Percent
+        ScoreScale::Percent
     };
-    Label {
+    ScoreName {
         group,
         chinese,
         english,
@@ -98,7 +97,7 @@ pub fn label(name: &str) -> Label {
     }
 }
 
-fn finding_label(name: &str) -> Label {
+fn finding_score_name(name: &str) -> ScoreName {
     let rates = [
         ("false_normal", "漏诊为正常率", "false-normal rate"),
         ("invented", "正常误报率", "invented-finding rate"),
@@ -133,23 +132,23 @@ fn finding_label(name: &str) -> Label {
         }
         (None, None) => (name.to_owned(), name.to_owned()),
     };
-    Label {
+    ScoreName {
         group: ("所见", "findings"),
         chinese,
         english,
-        scale: Scale::Share,
+        scale: ScoreScale::Share,
         less_is_better: rate.is_some(),
     }
 }
 
-impl Label {
+impl ScoreName {
     /// The value as it is written; `–` where there is none.
     pub fn value(&self, value: f64) -> String {
         match self.scale {
             _ if value.is_nan() => "–".to_owned(),
-            Scale::Percent => format!("{value:.1}"),
-            Scale::Share => format!("{:.1}", 100.0 * value),
-            Scale::Ten => format!("{value:.2}"),
+            ScoreScale::Percent => format!("{value:.1}"),
+            ScoreScale::Share => format!("{:.1}", 100.0 * value),
+            ScoreScale::Ten => format!("{value:.2}"),
         }
     }
 
@@ -184,9 +183,9 @@ impl Label {
     /// The value on an axis from 0 to 1.
     pub fn on_axis(&self, value: f64) -> f64 {
         match self.scale {
-            Scale::Percent => value / 100.0,
-            Scale::Share => value,
-            Scale::Ten => value / 10.0,
+            ScoreScale::Percent => value / 100.0,
+            ScoreScale::Share => value,
+            ScoreScale::Ten => value / 10.0,
         }
     }
 }
@@ -201,23 +200,26 @@ pub fn p_value(p: f64) -> String {
 }
 
 /// Whether the score `name` says anything in any of `scores`: not a share of nothing everywhere.
-pub fn is_measured<'a>(name: &str, mut scores: impl Iterator<Item = &'a Named<Interval>>) -> bool {
+pub fn is_measured<'a>(
+    name: &str,
+    mut scores: impl Iterator<Item = &'a NamedValues<Interval>>,
+) -> bool {
     scores.any(|scores| scores.get(name).is_some_and(|score| !score.value.is_nan()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::eval::{findings::tally::FindingTally, text::TextScores};
+    use crate::eval::{findings::evaluation::FindingSums, text::TextScores};
 
     #[test]
     fn every_score_has_a_name_in_both_languages() {
-        let findings = FindingTally::names();
+        let findings = FindingSums::names();
         let findings = findings.iter().map(|name| format!("findings.{name}"));
         let all: Vec<String> = TextScores::names().into_iter().chain(findings).collect();
         let mut seen = std::collections::BTreeSet::new();
         for name in &all {
-            let label = label(name);
+            let label = score_name(name);
             assert_ne!(label.group.1, "other", "{name}");
             assert!(
                 seen.insert((label.group, label.chinese.clone())),
@@ -238,22 +240,22 @@ mod tests {
             high: 0.75,
         };
         assert_eq!(
-            label("findings.micro.f1").interval(&value),
+            score_name("findings.micro.f1").interval(&value),
             "50.0 [25.0, 75.0]"
         );
-        assert_eq!(label("characters.cider_d").value(1.234), "1.23");
-        assert_eq!(label("words.chrf").value(f64::NAN), "–");
+        assert_eq!(score_name("characters.cider_d").value(1.234), "1.23");
+        assert_eq!(score_name("words.chrf").value(f64::NAN), "–");
         let alone = Interval {
             low: f64::NAN,
             high: f64::NAN,
             ..value
         };
-        assert_eq!(label("findings.micro.f1").interval(&alone), "50.0 [–]");
+        assert_eq!(score_name("findings.micro.f1").interval(&alone), "50.0 [–]");
         assert_eq!(
             (p_value(f64::NAN), p_value(0.0314)),
             ("–".to_owned(), "0.031".to_owned())
         );
-        assert!(label("findings.invented").less_is_better);
-        assert_eq!(label("findings.pneumothorax.f1").chinese, "气胸F1");
+        assert!(score_name("findings.invented").less_is_better);
+        assert_eq!(score_name("findings.pneumothorax.f1").chinese, "气胸F1");
     }
 }

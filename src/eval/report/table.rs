@@ -2,16 +2,19 @@
 
 use std::fmt::Write;
 
-use super::{
-    Outcome, SystemScores,
-    names::{HEADLINE, Label, is_measured, label, p_value},
-    too_few,
+use super::names::{HEADLINE, ScoreName, is_measured, p_value, score_name};
+use crate::{
+    eval::{
+        caveat::too_few,
+        findings::{Finding, score::percent},
+        outcome::{EvalOutcome, SystemScores},
+    },
+    study::counted,
 };
-use crate::{eval::findings::Finding, study::counted};
 
 /// The tables of `outcome`: scores of all systems, findings of the first, and the comparison. With `all`, every
 /// score, else those of [`HEADLINE`].
-pub fn text(outcome: &Outcome, all: bool) -> String {
+pub fn text(outcome: &EvalOutcome, all: bool) -> String {
     let mut out = String::new();
     score_table(&mut out, outcome, all);
     out.push('\n');
@@ -24,7 +27,7 @@ pub fn text(outcome: &Outcome, all: bool) -> String {
 }
 
 /// Names of the scores a table shows.
-pub(super) fn shown(outcome: &Outcome, all: bool) -> Vec<&str> {
+pub(super) fn shown(outcome: &EvalOutcome, all: bool) -> Vec<&str> {
     outcome.systems[0]
         .scores
         .0
@@ -83,12 +86,12 @@ fn align(out: &mut String, rows: &[Vec<String>]) {
 
 fn group_rows<'a>(
     names: &[&'a str],
-    row: impl Fn(&'a str, &Label) -> Option<Vec<String>>,
+    row: impl Fn(&'a str, &ScoreName) -> Option<Vec<String>>,
 ) -> Vec<Vec<String>> {
     let mut rows = Vec::new();
     let mut group = "";
     for name in names {
-        let label = label(name);
+        let label = score_name(name);
         let Some(cells) = row(name, &label) else {
             continue;
         };
@@ -101,7 +104,7 @@ fn group_rows<'a>(
     rows
 }
 
-fn score_table(out: &mut String, outcome: &Outcome, all: bool) {
+fn score_table(out: &mut String, outcome: &EvalOutcome, all: bool) {
     let bootstrap = &outcome.settings.bootstrap;
     let _ = writeln!(
         out,
@@ -148,10 +151,6 @@ fn score_table(out: &mut String, outcome: &Outcome, all: bool) {
     align(out, &rows);
 }
 
-fn percent(share: Option<f64>) -> String {
-    share.map_or_else(|| "–".to_owned(), |share| format!("{:.1}", 100.0 * share))
-}
-
 fn finding_table(out: &mut String, system: &SystemScores) {
     let header = ["finding", "", "true", "said", "both", "P", "R", "F1"];
     let mut rows = vec![header.map(str::to_owned).to_vec()];
@@ -196,7 +195,7 @@ fn finding_table(out: &mut String, system: &SystemScores) {
     );
 }
 
-fn comparison_table(out: &mut String, outcome: &Outcome, all: bool) {
+fn comparison_table(out: &mut String, outcome: &EvalOutcome, all: bool) {
     let Some(comparison) = &outcome.comparison else {
         return;
     };
@@ -213,8 +212,8 @@ fn comparison_table(out: &mut String, outcome: &Outcome, all: bool) {
         ])
     }));
     align(out, &rows);
-    if let Some(remark) = too_few(outcome.studies, true) {
-        let _ = writeln!(out, "{}", remark.english);
+    if let Some(caveat) = too_few(outcome.studies, true) {
+        let _ = writeln!(out, "{}", caveat.english);
     }
 }
 

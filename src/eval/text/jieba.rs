@@ -356,7 +356,7 @@ impl Tables {
     }
 }
 
-/// Letters and digits with a decimal part and a per cent sign are one token, what lies between is
+/// Letters and digits with a decimal part and a per cent sign are one token, what is between them is
 /// another.
 fn cut_latin<'a>(run: &'a str, words: &mut Vec<&'a str>) {
     let alphanumeric = |c: char| c.is_ascii_alphanumeric();

@@ -45,7 +45,7 @@ pub fn rouge_l<T: Eq>(prediction: &[T], reference: &[T]) -> f64 {
 }
 
 /// The harmonic mean of precision and recall, 0 without a match.
-pub(super) fn f1(overlap: Overlap) -> f64 {
+pub(in crate::eval) fn f1(overlap: Overlap) -> f64 {
     let sides = overlap.prediction + overlap.reference;
     if sides == 0 {
         0.0

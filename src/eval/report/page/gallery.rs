@@ -1,15 +1,28 @@
-//! The worst cases: film, truth and answer, with what differs marked in the words.
+//! The worst cases: image, truth and answer, with what differs marked in the words.
 
 use std::fmt::Write;
 
-use super::{Difference, FILM_PIXELS, Films, Outcome, Review, data_url, escape, section};
-use crate::eval::findings::{Finding, ReportLabels, Status};
+use super::markup::{escape, section, status_names};
+use crate::{
+    eval::{
+        findings::{Finding, ReportLabels, Status},
+        outcome::{CaseReview, EvalOutcome, FindingDifference},
+        report::thumbnail::data_url,
+    },
+    processor::image::RgbImage,
+};
+
+/// Longest side of an image in the page, in pixels.
+const IMAGE_PIXELS: u32 = 360;
+
+/// The images of one case, or why one cannot be shown.
+pub type CaseImages = Vec<Result<RgbImage, String>>;
 
 pub(super) fn write(
     page: &mut String,
-    outcome: &Outcome,
+    outcome: &EvalOutcome,
     most: usize,
-    films: &mut dyn FnMut(usize) -> Films,
+    images: &mut dyn FnMut(usize) -> CaseImages,
 ) {
     let shown = &outcome.reviews[..most.min(outcome.reviews.len())];
     let wrong = outcome.reviews.iter().filter(|r| !r.differences.is_empty());
@@ -32,7 +45,7 @@ pub(super) fn write(
     );
     tools(page);
     for review in shown {
-        one(page, outcome, review, films(review.case));
+        one(page, outcome, review, images(review.case));
     }
 }
 
@@ -58,15 +71,15 @@ fn tools(page: &mut String) {
     page.push_str("</select><span id=\"count\" class=\"muted\"></span></div>\n");
 }
 
-fn kind(difference: Difference) -> (&'static str, &'static str) {
+fn kind(difference: FindingDifference) -> (&'static str, &'static str) {
     match difference {
-        Difference::Missed => ("missed", "漏报"),
-        Difference::Invented => ("invented", "误报"),
-        Difference::Side => ("side", "左右侧错"),
+        FindingDifference::Missed => ("missed", "漏报"),
+        FindingDifference::Invented => ("invented", "误报"),
+        FindingDifference::Side => ("side", "左右侧错"),
     }
 }
 
-fn one(page: &mut String, outcome: &Outcome, review: &Review, films: Films) {
+fn one(page: &mut String, outcome: &EvalOutcome, review: &CaseReview, images: CaseImages) {
     let (case, text) = (&outcome.cases[review.case], &outcome.texts[review.case]);
     let pair = &outcome.labels[review.case];
     let mut tags: Vec<String> = Vec::new();
@@ -92,12 +105,12 @@ fn one(page: &mut String, outcome: &Outcome, review: &Review, films: Films) {
         "<article class=\"card case\" data-tags=\"{}\"><div class=\"films\">",
         tags.join(" ")
     );
-    if films.is_empty() {
+    if images.is_empty() {
         page.push_str("<div class=\"nofilm\">没有影像<br>no film</div>");
     }
-    for film in films {
-        let shown = film.and_then(|film| {
-            data_url(&film, FILM_PIXELS).ok_or_else(|| "无法编码 cannot be encoded".to_owned())
+    for image in images {
+        let shown = image.and_then(|image| {
+            data_url(&image, IMAGE_PIXELS).ok_or_else(|| "无法编码 cannot be encoded".to_owned())
         });
         let _ = match shown {
             Ok(url) => write!(page, "<img alt=\"{}\" src=\"{url}\">", escape(&case.name)),
@@ -156,7 +169,7 @@ fn one(page: &mut String, outcome: &Outcome, review: &Review, films: Films) {
 }
 
 /// `text` with the words of each finding marked by what became of it.
-fn marked(text: &str, labels: &ReportLabels, review: &Review) -> String {
+fn marked(text: &str, labels: &ReportLabels, review: &CaseReview) -> String {
     let mut html = String::new();
     let mut done = 0;
     for mention in &labels.mentions {
@@ -178,7 +191,7 @@ fn marked(text: &str, labels: &ReportLabels, review: &Review) -> String {
             None if mention.status >= Status::Uncertain => "agreed",
             None => continue,
         };
-        let status = super::status_names(mention.status).0;
+        let status = status_names(mention.status).0;
         let _ = write!(
             html,
             "{}<mark class=\"{class}\" title=\"{}：{status}\">{}</mark>",

@@ -1,4 +1,4 @@
-//! Pictures small enough to lie inside a page.
+//! Images small enough for a page that needs nothing beside it.
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use image::{
@@ -10,11 +10,11 @@ use crate::processor::image::RgbImage;
 /// Quality of the JPEG, 1 to 100: a radiograph of 320 pixels is then about 10 kB.
 const QUALITY: u8 = 82;
 
-/// `picture` as a `data:` URL of a JPEG whose longer side is at most `longest` pixels; grey where the picture is.
+/// `image` as a `data:` URL of a JPEG whose longer side is at most `longest` pixels; grey where the image is.
 /// `None` if it cannot be encoded.
-pub fn data_url(picture: &RgbImage, longest: u32) -> Option<String> {
-    let (width, height) = (picture.width() as u32, picture.height() as u32);
-    let pixels = Pixels::from_raw(width, height, picture.pixels().to_vec())?;
+pub fn data_url(image: &RgbImage, longest: u32) -> Option<String> {
+    let (width, height) = (image.width() as u32, image.height() as u32);
+    let pixels = Pixels::from_raw(width, height, image.pixels().to_vec())?;
     let scale = f64::from(longest) / f64::from(width.max(height).max(1));
     let small = if scale < 1.0 {
         let side = |side: u32| ((f64::from(side) * scale).round() as u32).max(1);
@@ -42,10 +42,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn films_are_scaled_down_and_stay_grey() {
+    fn images_are_scaled_down_and_stay_grey() {
         let grey: Vec<u8> = (0..60 * 40).map(|at| (at % 251) as u8).collect();
-        let film = RgbImage::from_gray(60, 40, &grey).expect("a picture");
-        let url = data_url(&film, 30).expect("it is encoded");
+        let source = RgbImage::from_gray(60, 40, &grey).expect("an image");
+        let url = data_url(&source, 30).expect("it is encoded");
         let jpeg = url.strip_prefix("data:image/jpeg;base64,").expect("a JPEG");
         let jpeg = STANDARD.decode(jpeg).expect("base64");
         let read = image::load_from_memory(&jpeg).expect("a JPEG");

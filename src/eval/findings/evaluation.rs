@@ -3,20 +3,22 @@
 
 use std::collections::BTreeMap;
 
-use super::{
-    Finding, Labeler, ReportLabels, Status,
-    score::{UncertainPolicy, contradict, side_of},
+use crate::eval::{
+    bootstrap::{Bootstrap, Comparison, Interval},
+    error::EvaluateError,
 };
-use crate::eval::text::{Bootstrap, Comparison, EvaluateError, Interval};
 
-const CLASSES: usize = Finding::ALL.len();
+use super::{
+    finding::Finding,
+    pair::{CLASSES, LabelledPair, UncertainPolicy},
+};
 
 /// Cases, and cases where the question arises.
 type Share = [f64; 2];
 
 /// One report beside its truth, or a weighted sum of many.
 #[derive(Debug, Clone, Copy)]
-pub struct FindingTally {
+pub struct FindingSums {
     /// True positives, false positives, false negatives by class.
     counts: [[f64; 3]; CLASSES],
     false_normal: Share,
@@ -25,7 +27,7 @@ pub struct FindingTally {
     contradictions: Share,
 }
 
-impl Default for FindingTally {
+impl Default for FindingSums {
     fn default() -> Self {
         Self {
             counts: [[0.0; 3]; CLASSES],
@@ -37,42 +39,33 @@ impl Default for FindingTally {
     }
 }
 
-impl FindingTally {
-    /// Counts one report; the rules are those of [`super::score::score`].
+impl FindingSums {
+    /// Counts one report, as [`super::score::score`] does.
     pub fn of(pair: &LabelledPair, policy: UncertainPolicy) -> Self {
-        let (truth, prediction) = (&pair.truth, &pair.prediction);
-        let mut tally = Self::default();
-        let hit = |hit: bool| [f64::from(u8::from(hit)), 1.0];
-        for (finding, counts) in Finding::ALL.into_iter().zip(&mut tally.counts) {
-            let sides = (
-                policy.positive(finding, truth.status(finding)),
-                policy.positive(finding, prediction.status(finding)),
-            );
-            match sides {
-                (Some(true), Some(true)) => {
-                    counts[0] = 1.0;
-                    if let (Some(a), Some(b)) =
-                        (side_of(truth, finding), side_of(prediction, finding))
-                    {
-                        let [wrong, of] = hit(a != b);
-                        tally.laterality_errors[0] += wrong;
-                        tally.laterality_errors[1] += of;
-                    }
-                }
-                (Some(false), Some(true)) => counts[1] = 1.0,
-                (Some(true), Some(false)) => counts[2] = 1.0,
-                _ => {}
-            }
+        let compared = pair.compare(policy);
+        let share = |hit: Option<bool>| -> Share {
+            hit.map_or([0.0; 2], |hit| [f64::from(u8::from(hit)), 1.0])
+        };
+        let mut sums = Self {
+            counts: compared
+                .classes
+                .map(|class| match (class.in_truth, class.in_prediction) {
+                    (Some(true), Some(true)) => [1.0, 0.0, 0.0],
+                    (Some(false), Some(true)) => [0.0, 1.0, 0.0],
+                    (Some(true), Some(false)) => [0.0, 0.0, 1.0],
+                    _ => [0.0; 3],
+                }),
+            false_normal: share(compared.false_normal),
+            invented: share(compared.invented),
+            laterality_errors: [0.0; 2],
+            contradictions: share(compared.contradiction),
+        };
+        for class in compared.classes {
+            let [wrong, of] = share(class.wrong_side);
+            sums.laterality_errors[0] += wrong;
+            sums.laterality_errors[1] += of;
         }
-        if !pair.is_empty && truth.is_abnormal() {
-            tally.false_normal = hit(!prediction.is_abnormal());
-        } else if !pair.is_empty && truth.status(Finding::NoFinding) == Status::Present {
-            tally.invented = hit(prediction.is_abnormal());
-        }
-        if let Some(thinking) = &pair.thinking {
-            tally.contradictions = hit(contradict(thinking, prediction));
-        }
-        tally
+        sums
     }
 
     /// Adds `other`, taken `weight` times.
@@ -92,7 +85,7 @@ impl FindingTally {
         }
     }
 
-    /// Names such as `micro.f1` and `pneumothorax.f1`, in the order of [`FindingTally::values`].
+    /// Names such as `micro.f1` and `pneumothorax.f1`, in the order of [`FindingSums::values`].
     pub fn names() -> Vec<String> {
         let averages = ["micro", "macro"]
             .into_iter()
@@ -117,7 +110,7 @@ impl FindingTally {
         self.counts.map(|counts| counts.iter().sum::<f64>() > 0.0)
     }
 
-    /// Every score, from 0 to 1, in the order of [`FindingTally::names`]; NaN for a share of nothing.
+    /// Every score, from 0 to 1, in the order of [`FindingSums::names`]; NaN for a share of nothing.
     ///
     /// The macro average is taken over `averaged`, the classes of the whole sample: the rare ones do not come and go
     /// from draw to draw, and count 0 where a draw lacks them.
@@ -164,44 +157,10 @@ fn precision_recall_f1([both, only_said, only_true]: &[f64; 3]) -> [f64; 3] {
     ]
 }
 
-/// Labels of one report and of its truth.
-#[derive(Debug, Clone)]
-pub struct LabelledPair {
-    /// The study it belongs to; pairs of one study are drawn together.
-    pub study: String,
-    /// What the data set says.
-    pub truth: ReportLabels,
-    /// What the model wrote.
-    pub prediction: ReportLabels,
-    /// What it wrote before, if it did.
-    pub thinking: Option<ReportLabels>,
-    /// Whether the model wrote no answer at all.
-    pub is_empty: bool,
-}
-
-impl LabelledPair {
-    /// Reads the findings of one report and of its truth.
-    pub fn read(
-        labeler: &Labeler,
-        study: &str,
-        truth: &str,
-        prediction: &str,
-        thinking: Option<&str>,
-    ) -> Self {
-        Self {
-            study: study.to_owned(),
-            truth: labeler.label(truth),
-            prediction: labeler.label(prediction),
-            thinking: thinking.map(|thinking| labeler.label(thinking)),
-            is_empty: prediction.trim().is_empty(),
-        }
-    }
-}
-
 /// A set of reports counted by study; scores, intervals and comparisons are sums over it.
 #[derive(Debug, Clone)]
 pub struct FindingEvaluation {
-    studies: BTreeMap<String, FindingTally>,
+    studies: BTreeMap<String, FindingSums>,
     /// The classes that the macro average is taken over, in every draw.
     averaged: [bool; CLASSES],
 }
@@ -212,16 +171,16 @@ impl FindingEvaluation {
         pairs: impl IntoIterator<Item = &'a LabelledPair>,
         policy: UncertainPolicy,
     ) -> Self {
-        let mut studies: BTreeMap<String, FindingTally> = BTreeMap::new();
+        let mut studies: BTreeMap<String, FindingSums> = BTreeMap::new();
         for pair in pairs {
-            let tally = FindingTally::of(pair, policy);
+            let of_pair = FindingSums::of(pair, policy);
             studies
                 .entry(pair.study.clone())
                 .or_default()
-                .add(&tally, 1.0);
+                .add(&of_pair, 1.0);
         }
-        let mut whole = FindingTally::default();
-        studies.values().for_each(|tally| whole.add(tally, 1.0));
+        let mut whole = FindingSums::default();
+        studies.values().for_each(|study| whole.add(study, 1.0));
         Self {
             averaged: whole.occurring(),
             studies,
@@ -229,16 +188,16 @@ impl FindingEvaluation {
     }
 
     fn weighted(&self, times: &[f64]) -> Vec<f64> {
-        let mut sum = FindingTally::default();
-        for (tally, &weight) in self.studies.values().zip(times) {
+        let mut sum = FindingSums::default();
+        for (study, &weight) in self.studies.values().zip(times) {
             if weight > 0.0 {
-                sum.add(tally, weight);
+                sum.add(study, weight);
             }
         }
         sum.values(&self.averaged)
     }
 
-    /// Every score with its interval, drawn by study, under the names of [`FindingTally::names`].
+    /// Every score with its interval, drawn by study, under the names of [`FindingSums::names`].
     ///
     /// # Errors
     /// As [`Bootstrap::intervals`].
@@ -247,7 +206,7 @@ impl FindingEvaluation {
         bootstrap: &Bootstrap,
     ) -> Result<Vec<(String, Interval)>, EvaluateError> {
         let intervals = bootstrap.intervals(self.studies.len(), |times| self.weighted(times))?;
-        Ok(FindingTally::names().into_iter().zip(intervals).collect())
+        Ok(FindingSums::names().into_iter().zip(intervals).collect())
     }
 
     /// Compares this run with `other`, made on the same studies: each score's difference is `other` less this.
@@ -273,13 +232,16 @@ impl FindingEvaluation {
             |times| self.weighted(times),
             |times| other.weighted(times),
         )?;
-        Ok(FindingTally::names().into_iter().zip(compared).collect())
+        Ok(FindingSums::names().into_iter().zip(compared).collect())
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::score::{StudyTexts, score};
+    use super::super::{
+        labeler::Labeler,
+        score::{StudyTexts, score},
+    };
     use super::*;
 
     const TEXTS: [(&str, &str, Option<&str>); 6] = [
@@ -359,7 +321,7 @@ mod tests {
         let classes = all.averaged.iter().filter(|averaged| **averaged).count() as f64;
         // Only the pneumonia, six times, its F1 1: the mean is over all classes of the sample.
         let values = all.weighted(&[0.0, 0.0, 0.0, 6.0, 0.0, 0.0]);
-        let at = FindingTally::names()
+        let at = FindingSums::names()
             .iter()
             .position(|name| name == "macro.f1");
         assert!((values[at.expect("a name")] - 1.0 / classes).abs() < 1e-12);

@@ -8,24 +8,24 @@ use super::meteor::meteor;
 use super::ngrams::{Overlap, repeated};
 use super::published::{self, PublishedPair};
 use super::rouge::{f1, rouge_l};
+use super::scores::{PublishedScores, SacrebleuZhScores, TextScores, UnitScores};
 use super::segment::{CutText, Vocabulary, characters, sacrebleu_zh};
-use super::{Pair, PublishedScores, SacrebleuZhScores, TextScores, UnitScores};
 
 /// One pair, or a weighted sum of many.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Tally {
+pub(super) struct TextSums {
     pairs: f64,
-    characters: UnitTally,
-    words: UnitTally,
+    characters: UnitSums,
+    words: UnitSums,
     zh: BleuCounts,
     zh_sentence: [f64; MAX_ORDER],
-    ms_swift: PublishedTally,
-    ms_swift_3: PublishedTally,
-    llama_factory: PublishedTally,
+    ms_swift: PublishedSums,
+    ms_swift_3: PublishedSums,
+    llama_factory: PublishedSums,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
-struct UnitTally {
+struct UnitSums {
     bleu: BleuCounts,
     chrf: ChrfCounts,
     /// Sentence BLEU-1 to 4, ROUGE-1, 2, L, METEOR, CIDEr-D.
@@ -33,34 +33,31 @@ struct UnitTally {
 }
 
 #[derive(Debug, Clone, Copy, Default)]
-struct PublishedTally {
+struct PublishedSums {
     /// ROUGE-1, 2, L, BLEU-4.
     sums: [f64; 4],
     pairs: f64,
 }
 
-/// The tallies of `pairs`, in their order. Rarity of n-grams (CIDEr-D) is counted over all their
+/// The sums of `pairs` of prediction and reference, in their order. Rarity of n-grams (CIDEr-D) is counted over all their
 /// references.
-pub(super) fn of_pairs(pairs: &[Pair]) -> Vec<Tally> {
-    let cuts: Vec<[CutText<'_>; 2]> = pairs
-        .iter()
-        .map(|pair| [&pair.prediction, &pair.reference].map(|text| CutText::new(text)))
-        .collect();
-    let by_character = unit_tallies(&cuts, |cut| characters(cut.text));
-    let by_word = unit_tallies(&cuts, CutText::words);
+pub(super) fn of_pairs(pairs: &[[&str; 2]]) -> Vec<TextSums> {
+    let cuts: Vec<[CutText<'_>; 2]> = pairs.iter().map(|pair| pair.map(CutText::new)).collect();
+    let by_character = unit_sums(&cuts, |cut| characters(cut.text));
+    let by_word = unit_sums(&cuts, CutText::words);
     cuts.iter()
         .zip(by_character.into_iter().zip(by_word))
         .map(|([prediction, reference], (characters, words))| {
             let zh = zh_counts(prediction.text, reference.text);
-            Tally {
+            TextSums {
                 pairs: 1.0,
                 characters,
                 words,
                 zh,
                 zh_sentence: std::array::from_fn(|at| zh.sentence(at + 1, Smoothing::Exponential)),
-                ms_swift: PublishedTally::of(published::ms_swift(prediction, reference)),
-                ms_swift_3: PublishedTally::of(published::ms_swift_3(prediction, reference)),
-                llama_factory: PublishedTally::of(Some(published::llama_factory(
+                ms_swift: PublishedSums::of(published::ms_swift(prediction, reference)),
+                ms_swift_3: PublishedSums::of(published::ms_swift_3(prediction, reference)),
+                llama_factory: PublishedSums::of(Some(published::llama_factory(
                     prediction, reference,
                 ))),
             }
@@ -70,7 +67,7 @@ pub(super) fn of_pairs(pairs: &[Pair]) -> Vec<Tally> {
 
 fn zh_counts(prediction: &str, reference: &str) -> BleuCounts {
     let (prediction, reference) = (sacrebleu_zh(prediction), sacrebleu_zh(reference));
-    // An empty text has no token; parting it would give the empty one.
+    // An empty text has no token; splitting it would give the empty one.
     let tokens = |text| {
         str::split(text, ' ')
             .filter(|token| !token.is_empty())
@@ -79,10 +76,10 @@ fn zh_counts(prediction: &str, reference: &str) -> BleuCounts {
     BleuCounts::of(&tokens(&prediction), &tokens(&reference))
 }
 
-fn unit_tallies<'a>(
+fn unit_sums<'a>(
     cuts: &[[CutText<'a>; 2]],
     tokens: fn(&CutText<'a>) -> Vec<&'a str>,
-) -> Vec<UnitTally> {
+) -> Vec<UnitSums> {
     let mut vocabulary = Vocabulary::default();
     let numbered: Vec<[Vec<u32>; 2]> = cuts
         .iter()
@@ -91,11 +88,11 @@ fn unit_tallies<'a>(
     let cider = CiderD::new(numbered.iter().map(|[_, reference]| reference.as_slice()));
     numbered
         .iter()
-        .map(|[prediction, reference]| UnitTally::of(prediction, reference, &vocabulary, &cider))
+        .map(|[prediction, reference]| UnitSums::of(prediction, reference, &vocabulary, &cider))
         .collect()
 }
 
-impl UnitTally {
+impl UnitSums {
     fn of(prediction: &[u32], reference: &[u32], vocabulary: &Vocabulary, cider: &CiderD) -> Self {
         // Counted once, for three metrics use them.
         let overlaps: [Overlap; CHRF_ORDER] =
@@ -151,7 +148,7 @@ impl UnitTally {
     }
 }
 
-impl PublishedTally {
+impl PublishedSums {
     fn of(pair: Option<PublishedPair>) -> Self {
         pair.map_or_else(Self::default, |pair| {
             let rouge = pair.rouge;
@@ -179,7 +176,7 @@ impl PublishedTally {
     }
 }
 
-impl Tally {
+impl TextSums {
     /// Adds `other`, taken `weight` times.
     pub(super) fn add(&mut self, other: &Self, weight: f64) {
         self.pairs += weight * other.pairs;

@@ -5,7 +5,10 @@ use std::{collections::BTreeMap, fmt::Write as _};
 use serde::Serialize;
 use serde_json::Value;
 
-use super::{CleanError, Correction, Row};
+use super::{
+    defects::{CorpusReport, Correction},
+    error::CleanError,
+};
 
 /// The changes as a unified diff: one hunk a row, line numbers being row numbers from 1.
 pub fn unified_diff(corrections: &[Correction]) -> String {
@@ -43,7 +46,7 @@ pub fn read_rows(
     file: &str,
     text: &str,
     sources: &BTreeMap<String, String>,
-) -> Result<Vec<Row>, CleanError> {
+) -> Result<Vec<CorpusReport>, CleanError> {
     let mut corpus = Corpus::parse(file, text)?;
     let mut read = Vec::new();
     for (number, row) in corpus.rows() {
@@ -54,7 +57,7 @@ pub fn read_rows(
         let Some(id) = id else {
             return Err(schema(file, number));
         };
-        read.push(Row {
+        read.push(CorpusReport {
             file: file.to_owned(),
             row: number,
             source: sources.get(&id).cloned(),

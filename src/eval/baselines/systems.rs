@@ -2,11 +2,11 @@
 
 use std::collections::HashMap;
 
-use super::{Case, System, SystemTexts, Written};
-use crate::eval::text::baselines::{
+use super::search::{
     BaselineError, ConstantSearch, Neighbour, best_constant_report, nearest_neighbours,
     random_reports,
 };
+use crate::eval::cases::{Case, System, SystemTexts, Written};
 
 /// Where the baselines' reports come from.
 #[derive(Debug, Clone, Copy)]

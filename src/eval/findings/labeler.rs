@@ -6,8 +6,9 @@
 use std::{ops::Range, sync::LazyLock};
 
 use super::{
-    Finding, FindingsError, Laterality, Mention, ReportLabels, Severity, Status,
-    rules::{Cue, Rule, Table},
+    finding::Finding,
+    labels::{Laterality, Mention, ReportLabels, Severity, Status},
+    rules::{Cue, FindingsError, Rule, Table},
 };
 
 static BUILT_IN: LazyLock<Labeler> = LazyLock::new(|| {

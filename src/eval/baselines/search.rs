@@ -7,10 +7,12 @@ use rand::seq::index;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::lcs::Pattern;
-use super::ngrams::Overlap;
-use super::rouge::f1;
-use super::segment::{Vocabulary, characters};
+use crate::eval::text::{
+    lcs::Pattern,
+    ngrams::Overlap,
+    rouge::f1,
+    segment::{Vocabulary, characters},
+};
 
 /// Embeddings that cannot be compared.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -219,8 +221,8 @@ fn unit_rows(
 
 #[cfg(test)]
 mod tests {
-    use super::super::rouge::rouge_l;
     use super::*;
+    use crate::eval::text::rouge::rouge_l;
 
     const REPORTS: [&str; 5] = [
         "双肺纹理清晰。",
