@@ -2,6 +2,7 @@
 
 pub mod budget;
 mod by_hand;
+pub mod chart;
 pub mod checkpoint;
 pub mod checkpoint_dir;
 pub mod config;

@@ -7,64 +7,26 @@ use serde_json::Value;
 
 use super::EvalArgs;
 use crate::{
-    base::plot::{Mark, Panel, Series, TrainingRow, figure, training_plot},
     commands::shipped,
     train::{
+        chart::{chart_rows, training_chart},
         config::{TrainConfig, Tuner},
         data::RunData,
-        records::{Row, read_rows},
+        records::{METRICS, read_rows},
     },
 };
 
 /// The curves of a run, drawn anew from its `metrics.jsonl`.
 pub(super) fn curves(dir: &Path) -> Result<String> {
-    let path = dir.join("metrics.jsonl");
-    let read = read_rows(&path)?;
-    let generated = generated_panel(&read.rows);
-    let rows: Vec<TrainingRow> = read
-        .rows
-        .into_iter()
-        .filter_map(|row| serde_json::from_value(Value::Object(row)).ok())
-        .collect();
+    let path = dir.join(METRICS);
+    let rows = chart_rows(read_rows(&path)?.rows);
     if rows.is_empty() {
         bail!(
             "`{}` holds no step; expected --run to name the folder of a run (`output_dir`)",
             path.display()
         );
     }
-    let mut curves = training_plot(&rows);
-    if let Some(panel) = generated {
-        curves.push_str(&figure(&[panel]));
-    }
-    Ok(curves)
-}
-
-/// Scores of the reports generated at validations, if there were any.
-fn generated_panel(rows: &[Row]) -> Option<Panel> {
-    let series = [
-        ("finding F1", "eval_finding_f1", "#d9480f"),
-        ("ROUGE-L, characters", "eval_rouge_l", "#1f6feb"),
-    ]
-    .map(|(name, key, color)| {
-        let points = rows
-            .iter()
-            .filter_map(|row| Some((row.get("step")?.as_f64()?, row.get(key)?.as_f64()?)));
-        Series {
-            name: name.into(),
-            color: color.into(),
-            mark: Mark::Points,
-            right: false,
-            points: points.collect(),
-        }
-    });
-    let some = series.iter().any(|series| !series.points.is_empty());
-    some.then(|| Panel {
-        title: "Generated reports".into(),
-        x_label: "optimizer step".into(),
-        y_label: "score".into(),
-        series: series.to_vec(),
-        ..Panel::default()
-    })
+    Ok(training_chart(&rows))
 }
 
 /// Takes model, adapter and data sets of a run where none are named; gives the data of one that held its validation
