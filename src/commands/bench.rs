@@ -11,12 +11,13 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use burn::{backend::Autodiff, tensor::DType};
-use clap::{Args, ValueEnum};
+use clap::{Args, Subcommand, ValueEnum};
 
 use super::{
-    UsageError,
+    bench_serve::{self, BenchServeArgs},
     progress::{Progress, Unit, prepare_kernels},
-    shipped,
+    shell::shipped,
+    usage::UsageError,
 };
 use crate::{
     backend::{DeviceName, DtypeName, Replicas, ReplicatedTask, built_backends, run_on_all},
@@ -54,6 +55,25 @@ pub enum BenchKind {
     Infer,
     /// Optimizer steps of the published LoRA recipe.
     Train,
+}
+
+/// `bench KIND …`, or `bench serve …`.
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub struct BenchCommand {
+    /// A server.
+    #[command(subcommand)]
+    pub server: Option<BenchServer>,
+    /// The model.
+    #[command(flatten)]
+    pub model: Option<BenchArgs>,
+}
+
+/// What is measured besides the model.
+#[derive(Debug, Subcommand)]
+pub enum BenchServer {
+    /// Send requests to a server from a number of users or at a fixed rate, and report percentiles.
+    Serve(BenchServeArgs),
 }
 
 /// Arguments of `bench`.
@@ -127,7 +147,20 @@ pub struct BenchArgs {
 ///
 /// # Errors
 /// Arguments that do not go together, a model that cannot be loaded, a file that cannot be written.
-pub fn run(args: BenchArgs) -> Result<()> {
+pub fn run(command: BenchCommand) -> Result<()> {
+    match command {
+        BenchCommand {
+            server: Some(BenchServer::Serve(args)),
+            ..
+        } => bench_serve::run(&args),
+        BenchCommand {
+            model: Some(args), ..
+        } => bench_model(args),
+        BenchCommand { .. } => bail!(UsageError("bench needs to be told what to measure".into())),
+    }
+}
+
+fn bench_model(args: BenchArgs) -> Result<()> {
     check(&args)?;
     let json = args.json.clone();
     let is_child = env::var_os(CHILD_VARIABLE).is_some();

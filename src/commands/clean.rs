@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use serde_json::json;
 
-use super::UsageError;
+use super::usage::UsageError;
 use crate::{
     eval::clean::{
         Correction, Defect, TermTable, apply, correct_json, count_defects, read_rows, to_jsonl,

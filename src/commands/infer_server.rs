@@ -14,11 +14,14 @@ use hyper::header;
 use serde_json::{Value, json};
 
 use super::{
-    infer::{OutputFile, Record, RecordRemark, RemarkPrinter},
+    infer::{
+        InferArgs,
+        output::RecordFile,
+        record::{Record, RecordRemark, RemarkPrinter},
+    },
     progress::{Progress, Unit},
 };
 use crate::{
-    cli::InferArgs,
     files::{expect_file, name, sha256_bytes},
     generate::{FinishReason, GenerationConfig},
     processor::image::{DecodeLimits, read_bytes},
@@ -53,7 +56,7 @@ pub(super) fn run(
     settings: &GenerationConfig,
     images: &[Vec<PathBuf>],
 ) -> Result<()> {
-    let mut output = OutputFile::open(args, images)?;
+    let mut output = RecordFile::open(args, images)?;
     let todo = output.todo(images);
     if let Some(note) = todo.note {
         eprintln!("{note}");

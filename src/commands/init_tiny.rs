@@ -1,21 +1,31 @@
 //! `init-tiny`: the empty shell of a tiny Qwen3-VL for the phantom studies, ready to be trained.
 
-use std::io::Write;
+use std::{io::Write, path::PathBuf};
 
 use anyhow::{Context, Result, bail};
+use clap::Args;
 
 use super::{
-    program,
     progress::{Progress, Unit},
-    shell_word,
+    shell::{program, shell_word},
 };
 use crate::{
-    cli::InitTinyArgs,
     files::write_atomic,
     phantom::{Dialect, PhantomStudies},
     processor::{chat::ChatTemplate, train_tokenizer::train_tokenizer},
     qwen3_vl::config::{Qwen3VlConfig, TextConfig, VisionConfig},
 };
+
+/// Arguments of `init-tiny`.
+#[derive(Debug, Args)]
+pub struct InitTinyArgs {
+    /// Folder to write.
+    #[arg(long, value_name = "DIR", default_value = "artifacts/tiny-init")]
+    pub output: PathBuf,
+    /// Seed of the reports the tokenizer is learnt from.
+    #[arg(long, value_name = "N", default_value_t = 7)]
+    pub seed: u64,
+}
 
 /// Studies whose reports the tokenizer is learnt from.
 const CORPUS_STUDIES: u64 = 4000;

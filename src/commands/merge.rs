@@ -1,18 +1,19 @@
 //! `merge`: a base and its adapter as one checkpoint, proven before it is called done.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use burn::{prelude::*, tensor::DType};
+use clap::Args;
 
 use super::{
-    UsageError,
     logits::{probe, read, relative_distance},
-    shipped,
+    pipeline_options::checkpoint_alone,
+    shell::shipped,
+    usage::UsageError,
 };
 use crate::{
-    backend::{DeviceTask, run_on},
-    cli::MergeArgs,
+    backend::{DeviceName, DeviceTask, DtypeName, run_on},
     files::FolderWriter,
     kernels::Kernels,
     lora::{
@@ -26,6 +27,29 @@ use crate::{
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, nn::to_dtype, weights::stored_dtype},
     train::checkpoint::save_model,
 };
+
+/// Arguments of `merge`.
+#[derive(Debug, Args)]
+pub struct MergeArgs {
+    /// Base checkpoint folder.
+    #[arg(long, value_name = "DIR", default_value = "model/tiny")]
+    pub model: PathBuf,
+    /// PEFT adapter folder.
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+    /// Merge even if the adapter was trained on, or its config names, a different base model.
+    #[arg(long)]
+    pub any_base: bool,
+    /// Folder to write; must not exist.
+    #[arg(long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// Type of the written weights; by default that of the base's.
+    #[arg(long, value_enum)]
+    pub dtype: Option<DtypeName>,
+    /// Device used for merging.
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<DeviceName>,
+}
 
 /// Runs `merge`.
 ///
@@ -56,20 +80,15 @@ impl DeviceTask for Merge {
     }
 
     fn run<B: Kernels>(self, device: B::Device, dtype: DType) -> Result<()> {
-        let options = PipelineOptions {
-            model: shipped(&self.args.model),
-            adapter: self.args.adapter.clone(),
-            // The base is read as precisely as it can be; what is asked for is what is written.
-            dtype: if self.asked.is_some() {
-                DType::F32
-            } else {
-                dtype
-            },
-            quantize: None,
-            min_pixels: None,
-            max_pixels: None,
+        // The base is read as precisely as it can be; what is asked for is what is written.
+        let read_dtype = match self.asked {
+            Some(_) => DType::F32,
+            None => dtype,
         };
-        let options_dtype = options.dtype;
+        let options = PipelineOptions {
+            adapter: self.args.adapter.clone(),
+            ..checkpoint_alone(shipped(&self.args.model), read_dtype)
+        };
         let stored = stored_dtype(&options.model)?;
         let written = self.asked.or(stored).unwrap_or(dtype);
         let limits = match &self.args.adapter {
@@ -105,18 +124,13 @@ impl DeviceTask for Merge {
         save_model(&merged, &config, &options.model, limits, parent.path())?;
         drop(merged);
 
-        // What counts is what lies on the disk.
-        let again = PipelineOptions {
-            model: parent.path().to_path_buf(),
-            adapter: None,
-            dtype: written,
-            ..options
-        };
+        // What counts is what is on the disk.
+        let again = checkpoint_alone(parent.path().to_path_buf(), written);
         let reread = read::<B>(&again, &config, &device)?;
         let answer = probe(&reread, &config, &device);
         // In f32 only the order of sums differs; a base that was read in a half type rounds every
         // merged weight once.
-        let allowed = match options_dtype {
+        let allowed = match read_dtype {
             DType::F32 => 1e-3,
             _ => 5e-2,
         };

@@ -1,9 +1,9 @@
 //! `train`: one run from a config file, on one device or several.
 
+mod args;
 mod reports;
-mod settings;
+pub(super) mod settings;
 
-use crate::kernels::Kernels;
 use std::{
     io::{IsTerminal, Write as _, stderr, stdout},
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
@@ -25,17 +25,18 @@ use burn::{
 };
 
 use super::{
-    UsageError, program,
+    pipeline_options::base_of_run,
     progress::{Progress, Unit},
-    shell_word, shipped,
+    shell::{program, shell_word, shipped, shipped_data},
+    usage::UsageError,
 };
 use crate::{
     backend::{
         DeviceName, DtypeName, Replicas, ReplicatedTask, built_backends, panic_text, run_on_all,
     },
-    cli::TrainArgs,
     dataset::Dataset,
-    pipeline::{PipelineOptions, TextAndImages},
+    kernels::Kernels,
+    pipeline::TextAndImages,
     system::free_memory,
     train::{
         budget::{Budget, Form},
@@ -46,9 +47,9 @@ use crate::{
         words::{clock, counted},
     },
 };
+pub use args::TrainArgs;
 use reports::{HeldOutScores, image_remarks, scorer, show_examples};
 pub use settings::flag_hint;
-pub(super) use settings::with_keys;
 use settings::{from_table, set_keys};
 
 /// The run without arguments.
@@ -66,9 +67,7 @@ pub fn run(args: TrainArgs) -> Result<()> {
         .into_iter()
         .flatten()
     {
-        if !data.starts_with("phantom:") {
-            *data = shipped(Path::new(data.as_str())).display().to_string();
-        }
+        *data = shipped_data(data);
     }
     let resume = match args.resume.as_deref() {
         None => Resume::No,
@@ -216,15 +215,7 @@ fn fit_budget<B: Kernels>(
     let free = free_memory::<B>(device);
     let gib = budget.gib(free).map_err(UsageError)?;
     config.memory_budget = Some(gib);
-    let [min_pixels, max_pixels] = config.pixel_limits();
-    let parts = TextAndImages::load(&PipelineOptions {
-        model: config.model.clone(),
-        adapter: None,
-        dtype,
-        quantize: None,
-        min_pixels: Some(min_pixels),
-        max_pixels: Some(max_pixels),
-    })?;
+    let parts = TextAndImages::load(&base_of_run(config, config.model.clone(), dtype))?;
     let data = Dataset::open(&config.train_data)?;
     // A sample that cannot be read is named when its turn comes.
     let longest = (0..data.len())

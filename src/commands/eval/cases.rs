@@ -12,7 +12,7 @@ use crate::{
     eval::{
         cases::{Case, Written},
         caveat::Caveat,
-        predictions::Prediction,
+        predictions::{Prediction, REFERENCE_KEYS},
     },
     processor::message::split_thinking,
     study::{STUDY_KEYS, StudyFacts, StudyRow, StudyRule, counted},
@@ -218,13 +218,40 @@ fn find_rows(path: &Path, predictions: &[Prediction], data: &Dataset) -> Result<
         .collect()
 }
 
-/// Puts predictions beside their references: those of the data set where there is one, else their own.
-pub(super) fn join(
+/// As [`find_rows`], each row once; warns where rows have no prediction.
+fn distinct_rows(
     path: &Path,
-    predictions: Vec<Prediction>,
-    data: Option<&Dataset>,
+    predictions: &[Prediction],
+    data: &Dataset,
     warnings: &mut Vec<Caveat>,
-) -> Result<(TestSet, Vec<Written>)> {
+) -> Result<Vec<usize>> {
+    let rows = find_rows(path, predictions, data)?;
+    let mut seen: BTreeMap<usize, usize> = BTreeMap::new();
+    for (one, row) in predictions.iter().zip(&rows) {
+        if let Some(first) = seen.insert(*row, one.row) {
+            bail!(
+                "`{}`: rows {first} and {} are about the same image, `{}`; expected one prediction each",
+                path.display(),
+                one.row,
+                one.name()
+            );
+        }
+    }
+    if rows.len() < data.len() {
+        warnings.push(Caveat::new(
+            format!("测试集 {} 份中只有 {} 份有预测", data.len(), rows.len()),
+            format!(
+                "only {} of {} of the test set have a prediction",
+                rows.len(),
+                counted(data.len(), "report", "reports")
+            ),
+        ));
+    }
+    Ok(rows)
+}
+
+/// Warns of predictions that failed, are empty, or hold no Chinese.
+fn warn_of_odd_answers(predictions: &[Prediction], warnings: &mut Vec<Caveat>) {
     let failed = predictions.iter().filter(|one| one.error.is_some());
     if let Some(first) = failed.clone().next() {
         warnings.push(Caveat::new(
@@ -276,32 +303,21 @@ pub(super) fn join(
             ),
         ));
     }
+}
+
+/// Puts predictions beside their references: those of the data set where there is one, else their own.
+pub(super) fn join(
+    path: &Path,
+    predictions: Vec<Prediction>,
+    data: Option<&Dataset>,
+    warnings: &mut Vec<Caveat>,
+) -> Result<(TestSet, Vec<Written>)> {
+    warn_of_odd_answers(&predictions, warnings);
     let mut set = TestSet::default();
     let mut written = Vec::new();
     let rows = match data {
         Some(data) => {
-            let rows = find_rows(path, &predictions, data)?;
-            let mut seen: BTreeMap<usize, usize> = BTreeMap::new();
-            for (one, row) in predictions.iter().zip(&rows) {
-                if let Some(first) = seen.insert(*row, one.row) {
-                    bail!(
-                        "`{}`: rows {first} and {} are about the same image, `{}`; expected one prediction each",
-                        path.display(),
-                        one.row,
-                        one.name()
-                    );
-                }
-            }
-            if rows.len() < data.len() {
-                warnings.push(Caveat::new(
-                    format!("测试集 {} 份中只有 {} 份有预测", data.len(), rows.len()),
-                    format!(
-                        "only {} of {} of the test set have a prediction",
-                        rows.len(),
-                        counted(data.len(), "report", "reports")
-                    ),
-                ));
-            }
+            let rows = distinct_rows(path, &predictions, data, warnings)?;
             rows.into_iter().map(Some).collect()
         }
         None => vec![None; predictions.len()],
@@ -320,7 +336,7 @@ pub(super) fn join(
                 "`{}` row {}: no reference; expected the true report under one of `{}`, or the test set in --data",
                 path.display(),
                 one.row,
-                crate::eval::predictions::REFERENCE_KEYS.join("`, `")
+                REFERENCE_KEYS.join("`, `")
             ),
         };
         let images = match (data, row) {

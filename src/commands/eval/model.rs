@@ -12,13 +12,14 @@ use serde_json::json;
 
 use crate::{
     backend::DeviceTask,
-    cli::ModelArgs,
     commands::{
-        pipeline_options,
+        pipeline_options::with_adapter,
         progress::{Progress, Unit, prepare_kernels},
+        question::{image_counts, patches, question_about},
+        shared_args::{AdapterArgs, LoadArgs},
     },
     dataset::{
-        Dataset, RawSample,
+        Dataset,
         loader::{Overlong, WindowLoader, WindowPlan},
     },
     eval::{
@@ -26,18 +27,18 @@ use crate::{
         cases::{Case, Written},
         caveat::Caveat,
     },
-    generate::{FinishReason, GenerationConfig, Prompt},
+    generate::{FinishReason, GenerationConfig},
     kernels::Kernels,
-    pipeline::{Answer, Pipeline, TextAndImages},
-    processor::{image::RgbImage, supervised::encode_prompt},
-    qwen3_vl::ImageInput,
+    pipeline::{Answer, Pipeline},
     study::counted,
     train::gradients::{LossTotals, evaluate},
 };
 
 /// Work for a model on a device.
 pub(super) struct ModelWork {
-    pub(super) model: ModelArgs,
+    pub(super) model: PathBuf,
+    pub(super) adapter: AdapterArgs,
+    pub(super) load: LoadArgs,
     pub(super) generation: GenerationConfig,
     pub(super) stop: Vec<String>,
     pub(super) batch_size: usize,
@@ -57,7 +58,8 @@ pub(super) struct ModelWork {
     pub(super) keeps_studies: bool,
 }
 
-/// What came of it.
+/// What it gives.
+#[derive(Default)]
 pub(super) struct ModelRun {
     pub(super) loss: Option<LossTotals>,
     pub(super) written: Option<Vec<Written>>,
@@ -84,9 +86,9 @@ impl DeviceTask for ModelWork {
         let mut output = self
             .output
             .as_deref()
-            .map(|path| OutputFile::create(path, self.keeps_studies))
+            .map(|path| PredictionFile::create(path, self.keeps_studies))
             .transpose()?;
-        let options = pipeline_options(&self.model, dtype);
+        let options = with_adapter(&self.model, &self.adapter, &self.load, dtype);
         let mut progress = Progress::new("loading", 0, Unit::Bytes);
         let pipeline = Pipeline::<B>::load(&options, device, &mut |done, total| {
             progress.set(done, total);
@@ -97,13 +99,7 @@ impl DeviceTask for ModelWork {
         }
         let config = &pipeline.parts.config;
         prepare_kernels::<B>(config, dtype, &pipeline.device, self.batch_size);
-        let mut run = ModelRun {
-            loss: None,
-            written: None,
-            swapped: None,
-            embeddings: None,
-            warnings: Vec::new(),
-        };
+        let mut run = ModelRun::default();
         if self.writes {
             run.loss = Some(self.loss(&pipeline)?);
             let own: Vec<usize> = self.rows.clone();
@@ -206,7 +202,7 @@ impl ModelWork {
         pipeline: &Pipeline<B>,
         shown: &[usize],
         what: &str,
-        mut output: Option<&mut OutputFile>,
+        mut output: Option<&mut PredictionFile>,
     ) -> Result<Vec<Answer>> {
         let mut progress = Progress::new(what, self.rows.len() as u64, Unit::Items);
         let mut answers = Vec::with_capacity(self.rows.len());
@@ -236,15 +232,7 @@ impl ModelWork {
         warnings: &mut Vec<Caveat>,
     ) -> Result<Option<Vec<Written>>> {
         let studies: Vec<&str> = self.cases.iter().map(|case| case.study.as_str()).collect();
-        let images = self
-            .rows
-            .iter()
-            .map(|row| match self.data.text(*row).images.len() {
-                // Drawn, or without a picture.
-                0 => Ok(self.data.read(*row, &pipeline.parts)?.pictures.len()),
-                count => Ok(count),
-            })
-            .collect::<Result<Vec<usize>>>()?;
+        let images = image_counts(&self.data, self.rows.iter().copied(), &pipeline.parts)?;
         let others = swapped(&studies, &images);
         let alone = others.iter().enumerate().filter(|(at, other)| at == *other);
         let alone = alone.filter(|(at, _)| images[*at] > 0).count();
@@ -332,46 +320,15 @@ impl ModelWork {
     }
 }
 
-/// The question of one row about the images of another.
-pub(in crate::commands) fn question_about(
-    data: &Dataset,
-    parts: &TextAndImages,
-    row: usize,
-    shown: usize,
-) -> Result<Prompt> {
-    if row == shown {
-        return Ok(data.question(row, parts)?.0);
-    }
-    let RawSample { conversation, .. } = data.read(row, parts)?;
-    let images = patches(parts, &data.read(shown, parts)?.pictures)?;
-    let merge = parts.config.vision_config.spatial_merge_size;
-    let input_ids = encode_prompt(
-        &parts.tokenizer,
-        &conversation,
-        &images.image_grid_thw,
-        merge,
-    )
-    .with_context(|| format!("`{}`, row {}", data.name(), row + 1))?;
-    Ok(Prompt { input_ids, images })
-}
-
-fn patches(parts: &TextAndImages, pictures: &[RgbImage]) -> Result<ImageInput> {
-    let mut input = ImageInput::default();
-    for picture in pictures {
-        input.extend(&parts.image_input(picture)?);
-    }
-    Ok(input)
-}
-
 /// The reports as they come, under a name of their own until all are there.
-struct OutputFile {
+struct PredictionFile {
     path: PathBuf,
     partial: PathBuf,
     file: File,
     keeps_studies: bool,
 }
 
-impl OutputFile {
+impl PredictionFile {
     fn create(path: &Path, keeps_studies: bool) -> Result<Self> {
         if path.exists() {
             bail!(

@@ -1,4 +1,4 @@
-//! An outcome as JSON, and the films of a page.
+//! An outcome as JSON, and the images of a page.
 
 use std::path::{Path, PathBuf};
 
@@ -11,7 +11,7 @@ use crate::{
         outcome::{EvalOutcome, STATUSES},
         report::page::{CaseImages, PageFacts},
     },
-    processor::image::{DecodeLimits, load},
+    processor::image::{DecodeLimits, RgbImage, load},
     study::StudyFacts,
 };
 
@@ -68,7 +68,7 @@ pub(super) fn json(outcome: &EvalOutcome, facts: &PageFacts, study: &StudyFacts)
     })
 }
 
-/// Finds and reads the films of cases.
+/// Finds and reads the images of cases.
 pub(super) struct ImageFinder<'a> {
     set: &'a TestSet,
     data: Option<&'a Dataset>,
@@ -92,12 +92,12 @@ impl<'a> ImageFinder<'a> {
         }
     }
 
-    /// The films of one case.
+    /// The images of one case.
     pub(super) fn of(&mut self, case: usize) -> CaseImages {
         if let (Some(data), Some(row)) = (self.data, self.set.rows[case])
-            && let Some(films) = data.drawn(row)
+            && let Some(images) = data.drawn(row)
         {
-            return films.into_iter().map(Ok).collect();
+            return images.into_iter().map(Ok).collect();
         }
         let set = self.set;
         set.images[case]
@@ -106,7 +106,7 @@ impl<'a> ImageFinder<'a> {
             .collect()
     }
 
-    fn open(&mut self, path: &Path) -> Result<crate::processor::image::RgbImage, String> {
+    fn open(&mut self, path: &Path) -> Result<RgbImage, String> {
         let path = match (self.folder, path.file_name()) {
             (Some(folder), Some(name)) => folder.join(name),
             _ => PathBuf::from(path),
@@ -122,8 +122,8 @@ impl<'a> ImageFinder<'a> {
         })
     }
 
-    /// Says on stderr how many films the page lacks.
-    pub(super) fn tell(&self) {
+    /// Prints to stderr how many images the page lacks.
+    pub(super) fn print_missing(&self) {
         if let Some(first) = &self.first {
             eprintln!(
                 "note: {} films of the page cannot be opened, the first: {first}; hint: `--images-dir` names their folder",

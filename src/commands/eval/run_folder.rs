@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use super::EvalArgs;
+use super::args::EvalArgs;
 use crate::{
-    commands::shipped,
+    commands::shell::shipped,
     train::{
         chart::{chart_rows, training_chart},
         config::{TrainConfig, Tuner},
@@ -38,13 +38,13 @@ pub(super) fn choose(dir: &Path, args: &mut EvalArgs) -> Result<Option<RunData>>
     match config.tuner {
         Tuner::Lora => {
             args.model = Some(shipped(&config.model));
-            args.adapter.get_or_insert(checkpoint);
+            args.adapter.adapter.get_or_insert(checkpoint);
         }
         Tuner::Full => args.model = Some(checkpoint),
     }
     let [min_pixels, max_pixels] = config.pixel_limits();
-    args.min_pixels.get_or_insert(min_pixels);
-    args.max_pixels.get_or_insert(max_pixels);
+    args.load.min_pixels.get_or_insert(min_pixels);
+    args.load.max_pixels.get_or_insert(max_pixels);
     if args.data.is_none() && args.train_data.is_none() && config.split_dataset_ratio > 0.0 {
         let run = RunData::open(&config)?;
         args.data = run.validation.as_ref().map(|data| data.name().to_owned());

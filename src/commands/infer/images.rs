@@ -9,10 +9,8 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use crate::{
-    cli::InferArgs,
-    commands::{counted, shipped},
-};
+use super::args::InferArgs;
+use crate::{commands::shell::shipped, study::counted};
 
 /// The image of a run without arguments.
 const SAMPLE_IMAGE: &str = "data/sample/demo.png";

@@ -11,14 +11,14 @@ use anyhow::{Context, Result, bail};
 use rayon::prelude::*;
 
 use super::{
+    args::InferArgs,
     journal::{Journal, Kind, Repair},
     record::{RECORD_START, Record, settings_hash},
 };
 use crate::{
-    cli::InferArgs,
-    commands::counted,
     files::{is_same_file, other_kind, sha256_file},
     generate::FinishReason,
+    study::counted,
 };
 
 /// Where the images of a report are.
@@ -48,7 +48,7 @@ pub(crate) struct Todo<'a> {
 }
 
 /// Where records go, and what is there already.
-pub(crate) struct OutputFile {
+pub(crate) struct RecordFile {
     target: Target,
     /// Records of this run's question and settings.
     known: HashMap<Key, Known>,
@@ -58,7 +58,7 @@ pub(crate) struct OutputFile {
     first_error: Option<String>,
 }
 
-impl OutputFile {
+impl RecordFile {
     /// Opens the file of a batch run and mends it where it is damaged, which is said on stderr.
     ///
     /// # Errors

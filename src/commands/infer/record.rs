@@ -9,8 +9,8 @@ use std::{
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use super::args::InferArgs;
 use crate::{
-    cli::InferArgs,
     files::name,
     generate::FinishReason,
     pipeline::Answer,
@@ -22,7 +22,7 @@ pub(super) const RECORD_START: &str = "{\"image\":\"";
 
 /// One line of `--json` and `--output`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct Record {
+pub(crate) struct Record {
     /// The image as it was named; several with `--together`, separated by `;`.
     pub image: String,
     /// `percent` where `image` stands for a name that is not UTF-8: `%` and two hexadecimal digits are
@@ -65,7 +65,7 @@ pub struct Record {
 
 /// Something about an image that is no error.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RecordRemark {
+pub(crate) struct RecordRemark {
     /// The same word for the same kind of remark.
     pub code: String,
     /// A sentence about the image.
@@ -145,12 +145,17 @@ impl Record {
 
 /// What decides an answer besides image and question.
 pub(super) fn settings_hash(args: &InferArgs, images: usize) -> String {
-    let (model, generation) = (&args.model, &args.generation);
+    let (model, load, generation) = (&args.model, &args.model.load, &args.generation);
     let mut text = format!(
         "{:?} {:?} {:?} {:?} {:?} {:?} {generation:?}",
-        model.model, model.adapter, model.dtype, model.min_pixels, model.max_pixels, args.system
+        model.model,
+        model.adapter.adapter,
+        load.dtype,
+        load.min_pixels,
+        load.max_pixels,
+        args.system
     );
-    if let Some(quantization) = model.quantize {
+    if let Some(quantization) = load.quantize {
         text.push_str(&format!(" {quantization}"));
     }
     if let Some(server) = &args.server {

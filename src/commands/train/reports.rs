@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 
 use crate::{
     commands::{
-        eval::question_about,
         progress::{Progress, Unit},
+        question::{image_counts, question_about},
     },
     dataset::{Dataset, image_remarks::RemarkCount},
     eval::{
@@ -229,13 +229,7 @@ impl HeldOutScores {
         let truths: Vec<String> = (0..outcome.reports)
             .map(|row| data.text(row).answer.unwrap_or_default())
             .collect();
-        let images = (0..outcome.reports)
-            .map(|row| match data.text(row).images.len() {
-                // Drawn, or without a picture.
-                0 => Ok(data.read(row, &result.parts)?.pictures.len()),
-                count => Ok(count),
-            })
-            .collect::<Result<Vec<usize>>>()?;
+        let images = image_counts(data, 0..outcome.reports, &result.parts)?;
         // Studies are told apart by what is true of them: the views of one share its report.
         let studies: Vec<&str> = truths.iter().map(String::as_str).collect();
         let others = swapped(&studies, &images);
