@@ -204,7 +204,7 @@ fn validate_on_own_data(args: &TrainArgs, config: &mut TrainConfig) {
 /// Samples whose lengths stand for all when a form of the step is chosen.
 const MEASURED_SAMPLES: usize = 32;
 
-/// Chooses the form of the step that fits the budget, and tells it in a line.
+/// Chooses the form of the step that fits the budget, and describes it in a line.
 fn fit_budget<B: Kernels>(
     config: &mut TrainConfig,
     budget: Budget,
@@ -292,8 +292,7 @@ impl ReplicatedTask for Train {
             Box::new(QuietRenderer)
         };
         let mut progress = (!dashboard).then(|| Progress::new("loading", 0, Unit::Bytes));
-        let output_dir = self.config.output_dir.clone();
-        let kept: Arc<Mutex<Vec<String>>> = Arc::default();
+        let for_later: Arc<Mutex<Vec<String>>> = Arc::default();
         let options = RunOptions {
             config: self.config,
             resume: self.resume,
@@ -303,13 +302,14 @@ impl ReplicatedTask for Train {
             interrupted: watch_signals()?,
             trace: trace.clone(),
             tell: Arc::new({
-                let kept = kept.clone();
+                let for_later = for_later.clone();
                 move |line: &str| {
                     if !dashboard {
                         say(line);
                     } else if !line.starts_with("step ") {
-                        // The dashboard owns the screen; what it does not show is told afterwards.
-                        kept.lock()
+                        // The dashboard owns the screen; what it does not show is printed afterwards.
+                        for_later
+                            .lock()
                             .unwrap_or_else(|lock| lock.into_inner())
                             .push(line.to_string());
                     }
@@ -341,7 +341,7 @@ impl ReplicatedTask for Train {
             }
             Err(payload) => resume_unwind(payload),
         };
-        for line in kept
+        for line in for_later
             .lock()
             .unwrap_or_else(|lock| lock.into_inner())
             .drain(..)
@@ -356,43 +356,63 @@ impl ReplicatedTask for Train {
             progress.finish();
         }
         let seconds = started.elapsed().as_secs_f64();
-        let how = match result.ending {
-            Ending::Done => "done".to_string(),
-            Ending::EarlyStop => "ended early: the validation stopped getting better".to_string(),
-            Ending::Interrupted => format!("interrupted and saved; `{again}` goes on"),
-        };
-        // The terminal may be gone by now.
-        let _ = writeln!(
-            stdout(),
-            "{how}: {} in {}; checkpoint `{}`, curves `{}`",
-            counted(result.state.step, "step", "steps"),
-            clock(seconds),
-            result.checkpoint.display(),
-            output_dir.join("training.svg").display()
-        );
-        for remark in image_remarks(&result) {
-            say(&format!("images: {}", remark.sentence()));
-        }
+        print_end(&result, seconds, &again);
         if result.ending == Ending::Interrupted {
             return HeldOutScores::default().save(&result, seconds);
         }
-        if self.args.show > 0 && result.state.config.validates() {
-            show_examples(&result, self.args.show, &device)?;
-        }
-        let outcome = HeldOutScores::of(&result, &device)?;
-        outcome.save(&result, seconds)?;
-        if let Some(table) = outcome.table() {
-            println!("\n{table}");
-        }
-        println!("\nnext: {}", infer_command(&result));
-        if self.args.config.is_none() {
-            println!(
-                "with the real model: put Qwen3-VL-8B-Instruct under model/, your data through `convert` and `check`, then {} train --config configs/openi-lora.toml",
-                program()
-            );
-        }
-        Ok(())
+        print_reports(&result, &self.args, seconds, &device)
     }
+}
+
+/// Prints how a run ended and where its files are.
+fn print_end<B: Kernels>(result: &RunResult<B>, seconds: f64, again: &str) {
+    let how = match result.ending {
+        Ending::Done => "done".to_string(),
+        Ending::EarlyStop => "ended early: the validation stopped getting better".to_string(),
+        Ending::Interrupted => format!("interrupted and saved; `{again}` goes on"),
+    };
+    // The terminal may be gone by now.
+    let _ = writeln!(
+        stdout(),
+        "{how}: {} in {}; checkpoint `{}`, curves `{}`",
+        counted(result.state.step, "step", "steps"),
+        clock(seconds),
+        result.checkpoint.display(),
+        result
+            .state
+            .config
+            .output_dir
+            .join("training.svg")
+            .display()
+    );
+    for remark in image_remarks(result) {
+        say(&format!("images: {}", remark.sentence()));
+    }
+}
+
+/// Prints and saves what the trained model writes about held-out studies, and what to do next.
+fn print_reports<B: Kernels>(
+    result: &RunResult<B>,
+    args: &TrainArgs,
+    seconds: f64,
+    device: &B::Device,
+) -> Result<()> {
+    if args.show > 0 && result.state.config.validates() {
+        show_examples(result, args.show, device)?;
+    }
+    let scores = HeldOutScores::of(result, device)?;
+    scores.save(result, seconds)?;
+    if let Some(table) = scores.table() {
+        println!("\n{table}");
+    }
+    println!("\nnext: {}", infer_command(result));
+    if args.config.is_none() {
+        println!(
+            "with the real model: put Qwen3-VL-8B-Instruct under model/, your data through `convert` and `check`, then {} train --config configs/openi-lora.toml",
+            program()
+        );
+    }
+    Ok(())
 }
 
 /// Writes a line to stderr, whether or not anybody is there to read it.

@@ -144,7 +144,12 @@ pub fn read_predictions(
                 reason,
             };
             match serde_json::from_str(line) {
-                Ok(Value::Object(fields)) => prediction(path, row, &fields, keys),
+                Ok(Value::Object(fields)) => PredictionRow {
+                    path,
+                    row,
+                    fields: &fields,
+                }
+                .read(keys),
                 Ok(_) => Err(reason("another kind of value".into())),
                 Err(cause) => Err(reason(cause.to_string())),
             }
@@ -156,96 +161,105 @@ pub fn read_predictions(
     Ok(predictions)
 }
 
-fn prediction(
-    path: &Path,
+/// A row of the file, with what an error says of it.
+struct PredictionRow<'a> {
+    path: &'a Path,
     row: usize,
-    fields: &Map<String, Value>,
-    keys: &PredictionKeys,
-) -> Result<Prediction, PredictionsError> {
-    let wrong = |what: String, expected: String| PredictionsError::Key {
-        path: path.to_owned(),
-        row,
-        what,
-        expected,
-    };
-    let error = match fields.get("error") {
-        None | Some(Value::Null) => None,
-        Some(Value::String(text)) => Some(text.clone()),
-        Some(other) => Some(other.to_string()),
-    };
-    let found = match &keys.answer {
-        Some(key) => fields.get_key_value(key),
-        None => ANSWER_KEYS
-            .iter()
-            .find_map(|key| fields.get_key_value(*key)),
-    };
-    let written = match found {
-        Some((_, value)) if is_nothing(value) => String::new(),
-        Some((key, value)) => match answer_text(value) {
-            Some(text) => text,
-            None if error.is_some() => String::new(),
-            None => {
-                return Err(wrong(
+    fields: &'a Map<String, Value>,
+}
+
+impl PredictionRow<'_> {
+    fn read(&self, keys: &PredictionKeys) -> Result<Prediction, PredictionsError> {
+        let error = match self.fields.get("error") {
+            None | Some(Value::Null) => None,
+            Some(Value::String(text)) => Some(text.clone()),
+            Some(other) => Some(other.to_string()),
+        };
+        let written = self.answer(keys, error.is_some())?;
+        let (thinking, mut answer) = split_thinking(&written, false);
+        if is_no_answer(&answer) {
+            answer.clear();
+        }
+        let fields = self.fields;
+        let thinking = match fields.get("thinking").or_else(|| fields.get("reasoning")) {
+            Some(Value::String(text)) if !text.trim().is_empty() => Some(text.clone()),
+            _ => thinking,
+        };
+        Ok(Prediction {
+            row: self.row,
+            keys: keys_of(fields),
+            images: images(fields),
+            answer,
+            thinking,
+            reference: self.reference(keys)?,
+            error,
+        })
+    }
+
+    /// The answer as it was written; empty where there is none for a reason.
+    fn answer(&self, keys: &PredictionKeys, failed: bool) -> Result<String, PredictionsError> {
+        let found = match &keys.answer {
+            Some(key) => self.fields.get_key_value(key),
+            None => self.first_of(&ANSWER_KEYS),
+        };
+        match found {
+            Some((_, value)) if is_nothing(value) => Ok(String::new()),
+            Some((key, value)) => match answer_text(value) {
+                Some(text) => Ok(text),
+                None if failed => Ok(String::new()),
+                None => Err(self.wrong(
                     format!("`{key}` holds no text"),
                     "the answer as a text, or as `choices` with a message".into(),
-                ));
+                )),
+            },
+            None if failed => Ok(String::new()),
+            None => {
+                let expected = keys.answer.as_ref().map_or_else(
+                    || {
+                        format!(
+                            "the answer under one of {}; hint: name its key",
+                            listed(&ANSWER_KEYS)
+                        )
+                    },
+                    |key| format!("the answer under `{key}`"),
+                );
+                Err(self.wrong(format!("no answer among {}", names(self.fields)), expected))
             }
-        },
-        None if error.is_some() => String::new(),
-        None => {
-            let expected = keys.answer.as_ref().map_or_else(
-                || {
-                    format!(
-                        "the answer under one of {}; hint: name its key",
-                        listed(&ANSWER_KEYS)
-                    )
-                },
-                |key| format!("the answer under `{key}`"),
-            );
-            return Err(wrong(
-                format!("no answer among {}", names(fields)),
-                expected,
-            ));
         }
-    };
-    let (thinking, mut answer) = split_thinking(&written, false);
-    if is_no_answer(&answer) {
-        answer.clear();
     }
-    let thinking = match fields.get("thinking").or_else(|| fields.get("reasoning")) {
-        Some(Value::String(text)) if !text.trim().is_empty() => Some(text.clone()),
-        _ => thinking,
-    };
-    let found = match &keys.reference {
-        Some(key) => Some(fields.get_key_value(key).ok_or_else(|| {
-            wrong(
-                format!("no `{key}` among {}", names(fields)),
-                "the true report under it".into(),
-            )
-        })?),
-        None => REFERENCE_KEYS
-            .iter()
-            .find_map(|key| fields.get_key_value(*key)),
-    };
-    let reference = match found {
-        None | Some((_, Value::Null)) => None,
-        Some((_, Value::String(text))) => Some(split_thinking(text, false).1),
-        Some((key, _)) => {
-            return Err(wrong(
-                format!("`{key}` is not a text"),
-                "the true report".into(),
-            ));
+
+    /// The true report; `None` where the row holds none and no key was named for it.
+    fn reference(&self, keys: &PredictionKeys) -> Result<Option<String>, PredictionsError> {
+        let found = match &keys.reference {
+            Some(key) => Some(self.fields.get_key_value(key).ok_or_else(|| {
+                self.wrong(
+                    format!("no `{key}` among {}", names(self.fields)),
+                    "the true report under it".into(),
+                )
+            })?),
+            None => self.first_of(&REFERENCE_KEYS),
+        };
+        match found {
+            None | Some((_, Value::Null)) => Ok(None),
+            Some((_, Value::String(text))) => Ok(Some(split_thinking(text, false).1)),
+            Some((key, _)) => {
+                Err(self.wrong(format!("`{key}` is not a text"), "the true report".into()))
+            }
         }
-    };
-    Ok(Prediction {
-        row,
-        keys: keys_of(fields),
-        images: images(fields),
-        answer,
-        thinking,
-        reference,
-        error,
-    })
+    }
+
+    fn first_of(&self, keys: &[&str]) -> Option<(&String, &Value)> {
+        keys.iter().find_map(|key| self.fields.get_key_value(*key))
+    }
+
+    fn wrong(&self, what: String, expected: String) -> PredictionsError {
+        PredictionsError::Key {
+            path: self.path.to_owned(),
+            row: self.row,
+            what,
+            expected,
+        }
+    }
 }
 
 /// Whether a value stands for no answer at all: null, an empty list, or a list or message of such.
@@ -286,12 +300,12 @@ fn images(fields: &Map<String, Value>) -> Vec<String> {
         .find_map(|key| fields.get(*key));
     let all = match named {
         Some(Value::Array(list)) => list.iter().filter_map(one).collect(),
-        // Batch runs part the views of a study by `;`.
+        // Batch runs separate the views of a study by `;`.
         Some(Value::String(paths)) => paths.split(';').map(str::to_owned).collect(),
         Some(other) => one(other).into_iter().collect(),
         None => Vec::new(),
     };
-    // A picture inside the row has no name.
+    // An image inside the row has no name.
     all.into_iter()
         .filter(|path| !path.is_empty() && !path.starts_with("data:"))
         .collect()
@@ -319,7 +333,12 @@ mod tests {
         let Ok(Value::Object(fields)) = serde_json::from_str(line) else {
             panic!("not an object: {line}");
         };
-        prediction(Path::new("p.jsonl"), 3, &fields, keys)
+        PredictionRow {
+            path: Path::new("p.jsonl"),
+            row: 3,
+            fields: &fields,
+        }
+        .read(keys)
     }
 
     #[test]

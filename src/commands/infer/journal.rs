@@ -1,6 +1,6 @@
 //! A file of records, one a line, that is appended to, repaired and cleared of what was redone.
 //!
-//! Knows no fields of a record: a function tells what a line is. While a run goes on the file is only
+//! Knows no fields of a record: a function says what a line is. While a run goes on the file is only
 //! appended to, so that a kill costs at most the line being written.
 
 use std::{
@@ -30,6 +30,41 @@ struct Line<K> {
     start: u64,
     length: u64,
     key: Option<K>,
+}
+
+/// A part of the file that is no record, at most a line long.
+struct DamagedPiece {
+    /// Line, from 1.
+    row: usize,
+    start: u64,
+    length: u64,
+}
+
+/// What a file holds.
+struct Scanned<K> {
+    lines: Vec<Line<K>>,
+    /// Bytes up to the last line that has its end.
+    length: u64,
+    damaged: Vec<DamagedPiece>,
+    repair: Repair,
+}
+
+impl<K> Default for Scanned<K> {
+    fn default() -> Self {
+        Self {
+            lines: Vec::new(),
+            length: 0,
+            damaged: Vec::new(),
+            repair: Repair::default(),
+        }
+    }
+}
+
+/// A file of lines that was written under another name.
+struct Rewritten<K> {
+    file: File,
+    lines: Vec<Line<K>>,
+    length: u64,
 }
 
 /// What had to be mended when a file was opened.
@@ -115,6 +150,20 @@ impl<K: Clone + Eq + std::hash::Hash> Journal<K> {
         Ok((this, repair))
     }
 
+    fn foreign(&self, line: usize) -> JournalError {
+        JournalError::Foreign {
+            path: self.name.clone(),
+            line,
+        }
+    }
+
+    fn read_error(&self, cause: io::Error) -> JournalError {
+        JournalError::Read {
+            path: self.name.clone(),
+            cause,
+        }
+    }
+
     fn write_error(&self, cause: io::Error) -> JournalError {
         JournalError::Write {
             path: self.name.clone(),
@@ -122,87 +171,28 @@ impl<K: Clone + Eq + std::hash::Hash> Journal<K> {
         }
     }
 
+    /// Reads all lines and mends the file.
     fn scan(
         &mut self,
         start: &[u8],
         kind: &mut dyn FnMut(&[u8]) -> Kind<K>,
     ) -> Result<Repair, JournalError> {
-        let read_error = |cause| JournalError::Read {
-            path: self.name.clone(),
-            cause,
-        };
-        let foreign = |line| JournalError::Foreign {
-            path: self.name.clone(),
-            line,
-        };
-        let mut reader = BufReader::with_capacity(1 << 16, &self.file);
-        let mut repair = Repair::default();
-        let mut lines: Vec<Line<K>> = Vec::new();
-        let mut damaged = Vec::new();
-        let (mut at, mut good, mut bad, mut row, mut whole) = (0, 0, 0, 1, true);
-        let mut line = Vec::new();
-        loop {
-            line.clear();
-            let length = (&mut reader)
-                .take(LONGEST_LINE)
-                .read_until(b'\n', &mut line)
-                .map_err(read_error)? as u64;
-            if length == 0 {
-                break;
-            }
-            let ended = line.last() == Some(&b'\n');
-            let begun = std::mem::replace(&mut whole, ended);
-            let found = match (begun, ended) {
-                (true, true) => kind(&line[..line.len() - 1]),
-                _ => Kind::Damaged,
-            };
-            let last = line.iter().rposition(|byte| *byte != 0);
-            let rest = &line[..last.map_or(0, |last| last + 1)];
-            let record = |key| Line {
-                start: at,
-                length,
-                key,
-            };
-            match found {
-                Kind::Keyed(key) => lines.push(record(Some(key))),
-                Kind::Other => lines.push(record(None)),
-                // The end of the file: a record that was cut off, or zeros in its place.
-                Kind::Damaged
-                    if begun
-                        && !ended
-                        && length < LONGEST_LINE
-                        && (rest.starts_with(start) || start.starts_with(rest)) =>
-                {
-                    repair.cut = !rest.is_empty();
-                    repair.zeros = length - rest.len() as u64;
-                    break;
-                }
-                Kind::Damaged => damaged.push((row, at, length)),
-            }
-            match lines.last() {
-                Some(last) if last.start == at => good += length,
-                _ => bad += length,
-            }
-            if bad > MOST_DAMAGE.max(good) {
-                return Err(foreign(damaged.first().map_or(row, |first| first.0)));
-            }
-            at += length;
-            row += usize::from(ended);
-        }
-        drop(reader);
-        let rows: Vec<usize> = {
-            let mut rows: Vec<usize> = damaged.iter().map(|(row, ..)| *row).collect();
-            rows.dedup();
-            rows
-        };
+        let Scanned {
+            lines,
+            length,
+            damaged,
+            mut repair,
+        } = self.read_lines(start, kind)?;
+        let mut rows: Vec<usize> = damaged.iter().map(|piece| piece.row).collect();
+        rows.dedup();
         if rows.len() > lines.len() || (lines.is_empty() && repair.zeros > 0) {
-            return Err(foreign(rows.first().copied().unwrap_or(1)));
+            return Err(self.foreign(rows.first().copied().unwrap_or(1)));
         }
         self.lines = lines;
-        self.length = at;
+        self.length = length;
         if !damaged.is_empty() {
             let aside = self.beside(".damaged");
-            let ranges = damaged.iter().map(|(_, start, length)| (*start, *length));
+            let ranges = damaged.iter().map(|piece| (piece.start, piece.length));
             self.move_aside(ranges, &aside)?;
             repair.damaged = Some((rows, aside));
             self.rewrite((0..self.lines.len()).collect())?;
@@ -214,6 +204,69 @@ impl<K: Clone + Eq + std::hash::Hash> Journal<K> {
         let end = self.file.seek(SeekFrom::End(0));
         end.map_err(|cause| self.write_error(cause))?;
         Ok(repair)
+    }
+
+    fn read_lines(
+        &self,
+        start: &[u8],
+        kind: &mut dyn FnMut(&[u8]) -> Kind<K>,
+    ) -> Result<Scanned<K>, JournalError> {
+        let mut reader = BufReader::with_capacity(1 << 16, &self.file);
+        let mut scanned = Scanned::default();
+        let (mut good, mut bad, mut row, mut whole) = (0, 0, 1, true);
+        let mut line = Vec::new();
+        loop {
+            line.clear();
+            let length = (&mut reader)
+                .take(LONGEST_LINE)
+                .read_until(b'\n', &mut line)
+                .map_err(|cause| self.read_error(cause))? as u64;
+            if length == 0 {
+                return Ok(scanned);
+            }
+            let ended = line.last() == Some(&b'\n');
+            let begun = std::mem::replace(&mut whole, ended);
+            let found = match (begun, ended) {
+                (true, true) => kind(&line[..line.len() - 1]),
+                _ => Kind::Damaged,
+            };
+            let last = line.iter().rposition(|byte| *byte != 0);
+            let rest = &line[..last.map_or(0, |last| last + 1)];
+            let record = |key| Line {
+                start: scanned.length,
+                length,
+                key,
+            };
+            match found {
+                Kind::Keyed(key) => scanned.lines.push(record(Some(key))),
+                Kind::Other => scanned.lines.push(record(None)),
+                // The end of the file: a record that was cut off, or zeros in its place.
+                Kind::Damaged
+                    if begun
+                        && !ended
+                        && length < LONGEST_LINE
+                        && (rest.starts_with(start) || start.starts_with(rest)) =>
+                {
+                    scanned.repair.cut = !rest.is_empty();
+                    scanned.repair.zeros = length - rest.len() as u64;
+                    return Ok(scanned);
+                }
+                Kind::Damaged => scanned.damaged.push(DamagedPiece {
+                    row,
+                    start: scanned.length,
+                    length,
+                }),
+            }
+            match scanned.lines.last() {
+                Some(last) if last.start == scanned.length => good += length,
+                _ => bad += length,
+            }
+            if bad > MOST_DAMAGE.max(good) {
+                return Err(self.foreign(scanned.damaged.first().map_or(row, |first| first.row)));
+            }
+            scanned.length += length;
+            row += usize::from(ended);
+        }
     }
 
     /// Appends a record at once, so that an interruption loses nothing that was finished.
@@ -234,7 +287,7 @@ impl<K: Clone + Eq + std::hash::Hash> Journal<K> {
 
     /// Puts the last record of each key where its first one was; earlier ones that `keep` wants are
     /// moved to `NAME.replaced`. Returns how many were replaced.
-    pub(super) fn settle(
+    pub(super) fn replace_earlier(
         &mut self,
         keep: &dyn Fn(&[u8], &[u8]) -> bool,
     ) -> Result<usize, JournalError> {
@@ -285,10 +338,7 @@ impl<K: Clone + Eq + std::hash::Hash> Journal<K> {
         let file = &mut self.file;
         file.seek(SeekFrom::Start(start))
             .and_then(|_| file.read_exact(&mut bytes))
-            .map_err(|cause| JournalError::Read {
-                path: self.name.clone(),
-                cause,
-            })?;
+            .map_err(|cause| self.read_error(cause))?;
         Ok(bytes)
     }
 
@@ -326,7 +376,11 @@ impl<K: Clone + Eq + std::hash::Hash> Journal<K> {
         name.push(format!(".tmp-{}", std::process::id()));
         let temporary = PathBuf::from(name);
         let written = self.write_lines(&temporary, &order);
-        let (file, lines, length) = match written {
+        let Rewritten {
+            file,
+            lines,
+            length,
+        } = match written {
             Ok(written) => written,
             Err(error) => {
                 let _ = fs::remove_file(&temporary);
@@ -339,15 +393,11 @@ impl<K: Clone + Eq + std::hash::Hash> Journal<K> {
         Ok(())
     }
 
-    #[allow(
-        clippy::type_complexity,
-        reason = "what a rewritten file consists of, used once"
-    )]
     fn write_lines(
         &mut self,
         temporary: &Path,
         order: &[usize],
-    ) -> Result<(File, Vec<Line<K>>, u64), JournalError> {
+    ) -> Result<Rewritten<K>, JournalError> {
         let failed = |cause| JournalError::Write {
             path: temporary.to_path_buf(),
             cause,
@@ -377,7 +427,11 @@ impl<K: Clone + Eq + std::hash::Hash> Journal<K> {
         drop(out);
         file.sync_all().map_err(failed)?;
         fs::rename(temporary, &self.path).map_err(failed)?;
-        Ok((file, lines, length))
+        Ok(Rewritten {
+            file,
+            lines,
+            length,
+        })
     }
 }
 
@@ -437,12 +491,15 @@ mod tests {
         let (dir, mut journal, _) = opened(b"=a1\nx\n=b1\n=c1\n");
         journal.add(b'a', "=a2".into()).unwrap();
         journal.add(b'b', "=b1".into()).unwrap();
-        assert_eq!(journal.settle(&|one, last| one != last).unwrap(), 2);
+        assert_eq!(
+            journal.replace_earlier(&|one, last| one != last).unwrap(),
+            2
+        );
         journal.add(b'd', "=d1".into()).unwrap();
         let text = fs::read(dir.path().join("r")).unwrap();
         assert_eq!(text, b"=a2\nx\n=b1\n=c1\n=d1\n");
         assert_eq!(fs::read(dir.path().join("r.replaced")).unwrap(), b"=a1\n");
-        assert_eq!(journal.settle(&|_, _| true).unwrap(), 0);
+        assert_eq!(journal.replace_earlier(&|_, _| true).unwrap(), 0);
         // The new file is locked as the old one was.
         assert!(matches!(
             open(&dir.path().join("r")),

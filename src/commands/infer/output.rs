@@ -1,7 +1,7 @@
 //! Where records go, and which are there already.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs::File,
     io::{Write, stdout},
     path::{Path, PathBuf},
@@ -16,7 +16,7 @@ use super::{
     record::{RECORD_START, Record, settings_hash},
 };
 use crate::{
-    files::{is_same_file, other_kind, sha256_file},
+    files::{is_same_file, name, other_kind, sha256_file},
     generate::FinishReason,
     study::counted,
 };
@@ -95,51 +95,47 @@ impl RecordFile {
             known.insert(key.clone(), Known { sha256, failed });
             Kind::Keyed(key)
         })?;
-        tell_repair(path, &repair);
+        print_repair(path, &repair);
         // A run that was killed may have left both the old and the new record.
-        journal.settle(&worth_keeping)?;
+        journal.replace_earlier(&worth_keeping)?;
         this.target = Target::Journal(Box::new(journal));
         Ok(this)
     }
 
     /// Which reports are to be written: those that are not there, those that ended in an error, and those
-    /// whose picture is another one now. In a file each image has one record, however often it is named.
+    /// whose image is another one now. In a file each image has one record, however often it is named.
     pub(crate) fn todo<'a>(&self, groups: &'a [Vec<PathBuf>]) -> Todo<'a> {
         if !matches!(self.target, Target::Journal(_)) {
             let groups = groups.iter().collect();
             return Todo { groups, note: None };
         }
-        let mut asked: HashMap<Key, ()> = HashMap::new();
+        let mut asked: HashSet<Key> = HashSet::new();
         let unique: Vec<(&Vec<PathBuf>, Key)> = groups
             .iter()
             .filter_map(|images| {
                 let key = key_of(images);
-                asked
-                    .insert(key.clone(), ())
-                    .is_none()
-                    .then_some((images, key))
+                asked.insert(key.clone()).then_some((images, key))
             })
             .collect();
-        let (mut there, mut failed, mut exchanged) = (0, 0, 0);
         let states: Vec<State> = unique
             .par_iter()
             .map(|(images, key)| self.state(images, key))
             .collect();
-        let mut todo = Vec::new();
-        for ((images, _), state) in unique.iter().zip(states) {
-            match state {
-                State::New => {}
-                State::There => there += 1,
-                State::Failed => failed += 1,
-                State::Exchanged => exchanged += 1,
-            }
-            if !matches!(state, State::There) {
-                todo.push(*images);
-            }
+        let todo = unique.iter().zip(&states);
+        let todo = todo.filter(|(_, state)| **state != State::There);
+        Todo {
+            groups: todo.map(|((images, _), _)| *images).collect(),
+            note: self.note(&states, groups.len() - unique.len()),
         }
+    }
+
+    /// What to say of the reports asked for; `repeated` were named a second time.
+    fn note(&self, states: &[State], repeated: usize) -> Option<String> {
+        let count = |wanted| states.iter().filter(|state| **state == wanted).count();
+        let [there, failed, exchanged] = [State::There, State::Failed, State::Exchanged].map(count);
+        let all = states.len();
         let mut notes = Vec::new();
-        let all = unique.len();
-        if todo.is_empty() {
+        if there == all {
             notes.push(match all {
                 1 => "the report is there already".to_owned(),
                 _ => format!("all {all} reports are there already"),
@@ -170,16 +166,13 @@ impl RecordFile {
                 counted(self.others, "report", "reports")
             ));
         }
-        if all < groups.len() {
+        if repeated > 0 {
             notes.push(format!(
                 "{} named more than once, and reported on once",
-                counted(groups.len() - all, "image is", "images are")
+                counted(repeated, "image is", "images are")
             ));
         }
-        Todo {
-            groups: todo,
-            note: (!notes.is_empty()).then(|| notes.join("; ")),
-        }
+        (!notes.is_empty()).then(|| notes.join("; "))
     }
 
     fn state(&self, images: &[PathBuf], key: &Key) -> State {
@@ -187,7 +180,7 @@ impl RecordFile {
             None => State::New,
             Some(known) if known.failed => State::Failed,
             Some(known) => match (&known.sha256, sha256_of(images)) {
-                // A picture that went away since keeps its report.
+                // An image that went away since keeps its report.
                 (Some(then), Some(now)) if *then != now => State::Exchanged,
                 _ => State::There,
             },
@@ -257,7 +250,7 @@ impl RecordFile {
     /// The file cannot be written, or reports failed: how many, and why the first one did.
     pub(crate) fn finish(mut self) -> Result<()> {
         if let Target::Journal(journal) = &mut self.target {
-            journal.settle(&worth_keeping)?;
+            journal.replace_earlier(&worth_keeping)?;
         }
         match (self.first_error, self.failed) {
             (Some(error), 1) => bail!("{error}"),
@@ -267,7 +260,8 @@ impl RecordFile {
     }
 }
 
-#[derive(Clone, Copy)]
+/// How a report that is asked for stands in the file.
+#[derive(Clone, Copy, PartialEq)]
 enum State {
     New,
     There,
@@ -276,10 +270,7 @@ enum State {
 }
 
 fn key_of(images: &[PathBuf]) -> Key {
-    images
-        .iter()
-        .map(|path| crate::files::name::place_of(path))
-        .collect()
+    images.iter().map(|path| name::place_of(path)).collect()
 }
 
 /// SHA-256 of the images as a record has it; `None` if one cannot be read.
@@ -294,7 +285,7 @@ fn sha256_of(images: &[PathBuf]) -> Option<String> {
     Some(hashes?.join(";"))
 }
 
-/// Whether a record that was replaced is to be kept aside: it has a report, about another picture.
+/// Whether a record that was replaced is to be kept aside: it has a report, about another image.
 fn worth_keeping(earlier: &[u8], later: &[u8]) -> bool {
     let read = |line: &[u8]| serde_json::from_slice::<Record>(line).ok();
     match (read(earlier), read(later)) {
@@ -328,7 +319,7 @@ fn without_resume(path: &Path) -> Result<Option<Target>> {
     }
 }
 
-fn tell_repair(path: &Path, repair: &Repair) {
+fn print_repair(path: &Path, repair: &Repair) {
     let name = path.display();
     if let Some((rows, aside)) = &repair.damaged {
         let shown: Vec<String> = rows.iter().take(5).map(usize::to_string).collect();

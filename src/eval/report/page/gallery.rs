@@ -79,9 +79,8 @@ fn kind(difference: FindingDifference) -> (&'static str, &'static str) {
     }
 }
 
-fn one(page: &mut String, outcome: &EvalOutcome, review: &CaseReview, images: CaseImages) {
-    let (case, text) = (&outcome.cases[review.case], &outcome.texts[review.case]);
-    let pair = &outcome.labels[review.case];
+/// What the page's filters look for.
+fn tags(review: &CaseReview) -> Vec<String> {
     let mut tags: Vec<String> = Vec::new();
     for (finding, difference) in &review.differences {
         let kind = kind(*difference).0;
@@ -100,30 +99,10 @@ fn one(page: &mut String, outcome: &EvalOutcome, review: &CaseReview, images: Ca
             tags.push(tag.to_owned());
         }
     }
-    let _ = write!(
-        page,
-        "<article class=\"card case\" data-tags=\"{}\"><div class=\"films\">",
-        tags.join(" ")
-    );
-    if images.is_empty() {
-        page.push_str("<div class=\"nofilm\">没有影像<br>no film</div>");
-    }
-    for image in images {
-        let shown = image.and_then(|image| {
-            data_url(&image, IMAGE_PIXELS).ok_or_else(|| "无法编码 cannot be encoded".to_owned())
-        });
-        let _ = match shown {
-            Ok(url) => write!(page, "<img alt=\"{}\" src=\"{url}\">", escape(&case.name)),
-            Err(reason) => write!(page, "<div class=\"nofilm\">{}</div>", escape(&reason)),
-        };
-    }
-    let _ = write!(
-        page,
-        "</div><div class=\"text\"><h3>{}<small>第 {} 例 · 字 ROUGE-L {:.1}</small></h3><div class=\"chips\">",
-        escape(&case.name),
-        review.case + 1,
-        100.0 * review.rouge_l
-    );
+    tags
+}
+
+fn chips(page: &mut String, review: &CaseReview) {
     if review.false_normal {
         page.push_str("<span class=\"chip missed\">漏诊为正常 false normal</span>");
     }
@@ -144,6 +123,36 @@ fn one(page: &mut String, outcome: &EvalOutcome, review: &CaseReview, images: Ca
     if review.differences.is_empty() && !review.false_normal && !review.invented {
         page.push_str("<span class=\"chip agreed\">所见一致 findings agree</span>");
     }
+}
+
+fn one(page: &mut String, outcome: &EvalOutcome, review: &CaseReview, images: CaseImages) {
+    let (case, text) = (&outcome.cases[review.case], &outcome.texts[review.case]);
+    let pair = &outcome.labels[review.case];
+    let _ = write!(
+        page,
+        "<article class=\"card case\" data-tags=\"{}\"><div class=\"films\">",
+        tags(review).join(" ")
+    );
+    if images.is_empty() {
+        page.push_str("<div class=\"nofilm\">没有影像<br>no film</div>");
+    }
+    for image in images {
+        let shown = image.and_then(|image| {
+            data_url(&image, IMAGE_PIXELS).ok_or_else(|| "无法编码 cannot be encoded".to_owned())
+        });
+        let _ = match shown {
+            Ok(url) => write!(page, "<img alt=\"{}\" src=\"{url}\">", escape(&case.name)),
+            Err(reason) => write!(page, "<div class=\"nofilm\">{}</div>", escape(&reason)),
+        };
+    }
+    let _ = write!(
+        page,
+        "</div><div class=\"text\"><h3>{}<small>第 {} 例 · 字 ROUGE-L {:.1}</small></h3><div class=\"chips\">",
+        escape(&case.name),
+        review.case + 1,
+        100.0 * review.rouge_l
+    );
+    chips(page, review);
     page.push_str("</div>");
     let mut part = |chinese: &str, english: &str, html: &str| {
         let _ = write!(
