@@ -1,3 +1,3 @@
-//! What every layer above stands on and none of them owns: knows nothing of models, training or reports.
+//! What every layer above uses and none of them owns: nothing here knows of models, training or reports.
 
 pub mod plot;

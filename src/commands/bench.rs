@@ -15,7 +15,7 @@ use clap::{Args, Subcommand, ValueEnum};
 
 use super::{
     bench_serve::{self, BenchServeArgs},
-    progress::{Progress, Unit, prepare_kernels},
+    progress::{Progress, Unit, loading, prepare_kernels},
     shell::shipped,
     usage::UsageError,
 };
@@ -326,7 +326,7 @@ impl ReplicatedTask for Measure {
             .map(|dir| bench.write_checkpoint(dir))
             .transpose()?;
         let mut records = match args.kind {
-            BenchKind::Load => with_loading(|on_progress| bench.load(&devices, on_progress))?,
+            BenchKind::Load => loading(|on_progress| bench.load(&devices, on_progress))?,
             BenchKind::Infer => measure_answers(&args, &bench, devices.clone())?,
             BenchKind::Train => measure_training(&args, &bench, &devices, dtype)?,
             BenchKind::Vision | BenchKind::Prefill | BenchKind::Decode => {
@@ -346,7 +346,7 @@ impl ReplicatedTask for Measure {
     }
 }
 
-/// The model and the requests that were asked for; no weights yet.
+/// The model and the requests that were typed; no weights yet.
 fn prepare<B: Kernels>(args: &BenchArgs, device: B::Device, dtype: DType) -> Result<Bench<B>> {
     let source = match args.random_weights {
         Some(size) => Source::Random {
@@ -373,14 +373,6 @@ fn prepare<B: Kernels>(args: &BenchArgs, device: B::Device, dtype: DType) -> Res
     Ok(bench)
 }
 
-/// Calls `load` with a progress of its own.
-fn with_loading<T>(load: impl FnOnce(&mut dyn FnMut(u64, u64)) -> T) -> T {
-    let mut progress = Progress::new("loading", 0, Unit::Bytes);
-    let loaded = load(&mut |done, total| progress.set(done, total));
-    progress.finish();
-    loaded
-}
-
 /// The sizes typed, or those that a kind measures by default.
 fn batches(args: &BenchArgs, default: &[usize]) -> Vec<usize> {
     if args.batch.is_empty() {
@@ -395,7 +387,7 @@ fn measure_answers<B: Kernels>(
     bench: &Bench<B>,
     devices: Vec<B::Device>,
 ) -> Result<Vec<Record>> {
-    let (models, seconds) = with_loading(|on_progress| bench.models::<B>(&devices, on_progress))?;
+    let (models, seconds) = loading(|on_progress| bench.models::<B>(&devices, on_progress))?;
     let models = models.into_iter().zip(devices).collect();
     let mut calls = Progress::new("calls", 0, Unit::Items);
     let mut on_call = |done, all| calls.set(done, all);
@@ -428,7 +420,7 @@ fn measure_training<B: Kernels>(
             })
             .collect(),
     };
-    let (base, seconds) = with_loading(|on_progress| bench.model::<Autodiff<B>>(on_progress))?;
+    let (base, seconds) = loading(|on_progress| bench.model::<Autodiff<B>>(on_progress))?;
     let trace = Trace::new(args.trace.is_some());
     let mut records = Vec::new();
     for shape in shapes {
@@ -449,7 +441,7 @@ fn measure_calls<B: Kernels>(
     bench: &Bench<B>,
     dtype: DType,
 ) -> Result<Vec<Record>> {
-    let (model, seconds) = with_loading(|on_progress| bench.model::<B>(on_progress))?;
+    let (model, seconds) = loading(|on_progress| bench.model::<B>(on_progress))?;
     let decoded = batches(args, &[1, 8, 32]);
     let largest = match args.kind {
         BenchKind::Vision | BenchKind::Prefill => 0,

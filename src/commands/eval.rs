@@ -25,7 +25,7 @@ use crate::{
     eval::{
         baselines::systems::{Reports, nearest_image, without_images},
         bootstrap::Bootstrap,
-        cases::{System, SystemTexts, Written},
+        cases::{System, SystemTexts, WrittenReport},
         caveat::{Caveat, too_few},
         evaluate::evaluate,
         outcome::{EvalOutcome, EvalSettings},
@@ -116,7 +116,7 @@ fn test_set(
     keys: &PredictionKeys,
     data: Option<&Dataset>,
     warnings: &mut Vec<Caveat>,
-) -> Result<(TestSet, Option<Vec<Written>>)> {
+) -> Result<(TestSet, Option<Vec<WrittenReport>>)> {
     let (mut set, mut written) = match (&args.predictions, data) {
         (Some(path), data) => {
             let predictions = read_predictions(path, keys)?;
@@ -140,14 +140,14 @@ fn test_set(
 /// The model, or the predictions in its place, and the baselines, in the order in which they are shown.
 fn systems(
     set: &TestSet,
-    predictions: Option<Vec<Written>>,
+    predictions: Option<Vec<WrittenReport>>,
     from_model: ModelRun,
     training: Option<&[String]>,
     seed: u64,
     warnings: &mut Vec<Caveat>,
 ) -> Result<Vec<SystemTexts>> {
     let system = |system: System| {
-        move |texts: Vec<Written>| SystemTexts {
+        move |texts: Vec<WrittenReport>| SystemTexts {
             system,
             note: String::new(),
             texts,
@@ -266,7 +266,7 @@ fn print(outcome: &EvalOutcome, loss: Option<&LossTotals>, all: bool) -> std::io
     write!(out, "{}", table::text(outcome, all))
 }
 
-/// Writes the JSON and the page that were asked for.
+/// Writes the JSON and the page, where they were named.
 fn write_files(
     args: &EvalArgs,
     set: &TestSet,

@@ -15,7 +15,7 @@ use burn::tensor::DType;
 use super::{
     infer_server,
     pipeline_options::pipeline_options,
-    progress::{Progress, Unit, prepare_kernels},
+    progress::{Progress, Unit, loading, prepare_kernels},
     shared_args::generation_config,
     tags,
     usage::UsageError,
@@ -131,11 +131,8 @@ impl ReplicatedTask for Infer {
         devices.truncate(groups.len());
         let options = pipeline_options(&self.args.model, dtype);
         self.args.model.adapter.check_base(&options.model)?;
-        let mut progress = Progress::new("loading", 0, Unit::Bytes);
-        let mut pipelines = Pipeline::<B>::load_on(&options, &devices, &mut |done, total| {
-            progress.set(done, total);
-        })?;
-        progress.finish();
+        let mut pipelines =
+            loading(|on_progress| Pipeline::<B>::load_on(&options, &devices, on_progress))?;
         if let Some(limits) = pipelines[0].parts.pixel_limits_to_know() {
             eprintln!("{limits}");
         }
@@ -205,7 +202,10 @@ impl Infer {
         for path in images {
             expect_file(path)?;
             let frame = self.args.frame.map(|frame| frame as usize);
-            let Reading { picture, remarks } = pipeline.parts.images.read(path, frame)?;
+            let Reading {
+                picture: image,
+                remarks,
+            } = pipeline.parts.images.read(path, frame)?;
             hashes.push(sha256_file(path)?);
             let about = (images.len() > 1).then(|| name::text_of(&[path]).0);
             let remarks = remarks.iter();
@@ -214,7 +214,7 @@ impl Infer {
                 .extend(remarks.map(|remark| RecordRemark::of(remark, about.clone())));
             let patches = pipeline
                 .parts
-                .image_input(&picture)
+                .image_input(&image)
                 .with_context(|| format!("`{}`", path.display()))?;
             input.extend(&patches);
         }

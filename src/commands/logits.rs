@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 
-use super::progress::{Progress, Unit};
+use super::progress::loading;
 use crate::{
     kernels::Kernels,
     pipeline::{PipelineOptions, load_model},
@@ -15,13 +15,8 @@ pub(super) fn read<B: Kernels>(
     config: &Qwen3VlConfig,
     device: &B::Device,
 ) -> Result<Qwen3Vl<B>> {
-    let mut progress = Progress::new("loading", 0, Unit::Bytes);
-    let model = load_model::<B>(options, config, device, &mut |done, total| {
-        progress.set(done, total);
-    })
-    .with_context(|| format!("cannot load `{}`", options.model.display()))?;
-    progress.finish();
-    Ok(model)
+    loading(|on_progress| load_model::<B>(options, config, device, on_progress))
+        .with_context(|| format!("cannot load `{}`", options.model.display()))
 }
 
 /// Logits for a fixed prompt with an image of smooth stripes; exercises both towers.

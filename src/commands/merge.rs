@@ -9,8 +9,7 @@ use clap::Args;
 use super::{
     logits::{probe, read, relative_distance},
     pipeline_options::checkpoint_alone,
-    shell::shipped,
-    usage::UsageError,
+    shell::{expect_new, shipped},
 };
 use crate::{
     backend::{DeviceName, DeviceTask, DtypeName, run_on},
@@ -56,19 +55,21 @@ pub struct MergeArgs {
 /// # Errors
 /// Anything that kept the checkpoint from being written whole and proven; nothing is left then.
 pub fn run(args: MergeArgs) -> Result<()> {
-    if args.output.exists() {
-        bail!(UsageError(format!(
-            "`{}` is there already; name a new folder with --output",
-            args.output.display()
-        )));
-    }
+    expect_new(&args.output)?;
     let dtype = args.dtype.map(DType::from);
-    run_on(args.device, dtype, Merge { args, asked: dtype })?
+    run_on(
+        args.device,
+        dtype,
+        Merge {
+            args,
+            typed_dtype: dtype,
+        },
+    )?
 }
 
 struct Merge {
     args: MergeArgs,
-    asked: Option<DType>,
+    typed_dtype: Option<DType>,
 }
 
 impl DeviceTask for Merge {
@@ -80,8 +81,8 @@ impl DeviceTask for Merge {
     }
 
     fn run<B: Kernels>(self, device: B::Device, dtype: DType) -> Result<()> {
-        // The base is read as precisely as it can be; what is asked for is what is written.
-        let read_dtype = match self.asked {
+        // The base is read as precisely as it can be; the typed dtype is what is written.
+        let read_dtype = match self.typed_dtype {
             Some(_) => DType::F32,
             None => dtype,
         };
@@ -90,7 +91,7 @@ impl DeviceTask for Merge {
             ..checkpoint_alone(shipped(&self.args.model), read_dtype)
         };
         let stored = stored_dtype(&options.model)?;
-        let written = self.asked.or(stored).unwrap_or(dtype);
+        let written = self.typed_dtype.or(stored).unwrap_or(dtype);
         let limits = match &self.args.adapter {
             Some(dir) => trained_pixel_limits(dir)?,
             None => None,
@@ -161,7 +162,7 @@ impl DeviceTask for Merge {
     }
 }
 
-/// For adapters that hold no fingerprint of their base: names tell two bases apart as well.
+/// For adapters that hold no fingerprint of their base: names distinguish two bases as well.
 fn check_name(adapter: &Path, model: &Path) -> Result<()> {
     let last = |path: &Path| -> Option<String> {
         let name = path.file_name()?.to_string_lossy().to_lowercase();

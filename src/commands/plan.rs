@@ -73,7 +73,7 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     println!("{}", parts.pixel_limits());
     let name = shipped_data(args.train_data.as_deref().unwrap_or(&config.train_data));
     let data = Dataset::open(&name)?;
-    let lengths = Lengths::of(&data, &parts)?;
+    let lengths = TokenLengths::of(&data, &parts)?;
     let device = first_device(&config)?;
     let dtype_bytes = weight_bytes(&config, device);
     let longest = lengths.at(1.0).min(config.max_length);
@@ -140,11 +140,11 @@ fn throughput(args: &PlanArgs) -> Result<Option<Throughput>> {
 }
 
 /// Tokens of every sample, the shortest first.
-struct Lengths {
+struct TokenLengths {
     sorted: Vec<usize>,
 }
 
-impl Lengths {
+impl TokenLengths {
     fn of(data: &Dataset, parts: &TextAndImages) -> Result<Self, DatasetError> {
         let mut sorted: Vec<usize> = (0..data.len())
             .into_par_iter()
@@ -177,7 +177,7 @@ fn weight_bytes(config: &TrainConfig, device: Option<DeviceName>) -> u64 {
 }
 
 /// Says what becomes of samples longer than `max_length`.
-fn print_overlong(config: &TrainConfig, data: String, lengths: &Lengths) -> Result<()> {
+fn print_overlong(config: &TrainConfig, data: String, lengths: &TokenLengths) -> Result<()> {
     let all = lengths.sorted.len();
     let over = lengths
         .sorted
@@ -210,7 +210,7 @@ fn print_overlong(config: &TrainConfig, data: String, lengths: &Lengths) -> Resu
     Ok(())
 }
 
-/// Asks a device how much of its memory is free.
+/// How much memory of a device is free.
 struct FreeMemory;
 
 impl DeviceTask for FreeMemory {

@@ -1,4 +1,4 @@
-//! `quantize`: a checkpoint with packed weights, which loads without the one it was made from.
+//! `quantize`: a checkpoint with quantised weights, which loads without the one it was made from.
 
 use std::path::PathBuf;
 
@@ -9,7 +9,7 @@ use clap::Args;
 use super::{
     logits::{probe, read},
     pipeline_options::checkpoint_alone,
-    shell::shipped,
+    shell::{expect_new, shipped},
     usage::UsageError,
 };
 use crate::{
@@ -52,12 +52,7 @@ pub struct QuantizeArgs {
 /// # Errors
 /// Anything that kept the checkpoint from being written whole and read back; nothing is left then.
 pub fn run(args: QuantizeArgs) -> Result<()> {
-    if args.output.exists() {
-        bail!(UsageError(format!(
-            "`{}` is there already; name a new folder with --output",
-            args.output.display()
-        )));
-    }
+    expect_new(&args.output)?;
     let quantization = Quantization::new(args.bits, args.group).map_err(UsageError)?;
     let (device, task) = (args.device, Quantize { args, quantization });
     run_on(device, None, task)?

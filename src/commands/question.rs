@@ -34,10 +34,10 @@ pub(super) fn question_about(
 }
 
 /// The images of a row, ready for the model.
-pub(super) fn patches(parts: &TextAndImages, pictures: &[RgbImage]) -> Result<ImageInput> {
+pub(super) fn patches(parts: &TextAndImages, images: &[RgbImage]) -> Result<ImageInput> {
     let mut input = ImageInput::default();
-    for picture in pictures {
-        input.extend(&parts.image_input(picture)?);
+    for image in images {
+        input.extend(&parts.image_input(image)?);
     }
     Ok(input)
 }

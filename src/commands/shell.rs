@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use super::usage::UsageError;
+
 /// A path that comes with the repository: as given, or beside the sources the program was built from.
 pub(super) fn shipped(path: &Path) -> PathBuf {
     if path.exists() || path.is_absolute() {
@@ -22,6 +24,17 @@ pub(super) fn shipped_data(name: &str) -> String {
     } else {
         shipped(Path::new(name)).display().to_string()
     }
+}
+
+/// Refuses to write into a folder that is there.
+pub(super) fn expect_new(output: &Path) -> Result<(), UsageError> {
+    if output.exists() {
+        return Err(UsageError(format!(
+            "`{}` is there already; name a new folder with --output",
+            output.display()
+        )));
+    }
+    Ok(())
 }
 
 /// A reader that has seen enough, such as `head`, is no failure.

@@ -175,8 +175,8 @@ fn load_config(args: &TrainArgs) -> Result<TrainConfig> {
 /// Share held out where a run is given training data of its own and no validation data.
 const HELD_OUT: f64 = 0.05;
 
-/// Drawings say nothing about films: a run that is given films to learn from does not validate on the drawings of
-/// its config, but on studies held out of them.
+/// Drawn images say nothing about radiographs: a run that is given radiographs to learn from does not validate on the
+/// drawn ones of its config, but on studies held out of its own data.
 fn validate_on_own_data(args: &TrainArgs, config: &mut TrainConfig) {
     let sample = Path::new("data/sample");
     let is_drawn = |name: &str| {
@@ -201,7 +201,7 @@ fn validate_on_own_data(args: &TrainArgs, config: &mut TrainConfig) {
     }
 }
 
-/// Samples whose lengths stand for all when a form of the step is chosen.
+/// Samples whose lengths are taken for those of all when the form of a step is chosen.
 const MEASURED_SAMPLES: usize = 32;
 
 /// Chooses the form of the step that fits the budget, and describes it in a line.
@@ -265,7 +265,7 @@ impl ReplicatedTask for Train {
 
     fn run<B: Kernels>(mut self, replicas: Replicas<B>) -> Result<()> {
         let Replicas { devices, dtype } = replicas;
-        // What was chosen for the user is written down as if it had been asked for.
+        // What was chosen for the user is written down like what was typed.
         self.config.dtype = Some(dtype_flag(dtype).to_string());
         let device = devices[0].clone();
         let budget = self.args.memory_budget;
@@ -439,7 +439,7 @@ fn resume_command(config: &TrainConfig, random_init: bool) -> String {
     )
 }
 
-/// What lets a run's model write about a picture.
+/// The command with which a run's model writes about an image.
 fn infer_command<B: Kernels>(result: &RunResult<B>) -> String {
     let word = |path: &Path| shell_word(&path.display().to_string());
     let image = result
@@ -492,7 +492,7 @@ fn watch_signals() -> Result<Arc<AtomicBool>> {
     Ok(flag)
 }
 
-/// Whether the process was started to outlive its terminal, as `nohup` does; also where that cannot be told.
+/// Whether the process was started to outlive its terminal, as `nohup` does; also where that cannot be found out.
 #[cfg(unix)]
 fn ignores_hangup() -> bool {
     let Ok(status) = std::fs::read_to_string("/proc/self/status") else {

@@ -17,14 +17,14 @@ pub struct Case {
 
 /// What a system wrote about one case.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Written {
+pub struct WrittenReport {
     /// The report.
     pub answer: String,
     /// The reasoning before it.
     pub thinking: Option<String>,
 }
 
-impl From<String> for Written {
+impl From<String> for WrittenReport {
     fn from(answer: String) -> Self {
         Self {
             answer,
@@ -81,5 +81,5 @@ pub struct SystemTexts {
     /// How it came about, for the reader.
     pub note: String,
     /// One a case.
-    pub texts: Vec<Written>,
+    pub texts: Vec<WrittenReport>,
 }

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use rayon::prelude::*;
 
 use super::{
-    cases::{Case, SystemTexts, Written},
+    cases::{Case, SystemTexts, WrittenReport},
     error::EvaluateError,
     findings::{
         Finding, Labeler, LabelledPair, Status, UncertainPolicy, evaluation::FindingEvaluation,
@@ -19,7 +19,7 @@ use super::{
     text::{TextEvaluation, TextPair, rouge::rouge_l, segment::characters},
 };
 
-/// Scores the first of `systems` with all that stand beside it, and compares it with the run `other`.
+/// Scores the first of `systems` beside all others, and compares it with the run `other`.
 ///
 /// # Errors
 /// [`EvaluateError`]: nothing to evaluate, settings out of range.
@@ -29,7 +29,7 @@ use super::{
 pub fn evaluate(
     cases: Vec<Case>,
     systems: Vec<SystemTexts>,
-    other: Option<&[Written]>,
+    other: Option<&[WrittenReport]>,
     settings: EvalSettings,
 ) -> Result<EvalOutcome, EvaluateError> {
     assert!(!systems.is_empty(), "there is no system to evaluate");
@@ -90,7 +90,7 @@ struct Parts {
 impl Parts {
     fn of(
         cases: &[Case],
-        texts: &[Written],
+        texts: &[WrittenReport],
         policy: UncertainPolicy,
     ) -> Result<Self, EvaluateError> {
         let pairs: Vec<TextPair> = cases
@@ -163,7 +163,7 @@ fn confusion(labels: &[LabelledPair]) -> BTreeMap<Finding, Confusion> {
 fn review(
     at: usize,
     case: &Case,
-    text: &Written,
+    text: &WrittenReport,
     pair: &LabelledPair,
     settings: &EvalSettings,
 ) -> CaseReview {
@@ -214,7 +214,7 @@ mod tests {
             case("3", "胸部未见异常。"),
         ];
         let texts = ["右侧胸腔积液。", "心肺未见异常。", "胸部未见异常。"];
-        let texts: Vec<Written> = texts.map(|text| text.to_owned().into()).to_vec();
+        let texts: Vec<WrittenReport> = texts.map(|text| text.to_owned().into()).to_vec();
         let system = SystemTexts {
             system: System::Model,
             note: String::new(),

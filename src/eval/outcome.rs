@@ -6,7 +6,7 @@ use serde::{Serialize, Serializer, ser::SerializeMap};
 
 use super::{
     bootstrap::{Bootstrap, Comparison, Interval},
-    cases::{Case, System, Written},
+    cases::{Case, System, WrittenReport},
     findings::{Finding, LabelledPair, Status, UncertainPolicy, score::FindingScores},
 };
 
@@ -19,7 +19,7 @@ pub struct EvalSettings {
     pub policy: UncertainPolicy,
 }
 
-/// NamedValues values that keep their order in JSON.
+/// Named values that keep their order in JSON.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NamedValues<T>(pub Vec<(String, T)>);
 
@@ -102,7 +102,7 @@ pub struct EvalOutcome {
     /// The test set.
     pub cases: Vec<Case>,
     /// What the first system wrote.
-    pub texts: Vec<Written>,
+    pub texts: Vec<WrittenReport>,
     /// Labels of truth and answer of the first system.
     pub labels: Vec<LabelledPair>,
     /// Number of studies.

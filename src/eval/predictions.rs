@@ -262,7 +262,7 @@ impl PredictionRow<'_> {
     }
 }
 
-/// Whether a value stands for no answer at all: null, an empty list, or a list or message of such.
+/// Whether a value means no answer at all: null, an empty list, or a list or message of such.
 fn is_nothing(value: &Value) -> bool {
     match value {
         Value::Null => true,

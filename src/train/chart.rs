@@ -135,13 +135,13 @@ pub fn training_chart(rows: &[ChartRow]) -> String {
 
 /// Exponential moving average that starts unbiased; it spans some 2% of the run.
 fn smooth(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
-    let keep = 1.0 - 1.0 / (points.len() as f64 / 50.0).clamp(3.0, 50.0);
+    let decay = 1.0 - 1.0 / (points.len() as f64 / 50.0).clamp(3.0, 50.0);
     let (mut sum, mut weight) = (0.0, 0.0);
     let finite = points.iter().filter(|(_, y)| y.is_finite());
     finite
         .map(|&(x, y)| {
-            sum = sum * keep + y;
-            weight = weight * keep + 1.0;
+            sum = sum * decay + y;
+            weight = weight * decay + 1.0;
             (x, sum / weight)
         })
         .collect()

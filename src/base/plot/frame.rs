@@ -8,14 +8,14 @@ use super::{
 };
 
 /// The inside of a panel, in pixels.
-pub(super) struct Frame {
+pub(super) struct PanelFrame {
     pub(super) left: f64,
     pub(super) right: f64,
     pub(super) top: f64,
     pub(super) bottom: f64,
 }
 
-impl Frame {
+impl PanelFrame {
     pub(super) fn new(offset: f64, height: f64) -> Self {
         Self {
             left: 78.0,
@@ -35,7 +35,7 @@ impl Frame {
 }
 
 /// Horizontal grid lines with the left axis' numbers and its label.
-pub(super) fn draw_grid(svg: &mut String, frame: &Frame, axis: &Axis, label: &str) {
+pub(super) fn draw_grid(svg: &mut String, frame: &PanelFrame, axis: &Axis, label: &str) {
     for (tick, number) in axis.ticks.iter().zip(axis.labels()) {
         let at = frame.y(axis.place(*tick));
         let (left, right) = (frame.left, frame.right);
@@ -49,7 +49,7 @@ pub(super) fn draw_grid(svg: &mut String, frame: &Frame, axis: &Axis, label: &st
 }
 
 /// Numbers and label of the right axis; it has no grid lines, as the left one's would cross them.
-pub(super) fn draw_right_axis(svg: &mut String, frame: &Frame, axis: &Axis, label: &str) {
+pub(super) fn draw_right_axis(svg: &mut String, frame: &PanelFrame, axis: &Axis, label: &str) {
     for (tick, number) in axis.ticks.iter().zip(axis.labels()) {
         let (at, right) = (frame.y(axis.place(*tick)), frame.right);
         let end = right + 5.0;
@@ -70,7 +70,7 @@ pub(super) fn draw_right_axis(svg: &mut String, frame: &Frame, axis: &Axis, labe
     side_label(svg, WIDTH - 10.0, frame, label);
 }
 
-pub(super) fn draw_x_axis(svg: &mut String, frame: &Frame, axis: &Axis, label: &str) {
+pub(super) fn draw_x_axis(svg: &mut String, frame: &PanelFrame, axis: &Axis, label: &str) {
     let (left, right, top, bottom) = (frame.left, frame.right, frame.top, frame.bottom);
     for (tick, number) in axis.ticks.iter().zip(axis.labels()) {
         let at = frame.x(axis.place(*tick));
@@ -96,7 +96,7 @@ pub(super) fn draw_x_axis(svg: &mut String, frame: &Frame, axis: &Axis, label: &
     );
 }
 
-fn side_label(svg: &mut String, x: f64, frame: &Frame, label: &str) {
+fn side_label(svg: &mut String, x: f64, frame: &PanelFrame, label: &str) {
     let y = (frame.top + frame.bottom) / 2.0;
     let label = escape(label);
     let _ = writeln!(
@@ -105,7 +105,7 @@ fn side_label(svg: &mut String, x: f64, frame: &Frame, label: &str) {
     );
 }
 
-pub(super) fn no_data(svg: &mut String, frame: &Frame) {
+pub(super) fn no_data(svg: &mut String, frame: &PanelFrame) {
     let (x, y) = (
         (frame.left + frame.right) / 2.0,
         (frame.top + frame.bottom) / 2.0,

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use super::{
     axis::{Axis, nice_step, short_number},
-    frame::{Frame, draw_grid, draw_x_axis, no_data},
+    frame::{PanelFrame, draw_grid, draw_x_axis, no_data},
     svg::{BLUE, INK, ORANGE, open_svg, text},
 };
 
@@ -17,7 +17,7 @@ pub fn histogram(values: &[f64], title: &str, unit: &str) -> String {
         .filter(|value| value.is_finite())
         .collect();
     values.sort_by(f64::total_cmp);
-    let frame = Frame::new(0.0, 400.0);
+    let frame = PanelFrame::new(0.0, 400.0);
     let mut svg = open_svg(400.0);
     text(&mut svg, frame.left, 26.0, "start", 15.0, INK, title);
     let (Some(&low), Some(&high)) = (values.first(), values.last()) else {

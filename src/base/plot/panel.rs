@@ -4,12 +4,12 @@ use std::fmt::Write;
 
 use super::{
     axis::{Axis, AxisScale},
-    frame::{Frame, draw_grid, draw_right_axis, draw_x_axis, no_data},
+    frame::{PanelFrame, draw_grid, draw_right_axis, draw_x_axis, no_data},
     svg::{INK, escape, open_svg, text, text_width},
 };
 
 const PANEL_HEIGHT: f64 = 300.0;
-/// More points than this cannot be told apart at the width of a panel.
+/// More points than this cannot be distinguished at the width of a panel.
 const MAX_POINTS: usize = 2000;
 
 /// How a series is drawn.
@@ -18,7 +18,7 @@ pub enum Mark {
     /// A line.
     #[default]
     Line,
-    /// A thin pale line, for raw values behind a smoothed curve.
+    /// A thin pale line, for raw values under a smoothed curve.
     FaintLine,
     /// Dots joined by a thin line.
     Points,
@@ -39,7 +39,7 @@ pub struct Series {
     pub points: Vec<(f64, f64)>,
 }
 
-/// One chart: a frame with series, a left axis and, if a series asks for it, a right one.
+/// One chart: a frame with series, a left axis and, if a series belongs to it, a right one.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Panel {
     /// Title above the frame.
@@ -75,7 +75,7 @@ pub fn figure(panels: &[Panel]) -> String {
 }
 
 fn draw_panel(svg: &mut String, panel: &Panel, offset: f64, height: f64) {
-    let frame = Frame::new(offset, height);
+    let frame = PanelFrame::new(offset, height);
     text(
         svg,
         frame.left,
@@ -154,7 +154,7 @@ fn thin(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     result
 }
 
-fn draw_series(svg: &mut String, frame: &Frame, x: &Axis, y: &Axis, series: &Series) {
+fn draw_series(svg: &mut String, frame: &PanelFrame, x: &Axis, y: &Axis, series: &Series) {
     let mut path = String::new();
     let mut dots = Vec::new();
     let mut pen_down = false;
@@ -192,7 +192,7 @@ fn draw_series(svg: &mut String, frame: &Frame, x: &Axis, y: &Axis, series: &Ser
 /// Legend to the right of the title, outside the frame so that it covers no curve.
 fn draw_legend<'a>(
     svg: &mut String,
-    frame: &Frame,
+    frame: &PanelFrame,
     series: impl DoubleEndedIterator<Item = &'a Series>,
     baseline: f64,
 ) {

@@ -45,10 +45,10 @@ const GRID: [usize; 3] = [1, 4, 6];
 
 /// What the model says in one type on one device.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Answers {
+pub(super) struct DeviceAnswers {
     /// Of every token of the prompt, token after token.
     pub(super) logits: Vec<f32>,
-    /// How far the logit of a decoded token lies below the largest of one full pass, at most, over the
+    /// How far the logit of a decoded token is below the largest of one full pass, at most, over the
     /// spread of the logits.
     pub(super) decoding: f64,
     /// Of the adapter, recorded and written out, by name.
@@ -59,17 +59,20 @@ pub(super) struct Answers {
 ///
 /// # Errors
 /// What decoding or a panicking driver said.
-pub(super) fn answers<B: Kernels>(device: &B::Device, dtype: DType) -> Result<Answers, String> {
+pub(super) fn answers<B: Kernels>(
+    device: &B::Device,
+    dtype: DType,
+) -> Result<DeviceAnswers, String> {
     quietly(|| work_out::<B>(device, dtype))?
 }
 
 /// Draws every parameter on the host.
-struct Draw {
+struct HostDraw {
     dtype: DType,
     next: Cell<u64>,
 }
 
-impl Draw {
+impl HostDraw {
     fn values(&self, shape: &[usize], centre: f32, reach: f32) -> TensorData {
         let mut random = ChaCha8Rng::seed_from_u64(mix(SEED, self.next.get()));
         self.next.set(self.next.get() + 1);
@@ -81,14 +84,14 @@ impl Draw {
     }
 }
 
-impl<B: Kernels> ModuleMapper<B> for Draw {
+impl<B: Kernels> ModuleMapper<B> for HostDraw {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
         let shape: [usize; D] = param.lazy_shape().dims();
         let device = param.lazy_device();
         let values = if D == 1 {
             self.values(&shape, 0.8, 0.4)
         } else {
-            // Products keep the size of their inputs.
+            // A matmul keeps the size of its input.
             let inner: usize = shape[1..].iter().product();
             self.values(&shape, 0.0, (3.0 / inner as f32).sqrt())
         };
@@ -102,7 +105,7 @@ fn model<B: Kernels>(config: &Qwen3VlConfig, dtype: DType, device: &B::Device) -
         dtype,
         ..InitOptions::default()
     };
-    Qwen3Vl::new(config, &options, device).map(&mut Draw {
+    Qwen3Vl::new(config, &options, device).map(&mut HostDraw {
         dtype,
         next: Cell::new(0),
     })
@@ -134,7 +137,7 @@ fn input(ids: Vec<u32>, config: &Qwen3VlConfig) -> Result<TextInput, String> {
         .map_err(|error| error.to_string())
 }
 
-fn work_out<B: Kernels>(device: &B::Device, dtype: DType) -> Result<Answers, String> {
+fn work_out<B: Kernels>(device: &B::Device, dtype: DType) -> Result<DeviceAnswers, String> {
     let config = RandomSize::Tiny.config(None)?;
     let prompt = prompt(&config);
     let plain = model::<B>(&config, dtype, device);
@@ -177,11 +180,11 @@ fn work_out<B: Kernels>(device: &B::Device, dtype: DType) -> Result<Answers, Str
     let frozen = model::<Autodiff<B>>(&config, dtype, device).no_grad();
     let (mut adapted, _) = attach(frozen, &adapter, SEED).map_err(|error| error.to_string())?;
     // A fresh `B` is zero, and so would be the gradient of `A`.
-    let draw = Draw {
+    let draw = HostDraw {
         dtype: DType::F32,
         next: Cell::new(1 << 32),
     };
-    adapted = adapted.map_linears(&mut Fill(draw));
+    adapted = adapted.map_linears(&mut FillAdapters(draw));
     let inner = adapted.valid();
     let labels = text.input_ids[0].iter().map(|id| i64::from(*id)).collect();
     let batch = MicroBatch {
@@ -204,7 +207,7 @@ fn work_out<B: Kernels>(device: &B::Device, dtype: DType) -> Result<Answers, Str
             })
             .collect()
     });
-    Ok(Answers {
+    Ok(DeviceAnswers {
         logits,
         decoding,
         gradients,
@@ -212,9 +215,9 @@ fn work_out<B: Kernels>(device: &B::Device, dtype: DType) -> Result<Answers, Str
 }
 
 /// Gives the second factor of every adapter values.
-struct Fill(Draw);
+struct FillAdapters(HostDraw);
 
-impl<B: Kernels> LinearMapper<Autodiff<B>> for Fill {
+impl<B: Kernels> LinearMapper<Autodiff<B>> for FillAdapters {
     fn map_linear(&mut self, _path: &str, mut linear: Linear<Autodiff<B>>) -> Linear<Autodiff<B>> {
         if let Some(lora) = &mut linear.lora {
             let shape: [usize; 2] = lora.lora_b.lazy_shape().dims();

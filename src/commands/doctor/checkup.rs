@@ -2,7 +2,7 @@
 
 use burn::tensor::DType;
 
-use super::answers::Answers;
+use super::answers::DeviceAnswers;
 use crate::commands::logits::{larger_or_nan, relative_distance};
 
 /// How a part compares.
@@ -50,7 +50,7 @@ impl Checkup {
 }
 
 /// Relative distance allowed in a type. The half types round every activation of eight layers to 8 or
-/// 11 bits; f32 allows for TF32 products, which CUDA backends take for f32.
+/// 11 bits; f32 allows for TF32 matmuls, which CUDA backends use for f32.
 pub(super) fn allowed(dtype: DType) -> f64 {
     match dtype {
         DType::BF16 => 8e-2,
@@ -62,8 +62,8 @@ pub(super) fn allowed(dtype: DType) -> f64 {
 /// Compares the answers of a device with those of the CPU in f32.
 pub(super) fn compare(
     dtype: DType,
-    answers: Result<Answers, String>,
-    cpu: Option<&Answers>,
+    answers: Result<DeviceAnswers, String>,
+    cpu: Option<&DeviceAnswers>,
 ) -> Checkup {
     let allowed = allowed(dtype);
     let answers = match answers {
@@ -81,7 +81,7 @@ pub(super) fn compare(
         None => (Agreement::Unknown, Agreement::Unknown),
         Some(cpu) => {
             let forward = relative_distance(&answers.logits, &cpu.logits);
-            // By tensor: a wrong small one must not hide behind a large one.
+            // By tensor: a small wrong one must not vanish beside a large one.
             let gradient = answers
                 .gradients
                 .iter()
@@ -111,7 +111,7 @@ mod tests {
     use super::{super::answers::answers, *};
     use burn_flex::Flex;
 
-    fn cpu() -> Answers {
+    fn cpu() -> DeviceAnswers {
         answers::<Flex>(&Default::default(), DType::F32).unwrap()
     }
 
@@ -131,7 +131,7 @@ mod tests {
     #[test]
     fn wrong_answers_are_found() {
         let cpu = cpu();
-        let spoiled = |spoil: &dyn Fn(&mut Answers)| {
+        let spoiled = |spoil: &dyn Fn(&mut DeviceAnswers)| {
             let mut answers = cpu.clone();
             spoil(&mut answers);
             compare(DType::F16, Ok(answers), Some(&cpu))

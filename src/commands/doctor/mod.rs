@@ -14,7 +14,7 @@ use crate::{
     kernels::Kernels,
 };
 
-use answers::{Answers, answers};
+use answers::{DeviceAnswers, answers};
 use checkup::{Agreement, Checkup, compare};
 
 mod answers;
@@ -46,7 +46,7 @@ impl CheckedDevice {
 }
 
 /// Checks the types the device calculates in.
-struct CheckDtypes<'a>(Option<&'a Answers>);
+struct CheckDtypes<'a>(Option<&'a DeviceAnswers>);
 
 impl DeviceTask for CheckDtypes<'_> {
     type Output = Vec<Checkup>;
@@ -64,7 +64,7 @@ impl DeviceTask for CheckDtypes<'_> {
 struct AnswersOfCpu;
 
 impl DeviceTask for AnswersOfCpu {
-    type Output = Result<Answers, String>;
+    type Output = Result<DeviceAnswers, String>;
 
     fn run<B: Kernels>(self, device: B::Device, _dtype: DType) -> Self::Output {
         answers::<B>(&device, DType::F32)

@@ -10,7 +10,7 @@ use anyhow::{Result, bail};
 use crate::{
     dataset::{Dataset, SampleText},
     eval::{
-        cases::{Case, Written},
+        cases::{Case, WrittenReport},
         caveat::Caveat,
         predictions::{Prediction, REFERENCE_KEYS},
     },
@@ -311,7 +311,7 @@ pub(super) fn join(
     predictions: Vec<Prediction>,
     data: Option<&Dataset>,
     warnings: &mut Vec<Caveat>,
-) -> Result<(TestSet, Vec<Written>)> {
+) -> Result<(TestSet, Vec<WrittenReport>)> {
     warn_of_odd_answers(&predictions, warnings);
     let mut set = TestSet::default();
     let mut written = Vec::new();
@@ -346,7 +346,7 @@ pub(super) fn join(
         set.cases.push(case);
         set.rows.push(row);
         set.images.push(images);
-        written.push(Written {
+        written.push(WrittenReport {
             answer: one.answer,
             thinking: one.thinking,
         });
@@ -382,7 +382,7 @@ pub(super) fn align(
     predictions: Vec<Prediction>,
     set: &TestSet,
     data: Option<&Dataset>,
-) -> Result<Vec<Written>> {
+) -> Result<Vec<WrittenReport>> {
     let mut warnings = Vec::new();
     let (other, written) = join(path, predictions, data, &mut warnings)?;
     for warning in warnings {

@@ -14,7 +14,7 @@ use crate::{
     backend::DeviceTask,
     commands::{
         pipeline_options::with_adapter,
-        progress::{Progress, Unit, prepare_kernels},
+        progress::{Progress, Unit, loading, prepare_kernels},
         question::{image_counts, patches, question_about},
         shared_args::{AdapterArgs, LoadArgs},
     },
@@ -24,7 +24,7 @@ use crate::{
     },
     eval::{
         baselines::systems::swapped,
-        cases::{Case, Written},
+        cases::{Case, WrittenReport},
         caveat::Caveat,
     },
     generate::{FinishReason, GenerationConfig},
@@ -62,8 +62,8 @@ pub(super) struct ModelWork {
 #[derive(Default)]
 pub(super) struct ModelRun {
     pub(super) loss: Option<LossTotals>,
-    pub(super) written: Option<Vec<Written>>,
-    pub(super) swapped: Option<Vec<Written>>,
+    pub(super) written: Option<Vec<WrittenReport>>,
+    pub(super) swapped: Option<Vec<WrittenReport>>,
     pub(super) embeddings: Option<Embeddings>,
     pub(super) warnings: Vec<Caveat>,
 }
@@ -89,11 +89,7 @@ impl DeviceTask for ModelWork {
             .map(|path| PredictionFile::create(path, self.keeps_studies))
             .transpose()?;
         let options = with_adapter(&self.model, &self.adapter, &self.load, dtype);
-        let mut progress = Progress::new("loading", 0, Unit::Bytes);
-        let pipeline = Pipeline::<B>::load(&options, device, &mut |done, total| {
-            progress.set(done, total);
-        })?;
-        progress.finish();
+        let pipeline = loading(|on_progress| Pipeline::<B>::load(&options, device, on_progress))?;
         if let Some(limits) = pipeline.parts.pixel_limits_to_know() {
             eprintln!("{limits}");
         }
@@ -140,8 +136,8 @@ impl DeviceTask for ModelWork {
     }
 }
 
-fn written(answer: Answer) -> Written {
-    Written {
+fn written(answer: Answer) -> WrittenReport {
+    WrittenReport {
         answer: answer.report,
         thinking: answer.thinking,
     }
@@ -230,7 +226,7 @@ impl ModelWork {
         &self,
         pipeline: &Pipeline<B>,
         warnings: &mut Vec<Caveat>,
-    ) -> Result<Option<Vec<Written>>> {
+    ) -> Result<Option<Vec<WrittenReport>>> {
         let studies: Vec<&str> = self.cases.iter().map(|case| case.study.as_str()).collect();
         let images = image_counts(&self.data, self.rows.iter().copied(), &pipeline.parts)?;
         let others = swapped(&studies, &images);
@@ -301,9 +297,9 @@ impl ModelWork {
         let mut progress = Progress::new(what, rows.len() as u64, Unit::Items);
         let (mut values, mut kept) = (Vec::new(), Vec::new());
         for (done, row) in rows.iter().enumerate() {
-            let pictures = data.read(*row, parts)?.pictures;
-            if !pictures.is_empty() {
-                let images = patches(parts, &pictures)
+            let images = data.read(*row, parts)?.pictures;
+            if !images.is_empty() {
+                let images = patches(parts, &images)
                     .with_context(|| format!("`{}`, row {}", data.name(), row + 1))?;
                 let merged = pipeline
                     .model

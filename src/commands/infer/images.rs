@@ -162,7 +162,7 @@ fn has_dicom_mark(path: &Path) -> bool {
         && head.ends_with(b"DICM")
 }
 
-/// A DICOMDIR has the mark and no picture.
+/// A DICOMDIR has the mark and no image.
 fn is_directory_file(path: &Path) -> bool {
     path.file_stem()
         .is_some_and(|name| name.eq_ignore_ascii_case("DICOMDIR"))

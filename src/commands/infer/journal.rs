@@ -17,7 +17,7 @@ const LONGEST_LINE: u64 = 16 << 20;
 const MOST_DAMAGE: u64 = 64 << 20;
 
 /// What a line is.
-pub(super) enum Kind<K> {
+pub(super) enum LineKind<K> {
     /// A record that later ones with the same key replace.
     Keyed(K),
     /// A record of another run, left as it is.
@@ -26,7 +26,7 @@ pub(super) enum Kind<K> {
     Damaged,
 }
 
-struct Line<K> {
+struct JournalLine<K> {
     start: u64,
     length: u64,
     key: Option<K>,
@@ -34,7 +34,7 @@ struct Line<K> {
 
 /// A part of the file that is no record, at most a line long.
 struct DamagedPiece {
-    /// Line, from 1.
+    /// Line of the file, from 1.
     row: usize,
     start: u64,
     length: u64,
@@ -42,7 +42,7 @@ struct DamagedPiece {
 
 /// What a file holds.
 struct Scanned<K> {
-    lines: Vec<Line<K>>,
+    lines: Vec<JournalLine<K>>,
     /// Bytes up to the last line that has its end.
     length: u64,
     damaged: Vec<DamagedPiece>,
@@ -63,7 +63,7 @@ impl<K> Default for Scanned<K> {
 /// A file of lines that was written under another name.
 struct Rewritten<K> {
     file: File,
-    lines: Vec<Line<K>>,
+    lines: Vec<JournalLine<K>>,
     length: u64,
 }
 
@@ -104,7 +104,7 @@ pub(super) struct Journal<K> {
     /// Without links: what is renamed must be the file itself.
     path: PathBuf,
     file: File,
-    lines: Vec<Line<K>>,
+    lines: Vec<JournalLine<K>>,
     length: u64,
     /// Files that were replaced; their locks are held to the end.
     replaced: Vec<File>,
@@ -121,7 +121,7 @@ impl<K: Clone + Eq + std::hash::Hash> Journal<K> {
     pub(super) fn open(
         name: &Path,
         start: &[u8],
-        kind: &mut dyn FnMut(&[u8]) -> Kind<K>,
+        kind: &mut dyn FnMut(&[u8]) -> LineKind<K>,
     ) -> Result<(Self, Repair), JournalError> {
         let write = |cause| JournalError::Write {
             path: name.to_path_buf(),
@@ -175,7 +175,7 @@ impl<K: Clone + Eq + std::hash::Hash> Journal<K> {
     fn scan(
         &mut self,
         start: &[u8],
-        kind: &mut dyn FnMut(&[u8]) -> Kind<K>,
+        kind: &mut dyn FnMut(&[u8]) -> LineKind<K>,
     ) -> Result<Repair, JournalError> {
         let Scanned {
             lines,
@@ -209,7 +209,7 @@ impl<K: Clone + Eq + std::hash::Hash> Journal<K> {
     fn read_lines(
         &self,
         start: &[u8],
-        kind: &mut dyn FnMut(&[u8]) -> Kind<K>,
+        kind: &mut dyn FnMut(&[u8]) -> LineKind<K>,
     ) -> Result<Scanned<K>, JournalError> {
         let mut reader = BufReader::with_capacity(1 << 16, &self.file);
         let mut scanned = Scanned::default();
@@ -228,20 +228,20 @@ impl<K: Clone + Eq + std::hash::Hash> Journal<K> {
             let begun = std::mem::replace(&mut whole, ended);
             let found = match (begun, ended) {
                 (true, true) => kind(&line[..line.len() - 1]),
-                _ => Kind::Damaged,
+                _ => LineKind::Damaged,
             };
             let last = line.iter().rposition(|byte| *byte != 0);
             let rest = &line[..last.map_or(0, |last| last + 1)];
-            let record = |key| Line {
+            let record = |key| JournalLine {
                 start: scanned.length,
                 length,
                 key,
             };
             match found {
-                Kind::Keyed(key) => scanned.lines.push(record(Some(key))),
-                Kind::Other => scanned.lines.push(record(None)),
+                LineKind::Keyed(key) => scanned.lines.push(record(Some(key))),
+                LineKind::Other => scanned.lines.push(record(None)),
                 // The end of the file: a record that was cut off, or zeros in its place.
-                Kind::Damaged
+                LineKind::Damaged
                     if begun
                         && !ended
                         && length < LONGEST_LINE
@@ -251,7 +251,7 @@ impl<K: Clone + Eq + std::hash::Hash> Journal<K> {
                     scanned.repair.zeros = length - rest.len() as u64;
                     return Ok(scanned);
                 }
-                Kind::Damaged => scanned.damaged.push(DamagedPiece {
+                LineKind::Damaged => scanned.damaged.push(DamagedPiece {
                     row,
                     start: scanned.length,
                     length,
@@ -276,7 +276,7 @@ impl<K: Clone + Eq + std::hash::Hash> Journal<K> {
             .write_all(text.as_bytes())
             .map_err(|cause| self.write_error(cause))?;
         let length = text.len() as u64;
-        self.lines.push(Line {
+        self.lines.push(JournalLine {
             start: self.length,
             length,
             key: Some(key),
@@ -329,7 +329,7 @@ impl<K: Clone + Eq + std::hash::Hash> Journal<K> {
     }
 
     fn text(&mut self, line: usize) -> Result<Vec<u8>, JournalError> {
-        let Line { start, length, .. } = self.lines[line];
+        let JournalLine { start, length, .. } = self.lines[line];
         self.bytes(start, length)
     }
 
@@ -416,7 +416,7 @@ impl<K: Clone + Eq + std::hash::Hash> Journal<K> {
         for index in order {
             let text = self.text(*index)?;
             out.write_all(&text).map_err(failed)?;
-            lines.push(Line {
+            lines.push(JournalLine {
                 start: length,
                 length: text.len() as u64,
                 key: self.lines[*index].key.clone(),
@@ -440,11 +440,11 @@ mod tests {
     use super::*;
 
     /// `k=v` lines: the key decides, `x…` belongs to another run.
-    fn kind(line: &[u8]) -> Kind<u8> {
+    fn kind(line: &[u8]) -> LineKind<u8> {
         match line {
-            [b'x', ..] => Kind::Other,
-            [b'=', key, _] => Kind::Keyed(*key),
-            _ => Kind::Damaged,
+            [b'x', ..] => LineKind::Other,
+            [b'=', key, _] => LineKind::Keyed(*key),
+            _ => LineKind::Damaged,
         }
     }
 

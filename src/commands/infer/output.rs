@@ -12,7 +12,7 @@ use rayon::prelude::*;
 
 use super::{
     args::InferArgs,
-    journal::{Journal, Kind, Repair},
+    journal::{Journal, LineKind, Repair},
     record::{RECORD_START, Record, settings_hash},
 };
 use crate::{
@@ -22,21 +22,21 @@ use crate::{
 };
 
 /// Where the images of a report are.
-type Key = Vec<PathBuf>;
+type ImagePaths = Vec<PathBuf>;
 
 /// A record that the file holds.
-struct Known {
+struct KnownRecord {
     sha256: Option<String>,
     failed: bool,
 }
 
-enum Target {
+enum RecordTarget {
     /// Printed, as the arguments say.
     Stdout,
     /// Lines to stdout, or to a device, without looking for earlier ones.
     Lines(PathBuf, Option<File>),
     /// A batch run's file.
-    Journal(Box<Journal<Key>>),
+    Journal(Box<Journal<ImagePaths>>),
 }
 
 /// What a run still has to do.
@@ -49,9 +49,9 @@ pub(crate) struct Todo<'a> {
 
 /// Where records go, and what is there already.
 pub(crate) struct RecordFile {
-    target: Target,
+    target: RecordTarget,
     /// Records of this run's question and settings.
-    known: HashMap<Key, Known>,
+    known: HashMap<ImagePaths, KnownRecord>,
     /// Records of other ones.
     others: usize,
     failed: usize,
@@ -65,7 +65,7 @@ impl RecordFile {
     /// A file that is none of a batch run, or cannot be written.
     pub(crate) fn open(args: &InferArgs, groups: &[Vec<PathBuf>]) -> Result<Self> {
         let mut this = Self {
-            target: Target::Stdout,
+            target: RecordTarget::Stdout,
             known: HashMap::new(),
             others: 0,
             failed: 0,
@@ -83,56 +83,61 @@ impl RecordFile {
         let (known, others) = (&mut this.known, &mut this.others);
         let (mut journal, repair) = Journal::open(path, RECORD_START.as_bytes(), &mut |line| {
             let Ok(record) = serde_json::from_slice::<Record>(line) else {
-                return Kind::Damaged;
+                return LineKind::Damaged;
             };
             if record.prompt != args.prompt || record.settings != settings {
                 *others += 1;
-                return Kind::Other;
+                return LineKind::Other;
             }
             let key = record.places(images);
             let failed = record.error.is_some();
             let sha256 = record.image_sha256;
-            known.insert(key.clone(), Known { sha256, failed });
-            Kind::Keyed(key)
+            known.insert(key.clone(), KnownRecord { sha256, failed });
+            LineKind::Keyed(key)
         })?;
         print_repair(path, &repair);
         // A run that was killed may have left both the old and the new record.
         journal.replace_earlier(&worth_keeping)?;
-        this.target = Target::Journal(Box::new(journal));
+        this.target = RecordTarget::Journal(Box::new(journal));
         Ok(this)
     }
 
     /// Which reports are to be written: those that are not there, those that ended in an error, and those
     /// whose image is another one now. In a file each image has one record, however often it is named.
     pub(crate) fn todo<'a>(&self, groups: &'a [Vec<PathBuf>]) -> Todo<'a> {
-        if !matches!(self.target, Target::Journal(_)) {
+        if !matches!(self.target, RecordTarget::Journal(_)) {
             let groups = groups.iter().collect();
             return Todo { groups, note: None };
         }
-        let mut asked: HashSet<Key> = HashSet::new();
-        let unique: Vec<(&Vec<PathBuf>, Key)> = groups
+        let mut seen: HashSet<ImagePaths> = HashSet::new();
+        let unique: Vec<(&Vec<PathBuf>, ImagePaths)> = groups
             .iter()
             .filter_map(|images| {
                 let key = key_of(images);
-                asked.insert(key.clone()).then_some((images, key))
+                seen.insert(key.clone()).then_some((images, key))
             })
             .collect();
-        let states: Vec<State> = unique
+        let states: Vec<ReportState> = unique
             .par_iter()
             .map(|(images, key)| self.state(images, key))
             .collect();
         let todo = unique.iter().zip(&states);
-        let todo = todo.filter(|(_, state)| **state != State::There);
+        let todo = todo.filter(|(_, state)| **state != ReportState::There);
         Todo {
             groups: todo.map(|((images, _), _)| *images).collect(),
             note: self.note(&states, groups.len() - unique.len()),
         }
     }
 
-    /// What to say of the reports asked for; `repeated` were named a second time.
-    fn note(&self, states: &[State], repeated: usize) -> Option<String> {
+    /// What to say of the named reports; `repeated` were named a second time.
+    fn note(&self, states: &[ReportState], repeated: usize) -> Option<String> {
         let count = |wanted| states.iter().filter(|state| **state == wanted).count();
-        let [there, failed, exchanged] = [State::There, State::Failed, State::Exchanged].map(count);
+        let [there, failed, exchanged] = [
+            ReportState::There,
+            ReportState::Failed,
+            ReportState::Exchanged,
+        ]
+        .map(count);
         let all = states.len();
         let mut notes = Vec::new();
         if there == all {
@@ -175,14 +180,14 @@ impl RecordFile {
         (!notes.is_empty()).then(|| notes.join("; "))
     }
 
-    fn state(&self, images: &[PathBuf], key: &Key) -> State {
+    fn state(&self, images: &[PathBuf], key: &ImagePaths) -> ReportState {
         match self.known.get(key) {
-            None => State::New,
-            Some(known) if known.failed => State::Failed,
+            None => ReportState::New,
+            Some(known) if known.failed => ReportState::Failed,
             Some(known) => match (&known.sha256, sha256_of(images)) {
                 // An image that went away since keeps its report.
-                (Some(then), Some(now)) if *then != now => State::Exchanged,
-                _ => State::There,
+                (Some(then), Some(now)) if *then != now => ReportState::Exchanged,
+                _ => ReportState::There,
             },
         }
     }
@@ -202,10 +207,10 @@ impl RecordFile {
             self.first_error.get_or_insert_with(|| error.clone());
         }
         match &mut self.target {
-            Target::Journal(journal) => {
+            RecordTarget::Journal(journal) => {
                 journal.add(key_of(images), serde_json::to_string(record)?)?;
             }
-            Target::Lines(path, file) => {
+            RecordTarget::Lines(path, file) => {
                 let line = serde_json::to_string(record)? + "\n";
                 match file {
                     Some(file) => file.write_all(line.as_bytes()),
@@ -213,8 +218,8 @@ impl RecordFile {
                 }
                 .with_context(|| format!("cannot write `{}`", path.display()))?;
             }
-            Target::Stdout if args.json => say(&serde_json::to_string(record)?)?,
-            Target::Stdout => {
+            RecordTarget::Stdout if args.json => say(&serde_json::to_string(record)?)?,
+            RecordTarget::Stdout => {
                 match &record.error {
                     None if !args.stream => say(&record.report)?,
                     // The first one ends the program; the others would be lost.
@@ -249,7 +254,7 @@ impl RecordFile {
     /// # Errors
     /// The file cannot be written, or reports failed: how many, and why the first one did.
     pub(crate) fn finish(mut self) -> Result<()> {
-        if let Target::Journal(journal) = &mut self.target {
+        if let RecordTarget::Journal(journal) = &mut self.target {
             journal.replace_earlier(&worth_keeping)?;
         }
         match (self.first_error, self.failed) {
@@ -260,16 +265,16 @@ impl RecordFile {
     }
 }
 
-/// How a report that is asked for stands in the file.
+/// What the file has of a report.
 #[derive(Clone, Copy, PartialEq)]
-enum State {
+enum ReportState {
     New,
     There,
     Failed,
     Exchanged,
 }
 
-fn key_of(images: &[PathBuf]) -> Key {
+fn key_of(images: &[PathBuf]) -> ImagePaths {
     images.iter().map(|path| name::place_of(path)).collect()
 }
 
@@ -298,9 +303,9 @@ fn worth_keeping(earlier: &[u8], later: &[u8]) -> bool {
 }
 
 /// How to write to something that is no file of records: stdout and devices take lines.
-fn without_resume(path: &Path) -> Result<Option<Target>> {
+fn without_resume(path: &Path) -> Result<Option<RecordTarget>> {
     if is_same_file(path, Path::new("/dev/stdout")) {
-        return Ok(Some(Target::Lines(path.to_path_buf(), None)));
+        return Ok(Some(RecordTarget::Lines(path.to_path_buf(), None)));
     }
     match other_kind(path) {
         // Opening a folder is an error that says so.
@@ -310,7 +315,7 @@ fn without_resume(path: &Path) -> Result<Option<Target>> {
                 .write(true)
                 .open(path)
                 .with_context(|| format!("cannot write `{}`", path.display()))?;
-            Ok(Some(Target::Lines(path.to_path_buf(), Some(file))))
+            Ok(Some(RecordTarget::Lines(path.to_path_buf(), Some(file))))
         }
         Some(kind) => bail!(
             "cannot write `{}`: it is a {kind}, expected a file or `/dev/stdout`; --json without --output prints the records",

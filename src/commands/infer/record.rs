@@ -25,7 +25,7 @@ pub(super) const RECORD_START: &str = "{\"image\":\"";
 pub(crate) struct Record {
     /// The image as it was named; several with `--together`, separated by `;`.
     pub image: String,
-    /// `percent` where `image` stands for a name that is not UTF-8: `%` and two hexadecimal digits are
+    /// `percent` where `image` is for a name that is not UTF-8: `%` and two hexadecimal digits are
     /// a byte of it.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub image_encoding: Option<String>,
@@ -34,7 +34,7 @@ pub(crate) struct Record {
     pub image_sha256: Option<String>,
     /// The question.
     pub prompt: String,
-    /// Tells apart runs whose answers may differ: a hash of model, adapter and generation settings.
+    /// Distinguishes runs whose answers may differ: a hash of model, adapter and generation settings.
     #[serde(default)]
     pub settings: String,
     /// The report; empty when there is an error.

@@ -230,7 +230,7 @@ impl HeldOutScores {
             .map(|row| data.text(row).answer.unwrap_or_default())
             .collect();
         let images = image_counts(data, 0..outcome.reports, &result.parts)?;
-        // Studies are told apart by what is true of them: the views of one share its report.
+        // Studies are distinguished by what is true of them: the views of one share its report.
         let studies: Vec<&str> = truths.iter().map(String::as_str).collect();
         let others = swapped(&studies, &images);
         if others.iter().enumerate().all(|(row, other)| row == *other) {

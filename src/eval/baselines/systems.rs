@@ -6,7 +6,7 @@ use super::search::{
     BaselineError, ConstantSearch, Neighbour, best_constant_report, nearest_neighbours,
     random_reports,
 };
-use crate::eval::cases::{Case, System, SystemTexts, Written};
+use crate::eval::cases::{Case, System, SystemTexts, WrittenReport};
 
 /// Where the baselines' reports come from.
 #[derive(Debug, Clone, Copy)]
@@ -55,7 +55,7 @@ pub fn without_images(cases: &[Case], reports: Reports<'_>, seed: u64) -> Vec<Sy
         SystemTexts {
             system: System::Constant,
             note: format!("{of}{sampled}：{text}"),
-            texts: vec![Written::from(text.clone()); cases.len()],
+            texts: vec![WrittenReport::from(text.clone()); cases.len()],
         },
         SystemTexts {
             system: System::Random,
@@ -83,7 +83,7 @@ pub fn nearest_image(
     let nearest = nearest_neighbours(queries, training, dimension)?;
     let mean =
         nearest.iter().map(|n| f64::from(n.cosine)).sum::<f64>() / nearest.len().max(1) as f64;
-    let text = |neighbour: &Neighbour| Written::from(reports[neighbour.index].clone());
+    let text = |neighbour: &Neighbour| WrittenReport::from(reports[neighbour.index].clone());
     Ok(SystemTexts {
         system: System::Neighbour,
         note: format!("平均余弦 (mean cosine) {mean:.4}"),
@@ -91,7 +91,7 @@ pub fn nearest_image(
     })
 }
 
-/// For each case another one whose images can stand in for its own: of as many images, and of another study
+/// For each case another one whose images can take the place of its own: of as many images, and of another study
 /// where there is one.
 ///
 /// `images` holds how many each case has. A case alone of its kind keeps its images.
@@ -140,7 +140,7 @@ mod tests {
     fn the_nearest_image_lends_its_report() {
         let reports = ["甲".to_owned(), "乙".to_owned()];
         let made = nearest_image(&[0.0, 2.0], &[1.0, 0.0, 0.1, 1.0], 2, &reports).expect("rows");
-        assert_eq!(made.texts, [Written::from("乙".to_owned())]);
+        assert_eq!(made.texts, [WrittenReport::from("乙".to_owned())]);
     }
 
     #[test]

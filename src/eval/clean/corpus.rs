@@ -38,7 +38,7 @@ pub fn to_jsonl<T: Serialize>(items: &[T]) -> Result<String, serde_json::Error> 
 /// Reads the rows of a corpus file: schema A (`annotations`), schema B (a list with `img` and `label`), or rows of
 /// `messages` in ms-swift's form, as a list or one a line, whose last answer is the report.
 ///
-/// `sources` gives the English text by picture id, if known.
+/// `sources` gives the English text by image id, if known.
 ///
 /// # Errors
 /// [`CleanError::Json`] and [`CleanError::Schema`].
@@ -198,7 +198,7 @@ fn schema(file: &str, row: usize) -> CleanError {
     }
 }
 
-/// Name of a row's picture without folder and ending; empty for a conversation without picture.
+/// Name of a row's image without folder and ending; empty for a conversation without image.
 fn corpus_id(row: &Value) -> Option<String> {
     let named = match (
         row.get("img").or_else(|| row.get("image_id")),

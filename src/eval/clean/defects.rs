@@ -13,7 +13,7 @@ pub struct CorpusReport {
     pub file: String,
     /// CorpusReport in the file, from 0.
     pub row: usize,
-    /// Id of the picture, such as `162_1`.
+    /// Id of the image, such as `162_1`.
     pub id: String,
     /// The Chinese report.
     pub text: String,
@@ -28,7 +28,7 @@ pub struct Defect {
     pub file: String,
     /// CorpusReport in the file, from 0.
     pub row: usize,
-    /// Id of the picture.
+    /// Id of the image.
     pub id: String,
     /// Name of the defect, as in the term table.
     pub defect: String,
@@ -51,7 +51,7 @@ pub struct Correction {
     pub file: String,
     /// CorpusReport in the file, from 0.
     pub row: usize,
-    /// Id of the picture.
+    /// Id of the image.
     pub id: String,
     /// Names of the defects corrected, in text order.
     pub defects: Vec<String>,
@@ -134,11 +134,11 @@ pub fn apply(rows: &[CorpusReport], accepted: &[Defect]) -> Result<Vec<Correctio
 }
 
 /// Number of places, rows with one, studies with one.
-type Places<'a> = (usize, BTreeSet<(&'a str, usize)>, BTreeSet<&'a str>);
+type DefectPlaces<'a> = (usize, BTreeSet<(&'a str, usize)>, BTreeSet<&'a str>);
 
 /// How often each defect occurs.
 pub fn count_defects(defects: &[Defect]) -> BTreeMap<String, DefectCount> {
-    let mut seen: BTreeMap<&str, Places> = BTreeMap::new();
+    let mut seen: BTreeMap<&str, DefectPlaces> = BTreeMap::new();
     for defect in defects {
         let (places, rows, studies) = seen.entry(&defect.defect).or_default();
         *places += 1;

@@ -14,17 +14,17 @@ use super::{
 };
 
 /// Cases, and cases where the question arises.
-type Share = [f64; 2];
+type RateSums = [f64; 2];
 
 /// One report beside its truth, or a weighted sum of many.
 #[derive(Debug, Clone, Copy)]
 pub struct FindingSums {
     /// True positives, false positives, false negatives by class.
     counts: [[f64; 3]; CLASSES],
-    false_normal: Share,
-    invented: Share,
-    laterality_errors: Share,
-    contradictions: Share,
+    false_normal: RateSums,
+    invented: RateSums,
+    laterality_errors: RateSums,
+    contradictions: RateSums,
 }
 
 impl Default for FindingSums {
@@ -43,7 +43,7 @@ impl FindingSums {
     /// Counts one report, as [`super::score::score`] does.
     pub fn of(pair: &LabelledPair, policy: UncertainPolicy) -> Self {
         let compared = pair.compare(policy);
-        let share = |hit: Option<bool>| -> Share {
+        let share = |hit: Option<bool>| -> RateSums {
             hit.map_or([0.0; 2], |hit| [f64::from(u8::from(hit)), 1.0])
         };
         let mut sums = Self {

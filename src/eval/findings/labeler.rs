@@ -8,7 +8,7 @@ use std::{ops::Range, sync::LazyLock};
 use super::{
     finding::Finding,
     labels::{Laterality, Mention, ReportLabels, Severity, Status},
-    rules::{Cue, FindingsError, Rule, Table},
+    rules::{Cue, FindingRule, FindingsError, WordTable},
 };
 
 static BUILT_IN: LazyLock<Labeler> = LazyLock::new(|| {
@@ -42,12 +42,12 @@ const LIST_FILLERS: [&str; 18] = [
 
 /// Finds and labels what Chinese reports say.
 pub struct Labeler {
-    table: Table,
+    table: WordTable,
 }
 
 /// A match of a rule, before its status is known.
 struct Match<'r> {
-    rule: &'r Rule,
+    rule: &'r FindingRule,
     span: Range<usize>,
 }
 
@@ -76,7 +76,7 @@ impl Labeler {
     /// [`FindingsError`] for a table that cannot be read, a pattern that cannot be compiled, an unknown class.
     pub fn from_toml(text: &str) -> Result<Self, FindingsError> {
         Ok(Self {
-            table: Table::read(text)?,
+            table: WordTable::read(text)?,
         })
     }
 
@@ -315,7 +315,7 @@ impl Labeler {
         let clause = &clauses[number];
         let before = self.table.sides_in(&report[clause.span.start..span.end]);
         if let Some((last, side)) = before.last() {
-            // 右上肺及左下肺: two places of one finding. Not when another finding stands between them.
+            // 右上肺及左下肺: two places of one finding. Not when another finding is between them.
             let both = before.len() > 1 && {
                 let (first, other) = &before[before.len() - 2];
                 let between =
@@ -424,7 +424,7 @@ fn leads_to(between: &str, most_chars: usize) -> bool {
     between.chars().count() <= most_chars && !opens.iter().any(|word| between.contains(word))
 }
 
-/// A rule that holds only when denied and the rule it stands before can both match: the first one stays.
+/// A rule that holds only when denied and the rule after it can both match: the first one stays.
 fn drop_doubles(mentions: Vec<Mention>) -> Vec<Mention> {
     let mut kept: Vec<Mention> = Vec::with_capacity(mentions.len());
     for mention in mentions {

@@ -33,7 +33,7 @@ pub struct MeshAgreement {
     pub macro_average: Average,
 }
 
-/// Reads `indiana_reports.csv`; studies without indexing (`No Indexing`, bad picture) are left out.
+/// Reads `indiana_reports.csv`; studies without indexing (`No Indexing`, bad image) are left out.
 ///
 /// # Errors
 /// [`FindingsError::Labels`] for a row that is no CSV, [`FindingsError::MissingColumn`] without `uid` or `MeSH`.

@@ -17,7 +17,7 @@ pub enum FindingsError {
     #[error(
         "cannot read the table of findings; expected `[cues]`, `[sides]`, `[severities]` and `[[rule]]`"
     )]
-    Table(#[from] toml::de::Error),
+    WordTable(#[from] toml::de::Error),
     /// A pattern is not a regular expression.
     #[error(
         "pattern `{pattern}` of {place} is not a regular expression; hint: look-around is written as `only_before` and the like"
@@ -125,8 +125,8 @@ pub(super) enum Cue {
 }
 
 /// A compiled rule.
-pub(super) struct Rule {
-    /// `None` stands for an abnormality outside the twenty; empty for a mask.
+pub(super) struct FindingRule {
+    /// `None` is an abnormality outside the twenty; empty for a mask.
     pub(super) targets: Vec<Option<Finding>>,
     pub(super) pattern: Regex,
     pub(super) status: Option<Status>,
@@ -138,7 +138,7 @@ pub(super) struct Rule {
     unless_after: Option<Regex>,
 }
 
-impl Rule {
+impl FindingRule {
     /// Whether the words around a match allow it.
     pub(super) fn fits(&self, before: &str, after: &str) -> bool {
         let is = |pattern: &Option<Regex>, text, default| {
@@ -154,8 +154,8 @@ impl Rule {
 }
 
 /// The compiled table.
-pub(super) struct Table {
-    pub(super) rules: Vec<Rule>,
+pub(super) struct WordTable {
+    pub(super) rules: Vec<FindingRule>,
     /// Cues before a finding; the group number says which, in the order pseudo, uncertain, negative, stop.
     pub(super) cues: Regex,
     pub(super) contrast: Regex,
@@ -170,7 +170,7 @@ pub(super) struct Table {
     pub(super) severities: Regex,
 }
 
-impl Table {
+impl WordTable {
     pub(super) fn read(text: &str) -> Result<Self, FindingsError> {
         let file: TableFile = toml::from_str(text)?;
         let cues = &file.cues;
@@ -281,7 +281,7 @@ fn compile(pattern: &str, place: &str) -> Result<Regex, FindingsError> {
     })
 }
 
-fn compile_rule(number: usize, rule: &RuleFile) -> Result<Rule, FindingsError> {
+fn compile_rule(number: usize, rule: &RuleFile) -> Result<FindingRule, FindingsError> {
     let place = format!("rule {number}");
     let optional = |pattern: &Option<String>| {
         pattern
@@ -308,7 +308,7 @@ fn compile_rule(number: usize, rule: &RuleFile) -> Result<Rule, FindingsError> {
             },
         }
     }
-    Ok(Rule {
+    Ok(FindingRule {
         targets,
         pattern: compile(&rule.pattern, &place)?,
         status: rule.status,
@@ -333,7 +333,7 @@ mod tests {
     #[test]
     fn an_unknown_finding_is_named() {
         let text = format!("{HEAD}[[rule]]\nfinding=['stroke']\npattern='x'\n");
-        let error = Table::read(&text)
+        let error = WordTable::read(&text)
             .err()
             .map(|e| e.to_string())
             .unwrap_or_default();
@@ -346,7 +346,7 @@ mod tests {
     #[test]
     fn a_broken_pattern_is_named() {
         let text = format!("{HEAD}[[rule]]\nfinding=['other']\npattern='(?<!x)y'\n");
-        let error = Table::read(&text)
+        let error = WordTable::read(&text)
             .err()
             .map(|e| e.to_string())
             .unwrap_or_default();
@@ -355,7 +355,7 @@ mod tests {
 
     #[test]
     fn an_ignored_word_is_no_side() {
-        let table = Table::read(&format!("{HEAD}[[rule]]\nfinding=['other']\npattern='x'\n"))
+        let table = WordTable::read(&format!("{HEAD}[[rule]]\nfinding=['other']\npattern='x'\n"))
             .expect("table");
         assert_eq!(
             table

@@ -115,26 +115,21 @@ fn score_split(split: &str) -> SplitScore {
     }
 }
 
+fn is_read_right(split: &str) {
+    let result = score_split(split);
+    assert!(result.strict_macro >= 0.90 && result.positive_macro >= 0.90);
+    let (right, all) = result.sides;
+    assert!(right * 10 >= all * 9, "sides {right} of {all}");
+}
+
 #[test]
 fn development_sentences_are_read_right() {
-    let result = score_split("development");
-    assert!(result.strict_macro >= 0.90 && result.positive_macro >= 0.90);
-    assert!(
-        result.sides.0 * 10 >= result.sides.1 * 9,
-        "sides {:?}",
-        result.sides
-    );
+    is_read_right("development");
 }
 
 #[test]
 fn held_out_sentences_are_read_right() {
-    let result = score_split("held_out");
-    assert!(result.strict_macro >= 0.90 && result.positive_macro >= 0.90);
-    assert!(
-        result.sides.0 * 10 >= result.sides.1 * 9,
-        "sides {:?}",
-        result.sides
-    );
+    is_read_right("held_out");
 }
 
 #[test]

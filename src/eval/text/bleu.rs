@@ -1,4 +1,4 @@
-//! BLEU: how much of a prediction stands in the reference, n-gram by n-gram, with a penalty for
+//! BLEU: how much of a prediction is in the reference, n-gram by n-gram, with a penalty for
 //! brevity.
 //!
 //! The corpus form adds the counts of all pairs and divides once; it is no mean of sentence scores.
@@ -9,7 +9,7 @@ use super::ngrams::{Overlap, repeated};
 /// The longest n-gram of BLEU-4.
 pub const MAX_ORDER: usize = 4;
 
-/// What stands for a precision of zero, so that one missing order does not make the whole score
+/// What replaces a precision of zero, so that one missing order does not make the whole score
 /// zero.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Smoothing {

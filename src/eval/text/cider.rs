@@ -2,7 +2,7 @@
 //! among all references.
 //!
 //! 0 to 10, the source's scale. The weights come from the references of the corpus that is scored,
-//! so scores of two test sets do not compare; an n-gram that stands in every reference weighs
+//! so scores of two test sets do not compare; an n-gram that is in every reference weighs
 //! nothing, and a corpus of one pair scores 0. Images of one study with the same report count as so
 //! many documents, as they would in the source.
 //!

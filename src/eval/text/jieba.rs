@@ -4,7 +4,7 @@
 //! segmenter, however good, gives other numbers: the ports in Rust cut runs such as `T12-L1` or
 //! `2-3` otherwise. This is the default mode (most likely path through the dictionary, a hidden
 //! Markov model for what it lacks). The tables are built in and are unpacked at first use;
-//! `jieba/README.md` tells where they come from.
+//! `jieba/README.md` says where they come from.
 //!
 //! Source: `jieba/__init__.py` (`__cut_DAG`, `calc`, `get_DAG`) and `jieba/finalseg/__init__.py`,
 //! jieba 0.42.1.
@@ -63,7 +63,7 @@ const TRANSITION: [[f64; 4]; 4] = [
     ],
 ];
 
-static TABLES: LazyLock<Tables> = LazyLock::new(Tables::built_in);
+static TABLES: LazyLock<JiebaTables> = LazyLock::new(JiebaTables::built_in);
 
 /// Cuts `text` into words; put together again they are `text`.
 ///
@@ -87,7 +87,7 @@ pub fn cut(text: &str) -> Vec<&str> {
     words
 }
 
-/// What the dictionary is asked about; everything else is a token a character.
+/// What is looked up in the dictionary; everything else is a token a character.
 fn is_block(c: char) -> bool {
     is_han(c) || c.is_ascii_alphanumeric() || matches!(c, '+' | '#' | '&' | '.' | '_' | '%' | '-')
 }
@@ -116,18 +116,18 @@ fn cut_other<'a>(run: &'a str, words: &mut Vec<&'a str>) {
 }
 
 /// The dictionary as sorted lines and the emission table of the Markov model.
-struct Tables {
+struct JiebaTables {
     text: String,
     /// Byte range of each word in `text`, sorted by word.
     words: Vec<(u32, u32)>,
     counts: Vec<u32>,
-    /// Where in `words` those with a given first character lie.
+    /// Where in `words` those with a given first character are.
     first: HashMap<char, (usize, usize)>,
     log_total: f64,
     emission: HashMap<char, [f64; 4]>,
 }
 
-impl Tables {
+impl JiebaTables {
     #[expect(
         clippy::expect_used,
         reason = "the tables are part of the program, a test reads them whole"
@@ -371,9 +371,9 @@ fn cut_latin<'a>(run: &'a str, words: &mut Vec<&'a str>) {
             return;
         }
         if let Some(decimals) = after.strip_prefix('.') {
-            let (digits, behind) = split_run(decimals, |c| c.is_ascii_digit());
+            let (digits, rest) = split_run(decimals, |c| c.is_ascii_digit());
             if !digits.is_empty() {
-                after = behind;
+                after = rest;
             }
         }
         after = after.strip_prefix('%').unwrap_or(after);
@@ -419,8 +419,8 @@ mod tests {
 
     #[test]
     fn a_malformed_table_is_refused() {
-        assert!(Tables::parse("12\n肺\n".into(), "").is_none());
-        assert!(Tables::parse("12\n肺 3\n".into(), "肺 -1 -2\n").is_none());
-        assert!(Tables::parse("12\n肺 3\n".into(), "肺 -1 -2 - -3.5\n").is_some());
+        assert!(JiebaTables::parse("12\n肺\n".into(), "").is_none());
+        assert!(JiebaTables::parse("12\n肺 3\n".into(), "肺 -1 -2\n").is_none());
+        assert!(JiebaTables::parse("12\n肺 3\n".into(), "肺 -1 -2 - -3.5\n").is_some());
     }
 }

@@ -11,7 +11,7 @@ pub struct Overlap {
     pub reference: usize,
 }
 
-/// Counts n-grams of `order` tokens, a repeated one as often as it stands there.
+/// Counts n-grams of `order` tokens, a repeated one as often as it occurs.
 #[must_use]
 pub fn repeated<T: Ord>(prediction: &[T], reference: &[T], order: usize) -> Overlap {
     overlap(&sorted(prediction, order), &sorted(reference, order))

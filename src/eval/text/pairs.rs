@@ -27,12 +27,12 @@ pub struct TextPair {
 #[derive(Debug, Clone)]
 pub struct TextEvaluation {
     pairs: Vec<TextSums>,
-    studies: Vec<Study>,
+    studies: Vec<StudyPairs>,
 }
 
 /// The pairs of one study together.
 #[derive(Debug, Clone)]
-struct Study {
+struct StudyPairs {
     name: String,
     /// Sorted, to tell whether two runs were made on the same test set.
     references: Vec<String>,
@@ -53,9 +53,9 @@ impl TextEvaluation {
             .map(|pair| [pair.prediction.as_str(), &pair.reference])
             .collect();
         let sums = of_pairs(&texts);
-        let mut studies: BTreeMap<&str, Study> = BTreeMap::new();
+        let mut studies: BTreeMap<&str, StudyPairs> = BTreeMap::new();
         for (pair, of_pair) in pairs.iter().zip(&sums) {
-            let study = studies.entry(&pair.study).or_insert_with(|| Study {
+            let study = studies.entry(&pair.study).or_insert_with(|| StudyPairs {
                 name: pair.study.clone(),
                 references: Vec::new(),
                 sums: TextSums::default(),
@@ -63,7 +63,7 @@ impl TextEvaluation {
             study.references.push(pair.reference.clone());
             study.sums.add(of_pair, 1.0);
         }
-        let mut studies: Vec<Study> = studies.into_values().collect();
+        let mut studies: Vec<StudyPairs> = studies.into_values().collect();
         for study in &mut studies {
             study.references.sort_unstable();
         }
@@ -250,17 +250,17 @@ mod tests {
     #[test]
     fn runs_are_compared_by_study_in_any_order_of_pairs() {
         let first = TextEvaluation::new(&pairs()).expect("there are pairs");
-        let mut turned = pairs();
-        turned.reverse();
-        let second = TextEvaluation::new(&turned).expect("there are pairs");
+        let mut reversed = pairs();
+        reversed.reverse();
+        let second = TextEvaluation::new(&reversed).expect("there are pairs");
         for (name, comparison) in first
             .compare(&second, &Bootstrap::default())
             .expect("the same test set")
         {
             assert!(comparison.difference.value.abs() < 1e-9, "{name}");
         }
-        turned[0].reference.push('。');
-        let other = TextEvaluation::new(&turned).expect("there are pairs");
+        reversed[0].reference.push('。');
+        let other = TextEvaluation::new(&reversed).expect("there are pairs");
         let refused = first
             .compare(&other, &Bootstrap::default())
             .expect_err("another test set");

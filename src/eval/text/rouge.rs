@@ -54,7 +54,7 @@ pub(in crate::eval) fn f1(overlap: Overlap) -> f64 {
     }
 }
 
-/// `Rouge().get_scores(prediction, reference)` of the package `rouge`, for words parted by spaces.
+/// `Rouge().get_scores(prediction, reference)` of the package `rouge`, for words separated by spaces.
 ///
 /// Sentences end at `.` alone, also inside `1.5`. Where a text holds nothing but full stops the
 /// package raises an error; here it scores 0.
@@ -88,7 +88,7 @@ pub fn rouge_package(prediction: &str, reference: &str) -> Rouge {
     }
 }
 
-/// `Rouge().get_scores(prediction, reference)` of the package `rouge-chinese`, for words parted by
+/// `Rouge().get_scores(prediction, reference)` of the package `rouge-chinese`, for words separated by
 /// spaces.
 ///
 /// Source: `rouge_chinese/rouge.py` and `rouge_score.py`, rouge-chinese 1.0.3.

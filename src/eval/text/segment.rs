@@ -111,7 +111,7 @@ impl<'a> CutText<'a> {
     }
 }
 
-/// sacrebleu's tokenization `zh`: tokens parted by a space, Chinese characters and signs alone,
+/// sacrebleu's tokenization `zh`: tokens separated by a space, Chinese characters and signs alone,
 /// Latin by rules.
 ///
 /// Source: `TokenizerZh` and `TokenizerRegexp`, sacrebleu 2.6.0.

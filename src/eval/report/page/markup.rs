@@ -34,7 +34,7 @@ pub(super) fn status_names(status: Status) -> (&'static str, &'static str) {
     }
 }
 
-/// The English name, with its tokens where the Chinese one tells them too.
+/// The English name, with its tokens where the Chinese one names them too.
 pub(super) fn english(label: &ScoreName) -> String {
     if label.group.1 == "findings" {
         label.english.clone()
