@@ -7,8 +7,6 @@
 
 pub mod base;
 
-pub mod plot;
-
 pub mod ops;
 
 pub mod batch;
@@ -33,16 +31,13 @@ pub mod dataset;
 
 pub mod accelerate;
 
+pub mod eval;
+
 pub mod train;
 
-pub mod clean;
-pub mod evaluate;
-pub mod evaluation;
-pub mod findings;
 pub mod serve;
 
 pub mod bench;
 
 pub mod cli;
 pub mod commands;
-pub mod doctor;

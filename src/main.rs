@@ -6,10 +6,10 @@ use std::{panic, process::ExitCode, sync::Mutex};
 use clap::Parser;
 use xray_qwen3vl::{
     base::{out_of_memory, panics::panic_text},
-    cli::{BenchCommand, BenchServer, Cli, Command},
+    cli::{Cli, Command},
     commands::{
-        UsageError, bench, bench_serve, check, clean, convert, doctor, eval, infer, init_tiny,
-        log_lines, merge, phantoms, plan, quantize, serve, train,
+        UsageError, bench, check, clean, convert, doctor, eval, infer, init_tiny, log_lines, merge,
+        phantoms, plan, quantize, serve, train,
     },
 };
 
@@ -20,7 +20,7 @@ fn what_to_lower(command: &Command) -> &'static str {
         Command::Infer(_) => out_of_memory::INFER,
         Command::Eval(_) => out_of_memory::EVAL,
         Command::Serve(_) => out_of_memory::SERVE,
-        Command::Bench(BenchCommand {
+        Command::Bench(bench::BenchCommand {
             model: Some(args), ..
         }) if args.kind == bench::BenchKind::Train => out_of_memory::BENCH_TRAIN,
         _ => out_of_memory::OTHER,
@@ -69,14 +69,7 @@ fn main() -> ExitCode {
         Command::InitTiny(args) => init_tiny::run(&args),
         Command::Serve(args) => serve::run(args),
         Command::Doctor(args) => doctor::run(args),
-        Command::Bench(BenchCommand {
-            server: Some(BenchServer::Serve(args)),
-            ..
-        }) => bench_serve::run(&args),
-        Command::Bench(BenchCommand { model, .. }) => match model {
-            Some(args) => bench::run(args),
-            None => Err(UsageError("bench needs to be told what to measure".into()).into()),
-        },
+        Command::Bench(command) => bench::run(command),
     });
     match result {
         Ok(Ok(())) => ExitCode::SUCCESS,

@@ -11,12 +11,13 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use burn::{backend::Autodiff, tensor::DType};
-use clap::{Args, ValueEnum};
+use clap::{Args, Subcommand, ValueEnum};
 
 use super::{
-    UsageError,
-    progress::{Progress, Unit, prepare_kernels},
-    shipped,
+    bench_serve::{self, BenchServeArgs},
+    progress::{Progress, Unit, loading, prepare_kernels},
+    shell::shipped,
+    usage::UsageError,
 };
 use crate::{
     accelerate::devices::{Replicas, ReplicatedTask, built_backends, run_on_all},
@@ -59,6 +60,25 @@ pub enum BenchKind {
     Infer,
     /// Optimizer steps of the published LoRA recipe.
     Train,
+}
+
+/// `bench KIND …`, or `bench serve …`.
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub struct BenchCommand {
+    /// A server.
+    #[command(subcommand)]
+    pub server: Option<BenchServer>,
+    /// The model.
+    #[command(flatten)]
+    pub model: Option<BenchArgs>,
+}
+
+/// What is measured besides the model.
+#[derive(Debug, Subcommand)]
+pub enum BenchServer {
+    /// Send requests to a server from a number of users or at a fixed rate, and report percentiles.
+    Serve(BenchServeArgs),
 }
 
 /// Arguments of `bench`.
@@ -132,7 +152,20 @@ pub struct BenchArgs {
 ///
 /// # Errors
 /// Arguments that do not go together, a model that cannot be loaded, a file that cannot be written.
-pub fn run(args: BenchArgs) -> Result<()> {
+pub fn run(command: BenchCommand) -> Result<()> {
+    match command {
+        BenchCommand {
+            server: Some(BenchServer::Serve(args)),
+            ..
+        } => bench_serve::run(&args),
+        BenchCommand {
+            model: Some(args), ..
+        } => bench_model(args),
+        BenchCommand { .. } => bail!(UsageError("bench needs to be told what to measure".into())),
+    }
+}
+
+fn bench_model(args: BenchArgs) -> Result<()> {
     check(&args)?;
     let json = args.json.clone();
     let is_child = env::var_os(CHILD_VARIABLE).is_some();
@@ -291,114 +324,140 @@ impl ReplicatedTask for Measure {
     fn run<B: Accelerator>(self, replicas: Replicas<B>) -> Result<Vec<Record>> {
         let args = self.0;
         let Replicas { devices, dtype } = replicas;
-        let device = devices[0].clone();
-        let source = match args.random_weights {
-            Some(size) => Source::Random {
-                size,
-                layers: args.layers,
-            },
-            None => Source::Folder(shipped(
-                args.model.as_deref().unwrap_or(Path::new("model/tiny")),
-            )),
-        };
-        let mut bench = Bench::<B>::new(source, device.clone(), dtype, args.mixed, args.samples)
-            .map_err(usage)?;
-        bench.tokens = args.tokens;
-        let shortest = Requests::shortest(&bench.config);
-        if let Some(tokens) = args.tokens.filter(|tokens| *tokens < shortest) {
-            bail!(UsageError(format!(
-                "--tokens {tokens}: a prompt with this model's image has at least {shortest}"
-            )));
-        }
-        bench.quantize = match &bench.source {
-            Source::Folder(dir) if dir.is_dir() => of_checkpoint(dir)?.or(args.quantize),
-            _ => args.quantize,
-        };
+        let mut bench = prepare::<B>(&args, devices[0].clone(), dtype)?;
         let written = args
             .checkpoint_in
             .as_deref()
             .map(|dir| bench.write_checkpoint(dir))
             .transpose()?;
-        let fitting = match args.memory_budget {
-            Some(budget) => {
-                let free = free_memory::<B>(&device);
-                let gib = budget.gib(free).map_err(UsageError)?;
-                let (shape, line) = TrainShape::fitting(&bench.config, dtype, gib)?;
-                eprintln!("{line}");
-                Some(shape)
-            }
-            None => None,
-        };
-        let mut progress = Progress::new("loading", 0, Unit::Bytes);
-        let mut on_progress = |done, total| progress.set(done, total);
-        let batches = |default: &[usize]| {
-            if args.batch.is_empty() {
-                default.to_vec()
-            } else {
-                args.batch.clone()
+        let mut records = match args.kind {
+            BenchKind::Load => loading(|on_progress| bench.load(&devices, on_progress))?,
+            BenchKind::Infer => measure_answers(&args, &bench, devices.clone())?,
+            BenchKind::Train => measure_training(&args, &bench, &devices, dtype)?,
+            BenchKind::Vision | BenchKind::Prefill | BenchKind::Decode => {
+                measure_calls(&args, &bench, dtype)?
             }
         };
-        let mut records = if args.kind == BenchKind::Load {
-            bench.load(&devices, &mut on_progress)?
-        } else if args.kind == BenchKind::Infer {
-            let (models, seconds) = bench.models::<B>(&devices, &mut on_progress)?;
-            let models = models.into_iter().zip(devices.clone()).collect();
-            let mut calls = Progress::new("calls", 0, Unit::Items);
-            let mut on_call = |done, all| calls.set(done, all);
-            let records = bench.answers(models, seconds, &batches(&[16]), &mut on_call)?;
-            calls.finish();
-            records
-        } else if args.kind == BenchKind::Train {
-            let (base, seconds) = bench.model::<Autodiff<B>>(&mut on_progress)?;
-            let trace = Trace::new(args.trace.is_some());
-            let mut records = Vec::new();
-            let shapes = match fitting {
-                Some(shape) => vec![shape],
-                None => (batches(&[1]).into_iter())
-                    .map(|micro_batch| TrainShape {
-                        micro_batch,
-                        packing: args.packing,
-                        recompute: !args.no_recompute && !args.recompute_pointwise,
-                        recompute_pointwise: args.recompute_pointwise,
-                    })
-                    .collect(),
-            };
-            for shape in shapes {
-                records.push(bench.train(base.clone(), seconds, shape, &trace)?);
-                if devices.len() > 1 {
-                    records.push(bench.train_on(base.clone(), seconds, shape, &devices)?);
-                }
-            }
-            if let Some(path) = &args.trace {
-                trace.write(path)?;
-            }
-            records
-        } else {
-            let (model, seconds) = bench.model::<B>(&mut on_progress)?;
-            let decoded = batches(&[1, 8, 32]);
-            let largest = match args.kind {
-                BenchKind::Vision | BenchKind::Prefill => 0,
-                _ => decoded.iter().copied().max().unwrap_or(0),
-            };
-            prepare_kernels::<B>(&bench.config, dtype, &device, largest);
-            match args.kind {
-                BenchKind::Vision => bench.vision(&model, seconds, &batches(&[1])),
-                BenchKind::Prefill => bench.prefill(&model, seconds, &batches(&[1]))?,
-                _ => bench.decode(&model, seconds, &decoded)?,
-            }
-        };
-        progress.finish();
         drop(written);
         if bench.is_profiled() {
             return Ok(records);
         }
-        // Behind everything else: tuning the large product must not count as the model's first call.
-        let ceilings = measure_ceilings::<B>(dtype, &device);
+        // After everything else: tuning the large matmul must not count as the model's first call.
+        let ceilings = measure_ceilings::<B>(dtype, &devices[0]);
         for record in &mut records {
             record.set_ceilings(&ceilings);
         }
         Ok(records)
     }
+}
+
+/// The model and the requests that were typed; no weights yet.
+fn prepare<B: Accelerator>(args: &BenchArgs, device: B::Device, dtype: DType) -> Result<Bench<B>> {
+    let source = match args.random_weights {
+        Some(size) => Source::Random {
+            size,
+            layers: args.layers,
+        },
+        None => Source::Folder(shipped(
+            args.model.as_deref().unwrap_or(Path::new("model/tiny")),
+        )),
+    };
+    let mut bench =
+        Bench::<B>::new(source, device, dtype, args.mixed, args.samples).map_err(usage)?;
+    bench.tokens = args.tokens;
+    let shortest = Requests::shortest(&bench.config);
+    if let Some(tokens) = args.tokens.filter(|tokens| *tokens < shortest) {
+        bail!(UsageError(format!(
+            "--tokens {tokens}: a prompt with this model's image has at least {shortest}"
+        )));
+    }
+    bench.quantize = match &bench.source {
+        Source::Folder(dir) if dir.is_dir() => of_checkpoint(dir)?.or(args.quantize),
+        _ => args.quantize,
+    };
+    Ok(bench)
+}
+
+/// The sizes typed, or those that a kind measures by default.
+fn batches(args: &BenchArgs, default: &[usize]) -> Vec<usize> {
+    if args.batch.is_empty() {
+        default.to_vec()
+    } else {
+        args.batch.clone()
+    }
+}
+
+fn measure_answers<B: Accelerator>(
+    args: &BenchArgs,
+    bench: &Bench<B>,
+    devices: Vec<B::Device>,
+) -> Result<Vec<Record>> {
+    let (models, seconds) = loading(|on_progress| bench.models::<B>(&devices, on_progress))?;
+    let models = models.into_iter().zip(devices).collect();
+    let mut calls = Progress::new("calls", 0, Unit::Items);
+    let mut on_call = |done, all| calls.set(done, all);
+    let records = bench.answers(models, seconds, &batches(args, &[16]), &mut on_call)?;
+    calls.finish();
+    Ok(records)
+}
+
+fn measure_training<B: Accelerator>(
+    args: &BenchArgs,
+    bench: &Bench<B>,
+    devices: &[B::Device],
+    dtype: DType,
+) -> Result<Vec<Record>> {
+    let shapes = match args.memory_budget {
+        Some(budget) => {
+            let free = free_memory::<B>(&bench.device);
+            let gib = budget.gib(free).map_err(UsageError)?;
+            let (shape, line) = TrainShape::fitting(&bench.config, dtype, gib)?;
+            eprintln!("{line}");
+            vec![shape]
+        }
+        None => batches(args, &[1])
+            .into_iter()
+            .map(|micro_batch| TrainShape {
+                micro_batch,
+                packing: args.packing,
+                recompute: !args.no_recompute && !args.recompute_pointwise,
+                recompute_pointwise: args.recompute_pointwise,
+            })
+            .collect(),
+    };
+    let (base, seconds) = loading(|on_progress| bench.model::<Autodiff<B>>(on_progress))?;
+    let trace = Trace::new(args.trace.is_some());
+    let mut records = Vec::new();
+    for shape in shapes {
+        records.push(bench.train(base.clone(), seconds, shape, &trace)?);
+        if devices.len() > 1 {
+            records.push(bench.train_on(base.clone(), seconds, shape, devices)?);
+        }
+    }
+    if let Some(path) = &args.trace {
+        trace.write(path)?;
+    }
+    Ok(records)
+}
+
+/// The vision tower, requests up to their first token, or tokens after it.
+fn measure_calls<B: Accelerator>(
+    args: &BenchArgs,
+    bench: &Bench<B>,
+    dtype: DType,
+) -> Result<Vec<Record>> {
+    let (model, seconds) = loading(|on_progress| bench.model::<B>(on_progress))?;
+    let decoded = batches(args, &[1, 8, 32]);
+    let largest = match args.kind {
+        BenchKind::Vision | BenchKind::Prefill => 0,
+        _ => decoded.iter().copied().max().unwrap_or(0),
+    };
+    prepare_kernels::<B>(&bench.config, dtype, &bench.device, largest);
+    Ok(match args.kind {
+        BenchKind::Vision => bench.vision(&model, seconds, &batches(args, &[1])),
+        BenchKind::Prefill => bench.prefill(&model, seconds, &batches(args, &[1]))?,
+        _ => bench.decode(&model, seconds, &decoded)?,
+    })
 }
 
 /// A size that was typed wrong is wrong usage.

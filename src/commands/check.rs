@@ -8,8 +8,9 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use super::progress::{Progress, Unit};
-use super::studies::StudyArgs;
-use super::{UsageError, shipped, unless_closed};
+use super::shared_args::StudyArgs;
+use super::shell::{shipped, unless_closed};
+use super::usage::UsageError;
 use crate::dataset::check::{Check, CheckReport};
 use crate::processor::chat::ChatTemplate;
 use crate::processor::patches::{ImageProcessor, ImageProcessorConfig};

@@ -12,10 +12,10 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use serde_json::json;
 
-use super::UsageError;
+use super::usage::UsageError;
 use crate::{
     base::files::write_atomic,
-    clean::{
+    eval::clean::{
         Correction, Defect, TermTable, apply, correct_json, count_defects, read_rows, to_jsonl,
         unified_diff,
     },

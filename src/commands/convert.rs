@@ -7,8 +7,9 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 
 use super::check::image_processor;
-use super::studies::StudyArgs;
-use super::{UsageError, shipped, unless_closed};
+use super::shared_args::StudyArgs;
+use super::shell::{shipped, unless_closed};
+use super::usage::UsageError;
 use crate::dataset::convert::{ConvertOptions, CorpusKeys, Split, convert, read_prompts};
 use crate::processor::tokenizer::Tokenizer;
 

@@ -1,210 +1,126 @@
 //! `eval`: are the reports right? Scores of a model or of a file of predictions, beside the baselines.
 
-use std::{
-    io::{Write, stdout},
-    path::{Path, PathBuf},
-};
-
-use anyhow::{Context, Result, bail};
-use burn::tensor::DType;
-use clap::{Args, ValueEnum};
-
-use super::{UsageError, generation_config, shipped, studies::StudyArgs, unless_closed};
-use crate::{
-    accelerate::devices::run_on,
-    adapters::lora::base::check_base,
-    base::{
-        device_name::{DeviceName, DtypeName},
-        files::write_atomic,
-    },
-    cli::{GenerationArgs, ModelArgs},
-    dataset::Dataset,
-    evaluate::{
-        Bootstrap,
-        predictions::{PredictionKeys, read_predictions},
-    },
-    evaluation::{
-        Outcome, Remark, Settings, System, SystemTexts, Written,
-        baselines::{Reports, nearest_image, without_images},
-        evaluate,
-        page::{PageFacts, html},
-        table, too_few,
-    },
-    findings::score::UncertainPolicy,
-    ops::quantised::Quantization,
-    study::{StudyFacts, counted},
-    train::{data::RunData, gradients::LossTotals},
-};
-use cases::TestSet;
-use model::ModelWork;
-pub(super) use model::question_about;
-
+mod args;
 mod cases;
 mod model;
 mod output;
 mod run_folder;
 
+use std::{
+    io::{Write, stdout},
+    path::PathBuf,
+};
+
+use anyhow::{Context, Result, bail};
+use burn::tensor::DType;
+
+use super::{
+    shared_args::generation_config,
+    shell::{shipped, shipped_data, unless_closed},
+    usage::UsageError,
+};
+use crate::{
+    accelerate::devices::run_on,
+    base::files::write_atomic,
+    dataset::Dataset,
+    eval::{
+        baselines::systems::{Reports, nearest_image, without_images},
+        bootstrap::Bootstrap,
+        cases::{System, SystemTexts, WrittenReport},
+        caveat::{Caveat, too_few},
+        evaluate::evaluate,
+        outcome::{EvalOutcome, EvalSettings},
+        predictions::{PredictionKeys, read_predictions},
+        report::{
+            page::{PageFacts, html},
+            table,
+        },
+    },
+    study::{StudyFacts, counted},
+    train::{data::RunData, gradients::LossTotals},
+};
+pub use args::EvalArgs;
+use cases::TestSet;
+use model::{ModelRun, ModelWork};
+
 /// What a run without arguments is evaluated on, and what its baselines learn from.
 const SAMPLE_DATA: &str = "data/sample/val/samples.jsonl";
 const SAMPLE_TRAIN_DATA: &str = "data/sample/train/samples.jsonl";
-
-/// What a doubtful finding counts as.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Uncertain {
-    /// As there: it asks the reader to act.
-    Present,
-    /// As not there.
-    Absent,
-    /// The class is left out for that report.
-    LeaveOut,
-}
-
-impl From<Uncertain> for UncertainPolicy {
-    fn from(choice: Uncertain) -> Self {
-        match choice {
-            Uncertain::Present => Self::AsPresent,
-            Uncertain::Absent => Self::AsAbsent,
-            Uncertain::LeaveOut => Self::LeaveOut,
-        }
-    }
-}
-
-/// Arguments of `eval`.
-#[derive(Debug, Clone, Args)]
-pub struct EvalArgs {
-    /// Predictions, one JSON object a line, as `infer --output`, ms-swift, LLaMA-Factory or vLLM write them.
-    ///
-    /// Without it, the model writes the reports now.
-    #[arg(value_name = "PREDICTIONS.jsonl")]
-    pub predictions: Option<PathBuf>,
-    /// Test set: JSONL in ms-swift's form, or `phantom:SEED:FROM..TO`. Predictions that hold their references
-    /// do without.
-    #[arg(long, value_name = "DATA")]
-    pub data: Option<String>,
-    /// Training set of the baselines; without it they take the test set's own reports.
-    #[arg(long, value_name = "DATA")]
-    pub train_data: Option<String>,
-    /// Folder of a run: its curves go into the page; without predictions and model, its best checkpoint and its
-    /// data are evaluated.
-    #[arg(long, value_name = "DIR")]
-    pub run: Option<PathBuf>,
-    /// Folder of a Qwen3-VL checkpoint; `model/tiny` without predictions. With predictions it only finds the
-    /// nearest training image.
-    #[arg(long, value_name = "DIR")]
-    pub model: Option<PathBuf>,
-    /// Folder of a PEFT LoRA adapter.
-    #[arg(long, value_name = "DIR")]
-    pub adapter: Option<PathBuf>,
-    /// Use the adapter even if it was trained on a different base model.
-    #[arg(long)]
-    pub any_base: bool,
-    /// cpu, cuda, cuda:N, wgpu or wgpu:N; by default the best one that answers.
-    #[arg(long, value_name = "DEVICE")]
-    pub device: Option<DeviceName>,
-    /// Type of the weights; by default bf16 on CUDA, f16 on other GPUs and f32 on the CPU.
-    #[arg(long, value_enum)]
-    pub dtype: Option<DtypeName>,
-    /// Pack the weights while they are loaded: int8, int4 (groups of 64) or int4:32.
-    #[arg(long, value_name = "FORMAT")]
-    pub quantize: Option<Quantization>,
-    /// Smallest size an image is scaled to, in pixels.
-    #[arg(long, value_name = "PIXELS")]
-    pub min_pixels: Option<usize>,
-    /// Largest size an image is scaled to, in pixels.
-    #[arg(long, value_name = "PIXELS")]
-    pub max_pixels: Option<usize>,
-    /// Generation.
-    #[command(flatten)]
-    pub generation: GenerationArgs,
-    /// Samples that go through the model at once.
-    #[arg(long, value_name = "N", default_value_t = 8)]
-    pub batch_size: usize,
-    /// Studies: intervals and tests are drawn by them.
-    #[command(flatten)]
-    pub studies: StudyArgs,
-    /// Only the first reports of the test set.
-    #[arg(long, value_name = "N")]
-    pub limit: Option<usize>,
-    /// Only the baselines that need no image: no model is loaded.
-    #[arg(long, conflicts_with_all = ["predictions", "model", "run"])]
-    pub baselines_only: bool,
-    /// Do not let the model write about swapped images, which takes as long as the reports themselves.
-    #[arg(long)]
-    pub no_swapped: bool,
-    /// Do not look for the nearest training image.
-    #[arg(long)]
-    pub no_neighbour: bool,
-    /// Another run's predictions on the same test set, to be compared pair by pair.
-    #[arg(long, value_name = "OTHER.jsonl")]
-    pub compare: Option<PathBuf>,
-    /// Key of the answer in the predictions, if it is an unusual one.
-    #[arg(long, value_name = "KEY")]
-    pub prediction_key: Option<String>,
-    /// Key of the reference in the predictions, if it is an unusual one.
-    #[arg(long, value_name = "KEY")]
-    pub reference_key: Option<String>,
-    /// What a doubtful finding counts as, in truth and answer alike.
-    #[arg(long, value_enum, default_value = "present")]
-    pub uncertain: Uncertain,
-    /// Draws of the intervals.
-    #[arg(long, value_name = "N", default_value_t = 1000)]
-    pub resamples: usize,
-    /// Every score on the terminal; files hold them always.
-    #[arg(long)]
-    pub all: bool,
-    /// Write all scores and cases as JSON.
-    #[arg(long, value_name = "FILE.json")]
-    pub json: Option<PathBuf>,
-    /// Write the page: one file that needs nothing beside it.
-    #[arg(long, value_name = "FILE.html")]
-    pub html: Option<PathBuf>,
-    /// Cases in the page's gallery, the worst first.
-    #[arg(long, value_name = "N", default_value_t = 24)]
-    pub gallery: usize,
-    /// Folder of the films, where the predictions name them by other paths.
-    #[arg(long, value_name = "DIR")]
-    pub images_dir: Option<PathBuf>,
-    /// Keep the reports the model wrote, as predictions that `eval` reads.
-    #[arg(long, value_name = "FILE.jsonl", conflicts_with_all = ["predictions", "baselines_only"])]
-    pub output: Option<PathBuf>,
-}
 
 /// Runs `eval`: tables go to stdout.
 ///
 /// # Errors
 /// Whatever keeps a report from being read, written or scored, with file, row and key.
 pub fn run(mut args: EvalArgs) -> Result<()> {
-    check(&args)?;
+    args.check()?;
     let rule = args.studies.rule()?;
-    let settings = Settings {
+    let settings = EvalSettings {
         bootstrap: Bootstrap {
             resamples: args.resamples,
             ..Bootstrap::default()
         },
         policy: args.uncertain.into(),
     };
-    let curves = match &args.run {
-        Some(dir) => Some(run_folder::curves(dir)?),
-        None => None,
-    };
-    let held_out = choose_what(&mut args)?;
-    let (data, train) = match held_out {
+    let curves = args.run.as_deref().map(run_folder::curves).transpose()?;
+    let (data, train) = match choose_what(&mut args)? {
         Some(run) => (run.validation, Some(run.train)),
         None => (
             args.data.as_deref().map(Dataset::open).transpose()?,
             args.train_data.as_deref().map(Dataset::open).transpose()?,
         ),
     };
+    let (data, train) = (data.as_ref(), train.as_ref());
     let mut warnings = Vec::new();
 
     let keys = PredictionKeys {
         answer: args.prediction_key.clone(),
         reference: args.reference_key.clone(),
     };
-    let (mut set, written) = match (&args.predictions, &data) {
+    let (mut set, written) = test_set(&args, &keys, data, &mut warnings)?;
+    let study = set.find_studies(&rule, &mut warnings)?;
+    warnings.extend(too_few(study.studies, args.compare.is_some()));
+    let training = train.map(cases::reports).transpose()?;
+    cases::warn_of_leaks(&set, train, &rule, &mut warnings)?;
+    let compared = match &args.compare {
+        Some(path) => Some(cases::align(
+            path,
+            read_predictions(path, &keys)?,
+            &set,
+            data,
+        )?),
+        None => None,
+    };
+
+    let from_model = match model_work(&args, &set, data, train, !study.guessed)? {
+        Some(work) => run_on(args.device, args.load.dtype.map(DType::from), work)??,
+        None => ModelRun::default(),
+    };
+    let loss = from_model.loss;
+    let seed = settings.bootstrap.seed;
+    let training = training.as_deref();
+    let systems = systems(&set, written, from_model, training, seed, &mut warnings)?;
+    for warning in &warnings {
+        eprintln!("note: {}", warning.english);
+    }
+    eprintln!("{}", study.english());
+    eprintln!("scoring {}", counted(set.cases.len(), "report", "reports"));
+    let outcome = evaluate(set.cases.clone(), systems, compared.as_deref(), settings)?;
+    unless_closed(print(&outcome, loss.as_ref(), args.all)).context("cannot write to stdout")?;
+    let facts = facts(&args, &study, warnings, loss.as_ref(), curves);
+    write_files(&args, &set, data, &outcome, &facts, &study)
+}
+
+/// The cases to score, and where predictions were given what they hold.
+fn test_set(
+    args: &EvalArgs,
+    keys: &PredictionKeys,
+    data: Option<&Dataset>,
+    warnings: &mut Vec<Caveat>,
+) -> Result<(TestSet, Option<Vec<WrittenReport>>)> {
+    let (mut set, mut written) = match (&args.predictions, data) {
         (Some(path), data) => {
-            let predictions = read_predictions(path, &keys)?;
-            let (set, written) = cases::join(path, predictions, data.as_ref(), &mut warnings)?;
+            let predictions = read_predictions(path, keys)?;
+            let (set, written) = cases::join(path, predictions, data, warnings)?;
             (set, Some(written))
         }
         (None, Some(data)) => (TestSet::of(data)?, None),
@@ -214,43 +130,37 @@ pub fn run(mut args: EvalArgs) -> Result<()> {
     };
     if let Some(limit) = args.limit {
         set.truncate(limit);
+        if let Some(written) = &mut written {
+            written.truncate(limit);
+        }
     }
-    let study = set.find_studies(&rule, &mut warnings)?;
-    warnings.extend(too_few(study.studies, args.compare.is_some()));
-    let training = train.as_ref().map(cases::reports).transpose()?;
-    cases::warn_of_leaks(&set, train.as_ref(), &rule, &mut warnings)?;
+    Ok((set, written))
+}
 
-    let compared = match &args.compare {
-        Some(path) => Some(cases::align(
-            path,
-            read_predictions(path, &keys)?,
-            &set,
-            data.as_ref(),
-        )?),
-        None => None,
-    };
-    let work = model_work(&args, &set, data.as_ref(), train.as_ref(), !study.guessed)?;
-    let from_model = match work {
-        Some(work) => Some(run_on(args.device, args.dtype.map(DType::from), work)??),
-        None => None,
+/// The model, or the predictions in its place, and the baselines, in the order in which they are shown.
+fn systems(
+    set: &TestSet,
+    predictions: Option<Vec<WrittenReport>>,
+    from_model: ModelRun,
+    training: Option<&[String]>,
+    seed: u64,
+    warnings: &mut Vec<Caveat>,
+) -> Result<Vec<SystemTexts>> {
+    let system = |system: System| {
+        move |texts: Vec<WrittenReport>| SystemTexts {
+            system,
+            note: String::new(),
+            texts,
+        }
     };
     let mut systems = Vec::new();
-    let mut loss = None;
-    if let Some(mut written) = written {
-        written.truncate(set.cases.len());
-        systems.push(system(System::Model, written));
-    }
-    let mut neighbour = None;
-    if let Some(run) = from_model {
-        loss = run.loss;
-        neighbour = run.embeddings;
-        warnings.extend(run.warnings);
-        systems.extend(run.written.map(|texts| system(System::Model, texts)));
-        systems.extend(run.swapped.map(|texts| system(System::Swapped, texts)));
-    }
-    let reports = training.as_deref().map_or_else(
+    systems.extend(predictions.map(system(System::Model)));
+    warnings.extend(from_model.warnings);
+    systems.extend(from_model.written.map(system(System::Model)));
+    systems.extend(from_model.swapped.map(system(System::Swapped)));
+    let reports = training.map_or_else(
         || {
-            warnings.push(Remark::new(
+            warnings.push(Caveat::new(
                 "没有给训练集，基线取自测试集自身的报告，偏高",
                 "no --train-data: the baselines know the test set's own reports, which flatters them",
             ));
@@ -258,8 +168,8 @@ pub fn run(mut args: EvalArgs) -> Result<()> {
         },
         Reports::Training,
     );
-    systems.extend(without_images(&set.cases, reports, settings.bootstrap.seed));
-    if let (Some(found), Some(reports)) = (neighbour, &training) {
+    systems.extend(without_images(&set.cases, reports, seed));
+    if let (Some(found), Some(reports)) = (from_model.embeddings, training) {
         let reports: Vec<String> = found.rows.iter().map(|row| reports[*row].clone()).collect();
         let texts = nearest_image(&found.queries, &found.training, found.dimension, &reports)
             .context("the nearest training images cannot be found")?;
@@ -272,65 +182,7 @@ pub fn run(mut args: EvalArgs) -> Result<()> {
         System::Neighbour => 3,
         System::Swapped => 4,
     });
-    for warning in &warnings {
-        eprintln!("note: {}", warning.english);
-    }
-    eprintln!("{}", study.english());
-    eprintln!("scoring {}", counted(set.cases.len(), "report", "reports"));
-    let outcome = evaluate(set.cases.clone(), systems, compared.as_deref(), settings)?;
-    unless_closed(tell(&outcome, loss.as_ref(), args.all)).context("cannot write to stdout")?;
-    let facts = facts(&args, &study, warnings, loss.as_ref(), curves);
-    if let Some(path) = &args.json {
-        let json = output::json(&outcome, &facts, &study);
-        write_atomic(path, |out| {
-            serde_json::to_writer_pretty(&mut *out, &json)?;
-            out.write_all(b"\n")
-        })?;
-    }
-    if let Some(path) = &args.html {
-        let mut films = output::Films::new(&set, data.as_ref(), args.images_dir.as_deref());
-        let page = html(&outcome, &facts, &mut |case| films.of(case));
-        films.tell();
-        write_atomic(path, |out| out.write_all(page.as_bytes()))?;
-        eprintln!("page: `{}`", path.display());
-    }
-    Ok(())
-}
-
-fn check(args: &EvalArgs) -> Result<()> {
-    let wrong = |text: &str| -> Result<()> { bail!(UsageError(text.into())) };
-    if args.batch_size == 0 {
-        wrong("--batch-size is 0, expected at least 1")?;
-    }
-    if args.resamples == 0 {
-        wrong("--resamples is 0, expected at least 1 (1000 is usual)")?;
-    }
-    if args.limit == Some(0) {
-        wrong("--limit is 0, expected at least 1")?;
-    }
-    // Before hours of generation, not after.
-    for path in [&args.json, &args.html, &args.output].into_iter().flatten() {
-        let folder = path.parent().unwrap_or(Path::new(""));
-        if !folder.as_os_str().is_empty() && !folder.is_dir() {
-            wrong(&format!(
-                "`{}`: its folder is not there; make `{}` first",
-                path.display(),
-                folder.display()
-            ))?;
-        }
-    }
-    if args.predictions.is_none() && args.prediction_key.is_some() && args.compare.is_none() {
-        wrong("--prediction-key: expected PREDICTIONS.jsonl or --compare to read it from")?;
-    }
-    if args.adapter.is_some() && args.predictions.is_some() && args.model.is_none() {
-        wrong(
-            "--adapter: the predictions are there already; name its base with --model, or leave it out",
-        )?;
-    }
-    if args.adapter.is_some() && args.baselines_only {
-        wrong("--adapter: --baselines-only loads no model; leave one of them out")?;
-    }
-    Ok(())
+    Ok(systems)
 }
 
 /// Fills in what was not typed: a run's best checkpoint and data, or what comes with the repository.
@@ -355,8 +207,8 @@ fn choose_what(args: &mut EvalArgs) -> Result<Option<RunData>> {
         ));
     }
     for name in [&mut args.data, &mut args.train_data].into_iter().flatten() {
-        if held_out.is_none() && !name.starts_with("phantom:") {
-            *name = shipped(Path::new(name.as_str())).display().to_string();
+        if held_out.is_none() {
+            *name = shipped_data(name);
         }
     }
     Ok(held_out)
@@ -374,9 +226,7 @@ fn model_work(
         return Ok(None);
     };
     let neighbour = train.filter(|_| !args.no_neighbour).cloned();
-    if let Some(adapter) = args.adapter.as_ref().filter(|_| !args.any_base) {
-        check_base(adapter, &shipped(model))?;
-    }
+    args.adapter.check_base(&shipped(model))?;
     let writes = args.predictions.is_none();
     let Some(data) = data.cloned().filter(|_| writes || neighbour.is_some()) else {
         bail!(UsageError(
@@ -384,16 +234,9 @@ fn model_work(
         ));
     };
     Ok(Some(ModelWork {
-        model: ModelArgs {
-            model: model.clone(),
-            adapter: args.adapter.clone(),
-            any_base: args.any_base,
-            device: args.device.into_iter().collect(),
-            dtype: args.dtype,
-            quantize: args.quantize,
-            min_pixels: args.min_pixels,
-            max_pixels: args.max_pixels,
-        },
+        model: model.clone(),
+        adapter: args.adapter.clone(),
+        load: args.load,
         generation: generation_config(&args.generation)?,
         stop: args.generation.stop.clone(),
         batch_size: args.batch_size,
@@ -408,15 +251,7 @@ fn model_work(
     }))
 }
 
-fn system(system: System, texts: Vec<Written>) -> SystemTexts {
-    SystemTexts {
-        system,
-        note: String::new(),
-        texts,
-    }
-}
-
-fn tell(outcome: &Outcome, loss: Option<&LossTotals>, all: bool) -> std::io::Result<()> {
+fn print(outcome: &EvalOutcome, loss: Option<&LossTotals>, all: bool) -> std::io::Result<()> {
     let mut out = stdout().lock();
     if let Some(totals) = loss {
         writeln!(
@@ -431,10 +266,36 @@ fn tell(outcome: &Outcome, loss: Option<&LossTotals>, all: bool) -> std::io::Res
     write!(out, "{}", table::text(outcome, all))
 }
 
+/// Writes the JSON and the page, where they were named.
+fn write_files(
+    args: &EvalArgs,
+    set: &TestSet,
+    data: Option<&Dataset>,
+    outcome: &EvalOutcome,
+    facts: &PageFacts,
+    study: &StudyFacts,
+) -> Result<()> {
+    if let Some(path) = &args.json {
+        let json = output::json(outcome, facts, study);
+        write_atomic(path, |out| {
+            serde_json::to_writer_pretty(&mut *out, &json)?;
+            out.write_all(b"\n")
+        })?;
+    }
+    if let Some(path) = &args.html {
+        let mut images = output::ImageFinder::new(set, data, args.images_dir.as_deref());
+        let page = html(outcome, facts, &mut |case| images.of(case));
+        images.print_missing();
+        write_atomic(path, |out| out.write_all(page.as_bytes()))?;
+        eprintln!("page: `{}`", path.display());
+    }
+    Ok(())
+}
+
 fn facts(
     args: &EvalArgs,
     study: &StudyFacts,
-    warnings: Vec<Remark>,
+    warnings: Vec<Caveat>,
     loss: Option<&LossTotals>,
     curves: Option<String>,
 ) -> PageFacts {
@@ -445,7 +306,7 @@ fn facts(
     let path = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
     fact("预测", "predictions", path(&args.predictions));
     fact("模型", "model", path(&args.model));
-    fact("适配器", "adapter", path(&args.adapter));
+    fact("适配器", "adapter", path(&args.adapter.adapter));
     fact("测试集", "test set", args.data.clone());
     fact("训练集", "training set", args.train_data.clone());
     fact("比较对象", "compared with", path(&args.compare));

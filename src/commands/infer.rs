@@ -1,20 +1,29 @@
 //! `infer`: reports about images, one by one, together, or as a batch run that can be resumed.
 
+mod args;
+mod images;
+mod journal;
+pub(super) mod output;
+pub(super) mod record;
+mod shown;
+
 use std::{path::PathBuf, sync::Mutex, time::Instant};
 
 use anyhow::{Context, Result, bail};
 use burn::tensor::DType;
 
 use super::{
-    UsageError, counted, generation_config, pipeline_options,
-    progress::{Progress, Unit, prepare_kernels},
+    infer_server,
+    pipeline_options::pipeline_options,
+    progress::{Progress, Unit, loading, prepare_kernels},
+    shared_args::generation_config,
+    tags,
+    usage::UsageError,
 };
 use crate::{
     accelerate::devices::{Replicas, ReplicatedTask, run_on_all},
-    adapters::lora::base::check_base,
     base::files::{expect_file, name, sha256_file},
     batch::images::ImageInput,
-    cli::InferArgs,
     ops::{memory::MemoryWatch, quantised::cache::CacheFormat},
     processor::image::Reading,
     runtime::{
@@ -23,17 +32,12 @@ use crate::{
         pipeline::Pipeline,
         spread::in_order,
     },
+    study::counted,
 };
-pub(super) use output::OutputFile;
-pub(super) use record::RemarkPrinter;
-pub use record::{Record, RecordRemark};
+pub use args::{DEFAULT_PROMPT, InferArgs};
+use output::RecordFile;
+use record::{Record, RecordRemark, RemarkPrinter};
 use shown::Shown;
-
-mod images;
-mod journal;
-mod output;
-mod record;
-mod shown;
 
 /// Runs `infer`.
 ///
@@ -57,33 +61,13 @@ pub fn run(args: InferArgs) -> Result<()> {
     }
     let images = images::list(&args)?;
     if args.show_tags {
-        return super::tags::show(images.iter().flatten(), args.json);
+        return tags::show(images.iter().flatten(), args.json);
     }
     if let Some(address) = &args.server {
-        if args.frame.is_some() {
-            bail!(UsageError(
-                "--frame is not sent to a server; give it files of one frame".into()
-            ));
-        }
-        let model = &args.model;
-        let unsent = [
-            ("--adapter", model.adapter.is_some()),
-            ("--any-base", model.any_base),
-            ("--dtype", model.dtype.is_some()),
-            ("--quantize", model.quantize.is_some()),
-            ("--min-pixels", model.min_pixels.is_some()),
-            ("--max-pixels", model.max_pixels.is_some()),
-            ("--kv-cache", args.generation.kv_cache != CacheFormat::Float),
-            ("--no-repetition-stop", args.generation.no_repetition_stop),
-        ];
-        if let Some((option, _)) = unsent.iter().find(|(_, given)| *given) {
-            bail!(UsageError(format!(
-                "{option} is a setting of the server; give it to `xray-qwen3vl serve`, or name a model of the server with --server-model"
-            )));
-        }
-        return super::infer_server::run(address, &args, &settings, &images);
+        check_sent(&args)?;
+        return infer_server::run(address, &args, &settings, &images);
     }
-    let dtype = args.model.dtype.map(DType::from);
+    let dtype = args.model.load.dtype.map(DType::from);
     run_on_all(
         &devices,
         dtype,
@@ -94,6 +78,32 @@ pub fn run(args: InferArgs) -> Result<()> {
             remarks: RemarkPrinter::default(),
         },
     )?
+}
+
+/// Refuses settings that cannot be sent to a server.
+fn check_sent(args: &InferArgs) -> Result<()> {
+    if args.frame.is_some() {
+        bail!(UsageError(
+            "--frame is not sent to a server; give it files of one frame".into()
+        ));
+    }
+    let (adapter, load) = (&args.model.adapter, &args.model.load);
+    let unsent = [
+        ("--adapter", adapter.adapter.is_some()),
+        ("--any-base", adapter.any_base),
+        ("--dtype", load.dtype.is_some()),
+        ("--quantize", load.quantize.is_some()),
+        ("--min-pixels", load.min_pixels.is_some()),
+        ("--max-pixels", load.max_pixels.is_some()),
+        ("--kv-cache", args.generation.kv_cache != CacheFormat::Float),
+        ("--no-repetition-stop", args.generation.no_repetition_stop),
+    ];
+    match unsent.iter().find(|(_, given)| *given) {
+        Some((option, _)) => bail!(UsageError(format!(
+            "{option} is a setting of the server; give it to `xray-qwen3vl serve`, or name a model of the server with --server-model"
+        ))),
+        None => Ok(()),
+    }
 }
 
 struct Infer {
@@ -108,7 +118,7 @@ impl ReplicatedTask for Infer {
 
     fn run<B: Accelerator>(self, replicas: Replicas<B>) -> Result<()> {
         let Replicas { mut devices, dtype } = replicas;
-        let mut run = OutputFile::open(&self.args, &self.images)?;
+        let mut run = RecordFile::open(&self.args, &self.images)?;
         let todo = run.todo(&self.images);
         if let Some(note) = todo.note {
             eprintln!("{note}");
@@ -121,18 +131,9 @@ impl ReplicatedTask for Infer {
         let groups: Vec<&[&Vec<PathBuf>]> = todo.chunks(self.args.batch_size).collect();
         devices.truncate(groups.len());
         let options = pipeline_options(&self.args.model, dtype);
-        if let Some(adapter) = options
-            .adapter
-            .as_ref()
-            .filter(|_| !self.args.model.any_base)
-        {
-            check_base(adapter, &options.model)?;
-        }
-        let mut progress = Progress::new("loading", 0, Unit::Bytes);
-        let mut pipelines = Pipeline::<B>::load_on(&options, &devices, &mut |done, total| {
-            progress.set(done, total);
-        })?;
-        progress.finish();
+        self.args.model.adapter.check_base(&options.model)?;
+        let mut pipelines =
+            loading(|on_progress| Pipeline::<B>::load_on(&options, &devices, on_progress))?;
         if let Some(limits) = pipelines[0].parts.pixel_limits_to_know() {
             eprintln!("{limits}");
         }
@@ -202,7 +203,10 @@ impl Infer {
         for path in images {
             expect_file(path)?;
             let frame = self.args.frame.map(|frame| frame as usize);
-            let Reading { picture, remarks } = pipeline.parts.images.read(path, frame)?;
+            let Reading {
+                picture: image,
+                remarks,
+            } = pipeline.parts.images.read(path, frame)?;
             hashes.push(sha256_file(path)?);
             let about = (images.len() > 1).then(|| name::text_of(&[path]).0);
             let remarks = remarks.iter();
@@ -211,7 +215,7 @@ impl Infer {
                 .extend(remarks.map(|remark| RecordRemark::of(remark, about.clone())));
             let patches = pipeline
                 .parts
-                .image_input(&picture)
+                .image_input(&image)
                 .with_context(|| format!("`{}`", path.display()))?;
             input.extend(&patches);
         }
@@ -267,7 +271,7 @@ impl Infer {
                     records[row].fill(answer, seconds);
                 }
                 if self.args.verbose {
-                    tell_timing(prepared, &timing);
+                    print_timing(prepared, &timing);
                 }
             }
             // One prompt that cannot be answered must not take the others with it.
@@ -288,7 +292,7 @@ impl Infer {
     }
 }
 
-fn tell_timing(prepared: f64, timing: &Timing) {
+fn print_timing(prepared: f64, timing: &Timing) {
     let rate = |tokens: usize, seconds: f64| tokens as f64 / seconds.max(1e-9);
     eprintln!("images   {prepared:8.3} s");
     eprintln!("vision   {:8.3} s", timing.vision_seconds);

@@ -14,12 +14,15 @@ use hyper::header;
 use serde_json::{Value, json};
 
 use super::{
-    infer::{OutputFile, Record, RecordRemark, RemarkPrinter},
+    infer::{
+        InferArgs,
+        output::RecordFile,
+        record::{Record, RecordRemark, RemarkPrinter},
+    },
     progress::{Progress, Unit},
 };
 use crate::{
     base::files::{expect_file, name, sha256_bytes},
-    cli::InferArgs,
     processor::image::{DecodeLimits, read_bytes},
     runtime::generate::{FinishReason, GenerationConfig},
     serve::client::{EventLines, Server},
@@ -53,7 +56,7 @@ pub(super) fn run(
     settings: &GenerationConfig,
     images: &[Vec<PathBuf>],
 ) -> Result<()> {
-    let mut output = OutputFile::open(args, images)?;
+    let mut output = RecordFile::open(args, images)?;
     let todo = output.todo(images);
     if let Some(note) = todo.note {
         eprintln!("{note}");

@@ -1,21 +1,31 @@
 //! `init-tiny`: the empty shell of a tiny Qwen3-VL for the phantom studies, ready to be trained.
 
-use std::io::Write;
+use std::{io::Write, path::PathBuf};
 
 use anyhow::{Context, Result, bail};
+use clap::Args;
 
 use super::{
-    program,
     progress::{Progress, Unit},
-    shell_word,
+    shell::{program, shell_word},
 };
 use crate::{
     base::files::write_atomic,
-    cli::InitTinyArgs,
     phantom::{Dialect, PhantomStudies},
-    processor::{chat::ChatTemplate, train_tokenizer::train_tokenizer},
+    processor::{chat::ChatTemplate, tokenizer::SpecialTokens, train_tokenizer::train_tokenizer},
     qwen3_vl::config::{Qwen3VlConfig, TextConfig, VisionConfig},
 };
+
+/// Arguments of `init-tiny`.
+#[derive(Debug, Args)]
+pub struct InitTinyArgs {
+    /// Folder to write.
+    #[arg(long, value_name = "DIR", default_value = "artifacts/tiny-init")]
+    pub output: PathBuf,
+    /// Seed of the reports the tokenizer is learnt from.
+    #[arg(long, value_name = "N", default_value_t = 7)]
+    pub seed: u64,
+}
 
 /// Studies whose reports the tokenizer is learnt from.
 const CORPUS_STUDIES: u64 = 4000;
@@ -53,43 +63,10 @@ pub fn run(args: &InitTinyArgs) -> Result<()> {
     std::fs::create_dir_all(&args.output)
         .with_context(|| format!("cannot make the folder `{}`", args.output.display()))?;
     trained.save(&args.output)?;
-    let special = trained.tokenizer()?.special();
-    let token = |name: &str| trained.tokenizer().map(|t| t.token_to_id(name));
-    let config = Qwen3VlConfig {
-        text_config: TextConfig {
-            vocab_size: VOCAB_SIZE,
-            hidden_size: 128,
-            intermediate_size: 384,
-            num_hidden_layers: 4,
-            num_attention_heads: 4,
-            num_key_value_heads: 2,
-            head_dim: 32,
-            max_position_embeddings: 4096,
-            rms_norm_eps: 1e-6,
-            rope_theta: 10_000.0,
-            mrope_section: [6, 5, 5],
-            attention_bias: false,
-            eos_token_id: Some(special.im_end),
-        },
-        vision_config: VisionConfig {
-            depth: 4,
-            hidden_size: 96,
-            intermediate_size: 256,
-            num_heads: 3,
-            num_position_embeddings: 64,
-            out_hidden_size: 128,
-            in_channels: 3,
-            patch_size: 16,
-            spatial_merge_size: 2,
-            temporal_patch_size: 2,
-            deepstack_visual_indexes: vec![1, 2],
-        },
-        image_token_id: special.image_pad,
-        video_token_id: token("<|video_pad|>")?.unwrap_or(special.image_pad),
-        vision_start_token_id: special.vision_start,
-        vision_end_token_id: special.vision_end,
-        tie_word_embeddings: true,
-    };
+    let tokenizer = trained.tokenizer()?;
+    let special = tokenizer.special();
+    let video_pad = tokenizer.token_to_id("<|video_pad|>");
+    let config = tiny_config(&special, video_pad);
     let write = |name: &str, text: String| {
         write_atomic(&args.output.join(name), |out: &mut dyn Write| {
             out.write_all(text.as_bytes())
@@ -128,4 +105,43 @@ pub fn run(args: &InitTinyArgs) -> Result<()> {
         shell_word(&args.output.display().to_string())
     );
     Ok(())
+}
+
+/// Sizes of the tiny model.
+fn tiny_config(special: &SpecialTokens, video_pad: Option<u32>) -> Qwen3VlConfig {
+    Qwen3VlConfig {
+        text_config: TextConfig {
+            vocab_size: VOCAB_SIZE,
+            hidden_size: 128,
+            intermediate_size: 384,
+            num_hidden_layers: 4,
+            num_attention_heads: 4,
+            num_key_value_heads: 2,
+            head_dim: 32,
+            max_position_embeddings: 4096,
+            rms_norm_eps: 1e-6,
+            rope_theta: 10_000.0,
+            mrope_section: [6, 5, 5],
+            attention_bias: false,
+            eos_token_id: Some(special.im_end),
+        },
+        vision_config: VisionConfig {
+            depth: 4,
+            hidden_size: 96,
+            intermediate_size: 256,
+            num_heads: 3,
+            num_position_embeddings: 64,
+            out_hidden_size: 128,
+            in_channels: 3,
+            patch_size: 16,
+            spatial_merge_size: 2,
+            temporal_patch_size: 2,
+            deepstack_visual_indexes: vec![1, 2],
+        },
+        image_token_id: special.image_pad,
+        video_token_id: video_pad.unwrap_or(special.image_pad),
+        vision_start_token_id: special.vision_start,
+        vision_end_token_id: special.vision_end,
+        tie_word_embeddings: true,
+    }
 }

@@ -1,14 +1,15 @@
 //! `merge`: a base and its adapter as one checkpoint, proven before it is called done.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use burn::{prelude::*, tensor::DType};
+use clap::Args;
 
 use super::{
-    UsageError,
-    progress::{Progress, Unit},
-    shipped,
+    logits::{probe, read, relative_distance},
+    pipeline_options::checkpoint_alone,
+    shell::{expect_new, shipped},
 };
 use crate::{
     accelerate::devices::{DeviceTask, run_on},
@@ -21,39 +22,59 @@ use crate::{
         },
         quantised::files::of_checkpoint,
     },
-    base::files::FolderWriter,
-    batch::{
-        images::ImageInput,
-        text::{Padding, TextInput},
+    base::{
+        device_name::{DeviceName, DtypeName},
+        files::FolderWriter,
     },
-    cli::MergeArgs,
     ops::cast::to_dtype,
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, weights::stored_dtype},
-    runtime::{
-        accelerator::Accelerator,
-        pipeline::{PipelineOptions, load_model},
-    },
+    runtime::{accelerator::Accelerator, pipeline::PipelineOptions},
     train::checkpoint::save_model,
 };
+
+/// Arguments of `merge`.
+#[derive(Debug, Args)]
+pub struct MergeArgs {
+    /// Base checkpoint folder.
+    #[arg(long, value_name = "DIR", default_value = "model/tiny")]
+    pub model: PathBuf,
+    /// PEFT adapter folder.
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+    /// Merge even if the adapter was trained on, or its config names, a different base model.
+    #[arg(long)]
+    pub any_base: bool,
+    /// Folder to write; must not exist.
+    #[arg(long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// Type of the written weights; by default that of the base's.
+    #[arg(long, value_enum)]
+    pub dtype: Option<DtypeName>,
+    /// Device used for merging.
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<DeviceName>,
+}
 
 /// Runs `merge`.
 ///
 /// # Errors
 /// Anything that kept the checkpoint from being written whole and proven; nothing is left then.
 pub fn run(args: MergeArgs) -> Result<()> {
-    if args.output.exists() {
-        bail!(UsageError(format!(
-            "`{}` is there already; name a new folder with --output",
-            args.output.display()
-        )));
-    }
+    expect_new(&args.output)?;
     let dtype = args.dtype.map(DType::from);
-    run_on(args.device, dtype, Merge { args, asked: dtype })?
+    run_on(
+        args.device,
+        dtype,
+        Merge {
+            args,
+            typed_dtype: dtype,
+        },
+    )?
 }
 
 struct Merge {
     args: MergeArgs,
-    asked: Option<DType>,
+    typed_dtype: Option<DType>,
 }
 
 impl DeviceTask for Merge {
@@ -65,22 +86,17 @@ impl DeviceTask for Merge {
     }
 
     fn run<B: Accelerator>(self, device: B::Device, dtype: DType) -> Result<()> {
-        let options = PipelineOptions {
-            model: shipped(&self.args.model),
-            adapter: self.args.adapter.clone(),
-            // The base is read as precisely as it can be; what is asked for is what is written.
-            dtype: if self.asked.is_some() {
-                DType::F32
-            } else {
-                dtype
-            },
-            quantize: None,
-            min_pixels: None,
-            max_pixels: None,
+        // The base is read as precisely as it can be; the typed dtype is what is written.
+        let read_dtype = match self.typed_dtype {
+            Some(_) => DType::F32,
+            None => dtype,
         };
-        let options_dtype = options.dtype;
+        let options = PipelineOptions {
+            adapter: self.args.adapter.clone(),
+            ..checkpoint_alone(shipped(&self.args.model), read_dtype)
+        };
         let stored = stored_dtype(&options.model)?;
-        let written = self.asked.or(stored).unwrap_or(dtype);
+        let written = self.typed_dtype.or(stored).unwrap_or(dtype);
         let limits = match &self.args.adapter {
             Some(dir) => trained_pixel_limits(dir)?,
             None => None,
@@ -107,25 +123,20 @@ impl DeviceTask for Merge {
 
         // First the arithmetic, in the type it was done in; rounding to the written type comes after.
         let merged = merge(adapted);
-        let in_place = distance(&before, &probe(&merged, &config, &device));
+        let in_place = relative_distance(&probe(&merged, &config, &device), &before);
         let merged = cast(merged, written);
         let expected = probe(&merged, &config, &device);
         let parent = FolderWriter::new(&self.args.output)?;
         save_model(&merged, &config, &options.model, limits, parent.path())?;
         drop(merged);
 
-        // What counts is what lies on the disk.
-        let again = PipelineOptions {
-            model: parent.path().to_path_buf(),
-            adapter: None,
-            dtype: written,
-            ..options
-        };
+        // What counts is what is on the disk.
+        let again = checkpoint_alone(parent.path().to_path_buf(), written);
         let reread = read::<B>(&again, &config, &device)?;
         let answer = probe(&reread, &config, &device);
         // In f32 only the order of sums differs; a base that was read in a half type rounds every
         // merged weight once.
-        let allowed = match options_dtype {
+        let allowed = match read_dtype {
             DType::F32 => 1e-3,
             _ => 5e-2,
         };
@@ -143,10 +154,10 @@ impl DeviceTask for Merge {
         if answer != expected {
             bail!(
                 "the written checkpoint reads back differently from what was merged (relative distance of the logits {:.2e}); nothing was kept, is the disk sound?",
-                distance(&expected, &answer)
+                relative_distance(&answer, &expected)
             );
         }
-        let distance = distance(&before, &answer);
+        let distance = relative_distance(&answer, &before);
         parent.finish()?;
         println!(
             "wrote `{}` ({written:?}); logits on the probe differ from base plus adapter by {distance:.1e} relative",
@@ -156,7 +167,7 @@ impl DeviceTask for Merge {
     }
 }
 
-/// For adapters that hold no fingerprint of their base: names tell two bases apart as well.
+/// For adapters that hold no fingerprint of their base: names distinguish two bases as well.
 fn check_name(adapter: &Path, model: &Path) -> Result<()> {
     let last = |path: &Path| -> Option<String> {
         let name = path.file_name()?.to_string_lossy().to_lowercase();
@@ -177,20 +188,6 @@ fn check_name(adapter: &Path, model: &Path) -> Result<()> {
     }
 }
 
-pub(super) fn read<B: Accelerator>(
-    options: &PipelineOptions,
-    config: &Qwen3VlConfig,
-    device: &B::Device,
-) -> Result<Qwen3Vl<B>> {
-    let mut progress = Progress::new("loading", 0, Unit::Bytes);
-    let model = load_model::<B>(options, config, device, &mut |done, total| {
-        progress.set(done, total);
-    })
-    .with_context(|| format!("cannot load `{}`", options.model.display()))?;
-    progress.finish();
-    Ok(model)
-}
-
 fn cast<B: Accelerator>(model: Qwen3Vl<B>, dtype: DType) -> Qwen3Vl<B> {
     struct Cast(DType);
     impl<B: Backend> burn::module::ModuleMapper<B> for Cast {
@@ -202,46 +199,4 @@ fn cast<B: Accelerator>(model: Qwen3Vl<B>, dtype: DType) -> Qwen3Vl<B> {
         }
     }
     model.map(&mut Cast(dtype))
-}
-
-/// Logits for a fixed prompt with an image of smooth stripes; exercises both towers.
-pub(super) fn probe<B: Accelerator>(
-    model: &Qwen3Vl<B>,
-    config: &Qwen3VlConfig,
-    device: &B::Device,
-) -> Vec<f32> {
-    let vision = &config.vision_config;
-    let merge = vision.spatial_merge_size;
-    let grid = [1, 4 * merge, 3 * merge];
-    let patches = grid[1] * grid[2];
-    let values = patches * vision.patch_dim();
-    let images = ImageInput {
-        pixel_values: (0..values).map(|i| (i as f32 * 0.013).sin()).collect(),
-        image_grid_thw: vec![grid],
-    };
-    let text = |i: usize| (i * 7919 % config.image_token_id.max(2) as usize) as u32;
-    let mut ids: Vec<u32> = (0..8).map(text).collect();
-    ids.extend(std::iter::repeat_n(
-        config.image_token_id,
-        patches / (merge * merge),
-    ));
-    ids.extend((8..24).map(text));
-    match TextInput::padded(&[ids], &[vec![grid]], config, Padding::Right, 0) {
-        Ok((input, _)) => {
-            let logits = model.forward(&input, &images, config, device);
-            logits.into_data().iter::<f32>().collect()
-        }
-        Err(_) => vec![f32::NAN],
-    }
-}
-
-/// Relative Euclidean distance.
-fn distance(want: &[f32], ours: &[f32]) -> f64 {
-    let square = |x: f32| f64::from(x) * f64::from(x);
-    let difference: f64 = want.iter().zip(ours).map(|(a, b)| square(a - b)).sum();
-    let norm: f64 = want.iter().map(|a| square(*a)).sum();
-    if want.len() != ours.len() {
-        return f64::NAN;
-    }
-    (difference / norm.max(f64::MIN_POSITIVE)).sqrt()
 }

@@ -1,13 +1,35 @@
 //! `phantoms`: a data set of synthetic studies as files.
 
+use std::path::PathBuf;
+
 use anyhow::Result;
+use clap::Args;
 
 use crate::{
     base::files::size_text,
-    cli::PhantomsArgs,
-    commands::counted,
     phantom::{Dialect, PROMPTS, write_dataset},
+    study::counted,
 };
+
+/// Arguments of `phantoms`.
+#[derive(Debug, Args)]
+pub struct PhantomsArgs {
+    /// Folder to write; must be absent or empty.
+    #[arg(long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// Seed of the studies.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
+    /// First study.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub from: u64,
+    /// Number of studies.
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    pub count: u64,
+    /// Short reports instead of full ones.
+    #[arg(long)]
+    pub plain: bool,
+}
 
 /// Runs `phantoms`.
 ///

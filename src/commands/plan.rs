@@ -1,27 +1,59 @@
 //! `plan`: what a run will take, before anything is loaded.
 
+use std::path::PathBuf;
+
 use anyhow::{Context, Result, bail};
 use burn::tensor::DType;
+use clap::Args;
 use rayon::prelude::*;
 
-use super::{UsageError, shipped, train::with_keys};
+use super::{
+    pipeline_options::base_of_run,
+    shell::{shipped, shipped_data},
+    train::settings::with_keys,
+    usage::UsageError,
+};
 use crate::{
     accelerate::devices::{DeviceTask, run_on},
-    base::{device_name::DeviceName, files::write_atomic},
-    cli::PlanArgs,
+    base::{device_name::DeviceName, files::write_atomic, plot::histogram},
     dataset::{Dataset, DatasetError, LeftOut, loader::Overlong},
     ops::memory::free_memory,
-    plot::histogram,
-    runtime::{
-        accelerator::Accelerator,
-        pipeline::{PipelineOptions, TextAndImages},
-    },
+    runtime::{accelerator::Accelerator, pipeline::TextAndImages},
     train::{
         budget::{Budget, Form},
         config::TrainConfig,
         plan::{Plan, Throughput},
     },
 };
+
+/// Arguments of `plan`.
+#[derive(Debug, Args)]
+pub struct PlanArgs {
+    /// Settings of the run.
+    #[arg(long, value_name = "FILE", default_value = "configs/tiny.toml")]
+    pub config: PathBuf,
+    /// Checkpoint folder whose config and tokenizer count; weights are not read.
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
+    /// Data set in place of the config's.
+    #[arg(long, value_name = "FILE.jsonl")]
+    pub train_data: Option<String>,
+    /// Throughput from a bench or an earlier run; gives the time.
+    #[arg(long, value_name = "F", conflicts_with = "bench")]
+    pub samples_per_second: Option<f64>,
+    /// Throughput from a file that `bench train --json` wrote; gives the time.
+    #[arg(long, value_name = "FILE.json")]
+    pub bench: Option<PathBuf>,
+    /// Choose what fits so many GiB of the device, or all that is free, as `train` would.
+    #[arg(long, value_name = "auto|GIB")]
+    pub memory_budget: Option<Budget>,
+    /// Any key of the config file, as in `train`; may be given several times.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Write the token histogram as SVG.
+    #[arg(long, value_name = "FILE.svg")]
+    pub histogram: Option<PathBuf>,
+}
 
 /// Runs `plan`.
 ///
@@ -33,69 +65,23 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     config
         .validate()
         .map_err(|error| UsageError(error.to_string()))?;
-    let throughput = match (&args.bench, args.samples_per_second) {
-        (Some(path), _) => Some(Throughput::from_bench(path)?),
-        (None, Some(rate)) if rate > 0.0 && rate.is_finite() => Some(Throughput {
-            samples_per_second: rate,
-            device: None,
-        }),
-        (None, Some(rate)) => bail!(UsageError(format!(
-            "--samples-per-second is {rate}, expected a positive number"
-        ))),
-        (None, None) => None,
-    };
-    let [min_pixels, max_pixels] = config.pixel_limits();
-    let options = PipelineOptions {
-        model: shipped(args.model.as_ref().unwrap_or(&config.model)),
-        adapter: None,
-        dtype: DType::F32,
-        quantize: None,
-        min_pixels: Some(min_pixels),
-        max_pixels: Some(max_pixels),
-    };
-    let parts = TextAndImages::load(&options)?;
+    let throughput = throughput(args)?;
+    let model = shipped(args.model.as_ref().unwrap_or(&config.model));
+    let parts = TextAndImages::load(&base_of_run(&config, model, DType::F32))?;
     println!("{}", parts.pixel_limits());
-    let name = args.train_data.as_deref().unwrap_or(&config.train_data);
-    let name = if name.starts_with("phantom:") {
-        name.to_string()
-    } else {
-        shipped(name.as_ref()).display().to_string()
-    };
+    let name = shipped_data(args.train_data.as_deref().unwrap_or(&config.train_data));
     let data = Dataset::open(&name)?;
-    let lengths: Vec<usize> = (0..data.len())
-        .into_par_iter()
-        .map(|row| match data.encode(row, &parts, usize::MAX) {
-            Ok(sample) => Ok(sample.input_ids.len()),
-            Err(error) => Err(error),
-        })
-        .collect::<Result<_, DatasetError>>()?;
-    let mut sorted = lengths.clone();
-    sorted.sort_unstable();
-    let at = |share: f64| sorted[((sorted.len() - 1) as f64 * share).round() as usize];
-    let devices = config.device.len().max(1);
-    let dtype_bytes = match config.dtype.as_deref() {
-        Some("f32") => 4,
-        Some(_) => 2,
-        // As the backends choose when nothing is said: half a float on CUDA, a whole one elsewhere.
-        None => {
-            let first = config.device.first().map(|name| name.parse::<DeviceName>());
-            let on_cuda = match first {
-                Some(name) => matches!(name.map_err(UsageError)?, DeviceName::Cuda(_)),
-                None => cfg!(feature = "cuda"),
-            };
-            if on_cuda { 2 } else { 4 }
-        }
-    };
-    let longest = at(1.0).min(config.max_length);
+    let lengths = TokenLengths::of(&data, &parts)?;
+    let device = first_device(&config)?;
+    let dtype_bytes = weight_bytes(&config, device);
+    let longest = lengths.at(1.0).min(config.max_length);
     let budget = args.memory_budget;
     if let Some(budget) = budget.or(config.memory_budget.map(Budget::Gib)) {
         let gib = match budget {
             Budget::Gib(gib) => gib,
-            Budget::Free => {
-                let first = config.device.first().map(|name| name.parse::<DeviceName>());
-                let name = first.transpose().map_err(UsageError)?;
-                budget.gib(run_on(name, None, Free)?).map_err(UsageError)?
-            }
+            Budget::Free => budget
+                .gib(run_on(device, None, FreeMemory)?)
+                .map_err(UsageError)?,
         };
         let form = Form::choose(&config, &parts.config, longest, dtype_bytes, gib, None)?;
         form.apply(&mut config);
@@ -106,7 +92,7 @@ pub fn run(args: &PlanArgs) -> Result<()> {
         &parts.config,
         data.len(),
         longest,
-        devices,
+        config.device.len().max(1),
         dtype_bytes,
     )?;
     print!(
@@ -115,46 +101,20 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     );
     println!(
         "tokens of a sample: min {}, median {}, p95 {}, p99 {}, max {}; {} in all",
-        at(0.0),
-        at(0.5),
-        at(0.95),
-        at(0.99),
-        at(1.0),
-        lengths.iter().sum::<usize>()
+        lengths.at(0.0),
+        lengths.at(0.5),
+        lengths.at(0.95),
+        lengths.at(0.99),
+        lengths.at(1.0),
+        lengths.sorted.iter().sum::<usize>()
     );
-    let over = lengths
-        .iter()
-        .filter(|length| **length > config.max_length)
-        .count();
-    let left_out = LeftOut {
-        rows: over,
-        of: data.len(),
-        max_length: config.max_length,
-    };
-    match config.overlong {
-        Overlong::Skip if over == data.len() => bail!(DatasetError::AllTooLong {
-            file: name,
-            rows: over,
-            shortest: at(0.0),
-            max_length: config.max_length,
-        }),
-        Overlong::Skip => left_out
-            .sentence()
-            .iter()
-            .for_each(|line| println!("{line}")),
-        Overlong::Error if over > 0 => println!(
-            "{over} of {} samples are longer than max_length {}; the run ends at the first of them (`overlong = \"skip\"` leaves them out)",
-            data.len(),
-            config.max_length
-        ),
-        Overlong::Error => {}
-    }
+    print_overlong(&config, name, &lengths)?;
     for remark in data.remarks() {
         println!("note: {remark}");
     }
-    print!("{}", bars(&sorted));
+    print!("{}", bars(&lengths.sorted));
     if let Some(path) = &args.histogram {
-        let values: Vec<f64> = lengths.iter().map(|length| *length as f64).collect();
+        let values: Vec<f64> = lengths.sorted.iter().map(|tokens| *tokens as f64).collect();
         let svg = histogram(&values, "tokens of a sample", "tokens");
         write_atomic(path, |out| out.write_all(svg.as_bytes()))
             .context("cannot write the histogram")?;
@@ -162,10 +122,96 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     Ok(())
 }
 
-/// Asks a device how much of its memory is free.
-struct Free;
+/// How fast the run will be, where that was measured or typed.
+fn throughput(args: &PlanArgs) -> Result<Option<Throughput>> {
+    match (&args.bench, args.samples_per_second) {
+        (Some(path), _) => Ok(Some(Throughput::from_bench(path)?)),
+        (None, Some(rate)) if rate > 0.0 && rate.is_finite() => Ok(Some(Throughput {
+            samples_per_second: rate,
+            device: None,
+        })),
+        (None, Some(rate)) => bail!(UsageError(format!(
+            "--samples-per-second is {rate}, expected a positive number"
+        ))),
+        (None, None) => Ok(None),
+    }
+}
 
-impl DeviceTask for Free {
+/// Tokens of every sample, the shortest first.
+struct TokenLengths {
+    sorted: Vec<usize>,
+}
+
+impl TokenLengths {
+    fn of(data: &Dataset, parts: &TextAndImages) -> Result<Self, DatasetError> {
+        let mut sorted: Vec<usize> = (0..data.len())
+            .into_par_iter()
+            .map(|row| Ok(data.encode(row, parts, usize::MAX)?.input_ids.len()))
+            .collect::<Result<_, DatasetError>>()?;
+        sorted.sort_unstable();
+        Ok(Self { sorted })
+    }
+
+    /// The length that `share` of the samples do not exceed; a data set has at least one row.
+    fn at(&self, share: f64) -> usize {
+        self.sorted[((self.sorted.len() - 1) as f64 * share).round() as usize]
+    }
+}
+
+/// The run's first device, where one is named.
+fn first_device(config: &TrainConfig) -> Result<Option<DeviceName>> {
+    let first = config.device.first().map(|name| name.parse());
+    Ok(first.transpose().map_err(UsageError)?)
+}
+
+/// Bytes of a weight: as the backends choose where no dtype is named, 2 on CUDA and 4 elsewhere.
+fn weight_bytes(config: &TrainConfig, device: Option<DeviceName>) -> u64 {
+    let is_half = match (config.dtype.as_deref(), device) {
+        (Some(dtype), _) => dtype != "f32",
+        (None, Some(device)) => matches!(device, DeviceName::Cuda(_)),
+        (None, None) => cfg!(feature = "cuda"),
+    };
+    if is_half { 2 } else { 4 }
+}
+
+/// Says what becomes of samples longer than `max_length`.
+fn print_overlong(config: &TrainConfig, data: String, lengths: &TokenLengths) -> Result<()> {
+    let all = lengths.sorted.len();
+    let over = lengths
+        .sorted
+        .iter()
+        .filter(|length| **length > config.max_length)
+        .count();
+    match config.overlong {
+        Overlong::Skip if over == all => bail!(DatasetError::AllTooLong {
+            file: data,
+            rows: over,
+            shortest: lengths.at(0.0),
+            max_length: config.max_length,
+        }),
+        Overlong::Skip => {
+            let left_out = LeftOut {
+                rows: over,
+                of: all,
+                max_length: config.max_length,
+            };
+            if let Some(line) = left_out.sentence() {
+                println!("{line}");
+            }
+        }
+        Overlong::Error if over > 0 => println!(
+            "{over} of {all} samples are longer than max_length {}; the run ends at the first of them (`overlong = \"skip\"` leaves them out)",
+            config.max_length
+        ),
+        Overlong::Error => {}
+    }
+    Ok(())
+}
+
+/// How much memory of a device is free.
+struct FreeMemory;
+
+impl DeviceTask for FreeMemory {
     type Output = Option<u64>;
 
     fn run<B: Accelerator>(self, device: B::Device, _dtype: DType) -> Option<u64> {

@@ -20,7 +20,7 @@ pub(crate) struct Progress {
     unit: Unit,
     total: u64,
     started: Instant,
-    told: Instant,
+    printed: Instant,
 }
 
 /// What is counted.
@@ -50,7 +50,7 @@ impl Progress {
             unit,
             total,
             started: Instant::now(),
-            told: Instant::now(),
+            printed: Instant::now(),
         }
     }
 
@@ -61,10 +61,10 @@ impl Progress {
             bar.set_position(done);
             return;
         }
-        if self.told.elapsed() < LINE_EVERY || done == 0 {
+        if self.printed.elapsed() < LINE_EVERY || done == 0 {
             return;
         }
-        self.told = Instant::now();
+        self.printed = Instant::now();
         let left = self.started.elapsed().as_secs_f64() * (total.saturating_sub(done)) as f64
             / done as f64;
         let (done, total, unit) = match self.unit {
@@ -79,6 +79,14 @@ impl Progress {
             bar.finish_and_clear();
         }
     }
+}
+
+/// Calls `load` with the progress of bytes that are loaded.
+pub(crate) fn loading<T>(load: impl FnOnce(&mut dyn FnMut(u64, u64)) -> T) -> T {
+    let mut progress = Progress::new("loading", 0, Unit::Bytes);
+    let loaded = load(&mut |done, total| progress.set(done, total));
+    progress.finish();
+    loaded
 }
 
 /// Compiles what the model's kernels need on this card, with progress; at once where it was done before.

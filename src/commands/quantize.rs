@@ -1,12 +1,16 @@
-//! `quantize`: a checkpoint with packed weights, which loads without the one it was made from.
+//! `quantize`: a checkpoint with quantised weights, which loads without the one it was made from.
+
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use burn::tensor::DType;
+use clap::Args;
 
 use super::{
-    UsageError,
-    merge::{probe, read},
-    shipped,
+    logits::{probe, read},
+    pipeline_options::checkpoint_alone,
+    shell::{expect_new, shipped},
+    usage::UsageError,
 };
 use crate::{
     accelerate::devices::{DeviceTask, run_on},
@@ -15,10 +19,9 @@ use crate::{
         quantised::{memory::weight_bytes, save::write_packed},
     },
     base::{
-        device_name::dtype_text,
+        device_name::{DeviceName, dtype_text},
         files::{FolderWriter, size_text},
     },
-    cli::QuantizeArgs,
     ops::quantised::Quantization,
     qwen3_vl::{
         Qwen3Vl,
@@ -26,21 +29,36 @@ use crate::{
         nn::InitOptions,
         weights::{MAX_SHARD_BYTES, parameter_shapes},
     },
-    runtime::{accelerator::Accelerator, pipeline::PipelineOptions},
+    runtime::accelerator::Accelerator,
     train::checkpoint::copy_side_files,
 };
+
+/// Arguments of `quantize`.
+#[derive(Debug, Args)]
+pub struct QuantizeArgs {
+    /// Checkpoint folder, weights in 16 or 32 bits.
+    #[arg(long, value_name = "DIR", default_value = "model/tiny")]
+    pub model: PathBuf,
+    /// Folder to write; must not exist.
+    #[arg(long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// 8: half the memory, almost the same answers. 4: a quarter of the memory, answers can differ.
+    #[arg(long, value_name = "N")]
+    pub bits: usize,
+    /// With 4 bits, number of weights per scale, 64 or 32; 32 is more precise and 6 % larger [default: 64].
+    #[arg(long, value_name = "N")]
+    pub group: Option<usize>,
+    /// Device used to test the result.
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<DeviceName>,
+}
 
 /// Runs `quantize`.
 ///
 /// # Errors
 /// Anything that kept the checkpoint from being written whole and read back; nothing is left then.
 pub fn run(args: QuantizeArgs) -> Result<()> {
-    if args.output.exists() {
-        bail!(UsageError(format!(
-            "`{}` is there already; name a new folder with --output",
-            args.output.display()
-        )));
-    }
+    expect_new(&args.output)?;
     let quantization = Quantization::new(args.bits, args.group).map_err(UsageError)?;
     let (device, task) = (args.device, Quantize { args, quantization });
     run_on(device, None, task)?
@@ -76,14 +94,7 @@ impl DeviceTask for Quantize {
         BaseFingerprint::of(&from)?.save(to)?;
 
         // Every byte has been read back; that a model comes of them is the last thing to know.
-        let options = PipelineOptions {
-            model: to.to_path_buf(),
-            adapter: None,
-            dtype,
-            quantize: None,
-            min_pixels: None,
-            max_pixels: None,
-        };
+        let options = checkpoint_alone(to.to_path_buf(), dtype);
         let model = read::<B>(&options, &config, &device)?;
         if !probe(&model, &config, &device)
             .iter()

@@ -14,16 +14,17 @@ use clap::Args;
 use tokio::net::TcpListener;
 
 use super::{
-    UsageError, generation_config, one_device, pipeline_options,
+    pipeline_options::pipeline_options,
     progress::{Progress, Unit, prepare_kernels},
-    shipped,
+    shared_args::{GenerationArgs, ModelArgs, generation_config, one_device},
+    shell::shipped,
+    usage::UsageError,
 };
 use crate::{
     accelerate::devices::{DeviceTask, run_on},
     adapters::lora::base::check_base,
     base::system::{open_files_limit, share_one_heap},
     bench::SEED,
-    cli::{GenerationArgs, ModelArgs},
     ops::quantised::cache::CacheFormat,
     processor::tokenizer::Tokenizer,
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig},
@@ -185,7 +186,7 @@ pub fn run(args: ServeArgs) -> Result<()> {
     let api_keys = api_keys(&args)?;
     super::log_lines::init_timed(log::LevelFilter::Info);
     let device = one_device(&args.model.device)?;
-    let dtype = args.model.dtype.map(DType::from);
+    let dtype = args.model.load.dtype.map(DType::from);
     run_on(
         device,
         dtype,
@@ -331,7 +332,7 @@ impl DeviceTask for Serve {
 
     fn run<B: Accelerator>(self, device: B::Device, dtype: DType) -> Result<()> {
         let options = pipeline_options(&self.args.model, dtype);
-        let checks_base = self.args.random_weights.is_none() && !self.args.model.any_base;
+        let checks_base = self.args.random_weights.is_none() && !self.args.model.adapter.any_base;
         let loras = loras(&self.args)?.into_iter().map(|(_, dir)| dir);
         for adapter in options.adapter.as_deref().into_iter().chain(loras) {
             if checks_base {

@@ -1,7 +1,8 @@
 //! `train`: one run from a config file, on one device or several.
 
+mod args;
 mod reports;
-mod settings;
+pub(super) mod settings;
 
 use std::{
     io::{IsTerminal, Write as _, stderr, stdout},
@@ -24,9 +25,10 @@ use burn::{
 };
 
 use super::{
-    UsageError, program,
+    pipeline_options::base_of_run,
     progress::{Progress, Unit},
-    shell_word, shipped,
+    shell::{program, shell_word, shipped, shipped_data},
+    usage::UsageError,
 };
 use crate::{
     accelerate::devices::{Replicas, ReplicatedTask, built_backends, run_on_all},
@@ -35,13 +37,9 @@ use crate::{
         panics::panic_text,
         trace::Trace,
     },
-    cli::TrainArgs,
     dataset::Dataset,
     ops::memory::free_memory,
-    runtime::{
-        accelerator::Accelerator,
-        pipeline::{PipelineOptions, TextAndImages},
-    },
+    runtime::{accelerator::Accelerator, pipeline::TextAndImages},
     train::{
         budget::{Budget, Form},
         config::{TrainConfig, Tuner},
@@ -50,9 +48,9 @@ use crate::{
         words::{clock, counted},
     },
 };
-use reports::{Outcome, image_remarks, scorer, show_examples};
+pub use args::TrainArgs;
+use reports::{HeldOutScores, image_remarks, scorer, show_examples};
 pub use settings::flag_hint;
-pub(super) use settings::with_keys;
 use settings::{from_table, set_keys};
 
 /// The run without arguments.
@@ -70,9 +68,7 @@ pub fn run(args: TrainArgs) -> Result<()> {
         .into_iter()
         .flatten()
     {
-        if !data.starts_with("phantom:") {
-            *data = shipped(Path::new(data.as_str())).display().to_string();
-        }
+        *data = shipped_data(data);
     }
     let resume = match args.resume.as_deref() {
         None => Resume::No,
@@ -180,8 +176,8 @@ fn load_config(args: &TrainArgs) -> Result<TrainConfig> {
 /// Share held out where a run is given training data of its own and no validation data.
 const HELD_OUT: f64 = 0.05;
 
-/// Drawings say nothing about films: a run that is given films to learn from does not validate on the drawings of
-/// its config, but on studies held out of them.
+/// Drawn images say nothing about radiographs: a run that is given radiographs to learn from does not validate on the
+/// drawn ones of its config, but on studies held out of its own data.
 fn validate_on_own_data(args: &TrainArgs, config: &mut TrainConfig) {
     let sample = Path::new("data/sample");
     let is_drawn = |name: &str| {
@@ -206,10 +202,10 @@ fn validate_on_own_data(args: &TrainArgs, config: &mut TrainConfig) {
     }
 }
 
-/// Samples whose lengths stand for all when a form of the step is chosen.
+/// Samples whose lengths are taken for those of all when the form of a step is chosen.
 const MEASURED_SAMPLES: usize = 32;
 
-/// Chooses the form of the step that fits the budget, and tells it in a line.
+/// Chooses the form of the step that fits the budget, and describes it in a line.
 fn fit_budget<B: Accelerator>(
     config: &mut TrainConfig,
     budget: Budget,
@@ -220,15 +216,7 @@ fn fit_budget<B: Accelerator>(
     let free = free_memory::<B>(device);
     let gib = budget.gib(free).map_err(UsageError)?;
     config.memory_budget = Some(gib);
-    let [min_pixels, max_pixels] = config.pixel_limits();
-    let parts = TextAndImages::load(&PipelineOptions {
-        model: config.model.clone(),
-        adapter: None,
-        dtype,
-        quantize: None,
-        min_pixels: Some(min_pixels),
-        max_pixels: Some(max_pixels),
-    })?;
+    let parts = TextAndImages::load(&base_of_run(config, config.model.clone(), dtype))?;
     let data = Dataset::open(&config.train_data)?;
     // A sample that cannot be read is named when its turn comes.
     let longest = (0..data.len())
@@ -278,7 +266,7 @@ impl ReplicatedTask for Train {
 
     fn run<B: Accelerator>(mut self, replicas: Replicas<B>) -> Result<()> {
         let Replicas { devices, dtype } = replicas;
-        // What was chosen for the user is written down as if it had been asked for.
+        // What was chosen for the user is written down like what was typed.
         self.config.dtype = Some(dtype_flag(dtype).to_string());
         let device = devices[0].clone();
         let budget = self.args.memory_budget;
@@ -305,8 +293,7 @@ impl ReplicatedTask for Train {
             Box::new(QuietRenderer)
         };
         let mut progress = (!dashboard).then(|| Progress::new("loading", 0, Unit::Bytes));
-        let output_dir = self.config.output_dir.clone();
-        let kept: Arc<Mutex<Vec<String>>> = Arc::default();
+        let for_later: Arc<Mutex<Vec<String>>> = Arc::default();
         let options = RunOptions {
             config: self.config,
             resume: self.resume,
@@ -316,13 +303,14 @@ impl ReplicatedTask for Train {
             interrupted: watch_signals()?,
             trace: trace.clone(),
             tell: Arc::new({
-                let kept = kept.clone();
+                let for_later = for_later.clone();
                 move |line: &str| {
                     if !dashboard {
                         say(line);
                     } else if !line.starts_with("step ") {
-                        // The dashboard owns the screen; what it does not show is told afterwards.
-                        kept.lock()
+                        // The dashboard owns the screen; what it does not show is printed afterwards.
+                        for_later
+                            .lock()
                             .unwrap_or_else(|lock| lock.into_inner())
                             .push(line.to_string());
                     }
@@ -354,7 +342,7 @@ impl ReplicatedTask for Train {
             }
             Err(payload) => resume_unwind(payload),
         };
-        for line in kept
+        for line in for_later
             .lock()
             .unwrap_or_else(|lock| lock.into_inner())
             .drain(..)
@@ -369,43 +357,63 @@ impl ReplicatedTask for Train {
             progress.finish();
         }
         let seconds = started.elapsed().as_secs_f64();
-        let how = match result.ending {
-            Ending::Done => "done".to_string(),
-            Ending::EarlyStop => "ended early: the validation stopped getting better".to_string(),
-            Ending::Interrupted => format!("interrupted and saved; `{again}` goes on"),
-        };
-        // The terminal may be gone by now.
-        let _ = writeln!(
-            stdout(),
-            "{how}: {} in {}; checkpoint `{}`, curves `{}`",
-            counted(result.state.step, "step", "steps"),
-            clock(seconds),
-            result.checkpoint.display(),
-            output_dir.join("training.svg").display()
-        );
-        for remark in image_remarks(&result) {
-            say(&format!("images: {}", remark.sentence()));
-        }
+        print_end(&result, seconds, &again);
         if result.ending == Ending::Interrupted {
-            return Outcome::default().save(&result, seconds);
+            return HeldOutScores::default().save(&result, seconds);
         }
-        if self.args.show > 0 && result.state.config.validates() {
-            show_examples(&result, self.args.show, &device)?;
-        }
-        let outcome = Outcome::of(&result, &device)?;
-        outcome.save(&result, seconds)?;
-        if let Some(table) = outcome.table() {
-            println!("\n{table}");
-        }
-        println!("\nnext: {}", infer_command(&result));
-        if self.args.config.is_none() {
-            println!(
-                "with the real model: put Qwen3-VL-8B-Instruct under model/, your data through `convert` and `check`, then {} train --config configs/openi-lora.toml",
-                program()
-            );
-        }
-        Ok(())
+        print_reports(&result, &self.args, seconds, &device)
     }
+}
+
+/// Prints how a run ended and where its files are.
+fn print_end<B: Accelerator>(result: &RunResult<B>, seconds: f64, again: &str) {
+    let how = match result.ending {
+        Ending::Done => "done".to_string(),
+        Ending::EarlyStop => "ended early: the validation stopped getting better".to_string(),
+        Ending::Interrupted => format!("interrupted and saved; `{again}` goes on"),
+    };
+    // The terminal may be gone by now.
+    let _ = writeln!(
+        stdout(),
+        "{how}: {} in {}; checkpoint `{}`, curves `{}`",
+        counted(result.state.step, "step", "steps"),
+        clock(seconds),
+        result.checkpoint.display(),
+        result
+            .state
+            .config
+            .output_dir
+            .join("training.svg")
+            .display()
+    );
+    for remark in image_remarks(result) {
+        say(&format!("images: {}", remark.sentence()));
+    }
+}
+
+/// Prints and saves what the trained model writes about held-out studies, and what to do next.
+fn print_reports<B: Accelerator>(
+    result: &RunResult<B>,
+    args: &TrainArgs,
+    seconds: f64,
+    device: &B::Device,
+) -> Result<()> {
+    if args.show > 0 && result.state.config.validates() {
+        show_examples(result, args.show, device)?;
+    }
+    let scores = HeldOutScores::of(result, device)?;
+    scores.save(result, seconds)?;
+    if let Some(table) = scores.table() {
+        println!("\n{table}");
+    }
+    println!("\nnext: {}", infer_command(result));
+    if args.config.is_none() {
+        println!(
+            "with the real model: put Qwen3-VL-8B-Instruct under model/, your data through `convert` and `check`, then {} train --config configs/openi-lora.toml",
+            program()
+        );
+    }
+    Ok(())
 }
 
 /// Writes a line to stderr, whether or not anybody is there to read it.
@@ -432,7 +440,7 @@ fn resume_command(config: &TrainConfig, random_init: bool) -> String {
     )
 }
 
-/// What lets a run's model write about a picture.
+/// The command with which a run's model writes about an image.
 fn infer_command<B: Accelerator>(result: &RunResult<B>) -> String {
     let word = |path: &Path| shell_word(&path.display().to_string());
     let image = result
@@ -485,7 +493,7 @@ fn watch_signals() -> Result<Arc<AtomicBool>> {
     Ok(flag)
 }
 
-/// Whether the process was started to outlive its terminal, as `nohup` does; also where that cannot be told.
+/// Whether the process was started to outlive its terminal, as `nohup` does; also where that cannot be found out.
 #[cfg(unix)]
 fn ignores_hangup() -> bool {
     let Ok(status) = std::fs::read_to_string("/proc/self/status") else {

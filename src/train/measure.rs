@@ -12,6 +12,7 @@ use burn::{
 use serde_json::json;
 
 use super::{
+    chart::{chart_rows, training_chart},
     checkpoint::{self, CheckpointError},
     checkpoint_dir::Best,
     gradients::LossTotals,
@@ -26,7 +27,6 @@ use crate::{
     adapters::lora::merge::merge,
     base::files::{FileError, write_atomic},
     batch::window::Window,
-    plot::{TrainingRow, training_plot},
     runtime::accelerator::TrainAccelerator,
 };
 
@@ -288,12 +288,8 @@ impl<B: TrainAccelerator> LoopState<B> {
     }
 
     pub(super) fn draw(&self) -> Result<(), TrainError> {
-        let rows: Vec<TrainingRow> = read_rows(&self.output_dir.join(METRICS))?
-            .rows
-            .into_iter()
-            .filter_map(|row| serde_json::from_value(serde_json::Value::Object(row)).ok())
-            .collect();
-        let svg = training_plot(&rows);
+        let rows = read_rows(&self.output_dir.join(METRICS))?.rows;
+        let svg = training_chart(&chart_rows(rows));
         write_atomic(&self.output_dir.join("training.svg"), |out| {
             out.write_all(svg.as_bytes())
         })?;

@@ -1,6 +1,7 @@
 //! Training: loss and gradients, optimizer, schedule, checkpoints, the loop on Burn's Learner.
 
 pub mod budget;
+pub mod chart;
 pub mod checkpoint;
 pub mod checkpoint_dir;
 pub mod config;

@@ -16,20 +16,20 @@ use crate::{
     program, records, run, text,
 };
 
-/// Short answers about small pictures.
+/// Short answers about small images.
 const QUICK: [&str; 4] = ["--max-new-tokens", "24", "--max-pixels", "16384"];
 
-/// Four pictures of four shapes.
-fn pictures() -> Vec<PathBuf> {
+/// Four images of four shapes.
+fn images() -> Vec<PathBuf> {
     ["model_a.png", "model_b.png", "model_c.png", "gray_odd.png"]
         .map(fixture_image)
         .to_vec()
 }
 
-fn with<'a>(args: &[&'a str], pictures: &'a [PathBuf]) -> Vec<&'a str> {
+fn with<'a>(args: &[&'a str], images: &'a [PathBuf]) -> Vec<&'a str> {
     let mut all = QUICK.to_vec();
     all.extend(args);
-    all.extend(pictures.iter().map(|path| text(path)));
+    all.extend(images.iter().map(|path| text(path)));
     all
 }
 
@@ -66,15 +66,15 @@ fn without_arguments_stdout_is_a_chinese_report() {
     assert!(characters >= 10, "{stdout}");
     assert!(!stdout.contains('\u{fffd}'), "{stdout}");
     assert!(!stdout.contains("<|"), "{stdout}");
-    assert_eq!(stderr, "", "a run that ends well has nothing to tell");
+    assert_eq!(stderr, "", "a run that ends well has nothing to say");
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
 }
 
 #[test]
 fn json_is_one_object_with_the_documented_keys() {
     let folder = tempdir().unwrap();
-    let picture = fixture_image("model_a.png");
-    let args = ["--json", "--prompt", "请描述这张胸片。", text(&picture)];
+    let image = fixture_image("model_a.png");
+    let args = ["--json", "--prompt", "请描述这张胸片。", text(&image)];
     let (stdout, _) = infer_well(folder.path(), &[&QUICK[..], &args].concat());
     let lines = json_lines(&stdout);
     assert_eq!(lines.len(), 1, "{stdout}");
@@ -93,8 +93,8 @@ fn json_is_one_object_with_the_documented_keys() {
         "seconds",
     ];
     assert_eq!(found, expected);
-    assert_eq!(field(record, "image"), text(&picture));
-    let bytes = fs::read(&picture).unwrap();
+    assert_eq!(field(record, "image"), text(&image));
+    let bytes = fs::read(&image).unwrap();
     assert_eq!(
         field(record, "image_sha256"),
         xray_qwen3vl::base::files::sha256_bytes(&bytes)
@@ -113,15 +113,15 @@ fn json_is_one_object_with_the_documented_keys() {
 #[test]
 fn a_streamed_report_is_the_same_text() {
     let folder = tempdir().unwrap();
-    let pictures = pictures();
-    let (plain, _) = infer_well(folder.path(), &with(&[], &pictures[..1]));
-    let (streamed, _) = infer_well(folder.path(), &with(&["--stream"], &pictures[..1]));
+    let images = images();
+    let (plain, _) = infer_well(folder.path(), &with(&[], &images[..1]));
+    let (streamed, _) = infer_well(folder.path(), &with(&["--stream"], &images[..1]));
     assert_eq!(streamed, plain);
-    let (plain, _) = infer_well(folder.path(), &with(&[], &pictures[..2]));
-    let (streamed, _) = infer_well(folder.path(), &with(&["--stream"], &pictures[..2]));
+    let (plain, _) = infer_well(folder.path(), &with(&[], &images[..2]));
+    let (streamed, _) = infer_well(folder.path(), &with(&["--stream"], &images[..2]));
     assert_eq!(streamed, plain);
     // Reports of one batch grow at once; they may be refused, not mixed.
-    let args = with(&["--stream", "--batch-size", "2"], &pictures[..2]);
+    let args = with(&["--stream", "--batch-size", "2"], &images[..2]);
     let (code, stdout, stderr) = infer(folder.path(), &args);
     match code {
         0 => assert_eq!(stdout, plain),
@@ -132,12 +132,12 @@ fn a_streamed_report_is_the_same_text() {
 #[test]
 fn a_stop_text_ends_the_report_before_it() {
     let folder = tempdir().unwrap();
-    let picture = [fixture_image("model_b.png")];
-    let (whole, _) = infer_well(folder.path(), &with(&[], &picture));
+    let image = [fixture_image("model_b.png")];
+    let (whole, _) = infer_well(folder.path(), &with(&[], &image));
     let whole = whole.trim_end_matches('\n');
     let stop: String = whole.chars().skip(3).take(2).collect();
     assert!(!stop.is_empty(), "the report is too short: {whole}");
-    let (cut, _) = infer_well(folder.path(), &with(&["--stop", &stop], &picture));
+    let (cut, _) = infer_well(folder.path(), &with(&["--stop", &stop], &image));
     let at = whole.find(&stop).unwrap();
     assert_eq!(cut.trim_end_matches('\n'), &whole[..at]);
 }
@@ -145,10 +145,10 @@ fn a_stop_text_ends_the_report_before_it() {
 #[test]
 fn one_seed_gives_one_text() {
     let folder = tempdir().unwrap();
-    let picture = [fixture_image("model_a.png")];
+    let image = [fixture_image("model_a.png")];
     let drawn = |temperature: &str, seed: &str| {
         let args = ["--temperature", temperature, "--seed", seed];
-        infer_well(folder.path(), &with(&args, &picture)).0
+        infer_well(folder.path(), &with(&args, &image)).0
     };
     assert_eq!(drawn("0.8", "7"), drawn("0.8", "7"));
     let hot: Vec<String> = ["1", "2", "3"]
@@ -164,14 +164,14 @@ fn one_seed_gives_one_text() {
 #[test]
 fn a_batch_run_goes_on_where_its_file_was_cut_off() {
     let folder = tempdir().unwrap();
-    let pictures = pictures();
+    let images = images();
     let output = folder.path().join("reports.jsonl");
-    let args = with(&["--output", text(&output)], &pictures);
+    let args = with(&["--output", text(&output)], &images);
     let (stdout, _) = infer_well(folder.path(), &args);
     assert_eq!(stdout, "", "records go to the file");
     let whole = fs::read(&output).unwrap();
     let first = records(&output);
-    let names: Vec<&str> = pictures.iter().map(|path| text(path)).collect();
+    let names: Vec<&str> = images.iter().map(|path| text(path)).collect();
     assert_eq!(images_of(&first), names);
     assert!(first.iter().all(|record| record.get("error").is_none()));
 
@@ -217,8 +217,8 @@ fn two_runs_do_not_write_one_file() {
     let output = folder.path().join("reports.jsonl");
     let other = fs::File::create(&output).unwrap();
     other.lock().unwrap();
-    let pictures = pictures();
-    let args = with(&["--output", text(&output)], &pictures[..1]);
+    let images = images();
+    let args = with(&["--output", text(&output)], &images[..1]);
     let (code, stdout, stderr) = infer(folder.path(), &args);
     assert_eq!((code, stdout.as_str()), (1, ""), "{stderr}");
     assert!(stderr.contains("another run"), "{stderr}");
@@ -231,12 +231,9 @@ fn two_runs_do_not_write_one_file() {
 #[test]
 fn another_seed_is_another_batch_run_in_the_same_file() {
     let folder = tempdir().unwrap();
-    let pictures = pictures();
+    let images = images();
     let output = folder.path().join("reports.jsonl");
-    infer_well(
-        folder.path(),
-        &with(&["--output", text(&output)], &pictures),
-    );
+    infer_well(folder.path(), &with(&["--output", text(&output)], &images));
     let hot = [
         "--output",
         text(&output),
@@ -245,8 +242,8 @@ fn another_seed_is_another_batch_run_in_the_same_file() {
         "--seed",
         "3",
     ];
-    infer_well(folder.path(), &with(&hot, &pictures));
-    assert_eq!(records(&output).len(), 2 * pictures.len());
+    infer_well(folder.path(), &with(&hot, &images));
+    assert_eq!(records(&output).len(), 2 * images.len());
 }
 
 #[test]
@@ -282,12 +279,12 @@ fn a_prompt_that_is_too_long_does_not_take_its_batch_with_it() {
 #[test]
 fn another_question_is_another_record() {
     let folder = tempdir().unwrap();
-    let picture = [fixture_image("model_a.png")];
+    let image = [fixture_image("model_a.png")];
     let output = folder.path().join("reports.jsonl");
     for (prompt, expected) in [("心脏大小？", 1), ("肺野清晰吗？", 2), ("心脏大小？", 2)]
     {
         let args = ["--output", text(&output), "--prompt", prompt];
-        infer_well(folder.path(), &with(&args, &picture));
+        infer_well(folder.path(), &with(&args, &image));
         assert_eq!(records(&output).len(), expected, "after `{prompt}`");
     }
 }
@@ -298,12 +295,12 @@ fn a_broken_image_costs_only_its_own_report() {
     let broken = folder.path().join("broken.png");
     let good = fs::read(fixture_image("model_b.png")).unwrap();
     fs::write(&broken, &good[..good.len() / 2]).unwrap();
-    let mut pictures = pictures();
-    pictures.insert(1, broken);
+    let mut images = images();
+    images.insert(1, broken);
     for batch_size in ["1", "3"] {
         let output = folder.path().join(format!("reports-{batch_size}.jsonl"));
         let args = ["--output", text(&output), "--batch-size", batch_size];
-        let args = with(&args, &pictures);
+        let args = with(&args, &images);
         let (code, stdout, stderr) = infer(folder.path(), &args);
         assert_eq!((code, stdout.as_str()), (1, ""), "{stderr}");
         let named = |stderr: &str| {
@@ -315,7 +312,7 @@ fn a_broken_image_costs_only_its_own_report() {
         };
         assert!(named(&stderr), "{stderr}");
         let found = records(&output);
-        let names: Vec<&str> = pictures.iter().map(|path| text(path)).collect();
+        let names: Vec<&str> = images.iter().map(|path| text(path)).collect();
         assert_eq!(images_of(&found), names);
         for (index, record) in found.iter().enumerate() {
             if index == 1 {
@@ -361,31 +358,28 @@ fn a_folder_of_images_is_taken_in_order_of_name() {
 #[test]
 fn images_together_make_one_report() {
     let folder = tempdir().unwrap();
-    let pictures = pictures();
-    let tokens = |pictures: &[PathBuf]| {
-        let (stdout, _) = infer_well(folder.path(), &with(&["--json", "--together"], pictures));
+    let images = images();
+    let tokens = |images: &[PathBuf]| {
+        let (stdout, _) = infer_well(folder.path(), &with(&["--json", "--together"], images));
         let found = json_lines(&stdout);
         assert_eq!(found.len(), 1, "{stdout}");
-        for picture in pictures {
-            assert!(
-                field(&found[0], "image").contains(text(picture)),
-                "{stdout}"
-            );
+        for image in images {
+            assert!(field(&found[0], "image").contains(text(image)), "{stdout}");
         }
         assert!(!field(&found[0], "report").is_empty(), "{stdout}");
         found[0]["prompt_tokens"].as_u64().unwrap()
     };
     // 64 × 128 pixels are 8 tokens, between the two tokens that mark an image.
-    assert_eq!(tokens(&pictures[..2]), tokens(&pictures[..1]) + 8 + 2);
+    assert_eq!(tokens(&images[..2]), tokens(&images[..1]) + 8 + 2);
 }
 
 #[test]
 fn batches_give_the_reports_of_single_images() {
     let folder = tempdir().unwrap();
-    let pictures = pictures();
+    let images = images();
     let reports = |batch_size: &str| {
         let args = ["--json", "--batch-size", batch_size];
-        let (stdout, _) = infer_well(folder.path(), &with(&args, &pictures));
+        let (stdout, _) = infer_well(folder.path(), &with(&args, &images));
         json_lines(&stdout)
     };
     let (one, three) = (reports("1"), reports("3"));
@@ -396,9 +390,9 @@ fn batches_give_the_reports_of_single_images() {
 #[test]
 fn verbose_tells_times_speeds_and_memory_on_stderr() {
     let folder = tempdir().unwrap();
-    let picture = [fixture_image("model_a.png")];
-    let (plain, _) = infer_well(folder.path(), &with(&[], &picture));
-    let (stdout, stderr) = infer_well(folder.path(), &with(&["--verbose"], &picture));
+    let image = [fixture_image("model_a.png")];
+    let (plain, _) = infer_well(folder.path(), &with(&[], &image));
+    let (stdout, stderr) = infer_well(folder.path(), &with(&["--verbose"], &image));
     assert_eq!(stdout, plain);
     for what in ["load", "vision", "prefill", "decode", "memory"] {
         let line = stderr
@@ -414,25 +408,25 @@ fn verbose_tells_times_speeds_and_memory_on_stderr() {
 fn several_devices_write_the_file_of_one() {
     let folder = tempdir().unwrap();
     // Each under a name of its own: in a file, an image has one record.
-    let pictures: Vec<PathBuf> = pictures()
+    let images: Vec<PathBuf> = images()
         .into_iter()
         .cycle()
         .take(11)
         .enumerate()
-        .map(|(number, picture)| {
+        .map(|(number, image)| {
             let copy = folder.path().join(format!("{number:02}.png"));
-            fs::copy(picture, &copy).unwrap();
+            fs::copy(image, &copy).unwrap();
             copy
         })
         .collect();
     // A file that is not there: its record has the error, in its place.
     let gone = folder.path().join("gone.png");
-    let pictures = [&pictures[..5], &[gone], &pictures[5..]].concat();
+    let images = [&images[..5], &[gone], &images[5..]].concat();
     let written = |name: &str, device: &str| {
         let output = folder.path().join(name);
         let args = ["--device", device, "--batch-size", "2", "--verbose"];
         let args = [&args[..], &["--output", text(&output)]].concat();
-        let (code, stdout, stderr) = infer(folder.path(), &with(&args, &pictures));
+        let (code, stdout, stderr) = infer(folder.path(), &with(&args, &images));
         assert_eq!(code, 1, "{stdout}\n{stderr}");
         assert!(stderr.contains("gone.png"), "{stderr}");
         assert!(stderr.contains("memory"), "{stderr}");
@@ -443,7 +437,7 @@ fn several_devices_write_the_file_of_one() {
         records
     };
     let one = written("one.jsonl", "cpu");
-    assert_eq!(one.len(), pictures.len());
+    assert_eq!(one.len(), images.len());
     assert_eq!(written("two.jsonl", "cpu,cpu"), one);
     assert_eq!(written("three.jsonl", "cpu,cpu,cpu"), one);
 
@@ -463,7 +457,7 @@ fn a_killed_batch_run_ends_with_every_record_once() {
 
 fn killed_batch_run(device: &str, signal: &str) {
     let folder = tempdir().unwrap();
-    let pictures: Vec<PathBuf> = (0..24)
+    let images: Vec<PathBuf> = (0..24)
         .map(|index| {
             let path = folder.path().join(format!("{index:02}.png"));
             fs::copy(fixture_image("model_c.png"), &path).unwrap();
@@ -472,7 +466,7 @@ fn killed_batch_run(device: &str, signal: &str) {
         .collect();
     let output = folder.path().join("reports.jsonl");
     let args = ["--device", device, "--output", text(&output)];
-    let args = with(&args, &pictures);
+    let args = with(&args, &images);
     let mut child = program(folder.path(), &infer_args(&args)).spawn().unwrap();
     let lines = |output: &Path| {
         let bytes = fs::read(output).unwrap_or_default();
@@ -494,17 +488,17 @@ fn killed_batch_run(device: &str, signal: &str) {
     let kept = fs::read(&output).unwrap();
     let done = lines(&output);
     assert!(
-        done < pictures.len(),
+        done < images.len(),
         "the run was over before it could be killed"
     );
     let whole = kept.iter().rposition(|byte| *byte == b'\n').unwrap() + 1;
 
     let (_, stderr) = infer_well(folder.path(), &args);
     assert!(
-        stderr.contains(&format!("{done} of {}", pictures.len())),
+        stderr.contains(&format!("{done} of {}", images.len())),
         "{stderr}"
     );
-    let names: Vec<&str> = pictures.iter().map(|path| text(path)).collect();
+    let names: Vec<&str> = images.iter().map(|path| text(path)).collect();
     assert_eq!(images_of(&records(&output)), names);
     assert_eq!(&fs::read(&output).unwrap()[..whole], &kept[..whole]);
 }

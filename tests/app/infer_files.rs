@@ -15,7 +15,7 @@ use crate::{
     repository, text,
 };
 
-/// Short answers about small pictures.
+/// Short answers about small images.
 const QUICK: [&str; 4] = ["--max-new-tokens", "8", "--max-pixels", "16384"];
 
 fn quick<'a>(args: &[&'a str]) -> Vec<&'a str> {
@@ -31,9 +31,9 @@ fn timeless(path: &Path) -> Vec<Value> {
     records
 }
 
-fn copy_to(folder: &Path, picture: &str, name: &str) -> PathBuf {
+fn copy_to(folder: &Path, image: &str, name: &str) -> PathBuf {
     let path = folder.join(name);
-    fs::copy(fixture_image(picture), &path).unwrap();
+    fs::copy(fixture_image(image), &path).unwrap();
     path
 }
 

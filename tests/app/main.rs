@@ -67,7 +67,7 @@ fn fixture_image(name: &str) -> PathBuf {
 
 /// The question of a run without `--prompt`.
 fn cli_prompt() -> &'static str {
-    xray_qwen3vl::cli::DEFAULT_PROMPT
+    xray_qwen3vl::commands::infer::DEFAULT_PROMPT
 }
 
 /// A path as an argument.

@@ -10,30 +10,31 @@ fn fixture(name: &str) -> String {
     text(&repository().join("tests/fixtures/parity").join(name)).to_string()
 }
 
-/// `merge` of a fixture base and the fixture adapter into `folder/merged`.
-fn merge(folder: &std::path::Path, base: &str, more: &[&str]) -> (i32, String, String) {
-    let (base, adapter) = (fixture(base), fixture("adapter"));
+/// `merge` of a base on the CPU into `folder/merged`.
+fn merge(folder: &Path, base: &str, more: &[&str]) -> (i32, String, String) {
     let args = [
-        "merge",
-        "--device",
-        "cpu",
-        "--model",
-        &base,
-        "--adapter",
-        &adapter,
-        "--output",
-        "merged",
+        "merge", "--device", "cpu", "--output", "merged", "--model", base,
     ];
     run(folder, &[&args[..], more].concat())
+}
+
+/// `merge` of a fixture base and the fixture adapter.
+fn merge_adapter(folder: &Path, base: &str, more: &[&str]) -> (i32, String, String) {
+    let adapter = fixture("adapter");
+    merge(
+        folder,
+        &fixture(base),
+        &[&["--adapter", &adapter], more].concat(),
+    )
 }
 
 #[test]
 fn merge_writes_what_peft_writes() {
     let folder = tempfile::tempdir().unwrap();
-    let (code, stdout, stderr) = merge(folder.path(), "model-tiny", &[]);
+    let (code, stdout, stderr) = merge_adapter(folder.path(), "model-tiny", &[]);
     assert_eq!(code, 0, "{stderr}");
     assert!(stdout.contains("differ from base plus adapter"), "{stdout}");
-    let open = |path: &std::path::Path| TensorFile::open(&path.join("model.safetensors")).unwrap();
+    let open = |path: &Path| TensorFile::open(&path.join("model.safetensors")).unwrap();
     let ours = open(&folder.path().join("merged"));
     let theirs = open(&repository().join("tests/fixtures/parity/merged"));
     assert_eq!(ours.shapes().unwrap(), theirs.shapes().unwrap());
@@ -43,7 +44,7 @@ fn merge_writes_what_peft_writes() {
             data.to_vec().unwrap()
         };
         for (a, b) in read(&ours).iter().zip(read(&theirs)) {
-            // The product of eight terms in another order.
+            // The sum of eight terms in another order.
             assert!((a - b).abs() < 1e-5, "{name}: {a} {b}");
         }
     }
@@ -72,16 +73,7 @@ fn merge_keeps_the_type_of_the_base_and_copies_what_goes_with_it() {
     write("configuration.json", r#"{"framework": "pytorch"}"#);
     write("LICENSE", "Apache-2.0");
     write("trainer_state.json", "{}");
-    let args = [
-        "merge",
-        "--device",
-        "cpu",
-        "--model",
-        text(&base),
-        "--output",
-        "merged",
-    ];
-    let (code, stdout, stderr) = run(folder.path(), &args);
+    let (code, stdout, stderr) = merge(folder.path(), text(&base), &[]);
     assert_eq!(code, 0, "{stderr}");
     assert!(stdout.contains("BF16"), "{stdout}");
     let merged = folder.path().join("merged");
@@ -115,9 +107,7 @@ fn a_tied_checkpoint_with_a_head_of_its_own_keeps_it() {
     let file = base.join("model.safetensors");
     let embedding = "model.language_model.embed_tokens.weight";
     let add_head = |change: u8| {
-        let bytes = std::fs::read(
-            std::path::Path::new(&fixture("model-tiny-tied")).join("model.safetensors"),
-        );
+        let bytes = std::fs::read(Path::new(&fixture("model-tiny-tied")).join("model.safetensors"));
         let bytes = bytes.unwrap();
         let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
         let view = tensors.tensor(embedding).unwrap();
@@ -136,16 +126,7 @@ fn a_tied_checkpoint_with_a_head_of_its_own_keeps_it() {
     add_head(0x80);
     assert!(holds_another_head(&base).unwrap());
     assert!(!Qwen3VlConfig::from_dir(&base).unwrap().tie_word_embeddings);
-    let args = [
-        "merge",
-        "--device",
-        "cpu",
-        "--model",
-        text(&base),
-        "--output",
-        "merged",
-    ];
-    let (code, _, stderr) = run(folder.path(), &args);
+    let (code, _, stderr) = merge(folder.path(), text(&base), &[]);
     assert_eq!(code, 0, "{stderr}");
     let merged = folder.path().join("merged");
     assert!(
@@ -162,7 +143,7 @@ fn a_tied_checkpoint_with_a_head_of_its_own_keeps_it() {
     let (head, table) = (read("lm_head.weight"), read(embedding));
     let (head, table): (Vec<f32>, Vec<f32>) = (head.to_vec().unwrap(), table.to_vec().unwrap());
     assert_eq!(head.last().unwrap(), &-table.last().unwrap());
-    // Packed, it stays a head of its own as well.
+    // Quantised, it stays a head of its own as well.
     let args = [
         "quantize",
         "--bits",
@@ -186,10 +167,10 @@ fn a_tied_checkpoint_with_a_head_of_its_own_keeps_it() {
 #[test]
 fn merge_in_a_half_type_is_proven_as_well() {
     let folder = tempfile::tempdir().unwrap();
-    let (code, stdout, stderr) = merge(folder.path(), "model-tiny", &["--dtype", "bf16"]);
+    let (code, stdout, stderr) = merge_adapter(folder.path(), "model-tiny", &["--dtype", "bf16"]);
     assert_eq!(code, 0, "{stderr}");
     assert!(stdout.contains("BF16"), "{stdout}");
-    let size = |path: &std::path::Path| path.join("model.safetensors").metadata().unwrap().len();
+    let size = |path: &Path| path.join("model.safetensors").metadata().unwrap().len();
     let halved = size(&folder.path().join("merged"));
     assert!(halved * 2 < size(&repository().join("tests/fixtures/parity/merged")) + 20_000);
 }
@@ -197,7 +178,7 @@ fn merge_in_a_half_type_is_proven_as_well() {
 #[test]
 fn merge_refuses_another_base_and_an_output_that_is_there() {
     let folder = tempfile::tempdir().unwrap();
-    let (code, stdout, stderr) = merge(folder.path(), "model-tiny-tied", &[]);
+    let (code, stdout, stderr) = merge_adapter(folder.path(), "model-tiny-tied", &[]);
     assert_eq!((code, stdout.as_str()), (1, ""), "{stderr}");
     assert!(stderr.contains("another base model"), "{stderr}");
     assert_eq!(
@@ -205,19 +186,8 @@ fn merge_refuses_another_base_and_an_output_that_is_there() {
         0,
         "something was left"
     );
-    std::fs::create_dir(folder.path().join("there")).unwrap();
-    let (code, _, stderr) = run(
-        folder.path(),
-        &[
-            "merge",
-            "--device",
-            "cpu",
-            "--model",
-            &fixture("model-tiny"),
-            "--output",
-            "there",
-        ],
-    );
+    std::fs::create_dir(folder.path().join("merged")).unwrap();
+    let (code, _, stderr) = merge(folder.path(), &fixture("model-tiny"), &[]);
     assert_eq!(code, 2, "{stderr}");
 }
 

@@ -1,4 +1,4 @@
-//! `quantize`, and what is asked of packed weights afterwards.
+//! `quantize`, and what quantised weights do afterwards.
 
 use std::{fs, path::Path};
 
@@ -54,7 +54,7 @@ fn a_packed_checkpoint_writes_the_reports_of_packing_at_load() {
             size(&packed),
             size(&model)
         );
-        // Without the original: what lies in the folder is all there is.
+        // Without the original: what is in the folder is all there is.
         let (ours, _) = infer_well(folder.path(), &["--model", "packed"]);
         let at_load = ["--model", text(&model), "--quantize", format];
         let (want, _) = infer_well(folder.path(), &at_load);

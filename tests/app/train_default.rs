@@ -6,10 +6,9 @@ use std::{fs, time::Instant};
 
 use serde_json::Value;
 use tempfile::tempdir;
-use xray_qwen3vl::evaluate::{
-    baselines::{ConstantSearch, best_constant_report},
-    rouge::rouge_l,
-    segment::characters,
+use xray_qwen3vl::eval::{
+    baselines::search::{ConstantSearch, best_constant_report},
+    text::{rouge::rouge_l, segment::characters},
 };
 
 use crate::{field, records, repository, run, text};

@@ -6,11 +6,13 @@ use std::fs;
 use std::path::PathBuf;
 
 use serde_json::Value;
-use xray_qwen3vl::evaluate::bleu::{BleuCounts, Smoothing};
-use xray_qwen3vl::evaluate::chrf::ChrfCounts;
-use xray_qwen3vl::evaluate::published::{PublishedPair, llama_factory, ms_swift, ms_swift_3};
-use xray_qwen3vl::evaluate::segment::{CutText, characters, sacrebleu_zh, words};
-use xray_qwen3vl::evaluate::{Evaluation, Pair, PublishedScores, TextScores, UnitScores, jieba};
+use xray_qwen3vl::eval::text::bleu::{BleuCounts, Smoothing};
+use xray_qwen3vl::eval::text::chrf::ChrfCounts;
+use xray_qwen3vl::eval::text::published::{PublishedPair, llama_factory, ms_swift, ms_swift_3};
+use xray_qwen3vl::eval::text::segment::{CutText, characters, sacrebleu_zh, words};
+use xray_qwen3vl::eval::text::{
+    PublishedScores, TextEvaluation, TextPair, TextScores, UnitScores, jieba,
+};
 
 /// Of numbers in per cent. The packages add 1e-8 to a divisor of ROUGE that our plain form leaves
 /// out, which is at most 5e-7 here; all else differs in the order of sums alone.
@@ -25,13 +27,13 @@ fn goldens() -> Value {
     serde_json::from_str(&text).expect("goldens.json is JSON")
 }
 
-fn pairs() -> Vec<Pair> {
+fn pairs() -> Vec<TextPair> {
     let text = fs::read_to_string(folder().join("pairs.jsonl")).expect("pairs.jsonl is readable");
     text.lines()
         .map(|line| {
             let row: Value = serde_json::from_str(line).expect("a row is JSON");
             let field = |key: &str| row[key].as_str().expect("a field is text").to_owned();
-            Pair {
+            TextPair {
                 study: field("study"),
                 prediction: field("prediction"),
                 reference: field("reference"),
@@ -81,7 +83,9 @@ fn words_equal_those_of_python_jieba() {
 #[test]
 fn corpus_scores_equal_the_packages() {
     let goldens = goldens();
-    let scores = Evaluation::new(&pairs()).expect("there are pairs").scores();
+    let scores = TextEvaluation::new(&pairs())
+        .expect("there are pairs")
+        .scores();
     let unit = |scores: &UnitScores, block: &Value, name: &str| {
         assert_near(&scores.bleu, &block["corpus_exp"], &format!("{name} bleu"));
         assert_near(
@@ -157,7 +161,7 @@ fn mean(rows: &Value) -> Value {
 fn each_pair_equals_the_packages() {
     let goldens = goldens();
     let pairs = pairs();
-    let evaluation = Evaluation::new(&pairs).expect("there are pairs");
+    let evaluation = TextEvaluation::new(&pairs).expect("there are pairs");
     for at in 0..pairs.len() {
         let scores: TextScores = evaluation.pair_scores(at).expect("a pair");
         for (scores, name) in [(scores.characters, "characters"), (scores.words, "jieba")] {

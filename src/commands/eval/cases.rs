@@ -9,8 +9,11 @@ use anyhow::{Result, bail};
 
 use crate::{
     dataset::{Dataset, SampleText},
-    evaluate::predictions::Prediction,
-    evaluation::{Case, Remark, Written},
+    eval::{
+        cases::{Case, WrittenReport},
+        caveat::Caveat,
+        predictions::{Prediction, REFERENCE_KEYS},
+    },
     processor::message::split_thinking,
     study::{STUDY_KEYS, StudyFacts, StudyRow, StudyRule, counted},
 };
@@ -45,14 +48,14 @@ impl TestSet {
     pub(super) fn find_studies(
         &mut self,
         rule: &StudyRule,
-        warnings: &mut Vec<Remark>,
+        warnings: &mut Vec<Caveat>,
     ) -> Result<StudyFacts> {
         let studies = rule.studies(&self.of)?;
         for (case, study) in self.cases.iter_mut().zip(studies.ids) {
             case.study = study;
         }
         let doubts = studies.doubts.iter();
-        warnings.extend(doubts.map(|doubt| Remark::new(doubt.chinese(), doubt.english())));
+        warnings.extend(doubts.map(|doubt| Caveat::new(doubt.chinese(), doubt.english())));
         Ok(studies.facts)
     }
 
@@ -104,7 +107,7 @@ pub(super) fn warn_of_leaks(
     set: &TestSet,
     train: Option<&Dataset>,
     rule: &StudyRule,
-    warnings: &mut Vec<Remark>,
+    warnings: &mut Vec<Caveat>,
 ) -> Result<()> {
     let Some(train) = train else {
         return Ok(());
@@ -134,7 +137,7 @@ pub(super) fn warn_of_leaks(
     let leaked: Vec<usize> = test.filter(leaks).collect();
     if let Some(first) = leaked.first() {
         let name = &set.cases[*first].name;
-        warnings.push(Remark::new(
+        warnings.push(Caveat::new(
             format!(
                 "测试集中 {} 份报告的检查或患者也在训练集中，例如 `{name}`：分数与基线不可信",
                 leaked.len()
@@ -151,7 +154,7 @@ pub(super) fn warn_of_leaks(
         rows[set.of.len()..].iter().any(named),
     );
     if test_named != train_named && !rule.is_given() {
-        warnings.push(Remark::new(
+        warnings.push(Caveat::new(
             "测试集和训练集只有一方用键写明检查：无法确定是否有检查同时在两方",
             "only one of test set and training set names its studies by a key: whether a study is in both cannot be told; hint: `--study-regex` or `--study-key`",
         ));
@@ -215,16 +218,43 @@ fn find_rows(path: &Path, predictions: &[Prediction], data: &Dataset) -> Result<
         .collect()
 }
 
-/// Puts predictions beside their references: those of the data set where there is one, else their own.
-pub(super) fn join(
+/// As [`find_rows`], each row once; warns where rows have no prediction.
+fn distinct_rows(
     path: &Path,
-    predictions: Vec<Prediction>,
-    data: Option<&Dataset>,
-    warnings: &mut Vec<Remark>,
-) -> Result<(TestSet, Vec<Written>)> {
+    predictions: &[Prediction],
+    data: &Dataset,
+    warnings: &mut Vec<Caveat>,
+) -> Result<Vec<usize>> {
+    let rows = find_rows(path, predictions, data)?;
+    let mut seen: BTreeMap<usize, usize> = BTreeMap::new();
+    for (one, row) in predictions.iter().zip(&rows) {
+        if let Some(first) = seen.insert(*row, one.row) {
+            bail!(
+                "`{}`: rows {first} and {} are about the same image, `{}`; expected one prediction each",
+                path.display(),
+                one.row,
+                one.name()
+            );
+        }
+    }
+    if rows.len() < data.len() {
+        warnings.push(Caveat::new(
+            format!("测试集 {} 份中只有 {} 份有预测", data.len(), rows.len()),
+            format!(
+                "only {} of {} of the test set have a prediction",
+                rows.len(),
+                counted(data.len(), "report", "reports")
+            ),
+        ));
+    }
+    Ok(rows)
+}
+
+/// Warns of predictions that failed, are empty, or hold no Chinese.
+fn warn_of_odd_answers(predictions: &[Prediction], warnings: &mut Vec<Caveat>) {
     let failed = predictions.iter().filter(|one| one.error.is_some());
     if let Some(first) = failed.clone().next() {
-        warnings.push(Remark::new(
+        warnings.push(Caveat::new(
             format!(
                 "{} 份预测失败，按空回答计，第一份在第 {} 行",
                 failed.clone().count(),
@@ -242,7 +272,7 @@ pub(super) fn join(
         .iter()
         .filter(|one| one.error.is_none() && one.answer.is_empty());
     if let Some(first) = empty.clone().next() {
-        warnings.push(Remark::new(
+        warnings.push(Caveat::new(
             format!(
                 "{} 份回答为空（空白、null 等），既不算正常也不算异常，第一份在第 {} 行",
                 empty.clone().count(),
@@ -260,7 +290,7 @@ pub(super) fn join(
         .iter()
         .filter(|one| !one.answer.is_empty() && !is_chinese(&one.answer));
     if let Some(first) = foreign.clone().next() {
-        warnings.push(Remark::new(
+        warnings.push(Caveat::new(
             format!(
                 "{} 份回答没有汉字，读不出所见，第一份在第 {} 行",
                 foreign.clone().count(),
@@ -273,32 +303,21 @@ pub(super) fn join(
             ),
         ));
     }
+}
+
+/// Puts predictions beside their references: those of the data set where there is one, else their own.
+pub(super) fn join(
+    path: &Path,
+    predictions: Vec<Prediction>,
+    data: Option<&Dataset>,
+    warnings: &mut Vec<Caveat>,
+) -> Result<(TestSet, Vec<WrittenReport>)> {
+    warn_of_odd_answers(&predictions, warnings);
     let mut set = TestSet::default();
     let mut written = Vec::new();
     let rows = match data {
         Some(data) => {
-            let rows = find_rows(path, &predictions, data)?;
-            let mut seen: BTreeMap<usize, usize> = BTreeMap::new();
-            for (one, row) in predictions.iter().zip(&rows) {
-                if let Some(first) = seen.insert(*row, one.row) {
-                    bail!(
-                        "`{}`: rows {first} and {} are about the same image, `{}`; expected one prediction each",
-                        path.display(),
-                        one.row,
-                        one.name()
-                    );
-                }
-            }
-            if rows.len() < data.len() {
-                warnings.push(Remark::new(
-                    format!("测试集 {} 份中只有 {} 份有预测", data.len(), rows.len()),
-                    format!(
-                        "only {} of {} of the test set have a prediction",
-                        rows.len(),
-                        counted(data.len(), "report", "reports")
-                    ),
-                ));
-            }
+            let rows = distinct_rows(path, &predictions, data, warnings)?;
             rows.into_iter().map(Some).collect()
         }
         None => vec![None; predictions.len()],
@@ -317,7 +336,7 @@ pub(super) fn join(
                 "`{}` row {}: no reference; expected the true report under one of `{}`, or the test set in --data",
                 path.display(),
                 one.row,
-                crate::evaluate::predictions::REFERENCE_KEYS.join("`, `")
+                REFERENCE_KEYS.join("`, `")
             ),
         };
         let images = match (data, row) {
@@ -327,7 +346,7 @@ pub(super) fn join(
         set.cases.push(case);
         set.rows.push(row);
         set.images.push(images);
-        written.push(Written {
+        written.push(WrittenReport {
             answer: one.answer,
             thinking: one.thinking,
         });
@@ -363,7 +382,7 @@ pub(super) fn align(
     predictions: Vec<Prediction>,
     set: &TestSet,
     data: Option<&Dataset>,
-) -> Result<Vec<Written>> {
+) -> Result<Vec<WrittenReport>> {
     let mut warnings = Vec::new();
     let (other, written) = join(path, predictions, data, &mut warnings)?;
     for warning in warnings {

@@ -12,22 +12,25 @@ use serde_json::json;
 
 use crate::{
     accelerate::devices::DeviceTask,
-    batch::images::ImageInput,
-    cli::ModelArgs,
     commands::{
-        pipeline_options,
-        progress::{Progress, Unit, prepare_kernels},
+        pipeline_options::with_adapter,
+        progress::{Progress, Unit, loading, prepare_kernels},
+        question::{image_counts, patches, question_about},
+        shared_args::{AdapterArgs, LoadArgs},
     },
     dataset::{
-        Dataset, RawSample,
+        Dataset,
         loader::{Overlong, WindowLoader, WindowPlan},
     },
-    evaluation::{Case, Remark, Written, baselines::swapped},
-    processor::{image::RgbImage, supervised::encode_prompt},
+    eval::{
+        baselines::systems::swapped,
+        cases::{Case, WrittenReport},
+        caveat::Caveat,
+    },
     runtime::{
         accelerator::Accelerator,
-        generate::{FinishReason, GenerationConfig, Prompt},
-        pipeline::{Answer, Pipeline, TextAndImages},
+        generate::{FinishReason, GenerationConfig},
+        pipeline::{Answer, Pipeline},
         vision::encode_images,
     },
     study::counted,
@@ -36,7 +39,9 @@ use crate::{
 
 /// Work for a model on a device.
 pub(super) struct ModelWork {
-    pub(super) model: ModelArgs,
+    pub(super) model: PathBuf,
+    pub(super) adapter: AdapterArgs,
+    pub(super) load: LoadArgs,
     pub(super) generation: GenerationConfig,
     pub(super) stop: Vec<String>,
     pub(super) batch_size: usize,
@@ -56,13 +61,14 @@ pub(super) struct ModelWork {
     pub(super) keeps_studies: bool,
 }
 
-/// What came of it.
+/// What it gives.
+#[derive(Default)]
 pub(super) struct ModelRun {
     pub(super) loss: Option<LossTotals>,
-    pub(super) written: Option<Vec<Written>>,
-    pub(super) swapped: Option<Vec<Written>>,
+    pub(super) written: Option<Vec<WrittenReport>>,
+    pub(super) swapped: Option<Vec<WrittenReport>>,
     pub(super) embeddings: Option<Embeddings>,
-    pub(super) warnings: Vec<Remark>,
+    pub(super) warnings: Vec<Caveat>,
 }
 
 /// Mean image features, row after row.
@@ -83,26 +89,16 @@ impl DeviceTask for ModelWork {
         let mut output = self
             .output
             .as_deref()
-            .map(|path| OutputFile::create(path, self.keeps_studies))
+            .map(|path| PredictionFile::create(path, self.keeps_studies))
             .transpose()?;
-        let options = pipeline_options(&self.model, dtype);
-        let mut progress = Progress::new("loading", 0, Unit::Bytes);
-        let pipeline = Pipeline::<B>::load(&options, device, &mut |done, total| {
-            progress.set(done, total);
-        })?;
-        progress.finish();
+        let options = with_adapter(&self.model, &self.adapter, &self.load, dtype);
+        let pipeline = loading(|on_progress| Pipeline::<B>::load(&options, device, on_progress))?;
         if let Some(limits) = pipeline.parts.pixel_limits_to_know() {
             eprintln!("{limits}");
         }
         let config = &pipeline.parts.config;
         prepare_kernels::<B>(config, dtype, &pipeline.device, self.batch_size);
-        let mut run = ModelRun {
-            loss: None,
-            written: None,
-            swapped: None,
-            embeddings: None,
-            warnings: Vec::new(),
-        };
+        let mut run = ModelRun::default();
         if self.writes {
             run.loss = Some(self.loss(&pipeline)?);
             let own: Vec<usize> = self.rows.clone();
@@ -122,7 +118,7 @@ impl DeviceTask for ModelWork {
                 ),
             ] {
                 if count > 0 {
-                    run.warnings.push(Remark::new(
+                    run.warnings.push(Caveat::new(
                         format!("{count} {chinese}"),
                         format!("{} {english}", counted(count, "report was", "reports were")),
                     ));
@@ -143,8 +139,8 @@ impl DeviceTask for ModelWork {
     }
 }
 
-fn written(answer: Answer) -> Written {
-    Written {
+fn written(answer: Answer) -> WrittenReport {
+    WrittenReport {
         answer: answer.report,
         thinking: answer.thinking,
     }
@@ -205,7 +201,7 @@ impl ModelWork {
         pipeline: &Pipeline<B>,
         shown: &[usize],
         what: &str,
-        mut output: Option<&mut OutputFile>,
+        mut output: Option<&mut PredictionFile>,
     ) -> Result<Vec<Answer>> {
         let mut progress = Progress::new(what, self.rows.len() as u64, Unit::Items);
         let mut answers = Vec::with_capacity(self.rows.len());
@@ -232,30 +228,22 @@ impl ModelWork {
     fn swapped_reports<B: Accelerator>(
         &self,
         pipeline: &Pipeline<B>,
-        warnings: &mut Vec<Remark>,
-    ) -> Result<Option<Vec<Written>>> {
+        warnings: &mut Vec<Caveat>,
+    ) -> Result<Option<Vec<WrittenReport>>> {
         let studies: Vec<&str> = self.cases.iter().map(|case| case.study.as_str()).collect();
-        let images = self
-            .rows
-            .iter()
-            .map(|row| match self.data.text(*row).images.len() {
-                // Drawn, or without a picture.
-                0 => Ok(self.data.read(*row, &pipeline.parts)?.pictures.len()),
-                count => Ok(count),
-            })
-            .collect::<Result<Vec<usize>>>()?;
+        let images = image_counts(&self.data, self.rows.iter().copied(), &pipeline.parts)?;
         let others = swapped(&studies, &images);
         let alone = others.iter().enumerate().filter(|(at, other)| at == *other);
         let alone = alone.filter(|(at, _)| images[*at] > 0).count();
         if alone == others.len() || images.iter().all(|count| *count == 0) {
-            warnings.push(Remark::new(
+            warnings.push(Caveat::new(
                 "没有别的检查可以互换影像",
                 "no other study to swap images with",
             ));
             return Ok(None);
         }
         if alone > 0 {
-            warnings.push(Remark::new(
+            warnings.push(Caveat::new(
                 format!("{alone} 份没有同样张数的别的检查，影像未换"),
                 format!(
                     "{} no other study with as many images, and keep their own",
@@ -272,12 +260,12 @@ impl ModelWork {
         &self,
         pipeline: &Pipeline<B>,
         train: &Dataset,
-        warnings: &mut Vec<Remark>,
+        warnings: &mut Vec<Caveat>,
     ) -> Result<Option<Embeddings>> {
         let (queries, with_image) =
             self.embed(pipeline, &self.data, &self.rows, "images of the test set")?;
         if with_image.len() < self.rows.len() {
-            warnings.push(Remark::new(
+            warnings.push(Caveat::new(
                 "测试集有没有影像的样本，不求最近邻",
                 "samples of the test set have no image: no nearest neighbour",
             ));
@@ -286,7 +274,7 @@ impl ModelWork {
         let all: Vec<usize> = (0..train.len()).collect();
         let (training, rows) = self.embed(pipeline, train, &all, "images of the training set")?;
         if rows.is_empty() {
-            warnings.push(Remark::new(
+            warnings.push(Caveat::new(
                 "训练集没有影像，不求最近邻",
                 "the training set has no image: no nearest neighbour",
             ));
@@ -312,9 +300,9 @@ impl ModelWork {
         let mut progress = Progress::new(what, rows.len() as u64, Unit::Items);
         let (mut values, mut kept) = (Vec::new(), Vec::new());
         for (done, row) in rows.iter().enumerate() {
-            let pictures = data.read(*row, parts)?.pictures;
-            if !pictures.is_empty() {
-                let images = patches(parts, &pictures)
+            let images = data.read(*row, parts)?.pictures;
+            if !images.is_empty() {
+                let images = patches(parts, &images)
                     .with_context(|| format!("`{}`, row {}", data.name(), row + 1))?;
                 let merged =
                     encode_images(&pipeline.model, &images, &parts.config, &pipeline.device).merged;
@@ -329,46 +317,15 @@ impl ModelWork {
     }
 }
 
-/// The question of one row about the images of another.
-pub(in crate::commands) fn question_about(
-    data: &Dataset,
-    parts: &TextAndImages,
-    row: usize,
-    shown: usize,
-) -> Result<Prompt> {
-    if row == shown {
-        return Ok(data.question(row, parts)?.0);
-    }
-    let RawSample { conversation, .. } = data.read(row, parts)?;
-    let images = patches(parts, &data.read(shown, parts)?.pictures)?;
-    let merge = parts.config.vision_config.spatial_merge_size;
-    let input_ids = encode_prompt(
-        &parts.tokenizer,
-        &conversation,
-        &images.image_grid_thw,
-        merge,
-    )
-    .with_context(|| format!("`{}`, row {}", data.name(), row + 1))?;
-    Ok(Prompt { input_ids, images })
-}
-
-fn patches(parts: &TextAndImages, pictures: &[RgbImage]) -> Result<ImageInput> {
-    let mut input = ImageInput::default();
-    for picture in pictures {
-        input.extend(&parts.image_input(picture)?);
-    }
-    Ok(input)
-}
-
 /// The reports as they come, under a name of their own until all are there.
-struct OutputFile {
+struct PredictionFile {
     path: PathBuf,
     partial: PathBuf,
     file: File,
     keeps_studies: bool,
 }
 
-impl OutputFile {
+impl PredictionFile {
     fn create(path: &Path, keeps_studies: bool) -> Result<Self> {
         if path.exists() {
             bail!(

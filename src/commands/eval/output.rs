@@ -1,4 +1,4 @@
-//! An outcome as JSON, and the films of a page.
+//! An outcome as JSON, and the images of a page.
 
 use std::path::{Path, PathBuf};
 
@@ -7,13 +7,16 @@ use serde_json::{Value, json};
 use super::cases::TestSet;
 use crate::{
     dataset::Dataset,
-    evaluation::{Outcome, STATUSES, page, page::PageFacts},
-    processor::image::{DecodeLimits, load},
+    eval::{
+        outcome::{EvalOutcome, STATUSES},
+        report::page::{CaseImages, PageFacts},
+    },
+    processor::image::{DecodeLimits, RgbImage, load},
     study::StudyFacts,
 };
 
 /// Everything that was found out; text scores in per cent, shares of findings from 0 to 1.
-pub(super) fn json(outcome: &Outcome, facts: &PageFacts, study: &StudyFacts) -> Value {
+pub(super) fn json(outcome: &EvalOutcome, facts: &PageFacts, study: &StudyFacts) -> Value {
     let facts_of = facts.facts.iter();
     let named = facts_of.map(|(_, english, value)| (english.replace(' ', "_"), json!(value)));
     let mut cases = vec![Value::Null; outcome.cases.len()];
@@ -65,8 +68,8 @@ pub(super) fn json(outcome: &Outcome, facts: &PageFacts, study: &StudyFacts) -> 
     })
 }
 
-/// Finds and reads the films of cases.
-pub(super) struct Films<'a> {
+/// Finds and reads the images of cases.
+pub(super) struct ImageFinder<'a> {
     set: &'a TestSet,
     data: Option<&'a Dataset>,
     folder: Option<&'a Path>,
@@ -74,7 +77,7 @@ pub(super) struct Films<'a> {
     first: Option<String>,
 }
 
-impl<'a> Films<'a> {
+impl<'a> ImageFinder<'a> {
     pub(super) fn new(
         set: &'a TestSet,
         data: Option<&'a Dataset>,
@@ -89,12 +92,12 @@ impl<'a> Films<'a> {
         }
     }
 
-    /// The films of one case.
-    pub(super) fn of(&mut self, case: usize) -> page::Films {
+    /// The images of one case.
+    pub(super) fn of(&mut self, case: usize) -> CaseImages {
         if let (Some(data), Some(row)) = (self.data, self.set.rows[case])
-            && let Some(films) = data.drawn(row)
+            && let Some(images) = data.drawn(row)
         {
-            return films.into_iter().map(Ok).collect();
+            return images.into_iter().map(Ok).collect();
         }
         let set = self.set;
         set.images[case]
@@ -103,7 +106,7 @@ impl<'a> Films<'a> {
             .collect()
     }
 
-    fn open(&mut self, path: &Path) -> Result<crate::processor::image::RgbImage, String> {
+    fn open(&mut self, path: &Path) -> Result<RgbImage, String> {
         let path = match (self.folder, path.file_name()) {
             (Some(folder), Some(name)) => folder.join(name),
             _ => PathBuf::from(path),
@@ -119,8 +122,8 @@ impl<'a> Films<'a> {
         })
     }
 
-    /// Says on stderr how many films the page lacks.
-    pub(super) fn tell(&self) {
+    /// Prints to stderr how many images the page lacks.
+    pub(super) fn print_missing(&self) {
         if let Some(first) = &self.first {
             eprintln!(
                 "note: {} films of the page cannot be opened, the first: {first}; hint: `--images-dir` names their folder",

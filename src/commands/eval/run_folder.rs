@@ -5,66 +5,28 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use super::EvalArgs;
+use super::args::EvalArgs;
 use crate::{
-    commands::shipped,
-    plot::{Mark, Panel, Series, TrainingRow, figure, training_plot},
+    commands::shell::shipped,
     train::{
+        chart::{chart_rows, training_chart},
         config::{TrainConfig, Tuner},
         data::RunData,
-        records::{Row, read_rows},
+        records::{METRICS, read_rows},
     },
 };
 
 /// The curves of a run, drawn anew from its `metrics.jsonl`.
 pub(super) fn curves(dir: &Path) -> Result<String> {
-    let path = dir.join("metrics.jsonl");
-    let read = read_rows(&path)?;
-    let generated = generated_panel(&read.rows);
-    let rows: Vec<TrainingRow> = read
-        .rows
-        .into_iter()
-        .filter_map(|row| serde_json::from_value(Value::Object(row)).ok())
-        .collect();
+    let path = dir.join(METRICS);
+    let rows = chart_rows(read_rows(&path)?.rows);
     if rows.is_empty() {
         bail!(
             "`{}` holds no step; expected --run to name the folder of a run (`output_dir`)",
             path.display()
         );
     }
-    let mut curves = training_plot(&rows);
-    if let Some(panel) = generated {
-        curves.push_str(&figure(&[panel]));
-    }
-    Ok(curves)
-}
-
-/// Scores of the reports generated at validations, if there were any.
-fn generated_panel(rows: &[Row]) -> Option<Panel> {
-    let series = [
-        ("finding F1", "eval_finding_f1", "#d9480f"),
-        ("ROUGE-L, characters", "eval_rouge_l", "#1f6feb"),
-    ]
-    .map(|(name, key, color)| {
-        let points = rows
-            .iter()
-            .filter_map(|row| Some((row.get("step")?.as_f64()?, row.get(key)?.as_f64()?)));
-        Series {
-            name: name.into(),
-            color: color.into(),
-            mark: Mark::Points,
-            right: false,
-            points: points.collect(),
-        }
-    });
-    let some = series.iter().any(|series| !series.points.is_empty());
-    some.then(|| Panel {
-        title: "Generated reports".into(),
-        x_label: "optimizer step".into(),
-        y_label: "score".into(),
-        series: series.to_vec(),
-        ..Panel::default()
-    })
+    Ok(training_chart(&rows))
 }
 
 /// Takes model, adapter and data sets of a run where none are named; gives the data of one that held its validation
@@ -76,13 +38,13 @@ pub(super) fn choose(dir: &Path, args: &mut EvalArgs) -> Result<Option<RunData>>
     match config.tuner {
         Tuner::Lora => {
             args.model = Some(shipped(&config.model));
-            args.adapter.get_or_insert(checkpoint);
+            args.adapter.adapter.get_or_insert(checkpoint);
         }
         Tuner::Full => args.model = Some(checkpoint),
     }
     let [min_pixels, max_pixels] = config.pixel_limits();
-    args.min_pixels.get_or_insert(min_pixels);
-    args.max_pixels.get_or_insert(max_pixels);
+    args.load.min_pixels.get_or_insert(min_pixels);
+    args.load.max_pixels.get_or_insert(max_pixels);
     if args.data.is_none() && args.train_data.is_none() && config.split_dataset_ratio > 0.0 {
         let run = RunData::open(&config)?;
         args.data = run.validation.as_ref().map(|data| data.name().to_owned());

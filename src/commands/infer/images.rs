@@ -9,10 +9,8 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use crate::{
-    cli::InferArgs,
-    commands::{counted, shipped},
-};
+use super::args::InferArgs;
+use crate::{commands::shell::shipped, study::counted};
 
 /// The image of a run without arguments.
 const SAMPLE_IMAGE: &str = "data/sample/demo.png";
@@ -164,7 +162,7 @@ fn has_dicom_mark(path: &Path) -> bool {
         && head.ends_with(b"DICM")
 }
 
-/// A DICOMDIR has the mark and no picture.
+/// A DICOMDIR has the mark and no image.
 fn is_directory_file(path: &Path) -> bool {
     path.file_stem()
         .is_some_and(|name| name.eq_ignore_ascii_case("DICOMDIR"))

@@ -1,6 +1,6 @@
 //! A file of records, one a line, that is appended to, repaired and cleared of what was redone.
 //!
-//! Knows no fields of a record: a function tells what a line is. While a run goes on the file is only
+//! Knows no fields of a record: a function says what a line is. While a run goes on the file is only
 //! appended to, so that a kill costs at most the line being written.
 
 use std::{
@@ -17,7 +17,7 @@ const LONGEST_LINE: u64 = 16 << 20;
 const MOST_DAMAGE: u64 = 64 << 20;
 
 /// What a line is.
-pub(super) enum Kind<K> {
+pub(super) enum LineKind<K> {
     /// A record that later ones with the same key replace.
     Keyed(K),
     /// A record of another run, left as it is.
@@ -26,10 +26,45 @@ pub(super) enum Kind<K> {
     Damaged,
 }
 
-struct Line<K> {
+struct JournalLine<K> {
     start: u64,
     length: u64,
     key: Option<K>,
+}
+
+/// A part of the file that is no record, at most a line long.
+struct DamagedPiece {
+    /// Line of the file, from 1.
+    row: usize,
+    start: u64,
+    length: u64,
+}
+
+/// What a file holds.
+struct Scanned<K> {
+    lines: Vec<JournalLine<K>>,
+    /// Bytes up to the last line that has its end.
+    length: u64,
+    damaged: Vec<DamagedPiece>,
+    repair: Repair,
+}
+
+impl<K> Default for Scanned<K> {
+    fn default() -> Self {
+        Self {
+            lines: Vec::new(),
+            length: 0,
+            damaged: Vec::new(),
+            repair: Repair::default(),
+        }
+    }
+}
+
+/// A file of lines that was written under another name.
+struct Rewritten<K> {
+    file: File,
+    lines: Vec<JournalLine<K>>,
+    length: u64,
 }
 
 /// What had to be mended when a file was opened.
@@ -69,7 +104,7 @@ pub(super) struct Journal<K> {
     /// Without links: what is renamed must be the file itself.
     path: PathBuf,
     file: File,
-    lines: Vec<Line<K>>,
+    lines: Vec<JournalLine<K>>,
     length: u64,
     /// Files that were replaced; their locks are held to the end.
     replaced: Vec<File>,
@@ -86,7 +121,7 @@ impl<K: Clone + Eq + std::hash::Hash> Journal<K> {
     pub(super) fn open(
         name: &Path,
         start: &[u8],
-        kind: &mut dyn FnMut(&[u8]) -> Kind<K>,
+        kind: &mut dyn FnMut(&[u8]) -> LineKind<K>,
     ) -> Result<(Self, Repair), JournalError> {
         let write = |cause| JournalError::Write {
             path: name.to_path_buf(),
@@ -115,6 +150,20 @@ impl<K: Clone + Eq + std::hash::Hash> Journal<K> {
         Ok((this, repair))
     }
 
+    fn foreign(&self, line: usize) -> JournalError {
+        JournalError::Foreign {
+            path: self.name.clone(),
+            line,
+        }
+    }
+
+    fn read_error(&self, cause: io::Error) -> JournalError {
+        JournalError::Read {
+            path: self.name.clone(),
+            cause,
+        }
+    }
+
     fn write_error(&self, cause: io::Error) -> JournalError {
         JournalError::Write {
             path: self.name.clone(),
@@ -122,87 +171,28 @@ impl<K: Clone + Eq + std::hash::Hash> Journal<K> {
         }
     }
 
+    /// Reads all lines and mends the file.
     fn scan(
         &mut self,
         start: &[u8],
-        kind: &mut dyn FnMut(&[u8]) -> Kind<K>,
+        kind: &mut dyn FnMut(&[u8]) -> LineKind<K>,
     ) -> Result<Repair, JournalError> {
-        let read_error = |cause| JournalError::Read {
-            path: self.name.clone(),
-            cause,
-        };
-        let foreign = |line| JournalError::Foreign {
-            path: self.name.clone(),
-            line,
-        };
-        let mut reader = BufReader::with_capacity(1 << 16, &self.file);
-        let mut repair = Repair::default();
-        let mut lines: Vec<Line<K>> = Vec::new();
-        let mut damaged = Vec::new();
-        let (mut at, mut good, mut bad, mut row, mut whole) = (0, 0, 0, 1, true);
-        let mut line = Vec::new();
-        loop {
-            line.clear();
-            let length = (&mut reader)
-                .take(LONGEST_LINE)
-                .read_until(b'\n', &mut line)
-                .map_err(read_error)? as u64;
-            if length == 0 {
-                break;
-            }
-            let ended = line.last() == Some(&b'\n');
-            let begun = std::mem::replace(&mut whole, ended);
-            let found = match (begun, ended) {
-                (true, true) => kind(&line[..line.len() - 1]),
-                _ => Kind::Damaged,
-            };
-            let last = line.iter().rposition(|byte| *byte != 0);
-            let rest = &line[..last.map_or(0, |last| last + 1)];
-            let record = |key| Line {
-                start: at,
-                length,
-                key,
-            };
-            match found {
-                Kind::Keyed(key) => lines.push(record(Some(key))),
-                Kind::Other => lines.push(record(None)),
-                // The end of the file: a record that was cut off, or zeros in its place.
-                Kind::Damaged
-                    if begun
-                        && !ended
-                        && length < LONGEST_LINE
-                        && (rest.starts_with(start) || start.starts_with(rest)) =>
-                {
-                    repair.cut = !rest.is_empty();
-                    repair.zeros = length - rest.len() as u64;
-                    break;
-                }
-                Kind::Damaged => damaged.push((row, at, length)),
-            }
-            match lines.last() {
-                Some(last) if last.start == at => good += length,
-                _ => bad += length,
-            }
-            if bad > MOST_DAMAGE.max(good) {
-                return Err(foreign(damaged.first().map_or(row, |first| first.0)));
-            }
-            at += length;
-            row += usize::from(ended);
-        }
-        drop(reader);
-        let rows: Vec<usize> = {
-            let mut rows: Vec<usize> = damaged.iter().map(|(row, ..)| *row).collect();
-            rows.dedup();
-            rows
-        };
+        let Scanned {
+            lines,
+            length,
+            damaged,
+            mut repair,
+        } = self.read_lines(start, kind)?;
+        let mut rows: Vec<usize> = damaged.iter().map(|piece| piece.row).collect();
+        rows.dedup();
         if rows.len() > lines.len() || (lines.is_empty() && repair.zeros > 0) {
-            return Err(foreign(rows.first().copied().unwrap_or(1)));
+            return Err(self.foreign(rows.first().copied().unwrap_or(1)));
         }
         self.lines = lines;
-        self.length = at;
+        self.length = length;
         if !damaged.is_empty() {
             let aside = self.beside(".damaged");
-            let ranges = damaged.iter().map(|(_, start, length)| (*start, *length));
+            let ranges = damaged.iter().map(|piece| (piece.start, piece.length));
             self.move_aside(ranges, &aside)?;
             repair.damaged = Some((rows, aside));
             self.rewrite((0..self.lines.len()).collect())?;
@@ -216,6 +206,69 @@ impl<K: Clone + Eq + std::hash::Hash> Journal<K> {
         Ok(repair)
     }
 
+    fn read_lines(
+        &self,
+        start: &[u8],
+        kind: &mut dyn FnMut(&[u8]) -> LineKind<K>,
+    ) -> Result<Scanned<K>, JournalError> {
+        let mut reader = BufReader::with_capacity(1 << 16, &self.file);
+        let mut scanned = Scanned::default();
+        let (mut good, mut bad, mut row, mut whole) = (0, 0, 1, true);
+        let mut line = Vec::new();
+        loop {
+            line.clear();
+            let length = (&mut reader)
+                .take(LONGEST_LINE)
+                .read_until(b'\n', &mut line)
+                .map_err(|cause| self.read_error(cause))? as u64;
+            if length == 0 {
+                return Ok(scanned);
+            }
+            let ended = line.last() == Some(&b'\n');
+            let begun = std::mem::replace(&mut whole, ended);
+            let found = match (begun, ended) {
+                (true, true) => kind(&line[..line.len() - 1]),
+                _ => LineKind::Damaged,
+            };
+            let last = line.iter().rposition(|byte| *byte != 0);
+            let rest = &line[..last.map_or(0, |last| last + 1)];
+            let record = |key| JournalLine {
+                start: scanned.length,
+                length,
+                key,
+            };
+            match found {
+                LineKind::Keyed(key) => scanned.lines.push(record(Some(key))),
+                LineKind::Other => scanned.lines.push(record(None)),
+                // The end of the file: a record that was cut off, or zeros in its place.
+                LineKind::Damaged
+                    if begun
+                        && !ended
+                        && length < LONGEST_LINE
+                        && (rest.starts_with(start) || start.starts_with(rest)) =>
+                {
+                    scanned.repair.cut = !rest.is_empty();
+                    scanned.repair.zeros = length - rest.len() as u64;
+                    return Ok(scanned);
+                }
+                LineKind::Damaged => scanned.damaged.push(DamagedPiece {
+                    row,
+                    start: scanned.length,
+                    length,
+                }),
+            }
+            match scanned.lines.last() {
+                Some(last) if last.start == scanned.length => good += length,
+                _ => bad += length,
+            }
+            if bad > MOST_DAMAGE.max(good) {
+                return Err(self.foreign(scanned.damaged.first().map_or(row, |first| first.row)));
+            }
+            scanned.length += length;
+            row += usize::from(ended);
+        }
+    }
+
     /// Appends a record at once, so that an interruption loses nothing that was finished.
     pub(super) fn add(&mut self, key: K, mut text: String) -> Result<(), JournalError> {
         text.push('\n');
@@ -223,7 +276,7 @@ impl<K: Clone + Eq + std::hash::Hash> Journal<K> {
             .write_all(text.as_bytes())
             .map_err(|cause| self.write_error(cause))?;
         let length = text.len() as u64;
-        self.lines.push(Line {
+        self.lines.push(JournalLine {
             start: self.length,
             length,
             key: Some(key),
@@ -234,7 +287,7 @@ impl<K: Clone + Eq + std::hash::Hash> Journal<K> {
 
     /// Puts the last record of each key where its first one was; earlier ones that `keep` wants are
     /// moved to `NAME.replaced`. Returns how many were replaced.
-    pub(super) fn settle(
+    pub(super) fn replace_earlier(
         &mut self,
         keep: &dyn Fn(&[u8], &[u8]) -> bool,
     ) -> Result<usize, JournalError> {
@@ -276,7 +329,7 @@ impl<K: Clone + Eq + std::hash::Hash> Journal<K> {
     }
 
     fn text(&mut self, line: usize) -> Result<Vec<u8>, JournalError> {
-        let Line { start, length, .. } = self.lines[line];
+        let JournalLine { start, length, .. } = self.lines[line];
         self.bytes(start, length)
     }
 
@@ -285,10 +338,7 @@ impl<K: Clone + Eq + std::hash::Hash> Journal<K> {
         let file = &mut self.file;
         file.seek(SeekFrom::Start(start))
             .and_then(|_| file.read_exact(&mut bytes))
-            .map_err(|cause| JournalError::Read {
-                path: self.name.clone(),
-                cause,
-            })?;
+            .map_err(|cause| self.read_error(cause))?;
         Ok(bytes)
     }
 
@@ -326,7 +376,11 @@ impl<K: Clone + Eq + std::hash::Hash> Journal<K> {
         name.push(format!(".tmp-{}", std::process::id()));
         let temporary = PathBuf::from(name);
         let written = self.write_lines(&temporary, &order);
-        let (file, lines, length) = match written {
+        let Rewritten {
+            file,
+            lines,
+            length,
+        } = match written {
             Ok(written) => written,
             Err(error) => {
                 let _ = fs::remove_file(&temporary);
@@ -339,15 +393,11 @@ impl<K: Clone + Eq + std::hash::Hash> Journal<K> {
         Ok(())
     }
 
-    #[allow(
-        clippy::type_complexity,
-        reason = "what a rewritten file consists of, used once"
-    )]
     fn write_lines(
         &mut self,
         temporary: &Path,
         order: &[usize],
-    ) -> Result<(File, Vec<Line<K>>, u64), JournalError> {
+    ) -> Result<Rewritten<K>, JournalError> {
         let failed = |cause| JournalError::Write {
             path: temporary.to_path_buf(),
             cause,
@@ -366,7 +416,7 @@ impl<K: Clone + Eq + std::hash::Hash> Journal<K> {
         for index in order {
             let text = self.text(*index)?;
             out.write_all(&text).map_err(failed)?;
-            lines.push(Line {
+            lines.push(JournalLine {
                 start: length,
                 length: text.len() as u64,
                 key: self.lines[*index].key.clone(),
@@ -377,7 +427,11 @@ impl<K: Clone + Eq + std::hash::Hash> Journal<K> {
         drop(out);
         file.sync_all().map_err(failed)?;
         fs::rename(temporary, &self.path).map_err(failed)?;
-        Ok((file, lines, length))
+        Ok(Rewritten {
+            file,
+            lines,
+            length,
+        })
     }
 }
 
@@ -386,11 +440,11 @@ mod tests {
     use super::*;
 
     /// `k=v` lines: the key decides, `x…` belongs to another run.
-    fn kind(line: &[u8]) -> Kind<u8> {
+    fn kind(line: &[u8]) -> LineKind<u8> {
         match line {
-            [b'x', ..] => Kind::Other,
-            [b'=', key, _] => Kind::Keyed(*key),
-            _ => Kind::Damaged,
+            [b'x', ..] => LineKind::Other,
+            [b'=', key, _] => LineKind::Keyed(*key),
+            _ => LineKind::Damaged,
         }
     }
 
@@ -437,12 +491,15 @@ mod tests {
         let (dir, mut journal, _) = opened(b"=a1\nx\n=b1\n=c1\n");
         journal.add(b'a', "=a2".into()).unwrap();
         journal.add(b'b', "=b1".into()).unwrap();
-        assert_eq!(journal.settle(&|one, last| one != last).unwrap(), 2);
+        assert_eq!(
+            journal.replace_earlier(&|one, last| one != last).unwrap(),
+            2
+        );
         journal.add(b'd', "=d1".into()).unwrap();
         let text = fs::read(dir.path().join("r")).unwrap();
         assert_eq!(text, b"=a2\nx\n=b1\n=c1\n=d1\n");
         assert_eq!(fs::read(dir.path().join("r.replaced")).unwrap(), b"=a1\n");
-        assert_eq!(journal.settle(&|_, _| true).unwrap(), 0);
+        assert_eq!(journal.replace_earlier(&|_, _| true).unwrap(), 0);
         // The new file is locked as the old one was.
         assert!(matches!(
             open(&dir.path().join("r")),

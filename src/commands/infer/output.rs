@@ -1,7 +1,7 @@
 //! Where records go, and which are there already.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs::File,
     io::{Write, stdout},
     path::{Path, PathBuf},
@@ -11,32 +11,32 @@ use anyhow::{Context, Result, bail};
 use rayon::prelude::*;
 
 use super::{
-    journal::{Journal, Kind, Repair},
+    args::InferArgs,
+    journal::{Journal, LineKind, Repair},
     record::{RECORD_START, Record, settings_hash},
 };
 use crate::{
-    base::files::{is_same_file, other_kind, sha256_file},
-    cli::InferArgs,
-    commands::counted,
+    base::files::{is_same_file, name, other_kind, sha256_file},
     runtime::generate::FinishReason,
+    study::counted,
 };
 
 /// Where the images of a report are.
-type Key = Vec<PathBuf>;
+type ImagePaths = Vec<PathBuf>;
 
 /// A record that the file holds.
-struct Known {
+struct KnownRecord {
     sha256: Option<String>,
     failed: bool,
 }
 
-enum Target {
+enum RecordTarget {
     /// Printed, as the arguments say.
     Stdout,
     /// Lines to stdout, or to a device, without looking for earlier ones.
     Lines(PathBuf, Option<File>),
     /// A batch run's file.
-    Journal(Box<Journal<Key>>),
+    Journal(Box<Journal<ImagePaths>>),
 }
 
 /// What a run still has to do.
@@ -48,24 +48,24 @@ pub(crate) struct Todo<'a> {
 }
 
 /// Where records go, and what is there already.
-pub(crate) struct OutputFile {
-    target: Target,
+pub(crate) struct RecordFile {
+    target: RecordTarget,
     /// Records of this run's question and settings.
-    known: HashMap<Key, Known>,
+    known: HashMap<ImagePaths, KnownRecord>,
     /// Records of other ones.
     others: usize,
     failed: usize,
     first_error: Option<String>,
 }
 
-impl OutputFile {
+impl RecordFile {
     /// Opens the file of a batch run and mends it where it is damaged, which is said on stderr.
     ///
     /// # Errors
     /// A file that is none of a batch run, or cannot be written.
     pub(crate) fn open(args: &InferArgs, groups: &[Vec<PathBuf>]) -> Result<Self> {
         let mut this = Self {
-            target: Target::Stdout,
+            target: RecordTarget::Stdout,
             known: HashMap::new(),
             others: 0,
             failed: 0,
@@ -83,63 +83,64 @@ impl OutputFile {
         let (known, others) = (&mut this.known, &mut this.others);
         let (mut journal, repair) = Journal::open(path, RECORD_START.as_bytes(), &mut |line| {
             let Ok(record) = serde_json::from_slice::<Record>(line) else {
-                return Kind::Damaged;
+                return LineKind::Damaged;
             };
             if record.prompt != args.prompt || record.settings != settings {
                 *others += 1;
-                return Kind::Other;
+                return LineKind::Other;
             }
             let key = record.places(images);
             let failed = record.error.is_some();
             let sha256 = record.image_sha256;
-            known.insert(key.clone(), Known { sha256, failed });
-            Kind::Keyed(key)
+            known.insert(key.clone(), KnownRecord { sha256, failed });
+            LineKind::Keyed(key)
         })?;
-        tell_repair(path, &repair);
+        print_repair(path, &repair);
         // A run that was killed may have left both the old and the new record.
-        journal.settle(&worth_keeping)?;
-        this.target = Target::Journal(Box::new(journal));
+        journal.replace_earlier(&worth_keeping)?;
+        this.target = RecordTarget::Journal(Box::new(journal));
         Ok(this)
     }
 
     /// Which reports are to be written: those that are not there, those that ended in an error, and those
-    /// whose picture is another one now. In a file each image has one record, however often it is named.
+    /// whose image is another one now. In a file each image has one record, however often it is named.
     pub(crate) fn todo<'a>(&self, groups: &'a [Vec<PathBuf>]) -> Todo<'a> {
-        if !matches!(self.target, Target::Journal(_)) {
+        if !matches!(self.target, RecordTarget::Journal(_)) {
             let groups = groups.iter().collect();
             return Todo { groups, note: None };
         }
-        let mut asked: HashMap<Key, ()> = HashMap::new();
-        let unique: Vec<(&Vec<PathBuf>, Key)> = groups
+        let mut seen: HashSet<ImagePaths> = HashSet::new();
+        let unique: Vec<(&Vec<PathBuf>, ImagePaths)> = groups
             .iter()
             .filter_map(|images| {
                 let key = key_of(images);
-                asked
-                    .insert(key.clone(), ())
-                    .is_none()
-                    .then_some((images, key))
+                seen.insert(key.clone()).then_some((images, key))
             })
             .collect();
-        let (mut there, mut failed, mut exchanged) = (0, 0, 0);
-        let states: Vec<State> = unique
+        let states: Vec<ReportState> = unique
             .par_iter()
             .map(|(images, key)| self.state(images, key))
             .collect();
-        let mut todo = Vec::new();
-        for ((images, _), state) in unique.iter().zip(states) {
-            match state {
-                State::New => {}
-                State::There => there += 1,
-                State::Failed => failed += 1,
-                State::Exchanged => exchanged += 1,
-            }
-            if !matches!(state, State::There) {
-                todo.push(*images);
-            }
+        let todo = unique.iter().zip(&states);
+        let todo = todo.filter(|(_, state)| **state != ReportState::There);
+        Todo {
+            groups: todo.map(|((images, _), _)| *images).collect(),
+            note: self.note(&states, groups.len() - unique.len()),
         }
+    }
+
+    /// What to say of the named reports; `repeated` were named a second time.
+    fn note(&self, states: &[ReportState], repeated: usize) -> Option<String> {
+        let count = |wanted| states.iter().filter(|state| **state == wanted).count();
+        let [there, failed, exchanged] = [
+            ReportState::There,
+            ReportState::Failed,
+            ReportState::Exchanged,
+        ]
+        .map(count);
+        let all = states.len();
         let mut notes = Vec::new();
-        let all = unique.len();
-        if todo.is_empty() {
+        if there == all {
             notes.push(match all {
                 1 => "the report is there already".to_owned(),
                 _ => format!("all {all} reports are there already"),
@@ -170,26 +171,23 @@ impl OutputFile {
                 counted(self.others, "report", "reports")
             ));
         }
-        if all < groups.len() {
+        if repeated > 0 {
             notes.push(format!(
                 "{} named more than once, and reported on once",
-                counted(groups.len() - all, "image is", "images are")
+                counted(repeated, "image is", "images are")
             ));
         }
-        Todo {
-            groups: todo,
-            note: (!notes.is_empty()).then(|| notes.join("; ")),
-        }
+        (!notes.is_empty()).then(|| notes.join("; "))
     }
 
-    fn state(&self, images: &[PathBuf], key: &Key) -> State {
+    fn state(&self, images: &[PathBuf], key: &ImagePaths) -> ReportState {
         match self.known.get(key) {
-            None => State::New,
-            Some(known) if known.failed => State::Failed,
+            None => ReportState::New,
+            Some(known) if known.failed => ReportState::Failed,
             Some(known) => match (&known.sha256, sha256_of(images)) {
-                // A picture that went away since keeps its report.
-                (Some(then), Some(now)) if *then != now => State::Exchanged,
-                _ => State::There,
+                // An image that went away since keeps its report.
+                (Some(then), Some(now)) if *then != now => ReportState::Exchanged,
+                _ => ReportState::There,
             },
         }
     }
@@ -209,10 +207,10 @@ impl OutputFile {
             self.first_error.get_or_insert_with(|| error.clone());
         }
         match &mut self.target {
-            Target::Journal(journal) => {
+            RecordTarget::Journal(journal) => {
                 journal.add(key_of(images), serde_json::to_string(record)?)?;
             }
-            Target::Lines(path, file) => {
+            RecordTarget::Lines(path, file) => {
                 let line = serde_json::to_string(record)? + "\n";
                 match file {
                     Some(file) => file.write_all(line.as_bytes()),
@@ -220,8 +218,8 @@ impl OutputFile {
                 }
                 .with_context(|| format!("cannot write `{}`", path.display()))?;
             }
-            Target::Stdout if args.json => say(&serde_json::to_string(record)?)?,
-            Target::Stdout => {
+            RecordTarget::Stdout if args.json => say(&serde_json::to_string(record)?)?,
+            RecordTarget::Stdout => {
                 match &record.error {
                     None if !args.stream => say(&record.report)?,
                     // The first one ends the program; the others would be lost.
@@ -256,8 +254,8 @@ impl OutputFile {
     /// # Errors
     /// The file cannot be written, or reports failed: how many, and why the first one did.
     pub(crate) fn finish(mut self) -> Result<()> {
-        if let Target::Journal(journal) = &mut self.target {
-            journal.settle(&worth_keeping)?;
+        if let RecordTarget::Journal(journal) = &mut self.target {
+            journal.replace_earlier(&worth_keeping)?;
         }
         match (self.first_error, self.failed) {
             (Some(error), 1) => bail!("{error}"),
@@ -267,19 +265,17 @@ impl OutputFile {
     }
 }
 
-#[derive(Clone, Copy)]
-enum State {
+/// What the file has of a report.
+#[derive(Clone, Copy, PartialEq)]
+enum ReportState {
     New,
     There,
     Failed,
     Exchanged,
 }
 
-fn key_of(images: &[PathBuf]) -> Key {
-    images
-        .iter()
-        .map(|path| crate::base::files::name::place_of(path))
-        .collect()
+fn key_of(images: &[PathBuf]) -> ImagePaths {
+    images.iter().map(|path| name::place_of(path)).collect()
 }
 
 /// SHA-256 of the images as a record has it; `None` if one cannot be read.
@@ -294,7 +290,7 @@ fn sha256_of(images: &[PathBuf]) -> Option<String> {
     Some(hashes?.join(";"))
 }
 
-/// Whether a record that was replaced is to be kept aside: it has a report, about another picture.
+/// Whether a record that was replaced is to be kept aside: it has a report, about another image.
 fn worth_keeping(earlier: &[u8], later: &[u8]) -> bool {
     let read = |line: &[u8]| serde_json::from_slice::<Record>(line).ok();
     match (read(earlier), read(later)) {
@@ -307,9 +303,9 @@ fn worth_keeping(earlier: &[u8], later: &[u8]) -> bool {
 }
 
 /// How to write to something that is no file of records: stdout and devices take lines.
-fn without_resume(path: &Path) -> Result<Option<Target>> {
+fn without_resume(path: &Path) -> Result<Option<RecordTarget>> {
     if is_same_file(path, Path::new("/dev/stdout")) {
-        return Ok(Some(Target::Lines(path.to_path_buf(), None)));
+        return Ok(Some(RecordTarget::Lines(path.to_path_buf(), None)));
     }
     match other_kind(path) {
         // Opening a folder is an error that says so.
@@ -319,7 +315,7 @@ fn without_resume(path: &Path) -> Result<Option<Target>> {
                 .write(true)
                 .open(path)
                 .with_context(|| format!("cannot write `{}`", path.display()))?;
-            Ok(Some(Target::Lines(path.to_path_buf(), Some(file))))
+            Ok(Some(RecordTarget::Lines(path.to_path_buf(), Some(file))))
         }
         Some(kind) => bail!(
             "cannot write `{}`: it is a {kind}, expected a file or `/dev/stdout`; --json without --output prints the records",
@@ -328,7 +324,7 @@ fn without_resume(path: &Path) -> Result<Option<Target>> {
     }
 }
 
-fn tell_repair(path: &Path, repair: &Repair) {
+fn print_repair(path: &Path, repair: &Repair) {
     let name = path.display();
     if let Some((rows, aside)) = &repair.damaged {
         let shown: Vec<String> = rows.iter().take(5).map(usize::to_string).collect();

@@ -9,9 +9,9 @@ use std::{
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use super::args::InferArgs;
 use crate::{
     base::files::name,
-    cli::InferArgs,
     processor::remark::{Remark, RemarkKind},
     runtime::{generate::FinishReason, pipeline::Answer},
 };
@@ -21,10 +21,10 @@ pub(super) const RECORD_START: &str = "{\"image\":\"";
 
 /// One line of `--json` and `--output`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct Record {
+pub(crate) struct Record {
     /// The image as it was named; several with `--together`, separated by `;`.
     pub image: String,
-    /// `percent` where `image` stands for a name that is not UTF-8: `%` and two hexadecimal digits are
+    /// `percent` where `image` is for a name that is not UTF-8: `%` and two hexadecimal digits are
     /// a byte of it.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub image_encoding: Option<String>,
@@ -33,7 +33,7 @@ pub struct Record {
     pub image_sha256: Option<String>,
     /// The question.
     pub prompt: String,
-    /// Tells apart runs whose answers may differ: a hash of model, adapter and generation settings.
+    /// Distinguishes runs whose answers may differ: a hash of model, adapter and generation settings.
     #[serde(default)]
     pub settings: String,
     /// The report; empty when there is an error.
@@ -64,7 +64,7 @@ pub struct Record {
 
 /// Something about an image that is no error.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RecordRemark {
+pub(crate) struct RecordRemark {
     /// The same word for the same kind of remark.
     pub code: String,
     /// A sentence about the image.
@@ -144,12 +144,17 @@ impl Record {
 
 /// What decides an answer besides image and question.
 pub(super) fn settings_hash(args: &InferArgs, images: usize) -> String {
-    let (model, generation) = (&args.model, &args.generation);
+    let (model, load, generation) = (&args.model, &args.model.load, &args.generation);
     let mut text = format!(
         "{:?} {:?} {:?} {:?} {:?} {:?} {generation:?}",
-        model.model, model.adapter, model.dtype, model.min_pixels, model.max_pixels, args.system
+        model.model,
+        model.adapter.adapter,
+        load.dtype,
+        load.min_pixels,
+        load.max_pixels,
+        args.system
     );
-    if let Some(quantization) = model.quantize {
+    if let Some(quantization) = load.quantize {
         text.push_str(&format!(" {quantization}"));
     }
     if let Some(server) = &args.server {

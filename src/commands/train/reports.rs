@@ -9,15 +9,17 @@ use crate::{
     adapters::lora::merge::merge,
     base::files::{FileError, write_atomic},
     commands::{
-        eval::question_about,
         progress::{Progress, Unit},
+        question::{image_counts, question_about},
     },
     dataset::{Dataset, image_remarks::RemarkCount},
-    evaluate::{rouge::rouge_l, segment::characters},
-    evaluation::baselines::swapped,
-    findings::{
-        Labeler,
-        score::{StudyTexts, UncertainPolicy, score},
+    eval::{
+        baselines::systems::swapped,
+        findings::{
+            Labeler, UncertainPolicy,
+            score::{StudyTexts, score},
+        },
+        text::{rouge::rouge_l, segment::characters},
     },
     phantom::{finding_f1, findings_in_report},
     processor::message::split_thinking,
@@ -194,7 +196,7 @@ pub(super) fn scorer<B: Accelerator>(
 
 /// What a run came to on held-out studies.
 #[derive(Debug, Default)]
-pub(super) struct Outcome {
+pub(super) struct HeldOutScores {
     /// Reports that were scored.
     reports: usize,
     before: BTreeMap<String, f64>,
@@ -202,7 +204,7 @@ pub(super) struct Outcome {
     swapped: BTreeMap<String, f64>,
 }
 
-impl Outcome {
+impl HeldOutScores {
     /// Reads the validations of a run and lets the model write about swapped images.
     pub(super) fn of<B: Accelerator>(result: &RunResult<B>, device: &B::Device) -> Result<Self> {
         let config = &result.state.config;
@@ -229,14 +231,8 @@ impl Outcome {
         let truths: Vec<String> = (0..outcome.reports)
             .map(|row| data.text(row).answer.unwrap_or_default())
             .collect();
-        let images = (0..outcome.reports)
-            .map(|row| match data.text(row).images.len() {
-                // Drawn, or without a picture.
-                0 => Ok(data.read(row, &result.parts)?.pictures.len()),
-                count => Ok(count),
-            })
-            .collect::<Result<Vec<usize>>>()?;
-        // Studies are told apart by what is true of them: the views of one share its report.
+        let images = image_counts(data, 0..outcome.reports, &result.parts)?;
+        // Studies are distinguished by what is true of them: the views of one share its report.
         let studies: Vec<&str> = truths.iter().map(String::as_str).collect();
         let others = swapped(&studies, &images);
         if others.iter().enumerate().all(|(row, other)| row == *other) {

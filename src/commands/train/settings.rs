@@ -6,9 +6,9 @@ use clap::{
     error::{ContextKind, ContextValue, ErrorKind},
 };
 
+use super::args::TrainArgs;
 use crate::{
-    cli::TrainArgs,
-    commands::UsageError,
+    commands::usage::UsageError,
     train::config::{TrainConfig, explain, nearest},
 };
 

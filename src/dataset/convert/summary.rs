@@ -6,7 +6,7 @@ use std::fmt;
 use serde::Serialize;
 
 use super::{CorpusForm, Split};
-use crate::plot;
+use crate::base::plot;
 use crate::study::{StudyFacts, counted};
 
 /// Spread of a whole number over rows or images.

@@ -1,0 +1,77 @@
+//! The arguments of `infer`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::commands::shared_args::{GenerationArgs, ModelArgs};
+
+/// The question the published system asks.
+pub const DEFAULT_PROMPT: &str = "通过这张胸部X光影像可以诊断出什么？";
+
+/// Arguments of `infer`.
+#[derive(Debug, Args)]
+pub struct InferArgs {
+    /// Images: PNG, JPEG, WebP, BMP, TIFF or DICOM. One report is written for each.
+    #[arg(value_name = "IMAGE", conflicts_with = "images_dir")]
+    pub images: Vec<PathBuf>,
+    /// All images of a folder, sorted by name: files with the usual endings, and DICOM files of any name.
+    ///
+    /// What is skipped is counted on stderr.
+    #[arg(long, value_name = "DIR")]
+    pub images_dir: Option<PathBuf>,
+    /// With --images-dir, also the images of all folders below it.
+    #[arg(long, requires = "images_dir")]
+    pub recursive: bool,
+    /// Write a single report about all images (the views of one study).
+    #[arg(long)]
+    pub together: bool,
+    /// Frame of DICOM files, or page of TIFF files, that hold several, counted from 1.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub frame: Option<u32>,
+    /// List the technical tags of DICOM files instead of writing reports; no patient data, no model needed.
+    #[arg(long, conflicts_with_all = ["output", "stream"])]
+    pub show_tags: bool,
+    /// Question to the model.
+    #[arg(long, value_name = "TEXT", default_value = DEFAULT_PROMPT)]
+    pub prompt: String,
+    /// System message.
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// Model and device.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Generation.
+    #[command(flatten)]
+    pub generation: GenerationArgs,
+    /// Print the report while it is being generated.
+    #[arg(long, conflicts_with_all = ["json", "output"])]
+    pub stream: bool,
+    /// Print one JSON object per report, with the keys that `help infer` lists.
+    #[arg(long)]
+    pub json: bool,
+    /// Batch run: append one JSON object per report to this file.
+    ///
+    /// Started again, the run continues: images that have a report are skipped, except where the file has
+    /// changed since (by SHA-256) or the report failed. Each image has one record; the report of an image that
+    /// was exchanged is moved to FILE.replaced. Damaged lines are moved to FILE.damaged. `/dev/stdout` prints the
+    /// lines and has nothing to continue from.
+    #[arg(long, value_name = "FILE.jsonl")]
+    pub output: Option<PathBuf>,
+    /// Number of images processed together.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub batch_size: usize,
+    /// Print timings, throughput and memory use to stderr.
+    #[arg(long)]
+    pub verbose: bool,
+    /// Send the images to a server (`serve`, or another one with OpenAI's API) instead of loading a model;
+    /// --batch-size is the number of concurrent requests.
+    #[arg(long, value_name = "URL")]
+    pub server: Option<String>,
+    /// Model or adapter to use on the server; the default is its base model.
+    #[arg(long, value_name = "NAME", requires = "server")]
+    pub server_model: Option<String>,
+    /// API key for the server.
+    #[arg(long, value_name = "KEY", env = "XRAY_API_KEY", hide_env_values = true)]
+    pub api_key: Option<String>,
+}

@@ -1,0 +1,55 @@
+//! What is loaded for a command.
+
+use std::path::{Path, PathBuf};
+
+use burn::tensor::DType;
+
+use super::{
+    shared_args::{AdapterArgs, LoadArgs, ModelArgs},
+    shell::shipped,
+};
+use crate::{runtime::pipeline::PipelineOptions, train::config::TrainConfig};
+
+/// The model that was typed.
+pub(super) fn pipeline_options(args: &ModelArgs, dtype: DType) -> PipelineOptions {
+    with_adapter(&args.model, &args.adapter, &args.load, dtype)
+}
+
+/// A model with an adapter, loaded as `load` says.
+pub(super) fn with_adapter(
+    model: &Path,
+    adapter: &AdapterArgs,
+    load: &LoadArgs,
+    dtype: DType,
+) -> PipelineOptions {
+    PipelineOptions {
+        model: shipped(model),
+        adapter: adapter.adapter.clone(),
+        dtype,
+        quantize: load.quantize,
+        min_pixels: load.min_pixels,
+        max_pixels: load.max_pixels,
+    }
+}
+
+/// A checkpoint as it is.
+pub(super) fn checkpoint_alone(model: PathBuf, dtype: DType) -> PipelineOptions {
+    PipelineOptions {
+        model,
+        adapter: None,
+        dtype,
+        quantize: None,
+        min_pixels: None,
+        max_pixels: None,
+    }
+}
+
+/// The base of a training run, with images at the run's sizes.
+pub(super) fn base_of_run(config: &TrainConfig, model: PathBuf, dtype: DType) -> PipelineOptions {
+    let [min_pixels, max_pixels] = config.pixel_limits();
+    PipelineOptions {
+        min_pixels: Some(min_pixels),
+        max_pixels: Some(max_pixels),
+        ..checkpoint_alone(model, dtype)
+    }
+}

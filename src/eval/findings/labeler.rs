@@ -1,0 +1,456 @@
+//! Reads a report with the table: clauses, scope of negation and doubt, side, degree.
+//!
+//! A sentence ends at 。；！？, a clause at a comma or a contrast word. A cue reaches forward to the end of its
+//! clause, or to a stop word; over a comma only where the next clause merely goes on listing.
+
+use std::{ops::Range, sync::LazyLock};
+
+use super::{
+    finding::Finding,
+    labels::{Laterality, Mention, ReportLabels, Severity, Status},
+    rules::{Cue, FindingRule, FindingsError, WordTable},
+};
+
+static BUILT_IN: LazyLock<Labeler> = LazyLock::new(|| {
+    Labeler::from_toml(include_str!("rules.toml")).expect("the built-in table is checked by a test")
+});
+
+/// Join the members of a list.
+const LIST_WORDS: [char; 4] = ['或', '及', '和', '、'];
+
+/// What a bare list holds beside its findings.
+const LIST_FILLERS: [&str; 18] = [
+    "以及",
+    "或",
+    "及",
+    "和",
+    "与",
+    "、",
+    "，",
+    "。",
+    "的证据",
+    "的迹象",
+    "的存在",
+    "存在",
+    "大量",
+    "大面积",
+    "明显的",
+    "明显",
+    "局灶性",
+    "任何",
+];
+
+/// Finds and labels what Chinese reports say.
+pub struct Labeler {
+    table: WordTable,
+}
+
+/// A match of a rule, before its status is known.
+struct Match<'r> {
+    rule: &'r FindingRule,
+    span: Range<usize>,
+}
+
+/// A clause with the cues in it; byte ranges are those of the report.
+struct Clause {
+    span: Range<usize>,
+    /// Number of the sentence.
+    sentence: usize,
+    /// Whether a contrast word begins it.
+    contrast: bool,
+    cues: Vec<(Range<usize>, Cue)>,
+}
+
+impl Labeler {
+    /// The labeler with the table of this crate.
+    ///
+    /// # Panics
+    /// Never with the published table: a test compiles it.
+    pub fn built_in() -> &'static Self {
+        &BUILT_IN
+    }
+
+    /// A labeler with another table, of the form of `rules.toml`.
+    ///
+    /// # Errors
+    /// [`FindingsError`] for a table that cannot be read, a pattern that cannot be compiled, an unknown class.
+    pub fn from_toml(text: &str) -> Result<Self, FindingsError> {
+        Ok(Self {
+            table: WordTable::read(text)?,
+        })
+    }
+
+    /// Labels `report`. Byte ranges in the answer are those of `report`.
+    pub fn label(&self, report: &str) -> ReportLabels {
+        let sentences = sentences(report);
+        let matches = self.matches(report, &sentences);
+        let clauses = self.clauses(report, &sentences, &matches);
+        let mut mentions: Vec<Mention> = Vec::new();
+        let mut carried = vec![false; clauses.len()];
+        for (number, clause) in clauses.iter().enumerate() {
+            let inside: Vec<&Match> = matches
+                .iter()
+                .filter(|m| clause.span.contains(&m.span.start))
+                .collect();
+            carried[number] = self.goes_on_denying(report, &clauses, &carried, number, &inside);
+            for (order, found) in inside.iter().enumerate() {
+                let status = match found.rule.status {
+                    Some(status) => status,
+                    None => self.status(report, &clauses, number, found, carried[number], &matches),
+                };
+                if found.rule.only_negated && status != Status::Absent {
+                    continue;
+                }
+                let previous_end = order
+                    .checked_sub(1)
+                    .map(|n| inside[n].span.end)
+                    .filter(|end| *end <= found.span.start);
+                let next_start = inside.get(order + 1).map(|next| next.span.start);
+                let area = previous_end.unwrap_or(clause.span.start)
+                    ..next_start.unwrap_or(clause.span.end);
+                for target in &found.rule.targets {
+                    let sided = status != Status::Absent && target.is_none_or(Finding::has_side);
+                    mentions.push(Mention {
+                        finding: *target,
+                        status,
+                        laterality: if sided {
+                            self.side(report, &clauses, &matches, number, &found.span, &area)
+                        } else {
+                            None
+                        },
+                        severity: if status == Status::Absent {
+                            None
+                        } else {
+                            self.severity(report, &found.span, &area)
+                        },
+                        span: found.span.clone(),
+                    });
+                }
+            }
+        }
+        ReportLabels::from_mentions(drop_doubles(mentions))
+    }
+
+    /// Matches of all rules, in text order; words taken by one rule are closed to the later ones.
+    fn matches(&self, report: &str, sentences: &[Range<usize>]) -> Vec<Match<'_>> {
+        let mut taken: Vec<Range<usize>> = Vec::new();
+        let mut matches: Vec<Match> = Vec::new();
+        for rule in &self.table.rules {
+            for found in rule.pattern.find_iter(report) {
+                let span = found.range();
+                let sentence = sentences
+                    .iter()
+                    .find(|s| s.contains(&span.start))
+                    .cloned()
+                    .unwrap_or(0..report.len());
+                let after = &report[span.end..sentence.end.max(span.end)];
+                if !rule.fits(&report[sentence.start..span.start], after) {
+                    continue;
+                }
+                // Statements of normality span several words and take none.
+                if rule.status.is_none() {
+                    if taken
+                        .iter()
+                        .any(|t| t.start < span.end && span.start < t.end)
+                    {
+                        continue;
+                    }
+                    // A word that only counts when denied leaves its text to the next rule otherwise.
+                    if !rule.only_negated {
+                        taken.push(span.clone());
+                    }
+                }
+                matches.push(Match { rule, span });
+            }
+        }
+        matches.sort_by_key(|m| m.span.start);
+        matches
+    }
+
+    fn clauses(&self, report: &str, sentences: &[Range<usize>], matches: &[Match]) -> Vec<Clause> {
+        let mut clauses = Vec::new();
+        for (sentence, span) in sentences.iter().enumerate() {
+            let text = &report[span.clone()];
+            let mut cuts: Vec<(usize, bool)> = vec![(0, false)];
+            cuts.extend(
+                text.match_indices(['，', ',', '：', ':'])
+                    .map(|(at, mark)| (at + mark.len(), false)),
+            );
+            // 排除了 is no 除了, 不但 no 但.
+            let contrast = self.table.contrast.find_iter(text);
+            let contrast = contrast
+                .filter(|word| !text[..word.start()].ends_with(['排', '清', '消', '解', '不']));
+            cuts.extend(contrast.map(|word| (word.start(), true)));
+            cuts.sort_unstable();
+            for (n, &(start, contrast)) in cuts.iter().enumerate() {
+                let end = cuts.get(n + 1).map_or(text.len(), |next| next.0);
+                let span = span.start + start..span.start + end;
+                // A 无 inside a finding's own word (无气症) is no cue.
+                let is_word = |cue: &Range<usize>| {
+                    matches.iter().any(|m| {
+                        m.rule.own_negation && m.span.start <= cue.start && cue.end <= m.span.end
+                    })
+                };
+                let cues = self.table.cues_in(&report[span.clone()]).into_iter();
+                let cues =
+                    cues.map(|(cue, kind)| (span.start + cue.start..span.start + cue.end, kind));
+                let cues = cues.filter(|(cue, _)| !is_word(cue)).collect();
+                clauses.push(Clause {
+                    span,
+                    sentence,
+                    contrast,
+                    cues,
+                });
+            }
+        }
+        clauses
+    }
+
+    fn status(
+        &self,
+        report: &str,
+        clauses: &[Clause],
+        number: usize,
+        found: &Match,
+        carried: bool,
+        all: &[Match],
+    ) -> Status {
+        let clause = &clauses[number];
+        let words = &report[found.span.clone()];
+        if !found.rule.own_negation && self.table.inner_negation.is_match(words) {
+            return Status::Absent;
+        }
+        if carried {
+            return Status::Absent;
+        }
+        if let Some(status) = reach(report, clause, found.span.start) {
+            return status;
+        }
+        let end = clause.span.end.max(found.span.end);
+        let after = report[found.span.end..end].trim_end_matches(['，', ',', '。', ' ', '？', '?']);
+        if let Some(cue) = self.table.negative_after.find(after)
+            && leads_to(&after[..cue.start()], 16)
+        {
+            return Status::Absent;
+        }
+        // 肺不张与肺炎难以鉴别: here 与 joins.
+        if let Some(cue) = self.table.uncertain_after.find(after)
+            && leads_to(&after[..cue.start()].replace('与', ""), 16)
+        {
+            return Status::Uncertain;
+        }
+        if report[found.span.end..end]
+            .trim_end_matches('。')
+            .ends_with(['？', '?'])
+            && leads_to(after, 6)
+        {
+            return Status::Uncertain;
+        }
+        let gone = clauses
+            .get(number + 1)
+            .filter(|next| next.sentence == clause.sentence)
+            .is_some_and(|next| {
+                let empty = !all.iter().any(|m| next.span.contains(&m.span.start));
+                empty && self.table.gone.is_match(&report[next.span.clone()])
+            });
+        if gone {
+            Status::Absent
+        } else {
+            Status::Present
+        }
+    }
+
+    /// Whether clause `number` goes on with a list that the clause before it denied.
+    fn goes_on_denying(
+        &self,
+        report: &str,
+        clauses: &[Clause],
+        carried: &[bool],
+        number: usize,
+        inside: &[&Match],
+    ) -> bool {
+        let Some(before) = number.checked_sub(1).map(|n| &clauses[n]) else {
+            return false;
+        };
+        let clause = &clauses[number];
+        if before.sentence != clause.sentence || clause.contrast || inside.is_empty() {
+            return false;
+        }
+        if !carried[number - 1] && reach(report, before, before.span.end) != Some(Status::Absent) {
+            return false;
+        }
+        let text = &report[clause.span.clone()];
+        if self.table.continues.is_match(text) {
+            return true;
+        }
+        if !clause.cues.is_empty() || !self.table.sides_in(text).is_empty() {
+            return false;
+        }
+        let mut rest = String::new();
+        let mut at = clause.span.start;
+        for found in inside {
+            rest.push_str(report.get(at..found.span.start).unwrap_or_default());
+            at = at.max(found.span.end);
+        }
+        rest.push_str(report.get(at..clause.span.end).unwrap_or_default());
+        let next_lists = clauses.get(number + 1).is_some_and(|next| {
+            next.sentence == clause.sentence && report[next.span.clone()].starts_with(LIST_WORDS)
+        });
+        let listed = next_lists || rest.contains(LIST_WORDS);
+        for filler in LIST_FILLERS {
+            rest = rest.replace(filler, "");
+        }
+        listed && rest.is_empty()
+    }
+
+    fn side(
+        &self,
+        report: &str,
+        clauses: &[Clause],
+        all: &[Match],
+        number: usize,
+        span: &Range<usize>,
+        area: &Range<usize>,
+    ) -> Option<Laterality> {
+        let clause = &clauses[number];
+        let before = self.table.sides_in(&report[clause.span.start..span.end]);
+        if let Some((last, side)) = before.last() {
+            // 右上肺及左下肺: two places of one finding. Not when another finding is between them.
+            let both = before.len() > 1 && {
+                let (first, other) = &before[before.len() - 2];
+                let between =
+                    &report[clause.span.start + first.end..clause.span.start + last.start];
+                let joined = between.contains(['、', '及', '和', '与']);
+                joined
+                    && between.chars().count() <= 8
+                    && clause.span.start + first.end >= area.start
+                    && other != side
+            };
+            return Some(if both { Laterality::Bilateral } else { *side });
+        }
+        let after = report.get(span.end..area.end).unwrap_or_default();
+        if let Some((_, side)) = self.table.sides_in(after).first() {
+            return Some(*side);
+        }
+        let starts_with_doubt = clause.cues.first().is_some_and(|(cue, kind)| {
+            *kind == Cue::Uncertain && report[clause.span.start..cue.start].chars().count() <= 2
+        });
+        let neighbour = |n: Option<usize>| {
+            n.and_then(|n| clauses.get(n))
+                .filter(|c| c.sentence == clause.sentence)
+        };
+        if let Some(previous) = neighbour(number.checked_sub(1)).filter(|_| starts_with_doubt) {
+            return self
+                .table
+                .sides_in(&report[previous.span.clone()])
+                .last()
+                .map(|(_, side)| *side);
+        }
+        let named = |c: &&Clause| all.iter().any(|m| c.span.contains(&m.span.start));
+        let next = neighbour(Some(number + 1)).filter(|next| !named(next))?;
+        let next = report[next.span.clone()].trim_end_matches(['，', '。']);
+        let only_place = ["以", "位于", "主要", "左侧", "右侧", "双侧"]
+            .iter()
+            .any(|word| next.starts_with(word));
+        if only_place && next.chars().count() <= 8 {
+            return self.table.sides_in(next).first().map(|(_, side)| *side);
+        }
+        None
+    }
+
+    fn severity(&self, report: &str, span: &Range<usize>, area: &Range<usize>) -> Option<Severity> {
+        let before = report
+            .get(area.start..span.end.max(area.start))
+            .unwrap_or_default();
+        let skip = before
+            .chars()
+            .count()
+            .saturating_sub(report[span.clone()].chars().count() + 12);
+        let near: String = before.chars().skip(skip).collect();
+        let degree = self.table.severities_in(&near).last();
+        degree.or_else(|| {
+            let after: String = report
+                .get(span.end..area.end)
+                .unwrap_or_default()
+                .chars()
+                .take(8)
+                .collect();
+            self.table.severities_in(&after).next()
+        })
+    }
+}
+
+/// What the cues of `clause` say of a finding that starts at `at`; `None` if they do not reach it.
+fn reach(report: &str, clause: &Clause, at: usize) -> Option<Status> {
+    let mut negative: Option<Range<usize>> = None;
+    let mut uncertain: Option<Range<usize>> = None;
+    for (cue, kind) in clause.cues.iter().take_while(|(cue, _)| cue.end <= at) {
+        let close = |other: &Range<usize>| report[other.end..cue.start].chars().count() <= 2;
+        match kind {
+            Cue::Pseudo => {}
+            // 似乎没有 is a denial in polite words.
+            Cue::Uncertain
+                if report[cue.clone()] == *"似乎" && denies_next(report, clause, cue) => {}
+            Cue::Uncertain => uncertain = Some(cue.clone()),
+            // 可能没有: a doubt about an absence.
+            Cue::Negative if uncertain.as_ref().is_some_and(close) => {}
+            Cue::Negative => negative = Some(cue.clone()),
+            Cue::Stop
+                if report[cue.end..].starts_with('的') || negative.as_ref().is_some_and(close) => {
+            }
+            Cue::Stop => negative = None,
+        }
+    }
+    match (negative, uncertain) {
+        (Some(_), _) => Some(Status::Absent),
+        (None, Some(_)) => Some(Status::Uncertain),
+        (None, None) => None,
+    }
+}
+
+fn denies_next(report: &str, clause: &Clause, cue: &Range<usize>) -> bool {
+    clause.cues.iter().any(|(next, kind)| {
+        *kind == Cue::Negative
+            && next.start >= cue.end
+            && report[cue.end..next.start].chars().count() <= 2
+    })
+}
+
+/// Whether a cue after a finding still speaks of it: few words between, and none that opens a new thought.
+fn leads_to(between: &str, most_chars: usize) -> bool {
+    let opens = [
+        "由", "代表", "提示", "表明", "继发", "因", "伴", "致", "为", "有", "与", "但",
+    ];
+    between.chars().count() <= most_chars && !opens.iter().any(|word| between.contains(word))
+}
+
+/// A rule that holds only when denied and the rule after it can both match: the first one stays.
+fn drop_doubles(mentions: Vec<Mention>) -> Vec<Mention> {
+    let mut kept: Vec<Mention> = Vec::with_capacity(mentions.len());
+    for mention in mentions {
+        let inside = |other: &Mention| {
+            other.finding == Some(Finding::LungOpacity)
+                && mention.finding == Some(Finding::Atelectasis)
+                && other.span.start <= mention.span.start
+                && mention.span.end <= other.span.end
+        };
+        if !kept.iter().any(inside) {
+            kept.push(mention);
+        }
+    }
+    kept
+}
+
+/// Byte ranges of the sentences, end marks included.
+fn sentences(report: &str) -> Vec<Range<usize>> {
+    let mut ranges = Vec::new();
+    let mut start = 0;
+    for (at, mark) in report.match_indices(['。', '；', '！', '？', '?', '!', ';', '\n']) {
+        ranges.push(start..at + mark.len());
+        start = at + mark.len();
+    }
+    if start < report.len() {
+        ranges.push(start..report.len());
+    }
+    ranges
+}

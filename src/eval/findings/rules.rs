@@ -1,0 +1,369 @@
+//! The table of words: read from TOML, checked, compiled.
+
+use std::ops::Range;
+
+use regex::Regex;
+use serde::Deserialize;
+
+use super::{
+    finding::Finding,
+    labels::{Laterality, Severity, Status},
+};
+
+/// What can be wrong with a table of words or with the labels of the Indiana collection.
+#[derive(Debug, thiserror::Error)]
+pub enum FindingsError {
+    /// The table is not TOML of the expected form.
+    #[error(
+        "cannot read the table of findings; expected `[cues]`, `[sides]`, `[severities]` and `[[rule]]`"
+    )]
+    WordTable(#[from] toml::de::Error),
+    /// A pattern is not a regular expression.
+    #[error(
+        "pattern `{pattern}` of {place} is not a regular expression; hint: look-around is written as `only_before` and the like"
+    )]
+    Pattern {
+        /// Where the pattern is.
+        place: String,
+        /// The pattern.
+        pattern: String,
+        /// What the compiler of patterns says.
+        #[source]
+        cause: Box<regex::Error>,
+    },
+    /// A rule names a class that does not exist.
+    #[error(
+        "rule {rule} names the finding `{name}`; expected a class such as `pneumothorax`, or `other`, or `mask`"
+    )]
+    UnknownFinding {
+        /// Number of the rule, from 1.
+        rule: usize,
+        /// The name.
+        name: String,
+    },
+    /// A table of labels cannot be read.
+    #[error("cannot read the labels in row {row}; expected CSV with the columns `uid` and `MeSH`")]
+    Labels {
+        /// Row, the header being 1.
+        row: u64,
+        /// What the CSV reader says.
+        #[source]
+        cause: csv::Error,
+    },
+    /// A table of labels lacks a column.
+    #[error("the label table has no column `{0}`; hint: it is `indiana_reports.csv`")]
+    MissingColumn(&'static str),
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TableFile {
+    cues: CuesFile,
+    sides: SidesFile,
+    severities: SeveritiesFile,
+    rule: Vec<RuleFile>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CuesFile {
+    pseudo: Vec<String>,
+    uncertain: Vec<String>,
+    negative: Vec<String>,
+    stop: Vec<String>,
+    contrast: Vec<String>,
+    negative_after: Vec<String>,
+    uncertain_after: Vec<String>,
+    gone: String,
+    continues: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SidesFile {
+    bilateral: Vec<String>,
+    left: Vec<String>,
+    right: Vec<String>,
+    ignored: Vec<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SeveritiesFile {
+    trace: Vec<String>,
+    mild: Vec<String>,
+    moderate: Vec<String>,
+    severe: Vec<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RuleFile {
+    finding: Vec<String>,
+    pattern: String,
+    status: Option<Status>,
+    #[serde(default)]
+    own_negation: bool,
+    #[serde(default)]
+    only_negated: bool,
+    only_before: Option<String>,
+    unless_before: Option<String>,
+    only_after: Option<String>,
+    unless_after: Option<String>,
+    // For the readers of the table.
+    #[serde(default, rename = "note")]
+    _note: String,
+}
+
+/// What a cue does to the findings after it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Cue {
+    Pseudo,
+    Uncertain,
+    Negative,
+    Stop,
+}
+
+/// A compiled rule.
+pub(super) struct FindingRule {
+    /// `None` is an abnormality outside the twenty; empty for a mask.
+    pub(super) targets: Vec<Option<Finding>>,
+    pub(super) pattern: Regex,
+    pub(super) status: Option<Status>,
+    pub(super) own_negation: bool,
+    pub(super) only_negated: bool,
+    only_before: Option<Regex>,
+    unless_before: Option<Regex>,
+    only_after: Option<Regex>,
+    unless_after: Option<Regex>,
+}
+
+impl FindingRule {
+    /// Whether the words around a match allow it.
+    pub(super) fn fits(&self, before: &str, after: &str) -> bool {
+        let is = |pattern: &Option<Regex>, text, default| {
+            pattern
+                .as_ref()
+                .map_or(default, |p: &Regex| p.is_match(text))
+        };
+        is(&self.only_before, before, true)
+            && is(&self.only_after, after, true)
+            && !is(&self.unless_before, before, false)
+            && !is(&self.unless_after, after, false)
+    }
+}
+
+/// The compiled table.
+pub(super) struct WordTable {
+    pub(super) rules: Vec<FindingRule>,
+    /// Cues before a finding; the group number says which, in the order pseudo, uncertain, negative, stop.
+    pub(super) cues: Regex,
+    pub(super) contrast: Regex,
+    pub(super) inner_negation: Regex,
+    pub(super) negative_after: Regex,
+    pub(super) uncertain_after: Regex,
+    pub(super) gone: Regex,
+    pub(super) continues: Regex,
+    /// Groups: ignored, bilateral, left, right.
+    pub(super) sides: Regex,
+    /// Groups: trace, mild, moderate, severe.
+    pub(super) severities: Regex,
+}
+
+impl WordTable {
+    pub(super) fn read(text: &str) -> Result<Self, FindingsError> {
+        let file: TableFile = toml::from_str(text)?;
+        let cues = &file.cues;
+        let sides = &file.sides;
+        let degrees = &file.severities;
+        let rules = file
+            .rule
+            .iter()
+            .enumerate()
+            .map(|(n, rule)| compile_rule(n + 1, rule))
+            .collect::<Result<_, _>>()?;
+        let at_end = |words: &[String], name| {
+            compile(&format!("(?:{})[的了。）)]*$", words.join("|")), name)
+        };
+        Ok(Self {
+            rules,
+            // At one place the first group wins: a doubt that holds a negation (不能排除) is no negation.
+            cues: groups(
+                [&cues.pseudo, &cues.uncertain, &cues.negative, &cues.stop],
+                "`cues`",
+            )?,
+            contrast: compile(&cues.contrast.join("|"), "`cues.contrast`")?,
+            inner_negation: compile("没有|未|无|不[见大增扩肿肥]", "the inner negation")?,
+            negative_after: at_end(&cues.negative_after, "`cues.negative_after`")?,
+            uncertain_after: at_end(&cues.uncertain_after, "`cues.uncertain_after`")?,
+            gone: compile(&cues.gone, "`cues.gone`")?,
+            continues: compile(&cues.continues, "`cues.continues`")?,
+            sides: groups(
+                [&sides.ignored, &sides.bilateral, &sides.left, &sides.right],
+                "`sides`",
+            )?,
+            severities: groups(
+                [
+                    &degrees.trace,
+                    &degrees.mild,
+                    &degrees.moderate,
+                    &degrees.severe,
+                ],
+                "`severities`",
+            )?,
+        })
+    }
+
+    /// The cues of `text` with their byte ranges.
+    pub(super) fn cues_in(&self, text: &str) -> Vec<(Range<usize>, Cue)> {
+        const KINDS: [Cue; 4] = [Cue::Pseudo, Cue::Uncertain, Cue::Negative, Cue::Stop];
+        grouped(&self.cues, text)
+            .map(|(span, group)| (span, KINDS[group]))
+            .collect()
+    }
+
+    /// The side words of `text` with their byte ranges.
+    pub(super) fn sides_in(&self, text: &str) -> Vec<(Range<usize>, Laterality)> {
+        const SIDES: [Laterality; 3] = [Laterality::Bilateral, Laterality::Left, Laterality::Right];
+        grouped(&self.sides, text)
+            .filter_map(|(span, group)| group.checked_sub(1).map(|side| (span, SIDES[side])))
+            .collect()
+    }
+
+    /// The degree words of `text`, in text order.
+    pub(super) fn severities_in<'t>(
+        &'t self,
+        text: &'t str,
+    ) -> impl Iterator<Item = Severity> + 't {
+        const DEGREES: [Severity; 4] = [
+            Severity::Trace,
+            Severity::Mild,
+            Severity::Moderate,
+            Severity::Severe,
+        ];
+        grouped(&self.severities, text).map(|(_, group)| DEGREES[group])
+    }
+}
+
+/// Names of the groups that [`groups`] makes.
+const GROUPS: [&str; 4] = ["list0", "list1", "list2", "list3"];
+
+/// Matches of a pattern made by [`groups`]: byte range and number of the list, from 0.
+fn grouped<'t>(
+    pattern: &'t Regex,
+    text: &'t str,
+) -> impl Iterator<Item = (Range<usize>, usize)> + 't {
+    pattern.captures_iter(text).filter_map(|found| {
+        (0..GROUPS.len())
+            .find_map(|list| found.name(GROUPS[list]).map(|words| (words.range(), list)))
+    })
+}
+
+/// One pattern of four lists; where several lists match at one place, the first one wins.
+fn groups(lists: [&[String]; 4], place: &str) -> Result<Regex, FindingsError> {
+    let named = |(name, words): (&&str, &[String])| format!("(?P<{name}>{})", words.join("|"));
+    compile(
+        &GROUPS
+            .iter()
+            .zip(lists)
+            .map(named)
+            .collect::<Vec<_>>()
+            .join("|"),
+        place,
+    )
+}
+
+fn compile(pattern: &str, place: &str) -> Result<Regex, FindingsError> {
+    Regex::new(pattern).map_err(|cause| FindingsError::Pattern {
+        place: place.to_owned(),
+        pattern: pattern.to_owned(),
+        cause: Box::new(cause),
+    })
+}
+
+fn compile_rule(number: usize, rule: &RuleFile) -> Result<FindingRule, FindingsError> {
+    let place = format!("rule {number}");
+    let optional = |pattern: &Option<String>| {
+        pattern
+            .as_deref()
+            .map(|text| compile(text, &place))
+            .transpose()
+    };
+    let mut targets = Vec::new();
+    for name in &rule.finding {
+        match name.as_str() {
+            "mask" => {}
+            "other" => targets.push(None),
+            name => match Finding::ALL
+                .into_iter()
+                .find(|finding| finding.key() == name)
+            {
+                Some(finding) => targets.push(Some(finding)),
+                None => {
+                    return Err(FindingsError::UnknownFinding {
+                        rule: number,
+                        name: name.to_owned(),
+                    });
+                }
+            },
+        }
+    }
+    Ok(FindingRule {
+        targets,
+        pattern: compile(&rule.pattern, &place)?,
+        status: rule.status,
+        own_negation: rule.own_negation,
+        only_negated: rule.only_negated,
+        only_before: optional(&rule.only_before)?,
+        unless_before: optional(&rule.unless_before)?,
+        only_after: optional(&rule.only_after)?,
+        unless_after: optional(&rule.unless_after)?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HEAD: &str = "[cues]\npseudo=['x']\nuncertain=['可能']\nnegative=['无']\nstop=['伴']\ncontrast=['但']\n\
+        negative_after=['未见']\nuncertain_after=['可能']\ngone='^已'\ncontinues='^如'\n\
+        [sides]\nbilateral=['双']\nleft=['左']\nright=['右']\nignored=['左旋']\n\
+        [severities]\ntrace=['极']\nmild=['轻']\nmoderate=['中']\nsevere=['重']\n";
+
+    #[test]
+    fn an_unknown_finding_is_named() {
+        let text = format!("{HEAD}[[rule]]\nfinding=['stroke']\npattern='x'\n");
+        let error = WordTable::read(&text)
+            .err()
+            .map(|e| e.to_string())
+            .unwrap_or_default();
+        assert!(
+            error.contains("`stroke`") && error.contains("rule 1"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_broken_pattern_is_named() {
+        let text = format!("{HEAD}[[rule]]\nfinding=['other']\npattern='(?<!x)y'\n");
+        let error = WordTable::read(&text)
+            .err()
+            .map(|e| e.to_string())
+            .unwrap_or_default();
+        assert!(error.contains("(?<!x)y"), "{error}");
+    }
+
+    #[test]
+    fn an_ignored_word_is_no_side() {
+        let table = WordTable::read(&format!("{HEAD}[[rule]]\nfinding=['other']\npattern='x'\n"))
+            .expect("table");
+        assert_eq!(
+            table
+                .sides_in("左旋，右")
+                .iter()
+                .map(|(_, side)| *side)
+                .collect::<Vec<_>>(),
+            [Laterality::Right]
+        );
+    }
+}

@@ -1,0 +1,120 @@
+//! Findings class by class: counts, ratios, and the confusion of truth and answer.
+
+use std::{collections::BTreeMap, fmt::Write};
+
+use super::markup::{section, status_names};
+use crate::{
+    eval::{
+        findings::{Finding, score::percent},
+        outcome::{Confusion, EvalOutcome, STATUSES},
+        report::names::score_name,
+    },
+    study::counted,
+};
+
+pub(super) fn findings(page: &mut String, outcome: &EvalOutcome) {
+    section(page, "逐项所见", "by finding");
+    page.push_str(
+        "<div class=\"card scroll\"><table><thead><tr><th>所见<small>finding</small></th><th>真值<small>true</small></th>\
+         <th>模型说有<small>said</small></th><th>一致<small>both</small></th><th>漏报<small>missed</small></th>\
+         <th>误报<small>invented</small></th><th>精确率<small>precision</small></th><th>召回率<small>recall</small></th>\
+         <th>F1</th><th>区间<small>interval</small></th><th></th></tr></thead><tbody>",
+    );
+    let model = &outcome.systems[0];
+    let mut absent = Vec::new();
+    for (finding, counts) in &model.findings.by_finding {
+        if counts.support() + counts.false_positive == 0 {
+            absent.push(finding.chinese());
+            continue;
+        }
+        let name = format!("findings.{finding}.f1");
+        let label = score_name(&name);
+        let interval = model
+            .scores
+            .get(&name)
+            .map_or_else(String::new, |score| label.ends(score));
+        let _ = write!(
+            page,
+            "<tr><td>{} <small>{}</small></td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td>\
+             <td class=\"muted\">{interval}</td><td class=\"bar\"><span style=\"width:{:.0}px\"></span></td></tr>",
+            finding.chinese(),
+            finding.key().replace('_', " "),
+            counts.support(),
+            counts.true_positive + counts.false_positive,
+            counts.true_positive,
+            counts.false_negative,
+            counts.false_positive,
+            percent(counts.precision()),
+            percent(counts.recall()),
+            percent(counts.f1()),
+            120.0 * counts.f1().unwrap_or(0.0)
+        );
+    }
+    page.push_str("</tbody></table>");
+    if !absent.is_empty() {
+        let _ = write!(
+            page,
+            "<p class=\"muted\">真值与回答中都没有 <small>in no report and no answer</small>：{}</p>",
+            absent.join("、")
+        );
+    }
+    let averaged = model.findings.macro_classes.len();
+    let _ = write!(
+        page,
+        "<p class=\"muted\">宏平均：真值或回答中出现的 {averaged} 类所见的平均（含“未见异常”），没有例数的比值按 0 计 \
+         <small>macro: mean over the {} in truth or answer, no finding among them where it occurs; 0 where a share has no case</small></p>",
+        counted(averaged, "class", "classes")
+    );
+    page.push_str("</div>\n");
+}
+
+pub(super) fn confusion(page: &mut String, outcome: &EvalOutcome) {
+    section(page, "真值与回答的混淆", "confusion of truth and answer");
+    let mut all = Confusion::default();
+    for (finding, table) in &outcome.confusion {
+        if *finding == Finding::NoFinding {
+            continue;
+        }
+        for (sums, row) in all.iter_mut().zip(table) {
+            for (sum, count) in sums.iter_mut().zip(row) {
+                *sum += count;
+            }
+        }
+    }
+    page.push_str("<div class=\"card\"><select id=\"confusion-select\" aria-label=\"所见\" hidden><option value=\"all\">全部所见 · all findings</option>");
+    for finding in Finding::ALL {
+        let _ = write!(
+            page,
+            "<option value=\"{finding}\">{} · {}</option>",
+            finding.chinese(),
+            finding.key().replace('_', " ")
+        );
+    }
+    page.push_str("</select><div class=\"scroll\"><table class=\"confusion\" id=\"confusion\"><thead><tr><th>真值 ↓ 回答 →<small>truth ↓ answer →</small></th>");
+    for status in STATUSES {
+        let (chinese, english) = status_names(status);
+        let _ = write!(page, "<th>{chinese}<small>{english}</small></th>");
+    }
+    page.push_str("</tr></thead><tbody>");
+    for (row, status) in STATUSES.into_iter().enumerate() {
+        let (chinese, english) = status_names(status);
+        let _ = write!(page, "<tr><th>{chinese} <small>{english}</small></th>");
+        for (column, count) in all[row].iter().enumerate() {
+            let class = if row == column {
+                " class=\"agree\""
+            } else {
+                ""
+            };
+            let _ = write!(page, "<td{class}>{count}</td>");
+        }
+        page.push_str("</tr>");
+    }
+    let tables = outcome.confusion.iter().map(|(f, table)| (f.key(), table));
+    let tables: BTreeMap<&str, &Confusion> = tables.chain(std::iter::once(("all", &all))).collect();
+    // Only keys of ours and numbers: nothing in it can end the script.
+    let data = serde_json::to_string(&tables).unwrap_or_else(|_| "{}".to_owned());
+    let _ = writeln!(
+        page,
+        "</tbody></table></div><script type=\"application/json\" id=\"confusion-data\">{data}</script></div>"
+    );
+}

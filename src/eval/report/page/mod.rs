@@ -1,0 +1,13 @@
+//! An outcome as one HTML file that needs nothing beside it: Chinese first, light and dark, searchable.
+
+mod facts;
+mod findings;
+mod gallery;
+mod head;
+mod html;
+mod markup;
+mod scores;
+
+pub use facts::PageFacts;
+pub use gallery::CaseImages;
+pub use html::html;
