@@ -14,9 +14,9 @@ use image::{
 use serde::Serialize;
 
 use super::{
-    Dialect, Study,
     draws::{Draws, Purpose},
-    write_report,
+    report::{Dialect, write_report},
+    study::Study,
 };
 
 /// Questions put to the model; the first is the published default.
@@ -77,10 +77,10 @@ pub enum PhantomDatasetError {
     },
 }
 
-/// One question about one film, with the answer.
+/// One question about one image, with the answer.
 #[derive(Debug, Clone)]
 pub struct PhantomSample {
-    /// The film and its true findings.
+    /// The image and its true findings.
     pub study: Study,
     /// The question, without an image mark.
     pub prompt: String,
@@ -89,7 +89,7 @@ pub struct PhantomSample {
 }
 
 impl PhantomSample {
-    /// Film, question and answer, without the true findings.
+    /// Image, question and answer, without the true findings.
     pub fn into_parts(self) -> (GrayImage, String, String) {
         (self.study.image, self.prompt, self.report)
     }
@@ -115,12 +115,12 @@ impl PhantomStudies {
         }
     }
 
-    /// The same films with reports in `dialect`.
+    /// The same images with reports in `dialect`.
     pub fn with_dialect(self, dialect: Dialect) -> Self {
         Self { dialect, ..self }
     }
 
-    /// The same films with questions from `prompts`; an empty list asks nothing.
+    /// The same images with questions from `prompts`; an empty list asks nothing.
     pub fn with_prompts(self, prompts: &[&str]) -> Self {
         let prompts = prompts.iter().map(|&prompt| prompt.to_owned()).collect();
         Self { prompts, ..self }
@@ -298,7 +298,7 @@ fn write_folder(
 
 fn encode_png(image: &GrayImage, path: &Path) -> Result<Vec<u8>, PhantomDatasetError> {
     let mut bytes = Vec::new();
-    // Grainy films compress best unfiltered.
+    // Grainy images compress best unfiltered.
     PngEncoder::new_with_quality(&mut bytes, CompressionType::Best, FilterType::NoFilter)
         .write_image(
             image.as_raw(),
@@ -316,7 +316,7 @@ fn encode_png(image: &GrayImage, path: &Path) -> Result<Vec<u8>, PhantomDatasetE
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::phantom::findings_in_report;
+    use crate::phantom::labels::findings_in_report;
 
     #[test]
     fn a_written_data_set_holds_the_series() {
