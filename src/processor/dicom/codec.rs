@@ -6,9 +6,10 @@ use dicom_core::VR;
 use hayro_jpeg2000::{DecodeSettings, DecoderContext, Image};
 use jpeg_decoder::{ColorTransform, Decoder, Error as LosslessError, PixelFormat};
 
+use super::encoding::Encoding;
 use super::error::DicomError;
 use super::header::{Header, Photometric};
-use super::reader::{DataSet, Encoding, Pixels};
+use super::reader::{DataSet, Pixels};
 use super::syntax::{Codec, Syntax};
 use crate::processor::image::jpeg::{self, Colour, JpegError};
 use crate::processor::remark::{Remark, RemarkKind};
@@ -22,7 +23,7 @@ pub(super) enum Samples {
     Rgb(Vec<u8>),
 }
 
-/// Decodes frame `frame`, counted from 0. Doubts are added to `remarks`.
+/// Decodes frame `frame`, counted from 0. Remarks on it are added to `remarks`.
 ///
 /// # Errors
 /// [`DicomError::TransferSyntax`] for a kind of compression that is not read, and damaged, cut off or
@@ -189,7 +190,7 @@ fn frame_data<'a>(
         fragments[begins[frame]..to].to_vec()
     } else {
         return Err(DicomError::damaged(
-            "nothing tells where one compressed frame ends and the next begins",
+            "nothing says where one compressed frame ends and the next begins",
         ));
     };
     match own.as_slice() {
@@ -405,7 +406,7 @@ fn jpeg_lossless(header: &Header, data: &[u8], syntax: &Syntax) -> Result<Sample
     }
 }
 
-/// Numbers of a codec, which knows no place of the highest bit.
+/// Numbers of a codec, which does not know the place of the highest bit.
 fn gray_of(header: &Header, mut numbers: Vec<u16>) -> Result<Samples, DicomError> {
     if numbers.len() != header.pixels() {
         return Err(DicomError::Truncated);

@@ -5,7 +5,7 @@ use dicom_dictionary_std::tags;
 use super::error::DicomError;
 use super::reader::{DataSet, Pixels};
 use super::syntax::Codec;
-use crate::processor::image::DecodeLimits;
+use crate::processor::image::limits::DecodeLimits;
 
 /// What the numbers of a pixel mean.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,7 +49,7 @@ pub(super) struct Header {
 }
 
 impl Header {
-    /// Width and height, held against `limits`.
+    /// Width and height, checked against `limits`.
     ///
     /// # Errors
     /// A missing or zero side, or one of the limits.

@@ -1,6 +1,6 @@
 //! Stored grey numbers to 8 bits: modality, window or table, percentiles, polarity.
 //!
-//! A number has 16 bits at most, so what becomes of each is worked out once, in a table. With `x` a
+//! A number has 16 bits at most, so the level of each is computed once, in a table. With `x` a
 //! stored number after its sign:
 //!
 //! 1. modality: the Modality LUT, or `slope · x + intercept`;
@@ -8,7 +8,7 @@
 //!    neither and more than 8 bits, the 1st to 99th percentile of the picture; 8-bit pictures
 //!    without a window are shown whole, as they were made to be looked at; a table or window that
 //!    shows all pixels as one level is passed over with a remark;
-//! 3. the range of step 2 on 0 to 255, rounded; turned over for `MONOCHROME1`, or as Presentation
+//! 3. the range of step 2 on 0 to 255, rounded; inverted for `MONOCHROME1`, or as Presentation
 //!    LUT Shape says.
 //!
 //! Source: PS3.3, C.11.1 and C.11.2. A table goes before a window where a file has both, as in
@@ -24,7 +24,7 @@ use crate::processor::remark::{Remark, RemarkKind};
 /// Share of pixels below and above the range shown where a file names none.
 const PERCENTILES: (f64, f64) = (0.01, 0.99);
 
-/// What becomes of each stored number, `[2^stored]`; doubts are added to `remarks`.
+/// The grey level of each stored number, `[2^stored]`; remarks on them are added to `remarks`.
 ///
 /// `numbers` are the pixels, for percentiles and for windows that show none of them.
 ///

@@ -9,6 +9,7 @@
 //! size has passed the limits. Not read are the windows of single frames of enhanced objects.
 
 mod codec;
+mod encoding;
 mod error;
 mod header;
 mod levels;
@@ -22,10 +23,10 @@ mod upright;
 use image::metadata::Orientation;
 use image::{DynamicImage, GrayImage, RgbImage};
 
+pub use encoding::looks_like_dicom;
 pub use error::DicomError;
-pub use reader::looks_like_dicom;
 
-use super::image::DecodeLimits;
+use super::image::limits::DecodeLimits;
 use super::remark::{Remark, RemarkKind};
 use codec::Samples;
 use header::Header;
@@ -36,7 +37,7 @@ use reader::{DataSet, Opened};
 pub(super) struct Decoded {
     /// 8-bit grey or colour, as stored.
     pub(super) picture: DynamicImage,
-    /// How it has to be turned.
+    /// How it has to be rotated or mirrored.
     pub(super) orientation: Orientation,
     /// What the reader of a report should know.
     pub(super) remarks: Vec<Remark>,
@@ -53,7 +54,7 @@ pub(super) fn decode(
 ) -> Result<Decoded, DicomError> {
     let opened = Opened::new(bytes, limits.max_decoded_bytes)?;
     let set = opened.data_set()?;
-    // A picture's size is held against the limits before anything else is said of it.
+    // A picture's size is checked against the limits before anything else is reported of it.
     Header::size(&set, limits)?;
     let header = Header::new(&set, opened.syntax.codec()?, limits)?;
     let frame = match (frame, header.frames) {
@@ -88,7 +89,7 @@ pub(super) fn decode(
     })
 }
 
-/// Width and height of the file's picture as stored, and how it has to be turned.
+/// Width and height of the file's picture as stored, and how it has to be rotated or mirrored.
 ///
 /// # Errors
 /// Those of [`decode`] that its attributes can show.

@@ -6,6 +6,7 @@ use image::codecs::{jpeg::JpegEncoder, png::PngEncoder, webp::WebPEncoder};
 use image::{ExtendedColorType, ImageEncoder, ImageFormat};
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
+use super::header::DECODER_PANIC;
 use super::*;
 
 const FORMATS: [ImageFormat; 5] = [

@@ -1,6 +1,11 @@
 //! Planes of colour at full and lower resolution to red, green and blue.
 
-use super::Colour;
+/// What the three channels of a JPEG mean.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::processor) enum Colour {
+    Rgb,
+    YCbCr,
+}
 
 /// One channel of a picture.
 pub(super) struct Plane {
