@@ -19,7 +19,7 @@ use burn::{
 use rand::{SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
 
-use super::{Dataset, DatasetError, EncodedSample};
+use super::{encode::EncodedSample, error::DatasetError, samples::Dataset};
 use crate::{
     lora::mix,
     pipeline::TextAndImages,
@@ -161,7 +161,7 @@ pub struct WindowLoader {
     plan: WindowPlan,
     /// First step.
     start: usize,
-    /// Step behind the last.
+    /// Step after the last.
     end: usize,
     workers: usize,
     patience: Option<Duration>,
@@ -215,7 +215,7 @@ impl WindowLoader {
         self
     }
 
-    /// Step behind the last one.
+    /// Step after the last one.
     pub fn end(&self) -> usize {
         self.end
     }
@@ -249,7 +249,7 @@ impl WindowLoader {
                 Err(error) => return Err(error),
             }
         }
-        let kept = samples.iter().map(|(row, _)| *row).collect();
+        let rows = samples.iter().map(|(row, _)| *row).collect();
         let lengths: Vec<usize> = samples
             .iter()
             .map(|(_, sample)| sample.input_ids.len())
@@ -281,7 +281,7 @@ impl WindowLoader {
             step,
             epoch: (step + 1) as f64 / per_epoch as f64,
             parts,
-            rows: kept,
+            rows,
             targets,
             micro_batches,
             first_micro_batch: 0,

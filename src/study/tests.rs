@@ -346,14 +346,11 @@ fn a_patient_holds_studies_together_and_a_row_its_images() {
 
 #[test]
 fn paths_are_compared_however_they_are_written() {
-    assert_eq!(guess::joined("data/x", "./../y//a.png"), "data/y/a.png");
-    assert_eq!(guess::joined("data", "/abs/a.png"), "/abs/a.png");
-    assert_eq!(guess::joined("data", r"C:\films\a.png"), "C:/films/a.png");
-    assert_eq!(guess::joined("", "../a.png"), "../a.png");
-    assert_eq!(
-        guess::folder_and_stem("a/1.2.840.dcm.png"),
-        ("a", "1.2.840")
-    );
+    assert_eq!(joined("data/x", "./../y//a.png"), "data/y/a.png");
+    assert_eq!(joined("data", "/abs/a.png"), "/abs/a.png");
+    assert_eq!(joined("data", r"C:\films\a.png"), "C:/films/a.png");
+    assert_eq!(joined("", "../a.png"), "../a.png");
+    assert_eq!(folder_and_stem("a/1.2.840.dcm.png"), ("a", "1.2.840"));
     let mut two = rows(&["images/7_1.png", "../val/images/7_2.png"]);
     two[0].folder = "data/val".into();
     two[1].folder = "data/train".into();
@@ -366,5 +363,5 @@ fn rows_without_image_are_studies_of_their_own() {
         .studies(&[StudyRow::default(), StudyRow::default()])
         .unwrap();
     assert_eq!(found.ids, ["row 1", "row 2"]);
-    assert_eq!(found.told, [false, false]);
+    assert_eq!(found.certain, [false, false]);
 }

@@ -1,3 +1,5 @@
+use std::fs;
+
 use super::*;
 use crate::processor::patches::ImageProcessorConfig;
 use crate::processor::train_tokenizer::train_tokenizer;

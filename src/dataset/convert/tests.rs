@@ -1,6 +1,7 @@
 use super::images::relative;
 use super::*;
 use crate::processor::patches::ImageProcessorConfig;
+use crate::study::StudyRule;
 
 /// Two studies with two views, two with one; the picture of `9_1` is not there.
 const ANNOTATIONS: &str = r#"{"annotations": [
