@@ -1,6 +1,6 @@
 //! What a study is, and whose: the one rule for every command that splits, scores or compares by study.
 //!
-//! A row names its study under a key ([`STUDY_KEYS`], [`PATIENT_KEYS`]); else a rule of the user says it
+//! A row names its study under a key ([`STUDY_KEYS`], [`PATIENT_KEYS`]); else a rule of the user decides
 //! ([`StudyRule`]); else it is guessed from the paths of the images, and the guess is reported with its count.
 //! Knows no tensor, and opens no file.
 

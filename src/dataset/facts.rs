@@ -6,7 +6,7 @@ use serde::Serialize;
 use super::{
     error::DatasetError,
     loader::Overlong,
-    samples::{Dataset, Source},
+    samples::{Dataset, SampleSource},
 };
 use crate::{
     pipeline::TextAndImages,
@@ -107,7 +107,7 @@ impl Dataset {
     /// Tokens of one sample; of images in files only the headers are read.
     fn tokens(&self, index: usize, parts: &TextAndImages) -> Result<usize, DatasetError> {
         let (conversation, sizes, limits) = match &self.source {
-            Source::Rows {
+            SampleSource::Rows {
                 samples, folder, ..
             } => {
                 let sample = &samples[self.place(index)];
@@ -119,7 +119,7 @@ impl Dataset {
                 let sizes = sizes.collect::<Result<Vec<_>, _>>()?;
                 (self.placed(index, sample, &sizes)?, sizes, sample.limits)
             }
-            Source::Phantoms { .. } => {
+            SampleSource::Phantoms { .. } => {
                 let raw = self.read(index, parts)?;
                 let sizes = raw.pictures.iter();
                 let sizes = sizes.map(|picture| (picture.width(), picture.height()));
@@ -141,7 +141,7 @@ impl Dataset {
 
     /// Counts the samples that are longer than `max_length`, before any of them is trained on.
     ///
-    /// A sample that cannot be read counts as short: it is named when its turn comes.
+    /// A sample that cannot be read counts as short: its error is reported when it is read.
     ///
     /// # Errors
     /// [`DatasetError::AllTooLong`] if no sample would be left.

@@ -3,7 +3,7 @@
 use super::{
     error::DatasetError,
     python_random::PythonRandom,
-    samples::{Dataset, Source},
+    samples::{Dataset, SampleSource},
     split::hold_out,
 };
 use crate::study::{Studies, StudyRow, StudyRule};
@@ -27,7 +27,7 @@ impl Dataset {
     pub fn study_row(&self, index: usize) -> StudyRow {
         let name = format!("`{}`, row {}", self.name, self.row(index));
         match &self.source {
-            Source::Rows {
+            SampleSource::Rows {
                 samples, folder, ..
             } => {
                 let sample = &samples[self.place(index)];
@@ -38,7 +38,7 @@ impl Dataset {
                     folder: folder.to_string_lossy().into_owned(),
                 }
             }
-            Source::Phantoms { range, .. } => {
+            SampleSource::Phantoms { range, .. } => {
                 let seed = self.name.split(':').nth(1).unwrap_or_default();
                 let number = range.start + self.place(index) as u64;
                 let study = format!("phantom {seed}:{number}");

@@ -31,7 +31,7 @@ use packing::fill_rows;
 /// Frames, rows and columns of each image of a sample, in patches.
 type Grids = Vec<[usize; 3]>;
 
-/// Windows made ahead of their turn by each worker.
+/// Windows that each worker makes in advance.
 const AHEAD: usize = 2;
 
 /// What is done with samples longer than `max_length`; nothing is ever cut.
@@ -355,7 +355,7 @@ impl WindowLoader {
         })
     }
 
-    /// Windows in order, made by worker threads ahead of their turn.
+    /// Windows in order, made in advance by worker threads.
     pub fn stream(&self) -> WindowStream {
         let stop = Arc::new(AtomicBool::new(false));
         let channels = (0..self.workers)
@@ -435,7 +435,7 @@ impl Iterator for WindowStream {
         if self.next >= self.end {
             return None;
         }
-        // Worker `k` makes every k-th window: asking in turn keeps the order.
+        // Worker `k` makes every k-th window: receiving in turn keeps the order.
         let worker = (self.next - self.start) % self.channels.len();
         match self.receive(worker)? {
             Ok(window) => {

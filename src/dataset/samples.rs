@@ -30,7 +30,7 @@ const WORDS_ONLY_PROMPT: &str = "请写一份胸部X光报告的范文。";
 
 /// Where samples come from.
 #[derive(Debug, Clone)]
-pub(super) enum Source {
+pub(super) enum SampleSource {
     Rows {
         samples: Arc<Vec<Sample>>,
         /// Line of each sample, from 1.
@@ -48,7 +48,7 @@ pub(super) enum Source {
 #[derive(Debug, Clone)]
 pub struct Dataset {
     pub(super) name: String,
-    pub(super) source: Source,
+    pub(super) source: SampleSource,
     pub(super) fingerprint: String,
     pub(super) remarks: Vec<String>,
     /// Rows of the source that count, in their order; all if absent.
@@ -112,7 +112,7 @@ impl Dataset {
         Ok(Self {
             name: name.to_string(),
             remarks: remarks.collect(),
-            source: Source::Rows {
+            source: SampleSource::Rows {
                 samples: Arc::new(samples),
                 lines: Arc::new(lines),
                 folder: path.parent().unwrap_or(Path::new("")).to_path_buf(),
@@ -162,7 +162,7 @@ impl Dataset {
         }
         Ok(Self {
             name: name.to_string(),
-            source: Source::Phantoms {
+            source: SampleSource::Phantoms {
                 studies: Arc::new(
                     dialects.map(|dialect| PhantomStudies::new(seed).with_dialect(dialect)),
                 ),
@@ -198,7 +198,7 @@ impl Dataset {
 
     /// Image files: row (from 0), name in the row, path; none for drawn studies.
     pub fn image_files(&self) -> Vec<(usize, &str, PathBuf)> {
-        let Source::Rows {
+        let SampleSource::Rows {
             samples, folder, ..
         } = &self.source
         else {
@@ -223,8 +223,8 @@ impl Dataset {
             return chosen.len();
         }
         match &self.source {
-            Source::Rows { samples, .. } => samples.len(),
-            Source::Phantoms { range, .. } => (range.end - range.start) as usize,
+            SampleSource::Rows { samples, .. } => samples.len(),
+            SampleSource::Phantoms { range, .. } => (range.end - range.start) as usize,
         }
     }
 
@@ -235,8 +235,8 @@ impl Dataset {
     pub fn row(&self, index: usize) -> usize {
         let place = self.place(index);
         match &self.source {
-            Source::Rows { lines, .. } => lines[place],
-            Source::Phantoms { .. } => place + 1,
+            SampleSource::Rows { lines, .. } => lines[place],
+            SampleSource::Phantoms { .. } => place + 1,
         }
     }
 
@@ -255,7 +255,7 @@ impl Dataset {
     pub fn read(&self, index: usize, parts: &TextAndImages) -> Result<RawSample, DatasetError> {
         let place = self.place(index);
         match &self.source {
-            Source::Rows {
+            SampleSource::Rows {
                 samples, folder, ..
             } => {
                 let sample = &samples[place];
@@ -285,7 +285,7 @@ impl Dataset {
                     limits: sample.limits,
                 })
             }
-            Source::Phantoms {
+            SampleSource::Phantoms {
                 studies,
                 range,
                 words_only,
@@ -318,7 +318,7 @@ impl Dataset {
     /// If `index` is not below [`Self::len`].
     pub fn drawn(&self, index: usize) -> Option<Vec<RgbImage>> {
         let place = self.place(index);
-        let Source::Phantoms { studies, range, .. } = &self.source else {
+        let SampleSource::Phantoms { studies, range, .. } = &self.source else {
             return None;
         };
         let number = range.start + place as u64;
@@ -335,7 +335,7 @@ impl Dataset {
     pub fn text(&self, index: usize) -> SampleText {
         let place = self.place(index);
         let (images, name, conversation) = match &self.source {
-            Source::Rows {
+            SampleSource::Rows {
                 samples, folder, ..
             } => {
                 let sample = &samples[place];
@@ -356,7 +356,7 @@ impl Dataset {
                     placed.map_or_else(|| sample.conversation.clone(), Cow::into_owned);
                 (images, name, conversation)
             }
-            Source::Phantoms { studies, range, .. } => {
+            SampleSource::Phantoms { studies, range, .. } => {
                 let number = range.start + place as u64;
                 let (_, prompt, report) = studies[(number % 4) as usize].get(number).into_parts();
                 let conversation = Conversation::single(1, prompt, report);

@@ -61,7 +61,7 @@ fn small_sin_cos(angle: f32) -> (f32, f32) {
     )
 }
 
-/// How the patient stands before the detector: small shift, rotation and magnification.
+/// Position of the patient before the detector: small shift, rotation and magnification.
 pub(super) struct Pose {
     sin: f32,
     cos: f32,

@@ -45,7 +45,7 @@ pub enum PhantomDatasetError {
     /// The target holds something already.
     #[error("`{}` exists and is not an empty folder; choose another folder or remove it", .0.display())]
     Exists(PathBuf),
-    /// There is nothing to write, or nothing to ask.
+    /// No sample to write, or no question.
     #[error("a data set needs at least one {0}, found none; give a longer list or range")]
     Empty(&'static str),
     /// A file or folder could not be written.
@@ -120,7 +120,7 @@ impl PhantomStudies {
         Self { dialect, ..self }
     }
 
-    /// The same images with questions from `prompts`; an empty list asks nothing.
+    /// The same images with questions from `prompts`; an empty list gives empty questions.
     pub fn with_prompts(self, prompts: &[&str]) -> Self {
         let prompts = prompts.iter().map(|&prompt| prompt.to_owned()).collect();
         Self { prompts, ..self }
@@ -181,13 +181,13 @@ pub struct Summary {
 
 /// One line of the sample list, in the form ms-swift reads.
 #[derive(Serialize)]
-struct Line<'a> {
-    messages: [Message<'a>; 2],
+struct SampleLine<'a> {
+    messages: [SampleMessage<'a>; 2],
     images: [String; 1],
 }
 
 #[derive(Serialize)]
-struct Message<'a> {
+struct SampleMessage<'a> {
     role: &'static str,
     content: &'a str,
 }
@@ -222,7 +222,7 @@ pub fn write_dataset(
         .with_dialect(dialect)
         .with_prompts(prompts);
     let written = write_folder(&beside, &studies, range).and_then(|mut summary| {
-        // An empty folder goes first: Windows does not rename over one.
+        // An empty folder is removed first: Windows does not rename over one.
         if dir.exists() {
             fs::remove_dir(dir).map_err(cannot_write(dir))?;
         }
@@ -277,8 +277,8 @@ fn write_folder(
         let png = encode_png(&sample.study.image, &path)?;
         fs::write(&path, &png).map_err(cannot_write(&path))?;
         let question = format!("<image>{}", sample.prompt);
-        let message = |role, content| Message { role, content };
-        let line = serde_json::to_string(&Line {
+        let message = |role, content| SampleMessage { role, content };
+        let line = serde_json::to_string(&SampleLine {
             messages: [
                 message("user", &question),
                 message("assistant", &sample.report),
@@ -366,11 +366,11 @@ mod tests {
     }
 
     #[test]
-    fn every_prompt_is_asked() {
-        let asked: std::collections::BTreeSet<_> = PhantomStudies::new(9)
+    fn every_prompt_occurs() {
+        let found: std::collections::BTreeSet<_> = PhantomStudies::new(9)
             .take(150)
             .map(|sample| sample.prompt)
             .collect();
-        assert_eq!(asked.len(), PROMPTS.len());
+        assert_eq!(found.len(), PROMPTS.len());
     }
 }

@@ -281,11 +281,11 @@ fn decode_jpeg(
     remarks.extend(decoded.damage.remark().map_err(refused)?);
     let (width, height) = (decoded.width as u32, decoded.height as u32);
     Ok(match decoded.pixels {
-        jpeg::Pixels::Gray(levels) => {
+        jpeg::JpegPixels::Gray(levels) => {
             let levels = levels.into_iter().map(|level| level as u8).collect();
             GrayImage::from_raw(width, height, levels).map(DynamicImage::ImageLuma8)
         }
-        jpeg::Pixels::Rgb(pixels) => {
+        jpeg::JpegPixels::Rgb(pixels) => {
             image::RgbImage::from_raw(width, height, pixels).map(DynamicImage::ImageRgb8)
         }
     })
@@ -314,7 +314,7 @@ pub fn technical(
 
 /// Width and height of the picture at `path` in pixels, upright, from its header alone.
 ///
-/// It meets the limits and is of a kind that is read; its pixels may still turn out damaged. A DICOM
+/// It meets the limits and is of a kind that is read; its pixels may still be damaged. A DICOM
 /// file is read whole, since its header ends where its pixels begin, wherever that is.
 ///
 /// # Errors

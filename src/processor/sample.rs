@@ -3,8 +3,8 @@
 //! `{"messages": [{"role": "user", "content": "<image>…"}, {"role": "assistant", "content": "…"}],
 //! "images": ["a.png"]}`: each `<image>` in a question is the place of the next image. The keys `image`,
 //! `system`, `objects`, `chat_template_kwargs` (`min_pixels`, `max_pixels`), `loss` and `loss_scale` (0 or 1)
-//! and the tag `<img>path</img>` are read as well; what is done with all other keys is said in
-//! [`super::row_keys`]. A backslash makes a tag plain words: `\<image>`.
+//! and the tag `<img>path</img>` are read as well; all other keys are handled in
+//! [`super::row_keys`]. A backslash before a tag makes it plain text: `\<image>`.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -168,8 +168,8 @@ fn to_plain_form(row: &mut Map<String, Value>) -> Result<(), RowFault> {
     }
     let mut files = Vec::new();
     for message in messages.iter_mut() {
-        let asks = message.get("role").and_then(Value::as_str) == Some("user");
-        if let Some(Value::String(content)) = message.get_mut("content").filter(|_| asks) {
+        let is_question = message.get("role").and_then(Value::as_str) == Some("user");
+        if let Some(Value::String(content)) = message.get_mut("content").filter(|_| is_question) {
             let (text, found) = tags::files_to_images(content);
             *content = text;
             files.extend(found);

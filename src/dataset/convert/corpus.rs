@@ -1,4 +1,4 @@
-//! The forms a corpus comes in, brought to rows of one kind.
+//! The forms of a corpus, read into rows of one kind.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -43,7 +43,7 @@ pub struct CorpusKeys {
 /// What a row says.
 #[derive(Debug, Clone)]
 pub(super) enum Body {
-    /// A report, to be asked for.
+    /// A report, the answer to a drawn question.
     Report(String),
     /// A conversation with its row as it was.
     Messages {

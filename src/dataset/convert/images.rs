@@ -201,15 +201,15 @@ impl<'a> ImageFinder<'a> {
 /// The parts of a path of any system after its last `..`, without the root.
 fn parts(image: &str) -> Vec<&str> {
     let parts = image.split(['/', '\\']);
-    let mut kept: Vec<&str> = Vec::new();
+    let mut found: Vec<&str> = Vec::new();
     for part in parts.filter(|part| !part.is_empty() && *part != ".") {
         if part == ".." {
-            kept.clear();
+            found.clear();
         } else {
-            kept.push(part);
+            found.push(part);
         }
     }
-    kept
+    found
 }
 
 /// The file itself, or with the ending of an image after its name: `1_1` and `1.dcm` may mean `1_1.png` and

@@ -9,7 +9,7 @@ use jpeg_decoder::{ColorTransform, Decoder, Error as LosslessError, PixelFormat}
 use super::encoding::Encoding;
 use super::error::DicomError;
 use super::header::{Header, Photometric};
-use super::reader::{DataSet, Pixels};
+use super::reader::{DataSet, PixelData};
 use super::syntax::{Codec, Syntax};
 use crate::processor::image::jpeg::{self, Colour, JpegError};
 use crate::processor::remark::{Remark, RemarkKind};
@@ -37,12 +37,12 @@ pub(super) fn decode(
 ) -> Result<Samples, DicomError> {
     let codec = syntax.codec()?;
     match (&set.pixels, codec) {
-        (Pixels::None, _) => Err(DicomError::NoPixels),
-        (Pixels::Cut, _) => Err(DicomError::Truncated),
-        (Pixels::Native { vr, bytes }, Codec::Native) => {
+        (PixelData::None, _) => Err(DicomError::NoPixels),
+        (PixelData::Cut, _) => Err(DicomError::Truncated),
+        (PixelData::Native { vr, bytes }, Codec::Native) => {
             native(header, *vr, bytes, set.encoding, frame)
         }
-        (Pixels::Fragments { offsets, fragments }, codec) if codec != Codec::Native => {
+        (PixelData::Fragments { offsets, fragments }, codec) if codec != Codec::Native => {
             let data = frame_data(header, offsets, fragments, frame)?;
             match codec {
                 Codec::Jpeg => jpeg(header, &data, syntax, remarks),
@@ -51,10 +51,10 @@ pub(super) fn decode(
                 _ => rle(header, &data),
             }
         }
-        (Pixels::Native { .. }, _) => Err(DicomError::damaged(
+        (PixelData::Native { .. }, _) => Err(DicomError::damaged(
             "its pixels are not compressed, against its transfer syntax",
         )),
-        (Pixels::Fragments { .. }, _) => Err(DicomError::damaged(
+        (PixelData::Fragments { .. }, _) => Err(DicomError::damaged(
             "its pixels are compressed, against its transfer syntax",
         )),
     }
@@ -338,11 +338,11 @@ fn jpeg(
     let decoded = decoded.map_err(refused)?;
     remarks.extend(decoded.damage.remark().map_err(refused)?);
     match decoded.pixels {
-        jpeg::Pixels::Gray(numbers) => {
+        jpeg::JpegPixels::Gray(numbers) => {
             check_channels(header, 1)?;
             gray_of(header, numbers)
         }
-        jpeg::Pixels::Rgb(pixels) => {
+        jpeg::JpegPixels::Rgb(pixels) => {
             check_channels(header, 3)?;
             if let Some(marked) = decoded.marked.filter(|marked| *marked != tag) {
                 let name = |colour| match colour {

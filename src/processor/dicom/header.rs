@@ -3,7 +3,7 @@
 use dicom_dictionary_std::tags;
 
 use super::error::DicomError;
-use super::reader::{DataSet, Pixels};
+use super::reader::{DataSet, PixelData};
 use super::syntax::Codec;
 use crate::processor::image::limits::DecodeLimits;
 
@@ -61,7 +61,7 @@ impl Header {
                 expected: "whole numbers",
             });
         }
-        if matches!(set.pixels, Pixels::None) {
+        if matches!(set.pixels, PixelData::None) {
             return Err(DicomError::NoPixels);
         }
         let columns = required(set, tags::COLUMNS, "Columns (0028,0011)")?;

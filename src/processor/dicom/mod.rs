@@ -30,11 +30,11 @@ use super::image::limits::DecodeLimits;
 use super::remark::{Remark, RemarkKind};
 use codec::Samples;
 use header::Header;
-use reader::{DataSet, Opened};
+use reader::{DataSet, DicomFile};
 
 /// A decoded file.
 #[derive(Debug)]
-pub(super) struct Decoded {
+pub(super) struct DecodedDicom {
     /// 8-bit grey or colour, as stored.
     pub(super) picture: DynamicImage,
     /// How it has to be rotated or mirrored.
@@ -51,8 +51,8 @@ pub(super) fn decode(
     bytes: &[u8],
     frame: Option<usize>,
     limits: &DecodeLimits,
-) -> Result<Decoded, DicomError> {
-    let opened = Opened::new(bytes, limits.max_decoded_bytes)?;
+) -> Result<DecodedDicom, DicomError> {
+    let opened = DicomFile::new(bytes, limits.max_decoded_bytes)?;
     let set = opened.data_set()?;
     // A picture's size is checked against the limits before anything else is reported of it.
     Header::size(&set, limits)?;
@@ -82,7 +82,7 @@ pub(super) fn decode(
             "it is turned or mirrored as its Patient Orientation says, to head up and left on the right",
         ));
     }
-    Ok(Decoded {
+    Ok(DecodedDicom {
         picture: picture.ok_or(DicomError::Truncated)?,
         orientation,
         remarks,
@@ -97,7 +97,7 @@ pub(super) fn probe(
     bytes: &[u8],
     limits: &DecodeLimits,
 ) -> Result<(u16, u16, Orientation), DicomError> {
-    let opened = Opened::new(bytes, limits.max_decoded_bytes)?;
+    let opened = DicomFile::new(bytes, limits.max_decoded_bytes)?;
     let set = opened.data_set()?;
     let (columns, rows) = Header::size(&set, limits)?;
     let header = Header::new(&set, opened.syntax.codec()?, limits)?;
@@ -119,7 +119,7 @@ pub fn technical(
     bytes: &[u8],
     limits: &DecodeLimits,
 ) -> Result<Vec<(&'static str, String)>, DicomError> {
-    let opened = Opened::new(bytes, limits.max_decoded_bytes)?;
+    let opened = DicomFile::new(bytes, limits.max_decoded_bytes)?;
     let set: DataSet<'_> = opened.data_set()?;
     Ok(remark::technical(&opened, &set))
 }

@@ -1,7 +1,7 @@
 //! Bytes to the few attributes a picture needs.
 //!
-//! Only the attributes of [`WANTED`] are kept, so no name, date or number of a patient is ever held.
-//! Everything else is stepped over in a loop: neither depth nor announced lengths cost memory.
+//! Only the attributes of [`WANTED`] are kept, so no name, date or number of a patient is ever stored.
+//! Everything else is skipped in a loop: neither depth nor announced lengths cost memory.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -72,7 +72,7 @@ struct Element<'a> {
 
 /// Where the pixels are.
 #[derive(Debug, Clone)]
-pub(super) enum Pixels<'a> {
+pub(super) enum PixelData<'a> {
     /// Plain values; `vr` says how big endian files order 8-bit ones.
     Native { vr: VR, bytes: &'a [u8] },
     /// Compressed: pieces, and where frames begin in them, if stated.
@@ -106,18 +106,18 @@ pub(super) struct DataSet<'a> {
     pub(super) voi_table: Option<StoredTable<'a>>,
     /// Whether graphics are stored beside the pixels.
     pub(super) has_overlay: bool,
-    pub(super) pixels: Pixels<'a>,
+    pub(super) pixels: PixelData<'a>,
 }
 
 /// The data set of a file, inflated if it was deflated.
 #[derive(Debug)]
-pub(super) struct Opened<'a> {
+pub(super) struct DicomFile<'a> {
     pub(super) syntax: Syntax,
     encoding: Encoding,
     data: Cow<'a, [u8]>,
 }
 
-impl<'a> Opened<'a> {
+impl<'a> DicomFile<'a> {
     /// Reads what precedes the data set; `max_bytes` bounds an inflated one.
     pub(super) fn new(bytes: &'a [u8], max_bytes: u64) -> Result<Self, DicomError> {
         let bytes = match bytes.get(PREAMBLE..HEAD) {
@@ -205,7 +205,7 @@ impl<'a> DataSet<'a> {
             modality_table: None,
             voi_table: None,
             has_overlay: false,
-            pixels: Pixels::None,
+            pixels: PixelData::None,
         }
     }
 
@@ -256,20 +256,20 @@ impl<'a> DataSet<'a> {
         bytes: &'a [u8],
         mut at: usize,
         header: &DataElementHeader,
-    ) -> Result<Pixels<'a>, DicomError> {
+    ) -> Result<PixelData<'a>, DicomError> {
         if header.len.is_defined() {
             return Ok(match value(bytes, at, header.len) {
-                Ok(bytes) => Pixels::Native {
+                Ok(bytes) => PixelData::Native {
                     vr: header.vr,
                     bytes,
                 },
-                Err(_) => Pixels::Cut,
+                Err(_) => PixelData::Cut,
             });
         }
         let mut items = Vec::new();
         loop {
             let Ok((header, length)) = self.encoding.header(&bytes[at..]) else {
-                return Ok(Pixels::Cut);
+                return Ok(PixelData::Cut);
             };
             at += length;
             match header.tag {
@@ -278,7 +278,7 @@ impl<'a> DataSet<'a> {
                         at += item.len();
                         items.push(item);
                     }
-                    Err(_) => return Ok(Pixels::Cut),
+                    Err(_) => return Ok(PixelData::Cut),
                 },
                 SEQUENCE_END => break,
                 _ => {
@@ -292,7 +292,7 @@ impl<'a> DataSet<'a> {
             return Err(DicomError::damaged("its pixel data are empty"));
         }
         let table = items.remove(0).as_chunks::<4>().0;
-        Ok(Pixels::Fragments {
+        Ok(PixelData::Fragments {
             offsets: table
                 .iter()
                 .map(|bytes| u32::from_le_bytes(*bytes))

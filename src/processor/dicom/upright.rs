@@ -7,7 +7,7 @@ use super::reader::DataSet;
 
 /// A direction in the patient.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Side {
+enum Direction {
     Left,
     Right,
     Front,
@@ -16,7 +16,7 @@ enum Side {
     Feet,
 }
 
-impl Side {
+impl Direction {
     /// The direction that counts most of such as `LA` (left, and a little to the front).
     fn of(text: &str) -> Option<Self> {
         match text.as_bytes().first()? {
@@ -42,11 +42,11 @@ impl Side {
 /// lateral views are rotated head up and never mirrored, since both ways of hanging them are usual.
 /// Without the attribute, or if neither value is head or feet, the picture stays as it is.
 pub(super) fn orientation(set: &DataSet<'_>) -> Orientation {
-    use Side::{Feet, Head, Left, Right};
-    let sides: Vec<Option<Side>> = set
+    use Direction::{Feet, Head, Left, Right};
+    let sides: Vec<Option<Direction>> = set
         .codes(tags::PATIENT_ORIENTATION)
         .into_iter()
-        .map(Side::of)
+        .map(Direction::of)
         .collect();
     let [Some(rows), Some(columns)] = sides[..] else {
         return Orientation::NoTransforms;

@@ -2,8 +2,7 @@
 //!
 //! The reference reads JPEG through Pillow, so through libjpeg-turbo with its defaults: exact
 //! integer inverse DCT, "fancy" upsampling, integer colour conversion. Decoders that are available
-//! in Rust round in other ways and fill what is damaged without a word, so this one is of the
-//! project: sequential and progressive Huffman coding, 8 or 12 bits, grey or three colours. What
+//! in Rust round in other ways and fill what is damaged without an error, hence this one: sequential and progressive Huffman coding, 8 or 12 bits, grey or three colours. What
 //! else there is (lossless, arithmetic coding, four colours) is [`JpegError::Unsupported`].
 //!
 //! Source: ITU-T T.81; `jdhuff.c`, `jdphuff.c`, `jidctint.c`, `jdsample.c` and `jdcolor.c` of
@@ -28,7 +27,7 @@ use tables::Tables;
 
 /// Pixels row by row.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(in crate::processor) enum Pixels {
+pub(in crate::processor) enum JpegPixels {
     /// Grey, of 8 or 12 bits.
     Gray(Vec<u16>),
     /// Red, green, blue.
@@ -37,10 +36,10 @@ pub(in crate::processor) enum Pixels {
 
 /// A decoded JPEG.
 #[derive(Debug, Clone)]
-pub(in crate::processor) struct Decoded {
+pub(in crate::processor) struct DecodedJpeg {
     pub(in crate::processor) width: usize,
     pub(in crate::processor) height: usize,
-    pub(in crate::processor) pixels: Pixels,
+    pub(in crate::processor) pixels: JpegPixels,
     /// What the stream itself says of its three channels, by a JFIF or Adobe mark or their names.
     pub(in crate::processor) marked: Option<Colour>,
     pub(in crate::processor) damage: Damage,
@@ -134,7 +133,7 @@ pub(in crate::processor) fn decode(
     bytes: &[u8],
     tag: Option<Colour>,
     max_bytes: u64,
-) -> Result<Decoded, JpegError> {
+) -> Result<DecodedJpeg, JpegError> {
     /// More than any picture has, few enough for a made-up one to cost little.
     const MOST_SCANS: usize = 256;
     let mut tables = Tables::default();
@@ -155,7 +154,7 @@ pub(in crate::processor) fn decode(
         rest = &rest[at + 2..];
         match marker {
             END_OF_IMAGE => break,
-            // A start, restarts and a private mark stand alone.
+            // A start, restarts and a private mark have no segment.
             0x01 | 0xd0..=0xd8 => continue,
             _ => {}
         }
@@ -198,7 +197,7 @@ pub(in crate::processor) fn decode(
     damage.is_coarse = frame.is_coarse()?;
     let marked = marks.colour(&frame);
     let colour = marked.or(tag).unwrap_or(Colour::YCbCr);
-    Ok(Decoded {
+    Ok(DecodedJpeg {
         width: frame.width,
         height: frame.height,
         pixels: pixels(&mut frame, colour)?,
@@ -241,7 +240,7 @@ impl Marks {
     }
 }
 
-/// Decodes a scan and steps over its data; gives the share of its blocks that are damaged.
+/// Decodes a scan and skips its data; gives the share of its blocks that are damaged.
 fn scan(
     frame: &mut Frame,
     segment: &[u8],
@@ -274,7 +273,7 @@ fn scan(
             index,
             dc: dc.and_then(Option::as_ref),
             ac: ac.and_then(Option::as_ref),
-            highest_mean: frame.highest_mean(step),
+            highest_dc: frame.highest_dc(step),
         });
     }
     let (high, low) = (bits >> 4, bits & 15);
@@ -302,7 +301,7 @@ fn scan(
 }
 
 /// The pixels of a frame whose scans are all read.
-fn pixels(frame: &mut Frame, colour: Colour) -> Result<Pixels, JpegError> {
+fn pixels(frame: &mut Frame, colour: Colour) -> Result<JpegPixels, JpegError> {
     let most = frame.most();
     let (width, height, precision) = (frame.width, frame.height, frame.precision);
     let mut planes = Vec::with_capacity(frame.components.len());
@@ -329,10 +328,10 @@ fn pixels(frame: &mut Frame, colour: Colour) -> Result<Pixels, JpegError> {
         });
     }
     if let [plane] = &mut planes[..] {
-        return Ok(Pixels::Gray(std::mem::take(&mut plane.levels)));
+        return Ok(JpegPixels::Gray(std::mem::take(&mut plane.levels)));
     }
     sample::rgb(&planes, width, height, colour)
-        .map(Pixels::Rgb)
+        .map(JpegPixels::Rgb)
         .ok_or(JpegError::Unsupported(
             "sampling factors that do not divide",
         ))

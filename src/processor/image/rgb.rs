@@ -54,7 +54,7 @@ pub(super) fn to_rgb(
             }
         })
     };
-    let deep = Depth::of(&picture, white_is_zero);
+    let deep = UsedBits::of(&picture, white_is_zero);
     let high = |value: u16| (value >> 8) as u8;
     let pixels = match picture {
         DynamicImage::ImageRgb8(buffer) => buffer.into_raw(),
@@ -105,13 +105,13 @@ pub(super) fn to_rgb(
 /// radiograph is nearly black. So a picture whose highest level leaves bits unused is shown by the bits
 /// in use, 8 at least; one that reaches the upper half of the range is shown by all 16.
 #[derive(Debug, Clone, Copy)]
-struct Depth {
+struct UsedBits {
     bits: u32,
     highest: u16,
     white_is_zero: bool,
 }
 
-impl Depth {
+impl UsedBits {
     fn of(picture: &DynamicImage, white_is_zero: bool) -> Self {
         let highest = match picture {
             // Inverted back to what is stored, the lowest is the highest.

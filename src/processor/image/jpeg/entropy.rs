@@ -10,34 +10,42 @@ pub(super) struct ScanComponent<'a> {
     pub(super) index: usize,
     pub(super) dc: Option<&'a HuffmanTable>,
     pub(super) ac: Option<&'a HuffmanTable>,
-    /// The highest coefficient of a mean level that pixels can give; more comes from damage.
-    pub(super) highest_mean: i32,
+    /// The highest DC coefficient that pixels can give; a higher one is damage.
+    pub(super) highest_dc: i32,
 }
 
 /// What the blocks of a scan hold.
 #[derive(Debug, Clone, Copy)]
-enum Kind {
+enum ScanKind {
     /// All coefficients.
     Sequential,
-    /// The first bits of the mean level, shifted.
+    /// The first bits of the DC coefficient, shifted.
     FirstDc { low: u8 },
     /// One more bit of it.
     RefineDc { low: u8 },
     /// The first bits of other coefficients.
-    FirstAc { from: usize, to: usize, low: u8 },
+    FirstAc(Band),
     /// One more bit of these.
-    RefineAc { from: usize, to: usize, low: u8 },
+    RefineAc(Band),
+}
+
+/// The AC coefficients of a progressive scan: the places `from` to `to`, from bit `low` on.
+#[derive(Debug, Clone, Copy)]
+struct Band {
+    from: usize,
+    to: usize,
+    low: u8,
 }
 
 /// A scan.
 pub(super) struct Scan<'a> {
     pub(super) components: Vec<ScanComponent<'a>>,
-    kind: Kind,
+    kind: ScanKind,
 }
 
 /// What is carried from block to block.
-struct State {
-    /// Last mean level of each component of the scan.
+struct ScanState {
+    /// Last DC coefficient of each component of the scan.
     predicted: [i32; 4],
     /// Blocks that still have nothing.
     empty_run: u32,
@@ -51,7 +59,7 @@ impl<'a> Scan<'a> {
             .all(|component| component.dc.is_some() && component.ac.is_some());
         (complete && components.len() <= 4).then_some(Self {
             components,
-            kind: Kind::Sequential,
+            kind: ScanKind::Sequential,
         })
     }
 
@@ -62,16 +70,20 @@ impl<'a> Scan<'a> {
         high: u8,
         low: u8,
     ) -> Option<Self> {
-        let (from, to) = (from.into(), to.into());
+        let band = Band {
+            from: from.into(),
+            to: to.into(),
+            low,
+        };
         let kind = match (from, high) {
-            (0, 0) => Kind::FirstDc { low },
-            (0, _) => Kind::RefineDc { low },
-            (_, 0) => Kind::FirstAc { from, to, low },
-            _ => Kind::RefineAc { from, to, low },
+            (0, 0) => ScanKind::FirstDc { low },
+            (0, _) => ScanKind::RefineDc { low },
+            (_, 0) => ScanKind::FirstAc(band),
+            _ => ScanKind::RefineAc(band),
         };
         let complete = components.iter().all(|component| match kind {
-            Kind::FirstDc { .. } => component.dc.is_some(),
-            Kind::RefineDc { .. } => true,
+            ScanKind::FirstDc { .. } => component.dc.is_some(),
+            ScanKind::RefineDc { .. } => true,
             _ => component.ac.is_some(),
         });
         (complete && components.len() <= 4).then_some(Self { components, kind })
@@ -80,9 +92,9 @@ impl<'a> Scan<'a> {
     /// First and last coefficient of the scan.
     pub(super) fn range(&self) -> (usize, usize) {
         match self.kind {
-            Kind::Sequential => (0, 63),
-            Kind::FirstDc { .. } | Kind::RefineDc { .. } => (0, 0),
-            Kind::FirstAc { from, to, .. } | Kind::RefineAc { from, to, .. } => (from, to),
+            ScanKind::Sequential => (0, 63),
+            ScanKind::FirstDc { .. } | ScanKind::RefineDc { .. } => (0, 0),
+            ScanKind::FirstAc(band) | ScanKind::RefineAc(band) => (band.from, band.to),
         }
     }
 
@@ -111,7 +123,7 @@ impl<'a> Scan<'a> {
 
     /// Decodes what is between two restart marks; gives how many units are sound.
     ///
-    /// After a changed bit the codes fall out of step and into it again, and what comes out is
+    /// After a changed bit the decoder loses the code boundaries and finds them again, and the result is
     /// another picture. It shows later or at the end, so then nothing of the piece is trusted.
     fn piece(
         &self,
@@ -121,7 +133,7 @@ impl<'a> Scan<'a> {
         across: usize,
     ) -> usize {
         let mut bits = Bits::new(data);
-        let mut state = State {
+        let mut state = ScanState {
             predicted: [0; 4],
             empty_run: 0,
         };
@@ -133,8 +145,7 @@ impl<'a> Scan<'a> {
                 return 0;
             }
         }
-        // Encoders may pad by a byte or two, and some leave a few; more are blocks that were lost on
-        // the way.
+        // Encoders may pad by a byte or two, and some leave a few; more are lost blocks.
         const PADDING: usize = 2;
         const MOST_LEFT: usize = 16;
         let left = bits.left();
@@ -152,7 +163,7 @@ impl<'a> Scan<'a> {
         &self,
         frame: &mut Frame,
         bits: &mut Bits<'_>,
-        state: &mut State,
+        state: &mut ScanState,
         column: usize,
         row: usize,
     ) -> Result<(), Broken> {
@@ -192,8 +203,8 @@ impl<'a> Scan<'a> {
         empty_run: &mut u32,
     ) -> Result<(), Broken> {
         match self.kind {
-            Kind::Sequential => {
-                block[0] = mean(own, bits, predicted, 0)?;
+            ScanKind::Sequential => {
+                block[0] = dc_coefficient(own, bits, predicted, 0)?;
                 let table = own.ac.ok_or(Broken)?;
                 let mut at = 1;
                 while at < 64 {
@@ -213,30 +224,24 @@ impl<'a> Scan<'a> {
                 }
                 Ok(())
             }
-            Kind::FirstDc { low } => {
-                block[0] = mean(own, bits, predicted, low)?;
+            ScanKind::FirstDc { low } => {
+                block[0] = dc_coefficient(own, bits, predicted, low)?;
                 Ok(())
             }
-            Kind::RefineDc { low } => {
+            ScanKind::RefineDc { low } => {
                 if bits.take(1)? == 1 {
                     block[0] |= 1 << low;
                 }
                 Ok(())
             }
-            Kind::FirstAc { from, to, low } => {
-                let table = own.ac.ok_or(Broken)?;
-                first_ac(table, block, bits, empty_run, from..=to, low)
-            }
-            Kind::RefineAc { from, to, low } => {
-                let table = own.ac.ok_or(Broken)?;
-                refine_ac(table, block, bits, empty_run, from..=to, low)
-            }
+            ScanKind::FirstAc(band) => band.first(own.ac.ok_or(Broken)?, block, bits, empty_run),
+            ScanKind::RefineAc(band) => band.refine(own.ac.ok_or(Broken)?, block, bits, empty_run),
         }
     }
 }
 
-/// The mean level of a block, stored as the difference to the one before, shifted by `low`.
-fn mean(
+/// The DC coefficient of a block, stored as the difference to the one before, shifted by `low`.
+fn dc_coefficient(
     own: &ScanComponent<'_>,
     bits: &mut Bits<'_>,
     predicted: &mut i32,
@@ -247,107 +252,110 @@ fn mean(
         return Err(Broken);
     }
     *predicted = predicted.wrapping_add(bits.signed(size)?);
-    let mean = predicted.wrapping_shl(low.into());
-    if mean.unsigned_abs() > own.highest_mean.unsigned_abs() {
+    let coefficient = predicted.wrapping_shl(low.into());
+    if coefficient.unsigned_abs() > own.highest_dc.unsigned_abs() {
         return Err(Broken);
     }
-    i16::try_from(mean).map_err(|_| Broken)
+    i16::try_from(coefficient).map_err(|_| Broken)
 }
 
-type Range = std::ops::RangeInclusive<usize>;
-
-/// Source: T.81, G.1.2.2.
-fn first_ac(
-    table: &HuffmanTable,
-    block: &mut [i16; 64],
-    bits: &mut Bits<'_>,
-    empty_run: &mut u32,
-    range: Range,
-    low: u8,
-) -> Result<(), Broken> {
-    if *empty_run > 0 {
-        *empty_run -= 1;
-        return Ok(());
-    }
-    let mut at = *range.start();
-    while at <= *range.end() {
-        let symbol = bits.symbol(table)?;
-        let (run, size) = (u32::from(symbol >> 4), u32::from(symbol & 15));
-        if size == 0 {
-            if run < 15 {
-                *empty_run = (1 << run) - 1 + bits.take(run)?;
-                break;
-            }
-            at += 16;
-            continue;
+impl Band {
+    /// Reads the first bits of a block.
+    ///
+    /// Source: T.81, G.1.2.2.
+    fn first(
+        self,
+        table: &HuffmanTable,
+        block: &mut [i16; 64],
+        bits: &mut Bits<'_>,
+        empty_run: &mut u32,
+    ) -> Result<(), Broken> {
+        if *empty_run > 0 {
+            *empty_run -= 1;
+            return Ok(());
         }
-        at += run as usize;
-        if at > *range.end() {
-            return Err(Broken);
-        }
-        block[usize::from(ZIGZAG[at])] = (bits.signed(size)? << low) as i16;
-        at += 1;
-    }
-    Ok(())
-}
-
-/// Source: T.81, G.1.2.3.
-fn refine_ac(
-    table: &HuffmanTable,
-    block: &mut [i16; 64],
-    bits: &mut Bits<'_>,
-    empty_run: &mut u32,
-    range: Range,
-    low: u8,
-) -> Result<(), Broken> {
-    let bit = 1_i16 << low;
-    let mut at = *range.start();
-    let end = *range.end();
-    if *empty_run == 0 {
-        while at <= end {
+        let mut at = self.from;
+        while at <= self.to {
             let symbol = bits.symbol(table)?;
-            let (mut run, size) = (u32::from(symbol >> 4), u32::from(symbol & 15));
-            let mut value = 0;
-            match size {
-                0 if run < 15 => {
-                    *empty_run = (1 << run) + bits.take(run)?;
+            let (run, size) = (u32::from(symbol >> 4), u32::from(symbol & 15));
+            if size == 0 {
+                if run < 15 {
+                    *empty_run = (1 << run) - 1 + bits.take(run)?;
                     break;
                 }
-                0 => {}
-                1 => value = if bits.take(1)? == 1 { bit } else { -bit },
-                _ => return Err(Broken),
+                at += 16;
+                continue;
             }
-            // Over `run` coefficients that are zero so far; the others get their next bit.
+            at += run as usize;
+            if at > self.to {
+                return Err(Broken);
+            }
+            block[usize::from(ZIGZAG[at])] = (bits.signed(size)? << self.low) as i16;
+            at += 1;
+        }
+        Ok(())
+    }
+
+    /// Reads one more bit of a block.
+    ///
+    /// Source: T.81, G.1.2.3.
+    fn refine(
+        self,
+        table: &HuffmanTable,
+        block: &mut [i16; 64],
+        bits: &mut Bits<'_>,
+        empty_run: &mut u32,
+    ) -> Result<(), Broken> {
+        let bit = 1_i16 << self.low;
+        let mut at = self.from;
+        let end = self.to;
+        if *empty_run == 0 {
             while at <= end {
-                let coefficient = &mut block[usize::from(ZIGZAG[at])];
-                if *coefficient != 0 {
-                    refine(coefficient, bits, bit)?;
-                } else if run == 0 {
-                    if value != 0 {
-                        *coefficient = value;
+                let symbol = bits.symbol(table)?;
+                let (mut run, size) = (u32::from(symbol >> 4), u32::from(symbol & 15));
+                let mut value = 0;
+                match size {
+                    0 if run < 15 => {
+                        *empty_run = (1 << run) + bits.take(run)?;
+                        break;
+                    }
+                    0 => {}
+                    1 => value = if bits.take(1)? == 1 { bit } else { -bit },
+                    _ => return Err(Broken),
+                }
+                // Over `run` coefficients that are zero so far; the others get their next bit.
+                while at <= end {
+                    let coefficient = &mut block[usize::from(ZIGZAG[at])];
+                    if *coefficient != 0 {
+                        refine_coefficient(coefficient, bits, bit)?;
+                    } else if run == 0 {
+                        if value != 0 {
+                            *coefficient = value;
+                        }
+                        at += 1;
+                        break;
+                    } else {
+                        run -= 1;
                     }
                     at += 1;
-                    break;
-                } else {
-                    run -= 1;
                 }
-                at += 1;
             }
         }
-    }
-    if *empty_run > 0 {
-        for place in ZIGZAG.iter().take(end + 1).skip(at) {
-            let coefficient = &mut block[usize::from(*place)];
-            if *coefficient != 0 {
-                refine(coefficient, bits, bit)?;
+        if *empty_run > 0 {
+            for place in ZIGZAG.iter().take(end + 1).skip(at) {
+                let coefficient = &mut block[usize::from(*place)];
+                if *coefficient != 0 {
+                    refine_coefficient(coefficient, bits, bit)?;
+                }
             }
+            *empty_run -= 1;
         }
-        *empty_run -= 1;
+        Ok(())
     }
-    Ok(())
 }
 
-fn refine(coefficient: &mut i16, bits: &mut Bits<'_>, bit: i16) -> Result<(), Broken> {
+/// Reads the next bit of a coefficient that is not zero.
+fn refine_coefficient(coefficient: &mut i16, bits: &mut Bits<'_>, bit: i16) -> Result<(), Broken> {
     if bits.take(1)? == 1 && *coefficient & bit == 0 {
         let step = if *coefficient > 0 { bit } else { -bit };
         *coefficient = coefficient.wrapping_add(step);
@@ -363,7 +371,7 @@ pub(super) fn data_length(rest: &[u8]) -> usize {
 
 /// The data between restart marks, each with its place in the scan.
 ///
-/// The number of a mark, modulo 8, tells how many pieces are missing before it.
+/// The number of a mark, modulo 8, shows how many pieces are missing before it.
 fn pieces(data: &[u8]) -> Vec<(usize, &[u8])> {
     let mut pieces = Vec::new();
     let (mut from, mut place, mut at) = (0, 0, 0);

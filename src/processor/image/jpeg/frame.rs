@@ -122,10 +122,10 @@ impl Frame {
         (horizontal, most(|c| c.vertical).unwrap_or(1))
     }
 
-    /// The highest coefficient of a mean level that pixels can give, in steps of the quantization.
+    /// The highest DC coefficient that pixels can give, in steps of the quantization.
     ///
     /// It is eight times the level's distance from the middle; an eighth more is let pass.
-    pub(super) fn highest_mean(&self, step: u16) -> i32 {
+    pub(super) fn highest_dc(&self, step: u16) -> i32 {
         let highest = 9 << (self.precision - 1);
         highest / i32::from(step.max(1)) + 1
     }

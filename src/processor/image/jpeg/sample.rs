@@ -11,7 +11,7 @@ pub(in crate::processor) enum Colour {
 pub(super) struct Plane {
     pub(super) width: usize,
     pub(super) height: usize,
-    /// How many pixels one level stands for, across and down; `None` if that is no whole number.
+    /// How many pixels one level covers, across and down; `None` if that is no whole number.
     pub(super) across: Option<usize>,
     pub(super) down: Option<usize>,
     pub(super) levels: Vec<u16>,
