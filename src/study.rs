@@ -1,10 +1,12 @@
 //! What a study is, and whose: the one rule for every command that splits, scores or compares by study.
 //!
-//! A row names its study under a key ([`STUDY_KEYS`], [`PATIENT_KEYS`]); else a rule of the user says it
+//! A row names its study under a key ([`STUDY_KEYS`], [`PATIENT_KEYS`]); else a rule of the user decides
 //! ([`StudyRule`]); else it is guessed from the paths of the images, and the guess is reported with its count.
 //! Knows no tensor, and opens no file.
 
+mod doubt;
 mod guess;
+mod row;
 #[cfg(test)]
 mod tests;
 
@@ -12,15 +14,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use regex::Regex;
 use serde::Serialize;
-use serde_json::{Map, Value};
 
-use guess::{Form, Guess, guesses};
-
-/// Keys under which a row may name its study, in this order.
-pub const STUDY_KEYS: [&str; 3] = ["study", "study_id", "uid"];
-
-/// Keys under which a row may name its patient, in this order.
-pub const PATIENT_KEYS: [&str; 3] = ["patient", "patient_id", "subject_id"];
+pub use doubt::StudyDoubt;
+use guess::{GuessedStudy, PathForm, folder_and_stem, guesses, joined, views_apart};
+pub use row::{PATIENT_KEYS, STUDY_KEYS, StudyRow, keys_of};
 
 /// More reports of one study than this are a sign of a wrong rule: a study holds a few views.
 const MANY_REPORTS: usize = 16;
@@ -43,7 +40,7 @@ pub enum StudyError {
     Key {
         /// What the row is called.
         row: String,
-        /// The key asked for.
+        /// The key that was named.
         key: String,
     },
     /// The expression does not match a path.
@@ -63,7 +60,7 @@ pub enum StudyError {
 /// How the study of a row is found where the row does not name it.
 #[derive(Debug, Clone, Default)]
 pub enum StudyRule {
-    /// From the paths of all images together.
+    /// StudySource the paths of all images together.
     #[default]
     Guess,
     /// Under this key of the row, before all others.
@@ -105,116 +102,6 @@ impl StudyRule {
     }
 }
 
-/// What a row says about its study.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct StudyRow {
-    /// What the row is called in an error.
-    pub name: String,
-    /// Its keys with a short text or a number, as text: [`keys_of`].
-    pub keys: BTreeMap<String, String>,
-    /// Paths of its images as the row names them.
-    pub images: Vec<String>,
-    /// Folder that the paths are relative to; empty if unknown.
-    pub folder: String,
-}
-
-/// The keys of a row that may name its study: those with a number or a text that is no report, as text.
-pub fn keys_of(row: &Map<String, Value>) -> BTreeMap<String, String> {
-    const LONGEST: usize = 256;
-    let texts = row.iter().filter_map(|(key, value)| {
-        let text = match value {
-            Value::String(text) if text.len() <= LONGEST && !text.trim().is_empty() => {
-                text.trim().to_owned()
-            }
-            Value::Number(number) => number.to_string(),
-            _ => return None,
-        };
-        Some((key.clone(), text))
-    });
-    texts.collect()
-}
-
-/// A reason to look at the studies before the numbers are believed.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum StudyDoubt {
-    /// All reports are of one study.
-    One {
-        /// How many reports.
-        reports: usize,
-    },
-    /// Names look like views of one study and are counted apart.
-    ViewsApart {
-        /// Two such names.
-        names: [String; 2],
-    },
-    /// A study has very many reports.
-    Many {
-        /// The study.
-        study: String,
-        /// Its reports.
-        reports: usize,
-    },
-    /// Some rows name their study, and some do not.
-    Mixed {
-        /// Rows that name it.
-        named: usize,
-        /// All rows.
-        rows: usize,
-    },
-    /// Every row names its study, so the rule given was not used.
-    Unused,
-}
-
-impl StudyDoubt {
-    /// In English.
-    pub fn english(&self) -> String {
-        let hint = "name the study in a key `study`, or with `--study-key`, `--study-regex` or `--study-from`";
-        match self {
-            Self::One { reports } => format!(
-                "all {reports} reports are of one study: no interval, test or split means anything; if that is wrong, {hint}"
-            ),
-            Self::ViewsApart { names } => format!(
-                "there are as many studies as images, but `{}` and `{}` look like views of one study; if they are, {hint}",
-                names[0], names[1]
-            ),
-            Self::Many { study, reports } => {
-                format!(
-                    "study `{study}` has {reports} reports, which is many; if that is wrong, {hint}"
-                )
-            }
-            Self::Mixed { named, rows } => format!(
-                "{named} of {rows} rows name their study under a key; the studies of the others come from their images"
-            ),
-            Self::Unused => {
-                "every row names its study under a key, so the rule given for studies was not used"
-                    .into()
-            }
-        }
-    }
-
-    /// In Chinese.
-    pub fn chinese(&self) -> String {
-        let hint =
-            "请在每行用 `study` 键写明检查，或使用 `--study-key`、`--study-regex`、`--study-from`";
-        match self {
-            Self::One { reports } => format!(
-                "全部 {reports} 份报告属于同一项检查：区间、检验和划分都没有意义；如不正确，{hint}"
-            ),
-            Self::ViewsApart { names } => format!(
-                "检查数与影像数相同，但 `{}` 与 `{}` 像是同一检查的不同视图；如果是，{hint}",
-                names[0], names[1]
-            ),
-            Self::Many { study, reports } => {
-                format!("检查 `{study}` 有 {reports} 份报告，数目过多；如不正确，{hint}")
-            }
-            Self::Mixed { named, rows } => {
-                format!("{rows} 行中 {named} 行写明了检查，其余由影像路径推断")
-            }
-            Self::Unused => "每行都写明了检查，所给的检查规则没有用到".into(),
-        }
-    }
-}
-
 /// How the studies were found, for files.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct StudyFacts {
@@ -241,29 +128,30 @@ pub struct Studies {
     pub patients: Vec<Option<String>>,
     /// What a split must keep together, a number a row: the patient where known, else the study.
     pub groups: Vec<usize>,
-    /// Whether the row, its rule or a known form of its name tells the study. Not so for a name that merely differs.
-    pub told: Vec<bool>,
+    /// Whether the row, its rule or a known form of its name says which study it is. False for a name that merely
+    /// differs.
+    pub certain: Vec<bool>,
     /// How they were found.
     pub facts: StudyFacts,
-    /// What a reader has to look at.
+    /// Reasons for the reader to look at them.
     pub doubts: Vec<StudyDoubt>,
 }
 
-/// What one row's study is, before rows are joined.
-struct Own {
+/// The study of one row, before rows are joined.
+struct RowStudy {
     ids: Vec<String>,
     name: String,
     patient: Option<String>,
-    told: bool,
-    from: From,
+    certain: bool,
+    from: StudySource,
 }
 
 /// Where a study comes from.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-enum From {
+enum StudySource {
     Key(String),
     Rule,
-    Guess(Form),
+    Guess(PathForm),
 }
 
 impl StudyRule {
@@ -273,21 +161,27 @@ impl StudyRule {
     /// [`StudyError`] names the row that a rule of the user does not fit.
     pub fn studies(&self, rows: &[StudyRow]) -> Result<Studies, StudyError> {
         let guessed = guesses(rows);
-        let own: Vec<Own> = rows
+        let found: Vec<RowStudy> = rows
             .iter()
             .zip(&guessed)
             .enumerate()
-            .map(|(at, (row, guess))| self.own(at, row, guess))
+            .map(|(at, (row, guess))| self.row_study(at, row, guess))
             .collect::<Result<_, _>>()?;
-        Ok(join(self, rows, own))
+        Ok(join(self, rows, found))
     }
 
-    fn own(&self, at: usize, row: &StudyRow, guess: &[Guess]) -> Result<Own, StudyError> {
+    /// The study of one row.
+    fn row_study(
+        &self,
+        at: usize,
+        row: &StudyRow,
+        guess: &[GuessedStudy],
+    ) -> Result<RowStudy, StudyError> {
         let under = |keys: &[&str]| {
             let found = keys.iter().find_map(|key| row.keys.get_key_value(*key));
             found.map(|(key, value)| (key.clone(), value.clone()))
         };
-        let asked = match self {
+        let named = match self {
             Self::Key(key) => match row.keys.get_key_value(key) {
                 Some((key, value)) => Some((key.clone(), value.clone())),
                 None => {
@@ -300,59 +194,59 @@ impl StudyRule {
             _ => None,
         };
         let patient = under(&PATIENT_KEYS).map(|(_, patient)| patient);
-        if let Some((key, study)) = asked.or_else(|| under(&STUDY_KEYS)) {
+        if let Some((key, study)) = named.or_else(|| under(&STUDY_KEYS)) {
             // Some archives number the studies of each patient from 1.
             let id = match &patient {
                 Some(patient) => format!("{patient}/{study}"),
                 None => study.clone(),
             };
-            return Ok(Own {
+            return Ok(RowStudy {
                 ids: vec![id],
                 name: study,
                 patient: patient.or_else(|| guess.iter().find_map(|one| one.patient.clone())),
-                told: true,
-                from: From::Key(key),
+                certain: true,
+                from: StudySource::Key(key),
             });
         }
         if row.images.is_empty() {
             let id = format!("row {}", at + 1);
-            return Ok(Own {
+            return Ok(RowStudy {
                 ids: vec![id.clone()],
                 name: id,
                 patient,
-                told: false,
-                from: From::Guess(Form::Row),
+                certain: false,
+                from: StudySource::Guess(PathForm::Row),
             });
         }
         let given = self.given(row)?;
         let from = match (&given, guess.first()) {
-            (None, Some(first)) => From::Guess(first.form),
-            _ => From::Rule,
+            (None, Some(first)) => StudySource::Guess(first.form),
+            _ => StudySource::Rule,
         };
         let found = given.as_deref().unwrap_or(guess);
-        Ok(Own {
+        Ok(RowStudy {
             ids: found.iter().map(|one| one.id.clone()).collect(),
             name: found
                 .first()
                 .map_or_else(String::new, |one| one.name.clone()),
             patient: patient.or_else(|| found.iter().find_map(|one| one.patient.clone())),
-            told: found.iter().all(|one| one.told),
+            certain: found.iter().all(|one| one.certain),
             from,
         })
     }
 
     /// The study of each image by the rule of the user; `None` without one.
-    fn given(&self, row: &StudyRow) -> Result<Option<Vec<Guess>>, StudyError> {
-        let said = |id: &str, patient: Option<&str>| Guess {
+    fn given(&self, row: &StudyRow) -> Result<Option<Vec<GuessedStudy>>, StudyError> {
+        let said = |id: &str, patient: Option<&str>| GuessedStudy {
             id: id.to_owned(),
             name: id.to_owned(),
             patient: patient.map(str::to_owned),
-            form: Form::Row,
-            told: true,
+            form: PathForm::Row,
+            certain: true,
         };
         let all = row.images.iter().map(|image| {
-            let path = guess::joined(&row.folder, image);
-            let (folder, stem) = guess::folder_and_stem(&path);
+            let path = joined(&row.folder, image);
+            let (folder, stem) = folder_and_stem(&path);
             Ok(match self {
                 Self::Guess | Self::Key(_) => return Ok(None),
                 Self::Regex(regex) => {
@@ -385,39 +279,39 @@ impl StudyRule {
     }
 }
 
-/// Numbers for names, those that belong together with one number.
+/// Disjoint sets of names (union-find): names that belong together have one root number.
 #[derive(Default)]
-struct Joined {
+struct DisjointSets {
     numbers: BTreeMap<String, usize>,
-    /// What each number was joined to; itself if to none.
-    to: Vec<usize>,
+    /// The number each number was joined to; itself for a root.
+    parent: Vec<usize>,
 }
 
-impl Joined {
+impl DisjointSets {
     fn number(&mut self, name: String) -> usize {
-        let next = self.to.len();
+        let next = self.parent.len();
         let number = *self.numbers.entry(name).or_insert(next);
         if number == next {
-            self.to.push(next);
+            self.parent.push(next);
         }
         self.root(number)
     }
 
     fn root(&self, mut number: usize) -> usize {
-        while self.to[number] != number {
-            number = self.to[number];
+        while self.parent[number] != number {
+            number = self.parent[number];
         }
         number
     }
 
     fn join(&mut self, a: usize, b: usize) {
         let (a, b) = (self.root(a), self.root(b));
-        self.to[a.max(b)] = a.min(b);
+        self.parent[a.max(b)] = a.min(b);
     }
 }
 
-fn join(rule: &StudyRule, rows: &[StudyRow], own: Vec<Own>) -> Studies {
-    let (mut studies, mut groups) = (Joined::default(), Joined::default());
+fn join(rule: &StudyRule, rows: &[StudyRow], own: Vec<RowStudy>) -> Studies {
+    let (mut studies, mut groups) = (DisjointSets::default(), DisjointSets::default());
     let mut first = Vec::with_capacity(own.len());
     for row in &own {
         let numbers: Vec<usize> = row
@@ -458,7 +352,9 @@ fn join(rule: &StudyRule, rows: &[StudyRow], own: Vec<Own>) -> Studies {
     let all: Option<BTreeSet<&String>> = patients.iter().map(Option::as_ref).collect();
     let facts = StudyFacts {
         from: described(rule, &own),
-        guessed: own.iter().any(|row| matches!(row.from, From::Guess(_))),
+        guessed: own
+            .iter()
+            .any(|row| matches!(row.from, StudySource::Guess(_))),
         reports: own.len(),
         studies: id_of.len(),
         patients: all.filter(|all| !all.is_empty()).map(|all| all.len()),
@@ -466,7 +362,7 @@ fn join(rule: &StudyRule, rows: &[StudyRow], own: Vec<Own>) -> Studies {
     Studies {
         doubts: doubts(rule, rows, &own, &ids),
         names: own.iter().map(|row| row.name.clone()).collect(),
-        told: own.iter().map(|row| row.told).collect(),
+        certain: own.iter().map(|row| row.certain).collect(),
         groups: first.iter().map(|(_, group)| groups.root(*group)).collect(),
         ids,
         patients,
@@ -475,8 +371,8 @@ fn join(rule: &StudyRule, rows: &[StudyRow], own: Vec<Own>) -> Studies {
 }
 
 /// Where the studies come from, with the number of rows where there are several sources.
-fn described(rule: &StudyRule, own: &[Own]) -> String {
-    let mut counts: BTreeMap<&From, usize> = BTreeMap::new();
+fn described(rule: &StudyRule, own: &[RowStudy]) -> String {
+    let mut counts: BTreeMap<&StudySource, usize> = BTreeMap::new();
     for row in own {
         *counts.entry(&row.from).or_default() += 1;
     }
@@ -485,9 +381,9 @@ fn described(rule: &StudyRule, own: &[Own]) -> String {
         .iter()
         .map(|(from, count)| {
             let words = match from {
-                From::Key(key) => format!("the key `{key}`"),
-                From::Guess(form) => format!("a guess by {}", form.words()),
-                From::Rule => match rule {
+                StudySource::Key(key) => format!("the key `{key}`"),
+                StudySource::Guess(form) => format!("a guess by {}", form.words()),
+                StudySource::Rule => match rule {
                     StudyRule::Regex(regex) => format!("`--study-regex {regex}`"),
                     StudyRule::Folder => "`--study-from folder`".into(),
                     StudyRule::Name => "`--study-from name`".into(),
@@ -504,11 +400,16 @@ fn described(rule: &StudyRule, own: &[Own]) -> String {
     parts.join(", ")
 }
 
-fn doubts(rule: &StudyRule, rows: &[StudyRow], own: &[Own], ids: &[String]) -> Vec<StudyDoubt> {
+fn doubts(
+    rule: &StudyRule,
+    rows: &[StudyRow],
+    own: &[RowStudy],
+    ids: &[String],
+) -> Vec<StudyDoubt> {
     let mut doubts = Vec::new();
     let named = own
         .iter()
-        .filter(|row| matches!(row.from, From::Key(_)))
+        .filter(|row| matches!(row.from, StudySource::Key(_)))
         .count();
     if named > 0 && named < own.len() {
         doubts.push(StudyDoubt::Mixed {
@@ -536,7 +437,7 @@ fn doubts(rule: &StudyRule, rows: &[StudyRow], own: &[Own], ids: &[String]) -> V
     if reports.len() == ids.len() && named == 0 && !rule.is_given() {
         let images = rows.iter().filter(|row| row.images.len() == 1);
         let images: Vec<&str> = images.map(|row| row.images[0].as_str()).collect();
-        doubts.extend(guess::views_apart(&images).map(|names| StudyDoubt::ViewsApart { names }));
+        doubts.extend(views_apart(&images).map(|names| StudyDoubt::ViewsApart { names }));
     }
     doubts
 }

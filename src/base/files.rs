@@ -8,6 +8,7 @@
 
 pub mod hint;
 pub mod name;
+pub mod nearest;
 #[cfg(test)]
 mod tests;
 

@@ -1,6 +1,6 @@
 //! A corpus of reports and images to training and validation files in ms-swift's form.
 //!
-//! The way: rows of any published form ([`CorpusForm`]) → rows whose images are there → a question
+//! The steps: rows of any published form ([`CorpusForm`]) → rows whose images are there → a question
 //! each, drawn by seed → a split that keeps studies and patients whole ([`crate::study`]) → `train.jsonl`,
 //! `val.jsonl`, `missing.txt`, histograms and `summary.json`. Draws follow Python's generator, so
 //! [`Split::Image`] with the published seed gives the published rows. Images are neither copied nor
@@ -9,6 +9,7 @@
 mod corpus;
 mod error;
 mod images;
+mod options;
 mod summary;
 #[cfg(test)]
 mod tests;
@@ -18,7 +19,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use crate::{
@@ -29,13 +29,14 @@ use crate::{
         supervised::encode_supervised,
         tokenizer::Tokenizer,
     },
-    study::{PATIENT_KEYS, STUDY_KEYS, Studies, StudyFacts, StudyRow, StudyRule, counted},
+    study::{PATIENT_KEYS, STUDY_KEYS, Studies, StudyFacts, StudyRow, counted},
 };
 
-use corpus::{Body, Row};
+use corpus::{Body, CorpusRow};
 pub use corpus::{CorpusForm, CorpusKeys};
 pub use error::ConvertError;
-use images::{Finder, LeftOut, Picture};
+use images::{FoundImage, ImageFinder, Unusable};
+pub use options::{ConvertOptions, PROMPTS, Split};
 use summary::Measures;
 pub use summary::{PartCount, Spread, Summary};
 use thinking::Thinking;
@@ -43,69 +44,13 @@ use thinking::Thinking;
 use super::python_random::PythonRandom;
 use super::split;
 
-/// The questions of the published training.
-///
-/// Source: `PROMPT_TEMPLATES`, XrayQwen3VL, `scripts/convert_xray_swift.py`.
-pub const PROMPTS: [&str; 12] = [
-    "通过这张胸部X光影像可以诊断出什么？",
-    "请分析这张胸部X光片。",
-    "这张X光影像显示了什么？",
-    "请对这张胸部X光进行诊断分析。",
-    "根据这张X光片，患者的情况如何？",
-    "请描述这张胸部X光片的诊断结果。",
-    "这张胸部X光影像有什么异常发现吗？",
-    "请根据这张X光影像给出诊断意见。",
-    "分析这张胸部X光片并给出诊断报告。",
-    "请解读这张胸部X光影像的检查结果。",
-    "这张X光片反映了哪些临床发现？",
-    "请对这张胸部影像进行专业分析。",
-];
-
 /// A share of rows without image above which the result begins with a warning.
 const MUCH_MISSING: f64 = 0.1;
 
-/// What must not be torn apart by the split.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Split {
-    /// Studies, and patients where they are known.
-    #[default]
-    Uid,
-    /// Nothing: rows are drawn one by one, as published; views of one study, which share a report,
-    /// come to lie on both sides.
-    Image,
-}
-
-/// What to convert, and how.
-#[derive(Debug, Clone)]
-pub struct ConvertOptions {
-    /// The corpus.
-    pub input: PathBuf,
-    /// Keys of image and report in a corpus of another form.
-    pub keys: Option<CorpusKeys>,
-    /// Folder of the images; rows of `messages` may do without and name their own.
-    pub images: Option<PathBuf>,
-    /// Folder to write to; made if missing.
-    pub output: PathBuf,
-    /// Questions to draw from instead of [`PROMPTS`]; also replaces the question of rows of
-    /// `messages` with one turn, which else keep theirs.
-    pub prompts: Option<Vec<String>>,
-    /// Seed of all draws.
-    pub seed: u64,
-    /// Share of the rows for validation, 0 to below 1; above 0 it is at least one row.
-    pub val_ratio: f64,
-    /// What must not be torn apart.
-    pub split: Split,
-    /// What a study is, where rows do not name theirs.
-    pub studies: StudyRule,
-    /// File of distilled reasoning; rows without a text in it are left out.
-    pub thinking: Option<PathBuf>,
-}
-
 /// A row with its images found.
-struct Usable {
-    row: Row,
-    images: Vec<Picture>,
+struct UsableRow {
+    row: CorpusRow,
+    images: Vec<FoundImage>,
     question: Option<usize>,
     answer: String,
 }
@@ -153,13 +98,13 @@ pub fn convert(
 
     let mut usable = Vec::new();
     let mut left_out = Vec::new();
-    let mut finder = Finder::new(options, &output, processor);
+    let mut finder = ImageFinder::new(options, &output, processor);
     for row in rows {
-        match finder.pictures(&row)? {
+        match finder.images(&row)? {
             Err(reason) => {
                 let count = match reason {
-                    LeftOut::NoImage(_) => &mut summary.rows_without_image,
-                    LeftOut::Unusable(..) => &mut summary.rows_with_unusable_image,
+                    Unusable::NotFound(_) => &mut summary.rows_without_image,
+                    Unusable::Unreadable(..) => &mut summary.rows_with_unusable_image,
                 };
                 *count += 1;
                 left_out.push((row.number, reason.image().to_owned(), reason.to_string()));
@@ -170,7 +115,7 @@ pub fn convert(
                     Some(thinking) => thinking.answer(row.id(), row.report()),
                 };
                 match answer {
-                    Some(answer) => usable.push(Usable {
+                    Some(answer) => usable.push(UsableRow {
                         row,
                         images,
                         question: None,
@@ -349,7 +294,7 @@ fn in_validation(
     chosen.map_err(ConvertError::CannotSplit)
 }
 
-/// Fills in what is on which side.
+/// Fills in the studies and patients of each part.
 fn count_studies(summary: &mut Summary, studies: Studies, in_val: &[bool]) {
     let side = |wanted: bool| {
         let rows = in_val.iter().enumerate();
@@ -410,13 +355,17 @@ fn empty_summary(
     })
 }
 
-impl Usable {
+impl UsableRow {
     /// What the row says of its study.
     fn study_row(&self, options: &ConvertOptions) -> StudyRow {
         StudyRow {
             name: format!("`{}` row {}", options.input.display(), self.row.number),
             keys: self.row.keys.clone(),
-            images: self.images.iter().map(|image| image.told.clone()).collect(),
+            images: self
+                .images
+                .iter()
+                .map(|image| image.study_path.clone())
+                .collect(),
             folder: String::new(),
         }
     }
@@ -480,7 +429,7 @@ impl Usable {
 }
 
 fn measure(
-    usable: &Usable,
+    usable: &UsableRow,
     line: &str,
     options: &ConvertOptions,
     tokenizer: Option<&Tokenizer>,
@@ -488,12 +437,12 @@ fn measure(
     measures: &mut Measures,
 ) -> Result<(), ConvertError> {
     measures.characters.push(usable.answer.chars().count());
-    for picture in &usable.images {
-        measures.image_width.push(picture.width);
-        measures.image_height.push(picture.height);
+    for image in &usable.images {
+        measures.image_width.push(image.width);
+        measures.image_height.push(image.height);
         measures
             .vision_tokens
-            .push(processor.num_tokens(picture.grid));
+            .push(processor.num_tokens(image.grid));
     }
     let number = usable.row.number;
     // What is written is read back as training will read it, before it is written.

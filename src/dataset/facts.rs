@@ -1,11 +1,13 @@
-//! What a reader of a result should know of a data set: rows left out, and keys that nothing uses.
-
-use std::collections::BTreeMap;
+//! What the record of a run says of a data set: rows left out, and keys that nothing uses.
 
 use rayon::prelude::*;
 use serde::Serialize;
 
-use super::{Dataset, DatasetError, Source, loader::Overlong};
+use super::{
+    error::DatasetError,
+    loader::Overlong,
+    samples::{Dataset, SampleSource},
+};
 use crate::{
     processor::{chat::ImageGrid, supervised::encode_supervised},
     runtime::pipeline::TextAndImages,
@@ -105,7 +107,7 @@ impl Dataset {
     /// Tokens of one sample; of images in files only the headers are read.
     fn tokens(&self, index: usize, parts: &TextAndImages) -> Result<usize, DatasetError> {
         let (conversation, sizes, limits) = match &self.source {
-            Source::Rows {
+            SampleSource::Rows {
                 samples, folder, ..
             } => {
                 let sample = &samples[self.place(index)];
@@ -117,7 +119,7 @@ impl Dataset {
                 let sizes = sizes.collect::<Result<Vec<_>, _>>()?;
                 (self.placed(index, sample, &sizes)?, sizes, sample.limits)
             }
-            Source::Phantoms { .. } => {
+            SampleSource::Phantoms { .. } => {
                 let raw = self.read(index, parts)?;
                 let sizes = raw.pictures.iter();
                 let sizes = sizes.map(|picture| (picture.width(), picture.height()));
@@ -131,7 +133,7 @@ impl Dataset {
                 .map_err(|cause| self.image_error(index, "of the row".to_string(), cause))
         });
         let grids = grids.collect::<Result<Vec<ImageGrid>, _>>()?;
-        let merge = parts.config.vision_config.spatial_merge_size;
+        let merge = parts.images.config().merge_size;
         encode_supervised(&parts.tokenizer, &conversation, &grids, merge)
             .map(|ids| ids.input_ids.len())
             .map_err(|cause| self.encode_error(index, cause))
@@ -139,7 +141,7 @@ impl Dataset {
 
     /// Counts the samples that are longer than `max_length`, before any of them is trained on.
     ///
-    /// A sample that cannot be read counts as short: it is named when its turn comes.
+    /// A sample that cannot be read counts as short: its error is reported when it is read.
     ///
     /// # Errors
     /// [`DatasetError::AllTooLong`] if no sample would be left.
@@ -172,32 +174,6 @@ impl Dataset {
     }
 }
 
-/// Keys of rows that nothing uses: the first row of each, and how many have it.
-#[derive(Debug, Default)]
-pub(crate) struct UnusedKeys(BTreeMap<String, (usize, usize)>);
-
-impl UnusedKeys {
-    /// Notes the keys of a row.
-    pub(crate) fn add(&mut self, row: usize, keys: Vec<String>) {
-        for key in keys {
-            self.0.entry(key).or_insert((row, 0)).1 += 1;
-        }
-    }
-
-    /// The first row of each key, and a sentence about it.
-    pub(crate) fn sentences(self) -> impl Iterator<Item = (usize, String)> {
-        self.0.into_iter().map(|(key, (row, count))| {
-            let others = match count {
-                1 => String::new(),
-                2 => ", nor in 1 other row".to_string(),
-                count => format!(", nor in {} other rows", count - 1),
-            };
-            let hint = "hint: begin its name with `_` if it is meant for you alone";
-            (row, format!("the key `{key}` is not used{others}; {hint}"))
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -221,17 +197,5 @@ mod tests {
         let much = sentence(2, 10).unwrap();
         assert!(much.starts_with("warning: 2 of 10 rows (20.0 %)"), "{much}");
         assert!(much.ends_with("hint: raise max_length or lower max_pixels"));
-    }
-
-    #[test]
-    fn unused_keys_are_one_remark_each() {
-        let mut unused = UnusedKeys::default();
-        unused.add(2, vec!["visit".to_owned()]);
-        unused.add(5, vec!["visit".to_owned(), "age".to_owned()]);
-        let sentences: Vec<_> = unused.sentences().collect();
-        assert_eq!((sentences[0].0, sentences[1].0), (5, 2));
-        assert!(sentences[0].1.starts_with("the key `age` is not used; "));
-        let visit = "the key `visit` is not used, nor in 1 other row; ";
-        assert!(sentences[1].1.starts_with(visit));
     }
 }

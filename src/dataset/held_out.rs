@@ -1,6 +1,11 @@
 //! A data set in two: rows to learn from, and whole studies held out to validate on.
 
-use super::{Dataset, DatasetError, python_random::PythonRandom, split::hold_out};
+use super::{
+    error::DatasetError,
+    python_random::PythonRandom,
+    samples::{Dataset, SampleSource},
+    split::hold_out,
+};
 use crate::study::{Studies, StudyRow, StudyRule};
 
 /// Both parts, and what is known of their studies.
@@ -22,7 +27,7 @@ impl Dataset {
     pub fn study_row(&self, index: usize) -> StudyRow {
         let name = format!("`{}`, row {}", self.name, self.row(index));
         match &self.source {
-            super::Source::Rows {
+            SampleSource::Rows {
                 samples, folder, ..
             } => {
                 let sample = &samples[self.place(index)];
@@ -33,7 +38,7 @@ impl Dataset {
                     folder: folder.to_string_lossy().into_owned(),
                 }
             }
-            super::Source::Phantoms { range, .. } => {
+            SampleSource::Phantoms { range, .. } => {
                 let seed = self.name.split(':').nth(1).unwrap_or_default();
                 let number = range.start + self.place(index) as u64;
                 let study = format!("phantom {seed}:{number}");

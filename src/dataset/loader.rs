@@ -19,7 +19,7 @@ use burn::{
 use rand::{SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
 
-use super::{Dataset, DatasetError, EncodedSample};
+use super::{encode::EncodedSample, error::DatasetError, samples::Dataset};
 use crate::{
     base::{seeds::mix, trace::Trace},
     batch::{
@@ -36,7 +36,7 @@ use packing::fill_rows;
 /// Frames, rows and columns of each image of a sample, in patches.
 type Grids = Vec<[usize; 3]>;
 
-/// Windows made ahead of their turn by each worker.
+/// Windows that each worker makes in advance.
 const AHEAD: usize = 2;
 
 /// What is done with samples longer than `max_length`; nothing is ever cut.
@@ -123,7 +123,7 @@ pub struct WindowLoader {
     plan: WindowPlan,
     /// First step.
     start: usize,
-    /// Step behind the last.
+    /// Step after the last.
     end: usize,
     workers: usize,
     patience: Option<Duration>,
@@ -177,7 +177,7 @@ impl WindowLoader {
         self
     }
 
-    /// Step behind the last one.
+    /// Step after the last one.
     pub fn end(&self) -> usize {
         self.end
     }
@@ -211,7 +211,7 @@ impl WindowLoader {
                 Err(error) => return Err(error),
             }
         }
-        let kept = samples.iter().map(|(row, _)| *row).collect();
+        let rows = samples.iter().map(|(row, _)| *row).collect();
         let lengths: Vec<usize> = samples
             .iter()
             .map(|(_, sample)| sample.input_ids.len())
@@ -243,7 +243,7 @@ impl WindowLoader {
             step,
             epoch: (step + 1) as f64 / per_epoch as f64,
             parts,
-            rows: kept,
+            rows,
             targets,
             micro_batches,
             first_micro_batch: 0,
@@ -317,7 +317,7 @@ impl WindowLoader {
         })
     }
 
-    /// Windows in order, made by worker threads ahead of their turn.
+    /// Windows in order, made in advance by worker threads.
     pub fn stream(&self) -> WindowStream {
         let stop = Arc::new(AtomicBool::new(false));
         let channels = (0..self.workers)
@@ -397,7 +397,7 @@ impl Iterator for WindowStream {
         if self.next >= self.end {
             return None;
         }
-        // Worker `k` makes every k-th window: asking in turn keeps the order.
+        // Worker `k` makes every k-th window: receiving in turn keeps the order.
         let worker = (self.next - self.start) % self.channels.len();
         match self.receive(worker)? {
             Ok(window) => {

@@ -186,7 +186,7 @@ mod tests {
         let found = rows(Path::new("a.jsonl"), text.as_bytes()).unwrap();
         assert_eq!(found, [(2, ROW), (5, ROW)]);
         assert_eq!(rows(Path::new("a"), b"").unwrap(), []);
-        // A broken line is an error of its row, and told there.
+        // A broken line is an error of its row, reported there.
         assert_eq!(rows(Path::new("a"), b"{bad\n{}").unwrap().len(), 2);
     }
 

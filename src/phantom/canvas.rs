@@ -1,11 +1,13 @@
 //! The drawing surface: soft shapes, strokes, blur, and the way from body to pixels.
 //!
-//! Only exactly rounded `f32` operations are used, so that a film has the same bytes everywhere.
+//! Only exactly rounded `f32` operations are used, so that an image has the same bytes everywhere.
 
 use super::draws::Draws;
 
-/// Width and height of the film, in pixels.
-pub(super) const SIZE: usize = super::PHANTOM_SIZE as usize;
+/// Width and height of every phantom, in pixels.
+pub const PHANTOM_SIZE: u32 = 128;
+/// [`PHANTOM_SIZE`] as a length.
+pub(super) const SIZE: usize = PHANTOM_SIZE as usize;
 /// Body units to pixels.
 pub(super) const PIXELS_PER_UNIT: f32 = SIZE as f32 / 2.0;
 
@@ -59,7 +61,7 @@ fn small_sin_cos(angle: f32) -> (f32, f32) {
     )
 }
 
-/// How the patient stands before the film: small shift, turn and magnification.
+/// Position of the patient before the detector: small shift, rotation and magnification.
 pub(super) struct Pose {
     sin: f32,
     cos: f32,
@@ -122,7 +124,7 @@ impl Stroke {
     }
 
     /// Replaces each value under the stroke by `paint(value, cover, pixel)`.
-    pub(super) fn paint(&self, film: &mut [f32], paint: impl Fn(f32, f32, usize) -> f32) {
+    pub(super) fn paint(&self, pixels: &mut [f32], paint: impl Fn(f32, f32, usize) -> f32) {
         let reach = self.radius + 1.0;
         let span = |a: f32, b: f32| {
             let low = (a.min(b) - reach).clamp(0.0, SIZE as f32) as usize;
@@ -140,23 +142,23 @@ impl Stroke {
                 let distance = (ex * ex + ey * ey).sqrt();
                 let cover = inside(self.radius - distance, 0.8);
                 let pixel = row * SIZE + column;
-                film[pixel] = paint(film[pixel], cover, pixel);
+                pixels[pixel] = paint(pixels[pixel], cover, pixel);
             }
         }
     }
 }
 
 /// Binomial 3×3 blur, edges repeated.
-pub(super) fn blur(film: &[f32]) -> Vec<f32> {
+pub(super) fn blur(pixels: &[f32]) -> Vec<f32> {
     let weigh = |before: f32, here: f32, after: f32| 0.25 * before + 0.5 * here + 0.25 * after;
-    let mut across = Vec::with_capacity(film.len());
-    for row in film.chunks_exact(SIZE) {
+    let mut across = Vec::with_capacity(pixels.len());
+    for row in pixels.chunks_exact(SIZE) {
         across.extend((0..SIZE).map(|column| {
             let after = row[(column + 1).min(SIZE - 1)];
             weigh(row[column.saturating_sub(1)], row[column], after)
         }));
     }
-    let mut down = Vec::with_capacity(film.len());
+    let mut down = Vec::with_capacity(pixels.len());
     for row in 0..SIZE {
         let line = |row: usize| &across[row * SIZE..(row + 1) * SIZE];
         let (above, here, below) = (

@@ -14,9 +14,9 @@ use image::{
 use serde::Serialize;
 
 use super::{
-    Dialect, Study,
     draws::{Draws, Purpose},
-    write_report,
+    report::{Dialect, write_report},
+    study::Study,
 };
 
 /// Questions put to the model; the first is the published default.
@@ -45,7 +45,7 @@ pub enum PhantomDatasetError {
     /// The target holds something already.
     #[error("`{}` exists and is not an empty folder; choose another folder or remove it", .0.display())]
     Exists(PathBuf),
-    /// There is nothing to write, or nothing to ask.
+    /// No sample to write, or no question.
     #[error("a data set needs at least one {0}, found none; give a longer list or range")]
     Empty(&'static str),
     /// A file or folder could not be written.
@@ -77,10 +77,10 @@ pub enum PhantomDatasetError {
     },
 }
 
-/// One question about one film, with the answer.
+/// One question about one image, with the answer.
 #[derive(Debug, Clone)]
 pub struct PhantomSample {
-    /// The film and its true findings.
+    /// The image and its true findings.
     pub study: Study,
     /// The question, without an image mark.
     pub prompt: String,
@@ -89,7 +89,7 @@ pub struct PhantomSample {
 }
 
 impl PhantomSample {
-    /// Film, question and answer, without the true findings.
+    /// Image, question and answer, without the true findings.
     pub fn into_parts(self) -> (GrayImage, String, String) {
         (self.study.image, self.prompt, self.report)
     }
@@ -115,12 +115,12 @@ impl PhantomStudies {
         }
     }
 
-    /// The same films with reports in `dialect`.
+    /// The same images with reports in `dialect`.
     pub fn with_dialect(self, dialect: Dialect) -> Self {
         Self { dialect, ..self }
     }
 
-    /// The same films with questions from `prompts`; an empty list asks nothing.
+    /// The same images with questions from `prompts`; an empty list gives empty questions.
     pub fn with_prompts(self, prompts: &[&str]) -> Self {
         let prompts = prompts.iter().map(|&prompt| prompt.to_owned()).collect();
         Self { prompts, ..self }
@@ -181,13 +181,13 @@ pub struct Summary {
 
 /// One line of the sample list, in the form ms-swift reads.
 #[derive(Serialize)]
-struct Line<'a> {
-    messages: [Message<'a>; 2],
+struct SampleLine<'a> {
+    messages: [SampleMessage<'a>; 2],
     images: [String; 1],
 }
 
 #[derive(Serialize)]
-struct Message<'a> {
+struct SampleMessage<'a> {
     role: &'static str,
     content: &'a str,
 }
@@ -222,7 +222,7 @@ pub fn write_dataset(
         .with_dialect(dialect)
         .with_prompts(prompts);
     let written = write_folder(&beside, &studies, range).and_then(|mut summary| {
-        // An empty folder goes first: Windows does not rename over one.
+        // An empty folder is removed first: Windows does not rename over one.
         if dir.exists() {
             fs::remove_dir(dir).map_err(cannot_write(dir))?;
         }
@@ -277,8 +277,8 @@ fn write_folder(
         let png = encode_png(&sample.study.image, &path)?;
         fs::write(&path, &png).map_err(cannot_write(&path))?;
         let question = format!("<image>{}", sample.prompt);
-        let message = |role, content| Message { role, content };
-        let line = serde_json::to_string(&Line {
+        let message = |role, content| SampleMessage { role, content };
+        let line = serde_json::to_string(&SampleLine {
             messages: [
                 message("user", &question),
                 message("assistant", &sample.report),
@@ -298,7 +298,7 @@ fn write_folder(
 
 fn encode_png(image: &GrayImage, path: &Path) -> Result<Vec<u8>, PhantomDatasetError> {
     let mut bytes = Vec::new();
-    // Grainy films compress best unfiltered.
+    // Grainy images compress best unfiltered.
     PngEncoder::new_with_quality(&mut bytes, CompressionType::Best, FilterType::NoFilter)
         .write_image(
             image.as_raw(),
@@ -316,7 +316,7 @@ fn encode_png(image: &GrayImage, path: &Path) -> Result<Vec<u8>, PhantomDatasetE
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::phantom::findings_in_report;
+    use crate::phantom::labels::findings_in_report;
 
     #[test]
     fn a_written_data_set_holds_the_series() {
@@ -366,11 +366,11 @@ mod tests {
     }
 
     #[test]
-    fn every_prompt_is_asked() {
-        let asked: std::collections::BTreeSet<_> = PhantomStudies::new(9)
+    fn every_prompt_occurs() {
+        let found: std::collections::BTreeSet<_> = PhantomStudies::new(9)
             .take(150)
             .map(|sample| sample.prompt)
             .collect();
-        assert_eq!(asked.len(), PROMPTS.len());
+        assert_eq!(found.len(), PROMPTS.len());
     }
 }

@@ -11,7 +11,7 @@ use rand_chacha::{
 pub(super) enum Purpose {
     /// Which findings a study has.
     Findings = 1,
-    /// Shape, position, exposure and noise of the film.
+    /// Shape, position, exposure and noise of the image.
     Drawing = 2,
     /// Choice of prompt.
     Prompt = 3,

@@ -2,11 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use super::{Finding, Side, Zone};
+use super::finding::{Finding, Side, Zone};
 
 /// Reads the findings a report states, in either dialect.
 ///
-/// A finding counts where its word stands in a clause with no negation (`未见`, `无`, `没有`)
+/// A finding counts where its word is in a clause with no negation (`未见`, `无`, `没有`)
 /// before it; a negation holds over a list (`未见胸腔积液、气胸或结节`) up to the next comma.
 /// Side and zone are the nearest ones before the word in the same sentence, `双侧` and `两侧`
 /// being both sides. A mention without the side or zone its finding needs is no finding.
@@ -65,7 +65,7 @@ fn is_negated(before: &str) -> bool {
     ["未见", "无", "没有"].iter().any(|no| before.contains(no))
 }
 
-/// Adds the findings `mention` stands for, given the sentence `before` it.
+/// Adds the findings that `mention` means, given the sentence `before` it.
 fn add_mention(mention: Mention, before: &str, findings: &mut BTreeSet<Finding>) {
     let (sides, after_side) = nearest_side(before);
     match mention {

@@ -1,13 +1,13 @@
-//! Findings as shapes: where they lie on one film, and what they do to its brightness.
+//! Findings as shapes: where they are on one image, and what they do to its brightness.
 
 use super::{
-    Finding, Side, Zone,
     anatomy::{Chest, sign},
     canvas::{PIXELS_PER_UNIT, bezier, ellipse_distance, inside, mix, smoothstep},
     draws::Draws,
+    finding::{Finding, Side, Zone},
 };
 
-/// A finding with its place and size on one film.
+/// A finding with its place and size on one image.
 pub(super) enum Lesion {
     Nodule {
         centre: (f32, f32),
@@ -21,7 +21,7 @@ pub(super) enum Lesion {
     },
     Effusion {
         side: f32,
-        /// Height of the fluid at the heart, and how much higher it stands at the chest wall.
+        /// Height of the fluid at the heart, and how much higher it is at the chest wall.
         level: f32,
         rise: f32,
     },
@@ -98,7 +98,7 @@ impl Lesion {
         })
     }
 
-    /// Applies what lies in the pleural space, behind the ribs.
+    /// Applies what is in the pleural space, under the ribs.
     pub(super) fn under_ribs(&self, value: f32, x: f32, y: f32, lung: f32, chest: &Chest) -> f32 {
         match *self {
             Self::Pneumothorax {

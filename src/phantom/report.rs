@@ -6,8 +6,8 @@
 use std::collections::BTreeSet;
 
 use super::{
-    Finding, Side,
     draws::{Draws, Purpose},
+    finding::{Finding, Side},
 };
 
 /// Style of a report.
@@ -178,7 +178,7 @@ fn house_report(findings: &BTreeSet<Finding>, draws: &mut Draws) -> String {
             "{opening}，心影大小正常。{lungs}，未见结节或实变。{pleura}，未见胸腔积液或气胸。影像诊断：{end}。"
         );
     }
-    // A film with three findings leaves room for one remark on each.
+    // An image with three findings leaves room for one remark on each.
     let brief = findings.len() > 2;
     let mut text = String::new();
     for section in Section::ALL {
@@ -247,7 +247,9 @@ impl Section {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::phantom::{PROMPTS, findings_in_report, sample_findings};
+    use crate::phantom::{
+        dataset::PROMPTS, finding::Zone, labels::findings_in_report, study::sample_findings,
+    };
 
     /// Character ROUGE-L F1 of two texts.
     fn rouge_l(a: &str, b: &str) -> f64 {
@@ -281,7 +283,6 @@ mod tests {
 
     #[test]
     fn partial_reports_swap_sides_and_leave_two_findings_out() {
-        use crate::phantom::Zone;
         let findings = [
             Finding::Cardiomegaly,
             Finding::Nodule(Side::Left, Zone::Upper),

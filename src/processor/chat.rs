@@ -1,8 +1,8 @@
 //! Messages to token ids: the chat template of a checkpoint and the places of its images.
 //!
-//! The way of a prompt: messages → [`ChatTemplate::render`] → [`Tokenizer::encode`] → one
+//! Steps of a prompt: messages → [`ChatTemplate::render`] → [`Tokenizer::encode`] → one
 //! `<|image_pad|>` per image → [`expand_image_pads`] → as many as the image has merged features.
-//! [`encode_chat`] goes all of it, and first refuses control tokens in the messages' text.
+//! [`encode_chat`] does all of them, and first refuses control tokens in the messages' text.
 //! This module knows nothing of pixels: an image is its place and its patch grid.
 
 use std::collections::BTreeMap;
@@ -58,7 +58,7 @@ pub enum ChatError {
     Unnamed {
         /// File that was being read.
         path: PathBuf,
-        /// Name that was asked for.
+        /// The wanted name.
         wanted: String,
         /// Names in the file.
         found: String,
@@ -111,7 +111,7 @@ pub enum ChatError {
     Tokenizer(#[from] TokenizerError),
 }
 
-/// What a template is told beside the messages.
+/// Settings of a template beside the messages.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct RenderOptions {
     /// Ends with the opening of an answer.
@@ -207,7 +207,7 @@ impl ChatTemplate {
         Self::new(THINKING_TEMPLATE, "built-in thinking")
     }
 
-    /// Looks for the template of a checkpoint folder; `None` if it brings none.
+    /// Looks for the template of a checkpoint folder; `None` if it has none.
     ///
     /// Searched in the order of transformers: `chat_template.jinja`, `chat_template.json`, then
     /// the key `chat_template` of `tokenizer_config.json`. Where that is a list, `name` chooses,
@@ -255,7 +255,7 @@ impl ChatTemplate {
 
     /// The conversation as one text, `<|image_pad|>` once for each image.
     ///
-    /// The messages' text is taken as it is; [`encode_chat`] is the way that checks it.
+    /// The messages' text is not checked here; [`encode_chat`] does.
     ///
     /// # Errors
     /// [`ChatError::NoMessages`], and [`ChatError::Template`] if the template refuses.
@@ -275,7 +275,7 @@ impl ChatTemplate {
             .environment
             .template_from_named_str("chat_template", &self.source)
             .map_err(failed)?;
-        // Undefined is not false to templates that ask `is defined`, so it is left out instead.
+        // Templates that test `is defined` treat undefined and false differently, so it stays undefined.
         let thinking = options
             .enable_thinking
             .or(self.enable_thinking)

@@ -16,7 +16,7 @@ pub struct Turn {
 /// A conversation of turns, as training sees it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Conversation {
-    /// What sets the scene.
+    /// The system message.
     pub system: Option<String>,
     /// At least one question with its answer.
     pub turns: Vec<Turn>,

@@ -1,4 +1,4 @@
-//! Picture files to RGB pixels: PNG, JPEG, WebP, BMP, TIFF and DICOM, told apart by content.
+//! Picture files to RGB pixels: PNG, JPEG, WebP, BMP, TIFF and DICOM, recognised by content.
 //!
 //! What a pixel becomes follows the reference pipeline (`to_rgb` of `qwen_vl_utils` over Pillow):
 //! red, green, blue and alpha are laid on white, and so is 16-bit grey with alpha; 8-bit grey with
@@ -8,7 +8,7 @@
 //! that use fewer bits are scaled by the bits in use ([`rgb`]). JPEG of one and three channels gives
 //! Pillow's pixels exactly ([`jpeg`]); JPEG of four channels, and JPEG inside TIFF, may round in
 //! another way.
-//! The orientation a camera wrote is applied. Grey levels of DICOM are [`super::dicom`]'s.
+//! The orientation a camera wrote is applied. For grey levels of DICOM see [`super::dicom`].
 //!
 //! Nothing is allocated for pixels before the header's size has passed [`DecodeLimits`]. This module
 //! knows nothing of patches, tensors or windows of grey levels.
@@ -16,119 +16,34 @@
 mod cost;
 mod error;
 mod frames;
+mod header;
 pub(super) mod jpeg;
+pub(super) mod limits;
 mod rgb;
+mod rgb_image;
 #[cfg(test)]
 mod tests;
 mod tiff;
 
 use std::borrow::Cow;
-use std::fmt;
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Cursor, Read, Seek};
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::io::{BufRead, BufReader, Cursor, Read};
 use std::path::Path;
 
 use image::metadata::Orientation;
-use image::{ColorType, DynamicImage, GrayImage, ImageDecoder, ImageReader};
+use image::{DynamicImage, GrayImage, ImageDecoder};
 
-use super::dicom::{self, DicomError};
+use super::dicom;
 use super::remark::{Remark, RemarkKind};
 pub use cost::{DecodingCost, decoding_cost};
 pub use error::{ImageError, PictureFormat};
 use frames::animation_frames;
+use header::{check_file_size, dicom_refusal, guarded, open, orientation, refusal};
 use jpeg::{JpegError, jpeg_has_end};
+pub use limits::DecodeLimits;
 use rgb::{Storage, drops_alpha, to_rgb};
+pub use rgb_image::RgbImage;
 use tiff::{BitOrder, Tiff};
-
-/// What a picture from outside may cost, checked before the cost is paid.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DecodeLimits {
-    /// Largest file, in bytes.
-    pub max_file_bytes: u64,
-    /// Largest width times height in a header.
-    pub max_decoded_pixels: u64,
-    /// Largest buffer of decoded pixels, in bytes.
-    pub max_decoded_bytes: u64,
-}
-
-impl Default for DecodeLimits {
-    /// 512 MiB of file, 200 million pixels, 1 GiB decoded: room for any radiograph, and a scan of
-    /// 20,000 × 10,000 pixels in 8-bit colour.
-    fn default() -> Self {
-        Self {
-            max_file_bytes: 512 << 20,
-            max_decoded_pixels: 200_000_000,
-            max_decoded_bytes: 1 << 30,
-        }
-    }
-}
-
-/// A picture of 8-bit red, green and blue, row by row from the top left.
-#[derive(Clone, PartialEq, Eq)]
-pub struct RgbImage {
-    width: usize,
-    height: usize,
-    pixels: Vec<u8>,
-}
-
-impl fmt::Debug for RgbImage {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "RgbImage({} × {})", self.width, self.height)
-    }
-}
-
-impl RgbImage {
-    /// Takes `pixels` of layout `[height, width, 3]`.
-    ///
-    /// # Errors
-    /// [`ImageError::PixelCount`] if a side is zero or the length is not `height × width × 3`.
-    pub fn from_rgb(width: usize, height: usize, pixels: Vec<u8>) -> Result<Self, ImageError> {
-        let expected = width
-            .checked_mul(height)
-            .and_then(|count| count.checked_mul(3));
-        if pixels.is_empty() || expected != Some(pixels.len()) {
-            return Err(ImageError::PixelCount {
-                width,
-                height,
-                bytes: pixels.len(),
-            });
-        }
-        Ok(Self {
-            width,
-            height,
-            pixels,
-        })
-    }
-
-    /// Spreads grey `pixels` of layout `[height, width]` over the three channels.
-    ///
-    /// # Errors
-    /// [`ImageError::PixelCount`] if a side is zero or the length is not `height × width`.
-    pub fn from_gray(width: usize, height: usize, pixels: &[u8]) -> Result<Self, ImageError> {
-        Self::from_rgb(width, height, spread(pixels.iter().copied()))
-    }
-
-    /// Width in pixels.
-    pub fn width(&self) -> usize {
-        self.width
-    }
-
-    /// Height in pixels.
-    pub fn height(&self) -> usize {
-        self.height
-    }
-
-    /// Pixels `[height, width, 3]`.
-    pub fn pixels(&self) -> &[u8] {
-        &self.pixels
-    }
-
-    /// Gives the pixels `[height, width, 3]` away.
-    pub fn into_pixels(self) -> Vec<u8> {
-        self.pixels
-    }
-}
 
 /// A picture, and what a reader of a report on it should know.
 #[derive(Debug, Clone)]
@@ -174,7 +89,7 @@ pub fn read_bytes(path: &Path, limits: &DecodeLimits) -> Result<Vec<u8>, ImageEr
     let size = file.metadata().map_err(read)?.len();
     check_file_size(size, &name, limits)?;
     let mut bytes = Vec::with_capacity(size as usize);
-    // A file may grow, or be a pipe that tells no size.
+    // A file may grow, or be a pipe without a size.
     file.take(limits.max_file_bytes.saturating_add(1))
         .read_to_end(&mut bytes)
         .map_err(read)?;
@@ -182,7 +97,7 @@ pub fn read_bytes(path: &Path, limits: &DecodeLimits) -> Result<Vec<u8>, ImageEr
     Ok(bytes)
 }
 
-/// Decodes the picture in `bytes`; `name` stands for it in messages.
+/// Decodes the picture in `bytes`; `name` is its name in messages.
 ///
 /// # Errors
 /// Any of the first twelve kinds of [`ImageError`] but [`ImageError::Read`]: empty, too large, of
@@ -193,7 +108,7 @@ pub fn decode(bytes: &[u8], name: &str, limits: &DecodeLimits) -> Result<RgbImag
 
 /// Decodes frame `frame`, counted from 1, of the picture in `bytes`.
 ///
-/// A DICOM file of several frames wants one chosen; of a TIFF file the first page is taken otherwise,
+/// Of a DICOM file with several frames one has to be chosen; of a TIFF file the first page is taken otherwise,
 /// with a remark. Any other picture counts as one, also an animation, of which the first frame is
 /// taken with a remark.
 ///
@@ -214,7 +129,7 @@ pub fn decode_frame(
         PictureFormat::Dicom => decode_dicom(bytes, name, frame, limits),
         _ => decode_plain(bytes, format, name, frame, limits),
     })?;
-    let (pixels, _) = picture.pixels.as_chunks::<3>();
+    let (pixels, _) = picture.pixels().as_chunks::<3>();
     if pixels.iter().all(|pixel| *pixel == pixels[0]) {
         remarks.push(Remark::new(
             RemarkKind::OneColour,
@@ -281,7 +196,7 @@ fn decode_plain(
         (bytes, storage.white_is_zero) =
             tiff.page(frame.unwrap_or(1) - 1)
                 .map_err(|cause| match cause {
-                    BitOrder::Compression => unsupported(
+                    BitOrder::Compression => ImageError::unsupported(
                         format,
                         name,
                         "compressed bits in reverse order, FillOrder 2",
@@ -313,7 +228,7 @@ fn decode_plain(
     Ok(Reading { picture, remarks })
 }
 
-/// Refuses a JPEG that is cut off, or of a kind for which decoders have no clear word.
+/// Refuses a JPEG that is cut off, or of a kind for which decoders have no clear error.
 fn check_jpeg(bytes: &[u8], name: &str) -> Result<(), ImageError> {
     let format = PictureFormat::Jpeg;
     if !jpeg_has_end(bytes) {
@@ -323,10 +238,12 @@ fn check_jpeg(bytes: &[u8], name: &str) -> Result<(), ImageError> {
         });
     }
     match jpeg::frame_header(bytes) {
-        Some(header) if header.is_lossless => Err(unsupported(format, name, "JPEG without loss")),
+        Some(header) if header.is_lossless => {
+            Err(ImageError::unsupported(format, name, "JPEG without loss"))
+        }
         Some(header) if header.precision != 8 => {
             let found = format!("levels of {} bits", header.precision);
-            Err(unsupported(format, name, found))
+            Err(ImageError::unsupported(format, name, found))
         }
         _ => Ok(()),
     }
@@ -349,7 +266,7 @@ fn decode_jpeg(
                 name,
                 limit: limits.max_decoded_bytes,
             },
-            JpegError::Unsupported(found) => unsupported(format, &name, found),
+            JpegError::Unsupported(found) => ImageError::unsupported(format, &name, found),
             JpegError::Damaged(reason) => ImageError::Damaged {
                 name,
                 format,
@@ -364,11 +281,11 @@ fn decode_jpeg(
     remarks.extend(decoded.damage.remark().map_err(refused)?);
     let (width, height) = (decoded.width as u32, decoded.height as u32);
     Ok(match decoded.pixels {
-        jpeg::Pixels::Gray(levels) => {
+        jpeg::JpegPixels::Gray(levels) => {
             let levels = levels.into_iter().map(|level| level as u8).collect();
             GrayImage::from_raw(width, height, levels).map(DynamicImage::ImageLuma8)
         }
-        jpeg::Pixels::Rgb(pixels) => {
+        jpeg::JpegPixels::Rgb(pixels) => {
             image::RgbImage::from_raw(width, height, pixels).map(DynamicImage::ImageRgb8)
         }
     })
@@ -397,7 +314,7 @@ pub fn technical(
 
 /// Width and height of the picture at `path` in pixels, upright, from its header alone.
 ///
-/// It meets the limits and is of a kind that is read; its pixels may still turn out damaged. A DICOM
+/// It meets the limits and is of a kind that is read; its pixels may still be damaged. A DICOM
 /// file is read whole, since its header ends where its pixels begin, wherever that is.
 ///
 /// # Errors
@@ -431,166 +348,4 @@ pub fn probe(path: &Path, limits: &DecodeLimits) -> Result<(usize, usize), Image
             _ => (width, height),
         })
     })
-}
-
-/// Puts what is wrong with a DICOM file into the words of all pictures where there are such.
-fn dicom_refusal(cause: DicomError, name: &str, limits: &DecodeLimits) -> ImageError {
-    let name = name.to_owned();
-    let format = PictureFormat::Dicom;
-    match cause {
-        DicomError::Truncated => ImageError::Truncated { name, format },
-        DicomError::Damaged(reason) => ImageError::Damaged {
-            name,
-            format,
-            reason,
-        },
-        DicomError::TooManyPixels { columns, rows } => ImageError::TooManyPixels {
-            name,
-            width: columns,
-            height: rows,
-            limit: limits.max_decoded_pixels,
-        },
-        DicomError::TooMuchMemory => ImageError::TooMuchMemory {
-            name,
-            limit: limits.max_decoded_bytes,
-        },
-        cause => ImageError::Dicom {
-            name,
-            cause: Box::new(cause),
-        },
-    }
-}
-
-fn check_file_size(bytes: u64, name: &str, limits: &DecodeLimits) -> Result<(), ImageError> {
-    let limit = limits.max_file_bytes;
-    if bytes > limit {
-        return Err(ImageError::FileTooLarge {
-            name: name.to_owned(),
-            bytes,
-            limit,
-        });
-    }
-    Ok(())
-}
-
-/// Reason given for a picture whose decoder failed in an unforeseen way.
-const DECODER_PANIC: &str = "the decoder gave up";
-
-/// Runs a decoder such that a fault inside it costs one picture, not the program.
-fn guarded<T>(
-    format: PictureFormat,
-    name: &str,
-    run: impl FnOnce() -> Result<T, ImageError>,
-) -> Result<T, ImageError> {
-    // Nothing the closure could leave half done outlives it.
-    catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| {
-        Err(ImageError::Damaged {
-            name: name.to_owned(),
-            format,
-            reason: DECODER_PANIC.to_owned(),
-        })
-    })
-}
-
-/// Reads the header and holds it against the limits.
-fn open<'a, R: BufRead + Seek + 'a>(
-    reader: R,
-    format: PictureFormat,
-    name: &str,
-    limits: &DecodeLimits,
-) -> Result<impl ImageDecoder + 'a, ImageError> {
-    let Some(decoder_format) = format.decoder_format() else {
-        return Err(unsupported(format, name, "not one of a plain picture"));
-    };
-    let mut reader = ImageReader::with_format(reader, decoder_format);
-    let mut memory = image::Limits::no_limits();
-    memory.max_alloc = Some(limits.max_decoded_bytes);
-    reader.limits(memory);
-    let decoder = reader
-        .into_decoder()
-        .map_err(|cause| refusal(cause, format, name, limits))?;
-    let (width, height) = decoder.dimensions();
-    if width == 0 || height == 0 {
-        let reason = format!("its size is {width} × {height}");
-        return Err(ImageError::Damaged {
-            name: name.to_owned(),
-            format,
-            reason,
-        });
-    }
-    if u64::from(width) * u64::from(height) > limits.max_decoded_pixels {
-        let limit = limits.max_decoded_pixels;
-        return Err(ImageError::TooManyPixels {
-            name: name.to_owned(),
-            width,
-            height,
-            limit,
-        });
-    }
-    if decoder.total_bytes() > limits.max_decoded_bytes {
-        let limit = limits.max_decoded_bytes;
-        return Err(ImageError::TooMuchMemory {
-            name: name.to_owned(),
-            limit,
-        });
-    }
-    let color = decoder.color_type();
-    if matches!(color, ColorType::Rgb32F | ColorType::Rgba32F) {
-        return Err(unsupported(format, name, "32-bit fractions"));
-    }
-    Ok(decoder)
-}
-
-/// The orientation in the header; a broken tag is no reason to refuse sound pixels.
-///
-/// Some writers put the mark of a JPEG's Exif segment before the Exif of a WebP or PNG file.
-fn orientation(decoder: &mut impl ImageDecoder) -> Orientation {
-    const MARK: &[u8] = b"Exif\0\0";
-    let exif = decoder.exif_metadata().ok().flatten();
-    let marked = exif.as_deref().and_then(|exif| exif.strip_prefix(MARK));
-    marked
-        .and_then(Orientation::from_exif_chunk)
-        .or_else(|| decoder.orientation().ok())
-        .unwrap_or(Orientation::NoTransforms)
-}
-
-fn unsupported(format: PictureFormat, name: &str, found: impl ToString) -> ImageError {
-    ImageError::UnsupportedPixels {
-        name: name.to_owned(),
-        format,
-        found: found.to_string(),
-    }
-}
-
-/// Puts what a decoder says into our words.
-fn refusal(
-    cause: image::ImageError,
-    format: PictureFormat,
-    name: &str,
-    limits: &DecodeLimits,
-) -> ImageError {
-    let name = name.to_owned();
-    match cause {
-        image::ImageError::IoError(cause) if cause.kind() == io::ErrorKind::UnexpectedEof => {
-            ImageError::Truncated { name, format }
-        }
-        image::ImageError::Limits(_) => ImageError::TooMuchMemory {
-            name,
-            limit: limits.max_decoded_bytes,
-        },
-        image::ImageError::Unsupported(cause) => unsupported(format, &name, cause),
-        other => ImageError::Damaged {
-            name,
-            format,
-            reason: other.to_string(),
-        },
-    }
-}
-
-fn spread(gray: impl ExactSizeIterator<Item = u8>) -> Vec<u8> {
-    let mut pixels = vec![0; gray.len() * 3];
-    for (pixel, value) in pixels.as_chunks_mut::<3>().0.iter_mut().zip(gray) {
-        *pixel = [value; 3];
-    }
-    pixels
 }

@@ -1,12 +1,12 @@
-//! What is said, by whom, and where the images are; reasoning and answer of a generated text.
+//! Messages: role, text and places of images; reasoning and answer of a generated text.
 
 use serde::{Deserialize, Serialize};
 
-/// Who speaks.
+/// Author of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
-    /// Sets the scene; at most one message, the first.
+    /// Instructions; at most one message, the first.
     System,
     /// Asks; the only role that may hold images.
     User,
@@ -75,9 +75,9 @@ impl Content {
 /// One message of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
-    /// Who speaks.
+    /// Its author.
     pub role: Role,
-    /// What is said.
+    /// Text and images.
     pub content: Content,
     /// Reasoning before an answer; only Thinking templates write it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -111,7 +111,7 @@ impl Message {
 /// `starts_inside` says that the prompt already opened the block
 /// (`ChatTemplate::opens_thinking`). Without a closing tag, an open block is all reasoning and
 /// the answer empty; without any tag the text is all answer.
-/// A closing tag alone closes a block that the prompt opened, whatever `starts_inside` says. Newlines at the seams are dropped;
+/// A closing tag alone closes a block that the prompt opened, whatever `starts_inside` says. Newlines at the boundaries are dropped;
 /// an empty block gives `None`.
 pub fn split_thinking(text: &str, starts_inside: bool) -> (Option<String>, String) {
     let reasoning = |text: &str| {

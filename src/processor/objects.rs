@@ -1,6 +1,6 @@
-//! Names and boxes of objects, put in place of `<ref-object>` and `<bbox>`.
+//! Names and boxes of objects, written in place of `<ref-object>` and `<bbox>`.
 //!
-//! Boxes are written as Qwen3-VL writes them: `[x1, y1, x2, y2]` in thousandths of the picture's
+//! Boxes are written as Qwen3-VL writes them: `[x1, y1, x2, y2]` in thousandths of the image's
 //! width and height, in plain digits. That is ms-swift's `QWENVL_BBOX_FORMAT=new`; its older default
 //! wraps them in control tokens, which a report does not show.
 //!
@@ -9,8 +9,9 @@
 
 use serde_json::Value;
 
+use super::row_fault::{RowFault, kind_of, shown};
 use super::row_keys;
-use super::sample::{RowFault, kind_of, shown};
+use crate::base::files::nearest::nearest;
 
 /// Width and height of the grid that coordinates are rounded to.
 const GRID: f64 = 1000.0;
@@ -49,7 +50,7 @@ impl Objects {
                 continue;
             }
             let key = format!("objects.{name}");
-            return Err(match row_keys::nearest(name, &KEYS) {
+            return Err(match nearest(name, KEYS) {
                 Some(nearest) => RowFault::Slip { key, nearest },
                 None => RowFault::Refused {
                     key,

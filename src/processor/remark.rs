@@ -23,7 +23,7 @@ pub enum RemarkKind {
     NarrowRange,
     /// The window shows no level of the image, or is no window; another range is shown.
     WindowOutsideRange,
-    /// The file asks for a polarity other than that of its photometric interpretation.
+    /// The file states a polarity other than that of its photometric interpretation.
     PresentationShape,
     /// The file's colour tag and the compressed stream disagree; the stream was followed.
     ColourTag,
@@ -33,7 +33,7 @@ pub enum RemarkKind {
     FirstOfSeveralPages,
     /// A part of the compressed pixels is damaged.
     Damaged,
-    /// The image was turned or mirrored.
+    /// The image was rotated or mirrored.
     Turned,
     /// Pixels are not square.
     PixelAspect,

@@ -89,7 +89,7 @@ fn bicubic(x: f64) -> f64 {
 }
 
 /// Weights of one axis: output `i` is the sum of `count` inputs from `first` on.
-struct Weights {
+struct AxisWeights {
     /// `(first, count)` per output.
     bounds: Vec<(usize, usize)>,
     /// `stride` weights per output, fixed point.
@@ -97,7 +97,7 @@ struct Weights {
     stride: usize,
 }
 
-impl Weights {
+impl AxisWeights {
     /// Source: `precompute_coeffs` and `normalize_coeffs_8bpc`, Pillow, `Resample.c`.
     fn new(input: usize, output: usize) -> Self {
         let scale = input as f64 / output as f64;
@@ -191,7 +191,7 @@ pub fn resize_bicubic(
 
 /// Scales every row of `pixels` from `from` to `to` pixels.
 fn scale_rows(pixels: &[u8], from: usize, to: usize) -> Vec<u8> {
-    let weights = Weights::new(from, to);
+    let weights = AxisWeights::new(from, to);
     let rows = pixels.len() / (from * 3);
     let mut out = vec![0; rows * to * 3];
     for (source, target) in pixels
@@ -216,7 +216,7 @@ fn scale_rows(pixels: &[u8], from: usize, to: usize) -> Vec<u8> {
 fn scale_columns(pixels: &[u8], stride: usize, from: usize, to: usize) -> Vec<u8> {
     // As many sums as stay in registers; the rest of a row follows one by one.
     const LANES: usize = 32;
-    let weights = Weights::new(from, to);
+    let weights = AxisWeights::new(from, to);
     let mut out = vec![0; to * stride];
     for (index, target) in out.chunks_exact_mut(stride).enumerate() {
         let (first, weights) = weights.of(index);
@@ -279,7 +279,7 @@ mod tests {
             (9, 96),
             (20_000, 1_001),
         ] {
-            let weights = Weights::new(from, to);
+            let weights = AxisWeights::new(from, to);
             for index in 0..to {
                 let (first, weights) = weights.of(index);
                 assert!(first + weights.len() <= from);

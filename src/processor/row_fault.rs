@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use serde_json::Value;
+
 use super::row_forms;
 use crate::study::counted;
 
@@ -31,7 +33,7 @@ pub enum RowFault {
         /// How to bring it into the form that is read.
         hint: String,
     },
-    /// A value under a key is not what the form asks for.
+    /// A value under a key is of another form.
     #[error("`{key}` is {found}; expected {expected}")]
     Key {
         /// Path of the key inside the line.
@@ -65,7 +67,7 @@ pub enum RowFault {
         /// The key that is read.
         nearest: &'static str,
     },
-    /// A tag that stands where it has no meaning.
+    /// A tag where it has no meaning.
     #[error(
         "`{key}` holds `{tag}`; {expected}; hint: a backslash before a tag makes it plain words, in JSON `\\\\{tag}`"
     )]
@@ -104,5 +106,29 @@ impl RowFault {
             found: found.into(),
             expected: expected.into(),
         }
+    }
+}
+
+/// A value in a message: short ones as they are, others by their kind.
+pub(super) fn shown(value: &Value) -> String {
+    match value {
+        Value::Bool(_) | Value::Number(_) => format!("`{value}`"),
+        Value::String(text) if !text.is_empty() && text.chars().count() <= 40 => {
+            format!("the text `{text}`")
+        }
+        other => kind_of(other).to_owned(),
+    }
+}
+
+/// The kind of a JSON value.
+pub(super) fn kind_of(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a truth value",
+        Value::Number(_) => "a number",
+        Value::String(text) if text.is_empty() => "an empty text",
+        Value::String(_) => "a text",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
     }
 }

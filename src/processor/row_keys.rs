@@ -1,16 +1,19 @@
-//! Which keys of a row training reads, which say nothing to it, and which end it.
+//! Which keys of a row training reads, which mean nothing to it, and which end it.
 //!
 //! The one policy for `train`, `check` and `convert`. A key that changes what is learnt is read or
 //! refused; a key that only describes the row passes; any other passes with a remark, unless it
-//! looks like a slip of the pen for one that is read. A key without a value (`null`, `""`, `[]`,
-//! `{}`) says nothing, whatever its name.
+//! looks like a misspelling of one that is read. A key without a value (`null`, `""`, `[]`,
+//! `{}`) is passed over, whatever its name.
 //!
 //! Source of the keys with a meaning: `RowPreprocessor.standard_keys` and `_check_messages`,
 //! ms-swift 4.6, `dataset/preprocessor/core.py`.
 
 use serde_json::Value;
 
-use crate::study::{PATIENT_KEYS, STUDY_KEYS};
+use crate::{
+    base::files::nearest::nearest,
+    study::{PATIENT_KEYS, STUDY_KEYS},
+};
 
 /// What training does with a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,7 +26,7 @@ pub enum KeyUse {
     Refused(&'static str),
     /// It looks like this key, which is read.
     Slip(&'static str),
-    /// Nothing is known of it.
+    /// It is in no list.
     Unknown,
 }
 
@@ -187,7 +190,7 @@ fn of(
     if let Some((_, cure)) = cure {
         return KeyUse::Refused(cure);
     }
-    nearest(key, read).map_or(KeyUse::Unknown, KeyUse::Slip)
+    nearest(key, read.iter().copied()).map_or(KeyUse::Unknown, KeyUse::Slip)
 }
 
 /// Whether a value says nothing.
@@ -200,18 +203,6 @@ pub(super) fn is_empty(value: &Value) -> bool {
         Value::Object(fields) => fields.is_empty(),
         _ => false,
     }
-}
-
-/// The known word that `word` is likely a misspelling of: the same but for capitals, `-` and `_`,
-/// or with one letter in four wrong.
-pub fn nearest<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
-    let plain = |word: &str| word.to_lowercase().replace(['-', ' ', '_'], "");
-    let word = plain(word);
-    let distances = known
-        .iter()
-        .map(|known| (strsim::osa_distance(&word, &plain(known)), *known));
-    let (distance, found) = distances.min_by_key(|(distance, _)| *distance)?;
-    (distance * 4 <= plain(found).chars().count()).then_some(found)
 }
 
 #[cfg(test)]
@@ -252,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn a_slip_of_the_pen_is_told_from_a_key_of_ones_own() {
+    fn a_misspelt_key_is_distinguished_from_a_key_of_ones_own() {
         let some = json!("x");
         for (key, nearest) in [
             ("Images", "images"),

@@ -3,8 +3,8 @@
 //! `{"messages": [{"role": "user", "content": "<image>…"}, {"role": "assistant", "content": "…"}],
 //! "images": ["a.png"]}`: each `<image>` in a question is the place of the next image. The keys `image`,
 //! `system`, `objects`, `chat_template_kwargs` (`min_pixels`, `max_pixels`), `loss` and `loss_scale` (0 or 1)
-//! and the tag `<img>path</img>` are read as well; what is done with all other keys is said in
-//! [`super::row_keys`]. A backslash makes a tag plain words: `\<image>`.
+//! and the tag `<img>path</img>` are read as well; all other keys are handled in
+//! [`super::row_keys`]. A backslash before a tag makes it plain text: `\<image>`.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -16,13 +16,12 @@ pub use super::conversation::{Conversation, Turn};
 use super::message::{Content, Part, Role};
 use super::objects::Objects;
 pub use super::row_fault::{RowFault, SampleError};
+use super::row_fault::{kind_of, shown};
 use super::row_keys::{self, KeyUse};
+pub use super::tags::IMAGE_TAG;
 use super::tags::{self, Tag};
 use super::{row_forms, strict_json};
-use crate::study::keys_of;
-
-/// What ms-swift writes where an image belongs.
-pub const IMAGE_TAG: &str = "<image>";
+use crate::{base::files::nearest::nearest, study::keys_of};
 
 /// Longest path of an image: a longer text is no path, but most likely the picture itself.
 const LONGEST_PATH: usize = 4096;
@@ -53,7 +52,7 @@ pub struct Sample {
     pub limits: PixelLimits,
     /// Keys with a text or a number, as text: a study may be named by one.
     pub keys: BTreeMap<String, String>,
-    /// Keys of which nothing is known, such as `hospital` or `messages[0].mood`; they are passed over.
+    /// Keys that nothing reads, such as `hospital` or `messages[0].mood`; they are passed over.
     pub unknown_keys: Vec<String>,
     /// The row, where its text has boxes that depend on the sizes of the images.
     boxed: Option<Box<Map<String, Value>>>,
@@ -64,7 +63,7 @@ impl Sample {
     /// pixels, as they are shown.
     ///
     /// # Errors
-    /// [`RowFault::Key`] if a box lies outside its image.
+    /// [`RowFault::Key`] if a box is outside its image.
     pub fn placed(&self, sizes: &[(usize, usize)]) -> Result<Cow<'_, Conversation>, RowFault> {
         match &self.boxed {
             None => Ok(Cow::Borrowed(&self.conversation)),
@@ -169,8 +168,8 @@ fn to_plain_form(row: &mut Map<String, Value>) -> Result<(), RowFault> {
     }
     let mut files = Vec::new();
     for message in messages.iter_mut() {
-        let asks = message.get("role").and_then(Value::as_str) == Some("user");
-        if let Some(Value::String(content)) = message.get_mut("content").filter(|_| asks) {
+        let is_question = message.get("role").and_then(Value::as_str) == Some("user");
+        if let Some(Value::String(content)) = message.get_mut("content").filter(|_| is_question) {
             let (text, found) = tags::files_to_images(content);
             *content = text;
             files.extend(found);
@@ -307,7 +306,7 @@ fn read(row: &Map<String, Value>, sizes: Option<&[(usize, usize)]>) -> Result<Sa
     })
 }
 
-/// Refuses a key, or notes that nothing is known of it.
+/// Refuses a key, or notes that it is in no list.
 fn sort_key(key: String, use_of: KeyUse, unknown: &mut Vec<String>) -> Result<(), RowFault> {
     match use_of {
         KeyUse::Read | KeyUse::Harmless => Ok(()),
@@ -372,7 +371,7 @@ fn pixel_limits(kwargs: Option<&Value>) -> Result<PixelLimits, RowFault> {
         let limit = match name.as_str() {
             "min_pixels" => &mut limits.min_pixels,
             "max_pixels" => &mut limits.max_pixels,
-            _ => match row_keys::nearest(name, &KEYS) {
+            _ => match nearest(name, KEYS) {
                 Some(nearest) => return Err(RowFault::Slip { key, nearest }),
                 None => {
                     let cure = "of these settings only `min_pixels` and `max_pixels` have a meaning in training; take it out";
@@ -560,29 +559,6 @@ fn not_a_path(path: &str) -> Option<String> {
         let letters = path.chars().count();
         format!("a text of {letters} characters, too long for a path (a picture in base64?)")
     })
-}
-
-/// A value in a message: short ones as they are, others by their kind.
-pub(super) fn shown(value: &Value) -> String {
-    match value {
-        Value::Bool(_) | Value::Number(_) => format!("`{value}`"),
-        Value::String(text) if !text.is_empty() && text.chars().count() <= 40 => {
-            format!("the text `{text}`")
-        }
-        other => kind_of(other).to_owned(),
-    }
-}
-
-pub(super) fn kind_of(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "a truth value",
-        Value::Number(_) => "a number",
-        Value::String(text) if text.is_empty() => "an empty text",
-        Value::String(_) => "a text",
-        Value::Array(_) => "a list",
-        Value::Object(_) => "an object",
-    }
 }
 
 #[cfg(test)]

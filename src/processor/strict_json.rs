@@ -1,4 +1,4 @@
-//! JSON in which no key may stand twice, with errors in plain words.
+//! JSON in which no object has a key twice, with errors in plain words.
 
 use std::fmt;
 

@@ -1,11 +1,11 @@
 //! A conversation as training takes it: token ids, and labels on the answers.
 //!
 //! The convention is ms-swift's (template backend `swift`): questions and answers are encoded
-//! apart, so no token reaches over the seam; an answer, its `<|im_end|>` and the newline after it
+//! apart, so no token spans the boundary; an answer, its `<|im_end|>` and the newline after it
 //! are targets in every turn, all else is [`IGNORE_INDEX`]. The chat template of the checkpoint is
-//! not asked: past reasoning stays, and an answer is learnt with the spaces it has. An answer that is
-//! not learnt is encoded with the questions around it. One thing differs: of a last answer that is not
-//! learnt, ms-swift still learns the `<|im_end|>`; here its end is left out with it.
+//! not used: past reasoning stays, and an answer is learnt with the spaces it has. An answer that is
+//! not learnt is encoded together with the questions around it. One deviation: of a last answer that
+//! is not learnt, ms-swift still learns the `<|im_end|>`; here its end is no target either.
 //!
 //! Source: `_swift_encode` and `_encode_context_list`, ms-swift 4.6, `template/base.py`.
 
@@ -88,7 +88,7 @@ pub fn encode_supervised(
     encode(tokenizer, conversation, grids, merge_size)
 }
 
-/// Encodes what stands before the last answer, exactly as training saw it: the prompt of an
+/// Encodes what precedes the last answer, exactly as training saw it: the prompt of an
 /// evaluation that must not depend on a chat template.
 ///
 /// # Errors
@@ -127,7 +127,7 @@ fn encode(
     }
     let mut encoded = SupervisedIds::default();
     let mut grids_left = grids;
-    // What is not learnt, up to the next answer that is.
+    // Text that is no target, up to the next answer that is.
     let mut prompt = String::new();
     let mut push_prompt = |prompt: &mut String, encoded: &mut SupervisedIds| {
         let ids = tokenizer
@@ -164,7 +164,7 @@ fn encode(
     Ok(encoded)
 }
 
-/// Writes all that is before the answer of a turn.
+/// Writes what precedes the answer of a turn.
 fn push_question(text: &mut String, system: Option<&str>, turn: &Turn) {
     // ms-swift takes an empty system message for none.
     if let Some(system) = system.filter(|words| !words.is_empty()) {

@@ -9,6 +9,9 @@ use std::sync::LazyLock;
 
 use regex::Regex;
 
+/// What ms-swift writes where an image belongs.
+pub const IMAGE_TAG: &str = "<image>";
+
 /// What a piece of a text is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Tag<'a> {
@@ -35,8 +38,7 @@ static TAGS: LazyLock<Regex> = LazyLock::new(|| {
         r"|(?P<near>[<＜]\s*[/|]?\s*(?i:images?|img|videos?|audios?)[\s_:#-]*\d*\s*[/|]?\s*[>＞]|<img\s[^<>]*>)",
         r")"
     );
-    #[expect(clippy::expect_used, reason = "a constant that the tests compile")]
-    Regex::new(tags).expect("the pattern is valid")
+    Regex::new(tags).expect("the pattern is a constant that the tests compile")
 });
 
 /// Calls `take` with each piece of `text`, in order.
@@ -76,7 +78,7 @@ pub(super) fn files_to_images(text: &str) -> (String, Vec<String>) {
         match (found.name("escape"), found.name("file")) {
             (None, Some(file)) => {
                 files.push(file.as_str().trim().to_owned());
-                super::sample::IMAGE_TAG.to_owned()
+                IMAGE_TAG.to_owned()
             }
             _ => found[0].to_owned(),
         }

@@ -1,10 +1,10 @@
 //! Text to token ids and back: Qwen's byte-level BPE, read from a checkpoint's `tokenizer.json`.
 //!
-//! Two ways lead from text to ids. [`Tokenizer::encode`] reads `<|im_start|>` and its like as the
+//! There are two encoders. [`Tokenizer::encode`] reads `<|im_start|>` and its like as the
 //! single tokens they name; it is for text this program composed (a rendered template).
 //! [`Tokenizer::encode_plain`] reads the same characters as ordinary letters. Text from outside that
 //! goes *into* a template passes [`Tokenizer::refuse_control_tokens`] first, so that a question
-//! cannot close its own turn or ask for image features.
+//! cannot close its own turn or stand for an image.
 //!
 //! This module knows nothing of messages, images or tensors.
 
@@ -22,7 +22,7 @@ use tokenizers::{
 /// Why a tokenizer could not be read or used.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenizerError {
-    /// Neither form of the file lies in the folder.
+    /// Neither form of the file is in the folder.
     #[error("`{}` holds neither `tokenizer.json` nor `tokenizer.json.gz`; hint: copy it from the published checkpoint", .folder.display())]
     NotFound {
         /// Folder that was searched.
@@ -122,16 +122,16 @@ impl Tokenizer {
         if plain.is_file() {
             return Self::from_file(plain);
         }
-        let packed = folder.join("tokenizer.json.gz");
-        if packed.is_file() {
-            return Self::from_file(packed);
+        let compressed = folder.join("tokenizer.json.gz");
+        if compressed.is_file() {
+            return Self::from_file(compressed);
         }
         Err(TokenizerError::NotFound {
             folder: folder.to_owned(),
         })
     }
 
-    /// Reads one file; a name that ends in `.gz` is unpacked on the way.
+    /// Reads one file; a name that ends in `.gz` is decompressed.
     ///
     /// # Errors
     /// As [`Tokenizer::from_folder`].
@@ -330,7 +330,7 @@ impl Tokenizer {
         }
     }
 
-    /// Bytes one token stands for; empty for an unknown id and for a skipped special token.
+    /// Bytes of one token; empty for an unknown id and for a skipped special token.
     pub(crate) fn bytes_of(&self, id: u32, skip_special: bool) -> Vec<u8> {
         let Some(token) = self.inner.id_to_token(id) else {
             return Vec::new();
@@ -347,10 +347,10 @@ impl Tokenizer {
     }
 }
 
-/// Byte that a letter of the byte-level alphabet stands for.
+/// Byte of a letter of the byte-level alphabet.
 ///
-/// Source: `bytes_to_unicode`, GPT-2: printable Latin-1 stands for itself, the 68 other bytes for
-/// the letters from U+0100 on.
+/// Source: `bytes_to_unicode`, GPT-2: printable Latin-1 letters are their own bytes, the 68 other bytes
+/// are the letters from U+0100 on.
 fn byte_of_letter(letter: char) -> Option<u8> {
     let code = u32::from(letter);
     let byte = match code {
@@ -363,7 +363,7 @@ fn byte_of_letter(letter: char) -> Option<u8> {
     u8::try_from(byte).ok()
 }
 
-/// Turns tokens into text as they come, never splitting a character.
+/// Decodes tokens to text one by one, never splitting a character.
 ///
 /// A Chinese character is often spread over several tokens; its bytes wait until the last has
 /// come. All texts given out, joined, equal [`Tokenizer::decode`] of all ids.

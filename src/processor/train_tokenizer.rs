@@ -1,7 +1,7 @@
 //! Trains a small tokenizer in the form of Qwen3's, for models far smaller than the published ones.
 //!
 //! Same NFC normaliser, same pre-tokenizer, same byte-level alphabet, and the same 26 added tokens
-//! in the same order behind the learnt vocabulary; only the merges are fewer. The same corpus gives
+//! in the same order after the learnt vocabulary; only the merges are fewer. The same corpus gives
 //! the same bytes.
 
 use std::fs;
@@ -64,7 +64,7 @@ pub enum TrainTokenizerError {
         "`vocab_size` is {vocab_size}; expected at least {MIN_VOCAB_SIZE} for the bytes and the added tokens"
     )]
     VocabSize {
-        /// What was asked for.
+        /// The wanted size.
         vocab_size: usize,
     },
     /// The trainer failed.

@@ -9,7 +9,7 @@ use std::sync::LazyLock;
 
 use regex::Regex;
 
-use super::StudyRow;
+use super::row::StudyRow;
 
 /// A folder or a name shared by more images than this, on average, is no study.
 const MOST_VIEWS: usize = 8;
@@ -19,9 +19,9 @@ const ENDINGS: [&str; 12] = [
     "png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "dcm", "dicom", "jp2", "gif", "gz",
 ];
 
-/// How a study was guessed.
+/// The form of path that gave a study.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Form {
+pub(super) enum PathForm {
     /// A folder of a patient, and within it one of a study.
     PatientFolders,
     /// A folder that is named by a DICOM UID.
@@ -38,7 +38,7 @@ pub(super) enum Form {
     Row,
 }
 
-impl Form {
+impl PathForm {
     pub(super) fn words(self) -> &'static str {
         match self {
             Self::PatientFolders => "folders `PATIENT/STUDY`",
@@ -54,19 +54,20 @@ impl Form {
 
 /// What the path of an image says.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Guess {
-    /// The study, other in another folder unless the form tells studies apart by itself.
+pub(super) struct GuessedStudy {
+    /// The study; it differs between folders unless the form distinguishes studies by itself.
     pub(super) id: String,
     /// The study without its folder.
     pub(super) name: String,
     pub(super) patient: Option<String>,
-    pub(super) form: Form,
-    /// Whether the form tells one study from another.
-    pub(super) told: bool,
+    pub(super) form: PathForm,
+    /// Whether the form distinguishes studies.
+    pub(super) certain: bool,
 }
 
 fn pattern(text: &str) -> Regex {
-    Regex::new(text).expect("a pattern of ours")
+    Regex::new(text)
+        .expect("the patterns of this file are constants, and each is compiled in a test")
 }
 
 static PATIENT: LazyLock<Regex> = LazyLock::new(|| {
@@ -88,7 +89,7 @@ static VIEW: LazyLock<Regex> = LazyLock::new(|| {
     )
 });
 static INDEX: LazyLock<Regex> = LazyLock::new(|| pattern(r"_\d{1,2}$"));
-/// A part of a name that tells no study from another.
+/// A part of a name that does not distinguish studies.
 static WORD: LazyLock<Regex> =
     LazyLock::new(|| pattern(r"^(?:\D*|\d{1,3}|(?i:view|image|img|scan|film|pic|v)\d{1,2})$"));
 static WORD_AND_NUMBER: LazyLock<Regex> =
@@ -143,7 +144,7 @@ pub(super) fn folder_and_stem(path: &str) -> (&str, &str) {
     (folder, stem)
 }
 
-/// An image that no form of its own tells about.
+/// An image whose path alone does not say its study.
 struct Image {
     row: usize,
     /// From the first folder that not all images share.
@@ -162,7 +163,7 @@ impl Image {
         }
     }
 
-    /// Whether the name tells no study from another: words, a view, a small number.
+    /// Whether the name does not distinguish studies: words, a view, a small number.
     fn is_weak(&self) -> bool {
         let parts = || self.stem.split(['_', '-', ' ', '.']);
         parts().all(|part| WORD.is_match(part)) && before_view(&self.stem, true).is_none()
@@ -175,7 +176,7 @@ impl Image {
     }
 
     /// The folder as a study.
-    fn by_folder(&self) -> Guess {
+    fn by_folder(&self) -> GuessedStudy {
         let id = if self.folder.is_empty() {
             &self.last_folder
         } else {
@@ -185,18 +186,18 @@ impl Image {
             Some(groups) => groups[1].to_owned(),
             None => self.last_folder.clone(),
         };
-        Guess {
+        GuessedStudy {
             patient: PATIENT.is_match(&self.last_folder).then(|| id.clone()),
             id: id.clone(),
             name,
-            form: Form::Folder,
-            told: true,
+            form: PathForm::Folder,
+            certain: true,
         }
     }
 }
 
 /// The guess for each image of each row.
-pub(super) fn guesses(rows: &[StudyRow]) -> Vec<Vec<Guess>> {
+pub(super) fn guesses(rows: &[StudyRow]) -> Vec<Vec<GuessedStudy>> {
     let paths: Vec<(usize, String)> = rows
         .iter()
         .enumerate()
@@ -206,7 +207,7 @@ pub(super) fn guesses(rows: &[StudyRow]) -> Vec<Vec<Guess>> {
         })
         .collect();
     let shared = shared_folders(paths.iter().map(|(_, path)| folder_and_stem(path).0));
-    let mut found: Vec<Option<Guess>> = Vec::with_capacity(paths.len());
+    let mut found: Vec<Option<GuessedStudy>> = Vec::with_capacity(paths.len());
     let mut rest = Vec::new();
     for (at, (row, path)) in paths.iter().enumerate() {
         let (folder, stem) = folder_and_stem(path);
@@ -230,7 +231,7 @@ pub(super) fn guesses(rows: &[StudyRow]) -> Vec<Vec<Guess>> {
     for ((at, _), guess) in rest.iter().zip(of_many(&images)) {
         found[*at] = Some(guess);
     }
-    let mut by_row: Vec<Vec<Guess>> = vec![Vec::new(); rows.len()];
+    let mut by_row: Vec<Vec<GuessedStudy>> = vec![Vec::new(); rows.len()];
     for ((row, _), guess) in paths.iter().zip(found) {
         by_row[*row].extend(guess);
     }
@@ -255,13 +256,13 @@ fn shared_folders<'a>(folders: impl Iterator<Item = &'a str>) -> usize {
 }
 
 /// What a path says by itself.
-fn clear(folder: &str, stem: &str) -> Option<Guess> {
-    let guess = |id: String, patient: Option<&str>, form| Guess {
+fn clear(folder: &str, stem: &str) -> Option<GuessedStudy> {
+    let guess = |id: String, patient: Option<&str>, form| GuessedStudy {
         name: id.clone(),
         id,
         patient: patient.map(str::to_owned),
         form,
-        told: true,
+        certain: true,
     };
     let folders: Vec<&str> = folder.split('/').collect();
     let patient = folders.iter().rposition(|folder| PATIENT.is_match(folder));
@@ -270,19 +271,19 @@ fn clear(folder: &str, stem: &str) -> Option<Guess> {
     {
         let patient = folders[at];
         let id = format!("{patient}/{study}");
-        return Some(guess(id, Some(patient), Form::PatientFolders));
+        return Some(guess(id, Some(patient), PathForm::PatientFolders));
     }
     // Study, series, image: the first is the study's.
     if let Some(uid) = folders.iter().find(|folder| UID.is_match(folder)) {
-        return Some(guess((*uid).to_owned(), None, Form::UidFolder));
+        return Some(guess((*uid).to_owned(), None, PathForm::UidFolder));
     }
     let follow_up = FOLLOW_UP.captures(stem)?;
     let patient = follow_up.get(1).map(|group| group.as_str());
-    Some(guess(stem.to_owned(), patient, Form::FollowUp))
+    Some(guess(stem.to_owned(), patient, PathForm::FollowUp))
 }
 
 /// What paths say together that say nothing clear alone.
-fn of_many(images: &[&Image]) -> Vec<Guess> {
+fn of_many(images: &[&Image]) -> Vec<GuessedStudy> {
     let by_folder = folders_are_studies(images);
     let names: Vec<Option<String>> = images
         .iter()
@@ -310,22 +311,22 @@ fn of_many(images: &[&Image]) -> Vec<Guess> {
             _ => before_view(&image.stem, false),
         };
         let (study, form) = match study {
-            Some(study) => (study, Form::NameAndView),
-            None => (image.stem.clone(), Form::Name),
+            Some(study) => (study, PathForm::NameAndView),
+            None => (image.stem.clone(), PathForm::Name),
         };
         let is_number = study.bytes().all(|byte| byte.is_ascii_digit());
-        Guess {
+        GuessedStudy {
             id: image.in_folder(&study),
             name: study,
             patient: None,
             form,
-            told: form == Form::NameAndView || is_number,
+            certain: form == PathForm::NameAndView || is_number,
         }
     });
     guesses.collect()
 }
 
-/// Whether the folders are the studies: several small ones whose images' names tell nothing.
+/// Whether the folders are the studies: several small ones whose images' names say nothing.
 fn folders_are_studies(images: &[&Image]) -> bool {
     let mut folders_of: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
     let mut folders: BTreeSet<&str> = BTreeSet::new();
@@ -339,13 +340,13 @@ fn folders_are_studies(images: &[&Image]) -> bool {
     if folders.len() < 2 || images.len() > MOST_VIEWS * folders.len() {
         return false;
     }
-    let tells_nothing = images.iter().filter(|image| {
+    let says_nothing = images.iter().filter(|image| {
         let repeats = folders_of[image.stem.as_str()].len() > 1;
         let unique = HASH.is_match(&image.stem) || UID.is_match(&image.stem);
         image.is_weak() && (repeats || image.is_in_numbered_folder())
             || unique && image.is_in_numbered_folder()
     });
-    2 * tells_nothing.count() > images.len()
+    2 * says_nothing.count() > images.len()
 }
 
 /// Whether groups of rows are as small as studies.

@@ -225,7 +225,7 @@ fn many_numbers_after_one_word_are_no_views() {
 }
 
 #[test]
-fn a_guess_is_told_with_its_count() {
+fn a_guess_is_reported_with_its_count() {
     let images: Vec<String> = (0..32)
         .flat_map(|at| [format!("{at}_1.png"), format!("{at}_2.png")])
         .collect();
@@ -287,7 +287,7 @@ fn a_key_of_the_row_counts_before_its_path() {
 }
 
 #[test]
-fn rows_that_name_a_study_and_rows_that_do_not_are_told() {
+fn rows_that_name_a_study_and_rows_that_do_not_are_reported() {
     let all = [keyed(&[("study", "A")], "1_1.png"), keyed(&[], "2_1.png")];
     let found = StudyRule::Guess.studies(&all).unwrap();
     assert_eq!(found.doubts, [StudyDoubt::Mixed { named: 1, rows: 2 }]);
@@ -346,14 +346,11 @@ fn a_patient_holds_studies_together_and_a_row_its_images() {
 
 #[test]
 fn paths_are_compared_however_they_are_written() {
-    assert_eq!(guess::joined("data/x", "./../y//a.png"), "data/y/a.png");
-    assert_eq!(guess::joined("data", "/abs/a.png"), "/abs/a.png");
-    assert_eq!(guess::joined("data", r"C:\films\a.png"), "C:/films/a.png");
-    assert_eq!(guess::joined("", "../a.png"), "../a.png");
-    assert_eq!(
-        guess::folder_and_stem("a/1.2.840.dcm.png"),
-        ("a", "1.2.840")
-    );
+    assert_eq!(joined("data/x", "./../y//a.png"), "data/y/a.png");
+    assert_eq!(joined("data", "/abs/a.png"), "/abs/a.png");
+    assert_eq!(joined("data", r"C:\images\a.png"), "C:/images/a.png");
+    assert_eq!(joined("", "../a.png"), "../a.png");
+    assert_eq!(folder_and_stem("a/1.2.840.dcm.png"), ("a", "1.2.840"));
     let mut two = rows(&["images/7_1.png", "../val/images/7_2.png"]);
     two[0].folder = "data/val".into();
     two[1].folder = "data/train".into();
@@ -366,5 +363,5 @@ fn rows_without_image_are_studies_of_their_own() {
         .studies(&[StudyRow::default(), StudyRow::default()])
         .unwrap();
     assert_eq!(found.ids, ["row 1", "row 2"]);
-    assert_eq!(found.told, [false, false]);
+    assert_eq!(found.certain, [false, false]);
 }

@@ -17,6 +17,8 @@ use crate::{
     schedule::{Schedule, ScheduleKind},
 };
 
+pub use crate::base::files::nearest::nearest;
+
 /// What is wrong with a run's settings.
 #[derive(Debug, thiserror::Error)]
 pub enum TrainConfigError {
@@ -642,17 +644,6 @@ pub fn unknown_key(key: &str) -> String {
         Some(near) => format!("unknown key `{key}`; did you mean `{near}`?"),
         None => format!("unknown key `{key}`; `configs/openi-lora.toml` explains every key"),
     }
-}
-
-/// The known word that `word` is likely a misspelling of: the same but for capitals, `-` and `_`, or with
-/// one letter in four wrong.
-pub fn nearest<'a>(word: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
-    let plain = |word: &str| word.to_lowercase().replace(['-', ' ', '_'], "");
-    let word = plain(word);
-    let (distance, found) = known
-        .map(|known| (strsim::osa_distance(&word, &plain(known)), known))
-        .min_by_key(|(distance, _)| *distance)?;
-    (distance * 4 <= plain(found).chars().count()).then_some(found)
 }
 
 #[cfg(test)]

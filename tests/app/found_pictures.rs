@@ -26,7 +26,7 @@ const ACCEPTED: [Accepted; 12] = [
         107.822,
         122.698,
     ),
-    // All turned by a quarter, as Pillow's `exif_transpose` does.
+    // All rotated by a quarter, as Pillow's `exif_transpose` does.
     ("pictures/rot6_pillow.jpeg", &[], 112.142, 122.714),
     ("pictures/rot6_pillow.png", &[], 112.132, 122.698),
     ("pictures/rot6_pillow.tiff", &[], 112.132, 122.698),

@@ -33,11 +33,11 @@ fn the_memory_budget_changes_how_a_step_is_made_and_not_what_it_gives() {
     };
     let (plain, _) = run_as("plain", &[]);
     assert_eq!(plain.len(), 6);
-    let (budgeted, told) = run_as("budgeted", &["--memory-budget", "2"]);
-    let line = told
+    let (budgeted, log) = run_as("budgeted", &["--memory-budget", "2"]);
+    let line = log
         .lines()
         .find(|line| line.starts_with("memory budget 2.0 GiB: rows of"))
-        .unwrap_or_else(|| panic!("{told}"));
+        .unwrap_or_else(|| panic!("{log}"));
     assert_says(line, &["tokens", "samples", "stay as configured"]);
     let written = TrainConfig::from_file(&folder.path().join("budgeted/config.toml")).unwrap();
     assert_eq!(written.memory_budget, Some(2.0));
@@ -73,9 +73,9 @@ fn the_memory_budget_changes_how_a_step_is_made_and_not_what_it_gives() {
         &more,
     ]
     .concat();
-    let (_, told) = train_well(folder.path(), &again);
+    let (_, log) = train_well(folder.path(), &again);
     let rows = format!("rows of {} tokens", written.packing_tokens);
-    assert_says(&told, &["memory budget 3.0 GiB", &rows]);
+    assert_says(&log, &["memory budget 3.0 GiB", &rows]);
 }
 
 #[test]

@@ -6,7 +6,7 @@ use safetensors::SafeTensors;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use xray_qwen3vl::processor::image::RgbImage;
-use xray_qwen3vl::processor::patches::{ImageProcessor, ImageProcessorConfig};
+use xray_qwen3vl::processor::patches::{ImagePatches, ImageProcessor, ImageProcessorConfig};
 use xray_qwen3vl::processor::resize::{ResizeRule, smart_resize};
 
 use crate::support::{Reference, assert_close, fixtures, json};
@@ -141,17 +141,7 @@ fn the_training_path_gives_its_pixels() {
                 assert_same_bytes(tensor, resized.pixels(), &bytes);
             }
         }
-        assert_eq!(
-            sha256(resized.pixels()),
-            want["resized_u8_hwc_sha256"],
-            "{name}: sha256 of the scaled pixels"
-        );
-        let patches = processor.process(&picture).unwrap();
-        assert_eq!(
-            patches.grid_thw,
-            sizes::<3>(&want["grid_thw"]),
-            "{name}: grid"
-        );
+        let patches = checked_patches(name, &processor, &picture, want);
         assert_eq!(
             processor
                 .grid_for(picture.height(), picture.width())
@@ -159,6 +149,27 @@ fn the_training_path_gives_its_pixels() {
             patches.grid_thw
         );
     }
+}
+
+/// The patches of a picture, whose scaled pixels and grid are those of `want`.
+fn checked_patches(
+    name: &str,
+    processor: &ImageProcessor,
+    picture: &RgbImage,
+    want: &Value,
+) -> ImagePatches {
+    assert_eq!(
+        sha256(processor.resize(picture).unwrap().pixels()),
+        want["resized_u8_hwc_sha256"],
+        "{name}: sha256 of the scaled pixels"
+    );
+    let patches = processor.process(picture).unwrap();
+    assert_eq!(
+        patches.grid_thw,
+        sizes::<3>(&want["grid_thw"]),
+        "{name}: grid"
+    );
+    patches
 }
 
 #[test]
@@ -174,17 +185,7 @@ fn pillows_backend_gives_its_pixels_and_patches() {
         if let Some((_, bytes)) = u8_tensor(&tensor) {
             assert_same_bytes(&tensor, resized.pixels(), &bytes);
         }
-        assert_eq!(
-            sha256(resized.pixels()),
-            want["resized_u8_hwc_sha256"],
-            "{name}: sha256 of the scaled pixels"
-        );
-        let patches = processor.process(&picture).unwrap();
-        assert_eq!(
-            patches.grid_thw,
-            sizes::<3>(&want["grid_thw"]),
-            "{name}: grid"
-        );
+        let patches = checked_patches(name, &processor, &picture, want);
         let sample = format!("{name}.pil.pixel_values_flat_every_997");
         let ours: Vec<f32> = patches.pixel_values.iter().copied().step_by(997).collect();
         // This backend divides by 255 before it normalises, which rounds once more.

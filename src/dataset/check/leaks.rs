@@ -1,25 +1,26 @@
-//! Rows that say the same: inside one file, and between training and validation.
+//! Rows with the same content: inside one file, and between training and validation.
 
 use std::collections::HashMap;
 use std::path::Path;
 
-use super::{DataFile, Finding, Kind, Row, Severity};
+use super::data_file::{CheckedRow, DataFile};
+use super::finding::{Finding, Kind, Severity};
 use crate::study::{Studies, StudyError, StudyFacts, StudyRow, StudyRule, counted};
 
 /// Rows that repeat an earlier one, and rows whose images had another answer before.
-pub(super) fn duplicates(file: &Path, rows: &[Row]) -> Vec<Finding> {
-    let mut said: HashMap<(&[String], &[u8; 32]), usize> = HashMap::new();
-    let mut first: HashMap<&[String], &Row> = HashMap::new();
+pub(super) fn duplicates(file: &Path, rows: &[CheckedRow]) -> Vec<Finding> {
+    let mut seen: HashMap<(&[String], &[u8; 32]), usize> = HashMap::new();
+    let mut first: HashMap<&[String], &CheckedRow> = HashMap::new();
     let mut findings = Vec::new();
     for row in rows.iter().filter(|row| row.is_whole()) {
         let hashes = row.hashes.as_slice();
-        if let Some(line) = said.get(&(hashes, &row.conversation)) {
+        if let Some(line) = seen.get(&(hashes, &row.conversation)) {
             let message = format!("same images and same conversation as line {line}");
             let (error, kind) = (Severity::Error, Kind::Duplicate);
             findings.push(Finding::new(error, kind, file, row.line, message));
             continue;
         }
-        said.insert((hashes, &row.conversation), row.line);
+        seen.insert((hashes, &row.conversation), row.line);
         if hashes.is_empty() || row.report().is_empty() {
             continue;
         }
@@ -35,24 +36,24 @@ pub(super) fn duplicates(file: &Path, rows: &[Row]) -> Vec<Finding> {
 
 /// Training rows with one report.
 struct SameReport<'a> {
-    first: &'a Row,
+    first: &'a CheckedRow,
     count: usize,
     /// A row whose study is not known.
-    unknown: Option<&'a Row>,
-    by_study: HashMap<&'a str, &'a Row>,
+    unknown: Option<&'a CheckedRow>,
+    by_study: HashMap<&'a str, &'a CheckedRow>,
 }
 
-/// A row with what is known of its study.
+/// A row and its study.
 #[derive(Clone, Copy)]
 struct InStudy<'a> {
-    row: &'a Row,
+    row: &'a CheckedRow,
     id: &'a str,
     patient: Option<&'a str>,
-    told: bool,
+    certain: bool,
 }
 
 impl<'a> SameReport<'a> {
-    fn new(first: &'a Row) -> Self {
+    fn new(first: &'a CheckedRow) -> Self {
         Self {
             first,
             count: 0,
@@ -63,7 +64,7 @@ impl<'a> SameReport<'a> {
 
     fn add(&mut self, one: InStudy<'a>) {
         self.count += 1;
-        if one.told {
+        if one.certain {
             self.by_study.entry(one.id).or_insert(one.row);
         } else {
             self.unknown = self.unknown.or(Some(one.row));
@@ -71,8 +72,8 @@ impl<'a> SameReport<'a> {
     }
 
     /// A training row that may be of the same study; `None` if all are of others.
-    fn of_same_study(&self, one: InStudy<'_>) -> Option<&'a Row> {
-        if !one.told {
+    fn of_same_study(&self, one: InStudy<'_>) -> Option<&'a CheckedRow> {
+        if !one.certain {
             return Some(self.first);
         }
         self.by_study.get(one.id).copied().or(self.unknown)
@@ -129,11 +130,11 @@ fn between(train: &DataFile, val: &DataFile, studies: &Studies) -> Vec<Finding> 
         row,
         id: &studies.ids[at],
         patient: studies.patients[at].as_deref(),
-        told: studies.told[at],
+        certain: studies.certain[at],
     };
-    let mut by_hash: HashMap<&str, &Row> = HashMap::new();
-    let mut by_study: HashMap<&str, &Row> = HashMap::new();
-    let mut by_patient: HashMap<&str, &Row> = HashMap::new();
+    let mut by_hash: HashMap<&str, &CheckedRow> = HashMap::new();
+    let mut by_study: HashMap<&str, &CheckedRow> = HashMap::new();
+    let mut by_patient: HashMap<&str, &CheckedRow> = HashMap::new();
     let mut by_report: HashMap<&str, SameReport<'_>> = HashMap::new();
     for (at, row) in train.rows.iter().enumerate() {
         let one = in_study(row, at);

@@ -1,3 +1,5 @@
+use std::fs;
+
 use super::*;
 use crate::processor::patches::ImageProcessorConfig;
 use crate::processor::train_tokenizer::train_tokenizer;
@@ -59,7 +61,7 @@ fn row(image: &str, question: &str, answer: &str) -> String {
     row.to_string()
 }
 
-fn told(report: &CheckReport) -> Vec<(Severity, Kind, usize)> {
+fn kinds(report: &CheckReport) -> Vec<(Severity, Kind, usize)> {
     let findings = report.findings.iter();
     findings
         .map(|found| (found.severity, found.kind, found.line))
@@ -75,7 +77,7 @@ fn sound_files_have_no_finding() {
         row("1_2.png", "<image>问", "答B"),
     ];
     let report = bench.check(&train, Some(&[row("2_1.png", "<image>问", "答C")]), 2048);
-    assert_eq!(told(&report), []);
+    assert_eq!(kinds(&report), []);
     assert_eq!(
         (report.files[0].rows, report.files[1].rows, report.images),
         (2, 1, 3)
@@ -114,7 +116,7 @@ fn every_planted_defect_is_found_in_its_line() {
     ];
     let report = bench.check(&train, None, 100);
     assert_eq!(
-        told(&report),
+        kinds(&report),
         [
             (Error, Json, 2),
             (Error, Form, 3),
@@ -209,7 +211,7 @@ fn leaks_by_image_study_and_report_are_found() {
     ];
     let report = bench.check(&train, Some(&val), 2048);
     assert_eq!(
-        told(&report),
+        kinds(&report),
         [
             (Error, LeakImage, 1),
             (Error, LeakStudy, 2),
@@ -230,7 +232,7 @@ fn leaks_by_image_study_and_report_are_found() {
 #[test]
 fn a_patient_on_both_sides_is_a_leak_in_the_layout_of_mimic() {
     let bench = Bench::new();
-    let film = |patient: &str, study: &str, level: u8| {
+    let patient_row = |patient: &str, study: &str, level: u8| {
         let folder = bench.dir.path().join(format!("files/{patient}/{study}"));
         fs::create_dir_all(&folder).unwrap();
         let picture = image::GrayImage::from_fn(64, 96, |x, _| image::Luma([level + x as u8]));
@@ -241,10 +243,10 @@ fn a_patient_on_both_sides_is_a_leak_in_the_layout_of_mimic() {
             &format!("答{level}"),
         )
     };
-    let train = [film("p10", "s1", 1), film("p11", "s2", 2)];
-    let val = [film("p10", "s3", 3), film("p12", "s4", 4)];
+    let train = [patient_row("p10", "s1", 1), patient_row("p11", "s2", 2)];
+    let val = [patient_row("p10", "s3", 3), patient_row("p12", "s4", 4)];
     let report = bench.check(&train, Some(&val), 2048);
-    assert_eq!(told(&report), [(Severity::Error, Kind::LeakPatient, 1)]);
+    assert_eq!(kinds(&report), [(Severity::Error, Kind::LeakPatient, 1)]);
     let facts = report.study.as_ref().unwrap();
     assert_eq!((facts.studies, facts.patients), (4, Some(3)));
 }
@@ -260,7 +262,7 @@ fn one_image_has_one_path_however_it_is_written() {
     let report = bench.check(&train, None, 2048);
     assert_eq!(report.images, 1);
     assert_eq!(
-        told(&report),
+        kinds(&report),
         [
             // Two rows of one study are a reason to look.
             (Severity::Warning, Kind::Studies, 0),
@@ -273,7 +275,7 @@ fn one_image_has_one_path_however_it_is_written() {
 fn a_file_of_nothing_or_of_other_bytes_is_an_error() {
     let bench = Bench::new();
     let report = bench.check(&[], None, 2048);
-    assert_eq!(told(&report), [(Severity::Error, Kind::Empty, 0)]);
+    assert_eq!(kinds(&report), [(Severity::Error, Kind::Empty, 0)]);
     let path = bench.dir.path().join("latin.jsonl");
     fs::write(&path, b"{\"a\": \"\xe9\"}\r\n").unwrap();
     let check = Check {
@@ -284,7 +286,7 @@ fn a_file_of_nothing_or_of_other_bytes_is_an_error() {
         studies: StudyRule::Guess,
     };
     let report = check.run(&path, None, &|_, _| {}).unwrap();
-    assert_eq!(told(&report), [(Severity::Error, Kind::Json, 1)]);
+    assert_eq!(kinds(&report), [(Severity::Error, Kind::Json, 1)]);
     let error = check.run(Path::new("no/such.jsonl"), None, &|_, _| {});
     assert!(error.unwrap_err().to_string().contains("no/such.jsonl"));
 }

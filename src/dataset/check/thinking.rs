@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use super::{Finding, Kind, Row, Severity};
+use super::data_file::CheckedRow;
+use super::finding::{Finding, Kind, Severity};
 
 /// The opening of a block of reasoning.
 const OPENING: &str = "<think>";
@@ -10,7 +11,11 @@ const OPENING: &str = "<think>";
 /// One finding for the file if answers and template disagree.
 ///
 /// `opens` says that the template opens a block of reasoning before each answer.
-pub(super) fn disagreement(file: &Path, rows: &[Row], opens: Option<bool>) -> Option<Finding> {
+pub(super) fn disagreement(
+    file: &Path,
+    rows: &[CheckedRow],
+    opens: Option<bool>,
+) -> Option<Finding> {
     let opens = opens?;
     let answers = rows.iter().filter_map(|row| {
         let answer = row.sample.conversation.last_answer()?;

@@ -1,4 +1,4 @@
-//! The forms a corpus comes in, brought to rows of one kind.
+//! The forms of a corpus, read into rows of one kind.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -7,14 +7,14 @@ use std::path::Path;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::ConvertError;
+use super::error::ConvertError;
 use crate::dataset::rows;
 use crate::processor::row_keys::{KeyUse, of_row};
 use crate::processor::sample::{IMAGE_TAG, Sample, parse_row};
 use crate::processor::strict_json;
 use crate::study::keys_of;
 
-/// Endings a picture may have where a row names none; the first is the corpus' own.
+/// Endings an image file may have where a row names none; the first is the corpus' own.
 pub(super) const ENDINGS: [&str; 8] = ["png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "dcm"];
 
 /// The form of an input file.
@@ -43,7 +43,7 @@ pub struct CorpusKeys {
 /// What a row says.
 #[derive(Debug, Clone)]
 pub(super) enum Body {
-    /// A report, to be asked for.
+    /// A report, the answer to a drawn question.
     Report(String),
     /// A conversation with its row as it was.
     Messages {
@@ -54,7 +54,7 @@ pub(super) enum Body {
 
 /// One row of a corpus.
 #[derive(Debug, Clone)]
-pub(super) struct Row {
+pub(super) struct CorpusRow {
     /// Place in the file, from 1; the line of a JSONL file.
     pub(super) number: usize,
     /// Images as the row names them.
@@ -66,7 +66,7 @@ pub(super) struct Row {
     pub(super) body: Body,
 }
 
-impl Row {
+impl CorpusRow {
     /// Name of the first image without folder and ending.
     pub(super) fn id(&self) -> &str {
         self.images.first().map_or("", |image| stem_of(image))
@@ -101,7 +101,7 @@ pub(super) fn stem_of(path: &str) -> &str {
 pub(super) fn read_keyed(
     path: &Path,
     keys: &CorpusKeys,
-) -> Result<(CorpusForm, Vec<Row>), ConvertError> {
+) -> Result<(CorpusForm, Vec<CorpusRow>), ConvertError> {
     let text = read_text(path)?;
     let rows: Vec<Value> = match strict_json::parse(&text) {
         Ok(Value::Array(rows)) => rows,
@@ -143,7 +143,7 @@ fn read_text(path: &Path) -> Result<String, ConvertError> {
 }
 
 /// Reads a corpus in any of its forms.
-pub(super) fn read(path: &Path) -> Result<(CorpusForm, Vec<Row>), ConvertError> {
+pub(super) fn read(path: &Path) -> Result<(CorpusForm, Vec<CorpusRow>), ConvertError> {
     let text = read_text(path)?;
     let text = text.as_str();
     let (form, rows) = match strict_json::parse(text) {
@@ -193,7 +193,7 @@ fn unknown(path: &Path) -> ConvertError {
     }
 }
 
-fn lines(path: &Path, text: &str) -> Result<(CorpusForm, Vec<Row>), ConvertError> {
+fn lines(path: &Path, text: &str) -> Result<(CorpusForm, Vec<CorpusRow>), ConvertError> {
     let lines = text.lines().enumerate();
     let rows = lines
         .filter(|(_, line)| !line.trim().is_empty())
@@ -207,7 +207,7 @@ fn report_row(
     row: &Value,
     image: &str,
     report: &str,
-) -> Result<Row, ConvertError> {
+) -> Result<CorpusRow, ConvertError> {
     let wrong = |key: &str, expected: &str| ConvertError::Form {
         path: path.to_owned(),
         row: number,
@@ -232,7 +232,7 @@ fn report_row(
     if words.contains(IMAGE_TAG) {
         return Err(wrong(report, "a report without `<image>`"));
     }
-    Ok(Row {
+    Ok(CorpusRow {
         number,
         images: paths,
         keys: row.as_object().map(keys_of).unwrap_or_default(),
@@ -250,7 +250,7 @@ fn report_row(
     })
 }
 
-fn message_row(path: &Path, number: usize, line: &str) -> Result<Row, ConvertError> {
+fn message_row(path: &Path, number: usize, line: &str) -> Result<CorpusRow, ConvertError> {
     let (sample, row) = parse_row(line, path, number)?;
     if sample.conversation.last_answer().is_none() {
         return Err(ConvertError::Form {
@@ -260,7 +260,7 @@ fn message_row(path: &Path, number: usize, line: &str) -> Result<Row, ConvertErr
             expected: "an answer at the end".into(),
         });
     }
-    Ok(Row {
+    Ok(CorpusRow {
         number,
         images: sample.images.clone(),
         keys: sample.keys.clone(),

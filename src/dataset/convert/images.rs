@@ -3,18 +3,19 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path, PathBuf};
 
-use super::corpus::{ENDINGS, Row, base_name};
-use super::{ConvertError, ConvertOptions};
+use super::corpus::{CorpusRow, ENDINGS, base_name, stem_of};
+use super::error::ConvertError;
+use super::options::ConvertOptions;
 use crate::processor::image::ImageError;
 use crate::processor::patches::ImageProcessor;
 
-/// An image that is there.
+/// An image file that was found.
 #[derive(Debug, Clone)]
-pub(super) struct Picture {
+pub(super) struct FoundImage {
     /// As the output names it.
     pub(super) name: String,
-    /// Its path as far as it tells the study: that of the row, or that below the folder of images if it is deeper.
-    pub(super) told: String,
+    /// The path that the study is read from: that of the row, or that below the folder of images if it is deeper.
+    pub(super) study_path: String,
     pub(super) width: usize,
     pub(super) height: usize,
     pub(super) grid: [usize; 3],
@@ -22,23 +23,23 @@ pub(super) struct Picture {
 
 /// Why a row is left out.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum LeftOut {
+pub(super) enum Unusable {
     #[error("image not found")]
-    NoImage(String),
+    NotFound(String),
     #[error("image cannot be used: {1}")]
-    Unusable(String, ImageError),
+    Unreadable(String, ImageError),
 }
 
-impl LeftOut {
+impl Unusable {
     pub(super) fn image(&self) -> &str {
         match self {
-            Self::NoImage(image) | Self::Unusable(image, _) => image,
+            Self::NotFound(image) | Self::Unreadable(image, _) => image,
         }
     }
 }
 
 /// Finds the images of rows.
-pub(super) struct Finder<'a> {
+pub(super) struct ImageFinder<'a> {
     options: &'a ConvertOptions,
     output: &'a Path,
     processor: &'a ImageProcessor,
@@ -50,7 +51,7 @@ pub(super) struct Finder<'a> {
     taken: BTreeMap<PathBuf, (usize, String, bool)>,
 }
 
-impl<'a> Finder<'a> {
+impl<'a> ImageFinder<'a> {
     pub(super) fn new(
         options: &'a ConvertOptions,
         output: &'a Path,
@@ -66,34 +67,35 @@ impl<'a> Finder<'a> {
         }
     }
 
-    pub(super) fn pictures(
+    /// The images of a row, or why the row is left out.
+    pub(super) fn images(
         &mut self,
-        row: &Row,
-    ) -> Result<Result<Vec<Picture>, LeftOut>, ConvertError> {
+        row: &CorpusRow,
+    ) -> Result<Result<Vec<FoundImage>, Unusable>, ConvertError> {
         if row.images.is_empty() {
-            return Ok(Err(LeftOut::NoImage("(the row names none)".into())));
+            return Ok(Err(Unusable::NotFound("(the row names none)".into())));
         }
-        let mut pictures = Vec::new();
+        let mut images = Vec::new();
         for image in &row.images {
             let Some(path) = self.locate(image, row.number)? else {
-                return Ok(Err(LeftOut::NoImage(image.clone())));
+                return Ok(Err(Unusable::NotFound(image.clone())));
             };
             let size = self.processor.probe(&path).and_then(|(width, height)| {
                 let grid = self.processor.grid_for(height, width)?;
                 Ok((width, height, grid))
             });
             match size {
-                Ok((width, height, grid)) => pictures.push(Picture {
+                Ok((width, height, grid)) => images.push(FoundImage {
                     name: self.name(&path)?,
-                    told: self.told(image, &path),
+                    study_path: self.study_path(image, &path),
                     width,
                     height,
                     grid,
                 }),
-                Err(cause) => return Ok(Err(LeftOut::Unusable(image.clone(), cause))),
+                Err(cause) => return Ok(Err(Unusable::Unreadable(image.clone(), cause))),
             }
         }
-        Ok(Ok(pictures))
+        Ok(Ok(images))
     }
 
     /// Finds the file of an image. Without a folder of images: where the row says, seen from the corpus. With one:
@@ -133,7 +135,7 @@ impl<'a> Finder<'a> {
             .taken
             .entry(path.clone())
             .or_insert_with(|| (row, given.clone(), whole));
-        // The same file under two paths is one picture for two studies, unless both paths are its own.
+        // The same file under two paths is one image for two studies, unless both paths are its own.
         if *their != given && !(whole && *their_whole) {
             return Err(ConvertError::Ambiguous {
                 path: self.options.input.clone(),
@@ -157,8 +159,8 @@ impl<'a> Finder<'a> {
         found.map_or_else(Vec::new, |name| below[&name].clone())
     }
 
-    /// The path that tells more of the study: the row's own, or that of the file below the folder of images.
-    fn told(&self, image: &str, path: &Path) -> String {
+    /// The path that says more of the study: the row's own, or that of the file below the folder of images.
+    fn study_path(&self, image: &str, path: &Path) -> String {
         let below = self.options.images.as_deref();
         let below = below.and_then(|folder| path.strip_prefix(folder).ok()?.to_str());
         match below {
@@ -199,23 +201,22 @@ impl<'a> Finder<'a> {
 /// The parts of a path of any system after its last `..`, without the root.
 fn parts(image: &str) -> Vec<&str> {
     let parts = image.split(['/', '\\']);
-    let mut kept: Vec<&str> = Vec::new();
+    let mut found: Vec<&str> = Vec::new();
     for part in parts.filter(|part| !part.is_empty() && *part != ".") {
         if part == ".." {
-            kept.clear();
+            found.clear();
         } else {
-            kept.push(part);
+            found.push(part);
         }
     }
-    kept
+    found
 }
 
 /// The file itself, or with the ending of an image after its name: `1_1` and `1.dcm` may mean `1_1.png` and
 /// `1.dcm.png`.
 fn with_ending(path: &Path) -> Option<PathBuf> {
     let name = path.file_name()?.to_str()?;
-    let itself = std::iter::once(path.to_owned())
-        .filter(|_| super::corpus::stem_of(base_name(name)) != name);
+    let itself = std::iter::once(path.to_owned()).filter(|_| stem_of(base_name(name)) != name);
     let longer = ENDINGS
         .iter()
         .map(|ending| path.with_file_name(format!("{name}.{ending}")));

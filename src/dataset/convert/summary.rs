@@ -5,8 +5,9 @@ use std::fmt;
 
 use serde::Serialize;
 
-use super::{CorpusForm, Split};
-use crate::base::plot;
+use super::corpus::CorpusForm;
+use super::options::Split;
+use crate::plot;
 use crate::study::{StudyFacts, counted};
 
 /// Spread of a whole number over rows or images.
@@ -76,7 +77,7 @@ pub struct Summary {
     pub seed: u64,
     /// What was kept together.
     pub split: Split,
-    /// Share of the rows asked for as validation.
+    /// Share of the rows wanted for validation.
     pub val_ratio: f64,
     /// Rows of the input.
     pub rows_read: usize,
@@ -198,7 +199,7 @@ impl fmt::Display for Summary {
     }
 }
 
-/// Every number behind a [`Summary`].
+/// Every number that a [`Summary`] is computed from.
 #[derive(Debug, Default)]
 pub(super) struct Measures {
     pub(super) characters: Vec<usize>,

@@ -1,6 +1,7 @@
 use super::images::relative;
 use super::*;
 use crate::processor::patches::ImageProcessorConfig;
+use crate::study::StudyRule;
 
 /// Two studies with two views, two with one; the picture of `9_1` is not there.
 const ANNOTATIONS: &str = r#"{"annotations": [
@@ -388,7 +389,7 @@ fn wrong_input_is_named() {
 }
 
 /// Rows of `messages` about these images, which are made in `images`.
-fn films(bench: &Bench, names: &[String]) -> PathBuf {
+fn study_files(bench: &Bench, names: &[String]) -> PathBuf {
     let rows: Vec<String> = names
         .iter()
         .map(|name| {
@@ -402,7 +403,7 @@ fn films(bench: &Bench, names: &[String]) -> PathBuf {
             .to_string()
         })
         .collect();
-    let path = bench.dir.path().join("films.jsonl");
+    let path = bench.dir.path().join("rows.jsonl");
     fs::write(&path, rows.join("\n")).unwrap();
     path
 }
@@ -414,7 +415,7 @@ fn a_patient_is_never_on_both_sides_in_the_layout_of_mimic() {
     let names: Vec<String> = (0..40)
         .map(|at| format!("files/p1{}/s{}/d{at}.png", at / 4, at / 2))
         .collect();
-    let input = films(&bench, &names);
+    let input = study_files(&bench, &names);
     for seed in 0..20 {
         let options = ConvertOptions {
             input: input.clone(),
@@ -447,11 +448,11 @@ fn a_patient_is_never_on_both_sides_in_the_layout_of_mimic() {
 }
 
 #[test]
-fn studies_by_a_rule_are_told_and_written_down() {
+fn studies_by_a_rule_are_reported_and_written_down() {
     let bench = Bench::new(ANNOTATIONS);
     let names: Vec<String> = (0..12).map(|at| format!("x-{}-{at}.png", at / 2)).collect();
     let options = ConvertOptions {
-        input: films(&bench, &names),
+        input: study_files(&bench, &names),
         studies: StudyRule::regex("x-([0-9]+)-").unwrap(),
         ..bench.options()
     };
@@ -480,10 +481,10 @@ fn studies_by_a_rule_are_told_and_written_down() {
 }
 
 #[test]
-fn a_file_that_stands_for_two_images_is_refused_with_both_paths() {
+fn a_file_of_two_images_is_refused_with_both_paths() {
     let bench = Bench::new(ANNOTATIONS);
     let names: Vec<String> = (0..4).map(|at| format!("CXR{at}/0.png")).collect();
-    let input = films(&bench, &names);
+    let input = study_files(&bench, &names);
     let options = ConvertOptions {
         input: input.clone(),
         ..bench.options()
@@ -508,7 +509,7 @@ fn a_file_that_stands_for_two_images_is_refused_with_both_paths() {
         .unwrap_err()
         .to_string();
     for sign in [
-        "films.jsonl` row 2",
+        "rows.jsonl` row 2",
         "`CXR1/0.png`",
         "row 1 in `CXR0`",
         "flat/0.png",
@@ -583,11 +584,11 @@ fn rows_of_other_keys_are_read_by_naming_them() {
                 .starts_with("<image><image>")
         );
         // A key that is not used is reported.
-        let told = summary
+        let warnings = summary
             .warnings
             .iter()
             .filter(|line| line.contains("`age` of 1 row says nothing"));
-        assert_eq!(told.count(), unused);
+        assert_eq!(warnings.count(), unused);
     }
     let bench = Bench::new("a,b\n");
     let table = bench.dir.path().join("table.csv");

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use super::ConvertError;
 use super::corpus::stem_of;
+use super::error::ConvertError;
 
 /// Reasoning about one image, and the answer that follows from it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -58,7 +58,7 @@ impl Thinking {
             Err(whole) => {
                 let lines = text.lines().enumerate();
                 for (index, line) in lines.filter(|(_, line)| !line.trim().is_empty()) {
-                    // A file of one broken object is told by what broke it as a whole.
+                    // Of a file that is one broken object, the error of the whole is reported.
                     let row = serde_json::from_str(line).map_err(|cause| ConvertError::Json {
                         path: path.to_owned(),
                         row: index + 1,

@@ -6,9 +6,10 @@ use dicom_core::VR;
 use hayro_jpeg2000::{DecodeSettings, DecoderContext, Image};
 use jpeg_decoder::{ColorTransform, Decoder, Error as LosslessError, PixelFormat};
 
+use super::encoding::Encoding;
 use super::error::DicomError;
 use super::header::{Header, Photometric};
-use super::reader::{DataSet, Encoding, Pixels};
+use super::reader::{DataSet, PixelData};
 use super::syntax::{Codec, Syntax};
 use crate::processor::image::jpeg::{self, Colour, JpegError};
 use crate::processor::remark::{Remark, RemarkKind};
@@ -22,7 +23,7 @@ pub(super) enum Samples {
     Rgb(Vec<u8>),
 }
 
-/// Decodes frame `frame`, counted from 0. Doubts are added to `remarks`.
+/// Decodes frame `frame`, counted from 0. Remarks on it are added to `remarks`.
 ///
 /// # Errors
 /// [`DicomError::TransferSyntax`] for a kind of compression that is not read, and damaged, cut off or
@@ -36,12 +37,12 @@ pub(super) fn decode(
 ) -> Result<Samples, DicomError> {
     let codec = syntax.codec()?;
     match (&set.pixels, codec) {
-        (Pixels::None, _) => Err(DicomError::NoPixels),
-        (Pixels::Cut, _) => Err(DicomError::Truncated),
-        (Pixels::Native { vr, bytes }, Codec::Native) => {
+        (PixelData::None, _) => Err(DicomError::NoPixels),
+        (PixelData::Cut, _) => Err(DicomError::Truncated),
+        (PixelData::Native { vr, bytes }, Codec::Native) => {
             native(header, *vr, bytes, set.encoding, frame)
         }
-        (Pixels::Fragments { offsets, fragments }, codec) if codec != Codec::Native => {
+        (PixelData::Fragments { offsets, fragments }, codec) if codec != Codec::Native => {
             let data = frame_data(header, offsets, fragments, frame)?;
             match codec {
                 Codec::Jpeg => jpeg(header, &data, syntax, remarks),
@@ -50,10 +51,10 @@ pub(super) fn decode(
                 _ => rle(header, &data),
             }
         }
-        (Pixels::Native { .. }, _) => Err(DicomError::damaged(
+        (PixelData::Native { .. }, _) => Err(DicomError::damaged(
             "its pixels are not compressed, against its transfer syntax",
         )),
-        (Pixels::Fragments { .. }, _) => Err(DicomError::damaged(
+        (PixelData::Fragments { .. }, _) => Err(DicomError::damaged(
             "its pixels are compressed, against its transfer syntax",
         )),
     }
@@ -189,7 +190,7 @@ fn frame_data<'a>(
         fragments[begins[frame]..to].to_vec()
     } else {
         return Err(DicomError::damaged(
-            "nothing tells where one compressed frame ends and the next begins",
+            "nothing says where one compressed frame ends and the next begins",
         ));
     };
     match own.as_slice() {
@@ -337,11 +338,11 @@ fn jpeg(
     let decoded = decoded.map_err(refused)?;
     remarks.extend(decoded.damage.remark().map_err(refused)?);
     match decoded.pixels {
-        jpeg::Pixels::Gray(numbers) => {
+        jpeg::JpegPixels::Gray(numbers) => {
             check_channels(header, 1)?;
             gray_of(header, numbers)
         }
-        jpeg::Pixels::Rgb(pixels) => {
+        jpeg::JpegPixels::Rgb(pixels) => {
             check_channels(header, 3)?;
             if let Some(marked) = decoded.marked.filter(|marked| *marked != tag) {
                 let name = |colour| match colour {
@@ -405,7 +406,7 @@ fn jpeg_lossless(header: &Header, data: &[u8], syntax: &Syntax) -> Result<Sample
     }
 }
 
-/// Numbers of a codec, which knows no place of the highest bit.
+/// Numbers of a codec, which does not know the place of the highest bit.
 fn gray_of(header: &Header, mut numbers: Vec<u16>) -> Result<Samples, DicomError> {
     if numbers.len() != header.pixels() {
         return Err(DicomError::Truncated);

@@ -1,9 +1,9 @@
 //! Why a DICOM file gave no picture.
 
-/// Why a DICOM file gave no picture; the file's name is added by who read it.
+/// Why a DICOM file gave no picture; the caller adds the file's name.
 ///
 /// Nothing here carries a value of the file but numbers, the identifier of its transfer syntax and
-/// code words of technical attributes: a message must never tell whose picture it is.
+/// code words of technical attributes: a message must never say whose picture it is.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DicomError {
     /// The pixels are stored in a way that is not read.
@@ -45,10 +45,10 @@ pub enum DicomError {
         /// How many.
         frames: usize,
     },
-    /// A frame that is not there.
+    /// The chosen frame does not exist.
     #[error("has no frame {frame}, expected 1 to {frames}")]
     NoFrame {
-        /// The frame asked for, counted from 1.
+        /// The chosen frame, counted from 1.
         frame: usize,
         /// How many there are.
         frames: usize,

@@ -3,9 +3,9 @@
 use dicom_dictionary_std::tags;
 
 use super::error::DicomError;
-use super::reader::{DataSet, Pixels};
+use super::reader::{DataSet, PixelData};
 use super::syntax::Codec;
-use crate::processor::image::DecodeLimits;
+use crate::processor::image::limits::DecodeLimits;
 
 /// What the numbers of a pixel mean.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,7 +49,7 @@ pub(super) struct Header {
 }
 
 impl Header {
-    /// Width and height, held against `limits`.
+    /// Width and height, checked against `limits`.
     ///
     /// # Errors
     /// A missing or zero side, or one of the limits.
@@ -61,7 +61,7 @@ impl Header {
                 expected: "whole numbers",
             });
         }
-        if matches!(set.pixels, Pixels::None) {
+        if matches!(set.pixels, PixelData::None) {
             return Err(DicomError::NoPixels);
         }
         let columns = required(set, tags::COLUMNS, "Columns (0028,0011)")?;

@@ -1,6 +1,6 @@
 //! Stored grey numbers to 8 bits: modality, window or table, percentiles, polarity.
 //!
-//! A number has 16 bits at most, so what becomes of each is worked out once, in a table. With `x` a
+//! A number has 16 bits at most, so the level of each is computed once, in a table. With `x` a
 //! stored number after its sign:
 //!
 //! 1. modality: the Modality LUT, or `slope · x + intercept`;
@@ -8,10 +8,10 @@
 //!    neither and more than 8 bits, the 1st to 99th percentile of the picture; 8-bit pictures
 //!    without a window are shown whole, as they were made to be looked at; a table or window that
 //!    shows all pixels as one level is passed over with a remark;
-//! 3. the range of step 2 on 0 to 255, rounded; turned over for `MONOCHROME1`, or as Presentation
+//! 3. the range of step 2 on 0 to 255, rounded; inverted for `MONOCHROME1`, or as Presentation
 //!    LUT Shape says.
 //!
-//! Source: PS3.3, C.11.1 and C.11.2. A table goes before a window where a file has both, as in
+//! Source: PS3.3, C.11.1 and C.11.2. A table has precedence over a window where a file has both, as in
 //! pydicom's `apply_voi_lut`.
 
 use dicom_dictionary_std::tags;
@@ -24,7 +24,7 @@ use crate::processor::remark::{Remark, RemarkKind};
 /// Share of pixels below and above the range shown where a file names none.
 const PERCENTILES: (f64, f64) = (0.01, 0.99);
 
-/// What becomes of each stored number, `[2^stored]`; doubts are added to `remarks`.
+/// The grey level of each stored number, `[2^stored]`; remarks on them are added to `remarks`.
 ///
 /// `numbers` are the pixels, for percentiles and for windows that show none of them.
 ///
@@ -41,13 +41,14 @@ pub(super) fn levels(
         .map(|number| modality.apply(number))
         .collect();
     let counts = counts(header, set, numbers);
-    let table = Table::new(set.voi_table.as_ref(), values_signed(&values))?;
+    let table = LevelTable::new(set.voi_table.as_ref(), values_signed(&values))?;
     let (name, chosen): (_, Option<Vec<f64>>) = if let Some(table) = table {
         let shares = values.iter().map(|value| table.share(*value));
         ("table of levels", Some(shares.collect()))
     } else {
-        let window = Window::new(set, remarks);
-        let shares = |window: Window| values.iter().map(|value| window.share(*value)).collect();
+        let window = LevelWindow::new(set, remarks);
+        let shares =
+            |window: LevelWindow| values.iter().map(|value| window.share(*value)).collect();
         ("window", window.map(shares))
     };
     let hides_all = chosen
@@ -140,7 +141,7 @@ fn with_sign(header: &Header, number: u16) -> i32 {
 
 /// From stored numbers to what the machine measured.
 enum Modality<'a> {
-    Table(Table<'a>, &'a Header),
+    Table(LevelTable<'a>, &'a Header),
     Rescale {
         slope: f64,
         intercept: f64,
@@ -150,7 +151,7 @@ enum Modality<'a> {
 
 impl<'a> Modality<'a> {
     fn new(header: &'a Header, set: &'a DataSet<'a>) -> Result<Self, DicomError> {
-        if let Some(table) = Table::new(set.modality_table.as_ref(), header.signed)? {
+        if let Some(table) = LevelTable::new(set.modality_table.as_ref(), header.signed)? {
             return Ok(Self::Table(table, header));
         }
         let number = |tag, attribute, absent: f64| match set.numbers(tag).as_deref() {
@@ -215,14 +216,14 @@ impl<'a> Modality<'a> {
 }
 
 /// A table of levels.
-struct Table<'a> {
+struct LevelTable<'a> {
     stored: &'a StoredTable<'a>,
     first: f64,
     entries: Vec<u16>,
 }
 
-impl<'a> Table<'a> {
-    /// `signed` says whether what goes in may be below zero.
+impl<'a> LevelTable<'a> {
+    /// `signed` says whether the table's input may be below zero.
     fn new(stored: Option<&'a StoredTable<'a>>, signed: bool) -> Result<Option<Self>, DicomError> {
         let Some(stored) = stored else {
             return Ok(None);
@@ -288,20 +289,20 @@ impl<'a> Table<'a> {
 
 /// How values go through a window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Function {
+enum WindowFunction {
     Linear,
     LinearExact,
     Sigmoid,
 }
 
 /// The first window of a file.
-struct Window {
+struct LevelWindow {
     center: f64,
     width: f64,
-    function: Function,
+    function: WindowFunction,
 }
 
-impl Window {
+impl LevelWindow {
     /// `None` if there is none; one that cannot be used is remarked on.
     fn new(set: &DataSet<'_>, remarks: &mut Vec<Remark>) -> Option<Self> {
         let [center, width] = [tags::WINDOW_CENTER, tags::WINDOW_WIDTH].map(|tag| set.numbers(tag));
@@ -323,12 +324,12 @@ impl Window {
             return unusable("is no pair of numbers");
         };
         let function = match set.codes(tags::VOILUT_FUNCTION).first() {
-            None | Some(&"LINEAR") => Function::Linear,
-            Some(&"LINEAR_EXACT") => Function::LinearExact,
-            Some(&"SIGMOID") => Function::Sigmoid,
+            None | Some(&"LINEAR") => WindowFunction::Linear,
+            Some(&"LINEAR_EXACT") => WindowFunction::LinearExact,
+            Some(&"SIGMOID") => WindowFunction::Sigmoid,
             Some(_) => return unusable("has an unknown function"),
         };
-        if width <= 0.0 || (function == Function::Linear && width < 1.0) {
+        if width <= 0.0 || (function == WindowFunction::Linear && width < 1.0) {
             return unusable("has no width");
         }
         Some(Self {
@@ -338,15 +339,17 @@ impl Window {
         })
     }
 
-    /// Where `value` lies in the window, 0 to 1.
+    /// The place of `value` in the window, 0 to 1.
     ///
     /// Source: PS3.3, C.11.2.1.2 and C.11.2.1.3.
     fn share(&self, value: f64) -> f64 {
         let Self { center, width, .. } = *self;
         let (center, width) = match self.function {
-            Function::Linear => (center - 0.5, width - 1.0),
-            Function::LinearExact => (center, width),
-            Function::Sigmoid => return 1.0 / (1.0 + (-4.0 * (value - center) / width).exp()),
+            WindowFunction::Linear => (center - 0.5, width - 1.0),
+            WindowFunction::LinearExact => (center, width),
+            WindowFunction::Sigmoid => {
+                return 1.0 / (1.0 + (-4.0 * (value - center) / width).exp());
+            }
         };
         // In this order a width of nothing, which LINEAR may have, divides nothing.
         if value <= center - width / 2.0 {
@@ -371,13 +374,13 @@ fn counts(header: &Header, set: &DataSet<'_>, numbers: &[u16]) -> Vec<usize> {
     let limit = set.word(tags::PIXEL_PADDING_RANGE_LIMIT).unwrap_or(padding);
     let ends = [padding, limit].map(|end| with_sign(header, end & mask(header)));
     let (low, high) = (ends[0].min(ends[1]), ends[0].max(ends[1]));
-    let kept = counts.iter().enumerate().map(|(number, count)| {
+    let unpadded = counts.iter().enumerate().map(|(number, count)| {
         let inside = (low..=high).contains(&with_sign(header, number as u16));
         if inside { 0 } else { *count }
     });
-    let kept: Vec<usize> = kept.collect();
-    if kept.iter().any(|count| *count > 0) {
-        return kept;
+    let unpadded: Vec<usize> = unpadded.collect();
+    if unpadded.iter().any(|count| *count > 0) {
+        return unpadded;
     }
     counts
 }

@@ -9,6 +9,7 @@
 //! size has passed the limits. Not read are the windows of single frames of enhanced objects.
 
 mod codec;
+mod encoding;
 mod error;
 mod header;
 mod levels;
@@ -22,21 +23,21 @@ mod upright;
 use image::metadata::Orientation;
 use image::{DynamicImage, GrayImage, RgbImage};
 
+pub use encoding::looks_like_dicom;
 pub use error::DicomError;
-pub use reader::looks_like_dicom;
 
-use super::image::DecodeLimits;
+use super::image::limits::DecodeLimits;
 use super::remark::{Remark, RemarkKind};
 use codec::Samples;
 use header::Header;
-use reader::{DataSet, Opened};
+use reader::{DataSet, DicomFile};
 
 /// A decoded file.
 #[derive(Debug)]
-pub(super) struct Decoded {
+pub(super) struct DecodedDicom {
     /// 8-bit grey or colour, as stored.
     pub(super) picture: DynamicImage,
-    /// How it has to be turned.
+    /// How it has to be rotated or mirrored.
     pub(super) orientation: Orientation,
     /// What the reader of a report should know.
     pub(super) remarks: Vec<Remark>,
@@ -50,10 +51,10 @@ pub(super) fn decode(
     bytes: &[u8],
     frame: Option<usize>,
     limits: &DecodeLimits,
-) -> Result<Decoded, DicomError> {
-    let opened = Opened::new(bytes, limits.max_decoded_bytes)?;
+) -> Result<DecodedDicom, DicomError> {
+    let opened = DicomFile::new(bytes, limits.max_decoded_bytes)?;
     let set = opened.data_set()?;
-    // A picture's size is held against the limits before anything else is said of it.
+    // A picture's size is checked against the limits before anything else is reported of it.
     Header::size(&set, limits)?;
     let header = Header::new(&set, opened.syntax.codec()?, limits)?;
     let frame = match (frame, header.frames) {
@@ -81,14 +82,14 @@ pub(super) fn decode(
             "it is turned or mirrored as its Patient Orientation says, to head up and left on the right",
         ));
     }
-    Ok(Decoded {
+    Ok(DecodedDicom {
         picture: picture.ok_or(DicomError::Truncated)?,
         orientation,
         remarks,
     })
 }
 
-/// Width and height of the file's picture as stored, and how it has to be turned.
+/// Width and height of the file's picture as stored, and how it has to be rotated or mirrored.
 ///
 /// # Errors
 /// Those of [`decode`] that its attributes can show.
@@ -96,7 +97,7 @@ pub(super) fn probe(
     bytes: &[u8],
     limits: &DecodeLimits,
 ) -> Result<(u16, u16, Orientation), DicomError> {
-    let opened = Opened::new(bytes, limits.max_decoded_bytes)?;
+    let opened = DicomFile::new(bytes, limits.max_decoded_bytes)?;
     let set = opened.data_set()?;
     let (columns, rows) = Header::size(&set, limits)?;
     let header = Header::new(&set, opened.syntax.codec()?, limits)?;
@@ -118,7 +119,7 @@ pub fn technical(
     bytes: &[u8],
     limits: &DecodeLimits,
 ) -> Result<Vec<(&'static str, String)>, DicomError> {
-    let opened = Opened::new(bytes, limits.max_decoded_bytes)?;
+    let opened = DicomFile::new(bytes, limits.max_decoded_bytes)?;
     let set: DataSet<'_> = opened.data_set()?;
     Ok(remark::technical(&opened, &set))
 }

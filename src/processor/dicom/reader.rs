@@ -1,7 +1,7 @@
 //! Bytes to the few attributes a picture needs.
 //!
-//! Only the attributes of [`WANTED`] are kept, so no name, date or number of a patient is ever held.
-//! Everything else is stepped over in a loop: neither depth nor announced lengths cost memory.
+//! Only the attributes of [`WANTED`] are kept, so no name, date or number of a patient is ever stored.
+//! Everything else is skipped in a loop: neither depth nor announced lengths cost memory.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -10,19 +10,10 @@ use std::io::Read;
 use dicom_core::header::{DataElementHeader, Length};
 use dicom_core::{Tag, VR};
 use dicom_dictionary_std::tags;
-use dicom_encoding::decode::Decode;
-use dicom_encoding::decode::explicit_be::ExplicitVRBigEndianDecoder;
-use dicom_encoding::decode::explicit_le::ExplicitVRLittleEndianDecoder;
-use dicom_encoding::decode::implicit_le::StandardImplicitVRLittleEndianDecoder;
 
+use super::encoding::{Encoding, HEAD, MAGIC, PREAMBLE};
 use super::error::DicomError;
 use super::syntax::{self, Syntax};
-
-/// Bytes before the magic word of a DICOM file.
-const PREAMBLE: usize = 128;
-const MAGIC: &[u8] = b"DICM";
-/// Bytes [`looks_like_dicom`] looks at.
-pub(super) const HEAD: usize = PREAMBLE + MAGIC.len();
 
 /// Tag and length.
 const SHORTEST_HEADER: usize = 8;
@@ -72,65 +63,6 @@ const WANTED: [Tag; 37] = [
     tags::PIXEL_DATA,
 ];
 
-/// How attributes lie in the bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Encoding {
-    ImplicitLittle,
-    ExplicitLittle,
-    ExplicitBig,
-}
-
-impl Encoding {
-    /// The header at the start of `bytes`, and its length.
-    fn header(self, mut bytes: &[u8]) -> Result<(DataElementHeader, usize), DicomError> {
-        match self {
-            Self::ImplicitLittle => {
-                StandardImplicitVRLittleEndianDecoder::default().decode_header(&mut bytes)
-            }
-            Self::ExplicitLittle => {
-                ExplicitVRLittleEndianDecoder::default().decode_header(&mut bytes)
-            }
-            Self::ExplicitBig => ExplicitVRBigEndianDecoder::default().decode_header(&mut bytes),
-        }
-        // The bytes ended: nothing else can be wrong with a header.
-        .map_err(|_| DicomError::Truncated)
-    }
-
-    pub(super) fn u16(self, bytes: [u8; 2]) -> u16 {
-        match self {
-            Self::ExplicitBig => u16::from_be_bytes(bytes),
-            _ => u16::from_le_bytes(bytes),
-        }
-    }
-
-    /// Guesses from the first attribute, for files without a header that tells.
-    fn guess(bytes: &[u8]) -> Option<Self> {
-        let [g0, g1, e0, e1, v0, v1, l0, l1, ..] = *bytes else {
-            return None;
-        };
-        let explicit = VR::from_binary([v0, v1]).is_some();
-        let known = |group, element: u16| matches!(group, 0x0002 | 0x0008) && element < 0x0100;
-        let little = known(u16::from_le_bytes([g0, g1]), u16::from_le_bytes([e0, e1]));
-        let big = known(u16::from_be_bytes([g0, g1]), u16::from_be_bytes([e0, e1]));
-        // The first attribute is a length, a kind or a date: short.
-        let length = u32::from_le_bytes([v0, v1, l0, l1]);
-        match (little, big, explicit) {
-            (true, _, true) => Some(Self::ExplicitLittle),
-            (_, true, true) => Some(Self::ExplicitBig),
-            (true, _, false) if length <= 0x400 && length % 2 == 0 => Some(Self::ImplicitLittle),
-            _ => None,
-        }
-    }
-}
-
-/// Whether a file that begins with `head` (132 bytes are enough) is DICOM, by its content.
-///
-/// Either the magic word after the preamble, which itself may look like another format, or a first
-/// attribute as a data set without preamble has it.
-pub fn looks_like_dicom(head: &[u8]) -> bool {
-    head.get(PREAMBLE..HEAD) == Some(MAGIC) || Encoding::guess(head).is_some()
-}
-
 /// The value of an attribute, as stored.
 #[derive(Debug, Clone, Copy)]
 struct Element<'a> {
@@ -140,10 +72,10 @@ struct Element<'a> {
 
 /// Where the pixels are.
 #[derive(Debug, Clone)]
-pub(super) enum Pixels<'a> {
-    /// Plain values; `vr` tells how big endian files order 8-bit ones.
+pub(super) enum PixelData<'a> {
+    /// Plain values; `vr` says how big endian files order 8-bit ones.
     Native { vr: VR, bytes: &'a [u8] },
-    /// Compressed: pieces, and where frames begin in them if it is told.
+    /// Compressed: pieces, and where frames begin in them, if stated.
     Fragments {
         offsets: Vec<u32>,
         fragments: Vec<&'a [u8]>,
@@ -174,19 +106,19 @@ pub(super) struct DataSet<'a> {
     pub(super) voi_table: Option<StoredTable<'a>>,
     /// Whether graphics are stored beside the pixels.
     pub(super) has_overlay: bool,
-    pub(super) pixels: Pixels<'a>,
+    pub(super) pixels: PixelData<'a>,
 }
 
 /// The data set of a file, inflated if it was deflated.
 #[derive(Debug)]
-pub(super) struct Opened<'a> {
+pub(super) struct DicomFile<'a> {
     pub(super) syntax: Syntax,
     encoding: Encoding,
     data: Cow<'a, [u8]>,
 }
 
-impl<'a> Opened<'a> {
-    /// Reads what stands before the data set; `max_bytes` bounds an inflated one.
+impl<'a> DicomFile<'a> {
+    /// Reads what precedes the data set; `max_bytes` bounds an inflated one.
     pub(super) fn new(bytes: &'a [u8], max_bytes: u64) -> Result<Self, DicomError> {
         let bytes = match bytes.get(PREAMBLE..HEAD) {
             Some(MAGIC) => &bytes[HEAD..],
@@ -273,14 +205,14 @@ impl<'a> DataSet<'a> {
             modality_table: None,
             voi_table: None,
             has_overlay: false,
-            pixels: Pixels::None,
+            pixels: PixelData::None,
         }
     }
 
     /// Keeps the wanted attributes of `bytes`, up to the pixels.
     fn walk(&mut self, bytes: &'a [u8]) -> Result<(), DicomError> {
         let mut at = 0;
-        // Less than a header, or zeros: padding behind the last attribute.
+        // Less than a header, or zeros: padding after the last attribute.
         while bytes.len() - at >= SHORTEST_HEADER {
             let (header, length) = self.encoding.header(&bytes[at..])?;
             at += length;
@@ -324,20 +256,20 @@ impl<'a> DataSet<'a> {
         bytes: &'a [u8],
         mut at: usize,
         header: &DataElementHeader,
-    ) -> Result<Pixels<'a>, DicomError> {
+    ) -> Result<PixelData<'a>, DicomError> {
         if header.len.is_defined() {
             return Ok(match value(bytes, at, header.len) {
-                Ok(bytes) => Pixels::Native {
+                Ok(bytes) => PixelData::Native {
                     vr: header.vr,
                     bytes,
                 },
-                Err(_) => Pixels::Cut,
+                Err(_) => PixelData::Cut,
             });
         }
         let mut items = Vec::new();
         loop {
             let Ok((header, length)) = self.encoding.header(&bytes[at..]) else {
-                return Ok(Pixels::Cut);
+                return Ok(PixelData::Cut);
             };
             at += length;
             match header.tag {
@@ -346,7 +278,7 @@ impl<'a> DataSet<'a> {
                         at += item.len();
                         items.push(item);
                     }
-                    Err(_) => return Ok(Pixels::Cut),
+                    Err(_) => return Ok(PixelData::Cut),
                 },
                 SEQUENCE_END => break,
                 _ => {
@@ -360,7 +292,7 @@ impl<'a> DataSet<'a> {
             return Err(DicomError::damaged("its pixel data are empty"));
         }
         let table = items.remove(0).as_chunks::<4>().0;
-        Ok(Pixels::Fragments {
+        Ok(PixelData::Fragments {
             offsets: table
                 .iter()
                 .map(|bytes| u32::from_le_bytes(*bytes))
@@ -460,7 +392,7 @@ fn is_overlay_data(tag: Tag) -> bool {
     tag.group() & 0xff01 == 0x6000 && tag.element() == OVERLAY_DATA
 }
 
-/// How attributes inside an attribute lie.
+/// How attributes inside an attribute are encoded.
 fn inner(encoding: Encoding, vr: VR) -> Encoding {
     // PS3.5, 6.2.2: what is of unknown kind and without length is implicit little endian inside.
     if vr == VR::UN {

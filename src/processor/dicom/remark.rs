@@ -2,7 +2,7 @@
 
 use dicom_dictionary_std::tags;
 
-use super::reader::{DataSet, Opened};
+use super::reader::{DataSet, DicomFile};
 use crate::processor::remark::{Remark, RemarkKind};
 
 /// What does not look like a chest radiograph.
@@ -122,7 +122,7 @@ fn aspect(set: &DataSet<'_>) -> Option<Remark> {
 }
 
 /// The technical attributes of a file, by name: nothing of the patient, the place or the time.
-pub(super) fn technical(opened: &Opened<'_>, set: &DataSet<'_>) -> Vec<(&'static str, String)> {
+pub(super) fn technical(opened: &DicomFile<'_>, set: &DataSet<'_>) -> Vec<(&'static str, String)> {
     let syntax = &opened.syntax;
     let mut shown = vec![(
         "transfer syntax",

@@ -3,8 +3,8 @@
 use dicom_encoding::transfer_syntax::TransferSyntaxIndex;
 use dicom_transfer_syntax_registry::TransferSyntaxRegistry;
 
+use super::encoding::Encoding;
 use super::error::DicomError;
-use super::reader::Encoding;
 
 /// Whether `text` is an identifier: digits and dots, at most 64.
 pub(super) fn is_uid(text: &str) -> bool {

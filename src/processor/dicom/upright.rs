@@ -5,9 +5,9 @@ use image::metadata::Orientation;
 
 use super::reader::DataSet;
 
-/// Where a side of the patient lies.
+/// A direction in the patient.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Side {
+enum Direction {
     Left,
     Right,
     Front,
@@ -16,7 +16,7 @@ enum Side {
     Feet,
 }
 
-impl Side {
+impl Direction {
     /// The direction that counts most of such as `LA` (left, and a little to the front).
     fn of(text: &str) -> Option<Self> {
         match text.as_bytes().first()? {
@@ -35,18 +35,18 @@ impl Side {
     }
 }
 
-/// How the stored picture has to be turned, by Patient Orientation (0020,0020).
+/// How the stored picture has to be rotated or mirrored, by Patient Orientation (0020,0020).
 ///
 /// Its two values say where rows run to and where columns run to. Frontal views are shown with
 /// columns running to the feet and rows to the patient's left, so also mirrored ones are put right;
-/// lateral views are turned head up and never mirrored, since both ways of hanging them are usual.
+/// lateral views are rotated head up and never mirrored, since both ways of hanging them are usual.
 /// Without the attribute, or if neither value is head or feet, the picture stays as it is.
 pub(super) fn orientation(set: &DataSet<'_>) -> Orientation {
-    use Side::{Feet, Head, Left, Right};
-    let sides: Vec<Option<Side>> = set
+    use Direction::{Feet, Head, Left, Right};
+    let sides: Vec<Option<Direction>> = set
         .codes(tags::PATIENT_ORIENTATION)
         .into_iter()
-        .map(Side::of)
+        .map(Direction::of)
         .collect();
     let [Some(rows), Some(columns)] = sides[..] else {
         return Orientation::NoTransforms;

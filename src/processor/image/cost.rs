@@ -1,13 +1,13 @@
-//! What decoding a picture takes, told by its header before anything is decoded.
+//! What decoding a picture takes, by its header, before anything is decoded.
 
 use std::io::Cursor;
 
 use image::{ImageDecoder, metadata::Orientation};
 
-use super::{
-    DecodeLimits, ImageError, PictureFormat, check_file_size, dicom, dicom_refusal, guarded, open,
-    orientation,
-};
+use super::error::{ImageError, PictureFormat};
+use super::header::{check_file_size, dicom_refusal, guarded, open, orientation};
+use super::limits::DecodeLimits;
+use crate::processor::dicom;
 
 /// Most bytes that deflate makes of one.
 ///
@@ -27,7 +27,7 @@ pub struct DecodingCost {
     pub bytes: u64,
 }
 
-/// What decoding the picture in `bytes` takes; `name` stands for it in messages.
+/// What decoding the picture in `bytes` takes; `name` is its name in messages.
 ///
 /// # Errors
 /// Those of [`super::decode`] that a header can show.
@@ -49,13 +49,13 @@ pub fn decoding_cost(
                 PictureFormat::Jpeg => 2 * stored,
                 _ => 0,
             };
-            let turned = match orientation(&mut decoder) {
+            let rotated = match orientation(&mut decoder) {
                 Orientation::NoTransforms => 0,
                 _ => stored,
             };
             return Ok(DecodingCost {
                 pixels,
-                bytes: stored + coefficients.max(turned) + 3 * pixels,
+                bytes: stored + coefficients.max(rotated) + 3 * pixels,
             });
         }
         let meta = &bytes[..bytes.len().min(META_BYTES)];
@@ -86,7 +86,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_cost_is_told_by_the_header_alone() {
+    fn the_cost_comes_from_the_header_alone() {
         let mut png = Cursor::new(Vec::new());
         image::DynamicImage::new_rgb16(300, 200)
             .write_to(&mut png, image::ImageFormat::Png)

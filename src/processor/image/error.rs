@@ -36,7 +36,7 @@ pub enum ImageError {
         name: String,
         /// Its size.
         bytes: u64,
-        /// [`super::DecodeLimits::max_file_bytes`].
+        /// [`super::limits::DecodeLimits::max_file_bytes`].
         limit: u64,
     },
     /// The content is none of the formats read here.
@@ -60,7 +60,7 @@ pub enum ImageError {
         width: u32,
         /// Height in the header.
         height: u32,
-        /// [`super::DecodeLimits::max_decoded_pixels`].
+        /// [`super::limits::DecodeLimits::max_decoded_pixels`].
         limit: u64,
     },
     /// Decoding would take more memory than the limit.
@@ -70,7 +70,7 @@ pub enum ImageError {
     TooMuchMemory {
         /// File or upload.
         name: String,
-        /// [`super::DecodeLimits::max_decoded_bytes`].
+        /// [`super::limits::DecodeLimits::max_decoded_bytes`].
         limit: u64,
     },
     /// A known format holds pixels of a kind that is not read.
@@ -111,7 +111,7 @@ pub enum ImageError {
         /// The reason; it repeats no free text of the file.
         cause: Box<DicomError>,
     },
-    /// Tags were asked for of another format.
+    /// DICOM tags of a file of another format.
     #[error("`{name}` is a {format} picture and has no DICOM tags; hint: leave out --show-tags")]
     NotDicom {
         /// File or upload.
@@ -119,7 +119,7 @@ pub enum ImageError {
         /// File format.
         format: PictureFormat,
     },
-    /// A frame was asked for that is not there.
+    /// The chosen frame does not exist.
     #[error(
         "{format} picture `{name}` has no frame {frame}, expected {}; hint: leave out --frame",
         expected_frames(*.frames)
@@ -129,12 +129,12 @@ pub enum ImageError {
         name: String,
         /// File format.
         format: PictureFormat,
-        /// The frame asked for, counted from 1.
+        /// The chosen frame, counted from 1.
         frame: usize,
         /// How many can be chosen.
         frames: usize,
     },
-    /// A buffer does not hold the pixels its size asks for.
+    /// A buffer does not hold as many pixels as its size says.
     #[error("{bytes} bytes of pixels do not make a picture of {width} × {height} pixels")]
     PixelCount {
         /// Width in pixels.
@@ -184,6 +184,17 @@ pub enum ImageError {
     },
 }
 
+impl ImageError {
+    /// [`Self::UnsupportedPixels`] with what was found.
+    pub(super) fn unsupported(format: PictureFormat, name: &str, found: impl ToString) -> Self {
+        Self::UnsupportedPixels {
+            name: name.to_owned(),
+            format,
+            found: found.to_string(),
+        }
+    }
+}
+
 /// The frames that can be chosen, in words.
 fn expected_frames(frames: usize) -> String {
     match frames {
@@ -222,7 +233,7 @@ impl fmt::Display for PictureFormat {
     }
 }
 
-/// The name of a format that is not read and would be told wrongly or not at all.
+/// The name of a format that is not read and that the `image` crate would name wrongly or not at all.
 fn foreign(head: &[u8]) -> Option<&'static str> {
     const SIGNATURES: [(&[u8], &str); 9] = [
         (b"\xff\xd8\xff\xf7", "JPEG-LS"),
@@ -243,7 +254,7 @@ fn foreign(head: &[u8]) -> Option<&'static str> {
 }
 
 impl PictureFormat {
-    /// Tells the format by the first bytes (132 are enough); a file's extension may lie.
+    /// The format by the first bytes (132 are enough); a file's extension may be wrong.
     ///
     /// # Errors
     /// [`ImageError::Empty`] and [`ImageError::UnknownFormat`], both with `name`.

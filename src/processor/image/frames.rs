@@ -1,6 +1,6 @@
 //! How many frames an animation has.
 
-use super::PictureFormat;
+use super::error::PictureFormat;
 
 /// Frames of the picture in `bytes`, of which the decoder gives the first; 1 for a still one.
 pub(super) fn animation_frames(format: PictureFormat, bytes: &[u8]) -> usize {

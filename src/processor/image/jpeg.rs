@@ -2,44 +2,32 @@
 //!
 //! The reference reads JPEG through Pillow, so through libjpeg-turbo with its defaults: exact
 //! integer inverse DCT, "fancy" upsampling, integer colour conversion. Decoders that are available
-//! in Rust round in other ways and fill what is damaged without a word, so this one is of the
-//! project: sequential and progressive Huffman coding, 8 or 12 bits, grey or three colours. What
+//! in Rust round in other ways and fill what is damaged without an error, hence this one: sequential and progressive Huffman coding, 8 or 12 bits, grey or three colours. What
 //! else there is (lossless, arithmetic coding, four colours) is [`JpegError::Unsupported`].
 //!
 //! Source: ITU-T T.81; `jdhuff.c`, `jdphuff.c`, `jidctint.c`, `jdsample.c` and `jdcolor.c` of
 //! libjpeg-turbo for how values are rounded.
 
 mod entropy;
+mod error;
+mod frame;
+mod huffman;
 mod idct;
 mod sample;
+mod tables;
 
 use crate::processor::remark::{Remark, RemarkKind};
-use entropy::{HuffmanTable, Scan, ScanComponent};
+use entropy::{Scan, ScanComponent};
+pub(in crate::processor) use error::JpegError;
+use error::damaged;
+use frame::Frame;
+pub(in crate::processor) use sample::Colour;
 use sample::Plane;
-
-/// Why a JPEG gave no pixels.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(in crate::processor) enum JpegError {
-    /// It ends before its end mark.
-    Truncated,
-    /// It breaks the rules.
-    Damaged(String),
-    /// It is of a kind that is not read here.
-    Unsupported(&'static str),
-    /// Its coefficients and planes take more than the limit.
-    TooMuchMemory,
-}
-
-/// What the three channels of a JPEG mean.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::processor) enum Colour {
-    Rgb,
-    YCbCr,
-}
+use tables::Tables;
 
 /// Pixels row by row.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(in crate::processor) enum Pixels {
+pub(in crate::processor) enum JpegPixels {
     /// Grey, of 8 or 12 bits.
     Gray(Vec<u16>),
     /// Red, green, blue.
@@ -48,10 +36,10 @@ pub(in crate::processor) enum Pixels {
 
 /// A decoded JPEG.
 #[derive(Debug, Clone)]
-pub(in crate::processor) struct Decoded {
+pub(in crate::processor) struct DecodedJpeg {
     pub(in crate::processor) width: usize,
     pub(in crate::processor) height: usize,
-    pub(in crate::processor) pixels: Pixels,
+    pub(in crate::processor) pixels: JpegPixels,
     /// What the stream itself says of its three channels, by a JFIF or Adobe mark or their names.
     pub(in crate::processor) marked: Option<Colour>,
     pub(in crate::processor) damage: Damage,
@@ -136,50 +124,6 @@ pub(in crate::processor) fn frame_header(bytes: &[u8]) -> Option<FrameHeader> {
     }
 }
 
-/// One channel.
-struct Component {
-    id: u8,
-    horizontal: usize,
-    vertical: usize,
-    table: usize,
-    /// The table as it is at the component's first scan; later ones are of other components.
-    quantization: Option<[u16; 64]>,
-    /// Blocks that hold pixels.
-    blocks: (usize, usize),
-    /// Blocks of a row in `coefficients`, whole units.
-    stride: usize,
-    coefficients: Vec<i16>,
-    /// Bits of each coefficient that have not come yet; all at first.
-    missing_bits: [u8; 64],
-}
-
-/// Bits of a coefficient of which nothing has come.
-const NOTHING_YET: u8 = u8::MAX;
-
-struct Frame {
-    width: usize,
-    height: usize,
-    precision: u8,
-    progressive: bool,
-    components: Vec<Component>,
-}
-
-/// Tables and marks that may change between scans.
-#[derive(Default)]
-struct Tables {
-    quantization: [Option<[u16; 64]>; 4],
-    dc: [Option<HuffmanTable>; 4],
-    ac: [Option<HuffmanTable>; 4],
-    restart_interval: usize,
-}
-
-/// Places of coefficients as they come, and 16 more for runs past the end.
-pub(super) const ZIGZAG: [u8; 64] = [
-    0, 1, 8, 16, 9, 2, 3, 10, 17, 24, 32, 25, 18, 11, 4, 5, 12, 19, 26, 33, 40, 48, 41, 34, 27, 20,
-    13, 6, 7, 14, 21, 28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23, 30, 37, 44, 51, 58, 59,
-    52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63,
-];
-
 /// Decodes the JPEG in `bytes`. `tag` says what three channels mean where the stream does not, which
 /// libjpeg takes for luminance and colour differences.
 ///
@@ -189,7 +133,7 @@ pub(in crate::processor) fn decode(
     bytes: &[u8],
     tag: Option<Colour>,
     max_bytes: u64,
-) -> Result<Decoded, JpegError> {
+) -> Result<DecodedJpeg, JpegError> {
     /// More than any picture has, few enough for a made-up one to cost little.
     const MOST_SCANS: usize = 256;
     let mut tables = Tables::default();
@@ -210,7 +154,7 @@ pub(in crate::processor) fn decode(
         rest = &rest[at + 2..];
         match marker {
             END_OF_IMAGE => break,
-            // A start, restarts and a private mark stand alone.
+            // A start, restarts and a private mark have no segment.
             0x01 | 0xd0..=0xd8 => continue,
             _ => {}
         }
@@ -243,7 +187,7 @@ pub(in crate::processor) fn decode(
                 if scans > MOST_SCANS {
                     return Err(damaged("it has too many scans"));
                 }
-                let share = frame.scan(segment, &tables, &mut rest)?;
+                let share = scan(frame, segment, &tables, &mut rest)?;
                 damage.share = damage.share.max(share);
             }
             _ => marks.read(marker, segment),
@@ -253,10 +197,10 @@ pub(in crate::processor) fn decode(
     damage.is_coarse = frame.is_coarse()?;
     let marked = marks.colour(&frame);
     let colour = marked.or(tag).unwrap_or(Colour::YCbCr);
-    Ok(Decoded {
+    Ok(DecodedJpeg {
         width: frame.width,
         height: frame.height,
-        pixels: frame.pixels(colour)?,
+        pixels: pixels(&mut frame, colour)?,
         marked: marked.filter(|_| frame.components.len() == 3),
         damage,
     })
@@ -264,10 +208,6 @@ pub(in crate::processor) fn decode(
 
 const START_OF_SCAN: u8 = 0xda;
 const END_OF_IMAGE: u8 = 0xd9;
-
-fn damaged(reason: impl ToString) -> JpegError {
-    JpegError::Damaged(reason.to_string())
-}
 
 /// Marks of programs that say what colours mean.
 #[derive(Default)]
@@ -300,251 +240,101 @@ impl Marks {
     }
 }
 
-impl Tables {
-    fn huffman(&mut self, mut segment: &[u8]) -> Result<(), JpegError> {
-        const CLASSES: usize = 2;
-        while let Some((&head, after)) = segment.split_first() {
-            let (counts, after) = after
-                .split_first_chunk::<16>()
-                .ok_or_else(|| damaged("a Huffman table is cut off"))?;
-            let count: usize = counts.iter().map(|count| usize::from(*count)).sum();
-            let values = after
-                .get(..count)
-                .ok_or_else(|| damaged("a Huffman table is cut off"))?;
-            segment = &after[count..];
-            let (class, place) = (usize::from(head >> 4), usize::from(head & 15));
-            if class >= CLASSES || place >= self.dc.len() {
-                return Err(damaged("a Huffman table has no place"));
-            }
-            let table = HuffmanTable::new(counts, values)
-                .ok_or_else(|| damaged("a Huffman table has too many codes"))?;
-            let of_class = if class == 0 {
-                &mut self.dc
-            } else {
-                &mut self.ac
-            };
-            of_class[place] = Some(table);
+/// Decodes a scan and skips its data; gives the share of its blocks that are damaged.
+fn scan(
+    frame: &mut Frame,
+    segment: &[u8],
+    tables: &Tables,
+    rest: &mut &[u8],
+) -> Result<f64, JpegError> {
+    let cut = || damaged("the header of a scan is cut off");
+    let (&count, specs) = segment.split_first().ok_or_else(cut)?;
+    let count = usize::from(count);
+    let (specs, &[from, to, bits]) = specs
+        .split_at_checked(count * 2)
+        .and_then(|(specs, after)| Some((specs, after.first_chunk::<3>()?)))
+        .ok_or_else(cut)?;
+    let mut own = Vec::with_capacity(count);
+    for [id, places] in specs.as_chunks::<2>().0 {
+        let index = frame.components.iter().position(|c| c.id == *id);
+        let index = index.ok_or_else(|| damaged("a scan is of no component"))?;
+        if own.iter().any(|c: &ScanComponent<'_>| c.index == index) {
+            return Err(damaged("a scan has a component twice"));
         }
-        Ok(())
-    }
-
-    fn quantization(&mut self, mut segment: &[u8]) -> Result<(), JpegError> {
-        let cut = || damaged("a quantization table is cut off");
-        while let Some((&head, after)) = segment.split_first() {
-            let size = if head >> 4 == 0 { 1 } else { 2 };
-            let values = after.get(..64 * size).ok_or_else(cut)?;
-            segment = &after[64 * size..];
-            let mut table = [0; 64];
-            for (place, value) in ZIGZAG.iter().zip(values.chunks_exact(size)) {
-                table[usize::from(*place)] = value
-                    .iter()
-                    .fold(0, |sum: u16, byte| sum << 8 | u16::from(*byte));
-            }
-            *self
-                .quantization
-                .get_mut(usize::from(head & 15))
-                .ok_or_else(|| damaged("a quantization table has no place"))? = Some(table);
+        let dc = tables.dc.get(usize::from(places >> 4));
+        let ac = tables.ac.get(usize::from(places & 15));
+        let component = &mut frame.components[index];
+        if component.quantization.is_none() {
+            let table = tables.quantization.get(component.table);
+            component.quantization = table.copied().flatten();
         }
-        Ok(())
+        let step = component.quantization.map_or(1, |table| table[0]);
+        own.push(ScanComponent {
+            index,
+            dc: dc.and_then(Option::as_ref),
+            ac: ac.and_then(Option::as_ref),
+            highest_dc: frame.highest_dc(step),
+        });
     }
+    let (high, low) = (bits >> 4, bits & 15);
+    let scan = if frame.progressive {
+        let is_dc = from == 0 && to == 0;
+        if from > to || to > 63 || low > 13 || (from == 0) != is_dc || (!is_dc && count != 1) {
+            return Err(damaged("a scan of coefficients that are none"));
+        }
+        Scan::progressive(own, (from, to), high, low)
+    } else {
+        Scan::sequential(own)
+    };
+    let scan = scan
+        .filter(|_| count > 0)
+        .ok_or_else(|| damaged("a scan names a Huffman table that is not there"))?;
+    for component in &scan.components {
+        let bits = if frame.progressive { low } else { 0 };
+        let (from, to) = scan.range();
+        frame.components[component.index].missing_bits[from..=to].fill(bits);
+    }
+    let length = entropy::data_length(rest);
+    let (data, after) = rest.split_at(length);
+    *rest = after;
+    Ok(scan.decode(frame, data, tables.restart_interval))
 }
 
-impl Frame {
-    fn new(segment: &[u8], progressive: bool, max_bytes: u64) -> Result<Self, JpegError> {
-        let Some((&[precision, h1, h0, w1, w0, count], specs)) = segment.split_first_chunk::<6>()
-        else {
-            return Err(damaged("its frame is cut off"));
-        };
-        let height = usize::from(u16::from_be_bytes([h1, h0]));
-        let width = usize::from(u16::from_be_bytes([w1, w0]));
-        let specs = specs.as_chunks::<3>().0;
-        if height == 0 {
-            return Err(JpegError::Unsupported("a height after the pixels, DNL"));
-        }
-        match (precision, count) {
-            (8, 1 | 3) | (12, 1) => {}
-            (8, _) => return Err(JpegError::Unsupported("colours other than grey and three")),
-            _ => return Err(JpegError::Unsupported("levels of other than 8 bits")),
-        }
-        if width == 0 || specs.len() != usize::from(count) {
-            return Err(damaged("its frame has no width or wrong components"));
-        }
-        let factors = |spec: &[u8; 3]| (usize::from(spec[1] >> 4), usize::from(spec[1] & 15));
-        let known = |factor| (1..=4).contains(&factor);
-        if specs
-            .iter()
-            .map(factors)
-            .any(|(h, v)| !known(h) || !known(v))
-        {
-            return Err(damaged("its sampling factors are none"));
-        }
-        let most = |factor: fn((usize, usize)) -> usize| {
-            let factors = specs.iter().map(|spec| factor(factors(spec)));
-            factors.max().unwrap_or(1)
-        };
-        let (most_h, most_v) = (most(|(h, _)| h), most(|(_, v)| v));
-        let units = (width.div_ceil(8 * most_h), height.div_ceil(8 * most_v));
-        // Coefficients of two bytes and a plane of two.
-        let bytes = specs
-            .iter()
-            .map(factors)
-            .map(|(h, v)| (units.0 * units.1 * h * v * 64) as u64 * 4);
-        if bytes.sum::<u64>() > max_bytes {
-            return Err(JpegError::TooMuchMemory);
-        }
-        let component = |spec: &[u8; 3]| {
-            let (horizontal, vertical) = factors(spec);
-            let size = (
-                (width * horizontal).div_ceil(most_h),
-                (height * vertical).div_ceil(most_v),
-            );
-            Component {
-                id: spec[0],
-                horizontal,
-                vertical,
-                table: spec[2].into(),
-                quantization: None,
-                blocks: (size.0.div_ceil(8), size.1.div_ceil(8)),
-                stride: units.0 * horizontal,
-                coefficients: vec![0; units.0 * units.1 * horizontal * vertical * 64],
-                missing_bits: [NOTHING_YET; 64],
-            }
-        };
-        Ok(Self {
-            width,
-            height,
-            precision,
-            progressive,
-            components: specs.iter().map(component).collect(),
-        })
+/// The pixels of a frame whose scans are all read.
+fn pixels(frame: &mut Frame, colour: Colour) -> Result<JpegPixels, JpegError> {
+    let most = frame.most();
+    let (width, height, precision) = (frame.width, frame.height, frame.precision);
+    let mut planes = Vec::with_capacity(frame.components.len());
+    for component in &mut frame.components {
+        let table = component.quantization;
+        let table = table.ok_or_else(|| damaged("a quantization table is not there"))?;
+        let (most_h, most_v) = most;
+        let size = (
+            (width * component.horizontal).div_ceil(most_h),
+            (height * component.vertical).div_ceil(most_v),
+        );
+        let coefficients = std::mem::take(&mut component.coefficients);
+        let levels = idct::plane(&coefficients, component.stride, size, &table, precision);
+        planes.push(Plane {
+            width: size.0,
+            height: size.1,
+            across: most_h
+                .is_multiple_of(component.horizontal)
+                .then(|| most_h / component.horizontal),
+            down: most_v
+                .is_multiple_of(component.vertical)
+                .then(|| most_v / component.vertical),
+            levels,
+        });
     }
-
-    /// Largest sampling factors.
-    fn most(&self) -> (usize, usize) {
-        let most = |factor: fn(&Component) -> usize| self.components.iter().map(factor).max();
-        let horizontal = most(|c| c.horizontal).unwrap_or(1);
-        (horizontal, most(|c| c.vertical).unwrap_or(1))
+    if let [plane] = &mut planes[..] {
+        return Ok(JpegPixels::Gray(std::mem::take(&mut plane.levels)));
     }
-
-    /// Decodes a scan and steps over its data; gives the share of its blocks that are damaged.
-    fn scan(
-        &mut self,
-        segment: &[u8],
-        tables: &Tables,
-        rest: &mut &[u8],
-    ) -> Result<f64, JpegError> {
-        let cut = || damaged("the header of a scan is cut off");
-        let (&count, specs) = segment.split_first().ok_or_else(cut)?;
-        let count = usize::from(count);
-        let (specs, &[from, to, bits]) = specs
-            .split_at_checked(count * 2)
-            .and_then(|(specs, after)| Some((specs, after.first_chunk::<3>()?)))
-            .ok_or_else(cut)?;
-        let mut own = Vec::with_capacity(count);
-        for [id, places] in specs.as_chunks::<2>().0 {
-            let index = self.components.iter().position(|c| c.id == *id);
-            let index = index.ok_or_else(|| damaged("a scan is of no component"))?;
-            if own.iter().any(|c: &ScanComponent<'_>| c.index == index) {
-                return Err(damaged("a scan has a component twice"));
-            }
-            let dc = tables.dc.get(usize::from(places >> 4));
-            let ac = tables.ac.get(usize::from(places & 15));
-            let component = &mut self.components[index];
-            if component.quantization.is_none() {
-                let table = tables.quantization.get(component.table);
-                component.quantization = table.copied().flatten();
-            }
-            let step = component.quantization.map_or(1, |table| table[0]);
-            own.push(ScanComponent {
-                index,
-                dc: dc.and_then(Option::as_ref),
-                ac: ac.and_then(Option::as_ref),
-                highest_mean: self.highest_mean(step),
-            });
-        }
-        let (high, low) = (bits >> 4, bits & 15);
-        let scan = if self.progressive {
-            let is_dc = from == 0 && to == 0;
-            if from > to || to > 63 || low > 13 || (from == 0) != is_dc || (!is_dc && count != 1) {
-                return Err(damaged("a scan of coefficients that are none"));
-            }
-            Scan::progressive(own, (from, to), high, low)
-        } else {
-            Scan::sequential(own)
-        };
-        let scan = scan
-            .filter(|_| count > 0)
-            .ok_or_else(|| damaged("a scan names a Huffman table that is not there"))?;
-        for component in &scan.components {
-            let bits = if self.progressive { low } else { 0 };
-            let (from, to) = scan.range();
-            self.components[component.index].missing_bits[from..=to].fill(bits);
-        }
-        let length = entropy::data_length(rest);
-        let (data, after) = rest.split_at(length);
-        *rest = after;
-        Ok(scan.decode(self, data, tables.restart_interval))
-    }
-
-    /// The highest coefficient of a mean level that pixels can give, in steps of the quantization.
-    ///
-    /// It is eight times the level's distance from the middle; an eighth more is let pass.
-    fn highest_mean(&self, step: u16) -> i32 {
-        let highest = 9 << (self.precision - 1);
-        highest / i32::from(step.max(1)) + 1
-    }
-
-    /// Whether parts of coefficients never came.
-    ///
-    /// # Errors
-    /// A picture of which nothing came.
-    fn is_coarse(&self) -> Result<bool, JpegError> {
-        let missing = |c: &Component| c.missing_bits[0] == NOTHING_YET;
-        if self.components.iter().any(missing) {
-            return Err(damaged("a component has no data"));
-        }
-        Ok(self.progressive
-            && self
-                .components
-                .iter()
-                .any(|c| c.missing_bits.iter().any(|bits| *bits > 0)))
-    }
-
-    fn pixels(&mut self, colour: Colour) -> Result<Pixels, JpegError> {
-        let most = self.most();
-        let (width, height, precision) = (self.width, self.height, self.precision);
-        let mut planes = Vec::with_capacity(self.components.len());
-        for component in &mut self.components {
-            let table = component.quantization;
-            let table = table.ok_or_else(|| damaged("a quantization table is not there"))?;
-            let (most_h, most_v) = most;
-            let size = (
-                (width * component.horizontal).div_ceil(most_h),
-                (height * component.vertical).div_ceil(most_v),
-            );
-            let coefficients = std::mem::take(&mut component.coefficients);
-            let levels = idct::plane(&coefficients, component.stride, size, &table, precision);
-            planes.push(Plane {
-                width: size.0,
-                height: size.1,
-                across: most_h
-                    .is_multiple_of(component.horizontal)
-                    .then(|| most_h / component.horizontal),
-                down: most_v
-                    .is_multiple_of(component.vertical)
-                    .then(|| most_v / component.vertical),
-                levels,
-            });
-        }
-        if let [plane] = &mut planes[..] {
-            return Ok(Pixels::Gray(std::mem::take(&mut plane.levels)));
-        }
-        sample::rgb(&planes, width, height, colour)
-            .map(Pixels::Rgb)
-            .ok_or(JpegError::Unsupported(
-                "sampling factors that do not divide",
-            ))
-    }
+    sample::rgb(&planes, width, height, colour)
+        .map(JpegPixels::Rgb)
+        .ok_or(JpegError::Unsupported(
+            "sampling factors that do not divide",
+        ))
 }
 
 /// Whether the marker that ends a JPEG follows its first scan.

@@ -2,15 +2,16 @@
 
 use image::DynamicImage;
 
-use super::{ImageError, PictureFormat, RgbImage, spread, unsupported};
+use super::error::{ImageError, PictureFormat};
+use super::rgb_image::{RgbImage, spread};
 use crate::processor::remark::{Remark, RemarkKind};
 
-/// What has to be known of a file beside its pixels.
+/// How a file stores its pixels.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Storage {
     /// Whether the reference loses the alpha channel instead of using it.
     pub(super) drops_alpha: bool,
-    /// Whether the decoder turned grey over, the lowest level being white.
+    /// Whether the decoder inverted grey, because the lowest stored level is white.
     pub(super) white_is_zero: bool,
 }
 
@@ -31,7 +32,7 @@ pub(super) fn drops_alpha(format: PictureFormat, bytes: &[u8]) -> bool {
     format == PictureFormat::Png && !kept
 }
 
-/// Decoded pixels of any kind as 8-bit RGB; doubts are added to `remarks`.
+/// Decoded pixels of any kind as 8-bit RGB; remarks on them are added to `remarks`.
 pub(super) fn to_rgb(
     picture: DynamicImage,
     storage: Storage,
@@ -53,7 +54,7 @@ pub(super) fn to_rgb(
             }
         })
     };
-    let deep = Depth::of(&picture, white_is_zero);
+    let deep = UsedBits::of(&picture, white_is_zero);
     let high = |value: u16| (value >> 8) as u8;
     let pixels = match picture {
         DynamicImage::ImageRgb8(buffer) => buffer.into_raw(),
@@ -86,28 +87,34 @@ pub(super) fn to_rgb(
                 rgb([red, green, blue, high(alpha)])
             })
             .collect(),
-        other => return Err(unsupported(format, name, format!("{:?}", other.color()))),
+        other => {
+            return Err(ImageError::unsupported(
+                format,
+                name,
+                format!("{:?}", other.color()),
+            ));
+        }
     };
     remarks.extend(deep.remark());
     RgbImage::from_rgb(width, height, pixels)
 }
 
-/// How many of 16 bits hold a picture.
+/// How many of 16 bits a picture uses.
 ///
 /// Detectors give 10 to 15 bits, and exporters put these into 16 unscaled: shown as they are, such a
-/// film is nearly black. So a picture whose highest level leaves bits unused is shown by the bits
+/// radiograph is nearly black. So a picture whose highest level leaves bits unused is shown by the bits
 /// in use, 8 at least; one that reaches the upper half of the range is shown by all 16.
 #[derive(Debug, Clone, Copy)]
-struct Depth {
+struct UsedBits {
     bits: u32,
     highest: u16,
     white_is_zero: bool,
 }
 
-impl Depth {
+impl UsedBits {
     fn of(picture: &DynamicImage, white_is_zero: bool) -> Self {
         let highest = match picture {
-            // Turned back to what is stored, the lowest is the highest.
+            // Inverted back to what is stored, the lowest is the highest.
             DynamicImage::ImageLuma16(buffer) if white_is_zero => {
                 buffer.iter().min().map(|lowest| u16::MAX - lowest)
             }

@@ -6,6 +6,7 @@ use image::codecs::{jpeg::JpegEncoder, png::PngEncoder, webp::WebPEncoder};
 use image::{ExtendedColorType, ImageEncoder, ImageFormat};
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
+use super::header::DECODER_PANIC;
 use super::*;
 
 const FORMATS: [ImageFormat; 5] = [
@@ -49,7 +50,7 @@ fn native(values: &[u16]) -> Vec<u8> {
 }
 
 #[test]
-fn every_format_is_told_by_its_content() {
+fn every_format_is_recognised_by_its_content() {
     let picture = rgb(20, 13);
     for format in FORMATS {
         let ours = read(&encode(&picture, format)).unwrap();
@@ -214,7 +215,7 @@ fn a_tiff_of_twelve_bits_is_scaled_whichever_level_is_white() {
 }
 
 #[test]
-fn bits_in_reverse_order_are_turned_around() {
+fn bits_in_reverse_order_are_reversed() {
     const FILL_ORDER: u16 = 266;
     let pixels = [1, 2, 200].map(u8::reverse_bits);
     let tags = [(256, 3), (BITS, 8), (PHOTOMETRIC, 1), (FILL_ORDER, 2)];
@@ -339,7 +340,7 @@ fn a_jpeg_gives_pillows_pixels_exactly() {
     let expected = image::load_from_memory(&jpeg_fixture("gray_12_bits.png")).unwrap();
     assert_eq!(
         decoded.pixels,
-        jpeg::Pixels::Gray(expected.into_luma16().into_raw())
+        jpeg::JpegPixels::Gray(expected.into_luma16().into_raw())
     );
 }
 
@@ -588,7 +589,7 @@ fn mutated_files_are_read_or_refused_without_a_panic() {
                     _ => bytes.insert(at, random.random()),
                 }
             }
-            // A panic inside a decoder is caught and told apart from its own refusals.
+            // A panic inside a decoder is caught and reported otherwise than its own errors.
             if let Err(error) = decode(&bytes, "chest", &limits) {
                 let text = error.to_string();
                 assert!(text.contains("`chest`"), "{format:?} round {round}: {text}");

@@ -56,7 +56,7 @@ struct Entry {
 pub(super) enum BitOrder {
     /// Its compression has an order of its own.
     Compression,
-    /// Its strips or tiles are not told, or not inside the file.
+    /// Its strips or tiles are not stated, or not inside the file.
     Strips,
 }
 
@@ -227,7 +227,7 @@ impl<'a> Tiff<'a> {
 
     /// Where the pixels of a page are.
     fn strips(&self, directory: &Directory) -> Result<Vec<Range<usize>>, BitOrder> {
-        // None, LZW, both numbers of deflate, PackBits: what libtiff turns around before decoding.
+        // None, LZW, both numbers of deflate, PackBits: where libtiff reverses the bits before decoding.
         if !matches!(
             self.value(directory, tag::COMPRESSION),
             None | Some(1 | 5 | 8 | 32946 | 32773)

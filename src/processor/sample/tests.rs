@@ -146,8 +146,8 @@ fn loss_and_loss_scale_say_which_answers_are_learnt() {
         let message = line.unwrap_err().to_string();
         assert!(message.contains(words), "{message}");
     }
-    let asked = r#"{"messages":[{"role":"user","content":"q","loss":true},{"role":"assistant","content":"a"}]}"#;
-    assert!(fault(asked).contains("`messages[0].loss` is set for a message of `user`"));
+    let question = r#"{"messages":[{"role":"user","content":"q","loss":true},{"role":"assistant","content":"a"}]}"#;
+    assert!(fault(question).contains("`messages[0].loss` is set for a message of `user`"));
     assert!(fault(&with(r#""loss":false"#)).contains("take it out of the file"));
     assert!(parse(&with(r#""loss":true,"loss_scale":1"#)).is_ok());
 }

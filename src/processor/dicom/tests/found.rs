@@ -113,7 +113,7 @@ fn the_presentation_shape_decides_over_the_photometric_interpretation() {
 }
 
 #[test]
-fn what_a_film_is_for_is_remarked_on() {
+fn the_intent_of_an_image_is_remarked_on() {
     let file = || ramp_file(EXPLICIT, 8, false, "MONOCHROME2");
     let code = |tag, text: &str| seen(file().text(tag, VR::CS, text)).0;
     assert_eq!(

@@ -120,7 +120,7 @@ fn a_deflated_bomb_is_stopped() {
     use std::io::Write;
     let mut bytes = Builder::new(NATIVE[2], 8, false).bytes(&[5; 12]).file();
     let meta = bytes.windows(4).position(|w| w == [2, 0, 0x12, 0]);
-    // After the meta group: its length stands in its first attribute.
+    // After the meta group: its length is in its first attribute.
     let length = u32::from_le_bytes(bytes[140..144].try_into().unwrap()) as usize;
     assert!(meta < Some(144 + length));
     bytes.truncate(144 + length);

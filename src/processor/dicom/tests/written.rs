@@ -18,7 +18,7 @@ pub(super) const NATIVE: [&str; 4] = [
 ];
 pub(super) const EXPLICIT: &str = NATIVE[1];
 
-/// A file under construction: a grey picture of 4 × 3 pixels unless told otherwise.
+/// A file under construction: a grey picture of 4 × 3 pixels unless changed.
 pub(super) struct Builder {
     pub(super) set: InMemDicomObject,
     syntax: String,
@@ -302,7 +302,7 @@ fn frames_are_chosen_by_number() {
             Err(DicomError::NoFrame { frame, frames: 3 })
         );
     }
-    // Each frame in two pieces of even length, told apart by the table of offsets.
+    // Each frame in two pieces of even length, separated by the table of offsets.
     let mut pieces = Vec::new();
     let mut offsets = Vec::new();
     let mut at = 0;
@@ -318,8 +318,8 @@ fn frames_are_chosen_by_number() {
     let split = file(&offsets, &pieces);
     assert_eq!(frame_levels(&split, Some(2)).unwrap(), [100; 12]);
     // Without it, by the pieces that begin a stream.
-    let untold = file(&[], &pieces);
-    assert_eq!(frame_levels(&untold, Some(2)).unwrap(), [100; 12]);
+    let without_offsets = file(&[], &pieces);
+    assert_eq!(frame_levels(&without_offsets, Some(2)).unwrap(), [100; 12]);
     // A piece that begins none where one has to.
     let lost = file(&[], &pieces[1..]);
     assert!(matches!(
@@ -381,7 +381,7 @@ fn a_syntax_that_is_not_read_is_named() {
 
 #[test]
 fn every_orientation_ends_upright() {
-    // Of 12 numbers, rows of 4: what stands in the corners tells how it was turned.
+    // Of 12 numbers, rows of 4: the values in the corners show how it was rotated.
     let cases = [
         ("L\\F", [0, 3, 8, 11]),
         ("R\\F", [3, 0, 11, 8]),
@@ -414,10 +414,10 @@ fn every_orientation_ends_upright() {
             at(width - 1, height - 1),
         ];
         assert_eq!(found, corners, "{tag}");
-        let (columns, rows, turned) = probe(&file, &limits).unwrap();
+        let (columns, rows, orientation) = probe(&file, &limits).unwrap();
         assert_eq!((columns, rows), (4, 3));
         assert_eq!(
-            turned == Orientation::NoTransforms,
+            orientation == Orientation::NoTransforms,
             corners == [0, 3, 8, 11],
             "{tag}"
         );

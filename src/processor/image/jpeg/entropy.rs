@@ -1,187 +1,51 @@
 //! Huffman-coded data to coefficients, and how much of them is damaged.
 
-use super::{Frame, ZIGZAG};
-
-/// A code that is none, or data that end too early.
-struct Broken;
-
-/// A table of Huffman codes.
-pub(super) struct HuffmanTable {
-    /// By the next [`FAST_BITS`] bits: length of the code in the high byte, value in the low; 0 for
-    /// a longer code.
-    fast: Vec<u16>,
-    /// By length: one more than the highest code, aligned to 16 bits.
-    ends: [u32; 17],
-    /// By length: what to add to a code to find its value.
-    offsets: [i32; 17],
-    values: Vec<u8>,
-}
-
-const FAST_BITS: u32 = 9;
-
-impl HuffmanTable {
-    /// `counts` codes of each length from 1 on, for `values` in order; `None` for more than there
-    /// can be.
-    pub(super) fn new(counts: &[u8; 16], values: &[u8]) -> Option<Self> {
-        let mut table = Self {
-            fast: vec![0; 1 << FAST_BITS],
-            ends: [0; 17],
-            offsets: [0; 17],
-            values: values.to_vec(),
-        };
-        let mut code = 0_u32;
-        let mut index = 0;
-        for (length, count) in (1..).zip(counts) {
-            table.offsets[length] = index as i32 - code as i32;
-            for _ in 0..*count {
-                if code >> length != 0 {
-                    return None;
-                }
-                if length as u32 <= FAST_BITS {
-                    let free = FAST_BITS - length as u32;
-                    let first = (code << free) as usize;
-                    let entry = (length as u16) << 8 | u16::from(values[index]);
-                    table.fast[first..first + (1 << free)].fill(entry);
-                }
-                code += 1;
-                index += 1;
-            }
-            if code > 1 << length {
-                return None;
-            }
-            table.ends[length] = code << (16 - length);
-            code <<= 1;
-        }
-        Some(table)
-    }
-}
-
-/// Bits of the data between two restart marks.
-struct Bits<'a> {
-    data: &'a [u8],
-    at: usize,
-    /// The next bits, highest first.
-    held: u64,
-    count: u32,
-    /// How many of the held bits are made up, after the end.
-    made_up: u32,
-}
-
-impl<'a> Bits<'a> {
-    fn new(data: &'a [u8]) -> Self {
-        Self {
-            data,
-            at: 0,
-            held: 0,
-            count: 0,
-            made_up: 0,
-        }
-    }
-
-    fn fill(&mut self) {
-        while self.count <= 56 {
-            let byte = self.data.get(self.at).copied();
-            // A zero is stuffed after 0xff.
-            self.at += if byte == Some(0xff) { 2 } else { 1 };
-            if byte.is_none() {
-                self.made_up += 8;
-            }
-            self.held |= u64::from(byte.unwrap_or(0)) << (56 - self.count);
-            self.count += 8;
-        }
-    }
-
-    fn skip(&mut self, count: u32) -> Result<(), Broken> {
-        self.held <<= count;
-        self.count -= count;
-        if self.count < self.made_up {
-            return Err(Broken);
-        }
-        Ok(())
-    }
-
-    /// The next `count` bits, 16 at most.
-    fn take(&mut self, count: u32) -> Result<u32, Broken> {
-        if count == 0 {
-            return Ok(0);
-        }
-        if self.count < count {
-            self.fill();
-        }
-        let bits = (self.held >> (64 - count)) as u32;
-        self.skip(count).map(|()| bits)
-    }
-
-    /// A number of `size` bits with its sign. Source: T.81, F.2.2.1.
-    fn signed(&mut self, size: u32) -> Result<i32, Broken> {
-        let bits = self.take(size)? as i32;
-        Ok(if size > 0 && bits < 1 << (size - 1) {
-            bits - (1 << size) + 1
-        } else {
-            bits
-        })
-    }
-
-    fn symbol(&mut self, table: &HuffmanTable) -> Result<u8, Broken> {
-        if self.count < 16 {
-            self.fill();
-        }
-        let entry = table.fast[(self.held >> (64 - FAST_BITS)) as usize];
-        if entry != 0 {
-            return self.skip(u32::from(entry >> 8)).map(|()| entry as u8);
-        }
-        let bits = (self.held >> 48) as u32;
-        let length = (1..=16)
-            .find(|length| bits < table.ends[*length])
-            .ok_or(Broken)?;
-        let index = (bits >> (16 - length)) as i32 + table.offsets[length];
-        let value = usize::try_from(index).ok();
-        let value = value.and_then(|index| table.values.get(index).copied());
-        self.skip(length as u32)?;
-        value.ok_or(Broken)
-    }
-
-    /// Whole bytes that nobody asked for, about: stuffed zeros may count or not.
-    fn left(&self) -> &'a [u8] {
-        let held = (self.count.saturating_sub(self.made_up) / 8) as usize;
-        let from = self.at.min(self.data.len()).saturating_sub(held);
-        &self.data[from..]
-    }
-}
+use super::{
+    frame::{Frame, ZIGZAG},
+    huffman::{Bits, Broken, HuffmanTable},
+};
 
 /// A component of a scan and its tables.
 pub(super) struct ScanComponent<'a> {
     pub(super) index: usize,
     pub(super) dc: Option<&'a HuffmanTable>,
     pub(super) ac: Option<&'a HuffmanTable>,
-    /// The highest coefficient of a mean level that pixels can give; more comes from damage.
-    pub(super) highest_mean: i32,
+    /// The highest DC coefficient that pixels can give; a higher one is damage.
+    pub(super) highest_dc: i32,
 }
 
 /// What the blocks of a scan hold.
 #[derive(Debug, Clone, Copy)]
-enum Kind {
+enum ScanKind {
     /// All coefficients.
     Sequential,
-    /// The first bits of the mean level, shifted.
+    /// The first bits of the DC coefficient, shifted.
     FirstDc { low: u8 },
     /// One more bit of it.
     RefineDc { low: u8 },
     /// The first bits of other coefficients.
-    FirstAc { from: usize, to: usize, low: u8 },
+    FirstAc(Band),
     /// One more bit of these.
-    RefineAc { from: usize, to: usize, low: u8 },
+    RefineAc(Band),
+}
+
+/// The AC coefficients of a progressive scan: the places `from` to `to`, from bit `low` on.
+#[derive(Debug, Clone, Copy)]
+struct Band {
+    from: usize,
+    to: usize,
+    low: u8,
 }
 
 /// A scan.
 pub(super) struct Scan<'a> {
     pub(super) components: Vec<ScanComponent<'a>>,
-    kind: Kind,
+    kind: ScanKind,
 }
 
 /// What is carried from block to block.
-struct State {
-    /// Last mean level of each component of the scan.
+struct ScanState {
+    /// Last DC coefficient of each component of the scan.
     predicted: [i32; 4],
     /// Blocks that still have nothing.
     empty_run: u32,
@@ -195,7 +59,7 @@ impl<'a> Scan<'a> {
             .all(|component| component.dc.is_some() && component.ac.is_some());
         (complete && components.len() <= 4).then_some(Self {
             components,
-            kind: Kind::Sequential,
+            kind: ScanKind::Sequential,
         })
     }
 
@@ -206,16 +70,20 @@ impl<'a> Scan<'a> {
         high: u8,
         low: u8,
     ) -> Option<Self> {
-        let (from, to) = (from.into(), to.into());
+        let band = Band {
+            from: from.into(),
+            to: to.into(),
+            low,
+        };
         let kind = match (from, high) {
-            (0, 0) => Kind::FirstDc { low },
-            (0, _) => Kind::RefineDc { low },
-            (_, 0) => Kind::FirstAc { from, to, low },
-            _ => Kind::RefineAc { from, to, low },
+            (0, 0) => ScanKind::FirstDc { low },
+            (0, _) => ScanKind::RefineDc { low },
+            (_, 0) => ScanKind::FirstAc(band),
+            _ => ScanKind::RefineAc(band),
         };
         let complete = components.iter().all(|component| match kind {
-            Kind::FirstDc { .. } => component.dc.is_some(),
-            Kind::RefineDc { .. } => true,
+            ScanKind::FirstDc { .. } => component.dc.is_some(),
+            ScanKind::RefineDc { .. } => true,
             _ => component.ac.is_some(),
         });
         (complete && components.len() <= 4).then_some(Self { components, kind })
@@ -224,9 +92,9 @@ impl<'a> Scan<'a> {
     /// First and last coefficient of the scan.
     pub(super) fn range(&self) -> (usize, usize) {
         match self.kind {
-            Kind::Sequential => (0, 63),
-            Kind::FirstDc { .. } | Kind::RefineDc { .. } => (0, 0),
-            Kind::FirstAc { from, to, .. } | Kind::RefineAc { from, to, .. } => (from, to),
+            ScanKind::Sequential => (0, 63),
+            ScanKind::FirstDc { .. } | ScanKind::RefineDc { .. } => (0, 0),
+            ScanKind::FirstAc(band) | ScanKind::RefineAc(band) => (band.from, band.to),
         }
     }
 
@@ -255,7 +123,7 @@ impl<'a> Scan<'a> {
 
     /// Decodes what is between two restart marks; gives how many units are sound.
     ///
-    /// After a changed bit the codes fall out of step and into it again, and what comes out is
+    /// After a changed bit the decoder loses the code boundaries and finds them again, and the result is
     /// another picture. It shows later or at the end, so then nothing of the piece is trusted.
     fn piece(
         &self,
@@ -265,7 +133,7 @@ impl<'a> Scan<'a> {
         across: usize,
     ) -> usize {
         let mut bits = Bits::new(data);
-        let mut state = State {
+        let mut state = ScanState {
             predicted: [0; 4],
             empty_run: 0,
         };
@@ -277,8 +145,7 @@ impl<'a> Scan<'a> {
                 return 0;
             }
         }
-        // Encoders may pad by a byte or two, and some leave a few; more are blocks that were lost on
-        // the way.
+        // Encoders may pad by a byte or two, and some leave a few; more are lost blocks.
         const PADDING: usize = 2;
         const MOST_LEFT: usize = 16;
         let left = bits.left();
@@ -296,7 +163,7 @@ impl<'a> Scan<'a> {
         &self,
         frame: &mut Frame,
         bits: &mut Bits<'_>,
-        state: &mut State,
+        state: &mut ScanState,
         column: usize,
         row: usize,
     ) -> Result<(), Broken> {
@@ -336,8 +203,8 @@ impl<'a> Scan<'a> {
         empty_run: &mut u32,
     ) -> Result<(), Broken> {
         match self.kind {
-            Kind::Sequential => {
-                block[0] = mean(own, bits, predicted, 0)?;
+            ScanKind::Sequential => {
+                block[0] = dc_coefficient(own, bits, predicted, 0)?;
                 let table = own.ac.ok_or(Broken)?;
                 let mut at = 1;
                 while at < 64 {
@@ -357,30 +224,24 @@ impl<'a> Scan<'a> {
                 }
                 Ok(())
             }
-            Kind::FirstDc { low } => {
-                block[0] = mean(own, bits, predicted, low)?;
+            ScanKind::FirstDc { low } => {
+                block[0] = dc_coefficient(own, bits, predicted, low)?;
                 Ok(())
             }
-            Kind::RefineDc { low } => {
+            ScanKind::RefineDc { low } => {
                 if bits.take(1)? == 1 {
                     block[0] |= 1 << low;
                 }
                 Ok(())
             }
-            Kind::FirstAc { from, to, low } => {
-                let table = own.ac.ok_or(Broken)?;
-                first_ac(table, block, bits, empty_run, from..=to, low)
-            }
-            Kind::RefineAc { from, to, low } => {
-                let table = own.ac.ok_or(Broken)?;
-                refine_ac(table, block, bits, empty_run, from..=to, low)
-            }
+            ScanKind::FirstAc(band) => band.first(own.ac.ok_or(Broken)?, block, bits, empty_run),
+            ScanKind::RefineAc(band) => band.refine(own.ac.ok_or(Broken)?, block, bits, empty_run),
         }
     }
 }
 
-/// The mean level of a block, stored as the difference to the one before, shifted by `low`.
-fn mean(
+/// The DC coefficient of a block, stored as the difference to the one before, shifted by `low`.
+fn dc_coefficient(
     own: &ScanComponent<'_>,
     bits: &mut Bits<'_>,
     predicted: &mut i32,
@@ -391,107 +252,110 @@ fn mean(
         return Err(Broken);
     }
     *predicted = predicted.wrapping_add(bits.signed(size)?);
-    let mean = predicted.wrapping_shl(low.into());
-    if mean.unsigned_abs() > own.highest_mean.unsigned_abs() {
+    let coefficient = predicted.wrapping_shl(low.into());
+    if coefficient.unsigned_abs() > own.highest_dc.unsigned_abs() {
         return Err(Broken);
     }
-    i16::try_from(mean).map_err(|_| Broken)
+    i16::try_from(coefficient).map_err(|_| Broken)
 }
 
-type Range = std::ops::RangeInclusive<usize>;
-
-/// Source: T.81, G.1.2.2.
-fn first_ac(
-    table: &HuffmanTable,
-    block: &mut [i16; 64],
-    bits: &mut Bits<'_>,
-    empty_run: &mut u32,
-    range: Range,
-    low: u8,
-) -> Result<(), Broken> {
-    if *empty_run > 0 {
-        *empty_run -= 1;
-        return Ok(());
-    }
-    let mut at = *range.start();
-    while at <= *range.end() {
-        let symbol = bits.symbol(table)?;
-        let (run, size) = (u32::from(symbol >> 4), u32::from(symbol & 15));
-        if size == 0 {
-            if run < 15 {
-                *empty_run = (1 << run) - 1 + bits.take(run)?;
-                break;
-            }
-            at += 16;
-            continue;
+impl Band {
+    /// Reads the first bits of a block.
+    ///
+    /// Source: T.81, G.1.2.2.
+    fn first(
+        self,
+        table: &HuffmanTable,
+        block: &mut [i16; 64],
+        bits: &mut Bits<'_>,
+        empty_run: &mut u32,
+    ) -> Result<(), Broken> {
+        if *empty_run > 0 {
+            *empty_run -= 1;
+            return Ok(());
         }
-        at += run as usize;
-        if at > *range.end() {
-            return Err(Broken);
-        }
-        block[usize::from(ZIGZAG[at])] = (bits.signed(size)? << low) as i16;
-        at += 1;
-    }
-    Ok(())
-}
-
-/// Source: T.81, G.1.2.3.
-fn refine_ac(
-    table: &HuffmanTable,
-    block: &mut [i16; 64],
-    bits: &mut Bits<'_>,
-    empty_run: &mut u32,
-    range: Range,
-    low: u8,
-) -> Result<(), Broken> {
-    let bit = 1_i16 << low;
-    let mut at = *range.start();
-    let end = *range.end();
-    if *empty_run == 0 {
-        while at <= end {
+        let mut at = self.from;
+        while at <= self.to {
             let symbol = bits.symbol(table)?;
-            let (mut run, size) = (u32::from(symbol >> 4), u32::from(symbol & 15));
-            let mut value = 0;
-            match size {
-                0 if run < 15 => {
-                    *empty_run = (1 << run) + bits.take(run)?;
+            let (run, size) = (u32::from(symbol >> 4), u32::from(symbol & 15));
+            if size == 0 {
+                if run < 15 {
+                    *empty_run = (1 << run) - 1 + bits.take(run)?;
                     break;
                 }
-                0 => {}
-                1 => value = if bits.take(1)? == 1 { bit } else { -bit },
-                _ => return Err(Broken),
+                at += 16;
+                continue;
             }
-            // Over `run` coefficients that are zero so far; the others get their next bit.
+            at += run as usize;
+            if at > self.to {
+                return Err(Broken);
+            }
+            block[usize::from(ZIGZAG[at])] = (bits.signed(size)? << self.low) as i16;
+            at += 1;
+        }
+        Ok(())
+    }
+
+    /// Reads one more bit of a block.
+    ///
+    /// Source: T.81, G.1.2.3.
+    fn refine(
+        self,
+        table: &HuffmanTable,
+        block: &mut [i16; 64],
+        bits: &mut Bits<'_>,
+        empty_run: &mut u32,
+    ) -> Result<(), Broken> {
+        let bit = 1_i16 << self.low;
+        let mut at = self.from;
+        let end = self.to;
+        if *empty_run == 0 {
             while at <= end {
-                let coefficient = &mut block[usize::from(ZIGZAG[at])];
-                if *coefficient != 0 {
-                    refine(coefficient, bits, bit)?;
-                } else if run == 0 {
-                    if value != 0 {
-                        *coefficient = value;
+                let symbol = bits.symbol(table)?;
+                let (mut run, size) = (u32::from(symbol >> 4), u32::from(symbol & 15));
+                let mut value = 0;
+                match size {
+                    0 if run < 15 => {
+                        *empty_run = (1 << run) + bits.take(run)?;
+                        break;
+                    }
+                    0 => {}
+                    1 => value = if bits.take(1)? == 1 { bit } else { -bit },
+                    _ => return Err(Broken),
+                }
+                // Over `run` coefficients that are zero so far; the others get their next bit.
+                while at <= end {
+                    let coefficient = &mut block[usize::from(ZIGZAG[at])];
+                    if *coefficient != 0 {
+                        refine_coefficient(coefficient, bits, bit)?;
+                    } else if run == 0 {
+                        if value != 0 {
+                            *coefficient = value;
+                        }
+                        at += 1;
+                        break;
+                    } else {
+                        run -= 1;
                     }
                     at += 1;
-                    break;
-                } else {
-                    run -= 1;
                 }
-                at += 1;
             }
         }
-    }
-    if *empty_run > 0 {
-        for place in ZIGZAG.iter().take(end + 1).skip(at) {
-            let coefficient = &mut block[usize::from(*place)];
-            if *coefficient != 0 {
-                refine(coefficient, bits, bit)?;
+        if *empty_run > 0 {
+            for place in ZIGZAG.iter().take(end + 1).skip(at) {
+                let coefficient = &mut block[usize::from(*place)];
+                if *coefficient != 0 {
+                    refine_coefficient(coefficient, bits, bit)?;
+                }
             }
+            *empty_run -= 1;
         }
-        *empty_run -= 1;
+        Ok(())
     }
-    Ok(())
 }
 
-fn refine(coefficient: &mut i16, bits: &mut Bits<'_>, bit: i16) -> Result<(), Broken> {
+/// Reads the next bit of a coefficient that is not zero.
+fn refine_coefficient(coefficient: &mut i16, bits: &mut Bits<'_>, bit: i16) -> Result<(), Broken> {
     if bits.take(1)? == 1 && *coefficient & bit == 0 {
         let step = if *coefficient > 0 { bit } else { -bit };
         *coefficient = coefficient.wrapping_add(step);
@@ -507,7 +371,7 @@ pub(super) fn data_length(rest: &[u8]) -> usize {
 
 /// The data between restart marks, each with its place in the scan.
 ///
-/// The number of a mark, modulo 8, tells how many pieces are missing before it.
+/// The number of a mark, modulo 8, shows how many pieces are missing before it.
 fn pieces(data: &[u8]) -> Vec<(usize, &[u8])> {
     let mut pieces = Vec::new();
     let (mut from, mut place, mut at) = (0, 0, 0);

@@ -1,12 +1,17 @@
 //! Planes of colour at full and lower resolution to red, green and blue.
 
-use super::Colour;
+/// What the three channels of a JPEG mean.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::processor) enum Colour {
+    Rgb,
+    YCbCr,
+}
 
 /// One channel of a picture.
 pub(super) struct Plane {
     pub(super) width: usize,
     pub(super) height: usize,
-    /// How many pixels one level stands for, across and down; `None` if that is no whole number.
+    /// How many pixels one level covers, across and down; `None` if that is no whole number.
     pub(super) across: Option<usize>,
     pub(super) down: Option<usize>,
     pub(super) levels: Vec<u16>,
