@@ -219,14 +219,14 @@ struct Open(Arc<App>);
 
 impl Drop for Open {
     fn drop(&mut self) {
-        self.0.metrics.connections.subtract(1);
+        self.0.metrics.connections.dec();
     }
 }
 
 impl Connection {
     async fn run(self, stream: TcpStream) {
         let _ = stream.set_nodelay(true);
-        self.app.metrics.connections.add(1);
+        self.app.metrics.connections.inc();
         let _open = Open(self.app.clone());
         match self.transport.clone() {
             Transport::Plain => self.speak(stream).await,

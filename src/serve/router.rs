@@ -23,6 +23,7 @@ use super::{
     chat::{self, expect_json, read_json},
     error::ApiError,
     http::check_host,
+    metrics::{CONTENT_TYPE, as_gauge},
     models::folder_inside,
     preview::preview,
     types::AdapterRequest,
@@ -204,18 +205,18 @@ async fn ready(State(app): State<Arc<App>>) -> Response {
     }
 }
 
-async fn metrics(State(app): State<Arc<App>>) -> Response {
-    let waiting = app.bodies.bytes_held() + app.pictures.bytes_held();
-    app.metrics.waiting_memory.set(waiting);
-    let text = app.metrics.text(app.engine.limits().cache_tokens);
-    (
-        [(
-            header::CONTENT_TYPE,
-            "text/plain; version=0.0.4; charset=utf-8",
-        )],
-        text,
-    )
-        .into_response()
+async fn metrics(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
+    let metrics = &app.metrics;
+    let memory = app.bodies.bytes_held() + app.pictures.bytes_held();
+    metrics.waiting_memory.set(as_gauge(memory));
+    metrics.queue.set(as_gauge(app.engine.waiting()));
+    let cache_tokens = app.engine.limits().cache_tokens;
+    metrics.cache_tokens.set(as_gauge(cache_tokens));
+    let text = metrics.text().map_err(|error| {
+        log::error!("the metrics could not be written: {error}");
+        ApiError::internal()
+    })?;
+    Ok(([(header::CONTENT_TYPE, CONTENT_TYPE)], text).into_response())
 }
 
 /// What a request may hold, for clients that say so before they send it.

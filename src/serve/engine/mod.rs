@@ -158,7 +158,7 @@ pub struct QueuePlace {
 #[derive(Debug, Default)]
 struct Queue {
     /// All that are taken.
-    waiting: Arc<AtomicUsize>,
+    waiting: AtomicUsize,
     by_client: Mutex<HashMap<u64, usize>>,
 }
 
@@ -294,7 +294,6 @@ impl Engine {
             end: ended,
             limits: Arc::new(limits.clone()),
         };
-        metrics.watch_queue(engine.queue.waiting.clone());
         let stopping = engine.stopping.clone();
         let thread = std::thread::Builder::new()
             .name("engine".into())
@@ -317,6 +316,11 @@ impl Engine {
     /// The limits it was started with, the cache in whole blocks.
     pub fn limits(&self) -> &EngineLimits {
         &self.limits
+    }
+
+    /// Sequences that wait.
+    pub fn waiting(&self) -> usize {
+        self.queue.waiting.load(Ordering::Relaxed)
     }
 
     /// Whether there is room in the queue for `client` at this moment; nothing is taken.
