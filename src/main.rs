@@ -8,8 +8,8 @@ use xray_qwen3vl::{
     backend::panic_text,
     cli::{BenchCommand, BenchServer, Cli, Command},
     commands::{
-        UsageError, bench, bench_serve, check, clean, convert, doctor, eval, infer, init_tiny,
-        log_lines, merge, phantoms, plan, quantize, serve, train,
+        UsageError, bench, bench_serve, check, clean, convert, doctor, eval, exit_code, infer,
+        init_tiny, log_lines, merge, phantoms, plan, quantize, serve, train,
     },
     out_of_memory,
 };
@@ -85,13 +85,7 @@ fn main() -> ExitCode {
             let message = format!("{error:#}");
             let message = out_of_memory::explain(&message, advice).unwrap_or(message);
             eprintln!("error: {message}");
-            ExitCode::from(if error.is::<UsageError>() {
-                2
-            } else if error.is::<serve::DeviceLost>() {
-                3
-            } else {
-                1
-            })
+            ExitCode::from(exit_code(&error))
         }
         Err(payload) => {
             let reason = panic_text(payload.as_ref());

@@ -119,6 +119,17 @@ fn generation_config(args: &GenerationArgs) -> Result<GenerationConfig> {
     })
 }
 
+/// The exit code of a command that ended with `error`.
+pub fn exit_code(error: &anyhow::Error) -> u8 {
+    if error.is::<UsageError>() {
+        2
+    } else if error.is::<serve::DeviceLost>() {
+        3
+    } else {
+        1
+    }
+}
+
 /// What was typed cannot be meant; ends with exit code 2.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
