@@ -249,7 +249,7 @@ mod tests {
             .build()
             .unwrap();
         runtime.block_on(async {
-            // All of 127.0.0.0/8 reaches this listener; one address stands for the public ones.
+            // All of 127.0.0.0/8 reaches this listener; one address plays the public one.
             let listener = TcpListener::bind("0.0.0.0:0").await.unwrap();
             let port = listener.local_addr().unwrap().port();
             tokio::spawn(small_server(listener));

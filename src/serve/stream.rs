@@ -50,8 +50,7 @@ fn events_of(
 /// Starts the stream.
 ///
 /// # Errors
-/// [`ApiError`], when the first answer fails before its first token: until then the status can
-/// still say so.
+/// [`ApiError`], when the first answer fails before its first token: until then the status is not sent.
 pub(super) async fn respond(mut answers: Answers) -> Result<Response, ApiError> {
     let receivers = std::mem::take(&mut answers.receivers);
     let count = receivers.len();
@@ -184,7 +183,7 @@ impl Running {
         if let Some((_, Some(reason))) = finish {
             choice["stop_reason"] = reason.into();
         }
-        // Said before the first word, for who reads along, and with the last, for who looks there.
+        // In the first chunk for clients that show the stream, in the last for those that read the end.
         let notes = finish.is_some() || delta_begins;
         self.send(json!([choice]), None, notes);
     }

@@ -52,11 +52,11 @@ fn small_server(listener: TcpListener, inner: String) {
             let read = stream.read(&mut request).expect("a request comes");
             let request = String::from_utf8_lossy(&request[..read]);
             let (head, body) = match request.split(' ').nth(1) {
-                Some("/film.png") => (
+                Some("/image.png") => (
                     format!("200 OK\r\ncontent-length: {}", picture.len()),
                     &picture[..],
                 ),
-                Some("/moved") => ("302 Found\r\nlocation: /film.png".to_owned(), &[][..]),
+                Some("/moved") => ("302 Found\r\nlocation: /image.png".to_owned(), &[][..]),
                 Some("/inner") => (format!("302 Found\r\nlocation: {inner}"), &[][..]),
                 _ => ("404 Not Found\r\ncontent-length: 0".to_owned(), &[][..]),
             };
@@ -74,7 +74,7 @@ fn an_image_is_fetched_from_a_public_address_and_no_other() {
     }
     let trap = TcpListener::bind("127.0.0.1:0").unwrap();
     trap.set_nonblocking(true).unwrap();
-    let inner = format!("http://{}/film.png", trap.local_addr().unwrap());
+    let inner = format!("http://{}/image.png", trap.local_addr().unwrap());
     let web = TcpListener::bind((PUBLIC, 0)).unwrap();
     let port = web.local_addr().unwrap().port();
     small_server(web, inner.clone());
@@ -83,7 +83,7 @@ fn an_image_is_fetched_from_a_public_address_and_no_other() {
     let server = start(&["--allow-image-urls"]);
     let ask = |url: &str| server.chat(&with(about(url, "？"), "max_tokens", 8.into()));
     let sent = ask(&data_url(&demo_image())).text();
-    assert_eq!(ask(&address("/film.png")).text(), sent);
+    assert_eq!(ask(&address("/image.png")).text(), sent);
     assert_eq!(ask(&address("/moved")).text(), sent);
     // The same pixels: the vision tower ran for the first request only.
     assert_eq!(server.metric("xray_images_encoded_total"), 1);
@@ -103,7 +103,7 @@ fn an_image_is_fetched_from_a_public_address_and_no_other() {
     assert!(trap.accept().is_err(), "an inner address was connected to");
 
     let closed = start(&[]);
-    let refused = closed.chat(&about(&address("/film.png"), "？"));
+    let refused = closed.chat(&about(&address("/image.png"), "？"));
     assert_eq!(refused.status, 400, "{refused:?}");
     assert!(
         refused.body.contains("does not fetch images"),

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::{
     serve::write_adapter,
-    server::{Response, Server, question, start, with},
+    server::{question, start, with},
     text,
 };
 
@@ -112,15 +112,6 @@ fn of_response(path: &str, method: &str, status: u16, kind: &str) -> String {
     format!("/paths/{path}/{method}/responses/{status}/content/{kind}/schema")
 }
 
-fn chat(server: &Server, more: &[(&str, Value)]) -> Response {
-    let body = more.iter().fold(question("？"), |body, (key, value)| {
-        with(body, key, value.clone())
-    });
-    let response = server.chat(&body);
-    assert_eq!(response.status, 200, "{response:?}");
-    response
-}
-
 #[test]
 fn responses_have_the_fields_of_the_document_and_no_others() {
     let folder = tempfile::tempdir().unwrap();
@@ -130,48 +121,32 @@ fn responses_have_the_fields_of_the_document_and_no_others() {
         root: server.get("/openapi.json").json(),
         seen: BTreeSet::new(),
     };
-    let probabilities = [("logprobs", true.into()), ("top_logprobs", 2.into())];
-    let unknown = ("typo_temperatur", json!(1));
-    let thinking = ("guided_regex", json!("<think>心影</think>正常"));
-    // One token over and over, which ends as a repetition.
-    let circle = ("logit_bias", json!({"100": 100}));
-    let long = ("max_tokens", json!(200));
-    let none = json!({"messages": [{"role": "user", "content": "？"}], "max_tokens": 2});
+    let forms = [
+        json!({"logprobs": true, "top_logprobs": 2, "typo_temperatur": 1}),
+        json!({"guided_regex": "<think>心影</think>正常"}),
+        // One token over and over, which ends as a repetition.
+        json!({"logit_bias": {"100": 100}, "max_tokens": 200}),
+    ];
+    let no_image = json!({"messages": [{"role": "user", "content": "？"}], "max_tokens": 2});
+    let mut bodies = vec![no_image];
+    bodies.extend(forms.map(|form| {
+        let settings = form.as_object().expect("settings are an object").clone();
+        settings
+            .into_iter()
+            .fold(question("？"), |body, (key, value)| {
+                with(body, &key, value)
+            })
+    }));
 
     let whole = of_response("/v1/chat/completions", "post", 200, "application/json");
-    for more in [
-        &[
-            probabilities[0].clone(),
-            probabilities[1].clone(),
-            unknown.clone(),
-        ][..],
-        &[thinking.clone()],
-        &[circle.clone(), long.clone()],
-    ] {
-        document.check(&chat(&server, more).json(), &whole);
-    }
-    document.check(&server.chat(&none).json(), &whole);
-
     let chunk = of_response("/v1/chat/completions", "post", 200, "text/event-stream");
-    let stream = ("stream", json!(true));
-    let usage = ("stream_options", json!({"include_usage": true}));
-    let remarks = with(none, "stream", true.into());
-    let mut streams = vec![server.chat(&remarks)];
-    for more in [
-        &[
-            probabilities[0].clone(),
-            probabilities[1].clone(),
-            unknown,
-            usage,
-        ][..],
-        &[thinking],
-        &[circle, long],
-    ] {
-        let more = [more, std::slice::from_ref(&stream)].concat();
-        streams.push(chat(&server, &more));
-    }
-    for stream in streams {
-        let mut events = stream.events();
+    for body in bodies {
+        let answer = server.chat(&body);
+        assert_eq!(answer.status, 200, "{answer:?}");
+        document.check(&answer.json(), &whole);
+        let body = with(body, "stream", true.into());
+        let body = with(body, "stream_options", json!({"include_usage": true}));
+        let mut events = server.chat(&body).events();
         assert_eq!(events.pop().as_deref(), Some("[DONE]"));
         for event in events {
             document.check(&serde_json::from_str(&event).unwrap(), &chunk);
@@ -204,6 +179,32 @@ fn responses_have_the_fields_of_the_document_and_no_others() {
     }
     let never: Vec<_> = documented.difference(&document.seen).collect();
     assert!(never.is_empty(), "documented and never sent: {never:?}");
+}
+
+fn check(properties: Value, value: Value) {
+    let mut document = Document {
+        root: json!({"required": ["a"], "properties": properties}),
+        seen: BTreeSet::new(),
+    };
+    document.check(&value, "");
+}
+
+#[test]
+#[should_panic(expected = "`b` is sent and not in")]
+fn a_field_that_is_not_documented_is_found() {
+    check(json!({"a": {}}), json!({"a": 1, "b": 2}));
+}
+
+#[test]
+#[should_panic(expected = "requires `a`")]
+fn a_field_that_is_required_and_not_sent_is_found() {
+    check(json!({"a": {}, "b": {}}), json!({"b": 2}));
+}
+
+#[test]
+#[should_panic(expected = "is no \"string\" of")]
+fn a_field_of_another_type_is_found() {
+    check(json!({"a": {"type": "string"}}), json!({"a": 1}));
 }
 
 #[test]

@@ -189,7 +189,7 @@ impl<D: DecodeBackend> Worker<D> {
                         .and_then(|loaded| loaded.map_err(|error| error.to_string()));
                     self.adapters.extend(loaded.as_ref().ok());
                     if let Err(Ok(adapter)) = reply.send(loaded) {
-                        // Whoever asked is gone, and nobody else knows its number.
+                        // The caller is gone, and nobody else knows its number.
                         self.adapters.remove(&adapter);
                         let device = &mut self.device;
                         let _ = guarded(|| device.unload_adapter(adapter));
@@ -413,7 +413,7 @@ impl<D: DecodeBackend> Worker<D> {
                 self.failures = 0;
                 self.features.clear();
                 let outcome = advance(&mut self.running[place], Stepped::Logits(logits));
-                self.settle(vec![(place, outcome)]);
+                self.apply_outcomes(vec![(place, outcome)]);
                 Some(tokens)
             }
             Ok((tokens, None)) => {
@@ -486,7 +486,7 @@ impl<D: DecodeBackend> Worker<D> {
         (to - from, logits)
     }
 
-    /// Gives a sequence its slot, with as much of its prompt as lies in the cache already.
+    /// Gives a sequence its slot, with as much of its prompt as is in the cache already.
     fn begin(&mut self, place: usize) -> SlotId {
         let sequence = &self.running[place];
         let (adapter, capacity) = (sequence.adapter, sequence.reserved);
@@ -545,7 +545,7 @@ impl<D: DecodeBackend> Worker<D> {
             .collect();
         if !rows.is_empty() {
             let device = &mut self.device;
-            // A failure comes again when the results are asked for, and is told then.
+            // A failure comes again when the results are read, and is handled there.
             let _ = guarded(|| device.begin_step(&rows));
         }
         rows
@@ -589,7 +589,7 @@ impl<D: DecodeBackend> Worker<D> {
                 )
             })
             .collect();
-        self.settle(outcomes);
+        self.apply_outcomes(outcomes);
     }
 
     /// After a step that failed: each row by itself, so that only the guilty one ends.
@@ -621,7 +621,7 @@ impl<D: DecodeBackend> Worker<D> {
     /// # Errors
     /// When that fails as well.
     fn check_device(&mut self) -> Result<(), DeviceLost> {
-        // A full cache would refuse the token; sequences end, and the next failure asks again.
+        // A full cache would refuse the token; sequences end, and the next failure checks again.
         if self.failures < FAILURES || self.in_use() + BLOCK > self.limits.cache_tokens {
             return Ok(());
         }
@@ -658,7 +658,7 @@ impl<D: DecodeBackend> Worker<D> {
     }
 
     /// Counts new tokens and takes sequences that are over out of the batch.
-    fn settle(&mut self, mut outcomes: Vec<(usize, Outcome)>) {
+    fn apply_outcomes(&mut self, mut outcomes: Vec<(usize, Outcome)>) {
         let now = Instant::now();
         // From the back, so that places stay true.
         outcomes.sort_by_key(|(place, _)| std::cmp::Reverse(*place));
