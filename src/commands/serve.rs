@@ -32,7 +32,7 @@ use crate::{
         accelerator::Accelerator,
         generate::{
             GenerationConfig,
-            backend::{ServingDecoder, ServingLimits},
+            backend::{DecodeBackend, ServingDecoder, ServingLimits},
             slots::PlainDecoder,
         },
         pipeline::{LimitsFrom, Pipeline, PipelineOptions, TextAndImages},
@@ -55,8 +55,8 @@ const API_KEY: &str = "XRAY_API_KEY";
 /// Arguments of `serve`. Those of the network may come from the environment as well.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Exit codes: 0 told to stop, 1 it could not start or serve, 2 wrong arguments, 3 the device \
-                  failed three times in a row and does not work any more, 130 told to stop twice."
+    after_help = "Exit codes: 0 stopped by a signal, 1 it could not start or serve, 2 wrong arguments, 3 the device \
+                  failed three times in a row and does not work any more, 130 stopped by a second signal."
 )]
 pub struct ServeArgs {
     /// Address to listen at; others than loopback need --api-key or --no-auth.
@@ -77,7 +77,7 @@ pub struct ServeArgs {
     /// Let everybody in who reaches the address.
     #[arg(long, conflicts_with = "api_key")]
     pub no_auth: bool,
-    /// Name by which clients call the server, where that is not its address: behind a proxy, or without
+    /// Name by which clients call the server, where that is not its address: with a proxy in front, or without
     /// keys under a name of its own; may be given several times.
     #[arg(long, value_name = "NAME")]
     pub host_name: Vec<String>,
@@ -103,7 +103,7 @@ pub struct ServeArgs {
     /// it; the answer names them in `ignored_fields` and in the header `x-ignored-fields`.
     #[arg(long)]
     pub lenient: bool,
-    /// Whether the page keeps reports in the browser until its user says otherwise; by default only where it
+    /// Whether the page keeps reports in the browser until its user changes that; by default only where it
     /// is opened on the server's own machine.
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     pub page_history: Option<bool>,
@@ -122,7 +122,7 @@ pub struct ServeArgs {
     /// Forget a request's tokens when it is over; a second question about an image starts from nothing.
     #[arg(long)]
     pub no_prefix_cache: bool,
-    /// Most tokens of an answer that a request may ask for; --max-new-tokens is what it gets unasked.
+    /// Largest `max_tokens` of a request; --max-new-tokens is the default.
     #[arg(long, value_name = "N", default_value_t = 8192)]
     pub max_new_tokens_limit: usize,
     /// Most images of a request.
@@ -144,7 +144,7 @@ pub struct ServeArgs {
     /// Open connections of one address; more get the same.
     #[arg(long, value_name = "N", default_value_t = 512)]
     pub max_connections_per_address: usize,
-    /// Address of a proxy whose `X-Forwarded-For` tells the clients' addresses: they share the server
+    /// Address of a proxy whose `X-Forwarded-For` has the clients' addresses: they share the server
     /// fairly, and the proxy may open any number of connections; may be given several times.
     #[arg(long, value_name = "ADDRESS")]
     pub trusted_proxy: Vec<IpAddr>,
@@ -157,8 +157,8 @@ pub struct ServeArgs {
     /// Time for a client to take what is ready to be sent.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub write_timeout_seconds: u64,
-    /// Time for running requests when the server is told to stop (SIGTERM, SIGHUP, Ctrl-C); told twice, it
-    /// ends at once.
+    /// Time for running requests after a signal to stop (SIGTERM, SIGHUP, Ctrl-C); a second signal ends the
+    /// server at once.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub drain_seconds: u64,
     /// Fetch images from http(s):// addresses of the public internet.
@@ -170,12 +170,12 @@ pub struct ServeArgs {
     /// Model and device.
     #[command(flatten)]
     pub model: ModelArgs,
-    /// What requests get that do not say otherwise.
+    /// Defaults of requests.
     #[command(flatten)]
     pub generation: GenerationArgs,
 }
 
-/// Runs `serve` until it is told to stop.
+/// Runs `serve` until a signal stops it.
 ///
 /// # Errors
 /// Whatever keeps it from starting.
@@ -205,7 +205,7 @@ pub fn run(args: ServeArgs) -> Result<()> {
 )]
 pub struct DeviceLost;
 
-/// What can be said to be wrong before a model is loaded.
+/// Checks the arguments before a model is loaded.
 fn check(args: &ServeArgs) -> Result<()> {
     let wrong = |text: String| -> Result<()> { bail!(UsageError(text)) };
     let count = |value: u64| usize::try_from(value).unwrap_or(usize::MAX);
@@ -355,19 +355,34 @@ impl DeviceTask for Serve {
             }
         };
         prepare_kernels::<B>(&parts.config, dtype, &device, 0);
-        let name = match &self.args.served_model_name {
-            Some(name) => name.clone(),
-            None => base_name(&shipped(&self.args.model.model)),
-        };
-        let metrics = Arc::new(Metrics::default());
-        let limits = EngineLimits {
+        let decoder = self.decoder(model, &parts.config, device, &self.engine_limits())?;
+        self.answer(decoder, parts, checks_base.then_some(options.model))
+    }
+}
+
+impl Serve {
+    fn engine_limits(&self) -> EngineLimits {
+        EngineLimits {
             max_running: self.args.max_running,
             cache_tokens: self.args.cache_tokens,
             max_queue: self.args.max_queue,
             prefill_chunk: self.args.prefill_chunk,
             prefix_cache: !self.args.no_prefix_cache,
+        }
+    }
+
+    /// Answers requests until the server is stopped or `decoder` fails for good. Adapters are only taken
+    /// where they were trained on `base`, if it is given.
+    fn answer<D>(self, decoder: D, parts: TextAndImages, base: Option<PathBuf>) -> Result<()>
+    where
+        D: DecodeBackend + Send + 'static,
+    {
+        let name = match &self.args.served_model_name {
+            Some(name) => name.clone(),
+            None => base_name(&shipped(&self.args.model.model)),
         };
-        let decoder = self.decoder(model, &parts.config, device, &limits)?;
+        let metrics = Arc::new(Metrics::default());
+        let limits = self.engine_limits();
         let (engine, worker) =
             Engine::start(decoder, parts.tokenizer.clone(), limits, metrics.clone())?;
         let mut models =
@@ -376,8 +391,8 @@ impl DeviceTask for Serve {
             models = models.with_one_size();
         }
         log::info!("{}", parts.pixel_limits());
-        if checks_base {
-            models = models.only_for(options.model.clone());
+        if let Some(base) = base {
+            models = models.only_for(base);
         }
         let config = self.config();
         let patch_pixels = parts.images.config().max_pixels as u64;
@@ -520,7 +535,7 @@ impl Serve {
         }
     }
 
-    /// Connections that can be open, with a warning where the system allows fewer than were asked for.
+    /// Connections that can be open, with a warning where the system allows fewer than `--max-connections`.
     fn connections(&self) -> usize {
         let wanted = self.args.max_connections;
         let Some(files) = open_files_limit() else {
@@ -612,7 +627,7 @@ fn stop_signal() -> Result<impl Future<Output = ()>> {
         signals().await;
         tokio::spawn(async move {
             signals().await;
-            eprintln!("told to stop a second time: answers are broken off");
+            eprintln!("a second signal to stop: answers are broken off");
             std::process::exit(130);
         });
     })
@@ -620,7 +635,102 @@ fn stop_signal() -> Result<impl Future<Output = ()>> {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+    use serde_json::json;
+
     use super::*;
+    use crate::{
+        adapters::lora::config::AdapterError,
+        batch::images::ImageInput,
+        cli::{Cli, Command},
+        commands::exit_code,
+        runtime::generate::backend::{AdapterId, Chunk, SlotId, StepRow, Stepped},
+        serve::client::Server,
+    };
+
+    /// A device of which every call fails.
+    struct Broken;
+
+    impl DecodeBackend for Broken {
+        type Features = ();
+
+        fn encode_image(&mut self, _: AdapterId, _: &ImageInput) {
+            panic!("the device is gone")
+        }
+
+        fn start(&mut self, _: AdapterId, _: usize) -> SlotId {
+            SlotId(0)
+        }
+
+        fn fork(&mut self, _: SlotId, _: usize, _: usize) -> SlotId {
+            SlotId(0)
+        }
+
+        fn prefill(&mut self, _: SlotId, _: &Chunk<'_, ()>) -> Option<Vec<f32>> {
+            panic!("the device is gone")
+        }
+
+        fn step(&mut self, _: &[StepRow]) -> Vec<Stepped> {
+            panic!("the device is gone")
+        }
+
+        fn free(&mut self, _: SlotId) {}
+
+        fn load_adapter(&mut self, _: &Path) -> Result<AdapterId, AdapterError> {
+            panic!("the device is gone")
+        }
+
+        fn unload_adapter(&mut self, _: AdapterId) {}
+    }
+
+    #[test]
+    fn three_failed_steps_end_the_server_with_exit_code_3() {
+        // The port of a listener that is closed again is free for a while.
+        let port = std::net::TcpListener::bind("127.0.0.1:0")
+            .and_then(|listener| listener.local_addr())
+            .unwrap()
+            .port();
+        let typed = [
+            "xray",
+            "serve",
+            "--device",
+            "cpu",
+            "--port",
+            &port.to_string(),
+        ]
+        .join(" ");
+        let Command::Serve(args) = Cli::parse_from(typed.split(' ')).command else {
+            panic!("no `serve`");
+        };
+        let parts = TextAndImages::load(&pipeline_options(&args.model, DType::F32)).unwrap();
+        let serve = Serve {
+            defaults: generation_config(&args.generation).unwrap(),
+            api_keys: Vec::new(),
+            args,
+        };
+        let ended = std::thread::spawn(move || serve.answer(Broken, parts, None));
+        let server = Server::new(&format!("http://127.0.0.1:{port}"), None).unwrap();
+        let body = json!({"messages": [{"role": "user", "content": "?"}]}).to_string();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            for _ in 0..500 {
+                if server.call("/healthz", None).await.is_ok() {
+                    break;
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            for _ in 0..3 {
+                let body = body.clone().into_bytes();
+                let answer = server.call("/v1/chat/completions", Some(body)).await;
+                assert_eq!(answer.unwrap().0, 500);
+            }
+        });
+        let error = ended.join().unwrap().unwrap_err();
+        assert_eq!(exit_code(&error), 3, "{error:#}");
+    }
 
     #[test]
     fn connections_fit_the_files_that_may_be_open() {
