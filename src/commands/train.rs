@@ -30,9 +30,7 @@ use super::{
     shell_word, shipped,
 };
 use crate::{
-    backend::{
-        DeviceName, DtypeName, Replicas, ReplicatedTask, built_backends, panic_text, run_on_all,
-    },
+    backend::{DeviceName, DtypeName, Replicas, ReplicatedTask, built_backends, run_on_all},
     cli::TrainArgs,
     dataset::Dataset,
     pipeline::{PipelineOptions, TextAndImages},
@@ -40,7 +38,7 @@ use crate::{
     train::{
         budget::{Budget, Form},
         config::{TrainConfig, Tuner},
-        run::{QuietRenderer, Resume, RunOptions, RunResult, train},
+        run::{Dashboard, QuietRenderer, Resume, RunOptions, RunResult, train},
         strategy::{Ending, TrainError},
         trace::Trace,
         words::{clock, counted},
@@ -295,8 +293,10 @@ impl ReplicatedTask for Train {
         let dashboard = !self.args.no_tui && stdout().is_terminal() && stderr().is_terminal();
         let interrupter = Interrupter::new();
         let trace = Trace::new(self.args.trace.is_some());
+        let killed = Arc::new(AtomicBool::new(false));
         let renderer: Box<dyn MetricsRenderer> = if dashboard {
-            Box::new(TuiMetricsRendererWrapper::new(interrupter.clone(), None))
+            let tui = TuiMetricsRendererWrapper::new(interrupter.clone(), None);
+            Box::new(Dashboard::new(Box::new(tui), killed.clone()))
         } else {
             Box::new(QuietRenderer)
         };
@@ -342,10 +342,10 @@ impl ReplicatedTask for Train {
         }));
         let result: Result<RunResult<B>, TrainError> = match result {
             Ok(result) => result,
-            // Burn's dashboard has no other way to end a run at once.
-            Err(payload) if panic_text(payload.as_ref()).contains("from user input") => {
+            // Burn's dashboard ends a run at once by a panic in another thread.
+            Err(_) if killed.load(Ordering::SeqCst) => {
                 bail!(
-                    "ended at once from the dashboard; `{again}` goes on from the last checkpoint"
+                    "ended at once from the dashboard, without saving; continue from the last checkpoint, if there is one, with: {again}"
                 )
             }
             Err(payload) => resume_unwind(payload),
@@ -368,7 +368,7 @@ impl ReplicatedTask for Train {
         let how = match result.ending {
             Ending::Done => "done".to_string(),
             Ending::EarlyStop => "ended early: the validation stopped getting better".to_string(),
-            Ending::Interrupted => format!("interrupted and saved; `{again}` goes on"),
+            Ending::Interrupted => "interrupted and saved".to_string(),
         };
         // The terminal may be gone by now.
         let _ = writeln!(
@@ -383,6 +383,8 @@ impl ReplicatedTask for Train {
             say(&format!("images: {}", remark.sentence()));
         }
         if result.ending == Ending::Interrupted {
+            // On a line of its own: a wrapped one is hard to copy.
+            let _ = writeln!(stdout(), "continue with: {again}");
             return Outcome::default().save(&result, seconds);
         }
         if self.args.show > 0 && result.state.config.validates() {

@@ -46,7 +46,7 @@ use crate::{
     system::MemoryWatch,
 };
 
-pub use super::renderers::QuietRenderer;
+pub use super::renderers::{Dashboard, QuietRenderer};
 
 /// Whether a run starts anew or goes on.
 #[derive(Debug, Clone, PartialEq, Eq)]
