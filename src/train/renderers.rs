@@ -304,9 +304,7 @@ mod tests {
             let (MetricState::Generic(entry) | MetricState::Numeric(entry, _)) = state;
             self.note(entry.serialized_entry.formatted);
         }
-        fn render_train(&mut self, _item: TrainingProgress, indicators: Vec<ProgressType>) {
-            self.note(format!("{indicators:?}"));
-        }
+        fn render_train(&mut self, _item: TrainingProgress, _indicators: Vec<ProgressType>) {}
         fn render_valid(&mut self, _item: TrainingProgress, indicators: Vec<ProgressType>) {
             let words = indicators.iter().map(|one| match one {
                 ProgressType::Detailed { tag, progress } => {
