@@ -39,8 +39,8 @@ pub enum Command {
     Infer(InferArgs),
     /// Fine-tune a model.
     ///
-    /// Without arguments, the tiny model that comes with the repository on the sample data set that comes
-    /// with it: minutes on two cores.
+    /// Without arguments, the tiny model on the sample data set, both from the repository: a minute or two on
+    /// two CPU cores.
     Train(TrainArgs),
     /// Merge an adapter into its base model and write the result as a checkpoint.
     ///
@@ -52,9 +52,9 @@ pub enum Command {
     /// The result loads without the original and takes adapters that were trained on the original. Every
     /// byte is read back and the model is run once before the command ends.
     Quantize(QuantizeArgs),
-    /// Tell what a run will take, before anything is loaded: parameters, memory, steps, tokens, time.
+    /// Estimate a run before anything is loaded: parameters, memory, steps, tokens, time.
     Plan(PlanArgs),
-    /// Score a model's reports, or a file of predictions, beside the baselines: texts and findings.
+    /// Score a model's reports, or a file of predictions, beside baselines: text metrics and findings.
     ///
     /// Without arguments, the tiny model that comes with the repository on the sample data set.
     Eval(Box<crate::commands::eval::EvalArgs>),
@@ -66,17 +66,15 @@ pub enum Command {
     Check(crate::commands::check::CheckArgs),
     /// Draw a data set of synthetic chest radiographs with Chinese reports.
     Phantoms(PhantomsArgs),
-    /// Write the config and tokenizer of the tiny model, to be trained from nothing.
+    /// Write the config and tokenizer of the tiny model, for training it from random weights.
     InitTiny(InitTinyArgs),
     /// Serve a model to many people: OpenAI's API and a web page, in one process.
     ///
     /// Without arguments, the tiny model that comes with the repository at http://127.0.0.1:7860.
     Serve(crate::commands::serve::ServeArgs),
-    /// List the devices of this machine, and check for every dtype of each that its results agree with the
-    /// CPU's.
+    /// List the devices of this machine, and check for each of their dtypes that results agree with the CPU.
     Doctor(crate::commands::doctor::DoctorArgs),
-    /// Measure how fast the model is on this machine and how far from the hardware's limit, or how a
-    /// server holds up.
+    /// Measure speed and memory of the model on this machine beside the hardware's limits, or of a server.
     Bench(BenchCommand),
 }
 
@@ -156,7 +154,7 @@ pub struct GenerationArgs {
     /// Sample from tokens whose probability is at least this fraction of the highest.
     #[arg(long, value_name = "F", default_value_t = 0.0)]
     pub min_p: f32,
-    /// Values above 1 make tokens less likely that occurred before.
+    /// Penalty on tokens that occurred before; 1 means none, higher values make them less likely.
     #[arg(long, value_name = "F", default_value_t = 1.0)]
     pub repetition_penalty: f32,
     /// Do not end an answer that repeats itself.
@@ -195,7 +193,7 @@ pub struct InferArgs {
     /// Write a single report about all images (the views of one study).
     #[arg(long)]
     pub together: bool,
-    /// Frame of DICOM files, or page of TIFF files, that hold several, counted from 1.
+    /// Frame of multi-frame DICOM files or page of multi-page TIFF files, counted from 1.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub frame: Option<u32>,
     /// List the technical tags of DICOM files instead of writing reports; no patient data, no model needed.
@@ -248,13 +246,13 @@ pub struct InferArgs {
 /// Arguments of `train`; everything else is a key of the config file.
 #[derive(Debug, Args)]
 pub struct TrainArgs {
-    /// Settings of the run, TOML; `configs/openi-lora.toml` explains every key.
+    /// Config file of the run, TOML; `configs/openi-lora.toml` explains every key.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Base checkpoint folder.
+    /// Folder of the base checkpoint.
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
-    /// Adapter to start from.
+    /// Folder of a PEFT adapter to start from.
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
     /// Training data: JSONL in ms-swift's form.
@@ -266,57 +264,60 @@ pub struct TrainArgs {
     /// (`--set split_dataset_ratio=F`; 0 validates on nothing).
     #[arg(long, value_name = "FILE.jsonl")]
     pub val_data: Option<String>,
-    /// Where checkpoints, metrics and curves go.
+    /// Folder for checkpoints, metrics and curves.
     #[arg(long, value_name = "DIR")]
     pub output_dir: Option<PathBuf>,
     /// Devices, separated by commas: cuda:0,cuda:1 or cpu,cpu.
     #[arg(long, value_name = "DEVICES", value_delimiter = ',')]
     pub device: Vec<String>,
-    /// Type of the base weights; adapters are f32.
+    /// Dtype of the base weights; adapters are always f32.
     #[arg(long, value_enum)]
     pub dtype: Option<DtypeName>,
-    /// Seed of order, adapters and dropout, the same on every device.
+    /// Seed of the sample order, the initial adapters and dropout; the same on every device.
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
-    /// Generate and score this many held-out reports before the first step, at each validation and, with the
-    /// images swapped between studies, at the end.
+    /// Number of held-out reports to generate and score before the first step, at each validation and, with
+    /// the images swapped between studies, at the end.
     #[arg(long, value_name = "N")]
     pub eval_generate: Option<usize>,
-    /// What the loss of a step is the mean of.
+    /// What the loss of a step is averaged over.
     #[arg(long, value_enum)]
     pub loss_reduction: Option<LossReduction>,
-    /// Join the samples of a step into rows of up to max_length tokens in place of padding.
+    /// Concatenate the samples of a step into rows of up to max_length tokens instead of padding them.
     #[arg(long)]
     pub packing: bool,
-    /// Tokens of a packed row, in place of max_length; implies --packing.
+    /// Tokens of a packed row instead of max_length; implies --packing.
     #[arg(long, value_name = "N")]
     pub packing_tokens: Option<usize>,
-    /// Choose what fits so many GiB of the device, or all that is free: tokens of a packed row, and what
-    /// is computed again in the backward pass. Samples of a step and the loss stay as configured.
+    /// Choose settings that fit into this many GiB of device memory, or into all that is free: tokens of a
+    /// packed row, and what is recomputed in the backward pass. The samples of a step and the loss stay as
+    /// configured.
     #[arg(long, value_name = "auto|GIB")]
     pub memory_budget: Option<Budget>,
-    /// Compute every 50th step twice, and end in an error where loss or gradients differ in a bit: 2 % more
-    /// time. All sums have a fixed order in any case, on one device.
+    /// Compute every 50th step twice, and end with an error if loss or gradients differ in a bit; takes 2 %
+    /// more time. On one device all sums have a fixed order with or without this option.
     #[arg(long)]
     pub deterministic: bool,
     /// Any other key of the config file; may be given several times.
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
-    /// Go on: `auto` from the newest whole checkpoint of the output folder, or a checkpoint folder. Settings
-    /// as before, `--config DIR/config.toml` holds them; a finished run takes a higher max_steps.
+    /// Continue a run: `auto` from the newest complete checkpoint of its folder, or from a checkpoint folder.
+    /// The settings have to be the same: `--config DIR/config.toml` has them. A finished run can be extended
+    /// with a higher max_steps.
     #[arg(long, value_name = "auto|DIR")]
     pub resume: Option<String>,
-    /// Draw the weights at random; only `config.json` and the tokenizer of the model are read.
+    /// Start from random weights; of the model, only `config.json` and the tokenizer are read.
     #[arg(long)]
     pub random_init: bool,
-    /// Write what loader threads and the device's host thread did when, in the form of Chrome's tracing.
+    /// Record the activity of the loader threads and of the thread that drives the device, in Chrome's
+    /// tracing format.
     #[arg(long, value_name = "FILE.json")]
     pub trace: Option<PathBuf>,
-    /// Plain progress lines, some 50 a run (`--set logging_steps=N`), in place of the dashboard. There, q and
-    /// then s saves and ends as Ctrl-C does; q and then k ends at once, all since the last checkpoint is lost.
+    /// Print some 50 progress lines (`--set logging_steps=N` changes that) instead of the dashboard. In the
+    /// dashboard, q and then s saves and ends as Ctrl-C does; q and then k ends at once without saving.
     #[arg(long)]
     pub no_tui: bool,
-    /// Print this many held-out truths beside answers at the end.
+    /// Number of held-out reports to print beside the model's at the end.
     #[arg(long, value_name = "N", default_value_t = 3)]
     pub show: usize,
 }
@@ -327,7 +328,7 @@ pub struct InitTinyArgs {
     /// Folder to write.
     #[arg(long, value_name = "DIR", default_value = "artifacts/tiny-init")]
     pub output: PathBuf,
-    /// Seed of the reports the tokenizer is learnt from.
+    /// Seed of the reports that the tokenizer is trained on.
     #[arg(long, value_name = "N", default_value_t = 7)]
     pub seed: u64,
 }
@@ -335,7 +336,7 @@ pub struct InitTinyArgs {
 /// Arguments of `phantoms`.
 #[derive(Debug, Args)]
 pub struct PhantomsArgs {
-    /// Folder to write; must be absent or empty.
+    /// Folder to write; must be new or empty.
     #[arg(long, value_name = "DIR")]
     pub output: PathBuf,
     /// Seed of the studies.
@@ -355,10 +356,10 @@ pub struct PhantomsArgs {
 /// Arguments of `merge`.
 #[derive(Debug, Args)]
 pub struct MergeArgs {
-    /// Base checkpoint folder.
+    /// Folder of the base checkpoint.
     #[arg(long, value_name = "DIR", default_value = "model/tiny")]
     pub model: PathBuf,
-    /// PEFT adapter folder.
+    /// Folder of a PEFT adapter.
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
     /// Merge even if the adapter was trained on, or its config names, a different base model.
@@ -367,7 +368,7 @@ pub struct MergeArgs {
     /// Folder to write; must not exist.
     #[arg(long, value_name = "DIR")]
     pub output: PathBuf,
-    /// Type of the written weights; by default that of the base's.
+    /// Dtype of the written weights; the default is that of the base.
     #[arg(long, value_enum)]
     pub dtype: Option<DtypeName>,
     /// Device used for merging.
@@ -398,22 +399,23 @@ pub struct QuantizeArgs {
 /// Arguments of `plan`.
 #[derive(Debug, Args)]
 pub struct PlanArgs {
-    /// Settings of the run.
+    /// Config file of the run.
     #[arg(long, value_name = "FILE", default_value = "configs/tiny.toml")]
     pub config: PathBuf,
-    /// Checkpoint folder whose config and tokenizer count; weights are not read.
+    /// Checkpoint folder instead of the config's; its weights are not read.
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
-    /// Data set in place of the config's.
+    /// Training data instead of the config's.
     #[arg(long, value_name = "FILE.jsonl")]
     pub train_data: Option<String>,
-    /// Throughput from a bench or an earlier run; gives the time.
+    /// Measured throughput, from `bench train` or an earlier run, for an estimate of the time.
     #[arg(long, value_name = "F", conflicts_with = "bench")]
     pub samples_per_second: Option<f64>,
-    /// Throughput from a file that `bench train --json` wrote; gives the time.
+    /// File written by `bench train --json`, whose throughput gives an estimate of the time.
     #[arg(long, value_name = "FILE.json")]
     pub bench: Option<PathBuf>,
-    /// Choose what fits so many GiB of the device, or all that is free, as `train` would.
+    /// Choose settings that fit into this many GiB of device memory, or into all that is free, as `train`
+    /// would.
     #[arg(long, value_name = "auto|GIB")]
     pub memory_budget: Option<Budget>,
     /// Any key of the config file, as in `train`; may be given several times.

@@ -61,14 +61,14 @@ pub enum Tuner {
     Full,
 }
 
-/// What the loss of a window is the mean of.
+/// What the loss of a step is the mean of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum LossReduction {
-    /// All targets of the window, as ms-swift.
+    /// All target tokens of the step, as in ms-swift.
     #[default]
     Token,
-    /// The means of its micro-batches.
+    /// The means of the micro-batches.
     Micro,
 }
 
