@@ -255,7 +255,7 @@ pub struct TrainArgs {
     /// Folder of a PEFT adapter to start from.
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
-    /// Training data: JSONL in ms-swift's form.
+    /// Training data: JSONL in ms-swift's format.
     #[arg(long, value_name = "FILE.jsonl")]
     pub train_data: Option<String>,
     /// Validation data.
