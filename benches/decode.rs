@@ -3,7 +3,7 @@
 mod harness;
 
 use harness::{measure, patches, report, tiny};
-use xray_qwen3vl::generate::{GenerationConfig, generate};
+use xray_qwen3vl::runtime::generate::{GenerationConfig, generate};
 
 const STEPS: usize = 64;
 

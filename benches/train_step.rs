@@ -10,9 +10,9 @@ use burn::{
 };
 use harness::{Cpu, measure, options, report, tiny};
 use xray_qwen3vl::{
+    adapters::lora::attach::attach,
     dataset::{Dataset, loader::WindowLoader},
-    lora::attach::attach,
-    pipeline::load_model,
+    runtime::pipeline::load_model,
     train::{
         config::TrainConfig,
         gradients::{GradientOptions, gradients},

@@ -4,6 +4,7 @@ mod harness;
 
 use burn::prelude::*;
 use harness::{Cpu, measure, patches, report, tiny};
+use xray_qwen3vl::runtime::vision::encode_images;
 
 fn main() {
     let pipeline = tiny();
@@ -11,9 +12,7 @@ fn main() {
         let input = patches(&pipeline, side);
         measure(&format!("vision_{}_patches", input.patches()), 15, || {
             let config = &pipeline.parts.config;
-            let output = pipeline
-                .model
-                .encode_images(&input, config, &pipeline.device);
+            let output = encode_images(&pipeline.model, &input, config, &pipeline.device);
             let _ = Cpu::sync(&pipeline.device);
             output.merged.into_data()
         })

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::{
-    backend::{DeviceName, DtypeName},
-    quant::{Quantization, cache::CacheFormat},
+    base::device_name::{DeviceName, DtypeName},
+    ops::quantised::{Quantization, cache::CacheFormat},
     train::{budget::Budget, config::LossReduction},
 };
 

@@ -17,15 +17,21 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::{
-    bench::weights::RandomSize,
-    generate::{GenerationConfig, Prompt, generate},
-    kernels::Kernels,
-    lora::{attach::attach, config::LoraConfig, files::adapter_params, mix},
-    qwen3_vl::{
-        ImageInput, Padding, Qwen3Vl, TextInput, config::Qwen3VlConfig, nn::InitOptions,
-        nn::to_dtype,
+    adapters::lora::{attach::attach, config::LoraConfig, files::adapter_params},
+    base::seeds::mix,
+    batch::{
+        images::ImageInput,
+        micro_batch::MicroBatch,
+        text::{Padding, TextInput},
     },
-    train::gradients::{GradientOptions, MicroBatch, gradients},
+    ops::cast::to_dtype,
+    qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, nn::InitOptions},
+    runtime::{
+        accelerator::Accelerator,
+        generate::{GenerationConfig, Prompt, generate},
+        synthetic::weights::RandomSize,
+    },
+    train::gradients::{GradientOptions, gradients},
 };
 
 const SEED: u64 = 20_240_817;
@@ -106,8 +112,8 @@ pub fn allowed(dtype: DType) -> f64 {
 ///
 /// # Errors
 /// What decoding or a panicking driver said.
-pub fn answers<B: Kernels>(device: &B::Device, dtype: DType) -> Result<Answers, String> {
-    crate::backend::quietly(|| work_out::<B>(device, dtype))?
+pub fn answers<B: Accelerator>(device: &B::Device, dtype: DType) -> Result<Answers, String> {
+    crate::base::panics::quietly(|| work_out::<B>(device, dtype))?
 }
 
 /// Compares the answers of a device with those of the CPU in f32.
@@ -184,7 +190,7 @@ impl Draw {
     }
 }
 
-impl<B: Kernels> ModuleMapper<B> for Draw {
+impl<B: Accelerator> ModuleMapper<B> for Draw {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
         let shape: [usize; D] = param.lazy_shape().dims();
         let device = param.lazy_device();
@@ -200,7 +206,7 @@ impl<B: Kernels> ModuleMapper<B> for Draw {
     }
 }
 
-fn model<B: Kernels>(config: &Qwen3VlConfig, dtype: DType, device: &B::Device) -> Qwen3Vl<B> {
+fn model<B: Accelerator>(config: &Qwen3VlConfig, dtype: DType, device: &B::Device) -> Qwen3Vl<B> {
     let options = InitOptions {
         dtype,
         ..InitOptions::default()
@@ -237,7 +243,7 @@ fn input(ids: Vec<u32>, config: &Qwen3VlConfig) -> Result<TextInput, String> {
         .map_err(|error| error.to_string())
 }
 
-fn work_out<B: Kernels>(device: &B::Device, dtype: DType) -> Result<Answers, String> {
+fn work_out<B: Accelerator>(device: &B::Device, dtype: DType) -> Result<Answers, String> {
     let config = RandomSize::Tiny.config(None)?;
     let prompt = prompt(&config);
     let plain = model::<B>(&config, dtype, device);
@@ -293,9 +299,9 @@ fn work_out<B: Kernels>(device: &B::Device, dtype: DType) -> Result<Answers, Str
         images: prompt.images,
     };
     let weight = 1.0 / batch.targets() as f64;
-    let gradients = [false, true].map(|by_hand| {
+    let gradients = [false, true].map(|manual_backward| {
         let options = GradientOptions {
-            by_hand,
+            manual_backward,
             ..GradientOptions::default()
         };
         let (grads, _) = gradients(&adapted, &inner, &config, &batch, weight, &options, device);
@@ -317,7 +323,7 @@ fn work_out<B: Kernels>(device: &B::Device, dtype: DType) -> Result<Answers, Str
 /// Gives the second factor of every adapter values.
 struct Fill(Draw);
 
-impl<B: Kernels> crate::lora::attach::LinearMapper<Autodiff<B>> for Fill {
+impl<B: Accelerator> crate::adapters::lora::attach::LinearMapper<Autodiff<B>> for Fill {
     fn map_linear(
         &mut self,
         _path: &str,

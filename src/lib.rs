@@ -1,33 +1,48 @@
 //! Fine-tunes Qwen3-VL on chest X-rays and writes Chinese radiology reports, on Burn.
 //!
-//! Bytes and text become patches and tokens ([`processor`]), these become logits ([`qwen3_vl`]),
-//! these become text ([`generate`]); [`lora`] adapts the model.
+//! The modules are listed by layer, lowest first. A module imports those of its own line and of the
+//! lines above it, and none below; `tests/app/layers.rs` holds that.
 #![recursion_limit = "512"]
 #![warn(missing_docs, unreachable_pub, unsafe_code)]
 
-pub mod backend;
-pub mod bench;
-pub mod clean;
-pub mod cli;
-pub mod commands;
+pub mod base;
+
+pub mod plot;
+
+pub mod ops;
+
+pub mod batch;
+
+pub mod study;
+
+pub mod processor;
+
+pub mod schedule;
+
+pub mod weights;
+
+pub mod qwen3_vl;
+
+pub mod adapters;
+
+pub mod runtime;
+
+pub mod phantom;
+
 pub mod dataset;
-pub mod doctor;
+
+pub mod accelerate;
+
+pub mod train;
+
+pub mod clean;
 pub mod evaluate;
 pub mod evaluation;
-pub mod files;
 pub mod findings;
-pub mod generate;
-pub mod kernels;
-pub mod lora;
-pub mod out_of_memory;
-pub mod phantom;
-pub mod pipeline;
-pub mod plot;
-pub mod processor;
-pub mod quant;
-pub mod qwen3_vl;
 pub mod serve;
-pub mod spread;
-pub mod study;
-pub mod system;
-pub mod train;
+
+pub mod bench;
+
+pub mod cli;
+pub mod commands;
+pub mod doctor;

@@ -5,13 +5,12 @@ use std::{panic, process::ExitCode, sync::Mutex};
 
 use clap::Parser;
 use xray_qwen3vl::{
-    backend::panic_text,
+    base::{out_of_memory, panics::panic_text},
     cli::{BenchCommand, BenchServer, Cli, Command},
     commands::{
         UsageError, bench, bench_serve, check, clean, convert, doctor, eval, infer, init_tiny,
         log_lines, merge, phantoms, plan, quantize, serve, train,
     },
-    out_of_memory,
 };
 
 /// What helps a command whose device is too small.
@@ -29,7 +28,7 @@ fn what_to_lower(command: &Command) -> &'static str {
 }
 
 fn main() -> ExitCode {
-    xray_qwen3vl::system::keep_large_buffers();
+    xray_qwen3vl::base::system::keep_large_buffers();
     let typed: Vec<String> = std::env::args_os()
         .map(|word| word.to_string_lossy().into_owned())
         .collect();

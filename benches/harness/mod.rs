@@ -6,13 +6,15 @@ use std::{
     path::{Path, PathBuf},
     time::Instant,
 };
-use xray_qwen3vl::kernels::Kernels;
 
 use burn::tensor::DType;
 use xray_qwen3vl::{
-    pipeline::{Pipeline, PipelineOptions},
+    batch::images::ImageInput,
     processor::image::RgbImage,
-    qwen3_vl::ImageInput,
+    runtime::{
+        accelerator::Accelerator,
+        pipeline::{Pipeline, PipelineOptions},
+    },
 };
 
 /// The CPU backend.
@@ -107,7 +109,7 @@ pub fn picture(side: usize) -> RgbImage {
 }
 
 /// Patches of a picture.
-pub fn patches<B: Kernels>(pipeline: &Pipeline<B>, side: usize) -> ImageInput {
+pub fn patches<B: Accelerator>(pipeline: &Pipeline<B>, side: usize) -> ImageInput {
     pipeline
         .parts
         .image_input(&picture(side))

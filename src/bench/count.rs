@@ -6,7 +6,7 @@
 //! padding, composed masks or recomputed layers, is not the model's work and is not counted.
 
 use crate::{
-    lora::config::LoraConfig,
+    adapters::lora::config::LoraConfig,
     qwen3_vl::config::{Qwen3VlConfig, TextConfig, VisionConfig},
     train::plan::base_parameters,
 };

@@ -17,8 +17,9 @@ use burn::{
 };
 
 use crate::{
-    kernels::Kernels,
+    base::{device_name::DeviceKind, system::cpu_name},
     qwen3_vl::nn::{InitOptions, Linear},
+    runtime::accelerator::Accelerator,
 };
 
 /// Published peaks of a card: dense bf16 and memory. Labels beside what is measured, nothing more.
@@ -73,12 +74,12 @@ pub struct DeviceFacts {
 
 impl DeviceFacts {
     /// Asks the system about a device.
-    pub fn of<B: Kernels>(device: &B::Device) -> Self {
+    pub fn of<B: Accelerator>(device: &B::Device) -> Self {
         let backend = B::name(device);
         let index = usize::from(device.id().index_id);
-        let (label, smi) = if is_cpu::<B>(device) {
+        let (label, smi) = if B::KIND == DeviceKind::Cpu {
             ("cpu".to_string(), None)
-        } else if backend.contains("cuda") {
+        } else if B::KIND == DeviceKind::Cuda {
             (format!("cuda:{index}"), Some(visible_card(index)))
         } else {
             (format!("wgpu:{index}"), None)
@@ -105,11 +106,6 @@ impl DeviceFacts {
     }
 }
 
-/// Whether work on the device is done by the CPU backend.
-pub fn is_cpu<B: Kernels>(device: &B::Device) -> bool {
-    B::name(device).contains("flex")
-}
-
 /// The card that CUDA calls `index`: it counts the cards of `CUDA_VISIBLE_DEVICES` only.
 fn visible_card(index: usize) -> String {
     std::env::var("CUDA_VISIBLE_DEVICES")
@@ -133,18 +129,6 @@ fn query(card: &str, what: &str) -> Option<String> {
         .filter(|output| output.status.success())?;
     let text = String::from_utf8(output.stdout).ok()?;
     text.lines().next().map(|line| line.trim().to_string())
-}
-
-/// Name and number of cores of the machine's processor.
-pub fn cpu_name() -> String {
-    let model = std::fs::read_to_string("/proc/cpuinfo")
-        .ok()
-        .and_then(|text| {
-            let line = text.lines().find(|line| line.starts_with("model name"))?;
-            Some(line.split_once(':')?.1.trim().to_string())
-        });
-    let cores = std::thread::available_parallelism().map_or(0, usize::from);
-    format!("{}, {cores} cores", model.as_deref().unwrap_or("unknown"))
 }
 
 /// Watches how much of the card's memory is in use, by all processes.
@@ -226,7 +210,7 @@ pub struct Ceilings {
 ///
 /// The product goes through [`Linear`], so it is the fastest that the program knows, and its share of
 /// the data sheet's peak says what the program's own products leave on the table.
-pub fn measure_ceilings<B: Kernels>(dtype: DType, device: &B::Device) -> Ceilings {
+pub fn measure_ceilings<B: Accelerator>(dtype: DType, device: &B::Device) -> Ceilings {
     const SMALL: usize = 1024;
     const LARGE: usize = 8192;
     /// A device that takes longer than this for the small product takes seconds for the large one.
@@ -234,13 +218,13 @@ pub fn measure_ceilings<B: Kernels>(dtype: DType, device: &B::Device) -> Ceiling
 
     let mut side = SMALL;
     let mut product_seconds = product::<B>(side, dtype, device);
-    if !is_cpu::<B>(device) && product_seconds < SLOW_SECONDS {
+    if B::KIND != DeviceKind::Cpu && product_seconds < SLOW_SECONDS {
         side = LARGE;
         product_seconds = product::<B>(side, dtype, device);
     }
 
     // Larger than any cache there; other backends may limit a buffer to 128 MiB.
-    let bytes: usize = if B::name(device).contains("cuda") {
+    let bytes: usize = if B::KIND == DeviceKind::Cuda {
         256 << 20
     } else {
         64 << 20
@@ -260,7 +244,7 @@ pub fn measure_ceilings<B: Kernels>(dtype: DType, device: &B::Device) -> Ceiling
 }
 
 /// Seconds of a square product through the model's own linear layer, at best.
-fn product<B: Kernels>(side: usize, dtype: DType, device: &B::Device) -> f64 {
+fn product<B: Accelerator>(side: usize, dtype: DType, device: &B::Device) -> f64 {
     let options = InitOptions {
         dtype,
         ..InitOptions::default()
@@ -278,7 +262,7 @@ fn product<B: Kernels>(side: usize, dtype: DType, device: &B::Device) -> f64 {
 
 /// Seconds of one call, at best: several rounds of calls in a row, so that waiting for the device
 /// weighs little.
-fn fastest<B: Kernels>(device: &B::Device, mut work: impl FnMut()) -> f64 {
+fn fastest<B: Accelerator>(device: &B::Device, mut work: impl FnMut()) -> f64 {
     const CALLS: usize = 8;
     const ROUNDS: usize = 5;
     let mut round = |calls: usize| {

@@ -7,13 +7,17 @@ use super::{
     clock::{Lap, Laps, measure, since_process_start},
     count::{Work, decode, text_prefill, vision},
     report::Record,
-    requests::Requests,
 };
 use crate::{
-    generate::{GenerationConfig, Prompt, Timing, generate},
-    kernels::Kernels,
-    qwen3_vl::{ImageInput, Qwen3Vl, config::Qwen3VlConfig, weights::LoadProgress},
-    spread::in_order,
+    batch::images::ImageInput,
+    qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, weights::LoadProgress},
+    runtime::{
+        accelerator::Accelerator,
+        generate::{GenerationConfig, Prompt, Timing, generate},
+        spread::in_order,
+        synthetic::requests::Requests,
+        vision::encode_images,
+    },
 };
 
 /// Tokens behind the first that a decode call generates.
@@ -24,7 +28,7 @@ const WARM_UP: usize = 2;
 /// The same for decode.
 const DECODE_WARM_UP: usize = 1;
 
-impl<B: Kernels> Bench<B> {
+impl<B: Accelerator> Bench<B> {
     /// Loads the model again and again, each time letting go of the one before; on several devices at
     /// once, where there are some.
     ///
@@ -152,7 +156,7 @@ impl<B: Kernels> Bench<B> {
                     self.mark_operations();
                 }
                 let start = Instant::now();
-                let output = model.encode_images(&images, &self.config, &self.device);
+                let output = encode_images(model, &images, &self.config, &self.device);
                 let _ = B::sync(&self.device);
                 drop(output);
                 let seconds = start.elapsed().as_secs_f64();
@@ -322,7 +326,7 @@ impl<B: Kernels> Bench<B> {
 }
 
 /// Exactly `new` tokens a row on a device; `on_token` gets the row of each as it comes.
-fn generate_on<B: Kernels>(
+fn generate_on<B: Accelerator>(
     model: &Qwen3Vl<B>,
     config: &Qwen3VlConfig,
     device: &B::Device,

@@ -7,13 +7,10 @@ pub mod clock;
 pub mod count;
 pub mod device;
 pub mod infer;
-pub mod lengths;
 pub mod operations;
 pub mod report;
-pub mod requests;
 pub mod train;
 pub mod train_devices;
-pub mod weights;
 
 use std::{
     cell::RefCell,
@@ -23,12 +20,14 @@ use std::{
 
 use burn::{prelude::*, tensor::DType};
 
-use self::requests::Requests;
 use crate::{
-    files::FileError,
-    kernels::{Kernels, send_module},
-    pipeline::{PipelineError, PipelineOptions, load_models},
-    quant::{Quantization, memory::weight_bytes},
+    adapters::quantised::memory::weight_bytes,
+    base::{
+        device_name::DeviceKind,
+        files::FileError,
+        system::{available_memory, peak_memory},
+    },
+    ops::{quantised::Quantization, send_module},
     qwen3_vl::{
         Qwen3Vl,
         config::{ConfigError, Qwen3VlConfig},
@@ -37,13 +36,19 @@ use crate::{
             LoadProgress, MAX_SHARD_BYTES, checkpoint_files, parameter_shapes, save_checkpoint,
         },
     },
-    system::{available_memory, peak_memory},
+    runtime::{
+        accelerator::Accelerator,
+        pipeline::{PipelineError, PipelineOptions, load_models},
+        synthetic::{
+            requests::Requests,
+            weights::{RandomSize, draw},
+        },
+    },
     train::{checkpoint::dtype_text, plan::base_parameters},
 };
 use device::{DeviceFacts, MemoryWatch};
 use operations::OperationLog;
 use report::Record;
-use weights::{RandomSize, draw};
 
 /// Seed of weights and requests: a bench measures the same thing each time.
 pub const SEED: u64 = 7;
@@ -60,19 +65,19 @@ pub enum BenchError {
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error(transparent)]
-    Generate(#[from] crate::generate::GenerateError),
+    Generate(#[from] crate::runtime::generate::GenerateError),
     #[error(transparent)]
-    Positions(#[from] crate::qwen3_vl::rope::PositionError),
+    Positions(#[from] crate::batch::positions::PositionError),
     #[error(transparent)]
-    Adapter(#[from] crate::lora::config::AdapterError),
+    Adapter(#[from] crate::adapters::lora::config::AdapterError),
     #[error(transparent)]
     TrainConfig(#[from] crate::train::config::TrainConfigError),
     #[error(transparent)]
     Rank(#[from] crate::train::ranks::RankError),
     #[error(transparent)]
-    Spread(#[from] crate::spread::SpreadError),
+    Spread(#[from] crate::runtime::spread::SpreadError),
     #[error(transparent)]
-    File(#[from] crate::files::FileError),
+    File(#[from] crate::base::files::FileError),
     #[error("{0}")]
     Size(String),
     #[error(
@@ -178,7 +183,7 @@ pub struct Bench<B: Backend> {
     operations: RefCell<Option<OperationLog>>,
 }
 
-impl<B: Kernels> Bench<B> {
+impl<B: Accelerator> Bench<B> {
     /// Prepares measurements; nothing is loaded yet.
     ///
     /// # Errors
@@ -214,7 +219,7 @@ impl<B: Kernels> Bench<B> {
     ///
     /// # Errors
     /// The checkpoint cannot be loaded, or the host has no room for a model on the CPU.
-    pub fn model<A: Kernels<Device = B::Device>>(
+    pub fn model<A: Accelerator<Device = B::Device>>(
         &self,
         on_progress: LoadProgress<'_>,
     ) -> Result<(Qwen3Vl<A>, f64), BenchError> {
@@ -227,7 +232,7 @@ impl<B: Kernels> Bench<B> {
     ///
     /// # Errors
     /// As [`Bench::model`].
-    pub fn models<A: Kernels<Device = B::Device>>(
+    pub fn models<A: Accelerator<Device = B::Device>>(
         &self,
         devices: &[B::Device],
         on_progress: LoadProgress<'_>,
@@ -286,7 +291,7 @@ impl<B: Kernels> Bench<B> {
         const GIB: f64 = (1u64 << 30) as f64;
         let need = self.weight_bytes();
         match available_memory() {
-            Some(free) if device::is_cpu::<B>(&self.device) && need > free as f64 => {
+            Some(free) if B::KIND == DeviceKind::Cpu && need > free as f64 => {
                 Err(BenchError::Memory {
                     size: size.name(),
                     need: need / GIB,
@@ -345,7 +350,7 @@ impl<B: Kernels> Bench<B> {
             program: format!(
                 "xray-qwen3vl {} on burn 0.21.0, built with {}",
                 env!("CARGO_PKG_VERSION"),
-                crate::backend::built_backends().join(", ")
+                crate::accelerate::devices::built_backends().join(", ")
             ),
             batch,
             mixed: self.mixed,

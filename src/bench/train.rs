@@ -19,23 +19,28 @@ use super::{
     clock::{Lap, Laps},
     count::{TrainWork, Work, train_sample, train_weight_bytes},
     report::Record,
-    requests::Requests,
 };
 use crate::{
-    dataset::loader::Window,
-    kernels::{Kernels, TrainKernels},
-    lora::{attach::attach, config::LoraConfig},
-    qwen3_vl::{ImageInput, Qwen3Vl, config::Qwen3VlConfig},
-    system::resident_memory,
+    adapters::lora::{attach::attach, config::LoraConfig},
+    base::{
+        system::resident_memory,
+        trace::{HOST, Trace},
+    },
+    batch::window::Window,
+    batch::{images::ImageInput, micro_batch::MicroBatch},
+    qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig},
+    runtime::{
+        accelerator::{Accelerator, TrainAccelerator},
+        synthetic::requests::Requests,
+    },
+    schedule::Schedule,
     train::{
-        budget::{BudgetError, Form, Kept},
+        budget::{BudgetError, Form},
         config::TrainConfig,
-        gradients::MicroBatch,
         learner::{StepReading, StepSettings, StepTotals, Trainee},
         optimizer::AdamW,
-        schedule::Schedule,
         step_clock::{LaunchTimes, StepClock},
-        trace::{HOST, Trace},
+        tape::Recorded,
     },
 };
 
@@ -81,14 +86,14 @@ impl TrainShape {
         let shape = Self {
             micro_batch: (form.row_tokens / LONGEST).max(1),
             packing: form.row_tokens > 0,
-            recompute: form.kept == Kept::Inputs,
-            recompute_pointwise: form.kept == Kept::Products,
+            recompute: form.kept == Recorded::Inputs,
+            recompute_pointwise: form.kept == Recorded::Matmuls,
         };
         Ok((shape, form.explain(gib, LONGEST)))
     }
 }
 
-impl<B: Kernels> Bench<B> {
+impl<B: Accelerator> Bench<B> {
     /// Steps of LoRA (rank 8, alpha 32, dropout 0.05, all seven projections), the vision tower frozen,
     /// 16 samples each, one common norm for clipping, AdamW: gradients, clipping and the optimizer as a
     /// run does them, on windows made before.
@@ -103,7 +108,7 @@ impl<B: Kernels> Bench<B> {
         trace: &Trace,
     ) -> Result<Record, BenchError>
     where
-        A: TrainKernels + AutodiffBackend<InnerBackend = B> + Kernels<Device = B::Device>,
+        A: TrainAccelerator + AutodiffBackend<InnerBackend = B> + Accelerator<Device = B::Device>,
     {
         let settings = TrainConfig {
             per_device_train_batch_size: shape.micro_batch,
@@ -196,7 +201,7 @@ struct Pending {
 }
 
 /// What the steps of one measurement share.
-struct Run<'a, B: Kernels> {
+struct Run<'a, B: Accelerator> {
     bench: &'a Bench<B>,
     trace: Trace,
     schedule: Schedule,
@@ -220,7 +225,7 @@ struct Measured {
     data_wait: Duration,
 }
 
-impl<B: Kernels> Run<'_, B> {
+impl<B: Accelerator> Run<'_, B> {
     /// Takes steps as a run does: windows come from a thread, and a step's numbers are waited for once
     /// the next one is launched. Only the first steps, which are not measured, are waited for at once.
     fn steps<A>(
@@ -230,7 +235,7 @@ impl<B: Kernels> Run<'_, B> {
         shape: &TrainShape,
     ) -> Result<Measured, BenchError>
     where
-        A: TrainKernels + AutodiffBackend<InnerBackend = B> + Kernels<Device = B::Device>,
+        A: TrainAccelerator + AutodiffBackend<InnerBackend = B> + Accelerator<Device = B::Device>,
     {
         let Bench { config, mixed, .. } = self.bench;
         let steps = 1 + WARM_UP + self.measured;
@@ -340,7 +345,7 @@ impl<B: Kernels> Run<'_, B> {
 }
 
 /// Hands gradients, clipping and the optimizer to the device; the loss and the gradient's norm follow.
-fn launch<A: TrainKernels>(
+fn launch<A: TrainAccelerator>(
     trainee: &mut Trainee<A>,
     optimizer: &mut AdamW<A>,
     window: Window,
@@ -387,7 +392,7 @@ fn digest(numbers: &[StepTotals]) -> String {
 }
 
 /// The model's work in one window, padding left out.
-pub(super) fn window_work<B: Kernels>(
+pub(super) fn window_work<B: Accelerator>(
     bench: &Bench<B>,
     lora: &LoraConfig,
     window: &Window,

@@ -9,14 +9,17 @@ use super::{
     clock::{Lap, measure},
     count::Work,
     report::Record,
-    requests::Requests,
     train::{STEP_SAMPLES, TrainShape, WARM_UP, window_work},
 };
 use crate::{
-    dataset::loader::Window,
-    kernels::{Kernels, TrainKernels},
-    lora::attach::attach,
-    qwen3_vl::{Qwen3Vl, rope::PositionError},
+    adapters::lora::attach::attach,
+    batch::positions::PositionError,
+    batch::window::Window,
+    qwen3_vl::Qwen3Vl,
+    runtime::{
+        accelerator::{Accelerator, TrainAccelerator},
+        synthetic::requests::Requests,
+    },
     train::{
         config::TrainConfig,
         learner::{StepSettings, Trainee},
@@ -26,7 +29,7 @@ use crate::{
     },
 };
 
-impl<B: Kernels> Bench<B> {
+impl<B: Accelerator> Bench<B> {
     /// What [`Bench::train`] measures, on several devices with [`STEP_SAMPLES`] samples each; `base` is on
     /// the first. In the end all must have the same weights, bit for bit.
     ///
@@ -40,7 +43,7 @@ impl<B: Kernels> Bench<B> {
         devices: &[B::Device],
     ) -> Result<Record, BenchError>
     where
-        A: TrainKernels + AutodiffBackend<InnerBackend = B> + Kernels<Device = B::Device>,
+        A: TrainAccelerator + AutodiffBackend<InnerBackend = B> + Accelerator<Device = B::Device>,
     {
         let TrainShape {
             micro_batch,

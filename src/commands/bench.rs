@@ -19,21 +19,26 @@ use super::{
     shipped,
 };
 use crate::{
-    backend::{DeviceName, DtypeName, Replicas, ReplicatedTask, built_backends, run_on_all},
+    accelerate::devices::{Replicas, ReplicatedTask, built_backends, run_on_all},
+    adapters::quantised::files::of_checkpoint,
+    base::{
+        device_name::{DeviceName, DtypeName},
+        files::write_atomic,
+        trace::Trace,
+    },
     bench::{
         Bench, BenchError, Source,
         device::measure_ceilings,
         operations::environment,
         report::{Record, table},
-        requests::Requests,
         train::{STEP_SAMPLES, TrainShape},
-        weights::RandomSize,
     },
-    files::write_atomic,
-    kernels::Kernels,
-    quant::{Quantization, files::of_checkpoint},
-    system::free_memory,
-    train::{budget::Budget, trace::Trace},
+    ops::{memory::free_memory, quantised::Quantization},
+    runtime::{
+        accelerator::Accelerator,
+        synthetic::{requests::Requests, weights::RandomSize},
+    },
+    train::budget::Budget,
 };
 
 /// Set in the processes that `--table` starts: they print records and nothing else.
@@ -284,7 +289,7 @@ impl ReplicatedTask for Measure {
         self.0.kind == BenchKind::Train
     }
 
-    fn run<B: Kernels>(self, replicas: Replicas<B>) -> Result<Vec<Record>> {
+    fn run<B: Accelerator>(self, replicas: Replicas<B>) -> Result<Vec<Record>> {
         let args = self.0;
         let Replicas { devices, dtype } = replicas;
         let device = devices[0].clone();

@@ -26,8 +26,8 @@ use serde_json::{Value, json};
 
 use super::{UsageError, shipped};
 use crate::{
-    backend::DeviceName,
-    bench::weights::RandomSize,
+    base::device_name::DeviceName,
+    runtime::synthetic::weights::RandomSize,
     serve::client::{EventLines, Server},
 };
 

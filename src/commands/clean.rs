@@ -14,11 +14,11 @@ use serde_json::json;
 
 use super::UsageError;
 use crate::{
+    base::files::write_atomic,
     clean::{
         Correction, Defect, TermTable, apply, correct_json, count_defects, read_rows, to_jsonl,
         unified_diff,
     },
-    files::write_atomic,
 };
 
 /// Arguments of `clean`.

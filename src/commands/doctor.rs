@@ -6,13 +6,13 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use crate::{
-    backend::{
-        DeviceError, DeviceName, DeviceTask, dtype_text,
+    accelerate::{
+        devices::{DeviceError, DeviceTask, run_on},
         list::{ListedDevice, list_devices},
-        run_on,
     },
+    base::device_name::{DeviceName, dtype_text},
     doctor::{Answers, Checkup, Outcome, answers, compare},
-    kernels::Kernels,
+    runtime::accelerator::Accelerator,
 };
 
 /// Arguments of `doctor`.
@@ -46,7 +46,7 @@ struct Check<'a>(Option<&'a Answers>);
 impl DeviceTask for Check<'_> {
     type Output = Vec<Checkup>;
 
-    fn run<B: Kernels>(self, device: B::Device, _dtype: DType) -> Vec<Checkup> {
+    fn run<B: Accelerator>(self, device: B::Device, _dtype: DType) -> Vec<Checkup> {
         [DType::F32, DType::F16, DType::BF16]
             .into_iter()
             .filter(|dtype| B::supports_dtype(&device, *dtype))
@@ -61,7 +61,7 @@ struct Ask;
 impl DeviceTask for Ask {
     type Output = Result<Answers, String>;
 
-    fn run<B: Kernels>(self, device: B::Device, _dtype: DType) -> Self::Output {
+    fn run<B: Accelerator>(self, device: B::Device, _dtype: DType) -> Self::Output {
         answers::<B>(&device, DType::F32)
     }
 }

@@ -11,7 +11,12 @@ use clap::{Args, ValueEnum};
 
 use super::{UsageError, generation_config, shipped, studies::StudyArgs, unless_closed};
 use crate::{
-    backend::{DeviceName, DtypeName, run_on},
+    accelerate::devices::run_on,
+    adapters::lora::base::check_base,
+    base::{
+        device_name::{DeviceName, DtypeName},
+        files::write_atomic,
+    },
     cli::{GenerationArgs, ModelArgs},
     dataset::Dataset,
     evaluate::{
@@ -25,10 +30,8 @@ use crate::{
         page::{PageFacts, html},
         table, too_few,
     },
-    files::write_atomic,
     findings::score::UncertainPolicy,
-    lora::base::check_base,
-    quant::Quantization,
+    ops::quantised::Quantization,
     study::{StudyFacts, counted},
     train::{data::RunData, gradients::LossTotals},
 };

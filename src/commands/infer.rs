@@ -10,18 +10,19 @@ use super::{
     progress::{Progress, Unit, prepare_kernels},
 };
 use crate::{
-    backend::{Replicas, ReplicatedTask, run_on_all},
+    accelerate::devices::{Replicas, ReplicatedTask, run_on_all},
+    adapters::lora::base::check_base,
+    base::files::{expect_file, name, sha256_file},
+    batch::images::ImageInput,
     cli::InferArgs,
-    files::{expect_file, name, sha256_file},
-    generate::{GenerationConfig, Prompt, Timing},
-    kernels::Kernels,
-    lora::base::check_base,
-    pipeline::Pipeline,
+    ops::{memory::MemoryWatch, quantised::cache::CacheFormat},
     processor::image::Reading,
-    quant::cache::CacheFormat,
-    qwen3_vl::ImageInput,
-    spread::in_order,
-    system::MemoryWatch,
+    runtime::{
+        accelerator::Accelerator,
+        generate::{GenerationConfig, Prompt, Timing},
+        pipeline::Pipeline,
+        spread::in_order,
+    },
 };
 pub(super) use output::OutputFile;
 pub(super) use record::RemarkPrinter;
@@ -105,7 +106,7 @@ struct Infer {
 impl ReplicatedTask for Infer {
     type Output = Result<()>;
 
-    fn run<B: Kernels>(self, replicas: Replicas<B>) -> Result<()> {
+    fn run<B: Accelerator>(self, replicas: Replicas<B>) -> Result<()> {
         let Replicas { mut devices, dtype } = replicas;
         let mut run = OutputFile::open(&self.args, &self.images)?;
         let todo = run.todo(&self.images);
@@ -190,7 +191,7 @@ impl ReplicatedTask for Infer {
 
 impl Infer {
     /// Reads the images of a report; what is found out about them goes into its record.
-    fn prompt<B: Kernels>(
+    fn prompt<B: Accelerator>(
         &self,
         pipeline: &Pipeline<B>,
         images: &[PathBuf],
@@ -220,7 +221,7 @@ impl Infer {
     }
 
     /// Reports of one batch; what fails becomes a record with its error.
-    fn answer_group<B: Kernels>(
+    fn answer_group<B: Accelerator>(
         &self,
         pipeline: &Pipeline<B>,
         group: &[&Vec<PathBuf>],

@@ -18,10 +18,10 @@ use super::{
     progress::{Progress, Unit},
 };
 use crate::{
+    base::files::{expect_file, name, sha256_bytes},
     cli::InferArgs,
-    files::{expect_file, name, sha256_bytes},
-    generate::{FinishReason, GenerationConfig},
     processor::image::{DecodeLimits, read_bytes},
+    runtime::generate::{FinishReason, GenerationConfig},
     serve::client::{EventLines, Server},
 };
 

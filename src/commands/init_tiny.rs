@@ -10,8 +10,8 @@ use super::{
     shell_word,
 };
 use crate::{
+    base::files::write_atomic,
     cli::InitTinyArgs,
-    files::write_atomic,
     phantom::{Dialect, PhantomStudies},
     processor::{chat::ChatTemplate, train_tokenizer::train_tokenizer},
     qwen3_vl::config::{Qwen3VlConfig, TextConfig, VisionConfig},

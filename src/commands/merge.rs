@@ -1,6 +1,5 @@
 //! `merge`: a base and its adapter as one checkpoint, proven before it is called done.
 
-use crate::kernels::Kernels;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
@@ -12,20 +11,27 @@ use super::{
     shipped,
 };
 use crate::{
-    backend::{DeviceTask, run_on},
-    cli::MergeArgs,
-    files::FolderWriter,
-    lora::{
-        base::{BaseFingerprint, check_base},
-        config::LoraConfig,
-        files::{load_adapter, trained_pixel_limits},
-        merge::merge,
+    accelerate::devices::{DeviceTask, run_on},
+    adapters::{
+        lora::{
+            base::{BaseFingerprint, check_base},
+            config::LoraConfig,
+            files::{load_adapter, trained_pixel_limits},
+            merge::merge,
+        },
+        quantised::files::of_checkpoint,
     },
-    pipeline::{PipelineOptions, load_model},
-    quant::files::of_checkpoint,
-    qwen3_vl::{
-        ImageInput, Padding, Qwen3Vl, TextInput, config::Qwen3VlConfig, nn::to_dtype,
-        weights::stored_dtype,
+    base::files::FolderWriter,
+    batch::{
+        images::ImageInput,
+        text::{Padding, TextInput},
+    },
+    cli::MergeArgs,
+    ops::cast::to_dtype,
+    qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, weights::stored_dtype},
+    runtime::{
+        accelerator::Accelerator,
+        pipeline::{PipelineOptions, load_model},
     },
     train::checkpoint::save_model,
 };
@@ -58,7 +64,7 @@ impl DeviceTask for Merge {
         true
     }
 
-    fn run<B: Kernels>(self, device: B::Device, dtype: DType) -> Result<()> {
+    fn run<B: Accelerator>(self, device: B::Device, dtype: DType) -> Result<()> {
         let options = PipelineOptions {
             model: shipped(&self.args.model),
             adapter: self.args.adapter.clone(),
@@ -171,7 +177,7 @@ fn check_name(adapter: &Path, model: &Path) -> Result<()> {
     }
 }
 
-pub(super) fn read<B: Kernels>(
+pub(super) fn read<B: Accelerator>(
     options: &PipelineOptions,
     config: &Qwen3VlConfig,
     device: &B::Device,
@@ -185,7 +191,7 @@ pub(super) fn read<B: Kernels>(
     Ok(model)
 }
 
-fn cast<B: Kernels>(model: Qwen3Vl<B>, dtype: DType) -> Qwen3Vl<B> {
+fn cast<B: Accelerator>(model: Qwen3Vl<B>, dtype: DType) -> Qwen3Vl<B> {
     struct Cast(DType);
     impl<B: Backend> burn::module::ModuleMapper<B> for Cast {
         fn map_float<const D: usize>(
@@ -199,7 +205,7 @@ fn cast<B: Kernels>(model: Qwen3Vl<B>, dtype: DType) -> Qwen3Vl<B> {
 }
 
 /// Logits for a fixed prompt with an image of smooth stripes; exercises both towers.
-pub(super) fn probe<B: Kernels>(
+pub(super) fn probe<B: Accelerator>(
     model: &Qwen3Vl<B>,
     config: &Qwen3VlConfig,
     device: &B::Device,

@@ -24,10 +24,12 @@ pub mod train;
 use anyhow::{Result, bail};
 
 use crate::{
-    backend::DeviceName,
+    base::device_name::DeviceName,
     cli::{GenerationArgs, ModelArgs},
-    generate::{GenerationConfig, SamplingConfig},
-    pipeline::PipelineOptions,
+    runtime::{
+        generate::{GenerationConfig, SamplingConfig},
+        pipeline::PipelineOptions,
+    },
     study::counted,
 };
 use burn::tensor::DType;

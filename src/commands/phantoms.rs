@@ -3,9 +3,9 @@
 use anyhow::Result;
 
 use crate::{
+    base::files::size_text,
     cli::PhantomsArgs,
     commands::counted,
-    files::size_text,
     phantom::{Dialect, PROMPTS, write_dataset},
 };
 

@@ -6,14 +6,16 @@ use rayon::prelude::*;
 
 use super::{UsageError, shipped, train::with_keys};
 use crate::{
-    backend::{DeviceName, DeviceTask, run_on},
+    accelerate::devices::{DeviceTask, run_on},
+    base::{device_name::DeviceName, files::write_atomic},
     cli::PlanArgs,
     dataset::{Dataset, DatasetError, LeftOut, loader::Overlong},
-    files::write_atomic,
-    kernels::Kernels,
-    pipeline::{PipelineOptions, TextAndImages},
+    ops::memory::free_memory,
     plot::histogram,
-    system::free_memory,
+    runtime::{
+        accelerator::Accelerator,
+        pipeline::{PipelineOptions, TextAndImages},
+    },
     train::{
         budget::{Budget, Form},
         config::TrainConfig,
@@ -166,7 +168,7 @@ struct Free;
 impl DeviceTask for Free {
     type Output = Option<u64>;
 
-    fn run<B: Kernels>(self, device: B::Device, _dtype: DType) -> Option<u64> {
+    fn run<B: Accelerator>(self, device: B::Device, _dtype: DType) -> Option<u64> {
         free_memory::<B>(&device)
     }
 }

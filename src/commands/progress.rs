@@ -8,7 +8,7 @@ use std::{
 use burn::tensor::DType;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::{kernels::Kernels, qwen3_vl::config::Qwen3VlConfig};
+use crate::{qwen3_vl::config::Qwen3VlConfig, runtime::accelerator::Accelerator};
 
 /// Time between plain lines.
 const LINE_EVERY: Duration = Duration::from_secs(10);
@@ -83,7 +83,7 @@ impl Progress {
 
 /// Compiles what the model's kernels need on this card, with progress; at once where it was done before.
 /// Batches of up to `largest_batch` are to be decoded; none where a serving engine does it.
-pub(crate) fn prepare_kernels<B: Kernels>(
+pub(crate) fn prepare_kernels<B: Accelerator>(
     config: &Qwen3VlConfig,
     dtype: DType,
     device: &B::Device,

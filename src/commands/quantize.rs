@@ -9,19 +9,24 @@ use super::{
     shipped,
 };
 use crate::{
-    backend::{DeviceTask, dtype_text, run_on},
+    accelerate::devices::{DeviceTask, run_on},
+    adapters::{
+        lora::base::BaseFingerprint,
+        quantised::{memory::weight_bytes, save::write_packed},
+    },
+    base::{
+        device_name::dtype_text,
+        files::{FolderWriter, size_text},
+    },
     cli::QuantizeArgs,
-    files::{FolderWriter, size_text},
-    kernels::Kernels,
-    lora::base::BaseFingerprint,
-    pipeline::PipelineOptions,
-    quant::{Quantization, memory::weight_bytes, save::write_packed},
+    ops::quantised::Quantization,
     qwen3_vl::{
         Qwen3Vl,
         config::Qwen3VlConfig,
         nn::InitOptions,
         weights::{MAX_SHARD_BYTES, parameter_shapes},
     },
+    runtime::{accelerator::Accelerator, pipeline::PipelineOptions},
     train::checkpoint::copy_side_files,
 };
 
@@ -49,7 +54,7 @@ struct Quantize {
 impl DeviceTask for Quantize {
     type Output = Result<()>;
 
-    fn run<B: Kernels>(self, device: B::Device, dtype: DType) -> Result<()> {
+    fn run<B: Accelerator>(self, device: B::Device, dtype: DType) -> Result<()> {
         let from = shipped(&self.args.model);
         let config = Qwen3VlConfig::from_dir(&from)?;
         let shapes = {

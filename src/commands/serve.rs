@@ -19,23 +19,24 @@ use super::{
     shipped,
 };
 use crate::{
-    backend::{DeviceTask, run_on},
-    bench::{
-        SEED,
-        weights::{RandomSize, draw},
-    },
+    accelerate::devices::{DeviceTask, run_on},
+    adapters::lora::base::check_base,
+    base::system::{open_files_limit, share_one_heap},
+    bench::SEED,
     cli::{GenerationArgs, ModelArgs},
-    generate::{
-        GenerationConfig,
-        backend::{ServingDecoder, ServingLimits},
-        slots::PlainDecoder,
-    },
-    kernels::Kernels,
-    lora::base::check_base,
-    pipeline::{LimitsFrom, Pipeline, PipelineOptions, TextAndImages},
+    ops::quantised::cache::CacheFormat,
     processor::tokenizer::Tokenizer,
-    quant::cache::CacheFormat,
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig},
+    runtime::{
+        accelerator::Accelerator,
+        generate::{
+            GenerationConfig,
+            backend::{ServingDecoder, ServingLimits},
+            slots::PlainDecoder,
+        },
+        pipeline::{LimitsFrom, Pipeline, PipelineOptions, TextAndImages},
+        synthetic::weights::{RandomSize, draw},
+    },
     serve::{
         App, ServeConfig,
         auth::{ApiKey, KeyError},
@@ -45,7 +46,6 @@ use crate::{
         models::{MAX_ADAPTERS, Models, check_name},
         router::router,
     },
-    system::{open_files_limit, share_one_heap},
 };
 
 /// The environment's name for `--api-key`.
@@ -333,7 +333,7 @@ struct Serve {
 impl DeviceTask for Serve {
     type Output = Result<()>;
 
-    fn run<B: Kernels>(self, device: B::Device, dtype: DType) -> Result<()> {
+    fn run<B: Accelerator>(self, device: B::Device, dtype: DType) -> Result<()> {
         let options = pipeline_options(&self.args.model, dtype);
         let checks_base = self.args.random_weights.is_none() && !self.args.model.any_base;
         let loras = loras(&self.args)?.into_iter().map(|(_, dir)| dir);
@@ -410,7 +410,7 @@ impl DeviceTask for Serve {
 }
 
 /// A model with weights that were drawn, under the tokenizer and template of a folder.
-fn random<B: Kernels>(
+fn random<B: Accelerator>(
     size: RandomSize,
     options: &PipelineOptions,
     device: B::Device,
@@ -460,7 +460,7 @@ fn base_name(dir: &Path) -> String {
 
 impl Serve {
     /// The backend's own engine where it has one for the model, else plain operations.
-    fn decoder<B: Kernels>(
+    fn decoder<B: Accelerator>(
         &self,
         model: Qwen3Vl<B>,
         config: &Qwen3VlConfig,

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value, json};
 
 use crate::{
-    files::{expect_file, name::text_of},
+    base::files::{expect_file, name::text_of},
     processor::image::{DecodeLimits, read_bytes, technical},
 };
 

@@ -3,7 +3,6 @@
 mod reports;
 mod settings;
 
-use crate::kernels::Kernels;
 use std::{
     io::{IsTerminal, Write as _, stderr, stdout},
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
@@ -30,17 +29,23 @@ use super::{
     shell_word, shipped,
 };
 use crate::{
-    backend::{DeviceName, DtypeName, Replicas, ReplicatedTask, built_backends, run_on_all},
+    accelerate::devices::{Replicas, ReplicatedTask, built_backends, run_on_all},
+    base::{
+        device_name::{DeviceName, DtypeName},
+        trace::Trace,
+    },
     cli::TrainArgs,
     dataset::Dataset,
-    pipeline::{PipelineOptions, TextAndImages},
-    system::free_memory,
+    ops::memory::free_memory,
+    runtime::{
+        accelerator::Accelerator,
+        pipeline::{PipelineOptions, TextAndImages},
+    },
     train::{
         budget::{Budget, Form},
         config::{TrainConfig, Tuner},
         run::{Dashboard, QuietRenderer, Resume, RunOptions, RunResult, train},
         strategy::{Ending, TrainError},
-        trace::Trace,
         words::{clock, counted},
     },
 };
@@ -204,7 +209,7 @@ fn validate_on_own_data(args: &TrainArgs, config: &mut TrainConfig) {
 const MEASURED_SAMPLES: usize = 32;
 
 /// Chooses the form of the step that fits the budget, and tells it in a line.
-fn fit_budget<B: Kernels>(
+fn fit_budget<B: Accelerator>(
     config: &mut TrainConfig,
     budget: Budget,
     resume: &Resume,
@@ -270,7 +275,7 @@ impl ReplicatedTask for Train {
         true
     }
 
-    fn run<B: Kernels>(mut self, replicas: Replicas<B>) -> Result<()> {
+    fn run<B: Accelerator>(mut self, replicas: Replicas<B>) -> Result<()> {
         let Replicas { devices, dtype } = replicas;
         // What was chosen for the user is written down as if it had been asked for.
         self.config.dtype = Some(dtype_flag(dtype).to_string());
@@ -431,7 +436,7 @@ fn resume_command(config: &TrainConfig, random_init: bool) -> String {
 }
 
 /// What lets a run's model write about a picture.
-fn infer_command<B: Kernels>(result: &RunResult<B>) -> String {
+fn infer_command<B: Accelerator>(result: &RunResult<B>) -> String {
     let word = |path: &Path| shell_word(&path.display().to_string());
     let image = result
         .validation

@@ -19,13 +19,17 @@ use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use super::{UnusedKeys, in_words, rows::rows};
-use crate::files::sha256_file;
-use crate::processor::chat::{ChatError, ImageGrid, refuse_control_tokens};
-use crate::processor::patches::ImageProcessor;
-use crate::processor::sample::{Conversation, RowFault, Sample, parse_line};
-use crate::processor::supervised::{SupervisedError, encode_supervised};
-use crate::processor::tokenizer::Tokenizer;
-use crate::study::{StudyError, StudyRule, counted};
+use crate::{
+    base::files::sha256_file,
+    processor::{
+        chat::{ChatError, ImageGrid, refuse_control_tokens},
+        patches::ImageProcessor,
+        sample::{Conversation, RowFault, Sample, parse_line},
+        supervised::{SupervisedError, encode_supervised},
+        tokenizer::Tokenizer,
+    },
+    study::{StudyError, StudyRule, counted},
+};
 
 pub use finding::{CheckReport, FileCount, Finding, Kind, Severity};
 

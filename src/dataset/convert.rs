@@ -21,12 +21,16 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use crate::files::{FileError, sha256_file, write_atomic};
-use crate::processor::patches::ImageProcessor;
-use crate::processor::sample::{IMAGE_TAG, escaped, parse_line};
-use crate::processor::supervised::encode_supervised;
-use crate::processor::tokenizer::Tokenizer;
-use crate::study::{PATIENT_KEYS, STUDY_KEYS, Studies, StudyFacts, StudyRow, StudyRule, counted};
+use crate::{
+    base::files::{FileError, sha256_file, write_atomic},
+    processor::{
+        patches::ImageProcessor,
+        sample::{IMAGE_TAG, escaped, parse_line},
+        supervised::encode_supervised,
+        tokenizer::Tokenizer,
+    },
+    study::{PATIENT_KEYS, STUDY_KEYS, Studies, StudyFacts, StudyRow, StudyRule, counted},
+};
 
 use corpus::{Body, Row};
 pub use corpus::{CorpusForm, CorpusKeys};

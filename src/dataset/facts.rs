@@ -7,8 +7,8 @@ use serde::Serialize;
 
 use super::{Dataset, DatasetError, Source, loader::Overlong};
 use crate::{
-    pipeline::TextAndImages,
     processor::{chat::ImageGrid, supervised::encode_supervised},
+    runtime::pipeline::TextAndImages,
 };
 
 /// Rows that a run leaves out because they are longer than allowed.

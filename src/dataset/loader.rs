@@ -21,10 +21,15 @@ use rand_chacha::ChaCha8Rng;
 
 use super::{Dataset, DatasetError, EncodedSample};
 use crate::{
-    lora::mix,
-    pipeline::TextAndImages,
-    qwen3_vl::{ImageInput, Padding, TextInput, rope::PositionError},
-    train::{gradients::MicroBatch, trace::Trace},
+    base::{seeds::mix, trace::Trace},
+    batch::{
+        images::ImageInput,
+        micro_batch::MicroBatch,
+        positions::PositionError,
+        text::{Padding, TextInput},
+        window::Window,
+    },
+    runtime::pipeline::TextAndImages,
 };
 use packing::fill_rows;
 
@@ -69,48 +74,6 @@ pub struct WindowPlan {
     pub in_order: bool,
 }
 
-/// All samples of one optimizer step.
-#[derive(Debug, Clone)]
-pub struct Window {
-    /// Which step of the run, from 0.
-    pub step: usize,
-    /// Epochs done once the window is.
-    pub epoch: f64,
-    /// Micro-batches of each device.
-    pub parts: Vec<Vec<MicroBatch>>,
-    /// Rows of the data set in it, from 0.
-    pub rows: Vec<usize>,
-    /// Targets of all micro-batches, on all devices.
-    pub targets: usize,
-    /// Number of micro-batches, on all devices.
-    pub micro_batches: usize,
-    /// Number of the first micro-batch in `parts`, for what is random.
-    pub first_micro_batch: usize,
-    /// Tokens of all micro-batches, padding left out.
-    pub tokens: usize,
-}
-
-impl Window {
-    /// The window as each device takes it: its own micro-batches, the whole window's counts.
-    pub fn split(self) -> Vec<Self> {
-        let parts = self.parts;
-        let mut first_micro_batch = 0;
-        parts
-            .into_iter()
-            .map(|part| {
-                let own = Self {
-                    first_micro_batch,
-                    parts: vec![part],
-                    rows: self.rows.clone(),
-                    ..self
-                };
-                first_micro_batch += own.parts[0].len();
-                own
-            })
-            .collect()
-    }
-}
-
 impl WindowPlan {
     /// Samples of a full window.
     pub fn window_samples(&self) -> usize {
@@ -119,7 +82,7 @@ impl WindowPlan {
 
     /// Optimizer steps of an epoch over `samples`.
     pub fn steps_per_epoch(&self, samples: usize) -> usize {
-        crate::train::schedule::steps_per_epoch(
+        crate::schedule::steps_per_epoch(
             samples as u64,
             self.devices as u64,
             self.batch_size as u64,
@@ -129,8 +92,7 @@ impl WindowPlan {
 
     /// Optimizer steps of the run.
     pub fn total_steps(&self, samples: usize) -> usize {
-        crate::train::schedule::total_steps(self.steps_per_epoch(samples) as u64, self.epochs)
-            as usize
+        crate::schedule::total_steps(self.steps_per_epoch(samples) as u64, self.epochs) as usize
     }
 
     /// Rows of the data set in the first `steps` windows.
@@ -344,7 +306,7 @@ impl WindowLoader {
             .iter()
             .map(|(_, sample)| {
                 let mut labels = sample.labels.clone();
-                labels.resize(seq, crate::train::gradients::IGNORE_INDEX);
+                labels.resize(seq, crate::batch::micro_batch::IGNORE_INDEX);
                 labels
             })
             .collect();
@@ -491,7 +453,7 @@ impl Drop for WindowStream {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pipeline::PipelineOptions;
+    use crate::runtime::pipeline::PipelineOptions;
 
     fn loader(packing_tokens: usize, devices: usize) -> WindowLoader {
         let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));

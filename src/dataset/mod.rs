@@ -24,8 +24,8 @@ use std::{
 use sha2::{Digest, Sha256};
 
 use crate::{
+    batch::{images::ImageInput, positions::PositionError},
     phantom::{Dialect, PhantomStudies},
-    pipeline::TextAndImages,
     processor::{
         image::{DecodeLimits, ImageError, RgbImage, probe},
         message::Part,
@@ -34,7 +34,7 @@ use crate::{
         sample::{Conversation, PixelLimits, RowFault, Sample, SampleError, parse_line},
         supervised::{SupervisedError, encode_prompt, encode_supervised},
     },
-    qwen3_vl::{ImageInput, rope::PositionError},
+    runtime::pipeline::TextAndImages,
 };
 
 pub(crate) use facts::UnusedKeys;
@@ -580,7 +580,7 @@ impl Dataset {
         &self,
         index: usize,
         parts: &TextAndImages,
-    ) -> Result<(crate::generate::Prompt, String), DatasetError> {
+    ) -> Result<(crate::runtime::generate::Prompt, String), DatasetError> {
         let raw = self.read(index, parts)?;
         let images = self.patches(index, &raw, parts)?;
         let input_ids = encode_prompt(
@@ -595,7 +595,10 @@ impl Dataset {
             .last_answer()
             .unwrap_or_default()
             .to_string();
-        Ok((crate::generate::Prompt { input_ids, images }, answer))
+        Ok((
+            crate::runtime::generate::Prompt { input_ids, images },
+            answer,
+        ))
     }
 
     fn patches(

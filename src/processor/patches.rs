@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::files::write_atomic;
+use crate::base::files::write_atomic;
 
 use super::image::{self, DecodeLimits, ImageError, Reading, RgbImage};
 use super::resize::{ResizeRule, resize_bicubic, smart_resize};
@@ -130,12 +130,12 @@ fn read_keys(model_dir: &Path) -> Result<(PathBuf, PreprocessorFile), ImageError
 /// folder later, here or in transformers, shows the model images of the sizes it was trained on.
 ///
 /// # Errors
-/// [`FileError`](crate::files::FileError) names the file.
+/// [`FileError`](crate::base::files::FileError) names the file.
 pub fn write_pixel_limits(
     dir: &Path,
     min_pixels: usize,
     max_pixels: usize,
-) -> Result<(), crate::files::FileError> {
+) -> Result<(), crate::base::files::FileError> {
     for name in [PREPROCESSOR_FILE, PROCESSOR_FILE] {
         let path = dir.join(name);
         let Ok(text) = fs::read_to_string(&path) else {

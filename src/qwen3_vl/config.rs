@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::files::hint::file_hint;
+use crate::{base::files::hint::file_hint, batch::text::ImageTokens};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -564,6 +564,15 @@ impl Qwen3VlConfig {
             vision_end_token_id: 151_653,
             tie_word_embeddings: tied,
         })
+    }
+}
+
+impl From<&Qwen3VlConfig> for ImageTokens {
+    fn from(config: &Qwen3VlConfig) -> Self {
+        Self {
+            image_token_id: config.image_token_id,
+            merge: config.vision_config.spatial_merge_size,
+        }
     }
 }
 

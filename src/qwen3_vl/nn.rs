@@ -6,28 +6,13 @@
 use burn::{
     module::{Param, ParamId},
     prelude::*,
-    tensor::{DType, FloatDType},
+    tensor::DType,
 };
 
 use crate::{
-    kernels::{Activation, HeadNorm, Kernels},
-    lora::Lora,
-    quant::Weight,
+    ops::{Activation, HeadNorm, Ops, cast::to_dtype},
+    weights::{Weight, lora::Lora},
 };
-
-/// Casts to f32 unless the tensor is f32 already.
-pub fn to_f32<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
-    to_dtype(x, DType::F32)
-}
-
-/// Casts to `dtype` unless the tensor has it already.
-pub fn to_dtype<B: Backend, const D: usize>(x: Tensor<B, D>, dtype: DType) -> Tensor<B, D> {
-    if x.dtype() == dtype {
-        x
-    } else {
-        x.cast(FloatDType::from(dtype))
-    }
-}
 
 /// A parameter that costs nothing until it is loaded or drawn: normal with the given deviation.
 pub(crate) fn lazy_normal<B: Backend, const D: usize>(
@@ -102,7 +87,7 @@ pub struct Linear<B: Backend> {
     pub lora: Option<Lora<B>>,
 }
 
-impl<B: Kernels> Linear<B> {
+impl<B: Ops> Linear<B> {
     /// A layer from `d_input` to `d_output` features.
     pub fn new(
         d_input: usize,
@@ -190,7 +175,7 @@ pub struct RmsNorm<B: Backend> {
     epsilon: f64,
 }
 
-impl<B: Kernels> RmsNorm<B> {
+impl<B: Ops> RmsNorm<B> {
     /// A norm over the last `width` elements with scale 1.
     pub fn new(width: usize, epsilon: f64, options: &InitOptions, device: &B::Device) -> Self {
         Self {
@@ -204,7 +189,7 @@ impl<B: Kernels> RmsNorm<B> {
         B::rms_norm(x, self.weight.val(), self.epsilon)
     }
 
-    /// The norm as an operand of [`Kernels::rotate_heads`].
+    /// The norm as an operand of [`Ops::rotate_heads`].
     pub fn of_heads(&self) -> HeadNorm<B> {
         HeadNorm {
             weight: self.weight.val(),
@@ -230,7 +215,7 @@ pub struct LayerNorm<B: Backend> {
     epsilon: f64,
 }
 
-impl<B: Kernels> LayerNorm<B> {
+impl<B: Ops> LayerNorm<B> {
     /// A norm over the last `width` elements with scale 1 and shift 0.
     pub fn new(width: usize, epsilon: f64, options: &InitOptions, device: &B::Device) -> Self {
         Self {
@@ -253,7 +238,7 @@ pub struct Embedding<B: Backend> {
     pub weight: Weight<B>,
 }
 
-impl<B: Kernels> Embedding<B> {
+impl<B: Ops> Embedding<B> {
     /// A table of `rows` vectors.
     pub fn new(rows: usize, width: usize, options: &InitOptions, device: &B::Device) -> Self {
         Self {
@@ -272,47 +257,10 @@ impl<B: Kernels> Embedding<B> {
     }
 }
 
-/// GELU with the error function.
-///
-/// Composed by hand: the gradient of Burn's own `gelu` is that of the tanh form.
-pub fn gelu_exact<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
-    let dtype = x.dtype();
-    let x = to_f32(x);
-    let y = ((x.clone() * std::f64::consts::FRAC_1_SQRT_2).erf() + 1.0) * x * 0.5;
-    to_dtype(y, dtype)
-}
-
-/// GELU in the tanh form, `gelu_pytorch_tanh`.
-///
-/// In f32: the cube overflows f16 at the activations of the published vision tower.
-pub fn gelu_tanh<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
-    const SQRT_2_OVER_PI: f64 = std::f64::consts::FRAC_2_SQRT_PI * std::f64::consts::FRAC_1_SQRT_2;
-    let dtype = x.dtype();
-    let x = to_f32(x);
-    let inner = (x.clone() * x.clone() * 0.044715 + 1.0) * x.clone() * SQRT_2_OVER_PI;
-    let y = (inner.tanh() + 1.0) * x * 0.5;
-    to_dtype(y, dtype)
-}
-
 #[cfg(all(test, feature = "flex"))]
 mod tests {
     use super::*;
     use burn_flex::Flex;
-
-    #[test]
-    fn both_gelus_match_known_values() {
-        let device = Default::default();
-        let x = Tensor::<Flex, 1>::from_floats([-3.0, -0.5, 0.0, 1.0, 2.5], &device);
-        let exact: Vec<f32> = gelu_exact(x.clone()).into_data().to_vec().unwrap();
-        let tanh: Vec<f32> = gelu_tanh(x).into_data().to_vec().unwrap();
-        // torch.nn.functional.gelu, both `approximate` settings.
-        let exact_want = [-0.00404969, -0.15426877, 0.0, 0.841_344_7, 2.484_475_9];
-        let tanh_want = [-0.00363740, -0.15428597, 0.0, 0.841_192, 2.484_915_7];
-        for i in 0..5 {
-            assert!((exact[i] - exact_want[i]).abs() < 1e-5, "{exact:?}");
-            assert!((tanh[i] - tanh_want[i]).abs() < 1e-5, "{tanh:?}");
-        }
-    }
 
     #[test]
     fn a_layer_multiplies_by_the_transposed_weight() {

@@ -3,8 +3,13 @@
 //! Patches come and go in spatial-merge-block order: the patches of one merged square lie next to
 //! each other. Shape letters: `n` patches of all images together, `m = n / merge²` merged tokens.
 
-use crate::kernels::{Activation, AttentionSpans, Kept, Kernels};
-use std::{any::Any, sync::Mutex};
+use crate::{
+    batch::images::ImageInput,
+    ops::{
+        Activation, AttentionSpans, Kept, Ops,
+        cast::{to_dtype, to_f32},
+    },
+};
 
 use burn::{
     module::Param,
@@ -14,9 +19,9 @@ use burn::{
 
 use super::{
     config::VisionConfig,
-    nn::{Embedding, InitOptions, LayerNorm, Linear, lazy_full, lazy_normal, to_dtype},
+    layer::{heads_first, tokens_first},
+    nn::{Embedding, InitOptions, LayerNorm, Linear, lazy_full, lazy_normal},
     rope::RopeTables,
-    text::heads_first,
 };
 
 const LAYER_NORM_EPS: f64 = 1e-6;
@@ -39,7 +44,7 @@ pub struct PatchEmbed<B: Backend> {
     pub proj: PatchEmbedProjection<B>,
 }
 
-impl<B: Kernels> PatchEmbed<B> {
+impl<B: Ops> PatchEmbed<B> {
     fn new(config: &VisionConfig, options: &InitOptions, device: &B::Device) -> Self {
         let shape = [
             config.hidden_size,
@@ -90,7 +95,7 @@ pub struct VisionAttention<B: Backend> {
     num_heads: usize,
 }
 
-impl<B: Kernels> VisionAttention<B> {
+impl<B: Ops> VisionAttention<B> {
     /// `[n, hidden]` → `[n, hidden]`, plus `residual`.
     pub fn forward(
         &self,
@@ -99,14 +104,13 @@ impl<B: Kernels> VisionAttention<B> {
         layout: &VisionLayout<B>,
         dropout_seed: Option<u64>,
     ) -> Tensor<B, 2> {
-        let [patches, hidden] = x.dims();
         let qkv = self.qkv.forward(x, dropout_seed);
         let (cos, sin) = (layout.rope.cos.clone(), layout.rope.sin.clone());
         let [q, k, v] =
             B::split_and_rotate(qkv, self.num_heads, cos, sin).map(|x| heads_first(x, 1));
         let y = B::span_attention(q, k, v, &layout.spans);
-        let y = y.swap_dims(1, 2).reshape([patches, hidden]);
-        self.proj.forward_add(y, residual, dropout_seed)
+        self.proj
+            .forward_add(tokens_first(y), residual, dropout_seed)
     }
 }
 
@@ -119,7 +123,7 @@ pub struct VisionMlp<B: Backend> {
     pub linear_fc2: Linear<B>,
 }
 
-impl<B: Kernels> VisionMlp<B> {
+impl<B: Ops> VisionMlp<B> {
     /// `[n, hidden]` → `[n, hidden]`, plus `residual`.
     pub fn forward(
         &self,
@@ -147,7 +151,7 @@ pub struct VisionBlock<B: Backend> {
     pub mlp: VisionMlp<B>,
 }
 
-impl<B: Kernels> VisionBlock<B> {
+impl<B: Ops> VisionBlock<B> {
     fn new(config: &VisionConfig, options: &InitOptions, device: &B::Device) -> Self {
         let hidden = config.hidden_size;
         let linear = |from, to| Linear::new(from, to, true, options, device);
@@ -192,7 +196,7 @@ pub struct PatchMerger<B: Backend> {
     norm_after_shuffle: bool,
 }
 
-impl<B: Kernels> PatchMerger<B> {
+impl<B: Ops> PatchMerger<B> {
     fn new(
         config: &VisionConfig,
         norm_after_shuffle: bool,
@@ -230,6 +234,33 @@ impl<B: Kernels> PatchMerger<B> {
     }
 }
 
+/// The patches as a tensor `[patches, patch_dim]` in `dtype`; bf16 is rounded here, so that half
+/// the bytes travel.
+///
+/// # Panics
+/// If the number of values is not that of the grids.
+pub fn pixel_tensor<B: Ops>(
+    images: &ImageInput,
+    patch_dim: usize,
+    dtype: DType,
+    device: &B::Device,
+) -> Tensor<B, 2> {
+    let shape = [images.patches(), patch_dim];
+    assert_eq!(
+        images.pixel_values.len(),
+        shape[0] * shape[1],
+        "pixel values and grids disagree"
+    );
+    if dtype == DType::BF16 {
+        let mut half = vec![half::bf16::ZERO; images.pixel_values.len()];
+        images.write_half_values(&mut half);
+        let values = TensorData::new(half, shape);
+        return Tensor::from_data(values, (device, dtype));
+    }
+    let values = TensorData::new(images.pixel_values.to_vec(), shape);
+    to_dtype(Tensor::from_data(values, (device, DType::F32)), dtype)
+}
+
 /// What the tower hands to the language model.
 #[derive(Debug, Clone)]
 pub struct VisionOutput<B: Backend> {
@@ -261,44 +292,7 @@ pub struct VisionLayout<B: Backend> {
     pub spans: AttentionSpans<B>,
 }
 
-/// Layouts used last, shared by all models of a process.
-static LAYOUTS: Mutex<Vec<(String, Box<dyn Any + Send>)>> = Mutex::new(Vec::new());
-
-/// Layouts kept, and patches of the largest kept one: some 10 MB of device memory altogether.
-const KEPT_LAYOUTS: usize = 8;
-const LARGEST_KEPT: usize = 4096;
-
-impl<B: Kernels> VisionLayout<B> {
-    /// [`VisionLayout::new`], or the same layout made before: films of one size come again and again.
-    pub fn shared(grids: &[[usize; 3]], config: &VisionConfig, device: &B::Device) -> Self {
-        let patches: usize = grids.iter().map(|[t, h, w]| t * h * w).sum();
-        if patches > LARGEST_KEPT {
-            return Self::new(grids, config, device);
-        }
-        let key = format!(
-            "{} {device:?} {grids:?} {} {} {}",
-            std::any::type_name::<B>(),
-            config.position_side(),
-            config.spatial_merge_size,
-            config.head_dim()
-        );
-        let mut kept = LAYOUTS.lock().unwrap_or_else(|lock| lock.into_inner());
-        let found = kept.iter().position(|(name, _)| *name == key);
-        let (key, layout) = match found.map(|at| kept.remove(at)) {
-            Some(entry) => entry,
-            None => {
-                let layout: Box<dyn Any + Send> = Box::new(Self::new(grids, config, device));
-                (key, layout)
-            }
-        };
-        let shared = layout.downcast_ref::<Self>().cloned();
-        kept.push((key, layout));
-        if kept.len() > KEPT_LAYOUTS {
-            kept.remove(0);
-        }
-        shared.unwrap_or_else(|| Self::new(grids, config, device))
-    }
-
+impl<B: Ops> VisionLayout<B> {
     /// Works out positions for images of `grids` patches, `(time, height, width)` each.
     pub fn new(grids: &[[usize; 3]], config: &VisionConfig, device: &B::Device) -> Self {
         let mut corners = PositionCorners::default();
@@ -436,7 +430,7 @@ pub struct VisionModel<B: Backend> {
     pub kept: Kept<B>,
 }
 
-impl<B: Kernels> VisionModel<B> {
+impl<B: Ops> VisionModel<B> {
     /// A tower whose parameters are drawn at first use.
     pub fn new(config: &VisionConfig, options: &InitOptions, device: &B::Device) -> Self {
         Self {
@@ -470,7 +464,7 @@ impl<B: Kernels> VisionModel<B> {
     pub fn position_embeddings(&self, layout: &VisionLayout<B>) -> Tensor<B, 2> {
         let mut sum: Option<Tensor<B, 2>> = None;
         for (indices, weights) in &layout.corners {
-            let rows = super::nn::to_f32(self.pos_embed.forward(indices.clone()));
+            let rows = to_f32(self.pos_embed.forward(indices.clone()));
             let part = rows * weights.clone();
             sum = Some(match sum {
                 Some(sum) => sum + part,
@@ -516,14 +510,28 @@ impl<B: Kernels> VisionModel<B> {
         layout: &VisionLayout<B>,
         dropout_seed: Option<u64>,
     ) -> VisionOutput<B> {
-        let mut x = self.patch_embed.forward(pixel_values, Some(positions));
+        let x = self.patch_embed.forward(pixel_values, Some(positions));
+        self.run_blocks(x, layout, dropout_seed, |_| ())
+    }
+
+    /// All blocks and mergers over what [`VisionModel::embed`] gives; `on_input` sees the input of each
+    /// block and at last that of the main merger, `[n, hidden]` each.
+    pub fn run_blocks(
+        &self,
+        mut x: Tensor<B, 2>,
+        layout: &VisionLayout<B>,
+        dropout_seed: Option<u64>,
+        mut on_input: impl FnMut(&Tensor<B, 2>),
+    ) -> VisionOutput<B> {
         let mut deepstack = Vec::with_capacity(self.deepstack_merger_list.len());
         for (index, block) in self.blocks.iter().enumerate() {
+            on_input(&x);
             x = block.forward(x, layout, dropout_seed);
             if let Some(merger) = self.deepstack_after(index) {
                 deepstack.push(merger.forward(x.clone(), dropout_seed));
             }
         }
+        on_input(&x);
         VisionOutput {
             merged: self.merger.forward(x, dropout_seed),
             deepstack,

@@ -7,7 +7,6 @@
 mod convert;
 mod load;
 
-use crate::kernels::Kernels;
 use std::{
     collections::BTreeMap,
     fs::File,
@@ -26,7 +25,10 @@ use rayon::prelude::*;
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 
-use crate::files::{FileError, write_atomic};
+use crate::{
+    base::files::{FileError, write_atomic},
+    ops::Ops,
+};
 use convert::{Problem, check, convert, is_same, stored_size};
 pub use load::{load_checkpoint, load_checkpoints};
 
@@ -514,7 +516,7 @@ impl<B: Backend> ModuleVisitor<B> for ShapeVisitor {
 }
 
 /// Paths and shapes of a module's parameters, without drawing any.
-pub fn parameter_shapes<B: Kernels, M: Module<B>>(module: &M) -> BTreeMap<String, Vec<usize>> {
+pub fn parameter_shapes<B: Ops, M: Module<B>>(module: &M) -> BTreeMap<String, Vec<usize>> {
     let mut visitor = ShapeVisitor {
         path: Vec::new(),
         shapes: BTreeMap::new(),
@@ -567,7 +569,7 @@ impl<B: Backend> ModuleVisitor<B> for TensorVisitor {
 }
 
 /// All parameters of a module as tensors to be written.
-pub fn lazy_tensors<B: Kernels, M: Module<B>>(module: &M) -> Vec<LazyTensor> {
+pub fn lazy_tensors<B: Ops, M: Module<B>>(module: &M) -> Vec<LazyTensor> {
     let mut visitor = TensorVisitor {
         path: Vec::new(),
         tensors: Vec::new(),
@@ -628,7 +630,7 @@ pub const MAX_SHARD_BYTES: usize = 5_000_000_000;
 ///
 /// # Errors
 /// [`FileError`] names the file.
-pub fn save_checkpoint<B: Kernels, M: Module<B>>(
+pub fn save_checkpoint<B: Ops, M: Module<B>>(
     module: &M,
     dir: &Path,
     max_shard_bytes: usize,

@@ -32,8 +32,8 @@ use super::{
     types::{AnswerForm, ChatRequest, ImageRemark, LogprobEntry, PromptTokensDetails, Usage},
 };
 use crate::{
-    generate::FinishReason,
     processor::{chat::ChatTemplate, tokenizer::Tokenizer},
+    runtime::generate::FinishReason,
 };
 
 /// What every response to one request repeats.

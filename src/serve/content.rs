@@ -20,7 +20,7 @@ use super::{
     types::{ChatContent, ChatMessage, ChatPart, ImageRemark},
 };
 use crate::{
-    generate::GenerateError,
+    batch::images::ImageInput,
     processor::{
         chat::{ChatError, ChatTemplate, RenderOptions, encode_chat},
         dicom::DicomError,
@@ -30,7 +30,7 @@ use crate::{
         remark::{Remark, RemarkKind},
         tokenizer::TokenizerError,
     },
-    qwen3_vl::ImageInput,
+    runtime::generate::GenerateError,
 };
 
 /// Most messages of a request.

@@ -327,7 +327,7 @@ mod tests {
                 logits[vocab..].iter().all(|logit| logit.is_infinite()),
                 "a token beyond the vocabulary is allowed"
             );
-            let token = crate::generate::sampler::argmax(&logits);
+            let token = crate::runtime::generate::sampler::argmax(&logits);
             if token != tokenizer.special().im_end {
                 tokens.push(token);
             }

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use crate::system::resident_memory;
+use crate::base::system::resident_memory;
 
 /// A number that goes up, or one that is set.
 #[derive(Debug, Default)]

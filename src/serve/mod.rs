@@ -45,7 +45,10 @@ use std::{
     time::Duration,
 };
 
-use crate::{generate::SamplingConfig, pipeline::TextAndImages, processor::image::DecodeLimits};
+use crate::{
+    processor::image::DecodeLimits,
+    runtime::{generate::SamplingConfig, pipeline::TextAndImages},
+};
 use audit::Audit;
 use auth::ApiKey;
 use engine::Engine;

@@ -12,9 +12,9 @@ use serde_json::{Value, json};
 
 use super::{engine::Engine, error::ApiError};
 use crate::{
-    generate::backend::AdapterId,
-    lora::{base::check_base, files::trained_pixel_limits},
+    adapters::lora::{base::check_base, files::trained_pixel_limits},
     processor::{chat::ChatTemplate, sample::PixelLimits},
+    runtime::generate::backend::AdapterId,
 };
 
 /// A model that can be asked.

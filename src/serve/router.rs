@@ -27,7 +27,7 @@ use super::{
     preview::preview,
     types::AdapterRequest,
 };
-use crate::backend::panic_text;
+use crate::base::panics::panic_text;
 
 /// The OpenAPI document.
 const OPENAPI: &str = include_str!("openapi.json");

@@ -8,7 +8,7 @@ use super::{
     error::ApiError,
     types::{AnswerForm, ChatRequest},
 };
-use crate::generate::SamplingConfig;
+use crate::runtime::generate::SamplingConfig;
 
 /// Most stop texts, and the longest of them in bytes.
 const MAX_STOPS: usize = 16;

@@ -7,38 +7,28 @@
 use super::{
     config::{LossReduction, TrainConfig, Tuner},
     plan::{base_parameters, trained_parameters},
+    tape::Recorded,
 };
-use crate::{lora::config::AdapterError, qwen3_vl::config::Qwen3VlConfig};
+use crate::{adapters::lora::config::AdapterError, qwen3_vl::config::Qwen3VlConfig};
 
 const GIB: f64 = (1u64 << 30) as f64;
 
-/// What the forward pass of a layer leaves for its backward pass.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kept {
-    /// All that is needed.
-    Everything,
-    /// All but what norms, rotation and the gate give.
-    Products,
-    /// The layer's input.
-    Inputs,
-}
-
-impl Kept {
+impl Recorded {
     /// As a config says it.
     pub fn of(config: &TrainConfig) -> Self {
         match (config.gradient_checkpointing, config.recompute_pointwise) {
             (true, _) => Self::Inputs,
-            (false, true) => Self::Products,
+            (false, true) => Self::Matmuls,
             (false, false) => Self::Everything,
         }
     }
 
-    /// Work of a step beside that with everything kept, in percent: the products of a layer's forward
+    /// Work of a step beside that with everything kept, in percent: the matmuls of a layer's forward
     /// pass are a third of all, less the last one; pointwise operations only move memory.
     fn work(self) -> u64 {
         match self {
             Self::Everything => 100,
-            Self::Products => 103,
+            Self::Matmuls => 103,
             Self::Inputs => 128,
         }
     }
@@ -46,7 +36,7 @@ impl Kept {
     fn words(self) -> &'static str {
         match self {
             Self::Everything => "everything kept for the backward pass",
-            Self::Products => "norms, rotation and gate run again in the backward pass",
+            Self::Matmuls => "norms, rotation and gate run again in the backward pass",
             Self::Inputs => "every layer run again in the backward pass",
         }
     }
@@ -59,7 +49,7 @@ pub struct StepMemory {
     fixed: Vec<(&'static str, u64)>,
     hidden: u64,
     layers: u64,
-    /// Bytes a token and layer by what is kept, in the order of [`Kept`].
+    /// Bytes a token and layer by what is kept, in the order of [`Recorded`].
     tape: [u64; 3],
     /// Bytes a token while one layer is worked on, forward or backward, vision tower included.
     working: u64,
@@ -92,13 +82,12 @@ impl StepMemory {
         let image = patches * (10 * vision.hidden_size + 2 * vision.intermediate_size) as u64;
         let (fixed, tape, working);
         if config.writes_gradients_out() {
-            // Layer input, raw heads, values, attended values, middle, gate and up …
-            let products = 2 * hidden + 2 * queries + 2 * keys + 2 * wide;
-            // … and both norms, rotated heads, the gated product.
-            let cheap = 2 * hidden + queries + keys + wide;
-            tape = [products + cheap, products, hidden].map(|elements| elements * dtype_bytes);
-            // A layer's tape, what flows back through it, the low-rank parts' partial sums.
-            working = (products + cheap + 5 * hidden + 3 * wide + image) * dtype_bytes;
+            let elements = |recorded: Recorded| recorded.elements_per_token(text) as u64;
+            tape = [Recorded::Everything, Recorded::Matmuls, Recorded::Inputs]
+                .map(|recorded| elements(recorded) * dtype_bytes);
+            // A layer's tape, the gradients through it, the low-rank parts' partial sums.
+            let gradients = 5 * hidden + 3 * wide;
+            working = (elements(Recorded::Everything) + gradients + image) * dtype_bytes;
             fixed = vec![
                 ("frozen weights", base * dtype_bytes),
                 ("adapters, f32", trained * 4),
@@ -144,7 +133,7 @@ impl StepMemory {
     }
 
     /// By part, for rows of so many tokens.
-    pub fn parts(&self, tokens: u64, kept: Kept) -> Vec<(&'static str, u64)> {
+    pub fn parts(&self, tokens: u64, kept: Recorded) -> Vec<(&'static str, u64)> {
         let tape = self.tape[kept as usize] * self.layers;
         let rows = LOSS_ROWS.min(tokens);
         let mut parts = self.fixed.clone();
@@ -158,9 +147,9 @@ impl StepMemory {
 
     /// All parts, with what the driver holds and what is left between tensors.
     ///
-    /// On CUDA a step's tensors take memory of their very size (`Kernels::in_exact_memory`), whatever
+    /// On CUDA a step's tensors take memory of their very size (`Accelerator::in_exact_memory`), whatever
     /// the card; only small ones lie in pages of cubecl's pools.
-    pub fn bytes(&self, tokens: u64, kept: Kept) -> u64 {
+    pub fn bytes(&self, tokens: u64, kept: Recorded) -> u64 {
         /// A CUDA context with its modules (0.55 GiB on an H200), and the pools' smallest pages.
         const DRIVER: u64 = 1 << 30;
         let sum: u64 = self
@@ -242,7 +231,7 @@ pub struct Form {
     /// Tokens of a row that samples are joined into; 0 leaves padded micro-batches as configured.
     pub row_tokens: usize,
     /// What is kept.
-    pub kept: Kept,
+    pub kept: Recorded,
     /// Bytes it takes, about.
     pub bytes: u64,
 }
@@ -277,16 +266,16 @@ impl Form {
                 .collect(),
             None => vec![(0, padded)],
         };
-        let forms: &[Kept] = if config.writes_gradients_out() {
-            &[Kept::Everything, Kept::Products, Kept::Inputs]
+        let forms: &[Recorded] = if config.writes_gradients_out() {
+            &[Recorded::Everything, Recorded::Matmuls, Recorded::Inputs]
         } else {
-            &[Kept::Everything, Kept::Inputs]
+            &[Recorded::Everything, Recorded::Inputs]
         };
         /// Tokens' worth of time that a row takes whatever its length: launches, and weights that are
         /// read for few rows.
         const FIXED: u64 = 300;
         let all = rows.iter().flat_map(|&(row_tokens, tokens)| {
-            let form = |kept: Kept| Self {
+            let form = |kept: Recorded| Self {
                 row_tokens,
                 kept,
                 bytes: memory.bytes(tokens, kept),
@@ -299,7 +288,7 @@ impl Form {
                 .map(|kept| (time * kept.work(), form(*kept)))
                 .collect::<Vec<_>>()
         });
-        let least = memory.bytes(rows[0].1, Kept::Inputs);
+        let least = memory.bytes(rows[0].1, Recorded::Inputs);
         all.filter(|(_, form)| form.bytes <= budget)
             .min_by_key(|(time, form)| (*time, form.bytes))
             .map(|(_, form)| form)
@@ -317,8 +306,8 @@ impl Form {
             config.packing = true;
             config.packing_tokens = self.row_tokens;
         }
-        config.gradient_checkpointing = self.kept == Kept::Inputs;
-        config.recompute_pointwise = self.kept == Kept::Products;
+        config.gradient_checkpointing = self.kept == Recorded::Inputs;
+        config.recompute_pointwise = self.kept == Recorded::Matmuls;
     }
 
     /// The choice and its reason in one line.
@@ -364,13 +353,13 @@ mod tests {
         let memory = StepMemory::new(&TrainConfig::default(), &model, 368, 2).unwrap();
         // `bench train` of the 8B, 2026-11-30: GiB in use on the card, driver included.
         for (tokens, kept, seen) in [
-            (368, Kept::Inputs, 17.90),
-            (1472, Kept::Inputs, 18.86),
-            (1472, Kept::Products, 22.61),
-            (2944, Kept::Products, 27.65),
-            (5888, Kept::Inputs, 22.24),
-            (5888, Kept::Products, 37.21),
-            (5888, Kept::Everything, 47.05),
+            (368, Recorded::Inputs, 17.90),
+            (1472, Recorded::Inputs, 18.86),
+            (1472, Recorded::Matmuls, 22.61),
+            (2944, Recorded::Matmuls, 27.65),
+            (5888, Recorded::Inputs, 22.24),
+            (5888, Recorded::Matmuls, 37.21),
+            (5888, Recorded::Everything, 47.05),
         ] {
             let gib = memory.bytes(tokens, kept) as f64 / GIB;
             // Never less than it takes: a budget holds.
@@ -393,9 +382,9 @@ mod tests {
             before = form.bytes;
         }
         let all = form(80.0).unwrap();
-        assert_eq!((all.row_tokens, all.kept), (16 * 368, Kept::Everything));
+        assert_eq!((all.row_tokens, all.kept), (16 * 368, Recorded::Everything));
         // A card of 24 GiB need not run the layers twice.
-        assert_ne!(form(24.0).unwrap().kept, Kept::Inputs);
+        assert_ne!(form(24.0).unwrap().kept, Recorded::Inputs);
     }
 
     #[test]
@@ -428,6 +417,6 @@ mod tests {
         let rows = Some(736);
         let config = TrainConfig::default();
         let again = Form::choose(&config, &model, 368, 2, 80.0, rows).unwrap();
-        assert_eq!((again.row_tokens, again.kept), (736, Kept::Everything));
+        assert_eq!((again.row_tokens, again.kept), (736, Recorded::Everything));
     }
 }

@@ -1,7 +1,6 @@
 //! What lies in a `checkpoint-N/`: the adapter in PEFT's form (or the whole model), the optimizer's
 //! moments and the state of the run.
 
-use crate::kernels::{Kernels, TrainKernels};
 use std::{
     fs,
     io::Write,
@@ -20,12 +19,12 @@ use super::{
     optimizer::{AdamW, Moments},
 };
 use crate::{
-    files::{FileError, write_atomic},
-    lora::{
+    adapters::lora::{
         base::BaseFingerprint,
         config::{AdapterError, LoraConfig},
         files::save_adapter,
     },
+    base::files::{FileError, write_atomic},
     processor::patches::write_pixel_limits,
     qwen3_vl::{
         Qwen3Vl,
@@ -35,6 +34,7 @@ use crate::{
             save_checkpoint, write_safetensors,
         },
     },
+    runtime::accelerator::{Accelerator, TrainAccelerator},
 };
 
 const OPTIMIZER: &str = "optimizer.safetensors";
@@ -106,7 +106,7 @@ pub struct TrainerState {
 }
 
 /// Paths and ids of all trained parameters, in the order of the module tree.
-pub fn trained_params<B: Kernels, M: Module<B>>(module: &M) -> Vec<(String, ParamId)> {
+pub fn trained_params<B: Accelerator, M: Module<B>>(module: &M) -> Vec<(String, ParamId)> {
     struct Collect {
         path: Vec<String>,
         params: Vec<(String, ParamId)>,
@@ -199,7 +199,7 @@ pub fn dtype_text(dtype: DType) -> &'static str {
 ///
 /// # Errors
 /// [`FileError`] names the file.
-pub fn save_model<B: Kernels>(
+pub fn save_model<B: Accelerator>(
     model: &Qwen3Vl<B>,
     config: &Qwen3VlConfig,
     base: &Path,
@@ -222,7 +222,7 @@ pub fn save_model<B: Kernels>(
 ///
 /// # Errors
 /// [`CheckpointError`] names the file.
-pub fn write<B: TrainKernels>(
+pub fn write<B: TrainAccelerator>(
     dir: &Path,
     model: &Qwen3Vl<B>,
     config: &Qwen3VlConfig,
@@ -295,7 +295,7 @@ pub fn read_state(dir: &Path) -> Result<TrainerState, CheckpointError> {
 ///
 /// # Errors
 /// [`CheckpointError`] names the file and the tensor.
-pub fn restore_weights<B: Kernels>(
+pub fn restore_weights<B: Accelerator>(
     dir: &Path,
     mut model: Qwen3Vl<B>,
 ) -> Result<Qwen3Vl<B>, CheckpointError> {
@@ -308,7 +308,7 @@ pub fn restore_weights<B: Kernels>(
 ///
 /// # Errors
 /// [`CheckpointError`] names the file and the tensor.
-pub fn restore_optimizer<B: TrainKernels>(
+pub fn restore_optimizer<B: TrainAccelerator>(
     dir: &Path,
     model: &Qwen3Vl<B>,
     optimizer: &AdamW<B>,

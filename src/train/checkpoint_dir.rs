@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::files::{
+use crate::base::files::{
     Depth, FileError, FolderDamage, FolderWriter, is_disk_full, remove_folder, remove_leftovers,
     verify_folder, write_atomic,
 };

@@ -8,15 +8,13 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{
-    gradients::GradientOptions,
-    optimizer::AdamWConfig,
-    schedule::{Schedule, ScheduleKind},
-};
+use super::{gradients::GradientOptions, optimizer::AdamWConfig};
 use crate::{
+    adapters::lora::config::{LoraConfig, TargetModules},
     dataset::loader::{Overlong, WindowPlan},
-    lora::config::{LoraConfig, TargetModules},
     processor::patches::ImageProcessorConfig,
+    qwen3_vl::layer::Projection,
+    schedule::{Schedule, ScheduleKind},
 };
 
 /// What is wrong with a run's settings.
@@ -533,13 +531,16 @@ impl TrainConfig {
             TargetModules::Pattern(pattern) if pattern == "all-linear" => {
                 let mut parts = Vec::new();
                 if !self.freeze_llm {
-                    parts.push(r"model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)");
+                    let names = Projection::ALL.map(Projection::name).join("|");
+                    parts.push(format!(r"model\.language_model\..*\.({names})"));
                 }
                 if !self.freeze_vit {
-                    parts.push(r"model\.visual\.blocks\..*\.(qkv|proj|linear_fc1|linear_fc2)");
+                    parts.push(
+                        r"model\.visual\.blocks\..*\.(qkv|proj|linear_fc1|linear_fc2)".to_string(),
+                    );
                 }
                 if !self.freeze_aligner {
-                    parts.push(r"model\.visual\.(merger|deepstack_merger_list\.\d+)\.(linear_fc1|linear_fc2)");
+                    parts.push(r"model\.visual\.(merger|deepstack_merger_list\.\d+)\.(linear_fc1|linear_fc2)".to_string());
                 }
                 TargetModules::Pattern(format!("^({})$", parts.join("|")))
             }
@@ -641,7 +642,7 @@ impl TrainConfig {
             recompute_pointwise: self.recompute_pointwise,
             checkpoint_vision: self.vit_gradient_checkpointing,
             dropout_seed,
-            by_hand: true,
+            manual_backward: true,
         }
     }
 

@@ -6,8 +6,8 @@
 //! plain backpropagation, one segment a layer is gradient checkpointing per block. The same is done
 //! for the vision tower where it is trained. Where it is frozen, it never sees autodiff.
 
-use super::by_hand::{self, Keep};
-use crate::kernels::{Kernels, TrainKernels, plain::target_sums};
+use super::{manual_backward, tape::Recorded};
+
 use std::ops::Range;
 
 use burn::{
@@ -17,61 +17,24 @@ use burn::{
     tensor::{DType, backend::AutodiffBackend},
 };
 
-use crate::qwen3_vl::{
-    ImageInput, ImagePlacement, Qwen3Vl, TextInput,
-    config::Qwen3VlConfig,
-    nn::to_dtype,
-    text::TextContext,
-    vision::{VisionLayout, VisionModel},
+use crate::{
+    batch::{images::ImageInput, micro_batch::MicroBatch},
+    ops::{cast::to_dtype, plain::target_sums},
+    qwen3_vl::{
+        ImageFeatures, Qwen3Vl,
+        config::Qwen3VlConfig,
+        key_values::KeyValueCache,
+        layer::{Eager, TextContext, decoder_layers},
+        vision::{VisionLayout, VisionModel, VisionOutput, pixel_tensor},
+    },
+    runtime::{
+        accelerator::{Accelerator, TrainAccelerator},
+        vision::encode_images,
+    },
 };
-
-/// Marks a token that is no target.
-pub const IGNORE_INDEX: i64 = -100;
 
 /// Rows of logits held at once in the loss.
 pub(super) const LOSS_ROWS: usize = 512;
-
-/// Some samples that go through the model together, on the host.
-#[derive(Debug, Clone, PartialEq)]
-pub struct MicroBatch {
-    /// Tokens, padded on the right or packed.
-    pub text: TextInput,
-    /// What each token should be, `[batch][seq]`, [`IGNORE_INDEX`] where it is not a target.
-    pub labels: Vec<Vec<i64>>,
-    /// All images, in the order of their tokens.
-    pub images: ImageInput,
-}
-
-impl MicroBatch {
-    /// Number of targets: labels behind the first token of a row.
-    pub fn targets(&self) -> usize {
-        self.targets_with_rows().len()
-    }
-
-    /// What the sizes of all tensors of a pass over it follow from.
-    pub(super) fn sizes(&self) -> [usize; 4] {
-        [
-            self.labels.len(),
-            self.text.seq(),
-            self.images.patches(),
-            self.targets(),
-        ]
-    }
-
-    /// For each target the flat row of the hidden state that predicts it, and its id.
-    pub(super) fn targets_with_rows(&self) -> Vec<(i32, i32)> {
-        let seq = self.text.seq();
-        let mut targets = Vec::new();
-        for (row, labels) in self.labels.iter().enumerate() {
-            for (at, label) in labels.iter().enumerate().skip(1) {
-                if *label != IGNORE_INDEX {
-                    targets.push(((row * seq + at - 1) as i32, *label as i32));
-                }
-            }
-        }
-        targets
-    }
-}
 
 /// What is recomputed in the backward pass, and what decides the dropout masks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,7 +49,7 @@ pub struct GradientOptions {
     /// Turns dropout on.
     pub dropout_seed: Option<u64>,
     /// Where only adapters of the language model's layers are trained, no graph is recorded.
-    pub by_hand: bool,
+    pub manual_backward: bool,
 }
 
 impl Default for GradientOptions {
@@ -96,7 +59,7 @@ impl Default for GradientOptions {
             recompute_pointwise: false,
             checkpoint_vision: false,
             dropout_seed: None,
-            by_hand: true,
+            manual_backward: true,
         }
     }
 }
@@ -176,7 +139,7 @@ pub fn is_trained<B: Backend, M: Module<B>>(module: &M) -> bool {
 }
 
 /// Adds the gradients of a module's parameters to `into`.
-pub fn add_gradients<B: TrainKernels, M: AutodiffModule<B>>(
+pub fn add_gradients<B: TrainAccelerator, M: AutodiffModule<B>>(
     module: &M,
     mut from: GradientsParams,
     into: &mut GradientsParams,
@@ -204,7 +167,7 @@ pub fn add_gradients<B: TrainKernels, M: AutodiffModule<B>>(
 }
 
 /// How many elements of a module's gradients differ between two computations, missing ones included.
-pub fn differing_elements<B: TrainKernels, M: AutodiffModule<B>>(
+pub fn differing_elements<B: TrainAccelerator, M: AutodiffModule<B>>(
     module: &M,
     [first, second]: [&GradientsParams; 2],
 ) -> u64 {
@@ -244,7 +207,7 @@ pub fn differing_elements<B: TrainKernels, M: AutodiffModule<B>>(
 /// The loss is the sum of the targets' negative log likelihoods times `weight`; with `weight` one
 /// over the targets of the whole accumulation window, the gradients of the micro-batches add up to
 /// those of the window's token mean. `inner` is the same model without autodiff.
-pub fn gradients<B: TrainKernels>(
+pub fn gradients<B: TrainAccelerator>(
     model: &Qwen3Vl<B>,
     inner: &Qwen3Vl<B::InnerBackend>,
     config: &Qwen3VlConfig,
@@ -257,19 +220,17 @@ pub fn gradients<B: TrainKernels>(
     let vision = (!batch.images.image_grid_thw.is_empty())
         .then(|| VisionPass::forward(model, inner, config, &batch.images, options, device));
 
-    if options.by_hand && by_hand::covers(model) {
-        let features = vision
-            .as_ref()
-            .map_or(&[][..], |vision| vision.features.as_slice());
-        let context = batch
-            .text
-            .context::<B::InnerBackend>(config, options.dropout_seed, device);
-        let keep = match (options.checkpoint_text, options.recompute_pointwise) {
-            (true, _) => Keep::Inputs,
-            (false, true) => Keep::Products,
-            (false, false) => Keep::Everything,
+    if options.manual_backward && manual_backward::covers(model) {
+        let features = vision.as_ref().map(VisionPass::output);
+        let seed = options.dropout_seed;
+        let context = TextContext::<B::InnerBackend>::new(&batch.text, config, seed, device);
+        let recorded = match (options.checkpoint_text, options.recompute_pointwise) {
+            (true, _) => Recorded::Inputs,
+            (false, true) => Recorded::Matmuls,
+            (false, false) => Recorded::Everything,
         };
-        let pass = by_hand::text_pass(inner, batch, features, &context, weight, keep, device);
+        let pass =
+            manual_backward::text_pass(inner, batch, features, &context, weight, recorded, device);
         total = pass.grads;
         if let Some(vision) = vision.filter(VisionPass::is_trained) {
             let gradients = pass.feature_gradients.into_iter().map(Some).collect();
@@ -282,61 +243,54 @@ pub fn gradients<B: TrainKernels>(
     // run one after the other.
     let trains_vision = vision.as_ref().is_some_and(|vision| vision.is_trained());
     let trains_embedding = is_trained(&model.model.language_model.embed_tokens);
-    let features: Vec<Tensor<B, 2>> = vision
-        .iter()
-        .flat_map(|vision| vision.features.iter().cloned())
-        .map(|features| {
-            let features = Tensor::from_inner(features);
+    let leaves = vision.as_ref().map(|vision| {
+        let leaf = |features: &Tensor<B::InnerBackend, 2>| {
+            let features = Tensor::<B, 2>::from_inner(features.clone());
             if trains_vision {
                 features.require_grad()
             } else {
                 features
             }
-        })
-        .collect();
-
-    let embed = || {
-        let x = model.embed(&batch.text, device);
-        match features.first() {
-            Some(merged) => ImagePlacement::new(&batch.text, device).replace(x, merged.clone()),
-            None => x,
+        };
+        let VisionOutput { merged, deepstack } = &vision.features;
+        VisionOutput {
+            merged: leaf(merged),
+            deepstack: deepstack.iter().map(leaf).collect(),
         }
-    };
+    });
+    let features: Vec<Tensor<B, 2>> = leaves
+        .iter()
+        .flat_map(|leaves| std::iter::once(&leaves.merged).chain(&leaves.deepstack))
+        .cloned()
+        .collect();
+    let images = leaves.map(|leaves| ImageFeatures::new(&batch.text, leaves, device));
     let needs_input_gradient = trains_vision || trains_embedding;
-    let deepstack = features.get(1..).unwrap_or_default();
-    let context = batch
-        .text
-        .context::<B>(config, options.dropout_seed, device);
-    let placement = (!features.is_empty()).then(|| ImagePlacement::new(&batch.text, device));
-
-    let layers = model.model.language_model.layers.len();
+    let seed = options.dropout_seed;
+    let context = TextContext::<B>::new(&batch.text, config, seed, device);
+    let layers = &model.model.language_model.layers;
     let segments: Vec<Range<usize>> = if options.checkpoint_text {
-        (0..layers).map(|layer| layer..layer + 1).collect()
+        (0..layers.len()).map(|layer| layer..layer + 1).collect()
     } else {
-        std::iter::once(0..layers).collect()
+        std::iter::once(0..layers.len()).collect()
     };
 
     // Forward without autodiff up to the last segment.
-    let embedded = embed();
+    let embedded = model.embed(&batch.text, images.as_ref(), device);
     let mut inputs = vec![embedded.clone().inner()];
     if segments.len() > 1 {
-        let inner_context =
-            batch
-                .text
-                .context::<B::InnerBackend>(config, options.dropout_seed, device);
-        let inner_placement = ImagePlacement::new(&batch.text, device);
-        let inner_deepstack: Vec<_> = deepstack.iter().cloned().map(Tensor::inner).collect();
-        let inner_placement = placement.as_ref().map(|_| inner_placement);
+        let context = TextContext::<B::InnerBackend>::new(&batch.text, config, seed, device);
+        let features = vision.as_ref().map(VisionPass::output);
+        let images = features.map(|features| ImageFeatures::new(&batch.text, features, device));
+        let layers = &inner.model.language_model.layers;
+        let mut run = Eager::new(
+            layers,
+            &context,
+            images.as_ref(),
+            None::<&mut KeyValueCache<_>>,
+        );
         for segment in &segments[..segments.len() - 1] {
             let x = inputs[inputs.len() - 1].clone();
-            inputs.push(run_layers(
-                inner,
-                segment.clone(),
-                x,
-                &inner_context,
-                inner_placement.as_ref(),
-                &inner_deepstack,
-            ));
+            inputs.push(decoder_layers(&mut run, segment.clone(), x));
         }
     }
 
@@ -362,18 +316,17 @@ pub fn gradients<B: TrainKernels>(
         } else {
             input
         };
-        let output = run_layers(
-            model,
-            segment.clone(),
-            input.clone(),
+        let mut run = Eager::new(
+            layers,
             &context,
-            placement.as_ref(),
-            deepstack,
+            images.as_ref(),
+            None::<&mut KeyValueCache<_>>,
         );
+        let output = decoder_layers(&mut run, segment.clone(), input.clone());
         let objective = match gradient.take() {
             Some(gradient) => (output * Tensor::from_inner(gradient)).sum(),
             None => {
-                let hidden = model.model.language_model.norm.forward(output);
+                let hidden = model.norm(output);
                 let (objective, loss_sums) =
                     loss_objective(model, batch, hidden, weight, &mut total, device);
                 sums = Some(loss_sums);
@@ -401,29 +354,11 @@ pub fn gradients<B: TrainKernels>(
     (total, sums)
 }
 
-/// Runs some layers of the language model, DeepStack features added behind theirs.
-fn run_layers<B: Kernels>(
-    model: &Qwen3Vl<B>,
-    layers: Range<usize>,
-    mut x: Tensor<B, 2>,
-    context: &TextContext<B>,
-    placement: Option<&ImagePlacement<B>>,
-    deepstack: &[Tensor<B, 2>],
-) -> Tensor<B, 2> {
-    for layer in layers {
-        x = model.model.language_model.layers[layer].forward(x, context, None);
-        if let (Some(placement), Some(features)) = (placement, deepstack.get(layer)) {
-            x = x + placement.spread(features.clone());
-        }
-    }
-    x
-}
-
 /// A scalar whose gradient with respect to `hidden` is that of the weighted loss.
 ///
 /// Logits exist for the targets only and some rows at a time: each piece of the loss is
 /// backpropagated to the hidden states at once and forgotten.
-fn loss_objective<B: TrainKernels>(
+fn loss_objective<B: TrainAccelerator>(
     model: &Qwen3Vl<B>,
     batch: &MicroBatch,
     hidden: Tensor<B, 2>,
@@ -470,7 +405,7 @@ fn loss_objective<B: TrainKernels>(
 }
 
 /// Loss sums of a batch without gradients: for validation.
-pub fn evaluate<B: Kernels>(
+pub fn evaluate<B: Accelerator>(
     model: &Qwen3Vl<B>,
     config: &Qwen3VlConfig,
     batch: &MicroBatch,
@@ -482,7 +417,7 @@ pub fn evaluate<B: Kernels>(
         return LossSums { sums, targets: 0 };
     }
     let vision = (!batch.images.image_grid_thw.is_empty())
-        .then(|| model.encode_images(&batch.images, config, device));
+        .then(|| encode_images(model, &batch.images, config, device));
     let hidden = model.hidden_states(&batch.text, vision.as_ref(), config, None, None, device);
     let mut sums = Tensor::zeros([2], (device, DType::F32));
     for piece in targets.chunks(LOSS_ROWS) {
@@ -519,13 +454,12 @@ enum VisionTape<B: AutodiffBackend> {
 
 /// The vision tower's forward pass with what its backward pass needs.
 struct VisionPass<B: AutodiffBackend> {
-    /// Merged features, then DeepStack features.
-    features: Vec<Tensor<B::InnerBackend, 2>>,
+    features: VisionOutput<B::InnerBackend>,
     tape: VisionTape<B>,
     dropout_seed: Option<u64>,
 }
 
-impl<B: TrainKernels> VisionPass<B> {
+impl<B: TrainAccelerator> VisionPass<B> {
     fn forward(
         model: &Qwen3Vl<B>,
         inner: &Qwen3Vl<B::InnerBackend>,
@@ -537,24 +471,32 @@ impl<B: TrainKernels> VisionPass<B> {
         let vision = &config.vision_config;
         let dropout_seed = options.dropout_seed;
         if !is_trained(&model.model.visual) {
-            let output = inner.encode_images(images, config, device);
             return Self {
-                features: std::iter::once(output.merged)
-                    .chain(output.deepstack)
-                    .collect(),
+                features: encode_images(inner, images, config, device),
                 tape: VisionTape::Frozen,
                 dropout_seed,
             };
         }
         let layout = VisionLayout::<B>::new(&images.image_grid_thw, vision, device);
-        let pixels = images.tensor::<B>(vision.patch_dim(), model.model.visual.dtype(), device);
+        let pixels = pixel_tensor::<B>(
+            images,
+            vision.patch_dim(),
+            model.model.visual.dtype(),
+            device,
+        );
         if !options.checkpoint_vision {
             let output = model.model.visual.forward(pixels, &layout, dropout_seed);
             let outputs: Vec<Tensor<B, 2>> = std::iter::once(output.merged)
                 .chain(output.deepstack)
                 .collect();
+            let mut features = outputs.iter().cloned().map(Tensor::inner);
             return Self {
-                features: outputs.iter().cloned().map(Tensor::inner).collect(),
+                features: VisionOutput {
+                    merged: features
+                        .next()
+                        .expect("the main merger's output comes first"),
+                    deepstack: features.collect(),
+                },
                 tape: VisionTape::Graph(outputs),
                 dropout_seed,
             };
@@ -562,21 +504,12 @@ impl<B: TrainKernels> VisionPass<B> {
         let inner_layout =
             VisionLayout::<B::InnerBackend>::new(&images.image_grid_thw, vision, device);
         let visual = &inner.model.visual;
-        let mut inputs = vec![visual.embed(pixels.clone().inner(), &inner_layout)];
-        let mut deepstack = Vec::new();
-        for (index, block) in visual.blocks.iter().enumerate() {
-            let x = inputs[index].clone();
-            let y = block.forward(x, &inner_layout, dropout_seed);
-            if let Some(merger) = visual.deepstack_after(index) {
-                deepstack.push(merger.forward(y.clone(), dropout_seed));
-            }
-            inputs.push(y);
-        }
-        let last = inputs[inputs.len() - 1].clone();
+        let x = visual.embed(pixels.clone().inner(), &inner_layout);
+        let mut inputs = Vec::with_capacity(visual.blocks.len() + 1);
+        let keep = |x: &Tensor<_, 2>| inputs.push(x.clone());
+        let features = visual.run_blocks(x, &inner_layout, dropout_seed, keep);
         Self {
-            features: std::iter::once(visual.merger.forward(last, dropout_seed))
-                .chain(deepstack)
-                .collect(),
+            features,
             tape: VisionTape::Blocks {
                 layout,
                 pixels,
@@ -584,6 +517,11 @@ impl<B: TrainKernels> VisionPass<B> {
             },
             dropout_seed,
         }
+    }
+
+    /// What the language model gets.
+    fn output(&self) -> VisionOutput<B::InnerBackend> {
+        self.features.clone()
     }
 
     fn is_trained(&self) -> bool {
@@ -627,7 +565,7 @@ impl<B: TrainKernels> VisionPass<B> {
     }
 }
 
-fn backward_by_blocks<B: TrainKernels>(
+fn backward_by_blocks<B: TrainAccelerator>(
     visual: &VisionModel<B>,
     layout: &VisionLayout<B>,
     pixels: Tensor<B, 2>,

@@ -12,8 +12,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::{
+    base::files::{FileError, write_atomic},
     dataset::Dataset,
-    files::{FileError, write_atomic},
 };
 
 /// Name of the file in a run's folder, for the pictures that are learnt from.

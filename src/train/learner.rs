@@ -1,6 +1,5 @@
 //! The model as Burn's Learner sees it, and the metrics of its dashboard.
 
-use crate::kernels::{Kernels, Reading, TrainKernels};
 use std::sync::Arc;
 
 use burn::{
@@ -20,12 +19,17 @@ use burn::{
 use super::{
     config::{LossReduction, TrainConfig},
     gradients::{LossSums, LossTotals, add_gradients, evaluate, gradients},
-    schedule::Schedule,
 };
 use crate::{
-    dataset::loader::Window,
-    lora::mix,
+    base::seeds::mix,
+    batch::window::Window,
+    ops::Reading,
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig},
+    runtime::{
+        accelerator::{Accelerator, TrainAccelerator},
+        vision::send_ahead,
+    },
+    schedule::Schedule,
 };
 
 /// What a step needs besides the weights.
@@ -46,7 +50,7 @@ pub struct Trainee<B: Backend> {
     settings: Arc<StepSettings>,
 }
 
-impl<B: Kernels> Trainee<B> {
+impl<B: Accelerator> Trainee<B> {
     /// Joins a model with its settings.
     pub fn new(model: Qwen3Vl<B>, settings: Arc<StepSettings>) -> Self {
         Self { model, settings }
@@ -57,7 +61,7 @@ impl<B: Kernels> Trainee<B> {
     }
 }
 
-impl<B: TrainKernels> Trainee<B> {
+impl<B: TrainAccelerator> Trainee<B> {
     /// Sends the images of a window's first micro-batch that this thread will learn from next; those of
     /// the others are sent while the device is at work on it.
     pub fn send_ahead(&self, window: &Window) {
@@ -72,7 +76,7 @@ impl<B: TrainKernels> Trainee<B> {
         if let Some(batch) = first.filter(|batch| frozen && batch.images.patches() > 0) {
             let (inner, device) = (self.model.valid(), self.device());
             B::in_exact_memory(&device, None, || {
-                inner.send_ahead(&batch.images, config, &device);
+                send_ahead(&inner, &batch.images, config, &device);
             });
         }
     }
@@ -82,7 +86,7 @@ impl<B: TrainKernels> Trainee<B> {
 #[derive(Debug)]
 pub struct PartSums<B: Backend>(Vec<(LossSums<B>, f64)>);
 
-impl<B: Kernels> PartSums<B> {
+impl<B: Accelerator> PartSums<B> {
     /// Reads the sums back.
     pub fn totals(&self) -> LossTotals {
         let mut totals = LossTotals::default();
@@ -92,7 +96,7 @@ impl<B: Kernels> PartSums<B> {
         totals
     }
 
-    /// Asks for the sums and, behind them, for the norm in `clip` (see [`Kernels::clip_scale`]).
+    /// Asks for the sums and, behind them, for the norm in `clip` (see [`Accelerator::clip_scale`]).
     pub fn read_later(&self, clip: Option<Tensor<B, 1>>) -> StepReading {
         let values: Vec<_> = (self.0.iter().map(|(sums, _)| sums.tensor()))
             .chain(clip)
@@ -187,7 +191,7 @@ pub enum StepOutput<B: Backend> {
     Numbers(StepNumbers),
 }
 
-impl<B: Kernels> ItemLazy for StepOutput<B> {
+impl<B: Accelerator> ItemLazy for StepOutput<B> {
     type ItemSync = StepNumbers;
 
     fn sync(self) -> StepNumbers {
@@ -206,7 +210,7 @@ impl<B: Kernels> ItemLazy for StepOutput<B> {
     }
 }
 
-impl<B: TrainKernels> TrainStep for Trainee<B> {
+impl<B: TrainAccelerator> TrainStep for Trainee<B> {
     type Input = Window;
     type Output = StepOutput<B::InnerBackend>;
 
@@ -254,7 +258,7 @@ impl<B: TrainKernels> TrainStep for Trainee<B> {
     }
 }
 
-impl<B: Kernels> InferenceStep for Trainee<B> {
+impl<B: Accelerator> InferenceStep for Trainee<B> {
     type Input = Window;
     type Output = StepOutput<B>;
 
@@ -431,7 +435,7 @@ impl Numeric for Gauge {
     }
 }
 
-impl<B: Kernels> StepOutput<B> {
+impl<B: Accelerator> StepOutput<B> {
     /// This part's share of the loss that is minimised.
     pub fn objective(&self) -> f64 {
         match self {

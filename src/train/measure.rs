@@ -23,14 +23,14 @@ use super::{
     words::counted,
 };
 use crate::{
-    dataset::loader::Window,
-    files::{FileError, write_atomic},
-    kernels::TrainKernels,
-    lora::merge::merge,
+    adapters::lora::merge::merge,
+    base::files::{FileError, write_atomic},
+    batch::window::Window,
     plot::{TrainingRow, training_plot},
+    runtime::accelerator::TrainAccelerator,
 };
 
-impl<B: TrainKernels> LoopState<B> {
+impl<B: TrainAccelerator> LoopState<B> {
     pub(super) fn note_step(
         &mut self,
         numbers: &StepNumbers,

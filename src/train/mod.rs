@@ -1,15 +1,19 @@
 //! Training: loss and gradients, optimizer, schedule, checkpoints, the loop on Burn's Learner.
 
 pub mod budget;
-mod by_hand;
 pub mod checkpoint;
 pub mod checkpoint_dir;
 pub mod config;
+#[cfg(all(test, feature = "cuda", feature = "flex"))]
+mod cuda_gradient_tests;
+#[cfg(all(test, feature = "cuda", feature = "flex"))]
+mod cuda_unwritten_tests;
 pub mod data;
 pub mod gradients;
 pub mod image_facts;
 pub mod learner;
 mod lines;
+mod manual_backward;
 mod measure;
 pub mod optimizer;
 pub mod plan;
@@ -19,9 +23,9 @@ mod renderers;
 pub mod replicas;
 mod resume;
 pub mod run;
-pub mod schedule;
 pub mod step_clock;
 pub mod strategy;
+pub mod tape;
 pub mod tfevents;
-pub mod trace;
+
 pub mod words;

@@ -12,8 +12,13 @@ use burn::{
     tensor::{DType, backend::AutodiffBackend},
 };
 
-use crate::kernels::{AdamWStep, AdamWTensor, Kernels, TrainKernels};
-use crate::qwen3_vl::nn::{to_dtype, to_f32};
+use crate::{
+    ops::{
+        AdamWStep, AdamWTensor, DeviceOps, TrainingOps,
+        cast::{to_dtype, to_f32},
+    },
+    runtime::accelerator::TrainAccelerator,
+};
 
 /// Settings of [`AdamW`]; the defaults are ms-swift's.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -77,7 +82,7 @@ impl<B: AutodiffBackend> Clone for AdamW<B> {
     }
 }
 
-impl<B: TrainKernels> AdamW<B> {
+impl<B: TrainAccelerator> AdamW<B> {
     /// A fresh optimizer.
     pub fn new(config: AdamWConfig) -> Self {
         Self {
@@ -131,7 +136,7 @@ impl<B: TrainKernels> AdamW<B> {
     }
 }
 
-impl<M: AutodiffModule<B>, B: TrainKernels> Optimizer<M, B> for AdamW<B> {
+impl<M: AutodiffModule<B>, B: TrainAccelerator> Optimizer<M, B> for AdamW<B> {
     // Checkpoints are written by name (see `checkpoint`), not through Burn's records.
     type Record = ();
 
@@ -209,7 +214,7 @@ struct Waiting<B: Backend> {
 /// Parameters that are stepped together: bounds what f32 copies of half-type ones take.
 const TOGETHER: usize = 96;
 
-impl<B: TrainKernels> Stepper<'_, B> {
+impl<B: TrainAccelerator> Stepper<'_, B> {
     fn flush(&mut self) {
         if self.waiting.is_empty() {
             return;
@@ -241,7 +246,7 @@ fn decays(name: &str, dimensions: usize) -> bool {
     dimensions > 1 || name == "lora_magnitude_vector"
 }
 
-impl<B: TrainKernels> ModuleVisitor<B> for Stepper<'_, B> {
+impl<B: TrainAccelerator> ModuleVisitor<B> for Stepper<'_, B> {
     fn enter_module(&mut self, name: &str, _container_type: &str) {
         self.path.push(name.to_string());
     }
@@ -306,7 +311,7 @@ impl<B: TrainKernels> ModuleVisitor<B> for Stepper<'_, B> {
     }
 }
 
-impl<B: TrainKernels> ModuleMapper<B> for Stepper<'_, B> {
+impl<B: TrainAccelerator> ModuleMapper<B> for Stepper<'_, B> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
         match self.stepped.remove(&param.id) {
             None => param,
@@ -318,7 +323,7 @@ impl<B: TrainKernels> ModuleMapper<B> for Stepper<'_, B> {
 }
 
 /// The common norm of all gradients, and the factor that brings it down to `max_norm`.
-fn clip_on_device<B: TrainKernels, M: AutodiffModule<B>>(
+fn clip_on_device<B: TrainAccelerator, M: AutodiffModule<B>>(
     module: &M,
     grads: &GradientsParams,
     max_norm: f64,

@@ -9,11 +9,14 @@ use std::{
 use serde_json::Value;
 
 use super::{
-    budget::{Kept, StepMemory},
+    budget::StepMemory,
     config::{TrainConfig, Tuner},
     words::duration,
 };
-use crate::qwen3_vl::config::Qwen3VlConfig;
+use crate::{
+    qwen3_vl::{config::Qwen3VlConfig, layer::Projection},
+    train::tape::Recorded,
+};
 
 /// A throughput that was measured, and what on.
 #[derive(Debug, Clone, PartialEq)]
@@ -128,29 +131,16 @@ fn linear_layers(config: &Qwen3VlConfig) -> Vec<(String, u64, u64)> {
         add(format!("{at}.linear_fc1"), joined, joined);
         add(format!("{at}.linear_fc2"), joined, vision.out_hidden_size);
     }
-    let query = text.num_attention_heads * text.head_dim;
-    let key = text.num_key_value_heads * text.head_dim;
     for i in 0..text.num_hidden_layers {
-        let at = format!("model.language_model.layers.{i}");
-        add(format!("{at}.self_attn.q_proj"), text.hidden_size, query);
-        add(format!("{at}.self_attn.k_proj"), text.hidden_size, key);
-        add(format!("{at}.self_attn.v_proj"), text.hidden_size, key);
-        add(format!("{at}.self_attn.o_proj"), query, text.hidden_size);
-        add(
-            format!("{at}.mlp.gate_proj"),
-            text.hidden_size,
-            text.intermediate_size,
-        );
-        add(
-            format!("{at}.mlp.up_proj"),
-            text.hidden_size,
-            text.intermediate_size,
-        );
-        add(
-            format!("{at}.mlp.down_proj"),
-            text.intermediate_size,
-            text.hidden_size,
-        );
+        for projection in Projection::ALL {
+            let [d_output, d_input] = projection.shape(text);
+            let path = projection.path();
+            add(
+                format!("model.language_model.layers.{i}.{path}"),
+                d_input,
+                d_output,
+            );
+        }
     }
     layers
 }
@@ -236,7 +226,7 @@ pub fn base_parameters(config: &Qwen3VlConfig) -> u64 {
 pub fn trained_parameters(
     config: &TrainConfig,
     model: &Qwen3VlConfig,
-) -> Result<u64, crate::lora::config::AdapterError> {
+) -> Result<u64, crate::adapters::lora::config::AdapterError> {
     if config.tuner == Tuner::Full {
         return Ok(PartParameters::of(model).trained(config));
     }
@@ -267,13 +257,13 @@ impl Plan {
         longest: usize,
         devices: usize,
         dtype_bytes: u64,
-    ) -> Result<Self, crate::lora::config::AdapterError> {
+    ) -> Result<Self, crate::adapters::lora::config::AdapterError> {
         let tokens = match config.row_tokens() {
             Some(tokens) => tokens.max(longest),
             None => longest * config.per_device_train_batch_size,
         };
         let memory = StepMemory::new(config, model, longest, dtype_bytes)?
-            .parts(tokens as u64, Kept::of(config));
+            .parts(tokens as u64, Recorded::of(config));
         Ok(Self {
             base_parameters: base_parameters(model),
             trained_parameters: trained_parameters(config, model)?,

@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::backend::{device_reason, panic_text};
+use crate::base::panics::{device_reason, panic_text};
 
 /// How long threads that are still at work are waited for once nobody wants their answers.
 const GRACE: Duration = Duration::from_secs(5);

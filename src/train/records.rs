@@ -12,7 +12,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::words::counted;
-use crate::files::{FileError, write_atomic};
+use crate::base::files::{FileError, write_atomic};
 
 /// The file's name, in a run's folder and in its checkpoints.
 pub const METRICS: &str = "metrics.jsonl";

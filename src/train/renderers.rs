@@ -20,7 +20,7 @@ use burn::{
     },
 };
 
-use crate::backend::panic_text;
+use crate::base::panics::panic_text;
 
 /// What the keys of the dashboard's quit dialog do; the dialog's own text does not say that `s` saves.
 ///

@@ -27,17 +27,17 @@ use super::{
     strategy::{GenerateBatch, Generated, GenerationScorer},
 };
 use crate::{
-    dataset::loader::Window,
-    kernels::{AllReduce, DeviceMemory, Kernels, TrainKernels, send_module},
-    lora::merge::merge,
-    qwen3_vl::nn::to_f32,
+    adapters::lora::merge::merge,
+    batch::window::Window,
+    ops::{AllReduce, DeviceMemory, DeviceOps, cast::to_f32, send_module},
+    runtime::accelerator::TrainAccelerator,
 };
 
 type Flat<B> = Tensor<<B as AutodiffBackend>::InnerBackend, 1>;
 type Adder<B> = Arc<dyn AllReduce<<B as AutodiffBackend>::InnerBackend>>;
 
 /// What a rank is asked for; in each step in this order.
-enum Job<B: TrainKernels> {
+enum Job<B: TrainAccelerator> {
     /// Take a copy of the model and of the optimizer.
     Load(Box<(Trainee<B>, AdamW<B>)>),
     /// Add up a number with the others: what keeps them apart shows before the first step.
@@ -65,7 +65,7 @@ enum Job<B: TrainKernels> {
     Digest(Option<Box<Trainee<B>>>),
 }
 
-enum Answer<B: TrainKernels> {
+enum Answer<B: TrainAccelerator> {
     Done,
     Learnt(Learnt),
     Gradients(Vec<Flat<B>>),
@@ -88,7 +88,7 @@ pub struct Learnt {
 }
 
 /// Devices that train one model together.
-pub struct Replicas<B: TrainKernels> {
+pub struct Replicas<B: TrainAccelerator> {
     ranks: Ranks<Job<B>, Answer<B>>,
     devices: Vec<B::Device>,
     all_reduce: Option<Adder<B>>,
@@ -98,7 +98,7 @@ pub struct Replicas<B: TrainKernels> {
 }
 
 /// State of one rank's thread.
-struct Rank<B: TrainKernels> {
+struct Rank<B: TrainAccelerator> {
     device: B::Device,
     max_grad_norm: f64,
     all_reduce: Option<Adder<B>>,
@@ -111,7 +111,7 @@ struct Rank<B: TrainKernels> {
     next: Option<Box<Window>>,
 }
 
-impl<B: TrainKernels> Replicas<B> {
+impl<B: TrainAccelerator> Replicas<B> {
     /// Copies the model and the optimizer to all devices but the first, where the Learner has them.
     ///
     /// `names` are the devices' names for messages.
@@ -412,7 +412,7 @@ impl<B: TrainKernels> Replicas<B> {
     }
 }
 
-impl<B: TrainKernels> Rank<B> {
+impl<B: TrainAccelerator> Rank<B> {
     fn work(&mut self, job: Job<B>) -> Result<Answer<B>, String> {
         const NO_MODEL: &str = "it holds no model";
         match job {
@@ -521,7 +521,7 @@ impl<B: TrainKernels> Rank<B> {
 }
 
 /// The gradients among answers.
-fn gradients<B: TrainKernels>(answers: Vec<Answer<B>>) -> impl Iterator<Item = Vec<Flat<B>>> {
+fn gradients<B: TrainAccelerator>(answers: Vec<Answer<B>>) -> impl Iterator<Item = Vec<Flat<B>>> {
     answers.into_iter().filter_map(|answer| match answer {
         Answer::Gradients(gradients) => Some(gradients),
         _ => None,
@@ -529,7 +529,7 @@ fn gradients<B: TrainKernels>(answers: Vec<Answer<B>>) -> impl Iterator<Item = V
 }
 
 /// For each trained parameter, in the order of the module tree, a number that its bits decide.
-fn digests<B: TrainKernels>(model: &Trainee<B>) -> Vec<u64> {
+fn digests<B: TrainAccelerator>(model: &Trainee<B>) -> Vec<u64> {
     struct Read(Vec<u64>);
     impl<B: AutodiffBackend> ModuleVisitor<B> for Read {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
@@ -546,7 +546,7 @@ fn digests<B: TrainKernels>(model: &Trainee<B>) -> Vec<u64> {
 }
 
 /// For each trained parameter, in the order of the module tree, whether it has a gradient.
-fn presence<B: TrainKernels>(model: &Trainee<B>, grads: &GradientsParams) -> Vec<bool> {
+fn presence<B: TrainAccelerator>(model: &Trainee<B>, grads: &GradientsParams) -> Vec<bool> {
     struct Look<'a>(&'a GradientsParams, Vec<bool>);
     impl<B: AutodiffBackend> ModuleVisitor<B> for Look<'_> {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
@@ -563,7 +563,7 @@ fn presence<B: TrainKernels>(model: &Trainee<B>, grads: &GradientsParams) -> Vec
 
 /// The gradients of the parameters that are `present` somewhere, f32, each in one row; zeros where this
 /// rank has none.
-fn gather<B: TrainKernels>(
+fn gather<B: TrainAccelerator>(
     model: &Trainee<B>,
     grads: GradientsParams,
     present: &[bool],
@@ -599,7 +599,7 @@ fn gather<B: TrainKernels>(
 }
 
 /// The inverse of [`gather`].
-fn scatter<B: TrainKernels>(
+fn scatter<B: TrainAccelerator>(
     model: &Trainee<B>,
     gradients: Vec<Flat<B>>,
     present: &[bool],
@@ -638,9 +638,9 @@ mod tests {
 
     use super::*;
     use crate::{
+        adapters::lora::attach::attach,
         dataset::{Dataset, loader::WindowLoader},
-        lora::attach::attach,
-        pipeline::{PipelineOptions, TextAndImages, load_model},
+        runtime::pipeline::{PipelineOptions, TextAndImages, load_model},
         train::{config::TrainConfig, learner::StepSettings},
     };
 

@@ -13,7 +13,9 @@ use super::{
     strategy::TrainError,
     words::counted,
 };
-use crate::{dataset::Dataset, lora::base::BaseFingerprint, pipeline::PipelineError};
+use crate::{
+    adapters::lora::base::BaseFingerprint, dataset::Dataset, runtime::pipeline::PipelineError,
+};
 
 /// What a run's numbers depend on besides its settings and the rows of its data.
 pub(super) struct RunFacts {
@@ -178,12 +180,14 @@ pub(super) fn find_checkpoint(
             if !dir.is_dir() {
                 return Err(TrainError::NothingToResume(dir.clone()));
             }
-            crate::files::verify_folder(dir, crate::files::Depth::Hashes).map_err(|damage| {
-                TrainError::Other(format!(
-                    "checkpoint `{}` is damaged: {damage}",
-                    dir.display()
-                ))
-            })?;
+            crate::base::files::verify_folder(dir, crate::base::files::Depth::Hashes).map_err(
+                |damage| {
+                    TrainError::Other(format!(
+                        "checkpoint `{}` is damaged: {damage}",
+                        dir.display()
+                    ))
+                },
+            )?;
             dir.clone()
         }
     };

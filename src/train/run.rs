@@ -1,6 +1,5 @@
 //! A whole run: data, model, Learner, strategy; fresh or continued.
 
-use crate::kernels::{Kernels, TrainKernels};
 use std::{
     collections::BTreeMap,
     fs,
@@ -31,19 +30,26 @@ use super::{
     resume::{RunFacts, find_checkpoint},
     strategy::{Components, Ending, GenerationScorer, LoopState, Tell, TrainError, WindowStrategy},
     tfevents::EventWriter,
-    trace::Trace,
     words::counted,
 };
 use crate::{
-    dataset::{DataFacts, Dataset, loader::WindowLoader},
-    files::{FileError, write_atomic},
-    lora::{
-        attach::attach, base::check_base, config::LoraConfig, files::load_adapter_for_training,
+    adapters::{
+        lora::{
+            attach::attach, base::check_base, config::LoraConfig, files::load_adapter_for_training,
+        },
+        quantised::files::of_checkpoint,
     },
-    pipeline::{PipelineError, PipelineOptions, TextAndImages, load_model},
-    quant::files::of_checkpoint,
+    base::{
+        files::{FileError, write_atomic},
+        trace::Trace,
+    },
+    dataset::{DataFacts, Dataset, loader::WindowLoader},
+    ops::memory::MemoryWatch,
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, nn::InitOptions, weights::LoadProgress},
-    system::MemoryWatch,
+    runtime::{
+        accelerator::{Accelerator, TrainAccelerator},
+        pipeline::{PipelineError, PipelineOptions, TextAndImages, load_model},
+    },
 };
 
 pub use super::renderers::{Dashboard, QuietRenderer};
@@ -119,7 +125,7 @@ impl<B: Backend, F: Fn(&str) -> bool> ModuleMapper<B> for Freeze<F> {
 }
 
 /// Freezes what the run does not train and attaches adapters.
-fn prepare_model<B: Kernels>(
+fn prepare_model<B: Accelerator>(
     model: Qwen3Vl<B>,
     config: &TrainConfig,
 ) -> Result<(Qwen3Vl<B>, LoraConfig), TrainError> {
@@ -156,7 +162,7 @@ fn prepare_model<B: Kernels>(
 }
 
 /// Draws a model at random: for the first training of a small one.
-fn random_model<B: Kernels>(
+fn random_model<B: Accelerator>(
     config: &Qwen3VlConfig,
     seed: u64,
     dtype: DType,
@@ -231,7 +237,7 @@ fn keep_part_of_epoch(run: &Path, steps: &RunSteps) -> Result<(), TrainError> {
 ///
 /// # Errors
 /// [`TrainError`]; everything up to the last checkpoint is kept.
-pub fn train<B: TrainKernels>(
+pub fn train<B: TrainAccelerator>(
     options: RunOptions,
     devices: Vec<B::Device>,
     dtype: DType,

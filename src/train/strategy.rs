@@ -5,7 +5,6 @@
 //! middle of an epoch. What the Learner brings stays in use: steps, optimizer, schedule, metrics,
 //! dashboard, interruption.
 
-use crate::kernels::{DeviceMemory, Kernels, TrainKernels};
 use std::{
     path::PathBuf,
     sync::{
@@ -38,17 +37,18 @@ use super::{
     replicas::Replicas,
     step_clock::{LaunchTimes, StepClock},
     tfevents::EventWriter,
-    trace::{HOST, Trace},
 };
 use crate::{
-    dataset::{
-        DatasetError,
-        loader::{Window, WindowLoader},
+    adapters::lora::config::LoraConfig,
+    base::{
+        files::FileError,
+        trace::{HOST, Trace},
     },
-    files::FileError,
-    lora::config::LoraConfig,
+    batch::window::Window,
+    dataset::{DatasetError, loader::WindowLoader},
+    ops::{DeviceMemory, DeviceOps, memory::MemoryWatch},
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig},
-    system::MemoryWatch,
+    runtime::accelerator::TrainAccelerator,
 };
 
 /// The Learner's components for a backend.
@@ -72,9 +72,9 @@ pub enum TrainError {
     #[error(transparent)]
     File(#[from] FileError),
     #[error(transparent)]
-    Pipeline(#[from] crate::pipeline::PipelineError),
+    Pipeline(#[from] crate::runtime::pipeline::PipelineError),
     #[error(transparent)]
-    Adapter(#[from] crate::lora::config::AdapterError),
+    Adapter(#[from] crate::adapters::lora::config::AdapterError),
     #[error(transparent)]
     Config(#[from] super::config::TrainConfigError),
     #[error(
@@ -234,7 +234,7 @@ pub struct WindowStrategy<B: AutodiffBackend> {
     outcome: Mutex<Option<Result<(Ending, TrainerState), TrainError>>>,
 }
 
-impl<B: TrainKernels> WindowStrategy<B> {
+impl<B: TrainAccelerator> WindowStrategy<B> {
     /// A strategy over prepared state.
     pub fn new(state: LoopState<B>) -> Self {
         Self {
@@ -252,7 +252,7 @@ impl<B: TrainKernels> WindowStrategy<B> {
     }
 }
 
-impl<B: TrainKernels> SupervisedLearningStrategy<Components<B>> for WindowStrategy<B> {
+impl<B: TrainAccelerator> SupervisedLearningStrategy<Components<B>> for WindowStrategy<B> {
     fn fit(
         &self,
         components: TrainingComponents<Components<B>>,
@@ -278,7 +278,7 @@ impl<B: TrainKernels> SupervisedLearningStrategy<Components<B>> for WindowStrate
     }
 }
 
-impl<B: TrainKernels> LoopState<B> {
+impl<B: TrainAccelerator> LoopState<B> {
     fn run(
         &mut self,
         learner: &mut Learner<Components<B>>,
@@ -603,7 +603,7 @@ impl<B: TrainKernels> LoopState<B> {
 }
 
 /// Refuses a step that gives other bits when it is computed again.
-fn check_repeated<B: TrainKernels>(
+fn check_repeated<B: TrainAccelerator>(
     model: &Trainee<B>,
     step: usize,
     outputs: [&TrainOutput<StepOutput<B::InnerBackend>>; 2],

@@ -11,7 +11,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::files::FileError;
+use crate::base::files::FileError;
 
 /// Writes scalars to one event file.
 #[derive(Debug)]

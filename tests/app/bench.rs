@@ -2,12 +2,12 @@
 
 use serde_json::Value;
 use xray_qwen3vl::{
+    base::files::sha256_file,
     bench::{
         count::{decode, text_prefill, vision, weight_bytes},
         report::Record,
-        weights::RandomSize,
     },
-    files::sha256_file,
+    runtime::synthetic::weights::RandomSize,
 };
 
 use super::{json_lines, run, text, tiny_model};

@@ -15,8 +15,8 @@ use xray_qwen3vl::{
         check::{Check, Severity},
         convert::{ConvertOptions, Split, convert},
     },
-    pipeline::{PipelineOptions, TextAndImages},
     processor::chat::ChatTemplate,
+    runtime::pipeline::{PipelineOptions, TextAndImages},
     study::StudyRule,
 };
 

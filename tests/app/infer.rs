@@ -97,7 +97,7 @@ fn json_is_one_object_with_the_documented_keys() {
     let bytes = fs::read(&picture).unwrap();
     assert_eq!(
         field(record, "image_sha256"),
-        xray_qwen3vl::files::sha256_bytes(&bytes)
+        xray_qwen3vl::base::files::sha256_bytes(&bytes)
     );
     assert_eq!(record["remarks"], serde_json::json!([]));
     assert_eq!(field(record, "prompt"), "请描述这张胸片。");

@@ -9,14 +9,15 @@ use burn::{
     tensor::{DType, Distribution},
 };
 use xray_qwen3vl::{
-    lora::{
+    adapters::lora::{
         attach::{LinearMapper, attach},
         config::{LoraConfig, Patterns, TargetModules},
         files::{adapter_tensors, load_adapter, save_adapter},
         merge::merge,
     },
+    batch::micro_batch::MicroBatch,
     qwen3_vl::{Qwen3Vl, nn::Linear, weights::TensorFile},
-    train::gradients::{GradientOptions, MicroBatch, gradients},
+    train::gradients::{GradientOptions, gradients},
 };
 
 use crate::{

@@ -2,9 +2,9 @@
 
 use serde_json::Value;
 use xray_qwen3vl::{
-    generate::{FinishReason, GenerationConfig, Prompt, generate},
-    lora::{files::load_adapter, merge::merge},
-    qwen3_vl::rope::rope_index,
+    adapters::lora::{files::load_adapter, merge::merge},
+    batch::positions::rope_index,
+    runtime::generate::{FinishReason, GenerationConfig, Prompt, generate},
 };
 
 use crate::{

@@ -9,8 +9,8 @@
 
 use burn::{prelude::*, tensor::DType};
 use xray_qwen3vl::{
-    generate::{GenerationConfig, Prompt, generate},
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, nn::InitOptions, weights::load_checkpoint},
+    runtime::generate::{GenerationConfig, Prompt, generate},
 };
 
 use crate::{

@@ -8,20 +8,27 @@ use burn::{
 };
 use burn_store::{ModuleSnapshot, SafetensorsStore};
 use xray_qwen3vl::{
-    lora::{
+    adapters::lora::{
         config::LoraConfig,
         files::{load_adapter, load_adapter_tensors},
         merge::merge,
     },
+    batch::{
+        images::ImageInput,
+        positions::rope_index,
+        text::{Padding, TextInput},
+    },
     qwen3_vl::{
-        ImageInput, ImagePlacement, Padding, Qwen3Vl, TextInput,
-        cache::KeyValueCache,
+        ImageFeatures, Qwen3Vl,
         config::Qwen3VlConfig,
+        key_values::KeyValueCache,
+        layer::{Eager, Executor, LayerNorm, TextContext, decoder_layer},
         nn::InitOptions,
-        rope::{RopeTables, rope_index},
-        vision::{PositionCorners, VisionLayout, patch_positions},
+        rope::RopeTables,
+        vision::{PositionCorners, VisionLayout, patch_positions, pixel_tensor},
         weights::{load_checkpoint, parameter_shapes, save_checkpoint},
     },
+    runtime::vision::encode_images,
 };
 
 use crate::support::{ACTIVATIONS, Reference, assert_close, fixtures, json, values};
@@ -38,7 +45,7 @@ pub fn load(name: &str) -> Loaded {
     Loaded { config, model }
 }
 
-pub fn load_from<C: xray_qwen3vl::kernels::Kernels<Device = Device<B>>>(
+pub fn load_from<C: xray_qwen3vl::runtime::accelerator::Accelerator<Device = Device<B>>>(
     dir: PathBuf,
 ) -> (Qwen3Vl<C>, Qwen3VlConfig) {
     let config = Qwen3VlConfig::from_dir(&dir).unwrap();
@@ -171,7 +178,12 @@ fn vision_tower_block_by_block() {
         };
         let input = images_of(std::slice::from_ref(image));
         let layout = VisionLayout::new(&input.image_grid_thw, &config.vision_config, &device());
-        let pixels = input.tensor::<B>(config.vision_config.patch_dim(), DType::F32, &device());
+        let pixels = pixel_tensor::<B>(
+            &input,
+            config.vision_config.patch_dim(),
+            DType::F32,
+            &device(),
+        );
         check(
             "patch_embed",
             visual.patch_embed.forward(pixels.clone(), None),
@@ -198,7 +210,7 @@ fn vision_tower_block_by_block() {
             x = block.forward(x, &layout, None);
             check(&format!("block{index}.out"), x.clone());
         }
-        let output = model.encode_images(&input, &config, &device());
+        let output = encode_images(&model, &input, &config, &device());
         check("merger_out", output.merged);
         for (index, features) in output.deepstack.into_iter().enumerate() {
             check(&format!("deepstack{index}"), features);
@@ -218,7 +230,7 @@ fn packed_images_equal_the_reference() {
             continue;
         };
         let names: Vec<String> = letters.chars().map(|c| c.to_string()).collect();
-        let output = model.encode_images(&images_of(&names), &config, &device());
+        let output = encode_images(&model, &images_of(&names), &config, &device());
         assert_close(
             &name,
             &values(output.merged),
@@ -331,38 +343,37 @@ fn language_model_layer_by_layer() {
             .id_rows(&format!("{sequence}.input_ids"))
             .remove(0);
         let input = single(ids, &images.image_grid_thw, &config);
-        let context = input.context::<B>(&config, None, &device());
+        let context = TextContext::<B>::new(&input, &config, None, &device());
         check("rope_cos", context.rope.cos.clone());
         check("rope_sin", context.rope.sin.clone());
-        let placement = ImagePlacement::new(&input, &device());
-        let vision = (!images.image_grid_thw.is_empty())
-            .then(|| model.encode_images(&images, &config, &device()));
-        let mut x = model.embed(&input, &device());
-        if let Some(vision) = &vision {
-            x = placement.replace(x, vision.merged.clone());
-        }
+        let images = (!images.image_grid_thw.is_empty()).then(|| {
+            let vision = encode_images(&model, &images, &config, &device());
+            ImageFeatures::new(&input, vision, &device())
+        });
+        let mut x = model.embed(&input, images.as_ref(), &device());
         check("inputs_embeds", x.clone());
-        for (index, layer) in model.model.language_model.layers.iter().enumerate() {
+        let layers = &model.model.language_model.layers;
+        let uncached = None::<&mut KeyValueCache<B>>;
+        let mut run = Eager::new(layers, &context, images.as_ref(), uncached);
+        for index in 0..layers.len() {
+            run.enter(index);
             if index == 0 {
-                let attn = layer.self_attn.forward(
-                    layer.input_layernorm.forward(x.clone()),
-                    x.zeros_like(),
-                    &context,
-                    None,
-                );
+                let h = run.norm(LayerNorm::Input, &x);
+                let heads = run.project_heads(h);
+                let heads = run.rotate(heads);
+                let y = run.attend(heads);
+                let attn = run.project_attended(y, x.zeros_like());
                 check("layer0.attn_out", attn.clone());
-                let middle = layer.post_attention_layernorm.forward(x.clone() + attn);
-                let out = layer.mlp.forward(middle, x.zeros_like(), None);
-                check("layer0.mlp_out", out);
+                let h = run.norm(LayerNorm::PostAttention, &(x.clone() + attn));
+                let y = run.swiglu(h);
+                check("layer0.mlp_out", run.project_down(y, x.zeros_like()));
             }
-            x = layer.forward(x, &context, None);
+            x = decoder_layer(&mut run, x);
             check(&format!("layer{index}.out"), x.clone());
-            if let Some(features) = vision.as_ref().and_then(|v| v.deepstack.get(index)) {
-                x = x + placement.spread(features.clone());
-            }
+            x = run.add_deepstack(index, x);
             check(&format!("layer{index}.out_after_deepstack"), x.clone());
         }
-        let hidden = model.model.language_model.norm.forward(x);
+        let hidden = model.norm(x);
         check("final_norm", hidden.clone());
         check("logits", model.logits(hidden));
     }
@@ -401,7 +412,7 @@ fn prompts_filled_in_some_columns_at_a_time_equal_the_reference() {
     let (rows, grids) = batch_rows(&reference, "batch_left");
     let (input, _) = TextInput::padded(&rows, &grids, &config, Padding::Left, 0).unwrap();
     let images = batch_images(&reference, "batch_left");
-    let vision = model.encode_images(&images, &config, &device());
+    let vision = encode_images(&model, &images, &config, &device());
     let logits = reference.f32s("batch_left.logits_valid");
     let vocab = config.text_config.vocab_size;
     let mut want = Vec::new();
@@ -526,7 +537,7 @@ fn cached_steps_equal_one_full_pass() {
             .remove(0);
         let whole = single(ids, &images.image_grid_thw, &config);
         let vision = (!images.image_grid_thw.is_empty())
-            .then(|| model.encode_images(&images, &config, &device()));
+            .then(|| encode_images(&model, &images, &config, &device()));
         // All image tokens must be in the first part.
         let last_image = whole.input_ids[0]
             .iter()
@@ -541,7 +552,7 @@ fn cached_steps_equal_one_full_pass() {
             let part = TextInput {
                 input_ids: vec![whole.input_ids[0][range.clone()].to_vec()],
                 segments: vec![whole.segments[0][range.clone()].to_vec()],
-                positions: xray_qwen3vl::qwen3_vl::rope::Positions {
+                positions: xray_qwen3vl::batch::positions::Positions {
                     axes: whole
                         .positions
                         .axes
@@ -643,8 +654,12 @@ fn vision_features_of_the_tied_model() {
         if !reference.has(&format!("{image}.merger_out")) {
             continue;
         }
-        let output =
-            model.encode_images(&images_of(std::slice::from_ref(image)), &config, &device());
+        let output = encode_images(
+            &model,
+            &images_of(std::slice::from_ref(image)),
+            &config,
+            &device(),
+        );
         let check = |name: String, ours: Tensor<B, 2>| {
             assert_close(&name, &values(ours), &reference.f32s(&name), 1e-4, 1e-4);
         };

@@ -5,20 +5,23 @@ use std::{collections::HashMap, convert::Infallible};
 
 use burn::{module::Param, prelude::*, tensor::DType};
 use xray_qwen3vl::{
-    bench::weights::{RandomSize, draw},
-    lora::{attach::LinearMapper, files::load_adapter, merge::merge},
-    quant::{
-        PackedWeight, Quantization, Weight,
-        load::{load_packed, replace_weights},
-        pack::pack,
-        save::write_packed,
+    adapters::{
+        lora::{attach::LinearMapper, files::load_adapter, merge::merge},
+        quantised::{
+            load::{load_packed, replace_weights},
+            save::write_packed,
+        },
     },
+    batch::images::ImageInput,
+    ops::quantised::{PackedWeight, Quantization, pack::pack},
     qwen3_vl::{
-        ImageInput, Qwen3Vl,
+        Qwen3Vl,
         config::Qwen3VlConfig,
         nn::{InitOptions, Linear},
         weights::parameter_shapes,
     },
+    runtime::synthetic::weights::{RandomSize, draw},
+    weights::Weight,
 };
 
 use crate::{

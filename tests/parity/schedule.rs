@@ -1,7 +1,7 @@
 //! Learning rates against the reference's schedule and training trajectories.
 
 use serde_json::Value;
-use xray_qwen3vl::train::schedule::{Schedule, ScheduleKind};
+use xray_qwen3vl::schedule::{Schedule, ScheduleKind};
 
 /// The same `f64` operations; only the two cosines may differ in their last digit.
 const RELATIVE_TOLERANCE: f64 = 1e-12;

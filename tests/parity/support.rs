@@ -1,7 +1,7 @@
 //! Fixtures and comparison.
 
 use std::path::{Path, PathBuf};
-use xray_qwen3vl::kernels::Kernels;
+use xray_qwen3vl::runtime::accelerator::Accelerator;
 
 use burn::{prelude::*, tensor::DType};
 use safetensors::{Dtype, SafeTensors};
@@ -111,7 +111,7 @@ impl Reference {
 }
 
 /// Elements of a tensor in f32.
-pub fn values<B: Kernels, const D: usize>(tensor: Tensor<B, D>) -> Vec<f32> {
+pub fn values<B: Accelerator, const D: usize>(tensor: Tensor<B, D>) -> Vec<f32> {
     let data = tensor.into_data();
     match data.dtype {
         DType::F32 => data.to_vec().unwrap(),

@@ -10,16 +10,18 @@ use burn::{
 };
 use serde_json::Value;
 use xray_qwen3vl::{
-    lora::files::{adapter_params, adapter_tensors, load_adapter},
-    quant::Weight,
-    qwen3_vl::{ImageInput, Padding, Qwen3Vl, TextInput, config::Qwen3VlConfig},
+    adapters::lora::files::{adapter_params, adapter_tensors, load_adapter},
+    batch::{
+        images::ImageInput,
+        micro_batch::{IGNORE_INDEX, MicroBatch},
+        text::{Padding, TextInput},
+    },
+    qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig},
     train::{
-        gradients::{
-            GradientOptions, IGNORE_INDEX, LossTotals, MicroBatch, add_gradients, evaluate,
-            gradients,
-        },
+        gradients::{GradientOptions, LossTotals, add_gradients, evaluate, gradients},
         optimizer::{AdamW, AdamWConfig},
     },
+    weights::Weight,
 };
 
 use crate::{
@@ -35,7 +37,7 @@ const PLAIN: GradientOptions = GradientOptions {
     recompute_pointwise: false,
     checkpoint_vision: false,
     dropout_seed: None,
-    by_hand: true,
+    manual_backward: true,
 };
 
 /// The base model, frozen, with the trained adapter of the fixtures attached.
@@ -236,7 +238,7 @@ fn adapter_gradients_with_and_without_recomputation() {
         ("single", one_image(&config)),
         ("batch", batch_right(&config)),
     ] {
-        for (checkpoint_text, recompute_pointwise, by_hand) in [
+        for (checkpoint_text, recompute_pointwise, manual_backward) in [
             (false, false, true),
             (false, true, true),
             (true, false, true),
@@ -246,7 +248,7 @@ fn adapter_gradients_with_and_without_recomputation() {
             let options = GradientOptions {
                 checkpoint_text,
                 recompute_pointwise,
-                by_hand,
+                manual_backward,
                 ..PLAIN
             };
             let weight = 1.0 / micro.targets() as f64;
@@ -518,21 +520,22 @@ fn packed_gradients_equal_unpacked_ones() {
 #[test]
 fn dropout_is_the_same_in_the_recomputed_pass() {
     let (base, config) = load_from::<AB>(fixtures().join("model-tiny"));
-    let lora =
-        xray_qwen3vl::lora::config::LoraConfig::from_dir(&fixtures().join("adapter_dropout_cfg"))
-            .unwrap();
-    let model = xray_qwen3vl::lora::files::load_adapter_tensors(
+    let lora = xray_qwen3vl::adapters::lora::config::LoraConfig::from_dir(
+        &fixtures().join("adapter_dropout_cfg"),
+    )
+    .unwrap();
+    let model = xray_qwen3vl::adapters::lora::files::load_adapter_tensors(
         base.no_grad(),
         &lora,
         &fixtures().join("adapter"),
     )
     .unwrap();
     let micro = one_image(&config);
-    let gradients_of = |checkpoint_text, by_hand, dropout_seed| {
+    let gradients_of = |checkpoint_text, manual_backward, dropout_seed| {
         let options = GradientOptions {
             checkpoint_text,
             dropout_seed,
-            by_hand,
+            manual_backward,
             ..PLAIN
         };
         named(&model, &run(&model, &config, &micro, 1.0, &options).0)
@@ -548,8 +551,8 @@ fn dropout_is_the_same_in_the_recomputed_pass() {
         // The same operations over the same numbers.
         assert!(relative_distance(&again, &plain[&name]) < 1e-6, "{name}");
     }
-    for (checkpoint_text, by_hand) in [(true, true), (false, false), (true, false)] {
-        for (name, again) in gradients_of(checkpoint_text, by_hand, Some(5)) {
+    for (checkpoint_text, manual_backward) in [(true, true), (false, false), (true, false)] {
+        for (name, again) in gradients_of(checkpoint_text, manual_backward, Some(5)) {
             assert!(relative_distance(&again, &plain[&name]) < 1e-4, "{name}");
         }
     }

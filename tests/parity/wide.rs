@@ -13,14 +13,16 @@ use burn::{
 };
 use serde_json::Value;
 use xray_qwen3vl::{
-    kernels::Kernels,
-    lora::files::load_adapter,
-    qwen3_vl::{
-        ImageInput, Padding, Qwen3Vl, TextInput, config::Qwen3VlConfig, nn::InitOptions,
-        weights::load_checkpoint,
+    adapters::lora::files::load_adapter,
+    batch::{
+        images::ImageInput,
+        micro_batch::{IGNORE_INDEX, MicroBatch},
+        text::{Padding, TextInput},
     },
+    qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, nn::InitOptions, weights::load_checkpoint},
+    runtime::{accelerator::Accelerator, vision::encode_images},
     train::{
-        gradients::{GradientOptions, IGNORE_INDEX, MicroBatch, add_gradients, gradients},
+        gradients::{GradientOptions, add_gradients, gradients},
         optimizer::{AdamW, AdamWConfig},
     },
 };
@@ -41,7 +43,9 @@ fn folder() -> Option<PathBuf> {
     folder
 }
 
-fn load<C: Kernels<Device = burn::tensor::Device<B>>>(dir: &Path) -> (Qwen3Vl<C>, Qwen3VlConfig) {
+fn load<C: Accelerator<Device = burn::tensor::Device<B>>>(
+    dir: &Path,
+) -> (Qwen3Vl<C>, Qwen3VlConfig) {
     let dir = dir.join("model");
     let config = Qwen3VlConfig::from_dir(&dir).unwrap();
     let options = InitOptions {
@@ -90,7 +94,7 @@ fn logits_are_as_near_as_the_references_own_bf16() {
         let images = images(entry, &reference, &format!("pixels.{index}"));
         let input = text(ids(entry), &images, &config);
         let vision = (!images.image_grid_thw.is_empty())
-            .then(|| model.encode_images(&images, &config, &device()));
+            .then(|| encode_images(&model, &images, &config, &device()));
         let hidden = model.hidden_states(&input, vision.as_ref(), &config, None, None, &device());
         let tokens = hidden.dims()[0];
         let ours = values(model.logits(hidden.narrow(0, tokens - 16, 16)));

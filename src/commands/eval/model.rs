@@ -11,7 +11,8 @@ use burn::tensor::DType;
 use serde_json::json;
 
 use crate::{
-    backend::DeviceTask,
+    accelerate::devices::DeviceTask,
+    batch::images::ImageInput,
     cli::ModelArgs,
     commands::{
         pipeline_options,
@@ -22,11 +23,13 @@ use crate::{
         loader::{Overlong, WindowLoader, WindowPlan},
     },
     evaluation::{Case, Remark, Written, baselines::swapped},
-    generate::{FinishReason, GenerationConfig, Prompt},
-    kernels::Kernels,
-    pipeline::{Answer, Pipeline, TextAndImages},
     processor::{image::RgbImage, supervised::encode_prompt},
-    qwen3_vl::ImageInput,
+    runtime::{
+        accelerator::Accelerator,
+        generate::{FinishReason, GenerationConfig, Prompt},
+        pipeline::{Answer, Pipeline, TextAndImages},
+        vision::encode_images,
+    },
     study::counted,
     train::gradients::{LossTotals, evaluate},
 };
@@ -76,7 +79,7 @@ pub(super) struct Embeddings {
 impl DeviceTask for ModelWork {
     type Output = Result<ModelRun>;
 
-    fn run<B: Kernels>(self, device: B::Device, dtype: DType) -> Result<ModelRun> {
+    fn run<B: Accelerator>(self, device: B::Device, dtype: DType) -> Result<ModelRun> {
         let mut output = self
             .output
             .as_deref()
@@ -149,7 +152,7 @@ fn written(answer: Answer) -> Written {
 
 impl ModelWork {
     /// Loss over the true reports.
-    fn loss<B: Kernels>(&self, pipeline: &Pipeline<B>) -> Result<LossTotals> {
+    fn loss<B: Accelerator>(&self, pipeline: &Pipeline<B>) -> Result<LossTotals> {
         let parts = std::sync::Arc::new(pipeline.parts.clone());
         let loader = |batch_size: usize| {
             let plan = WindowPlan {
@@ -197,7 +200,7 @@ impl ModelWork {
     }
 
     /// The model's answers to the questions of all cases, about the images of the rows `shown`.
-    fn answers<B: Kernels>(
+    fn answers<B: Accelerator>(
         &self,
         pipeline: &Pipeline<B>,
         shown: &[usize],
@@ -226,7 +229,7 @@ impl ModelWork {
         Ok(answers)
     }
 
-    fn swapped_reports<B: Kernels>(
+    fn swapped_reports<B: Accelerator>(
         &self,
         pipeline: &Pipeline<B>,
         warnings: &mut Vec<Remark>,
@@ -265,7 +268,7 @@ impl ModelWork {
         Ok(Some(answers.into_iter().map(written).collect()))
     }
 
-    fn embeddings<B: Kernels>(
+    fn embeddings<B: Accelerator>(
         &self,
         pipeline: &Pipeline<B>,
         train: &Dataset,
@@ -298,7 +301,7 @@ impl ModelWork {
     }
 
     /// Mean of the vision tower's merged features over all images of each row, and the rows that have one.
-    fn embed<B: Kernels>(
+    fn embed<B: Accelerator>(
         &self,
         pipeline: &Pipeline<B>,
         data: &Dataset,
@@ -313,10 +316,8 @@ impl ModelWork {
             if !pictures.is_empty() {
                 let images = patches(parts, &pictures)
                     .with_context(|| format!("`{}`, row {}", data.name(), row + 1))?;
-                let merged = pipeline
-                    .model
-                    .encode_images(&images, &parts.config, &pipeline.device)
-                    .merged;
+                let merged =
+                    encode_images(&pipeline.model, &images, &parts.config, &pipeline.device).merged;
                 let mean = merged.cast(DType::F32).mean_dim(0);
                 values.extend(mean.into_data().iter::<f32>());
                 kept.push(*row);

@@ -15,10 +15,10 @@ use super::{
     record::{RECORD_START, Record, settings_hash},
 };
 use crate::{
+    base::files::{is_same_file, other_kind, sha256_file},
     cli::InferArgs,
     commands::counted,
-    files::{is_same_file, other_kind, sha256_file},
-    generate::FinishReason,
+    runtime::generate::FinishReason,
 };
 
 /// Where the images of a report are.
@@ -278,7 +278,7 @@ enum State {
 fn key_of(images: &[PathBuf]) -> Key {
     images
         .iter()
-        .map(|path| crate::files::name::place_of(path))
+        .map(|path| crate::base::files::name::place_of(path))
         .collect()
 }
 

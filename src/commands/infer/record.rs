@@ -10,11 +10,10 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::{
+    base::files::name,
     cli::InferArgs,
-    files::name,
-    generate::FinishReason,
-    pipeline::Answer,
     processor::remark::{Remark, RemarkKind},
+    runtime::{generate::FinishReason, pipeline::Answer},
 };
 
 /// How every record begins.

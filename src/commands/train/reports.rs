@@ -6,6 +6,8 @@ use anyhow::Result;
 use serde_json::{Value, json};
 
 use crate::{
+    adapters::lora::merge::merge,
+    base::files::{FileError, write_atomic},
     commands::{
         eval::question_about,
         progress::{Progress, Unit},
@@ -13,18 +15,18 @@ use crate::{
     dataset::{Dataset, image_remarks::RemarkCount},
     evaluate::{rouge::rouge_l, segment::characters},
     evaluation::baselines::swapped,
-    files::{FileError, write_atomic},
     findings::{
         Labeler,
         score::{StudyTexts, UncertainPolicy, score},
     },
-    generate::{GenerationConfig, Prompt, generate},
-    kernels::Kernels,
-    lora::merge::merge,
     phantom::{finding_f1, findings_in_report},
-    pipeline::TextAndImages,
     processor::message::split_thinking,
     qwen3_vl::Qwen3Vl,
+    runtime::{
+        accelerator::Accelerator,
+        generate::{GenerationConfig, Prompt, generate},
+        pipeline::TextAndImages,
+    },
     train::{
         config::TrainConfig,
         records::{METRICS, Row, read_rows},
@@ -47,7 +49,7 @@ const SHOWN: [(&str, &str); 5] = [
 ];
 
 /// Generates reports for some rows of a data set, about the images of the rows beside them.
-fn generate_reports<B: Kernels>(
+fn generate_reports<B: Accelerator>(
     model: &Qwen3Vl<B>,
     parts: &TextAndImages,
     data: &Dataset,
@@ -146,7 +148,7 @@ fn kept_reports(run: &Path, step: usize) -> std::path::PathBuf {
     run.join("generated").join(format!("step-{step}.jsonl"))
 }
 
-pub(super) fn scorer<B: Kernels>(
+pub(super) fn scorer<B: Accelerator>(
     config: &TrainConfig,
     parts: &Arc<TextAndImages>,
     data: &Dataset,
@@ -202,7 +204,7 @@ pub(super) struct Outcome {
 
 impl Outcome {
     /// Reads the validations of a run and lets the model write about swapped images.
-    pub(super) fn of<B: Kernels>(result: &RunResult<B>, device: &B::Device) -> Result<Self> {
+    pub(super) fn of<B: Accelerator>(result: &RunResult<B>, device: &B::Device) -> Result<Self> {
         let config = &result.state.config;
         let rows = read_rows(&config.output_dir.join(METRICS))?.rows;
         let of_step = |step: usize| {
@@ -297,7 +299,7 @@ impl Outcome {
     }
 
     /// Writes `result.json` into the run's folder.
-    pub(super) fn save<B: Kernels>(&self, result: &RunResult<B>, seconds: f64) -> Result<()> {
+    pub(super) fn save<B: Accelerator>(&self, result: &RunResult<B>, seconds: f64) -> Result<()> {
         let RunResult { state, ending, .. } = result;
         let values = |values: &BTreeMap<String, f64>| match values.is_empty() {
             true => Value::Null,
@@ -341,7 +343,7 @@ impl Outcome {
 }
 
 /// What the images of the training and of the validation data gave cause to remark.
-pub(super) fn image_remarks<B: Kernels>(result: &RunResult<B>) -> Vec<RemarkCount> {
+pub(super) fn image_remarks<B: Accelerator>(result: &RunResult<B>) -> Vec<RemarkCount> {
     let sets = [Some(&result.data), result.validation.as_ref()];
     sets.into_iter()
         .flatten()
@@ -358,7 +360,7 @@ fn numbers(row: &Row) -> BTreeMap<String, f64> {
 }
 
 /// Prints truth beside answer for held-out samples.
-pub(super) fn show_examples<B: Kernels>(
+pub(super) fn show_examples<B: Accelerator>(
     result: &RunResult<B>,
     count: usize,
     device: &B::Device,

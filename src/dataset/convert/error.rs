@@ -2,12 +2,12 @@
 
 use std::path::PathBuf;
 
-use crate::dataset::rows::RowsError;
-use crate::files::FileError;
-use crate::processor::sample::SampleError;
-use crate::processor::supervised::SupervisedError;
-use crate::processor::tokenizer::TokenizerError;
-use crate::study::{StudyError, counted};
+use crate::{
+    base::files::FileError,
+    dataset::rows::RowsError,
+    processor::{sample::SampleError, supervised::SupervisedError, tokenizer::TokenizerError},
+    study::{StudyError, counted},
+};
 
 /// Why a corpus could not be converted.
 #[derive(Debug, thiserror::Error)]

@@ -1,6 +1,6 @@
 //! A checkpoint to one device or several.
 //!
-//! Bytes go from the file to where the device takes them (see [`Kernels::upload`]) without a stop:
+//! Bytes go from the file to where the device takes them (see [`Ops::upload`]) without a stop:
 //! read, looked at and converted in one pass, on all cores, while the piece before is on its way.
 
 use std::{
@@ -15,8 +15,8 @@ use burn::{
 };
 
 use super::{LoadProgress, TensorFile, WeightsError, checkpoint_files, parameter_shapes};
-use crate::kernels::{
-    Kernels,
+use crate::ops::{
+    Ops,
     upload::{Upload, UploadError},
 };
 
@@ -27,7 +27,7 @@ use crate::kernels::{
 ///
 /// # Errors
 /// [`WeightsError`] names the file and the tensor.
-pub fn load_checkpoint<B: Kernels, M: Module<B>>(
+pub fn load_checkpoint<B: Ops, M: Module<B>>(
     module: &mut M,
     dir: &Path,
     dtype: DType,
@@ -40,7 +40,7 @@ pub fn load_checkpoint<B: Kernels, M: Module<B>>(
 ///
 /// # Errors
 /// [`WeightsError`] names the file and the tensor.
-pub fn load_checkpoints<B: Kernels, M: Module<B>>(
+pub fn load_checkpoints<B: Ops, M: Module<B>>(
     modules: &mut [M],
     dir: &Path,
     dtype: DType,

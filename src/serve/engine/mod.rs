@@ -29,11 +29,11 @@ pub use sequence::{Penalties, TokenConstraint};
 
 use super::metrics::Metrics;
 use crate::{
-    generate::{
+    processor::tokenizer::Tokenizer,
+    runtime::generate::{
         FinishReason, SamplingConfig,
         backend::{AdapterId, DecodeBackend},
     },
-    processor::tokenizer::Tokenizer,
 };
 use scheduler::Worker;
 

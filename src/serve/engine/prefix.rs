@@ -1,7 +1,7 @@
 //! Sequences that are over but still lie in the cache, so that a prompt that begins alike goes on
 //! from there: the second question about a film needs neither the vision tower nor the film's tokens.
 
-use crate::generate::backend::{AdapterId, SlotId};
+use crate::runtime::generate::backend::{AdapterId, SlotId};
 
 /// Fewest tokens worth being taken over.
 pub(super) const SHORTEST: usize = 16;

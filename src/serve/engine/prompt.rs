@@ -8,14 +8,14 @@ use std::{
 
 use sha2::{Digest, Sha256};
 
-use crate::serve::types::ImageRemark;
 use crate::{
-    generate::GenerateError,
-    qwen3_vl::{
-        ImageInput,
-        config::Qwen3VlConfig,
-        rope::{Positions, rope_index},
+    batch::{
+        images::ImageInput,
+        positions::{Positions, rope_index},
     },
+    qwen3_vl::config::Qwen3VlConfig,
+    runtime::generate::GenerateError,
+    serve::types::ImageRemark,
 };
 
 /// Memory that is counted somewhere for as long as this is kept.

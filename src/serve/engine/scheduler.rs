@@ -16,10 +16,10 @@ use super::{
     sequence::{Phase, Sequence},
 };
 use crate::{
-    backend::panic_text,
-    generate::backend::{AdapterId, Chunk, DecodeBackend, SlotId, StepRow, Stepped},
+    base::panics::panic_text,
+    batch::positions::Positions,
     processor::tokenizer::Tokenizer,
-    qwen3_vl::rope::Positions,
+    runtime::generate::backend::{AdapterId, Chunk, DecodeBackend, SlotId, StepRow, Stepped},
     serve::metrics::Metrics,
 };
 

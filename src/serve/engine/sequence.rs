@@ -6,15 +6,15 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::{Done, Event, Failure, PreparedPrompt, Submission, TokenLogprob, prompt::token_key};
 use crate::{
-    generate::{
+    batch::positions::Positions,
+    processor::tokenizer::Tokenizer,
+    runtime::generate::{
         FinishReason,
         backend::{AdapterId, Pick, SlotId, Stepped},
         decode::goes_round,
         sampler::Sampler,
         text::TextStream,
     },
-    processor::tokenizer::Tokenizer,
-    qwen3_vl::rope::Positions,
 };
 
 /// Decides which tokens may come next, for instance those that lead to valid JSON.

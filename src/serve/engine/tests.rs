@@ -9,9 +9,9 @@ use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::*;
 use crate::{
-    generate::backend::{Chunk, Pick, SlotId, StepRow, Stepped},
-    lora::config::AdapterError,
-    qwen3_vl::{ImageInput, rope::Positions},
+    adapters::lora::config::AdapterError,
+    batch::{images::ImageInput, positions::Positions},
+    runtime::generate::backend::{Chunk, Pick, SlotId, StepRow, Stepped},
 };
 
 /// Tokens the device knows.

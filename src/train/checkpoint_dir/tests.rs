@@ -1,7 +1,7 @@
 //! Saving, finding, damaging and pruning checkpoints, without a model.
 
 use super::*;
-use crate::files::COMPLETE_MARKER;
+use crate::base::files::COMPLETE_MARKER;
 
 fn fill(folder: &Path) -> io::Result<()> {
     fs::write(folder.join("adapter.safetensors"), [7_u8; 1000])?;

@@ -1,0 +1,424 @@
+//! Decoding behind a prefilled cache in six or seven launches a layer.
+//!
+//! Norm and QKV; head norms, rotation and cache; attention; output and residual; norm, gate, up and SwiGLU;
+//! down and residual ([`FusedStep`]). The likeliest token is found on the device and goes into the next step there; that
+//! step is queued before the host has read the token.
+
+use std::{
+    future::{Future, ready},
+    pin::Pin,
+    task::{Context, Poll, Waker},
+};
+
+use burn::{
+    prelude::*,
+    tensor::{DType, TensorData},
+};
+use burn_cubecl::CubeRuntime;
+use cubecl::{bytes::Bytes, server::ServerError};
+
+use super::{
+    attention::{self, Cache},
+    launch::{Buffer, Cube, contiguous, strided, tensor},
+    likeliest::likeliest,
+    matrix::Matrix,
+    matvec::{self, InputNorm},
+    rotary::{self, HeadNorms},
+    words::Packing,
+};
+use crate::{
+    qwen3_vl::{
+        Qwen3Vl,
+        config::Qwen3VlConfig,
+        key_values::KeyValueCache,
+        layer::{Executor, LayerNorm, decoder_layers},
+        nn::{Embedding, Linear, RmsNorm},
+        rope::inverse_frequencies,
+    },
+    runtime::accelerator::{Accelerator, DecodeStart, Decoder},
+};
+
+/// Steps that may be queued behind those whose tokens were asked for.
+const AHEAD: usize = 1;
+
+/// Steps whose rotary tables are made at once.
+const TABLES: usize = 64;
+
+/// A layer's weights and its part of the cache.
+struct Layer<R: CubeRuntime> {
+    input_norm: InputNorm<R>,
+    qkv: [Matrix<R>; 3],
+    head_norms: HeadNorms<R>,
+    output: Matrix<R>,
+    mlp_norm: InputNorm<R>,
+    gate: Matrix<R>,
+    up: Matrix<R>,
+    down: Matrix<R>,
+    keys: Buffer<R>,
+    values: Buffer<R>,
+}
+
+type Reading = Pin<Box<dyn Future<Output = Result<Vec<Bytes>, ServerError>> + Send>>;
+
+struct Engine<R: CubeRuntime> {
+    layers: Vec<Layer<R>>,
+    norm: InputNorm<R>,
+    embedding: Embedding<Cube<R>>,
+    head: Matrix<R>,
+    heads: usize,
+    frequencies: Vec<f32>,
+    /// First visible key of each row, and a number no row's keys reach.
+    ranges: [Buffer<R>; 2],
+    /// Tokens of the next step, one a row.
+    tokens: Buffer<R>,
+    /// Position of the first step of each row.
+    positions: Vec<i64>,
+    /// Rotary tables of the steps `made` and the following, `[TABLES, 2, rows, d]`.
+    tables: Option<(usize, Buffer<R>)>,
+    /// Tokens in the cache before the first step.
+    cached: usize,
+    launched: usize,
+    most: usize,
+    /// Tokens of the last step that was asked for, on their way to the host.
+    reading: Option<Reading>,
+}
+
+fn norm<R: CubeRuntime>(norm: &RmsNorm<Cube<R>>) -> InputNorm<R>
+where
+    Cube<R>: Accelerator,
+{
+    InputNorm {
+        weight: contiguous(norm.weight.val()),
+        epsilon: norm.epsilon(),
+    }
+}
+
+fn weight<R: CubeRuntime>(linear: &Linear<Cube<R>>) -> Matrix<R> {
+    Matrix::of(&linear.weight)
+}
+
+/// Whether the model's text layers are plain matrices of shapes the kernels know.
+fn covers<R: CubeRuntime>(model: &Qwen3Vl<Cube<R>>, config: &Qwen3VlConfig, rows: usize) -> bool
+where
+    Cube<R>: Accelerator,
+{
+    let text = &config.text_config;
+    let dtype = model.dtype();
+    let Some(packing) = Packing::of(dtype) else {
+        return false;
+    };
+    let plain = |linear: &Linear<Cube<R>>| {
+        linear.lora.is_none() && linear.bias.is_none() && weight(linear).covers(dtype)
+    };
+    let widths = [
+        text.hidden_size,
+        text.intermediate_size,
+        text.head_dim * text.num_attention_heads,
+        text.head_dim * text.num_key_value_heads,
+        text.head_dim,
+    ];
+    (1..=matvec::MOST_ROWS).contains(&rows)
+        && widths
+            .iter()
+            .all(|width| width.is_multiple_of(packing.piece()))
+        && text.head_dim <= 256
+        && text.num_attention_heads / text.num_key_value_heads <= 8
+        && model.lm_head.as_ref().is_none_or(plain)
+        && Matrix::of(model.head()).covers(dtype)
+        && model
+            .model
+            .language_model
+            .layers
+            .iter()
+            .all(|layer| layer.projections().into_iter().all(plain))
+}
+
+/// The engine for a prefilled cache; `None` where the kernels do not cover the model.
+pub(in crate::accelerate) fn start<R: CubeRuntime>(
+    model: &Qwen3Vl<Cube<R>>,
+    config: &Qwen3VlConfig,
+    cache: &KeyValueCache<Cube<R>>,
+    start: &DecodeStart,
+) -> Option<Box<dyn Decoder>>
+where
+    Cube<R>: Accelerator,
+{
+    let rows = start.tokens.len();
+    let room = cache
+        .capacity()
+        .is_some_and(|capacity| cache.len() + start.most_steps + AHEAD < capacity);
+    // Only the likeliest token is found on the device.
+    let likeliest = start.draws.is_empty() && start.seen.is_empty();
+    if !room || !likeliest || !covers(model, config, rows) {
+        return None;
+    }
+    let text = &model.model.language_model;
+    let dtype = model.dtype();
+    let layers = text
+        .layers
+        .iter()
+        .zip(&cache.layers)
+        .map(|(layer, cache)| {
+            let (keys, values) = cache.buffers()?;
+            let (keys, values) = (strided(keys.clone()), strided(values.clone()));
+            let [q, k, v, output, gate, up, down] = layer.projections().map(weight);
+            let attn = &layer.self_attn;
+            let fits = keys.is_contiguous() && values.is_contiguous();
+            (fits && keys.dtype == dtype).then(|| Layer {
+                input_norm: norm(&layer.input_layernorm),
+                qkv: [q, k, v],
+                head_norms: HeadNorms {
+                    q: contiguous(attn.q_norm.weight.val()),
+                    q_epsilon: attn.q_norm.epsilon(),
+                    k: contiguous(attn.k_norm.weight.val()),
+                    k_epsilon: attn.k_norm.epsilon(),
+                },
+                output,
+                mlp_norm: norm(&layer.post_attention_layernorm),
+                gate,
+                up,
+                down,
+                keys,
+                values,
+            })
+        })
+        .collect::<Option<Vec<_>>>()?;
+    let device = contiguous(text.norm.weight.val()).device;
+    let first: Vec<i32> = cache
+        .segments
+        .iter()
+        .map(|row| row.iter().take_while(|segment| **segment < 0).count() as i32)
+        .collect();
+    let tokens: Vec<i32> = start.tokens.iter().map(|token| *token as i32).collect();
+    let config = &config.text_config;
+    Some(Box::new(Engine {
+        layers,
+        norm: norm(&text.norm),
+        embedding: text.embed_tokens.clone(),
+        head: Matrix::of(model.head()),
+        heads: config.num_attention_heads,
+        frequencies: inverse_frequencies(config.head_dim, config.rope_theta),
+        ranges: [
+            integers(&first, &device),
+            integers(&vec![i32::MAX; rows], &device),
+        ],
+        tokens: integers(&tokens, &device),
+        positions: start.positions.clone(),
+        tables: None,
+        cached: cache.len(),
+        launched: 0,
+        most: start.most_steps,
+        reading: None,
+    }))
+}
+
+fn integers<R: CubeRuntime>(values: &[i32], device: &R::Device) -> Buffer<R> {
+    Tensor::<Cube<R>, 1, Int>::from_data(
+        TensorData::new(values.to_vec(), [values.len()]),
+        (device, DType::I32),
+    )
+    .into_primitive()
+}
+
+fn indices<R: CubeRuntime>(buffer: Buffer<R>) -> Tensor<Cube<R>, 1, Int> {
+    Tensor::from_primitive(buffer)
+}
+
+impl<R: CubeRuntime> Engine<R>
+where
+    Cube<R>: Accelerator,
+{
+    /// Rotary tables that hold the coming step, and the place of its cosines there.
+    fn table(&mut self) -> (Buffer<R>, usize) {
+        let width = 2 * self.positions.len() * 2 * self.frequencies.len();
+        if let Some((made, tables)) = &self.tables
+            && self.launched < made + TABLES
+        {
+            return (tables.clone(), (self.launched - made) * width);
+        }
+        let mut values = Vec::with_capacity(TABLES * width);
+        for step in self.launched..self.launched + TABLES {
+            for of in [f32::cos, f32::sin] {
+                for position in &self.positions {
+                    let position = (*position + step as i64) as f32;
+                    let row = self
+                        .frequencies
+                        .iter()
+                        .map(|frequency| of(position * frequency));
+                    let start = values.len();
+                    values.extend(row);
+                    values.extend_from_within(start..);
+                }
+            }
+        }
+        let shape = [values.len()];
+        let device = self.embedding.weight.lazy_device();
+        let tables =
+            Tensor::<Cube<R>, 1>::from_data(TensorData::new(values, shape), (&device, DType::F32));
+        let tables = contiguous(tables);
+        self.tables = Some((self.launched, tables.clone()));
+        (tables, 0)
+    }
+
+    /// Queues a step on the tokens at hand; gives its logits `[rows, vocab]`.
+    fn step(&mut self) -> Buffer<R> {
+        let (tables, place) = self.table();
+        let at = self.cached + self.launched;
+        let indices = indices(self.tokens.clone());
+        let x = contiguous(self.embedding.forward(indices));
+        let [rows, _] = x.meta.shape().dims();
+        let mut run = FusedStep {
+            engine: self,
+            layer: &self.layers[0],
+            tables: (&tables, place),
+            rows,
+            at,
+        };
+        let x = decoder_layers(&mut run, 0..self.layers.len(), x);
+        let logits = self.head.product(&x, Some(&self.norm), None, DType::F32);
+        self.launched += 1;
+        logits
+    }
+
+    /// Queues a step and the choice of the tokens that go into the next; gives these to be read.
+    fn step_to_tokens(&mut self) -> Buffer<R> {
+        let [next, told] = likeliest(&self.step());
+        self.tokens = next;
+        told
+    }
+}
+
+/// The layers of one step in fused launches.
+struct FusedStep<'a, R: CubeRuntime> {
+    engine: &'a Engine<R>,
+    layer: &'a Layer<R>,
+    /// Rotary tables, and the place of the step's cosines there.
+    tables: (&'a Buffer<R>, usize),
+    rows: usize,
+    /// Tokens in the cache before the step's.
+    at: usize,
+}
+
+/// A stream whose norm the next matmul applies to what it reads.
+struct Normed<'a, R: CubeRuntime> {
+    x: Buffer<R>,
+    norm: &'a InputNorm<R>,
+}
+
+impl<'a, R: CubeRuntime> Executor for FusedStep<'a, R>
+where
+    Cube<R>: Accelerator,
+{
+    type Hidden = Buffer<R>;
+    type Normed = Normed<'a, R>;
+    type Projected = Buffer<R>;
+    /// Queries; keys and values are in the cache.
+    type Rotated = Buffer<R>;
+    type Attended = Buffer<R>;
+    type Activated = Buffer<R>;
+
+    fn enter(&mut self, layer: usize) {
+        self.layer = &self.engine.layers[layer];
+    }
+
+    fn norm(&mut self, norm: LayerNorm, x: &Buffer<R>) -> Normed<'a, R> {
+        let norm = match norm {
+            LayerNorm::Input => &self.layer.input_norm,
+            LayerNorm::PostAttention => &self.layer.mlp_norm,
+        };
+        Normed { x: x.clone(), norm }
+    }
+
+    fn project_heads(&mut self, h: Normed<'a, R>) -> Buffer<R> {
+        Matrix::three_products(&h.x, h.norm, self.layer.qkv.each_ref())
+    }
+
+    fn rotate(&mut self, qkv: Buffer<R>) -> Buffer<R> {
+        let cache = [&self.layer.keys, &self.layer.values];
+        rotary::rotate_into_cache(&qkv, &self.layer.head_norms, self.tables, cache, self.at)
+    }
+
+    fn attend(&mut self, q: Buffer<R>) -> Buffer<R> {
+        let (keys, values) = (&self.layer.keys, &self.layer.values);
+        let (rows, heads, head_dim) = (self.rows, self.engine.heads, keys.meta.shape()[3]);
+        let q = strided(tensor::<R, 2>(q).reshape([rows, heads, 1, head_dim]));
+        let [first, end] = &self.engine.ranges;
+        let y = attention::attended(&q, &Cache { keys, values }, first, end, self.at + 1);
+        strided(tensor::<R, 4>(y).reshape([rows, heads * head_dim]))
+    }
+
+    fn project_attended(&mut self, y: Buffer<R>, residual: Buffer<R>) -> Buffer<R> {
+        self.layer
+            .output
+            .product(&y, None, Some(&residual), residual.dtype)
+    }
+
+    fn swiglu(&mut self, h: Normed<'a, R>) -> Buffer<R> {
+        Matrix::gated_product(&h.x, h.norm, &self.layer.gate, &self.layer.up)
+    }
+
+    fn project_down(&mut self, y: Buffer<R>, residual: Buffer<R>) -> Buffer<R> {
+        self.layer
+            .down
+            .product(&y, None, Some(&residual), residual.dtype)
+    }
+}
+
+/// Queues the copy of a buffer to the host.
+fn read<R: CubeRuntime>(buffer: Buffer<R>) -> Reading {
+    let Buffer { client, handle, .. } = buffer;
+    let mut reading: Reading = Box::pin(async move { client.read_async(vec![handle]).await });
+    // Asked once, it queues the copy, before what comes after it is queued.
+    match reading
+        .as_mut()
+        .poll(&mut Context::from_waker(Waker::noop()))
+    {
+        Poll::Ready(read) => Box::pin(ready(read)),
+        Poll::Pending => reading,
+    }
+}
+
+fn wait(reading: Reading) -> Result<Bytes, String> {
+    let read = cubecl::future::block_on(reading).map_err(|error| error.to_string())?;
+    read.into_iter()
+        .next()
+        .ok_or_else(|| "the device gave nothing back".to_string())
+}
+
+impl<R: CubeRuntime> Drop for Engine<R> {
+    /// A copy that nobody waits for would leave its buffer mapped, and the next copy fail.
+    fn drop(&mut self) {
+        if let Some(reading) = self.reading.take() {
+            let _ = wait(reading);
+        }
+    }
+}
+
+impl<R: CubeRuntime> Decoder for Engine<R>
+where
+    Cube<R>: Accelerator,
+{
+    fn next_tokens(&mut self) -> Result<Vec<Option<u32>>, String> {
+        let reading = match self.reading.take() {
+            Some(reading) => reading,
+            None => read(self.step_to_tokens()),
+        };
+        // The device goes on while the host waits. Two copies to the host at once would share a buffer
+        // there, so the next step's tokens are asked for when these are here.
+        let ahead = (self.launched <= self.most).then(|| self.step_to_tokens());
+        let tokens = bytemuck::pod_collect_to_vec::<u8, i32>(&wait(reading)?);
+        self.reading = ahead.map(read);
+        let known = |token| u32::try_from(token).ok();
+        Ok(tokens.into_iter().map(known).collect())
+    }
+
+    fn next_logits(&mut self, tokens: &[u32]) -> Result<Vec<Vec<f32>>, String> {
+        let tokens: Vec<i32> = tokens.iter().map(|token| *token as i32).collect();
+        self.tokens = integers(&tokens, &self.tokens.device);
+        let logits = self.step();
+        let [_, vocab] = logits.meta.shape().dims();
+        let bytes = wait(read(logits))?;
+        let values = bytemuck::pod_collect_to_vec::<u8, f32>(&bytes);
+        Ok(values.chunks(vocab).map(<[f32]>::to_vec).collect())
+    }
+}

@@ -1,0 +1,94 @@
+//! A matrix of the model as the decoder reads it: floats or packed.
+
+use burn::tensor::DType;
+use burn_cubecl::CubeRuntime;
+
+use super::{
+    launch::{Buffer, Cube, strided},
+    matvec::{self, InputNorm},
+    quantized::{self, Packed},
+    words::Packing,
+};
+use crate::weights::Weight;
+
+/// Buffers of a matrix `[out, in]`.
+pub(super) enum Matrix<R: CubeRuntime> {
+    /// Its elements.
+    Floats(Buffer<R>),
+    /// Its words and scales.
+    Packed(Packed<R>),
+}
+
+impl<R: CubeRuntime> Matrix<R> {
+    /// The buffers of a weight, as they lie.
+    pub(super) fn of(weight: &Weight<Cube<R>>) -> Self {
+        match weight {
+            Weight::Dense(param) => Self::Floats(strided(param.val())),
+            Weight::Packed(packed) => Self::Packed(Packed::of(packed)),
+        }
+    }
+
+    /// Whether products with inputs of `dtype` can be worked out over the buffers.
+    pub(super) fn covers(&self, dtype: DType) -> bool {
+        match self {
+            Self::Floats(buffer) => buffer.dtype == dtype && buffer.is_contiguous(),
+            Self::Packed(packed) => packed.is_whole() && Packing::of(dtype).is_some(),
+        }
+    }
+
+    /// `norm(x) Wᵀ + residual` in type `out`.
+    pub(super) fn product(
+        &self,
+        x: &Buffer<R>,
+        norm: Option<&InputNorm<R>>,
+        residual: Option<&Buffer<R>>,
+        out: DType,
+    ) -> Buffer<R> {
+        match self {
+            Self::Floats(weight) => matvec::product(x, norm, weight, None, residual, out),
+            Self::Packed(weight) => {
+                let norm = norm.map(|norm| (&norm.weight, norm.epsilon));
+                quantized::product(x, norm, weight, (None, residual), None, out)
+            }
+        }
+    }
+
+    /// Products of one normed input with three matrices, side by side.
+    ///
+    /// # Panics
+    /// If some are packed and some are not.
+    pub(super) fn three_products(
+        x: &Buffer<R>,
+        norm: &InputNorm<R>,
+        weights: [&Self; 3],
+    ) -> Buffer<R> {
+        match weights {
+            [Self::Floats(a), Self::Floats(b), Self::Floats(c)] => {
+                matvec::three_products(x, norm, [a, b, c])
+            }
+            [Self::Packed(a), Self::Packed(b), Self::Packed(c)] => {
+                quantized::three_products(x, (&norm.weight, norm.epsilon), [a, b, c])
+            }
+            _ => panic!("matrices of one input have different forms"),
+        }
+    }
+
+    /// `silu(norm(x) Gᵀ) · (norm(x) Uᵀ)`.
+    ///
+    /// # Panics
+    /// If one is packed and the other is not.
+    pub(super) fn gated_product(
+        x: &Buffer<R>,
+        norm: &InputNorm<R>,
+        gate: &Self,
+        up: &Self,
+    ) -> Buffer<R> {
+        match (gate, up) {
+            (Self::Floats(gate), Self::Floats(up)) => matvec::gated_product(x, norm, gate, up),
+            (Self::Packed(gate), Self::Packed(up)) => {
+                quantized::gated_product(x, (&norm.weight, norm.epsilon), gate, up)
+            }
+            _ => panic!("gate and up have different forms"),
+        }
+    }
+}

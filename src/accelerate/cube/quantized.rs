@@ -1,0 +1,455 @@
+//! Products with packed weights (see [`crate::ops::quantised`]): the words are read as they lie.
+//!
+//! Up to [`MOST_ROWS`] rows go in several such launches. More rows go through the dense product with rows of
+//! the matrix that a kernel writes out as floats, at most [`quantised::weight::UNPACKED_BYTES`] at once.
+
+use burn::tensor::{DType, Tensor};
+use burn_cubecl::{CubeRuntime, kernel::into_contiguous};
+use cubecl::prelude::*;
+
+use super::{
+    launch::{Buffer, Cube, array, contiguous, cubes, elements, empty, pieces, quads, tensor},
+    products::{Form, Matrices, Stored, gated_matrices, low_rank, one_matrix, three_matrices},
+    sums::{Group, UNITS},
+    unpack::{pad_rows, unpack},
+    words::Packing,
+};
+use crate::{
+    ops::{
+        LowRank,
+        quantised::{self, Format, PackedWeight},
+    },
+    runtime::accelerator::Accelerator,
+};
+
+/// Rows of one launch.
+const ROWS: usize = 8;
+
+/// Rows up to which launches over the packed words beat unpacking the matrix.
+const MOST_ROWS: usize = 4 * ROWS;
+
+/// The buffers of a packed matrix.
+#[derive(Debug, Clone)]
+pub(super) struct Packed<R: CubeRuntime> {
+    /// `[out, words of a row]`.
+    words: Buffer<R>,
+    /// `[out, scales of a row]`.
+    scales: Buffer<R>,
+    format: Format,
+    d_input: usize,
+}
+
+/// A norm that is taken of the input before it is multiplied: its scale and what is added to the mean
+/// square.
+pub(super) type Norm<'a, R> = (&'a Buffer<R>, f64);
+
+/// A low-rank share: `low` `[rows, rank]` scaled already, `up` `[out, rank]`, the rank.
+type Share<R> = (Buffer<R>, Buffer<R>, usize);
+
+impl<R: CubeRuntime> Packed<R> {
+    /// Of a matrix on the device.
+    pub(super) fn of(weight: &PackedWeight<Cube<R>>) -> Self {
+        Self {
+            words: into_contiguous(weight.words().clone().into_primitive()),
+            scales: contiguous(weight.scales().clone()),
+            format: weight.format(),
+            d_input: weight.dims()[1],
+        }
+    }
+
+    /// Outputs.
+    pub(super) fn width(&self) -> usize {
+        self.words.meta.shape()[0]
+    }
+
+    /// Whether rows of the matrix have no padding, so that an input is read as it lies.
+    pub(super) fn is_whole(&self) -> bool {
+        self.format.padded(self.d_input) == self.d_input
+    }
+
+    fn form(&self, x: &Buffer<R>, matrices: Matrices) -> Form {
+        let [rows, width] = x.meta.shape().dims();
+        assert_eq!(
+            width,
+            self.format.padded(self.d_input),
+            "inputs of the product"
+        );
+        let per_piece = 4 * self.format.per_word();
+        let stored = Stored::Levels {
+            bits: self.format.bits(),
+            group_vectors: self.format.group(self.d_input) / per_piece,
+        };
+        let group = Group::of(&x.client);
+        let sizes = [rows, self.width()];
+        Form::new(stored, sizes, matrices, width / per_piece, group)
+    }
+}
+
+/// [`Accelerator::dense_packed`].
+pub(in crate::accelerate) fn dense_packed<R: CubeRuntime>(
+    x: Tensor<Cube<R>, 2>,
+    weight: &PackedWeight<Cube<R>>,
+    bias: Option<Tensor<Cube<R>, 1>>,
+    residual: Option<Tensor<Cube<R>, 2>>,
+) -> Tensor<Cube<R>, 2>
+where
+    Cube<R>: Accelerator,
+{
+    if covers(&x, weight) {
+        let dtype = x.dtype();
+        by_rows(x, weight, bias, residual, None, dtype)
+    } else {
+        quantised::weight::dense(x, weight, bias, residual)
+    }
+}
+
+/// [`Accelerator::adapted_packed`].
+pub(in crate::accelerate) fn adapted_packed<R: CubeRuntime>(
+    x: Tensor<Cube<R>, 2>,
+    weight: &PackedWeight<Cube<R>>,
+    adapter: &LowRank<Cube<R>>,
+    residual: Option<Tensor<Cube<R>, 2>>,
+) -> Tensor<Cube<R>, 2>
+where
+    Cube<R>: Accelerator,
+{
+    // Sixteen bytes of the input are read at once.
+    let whole = weight.dims()[1].is_multiple_of(8);
+    if covers(&x, weight) && whole && adapter.dropout.is_none() {
+        let dtype = x.dtype();
+        by_rows(x, weight, None, residual, Some(adapter), dtype)
+    } else {
+        quantised::weight::adapted(x, weight, adapter, residual)
+    }
+}
+
+/// [`Accelerator::logits_packed`].
+pub(in crate::accelerate) fn logits_packed<R: CubeRuntime>(
+    hidden: Tensor<Cube<R>, 2>,
+    head: &PackedWeight<Cube<R>>,
+) -> Tensor<Cube<R>, 2>
+where
+    Cube<R>: Accelerator,
+{
+    if covers(&hidden, head) {
+        by_rows(hidden, head, None, None, None, DType::F32)
+    } else {
+        quantised::weight::logits(hidden, head)
+    }
+}
+
+/// [`Accelerator::unpack_rows`].
+pub(in crate::accelerate) fn unpack_rows<R: CubeRuntime>(
+    weight: &PackedWeight<Cube<R>>,
+    start: usize,
+    count: usize,
+    dtype: DType,
+) -> Tensor<Cube<R>, 2> {
+    if weight.dims()[1].is_multiple_of(4) && Packing::of(dtype).is_some() {
+        unpacked(weight, start, count, dtype)
+    } else {
+        weight.rows(start, count).unpack(dtype)
+    }
+}
+
+/// Whether the product goes through the kernel over packed words.
+fn covers<R: CubeRuntime>(x: &Tensor<Cube<R>, 2>, weight: &PackedWeight<Cube<R>>) -> bool {
+    let [rows, width] = x.dims();
+    assert_eq!(width, weight.dims()[1], "inputs of the product");
+    (1..=MOST_ROWS).contains(&rows) && Packing::of(x.dtype()).is_some()
+}
+
+/// `x Wᵀ + bias + residual + scaling · x Aᵀ Bᵀ` in type `out`, some rows a launch.
+fn by_rows<R: CubeRuntime>(
+    x: Tensor<Cube<R>, 2>,
+    weight: &PackedWeight<Cube<R>>,
+    bias: Option<Tensor<Cube<R>, 1>>,
+    residual: Option<Tensor<Cube<R>, 2>>,
+    adapter: Option<&LowRank<Cube<R>>>,
+    out: DType,
+) -> Tensor<Cube<R>, 2> {
+    let [rows, d_input] = x.dims();
+    let packed = Packed::of(weight);
+    let bias = bias.map(contiguous);
+    let parts = (0..rows).step_by(ROWS).map(|start| {
+        let count = ROWS.min(rows - start);
+        let cut = |x: &Tensor<Cube<R>, 2>| match count == rows {
+            true => x.clone(),
+            false => x.clone().narrow(0, start, count),
+        };
+        let x = cut(&x);
+        let residual = residual.as_ref().map(|residual| contiguous(cut(residual)));
+        let x = contiguous(x);
+        let share = adapter.map(|adapter| {
+            let low = low_rank_input(&x, adapter);
+            (low, contiguous(adapter.b.clone()), adapter.b.dims()[1])
+        });
+        let x = if packed.is_whole() {
+            x
+        } else {
+            padded_rows(&x, packed.format.padded(d_input))
+        };
+        let added = (bias.as_ref(), residual.as_ref());
+        tensor(product(&x, None, &packed, added, share.as_ref(), out))
+    });
+    let mut parts: Vec<_> = parts.collect();
+    if parts.len() == 1 {
+        parts.remove(0)
+    } else {
+        Tensor::cat(parts, 0)
+    }
+}
+
+/// `norm(x) Wᵀ + bias + residual` and a low-rank share, in type `out`, which is that of what is added.
+///
+/// `x` has the padded width of the matrix.
+///
+/// # Panics
+/// If a type or shape does not fit.
+pub(super) fn product<R: CubeRuntime>(
+    x: &Buffer<R>,
+    norm: Option<Norm<'_, R>>,
+    weight: &Packed<R>,
+    (bias, residual): (Option<&Buffer<R>>, Option<&Buffer<R>>),
+    share: Option<&Share<R>>,
+    out: DType,
+) -> Buffer<R> {
+    let width = weight.width();
+    let form = Form {
+        norm: norm.is_some(),
+        bias: bias.is_some(),
+        residual: residual.is_some(),
+        adapter: share.is_some(),
+        ..weight.form(x, Matrices::One)
+    };
+    for (added, shape) in [(bias, &[width][..]), (residual, &[form.rows, width])] {
+        let fits = |added: &Buffer<R>| added.dtype == out && added.meta.shape().as_slice() == shape;
+        assert!(added.is_none_or(fits), "what is added to the product");
+    }
+    let y = empty(x, [form.rows, width], out);
+    let none = &weight.scales;
+    let (low, up, rank) = share.map_or((none, none, 0), |(low, up, rank)| (low, up, *rank));
+    // SAFETY: the arrays are as long as the form and the widths say; what stands for an operand that is
+    // not there is not read.
+    #[allow(unsafe_code)]
+    unsafe {
+        one_matrix::launch_unchecked::<R>(
+            &x.client,
+            form.count(width),
+            form.dim(),
+            quads(x),
+            quads(norm.map_or(x, |(norm, _)| norm)),
+            pieces(&weight.words),
+            elements(&weight.scales),
+            elements(bias.unwrap_or(&y)),
+            elements(residual.unwrap_or(&y)),
+            array(low, 4),
+            array(up, 4),
+            elements(&y),
+            width,
+            rank,
+            norm.map_or(0.0, |(_, epsilon)| epsilon as f32),
+            form,
+            Packing::of(out).expect("an output has a type the kernels know"),
+            [weight.scales.dtype.into(), x.dtype.into(), out.into()],
+        );
+    }
+    y
+}
+
+/// Products of one normed input with three matrices, side by side `[rows, out₁ + out₂ + out₃]`.
+///
+/// # Panics
+/// If the matrices are packed differently, or a width is no multiple of four.
+pub(super) fn three_products<R: CubeRuntime>(
+    x: &Buffer<R>,
+    (norm, epsilon): Norm<'_, R>,
+    weights: [&Packed<R>; 3],
+) -> Buffer<R> {
+    let widths = weights.map(Packed::width);
+    assert!(
+        widths.iter().all(|width| width.is_multiple_of(4)),
+        "widths {widths:?} are no multiples of four"
+    );
+    let [first, second, third] = weights;
+    assert!(
+        first.format == second.format && first.format == third.format,
+        "matrices of one input are packed differently"
+    );
+    let form = Form {
+        norm: true,
+        ..first.form(x, Matrices::Three)
+    };
+    let width = widths.iter().sum();
+    let y = empty(x, [form.rows, width], x.dtype);
+    // SAFETY: as for `product`.
+    #[allow(unsafe_code)]
+    unsafe {
+        three_matrices::launch_unchecked::<R>(
+            &x.client,
+            form.count(width),
+            form.dim(),
+            quads(x),
+            quads(norm),
+            pieces(&first.words),
+            elements(&first.scales),
+            pieces(&second.words),
+            elements(&second.scales),
+            pieces(&third.words),
+            elements(&third.scales),
+            array(norm, 4),
+            elements(&y),
+            widths[0],
+            widths[1],
+            widths[2],
+            epsilon as f32,
+            form,
+            Packing::of(x.dtype).expect("`covers` was asked"),
+            [first.scales.dtype.into(), x.dtype.into()],
+        );
+    }
+    y
+}
+
+/// `silu(norm(x) Gᵀ) · (norm(x) Uᵀ)`.
+///
+/// # Panics
+/// If the matrices are packed differently.
+pub(super) fn gated_product<R: CubeRuntime>(
+    x: &Buffer<R>,
+    (norm, epsilon): Norm<'_, R>,
+    gate: &Packed<R>,
+    up: &Packed<R>,
+) -> Buffer<R> {
+    assert_eq!(
+        (gate.format, gate.width()),
+        (up.format, up.width()),
+        "gate and up"
+    );
+    let width = gate.width();
+    let form = Form {
+        norm: true,
+        ..gate.form(x, Matrices::Pair)
+    };
+    let y = empty(x, [form.rows, width], x.dtype);
+    // SAFETY: as for `product`.
+    #[allow(unsafe_code)]
+    unsafe {
+        gated_matrices::launch_unchecked::<R>(
+            &x.client,
+            form.count(width),
+            form.dim(),
+            quads(x),
+            quads(norm),
+            pieces(&gate.words),
+            elements(&gate.scales),
+            pieces(&up.words),
+            elements(&up.scales),
+            array(norm, 4),
+            elements(&y),
+            width,
+            epsilon as f32,
+            form,
+            Packing::of(x.dtype).expect("`covers` was asked"),
+            [gate.scales.dtype.into(), x.dtype.into()],
+        );
+    }
+    y
+}
+
+/// Rows with zeros behind them, which the padding of the rows of words meets.
+fn padded_rows<R: CubeRuntime>(x: &Buffer<R>, padded: usize) -> Buffer<R> {
+    let [rows, d_input] = x.meta.shape().dims();
+    let y = empty(x, [rows, padded], x.dtype);
+    let count = rows * padded;
+    // SAFETY: the arrays are as long as rows and widths say.
+    #[allow(unsafe_code)]
+    unsafe {
+        pad_rows::launch_unchecked::<R>(
+            &x.client,
+            cubes(count.div_ceil(UNITS)),
+            CubeDim::new_1d(UNITS as u32),
+            elements(x),
+            elements(&y),
+            d_input,
+            padded,
+            count,
+            x.dtype.into(),
+        );
+    }
+    y
+}
+
+/// `scaling · x Aᵀ`, `[rows, rank]`, f32.
+fn low_rank_input<R: CubeRuntime>(x: &Buffer<R>, adapter: &LowRank<Cube<R>>) -> Buffer<R> {
+    let [rows, d_input] = x.meta.shape().dims();
+    let [rank, width] = adapter.a.dims();
+    assert_eq!(width, d_input, "inputs of the adapter");
+    let a = contiguous(adapter.a.clone());
+    let packing = Packing::of(x.dtype).expect("`covers` was asked");
+    let group = Group::of(&x.client);
+    let groups = group.in_a_cube();
+    let low = empty(x, [rows, rank], DType::F32);
+    // SAFETY: the arrays are as long as rows, rank and pieces say.
+    #[allow(unsafe_code)]
+    unsafe {
+        low_rank::launch_unchecked::<R>(
+            &x.client,
+            cubes(rank.div_ceil(groups)),
+            CubeDim::new_1d((group.lanes * groups) as u32),
+            pieces(x),
+            pieces(&a),
+            elements(&low),
+            rank,
+            d_input / packing.piece(),
+            adapter.scaling as f32,
+            rows,
+            group,
+            groups,
+            packing,
+        );
+    }
+    low
+}
+
+/// Rows `start .. start + count` of the matrix as floats.
+///
+/// # Panics
+/// If the rows are not there.
+fn unpacked<R: CubeRuntime>(
+    weight: &PackedWeight<Cube<R>>,
+    start: usize,
+    count: usize,
+    dtype: DType,
+) -> Tensor<Cube<R>, 2> {
+    let [out, d_input] = weight.dims();
+    assert!(start + count <= out, "rows to unpack");
+    let Packed {
+        words,
+        scales,
+        format,
+        ..
+    } = Packed::of(weight);
+    let y = empty(&words, [count, d_input], dtype);
+    let words_row = format.words(d_input);
+    // SAFETY: the arrays are as long as rows, words and inputs say.
+    #[allow(unsafe_code)]
+    unsafe {
+        unpack::launch_unchecked::<R>(
+            &words.client,
+            cubes((count * words_row).div_ceil(UNITS)),
+            CubeDim::new_1d(UNITS as u32),
+            elements(&words),
+            elements(&scales),
+            array(&y, 4 * dtype.size()),
+            start,
+            count,
+            words_row,
+            format.group(d_input) / format.per_word(),
+            d_input,
+            format.bits() as u32,
+            [dtype.into(), scales.dtype.into()],
+        );
+    }
+    tensor(y)
+}

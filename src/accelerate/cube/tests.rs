@@ -1,0 +1,522 @@
+//! Every kernel against the default it replaces, over odd shapes, in f32 and, where the adapter has it,
+//! f16.
+//!
+//! The reference is the default on the same inputs cast to f32. Tolerances are relative distances
+//! (norm of the difference over norm of the reference): an f16 result is rounded once, 2⁻¹² on average;
+//! f32 sums in another order differ by some 1e-6, and a software device's root and exponential by some
+//! 1e-5.
+
+use burn::{
+    prelude::*,
+    tensor::{
+        DType,
+        backend::{Backend as _, BackendTypes},
+    },
+};
+
+use super::{
+    matvec::{self, InputNorm},
+    rotary::{self, HeadNorms},
+    vulkan::{Backend, contiguous, strided, tensor},
+};
+use crate::{
+    accelerate::draws,
+    ops::{
+        AttentionSpans, Dropout, ForwardOps, HeadNorm, LowRank,
+        cast::{to_dtype, to_f32},
+        plain,
+        plain::{gelu_exact, gelu_tanh},
+    },
+};
+
+type T<const D: usize> = Tensor<Backend, D>;
+type Device = <Backend as BackendTypes>::Device;
+
+/// The device, or `None` said aloud.
+fn device() -> Option<Device> {
+    let device = Device::default();
+    let answers = crate::base::panics::quietly(|| T::<1>::ones([2], &device).sum().into_data());
+    if answers.is_err() {
+        println!("SKIPPED: no Vulkan device answers, so no kernel is compared");
+        return None;
+    }
+    draws::begin();
+    Some(device)
+}
+
+/// Types of the device that are compared.
+fn dtypes(device: &Device) -> Vec<DType> {
+    let all = [DType::F32, DType::F16];
+    all.into_iter()
+        .filter(|dtype| Backend::supports_dtype(device, *dtype))
+        .collect()
+}
+
+fn normal<const D: usize>(shape: [usize; D], std: f64, dtype: DType, device: &Device) -> T<D> {
+    draws::normal(shape, std, dtype, device)
+}
+
+/// Relative distances seen, and which were too large.
+#[derive(Default)]
+struct Report(Vec<String>);
+
+impl Report {
+    fn close<const D: usize>(&mut self, name: &str, got: T<D>, want: T<D>, dtype: DType) {
+        assert_eq!(got.dims(), want.dims(), "{name}");
+        let values = |x: T<D>| -> Vec<f64> {
+            let data = to_f32(x).into_data();
+            data.iter::<f32>().map(f64::from).collect()
+        };
+        let (got, want) = (values(got), values(want));
+        let norm =
+            |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
+        let reference = norm(&mut want.iter().copied());
+        let distance = norm(&mut got.iter().zip(&want).map(|(a, b)| a - b)) / reference.max(1e-30);
+        let allowed = if dtype == DType::F32 { 2e-5 } else { 1e-3 };
+        // A NaN is too far as well.
+        let fine = distance <= allowed;
+        let mark = if fine { "ok  " } else { "FAIL" };
+        println!("{mark} {name} {dtype:?}: {distance:.2e}");
+        if !fine {
+            self.0.push(format!(
+                "{name} {dtype:?}: {distance:.3e}, allowed {allowed:.0e}"
+            ));
+        }
+    }
+
+    fn finish(self) {
+        assert!(self.0.is_empty(), "{:#?}", self.0);
+    }
+}
+
+#[test]
+fn products_of_few_rows() {
+    let Some(device) = device() else { return };
+    let mut report = Report::default();
+    for dtype in dtypes(&device) {
+        for (rows, inner, out) in [
+            (1, 8, 1),
+            (1, 64, 64),
+            (2, 200, 37),
+            (3, 1152, 130),
+            (8, 4304, 33),
+            (5, 2304, 96),
+        ] {
+            let name = |what: &str| format!("{what} {rows} x {inner} x {out}");
+            let x = normal([rows, inner], 1.0, dtype, &device);
+            let weight = normal([out, inner], 0.05, dtype, &device);
+            let bias = normal([out], 1.0, dtype, &device);
+            let residual = normal([rows, out], 1.0, dtype, &device);
+            let scale = normal([inner], 1.0, dtype, &device);
+            let (xf, wf) = (to_f32(x.clone()), to_f32(weight.clone()));
+            for (bias, residual) in [
+                (None, None),
+                (Some(bias.clone()), None),
+                (Some(bias.clone()), Some(residual.clone())),
+            ] {
+                report.close(
+                    &name("dense"),
+                    Backend::dense(x.clone(), weight.clone(), bias.clone(), residual.clone()),
+                    plain::linear(
+                        xf.clone(),
+                        wf.clone(),
+                        bias.map(to_f32),
+                        residual.map(to_f32),
+                    ),
+                    dtype,
+                );
+            }
+            // Logits are f32 whatever the weights are, and only summed in another order.
+            report.close(
+                &name("logits"),
+                Backend::logits(x.clone(), weight.clone()),
+                xf.clone().matmul(wf.clone().transpose()),
+                DType::F32,
+            );
+            let norm = InputNorm {
+                weight: contiguous(scale.clone()),
+                epsilon: 1e-6,
+            };
+            let normed = plain::rms_norm(xf, to_f32(scale), 1e-6);
+            let (x, matrix) = (contiguous(x), contiguous(weight));
+            let got = matvec::product(&x, Some(&norm), &matrix, None, None, dtype);
+            let want = normed.clone().matmul(wf.clone().transpose());
+            report.close(
+                &name("norm and product"),
+                tensor::<2>(got),
+                want.clone(),
+                dtype,
+            );
+            let got = matvec::gated_product(&x, &norm, &matrix, &matrix);
+            let want = plain::gated(want.clone(), want);
+            report.close(&name("gated product"), tensor::<2>(got), want, dtype);
+        }
+        adapters(dtype, &device, &mut report);
+        let weights = [12, 4, 8].map(|out| normal([out, 72], 0.1, dtype, &device));
+        let (x, scale) = (
+            normal([2, 72], 1.0, dtype, &device),
+            normal([72], 1.0, dtype, &device),
+        );
+        let normed = plain::rms_norm(to_f32(x.clone()), to_f32(scale.clone()), 1e-6);
+        let parts = weights
+            .clone()
+            .map(|w| normed.clone().matmul(to_f32(w).transpose()));
+        let norm = InputNorm {
+            weight: contiguous(scale),
+            epsilon: 1e-6,
+        };
+        let matrices = weights.map(contiguous);
+        let got = matvec::three_products(&contiguous(x), &norm, matrices.each_ref());
+        let want = Tensor::cat(parts.to_vec(), 1);
+        report.close("three products", tensor::<2>(got), want, dtype);
+    }
+    report.finish();
+}
+
+fn adapters(dtype: DType, device: &Device, report: &mut Report) {
+    for (rows, inner, out, rank) in [(1, 64, 96, 8), (3, 200, 37, 4), (2, 72, 24, 6)] {
+        let x = normal([rows, inner], 1.0, dtype, device);
+        let weight = normal([out, inner], 0.05, dtype, device);
+        let residual = normal([rows, out], 1.0, dtype, device);
+        let adapter = LowRank {
+            a: normal([rank, inner], 0.1, DType::F32, device),
+            b: normal([out, rank], 0.1, DType::F32, device),
+            scaling: 4.0,
+            dropout: None,
+        };
+        let wide = [&x, &weight, &residual].map(|x| to_f32(x.clone()));
+        let [xf, wf, rf] = wide;
+        let low = Backend::low_rank_inputs(x.clone(), &[&adapter]).remove(0);
+        let low_wanted = plain::low_rank_input(xf.clone(), &adapter);
+        let name = format!("adapted_product {rows} x {inner} x {out} r {rank}");
+        report.close(
+            &format!("{name}, low"),
+            low.clone(),
+            low_wanted.clone(),
+            DType::F32,
+        );
+        let got = Backend::adapted_product(x, weight, low, &adapter, Some(residual));
+        let want = plain::adapted_product(xf, wf, low_wanted, &adapter, Some(rf));
+        report.close(&name, got, want, dtype);
+    }
+}
+
+#[test]
+fn dropout_masks_are_the_host_s_bit_for_bit() {
+    let Some(device) = device() else { return };
+    for (rows, width, probability) in [(1, 1, 0.5), (5, 7, 0.25), (400, 130, 0.05)] {
+        let dropout = Dropout {
+            probability,
+            seed: 0x0123_4567_89ab_cdef,
+        };
+        let like = normal([rows, width], 1.0, DType::F32, &device);
+        let mask = Backend::dropout_mask(&like, dropout).into_data();
+        let wanted = dropout.mask(rows * width);
+        assert_eq!(mask.to_vec::<f32>().unwrap(), wanted, "{rows} x {width}");
+    }
+}
+
+#[test]
+fn norms() {
+    let Some(device) = device() else { return };
+    let mut report = Report::default();
+    for dtype in dtypes(&device) {
+        for (rows, width) in [(1, 64), (3, 1152), (130, 72), (5, 4096), (7, 200)] {
+            let name = |what: &str| format!("{what} [{rows}, {width}]");
+            let x = normal([rows, width], 2.0, dtype, &device) + 3.0;
+            let weight = normal([width], 1.0, dtype, &device);
+            let bias = normal([width], 1.0, dtype, &device);
+            let (xf, wf) = (to_f32(x.clone()), to_f32(weight.clone()));
+            report.close(
+                &name("rms_norm"),
+                Backend::rms_norm(x.clone(), weight.clone(), 1e-6),
+                plain::rms_norm(xf.clone(), wf.clone(), 1e-6),
+                dtype,
+            );
+            report.close(
+                &name("layer_norm"),
+                Backend::row_layer_norm(x, weight, bias.clone(), 1e-6),
+                plain::layer_norm(xf, wf, to_f32(bias), 1e-6),
+                dtype,
+            );
+        }
+    }
+    report.finish();
+}
+
+#[test]
+fn rotation() {
+    let Some(device) = device() else { return };
+    let mut report = Report::default();
+    for dtype in dtypes(&device) {
+        for (tokens, heads, head_dim) in [(1, 1, 16), (5, 3, 72), (37, 8, 128), (3, 1, 6)] {
+            let name = |what: &str| format!("{what} [{tokens}, {heads}, {head_dim}]");
+            // The queries of a fused projection: tokens lie three times as far apart.
+            let fused = normal([tokens, 3 * heads, head_dim], 1.0, dtype, &device);
+            let x = fused.clone().narrow(1, heads, heads);
+            let angles = normal([tokens, head_dim / 2], 3.0, DType::F32, &device);
+            let angles = Tensor::cat(vec![angles.clone(), angles], 1);
+            let (cos, sin) = (angles.clone().cos(), angles.sin());
+            let flat = fused.reshape([tokens, 3 * heads * head_dim]);
+            let got = Backend::split_and_rotate(flat.clone(), heads, cos.clone(), sin.clone());
+            let want = plain::split_and_rotate(to_f32(flat), heads, cos.clone(), sin.clone());
+            for (got, want) in got.into_iter().zip(want) {
+                report.close(&name("split_and_rotate"), got, want, dtype);
+            }
+            let norm = HeadNorm {
+                weight: normal([head_dim], 1.0, dtype, &device),
+                epsilon: 1e-6,
+            };
+            let exact = HeadNorm {
+                weight: to_f32(norm.weight.clone()),
+                epsilon: 1e-6,
+            };
+            for (norm, exact) in [(None, None), (Some(norm), Some(exact))] {
+                report.close(
+                    &name(&format!("rotate_heads, norm {}", norm.is_some())),
+                    Backend::rotate_heads(x.clone(), norm, cos.clone(), sin.clone()),
+                    plain::rotate_heads(to_f32(x.clone()), exact, cos.clone(), sin.clone()),
+                    dtype,
+                );
+            }
+        }
+        rotation_into_a_cache(dtype, &device, &mut report);
+    }
+    report.finish();
+}
+
+/// Three rows of four query heads and two key heads, put behind five tokens.
+fn rotation_into_a_cache(dtype: DType, device: &Device, report: &mut Report) {
+    let [rows, heads, kv, head_dim, capacity, at] = [3, 4, 2, 32, 9, 5];
+    let qkv = normal([rows, (heads + 2 * kv) * head_dim], 1.0, dtype, device);
+    let weights = [(); 2].map(|()| normal([head_dim], 1.0, dtype, device));
+    let angles = normal([rows, head_dim / 2], 3.0, DType::F32, device);
+    let angles = Tensor::cat(vec![angles.clone(), angles], 1);
+    let (cos, sin) = (angles.clone().cos(), angles.sin());
+    let held = [(); 2].map(|()| normal([rows, kv, capacity, head_dim], 1.0, dtype, device));
+    let part = |from: usize, count: usize| -> T<3> {
+        let all = to_f32(qkv.clone()).reshape([rows, heads + 2 * kv, head_dim]);
+        all.narrow(1, from, count)
+    };
+    let turned = |x: T<3>, weight: &T<1>| {
+        let norm = HeadNorm {
+            weight: to_f32(weight.clone()),
+            epsilon: 1e-6,
+        };
+        plain::rotate_heads(x, Some(norm), cos.clone(), sin.clone())
+    };
+    let want_q = turned(part(0, heads), &weights[0]).reshape([rows, heads * head_dim]);
+    let range = [0..rows, 0..kv, at..at + 1, 0..head_dim];
+    let put = |held: &T<4>, x: T<3>| {
+        to_f32(held.clone()).slice_assign(range.clone(), x.reshape([rows, kv, 1, head_dim]))
+    };
+    let want_k = put(&held[0], turned(part(heads, kv), &weights[1]));
+    let want_v = put(&held[1], part(heads + kv, kv));
+    let norms = HeadNorms {
+        q: contiguous(weights[0].clone()),
+        q_epsilon: 1e-6,
+        k: contiguous(weights[1].clone()),
+        k_epsilon: 1e-6,
+    };
+    let [keys, values] = held.map(contiguous);
+    let tables = contiguous(Tensor::cat(vec![cos, sin], 0));
+    let q = rotary::rotate_into_cache(&strided(qkv), &norms, (&tables, 0), [&keys, &values], at);
+    report.close("queries", tensor(q), want_q, dtype);
+    report.close("keys in the cache", tensor(keys), want_k, dtype);
+    report.close("values in the cache", tensor(values), want_v, dtype);
+}
+
+#[test]
+fn pointwise() {
+    let Some(device) = device() else { return };
+    let mut report = Report::default();
+    for dtype in dtypes(&device) {
+        for (rows, width) in [(1, 8), (3, 4304), (37, 136)] {
+            let name = |what: &str| format!("{what} [{rows}, {width}]");
+            let gate = normal([rows, width], 3.0, dtype, &device);
+            let up = normal([rows, width], 1.0, dtype, &device);
+            let (gf, uf) = (to_f32(gate.clone()), to_f32(up.clone()));
+            report.close(
+                &name("gated"),
+                Backend::gated(gate.clone(), up),
+                plain::gated(gf.clone(), uf),
+                dtype,
+            );
+            report.close(
+                &name("gelu_tanh"),
+                Backend::gelu_tanh(gate.clone()),
+                gelu_tanh(gf.clone()),
+                dtype,
+            );
+            report.close(
+                &name("gelu_exact"),
+                Backend::gelu_exact(gate),
+                gelu_exact(gf),
+                dtype,
+            );
+        }
+    }
+    report.finish();
+}
+
+#[test]
+fn a_cache_takes_new_tokens() {
+    let Some(device) = device() else { return };
+    let mut report = Report::default();
+    for dtype in dtypes(&device) {
+        for (batch, heads, new, at) in [(1, 8, 1, 0), (2, 3, 5, 7), (1, 2, 20, 12)] {
+            let shape = [batch, heads, 32, 24];
+            let held = [(); 2].map(|()| normal(shape, 1.0, dtype, &device));
+            // As the model has them: tokens first.
+            let draw = |()| normal([batch, new, heads, 24], 1.0, dtype, &device).swap_dims(1, 2);
+            let fresh: [T<4>; 2] = [(); 2].map(draw);
+            let exact = |x: &[T<4>; 2]| x.clone().map(|x| to_f32(x.mul_scalar(1.0)));
+            let want = plain::append_to_cache(exact(&held), exact(&fresh), at);
+            let got = Backend::append_to_cache(held, fresh, at);
+            for (got, want) in got.into_iter().zip(want) {
+                let name = format!("append [{batch}, {heads}, {new}] at {at}");
+                report.close(&name, got, want, dtype);
+            }
+        }
+    }
+    report.finish();
+}
+
+#[test]
+fn attention() {
+    let Some(device) = device() else { return };
+    let mut report = Report::default();
+    let padded =
+        |before: usize, tokens: usize| -> Vec<i32> { [vec![-1; before], vec![0; tokens]].concat() };
+    for dtype in dtypes(&device) {
+        for (heads, kv_heads, head_dim, segments) in [
+            (1, 1, 16, vec![padded(0, 1)]),
+            (4, 2, 72, vec![padded(3, 300), padded(0, 303)]),
+            (8, 1, 128, vec![padded(0, 40)]),
+            (4, 4, 64, vec![padded(0, 1700), padded(900, 800)]),
+        ] {
+            let keys = segments[0].len();
+            let batch = segments.len();
+            let spans = AttentionSpans::causal(&segments, keys - 1, &device);
+            let q = normal([batch, 1, heads, head_dim], 2.0, dtype, &device).swap_dims(1, 2);
+            // A cache with more room than tokens.
+            let draw = || -> T<4> {
+                let held = normal([batch, kv_heads, keys + 9, head_dim], 1.0, dtype, &device);
+                held.narrow(2, 0, keys)
+            };
+            let (k, v) = (draw(), draw());
+            let name = format!("attention {heads}/{kv_heads} x {head_dim} over {keys}");
+            report.close(
+                &name,
+                Backend::span_attention(q.clone(), k.clone(), v.clone(), &spans),
+                plain::attention(to_f32(q), to_f32(k), to_f32(v), &spans),
+                dtype,
+            );
+        }
+    }
+    report.finish();
+}
+
+#[test]
+fn attention_of_many_queries() {
+    let Some(device) = device() else { return };
+    let mut report = Report::default();
+    let causal = |segments: &[Vec<i32>], first| AttentionSpans::causal(segments, first, &device);
+    let packed = [vec![0; 21], vec![1; 1], vec![2; 13]].concat();
+    let padded = |before: usize, tokens: usize| [vec![-1; before], vec![0; tokens]].concat();
+    for dtype in dtypes(&device) {
+        for (name, heads, kv_heads, head_dim, spans) in [
+            ("packed", 4, 1, 32, causal(&[packed.clone()], 0)),
+            (
+                "padded",
+                4,
+                2,
+                64,
+                causal(&[padded(3, 30), padded(0, 33)], 0),
+            ),
+            ("behind a cache", 8, 8, 32, causal(&[vec![0; 300]], 290)),
+            (
+                "images",
+                3,
+                3,
+                72,
+                AttentionSpans::blocks(&[25, 8, 12], &device),
+            ),
+        ] {
+            let [batch, queries, keys] = spans.dims();
+            let draw = |heads: usize, rows: usize| -> T<4> {
+                normal([batch, rows, heads, head_dim], 1.0, dtype, &device).swap_dims(1, 2)
+            };
+            let (q, k, v) = (
+                draw(heads, queries),
+                draw(kv_heads, keys),
+                draw(kv_heads, keys),
+            );
+            let got = Backend::span_attention(q.clone(), k.clone(), v.clone(), &spans);
+            let want = plain::attention(to_f32(q), to_f32(k), to_f32(v), &spans);
+            // What padding sees is nobody's business.
+            let seen: Vec<f32> = match name {
+                "padded" => [vec![0.0; 3], vec![1.0; 63]].concat(),
+                _ => vec![1.0; batch * queries],
+            };
+            let seen =
+                T::<1>::from_floats(seen.as_slice(), &device).reshape([batch, 1, queries, 1]);
+            report.close(name, to_f32(got) * seen.clone(), want * seen, dtype);
+        }
+    }
+    report.finish();
+}
+
+/// Activations of the published vision tower reach five digits: nothing on their way may become infinite.
+#[test]
+fn large_activations_stay_finite() {
+    let Some(device) = device() else { return };
+    if !Backend::supports_dtype(&device, DType::F16) {
+        println!("SKIPPED: the adapter has no f16");
+        return;
+    }
+    let mut report = Report::default();
+    let values: Vec<f32> = (0..64)
+        .map(|i| (1e4 + 800.0 * i as f32) * if i % 3 == 0 { -1.0 } else { 1.0 })
+        .collect();
+    let large = T::<1>::from_floats(values.as_slice(), &device).reshape([4, 16]);
+    let x = to_dtype(large.clone(), DType::F16);
+    let large = to_f32(x.clone());
+    let ones = T::<1>::ones([16], (&device, DType::F16));
+    for (name, got, want) in [
+        (
+            "gelu_tanh",
+            Backend::gelu_tanh(x.clone()),
+            gelu_tanh(large.clone()),
+        ),
+        (
+            "gelu_exact",
+            Backend::gelu_exact(x.clone()),
+            gelu_exact(large.clone()),
+        ),
+        (
+            "rms_norm",
+            Backend::rms_norm(x.clone(), ones.clone(), 1e-6),
+            plain::rms_norm(large.clone(), to_f32(ones.clone()), 1e-6),
+        ),
+        (
+            "layer_norm",
+            Backend::row_layer_norm(x.clone(), ones.clone(), ones.clone(), 1e-6),
+            plain::layer_norm(large.clone(), to_f32(ones.clone()), to_f32(ones), 1e-6),
+        ),
+        // Beyond the largest f16 the product ends there: an infinity would be a NaN in the next norm.
+        (
+            "gated",
+            Backend::gated(x.clone(), x.clone()),
+            plain::gated(large.clone(), large.clone()).clamp(-65504.0, 65504.0),
+        ),
+        (
+            "dense",
+            Backend::dense(x.clone(), x, None, None),
+            plain::linear(large.clone(), large, None, None).clamp(-65504.0, 65504.0),
+        ),
+    ] {
+        report.close(name, got, want, DType::F16);
+    }
+    report.finish();
+}

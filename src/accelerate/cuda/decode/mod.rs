@@ -1,0 +1,134 @@
+//! Decoding: a whole step as one captured graph.
+//!
+//! A layer is six or seven launches: norm; QKV; head norms + rotation + cache; attention; output +
+//! residual; norm; gate/up + SwiGLU; down + residual. Tokens, positions, lengths and how to choose
+//! live on the device (`control.cuh`) and the token is chosen there, so that nothing but tokens is
+//! read back and nothing is captured again as sequences grow, come and go.
+//!
+//! [`batch`] decodes one batch behind a prefilled cache and runs ahead of the host; [`serve`] decodes
+//! sequences that come and go, with keys and values in pages of one pool.
+
+mod adapters;
+mod batch;
+mod pages;
+mod plan;
+mod serve;
+#[cfg(test)]
+mod tests;
+
+use burn::tensor::DType;
+
+use super::{launch::Backend, module, stream};
+use crate::qwen3_vl::{
+    Qwen3Vl,
+    config::{Qwen3VlConfig, TextConfig},
+    nn::Linear,
+};
+
+pub(super) use batch::start;
+pub(super) use serve::start as serve;
+
+/// Most sequences of one step.
+const LARGEST_BATCH: usize = plan::CONTROL_ROWS;
+
+/// Whether the model's text layers are plain bf16 matrices of shapes the kernels know: `alone` for
+/// one sequence multiplied as a vector, which asks less.
+fn covers(model: &Qwen3Vl<Backend>, config: &Qwen3VlConfig, alone: bool) -> bool {
+    // Packed weights are asked for first: `val` would unpack them.
+    let plain = |linear: &Linear<Backend>| {
+        linear.lora.is_none()
+            && linear.bias.is_none()
+            && linear.weight.packed().is_none()
+            && linear.weight.val().dtype() == DType::BF16
+    };
+    covers_sizes(&config.text_config, plan::like(model).device.index, alone)
+        && model.lm_head.as_ref().is_none_or(plain)
+        && model
+            .model
+            .language_model
+            .embed_tokens
+            .weight
+            .packed()
+            .is_none()
+        && (model.model.language_model.layers.iter())
+            .all(|layer| layer.projections().into_iter().all(plain))
+}
+
+/// Whether the kernels know matrices of these shapes.
+fn covers_sizes(text: &TextConfig, device: usize, alone: bool) -> bool {
+    let widths = [
+        text.hidden_size,
+        text.intermediate_size,
+        text.vocab_size,
+        text.head_dim * text.num_attention_heads,
+        text.head_dim * text.num_key_value_heads,
+    ];
+    // Vectors of eight and four rows for one sequence, tiles of 16 rows and 32 columns for several.
+    let unit = if alone { 8 } else { 32 };
+    let group = text.num_attention_heads / text.num_key_value_heads;
+    super::plan::card(device).is_supported()
+        && widths.iter().all(|width| {
+            width.is_multiple_of(unit) || (*width == text.vocab_size && width.is_multiple_of(16))
+        })
+        && text.head_dim.is_multiple_of(8)
+        && (16..=128).contains(&text.head_dim)
+        && (1..=8).contains(&group)
+        && super::rows::covers(device, text.hidden_size, DType::BF16)
+}
+
+/// Compiles in the background what batches of up to `largest` rows are decoded with.
+pub(super) fn prepare(text: &TextConfig, device: usize, largest: usize) {
+    let eights = (1..=largest.min(LARGEST_BATCH).div_ceil(8)).map(|eights| eights * 8);
+    let kernels: Vec<_> = std::iter::once(1)
+        .chain(eights)
+        .take(largest)
+        .filter(|rows| covers_sizes(text, device, *rows == 1))
+        .flat_map(|rows| plan::kernels(text, device, rows))
+        .collect();
+    module::load_in_background(kernels, device);
+}
+
+/// Bit `id % 32` of word `id / 32` for each of these tokens.
+fn mask_of(tokens: &[u32], vocab: usize) -> Vec<u32> {
+    let mut mask = vec![0u32; plan::mask_words(vocab)];
+    for token in tokens {
+        if let Some(word) = mask.get_mut(*token as usize / 32) {
+            *word |= 1 << (token % 32);
+        }
+    }
+    mask
+}
+
+/// Control words of all rows, as the device reads them.
+struct Control(Vec<u32>);
+
+impl Control {
+    /// Rows that do nothing: one token of the first table, the likeliest next one.
+    fn idle() -> Self {
+        let mut control = Self(vec![0; plan::CONTROL_WORDS]);
+        for row in 0..plan::CONTROL_ROWS {
+            control.set(plan::Field::End, row, 1);
+            control.set(plan::Field::Adapter, row, u32::MAX);
+            control.set_choice(row, &Default::default());
+        }
+        control
+    }
+
+    fn set(&mut self, field: plan::Field, row: usize, word: u32) {
+        self.0[field as usize * plan::CONTROL_ROWS + row] = word;
+    }
+
+    fn set_choice(&mut self, row: usize, choice: &crate::runtime::generate::sampler::TokenChoice) {
+        use plan::Field;
+        self.set(Field::TopK, row, choice.top_k as u32);
+        for (field, value) in [
+            (Field::Temperature, choice.temperature),
+            (Field::TopP, choice.top_p),
+            (Field::MinP, choice.min_p),
+            (Field::Penalty, choice.repetition_penalty),
+            (Field::Uniform, choice.uniform),
+        ] {
+            self.set(field, row, value.to_bits());
+        }
+    }
+}

@@ -1,0 +1,463 @@
+//! Adapted linear layers: `lora.cu` beside the products of `gemm.rs`.
+//!
+//! The adapter's second factor joins the layer's own product as one more pair of operands, so that
+//! `x Wᵀ + low (sB)ᵀ` is one launch and the result is written once.
+
+use burn::{prelude::*, tensor::DType};
+
+use super::{
+    gemm::{self, Around, WeightLayout},
+    launch::{Backend, Buffer, Kernel, Parameters, contiguous, empty, float_bits, launch, tensor},
+    operand::Operand,
+    plan,
+};
+use crate::ops::{BackwardProduct, Dropout, LowRank, LowRankFlow, LowRankGradients};
+
+const SOURCES: &[&str] = &[
+    include_str!("scalar.cuh"),
+    include_str!("dropout.cuh"),
+    include_str!("gated.cuh"),
+    include_str!("lora.cu"),
+];
+
+/// Largest rank the kernels hold in registers.
+const LARGEST_RANK: usize = 64;
+
+/// Whether an adapter over `[n, width]` inputs and `[n, out]` outputs can be worked on.
+pub(super) fn covers(adapter: &LowRank<Backend>, dtype: DType) -> bool {
+    let [rank, width] = adapter.a.dims();
+    let [out, _] = adapter.b.dims();
+    super::supported(&adapter.a)
+        && dtype == DType::BF16
+        && [adapter.a.dtype(), adapter.b.dtype()] == [DType::F32; 2]
+        && rank.is_multiple_of(8)
+        && rank <= LARGEST_RANK
+        && width.is_multiple_of(32)
+        && out.is_multiple_of(32)
+}
+
+/// Sizes and factors of a launch; the rest of its parameters are the adapters' dropout.
+#[derive(Clone, Copy)]
+struct Shape {
+    rows: usize,
+    width: usize,
+    /// Rows of a block's share, or number of parts.
+    chunk: usize,
+    scale: f64,
+    low_parts: usize,
+}
+
+fn parameters(shape: Shape, dropouts: &[Option<Dropout>]) -> Parameters {
+    let seed = |at: usize| dropouts.get(at).copied().flatten().map_or(0, |d| d.seed);
+    let first = dropouts.first().copied().flatten();
+    vec![
+        shape.rows as u64,
+        shape.width as u64,
+        shape.chunk as u64,
+        float_bits(shape.scale),
+        seed(0),
+        seed(1),
+        seed(2),
+        first.map_or(0, |dropout| u64::from(dropout.threshold())),
+        float_bits(first.map_or(1.0, Dropout::keep_scale)),
+        shape.low_parts as u64,
+    ]
+}
+
+/// A kernel of `lora.cu`; `more` says what its form wants besides.
+fn kernel(
+    form: &'static str,
+    rank: usize,
+    dropouts: &[Option<Dropout>],
+    threads: u32,
+    more: &[(&'static str, i64)],
+) -> Kernel {
+    let dropout = dropouts.first().is_some_and(Option::is_some);
+    let mut defines = vec![
+        ("SCALAR_BF16", 1),
+        ("RANK", rank as i64),
+        ("ADAPTERS", dropouts.len().max(1) as i64),
+        ("DROPOUT", i64::from(dropout)),
+        (form, 1),
+    ];
+    defines.extend(more);
+    Kernel::new(form, SOURCES, defines, threads)
+}
+
+fn rank(adapter: &LowRank<Backend>) -> usize {
+    adapter.a.dims()[0]
+}
+
+/// How many of the first adapters one launch can serve: what shares a kernel's configuration and
+/// fits a thread's registers.
+fn together<'a>(mut adapters: impl Iterator<Item = &'a LowRank<Backend>>) -> usize {
+    let Some(first) = adapters.next() else {
+        return 0;
+    };
+    let probability = |one: &LowRank<Backend>| one.dropout.map(|dropout| dropout.probability);
+    let most = (LARGEST_RANK / rank(first)).clamp(1, 3);
+    1 + adapters
+        .take(most - 1)
+        .take_while(|other| rank(other) == rank(first) && probability(other) == probability(first))
+        .count()
+}
+
+/// Columns of a warp in units of 32, by the tiles of eight ranks that its sums hold.
+fn column_tiles(rank_tiles: usize) -> usize {
+    match rank_tiles {
+        1 => 4,
+        2..=4 => 2,
+        _ => 1,
+    }
+}
+
+/// How blocks of four warps share a large operand: blocks side by side, rows of each, and blocks
+/// one below another. A function of the shape and the card alone, so that sums have one order.
+fn split(rows: usize, width: usize, column_tiles: usize, processors: usize) -> [usize; 3] {
+    let across = width.div_ceil(128 * column_tiles);
+    // Three blocks for each processor.
+    let below = (3 * processors / across).max(1);
+    let chunk = rows.div_ceil(below).next_multiple_of(64);
+    [across, chunk, rows.div_ceil(chunk)]
+}
+
+/// `drop(x) Aᵀ` of adapters that share their input, `[rows, rank]` bf16 each.
+pub(super) fn low_rank_inputs(
+    x: Tensor<Backend, 2>,
+    adapters: &[&LowRank<Backend>],
+) -> Vec<Tensor<Backend, 2>> {
+    let x = contiguous(x);
+    let mut lows = Vec::with_capacity(adapters.len());
+    let mut rest = adapters;
+    while !rest.is_empty() {
+        let (now, later) = rest.split_at(together(rest.iter().copied()));
+        lows.extend(down(&x, now));
+        rest = later;
+    }
+    lows.into_iter().map(tensor).collect()
+}
+
+fn down(x: &Buffer, adapters: &[&LowRank<Backend>]) -> Vec<Buffer> {
+    let [rows, width] = x.meta.shape().dims();
+    let rank = rank(adapters[0]);
+    // Sums a thread holds for each 16 rows, in units of four.
+    let sums = adapters.len() * rank / 8;
+    let processors = plan::device(x).processors;
+    let row_tiles = (1..=(12 / sums).clamp(1, 4))
+        .rev()
+        .min_by_key(|tiles| rows.div_ceil(16 * tiles).div_ceil(processors) * tiles)
+        .unwrap_or(1);
+    let factors: Vec<Buffer> = adapters
+        .iter()
+        .map(|adapter| contiguous(adapter.a.clone()))
+        .collect();
+    let lows: Vec<Buffer> = adapters
+        .iter()
+        .map(|_| empty(x, [rows, rank], DType::BF16))
+        .collect();
+    let dropouts: Vec<_> = adapters.iter().map(|adapter| adapter.dropout).collect();
+    let shape = Shape {
+        rows,
+        width,
+        chunk: 0,
+        scale: 1.0,
+        low_parts: 0,
+    };
+    let more = [("ROW_TILES", row_tiles as i64)];
+    let mut operands = vec![Operand::dense(x, DType::BF16, [rows, width])];
+    operands.extend((factors.iter()).map(|a| Operand::dense(a, DType::F32, [rank, width])));
+    operands.extend((lows.iter()).map(|low| Operand::dense(low, DType::BF16, [rows, rank])));
+    launch(
+        &x.client,
+        kernel("LOW_RANK_DOWN", rank, &dropouts, 512, &more),
+        [rows.div_ceil(16 * row_tiles), 1, 1],
+        &operands,
+        parameters(shape, &dropouts),
+    );
+    lows
+}
+
+/// `scale · B` as bf16.
+fn scaled_b(adapter: &LowRank<Backend>) -> Buffer {
+    let b = contiguous(adapter.b.clone());
+    let [out, rank] = b.meta.shape().dims();
+    let cast = empty(&b, [out, rank], DType::BF16);
+    let shape = Shape {
+        rows: 0,
+        width: out,
+        chunk: 0,
+        scale: adapter.scaling,
+        low_parts: 0,
+    };
+    launch(
+        &b.client,
+        kernel("SCALE_CAST", rank, &[], 256, &[]),
+        [(out * rank).div_ceil(1024), 1, 1],
+        &[
+            Operand::dense(&b, DType::F32, [out, rank]),
+            Operand::dense(&cast, DType::BF16, [out, rank]),
+        ],
+        parameters(shape, &[]),
+    );
+    cast
+}
+
+/// `x Wᵀ + s · low Bᵀ + residual`.
+pub(super) fn adapted_product(
+    x: Tensor<Backend, 2>,
+    weight: Tensor<Backend, 2>,
+    low: Tensor<Backend, 2>,
+    adapter: &LowRank<Backend>,
+    residual: Option<Tensor<Backend, 2>>,
+) -> Tensor<Backend, 2> {
+    let (x, weight, low) = (contiguous(x), contiguous(weight), contiguous(low));
+    let b = scaled_b(adapter);
+    let residual = residual.map(contiguous);
+    tensor(gemm::product(
+        &[(&x, &weight), (&low, &b)],
+        WeightLayout::OutIn,
+        Around {
+            residual: residual.as_ref(),
+            ..Around::default()
+        },
+        DType::BF16,
+    ))
+}
+
+/// Gradients of the weights of adapters that share the input `x`.
+pub(super) fn low_rank_backward(
+    x: Tensor<Backend, 2>,
+    flows: &[LowRankFlow<Backend>],
+) -> Vec<LowRankGradients<Backend>> {
+    let x = contiguous(x);
+    // What flows back is read once for each adapter, the input once for all.
+    let (of_b, lows): (Vec<Buffer>, Vec<Buffer>) = flows.iter().map(flow).unzip();
+    let mut of_a = Vec::with_capacity(flows.len());
+    while of_a.len() < flows.len() {
+        let start = of_a.len();
+        let count = together(flows[start..].iter().map(|flow| &flow.adapter));
+        let dropouts: Vec<_> = flows[start..start + count]
+            .iter()
+            .map(|flow| flow.adapter.dropout)
+            .collect();
+        of_a.extend(outer(&x, &lows[start..start + count], &dropouts));
+    }
+    of_a.into_iter()
+        .zip(of_b)
+        .zip(lows)
+        .map(|((a, b), low)| LowRankGradients {
+            a: tensor(a),
+            b: tensor(b),
+            low: tensor(low),
+        })
+        .collect()
+}
+
+/// The gradient of `B`, `[out, rank]` f32, and of `drop(x) Aᵀ`, `[rows, rank]` bf16.
+fn flow(flow: &LowRankFlow<Backend>) -> (Buffer, Buffer) {
+    let (dy, low) = (contiguous(flow.dy.clone()), contiguous(flow.low.clone()));
+    let b = contiguous(flow.adapter.b.clone());
+    let [rows, width] = dy.meta.shape().dims();
+    let rank = rank(&flow.adapter);
+    let tiles = column_tiles(rank / 8);
+    let [across, chunk, chunks] = split(rows, width, tiles, plan::device(&dy).processors);
+    let low_part = empty(&dy, [across, rows * rank], DType::F32);
+    let b_part = empty(&dy, [chunks, width * rank], DType::F32);
+    let shape = Shape {
+        rows,
+        width,
+        chunk,
+        scale: flow.adapter.scaling,
+        low_parts: 0,
+    };
+    let more = [("COLUMN_TILES", tiles as i64)];
+    let low_parts = Operand::dense(&low_part, DType::F32, [across, rows * rank]);
+    let b_parts = Operand::dense(&b_part, DType::F32, [chunks, width * rank]);
+    launch(
+        &dy.client,
+        kernel("LOW_RANK_FLOW", rank, &[], 128, &more),
+        [across, chunks, 1],
+        &[
+            Operand::dense(&dy, DType::BF16, [rows, width]),
+            Operand::dense(&low, DType::BF16, [rows, rank]),
+            Operand::dense(&b, DType::F32, [width, rank]),
+            low_parts,
+            b_parts,
+        ],
+        parameters(shape, &[]),
+    );
+    let of_b = empty(&dy, [width, rank], DType::F32);
+    let of_low = empty(&dy, [rows, rank], DType::BF16);
+    let shape = Shape {
+        chunk: chunks,
+        low_parts: across,
+        ..shape
+    };
+    launch(
+        &dy.client,
+        kernel("SUM_FLOW", rank, &[], 128, &[]),
+        [((width + rows) * rank).div_ceil(512), 1, 1],
+        &[
+            b_parts,
+            low_parts,
+            Operand::dense(&of_b, DType::F32, [width, rank]),
+            Operand::dense(&of_low, DType::BF16, [rows, rank]),
+        ],
+        parameters(shape, &[]),
+    );
+    (of_b, of_low)
+}
+
+/// `lowᵀ drop(x)` of adapters that share `x`, `[rank, width]` f32 each.
+fn outer(x: &Buffer, lows: &[Buffer], dropouts: &[Option<Dropout>]) -> Vec<Buffer> {
+    let [rows, width] = x.meta.shape().dims();
+    let [_, rank] = lows[0].meta.shape().dims();
+    let count = lows.len();
+    let tiles = column_tiles(count * rank / 8);
+    let [across, chunk, chunks] = split(rows, width, tiles, plan::device(x).processors);
+    let part = empty(x, [chunks, count * width * rank], DType::F32);
+    let shape = Shape {
+        rows,
+        width,
+        chunk,
+        scale: 1.0,
+        low_parts: 0,
+    };
+    let more = [("COLUMN_TILES", tiles as i64)];
+    let parts = Operand::dense(&part, DType::F32, [chunks, count * width * rank]);
+    let mut operands = vec![Operand::dense(x, DType::BF16, [rows, width])];
+    operands.extend((lows.iter()).map(|low| Operand::dense(low, DType::BF16, [rows, rank])));
+    operands.push(parts);
+    launch(
+        &x.client,
+        kernel("LOW_RANK_OUTER", rank, dropouts, 128, &more),
+        [across, chunks, 1],
+        &operands,
+        parameters(shape, dropouts),
+    );
+    let outs: Vec<Buffer> = lows
+        .iter()
+        .map(|_| empty(x, [rank, width], DType::F32))
+        .collect();
+    let mut operands = vec![parts];
+    operands.extend((outs.iter()).map(|out| Operand::dense(out, DType::F32, [rank, width])));
+    launch(
+        &x.client,
+        kernel("SUM_OUTER", rank, &vec![None; count], 128, &[]),
+        [(width * rank / 4).div_ceil(128), count, 1],
+        &operands,
+        parameters(
+            Shape {
+                chunk: chunks,
+                ..shape
+            },
+            &[],
+        ),
+    );
+    outs
+}
+
+/// The products' share of what flows back into their input, and the adapters'.
+fn weights_share(products: &[BackwardProduct<Backend>]) -> Buffer {
+    let pairs: Vec<_> = products
+        .iter()
+        .map(|product| (product.dy.clone(), product.weight.clone()))
+        .collect();
+    contiguous(gemm::input_gradient(&pairs))
+}
+
+pub(super) fn input_gradient(products: &[BackwardProduct<Backend>]) -> Tensor<Backend, 2> {
+    let dx = weights_share(products);
+    let adapters: Vec<_> = products
+        .iter()
+        .filter_map(|product| product.adapter.as_ref())
+        .collect();
+    let mut rest = adapters.as_slice();
+    while !rest.is_empty() {
+        let count = together(rest.iter().map(|(_, adapter)| adapter));
+        let (now, later) = rest.split_at(count);
+        spread(now, &dx, &[]);
+        rest = later;
+    }
+    tensor(dx)
+}
+
+/// What flows back into gate and up, in one pass over what flows back into their product.
+pub(super) fn gated_input_gradient(
+    product: BackwardProduct<Backend>,
+    gate: Tensor<Backend, 2>,
+    up: Tensor<Backend, 2>,
+) -> [Tensor<Backend, 2>; 2] {
+    let dx = weights_share(std::slice::from_ref(&product));
+    let Some(adapter) = &product.adapter else {
+        return super::pointwise::gated_backward(gate, up, tensor(dx));
+    };
+    let (gate, up) = (contiguous(gate), contiguous(up));
+    let shape: [usize; 2] = dx.meta.shape().dims();
+    let outputs = [(); 2].map(|()| empty(&dx, shape, DType::BF16));
+    spread(&[adapter], &dx, &[&gate, &up, &outputs[0], &outputs[1]]);
+    outputs.map(tensor)
+}
+
+/// `dx += Σ drop(low A)`, in place, or into the gate's operands.
+fn spread(adapters: &[&(Tensor<Backend, 2>, LowRank<Backend>)], dx: &Buffer, gated: &[&Buffer]) {
+    let [rows, width] = dx.meta.shape().dims();
+    let rank = rank(&adapters[0].1);
+    let lows: Vec<Buffer> = (adapters.iter())
+        .map(|(low, _)| contiguous(low.clone()))
+        .collect();
+    let factors: Vec<Buffer> = (adapters.iter())
+        .map(|(_, one)| contiguous(one.a.clone()))
+        .collect();
+    let dropouts: Vec<_> = adapters.iter().map(|(_, one)| one.dropout).collect();
+    let tiles = if adapters.len() * rank > 32 { 1 } else { 2 };
+    // Nothing is summed over rows: as many blocks as fit at once, and then some.
+    let (across, chunk) = (width.div_ceil(128 * tiles), 128);
+    let chunks = rows.div_ceil(chunk);
+    let shape = Shape {
+        rows,
+        width,
+        chunk,
+        scale: 1.0,
+        low_parts: 0,
+    };
+    let mut operands: Vec<Operand<'_>> = (lows.iter())
+        .map(|low| Operand::dense(low, DType::BF16, [rows, rank]))
+        .collect();
+    operands.extend((factors.iter()).map(|a| Operand::dense(a, DType::F32, [rank, width])));
+    let wide = std::iter::once(dx).chain(gated.iter().copied());
+    operands.extend(wide.map(|x| Operand::dense(x, DType::BF16, [rows, width])));
+    let more = [
+        ("COLUMN_TILES", tiles as i64),
+        ("GATED", i64::from(!gated.is_empty())),
+    ];
+    launch(
+        &dx.client,
+        kernel("LOW_RANK_SPREAD", rank, &dropouts, 128, &more),
+        [across, chunks, 1],
+        &operands,
+        parameters(shape, &dropouts),
+    );
+}
+
+/// The mask the kernels draw, as a tensor.
+pub(super) fn dropout_mask(like: &Tensor<Backend, 2>, dropout: Dropout) -> Tensor<Backend, 2> {
+    let [rows, width] = like.dims();
+    let like = super::launch::strided(like.clone());
+    let out = empty(&like, [rows, width], DType::F32);
+    let shape = Shape {
+        rows,
+        width,
+        chunk: 0,
+        scale: 1.0,
+        low_parts: 0,
+    };
+    launch(
+        &like.client,
+        kernel("MASK_FILL", 8, &[Some(dropout)], 256, &[]),
+        [(rows * width).div_ceil(512), 1, 1],
+        &[Operand::dense(&out, DType::F32, [rows, width])],
+        parameters(shape, &[Some(dropout)]),
+    );
+    tensor(out)
+}

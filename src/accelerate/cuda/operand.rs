@@ -1,0 +1,169 @@
+//! Buffers as a kernel's header names them, checked before the kernel is launched.
+//!
+//! Kernels check nothing themselves: a wrong type or a missing row would be read as whatever lies there.
+
+use burn::tensor::DType;
+
+use super::launch::Buffer;
+
+/// A buffer of a launch whose type, shape, layout and length have been compared with what the kernel
+/// reads or writes. There is no other way to hand a buffer to [`super::launch::launch`].
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Operand<'a>(&'a Buffer);
+
+/// What a kernel relies on in the strides of a buffer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Layout {
+    /// Elements one behind another.
+    Dense,
+    /// Those of the last axis one behind another; the kernel takes the strides of the others.
+    DenseRows,
+    /// The kernel takes all strides.
+    Strided,
+}
+
+impl<'a> Operand<'a> {
+    /// Elements of one type one behind another.
+    ///
+    /// # Panics
+    /// If the buffer is another one; so do the others below.
+    #[track_caller]
+    pub(super) fn dense<const D: usize>(
+        buffer: &'a Buffer,
+        dtype: DType,
+        shape: [usize; D],
+    ) -> Self {
+        Self::checked(buffer, dtype, &shape, Layout::Dense)
+    }
+
+    /// Rows of elements one behind another; the rows may be apart.
+    #[track_caller]
+    pub(super) fn dense_rows<const D: usize>(
+        buffer: &'a Buffer,
+        dtype: DType,
+        shape: [usize; D],
+    ) -> Self {
+        Self::checked(buffer, dtype, &shape, Layout::DenseRows)
+    }
+
+    /// Elements in any strides.
+    #[track_caller]
+    pub(super) fn strided<const D: usize>(
+        buffer: &'a Buffer,
+        dtype: DType,
+        shape: [usize; D],
+    ) -> Self {
+        Self::checked(buffer, dtype, &shape, Layout::Strided)
+    }
+
+    /// What fills the place of an operand that this configuration of the kernel does not touch.
+    pub(super) fn unused(buffer: &'a Buffer) -> Self {
+        Self(buffer)
+    }
+
+    /// A buffer that has just been made, taken as bytes.
+    pub(super) fn fresh(buffer: &'a Buffer) -> Self {
+        Self(buffer)
+    }
+
+    /// The buffer.
+    pub(super) fn buffer(&self) -> &'a Buffer {
+        self.0
+    }
+
+    #[track_caller]
+    fn checked(buffer: &'a Buffer, dtype: DType, shape: &[usize], layout: Layout) -> Self {
+        let (found, strides) = (&buffer.meta.shape()[..], &buffer.meta.strides()[..]);
+        assert!(
+            buffer.dtype == dtype && found == shape,
+            "a kernel takes {dtype:?} {shape:?} here, not {:?} {found:?}",
+            buffer.dtype
+        );
+        let fits = fits(shape, strides, layout);
+        assert!(
+            fits,
+            "a kernel takes {layout:?} elements here, not strides {strides:?} of {shape:?}"
+        );
+        let bytes = extent(shape, strides) * dtype.size();
+        let held = buffer.handle.size_in_used();
+        assert!(
+            bytes as u64 <= held,
+            "a kernel takes {bytes} bytes here, the buffer has {held}"
+        );
+        Self(buffer)
+    }
+}
+
+/// Whether the strides of a shape are those a kernel relies on.
+fn fits(shape: &[usize], strides: &[usize], layout: Layout) -> bool {
+    let mut dense = 1;
+    for (axis, (size, stride)) in shape.iter().zip(strides).enumerate().rev() {
+        let inner = axis + 1 == shape.len();
+        // The stride of an axis of one element is never used.
+        let wanted = match layout {
+            Layout::Dense => Some(dense),
+            Layout::DenseRows => inner.then_some(1),
+            Layout::Strided => None,
+        };
+        if *size > 1 && wanted.is_some_and(|wanted| wanted != *stride) {
+            return false;
+        }
+        dense *= size;
+    }
+    true
+}
+
+/// Elements from the first to the last one of a shape in memory.
+fn extent(shape: &[usize], strides: &[usize]) -> usize {
+    if shape.contains(&0) {
+        return 0;
+    }
+    1 + (shape.iter().zip(strides))
+        .map(|(size, stride)| (size - 1) * stride)
+        .sum::<usize>()
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::{prelude::*, tensor::DType};
+
+    use super::{super::launch::strided, *};
+    use crate::base::panics::quietly;
+
+    #[test]
+    fn layouts_are_told_apart() {
+        let transposed = ([3, 4], [1, 3]);
+        assert!(!fits(&transposed.0, &transposed.1, Layout::Dense));
+        assert!(!fits(&transposed.0, &transposed.1, Layout::DenseRows));
+        assert!(fits(&transposed.0, &transposed.1, Layout::Strided));
+        // Part of the columns of a wider matrix.
+        assert!(!fits(&[3, 4], &[16, 1], Layout::Dense));
+        assert!(fits(&[3, 4], &[16, 1], Layout::DenseRows));
+        // An axis of one element may have any stride.
+        assert!(fits(&[1, 4, 1], &[99, 1, 7], Layout::Dense));
+        assert_eq!(extent(&[3, 4], &[16, 1]), 36);
+        assert_eq!(extent(&[3, 0], &[16, 1]), 0);
+    }
+
+    /// Every operand of a launch is compared, in its type, its shape and its layout.
+    #[test]
+    fn operands_of_another_type_or_shape_are_refused() {
+        let Some(device) = super::super::tests::device() else {
+            return;
+        };
+        let x = Tensor::<super::super::Cuda, 2>::zeros([3, 8], (&device, DType::BF16));
+        let buffer = strided(x.clone());
+        assert!(quietly(|| Operand::dense(&buffer, DType::BF16, [3, 8]).buffer().dtype).is_ok());
+        for (dtype, shape) in [(DType::F32, [3, 8]), (DType::BF16, [4, 8])] {
+            let refused = quietly(|| Operand::dense(&buffer, dtype, shape).buffer().dtype);
+            assert!(refused.unwrap_err().contains("not BF16 [3, 8]"));
+        }
+        let turned = strided(x.transpose());
+        let refused = quietly(|| {
+            Operand::dense_rows(&turned, DType::BF16, [8, 3])
+                .buffer()
+                .dtype
+        });
+        assert!(refused.unwrap_err().contains("strides"));
+    }
+}

@@ -1,0 +1,52 @@
+//! Memory filled with what no result may depend on.
+//!
+//! Freed memory mostly holds plausible numbers, so a kernel that reads what nothing wrote goes unnoticed.
+//! With `XRAY_CUDA_POISON=1` every buffer that kernels are about to write starts as bytes of 0xFF: NaN in
+//! f32, bf16 and f16, −1 in integers.
+
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use super::launch::{Buffer, Kernel, launch};
+use super::operand::Operand;
+
+/// Set to 1 to fill fresh memory.
+const POISON: &str = "XRAY_CUDA_POISON";
+
+const SOURCES: &[&str] = &[include_str!("poison.cu")];
+
+/// Whether memory is filled: 0 not looked up yet, 1 no, 2 yes.
+static STATE: AtomicU8 = AtomicU8::new(0);
+
+/// Whether fresh memory is filled.
+pub(crate) fn is_on() -> bool {
+    match STATE.load(Ordering::Relaxed) {
+        0 => {
+            let on = std::env::var(POISON).is_ok_and(|value| value == "1");
+            set(on);
+            on
+        }
+        state => state == 2,
+    }
+}
+
+/// Turns it on or off for the whole process.
+pub(crate) fn set(on: bool) {
+    STATE.store(1 + u8::from(on), Ordering::Relaxed);
+}
+
+/// Fills a fresh buffer, where that is wanted.
+pub(super) fn fill(buffer: &Buffer) {
+    let elements = buffer.meta.shape().num_elements();
+    if elements == 0 || !is_on() {
+        return;
+    }
+    let bytes = elements * buffer.dtype.size();
+    let kernel = Kernel::new("poison", SOURCES, Vec::new(), 256);
+    launch(
+        &buffer.client,
+        kernel,
+        [bytes.div_ceil(256 * 16), 1, 1],
+        &[Operand::fresh(buffer)],
+        vec![bytes as u64],
+    );
+}

@@ -1,0 +1,11 @@
+//! Backends: which there are, and kernels of our own for CUDA and for cubecl's other runtimes.
+
+pub mod devices;
+#[cfg(all(test, any(feature = "cuda", feature = "wgpu")))]
+mod draws;
+pub mod list;
+
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+pub mod cube;
+#[cfg(feature = "cuda")]
+pub mod cuda;

@@ -1,0 +1,209 @@
+//! Which base an adapter was trained on: a fingerprint of the base's weights beside PEFT's files.
+//!
+//! PEFT names the base by its folder, and two bases of one size load each other's adapters without a
+//! word. The fingerprint lies in `base_fingerprint.json`, a file of its own that PEFT passes over.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::config::AdapterError;
+use crate::{
+    base::files::{FileError, write_atomic},
+    qwen3_vl::weights::{TensorFile, checkpoint_files},
+};
+
+/// Name of the file in an adapter's folder.
+const FILE: &str = "base_fingerprint.json";
+
+/// Bytes read at the beginning, in the middle and at the end of each tensor.
+const SAMPLE_BYTES: usize = 64;
+
+/// Tells one set of base weights from another: names, types, shapes and some bytes of every tensor.
+///
+/// Shards and the order of tensors in them do not count, so a checkpoint stays itself when it is
+/// sharded anew; another type makes it another one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BaseFingerprint {
+    /// Layout number, 1.
+    pub format: u32,
+    /// SHA-256 over the tensors in order of name.
+    pub sha256: String,
+}
+
+/// An adapter's base cannot be told, or is another one.
+#[derive(Debug, thiserror::Error)]
+pub enum BaseError {
+    /// The base's weights cannot be read.
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
+    /// The fingerprint's file cannot be read or written.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// The fingerprint's file holds something else.
+    #[error("`{}` is damaged: {cause}; with --any-base it is passed over", .path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// Where it stops making sense.
+        cause: serde_json::Error,
+    },
+    /// The weights differ.
+    #[error(
+        "`{}` was made for another base model: it was trained on weights `{}…`, those in `{}` are `{}…`; \
+         if they are the same in another form (another type, say), add --any-base",
+        .adapter.display(), short(.trained_on), .base.display(), short(.found)
+    )]
+    Other {
+        /// The adapter's folder.
+        adapter: PathBuf,
+        /// The base's folder.
+        base: PathBuf,
+        /// Fingerprint in the adapter's folder.
+        trained_on: String,
+        /// Fingerprint of the base.
+        found: String,
+    },
+}
+
+fn short(hash: &str) -> &str {
+    hash.get(..12).unwrap_or(hash)
+}
+
+impl BaseFingerprint {
+    /// Of the weights in a checkpoint folder; reads headers and some bytes of each tensor.
+    ///
+    /// # Errors
+    /// [`AdapterError::Weights`] names the file.
+    pub fn of(model: &Path) -> Result<Self, AdapterError> {
+        let mut tensors = BTreeMap::new();
+        for path in checkpoint_files(model)? {
+            let file = TensorFile::open(&path)?;
+            for (name, view) in file.tensors()?.iter() {
+                let mut hash = Sha256::new();
+                hash.update(format!("{:?} {:?} ", view.dtype(), view.shape()));
+                let data = view.data();
+                let last = data.len().saturating_sub(SAMPLE_BYTES);
+                for from in [0, last / 2, last] {
+                    hash.update(&data[from..(from + SAMPLE_BYTES).min(data.len())]);
+                }
+                tensors.insert(name.to_string(), hash.finalize());
+            }
+        }
+        let mut all = Sha256::new();
+        for (name, hash) in tensors {
+            all.update(name.as_bytes());
+            all.update([0]);
+            all.update(hash);
+        }
+        let sha256 = all.finalize();
+        Ok(Self {
+            format: 1,
+            sha256: sha256.iter().map(|byte| format!("{byte:02x}")).collect(),
+        })
+    }
+
+    /// Writes it into an adapter's folder.
+    ///
+    /// # Errors
+    /// [`FileError`].
+    pub fn save(&self, adapter: &Path) -> Result<(), FileError> {
+        write_atomic(&adapter.join(FILE), |out| {
+            serde_json::to_writer_pretty(&mut *out, self)?;
+            out.write_all(b"\n")
+        })
+    }
+
+    /// Of the base that an adapter was trained on; `None` if its folder does not tell, as those of
+    /// other programs.
+    ///
+    /// # Errors
+    /// [`BaseError::Damaged`], [`BaseError::File`].
+    pub fn load(adapter: &Path) -> Result<Option<Self>, BaseError> {
+        let path = adapter.join(FILE);
+        match fs::read(&path) {
+            Ok(text) => serde_json::from_slice(&text)
+                .map(Some)
+                .map_err(|cause| BaseError::Damaged { path, cause }),
+            Err(cause) if cause.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(cause) => Err(FileError::read(&path, cause).into()),
+        }
+    }
+}
+
+/// Refuses a base that the adapter was not trained on, whatever its folder is called.
+///
+/// # Errors
+/// [`BaseError`]; an adapter that does not tell its base is let through.
+pub fn check_base(adapter: &Path, model: &Path) -> Result<(), BaseError> {
+    let Some(trained_on) = BaseFingerprint::load(adapter)? else {
+        return Ok(());
+    };
+    // A packed checkpoint says what it was made from: an adapter for that fits this as well.
+    let made_from = BaseFingerprint::load(model)?;
+    let found = made_from.map_or_else(|| BaseFingerprint::of(model), Ok)?;
+    if found == trained_on {
+        return Ok(());
+    }
+    Err(BaseError::Other {
+        adapter: adapter.to_path_buf(),
+        base: model.to_path_buf(),
+        trained_on: trained_on.sha256,
+        found: found.sha256,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fixture(name: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("tests/fixtures/parity")
+            .join(name)
+    }
+
+    /// A copy of a fixture checkpoint's weights, the byte at `changed` from the end another one.
+    fn copy(changed: Option<usize>) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        let mut bytes = fs::read(fixture("model-tiny/model.safetensors")).unwrap();
+        if let Some(from_end) = changed {
+            let at = bytes.len() - from_end;
+            bytes[at] ^= 1;
+        }
+        fs::write(dir.path().join("model.safetensors"), bytes).unwrap();
+        dir
+    }
+
+    #[test]
+    fn weights_tell_the_base_and_folder_names_do_not() {
+        let same = BaseFingerprint::of(&fixture("model-tiny")).unwrap();
+        assert_eq!(BaseFingerprint::of(copy(None).path()).unwrap(), same);
+        assert_ne!(BaseFingerprint::of(copy(Some(3)).path()).unwrap(), same);
+        let merged = BaseFingerprint::of(&fixture("merged")).unwrap();
+        assert_ne!(merged, same);
+        assert_eq!(same.sha256.len(), 64);
+    }
+
+    #[test]
+    fn another_base_is_refused_and_an_untold_one_is_not() {
+        let adapter = tempfile::tempdir().unwrap();
+        check_base(adapter.path(), &fixture("merged")).unwrap();
+        let base = BaseFingerprint::of(&fixture("model-tiny")).unwrap();
+        base.save(adapter.path()).unwrap();
+        check_base(adapter.path(), &fixture("model-tiny")).unwrap();
+        let error = check_base(adapter.path(), &fixture("merged")).unwrap_err();
+        let text = error.to_string();
+        for piece in ["another base model", "--any-base", &base.sha256[..12]] {
+            assert!(text.contains(piece), "{text}");
+        }
+        fs::write(adapter.path().join(FILE), "{").unwrap();
+        let error = check_base(adapter.path(), &fixture("merged")).unwrap_err();
+        assert!(matches!(error, BaseError::Damaged { .. }), "{error}");
+    }
+}

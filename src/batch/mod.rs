@@ -1,0 +1,8 @@
+//! What goes into the model, on the host: images, token ids, positions, labels. No tensors.
+
+pub mod images;
+pub mod micro_batch;
+pub mod pixels;
+pub mod positions;
+pub mod text;
+pub mod window;

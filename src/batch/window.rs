@@ -1,0 +1,45 @@
+//! All samples of one optimizer step.
+
+use super::micro_batch::MicroBatch;
+
+/// All samples of one optimizer step.
+#[derive(Debug, Clone)]
+pub struct Window {
+    /// Which step of the run, from 0.
+    pub step: usize,
+    /// Epochs done once the window is.
+    pub epoch: f64,
+    /// Micro-batches of each device.
+    pub parts: Vec<Vec<MicroBatch>>,
+    /// Rows of the data set in it, from 0.
+    pub rows: Vec<usize>,
+    /// Targets of all micro-batches, on all devices.
+    pub targets: usize,
+    /// Number of micro-batches, on all devices.
+    pub micro_batches: usize,
+    /// Number of the first micro-batch in `parts`, for what is random.
+    pub first_micro_batch: usize,
+    /// Tokens of all micro-batches, padding left out.
+    pub tokens: usize,
+}
+
+impl Window {
+    /// The window as each device takes it: its own micro-batches, the whole window's counts.
+    pub fn split(self) -> Vec<Self> {
+        let parts = self.parts;
+        let mut first_micro_batch = 0;
+        parts
+            .into_iter()
+            .map(|part| {
+                let own = Self {
+                    first_micro_batch,
+                    parts: vec![part],
+                    rows: self.rows.clone(),
+                    ..self
+                };
+                first_micro_batch += own.parts[0].len();
+                own
+            })
+            .collect()
+    }
+}

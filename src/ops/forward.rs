@@ -1,0 +1,237 @@
+//! Operations of a forward pass, in plain Burn by default.
+
+use burn::{prelude::*, tensor::DType};
+
+use super::{
+    AttentionSpans, Dropout,
+    cast::to_f32,
+    plain,
+    quantised::{self, PackedWeight},
+};
+
+/// What a layer's output goes through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// GELU in the tanh form.
+    GeluTanh,
+    /// GELU with the error function.
+    GeluExact,
+}
+
+impl Activation {
+    /// Of each element; in f32 inside.
+    pub fn of<B: ForwardOps>(self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        match self {
+            Self::GeluTanh => B::gelu_tanh(x),
+            Self::GeluExact => B::gelu_exact(x),
+        }
+    }
+}
+
+/// One low-rank adapter as an operand: `y += scaling · drop(x) Aᵀ Bᵀ`.
+#[derive(Debug, Clone)]
+pub struct LowRank<B: Backend> {
+    /// `[r, in]`, f32.
+    pub a: Tensor<B, 2>,
+    /// `[out, r]`, f32.
+    pub b: Tensor<B, 2>,
+    /// Factor on the product.
+    pub scaling: f64,
+    /// Set in training only.
+    pub dropout: Option<Dropout>,
+}
+
+/// A root-mean-square norm over each head.
+#[derive(Debug, Clone)]
+pub struct HeadNorm<B: Backend> {
+    /// `[head_dim]`.
+    pub weight: Tensor<B, 1>,
+    /// Added to the mean square.
+    pub epsilon: f64,
+}
+
+/// Operations of a forward pass.
+///
+/// Shape letters: `n` tokens of all sequences, `b` sequences, `h` heads, `d` width of a head.
+pub trait ForwardOps: Backend + Sized {
+    /// `a b` over the last two axes, leading axes alike: `[.., m, k]` and `[.., k, n]` to `[.., m, n]`.
+    ///
+    /// f32 is multiplied in f32: a backend whose own product rounds the operands brings another.
+    fn product<const D: usize>(a: Tensor<Self, D>, b: Tensor<Self, D>) -> Tensor<Self, D> {
+        a.matmul(b)
+    }
+
+    /// `x Wᵀ + bias + residual`: `x` `[n, in]`, `weight` `[out, in]`, `residual` `[n, out]`.
+    fn dense(
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 2>,
+        bias: Option<Tensor<Self, 1>>,
+        residual: Option<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
+        plain::linear(x, weight, bias, residual)
+    }
+
+    /// `activation(x Wᵀ + bias)`: as [`Ops::dense`], then the activation.
+    fn dense_activated(
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 2>,
+        bias: Option<Tensor<Self, 1>>,
+        activation: Activation,
+    ) -> Tensor<Self, 2> {
+        activation.of(Self::dense(x, weight, bias, None))
+    }
+
+    /// Rows `start .. start + count` of a packed matrix as floats, `[count, in]`.
+    fn unpack_rows(
+        weight: &PackedWeight<Self>,
+        start: usize,
+        count: usize,
+        dtype: DType,
+    ) -> Tensor<Self, 2> {
+        weight.rows(start, count).unpack(dtype)
+    }
+
+    /// [`Ops::dense`] with a packed matrix.
+    fn dense_packed(
+        x: Tensor<Self, 2>,
+        weight: &PackedWeight<Self>,
+        bias: Option<Tensor<Self, 1>>,
+        residual: Option<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
+        quantised::weight::dense(x, weight, bias, residual)
+    }
+
+    /// [`Ops::dense_packed`] plus an adapter's share: the matrix stays as it is.
+    fn adapted_packed(
+        x: Tensor<Self, 2>,
+        weight: &PackedWeight<Self>,
+        adapter: &LowRank<Self>,
+        residual: Option<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
+        quantised::weight::adapted(x, weight, adapter, residual)
+    }
+
+    /// [`Ops::logits`] with a packed head.
+    fn logits_packed(hidden: Tensor<Self, 2>, head: &PackedWeight<Self>) -> Tensor<Self, 2> {
+        quantised::weight::logits(hidden, head)
+    }
+
+    /// `drop(x) Aᵀ` of adapters that share their input, `[n, r]` each; the backward pass needs them.
+    fn low_rank_inputs(x: Tensor<Self, 2>, adapters: &[&LowRank<Self>]) -> Vec<Tensor<Self, 2>> {
+        adapters
+            .iter()
+            .map(|adapter| plain::low_rank_input(x.clone(), adapter))
+            .collect()
+    }
+
+    /// `x Wᵀ + s · low Bᵀ + residual`, `low` being the adapter's of [`Ops::low_rank_inputs`].
+    fn adapted_product(
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 2>,
+        low: Tensor<Self, 2>,
+        adapter: &LowRank<Self>,
+        residual: Option<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
+        plain::adapted_product(x, weight, low, adapter, residual)
+    }
+
+    /// What the inputs of an adapter are multiplied with, in the shape of `like`, f32: [`Dropout::mask`],
+    /// bit for bit.
+    fn dropout_mask(like: &Tensor<Self, 2>, dropout: Dropout) -> Tensor<Self, 2> {
+        plain::dropout_mask(like, dropout)
+    }
+
+    /// Root-mean-square norm of each row of `[n, width]` with a scale, statistics in f32.
+    fn rms_norm(x: Tensor<Self, 2>, weight: Tensor<Self, 1>, epsilon: f64) -> Tensor<Self, 2> {
+        plain::rms_norm(x, weight, epsilon)
+    }
+
+    /// Layer norm of each row of `[n, width]` with scale and shift, statistics in f32.
+    fn row_layer_norm(
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 1>,
+        bias: Tensor<Self, 1>,
+        epsilon: f64,
+    ) -> Tensor<Self, 2> {
+        plain::layer_norm(x, weight, bias, epsilon)
+    }
+
+    /// Normalises each head where a norm is given, then turns it by its token's angles.
+    ///
+    /// `x` `[n, h, d]`; `cos`, `sin` `[n, d]`, f32, both halves of a row alike.
+    fn rotate_heads(
+        x: Tensor<Self, 3>,
+        norm: Option<HeadNorm<Self>>,
+        cos: Tensor<Self, 2>,
+        sin: Tensor<Self, 2>,
+    ) -> Tensor<Self, 3> {
+        plain::rotate_heads(x, norm, cos, sin)
+    }
+
+    /// Splits a fused projection `[n, 3 · h · d]` into queries, keys and values `[n, h, d]` each, the
+    /// first two turned.
+    fn split_and_rotate(
+        qkv: Tensor<Self, 2>,
+        heads: usize,
+        cos: Tensor<Self, 2>,
+        sin: Tensor<Self, 2>,
+    ) -> [Tensor<Self, 3>; 3] {
+        plain::split_and_rotate(qkv, heads, cos, sin)
+    }
+
+    /// Scaled dot-product attention with grouped-query heads, softmax in f32.
+    ///
+    /// `q` `[b, h, queries, d]`; `k`, `v` `[b, key_value_heads, keys, d]`; query head `i` reads key
+    /// head `i / (h / key_value_heads)`. A query that sees no key gives any finite row.
+    fn span_attention(
+        q: Tensor<Self, 4>,
+        k: Tensor<Self, 4>,
+        v: Tensor<Self, 4>,
+        spans: &AttentionSpans<Self>,
+    ) -> Tensor<Self, 4> {
+        plain::attention(q, k, v, spans)
+    }
+
+    /// `a b` in f32, of matrices in one type: scores of f16 heads would be rounded to a thousandth of
+    /// their size, or leave the type's range.
+    fn wide_product(a: Tensor<Self, 4>, b: Tensor<Self, 4>) -> Tensor<Self, 4> {
+        if a.dtype() == DType::F16 {
+            Self::product(to_f32(a), to_f32(b))
+        } else {
+            to_f32(Self::product(a, b))
+        }
+    }
+
+    /// `silu(gate) · up`, `[n, width]`.
+    fn gated(gate: Tensor<Self, 2>, up: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        plain::gated(gate, up)
+    }
+
+    /// GELU in the tanh form, in f32 inside.
+    fn gelu_tanh(x: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        plain::gelu_tanh(x)
+    }
+
+    /// GELU with the error function, in f32 inside.
+    fn gelu_exact(x: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        plain::gelu_exact(x)
+    }
+
+    /// Writes new keys and values `[b, h, new, d]` into the buffers `[b, h, capacity, d]` of a cache from
+    /// token `at` on.
+    fn append_to_cache(
+        [keys, values]: [Tensor<Self, 4>; 2],
+        new: [Tensor<Self, 4>; 2],
+        at: usize,
+    ) -> [Tensor<Self, 4>; 2] {
+        plain::append_to_cache([keys, values], new, at)
+    }
+
+    /// Logits in f32: `hidden` `[n, width]`, `head` `[vocab, width]`.
+    ///
+    /// The result is f32 whatever the weights are stored in: rounding it to a half type would make
+    /// equals of neighbouring logits.
+    fn logits(hidden: Tensor<Self, 2>, head: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        plain::logits(hidden, head)
+    }
+}

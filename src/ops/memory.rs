@@ -1,0 +1,87 @@
+//! Memory of devices: what is free, and the most that a run needed.
+
+use super::{DeviceMemory, Ops};
+use crate::base::{
+    device_name::DeviceKind,
+    system::{available_memory, peak_memory},
+};
+
+/// Memory that can still be had where a device's tensors lie, in bytes: the host's for the CPU.
+pub fn free_memory<B: Ops>(device: &B::Device) -> Option<u64> {
+    if B::KIND == DeviceKind::Cpu {
+        available_memory()
+    } else {
+        B::free_memory(device)
+    }
+}
+
+/// The most memory a run needed so far, and whose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PeakMemory {
+    /// Bytes.
+    pub bytes: u64,
+    /// Of the device; of the host where the backend does not tell, or works on the host.
+    pub on_device: bool,
+}
+
+impl PeakMemory {
+    /// In GiB.
+    pub fn gib(&self) -> f64 {
+        self.bytes as f64 / (1u64 << 30) as f64
+    }
+
+    /// `device` or `host`.
+    pub fn place(&self) -> &'static str {
+        if self.on_device { "device" } else { "host" }
+    }
+}
+
+/// Keeps the largest of what a device is seen to hold.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct MemoryWatch(Option<u64>);
+
+impl MemoryWatch {
+    /// Looks at the memory that the calling thread's work holds on `device`.
+    pub fn look<B: Ops>(&mut self, device: &B::Device) {
+        self.note(B::memory_in_use(device));
+    }
+
+    /// Takes in what was seen elsewhere.
+    pub fn note(&mut self, seen: Option<DeviceMemory>) {
+        self.0 = self.0.max(seen.map(|memory| memory.reserved));
+    }
+
+    /// The peak so far: the device's, else the host's; `None` where neither is told.
+    pub fn peak(&self) -> Option<PeakMemory> {
+        let device = self.0.map(|bytes| PeakMemory {
+            bytes,
+            on_device: true,
+        });
+        device.or_else(|| {
+            peak_memory().map(|bytes| PeakMemory {
+                bytes,
+                on_device: false,
+            })
+        })
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_device_counts_before_the_host_and_peaks_stay() {
+        let mut watch = MemoryWatch::default();
+        let host = watch.peak().unwrap();
+        assert_eq!(host.place(), "host");
+        assert!(host.bytes > 1 << 20);
+        for reserved in [5 << 30, 3 << 30] {
+            let in_use = reserved / 2;
+            watch.note(Some(DeviceMemory { in_use, reserved }));
+        }
+        watch.note(None);
+        let peak = watch.peak().unwrap();
+        assert_eq!((peak.gib(), peak.place()), (5.0, "device"));
+    }
+}

@@ -1,0 +1,80 @@
+//! What the model is computed with: three small traits of operations, plain Burn by default.
+//!
+//! Every backend works with the defaults ([`plain`]). A backend with faster ways overrides methods;
+//! each of its operations is compared with the default it replaces, forward and backward.
+
+mod autodiff;
+pub mod cast;
+mod device;
+pub mod dropout;
+mod forward;
+mod kept;
+pub mod memory;
+pub mod plain;
+pub mod quantised;
+pub mod queue;
+mod spans;
+mod training;
+pub mod upload;
+
+use burn::{
+    module::{ModuleMapper, Param},
+    prelude::*,
+    tensor::backend::AutodiffBackend,
+};
+
+pub use device::{AllReduce, DeviceMemory, DeviceOps, Reading};
+pub use dropout::Dropout;
+pub use forward::{Activation, ForwardOps, HeadNorm, LowRank};
+pub use kept::Kept;
+pub use spans::AttentionSpans;
+pub use training::{
+    AdamWStep, AdamWTensor, BackwardProduct, LowRankFlow, LowRankGradients, TargetLoss, TrainingOps,
+};
+
+/// A backend with all operations of the model.
+pub trait Ops: ForwardOps + TrainingOps + DeviceOps {}
+
+impl<B: ForwardOps + TrainingOps + DeviceOps> Ops for B {}
+
+/// A backend that trains with the operations of the model.
+pub trait TrainOps: AutodiffBackend<InnerBackend: Ops> + Ops {}
+
+impl<B: AutodiffBackend<InnerBackend: Ops> + Ops> TrainOps for B {}
+
+/// A module on another device, through [`Ops::send_to`].
+pub fn send_module<B: Ops, M: Module<B>>(module: M, device: &B::Device) -> M {
+    struct Send<'a, B: Backend>(&'a B::Device);
+    impl<B: Ops> ModuleMapper<B> for Send<'_, B> {
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+            let trained = param.is_require_grad();
+            let sent = B::send_to(param.val().detach(), self.0);
+            Param::initialized(param.id, sent.set_require_grad(trained))
+        }
+    }
+    module.map(&mut Send::<B>(device))
+}
+
+/// [`Ops::compact`] for all parameters of a module.
+pub fn compact<B: Ops, M: Module<B>>(module: M) -> M {
+    struct Compact;
+    impl<B: Ops> ModuleMapper<B> for Compact {
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+            param.map(B::compact)
+        }
+    }
+    module.map(&mut Compact)
+}
+
+#[cfg(feature = "flex")]
+mod flex {
+    use super::{DeviceOps, ForwardOps, TrainingOps};
+    use crate::base::device_name::DeviceKind;
+    use burn_flex::Flex;
+
+    impl ForwardOps for Flex {}
+    impl TrainingOps for Flex {}
+    impl DeviceOps for Flex {
+        const KIND: DeviceKind = DeviceKind::Cpu;
+    }
+}

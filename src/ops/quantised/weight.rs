@@ -1,0 +1,286 @@
+//! A matrix of the model, as floats or packed, and the products with it in plain Burn.
+
+use burn::{
+    prelude::*,
+    tensor::{DType, TensorData, backend::AutodiffBackend},
+};
+
+use super::{Format, pack::PackedMatrix};
+
+use crate::ops::{
+    ForwardOps, LowRank,
+    cast::{to_dtype, to_f32},
+};
+
+/// Bytes of floats that are unpacked at once on the way to a product.
+pub const UNPACKED_BYTES: usize = 32 << 20;
+
+/// Rows of a whole tile of a product.
+const TILE: usize = 64;
+
+/// A packed matrix `[out, in]` on a device.
+#[derive(Debug, Clone)]
+pub struct PackedWeight<B: Backend> {
+    /// `[out, words of a row]`, i32: bit patterns.
+    words: Tensor<B, 2, Int>,
+    /// `[out, scales of a row]`, f16 or f32.
+    scales: Tensor<B, 2>,
+    format: Format,
+    d_input: usize,
+    dtype: DType,
+}
+
+impl<B: Backend> PackedWeight<B> {
+    /// Takes tensors that are packed already; `dtype` is what the values count as.
+    ///
+    /// # Panics
+    /// If the shapes are not those of `format` for `d_input` inputs.
+    pub fn new(
+        words: Tensor<B, 2, Int>,
+        scales: Tensor<B, 2>,
+        format: Format,
+        d_input: usize,
+        dtype: DType,
+    ) -> Self {
+        let [rows, _] = words.dims();
+        assert_eq!(words.dims(), [rows, format.words(d_input)], "packed words");
+        assert_eq!(scales.dims(), [rows, format.scales(d_input)], "scales");
+        Self {
+            words,
+            scales,
+            format,
+            d_input,
+            dtype,
+        }
+    }
+
+    /// Brings a packed matrix of `rows` rows to the device; int4's scales stay f16 where it has that.
+    pub fn upload(
+        matrix: PackedMatrix,
+        rows: usize,
+        d_input: usize,
+        format: Format,
+        dtype: DType,
+        device: &B::Device,
+    ) -> Self {
+        let held = scale_dtype::<B>(format, device);
+        let words = TensorData::new(matrix.words, [rows, format.words(d_input)]);
+        let scales = TensorData::new(matrix.scales, [rows, format.scales(d_input)]);
+        let data = (words, scales.convert_dtype(held));
+        let (words, scales) = persistent::<B, _, _>(device, data, |(words, scales)| {
+            (
+                Tensor::from_data(words, (device, DType::I32)),
+                Tensor::from_data(scales, (device, held)),
+            )
+        });
+        Self::new(words, scales, format, d_input, dtype)
+    }
+
+    /// `[out, in]`.
+    pub fn dims(&self) -> [usize; 2] {
+        [self.words.dims()[0], self.d_input]
+    }
+
+    /// How it is packed.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// Type the values count as: that of the model's other weights.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// `[out, words of a row]`, i32.
+    pub fn words(&self) -> &Tensor<B, 2, Int> {
+        &self.words
+    }
+
+    /// `[out, scales of a row]`, f16 or f32.
+    pub fn scales(&self) -> &Tensor<B, 2> {
+        &self.scales
+    }
+
+    /// Where it lies.
+    pub fn device(&self) -> B::Device {
+        self.words.device()
+    }
+
+    /// Bytes of device memory.
+    pub fn bytes(&self) -> usize {
+        self.words.shape().num_elements() * 4
+            + self.scales.shape().num_elements() * self.scales.dtype().size()
+    }
+
+    /// Rows `start .. start + count`.
+    pub fn rows(&self, start: usize, count: usize) -> Self {
+        Self {
+            words: self.words.clone().narrow(0, start, count),
+            scales: self.scales.clone().narrow(0, start, count),
+            ..self.clone()
+        }
+    }
+
+    /// The named rows: `indices` `[n]`.
+    pub fn select(&self, indices: Tensor<B, 1, Int>) -> Self {
+        Self {
+            words: self.words.clone().select(0, indices.clone()),
+            scales: self.scales.clone().select(0, indices),
+            ..self.clone()
+        }
+    }
+
+    /// The values as floats, `[out, in]`, in plain Burn.
+    pub fn unpack(&self, dtype: DType) -> Tensor<B, 2> {
+        let [rows, words] = self.words.dims();
+        let format = self.format;
+        let mask = (1i32 << format.bits()) - 1;
+        let places = (0..format.per_word()).map(|place| {
+            let shift = (place * format.bits()) as i32;
+            // The shift repeats the sign, which the mask takes off again.
+            self.words
+                .clone()
+                .bitwise_right_shift_scalar(shift.elem())
+                .bitwise_and_scalar(mask.elem())
+        });
+        let levels: Tensor<B, 3, Int> = Tensor::stack(places.collect(), 2);
+        let levels = to_f32(levels.reshape([rows, words * format.per_word()]).float());
+        let group = format.group(self.d_input);
+        let values = (levels - format.offset() as f64).reshape([rows as i32, -1, group as i32]);
+        let values: Tensor<B, 3> = values * to_f32(self.scales.clone()).unsqueeze_dim(2);
+        let values: Tensor<B, 2> = values.reshape([rows as i32, -1]);
+        to_dtype(values.narrow(1, 0, self.d_input), dtype)
+    }
+
+    /// Rows of floats of `dtype` that are unpacked at once.
+    pub fn rows_at_once(&self, dtype: DType) -> usize {
+        let row = self.format.padded(self.d_input) * dtype.size();
+        let rows = UNPACKED_BYTES / row;
+        // Whole tiles of a product.
+        if rows > TILE {
+            rows / TILE * TILE
+        } else {
+            rows.max(1)
+        }
+    }
+}
+
+impl<B: Backend> PackedWeight<B> {
+    /// The same matrix on another device.
+    pub fn to_device(self, device: &B::Device) -> Self {
+        Self {
+            words: self.words.to_device(device),
+            scales: self.scales.to_device(device),
+            ..self
+        }
+    }
+}
+
+impl<B: AutodiffBackend> PackedWeight<B> {
+    /// The same matrix without autodiff.
+    pub fn inner(&self) -> PackedWeight<B::InnerBackend> {
+        PackedWeight {
+            words: self.words.clone().inner(),
+            scales: self.scales.clone().inner(),
+            format: self.format,
+            d_input: self.d_input,
+            dtype: self.dtype,
+        }
+    }
+
+    /// The same matrix under autodiff; it never gets a gradient.
+    pub fn from_inner(inner: PackedWeight<B::InnerBackend>) -> Self {
+        Self {
+            words: Tensor::from_inner(inner.words),
+            scales: Tensor::from_inner(inner.scales),
+            format: inner.format,
+            d_input: inner.d_input,
+            dtype: inner.dtype,
+        }
+    }
+}
+
+/// Makes tensors that stay: memory of their very size is taken for them, where pages of a backend's
+/// pool would leave gaps between the matrices of a model.
+pub fn persistent<B: Backend, Input: Send, Output: Send>(
+    device: &B::Device,
+    input: Input,
+    make: impl Fn(Input) -> Output + Send,
+) -> Output {
+    B::memory_persistent_allocations(device, input, make)
+}
+
+/// Type of the scales on a device: as stored, or f32 where there is no f16.
+pub fn scale_dtype<B: Backend>(format: Format, device: &B::Device) -> DType {
+    let stored = format.scale_dtype();
+    if B::supports_dtype(device, stored) {
+        stored
+    } else {
+        DType::F32
+    }
+}
+
+/// Does some rows of a packed matrix at a time and joins what comes of them: `[n, out]`.
+fn by_rows<B: ForwardOps>(
+    weight: &PackedWeight<B>,
+    dtype: DType,
+    part: impl Fn(Tensor<B, 2>, usize, usize) -> Tensor<B, 2>,
+) -> Tensor<B, 2> {
+    let [out, _] = weight.dims();
+    let at_once = weight.rows_at_once(dtype);
+    let device = weight.device();
+    let parts = (0..out).step_by(at_once).map(|start| {
+        let count = at_once.min(out - start);
+        // Of the same few sizes in every layer, so memory of these sizes is kept for them.
+        let rows = persistent::<B, _, _>(&device, weight.clone(), |weight| {
+            B::unpack_rows(&weight, start, count, dtype)
+        });
+        part(rows, start, count)
+    });
+    let mut parts: Vec<_> = parts.collect();
+    if parts.len() == 1 {
+        parts.remove(0)
+    } else {
+        Tensor::cat(parts, 1)
+    }
+}
+
+/// `x Wᵀ + bias + residual`: some rows of the matrix as floats at a time.
+pub(crate) fn dense<B: ForwardOps>(
+    x: Tensor<B, 2>,
+    weight: &PackedWeight<B>,
+    bias: Option<Tensor<B, 1>>,
+    residual: Option<Tensor<B, 2>>,
+) -> Tensor<B, 2> {
+    by_rows(weight, x.dtype(), |rows, start, count| {
+        let bias = bias.clone().map(|bias| bias.narrow(0, start, count));
+        let residual = residual.clone().map(|y| y.narrow(1, start, count));
+        B::dense(x.clone(), rows, bias, residual)
+    })
+}
+
+/// [`dense`] plus an adapter's share, without bias.
+pub(crate) fn adapted<B: ForwardOps>(
+    x: Tensor<B, 2>,
+    weight: &PackedWeight<B>,
+    adapter: &LowRank<B>,
+    residual: Option<Tensor<B, 2>>,
+) -> Tensor<B, 2> {
+    let low = B::low_rank_inputs(x.clone(), &[adapter]).remove(0);
+    by_rows(weight, x.dtype(), |rows, start, count| {
+        let adapter = LowRank {
+            b: adapter.b.clone().narrow(0, start, count),
+            ..adapter.clone()
+        };
+        let residual = residual.clone().map(|y| y.narrow(1, start, count));
+        B::adapted_product(x.clone(), rows, low.clone(), &adapter, residual)
+    })
+}
+
+/// Logits in f32.
+pub(crate) fn logits<B: ForwardOps>(hidden: Tensor<B, 2>, head: &PackedWeight<B>) -> Tensor<B, 2> {
+    let hidden = to_f32(hidden);
+    by_rows(head, DType::F32, |rows, _, _| {
+        B::product(hidden.clone(), rows.transpose())
+    })
+}

@@ -1,0 +1,194 @@
+//! Operations of a backward pass and of the optimizer, in plain Burn by default.
+
+use burn::prelude::*;
+
+use super::{AttentionSpans, ForwardOps, HeadNorm, LowRank, plain};
+
+/// What a low-rank adapter's backward pass starts from.
+#[derive(Debug, Clone)]
+pub struct LowRankFlow<B: Backend> {
+    /// `drop(x) Aᵀ` of the forward pass, `[tokens, r]`.
+    pub low: Tensor<B, 2>,
+    /// What flows back into the layer's output, `[tokens, out]`.
+    pub dy: Tensor<B, 2>,
+    /// The adapter.
+    pub adapter: LowRank<B>,
+}
+
+/// What flows back through a low-rank adapter.
+#[derive(Debug, Clone)]
+pub struct LowRankGradients<B: Backend> {
+    /// Of `A`, `[r, in]`, f32.
+    pub a: Tensor<B, 2>,
+    /// Of `B`, `[out, r]`, f32.
+    pub b: Tensor<B, 2>,
+    /// Of `drop(x) Aᵀ`, `[tokens, r]`.
+    pub low: Tensor<B, 2>,
+}
+
+/// Loss over some targets and what flows back from it.
+#[derive(Debug, Clone)]
+pub struct TargetLoss<B: Backend> {
+    /// Sum of the negative log likelihoods, number of right predictions; `[2]`, f32.
+    pub sums: Tensor<B, 1>,
+    /// Gradient of the weighted loss, `[targets, hidden]`, in the type of the hidden states.
+    pub hidden_gradient: Tensor<B, 2>,
+}
+
+/// What one AdamW step of one tensor needs besides value and gradient.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdamWStep {
+    /// Share of the old mean of the gradient.
+    pub beta1: f64,
+    /// Share of the old mean of its square.
+    pub beta2: f64,
+    /// Added to the root.
+    pub epsilon: f64,
+    /// Learning rate over the bias correction of the mean.
+    pub step_size: f64,
+    /// One over the bias correction of the mean square.
+    pub second_scale: f64,
+    /// What the value is multiplied with before: one less learning rate times decay.
+    pub keep: f64,
+}
+
+/// One parameter in an AdamW step; all `[count]`, f32.
+#[derive(Debug, Clone)]
+pub struct AdamWTensor<B: Backend> {
+    /// The parameter.
+    pub value: Tensor<B, 1>,
+    /// Its gradient.
+    pub gradient: Tensor<B, 1>,
+    /// Running mean of the gradient.
+    pub first: Tensor<B, 1>,
+    /// Running mean of its square.
+    pub second: Tensor<B, 1>,
+    /// The rest; the first three numbers are the same for all parameters.
+    pub step: AdamWStep,
+}
+
+/// One product whose input gradient is wanted.
+#[derive(Debug, Clone)]
+pub struct BackwardProduct<B: Backend> {
+    /// What flows back into its output, `[tokens, out]`.
+    pub dy: Tensor<B, 2>,
+    /// `[out, in]`.
+    pub weight: Tensor<B, 2>,
+    /// Its adapter, and what flows back into the low-rank part `[tokens, r]`.
+    pub adapter: Option<(Tensor<B, 2>, LowRank<B>)>,
+}
+
+/// Operations of a backward pass and of the optimizer.
+///
+/// Shape letters: as in [`ForwardOps`].
+pub trait TrainingOps: ForwardOps {
+    /// Gradients of adapters that share the input `x`, which is as in the forward pass.
+    fn low_rank_backward(
+        x: Tensor<Self, 2>,
+        flows: &[LowRankFlow<Self>],
+    ) -> Vec<LowRankGradients<Self>> {
+        flows
+            .iter()
+            .map(|flow| plain::low_rank_backward(x.clone(), flow))
+            .collect()
+    }
+
+    /// What flows back into the one input of several products, `Σ dy W + drop(dlow A)`, `[n, in]`.
+    ///
+    /// # Panics
+    /// If there is no product.
+    fn input_gradient(products: &[BackwardProduct<Self>]) -> Tensor<Self, 2> {
+        plain::input_gradient(products)
+    }
+
+    /// What flows back into gate and up where the product's input is [`Ops::gated`] of them.
+    fn gated_input_gradient(
+        product: BackwardProduct<Self>,
+        gate: Tensor<Self, 2>,
+        up: Tensor<Self, 2>,
+    ) -> [Tensor<Self, 2>; 2] {
+        Self::gated_backward(gate, up, Self::input_gradient(&[product]))
+    }
+
+    /// What flows back into the input of [`Ops::rms_norm`], plus `residual`.
+    fn rms_norm_backward(
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 1>,
+        epsilon: f64,
+        dy: Tensor<Self, 2>,
+        residual: Tensor<Self, 2>,
+    ) -> Tensor<Self, 2> {
+        residual + plain::rms_norm_backward(x, weight, epsilon, dy)
+    }
+
+    /// What flows back into the input of [`Ops::rotate_heads`].
+    fn rotate_heads_backward(
+        x: Tensor<Self, 3>,
+        norm: Option<HeadNorm<Self>>,
+        cos: Tensor<Self, 2>,
+        sin: Tensor<Self, 2>,
+        dy: Tensor<Self, 3>,
+    ) -> Tensor<Self, 3> {
+        plain::rotate_heads_backward(x, norm, cos, sin, dy)
+    }
+
+    /// [`Ops::span_attention`], and what its backward pass needs besides: `[b, h, queries]`, f32.
+    fn span_attention_for_backward(
+        q: Tensor<Self, 4>,
+        k: Tensor<Self, 4>,
+        v: Tensor<Self, 4>,
+        spans: &AttentionSpans<Self>,
+    ) -> (Tensor<Self, 4>, Option<Tensor<Self, 3>>) {
+        (plain::attention(q, k, v, spans), None)
+    }
+
+    /// What flows back into `q`, `k` and `v`; `y` and `statistics` are the forward pass's.
+    fn span_attention_backward(
+        q: Tensor<Self, 4>,
+        k: Tensor<Self, 4>,
+        v: Tensor<Self, 4>,
+        _y: Tensor<Self, 4>,
+        _statistics: Option<Tensor<Self, 3>>,
+        dy: Tensor<Self, 4>,
+        spans: &AttentionSpans<Self>,
+    ) -> [Tensor<Self, 4>; 3] {
+        plain::attention_backward(q, k, v, dy, spans)
+    }
+
+    /// What flows back into gate and up.
+    fn gated_backward(
+        gate: Tensor<Self, 2>,
+        up: Tensor<Self, 2>,
+        dy: Tensor<Self, 2>,
+    ) -> [Tensor<Self, 2>; 2] {
+        plain::gated_backward(gate, up, dy)
+    }
+
+    /// Cross-entropy of some hidden states against a frozen head, forward and backward at once.
+    ///
+    /// The gradient is that of `weight` times the sum of the negative log likelihoods of `ids`.
+    fn target_loss(
+        hidden: Tensor<Self, 2>,
+        head: Tensor<Self, 2>,
+        ids: Tensor<Self, 1, Int>,
+        weight: f64,
+    ) -> TargetLoss<Self> {
+        plain::target_loss(hidden, head, ids, weight)
+    }
+
+    /// One step of AdamW for many parameters: new value, mean and mean square of each.
+    ///
+    /// Gradients are multiplied by the second element of `clip`, which is of [`Ops::clip_scale`].
+    fn adamw(
+        tensors: Vec<AdamWTensor<Self>>,
+        clip: Option<Tensor<Self, 1>>,
+    ) -> Vec<[Tensor<Self, 1>; 3]> {
+        plain::adamw(tensors, clip)
+    }
+
+    /// The common norm of some tensors, and what they have to be multiplied with for it to be at most
+    /// `max_norm` (1 where that is 0); `[2]`, f32. There is at least one tensor.
+    fn clip_scale(tensors: Vec<Tensor<Self, 1>>, max_norm: f64) -> Tensor<Self, 1> {
+        plain::clip_scale(tensors, max_norm)
+    }
+}

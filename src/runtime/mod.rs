@@ -1,0 +1,8 @@
+//! A loaded model at work: loading, prefill, decoding, and the faster ways a backend has for them.
+
+pub mod accelerator;
+pub mod generate;
+pub mod pipeline;
+pub mod spread;
+pub mod synthetic;
+pub mod vision;

@@ -1,0 +1,720 @@
+//! A model ready to be asked: weights, processor, tokenizer and template of one checkpoint.
+
+use std::path::{Path, PathBuf};
+
+use burn::{prelude::*, tensor::DType};
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use crate::{
+    adapters::{
+        lora::{
+            config::AdapterError,
+            files::{load_adapter, trained_pixel_limits},
+            merge::merge,
+        },
+        quantised::load::load_packed,
+    },
+    base::{
+        device_name::{DeviceKind, dtype_text},
+        files::hint::folder_hint,
+    },
+    batch::images::ImageInput,
+    ops::{compact, quantised::Quantization},
+    processor::{
+        chat::{ChatError, ChatTemplate, RenderOptions, encode_chat},
+        image::{ImageError, RgbImage},
+        message::{Content, Message, Role, split_thinking},
+        patches::{ImageProcessor, ImageProcessorConfig, PREPROCESSOR_FILE, PROCESSOR_FILE},
+        tokenizer::{Tokenizer, TokenizerError},
+    },
+    qwen3_vl::{
+        Qwen3Vl,
+        config::{ConfigError, Qwen3VlConfig},
+        nn::InitOptions,
+        weights::{
+            LoadProgress, WeightsError, checkpoint_files, load_checkpoints, parameter_shapes,
+        },
+    },
+    runtime::{
+        accelerator::Accelerator,
+        generate::{
+            FinishReason, GenerateError, GenerationConfig, Prompt, Timing, generate,
+            text::TextStream,
+        },
+    },
+};
+
+/// What keeps a model from being loaded or asked.
+#[derive(Debug, thiserror::Error)]
+#[allow(
+    missing_docs,
+    reason = "each variant is the error of the part it names"
+)]
+pub enum PipelineError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    #[error(transparent)]
+    Chat(#[from] ChatError),
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    #[error(transparent)]
+    Generate(#[from] GenerateError),
+    #[error("`{}` is not the folder of a checkpoint; expected `config.json`, `tokenizer.json` and `model.safetensors` (or shards with their index) in it{}", .0.display(), folder_hint(.0, "config.json"))]
+    NoModel(PathBuf),
+    #[error("`{}`: `{key}` is {found} for the image processor and {expected} in the vision_config of config.json; the two must agree", .path.display())]
+    Patches {
+        path: PathBuf,
+        key: &'static str,
+        found: usize,
+        expected: usize,
+    },
+    #[error("`{}`: {reason}; copy the file of the published checkpoint, or remove it: then `config.json` and the tokenizer say what ends an answer", .path.display())]
+    GenerationConfig { path: PathBuf, reason: String },
+    #[error(
+        "the tokenizer in `{}` has {found} tokens, the model only {expected}; do they belong together?",
+        .path.display()
+    )]
+    VocabSize {
+        path: PathBuf,
+        found: usize,
+        expected: usize,
+    },
+    #[error(
+        "the model needs about {need:.1} GiB of memory as {}, {free:.1} GiB are free; try `--dtype bf16` or `--quantize int8`, a smaller model, or close other programs",
+        dtype_text(*.dtype)
+    )]
+    Memory { need: f64, free: f64, dtype: DType },
+}
+
+/// What to load and how.
+#[derive(Debug, Clone)]
+pub struct PipelineOptions {
+    /// Checkpoint folder.
+    pub model: PathBuf,
+    /// PEFT adapter folder, merged into the weights; on packed weights it stays apart.
+    pub adapter: Option<PathBuf>,
+    /// Type of the weights on the device.
+    pub dtype: DType,
+    /// Pack the weights of a 16-bit checkpoint while they are loaded; one that is packed on the disk
+    /// stays as it is.
+    pub quantize: Option<Quantization>,
+    /// Smallest image the model is shown, in pixels; when absent, see [`LimitsFrom`].
+    pub min_pixels: Option<usize>,
+    /// Largest image the model is shown, in pixels; when absent, see [`LimitsFrom`].
+    pub max_pixels: Option<usize>,
+}
+
+/// Who says between how many pixels an image is scaled, the first that does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LimitsFrom {
+    /// The caller, one limit or both.
+    Options,
+    /// The training run of the adapter.
+    Adapter,
+    /// The checkpoint's `processor_config.json` or `preprocessor_config.json`.
+    Checkpoint,
+    /// Nobody: the training recipe's are taken.
+    Recipe,
+}
+
+impl std::fmt::Display for LimitsFrom {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Options => "as given",
+            Self::Adapter => "as in the training of the adapter",
+            Self::Checkpoint => "as the checkpoint's processor files say",
+            Self::Recipe => "the recipe's, since the checkpoint has no processor file",
+        })
+    }
+}
+
+/// Text side of a checkpoint: all that is needed to make prompts and read answers.
+#[derive(Debug, Clone)]
+pub struct TextAndImages {
+    /// Sizes.
+    pub config: Qwen3VlConfig,
+    /// Pictures to patches.
+    pub images: ImageProcessor,
+    /// Text to ids.
+    pub tokenizer: Tokenizer,
+    /// Messages to text.
+    pub template: ChatTemplate,
+    /// Tokens that end an answer.
+    pub eos_token_ids: Vec<u32>,
+    /// Where the pixel limits of `images` come from.
+    pub limits_from: LimitsFrom,
+    /// Pixel limits of the checkpoint itself.
+    checkpoint_limits: [usize; 2],
+}
+
+impl TextAndImages {
+    /// [`Self::pixel_limits`] where somebody may expect others: unless they were given, or those of the
+    /// checkpoint and the recipe are the same.
+    pub fn pixel_limits_to_know(&self) -> Option<String> {
+        let limits = |config: &ImageProcessorConfig| [config.min_pixels, config.max_pixels];
+        let ours = limits(self.images.config());
+        let recipe = limits(&ImageProcessorConfig::default());
+        let expected = ours == recipe && ours == self.checkpoint_limits;
+        (self.limits_from != LimitsFrom::Options && !expected).then(|| self.pixel_limits())
+    }
+
+    /// The pixel limits in force and where they come from, as one sentence for a log.
+    pub fn pixel_limits(&self) -> String {
+        let ImageProcessorConfig {
+            min_pixels,
+            max_pixels,
+            ..
+        } = self.images.config();
+        format!(
+            "images are scaled to between {min_pixels} and {max_pixels} pixels, {}",
+            self.limits_from
+        )
+    }
+
+    /// Reads everything of a checkpoint but its weights.
+    ///
+    /// # Errors
+    /// [`PipelineError`] names the file.
+    pub fn load(options: &PipelineOptions) -> Result<Self, PipelineError> {
+        let dir = &options.model;
+        if !dir.join("config.json").is_file() {
+            return Err(PipelineError::NoModel(dir.clone()));
+        }
+        let config = Qwen3VlConfig::from_dir(dir)?;
+        Self::load_for(options, config)
+    }
+
+    /// [`Self::load`] for a model of other sizes than the folder's.
+    ///
+    /// # Errors
+    /// [`PipelineError`] names the file.
+    pub fn load_for(
+        options: &PipelineOptions,
+        config: Qwen3VlConfig,
+    ) -> Result<Self, PipelineError> {
+        let dir = &options.model;
+        let has_file = [PREPROCESSOR_FILE, PROCESSOR_FILE]
+            .iter()
+            .any(|name| dir.join(name).is_file());
+        let (mut image_config, mut limits_from) = if has_file {
+            (
+                ImageProcessorConfig::published(dir)?,
+                LimitsFrom::Checkpoint,
+            )
+        } else {
+            let recipe = ImageProcessorConfig {
+                patch_size: config.vision_config.patch_size,
+                temporal_patch_size: config.vision_config.temporal_patch_size,
+                merge_size: config.vision_config.spatial_merge_size,
+                ..ImageProcessorConfig::default()
+            };
+            (recipe, LimitsFrom::Recipe)
+        };
+        let checkpoint_limits = [image_config.min_pixels, image_config.max_pixels];
+        let trained = options.adapter.as_deref().map(trained_pixel_limits);
+        if let Some([min_pixels, max_pixels]) = trained.transpose()?.flatten() {
+            image_config.min_pixels = min_pixels;
+            image_config.max_pixels = max_pixels;
+            limits_from = LimitsFrom::Adapter;
+        }
+        if let Some(pixels) = options.min_pixels {
+            image_config.min_pixels = pixels;
+        }
+        if let Some(pixels) = options.max_pixels {
+            image_config.max_pixels = pixels;
+        }
+        if options.min_pixels.is_some() || options.max_pixels.is_some() {
+            limits_from = LimitsFrom::Options;
+        }
+        check_patches(dir, &image_config, &config)?;
+        let images = ImageProcessor::new(image_config)?;
+        let tokenizer = Tokenizer::from_folder(dir)?;
+        if tokenizer.vocab_size() > config.text_config.vocab_size {
+            return Err(PipelineError::VocabSize {
+                path: dir.clone(),
+                found: tokenizer.vocab_size(),
+                expected: config.text_config.vocab_size,
+            });
+        }
+        // The adapter's own template goes before the base's.
+        let mut found = None;
+        for folder in options.adapter.iter().chain([dir]) {
+            if found.is_none() {
+                found = ChatTemplate::find(folder, None)?;
+            }
+        }
+        let template = match found {
+            Some(template) => template,
+            // A checkpoint without a template: the published folder names tell the two kinds apart.
+            None if is_thinking_folder(dir) => ChatTemplate::thinking()?,
+            None => ChatTemplate::instruct()?,
+        };
+        let eos_token_ids = eos_token_ids(dir, &config, &tokenizer)?;
+        Ok(Self {
+            config,
+            images,
+            tokenizer,
+            template,
+            eos_token_ids,
+            limits_from,
+            checkpoint_limits,
+        })
+    }
+
+    /// Patches of a picture, as the model takes them.
+    ///
+    /// # Errors
+    /// [`PipelineError::Image`].
+    pub fn image_input(&self, picture: &RgbImage) -> Result<ImageInput, PipelineError> {
+        let patches = self.images.process(picture)?;
+        Ok(ImageInput {
+            pixel_values: patches.pixel_values.into(),
+            image_grid_thw: vec![patches.grid_thw],
+        })
+    }
+
+    /// A prompt that asks `question` about `images`, under an optional system message.
+    ///
+    /// # Errors
+    /// [`PipelineError::Chat`].
+    pub fn prompt(
+        &self,
+        system: Option<&str>,
+        question: &str,
+        images: ImageInput,
+    ) -> Result<Prompt, PipelineError> {
+        let mut messages = Vec::new();
+        if let Some(system) = system {
+            messages.push(Message {
+                role: Role::System,
+                content: Content::Text(system.to_string()),
+                reasoning_content: None,
+            });
+        }
+        messages.push(Message::question(images.image_grid_thw.len(), question));
+        self.chat_prompt(&messages, images)
+    }
+
+    /// A prompt from whole messages; `images` in the order of their places.
+    ///
+    /// # Errors
+    /// [`PipelineError::Chat`].
+    pub fn chat_prompt(
+        &self,
+        messages: &[Message],
+        images: ImageInput,
+    ) -> Result<Prompt, PipelineError> {
+        let input_ids = encode_chat(
+            &self.tokenizer,
+            &self.template,
+            messages,
+            RenderOptions::generation(),
+            &images.image_grid_thw,
+            self.config.vision_config.spatial_merge_size,
+        )?;
+        Ok(Prompt { input_ids, images })
+    }
+}
+
+/// Whether the folder's own name, not its parents', says that the model thinks.
+fn is_thinking_folder(dir: &Path) -> bool {
+    let dir = dir.canonicalize().unwrap_or_else(|_| dir.to_path_buf());
+    dir.file_name()
+        .is_some_and(|name| name.to_string_lossy().to_lowercase().contains("thinking"))
+}
+
+/// The picture must be cut as the vision tower reads it.
+fn check_patches(
+    dir: &Path,
+    images: &ImageProcessorConfig,
+    config: &Qwen3VlConfig,
+) -> Result<(), PipelineError> {
+    let vision = &config.vision_config;
+    for (key, found, expected) in [
+        ("patch_size", images.patch_size, vision.patch_size),
+        (
+            "temporal_patch_size",
+            images.temporal_patch_size,
+            vision.temporal_patch_size,
+        ),
+        ("merge_size", images.merge_size, vision.spatial_merge_size),
+        ("channels", 3, vision.in_channels),
+    ] {
+        if found != expected {
+            return Err(PipelineError::Patches {
+                path: dir.to_path_buf(),
+                key,
+                found,
+                expected,
+            });
+        }
+    }
+    Ok(())
+}
+
+/// End tokens of a checkpoint: those of `generation_config.json`, else of `config.json`, and always
+/// the end of a message.
+///
+/// # Errors
+/// [`PipelineError::GenerationConfig`]: an answer would not end where the checkpoint says.
+fn eos_token_ids(
+    dir: &Path,
+    config: &Qwen3VlConfig,
+    tokenizer: &Tokenizer,
+) -> Result<Vec<u32>, PipelineError> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Ids {
+        One(u32),
+        Many(Vec<u32>),
+    }
+    let path = dir.join("generation_config.json");
+    let wrong = |reason: String| PipelineError::GenerationConfig {
+        path: path.clone(),
+        reason,
+    };
+    let mut ids = vec![tokenizer.special().im_end];
+    let named = match std::fs::read_to_string(&path) {
+        Ok(text) => {
+            let tree: Map<String, Value> =
+                serde_json::from_str(&text).map_err(|cause| wrong(cause.to_string()))?;
+            tree.get("eos_token_id")
+                .filter(|ids| !ids.is_null())
+                .cloned()
+        }
+        Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => None,
+        Err(cause) => return Err(wrong(cause.to_string())),
+    };
+    match named {
+        Some(found) => match serde_json::from_value(found.clone()) {
+            Ok(Ids::One(id)) => ids.push(id),
+            Ok(Ids::Many(list)) => ids.extend(list),
+            Err(_) => {
+                return Err(wrong(format!(
+                    "key `eos_token_id` is {found}, expected a token's number or a list of them"
+                )));
+            }
+        },
+        None => ids.extend(config.text_config.eos_token_id),
+    }
+    ids.push(tokenizer.special().endoftext);
+    ids.sort_unstable();
+    ids.dedup();
+    Ok(ids)
+}
+
+/// A whole answer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Answer {
+    /// What is meant for the reader.
+    pub report: String,
+    /// The reasoning before it, for models that think.
+    pub thinking: Option<String>,
+    /// Why it ended.
+    pub finish_reason: FinishReason,
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Tokens of the answer, end token included.
+    pub completion_tokens: usize,
+}
+
+/// A loaded model with all that belongs to it.
+#[derive(Debug)]
+pub struct Pipeline<B: Backend> {
+    /// Weights with their adapter, merged unless they are packed.
+    pub model: Qwen3Vl<B>,
+    /// Tokenizer, template, image processor.
+    pub parts: TextAndImages,
+    /// Where the weights lie.
+    pub device: B::Device,
+}
+
+impl<B: Accelerator> Pipeline<B> {
+    /// Loads a checkpoint and its adapter.
+    ///
+    /// # Errors
+    /// [`PipelineError`] names the file, and the key or tensor.
+    pub fn load(
+        options: &PipelineOptions,
+        device: B::Device,
+        on_progress: LoadProgress<'_>,
+    ) -> Result<Self, PipelineError> {
+        Ok(Self::load_on(options, &[device], on_progress)?.remove(0))
+    }
+
+    /// [`Pipeline::load`] on each of some devices, from one reading of the files.
+    ///
+    /// # Errors
+    /// [`PipelineError`] names the file, and the key or tensor.
+    pub fn load_on(
+        options: &PipelineOptions,
+        devices: &[B::Device],
+        on_progress: LoadProgress<'_>,
+    ) -> Result<Vec<Self>, PipelineError> {
+        let parts = TextAndImages::load(options)?;
+        let models = load_models::<B>(options, &parts.config, devices, on_progress)?;
+        models
+            .into_iter()
+            .zip(devices)
+            .map(|(model, device)| {
+                let model = match &options.adapter {
+                    // What is packed is not packed anew: there the adapter stays beside it.
+                    Some(dir) if model.quantization().is_some() => load_adapter(model, dir)?.0,
+                    Some(dir) => merge(load_adapter(model, dir)?.0),
+                    None => model,
+                };
+                Ok(Self {
+                    model,
+                    parts: parts.clone(),
+                    device: device.clone(),
+                })
+            })
+            .collect()
+    }
+
+    /// Answers a batch of prompts; `on_text` gets each row's new text as it comes.
+    ///
+    /// # Errors
+    /// [`PipelineError::Generate`].
+    pub fn answer(
+        &self,
+        prompts: &[Prompt],
+        settings: &GenerationConfig,
+        stop: &[String],
+        on_text: &mut dyn FnMut(usize, &str),
+    ) -> Result<(Vec<Answer>, Timing), PipelineError> {
+        let mut settings = settings.clone();
+        settings
+            .eos_token_ids
+            .extend_from_slice(&self.parts.eos_token_ids);
+        let mut streams: Vec<TextStream> = prompts
+            .iter()
+            .map(|_| TextStream::new(&self.parts.tokenizer, stop))
+            .collect();
+        let (generations, timing) = generate(
+            &self.model,
+            &self.parts.config,
+            prompts,
+            &settings,
+            &self.device,
+            &mut |row, token| {
+                let piece = streams[row].push(token);
+                if !piece.is_empty() {
+                    on_text(row, &piece);
+                }
+                streams[row].stopped().then_some(FinishReason::Stop)
+            },
+        )?;
+        let starts_inside = self.parts.template.opens_thinking();
+        let answers = generations
+            .into_iter()
+            .zip(&mut streams)
+            .zip(prompts)
+            .enumerate()
+            .map(|(row, ((generation, stream), prompt))| {
+                let rest = stream.finish();
+                if !rest.is_empty() {
+                    on_text(row, &rest);
+                }
+                let (thinking, report) = split_thinking(stream.text(), starts_inside);
+                Answer {
+                    report,
+                    thinking,
+                    finish_reason: generation.finish_reason,
+                    prompt_tokens: prompt.input_ids.len(),
+                    completion_tokens: generation.token_ids.len(),
+                }
+            })
+            .collect();
+        Ok((answers, timing))
+    }
+}
+
+/// Loads the weights of a checkpoint, adapter aside.
+///
+/// # Errors
+/// [`PipelineError::Weights`], [`PipelineError::Memory`].
+pub fn load_model<B: Accelerator>(
+    options: &PipelineOptions,
+    config: &Qwen3VlConfig,
+    device: &B::Device,
+    on_progress: LoadProgress<'_>,
+) -> Result<Qwen3Vl<B>, PipelineError> {
+    let mut models = load_models(options, config, std::slice::from_ref(device), on_progress)?;
+    Ok(models.remove(0))
+}
+
+/// [`load_model`] on each of some devices: the files are read once.
+///
+/// # Errors
+/// [`PipelineError::Weights`], [`PipelineError::Memory`].
+pub fn load_models<B: Accelerator>(
+    options: &PipelineOptions,
+    config: &Qwen3VlConfig,
+    devices: &[B::Device],
+    on_progress: LoadProgress<'_>,
+) -> Result<Vec<Qwen3Vl<B>>, PipelineError> {
+    let init = InitOptions {
+        dtype: options.dtype,
+        ..InitOptions::default()
+    };
+    let on_disk = crate::adapters::quantised::files::of_checkpoint(&options.model)?;
+    let quantization = on_disk.or(options.quantize);
+    let mut models: Vec<Qwen3Vl<B>> = devices
+        .iter()
+        .map(|device| Qwen3Vl::new(config, &init, device))
+        .collect();
+    if let Some(model) = models.first()
+        && B::KIND == DeviceKind::Cpu
+    {
+        let copies = models.len();
+        check_host_memory(&options.model, model, options.dtype, quantization, copies)?;
+    }
+    if let Some(quantization) = quantization {
+        if options.quantize.is_some_and(|asked| asked != quantization) {
+            return Err(PipelineError::Weights(WeightsError::Quantization {
+                path: options.model.clone(),
+                reason: format!(
+                    "the weights are packed as {quantization} already; leave out --quantize, or take the checkpoint they were made from"
+                ),
+            }));
+        }
+        let (dir, packed) = (&options.model, on_disk.is_some());
+        let dtype = options.dtype;
+        for model in &mut models {
+            let fresh = model.clone();
+            *model = load_packed(fresh, dir, quantization, packed, dtype, &mut *on_progress)?;
+        }
+        return Ok(models);
+    }
+    load_checkpoints(&mut models, &options.model, options.dtype, on_progress)?;
+    Ok(models.into_iter().map(compact).collect())
+}
+
+/// The CPU's memory ends the process when it runs out, so it is looked at before.
+fn check_host_memory<B: Accelerator>(
+    dir: &Path,
+    model: &Qwen3Vl<B>,
+    dtype: DType,
+    quantization: Option<Quantization>,
+    copies: usize,
+) -> Result<(), PipelineError> {
+    const GIB: f64 = (1u64 << 30) as f64;
+    checkpoint_files(dir)?;
+    let shapes = parameter_shapes(model);
+    let bytes =
+        crate::adapters::quantised::memory::weight_bytes(&shapes, quantization, dtype.size());
+    let need = (bytes * copies) as f64 / GIB;
+    match crate::base::system::available_memory() {
+        Some(free) if need > free as f64 / GIB => Err(PipelineError::Memory {
+            need,
+            free: free as f64 / GIB,
+            dtype,
+        }),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    /// The text side of `model/tiny`, copied to a folder that tests may change.
+    fn folder() -> (tempfile::TempDir, PipelineOptions) {
+        let dir = tempfile::tempdir().unwrap();
+        let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("model/tiny");
+        for entry in fs::read_dir(tiny).unwrap() {
+            let path = entry.unwrap().path();
+            if path
+                .extension()
+                .is_none_or(|ending| ending != "safetensors")
+            {
+                fs::copy(&path, dir.path().join(path.file_name().unwrap())).unwrap();
+            }
+        }
+        let options = PipelineOptions {
+            model: dir.path().to_path_buf(),
+            adapter: None,
+            dtype: DType::F32,
+            quantize: None,
+            min_pixels: None,
+            max_pixels: None,
+        };
+        (dir, options)
+    }
+
+    #[test]
+    fn pixel_limits_come_from_whoever_says_them_first() {
+        let (dir, mut options) = folder();
+        let limits = |options: &PipelineOptions| {
+            let parts = TextAndImages::load(options).unwrap();
+            let config = parts.images.config();
+            (config.min_pixels, config.max_pixels, parts.limits_from)
+        };
+        let published = r#"{"size": {"shortest_edge": 65536, "longest_edge": 16777216}}"#;
+        fs::write(dir.path().join(PREPROCESSOR_FILE), published).unwrap();
+        assert_eq!(
+            limits(&options),
+            (65_536, 16_777_216, LimitsFrom::Checkpoint)
+        );
+        let to_know = |options: &PipelineOptions| {
+            TextAndImages::load(options).unwrap().pixel_limits_to_know()
+        };
+        assert!(to_know(&options).is_some_and(|line| line.contains("65536 and 16777216")));
+        // An adapter of another program says nothing …
+        let adapter = dir.path().join("adapter");
+        fs::create_dir(&adapter).unwrap();
+        options.adapter = Some(adapter.clone());
+        fs::write(adapter.join("trainer_state.json"), r#"{"global_step": 3}"#).unwrap();
+        assert_eq!(limits(&options).2, LimitsFrom::Checkpoint);
+        // … ms-swift's what it was trained with, and ours the recipe's or its own.
+        fs::write(adapter.join("args.json"), r#"{"max_pixels": 802816}"#).unwrap();
+        assert_eq!(limits(&options), (4096, 802_816, LimitsFrom::Adapter));
+        let state = r#"{"config": {"lora_rank": 8, "min_pixels": 2048}}"#;
+        fs::write(adapter.join("trainer_state.json"), state).unwrap();
+        assert_eq!(limits(&options), (2048, 1_003_520, LimitsFrom::Adapter));
+        options.max_pixels = Some(5000);
+        options.min_pixels = Some(4000);
+        assert_eq!(limits(&options), (4000, 5000, LimitsFrom::Options));
+        assert_eq!(to_know(&options), None);
+        options = PipelineOptions {
+            adapter: None,
+            min_pixels: None,
+            max_pixels: None,
+            ..options
+        };
+        fs::remove_file(dir.path().join(PREPROCESSOR_FILE)).unwrap();
+        assert_eq!(limits(&options), (4096, 1_003_520, LimitsFrom::Recipe));
+        assert_eq!(to_know(&options), None);
+    }
+
+    #[test]
+    fn a_damaged_generation_config_is_an_error() {
+        let (dir, options) = folder();
+        let path = dir.path().join("generation_config.json");
+        for text in [
+            "{",
+            "[]",
+            r#"{"eos_token_id": "im_end"}"#,
+            r#"{"eos_token_id": [-1]}"#,
+        ] {
+            fs::write(&path, text).unwrap();
+            let error = TextAndImages::load(&options).unwrap_err().to_string();
+            assert!(error.contains("generation_config.json"), "{text}: {error}");
+        }
+        fs::write(&path, r#"{"eos_token_id": [7, 9]}"#).unwrap();
+        let ids = TextAndImages::load(&options).unwrap().eos_token_ids;
+        assert!(ids.contains(&7) && ids.contains(&9));
+        fs::remove_file(&path).unwrap();
+        TextAndImages::load(&options).unwrap();
+    }
+}

@@ -1,0 +1,152 @@
+//! Low-rank adapters: which weights are adapted, their share of a product, PEFT's files, merging.
+//!
+//! Names and conventions are PEFT's: `A` is `[r, in]`, `B` is `[out, r]`, the product is scaled by
+//! `alpha / r` (`alpha / √r` with rank stabilisation). The base weight is never composed with the
+//! adapter during training; [`merge`] does so once, for inference.
+
+use burn::{module::Param, prelude::*};
+
+use crate::{
+    base::seeds::mix,
+    ops::{
+        Dropout, LowRank, Ops,
+        cast::{to_dtype, to_f32},
+    },
+    weights::Weight,
+};
+
+/// The adapter of one linear layer. Weights are f32 whatever the base is stored in.
+#[derive(Module, Debug)]
+pub struct Lora<B: Backend> {
+    /// `[r, in]`.
+    pub lora_a: Param<Tensor<B, 2>>,
+    /// `[out, r]`; zero when fresh, so that a fresh adapter changes nothing.
+    pub lora_b: Param<Tensor<B, 2>>,
+    /// DoRA's row magnitudes, `[out]`.
+    pub lora_magnitude_vector: Option<Param<Tensor<B, 1>>>,
+    scaling: f64,
+    dropout: f64,
+    /// Tells the masks of different layers apart.
+    index: usize,
+}
+
+impl<B: Backend> Lora<B> {
+    /// An adapter without dropout.
+    ///
+    /// # Shapes
+    /// - `a`: `[r, in]`, `b`: `[out, r]`, `magnitude`: `[out]`, DoRA's
+    pub fn new(
+        [a, b]: [Param<Tensor<B, 2>>; 2],
+        magnitude: Option<Param<Tensor<B, 1>>>,
+        scaling: f64,
+    ) -> Self {
+        Self {
+            lora_a: a,
+            lora_b: b,
+            lora_magnitude_vector: magnitude,
+            scaling,
+            dropout: 0.0,
+            index: 0,
+        }
+    }
+
+    /// Drops inputs with this probability in training; `index` tells the masks of layers apart.
+    #[must_use]
+    pub fn with_dropout(self, probability: f64, index: usize) -> Self {
+        Self {
+            dropout: probability,
+            index,
+            ..self
+        }
+    }
+}
+
+impl<B: Ops> Lora<B> {
+    /// The adapter as an operand; `dropout_seed` turns dropout on and decides its mask.
+    pub fn low_rank(&self, dropout_seed: Option<u64>) -> LowRank<B> {
+        LowRank {
+            a: self.lora_a.val(),
+            b: self.lora_b.val(),
+            scaling: self.scaling,
+            dropout: dropout_seed
+                .filter(|_| self.dropout > 0.0)
+                .map(|seed| Dropout {
+                    probability: self.dropout,
+                    seed: mix(seed, self.index as u64),
+                }),
+        }
+    }
+
+    /// The layer's product without bias, `x W^T + s · drop(x) A^T B^T`, plus `residual`.
+    ///
+    /// With DoRA the rows are rescaled to the trained magnitudes; the norm of `W + s·B·A` is worked
+    /// out from products with `A`, not from a composed matrix, and carries no gradient.
+    ///
+    /// # Shapes
+    /// - `x`: `[tokens, in]`, `weight`: `[out, in]`; returns `[tokens, out]` in the dtype of `x`
+    ///
+    /// Source: `Linear.forward` and `DoraLinearLayer.forward`, PEFT, `tuners/lora`.
+    pub fn forward(
+        &self,
+        x: Tensor<B, 2>,
+        weight: &Weight<B>,
+        residual: Option<Tensor<B, 2>>,
+        dropout_seed: Option<u64>,
+    ) -> Tensor<B, 2> {
+        let adapter = self.low_rank(dropout_seed);
+        let Some(magnitude) = &self.lora_magnitude_vector else {
+            return weight.adapted_linear(x, &adapter, residual);
+        };
+        // The rows' norms need the floats in any case.
+        let weight = weight.val();
+        let dtype = x.dtype();
+        let input = to_f32(x.clone());
+        let input = match adapter.dropout {
+            Some(dropout) => input.clone() * B::dropout_mask(&input, dropout),
+            None => input,
+        };
+        let low = B::product(input.clone(), adapter.a.transpose());
+        let low = B::product(low, adapter.b.transpose()) * self.scaling;
+        let norm = self.composed_row_norms(weight.clone());
+        let scale = (magnitude.val() / norm).unsqueeze();
+        let y = if adapter.dropout.is_some() {
+            // PEFT drops the base product's input as well once dropout is on.
+            let base = to_f32(B::product(
+                to_dtype(input, dtype),
+                weight.clone().transpose(),
+            ));
+            let plain = to_f32(B::product(x, weight.transpose()));
+            plain + (scale.clone() - 1.0) * base + scale * low
+        } else {
+            scale * (to_f32(B::product(x, weight.transpose())) + low)
+        };
+        let y = to_dtype(y, dtype);
+        match residual {
+            Some(residual) => residual + y,
+            None => y,
+        }
+    }
+}
+
+impl<B: Ops> Lora<B> {
+    /// Factor on the low-rank product.
+    pub fn scaling(&self) -> f64 {
+        self.scaling
+    }
+
+    /// Euclidean norm of each row of `W + s·B·A`, `[out]`, detached.
+    pub(crate) fn composed_row_norms(&self, weight: Tensor<B, 2>) -> Tensor<B, 1> {
+        let weight = to_f32(weight.detach());
+        let a = self.lora_a.val().detach();
+        let b = self.lora_b.val().detach() * self.scaling;
+        let square = (weight.clone() * weight.clone()).sum_dim(1);
+        let cross = (B::product(weight, a.clone().transpose()) * b.clone()).sum_dim(1) * 2.0;
+        let low = (B::product(b.clone(), B::product(a.clone(), a.transpose())) * b).sum_dim(1);
+        (square + cross + low).clamp_min(0.0).sqrt().squeeze_dim(1)
+    }
+
+    /// `s · B · A`, `[out, in]`, f32: what merging adds.
+    pub fn delta(&self) -> Tensor<B, 2> {
+        B::product(self.lora_b.val(), self.lora_a.val()) * self.scaling
+    }
+}

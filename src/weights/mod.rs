@@ -1,0 +1,215 @@
+//! What a linear layer multiplies by: a dense matrix, a quantised one, and an adapter beside either.
+
+pub mod lora;
+
+use burn::{
+    module::{
+        AutodiffModule, Content, Devices, Module, ModuleDisplay, ModuleDisplayDefault,
+        ModuleMapper, ModuleVisitor, Param,
+    },
+    prelude::*,
+    tensor::backend::AutodiffBackend,
+};
+
+use crate::ops::{Activation, LowRank, Ops, cast::to_dtype, quantised::PackedWeight};
+
+/// A matrix `[out, in]` of the model: a parameter, or packed and then no parameter.
+///
+/// Packed weights are constants: visitors and mappers of parameters pass them over, and what needs
+/// the floats asks for them with [`Weight::val`].
+#[derive(Debug, Clone)]
+pub enum Weight<B: Backend> {
+    /// Floats.
+    Dense(Param<Tensor<B, 2>>),
+    /// Packed.
+    Packed(PackedWeight<B>),
+}
+
+impl<B: Backend> Weight<B> {
+    /// The values as floats; unpacked for this call where they are packed.
+    pub fn val(&self) -> Tensor<B, 2> {
+        match self {
+            Self::Dense(param) => param.val(),
+            Self::Packed(packed) => packed.unpack(packed.dtype()),
+        }
+    }
+
+    /// The packed matrix, where it is one.
+    pub fn packed(&self) -> Option<&PackedWeight<B>> {
+        match self {
+            Self::Dense(_) => None,
+            Self::Packed(packed) => Some(packed),
+        }
+    }
+
+    /// `[out, in]`, without drawing a value.
+    pub fn lazy_shape(&self) -> burn::tensor::Shape {
+        match self {
+            Self::Dense(param) => param.lazy_shape(),
+            Self::Packed(packed) => packed.dims().into(),
+        }
+    }
+
+    /// Where it lies, without drawing a value.
+    pub fn lazy_device(&self) -> B::Device {
+        match self {
+            Self::Dense(param) => param.lazy_device(),
+            Self::Packed(packed) => packed.device(),
+        }
+    }
+
+    /// Whether gradients are wanted; never of a packed matrix.
+    pub fn is_require_grad(&self) -> bool {
+        match self {
+            Self::Dense(param) => param.is_require_grad(),
+            Self::Packed(_) => false,
+        }
+    }
+}
+
+impl<B: Ops> Weight<B> {
+    /// Rows by index as floats: `indices` `[n]` → `[n, in]`.
+    pub fn select(&self, indices: Tensor<B, 1, Int>) -> Tensor<B, 2> {
+        match self {
+            Self::Dense(param) => param.val().select(0, indices),
+            Self::Packed(packed) => {
+                let rows = packed.select(indices);
+                let [count, _] = rows.dims();
+                B::unpack_rows(&rows, 0, count, packed.dtype())
+            }
+        }
+    }
+
+    /// [`Ops::dense`], whatever form the matrix has.
+    pub fn dense(
+        &self,
+        x: Tensor<B, 2>,
+        bias: Option<Tensor<B, 1>>,
+        residual: Option<Tensor<B, 2>>,
+    ) -> Tensor<B, 2> {
+        match self {
+            Self::Dense(param) => B::dense(x, param.val(), bias, residual),
+            Self::Packed(packed) => {
+                // Islands of another type multiply by the same words.
+                let dtype = x.dtype();
+                let bias = bias.map(|bias| to_dtype(bias, dtype));
+                let residual = residual.map(|residual| to_dtype(residual, dtype));
+                B::dense_packed(x, packed, bias, residual)
+            }
+        }
+    }
+
+    /// [`Ops::dense_activated`], whatever form the matrix has.
+    pub fn dense_activated(
+        &self,
+        x: Tensor<B, 2>,
+        bias: Option<Tensor<B, 1>>,
+        activation: Activation,
+    ) -> Tensor<B, 2> {
+        match self {
+            Self::Dense(param) => B::dense_activated(x, param.val(), bias, activation),
+            Self::Packed(_) => activation.of(self.dense(x, bias, None)),
+        }
+    }
+
+    /// `x Wᵀ + residual` and an adapter's share. Beside a packed matrix the low-rank path stays
+    /// apart: nothing is packed anew.
+    pub fn adapted_linear(
+        &self,
+        x: Tensor<B, 2>,
+        adapter: &LowRank<B>,
+        residual: Option<Tensor<B, 2>>,
+    ) -> Tensor<B, 2> {
+        match self {
+            Self::Dense(param) => {
+                let low = B::low_rank_inputs(x.clone(), &[adapter]).remove(0);
+                B::adapted_product(x, param.val(), low, adapter, residual)
+            }
+            Self::Packed(packed) => B::adapted_packed(x, packed, adapter, residual),
+        }
+    }
+}
+
+impl<B: Backend> Module<B> for Weight<B> {
+    type Record = Option<<Param<Tensor<B, 2>> as Module<B>>::Record>;
+
+    fn visit<V: ModuleVisitor<B>>(&self, visitor: &mut V) {
+        if let Self::Dense(param) = self {
+            param.visit(visitor);
+        }
+    }
+
+    fn map<M: ModuleMapper<B>>(self, mapper: &mut M) -> Self {
+        match self {
+            Self::Dense(param) => Self::Dense(Module::map(param, mapper)),
+            packed => packed,
+        }
+    }
+
+    fn load_record(self, record: Self::Record) -> Self {
+        match (self, record) {
+            (Self::Dense(param), Some(record)) => Self::Dense(param.load_record(record)),
+            (this, _) => this,
+        }
+    }
+
+    fn into_record(self) -> Self::Record {
+        match self {
+            Self::Dense(param) => Some(param.into_record()),
+            Self::Packed(_) => None,
+        }
+    }
+
+    fn to_device(self, device: &B::Device) -> Self {
+        match self {
+            Self::Dense(param) => Self::Dense(Module::to_device(param, device)),
+            Self::Packed(packed) => Self::Packed(packed.to_device(device)),
+        }
+    }
+
+    fn fork(self, device: &B::Device) -> Self {
+        match self {
+            Self::Dense(param) => Self::Dense(Module::fork(param, device)),
+            Self::Packed(packed) => Self::Packed(packed.to_device(device)),
+        }
+    }
+
+    fn collect_devices(&self, devices: Devices<B>) -> Devices<B> {
+        match self {
+            Self::Dense(param) => param.collect_devices(devices),
+            Self::Packed(packed) => packed.words().collect_devices(devices),
+        }
+    }
+}
+
+impl<B: AutodiffBackend> AutodiffModule<B> for Weight<B> {
+    type InnerModule = Weight<B::InnerBackend>;
+
+    fn valid(&self) -> Self::InnerModule {
+        match self {
+            Self::Dense(param) => Weight::Dense(param.valid()),
+            Self::Packed(packed) => Weight::Packed(packed.inner()),
+        }
+    }
+
+    fn from_inner(module: Self::InnerModule) -> Self {
+        match module {
+            Weight::Dense(param) => Self::Dense(AutodiffModule::from_inner(param)),
+            Weight::Packed(packed) => Self::Packed(PackedWeight::from_inner(packed)),
+        }
+    }
+}
+
+impl<B: Backend> ModuleDisplayDefault for Weight<B> {
+    fn content(&self, content: Content) -> Option<Content> {
+        match self {
+            Self::Dense(param) => content.add_single(param).optional(),
+            Self::Packed(packed) => {
+                let text = format!("{} {:?}", packed.format(), packed.dims());
+                content.add_formatted(&text).optional()
+            }
+        }
+    }
+}
+
+impl<B: Backend> ModuleDisplay for Weight<B> {}
