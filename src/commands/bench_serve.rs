@@ -76,7 +76,7 @@ pub struct BenchServeArgs {
         conflicts_with = "rate"
     )]
     pub users: Vec<usize>,
-    /// Mean number of requests a second, in place of users.
+    /// Mean number of requests per second, instead of users.
     #[arg(long, value_name = "F")]
     pub rate: Option<f64>,
     /// How long requests are sent; those under way are waited for.
@@ -100,10 +100,10 @@ pub struct BenchServeArgs {
     /// As in `infer`.
     #[arg(long, value_name = "F", default_value_t = 1.0)]
     pub top_p: f32,
-    /// Go on after the end of an answer, so that every answer has --max-new-tokens.
+    /// Continue after the end of an answer, so that every answer has --max-new-tokens.
     #[arg(long)]
     pub ignore_eos: bool,
-    /// Begin every question with a number of its own, so that nothing is found in the server's cache.
+    /// Begin every question with a unique number, so that the server's cache is not used.
     #[arg(long, conflicts_with = "check")]
     pub no_cache: bool,
     /// Ask every question alone first and compare all answers with these.

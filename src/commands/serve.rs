@@ -55,17 +55,18 @@ const API_KEY: &str = "XRAY_API_KEY";
 /// Arguments of `serve`. Those of the network may come from the environment as well.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Exit codes: 0 stopped by a signal, 1 it could not start or serve, 2 wrong arguments, 3 the device \
-                  failed three times in a row and does not work any more, 130 stopped by a second signal."
+    after_help = "Exit codes: 0 stopped by a signal, 1 could not start or serve, 2 wrong arguments, 3 the device \
+                  failed three times in a row, 130 stopped at once by a second signal."
 )]
 pub struct ServeArgs {
-    /// Address to listen at; others than loopback need --api-key or --no-auth.
+    /// Address to listen on; any address other than loopback needs --api-key or --no-auth.
     #[arg(long, value_name = "ADDRESS", default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST), env = "XRAY_HOST")]
     pub host: IpAddr,
-    /// Port to listen at; 0 takes a free one, which is printed.
+    /// Port to listen on; 0 selects a free one, which is printed.
     #[arg(long, value_name = "PORT", default_value_t = 7860, env = "XRAY_PORT")]
     pub port: u16,
-    /// Key that clients must show; may be given several times, or several with commas in the environment.
+    /// Key that clients have to send; can be given several times, or as a list with commas in the
+    /// environment.
     #[arg(
         long,
         value_name = "KEY",
@@ -74,58 +75,60 @@ pub struct ServeArgs {
         value_delimiter = ','
     )]
     pub api_key: Vec<String>,
-    /// Let everybody in who reaches the address.
+    /// Accept requests without a key from anybody who reaches the address.
     #[arg(long, conflicts_with = "api_key")]
     pub no_auth: bool,
-    /// Name by which clients call the server, where that is not its address: with a proxy in front, or without
-    /// keys under a name of its own; may be given several times.
+    /// Host name that clients use, if it is not the address: behind a proxy, or for a server without keys;
+    /// can be given several times.
     #[arg(long, value_name = "NAME")]
     pub host_name: Vec<String>,
-    /// Certificate chain, PEM; turns TLS on.
+    /// Certificate chain, PEM; switches TLS on.
     #[arg(long, value_name = "FILE", requires = "tls_key")]
     pub tls_cert: Option<PathBuf>,
     /// Key of the certificate, PEM.
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     pub tls_key: Option<PathBuf>,
-    /// Name of the base model in requests; the name of its folder by default.
+    /// Name of the base model in requests; the default is the name of its folder.
     #[arg(long, value_name = "NAME")]
     pub served_model_name: Option<String>,
-    /// Adapter beside the base, chosen by a request's `model`; may be given several times.
+    /// Adapter on the base model, selected by `model` in a request; can be given several times.
     #[arg(long, value_name = "NAME=DIR")]
     pub lora: Vec<String>,
-    /// Folder whose folders may be loaded as adapters at run time.
+    /// Folder whose subfolders can be loaded as adapters at run time.
     #[arg(long, value_name = "DIR")]
     pub adapter_dir: Option<PathBuf>,
-    /// Most adapters at once, those of --lora included.
+    /// Maximum number of loaded adapters, those of --lora included.
     #[arg(long, value_name = "N", default_value_t = MAX_ADAPTERS)]
     pub max_adapters: usize,
-    /// Pass over fields of a request that this server does not know, or cannot honour, instead of refusing
-    /// it; the answer names them in `ignored_fields` and in the header `x-ignored-fields`.
+    /// Ignore fields of a request that the server does not know or cannot honour, instead of refusing the
+    /// request; the answer lists them in `ignored_fields` and in the header `x-ignored-fields`.
     #[arg(long)]
     pub lenient: bool,
-    /// Whether the page keeps reports in the browser until its user changes that; by default only where it
-    /// is opened on the server's own machine.
+    /// Whether the page keeps a history of reports in the browser, unless its user decides otherwise; the
+    /// default is only when it is opened on the server's own machine.
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     pub page_history: Option<bool>,
-    /// Requests that are answered at once.
+    /// Maximum number of requests answered at the same time.
     #[arg(long, value_name = "N", default_value_t = 32)]
     pub max_running: usize,
-    /// Requests that wait; more get status 429. An eighth is for clients that have less than that waiting.
+    /// Maximum number of waiting requests; more get status 429. An eighth is reserved for clients that have
+    /// fewer than that waiting.
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub max_queue: usize,
-    /// Tokens of the key/value cache, shared by all requests.
+    /// Tokens of the KV cache, which all requests share.
     #[arg(long, value_name = "N", default_value_t = 65_536)]
     pub cache_tokens: usize,
-    /// Tokens of a prompt between two steps of the others.
+    /// Tokens of a long prompt that are processed between two steps of the other requests.
     #[arg(long, value_name = "N", default_value_t = 512)]
     pub prefill_chunk: usize,
-    /// Forget a request's tokens when it is over; a second question about an image starts from nothing.
+    /// Drop a request's tokens from the cache when it ends; a second question about an image then starts from
+    /// the beginning.
     #[arg(long)]
     pub no_prefix_cache: bool,
-    /// Largest `max_tokens` of a request; --max-new-tokens is the default.
+    /// Maximum number of tokens that a request may ask for; --max-new-tokens is the default.
     #[arg(long, value_name = "N", default_value_t = 8192)]
     pub max_new_tokens_limit: usize,
-    /// Most images of a request.
+    /// Maximum number of images of a request.
     #[arg(long, value_name = "N", default_value_t = 8)]
     pub max_images: usize,
     /// Largest body of a request, images included.
@@ -134,18 +137,19 @@ pub struct ServeArgs {
     /// Largest image, in millions of pixels.
     #[arg(long, value_name = "MEGAPIXELS", default_value_t = 64)]
     pub max_image_megapixels: u64,
-    /// Memory of all that waits: a quarter for bodies, the rest for pictures and prompts. Requests
-    /// beyond it wait for their turn, and those whose body finds no room get status 503.
+    /// Memory for waiting requests: a quarter for bodies, the rest for images and prompts. Requests beyond it
+    /// wait; those whose body does not fit get status 503.
     #[arg(long, value_name = "MIB", default_value_t = 2048)]
     pub max_waiting_memory_mib: usize,
-    /// Open connections; more get status 503, but for `/healthz`, `/readyz` and `/metrics`.
+    /// Maximum number of open connections; more get status 503, except on `/healthz`, `/readyz` and
+    /// `/metrics`.
     #[arg(long, value_name = "N", default_value_t = 1024)]
     pub max_connections: usize,
-    /// Open connections of one address; more get the same.
+    /// Maximum number of open connections of one address; more get the same status.
     #[arg(long, value_name = "N", default_value_t = 512)]
     pub max_connections_per_address: usize,
-    /// Address of a proxy whose `X-Forwarded-For` has the clients' addresses: they share the server
-    /// fairly, and the proxy may open any number of connections; may be given several times.
+    /// Address of a proxy whose `X-Forwarded-For` header has the client's address: clients then share the
+    /// server fairly, and the proxy may open any number of connections; can be given several times.
     #[arg(long, value_name = "ADDRESS")]
     pub trusted_proxy: Vec<IpAddr>,
     /// Time for a request from its arrival to its last token.
@@ -157,14 +161,14 @@ pub struct ServeArgs {
     /// Time for a client to take what is ready to be sent.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub write_timeout_seconds: u64,
-    /// Time for running requests after a signal to stop (SIGTERM, SIGHUP, Ctrl-C); a second signal ends the
-    /// server at once.
+    /// Time for running requests to finish after SIGTERM, SIGHUP or Ctrl-C; a second signal ends the server
+    /// at once.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub drain_seconds: u64,
-    /// Fetch images from http(s):// addresses of the public internet.
+    /// Fetch images from public http(s):// addresses.
     #[arg(long)]
     pub allow_image_urls: bool,
-    /// Serve a model of this size with random weights, for measurements; `--model` has the tokenizer.
+    /// Serve a model of this size with random weights, for measurements, with the tokenizer of `--model`.
     #[arg(long, value_enum, value_name = "SIZE", conflicts_with_all = ["adapter", "lora", "adapter_dir"])]
     pub random_weights: Option<RandomSize>,
     /// Model and device.
