@@ -8,8 +8,8 @@ use xray_qwen3vl::{
     base::{out_of_memory, panics::panic_text},
     cli::{Cli, Command},
     commands::{
-        UsageError, bench, check, clean, convert, doctor, eval, exit_code, infer, init_tiny,
-        log_lines, merge, phantoms, plan, quantize, serve, train,
+        bench, check, clean, convert, doctor, eval, exit_code, infer, init_tiny, log_lines, merge,
+        phantoms, plan, quantize, serve, train,
     },
 };
 

@@ -34,7 +34,6 @@ use crate::{
     accelerate::devices::{Replicas, ReplicatedTask, built_backends, run_on_all},
     base::{
         device_name::{DeviceName, DtypeName},
-        panics::panic_text,
         trace::Trace,
     },
     dataset::Dataset,
@@ -287,6 +286,7 @@ impl ReplicatedTask for Train {
         let dashboard = !self.args.no_tui && stdout().is_terminal() && stderr().is_terminal();
         let interrupter = Interrupter::new();
         let trace = Trace::new(self.args.trace.is_some());
+        let killed = Arc::new(AtomicBool::new(false));
         let renderer: Box<dyn MetricsRenderer> = if dashboard {
             let tui = TuiMetricsRendererWrapper::new(interrupter.clone(), None);
             Box::new(Dashboard::new(Box::new(tui), killed.clone()))
@@ -389,6 +389,10 @@ fn print_end<B: Accelerator>(result: &RunResult<B>, seconds: f64, again: &str) {
     );
     for remark in image_remarks(result) {
         say(&format!("images: {}", remark.sentence()));
+    }
+    if result.ending == Ending::Interrupted {
+        // On a line of its own: a wrapped one is hard to copy.
+        let _ = writeln!(stdout(), "continue with: {again}");
     }
 }
 
