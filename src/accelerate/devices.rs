@@ -195,7 +195,7 @@ pub fn run_on<T: DeviceTask>(
             {
                 crate::accelerate::cuda::configure();
                 let device = burn::backend::cuda::CudaDevice::new(_index);
-                return start::<burn::backend::Cuda, T>(name, device, dtype, DType::BF16, task);
+                start::<burn::backend::Cuda, T>(name, device, dtype, DType::BF16, task)
             }
             #[cfg(not(feature = "cuda"))]
             Err(not_built(name, "cuda"))
@@ -214,7 +214,7 @@ pub fn run_on<T: DeviceTask>(
                     && !is_software(&adapter)
                     && Vulkan::supports_dtype(&device, DType::F16);
                 let best = if half { DType::F16 } else { DType::F32 };
-                return start::<Vulkan, T>(name, device, dtype, best, task);
+                start::<Vulkan, T>(name, device, dtype, best, task)
             }
             #[cfg(not(feature = "wgpu"))]
             Err(not_built(name, "wgpu"))

@@ -164,11 +164,9 @@ fn check_warns_of_what_is_no_chest() {
 }
 
 #[test]
+#[ignore = "needs XRAY_OPENI_DIR, the folder of real films and reports"]
 fn real_headers_do_not_leak() {
-    let Some(openi) = std::env::var_os("XRAY_OPENI_DIR") else {
-        eprintln!("skipped: XRAY_OPENI_DIR names no folder of real files");
-        return;
-    };
+    let openi = std::env::var_os("XRAY_OPENI_DIR").expect("XRAY_OPENI_DIR is set");
     let folder = tempfile::tempdir().unwrap();
     let dicom = Path::new(&openi).join("dicom");
     let mut files: Vec<PathBuf> = fs::read_dir(dicom)

@@ -12,6 +12,10 @@ use super::{
 use crate::weights::Weight;
 
 /// Buffers of a matrix `[out, in]`.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "seven a layer, made once; a box would be one more read a launch"
+)]
 pub(super) enum Matrix<R: CubeRuntime> {
     /// Its elements.
     Floats(Buffer<R>),

@@ -273,18 +273,20 @@ mod vulkan {
     use burn::{backend::Vulkan, tensor::DType};
 
     #[test]
+    #[ignore = "needs a Vulkan device"]
     fn products_agree() {
         super::products_agree::<Vulkan>();
     }
 
     #[test]
+    #[ignore = "needs a Vulkan device"]
     fn rows_unpack() {
         super::rows_unpack::<Vulkan>();
     }
 
     #[test]
-    #[ignore = "measures"]
-    fn speed() {
+    #[ignore = "measures speed"]
+    fn measured_speed() {
         super::speed::<Vulkan>("vulkan", DType::F16);
         super::speed::<Vulkan>("vulkan", DType::F32);
     }
@@ -295,18 +297,20 @@ mod cuda {
     use burn::{backend::Cuda, tensor::DType};
 
     #[test]
+    #[ignore = "needs an NVIDIA GPU"]
     fn products_agree() {
         super::products_agree::<Cuda>();
     }
 
     #[test]
+    #[ignore = "needs an NVIDIA GPU"]
     fn rows_unpack() {
         super::rows_unpack::<Cuda>();
     }
 
     #[test]
-    #[ignore = "measures"]
-    fn speed() {
+    #[ignore = "measures speed"]
+    fn measured_speed() {
         super::speed::<Cuda>("cuda", DType::BF16);
     }
 }

@@ -147,10 +147,9 @@ mod tests {
 
     /// Every operand of a launch is compared, in its type, its shape and its layout.
     #[test]
+    #[ignore = "needs an NVIDIA GPU"]
     fn operands_of_another_type_or_shape_are_refused() {
-        let Some(device) = super::super::tests::device() else {
-            return;
-        };
+        let device = super::super::tests::device();
         let x = Tensor::<super::super::Cuda, 2>::zeros([3, 8], (&device, DType::BF16));
         let buffer = strided(x.clone());
         assert!(quietly(|| Operand::dense(&buffer, DType::BF16, [3, 8]).buffer().dtype).is_ok());

@@ -297,12 +297,10 @@ mod tests {
     }
 
     #[test]
+    #[ignore = "needs an NVIDIA GPU"]
     fn cards_of_several_kinds_are_told_apart() {
         // A card that is not there is not supported, and says nothing of those that are.
-        if crate::base::panics::quietly(|| card(63).is_supported()) != Ok(false) {
-            println!("SKIPPED: no CUDA driver");
-            return;
-        }
+        assert!(!card(63).is_supported());
         let seen = ask(0);
         let kept = card(0);
         assert_eq!(

@@ -216,6 +216,7 @@ mod tests {
     /// What comes back is what was sent, over tensors smaller and larger than a piece, on every device
     /// there is; an error of the source is handed on.
     #[test]
+    #[ignore = "needs an NVIDIA GPU"]
     fn bytes_arrive_as_they_were_filled_in() {
         let devices: Vec<CudaDevice> = (0..2)
             .map(CudaDevice::new)
@@ -226,10 +227,7 @@ mod tests {
                 .is_ok()
             })
             .collect();
-        if devices.is_empty() {
-            println!("SKIPPED: no CUDA device answers, so nothing is sent");
-            return;
-        }
+        assert!(!devices.is_empty(), "no CUDA device answers");
         let rows = [1, 7, 1000, 3 * PIECE_BYTES / 4 / 64 + 5];
         let tensors: Vec<Upload> = rows
             .iter()

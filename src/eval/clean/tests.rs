@@ -218,11 +218,11 @@ const STATED: [(&str, usize, usize); 24] = [
 const EXACT: usize = 20;
 
 #[test]
+#[ignore = "needs XRAY_OPENI_DIR, the folder of real films and reports"]
 fn the_corpus_has_the_stated_defects() {
-    let Some(folder) = env::var_os("XRAY_OPENI_DIR").map(PathBuf::from) else {
-        eprintln!("skipped: set `XRAY_OPENI_DIR` to count the defects of the corpus");
-        return;
-    };
+    let folder = env::var_os("XRAY_OPENI_DIR")
+        .map(PathBuf::from)
+        .expect("XRAY_OPENI_DIR is set");
     let read = |name: &str, sources: &BTreeMap<String, String>| {
         let json = fs::read_to_string(folder.join(name)).expect("corpus file");
         (read_rows(name, &json, sources).expect("rows"), json)

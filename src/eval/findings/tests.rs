@@ -253,11 +253,11 @@ struct CorpusRow {
 }
 
 #[test]
+#[ignore = "needs XRAY_OPENI_DIR, the folder of real films and reports"]
 fn the_corpus_agrees_with_its_mesh_labels() {
-    let Some(folder) = env::var_os("XRAY_OPENI_DIR").map(PathBuf::from) else {
-        eprintln!("skipped: set `XRAY_OPENI_DIR` to compare with the Indiana labels");
-        return;
-    };
+    let folder = env::var_os("XRAY_OPENI_DIR")
+        .map(PathBuf::from)
+        .expect("XRAY_OPENI_DIR is set");
     let rows: Vec<CorpusRow> = serde_json::from_str(
         &fs::read_to_string(folder.join("openi-zh-prompt.json")).expect("corpus"),
     )
