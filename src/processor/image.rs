@@ -5,8 +5,8 @@
 //! alpha, and transparency of a palette or of a single colour, lose it as Pillow's `convert("RGB")`
 //! does; 16-bit colour keeps its high byte. One deviation: Pillow clips 16-bit grey at 255, which
 //! leaves a radiograph white, and here it is scaled to 8 bits, `value / 257` rounded; 16-bit levels
-//! that use fewer bits are scaled by the bits in use ([`rgb`]). JPEG of one and three channels gives
-//! Pillow's pixels exactly ([`jpeg`]); JPEG of four channels, and JPEG inside TIFF, may round in
+//! that use fewer bits are scaled by the bits in use. JPEG of one and three channels gives
+//! Pillow's pixels exactly; JPEG of four channels, and JPEG inside TIFF, may round in
 //! another way.
 //! The orientation a camera wrote is applied. For grey levels of DICOM see [`super::dicom`].
 //!
