@@ -17,8 +17,6 @@ mod cost;
 mod error;
 mod frames;
 mod header;
-pub(super) mod jpeg;
-pub(super) mod limits;
 mod rgb;
 mod rgb_image;
 #[cfg(test)]
@@ -33,14 +31,14 @@ use std::path::Path;
 use image::metadata::Orientation;
 use image::{DynamicImage, GrayImage, ImageDecoder};
 
+pub use super::decode_limits::DecodeLimits;
 use super::dicom;
+use super::jpeg::{self, JpegError, jpeg_has_end};
 use super::remark::{Remark, RemarkKind};
 pub use cost::{DecodingCost, decoding_cost};
 pub use error::{ImageError, PictureFormat};
 use frames::animation_frames;
 use header::{check_file_size, dicom_refusal, guarded, open, orientation, refusal};
-use jpeg::{JpegError, jpeg_has_end};
-pub use limits::DecodeLimits;
 use rgb::{Storage, drops_alpha, to_rgb};
 pub use rgb_image::RgbImage;
 use tiff::{BitOrder, Tiff};

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::corpus::CorpusForm;
 use super::options::Split;
-use crate::plot;
+use crate::base::plot;
 use crate::study::{StudyFacts, counted};
 
 /// Spread of a whole number over rows or images.
