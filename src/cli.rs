@@ -33,8 +33,8 @@ pub enum Command {
     Infer(infer::InferArgs),
     /// Fine-tune a model.
     ///
-    /// Without arguments, the tiny model that comes with the repository on the sample data set that comes
-    /// with it: minutes on two cores.
+    /// Without arguments, the tiny model on the sample data set, both from the repository: a minute or two on
+    /// two CPU cores.
     Train(train::TrainArgs),
     /// Merge an adapter into its base model and write the result as a checkpoint.
     ///
@@ -46,9 +46,9 @@ pub enum Command {
     /// The result loads without the original and takes adapters that were trained on the original. Every
     /// byte is read back and the model is run once before the command ends.
     Quantize(quantize::QuantizeArgs),
-    /// Tell what a run will take, before anything is loaded: parameters, memory, steps, tokens, time.
+    /// Estimate a run before anything is loaded: parameters, memory, steps, tokens, time.
     Plan(plan::PlanArgs),
-    /// Score a model's reports, or a file of predictions, beside the baselines: texts and findings.
+    /// Score a model's reports, or a file of predictions, beside baselines: text metrics and findings.
     ///
     /// Without arguments, the tiny model that comes with the repository on the sample data set.
     Eval(Box<eval::EvalArgs>),
@@ -60,16 +60,14 @@ pub enum Command {
     Check(check::CheckArgs),
     /// Draw a data set of synthetic chest radiographs with Chinese reports.
     Phantoms(phantoms::PhantomsArgs),
-    /// Write the config and tokenizer of the tiny model, to be trained from nothing.
+    /// Write the config and tokenizer of the tiny model, for training it from random weights.
     InitTiny(init_tiny::InitTinyArgs),
     /// Serve a model to many people: OpenAI's API and a web page, in one process.
     ///
     /// Without arguments, the tiny model that comes with the repository at http://127.0.0.1:7860.
     Serve(serve::ServeArgs),
-    /// List the devices of this machine, and check for every dtype of each that its results agree with the
-    /// CPU's.
+    /// List the devices of this machine, and check for each of their dtypes that results agree with the CPU.
     Doctor(doctor::DoctorArgs),
-    /// Measure how fast the model is on this machine and how far from the hardware's limit, or how a
-    /// server holds up.
+    /// Measure speed and memory of the model on this machine beside the hardware's limits, or of a server.
     Bench(bench::BenchCommand),
 }

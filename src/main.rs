@@ -8,7 +8,7 @@ use xray_qwen3vl::{
     base::{out_of_memory, panics::panic_text},
     cli::{Cli, Command},
     commands::{
-        UsageError, bench, check, clean, convert, doctor, eval, infer, init_tiny, log_lines, merge,
+        bench, check, clean, convert, doctor, eval, exit_code, infer, init_tiny, log_lines, merge,
         phantoms, plan, quantize, serve, train,
     },
 };
@@ -77,13 +77,7 @@ fn main() -> ExitCode {
             let message = format!("{error:#}");
             let message = out_of_memory::explain(&message, advice).unwrap_or(message);
             eprintln!("error: {message}");
-            ExitCode::from(if error.is::<UsageError>() {
-                2
-            } else if error.is::<serve::DeviceLost>() {
-                3
-            } else {
-                1
-            })
+            ExitCode::from(exit_code(&error))
         }
         Err(payload) => {
             let reason = panic_text(payload.as_ref());

@@ -54,9 +54,9 @@ pub enum BenchKind {
     Vision,
     /// Requests up to their first token, vision included.
     Prefill,
-    /// 128 tokens behind the first.
+    /// 128 tokens after the first.
     Decode,
-    /// Whole answers of 129 tokens to batch after batch, as a batch run gives them.
+    /// Whole answers of 129 tokens, batch after batch, as in a batch run.
     Infer,
     /// Optimizer steps of the published LoRA recipe.
     Train,
@@ -93,27 +93,28 @@ pub struct BenchArgs {
     /// A model of this size with random weights drawn on the device; needs no checkpoint.
     #[arg(long, value_enum, value_name = "SIZE")]
     pub random_weights: Option<RandomSize>,
-    /// Only so many decoder layers of the random model.
+    /// Number of decoder layers of the random model.
     #[arg(long, value_name = "N", requires = "random_weights")]
     pub layers: Option<usize>,
-    /// cpu, cuda, cuda:N, wgpu or wgpu:N; by default the best one that answers. `load`, `infer` and `train`
-    /// take several (cuda:0,cuda:1) and measure the first alone, then all together.
+    /// cpu, cuda, cuda:N, wgpu or wgpu:N; the default is the fastest one available. `load`, `infer` and
+    /// `train` accept several (cuda:0,cuda:1) and measure the first alone, then all together.
     #[arg(long, value_name = "DEVICE,..", value_delimiter = ',')]
     pub device: Vec<DeviceName>,
-    /// Type of the weights; by default bf16 on CUDA, on other GPUs f16 and for `train` f32, f32 on the CPU.
+    /// Dtype of the weights; the default is bf16 on CUDA, f16 on other GPUs (f32 for `train`) and f32 on the
+    /// CPU.
     #[arg(long, value_enum)]
     pub dtype: Option<DtypeName>,
-    /// Pack the weights while they are loaded, or draw them packed: int8, int4 (groups of 64) or int4:32.
+    /// Quantise the weights at load time, or draw them quantised: int8, int4 (groups of 64) or int4:32.
     #[arg(long, value_name = "FORMAT")]
     pub quantize: Option<Quantization>,
-    /// Requests at once, several sizes one after another [default: 1; decode: 1,8,32; infer: 16]. In
-    /// `train`, samples of a micro-batch, 16 samples a step and device in any case.
+    /// Batch sizes, measured one after another [default: 1; decode: 1,8,32; infer: 16]. For `train`, samples
+    /// of a micro-batch; a step has 16 samples per device in any case.
     #[arg(long, value_name = "N,N", value_delimiter = ',')]
     pub batch: Vec<usize>,
-    /// Lengths as often as the OpenI-zh corpus has them, in place of 368 tokens each.
+    /// Prompt lengths distributed as in the OpenI-zh corpus, instead of 368 tokens each.
     #[arg(long)]
     pub mixed: bool,
-    /// `prefill`, `decode`, `infer`: tokens of every prompt, its image included, in place of 368.
+    /// `prefill`, `decode`, `infer`: tokens of every prompt, image included, instead of 368.
     #[arg(long, value_name = "N", conflicts_with = "mixed")]
     pub tokens: Option<usize>,
     /// `load`: write the random model there as a checkpoint first, and measure reading it; it is deleted
@@ -123,27 +124,27 @@ pub struct BenchArgs {
     /// Measured calls [default: 20; load and decode: 3, infer: 2, train: 5 steps].
     #[arg(long, visible_alias = "steps", value_name = "N")]
     pub samples: Option<usize>,
-    /// `train`: the samples of a micro-batch lie in one row.
+    /// `train`: pack the samples of a micro-batch into one row.
     #[arg(long)]
     pub packing: bool,
-    /// `train`: keep what the backward pass needs in place of running every layer again; faster, and more
-    /// memory.
+    /// `train`: keep all activations instead of recomputing every layer in the backward pass; faster, with
+    /// more memory.
     #[arg(long)]
     pub no_recompute: bool,
-    /// `train`: run norms, rotation and the gate again in the backward pass, and nothing else.
+    /// `train`: recompute only norms, rotary embedding and SwiGLU in the backward pass.
     #[arg(long, conflicts_with = "no_recompute")]
     pub recompute_pointwise: bool,
-    /// `train`: choose --batch, --packing and what is run again, as a run within so many GiB would.
+    /// `train`: choose --batch, --packing and recomputation as a run within this many GiB would.
     #[arg(long, value_name = "auto|GIB", conflicts_with_all = ["batch", "no_recompute", "recompute_pointwise"])]
     pub memory_budget: Option<Budget>,
-    /// `train`: write what the host's threads did when, in the form of Chrome's tracing.
+    /// `train`: record the activity of the host's threads, in Chrome's tracing format.
     #[arg(long, value_name = "FILE.json")]
     pub trace: Option<PathBuf>,
-    /// List the device's operations with count and time as well, from a second run that times each alone;
-    /// `cuda` and `wgpu` only.
+    /// Also list the device's operations with count and time, from a second run that times each one
+    /// separately; `cuda` and `wgpu` only.
     #[arg(long)]
     pub table: bool,
-    /// One JSON object a measurement, into this file, or on stdout in place of the table.
+    /// Write one JSON object per measurement to this file, or to stdout instead of the table.
     #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "-")]
     pub json: Option<PathBuf>,
 }

@@ -31,7 +31,7 @@ use crate::{
     serve::client::{EventLines, Server},
 };
 
-/// What is asked in turn when no --prompt is given.
+/// Prompts in turn when no --prompt is given.
 const PROMPTS: [&str; 6] = [
     "通过这张胸部X光影像可以诊断出什么？",
     "这张胸片有什么异常？",
@@ -50,7 +50,7 @@ pub struct BenchServeArgs {
     /// Key of the server.
     #[arg(long, value_name = "KEY", env = "XRAY_API_KEY", hide_env_values = true)]
     pub api_key: Option<String>,
-    /// Model to ask; the server's base by default.
+    /// Model of the requests; the server's base by default.
     #[arg(long, value_name = "NAME")]
     pub model: Option<String>,
     /// Start a server with a model of this size and random weights for the time of the measurement.
@@ -76,7 +76,7 @@ pub struct BenchServeArgs {
         conflicts_with = "rate"
     )]
     pub users: Vec<usize>,
-    /// Mean number of requests a second, in place of users.
+    /// Mean number of requests per second, instead of users.
     #[arg(long, value_name = "F")]
     pub rate: Option<f64>,
     /// How long requests are sent; those under way are waited for.
@@ -100,10 +100,10 @@ pub struct BenchServeArgs {
     /// As in `infer`.
     #[arg(long, value_name = "F", default_value_t = 1.0)]
     pub top_p: f32,
-    /// Go on behind the end of an answer, so that every answer has --max-new-tokens.
+    /// Continue after the end of an answer, so that every answer has --max-new-tokens.
     #[arg(long)]
     pub ignore_eos: bool,
-    /// Begin every question with a number of its own, so that nothing is found in the server's cache.
+    /// Begin every question with a unique number, so that the server's cache is not used.
     #[arg(long, conflicts_with = "check")]
     pub no_cache: bool,
     /// Ask every question alone first and compare all answers with these.
@@ -193,8 +193,8 @@ impl OwnServer {
             command.arg("--device").arg(device.to_string());
         }
         let mut process = command.spawn().context("cannot start a server")?;
-        let said = process.stderr.take().map(BufReader::new);
-        let mut lines = said.into_iter().flat_map(BufRead::lines);
+        let lines = process.stderr.take().map(BufReader::new);
+        let mut lines = lines.into_iter().flat_map(BufRead::lines);
         let mut last = String::new();
         while let Some(Ok(line)) = lines.next() {
             if let Some(url) = address_in(&line) {
@@ -217,7 +217,7 @@ impl Drop for OwnServer {
     }
 }
 
-/// The address in the line by which a server says that it is there.
+/// The address in the line that a server prints when it is ready.
 fn address_in(line: &str) -> Option<String> {
     let (_, rest) = line.split_once("` at ")?;
     let (url, _) = rest.split_once(',')?;
@@ -284,7 +284,7 @@ async fn measure(args: &BenchServeArgs, server: &str) -> Result<()> {
     Ok(())
 }
 
-/// Who asks.
+/// How requests arrive.
 #[derive(Debug, Clone, Copy)]
 enum Load {
     /// So many, one question after another each.
@@ -380,7 +380,7 @@ impl Bench {
         body
     }
 
-    /// Asks one question; the inner error is a response that is no answer.
+    /// Sends one request; the inner error is a response that is no answer.
     async fn ask(&self, kind: usize, number: usize) -> Result<Result<Sample, String>> {
         let body = serde_json::to_vec(&self.body(kind, number))?;
         let started = Instant::now();

@@ -19,10 +19,10 @@ use crate::processor::tokenizer::Tokenizer;
 /// Arguments of `check`.
 #[derive(Debug, Clone, Args)]
 pub struct CheckArgs {
-    /// Data file in ms-swift's form, one sample a line.
+    /// Data file in ms-swift's format, one sample per line.
     #[arg(value_name = "DATA.jsonl")]
     pub data: PathBuf,
-    /// Validation file; also checked for images, studies and reports of the data file.
+    /// Validation file; also checked for images, studies and reports that are in the data file.
     #[arg(long, value_name = "VAL.jsonl")]
     pub val: Option<PathBuf>,
     /// Studies, which are not to be on both sides.
@@ -31,7 +31,7 @@ pub struct CheckArgs {
     /// Folder of the checkpoint to be trained; its tokenizer counts the tokens.
     #[arg(long, value_name = "DIR", default_value = "model/tiny")]
     pub model: PathBuf,
-    /// Most tokens of a sample, image tokens included.
+    /// Maximum number of tokens of a sample, image tokens included.
     #[arg(long, value_name = "N", default_value_t = 2048)]
     pub max_length: usize,
     /// Smallest size an image is scaled to, in pixels.
@@ -40,7 +40,7 @@ pub struct CheckArgs {
     /// Largest size an image is scaled to, in pixels; 1,024 pixels are one token.
     #[arg(long, value_name = "PIXELS")]
     pub max_pixels: Option<usize>,
-    /// Print one JSON object a finding, and one of counts at the end.
+    /// Print one JSON object per problem, and one with counts at the end.
     #[arg(long)]
     pub json: bool,
 }

@@ -24,10 +24,12 @@ use crate::{
 /// Arguments of `clean`.
 #[derive(Debug, Clone, Args)]
 pub struct CleanArgs {
-    /// Corpus: OpenI-zh's `annotations` or `img`/`prompt`/`label` rows, or JSON or JSONL in ms-swift's form.
+    /// Corpus: OpenI-zh's `annotations` or `img`/`prompt`/`label` rows, or JSON or JSONL in ms-swift's
+    /// format.
     #[arg(value_name = "INPUT.json")]
     pub input: PathBuf,
-    /// The English reports the corpus was translated from, in the same forms: some defects show only beside them.
+    /// The English reports that the corpus was translated from, in the same formats; some defects are only
+    /// found with them.
     #[arg(long, value_name = "FILE.json")]
     pub english: Option<PathBuf>,
     /// Write a corrected copy, and the changes beside it as FILE.diff.
@@ -36,7 +38,7 @@ pub struct CleanArgs {
     /// Write the changes as a unified diff, also without a corrected copy.
     #[arg(long, value_name = "FILE.diff")]
     pub diff: Option<PathBuf>,
-    /// Write every place found, one JSON object a line.
+    /// Write every defect found, one JSON object per line.
     #[arg(long, value_name = "FILE.jsonl")]
     pub report: Option<PathBuf>,
     /// Only these defects, by name; may be given several times.
@@ -45,13 +47,13 @@ pub struct CleanArgs {
     /// Not these defects; may be given several times.
     #[arg(long, value_name = "NAME")]
     pub skip: Vec<String>,
-    /// A term table in place of the built-in one, TOML of the same form.
+    /// Table of terms to use instead of the built-in one, TOML in the same format.
     #[arg(long, value_name = "FILE.toml")]
     pub terms: Option<PathBuf>,
-    /// Print the counts alone, not the places.
+    /// Print only the counts.
     #[arg(long)]
     pub summary: bool,
-    /// Print one JSON object a place, and one of counts at the end.
+    /// Print one JSON object per defect, and one with counts at the end.
     #[arg(long)]
     pub json: bool,
 }

@@ -19,7 +19,7 @@ pub enum SplitName {
     /// All images of a study, and all studies of a patient where patients are known.
     #[value(alias = "study")]
     Uid,
-    /// Single rows, as published; views of one study and their common report come to both sides.
+    /// Single rows, as published: views of one study, and their common report, can be on both sides.
     Image,
 }
 
@@ -35,27 +35,27 @@ impl From<SplitName> for Split {
 /// Arguments of `convert`.
 #[derive(Debug, Clone, Args)]
 pub struct ConvertArgs {
-    /// Corpus: OpenI-zh's `annotations` or `img`/`prompt`/`label` rows, JSONL in ms-swift's form, or JSON rows of
-    /// other keys with --image-key and --report-key.
+    /// Corpus: OpenI-zh's `annotations` or `img`/`prompt`/`label` rows, JSONL in ms-swift's format, or JSON
+    /// rows with other keys, given by --image-key and --report-key.
     #[arg(value_name = "INPUT.json")]
     pub input: PathBuf,
-    /// Key of the image (a path or a list of them) in a corpus of another form: JSON rows, one a line, as a list, or
-    /// as lists under keys such as `train`.
+    /// Key of the image (a path or a list of paths) in a corpus of another format: JSON rows, one per line,
+    /// as a list, or as lists under keys such as `train`.
     #[arg(long, value_name = "KEY", requires = "report_key")]
     pub image_key: Option<String>,
-    /// Key of the report in a corpus of another form.
+    /// Key of the report in a corpus of another format.
     #[arg(long, value_name = "KEY", requires = "image_key")]
     pub report_key: Option<String>,
-    /// Folder of the images; JSONL rows may do without and name their own.
+    /// Folder of the images; not needed for JSONL rows whose paths are valid.
     ///
-    /// The path of a row is looked for below it, then ever shorter ends of the path, then the file name in any
-    /// folder below. A file that would stand for two paths is an error.
+    /// The path of a row is looked for below it, then the path without its leading folders one by one, then
+    /// the file name in any folder. A file that matches two paths is an error.
     #[arg(long, value_name = "DIR")]
     pub images: Option<PathBuf>,
     /// Folder for train.jsonl, val.jsonl, missing.txt, summary.json and histograms; new or empty.
     #[arg(long, value_name = "DIR")]
     pub output: PathBuf,
-    /// Questions to draw from, one a line; by default the twelve of the published training.
+    /// Questions to draw from, one per line; the default are the twelve of the published training.
     ///
     /// JSONL rows keep the question they have unless this is given.
     #[arg(long, value_name = "FILE")]
@@ -77,7 +77,7 @@ pub struct ConvertArgs {
     /// Rows without reasoning are left out and listed in missing.txt.
     #[arg(long, value_name = "FILE")]
     pub thinking: Option<PathBuf>,
-    /// Folder of the checkpoint to be trained: also counts tokens, with its tokenizer.
+    /// Folder of the checkpoint to be trained; its tokenizer is used to count tokens.
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
 }

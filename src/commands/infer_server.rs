@@ -49,7 +49,7 @@ struct Remote<'a> {
 ///
 /// # Errors
 /// As `infer` without a server. A server that cannot be reached, stops or stays full ends the run: what
-/// was not answered has no record, and the next run asks again.
+/// was not answered has no record, and the next run sends it again.
 pub(super) fn run(
     address: &str,
     args: &InferArgs,
@@ -194,7 +194,7 @@ impl Remote<'_> {
             let bytes = body_came
                 .map_err(|error| Unreachable(error.to_string()))?
                 .to_bytes();
-            // Full, stopping, or not there behind a proxy: nothing that these images can help.
+            // Full, stopping, or not reached by its proxy: no other image would fare better.
             if [429, 502, 503].contains(&status.as_u16()) {
                 if tries < MAX_TRIES && status == 429 {
                     tokio::time::sleep(pause).await;
@@ -213,7 +213,10 @@ impl Remote<'_> {
                 let message = answer["error"]["message"]
                     .as_str()
                     .unwrap_or("no reason given");
-                bail!("the server says: {message} (status {})", status.as_u16());
+                bail!(
+                    "the server answered: {message} (status {})",
+                    status.as_u16()
+                );
             }
             return Ok(answer);
         }
@@ -240,7 +243,7 @@ async fn show(mut body: hyper::body::Incoming) -> Result<Value> {
             let chunk: Value = serde_json::from_str(&data)?;
             if let Some(error) = chunk.get("error") {
                 bail!(
-                    "the server says: {}",
+                    "the server answered: {}",
                     error["message"].as_str().unwrap_or_default()
                 );
             }

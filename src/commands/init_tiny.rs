@@ -22,7 +22,7 @@ pub struct InitTinyArgs {
     /// Folder to write.
     #[arg(long, value_name = "DIR", default_value = "artifacts/tiny-init")]
     pub output: PathBuf,
-    /// Seed of the reports the tokenizer is learnt from.
+    /// Seed of the reports that the tokenizer is trained on.
     #[arg(long, value_name = "N", default_value_t = 7)]
     pub seed: u64,
 }

@@ -7,6 +7,8 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
+use chrono::{DateTime, SecondsFormat};
+
 /// The log: lines on stderr, of this program only unless something is wrong elsewhere.
 struct Lines {
     /// Whether lines begin with the time.
@@ -33,8 +35,7 @@ impl log::Log for Lines {
             };
             let mut line = String::new();
             if self.timed.load(Ordering::Relaxed) {
-                let since = SystemTime::now().duration_since(UNIX_EPOCH);
-                line = time_text(since.unwrap_or_default().as_millis());
+                line = time_text(SystemTime::now());
                 line.push(' ');
             }
             line.push_str(level);
@@ -84,33 +85,20 @@ fn escape(line: &mut String, text: &str) {
     }
 }
 
-/// Milliseconds since 1970 as a time of UTC, in the form of RFC 3339.
-fn time_text(milliseconds: u128) -> String {
-    let (seconds, milliseconds) = ((milliseconds / 1000) as i64, milliseconds % 1000);
-    let (days, second) = (seconds.div_euclid(86_400), seconds.rem_euclid(86_400));
-    let (year, month, day) = date(days);
-    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
-    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{milliseconds:03}Z")
-}
-
-/// Year, month and day of a day since 1970-01-01.
-///
-/// Source: `civil_from_days`, Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms".
-fn date(days: i64) -> (i64, i64, i64) {
-    // Years begin in March, so that the leap day is the last.
-    let days = days + 719_468;
-    let era = days.div_euclid(146_097);
-    let day = days.rem_euclid(146_097);
-    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
-    let of_year = day - (365 * year + year / 4 - year / 100);
-    let month = (5 * of_year + 2) / 153;
-    let day = of_year - (153 * month + 2) / 5 + 1;
-    let month = if month < 10 { month + 3 } else { month - 9 };
-    (era * 400 + year + i64::from(month <= 2), month, day)
+/// A moment in UTC, in the form of RFC 3339.
+fn time_text(moment: SystemTime) -> String {
+    let since = moment.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let milliseconds = i64::try_from(since.as_millis()).unwrap_or(i64::MAX);
+    // A clock beyond chrono's years shows as the first moment instead of ending the program.
+    DateTime::from_timestamp_millis(milliseconds)
+        .unwrap_or_default()
+        .to_rfc3339_opts(SecondsFormat::Millis, true)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[test]
@@ -135,7 +123,8 @@ mod tests {
             (1_796_022_265, "2026-11-30T07:04:25.000Z"),
             (4_107_542_400, "2100-03-01T00:00:00.000Z"),
         ] {
-            assert_eq!(time_text(seconds * 1000), text);
+            let moment = UNIX_EPOCH + Duration::from_secs(seconds);
+            assert_eq!(time_text(moment), text);
         }
     }
 }

@@ -35,10 +35,10 @@ use crate::{
 /// Arguments of `merge`.
 #[derive(Debug, Args)]
 pub struct MergeArgs {
-    /// Base checkpoint folder.
+    /// Folder of the base checkpoint.
     #[arg(long, value_name = "DIR", default_value = "model/tiny")]
     pub model: PathBuf,
-    /// PEFT adapter folder.
+    /// Folder of a PEFT adapter.
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
     /// Merge even if the adapter was trained on, or its config names, a different base model.
@@ -47,7 +47,7 @@ pub struct MergeArgs {
     /// Folder to write; must not exist.
     #[arg(long, value_name = "DIR")]
     pub output: PathBuf,
-    /// Type of the written weights; by default that of the base's.
+    /// Dtype of the written weights; the default is that of the base.
     #[arg(long, value_enum)]
     pub dtype: Option<DtypeName>,
     /// Device used for merging.

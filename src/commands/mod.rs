@@ -26,4 +26,4 @@ mod tags;
 pub mod train;
 mod usage;
 
-pub use usage::UsageError;
+pub use usage::{UsageError, exit_code};

@@ -14,7 +14,7 @@ use crate::{
 /// Arguments of `phantoms`.
 #[derive(Debug, Args)]
 pub struct PhantomsArgs {
-    /// Folder to write; must be absent or empty.
+    /// Folder to write; must be new or empty.
     #[arg(long, value_name = "DIR")]
     pub output: PathBuf,
     /// Seed of the studies.

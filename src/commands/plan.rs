@@ -29,22 +29,23 @@ use crate::{
 /// Arguments of `plan`.
 #[derive(Debug, Args)]
 pub struct PlanArgs {
-    /// Settings of the run.
+    /// Config file of the run.
     #[arg(long, value_name = "FILE", default_value = "configs/tiny.toml")]
     pub config: PathBuf,
-    /// Checkpoint folder whose config and tokenizer count; weights are not read.
+    /// Checkpoint folder instead of the config's; its weights are not read.
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
-    /// Data set in place of the config's.
+    /// Training data instead of the config's.
     #[arg(long, value_name = "FILE.jsonl")]
     pub train_data: Option<String>,
-    /// Throughput from a bench or an earlier run; gives the time.
+    /// Measured throughput, from `bench train` or an earlier run, for an estimate of the time.
     #[arg(long, value_name = "F", conflicts_with = "bench")]
     pub samples_per_second: Option<f64>,
-    /// Throughput from a file that `bench train --json` wrote; gives the time.
+    /// File written by `bench train --json`, whose throughput gives an estimate of the time.
     #[arg(long, value_name = "FILE.json")]
     pub bench: Option<PathBuf>,
-    /// Choose what fits so many GiB of the device, or all that is free, as `train` would.
+    /// Choose settings that fit into this many GiB of device memory, or into all that is free, as `train`
+    /// would.
     #[arg(long, value_name = "auto|GIB")]
     pub memory_budget: Option<Budget>,
     /// Any key of the config file, as in `train`; may be given several times.

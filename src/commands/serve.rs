@@ -32,7 +32,7 @@ use crate::{
         accelerator::Accelerator,
         generate::{
             GenerationConfig,
-            backend::{ServingDecoder, ServingLimits},
+            backend::{DecodeBackend, ServingDecoder, ServingLimits},
             slots::PlainDecoder,
         },
         pipeline::{LimitsFrom, Pipeline, PipelineOptions, TextAndImages},
@@ -55,17 +55,18 @@ const API_KEY: &str = "XRAY_API_KEY";
 /// Arguments of `serve`. Those of the network may come from the environment as well.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Exit codes: 0 told to stop, 1 it could not start or serve, 2 wrong arguments, 3 the device \
-                  failed three times in a row and does not work any more, 130 told to stop twice."
+    after_help = "Exit codes: 0 stopped by a signal, 1 could not start or serve, 2 wrong arguments, 3 the device \
+                  failed three times in a row, 130 stopped at once by a second signal."
 )]
 pub struct ServeArgs {
-    /// Address to listen at; others than loopback need --api-key or --no-auth.
+    /// Address to listen on; any address other than loopback needs --api-key or --no-auth.
     #[arg(long, value_name = "ADDRESS", default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST), env = "XRAY_HOST")]
     pub host: IpAddr,
-    /// Port to listen at; 0 takes a free one, which is printed.
+    /// Port to listen on; 0 selects a free one, which is printed.
     #[arg(long, value_name = "PORT", default_value_t = 7860, env = "XRAY_PORT")]
     pub port: u16,
-    /// Key that clients must show; may be given several times, or several with commas in the environment.
+    /// Key that clients have to send; can be given several times, or as a list with commas in the
+    /// environment.
     #[arg(
         long,
         value_name = "KEY",
@@ -74,58 +75,60 @@ pub struct ServeArgs {
         value_delimiter = ','
     )]
     pub api_key: Vec<String>,
-    /// Let everybody in who reaches the address.
+    /// Accept requests without a key from anybody who reaches the address.
     #[arg(long, conflicts_with = "api_key")]
     pub no_auth: bool,
-    /// Name by which clients call the server, where that is not its address: behind a proxy, or without
-    /// keys under a name of its own; may be given several times.
+    /// Host name that clients use, if it is not the address: behind a proxy, or for a server without keys;
+    /// can be given several times.
     #[arg(long, value_name = "NAME")]
     pub host_name: Vec<String>,
-    /// Certificate chain, PEM; turns TLS on.
+    /// Certificate chain, PEM; switches TLS on.
     #[arg(long, value_name = "FILE", requires = "tls_key")]
     pub tls_cert: Option<PathBuf>,
     /// Key of the certificate, PEM.
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     pub tls_key: Option<PathBuf>,
-    /// Name of the base model in requests; the name of its folder by default.
+    /// Name of the base model in requests; the default is the name of its folder.
     #[arg(long, value_name = "NAME")]
     pub served_model_name: Option<String>,
-    /// Adapter beside the base, chosen by a request's `model`; may be given several times.
+    /// Adapter on the base model, selected by `model` in a request; can be given several times.
     #[arg(long, value_name = "NAME=DIR")]
     pub lora: Vec<String>,
-    /// Folder whose folders may be loaded as adapters at run time.
+    /// Folder whose subfolders can be loaded as adapters at run time.
     #[arg(long, value_name = "DIR")]
     pub adapter_dir: Option<PathBuf>,
-    /// Most adapters at once, those of --lora included.
+    /// Maximum number of loaded adapters, those of --lora included.
     #[arg(long, value_name = "N", default_value_t = MAX_ADAPTERS)]
     pub max_adapters: usize,
-    /// Pass over fields of a request that this server does not know, or cannot honour, instead of refusing
-    /// it; the answer names them in `ignored_fields` and in the header `x-ignored-fields`.
+    /// Ignore fields of a request that the server does not know or cannot honour, instead of refusing the
+    /// request; the answer lists them in `ignored_fields` and in the header `x-ignored-fields`.
     #[arg(long)]
     pub lenient: bool,
-    /// Whether the page keeps reports in the browser until its user says otherwise; by default only where it
-    /// is opened on the server's own machine.
+    /// Whether the page keeps a history of reports in the browser, unless its user decides otherwise; the
+    /// default is only when it is opened on the server's own machine.
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     pub page_history: Option<bool>,
-    /// Requests that are answered at once.
+    /// Maximum number of requests answered at the same time.
     #[arg(long, value_name = "N", default_value_t = 32)]
     pub max_running: usize,
-    /// Requests that wait; more get status 429. An eighth is for clients that have less than that waiting.
+    /// Maximum number of waiting requests; more get status 429. An eighth is reserved for clients that have
+    /// fewer than that waiting.
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub max_queue: usize,
-    /// Tokens of the key/value cache, shared by all requests.
+    /// Tokens of the KV cache, which all requests share.
     #[arg(long, value_name = "N", default_value_t = 65_536)]
     pub cache_tokens: usize,
-    /// Tokens of a prompt between two steps of the others.
+    /// Tokens of a long prompt that are processed between two steps of the other requests.
     #[arg(long, value_name = "N", default_value_t = 512)]
     pub prefill_chunk: usize,
-    /// Forget a request's tokens when it is over; a second question about an image starts from nothing.
+    /// Drop a request's tokens from the cache when it ends; a second question about an image then starts from
+    /// the beginning.
     #[arg(long)]
     pub no_prefix_cache: bool,
-    /// Most tokens of an answer that a request may ask for; --max-new-tokens is what it gets unasked.
+    /// Maximum number of tokens that a request may ask for; --max-new-tokens is the default.
     #[arg(long, value_name = "N", default_value_t = 8192)]
     pub max_new_tokens_limit: usize,
-    /// Most images of a request.
+    /// Maximum number of images of a request.
     #[arg(long, value_name = "N", default_value_t = 8)]
     pub max_images: usize,
     /// Largest body of a request, images included.
@@ -134,18 +137,19 @@ pub struct ServeArgs {
     /// Largest image, in millions of pixels.
     #[arg(long, value_name = "MEGAPIXELS", default_value_t = 64)]
     pub max_image_megapixels: u64,
-    /// Memory of all that waits: a quarter for bodies, the rest for pictures and prompts. Requests
-    /// beyond it wait for their turn, and those whose body finds no room get status 503.
+    /// Memory for waiting requests: a quarter for bodies, the rest for images and prompts. Requests beyond it
+    /// wait; those whose body does not fit get status 503.
     #[arg(long, value_name = "MIB", default_value_t = 2048)]
     pub max_waiting_memory_mib: usize,
-    /// Open connections; more get status 503, but for `/healthz`, `/readyz` and `/metrics`.
+    /// Maximum number of open connections; more get status 503, except on `/healthz`, `/readyz` and
+    /// `/metrics`.
     #[arg(long, value_name = "N", default_value_t = 1024)]
     pub max_connections: usize,
-    /// Open connections of one address; more get the same.
+    /// Maximum number of open connections of one address; more get the same status.
     #[arg(long, value_name = "N", default_value_t = 512)]
     pub max_connections_per_address: usize,
-    /// Address of a proxy whose `X-Forwarded-For` tells the clients' addresses: they share the server
-    /// fairly, and the proxy may open any number of connections; may be given several times.
+    /// Address of a proxy whose `X-Forwarded-For` header has the client's address: clients then share the
+    /// server fairly, and the proxy may open any number of connections; can be given several times.
     #[arg(long, value_name = "ADDRESS")]
     pub trusted_proxy: Vec<IpAddr>,
     /// Time for a request from its arrival to its last token.
@@ -157,25 +161,25 @@ pub struct ServeArgs {
     /// Time for a client to take what is ready to be sent.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub write_timeout_seconds: u64,
-    /// Time for running requests when the server is told to stop (SIGTERM, SIGHUP, Ctrl-C); told twice, it
-    /// ends at once.
+    /// Time for running requests to finish after SIGTERM, SIGHUP or Ctrl-C; a second signal ends the server
+    /// at once.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub drain_seconds: u64,
-    /// Fetch images from http(s):// addresses of the public internet.
+    /// Fetch images from public http(s):// addresses.
     #[arg(long)]
     pub allow_image_urls: bool,
-    /// Serve a model of this size with random weights, for measurements; `--model` has the tokenizer.
+    /// Serve a model of this size with random weights, for measurements, with the tokenizer of `--model`.
     #[arg(long, value_enum, value_name = "SIZE", conflicts_with_all = ["adapter", "lora", "adapter_dir"])]
     pub random_weights: Option<RandomSize>,
     /// Model and device.
     #[command(flatten)]
     pub model: ModelArgs,
-    /// What requests get that do not say otherwise.
+    /// Defaults of requests.
     #[command(flatten)]
     pub generation: GenerationArgs,
 }
 
-/// Runs `serve` until it is told to stop.
+/// Runs `serve` until a signal stops it.
 ///
 /// # Errors
 /// Whatever keeps it from starting.
@@ -205,7 +209,7 @@ pub fn run(args: ServeArgs) -> Result<()> {
 )]
 pub struct DeviceLost;
 
-/// What can be said to be wrong before a model is loaded.
+/// Checks the arguments before a model is loaded.
 fn check(args: &ServeArgs) -> Result<()> {
     let wrong = |text: String| -> Result<()> { bail!(UsageError(text)) };
     let count = |value: u64| usize::try_from(value).unwrap_or(usize::MAX);
@@ -355,19 +359,34 @@ impl DeviceTask for Serve {
             }
         };
         prepare_kernels::<B>(&parts.config, dtype, &device, 0);
-        let name = match &self.args.served_model_name {
-            Some(name) => name.clone(),
-            None => base_name(&shipped(&self.args.model.model)),
-        };
-        let metrics = Arc::new(Metrics::default());
-        let limits = EngineLimits {
+        let decoder = self.decoder(model, &parts.config, device, &self.engine_limits())?;
+        self.answer(decoder, parts, checks_base.then_some(options.model))
+    }
+}
+
+impl Serve {
+    fn engine_limits(&self) -> EngineLimits {
+        EngineLimits {
             max_running: self.args.max_running,
             cache_tokens: self.args.cache_tokens,
             max_queue: self.args.max_queue,
             prefill_chunk: self.args.prefill_chunk,
             prefix_cache: !self.args.no_prefix_cache,
+        }
+    }
+
+    /// Answers requests until the server is stopped or `decoder` fails for good. Adapters are only taken
+    /// where they were trained on `base`, if it is given.
+    fn answer<D>(self, decoder: D, parts: TextAndImages, base: Option<PathBuf>) -> Result<()>
+    where
+        D: DecodeBackend + Send + 'static,
+    {
+        let name = match &self.args.served_model_name {
+            Some(name) => name.clone(),
+            None => base_name(&shipped(&self.args.model.model)),
         };
-        let decoder = self.decoder(model, &parts.config, device, &limits)?;
+        let metrics = Arc::new(Metrics::default());
+        let limits = self.engine_limits();
         let (engine, worker) =
             Engine::start(decoder, parts.tokenizer.clone(), limits, metrics.clone())?;
         let mut models =
@@ -376,8 +395,8 @@ impl DeviceTask for Serve {
             models = models.with_one_size();
         }
         log::info!("{}", parts.pixel_limits());
-        if checks_base {
-            models = models.only_for(options.model.clone());
+        if let Some(base) = base {
+            models = models.only_for(base);
         }
         let config = self.config();
         let patch_pixels = parts.images.config().max_pixels as u64;
@@ -520,7 +539,7 @@ impl Serve {
         }
     }
 
-    /// Connections that can be open, with a warning where the system allows fewer than were asked for.
+    /// Connections that can be open, with a warning where the system allows fewer than `--max-connections`.
     fn connections(&self) -> usize {
         let wanted = self.args.max_connections;
         let Some(files) = open_files_limit() else {
@@ -612,7 +631,7 @@ fn stop_signal() -> Result<impl Future<Output = ()>> {
         signals().await;
         tokio::spawn(async move {
             signals().await;
-            eprintln!("told to stop a second time: answers are broken off");
+            eprintln!("a second signal to stop: answers are broken off");
             std::process::exit(130);
         });
     })
@@ -620,7 +639,102 @@ fn stop_signal() -> Result<impl Future<Output = ()>> {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+    use serde_json::json;
+
     use super::*;
+    use crate::{
+        adapters::lora::config::AdapterError,
+        batch::images::ImageInput,
+        cli::{Cli, Command},
+        commands::exit_code,
+        runtime::generate::backend::{AdapterId, Chunk, SlotId, StepRow, Stepped},
+        serve::client::Server,
+    };
+
+    /// A device of which every call fails.
+    struct Broken;
+
+    impl DecodeBackend for Broken {
+        type Features = ();
+
+        fn encode_image(&mut self, _: AdapterId, _: &ImageInput) {
+            panic!("the device is gone")
+        }
+
+        fn start(&mut self, _: AdapterId, _: usize) -> SlotId {
+            SlotId(0)
+        }
+
+        fn fork(&mut self, _: SlotId, _: usize, _: usize) -> SlotId {
+            SlotId(0)
+        }
+
+        fn prefill(&mut self, _: SlotId, _: &Chunk<'_, ()>) -> Option<Vec<f32>> {
+            panic!("the device is gone")
+        }
+
+        fn step(&mut self, _: &[StepRow]) -> Vec<Stepped> {
+            panic!("the device is gone")
+        }
+
+        fn free(&mut self, _: SlotId) {}
+
+        fn load_adapter(&mut self, _: &Path) -> Result<AdapterId, AdapterError> {
+            panic!("the device is gone")
+        }
+
+        fn unload_adapter(&mut self, _: AdapterId) {}
+    }
+
+    #[test]
+    fn three_failed_steps_end_the_server_with_exit_code_3() {
+        // The port of a listener that is closed again is free for a while.
+        let port = std::net::TcpListener::bind("127.0.0.1:0")
+            .and_then(|listener| listener.local_addr())
+            .unwrap()
+            .port();
+        let typed = [
+            "xray",
+            "serve",
+            "--device",
+            "cpu",
+            "--port",
+            &port.to_string(),
+        ]
+        .join(" ");
+        let Command::Serve(args) = Cli::parse_from(typed.split(' ')).command else {
+            panic!("no `serve`");
+        };
+        let parts = TextAndImages::load(&pipeline_options(&args.model, DType::F32)).unwrap();
+        let serve = Serve {
+            defaults: generation_config(&args.generation).unwrap(),
+            api_keys: Vec::new(),
+            args,
+        };
+        let ended = std::thread::spawn(move || serve.answer(Broken, parts, None));
+        let server = Server::new(&format!("http://127.0.0.1:{port}"), None).unwrap();
+        let body = json!({"messages": [{"role": "user", "content": "?"}]}).to_string();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            for _ in 0..500 {
+                if server.call("/healthz", None).await.is_ok() {
+                    break;
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            for _ in 0..3 {
+                let body = body.clone().into_bytes();
+                let answer = server.call("/v1/chat/completions", Some(body)).await;
+                assert_eq!(answer.unwrap().0, 500);
+            }
+        });
+        let error = ended.join().unwrap().unwrap_err();
+        assert_eq!(exit_code(&error), 3, "{error:#}");
+    }
 
     #[test]
     fn connections_fit_the_files_that_may_be_open() {

@@ -100,7 +100,7 @@ pub struct GenerationArgs {
     /// Sample from tokens whose probability is at least this fraction of the highest.
     #[arg(long, value_name = "F", default_value_t = 0.0)]
     pub min_p: f32,
-    /// Values above 1 make tokens less likely that occurred before.
+    /// Penalty on tokens that occurred before; 1 means none, higher values make them less likely.
     #[arg(long, value_name = "F", default_value_t = 1.0)]
     pub repetition_penalty: f32,
     /// Do not end an answer that repeats itself.

@@ -34,7 +34,6 @@ use crate::{
     accelerate::devices::{Replicas, ReplicatedTask, built_backends, run_on_all},
     base::{
         device_name::{DeviceName, DtypeName},
-        panics::panic_text,
         trace::Trace,
     },
     dataset::Dataset,
@@ -43,7 +42,7 @@ use crate::{
     train::{
         budget::{Budget, Form},
         config::{TrainConfig, Tuner},
-        run::{QuietRenderer, Resume, RunOptions, RunResult, train},
+        run::{Dashboard, QuietRenderer, Resume, RunOptions, RunResult, train},
         strategy::{Ending, TrainError},
         words::{clock, counted},
     },
@@ -287,8 +286,10 @@ impl ReplicatedTask for Train {
         let dashboard = !self.args.no_tui && stdout().is_terminal() && stderr().is_terminal();
         let interrupter = Interrupter::new();
         let trace = Trace::new(self.args.trace.is_some());
+        let killed = Arc::new(AtomicBool::new(false));
         let renderer: Box<dyn MetricsRenderer> = if dashboard {
-            Box::new(TuiMetricsRendererWrapper::new(interrupter.clone(), None))
+            let tui = TuiMetricsRendererWrapper::new(interrupter.clone(), None);
+            Box::new(Dashboard::new(Box::new(tui), killed.clone()))
         } else {
             Box::new(QuietRenderer)
         };
@@ -334,10 +335,10 @@ impl ReplicatedTask for Train {
         }));
         let result: Result<RunResult<B>, TrainError> = match result {
             Ok(result) => result,
-            // Burn's dashboard has no other way to end a run at once.
-            Err(payload) if panic_text(payload.as_ref()).contains("from user input") => {
+            // Burn's dashboard ends a run at once by a panic in another thread.
+            Err(_) if killed.load(Ordering::SeqCst) => {
                 bail!(
-                    "ended at once from the dashboard; `{again}` goes on from the last checkpoint"
+                    "ended at once from the dashboard, without saving; continue from the last checkpoint, if there is one, with: {again}"
                 )
             }
             Err(payload) => resume_unwind(payload),
@@ -370,7 +371,7 @@ fn print_end<B: Accelerator>(result: &RunResult<B>, seconds: f64, again: &str) {
     let how = match result.ending {
         Ending::Done => "done".to_string(),
         Ending::EarlyStop => "ended early: the validation stopped getting better".to_string(),
-        Ending::Interrupted => format!("interrupted and saved; `{again}` goes on"),
+        Ending::Interrupted => "interrupted and saved".to_string(),
     };
     // The terminal may be gone by now.
     let _ = writeln!(
@@ -388,6 +389,10 @@ fn print_end<B: Accelerator>(result: &RunResult<B>, seconds: f64, again: &str) {
     );
     for remark in image_remarks(result) {
         say(&format!("images: {}", remark.sentence()));
+    }
+    if result.ending == Ending::Interrupted {
+        // On a line of its own: a wrapped one is hard to copy.
+        let _ = writeln!(stdout(), "continue with: {again}");
     }
 }
 

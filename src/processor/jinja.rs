@@ -5,6 +5,8 @@
 use std::io;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use chrono::DateTime;
+use chrono::format::{Fixed, Item, Numeric, StrftimeItems};
 use minijinja::value::{Kwargs, Value};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind};
 use minijinja_contrib::pycompat::unknown_method_callback;
@@ -93,85 +95,37 @@ fn strftime_now(format: String) -> Result<String, Error> {
     strftime(&format, now.as_secs())
 }
 
-/// Writes a moment, in seconds since 1970 UTC, by the common directives of `strftime`.
+/// Writes a moment, in seconds since 1970 UTC, by the directives of `strftime`.
 fn strftime(format: &str, seconds: u64) -> Result<String, Error> {
-    const MONTHS: [&str; 12] = [
-        "January",
-        "February",
-        "March",
-        "April",
-        "May",
-        "June",
-        "July",
-        "August",
-        "September",
-        "October",
-        "November",
-        "December",
-    ];
-    const WEEKDAYS: [&str; 7] = [
-        "Thursday",
-        "Friday",
-        "Saturday",
-        "Sunday",
-        "Monday",
-        "Tuesday",
-        "Wednesday",
-    ];
-    let mut day = seconds / 86_400;
-    let weekday = WEEKDAYS[(day % 7) as usize];
-    let leap = |year: u64| {
-        year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400))
-    };
-    let mut year = 1970;
-    while day >= 365 + u64::from(leap(year)) {
-        day -= 365 + u64::from(leap(year));
-        year += 1;
+    let wrong = |reason: String| Error::new(ErrorKind::InvalidOperation, reason);
+    let moment = i64::try_from(seconds)
+        .ok()
+        .and_then(|seconds| DateTime::from_timestamp(seconds, 0))
+        .ok_or_else(|| wrong(format!("`strftime_now` cannot write second {seconds}")))?;
+    // Formatting an unknown directive would panic. Parts of a second and the time zone are refused:
+    // Python writes microseconds and, for `datetime.now()`, no zone.
+    let items = StrftimeItems::new(format)
+        .parse()
+        .ok()
+        .filter(|items| !items.iter().any(differs_from_python))
+        .ok_or_else(|| wrong(format!("`strftime_now` does not know all of `{format}`")))?;
+    Ok(moment.format_with_items(items.iter()).to_string())
+}
+
+fn differs_from_python(item: &Item<'_>) -> bool {
+    match item {
+        Item::Numeric(Numeric::Nanosecond, _) => true,
+        Item::Fixed(text) => !matches!(
+            text,
+            Fixed::ShortMonthName
+                | Fixed::LongMonthName
+                | Fixed::ShortWeekdayName
+                | Fixed::LongWeekdayName
+                | Fixed::LowerAmPm
+                | Fixed::UpperAmPm
+        ),
+        _ => false,
     }
-    let day_of_year = day + 1;
-    let february = 28 + u64::from(leap(year));
-    let mut month = 0;
-    for length in [31, february, 31, 30, 31, 30, 31, 31, 30, 31, 30] {
-        if day < length {
-            break;
-        }
-        day -= length;
-        month += 1;
-    }
-    let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
-    let mut text = String::new();
-    let mut letters = format.chars();
-    while let Some(letter) = letters.next() {
-        if letter != '%' {
-            text.push(letter);
-            continue;
-        }
-        let directive = letters.next().unwrap_or('%');
-        text.push_str(&match directive {
-            'Y' => year.to_string(),
-            'y' => format!("{:02}", year % 100),
-            'm' => format!("{:02}", month + 1),
-            'd' => format!("{:02}", day + 1),
-            'j' => format!("{day_of_year:03}"),
-            'H' => format!("{hour:02}"),
-            'I' => format!("{:02}", (hour + 11) % 12 + 1),
-            'M' => format!("{minute:02}"),
-            'S' => format!("{second:02}"),
-            'p' => if hour < 12 { "AM" } else { "PM" }.to_owned(),
-            'B' => MONTHS[month].to_owned(),
-            'b' => MONTHS[month][..3].to_owned(),
-            'A' => weekday.to_owned(),
-            'a' => weekday[..3].to_owned(),
-            '%' => "%".to_owned(),
-            other => {
-                return Err(Error::new(
-                    ErrorKind::InvalidOperation,
-                    format!("`strftime_now` does not know the directive `%{other}`"),
-                ));
-            }
-        });
-    }
-    Ok(text)
 }
 
 #[cfg(test)]
@@ -232,6 +186,9 @@ mod tests {
         let text = strftime("%Y-%m-%d %j %a %B %I:%M:%S %p %%", leap_day).unwrap();
         assert_eq!(text, "2000-02-29 060 Tue February 01:05:09 PM %");
         assert_eq!(strftime("%d %b %y", 1_798_675_200).unwrap(), "31 Dec 26");
-        assert!(strftime("%Q", 0).is_err());
+        for unknown in ["%Q", "%", "%Y %!", "%f", "%H:%M %Z", "%z"] {
+            let error = strftime(unknown, 0).unwrap_err();
+            assert!(error.to_string().contains(unknown), "{error}");
+        }
     }
 }

@@ -17,7 +17,7 @@ use super::auth::Peer;
 const BURST: f64 = 50.0;
 const PER_SECOND: f64 = 10.0;
 
-/// What a response says of its error, for the log.
+/// Code of a response's error, for the log.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct ErrorCode(pub(super) &'static str);
 
@@ -47,7 +47,7 @@ impl Default for Audit {
 }
 
 impl Budget {
-    /// Takes a line; says how many were left out before it, or that this one is.
+    /// Takes a line: the number of lines left out before it, or `None` where this one is left out.
     fn take(&mut self, now: Instant) -> Option<u64> {
         let passed = now.saturating_duration_since(self.at).as_secs_f64();
         self.at = now;

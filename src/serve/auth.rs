@@ -1,4 +1,4 @@
-//! Who asks: the key, the name the server was called by, and the page a browser asks from.
+//! Access checks: the API key, the `Host` header and the `Origin` header.
 
 use std::net::IpAddr;
 
@@ -11,12 +11,12 @@ use super::error::ApiError;
 /// The other end of a connection.
 #[derive(Debug, Clone, Copy)]
 pub struct Peer {
-    /// Tells askers apart.
+    /// Number of the client, from its address or its key.
     pub client: u64,
 }
 
 impl Peer {
-    /// An asker by address.
+    /// A client by address.
     pub fn new(address: IpAddr) -> Self {
         let digest = match address.to_canonical() {
             IpAddr::V4(ip) => Sha256::digest(ip.octets()),
@@ -73,7 +73,7 @@ impl ApiKey {
         Ok(Self(Sha256::digest(key).into()))
     }
 
-    /// Tells keys apart without showing them.
+    /// Number of the client that uses this key, which does not reveal the key.
     fn client(&self) -> u64 {
         let mut bytes = [0; 8];
         bytes.copy_from_slice(&self.0[..8]);
@@ -95,9 +95,10 @@ impl KeyCheck {
         }
     }
 
-    /// Looks for `Authorization: Bearer KEY` and gives what tells the keys apart, if any is asked for.
+    /// Looks for `Authorization: Bearer KEY` and returns the number of that key's client; `None` where no key
+    /// is required.
     ///
-    /// Hashes are compared, all of them and to the end, so that the time tells nothing.
+    /// Hashes are compared, all of them and to the end, so that the time reveals nothing.
     ///
     /// # Errors
     /// [`ApiError`] of status 401.
@@ -132,7 +133,7 @@ impl KeyCheck {
 
 /// Refuses what a web page of somebody else makes a browser send.
 ///
-/// A server that asks for no key trusts whoever reaches it. A page may reach it too: through a name
+/// A server without keys trusts whoever reaches it. A page may reach it too: through a name
 /// that suddenly resolves to this machine (so the `Host` must be one of `host_names`), or by a plain
 /// cross-origin request (so the `Origin` must be the server itself, or one of `origin_names`).
 ///
@@ -248,11 +249,11 @@ mod tests {
     }
 
     #[test]
-    fn one_asker_is_one_address_in_either_form() {
-        let asker = |address: &str| Peer::new(address.parse().unwrap()).client;
-        assert_eq!(asker("::ffff:192.0.2.1"), asker("192.0.2.1"));
-        assert_ne!(asker("::ffff:192.0.2.1"), asker("::ffff:192.0.2.2"));
-        assert_eq!(asker("2001:db8::1"), asker("2001:db8::2"));
+    fn one_client_is_one_address_in_either_form() {
+        let client = |address: &str| Peer::new(address.parse().unwrap()).client;
+        assert_eq!(client("::ffff:192.0.2.1"), client("192.0.2.1"));
+        assert_ne!(client("::ffff:192.0.2.1"), client("::ffff:192.0.2.2"));
+        assert_eq!(client("2001:db8::1"), client("2001:db8::2"));
     }
 
     #[test]

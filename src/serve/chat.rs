@@ -20,7 +20,7 @@ use super::{
     audit::RequestRecord,
     auth::Peer,
     body::{check_json_size, read_body, take},
-    content::{Asking, prepare},
+    content::{Requester, prepare},
     engine::{Done, Event, Submission, TokenConstraint, TokenLogprob},
     error::ApiError,
     fields::{Fields, parse_body},
@@ -86,13 +86,13 @@ pub(super) async fn completions(
             .clone()
             .unwrap_or_else(|| app.models.base().to_owned()),
     };
-    let asking = Asking {
+    let requester = Requester {
         client: peer.client,
         memory,
     };
     let prepared = tokio::time::timeout_at(
         deadline.into(),
-        prepare(&app, &model, request.messages, asking),
+        prepare(&app, &model, request.messages, requester),
     )
     .await
     .map_err(|_| ApiError::from(super::engine::Failure::Deadline))??;
@@ -186,7 +186,7 @@ pub(super) struct Answers {
     pub(super) tokenizer: Tokenizer,
 }
 
-/// What the request allows of each token, if it says.
+/// The constraint on each token, if the request has one.
 async fn constraint(
     app: &Arc<App>,
     settings: &RequestSettings,
@@ -234,7 +234,7 @@ async fn form_constraint(
     .map_err(|_| ApiError::internal())?
 }
 
-/// Tokens an answer may have: as asked, or what is left of context and cache.
+/// Tokens an answer may have: the requested number, or what is left of context and cache.
 fn room(app: &App, settings: &RequestSettings, prompt: usize) -> Result<usize, ApiError> {
     let context = app.context();
     let left = context.saturating_sub(prompt);
@@ -261,7 +261,7 @@ pub(super) fn expect_json(headers: &HeaderMap) -> Result<(), ApiError> {
     if json {
         Ok(())
     } else {
-        // A page of another origin cannot send this type without asking first.
+        // A page of another origin cannot send this type without a preflight request.
         Err(ApiError::new(
             StatusCode::UNSUPPORTED_MEDIA_TYPE,
             "expected the header `Content-Type: application/json`",
@@ -373,7 +373,7 @@ pub(super) fn count(usage: &mut Usage, prompt_tokens: usize, done: &Done) {
     }
 }
 
-/// OpenAI's word; an answer that went round in circles was cut off like one that grew too long.
+/// OpenAI's value; an answer that went round in circles was cut off like one that grew too long.
 pub(super) fn finish_reason(reason: FinishReason) -> &'static str {
     match reason {
         FinishReason::Stop | FinishReason::Cancelled => "stop",
@@ -381,7 +381,7 @@ pub(super) fn finish_reason(reason: FinishReason) -> &'static str {
     }
 }
 
-/// What OpenAI has no word for.
+/// A reason that OpenAI has no value for.
 pub(super) fn stop_reason(reason: FinishReason) -> Option<&'static str> {
     (reason == FinishReason::Repetition).then_some("repetition")
 }
@@ -410,5 +410,5 @@ pub(super) fn entry(tokenizer: &Tokenizer, found: &TokenLogprob) -> LogprobEntry
     }
 }
 
-/// Time between signs of life on a stream that has nothing to say.
+/// Time between keep-alive comments on a stream without events.
 pub(super) const KEEP_ALIVE: Duration = Duration::from_secs(10);

@@ -12,9 +12,9 @@ use hyper::{
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 
-/// Why a server could not be spoken to.
+/// Why a request to a server failed.
 #[derive(Debug, thiserror::Error)]
-#[allow(missing_docs, reason = "the messages say it")]
+#[allow(missing_docs, reason = "the messages describe each")]
 pub enum ClientError {
     #[error("`{0}` is not an address of the form http://HOST:PORT or https://HOST:PORT")]
     Address(String),
@@ -83,7 +83,7 @@ pub fn host_header(uri: &Uri) -> String {
     })
 }
 
-/// Connects to `address`, which the caller resolved, and speaks TLS where `uri` says `https`.
+/// Connects to `address`, which the caller resolved, with TLS where `uri` starts with `https`.
 ///
 /// # Errors
 /// [`ClientError`].

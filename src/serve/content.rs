@@ -63,18 +63,18 @@ pub(super) fn largest_picture(pixels: u64, patch_pixels: u64) -> u64 {
     pixels.saturating_mul(8 + 3) + patch_pixels * (PATCH_BYTES + PICTURE_BYTES + RESIZING_BYTES)
 }
 
-/// Who asks for a prompt, and what is taken for the request so far.
-pub(super) struct Asking {
+/// The client of a request, and the memory taken for it so far.
+pub(super) struct Requester {
     /// The client.
     pub(super) client: u64,
     /// Memory of the body.
     pub(super) memory: Share,
 }
 
-/// Set when a request is given up: work on other threads ends at its next look.
-struct GivenUp(Arc<AtomicBool>);
+/// Set when a request is cancelled: work on other threads ends at its next check.
+struct CancelOnDrop(Arc<AtomicBool>);
 
-impl Drop for GivenUp {
+impl Drop for CancelOnDrop {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
@@ -98,9 +98,9 @@ pub(super) async fn prepare(
     app: &Arc<App>,
     model: &ModelEntry,
     messages: Vec<ChatMessage>,
-    asking: Asking,
+    requester: Requester,
 ) -> Result<PreparedPrompt, ApiError> {
-    let Asking { client, mut memory } = asking;
+    let Requester { client, mut memory } = requester;
     let (messages, sources) = blocking(app, move |app| split(messages, app)).await??;
     let text_bytes = text_bytes(&messages);
     let most = app.context() * app.longest_token * LARGEST_COMPOSITION;
@@ -131,9 +131,9 @@ pub(super) async fn prepare(
     };
     let template = model.template.clone();
     let stop = Arc::new(AtomicBool::new(false));
-    let given_up = GivenUp(stop.clone());
+    let cancel = CancelOnDrop(stop.clone());
     let prompt = blocking(app, move |app| {
-        // Decoding goes on when the request is given up, and counts until it has ended.
+        // Decoding goes on when the request is cancelled, and its memory counts until it has ended.
         let mut prompt = encode(app, &processor, &template, &messages, images, &stop)?;
         drop(memory);
         share.leave();
@@ -144,7 +144,7 @@ pub(super) async fn prepare(
         Ok(prompt)
     })
     .await?;
-    drop(given_up);
+    drop(cancel);
     prompt
 }
 
@@ -351,7 +351,7 @@ fn split(messages: Vec<ChatMessage>, app: &App) -> Result<(Vec<Message>, Vec<Sou
                         }
                     });
                 }
-                // Templates tell plain text from pieces, and some take pieces from the user alone.
+                // Templates treat plain text and pieces differently; some take pieces from the user alone.
                 if role != Role::User {
                     Content::Text(Content::Parts(taken).text())
                 } else {
@@ -385,7 +385,7 @@ fn source(url: &str, index: usize, urls_allowed: bool) -> Result<Source, ApiErro
         if !kind.to_ascii_lowercase().ends_with(";base64") {
             return Err(wrong(form));
         }
-        // What it is the content decides; the declared type may lie.
+        // The content decides the format; the declared type may be wrong.
         let bytes = base64_bytes(data).ok_or_else(|| wrong("is not valid base64"))?;
         return Ok(Source::Bytes(bytes));
     }
@@ -442,7 +442,7 @@ fn encode(
         grids.extend_from_slice(&made.image_grid_thw);
         let images = processor.clone();
         patches.push(Patches::new(made, move || {
-            patches_of(&images, &picture).expect("the picture has been cut before")
+            patches_of(&images, &picture).expect("the same picture was cut into patches before")
         }));
     }
     let ids = encode_chat(
@@ -474,7 +474,7 @@ fn patches_of(images: &ImageProcessor, picture: &RgbImage) -> Result<ImageInput,
     })
 }
 
-/// Own words for what is wrong with an image: a decoder's may carry what is nobody's business.
+/// Describes what is wrong with an image in words of our own: a decoder's may repeat parts of the file.
 pub(super) fn image_error(name: &str, error: &ImageError) -> ApiError {
     let reason = match error {
         ImageError::Empty { .. } => "is empty (0 bytes)".into(),

@@ -1,4 +1,4 @@
-//! What a client is told when something is wrong, in OpenAI's form.
+//! Errors of the API, in OpenAI's form.
 //!
 //! A message names the field and what was expected, never a path, an address or a cause of ours:
 //! those go to the log.
@@ -40,7 +40,7 @@ impl ApiError {
         }
     }
 
-    /// A request that cannot be meant: 400, with the field at fault.
+    /// An invalid request: 400, with the field at fault.
     pub fn invalid(param: impl Into<String>, message: impl Into<String>) -> Self {
         Self {
             param: Some(param.into()),
@@ -48,7 +48,7 @@ impl ApiError {
         }
     }
 
-    /// Something of ours: 500, with nothing said about it.
+    /// A failure of the server itself: 500, without its cause.
     pub fn internal() -> Self {
         Self::new(
             StatusCode::INTERNAL_SERVER_ERROR,

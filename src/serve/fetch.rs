@@ -1,4 +1,4 @@
-//! Images from addresses on the web, where the server was told to allow that.
+//! Images from addresses on the web, where `--allow-image-urls` allows that.
 //!
 //! Loopback, link-local, private and other special addresses are refused, after the name is resolved
 //! and again for every redirect; the address that was checked is the one that is connected to, so a
@@ -22,17 +22,17 @@ const MAX_REDIRECTS: usize = 3;
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The same words for an address that is refused and one that does not answer: the difference would
-/// tell a stranger what lies in the inner network.
+/// show a stranger which hosts the inner network has.
 const UNREACHABLE: &str = "could not be fetched; expected an image at a public address that can be reached from the server";
 
 /// Longest address.
 const LONGEST_URL: usize = 4096;
 
-/// Fetches the image at `url`, of at most `max_bytes`; `name` stands for it in messages, and `memory`
+/// Fetches the image at `url`, of at most `max_bytes`; `name` is its name in messages, and `memory`
 /// grows with what has come.
 ///
 /// # Errors
-/// [`ApiError`] of status 400, which does not say why an address could not be reached, or of status 503
+/// [`ApiError`] of status 400, which gives no reason why an address could not be reached, or of status 503
 /// where there is no memory for the image.
 pub(super) async fn fetch_image(
     url: &str,
@@ -40,7 +40,7 @@ pub(super) async fn fetch_image(
     name: &str,
     memory: &mut Share,
 ) -> Result<Bytes, ApiError> {
-    tokio::time::timeout(TIMEOUT, follow(url, max_bytes, name, memory))
+    tokio::time::timeout(TIMEOUT, follow(url, max_bytes, name, memory, is_public))
         .await
         .unwrap_or_else(|_| Err(refuse(name, "did not come in time")))
 }
@@ -54,11 +54,12 @@ async fn follow(
     max_bytes: usize,
     name: &str,
     memory: &mut Share,
+    allowed: fn(IpAddr) -> bool,
 ) -> Result<Bytes, ApiError> {
     let mut url = url.to_owned();
     for _ in 0..=MAX_REDIRECTS {
         let uri = parse(&url, name)?;
-        let address = resolve(&uri, name).await?;
+        let address = resolve(&uri, name, allowed).await?;
         let unreachable = || refuse(name, UNREACHABLE);
         let mut connection = client::connect(&uri, address)
             .await
@@ -128,7 +129,11 @@ fn redirected(from: &Uri, target: &str) -> Option<String> {
     None
 }
 
-async fn resolve(uri: &Uri, name: &str) -> Result<SocketAddr, ApiError> {
+async fn resolve(
+    uri: &Uri,
+    name: &str,
+    allowed: fn(IpAddr) -> bool,
+) -> Result<SocketAddr, ApiError> {
     let (host, port) = client::host_and_port(uri)
         .ok_or_else(|| refuse(name, "has no address of the form http:// or https://"))?;
     let found: Vec<SocketAddr> = match host.parse::<IpAddr>() {
@@ -138,8 +143,8 @@ async fn resolve(uri: &Uri, name: &str) -> Result<SocketAddr, ApiError> {
             .map_err(|_| refuse(name, UNREACHABLE))?
             .collect(),
     };
-    // One bad address condemns the name: the resolver chooses the order.
-    if found.iter().any(|address| !is_public(address.ip())) {
+    // One refused address is enough to refuse the name: the resolver chooses the order.
+    if found.iter().any(|address| !allowed(address.ip())) {
         return Err(refuse(name, UNREACHABLE));
     }
     found
@@ -193,7 +198,80 @@ fn is_public_v6(ip: Ipv6Addr) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+    };
+
+    use super::{
+        super::share::{Gate, GateLimits},
+        *,
+    };
+
+    fn gate() -> std::sync::Arc<Gate> {
+        Gate::new(GateLimits {
+            places: 0,
+            spare_places: 0,
+            bytes: 1 << 20,
+            spare_bytes: 0,
+            max_waiting: 8,
+        })
+    }
+
+    /// Answers every request by its path, for ever.
+    async fn small_server(listener: TcpListener) {
+        let port = listener.local_addr().unwrap().port();
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut request = vec![0; 4096];
+            let read = stream.read(&mut request).await.unwrap();
+            let request = String::from_utf8_lossy(&request[..read]);
+            let answer = match request.split(' ').nth(1).unwrap() {
+                "/image" => "200 OK\r\ncontent-length: 5\r\n\r\nimage".to_owned(),
+                "/moved" => "302 Found\r\nlocation: /image\r\n\r\n".to_owned(),
+                "/inside" => {
+                    format!("302 Found\r\nlocation: http://127.0.0.2:{port}/image\r\n\r\n")
+                }
+                "/circle" => "302 Found\r\nlocation: /circle\r\n\r\n".to_owned(),
+                "/large" => format!("200 OK\r\n\r\n{}", "x".repeat(2000)),
+                _ => "404 Not Found\r\ncontent-length: 0\r\n\r\n".to_owned(),
+            };
+            let _ = stream
+                .write_all(format!("HTTP/1.1 {answer}").as_bytes())
+                .await;
+        }
+    }
+
+    #[test]
+    fn an_image_is_fetched_and_every_redirect_is_checked() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            // All of 127.0.0.0/8 reaches this listener; one address plays the public one.
+            let listener = TcpListener::bind("0.0.0.0:0").await.unwrap();
+            let port = listener.local_addr().unwrap().port();
+            tokio::spawn(small_server(listener));
+            let public = |address: IpAddr| address == IpAddr::from([127, 0, 0, 1]);
+            let fetch = async |path: &str| {
+                let url = format!("http://127.0.0.1:{port}{path}");
+                let mut memory = gate().take(0, 0, 1).await.unwrap();
+                follow(&url, 1000, "image 1", &mut memory, public).await
+            };
+            assert_eq!(&fetch("/image").await.unwrap()[..], b"image");
+            assert_eq!(&fetch("/moved").await.unwrap()[..], b"image");
+            for (path, says) in [
+                ("/inside", UNREACHABLE),
+                ("/none", UNREACHABLE),
+                ("/circle", "redirected too often"),
+                ("/large", "too large"),
+            ] {
+                let error = fetch(path).await.unwrap_err();
+                assert!(error.message.contains(says), "{path}: {error}");
+            }
+        });
+    }
 
     #[test]
     fn only_the_public_internet_is_fetched_from() {
@@ -268,17 +346,9 @@ mod tests {
             "http://127.1/a.png",
             "http://169.254.169.254/latest/meta-data",
         ] {
-            let limits = super::super::share::GateLimits {
-                places: 0,
-                spare_places: 0,
-                bytes: 1 << 20,
-                spare_bytes: 0,
-                max_waiting: 8,
-            };
-            let gate = super::super::share::Gate::new(limits);
             let error = runtime
                 .block_on(async {
-                    let mut memory = gate.take(0, 0, 1).await.unwrap();
+                    let mut memory = gate().take(0, 0, 1).await.unwrap();
                     fetch_image(bad, 1000, "image 1", &mut memory).await
                 })
                 .unwrap_err();

@@ -19,9 +19,9 @@ const SHOWN: usize = 40;
 pub(super) enum Rule {
     /// Any value: it does not bear on the answer.
     Harmless,
-    /// Only these values, as JSON: they ask for what is done anyway.
+    /// Only these values, as JSON: with them the answer is the same as without the field.
     Only(&'static [&'static str]),
-    /// Never; the text says what to do instead, or is empty.
+    /// Never; the text is what to do instead, or empty.
     Refused(&'static str),
 }
 
@@ -40,7 +40,7 @@ pub(super) struct Fields {
     taken: BTreeSet<&'static str>,
 }
 
-/// What stands in place of a value in a message.
+/// A value as a message shows it.
 fn shown(value: &Value) -> String {
     match value {
         Value::Array(_) => "a list".into(),
@@ -167,7 +167,7 @@ impl Fields {
         found.ok_or_else(|| ApiError::invalid(&name, format!("`{name}` is missing")))
     }
 
-    /// Looks at what was not taken: `rules` say of known fields what becomes of them, and any other is
+    /// Checks the fields that were not taken: `rules` has what is done with known ones, and any other is
     /// unknown. With `ignored`, those that would be refused are named there instead.
     ///
     /// # Errors
@@ -177,6 +177,8 @@ impl Fields {
         rules: Rules,
         mut ignored: Option<&mut Vec<String>>,
     ) -> Result<(), ApiError> {
+        #[cfg(test)]
+        known::record(&self.path, &self.taken, rules);
         if let Some(name) = &self.repeated {
             let name = self.name(name);
             let name = short(&name);
@@ -286,7 +288,7 @@ pub(super) fn parse_body(bytes: &[u8]) -> Result<Fields, ApiError> {
     serde_json::from_slice(bytes).map_err(|error| {
         let reason = match error.classify() {
             Category::Eof => "its JSON ends in the middle of a value".to_owned(),
-            // The object itself is the only thing that is asked for here.
+            // The only type that is required here is the object itself.
             Category::Data => "expected a JSON object".to_owned(),
             _ => {
                 let (line, column) = (error.line(), error.column());
@@ -324,6 +326,40 @@ impl<'de> Deserialize<'de> for Fields {
     }
 }
 
+/// Which names the objects of a request have, as reading one shows it: for a comparison with the document.
+#[cfg(test)]
+pub(super) mod known {
+    use std::{cell::RefCell, collections::BTreeMap};
+
+    use super::{BTreeSet, Rules};
+
+    /// Names of one object.
+    #[derive(Debug, Default)]
+    pub(in crate::serve) struct Names {
+        pub(in crate::serve) taken: BTreeSet<&'static str>,
+        pub(in crate::serve) in_rules: BTreeSet<&'static str>,
+    }
+
+    thread_local! {
+        static NAMES: RefCell<BTreeMap<String, Names>> = RefCell::default();
+    }
+
+    pub(super) fn record(path: &str, taken: &BTreeSet<&'static str>, rules: Rules) {
+        // `messages[0]` is one of `messages[]`.
+        let path = path.replace(|letter: char| letter.is_ascii_digit(), "");
+        NAMES.with_borrow_mut(|all| {
+            let names = all.entry(path).or_default();
+            names.taken.extend(taken);
+            names.in_rules.extend(rules.iter().map(|(name, _)| *name));
+        });
+    }
+
+    /// Names of all objects that this thread has read since the last call, by path.
+    pub(in crate::serve) fn take() -> BTreeMap<String, Names> {
+        NAMES.take()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -341,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn a_field_nobody_takes_is_refused_by_its_name_and_the_nearest_is_told() {
+    fn an_unknown_field_is_refused_by_its_name_and_the_nearest_is_suggested() {
         let finish = |value: Value| {
             let mut fields = fields(value);
             let _ = fields.number("temperature");
@@ -405,11 +441,11 @@ mod tests {
     }
 
     #[test]
-    fn a_value_of_another_kind_is_told_in_words_of_json() {
+    fn a_value_of_another_kind_is_described_in_words_of_json() {
         let mut body = fields(
             json!({"n": -1, "k": 1.5, "t": "warm", "s": [1], "ids": [1, -2], "o": 1, "ok": 4.0}),
         );
-        let told = [
+        let messages = [
             body.count("n").unwrap_err().message,
             body.integer("k").unwrap_err().message,
             body.number("t").unwrap_err().message,
@@ -418,7 +454,7 @@ mod tests {
             body.object("o").unwrap_err().message,
         ];
         assert_eq!(
-            told,
+            messages,
             [
                 "`n` is `-1`, expected a whole number of 0 or more",
                 "`k` is `1.5`, expected a whole number of at most 64 bits",

@@ -126,7 +126,7 @@ fn grammar(form: &AnswerForm) -> Result<TopLevelGrammar, String> {
     }
 }
 
-/// The parser's reason in a sentence; what it says of its own insides is left out.
+/// The parser's reason in a sentence, without its internal state.
 fn in_words(error: &str) -> String {
     if error.contains("oneOf constraints are not supported") {
         return "the alternatives of a `oneOf` may hold at once; make them exclude each other, \

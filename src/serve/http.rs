@@ -41,7 +41,7 @@ const MAX_HEAD_BYTES: usize = 64 << 10;
 const SHORTEST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-/// How long nothing more is said of refused ones.
+/// Time between two warnings about refused connections.
 const WARN_AGAIN: Duration = Duration::from_secs(60);
 
 /// Connections beyond the limits that are answered all the same, in all and of one address: those who
@@ -55,8 +55,8 @@ const SPARE_TIMEOUT: Duration = Duration::from_secs(2);
 /// What is answered on such a connection.
 const SPARE_PATHS: [&str; 3] = ["/healthz", "/readyz", "/metrics"];
 
-/// How long answers that are broken off have to say so.
-const LAST_WORDS: Duration = Duration::from_secs(5);
+/// Time to send the error event of answers that are broken off.
+const LAST_EVENTS: Duration = Duration::from_secs(5);
 
 /// Makes a connection's stream out of an accepted one: plain, or TLS.
 #[derive(Clone)]
@@ -140,7 +140,7 @@ pub async fn serve(
     if tokio::time::timeout(drain, all()).await.is_err() {
         log::warn!("stopping: time is up, answers are broken off");
         app.engine.abort();
-        let _ = tokio::time::timeout(LAST_WORDS, all()).await;
+        let _ = tokio::time::timeout(LAST_EVENTS, all()).await;
     }
     Ok(())
 }
@@ -219,14 +219,14 @@ struct Open(Arc<App>);
 
 impl Drop for Open {
     fn drop(&mut self) {
-        self.0.metrics.connections.subtract(1);
+        self.0.metrics.connections.dec();
     }
 }
 
 impl Connection {
     async fn run(self, stream: TcpStream) {
         let _ = stream.set_nodelay(true);
-        self.app.metrics.connections.add(1);
+        self.app.metrics.connections.inc();
         let _open = Open(self.app.clone());
         match self.transport.clone() {
             Transport::Plain => self.speak(stream).await,
@@ -281,11 +281,11 @@ impl Connection {
         let connection = builder.serve_connection(TokioIo::new(wire), service);
         tokio::pin!(connection);
         tokio::select! {
-            // What goes wrong on a connection is the other end's affair.
+            // Errors of a connection are the client's: it hung up, or sent no HTTP.
             _ = connection.as_mut() => return,
             _ = self.close.wait_for(|close| *close) => connection.as_mut().graceful_shutdown(),
         }
-        // Whoever has asked gets an answer; whoever has not, has no time left to.
+        // A request that has come is answered; a connection without one is closed.
         while tokio::time::timeout(Duration::from_secs(1), connection.as_mut())
             .await
             .is_err()
@@ -297,7 +297,7 @@ impl Connection {
     }
 }
 
-/// On a spare connection: answers what tells how the server is.
+/// On a spare connection: answers the paths that show the server's state.
 async fn refuse_most(request: Request, next: Next) -> Response {
     if SPARE_PATHS.contains(&request.uri().path()) {
         return next.run(request).await;

@@ -1,282 +1,197 @@
-//! Counters of the server in Prometheus' text form.
+//! Counters of the server, for Prometheus.
 
-use std::{
-    fmt::Write,
-    sync::{
-        Arc, OnceLock,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
-    },
-    time::Duration,
+use std::{fmt, time::Duration};
+
+use prometheus_client::{
+    encoding::prometheus_text,
+    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
+    registry::{Metric, Registry},
 };
 
 use crate::base::system::resident_memory;
 
-/// A number that goes up, or one that is set.
-#[derive(Debug, Default)]
-pub struct Number(AtomicU64);
-
-impl Number {
-    /// Counts up.
-    pub fn add(&self, more: u64) {
-        self.0.fetch_add(more, Ordering::Relaxed);
-    }
-
-    /// Counts down.
-    pub fn subtract(&self, less: u64) {
-        self.0.fetch_sub(less, Ordering::Relaxed);
-    }
-
-    /// Replaces the value.
-    pub fn set(&self, value: u64) {
-        self.0.store(value, Ordering::Relaxed);
-    }
-
-    /// The value.
-    pub fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
-}
+/// Type of the response that holds [`Metrics::text`].
+pub const CONTENT_TYPE: &str = prometheus_text::CONTENT_TYPE;
 
 /// Upper bounds of the buckets, in seconds.
-const BOUNDS: [f64; 14] = [
+const BUCKETS: [f64; 14] = [
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0,
 ];
 
-/// A distribution of durations.
-#[derive(Debug, Default)]
-pub struct Histogram {
-    buckets: [Number; BOUNDS.len()],
-    count: Number,
-    microseconds: Number,
-}
-
-impl Histogram {
-    /// Adds one duration.
-    pub fn observe(&self, duration: Duration) {
-        let seconds = duration.as_secs_f64();
-        if let Some(bucket) = BOUNDS.iter().position(|bound| seconds <= *bound) {
-            self.buckets[bucket].add(1);
-        }
-        self.count.add(1);
-        self.microseconds.add(duration.as_micros() as u64);
-    }
-
-    fn write(&self, out: &mut String, name: &str, help: &str) {
-        let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} histogram");
-        let mut below = 0;
-        for (bound, bucket) in BOUNDS.iter().zip(&self.buckets) {
-            below += bucket.get();
-            let _ = writeln!(out, "{name}_bucket{{le=\"{bound}\"}} {below}");
-        }
-        let count = self.count.get().max(below);
-        let sum = self.microseconds.get() as f64 / 1e6;
-        let _ = writeln!(
-            out,
-            "{name}_bucket{{le=\"+Inf\"}} {count}\n{name}_sum {sum}\n{name}_count {count}"
-        );
-    }
-}
-
-/// Status codes that are counted by themselves.
-const STATUSES: [u16; 14] = [
-    200, 204, 400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503, 504,
+/// Status codes with a series of their own; all others share one.
+const STATUSES: [(u16, &str); 14] = [
+    (200, "200"),
+    (204, "204"),
+    (400, "400"),
+    (401, "401"),
+    (403, "403"),
+    (404, "404"),
+    (405, "405"),
+    (408, "408"),
+    (413, "413"),
+    (415, "415"),
+    (429, "429"),
+    (500, "500"),
+    (503, "503"),
+    (504, "504"),
 ];
+const OTHER_STATUS: &str = "other";
+
+/// The one label of `xray_responses_total`.
+type Status = [(&'static str, &'static str); 1];
 
 /// Everything that is counted.
-#[derive(Debug, Default)]
-#[allow(missing_docs, reason = "`text` says what each counts")]
+#[allow(
+    missing_docs,
+    reason = "`Default` has the text that `/metrics` shows for each"
+)]
 pub struct Metrics {
-    pub running: Number,
-    pub cache_running_tokens: Number,
-    pub cache_kept_tokens: Number,
-    pub cache_kept_sequences: Number,
-    pub prompt_tokens: Number,
-    pub cached_tokens: Number,
-    pub generated_tokens: Number,
-    pub images_encoded: Number,
-    pub prefix_lookups: Number,
-    pub prefix_hits: Number,
-    pub finished: Number,
-    pub cancelled: Number,
-    pub failed: Number,
-    pub preempted: Number,
-    pub connections: Number,
-    pub waiting_memory: Number,
-    pub first_token: Histogram,
-    pub per_token: Histogram,
-    responses: [Number; STATUSES.len()],
-    other_responses: Number,
-    waiting: OnceLock<Arc<AtomicUsize>>,
+    pub queue: Gauge,
+    pub running: Gauge,
+    pub connections: Gauge,
+    pub waiting_memory: Gauge,
+    pub cache_tokens: Gauge,
+    pub cache_running_tokens: Gauge,
+    pub cache_kept_tokens: Gauge,
+    pub cache_kept_sequences: Gauge,
+    pub prompt_tokens: Counter,
+    pub cached_tokens: Counter,
+    pub generated_tokens: Counter,
+    pub images_encoded: Counter,
+    pub prefix_lookups: Counter,
+    pub prefix_hits: Counter,
+    pub finished: Counter,
+    pub cancelled: Counter,
+    pub failed: Counter,
+    pub preempted: Counter,
+    resident_memory: Option<Gauge>,
+    responses: Family<Status, Counter>,
+    first_token: Histogram,
+    per_token: Histogram,
+    registry: Registry,
+}
+
+impl fmt::Debug for Metrics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Metrics").finish_non_exhaustive()
+    }
+}
+
+fn register<M: Metric + Clone>(registry: &mut Registry, name: &str, help: &str, metric: M) -> M {
+    registry.register(name, help, metric.clone());
+    metric
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        // The encoder adds the prefix, the full stop of a help text, and `_total` to a counter.
+        let mut registry = Registry::with_prefix("xray");
+        let mut gauge = |name, help| register(&mut registry, name, help, Gauge::default());
+        let queue = gauge("queue", "Sequences that wait");
+        let running = gauge("running", "Sequences in the batch");
+        let connections = gauge("connections", "Open connections");
+        let waiting_memory = gauge(
+            "waiting_memory_bytes",
+            "Memory counted for bodies, pictures and prompts",
+        );
+        let cache_tokens = gauge("cache_tokens", "Size of the key/value cache");
+        let cache_running_tokens =
+            gauge("cache_running_tokens", "Of these set aside for the batch");
+        let cache_kept_tokens = gauge("cache_kept_tokens", "Of these kept from finished sequences");
+        let cache_kept_sequences = gauge("cache_kept_sequences", "Finished sequences kept");
+        let resident_memory =
+            resident_memory().map(|_| gauge("resident_memory_bytes", "Host memory of the process"));
+        let mut counter = |name, help| register(&mut registry, name, help, Counter::default());
+        let prompt_tokens = counter("prompt_tokens", "Prompt tokens computed");
+        let cached_tokens = counter("cached_prompt_tokens", "Prompt tokens taken from the cache");
+        let generated_tokens = counter("generated_tokens", "Tokens generated");
+        let images_encoded = counter("images_encoded", "Images put through the vision tower");
+        let prefix_lookups = counter("prefix_lookups", "Prompts looked up in the cache");
+        let prefix_hits = counter("prefix_hits", "Prompts that began in the cache");
+        let finished = counter("sequences_finished", "Answers that came to their end");
+        let cancelled = counter("sequences_cancelled", "Answers nobody waited for");
+        let failed = counter("sequences_failed", "Answers that broke off");
+        let preempted = counter(
+            "sequences_preempted",
+            "Times an answer gave its place in the batch or cache to another and went on later",
+        );
+        let responses = Family::<Status, Counter>::default();
+        // A series that is there from the start can be seen to stay at 0.
+        for (_, status) in STATUSES {
+            drop(responses.get_or_create(&[("status", status)]));
+        }
+        drop(responses.get_or_create(&[("status", OTHER_STATUS)]));
+        let responses = register(&mut registry, "responses", "Responses by status", responses);
+        let mut histogram =
+            |name, help| register(&mut registry, name, help, Histogram::new(BUCKETS));
+        let first_token = histogram(
+            "time_to_first_token_seconds",
+            "From submission to the first token",
+        );
+        let per_token = histogram("time_per_token_seconds", "Between two tokens of an answer");
+        Self {
+            queue,
+            running,
+            connections,
+            waiting_memory,
+            cache_tokens,
+            cache_running_tokens,
+            cache_kept_tokens,
+            cache_kept_sequences,
+            prompt_tokens,
+            cached_tokens,
+            generated_tokens,
+            images_encoded,
+            prefix_lookups,
+            prefix_hits,
+            finished,
+            cancelled,
+            failed,
+            preempted,
+            resident_memory,
+            responses,
+            first_token,
+            per_token,
+            registry,
+        }
+    }
 }
 
 impl Metrics {
-    /// Reads the length of the queue from the engine's own counter.
-    pub fn watch_queue(&self, waiting: Arc<AtomicUsize>) {
-        let _ = self.waiting.set(waiting);
-    }
-
     /// Counts one response.
     pub fn response(&self, status: u16) {
-        match STATUSES.iter().position(|known| *known == status) {
-            Some(place) => self.responses[place].add(1),
-            None => self.other_responses.add(1),
-        }
+        let known = STATUSES.iter().find(|(known, _)| *known == status);
+        let status = known.map_or(OTHER_STATUS, |(_, text)| text);
+        self.responses.get_or_create(&[("status", status)]).inc();
     }
 
-    /// Everything in Prometheus' text form; `cache_tokens` is the size of the cache.
-    pub fn text(&self, cache_tokens: usize) -> String {
-        let mut out = String::new();
-        let waiting = self
-            .waiting
-            .get()
-            .map_or(0, |waiting| waiting.load(Ordering::Relaxed));
-        let mut number = |kind: &str, name: &str, help: &str, value: u64| {
-            let _ = writeln!(
-                out,
-                "# HELP xray_{name} {help}\n# TYPE xray_{name} {kind}\nxray_{name} {value}"
-            );
-        };
-        let gauge = "gauge";
-        let counter = "counter";
-        number(gauge, "queue", "Sequences that wait.", waiting as u64);
-        number(
-            gauge,
-            "running",
-            "Sequences in the batch.",
-            self.running.get(),
-        );
-        number(
-            gauge,
-            "connections",
-            "Open connections.",
-            self.connections.get(),
-        );
-        number(
-            gauge,
-            "waiting_memory_bytes",
-            "Memory counted for bodies, pictures and prompts.",
-            self.waiting_memory.get(),
-        );
-        number(
-            gauge,
-            "cache_tokens",
-            "Size of the key/value cache.",
-            cache_tokens as u64,
-        );
-        number(
-            gauge,
-            "cache_running_tokens",
-            "Of these set aside for the batch.",
-            self.cache_running_tokens.get(),
-        );
-        number(
-            gauge,
-            "cache_kept_tokens",
-            "Of these kept from finished sequences.",
-            self.cache_kept_tokens.get(),
-        );
-        number(
-            gauge,
-            "cache_kept_sequences",
-            "Finished sequences kept.",
-            self.cache_kept_sequences.get(),
-        );
-        number(
-            counter,
-            "prompt_tokens_total",
-            "Prompt tokens computed.",
-            self.prompt_tokens.get(),
-        );
-        number(
-            counter,
-            "cached_prompt_tokens_total",
-            "Prompt tokens taken from the cache.",
-            self.cached_tokens.get(),
-        );
-        number(
-            counter,
-            "generated_tokens_total",
-            "Tokens generated.",
-            self.generated_tokens.get(),
-        );
-        number(
-            counter,
-            "images_encoded_total",
-            "Images put through the vision tower.",
-            self.images_encoded.get(),
-        );
-        number(
-            counter,
-            "prefix_lookups_total",
-            "Prompts looked up in the cache.",
-            self.prefix_lookups.get(),
-        );
-        number(
-            counter,
-            "prefix_hits_total",
-            "Prompts that began in the cache.",
-            self.prefix_hits.get(),
-        );
-        number(
-            counter,
-            "sequences_finished_total",
-            "Answers that came to their end.",
-            self.finished.get(),
-        );
-        number(
-            counter,
-            "sequences_cancelled_total",
-            "Answers nobody waited for.",
-            self.cancelled.get(),
-        );
-        number(
-            counter,
-            "sequences_failed_total",
-            "Answers that broke off.",
-            self.failed.get(),
-        );
-        number(
-            counter,
-            "sequences_preempted_total",
-            "Times an answer gave its place in the batch or cache to another and went on later.",
-            self.preempted.get(),
-        );
-        if let Some(bytes) = resident_memory() {
-            number(
-                gauge,
-                "resident_memory_bytes",
-                "Host memory of the process.",
-                bytes,
-            );
-        }
-        let _ = writeln!(
-            out,
-            "# HELP xray_responses_total Responses by status.\n# TYPE xray_responses_total counter"
-        );
-        for (status, count) in STATUSES.iter().zip(&self.responses) {
-            let _ = writeln!(
-                out,
-                "xray_responses_total{{status=\"{status}\"}} {}",
-                count.get()
-            );
-        }
-        let _ = writeln!(
-            out,
-            "xray_responses_total{{status=\"other\"}} {}",
-            self.other_responses.get()
-        );
-        self.first_token.write(
-            &mut out,
-            "xray_time_to_first_token_seconds",
-            "From submission to the first token.",
-        );
-        self.per_token.write(
-            &mut out,
-            "xray_time_per_token_seconds",
-            "Between two tokens of an answer.",
-        );
-        out
+    /// Takes the time from a sequence's submission to its first token.
+    pub fn first_token(&self, took: Duration) {
+        self.first_token.observe(took.as_secs_f64());
     }
+
+    /// Takes the time between two tokens of an answer.
+    pub fn per_token(&self, took: Duration) {
+        self.per_token.observe(took.as_secs_f64());
+    }
+
+    /// Everything in Prometheus' text form.
+    ///
+    /// # Errors
+    /// None in practice: the encoder fails only where the text it writes to does.
+    pub fn text(&self) -> Result<String, fmt::Error> {
+        if let (Some(gauge), Some(bytes)) = (&self.resident_memory, resident_memory()) {
+            gauge.set(as_gauge(bytes));
+        }
+        let mut text = String::new();
+        prometheus_text::encode(&mut text, &self.registry)?;
+        Ok(text)
+    }
+}
+
+/// A count as a gauge has it.
+pub(super) fn as_gauge(count: impl TryInto<i64>) -> i64 {
+    count.try_into().unwrap_or(i64::MAX)
 }
 
 #[cfg(test)]
@@ -284,16 +199,33 @@ mod tests {
     use super::*;
 
     #[test]
-    fn buckets_add_up() {
-        let histogram = Histogram::default();
+    fn the_text_has_the_names_of_the_dashboards() {
+        let metrics = Metrics::default();
+        metrics.connections.set(3);
+        metrics.prompt_tokens.inc_by(7);
+        metrics.response(200);
+        metrics.response(418);
         for milliseconds in [1, 30, 30, 700_000] {
-            histogram.observe(Duration::from_millis(milliseconds));
+            metrics.per_token(Duration::from_millis(milliseconds));
         }
-        let mut out = String::new();
-        histogram.write(&mut out, "x", "help");
-        assert!(out.contains("x_bucket{le=\"0.001\"} 1\n"), "{out}");
-        assert!(out.contains("x_bucket{le=\"0.05\"} 3\n"), "{out}");
-        assert!(out.contains("x_bucket{le=\"+Inf\"} 4\n"), "{out}");
-        assert!(out.contains("x_count 4"), "{out}");
+        let text = metrics.text().unwrap();
+        for line in [
+            "# HELP xray_connections Open connections.",
+            "# TYPE xray_connections gauge",
+            "xray_connections 3",
+            "# TYPE xray_prompt_tokens_total counter",
+            "xray_prompt_tokens_total 7",
+            "xray_cached_prompt_tokens_total 0",
+            "xray_responses_total{status=\"200\"} 1",
+            "xray_responses_total{status=\"504\"} 0",
+            "xray_responses_total{status=\"other\"} 1",
+            "xray_time_per_token_seconds_bucket{le=\"0.001\"} 1",
+            "xray_time_per_token_seconds_bucket{le=\"0.05\"} 3",
+            "xray_time_per_token_seconds_bucket{le=\"+Inf\"} 4",
+            "xray_time_per_token_seconds_count 4",
+            "xray_time_to_first_token_seconds_count 0",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line}: {text}");
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! `serve`: one process that many people use. OpenAI's API, a web page, one batched engine.
 //!
 //! The way of a request: [`http`] accepts the connection and holds it to its limits; [`router`] checks
-//! who asks and from where; [`chat`] takes a place in the queue, reads the body, has the images made
+//! key, `Host` and `Origin`; [`chat`] takes a place in the queue, reads the body, has the images made
 //! into patches on other threads ([`content`]) and hands the prompt to the [`engine`], whose events
 //! become a response or a stream. Handlers see no tensor; the engine sees no HTTP.
 //!
@@ -64,7 +64,7 @@ fn cores() -> usize {
     std::thread::available_parallelism().map_or(2, usize::from)
 }
 
-/// What a request may ask for, and what it gets when it does not ask.
+/// Limits of a request, and defaults of what it leaves out.
 #[derive(Debug, Clone)]
 pub struct ServeConfig {
     /// Largest body of a request, in bytes.
@@ -77,9 +77,9 @@ pub struct ServeConfig {
     pub max_choices: usize,
     /// Tokens of an answer when the request names no number.
     pub default_new_tokens: usize,
-    /// Most tokens of an answer that a request may ask for.
+    /// Largest `max_tokens` of a request.
     pub max_new_tokens: usize,
-    /// How tokens are chosen when the request does not say.
+    /// How tokens are chosen unless the request sets it.
     pub sampling: SamplingConfig,
     /// Ends answers that repeat themselves.
     pub stop_on_repetition: bool,
@@ -93,7 +93,7 @@ pub struct ServeConfig {
     pub max_connections: usize,
     /// Most open connections of one address.
     pub max_connections_per_address: usize,
-    /// Addresses of proxies whose `X-Forwarded-For` is believed.
+    /// Addresses of proxies whose `X-Forwarded-For` is trusted.
     pub trusted_proxies: Vec<IpAddr>,
     /// Memory of bodies, pictures and prompts that wait, in bytes.
     pub waiting_memory_bytes: u64,
@@ -105,12 +105,12 @@ pub struct ServeConfig {
     pub adapter_dir: Option<PathBuf>,
     /// Passes over unknown fields of a request, and names them in the answer, instead of refusing it.
     pub lenient: bool,
-    /// Whether the page keeps a history of reports in the browser without being told to; where nothing is
-    /// said, the page does so on the server's own machine only.
+    /// Whether the page keeps a history of reports in the browser by default; `None`: on the server's own
+    /// machine only.
     pub page_history: Option<bool>,
     /// Names the server goes by, for the check of the `Host` header; empty: any.
     pub host_names: Vec<String>,
-    /// Names a page may come from besides the `Host` itself, as behind a proxy that replaces it.
+    /// Names a page may come from besides the `Host` itself, as with a proxy that replaces it.
     pub origin_names: Vec<String>,
 }
 
@@ -125,7 +125,7 @@ impl ServeConfig {
         }
     }
 
-    /// Whether an address is that of a proxy whose word is taken for its clients' addresses.
+    /// Whether an address is that of a proxy whose `X-Forwarded-For` is trusted.
     fn is_proxy(&self, address: IpAddr) -> bool {
         self.trusted_proxies.contains(&address.to_canonical())
     }
@@ -224,7 +224,7 @@ impl App {
             metrics,
             bodies: Gate::new(config.body_limits()),
             pictures: Gate::new(config.picture_limits()),
-            // Whoever writes a report comes before those who look: half of the cores.
+            // Reports come before previews: half of the cores.
             previews: places((cores() / 2).max(1) + 1, 1, 32),
             fetches: places(32, 8, MAX_WAITING),
             config,

@@ -17,12 +17,12 @@ use crate::{
     runtime::generate::backend::AdapterId,
 };
 
-/// A model that can be asked.
+/// A model that requests can name.
 #[derive(Debug, Clone)]
 pub struct ModelEntry {
     /// For the engine.
     pub adapter: AdapterId,
-    /// The base's template, or the one that lies in the adapter's folder.
+    /// The base's template, or that of the adapter's folder.
     pub template: ChatTemplate,
     /// Pixel limits of the adapter's training, where its folder has them, in place of the server's.
     pub limits: PixelLimits,
@@ -30,12 +30,12 @@ pub struct ModelEntry {
     created: u64,
 }
 
-/// All models that can be asked.
+/// All models that requests can name.
 #[derive(Debug)]
 pub struct Models {
     base: String,
     base_template: ChatTemplate,
-    /// Folder of the base, which adapters must have been trained on; `None` asks nothing.
+    /// Folder of the base, which adapters must have been trained on; `None` skips the check.
     base_dir: Option<PathBuf>,
     /// Whether adapters bring the pixel limits of their training.
     own_limits: bool,
@@ -244,7 +244,7 @@ impl Models {
     }
 }
 
-/// Most adapters at once, unless it is said otherwise.
+/// Default of the most adapters at once.
 pub const MAX_ADAPTERS: usize = 32;
 
 /// Longest name of an adapter, in bytes.

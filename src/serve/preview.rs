@@ -1,4 +1,4 @@
-//! `POST /v1/images/preview`: a film that a browser cannot show, as a PNG that it can.
+//! `POST /v1/images/preview`: an image that a browser cannot show, as a PNG that it can.
 //!
 //! What comes back is what the model's image processor reads, scaled down where it is very large.
 //! Nothing is kept.

@@ -1,4 +1,4 @@
-//! Tells reasoning from answer while the text is still coming.
+//! Separates reasoning from answer while the text is still coming.
 
 /// A piece of an answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -35,7 +35,7 @@ pub struct ReasoningSplitter {
 }
 
 impl ReasoningSplitter {
-    /// `starts_inside` says that the prompt already opened the block.
+    /// `starts_inside`: the prompt already opened the block.
     pub fn new(starts_inside: bool) -> Self {
         Self {
             state: if starts_inside {

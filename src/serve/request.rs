@@ -18,7 +18,7 @@ const TEXT_ONLY: &str = "this server writes text only";
 
 /// Fields of OpenAI's and vLLM's chat requests, and of their like, that are not honoured as such.
 const CHAT_RULES: Rules = &[
-    // Who asks, what for, and how a provider bills and keeps it.
+    // The user, the purpose, and how a provider bills and stores a request.
     ("metadata", Rule::Harmless),
     ("prompt_cache_key", Rule::Harmless),
     ("prompt_cache_retention", Rule::Harmless),
@@ -301,7 +301,7 @@ impl Reader {
         })
     }
 
-    /// What any of the many fields for the form of an answer asks for.
+    /// The form of the answer, from whichever of the fields for it is set.
     fn form(&mut self, fields: &mut Fields) -> Result<Option<AnswerForm>, ApiError> {
         let mut forms = Vec::new();
         if let Some(mut format) = fields.object("response_format")? {
@@ -513,7 +513,113 @@ impl AdapterRequest {
 
 #[cfg(test)]
 mod tests {
-    use super::{super::fields::parse_body, *};
+    use std::collections::BTreeSet;
+
+    use super::{
+        super::{
+            fields::{known, parse_body},
+            router::OPENAPI,
+        },
+        *,
+    };
+
+    /// Collects the names of the properties of `schema` and of the objects inside, by path.
+    fn properties(
+        document: &Value,
+        schema: &Value,
+        path: &str,
+        found: &mut BTreeMap<String, BTreeSet<String>>,
+    ) {
+        if let Some(name) = schema["$ref"].as_str() {
+            let target = document.pointer(name.trim_start_matches('#')).unwrap();
+            return properties(document, target, path, found);
+        }
+        for form in schema["anyOf"].as_array().into_iter().flatten() {
+            properties(document, form, path, found);
+        }
+        properties_of_items(document, schema, path, found);
+        for (name, inner) in schema["properties"].as_object().into_iter().flatten() {
+            found.entry(path.into()).or_default().insert(name.clone());
+            let inner_path = match path {
+                "" => name.clone(),
+                path => format!("{path}.{name}"),
+            };
+            properties(document, inner, &inner_path, found);
+        }
+    }
+
+    fn properties_of_items(
+        document: &Value,
+        schema: &Value,
+        path: &str,
+        found: &mut BTreeMap<String, BTreeSet<String>>,
+    ) {
+        if schema["items"].is_object() {
+            properties(document, &schema["items"], &format!("{path}[]"), found);
+        }
+    }
+
+    fn check_against_document(schema: &str) {
+        let document: Value = serde_json::from_str(OPENAPI).unwrap();
+        let mut documented = BTreeMap::new();
+        let root = &document["components"]["schemas"][schema];
+        properties(&document, root, "", &mut documented);
+        let read = known::take();
+        assert_eq!(
+            read.keys().collect::<Vec<_>>(),
+            documented.keys().collect::<Vec<_>>(),
+            "objects of {schema}, read and documented"
+        );
+        for (path, names) in read {
+            let documented = &documented[&path];
+            for name in &names.taken {
+                assert!(
+                    documented.contains(*name),
+                    "`{name}` of `{path}` is read and not in openapi.json"
+                );
+            }
+            for name in documented {
+                let name = name.as_str();
+                assert!(
+                    names.taken.contains(name) || names.in_rules.contains(name),
+                    "`{name}` of `{path}` is in openapi.json and not read"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn the_document_has_the_fields_that_are_read() {
+        let _ = known::take();
+        let url = json!({"url": "data:x"});
+        let parts = json!([
+            {"type": "text", "text": "?"},
+            {"type": "image_url", "image_url": url},
+            {"type": "input_image", "image_url": "data:x"},
+            {"type": "image", "image": "data:x"},
+        ]);
+        let schema = json!({"name": "x", "schema": {"type": "boolean"}});
+        let base = json!({
+            "messages": [{"role": "user", "content": parts}],
+            "stream_options": {"include_usage": true},
+            "chat_template_kwargs": {"enable_thinking": false},
+        });
+        for (name, form) in [
+            (
+                "response_format",
+                json!({"type": "json_schema", "json_schema": schema}),
+            ),
+            ("structured_outputs", json!({"regex": "a"})),
+        ] {
+            let mut body = base.clone();
+            body[name] = form;
+            read(body, false).unwrap();
+        }
+        check_against_document("ChatRequest");
+        let body = json!({"lora_name": "a"}).to_string();
+        AdapterRequest::read(parse_body(body.as_bytes()).unwrap()).unwrap();
+        check_against_document("AdapterRequest");
+    }
 
     fn read(body: Value, lenient: bool) -> Result<ChatRequest, ApiError> {
         ChatRequest::read(parse_body(body.to_string().as_bytes()).unwrap(), lenient)

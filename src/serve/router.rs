@@ -23,6 +23,7 @@ use super::{
     chat::{self, expect_json, read_json},
     error::ApiError,
     http::check_host,
+    metrics::{CONTENT_TYPE, as_gauge},
     models::folder_inside,
     preview::preview,
     types::AdapterRequest,
@@ -30,7 +31,7 @@ use super::{
 use crate::base::panics::panic_text;
 
 /// The OpenAPI document.
-const OPENAPI: &str = include_str!("openapi.json");
+pub(super) const OPENAPI: &str = include_str!("openapi.json");
 
 /// The web page may load its own files and nothing else.
 const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; \
@@ -114,7 +115,7 @@ async fn every_request(State(app): State<Arc<App>>, mut request: Request, next: 
     request.extensions_mut().insert(record.clone());
     let allowed = check_host(&request)
         .and_then(|()| check_origin(request.headers(), &config.host_names, &config.origin_names));
-    // A client that asks first sends nothing unless it is told to.
+    // A client that sends `Expect: 100-continue` sends no body before it gets that response.
     let sends = !request.headers().contains_key(header::EXPECT);
     let (head, body) = request.into_parts();
     let (body, rest) = shared(body);
@@ -181,7 +182,7 @@ async fn check_key(
 }
 
 fn file(kind: &'static str, content: &'static str) -> Response {
-    // Always asked for again: a new version of the program must not meet an old script.
+    // Revalidated at every use: a new version of the program must not meet an old script.
     (
         [
             (header::CONTENT_TYPE, kind),
@@ -204,21 +205,21 @@ async fn ready(State(app): State<Arc<App>>) -> Response {
     }
 }
 
-async fn metrics(State(app): State<Arc<App>>) -> Response {
-    let waiting = app.bodies.bytes_held() + app.pictures.bytes_held();
-    app.metrics.waiting_memory.set(waiting);
-    let text = app.metrics.text(app.engine.limits().cache_tokens);
-    (
-        [(
-            header::CONTENT_TYPE,
-            "text/plain; version=0.0.4; charset=utf-8",
-        )],
-        text,
-    )
-        .into_response()
+async fn metrics(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
+    let metrics = &app.metrics;
+    let memory = app.bodies.bytes_held() + app.pictures.bytes_held();
+    metrics.waiting_memory.set(as_gauge(memory));
+    metrics.queue.set(as_gauge(app.engine.waiting()));
+    let cache_tokens = app.engine.limits().cache_tokens;
+    metrics.cache_tokens.set(as_gauge(cache_tokens));
+    let text = metrics.text().map_err(|error| {
+        log::error!("the metrics could not be written: {error}");
+        ApiError::internal()
+    })?;
+    Ok(([(header::CONTENT_TYPE, CONTENT_TYPE)], text).into_response())
 }
 
-/// What a request may hold, for clients that say so before they send it.
+/// Limits of a request, for clients that check it before they send it.
 async fn limits(State(app): State<Arc<App>>) -> Json<Value> {
     let config = &app.config;
     Json(json!({
@@ -251,7 +252,7 @@ async fn model(
     Ok(Json(with_length(&app, model)))
 }
 
-/// A model's object with the tokens of prompt and answer together, as vLLM tells them.
+/// A model's object with the tokens of prompt and answer together, as vLLM lists them.
 fn with_length(app: &App, mut model: Value) -> Value {
     model["max_model_len"] = app.context().into();
     model

@@ -32,14 +32,14 @@ const DIRECT: [&str; 12] = [
     "else",
 ];
 
-/// Keywords by which a schema says itself what other properties there may be.
+/// Keywords by which a schema itself defines which other properties there may be.
 const OPEN: [&str; 3] = [
     "additionalProperties",
     "unevaluatedProperties",
     "patternProperties",
 ];
 
-/// Adds `"additionalProperties": false` to every object with `properties` that says nothing about
+/// Adds `"additionalProperties": false` to every object with `properties` and no keyword for
 /// others; an explicit `true` stays. The parts of an `allOf` are left as they are: each forbids the
 /// others' properties otherwise.
 pub(super) fn close_objects(schema: &mut Map<String, Value>) {
@@ -81,9 +81,9 @@ fn is_joined(object: &Map<String, Value>, all: &[Value]) -> bool {
 fn close(schema: &mut Map<String, Value>, path: &str, parts: &BTreeSet<String>, may: bool) {
     let all = schema.get("allOf").and_then(Value::as_array);
     let joined = all.is_some_and(|all| is_joined(schema, all));
-    let says = OPEN.iter().any(|key| schema.contains_key(*key));
+    let is_defined = OPEN.iter().any(|key| schema.contains_key(*key));
     let named = schema.get("properties").is_some_and(Value::is_object);
-    if may && named && !says && !joined && !parts.contains(path) {
+    if may && named && !is_defined && !joined && !parts.contains(path) {
         schema.insert("additionalProperties".into(), false.into());
     }
     for (key, value) in schema.iter_mut() {
@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_schema_says_itself_stays() {
+    fn what_a_schema_defines_itself_stays() {
         for schema in [
             json!({"type": "object"}),
             json!({"properties": {"a": {}}, "additionalProperties": true}),

@@ -14,26 +14,26 @@ use crate::runtime::generate::SamplingConfig;
 const MAX_STOPS: usize = 16;
 const LONGEST_STOP: usize = 256;
 
-/// Most tokens whose probabilities are told, as OpenAI has it.
+/// Largest `top_logprobs`, as OpenAI has it.
 const MAX_TOP_LOGPROBS: usize = 20;
 
 /// Most entries of `logit_bias`.
 const MAX_BIASES: usize = 1024;
 
-/// What a request wants besides its messages.
+/// Settings of a request besides its messages.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RequestSettings {
     /// How tokens are chosen; the seed is that of the first answer.
     pub sampling: SamplingConfig,
     /// Changes of the logits.
     pub penalties: Penalties,
-    /// Most tokens, if the request says.
+    /// Most tokens, if the request sets it.
     pub max_new_tokens: Option<usize>,
     /// Number of answers.
     pub choices: usize,
     /// Stop texts.
     pub stop: Vec<String>,
-    /// Number of likeliest tokens to be told, if any.
+    /// Number of likeliest tokens whose probabilities are sent, if any.
     pub logprobs: Option<usize>,
     /// Sends the answer as it grows.
     pub stream: bool,
@@ -116,7 +116,7 @@ fn sampling(request: &ChatRequest, defaults: &SamplingConfig) -> Result<Sampling
             .unwrap_or(defaults.repetition_penalty),
         seed: match request.seed {
             Some(seed) => seed as u64,
-            // 0 is what nobody asked for.
+            // 0 is the default: no seed was set.
             None if defaults.seed != 0 => defaults.seed,
             None => rand::random(),
         },

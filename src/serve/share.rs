@@ -1,6 +1,6 @@
 //! Places and memory that requests share: who waits, who is next, and what nobody may take alone.
 //!
-//! A [`Gate`] has so many places and bytes. Whoever asks gets a [`Share`] as soon as there is room for
+//! A [`Gate`] has so many places and bytes. A request gets a [`Share`] as soon as there is room for
 //! it; the client that holds the fewest places is served first, and among equals who has waited longest.
 //! The last part of a gate (`spare_…`) is only for clients that hold little, so that one who takes all
 //! that can be had does not keep the others waiting.

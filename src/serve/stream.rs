@@ -3,9 +3,11 @@
 use std::{collections::VecDeque, convert::Infallible};
 
 use axum::{
-    body::Body,
-    http::{HeaderValue, header},
-    response::{IntoResponse, Response},
+    http::{HeaderName, HeaderValue, header},
+    response::{
+        IntoResponse, Response,
+        sse::{self, KeepAlive, Sse},
+    },
 };
 use futures_util::{
     StreamExt,
@@ -27,7 +29,7 @@ struct Running {
     answers: Answers,
     events: SelectAll<BoxStream<'static, (usize, Event)>>,
     splitters: Vec<ReasoningSplitter>,
-    /// Lines that are ready to be sent.
+    /// Data of events that are ready to be sent.
     ready: VecDeque<String>,
     open: usize,
     usage: Usage,
@@ -48,8 +50,7 @@ fn events_of(
 /// Starts the stream.
 ///
 /// # Errors
-/// [`ApiError`], when the first answer fails before its first token: until then the status can
-/// still say so.
+/// [`ApiError`], when the first answer fails before its first token: until then the status is not sent.
 pub(super) async fn respond(mut answers: Answers) -> Result<Response, ApiError> {
     let receivers = std::mem::take(&mut answers.receivers);
     let count = receivers.len();
@@ -87,34 +88,38 @@ pub(super) async fn respond(mut answers: Answers) -> Result<Response, ApiError> 
         Ok(None) => return Err(ApiError::internal()),
         Err(_) => {}
     }
-    let lines = stream::unfold(running, |mut running| async move {
-        let line = running.next().await?;
-        Some((Ok::<_, Infallible>(line), running))
+    let events = stream::unfold(running, |mut running| async move {
+        let data = running.next().await?;
+        let event = sse::Event::default().data(data);
+        Some((Ok::<_, Infallible>(event), running))
     });
-    let mut response = Body::from_stream(lines).into_response();
+    let keep_alive = KeepAlive::new().interval(KEEP_ALIVE).text("waiting");
+    let mut response = Sse::new(events).keep_alive(keep_alive).into_response();
     let headers = response.headers_mut();
-    headers.insert(
-        header::CONTENT_TYPE,
-        HeaderValue::from_static("text/event-stream; charset=utf-8"),
-    );
-    // Proxies hold streams back unless told otherwise.
-    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+    for (name, value) in [
+        // Some clients read a stream without a charset as Latin-1.
+        (header::CONTENT_TYPE, "text/event-stream; charset=utf-8"),
+        (header::CACHE_CONTROL, "no-store"),
+        // Asks proxies not to buffer the stream.
+        (HeaderName::from_static("x-accel-buffering"), "no"),
+    ] {
+        headers.insert(name, HeaderValue::from_static(value));
+    }
     Ok(response)
 }
 
 impl Running {
     async fn next(&mut self) -> Option<String> {
         loop {
-            if let Some(line) = self.ready.pop_front() {
-                return Some(line);
+            if let Some(data) = self.ready.pop_front() {
+                return Some(data);
             }
             if self.over {
                 return None;
             }
-            match tokio::time::timeout(KEEP_ALIVE, self.events.next()).await {
-                Err(_) => return Some(": waiting\n\n".into()),
-                Ok(Some((index, event))) => self.take(index, event),
-                Ok(None) => self.fail(&ApiError::internal()),
+            match self.events.next().await {
+                Some((index, event)) => self.take(index, event),
+                None => self.fail(&ApiError::internal()),
             }
         }
     }
@@ -178,7 +183,7 @@ impl Running {
         if let Some((_, Some(reason))) = finish {
             choice["stop_reason"] = reason.into();
         }
-        // Said before the first word, for who reads along, and with the last, for who looks there.
+        // In the first chunk for clients that show the stream, in the last for those that read the end.
         let notes = finish.is_some() || delta_begins;
         self.send(json!([choice]), None, notes);
     }
@@ -198,7 +203,7 @@ impl Running {
         if notes {
             self.answers.note(&mut chunk);
         }
-        self.ready.push_back(format!("data: {chunk}\n\n"));
+        self.ready.push_back(chunk.to_string());
     }
 
     fn finish(&mut self) {
@@ -206,7 +211,7 @@ impl Running {
             let usage = self.usage.clone();
             self.send(json!([]), Some(&usage), false);
         }
-        self.ready.push_back("data: [DONE]\n\n".into());
+        self.ready.push_back("[DONE]".into());
         let mut facts = self.answers.record.facts();
         facts.completion_tokens = self.usage.completion_tokens;
         facts.outcome = Some("done");
@@ -216,7 +221,7 @@ impl Running {
 
     /// The status is long sent; the error is an event of its own, as OpenAI does it.
     fn fail(&mut self, error: &ApiError) {
-        self.ready.push_back(format!("data: {}\n\n", error.body()));
+        self.ready.push_back(error.body().to_string());
         self.answers.record.facts().outcome = Some("failed");
         self.over = true;
     }

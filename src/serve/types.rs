@@ -57,9 +57,9 @@ pub enum AnswerForm {
 /// One message of a request.
 #[derive(Debug, Clone)]
 pub struct ChatMessage {
-    /// Who speaks.
+    /// The speaker.
     pub role: String,
-    /// What is said.
+    /// Text and images.
     pub content: Option<ChatContent>,
     /// Reasoning before an earlier answer.
     pub reasoning_content: Option<String>,

@@ -155,7 +155,7 @@ pub(super) struct Wire<S> {
     writing: Option<Pin<Box<Sleep>>>,
     /// Runs once the client has closed its half.
     half_closed: Option<Interval>,
-    asked: bool,
+    interim_sent: bool,
 }
 
 impl<S: OverTcp> Wire<S> {
@@ -166,7 +166,7 @@ impl<S: OverTcp> Wire<S> {
             write_timeout,
             writing: None,
             half_closed: None,
-            asked: false,
+            interim_sent: false,
         }
     }
 
@@ -213,8 +213,8 @@ impl<S: OverTcp> Wire<S> {
             return Err(error);
         }
         let silent = self.exchange.0.silent.load(Ordering::SeqCst);
-        if silent && !self.asked && self.writing.is_none() {
-            self.asked = true;
+        if silent && !self.interim_sent && self.writing.is_none() {
+            self.interim_sent = true;
             match Pin::new(&mut self.stream).poll_write(context, INTERIM) {
                 Poll::Ready(Ok(written)) if written < INTERIM.len() => {
                     return Err(io::ErrorKind::WriteZero.into());

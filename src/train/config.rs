@@ -61,82 +61,139 @@ pub enum Tuner {
     Full,
 }
 
-/// What the loss of a window is the mean of.
+/// What the loss of a step is the mean of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum LossReduction {
-    /// All targets of the window, as ms-swift.
+    /// All target tokens of the step, as in ms-swift.
     #[default]
     Token,
-    /// The means of its micro-batches.
+    /// The means of the micro-batches.
     Micro,
 }
 
-/// One fine-tuning run; names are ms-swift's where it has one.
+/// One fine-tuning run. Keys have ms-swift's names where it has the key; `configs/openi-lora.toml` gives the
+/// reason for each value of the published recipe.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-#[allow(
-    missing_docs,
-    reason = "every key is explained in `configs/openi-lora.toml`"
-)]
 pub struct TrainConfig {
+    /// Folder of the base checkpoint.
     pub model: PathBuf,
+    /// PEFT adapter to start from instead of a new one; its own rank, scaling and target modules apply. `lora` only.
     pub adapter: Option<PathBuf>,
+    /// Training data: JSONL in ms-swift's form, or `phantom:SEED:FROM..TO[:STYLE]`.
     pub train_data: String,
+    /// Validation data in the same forms; `None` does not validate unless `split_dataset_ratio` is set.
     pub val_data: Option<String>,
+    /// Share of the training rows held out for validation, in whole studies; 0 holds out none. Excludes `val_data`.
     pub split_dataset_ratio: f64,
+    /// Folder of the run: settings, checkpoints, metrics, curves.
     pub output_dir: PathBuf,
+    /// Devices, each with a whole copy of the model; empty uses the best one available.
     pub device: Vec<String>,
+    /// Type of the base weights: `bf16`, `f16` or `f32`; `None` uses the device's default. Adapters, gradients of
+    /// adapters and optimizer moments are f32 in any case.
     pub dtype: Option<String>,
+    /// Decides the order of the samples, the initial adapters and the dropout masks.
     pub seed: u64,
 
+    /// Whether adapters or the parameters themselves are trained.
     pub tuner: Tuner,
+    /// Rank of the adapters.
     pub lora_rank: usize,
+    /// The adapter's output is scaled by `lora_alpha / lora_rank`.
     pub lora_alpha: f64,
+    /// Probability of dropping an element of an adapter's input in training.
     pub lora_dropout: f64,
+    /// Which linear layers get an adapter: `"all-linear"` (all in the parts that are not frozen), a regular
+    /// expression over whole module paths, or a list of last names.
     pub target_modules: TargetModules,
+    /// Scales by `lora_alpha / sqrt(lora_rank)` instead (rsLoRA).
     pub use_rslora: bool,
+    /// Trains the magnitude of each weight row separately (DoRA).
     pub use_dora: bool,
+    /// Keeps the vision tower as it is.
     pub freeze_vit: bool,
+    /// Keeps the mergers between vision tower and language model as they are.
     pub freeze_aligner: bool,
+    /// Keeps the language model as it is.
     pub freeze_llm: bool,
 
+    /// Passes over the training data; may be a fraction.
     pub num_train_epochs: f64,
+    /// Ends the run after this many optimizer steps; 0 runs all epochs.
     pub max_steps: usize,
+    /// Samples of a micro-batch on each device.
     pub per_device_train_batch_size: usize,
+    /// Micro-batches of an optimizer step on each device.
     pub gradient_accumulation_steps: usize,
+    /// Concatenates the samples of a step into rows instead of padding them.
     pub packing: bool,
+    /// Tokens of a packed row; 0 means `max_length`.
     pub packing_tokens: usize,
+    /// Maximum number of tokens of a sample, image tokens included.
     pub max_length: usize,
+    /// What happens to longer samples; nothing is ever truncated.
     pub overlong: Overlong,
+    /// Minimum size of a resized image in pixels; `None` means 4,096.
     pub min_pixels: Option<usize>,
+    /// Maximum size of a resized image in pixels; `None` means 1,003,520. 1,024 pixels are one token.
     pub max_pixels: Option<usize>,
+    /// What the loss of a step is the mean of.
     pub loss_reduction: LossReduction,
 
+    /// Peak learning rate, reached at the end of the warm-up.
     pub learning_rate: f64,
+    /// Shape of the learning rate after the warm-up.
     pub lr_scheduler_type: ScheduleKind,
+    /// Share of all steps in which the learning rate rises from 0 to its peak.
     pub warmup_ratio: f64,
+    /// Decoupled weight decay of AdamW, on all but norms and biases.
     pub weight_decay: f64,
+    /// Decay of the first moment (mean of the gradient).
     pub adam_beta1: f64,
+    /// Decay of the second moment (mean of its square).
     pub adam_beta2: f64,
+    /// Added to the root of the second moment.
     pub adam_epsilon: f64,
+    /// The global norm of all gradients is clipped to this; 0 only measures it.
     pub max_grad_norm: f64,
+    /// Keeps only the input of each decoder layer and recomputes the layer in the backward pass.
     pub gradient_checkpointing: bool,
+    /// Keeps the results of matmuls and recomputes norms, rotation and SwiGLU in the backward pass; without
+    /// `gradient_checkpointing` only.
     pub recompute_pointwise: bool,
+    /// GiB of device memory that the run may use. Sets `packing`, `packing_tokens`, `gradient_checkpointing` and
+    /// `recompute_pointwise`; the samples of a step and the loss do not change.
     pub memory_budget: Option<f64>,
+    /// Computes every 50th step twice and ends the run if loss or gradients differ in a single bit.
     pub deterministic: bool,
+    /// `gradient_checkpointing` for the vision tower; no effect while it is frozen.
     pub vit_gradient_checkpointing: bool,
 
+    /// Steps between two progress lines where there is no dashboard; 0 prints some 50 lines a run.
     pub logging_steps: usize,
+    /// Steps between two validations; 0 validates only at the end.
     pub eval_steps: usize,
+    /// Number of held-out reports that are generated and scored at each validation, before the first step, and
+    /// at the end once more with the images swapped between studies.
     pub eval_generate: usize,
+    /// Maximum number of tokens of such a report.
     pub eval_max_new_tokens: usize,
+    /// Samples of a batch in validation and generation.
     pub per_device_eval_batch_size: usize,
+    /// What selects the best checkpoint: one of [`BEST_METRICS`].
     pub metric_for_best_model: String,
+    /// Ends the run after this many validations without a better value; 0 never does.
     pub early_stopping_patience: usize,
+    /// Steps between two checkpoints; a checkpoint is also saved at each new best value, at the end and on
+    /// interruption. 0 saves only then.
     pub save_steps: usize,
+    /// Number of newest checkpoints to keep; the best one is kept in addition.
     pub save_total_limit: usize,
+    /// Threads that read and resize images ahead of the device.
     pub dataloader_num_workers: usize,
+    /// Seconds that several devices wait for each other and for samples before the run ends with an error.
     pub ddp_timeout: f64,
 }
 

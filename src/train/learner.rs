@@ -177,6 +177,9 @@ pub struct StepNumbers {
     pub tokens_per_second: f64,
     /// Most memory so far in GiB, of the device where it tells; 0 where nobody does.
     pub memory_gib: f64,
+    /// Whether this is the first batch of a validation: the means of the one before end here, also within
+    /// an epoch.
+    pub starts_validation: bool,
 }
 
 /// What a step hands to the Learner: numbers once they are known.
@@ -405,6 +408,9 @@ impl Metric for Gauge {
     }
 
     fn update(&mut self, numbers: &StepNumbers, _: &MetricMetadata) -> SerializedEntry {
+        if numbers.starts_validation {
+            self.state.reset();
+        }
         let format = FormatOptions::new(self.name()).precision(self.precision);
         let format = match self.unit {
             Some(unit) => format.unit(unit),
@@ -456,5 +462,34 @@ impl<B: Accelerator> StepOutput<B> {
                 targets: numbers.targets,
             },
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::data::dataloader::Progress;
+
+    use super::*;
+
+    #[test]
+    fn a_second_validation_of_an_epoch_has_a_mean_of_its_own() {
+        let metadata = MetricMetadata {
+            progress: Progress::new(1, 2),
+            global_progress: Progress::new(1, 1),
+            iteration: None,
+            lr: None,
+        };
+        let mut gauge = Gauge::loss();
+        let mut text = String::new();
+        for (loss, starts_validation) in [(7.0, true), (6.0, false), (0.5, true), (0.4, false)] {
+            let numbers = StepNumbers {
+                loss,
+                targets: 10,
+                starts_validation,
+                ..StepNumbers::default()
+            };
+            text = gauge.update(&numbers, &metadata).formatted;
+        }
+        assert_eq!(text, "epoch 0.4500 - batch 0.4000");
     }
 }

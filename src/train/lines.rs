@@ -1,18 +1,18 @@
-//! Progress lines of a run: one every `logging_steps`, with means over the steps since the last.
+//! Progress lines of a run: one every `logging_steps`, with means over the steps since the previous line.
 
 use std::time::Instant;
 
 use super::{learner::StepNumbers, words::clock};
 
-/// Lines of a run where `logging_steps` is 0.
+/// Number of lines of a run if `logging_steps` is 0.
 const LINES: usize = 50;
 
-/// Adds up steps and says when a line is due.
+/// Sums over steps, and the line when one is due.
 #[derive(Debug)]
 pub(super) struct StepLines {
     every: usize,
     total: usize,
-    /// Steps before this process.
+    /// Steps done before this process started.
     before: usize,
     started: Instant,
     sums: Sums,
@@ -29,19 +29,19 @@ struct Sums {
     grad_norm: f64,
 }
 
-/// What one step adds to a line.
+/// Work of one step.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct StepWork {
-    /// What it took.
+    /// Its duration.
     pub(super) seconds: f64,
-    /// Samples learnt from.
+    /// Number of samples.
     pub(super) samples: usize,
-    /// Their tokens.
+    /// Number of their tokens.
     pub(super) tokens: usize,
 }
 
 impl StepLines {
-    /// Of a run of `total` steps that goes on after `before`; `every` 0 gives some [`LINES`] of them.
+    /// Lines of a run of `total` steps that starts after step `before`; `every` 0 gives about [`LINES`] of them.
     pub(super) fn new(every: usize, before: usize, total: usize) -> Self {
         Self {
             every: match every {
@@ -55,8 +55,8 @@ impl StepLines {
         }
     }
 
-    /// Takes in the numbers of step `step` (from 1); gives the line if one is due: for the first step of
-    /// the process, each `every`-th and the last.
+    /// Adds step `step` (from 1) and returns the line if one is due: for the first step of the process, each
+    /// `every`-th and the last.
     pub(super) fn add(
         &mut self,
         step: usize,

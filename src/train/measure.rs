@@ -119,6 +119,7 @@ impl<B: TrainAccelerator> LoopState<B> {
         let started = Instant::now();
         let [_, epochs] = self.steps.progress(self.state.step);
         let at_once = replicas.map_or(1, Replicas::len);
+        let mut starts_validation = true;
         loop {
             let windows: Vec<Window> = batches.by_ref().take(at_once).collect();
             if windows.is_empty() {
@@ -141,6 +142,7 @@ impl<B: TrainAccelerator> LoopState<B> {
                     token_acc: sums.token_accuracy(),
                     targets: sums.targets,
                     tokens_per_second: tokens as f64 / seconds,
+                    starts_validation: std::mem::take(&mut starts_validation),
                     ..StepNumbers::default()
                 };
                 processor.process_valid(LearnerEvent::ProcessedItem(TrainingItem::new(

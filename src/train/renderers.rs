@@ -1,6 +1,12 @@
-//! What the Learner shows a run with, besides its own dashboard.
+//! What the Learner shows a run with: Burn's dashboard with corrections, or nothing.
 
-use std::sync::Arc;
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use burn::{
     data::dataloader::Progress,
@@ -14,30 +20,35 @@ use burn::{
     },
 };
 
-/// What the keys of the dashboard's dialog do, which its own text does not say.
+use crate::base::panics::panic_text;
+
+/// What the keys of the dashboard's quit dialog do; the dialog's own text does not say that `s` saves.
+///
+/// Shown as a metric of the training split, so the dashboard puts the word "Train" before the text. Short:
+/// a terminal of 80 columns and 24 lines has room for seven lines of metrics.
 const QUIT: (&str, &str) = (
-    "Quit (q)",
-    "s: save a checkpoint after this step and end; k: end at once, all since the last checkpoint is lost",
+    "Quit: q, then",
+    "to the end of this step and save: s; stop at once, unsaved: k",
 );
 
-/// A renderer chosen at run time, shown what Burn's dashboard works out rightly.
+/// Adapts the progress of a run to what Burn's dashboard computes correctly.
 ///
-/// The dashboard's second bar and its time left come from epochs of equal length, all of them run to
-/// their end by one process. Here a run may end inside an epoch and begin where another process left off.
+/// The dashboard's second bar and its time left assume epochs of equal length, all of them run to the end
+/// by one process. A run here may end inside an epoch and may continue one that another process began.
 pub(super) struct RunRenderer {
     inner: Box<dyn MetricsRenderer>,
     steps: RunSteps,
-    told_keys: bool,
+    keys_shown: bool,
 }
 
-/// Steps of a run, as its progress is shown.
+/// Number of steps of a run, for its progress display.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct RunSteps {
-    /// Done before this process.
+    /// Steps done before this process started.
     pub(super) before: usize,
-    /// Of the whole run.
+    /// Steps of the whole run.
     pub(super) total: usize,
-    /// Of an epoch.
+    /// Steps of an epoch.
     pub(super) an_epoch: usize,
 }
 
@@ -47,7 +58,7 @@ impl RunSteps {
         step / self.an_epoch.max(1) + 1
     }
 
-    /// Epoch and place in it after `done` steps.
+    /// Position in the epoch, and the epoch, after `done` steps.
     pub(super) fn progress(&self, done: usize) -> [Progress; 2] {
         let an_epoch = self.an_epoch.max(1);
         let last = done.saturating_sub(1);
@@ -57,10 +68,12 @@ impl RunSteps {
         ]
     }
 
-    /// What the dashboard divides into the share of the epoch and the share of this process's steps.
+    /// Progress from which the dashboard computes the share of the epoch (first bar) and the share of this
+    /// process's steps (second bar, time left).
     ///
-    /// The second is `((e - 1) · n + i) / (e_all · n)` for item `i` of `n` in epoch `e` of `e_all`; with
-    /// epochs counted in thousandths of a step it is the share of the steps to three digits.
+    /// The dashboard computes the second share as `((e - 1) · n + i) / (e_all · n)` for item `i` of `n` in
+    /// epoch `e` of `e_all`. With epochs counted in thousandths of a step this equals the share of the steps
+    /// to three digits.
     fn shown(&self, done: usize) -> TrainingProgress {
         const PARTS: usize = 1000;
         let [within, _] = self.progress(done);
@@ -72,6 +85,22 @@ impl RunSteps {
             iteration: Some(done),
         }
     }
+
+    /// Lines of the dashboard's status after `done` steps.
+    fn indicators(&self, done: usize) -> Vec<ProgressType> {
+        let [_, epoch] = self.progress(done);
+        vec![
+            detailed("Epoch", epoch),
+            detailed("Step", Progress::new(done, self.total)),
+        ]
+    }
+}
+
+fn detailed(tag: &str, progress: Progress) -> ProgressType {
+    ProgressType::Detailed {
+        tag: tag.to_string(),
+        progress,
+    }
 }
 
 impl RunRenderer {
@@ -79,12 +108,12 @@ impl RunRenderer {
         Self {
             inner,
             steps,
-            told_keys: false,
+            keys_shown: false,
         }
     }
 
-    fn tell_keys(&mut self) {
-        if std::mem::replace(&mut self.told_keys, true) {
+    fn show_keys(&mut self) {
+        if std::mem::replace(&mut self.keys_shown, true) {
             return;
         }
         let (name, text) = QUIT;
@@ -103,29 +132,35 @@ impl RunRenderer {
 
 impl MetricsRendererTraining for RunRenderer {
     fn update_train(&mut self, state: MetricState) {
-        self.tell_keys();
+        self.show_keys();
         self.inner.update_train(state);
     }
-    fn update_valid(&mut self, state: MetricState) {
-        self.tell_keys();
+    fn update_valid(&mut self, mut state: MetricState) {
+        self.show_keys();
+        // The mean is that of one validation; an epoch may have several.
+        let (MetricState::Generic(entry) | MetricState::Numeric(entry, _)) = &mut state;
+        let text = &mut entry.serialized_entry.formatted;
+        if let Some(mean) = text.strip_prefix("epoch ") {
+            *text = format!("mean {mean}");
+        }
         self.inner.update_valid(state);
     }
     fn render_train(&mut self, item: TrainingProgress, indicators: Vec<ProgressType>) {
         let Some(done) = item.iteration else {
             return self.inner.render_train(item, indicators);
         };
-        let [_, epoch] = self.steps.progress(done);
-        let detailed = |tag: &str, progress| ProgressType::Detailed {
-            tag: tag.to_string(),
-            progress,
-        };
-        let indicators = vec![
-            detailed("Epoch", epoch),
-            detailed("Step", Progress::new(done, self.steps.total)),
-        ];
+        let indicators = self.steps.indicators(done);
         self.inner.render_train(self.steps.shown(done), indicators);
     }
     fn render_valid(&mut self, item: TrainingProgress, indicators: Vec<ProgressType>) {
+        let indicators = match (item.iteration, &item.progress) {
+            (Some(done), Some(batches)) => {
+                let mut indicators = self.steps.indicators(done);
+                indicators.push(detailed("Batch", batches.clone()));
+                indicators
+            }
+            _ => indicators,
+        };
         self.inner.render_valid(item, indicators);
     }
     fn on_train_end(
@@ -154,6 +189,72 @@ impl MetricsRenderer for RunRenderer {
     }
 }
 
+/// Burn's dashboard, and whether its user ended the run at once (`q`, then `k`).
+///
+/// Burn ends such a run by a panic in the thread that calls the renderer. The thread that trains only sees
+/// a closed channel, which says nothing of the reason.
+pub struct Dashboard {
+    inner: Box<dyn MetricsRenderer>,
+    killed: Arc<AtomicBool>,
+}
+
+impl Dashboard {
+    /// Wraps Burn's dashboard; `killed` becomes true when its user ends the run at once.
+    pub fn new(inner: Box<dyn MetricsRenderer>, killed: Arc<AtomicBool>) -> Self {
+        Self { inner, killed }
+    }
+
+    fn call<T>(&mut self, call: impl FnOnce(&mut dyn MetricsRenderer) -> T) -> T {
+        let inner = self.inner.as_mut();
+        catch_unwind(AssertUnwindSafe(|| call(inner))).unwrap_or_else(|payload| {
+            if panic_text(payload.as_ref()).contains("from user input") {
+                // Before the thread ends and its channel closes: whoever sees that looks here.
+                self.killed.store(true, Ordering::SeqCst);
+            }
+            resume_unwind(payload)
+        })
+    }
+}
+
+impl MetricsRendererTraining for Dashboard {
+    fn update_train(&mut self, state: MetricState) {
+        self.call(|inner| inner.update_train(state));
+    }
+    fn update_valid(&mut self, state: MetricState) {
+        self.call(|inner| inner.update_valid(state));
+    }
+    fn render_train(&mut self, item: TrainingProgress, indicators: Vec<ProgressType>) {
+        self.call(|inner| inner.render_train(item, indicators));
+    }
+    fn render_valid(&mut self, item: TrainingProgress, indicators: Vec<ProgressType>) {
+        self.call(|inner| inner.render_valid(item, indicators));
+    }
+    fn on_train_end(
+        &mut self,
+        summary: Option<LearnerSummary>,
+    ) -> Result<(), Box<dyn core::error::Error>> {
+        self.call(|inner| inner.on_train_end(summary))
+    }
+}
+
+impl MetricsRendererEvaluation for Dashboard {
+    fn update_test(&mut self, name: EvaluationName, state: MetricState) {
+        self.call(|inner| inner.update_test(name, state));
+    }
+    fn render_test(&mut self, item: EvaluationProgress, indicators: Vec<ProgressType>) {
+        self.call(|inner| inner.render_test(item, indicators));
+    }
+}
+
+impl MetricsRenderer for Dashboard {
+    fn manual_close(&mut self) {
+        self.call(|inner| inner.manual_close());
+    }
+    fn register_metric(&mut self, definition: MetricDefinition) {
+        self.call(|inner| inner.register_metric(definition));
+    }
+}
+
 /// A renderer that shows nothing: the strategy prints lines of its own.
 pub struct QuietRenderer;
 
@@ -176,9 +277,106 @@ impl MetricsRenderer for QuietRenderer {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
     use super::*;
 
-    /// As Burn's dashboard works out its second bar: `calculate_progress`, burn-train 0.21.
+    /// Keeps what it is shown; ends the run as Burn's dashboard does where `kills` is set.
+    #[derive(Default)]
+    struct Fake {
+        shown: Arc<Mutex<Vec<String>>>,
+        kills: bool,
+    }
+
+    impl Fake {
+        fn note(&self, text: String) {
+            self.shown.lock().unwrap().push(text);
+        }
+    }
+
+    impl MetricsRendererTraining for Fake {
+        fn update_train(&mut self, _state: MetricState) {
+            if self.kills {
+                std::panic::resume_unwind(Box::new("Killing training from user input."));
+            }
+        }
+        fn update_valid(&mut self, state: MetricState) {
+            let (MetricState::Generic(entry) | MetricState::Numeric(entry, _)) = state;
+            self.note(entry.serialized_entry.formatted);
+        }
+        fn render_train(&mut self, _item: TrainingProgress, _indicators: Vec<ProgressType>) {}
+        fn render_valid(&mut self, _item: TrainingProgress, indicators: Vec<ProgressType>) {
+            let words = indicators.iter().map(|one| match one {
+                ProgressType::Detailed { tag, progress } => {
+                    format!(
+                        "{tag} {}/{}",
+                        progress.items_processed, progress.items_total
+                    )
+                }
+                ProgressType::Value { tag, value } => format!("{tag} {value}"),
+            });
+            self.note(words.collect::<Vec<_>>().join(", "));
+        }
+    }
+
+    impl MetricsRendererEvaluation for Fake {
+        fn update_test(&mut self, _name: EvaluationName, _state: MetricState) {}
+        fn render_test(&mut self, _item: EvaluationProgress, _indicators: Vec<ProgressType>) {}
+    }
+
+    impl MetricsRenderer for Fake {
+        fn manual_close(&mut self) {}
+        fn register_metric(&mut self, _definition: MetricDefinition) {}
+    }
+
+    fn entry(text: &str) -> MetricState {
+        let text = SerializedEntry::new(text.to_string(), String::new());
+        let id = MetricId::new(Arc::new("Loss".to_string()));
+        MetricState::Generic(MetricEntry::new(id, text))
+    }
+
+    #[test]
+    fn a_validation_is_shown_with_the_step_it_follows_and_its_own_mean() {
+        let fake = Fake::default();
+        let shown = fake.shown.clone();
+        let steps = RunSteps {
+            before: 0,
+            total: 480,
+            an_epoch: 80,
+        };
+        let mut renderer = RunRenderer::new(Box::new(fake), steps);
+        renderer.update_valid(entry("epoch 0.4603 - batch 0.4721"));
+        let item = TrainingProgress {
+            progress: Some(Progress::new(1, 2)),
+            global_progress: Progress::new(2, 6),
+            iteration: Some(120),
+        };
+        renderer.render_valid(item, Vec::new());
+        assert_eq!(
+            *shown.lock().unwrap(),
+            [
+                "mean 0.4603 - batch 0.4721",
+                "Epoch 2/6, Step 120/480, Batch 1/2"
+            ]
+        );
+    }
+
+    #[test]
+    fn a_run_ended_at_once_from_the_dashboard_is_known_as_such() {
+        for kills in [true, false] {
+            let killed = Arc::new(AtomicBool::new(false));
+            let fake = Fake {
+                kills,
+                ..Fake::default()
+            };
+            let mut dashboard = Dashboard::new(Box::new(fake), killed.clone());
+            let ended = catch_unwind(AssertUnwindSafe(|| dashboard.update_train(entry(""))));
+            assert_eq!(ended.is_err(), kills);
+            assert_eq!(killed.load(Ordering::SeqCst), kills);
+        }
+    }
+
+    /// The second bar as Burn's dashboard computes it: `calculate_progress`, burn-train 0.21.
     fn second_bar(shown: &TrainingProgress) -> f64 {
         let within = shown.progress.as_ref().unwrap();
         let epochs = &shown.global_progress;
@@ -186,9 +384,9 @@ mod tests {
         done as f64 / (within.items_total * epochs.items_total) as f64
     }
 
-    /// Six epochs of 80 steps; the same cut after 60 steps; and gone on with after 240.
+    /// Six epochs of 80 steps; a run that ends after 60 steps; a run continued after 240.
     #[test]
-    fn both_bars_are_shares_of_what_they_stand_for() {
+    fn the_bars_are_shares_of_the_epoch_and_of_this_process() {
         let steps = |before, total| RunSteps {
             before,
             total,

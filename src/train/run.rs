@@ -52,7 +52,7 @@ use crate::{
     },
 };
 
-pub use super::renderers::QuietRenderer;
+pub use super::renderers::{Dashboard, QuietRenderer};
 
 /// Whether a run starts anew or goes on.
 #[derive(Debug, Clone, PartialEq, Eq)]

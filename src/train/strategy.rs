@@ -566,6 +566,7 @@ impl<B: TrainAccelerator> LoopState<B> {
             samples_per_second: launched.samples as f64 / seconds,
             tokens_per_second: launched.tokens as f64 / seconds,
             memory_gib: self.memory.peak().map_or(0.0, |peak| peak.gib()),
+            starts_validation: false,
         };
         let work = StepWork {
             seconds,

@@ -7,7 +7,13 @@ use std::path::PathBuf;
 
 use xray_qwen3vl::processor::image::{DecodeLimits, read};
 
-use crate::{infer, json_lines, repository, run, text, tiny_model};
+use serde_json::{Value, json};
+
+use crate::{
+    infer, json_lines, repository, run,
+    server::{about, data_url, start, with},
+    text, tiny_model,
+};
 
 /// A file, the codes of its remarks, and the mean level of its upper half and of the whole.
 type Accepted = (&'static str, &'static [&'static str], f64, f64);
@@ -59,6 +65,14 @@ const ACCEPTED: [Accepted; 12] = [
         128.637,
     ),
 ];
+
+/// Files that are refused: the words of the program on a file, and of `serve` on an upload, which has no
+/// name and whose decoder's own words are kept from a client.
+const REFUSED: [(&str, &str, &str); 1] = [(
+    "pictures/jpeg_cut_with_eoi.jpg",
+    "is damaged (100.0 % of its blocks cannot be trusted); hint: copy or export it again",
+    "image 1 is a damaged JPEG picture",
+)];
 
 fn found(name: &str) -> PathBuf {
     repository().join("tests/fixtures/found").join(name)
@@ -121,13 +135,11 @@ fn the_program_accepts_and_refuses_what_was_found() {
     ] {
         assert!(stdout.contains(words), "{words} is not in {stdout}");
     }
-    let cut = found("pictures/jpeg_cut_with_eoi.jpg");
-    let (code, _, stderr) = infer(folder.path(), &[text(&cut)]);
-    assert_eq!(code, 1);
-    assert!(
-        stderr.contains("% of its blocks cannot be trusted"),
-        "{stderr}"
-    );
+    for (name, words, _) in REFUSED {
+        let (code, _, stderr) = infer(folder.path(), &[text(&found(name))]);
+        assert_eq!(code, 1, "{name}");
+        assert!(stderr.contains(words), "{name}: {stderr}");
+    }
     let pages = found("pictures/two_pages.tif");
     let (code, _, stderr) = infer(folder.path(), &[text(&pages), "--frame", "3"]);
     assert_eq!(code, 1);
@@ -135,6 +147,33 @@ fn the_program_accepts_and_refuses_what_was_found() {
         stderr.contains("has no frame 3, expected 1 to 2"),
         "{stderr}"
     );
+}
+
+#[test]
+fn a_server_accepts_and_refuses_what_was_found() {
+    let server = start(&[]);
+    let ask = |name: &str| {
+        let body = about(&data_url(&found(name)), "？");
+        server.chat(&with(body, "max_tokens", 2.into()))
+    };
+    for (name, ..) in ACCEPTED {
+        let reading = read(&found(name), None, &DecodeLimits::default()).unwrap();
+        let expected: Vec<Value> = reading
+            .remarks
+            .iter()
+            .map(|remark| with(json!(remark), "image", 1.into()))
+            .collect();
+        let answer = ask(name);
+        assert_eq!(answer.status, 200, "{name}: {answer:?}");
+        assert_eq!(answer.json()["remarks"], json!(expected), "{name}");
+    }
+    for (name, _, words) in REFUSED {
+        let answer = ask(name);
+        assert_eq!(answer.status, 400, "{name}: {answer:?}");
+        let error = &answer.json()["error"];
+        assert_eq!(error["message"], words, "{name}");
+        assert_eq!(error["code"], "image", "{name}");
+    }
 }
 
 #[test]

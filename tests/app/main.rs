@@ -22,6 +22,8 @@ mod quantize;
 mod refusal;
 mod serve;
 mod serve_api;
+mod serve_fetch;
+mod serve_openapi;
 mod serve_safety;
 mod server;
 mod train;

@@ -62,13 +62,13 @@ fn an_answer_is_that_of_infer_whole_streamed_and_again() {
         usage["completion_tokens"]
     );
 
-    // The second question about the film needs neither the vision tower nor the film's tokens.
+    // The second question about the image needs neither the vision tower nor the image's tokens.
     assert_eq!(server.metric("xray_images_encoded_total"), 1);
     let second = server.chat(&question("有胸腔积液吗？")).json();
     let cached = second["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64();
     assert!(cached.unwrap() > 16, "{second}");
     assert_eq!(server.metric("xray_images_encoded_total"), 1);
-    // The log tells sizes, not what was said.
+    // The log has sizes, and no content.
     let log = server.log();
     assert!(log.contains(" images=1 "), "{log}");
     assert!(!log.contains(want) && !log.contains("积液"), "{log}");
@@ -114,13 +114,13 @@ fn settings_of_a_request_are_kept() {
         three[1..2]
     );
 
-    let told = with(
+    let body = with(
         with(base, "logprobs", true.into()),
         "top_logprobs",
         3.into(),
     );
-    let told = server.chat(&told).json();
-    let content = told["choices"][0]["logprobs"]["content"]
+    let answer = server.chat(&body).json();
+    let content = answer["choices"][0]["logprobs"]["content"]
         .as_array()
         .unwrap();
     let first = &content[0];
@@ -335,7 +335,7 @@ fn infer_asks_a_server_and_gets_what_it_would_write_itself() {
     let (code, stdout, stderr) = run(folder.path(), &["infer", "--server", &url]);
     assert_eq!((code, stdout.as_str()), (1, ""));
     assert!(stderr.contains("cannot reach"), "{stderr}");
-    // A server that is gone leaves no record, so that the next run asks again.
+    // A server that is gone leaves no record, so that the next run sends it again.
     batch.push(text(&pictures[2]));
     let (code, _, stderr) = run(folder.path(), &[&["infer"], &batch[..]].concat());
     assert_eq!(code, 1, "{stderr}");
@@ -382,24 +382,24 @@ fn bench_serve_measures_and_compares() {
 }
 
 #[test]
-fn dicom_films_are_shown_and_read() {
+fn dicom_images_are_shown_and_read() {
     let server = start(&[]);
-    let film = repository().join("tests/fixtures/dicom/gray_12u_1.dcm");
+    let image = repository().join("tests/fixtures/dicom/gray_12u_1.dcm");
     let shown = server.send(
         "POST",
         "/v1/images/preview",
         &["content-type: application/dicom"],
-        &fs::read(&film).unwrap(),
+        &fs::read(&image).unwrap(),
     );
     assert_eq!(shown.status, 200, "{shown:?}");
     assert_eq!(shown.header("content-type"), Some("image/png"));
     assert!(shown.body.contains("PNG"));
-    let asked = with(
-        about(&data_url(&film), "请写一份报告。"),
+    let body = with(
+        about(&data_url(&image), "请写一份报告。"),
         "max_tokens",
         8.into(),
     );
-    assert!(!server.chat(&asked).text().is_empty());
+    assert!(!server.chat(&body).text().is_empty());
     let wrong = server.send("POST", "/v1/images/preview", &[], b"hello");
     assert_eq!(wrong.status, 400);
 }

@@ -1,4 +1,4 @@
-//! `serve` from outside: what it says of requests it does not take as they are, of images, and in its log.
+//! `serve` from outside: refused and ignored fields, remarks on images, and its log.
 
 use std::{fs, process::Stdio};
 
@@ -202,7 +202,7 @@ fn unknown_fields_are_refused_or_named() {
 }
 
 #[test]
-fn fields_of_vllm_do_what_they_say() {
+fn fields_of_vllm_are_honoured() {
     let server = start(&[]);
     let ask = |field: &str, value: Value| {
         let body = with(text_question("请写一份报告。"), "max_tokens", 300.into());
@@ -313,7 +313,7 @@ fn images_are_taken_however_a_client_writes_them() {
 }
 
 #[test]
-fn limits_are_told_before_a_request() {
+fn limits_can_be_read_before_a_request() {
     let server = start(&["--max-images", "3", "--max-image-megapixels", "5"]);
     let limits = server.get("/v1/limits").json();
     assert_eq!(limits["max_images"], 3);

@@ -79,13 +79,13 @@ pub(crate) fn start(args: &[&str]) -> Server {
     all.extend(args);
     let mut child = program(folder.path(), &all).spawn().unwrap();
     let mut stderr = BufReader::new(child.stderr.take().unwrap());
-    let mut said = String::new();
+    let mut lines = String::new();
     let address = loop {
         let mut line = String::new();
         if stderr.read_line(&mut line).unwrap() == 0 {
-            panic!("the server did not start: {said}");
+            panic!("the server did not start: {lines}");
         }
-        said.push_str(&line);
+        lines.push_str(&line);
         if let Some((_, rest)) = line.split_once("://") {
             break rest.split(',').next().unwrap().trim().to_owned();
         }
@@ -192,7 +192,7 @@ impl Server {
         }
     }
 
-    /// Tells the server to stop, as a service manager does.
+    /// Stops the server with SIGTERM, as a service manager does.
     pub(crate) fn terminate(&self) {
         let id = self.child.id().to_string();
         let status = Command::new("kill").args(["-TERM", &id]).status().unwrap();

@@ -669,3 +669,20 @@ fn a_flag_or_key_that_is_none_is_answered_with_what_to_write() {
         assert_eq!(stderr.lines().count(), 1, "{stderr}");
     }
 }
+
+#[test]
+fn every_key_is_explained_in_both_languages() {
+    let repository = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let english = fs::read_to_string(repository.join("configs/openi-lora.toml")).unwrap();
+    let chinese = fs::read_to_string(repository.join("docs/config.zh.md")).unwrap();
+    let keys = TrainConfig::keys();
+    assert!(keys.len() > 50, "{keys:?}");
+    for key in &keys {
+        let mut lines = english.lines().map(|line| line.trim_start_matches("# "));
+        let is_set = lines.any(|line| line.starts_with(&format!("{key} = ")));
+        assert!(is_set, "configs/openi-lora.toml lacks `{key}`");
+        let row = format!("| `{key}` | ");
+        assert!(chinese.contains(&row), "docs/config.zh.md lacks `{key}`");
+    }
+    assert_eq!(chinese.matches("\n| `").count(), keys.len());
+}

@@ -95,7 +95,9 @@ fn an_interrupted_run_saves_and_says_how_to_go_on() {
         assert!(steps < 20, "{signal}: the run ended before the signal");
         assert_eq!(saved_steps(&run).last(), Some(&(steps as u64)), "{signal}");
         // As printed, without the config and the flags the run was started with.
-        let hint = stdout.split('`').nth(1).unwrap();
+        let hint = (stdout.lines())
+            .find_map(|line| line.strip_prefix("continue with: "))
+            .unwrap();
         let words: Vec<&str> = hint.split(' ').collect();
         assert!(words[0].ends_with("xray-qwen3vl"), "{hint}");
         let (code, _, stderr) = run_program(folder.path(), &words[1..]);

@@ -17,9 +17,9 @@ use crate::{
 /// What a doubtful finding counts as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Uncertain {
-    /// As there: it asks the reader to act.
+    /// As present: it calls for action.
     Present,
-    /// As not there.
+    /// As absent.
     Absent,
     /// The class is left out for that report.
     LeaveOut,
@@ -38,30 +38,31 @@ impl From<Uncertain> for UncertainPolicy {
 /// Arguments of `eval`.
 #[derive(Debug, Clone, Args)]
 pub struct EvalArgs {
-    /// Predictions, one JSON object a line, as `infer --output`, ms-swift, LLaMA-Factory or vLLM write them.
+    /// Predictions, one JSON object per line, as written by `infer --output`, ms-swift, LLaMA-Factory or
+    /// vLLM.
     ///
-    /// Without it, the model writes the reports now.
+    /// Without it, the model generates the reports.
     #[arg(value_name = "PREDICTIONS.jsonl")]
     pub predictions: Option<PathBuf>,
-    /// Test set: JSONL in ms-swift's form, or `phantom:SEED:FROM..TO`. Predictions that hold their references
-    /// do without.
+    /// Test set: JSONL in ms-swift's format, or `phantom:SEED:FROM..TO`. Not needed for predictions that
+    /// contain their references.
     #[arg(long, value_name = "DATA")]
     pub data: Option<String>,
-    /// Training set of the baselines; without it they take the test set's own reports.
+    /// Training set of the baselines; without it they use the reports of the test set.
     #[arg(long, value_name = "DATA")]
     pub train_data: Option<String>,
-    /// Folder of a run: its curves go into the page; without predictions and model, its best checkpoint and its
-    /// data are evaluated.
+    /// Folder of a training run, whose curves are shown on the page. Without predictions and model, its best
+    /// checkpoint is evaluated on its validation data.
     #[arg(long, value_name = "DIR")]
     pub run: Option<PathBuf>,
-    /// Folder of a Qwen3-VL checkpoint; `model/tiny` without predictions. With predictions it only finds the
-    /// nearest training image.
+    /// Folder of a Qwen3-VL checkpoint [default without predictions: model/tiny]. With predictions it is only
+    /// used to find the nearest training image.
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
     /// Adapter of the model.
     #[command(flatten)]
     pub adapter: AdapterArgs,
-    /// cpu, cuda, cuda:N, wgpu or wgpu:N; by default the best one that answers.
+    /// cpu, cuda, cuda:N, wgpu or wgpu:N; the default is the fastest one available.
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<DeviceName>,
     /// How the weights are loaded.
@@ -70,55 +71,55 @@ pub struct EvalArgs {
     /// Generation.
     #[command(flatten)]
     pub generation: GenerationArgs,
-    /// Samples that go through the model at once.
+    /// Number of samples processed together.
     #[arg(long, value_name = "N", default_value_t = 8)]
     pub batch_size: usize,
     /// Studies: intervals and tests are drawn by them.
     #[command(flatten)]
     pub studies: StudyArgs,
-    /// Only the first reports of the test set.
+    /// Evaluate only this many reports, the first of the test set.
     #[arg(long, value_name = "N")]
     pub limit: Option<usize>,
-    /// Only the baselines that need no image: no model is loaded.
+    /// Score only the baselines that need no image; no model is loaded.
     #[arg(long, conflicts_with_all = ["predictions", "model", "run"])]
     pub baselines_only: bool,
-    /// Do not let the model write about swapped images, which takes as long as the reports themselves.
+    /// Skip the reports on images swapped between studies, which take as long as the reports themselves.
     #[arg(long)]
     pub no_swapped: bool,
-    /// Do not look for the nearest training image.
+    /// Skip the baseline of the nearest training image.
     #[arg(long)]
     pub no_neighbour: bool,
-    /// Another run's predictions on the same test set, to be compared pair by pair.
+    /// Predictions of another model on the same test set, to compare pair by pair.
     #[arg(long, value_name = "OTHER.jsonl")]
     pub compare: Option<PathBuf>,
-    /// Key of the answer in the predictions, if it is an unusual one.
+    /// Key of the answer in the predictions, if it is not found by itself.
     #[arg(long, value_name = "KEY")]
     pub prediction_key: Option<String>,
-    /// Key of the reference in the predictions, if it is an unusual one.
+    /// Key of the reference in the predictions, if it is not found by itself.
     #[arg(long, value_name = "KEY")]
     pub reference_key: Option<String>,
-    /// What a doubtful finding counts as, in truth and answer alike.
+    /// How an uncertain finding is counted, in reference and answer alike.
     #[arg(long, value_enum, default_value = "present")]
     pub uncertain: Uncertain,
-    /// Draws of the intervals.
+    /// Bootstrap samples for the confidence intervals.
     #[arg(long, value_name = "N", default_value_t = 1000)]
     pub resamples: usize,
-    /// Every score on the terminal; files hold them always.
+    /// Print every score; files always contain all of them.
     #[arg(long)]
     pub all: bool,
     /// Write all scores and cases as JSON.
     #[arg(long, value_name = "FILE.json")]
     pub json: Option<PathBuf>,
-    /// Write the page: one file that needs nothing beside it.
+    /// Write the results as an HTML page, a single file.
     #[arg(long, value_name = "FILE.html")]
     pub html: Option<PathBuf>,
-    /// Cases in the page's gallery, the worst first.
+    /// Number of cases in the page's gallery, the worst first.
     #[arg(long, value_name = "N", default_value_t = 24)]
     pub gallery: usize,
-    /// Folder of the films, where the predictions name them by other paths.
+    /// Folder of the images, if the paths in the predictions are not valid here.
     #[arg(long, value_name = "DIR")]
     pub images_dir: Option<PathBuf>,
-    /// Keep the reports the model wrote, as predictions that `eval` reads.
+    /// Save the generated reports as predictions that `eval` can read.
     #[arg(long, value_name = "FILE.jsonl", conflicts_with_all = ["predictions", "baselines_only"])]
     pub output: Option<PathBuf>,
 }

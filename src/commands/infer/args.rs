@@ -26,7 +26,7 @@ pub struct InferArgs {
     /// Write a single report about all images (the views of one study).
     #[arg(long)]
     pub together: bool,
-    /// Frame of DICOM files, or page of TIFF files, that hold several, counted from 1.
+    /// Frame of multi-frame DICOM files or page of multi-page TIFF files, counted from 1.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub frame: Option<u32>,
     /// List the technical tags of DICOM files instead of writing reports; no patient data, no model needed.

@@ -12,16 +12,16 @@ use crate::{
 /// Arguments of `train`; everything else is a key of the config file.
 #[derive(Debug, Args)]
 pub struct TrainArgs {
-    /// Settings of the run, TOML; `configs/openi-lora.toml` explains every key.
+    /// Config file of the run, TOML; `configs/openi-lora.toml` explains every key.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Base checkpoint folder.
+    /// Folder of the base checkpoint.
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
-    /// Adapter to start from.
+    /// Folder of a PEFT adapter to start from.
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
-    /// Training data: JSONL in ms-swift's form.
+    /// Training data: JSONL in ms-swift's format.
     #[arg(long, value_name = "FILE.jsonl")]
     pub train_data: Option<String>,
     /// Validation data.
@@ -30,57 +30,60 @@ pub struct TrainArgs {
     /// (`--set split_dataset_ratio=F`; 0 validates on nothing).
     #[arg(long, value_name = "FILE.jsonl")]
     pub val_data: Option<String>,
-    /// Where checkpoints, metrics and curves go.
+    /// Folder for checkpoints, metrics and curves.
     #[arg(long, value_name = "DIR")]
     pub output_dir: Option<PathBuf>,
     /// Devices, separated by commas: cuda:0,cuda:1 or cpu,cpu.
     #[arg(long, value_name = "DEVICES", value_delimiter = ',')]
     pub device: Vec<String>,
-    /// Type of the base weights; adapters are f32.
+    /// Dtype of the base weights; adapters are always f32.
     #[arg(long, value_enum)]
     pub dtype: Option<DtypeName>,
-    /// Seed of order, adapters and dropout, the same on every device.
+    /// Seed of the sample order, the initial adapters and dropout; the same on every device.
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
-    /// Generate and score this many held-out reports before the first step, at each validation and, with the
-    /// images swapped between studies, at the end.
+    /// Number of held-out reports to generate and score before the first step, at each validation and, with
+    /// the images swapped between studies, at the end.
     #[arg(long, value_name = "N")]
     pub eval_generate: Option<usize>,
-    /// What the loss of a step is the mean of.
+    /// What the loss of a step is averaged over.
     #[arg(long, value_enum)]
     pub loss_reduction: Option<LossReduction>,
-    /// Join the samples of a step into rows of up to max_length tokens in place of padding.
+    /// Concatenate the samples of a step into rows of up to max_length tokens instead of padding them.
     #[arg(long)]
     pub packing: bool,
-    /// Tokens of a packed row, in place of max_length; implies --packing.
+    /// Tokens of a packed row instead of max_length; implies --packing.
     #[arg(long, value_name = "N")]
     pub packing_tokens: Option<usize>,
-    /// Choose what fits so many GiB of the device, or all that is free: tokens of a packed row, and what
-    /// is computed again in the backward pass. Samples of a step and the loss stay as configured.
+    /// Choose settings that fit into this many GiB of device memory, or into all that is free: tokens of a
+    /// packed row, and what is recomputed in the backward pass. The samples of a step and the loss stay as
+    /// configured.
     #[arg(long, value_name = "auto|GIB")]
     pub memory_budget: Option<Budget>,
-    /// Compute every 50th step twice, and end in an error where loss or gradients differ in a bit: 2 % more
-    /// time. All sums have a fixed order in any case, on one device.
+    /// Compute every 50th step twice, and end with an error if loss or gradients differ in a bit; takes 2 %
+    /// more time. On one device all sums have a fixed order with or without this option.
     #[arg(long)]
     pub deterministic: bool,
     /// Any other key of the config file; may be given several times.
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
-    /// Go on: `auto` from the newest whole checkpoint of the output folder, or a checkpoint folder. Settings
-    /// as before, `--config DIR/config.toml` holds them; a finished run takes a higher max_steps.
+    /// Continue a run: `auto` from the newest complete checkpoint of its folder, or from a checkpoint folder.
+    /// The settings have to be the same: `--config DIR/config.toml` has them. A finished run can be extended
+    /// with a higher max_steps.
     #[arg(long, value_name = "auto|DIR")]
     pub resume: Option<String>,
-    /// Draw the weights at random; only `config.json` and the tokenizer of the model are read.
+    /// Start from random weights; of the model, only `config.json` and the tokenizer are read.
     #[arg(long)]
     pub random_init: bool,
-    /// Write what loader threads and the device's host thread did when, in the form of Chrome's tracing.
+    /// Record the activity of the loader threads and of the thread that drives the device, in Chrome's
+    /// tracing format.
     #[arg(long, value_name = "FILE.json")]
     pub trace: Option<PathBuf>,
-    /// Plain progress lines, some 50 a run (`--set logging_steps=N`), in place of the dashboard. There, q and
-    /// then s saves and ends as Ctrl-C does; q and then k ends at once, all since the last checkpoint is lost.
+    /// Print some 50 progress lines (`--set logging_steps=N` changes that) instead of the dashboard. In the
+    /// dashboard, q and then s saves and ends as Ctrl-C does; q and then k ends at once without saving.
     #[arg(long)]
     pub no_tui: bool,
-    /// Print this many held-out truths beside answers at the end.
+    /// Number of held-out reports to print beside the model's at the end.
     #[arg(long, value_name = "N", default_value_t = 3)]
     pub show: usize,
 }

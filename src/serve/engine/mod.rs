@@ -68,7 +68,7 @@ pub struct Submission {
     pub penalties: Penalties,
     /// Ends the answer before one of these.
     pub stop: Vec<String>,
-    /// Ends an answer that goes round in circles.
+    /// Ends an answer that repeats itself.
     pub stop_on_repetition: bool,
     /// Log probabilities of the chosen and this many likeliest tokens.
     pub logprobs: Option<usize>,
@@ -76,7 +76,7 @@ pub struct Submission {
     pub constraint: Option<Box<dyn TokenConstraint>>,
     /// When the answer must be there.
     pub deadline: Instant,
-    /// Who asks; places are shared out fairly between different askers.
+    /// The client; places are shared out fairly between different clients.
     pub client: u64,
 }
 
@@ -98,7 +98,7 @@ pub enum Event {
     Token {
         /// May be empty, when a character is not whole or may be part of a stop text.
         text: String,
-        /// If asked for.
+        /// If requested.
         logprob: Option<TokenLogprob>,
     },
     /// The answer is over.
@@ -158,7 +158,7 @@ pub struct QueuePlace {
 #[derive(Debug, Default)]
 struct Queue {
     /// All that are taken.
-    waiting: Arc<AtomicUsize>,
+    waiting: AtomicUsize,
     by_client: Mutex<HashMap<u64, usize>>,
 }
 
@@ -245,8 +245,8 @@ pub struct Engine {
 /// How the worker ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
-    /// It was told to.
-    Told,
+    /// It was stopped.
+    Stopped,
     /// The device does not work any more.
     DeviceLost,
 }
@@ -294,7 +294,6 @@ impl Engine {
             end: ended,
             limits: Arc::new(limits.clone()),
         };
-        metrics.watch_queue(engine.queue.waiting.clone());
         let stopping = engine.stopping.clone();
         let thread = std::thread::Builder::new()
             .name("engine".into())
@@ -308,7 +307,7 @@ impl Engine {
                     .run(&received)
                     .is_ok()
                 {
-                    ending.how = End::Told;
+                    ending.how = End::Stopped;
                 }
             })?;
         Ok((engine, thread))
@@ -317,6 +316,11 @@ impl Engine {
     /// The limits it was started with, the cache in whole blocks.
     pub fn limits(&self) -> &EngineLimits {
         &self.limits
+    }
+
+    /// Sequences that wait.
+    pub fn waiting(&self) -> usize {
+        self.queue.waiting.load(Ordering::Relaxed)
     }
 
     /// Whether there is room in the queue for `client` at this moment; nothing is taken.
@@ -380,7 +384,7 @@ impl Engine {
     /// Loads an adapter between two steps.
     ///
     /// # Errors
-    /// What the loader says, in words.
+    /// The loader's reason, as text.
     pub async fn load_adapter(&self, dir: PathBuf) -> Result<AdapterId, String> {
         let (reply, answer) = oneshot::channel();
         let stopping = || Refusal::Stopping.to_string();
@@ -414,11 +418,11 @@ impl Engine {
         let _ = self.commands.send(Command::Abort);
     }
 
-    /// Waits until the worker has ended, and says how.
+    /// Waits until the worker has ended, and returns how.
     pub async fn ended(&self) -> End {
         let mut end = self.end.clone();
         let ended = end.wait_for(Option::is_some).await;
-        // The sender says so before it goes.
+        // The worker sends the reason before it drops the sender.
         ended.ok().and_then(|end| *end).unwrap_or(End::DeviceLost)
     }
 

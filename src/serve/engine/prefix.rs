@@ -1,5 +1,5 @@
-//! Sequences that are over but still lie in the cache, so that a prompt that begins alike goes on
-//! from there: the second question about a film needs neither the vision tower nor the film's tokens.
+//! Finished sequences that are still in the cache, so that a prompt with the same beginning goes on
+//! from there: the second question about an image needs neither the vision tower nor the image's tokens.
 
 use crate::runtime::generate::backend::{AdapterId, SlotId};
 

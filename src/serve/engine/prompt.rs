@@ -1,4 +1,4 @@
-//! A prompt as the engine takes it: ids, positions, images, and what tells equal beginnings.
+//! A prompt as the engine takes it: ids, positions, images, and keys by which equal beginnings are found.
 
 use std::{
     any::Any,
@@ -75,7 +75,7 @@ pub struct PreparedPrompt {
     pub input_ids: Vec<u32>,
     /// Positions of all tokens.
     pub positions: Positions,
-    /// The position behind the prompt less its number of tokens.
+    /// The position after the prompt less its number of tokens.
     pub delta: i64,
     /// Images in order.
     pub images: Vec<PreparedImage>,

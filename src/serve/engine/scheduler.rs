@@ -20,7 +20,7 @@ use crate::{
     batch::positions::Positions,
     processor::tokenizer::Tokenizer,
     runtime::generate::backend::{AdapterId, Chunk, DecodeBackend, SlotId, StepRow, Stepped},
-    serve::metrics::Metrics,
+    serve::metrics::{Metrics, as_gauge},
 };
 
 /// Sequences take the budget in blocks of this many tokens, as buffers grow.
@@ -189,7 +189,7 @@ impl<D: DecodeBackend> Worker<D> {
                         .and_then(|loaded| loaded.map_err(|error| error.to_string()));
                     self.adapters.extend(loaded.as_ref().ok());
                     if let Err(Ok(adapter)) = reply.send(loaded) {
-                        // Whoever asked is gone, and nobody else knows its number.
+                        // The caller is gone, and nobody else knows its number.
                         self.adapters.remove(&adapter);
                         let device = &mut self.device;
                         let _ = guarded(|| device.unload_adapter(adapter));
@@ -211,12 +211,12 @@ impl<D: DecodeBackend> Worker<D> {
         let metrics = &self.metrics;
         self.queue.retain(|queued| {
             if queued.sequence.is_cancelled() {
-                metrics.cancelled.add(1);
+                metrics.cancelled.inc();
                 return false;
             }
             if now >= queued.sequence.deadline {
                 queued.sequence.fail(Failure::Deadline);
-                metrics.failed.add(1);
+                metrics.failed.inc();
                 return false;
             }
             true
@@ -225,11 +225,11 @@ impl<D: DecodeBackend> Worker<D> {
         while place < self.running.len() {
             let sequence = &self.running[place];
             if sequence.is_cancelled() {
-                self.metrics.cancelled.add(1);
+                self.metrics.cancelled.inc();
                 self.drop_sequence(place);
             } else if now >= sequence.deadline {
                 sequence.fail(Failure::Deadline);
-                self.metrics.failed.add(1);
+                self.metrics.failed.inc();
                 self.drop_sequence(place);
             } else {
                 place += 1;
@@ -379,7 +379,7 @@ impl<D: DecodeBackend> Worker<D> {
         }
         self.put_by(&sequence);
         sequence.restart();
-        self.metrics.preempted.add(1);
+        self.metrics.preempted.inc();
         self.queue.push_front(Queued {
             sequence,
             _place: None,
@@ -413,7 +413,7 @@ impl<D: DecodeBackend> Worker<D> {
                 self.failures = 0;
                 self.features.clear();
                 let outcome = advance(&mut self.running[place], Stepped::Logits(logits));
-                self.settle(vec![(place, outcome)]);
+                self.apply_outcomes(vec![(place, outcome)]);
                 Some(tokens)
             }
             Ok((tokens, None)) => {
@@ -425,7 +425,7 @@ impl<D: DecodeBackend> Worker<D> {
                 self.failures += 1;
                 self.features.clear();
                 self.running[place].fail(Failure::Internal);
-                self.metrics.failed.add(1);
+                self.metrics.failed.inc();
                 self.drop_sequence(place);
                 // A full device is the likeliest reason.
                 let kept = self.prefixes.clear();
@@ -460,7 +460,7 @@ impl<D: DecodeBackend> Worker<D> {
             if !self.features.contains_key(&index) {
                 let encoded = self.device.encode_image(adapter, &image.patches.get());
                 self.features.insert(index, encoded);
-                self.metrics.images_encoded.add(1);
+                self.metrics.images_encoded.inc();
             }
             let of_image = range.start - image.first_token..range.end - image.first_token;
             features.push((self.features[&index].clone(), of_image));
@@ -476,7 +476,7 @@ impl<D: DecodeBackend> Worker<D> {
             wants_logits: to == self.running[place].len(),
         };
         let logits = self.device.prefill(slot, &chunk);
-        self.metrics.prompt_tokens.add((to - from) as u64);
+        self.metrics.prompt_tokens.inc_by((to - from) as u64);
         let phase = self.running[place].phase_after(to);
         self.running[place].phase = phase;
         if to >= prompt.len() || matches!(phase, Phase::Decode(_)) {
@@ -486,7 +486,7 @@ impl<D: DecodeBackend> Worker<D> {
         (to - from, logits)
     }
 
-    /// Gives a sequence its slot, with as much of its prompt as lies in the cache already.
+    /// Gives a sequence its slot, with as much of its prompt as is in the cache already.
     fn begin(&mut self, place: usize) -> SlotId {
         let sequence = &self.running[place];
         let (adapter, capacity) = (sequence.adapter, sequence.reserved);
@@ -520,11 +520,11 @@ impl<D: DecodeBackend> Worker<D> {
         sequence.slot = Some(slot);
         sequence.cached_tokens.get_or_insert(shared);
         sequence.phase = sequence.phase_after(shared);
-        self.metrics.cached_tokens.add(shared as u64);
+        self.metrics.cached_tokens.inc_by(shared as u64);
         if shared > 0 {
-            self.metrics.prefix_hits.add(1);
+            self.metrics.prefix_hits.inc();
         }
-        self.metrics.prefix_lookups.add(1);
+        self.metrics.prefix_lookups.inc();
         slot
     }
 
@@ -545,7 +545,7 @@ impl<D: DecodeBackend> Worker<D> {
             .collect();
         if !rows.is_empty() {
             let device = &mut self.device;
-            // A failure comes again when the results are asked for, and is told then.
+            // A failure comes again when the results are read, and is handled there.
             let _ = guarded(|| device.begin_step(&rows));
         }
         rows
@@ -589,7 +589,7 @@ impl<D: DecodeBackend> Worker<D> {
                 )
             })
             .collect();
-        self.settle(outcomes);
+        self.apply_outcomes(outcomes);
     }
 
     /// After a step that failed: each row by itself, so that only the guilty one ends.
@@ -621,7 +621,7 @@ impl<D: DecodeBackend> Worker<D> {
     /// # Errors
     /// When that fails as well.
     fn check_device(&mut self) -> Result<(), DeviceLost> {
-        // A full cache would refuse the token; sequences end, and the next failure asks again.
+        // A full cache would refuse the token; sequences end, and the next failure checks again.
         if self.failures < FAILURES || self.in_use() + BLOCK > self.limits.cache_tokens {
             return Ok(());
         }
@@ -658,29 +658,29 @@ impl<D: DecodeBackend> Worker<D> {
     }
 
     /// Counts new tokens and takes sequences that are over out of the batch.
-    fn settle(&mut self, mut outcomes: Vec<(usize, Outcome)>) {
+    fn apply_outcomes(&mut self, mut outcomes: Vec<(usize, Outcome)>) {
         let now = Instant::now();
         // From the back, so that places stay true.
         outcomes.sort_by_key(|(place, _)| std::cmp::Reverse(*place));
         for (place, outcome) in outcomes {
             let sequence = &mut self.running[place];
             if outcome.is_ok() {
-                self.metrics.generated_tokens.add(1);
+                self.metrics.generated_tokens.inc();
                 match sequence.last_token.replace(now) {
-                    Some(last) => self.metrics.per_token.observe(now - last),
-                    None => self.metrics.first_token.observe(now - sequence.submitted),
+                    Some(last) => self.metrics.per_token(now - last),
+                    None => self.metrics.first_token(now - sequence.submitted),
                 }
             }
             match outcome {
                 Ok(None) => {}
                 Ok(Some(done)) => {
                     sequence.finish(done);
-                    self.metrics.finished.add(1);
+                    self.metrics.finished.inc();
                     self.retire(place);
                 }
                 Err(failure) => {
                     sequence.fail(failure);
-                    self.metrics.failed.add(1);
+                    self.metrics.failed.inc();
                     self.drop_sequence(place);
                 }
             }
@@ -737,14 +737,16 @@ impl<D: DecodeBackend> Worker<D> {
     }
 
     fn publish(&self) {
-        self.metrics.running.set(self.running.len() as u64);
-        self.metrics.cache_running_tokens.set(self.in_use() as u64);
+        self.metrics.running.set(as_gauge(self.running.len()));
+        self.metrics
+            .cache_running_tokens
+            .set(as_gauge(self.in_use()));
         self.metrics
             .cache_kept_tokens
-            .set(self.prefixes.cost() as u64);
+            .set(as_gauge(self.prefixes.cost()));
         self.metrics
             .cache_kept_sequences
-            .set(self.prefixes.len() as u64);
+            .set(as_gauge(self.prefixes.len()));
     }
 }
 

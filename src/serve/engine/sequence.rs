@@ -25,14 +25,14 @@ pub trait TokenConstraint: Send {
     /// A reason for the log; the answer breaks off.
     fn mask(&mut self, logits: &mut [f32]) -> Result<(), String>;
 
-    /// Takes the chosen token; says whether the answer is complete with it.
+    /// Takes the chosen token; returns whether the answer is complete with it.
     ///
     /// # Errors
     /// A reason for the log; the answer breaks off.
     fn accept(&mut self, token: u32) -> Result<bool, String>;
 
-    /// Whether the answer is free text at this place, so that going round in circles is the model's
-    /// fault: what a form asks for may well be one piece over and over.
+    /// Whether the answer is free text at this place, so that repetition is the model's fault: a form may
+    /// require one piece over and over.
     fn is_free(&self) -> bool;
 }
 
@@ -191,7 +191,7 @@ impl Sequence {
         self.phase = Phase::Prefill(0);
     }
 
-    /// Keys of the prompt's tokens that lie in the cache once the prompt is through: all, but for the
+    /// Keys of the prompt's tokens that are in the cache once the prompt is through: all, but for the
     /// last where a step puts it there.
     pub(super) fn held_prompt(&self) -> &[u128] {
         &self.prompt.keys[..self.prompt.len() - usize::from(self.generated.is_empty())]
@@ -216,17 +216,17 @@ impl Sequence {
         }
     }
 
-    /// Tells the reader that there is no more.
+    /// Sends the reader the failure; nothing follows it.
     pub(super) fn fail(&self, failure: Failure) {
         let _ = self.events.send(Event::Failed(failure));
     }
 
-    /// What is wanted of the next step: logits where they are changed or told of, else the token.
+    /// What the next step returns: logits where they are changed or reported, else the token.
     pub(super) fn pick(&mut self) -> Pick {
-        let asked = &self.submission;
-        if asked.logprobs.is_some()
-            || asked.constraint.is_some()
-            || asked.penalties != Penalties::default()
+        let submission = &self.submission;
+        if submission.logprobs.is_some()
+            || submission.constraint.is_some()
+            || submission.penalties != Penalties::default()
         {
             Pick::Logits
         } else {
@@ -234,7 +234,7 @@ impl Sequence {
         }
     }
 
-    /// Takes what a step gave and says what became of the sequence: `None` when it goes on.
+    /// Takes the result of a step; returns `None` when the sequence goes on.
     ///
     /// # Errors
     /// [`Failure`], for the reader.
@@ -276,7 +276,7 @@ impl Sequence {
         Ok(self.append(token, logprob, complete))
     }
 
-    /// Puts a token behind the others and tells the reader; `complete` when nothing may follow.
+    /// Appends a token and sends it to the reader; `complete` when nothing may follow.
     fn append(
         &mut self,
         token: u32,
@@ -317,7 +317,7 @@ impl Sequence {
         })
     }
 
-    /// Tells the reader that the answer is whole.
+    /// Sends the reader the end of the answer.
     pub(super) fn finish(&self, done: Done) {
         let _ = self.events.send(Event::Done(done));
     }

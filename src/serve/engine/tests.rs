@@ -234,7 +234,7 @@ fn wait(mut events: UnboundedReceiver<Event>) -> (Vec<u32>, Result<Done, Failure
     }
 }
 
-/// What the arithmetic says, without an engine.
+/// The answer by arithmetic alone, without an engine.
 fn expected(ids: &[u32], new: usize) -> Vec<u32> {
     let mut tokens = ids.to_vec();
     for _ in 0..new {
@@ -243,7 +243,7 @@ fn expected(ids: &[u32], new: usize) -> Vec<u32> {
     tokens.split_off(ids.len())
 }
 
-fn settle(bench: &Bench) {
+fn wait_idle(bench: &Bench) {
     let started = Instant::now();
     while bench.metrics.running.get() > 0 {
         assert!(started.elapsed() < Duration::from_secs(10), "still running");
@@ -325,7 +325,7 @@ fn a_cancelled_request_frees_its_place_and_slot() {
         started.elapsed() < Duration::from_secs(2),
         "cancelled requests went on"
     );
-    settle(&bench);
+    wait_idle(&bench);
     // The finished one is kept for its beginning; the cancelled ones are gone.
     assert_eq!(bench.seen.lock().unwrap().slots.len(), 1);
     assert_eq!(bench.metrics.cache_running_tokens.get(), 0);
@@ -357,7 +357,7 @@ fn a_full_queue_refuses_and_recovers() {
 }
 
 #[test]
-fn one_asker_with_many_requests_does_not_keep_another_waiting() {
+fn one_client_with_many_requests_does_not_keep_another_waiting() {
     let bench = bench(
         EngineLimits {
             max_running: 2,
@@ -387,9 +387,9 @@ fn one_asker_with_many_requests_does_not_keep_another_waiting() {
 #[test]
 fn a_prompt_that_begins_alike_is_not_computed_again() {
     let bench = bench(limits(), Duration::ZERO);
-    let film: Vec<u32> = (1..=100).collect();
-    let first = [film.clone(), vec![200, 201]].concat();
-    let second = [film.clone(), vec![300, 301, 302]].concat();
+    let image: Vec<u32> = (1..=100).collect();
+    let first = [image.clone(), vec![200, 201]].concat();
+    let second = [image.clone(), vec![300, 301, 302]].concat();
     let (tokens, _) = wait(submit(&bench, submission(&first, 4)));
     assert_eq!(tokens, expected(&first, 4));
     let before = bench.seen.lock().unwrap().prefilled;
@@ -445,7 +445,7 @@ fn the_cache_stays_within_its_budget() {
         let metrics = &bench.metrics;
         assert!(metrics.cache_running_tokens.get() + metrics.cache_kept_tokens.get() <= 1024);
     }
-    settle(&bench);
+    wait_idle(&bench);
     // Blocks of 256: four sequences at most.
     assert!(bench.seen.lock().unwrap().slots.len() <= 4);
     assert!(bench.seen.lock().unwrap().largest_step <= 4);
@@ -534,7 +534,7 @@ fn an_adapter_is_dropped_when_its_last_answer_is_over() {
     runtime.block_on(bench.engine.unload_adapter(adapter));
     // The answer was there before the adapter went.
     assert_eq!(wait(running).0, expected(&ids, 50));
-    settle(&bench);
+    wait_idle(&bench);
     assert!(bench.seen.lock().unwrap().slots.is_empty());
     // What the adapter computed is not taken over by the base.
     let (_, done) = wait(submit(&bench, submission(&ids, 3)));
@@ -657,7 +657,7 @@ fn when_the_cache_is_full_the_youngest_waits_and_every_answer_is_whole() {
             assert_eq!(done.unwrap().completion_tokens, 600);
         }
         assert!(bench.metrics.preempted.get() > 0);
-        settle(&bench);
+        wait_idle(&bench);
         assert!(bench.metrics.cache_kept_tokens.get() <= 1024);
     }
 }
@@ -762,7 +762,7 @@ fn patches_are_given_up_once_the_prompt_is_in_the_cache() {
     assert!(matches!(events.blocking_recv(), Some(Event::Token { .. })));
     assert_eq!(Arc::strong_count(&counted), 2, "the patches'");
     drop(events);
-    settle(&bench);
+    wait_idle(&bench);
     assert_eq!(Arc::strong_count(&counted), 1, "the prompt's");
 }
 
