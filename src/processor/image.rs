@@ -5,8 +5,8 @@
 //! alpha, and transparency of a palette or of a single colour, lose it as Pillow's `convert("RGB")`
 //! does; 16-bit colour keeps its high byte. One deviation: Pillow clips 16-bit grey at 255, which
 //! leaves a radiograph white, and here it is scaled to 8 bits, `value / 257` rounded; 16-bit levels
-//! that use fewer bits are scaled by the bits in use ([`rgb`]). JPEG of one and three channels gives
-//! Pillow's pixels exactly ([`jpeg`]); JPEG of four channels, and JPEG inside TIFF, may round in
+//! that use fewer bits are scaled by the bits in use. JPEG of one and three channels gives
+//! Pillow's pixels exactly; JPEG of four channels, and JPEG inside TIFF, may round in
 //! another way.
 //! The orientation a camera wrote is applied. For grey levels of DICOM see [`super::dicom`].
 //!
@@ -17,8 +17,6 @@ mod cost;
 mod error;
 mod frames;
 mod header;
-pub(super) mod jpeg;
-pub(super) mod limits;
 mod rgb;
 mod rgb_image;
 #[cfg(test)]
@@ -33,14 +31,14 @@ use std::path::Path;
 use image::metadata::Orientation;
 use image::{DynamicImage, GrayImage, ImageDecoder};
 
+pub use super::decode_limits::DecodeLimits;
 use super::dicom;
+use super::jpeg::{self, JpegError, jpeg_has_end};
 use super::remark::{Remark, RemarkKind};
 pub use cost::{DecodingCost, decoding_cost};
 pub use error::{ImageError, PictureFormat};
 use frames::animation_frames;
 use header::{check_file_size, dicom_refusal, guarded, open, orientation, refusal};
-use jpeg::{JpegError, jpeg_has_end};
-pub use limits::DecodeLimits;
 use rgb::{Storage, drops_alpha, to_rgb};
 pub use rgb_image::RgbImage;
 use tiff::{BitOrder, Tiff};

@@ -5,9 +5,11 @@
 
 pub mod chat;
 mod conversation;
+mod decode_limits;
 pub mod dicom;
 pub mod image;
 mod jinja;
+mod jpeg;
 pub mod message;
 mod objects;
 pub mod patches;

@@ -12,9 +12,7 @@
 use super::chat::{ChatError, ImageGrid, Part, expand_image_pads, refuse_control_tokens};
 use super::sample::{Conversation, Turn};
 use super::tokenizer::Tokenizer;
-
-/// Label of a token that is no target.
-pub const IGNORE_INDEX: i64 = -100;
+pub use crate::batch::micro_batch::IGNORE_INDEX;
 
 /// Why a conversation could not be encoded for training.
 #[derive(Debug, thiserror::Error)]

@@ -11,7 +11,7 @@ use super::error::DicomError;
 use super::header::{Header, Photometric};
 use super::reader::{DataSet, PixelData};
 use super::syntax::{Codec, Syntax};
-use crate::processor::image::jpeg::{self, Colour, JpegError};
+use crate::processor::jpeg::{self, Colour, JpegError};
 use crate::processor::remark::{Remark, RemarkKind};
 
 /// The numbers of a frame, row by row.

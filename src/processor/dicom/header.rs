@@ -5,7 +5,7 @@ use dicom_dictionary_std::tags;
 use super::error::DicomError;
 use super::reader::{DataSet, PixelData};
 use super::syntax::Codec;
-use crate::processor::image::limits::DecodeLimits;
+use crate::processor::decode_limits::DecodeLimits;
 
 /// What the numbers of a pixel mean.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -26,7 +26,7 @@ use image::{DynamicImage, GrayImage, RgbImage};
 pub use encoding::looks_like_dicom;
 pub use error::DicomError;
 
-use super::image::limits::DecodeLimits;
+use super::decode_limits::DecodeLimits;
 use super::remark::{Remark, RemarkKind};
 use codec::Samples;
 use header::Header;

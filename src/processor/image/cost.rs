@@ -6,7 +6,7 @@ use image::{ImageDecoder, metadata::Orientation};
 
 use super::error::{ImageError, PictureFormat};
 use super::header::{check_file_size, dicom_refusal, guarded, open, orientation};
-use super::limits::DecodeLimits;
+use crate::processor::decode_limits::DecodeLimits;
 use crate::processor::dicom;
 
 /// Most bytes that deflate makes of one.

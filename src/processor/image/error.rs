@@ -36,7 +36,7 @@ pub enum ImageError {
         name: String,
         /// Its size.
         bytes: u64,
-        /// [`super::limits::DecodeLimits::max_file_bytes`].
+        /// [`super::DecodeLimits::max_file_bytes`].
         limit: u64,
     },
     /// The content is none of the formats read here.
@@ -60,7 +60,7 @@ pub enum ImageError {
         width: u32,
         /// Height in the header.
         height: u32,
-        /// [`super::limits::DecodeLimits::max_decoded_pixels`].
+        /// [`super::DecodeLimits::max_decoded_pixels`].
         limit: u64,
     },
     /// Decoding would take more memory than the limit.
@@ -70,7 +70,7 @@ pub enum ImageError {
     TooMuchMemory {
         /// File or upload.
         name: String,
-        /// [`super::limits::DecodeLimits::max_decoded_bytes`].
+        /// [`super::DecodeLimits::max_decoded_bytes`].
         limit: u64,
     },
     /// A known format holds pixels of a kind that is not read.

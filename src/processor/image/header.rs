@@ -7,7 +7,7 @@ use image::metadata::Orientation;
 use image::{ColorType, ImageDecoder, ImageReader};
 
 use super::error::{ImageError, PictureFormat};
-use super::limits::DecodeLimits;
+use crate::processor::decode_limits::DecodeLimits;
 use crate::processor::dicom::DicomError;
 
 /// Puts what is wrong with a DICOM file into the words of all pictures where there are such.

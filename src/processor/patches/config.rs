@@ -291,7 +291,7 @@ impl ImageProcessorConfig {
         self.patch_size * self.merge_size
     }
 
-    /// Length of one row of [`ImagePatches::pixel_values`].
+    /// Length of one row of `ImagePatches::pixel_values`.
     pub fn row_len(&self) -> usize {
         CHANNELS * self.temporal_patch_size * self.patch_size * self.patch_size
     }
