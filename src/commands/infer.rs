@@ -1,6 +1,6 @@
 //! `infer`: reports about images, one by one, together, or as a batch run that can be resumed.
 
-mod args;
+pub(super) mod args;
 mod images;
 mod journal;
 pub(super) mod output;

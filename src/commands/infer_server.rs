@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use super::{
     infer::{
-        InferArgs,
+        args::InferArgs,
         output::RecordFile,
         record::{Record, RecordRemark, RemarkPrinter},
     },

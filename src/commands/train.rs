@@ -265,23 +265,8 @@ impl ReplicatedTask for Train {
 
     fn run<B: Accelerator>(mut self, replicas: Replicas<B>) -> Result<()> {
         let Replicas { devices, dtype } = replicas;
-        // What was chosen for the user is written down like what was typed.
-        self.config.dtype = Some(dtype_flag(dtype).to_string());
         let device = devices[0].clone();
-        let budget = self.args.memory_budget;
-        if let Some(budget) = budget.or(self.config.memory_budget.map(Budget::Gib)) {
-            let (config, resume) = (&mut self.config, &self.resume);
-            eprintln!(
-                "{}",
-                fit_budget::<B>(config, budget, resume, &device, dtype)?
-            );
-        }
-        if dtype != DType::F32 && on_cpu(&self.config.device) {
-            say(&format!(
-                "note: {} on the CPU is slower than f32, about a third of its speed, and no more exact; `--dtype f32` takes twice the memory for the weights",
-                dtype_flag(dtype)
-            ));
-        }
+        self.adapt_config::<B>(&device, dtype)?;
         let again = resume_command(&self.config, self.args.random_init);
         let dashboard = !self.args.no_tui && stdout().is_terminal() && stderr().is_terminal();
         let interrupter = Interrupter::new();
@@ -363,6 +348,29 @@ impl ReplicatedTask for Train {
             return HeldOutScores::default().save(&result, seconds);
         }
         print_reports(&result, &self.args, seconds, &device)
+    }
+}
+
+impl Train {
+    /// Writes down the dtype, and the form of the step that fits the budget where there is one.
+    fn adapt_config<B: Kernels>(&mut self, device: &B::Device, dtype: DType) -> Result<()> {
+        // What was chosen for the user is written down like what was typed.
+        self.config.dtype = Some(dtype_flag(dtype).to_string());
+        let budget = self.args.memory_budget;
+        if let Some(budget) = budget.or(self.config.memory_budget.map(Budget::Gib)) {
+            let (config, resume) = (&mut self.config, &self.resume);
+            eprintln!(
+                "{}",
+                fit_budget::<B>(config, budget, resume, device, dtype)?
+            );
+        }
+        if dtype != DType::F32 && on_cpu(&self.config.device) {
+            say(&format!(
+                "note: {} on the CPU is slower than f32, about a third of its speed, and no more exact; `--dtype f32` takes twice the memory for the weights",
+                dtype_flag(dtype)
+            ));
+        }
+        Ok(())
     }
 }
 

@@ -40,97 +40,96 @@ pub fn chart_rows(rows: Vec<Row>) -> Vec<ChartRow> {
 /// Draws the curves of a run: loss, token accuracy, learning rate with gradient norm, and where reports
 /// were generated their scores.
 pub fn training_chart(rows: &[ChartRow]) -> String {
-    let column = |value: fn(&ChartRow) -> Option<f64>| -> Vec<(f64, f64)> {
-        rows.iter()
-            .filter_map(|row| Some((row.step as f64, value(row)?)))
-            .collect()
-    };
-    let measured = |train: Vec<(f64, f64)>, validation: Vec<(f64, f64)>| {
-        let series = |name: &str, color: &str, mark, points| Series {
-            name: name.into(),
-            color: color.into(),
-            mark,
-            right: false,
-            points,
-        };
-        vec![
-            series("train", BLUE, Mark::FaintLine, train.clone()),
-            series("train, smoothed", BLUE, Mark::Line, smooth(&train)),
-            series("validation", ORANGE, Mark::Points, validation),
-        ]
-    };
-    let grad_norm = column(|row| row.grad_norm);
-    let losses = column(|row| row.loss);
+    let losses = column(rows, |row| row.loss);
     let loss = Panel {
         title: "Loss".into(),
-        x_label: "optimizer step".into(),
+        x_label: X_LABEL.into(),
         y_label: "loss per token".into(),
-        scale: match spans_decades(&losses, 10.0) {
-            true => AxisScale::Log,
-            false => AxisScale::Linear,
-        },
-        series: measured(losses, column(|row| row.eval_loss)),
+        scale: scale_of(&losses, 10.0),
+        series: measured(losses, column(rows, |row| row.eval_loss)),
         ..Panel::default()
     };
     let accuracy = Panel {
         title: "Token accuracy".into(),
-        x_label: "optimizer step".into(),
+        x_label: X_LABEL.into(),
         y_label: "share of tokens".into(),
         series: measured(
-            column(|row| row.token_acc),
-            column(|row| row.eval_token_acc),
+            column(rows, |row| row.token_acc),
+            column(rows, |row| row.eval_token_acc),
         ),
         ..Panel::default()
     };
-    let rate = Panel {
+    let mut panels = vec![loss, accuracy, rate_panel(rows)];
+    panels.extend(score_panel(rows));
+    figure(&panels)
+}
+
+const X_LABEL: &str = "optimizer step";
+
+/// The points of one value; rows without it are passed over.
+fn column(rows: &[ChartRow], value: fn(&ChartRow) -> Option<f64>) -> Vec<(f64, f64)> {
+    rows.iter()
+        .filter_map(|row| Some((row.step as f64, value(row)?)))
+        .collect()
+}
+
+/// A value as training measures it, that smoothed, and as validation measures it.
+fn measured(train: Vec<(f64, f64)>, validation: Vec<(f64, f64)>) -> Vec<Series> {
+    let smoothed = smooth(&train);
+    [
+        ("train", BLUE, Mark::FaintLine, train),
+        ("train, smoothed", BLUE, Mark::Line, smoothed),
+        ("validation", ORANGE, Mark::Points, validation),
+    ]
+    .map(series)
+    .into()
+}
+
+fn series((name, color, mark, points): (&str, &str, Mark, Vec<(f64, f64)>)) -> Series {
+    Series {
+        name: name.into(),
+        color: color.into(),
+        mark,
+        right: false,
+        points,
+    }
+}
+
+fn rate_panel(rows: &[ChartRow]) -> Panel {
+    let grad_norm = column(rows, |row| row.grad_norm);
+    let rate = column(rows, |row| row.learning_rate);
+    Panel {
         title: "Learning rate and gradient norm".into(),
-        x_label: "optimizer step".into(),
+        x_label: X_LABEL.into(),
         y_label: "learning rate".into(),
         right_label: "gradient norm".into(),
-        right_scale: if spans_decades(&grad_norm, 100.0) {
-            AxisScale::Log
-        } else {
-            AxisScale::Linear
-        },
+        right_scale: scale_of(&grad_norm, 100.0),
         series: vec![
             Series {
-                name: "gradient norm (right)".into(),
-                color: GREEN.into(),
-                mark: Mark::FaintLine,
                 right: true,
-                points: grad_norm,
+                ..series(("gradient norm (right)", GREEN, Mark::FaintLine, grad_norm))
             },
-            Series {
-                name: "learning rate".into(),
-                color: BLUE.into(),
-                points: column(|row| row.learning_rate),
-                ..Series::default()
-            },
+            series(("learning rate", BLUE, Mark::Line, rate)),
         ],
         ..Panel::default()
-    };
-    let mut panels = vec![loss, accuracy, rate];
-    let scores = [
-        ("finding F1", ORANGE, column(|row| row.eval_finding_f1)),
-        ("character ROUGE-L", GREEN, column(|row| row.eval_rouge_l)),
-    ];
-    if scores.iter().any(|(.., points)| !points.is_empty()) {
-        let series = |(name, color, points): (&str, &str, _)| Series {
-            name: name.into(),
-            color: color.into(),
-            mark: Mark::Points,
-            right: false,
-            points,
-        };
-        panels.push(Panel {
-            title: "Reports about held-out studies".into(),
-            x_label: "optimizer step".into(),
-            y_label: "score".into(),
-            series: scores.map(series).into(),
-            ..Panel::default()
-        });
     }
-    figure(&panels)
+}
+
+/// Scores of the reports generated at validations; `None` without any.
+fn score_panel(rows: &[ChartRow]) -> Option<Panel> {
+    let f1 = column(rows, |row| row.eval_finding_f1);
+    let rouge_l = column(rows, |row| row.eval_rouge_l);
+    let scored = !f1.is_empty() || !rouge_l.is_empty();
+    scored.then(|| Panel {
+        title: "Reports about held-out studies".into(),
+        x_label: X_LABEL.into(),
+        y_label: "score".into(),
+        series: vec![
+            series(("finding F1", ORANGE, Mark::Points, f1)),
+            series(("character ROUGE-L", GREEN, Mark::Points, rouge_l)),
+        ],
+        ..Panel::default()
+    })
 }
 
 /// Exponential moving average that starts unbiased; it spans some 2% of the run.
@@ -147,8 +146,8 @@ fn smooth(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
         .collect()
 }
 
-/// Whether the points are positive and the largest is over `factor` times the smallest.
-fn spans_decades(points: &[(f64, f64)], factor: f64) -> bool {
+/// Equal factors where the points are positive and the largest is over `factor` times the smallest.
+fn scale_of(points: &[(f64, f64)], factor: f64) -> AxisScale {
     let values = || {
         points
             .iter()
@@ -156,7 +155,11 @@ fn spans_decades(points: &[(f64, f64)], factor: f64) -> bool {
             .filter(|value| value.is_finite())
     };
     let low = values().fold(f64::INFINITY, f64::min);
-    low > 0.0 && values().fold(0.0, f64::max) > factor * low
+    if low > 0.0 && values().fold(0.0, f64::max) > factor * low {
+        AxisScale::Log
+    } else {
+        AxisScale::Linear
+    }
 }
 
 #[cfg(test)]

@@ -85,7 +85,7 @@ impl FindingSums {
         }
     }
 
-    /// Names such as `micro.f1` and `pneumothorax.f1`, in the order of [`FindingSums::values`].
+    /// Names such as `micro.f1` and `pneumothorax.f1`, in the order of the values.
     pub fn names() -> Vec<String> {
         let averages = ["micro", "macro"]
             .into_iter()

@@ -51,7 +51,7 @@ pub enum Finding {
 }
 
 impl Finding {
-    /// All classes, in the order of [`ReportLabels`].
+    /// All classes, in the order of [`ReportLabels`](super::ReportLabels).
     pub const ALL: [Self; 20] = [
         Self::NoFinding,
         Self::EnlargedCardiomediastinum,
