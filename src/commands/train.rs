@@ -353,7 +353,7 @@ impl ReplicatedTask for Train {
 
 impl Train {
     /// Writes down the dtype, and the form of the step that fits the budget where there is one.
-    fn adapt_config<B: Kernels>(&mut self, device: &B::Device, dtype: DType) -> Result<()> {
+    fn adapt_config<B: Accelerator>(&mut self, device: &B::Device, dtype: DType) -> Result<()> {
         // What was chosen for the user is written down like what was typed.
         self.config.dtype = Some(dtype_flag(dtype).to_string());
         let budget = self.args.memory_budget;
