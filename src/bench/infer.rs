@@ -150,7 +150,7 @@ impl<B: Accelerator> Bench<B> {
             work.bytes -= self.saved_bytes("model.visual.");
             let work_once = |call| {
                 if call == 1 {
-                    B::settle(model);
+                    B::wait_for_background(model);
                 }
                 if call == WARM_UP + 1 {
                     self.mark_operations();
@@ -196,7 +196,7 @@ impl<B: Accelerator> Bench<B> {
             let laps = measure(WARM_UP, self.samples(20), |call| {
                 if call == 1 {
                     // What the first call left to compile in the background is no part of its time.
-                    B::settle(model);
+                    B::wait_for_background(model);
                 }
                 if self.mixed {
                     prompts = requests.prompts(*batch);

@@ -27,7 +27,7 @@ use crate::{
         files::FileError,
         system::{available_memory, peak_memory},
     },
-    ops::{quantised::Quantization, send_module},
+    ops::{module_to_device, quantised::Quantization},
     qwen3_vl::{
         Qwen3Vl,
         config::{ConfigError, Qwen3VlConfig},
@@ -255,7 +255,7 @@ impl<B: Accelerator> Bench<B> {
                 let first = draw::<A>(&self.config, SEED, self.dtype, self.quantize, &devices[0]);
                 let copies = devices[1..]
                     .iter()
-                    .map(|device| send_module(first.clone(), device))
+                    .map(|device| module_to_device(first.clone(), device))
                     .collect::<Vec<_>>();
                 std::iter::once(first).chain(copies).collect()
             }

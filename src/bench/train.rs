@@ -308,11 +308,11 @@ impl<B: Accelerator> Run<'_, B> {
                         measured.first_seconds = first.elapsed().as_secs_f64();
                     }
                 } else if let Some(previous) = previous {
-                    self.settle(previous, step - 1, &mut clock, &mut measured);
+                    self.complete(previous, step - 1, &mut clock, &mut measured);
                 }
             }
             if let Some(last) = pending {
-                self.settle(last, steps - 1, &mut clock, &mut measured);
+                self.complete(last, steps - 1, &mut clock, &mut measured);
             }
             measured.data_wait = self.trace.waited() - waited_before;
             Ok(measured)
@@ -320,7 +320,7 @@ impl<B: Accelerator> Run<'_, B> {
     }
 
     /// Waits for a step's numbers.
-    fn settle(
+    fn complete(
         &self,
         pending: Pending,
         step: usize,
@@ -331,7 +331,7 @@ impl<B: Accelerator> Run<'_, B> {
         let wait = || pending.reading.wait();
         let numbers = (self.trace).span(HOST, "wait for the device", step, wait);
         measured.numbers.push(numbers);
-        let seconds = clock.settle(pending.launched, asked);
+        let seconds = clock.complete(pending.launched, asked);
         measured.seconds.push(seconds.as_secs_f64());
         let held = B::memory_in_use(&self.bench.device).map(|memory| memory.reserved);
         let gib = held
@@ -354,7 +354,7 @@ fn launch<A: TrainAccelerator>(
 ) -> StepReading {
     let TrainOutput { grads, item } = TrainStep::step(trainee, window);
     let clip = optimizer.clip_next(trainee, &grads, max_grad_norm);
-    let reading = item.read_later(clip);
+    let reading = item.read_async(clip);
     *trainee = optimizer.step(learning_rate, trainee.clone(), grads);
     reading.expect("a training step's sums are on the device")
 }

@@ -114,7 +114,7 @@ impl<B: Accelerator> Bench<B> {
                 let learnt = replicas.learn(&trainee, input, Some(&mut next.1))?;
                 let grads = replicas.reduce(&trainee, learning_rate)?;
                 let clip = optimizer.clip_next(&trainee, &grads, max_grad_norm);
-                let norm = clip.map(B::read_later);
+                let norm = clip.map(B::read_async);
                 trainee = optimizer.step(learning_rate, trainee.clone(), grads);
                 let norm = norm.and_then(|norm| norm().first().copied());
                 replicas.finish_step()?;

@@ -16,7 +16,7 @@ use crate::{
     accelerate::devices::{DeviceTask, run_on},
     adapters::{
         lora::base::BaseFingerprint,
-        quantised::{memory::weight_bytes, save::write_packed},
+        quantised::{memory::weight_bytes, save::write_quantised},
     },
     base::{
         device_name::{DeviceName, dtype_text},
@@ -87,7 +87,7 @@ impl DeviceTask for Quantize {
         );
         let folder = FolderWriter::new(&self.args.output)?;
         let to = folder.path();
-        write_packed(&from, to, &shapes, self.quantization, MAX_SHARD_BYTES)
+        write_quantised(&from, to, &shapes, self.quantization, MAX_SHARD_BYTES)
             .with_context(|| format!("cannot quantise `{}`", from.display()))?;
         copy_side_files(&from, to)?;
         // Adapters name the base they were trained on; they fit what was made from it.

@@ -22,7 +22,7 @@ use super::{
 };
 
 impl<B: Ops, C: CheckpointStrategy> ForwardOps for Autodiff<B, C> {
-    fn product<const D: usize>(a: Tensor<Self, D>, b: Tensor<Self, D>) -> Tensor<Self, D> {
+    fn matmul<const D: usize>(a: Tensor<Self, D>, b: Tensor<Self, D>) -> Tensor<Self, D> {
         product(a, b)
     }
 
@@ -37,9 +37,9 @@ impl<B: Ops, C: CheckpointStrategy> TrainingOps for Autodiff<B, C> {}
 impl<B: Ops, C: CheckpointStrategy> DeviceOps for Autodiff<B, C> {
     const KIND: DeviceKind = B::KIND;
 
-    fn compact<const D: usize>(x: Tensor<Self, D>) -> Tensor<Self, D> {
+    fn contiguous<const D: usize>(x: Tensor<Self, D>) -> Tensor<Self, D> {
         let trained = x.is_require_grad();
-        let compact = Tensor::from_inner(B::compact(x.inner()));
+        let compact = Tensor::from_inner(B::contiguous(x.inner()));
         if trained {
             compact.require_grad()
         } else {
@@ -55,9 +55,12 @@ impl<B: Ops, C: CheckpointStrategy> DeviceOps for Autodiff<B, C> {
         B::in_exact_memory(device, sizes, work)
     }
 
-    fn send_to<const D: usize>(x: Tensor<Self, D>, device: &Self::Device) -> Tensor<Self, D> {
+    fn to_other_device<const D: usize>(
+        x: Tensor<Self, D>,
+        device: &Self::Device,
+    ) -> Tensor<Self, D> {
         let trained = x.is_require_grad();
-        let sent = Tensor::from_inner(B::send_to(x.inner(), device));
+        let sent = Tensor::from_inner(B::to_other_device(x.inner(), device));
         if trained { sent.require_grad() } else { sent }
     }
 
@@ -98,23 +101,23 @@ impl<B: Ops, const D: usize> Backward<B, 2> for Product<D> {
         let dy: Tensor<B, D> = wrap(gradients.consume::<B>(&ops.node));
         let turned = |x: FloatTensor<B>| wrap::<B, D>(x).swap_dims(D - 2, D - 1);
         if let (Some(node), Some(right)) = (left_node, right) {
-            let gradient = B::product(dy.clone(), turned(right));
+            let gradient = B::matmul(dy.clone(), turned(right));
             gradients.register::<B>(node.id, unwrap(gradient));
         }
         if let (Some(node), Some(left)) = (right_node, left) {
-            let gradient = B::product(turned(left), dy);
+            let gradient = B::matmul(turned(left), dy);
             gradients.register::<B>(node.id, unwrap(gradient));
         }
     }
 }
 
-/// [`Ops::product`] of the inner backend, recorded.
+/// [`Ops::matmul`] of the inner backend, recorded.
 pub(super) fn product<B: Ops, C: CheckpointStrategy, const D: usize>(
     left: Tensor<Autodiff<B, C>, D>,
     right: Tensor<Autodiff<B, C>, D>,
 ) -> Tensor<Autodiff<B, C>, D> {
     let (left, right) = (unwrap(left), unwrap(right));
-    let result = |left, right| unwrap::<B, D>(B::product(wrap(left), wrap(right)));
+    let result = |left, right| unwrap::<B, D>(B::matmul(wrap(left), wrap(right)));
     let prepared = Product::<D>
         .prepare::<C>([left.node.clone(), right.node.clone()])
         .compute_bound()
@@ -153,7 +156,7 @@ mod tests {
             let gradients = (y * dy.clone()).sum().backward();
             [&a, &b].map(|x| x.grad(&gradients).expect("it was asked for").into_data())
         };
-        let ours = gradients(B::product(a.clone(), b.clone()));
+        let ours = gradients(B::matmul(a.clone(), b.clone()));
         let burns = gradients(a.clone().matmul(b.clone()));
         for (ours, burns) in ours.iter().zip(&burns) {
             ours.assert_approx_eq::<f32>(burns, burn::tensor::Tolerance::absolute(1e-6));
@@ -165,7 +168,7 @@ mod tests {
         let device = Default::default();
         let a = Tensor::<B, 2>::from_floats([[1.0, 2.0], [3.0, 4.0]], &device);
         let trained = Tensor::<B, 2>::from_floats([[2.0, 0.0], [1.0, 1.0]], &device).require_grad();
-        let gradients = B::product(a.clone(), trained.clone()).sum().backward();
+        let gradients = B::matmul(a.clone(), trained.clone()).sum().backward();
         assert!(a.grad(&gradients).is_none());
         let of = |gradients| {
             trained
@@ -177,9 +180,7 @@ mod tests {
         };
         assert_eq!(of(&gradients), [4.0, 4.0, 6.0, 6.0]);
         // d sum(t t) / dt = J tᵀ + tᵀ J, J all ones.
-        let gradients = B::product(trained.clone(), trained.clone())
-            .sum()
-            .backward();
+        let gradients = B::matmul(trained.clone(), trained.clone()).sum().backward();
         assert_eq!(of(&gradients), [5.0, 5.0, 3.0, 3.0]);
     }
 }

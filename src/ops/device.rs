@@ -55,17 +55,17 @@ pub trait DeviceOps: Backend + Sized {
         Tensor::zeros(shape, (device, dtype))
     }
 
-    /// Whether [`Ops::read_later`] returns before the device has done what was asked of it so far.
-    const READS_LATER: bool = false;
+    /// Whether [`Ops::read_async`] returns before the device has done what was asked of it so far.
+    const READS_ASYNC: bool = false;
 
     /// Asks for a few values of the device as they are now; the result waits for them when called.
-    fn read_later(x: Tensor<Self, 1>) -> Reading {
+    fn read_async(x: Tensor<Self, 1>) -> Reading {
         Box::new(move || x.into_data().iter::<f32>().collect())
     }
 
     /// The same tensor with its elements one behind another: what is read again and again should not
     /// have to be copied into that form each time.
-    fn compact<const D: usize>(x: Tensor<Self, D>) -> Tensor<Self, D> {
+    fn contiguous<const D: usize>(x: Tensor<Self, D>) -> Tensor<Self, D> {
         x
     }
 
@@ -103,7 +103,10 @@ pub trait DeviceOps: Backend + Sized {
     }
 
     /// The same tensor on another device of this process.
-    fn send_to<const D: usize>(x: Tensor<Self, D>, device: &Self::Device) -> Tensor<Self, D> {
+    fn to_other_device<const D: usize>(
+        x: Tensor<Self, D>,
+        device: &Self::Device,
+    ) -> Tensor<Self, D> {
         x.to_device(device)
     }
 

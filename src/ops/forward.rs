@@ -6,7 +6,7 @@ use super::{
     AttentionSpans, Dropout,
     cast::to_f32,
     plain,
-    quantised::{self, PackedWeight},
+    quantised::{self, QuantisedWeight},
 };
 
 /// What a layer's output goes through.
@@ -57,12 +57,12 @@ pub trait ForwardOps: Backend + Sized {
     /// `a b` over the last two axes, leading axes alike: `[.., m, k]` and `[.., k, n]` to `[.., m, n]`.
     ///
     /// f32 is multiplied in f32: a backend whose own product rounds the operands brings another.
-    fn product<const D: usize>(a: Tensor<Self, D>, b: Tensor<Self, D>) -> Tensor<Self, D> {
+    fn matmul<const D: usize>(a: Tensor<Self, D>, b: Tensor<Self, D>) -> Tensor<Self, D> {
         a.matmul(b)
     }
 
     /// `x Wᵀ + bias + residual`: `x` `[n, in]`, `weight` `[out, in]`, `residual` `[n, out]`.
-    fn dense(
+    fn linear_add(
         x: Tensor<Self, 2>,
         weight: Tensor<Self, 2>,
         bias: Option<Tensor<Self, 1>>,
@@ -71,19 +71,19 @@ pub trait ForwardOps: Backend + Sized {
         plain::linear(x, weight, bias, residual)
     }
 
-    /// `activation(x Wᵀ + bias)`: as [`Ops::dense`], then the activation.
-    fn dense_activated(
+    /// `activation(x Wᵀ + bias)`: as [`Ops::linear_add`], then the activation.
+    fn linear_activated(
         x: Tensor<Self, 2>,
         weight: Tensor<Self, 2>,
         bias: Option<Tensor<Self, 1>>,
         activation: Activation,
     ) -> Tensor<Self, 2> {
-        activation.of(Self::dense(x, weight, bias, None))
+        activation.of(Self::linear_add(x, weight, bias, None))
     }
 
     /// Rows `start .. start + count` of a packed matrix as floats, `[count, in]`.
-    fn unpack_rows(
-        weight: &PackedWeight<Self>,
+    fn dequantise_rows(
+        weight: &QuantisedWeight<Self>,
         start: usize,
         count: usize,
         dtype: DType,
@@ -91,20 +91,20 @@ pub trait ForwardOps: Backend + Sized {
         weight.rows(start, count).unpack(dtype)
     }
 
-    /// [`Ops::dense`] with a packed matrix.
-    fn dense_packed(
+    /// [`Ops::linear_add`] with a packed matrix.
+    fn linear_quantised(
         x: Tensor<Self, 2>,
-        weight: &PackedWeight<Self>,
+        weight: &QuantisedWeight<Self>,
         bias: Option<Tensor<Self, 1>>,
         residual: Option<Tensor<Self, 2>>,
     ) -> Tensor<Self, 2> {
-        quantised::weight::dense(x, weight, bias, residual)
+        quantised::weight::linear(x, weight, bias, residual)
     }
 
-    /// [`Ops::dense_packed`] plus an adapter's share: the matrix stays as it is.
-    fn adapted_packed(
+    /// [`Ops::linear_quantised`] plus an adapter's share: the matrix stays as it is.
+    fn adapted_linear_quantised(
         x: Tensor<Self, 2>,
-        weight: &PackedWeight<Self>,
+        weight: &QuantisedWeight<Self>,
         adapter: &LowRank<Self>,
         residual: Option<Tensor<Self, 2>>,
     ) -> Tensor<Self, 2> {
@@ -112,7 +112,7 @@ pub trait ForwardOps: Backend + Sized {
     }
 
     /// [`Ops::logits`] with a packed head.
-    fn logits_packed(hidden: Tensor<Self, 2>, head: &PackedWeight<Self>) -> Tensor<Self, 2> {
+    fn logits_quantised(hidden: Tensor<Self, 2>, head: &QuantisedWeight<Self>) -> Tensor<Self, 2> {
         quantised::weight::logits(hidden, head)
     }
 
@@ -125,14 +125,14 @@ pub trait ForwardOps: Backend + Sized {
     }
 
     /// `x Wᵀ + s · low Bᵀ + residual`, `low` being the adapter's of [`Ops::low_rank_inputs`].
-    fn adapted_product(
+    fn adapted_linear(
         x: Tensor<Self, 2>,
         weight: Tensor<Self, 2>,
         low: Tensor<Self, 2>,
         adapter: &LowRank<Self>,
         residual: Option<Tensor<Self, 2>>,
     ) -> Tensor<Self, 2> {
-        plain::adapted_product(x, weight, low, adapter, residual)
+        plain::adapted_linear(x, weight, low, adapter, residual)
     }
 
     /// What the inputs of an adapter are multiplied with, in the shape of `like`, f32: [`Dropout::mask`],
@@ -194,17 +194,17 @@ pub trait ForwardOps: Backend + Sized {
 
     /// `a b` in f32, of matrices in one type: scores of f16 heads would be rounded to a thousandth of
     /// their size, or leave the type's range.
-    fn wide_product(a: Tensor<Self, 4>, b: Tensor<Self, 4>) -> Tensor<Self, 4> {
+    fn matmul_f32(a: Tensor<Self, 4>, b: Tensor<Self, 4>) -> Tensor<Self, 4> {
         if a.dtype() == DType::F16 {
-            Self::product(to_f32(a), to_f32(b))
+            Self::matmul(to_f32(a), to_f32(b))
         } else {
-            to_f32(Self::product(a, b))
+            to_f32(Self::matmul(a, b))
         }
     }
 
     /// `silu(gate) · up`, `[n, width]`.
-    fn gated(gate: Tensor<Self, 2>, up: Tensor<Self, 2>) -> Tensor<Self, 2> {
-        plain::gated(gate, up)
+    fn swiglu(gate: Tensor<Self, 2>, up: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        plain::swiglu(gate, up)
     }
 
     /// GELU in the tanh form, in f32 inside.

@@ -29,7 +29,8 @@ pub use forward::{Activation, ForwardOps, HeadNorm, LowRank};
 pub use kept::Kept;
 pub use spans::AttentionSpans;
 pub use training::{
-    AdamWStep, AdamWTensor, BackwardProduct, LowRankFlow, LowRankGradients, TargetLoss, TrainingOps,
+    AdamWStep, AdamWTensor, BackwardMatmul, LowRankBackward, LowRankGradients, TargetLoss,
+    TrainingOps,
 };
 
 /// A backend with all operations of the model.
@@ -42,25 +43,25 @@ pub trait TrainOps: AutodiffBackend<InnerBackend: Ops> + Ops {}
 
 impl<B: AutodiffBackend<InnerBackend: Ops> + Ops> TrainOps for B {}
 
-/// A module on another device, through [`Ops::send_to`].
-pub fn send_module<B: Ops, M: Module<B>>(module: M, device: &B::Device) -> M {
+/// A module on another device, through [`Ops::to_other_device`].
+pub fn module_to_device<B: Ops, M: Module<B>>(module: M, device: &B::Device) -> M {
     struct Send<'a, B: Backend>(&'a B::Device);
     impl<B: Ops> ModuleMapper<B> for Send<'_, B> {
         fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
             let trained = param.is_require_grad();
-            let sent = B::send_to(param.val().detach(), self.0);
+            let sent = B::to_other_device(param.val().detach(), self.0);
             Param::initialized(param.id, sent.set_require_grad(trained))
         }
     }
     module.map(&mut Send::<B>(device))
 }
 
-/// [`Ops::compact`] for all parameters of a module.
+/// [`Ops::contiguous`] for all parameters of a module.
 pub fn compact<B: Ops, M: Module<B>>(module: M) -> M {
     struct Compact;
     impl<B: Ops> ModuleMapper<B> for Compact {
         fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
-            param.map(B::compact)
+            param.map(B::contiguous)
         }
     }
     module.map(&mut Compact)

@@ -9,7 +9,7 @@ use burn::{
 };
 
 use super::{
-    AdamWTensor, AttentionSpans, BackwardProduct, Dropout, HeadNorm, LowRank, LowRankFlow,
+    AdamWTensor, AttentionSpans, BackwardMatmul, Dropout, HeadNorm, LowRank, LowRankBackward,
     LowRankGradients, TargetLoss,
 };
 
@@ -30,7 +30,7 @@ pub(crate) fn linear<B: ForwardOps>(
     bias: Option<Tensor<B, 1>>,
     residual: Option<Tensor<B, 2>>,
 ) -> Tensor<B, 2> {
-    let y = B::product(x, weight.transpose());
+    let y = B::matmul(x, weight.transpose());
     let y = match bias {
         Some(bias) => y + bias.unsqueeze(),
         None => y,
@@ -57,10 +57,10 @@ fn dropped<B: ForwardOps>(x: Tensor<B, 2>, adapter: &LowRank<B>) -> Tensor<B, 2>
 }
 
 pub(crate) fn low_rank_input<B: ForwardOps>(x: Tensor<B, 2>, adapter: &LowRank<B>) -> Tensor<B, 2> {
-    B::product(dropped(x, adapter), adapter.a.clone().transpose())
+    B::matmul(dropped(x, adapter), adapter.a.clone().transpose())
 }
 
-pub(crate) fn adapted_product<B: ForwardOps>(
+pub(crate) fn adapted_linear<B: ForwardOps>(
     x: Tensor<B, 2>,
     weight: Tensor<B, 2>,
     low: Tensor<B, 2>,
@@ -68,8 +68,8 @@ pub(crate) fn adapted_product<B: ForwardOps>(
     residual: Option<Tensor<B, 2>>,
 ) -> Tensor<B, 2> {
     let dtype = x.dtype();
-    let up = B::product(to_f32(low), adapter.b.clone().transpose()) * adapter.scaling;
-    let y = to_dtype(to_f32(B::product(x, weight.transpose())) + up, dtype);
+    let up = B::matmul(to_f32(low), adapter.b.clone().transpose()) * adapter.scaling;
+    let y = to_dtype(to_f32(B::matmul(x, weight.transpose())) + up, dtype);
     match residual {
         Some(residual) => residual + y,
         None => y,
@@ -78,27 +78,27 @@ pub(crate) fn adapted_product<B: ForwardOps>(
 
 pub(crate) fn low_rank_backward<B: ForwardOps>(
     x: Tensor<B, 2>,
-    flow: &LowRankFlow<B>,
+    flow: &LowRankBackward<B>,
 ) -> LowRankGradients<B> {
-    let LowRankFlow { low, dy, adapter } = flow.clone();
+    let LowRankBackward { low, dy, adapter } = flow.clone();
     let input = dropped(x, &adapter);
     let dy = to_f32(dy) * adapter.scaling;
-    let dlow = B::product(dy.clone(), adapter.b);
+    let dlow = B::matmul(dy.clone(), adapter.b);
     LowRankGradients {
-        a: B::product(dlow.clone().transpose(), input),
-        b: B::product(dy.transpose(), to_f32(low)),
+        a: B::matmul(dlow.clone().transpose(), input),
+        b: B::matmul(dy.transpose(), to_f32(low)),
         low: dlow,
     }
 }
 
-pub(crate) fn input_gradient<B: ForwardOps>(products: &[BackwardProduct<B>]) -> Tensor<B, 2> {
+pub(crate) fn input_gradient<B: ForwardOps>(products: &[BackwardMatmul<B>]) -> Tensor<B, 2> {
     let parts = products.iter().map(|product| {
         let dtype = product.dy.dtype();
-        let dx = B::product(product.dy.clone(), product.weight.clone());
+        let dx = B::matmul(product.dy.clone(), product.weight.clone());
         let Some((dlow, adapter)) = &product.adapter else {
             return dx;
         };
-        let share = B::product(to_f32(dlow.clone()), adapter.a.clone());
+        let share = B::matmul(to_f32(dlow.clone()), adapter.a.clone());
         let share = match adapter.dropout {
             Some(dropout) => share.clone() * B::dropout_mask(&share, dropout),
             None => share,
@@ -267,8 +267,7 @@ fn probabilities<B: ForwardOps>(
     // Query heads that share a key head become more rows of one product.
     let rows = heads / key_value_heads * queries;
     let q = (q * scale(head_dim)).reshape([batch, key_value_heads, rows, head_dim]);
-    let scores =
-        B::wide_product(q.clone(), k.swap_dims(2, 3)).reshape([batch, heads, queries, keys]);
+    let scores = B::matmul_f32(q.clone(), k.swap_dims(2, 3)).reshape([batch, heads, queries, keys]);
     let scores = match bias {
         Some(bias) => scores + bias,
         None => scores,
@@ -290,7 +289,7 @@ fn attend<B: ForwardOps>(
     let shape = q.dims();
     let dtype = v.dtype();
     let (weights, _) = probabilities(q, k, bias);
-    B::product(to_dtype(weights, dtype), v).reshape(shape)
+    B::matmul(to_dtype(weights, dtype), v).reshape(shape)
 }
 
 pub(crate) fn attention_backward<B: ForwardOps>(
@@ -312,12 +311,12 @@ pub(crate) fn attention_backward<B: ForwardOps>(
         let bias = bias.clone().map(|bias| bias.narrow(2, start, count));
         let (weights, q) = probabilities(q, k.clone(), bias);
         let dy = dy.clone().narrow(2, start, count).reshape(q.dims());
-        let dv = B::product(to_dtype(weights.clone(), dtype).swap_dims(2, 3), dy.clone());
-        let dweights = B::wide_product(dy, v.clone().swap_dims(2, 3));
+        let dv = B::matmul(to_dtype(weights.clone(), dtype).swap_dims(2, 3), dy.clone());
+        let dweights = B::matmul_f32(dy, v.clone().swap_dims(2, 3));
         let mean = (dweights.clone() * weights.clone()).sum_dim(3);
         let dscores = to_dtype(weights * (dweights - mean), dtype);
-        dq.push((B::product(dscores.clone(), k.clone()) * scale(head_dim)).reshape(shape));
-        let dk = B::product(dscores.swap_dims(2, 3), q);
+        dq.push((B::matmul(dscores.clone(), k.clone()) * scale(head_dim)).reshape(shape));
+        let dk = B::matmul(dscores.swap_dims(2, 3), q);
         dkv = Some(match dkv {
             Some((old_k, old_v)) => (old_k + dk, old_v + dv),
             None => (dk, dv),
@@ -327,11 +326,11 @@ pub(crate) fn attention_backward<B: ForwardOps>(
     [Tensor::cat(dq, 2), dk, dv]
 }
 
-pub(crate) fn gated<B: Backend>(gate: Tensor<B, 2>, up: Tensor<B, 2>) -> Tensor<B, 2> {
+pub(crate) fn swiglu<B: Backend>(gate: Tensor<B, 2>, up: Tensor<B, 2>) -> Tensor<B, 2> {
     gate.clone() * sigmoid(gate) * up
 }
 
-pub(crate) fn gated_backward<B: Backend>(
+pub(crate) fn swiglu_backward<B: Backend>(
     gate: Tensor<B, 2>,
     up: Tensor<B, 2>,
     dy: Tensor<B, 2>,
@@ -350,7 +349,7 @@ pub(crate) fn gated_backward<B: Backend>(
 pub(crate) fn logits<B: ForwardOps>(hidden: Tensor<B, 2>, weight: Tensor<B, 2>) -> Tensor<B, 2> {
     let hidden = to_f32(hidden);
     if weight.dtype() == DType::F32 {
-        return B::product(hidden, weight.transpose());
+        return B::matmul(hidden, weight.transpose());
     }
     let [vocab, _] = weight.dims();
     let parts = (0..vocab)
@@ -359,7 +358,7 @@ pub(crate) fn logits<B: ForwardOps>(hidden: Tensor<B, 2>, weight: Tensor<B, 2>) 
             let rows = weight
                 .clone()
                 .narrow(0, start, HEAD_ROWS.min(vocab - start));
-            B::product(hidden.clone(), to_f32(rows).transpose())
+            B::matmul(hidden.clone(), to_f32(rows).transpose())
         })
         .collect();
     Tensor::cat(parts, 1)
@@ -393,7 +392,7 @@ pub(crate) fn target_loss<B: ForwardOps>(
         Tensor::full([rows, 1], -1.0, (&nll.device(), DType::F32)),
         burn::tensor::IndexingUpdateOp::Add,
     ) * weight;
-    let hidden_gradient = B::product(to_dtype(dlogits, head.dtype()), head);
+    let hidden_gradient = B::matmul(to_dtype(dlogits, head.dtype()), head);
     TargetLoss {
         sums: Tensor::cat(vec![nll, correct], 0),
         hidden_gradient: to_dtype(hidden_gradient, dtype),

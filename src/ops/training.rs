@@ -6,7 +6,7 @@ use super::{AttentionSpans, ForwardOps, HeadNorm, LowRank, plain};
 
 /// What a low-rank adapter's backward pass starts from.
 #[derive(Debug, Clone)]
-pub struct LowRankFlow<B: Backend> {
+pub struct LowRankBackward<B: Backend> {
     /// `drop(x) Aᵀ` of the forward pass, `[tokens, r]`.
     pub low: Tensor<B, 2>,
     /// What flows back into the layer's output, `[tokens, out]`.
@@ -69,7 +69,7 @@ pub struct AdamWTensor<B: Backend> {
 
 /// One product whose input gradient is wanted.
 #[derive(Debug, Clone)]
-pub struct BackwardProduct<B: Backend> {
+pub struct BackwardMatmul<B: Backend> {
     /// What flows back into its output, `[tokens, out]`.
     pub dy: Tensor<B, 2>,
     /// `[out, in]`.
@@ -85,7 +85,7 @@ pub trait TrainingOps: ForwardOps {
     /// Gradients of adapters that share the input `x`, which is as in the forward pass.
     fn low_rank_backward(
         x: Tensor<Self, 2>,
-        flows: &[LowRankFlow<Self>],
+        flows: &[LowRankBackward<Self>],
     ) -> Vec<LowRankGradients<Self>> {
         flows
             .iter()
@@ -97,17 +97,17 @@ pub trait TrainingOps: ForwardOps {
     ///
     /// # Panics
     /// If there is no product.
-    fn input_gradient(products: &[BackwardProduct<Self>]) -> Tensor<Self, 2> {
+    fn input_gradient(products: &[BackwardMatmul<Self>]) -> Tensor<Self, 2> {
         plain::input_gradient(products)
     }
 
-    /// What flows back into gate and up where the product's input is [`Ops::gated`] of them.
-    fn gated_input_gradient(
-        product: BackwardProduct<Self>,
+    /// What flows back into gate and up where the product's input is [`Ops::swiglu`] of them.
+    fn swiglu_input_gradient(
+        product: BackwardMatmul<Self>,
         gate: Tensor<Self, 2>,
         up: Tensor<Self, 2>,
     ) -> [Tensor<Self, 2>; 2] {
-        Self::gated_backward(gate, up, Self::input_gradient(&[product]))
+        Self::swiglu_backward(gate, up, Self::input_gradient(&[product]))
     }
 
     /// What flows back into the input of [`Ops::rms_norm`], plus `residual`.
@@ -156,12 +156,12 @@ pub trait TrainingOps: ForwardOps {
     }
 
     /// What flows back into gate and up.
-    fn gated_backward(
+    fn swiglu_backward(
         gate: Tensor<Self, 2>,
         up: Tensor<Self, 2>,
         dy: Tensor<Self, 2>,
     ) -> [Tensor<Self, 2>; 2] {
-        plain::gated_backward(gate, up, dy)
+        plain::swiglu_backward(gate, up, dy)
     }
 
     /// Cross-entropy of some hidden states against a frozen head, forward and backward at once.

@@ -4,7 +4,7 @@ use burn::prelude::*;
 
 use crate::ops::{
     Ops, plain,
-    quantised::cache::{CacheFormat, PackedCache},
+    quantised::cache::{CacheFormat, QuantisedCache},
 };
 
 /// Tokens by which the buffers grow.
@@ -49,7 +49,7 @@ pub struct LayerKeyValues<B: Backend> {
     /// Keys and values, `[batch, key_value_heads, capacity, head_dim]` each.
     buffers: Option<(Tensor<B, 4>, Tensor<B, 4>)>,
     /// In place of these in a quantised cache.
-    packed: Option<PackedCache<B>>,
+    packed: Option<QuantisedCache<B>>,
     format: CacheFormat,
     /// Tokens the buffers hold at least.
     reserved: usize,
@@ -103,7 +103,7 @@ impl<B: Ops> LayerKeyValues<B> {
         if self.format == CacheFormat::Int8 {
             let packed = self.packed.take();
             assert!(held == 0 || packed.is_some(), "the cache is lost");
-            let (packed, seen) = PackedCache::append(packed, held, [k, v], room);
+            let (packed, seen) = QuantisedCache::append(packed, held, [k, v], room);
             self.packed = Some(packed);
             return seen;
         }

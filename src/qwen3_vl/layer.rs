@@ -473,7 +473,7 @@ impl<B: Ops, K: KeyValues<B>> Executor for Eager<'_, B, K> {
     fn swiglu(&mut self, x: Tensor<B, 2>) -> Tensor<B, 2> {
         let gate = self.project(Projection::Gate, x.clone());
         let up = self.project(Projection::Up, x);
-        B::gated(gate, up)
+        B::swiglu(gate, up)
     }
 
     fn project_down(&mut self, y: Tensor<B, 2>, residual: Tensor<B, 2>) -> Tensor<B, 2> {

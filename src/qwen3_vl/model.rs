@@ -284,7 +284,7 @@ impl<B: Ops> Qwen3Vl<B> {
             Some(head) if head.lora.is_some() => to_f32(head.forward(hidden, None)),
             _ => match self.head() {
                 Weight::Dense(head) => B::logits(hidden, head.val()),
-                Weight::Packed(head) => B::logits_packed(hidden, head),
+                Weight::Packed(head) => B::logits_quantised(hidden, head),
             },
         }
     }

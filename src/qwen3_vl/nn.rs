@@ -139,7 +139,7 @@ impl<B: Ops> Linear<B> {
         match &self.lora {
             None => {
                 let bias = self.bias.as_ref().map(Param::val);
-                self.weight.dense_activated(x, bias, activation)
+                self.weight.linear_activated(x, bias, activation)
             }
             Some(_) => activation.of(self.forward(x, dropout_seed)),
         }
@@ -153,7 +153,7 @@ impl<B: Ops> Linear<B> {
     ) -> Tensor<B, 2> {
         let bias = self.bias.as_ref().map(Param::val);
         match &self.lora {
-            None => self.weight.dense(x, bias, residual),
+            None => self.weight.linear(x, bias, residual),
             Some(lora) => {
                 let y = lora.forward(x, &self.weight, residual, dropout_seed);
                 match bias {

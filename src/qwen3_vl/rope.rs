@@ -43,7 +43,7 @@ impl<B: Ops> RopeTables<B> {
     fn from_values(cos: Vec<f32>, sin: Vec<f32>, tokens: usize, device: &B::Device) -> Self {
         let tensor = |values: Vec<f32>| {
             let width = values.len() / tokens.max(1);
-            B::compact(Tensor::from_data(
+            B::contiguous(Tensor::from_data(
                 TensorData::new(values, [tokens, width]),
                 (device, burn::tensor::DType::F32),
             ))

@@ -76,7 +76,7 @@ impl<B: Ops> PatchEmbed<B> {
         let hidden = weight.dims()[0];
         let weight = weight.reshape([hidden as i32, -1]);
         let bias = self.proj.bias.val();
-        B::dense(
+        B::linear_add(
             to_dtype(pixel_values, bias.dtype()),
             weight,
             Some(bias),

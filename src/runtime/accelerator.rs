@@ -78,7 +78,7 @@ pub trait Accelerator: Ops {
     }
 
     /// Waits until what is made in the background for a model is there: before something is timed.
-    fn settle(_model: &Qwen3Vl<Self>) {}
+    fn wait_for_background(_model: &Qwen3Vl<Self>) {}
 
     /// Whether [`Ops::decoder`] may take over: caches then hold all tokens of a request from the
     /// start, and what no token has been written to is never read.

@@ -13,7 +13,7 @@ use crate::{
             files::{load_adapter, trained_pixel_limits},
             merge::merge,
         },
-        quantised::load::load_packed,
+        quantised::load::load_quantised,
     },
     base::{
         device_name::{DeviceKind, dtype_text},
@@ -590,7 +590,7 @@ pub fn load_models<B: Accelerator>(
         let dtype = options.dtype;
         for model in &mut models {
             let fresh = model.clone();
-            *model = load_packed(fresh, dir, quantization, packed, dtype, &mut *on_progress)?;
+            *model = load_quantised(fresh, dir, quantization, packed, dtype, &mut *on_progress)?;
         }
         return Ok(models);
     }

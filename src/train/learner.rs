@@ -97,12 +97,12 @@ impl<B: Accelerator> PartSums<B> {
     }
 
     /// Asks for the sums and, behind them, for the norm in `clip` (see [`Accelerator::clip_scale`]).
-    pub fn read_later(&self, clip: Option<Tensor<B, 1>>) -> StepReading {
+    pub fn read_async(&self, clip: Option<Tensor<B, 1>>) -> StepReading {
         let values: Vec<_> = (self.0.iter().map(|(sums, _)| sums.tensor()))
             .chain(clip)
             .collect();
         StepReading {
-            reading: (!values.is_empty()).then(|| B::read_later(Tensor::cat(values, 0))),
+            reading: (!values.is_empty()).then(|| B::read_async(Tensor::cat(values, 0))),
             parts: (self.0.iter())
                 .map(|(sums, weight)| (sums.targets, *weight))
                 .collect(),
@@ -445,9 +445,9 @@ impl<B: Accelerator> StepOutput<B> {
     }
 
     /// Asks for what is still on the device; `None` where nothing is.
-    pub fn read_later(&self, clip: Option<Tensor<B, 1>>) -> Option<StepReading> {
+    pub fn read_async(&self, clip: Option<Tensor<B, 1>>) -> Option<StepReading> {
         match self {
-            Self::Sums(sums) => Some(sums.read_later(clip)),
+            Self::Sums(sums) => Some(sums.read_async(clip)),
             Self::Numbers(_) => None,
         }
     }

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     batch::micro_batch::MicroBatch,
-    ops::{BackwardProduct, LowRankFlow, Ops, cast::to_dtype},
+    ops::{BackwardMatmul, LowRankBackward, Ops, cast::to_dtype},
     qwen3_vl::{
         ImageFeatures, Qwen3Vl,
         layer::{
@@ -69,10 +69,10 @@ fn flow_back<B: Ops, const N: usize>(
     dys: [Tensor<B, 2>; N],
     seed: Option<u64>,
     grads: &mut AdapterGradients<B>,
-) -> Vec<BackwardProduct<B>> {
-    let flows: Vec<LowRankFlow<B>> = (linears.iter().zip(lows).zip(&dys))
+) -> Vec<BackwardMatmul<B>> {
+    let flows: Vec<LowRankBackward<B>> = (linears.iter().zip(lows).zip(&dys))
         .filter_map(|((linear, low), dy)| {
-            Some(LowRankFlow {
+            Some(LowRankBackward {
                 low: low?,
                 dy: dy.clone(),
                 adapter: adapter(linear, seed)?,
@@ -95,7 +95,7 @@ fn flow_back<B: Ops, const N: usize>(
                 grads.0.push((lora.lora_b.id, gradients.b));
                 Some((gradients.low, flow.adapter))
             });
-            BackwardProduct {
+            BackwardMatmul {
                 dy,
                 weight,
                 adapter: flowed,
@@ -130,7 +130,7 @@ fn layer_backward<B: Ops>(
         seed,
         grads,
     );
-    let [dgate, dup] = B::gated_input_gradient(flowing.remove(0), tape.gate, tape.up);
+    let [dgate, dup] = B::swiglu_input_gradient(flowing.remove(0), tape.gate, tape.up);
     let flowing = flow_back(
         [&mlp.gate_proj, &mlp.up_proj],
         &pointwise.middle_normed,

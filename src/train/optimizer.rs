@@ -116,8 +116,8 @@ impl<B: TrainAccelerator> AdamW<B> {
         let moments = state.moments.iter().map(|(id, old)| {
             let moments = Moments {
                 steps: old.steps,
-                first: B::InnerBackend::send_to(old.first.clone(), device),
-                second: B::InnerBackend::send_to(old.second.clone(), device),
+                first: B::InnerBackend::to_other_device(old.first.clone(), device),
+                second: B::InnerBackend::to_other_device(old.second.clone(), device),
             };
             (*id, moments)
         });

@@ -29,7 +29,7 @@ use super::{
 use crate::{
     adapters::lora::merge::merge,
     batch::window::Window,
-    ops::{AllReduce, DeviceMemory, DeviceOps, cast::to_f32, send_module},
+    ops::{AllReduce, DeviceMemory, DeviceOps, cast::to_f32, module_to_device},
     runtime::accelerator::TrainAccelerator,
 };
 
@@ -279,13 +279,15 @@ impl<B: TrainAccelerator> Replicas<B> {
             for other in gradients {
                 let added = sums.into_iter().zip(other);
                 sums = added
-                    .map(|(sum, other)| sum + B::InnerBackend::send_to(other, &self.devices[0]))
+                    .map(|(sum, other)| {
+                        sum + B::InnerBackend::to_other_device(other, &self.devices[0])
+                    })
                     .collect();
             }
             for rank in &self.stepping {
                 let device = &self.devices[*rank];
                 let copies = sums.iter().cloned();
-                let copies = copies.map(|sum| B::InnerBackend::send_to(sum, device));
+                let copies = copies.map(|sum| B::InnerBackend::to_other_device(sum, device));
                 self.ranks
                     .send(*rank, Job::Step(Some(copies.collect()), lr));
             }
@@ -418,7 +420,7 @@ impl<B: TrainAccelerator> Rank<B> {
         match job {
             Job::Load(copied) => {
                 let (model, optimizer) = *copied;
-                self.model = Some(send_module(model, &self.device));
+                self.model = Some(module_to_device(model, &self.device));
                 self.optimizer = Some(optimizer.copy_to(&self.device));
                 self.wait()?;
                 Ok(Answer::Done)
@@ -442,7 +444,7 @@ impl<B: TrainAccelerator> Rank<B> {
                 let model = self.model.as_ref().ok_or(NO_MODEL)?;
                 let window = window.or_else(|| self.next.take());
                 let output = TrainStep::step(model, *window.ok_or("it has no samples")?);
-                let reading = output.item.read_later(None);
+                let reading = output.item.read_async(None);
                 if let Some(next) = next {
                     model.send_ahead(&next);
                     self.next = Some(next);

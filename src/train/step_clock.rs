@@ -50,7 +50,7 @@ impl StepClock {
 
     /// How long the step launched at `launch` took, whose numbers were waited for from `asked` on and are
     /// there now.
-    pub fn settle(&mut self, launch: LaunchTimes, asked: Instant) -> Duration {
+    pub fn complete(&mut self, launch: LaunchTimes, asked: Instant) -> Duration {
         self.settle_at(launch, asked, Instant::now())
     }
 
@@ -120,7 +120,7 @@ mod tests {
         std::thread::sleep(Duration::from_millis(30));
         clock.skip();
         let ((), launch) = LaunchTimes::of(|| std::thread::sleep(Duration::from_millis(5)));
-        let time = clock.settle(launch, Instant::now());
+        let time = clock.complete(launch, Instant::now());
         assert!(time >= Duration::from_millis(5) && time < Duration::from_millis(25));
     }
 }

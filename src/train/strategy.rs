@@ -347,7 +347,7 @@ impl<B: TrainAccelerator> LoopState<B> {
             });
             let launched = Launched { times, ..launched? };
             if let Some(previous) = pending.replace(launched) {
-                self.settle(previous, processor, &mut clock)?;
+                self.complete(previous, processor, &mut clock)?;
             }
             let last = step + 1 == self.total_steps;
             let interrupted = stop() || self.interrupted.load(Ordering::Relaxed);
@@ -455,9 +455,9 @@ impl<B: TrainAccelerator> LoopState<B> {
                 }
                 let clip = (self.optimizer).clip_next(&learner.model(), &output.grads, max_norm);
                 self.memory.look::<B::InnerBackend>(&self.devices[0]);
-                let reading = output.item.read_later(clip);
+                let reading = output.item.read_async(clip);
                 if let Some(reading) = reading {
-                    launched.numbers = if B::InnerBackend::READS_LATER {
+                    launched.numbers = if B::InnerBackend::READS_ASYNC {
                         Numbers::Reading(reading)
                     } else {
                         Numbers::Known(reading.wait())
@@ -486,7 +486,7 @@ impl<B: TrainAccelerator> LoopState<B> {
                 self.check_finite(&launched)?;
                 let grads = replicas.reduce(&learner.model(), learner.lr_current())?;
                 let clip = (self.optimizer).clip_next(&learner.model(), &grads, max_norm);
-                let norm = clip.map(B::InnerBackend::read_later);
+                let norm = clip.map(B::InnerBackend::read_async);
                 learner.optimizer_step(grads);
                 if let Some(norm) = norm {
                     sum.norm = norm().first().copied().map_or(0.0, f64::from);
@@ -529,13 +529,13 @@ impl<B: TrainAccelerator> LoopState<B> {
         clock: &mut StepClock,
     ) -> Result<(), TrainError> {
         match pending.take() {
-            Some(launched) => self.settle(launched, processor, clock),
+            Some(launched) => self.complete(launched, processor, clock),
             None => Ok(()),
         }
     }
 
     /// Waits for a step's numbers and writes them down.
-    fn settle(
+    fn complete(
         &mut self,
         mut launched: Launched,
         processor: &mut SupervisedTrainingEventProcessor<Components<B>>,
@@ -556,7 +556,7 @@ impl<B: TrainAccelerator> LoopState<B> {
         self.state.step = step + 1;
         self.state.epoch = launched.epoch;
 
-        let seconds = clock.settle(launched.times, asked).as_secs_f64();
+        let seconds = clock.complete(launched.times, asked).as_secs_f64();
         let numbers = StepNumbers {
             loss: known.objective,
             token_acc: known.totals.token_accuracy(),

@@ -95,7 +95,7 @@ impl<B: Ops> LayerTape<B> {
                 middle_normed: layer.post_attention_layernorm.forward(self.middle.clone()),
                 q,
                 k,
-                activated: B::gated(self.gate.clone(), self.up.clone()),
+                activated: B::swiglu(self.gate.clone(), self.up.clone()),
             }
         })
     }
@@ -228,9 +228,9 @@ impl<'a, B: Ops> Tape<'a, B> {
         let weight = linear.weight.val();
         let bias = linear.bias.as_ref().map(|bias| bias.val());
         let (Some(low), Some(adapter)) = (low, adapter(linear, None)) else {
-            return B::dense(x, weight, bias, residual);
+            return B::linear_add(x, weight, bias, residual);
         };
-        let y = B::adapted_product(x, weight, low.clone(), &adapter, residual);
+        let y = B::adapted_linear(x, weight, low.clone(), &adapter, residual);
         match bias {
             Some(bias) => y + bias.unsqueeze(),
             None => y,
@@ -351,7 +351,7 @@ impl<B: Ops> Executor for Tape<'_, B> {
         let gate = self.project(Projection::Gate, x.clone(), low[0].as_ref(), None);
         let up = self.project(Projection::Up, x.clone(), low[1].as_ref(), None);
         Activated {
-            activated: B::gated(gate.clone(), up.clone()),
+            activated: B::swiglu(gate.clone(), up.clone()),
             gate,
             up,
             low,

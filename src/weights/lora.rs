@@ -105,20 +105,20 @@ impl<B: Ops> Lora<B> {
             Some(dropout) => input.clone() * B::dropout_mask(&input, dropout),
             None => input,
         };
-        let low = B::product(input.clone(), adapter.a.transpose());
-        let low = B::product(low, adapter.b.transpose()) * self.scaling;
+        let low = B::matmul(input.clone(), adapter.a.transpose());
+        let low = B::matmul(low, adapter.b.transpose()) * self.scaling;
         let norm = self.composed_row_norms(weight.clone());
         let scale = (magnitude.val() / norm).unsqueeze();
         let y = if adapter.dropout.is_some() {
             // PEFT drops the base product's input as well once dropout is on.
-            let base = to_f32(B::product(
+            let base = to_f32(B::matmul(
                 to_dtype(input, dtype),
                 weight.clone().transpose(),
             ));
-            let plain = to_f32(B::product(x, weight.transpose()));
+            let plain = to_f32(B::matmul(x, weight.transpose()));
             plain + (scale.clone() - 1.0) * base + scale * low
         } else {
-            scale * (to_f32(B::product(x, weight.transpose())) + low)
+            scale * (to_f32(B::matmul(x, weight.transpose())) + low)
         };
         let y = to_dtype(y, dtype);
         match residual {
@@ -140,13 +140,13 @@ impl<B: Ops> Lora<B> {
         let a = self.lora_a.val().detach();
         let b = self.lora_b.val().detach() * self.scaling;
         let square = (weight.clone() * weight.clone()).sum_dim(1);
-        let cross = (B::product(weight, a.clone().transpose()) * b.clone()).sum_dim(1) * 2.0;
-        let low = (B::product(b.clone(), B::product(a.clone(), a.transpose())) * b).sum_dim(1);
+        let cross = (B::matmul(weight, a.clone().transpose()) * b.clone()).sum_dim(1) * 2.0;
+        let low = (B::matmul(b.clone(), B::matmul(a.clone(), a.transpose())) * b).sum_dim(1);
         (square + cross + low).clamp_min(0.0).sqrt().squeeze_dim(1)
     }
 
     /// `s · B · A`, `[out, in]`, f32: what merging adds.
     pub fn delta(&self) -> Tensor<B, 2> {
-        B::product(self.lora_b.val(), self.lora_a.val()) * self.scaling
+        B::matmul(self.lora_b.val(), self.lora_a.val()) * self.scaling
     }
 }

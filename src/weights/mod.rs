@@ -11,7 +11,7 @@ use burn::{
     tensor::backend::AutodiffBackend,
 };
 
-use crate::ops::{Activation, LowRank, Ops, cast::to_dtype, quantised::PackedWeight};
+use crate::ops::{Activation, LowRank, Ops, cast::to_dtype, quantised::QuantisedWeight};
 
 /// A matrix `[out, in]` of the model: a parameter, or packed and then no parameter.
 ///
@@ -22,7 +22,7 @@ pub enum Weight<B: Backend> {
     /// Floats.
     Dense(Param<Tensor<B, 2>>),
     /// Packed.
-    Packed(PackedWeight<B>),
+    Packed(QuantisedWeight<B>),
 }
 
 impl<B: Backend> Weight<B> {
@@ -35,7 +35,7 @@ impl<B: Backend> Weight<B> {
     }
 
     /// The packed matrix, where it is one.
-    pub fn packed(&self) -> Option<&PackedWeight<B>> {
+    pub fn packed(&self) -> Option<&QuantisedWeight<B>> {
         match self {
             Self::Dense(_) => None,
             Self::Packed(packed) => Some(packed),
@@ -75,40 +75,40 @@ impl<B: Ops> Weight<B> {
             Self::Packed(packed) => {
                 let rows = packed.select(indices);
                 let [count, _] = rows.dims();
-                B::unpack_rows(&rows, 0, count, packed.dtype())
+                B::dequantise_rows(&rows, 0, count, packed.dtype())
             }
         }
     }
 
-    /// [`Ops::dense`], whatever form the matrix has.
-    pub fn dense(
+    /// [`Ops::linear_add`], whatever form the matrix has.
+    pub fn linear(
         &self,
         x: Tensor<B, 2>,
         bias: Option<Tensor<B, 1>>,
         residual: Option<Tensor<B, 2>>,
     ) -> Tensor<B, 2> {
         match self {
-            Self::Dense(param) => B::dense(x, param.val(), bias, residual),
+            Self::Dense(param) => B::linear_add(x, param.val(), bias, residual),
             Self::Packed(packed) => {
                 // Islands of another type multiply by the same words.
                 let dtype = x.dtype();
                 let bias = bias.map(|bias| to_dtype(bias, dtype));
                 let residual = residual.map(|residual| to_dtype(residual, dtype));
-                B::dense_packed(x, packed, bias, residual)
+                B::linear_quantised(x, packed, bias, residual)
             }
         }
     }
 
-    /// [`Ops::dense_activated`], whatever form the matrix has.
-    pub fn dense_activated(
+    /// [`Ops::linear_activated`], whatever form the matrix has.
+    pub fn linear_activated(
         &self,
         x: Tensor<B, 2>,
         bias: Option<Tensor<B, 1>>,
         activation: Activation,
     ) -> Tensor<B, 2> {
         match self {
-            Self::Dense(param) => B::dense_activated(x, param.val(), bias, activation),
-            Self::Packed(_) => activation.of(self.dense(x, bias, None)),
+            Self::Dense(param) => B::linear_activated(x, param.val(), bias, activation),
+            Self::Packed(_) => activation.of(self.linear(x, bias, None)),
         }
     }
 
@@ -123,9 +123,9 @@ impl<B: Ops> Weight<B> {
         match self {
             Self::Dense(param) => {
                 let low = B::low_rank_inputs(x.clone(), &[adapter]).remove(0);
-                B::adapted_product(x, param.val(), low, adapter, residual)
+                B::adapted_linear(x, param.val(), low, adapter, residual)
             }
-            Self::Packed(packed) => B::adapted_packed(x, packed, adapter, residual),
+            Self::Packed(packed) => B::adapted_linear_quantised(x, packed, adapter, residual),
         }
     }
 }
@@ -195,7 +195,7 @@ impl<B: AutodiffBackend> AutodiffModule<B> for Weight<B> {
     fn from_inner(module: Self::InnerModule) -> Self {
         match module {
             Weight::Dense(param) => Self::Dense(AutodiffModule::from_inner(param)),
-            Weight::Packed(packed) => Self::Packed(PackedWeight::from_inner(packed)),
+            Weight::Packed(packed) => Self::Packed(QuantisedWeight::from_inner(packed)),
         }
     }
 }

@@ -8,12 +8,12 @@ use xray_qwen3vl::{
     adapters::{
         lora::{attach::LinearMapper, files::load_adapter, merge::merge},
         quantised::{
-            load::{load_packed, replace_weights},
-            save::write_packed,
+            load::{load_quantised, replace_weights},
+            save::write_quantised,
         },
     },
     batch::images::ImageInput,
-    ops::quantised::{PackedWeight, Quantization, pack::pack},
+    ops::quantised::{QuantisedWeight, Quantization, pack::pack},
     qwen3_vl::{
         Qwen3Vl,
         config::Qwen3VlConfig,
@@ -38,7 +38,7 @@ fn packed(name: &str, format: &str) -> (Qwen3Vl<B>, Qwen3VlConfig) {
     let model = Qwen3Vl::new(&config, &InitOptions::default(), &device());
     let quantization = format.parse().unwrap();
     let on_progress = &mut |_, _| {};
-    let model = load_packed(model, &dir, quantization, false, DType::F32, on_progress).unwrap();
+    let model = load_quantised(model, &dir, quantization, false, DType::F32, on_progress).unwrap();
     assert_eq!(model.quantization(), Some(quantization));
     (model, config)
 }
@@ -187,9 +187,9 @@ fn a_written_packed_checkpoint_loads_as_what_packing_at_load_gives() {
             let out = tempfile::tempdir().unwrap();
             // Shards so small that words and scales come into different ones.
             let from = fixtures().join(name);
-            write_packed(&from, out.path(), &shapes, quantization, 5_000).unwrap();
+            write_quantised(&from, out.path(), &shapes, quantization, 5_000).unwrap();
             let on_progress = &mut |_, _| {};
-            let again = load_packed(
+            let again = load_quantised(
                 fresh(),
                 out.path(),
                 quantization,
@@ -201,7 +201,7 @@ fn a_written_packed_checkpoint_loads_as_what_packing_at_load_gives() {
             for ((path, ours), (_, want)) in again.linears().iter().zip(model.linears()) {
                 let (ours, want) = (ours.weight.packed(), want.weight.packed());
                 let (ours, want) = (ours.unwrap(), want.unwrap());
-                let words = |weight: &PackedWeight<B>| weight.words().to_data();
+                let words = |weight: &QuantisedWeight<B>| weight.words().to_data();
                 assert_eq!(words(ours), words(want), "{path}");
                 assert_eq!(ours.scales().to_data(), want.scales().to_data(), "{path}");
             }
@@ -258,7 +258,7 @@ fn logits_of_a_full_width_model_of_four_layers() {
                     Ok::<_, Infallible>(())
                 });
                 let Ok(matrix) = matrix;
-                Ok::<_, Infallible>(PackedWeight::upload(
+                Ok::<_, Infallible>(QuantisedWeight::upload(
                     matrix,
                     rows,
                     d_input,

@@ -330,7 +330,7 @@ where
     }
 
     fn project_heads(&mut self, h: Normed<'a, R>) -> Buffer<R> {
-        Matrix::three_products(&h.x, h.norm, self.layer.qkv.each_ref())
+        Matrix::three_matmuls(&h.x, h.norm, self.layer.qkv.each_ref())
     }
 
     fn rotate(&mut self, qkv: Buffer<R>) -> Buffer<R> {
@@ -354,7 +354,7 @@ where
     }
 
     fn swiglu(&mut self, h: Normed<'a, R>) -> Buffer<R> {
-        Matrix::gated_product(&h.x, h.norm, &self.layer.gate, &self.layer.up)
+        Matrix::swiglu_matmul(&h.x, h.norm, &self.layer.gate, &self.layer.up)
     }
 
     fn project_down(&mut self, y: Buffer<R>, residual: Buffer<R>) -> Buffer<R> {

@@ -61,17 +61,17 @@ impl<R: CubeRuntime> Matrix<R> {
     ///
     /// # Panics
     /// If some are packed and some are not.
-    pub(super) fn three_products(
+    pub(super) fn three_matmuls(
         x: &Buffer<R>,
         norm: &InputNorm<R>,
         weights: [&Self; 3],
     ) -> Buffer<R> {
         match weights {
             [Self::Floats(a), Self::Floats(b), Self::Floats(c)] => {
-                matvec::three_products(x, norm, [a, b, c])
+                matvec::three_matmuls(x, norm, [a, b, c])
             }
             [Self::Packed(a), Self::Packed(b), Self::Packed(c)] => {
-                quantized::three_products(x, (&norm.weight, norm.epsilon), [a, b, c])
+                quantized::three_matmuls(x, (&norm.weight, norm.epsilon), [a, b, c])
             }
             _ => panic!("matrices of one input have different forms"),
         }
@@ -81,16 +81,16 @@ impl<R: CubeRuntime> Matrix<R> {
     ///
     /// # Panics
     /// If one is packed and the other is not.
-    pub(super) fn gated_product(
+    pub(super) fn swiglu_matmul(
         x: &Buffer<R>,
         norm: &InputNorm<R>,
         gate: &Self,
         up: &Self,
     ) -> Buffer<R> {
         match (gate, up) {
-            (Self::Floats(gate), Self::Floats(up)) => matvec::gated_product(x, norm, gate, up),
+            (Self::Floats(gate), Self::Floats(up)) => matvec::swiglu_matmul(x, norm, gate, up),
             (Self::Packed(gate), Self::Packed(up)) => {
-                quantized::gated_product(x, (&norm.weight, norm.epsilon), gate, up)
+                quantized::swiglu_matmul(x, (&norm.weight, norm.epsilon), gate, up)
             }
             _ => panic!("gate and up have different forms"),
         }

@@ -88,7 +88,7 @@ pub(super) fn product<R: CubeRuntime>(
 ///
 /// # Panics
 /// If a width is no multiple of four.
-pub(super) fn three_products<R: CubeRuntime>(
+pub(super) fn three_matmuls<R: CubeRuntime>(
     x: &Buffer<R>,
     norm: &InputNorm<R>,
     weights: [&Buffer<R>; 3],
@@ -134,7 +134,7 @@ pub(super) fn three_products<R: CubeRuntime>(
 }
 
 /// `silu(norm(x) Gᵀ) · (norm(x) Uᵀ)`.
-pub(super) fn gated_product<R: CubeRuntime>(
+pub(super) fn swiglu_matmul<R: CubeRuntime>(
     x: &Buffer<R>,
     norm: &InputNorm<R>,
     gate: &Buffer<R>,

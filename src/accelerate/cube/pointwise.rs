@@ -14,7 +14,7 @@ const UNITS: usize = 128;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Operation {
     /// `silu(x) · y`.
-    Gated,
+    SwiGlu,
     /// GELU in the tanh form.
     GeluTanh,
     /// GELU with the error function.
@@ -30,7 +30,7 @@ pub(super) fn covers<R: CubeRuntime>(x: &Buffer<R>) -> bool {
 
 #[cube]
 fn apply(x: f32, y: f32, #[comptime] operation: Operation) -> f32 {
-    if comptime!(operation == Operation::Gated) {
+    if comptime!(operation == Operation::SwiGlu) {
         x / (1.0f32 + (-x).exp()) * y
     } else if comptime!(operation == Operation::GeluTanh) {
         // x · (1 + tanh(a)) / 2 is x / (1 + exp(-2a)), and the cube stays finite in f32.

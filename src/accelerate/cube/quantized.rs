@@ -17,7 +17,7 @@ use super::{
 use crate::{
     ops::{
         LowRank,
-        quantised::{self, Format, PackedWeight},
+        quantised::{self, Format, QuantisedWeight},
     },
     runtime::accelerator::Accelerator,
 };
@@ -48,7 +48,7 @@ type Share<R> = (Buffer<R>, Buffer<R>, usize);
 
 impl<R: CubeRuntime> Packed<R> {
     /// Of a matrix on the device.
-    pub(super) fn of(weight: &PackedWeight<Cube<R>>) -> Self {
+    pub(super) fn of(weight: &QuantisedWeight<Cube<R>>) -> Self {
         Self {
             words: into_contiguous(weight.words().clone().into_primitive()),
             scales: contiguous(weight.scales().clone()),
@@ -85,10 +85,10 @@ impl<R: CubeRuntime> Packed<R> {
     }
 }
 
-/// [`Accelerator::dense_packed`].
-pub(in crate::accelerate) fn dense_packed<R: CubeRuntime>(
+/// [`Accelerator::linear_quantised`].
+pub(in crate::accelerate) fn linear_quantised<R: CubeRuntime>(
     x: Tensor<Cube<R>, 2>,
-    weight: &PackedWeight<Cube<R>>,
+    weight: &QuantisedWeight<Cube<R>>,
     bias: Option<Tensor<Cube<R>, 1>>,
     residual: Option<Tensor<Cube<R>, 2>>,
 ) -> Tensor<Cube<R>, 2>
@@ -99,14 +99,14 @@ where
         let dtype = x.dtype();
         by_rows(x, weight, bias, residual, None, dtype)
     } else {
-        quantised::weight::dense(x, weight, bias, residual)
+        quantised::weight::linear(x, weight, bias, residual)
     }
 }
 
-/// [`Accelerator::adapted_packed`].
-pub(in crate::accelerate) fn adapted_packed<R: CubeRuntime>(
+/// [`Accelerator::adapted_linear_quantised`].
+pub(in crate::accelerate) fn adapted_linear_quantised<R: CubeRuntime>(
     x: Tensor<Cube<R>, 2>,
-    weight: &PackedWeight<Cube<R>>,
+    weight: &QuantisedWeight<Cube<R>>,
     adapter: &LowRank<Cube<R>>,
     residual: Option<Tensor<Cube<R>, 2>>,
 ) -> Tensor<Cube<R>, 2>
@@ -123,10 +123,10 @@ where
     }
 }
 
-/// [`Accelerator::logits_packed`].
-pub(in crate::accelerate) fn logits_packed<R: CubeRuntime>(
+/// [`Accelerator::logits_quantised`].
+pub(in crate::accelerate) fn logits_quantised<R: CubeRuntime>(
     hidden: Tensor<Cube<R>, 2>,
-    head: &PackedWeight<Cube<R>>,
+    head: &QuantisedWeight<Cube<R>>,
 ) -> Tensor<Cube<R>, 2>
 where
     Cube<R>: Accelerator,
@@ -138,9 +138,9 @@ where
     }
 }
 
-/// [`Accelerator::unpack_rows`].
-pub(in crate::accelerate) fn unpack_rows<R: CubeRuntime>(
-    weight: &PackedWeight<Cube<R>>,
+/// [`Accelerator::dequantise_rows`].
+pub(in crate::accelerate) fn dequantise_rows<R: CubeRuntime>(
+    weight: &QuantisedWeight<Cube<R>>,
     start: usize,
     count: usize,
     dtype: DType,
@@ -153,7 +153,7 @@ pub(in crate::accelerate) fn unpack_rows<R: CubeRuntime>(
 }
 
 /// Whether the product goes through the kernel over packed words.
-fn covers<R: CubeRuntime>(x: &Tensor<Cube<R>, 2>, weight: &PackedWeight<Cube<R>>) -> bool {
+fn covers<R: CubeRuntime>(x: &Tensor<Cube<R>, 2>, weight: &QuantisedWeight<Cube<R>>) -> bool {
     let [rows, width] = x.dims();
     assert_eq!(width, weight.dims()[1], "inputs of the product");
     (1..=MOST_ROWS).contains(&rows) && Packing::of(x.dtype()).is_some()
@@ -162,7 +162,7 @@ fn covers<R: CubeRuntime>(x: &Tensor<Cube<R>, 2>, weight: &PackedWeight<Cube<R>>
 /// `x Wᵀ + bias + residual + scaling · x Aᵀ Bᵀ` in type `out`, some rows a launch.
 fn by_rows<R: CubeRuntime>(
     x: Tensor<Cube<R>, 2>,
-    weight: &PackedWeight<Cube<R>>,
+    weight: &QuantisedWeight<Cube<R>>,
     bias: Option<Tensor<Cube<R>, 1>>,
     residual: Option<Tensor<Cube<R>, 2>>,
     adapter: Option<&LowRank<Cube<R>>>,
@@ -261,7 +261,7 @@ pub(super) fn product<R: CubeRuntime>(
 ///
 /// # Panics
 /// If the matrices are packed differently, or a width is no multiple of four.
-pub(super) fn three_products<R: CubeRuntime>(
+pub(super) fn three_matmuls<R: CubeRuntime>(
     x: &Buffer<R>,
     (norm, epsilon): Norm<'_, R>,
     weights: [&Packed<R>; 3],
@@ -315,7 +315,7 @@ pub(super) fn three_products<R: CubeRuntime>(
 ///
 /// # Panics
 /// If the matrices are packed differently.
-pub(super) fn gated_product<R: CubeRuntime>(
+pub(super) fn swiglu_matmul<R: CubeRuntime>(
     x: &Buffer<R>,
     (norm, epsilon): Norm<'_, R>,
     gate: &Packed<R>,
@@ -417,7 +417,7 @@ fn low_rank_input<R: CubeRuntime>(x: &Buffer<R>, adapter: &LowRank<Cube<R>>) -> 
 /// # Panics
 /// If the rows are not there.
 fn unpacked<R: CubeRuntime>(
-    weight: &PackedWeight<Cube<R>>,
+    weight: &QuantisedWeight<Cube<R>>,
     start: usize,
     count: usize,
     dtype: DType,

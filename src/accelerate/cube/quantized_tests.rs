@@ -10,8 +10,8 @@ use crate::{
     ops::{
         LowRank,
         quantised::{
-            Format, PackedWeight,
-            pack::{PackedMatrix, pack, unpack},
+            Format, QuantisedWeight,
+            pack::{QuantisedMatrix, pack, unpack},
         },
     },
     runtime::accelerator::Accelerator,
@@ -29,7 +29,7 @@ fn values(random: &mut ChaCha8Rng, count: usize) -> Vec<f32> {
         .collect()
 }
 
-fn packed(values: &[f32], d_input: usize, format: Format) -> PackedMatrix {
+fn packed(values: &[f32], d_input: usize, format: Format) -> QuantisedMatrix {
     let rows = values.len() / d_input;
     let matrix = pack::<()>(rows, d_input, format, |row, out| {
         out.copy_from_slice(&values[row * d_input..][..d_input]);
@@ -101,7 +101,7 @@ fn check<B: Accelerator>(case: &Case, device: &Device<B>) {
     let dtype = case.dtype;
     let matrix = packed(&values(&mut random, out * d_input), d_input, case.format);
     let w = unpack(&matrix, d_input, case.format);
-    let weight = PackedWeight::<B>::upload(matrix, out, d_input, case.format, dtype, device);
+    let weight = QuantisedWeight::<B>::upload(matrix, out, d_input, case.format, dtype, device);
     let x = values(&mut random, rows * d_input);
     let (x_device, x) = tensor::<B, 2>(x, [rows, d_input], dtype, device);
     let (bias_device, bias) = tensor::<B, 1>(values(&mut random, out), [out], dtype, device);
@@ -142,7 +142,7 @@ fn check<B: Accelerator>(case: &Case, device: &Device<B>) {
     let ours = match case.rank {
         None => {
             let bias = case.added.then_some(bias_device);
-            B::dense_packed(x_device.clone(), &weight, bias, residual_device)
+            B::linear_quantised(x_device.clone(), &weight, bias, residual_device)
         }
         Some(rank) => {
             let adapter = LowRank {
@@ -151,13 +151,13 @@ fn check<B: Accelerator>(case: &Case, device: &Device<B>) {
                 scaling: 0.5,
                 dropout: None,
             };
-            B::adapted_packed(x_device.clone(), &weight, &adapter, residual_device)
+            B::adapted_linear_quantised(x_device.clone(), &weight, &adapter, residual_device)
         }
     };
     assert_eq!(ours.dtype(), dtype);
     compare(case, ours, &wanted, &size);
     if !case.added && case.rank.is_none() {
-        let logits = B::logits_packed(x_device, &weight);
+        let logits = B::logits_quantised(x_device, &weight);
         assert_eq!(logits.dtype(), DType::F32);
         compare(case, logits, &wanted, &size);
     }
@@ -213,10 +213,10 @@ fn rows_unpack<B: Accelerator>() {
             let matrix = packed(&values(&mut random, rows * d_input), d_input, format);
             let wanted = unpack(&matrix, d_input, format);
             let weight =
-                PackedWeight::<B>::upload(matrix, rows, d_input, format, DType::F32, &device);
+                QuantisedWeight::<B>::upload(matrix, rows, d_input, format, DType::F32, &device);
             for dtype in dtypes::<B>(&device) {
                 let data = TensorData::new(wanted[d_input..].to_vec(), [rows - 1, d_input]);
-                let ours = B::unpack_rows(&weight, 1, rows - 1, dtype).into_data();
+                let ours = B::dequantise_rows(&weight, 1, rows - 1, dtype).into_data();
                 assert_eq!(ours, data.convert_dtype(dtype), "{format} {rows} {d_input}");
             }
         }
@@ -232,14 +232,16 @@ fn speed<B: Accelerator>(name: &str, dtype: DType) {
     for [d_input, out] in [[4096, 4096], [4096, 12288], [12288, 4096]] {
         for format in [Format::Int8, Format::Int4 { group: 64 }] {
             let copies = (1usize << 28).div_ceil(format.bytes(out, d_input));
-            let matrix = PackedMatrix {
+            let matrix = QuantisedMatrix {
                 words: (0..out * format.words(d_input))
                     .map(|i| (i as i32).wrapping_mul(0x9e37_79b9u32 as i32))
                     .collect(),
                 scales: vec![0.01; out * format.scales(d_input)],
             };
-            let weights: Vec<PackedWeight<B>> = (0..copies)
-                .map(|_| PackedWeight::upload(matrix.clone(), out, d_input, format, dtype, &device))
+            let weights: Vec<QuantisedWeight<B>> = (0..copies)
+                .map(|_| {
+                    QuantisedWeight::upload(matrix.clone(), out, d_input, format, dtype, &device)
+                })
                 .collect();
             let mut line = format!("{name} {dtype:?} {d_input}x{out} {format}:");
             for rows in [1, 4, 8, 64] {
@@ -248,7 +250,7 @@ fn speed<B: Accelerator>(name: &str, dtype: DType) {
                     let start = Instant::now();
                     for _ in 0..times {
                         for weight in &weights {
-                            let _ = B::dense_packed(x.clone(), weight, None, None);
+                            let _ = B::linear_quantised(x.clone(), weight, None, None);
                         }
                     }
                     let _ = B::sync(&device);

@@ -111,7 +111,7 @@ fn products_of_few_rows() {
             ] {
                 report.close(
                     &name("dense"),
-                    Backend::dense(x.clone(), weight.clone(), bias.clone(), residual.clone()),
+                    Backend::linear_add(x.clone(), weight.clone(), bias.clone(), residual.clone()),
                     plain::linear(
                         xf.clone(),
                         wf.clone(),
@@ -142,8 +142,8 @@ fn products_of_few_rows() {
                 want.clone(),
                 dtype,
             );
-            let got = matvec::gated_product(&x, &norm, &matrix, &matrix);
-            let want = plain::gated(want.clone(), want);
+            let got = matvec::swiglu_matmul(&x, &norm, &matrix, &matrix);
+            let want = plain::swiglu(want.clone(), want);
             report.close(&name("gated product"), tensor::<2>(got), want, dtype);
         }
         adapters(dtype, &device, &mut report);
@@ -161,7 +161,7 @@ fn products_of_few_rows() {
             epsilon: 1e-6,
         };
         let matrices = weights.map(contiguous);
-        let got = matvec::three_products(&contiguous(x), &norm, matrices.each_ref());
+        let got = matvec::three_matmuls(&contiguous(x), &norm, matrices.each_ref());
         let want = Tensor::cat(parts.to_vec(), 1);
         report.close("three products", tensor::<2>(got), want, dtype);
     }
@@ -183,15 +183,15 @@ fn adapters(dtype: DType, device: &Device, report: &mut Report) {
         let [xf, wf, rf] = wide;
         let low = Backend::low_rank_inputs(x.clone(), &[&adapter]).remove(0);
         let low_wanted = plain::low_rank_input(xf.clone(), &adapter);
-        let name = format!("adapted_product {rows} x {inner} x {out} r {rank}");
+        let name = format!("adapted_linear {rows} x {inner} x {out} r {rank}");
         report.close(
             &format!("{name}, low"),
             low.clone(),
             low_wanted.clone(),
             DType::F32,
         );
-        let got = Backend::adapted_product(x, weight, low, &adapter, Some(residual));
-        let want = plain::adapted_product(xf, wf, low_wanted, &adapter, Some(rf));
+        let got = Backend::adapted_linear(x, weight, low, &adapter, Some(residual));
+        let want = plain::adapted_linear(xf, wf, low_wanted, &adapter, Some(rf));
         report.close(&name, got, want, dtype);
     }
 }
@@ -337,8 +337,8 @@ fn pointwise() {
             let (gf, uf) = (to_f32(gate.clone()), to_f32(up.clone()));
             report.close(
                 &name("gated"),
-                Backend::gated(gate.clone(), up),
-                plain::gated(gf.clone(), uf),
+                Backend::swiglu(gate.clone(), up),
+                plain::swiglu(gf.clone(), uf),
                 dtype,
             );
             report.close(
@@ -510,12 +510,12 @@ fn large_activations_stay_finite() {
         // Beyond the largest f16 the product ends there: an infinity would be a NaN in the next norm.
         (
             "gated",
-            Backend::gated(x.clone(), x.clone()),
-            plain::gated(large.clone(), large.clone()).clamp(-65504.0, 65504.0),
+            Backend::swiglu(x.clone(), x.clone()),
+            plain::swiglu(large.clone(), large.clone()).clamp(-65504.0, 65504.0),
         ),
         (
             "dense",
-            Backend::dense(x.clone(), x, None, None),
+            Backend::linear_add(x.clone(), x, None, None),
             plain::linear(large.clone(), large, None, None).clamp(-65504.0, 65504.0),
         ),
     ] {

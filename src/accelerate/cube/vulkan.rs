@@ -19,7 +19,7 @@ use crate::{
     base::device_name::DeviceKind,
     ops::{
         AttentionSpans, DeviceMemory, DeviceOps, Dropout, ForwardOps, HeadNorm, LowRank,
-        TrainingOps, cast::to_f32, plain, quantised::PackedWeight,
+        TrainingOps, cast::to_f32, plain, quantised::QuantisedWeight,
     },
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, key_values::KeyValueCache},
     runtime::accelerator::{Accelerator, DecodeStart, Decoder},
@@ -53,7 +53,7 @@ fn with_dense_heads(buffer: Buffer) -> Buffer {
 }
 
 impl ForwardOps for Backend {
-    fn dense(
+    fn linear_add(
         x: Tensor<Self, 2>,
         weight: Tensor<Self, 2>,
         bias: Option<Tensor<Self, 1>>,
@@ -79,35 +79,35 @@ impl ForwardOps for Backend {
         ))
     }
 
-    fn unpack_rows(
-        weight: &PackedWeight<Self>,
+    fn dequantise_rows(
+        weight: &QuantisedWeight<Self>,
         start: usize,
         count: usize,
         dtype: DType,
     ) -> Tensor<Self, 2> {
-        quantized::unpack_rows(weight, start, count, dtype)
+        quantized::dequantise_rows(weight, start, count, dtype)
     }
 
-    fn dense_packed(
+    fn linear_quantised(
         x: Tensor<Self, 2>,
-        weight: &PackedWeight<Self>,
+        weight: &QuantisedWeight<Self>,
         bias: Option<Tensor<Self, 1>>,
         residual: Option<Tensor<Self, 2>>,
     ) -> Tensor<Self, 2> {
-        quantized::dense_packed(x, weight, bias, residual)
+        quantized::linear_quantised(x, weight, bias, residual)
     }
 
-    fn adapted_packed(
+    fn adapted_linear_quantised(
         x: Tensor<Self, 2>,
-        weight: &PackedWeight<Self>,
+        weight: &QuantisedWeight<Self>,
         adapter: &LowRank<Self>,
         residual: Option<Tensor<Self, 2>>,
     ) -> Tensor<Self, 2> {
-        quantized::adapted_packed(x, weight, adapter, residual)
+        quantized::adapted_linear_quantised(x, weight, adapter, residual)
     }
 
-    fn logits_packed(hidden: Tensor<Self, 2>, head: &PackedWeight<Self>) -> Tensor<Self, 2> {
-        quantized::logits_packed(hidden, head)
+    fn logits_quantised(hidden: Tensor<Self, 2>, head: &QuantisedWeight<Self>) -> Tensor<Self, 2> {
+        quantized::logits_quantised(hidden, head)
     }
 
     fn low_rank_inputs(x: Tensor<Self, 2>, adapters: &[&LowRank<Self>]) -> Vec<Tensor<Self, 2>> {
@@ -122,7 +122,7 @@ impl ForwardOps for Backend {
         adapters.iter().map(low).collect()
     }
 
-    fn adapted_product(
+    fn adapted_linear(
         x: Tensor<Self, 2>,
         weight: Tensor<Self, 2>,
         low: Tensor<Self, 2>,
@@ -136,7 +136,7 @@ impl ForwardOps for Backend {
             .as_ref()
             .is_none_or(|residual| residual.dtype() == x.dtype);
         if !one_type || !matvec::covers(&x, &weight) || !matvec::covers(&scaled, &b) {
-            return plain::adapted_product(tensor(x), tensor(weight), low, adapter, residual);
+            return plain::adapted_linear(tensor(x), tensor(weight), low, adapter, residual);
         }
         let residual = residual.map(contiguous);
         let y = matvec::product(&x, None, &weight, None, residual.as_ref(), x.dtype);
@@ -221,18 +221,18 @@ impl ForwardOps for Backend {
         tensor::<4>(y).swap_dims(1, 2)
     }
 
-    fn wide_product(a: Tensor<Self, 4>, b: Tensor<Self, 4>) -> Tensor<Self, 4> {
+    fn matmul_f32(a: Tensor<Self, 4>, b: Tensor<Self, 4>) -> Tensor<Self, 4> {
         let (a, b) = (strided(a), strided(b));
         let product = matmul(a, b, None, MatmulStrategy::default(), DType::F32);
         tensor(product.expect("a strategy covers every product"))
     }
 
-    fn gated(gate: Tensor<Self, 2>, up: Tensor<Self, 2>) -> Tensor<Self, 2> {
+    fn swiglu(gate: Tensor<Self, 2>, up: Tensor<Self, 2>) -> Tensor<Self, 2> {
         let (gate, up) = (contiguous(gate), contiguous(up));
         if !pointwise::covers(&gate) || gate.dtype != up.dtype {
-            return plain::gated(tensor(gate), tensor(up));
+            return plain::swiglu(tensor(gate), tensor(up));
         }
-        tensor(pointwise::run(Operation::Gated, &gate, &up))
+        tensor(pointwise::run(Operation::SwiGlu, &gate, &up))
     }
 
     fn gelu_tanh(x: Tensor<Self, 2>) -> Tensor<Self, 2> {
@@ -295,7 +295,7 @@ impl DeviceOps for Backend {
         })
     }
 
-    fn compact<const D: usize>(x: Tensor<Self, D>) -> Tensor<Self, D> {
+    fn contiguous<const D: usize>(x: Tensor<Self, D>) -> Tensor<Self, D> {
         tensor(contiguous(x))
     }
 }

@@ -89,7 +89,10 @@ pub(super) fn wait(buffer: &Buffer) -> Result<(), String> {
 ///
 /// # Panics
 /// When the driver refuses, as when there is no room.
-pub(super) fn send_to<const D: usize>(x: Tensor<Cuda, D>, device: &CudaDevice) -> Tensor<Cuda, D> {
+pub(super) fn to_other_device<const D: usize>(
+    x: Tensor<Cuda, D>,
+    device: &CudaDevice,
+) -> Tensor<Cuda, D> {
     if x.device() == *device {
         return x;
     }
@@ -358,7 +361,7 @@ mod tests {
         for count in [1, 1000, 30_000_000] {
             let here = counted(count, 0.37, &first);
             let started = Instant::now();
-            let there = send_to(here.clone(), &second);
+            let there = to_other_device(here.clone(), &second);
             let seconds = started.elapsed().as_secs_f64();
             println!("{count} numbers in {:.2} ms", 1e3 * seconds);
             assert_eq!(there.device(), second);
@@ -366,7 +369,7 @@ mod tests {
         }
         // A view is copied as what it shows.
         let table = counted(60, 1.0, &first).reshape([6, 10]);
-        let turned = send_to(table.clone().transpose(), &second);
+        let turned = to_other_device(table.clone().transpose(), &second);
         assert_eq!(turned.into_data(), table.transpose().into_data());
     }
 }

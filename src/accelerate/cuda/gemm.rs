@@ -213,7 +213,7 @@ fn run_tile<'a>(
     }
 }
 
-pub(super) fn dense(
+pub(super) fn linear(
     x: Tensor<Backend, 2>,
     weight: Tensor<Backend, 2>,
     bias: Option<Tensor<Backend, 1>>,

@@ -387,7 +387,7 @@ fn lasting_client(buffer: &Buffer) -> &'static Client {
 }
 
 /// Copies values to the host behind all work so far; nothing waits before the result is called.
-pub(super) fn read_later(x: Tensor<Backend, 1>) -> Reading {
+pub(super) fn read_async(x: Tensor<Backend, 1>) -> Reading {
     let buffer = contiguous(x);
     let descriptor = CopyDescriptor::new(
         buffer.handle.clone().binding(),

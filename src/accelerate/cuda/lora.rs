@@ -11,7 +11,7 @@ use super::{
     operand::Operand,
     plan,
 };
-use crate::ops::{BackwardProduct, Dropout, LowRank, LowRankFlow, LowRankGradients};
+use crate::ops::{BackwardMatmul, Dropout, LowRank, LowRankBackward, LowRankGradients};
 
 const SOURCES: &[&str] = &[
     include_str!("scalar.cuh"),
@@ -203,7 +203,7 @@ fn scaled_b(adapter: &LowRank<Backend>) -> Buffer {
 }
 
 /// `x Wᵀ + s · low Bᵀ + residual`.
-pub(super) fn adapted_product(
+pub(super) fn adapted_linear(
     x: Tensor<Backend, 2>,
     weight: Tensor<Backend, 2>,
     low: Tensor<Backend, 2>,
@@ -227,7 +227,7 @@ pub(super) fn adapted_product(
 /// Gradients of the weights of adapters that share the input `x`.
 pub(super) fn low_rank_backward(
     x: Tensor<Backend, 2>,
-    flows: &[LowRankFlow<Backend>],
+    flows: &[LowRankBackward<Backend>],
 ) -> Vec<LowRankGradients<Backend>> {
     let x = contiguous(x);
     // What flows back is read once for each adapter, the input once for all.
@@ -254,7 +254,7 @@ pub(super) fn low_rank_backward(
 }
 
 /// The gradient of `B`, `[out, rank]` f32, and of `drop(x) Aᵀ`, `[rows, rank]` bf16.
-fn flow(flow: &LowRankFlow<Backend>) -> (Buffer, Buffer) {
+fn flow(flow: &LowRankBackward<Backend>) -> (Buffer, Buffer) {
     let (dy, low) = (contiguous(flow.dy.clone()), contiguous(flow.low.clone()));
     let b = contiguous(flow.adapter.b.clone());
     let [rows, width] = dy.meta.shape().dims();
@@ -358,7 +358,7 @@ fn outer(x: &Buffer, lows: &[Buffer], dropouts: &[Option<Dropout>]) -> Vec<Buffe
 }
 
 /// The products' share of what flows back into their input, and the adapters'.
-fn weights_share(products: &[BackwardProduct<Backend>]) -> Buffer {
+fn weights_share(products: &[BackwardMatmul<Backend>]) -> Buffer {
     let pairs: Vec<_> = products
         .iter()
         .map(|product| (product.dy.clone(), product.weight.clone()))
@@ -366,7 +366,7 @@ fn weights_share(products: &[BackwardProduct<Backend>]) -> Buffer {
     contiguous(gemm::input_gradient(&pairs))
 }
 
-pub(super) fn input_gradient(products: &[BackwardProduct<Backend>]) -> Tensor<Backend, 2> {
+pub(super) fn input_gradient(products: &[BackwardMatmul<Backend>]) -> Tensor<Backend, 2> {
     let dx = weights_share(products);
     let adapters: Vec<_> = products
         .iter()
@@ -383,14 +383,14 @@ pub(super) fn input_gradient(products: &[BackwardProduct<Backend>]) -> Tensor<Ba
 }
 
 /// What flows back into gate and up, in one pass over what flows back into their product.
-pub(super) fn gated_input_gradient(
-    product: BackwardProduct<Backend>,
+pub(super) fn swiglu_input_gradient(
+    product: BackwardMatmul<Backend>,
     gate: Tensor<Backend, 2>,
     up: Tensor<Backend, 2>,
 ) -> [Tensor<Backend, 2>; 2] {
     let dx = weights_share(std::slice::from_ref(&product));
     let Some(adapter) = &product.adapter else {
-        return super::pointwise::gated_backward(gate, up, tensor(dx));
+        return super::pointwise::swiglu_backward(gate, up, tensor(dx));
     };
     let (gate, up) = (contiguous(gate), contiguous(up));
     let shape: [usize; 2] = dx.meta.shape().dims();

@@ -48,10 +48,10 @@ use crate::{
     base::device_name::DeviceKind,
     batch::images::ImageInput,
     ops::{
-        Activation, AdamWTensor, AllReduce, AttentionSpans, BackwardProduct, DeviceMemory,
-        DeviceOps, Dropout, ForwardOps, HeadNorm, LowRank, LowRankFlow, LowRankGradients, Reading,
-        TargetLoss, TrainingOps, plain,
-        quantised::PackedWeight,
+        Activation, AdamWTensor, AllReduce, AttentionSpans, BackwardMatmul, DeviceMemory,
+        DeviceOps, Dropout, ForwardOps, HeadNorm, LowRank, LowRankBackward, LowRankGradients,
+        Reading, TargetLoss, TrainingOps, plain,
+        quantised::QuantisedWeight,
         upload::{Fill, Upload, UploadError},
     },
     qwen3_vl::{
@@ -100,7 +100,7 @@ pub fn configure() {
 }
 
 /// Whether the kernels can work on what flows back through a product and its adapter.
-fn flows_back(product: &BackwardProduct<Cuda>) -> bool {
+fn flows_back(product: &BackwardMatmul<Cuda>) -> bool {
     gemm::covers(&product.dy, &product.weight)
         && product.adapter.as_ref().is_none_or(|(low, adapter)| {
             lora::covers(adapter, product.dy.dtype()) && low.dtype() == DType::BF16
@@ -108,7 +108,7 @@ fn flows_back(product: &BackwardProduct<Cuda>) -> bool {
 }
 
 impl ForwardOps for Cuda {
-    fn product<const D: usize>(a: Tensor<Self, D>, b: Tensor<Self, D>) -> Tensor<Self, D> {
+    fn matmul<const D: usize>(a: Tensor<Self, D>, b: Tensor<Self, D>) -> Tensor<Self, D> {
         if product::covers(&a, &b) {
             product::product(a, b)
         } else {
@@ -124,29 +124,29 @@ impl ForwardOps for Cuda {
         cache::append(buffers, new, at)
     }
 
-    fn dense(
+    fn linear_add(
         x: Tensor<Self, 2>,
         weight: Tensor<Self, 2>,
         bias: Option<Tensor<Self, 1>>,
         residual: Option<Tensor<Self, 2>>,
     ) -> Tensor<Self, 2> {
         if gemm::covers(&x, &weight) {
-            gemm::dense(x, weight, bias, residual, None)
+            gemm::linear(x, weight, bias, residual, None)
         } else {
             plain::linear(x, weight, bias, residual)
         }
     }
 
-    fn dense_activated(
+    fn linear_activated(
         x: Tensor<Self, 2>,
         weight: Tensor<Self, 2>,
         bias: Option<Tensor<Self, 1>>,
         activation: Activation,
     ) -> Tensor<Self, 2> {
         if gemm::covers(&x, &weight) {
-            gemm::dense(x, weight, bias, None, Some(activation))
+            gemm::linear(x, weight, bias, None, Some(activation))
         } else {
-            activation.of(Self::dense(x, weight, bias, None))
+            activation.of(Self::linear_add(x, weight, bias, None))
         }
     }
 
@@ -161,7 +161,7 @@ impl ForwardOps for Cuda {
         }
     }
 
-    fn adapted_product(
+    fn adapted_linear(
         x: Tensor<Self, 2>,
         weight: Tensor<Self, 2>,
         low: Tensor<Self, 2>,
@@ -169,41 +169,41 @@ impl ForwardOps for Cuda {
         residual: Option<Tensor<Self, 2>>,
     ) -> Tensor<Self, 2> {
         if gemm::covers(&x, &weight) && lora::covers(adapter, x.dtype()) {
-            lora::adapted_product(x, weight, low, adapter, residual)
+            lora::adapted_linear(x, weight, low, adapter, residual)
         } else {
-            plain::adapted_product(x, weight, low, adapter, residual)
+            plain::adapted_linear(x, weight, low, adapter, residual)
         }
     }
 
-    fn unpack_rows(
-        weight: &PackedWeight<Self>,
+    fn dequantise_rows(
+        weight: &QuantisedWeight<Self>,
         start: usize,
         count: usize,
         dtype: DType,
     ) -> Tensor<Self, 2> {
-        quantized::unpack_rows(weight, start, count, dtype)
+        quantized::dequantise_rows(weight, start, count, dtype)
     }
 
-    fn dense_packed(
+    fn linear_quantised(
         x: Tensor<Self, 2>,
-        weight: &PackedWeight<Self>,
+        weight: &QuantisedWeight<Self>,
         bias: Option<Tensor<Self, 1>>,
         residual: Option<Tensor<Self, 2>>,
     ) -> Tensor<Self, 2> {
-        quantized::dense_packed(x, weight, bias, residual)
+        quantized::linear_quantised(x, weight, bias, residual)
     }
 
-    fn adapted_packed(
+    fn adapted_linear_quantised(
         x: Tensor<Self, 2>,
-        weight: &PackedWeight<Self>,
+        weight: &QuantisedWeight<Self>,
         adapter: &LowRank<Self>,
         residual: Option<Tensor<Self, 2>>,
     ) -> Tensor<Self, 2> {
-        quantized::adapted_packed(x, weight, adapter, residual)
+        quantized::adapted_linear_quantised(x, weight, adapter, residual)
     }
 
-    fn logits_packed(hidden: Tensor<Self, 2>, head: &PackedWeight<Self>) -> Tensor<Self, 2> {
-        quantized::logits_packed(hidden, head)
+    fn logits_quantised(hidden: Tensor<Self, 2>, head: &QuantisedWeight<Self>) -> Tensor<Self, 2> {
+        quantized::logits_quantised(hidden, head)
     }
 
     fn dropout_mask(like: &Tensor<Self, 2>, dropout: Dropout) -> Tensor<Self, 2> {
@@ -277,11 +277,11 @@ impl ForwardOps for Cuda {
         }
     }
 
-    fn gated(gate: Tensor<Self, 2>, up: Tensor<Self, 2>) -> Tensor<Self, 2> {
+    fn swiglu(gate: Tensor<Self, 2>, up: Tensor<Self, 2>) -> Tensor<Self, 2> {
         if pointwise::covers(&[&gate, &up]) {
-            pointwise::gated(gate, up)
+            pointwise::swiglu(gate, up)
         } else {
-            plain::gated(gate, up)
+            plain::swiglu(gate, up)
         }
     }
 
@@ -313,7 +313,7 @@ impl ForwardOps for Cuda {
 impl TrainingOps for Cuda {
     fn low_rank_backward(
         x: Tensor<Self, 2>,
-        flows: &[LowRankFlow<Self>],
+        flows: &[LowRankBackward<Self>],
     ) -> Vec<LowRankGradients<Self>> {
         let covered = flows.iter().all(|flow| {
             lora::covers(&flow.adapter, x.dtype())
@@ -331,7 +331,7 @@ impl TrainingOps for Cuda {
         }
     }
 
-    fn input_gradient(products: &[BackwardProduct<Self>]) -> Tensor<Self, 2> {
+    fn input_gradient(products: &[BackwardMatmul<Self>]) -> Tensor<Self, 2> {
         if products.iter().all(flows_back) {
             lora::input_gradient(products)
         } else {
@@ -339,16 +339,16 @@ impl TrainingOps for Cuda {
         }
     }
 
-    fn gated_input_gradient(
-        product: BackwardProduct<Self>,
+    fn swiglu_input_gradient(
+        product: BackwardMatmul<Self>,
         gate: Tensor<Self, 2>,
         up: Tensor<Self, 2>,
     ) -> [Tensor<Self, 2>; 2] {
         let one_type = [&gate, &up].iter().all(|x| x.dtype() == DType::BF16);
         if flows_back(&product) && one_type {
-            lora::gated_input_gradient(product, gate, up)
+            lora::swiglu_input_gradient(product, gate, up)
         } else {
-            Self::gated_backward(gate, up, Self::input_gradient(&[product]))
+            Self::swiglu_backward(gate, up, Self::input_gradient(&[product]))
         }
     }
 
@@ -411,15 +411,15 @@ impl TrainingOps for Cuda {
         }
     }
 
-    fn gated_backward(
+    fn swiglu_backward(
         gate: Tensor<Self, 2>,
         up: Tensor<Self, 2>,
         dy: Tensor<Self, 2>,
     ) -> [Tensor<Self, 2>; 2] {
         if pointwise::covers(&[&gate, &up, &dy]) {
-            pointwise::gated_backward(gate, up, dy)
+            pointwise::swiglu_backward(gate, up, dy)
         } else {
-            plain::gated_backward(gate, up, dy)
+            plain::swiglu_backward(gate, up, dy)
         }
     }
 
@@ -468,7 +468,7 @@ impl DeviceOps for Cuda {
         Tensor::empty(shape, (device, dtype))
     }
 
-    fn compact<const D: usize>(x: Tensor<Self, D>) -> Tensor<Self, D> {
+    fn contiguous<const D: usize>(x: Tensor<Self, D>) -> Tensor<Self, D> {
         launch::tensor(launch::contiguous(x))
     }
 
@@ -495,8 +495,11 @@ impl DeviceOps for Cuda {
         collective::all_reduce(devices, patience)
     }
 
-    fn send_to<const D: usize>(x: Tensor<Self, D>, device: &Self::Device) -> Tensor<Self, D> {
-        collective::send_to(x, device)
+    fn to_other_device<const D: usize>(
+        x: Tensor<Self, D>,
+        device: &Self::Device,
+    ) -> Tensor<Self, D> {
+        collective::to_other_device(x, device)
     }
 
     fn upload<E: From<UploadError>>(
@@ -507,10 +510,10 @@ impl DeviceOps for Cuda {
         upload::upload(devices, tensors, fill)
     }
 
-    const READS_LATER: bool = true;
+    const READS_ASYNC: bool = true;
 
-    fn read_later(x: Tensor<Self, 1>) -> Reading {
-        launch::read_later(x)
+    fn read_async(x: Tensor<Self, 1>) -> Reading {
+        launch::read_async(x)
     }
 }
 
@@ -560,8 +563,8 @@ impl Accelerator for Cuda {
         vision::run(tower, images, layout, run)
     }
 
-    fn settle(model: &Qwen3Vl<Self>) {
-        vision::settle(&model.model.visual);
+    fn wait_for_background(model: &Qwen3Vl<Self>) {
+        vision::wait_for_background(&model.model.visual);
     }
 
     const HAS_DECODER: bool = true;

@@ -64,18 +64,18 @@ fn run<const OUT: usize>(
     outputs.map(tensor)
 }
 
-pub(super) fn gated(gate: Tensor<Backend, 2>, up: Tensor<Backend, 2>) -> Tensor<Backend, 2> {
+pub(super) fn swiglu(gate: Tensor<Backend, 2>, up: Tensor<Backend, 2>) -> Tensor<Backend, 2> {
     let [y] = run("gated", "GATED", &[&contiguous(gate), &contiguous(up)]);
     y
 }
 
-pub(super) fn gated_backward(
+pub(super) fn swiglu_backward(
     gate: Tensor<Backend, 2>,
     up: Tensor<Backend, 2>,
     dy: Tensor<Backend, 2>,
 ) -> [Tensor<Backend, 2>; 2] {
     let (gate, up, dy) = (contiguous(gate), contiguous(up), contiguous(dy));
-    run("gated_backward", "GATED_BACKWARD", &[&gate, &up, &dy])
+    run("swiglu_backward", "GATED_BACKWARD", &[&gate, &up, &dy])
 }
 
 pub(super) fn gelu(x: Tensor<Backend, 2>, tanh: bool) -> Tensor<Backend, 2> {

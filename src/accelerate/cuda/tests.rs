@@ -21,8 +21,8 @@ use crate::{
         text::{Padding, TextInput},
     },
     ops::{
-        Activation, AdamWStep, AdamWTensor, AttentionSpans, BackwardProduct, DeviceOps, Dropout,
-        ForwardOps, HeadNorm, LowRank, LowRankFlow, TrainingOps,
+        Activation, AdamWStep, AdamWTensor, AttentionSpans, BackwardMatmul, DeviceOps, Dropout,
+        ForwardOps, HeadNorm, LowRank, LowRankBackward, TrainingOps,
         cast::{to_dtype, to_f32},
         plain,
         plain::{gelu_exact, gelu_tanh},
@@ -265,14 +265,14 @@ fn pointwise() {
             let close = tolerance(dtype, ONE_ROUNDING);
             report.close(
                 &name("gated"),
-                Cuda::gated(gate.clone(), up.clone()),
-                plain::gated(gf.clone(), uf.clone()),
+                Cuda::swiglu(gate.clone(), up.clone()),
+                plain::swiglu(gf.clone(), uf.clone()),
                 close,
             );
-            let got = Cuda::gated_backward(gate.clone(), up, dy);
-            let want = plain::gated_backward(gf.clone(), uf, df);
+            let got = Cuda::swiglu_backward(gate.clone(), up, dy);
+            let want = plain::swiglu_backward(gf.clone(), uf, df);
             for (got, want) in got.into_iter().zip(want) {
-                report.close(&name("gated_backward"), got, want, close);
+                report.close(&name("swiglu_backward"), got, want, close);
             }
             report.close(
                 &name("gelu_tanh"),
@@ -334,7 +334,7 @@ fn products_of_f32() {
         let want = host_product(&a, &b);
         report.close(
             &name("product"),
-            Cuda::product(a.clone(), b.clone()),
+            Cuda::matmul(a.clone(), b.clone()),
             want.clone(),
             2e-6,
         );
@@ -342,13 +342,13 @@ fn products_of_f32() {
         let turned = |x: &T<3>| launch_contiguous(x.clone().swap_dims(1, 2)).swap_dims(1, 2);
         report.close(
             &name("product of views"),
-            Cuda::product(turned(&a), turned(&b)),
+            Cuda::matmul(turned(&a), turned(&b)),
             want,
             2e-6,
         );
         let [left, right] =
             [&a, &b].map(|x| Tensor::<Autodiff<Cuda>, 3>::from_inner(x.clone()).require_grad());
-        let y = Autodiff::<Cuda>::product(left.clone(), right.clone());
+        let y = Autodiff::<Cuda>::matmul(left.clone(), right.clone());
         let gradients = (y * Tensor::from_inner(dy.clone())).sum().backward();
         report.close(
             &name("gradient of the left"),
@@ -397,7 +397,7 @@ fn products() {
         ] {
             report.close(
                 &name("dense"),
-                Cuda::dense(x.clone(), weight.clone(), bias.clone(), residual.clone()),
+                Cuda::linear_add(x.clone(), weight.clone(), bias.clone(), residual.clone()),
                 plain::linear(
                     xf.clone(),
                     wf.clone(),
@@ -415,8 +415,8 @@ fn products() {
                 Activation::GeluExact => gelu_exact(want),
             };
             report.close(
-                &name("dense_activated"),
-                Cuda::dense_activated(x.clone(), weight.clone(), bias, activation),
+                &name("linear_activated"),
+                Cuda::linear_activated(x.clone(), weight.clone(), bias, activation),
                 want,
                 ONE_ROUNDING,
             );
@@ -430,7 +430,7 @@ fn products() {
         let dy = normal([rows, out], 1.0, DType::BF16, &device);
         let more = normal([rows, 64], 1.0, DType::BF16, &device);
         let other = normal([64, inner], 0.1, DType::BF16, &device);
-        let product = |dy: &T<2>, weight: &T<2>| BackwardProduct {
+        let product = |dy: &T<2>, weight: &T<2>| BackwardMatmul {
             dy: dy.clone(),
             weight: weight.clone(),
             adapter: None,
@@ -507,15 +507,15 @@ fn adapters() {
                 let [out, _] = weight.dims();
                 let residual = normal([rows, out], 1.0, DType::BF16, &device);
                 report.close(
-                    &name("adapted_product"),
-                    Cuda::adapted_product(
+                    &name("adapted_linear"),
+                    Cuda::adapted_linear(
                         x.clone(),
                         weight.clone(),
                         low.clone(),
                         adapter,
                         Some(residual.clone()),
                     ),
-                    plain::adapted_product(
+                    plain::adapted_linear(
                         xf.clone(),
                         to_f32(weight.clone()),
                         want_low.clone(),
@@ -525,7 +525,7 @@ fn adapters() {
                     close,
                 );
                 let dy = normal([rows, out], 1.0, DType::BF16, &device);
-                let flow = |low, dy| LowRankFlow {
+                let flow = |low, dy| LowRankBackward {
                     low,
                     dy,
                     adapter: adapter.clone(),
@@ -541,7 +541,7 @@ fn adapters() {
                 report.close(&name("gradient of B"), got.b, want.b, close);
                 let low = &name("gradient of low");
                 report.close(low, got.low.clone(), want.low.clone(), close);
-                let product = |dy, weight, low| BackwardProduct {
+                let product = |dy, weight, low| BackwardMatmul {
                     dy,
                     weight,
                     adapter: Some((low, adapters[index].clone())),
@@ -558,14 +558,14 @@ fn adapters() {
                 close,
             );
             let [gate, up] = [2.0, 1.0].map(|std| normal([rows, inner], std, DType::BF16, &device));
-            let got = Cuda::gated_input_gradient(products.remove(0), gate.clone(), up.clone());
-            let want = plain::gated_backward(
+            let got = Cuda::swiglu_input_gradient(products.remove(0), gate.clone(), up.clone());
+            let want = plain::swiglu_backward(
                 to_f32(gate),
                 to_f32(up),
                 plain::input_gradient(&exact_products[..1]),
             );
             for (got, want) in got.into_iter().zip(want) {
-                report.close(&name("gated_input_gradient"), got, want, close);
+                report.close(&name("swiglu_input_gradient"), got, want, close);
             }
         }
     }
@@ -737,7 +737,7 @@ fn optimizer() {
     }
     let want = plain::adamw(again, None);
     for (got, want) in got.into_iter().zip(want).take(6) {
-        let read = Cuda::read_later(got[0].clone());
+        let read = Cuda::read_async(got[0].clone());
         let host: Vec<f32> = got[0].to_data().iter().collect();
         assert_eq!(read(), host);
         report.close("second step", got[0].clone(), want[0].clone(), 1e-5);
@@ -942,7 +942,7 @@ fn vision_tower_as_a_graph() {
             image_grid_thw: vec![[1, height, width]],
         };
         let got = encode_images(&model, &images, &config, &device);
-        Cuda::settle(&model);
+        Cuda::wait_for_background(&model);
         let layout = VisionLayout::new(&images.image_grid_thw, vision, &device);
         let pixels = pixel_tensor(&images, vision.patch_dim(), DType::BF16, &device);
         let want = model.model.visual.forward(pixels, &layout, None);

@@ -125,7 +125,7 @@ fn kept_layouts(kept: &Option<Box<dyn Any + Send>>) -> Option<&Layouts> {
 }
 
 /// Waits until what is compiled for a tower is there.
-pub(super) fn settle(tower: &VisionModel<Backend>) {
+pub(super) fn wait_for_background(tower: &VisionModel<Backend>) {
     let Some(kept) = tower.kept.lock() else {
         return;
     };

@@ -22,8 +22,8 @@ use crate::{
     ops::{
         Ops,
         quantised::{
-            Format, PackedWeight, Quantization,
-            pack::{PackedMatrix, pack},
+            Format, QuantisedWeight, Quantization,
+            pack::{QuantisedMatrix, pack},
         },
         upload::UNDERWAY_BYTES,
     },
@@ -42,7 +42,7 @@ use crate::{
 pub fn replace_weights<B: Ops, E>(
     model: Qwen3Vl<B>,
     quantization: Quantization,
-    make: impl FnMut(&str, [usize; 2], Format) -> Result<PackedWeight<B>, E>,
+    make: impl FnMut(&str, [usize; 2], Format) -> Result<QuantisedWeight<B>, E>,
 ) -> Result<Qwen3Vl<B>, E> {
     struct Replace<M, E> {
         quantization: Quantization,
@@ -52,7 +52,7 @@ pub fn replace_weights<B: Ops, E>(
     impl<M, E> Replace<M, E> {
         fn replaced<B: Backend>(&mut self, layer: &str, weight: Weight<B>) -> Weight<B>
         where
-            M: FnMut(&str, [usize; 2], Format) -> Result<PackedWeight<B>, E>,
+            M: FnMut(&str, [usize; 2], Format) -> Result<QuantisedWeight<B>, E>,
         {
             let path = format!("{layer}.weight");
             let format = format_of(self.quantization, &path);
@@ -70,7 +70,7 @@ pub fn replace_weights<B: Ops, E>(
     }
     impl<B: Backend, M, E> LinearMapper<B> for Replace<M, E>
     where
-        M: FnMut(&str, [usize; 2], Format) -> Result<PackedWeight<B>, E>,
+        M: FnMut(&str, [usize; 2], Format) -> Result<QuantisedWeight<B>, E>,
     {
         fn map_linear(&mut self, path: &str, mut linear: Linear<B>) -> Linear<B> {
             linear.weight = self.replaced(path, linear.weight);
@@ -207,7 +207,7 @@ pub fn pack_view(
     path: &Path,
     name: &str,
     format: Format,
-) -> Result<PackedMatrix, WeightsError> {
+) -> Result<QuantisedMatrix, WeightsError> {
     let [rows, d_input] = view.shape() else {
         return Err(WeightsError::Shape {
             path: path.to_path_buf(),
@@ -262,7 +262,7 @@ fn read_packed(
     scales: &TensorView<'_>,
     scales_path: &Path,
     scales_name: &str,
-) -> Result<PackedMatrix, WeightsError> {
+) -> Result<QuantisedMatrix, WeightsError> {
     let words = words
         .data()
         .chunks_exact(4)
@@ -280,7 +280,7 @@ fn read_packed(
             .collect(),
     };
     match scales.iter().position(|scale| !scale.is_finite()) {
-        None => Ok(PackedMatrix { words, scales }),
+        None => Ok(QuantisedMatrix { words, scales }),
         Some(index) => Err(WeightsError::NotFinite {
             path: scales_path.to_path_buf(),
             name: scales_name.to_string(),
@@ -322,7 +322,7 @@ impl<B: Backend> ModuleMapper<B> for Fill {
 ///
 /// # Errors
 /// [`WeightsError`] names the file and the tensor.
-pub fn load_packed<B: Ops>(
+pub fn load_quantised<B: Ops>(
     model: Qwen3Vl<B>,
     dir: &Path,
     quantization: Quantization,
@@ -371,7 +371,8 @@ pub fn load_packed<B: Ops>(
                 Some(Part::Scales) => continue,
             };
             let (rows, d_input) = (shapes[parameter][0], shapes[parameter][1]);
-            let weight = PackedWeight::<B>::upload(matrix, rows, d_input, format, dtype, &device);
+            let weight =
+                QuantisedWeight::<B>::upload(matrix, rows, d_input, format, dtype, &device);
             underway += weight.bytes();
             if underway > UNDERWAY_BYTES {
                 underway = 0;

@@ -21,7 +21,7 @@ use super::{
 use crate::{
     adapters::quantised::format_of,
     base::files::{FileError, write_atomic},
-    ops::quantised::{Format, Quantization, pack::PackedMatrix},
+    ops::quantised::{Format, Quantization, pack::QuantisedMatrix},
     qwen3_vl::weights::{LazyTensor, TensorFile, WeightsError, checkpoint_files, save_tensors},
 };
 
@@ -84,7 +84,7 @@ fn lazy_parts(
 ) -> [LazyTensor; 2] {
     let packed = {
         let (file, path) = (file.clone(), path.to_string());
-        Rc::new(move || -> Result<PackedMatrix, WeightsError> {
+        Rc::new(move || -> Result<QuantisedMatrix, WeightsError> {
             let tensors = file.tensors()?;
             let view = tensors
                 .tensor(&path)
@@ -174,7 +174,7 @@ fn packed_tensors(
 ///
 /// # Errors
 /// [`WeightsError`] names the file and the tensor; what is in `to` then is not a checkpoint.
-pub fn write_packed(
+pub fn write_quantised(
     from: &Path,
     to: &Path,
     shapes: &BTreeMap<String, Vec<usize>>,

@@ -111,12 +111,12 @@ impl<B: Backend> Packed<B> {
 
 /// Keys and values of one layer in 8 bits.
 #[derive(Debug, Clone)]
-pub struct PackedCache<B: Backend> {
+pub struct QuantisedCache<B: Backend> {
     keys: Packed<B>,
     values: Packed<B>,
 }
 
-impl<B: Backend> PackedCache<B> {
+impl<B: Backend> QuantisedCache<B> {
     /// Writes new tokens `[batch, heads, new, head_dim]` behind the first `len` of `held`, in buffers of at
     /// least `capacity` tokens, and gives all keys and values so far as floats. Clones of `held` keep what
     /// they hold.
@@ -190,12 +190,12 @@ mod tests {
         };
         let (first, second) = (draw(3, 1.0), draw(2, 0.5));
         let append = |held, len, x: &Tensor<Flex, 4>| {
-            PackedCache::append(held, len, [x.clone(), x.clone() * 2.0], 4)
+            QuantisedCache::append(held, len, [x.clone(), x.clone() * 2.0], 4)
         };
         let (held, _) = append(None, 0, &first);
         let fork = held.clone();
         // Behind the third token, which makes the buffers grow.
-        let held = PackedCache {
+        let held = QuantisedCache {
             keys: held.keys.grown(8),
             values: held.values.grown(8),
         };

@@ -20,7 +20,7 @@ pub mod weight;
 
 use std::{fmt, str::FromStr};
 
-pub use weight::PackedWeight;
+pub use weight::QuantisedWeight;
 
 /// Groups that int4 can have, in inputs of a row.
 pub const GROUPS: [usize; 2] = [32, 64];

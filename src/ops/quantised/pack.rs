@@ -7,7 +7,7 @@ use super::Format;
 
 /// A packed matrix on the host.
 #[derive(Debug, Clone, PartialEq)]
-pub struct PackedMatrix {
+pub struct QuantisedMatrix {
     /// `[rows, words]`, row-major.
     pub words: Vec<i32>,
     /// `[rows, scales]`, row-major; representable in the type they are stored in.
@@ -110,7 +110,7 @@ pub fn pack<E: Send>(
     d_input: usize,
     format: Format,
     read: impl Fn(usize, &mut [f32]) -> Result<(), E> + Sync,
-) -> Result<PackedMatrix, E> {
+) -> Result<QuantisedMatrix, E> {
     let (words_row, scales_row) = (format.words(d_input), format.scales(d_input));
     let mut words = vec![0; rows * words_row];
     let mut scales = vec![0.0; rows * scales_row];
@@ -126,11 +126,11 @@ pub fn pack<E: Send>(
                 Ok(())
             },
         )?;
-    Ok(PackedMatrix { words, scales })
+    Ok(QuantisedMatrix { words, scales })
 }
 
 /// The values that packed rows stand for, `[rows, d_input]`.
-pub fn unpack(packed: &PackedMatrix, d_input: usize, format: Format) -> Vec<f32> {
+pub fn unpack(packed: &QuantisedMatrix, d_input: usize, format: Format) -> Vec<f32> {
     let (words_row, scales_row) = (format.words(d_input), format.scales(d_input));
     let group = format.group(d_input);
     let mask = (1u32 << format.bits()) - 1;
@@ -154,7 +154,7 @@ mod tests {
     use super::*;
     use rand::{Rng, SeedableRng};
 
-    fn packed(values: &[f32], rows: usize, format: Format) -> PackedMatrix {
+    fn packed(values: &[f32], rows: usize, format: Format) -> QuantisedMatrix {
         let d_input = values.len() / rows;
         let done = pack::<()>(rows, d_input, format, |row, out| {
             out.copy_from_slice(&values[row * d_input..][..d_input]);

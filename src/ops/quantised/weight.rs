@@ -5,7 +5,7 @@ use burn::{
     tensor::{DType, TensorData, backend::AutodiffBackend},
 };
 
-use super::{Format, pack::PackedMatrix};
+use super::{Format, pack::QuantisedMatrix};
 
 use crate::ops::{
     ForwardOps, LowRank,
@@ -20,7 +20,7 @@ const TILE: usize = 64;
 
 /// A packed matrix `[out, in]` on a device.
 #[derive(Debug, Clone)]
-pub struct PackedWeight<B: Backend> {
+pub struct QuantisedWeight<B: Backend> {
     /// `[out, words of a row]`, i32: bit patterns.
     words: Tensor<B, 2, Int>,
     /// `[out, scales of a row]`, f16 or f32.
@@ -30,7 +30,7 @@ pub struct PackedWeight<B: Backend> {
     dtype: DType,
 }
 
-impl<B: Backend> PackedWeight<B> {
+impl<B: Backend> QuantisedWeight<B> {
     /// Takes tensors that are packed already; `dtype` is what the values count as.
     ///
     /// # Panics
@@ -56,7 +56,7 @@ impl<B: Backend> PackedWeight<B> {
 
     /// Brings a packed matrix of `rows` rows to the device; int4's scales stay f16 where it has that.
     pub fn upload(
-        matrix: PackedMatrix,
+        matrix: QuantisedMatrix,
         rows: usize,
         d_input: usize,
         format: Format,
@@ -165,7 +165,7 @@ impl<B: Backend> PackedWeight<B> {
     }
 }
 
-impl<B: Backend> PackedWeight<B> {
+impl<B: Backend> QuantisedWeight<B> {
     /// The same matrix on another device.
     pub fn to_device(self, device: &B::Device) -> Self {
         Self {
@@ -176,10 +176,10 @@ impl<B: Backend> PackedWeight<B> {
     }
 }
 
-impl<B: AutodiffBackend> PackedWeight<B> {
+impl<B: AutodiffBackend> QuantisedWeight<B> {
     /// The same matrix without autodiff.
-    pub fn inner(&self) -> PackedWeight<B::InnerBackend> {
-        PackedWeight {
+    pub fn inner(&self) -> QuantisedWeight<B::InnerBackend> {
+        QuantisedWeight {
             words: self.words.clone().inner(),
             scales: self.scales.clone().inner(),
             format: self.format,
@@ -189,7 +189,7 @@ impl<B: AutodiffBackend> PackedWeight<B> {
     }
 
     /// The same matrix under autodiff; it never gets a gradient.
-    pub fn from_inner(inner: PackedWeight<B::InnerBackend>) -> Self {
+    pub fn from_inner(inner: QuantisedWeight<B::InnerBackend>) -> Self {
         Self {
             words: Tensor::from_inner(inner.words),
             scales: Tensor::from_inner(inner.scales),
@@ -222,7 +222,7 @@ pub fn scale_dtype<B: Backend>(format: Format, device: &B::Device) -> DType {
 
 /// Does some rows of a packed matrix at a time and joins what comes of them: `[n, out]`.
 fn by_rows<B: ForwardOps>(
-    weight: &PackedWeight<B>,
+    weight: &QuantisedWeight<B>,
     dtype: DType,
     part: impl Fn(Tensor<B, 2>, usize, usize) -> Tensor<B, 2>,
 ) -> Tensor<B, 2> {
@@ -233,7 +233,7 @@ fn by_rows<B: ForwardOps>(
         let count = at_once.min(out - start);
         // Of the same few sizes in every layer, so memory of these sizes is kept for them.
         let rows = persistent::<B, _, _>(&device, weight.clone(), |weight| {
-            B::unpack_rows(&weight, start, count, dtype)
+            B::dequantise_rows(&weight, start, count, dtype)
         });
         part(rows, start, count)
     });
@@ -246,23 +246,23 @@ fn by_rows<B: ForwardOps>(
 }
 
 /// `x Wᵀ + bias + residual`: some rows of the matrix as floats at a time.
-pub(crate) fn dense<B: ForwardOps>(
+pub(crate) fn linear<B: ForwardOps>(
     x: Tensor<B, 2>,
-    weight: &PackedWeight<B>,
+    weight: &QuantisedWeight<B>,
     bias: Option<Tensor<B, 1>>,
     residual: Option<Tensor<B, 2>>,
 ) -> Tensor<B, 2> {
     by_rows(weight, x.dtype(), |rows, start, count| {
         let bias = bias.clone().map(|bias| bias.narrow(0, start, count));
         let residual = residual.clone().map(|y| y.narrow(1, start, count));
-        B::dense(x.clone(), rows, bias, residual)
+        B::linear_add(x.clone(), rows, bias, residual)
     })
 }
 
 /// [`dense`] plus an adapter's share, without bias.
 pub(crate) fn adapted<B: ForwardOps>(
     x: Tensor<B, 2>,
-    weight: &PackedWeight<B>,
+    weight: &QuantisedWeight<B>,
     adapter: &LowRank<B>,
     residual: Option<Tensor<B, 2>>,
 ) -> Tensor<B, 2> {
@@ -273,14 +273,17 @@ pub(crate) fn adapted<B: ForwardOps>(
             ..adapter.clone()
         };
         let residual = residual.clone().map(|y| y.narrow(1, start, count));
-        B::adapted_product(x.clone(), rows, low.clone(), &adapter, residual)
+        B::adapted_linear(x.clone(), rows, low.clone(), &adapter, residual)
     })
 }
 
 /// Logits in f32.
-pub(crate) fn logits<B: ForwardOps>(hidden: Tensor<B, 2>, head: &PackedWeight<B>) -> Tensor<B, 2> {
+pub(crate) fn logits<B: ForwardOps>(
+    hidden: Tensor<B, 2>,
+    head: &QuantisedWeight<B>,
+) -> Tensor<B, 2> {
     let hidden = to_f32(hidden);
     by_rows(head, DType::F32, |rows, _, _| {
-        B::product(hidden.clone(), rows.transpose())
+        B::matmul(hidden.clone(), rows.transpose())
     })
 }

@@ -11,7 +11,7 @@ use burn::{
 use crate::{
     adapters::quantised::load::replace_weights,
     ops::quantised::{
-        Format, PackedWeight, Quantization,
+        Format, QuantisedWeight, Quantization,
         weight::{persistent, scale_dtype},
     },
     qwen3_vl::{
@@ -126,7 +126,7 @@ impl<B: Accelerator> ModuleMapper<B> for Draw {
         let (std, dtype) = (self.std, self.dtype);
         let tensor = persistent::<B, _, _>(&device, param.lazy_shape(), |shape| {
             let drawn = Tensor::random(shape, Distribution::Normal(0.0, std), (&device, dtype));
-            B::compact(drawn)
+            B::contiguous(drawn)
         });
         Param::initialized(param.id, tensor)
     }
@@ -142,7 +142,7 @@ fn draw_packed<B: Accelerator>(
     std: f64,
     dtype: DType,
     device: &B::Device,
-) -> PackedWeight<B> {
+) -> QuantisedWeight<B> {
     let width = format.words(d_input);
     // Halves of words: a draw of 32 bits at once would have the 24 of an f32.
     let half = |rows: usize, from: f64| -> Tensor<B, 2, Int> {
@@ -165,7 +165,7 @@ fn draw_packed<B: Accelerator>(
     let scales = persistent::<B, _, _>(device, (), |()| {
         Tensor::full([rows, format.scales(d_input)], scale, (device, held))
     });
-    PackedWeight::new(words, scales, format, d_input, dtype)
+    QuantisedWeight::new(words, scales, format, d_input, dtype)
 }
 
 /// Draws a whole model, tensor by tensor, on the device: normal with the published deviation.
