@@ -275,16 +275,16 @@ where
             at,
         };
         let x = decoder_layers(&mut run, 0..self.layers.len(), x);
-        let logits = self.head.product(&x, Some(&self.norm), None, DType::F32);
+        let logits = self.head.matmul(&x, Some(&self.norm), None, DType::F32);
         self.launched += 1;
         logits
     }
 
     /// Queues a step and the choice of the tokens that go into the next; gives these to be read.
     fn step_to_tokens(&mut self) -> Buffer<R> {
-        let [next, told] = likeliest(&self.step());
+        let [next, for_host] = likeliest(&self.step());
         self.tokens = next;
-        told
+        for_host
     }
 }
 
@@ -350,7 +350,7 @@ where
     fn project_attended(&mut self, y: Buffer<R>, residual: Buffer<R>) -> Buffer<R> {
         self.layer
             .output
-            .product(&y, None, Some(&residual), residual.dtype)
+            .matmul(&y, None, Some(&residual), residual.dtype)
     }
 
     fn swiglu(&mut self, h: Normed<'a, R>) -> Buffer<R> {
@@ -360,7 +360,7 @@ where
     fn project_down(&mut self, y: Buffer<R>, residual: Buffer<R>) -> Buffer<R> {
         self.layer
             .down
-            .product(&y, None, Some(&residual), residual.dtype)
+            .matmul(&y, None, Some(&residual), residual.dtype)
     }
 }
 

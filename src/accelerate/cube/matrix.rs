@@ -6,7 +6,7 @@ use burn_cubecl::CubeRuntime;
 use super::{
     launch::{Buffer, Cube, strided},
     matvec::{self, InputNorm},
-    quantized::{self, Packed},
+    quantized::{self, Quantised},
     words::Packing,
 };
 use crate::weights::Weight;
@@ -20,7 +20,7 @@ pub(super) enum Matrix<R: CubeRuntime> {
     /// Its elements.
     Floats(Buffer<R>),
     /// Its words and scales.
-    Packed(Packed<R>),
+    Quantised(Quantised<R>),
 }
 
 impl<R: CubeRuntime> Matrix<R> {
@@ -28,7 +28,7 @@ impl<R: CubeRuntime> Matrix<R> {
     pub(super) fn of(weight: &Weight<Cube<R>>) -> Self {
         match weight {
             Weight::Dense(param) => Self::Floats(strided(param.val())),
-            Weight::Packed(packed) => Self::Packed(Packed::of(packed)),
+            Weight::Packed(weight) => Self::Quantised(Quantised::of(weight)),
         }
     }
 
@@ -36,12 +36,12 @@ impl<R: CubeRuntime> Matrix<R> {
     pub(super) fn covers(&self, dtype: DType) -> bool {
         match self {
             Self::Floats(buffer) => buffer.dtype == dtype && buffer.is_contiguous(),
-            Self::Packed(packed) => packed.is_whole() && Packing::of(dtype).is_some(),
+            Self::Quantised(weight) => weight.is_whole() && Packing::of(dtype).is_some(),
         }
     }
 
     /// `norm(x) Wᵀ + residual` in type `out`.
-    pub(super) fn product(
+    pub(super) fn matmul(
         &self,
         x: &Buffer<R>,
         norm: Option<&InputNorm<R>>,
@@ -49,10 +49,10 @@ impl<R: CubeRuntime> Matrix<R> {
         out: DType,
     ) -> Buffer<R> {
         match self {
-            Self::Floats(weight) => matvec::product(x, norm, weight, None, residual, out),
-            Self::Packed(weight) => {
+            Self::Floats(weight) => matvec::matmul(x, norm, weight, None, residual, out),
+            Self::Quantised(weight) => {
                 let norm = norm.map(|norm| (&norm.weight, norm.epsilon));
-                quantized::product(x, norm, weight, (None, residual), None, out)
+                quantized::matmul(x, norm, weight, (None, residual), None, out)
             }
         }
     }
@@ -70,10 +70,10 @@ impl<R: CubeRuntime> Matrix<R> {
             [Self::Floats(a), Self::Floats(b), Self::Floats(c)] => {
                 matvec::three_matmuls(x, norm, [a, b, c])
             }
-            [Self::Packed(a), Self::Packed(b), Self::Packed(c)] => {
+            [Self::Quantised(a), Self::Quantised(b), Self::Quantised(c)] => {
                 quantized::three_matmuls(x, (&norm.weight, norm.epsilon), [a, b, c])
             }
-            _ => panic!("matrices of one input have different forms"),
+            _ => panic!("matrices of one input are stored differently"),
         }
     }
 
@@ -89,10 +89,10 @@ impl<R: CubeRuntime> Matrix<R> {
     ) -> Buffer<R> {
         match (gate, up) {
             (Self::Floats(gate), Self::Floats(up)) => matvec::swiglu_matmul(x, norm, gate, up),
-            (Self::Packed(gate), Self::Packed(up)) => {
+            (Self::Quantised(gate), Self::Quantised(up)) => {
                 quantized::swiglu_matmul(x, (&norm.weight, norm.epsilon), gate, up)
             }
-            _ => panic!("gate and up have different forms"),
+            _ => panic!("gate and up are stored differently"),
         }
     }
 }

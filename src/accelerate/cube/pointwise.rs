@@ -68,7 +68,7 @@ fn pointwise<F: Numeric>(
 /// The operation over all elements; `y` is `x` again where it has one operand.
 pub(super) fn run<R: CubeRuntime>(operation: Operation, x: &Buffer<R>, y: &Buffer<R>) -> Buffer<R> {
     let [rows, width] = x.meta.shape().dims();
-    let packing = Packing::of(x.dtype).expect("`covers` was asked");
+    let packing = Packing::of(x.dtype).expect("`covers` accepted the type");
     let out = empty(x, [rows, width], x.dtype);
     let count = rows * width / packing.piece();
     // SAFETY: all three have `count` pieces.

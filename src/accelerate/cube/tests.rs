@@ -110,7 +110,7 @@ fn products_of_few_rows() {
                 (Some(bias.clone()), Some(residual.clone())),
             ] {
                 report.close(
-                    &name("dense"),
+                    &name("linear"),
                     Backend::linear_add(x.clone(), weight.clone(), bias.clone(), residual.clone()),
                     plain::linear(
                         xf.clone(),
@@ -134,17 +134,17 @@ fn products_of_few_rows() {
             };
             let normed = plain::rms_norm(xf, to_f32(scale), 1e-6);
             let (x, matrix) = (contiguous(x), contiguous(weight));
-            let got = matvec::product(&x, Some(&norm), &matrix, None, None, dtype);
+            let got = matvec::matmul(&x, Some(&norm), &matrix, None, None, dtype);
             let want = normed.clone().matmul(wf.clone().transpose());
             report.close(
-                &name("norm and product"),
+                &name("norm and matmul"),
                 tensor::<2>(got),
                 want.clone(),
                 dtype,
             );
             let got = matvec::swiglu_matmul(&x, &norm, &matrix, &matrix);
             let want = plain::swiglu(want.clone(), want);
-            report.close(&name("gated product"), tensor::<2>(got), want, dtype);
+            report.close(&name("swiglu matmul"), tensor::<2>(got), want, dtype);
         }
         adapters(dtype, &device, &mut report);
         let weights = [12, 4, 8].map(|out| normal([out, 72], 0.1, dtype, &device));
@@ -163,7 +163,7 @@ fn products_of_few_rows() {
         let matrices = weights.map(contiguous);
         let got = matvec::three_matmuls(&contiguous(x), &norm, matrices.each_ref());
         let want = Tensor::cat(parts.to_vec(), 1);
-        report.close("three products", tensor::<2>(got), want, dtype);
+        report.close("three matmuls", tensor::<2>(got), want, dtype);
     }
     report.finish();
 }
@@ -296,19 +296,19 @@ fn rotation_into_a_cache(dtype: DType, device: &Device, report: &mut Report) {
         let all = to_f32(qkv.clone()).reshape([rows, heads + 2 * kv, head_dim]);
         all.narrow(1, from, count)
     };
-    let turned = |x: T<3>, weight: &T<1>| {
+    let rotated = |x: T<3>, weight: &T<1>| {
         let norm = HeadNorm {
             weight: to_f32(weight.clone()),
             epsilon: 1e-6,
         };
         plain::rotate_heads(x, Some(norm), cos.clone(), sin.clone())
     };
-    let want_q = turned(part(0, heads), &weights[0]).reshape([rows, heads * head_dim]);
+    let want_q = rotated(part(0, heads), &weights[0]).reshape([rows, heads * head_dim]);
     let range = [0..rows, 0..kv, at..at + 1, 0..head_dim];
     let put = |held: &T<4>, x: T<3>| {
         to_f32(held.clone()).slice_assign(range.clone(), x.reshape([rows, kv, 1, head_dim]))
     };
-    let want_k = put(&held[0], turned(part(heads, kv), &weights[1]));
+    let want_k = put(&held[0], rotated(part(heads, kv), &weights[1]));
     let want_v = put(&held[1], part(heads + kv, kv));
     let norms = HeadNorms {
         q: contiguous(weights[0].clone()),
@@ -336,7 +336,7 @@ fn pointwise() {
             let up = normal([rows, width], 1.0, dtype, &device);
             let (gf, uf) = (to_f32(gate.clone()), to_f32(up.clone()));
             report.close(
-                &name("gated"),
+                &name("swiglu"),
                 Backend::swiglu(gate.clone(), up),
                 plain::swiglu(gf.clone(), uf),
                 dtype,
@@ -436,7 +436,7 @@ fn attention_of_many_queries() {
                 64,
                 causal(&[padded(3, 30), padded(0, 33)], 0),
             ),
-            ("behind a cache", 8, 8, 32, causal(&[vec![0; 300]], 290)),
+            ("after a cache", 8, 8, 32, causal(&[vec![0; 300]], 290)),
             (
                 "images",
                 3,
@@ -509,12 +509,12 @@ fn large_activations_stay_finite() {
         ),
         // Beyond the largest f16 the product ends there: an infinity would be a NaN in the next norm.
         (
-            "gated",
+            "swiglu",
             Backend::swiglu(x.clone(), x.clone()),
             plain::swiglu(large.clone(), large.clone()).clamp(-65504.0, 65504.0),
         ),
         (
-            "dense",
+            "linear",
             Backend::linear_add(x.clone(), x, None, None),
             plain::linear(large.clone(), large, None, None).clamp(-65504.0, 65504.0),
         ),

@@ -5,7 +5,7 @@
 //
 //   output = activation(accumulator + bias) + residual, all in f32, rounded once.
 //
-// What of it there is, is said at run time (GemmShape::around): a branch that all threads take alike costs nothing
+// What of it there is, is said at run time (GemmShape::flags): a branch that all threads take alike costs nothing
 // here, and each configuration less is a second less of compiling.
 
 #if OUT_F32
@@ -18,25 +18,25 @@ using Output = bf16;
 // operands where a kernel takes several (gemm_wgmma.cu).
 struct GemmShape {
     int m, n, k, more_k[3];
-    int around;  // AROUND_BIAS, AROUND_RESIDUAL and an activation, added up
+    int flags;  // EPILOGUE_BIAS, EPILOGUE_RESIDUAL and an activation, added up
     int unused;
 };
 
-constexpr int AROUND_BIAS = 1;      // bf16 bias[N], added to every row
-constexpr int AROUND_RESIDUAL = 2;  // bf16 residual[M, N], added last; may be the output buffer itself
-constexpr int AROUND_GELU_TANH = 4, AROUND_GELU_ERF = 8;
+constexpr int EPILOGUE_BIAS = 1;      // bf16 bias[N], added to every row
+constexpr int EPILOGUE_RESIDUAL = 2;  // bf16 residual[M, N], added last; may be the output buffer itself
+constexpr int EPILOGUE_GELU_TANH = 4, EPILOGUE_GELU_ERF = 8;
 
 struct Epilogue {
     Output* output;        // [rows, columns]
     const bf16* bias;      // [columns] or null
     const bf16* residual;  // [rows, columns] or null. No __restrict__: it may be `output`.
-    int rows, columns, around;
+    int rows, columns, flags;
 };
 
 __device__ __forceinline__ Epilogue make_epilogue(Output* output, const bf16* bias, const bf16* residual,
                                                   const GemmShape& shape) {
-    return {output, shape.around & AROUND_BIAS ? bias : nullptr, shape.around & AROUND_RESIDUAL ? residual : nullptr,
-            shape.m, shape.n, shape.around};
+    return {output, shape.flags & EPILOGUE_BIAS ? bias : nullptr, shape.flags & EPILOGUE_RESIDUAL ? residual : nullptr,
+            shape.m, shape.n, shape.flags};
 }
 
 // Finishes 16 rows x 32 columns that one warp holds, as accumulators of mma.m16n8 or wgmma.m64nN:
@@ -85,13 +85,13 @@ __device__ __forceinline__ void finish_16x32(const float (&accumulators)[COUNT],
             low[block] = accumulators[first + 4 * block + 2 * half] + low_bf16(bias[block]);
             high[block] = accumulators[first + 4 * block + 2 * half + 1] + high_bf16(bias[block]);
         }
-        if (epilogue.around & AROUND_GELU_TANH) {
+        if (epilogue.flags & EPILOGUE_GELU_TANH) {
 #pragma unroll
             for (int block = 0; block < 4; block++) {
                 low[block] = gelu_tanh(low[block]);
                 high[block] = gelu_tanh(high[block]);
             }
-        } else if (epilogue.around & AROUND_GELU_ERF) {
+        } else if (epilogue.flags & EPILOGUE_GELU_ERF) {
 #pragma unroll
             for (int block = 0; block < 4; block++) {
                 low[block] = gelu_erf(low[block]);

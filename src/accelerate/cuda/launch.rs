@@ -279,7 +279,7 @@ impl<'a> MatrixMap<'a> {
     #[track_caller]
     pub(super) fn new(buffer: &'a Buffer, shape: [usize; 2], tile: [usize; 2]) -> Self {
         Self {
-            operand: Operand::dense(buffer, DType::BF16, shape),
+            operand: Operand::contiguous(buffer, DType::BF16, shape),
             shape,
             tile,
         }

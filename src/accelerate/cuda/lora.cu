@@ -532,7 +532,7 @@ ENTRY(EACH_ADAPTER(const u16*, low), EACH_ADAPTER(const float*, a), u16* dx,
                 load_vector(gate + place, g);
                 load_vector(up + place, u);
 #pragma unroll
-                for (int j = 0; j < VECTOR; j++) gated_backward(g[j], u[j], flowing[h][j]);
+                for (int j = 0; j < VECTOR; j++) swiglu_backward(g[j], u[j], flowing[h][j]);
                 store_vector(dgate + place, g);
                 store_vector(dup + place, u);
 #else

@@ -99,18 +99,18 @@ pub fn configure() {
     });
 }
 
-/// Whether the kernels can work on what flows back through a product and its adapter.
-fn flows_back(product: &BackwardMatmul<Cuda>) -> bool {
-    gemm::covers(&product.dy, &product.weight)
-        && product.adapter.as_ref().is_none_or(|(low, adapter)| {
-            lora::covers(adapter, product.dy.dtype()) && low.dtype() == DType::BF16
+/// Whether the kernels can work on what backwards back through a product and its adapter.
+fn covers_backward(matmul: &BackwardMatmul<Cuda>) -> bool {
+    gemm::covers(&matmul.dy, &matmul.weight)
+        && matmul.adapter.as_ref().is_none_or(|(low, adapter)| {
+            lora::covers(adapter, matmul.dy.dtype()) && low.dtype() == DType::BF16
         })
 }
 
 impl ForwardOps for Cuda {
     fn matmul<const D: usize>(a: Tensor<Self, D>, b: Tensor<Self, D>) -> Tensor<Self, D> {
         if product::covers(&a, &b) {
-            product::product(a, b)
+            product::matmul(a, b)
         } else {
             a.matmul(b)
         }
@@ -313,42 +313,42 @@ impl ForwardOps for Cuda {
 impl TrainingOps for Cuda {
     fn low_rank_backward(
         x: Tensor<Self, 2>,
-        flows: &[LowRankBackward<Self>],
+        backwards: &[LowRankBackward<Self>],
     ) -> Vec<LowRankGradients<Self>> {
-        let covered = flows.iter().all(|flow| {
-            lora::covers(&flow.adapter, x.dtype())
-                && [&flow.low, &flow.dy]
+        let covered = backwards.iter().all(|backward| {
+            lora::covers(&backward.adapter, x.dtype())
+                && [&backward.low, &backward.dy]
                     .iter()
                     .all(|x| x.dtype() == DType::BF16)
         });
         if covered {
-            lora::low_rank_backward(x, flows)
+            lora::low_rank_backward(x, backwards)
         } else {
-            flows
+            backwards
                 .iter()
-                .map(|flow| plain::low_rank_backward(x.clone(), flow))
+                .map(|backward| plain::low_rank_backward(x.clone(), backward))
                 .collect()
         }
     }
 
-    fn input_gradient(products: &[BackwardMatmul<Self>]) -> Tensor<Self, 2> {
-        if products.iter().all(flows_back) {
-            lora::input_gradient(products)
+    fn input_gradient(matmuls: &[BackwardMatmul<Self>]) -> Tensor<Self, 2> {
+        if matmuls.iter().all(covers_backward) {
+            lora::input_gradient(matmuls)
         } else {
-            plain::input_gradient(products)
+            plain::input_gradient(matmuls)
         }
     }
 
     fn swiglu_input_gradient(
-        product: BackwardMatmul<Self>,
+        matmul: BackwardMatmul<Self>,
         gate: Tensor<Self, 2>,
         up: Tensor<Self, 2>,
     ) -> [Tensor<Self, 2>; 2] {
         let one_type = [&gate, &up].iter().all(|x| x.dtype() == DType::BF16);
-        if flows_back(&product) && one_type {
-            lora::swiglu_input_gradient(product, gate, up)
+        if covers_backward(&matmul) && one_type {
+            lora::swiglu_input_gradient(matmul, gate, up)
         } else {
-            Self::swiglu_backward(gate, up, Self::input_gradient(&[product]))
+            Self::swiglu_backward(gate, up, Self::input_gradient(&[matmul]))
         }
     }
 

@@ -22,10 +22,10 @@ const BLOCKS: usize = 16;
 /// Elements that results start at a multiple of: 512 bytes, as the allocator does it.
 const ALIGNED: usize = 128;
 
-fn kernel(form: &'static str, more: &[(&'static str, i64)]) -> Kernel {
-    let mut defines = vec![("SCALAR_BF16", 0), (form, 1)];
+fn kernel(variant: &'static str, more: &[(&'static str, i64)]) -> Kernel {
+    let mut defines = vec![("SCALAR_BF16", 0), (variant, 1)];
     defines.extend(more);
-    Kernel::new(form, SOURCES, defines, 256)
+    Kernel::new(variant, SOURCES, defines, 256)
 }
 
 fn count(buffer: &Buffer) -> usize {
@@ -95,15 +95,15 @@ fn step(tensors: Vec<AdamWTensor<Backend>>, clip: Option<&Buffer>) -> Vec<[Tenso
         .flat_map(|four| {
             let elements = count(&four[0]);
             four.iter()
-                .map(move |x| Operand::dense(x, DType::F32, [elements]))
+                .map(move |x| Operand::contiguous(x, DType::F32, [elements]))
         })
         .collect();
     // Places without a tensor are not looked at; any buffer fills them.
     let unused = Operand::unused(&like);
     buffers.resize(4 * STEPPED, unused);
     parameters.resize(4 + 5 * STEPPED, 0);
-    buffers.push(clip.map_or(unused, |clip| Operand::dense(clip, DType::F32, [2])));
-    buffers.push(Operand::dense(&results, DType::F32, [3 * total]));
+    buffers.push(clip.map_or(unused, |clip| Operand::contiguous(clip, DType::F32, [2])));
+    buffers.push(Operand::contiguous(&results, DType::F32, [3 * total]));
     let more = [
         ("TENSORS", STEPPED as i64),
         ("CLIPPED", i64::from(clip.is_some())),
@@ -135,10 +135,10 @@ pub(super) fn clip_scale(tensors: Vec<Tensor<Backend, 1>>, max_norm: f64) -> Ten
         parameters.resize(1 + SUMMED, 0);
         let mut operands: Vec<_> = group
             .iter()
-            .map(|x| Operand::dense(x, DType::F32, [count(x)]))
+            .map(|x| Operand::contiguous(x, DType::F32, [count(x)]))
             .collect();
         operands.resize(SUMMED, Operand::unused(like));
-        operands.push(Operand::dense(&sums, DType::F32, [count(&sums)]));
+        operands.push(Operand::contiguous(&sums, DType::F32, [count(&sums)]));
         launch(
             &like.client,
             kernel("SQUARE_SUMS", &[("TENSORS", SUMMED as i64)]),
@@ -153,8 +153,8 @@ pub(super) fn clip_scale(tensors: Vec<Tensor<Backend, 1>>, max_norm: f64) -> Ten
         kernel("CLIP_SCALE", &[]),
         [1, 1, 1],
         &[
-            Operand::dense(&sums, DType::F32, [count(&sums)]),
-            Operand::dense(&clip, DType::F32, [2]),
+            Operand::contiguous(&sums, DType::F32, [count(&sums)]),
+            Operand::contiguous(&clip, DType::F32, [2]),
         ],
         vec![count(&sums) as u64, float_bits(max_norm)],
     );

@@ -11,7 +11,7 @@ use super::launch::Buffer;
 
 /// Which instructions a product uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Form {
+pub(super) enum Instructions {
     /// Warpgroup products fed by the tensor memory accelerator: Hopper.
     Wgmma,
     /// Warp products fed by asynchronous copies: Ampere and everything after it.
@@ -24,7 +24,7 @@ pub(super) struct Device {
     /// Compute capability, as major × 10 + minor; 0 where the driver does not answer.
     pub capability: usize,
     /// Instructions.
-    pub form: Form,
+    pub instructions: Instructions,
     /// Multiprocessors.
     pub processors: usize,
     /// Most shared memory of a block, bytes.
@@ -56,11 +56,11 @@ fn ampere_is_forced() -> bool {
 pub(super) fn card(index: usize) -> Device {
     static CARDS: Mutex<BTreeMap<usize, Device>> = Mutex::new(BTreeMap::new());
     let mut cards = CARDS.lock().unwrap_or_else(PoisonError::into_inner);
-    *cards.entry(index).or_insert_with(|| ask(index))
+    *cards.entry(index).or_insert_with(|| query(index))
 }
 
 /// What the driver says of a card.
-fn ask(index: usize) -> Device {
+fn query(index: usize) -> Device {
     let attribute = |which: Attribute| -> Option<usize> {
         result::init().ok()?;
         let device = result::device::get(index as i32).ok()?;
@@ -79,10 +79,10 @@ fn ask(index: usize) -> Device {
         .map_or(0, |(major, minor)| major * 10 + minor);
     Device {
         capability,
-        form: if capability == 90 && !forced {
-            Form::Wgmma
+        instructions: if capability == 90 && !forced {
+            Instructions::Wgmma
         } else {
-            Form::Mma
+            Instructions::Mma
         },
         processors: processors.unwrap_or(1),
         // What an A800 has, where its kernels are wanted.
@@ -112,17 +112,17 @@ pub(super) struct WgmmaTile {
 }
 
 /// The tile of an `m × n` product over `k`.
-pub(super) fn wgmma(m: usize, n: usize, k: usize, turned: bool, device: &Device) -> WgmmaTile {
+pub(super) fn wgmma(m: usize, n: usize, k: usize, transposed: bool, device: &Device) -> WgmmaTile {
     // Time of a tile grows with its columns and has a fixed part, measured in columns.
     const FIXED: usize = 40;
     let tiles = |columns: usize| m.div_ceil(128) * n.div_ceil(columns);
     let columns = WGMMA_COLUMNS
         .into_iter()
-        // A turned weight is loaded in blocks of 64 columns: a tile of 96 would waste a third.
-        .filter(|columns| !turned || columns.is_multiple_of(64))
+        // A transposed weight is loaded in blocks of 64 columns: a tile of 96 would waste a third.
+        .filter(|columns| !transposed || columns.is_multiple_of(64))
         .min_by_key(|columns| tiles(*columns).div_ceil(device.processors) * (columns + FIXED))
         .unwrap_or(128);
-    let tile = wgmma_tile(columns, k, turned, device);
+    let tile = wgmma_tile(columns, k, transposed, device);
     WgmmaTile {
         blocks: tiles(columns).min(device.processors),
         ..tile
@@ -130,8 +130,8 @@ pub(super) fn wgmma(m: usize, n: usize, k: usize, turned: bool, device: &Device)
 }
 
 /// A tile of these columns, for one block.
-fn wgmma_tile(columns: usize, k: usize, turned: bool, device: &Device) -> WgmmaTile {
-    let stage_columns = if turned {
+fn wgmma_tile(columns: usize, k: usize, transposed: bool, device: &Device) -> WgmmaTile {
+    let stage_columns = if transposed {
         columns.next_multiple_of(64)
     } else {
         columns
@@ -236,22 +236,22 @@ pub(super) enum Tile {
     Mma(MmaTile),
 }
 
-/// The tile of an `m × n` product over `k`; `turned` where the weight is `[k, n]`.
-pub(super) fn tile([m, n, k]: [usize; 3], turned: bool, device: &Device) -> Tile {
-    match device.form {
-        Form::Wgmma => Tile::Wgmma(wgmma(m, n, k, turned, device)),
-        Form::Mma => Tile::Mma(mma(m, n, device)),
+/// The tile of an `m × n` product over `k`; `transposed` where the weight is `[k, n]`.
+pub(super) fn tile([m, n, k]: [usize; 3], transposed: bool, device: &Device) -> Tile {
+    match device.instructions {
+        Instructions::Wgmma => Tile::Wgmma(wgmma(m, n, k, transposed, device)),
+        Instructions::Mma => Tile::Mma(mma(m, n, device)),
     }
 }
 
 /// All tiles that a product over a long `k` may get.
 pub(super) fn forward_tiles(device: &Device) -> Vec<Tile> {
     const LONG: usize = 4096;
-    match device.form {
-        Form::Wgmma => WGMMA_COLUMNS
+    match device.instructions {
+        Instructions::Wgmma => WGMMA_COLUMNS
             .map(|columns| Tile::Wgmma(wgmma_tile(columns, LONG, false, device)))
             .to_vec(),
-        Form::Mma => MMA_TILES
+        Instructions::Mma => MMA_TILES
             .into_iter()
             .filter(|tile| tile.shared_bytes() <= device.shared_bytes)
             .map(Tile::Mma)
@@ -265,7 +265,7 @@ mod tests {
 
     const H100: Device = Device {
         capability: 90,
-        form: Form::Wgmma,
+        instructions: Instructions::Wgmma,
         processors: 132,
         shared_bytes: 232_448,
     };
@@ -285,7 +285,7 @@ mod tests {
     fn an_ampere_card_gets_tiles_that_fit() {
         let a800 = Device {
             capability: 80,
-            form: Form::Mma,
+            instructions: Instructions::Mma,
             processors: 108,
             shared_bytes: 163 * 1024,
         };
@@ -301,7 +301,7 @@ mod tests {
     fn cards_of_several_kinds_are_told_apart() {
         // A card that is not there is not supported, and says nothing of those that are.
         assert!(!card(63).is_supported());
-        let seen = ask(0);
+        let seen = query(0);
         let kept = card(0);
         assert_eq!(
             (seen.capability, seen.processors, seen.shared_bytes),

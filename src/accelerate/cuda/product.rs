@@ -30,13 +30,13 @@ pub(super) fn covers<const D: usize>(a: &Tensor<Backend, D>, b: &Tensor<Backend,
 ///
 /// # Panics
 /// If `k` is not the same in both.
-pub(super) fn product<const D: usize>(
+pub(super) fn matmul<const D: usize>(
     a: Tensor<Backend, D>,
     b: Tensor<Backend, D>,
 ) -> Tensor<Backend, D> {
     let (left, right) = (a.dims(), b.dims());
     let (m, k, n) = (left[D - 2], left[D - 1], right[D - 1]);
-    assert_eq!(k, right[D - 2], "a product of {left:?} and {right:?}");
+    assert_eq!(k, right[D - 2], "a matmul of {left:?} and {right:?}");
     let (a, b) = (strided(a), strided(b));
     // Axes that are not there have one element; their stride is never used.
     let strides = |buffer: &super::launch::Buffer| -> [u64; 4] {
@@ -62,7 +62,7 @@ pub(super) fn product<const D: usize>(
         &[
             Operand::strided(&a, DType::F32, left),
             Operand::strided(&b, DType::F32, right),
-            Operand::dense(&y, DType::F32, shape),
+            Operand::contiguous(&y, DType::F32, shape),
         ],
         parameters,
     );

@@ -5,8 +5,8 @@ use burn::{prelude::*, tensor::DType};
 
 use super::{
     module::DriverError,
-    plan::{ADAPTER_RANK, Addresses},
     stream::{Context, DeviceMemory, Stream},
+    weights::{ADAPTER_RANK, Addresses},
 };
 use crate::{
     accelerate::cuda::launch::{Backend, Buffer, Client, contiguous, float_bits},
@@ -99,8 +99,8 @@ fn entry(linear: &Linear<Backend>, addresses: &mut Addresses<'_>) -> Result<[u64
     let (a, b) = padded_pair(lora, padded);
     let mut address = |buffer, dtype, shape: &[usize]| {
         let placed = match *shape {
-            [length] => addresses.dense(buffer, dtype, [length]),
-            _ => addresses.dense(buffer, dtype, [shape[0], shape[1]]),
+            [length] => addresses.contiguous(buffer, dtype, [length]),
+            _ => addresses.contiguous(buffer, dtype, [shape[0], shape[1]]),
         };
         placed.map_err(|error| error.to_string())
     };

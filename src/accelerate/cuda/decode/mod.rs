@@ -15,6 +15,7 @@ mod plan;
 mod serve;
 #[cfg(test)]
 mod tests;
+mod weights;
 
 use burn::tensor::DType;
 
@@ -41,8 +42,11 @@ fn covers(model: &Qwen3Vl<Backend>, config: &Qwen3VlConfig, alone: bool) -> bool
             && linear.weight.packed().is_none()
             && linear.weight.val().dtype() == DType::BF16
     };
-    covers_sizes(&config.text_config, plan::like(model).device.index, alone)
-        && model.lm_head.as_ref().is_none_or(plain)
+    covers_sizes(
+        &config.text_config,
+        weights::like(model).device.index,
+        alone,
+    ) && model.lm_head.as_ref().is_none_or(plain)
         && model
             .model
             .language_model

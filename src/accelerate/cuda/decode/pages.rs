@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     accelerate::cuda::{
-        attention::with_dense_heads,
+        attention::with_contiguous_heads,
         launch::{Backend, Kernel, empty, launch, tensor},
         operand::Operand,
     },
@@ -208,7 +208,10 @@ impl PagePool {
     ) -> (Tensor<Backend, 4>, Tensor<Backend, 4>) {
         let [_, heads, new, head_dim] = k.dims();
         assert_eq!(k.dtype(), DType::BF16, "the pool holds bf16");
-        let (keys, values) = (with_dense_heads(k.clone()), with_dense_heads(v.clone()));
+        let (keys, values) = (
+            with_contiguous_heads(k.clone()),
+            with_contiguous_heads(v.clone()),
+        );
         let table = table.clone().into_primitive();
         let tokens = past + new;
         let defines = vec![
@@ -224,13 +227,13 @@ impl PagePool {
         parameters.extend(self.layer(layer));
         let grid = [(2 * heads * tokens).div_ceil(8), 1, 1];
         let client = keys.client.clone();
-        let fresh = |x| Operand::dense_rows(x, DType::BF16, [1, heads, new, head_dim]);
+        let fresh = |x| Operand::contiguous_rows(x, DType::BF16, [1, heads, new, head_dim]);
         let pages = table.meta.shape().num_elements();
         assert!(
             pages * PAGE >= tokens && (heads, head_dim) == (self.kv_heads, self.head_dim),
             "{tokens} tokens of {heads} heads in {pages} pages"
         );
-        let of_sequence = Operand::dense(&table, DType::I32, [pages]);
+        let of_sequence = Operand::contiguous(&table, DType::I32, [pages]);
         if past == 0 {
             let unused = Operand::unused(&keys);
             let all = [fresh(&keys), fresh(&values), of_sequence, unused, unused];
@@ -242,7 +245,7 @@ impl PagePool {
             empty(&keys, shape, DType::BF16),
             empty(&keys, shape, DType::BF16),
         );
-        let joined = |x| Operand::dense(x, DType::BF16, shape);
+        let joined = |x| Operand::contiguous(x, DType::BF16, shape);
         let all = [
             fresh(&keys),
             fresh(&values),

@@ -375,16 +375,16 @@ ENTRY(const float* logits, const float* best_values, const int* best_indices, u3
         token = select(row, false, (u64)((double)uniform * (double)all), shared).token;
     }
     if (threadIdx.x != 0) return;
-    const int told = token == NONE ? -1 : token;
+    const int result = token == NONE ? -1 : token;
 #if FEED
     const u32 step = word(CONTROL_STEP);
-    word(CONTROL_TOKEN) = (u32)max(told, 0);
+    word(CONTROL_TOKEN) = (u32)max(result, 0);
     word(CONTROL_POSITION) += 1;
     word(CONTROL_END) += 1;
     word(CONTROL_STEP) = step + 1;
-    results[(u64)(step % (u32)p.slots) * gridDim.x + at] = told;
+    results[(u64)(step % (u32)p.slots) * gridDim.x + at] = result;
 #else
-    results[at] = told;
+    results[at] = result;
 #endif
 }
 #endif

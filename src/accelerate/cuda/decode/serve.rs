@@ -23,8 +23,9 @@ use super::{
     covers, mask_of,
     module::DriverError,
     pages::{HeldPages, PAGE, PagePool},
-    plan::{Around, Ending, Field, Pages, Scratch, Weights, like, mask_words, step},
+    plan::{Ending, Field, Pages, StepIo, mask_words, step},
     stream::{Context, DeviceMemory, DeviceWords, PinnedMemory, Repeated, Stream},
+    weights::{Scratch, Weights, like},
 };
 use crate::{
     accelerate::cuda::launch::{Backend, Client},
@@ -59,7 +60,7 @@ struct Slot {
     /// Its row among the page tables on the device, once it has been stepped.
     table: Option<usize>,
     /// Pages that stand in that table.
-    told_pages: usize,
+    sent_pages: usize,
     /// Whether its mask of tokens seen lies there too.
     masked: bool,
 }
@@ -80,7 +81,7 @@ struct PagedDecoder {
     seen: DeviceMemory,
     control: DeviceMemory,
     /// What goes to `control` before a step.
-    told: PinnedMemory,
+    staging: PinnedMemory,
     results: DeviceWords,
     scratch: Scratch,
     weights: Weights,
@@ -151,7 +152,7 @@ impl PagedDecoder {
             tables: words(table_count * table_width)?,
             seen: words(table_count * mask_words(text.vocab_size))?,
             control: words(super::plan::CONTROL_WORDS)?,
-            told: PinnedMemory::new(context, super::plan::CONTROL_WORDS * size_of::<u32>())?,
+            staging: PinnedMemory::new(context, super::plan::CONTROL_WORDS * size_of::<u32>())?,
             results: DeviceWords::new(context, largest)?,
             scratch,
             weights,
@@ -265,7 +266,7 @@ impl PagedDecoder {
     fn graph(&mut self, rows: usize, adapted: bool) -> Result<&Repeated, DriverError> {
         if !self.graphs.contains_key(&(rows, adapted)) {
             let caches = self.pool.caches();
-            let around = Around {
+            let io = StepIo {
                 rows,
                 cache: &caches,
                 pages: Some(Pages {
@@ -277,10 +278,10 @@ impl PagedDecoder {
                 seen: self.seen.address,
                 adapters: adapted.then(|| self.adapters.address()),
                 results: self.results.address(),
-                ending: Ending::Told,
+                ending: Ending::Host,
                 lone: false,
             };
-            let step = step(&self.weights, &self.scratch, around)?;
+            let step = step(&self.weights, &self.scratch, io)?;
             let repeated = Repeated::new(&self.stream, step);
             self.graphs.insert((rows, adapted), repeated);
         }
@@ -296,7 +297,7 @@ impl PagedDecoder {
             None => {
                 let table = self.free_tables.pop().expect("a table for every sequence");
                 slot.table = Some(table);
-                slot.told_pages = 0;
+                slot.sent_pages = 0;
                 slot.masked = false;
                 table
             }
@@ -306,12 +307,12 @@ impl PagedDecoder {
         // has its words.
         #[allow(unsafe_code)]
         unsafe {
-            let told = slot.told_pages;
-            if told < slot.pages.len() {
-                let at = (table * self.table_width + told) * size_of::<u32>();
+            let sent = slot.sent_pages;
+            if sent < slot.pages.len() {
+                let at = (table * self.table_width + sent) * size_of::<u32>();
                 self.stream
-                    .send(self.tables.address + at as u64, &slot.pages[told..])?;
-                slot.told_pages = slot.pages.len();
+                    .send(self.tables.address + at as u64, &slot.pages[sent..])?;
+                slot.sent_pages = slot.pages.len();
             }
             if penalised && !slot.masked {
                 let mask = mask_of(&slot.tokens, self.vocab);
@@ -349,15 +350,16 @@ impl PagedDecoder {
         // the control words.
         #[allow(unsafe_code)]
         unsafe {
-            let told = self.told.bytes_mut();
-            told.copy_from_slice(bytemuck::cast_slice(&control.0));
+            let staging = self.staging.bytes_mut();
+            staging.copy_from_slice(bytemuck::cast_slice(&control.0));
         }
         let size = rows.len().next_power_of_two();
         self.graph(size, adapted)?;
         // SAFETY: the control words have this length.
         #[allow(unsafe_code)]
         unsafe {
-            self.stream.send(self.control.address, self.told.bytes())?;
+            self.stream
+                .send(self.control.address, self.staging.bytes())?;
         }
         self.graphs[&(size, adapted)].run(&self.stream)
     }
@@ -426,7 +428,7 @@ impl DecodeBackend for PagedDecoder {
             pages: self.pool.hold(),
             tokens: Vec::new(),
             table: None,
-            told_pages: 0,
+            sent_pages: 0,
             masked: false,
         };
         self.slots.insert(id, slot);

@@ -17,7 +17,7 @@ use super::{
         launch::Kernel,
         tests::{Report, T, device, drawn},
     },
-    plan,
+    plan, weights,
 };
 use crate::{
     accelerate::draws,
@@ -119,7 +119,7 @@ fn row(slot: SlotId, token: u32, position: usize, pick: Pick) -> StepRow {
 fn logits(stepped: Stepped) -> Vec<f32> {
     match stepped {
         Stepped::Logits(logits) => logits,
-        Stepped::Token(_) => panic!("logits were asked for"),
+        Stepped::Token(_) => panic!("logits were requested"),
     }
 }
 
@@ -226,7 +226,7 @@ fn sequences_that_come_and_go_are_those_of_the_plain_engine() {
                 let got = prefill(&mut ours, pair.0, &more, 100, 16);
                 let want = prefill(&mut plain, pair.1, &more, 100, 16);
                 let (a, b) = (tensor(&got, &device), tensor(&want, &device));
-                report.close("prefill behind a copied beginning", a, b, tolerance);
+                report.close("prefill after a copied prefix", a, b, tolerance);
                 pairs.push(Pair {
                     ours: pair.0,
                     plain: pair.1,
@@ -404,16 +404,16 @@ fn kernels_compiled_ahead_are_those_of_a_step() {
     let config = RandomSize::Tiny.config(None).unwrap();
     let text = &config.text_config;
     let model = model(&config, &device);
-    let like = plan::like(&model);
-    let weights = plan::Weights::new(&model, &config, &like.client).unwrap();
+    let like = weights::like(&model);
+    let weights = weights::Weights::new(&model, &config, &like.client).unwrap();
     let cache = vec![plan::LayerCache::default(); text.num_hidden_layers];
     let entries = |kernels: &mut dyn Iterator<Item = Kernel>| -> BTreeSet<_> {
         kernels.map(|kernel| kernel.identity().id).collect()
     };
     for rows in [1, 3, 8, 30, 64] {
-        let scratch = plan::Scratch::new(text, rows, 4, &like).unwrap();
-        let around = plan::Around::of_batch(rows, &cache);
-        let step = plan::launches(&weights, &scratch, around);
+        let scratch = weights::Scratch::new(text, rows, 4, &like).unwrap();
+        let io = plan::StepIo::of_batch(rows, &cache);
+        let step = plan::launches(&weights, &scratch, io);
         let of_step = entries(&mut step.kernels().cloned());
         let ahead = entries(&mut plan::kernels(text, device.index, rows).into_iter());
         assert_eq!(ahead, of_step, "{rows} rows");
