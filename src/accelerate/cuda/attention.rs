@@ -26,7 +26,7 @@ const BACKWARD: &[&str] = &[
 /// Keys of a tile of the backward pass.
 const TILE: usize = 64;
 
-/// Whether heads of this width can be attended to on a device.
+/// Whether the attention kernels cover heads of this width on a device.
 pub(super) fn covers(device: usize, head_dim: usize, dtype: DType) -> bool {
     card(device).is_supported()
         && dtype == DType::BF16
@@ -51,7 +51,7 @@ fn row_bytes(head_dim: usize) -> usize {
     chunks * 16 + if chunks.is_multiple_of(8) { 0 } else { 16 }
 }
 
-/// Heads whose elements lie together and start at multiples of 16 bytes.
+/// Heads with contiguous elements that start at multiples of 16 bytes.
 pub(super) fn with_contiguous_heads(x: Tensor<Backend, 4>) -> Buffer {
     let buffer = strided(x);
     let strides = buffer.meta.strides();
@@ -88,7 +88,7 @@ fn ranges(pair: &[Tensor<Backend, 1, Int>; 2]) -> [Buffer; 2] {
     pair.clone().map(|values| values.into_primitive())
 }
 
-/// Attended values, and their statistics where the backward pass will want them.
+/// Attention output, and its log-sum-exp statistics where the backward pass needs them.
 pub(super) fn forward(
     q: Tensor<Backend, 4>,
     k: Tensor<Backend, 4>,
@@ -173,7 +173,7 @@ pub(super) fn prepare(head_dim: usize, device: &Device<Backend>) {
     }
 }
 
-/// What flows back into queries, keys and values.
+/// Gradients of queries, keys and values.
 pub(super) fn backward(
     [q, k, v, y, dy]: [Tensor<Backend, 4>; 5],
     statistics: Tensor<Backend, 3>,

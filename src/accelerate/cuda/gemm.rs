@@ -1,4 +1,4 @@
-//! Matrix products: `gemm_wgmma.cu` on Hopper, `gemm_mma.cu` from Ampere on.
+//! Matmul (GEMM): `gemm_wgmma.cu` on Hopper, `gemm_mma.cu` from Ampere on.
 
 use burn::{prelude::*, tensor::DType};
 
@@ -25,16 +25,16 @@ const MMA: &[&str] = &[
 /// Most pairs of operands of one launch.
 const MOST_PAIRS: usize = 4;
 
-/// How the second operand of a product is stored.
+/// How the second operand of a matmul is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum WeightLayout {
     /// `[out, in]` in a product that sums over `in`.
     OutIn,
-    /// `[in, out]` in a product that sums over `in`: a stored weight on the way back.
+    /// `[in, out]` in a product that sums over `in`: a stored weight in the backward pass.
     InOut,
 }
 
-/// What is done with a product before it is stored: `activation(A B + bias) + residual`.
+/// The epilogue of a matmul, applied before the result is stored: `activation(A B + bias) + residual`.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Epilogue<'a> {
     /// `[columns]`, bf16.
@@ -60,7 +60,7 @@ fn is_bf16(tensors: &[&Tensor<Backend, 2>]) -> bool {
     tensors.iter().all(|tensor| tensor.dtype() == DType::BF16)
 }
 
-/// Whether `x Wᵀ`, and on the way back `dy W`, can be worked on: bf16, rows of 16 bytes' multiples.
+/// Whether the kernels cover `x Wᵀ`, and its backward `dy W`: bf16, rows of multiples of 16 bytes.
 pub(super) fn covers(x: &Tensor<Backend, 2>, weight: &Tensor<Backend, 2>) -> bool {
     let [out, inner] = weight.dims();
     super::supported(x)
@@ -113,7 +113,7 @@ pub(super) fn matmul(
     });
     let out = empty(a, [rows, n], dtype);
     run(&device, now, layout, epilogue, &out);
-    // What one launch does not hold is added to what it left.
+    // Pairs beyond one launch are added to its result.
     for pairs in later.chunks(1) {
         assert!(
             dtype == DType::BF16 && epilogue.activation.is_none(),
@@ -158,7 +158,7 @@ fn run_tile<'a>(
         ("B_IS_KN", i64::from(transposed)),
         ("OUT_F32", i64::from(out.dtype == DType::F32)),
     ];
-    // What is not there is not read; any buffer takes its place.
+    // An absent operand is not read; any buffer takes its place.
     let or_unused = |x: Option<Operand<'a>>| x.unwrap_or(Operand::unused(out));
     let output_operands = [
         Operand::contiguous(out, out.dtype, [m, n]),
@@ -277,7 +277,7 @@ pub(super) fn input_gradient(
     ))
 }
 
-/// Compiles the tiles that products of any number of rows get; `on_kernel` comes behind each.
+/// Compiles the tiles for matmuls of any number of rows; `on_kernel` is called after each.
 pub(super) fn prepare(like: &Buffer, vocab: usize, mut on_kernel: impl FnMut(usize, usize)) {
     // Deep enough for all stages of any tile.
     const DEPTH: usize = 512;

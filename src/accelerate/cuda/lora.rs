@@ -1,6 +1,6 @@
 //! Adapted linear layers: `lora.cu` beside the matmuls of `gemm.rs`.
 //!
-//! The adapter's second factor joins the layer's own product as one more pair of operands, so that
+//! The adapter's B joins the layer's own matmul as one more pair of operands, so that
 //! `x Wᵀ + low (sB)ᵀ` is one launch and the result is written once.
 
 use burn::{prelude::*, tensor::DType};
@@ -23,7 +23,7 @@ const SOURCES: &[&str] = &[
 /// Largest rank the kernels hold in registers.
 const LARGEST_RANK: usize = 64;
 
-/// Whether an adapter over `[n, width]` inputs and `[n, out]` outputs can be worked on.
+/// Whether the kernels cover an adapter over `[n, width]` inputs and `[n, out]` outputs.
 pub(super) fn covers(adapter: &LowRank<Backend>, dtype: DType) -> bool {
     let [rank, width] = adapter.a.dims();
     let [out, _] = adapter.b.dims();
@@ -64,7 +64,7 @@ fn parameters(shape: Shape, dropouts: &[Option<Dropout>]) -> Parameters {
     ]
 }
 
-/// A kernel of `lora.cu`; `more` says what its form wants besides.
+/// A kernel of `lora.cu`; `more` are the further defines of its variant.
 fn kernel(
     variant: &'static str,
     rank: usize,
@@ -230,7 +230,7 @@ pub(super) fn low_rank_backward(
     backwards: &[LowRankBackward<Backend>],
 ) -> Vec<LowRankGradients<Backend>> {
     let x = contiguous(x);
-    // What backwards back is read once for each adapter, the input once for all.
+    // The output gradient is read once for each adapter, the input once for all.
     let (of_b, lows): (Vec<Buffer>, Vec<Buffer>) =
         backwards.iter().map(b_and_low_gradients).unzip();
     let mut of_a = Vec::with_capacity(backwards.len());
@@ -361,7 +361,7 @@ fn outer(x: &Buffer, lows: &[Buffer], dropouts: &[Option<Dropout>]) -> Vec<Buffe
     outs
 }
 
-/// The products' share of what backwards back into their input, and the adapters'.
+/// The input gradient through the weights alone, `Σ dy W`, without the adapters' part.
 fn weights_input_gradient(matmuls: &[BackwardMatmul<Backend>]) -> Buffer {
     let pairs: Vec<_> = matmuls
         .iter()
@@ -386,7 +386,7 @@ pub(super) fn input_gradient(matmuls: &[BackwardMatmul<Backend>]) -> Tensor<Back
     tensor(dx)
 }
 
-/// What backwards back into gate and up, in one pass over what backwards back into their matmul.
+/// The gradients of gate and up, in one pass over the gradient of SwiGLU's output.
 pub(super) fn swiglu_input_gradient(
     matmul: BackwardMatmul<Backend>,
     gate: Tensor<Backend, 2>,
@@ -403,7 +403,7 @@ pub(super) fn swiglu_input_gradient(
     outputs.map(tensor)
 }
 
-/// `dx += Σ drop(low A)`, in place, or into the gate's operands.
+/// `dx += Σ drop(low A)`, in place, or on to the gradients of gate and up (SwiGLU's backward).
 fn spread(adapters: &[&(Tensor<Backend, 2>, LowRank<Backend>)], dx: &Buffer, gate_up: &[&Buffer]) {
     let [rows, width] = dx.meta.shape().dims();
     let rank = rank(&adapters[0].1);
@@ -415,7 +415,7 @@ fn spread(adapters: &[&(Tensor<Backend, 2>, LowRank<Backend>)], dx: &Buffer, gat
         .collect();
     let dropouts: Vec<_> = adapters.iter().map(|(_, one)| one.dropout).collect();
     let tiles = if adapters.len() * rank > 32 { 1 } else { 2 };
-    // Nothing is summed over rows: as many blocks as fit at once, and then some.
+    // Nothing is summed over rows: more blocks than run at once.
     let (across, chunk) = (width.div_ceil(128 * tiles), 128);
     let chunks = rows.div_ceil(chunk);
     let shape = Shape {

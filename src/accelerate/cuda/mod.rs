@@ -1,4 +1,4 @@
-//! The operations on CUDA: kernels of our own where they cover the shapes, plain Burn elsewhere.
+//! The operations on CUDA: this crate's own kernels where they cover the shapes, plain Burn elsewhere.
 //!
 //! One operation a file, Rust beside CUDA C++. The sources are compiled on the machine they run on
 //! (NVRTC), include no header, and are launched on cubecl's stream over Burn's own buffers. Nothing
@@ -67,7 +67,7 @@ use crate::{
 };
 pub(crate) use launch::Backend as Cuda;
 
-/// Whether the kernels run on the card a tensor lies on.
+/// Whether the kernels run on the card that holds a tensor.
 fn supported<const D: usize>(x: &Tensor<Cuda, D>) -> bool {
     plan::card(x.device().index).is_supported()
 }
@@ -77,7 +77,7 @@ fn one_type<const N: usize>(dtypes: [DType; N]) -> bool {
     dtypes.iter().all(|dtype| *dtype == dtypes[0])
 }
 
-/// For a type the kernels know: whether it is bf16, and how many elements 16 bytes hold.
+/// For a type the kernels support: whether it is bf16, and how many elements 16 bytes hold.
 fn scalar_of(dtype: DType) -> Option<(i64, usize)> {
     match dtype {
         DType::BF16 => Some((1, 8)),
@@ -86,7 +86,7 @@ fn scalar_of(dtype: DType) -> Option<(i64, usize)> {
     }
 }
 
-/// Tells cubecl to keep compiled kernels on disk; before the first use of a device.
+/// Configures cubecl to cache compiled kernels on disk; call it before the first use of a device.
 pub fn configure() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
@@ -94,12 +94,12 @@ pub fn configure() {
         if config.compilation.cache.is_none() {
             config.compilation.cache = compiled::shared_folder().map(CacheConfig::File);
         }
-        // Whoever read the configuration first has set it; then it stays as it is.
+        // The first reader of the configuration fixes it; a later change has no effect.
         let _ = crate::base::panics::quietly(|| CubeClRuntimeConfig::set(config));
     });
 }
 
-/// Whether the kernels can work on what backwards back through a product and its adapter.
+/// Whether the kernels cover the backward pass of a matmul and its adapter.
 fn covers_backward(matmul: &BackwardMatmul<Cuda>) -> bool {
     gemm::covers(&matmul.dy, &matmul.weight)
         && matmul.adapter.as_ref().is_none_or(|(low, adapter)| {

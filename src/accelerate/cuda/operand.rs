@@ -1,6 +1,6 @@
 //! Buffers as a kernel's header names them, checked before the kernel is launched.
 //!
-//! Kernels check nothing themselves: a wrong type or a missing row would be read as whatever lies there.
+//! Kernels check nothing themselves: a wrong type or a missing row would be read as whatever the memory holds.
 
 use burn::tensor::DType;
 
@@ -14,19 +14,19 @@ pub(super) struct Operand<'a>(&'a Buffer);
 /// What a kernel relies on in the strides of a buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Layout {
-    /// Elements one behind another.
+    /// All elements are contiguous.
     Contiguous,
-    /// Those of the last axis one behind another; the kernel takes the strides of the others.
+    /// The last axis is contiguous; the kernel takes the strides of the others.
     ContiguousRows,
     /// The kernel takes all strides.
     Strided,
 }
 
 impl<'a> Operand<'a> {
-    /// Elements of one type one behind another.
+    /// Contiguous elements of one type.
     ///
     /// # Panics
-    /// If the buffer is another one; so do the others below.
+    /// If the buffer has another type, shape, layout or length; so do the others below.
     #[track_caller]
     pub(super) fn contiguous<const D: usize>(
         buffer: &'a Buffer,
@@ -36,7 +36,7 @@ impl<'a> Operand<'a> {
         Self::checked(buffer, dtype, &shape, Layout::Contiguous)
     }
 
-    /// Rows of elements one behind another; the rows may be apart.
+    /// Contiguous rows; the rows may have any stride.
     #[track_caller]
     pub(super) fn contiguous_rows<const D: usize>(
         buffer: &'a Buffer,

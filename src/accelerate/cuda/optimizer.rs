@@ -35,17 +35,17 @@ fn count(buffer: &Buffer) -> usize {
 /// Part of a buffer.
 fn view(whole: &Buffer, start: usize, length: usize) -> Buffer {
     let element = whole.dtype.size();
-    let behind = count(whole) - start - length;
+    let after = count(whole) - start - length;
     let mut part = whole.clone();
     part.handle = part
         .handle
         .offset_start((start * element) as u64)
-        .offset_end((behind * element) as u64);
+        .offset_end((after * element) as u64);
     *part.meta = Metadata::new([length], [1]);
     part
 }
 
-/// Values, means and mean squares behind one step; gradients are multiplied by `clip[1]` before.
+/// Values, means and mean squares after one step; gradients are multiplied by `clip[1]` before.
 pub(super) fn adamw(
     tensors: Vec<AdamWTensor<Backend>>,
     clip: Option<Tensor<Backend, 1>>,
@@ -89,7 +89,7 @@ fn step(tensors: Vec<AdamWTensor<Backend>>, clip: Option<&Buffer>) -> Vec<[Tenso
         operands.extend(four);
     }
     let like = operands[0].clone();
-    // The moments of a whole run: of their very size, whatever the pages of the card's pools.
+    // The moments of a whole run: of exactly their size, not in pages of the card's pools.
     let results = exact(&like.client, || empty(&like, [3 * total], DType::F32));
     let mut buffers: Vec<Operand<'_>> = (operands.chunks(4))
         .flat_map(|four| {
@@ -98,7 +98,7 @@ fn step(tensors: Vec<AdamWTensor<Backend>>, clip: Option<&Buffer>) -> Vec<[Tenso
                 .map(move |x| Operand::contiguous(x, DType::F32, [elements]))
         })
         .collect();
-    // Places without a tensor are not looked at; any buffer fills them.
+    // Slots without a tensor are not read; any buffer fills them.
     let unused = Operand::unused(&like);
     buffers.resize(4 * STEPPED, unused);
     parameters.resize(4 + 5 * STEPPED, 0);

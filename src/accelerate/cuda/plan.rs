@@ -1,4 +1,4 @@
-//! Which tile a matrix product gets: the one whose waves over the card cost least. Nothing is tuned.
+//! Which tile a matmul gets: the one whose waves over the card cost least. Nothing is autotuned.
 
 use std::{
     collections::BTreeMap,
@@ -9,16 +9,16 @@ use cudarc::driver::{result, sys::CUdevice_attribute as Attribute};
 
 use super::launch::Buffer;
 
-/// Which instructions a product uses.
+/// Which instructions a matmul uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Instructions {
-    /// Warpgroup products fed by the tensor memory accelerator: Hopper.
+    /// Warpgroup matmul (wgmma) fed by the tensor memory accelerator: Hopper.
     Wgmma,
-    /// Warp products fed by asynchronous copies: Ampere and everything after it.
+    /// Warp matmul (mma) fed by asynchronous copies: Ampere and later.
     Mma,
 }
 
-/// What is known of a card: the choice of kernels and tiles depends on it.
+/// Properties of a card: the choice of kernels and tiles depends on them.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Device {
     /// Compute capability, as major × 10 + minor; 0 where the driver does not answer.
@@ -32,13 +32,13 @@ pub(super) struct Device {
 }
 
 impl Device {
-    /// Whether the card has what the kernels are written for: bf16 products and asynchronous copies.
+    /// Whether the card has what the kernels are written for: bf16 mma and asynchronous copies.
     /// Older cards run the plain operations.
     pub(super) fn is_supported(&self) -> bool {
         self.capability >= 80
     }
 
-    /// Whether a kernel may begin before the one in front of it has ended.
+    /// Whether a kernel may begin before the previous one has ended (programmatic dependent launch).
     pub(super) fn begins_early(&self) -> bool {
         self.capability >= 90 && !ampere_is_forced()
     }
@@ -47,19 +47,19 @@ impl Device {
 /// Set to 1 to use the Ampere kernels on any card.
 pub(super) const FORCE_AMPERE: &str = "XRAY_CUDA_SM80";
 
-/// Whether the kernels of newer cards are to be left alone.
+/// Whether the kernels of newer cards are disabled.
 fn ampere_is_forced() -> bool {
     std::env::var(FORCE_AMPERE).is_ok_and(|value| value == "1")
 }
 
-/// The card of this number; cards of several kinds may share a machine. The driver is asked once each.
+/// The card of this number; cards of several kinds may share a machine. The driver is queried once for each.
 pub(super) fn card(index: usize) -> Device {
     static CARDS: Mutex<BTreeMap<usize, Device>> = Mutex::new(BTreeMap::new());
     let mut cards = CARDS.lock().unwrap_or_else(PoisonError::into_inner);
     *cards.entry(index).or_insert_with(|| query(index))
 }
 
-/// What the driver says of a card.
+/// A card's properties from the driver.
 fn query(index: usize) -> Device {
     let attribute = |which: Attribute| -> Option<usize> {
         result::init().ok()?;
@@ -85,7 +85,7 @@ fn query(index: usize) -> Device {
             Instructions::Mma
         },
         processors: processors.unwrap_or(1),
-        // What an A800 has, where its kernels are wanted.
+        // An A800's shared memory, where its kernels are selected.
         shared_bytes: if forced {
             163 * 1024
         } else {
@@ -94,7 +94,7 @@ fn query(index: usize) -> Device {
     }
 }
 
-/// The card a buffer lies on.
+/// The card that holds a buffer.
 pub(super) fn device(buffer: &Buffer) -> Device {
     card(buffer.device.index)
 }
@@ -211,7 +211,7 @@ const MMA_TILES: [MmaTile; 4] = [
 pub(super) fn mma(m: usize, n: usize, device: &Device) -> MmaTile {
     let cost = |tile: &MmaTile| {
         // Percent of the largest tile's rate, measured on an H100 at 5,888 rows: smaller tiles reuse
-        // less of what they load. Blocks that share a processor take turns.
+        // less of what they load. Blocks that share a processor run one after another.
         let efficiency = match tile.rows * tile.columns {
             32_768 => 100,
             16_384 => 87,
@@ -229,7 +229,7 @@ pub(super) fn mma(m: usize, n: usize, device: &Device) -> MmaTile {
         .unwrap_or(MMA_TILES[3])
 }
 
-/// A tile of either form.
+/// A tile of either kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Tile {
     Wgmma(WgmmaTile),
@@ -299,7 +299,7 @@ mod tests {
     #[test]
     #[ignore = "needs an NVIDIA GPU"]
     fn cards_of_several_kinds_are_told_apart() {
-        // A card that is not there is not supported, and says nothing of those that are.
+        // A missing card is not supported, and does not change the entries of the others.
         assert!(!card(63).is_supported());
         let seen = query(0);
         let kept = card(0);

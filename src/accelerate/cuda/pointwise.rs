@@ -17,10 +17,10 @@ const SOURCES: &[&str] = &[
 
 const THREADS: u32 = 256;
 
-/// Blocks a processor gets of a grid that walks the rest.
+/// Blocks a processor gets in a grid-stride loop.
 const MOST_BLOCKS: usize = 16;
 
-/// Whether tensors of one shape can be worked on together.
+/// Whether the kernels cover these tensors of one shape.
 pub(super) fn covers(tensors: &[&Tensor<Backend, 2>]) -> bool {
     let first = tensors[0];
     let elements = first.shape().num_elements();

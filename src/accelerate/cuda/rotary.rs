@@ -11,7 +11,7 @@ use super::{
 
 const SOURCES: &[&str] = &[include_str!("scalar.cuh"), include_str!("rotary.cu")];
 
-/// Whether heads of this width can be turned.
+/// Whether the kernels cover the rotation of heads of this width.
 pub(super) fn covers<const D: usize>(x: &Tensor<Backend, D>, head_dim: usize) -> bool {
     super::supported(x)
         && scalar_of(x.dtype()).is_some()
@@ -19,7 +19,7 @@ pub(super) fn covers<const D: usize>(x: &Tensor<Backend, D>, head_dim: usize) ->
         && head_dim <= 128
 }
 
-/// Heads whose elements lie together; tokens and heads may lie apart.
+/// Heads with contiguous elements; tokens and heads may have any stride.
 fn with_contiguous_heads(x: Tensor<Backend, 3>) -> super::launch::Buffer {
     let buffer = strided(x);
     if buffer.meta.strides()[2] == 1 {
@@ -81,7 +81,7 @@ pub(super) fn rotate(
     tensor(out)
 }
 
-/// Queries and keys turned, values as they are, out of a fused projection `[tokens, 3 · heads · d]`.
+/// Queries and keys rotated (RoPE), values unchanged, out of a fused projection `[tokens, 3 · heads · d]`.
 pub(super) fn split_and_rotate(
     qkv: Tensor<Backend, 2>,
     heads: usize,

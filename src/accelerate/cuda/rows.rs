@@ -10,7 +10,7 @@ const SOURCES: &[&str] = &[include_str!("scalar.cuh"), include_str!("rows.cu")];
 /// Widest row a block holds in registers.
 const WIDEST: usize = 16_384;
 
-/// Whether the rows of a tensor on this device can be worked on.
+/// Whether the kernels cover the rows of a tensor on this device.
 pub(super) fn covers(device: usize, width: usize, dtype: DType) -> bool {
     card(device).is_supported()
         && scalar_of(dtype).is_some_and(|(_, vector)| width.is_multiple_of(vector))

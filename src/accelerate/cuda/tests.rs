@@ -192,7 +192,7 @@ fn rotation() {
             (9, 2, 64),
             (3, 1, 6),
         ]) {
-            // The queries of a fused projection: tokens lie three times as far apart.
+            // The queries of a fused projection: the token stride is three times as large.
             let fused = normal([tokens, 3 * heads, head_dim], 1.0, dtype, &device);
             let x = fused.clone().narrow(1, heads, heads);
             let angles = normal([tokens, head_dim / 2], 3.0, DType::F32, &device);
@@ -725,7 +725,7 @@ fn optimizer() {
             }
         }
     }
-    // Results are parts of one buffer: they go into the next step, and to the host, as any tensor.
+    // Results are views of one buffer: they go into the next step, and to the host, as any tensor.
     let mut again = tensors.clone();
     for (one, [value, first, second]) in again.iter_mut().zip(Cuda::adamw(tensors.clone(), None)) {
         (one.value, one.first, one.second) = (value, first, second);
@@ -771,7 +771,7 @@ fn loss() {
     report.finish();
 }
 
-/// The captured step beside the same step in single operations, over several tokens and batches.
+/// The captured step against the same step in single operations, over several tokens and batches.
 #[test]
 #[ignore = "needs an NVIDIA GPU"]
 fn decoding() {
