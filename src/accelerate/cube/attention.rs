@@ -1,9 +1,9 @@
-//! Attention over ranges of keys, scores and softmax in f32, no matrix of scores in memory.
+//! Flash attention over ranges of keys: scores and softmax in f32, no matrix of scores in memory.
 //!
 //! A cube takes the query heads that share a key head, for one query or a few neighbours. In tiles of as
-//! many keys as it has units, a unit first works out the scores of its own key, then a piece of the values
-//! of many keys. Where there is one query, long ranges are split between cubes, and a second launch joins
-//! what they found.
+//! many keys as it has units, a unit first computes the scores of its own key, then a piece of the values
+//! of many keys. Where there is one query, long ranges are split between cubes, and a second launch merges
+//! their partial results.
 
 use burn::tensor::DType;
 use burn_cubecl::CubeRuntime;
@@ -18,19 +18,19 @@ use super::{
 /// Units of a cube, and keys of a tile.
 const UNITS: usize = 256;
 
-/// Most rows (queries times heads) of a cube: what its units' registers hold.
+/// Most rows (queries times heads) of a cube, as the units' registers hold them.
 const ROWS: usize = 8;
 
 /// Keys of a range that is worth a cube of its own.
 const RANGE: usize = 512;
 
-/// Shares in which the largest score of a tile is looked for.
+/// Parts in which a tile is searched for its largest score.
 const SHARES: usize = 16;
 
 /// A score no visible key has; finite, so that differences stay numbers.
 const HIDDEN: f32 = -1e30;
 
-/// What a kernel is compiled for.
+/// The comptime configuration of a kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct AttentionConfig {
     units: usize,
@@ -61,7 +61,7 @@ impl AttentionConfig {
     }
 }
 
-/// Keys and values, `[b, key_value_heads, keys, d]`, heads dense, both laid out alike.
+/// Keys and values, `[b, key_value_heads, keys, d]`, heads contiguous, both with the same strides.
 pub(super) struct Cache<'a, R: CubeRuntime> {
     pub keys: &'a Buffer<R>,
     pub values: &'a Buffer<R>,
@@ -123,7 +123,7 @@ fn attend<F: Numeric>(
     let lanes = comptime!(config.lanes());
     let unit = UNIT_POS as usize;
 
-    // Cubes behind the last do its work again, so that all meet at the barriers.
+    // Cubes past the last repeat its work, so that all reach the barriers.
     let place = min(CUBE_POS, count - 1);
     let split = place % splits;
     let key_head = place / splits % key_value_heads;
@@ -132,7 +132,7 @@ fn attend<F: Numeric>(
     let sequence = tile / tiles;
     let query_from = tile % tiles * config.queries;
 
-    // Keys that each query sees, and all that any of them does. Queries behind the last repeat it.
+    // Keys that each query sees, and all that any of them does. Queries past the last repeat it.
     let mut see_from = Array::<usize>::new(comptime!(config.queries));
     let mut see_to = Array::<usize>::new(comptime!(config.queries));
     let mut all_from = held;
@@ -227,7 +227,7 @@ fn attend<F: Numeric>(
                 now = max(now, largest[row * SHARES + share]);
             }
             let shrunk = (before - now).exp();
-            // A hidden key weighs nothing, even where no key was seen yet.
+            // A masked key has weight zero, even where no key was visible yet.
             let weight = select(score[row] > HIDDEN, (score[row] - now).exp(), 0.0f32);
             most[row] = now;
             total[row] = fma(total[row], shrunk, weight);
@@ -291,7 +291,7 @@ fn attend<F: Numeric>(
     }
 }
 
-/// Joins what the cubes of one query head found: `[splits, d + 2]`, sums, largest score, sum of weights.
+/// Merges the partial results of the cubes of one query head: `[splits, d + 2]`, sums, largest score, sum of weights.
 #[cube(launch_unchecked)]
 fn join<F: Numeric>(
     sums: &Array<f32>,
@@ -322,7 +322,7 @@ fn join<F: Numeric>(
     }
 }
 
-/// Attended values `[b, queries, h, d]` of `q` `[b, h, queries, d]`: each query over keys `[first, end)` as
+/// Attention output `[b, queries, h, d]` of `q` `[b, h, queries, d]`: each query over keys `[first, end)` as
 /// far as there are `keys`.
 pub(super) fn attended<R: CubeRuntime>(
     q: &Buffer<R>,

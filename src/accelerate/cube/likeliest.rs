@@ -1,4 +1,4 @@
-//! The likeliest token of each row of logits: a cube a row.
+//! The likeliest token of each row of logits (argmax): a cube a row.
 
 use burn::tensor::DType;
 use burn_cubecl::CubeRuntime;
@@ -56,7 +56,7 @@ fn find_likeliest(
         width /= 2;
     }
     if unit == 0 {
-        // A step may be queued behind this one already: it needs a row of the table in any case.
+        // The next step may be queued already: it needs a valid token id in any case.
         let found = min(places[0], vocab as u32 - 1) as i32;
         next[CUBE_POS] = found;
         for_host[CUBE_POS] = select(breaks[0] == 0, found, -1i32);

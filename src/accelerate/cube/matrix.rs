@@ -1,4 +1,4 @@
-//! A matrix of the model as the decoder reads it: floats or packed.
+//! A matrix of the model as the decoder reads it: floats or quantised.
 
 use burn::tensor::DType;
 use burn_cubecl::CubeRuntime;
@@ -24,7 +24,7 @@ pub(super) enum Matrix<R: CubeRuntime> {
 }
 
 impl<R: CubeRuntime> Matrix<R> {
-    /// The buffers of a weight, as they lie.
+    /// The buffers of a weight, without a copy.
     pub(super) fn of(weight: &Weight<Cube<R>>) -> Self {
         match weight {
             Weight::Dense(param) => Self::Floats(strided(param.val())),
@@ -32,7 +32,7 @@ impl<R: CubeRuntime> Matrix<R> {
         }
     }
 
-    /// Whether products with inputs of `dtype` can be worked out over the buffers.
+    /// Whether the kernels cover matmuls of inputs of `dtype` with these buffers.
     pub(super) fn covers(&self, dtype: DType) -> bool {
         match self {
             Self::Floats(buffer) => buffer.dtype == dtype && buffer.is_contiguous(),
@@ -57,10 +57,10 @@ impl<R: CubeRuntime> Matrix<R> {
         }
     }
 
-    /// Products of one normed input with three matrices, side by side.
+    /// Matmuls of one normalised input with three matrices, concatenated.
     ///
     /// # Panics
-    /// If some are packed and some are not.
+    /// If some are quantised and some are not.
     pub(super) fn three_matmuls(
         x: &Buffer<R>,
         norm: &InputNorm<R>,
@@ -80,7 +80,7 @@ impl<R: CubeRuntime> Matrix<R> {
     /// `silu(norm(x) Gᵀ) · (norm(x) Uᵀ)`.
     ///
     /// # Panics
-    /// If one is packed and the other is not.
+    /// If one is quantised and the other is not.
     pub(super) fn swiglu_matmul(
         x: &Buffer<R>,
         norm: &InputNorm<R>,

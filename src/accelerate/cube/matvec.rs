@@ -1,4 +1,4 @@
-//! Products of one to eight rows with matrices `[out, in]` of floats, through [`super::products`].
+//! Matmul of one to eight rows with float matrices `[out, in]` (matrix-vector), through [`super::products`].
 
 use burn::tensor::DType;
 use burn_cubecl::CubeRuntime;
@@ -21,7 +21,7 @@ fn config<R: CubeRuntime>(x: &Buffer<R>, width: usize, matrices: Matrices) -> Ma
     MatmulConfig::new(stored, [rows, width], matrices, vectors, group)
 }
 
-/// Whether a product can be worked out here; `x` `[rows, in]`, `weight` `[out, in]`.
+/// Whether the kernel covers a matmul; `x` `[rows, in]`, `weight` `[out, in]`.
 pub(super) fn covers<R: CubeRuntime>(x: &Buffer<R>, weight: &Buffer<R>) -> bool {
     let [rows, width] = x.meta.shape().dims();
     (1..=MOST_ROWS).contains(&rows)
@@ -30,7 +30,7 @@ pub(super) fn covers<R: CubeRuntime>(x: &Buffer<R>, weight: &Buffer<R>) -> bool 
         && weight.is_contiguous()
 }
 
-/// A norm that is taken of the input before it is multiplied.
+/// A norm fused into the matmul, applied to its input.
 #[derive(Debug, Clone)]
 pub(super) struct InputNorm<R: CubeRuntime> {
     /// `[in]`.
@@ -56,8 +56,8 @@ pub(super) fn matmul<R: CubeRuntime>(
         ..config(x, width, Matrices::One)
     };
     let y = empty(x, [config.rows, width], out);
-    // SAFETY: the arrays are as long as the form and the widths say; what stands for an operand that is
-    // not there is not read.
+    // SAFETY: the arrays have the lengths that the config and the widths give; the buffer in place of an
+    // absent operand is not read.
     #[allow(unsafe_code)]
     unsafe {
         one_matrix::launch_unchecked::<R>(
@@ -84,7 +84,7 @@ pub(super) fn matmul<R: CubeRuntime>(
     y
 }
 
-/// Products of one input with three matrices, side by side `[rows, out₁ + out₂ + out₃]`.
+/// Matmuls of one input with three matrices, concatenated `[rows, out₁ + out₂ + out₃]`.
 ///
 /// # Panics
 /// If a width is no multiple of four.

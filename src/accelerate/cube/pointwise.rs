@@ -1,4 +1,4 @@
-//! Gated SiLU and both GELUs, in f32 inside.
+//! SwiGLU (`silu(x) · y`) and both GELUs, computed in f32.
 
 use burn_cubecl::CubeRuntime;
 use cubecl::prelude::*;
@@ -21,7 +21,7 @@ pub(super) enum Operation {
     GeluExact,
 }
 
-/// Whether so many elements can be worked on.
+/// Whether the kernel covers so many elements.
 pub(super) fn covers<R: CubeRuntime>(x: &Buffer<R>) -> bool {
     let elements = x.meta.num_elements();
     elements > 0

@@ -1,9 +1,9 @@
-//! Products of one to eight rows with matrices `[out, in]`, of floats ([`super::matvec`]) or of packed
-//! words ([`super::quantized`]): as fast as the matrices can be read.
+//! Matmul of one to eight rows with matrices `[out, in]`, of floats ([`super::matvec`]) or quantised
+//! ([`super::quantized`]): limited by the memory bandwidth of reading the matrices.
 //!
-//! A group of units works out a few outputs for all rows. It reads the rows of the matrix sixteen bytes a
-//! unit, side by side; the input rows come out of the cache. A norm before the product costs nothing here:
-//! its scale goes onto the input, its mean square is summed beside the products, and its root divides
+//! A group of units computes a few outputs for all rows. It reads the rows of the matrix sixteen bytes a
+//! unit, side by side; the input rows come out of the cache. A norm before the matmul costs nothing here:
+//! its scale multiplies the input, its mean square is summed beside the dot products, and its root divides
 //! their sums. Operations are on four values each and the code of a step is there once, whatever the
 //! matrices: drivers take seconds over long kernels, and loads further ahead were not faster.
 
@@ -25,7 +25,7 @@ pub(super) enum Matrices {
     One,
     /// The first half from one matrix, the second half, of the same columns, from another.
     Pair,
-    /// One of three that stand side by side.
+    /// One of three, whose outputs are concatenated.
     Three,
 }
 
@@ -34,7 +34,7 @@ pub(super) enum Matrices {
 pub(super) enum Stored {
     /// Floats.
     Floats(Packing),
-    /// Levels of so many bits, to be multiplied with a scale.
+    /// Quantised levels of so many bits, to be multiplied by a scale.
     Levels {
         /// Bits of a value.
         bits: usize,
@@ -43,7 +43,7 @@ pub(super) enum Stored {
     },
 }
 
-/// What a kernel is compiled for.
+/// The comptime configuration of a kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct MatmulConfig {
     /// How the values of the matrices are stored.
@@ -56,7 +56,7 @@ pub(super) struct MatmulConfig {
     pub outputs: usize,
     /// Sixteen-byte pieces of a row of the matrix.
     pub vectors: usize,
-    /// Units that work on some outputs together.
+    /// Units that compute some outputs together.
     pub group: Group,
     /// Groups of a cube.
     pub groups: usize,
@@ -66,7 +66,7 @@ pub(super) struct MatmulConfig {
     pub bias: bool,
     /// Whether a residual is added.
     pub residual: bool,
-    /// Whether a low-rank share is added.
+    /// Whether an adapter's low-rank part is added.
     pub adapter: bool,
 }
 
@@ -74,7 +74,7 @@ pub(super) struct MatmulConfig {
 const MANY_OUTPUTS: usize = 8192;
 
 impl MatmulConfig {
-    /// For products of `rows` rows with matrices of `width` outputs and rows of `vectors` pieces; nothing
+    /// For matmuls of `rows` rows with matrices of `width` outputs and rows of `vectors` pieces; nothing
     /// comes before or is added.
     pub(super) fn new(
         stored: Stored,
@@ -116,7 +116,7 @@ impl MatmulConfig {
         CubeDim::new_1d((self.group.lanes * self.groups) as u32)
     }
 
-    /// Columns of the result that a group of units works out.
+    /// Columns of the result that a group of units computes.
     fn columns(&self) -> usize {
         match self.matrices {
             Matrices::Pair => self.outputs / 2,
@@ -124,7 +124,7 @@ impl MatmulConfig {
         }
     }
 
-    /// Whether the matrix holds levels.
+    /// Whether the matrix is quantised (holds levels).
     fn is_quantised(&self) -> bool {
         matches!(self.stored, Stored::Levels { .. })
     }
@@ -166,7 +166,7 @@ impl MatmulConfig {
         self.vectors / self.group_vectors()
     }
 
-    /// Word of a piece in which the levels of a quad stand.
+    /// Word of a piece that holds the levels of a quad.
     fn word(&self, quad: usize) -> usize {
         4 * quad * self.bits() / 32
     }
@@ -181,12 +181,12 @@ impl MatmulConfig {
         ((1 << self.bits()) - 1) << self.bit(quad, value)
     }
 
-    /// What takes the place of shifting the level down.
+    /// The scale of the input that replaces shifting the level down.
     fn shrink(&self, quad: usize, value: usize) -> f32 {
         (-(self.bit(quad, value) as f32)).exp2()
     }
 
-    /// What levels are stored with.
+    /// The offset that levels are stored with.
     fn offset(&self) -> f32 {
         (1 << (self.bits() - 1)) as f32
     }
@@ -235,10 +235,10 @@ fn load<S: Numeric>(
     }
 }
 
-/// Adds the products with piece number `at` of each row.
+/// Adds the dot products with piece number `at` of each row.
 ///
-/// A level masked out where it stands is `2^bit` times itself, so the input is scaled by `2^-bit`; the
-/// offset of the levels is taken off by one product with the sum of the inputs.
+/// A level masked but not shifted is `2^bit` times itself, so the input is scaled by `2^-bit`; the
+/// offset of the levels is subtracted as offset times the sum of the inputs.
 #[cube]
 #[allow(clippy::too_many_arguments)]
 fn add_step<S: Numeric, F: Numeric>(
@@ -373,9 +373,9 @@ fn add_step<S: Numeric, F: Numeric>(
     }
 }
 
-/// The group's products with the columns from `first` on of matrix number `matrix`. Each unit gets that
+/// The group's dot products with the columns from `first` on of matrix number `matrix`. Each unit gets that
 /// of row `lane / columns` and column `first + lane % columns`, and where there are two matrices, the
-/// second's behind it.
+/// second's after it.
 #[cube]
 #[allow(clippy::too_many_arguments)]
 fn dot_products<S: Numeric, F: Numeric>(
@@ -405,7 +405,7 @@ fn dot_products<S: Numeric, F: Numeric>(
     let mut channels = Array::<usize>::new(outputs);
     #[unroll]
     for output in 0..outputs {
-        // Columns behind the last repeat it; nobody writes them.
+        // Columns past the last repeat it; they are not written.
         channels[output] = min(first + comptime!(output % columns), width - 1);
     }
     #[unroll]
@@ -547,7 +547,7 @@ pub(super) fn one_matrix<S: Numeric, F: Numeric, O: Numeric>(
     }
 }
 
-/// Three products of one normed input side by side.
+/// Three matmuls of one normalised input, outputs concatenated.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 pub(super) fn three_matrices<S: Numeric, F: Numeric>(

@@ -1,7 +1,7 @@
-//! Products with packed weights (see [`crate::ops::quantised`]): the words are read as they lie.
+//! Matmul with quantised weights (see [`crate::ops::quantised`]): the kernels read the packed words directly.
 //!
-//! Up to [`MOST_ROWS`] rows go in several such launches. More rows go through the dense product with rows of
-//! the matrix that a kernel writes out as floats, at most [`quantised::weight::UNPACKED_BYTES`] at once.
+//! Up to [`MOST_ROWS`] rows go in several such launches. More rows use the float matmul with rows of
+//! the matrix that a kernel dequantises, at most [`quantised::weight::UNPACKED_BYTES`] at once.
 
 use burn::tensor::{DType, Tensor};
 use burn_cubecl::{CubeRuntime, kernel::into_contiguous};
@@ -27,10 +27,10 @@ use crate::{
 /// Rows of one launch.
 const ROWS: usize = 8;
 
-/// Rows up to which launches over the packed words beat unpacking the matrix.
+/// Rows up to which launches over the quantised words are faster than dequantising the matrix.
 const MOST_ROWS: usize = 4 * ROWS;
 
-/// The buffers of a packed matrix.
+/// The buffers of a quantised matrix.
 #[derive(Debug, Clone)]
 pub(super) struct Quantised<R: CubeRuntime> {
     /// `[out, words of a row]`.
@@ -41,11 +41,10 @@ pub(super) struct Quantised<R: CubeRuntime> {
     d_input: usize,
 }
 
-/// A norm that is taken of the input before it is multiplied: its scale and what is added to the mean
-/// square.
+/// A norm fused into the matmul, applied to its input: scale and epsilon.
 pub(super) type Norm<'a, R> = (&'a Buffer<R>, f64);
 
-/// A low-rank share: `low` `[rows, rank]` scaled already, `up` `[out, rank]`, the rank.
+/// An adapter's low-rank part: `low` `[rows, rank]` already scaled, `up` `[out, rank]`, the rank.
 type Share<R> = (Buffer<R>, Buffer<R>, usize);
 
 impl<R: CubeRuntime> Quantised<R> {
@@ -64,7 +63,7 @@ impl<R: CubeRuntime> Quantised<R> {
         self.words.meta.shape()[0]
     }
 
-    /// Whether rows of the matrix have no padding, so that an input is read as it lies.
+    /// Whether rows of the matrix have no padding, so that an input is read without padding.
     pub(super) fn is_whole(&self) -> bool {
         self.format.padded(self.d_input) == self.d_input
     }
@@ -154,7 +153,7 @@ pub(in crate::accelerate) fn dequantise_rows<R: CubeRuntime>(
     }
 }
 
-/// Whether the product goes through the kernel over packed words.
+/// Whether the matmul uses the kernel over quantised words.
 fn covers<R: CubeRuntime>(x: &Tensor<Cube<R>, 2>, weight: &QuantisedWeight<Cube<R>>) -> bool {
     let [rows, width] = x.dims();
     assert_eq!(width, weight.dims()[1], "inputs of the matmul");
@@ -202,7 +201,7 @@ fn by_rows<R: CubeRuntime>(
     }
 }
 
-/// `norm(x) Wᵀ + bias + residual` and a low-rank share, in type `out`, which is that of what is added.
+/// `norm(x) Wᵀ + bias + residual` and a low-rank part, in type `out`, which bias and residual have too.
 ///
 /// `x` has the padded width of the matrix.
 ///
@@ -231,8 +230,8 @@ pub(super) fn matmul<R: CubeRuntime>(
     let y = empty(x, [config.rows, width], out);
     let none = &weight.scales;
     let (low, up, rank) = share.map_or((none, none, 0), |(low, up, rank)| (low, up, *rank));
-    // SAFETY: the arrays are as long as the form and the widths say; what stands for an operand that is
-    // not there is not read.
+    // SAFETY: the arrays have the lengths that the config and the widths give; the buffer in place of an
+    // absent operand is not read.
     #[allow(unsafe_code)]
     unsafe {
         one_matrix::launch_unchecked::<R>(
@@ -259,10 +258,10 @@ pub(super) fn matmul<R: CubeRuntime>(
     y
 }
 
-/// Products of one normed input with three matrices, side by side `[rows, out₁ + out₂ + out₃]`.
+/// Matmuls of one normalised input with three matrices, concatenated `[rows, out₁ + out₂ + out₃]`.
 ///
 /// # Panics
-/// If the matrices are packed differently, or a width is no multiple of four.
+/// If the matrices are quantised differently, or a width is no multiple of four.
 pub(super) fn three_matmuls<R: CubeRuntime>(
     x: &Buffer<R>,
     (norm, epsilon): Norm<'_, R>,
@@ -316,7 +315,7 @@ pub(super) fn three_matmuls<R: CubeRuntime>(
 /// `silu(norm(x) Gᵀ) · (norm(x) Uᵀ)`.
 ///
 /// # Panics
-/// If the matrices are packed differently.
+/// If the matrices are quantised differently.
 pub(super) fn swiglu_matmul<R: CubeRuntime>(
     x: &Buffer<R>,
     (norm, epsilon): Norm<'_, R>,
@@ -359,7 +358,7 @@ pub(super) fn swiglu_matmul<R: CubeRuntime>(
     y
 }
 
-/// Rows with zeros behind them, which the padding of the rows of words meets.
+/// Rows padded with zeros, to the padded width of the quantised rows.
 fn padded_rows<R: CubeRuntime>(x: &Buffer<R>, padded: usize) -> Buffer<R> {
     let [rows, d_input] = x.meta.shape().dims();
     let y = empty(x, [rows, padded], x.dtype);
@@ -417,7 +416,7 @@ fn low_rank_input<R: CubeRuntime>(x: &Buffer<R>, adapter: &LowRank<Cube<R>>) -> 
 /// Rows `start .. start + count` of the matrix as floats.
 ///
 /// # Panics
-/// If the rows are not there.
+/// If the rows are out of range.
 fn unpacked<R: CubeRuntime>(
     weight: &QuantisedWeight<Cube<R>>,
     start: usize,

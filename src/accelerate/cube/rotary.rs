@@ -10,7 +10,7 @@ use super::{
     words::{Packing, within},
 };
 
-/// What a kernel is compiled for.
+/// The comptime configuration of a kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct RotaryConfig {
     half: usize,
@@ -30,7 +30,7 @@ impl RotaryConfig {
     }
 }
 
-/// Whether heads of this width and type can be turned.
+/// Whether the kernels cover the rotation of heads of this width and type.
 pub(super) fn covers(head_dim: usize, dtype: DType) -> bool {
     Packing::of(dtype).is_some() && head_dim.is_multiple_of(2) && (2..=512).contains(&head_dim)
 }
@@ -82,7 +82,7 @@ fn turn_heads<F: Numeric>(
 ) {
     let half = comptime!(config.half);
     let unit = UNIT_POS as usize;
-    // Cubes behind the last head work on it again, so that all meet at the sum.
+    // Cubes past the last head compute it again, so that all reach the barrier of the sum.
     let place = min(CUBE_POS, count - 1);
     let token = place / heads;
     let start = token * token_stride + place % heads * head_stride;
@@ -96,7 +96,7 @@ fn turn_heads<F: Numeric>(
     }
 }
 
-/// Turns `x` `[tokens, heads, d]`, whose heads are dense; tokens and heads may lie apart.
+/// Rotates `x` `[tokens, heads, d]` (RoPE), whose heads are contiguous; tokens and heads may have any stride.
 pub(super) fn rotate<R: CubeRuntime>(
     x: &Buffer<R>,
     norm: Option<(&Buffer<R>, f64)>,
@@ -175,7 +175,7 @@ fn split_heads<F: Numeric>(
     }
 }
 
-/// Queries and keys turned, values as they are, out of a fused projection `[tokens, 3 · heads · d]`.
+/// Queries and keys rotated (RoPE), values unchanged, out of a fused projection `[tokens, 3 · heads · d]`.
 pub(super) fn split_and_rotate<R: CubeRuntime>(
     qkv: &Buffer<R>,
     heads: usize,
@@ -272,11 +272,11 @@ pub(super) struct HeadNorms<R: CubeRuntime> {
     pub k_epsilon: f64,
 }
 
-/// One token a row: queries normalised and turned into `[rows, heads · d]`, keys likewise and values as
-/// they are into place `at` of the cache `[rows, key_value_heads, capacity, d]`.
+/// One token a row: queries normalised and rotated into `[rows, heads · d]`, keys likewise and values
+/// unchanged into position `at` of the cache `[rows, key_value_heads, capacity, d]`.
 ///
 /// `qkv` is `[rows, (heads + 2 · key_value_heads) · d]`; cosines `[rows, d]` start at `place` of the
-/// tables, sines behind them.
+/// tables, sines after them.
 pub(super) fn rotate_into_cache<R: CubeRuntime>(
     qkv: &Buffer<R>,
     norms: &HeadNorms<R>,

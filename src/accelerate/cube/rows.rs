@@ -12,7 +12,7 @@ use super::{
 /// Units of a row's cube.
 const UNITS: usize = 128;
 
-/// What a kernel is compiled for.
+/// The comptime configuration of a kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct NormConfig {
     units: usize,
@@ -21,7 +21,7 @@ struct NormConfig {
     centred: bool,
 }
 
-/// Whether rows of this width and type can be worked on.
+/// Whether the kernel covers rows of this width and type.
 pub(super) fn covers<R: CubeRuntime>(x: &Buffer<R>) -> bool {
     let [_, width] = x.meta.shape().dims();
     Packing::of(x.dtype).is_some_and(|packing| width.is_multiple_of(packing.piece()))
@@ -42,7 +42,7 @@ fn norm_rows<F: Numeric>(
 ) {
     let packing = comptime!(config.packing);
     let pairs = comptime!(config.packing.pairs());
-    // Cubes behind the last row work on it again, so that all meet at the sums.
+    // Cubes past the last row compute it again, so that all reach the barriers of the sums.
     let row = min(CUBE_POS, rows - 1);
     let start = row * row_pieces;
     let count = f32::cast_from(row_pieces * comptime!(config.packing.piece()));

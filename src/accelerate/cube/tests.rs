@@ -32,7 +32,7 @@ use crate::{
 type T<const D: usize> = Tensor<Backend, D>;
 type Device = <Backend as BackendTypes>::Device;
 
-/// The device, or `None` said aloud.
+/// The device, or `None` with a message.
 fn device() -> Device {
     draws::begin();
     Device::default()
@@ -249,7 +249,7 @@ fn rotation() {
     for dtype in dtypes(&device) {
         for (tokens, heads, head_dim) in [(1, 1, 16), (5, 3, 72), (37, 8, 128), (3, 1, 6)] {
             let name = |what: &str| format!("{what} [{tokens}, {heads}, {head_dim}]");
-            // The queries of a fused projection: tokens lie three times as far apart.
+            // The queries of a fused projection: the token stride is three times as large.
             let fused = normal([tokens, 3 * heads, head_dim], 1.0, dtype, &device);
             let x = fused.clone().narrow(1, heads, heads);
             let angles = normal([tokens, head_dim / 2], 3.0, DType::F32, &device);
@@ -283,7 +283,7 @@ fn rotation() {
     report.finish();
 }
 
-/// Three rows of four query heads and two key heads, put behind five tokens.
+/// Three rows of four query heads and two key heads, appended after five tokens.
 fn rotation_into_a_cache(dtype: DType, device: &Device, report: &mut Report) {
     let [rows, heads, kv, head_dim, capacity, at] = [3, 4, 2, 32, 9, 5];
     let qkv = normal([rows, (heads + 2 * kv) * head_dim], 1.0, dtype, device);
@@ -456,7 +456,7 @@ fn attention_of_many_queries() {
             );
             let got = Backend::span_attention(q.clone(), k.clone(), v.clone(), &spans);
             let want = plain::attention(to_f32(q), to_f32(k), to_f32(v), &spans);
-            // What padding sees is nobody's business.
+            // The output of padding rows is not compared.
             let seen: Vec<f32> = match name {
                 "padded" => [vec![0.0; 3], vec![1.0; 63]].concat(),
                 _ => vec![1.0; batch * queries],
@@ -469,7 +469,7 @@ fn attention_of_many_queries() {
     report.finish();
 }
 
-/// Activations of the published vision tower reach five digits: nothing on their way may become infinite.
+/// Activations of the published vision tower reach five digits: no intermediate value may become infinite.
 #[test]
 #[ignore = "needs a Vulkan device"]
 fn large_activations_stay_finite() {
@@ -507,7 +507,7 @@ fn large_activations_stay_finite() {
             Backend::row_layer_norm(x.clone(), ones.clone(), ones.clone(), 1e-6),
             plain::layer_norm(large.clone(), to_f32(ones.clone()), to_f32(ones), 1e-6),
         ),
-        // Beyond the largest f16 the product ends there: an infinity would be a NaN in the next norm.
+        // Beyond the largest f16 the result is clamped: an infinity would be a NaN in the next norm.
         (
             "swiglu",
             Backend::swiglu(x.clone(), x.clone()),

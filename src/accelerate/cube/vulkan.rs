@@ -28,12 +28,12 @@ use crate::{
 pub(super) type Backend = burn::backend::Vulkan;
 pub(super) type Buffer = AnyBuffer<WgpuRuntime>;
 
-/// The buffer of a tensor, strided as it may be.
+/// The buffer of a tensor, with any strides.
 pub(super) fn strided<const D: usize>(tensor: Tensor<Backend, D>) -> Buffer {
     tensor.into_primitive().tensor()
 }
 
-/// The buffer of a tensor, copied if its elements do not lie row after row.
+/// The buffer of a tensor, copied if it is not contiguous.
 pub(super) fn contiguous<const D: usize>(tensor: Tensor<Backend, D>) -> Buffer {
     burn_cubecl::kernel::into_contiguous(strided(tensor))
 }
@@ -43,7 +43,7 @@ pub(super) fn tensor<const D: usize>(buffer: Buffer) -> Tensor<Backend, D> {
     Tensor::from_primitive(TensorPrimitive::Float(buffer))
 }
 
-/// Heads whose elements lie together; tokens and heads may lie apart.
+/// Heads with contiguous elements; tokens and heads may have any stride.
 fn with_contiguous_heads(buffer: Buffer) -> Buffer {
     if buffer.meta.strides().last() == Some(&1) {
         buffer

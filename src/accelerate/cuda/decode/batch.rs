@@ -1,5 +1,5 @@
-//! One batch behind a prefilled cache: the step feeds itself, and the next one is queued before the
-//! host has read the last.
+//! One batch after a prefilled cache: the step feeds its tokens into the next one, which is queued before
+//! the host has read the last.
 
 use burn::tensor::DType;
 
@@ -33,7 +33,7 @@ const RING: usize = 8;
 /// Steps queued at once: the one waited for and the next.
 const AHEAD: usize = 2;
 
-/// A captured step and all it reads and writes; dropped in this order, the stream waited for first.
+/// A captured step and all it reads and writes; dropped in this order, after the stream is synchronised.
 struct Engine {
     step: Repeated,
     events: Vec<Event>,
@@ -120,7 +120,7 @@ impl Engine {
             let padding = cache.segments[row].iter().take_while(|one| **one < 0);
             initial.set(Field::Token, row, start.tokens[row]);
             initial.set(Field::Position, row, start.positions[row] as u32);
-            // The new token counts as held; padding lies in front.
+            // The new token counts as held; padding is on the left.
             initial.set(Field::End, row, cache.len() as u32 + 1);
             initial.set(Field::First, row, padding.count() as u32);
             initial.set(Field::Table, row, row as u32);
@@ -140,7 +140,7 @@ impl Engine {
             }
         }
         stream.wait()?;
-        // What cubecl has queued is over before the stream reads its buffers.
+        // Synchronise cubecl's queue before the stream reads its buffers.
         let synced = cubecl_common::future::block_on(like.client.sync());
         driver("waiting for the prefill", synced)?;
         let io = StepIo {
@@ -184,7 +184,7 @@ impl Engine {
     /// Waits for the oldest step not read yet and reads its tokens.
     fn read(&mut self) -> Result<Vec<Option<u32>>, DriverError> {
         self.events[self.read % RING].wait()?;
-        // The steps queued behind this one write other entries.
+        // The steps queued after this one write other entries.
         let from = self.read % RING * self.rows;
         self.read += 1;
         let tokens = self.ring.read(from..from + self.rows);

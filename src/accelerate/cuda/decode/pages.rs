@@ -1,4 +1,4 @@
-//! Keys and values of all sequences in pages of one pool, and who holds which page: `pages.cu`.
+//! Keys and values of all sequences in pages of one pool, and a reference count for each page: `pages.cu`.
 
 use std::{
     ops::Deref,
@@ -26,7 +26,7 @@ const SOURCES: &[&str] = &[include_str!("../scalar.cuh"), include_str!("pages.cu
 /// Tokens of a page.
 pub(super) const PAGE: usize = 64;
 
-/// The pool. Page 0 belongs to nobody: rows of a step that are not in use write there.
+/// The pool. No sequence owns page 0: unused rows of a step write there.
 pub(super) struct PagePool {
     memory: DeviceMemory,
     layers: usize,
@@ -36,7 +36,7 @@ pub(super) struct PagePool {
     ledger: Arc<Mutex<Ledger>>,
 }
 
-/// Who holds which page.
+/// Reference counts of the pages.
 #[derive(Debug)]
 struct Ledger {
     free: Vec<u32>,
@@ -44,7 +44,7 @@ struct Ledger {
     holders: Vec<u32>,
 }
 
-/// The pages of a sequence, which go back to their pool with this value.
+/// The pages of a sequence, returned to their pool on drop.
 #[derive(Debug)]
 pub(super) struct HeldPages {
     pages: Vec<u32>,
@@ -74,7 +74,7 @@ impl HeldPages {
         }
     }
 
-    /// The first pages, held by another sequence as well.
+    /// The first pages, shared with another sequence.
     fn shared(&self, pages: usize) -> Self {
         let mut ledger = locked(&self.ledger);
         let pages = self.pages[..pages].to_vec();
@@ -138,7 +138,7 @@ impl PagePool {
         self.kv_heads * PAGE * self.head_dim * DType::BF16.size()
     }
 
-    /// Where the keys and the values of a layer begin.
+    /// Start addresses of a layer's keys and values.
     fn layer(&self, index: usize) -> [u64; 2] {
         let bytes = self.pages * self.page_bytes();
         [2 * index, 2 * index + 1].map(|part| self.memory.address + (part * bytes) as u64)
@@ -186,7 +186,7 @@ impl PagePool {
             let bytes = self.page_bytes();
             let offset = |page: u32| (page as usize * bytes) as u64;
             for base in (0..self.layers).flat_map(|layer| self.layer(layer)) {
-                // SAFETY: both pages lie in the pool and are different.
+                // SAFETY: both pages are in the pool and differ.
                 #[allow(unsafe_code)]
                 unsafe {
                     stream.copy(base + offset(*to), base + offset(*from), bytes)?;
@@ -197,8 +197,8 @@ impl PagePool {
         Ok(held)
     }
 
-    /// Puts new keys and values `[1, key_value_heads, new, head_dim]` of a layer behind the first
-    /// `past` tokens of the sequence with the pages `table`; gives those of all tokens.
+    /// Puts new keys and values `[1, key_value_heads, new, head_dim]` of a layer after the first
+    /// `past` tokens of the sequence with the pages `table`; returns those of all tokens.
     pub(super) fn append(
         &self,
         layer: usize,
@@ -269,7 +269,7 @@ mod tests {
         }))
     }
 
-    /// Pages go back with the last sequence that holds them, whatever ends it.
+    /// Pages are freed with the last sequence that holds them, however it ends.
     #[test]
     fn pages_go_back_with_their_owner() {
         let ledger = ledger(8);
@@ -289,7 +289,7 @@ mod tests {
         assert_eq!(&second[..], [1, 2, 4]);
         drop(first);
         assert_eq!(free(), [3, 5, 6, 7]);
-        // A step that panics lets go of its pages as well.
+        // A step that panics frees its pages as well.
         let lost = std::panic::catch_unwind(std::panic::AssertUnwindSafe(move || {
             let _held = second;
             std::panic::resume_unwind(Box::new(()));

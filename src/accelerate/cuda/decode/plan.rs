@@ -38,7 +38,7 @@ const ATTENTION: &[&str] = &[
 /// Rows of the control words; `CONTROL_ROWS` of `control.cuh`.
 pub(super) const CONTROL_ROWS: usize = 64;
 
-/// What the control words tell of a row, in the order of `control.cuh`.
+/// The control words of a row, in the order of `control.cuh`.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Field {
     Token,
@@ -71,7 +71,7 @@ pub(super) struct LayerCache {
     pub capacity: usize,
 }
 
-/// Tables of pages, where the cache lies in pages.
+/// Page tables, where the cache is paged.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Pages {
     /// Tokens of a page.
@@ -81,36 +81,41 @@ pub(super) struct Pages {
     pub width: usize,
 }
 
-/// What becomes of the chosen tokens.
+/// Where the sampled tokens go.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Ending {
-    /// They go to the host.
+    /// To the host only.
     Host,
-    /// They are the next step's input as well; the host finds them in a ring of `slots` steps.
+    /// Into the next step's input as well; the host reads them from a ring of `slots` steps.
     Feedback { uniforms: u64, slots: usize },
 }
 
-/// What a step reads and writes besides weights and scratch.
+/// A step's inputs and outputs besides weights and scratch: cache, control words, results.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct StepIo<'a> {
+    /// Rows of the batch, one token each.
     pub rows: usize,
+    /// Key/value cache, one entry a layer.
     pub cache: &'a [LayerCache],
+    /// Page tables of a paged cache.
     pub pages: Option<Pages>,
-    /// Control words.
+    /// Address of the control words.
     pub control: u64,
-    /// Masks of tokens seen, one a table.
+    /// Address of the masks of tokens seen (repetition penalty), one a page table.
     pub seen: u64,
-    /// Table of adapters, where rows may have one.
+    /// Address of the adapter table, where rows may have an adapter.
     pub adapters: Option<u64>,
+    /// Address of the sampled tokens.
     pub results: u64,
+    /// Whether the tokens are fed back into the next step.
     pub ending: Ending,
-    /// A single row is multiplied as a vector: faster by 6 %, and not the same bit for bit as in a
-    /// batch.
+    /// Whether a single row uses the matrix-vector kernel (`gemv.cu`): 6 % faster, and not bit for bit
+    /// the same as in a batch.
     pub lone: bool,
 }
 
 impl<'a> StepIo<'a> {
-    /// What a batch behind a prefilled cache has; the addresses are still to be filled in.
+    /// For a batch after a prefilled cache; the addresses are zero until the caller sets them.
     pub(super) fn of_batch(rows: usize, cache: &'a [LayerCache]) -> Self {
         Self {
             rows,
@@ -138,21 +143,21 @@ pub(super) fn mask_words(vocab: usize) -> usize {
     vocab.div_ceil(32)
 }
 
-/// What belongs to a matmul.
+/// Options of a matmul: what is fused before and after it.
 #[derive(Default, Clone, Copy)]
 struct Matmul {
     norm: Option<(u64, f64)>,
     gate: bool,
     residual: Option<u64>,
     out_f32: bool,
-    /// Place of its first matrix among those that may be adapted.
+    /// Index of its first matrix among those that may have an adapter.
     matrix: usize,
 }
 
 /// A launch whose kernel is not loaded yet.
 struct Launch {
     kernel: Kernel,
-    /// Whether it may begin before the one in front has ended.
+    /// Whether it may begin before the previous one has ended.
     early: bool,
     grid: [usize; 3],
     pointers: Vec<u64>,
@@ -164,12 +169,12 @@ pub(super) struct Builder<'a> {
     weights: &'a Weights,
     scratch: &'a Scratch,
     io: StepIo<'a>,
-    /// Whether kernels let the next one begin early: with a batch there is nothing to gain.
+    /// Whether kernels let the next one begin early; it gains nothing with a batch.
     overlaps: bool,
     launches: Vec<Launch>,
-    /// The layer at hand, and its place among all.
+    /// The current layer, and its index.
     layer: (&'a LayerWeights, usize),
-    /// Where the next residual sum goes.
+    /// The buffer that the next residual sum is written to.
     free: u64,
 }
 
@@ -207,8 +212,8 @@ impl Builder<'_> {
         self.launches.iter().map(|launch| &launch.kernel)
     }
 
-    /// The launches with their kernels, which are compiled side by side where they are new: together
-    /// they take seconds.
+    /// The launches with their kernels, which are compiled in parallel where they are not cached: they
+    /// take seconds.
     fn loaded(self) -> Result<Vec<Step>, DriverError> {
         let (device, arch) = (self.weights.device, &self.weights.arch);
         load_all(self.kernels(), device, arch)?;
@@ -321,7 +326,7 @@ impl Builder<'_> {
         self.io.pages.map_or(0, |pages| pages.tokens as i64)
     }
 
-    /// Addresses that tell where a row's pages are; none without pages.
+    /// Addresses of the rows' page tables; none without pages.
     fn tables(&self) -> Vec<u64> {
         self.io.pages.map_or(Vec::new(), |pages| {
             vec![self.io.field(Field::Table), pages.tables]
@@ -472,7 +477,7 @@ pub(super) fn step(
     launches(weights, scratch, io).loaded()
 }
 
-/// The kernels of a step of so many rows over a cache that lies in one piece.
+/// The kernels of a step of so many rows over a contiguous cache.
 pub(super) fn kernels(text: &TextConfig, device: usize, rows: usize) -> Vec<Kernel> {
     let weights = Weights::nowhere(text, device);
     let cache = [LayerCache::default()];
@@ -520,13 +525,13 @@ pub(super) fn launches<'a>(
     build
 }
 
-/// A stream whose norm the next matmul applies, or a kernel of its own before it.
+/// The residual stream and the norm that the next matmul applies, fused or as a kernel before it.
 pub(super) struct Normed {
     x: u64,
     norm: (u64, f64),
 }
 
-/// Addresses go from launch to launch; where several values share a buffer of the scratch, `()` does.
+/// Values are device addresses; where a value has a scratch buffer of its own, it is `()`.
 impl Executor for Builder<'_> {
     type Hidden = u64;
     type Normed = Normed;
@@ -594,7 +599,7 @@ impl Builder<'_> {
         self.matmul(h.x, self.weights.text.hidden_size, &matrices, y, matmul);
     }
 
-    /// Into the free one of the two buffers of the stream; the residual's is free afterwards.
+    /// Writes to the free one of the two residual-stream buffers; the residual's is free afterwards.
     fn residual_matmul(
         &mut self,
         x: u64,

@@ -1,10 +1,10 @@
 //! Sequences that come and go, for the serving engine: slots over a pool of pages, one captured step a
 //! size of batch.
 //!
-//! A step of `n` rows runs the graph of the next power of two; the rows not in use work on a page that
-//! belongs to nobody. A row's arithmetic does not depend on the size: products run on the same tiles in
-//! the same order, and attention cuts a cache by its length alone, so that a sequence alone and in
-//! company gets the same bits.
+//! A step of `n` rows runs the graph of the next power of two; unused rows write to page 0, which no
+//! sequence owns. A row's arithmetic does not depend on the size: products run on the same tiles in
+//! the same order, and attention splits a cache by its length alone, so that a sequence alone and in
+//! a batch gets the same bits.
 //!
 //! Rows of several adapters share a step: low-rank terms are added to the base's products row by row,
 //! not merged, so an adapter costs its own matrices and nothing is computed apart. An adapter that is
@@ -44,10 +44,10 @@ use crate::{
     },
 };
 
-/// Parts a sequence's cache is cut into at most; the same for every size of batch.
+/// Most parts that attention splits a sequence's cache into; the same for every batch size.
 const SPLITS: usize = 16;
 
-/// Tokens that a sequence counts for at least in the engine's budget.
+/// Least tokens that a sequence counts for in the engine's budget.
 const LEAST_COST: usize = 256;
 
 /// One sequence.
@@ -55,20 +55,20 @@ const LEAST_COST: usize = 256;
 struct Slot {
     adapter: AdapterId,
     pages: HeldPages,
-    /// All tokens held, for the repetition penalty; what a panic interrupted is not among them.
+    /// All tokens held, for the repetition penalty; without those of a step that panicked.
     tokens: Vec<u32>,
-    /// Its row among the page tables on the device, once it has been stepped.
+    /// Its row of the page tables on the device, after its first step.
     table: Option<usize>,
-    /// Pages that stand in that table.
+    /// Pages already sent to that table.
     sent_pages: usize,
-    /// Whether its mask of tokens seen lies there too.
+    /// Whether its mask of tokens seen was sent too.
     masked: bool,
 }
 
 /// Base or adapter.
 struct Served {
     model: Qwen3Vl<Backend>,
-    /// Place in the table of adapters.
+    /// Index in the adapter table.
     place: Option<usize>,
 }
 
@@ -80,7 +80,7 @@ struct PagedDecoder {
     tables: DeviceMemory,
     seen: DeviceMemory,
     control: DeviceMemory,
-    /// What goes to `control` before a step.
+    /// Page-locked staging memory, copied to `control` before a step.
     staging: PinnedMemory,
     results: DeviceWords,
     scratch: Scratch,
@@ -97,7 +97,7 @@ struct PagedDecoder {
     device: Device<Backend>,
     next: u64,
     largest: usize,
-    /// Rows of the step that is under way.
+    /// Rows of the running step.
     begun: Vec<StepRow>,
 }
 
@@ -135,7 +135,7 @@ impl PagedDecoder {
         context.enter()?;
         let largest = limits.max_running.min(LARGEST_BATCH).next_power_of_two();
         let longest = limits.cache_tokens.min(text.max_position_embeddings);
-        // Table 0 is that of rows not in use and names page 0 only.
+        // Table 0 belongs to unused rows and holds page 0 only.
         let table_count = limits.cache_tokens.div_ceil(LEAST_COST) + 2;
         let table_width = longest.div_ceil(PAGE) + 1;
         let words = |count: usize| DeviceMemory::zeroed(context, count * size_of::<u32>());
@@ -177,7 +177,7 @@ impl PagedDecoder {
         self.next
     }
 
-    /// Waits for what cubecl has queued: the two streams know nothing of each other.
+    /// Synchronises cubecl's queue: the two streams are not ordered with each other.
     fn sync(&self) {
         let synced = cubecl_common::future::block_on(self.client.sync());
         if let Err(error) = synced {
@@ -232,13 +232,13 @@ impl PagedDecoder {
         Ok(())
     }
 
-    /// Numbers of rows there is a step for.
+    /// Batch sizes that have a captured step.
     fn sizes(&self) -> Vec<usize> {
         let powers = (0..).map(|power| 1 << power);
         powers.take_while(|size| *size <= self.largest).collect()
     }
 
-    /// A prompt of this length and one token behind it, whose result nobody wants.
+    /// Warm-up: a prompt of this length and one token after it; the result is dropped.
     fn rehearse(&mut self, length: usize) {
         let tokens = vec![0; length];
         let Ok((positions, _)) = rope_index(&tokens, &[], u32::MAX, 2) else {
@@ -288,7 +288,7 @@ impl PagedDecoder {
         Ok(&self.graphs[&(rows, adapted)])
     }
 
-    /// Gives a sequence room for one token more, and tells the device of its pages.
+    /// Allocates room for one more token of a sequence, and sends its new pages to the device.
     fn prepare(&mut self, id: SlotId, pick: &Pick) -> Result<usize, DriverError> {
         let slot = self.slots.get_mut(&id).expect("the slot is in use");
         slot.pages.grow(slot.tokens.len() + 1);
@@ -327,7 +327,7 @@ impl PagedDecoder {
     /// Queues the step of at most [`LARGEST_BATCH`] rows.
     fn launch(&mut self, rows: &[StepRow]) -> Result<(), DriverError> {
         self.context.enter()?;
-        // The control words of a step that nobody asked about are read before they are overwritten.
+        // A previous step whose result nobody read must have its control words before they are overwritten.
         self.stream.wait()?;
         let mut control = Control::idle();
         let mut adapted = false;
@@ -346,7 +346,7 @@ impl PagedDecoder {
                 control.set_choice(at, choice);
             }
         }
-        // SAFETY: the stream was waited for above, and nothing has been queued on it since that reads
+        // SAFETY: the stream was synchronised above, and nothing has been queued on it since that reads
         // the control words.
         #[allow(unsafe_code)]
         unsafe {
@@ -394,7 +394,7 @@ impl PagedDecoder {
     }
 }
 
-/// A prompt's piece on its way into the pool.
+/// A chunk of a prompt whose keys and values go into the pool.
 struct IntoPages<'a> {
     pool: &'a PagePool,
     table: Tensor<Backend, 1, Int>,
@@ -486,7 +486,7 @@ impl DecodeBackend for PagedDecoder {
     }
 
     fn begin_step(&mut self, rows: &[StepRow]) {
-        // More rows than a step has take several, one behind the other.
+        // More rows than a step has take several steps, one after another.
         if rows.len() <= self.largest && self.launch(rows).is_ok() {
             self.begun = rows.to_vec();
         }
@@ -522,7 +522,7 @@ impl DecodeBackend for PagedDecoder {
             reason,
         };
         let mut entered = self.context.enter();
-        // The first adapter brings steps of their own; requests do not wait for them later.
+        // Steps with adapters are captured when the first adapter is loaded, so that requests do not wait.
         for size in self.sizes() {
             entered = entered.and_then(|()| self.graph(size, true).map(|_| ()));
         }

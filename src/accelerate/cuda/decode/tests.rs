@@ -1,4 +1,4 @@
-//! The serving engine of CUDA beside the plain one, and tokens chosen on the device beside the host's.
+//! The CUDA serving engine against the plain one, and tokens sampled on the device against the host's.
 
 use std::{
     collections::{BTreeSet, HashSet},
@@ -81,7 +81,7 @@ fn ids(range: Range<u32>) -> Vec<u32> {
     range.map(|at| (at * 37 + 11) % 1000).collect()
 }
 
-/// Puts `ids` from token `from` on through a slot, `piece` at a time; gives the logits behind them.
+/// Prefills a slot with `ids` from token `from` on, `piece` at a time; returns the logits after them.
 fn prefill(
     decoder: &mut impl DecodeBackend<Features = Features>,
     slot: SlotId,
@@ -128,7 +128,7 @@ fn tensor(values: &[f32], device: &Device<Cuda>) -> T<1> {
     T::from_data(data, (device, DType::F32))
 }
 
-/// Gives adapters something to say.
+/// Fills B with values, so that adapters change the result.
 struct FillB;
 
 impl LinearMapper<Cuda> for FillB {
@@ -187,7 +187,7 @@ fn sequences_that_come_and_go_are_those_of_the_plain_engine() {
             plain.load_adapter(dir).unwrap(),
         ));
     }
-    // bf16 activations, rounded at other places, through four layers; the plain form of DoRA multiplies
+    // bf16 activations, rounded at other places, through four layers; the plain DoRA multiplies
     // in f32 what the step holds in bf16.
     let (tolerance, dora) = (3e-2, 5e-2);
     let mut pairs: Vec<Pair> = Vec::new();
@@ -213,7 +213,7 @@ fn sequences_that_come_and_go_are_those_of_the_plain_engine() {
     }
     for step in 0..8 {
         match step {
-            // One goes; one begins as another does, on a page that is half full.
+            // One sequence ends; another starts from a shared prefix that ends inside a page.
             3 => {
                 let gone = pairs.remove(1);
                 ours.free(gone.ours);
@@ -244,7 +244,7 @@ fn sequences_that_come_and_go_are_those_of_the_plain_engine() {
         };
         let of_ours = rows(|pair| pair.ours);
         if step % 2 == 1 {
-            // A prompt goes through while the step is under way.
+            // A prompt is prefilled while the step runs.
             ours.begin_step(&of_ours);
             let other = ours.start(AdapterId::BASE, 0);
             prefill(&mut ours, other, &ids(700..790), 0, 64);

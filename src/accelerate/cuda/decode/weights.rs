@@ -17,17 +17,17 @@ use crate::qwen3_vl::{
     rope::inverse_frequencies,
 };
 
-/// Blocks that look for the likeliest token of a row.
+/// Blocks that search a row's logits for the largest (argmax).
 pub(super) const SHARES: usize = 64;
 
 /// Matmuls that may be adapted, a layer; the head comes after the last layer's.
 pub(super) const LAYER_MATRICES: usize = Projection::ALL.len();
 
-/// Products of one input at most, and the largest rank; as in `adapter.cuh`.
+/// Most matmuls of one input, and the largest rank; as in `adapter.cuh`.
 const ADAPTER_SHARES: usize = 3;
 pub(super) const ADAPTER_RANK: usize = 256;
 
-/// Addresses of one matrix.
+/// The address of one matrix, and its rows.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Matrix {
     pub(super) address: u64,
@@ -46,14 +46,14 @@ pub(super) struct LayerWeights {
 }
 
 impl LayerWeights {
-    /// Neighbouring matrices of [`Projection::ALL`], and the first one's place in the layer.
+    /// Consecutive matrices of [`Projection::ALL`], and the first one's index in the layer.
     pub(super) fn matrices<const N: usize>(&self, first: Projection) -> ([Matrix; N], usize) {
         let place = first as usize;
         (std::array::from_fn(|at| self.matrices[place + at]), place)
     }
 }
 
-/// Where a model's weights lie on the device.
+/// Addresses of a model's weights on the device.
 #[derive(Debug)]
 pub(super) struct Weights {
     pub(super) text: TextConfig,
@@ -66,7 +66,7 @@ pub(super) struct Weights {
     pub(super) norm: (u64, f64),
     pub(super) head: Matrix,
     pub(super) frequencies: u64,
-    /// Keeps the memory behind the addresses.
+    /// Keeps the memory of the addresses alive.
     _kept: Vec<Buffer>,
 }
 
@@ -95,10 +95,10 @@ impl<'a> Addresses<'a> {
         self.kept
     }
 
-    /// The address of a tensor with elements of this type one behind another, in this shape.
+    /// The address of a contiguous tensor of this type and shape.
     ///
     /// # Panics
-    /// If it is another tensor: kernels are told sizes, and check none.
+    /// If type, shape or layout differ: kernels get sizes, and check none.
     pub(super) fn contiguous<const D: usize>(
         &mut self,
         buffer: Buffer,
@@ -184,7 +184,7 @@ impl Weights {
         })
     }
 
-    /// One layer without memory, whose launches have the kernels of the real ones.
+    /// One layer with null addresses, whose launches use the same kernels as a loaded model's.
     pub(super) fn nowhere(text: &TextConfig, device: usize) -> Self {
         let layer = LayerWeights {
             input_norm: (0, 0.0),
@@ -214,13 +214,13 @@ impl Weights {
         }
     }
 
-    /// Products that may be adapted.
+    /// Number of matmuls that may have an adapter.
     pub(super) fn matrices(&self) -> usize {
         self.layers.len() * LAYER_MATRICES + 1
     }
 }
 
-/// Some buffer of the model's: its client, device and type.
+/// A buffer of the model, for its client, device and type.
 pub(super) fn like(model: &Qwen3Vl<Backend>) -> Buffer {
     strided(model.model.language_model.norm.weight.val())
 }
@@ -233,7 +233,7 @@ fn floats(values: &[f32], like: &Buffer) -> Buffer {
     ))
 }
 
-/// What passes from kernel to kernel.
+/// Intermediate values between the kernels of a step.
 #[derive(Debug, Default)]
 pub(super) struct Scratch {
     pub(super) x: [u64; 2],
@@ -255,7 +255,7 @@ pub(super) struct Scratch {
 }
 
 impl Scratch {
-    /// Room for so many rows, whose caches are cut into at most `splits` parts.
+    /// Scratch for so many rows, whose caches attention splits into at most `splits` parts.
     pub(super) fn new(
         text: &TextConfig,
         rows: usize,
