@@ -1,8 +1,8 @@
 //! Decoding after a prefilled cache in six or seven launches a layer.
 //!
 //! Norm and QKV; head norms, rotation and cache; attention; output and residual; norm, gate, up and SwiGLU;
-//! down and residual ([`FusedStep`]). The likeliest token is found on the device and goes into the next step there; that
-//! step is queued before the host has read the token.
+//! down and residual ([`FusedStep`]). The argmax of the logits is taken on the device and feeds the next step,
+//! which is queued before the host has read the token.
 
 use std::{
     future::{Future, ready},

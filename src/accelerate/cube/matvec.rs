@@ -10,7 +10,7 @@ use super::{
     words::Packing,
 };
 
-/// Most rows of one product.
+/// Most rows of one matmul.
 pub(super) const MOST_ROWS: usize = 8;
 
 fn config<R: CubeRuntime>(x: &Buffer<R>, width: usize, matrices: Matrices) -> MatmulConfig {
@@ -77,7 +77,7 @@ pub(super) fn matmul<R: CubeRuntime>(
             0,
             norm.map_or(0.0, |norm| norm.epsilon as f32),
             config,
-            Packing::of(out).expect("an output has a type the kernels know"),
+            Packing::of(out).expect("the kernels support the output type"),
             [weight.dtype.into(), x.dtype.into(), out.into()],
         );
     }
@@ -104,7 +104,7 @@ pub(super) fn three_matmuls<R: CubeRuntime>(
         ..config(x, width, Matrices::Three)
     };
     let y = empty(x, [config.rows, width], x.dtype);
-    // SAFETY: as for `product`.
+    // SAFETY: as for `matmul`.
     #[allow(unsafe_code)]
     unsafe {
         three_matrices::launch_unchecked::<R>(
@@ -146,7 +146,7 @@ pub(super) fn swiglu_matmul<R: CubeRuntime>(
         ..config(x, width, Matrices::Pair)
     };
     let y = empty(x, [config.rows, width], x.dtype);
-    // SAFETY: as for `product`.
+    // SAFETY: as for `matmul`.
     #[allow(unsafe_code)]
     unsafe {
         swiglu_matrices::launch_unchecked::<R>(

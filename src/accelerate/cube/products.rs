@@ -50,7 +50,7 @@ pub(super) struct MatmulConfig {
     pub stored: Stored,
     /// Rows of the input.
     pub rows: usize,
-    /// Matrices of the product.
+    /// Matrices of the matmul.
     pub matrices: Matrices,
     /// Outputs of a group of units, of all its matrices.
     pub outputs: usize,
@@ -60,7 +60,7 @@ pub(super) struct MatmulConfig {
     pub group: Group,
     /// Groups of a cube.
     pub groups: usize,
-    /// Whether a norm comes before the product.
+    /// Whether a norm comes before the matmul.
     pub norm: bool,
     /// Whether a bias is added.
     pub bias: bool,

@@ -251,7 +251,7 @@ pub(super) fn matmul<R: CubeRuntime>(
             rank,
             norm.map_or(0.0, |(_, epsilon)| epsilon as f32),
             config,
-            Packing::of(out).expect("an output has a type the kernels know"),
+            Packing::of(out).expect("the kernels support the output type"),
             [weight.scales.dtype.into(), x.dtype.into(), out.into()],
         );
     }
@@ -283,7 +283,7 @@ pub(super) fn three_matmuls<R: CubeRuntime>(
     };
     let width = widths.iter().sum();
     let y = empty(x, [config.rows, width], x.dtype);
-    // SAFETY: as for `product`.
+    // SAFETY: as for `matmul`.
     #[allow(unsafe_code)]
     unsafe {
         three_matrices::launch_unchecked::<R>(
@@ -333,7 +333,7 @@ pub(super) fn swiglu_matmul<R: CubeRuntime>(
         ..gate.config(x, Matrices::Pair)
     };
     let y = empty(x, [config.rows, width], x.dtype);
-    // SAFETY: as for `product`.
+    // SAFETY: as for `matmul`.
     #[allow(unsafe_code)]
     unsafe {
         swiglu_matrices::launch_unchecked::<R>(

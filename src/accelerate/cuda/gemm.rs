@@ -28,9 +28,9 @@ const MOST_PAIRS: usize = 4;
 /// How the second operand of a matmul is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum WeightLayout {
-    /// `[out, in]` in a product that sums over `in`.
+    /// `[out, in]` in a matmul that sums over `in`.
     OutIn,
-    /// `[in, out]` in a product that sums over `in`: a stored weight in the backward pass.
+    /// `[in, out]` in a matmul that sums over `in`: a stored weight in the backward pass.
     InOut,
 }
 

@@ -1,12 +1,12 @@
-// What both matrix-product kernels do with a finished tile, and the order in which they walk over the tiles.
+// The epilogue of both matmul kernels (bias, activation, residual, store), and the order of their tiles.
 // Comes after common.cuh and before gemm_wgmma.cu or gemm_mma.cu, below the host's #defines:
 //
 //   OUT_F32       0: output is bf16[M, N]; 1: f32[M, N]
 //
 //   output = activation(accumulator + bias) + residual, all in f32, rounded once.
 //
-// What of it there is, is said at run time (GemmShape::flags): a branch that all threads take alike costs nothing
-// here, and each configuration less is a second less of compiling.
+// Which parts apply is chosen at run time (GemmShape::flags): a uniform branch costs nothing here, and each
+// configuration less saves a second of compiling.
 
 #if OUT_F32
 using Output = float;
@@ -41,10 +41,10 @@ __device__ __forceinline__ Epilogue make_epilogue(Output* output, const bf16* bi
 
 // Finishes 16 rows x 32 columns that one warp holds, as accumulators of mma.m16n8 or wgmma.m64nN:
 // accumulators[first + 4 block + 2 half + i] of lane l is row l / 4 + 8 half, column 8 block + 2 (l % 4) + i,
-// block 0..3. `warp_row`, `warp_column`: where the 16 x 32 lie in the output. N % 8 = 0, so that a block of 8
-// columns lies wholly inside or outside.
+// block 0..3. `warp_row`, `warp_column`: the position of the 16 x 32 in the output. N % 8 = 0, so that a block of 8
+// columns is wholly inside or outside.
 //
-// A lane stores the 16 bytes at the place from where it read the residual, after reading them: in-place is safe.
+// A lane stores the 16 bytes at the address it read the residual from, after reading them: in-place is safe.
 template <int COUNT>
 __device__ __forceinline__ void finish_16x32(const float (&accumulators)[COUNT], int first, int warp_row,
                                              int warp_column, const Epilogue& epilogue) {

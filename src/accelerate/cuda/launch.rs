@@ -334,7 +334,7 @@ pub(super) fn launch_with_maps(
         .iter()
         .map(|buffer| buffer.handle.clone().binding())
         .collect();
-    // With the dynamic part said to begin at the end, the server passes the data by value only.
+    // With the dynamic part declared to begin at the end, the server passes the data by value only.
     let length = parameters.len();
     let arguments = KernelArguments::new()
         .with_tensor_maps(maps.iter().map(MatrixMap::binding).collect())
@@ -372,8 +372,8 @@ pub(crate) fn tensor<const D: usize>(buffer: Buffer) -> Tensor<Backend, D> {
 pub(super) fn free_memory(device: &burn::backend::cuda::CudaDevice) -> Option<u64> {
     let one = strided(Tensor::<Backend, 1>::empty([1], device));
     // The device's context is current on its own thread only.
-    let asked = one.client.exclusive(cudarc::driver::result::mem_get_info);
-    let (free, _) = asked.ok()?.ok()?;
+    let info = one.client.exclusive(cudarc::driver::result::mem_get_info);
+    let (free, _) = info.ok()?.ok()?;
     Some(free as u64)
 }
 

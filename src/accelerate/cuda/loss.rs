@@ -1,4 +1,4 @@
-//! Cross-entropy against a frozen head: the products of `gemm.rs` around `loss.cu`.
+//! Cross-entropy against a frozen head: the matmuls of `gemm.rs` around `loss.cu`.
 
 use burn::{prelude::*, tensor::DType};
 

@@ -66,7 +66,7 @@ pub(super) fn load(kernel: &Kernel, device: usize, arch: &str) -> Result<Functio
     static LOADED: LazyLock<Mutex<HashMap<(usize, u32), Place>>> = LazyLock::new(Mutex::default);
     let identity = kernel.identity();
     let key = (device, identity.id);
-    // Compiling takes up to a second: whoever wants the same kernel waits, others go on.
+    // Compiling takes up to a second: threads that need the same kernel wait, others go on.
     let place = {
         let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
         loaded.entry(key).or_default().clone()
@@ -142,9 +142,10 @@ fn kept(file: &Path) -> Option<Vec<u8>> {
 /// A cache that cannot be written is no error: the next start compiles again.
 fn keep(file: Option<PathBuf>, image: &[u8]) {
     let Some(file) = file else { return };
-    let beside = file.with_extension(format!("{}.tmp", std::process::id()));
+    let temporary = file.with_extension(format!("{}.tmp", std::process::id()));
     let whole = [image, Sha256::digest(image).as_slice()].concat();
-    let written = std::fs::write(&beside, whole).and_then(|()| std::fs::rename(&beside, &file));
+    let written =
+        std::fs::write(&temporary, whole).and_then(|()| std::fs::rename(&temporary, &file));
     if let Err(error) = written {
         log::warn!(
             "compiled kernels are not kept in {}: {error}",

@@ -12,7 +12,7 @@ use std::{
 
 use libloading::Library;
 
-/// Names the library is looked for by; the loader's search path is the place.
+/// File names of the library, found on the loader's search path.
 const NAMES: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
 
 const SUCCESS: c_int = 0;

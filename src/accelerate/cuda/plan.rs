@@ -111,7 +111,7 @@ pub(super) struct WgmmaTile {
     pub shared_bytes: usize,
 }
 
-/// The tile of an `m × n` product over `k`.
+/// The tile of an `m × n` matmul over `k`.
 pub(super) fn wgmma(m: usize, n: usize, k: usize, transposed: bool, device: &Device) -> WgmmaTile {
     // Time of a tile grows with its columns and has a fixed part, measured in columns.
     const FIXED: usize = 40;
@@ -207,7 +207,7 @@ const MMA_TILES: [MmaTile; 4] = [
     },
 ];
 
-/// The tile of an `m × n` product.
+/// The tile of an `m × n` matmul.
 pub(super) fn mma(m: usize, n: usize, device: &Device) -> MmaTile {
     let cost = |tile: &MmaTile| {
         // Percent of the largest tile's rate, measured on an H100 at 5,888 rows: smaller tiles reuse
@@ -236,7 +236,7 @@ pub(super) enum Tile {
     Mma(MmaTile),
 }
 
-/// The tile of an `m × n` product over `k`; `transposed` where the weight is `[k, n]`.
+/// The tile of an `m × n` matmul over `k`; `transposed` where the weight is `[k, n]`.
 pub(super) fn tile([m, n, k]: [usize; 3], transposed: bool, device: &Device) -> Tile {
     match device.instructions {
         Instructions::Wgmma => Tile::Wgmma(wgmma(m, n, k, transposed, device)),
@@ -244,7 +244,7 @@ pub(super) fn tile([m, n, k]: [usize; 3], transposed: bool, device: &Device) -> 
     }
 }
 
-/// All tiles that a product over a long `k` may get.
+/// All tiles that a matmul over a long `k` may get.
 pub(super) fn forward_tiles(device: &Device) -> Vec<Tile> {
     const LONG: usize = 4096;
     match device.instructions {

@@ -48,7 +48,7 @@ struct Ring {
     pieces: Vec<Piece>,
 }
 
-fn said(device: usize) -> impl Fn(DriverError) -> UploadError {
+fn on_device(device: usize) -> impl Fn(DriverError) -> UploadError {
     move |error| UploadError(format!("device cuda:{device}, {error}"))
 }
 
@@ -86,7 +86,7 @@ impl Lane {
             context.enter()?;
             Ok((context, Stream::new(context)?))
         };
-        let (context, stream) = stream().map_err(said(device.index))?;
+        let (context, stream) = stream().map_err(on_device(device.index))?;
         Ok(Self {
             device: device.index,
             context,
@@ -110,10 +110,10 @@ impl Ring {
             let memory = PinnedMemory::new(first.context, most.min(PIECE_BYTES));
             let events = lanes.iter().map(|lane| {
                 let made = lane.context.enter().and_then(|()| Event::new(lane.context));
-                made.map_err(said(lane.device))
+                made.map_err(on_device(lane.device))
             });
             pieces.push(Piece {
-                memory: memory.map_err(said(first.device))?,
+                memory: memory.map_err(on_device(first.device))?,
                 events: events.collect::<Result<_, _>>()?,
                 underway: false,
             });
@@ -140,7 +140,7 @@ impl Ring {
         let piece = &mut self.pieces[piece];
         if std::mem::take(&mut piece.underway) {
             for (lane, event) in self.lanes.iter().zip(&piece.events) {
-                event.wait().map_err(said(lane.device))?;
+                event.wait().map_err(on_device(lane.device))?;
             }
         }
         Ok(())
@@ -165,7 +165,7 @@ impl Ring {
                 lane.stream.send(into, &piece.memory.bytes()[..bytes])?;
                 event.record(&lane.stream)
             });
-            queued.map_err(said(lane.device))?;
+            queued.map_err(on_device(lane.device))?;
         }
         Ok(())
     }

@@ -131,10 +131,10 @@ fn padded_pair(lora: &Lora<Backend>, padded: usize) -> (Buffer, Buffer) {
     } else {
         let options = (&a.device(), a.dtype());
         let below = Tensor::zeros([padded - rank, width], options);
-        let beside = Tensor::zeros([rows, padded - rank], options);
+        let padding = Tensor::zeros([rows, padded - rank], options);
         (
             Tensor::cat(vec![a, below], 0),
-            Tensor::cat(vec![b, beside], 1),
+            Tensor::cat(vec![b, padding], 1),
         )
     };
     (

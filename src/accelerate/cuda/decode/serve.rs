@@ -2,11 +2,11 @@
 //! size of batch.
 //!
 //! A step of `n` rows runs the graph of the next power of two; unused rows write to page 0, which no
-//! sequence owns. A row's arithmetic does not depend on the size: products run on the same tiles in
+//! sequence owns. A row's arithmetic does not depend on the size: matmuls run on the same tiles in
 //! the same order, and attention splits a cache by its length alone, so that a sequence alone and in
 //! a batch gets the same bits.
 //!
-//! Rows of several adapters share a step: low-rank terms are added to the base's products row by row,
+//! Rows of several adapters share a step: low-rank terms are added to the base's matmuls row by row,
 //! not merged, so an adapter costs its own matrices and nothing is computed apart. An adapter that is
 //! served alone is merged when the model is loaded (`--adapter`) and runs as the base.
 
@@ -327,7 +327,7 @@ impl PagedDecoder {
     /// Queues the step of at most [`LARGEST_BATCH`] rows.
     fn launch(&mut self, rows: &[StepRow]) -> Result<(), DriverError> {
         self.context.enter()?;
-        // A previous step whose result nobody read must have its control words before they are overwritten.
+        // A previous step may still read the control words, if nobody waited for it: synchronise first.
         self.stream.wait()?;
         let mut control = Control::idle();
         let mut adapted = false;

@@ -20,7 +20,7 @@ use crate::qwen3_vl::{
 /// Blocks that search a row's logits for the largest (argmax).
 pub(super) const SHARES: usize = 64;
 
-/// Matmuls that may be adapted, a layer; the head comes after the last layer's.
+/// Matmuls of a layer that may have an adapter; the head's index follows the last layer's.
 pub(super) const LAYER_MATRICES: usize = Projection::ALL.len();
 
 /// Most matmuls of one input, and the largest rank; as in `adapter.cuh`.
