@@ -66,7 +66,7 @@ fn head_pair<F: Numeric>(
 
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
-fn turn_heads<F: Numeric>(
+fn rotate_heads<F: Numeric>(
     x: &Array<F>,
     weight: &Array<F>,
     cos: &Array<f32>,
@@ -110,7 +110,7 @@ pub(super) fn rotate<R: CubeRuntime>(
     // SAFETY: the strides are those of the buffer; without a norm the weight is not read.
     #[allow(unsafe_code)]
     unsafe {
-        turn_heads::launch_unchecked::<R>(
+        rotate_heads::launch_unchecked::<R>(
             &x.client,
             cubes(tokens * heads),
             CubeDim::new_1d(config.units as u32),
@@ -212,7 +212,7 @@ pub(super) fn split_and_rotate<R: CubeRuntime>(
 
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
-fn turn_into_cache<F: Numeric>(
+fn rotate_heads_into_cache<F: Numeric>(
     qkv: &Array<F>,
     q_weight: &Array<F>,
     k_weight: &Array<F>,
@@ -297,7 +297,7 @@ pub(super) fn rotate_into_cache<R: CubeRuntime>(
     // SAFETY: a cube a head of `qkv`; the place in the cache was checked.
     #[allow(unsafe_code)]
     unsafe {
-        turn_into_cache::launch_unchecked::<R>(
+        rotate_heads_into_cache::launch_unchecked::<R>(
             &qkv.client,
             CubeCount::Static(count, 1, 1),
             CubeDim::new_1d(config.units as u32),

@@ -85,7 +85,7 @@ impl Report {
 
 #[test]
 #[ignore = "needs a Vulkan device"]
-fn products_of_few_rows() {
+fn matmuls_of_few_rows() {
     let device = device();
     let mut report = Report::default();
     for dtype in dtypes(&device) {

@@ -75,7 +75,7 @@ pub(super) fn covers(x: &Tensor<Backend, 2>, weight: &Tensor<Backend, 2>) -> boo
 /// Each pair holds `A` `[rows, k]` and `B` in `layout`; all are contiguous bf16.
 ///
 /// # Panics
-/// If shapes do not go together.
+/// If shapes do not match.
 pub(super) fn matmul(
     pairs: &[(&Buffer, &Buffer)],
     layout: WeightLayout,

@@ -41,7 +41,7 @@ pub(super) fn covers(adapter: &LowRank<Backend>, dtype: DType) -> bool {
 struct Shape {
     rows: usize,
     width: usize,
-    /// Rows of a block's share, or number of parts.
+    /// Rows of a block, or number of parts.
     chunk: usize,
     scale: f64,
     low_parts: usize,
@@ -88,8 +88,8 @@ fn rank(adapter: &LowRank<Backend>) -> usize {
     adapter.a.dims()[0]
 }
 
-/// How many of the first adapters one launch can serve: what shares a kernel's configuration and
-/// fits a thread's registers.
+/// How many of the first adapters one launch can serve: those that share a kernel's configuration
+/// and fit a thread's registers.
 fn together<'a>(mut adapters: impl Iterator<Item = &'a LowRank<Backend>>) -> usize {
     let Some(first) = adapters.next() else {
         return 0;
@@ -111,7 +111,7 @@ fn column_tiles(rank_tiles: usize) -> usize {
     }
 }
 
-/// How blocks of four warps share a large operand: blocks side by side, rows of each, and blocks
+/// How blocks of four warps divide a large operand: blocks side by side, rows of each, and blocks
 /// one below another. A function of the shape and the card alone, so that sums have one order.
 fn split(rows: usize, width: usize, column_tiles: usize, processors: usize) -> [usize; 3] {
     let across = width.div_ceil(128 * column_tiles);
@@ -444,7 +444,7 @@ fn spread(adapters: &[&(Tensor<Backend, 2>, LowRank<Backend>)], dx: &Buffer, gat
     );
 }
 
-/// The mask the kernels draw, as a tensor.
+/// The dropout mask that the kernels draw, as a tensor.
 pub(super) fn dropout_mask(like: &Tensor<Backend, 2>, dropout: Dropout) -> Tensor<Backend, 2> {
     let [rows, width] = like.dims();
     let like = super::launch::strided(like.clone());

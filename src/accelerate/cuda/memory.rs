@@ -18,7 +18,7 @@ use cudarc::driver::{result, sys};
 use super::launch::Client;
 
 thread_local! {
-    /// How many uses of exact memory the thread is inside of.
+    /// Depth of nested uses of exact memory on this thread.
     static DEPTH: Cell<usize> = const { Cell::new(0) };
     /// The sizes of the latest work on each device.
     static SIZES: RefCell<BTreeMap<usize, Vec<usize>>> = const { RefCell::new(BTreeMap::new()) };

@@ -131,7 +131,7 @@ mod tests {
     use crate::base::panics::quietly;
 
     #[test]
-    fn layouts_are_told_apart() {
+    fn layouts_are_distinguished() {
         let transposed = ([3, 4], [1, 3]);
         assert!(!fits(&transposed.0, &transposed.1, Layout::Contiguous));
         assert!(!fits(&transposed.0, &transposed.1, Layout::ContiguousRows));

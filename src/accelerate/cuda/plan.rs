@@ -298,7 +298,7 @@ mod tests {
 
     #[test]
     #[ignore = "needs an NVIDIA GPU"]
-    fn cards_of_several_kinds_are_told_apart() {
+    fn cards_of_several_kinds_are_distinguished() {
         // A missing card is not supported, and does not change the entries of the others.
         assert!(!card(63).is_supported());
         let seen = query(0);

@@ -2,7 +2,7 @@
 //!
 //! What a closure launches through [`super::launch`] is either watched as it runs, so that its kernels
 //! can be compiled ahead ([`watch`]), or recorded in place of running ([`record`]). Buffers of a
-//! recorded run come out of a pool of its own and are used again as soon as nothing holds them, so a
+//! recorded run come from a pool of its own and are reused as soon as nothing holds them, so a
 //! graph keeps as much memory as the run needs at its peak. Operations of Burn's own cannot be
 //! recorded: compare a recording with the launched run before using it.
 
@@ -34,7 +34,7 @@ struct Recorder {
     launches: Vec<Launch>,
     /// Memory that the run writes, each piece with its address.
     pool: Vec<(u64, Buffer)>,
-    /// What it only reads, weights and anything made before, by address.
+    /// Buffers it only reads, weights and anything made before, by address.
     read: BTreeMap<u64, Buffer>,
     error: Option<DriverError>,
 }
@@ -85,7 +85,7 @@ pub(super) fn record<R>(
     input_bytes: usize,
     work: impl FnOnce() -> R,
 ) -> Result<(R, Graph), DriverError> {
-    // Tensor maps are described by this thread, for the device's context.
+    // This thread encodes tensor maps, which needs the device's context.
     Context::of(device)?.enter()?;
     let (output, mode) = within(Mode::Record(Recorder::default()), work);
     let Some(Mode::Record(recorder)) = mode else {
@@ -98,7 +98,7 @@ pub(super) fn record<R>(
     Ok((output, graph))
 }
 
-/// Notes a launch; whether it is recorded and must not run.
+/// Adds a launch to the list or the recording; returns whether it is recorded and must not run.
 pub(super) fn take(
     kernel: &Kernel,
     grid: [usize; 3],
@@ -123,7 +123,7 @@ pub(super) fn take(
     })
 }
 
-/// A buffer out of the pool of the recording under way, `None` where there is none.
+/// A buffer from the pool of the current recording, `None` without one.
 pub(super) fn reserve<const D: usize>(
     like: &Buffer,
     shape: &[usize; D],

@@ -3,10 +3,10 @@
 //! A layer is six or seven launches: norm; QKV; head norms + rotation + cache; attention; output +
 //! residual; norm; gate/up + SwiGLU; down + residual. Tokens, positions, lengths and sampling
 //! parameters are on the device (`control.cuh`) and the token is sampled there, so that only tokens are
-//! read back and the graph is never captured again as sequences grow, come and go.
+//! read back and the graph is never captured again as sequences start, grow and end.
 //!
 //! [`batch`] decodes one batch after a prefilled cache and runs ahead of the host; [`serve`] decodes
-//! sequences that come and go, with keys and values in pages of one pool.
+//! sequences that start and end at any time (continuous batching), with keys and values in pages of one pool.
 
 mod adapters;
 mod batch;

@@ -63,7 +63,7 @@ impl HeldPages {
     /// Pages for the sequence until it holds `tokens` tokens.
     ///
     /// # Panics
-    /// When there are no more: the engine's budget is the pool's size.
+    /// When no page is free: the engine's budget is the pool's size.
     pub(super) fn grow(&mut self, tokens: usize) {
         let mut ledger = locked(&self.ledger);
         while self.pages.len() * PAGE < tokens {
@@ -101,7 +101,7 @@ impl Drop for HeldPages {
     }
 }
 
-/// A panic under the lock leaves whole pages only.
+/// A panic while the lock is held leaves a consistent ledger, so a poisoned lock is used.
 fn locked(ledger: &Mutex<Ledger>) -> MutexGuard<'_, Ledger> {
     ledger.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -197,7 +197,7 @@ impl PagePool {
         Ok(held)
     }
 
-    /// Puts new keys and values `[1, key_value_heads, new, head_dim]` of a layer after the first
+    /// Writes new keys and values `[1, key_value_heads, new, head_dim]` of a layer after the first
     /// `past` tokens of the sequence with the pages `table`; returns those of all tokens.
     pub(super) fn append(
         &self,

@@ -111,7 +111,7 @@ pub(super) struct StepIo<'a> {
     pub ending: Ending,
     /// Whether a single row uses the matrix-vector kernel (`gemv.cu`): 6 % faster, and not bit for bit
     /// the same as in a batch.
-    pub lone: bool,
+    pub gemv: bool,
 }
 
 impl<'a> StepIo<'a> {
@@ -129,7 +129,7 @@ impl<'a> StepIo<'a> {
                 uniforms: 0,
                 slots: 0,
             },
-            lone: true,
+            gemv: true,
         }
     }
 
@@ -248,7 +248,7 @@ impl Builder<'_> {
         let addresses = matrices.iter().map(|matrix| matrix.address);
         let mut parameters = vec![k as u64, rows_of(0), rows_of(1), rows_of(2)];
         let rows = self.io.rows;
-        if self.io.lone && rows == 1 {
+        if self.io.gemv && rows == 1 {
             defines.push(("NORM", i64::from(matmul.norm.is_some())));
             let pointers = [x]
                 .into_iter()
@@ -500,7 +500,7 @@ pub(super) fn launches<'a>(
         weights,
         scratch,
         io,
-        overlaps: io.lone && io.rows == 1 && weights.begins_early,
+        overlaps: io.gemv && io.rows == 1 && weights.begins_early,
         launches: Vec::new(),
         layer: (&weights.layers[0], 0),
         free,

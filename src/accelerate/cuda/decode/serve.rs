@@ -1,5 +1,5 @@
-//! Sequences that come and go, for the serving engine: slots over a pool of pages, one captured step a
-//! size of batch.
+//! Continuous batching for the serving engine: sequences in slots over a pool of pages, one captured step
+//! for each batch size.
 //!
 //! A step of `n` rows runs the graph of the next power of two; unused rows write to page 0, which no
 //! sequence owns. A row's arithmetic does not depend on the size: matmuls run on the same tiles in
@@ -7,7 +7,7 @@
 //! a batch gets the same bits.
 //!
 //! Rows of several adapters share a step: low-rank terms are added to the base's matmuls row by row,
-//! not merged, so an adapter costs its own matrices and nothing is computed apart. An adapter that is
+//! not merged, so an adapter costs its own matrices and nothing is computed in a separate step. An adapter that is
 //! served alone is merged when the model is loaded (`--adapter`) and runs as the base.
 
 use std::{
@@ -262,7 +262,7 @@ impl PagedDecoder {
         self.free(slot);
     }
 
-    /// The step of this size.
+    /// The captured step of this batch size.
     fn graph(&mut self, rows: usize, adapted: bool) -> Result<&Repeated, DriverError> {
         if !self.graphs.contains_key(&(rows, adapted)) {
             let caches = self.pool.caches();
@@ -279,7 +279,7 @@ impl PagedDecoder {
                 adapters: adapted.then(|| self.adapters.address()),
                 results: self.results.address(),
                 ending: Ending::Host,
-                lone: false,
+                gemv: false,
             };
             let step = step(&self.weights, &self.scratch, io)?;
             let repeated = Repeated::new(&self.stream, step);
