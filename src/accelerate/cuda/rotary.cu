@@ -74,20 +74,20 @@ ENTRY(const scalar* x, const scalar* weight, const float* cos_table, const float
     }
 #else
     const scalar* gradient = dy + token * p.dy_token_stride + index * p.dy_head_stride;
-    float turned_first[PAIRS], turned_second[PAIRS];
+    float rotated_first[PAIRS], rotated_second[PAIRS];
     float along = 0.f;
 #pragma unroll
     for (int i = 0; i < PAIRS; i++) {
         const int at = lane * PAIRS + i;
-        turned_first[i] = turned_second[i] = 0.f;
+        rotated_first[i] = rotated_second[i] = 0.f;
         if (at >= HALF) continue;
         const float a = load(gradient + at), b = load(gradient + HALF + at);
-        turned_first[i] = a * cosines[at] + b * sines[at];
-        turned_second[i] = b * cosines[at] - a * sines[at];
+        rotated_first[i] = a * cosines[at] + b * sines[at];
+        rotated_second[i] = b * cosines[at] - a * sines[at];
 #if WITH_NORM
-        turned_first[i] *= load(weight + at);
-        turned_second[i] *= load(weight + HALF + at);
-        along += turned_first[i] * first[i] + turned_second[i] * second[i];
+        rotated_first[i] *= load(weight + at);
+        rotated_second[i] *= load(weight + HALF + at);
+        along += rotated_first[i] * first[i] + rotated_second[i] * second[i];
 #endif
     }
 #if WITH_NORM
@@ -98,11 +98,11 @@ ENTRY(const scalar* x, const scalar* weight, const float* cos_table, const float
         const int at = lane * PAIRS + i;
         if (at >= HALF) continue;
 #if WITH_NORM
-        store(to + at, (turned_first[i] - first[i] * along) * scale);
-        store(to + HALF + at, (turned_second[i] - second[i] * along) * scale);
+        store(to + at, (rotated_first[i] - first[i] * along) * scale);
+        store(to + HALF + at, (rotated_second[i] - second[i] * along) * scale);
 #else
-        store(to + at, turned_first[i]);
-        store(to + HALF + at, turned_second[i]);
+        store(to + at, rotated_first[i]);
+        store(to + HALF + at, rotated_second[i]);
 #endif
     }
 #endif
