@@ -21,7 +21,7 @@ pub enum DeviceError {
         "this program was built without `{feature}`, which device `{device}` needs; build it with `--features {feature}`"
     )]
     NotBuilt {
-        /// As given.
+        /// As the user named it.
         device: DeviceName,
         /// The missing feature.
         feature: &'static str,
@@ -29,9 +29,9 @@ pub enum DeviceError {
     /// The device does not answer.
     #[error("device `{device}` is not there: {reason}; choose another with `--device`")]
     NotThere {
-        /// As given.
+        /// As the user named it.
         device: DeviceName,
-        /// What the driver said.
+        /// The driver's message.
         reason: String,
     },
     /// Several devices that cannot work together.
@@ -45,24 +45,24 @@ pub enum DeviceError {
     /// The device cannot calculate in the type.
     #[error("device `{device}` does not calculate in {}; try `--dtype f32`", dtype_text(*.dtype))]
     Dtype {
-        /// As given.
+        /// As the user named it.
         device: DeviceName,
-        /// As given.
+        /// As the user named it.
         dtype: DType,
     },
 }
 
 /// Work that runs on whatever backend the device has.
 pub trait DeviceTask {
-    /// What comes of it.
+    /// The result.
     type Output;
 
-    /// Whether f16 is too narrow for the work, and not taken unless asked for.
+    /// Whether f16 has too little range for the work, and is used only where the user names it.
     fn needs_range(&self) -> bool {
         false
     }
 
-    /// Does the work; `dtype` is the type asked for, or the device's best.
+    /// Does the work; `dtype` is the type the user named, or the device's best.
     fn run<B: Accelerator>(self, device: B::Device, dtype: DType) -> Self::Output;
 }
 
@@ -76,7 +76,7 @@ pub struct Replicas<B: Backend> {
 
 /// Work on several devices of one backend.
 pub trait ReplicatedTask {
-    /// What comes of it.
+    /// The result.
     type Output;
 
     /// As [`DeviceTask::needs_range`].
@@ -138,7 +138,7 @@ pub fn run_on_all<T: ReplicatedTask>(
             Ok(self.task.run(Replicas::<B> { devices, dtype }))
         }
     }
-    // Which card the best one is, only its driver knows: another name may be the same card.
+    // Only the driver knows which card is the best one: another name may be the same card.
     if names.len() > 1 && names.contains(&DeviceName::Wgpu(None)) {
         return Err(DeviceError::Unnumbered);
     }
@@ -257,10 +257,10 @@ fn has_vulkan_gpu() -> bool {
         && probe::<burn::backend::Vulkan>(&device).is_ok()
 }
 
-/// The adapter behind a device, opened once: its driver is asked for more than burn tells.
+/// The wgpu adapter of a device, opened once; its driver reports more than burn does.
 ///
 /// # Errors
-/// What a missing driver or adapter said.
+/// The message of a missing driver or adapter.
 #[cfg(feature = "wgpu")]
 pub(super) fn wgpu_adapter(
     device: &burn::backend::wgpu::WgpuDevice,
@@ -282,7 +282,7 @@ pub(super) fn wgpu_adapter(
 /// Whether an adapter is a program on the CPU.
 #[cfg(feature = "wgpu")]
 fn is_software(adapter: &burn::backend::wgpu::WgpuSetup) -> bool {
-    // The type's own name is not burn's to give.
+    // burn does not export the name of the type.
     format!("{:?}", adapter.adapter.get_info().device_type) == "Cpu"
 }
 

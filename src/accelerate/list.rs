@@ -1,4 +1,4 @@
-//! What devices the compiled backends find, and what their drivers say of them.
+//! The devices that the compiled backends find, and what their drivers report of them.
 
 use crate::base::device_name::DeviceName;
 
@@ -22,7 +22,7 @@ pub struct ListedDevice {
 pub struct EmptyBackend {
     /// `cuda` or `wgpu`.
     pub backend: &'static str,
-    /// What the driver said.
+    /// The driver's message.
     pub reason: String,
 }
 
@@ -180,18 +180,18 @@ mod vulkan {
         }
     }
 
-    /// The adapter's own memory, where it tells.
+    /// The adapter's own memory, where the driver reports it.
     #[cfg(not(target_os = "macos"))]
     #[allow(unsafe_code)]
     fn memory(setup: &WgpuSetup) -> Option<u64> {
         const DEVICE_LOCAL: u32 = 1;
-        // SAFETY: the adapter outlives the call, and a physical device is only asked what it has.
+        // SAFETY: the adapter outlives the call, and the call only reads the properties of a physical device.
         unsafe {
             let adapter = setup.adapter.as_hal::<wgpu::hal::api::Vulkan>()?;
             let instance = adapter.shared_instance().raw_instance();
-            let told =
+            let properties =
                 instance.get_physical_device_memory_properties(adapter.raw_physical_device());
-            told.memory_heaps[..told.memory_heap_count as usize]
+            properties.memory_heaps[..properties.memory_heap_count as usize]
                 .iter()
                 .filter(|heap| heap.flags.as_raw() & DEVICE_LOCAL != 0)
                 .map(|heap| heap.size)

@@ -1,4 +1,4 @@
-//! Backends: which there are, and kernels of our own for CUDA and for cubecl's other runtimes.
+//! Backends: the list of them, and this crate's own kernels for CUDA and for cubecl's other runtimes.
 
 pub mod devices;
 #[cfg(all(test, any(feature = "cuda", feature = "wgpu")))]

@@ -1,9 +1,9 @@
-//! Attention over ranges of keys, scores and softmax in f32, no matrix of scores in memory.
+//! Flash attention over ranges of keys: scores and softmax in f32, no matrix of scores in memory.
 //!
 //! A cube takes the query heads that share a key head, for one query or a few neighbours. In tiles of as
-//! many keys as it has units, a unit first works out the scores of its own key, then a piece of the values
-//! of many keys. Where there is one query, long ranges are split between cubes, and a second launch joins
-//! what they found.
+//! many keys as it has units, a unit first computes the scores of its own key, then a piece of the values
+//! of many keys. Where there is one query, long ranges are split between cubes, and a second launch merges
+//! their partial results.
 
 use burn::tensor::DType;
 use burn_cubecl::CubeRuntime;
@@ -18,21 +18,21 @@ use super::{
 /// Units of a cube, and keys of a tile.
 const UNITS: usize = 256;
 
-/// Most rows (queries times heads) of a cube: what its units' registers hold.
+/// Most rows (queries times heads) of a cube, as the units' registers hold them.
 const ROWS: usize = 8;
 
 /// Keys of a range that is worth a cube of its own.
 const RANGE: usize = 512;
 
-/// Shares in which the largest score of a tile is looked for.
+/// Parts in which a tile is searched for its largest score.
 const SHARES: usize = 16;
 
 /// A score no visible key has; finite, so that differences stay numbers.
 const HIDDEN: f32 = -1e30;
 
-/// What a kernel is compiled for.
+/// The comptime configuration of a kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-struct Form {
+struct AttentionConfig {
     units: usize,
     head_dim: usize,
     /// Query heads that share a key head.
@@ -44,7 +44,7 @@ struct Form {
     split: bool,
 }
 
-impl Form {
+impl AttentionConfig {
     /// Rows of a cube.
     const fn rows(&self) -> usize {
         self.group * self.queries
@@ -61,7 +61,7 @@ impl Form {
     }
 }
 
-/// Keys and values, `[b, key_value_heads, keys, d]`, heads dense, both laid out alike.
+/// Keys and values, `[b, key_value_heads, keys, d]`, heads contiguous, both with the same strides.
 pub(super) struct Cache<'a, R: CubeRuntime> {
     pub keys: &'a Buffer<R>,
     pub values: &'a Buffer<R>,
@@ -109,36 +109,36 @@ fn attend<F: Numeric>(
     head_stride: usize,
     row_stride: usize,
     scale: f32,
-    #[comptime] form: Form,
+    #[comptime] config: AttentionConfig,
     #[define(F)] _dtype: StorageType,
 ) {
-    let units = comptime!(form.units);
-    let group = comptime!(form.group);
-    let rows = comptime!(form.rows());
-    let head_dim = comptime!(form.head_dim);
-    let packing = comptime!(form.packing);
-    let piece = comptime!(form.packing.piece());
-    let pairs = comptime!(form.packing.pairs());
-    let row_pieces = comptime!(form.pieces());
-    let lanes = comptime!(form.lanes());
+    let units = comptime!(config.units);
+    let group = comptime!(config.group);
+    let rows = comptime!(config.rows());
+    let head_dim = comptime!(config.head_dim);
+    let packing = comptime!(config.packing);
+    let piece = comptime!(config.packing.piece());
+    let pairs = comptime!(config.packing.pairs());
+    let row_pieces = comptime!(config.pieces());
+    let lanes = comptime!(config.lanes());
     let unit = UNIT_POS as usize;
 
-    // Cubes behind the last do its work again, so that all meet at the barriers.
+    // Cubes past the last repeat its work, so that all reach the barriers.
     let place = min(CUBE_POS, count - 1);
     let split = place % splits;
     let key_head = place / splits % key_value_heads;
     let tile = place / splits / key_value_heads;
-    let tiles = queries.div_ceil(form.queries);
+    let tiles = queries.div_ceil(config.queries);
     let sequence = tile / tiles;
-    let query_from = tile % tiles * form.queries;
+    let query_from = tile % tiles * config.queries;
 
-    // Keys that each query sees, and all that any of them does. Queries behind the last repeat it.
-    let mut see_from = Array::<usize>::new(comptime!(form.queries));
-    let mut see_to = Array::<usize>::new(comptime!(form.queries));
+    // Keys that each query sees, and all that any of them does. Queries past the last repeat it.
+    let mut see_from = Array::<usize>::new(comptime!(config.queries));
+    let mut see_to = Array::<usize>::new(comptime!(config.queries));
     let mut all_from = held;
     let mut all_to = 0usize.runtime();
     #[unroll]
-    for index in 0..form.queries {
+    for index in 0..config.queries {
         let at = sequence * queries + min(query_from + index, queries - 1);
         see_from[index] = first[at] as usize;
         see_to[index] = min(end[at] as usize, held);
@@ -151,10 +151,10 @@ fn attend<F: Numeric>(
     let to = min(from + range, all_to);
     let source = sequence * batch_stride + key_head * head_stride;
 
-    let mut query = SharedMemory::<f32>::new(comptime!(form.rows() * form.head_dim));
-    let mut scores = SharedMemory::<f32>::new(comptime!(form.rows() * form.units));
-    let mut largest = SharedMemory::<f32>::new(comptime!(form.rows() * SHARES));
-    for at in range_stepped(unit, comptime!(form.rows() * form.head_dim), units) {
+    let mut query = SharedMemory::<f32>::new(comptime!(config.rows() * config.head_dim));
+    let mut scores = SharedMemory::<f32>::new(comptime!(config.rows() * config.units));
+    let mut largest = SharedMemory::<f32>::new(comptime!(config.rows() * SHARES));
+    for at in range_stepped(unit, comptime!(config.rows() * config.head_dim), units) {
         let row = at / head_dim;
         let head = key_head * group + row % group;
         let index = min(query_from + row / group, queries - 1);
@@ -166,7 +166,7 @@ fn attend<F: Numeric>(
     let mut most = Array::<f32>::new(rows);
     let mut total = Array::<f32>::new(rows);
     let mut score = Array::<f32>::new(rows);
-    let mut taken = Array::<f32>::new(comptime!(form.rows() * form.packing.piece()));
+    let mut taken = Array::<f32>::new(comptime!(config.rows() * config.packing.piece()));
     #[unroll]
     for row in 0..rows {
         most[row] = HIDDEN;
@@ -209,8 +209,8 @@ fn attend<F: Numeric>(
             scores[row * units + unit] = score[row];
         }
         sync_cube();
-        for at in range_stepped(unit, comptime!(form.rows() * SHARES), units) {
-            let width = comptime!(form.units / SHARES);
+        for at in range_stepped(unit, comptime!(config.rows() * SHARES), units) {
+            let width = comptime!(config.units / SHARES);
             let mut found = HIDDEN.runtime();
             for index in 0..width {
                 found = max(found, scores[at * width + index]);
@@ -227,7 +227,7 @@ fn attend<F: Numeric>(
                 now = max(now, largest[row * SHARES + share]);
             }
             let shrunk = (before - now).exp();
-            // A hidden key weighs nothing, even where no key was seen yet.
+            // A masked key has weight zero, even where no key was visible yet.
             let weight = select(score[row] > HIDDEN, (score[row] - now).exp(), 0.0f32);
             most[row] = now;
             total[row] = fma(total[row], shrunk, weight);
@@ -258,7 +258,7 @@ fn attend<F: Numeric>(
         sync_cube();
     }
 
-    let mut parts = SharedMemory::<f32>::new(comptime!(form.units * form.packing.piece()));
+    let mut parts = SharedMemory::<f32>::new(comptime!(config.units * config.packing.piece()));
     #[unroll]
     for row in 0..rows {
         let sum = cube_sum(total[row], units);
@@ -276,7 +276,7 @@ fn attend<F: Numeric>(
                 for lane in 0..lanes {
                     value += parts[lane * head_dim + element];
                 }
-                if form.split {
+                if config.split {
                     let place = (out * splits + split) * (head_dim + 2);
                     sums[place + element] = value;
                     sums[place + head_dim] = most[row];
@@ -291,7 +291,7 @@ fn attend<F: Numeric>(
     }
 }
 
-/// Joins what the cubes of one query head found: `[splits, d + 2]`, sums, largest score, sum of weights.
+/// Merges the partial results of the cubes of one query head: `[splits, d + 2]`, sums, largest score, sum of weights.
 #[cube(launch_unchecked)]
 fn join<F: Numeric>(
     sums: &Array<f32>,
@@ -322,7 +322,7 @@ fn join<F: Numeric>(
     }
 }
 
-/// Attended values `[b, queries, h, d]` of `q` `[b, h, queries, d]`: each query over keys `[first, end)` as
+/// Attention output `[b, queries, h, d]` of `q` `[b, h, queries, d]`: each query over keys `[first, end)` as
 /// far as there are `keys`.
 pub(super) fn attended<R: CubeRuntime>(
     q: &Buffer<R>,
@@ -334,14 +334,14 @@ pub(super) fn attended<R: CubeRuntime>(
     let [batch, heads, queries, head_dim] = q.meta.shape().dims();
     let key_value_heads = cache.keys.meta.shape()[1];
     let group = heads / key_value_heads;
-    let packing = Packing::of(q.dtype).expect("`covers` was asked");
+    let packing = Packing::of(q.dtype).expect("`covers` accepted the type");
     let splits = if queries == 1 {
         (keys / RANGE).clamp(1, 16)
     } else {
         1
     };
     let units = UNITS.min(q.client.properties().hardware.max_units_per_cube as usize);
-    let form = Form {
+    let config = AttentionConfig {
         units,
         head_dim,
         group,
@@ -350,13 +350,13 @@ pub(super) fn attended<R: CubeRuntime>(
         split: splits > 1,
     };
     let y = empty(q, [batch, queries, heads, head_dim], q.dtype);
-    let sums = if form.split {
+    let sums = if config.split {
         empty(q, [batch * heads, splits, head_dim + 2], DType::F32)
     } else {
         y.clone()
     };
     let (q_strides, strides) = (q.meta.strides(), cache.keys.meta.strides());
-    let count = batch * queries.div_ceil(form.queries) * key_value_heads * splits;
+    let count = batch * queries.div_ceil(config.queries) * key_value_heads * splits;
     // SAFETY: the strides are those of the buffers, and ranges end at the number of keys; sums are
     // written where the range is split only, and are of their own then.
     #[allow(unsafe_code)]
@@ -384,10 +384,10 @@ pub(super) fn attended<R: CubeRuntime>(
             strides[1],
             strides[2],
             (head_dim as f32).powf(-0.5),
-            form,
+            config,
             q.dtype.into(),
         );
-        if form.split {
+        if config.split {
             let count = batch * heads * head_dim;
             join::launch_unchecked::<R>(
                 &q.client,

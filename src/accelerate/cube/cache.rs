@@ -33,7 +33,7 @@ fn append_rows<F: Numeric>(
     }
 }
 
-/// Whether new rows can be written into the buffer: nobody else holds it, and elements lie together.
+/// Whether new rows can be written into the buffer: nobody else holds it, and it is contiguous.
 pub(super) fn covers<R: CubeRuntime>(held: &Buffer<R>, new: &Buffer<R>, at: usize) -> bool {
     held.can_mut()
         && held.is_contiguous()
@@ -47,7 +47,7 @@ pub(super) fn append<R: CubeRuntime>(held: &Buffer<R>, new: &Buffer<R>, at: usiz
     let [batch, heads, rows, head_dim] = new.meta.shape().dims();
     let strides = new.meta.strides();
     let count = batch * heads * rows * head_dim;
-    // SAFETY: `covers` was asked; the strides are those of the buffer.
+    // SAFETY: `covers` has checked the buffer; the strides are those of the buffer.
     #[allow(unsafe_code)]
     unsafe {
         append_rows::launch_unchecked::<R>(

@@ -1,8 +1,8 @@
-//! Decoding behind a prefilled cache in six or seven launches a layer.
+//! Decoding after a prefilled cache in six or seven launches a layer.
 //!
 //! Norm and QKV; head norms, rotation and cache; attention; output and residual; norm, gate, up and SwiGLU;
-//! down and residual ([`FusedStep`]). The likeliest token is found on the device and goes into the next step there; that
-//! step is queued before the host has read the token.
+//! down and residual ([`FusedStep`]). The argmax of the logits is taken on the device and feeds the next step,
+//! which is queued before the host has read the token.
 
 use std::{
     future::{Future, ready},
@@ -38,7 +38,7 @@ use crate::{
     runtime::accelerator::{Accelerator, DecodeStart, Decoder},
 };
 
-/// Steps that may be queued behind those whose tokens were asked for.
+/// Steps that may be queued beyond those whose tokens were requested.
 const AHEAD: usize = 1;
 
 /// Steps whose rotary tables are made at once.
@@ -79,7 +79,7 @@ struct Engine<R: CubeRuntime> {
     cached: usize,
     launched: usize,
     most: usize,
-    /// Tokens of the last step that was asked for, on their way to the host.
+    /// Async read of the tokens of the last requested step.
     reading: Option<Reading>,
 }
 
@@ -97,7 +97,7 @@ fn weight<R: CubeRuntime>(linear: &Linear<Cube<R>>) -> Matrix<R> {
     Matrix::of(&linear.weight)
 }
 
-/// Whether the model's text layers are plain matrices of shapes the kernels know.
+/// Whether the model's text layers are plain matrices of shapes the kernels cover.
 fn covers<R: CubeRuntime>(model: &Qwen3Vl<Cube<R>>, config: &Qwen3VlConfig, rows: usize) -> bool
 where
     Cube<R>: Accelerator,
@@ -228,7 +228,7 @@ impl<R: CubeRuntime> Engine<R>
 where
     Cube<R>: Accelerator,
 {
-    /// Rotary tables that hold the coming step, and the place of its cosines there.
+    /// Rotary tables that hold the next step, and the offset of its cosines there.
     fn table(&mut self) -> (Buffer<R>, usize) {
         let width = 2 * self.positions.len() * 2 * self.frequencies.len();
         if let Some((made, tables)) = &self.tables
@@ -260,7 +260,7 @@ where
         (tables, 0)
     }
 
-    /// Queues a step on the tokens at hand; gives its logits `[rows, vocab]`.
+    /// Queues a step on the current tokens; returns its logits `[rows, vocab]`.
     fn step(&mut self) -> Buffer<R> {
         let (tables, place) = self.table();
         let at = self.cached + self.launched;
@@ -275,16 +275,16 @@ where
             at,
         };
         let x = decoder_layers(&mut run, 0..self.layers.len(), x);
-        let logits = self.head.product(&x, Some(&self.norm), None, DType::F32);
+        let logits = self.head.matmul(&x, Some(&self.norm), None, DType::F32);
         self.launched += 1;
         logits
     }
 
-    /// Queues a step and the choice of the tokens that go into the next; gives these to be read.
+    /// Queues a step and the argmax whose tokens go into the next; returns these for the host.
     fn step_to_tokens(&mut self) -> Buffer<R> {
-        let [next, told] = likeliest(&self.step());
+        let [next, for_host] = likeliest(&self.step());
         self.tokens = next;
-        told
+        for_host
     }
 }
 
@@ -292,14 +292,14 @@ where
 struct FusedStep<'a, R: CubeRuntime> {
     engine: &'a Engine<R>,
     layer: &'a Layer<R>,
-    /// Rotary tables, and the place of the step's cosines there.
+    /// Rotary tables, and the offset of the step's cosines there.
     tables: (&'a Buffer<R>, usize),
     rows: usize,
     /// Tokens in the cache before the step's.
     at: usize,
 }
 
-/// A stream whose norm the next matmul applies to what it reads.
+/// The residual stream, whose norm the next matmul applies to its input.
 struct Normed<'a, R: CubeRuntime> {
     x: Buffer<R>,
     norm: &'a InputNorm<R>,
@@ -350,7 +350,7 @@ where
     fn project_attended(&mut self, y: Buffer<R>, residual: Buffer<R>) -> Buffer<R> {
         self.layer
             .output
-            .product(&y, None, Some(&residual), residual.dtype)
+            .matmul(&y, None, Some(&residual), residual.dtype)
     }
 
     fn swiglu(&mut self, h: Normed<'a, R>) -> Buffer<R> {
@@ -360,7 +360,7 @@ where
     fn project_down(&mut self, y: Buffer<R>, residual: Buffer<R>) -> Buffer<R> {
         self.layer
             .down
-            .product(&y, None, Some(&residual), residual.dtype)
+            .matmul(&y, None, Some(&residual), residual.dtype)
     }
 }
 
@@ -368,7 +368,7 @@ where
 fn read<R: CubeRuntime>(buffer: Buffer<R>) -> Reading {
     let Buffer { client, handle, .. } = buffer;
     let mut reading: Reading = Box::pin(async move { client.read_async(vec![handle]).await });
-    // Asked once, it queues the copy, before what comes after it is queued.
+    // The first poll queues the copy, before any later work is queued.
     match reading
         .as_mut()
         .poll(&mut Context::from_waker(Waker::noop()))
@@ -382,11 +382,11 @@ fn wait(reading: Reading) -> Result<Bytes, String> {
     let read = cubecl::future::block_on(reading).map_err(|error| error.to_string())?;
     read.into_iter()
         .next()
-        .ok_or_else(|| "the device gave nothing back".to_string())
+        .ok_or_else(|| "the device returned nothing".to_string())
 }
 
 impl<R: CubeRuntime> Drop for Engine<R> {
-    /// A copy that nobody waits for would leave its buffer mapped, and the next copy fail.
+    /// A copy that nobody awaits would leave its buffer mapped, and the next copy would fail.
     fn drop(&mut self) {
         if let Some(reading) = self.reading.take() {
             let _ = wait(reading);
@@ -404,7 +404,7 @@ where
             None => read(self.step_to_tokens()),
         };
         // The device goes on while the host waits. Two copies to the host at once would share a buffer
-        // there, so the next step's tokens are asked for when these are here.
+        // there, so the next step's tokens are requested once these have arrived.
         let ahead = (self.launched <= self.most).then(|| self.step_to_tokens());
         let tokens = bytemuck::pod_collect_to_vec::<u8, i32>(&wait(reading)?);
         self.reading = ahead.map(read);

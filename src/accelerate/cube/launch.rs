@@ -10,12 +10,12 @@ pub(super) type Cube<R> = CubeBackend<R, f32, i32, u8>;
 /// The buffer of a tensor, with its shape and strides.
 pub(super) type Buffer<R> = CubeTensor<R>;
 
-/// The buffer of a tensor, strided as it may be.
+/// The buffer of a tensor, with any strides.
 pub(super) fn strided<R: CubeRuntime, const D: usize>(tensor: Tensor<Cube<R>, D>) -> Buffer<R> {
     tensor.into_primitive().tensor()
 }
 
-/// The buffer of a tensor, copied if its elements do not lie row after row.
+/// The buffer of a tensor, copied if it is not contiguous.
 pub(super) fn contiguous<R: CubeRuntime, const D: usize>(tensor: Tensor<Cube<R>, D>) -> Buffer<R> {
     into_contiguous(strided(tensor))
 }
@@ -25,7 +25,7 @@ pub(super) fn tensor<R: CubeRuntime, const D: usize>(buffer: Buffer<R>) -> Tenso
     Tensor::from_primitive(TensorPrimitive::Float(buffer))
 }
 
-/// A new buffer whose elements lie row after row, not initialised.
+/// A new contiguous buffer, not initialised.
 pub(super) fn empty<R: CubeRuntime, const D: usize>(
     like: &Buffer<R>,
     shape: [usize; D],
@@ -64,7 +64,7 @@ pub(super) fn quads<R: CubeRuntime>(buffer: &Buffer<R>) -> ArrayArg<R> {
     array(buffer, 4 * buffer.dtype.size())
 }
 
-/// So many cubes, in a grid the adapter allows: [`CUBE_POS`] counts them, and may count some more.
+/// A grid of at least so many cubes within the adapter's limits; [`CUBE_POS`] may exceed the count.
 pub(super) fn cubes(count: usize) -> CubeCount {
     const WIDEST: usize = 65_535;
     let rows = count.div_ceil(WIDEST);

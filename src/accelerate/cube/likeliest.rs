@@ -1,4 +1,4 @@
-//! The likeliest token of each row of logits: a cube a row.
+//! The likeliest token of each row of logits (argmax): a cube a row.
 
 use burn::tensor::DType;
 use burn_cubecl::CubeRuntime;
@@ -13,7 +13,7 @@ const UNITS: u32 = 1024;
 fn find_likeliest(
     logits: &Array<f32>,
     next: &mut Array<i32>,
-    told: &mut Array<i32>,
+    for_host: &mut Array<i32>,
     vocab: usize,
     #[comptime] units: usize,
 ) {
@@ -56,20 +56,20 @@ fn find_likeliest(
         width /= 2;
     }
     if unit == 0 {
-        // A step may be queued behind this one already: it needs a row of the table in any case.
+        // The next step may be queued already: it needs a valid token id in any case.
         let found = min(places[0], vocab as u32 - 1) as i32;
         next[CUBE_POS] = found;
-        told[CUBE_POS] = select(breaks[0] == 0, found, -1i32);
+        for_host[CUBE_POS] = select(breaks[0] == 0, found, -1i32);
     }
 }
 
-/// Tokens that go into the next step, and the same to be told, -1 where the logits hold a NaN;
+/// Tokens that go into the next step, and the same for the host, -1 where the logits hold a NaN;
 /// `logits` `[rows, vocab]`, f32.
 pub(super) fn likeliest<R: CubeRuntime>(logits: &Buffer<R>) -> [Buffer<R>; 2] {
     let [rows, vocab] = logits.meta.shape().dims();
     let most = logits.client.properties().hardware.max_units_per_cube;
     let units = UNITS.min(most).min(vocab.next_power_of_two() as u32);
-    let [next, told] = [(); 2].map(|()| empty(logits, [rows], DType::I32));
+    let [next, for_host] = [(); 2].map(|()| empty(logits, [rows], DType::I32));
     // SAFETY: a cube a row of logits.
     #[allow(unsafe_code)]
     unsafe {
@@ -79,10 +79,10 @@ pub(super) fn likeliest<R: CubeRuntime>(logits: &Buffer<R>) -> [Buffer<R>; 2] {
             CubeDim::new_1d(units),
             elements(logits),
             elements(&next),
-            elements(&told),
+            elements(&for_host),
             vocab,
             units as usize,
         );
     }
-    [next, told]
+    [next, for_host]
 }

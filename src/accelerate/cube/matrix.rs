@@ -1,4 +1,4 @@
-//! A matrix of the model as the decoder reads it: floats or packed.
+//! A matrix of the model as the decoder reads it: floats or quantised.
 
 use burn::tensor::DType;
 use burn_cubecl::CubeRuntime;
@@ -6,7 +6,7 @@ use burn_cubecl::CubeRuntime;
 use super::{
     launch::{Buffer, Cube, strided},
     matvec::{self, InputNorm},
-    quantized::{self, Packed},
+    quantized::{self, Quantised},
     words::Packing,
 };
 use crate::weights::Weight;
@@ -20,28 +20,28 @@ pub(super) enum Matrix<R: CubeRuntime> {
     /// Its elements.
     Floats(Buffer<R>),
     /// Its words and scales.
-    Packed(Packed<R>),
+    Quantised(Quantised<R>),
 }
 
 impl<R: CubeRuntime> Matrix<R> {
-    /// The buffers of a weight, as they lie.
+    /// The buffers of a weight, without a copy.
     pub(super) fn of(weight: &Weight<Cube<R>>) -> Self {
         match weight {
             Weight::Dense(param) => Self::Floats(strided(param.val())),
-            Weight::Packed(packed) => Self::Packed(Packed::of(packed)),
+            Weight::Packed(weight) => Self::Quantised(Quantised::of(weight)),
         }
     }
 
-    /// Whether products with inputs of `dtype` can be worked out over the buffers.
+    /// Whether the kernels cover matmuls of inputs of `dtype` with these buffers.
     pub(super) fn covers(&self, dtype: DType) -> bool {
         match self {
             Self::Floats(buffer) => buffer.dtype == dtype && buffer.is_contiguous(),
-            Self::Packed(packed) => packed.is_whole() && Packing::of(dtype).is_some(),
+            Self::Quantised(weight) => weight.is_whole() && Packing::of(dtype).is_some(),
         }
     }
 
     /// `norm(x) Wᵀ + residual` in type `out`.
-    pub(super) fn product(
+    pub(super) fn matmul(
         &self,
         x: &Buffer<R>,
         norm: Option<&InputNorm<R>>,
@@ -49,18 +49,18 @@ impl<R: CubeRuntime> Matrix<R> {
         out: DType,
     ) -> Buffer<R> {
         match self {
-            Self::Floats(weight) => matvec::product(x, norm, weight, None, residual, out),
-            Self::Packed(weight) => {
+            Self::Floats(weight) => matvec::matmul(x, norm, weight, None, residual, out),
+            Self::Quantised(weight) => {
                 let norm = norm.map(|norm| (&norm.weight, norm.epsilon));
-                quantized::product(x, norm, weight, (None, residual), None, out)
+                quantized::matmul(x, norm, weight, (None, residual), None, out)
             }
         }
     }
 
-    /// Products of one normed input with three matrices, side by side.
+    /// Matmuls of one normalised input with three matrices, concatenated.
     ///
     /// # Panics
-    /// If some are packed and some are not.
+    /// If some are quantised and some are not.
     pub(super) fn three_matmuls(
         x: &Buffer<R>,
         norm: &InputNorm<R>,
@@ -70,17 +70,17 @@ impl<R: CubeRuntime> Matrix<R> {
             [Self::Floats(a), Self::Floats(b), Self::Floats(c)] => {
                 matvec::three_matmuls(x, norm, [a, b, c])
             }
-            [Self::Packed(a), Self::Packed(b), Self::Packed(c)] => {
+            [Self::Quantised(a), Self::Quantised(b), Self::Quantised(c)] => {
                 quantized::three_matmuls(x, (&norm.weight, norm.epsilon), [a, b, c])
             }
-            _ => panic!("matrices of one input have different forms"),
+            _ => panic!("matrices of one input are stored differently"),
         }
     }
 
     /// `silu(norm(x) Gᵀ) · (norm(x) Uᵀ)`.
     ///
     /// # Panics
-    /// If one is packed and the other is not.
+    /// If one is quantised and the other is not.
     pub(super) fn swiglu_matmul(
         x: &Buffer<R>,
         norm: &InputNorm<R>,
@@ -89,10 +89,10 @@ impl<R: CubeRuntime> Matrix<R> {
     ) -> Buffer<R> {
         match (gate, up) {
             (Self::Floats(gate), Self::Floats(up)) => matvec::swiglu_matmul(x, norm, gate, up),
-            (Self::Packed(gate), Self::Packed(up)) => {
+            (Self::Quantised(gate), Self::Quantised(up)) => {
                 quantized::swiglu_matmul(x, (&norm.weight, norm.epsilon), gate, up)
             }
-            _ => panic!("gate and up have different forms"),
+            _ => panic!("gate and up are stored differently"),
         }
     }
 }

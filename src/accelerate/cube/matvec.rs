@@ -1,27 +1,27 @@
-//! Products of one to eight rows with matrices `[out, in]` of floats, through [`super::products`].
+//! Matmul of one to eight rows with float matrices `[out, in]` (matrix-vector), through [`super::products`].
 
 use burn::tensor::DType;
 use burn_cubecl::CubeRuntime;
 
 use super::{
     launch::{Buffer, array, elements, empty, pieces, quads},
-    products::{Form, Matrices, Stored, gated_matrices, one_matrix, three_matrices},
+    products::{MatmulConfig, Matrices, Stored, one_matrix, swiglu_matrices, three_matrices},
     sums::Group,
     words::Packing,
 };
 
-/// Most rows of one product.
+/// Most rows of one matmul.
 pub(super) const MOST_ROWS: usize = 8;
 
-fn form<R: CubeRuntime>(x: &Buffer<R>, width: usize, matrices: Matrices) -> Form {
+fn config<R: CubeRuntime>(x: &Buffer<R>, width: usize, matrices: Matrices) -> MatmulConfig {
     let [rows, d_input] = x.meta.shape().dims();
-    let packing = Packing::of(x.dtype).expect("`covers` was asked");
+    let packing = Packing::of(x.dtype).expect("`covers` accepted the type");
     let (stored, vectors) = (Stored::Floats(packing), d_input / packing.piece());
     let group = Group::of(&x.client);
-    Form::new(stored, [rows, width], matrices, vectors, group)
+    MatmulConfig::new(stored, [rows, width], matrices, vectors, group)
 }
 
-/// Whether a product can be worked out here; `x` `[rows, in]`, `weight` `[out, in]`.
+/// Whether the kernel covers a matmul; `x` `[rows, in]`, `weight` `[out, in]`.
 pub(super) fn covers<R: CubeRuntime>(x: &Buffer<R>, weight: &Buffer<R>) -> bool {
     let [rows, width] = x.meta.shape().dims();
     (1..=MOST_ROWS).contains(&rows)
@@ -30,7 +30,7 @@ pub(super) fn covers<R: CubeRuntime>(x: &Buffer<R>, weight: &Buffer<R>) -> bool 
         && weight.is_contiguous()
 }
 
-/// A norm that is taken of the input before it is multiplied.
+/// A norm fused into the matmul, applied to its input.
 #[derive(Debug, Clone)]
 pub(super) struct InputNorm<R: CubeRuntime> {
     /// `[in]`.
@@ -40,7 +40,7 @@ pub(super) struct InputNorm<R: CubeRuntime> {
 }
 
 /// `norm(x) Wᵀ + bias + residual` in `out` type, which is that of bias and residual.
-pub(super) fn product<R: CubeRuntime>(
+pub(super) fn matmul<R: CubeRuntime>(
     x: &Buffer<R>,
     norm: Option<&InputNorm<R>>,
     weight: &Buffer<R>,
@@ -49,21 +49,21 @@ pub(super) fn product<R: CubeRuntime>(
     out: DType,
 ) -> Buffer<R> {
     let [width, _] = weight.meta.shape().dims();
-    let form = Form {
+    let config = MatmulConfig {
         norm: norm.is_some(),
         bias: bias.is_some(),
         residual: residual.is_some(),
-        ..form(x, width, Matrices::One)
+        ..config(x, width, Matrices::One)
     };
-    let y = empty(x, [form.rows, width], out);
-    // SAFETY: the arrays are as long as the form and the widths say; what stands for an operand that is
-    // not there is not read.
+    let y = empty(x, [config.rows, width], out);
+    // SAFETY: the arrays have the lengths that the config and the widths give; the buffer in place of an
+    // absent operand is not read.
     #[allow(unsafe_code)]
     unsafe {
         one_matrix::launch_unchecked::<R>(
             &x.client,
-            form.count(width),
-            form.dim(),
+            config.count(width),
+            config.dim(),
             quads(x),
             quads(norm.map_or(x, |norm| &norm.weight)),
             pieces(weight),
@@ -76,15 +76,15 @@ pub(super) fn product<R: CubeRuntime>(
             width,
             0,
             norm.map_or(0.0, |norm| norm.epsilon as f32),
-            form,
-            Packing::of(out).expect("an output has a type the kernels know"),
+            config,
+            Packing::of(out).expect("the kernels support the output type"),
             [weight.dtype.into(), x.dtype.into(), out.into()],
         );
     }
     y
 }
 
-/// Products of one input with three matrices, side by side `[rows, out₁ + out₂ + out₃]`.
+/// Matmuls of one input with three matrices, concatenated `[rows, out₁ + out₂ + out₃]`.
 ///
 /// # Panics
 /// If a width is no multiple of four.
@@ -99,18 +99,18 @@ pub(super) fn three_matmuls<R: CubeRuntime>(
         "widths {widths:?} are no multiples of four"
     );
     let width = widths.iter().sum();
-    let form = Form {
+    let config = MatmulConfig {
         norm: true,
-        ..form(x, width, Matrices::Three)
+        ..config(x, width, Matrices::Three)
     };
-    let y = empty(x, [form.rows, width], x.dtype);
-    // SAFETY: as for `product`.
+    let y = empty(x, [config.rows, width], x.dtype);
+    // SAFETY: as for `matmul`.
     #[allow(unsafe_code)]
     unsafe {
         three_matrices::launch_unchecked::<R>(
             &x.client,
-            form.count(width),
-            form.dim(),
+            config.count(width),
+            config.dim(),
             quads(x),
             quads(&norm.weight),
             pieces(weights[0]),
@@ -125,8 +125,8 @@ pub(super) fn three_matmuls<R: CubeRuntime>(
             widths[1],
             widths[2],
             norm.epsilon as f32,
-            form,
-            Packing::of(x.dtype).expect("`covers` was asked"),
+            config,
+            Packing::of(x.dtype).expect("`covers` accepted the type"),
             [x.dtype.into(); 2],
         );
     }
@@ -141,18 +141,18 @@ pub(super) fn swiglu_matmul<R: CubeRuntime>(
     up: &Buffer<R>,
 ) -> Buffer<R> {
     let [width, _] = gate.meta.shape().dims();
-    let form = Form {
+    let config = MatmulConfig {
         norm: true,
-        ..form(x, width, Matrices::Pair)
+        ..config(x, width, Matrices::Pair)
     };
-    let y = empty(x, [form.rows, width], x.dtype);
-    // SAFETY: as for `product`.
+    let y = empty(x, [config.rows, width], x.dtype);
+    // SAFETY: as for `matmul`.
     #[allow(unsafe_code)]
     unsafe {
-        gated_matrices::launch_unchecked::<R>(
+        swiglu_matrices::launch_unchecked::<R>(
             &x.client,
-            form.count(width),
-            form.dim(),
+            config.count(width),
+            config.dim(),
             quads(x),
             quads(&norm.weight),
             pieces(gate),
@@ -163,8 +163,8 @@ pub(super) fn swiglu_matmul<R: CubeRuntime>(
             elements(&y),
             width,
             norm.epsilon as f32,
-            form,
-            Packing::of(x.dtype).expect("`covers` was asked"),
+            config,
+            Packing::of(x.dtype).expect("`covers` accepted the type"),
             [x.dtype.into(); 2],
         );
     }

@@ -1,10 +1,10 @@
 //! Kernels in cubecl's language: the same source on every runtime that has one.
 //!
-//! One operation a file. Nothing is tuned at run time: a kernel is compiled for the shapes and types it
-//! meets, and what it does not cover goes to the plain default. Operands are read sixteen bytes at a time
-//! (`words`), sums are f32, and f16 results end at its largest finite value.
+//! One operation a file. Nothing is autotuned at run time: a kernel is compiled for the shapes and types it
+//! meets, and what it does not cover runs the plain default. Operands are read sixteen bytes at a time
+//! (`words`), sums are f32, and f16 results are clamped to the largest finite value.
 
-// CUDA has kernels of its own for what Vulkan takes from here; it uses the decoder and what that needs.
+// CUDA has its own kernels for most of these; it uses only the decoder of this module and its parts.
 #![cfg_attr(not(feature = "wgpu"), allow(dead_code))]
 
 mod attention;

@@ -1,4 +1,4 @@
-//! Gated SiLU and both GELUs, in f32 inside.
+//! SwiGLU (`silu(x) · y`) and both GELUs, computed in f32.
 
 use burn_cubecl::CubeRuntime;
 use cubecl::prelude::*;
@@ -21,7 +21,7 @@ pub(super) enum Operation {
     GeluExact,
 }
 
-/// Whether so many elements can be worked on.
+/// Whether the kernel covers so many elements.
 pub(super) fn covers<R: CubeRuntime>(x: &Buffer<R>) -> bool {
     let elements = x.meta.num_elements();
     elements > 0
@@ -68,7 +68,7 @@ fn pointwise<F: Numeric>(
 /// The operation over all elements; `y` is `x` again where it has one operand.
 pub(super) fn run<R: CubeRuntime>(operation: Operation, x: &Buffer<R>, y: &Buffer<R>) -> Buffer<R> {
     let [rows, width] = x.meta.shape().dims();
-    let packing = Packing::of(x.dtype).expect("`covers` was asked");
+    let packing = Packing::of(x.dtype).expect("`covers` accepted the type");
     let out = empty(x, [rows, width], x.dtype);
     let count = rows * width / packing.piece();
     // SAFETY: all three have `count` pieces.

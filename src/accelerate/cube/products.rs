@@ -1,9 +1,9 @@
-//! Products of one to eight rows with matrices `[out, in]`, of floats ([`super::matvec`]) or of packed
-//! words ([`super::quantized`]): as fast as the matrices can be read.
+//! Matmul of one to eight rows with matrices `[out, in]`, of floats ([`super::matvec`]) or quantised
+//! ([`super::quantized`]): limited by the memory bandwidth of reading the matrices.
 //!
-//! A group of units works out a few outputs for all rows. It reads the rows of the matrix sixteen bytes a
-//! unit, side by side; the input rows come out of the cache. A norm before the product costs nothing here:
-//! its scale goes onto the input, its mean square is summed beside the products, and its root divides
+//! A group of units computes a few outputs for all rows. It reads the rows of the matrix sixteen bytes a
+//! unit, side by side; the input rows come out of the cache. A norm before the matmul costs nothing here:
+//! its scale multiplies the input, its mean square is summed beside the dot products, and its root divides
 //! their sums. Operations are on four values each and the code of a step is there once, whatever the
 //! matrices: drivers take seconds over long kernels, and loads further ahead were not faster.
 
@@ -25,7 +25,7 @@ pub(super) enum Matrices {
     One,
     /// The first half from one matrix, the second half, of the same columns, from another.
     Pair,
-    /// One of three that stand side by side.
+    /// One of three, whose outputs are concatenated.
     Three,
 }
 
@@ -34,7 +34,7 @@ pub(super) enum Matrices {
 pub(super) enum Stored {
     /// Floats.
     Floats(Packing),
-    /// Levels of so many bits, to be multiplied with a scale.
+    /// Quantised levels of so many bits, to be multiplied by a scale.
     Levels {
         /// Bits of a value.
         bits: usize,
@@ -43,38 +43,38 @@ pub(super) enum Stored {
     },
 }
 
-/// What a kernel is compiled for.
+/// The comptime configuration of a kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) struct Form {
+pub(super) struct MatmulConfig {
     /// How the values of the matrices are stored.
     pub stored: Stored,
     /// Rows of the input.
     pub rows: usize,
-    /// Matrices of the product.
+    /// Matrices of the matmul.
     pub matrices: Matrices,
     /// Outputs of a group of units, of all its matrices.
     pub outputs: usize,
     /// Sixteen-byte pieces of a row of the matrix.
     pub vectors: usize,
-    /// Units that work on some outputs together.
+    /// Units that compute some outputs together.
     pub group: Group,
     /// Groups of a cube.
     pub groups: usize,
-    /// Whether a norm comes before the product.
+    /// Whether a norm comes before the matmul.
     pub norm: bool,
     /// Whether a bias is added.
     pub bias: bool,
     /// Whether a residual is added.
     pub residual: bool,
-    /// Whether a low-rank share is added.
+    /// Whether an adapter's low-rank part is added.
     pub adapter: bool,
 }
 
 /// Outputs of a matrix from which groups of units take four each; of fewer, too few groups would read.
 const MANY_OUTPUTS: usize = 8192;
 
-impl Form {
-    /// For products of `rows` rows with matrices of `width` outputs and rows of `vectors` pieces; nothing
+impl MatmulConfig {
+    /// For matmuls of `rows` rows with matrices of `width` outputs and rows of `vectors` pieces; nothing
     /// comes before or is added.
     pub(super) fn new(
         stored: Stored,
@@ -116,7 +116,7 @@ impl Form {
         CubeDim::new_1d((self.group.lanes * self.groups) as u32)
     }
 
-    /// Columns of the result that a group of units works out.
+    /// Columns of the result that a group of units computes.
     fn columns(&self) -> usize {
         match self.matrices {
             Matrices::Pair => self.outputs / 2,
@@ -124,8 +124,8 @@ impl Form {
         }
     }
 
-    /// Whether the matrix holds levels.
-    fn is_packed(&self) -> bool {
+    /// Whether the matrix is quantised (holds levels).
+    fn is_quantised(&self) -> bool {
         matches!(self.stored, Stored::Levels { .. })
     }
 
@@ -133,14 +133,14 @@ impl Form {
     fn packing(&self) -> Packing {
         match self.stored {
             Stored::Floats(packing) => packing,
-            Stored::Levels { .. } => unreachable!("asked of matrices of floats only"),
+            Stored::Levels { .. } => unreachable!("only float matrices have a packing"),
         }
     }
 
     /// Bits of a level.
     fn bits(&self) -> usize {
         match self.stored {
-            Stored::Floats(_) => unreachable!("asked of packed matrices only"),
+            Stored::Floats(_) => unreachable!("only quantised matrices have levels"),
             Stored::Levels { bits, .. } => bits,
         }
     }
@@ -166,7 +166,7 @@ impl Form {
         self.vectors / self.group_vectors()
     }
 
-    /// Word of a piece in which the levels of a quad stand.
+    /// Word of a piece that holds the levels of a quad.
     fn word(&self, quad: usize) -> usize {
         4 * quad * self.bits() / 32
     }
@@ -181,12 +181,12 @@ impl Form {
         ((1 << self.bits()) - 1) << self.bit(quad, value)
     }
 
-    /// What takes the place of shifting the level down.
+    /// The scale of the input that replaces shifting the level down.
     fn shrink(&self, quad: usize, value: usize) -> f32 {
         (-(self.bit(quad, value) as f32)).exp2()
     }
 
-    /// What levels are stored with.
+    /// The offset that levels are stored with.
     fn offset(&self) -> f32 {
         (1 << (self.bits() - 1)) as f32
     }
@@ -221,23 +221,24 @@ fn load<S: Numeric>(
     factors: &mut Array<f32>,
     #[comptime] from: usize,
     #[comptime] to: usize,
-    #[comptime] form: Form,
+    #[comptime] config: MatmulConfig,
 ) {
     #[unroll]
     for output in from..to {
         let channel = channels[output];
-        loaded[output] = words[channel * form.vectors + at];
-        if comptime!(form.is_packed()) {
-            let group = channel * comptime!(form.scales()) + at / comptime!(form.group_vectors());
+        loaded[output] = words[channel * config.vectors + at];
+        if comptime!(config.is_quantised()) {
+            let group =
+                channel * comptime!(config.scales()) + at / comptime!(config.group_vectors());
             factors[output] = f32::cast_from(scales[group]);
         }
     }
 }
 
-/// Adds the products with piece number `at` of each row.
+/// Adds the dot products with piece number `at` of each row.
 ///
-/// A level masked out where it stands is `2^bit` times itself, so the input is scaled by `2^-bit`; the
-/// offset of the levels is taken off by one product with the sum of the inputs.
+/// A level masked but not shifted is `2^bit` times itself, so the input is scaled by `2^-bit`; the
+/// offset of the levels is subtracted as offset times the sum of the inputs.
 #[cube]
 #[allow(clippy::too_many_arguments)]
 fn add_step<S: Numeric, F: Numeric>(
@@ -254,17 +255,17 @@ fn add_step<S: Numeric, F: Numeric>(
     at: usize,
     sums: &mut Array<f32>,
     squares: &mut Array<f32>,
-    #[comptime] form: Form,
+    #[comptime] config: MatmulConfig,
 ) {
-    let outputs = comptime!(form.outputs);
-    let half = comptime!(form.outputs / 2);
+    let outputs = comptime!(config.outputs);
+    let half = comptime!(config.outputs / 2);
     let mut loaded = Array::<Piece>::new(outputs);
     let mut factors = Array::<f32>::new(outputs);
     let (l, f) = (&mut loaded, &mut factors);
-    if comptime!(form.matrices == Matrices::One) {
-        load(words, scales, channels, at, l, f, 0usize, outputs, form);
-    } else if comptime!(form.matrices == Matrices::Pair) {
-        load(words, scales, channels, at, l, f, 0usize, half, form);
+    if comptime!(config.matrices == Matrices::One) {
+        load(words, scales, channels, at, l, f, 0usize, outputs, config);
+    } else if comptime!(config.matrices == Matrices::Pair) {
+        load(words, scales, channels, at, l, f, 0usize, half, config);
         load(
             second_words,
             second_scales,
@@ -274,10 +275,10 @@ fn add_step<S: Numeric, F: Numeric>(
             f,
             half,
             outputs,
-            form,
+            config,
         );
     } else if matrix == 0 {
-        load(words, scales, channels, at, l, f, 0usize, outputs, form);
+        load(words, scales, channels, at, l, f, 0usize, outputs, config);
     } else if matrix == 1 {
         load(
             second_words,
@@ -288,7 +289,7 @@ fn add_step<S: Numeric, F: Numeric>(
             f,
             0usize,
             outputs,
-            form,
+            config,
         );
     } else {
         load(
@@ -300,14 +301,14 @@ fn add_step<S: Numeric, F: Numeric>(
             f,
             0usize,
             outputs,
-            form,
+            config,
         );
     }
     let ones = Vector::<f32, Const<4>>::new(1.0f32);
-    let mut dots = Array::<f32>::new(comptime!(form.rows * form.outputs));
-    let mut totals = Array::<f32>::new(comptime!(form.rows));
+    let mut dots = Array::<f32>::new(comptime!(config.rows * config.outputs));
+    let mut totals = Array::<f32>::new(comptime!(config.rows));
     #[unroll]
-    for row in 0..form.rows {
+    for row in 0..config.rows {
         totals[row] = 0.0f32;
         #[unroll]
         for output in 0..outputs {
@@ -315,38 +316,38 @@ fn add_step<S: Numeric, F: Numeric>(
         }
     }
     #[unroll]
-    for quad in 0..form.quads() {
+    for quad in 0..config.quads() {
         let mut shrink = Vector::<f32, Const<4>>::empty();
         let mut factor = Array::<Vector<f32, Const<4>>>::new(outputs);
-        if comptime!(form.is_packed()) {
+        if comptime!(config.is_quantised()) {
             let mut mask = Vector::<u32, Const<4>>::empty();
             #[unroll]
             for value in 0..4usize {
-                mask[value] = comptime!(form.mask(quad, value));
-                shrink[value] = comptime!(form.shrink(quad, value));
+                mask[value] = comptime!(config.mask(quad, value));
+                shrink[value] = comptime!(config.shrink(quad, value));
             }
             #[unroll]
             for output in 0..outputs {
-                let word = loaded[output][comptime!(form.word(quad))];
+                let word = loaded[output][comptime!(config.word(quad))];
                 let masked = Vector::<u32, Const<4>>::new(word) & mask;
                 factor[output] = Vector::<f32, Const<4>>::cast_from(masked);
             }
         } else {
             #[unroll]
             for output in 0..outputs {
-                factor[output] = four(loaded[output], quad, comptime!(form.packing()));
+                factor[output] = four(loaded[output], quad, comptime!(config.packing()));
             }
         }
         #[unroll]
-        for row in 0..form.rows {
-            let from = (row * form.vectors + at) * comptime!(form.quads()) + quad;
+        for row in 0..config.rows {
+            let from = (row * config.vectors + at) * comptime!(config.quads()) + quad;
             let mut values = Vector::<f32, Const<4>>::cast_from(x[from]);
-            if form.norm {
+            if config.norm {
                 squares[row] += values.dot(values);
                 values *=
-                    Vector::<f32, Const<4>>::cast_from(norm[at * comptime!(form.quads()) + quad]);
+                    Vector::<f32, Const<4>>::cast_from(norm[at * comptime!(config.quads()) + quad]);
             }
-            if comptime!(form.is_packed()) {
+            if comptime!(config.is_quantised()) {
                 totals[row] += values.dot(ones);
                 values *= shrink;
             }
@@ -357,12 +358,12 @@ fn add_step<S: Numeric, F: Numeric>(
         }
     }
     #[unroll]
-    for row in 0..form.rows {
+    for row in 0..config.rows {
         #[unroll]
         for output in 0..outputs {
             let dot = dots[row * outputs + output];
-            if comptime!(form.is_packed()) {
-                let dot = dot - comptime!(form.offset()) * totals[row];
+            if comptime!(config.is_quantised()) {
+                let dot = dot - comptime!(config.offset()) * totals[row];
                 let sum = sums[row * outputs + output];
                 sums[row * outputs + output] = fma(factors[output], dot, sum);
             } else {
@@ -372,12 +373,12 @@ fn add_step<S: Numeric, F: Numeric>(
     }
 }
 
-/// The group's products with the columns from `first` on of matrix number `matrix`. Each unit gets that
+/// The group's dot products with the columns from `first` on of matrix number `matrix`. Each unit gets that
 /// of row `lane / columns` and column `first + lane % columns`, and where there are two matrices, the
-/// second's behind it.
+/// second's after it.
 #[cube]
 #[allow(clippy::too_many_arguments)]
-fn products<S: Numeric, F: Numeric>(
+fn dot_products<S: Numeric, F: Numeric>(
     x: &Array<Quad<F>>,
     norm: &Array<Quad<F>>,
     words: &Array<Piece>,
@@ -393,29 +394,29 @@ fn products<S: Numeric, F: Numeric>(
     width: usize,
     rank: usize,
     epsilon: f32,
-    #[comptime] form: Form,
+    #[comptime] config: MatmulConfig,
 ) -> Vector<f32, Const<2>> {
-    let lanes = comptime!(form.group.lanes);
-    let outputs = comptime!(form.outputs);
-    let columns = comptime!(form.columns());
+    let lanes = comptime!(config.group.lanes);
+    let outputs = comptime!(config.outputs);
+    let columns = comptime!(config.columns());
     let lane = UNIT_POS as usize % lanes;
-    let mut sums = Array::<f32>::new(comptime!(form.rows * form.outputs));
-    let mut squares = Array::<f32>::new(comptime!(form.rows));
+    let mut sums = Array::<f32>::new(comptime!(config.rows * config.outputs));
+    let mut squares = Array::<f32>::new(comptime!(config.rows));
     let mut channels = Array::<usize>::new(outputs);
     #[unroll]
     for output in 0..outputs {
-        // Columns behind the last repeat it; nobody writes them.
+        // Columns past the last repeat it; they are not written.
         channels[output] = min(first + comptime!(output % columns), width - 1);
     }
     #[unroll]
-    for row in 0..form.rows {
+    for row in 0..config.rows {
         squares[row] = 0.0f32;
         #[unroll]
         for output in 0..outputs {
             sums[row * outputs + output] = 0.0f32;
         }
     }
-    for at in range_stepped(lane, form.vectors, lanes) {
+    for at in range_stepped(lane, config.vectors, lanes) {
         add_step(
             x,
             norm,
@@ -430,16 +431,16 @@ fn products<S: Numeric, F: Numeric>(
             at,
             &mut sums,
             &mut squares,
-            form,
+            config,
         );
     }
-    if form.adapter {
+    if config.adapter {
         for r in range_stepped(lane, rank, lanes) {
             #[unroll]
             for output in 0..outputs {
                 let factor = up[channels[output] * rank + r];
                 #[unroll]
-                for row in 0..form.rows {
+                for row in 0..config.rows {
                     let sum = sums[row * outputs + output];
                     sums[row * outputs + output] = fma(factor, low[row * rank + r], sum);
                 }
@@ -448,11 +449,11 @@ fn products<S: Numeric, F: Numeric>(
     }
     let mut mine = Vector::<f32, Const<2>>::new(0.0f32);
     let mut square = 0.0f32;
-    if form.group.plane {
+    if config.group.plane {
         #[unroll]
-        for row in 0..form.rows {
+        for row in 0..config.rows {
             let mut of_row = 0.0f32;
-            if form.norm {
+            if config.norm {
                 of_row = plane_sum(squares[row]);
             }
             #[unroll]
@@ -465,20 +466,20 @@ fn products<S: Numeric, F: Numeric>(
             }
         }
     } else {
-        let results = comptime!(form.rows * form.outputs);
+        let results = comptime!(config.rows * config.outputs);
         let mut shared = SharedMemory::<f32>::new(comptime!(
-            (form.rows * form.outputs + form.rows) * form.group.lanes
+            (config.rows * config.outputs + config.rows) * config.group.lanes
         ));
         #[unroll]
         for result in 0..results {
             shared[result * lanes + lane] = sums[result];
         }
         #[unroll]
-        for row in 0..form.rows {
+        for row in 0..config.rows {
             shared[(results + row) * lanes + lane] = squares[row];
         }
         sync_cube();
-        if lane < comptime!(form.rows * columns) {
+        if lane < comptime!(config.rows * columns) {
             let row = lane / columns;
             let first = row * outputs + lane % columns;
             for other in 0..lanes {
@@ -490,8 +491,8 @@ fn products<S: Numeric, F: Numeric>(
             }
         }
     }
-    if form.norm {
-        let count = comptime!((form.vectors * form.quads() * 4) as f32);
+    if config.norm {
+        let count = comptime!((config.vectors * config.quads() * 4) as f32);
         let root = (square / count + epsilon).sqrt();
         mine[0] /= root;
         mine[1] /= root;
@@ -501,9 +502,9 @@ fn products<S: Numeric, F: Numeric>(
 
 /// The first column of this unit's group.
 #[cube]
-fn first_column(#[comptime] form: Form) -> usize {
-    let group = UNIT_POS as usize / comptime!(form.group.lanes);
-    (CUBE_POS * form.groups + group) * comptime!(form.columns())
+fn first_column(#[comptime] config: MatmulConfig) -> usize {
+    let group = UNIT_POS as usize / comptime!(config.group.lanes);
+    (CUBE_POS * config.groups + group) * comptime!(config.columns())
 }
 
 /// `y = norm(x) Wᵀ (+ bias) (+ residual) (+ low Bᵀ)`; `low` `[rows, rank]` scaled already, `up` `[out, rank]`.
@@ -522,31 +523,31 @@ pub(super) fn one_matrix<S: Numeric, F: Numeric, O: Numeric>(
     width: usize,
     rank: usize,
     epsilon: f32,
-    #[comptime] form: Form,
+    #[comptime] config: MatmulConfig,
     #[comptime] out: Packing,
     #[define(S, F, O)] _types: [StorageType; 3],
 ) {
-    let first = first_column(form);
-    let sums = products(
+    let first = first_column(config);
+    let sums = dot_products(
         x, norm, words, scales, words, scales, words, scales, low, up, 0usize, first, width, rank,
-        epsilon, form,
+        epsilon, config,
     );
     let mut value = sums[0];
-    let lane = UNIT_POS as usize % comptime!(form.group.lanes);
-    let column = first + lane % form.columns();
-    if lane < comptime!(form.rows * form.columns()) && column < width {
-        let at = lane / form.columns() * width + column;
-        if form.bias {
+    let lane = UNIT_POS as usize % comptime!(config.group.lanes);
+    let column = first + lane % config.columns();
+    if lane < comptime!(config.rows * config.columns()) && column < width {
+        let at = lane / config.columns() * width + column;
+        if config.bias {
             value += f32::cast_from(bias[column]);
         }
-        if form.residual {
+        if config.residual {
             value += f32::cast_from(residual[at]);
         }
         y[at] = O::cast_from(within(value, out));
     }
 }
 
-/// Three products of one normed input side by side.
+/// Three matmuls of one normalised input, outputs concatenated.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 pub(super) fn three_matrices<S: Numeric, F: Numeric>(
@@ -564,12 +565,12 @@ pub(super) fn three_matrices<S: Numeric, F: Numeric>(
     second_width: usize,
     third_width: usize,
     epsilon: f32,
-    #[comptime] form: Form,
+    #[comptime] config: MatmulConfig,
     #[comptime] out: Packing,
     #[define(S, F)] _types: [StorageType; 2],
 ) {
     let width = first_width + second_width + third_width;
-    let first = first_column(form);
+    let first = first_column(config);
     // The widths are multiples of a group's columns, so a group has one matrix.
     let mut matrix = 0usize;
     let mut before = 0usize;
@@ -583,7 +584,7 @@ pub(super) fn three_matrices<S: Numeric, F: Numeric>(
         before = first_width;
         own_width = second_width;
     }
-    let sums = products(
+    let sums = dot_products(
         x,
         norm,
         first_words,
@@ -599,12 +600,12 @@ pub(super) fn three_matrices<S: Numeric, F: Numeric>(
         own_width,
         0usize,
         epsilon,
-        form,
+        config,
     );
-    let lane = UNIT_POS as usize % comptime!(form.group.lanes);
-    let column = first + lane % form.columns();
-    if lane < comptime!(form.rows * form.columns()) && column < width {
-        let at = lane / form.columns() * width + column;
+    let lane = UNIT_POS as usize % comptime!(config.group.lanes);
+    let column = first + lane % config.columns();
+    if lane < comptime!(config.rows * config.columns()) && column < width {
+        let at = lane / config.columns() * width + column;
         y[at] = F::cast_from(within(sums[0], out));
     }
 }
@@ -612,7 +613,7 @@ pub(super) fn three_matrices<S: Numeric, F: Numeric>(
 /// `silu(norm(x) Gᵀ) · (norm(x) Uᵀ)`.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
-pub(super) fn gated_matrices<S: Numeric, F: Numeric>(
+pub(super) fn swiglu_matrices<S: Numeric, F: Numeric>(
     x: &Array<Quad<F>>,
     norm: &Array<Quad<F>>,
     gate_words: &Array<Piece>,
@@ -623,12 +624,12 @@ pub(super) fn gated_matrices<S: Numeric, F: Numeric>(
     y: &mut Array<F>,
     width: usize,
     epsilon: f32,
-    #[comptime] form: Form,
+    #[comptime] config: MatmulConfig,
     #[comptime] out: Packing,
     #[define(S, F)] _types: [StorageType; 2],
 ) {
-    let first = first_column(form);
-    let sums = products(
+    let first = first_column(config);
+    let sums = dot_products(
         x,
         norm,
         gate_words,
@@ -644,13 +645,13 @@ pub(super) fn gated_matrices<S: Numeric, F: Numeric>(
         width,
         0usize,
         epsilon,
-        form,
+        config,
     );
-    let lane = UNIT_POS as usize % comptime!(form.group.lanes);
-    let column = first + lane % form.columns();
-    if lane < comptime!(form.rows * form.columns()) && column < width {
+    let lane = UNIT_POS as usize % comptime!(config.group.lanes);
+    let column = first + lane % config.columns();
+    if lane < comptime!(config.rows * config.columns()) && column < width {
         let value = sums[0] / (1.0f32 + (-sums[0]).exp()) * sums[1];
-        y[lane / form.columns() * width + column] = F::cast_from(within(value, out));
+        y[lane / config.columns() * width + column] = F::cast_from(within(value, out));
     }
 }
 

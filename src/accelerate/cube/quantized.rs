@@ -1,7 +1,7 @@
-//! Products with packed weights (see [`crate::ops::quantised`]): the words are read as they lie.
+//! Matmul with quantised weights (see [`crate::ops::quantised`]): the kernels read the packed words directly.
 //!
-//! Up to [`MOST_ROWS`] rows go in several such launches. More rows go through the dense product with rows of
-//! the matrix that a kernel writes out as floats, at most [`quantised::weight::UNPACKED_BYTES`] at once.
+//! Up to [`MOST_ROWS`] rows go in several such launches. More rows use the float matmul with rows of
+//! the matrix that a kernel dequantises, at most [`quantised::weight::UNPACKED_BYTES`] at once.
 
 use burn::tensor::{DType, Tensor};
 use burn_cubecl::{CubeRuntime, kernel::into_contiguous};
@@ -9,7 +9,9 @@ use cubecl::prelude::*;
 
 use super::{
     launch::{Buffer, Cube, array, contiguous, cubes, elements, empty, pieces, quads, tensor},
-    products::{Form, Matrices, Stored, gated_matrices, low_rank, one_matrix, three_matrices},
+    products::{
+        MatmulConfig, Matrices, Stored, low_rank, one_matrix, swiglu_matrices, three_matrices,
+    },
     sums::{Group, UNITS},
     unpack::{pad_rows, unpack},
     words::Packing,
@@ -25,12 +27,12 @@ use crate::{
 /// Rows of one launch.
 const ROWS: usize = 8;
 
-/// Rows up to which launches over the packed words beat unpacking the matrix.
+/// Rows up to which launches over the quantised words are faster than dequantising the matrix.
 const MOST_ROWS: usize = 4 * ROWS;
 
-/// The buffers of a packed matrix.
+/// The buffers of a quantised matrix.
 #[derive(Debug, Clone)]
-pub(super) struct Packed<R: CubeRuntime> {
+pub(super) struct Quantised<R: CubeRuntime> {
     /// `[out, words of a row]`.
     words: Buffer<R>,
     /// `[out, scales of a row]`.
@@ -39,14 +41,13 @@ pub(super) struct Packed<R: CubeRuntime> {
     d_input: usize,
 }
 
-/// A norm that is taken of the input before it is multiplied: its scale and what is added to the mean
-/// square.
+/// A norm fused into the matmul, applied to its input: scale and epsilon.
 pub(super) type Norm<'a, R> = (&'a Buffer<R>, f64);
 
-/// A low-rank share: `low` `[rows, rank]` scaled already, `up` `[out, rank]`, the rank.
+/// An adapter's low-rank part: `low` `[rows, rank]` already scaled, `up` `[out, rank]`, the rank.
 type Share<R> = (Buffer<R>, Buffer<R>, usize);
 
-impl<R: CubeRuntime> Packed<R> {
+impl<R: CubeRuntime> Quantised<R> {
     /// Of a matrix on the device.
     pub(super) fn of(weight: &QuantisedWeight<Cube<R>>) -> Self {
         Self {
@@ -62,17 +63,17 @@ impl<R: CubeRuntime> Packed<R> {
         self.words.meta.shape()[0]
     }
 
-    /// Whether rows of the matrix have no padding, so that an input is read as it lies.
+    /// Whether rows of the matrix have no padding, so that an input is read without padding.
     pub(super) fn is_whole(&self) -> bool {
         self.format.padded(self.d_input) == self.d_input
     }
 
-    fn form(&self, x: &Buffer<R>, matrices: Matrices) -> Form {
+    fn config(&self, x: &Buffer<R>, matrices: Matrices) -> MatmulConfig {
         let [rows, width] = x.meta.shape().dims();
         assert_eq!(
             width,
             self.format.padded(self.d_input),
-            "inputs of the product"
+            "inputs of the matmul"
         );
         let per_piece = 4 * self.format.per_word();
         let stored = Stored::Levels {
@@ -81,7 +82,7 @@ impl<R: CubeRuntime> Packed<R> {
         };
         let group = Group::of(&x.client);
         let sizes = [rows, self.width()];
-        Form::new(stored, sizes, matrices, width / per_piece, group)
+        MatmulConfig::new(stored, sizes, matrices, width / per_piece, group)
     }
 }
 
@@ -152,10 +153,10 @@ pub(in crate::accelerate) fn dequantise_rows<R: CubeRuntime>(
     }
 }
 
-/// Whether the product goes through the kernel over packed words.
+/// Whether the matmul uses the kernel over quantised words.
 fn covers<R: CubeRuntime>(x: &Tensor<Cube<R>, 2>, weight: &QuantisedWeight<Cube<R>>) -> bool {
     let [rows, width] = x.dims();
-    assert_eq!(width, weight.dims()[1], "inputs of the product");
+    assert_eq!(width, weight.dims()[1], "inputs of the matmul");
     (1..=MOST_ROWS).contains(&rows) && Packing::of(x.dtype()).is_some()
 }
 
@@ -169,7 +170,7 @@ fn by_rows<R: CubeRuntime>(
     out: DType,
 ) -> Tensor<Cube<R>, 2> {
     let [rows, d_input] = x.dims();
-    let packed = Packed::of(weight);
+    let weight = Quantised::of(weight);
     let bias = bias.map(contiguous);
     let parts = (0..rows).step_by(ROWS).map(|start| {
         let count = ROWS.min(rows - start);
@@ -184,13 +185,13 @@ fn by_rows<R: CubeRuntime>(
             let low = low_rank_input(&x, adapter);
             (low, contiguous(adapter.b.clone()), adapter.b.dims()[1])
         });
-        let x = if packed.is_whole() {
+        let x = if weight.is_whole() {
             x
         } else {
-            padded_rows(&x, packed.format.padded(d_input))
+            padded_rows(&x, weight.format.padded(d_input))
         };
         let added = (bias.as_ref(), residual.as_ref());
-        tensor(product(&x, None, &packed, added, share.as_ref(), out))
+        tensor(matmul(&x, None, &weight, added, share.as_ref(), out))
     });
     let mut parts: Vec<_> = parts.collect();
     if parts.len() == 1 {
@@ -200,43 +201,43 @@ fn by_rows<R: CubeRuntime>(
     }
 }
 
-/// `norm(x) Wᵀ + bias + residual` and a low-rank share, in type `out`, which is that of what is added.
+/// `norm(x) Wᵀ + bias + residual` and a low-rank part, in type `out`, which bias and residual have too.
 ///
 /// `x` has the padded width of the matrix.
 ///
 /// # Panics
 /// If a type or shape does not fit.
-pub(super) fn product<R: CubeRuntime>(
+pub(super) fn matmul<R: CubeRuntime>(
     x: &Buffer<R>,
     norm: Option<Norm<'_, R>>,
-    weight: &Packed<R>,
+    weight: &Quantised<R>,
     (bias, residual): (Option<&Buffer<R>>, Option<&Buffer<R>>),
     share: Option<&Share<R>>,
     out: DType,
 ) -> Buffer<R> {
     let width = weight.width();
-    let form = Form {
+    let config = MatmulConfig {
         norm: norm.is_some(),
         bias: bias.is_some(),
         residual: residual.is_some(),
         adapter: share.is_some(),
-        ..weight.form(x, Matrices::One)
+        ..weight.config(x, Matrices::One)
     };
-    for (added, shape) in [(bias, &[width][..]), (residual, &[form.rows, width])] {
+    for (added, shape) in [(bias, &[width][..]), (residual, &[config.rows, width])] {
         let fits = |added: &Buffer<R>| added.dtype == out && added.meta.shape().as_slice() == shape;
-        assert!(added.is_none_or(fits), "what is added to the product");
+        assert!(added.is_none_or(fits), "what is added to the matmul");
     }
-    let y = empty(x, [form.rows, width], out);
+    let y = empty(x, [config.rows, width], out);
     let none = &weight.scales;
     let (low, up, rank) = share.map_or((none, none, 0), |(low, up, rank)| (low, up, *rank));
-    // SAFETY: the arrays are as long as the form and the widths say; what stands for an operand that is
-    // not there is not read.
+    // SAFETY: the arrays have the lengths that the config and the widths give; the buffer in place of an
+    // absent operand is not read.
     #[allow(unsafe_code)]
     unsafe {
         one_matrix::launch_unchecked::<R>(
             &x.client,
-            form.count(width),
-            form.dim(),
+            config.count(width),
+            config.dim(),
             quads(x),
             quads(norm.map_or(x, |(norm, _)| norm)),
             pieces(&weight.words),
@@ -249,24 +250,24 @@ pub(super) fn product<R: CubeRuntime>(
             width,
             rank,
             norm.map_or(0.0, |(_, epsilon)| epsilon as f32),
-            form,
-            Packing::of(out).expect("an output has a type the kernels know"),
+            config,
+            Packing::of(out).expect("the kernels support the output type"),
             [weight.scales.dtype.into(), x.dtype.into(), out.into()],
         );
     }
     y
 }
 
-/// Products of one normed input with three matrices, side by side `[rows, out₁ + out₂ + out₃]`.
+/// Matmuls of one normalised input with three matrices, concatenated `[rows, out₁ + out₂ + out₃]`.
 ///
 /// # Panics
-/// If the matrices are packed differently, or a width is no multiple of four.
+/// If the matrices are quantised differently, or a width is no multiple of four.
 pub(super) fn three_matmuls<R: CubeRuntime>(
     x: &Buffer<R>,
     (norm, epsilon): Norm<'_, R>,
-    weights: [&Packed<R>; 3],
+    weights: [&Quantised<R>; 3],
 ) -> Buffer<R> {
-    let widths = weights.map(Packed::width);
+    let widths = weights.map(Quantised::width);
     assert!(
         widths.iter().all(|width| width.is_multiple_of(4)),
         "widths {widths:?} are no multiples of four"
@@ -274,21 +275,21 @@ pub(super) fn three_matmuls<R: CubeRuntime>(
     let [first, second, third] = weights;
     assert!(
         first.format == second.format && first.format == third.format,
-        "matrices of one input are packed differently"
+        "matrices of one input are quantised differently"
     );
-    let form = Form {
+    let config = MatmulConfig {
         norm: true,
-        ..first.form(x, Matrices::Three)
+        ..first.config(x, Matrices::Three)
     };
     let width = widths.iter().sum();
-    let y = empty(x, [form.rows, width], x.dtype);
-    // SAFETY: as for `product`.
+    let y = empty(x, [config.rows, width], x.dtype);
+    // SAFETY: as for `matmul`.
     #[allow(unsafe_code)]
     unsafe {
         three_matrices::launch_unchecked::<R>(
             &x.client,
-            form.count(width),
-            form.dim(),
+            config.count(width),
+            config.dim(),
             quads(x),
             quads(norm),
             pieces(&first.words),
@@ -303,8 +304,8 @@ pub(super) fn three_matmuls<R: CubeRuntime>(
             widths[1],
             widths[2],
             epsilon as f32,
-            form,
-            Packing::of(x.dtype).expect("`covers` was asked"),
+            config,
+            Packing::of(x.dtype).expect("`covers` accepted the type"),
             [first.scales.dtype.into(), x.dtype.into()],
         );
     }
@@ -314,12 +315,12 @@ pub(super) fn three_matmuls<R: CubeRuntime>(
 /// `silu(norm(x) Gᵀ) · (norm(x) Uᵀ)`.
 ///
 /// # Panics
-/// If the matrices are packed differently.
+/// If the matrices are quantised differently.
 pub(super) fn swiglu_matmul<R: CubeRuntime>(
     x: &Buffer<R>,
     (norm, epsilon): Norm<'_, R>,
-    gate: &Packed<R>,
-    up: &Packed<R>,
+    gate: &Quantised<R>,
+    up: &Quantised<R>,
 ) -> Buffer<R> {
     assert_eq!(
         (gate.format, gate.width()),
@@ -327,18 +328,18 @@ pub(super) fn swiglu_matmul<R: CubeRuntime>(
         "gate and up"
     );
     let width = gate.width();
-    let form = Form {
+    let config = MatmulConfig {
         norm: true,
-        ..gate.form(x, Matrices::Pair)
+        ..gate.config(x, Matrices::Pair)
     };
-    let y = empty(x, [form.rows, width], x.dtype);
-    // SAFETY: as for `product`.
+    let y = empty(x, [config.rows, width], x.dtype);
+    // SAFETY: as for `matmul`.
     #[allow(unsafe_code)]
     unsafe {
-        gated_matrices::launch_unchecked::<R>(
+        swiglu_matrices::launch_unchecked::<R>(
             &x.client,
-            form.count(width),
-            form.dim(),
+            config.count(width),
+            config.dim(),
             quads(x),
             quads(norm),
             pieces(&gate.words),
@@ -349,15 +350,15 @@ pub(super) fn swiglu_matmul<R: CubeRuntime>(
             elements(&y),
             width,
             epsilon as f32,
-            form,
-            Packing::of(x.dtype).expect("`covers` was asked"),
+            config,
+            Packing::of(x.dtype).expect("`covers` accepted the type"),
             [gate.scales.dtype.into(), x.dtype.into()],
         );
     }
     y
 }
 
-/// Rows with zeros behind them, which the padding of the rows of words meets.
+/// Rows padded with zeros, to the padded width of the quantised rows.
 fn padded_rows<R: CubeRuntime>(x: &Buffer<R>, padded: usize) -> Buffer<R> {
     let [rows, d_input] = x.meta.shape().dims();
     let y = empty(x, [rows, padded], x.dtype);
@@ -386,7 +387,7 @@ fn low_rank_input<R: CubeRuntime>(x: &Buffer<R>, adapter: &LowRank<Cube<R>>) -> 
     let [rank, width] = adapter.a.dims();
     assert_eq!(width, d_input, "inputs of the adapter");
     let a = contiguous(adapter.a.clone());
-    let packing = Packing::of(x.dtype).expect("`covers` was asked");
+    let packing = Packing::of(x.dtype).expect("`covers` accepted the type");
     let group = Group::of(&x.client);
     let groups = group.in_a_cube();
     let low = empty(x, [rows, rank], DType::F32);
@@ -415,7 +416,7 @@ fn low_rank_input<R: CubeRuntime>(x: &Buffer<R>, adapter: &LowRank<Cube<R>>) -> 
 /// Rows `start .. start + count` of the matrix as floats.
 ///
 /// # Panics
-/// If the rows are not there.
+/// If the rows are out of range.
 fn unpacked<R: CubeRuntime>(
     weight: &QuantisedWeight<Cube<R>>,
     start: usize,
@@ -424,12 +425,12 @@ fn unpacked<R: CubeRuntime>(
 ) -> Tensor<Cube<R>, 2> {
     let [out, d_input] = weight.dims();
     assert!(start + count <= out, "rows to unpack");
-    let Packed {
+    let Quantised {
         words,
         scales,
         format,
         ..
-    } = Packed::of(weight);
+    } = Quantised::of(weight);
     let y = empty(&words, [count, d_input], dtype);
     let words_row = format.words(d_input);
     // SAFETY: the arrays are as long as rows, words and inputs say.

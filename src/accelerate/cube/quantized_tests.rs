@@ -1,4 +1,4 @@
-//! The kernels over packed words against the same sums in f64 on the host, on every GPU backend.
+//! The kernels over quantised words against the same sums in f64 on the host, on every GPU backend.
 
 use std::time::Instant;
 
@@ -29,7 +29,7 @@ fn values(random: &mut ChaCha8Rng, count: usize) -> Vec<f32> {
         .collect()
 }
 
-fn packed(values: &[f32], d_input: usize, format: Format) -> QuantisedMatrix {
+fn quantised(values: &[f32], d_input: usize, format: Format) -> QuantisedMatrix {
     let rows = values.len() / d_input;
     let matrix = pack::<()>(rows, d_input, format, |row, out| {
         out.copy_from_slice(&values[row * d_input..][..d_input]);
@@ -69,7 +69,7 @@ struct Case {
     rank: Option<usize>,
 }
 
-/// Compares one product; `wanted` and `size` are sums over products and over their absolute values.
+/// Compares one matmul; `wanted` and `size` are sums of the terms and of their absolute values.
 fn compare(case: &Case, ours: Tensor<impl Accelerator, 2>, wanted: &[f64], size: &[f64]) {
     assert_eq!(ours.dims(), [case.sizes[0], case.sizes[2]]);
     let rounding = rounding(ours.dtype());
@@ -78,7 +78,7 @@ fn compare(case: &Case, ours: Tensor<impl Accelerator, 2>, wanted: &[f64], size:
         // rounds each of some hundred additions of a lane by 2^-24 of the sum so far.
         let mut allowed = size[index] * 2e-5 + rounding * wanted[index].abs() + 1e-6;
         if case.rank.is_some() && !case.sizes[1].is_multiple_of(8) {
-            // The default rounds the product, the adapter's inputs, its share and their sum.
+            // The default rounds the matmul, the adapter's inputs, its part and their sum.
             allowed += 4.0 * rounding * size[index];
         }
         let off = (f64::from(ours) - wanted[index]).abs();
@@ -99,7 +99,7 @@ fn check<B: Accelerator>(case: &Case, device: &Device<B>) {
     let mut random = ChaCha8Rng::seed_from_u64(case.sizes.iter().sum::<usize>() as u64);
     let [rows, d_input, out] = case.sizes;
     let dtype = case.dtype;
-    let matrix = packed(&values(&mut random, out * d_input), d_input, case.format);
+    let matrix = quantised(&values(&mut random, out * d_input), d_input, case.format);
     let w = unpack(&matrix, d_input, case.format);
     let weight = QuantisedWeight::<B>::upload(matrix, out, d_input, case.format, dtype, device);
     let x = values(&mut random, rows * d_input);
@@ -171,12 +171,12 @@ fn dtypes<B: Accelerator>(device: &Device<B>) -> Vec<DType> {
         .collect()
 }
 
-fn products_agree<B: Accelerator>() {
+fn matmuls_agree<B: Accelerator>() {
     let device = Default::default();
     for format in FORMATS {
         for dtype in dtypes::<B>(&device) {
             // One row and several, odd numbers of outputs, rows of padded words, and both ways of
-            // taking more than eight rows apart from the dense product's own tests.
+            // taking more than eight rows, besides the float matmul's own tests.
             for (sizes, added, rank) in [
                 ([1, 64, 1], false, None),
                 ([1, 4304, 6], true, None),
@@ -210,7 +210,7 @@ fn rows_unpack<B: Accelerator>() {
     let mut random = ChaCha8Rng::seed_from_u64(5);
     for format in FORMATS {
         for (rows, d_input) in [(7, 64), (5, 100), (3, 4304), (2, 30)] {
-            let matrix = packed(&values(&mut random, rows * d_input), d_input, format);
+            let matrix = quantised(&values(&mut random, rows * d_input), d_input, format);
             let wanted = unpack(&matrix, d_input, format);
             let weight =
                 QuantisedWeight::<B>::upload(matrix, rows, d_input, format, DType::F32, &device);
@@ -223,7 +223,7 @@ fn rows_unpack<B: Accelerator>() {
     }
 }
 
-/// Bytes of packed weights a second that one product reads, over copies that no cache holds.
+/// Bytes of quantised weights a second that one matmul reads, over copies that no cache holds.
 fn speed<B: Accelerator>(name: &str, dtype: DType) {
     let device: Device<B> = Default::default();
     if !B::supports_dtype(&device, dtype) {
@@ -276,8 +276,8 @@ mod vulkan {
 
     #[test]
     #[ignore = "needs a Vulkan device"]
-    fn products_agree() {
-        super::products_agree::<Vulkan>();
+    fn matmuls_agree() {
+        super::matmuls_agree::<Vulkan>();
     }
 
     #[test]
@@ -300,8 +300,8 @@ mod cuda {
 
     #[test]
     #[ignore = "needs an NVIDIA GPU"]
-    fn products_agree() {
-        super::products_agree::<Cuda>();
+    fn matmuls_agree() {
+        super::matmuls_agree::<Cuda>();
     }
 
     #[test]

@@ -10,27 +10,27 @@ use super::{
     words::{Packing, within},
 };
 
-/// What a kernel is compiled for.
+/// The comptime configuration of a kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-struct Form {
+struct RotaryConfig {
     half: usize,
     units: usize,
     packing: Packing,
     norm: bool,
 }
 
-impl Form {
+impl RotaryConfig {
     fn new(head_dim: usize, dtype: DType, norm: bool) -> Self {
         Self {
             half: head_dim / 2,
             units: (head_dim / 2).next_power_of_two(),
-            packing: Packing::of(dtype).expect("`covers` was asked"),
+            packing: Packing::of(dtype).expect("`covers` accepted the type"),
             norm,
         }
     }
 }
 
-/// Whether heads of this width and type can be turned.
+/// Whether the kernels cover the rotation of heads of this width and type.
 pub(super) fn covers(head_dim: usize, dtype: DType) -> bool {
     Packing::of(dtype).is_some() && head_dim.is_multiple_of(2) && (2..=512).contains(&head_dim)
 }
@@ -43,18 +43,18 @@ fn head_pair<F: Numeric>(
     start: usize,
     unit: usize,
     epsilon: f32,
-    #[comptime] form: Form,
+    #[comptime] config: RotaryConfig,
 ) -> (f32, f32) {
-    let half = comptime!(form.half);
+    let half = comptime!(config.half);
     let mut first = 0.0f32;
     let mut second = 0.0f32;
     if unit < half {
         first = f32::cast_from(x[start + unit]);
         second = f32::cast_from(x[start + half + unit]);
     }
-    if form.norm {
-        let squares = cube_sum(first * first + second * second, form.units);
-        let mean = squares / comptime!(2.0 * form.half as f32);
+    if config.norm {
+        let squares = cube_sum(first * first + second * second, config.units);
+        let mean = squares / comptime!(2.0 * config.half as f32);
         let root = 1.0f32 / (mean + epsilon).sqrt();
         if unit < half {
             first = first * root * f32::cast_from(weight[unit]);
@@ -66,7 +66,7 @@ fn head_pair<F: Numeric>(
 
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
-fn turn_heads<F: Numeric>(
+fn rotate_heads<F: Numeric>(
     x: &Array<F>,
     weight: &Array<F>,
     cos: &Array<f32>,
@@ -77,26 +77,26 @@ fn turn_heads<F: Numeric>(
     token_stride: usize,
     head_stride: usize,
     epsilon: f32,
-    #[comptime] form: Form,
+    #[comptime] config: RotaryConfig,
     #[define(F)] _dtype: StorageType,
 ) {
-    let half = comptime!(form.half);
+    let half = comptime!(config.half);
     let unit = UNIT_POS as usize;
-    // Cubes behind the last head work on it again, so that all meet at the sum.
+    // Cubes past the last head compute it again, so that all reach the barrier of the sum.
     let place = min(CUBE_POS, count - 1);
     let token = place / heads;
     let start = token * token_stride + place % heads * head_stride;
-    let (first, second) = head_pair(x, weight, start, unit, epsilon, form);
+    let (first, second) = head_pair(x, weight, start, unit, epsilon, config);
     if unit < half {
         let angle = token * 2 * half + unit;
         let (c, s) = (cos[angle], sin[angle]);
         let out = place * 2 * half + unit;
-        y[out] = F::cast_from(within(first * c - second * s, form.packing));
-        y[out + half] = F::cast_from(within(second * c + first * s, form.packing));
+        y[out] = F::cast_from(within(first * c - second * s, config.packing));
+        y[out + half] = F::cast_from(within(second * c + first * s, config.packing));
     }
 }
 
-/// Turns `x` `[tokens, heads, d]`, whose heads are dense; tokens and heads may lie apart.
+/// Rotates `x` `[tokens, heads, d]` (RoPE), whose heads are contiguous; tokens and heads may have any stride.
 pub(super) fn rotate<R: CubeRuntime>(
     x: &Buffer<R>,
     norm: Option<(&Buffer<R>, f64)>,
@@ -104,16 +104,16 @@ pub(super) fn rotate<R: CubeRuntime>(
     sin: &Buffer<R>,
 ) -> Buffer<R> {
     let [tokens, heads, head_dim] = x.meta.shape().dims();
-    let form = Form::new(head_dim, x.dtype, norm.is_some());
+    let config = RotaryConfig::new(head_dim, x.dtype, norm.is_some());
     let y = empty(x, [tokens, heads, head_dim], x.dtype);
     let strides = x.meta.strides();
     // SAFETY: the strides are those of the buffer; without a norm the weight is not read.
     #[allow(unsafe_code)]
     unsafe {
-        turn_heads::launch_unchecked::<R>(
+        rotate_heads::launch_unchecked::<R>(
             &x.client,
             cubes(tokens * heads),
-            CubeDim::new_1d(form.units as u32),
+            CubeDim::new_1d(config.units as u32),
             elements(x),
             elements(norm.map_or(x, |(weight, _)| weight)),
             elements(cos),
@@ -124,7 +124,7 @@ pub(super) fn rotate<R: CubeRuntime>(
             strides[0],
             strides[1],
             norm.map_or(0.0, |(_, epsilon)| epsilon as f32),
-            form,
+            config,
             x.dtype.into(),
         );
     }
@@ -142,11 +142,11 @@ fn split_heads<F: Numeric>(
     v: &mut Array<F>,
     count: usize,
     width: usize,
-    #[comptime] form: Form,
+    #[comptime] config: RotaryConfig,
     #[define(F)] _dtype: StorageType,
 ) {
     // A unit a pair of elements of queries, keys and values each.
-    let half = comptime!(form.half);
+    let half = comptime!(config.half);
     if ABSOLUTE_POS < count {
         let place = ABSOLUTE_POS / half;
         let unit = ABSOLUTE_POS % half;
@@ -160,22 +160,22 @@ fn split_heads<F: Numeric>(
             f32::cast_from(qkv[start]),
             f32::cast_from(qkv[start + half]),
         );
-        q[out] = F::cast_from(within(first * c - second * s, form.packing));
-        q[out + half] = F::cast_from(within(second * c + first * s, form.packing));
+        q[out] = F::cast_from(within(first * c - second * s, config.packing));
+        q[out + half] = F::cast_from(within(second * c + first * s, config.packing));
         let start = start + width;
         let (first, second) = (
             f32::cast_from(qkv[start]),
             f32::cast_from(qkv[start + half]),
         );
-        k[out] = F::cast_from(within(first * c - second * s, form.packing));
-        k[out + half] = F::cast_from(within(second * c + first * s, form.packing));
+        k[out] = F::cast_from(within(first * c - second * s, config.packing));
+        k[out + half] = F::cast_from(within(second * c + first * s, config.packing));
         let start = start + width;
         v[out] = qkv[start];
         v[out + half] = qkv[start + half];
     }
 }
 
-/// Queries and keys turned, values as they are, out of a fused projection `[tokens, 3 · heads · d]`.
+/// Queries and keys rotated (RoPE), values unchanged, out of a fused projection `[tokens, 3 · heads · d]`.
 pub(super) fn split_and_rotate<R: CubeRuntime>(
     qkv: &Buffer<R>,
     heads: usize,
@@ -185,7 +185,7 @@ pub(super) fn split_and_rotate<R: CubeRuntime>(
     const UNITS: usize = 64;
     let [tokens, width] = qkv.meta.shape().dims();
     let width = width / 3;
-    let form = Form::new(width / heads, qkv.dtype, false);
+    let config = RotaryConfig::new(width / heads, qkv.dtype, false);
     let out = [(); 3].map(|()| empty(qkv, [tokens, heads, width / heads], qkv.dtype));
     let count = tokens * width / 2;
     // SAFETY: the arrays are as long as tokens and width say.
@@ -203,7 +203,7 @@ pub(super) fn split_and_rotate<R: CubeRuntime>(
             elements(&out[2]),
             count,
             width,
-            form,
+            config,
             qkv.dtype.into(),
         );
     }
@@ -212,7 +212,7 @@ pub(super) fn split_and_rotate<R: CubeRuntime>(
 
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
-fn turn_into_cache<F: Numeric>(
+fn rotate_heads_into_cache<F: Numeric>(
     qkv: &Array<F>,
     q_weight: &Array<F>,
     k_weight: &Array<F>,
@@ -228,10 +228,10 @@ fn turn_into_cache<F: Numeric>(
     sin: usize,
     q_epsilon: f32,
     k_epsilon: f32,
-    #[comptime] form: Form,
+    #[comptime] config: RotaryConfig,
     #[define(F)] _dtype: StorageType,
 ) {
-    let half = comptime!(form.half);
+    let half = comptime!(config.half);
     let unit = UNIT_POS as usize;
     let all = heads + 2 * key_value_heads;
     let row = CUBE_POS / all;
@@ -239,21 +239,21 @@ fn turn_into_cache<F: Numeric>(
     let start = CUBE_POS * 2 * half;
     let angle = row * 2 * half + unit;
     if head < heads {
-        let (first, second) = head_pair(qkv, q_weight, start, unit, q_epsilon, form);
+        let (first, second) = head_pair(qkv, q_weight, start, unit, q_epsilon, config);
         if unit < half {
             let (c, s) = (tables[cos + angle], tables[sin + angle]);
             let out = (row * heads + head) * 2 * half + unit;
-            q[out] = F::cast_from(within(first * c - second * s, form.packing));
-            q[out + half] = F::cast_from(within(second * c + first * s, form.packing));
+            q[out] = F::cast_from(within(first * c - second * s, config.packing));
+            q[out + half] = F::cast_from(within(second * c + first * s, config.packing));
         }
     } else if head < heads + key_value_heads {
-        let (first, second) = head_pair(qkv, k_weight, start, unit, k_epsilon, form);
+        let (first, second) = head_pair(qkv, k_weight, start, unit, k_epsilon, config);
         if unit < half {
             let (c, s) = (tables[cos + angle], tables[sin + angle]);
             let slot = (row * key_value_heads + head - heads) * capacity + at;
             let out = slot * 2 * half + unit;
-            keys[out] = F::cast_from(within(first * c - second * s, form.packing));
-            keys[out + half] = F::cast_from(within(second * c + first * s, form.packing));
+            keys[out] = F::cast_from(within(first * c - second * s, config.packing));
+            keys[out + half] = F::cast_from(within(second * c + first * s, config.packing));
         }
     } else if unit < half {
         let slot = (row * key_value_heads + head - heads - key_value_heads) * capacity + at;
@@ -272,11 +272,11 @@ pub(super) struct HeadNorms<R: CubeRuntime> {
     pub k_epsilon: f64,
 }
 
-/// One token a row: queries normalised and turned into `[rows, heads · d]`, keys likewise and values as
-/// they are into place `at` of the cache `[rows, key_value_heads, capacity, d]`.
+/// One token a row: queries normalised and rotated into `[rows, heads · d]`, keys likewise and values
+/// unchanged into position `at` of the cache `[rows, key_value_heads, capacity, d]`.
 ///
 /// `qkv` is `[rows, (heads + 2 · key_value_heads) · d]`; cosines `[rows, d]` start at `place` of the
-/// tables, sines behind them.
+/// tables, sines after them.
 pub(super) fn rotate_into_cache<R: CubeRuntime>(
     qkv: &Buffer<R>,
     norms: &HeadNorms<R>,
@@ -291,16 +291,16 @@ pub(super) fn rotate_into_cache<R: CubeRuntime>(
         at < capacity,
         "token {at} does not fit a cache of {capacity}"
     );
-    let form = Form::new(head_dim, qkv.dtype, true);
+    let config = RotaryConfig::new(head_dim, qkv.dtype, true);
     let q = empty(qkv, [rows, heads * head_dim], qkv.dtype);
     let count = (rows * (heads + 2 * key_value_heads)) as u32;
     // SAFETY: a cube a head of `qkv`; the place in the cache was checked.
     #[allow(unsafe_code)]
     unsafe {
-        turn_into_cache::launch_unchecked::<R>(
+        rotate_heads_into_cache::launch_unchecked::<R>(
             &qkv.client,
             CubeCount::Static(count, 1, 1),
-            CubeDim::new_1d(form.units as u32),
+            CubeDim::new_1d(config.units as u32),
             elements(qkv),
             elements(&norms.q),
             elements(&norms.k),
@@ -316,7 +316,7 @@ pub(super) fn rotate_into_cache<R: CubeRuntime>(
             place + rows * head_dim,
             norms.q_epsilon as f32,
             norms.k_epsilon as f32,
-            form,
+            config,
             qkv.dtype.into(),
         );
     }

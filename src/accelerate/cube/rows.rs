@@ -12,16 +12,16 @@ use super::{
 /// Units of a row's cube.
 const UNITS: usize = 128;
 
-/// What a kernel is compiled for.
+/// The comptime configuration of a kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-struct Form {
+struct NormConfig {
     units: usize,
     packing: Packing,
     /// Layer norm with a shift, else root mean square.
     centred: bool,
 }
 
-/// Whether rows of this width and type can be worked on.
+/// Whether the kernel covers rows of this width and type.
 pub(super) fn covers<R: CubeRuntime>(x: &Buffer<R>) -> bool {
     let [_, width] = x.meta.shape().dims();
     Packing::of(x.dtype).is_some_and(|packing| width.is_multiple_of(packing.piece()))
@@ -37,20 +37,20 @@ fn norm_rows<F: Numeric>(
     rows: usize,
     row_pieces: usize,
     epsilon: f32,
-    #[comptime] form: Form,
+    #[comptime] config: NormConfig,
     #[define(F)] _dtype: StorageType,
 ) {
-    let packing = comptime!(form.packing);
-    let pairs = comptime!(form.packing.pairs());
-    // Cubes behind the last row work on it again, so that all meet at the sums.
+    let packing = comptime!(config.packing);
+    let pairs = comptime!(config.packing.pairs());
+    // Cubes past the last row compute it again, so that all reach the barriers of the sums.
     let row = min(CUBE_POS, rows - 1);
     let start = row * row_pieces;
-    let count = f32::cast_from(row_pieces * comptime!(form.packing.piece()));
+    let count = f32::cast_from(row_pieces * comptime!(config.packing.piece()));
     let unit = UNIT_POS as usize;
     let mut mean = 0.0f32;
-    if form.centred {
+    if config.centred {
         let mut sum = 0.0f32;
-        for at in range_stepped(unit, row_pieces, form.units) {
+        for at in range_stepped(unit, row_pieces, config.units) {
             let piece = x[start + at];
             #[unroll]
             for index in 0..pairs {
@@ -58,10 +58,10 @@ fn norm_rows<F: Numeric>(
                 sum += value[0] + value[1];
             }
         }
-        mean = cube_sum(sum, form.units) / count;
+        mean = cube_sum(sum, config.units) / count;
     }
     let mut squares = 0.0f32;
-    for at in range_stepped(unit, row_pieces, form.units) {
+    for at in range_stepped(unit, row_pieces, config.units) {
         let piece = x[start + at];
         #[unroll]
         for index in 0..pairs {
@@ -69,8 +69,8 @@ fn norm_rows<F: Numeric>(
             squares = fma(value[0], value[0], fma(value[1], value[1], squares));
         }
     }
-    let root = 1.0f32 / (cube_sum(squares, form.units) / count + epsilon).sqrt();
-    for at in range_stepped(unit, row_pieces, form.units) {
+    let root = 1.0f32 / (cube_sum(squares, config.units) / count + epsilon).sqrt();
+    for at in range_stepped(unit, row_pieces, config.units) {
         let piece = x[start + at];
         let factors = weight[at];
         let shifts = bias[at];
@@ -78,10 +78,10 @@ fn norm_rows<F: Numeric>(
         for index in 0..pairs {
             let value = (pair(piece, index, packing) - Vector::new(mean)) * Vector::new(root);
             let mut value = value * pair(factors, index, packing);
-            if form.centred {
+            if config.centred {
                 value += pair(shifts, index, packing);
             }
-            let place = (start + at) * comptime!(form.packing.piece()) + 2 * index;
+            let place = (start + at) * comptime!(config.packing.piece()) + 2 * index;
             y[place] = F::cast_from(within(value[0], packing));
             y[place + 1] = F::cast_from(within(value[1], packing));
         }
@@ -96,9 +96,9 @@ pub(super) fn norm<R: CubeRuntime>(
     epsilon: f64,
 ) -> Buffer<R> {
     let [rows, width] = x.meta.shape().dims();
-    let packing = Packing::of(x.dtype).expect("`covers` was asked");
+    let packing = Packing::of(x.dtype).expect("`covers` accepted the type");
     let row_pieces = width / packing.piece();
-    let form = Form {
+    let config = NormConfig {
         units: UNITS.min(row_pieces.next_power_of_two()),
         packing,
         centred: bias.is_some(),
@@ -110,7 +110,7 @@ pub(super) fn norm<R: CubeRuntime>(
         norm_rows::launch_unchecked::<R>(
             &x.client,
             cubes(rows),
-            CubeDim::new_1d(form.units as u32),
+            CubeDim::new_1d(config.units as u32),
             pieces(x),
             pieces(weight),
             pieces(bias.unwrap_or(weight)),
@@ -118,7 +118,7 @@ pub(super) fn norm<R: CubeRuntime>(
             rows,
             row_pieces,
             epsilon as f32,
-            form,
+            config,
             x.dtype.into(),
         );
     }

@@ -1,8 +1,8 @@
-//! Sums over the units that work on one result.
+//! Sums (reductions) over the units that compute one result.
 
 use cubecl::{features::Plane, prelude::*};
 
-/// Units that work on one result together.
+/// Units that compute one result together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Group {
     /// How many.
@@ -11,7 +11,7 @@ pub(super) struct Group {
     pub plane: bool,
 }
 
-/// Units of a cube that stands in for a plane.
+/// Units of a cube that replaces a plane.
 const LANES: usize = 32;
 
 /// Units of a cube of planes.
@@ -25,7 +25,7 @@ impl Group {
 
     /// The adapter's planes where all have one size, else cubes of [`LANES`] units.
     ///
-    /// Adapters that choose a plane's size for each kernel do not say what they chose.
+    /// Adapters that choose a plane's size for each kernel do not report it.
     pub(super) fn of<R: Runtime>(client: &ComputeClient<R>) -> Self {
         let properties = client.properties();
         let (least, most) = (
@@ -42,7 +42,7 @@ impl Group {
     }
 }
 
-/// The sum over a group's units, known to all of them; every unit of the cube has to come here.
+/// The sum over a group's units, returned to all of them; every unit of the cube must call it (barrier).
 #[cube]
 pub(super) fn group_sum(value: f32, #[comptime] group: Group) -> f32 {
     if comptime!(group.plane) {
@@ -52,7 +52,7 @@ pub(super) fn group_sum(value: f32, #[comptime] group: Group) -> f32 {
     }
 }
 
-/// The sum over the units of a cube, known to all of them; every unit has to come here.
+/// The sum over the units of a cube, returned to all of them; every unit must call it (barrier).
 #[cube]
 pub(super) fn cube_sum(value: f32, #[comptime] units: usize) -> f32 {
     let mut shared = SharedMemory::<f32>::new(units);
@@ -69,7 +69,7 @@ pub(super) fn cube_sum(value: f32, #[comptime] units: usize) -> f32 {
         width /= 2;
     }
     let sum = shared[0];
-    // The memory may be taken again at once.
+    // The shared memory may be reused at once.
     sync_cube();
     sum
 }

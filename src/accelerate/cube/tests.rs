@@ -32,7 +32,7 @@ use crate::{
 type T<const D: usize> = Tensor<Backend, D>;
 type Device = <Backend as BackendTypes>::Device;
 
-/// The device, or `None` said aloud.
+/// The device, or `None` with a message.
 fn device() -> Device {
     draws::begin();
     Device::default()
@@ -85,7 +85,7 @@ impl Report {
 
 #[test]
 #[ignore = "needs a Vulkan device"]
-fn products_of_few_rows() {
+fn matmuls_of_few_rows() {
     let device = device();
     let mut report = Report::default();
     for dtype in dtypes(&device) {
@@ -110,7 +110,7 @@ fn products_of_few_rows() {
                 (Some(bias.clone()), Some(residual.clone())),
             ] {
                 report.close(
-                    &name("dense"),
+                    &name("linear"),
                     Backend::linear_add(x.clone(), weight.clone(), bias.clone(), residual.clone()),
                     plain::linear(
                         xf.clone(),
@@ -134,17 +134,17 @@ fn products_of_few_rows() {
             };
             let normed = plain::rms_norm(xf, to_f32(scale), 1e-6);
             let (x, matrix) = (contiguous(x), contiguous(weight));
-            let got = matvec::product(&x, Some(&norm), &matrix, None, None, dtype);
+            let got = matvec::matmul(&x, Some(&norm), &matrix, None, None, dtype);
             let want = normed.clone().matmul(wf.clone().transpose());
             report.close(
-                &name("norm and product"),
+                &name("norm and matmul"),
                 tensor::<2>(got),
                 want.clone(),
                 dtype,
             );
             let got = matvec::swiglu_matmul(&x, &norm, &matrix, &matrix);
             let want = plain::swiglu(want.clone(), want);
-            report.close(&name("gated product"), tensor::<2>(got), want, dtype);
+            report.close(&name("swiglu matmul"), tensor::<2>(got), want, dtype);
         }
         adapters(dtype, &device, &mut report);
         let weights = [12, 4, 8].map(|out| normal([out, 72], 0.1, dtype, &device));
@@ -163,7 +163,7 @@ fn products_of_few_rows() {
         let matrices = weights.map(contiguous);
         let got = matvec::three_matmuls(&contiguous(x), &norm, matrices.each_ref());
         let want = Tensor::cat(parts.to_vec(), 1);
-        report.close("three products", tensor::<2>(got), want, dtype);
+        report.close("three matmuls", tensor::<2>(got), want, dtype);
     }
     report.finish();
 }
@@ -249,7 +249,7 @@ fn rotation() {
     for dtype in dtypes(&device) {
         for (tokens, heads, head_dim) in [(1, 1, 16), (5, 3, 72), (37, 8, 128), (3, 1, 6)] {
             let name = |what: &str| format!("{what} [{tokens}, {heads}, {head_dim}]");
-            // The queries of a fused projection: tokens lie three times as far apart.
+            // The queries of a fused projection: the token stride is three times as large.
             let fused = normal([tokens, 3 * heads, head_dim], 1.0, dtype, &device);
             let x = fused.clone().narrow(1, heads, heads);
             let angles = normal([tokens, head_dim / 2], 3.0, DType::F32, &device);
@@ -283,7 +283,7 @@ fn rotation() {
     report.finish();
 }
 
-/// Three rows of four query heads and two key heads, put behind five tokens.
+/// Three rows of four query heads and two key heads, appended after five tokens.
 fn rotation_into_a_cache(dtype: DType, device: &Device, report: &mut Report) {
     let [rows, heads, kv, head_dim, capacity, at] = [3, 4, 2, 32, 9, 5];
     let qkv = normal([rows, (heads + 2 * kv) * head_dim], 1.0, dtype, device);
@@ -296,19 +296,19 @@ fn rotation_into_a_cache(dtype: DType, device: &Device, report: &mut Report) {
         let all = to_f32(qkv.clone()).reshape([rows, heads + 2 * kv, head_dim]);
         all.narrow(1, from, count)
     };
-    let turned = |x: T<3>, weight: &T<1>| {
+    let rotated = |x: T<3>, weight: &T<1>| {
         let norm = HeadNorm {
             weight: to_f32(weight.clone()),
             epsilon: 1e-6,
         };
         plain::rotate_heads(x, Some(norm), cos.clone(), sin.clone())
     };
-    let want_q = turned(part(0, heads), &weights[0]).reshape([rows, heads * head_dim]);
+    let want_q = rotated(part(0, heads), &weights[0]).reshape([rows, heads * head_dim]);
     let range = [0..rows, 0..kv, at..at + 1, 0..head_dim];
     let put = |held: &T<4>, x: T<3>| {
         to_f32(held.clone()).slice_assign(range.clone(), x.reshape([rows, kv, 1, head_dim]))
     };
-    let want_k = put(&held[0], turned(part(heads, kv), &weights[1]));
+    let want_k = put(&held[0], rotated(part(heads, kv), &weights[1]));
     let want_v = put(&held[1], part(heads + kv, kv));
     let norms = HeadNorms {
         q: contiguous(weights[0].clone()),
@@ -336,7 +336,7 @@ fn pointwise() {
             let up = normal([rows, width], 1.0, dtype, &device);
             let (gf, uf) = (to_f32(gate.clone()), to_f32(up.clone()));
             report.close(
-                &name("gated"),
+                &name("swiglu"),
                 Backend::swiglu(gate.clone(), up),
                 plain::swiglu(gf.clone(), uf),
                 dtype,
@@ -436,7 +436,7 @@ fn attention_of_many_queries() {
                 64,
                 causal(&[padded(3, 30), padded(0, 33)], 0),
             ),
-            ("behind a cache", 8, 8, 32, causal(&[vec![0; 300]], 290)),
+            ("after a cache", 8, 8, 32, causal(&[vec![0; 300]], 290)),
             (
                 "images",
                 3,
@@ -456,7 +456,7 @@ fn attention_of_many_queries() {
             );
             let got = Backend::span_attention(q.clone(), k.clone(), v.clone(), &spans);
             let want = plain::attention(to_f32(q), to_f32(k), to_f32(v), &spans);
-            // What padding sees is nobody's business.
+            // The output of padding rows is not compared.
             let seen: Vec<f32> = match name {
                 "padded" => [vec![0.0; 3], vec![1.0; 63]].concat(),
                 _ => vec![1.0; batch * queries],
@@ -469,7 +469,7 @@ fn attention_of_many_queries() {
     report.finish();
 }
 
-/// Activations of the published vision tower reach five digits: nothing on their way may become infinite.
+/// Activations of the published vision tower reach five digits: no intermediate value may become infinite.
 #[test]
 #[ignore = "needs a Vulkan device"]
 fn large_activations_stay_finite() {
@@ -507,14 +507,14 @@ fn large_activations_stay_finite() {
             Backend::row_layer_norm(x.clone(), ones.clone(), ones.clone(), 1e-6),
             plain::layer_norm(large.clone(), to_f32(ones.clone()), to_f32(ones), 1e-6),
         ),
-        // Beyond the largest f16 the product ends there: an infinity would be a NaN in the next norm.
+        // Beyond the largest f16 the result is clamped: an infinity would be a NaN in the next norm.
         (
-            "gated",
+            "swiglu",
             Backend::swiglu(x.clone(), x.clone()),
             plain::swiglu(large.clone(), large.clone()).clamp(-65504.0, 65504.0),
         ),
         (
-            "dense",
+            "linear",
             Backend::linear_add(x.clone(), x, None, None),
             plain::linear(large.clone(), large, None, None).clamp(-65504.0, 65504.0),
         ),

@@ -1,4 +1,4 @@
-//! Packed rows as floats, and rows padded as packed ones are.
+//! Dequantised rows as floats, and rows padded as quantised ones are.
 
 use cubecl::prelude::*;
 
@@ -43,7 +43,7 @@ pub(super) fn unpack<F: Float, S: Numeric>(
     }
 }
 
-/// Rows of `d_input` elements with zeros behind them up to `padded`: a unit an element of `y`.
+/// Rows of `d_input` elements followed by zeros up to `padded`: a unit an element of `y`.
 #[cube(launch_unchecked)]
 pub(super) fn pad_rows<F: Numeric>(
     x: &Array<F>,

@@ -28,12 +28,12 @@ use crate::{
 pub(super) type Backend = burn::backend::Vulkan;
 pub(super) type Buffer = AnyBuffer<WgpuRuntime>;
 
-/// The buffer of a tensor, strided as it may be.
+/// The buffer of a tensor, with any strides.
 pub(super) fn strided<const D: usize>(tensor: Tensor<Backend, D>) -> Buffer {
     tensor.into_primitive().tensor()
 }
 
-/// The buffer of a tensor, copied if its elements do not lie row after row.
+/// The buffer of a tensor, copied if it is not contiguous.
 pub(super) fn contiguous<const D: usize>(tensor: Tensor<Backend, D>) -> Buffer {
     burn_cubecl::kernel::into_contiguous(strided(tensor))
 }
@@ -43,8 +43,8 @@ pub(super) fn tensor<const D: usize>(buffer: Buffer) -> Tensor<Backend, D> {
     Tensor::from_primitive(TensorPrimitive::Float(buffer))
 }
 
-/// Heads whose elements lie together; tokens and heads may lie apart.
-fn with_dense_heads(buffer: Buffer) -> Buffer {
+/// Heads with contiguous elements; tokens and heads may have any stride.
+fn with_contiguous_heads(buffer: Buffer) -> Buffer {
     if buffer.meta.strides().last() == Some(&1) {
         buffer
     } else {
@@ -69,7 +69,7 @@ impl ForwardOps for Backend {
             return plain::linear(tensor(x), tensor(weight), bias, residual);
         }
         let (bias, residual) = (bias.map(contiguous), residual.map(contiguous));
-        tensor(matvec::product(
+        tensor(matvec::matmul(
             &x,
             None,
             &weight,
@@ -117,7 +117,7 @@ impl ForwardOps for Backend {
             if adapter.dropout.is_some() || !matvec::covers(&wide, &a) {
                 return plain::low_rank_input(x.clone(), adapter);
             }
-            tensor(matvec::product(&wide, None, &a, None, None, DType::F32))
+            tensor(matvec::matmul(&wide, None, &a, None, None, DType::F32))
         };
         adapters.iter().map(low).collect()
     }
@@ -139,8 +139,8 @@ impl ForwardOps for Backend {
             return plain::adapted_linear(tensor(x), tensor(weight), low, adapter, residual);
         }
         let residual = residual.map(contiguous);
-        let y = matvec::product(&x, None, &weight, None, residual.as_ref(), x.dtype);
-        tensor(matvec::product(&scaled, None, &b, None, Some(&y), x.dtype))
+        let y = matvec::matmul(&x, None, &weight, None, residual.as_ref(), x.dtype);
+        tensor(matvec::matmul(&scaled, None, &b, None, Some(&y), x.dtype))
     }
 
     fn dropout_mask(like: &Tensor<Self, 2>, dropout: Dropout) -> Tensor<Self, 2> {
@@ -182,7 +182,7 @@ impl ForwardOps for Backend {
         if !rotary::covers(x.dims()[2], x.dtype()) || !one_type {
             return plain::rotate_heads(x, norm, cos, sin);
         }
-        let x = with_dense_heads(strided(x));
+        let x = with_contiguous_heads(strided(x));
         let norm = norm.map(|norm| (contiguous(norm.weight), norm.epsilon));
         let norm = norm.as_ref().map(|(weight, epsilon)| (weight, *epsilon));
         tensor(rotary::rotate(&x, norm, &contiguous(cos), &contiguous(sin)))
@@ -208,7 +208,7 @@ impl ForwardOps for Backend {
         spans: &AttentionSpans<Self>,
     ) -> Tensor<Self, 4> {
         let [_, _, keys, _] = k.dims();
-        let [q, k, v] = [q, k, v].map(|x| with_dense_heads(strided(x)));
+        let [q, k, v] = [q, k, v].map(|x| with_contiguous_heads(strided(x)));
         let cache = Cache {
             keys: &k,
             values: &v,
@@ -223,8 +223,8 @@ impl ForwardOps for Backend {
 
     fn matmul_f32(a: Tensor<Self, 4>, b: Tensor<Self, 4>) -> Tensor<Self, 4> {
         let (a, b) = (strided(a), strided(b));
-        let product = matmul(a, b, None, MatmulStrategy::default(), DType::F32);
-        tensor(product.expect("a strategy covers every product"))
+        let y = matmul(a, b, None, MatmulStrategy::default(), DType::F32);
+        tensor(y.expect("a strategy covers every matmul"))
     }
 
     fn swiglu(gate: Tensor<Self, 2>, up: Tensor<Self, 2>) -> Tensor<Self, 2> {
@@ -257,7 +257,7 @@ impl ForwardOps for Backend {
         at: usize,
     ) -> [Tensor<Self, 4>; 2] {
         let [keys, values] = buffers.map(strided);
-        let [new_keys, new_values] = new.map(|new| with_dense_heads(strided(new)));
+        let [new_keys, new_values] = new.map(|new| with_contiguous_heads(strided(new)));
         if !cache::covers(&keys, &new_keys, at) || !cache::covers(&values, &new_values, at) {
             let new = [tensor(new_keys), tensor(new_values)];
             return plain::append_to_cache([tensor(keys), tensor(values)], new, at);
@@ -272,7 +272,7 @@ impl ForwardOps for Backend {
         if !matvec::covers(&hidden, &head) {
             return plain::logits(tensor(hidden), tensor(head));
         }
-        let logits = matvec::product(&hidden, None, &head, None, None, DType::F32);
+        let logits = matvec::matmul(&hidden, None, &head, None, None, DType::F32);
         tensor(logits)
     }
 }

@@ -4,7 +4,7 @@ use burn::tensor::DType;
 use cubecl::prelude::*;
 use half::f16;
 
-/// How elements lie in words of 32 bits.
+/// How elements are packed into words of 32 bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Packing {
     /// One f32 a word.
@@ -16,7 +16,7 @@ pub(super) enum Packing {
 }
 
 impl Packing {
-    /// How a type is packed, for the types the kernels know.
+    /// How a type is packed, for the types the kernels support.
     pub(super) fn of(dtype: DType) -> Option<Self> {
         match dtype {
             DType::F32 => Some(Self::F32),

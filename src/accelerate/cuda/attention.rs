@@ -26,7 +26,7 @@ const BACKWARD: &[&str] = &[
 /// Keys of a tile of the backward pass.
 const TILE: usize = 64;
 
-/// Whether heads of this width can be attended to on a device.
+/// Whether the attention kernels cover heads of this width on a device.
 pub(super) fn covers(device: usize, head_dim: usize, dtype: DType) -> bool {
     card(device).is_supported()
         && dtype == DType::BF16
@@ -51,8 +51,8 @@ fn row_bytes(head_dim: usize) -> usize {
     chunks * 16 + if chunks.is_multiple_of(8) { 0 } else { 16 }
 }
 
-/// Heads whose elements lie together and start at multiples of 16 bytes.
-pub(super) fn with_dense_heads(x: Tensor<Backend, 4>) -> Buffer {
+/// Heads with contiguous elements that start at multiples of 16 bytes.
+pub(super) fn with_contiguous_heads(x: Tensor<Backend, 4>) -> Buffer {
     let buffer = strided(x);
     let strides = buffer.meta.strides();
     // The stride of an axis of one element does not matter.
@@ -88,7 +88,7 @@ fn ranges(pair: &[Tensor<Backend, 1, Int>; 2]) -> [Buffer; 2] {
     pair.clone().map(|values| values.into_primitive())
 }
 
-/// Attended values, and their statistics where the backward pass will want them.
+/// Attention output, and its log-sum-exp statistics where the backward pass needs them.
 pub(super) fn forward(
     q: Tensor<Backend, 4>,
     k: Tensor<Backend, 4>,
@@ -108,9 +108,9 @@ pub(super) fn forward(
         "{heads} query heads over {kv_heads} key heads"
     );
     let (q, k, v) = (
-        with_dense_heads(q),
-        with_dense_heads(k),
-        with_dense_heads(v),
+        with_contiguous_heads(q),
+        with_contiguous_heads(k),
+        with_contiguous_heads(v),
     );
     // Smaller tiles where the large ones would leave processors idle.
     let tile = if queries.div_ceil(128) * heads * batch >= full(q.device.index) {
@@ -140,8 +140,8 @@ pub(super) fn forward(
     parameters.push(float_bits(scale(head_dim)));
     let [first, end] = ranges(spans.ranges());
     let values =
-        |x, heads, rows| Operand::dense_rows(x, DType::BF16, [batch, heads, rows, head_dim]);
-    let range = |x| Operand::dense(x, DType::I32, [batch * queries]);
+        |x, heads, rows| Operand::contiguous_rows(x, DType::BF16, [batch, heads, rows, head_dim]);
+    let range = |x| Operand::contiguous(x, DType::I32, [batch * queries]);
     launch(
         &q.client,
         kernel,
@@ -153,7 +153,7 @@ pub(super) fn forward(
             values(&out_buffer, heads, queries),
             statistics.as_ref().map_or_else(
                 || Operand::unused(&out_buffer),
-                |x| Operand::dense(x, DType::F32, [batch, heads, queries]),
+                |x| Operand::contiguous(x, DType::F32, [batch, heads, queries]),
             ),
             range(&first),
             range(&end),
@@ -173,7 +173,7 @@ pub(super) fn prepare(head_dim: usize, device: &Device<Backend>) {
     }
 }
 
-/// What flows back into queries, keys and values.
+/// Gradients of queries, keys and values.
 pub(super) fn backward(
     [q, k, v, y, dy]: [Tensor<Backend, 4>; 5],
     statistics: Tensor<Backend, 3>,
@@ -181,7 +181,7 @@ pub(super) fn backward(
 ) -> [Tensor<Backend, 4>; 3] {
     let [batch, heads, queries, head_dim] = q.dims();
     let [_, kv_heads, keys, _] = k.dims();
-    let [q, k, v, y, dy] = [q, k, v, y, dy].map(with_dense_heads);
+    let [q, k, v, y, dy] = [q, k, v, y, dy].map(with_contiguous_heads);
     let statistics = super::launch::contiguous(statistics);
     let dq = rows_first(&q, [batch, heads, queries, head_dim]);
     let dk = rows_first(&q, [batch, kv_heads, keys, head_dim]);
@@ -202,12 +202,12 @@ pub(super) fn backward(
     let [first, end] = ranges(spans.ranges());
     let [first_query, end_query] = ranges(spans.key_ranges());
     let values =
-        |x, heads, rows| Operand::dense_rows(x, DType::BF16, [batch, heads, rows, head_dim]);
+        |x, heads, rows| Operand::contiguous_rows(x, DType::BF16, [batch, heads, rows, head_dim]);
     let of_queries = |x| values(x, heads, queries);
     let of_keys = |x| values(x, kv_heads, keys);
-    let of_rows = |x| Operand::dense(x, DType::F32, [batch, heads, queries]);
-    let range = |x| Operand::dense(x, DType::I32, [batch * queries]);
-    let key_range = |x| Operand::dense(x, DType::I32, [batch * keys]);
+    let of_rows = |x| Operand::contiguous(x, DType::F32, [batch, heads, queries]);
+    let range = |x| Operand::contiguous(x, DType::I32, [batch * queries]);
+    let key_range = |x| Operand::contiguous(x, DType::I32, [batch * keys]);
 
     let rows_a_block = 128 / (head_dim / 8).next_power_of_two().max(2);
     launch(

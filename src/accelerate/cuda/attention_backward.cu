@@ -2,7 +2,7 @@
 //
 // Source: Dao 2023, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", algorithm 2.
 // Per score s = scale * q k:  p = 2^(s log2(e) - LSE),  dP = dO v,  dS = p (dP - D)  with D = sum over a row of dO * O;
-//   dV = P^T dO,  dK = scale dS^T Q,  dQ = scale dS K.  p is computed again from LSE instead of being stored.
+//   dV = P^T dO,  dK = scale dS^T Q,  dQ = scale dS K.  p is recomputed from LSE instead of being stored.
 //
 // The host puts in front: common.cuh, attention_common.cuh and
 //   ATTN_NAME  entry point      HEAD_DIM  16, 24 ... 128, see attention_common.cuh
@@ -11,9 +11,9 @@
 //              1: dK and dV                      grid (ceil(keys / 64), kv_heads, batch), 128 threads
 //              2: dQ, bf16                       grid (ceil(queries / 64), heads, batch), 128 threads
 //              3: dQ from f32 to bf16            grid ceil(count / 1024), 256 threads (only with DQ_SUMS 1)
-//   DQ_SUMS    for part 1. 0: dQ comes from part 2, bit for bit the same in every run. 1: part 1 adds dQ into f32 memory that
-//              the host set to zero, and part 3 replaces part 2: a fifth less arithmetic, but the order of the sums, and so
-//              their last bits, change from run to run.
+//   DQ_SUMS    for part 1. 0: dQ comes from part 2, bit for bit the same in every run. 1: part 1 accumulates dQ in f32
+//              memory that the host set to zero, and part 3 replaces part 2: a fifth less arithmetic, but the order of
+//              the sums, and so their last bits, change from run to run.
 // Dynamic shared memory, with tile = 64 * ROW_BYTES (16,384 bytes at HEAD_DIM 128):
 //   part 1: 6 tiles + 2,048, and 8,192 more with DQ_SUMS 1 (100,352 and 108,544 bytes at 128);  part 2: 6 tiles (98,304).
 //
@@ -25,9 +25,10 @@
 //     still not see it; empty where no row does)
 //   dQ for DQ_SUMS 1: f32 [batch, queries, heads, HEAD_DIM], contiguous
 //
-// Part 1: a warp owns 16 keys; scores are held transposed (keys x queries), so that P^T and dS^T are left operands where they
-// are made. The block walks all query heads that share its keys and writes dK and dV once. Part 2: a warp owns 16 queries, as
-// in the forward pass. Both copy the walked tiles in the background into two buffers.
+// Part 1: a warp owns 16 keys; scores are held transposed (keys x queries), so that P^T and dS^T are left operands in
+// the registers they are computed in. The block loops over all query heads that share its keys and writes dK and dV
+// once. Part 2: a warp owns 16 queries, as in the forward pass. Both copy the tiles they loop over asynchronously into
+// two buffers.
 //
 // On an H100 (Nsight Compute, 16 rows of 368 tokens, 32 and 8 heads of 128): part 0 85 % of the memory's rate, 32 registers;
 // part 1 67 % of the rate of shared memory, 255 registers; part 2 64 %, 240. The tensor cores are a third busy.
@@ -77,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
 #elif PART == 1
 
-// What a tile of queries brings besides Q and dO, in shared memory, double buffered.
+// The data of a tile of queries besides Q and dO, in shared memory, double buffered.
 struct QueryNumbers {
   float lse[TILE], row_sum[TILE];
   int first[TILE], end[TILE];
@@ -208,14 +209,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 
   for (int round = 0; round < rounds; round++) {
     if (round + 1 < rounds) load_queries_async(round + 1);
-    copy_async_commit();  // also when empty, so that one group stays pending behind this round's
+    copy_async_commit();  // also when empty, so that one group stays pending after this round's
     copy_async_wait<1>();
     __syncthreads();
     const int query = span.low + round % tiles * TILE;
     const u32 buffer = (round & 1) * TILE_BYTES;
     const QueryNumbers& of = numbers[round & 1];
 
-    // Do all queries of the tile see all keys of this warp, or none any? A lane asks for two queries.
+    // Do all queries of the tile see all keys of this warp, or none any? A lane checks two queries.
     bool sees_all = true, sees_any = false;
 #pragma unroll
     for (int i = 0; i < TILE; i += 32) {
@@ -340,7 +341,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 
   for (int tile = 0; tile < tiles; tile++) {
     if (tile + 1 < tiles) load_keys_async(tile + 1);
-    copy_async_commit();  // also when empty, so that one group stays pending behind this tile's
+    copy_async_commit();  // also when empty, so that one group stays pending after this tile's
     copy_async_wait<1>();
     __syncthreads();
     const int key = block.any_first + tile * TILE_KEYS;

@@ -1,15 +1,15 @@
 // What the attention kernels share: tiles of head rows in shared memory, tensor core fragments, visible ranges.
 //
-// Placed by the host in front of each attention source and behind common.cuh; includes nothing (NVRTC has no CUDA headers).
+// The host puts it before each attention source and after common.cuh; includes nothing (NVRTC has no CUDA headers).
 // Needs HEAD_DIM: elements of one head's row, a multiple of 8 from 16 to 128. sm_80 and newer.
 //
 // Tile: ROWS rows of one head, each padded with zeros to a multiple of 16 elements (the depth of one tensor core step).
 // A row is cut into chunks of 16 bytes (8 elements). ldmatrix reads one chunk from 8 neighbouring rows at a time; these must
-// lie in different banks. Where a row is a multiple of 128 bytes the chunk number is xor-ed with the row number; elsewhere a
+// be in different banks. Where a row is a multiple of 128 bytes the chunk number is xor-ed with the row number; elsewhere a
 // row gets one unused chunk more, so that its length is an odd number of chunks.
 //
 // Visible range: query row i sees the keys [first[i], end[i]) and no others; empty when first[i] >= end[i]. This one form
-// says causal, packed samples, left and right padding, and one image among many.
+// covers causal masks, packed samples, left and right padding, and one image among many.
 
 namespace attention {
 
@@ -135,7 +135,7 @@ __device__ __forceinline__ void multiply_elements(float (&result)[CHUNKS][4], co
   }
 }
 
-// Turns a 16 x 64 result into the left operand of the next product, without leaving the registers.
+// Converts a 16 x 64 result into the left operand of the next matmul, in registers.
 __device__ __forceinline__ void pack_left(const float (&values)[8][4], u32 (&left)[4][4]) {
 #pragma unroll
   for (int depth = 0; depth < 4; depth++) {
@@ -194,7 +194,7 @@ __device__ __forceinline__ RangeSummary join_lanes(RangeSummary all) {
   return {__reduce_min_sync(ALL_LANES, all.any_first), __reduce_max_sync(ALL_LANES, all.any_end),
           __reduce_max_sync(ALL_LANES, all.every_first), __reduce_min_sync(ALL_LANES, all.every_end)};
 }
-// Over the ROWS query rows from `row` on; every warp reads them all, which spares a barrier.
+// Over the ROWS query rows from `row` on; every warp reads them all, which saves a barrier.
 template <int ROWS>
 __device__ __forceinline__ RangeSummary summarise(const int* first, const int* end, int row, int rows, int keys) {
   RangeSummary all = no_ranges();
@@ -203,7 +203,7 @@ __device__ __forceinline__ RangeSummary summarise(const int* first, const int* e
   return join_lanes(all);
 }
 
-// The heads of one tile are neighbours in launch order (they share keys), and tiles are handed out from `tile` 0 on.
+// The heads of one tile are neighbours in launch order (they share keys), and tiles are launched from `tile` 0 on.
 struct BlockPlace {
   int tile, head, batch;
 };

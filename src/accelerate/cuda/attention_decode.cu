@@ -1,15 +1,15 @@
 // Attention of one new query per sequence over its key/value cache, grouped-query ("flash decoding").
 //
-// Source: Dao, Haziza, Massa, Sizov 2023, "Flash-Decoding for long-context inference"; partial results are joined as in
+// Source: Dao, Haziza, Massa, Sizov 2023, "Flash-Decoding for long-context inference"; partial results are merged as in
 // Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
 //
 // The host puts in front: common.cuh, attention_common.cuh, decode/overlap.cuh and
 //   ATTN_NAME  entry point      HEAD_DIM  16, 24 ... 128, see attention_common.cuh
 //   GROUP      query heads of one key head (heads / kv_heads), 1 to 8
 //   OVERLAP    0, or 1: the next kernel may begin early, see decode/overlap.cuh
-//   PART       0: one kernel; the last block of a (sequence, key head) joins the chunks
-//              1: the chunks only        2: the join only, launched after part 1
-//   PAGE       0, or the tokens of a page, a multiple of 64: the cache of a sequence lies in pages (vLLM's
+//   PART       0: one kernel; the last block of a (sequence, key head) merges the chunks
+//              1: the chunks only        2: the merge only, launched after part 1
+//   PAGE       0, or the tokens of a page, a multiple of 64: the cache of a sequence is paged (vLLM's
 //              "PagedAttention", Kwon et al. 2023), named by row `table[sequence]` of `pages [.., table_width]`
 //
 // Shapes (bf16 unless said otherwise; the last dimension is contiguous, every row starts at a multiple of 16 bytes):
@@ -21,13 +21,13 @@
 //   partial f32 [batch, heads, splits, HEAD_DIM] and statistics f32 [batch, heads, splits, 2]: scratch, contents irrelevant
 //   finished i32 [batch, kv_heads]                zeros before the first launch; every launch leaves zeros (part 1: not touched,
 //     pass any buffer)
-// Launch, parts 0 and 1: grid (splits, kv_heads, batch), 128 threads. `splits` bounds how far one cache is cut up: about
+// Launch, parts 0 and 1: grid (splits, kv_heads, batch), 128 threads. `splits` is the most parts of one cache: about
 //   2 * processors / (kv_heads * batch), at least 1, at most 64. Part 2: grid (1, kv_heads, batch), 128 threads; it takes
 //   `splits` from the shape. No dynamic shared memory; static about GROUP * HEAD_DIM * 16 bytes (8 KiB at 4 x 128).
-// The launch depends on no length, so a captured graph stays right while the cache grows.
+// The launch depends on no length, so a captured graph stays valid while the cache grows.
 //
-// How it reads memory: 4 warps take turns on strips of 16 keys. The tensor cores do the products with the query heads as rows
-// (8 of 16 rows are used; bandwidth is the limit, not arithmetic). The order of the head dimension inside a product is free
+// How it reads memory: the 4 warps take strips of 16 keys in rotation. The tensor cores compute the matmuls with the
+// query heads as rows (8 of 16 are used; bandwidth is the limit, not arithmetic). The order of the head dimension inside a matmul is free
 // as long as both operands agree, so a lane loads 16 bytes of a key and uses them as they come, without shared memory:
 //   scores:  lane l reads key l / 4, chunks l % 4 + 4 i; half a chunk is its share of one depth step.
 //   output:  lane l reads values 2 (l % 4) + {0, 1, 8, 9}, chunk l / 4 + 8 i; element t of the chunk is its column of tile t.
@@ -54,8 +54,8 @@ constexpr int WARPS = 4, THREADS = WARPS * 32, STRIP = 16;
 constexpr int KEY_ROUNDS = (CHUNKS + 3) / 4;    // 16-byte loads of a lane for one key
 constexpr int VALUE_ROUNDS = (CHUNKS + 7) / 8;  // and for one value
 
-// The cache rows of one sequence, and how they are cut: every chunk but the last has `chunk` rows, a whole number of rounds
-// of the four warps. Short ranges give few chunks, and blocks without one leave at once.
+// The cache rows of one sequence, and how they are split: every chunk but the last has `chunk` rows, a whole number of rounds
+// of the four warps. Short ranges give few chunks, and blocks without one return at once.
 struct Cut {
   int first, end, chunk, chunks;
 };
@@ -85,7 +85,7 @@ __device__ __forceinline__ uint4 read_chunk(const bf16* row, int chunk) {
   return CHUNKS % 8 == 0 || chunk < CHUNKS ? load_streaming_16(row + chunk * 8) : make_uint4(0, 0, 0, 0);
 }
 
-// Joins the chunks of the query heads of one key head. `place` numbers (sequence, query head 0 of the group).
+// Merges the chunks of the query heads of one key head. `place` numbers (sequence, query head 0 of the group).
 __device__ __forceinline__ void join_chunks(bf16* O, const float* partial, const float* statistics, i64 place, int chunks,
                                             int splits) {
   constexpr int QUADS = HEAD_DIM / 4;
@@ -140,7 +140,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   __shared__ float warp_largest[WARPS][GROUP], warp_sum[WARPS][GROUP];
   __shared__ float warp_output[WARPS][GROUP][HEAD_DIM];
   __shared__ bool last;
-  // It does not begin early itself: what is read through `__restrict__` may be read before a wait.
+  // It does not begin early itself: loads through `__restrict__` may be moved before a wait.
   let_next_begin();
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int group = lane >> 2, quarter = lane & 3;  // result row (query head) and place in it
@@ -148,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   const i64 head0 = (batch * shape.kv_heads + kv_head) * GROUP;  // of O, partial, statistics
 
   const Cut cut = cut_cache(first, end, batch, shape);
-  if (cut.chunks == 0 && split == 0) {  // nothing visible: zeros, and no one to wait for
+  if (cut.chunks == 0 && split == 0) {  // nothing visible: zeros, and no block to wait for
     for (int i = threadIdx.x; i < GROUP * HEAD_DIM / 2; i += THREADS) ((u32*)(O + head0 * HEAD_DIM))[i] = 0;
   }
   if (split >= cut.chunks) return;
@@ -167,14 +167,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   const bf16* v_head = V + batch * shape.v_batch + kv_head * shape.v_head;
 #endif
   const float scale_log2 = __uint_as_float((u32)shape.scale_bits) * LOG2_E;
-  float output[VALUE_ROUNDS][8][4];  // only the upper eight rows, [0] and [1], carry anything
+  float output[VALUE_ROUNDS][8][4];  // only the upper eight rows, [0] and [1], hold results
 #pragma unroll
   for (int i = 0; i < VALUE_ROUNDS; i++) clear(output[i]);
   float largest = -infinity(), sum = 0.f;  // `sum` is this lane's share
 
   for (int strip = chunk_first + warp * STRIP; strip < chunk_end; strip += WARPS * STRIP) {
 #if PAGE
-    // A strip lies in one page; rows are counted from the page's first.
+    // A strip is inside one page; rows are counted from the page's first.
     const i64 page = own_pages[strip / PAGE], in_page = strip / PAGE * PAGE;
     const bf16* k_head = K + page * shape.k_batch + kv_head * shape.k_head - in_page * shape.k_row;
     const bf16* v_head = V + page * shape.v_batch + kv_head * shape.v_head - in_page * shape.v_row;
@@ -249,7 +249,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     }
   }
 
-  // Join the warps. One without a strip has largest = -inf and zeros; warp 0 always has one.
+  // Merge the warps. One without a strip has largest = -inf and zeros; warp 0 always has one.
   sum = quad_sum(sum);
   if (group < GROUP) {
     if (quarter == 0) {
@@ -293,7 +293,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 
 #if PART == 0
   if (cut.chunks == 1) return;
-  // Whoever finishes last joins: each thread's writes are made visible before the block is counted.
+  // The last block to finish merges: each thread's writes are made visible before the block is counted.
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {

@@ -5,19 +5,19 @@
 // The host puts in front: common.cuh, attention_common.cuh and
 //   ATTN_NAME  entry point      HEAD_DIM  16, 24 ... 128, see attention_common.cuh
 //   TILE_Q     query rows of a block: 128 (8 warps), or 64 (4 warps) where 128 would leave processors idle
-//   WITH_LSE   1: write LSE, which the backward pass wants; 0: the LSE argument is not touched (pass any buffer)
+//   WITH_LSE   1: write LSE, which the backward pass needs; 0: the LSE argument is not touched (pass any buffer)
 //
 // Shapes (bf16 unless said otherwise; the last dimension is contiguous, every row starts at a multiple of 16 bytes):
 //   Q [batch, heads, queries, HEAD_DIM]           K, V [batch, kv_heads, keys, HEAD_DIM]     strides in elements
-//   O [batch, heads, queries, HEAD_DIM]           rows with nothing to see are zeros
-//   LSE f32 [batch, heads, queries], contiguous   log2 of the sum of 2^(scores * log2(e)); +inf for rows with nothing to see
+//   O [batch, heads, queries, HEAD_DIM]           rows without visible keys are zeros
+//   LSE f32 [batch, heads, queries], contiguous   log2 of the sum of 2^(scores * log2(e)); +inf for rows without visible keys
 //   first, end i32 [batch, queries], contiguous   visible keys of a row: [first, end)
 // Launch: grid (ceil(queries / TILE_Q), heads, batch), TILE_Q * 2 threads,
 //   (TILE_Q + 256) * ROW_BYTES of dynamic shared memory: 98,304 (128) or 81,920 bytes (64) at HEAD_DIM 128.
 //
 // A warp owns 16 query rows: Q fragments, scores and output stay in registers. Tiles of 64 keys and values are copied in the
 // background into two buffers. Keys outside the union of the block's ranges are never read, so that they may be
-// uninitialised; a tile that all rows of a warp see entirely is not masked.
+// uninitialised; a tile that is visible to all rows of a warp is not masked.
 //
 // On an H100 (Nsight Compute): 16 images of 1,024 patches, 16 heads of 72, 61 % of the rate of shared memory, which is what
 // bounds it; the tensor cores are a third busy. One image 58 %. A row of 5,888 tokens packed from 16, 32 and 8 heads of 128:
@@ -69,7 +69,7 @@ struct OnlineSoftmax {
   float largest[2], sum[2];
 };
 
-// Turns scores into 2^(scale (score - largest)) and brings what was accumulated before to the new largest score.
+// Online softmax: scores become 2^(scale (score - largest)), and earlier sums are rescaled to the new largest score.
 __device__ __forceinline__ void update_softmax(OnlineSoftmax& state, float (&scores)[8][4], float (&output)[CHUNKS][4],
                                                float scale_log2) {
 #pragma unroll
@@ -109,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_PROCESSOR)
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int queries = (int)shape.queries, keys = (int)shape.keys;
   const BlockPlace place = place_block();
-  // The last query tile sees most in a causal mask: handing it out first evens the load.
+  // The last query tile sees most in a causal mask: launching it first balances the load.
   const int query0 = ((int)gridDim.x - 1 - place.tile) * TILE_Q;
   const int kv_head = place.head / (int)(shape.heads / shape.kv_heads);
 
@@ -160,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_PROCESSOR)
 
   for (int tile = 0; tile < tiles; tile++) {
     if (tile + 1 < tiles) load_keys_async(tile + 1);
-    copy_async_commit();  // also when empty, so that one group stays pending behind this tile's
+    copy_async_commit();  // also when empty, so that one group stays pending after this tile's
     copy_async_wait<1>();
     __syncthreads();
     const int key = block.any_first + tile * TILE_KEYS;
@@ -177,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_PROCESSOR)
     __syncthreads();  // the next round's copies go into the buffer just read
   }
 
-  // A row with nothing to see may share unmasked tiles with its neighbours: what it gathered there does not count.
+  // A row without visible keys may share unmasked tiles with its neighbours: its sums there are discarded.
   float upper_sum = quad_sum(state.sum[0]), lower_sum = quad_sum(state.sum[1]);
   if (upper.empty()) upper_sum = 0.f;
   if (lower.empty()) lower_sum = 0.f;

@@ -1,4 +1,4 @@
-// New keys and values into their place in a cache; one warp a row of a head, keys and values in one launch.
+// Writes new keys and values into their position in a cache; one warp a row of a head, keys and values in one launch.
 //
 // from [batch, heads, new, HEAD_DIM] with strides for batch, head and row; to [batch, heads, capacity,
 // HEAD_DIM] contiguous, from token `at` on. HEAD_DIM is a multiple of 8. Limit: launch.

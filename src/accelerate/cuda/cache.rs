@@ -3,7 +3,7 @@
 use burn::{prelude::*, tensor::DType};
 
 use super::{
-    attention::{strides, with_dense_heads},
+    attention::{strides, with_contiguous_heads},
     launch::{Backend, Kernel, launch, strided, tensor},
     operand::Operand,
 };
@@ -27,7 +27,7 @@ pub(super) fn append(
     if !ours || !covered || at + rows > capacity {
         return plain::append_to_cache([tensor(keys), tensor(values)], new, at);
     }
-    let [new_keys, new_values] = new.map(with_dense_heads);
+    let [new_keys, new_values] = new.map(with_contiguous_heads);
     let kernel = Kernel::new(
         "append_to_cache",
         SOURCES,
@@ -40,8 +40,8 @@ pub(super) fn append(
     parameters.extend(strides(&new_keys));
     parameters.extend(strides(&new_values));
     let grid = [(2 * batch * heads * rows).div_ceil(8), 1, 1];
-    let fresh = |x| Operand::dense_rows(x, DType::BF16, [batch, heads, rows, head_dim]);
-    let held = |x| Operand::dense(x, DType::BF16, [batch, heads, capacity, head_dim]);
+    let fresh = |x| Operand::contiguous_rows(x, DType::BF16, [batch, heads, rows, head_dim]);
+    let held = |x| Operand::contiguous(x, DType::BF16, [batch, heads, capacity, head_dim]);
     let all = [
         fresh(&new_keys),
         fresh(&new_values),

@@ -1,8 +1,8 @@
-//! Several CUDA devices of one process: NCCL's sum, copies between devices, device memory.
+//! Several CUDA devices of one process: NCCL all-reduce, copies between devices, device memory.
 //!
-//! cubecl offers a sum and copies through NCCL of its own, but what goes wrong there is logged and
-//! forgotten: a failed sum would leave every device with its own gradients. Here each call has an
-//! answer, and a device that waits for a lost one is let go.
+//! cubecl offers a sum and copies through NCCL of its own, but errors there are only logged:
+//! a failed sum would leave every device with its own gradients. Here each call returns its
+//! error, and a device that waits for a failed one is released.
 
 use std::{
     ffi::c_void,
@@ -27,7 +27,7 @@ use super::{
 };
 use crate::ops::{AllReduce, DeviceMemory};
 
-/// How long a device is watched without sleeping; a sum of adapters' gradients takes less.
+/// How long a device is polled without sleeping; a sum of adapters' gradients takes less.
 const SPIN: Duration = Duration::from_millis(20);
 
 /// Memory of the calling thread's stream: cubecl keeps a pool for each.
@@ -45,7 +45,7 @@ pub(super) fn enter(device: usize) -> Result<sys::CUcontext, String> {
     let open = || -> Result<sys::CUcontext, DriverError> {
         result::init()?;
         let number = result::device::get(device as i32)?;
-        // SAFETY: the device comes from the driver; its primary context is never given back.
+        // SAFETY: the device comes from the driver; its primary context is never released.
         #[allow(unsafe_code)]
         unsafe {
             let context = result::primary_ctx::retain(number)?;
@@ -56,8 +56,8 @@ pub(super) fn enter(device: usize) -> Result<sys::CUcontext, String> {
     open().map_err(|error| format!("device cuda:{device}: {error}"))
 }
 
-/// Where buffers of one device lie; asked for together, because each question to cubecl's thread of the
-/// device is a wait for it.
+/// Addresses of buffers of one device; fetched together, because each request to cubecl's thread of the
+/// device waits for it.
 pub(super) fn addresses(buffers: &[Buffer]) -> Result<Vec<u64>, String> {
     let Some(first) = buffers.first() else {
         return Ok(Vec::new());
@@ -78,7 +78,7 @@ pub(super) fn addresses(buffers: &[Buffer]) -> Result<Vec<u64>, String> {
     found.map_err(|error| format!("device cuda:{device}: {error:?}"))?
 }
 
-/// Waits for the work of the calling thread on a buffer's device.
+/// Synchronises the work of the calling thread on a buffer's device.
 pub(super) fn wait(buffer: &Buffer) -> Result<(), String> {
     block_on(buffer.client.sync())
         .map_err(|error| format!("device cuda:{}: {error:?}", buffer.device.index))
@@ -88,7 +88,7 @@ pub(super) fn wait(buffer: &Buffer) -> Result<(), String> {
 /// driver sees fit.
 ///
 /// # Panics
-/// When the driver refuses, as when there is no room.
+/// When the driver fails, for instance out of memory.
 pub(super) fn to_other_device<const D: usize>(
     x: Tensor<Cuda, D>,
     device: &CudaDevice,
@@ -139,7 +139,7 @@ struct Member {
     device: usize,
     communicator: Communicator,
     stream: sys::CUstream,
-    /// Whether the communicator was given back.
+    /// Whether the communicator was destroyed.
     ended: bool,
 }
 
@@ -147,7 +147,7 @@ struct Member {
 #[allow(unsafe_code)]
 unsafe impl Send for Member {}
 
-/// Devices that add up through NCCL.
+/// Devices that all-reduce through NCCL.
 struct Group {
     nccl: &'static Nccl,
     /// In the order of `devices`.
@@ -161,7 +161,7 @@ struct Group {
 /// refuses.
 ///
 /// # Errors
-/// When the library is not there, or the devices do not find together.
+/// When the library is missing, or the devices do not connect.
 pub(super) fn all_reduce(
     devices: &[CudaDevice],
     patience: Duration,
@@ -172,7 +172,7 @@ pub(super) fn all_reduce(
     }
     let nccl = Nccl::get()?;
     let numbers: Vec<i32> = ids.iter().map(|id| *id as i32).collect();
-    // The contexts are there before NCCL looks for them.
+    // NCCL needs the contexts to exist.
     for id in &ids {
         enter(*id)?;
     }
@@ -263,7 +263,7 @@ impl AllReduce<Cuda> for Group {
             .collect();
         let added = self.add(&member, &from, &into);
         if let Err(reason) = added {
-            // What is queued would hold the buffers and wait for ever.
+            // The queued sum would hold the buffers and wait for ever.
             member.ended = true;
             self.nccl.end(member.communicator, true);
             return Err(reason);
@@ -348,7 +348,7 @@ mod tests {
                 }
             }
         }
-        // One that comes alone is let go.
+        // A device that comes alone is released.
         group.give_up();
         let alone = group.sum(vec![counted(8, 1.0, &devices[0])]).unwrap_err();
         assert!(alone.contains("another device failed"), "{alone}");
@@ -367,9 +367,9 @@ mod tests {
             assert_eq!(there.device(), second);
             assert!(here.into_data() == there.into_data(), "{count} numbers");
         }
-        // A view is copied as what it shows.
+        // A view is copied with its own layout.
         let table = counted(60, 1.0, &first).reshape([6, 10]);
-        let turned = to_other_device(table.clone().transpose(), &second);
-        assert_eq!(turned.into_data(), table.transpose().into_data());
+        let transposed = to_other_device(table.clone().transpose(), &second);
+        assert_eq!(transposed.into_data(), table.transpose().into_data());
     }
 }

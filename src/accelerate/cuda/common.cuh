@@ -2,7 +2,7 @@
 //
 // The text is put in front of a kernel's own text and compiled at run time by NVRTC, with nothing but an
 // architecture flag (sm_80 and up). No header may be included: a machine that has only the driver and the NVRTC
-// library has none. So bf16 is a struct around its 16 bits, and what CUDA's headers would wrap is PTX here.
+// library has none. So bf16 is a struct of its 16 bits, and PTX replaces the wrappers of CUDA's headers.
 //
 // Source: PTX ISA 8 (cp.async, ldmatrix, mma, cvt, ex2, rcp), CUDA C++ Programming Guide (built-in intrinsics).
 #ifndef XRAY_KERNELS_COMMON
@@ -47,7 +47,7 @@ __device__ __forceinline__ float high_bf16(u32 pair) {
 
 // ------------------------------------------------------------------------- global and shared memory
 
-// Address within shared memory, as cp.async, ldmatrix, mbarrier and TMA want it.
+// Address within shared memory, as cp.async, ldmatrix, mbarrier and TMA take it.
 __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }
@@ -66,8 +66,8 @@ __device__ __forceinline__ void copy_async_16(u32 destination, const void* sourc
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;\n" ::"r"(destination), "l"(source));
 }
 
-// The same; if not `valid`, writes 16 zero bytes. Nothing is read then, but the address given is one of memory
-// that is there, `instead`: checkers look at addresses, and so may a card.
+// The same; if not `valid`, writes 16 zero bytes. Nothing is read then, but the address is the valid one
+// `instead`: memory checkers look at addresses, and so may a card.
 __device__ __forceinline__ void copy_async_16_or_zero(u32 destination, const void* source, const void* instead,
                                                       bool valid) {
     const u32 bytes = valid ? 16 : 0;
@@ -80,7 +80,7 @@ __device__ __forceinline__ void copy_async_commit() {
     asm volatile("cp.async.commit_group;\n" ::);
 }
 
-// Waits until at most `OPEN_GROUPS` of this thread's newest groups are still on their way.
+// Waits until at most `OPEN_GROUPS` of this thread's newest groups are in flight.
 template <int OPEN_GROUPS>
 __device__ __forceinline__ void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;\n" ::"n"(OPEN_GROUPS) : "memory");
@@ -120,7 +120,7 @@ __device__ __forceinline__ void mma_m16n8k16(float* c, const u32* a, u32 b0, u32
 
 // ---------------------------------------------------------------------------------------- fast math
 
-// NVRTC is called without --use_fast_math, so the fast instructions are named where they are wanted.
+// NVRTC is called without --use_fast_math, so the fast instructions are named where they are used.
 
 // 2^x; relative error about 2^-22; 0 below -126.
 __device__ __forceinline__ float exp2_approx(float x) {

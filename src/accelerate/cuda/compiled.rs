@@ -1,6 +1,6 @@
-//! Where compiled kernels are kept from one start to the next, and for which compiler and driver.
+//! The cache of compiled kernels on disk, one for each compiler and driver.
 //!
-//! What lies there is machine code that this process will run, so the folder belongs to its user alone.
+//! The files are machine code that this process will run, so the folder belongs to its user alone.
 
 use std::{
     io,
@@ -75,7 +75,7 @@ pub(super) fn shared_folder() -> Option<PathBuf> {
 /// Makes a folder that its owner alone may enter, or checks that it is one.
 ///
 /// # Errors
-/// That the folder, or a file in it, belongs to somebody else.
+/// If the folder, or a file in it, belongs to another user.
 fn private(folder: &Path) -> Result<(), String> {
     make(folder).map_err(|error| error.to_string())?;
     let owner = own_id(folder).map_err(|error| error.to_string())?;
@@ -133,7 +133,7 @@ fn own_id(folder: &Path) -> io::Result<u32> {
 #[cfg(unix)]
 pub(super) fn belongs(path: &Path, owner: u32) -> bool {
     use std::os::unix::fs::MetadataExt;
-    // A file that has gone meanwhile is nobody's.
+    // A file that was removed meanwhile belongs to nobody.
     std::fs::symlink_metadata(path).is_ok_and(|found| found.uid() == owner) || !path.exists()
 }
 
@@ -186,11 +186,11 @@ mod tests {
         std::fs::write(folder.join("sm_90a-one.cubin"), b"code").unwrap();
         private(&folder).unwrap();
         assert_eq!(mode(&folder), 0o700);
-        // No probe stays behind.
+        // No probe file is left.
         assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1);
         let owner = std::fs::metadata(&folder).unwrap().uid();
         assert!(belongs(&folder, owner) && !belongs(&folder, owner + 1));
-        // Files can be given away by root alone.
+        // Only root can change the owner of a file.
         let file = folder.join("sm_90a-one.cubin");
         if owner == 0 && std::os::unix::fs::chown(&file, Some(1234), None).is_ok() {
             let refused = private(&folder).unwrap_err();

@@ -1,10 +1,10 @@
 // Dropout masks from a counter: the forward and the backward pass draw the same mask without
 // storing it. One 32-bit hash decides two neighbouring columns, 16 bits each. The same function as
-// `Dropout::mask` in kernels/dropout.rs, bit for bit.
+// `Dropout::mask` in ops/dropout.rs, bit for bit.
 
 struct Mask {
     u32 seed_low, seed_high;
-    u32 threshold;  // of 65,536: columns whose 16 bits lie below it are dropped
+    u32 threshold;  // of 65,536: columns whose 16 bits are below it are dropped
     float scale;    // 1 / share that is kept
 };
 
@@ -18,7 +18,7 @@ __device__ __forceinline__ u32 mask_bits(u32 pair, const Mask& mask) {
     return x ^ (x >> 16);
 }
 
-// Whether the left and the right of two columns stay, by their half of the bits.
+// Whether the left and the right of two columns are kept, by their half of the bits.
 __device__ __forceinline__ bool keeps_low(u32 bits, const Mask& mask) { return bits << 16 >= mask.threshold << 16; }
 __device__ __forceinline__ bool keeps_high(u32 bits, const Mask& mask) { return bits >= mask.threshold << 16; }
 

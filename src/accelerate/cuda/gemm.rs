@@ -1,4 +1,4 @@
-//! Matrix products: `gemm_wgmma.cu` on Hopper, `gemm_mma.cu` from Ampere on.
+//! Matmul (GEMM): `gemm_wgmma.cu` on Hopper, `gemm_mma.cu` from Ampere on.
 
 use burn::{prelude::*, tensor::DType};
 
@@ -7,7 +7,7 @@ use super::{
         Backend, Buffer, Kernel, MatrixMap, contiguous, empty, launch, launch_with_maps, tensor,
     },
     operand::Operand,
-    plan::{self, Form, Tile},
+    plan::{self, Instructions, Tile},
 };
 use crate::ops::{Activation, cast::to_dtype};
 
@@ -25,18 +25,18 @@ const MMA: &[&str] = &[
 /// Most pairs of operands of one launch.
 const MOST_PAIRS: usize = 4;
 
-/// How the second operand of a product is stored.
+/// How the second operand of a matmul is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum WeightLayout {
-    /// `[out, in]` in a product that sums over `in`.
+    /// `[out, in]` in a matmul that sums over `in`.
     OutIn,
-    /// `[in, out]` in a product that sums over `in`: a stored weight on the way back.
+    /// `[in, out]` in a matmul that sums over `in`: a stored weight in the backward pass.
     InOut,
 }
 
-/// What is done with a product before it is stored: `activation(A B + bias) + residual`.
+/// The epilogue of a matmul, applied before the result is stored: `activation(A B + bias) + residual`.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Around<'a> {
+pub(super) struct Epilogue<'a> {
     /// `[columns]`, bf16.
     pub bias: Option<&'a Buffer>,
     /// `[rows, columns]`, bf16.
@@ -44,8 +44,8 @@ pub(super) struct Around<'a> {
     pub activation: Option<Activation>,
 }
 
-impl Around<'_> {
-    /// `GemmShape::around` of `gemm_epilogue.cuh`.
+impl Epilogue<'_> {
+    /// `GemmShape::flags` of `gemm_epilogue.cuh`.
     fn flags(&self) -> u64 {
         let activation = match self.activation {
             None => 0,
@@ -60,7 +60,7 @@ fn is_bf16(tensors: &[&Tensor<Backend, 2>]) -> bool {
     tensors.iter().all(|tensor| tensor.dtype() == DType::BF16)
 }
 
-/// Whether `x Wᵀ`, and on the way back `dy W`, can be worked on: bf16, rows of 16 bytes' multiples.
+/// Whether the kernels cover `x Wᵀ`, and its backward `dy W`: bf16, rows of multiples of 16 bytes.
 pub(super) fn covers(x: &Tensor<Backend, 2>, weight: &Tensor<Backend, 2>) -> bool {
     let [out, inner] = weight.dims();
     super::supported(x)
@@ -75,11 +75,11 @@ pub(super) fn covers(x: &Tensor<Backend, 2>, weight: &Tensor<Backend, 2>) -> boo
 /// Each pair holds `A` `[rows, k]` and `B` in `layout`; all are contiguous bf16.
 ///
 /// # Panics
-/// If shapes do not go together.
-pub(super) fn product(
+/// If shapes do not match.
+pub(super) fn matmul(
     pairs: &[(&Buffer, &Buffer)],
     layout: WeightLayout,
-    around: Around<'_>,
+    epilogue: Epilogue<'_>,
     dtype: DType,
 ) -> Buffer {
     let (a, b) = pairs[0];
@@ -103,25 +103,25 @@ pub(super) fn product(
         };
         assert!(
             m == rows && k == depth && columns(b) == n && k % 8 == 0 && n % 8 == 0,
-            "a product of [{m}, {k}] and {layout:?} [{out}, {inner}] beside [{rows}, {n}]"
+            "a matmul of [{m}, {k}] and {layout:?} [{out}, {inner}] beside [{rows}, {n}]"
         );
     }
     let device = plan::device(a);
-    let (now, later) = pairs.split_at(match device.form {
-        Form::Wgmma => pairs.len().min(MOST_PAIRS),
-        Form::Mma => 1,
+    let (now, later) = pairs.split_at(match device.instructions {
+        Instructions::Wgmma => pairs.len().min(MOST_PAIRS),
+        Instructions::Mma => 1,
     });
     let out = empty(a, [rows, n], dtype);
-    run(&device, now, layout, around, &out);
-    // What one launch does not hold is added to what it left.
+    run(&device, now, layout, epilogue, &out);
+    // Pairs beyond one launch are added to its result.
     for pairs in later.chunks(1) {
         assert!(
-            dtype == DType::BF16 && around.activation.is_none(),
+            dtype == DType::BF16 && epilogue.activation.is_none(),
             "only bf16 sums without an activation are added up"
         );
-        let sum = Around {
+        let sum = Epilogue {
             residual: Some(&out),
-            ..Around::default()
+            ..Epilogue::default()
         };
         run(&device, pairs, layout, sum, &out);
     }
@@ -132,20 +132,20 @@ fn run(
     device: &plan::Device,
     pairs: &[(&Buffer, &Buffer)],
     layout: WeightLayout,
-    around: Around<'_>,
+    epilogue: Epilogue<'_>,
     out: &Buffer,
 ) {
     let [m, n] = out.meta.shape().dims();
     let depth = pairs.iter().map(|(a, _)| a.meta.shape()[1]).sum();
     let tile = plan::tile([m, n, depth], layout == WeightLayout::InOut, device);
-    run_tile(tile, pairs, layout, around, out);
+    run_tile(tile, pairs, layout, epilogue, out);
 }
 
 fn run_tile<'a>(
     tile: Tile,
     pairs: &[(&'a Buffer, &'a Buffer)],
     layout: WeightLayout,
-    around: Around<'a>,
+    epilogue: Epilogue<'a>,
     out: &'a Buffer,
 ) {
     let [m, n] = out.meta.shape().dims();
@@ -153,24 +153,28 @@ fn run_tile<'a>(
         .iter()
         .map(|(a, _)| a.meta.shape().dims::<2>()[1])
         .collect();
-    let turned = layout == WeightLayout::InOut;
+    let transposed = layout == WeightLayout::InOut;
     let mut defines = vec![
-        ("B_IS_KN", i64::from(turned)),
+        ("B_IS_KN", i64::from(transposed)),
         ("OUT_F32", i64::from(out.dtype == DType::F32)),
     ];
-    // What is not there is not read; any buffer takes its place.
+    // An absent operand is not read; any buffer takes its place.
     let or_unused = |x: Option<Operand<'a>>| x.unwrap_or(Operand::unused(out));
-    let around_out = [
-        Operand::dense(out, out.dtype, [m, n]),
-        or_unused(around.bias.map(|x| Operand::dense(x, DType::BF16, [n]))),
-        or_unused((around.residual).map(|x| Operand::dense(x, DType::BF16, [m, n]))),
+    let output_operands = [
+        Operand::contiguous(out, out.dtype, [m, n]),
+        or_unused(
+            epilogue
+                .bias
+                .map(|x| Operand::contiguous(x, DType::BF16, [n])),
+        ),
+        or_unused((epilogue.residual).map(|x| Operand::contiguous(x, DType::BF16, [m, n]))),
     ];
     let depth = |at: usize| depths.get(at).copied().unwrap_or(0) as u64;
     let parameters = vec![
         m as u64 | (n as u64) << 32,
         depth(0) | depth(1) << 32,
         depth(2) | depth(3) << 32,
-        around.flags(),
+        epilogue.flags(),
     ];
     match tile {
         Tile::Wgmma(tile) => {
@@ -181,7 +185,7 @@ fn run_tile<'a>(
             ]);
             let mut maps = Vec::new();
             for (a, b) in pairs {
-                let rows = if turned { 64 } else { tile.columns };
+                let rows = if transposed { 64 } else { tile.columns };
                 maps.extend([(a, [128, 64]), (b, [rows, 64])].map(|(buffer, tile)| {
                     MatrixMap::new(buffer, buffer.meta.shape().dims(), tile)
                 }));
@@ -190,7 +194,14 @@ fn run_tile<'a>(
                 .with_entry_macro("GEMM_NAME")
                 .with_shared(tile.shared_bytes);
             let grid = [tile.blocks, 1, 1];
-            launch_with_maps(&out.client, kernel, grid, &maps, &around_out, parameters);
+            launch_with_maps(
+                &out.client,
+                kernel,
+                grid,
+                &maps,
+                &output_operands,
+                parameters,
+            );
         }
         Tile::Mma(tile) => {
             defines.extend([
@@ -202,8 +213,13 @@ fn run_tile<'a>(
                 ("BLOCKS_PER_SM", tile.blocks_per_processor as i64),
             ]);
             let (a, b) = pairs[0];
-            let matrix = |x: &'a Buffer| Operand::dense(x, DType::BF16, x.meta.shape().dims::<2>());
-            let operands: Vec<_> = [a, b].map(matrix).into_iter().chain(around_out).collect();
+            let matrix =
+                |x: &'a Buffer| Operand::contiguous(x, DType::BF16, x.meta.shape().dims::<2>());
+            let operands: Vec<_> = [a, b]
+                .map(matrix)
+                .into_iter()
+                .chain(output_operands)
+                .collect();
             let kernel = Kernel::new("gemm_mma", MMA, defines, tile.threads())
                 .with_entry_macro("GEMM_NAME")
                 .with_shared(tile.shared_bytes());
@@ -223,45 +239,45 @@ pub(super) fn linear(
     let (x, weight) = (contiguous(x), contiguous(weight));
     let bias = bias.map(|bias| contiguous(to_dtype(bias, DType::BF16)));
     let residual = residual.map(|residual| contiguous(to_dtype(residual, DType::BF16)));
-    let around = Around {
+    let epilogue = Epilogue {
         bias: bias.as_ref(),
         residual: residual.as_ref(),
         activation,
     };
     let pairs = [(&x, &weight)];
-    tensor(product(&pairs, WeightLayout::OutIn, around, DType::BF16))
+    tensor(matmul(&pairs, WeightLayout::OutIn, epilogue, DType::BF16))
 }
 
 /// Logits in f32. The sums are f32 and are not rounded, as if both operands had been cast before.
 pub(super) fn logits(hidden: Tensor<Backend, 2>, head: Tensor<Backend, 2>) -> Tensor<Backend, 2> {
     let (hidden, head) = (contiguous(hidden), contiguous(head));
     let pairs = [(&hidden, &head)];
-    tensor(product(
+    tensor(matmul(
         &pairs,
         WeightLayout::OutIn,
-        Around::default(),
+        Epilogue::default(),
         DType::F32,
     ))
 }
 
 /// `Σ dy W` over pairs of `dy` `[rows, out]` and `W` `[out, in]`.
 pub(super) fn input_gradient(
-    products: &[(Tensor<Backend, 2>, Tensor<Backend, 2>)],
+    matmuls: &[(Tensor<Backend, 2>, Tensor<Backend, 2>)],
 ) -> Tensor<Backend, 2> {
-    let operands: Vec<(Buffer, Buffer)> = products
+    let operands: Vec<(Buffer, Buffer)> = matmuls
         .iter()
         .map(|(dy, weight)| (contiguous(dy.clone()), contiguous(weight.clone())))
         .collect();
     let pairs: Vec<_> = operands.iter().map(|(dy, weight)| (dy, weight)).collect();
-    tensor(product(
+    tensor(matmul(
         &pairs,
         WeightLayout::InOut,
-        Around::default(),
+        Epilogue::default(),
         DType::BF16,
     ))
 }
 
-/// Compiles the tiles that products of any number of rows get; `on_kernel` comes behind each.
+/// Compiles the tiles for matmuls of any number of rows; `on_kernel` is called after each.
 pub(super) fn prepare(like: &Buffer, vocab: usize, mut on_kernel: impl FnMut(usize, usize)) {
     // Deep enough for all stages of any tile.
     const DEPTH: usize = 512;
@@ -283,7 +299,7 @@ pub(super) fn prepare(like: &Buffer, vocab: usize, mut on_kernel: impl FnMut(usi
             tile,
             &[(&a, &b)],
             WeightLayout::OutIn,
-            Around::default(),
+            Epilogue::default(),
             &out,
         );
         let _ = cubecl_common::future::block_on(like.client.sync());

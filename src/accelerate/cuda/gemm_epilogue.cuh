@@ -1,12 +1,12 @@
-// What both matrix-product kernels do with a finished tile, and the order in which they walk over the tiles.
+// The epilogue of both matmul kernels (bias, activation, residual, store), and the order of their tiles.
 // Comes after common.cuh and before gemm_wgmma.cu or gemm_mma.cu, below the host's #defines:
 //
 //   OUT_F32       0: output is bf16[M, N]; 1: f32[M, N]
 //
 //   output = activation(accumulator + bias) + residual, all in f32, rounded once.
 //
-// What of it there is, is said at run time (GemmShape::around): a branch that all threads take alike costs nothing
-// here, and each configuration less is a second less of compiling.
+// Which parts apply is chosen at run time (GemmShape::flags): a uniform branch costs nothing here, and each
+// configuration less saves a second of compiling.
 
 #if OUT_F32
 using Output = float;
@@ -18,33 +18,33 @@ using Output = bf16;
 // operands where a kernel takes several (gemm_wgmma.cu).
 struct GemmShape {
     int m, n, k, more_k[3];
-    int around;  // AROUND_BIAS, AROUND_RESIDUAL and an activation, added up
+    int flags;  // EPILOGUE_BIAS, EPILOGUE_RESIDUAL and an activation, added up
     int unused;
 };
 
-constexpr int AROUND_BIAS = 1;      // bf16 bias[N], added to every row
-constexpr int AROUND_RESIDUAL = 2;  // bf16 residual[M, N], added last; may be the output buffer itself
-constexpr int AROUND_GELU_TANH = 4, AROUND_GELU_ERF = 8;
+constexpr int EPILOGUE_BIAS = 1;      // bf16 bias[N], added to every row
+constexpr int EPILOGUE_RESIDUAL = 2;  // bf16 residual[M, N], added last; may be the output buffer itself
+constexpr int EPILOGUE_GELU_TANH = 4, EPILOGUE_GELU_ERF = 8;
 
 struct Epilogue {
     Output* output;        // [rows, columns]
     const bf16* bias;      // [columns] or null
     const bf16* residual;  // [rows, columns] or null. No __restrict__: it may be `output`.
-    int rows, columns, around;
+    int rows, columns, flags;
 };
 
 __device__ __forceinline__ Epilogue make_epilogue(Output* output, const bf16* bias, const bf16* residual,
                                                   const GemmShape& shape) {
-    return {output, shape.around & AROUND_BIAS ? bias : nullptr, shape.around & AROUND_RESIDUAL ? residual : nullptr,
-            shape.m, shape.n, shape.around};
+    return {output, shape.flags & EPILOGUE_BIAS ? bias : nullptr, shape.flags & EPILOGUE_RESIDUAL ? residual : nullptr,
+            shape.m, shape.n, shape.flags};
 }
 
 // Finishes 16 rows x 32 columns that one warp holds, as accumulators of mma.m16n8 or wgmma.m64nN:
 // accumulators[first + 4 block + 2 half + i] of lane l is row l / 4 + 8 half, column 8 block + 2 (l % 4) + i,
-// block 0..3. `warp_row`, `warp_column`: where the 16 x 32 lie in the output. N % 8 = 0, so that a block of 8
-// columns lies wholly inside or outside.
+// block 0..3. `warp_row`, `warp_column`: the position of the 16 x 32 in the output. N % 8 = 0, so that a block of 8
+// columns is wholly inside or outside.
 //
-// A lane stores the 16 bytes at the place from where it read the residual, after reading them: in-place is safe.
+// A lane stores the 16 bytes at the address it read the residual from, after reading them: in-place is safe.
 template <int COUNT>
 __device__ __forceinline__ void finish_16x32(const float (&accumulators)[COUNT], int first, int warp_row,
                                              int warp_column, const Epilogue& epilogue) {
@@ -85,13 +85,13 @@ __device__ __forceinline__ void finish_16x32(const float (&accumulators)[COUNT],
             low[block] = accumulators[first + 4 * block + 2 * half] + low_bf16(bias[block]);
             high[block] = accumulators[first + 4 * block + 2 * half + 1] + high_bf16(bias[block]);
         }
-        if (epilogue.around & AROUND_GELU_TANH) {
+        if (epilogue.flags & EPILOGUE_GELU_TANH) {
 #pragma unroll
             for (int block = 0; block < 4; block++) {
                 low[block] = gelu_tanh(low[block]);
                 high[block] = gelu_tanh(high[block]);
             }
-        } else if (epilogue.around & AROUND_GELU_ERF) {
+        } else if (epilogue.flags & EPILOGUE_GELU_ERF) {
 #pragma unroll
             for (int block = 0; block < 4; block++) {
                 low[block] = gelu_erf(low[block]);

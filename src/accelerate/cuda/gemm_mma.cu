@@ -1,4 +1,4 @@
-// Matrix product for Ampere and later (sm_80): output[M, N] = activation(A[M, K] * B + bias) + residual, bf16 in,
+// Matmul (GEMM) for Ampere and later (sm_80): output[M, N] = activation(A[M, K] * B + bias) + residual, bf16 in,
 // f32 sums.
 //
 // The host puts common.cuh and gemm_epilogue.cuh in front, and above them
@@ -8,12 +8,12 @@
 //   WARP_M, WARP_N    the part of it that one warp computes
 //   STAGES            slabs of K in shared memory, at least 2
 //   BLOCKS_PER_SM     blocks that should share a multiprocessor: bounds the registers
-//   B_IS_KN           0: B is a weight W[N, K] and the product A * W^T (forward)
-//                     1: B is a weight W[K, N] and the product A * W (backward: dX = dY * W, with W as stored)
+//   B_IS_KN           0: B is a weight W[N, K] and the result A * W^T (forward)
+//                     1: B is a weight W[K, N] and the result A * W (backward: dX = dY * W, with W as stored)
 //   and the epilogue's OUT_F32.
 //
-// All matrices are row-major. Any M; N % 8 = 0 and K % 8 = 0 (16-byte rows); bases aligned to 16 bytes. What lies
-// beyond an edge is zero in shared memory and never written.
+// All matrices are row-major. Any M; N % 8 = 0 and K % 8 = 0 (16-byte rows); bases aligned to 16 bytes. Elements
+// beyond an edge are zero in shared memory and never written.
 //
 // Launch: 32 threads for each warp of a tile, one block for each tile, dynamic shared memory
 //   STAGES * (TILE_M + TILE_N) * 128 bytes.
@@ -26,7 +26,7 @@
 //   128 x 256  64 x 64   8      3 or 4  144 or 192  many tiles; 4 stages only on sm_90
 //
 // How it works: while the warps multiply slab s (64 of K), cp.async fetches the slabs s + 1 .. s + STAGES - 1. Within
-// a slab, the fragments of the next 16 of K are read from shared memory (ldmatrix) during the products (mma) of
+// a slab, the fragments of the next 16 of K are read from shared memory (ldmatrix) during the mma of
 // this one, in two sets of registers.
 //
 // A stage in shared memory, rows of 128 bytes, 16-byte chunk c of row r at chunk c ^ (r % 8), so that neither
@@ -76,7 +76,7 @@ __device__ __forceinline__ u32 swizzled(int row, int chunk) {
 // PASS_ROWS-th row after it.
 template <int ROWS>
 struct RowLoader {
-    const bf16* matrix;  // an address that is there, for chunks that are not
+    const bf16* matrix;  // a valid address, for chunks out of range
     const bf16* source;  // this thread's chunk of the next slab
     size_t stride;       // elements from a row to the next
     int rows_left;       // rows of the matrix from this thread's first row on
@@ -176,7 +176,7 @@ GEMM_NAME(const bf16* a_matrix, const bf16* b_matrix, Output* output,
     const TileOrigin origin = tile_origin(blockIdx.x, row_tiles, column_tiles, TILE_M, TILE_N);
     const int slabs = (shape.k + SLAB_K - 1) / SLAB_K;
 
-    // Past the last slab the loaders write zeros that nobody reads; so no group of copies is ever missing.
+    // Past the last slab the loaders write zeros that are never read; so no group of copies is ever missing.
     RowLoader<TILE_M> a_loader(a_matrix, shape.m, shape.k, origin.row);
 #if B_IS_KN
     ColumnBlockLoader b_loader(b_matrix, shape.k, shape.n, origin.column);

@@ -1,18 +1,18 @@
-// Matrix product for Hopper (sm_90a): output[M, N] = activation(A[M, K] * B + bias) + residual, bf16 in, f32 sums.
+// Matmul (GEMM) for Hopper (sm_90a): output[M, N] = activation(A[M, K] * B + bias) + residual, bf16 in, f32 sums.
 //
 // The host puts common.cuh and gemm_epilogue.cuh in front, and above them
 //
 //   GEMM_NAME   name of the entry point
 //   TILE_N      64, 96, 128, 192 or 256: columns of a tile; a tile has 128 rows
-//   STAGES      slabs of K in flight; `plan.rs` gives the most that fit
-//   B_IS_KN     0: B is a weight W[N, K] and the product A * W^T (forward)
-//               1: B is a weight W[K, N] and the product A * W (backward: dX = dY * W, with W as stored)
-//   PAIRS       1 to 4: pairs of operands whose products are added before the epilogue, each with a K of its own:
-//               A0 * B0 + A1 * B1 + ... (an adapter beside its layer, all that flows back into one input)
+//   STAGES      slabs of K in flight; `plan.rs` chooses the most that fit
+//   B_IS_KN     0: B is a weight W[N, K] and the result A * W^T (forward)
+//               1: B is a weight W[K, N] and the result A * W (backward: dX = dY * W, with W as stored)
+//   PAIRS       1 to 4: pairs of operands whose matmuls are summed before the epilogue, each with its own K:
+//               A0 * B0 + A1 * B1 + ... (a layer with its adapter, all gradients of one input)
 //   and the epilogue's OUT_F32.
 //
-// All matrices are row-major. Any M; N % 8 = 0 and K % 8 = 0 (16-byte rows); bases aligned to 16 bytes. What lies
-// beyond an edge is read as zero by TMA and never written.
+// All matrices are row-major. Any M; N % 8 = 0 and K % 8 = 0 (16-byte rows); bases aligned to 16 bytes. Elements
+// beyond an edge are read as zero by TMA and never written.
 //
 // Launch: 384 threads, grid min(SMs, tiles), dynamic shared memory
 //   STAGES * stage + STAGES * 16 + 1024 bytes,  stage = (128 + B_STAGE_COLUMNS) * 128 bytes.
@@ -25,12 +25,12 @@
 //   warpgroup 0    producer. One thread waits for an empty stage and starts the TMA copies of the next slab
 //                  (64 of K) of A and B into it. 24 registers a thread.
 //   warpgroups 1, 2  consumers of 64 rows each. They wait for a full stage, run four wgmma (16 of K each) on it and
-//                  hand it back when they are done. 240 registers a thread, TILE_N / 2 of them accumulators.
+//                  release it when they are done. 240 registers a thread, TILE_N / 2 of them accumulators.
 //
 //   full[s]    one arrival and the bytes of both copies: stage s can be read
 //   empty[s]   one arrival of each consumer: stage s can be written
 //
-// The producer runs ahead over the end of a tile, so that the next tile's slabs arrive during the epilogue.
+// The producer runs ahead past the end of a tile, so that the next tile's slabs arrive during the epilogue.
 //
 // A stage in shared memory, rows of 128 bytes, 16-byte chunk c of row r at chunk c ^ (r % 8):
 //   A              128 rows m, 64 k
@@ -127,7 +127,7 @@ __device__ __forceinline__ u64 k_major_descriptor(u32 address) {
     return matrix_descriptor(address, 16);
 }
 
-// Rows along k, n along the row: the leading offset leads to the next 64 columns.
+// Rows along k, n along the row: the leading offset is the distance to the next 64 columns.
 __device__ __forceinline__ u64 n_major_descriptor(u32 address) {
     return matrix_descriptor(address, B_BLOCK_BYTES);
 }
@@ -232,7 +232,7 @@ struct StageCursor {
 
 // Addresses in shared memory, and the walk over the tiles.
 struct Pipeline {
-    u32 stages, full, empty;  // full[i] and empty[i] lie 8 bytes apart
+    u32 stages, full, empty;  // full[i] and empty[i] are 8 bytes apart
     int row_tiles, column_tiles, slabs;
 
     __device__ __forceinline__ u32 a(int stage) const { return stages + stage * STAGE_BYTES; }
@@ -285,7 +285,7 @@ __device__ __forceinline__ void consume(const Pipeline& pipeline, int consumer, 
             for (int step = 0; step < SLAB_K / 16; step++)
                 wgmma_m64k16(accumulators, a + step * A_STEP, b + step * B_STEP, (slab | step) != 0);
             wgmma_commit();
-            // One group stays under way, so that the tensor cores never wait for a barrier; with it issued, the
+            // One group stays in flight, so that the tensor cores never wait for a barrier; with it issued, the
             // group before is done and its stage is free.
             if (previous_stage >= 0) {
                 wgmma_wait<1>();
@@ -308,7 +308,7 @@ __device__ __forceinline__ void consume(const Pipeline& pipeline, int consumer, 
 #define MAPS(i) const __grid_constant__ TensorMap a_map##i, const __grid_constant__ TensorMap b_map##i
 #define MAPPED const bf16*, const bf16*
 
-// The launcher gives the tensor maps first, then the pointers of the mapped buffers (not used), then the buffers.
+// The launcher passes the tensor maps first, then the pointers of the mapped buffers (not used), then the buffers.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 GEMM_NAME(MAPS(0),
 #if PAIRS > 1

@@ -1,4 +1,4 @@
-//! Launches CUDA C++ of our own on cubecl's stream, over the buffers of Burn's tensors.
+//! Launches this crate's CUDA C++ kernels on cubecl's stream, over the buffers of Burn's tensors.
 //!
 //! NVRTC compiles a source the first time a configuration is used; cubecl keeps the result in
 //! memory and on disk under a key that holds the configuration and a hash of the source.
@@ -36,13 +36,13 @@ type Dialect = cubecl_cpp::cuda::CudaDialect<cubecl_cpp::cuda::mma::CudaWmmaComp
 /// Values a source is compiled with: `#define NAME VALUE`.
 pub(super) type Defines = Vec<(&'static str, i64)>;
 
-/// One configuration of a kernel, light to make: texts are put together at its first use.
+/// One configuration of a kernel, cheap to make: its source is joined at the first use.
 #[derive(Debug, Clone, Eq)]
 pub(super) struct Kernel {
     name: &'static str,
     sources: &'static [&'static str],
     defines: Defines,
-    /// What the entry point is called in the sources.
+    /// The macro that names the entry point in the sources.
     entry_macro: &'static str,
     threads: u32,
     shared_bytes: usize,
@@ -89,7 +89,7 @@ impl Kernel {
         &self.identity().entry
     }
 
-    /// What tells this configuration apart from all others, put together once.
+    /// The key that identifies this configuration, built once.
     pub(super) fn identity(&self) -> &'static Identity {
         static KNOWN: LazyLock<Mutex<HashMap<Kernel, &'static Identity>>> =
             LazyLock::new(Mutex::default);
@@ -106,7 +106,7 @@ impl Kernel {
         hasher.update(self.text(&entry));
         hasher.update(compiled::toolchain());
         let digest = hasher.finalize();
-        // As many as the program has configurations; they are asked for as long as it runs.
+        // One for each configuration of the program; they are used as long as it runs.
         let identity: &'static Identity = Box::leak(Box::new(Identity {
             id: known.len() as u32,
             entry,
@@ -156,13 +156,13 @@ impl PartialEq for Kernel {
 
 impl Hash for Kernel {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        // The texts are left to `eq`: this is on the way of every launch.
+        // The sources are compared in `eq` only: every launch hashes.
         (self.name, self.threads, self.shared_bytes).hash(state);
         self.defines.hash(state);
     }
 }
 
-/// What tells a configuration of a kernel apart.
+/// The key of a kernel's configuration.
 #[derive(Debug)]
 pub(super) struct Identity {
     /// In this process.
@@ -244,7 +244,7 @@ impl CubeTask<CudaCompiler> for Task {
     }
 }
 
-/// Parameters passed by value behind the pointers: one struct of 64-bit fields.
+/// Parameters passed by value after the pointers: one struct of 64-bit fields.
 pub(super) type Parameters = Vec<u64>;
 
 /// A float as a parameter field.
@@ -263,8 +263,8 @@ pub(super) fn launch(
     launch_with_maps(client, kernel, grid, &[], operands, parameters);
 }
 
-/// A row-major bf16 matrix that a kernel copies tile by tile into 128-byte swizzled shared memory; what
-/// lies outside reads as zero.
+/// A row-major bf16 matrix that a kernel copies tile by tile into 128-byte swizzled shared memory; elements
+/// outside read as zero.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct MatrixMap<'a> {
     pub(super) operand: Operand<'a>,
@@ -279,7 +279,7 @@ impl<'a> MatrixMap<'a> {
     #[track_caller]
     pub(super) fn new(buffer: &'a Buffer, shape: [usize; 2], tile: [usize; 2]) -> Self {
         Self {
-            operand: Operand::dense(buffer, DType::BF16, shape),
+            operand: Operand::contiguous(buffer, DType::BF16, shape),
             shape,
             tile,
         }
@@ -309,7 +309,7 @@ impl<'a> MatrixMap<'a> {
 /// [`launch`] with tensor maps: they come first, then their buffers' pointers, then `operands`.
 ///
 /// # Panics
-/// If the operands lie on several devices.
+/// If the operands are on several devices.
 pub(super) fn launch_with_maps(
     client: &Client,
     kernel: Kernel,
@@ -334,7 +334,7 @@ pub(super) fn launch_with_maps(
         .iter()
         .map(|buffer| buffer.handle.clone().binding())
         .collect();
-    // With the dynamic part said to begin at the end, the server passes the data by value only.
+    // With the dynamic part declared to begin at the end, the server passes the data by value only.
     let length = parameters.len();
     let arguments = KernelArguments::new()
         .with_tensor_maps(maps.iter().map(MatrixMap::binding).collect())
@@ -353,12 +353,12 @@ pub(super) fn launch_with_maps(
     }
 }
 
-/// The buffer of a tensor, strided as it may be.
+/// The buffer of a tensor, with any strides.
 pub(crate) fn strided<const D: usize>(tensor: Tensor<Backend, D>) -> Buffer {
     tensor.into_primitive().tensor()
 }
 
-/// The buffer of a tensor, copied if its elements do not lie row after row.
+/// The buffer of a tensor, copied if it is not contiguous.
 pub(crate) fn contiguous<const D: usize>(tensor: Tensor<Backend, D>) -> Buffer {
     burn_cubecl::kernel::into_contiguous(strided(tensor))
 }
@@ -368,16 +368,16 @@ pub(crate) fn tensor<const D: usize>(buffer: Buffer) -> Tensor<Backend, D> {
     Tensor::from_primitive(TensorPrimitive::Float(buffer))
 }
 
-/// What the driver can still give, in bytes.
+/// The device's free memory, in bytes.
 pub(super) fn free_memory(device: &burn::backend::cuda::CudaDevice) -> Option<u64> {
     let one = strided(Tensor::<Backend, 1>::empty([1], device));
     // The device's context is current on its own thread only.
-    let asked = one.client.exclusive(cudarc::driver::result::mem_get_info);
-    let (free, _) = asked.ok()?.ok()?;
+    let info = one.client.exclusive(cudarc::driver::result::mem_get_info);
+    let (free, _) = info.ok()?.ok()?;
     Some(free as u64)
 }
 
-/// The client of a buffer's device for as long as the program runs: a copy that is under way borrows it.
+/// The client of a buffer's device, leaked for the program's lifetime: a running copy borrows it.
 fn lasting_client(buffer: &Buffer) -> &'static Client {
     static CLIENTS: Mutex<BTreeMap<usize, &'static Client>> = Mutex::new(BTreeMap::new());
     let mut clients = CLIENTS.lock().unwrap_or_else(|lock| lock.into_inner());
@@ -386,7 +386,7 @@ fn lasting_client(buffer: &Buffer) -> &'static Client {
         .or_insert_with(|| Box::leak(Box::new(buffer.client.clone())))
 }
 
-/// Copies values to the host behind all work so far; nothing waits before the result is called.
+/// Copies values to the host after all work so far (async read); nothing waits before the result is called.
 pub(super) fn read_async(x: Tensor<Backend, 1>) -> Reading {
     let buffer = contiguous(x);
     let descriptor = CopyDescriptor::new(
@@ -405,7 +405,7 @@ pub(super) fn read_async(x: Tensor<Backend, 1>) -> Reading {
     })
 }
 
-/// A new buffer whose elements lie row after row, not initialised.
+/// A new contiguous buffer, not initialised.
 pub(crate) fn empty<const D: usize>(like: &Buffer, shape: [usize; D], dtype: DType) -> Buffer {
     let buffer = recording::reserve(like, &shape, dtype).unwrap_or_else(|| {
         burn_cubecl::ops::numeric::empty_device_contiguous_dtype(

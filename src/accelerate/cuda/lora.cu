@@ -1,4 +1,4 @@
-// The low-rank side of adapted linear layers: products that are thin in one direction and read
+// The low-rank side of adapted linear layers (LoRA): skinny matmuls that read
 // their large operand once. bf16 operands, f32 sums. RANK is a multiple of 8.
 //
 // Configuration: RANK, ADAPTERS (how many adapters share the input), DROPOUT, and one of
@@ -7,8 +7,8 @@
 //
 // The large operand goes straight from memory into registers: a lane reads 16 bytes, eight columns
 // of one row; a warp eight rows of 32 columns. Each of the four registers then is, over the warp, an
-// 8 x 8 matrix of a product whose columns are permuted: its column 2q + e is column 8q + 2i + e of
-// the 32 in register i. Where the product sums over rows, that matrix is turned in registers.
+// 8 x 8 matrix of an mma whose columns are permuted: its column 2q + e is column 8q + 2i + e of
+// the 32 in register i. Where the matmul sums over rows, that matrix is transposed in registers.
 //
 // Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models"; fragments after the PTX ISA, mma.m16n8k16.
 //
@@ -18,7 +18,7 @@
 
 struct Parameters {
     u64 rows, width;
-    u64 chunk;   // rows of one block's share; SUM_FLOW, SUM_OUTER: number of parts
+    u64 chunk;   // rows of one block's part; SUM_FLOW, SUM_OUTER: number of parts
     u64 scale;   // f32 bits
     u64 seeds[3];
     u64 threshold;
@@ -49,8 +49,8 @@ __device__ __forceinline__ void mma_16x8x8(float (&c)[4], u32 a0, u32 a1, u32 b0
         : "r"(a0), "r"(a1), "r"(b0));
 }
 
-// The 8 x 8 matrix that a register holds over a warp, rows for columns.
-__device__ __forceinline__ u32 turned(u32 matrix) {
+// The 8 x 8 matrix that a register holds over a warp, transposed.
+__device__ __forceinline__ u32 transposed(u32 matrix) {
     u32 out;
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(matrix));
     return out;
@@ -62,7 +62,7 @@ __device__ __forceinline__ u32 word(const uint4& vector, int at) {
 
 #define TILES (RANK / 8)
 
-// Parameters of as many adapters as share a launch.
+// Parameters of the adapters of a launch.
 #if ADAPTERS == 1
 #define EACH_ADAPTER(type, name) type name##0
 #define LIST(name) {name##0}
@@ -77,8 +77,8 @@ __device__ __forceinline__ u32 word(const uint4& vector, int at) {
 #if LOW_RANK_DOWN
 // low_i = drop_i(x) A_i^T * scale: x [rows, width] bf16, A_i [RANK, width] f32, low_i [rows, RANK] bf16.
 //
-// A block owns 16 x ROW_TILES rows; its 16 warps take turns at 32 columns. The k order inside 32
-// columns is permuted alike for both operands, so that a lane's 16 bytes feed two products.
+// A block owns 16 x ROW_TILES rows; its 16 warps take 32 columns each in rotation. The k order inside 32
+// columns is permuted alike for both operands, so that a lane's 16 bytes feed two mma.
 // Registers: ROW_TILES x ADAPTERS x RANK / 8 accumulators; shared memory: their sums over warps.
 #define ROWS (16 * ROW_TILES)
 extern "C" __global__ void __launch_bounds__(512)
@@ -143,7 +143,7 @@ ENTRY(const u16* x, EACH_ADAPTER(const float*, a), EACH_ADAPTER(u16*, low), cons
             }
         }
     }
-    // Warps add their shares one after another: the order of the sum is fixed.
+    // Warps add their partial sums one after another: the order of the sum is fixed.
     for (int turn = 0; turn < 16; turn++) {
         if (warp == turn) {
 #pragma unroll
@@ -175,7 +175,7 @@ ENTRY(const u16* x, EACH_ADAPTER(const float*, a), EACH_ADAPTER(u16*, low), cons
 // A warp's columns: COLUMN_TILES times 32. A block has four warps side by side.
 #define WARP_COLUMNS (32 * COLUMN_TILES)
 
-// Two sets of eight rows of the warp's columns; what lies outside is zero.
+// Two sets of eight rows of the warp's columns; elements outside are zero.
 __device__ __forceinline__ void load_rows(const u16* x, int row, int end, int column, int width,
                                           uint4 (&into)[COLUMN_TILES][2]) {
 #pragma unroll
@@ -188,14 +188,14 @@ __device__ __forceinline__ void load_rows(const u16* x, int row, int end, int co
         }
 }
 
-// Two columns of eight rows of `low` [rows, RANK], from which a product takes one k step.
+// Two columns of eight rows of `low` [rows, RANK], from which an mma takes one k step.
 __device__ __forceinline__ u32 low_pair(const u16* low, int row, int end, int column) {
     return *(const u32*)(low + (u64)min(row, end - 1) * RANK + column);
 }
 #endif
 
 #if LOW_RANK_FLOW
-// What flows back through one adapter, dy [rows, width] read once:
+// The gradients of one adapter's B and of x A^T, dy [rows, width] read once:
 //   low_part[block column, row, :] = dy[row, columns] (scale B)[columns, :],
 //   b_part[chunk, column, :] = scale * sum over the chunk's rows of dy[row, column] low[row, :],
 // B [width, RANK] f32, low [rows, RANK] bf16, both parts f32. SUM_FLOW adds the parts up, in order.
@@ -239,24 +239,26 @@ ENTRY(const u16* dy, const u16* low, const float* b, float* low_part, float* b_p
                 now[c][1] = next[c][1];
             }
             load_rows(dy, row + 16 + lane_row, end, column, width, next);
-            float flowing[TILES][4];
+            float gradient[TILES][4];
 #pragma unroll
             for (int t = 0; t < TILES; t++) {
 #pragma unroll
-                for (int e = 0; e < 4; e++) flowing[t][e] = 0.f;
-                const u32 top = turned(low_pair(low, row + lane_row, rows, t * 8 + quad * 2));
-                const u32 bottom = turned(low_pair(low, row + 8 + lane_row, rows, t * 8 + quad * 2));
+                for (int e = 0; e < 4; e++) gradient[t][e] = 0.f;
+                const u32 top = transposed(low_pair(low, row + lane_row, rows, t * 8 + quad * 2));
+                const u32 bottom = transposed(low_pair(low, row + 8 + lane_row, rows, t * 8 + quad * 2));
 #pragma unroll
                 for (int c = 0; c < COLUMN_TILES; c++) {
                     const uint4 upper = now[c][0], lower = now[c][1];
-                    mma_16x8x16(flowing[t], upper.x, lower.x, upper.y, lower.y, factor[c][t][0], factor[c][t][1]);
-                    mma_16x8x16(flowing[t], upper.z, lower.z, upper.w, lower.w, factor[c][t][2], factor[c][t][3]);
-                    mma_16x8x16(acc[c][0][t], turned(upper.x), turned(upper.y), turned(lower.x), turned(lower.y), top, bottom);
-                    mma_16x8x16(acc[c][1][t], turned(upper.z), turned(upper.w), turned(lower.z), turned(lower.w), top, bottom);
+                    mma_16x8x16(gradient[t], upper.x, lower.x, upper.y, lower.y, factor[c][t][0], factor[c][t][1]);
+                    mma_16x8x16(gradient[t], upper.z, lower.z, upper.w, lower.w, factor[c][t][2], factor[c][t][3]);
+                    mma_16x8x16(acc[c][0][t], transposed(upper.x), transposed(upper.y), transposed(lower.x),
+                                transposed(lower.y), top, bottom);
+                    mma_16x8x16(acc[c][1][t], transposed(upper.z), transposed(upper.w), transposed(lower.z),
+                                transposed(lower.w), top, bottom);
                 }
                 float* to = &staged[warp][step * 16 + lane_row][t * 8 + quad * 2];
-                *(float2*)to = make_float2(flowing[t][0], flowing[t][1]);
-                *(float2*)(to + 8 * RANK) = make_float2(flowing[t][2], flowing[t][3]);
+                *(float2*)to = make_float2(gradient[t][0], gradient[t][1]);
+                *(float2*)(to + 8 * RANK) = make_float2(gradient[t][2], gradient[t][3]);
             }
         }
         __syncthreads();
@@ -269,7 +271,7 @@ ENTRY(const u16* dy, const u16* low, const float* b, float* low_part, float* b_p
         }
         __syncthreads();
     }
-    // Rows of a product's result are columns of dy, in the order the registers gave them.
+    // Rows of an mma's result are columns of dy, in the order the registers gave them.
     const int own = column - quad * 8 + (lane_row >> 1) * 8 + (lane_row & 1);
 #pragma unroll
     for (int c = 0; c < COLUMN_TILES; c++) {
@@ -327,7 +329,7 @@ ENTRY(const u16* x, EACH_ADAPTER(const u16*, low), float* part, const __grid_con
 #pragma unroll
             for (int h = 0; h < 2; h++)
 #pragma unroll
-                for (int w = 0; w < 4; w++) matrix[c][h][w] = turned(word(now[c][h], w));
+                for (int w = 0; w < 4; w++) matrix[c][h][w] = transposed(word(now[c][h], w));
 #endif
 #pragma unroll
         for (int i = 0; i < ADAPTERS; i++) {
@@ -340,13 +342,13 @@ ENTRY(const u16* x, EACH_ADAPTER(const u16*, low), float* part, const __grid_con
                 for (int h = 0; h < 2; h++) {
                     const u32 pair = ((u32)(row + h * 8 + lane_row) * (u32)width + column + c * 32) >> 1;
 #pragma unroll
-                    for (int w = 0; w < 4; w++) matrix[c][h][w] = turned(drop_pair(word(now[c][h], w), pair + w, mask));
+                    for (int w = 0; w < 4; w++) matrix[c][h][w] = transposed(drop_pair(word(now[c][h], w), pair + w, mask));
                 }
 #endif
 #pragma unroll
             for (int t = 0; t < TILES; t++) {
-                const u32 top = turned(low_pair(low[i], row + lane_row, rows, t * 8 + quad * 2));
-                const u32 bottom = turned(low_pair(low[i], row + 8 + lane_row, rows, t * 8 + quad * 2));
+                const u32 top = transposed(low_pair(low[i], row + lane_row, rows, t * 8 + quad * 2));
+                const u32 bottom = transposed(low_pair(low[i], row + 8 + lane_row, rows, t * 8 + quad * 2));
 #pragma unroll
                 for (int c = 0; c < COLUMN_TILES; c++) {
                     const auto& m = matrix[c];
@@ -413,7 +415,7 @@ ENTRY(const float* b_part, const float* low_part, float* b, u16* low, const __gr
 #endif
 
 #if SUM_OUTER
-// The results of LOW_RANK_OUTER, turned: a_i [RANK, width] f32. Neighbouring threads write
+// The results of LOW_RANK_OUTER, transposed: a_i [RANK, width] f32. Neighbouring threads write
 // neighbouring columns.
 extern "C" __global__ void __launch_bounds__(128)
 ENTRY(const float* part, EACH_ADAPTER(float*, a), const __grid_constant__ Parameters p) {
@@ -437,8 +439,8 @@ ENTRY(const float* part, EACH_ADAPTER(float*, a), const __grid_constant__ Parame
 
 #if LOW_RANK_SPREAD
 // dx += sum over adapters of drop_i(low_i A_i): dx [rows, width] bf16, low_i [rows, RANK] bf16,
-// A_i [RANK, width] f32; in place, or with GATED on to what flows back into gate and up of
-// silu(gate) * up where dx is what flows into that product.
+// A_i [RANK, width] f32; in place, or with GATED on to the gradients of gate and up of
+// SwiGLU, silu(gate) * up, where dx is the gradient of its output.
 extern "C" __global__ void __launch_bounds__(128)
 ENTRY(EACH_ADAPTER(const u16*, low), EACH_ADAPTER(const float*, a), u16* dx,
 #if GATED
@@ -455,7 +457,7 @@ ENTRY(EACH_ADAPTER(const u16*, low), EACH_ADAPTER(const float*, a), u16* dx,
     const int first = blockIdx.y * (int)p.chunk, end = min(first + (int)p.chunk, rows);
     if (first_column >= width) return;
 
-    // Column n of the product in register w is the lane's column that w holds.
+    // Column n of the mma in register w is the lane's column that w holds.
     u32 factor[ADAPTERS][COLUMN_TILES][4][TILES];
 #pragma unroll
     for (int i = 0; i < ADAPTERS; i++)
@@ -491,13 +493,13 @@ ENTRY(EACH_ADAPTER(const u16*, low), EACH_ADAPTER(const float*, a), u16* dx,
 #pragma unroll
         for (int c = 0; c < COLUMN_TILES; c++) {
             if (first_column + c * 32 >= width) continue;
-            float flowing[2][8];
+            float gradient[2][8];
 #pragma unroll
             for (int h = 0; h < 2; h++)
 #pragma unroll
                 for (int w = 0; w < 4; w++) {
-                    flowing[h][2 * w] = low_half(word(now[c][h], w));
-                    flowing[h][2 * w + 1] = high_half(word(now[c][h], w));
+                    gradient[h][2 * w] = low_half(word(now[c][h], w));
+                    gradient[h][2 * w + 1] = high_half(word(now[c][h], w));
                 }
 #pragma unroll
             for (int i = 0; i < ADAPTERS; i++) {
@@ -514,11 +516,11 @@ ENTRY(EACH_ADAPTER(const u16*, low), EACH_ADAPTER(const float*, a), u16* dx,
 #if DROPOUT
                         const u32 pair = (((u32)(row + h * 8 + lane_row) * (u32)width + column + c * 32) >> 1) + w;
                         const u32 bits = mask_bits(pair, mask);
-                        if (keeps_low(bits, mask)) flowing[h][2 * w] += sum[2 * h] * mask.scale;
-                        if (keeps_high(bits, mask)) flowing[h][2 * w + 1] += sum[2 * h + 1] * mask.scale;
+                        if (keeps_low(bits, mask)) gradient[h][2 * w] += sum[2 * h] * mask.scale;
+                        if (keeps_high(bits, mask)) gradient[h][2 * w + 1] += sum[2 * h + 1] * mask.scale;
 #else
-                        flowing[h][2 * w] += sum[2 * h];
-                        flowing[h][2 * w + 1] += sum[2 * h + 1];
+                        gradient[h][2 * w] += sum[2 * h];
+                        gradient[h][2 * w + 1] += sum[2 * h + 1];
 #endif
                     }
                 }
@@ -532,11 +534,11 @@ ENTRY(EACH_ADAPTER(const u16*, low), EACH_ADAPTER(const float*, a), u16* dx,
                 load_vector(gate + place, g);
                 load_vector(up + place, u);
 #pragma unroll
-                for (int j = 0; j < VECTOR; j++) gated_backward(g[j], u[j], flowing[h][j]);
+                for (int j = 0; j < VECTOR; j++) swiglu_backward(g[j], u[j], gradient[h][j]);
                 store_vector(dgate + place, g);
                 store_vector(dup + place, u);
 #else
-                store_vector(dx + place, flowing[h]);
+                store_vector(dx + place, gradient[h]);
 #endif
             }
         }

@@ -1,12 +1,12 @@
-//! Adapted linear layers: `lora.cu` beside the products of `gemm.rs`.
+//! Adapted linear layers: `lora.cu` beside the matmuls of `gemm.rs`.
 //!
-//! The adapter's second factor joins the layer's own product as one more pair of operands, so that
+//! The adapter's B joins the layer's own matmul as one more pair of operands, so that
 //! `x Wᵀ + low (sB)ᵀ` is one launch and the result is written once.
 
 use burn::{prelude::*, tensor::DType};
 
 use super::{
-    gemm::{self, Around, WeightLayout},
+    gemm::{self, Epilogue, WeightLayout},
     launch::{Backend, Buffer, Kernel, Parameters, contiguous, empty, float_bits, launch, tensor},
     operand::Operand,
     plan,
@@ -23,7 +23,7 @@ const SOURCES: &[&str] = &[
 /// Largest rank the kernels hold in registers.
 const LARGEST_RANK: usize = 64;
 
-/// Whether an adapter over `[n, width]` inputs and `[n, out]` outputs can be worked on.
+/// Whether the kernels cover an adapter over `[n, width]` inputs and `[n, out]` outputs.
 pub(super) fn covers(adapter: &LowRank<Backend>, dtype: DType) -> bool {
     let [rank, width] = adapter.a.dims();
     let [out, _] = adapter.b.dims();
@@ -41,7 +41,7 @@ pub(super) fn covers(adapter: &LowRank<Backend>, dtype: DType) -> bool {
 struct Shape {
     rows: usize,
     width: usize,
-    /// Rows of a block's share, or number of parts.
+    /// Rows of a block, or number of parts.
     chunk: usize,
     scale: f64,
     low_parts: usize,
@@ -64,9 +64,9 @@ fn parameters(shape: Shape, dropouts: &[Option<Dropout>]) -> Parameters {
     ]
 }
 
-/// A kernel of `lora.cu`; `more` says what its form wants besides.
+/// A kernel of `lora.cu`; `more` are the further defines of its variant.
 fn kernel(
-    form: &'static str,
+    variant: &'static str,
     rank: usize,
     dropouts: &[Option<Dropout>],
     threads: u32,
@@ -78,18 +78,18 @@ fn kernel(
         ("RANK", rank as i64),
         ("ADAPTERS", dropouts.len().max(1) as i64),
         ("DROPOUT", i64::from(dropout)),
-        (form, 1),
+        (variant, 1),
     ];
     defines.extend(more);
-    Kernel::new(form, SOURCES, defines, threads)
+    Kernel::new(variant, SOURCES, defines, threads)
 }
 
 fn rank(adapter: &LowRank<Backend>) -> usize {
     adapter.a.dims()[0]
 }
 
-/// How many of the first adapters one launch can serve: what shares a kernel's configuration and
-/// fits a thread's registers.
+/// How many of the first adapters one launch can serve: those that share a kernel's configuration
+/// and fit a thread's registers.
 fn together<'a>(mut adapters: impl Iterator<Item = &'a LowRank<Backend>>) -> usize {
     let Some(first) = adapters.next() else {
         return 0;
@@ -111,7 +111,7 @@ fn column_tiles(rank_tiles: usize) -> usize {
     }
 }
 
-/// How blocks of four warps share a large operand: blocks side by side, rows of each, and blocks
+/// How blocks of four warps divide a large operand: blocks side by side, rows of each, and blocks
 /// one below another. A function of the shape and the card alone, so that sums have one order.
 fn split(rows: usize, width: usize, column_tiles: usize, processors: usize) -> [usize; 3] {
     let across = width.div_ceil(128 * column_tiles);
@@ -164,9 +164,9 @@ fn down(x: &Buffer, adapters: &[&LowRank<Backend>]) -> Vec<Buffer> {
         low_parts: 0,
     };
     let more = [("ROW_TILES", row_tiles as i64)];
-    let mut operands = vec![Operand::dense(x, DType::BF16, [rows, width])];
-    operands.extend((factors.iter()).map(|a| Operand::dense(a, DType::F32, [rank, width])));
-    operands.extend((lows.iter()).map(|low| Operand::dense(low, DType::BF16, [rows, rank])));
+    let mut operands = vec![Operand::contiguous(x, DType::BF16, [rows, width])];
+    operands.extend((factors.iter()).map(|a| Operand::contiguous(a, DType::F32, [rank, width])));
+    operands.extend((lows.iter()).map(|low| Operand::contiguous(low, DType::BF16, [rows, rank])));
     launch(
         &x.client,
         kernel("LOW_RANK_DOWN", rank, &dropouts, 512, &more),
@@ -194,8 +194,8 @@ fn scaled_b(adapter: &LowRank<Backend>) -> Buffer {
         kernel("SCALE_CAST", rank, &[], 256, &[]),
         [(out * rank).div_ceil(1024), 1, 1],
         &[
-            Operand::dense(&b, DType::F32, [out, rank]),
-            Operand::dense(&cast, DType::BF16, [out, rank]),
+            Operand::contiguous(&b, DType::F32, [out, rank]),
+            Operand::contiguous(&cast, DType::BF16, [out, rank]),
         ],
         parameters(shape, &[]),
     );
@@ -213,12 +213,12 @@ pub(super) fn adapted_linear(
     let (x, weight, low) = (contiguous(x), contiguous(weight), contiguous(low));
     let b = scaled_b(adapter);
     let residual = residual.map(contiguous);
-    tensor(gemm::product(
+    tensor(gemm::matmul(
         &[(&x, &weight), (&low, &b)],
         WeightLayout::OutIn,
-        Around {
+        Epilogue {
             residual: residual.as_ref(),
-            ..Around::default()
+            ..Epilogue::default()
         },
         DType::BF16,
     ))
@@ -227,18 +227,19 @@ pub(super) fn adapted_linear(
 /// Gradients of the weights of adapters that share the input `x`.
 pub(super) fn low_rank_backward(
     x: Tensor<Backend, 2>,
-    flows: &[LowRankBackward<Backend>],
+    backwards: &[LowRankBackward<Backend>],
 ) -> Vec<LowRankGradients<Backend>> {
     let x = contiguous(x);
-    // What flows back is read once for each adapter, the input once for all.
-    let (of_b, lows): (Vec<Buffer>, Vec<Buffer>) = flows.iter().map(flow).unzip();
-    let mut of_a = Vec::with_capacity(flows.len());
-    while of_a.len() < flows.len() {
+    // The output gradient is read once for each adapter, the input once for all.
+    let (of_b, lows): (Vec<Buffer>, Vec<Buffer>) =
+        backwards.iter().map(b_and_low_gradients).unzip();
+    let mut of_a = Vec::with_capacity(backwards.len());
+    while of_a.len() < backwards.len() {
         let start = of_a.len();
-        let count = together(flows[start..].iter().map(|flow| &flow.adapter));
-        let dropouts: Vec<_> = flows[start..start + count]
+        let count = together(backwards[start..].iter().map(|backward| &backward.adapter));
+        let dropouts: Vec<_> = backwards[start..start + count]
             .iter()
-            .map(|flow| flow.adapter.dropout)
+            .map(|backward| backward.adapter.dropout)
             .collect();
         of_a.extend(outer(&x, &lows[start..start + count], &dropouts));
     }
@@ -254,11 +255,14 @@ pub(super) fn low_rank_backward(
 }
 
 /// The gradient of `B`, `[out, rank]` f32, and of `drop(x) Aᵀ`, `[rows, rank]` bf16.
-fn flow(flow: &LowRankBackward<Backend>) -> (Buffer, Buffer) {
-    let (dy, low) = (contiguous(flow.dy.clone()), contiguous(flow.low.clone()));
-    let b = contiguous(flow.adapter.b.clone());
+fn b_and_low_gradients(backward: &LowRankBackward<Backend>) -> (Buffer, Buffer) {
+    let (dy, low) = (
+        contiguous(backward.dy.clone()),
+        contiguous(backward.low.clone()),
+    );
+    let b = contiguous(backward.adapter.b.clone());
     let [rows, width] = dy.meta.shape().dims();
-    let rank = rank(&flow.adapter);
+    let rank = rank(&backward.adapter);
     let tiles = column_tiles(rank / 8);
     let [across, chunk, chunks] = split(rows, width, tiles, plan::device(&dy).processors);
     let low_part = empty(&dy, [across, rows * rank], DType::F32);
@@ -267,20 +271,20 @@ fn flow(flow: &LowRankBackward<Backend>) -> (Buffer, Buffer) {
         rows,
         width,
         chunk,
-        scale: flow.adapter.scaling,
+        scale: backward.adapter.scaling,
         low_parts: 0,
     };
     let more = [("COLUMN_TILES", tiles as i64)];
-    let low_parts = Operand::dense(&low_part, DType::F32, [across, rows * rank]);
-    let b_parts = Operand::dense(&b_part, DType::F32, [chunks, width * rank]);
+    let low_parts = Operand::contiguous(&low_part, DType::F32, [across, rows * rank]);
+    let b_parts = Operand::contiguous(&b_part, DType::F32, [chunks, width * rank]);
     launch(
         &dy.client,
         kernel("LOW_RANK_FLOW", rank, &[], 128, &more),
         [across, chunks, 1],
         &[
-            Operand::dense(&dy, DType::BF16, [rows, width]),
-            Operand::dense(&low, DType::BF16, [rows, rank]),
-            Operand::dense(&b, DType::F32, [width, rank]),
+            Operand::contiguous(&dy, DType::BF16, [rows, width]),
+            Operand::contiguous(&low, DType::BF16, [rows, rank]),
+            Operand::contiguous(&b, DType::F32, [width, rank]),
             low_parts,
             b_parts,
         ],
@@ -300,8 +304,8 @@ fn flow(flow: &LowRankBackward<Backend>) -> (Buffer, Buffer) {
         &[
             b_parts,
             low_parts,
-            Operand::dense(&of_b, DType::F32, [width, rank]),
-            Operand::dense(&of_low, DType::BF16, [rows, rank]),
+            Operand::contiguous(&of_b, DType::F32, [width, rank]),
+            Operand::contiguous(&of_low, DType::BF16, [rows, rank]),
         ],
         parameters(shape, &[]),
     );
@@ -324,9 +328,9 @@ fn outer(x: &Buffer, lows: &[Buffer], dropouts: &[Option<Dropout>]) -> Vec<Buffe
         low_parts: 0,
     };
     let more = [("COLUMN_TILES", tiles as i64)];
-    let parts = Operand::dense(&part, DType::F32, [chunks, count * width * rank]);
-    let mut operands = vec![Operand::dense(x, DType::BF16, [rows, width])];
-    operands.extend((lows.iter()).map(|low| Operand::dense(low, DType::BF16, [rows, rank])));
+    let parts = Operand::contiguous(&part, DType::F32, [chunks, count * width * rank]);
+    let mut operands = vec![Operand::contiguous(x, DType::BF16, [rows, width])];
+    operands.extend((lows.iter()).map(|low| Operand::contiguous(low, DType::BF16, [rows, rank])));
     operands.push(parts);
     launch(
         &x.client,
@@ -340,7 +344,7 @@ fn outer(x: &Buffer, lows: &[Buffer], dropouts: &[Option<Dropout>]) -> Vec<Buffe
         .map(|_| empty(x, [rank, width], DType::F32))
         .collect();
     let mut operands = vec![parts];
-    operands.extend((outs.iter()).map(|out| Operand::dense(out, DType::F32, [rank, width])));
+    operands.extend((outs.iter()).map(|out| Operand::contiguous(out, DType::F32, [rank, width])));
     launch(
         &x.client,
         kernel("SUM_OUTER", rank, &vec![None; count], 128, &[]),
@@ -357,20 +361,20 @@ fn outer(x: &Buffer, lows: &[Buffer], dropouts: &[Option<Dropout>]) -> Vec<Buffe
     outs
 }
 
-/// The products' share of what flows back into their input, and the adapters'.
-fn weights_share(products: &[BackwardMatmul<Backend>]) -> Buffer {
-    let pairs: Vec<_> = products
+/// The input gradient through the weights alone, `Σ dy W`, without the adapters' part.
+fn weights_input_gradient(matmuls: &[BackwardMatmul<Backend>]) -> Buffer {
+    let pairs: Vec<_> = matmuls
         .iter()
-        .map(|product| (product.dy.clone(), product.weight.clone()))
+        .map(|matmul| (matmul.dy.clone(), matmul.weight.clone()))
         .collect();
     contiguous(gemm::input_gradient(&pairs))
 }
 
-pub(super) fn input_gradient(products: &[BackwardMatmul<Backend>]) -> Tensor<Backend, 2> {
-    let dx = weights_share(products);
-    let adapters: Vec<_> = products
+pub(super) fn input_gradient(matmuls: &[BackwardMatmul<Backend>]) -> Tensor<Backend, 2> {
+    let dx = weights_input_gradient(matmuls);
+    let adapters: Vec<_> = matmuls
         .iter()
-        .filter_map(|product| product.adapter.as_ref())
+        .filter_map(|matmul| matmul.adapter.as_ref())
         .collect();
     let mut rest = adapters.as_slice();
     while !rest.is_empty() {
@@ -382,14 +386,14 @@ pub(super) fn input_gradient(products: &[BackwardMatmul<Backend>]) -> Tensor<Bac
     tensor(dx)
 }
 
-/// What flows back into gate and up, in one pass over what flows back into their product.
+/// The gradients of gate and up, in one pass over the gradient of SwiGLU's output.
 pub(super) fn swiglu_input_gradient(
-    product: BackwardMatmul<Backend>,
+    matmul: BackwardMatmul<Backend>,
     gate: Tensor<Backend, 2>,
     up: Tensor<Backend, 2>,
 ) -> [Tensor<Backend, 2>; 2] {
-    let dx = weights_share(std::slice::from_ref(&product));
-    let Some(adapter) = &product.adapter else {
+    let dx = weights_input_gradient(std::slice::from_ref(&matmul));
+    let Some(adapter) = &matmul.adapter else {
         return super::pointwise::swiglu_backward(gate, up, tensor(dx));
     };
     let (gate, up) = (contiguous(gate), contiguous(up));
@@ -399,8 +403,8 @@ pub(super) fn swiglu_input_gradient(
     outputs.map(tensor)
 }
 
-/// `dx += Σ drop(low A)`, in place, or into the gate's operands.
-fn spread(adapters: &[&(Tensor<Backend, 2>, LowRank<Backend>)], dx: &Buffer, gated: &[&Buffer]) {
+/// `dx += Σ drop(low A)`, in place, or on to the gradients of gate and up (SwiGLU's backward).
+fn spread(adapters: &[&(Tensor<Backend, 2>, LowRank<Backend>)], dx: &Buffer, gate_up: &[&Buffer]) {
     let [rows, width] = dx.meta.shape().dims();
     let rank = rank(&adapters[0].1);
     let lows: Vec<Buffer> = (adapters.iter())
@@ -411,7 +415,7 @@ fn spread(adapters: &[&(Tensor<Backend, 2>, LowRank<Backend>)], dx: &Buffer, gat
         .collect();
     let dropouts: Vec<_> = adapters.iter().map(|(_, one)| one.dropout).collect();
     let tiles = if adapters.len() * rank > 32 { 1 } else { 2 };
-    // Nothing is summed over rows: as many blocks as fit at once, and then some.
+    // Nothing is summed over rows: more blocks than run at once.
     let (across, chunk) = (width.div_ceil(128 * tiles), 128);
     let chunks = rows.div_ceil(chunk);
     let shape = Shape {
@@ -422,14 +426,14 @@ fn spread(adapters: &[&(Tensor<Backend, 2>, LowRank<Backend>)], dx: &Buffer, gat
         low_parts: 0,
     };
     let mut operands: Vec<Operand<'_>> = (lows.iter())
-        .map(|low| Operand::dense(low, DType::BF16, [rows, rank]))
+        .map(|low| Operand::contiguous(low, DType::BF16, [rows, rank]))
         .collect();
-    operands.extend((factors.iter()).map(|a| Operand::dense(a, DType::F32, [rank, width])));
-    let wide = std::iter::once(dx).chain(gated.iter().copied());
-    operands.extend(wide.map(|x| Operand::dense(x, DType::BF16, [rows, width])));
+    operands.extend((factors.iter()).map(|a| Operand::contiguous(a, DType::F32, [rank, width])));
+    let wide = std::iter::once(dx).chain(gate_up.iter().copied());
+    operands.extend(wide.map(|x| Operand::contiguous(x, DType::BF16, [rows, width])));
     let more = [
         ("COLUMN_TILES", tiles as i64),
-        ("GATED", i64::from(!gated.is_empty())),
+        ("GATED", i64::from(!gate_up.is_empty())),
     ];
     launch(
         &dx.client,
@@ -440,7 +444,7 @@ fn spread(adapters: &[&(Tensor<Backend, 2>, LowRank<Backend>)], dx: &Buffer, gat
     );
 }
 
-/// The mask the kernels draw, as a tensor.
+/// The dropout mask that the kernels draw, as a tensor.
 pub(super) fn dropout_mask(like: &Tensor<Backend, 2>, dropout: Dropout) -> Tensor<Backend, 2> {
     let [rows, width] = like.dims();
     let like = super::launch::strided(like.clone());
@@ -456,7 +460,7 @@ pub(super) fn dropout_mask(like: &Tensor<Backend, 2>, dropout: Dropout) -> Tenso
         &like.client,
         kernel("MASK_FILL", 8, &[Some(dropout)], 256, &[]),
         [(rows * width).div_ceil(512), 1, 1],
-        &[Operand::dense(&out, DType::F32, [rows, width])],
+        &[Operand::contiguous(&out, DType::F32, [rows, width])],
         parameters(shape, &[Some(dropout)]),
     );
     tensor(out)

@@ -5,7 +5,7 @@
 // Limit: memory; a row is read twice (the second time mostly from L2) and written once.
 // On an H100 (Nsight Compute, 512 rows of 151,936): 53 % of the memory's rate, 42 registers.
 
-// With LOSS_SUMS: sums of the losses and of the right predictions, one block, in a fixed order.
+// With LOSS_SUMS: sums of the losses and of the correct predictions, one block, in a fixed order.
 
 #if LOSS_SUMS
 struct Parameters {

@@ -1,4 +1,4 @@
-//! Cross-entropy against a frozen head: the products of `gemm.rs` around `loss.cu`.
+//! Cross-entropy against a frozen head: the matmuls of `gemm.rs` around `loss.cu`.
 
 use burn::{prelude::*, tensor::DType};
 
@@ -28,17 +28,17 @@ fn softmax_loss(
     let nll = empty(logits, [rows], DType::F32);
     let correct = empty(logits, [rows], DType::F32);
     let gradient = empty(logits, [rows, vocab], DType::BF16);
-    let of_rows = |x| Operand::dense(x, DType::F32, [rows]);
+    let of_rows = |x| Operand::contiguous(x, DType::F32, [rows]);
     launch(
         &logits.client,
         kernel("softmax_loss", 0, 512),
         [rows, 1, 1],
         &[
-            Operand::dense(logits, DType::F32, [rows, vocab]),
-            Operand::dense(&ids, DType::I32, [rows]),
+            Operand::contiguous(logits, DType::F32, [rows, vocab]),
+            Operand::contiguous(&ids, DType::I32, [rows]),
             of_rows(&nll),
             of_rows(&correct),
-            Operand::dense(&gradient, DType::BF16, [rows, vocab]),
+            Operand::contiguous(&gradient, DType::BF16, [rows, vocab]),
         ],
         vec![vocab as u64, float_bits(weight)],
     );
@@ -51,7 +51,7 @@ fn softmax_loss(
         &[
             of_rows(&nll),
             of_rows(&correct),
-            Operand::dense(&sums, DType::F32, [2]),
+            Operand::contiguous(&sums, DType::F32, [2]),
         ],
         vec![rows as u64],
     );

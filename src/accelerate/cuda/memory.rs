@@ -1,8 +1,8 @@
 //! Memory whose size follows the work: cubecl's pools take pages by the size of the card.
 //!
 //! On a card of 139 GiB a tensor of 100 MB is a piece of a page of 2.2 GiB, and one of a gigabyte of a
-//! page of 8.7 GiB. What stays (weights, moments) and what a training step holds therefore takes memory
-//! of its very size, which is kept for the next step of the same sizes and given back when others come.
+//! page of 8.7 GiB. Long-lived tensors (weights, moments) and those of a training step therefore get memory
+//! of exactly their size, which is kept for the next step of the same sizes and freed when other sizes come.
 
 use std::{
     cell::{Cell, RefCell},
@@ -18,7 +18,7 @@ use cudarc::driver::{result, sys};
 use super::launch::Client;
 
 thread_local! {
-    /// How many uses of exact memory the thread is inside of.
+    /// Depth of nested uses of exact memory on this thread.
     static DEPTH: Cell<usize> = const { Cell::new(0) };
     /// The sizes of the latest work on each device.
     static SIZES: RefCell<BTreeMap<usize, Vec<usize>>> = const { RefCell::new(BTreeMap::new()) };
@@ -46,22 +46,22 @@ impl Drop for Exact<'_> {
 }
 
 fn set(client: &Client, mode: MemoryAllocationMode) {
-    // SAFETY: the mode is that of the calling thread's queue alone, in the order of its operations; what
-    // is taken meanwhile is kept until `memory_cleanup`, which `in_exact_memory` asks for.
+    // SAFETY: the mode is that of the calling thread's queue alone, in the order of its operations; memory
+    // allocated meanwhile is kept until `memory_cleanup`, which `in_exact_memory` calls.
     #[allow(unsafe_code)]
     unsafe {
         client.allocation_mode(mode);
     }
 }
 
-/// Tensors made by `work` take memory of their very size, which stays theirs: for what lives long.
+/// Tensors made by `work` get allocations of exactly their size, not reused: for long-lived tensors.
 pub(super) fn exact<R>(client: &Client, work: impl FnOnce() -> R) -> R {
     let _exact = Exact::begin(client);
     work()
 }
 
-/// [`exact`] for work that comes again: what it leaves is used again by work of the same `sizes`, and
-/// given back before work of others. Without sizes the work belongs to that before it.
+/// [`exact`] for repeated work: its freed memory is reused by work of the same `sizes`, and
+/// freed before work of other sizes. Without sizes the work belongs to the previous one.
 pub(super) fn in_exact_memory<R>(
     device: &CudaDevice,
     sizes: Option<&[usize]>,
@@ -82,8 +82,8 @@ pub(super) fn in_exact_memory<R>(
     exact(&client, work)
 }
 
-/// Lets the driver keep what is given back for the next request, rather than hand it to the system at
-/// the next wait and map it anew: 30 GiB of a step take it tens of milliseconds.
+/// Lets the driver keep freed memory for the next allocation, rather than return it to the system at
+/// the next synchronisation and map it again: 30 GiB of a step take tens of milliseconds.
 fn keep_freed_memory(device: usize) {
     let keep = || -> Result<(), result::DriverError> {
         let mut pool = std::ptr::null_mut();
@@ -102,6 +102,6 @@ fn keep_freed_memory(device: usize) {
         }
     };
     if let Err(error) = keep() {
-        log::debug!("the driver gives freed memory back at once: {error}");
+        log::debug!("the driver returns freed memory to the system at once: {error}");
     }
 }

@@ -1,4 +1,4 @@
-//! The operations on CUDA: kernels of our own where they cover the shapes, plain Burn elsewhere.
+//! The operations on CUDA: this crate's own kernels where they cover the shapes, plain Burn elsewhere.
 //!
 //! One operation a file, Rust beside CUDA C++. The sources are compiled on the machine they run on
 //! (NVRTC), include no header, and are launched on cubecl's stream over Burn's own buffers. Nothing
@@ -67,7 +67,7 @@ use crate::{
 };
 pub(crate) use launch::Backend as Cuda;
 
-/// Whether the kernels run on the card a tensor lies on.
+/// Whether the kernels run on the card that holds a tensor.
 fn supported<const D: usize>(x: &Tensor<Cuda, D>) -> bool {
     plan::card(x.device().index).is_supported()
 }
@@ -77,7 +77,7 @@ fn one_type<const N: usize>(dtypes: [DType; N]) -> bool {
     dtypes.iter().all(|dtype| *dtype == dtypes[0])
 }
 
-/// For a type the kernels know: whether it is bf16, and how many elements 16 bytes hold.
+/// For a type the kernels support: whether it is bf16, and how many elements 16 bytes hold.
 fn scalar_of(dtype: DType) -> Option<(i64, usize)> {
     match dtype {
         DType::BF16 => Some((1, 8)),
@@ -86,7 +86,7 @@ fn scalar_of(dtype: DType) -> Option<(i64, usize)> {
     }
 }
 
-/// Tells cubecl to keep compiled kernels on disk; before the first use of a device.
+/// Configures cubecl to cache compiled kernels on disk; call it before the first use of a device.
 pub fn configure() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
@@ -94,23 +94,23 @@ pub fn configure() {
         if config.compilation.cache.is_none() {
             config.compilation.cache = compiled::shared_folder().map(CacheConfig::File);
         }
-        // Whoever read the configuration first has set it; then it stays as it is.
+        // The first reader of the configuration fixes it; a later change has no effect.
         let _ = crate::base::panics::quietly(|| CubeClRuntimeConfig::set(config));
     });
 }
 
-/// Whether the kernels can work on what flows back through a product and its adapter.
-fn flows_back(product: &BackwardMatmul<Cuda>) -> bool {
-    gemm::covers(&product.dy, &product.weight)
-        && product.adapter.as_ref().is_none_or(|(low, adapter)| {
-            lora::covers(adapter, product.dy.dtype()) && low.dtype() == DType::BF16
+/// Whether the kernels cover the backward pass of a matmul and its adapter.
+fn covers_backward(matmul: &BackwardMatmul<Cuda>) -> bool {
+    gemm::covers(&matmul.dy, &matmul.weight)
+        && matmul.adapter.as_ref().is_none_or(|(low, adapter)| {
+            lora::covers(adapter, matmul.dy.dtype()) && low.dtype() == DType::BF16
         })
 }
 
 impl ForwardOps for Cuda {
     fn matmul<const D: usize>(a: Tensor<Self, D>, b: Tensor<Self, D>) -> Tensor<Self, D> {
         if product::covers(&a, &b) {
-            product::product(a, b)
+            product::matmul(a, b)
         } else {
             a.matmul(b)
         }
@@ -313,42 +313,42 @@ impl ForwardOps for Cuda {
 impl TrainingOps for Cuda {
     fn low_rank_backward(
         x: Tensor<Self, 2>,
-        flows: &[LowRankBackward<Self>],
+        backwards: &[LowRankBackward<Self>],
     ) -> Vec<LowRankGradients<Self>> {
-        let covered = flows.iter().all(|flow| {
-            lora::covers(&flow.adapter, x.dtype())
-                && [&flow.low, &flow.dy]
+        let covered = backwards.iter().all(|backward| {
+            lora::covers(&backward.adapter, x.dtype())
+                && [&backward.low, &backward.dy]
                     .iter()
                     .all(|x| x.dtype() == DType::BF16)
         });
         if covered {
-            lora::low_rank_backward(x, flows)
+            lora::low_rank_backward(x, backwards)
         } else {
-            flows
+            backwards
                 .iter()
-                .map(|flow| plain::low_rank_backward(x.clone(), flow))
+                .map(|backward| plain::low_rank_backward(x.clone(), backward))
                 .collect()
         }
     }
 
-    fn input_gradient(products: &[BackwardMatmul<Self>]) -> Tensor<Self, 2> {
-        if products.iter().all(flows_back) {
-            lora::input_gradient(products)
+    fn input_gradient(matmuls: &[BackwardMatmul<Self>]) -> Tensor<Self, 2> {
+        if matmuls.iter().all(covers_backward) {
+            lora::input_gradient(matmuls)
         } else {
-            plain::input_gradient(products)
+            plain::input_gradient(matmuls)
         }
     }
 
     fn swiglu_input_gradient(
-        product: BackwardMatmul<Self>,
+        matmul: BackwardMatmul<Self>,
         gate: Tensor<Self, 2>,
         up: Tensor<Self, 2>,
     ) -> [Tensor<Self, 2>; 2] {
         let one_type = [&gate, &up].iter().all(|x| x.dtype() == DType::BF16);
-        if flows_back(&product) && one_type {
-            lora::swiglu_input_gradient(product, gate, up)
+        if covers_backward(&matmul) && one_type {
+            lora::swiglu_input_gradient(matmul, gate, up)
         } else {
-            Self::swiglu_backward(gate, up, Self::input_gradient(&[product]))
+            Self::swiglu_backward(gate, up, Self::input_gradient(&[matmul]))
         }
     }
 

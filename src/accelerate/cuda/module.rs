@@ -1,5 +1,5 @@
-//! Kernels compiled and loaded by ourselves: a captured graph needs function handles, which cubecl
-//! keeps to itself.
+//! Kernels compiled and loaded without cubecl: a captured graph needs function handles, which cubecl
+//! does not expose.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -17,7 +17,7 @@ use sha2::{Digest, Sha256};
 
 use super::{launch::Kernel, plan::card, stream::Context};
 
-/// What went wrong below the engine, in the driver's words.
+/// An error of the CUDA driver, with its message.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{doing}: {reason}")]
 pub(super) struct DriverError {
@@ -66,7 +66,7 @@ pub(super) fn load(kernel: &Kernel, device: usize, arch: &str) -> Result<Functio
     static LOADED: LazyLock<Mutex<HashMap<(usize, u32), Place>>> = LazyLock::new(Mutex::default);
     let identity = kernel.identity();
     let key = (device, identity.id);
-    // Compiling takes up to a second: whoever wants the same kernel waits, others go on.
+    // Compiling takes up to a second: threads that need the same kernel wait, others go on.
     let place = {
         let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
         loaded.entry(key).or_default().clone()
@@ -83,7 +83,7 @@ pub(super) fn load(kernel: &Kernel, device: usize, arch: &str) -> Result<Functio
                 .and_then(|image| load_image(kernel, &image).ok());
             match kept {
                 Some(handle) => handle,
-                // Nothing kept, or damaged, or written for another driver.
+                // No cached image, or damaged, or written for another driver.
                 None => {
                     let image = compile(kernel, arch)?;
                     let handle = load_image(kernel, &image)?;
@@ -117,7 +117,7 @@ pub(super) fn load_all<'a>(
     })
 }
 
-/// [`load_all`] behind whatever else the program does, on half of the cores.
+/// [`load_all`] in the background, on half of the cores.
 pub(super) fn load_in_background(kernels: Vec<Kernel>, device: usize) {
     let threads = std::thread::available_parallelism().map_or(1, |cores| cores.get() / 2);
     std::thread::spawn(move || {
@@ -125,14 +125,14 @@ pub(super) fn load_in_background(kernels: Vec<Kernel>, device: usize) {
             .num_threads(threads.max(1))
             .build();
         let arch = architecture(device);
-        // Whoever needs a kernel that failed here compiles it again and says what is wrong with it.
+        // Whoever needs a kernel that failed here compiles it again and reports the error.
         if let Ok(pool) = pool {
             let _ = pool.install(|| load_all(kernels.iter(), device, &arch));
         }
     });
 }
 
-/// What [`keep`] wrote, if it is whole: the driver is not told how long an image is.
+/// What [`keep`] wrote, if it is complete: the driver gets no length of an image to check.
 fn kept(file: &Path) -> Option<Vec<u8>> {
     let mut image = std::fs::read(file).ok()?;
     let digest = image.split_off(image.len().checked_sub(Sha256::output_size())?);
@@ -142,9 +142,10 @@ fn kept(file: &Path) -> Option<Vec<u8>> {
 /// A cache that cannot be written is no error: the next start compiles again.
 fn keep(file: Option<PathBuf>, image: &[u8]) {
     let Some(file) = file else { return };
-    let beside = file.with_extension(format!("{}.tmp", std::process::id()));
+    let temporary = file.with_extension(format!("{}.tmp", std::process::id()));
     let whole = [image, Sha256::digest(image).as_slice()].concat();
-    let written = std::fs::write(&beside, whole).and_then(|()| std::fs::rename(&beside, &file));
+    let written =
+        std::fs::write(&temporary, whole).and_then(|()| std::fs::rename(&temporary, &file));
     if let Err(error) = written {
         log::warn!(
             "compiled kernels are not kept in {}: {error}",
@@ -153,7 +154,7 @@ fn keep(file: Option<PathBuf>, image: &[u8]) {
     }
 }
 
-/// Machine code: text for the driver would be compiled once more when it is loaded.
+/// Machine code (CUBIN): PTX would be compiled once more when the driver loads it.
 fn compile(kernel: &Kernel, arch: &str) -> Result<Vec<u8>, DriverError> {
     let doing = format!("compiling {}", kernel.entry());
     let source = driver(&doing, CString::new(kernel.source()))?;
@@ -186,7 +187,7 @@ fn compile(kernel: &Kernel, arch: &str) -> Result<Vec<u8>, DriverError> {
 fn load_image(kernel: &Kernel, image: &[u8]) -> Result<usize, DriverError> {
     let doing = format!("loading {}", kernel.entry());
     let name = driver(&doing, CString::new(kernel.entry()))?;
-    // SAFETY: the image is whole, from NVRTC or as `kept` has checked; the module stays loaded as long
+    // SAFETY: the image is complete, from NVRTC or as `kept` has checked; the module stays loaded as long
     // as the process lives.
     #[allow(unsafe_code)]
     unsafe {

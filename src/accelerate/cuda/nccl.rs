@@ -12,7 +12,7 @@ use std::{
 
 use libloading::Library;
 
-/// Names the library is looked for by; the loader's search path is the place.
+/// File names of the library, found on the loader's search path.
 const NAMES: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
 
 const SUCCESS: c_int = 0;
@@ -58,7 +58,7 @@ impl Nccl {
     /// The library, loaded at the first call.
     ///
     /// # Errors
-    /// That it is not there, and how it comes there.
+    /// The library is missing; the message says how to install it.
     pub(super) fn get() -> Result<&'static Self, String> {
         static NCCL: LazyLock<Result<Nccl, String>> = LazyLock::new(|| Nccl::load(&NAMES));
         NCCL.as_ref().map_err(Clone::clone)
@@ -75,7 +75,7 @@ impl Nccl {
                         format!("`{name}` is no NCCL that can be used: {reason}; install NCCL 2.10 or newer")
                     });
                 }
-                // What the loader says stands behind the error, which itself only says that it failed.
+                // The loader's reason is the error's source; the error itself only says that it failed.
                 Err(error) => reasons.push(match error.source() {
                     Some(reason) => format!("`{name}`: {reason}"),
                     None => format!("`{name}`: {error}"),
@@ -135,7 +135,7 @@ impl Nccl {
                 .trim()
                 .to_string()
         }
-        // SAFETY: NCCL gives static texts; of the last error it asks for no communicator.
+        // SAFETY: NCCL returns static texts; the last error needs no communicator.
         #[allow(unsafe_code)]
         let (what, last) = unsafe {
             (
@@ -150,14 +150,14 @@ impl Nccl {
             format!(" ({last})")
         };
         Err(format!(
-            "NCCL, {doing}: {what}{detail}; NCCL_DEBUG=WARN tells more"
+            "NCCL, {doing}: {what}{detail}; set NCCL_DEBUG=WARN for details"
         ))
     }
 
     /// A communicator for each of the devices of this process, in their order.
     pub(super) fn communicators(&self, devices: &[c_int]) -> Result<Vec<Communicator>, String> {
         let mut made = vec![std::ptr::null_mut(); devices.len()];
-        // SAFETY: both lists have as many entries as the call is told.
+        // SAFETY: both lists have the number of entries that is passed.
         #[allow(unsafe_code)]
         let code =
             unsafe { (self.init_all)(made.as_mut_ptr(), devices.len() as c_int, devices.as_ptr()) };
@@ -165,11 +165,11 @@ impl Nccl {
         Ok(made)
     }
 
-    /// Queues sums of f32 tensors over all devices on a stream: where each lies, where its sum goes, and
-    /// how many numbers it has.
+    /// Queues all-reduce sums of f32 tensors over all devices on a stream: address, address of the sum,
+    /// and number of elements of each.
     ///
     /// # Safety
-    /// All addresses hold as many numbers on the communicator's device and stay until the stream has
+    /// All addresses hold as many numbers on the communicator's device and stay valid until the stream has
     /// passed; `stream` belongs to that device, whose context is current.
     #[allow(unsafe_code)]
     pub(super) unsafe fn sum(
@@ -178,7 +178,7 @@ impl Nccl {
         communicator: Communicator,
         stream: *mut c_void,
     ) -> Result<(), String> {
-        // SAFETY: the caller's promise; a group that was started is ended in any case.
+        // SAFETY: as the caller guarantees; a group that was started is ended in any case.
         let (queued, ended) = unsafe {
             self.check("adding up", (self.group_start)())?;
             let queued = tensors.iter().try_for_each(|(from, into, count)| {
@@ -199,17 +199,17 @@ impl Nccl {
         self.check("adding up", ended)
     }
 
-    /// What went wrong behind the back of earlier calls.
+    /// Asynchronous errors of earlier calls.
     pub(super) fn state(&self, communicator: Communicator) -> Result<(), String> {
         let mut code = SUCCESS;
         // SAFETY: the communicator is alive.
         #[allow(unsafe_code)]
-        let asked = unsafe { (self.async_error)(communicator, &mut code) };
-        self.check("adding up", asked)?;
+        let returned = unsafe { (self.async_error)(communicator, &mut code) };
+        self.check("adding up", returned)?;
         self.check("adding up", code)
     }
 
-    /// Gives a communicator back; `abort` ends what it is still doing.
+    /// Destroys a communicator; `abort` ends its running operations.
     pub(super) fn end(&self, communicator: Communicator, abort: bool) {
         // SAFETY: the communicator is alive, and nobody uses it after this.
         #[allow(unsafe_code)]

@@ -1,6 +1,6 @@
 //! Buffers as a kernel's header names them, checked before the kernel is launched.
 //!
-//! Kernels check nothing themselves: a wrong type or a missing row would be read as whatever lies there.
+//! Kernels check nothing themselves: a wrong type or a missing row would be read as whatever the memory holds.
 
 use burn::tensor::DType;
 
@@ -14,36 +14,36 @@ pub(super) struct Operand<'a>(&'a Buffer);
 /// What a kernel relies on in the strides of a buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Layout {
-    /// Elements one behind another.
-    Dense,
-    /// Those of the last axis one behind another; the kernel takes the strides of the others.
-    DenseRows,
+    /// All elements are contiguous.
+    Contiguous,
+    /// The last axis is contiguous; the kernel takes the strides of the others.
+    ContiguousRows,
     /// The kernel takes all strides.
     Strided,
 }
 
 impl<'a> Operand<'a> {
-    /// Elements of one type one behind another.
+    /// Contiguous elements of one type.
     ///
     /// # Panics
-    /// If the buffer is another one; so do the others below.
+    /// If the buffer has another type, shape, layout or length; so do the others below.
     #[track_caller]
-    pub(super) fn dense<const D: usize>(
+    pub(super) fn contiguous<const D: usize>(
         buffer: &'a Buffer,
         dtype: DType,
         shape: [usize; D],
     ) -> Self {
-        Self::checked(buffer, dtype, &shape, Layout::Dense)
+        Self::checked(buffer, dtype, &shape, Layout::Contiguous)
     }
 
-    /// Rows of elements one behind another; the rows may be apart.
+    /// Contiguous rows; the rows may have any stride.
     #[track_caller]
-    pub(super) fn dense_rows<const D: usize>(
+    pub(super) fn contiguous_rows<const D: usize>(
         buffer: &'a Buffer,
         dtype: DType,
         shape: [usize; D],
     ) -> Self {
-        Self::checked(buffer, dtype, &shape, Layout::DenseRows)
+        Self::checked(buffer, dtype, &shape, Layout::ContiguousRows)
     }
 
     /// Elements in any strides.
@@ -96,19 +96,19 @@ impl<'a> Operand<'a> {
 
 /// Whether the strides of a shape are those a kernel relies on.
 fn fits(shape: &[usize], strides: &[usize], layout: Layout) -> bool {
-    let mut dense = 1;
+    let mut contiguous = 1;
     for (axis, (size, stride)) in shape.iter().zip(strides).enumerate().rev() {
         let inner = axis + 1 == shape.len();
         // The stride of an axis of one element is never used.
         let wanted = match layout {
-            Layout::Dense => Some(dense),
-            Layout::DenseRows => inner.then_some(1),
+            Layout::Contiguous => Some(contiguous),
+            Layout::ContiguousRows => inner.then_some(1),
             Layout::Strided => None,
         };
         if *size > 1 && wanted.is_some_and(|wanted| wanted != *stride) {
             return false;
         }
-        dense *= size;
+        contiguous *= size;
     }
     true
 }
@@ -131,16 +131,16 @@ mod tests {
     use crate::base::panics::quietly;
 
     #[test]
-    fn layouts_are_told_apart() {
+    fn layouts_are_distinguished() {
         let transposed = ([3, 4], [1, 3]);
-        assert!(!fits(&transposed.0, &transposed.1, Layout::Dense));
-        assert!(!fits(&transposed.0, &transposed.1, Layout::DenseRows));
+        assert!(!fits(&transposed.0, &transposed.1, Layout::Contiguous));
+        assert!(!fits(&transposed.0, &transposed.1, Layout::ContiguousRows));
         assert!(fits(&transposed.0, &transposed.1, Layout::Strided));
         // Part of the columns of a wider matrix.
-        assert!(!fits(&[3, 4], &[16, 1], Layout::Dense));
-        assert!(fits(&[3, 4], &[16, 1], Layout::DenseRows));
+        assert!(!fits(&[3, 4], &[16, 1], Layout::Contiguous));
+        assert!(fits(&[3, 4], &[16, 1], Layout::ContiguousRows));
         // An axis of one element may have any stride.
-        assert!(fits(&[1, 4, 1], &[99, 1, 7], Layout::Dense));
+        assert!(fits(&[1, 4, 1], &[99, 1, 7], Layout::Contiguous));
         assert_eq!(extent(&[3, 4], &[16, 1]), 36);
         assert_eq!(extent(&[3, 0], &[16, 1]), 0);
     }
@@ -152,14 +152,19 @@ mod tests {
         let device = super::super::tests::device();
         let x = Tensor::<super::super::Cuda, 2>::zeros([3, 8], (&device, DType::BF16));
         let buffer = strided(x.clone());
-        assert!(quietly(|| Operand::dense(&buffer, DType::BF16, [3, 8]).buffer().dtype).is_ok());
+        assert!(
+            quietly(|| Operand::contiguous(&buffer, DType::BF16, [3, 8])
+                .buffer()
+                .dtype)
+            .is_ok()
+        );
         for (dtype, shape) in [(DType::F32, [3, 8]), (DType::BF16, [4, 8])] {
-            let refused = quietly(|| Operand::dense(&buffer, dtype, shape).buffer().dtype);
+            let refused = quietly(|| Operand::contiguous(&buffer, dtype, shape).buffer().dtype);
             assert!(refused.unwrap_err().contains("not BF16 [3, 8]"));
         }
-        let turned = strided(x.transpose());
+        let transposed = strided(x.transpose());
         let refused = quietly(|| {
-            Operand::dense_rows(&turned, DType::BF16, [8, 3])
+            Operand::contiguous_rows(&transposed, DType::BF16, [8, 3])
                 .buffer()
                 .dtype
         });

@@ -5,7 +5,7 @@
 // Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization"; Pascanu, Mikolov and Bengio 2013 for the
 // common norm.
 // On an H100 (Nsight Compute, adapters of rank 8): ADAMW 51 % of the memory's rate, 29 registers; the sums and the
-// scale take 13 and 3 us, which is launch.
+// scale take 13 and 3 us, which is launch overhead.
 
 #define EIGHT(X, a, b, c, d, e, f, g, h) X(a) X(b) X(c) X(d) X(e) X(f) X(g) X(h)
 #define EACH_OF_24(X) \
@@ -20,7 +20,7 @@ __device__ __forceinline__ float field(u64 bits) { return __uint_as_float((u32)b
 #if ADAMW
 struct One {
     u64 count;
-    u64 place;  // of its results, in elements
+    u64 place;  // offset of its results, in elements
     u64 step_size, second_scale, keep;  // f32 bits
 };
 struct Parameters {
@@ -68,7 +68,7 @@ struct Parameters {
 #define POINTERS(i) const float *x##i,
 #define TAKE(i) case i: x = x##i; break;
 
-// A block's share of the sum, in a fixed order: sums[place + tensor * blocks + block].
+// A block's part of the sum, in a fixed order: sums[place + tensor * blocks + block].
 extern "C" __global__ void __launch_bounds__(256)
 ENTRY(EACH_OF_64(POINTERS) float* sums, const __grid_constant__ Parameters p) {
     __shared__ float scratch[8];
@@ -88,7 +88,7 @@ struct Parameters {
     u64 max_norm;  // f32 bits; 0: nothing is clipped
 };
 
-// From sums of squares: clip[0] the norm, clip[1] what brings it down to max_norm.
+// From sums of squares: clip[0] the norm, clip[1] the factor that scales it down to max_norm.
 extern "C" __global__ void __launch_bounds__(256)
 ENTRY(const float* sums, float* clip, const __grid_constant__ Parameters p) {
     __shared__ float scratch[8];

@@ -22,10 +22,10 @@ const BLOCKS: usize = 16;
 /// Elements that results start at a multiple of: 512 bytes, as the allocator does it.
 const ALIGNED: usize = 128;
 
-fn kernel(form: &'static str, more: &[(&'static str, i64)]) -> Kernel {
-    let mut defines = vec![("SCALAR_BF16", 0), (form, 1)];
+fn kernel(variant: &'static str, more: &[(&'static str, i64)]) -> Kernel {
+    let mut defines = vec![("SCALAR_BF16", 0), (variant, 1)];
     defines.extend(more);
-    Kernel::new(form, SOURCES, defines, 256)
+    Kernel::new(variant, SOURCES, defines, 256)
 }
 
 fn count(buffer: &Buffer) -> usize {
@@ -35,17 +35,17 @@ fn count(buffer: &Buffer) -> usize {
 /// Part of a buffer.
 fn view(whole: &Buffer, start: usize, length: usize) -> Buffer {
     let element = whole.dtype.size();
-    let behind = count(whole) - start - length;
+    let after = count(whole) - start - length;
     let mut part = whole.clone();
     part.handle = part
         .handle
         .offset_start((start * element) as u64)
-        .offset_end((behind * element) as u64);
+        .offset_end((after * element) as u64);
     *part.meta = Metadata::new([length], [1]);
     part
 }
 
-/// Values, means and mean squares behind one step; gradients are multiplied by `clip[1]` before.
+/// Values, means and mean squares after one step; gradients are multiplied by `clip[1]` before.
 pub(super) fn adamw(
     tensors: Vec<AdamWTensor<Backend>>,
     clip: Option<Tensor<Backend, 1>>,
@@ -89,21 +89,21 @@ fn step(tensors: Vec<AdamWTensor<Backend>>, clip: Option<&Buffer>) -> Vec<[Tenso
         operands.extend(four);
     }
     let like = operands[0].clone();
-    // The moments of a whole run: of their very size, whatever the pages of the card's pools.
+    // The moments of a whole run: of exactly their size, not in pages of the card's pools.
     let results = exact(&like.client, || empty(&like, [3 * total], DType::F32));
     let mut buffers: Vec<Operand<'_>> = (operands.chunks(4))
         .flat_map(|four| {
             let elements = count(&four[0]);
             four.iter()
-                .map(move |x| Operand::dense(x, DType::F32, [elements]))
+                .map(move |x| Operand::contiguous(x, DType::F32, [elements]))
         })
         .collect();
-    // Places without a tensor are not looked at; any buffer fills them.
+    // Slots without a tensor are not read; any buffer fills them.
     let unused = Operand::unused(&like);
     buffers.resize(4 * STEPPED, unused);
     parameters.resize(4 + 5 * STEPPED, 0);
-    buffers.push(clip.map_or(unused, |clip| Operand::dense(clip, DType::F32, [2])));
-    buffers.push(Operand::dense(&results, DType::F32, [3 * total]));
+    buffers.push(clip.map_or(unused, |clip| Operand::contiguous(clip, DType::F32, [2])));
+    buffers.push(Operand::contiguous(&results, DType::F32, [3 * total]));
     let more = [
         ("TENSORS", STEPPED as i64),
         ("CLIPPED", i64::from(clip.is_some())),
@@ -135,10 +135,10 @@ pub(super) fn clip_scale(tensors: Vec<Tensor<Backend, 1>>, max_norm: f64) -> Ten
         parameters.resize(1 + SUMMED, 0);
         let mut operands: Vec<_> = group
             .iter()
-            .map(|x| Operand::dense(x, DType::F32, [count(x)]))
+            .map(|x| Operand::contiguous(x, DType::F32, [count(x)]))
             .collect();
         operands.resize(SUMMED, Operand::unused(like));
-        operands.push(Operand::dense(&sums, DType::F32, [count(&sums)]));
+        operands.push(Operand::contiguous(&sums, DType::F32, [count(&sums)]));
         launch(
             &like.client,
             kernel("SQUARE_SUMS", &[("TENSORS", SUMMED as i64)]),
@@ -153,8 +153,8 @@ pub(super) fn clip_scale(tensors: Vec<Tensor<Backend, 1>>, max_norm: f64) -> Ten
         kernel("CLIP_SCALE", &[]),
         [1, 1, 1],
         &[
-            Operand::dense(&sums, DType::F32, [count(&sums)]),
-            Operand::dense(&clip, DType::F32, [2]),
+            Operand::contiguous(&sums, DType::F32, [count(&sums)]),
+            Operand::contiguous(&clip, DType::F32, [2]),
         ],
         vec![count(&sums) as u64, float_bits(max_norm)],
     );

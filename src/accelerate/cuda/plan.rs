@@ -1,4 +1,4 @@
-//! Which tile a matrix product gets: the one whose waves over the card cost least. Nothing is tuned.
+//! Which tile a matmul gets: the one whose waves over the card cost least. Nothing is autotuned.
 
 use std::{
     collections::BTreeMap,
@@ -9,22 +9,22 @@ use cudarc::driver::{result, sys::CUdevice_attribute as Attribute};
 
 use super::launch::Buffer;
 
-/// Which instructions a product uses.
+/// Which instructions a matmul uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Form {
-    /// Warpgroup products fed by the tensor memory accelerator: Hopper.
+pub(super) enum Instructions {
+    /// Warpgroup matmul (wgmma) fed by the tensor memory accelerator: Hopper.
     Wgmma,
-    /// Warp products fed by asynchronous copies: Ampere and everything after it.
+    /// Warp matmul (mma) fed by asynchronous copies: Ampere and later.
     Mma,
 }
 
-/// What is known of a card: the choice of kernels and tiles depends on it.
+/// Properties of a card: the choice of kernels and tiles depends on them.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Device {
     /// Compute capability, as major × 10 + minor; 0 where the driver does not answer.
     pub capability: usize,
     /// Instructions.
-    pub form: Form,
+    pub instructions: Instructions,
     /// Multiprocessors.
     pub processors: usize,
     /// Most shared memory of a block, bytes.
@@ -32,13 +32,13 @@ pub(super) struct Device {
 }
 
 impl Device {
-    /// Whether the card has what the kernels are written for: bf16 products and asynchronous copies.
+    /// Whether the card has what the kernels are written for: bf16 mma and asynchronous copies.
     /// Older cards run the plain operations.
     pub(super) fn is_supported(&self) -> bool {
         self.capability >= 80
     }
 
-    /// Whether a kernel may begin before the one in front of it has ended.
+    /// Whether a kernel may begin before the previous one has ended (programmatic dependent launch).
     pub(super) fn begins_early(&self) -> bool {
         self.capability >= 90 && !ampere_is_forced()
     }
@@ -47,20 +47,20 @@ impl Device {
 /// Set to 1 to use the Ampere kernels on any card.
 pub(super) const FORCE_AMPERE: &str = "XRAY_CUDA_SM80";
 
-/// Whether the kernels of newer cards are to be left alone.
+/// Whether the kernels of newer cards are disabled.
 fn ampere_is_forced() -> bool {
     std::env::var(FORCE_AMPERE).is_ok_and(|value| value == "1")
 }
 
-/// The card of this number; cards of several kinds may share a machine. The driver is asked once each.
+/// The card of this number; cards of several kinds may share a machine. The driver is queried once for each.
 pub(super) fn card(index: usize) -> Device {
     static CARDS: Mutex<BTreeMap<usize, Device>> = Mutex::new(BTreeMap::new());
     let mut cards = CARDS.lock().unwrap_or_else(PoisonError::into_inner);
-    *cards.entry(index).or_insert_with(|| ask(index))
+    *cards.entry(index).or_insert_with(|| query(index))
 }
 
-/// What the driver says of a card.
-fn ask(index: usize) -> Device {
+/// A card's properties from the driver.
+fn query(index: usize) -> Device {
     let attribute = |which: Attribute| -> Option<usize> {
         result::init().ok()?;
         let device = result::device::get(index as i32).ok()?;
@@ -79,13 +79,13 @@ fn ask(index: usize) -> Device {
         .map_or(0, |(major, minor)| major * 10 + minor);
     Device {
         capability,
-        form: if capability == 90 && !forced {
-            Form::Wgmma
+        instructions: if capability == 90 && !forced {
+            Instructions::Wgmma
         } else {
-            Form::Mma
+            Instructions::Mma
         },
         processors: processors.unwrap_or(1),
-        // What an A800 has, where its kernels are wanted.
+        // An A800's shared memory, where its kernels are selected.
         shared_bytes: if forced {
             163 * 1024
         } else {
@@ -94,7 +94,7 @@ fn ask(index: usize) -> Device {
     }
 }
 
-/// The card a buffer lies on.
+/// The card that holds a buffer.
 pub(super) fn device(buffer: &Buffer) -> Device {
     card(buffer.device.index)
 }
@@ -111,18 +111,18 @@ pub(super) struct WgmmaTile {
     pub shared_bytes: usize,
 }
 
-/// The tile of an `m × n` product over `k`.
-pub(super) fn wgmma(m: usize, n: usize, k: usize, turned: bool, device: &Device) -> WgmmaTile {
+/// The tile of an `m × n` matmul over `k`.
+pub(super) fn wgmma(m: usize, n: usize, k: usize, transposed: bool, device: &Device) -> WgmmaTile {
     // Time of a tile grows with its columns and has a fixed part, measured in columns.
     const FIXED: usize = 40;
     let tiles = |columns: usize| m.div_ceil(128) * n.div_ceil(columns);
     let columns = WGMMA_COLUMNS
         .into_iter()
-        // A turned weight is loaded in blocks of 64 columns: a tile of 96 would waste a third.
-        .filter(|columns| !turned || columns.is_multiple_of(64))
+        // A transposed weight is loaded in blocks of 64 columns: a tile of 96 would waste a third.
+        .filter(|columns| !transposed || columns.is_multiple_of(64))
         .min_by_key(|columns| tiles(*columns).div_ceil(device.processors) * (columns + FIXED))
         .unwrap_or(128);
-    let tile = wgmma_tile(columns, k, turned, device);
+    let tile = wgmma_tile(columns, k, transposed, device);
     WgmmaTile {
         blocks: tiles(columns).min(device.processors),
         ..tile
@@ -130,8 +130,8 @@ pub(super) fn wgmma(m: usize, n: usize, k: usize, turned: bool, device: &Device)
 }
 
 /// A tile of these columns, for one block.
-fn wgmma_tile(columns: usize, k: usize, turned: bool, device: &Device) -> WgmmaTile {
-    let stage_columns = if turned {
+fn wgmma_tile(columns: usize, k: usize, transposed: bool, device: &Device) -> WgmmaTile {
+    let stage_columns = if transposed {
         columns.next_multiple_of(64)
     } else {
         columns
@@ -207,11 +207,11 @@ const MMA_TILES: [MmaTile; 4] = [
     },
 ];
 
-/// The tile of an `m × n` product.
+/// The tile of an `m × n` matmul.
 pub(super) fn mma(m: usize, n: usize, device: &Device) -> MmaTile {
     let cost = |tile: &MmaTile| {
         // Percent of the largest tile's rate, measured on an H100 at 5,888 rows: smaller tiles reuse
-        // less of what they load. Blocks that share a processor take turns.
+        // less of what they load. Blocks that share a processor run one after another.
         let efficiency = match tile.rows * tile.columns {
             32_768 => 100,
             16_384 => 87,
@@ -229,29 +229,29 @@ pub(super) fn mma(m: usize, n: usize, device: &Device) -> MmaTile {
         .unwrap_or(MMA_TILES[3])
 }
 
-/// A tile of either form.
+/// A tile of either kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Tile {
     Wgmma(WgmmaTile),
     Mma(MmaTile),
 }
 
-/// The tile of an `m × n` product over `k`; `turned` where the weight is `[k, n]`.
-pub(super) fn tile([m, n, k]: [usize; 3], turned: bool, device: &Device) -> Tile {
-    match device.form {
-        Form::Wgmma => Tile::Wgmma(wgmma(m, n, k, turned, device)),
-        Form::Mma => Tile::Mma(mma(m, n, device)),
+/// The tile of an `m × n` matmul over `k`; `transposed` where the weight is `[k, n]`.
+pub(super) fn tile([m, n, k]: [usize; 3], transposed: bool, device: &Device) -> Tile {
+    match device.instructions {
+        Instructions::Wgmma => Tile::Wgmma(wgmma(m, n, k, transposed, device)),
+        Instructions::Mma => Tile::Mma(mma(m, n, device)),
     }
 }
 
-/// All tiles that a product over a long `k` may get.
+/// All tiles that a matmul over a long `k` may get.
 pub(super) fn forward_tiles(device: &Device) -> Vec<Tile> {
     const LONG: usize = 4096;
-    match device.form {
-        Form::Wgmma => WGMMA_COLUMNS
+    match device.instructions {
+        Instructions::Wgmma => WGMMA_COLUMNS
             .map(|columns| Tile::Wgmma(wgmma_tile(columns, LONG, false, device)))
             .to_vec(),
-        Form::Mma => MMA_TILES
+        Instructions::Mma => MMA_TILES
             .into_iter()
             .filter(|tile| tile.shared_bytes() <= device.shared_bytes)
             .map(Tile::Mma)
@@ -265,7 +265,7 @@ mod tests {
 
     const H100: Device = Device {
         capability: 90,
-        form: Form::Wgmma,
+        instructions: Instructions::Wgmma,
         processors: 132,
         shared_bytes: 232_448,
     };
@@ -285,7 +285,7 @@ mod tests {
     fn an_ampere_card_gets_tiles_that_fit() {
         let a800 = Device {
             capability: 80,
-            form: Form::Mma,
+            instructions: Instructions::Mma,
             processors: 108,
             shared_bytes: 163 * 1024,
         };
@@ -298,10 +298,10 @@ mod tests {
 
     #[test]
     #[ignore = "needs an NVIDIA GPU"]
-    fn cards_of_several_kinds_are_told_apart() {
-        // A card that is not there is not supported, and says nothing of those that are.
+    fn cards_of_several_kinds_are_distinguished() {
+        // A missing card is not supported, and does not change the entries of the others.
         assert!(!card(63).is_supported());
-        let seen = ask(0);
+        let seen = query(0);
         let kept = card(0);
         assert_eq!(
             (seen.capability, seen.processors, seen.shared_bytes),

@@ -29,7 +29,7 @@ ENTRY(const scalar* gate, const scalar* up, scalar* y, const __grid_constant__ P
         load_vector(gate + at, g);
         load_vector(up + at, u);
 #pragma unroll
-        for (int i = 0; i < VECTOR; i++) g[i] = gated(g[i], u[i]);
+        for (int i = 0; i < VECTOR; i++) g[i] = swiglu(g[i], u[i]);
         store_vector(y + at, g);
     }
 }
@@ -45,7 +45,7 @@ ENTRY(const scalar* gate, const scalar* up, const scalar* dy, scalar* dgate, sca
         load_vector(up + at, u);
         load_vector(dy + at, d);
 #pragma unroll
-        for (int i = 0; i < VECTOR; i++) gated_backward(g[i], u[i], d[i]);
+        for (int i = 0; i < VECTOR; i++) swiglu_backward(g[i], u[i], d[i]);
         store_vector(dgate + at, g);
         store_vector(dup + at, u);
     }

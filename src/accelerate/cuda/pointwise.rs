@@ -17,10 +17,10 @@ const SOURCES: &[&str] = &[
 
 const THREADS: u32 = 256;
 
-/// Blocks a processor gets of a grid that walks the rest.
+/// Blocks a processor gets in a grid-stride loop.
 const MOST_BLOCKS: usize = 16;
 
-/// Whether tensors of one shape can be worked on together.
+/// Whether the kernels cover these tensors of one shape.
 pub(super) fn covers(tensors: &[&Tensor<Backend, 2>]) -> bool {
     let first = tensors[0];
     let elements = first.shape().num_elements();
@@ -32,15 +32,15 @@ pub(super) fn covers(tensors: &[&Tensor<Backend, 2>]) -> bool {
 
 fn run<const OUT: usize>(
     name: &'static str,
-    form: &'static str,
+    variant: &'static str,
     inputs: &[&Buffer],
 ) -> [Tensor<Backend, 2>; OUT] {
     let like = inputs[0];
     let [rows, width] = like.meta.shape().dims();
-    let (bf16, vector) = scalar_of(like.dtype).expect("`covers` was asked");
-    let mut defines = vec![("SCALAR_BF16", bf16), (form, 1)];
+    let (bf16, vector) = scalar_of(like.dtype).expect("`covers` accepted the type");
+    let mut defines = vec![("SCALAR_BF16", bf16), (variant, 1)];
     for other in ["GATED", "GATED_BACKWARD", "GELU_TANH", "GELU_EXACT"] {
-        if other != form {
+        if other != variant {
             defines.push((other, 0));
         }
     }
@@ -48,7 +48,7 @@ fn run<const OUT: usize>(
     let outputs = [(); OUT].map(|()| empty(like, [rows, width], like.dtype));
     let operands: Vec<_> = (inputs.iter().copied())
         .chain(&outputs)
-        .map(|x| Operand::dense(x, like.dtype, [rows, width]))
+        .map(|x| Operand::contiguous(x, like.dtype, [rows, width]))
         .collect();
     let vectors = rows * width / vector;
     let blocks = vectors
@@ -79,11 +79,11 @@ pub(super) fn swiglu_backward(
 }
 
 pub(super) fn gelu(x: Tensor<Backend, 2>, tanh: bool) -> Tensor<Backend, 2> {
-    let (name, form) = if tanh {
+    let (name, variant) = if tanh {
         ("gelu_tanh", "GELU_TANH")
     } else {
         ("gelu_exact", "GELU_EXACT")
     };
-    let [y] = run(name, form, &[&contiguous(x)]);
+    let [y] = run(name, variant, &[&contiguous(x)]);
     y
 }

@@ -1,6 +1,6 @@
-//! Memory filled with what no result may depend on.
+//! Fresh memory filled with NaN, so that a read of unwritten memory shows in the results.
 //!
-//! Freed memory mostly holds plausible numbers, so a kernel that reads what nothing wrote goes unnoticed.
+//! Freed memory mostly holds plausible numbers, so a kernel that reads unwritten memory goes unnoticed.
 //! With `XRAY_CUDA_POISON=1` every buffer that kernels are about to write starts as bytes of 0xFF: NaN in
 //! f32, bf16 and f16, −1 in integers.
 
@@ -34,7 +34,7 @@ pub(crate) fn set(on: bool) {
     STATE.store(1 + u8::from(on), Ordering::Relaxed);
 }
 
-/// Fills a fresh buffer, where that is wanted.
+/// Fills a fresh buffer, where that is enabled.
 pub(super) fn fill(buffer: &Buffer) {
     let elements = buffer.meta.shape().num_elements();
     if elements == 0 || !is_on() {

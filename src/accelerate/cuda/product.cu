@@ -1,11 +1,11 @@
-// Products of f32 matrices in f32: no tensor core, which would round the operands to TF32.
+// Matmul of f32 matrices in f32: no tensor core, which would round the operands to TF32.
 //
 // y[batch, m, n] = sum over k of a[batch, m, k] b[batch, k, n]; any strides, two leading axes, y contiguous.
 // Tile 64 x 64 over slabs of 16, 256 threads of 4 x 4 elements; 8.5 KB of shared memory. Every element is one
-// chain of fused multiply-adds along k. Limit: FMA rate (67 TFLOP/s on an H100); this is the exact form of a
-// type that is there to compare with, so it is kept simple.
+// chain of fused multiply-adds along k. Limit: FMA rate (67 TFLOP/s on an H100); f32 is the
+// exact reference to compare with, so the kernel is kept simple.
 // Source: Volkov and Demmel 2008, "Benchmarking GPUs to Tune Dense Linear Algebra" (tiles in registers).
-// On an H100 (Nsight Compute, the vision tower's products in f32): a third of the FMA rate, 160 registers.
+// On an H100 (Nsight Compute, the vision tower's matmuls in f32): a third of the FMA rate, 160 registers.
 
 typedef unsigned long long u64;
 

@@ -1,4 +1,4 @@
-//! Products of f32 matrices in f32: `product.cu`. Burn's own multiply in TF32 on this backend.
+//! Matmul of f32 matrices in f32: `product.cu`. Burn's own matmul uses TF32 on this backend.
 
 use burn::{prelude::*, tensor::DType};
 
@@ -15,7 +15,7 @@ const TILE: usize = 64;
 /// Largest extent of a grid along its second and third axes.
 const MOST_BLOCKS: usize = 65_535;
 
-/// Whether a product of these operands is worked on here; others are Burn's.
+/// Whether this kernel covers a matmul of these operands; others are Burn's.
 pub(super) fn covers<const D: usize>(a: &Tensor<Backend, D>, b: &Tensor<Backend, D>) -> bool {
     let (left, right) = (a.dims(), b.dims());
     (2..=4).contains(&D)
@@ -30,15 +30,15 @@ pub(super) fn covers<const D: usize>(a: &Tensor<Backend, D>, b: &Tensor<Backend,
 ///
 /// # Panics
 /// If `k` is not the same in both.
-pub(super) fn product<const D: usize>(
+pub(super) fn matmul<const D: usize>(
     a: Tensor<Backend, D>,
     b: Tensor<Backend, D>,
 ) -> Tensor<Backend, D> {
     let (left, right) = (a.dims(), b.dims());
     let (m, k, n) = (left[D - 2], left[D - 1], right[D - 1]);
-    assert_eq!(k, right[D - 2], "a product of {left:?} and {right:?}");
+    assert_eq!(k, right[D - 2], "a matmul of {left:?} and {right:?}");
     let (a, b) = (strided(a), strided(b));
-    // Axes that are not there have one element; their stride is never used.
+    // Missing axes have one element; their stride is never used.
     let strides = |buffer: &super::launch::Buffer| -> [u64; 4] {
         let mut all = [0; 4];
         for (axis, stride) in buffer.meta.strides().iter().enumerate() {
@@ -62,7 +62,7 @@ pub(super) fn product<const D: usize>(
         &[
             Operand::strided(&a, DType::F32, left),
             Operand::strided(&b, DType::F32, right),
-            Operand::dense(&y, DType::F32, shape),
+            Operand::contiguous(&y, DType::F32, shape),
         ],
         parameters,
     );

@@ -1,10 +1,10 @@
-//! A fixed run of launches, recorded once and replayed as one graph.
+//! A fixed sequence of launches, recorded once and replayed as one CUDA graph.
 //!
-//! What a closure launches through [`super::launch`] is either noted as it runs, so that its kernels
+//! What a closure launches through [`super::launch`] is either watched as it runs, so that its kernels
 //! can be compiled ahead ([`watch`]), or recorded in place of running ([`record`]). Buffers of a
-//! recorded run come out of a pool of its own and are used again as soon as nothing holds them, so a
+//! recorded run come from a pool of its own and are reused as soon as nothing holds them, so a
 //! graph keeps as much memory as the run needs at its peak. Operations of Burn's own cannot be
-//! recorded: a recording is to be compared with the launched run before it is used.
+//! recorded: compare a recording with the launched run before using it.
 
 use std::{cell::RefCell, collections::BTreeMap, ffi::c_void};
 
@@ -34,7 +34,7 @@ struct Recorder {
     launches: Vec<Launch>,
     /// Memory that the run writes, each piece with its address.
     pool: Vec<(u64, Buffer)>,
-    /// What it only reads, weights and anything made before, by address.
+    /// Buffers it only reads, weights and anything made before, by address.
     read: BTreeMap<u64, Buffer>,
     error: Option<DriverError>,
 }
@@ -66,7 +66,7 @@ fn within<R>(mode: Mode, work: impl FnOnce() -> R) -> (R, Option<Mode>) {
     (output, mode)
 }
 
-/// Runs `work` and gives the kernels it launched, each once.
+/// Runs `work` and returns the kernels it launched, each once.
 pub(super) fn watch<R>(work: impl FnOnce() -> R) -> (R, Vec<Kernel>) {
     let (output, mode) = within(Mode::Watch(Vec::new()), work);
     match mode {
@@ -75,21 +75,21 @@ pub(super) fn watch<R>(work: impl FnOnce() -> R) -> (R, Vec<Kernel>) {
     }
 }
 
-/// Records what `work` launches in place of running it. What `work` returns lies in the graph's own
-/// memory and is there after each replay; the graph has room for an input of `input_bytes`.
+/// Records what `work` launches in place of running it. The tensors that `work` returns are in the graph's own
+/// memory and valid after each replay; the graph has room for an input of `input_bytes`.
 ///
 /// # Errors
-/// What the driver says.
+/// The driver's error.
 pub(super) fn record<R>(
     device: usize,
     input_bytes: usize,
     work: impl FnOnce() -> R,
 ) -> Result<(R, Graph), DriverError> {
-    // Tensor maps are described by this thread, for the device's context.
+    // This thread encodes tensor maps, which needs the device's context.
     Context::of(device)?.enter()?;
     let (output, mode) = within(Mode::Record(Recorder::default()), work);
     let Some(Mode::Record(recorder)) = mode else {
-        unreachable!("`within` gives back the mode it was given");
+        unreachable!("`within` returns the mode it was passed");
     };
     if let Some(error) = recorder.error {
         return Err(error);
@@ -98,7 +98,7 @@ pub(super) fn record<R>(
     Ok((output, graph))
 }
 
-/// Notes a launch; whether it is recorded and must not run.
+/// Adds a launch to the list or the recording; returns whether it is recorded and must not run.
 pub(super) fn take(
     kernel: &Kernel,
     grid: [usize; 3],
@@ -123,7 +123,7 @@ pub(super) fn take(
     })
 }
 
-/// A buffer out of the pool of the recording under way, `None` where there is none.
+/// A buffer from the pool of the current recording, `None` without one.
 pub(super) fn reserve<const D: usize>(
     like: &Buffer,
     shape: &[usize; D],
@@ -148,7 +148,7 @@ pub(super) fn address(buffer: &Buffer) -> Result<u64, DriverError> {
 }
 
 impl Recorder {
-    /// The address of a buffer, which stays where it is as long as the recording lives.
+    /// The address of a buffer, which stays valid as long as the recording lives.
     fn hold(&mut self, buffer: &Buffer) -> Result<u64, DriverError> {
         let at = address(buffer)?;
         let ours = self
@@ -209,7 +209,7 @@ impl Recorder {
                     [size].into(),
                     DType::U8,
                 );
-                // Waits until the memory is there: only then does the handle count its holders.
+                // Synchronises: only an allocated handle has a correct reference count.
                 self.pool.push((address(&buffer)?, buffer));
                 self.pool.len() - 1
             }
@@ -264,14 +264,14 @@ impl Graph {
         })
     }
 
-    /// Has `fill` write the input, sends it to a device address and starts the run behind it; does not
+    /// Has `fill` write the input, copies it to a device address and starts the run after it; does not
     /// wait for the run.
     ///
     /// # Safety
     /// `to` has room for the input.
     ///
     /// # Errors
-    /// What the driver says.
+    /// The driver's error.
     #[allow(unsafe_code)]
     pub(super) unsafe fn start(
         &mut self,
@@ -279,9 +279,9 @@ impl Graph {
         fill: impl FnOnce(&mut [u8]),
     ) -> Result<(), DriverError> {
         self.context.enter()?;
-        // An input that was sent and never waited for may still be on its way.
+        // An earlier input that was never waited for may still be in flight.
         self.stream.wait()?;
-        // SAFETY: the stream is idle; there is room for the input, as the caller promises.
+        // SAFETY: the stream is idle; there is room for the input, as the caller guarantees.
         unsafe {
             let input = self.input.bytes_mut();
             fill(input);
@@ -296,12 +296,12 @@ impl Graph {
     /// The addresses are those of live buffers of these sizes, which nothing else uses meanwhile.
     ///
     /// # Errors
-    /// What the driver says.
+    /// The driver's error.
     #[allow(unsafe_code)]
     pub(super) unsafe fn finish(&self, copies: &[(u64, u64, usize)]) -> Result<(), DriverError> {
         self.context.enter()?;
         for (from, to, bytes) in copies {
-            // SAFETY: as the caller promises.
+            // SAFETY: as the caller guarantees.
             unsafe { self.stream.copy(*to, *from, *bytes)? };
         }
         self.stream.wait()
@@ -309,12 +309,12 @@ impl Graph {
 }
 
 impl MatrixMap<'_> {
-    /// The map as the driver wants it.
+    /// The tensor map as the driver encodes it.
     fn encode(&self, address: u64) -> Result<sys::CUtensorMap, DriverError> {
         let [rows, columns] = self.shape.map(|size| size as u64);
         let [tile_rows, tile_columns] = self.tile.map(|size| size as u32);
         let mut map = sys::CUtensorMap { opaque: [0; 16] };
-        // SAFETY: all arrays hold what the rank of two asks for, and outlive the call.
+        // SAFETY: all arrays have the length that a rank of two needs, and outlive the call.
         #[allow(unsafe_code)]
         let encoded = unsafe {
             sys::cuTensorMapEncodeTiled(

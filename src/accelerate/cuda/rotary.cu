@@ -1,11 +1,11 @@
-// Norm over each head where there is one, then rotation by the token's angles; and back.
+// RoPE: norm over each head where there is one, then rotation by the token's angles; forward and backward.
 //
 // x [tokens, heads, HEAD_DIM] with strides (elements) for tokens and heads, y and dx contiguous;
 // cos, sin [tokens, HEAD_DIM] f32, both halves of a row alike. One warp a head: a lane holds PAIRS
 // elements of the first half and their partners in the second.
 //
-// With SPLIT, x is a fused projection [tokens, 3, heads, HEAD_DIM]: queries and keys are turned, values
-// copied, and the three lie one after another in y, [3, tokens, heads, HEAD_DIM].
+// With SPLIT, x is a fused projection [tokens, 3, heads, HEAD_DIM]: queries and keys are rotated, values
+// copied, and the three are contiguous in y, [3, tokens, heads, HEAD_DIM].
 //
 // Configuration: HEAD_DIM (even, at most 128), WITH_NORM, BACKWARD, SPLIT. Limit: memory.
 // Source: Su et al. 2021, "RoFormer"; the norm over heads is that of Qwen3 (Henry et al. 2020, "Query-Key Normalization").
@@ -63,7 +63,7 @@ ENTRY(const scalar* x, const scalar* weight, const float* cos_table, const float
         const int at = lane * PAIRS + i;
         if (at >= HALF) continue;
 #if WITH_NORM
-        // Rounded where the plain operations round, so that both see the same heads.
+        // Rounded where the plain operations round, so that both rotate the same values.
         const float a = rounded(rounded(first[i] * scale) * load(weight + at));
         const float b = rounded(rounded(second[i] * scale) * load(weight + HALF + at));
 #else
@@ -73,21 +73,21 @@ ENTRY(const scalar* x, const scalar* weight, const float* cos_table, const float
         store(to + HALF + at, b * cosines[at] + a * sines[at]);
     }
 #else
-    const scalar* flowing = dy + token * p.dy_token_stride + index * p.dy_head_stride;
-    float turned_first[PAIRS], turned_second[PAIRS];
+    const scalar* gradient = dy + token * p.dy_token_stride + index * p.dy_head_stride;
+    float rotated_first[PAIRS], rotated_second[PAIRS];
     float along = 0.f;
 #pragma unroll
     for (int i = 0; i < PAIRS; i++) {
         const int at = lane * PAIRS + i;
-        turned_first[i] = turned_second[i] = 0.f;
+        rotated_first[i] = rotated_second[i] = 0.f;
         if (at >= HALF) continue;
-        const float a = load(flowing + at), b = load(flowing + HALF + at);
-        turned_first[i] = a * cosines[at] + b * sines[at];
-        turned_second[i] = b * cosines[at] - a * sines[at];
+        const float a = load(gradient + at), b = load(gradient + HALF + at);
+        rotated_first[i] = a * cosines[at] + b * sines[at];
+        rotated_second[i] = b * cosines[at] - a * sines[at];
 #if WITH_NORM
-        turned_first[i] *= load(weight + at);
-        turned_second[i] *= load(weight + HALF + at);
-        along += turned_first[i] * first[i] + turned_second[i] * second[i];
+        rotated_first[i] *= load(weight + at);
+        rotated_second[i] *= load(weight + HALF + at);
+        along += rotated_first[i] * first[i] + rotated_second[i] * second[i];
 #endif
     }
 #if WITH_NORM
@@ -98,11 +98,11 @@ ENTRY(const scalar* x, const scalar* weight, const float* cos_table, const float
         const int at = lane * PAIRS + i;
         if (at >= HALF) continue;
 #if WITH_NORM
-        store(to + at, (turned_first[i] - first[i] * along) * scale);
-        store(to + HALF + at, (turned_second[i] - second[i] * along) * scale);
+        store(to + at, (rotated_first[i] - first[i] * along) * scale);
+        store(to + HALF + at, (rotated_second[i] - second[i] * along) * scale);
 #else
-        store(to + at, turned_first[i]);
-        store(to + HALF + at, turned_second[i]);
+        store(to + at, rotated_first[i]);
+        store(to + HALF + at, rotated_second[i]);
 #endif
     }
 #endif

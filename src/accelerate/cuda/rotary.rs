@@ -11,7 +11,7 @@ use super::{
 
 const SOURCES: &[&str] = &[include_str!("scalar.cuh"), include_str!("rotary.cu")];
 
-/// Whether heads of this width can be turned.
+/// Whether the kernels cover the rotation of heads of this width.
 pub(super) fn covers<const D: usize>(x: &Tensor<Backend, D>, head_dim: usize) -> bool {
     super::supported(x)
         && scalar_of(x.dtype()).is_some()
@@ -19,8 +19,8 @@ pub(super) fn covers<const D: usize>(x: &Tensor<Backend, D>, head_dim: usize) ->
         && head_dim <= 128
 }
 
-/// Heads whose elements lie together; tokens and heads may lie apart.
-fn with_dense_heads(x: Tensor<Backend, 3>) -> super::launch::Buffer {
+/// Heads with contiguous elements; tokens and heads may have any stride.
+fn with_contiguous_heads(x: Tensor<Backend, 3>) -> super::launch::Buffer {
     let buffer = strided(x);
     if buffer.meta.strides()[2] == 1 {
         buffer
@@ -38,7 +38,7 @@ pub(super) fn rotate(
     dy: Option<Tensor<Backend, 3>>,
 ) -> Tensor<Backend, 3> {
     let [tokens, heads, head_dim] = x.dims();
-    let (bf16, _) = scalar_of(x.dtype()).expect("`covers` was asked");
+    let (bf16, _) = scalar_of(x.dtype()).expect("`covers` accepted the type");
     let kernel = Kernel::new(
         "rotate_heads",
         SOURCES,
@@ -51,8 +51,8 @@ pub(super) fn rotate(
         ],
         256,
     );
-    let x = with_dense_heads(x);
-    let dy = dy.map(with_dense_heads);
+    let x = with_contiguous_heads(x);
+    let dy = dy.map(with_contiguous_heads);
     let out = empty(&x, [tokens, heads, head_dim], x.dtype);
     let epsilon = norm.as_ref().map_or(0.0, |norm| norm.epsilon);
     let weight = norm.map(|norm| contiguous(norm.weight));
@@ -67,11 +67,11 @@ pub(super) fn rotate(
         dy.as_ref().map_or(0, |dy| stride(dy, 1)),
         float_bits(epsilon),
     ];
-    let of_heads = |one| Operand::dense_rows(one, x.dtype, [tokens, heads, head_dim]);
-    let angles = |one| Operand::dense(one, DType::F32, [tokens, head_dim]);
+    let of_heads = |one| Operand::contiguous_rows(one, x.dtype, [tokens, heads, head_dim]);
+    let angles = |one| Operand::contiguous(one, DType::F32, [tokens, head_dim]);
     // Without a norm the weight is not read; any buffer takes its place.
     let weight = (weight.as_ref()).map_or(Operand::unused(&x), |weight| {
-        Operand::dense(weight, x.dtype, [head_dim])
+        Operand::contiguous(weight, x.dtype, [head_dim])
     });
     let mut operands = vec![of_heads(&x), weight, angles(&cos), angles(&sin)];
     operands.extend(dy.as_ref().map(of_heads));
@@ -81,7 +81,7 @@ pub(super) fn rotate(
     tensor(out)
 }
 
-/// Queries and keys turned, values as they are, out of a fused projection `[tokens, 3 · heads · d]`.
+/// Queries and keys rotated (RoPE), values unchanged, out of a fused projection `[tokens, 3 · heads · d]`.
 pub(super) fn split_and_rotate(
     qkv: Tensor<Backend, 2>,
     heads: usize,
@@ -90,7 +90,7 @@ pub(super) fn split_and_rotate(
 ) -> [Tensor<Backend, 3>; 3] {
     let [tokens, width] = qkv.dims();
     let head_dim = width / 3 / heads;
-    let (bf16, _) = scalar_of(qkv.dtype()).expect("`covers` was asked");
+    let (bf16, _) = scalar_of(qkv.dtype()).expect("`covers` accepted the type");
     let kernel = Kernel::new(
         "split_and_rotate",
         SOURCES,
@@ -116,18 +116,18 @@ pub(super) fn split_and_rotate(
         0,
     ];
     let grid = [(3 * tokens * heads).div_ceil(8), 1, 1];
-    let angles = |one| Operand::dense(one, DType::F32, [tokens, head_dim]);
+    let angles = |one| Operand::contiguous(one, DType::F32, [tokens, head_dim]);
     // Without a norm the weight is not read; any buffer takes its place.
     launch(
         &x.client,
         kernel,
         grid,
         &[
-            Operand::dense(&x, x.dtype, [tokens, width]),
+            Operand::contiguous(&x, x.dtype, [tokens, width]),
             Operand::unused(&x),
             angles(&cos),
             angles(&sin),
-            Operand::dense(&out, x.dtype, [3, tokens, heads, head_dim]),
+            Operand::contiguous(&out, x.dtype, [3, tokens, heads, head_dim]),
         ],
         parameters,
     );

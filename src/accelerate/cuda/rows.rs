@@ -10,16 +10,21 @@ const SOURCES: &[&str] = &[include_str!("scalar.cuh"), include_str!("rows.cu")];
 /// Widest row a block holds in registers.
 const WIDEST: usize = 16_384;
 
-/// Whether the rows of a tensor on this device can be worked on.
+/// Whether the kernels cover the rows of a tensor on this device.
 pub(super) fn covers(device: usize, width: usize, dtype: DType) -> bool {
     card(device).is_supported()
         && scalar_of(dtype).is_some_and(|(_, vector)| width.is_multiple_of(vector))
         && width <= WIDEST
 }
 
-/// The kernel of one norm over rows of this width: `form` is its macro in `rows.cu`.
-pub(super) fn kernel(name: &'static str, form: &'static str, width: usize, dtype: DType) -> Kernel {
-    let (bf16, vector) = scalar_of(dtype).expect("`covers` was asked");
+/// The kernel of one norm over rows of this width: `variant` is its macro in `rows.cu`.
+pub(super) fn kernel(
+    name: &'static str,
+    variant: &'static str,
+    width: usize,
+    dtype: DType,
+) -> Kernel {
+    let (bf16, vector) = scalar_of(dtype).expect("`covers` accepted the type");
     let threads = (width / vector / 2)
         .next_power_of_two()
         .clamp(32, if width > 4096 { 512 } else { 256 });
@@ -27,7 +32,7 @@ pub(super) fn kernel(name: &'static str, form: &'static str, width: usize, dtype
         name,
         SOURCES,
         vec![
-            (form, 1),
+            (variant, 1),
             ("SCALAR_BF16", bf16),
             ("WIDTH", width as i64),
             ("THREADS", threads as i64),
@@ -46,9 +51,9 @@ fn run(
 ) -> Buffer {
     let [rows, width] = x.meta.shape().dims();
     let out = empty(x, [rows, width], x.dtype);
-    let matrix = |one| Operand::dense(one, x.dtype, [rows, width]);
+    let matrix = |one| Operand::contiguous(one, x.dtype, [rows, width]);
     let mut operands = vec![matrix(x)];
-    operands.extend((vectors.iter()).map(|one| Operand::dense(one, x.dtype, [width])));
+    operands.extend((vectors.iter()).map(|one| Operand::contiguous(one, x.dtype, [width])));
     operands.extend(matrices.iter().copied().chain([&out]).map(matrix));
     let parameters = vec![rows as u64, float_bits(epsilon)];
     launch(&x.client, kernel, [rows, 1, 1], &operands, parameters);

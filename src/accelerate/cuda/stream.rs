@@ -1,4 +1,4 @@
-//! A stream of our own beside cubecl's, memory that lives on it, and launches captured as a graph.
+//! A CUDA stream beside cubecl's, memory for it, and launches captured as a graph.
 
 use std::{
     ffi::c_void,
@@ -15,7 +15,7 @@ use super::{
 /// One launch.
 pub(super) struct Step {
     pub function: Function,
-    /// Whether it may begin before the one in front has ended: its kernel then waits by itself.
+    /// Whether it may begin before the previous one has ended: its kernel then waits by itself.
     pub early: bool,
     pub grid: [u32; 3],
     /// Tensor maps come before the pointers.
@@ -75,7 +75,7 @@ impl Stream {
         self.raw
     }
 
-    /// Waits for all that was queued.
+    /// Synchronises: waits for all that was queued.
     pub(super) fn wait(&self) -> Result<(), DriverError> {
         // SAFETY: the stream is alive.
         #[allow(unsafe_code)]
@@ -164,20 +164,20 @@ impl Stream {
         }
     }
 
-    /// Copies values to the device, behind what was queued.
+    /// Copies values to the device, after what was queued.
     ///
     /// # Safety
     /// `address` has room for them.
     #[allow(unsafe_code)]
     pub(super) unsafe fn send<T>(&self, address: u64, values: &[T]) -> Result<(), DriverError> {
         // SAFETY: the caller's; the driver has read pageable memory when it returns, and pinned
-        // memory is not written before the stream was waited for.
+        // memory is not written before the stream is synchronised.
         driver("sending to the device", unsafe {
             result::memcpy_htod_async(address, values, self.raw)
         })
     }
 
-    /// Copies values from the device; they are there when the stream has been waited for.
+    /// Copies values from the device; they are valid once the stream is synchronised.
     ///
     /// # Safety
     /// `address` holds so many, and `values` stays where it is until then.
@@ -211,14 +211,14 @@ impl Drop for Stream {
         // Errors are not acted on here and below: there is nothing left to do with the handles.
         if self.context.enter().is_ok() {
             let _ = self.wait();
-            // SAFETY: waited for, and used by nobody afterwards.
+            // SAFETY: synchronised, and not used afterwards.
             #[allow(unsafe_code)]
             let _ = unsafe { result::stream::destroy(self.raw) };
         }
     }
 }
 
-/// A mark in a stream that the host can wait for.
+/// An event in a stream that the host can wait for.
 pub(super) struct Event {
     context: Context,
     raw: sys::CUevent,
@@ -236,7 +236,7 @@ impl Event {
         Ok(Self { context, raw })
     }
 
-    /// Marks what the stream has queued so far.
+    /// Records the event after what the stream has queued so far.
     pub(super) fn record(&self, stream: &Stream) -> Result<(), DriverError> {
         // SAFETY: both handles are alive.
         #[allow(unsafe_code)]
@@ -245,7 +245,7 @@ impl Event {
         })
     }
 
-    /// Waits until the device has passed the mark.
+    /// Waits until the device has passed the event.
     pub(super) fn wait(&self) -> Result<(), DriverError> {
         // SAFETY: the handle is alive.
         #[allow(unsafe_code)]
@@ -258,7 +258,7 @@ impl Event {
 impl Drop for Event {
     fn drop(&mut self) {
         if self.context.enter().is_ok() {
-            // SAFETY: made in `new`; the driver lets go of it once the device has passed it.
+            // SAFETY: made in `new`; the driver frees it once the device has passed it.
             #[allow(unsafe_code)]
             let _ = unsafe { result::event::destroy(self.raw) };
         }
@@ -278,7 +278,7 @@ unsafe impl Send for Graph {}
 impl Drop for Graph {
     fn drop(&mut self) {
         if self.context.enter().is_ok() {
-            // SAFETY: made by `record`; its owners wait for the stream before they let go of it.
+            // SAFETY: made by `record`; its owners synchronise the stream before they drop it.
             #[allow(unsafe_code)]
             let _ = unsafe { sys::cuGraphExecDestroy(self.raw).result() };
         }
@@ -334,7 +334,7 @@ impl DeviceMemory {
     /// Zeroed memory.
     ///
     /// # Errors
-    /// The driver's, for want of memory above all.
+    /// The driver's, above all out of memory.
     pub(super) fn zeroed(context: Context, bytes: usize) -> Result<Self, DriverError> {
         Self::filled(context, bytes, 0)
     }
@@ -348,9 +348,9 @@ impl DeviceMemory {
     }
 
     fn filled(context: Context, bytes: usize, byte: u8) -> Result<Self, DriverError> {
-        // A stream of its own: to wait for the whole device is refused while another thread records.
+        // A stream of its own: synchronising the whole device fails while another thread captures.
         let stream = Stream::new(context)?;
-        // SAFETY: the memory is ours; filling is waited for before anybody reads it.
+        // SAFETY: the memory is ours; the fill is synchronised before anybody reads it.
         #[allow(unsafe_code)]
         unsafe {
             let doing = format!(
@@ -416,7 +416,7 @@ impl PinnedMemory {
     /// No queued work writes the memory as long as the result is held.
     #[allow(unsafe_code)]
     pub(super) unsafe fn bytes(&self) -> &[u8] {
-        // SAFETY: allocated with this length and initialised in `new`; the caller's promise.
+        // SAFETY: allocated with this length and initialised in `new`; as the caller guarantees.
         unsafe { std::slice::from_raw_parts(self.raw, self.bytes) }
     }
 
@@ -451,13 +451,13 @@ impl DeviceWords {
         PinnedMemory::new(context, count * size_of::<i32>()).map(Self)
     }
 
-    /// Where kernels find them: one address space for host and device on every 64-bit system.
+    /// Their device address: one address space for host and device on every 64-bit system.
     pub(super) fn address(&self) -> u64 {
         self.0.raw as u64
     }
 
     /// A copy of some words as they are now. Each is read atomically: there is no reference to memory
-    /// that another writer changes. What a kernel has written is there once its event was waited for.
+    /// that another writer changes. What a kernel has written is visible once its event was waited for.
     ///
     /// # Panics
     /// Past the last word.

@@ -192,7 +192,7 @@ fn rotation() {
             (9, 2, 64),
             (3, 1, 6),
         ]) {
-            // The queries of a fused projection: tokens lie three times as far apart.
+            // The queries of a fused projection: the token stride is three times as large.
             let fused = normal([tokens, 3 * heads, head_dim], 1.0, dtype, &device);
             let x = fused.clone().narrow(1, heads, heads);
             let angles = normal([tokens, head_dim / 2], 3.0, DType::F32, &device);
@@ -264,7 +264,7 @@ fn pointwise() {
             let [gf, uf, df] = [&gate, &up, &dy].map(|x| to_f32(x.clone()));
             let close = tolerance(dtype, ONE_ROUNDING);
             report.close(
-                &name("gated"),
+                &name("swiglu"),
                 Cuda::swiglu(gate.clone(), up.clone()),
                 plain::swiglu(gf.clone(), uf.clone()),
                 close,
@@ -292,7 +292,7 @@ fn pointwise() {
 }
 
 /// `a b` on the host, in f64.
-fn host_product(a: &T<3>, b: &T<3>) -> T<3> {
+fn host_matmul(a: &T<3>, b: &T<3>) -> T<3> {
     let ([batches, m, k], [_, _, n]) = (a.dims(), b.dims());
     let values = |x: &T<3>| -> Vec<f64> {
         let data = x.clone().into_data();
@@ -331,18 +331,18 @@ fn products_of_f32() {
         let a = normal([batches, m, k], 1.0, DType::F32, &device);
         let b = normal([batches, k, n], 1.0, DType::F32, &device);
         let dy = normal([batches, m, n], 1.0, DType::F32, &device);
-        let want = host_product(&a, &b);
+        let want = host_matmul(&a, &b);
         report.close(
-            &name("product"),
+            &name("matmul"),
             Cuda::matmul(a.clone(), b.clone()),
             want.clone(),
             2e-6,
         );
         // The same operands, strided as transposed views are.
-        let turned = |x: &T<3>| launch_contiguous(x.clone().swap_dims(1, 2)).swap_dims(1, 2);
+        let transposed = |x: &T<3>| launch_contiguous(x.clone().swap_dims(1, 2)).swap_dims(1, 2);
         report.close(
-            &name("product of views"),
-            Cuda::matmul(turned(&a), turned(&b)),
+            &name("matmul of views"),
+            Cuda::matmul(transposed(&a), transposed(&b)),
             want,
             2e-6,
         );
@@ -352,14 +352,14 @@ fn products_of_f32() {
         let gradients = (y * Tensor::from_inner(dy.clone())).sum().backward();
         report.close(
             &name("gradient of the left"),
-            left.grad(&gradients).expect("it was asked for"),
-            host_product(&dy, &b.swap_dims(1, 2)),
+            left.grad(&gradients).expect("it requires a gradient"),
+            host_matmul(&dy, &b.swap_dims(1, 2)),
             2e-6,
         );
         report.close(
             &name("gradient of the right"),
-            right.grad(&gradients).expect("it was asked for"),
-            host_product(&a.swap_dims(1, 2), &dy),
+            right.grad(&gradients).expect("it requires a gradient"),
+            host_matmul(&a.swap_dims(1, 2), &dy),
             2e-6,
         );
     }
@@ -396,7 +396,7 @@ fn products() {
             (Some(bias.clone()), Some(residual.clone())),
         ] {
             report.close(
-                &name("dense"),
+                &name("linear"),
                 Cuda::linear_add(x.clone(), weight.clone(), bias.clone(), residual.clone()),
                 plain::linear(
                     xf.clone(),
@@ -430,7 +430,7 @@ fn products() {
         let dy = normal([rows, out], 1.0, DType::BF16, &device);
         let more = normal([rows, 64], 1.0, DType::BF16, &device);
         let other = normal([64, inner], 0.1, DType::BF16, &device);
-        let product = |dy: &T<2>, weight: &T<2>| BackwardMatmul {
+        let matmul = |dy: &T<2>, weight: &T<2>| BackwardMatmul {
             dy: dy.clone(),
             weight: weight.clone(),
             adapter: None,
@@ -439,7 +439,7 @@ fn products() {
             to_f32(dy.clone()).matmul(wf) + to_f32(more.clone()).matmul(to_f32(other.clone()));
         report.close(
             &name("input_gradient"),
-            Cuda::input_gradient(&[product(&dy, &weight), product(&more, &other)]),
+            Cuda::input_gradient(&[matmul(&dy, &weight), matmul(&more, &other)]),
             want,
             SOME_ROUNDINGS,
         );
@@ -500,7 +500,7 @@ fn adapters() {
             let close = 1e-2;
             let shared: Vec<_> = adapters.iter().collect();
             let lows = Cuda::low_rank_inputs(x.clone(), &shared);
-            let (mut flows, mut exact) = (Vec::new(), Vec::new());
+            let (mut backwards, mut exact) = (Vec::new(), Vec::new());
             for ((adapter, weight), low) in adapters.iter().zip(&weights).zip(lows) {
                 let want_low = plain::low_rank_input(xf.clone(), adapter);
                 report.close(&name("low"), low.clone(), want_low.clone(), close);
@@ -525,44 +525,44 @@ fn adapters() {
                     close,
                 );
                 let dy = normal([rows, out], 1.0, DType::BF16, &device);
-                let flow = |low, dy| LowRankBackward {
+                let backward = |low, dy| LowRankBackward {
                     low,
                     dy,
                     adapter: adapter.clone(),
                 };
-                exact.push(flow(want_low, to_f32(dy.clone())));
-                flows.push(flow(low, dy));
+                exact.push(backward(want_low, to_f32(dy.clone())));
+                backwards.push(backward(low, dy));
             }
-            let got = Cuda::low_rank_backward(x, &flows);
-            let (mut products, mut exact_products) = (Vec::new(), Vec::new());
+            let got = Cuda::low_rank_backward(x, &backwards);
+            let (mut matmuls, mut exact_matmuls) = (Vec::new(), Vec::new());
             for (index, got) in got.into_iter().enumerate() {
                 let want = plain::low_rank_backward(xf.clone(), &exact[index]);
                 report.close(&name("gradient of A"), got.a, want.a, close);
                 report.close(&name("gradient of B"), got.b, want.b, close);
                 let low = &name("gradient of low");
                 report.close(low, got.low.clone(), want.low.clone(), close);
-                let product = |dy, weight, low| BackwardMatmul {
+                let matmul = |dy, weight, low| BackwardMatmul {
                     dy,
                     weight,
                     adapter: Some((low, adapters[index].clone())),
                 };
                 let weight = weights[index].clone();
-                products.push(product(flows[index].dy.clone(), weight.clone(), got.low));
+                matmuls.push(matmul(backwards[index].dy.clone(), weight.clone(), got.low));
                 let dy = exact[index].dy.clone();
-                exact_products.push(product(dy, to_f32(weight), want.low));
+                exact_matmuls.push(matmul(dy, to_f32(weight), want.low));
             }
             report.close(
                 &name("input_gradient"),
-                Cuda::input_gradient(&products),
-                plain::input_gradient(&exact_products),
+                Cuda::input_gradient(&matmuls),
+                plain::input_gradient(&exact_matmuls),
                 close,
             );
             let [gate, up] = [2.0, 1.0].map(|std| normal([rows, inner], std, DType::BF16, &device));
-            let got = Cuda::swiglu_input_gradient(products.remove(0), gate.clone(), up.clone());
+            let got = Cuda::swiglu_input_gradient(matmuls.remove(0), gate.clone(), up.clone());
             let want = plain::swiglu_backward(
                 to_f32(gate),
                 to_f32(up),
-                plain::input_gradient(&exact_products[..1]),
+                plain::input_gradient(&exact_matmuls[..1]),
             );
             for (got, want) in got.into_iter().zip(want) {
                 report.close(&name("swiglu_input_gradient"), got, want, close);
@@ -603,7 +603,7 @@ fn attention() {
             128,
             causal(&[packed(&[368, 70, 1, 129])], 0),
         ),
-        ("behind a cache", 8, 8, 32, causal(&[vec![0; 200]], 150)),
+        ("after a cache", 8, 8, 32, causal(&[vec![0; 200]], 150)),
         (
             "images",
             16,
@@ -725,7 +725,7 @@ fn optimizer() {
             }
         }
     }
-    // Results are parts of one buffer: they go into the next step, and to the host, as any tensor.
+    // Results are views of one buffer: they go into the next step, and to the host, as any tensor.
     let mut again = tensors.clone();
     for (one, [value, first, second]) in again.iter_mut().zip(Cuda::adamw(tensors.clone(), None)) {
         (one.value, one.first, one.second) = (value, first, second);
@@ -771,7 +771,7 @@ fn loss() {
     report.finish();
 }
 
-/// The captured step beside the same step in single operations, over several tokens and batches.
+/// The captured step against the same step in single operations, over several tokens and batches.
 #[test]
 #[ignore = "needs an NVIDIA GPU"]
 fn decoding() {

@@ -1,9 +1,9 @@
 //! Weights to one card or several through page-locked memory.
 //!
-//! cubecl's own way copies the bytes of a tensor twice on the host and hands the driver memory that is
+//! cubecl's own upload copies the bytes of a tensor twice on the host and hands the driver memory that is
 //! not page-locked, which it copies once more. Here a ring of page-locked pieces is filled by the
-//! caller, on as many threads as it likes, while the cards fetch the pieces before: the slower of the
-//! two is the speed of the whole, and a piece is read once for all cards.
+//! caller, on as many threads as it likes, while the cards copy the previous pieces: the slower of the
+//! two sets the speed, and a piece is read once for all cards.
 
 use burn::{
     backend::{Cuda, cuda::CudaDevice},
@@ -26,7 +26,7 @@ const PIECE_BYTES: usize = 32 << 20;
 /// Pieces of the ring: one being filled, the others on their way.
 const PIECES: usize = 4;
 
-/// A card's side. Streams are waited for before anything they read is given back.
+/// One card's stream. It is synchronised before anything it reads is freed.
 struct Lane {
     device: usize,
     context: Context,
@@ -35,25 +35,25 @@ struct Lane {
     addresses: Vec<u64>,
 }
 
-/// Page-locked memory and, for each lane, the event behind its last copy out of it.
+/// Page-locked memory and, for each lane, the event after its last copy out of it.
 struct Piece {
     memory: PinnedMemory,
     events: Vec<Event>,
     underway: bool,
 }
 
-/// All that is made for one call; given back when it ends, however it ends: the lanes first.
+/// All that is allocated for one call; freed when it ends, on errors too: the lanes first.
 struct Ring {
     lanes: Vec<Lane>,
     pieces: Vec<Piece>,
 }
 
-fn said(device: usize) -> impl Fn(DriverError) -> UploadError {
+fn on_device(device: usize) -> impl Fn(DriverError) -> UploadError {
     move |error| UploadError(format!("device cuda:{device}, {error}"))
 }
 
 impl Lane {
-    /// Takes memory for all tensors of a device, of their very size: they stay as long as the model.
+    /// Takes memory for all tensors of a device, of exactly their size: they live as long as the model.
     fn new(device: &CudaDevice, tensors: &[Upload]) -> Result<Self, UploadError> {
         let client = CudaRuntime::client(device);
         let bytes: usize = tensors.iter().map(Upload::byte_len).sum();
@@ -86,7 +86,7 @@ impl Lane {
             context.enter()?;
             Ok((context, Stream::new(context)?))
         };
-        let (context, stream) = stream().map_err(said(device.index))?;
+        let (context, stream) = stream().map_err(on_device(device.index))?;
         Ok(Self {
             device: device.index,
             context,
@@ -110,10 +110,10 @@ impl Ring {
             let memory = PinnedMemory::new(first.context, most.min(PIECE_BYTES));
             let events = lanes.iter().map(|lane| {
                 let made = lane.context.enter().and_then(|()| Event::new(lane.context));
-                made.map_err(said(lane.device))
+                made.map_err(on_device(lane.device))
             });
             pieces.push(Piece {
-                memory: memory.map_err(said(first.device))?,
+                memory: memory.map_err(on_device(first.device))?,
                 events: events.collect::<Result<_, _>>()?,
                 underway: false,
             });
@@ -121,7 +121,7 @@ impl Ring {
         Ok(Self { lanes, pieces })
     }
 
-    /// Waits until all cards have fetched what a piece held, and has it written anew.
+    /// Waits until all cards have copied a piece, and has it filled again.
     fn fill<E: From<UploadError>>(
         &mut self,
         piece: usize,
@@ -135,18 +135,18 @@ impl Ring {
         fill(&mut room[..bytes])
     }
 
-    /// Waits until all cards have fetched what a piece held.
+    /// Waits until all cards have copied a piece.
     fn free(&mut self, piece: usize) -> Result<(), UploadError> {
         let piece = &mut self.pieces[piece];
         if std::mem::take(&mut piece.underway) {
             for (lane, event) in self.lanes.iter().zip(&piece.events) {
-                event.wait().map_err(said(lane.device))?;
+                event.wait().map_err(on_device(lane.device))?;
             }
         }
         Ok(())
     }
 
-    /// Lets all cards fetch the first bytes of a piece to an offset of a tensor.
+    /// Queues the copy of the first bytes of a piece to an offset of a tensor, on all cards.
     fn send(
         &mut self,
         piece: usize,
@@ -159,13 +159,13 @@ impl Ring {
         for (lane, event) in self.lanes.iter().zip(&piece.events) {
             let into = lane.addresses[tensor] + offset as u64;
             // SAFETY: the piece is not written to before its events have passed; the tensor has as many
-            // bytes behind `offset`.
+            // bytes after `offset`.
             #[allow(unsafe_code)]
             let queued = lane.context.enter().and_then(|()| unsafe {
                 lane.stream.send(into, &piece.memory.bytes()[..bytes])?;
                 event.record(&lane.stream)
             });
-            queued.map_err(said(lane.device))?;
+            queued.map_err(on_device(lane.device))?;
         }
         Ok(())
     }
@@ -213,8 +213,8 @@ mod tests {
 
     use super::*;
 
-    /// What comes back is what was sent, over tensors smaller and larger than a piece, on every device
-    /// there is; an error of the source is handed on.
+    /// The bytes read back are those sent, over tensors smaller and larger than a piece, on every device
+    /// there is; an error of the source is returned.
     #[test]
     #[ignore = "needs an NVIDIA GPU"]
     fn bytes_arrive_as_they_were_filled_in() {

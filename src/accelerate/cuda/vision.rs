@@ -1,7 +1,7 @@
-//! The vision tower as one graph for each layout of patches that comes again.
+//! The vision tower as one CUDA graph for each layout of patches that occurs again.
 //!
 //! Some 250 short launches cost more on the host than on the device. So the first request of a layout
-//! runs as ever while its kernels are noted; these are compiled in the background; a later request
+//! runs launch by launch while its kernels are listed; these are compiled in the background; a later request
 //! records the run, compares the graph's output with the launched one's bit for bit, and from then on
 //! the graph is replayed. A graph that differs is never used.
 
@@ -25,7 +25,7 @@ const MOST_PATCHES: usize = 4096;
 
 type Grids = Vec<[usize; 3]>;
 
-/// How far a layout has come.
+/// The state of a layout: watched, compiled, recorded.
 enum State {
     Compiling(JoinHandle<Result<(), DriverError>>),
     Ready(Box<TowerGraph>),
@@ -49,7 +49,7 @@ struct TowerGraph {
     held: Vec<Buffer>,
 }
 
-/// What the tower makes of some images; `run` is the launched form.
+/// The tower's output for some images; `run` launches it kernel by kernel.
 pub(super) fn run(
     tower: &VisionModel<Backend>,
     images: &ImageInput,
@@ -93,7 +93,7 @@ pub(super) fn run(
                     State::Ready(Box::new(graph))
                 }
                 Ok(_) => {
-                    log::warn!("the vision tower stays launched: its graph gives another result");
+                    log::warn!("the vision tower stays launched: its graph returns another result");
                     State::Refused
                 }
                 Err(error) => {
@@ -124,7 +124,7 @@ fn kept_layouts(kept: &Option<Box<dyn Any + Send>>) -> Option<&Layouts> {
     kept.downcast_ref()
 }
 
-/// Waits until what is compiled for a tower is there.
+/// Waits until a tower's kernels are compiled.
 pub(super) fn wait_for_background(tower: &VisionModel<Backend>) {
     let Some(kept) = tower.kept.lock() else {
         return;
@@ -202,7 +202,7 @@ impl TowerGraph {
             .zip(&self.outputs)
             .map(|(to, (from, bytes))| Ok((*from, address(to)?, *bytes)))
             .collect::<Result<Vec<_>, DriverError>>()?;
-        // Memory that comes out of the allocator may still be read by what was launched before.
+        // Memory from the allocator may still be read by earlier launches.
         wait(like)?;
         // SAFETY: both sides are held here, and the stream of `like` is idle.
         #[allow(unsafe_code)]
@@ -219,7 +219,7 @@ impl TowerGraph {
     }
 }
 
-/// Waits for all that was launched through cubecl.
+/// Synchronises: waits for all that was launched through cubecl.
 fn wait(like: &Buffer) -> Result<(), DriverError> {
     let done = cubecl_common::future::block_on(like.client.sync());
     driver("waiting for the device", done)

@@ -1,12 +1,12 @@
 // Low-rank terms of a decode step, not merged: y += scale * (x A^T) B^T, each row of the batch with the
-// adapter it asks for, in the manner of S-LoRA (Sheng et al. 2023) and Punica (Chen et al. 2023). x A^T is
-// a launch of its own for all products of one input (SHRINK in step.cu); the product with B belongs to
-// the end of the base's product, which holds the sum in registers.
+// adapter it selects, as in S-LoRA (Sheng et al. 2023) and Punica (Chen et al. 2023). x A^T is
+// a launch of its own for all matmuls of one input (SHRINK in step.cu); the matmul with B is in the epilogue
+// of the base matmul, which holds the sum in registers.
 
-#define ADAPTER_SHARES 3   // products of one input at most
+#define ADAPTER_SHARES 3   // most matmuls of one input
 #define ADAPTER_RANK 256   // largest rank
 
-// One adapted matrix; rank 0 where the adapter leaves it alone.
+// One adapted matrix; rank 0 where the adapter does not cover it.
 struct AdapterMatrix {
     const u16* a;            // [rank, k], rank a multiple of 8
     const u16* b;            // [rows, rank]
@@ -15,12 +15,12 @@ struct AdapterMatrix {
     float scale;
 };
 
-// Where a product's matrices stand in the table `[adapters, matrices]`.
+// The position of a matmul's matrices in the table `[adapters, matrices]`.
 struct AdapterPlace {
     u64 matrices, first;
 };
 
-// `value` is a base product's row `row` for the vector whose x A^T is `low`.
+// `value` is row `row` of the base matmul for the vector whose x A^T is `low`.
 __device__ __forceinline__ float adapted(float value, const AdapterMatrix& m, const float* low, int row) {
     float sum = 0.f;
     for (int r = 0; r < m.rank; r += 8) {

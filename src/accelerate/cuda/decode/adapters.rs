@@ -1,12 +1,12 @@
-//! Adapters kept apart: for each of them where its low-rank matrices lie, in one table on the device,
-//! so that a captured step serves whichever are loaded.
+//! Unmerged adapters: the addresses of their low-rank matrices, in one table on the device, so that a
+//! captured step serves whichever are loaded.
 
 use burn::{prelude::*, tensor::DType};
 
 use super::{
     module::DriverError,
-    plan::{ADAPTER_RANK, Addresses},
     stream::{Context, DeviceMemory, Stream},
+    weights::{ADAPTER_RANK, Addresses},
 };
 use crate::{
     accelerate::cuda::launch::{Backend, Buffer, Client, contiguous, float_bits},
@@ -25,7 +25,7 @@ const ENTRY: usize = 4;
 pub(super) struct AdapterTable {
     memory: DeviceMemory,
     matrices: usize,
-    /// What the entries of each place point to.
+    /// The buffers that each entry points to.
     places: Vec<Option<Vec<Buffer>>>,
 }
 
@@ -42,10 +42,10 @@ impl AdapterTable {
         self.memory.address
     }
 
-    /// Enters the adapter attached to `model`; gives its place.
+    /// Adds the adapter attached to `model`; returns its index.
     ///
     /// # Errors
-    /// What the step cannot do, or the driver's words.
+    /// What the step does not support, or the driver's error.
     pub(super) fn insert(
         &mut self,
         model: &Qwen3Vl<Backend>,
@@ -78,7 +78,7 @@ impl AdapterTable {
         Ok(place)
     }
 
-    /// Lets go of a place that no row uses any more.
+    /// Frees an entry that no row uses any more.
     pub(super) fn remove(&mut self, place: usize) {
         self.places[place] = None;
     }
@@ -93,14 +93,14 @@ fn entry(linear: &Linear<Backend>, addresses: &mut Addresses<'_>) -> Result<[u64
     let padded = rank.next_multiple_of(8);
     if padded > ADAPTER_RANK {
         return Err(format!(
-            "its rank is {rank}, adapters beside a running model may have {ADAPTER_RANK} at most; `merge` makes a checkpoint of its own of it"
+            "its rank is {rank}, an adapter of a running model may have {ADAPTER_RANK} at most; `merge` makes a merged checkpoint of it"
         ));
     }
     let (a, b) = padded_pair(lora, padded);
     let mut address = |buffer, dtype, shape: &[usize]| {
         let placed = match *shape {
-            [length] => addresses.dense(buffer, dtype, [length]),
-            _ => addresses.dense(buffer, dtype, [shape[0], shape[1]]),
+            [length] => addresses.contiguous(buffer, dtype, [length]),
+            _ => addresses.contiguous(buffer, dtype, [shape[0], shape[1]]),
         };
         placed.map_err(|error| error.to_string())
     };
@@ -121,7 +121,7 @@ fn entry(linear: &Linear<Backend>, addresses: &mut Addresses<'_>) -> Result<[u64
     ])
 }
 
-/// `A` `[padded, in]` and `B` `[out, padded]`, bf16, zeros behind the rank.
+/// `A` `[padded, in]` and `B` `[out, padded]`, bf16, padded with zeros after the rank.
 fn padded_pair(lora: &Lora<Backend>, padded: usize) -> (Buffer, Buffer) {
     let (a, b) = (lora.lora_a.val(), lora.lora_b.val());
     let [rank, width] = a.dims();
@@ -131,10 +131,10 @@ fn padded_pair(lora: &Lora<Backend>, padded: usize) -> (Buffer, Buffer) {
     } else {
         let options = (&a.device(), a.dtype());
         let below = Tensor::zeros([padded - rank, width], options);
-        let beside = Tensor::zeros([rows, padded - rank], options);
+        let padding = Tensor::zeros([rows, padded - rank], options);
         (
             Tensor::cat(vec![a, below], 0),
-            Tensor::cat(vec![b, beside], 1),
+            Tensor::cat(vec![b, padding], 1),
         )
     };
     (

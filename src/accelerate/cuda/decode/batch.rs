@@ -1,13 +1,14 @@
-//! One batch behind a prefilled cache: the step feeds itself, and the next one is queued before the
-//! host has read the last.
+//! One batch after a prefilled cache: the step feeds its tokens into the next one, which is queued before
+//! the host has read the last.
 
 use burn::tensor::DType;
 
 use super::{
     Control, LARGEST_BATCH, covers, mask_of,
     module::{DriverError, driver},
-    plan::{Around, Ending, Field, LayerCache, Scratch, Weights, like, mask_words, step},
+    plan::{Ending, Field, LayerCache, StepIo, mask_words, step},
     stream::{Context, DeviceMemory, DeviceWords, Event, Repeated, Stream},
+    weights::{Addresses, Scratch, Weights, like},
 };
 use crate::{
     accelerate::cuda::{
@@ -32,7 +33,7 @@ const RING: usize = 8;
 /// Steps queued at once: the one waited for and the next.
 const AHEAD: usize = 2;
 
-/// A captured step and all it reads and writes; dropped in this order, the stream waited for first.
+/// A captured step and all it reads and writes; dropped in this order, after the stream is synchronised.
 struct Engine {
     step: Repeated,
     events: Vec<Event>,
@@ -114,16 +115,16 @@ impl Engine {
         let steps = start.draws.iter().map(Vec::len).max().unwrap_or(0) + RING;
         let uniforms = words(steps * rows)?;
         let mut draws = vec![0f32; steps * rows];
-        let mut told = Control::idle();
+        let mut initial = Control::idle();
         for row in 0..rows {
             let padding = cache.segments[row].iter().take_while(|one| **one < 0);
-            told.set(Field::Token, row, start.tokens[row]);
-            told.set(Field::Position, row, start.positions[row] as u32);
-            // The new token counts as held; padding lies in front.
-            told.set(Field::End, row, cache.len() as u32 + 1);
-            told.set(Field::First, row, padding.count() as u32);
-            told.set(Field::Table, row, row as u32);
-            told.set_choice(row, &TokenChoice::new(&start.sampling, 0.0));
+            initial.set(Field::Token, row, start.tokens[row]);
+            initial.set(Field::Position, row, start.positions[row] as u32);
+            // The new token counts as held; padding is on the left.
+            initial.set(Field::End, row, cache.len() as u32 + 1);
+            initial.set(Field::First, row, padding.count() as u32);
+            initial.set(Field::Table, row, row as u32);
+            initial.set_choice(row, &TokenChoice::new(&start.sampling, 0.0));
             for (at, draw) in start.draws.get(row).into_iter().flatten().enumerate() {
                 draws[at * rows + row] = *draw;
             }
@@ -131,7 +132,7 @@ impl Engine {
         // SAFETY: the buffers were made with these lengths.
         #[allow(unsafe_code)]
         unsafe {
-            stream.send(control.address, &told.0)?;
+            stream.send(control.address, &initial.0)?;
             stream.send(uniforms.address, &draws)?;
             for row in 0..if penalised { rows } else { 0 } {
                 let mask = mask_of(&start.seen[row], vocab);
@@ -139,20 +140,20 @@ impl Engine {
             }
         }
         stream.wait()?;
-        // What cubecl has queued is over before the stream reads its buffers.
+        // Synchronise cubecl's queue before the stream reads its buffers.
         let synced = cubecl_common::future::block_on(like.client.sync());
         driver("waiting for the prefill", synced)?;
-        let around = Around {
+        let io = StepIo {
             control: control.address,
             seen: seen.address,
             results: ring.address(),
-            ending: Ending::Fed {
+            ending: Ending::Feedback {
                 uniforms: uniforms.address,
                 slots: RING,
             },
-            ..Around::of_batch(rows, &layers)
+            ..StepIo::of_batch(rows, &layers)
         };
-        let step = Repeated::new(&stream, step(&weights, &scratch, around)?);
+        let step = Repeated::new(&stream, step(&weights, &scratch, io)?);
         Ok(Self {
             step,
             events,
@@ -183,7 +184,7 @@ impl Engine {
     /// Waits for the oldest step not read yet and reads its tokens.
     fn read(&mut self) -> Result<Vec<Option<u32>>, DriverError> {
         self.events[self.read % RING].wait()?;
-        // The steps queued behind this one write other entries.
+        // The steps queued after this one write other entries.
         let from = self.read % RING * self.rows;
         self.read += 1;
         let tokens = self.ring.read(from..from + self.rows);
@@ -216,7 +217,7 @@ fn layers_of(
     rows: usize,
     like: &Buffer,
 ) -> Result<(Vec<LayerCache>, Vec<Buffer>), DriverError> {
-    let mut addresses = super::plan::Addresses::new(&like.client);
+    let mut addresses = Addresses::new(&like.client);
     let mut layers = Vec::with_capacity(cache.layers.len());
     for (keys, values) in cache.layers.iter().filter_map(|layer| layer.buffers()) {
         let (keys, values) = (strided(keys.clone()), strided(values.clone()));
@@ -224,7 +225,7 @@ fn layers_of(
         let capacity = keys.meta.shape()[2];
         let shape = [rows, text.num_key_value_heads, capacity, text.head_dim];
         for buffer in [&keys, &values] {
-            let _ = Operand::dense_rows(buffer, DType::BF16, shape);
+            let _ = Operand::contiguous_rows(buffer, DType::BF16, shape);
         }
         layers.push(LayerCache {
             key_strides: strides(&keys),

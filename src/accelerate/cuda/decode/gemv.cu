@@ -1,14 +1,14 @@
-// Matrix times one vector at the speed of the memory: y[N] = x[K] W[N, K]^T, bf16 in, f32 sums.
+// Matrix-vector multiplication (GEMV), limited by memory bandwidth: y[N] = x[K] W[N, K]^T, bf16 in, f32 sums.
 //
-// A block owns 4 rows of W; its 8 warps take turns at 256 columns, a lane reads 16 bytes of each row
-// at a time, past L1 and with nothing else in between. With a norm before the product the vector is
-// read as it is: x g goes into the dot product, 1 / rms(x) is a factor on the result, so the norm
-// costs one more sum and no pass of its own.
+// A block owns 4 rows of W; its 8 warps take 256 columns each in rotation, a lane reads 16 bytes of each row
+// at a time, past L1 and with nothing else in between. With a norm before the matmul the vector is
+// read unnormalised: x g goes into the dot product, 1 / rms(x) is a factor on the result, so the norm
+// costs one more sum and no separate pass.
 //
 // Configuration: WEIGHTS 1 to 3 (matrices of one input, rows counted on), NORM (x is normalised with
 // weight g), GATE (two matrices: y = silu(first) * second), RESIDUAL (added), OUT_F32.
 // K is a multiple of 8, the rows of each matrix a multiple of 4 (of 2 with GATE). OVERLAP: overlap.cuh;
-// the first weights are read before the vector is there.
+// the first weights are read before the vector is written.
 // Limit: memory, 2 N K bytes. Registers: 2 x 4 vectors of 16 bytes in flight a lane.
 // On an H100 (Nsight Compute), of the memory's rate: head 95 %, gate and up 89 %, q, k and v 77 %, output 70 %: the smaller
 // the matrix, the more its launch weighs. 58 to 64 registers.

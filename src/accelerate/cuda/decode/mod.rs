@@ -1,12 +1,12 @@
 //! Decoding: a whole step as one captured graph.
 //!
 //! A layer is six or seven launches: norm; QKV; head norms + rotation + cache; attention; output +
-//! residual; norm; gate/up + SwiGLU; down + residual. Tokens, positions, lengths and how to choose
-//! live on the device (`control.cuh`) and the token is chosen there, so that nothing but tokens is
-//! read back and nothing is captured again as sequences grow, come and go.
+//! residual; norm; gate/up + SwiGLU; down + residual. Tokens, positions, lengths and sampling
+//! parameters are on the device (`control.cuh`) and the token is sampled there, so that only tokens are
+//! read back and the graph is never captured again as sequences start, grow and end.
 //!
-//! [`batch`] decodes one batch behind a prefilled cache and runs ahead of the host; [`serve`] decodes
-//! sequences that come and go, with keys and values in pages of one pool.
+//! [`batch`] decodes one batch after a prefilled cache and runs ahead of the host; [`serve`] decodes
+//! sequences that start and end at any time (continuous batching), with keys and values in pages of one pool.
 
 mod adapters;
 mod batch;
@@ -15,6 +15,7 @@ mod plan;
 mod serve;
 #[cfg(test)]
 mod tests;
+mod weights;
 
 use burn::tensor::DType;
 
@@ -31,18 +32,21 @@ pub(super) use serve::start as serve;
 /// Most sequences of one step.
 const LARGEST_BATCH: usize = plan::CONTROL_ROWS;
 
-/// Whether the model's text layers are plain bf16 matrices of shapes the kernels know: `alone` for
-/// one sequence multiplied as a vector, which asks less.
+/// Whether the model's text layers are plain bf16 matrices of shapes the kernels cover; `alone` for
+/// one sequence (matrix-vector kernels), which has fewer conditions.
 fn covers(model: &Qwen3Vl<Backend>, config: &Qwen3VlConfig, alone: bool) -> bool {
-    // Packed weights are asked for first: `val` would unpack them.
+    // Quantised weights are checked first: `val` would dequantise them.
     let plain = |linear: &Linear<Backend>| {
         linear.lora.is_none()
             && linear.bias.is_none()
             && linear.weight.packed().is_none()
             && linear.weight.val().dtype() == DType::BF16
     };
-    covers_sizes(&config.text_config, plan::like(model).device.index, alone)
-        && model.lm_head.as_ref().is_none_or(plain)
+    covers_sizes(
+        &config.text_config,
+        weights::like(model).device.index,
+        alone,
+    ) && model.lm_head.as_ref().is_none_or(plain)
         && model
             .model
             .language_model
@@ -54,7 +58,7 @@ fn covers(model: &Qwen3Vl<Backend>, config: &Qwen3VlConfig, alone: bool) -> bool
             .all(|layer| layer.projections().into_iter().all(plain))
 }
 
-/// Whether the kernels know matrices of these shapes.
+/// Whether the kernels cover matrices of these shapes.
 fn covers_sizes(text: &TextConfig, device: usize, alone: bool) -> bool {
     let widths = [
         text.hidden_size,
@@ -103,7 +107,7 @@ fn mask_of(tokens: &[u32], vocab: usize) -> Vec<u32> {
 struct Control(Vec<u32>);
 
 impl Control {
-    /// Rows that do nothing: one token of the first table, the likeliest next one.
+    /// Unused rows: one token of table 0, greedy sampling.
     fn idle() -> Self {
         let mut control = Self(vec![0; plan::CONTROL_WORDS]);
         for row in 0..plan::CONTROL_ROWS {

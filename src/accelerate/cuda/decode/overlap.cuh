@@ -1,8 +1,8 @@
-// Kernels of a step that begin before the one in front has ended (programmatic dependent launch, sm_90).
+// Kernels of a step that begin before the previous one has ended (programmatic dependent launch, sm_90).
 //
-// With OVERLAP 1 a kernel's blocks come in while the last of the one in front still run. Until
+// With OVERLAP 1 a kernel's blocks start while the last of the previous one still run. Until
 // `wait_for_last` they may read weights only, which nothing writes; every thread calls it before it
-// touches anything else, so that a kernel has ended only after all in front of it have.
+// touches anything else, so that a kernel ends only after all previous ones have.
 
 #ifndef OVERLAP
 #define OVERLAP 0

@@ -1,5 +1,5 @@
-// New keys and values of one layer into the pages of their sequence, and behind a prefix also all of
-// them, those before included, one behind another: what the attention of a prompt's next piece reads.
+// New keys and values of one layer into the pages of their sequence, and after a prefix also all of
+// them, the earlier ones included, into contiguous buffers: the attention of a prompt's next chunk reads these.
 // One warp a row of a head, keys and values in one launch.
 //
 // new_keys, new_values [heads, rows, HEAD_DIM] with strides for head and row; table [pages of the

@@ -1,4 +1,4 @@
-//! Keys and values of all sequences in pages of one pool, and who holds which page: `pages.cu`.
+//! Keys and values of all sequences in pages of one pool, and a reference count for each page: `pages.cu`.
 
 use std::{
     ops::Deref,
@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     accelerate::cuda::{
-        attention::with_dense_heads,
+        attention::with_contiguous_heads,
         launch::{Backend, Kernel, empty, launch, tensor},
         operand::Operand,
     },
@@ -26,7 +26,7 @@ const SOURCES: &[&str] = &[include_str!("../scalar.cuh"), include_str!("pages.cu
 /// Tokens of a page.
 pub(super) const PAGE: usize = 64;
 
-/// The pool. Page 0 belongs to nobody: rows of a step that are not in use write there.
+/// The pool. No sequence owns page 0: unused rows of a step write there.
 pub(super) struct PagePool {
     memory: DeviceMemory,
     layers: usize,
@@ -36,7 +36,7 @@ pub(super) struct PagePool {
     ledger: Arc<Mutex<Ledger>>,
 }
 
-/// Who holds which page.
+/// Reference counts of the pages.
 #[derive(Debug)]
 struct Ledger {
     free: Vec<u32>,
@@ -44,7 +44,7 @@ struct Ledger {
     holders: Vec<u32>,
 }
 
-/// The pages of a sequence, which go back to their pool with this value.
+/// The pages of a sequence, returned to their pool on drop.
 #[derive(Debug)]
 pub(super) struct HeldPages {
     pages: Vec<u32>,
@@ -63,7 +63,7 @@ impl HeldPages {
     /// Pages for the sequence until it holds `tokens` tokens.
     ///
     /// # Panics
-    /// When there are no more: the engine's budget is the pool's size.
+    /// When no page is free: the engine's budget is the pool's size.
     pub(super) fn grow(&mut self, tokens: usize) {
         let mut ledger = locked(&self.ledger);
         while self.pages.len() * PAGE < tokens {
@@ -74,7 +74,7 @@ impl HeldPages {
         }
     }
 
-    /// The first pages, held by another sequence as well.
+    /// The first pages, shared with another sequence.
     fn shared(&self, pages: usize) -> Self {
         let mut ledger = locked(&self.ledger);
         let pages = self.pages[..pages].to_vec();
@@ -101,7 +101,7 @@ impl Drop for HeldPages {
     }
 }
 
-/// A panic under the lock leaves whole pages only.
+/// A panic while the lock is held leaves a consistent ledger, so a poisoned lock is used.
 fn locked(ledger: &Mutex<Ledger>) -> MutexGuard<'_, Ledger> {
     ledger.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -138,7 +138,7 @@ impl PagePool {
         self.kv_heads * PAGE * self.head_dim * DType::BF16.size()
     }
 
-    /// Where the keys and the values of a layer begin.
+    /// Start addresses of a layer's keys and values.
     fn layer(&self, index: usize) -> [u64; 2] {
         let bytes = self.pages * self.page_bytes();
         [2 * index, 2 * index + 1].map(|part| self.memory.address + (part * bytes) as u64)
@@ -186,7 +186,7 @@ impl PagePool {
             let bytes = self.page_bytes();
             let offset = |page: u32| (page as usize * bytes) as u64;
             for base in (0..self.layers).flat_map(|layer| self.layer(layer)) {
-                // SAFETY: both pages lie in the pool and are different.
+                // SAFETY: both pages are in the pool and differ.
                 #[allow(unsafe_code)]
                 unsafe {
                     stream.copy(base + offset(*to), base + offset(*from), bytes)?;
@@ -197,8 +197,8 @@ impl PagePool {
         Ok(held)
     }
 
-    /// Puts new keys and values `[1, key_value_heads, new, head_dim]` of a layer behind the first
-    /// `past` tokens of the sequence with the pages `table`; gives those of all tokens.
+    /// Writes new keys and values `[1, key_value_heads, new, head_dim]` of a layer after the first
+    /// `past` tokens of the sequence with the pages `table`; returns those of all tokens.
     pub(super) fn append(
         &self,
         layer: usize,
@@ -208,7 +208,10 @@ impl PagePool {
     ) -> (Tensor<Backend, 4>, Tensor<Backend, 4>) {
         let [_, heads, new, head_dim] = k.dims();
         assert_eq!(k.dtype(), DType::BF16, "the pool holds bf16");
-        let (keys, values) = (with_dense_heads(k.clone()), with_dense_heads(v.clone()));
+        let (keys, values) = (
+            with_contiguous_heads(k.clone()),
+            with_contiguous_heads(v.clone()),
+        );
         let table = table.clone().into_primitive();
         let tokens = past + new;
         let defines = vec![
@@ -224,13 +227,13 @@ impl PagePool {
         parameters.extend(self.layer(layer));
         let grid = [(2 * heads * tokens).div_ceil(8), 1, 1];
         let client = keys.client.clone();
-        let fresh = |x| Operand::dense_rows(x, DType::BF16, [1, heads, new, head_dim]);
+        let fresh = |x| Operand::contiguous_rows(x, DType::BF16, [1, heads, new, head_dim]);
         let pages = table.meta.shape().num_elements();
         assert!(
             pages * PAGE >= tokens && (heads, head_dim) == (self.kv_heads, self.head_dim),
             "{tokens} tokens of {heads} heads in {pages} pages"
         );
-        let of_sequence = Operand::dense(&table, DType::I32, [pages]);
+        let of_sequence = Operand::contiguous(&table, DType::I32, [pages]);
         if past == 0 {
             let unused = Operand::unused(&keys);
             let all = [fresh(&keys), fresh(&values), of_sequence, unused, unused];
@@ -242,7 +245,7 @@ impl PagePool {
             empty(&keys, shape, DType::BF16),
             empty(&keys, shape, DType::BF16),
         );
-        let joined = |x| Operand::dense(x, DType::BF16, shape);
+        let joined = |x| Operand::contiguous(x, DType::BF16, shape);
         let all = [
             fresh(&keys),
             fresh(&values),
@@ -266,7 +269,7 @@ mod tests {
         }))
     }
 
-    /// Pages go back with the last sequence that holds them, whatever ends it.
+    /// Pages are freed with the last sequence that holds them, however it ends.
     #[test]
     fn pages_go_back_with_their_owner() {
         let ledger = ledger(8);
@@ -286,7 +289,7 @@ mod tests {
         assert_eq!(&second[..], [1, 2, 4]);
         drop(first);
         assert_eq!(free(), [3, 5, 6, 7]);
-        // A step that panics lets go of its pages as well.
+        // A step that panics frees its pages as well.
         let lost = std::panic::catch_unwind(std::panic::AssertUnwindSafe(move || {
             let _held = second;
             std::panic::resume_unwind(Box::new(()));

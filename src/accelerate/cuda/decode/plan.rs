@@ -1,24 +1,19 @@
 //! The launches of one decode step, in order, with all their pointers.
 
-use burn::{module::Param, prelude::*, tensor::DType};
+use burn::tensor::DType;
 
 use super::{
     super::{
-        launch::{
-            Backend, Buffer, Client, Defines, Kernel, contiguous, empty, float_bits, strided,
-        },
-        operand::Operand,
-        plan::card,
+        launch::{Defines, Kernel, float_bits},
         rows,
     },
-    module::{DriverError, architecture, driver, load, load_all},
+    module::{DriverError, load, load_all},
     stream::Step,
+    weights::{LAYER_MATRICES, LayerWeights, Matrix, SHARES, Scratch, Weights},
 };
 use crate::qwen3_vl::{
-    Qwen3Vl,
-    config::{Qwen3VlConfig, TextConfig},
+    config::TextConfig,
     layer::{Executor, LayerNorm, Projection, decoder_layers},
-    rope::inverse_frequencies,
 };
 
 const SCALAR: &str = include_str!("../scalar.cuh");
@@ -40,13 +35,10 @@ const ATTENTION: &[&str] = &[
     include_str!("../attention_decode.cu"),
 ];
 
-/// Blocks that look for the likeliest token of a row.
-const SHARES: usize = 64;
-
 /// Rows of the control words; `CONTROL_ROWS` of `control.cuh`.
 pub(super) const CONTROL_ROWS: usize = 64;
 
-/// What the control words tell of a row, in the order of `control.cuh`.
+/// The control words of a row, in the order of `control.cuh`.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Field {
     Token,
@@ -67,278 +59,6 @@ pub(super) enum Field {
 /// Control words of all rows.
 pub(super) const CONTROL_WORDS: usize = (Field::Step as usize + 1) * CONTROL_ROWS;
 
-/// Matmuls that may be adapted, a layer; the head comes after the last layer's.
-pub(super) const LAYER_MATRICES: usize = Projection::ALL.len();
-
-/// Products of one input at most, and the largest rank; as in `adapter.cuh`.
-const ADAPTER_SHARES: usize = 3;
-pub(super) const ADAPTER_RANK: usize = 256;
-
-/// Addresses of one matrix.
-#[derive(Debug, Clone, Copy, Default)]
-struct Matrix {
-    address: u64,
-    rows: usize,
-}
-
-#[derive(Debug)]
-struct LayerWeights {
-    input_norm: (u64, f64),
-    q_norm: (u64, f64),
-    k_norm: u64,
-    post_norm: (u64, f64),
-    /// In the order of [`Projection::ALL`].
-    matrices: [Matrix; LAYER_MATRICES],
-}
-
-impl LayerWeights {
-    /// Neighbouring matrices of [`Projection::ALL`], and the first one's place in the layer.
-    fn matrices<const N: usize>(&self, first: Projection) -> ([Matrix; N], usize) {
-        let place = first as usize;
-        (std::array::from_fn(|at| self.matrices[place + at]), place)
-    }
-}
-
-/// Where a model's weights lie on the device.
-#[derive(Debug)]
-pub(super) struct Weights {
-    text: TextConfig,
-    device: usize,
-    arch: String,
-    processors: usize,
-    begins_early: bool,
-    table: u64,
-    layers: Vec<LayerWeights>,
-    norm: (u64, f64),
-    head: Matrix,
-    frequencies: u64,
-    /// Keeps the memory behind the addresses.
-    _kept: Vec<Buffer>,
-}
-
-/// Finds the addresses of Burn's buffers and keeps them alive.
-pub(super) struct Addresses<'a> {
-    client: &'a Client,
-    kept: Vec<Buffer>,
-}
-
-impl<'a> Addresses<'a> {
-    pub(super) fn new(client: &'a Client) -> Self {
-        Self {
-            client,
-            kept: Vec::new(),
-        }
-    }
-
-    pub(super) fn of(&mut self, buffer: Buffer) -> Result<u64, DriverError> {
-        let resource = self.client.get_resource(buffer.handle.clone());
-        let address = driver("finding a buffer", resource)?.resource().ptr;
-        self.kept.push(buffer);
-        Ok(address)
-    }
-
-    pub(super) fn kept(self) -> Vec<Buffer> {
-        self.kept
-    }
-
-    /// The address of a tensor with elements of this type one behind another, in this shape.
-    ///
-    /// # Panics
-    /// If it is another tensor: kernels are told sizes, and check none.
-    pub(super) fn dense<const D: usize>(
-        &mut self,
-        buffer: Buffer,
-        dtype: DType,
-        shape: [usize; D],
-    ) -> Result<u64, DriverError> {
-        let _ = Operand::dense(&buffer, dtype, shape);
-        self.of(buffer)
-    }
-
-    fn matrix(
-        &mut self,
-        weight: Tensor<Backend, 2>,
-        [rows, columns]: [usize; 2],
-    ) -> Result<Matrix, DriverError> {
-        let address = self.dense(contiguous(weight), DType::BF16, [rows, columns])?;
-        Ok(Matrix { address, rows })
-    }
-
-    fn vector(
-        &mut self,
-        param: &Param<Tensor<Backend, 1>>,
-        length: usize,
-    ) -> Result<u64, DriverError> {
-        self.dense(contiguous(param.val()), DType::BF16, [length])
-    }
-}
-
-impl Weights {
-    pub(super) fn new(
-        model: &Qwen3Vl<Backend>,
-        config: &Qwen3VlConfig,
-        client: &Client,
-    ) -> Result<Self, DriverError> {
-        let text = &config.text_config;
-        let like = like(model);
-        let device = like.device.index;
-        let mut addresses = Addresses::new(client);
-        let a = &mut addresses;
-        let language = &model.model.language_model;
-        let (hidden, width) = (text.hidden_size, text.head_dim);
-        let layers = language
-            .layers
-            .iter()
-            .map(|layer| {
-                let attn = &layer.self_attn;
-                let (before, after) = (&layer.input_layernorm, &layer.post_attention_layernorm);
-                let mut matrices = [Matrix::default(); LAYER_MATRICES];
-                for (matrix, projection) in matrices.iter_mut().zip(Projection::ALL) {
-                    let linear = layer.projection(projection);
-                    *matrix = a.matrix(linear.weight.val(), projection.shape(text))?;
-                }
-                Ok(LayerWeights {
-                    input_norm: (a.vector(&before.weight, hidden)?, before.epsilon()),
-                    q_norm: (a.vector(&attn.q_norm.weight, width)?, attn.q_norm.epsilon()),
-                    k_norm: a.vector(&attn.k_norm.weight, width)?,
-                    post_norm: (a.vector(&after.weight, hidden)?, after.epsilon()),
-                    matrices,
-                })
-            })
-            .collect::<Result<_, DriverError>>()?;
-        let frequencies = inverse_frequencies(text.head_dim, text.rope_theta);
-        let vocab = [text.vocab_size, hidden];
-        let table = a.matrix(language.embed_tokens.weight.val(), vocab)?.address;
-        let norm = (
-            a.vector(&language.norm.weight, hidden)?,
-            language.norm.epsilon(),
-        );
-        let head = a.matrix(model.head_weight(), vocab)?;
-        let frequencies = a.of(floats(&frequencies, &like))?;
-        Ok(Self {
-            text: text.clone(),
-            device,
-            arch: architecture(device),
-            processors: card(device).processors,
-            begins_early: card(device).begins_early(),
-            table,
-            layers,
-            norm,
-            head,
-            frequencies,
-            _kept: addresses.kept(),
-        })
-    }
-
-    /// One layer without memory, whose launches have the kernels of the real ones.
-    fn nowhere(text: &TextConfig, device: usize) -> Self {
-        let layer = LayerWeights {
-            input_norm: (0, 0.0),
-            q_norm: (0, 0.0),
-            k_norm: 0,
-            post_norm: (0, 0.0),
-            matrices: Projection::ALL.map(|projection| Matrix {
-                address: 0,
-                rows: projection.shape(text)[0],
-            }),
-        };
-        Self {
-            text: text.clone(),
-            device,
-            arch: architecture(device),
-            processors: card(device).processors,
-            begins_early: card(device).begins_early(),
-            table: 0,
-            layers: vec![layer],
-            norm: (0, 0.0),
-            head: Matrix {
-                address: 0,
-                rows: text.vocab_size,
-            },
-            frequencies: 0,
-            _kept: Vec::new(),
-        }
-    }
-
-    /// Products that may be adapted.
-    pub(super) fn matrices(&self) -> usize {
-        self.layers.len() * LAYER_MATRICES + 1
-    }
-}
-
-/// Some buffer of the model's: its client, device and type.
-pub(super) fn like(model: &Qwen3Vl<Backend>) -> Buffer {
-    strided(model.model.language_model.norm.weight.val())
-}
-
-/// A buffer with these floats.
-fn floats(values: &[f32], like: &Buffer) -> Buffer {
-    contiguous(Tensor::<Backend, 1>::from_data(
-        burn::tensor::TensorData::new(values.to_vec(), [values.len()]),
-        (&like.device, DType::F32),
-    ))
-}
-
-/// What passes from kernel to kernel.
-#[derive(Debug, Default)]
-pub(super) struct Scratch {
-    x: [u64; 2],
-    normed: u64,
-    qkv: u64,
-    queries: u64,
-    attended: u64,
-    gated: u64,
-    low: u64,
-    /// `[rows, vocab]`, f32.
-    pub(super) logits: u64,
-    splits: usize,
-    partial: u64,
-    statistics: u64,
-    finished: u64,
-    best_values: u64,
-    best_indices: u64,
-    _kept: Vec<Buffer>,
-}
-
-impl Scratch {
-    /// Room for so many rows, whose caches are cut into at most `splits` parts.
-    pub(super) fn new(
-        text: &TextConfig,
-        rows: usize,
-        splits: usize,
-        like: &Buffer,
-    ) -> Result<Self, DriverError> {
-        let (heads, kv_heads) = (text.num_attention_heads, text.num_key_value_heads);
-        let head_dim = text.head_dim;
-        let mut addresses = Addresses::new(&like.client);
-        let a = &mut addresses;
-        let half =
-            |a: &mut Addresses<'_>, width: usize| a.of(empty(like, [rows * width], DType::BF16));
-        let single = |a: &mut Addresses<'_>, count: usize| a.of(empty(like, [count], DType::F32));
-        let ints = |a: &mut Addresses<'_>, count: usize| {
-            let zeros = Tensor::<Backend, 1, Int>::zeros([count], (&like.device, DType::I32));
-            a.of(zeros.into_primitive())
-        };
-        Ok(Self {
-            x: [half(a, text.hidden_size)?, half(a, text.hidden_size)?],
-            normed: half(a, text.hidden_size)?,
-            qkv: half(a, (heads + 2 * kv_heads) * head_dim)?,
-            queries: half(a, heads * head_dim)?,
-            attended: half(a, heads * head_dim)?,
-            gated: half(a, text.intermediate_size)?,
-            low: single(a, rows * ADAPTER_SHARES * ADAPTER_RANK)?,
-            logits: single(a, rows * text.vocab_size)?,
-            splits,
-            partial: single(a, rows * heads * splits * head_dim)?,
-            statistics: single(a, rows * heads * splits * 2)?,
-            finished: ints(a, rows * kv_heads)?,
-            best_values: single(a, rows * SHARES)?,
-            best_indices: ints(a, rows * SHARES)?,
-            _kept: addresses.kept(),
-        })
-    }
-}
-
 /// The keys and values of one layer.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct LayerCache {
@@ -351,7 +71,7 @@ pub(super) struct LayerCache {
     pub capacity: usize,
 }
 
-/// Tables of pages, where the cache lies in pages.
+/// Page tables, where the cache is paged.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Pages {
     /// Tokens of a page.
@@ -361,36 +81,41 @@ pub(super) struct Pages {
     pub width: usize,
 }
 
-/// What becomes of the chosen tokens.
+/// Where the sampled tokens go.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Ending {
-    /// They go to the host.
-    Told,
-    /// They are the next step's input as well; the host finds them in a ring of `slots` steps.
-    Fed { uniforms: u64, slots: usize },
+    /// To the host only.
+    Host,
+    /// Into the next step's input as well; the host reads them from a ring of `slots` steps.
+    Feedback { uniforms: u64, slots: usize },
 }
 
-/// What a step reads and writes besides weights and scratch.
+/// A step's inputs and outputs besides weights and scratch: cache, control words, results.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Around<'a> {
+pub(super) struct StepIo<'a> {
+    /// Rows of the batch, one token each.
     pub rows: usize,
+    /// Key/value cache, one entry a layer.
     pub cache: &'a [LayerCache],
+    /// Page tables of a paged cache.
     pub pages: Option<Pages>,
-    /// Control words.
+    /// Address of the control words.
     pub control: u64,
-    /// Masks of tokens seen, one a table.
+    /// Address of the masks of tokens seen (repetition penalty), one a page table.
     pub seen: u64,
-    /// Table of adapters, where rows may have one.
+    /// Address of the adapter table, where rows may have an adapter.
     pub adapters: Option<u64>,
+    /// Address of the sampled tokens.
     pub results: u64,
+    /// Whether the tokens are fed back into the next step.
     pub ending: Ending,
-    /// A single row is multiplied as a vector: faster by 6 %, and not the same bit for bit as in a
-    /// batch.
-    pub lone: bool,
+    /// Whether a single row uses the matrix-vector kernel (`gemv.cu`): 6 % faster, and not bit for bit
+    /// the same as in a batch.
+    pub gemv: bool,
 }
 
-impl<'a> Around<'a> {
-    /// What a batch behind a prefilled cache has; the addresses are still to be filled in.
+impl<'a> StepIo<'a> {
+    /// For a batch after a prefilled cache; the addresses are zero until the caller sets them.
     pub(super) fn of_batch(rows: usize, cache: &'a [LayerCache]) -> Self {
         Self {
             rows,
@@ -400,11 +125,11 @@ impl<'a> Around<'a> {
             seen: 0,
             adapters: None,
             results: 0,
-            ending: Ending::Fed {
+            ending: Ending::Feedback {
                 uniforms: 0,
                 slots: 0,
             },
-            lone: true,
+            gemv: true,
         }
     }
 
@@ -418,21 +143,21 @@ pub(super) fn mask_words(vocab: usize) -> usize {
     vocab.div_ceil(32)
 }
 
-/// What belongs to a product.
+/// Options of a matmul: what is fused before and after it.
 #[derive(Default, Clone, Copy)]
-struct Product {
+struct Matmul {
     norm: Option<(u64, f64)>,
     gate: bool,
     residual: Option<u64>,
     out_f32: bool,
-    /// Place of its first matrix among those that may be adapted.
+    /// Index of its first matrix among those that may have an adapter.
     matrix: usize,
 }
 
 /// A launch whose kernel is not loaded yet.
 struct Launch {
     kernel: Kernel,
-    /// Whether it may begin before the one in front has ended.
+    /// Whether it may begin before the previous one has ended.
     early: bool,
     grid: [usize; 3],
     pointers: Vec<u64>,
@@ -443,13 +168,13 @@ struct Launch {
 pub(super) struct Builder<'a> {
     weights: &'a Weights,
     scratch: &'a Scratch,
-    around: Around<'a>,
-    /// Whether kernels let the next one begin early: with a batch there is nothing to gain.
+    io: StepIo<'a>,
+    /// Whether kernels let the next one begin early; it gains nothing with a batch.
     overlaps: bool,
     launches: Vec<Launch>,
-    /// The layer at hand, and its place among all.
+    /// The current layer, and its index.
     layer: (&'a LayerWeights, usize),
-    /// Where the next residual sum goes.
+    /// The buffer that the next residual sum is written to.
     free: u64,
 }
 
@@ -487,8 +212,8 @@ impl Builder<'_> {
         self.launches.iter().map(|launch| &launch.kernel)
     }
 
-    /// The launches with their kernels, which are compiled side by side where they are new: together
-    /// they take seconds.
+    /// The launches with their kernels, which are compiled in parallel where they are not cached: they
+    /// take seconds.
     fn loaded(self) -> Result<Vec<Step>, DriverError> {
         let (device, arch) = (self.weights.device, &self.weights.arch);
         load_all(self.kernels(), device, arch)?;
@@ -506,41 +231,41 @@ impl Builder<'_> {
     }
 
     /// `y = x [W…]ᵀ`, `x` `[rows, k]`.
-    fn product(&mut self, x: u64, k: usize, matrices: &[Matrix], y: u64, product: Product) {
+    fn matmul(&mut self, x: u64, k: usize, matrices: &[Matrix], y: u64, matmul: Matmul) {
         let mut defines: Defines = vec![
             ("SCALAR_BF16", 1),
             ("WEIGHTS", matrices.len() as i64),
-            ("GATE", i64::from(product.gate)),
-            ("RESIDUAL", i64::from(product.residual.is_some())),
-            ("OUT_F32", i64::from(product.out_f32)),
+            ("GATE", i64::from(matmul.gate)),
+            ("RESIDUAL", i64::from(matmul.residual.is_some())),
+            ("OUT_F32", i64::from(matmul.out_f32)),
         ];
         let rows_of = |at: usize| matrices.get(at).map_or(0, |matrix| matrix.rows as u64);
-        let count: usize = if product.gate {
+        let count: usize = if matmul.gate {
             matrices[0].rows
         } else {
             matrices.iter().map(|matrix| matrix.rows).sum()
         };
         let addresses = matrices.iter().map(|matrix| matrix.address);
         let mut parameters = vec![k as u64, rows_of(0), rows_of(1), rows_of(2)];
-        let rows = self.around.rows;
-        if self.around.lone && rows == 1 {
-            defines.push(("NORM", i64::from(product.norm.is_some())));
+        let rows = self.io.rows;
+        if self.io.gemv && rows == 1 {
+            defines.push(("NORM", i64::from(matmul.norm.is_some())));
             let pointers = [x]
                 .into_iter()
-                .chain(product.norm.map(|norm| norm.0))
+                .chain(matmul.norm.map(|norm| norm.0))
                 .chain(addresses)
-                .chain(product.residual)
+                .chain(matmul.residual)
                 .chain([y])
                 .collect();
-            parameters.push(float_bits(product.norm.map_or(0.0, |norm| norm.1)));
+            parameters.push(float_bits(matmul.norm.map_or(0.0, |norm| norm.1)));
             let kernel = Kernel::new("gemv", GEMV, defines, 256);
-            let a_block = if product.gate { 2 } else { 4 };
+            let a_block = if matmul.gate { 2 } else { 4 };
             let grid = [count.div_ceil(a_block), 1, 1];
             self.push_early(kernel, grid, pointers, parameters);
             return;
         }
         let mut input = x;
-        if let Some((weight, epsilon)) = product.norm {
+        if let Some((weight, epsilon)) = matmul.norm {
             input = self.scratch.normed;
             self.push(
                 rows::kernel("rms_norm", "NORM_RMS", k, DType::BF16),
@@ -551,9 +276,9 @@ impl Builder<'_> {
         }
         let mut adapter = Vec::new();
         parameters.push(rows as u64);
-        if let Some(table) = self.around.adapters {
-            let adapter_of = self.around.field(Field::Adapter);
-            let place = [self.weights.matrices() as u64, product.matrix as u64];
+        if let Some(table) = self.io.adapters {
+            let adapter_of = self.io.field(Field::Adapter);
+            let place = [self.weights.matrices() as u64, matmul.matrix as u64];
             let mut shrink = small(k, [0; 2], [0; 3], 0.0, 0);
             shrink.extend(place);
             parameters.extend(place);
@@ -564,14 +289,14 @@ impl Builder<'_> {
         defines.push(("ADAPTERS", i64::from(!adapter.is_empty())));
         defines.push(("TILES", rows.div_ceil(8) as i64));
         // A sum's order depends on the warps: they are chosen by the matrix, never by the batch.
-        let few = !product.gate && count / 16 <= 2 * self.weights.processors;
+        let few = !matmul.gate && count / 16 <= 2 * self.weights.processors;
         let warps = if few { 8 } else { 4 };
         defines.push(("BLOCK_WARPS", warps));
         defines.push(("WHOLE", i64::from(k.is_multiple_of(128))));
         let pointers = [input]
             .into_iter()
             .chain(addresses)
-            .chain(product.residual)
+            .chain(matmul.residual)
             .chain(adapter)
             .chain([y])
             .collect();
@@ -581,35 +306,35 @@ impl Builder<'_> {
 
     fn small(
         &mut self,
-        form: &'static str,
+        variant: &'static str,
         threads: u32,
         grid: [usize; 3],
         pointers: Vec<u64>,
         parameters: Vec<u64>,
     ) {
         let defines = vec![
-            (form, 1),
+            (variant, 1),
             ("SCALAR_BF16", 1),
             ("HEAD_DIM", self.weights.text.head_dim as i64),
             ("PAGE", self.page()),
         ];
-        let kernel = Kernel::new(form, STEP, defines, threads);
+        let kernel = Kernel::new(variant, STEP, defines, threads);
         self.push_early(kernel, grid, pointers, parameters);
     }
 
     fn page(&self) -> i64 {
-        self.around.pages.map_or(0, |pages| pages.tokens as i64)
+        self.io.pages.map_or(0, |pages| pages.tokens as i64)
     }
 
-    /// Addresses that tell where a row's pages are; none without pages.
+    /// Addresses of the rows' page tables; none without pages.
     fn tables(&self) -> Vec<u64> {
-        self.around.pages.map_or(Vec::new(), |pages| {
-            vec![self.around.field(Field::Table), pages.tables]
+        self.io.pages.map_or(Vec::new(), |pages| {
+            vec![self.io.field(Field::Table), pages.tables]
         })
     }
 
     fn cache(&self) -> LayerCache {
-        self.around.cache[self.layer.1]
+        self.io.cache[self.layer.1]
     }
 
     /// Head norms, rotation, and keys and values into the cache.
@@ -617,9 +342,9 @@ impl Builder<'_> {
         let (layer, cache) = (self.layer.0, self.cache());
         let text = &self.weights.text;
         let (heads, kv_heads) = (text.num_attention_heads, text.num_key_value_heads);
-        let rows = self.around.rows;
-        let width = self.around.pages.map_or(0, |pages| pages.width);
-        let [position, end] = [Field::Position, Field::End].map(|field| self.around.field(field));
+        let rows = self.io.rows;
+        let width = self.io.pages.map_or(0, |pages| pages.width);
+        let [position, end] = [Field::Position, Field::End].map(|field| self.io.field(field));
         let (q_norm, epsilon) = layer.q_norm;
         let scratch = self.scratch;
         let pointers = [
@@ -644,9 +369,9 @@ impl Builder<'_> {
         let cache = self.cache();
         let text = &self.weights.text;
         let (heads, kv_heads) = (text.num_attention_heads, text.num_key_value_heads);
-        let (head_dim, rows) = (text.head_dim, self.around.rows);
-        let width = self.around.pages.map_or(0, |pages| pages.width);
-        let [end, first] = [Field::End, Field::First].map(|field| self.around.field(field));
+        let (head_dim, rows) = (text.head_dim, self.io.rows);
+        let width = self.io.pages.map_or(0, |pages| pages.width);
+        let [end, first] = [Field::End, Field::First].map(|field| self.io.field(field));
         let scratch = self.scratch;
         let defines = vec![
             ("HEAD_DIM", head_dim as i64),
@@ -687,10 +412,10 @@ impl Builder<'_> {
     /// The next token of each row.
     fn choose(&mut self) {
         let vocab = self.weights.text.vocab_size;
-        let (around, scratch) = (self.around, self.scratch);
-        let (fed, slots) = match around.ending {
-            Ending::Told => (None, 0),
-            Ending::Fed { uniforms, slots } => (Some(uniforms), slots),
+        let (io, scratch) = (self.io, self.scratch);
+        let (feedback, slots) = match io.ending {
+            Ending::Host => (None, 0),
+            Ending::Feedback { uniforms, slots } => (Some(uniforms), slots),
         };
         let parameters: Vec<u64> = [vocab, SHARES, mask_words(vocab), slots]
             .map(|size| size as u64)
@@ -698,28 +423,28 @@ impl Builder<'_> {
         let defines = vec![("PICK", 1), ("SCALAR_BF16", 1)];
         self.push_early(
             Kernel::new("PICK", SAMPLE, defines, 256),
-            [SHARES, around.rows, 1],
+            [SHARES, io.rows, 1],
             vec![scratch.logits, scratch.best_values, scratch.best_indices],
             parameters.clone(),
         );
         let defines = vec![
             ("CHOOSE", 1),
-            ("FEED", i64::from(fed.is_some())),
+            ("FEED", i64::from(feedback.is_some())),
             ("SCALAR_BF16", 1),
         ];
         let pointers = [
             scratch.logits,
             scratch.best_values,
             scratch.best_indices,
-            around.control,
-            around.seen,
+            io.control,
+            io.seen,
         ]
         .into_iter()
-        .chain(fed)
-        .chain([around.results])
+        .chain(feedback)
+        .chain([io.results])
         .collect();
         let kernel = Kernel::new("CHOOSE", SAMPLE, defines, 1024);
-        self.push_early(kernel, [around.rows, 1, 1], pointers, parameters);
+        self.push_early(kernel, [io.rows, 1, 1], pointers, parameters);
     }
 }
 
@@ -747,17 +472,17 @@ fn small(
 pub(super) fn step(
     weights: &Weights,
     scratch: &Scratch,
-    around: Around<'_>,
+    io: StepIo<'_>,
 ) -> Result<Vec<Step>, DriverError> {
-    launches(weights, scratch, around).loaded()
+    launches(weights, scratch, io).loaded()
 }
 
-/// The kernels of a step of so many rows over a cache that lies in one piece.
+/// The kernels of a step of so many rows over a contiguous cache.
 pub(super) fn kernels(text: &TextConfig, device: usize, rows: usize) -> Vec<Kernel> {
     let weights = Weights::nowhere(text, device);
     let cache = [LayerCache::default()];
-    let around = Around::of_batch(rows, &cache);
-    launches(&weights, &Scratch::default(), around)
+    let io = StepIo::of_batch(rows, &cache);
+    launches(&weights, &Scratch::default(), io)
         .kernels()
         .cloned()
         .collect()
@@ -766,7 +491,7 @@ pub(super) fn kernels(text: &TextConfig, device: usize, rows: usize) -> Vec<Kern
 pub(super) fn launches<'a>(
     weights: &'a Weights,
     scratch: &'a Scratch,
-    around: Around<'a>,
+    io: StepIo<'a>,
 ) -> Builder<'a> {
     let text = &weights.text;
     let hidden = text.hidden_size;
@@ -774,8 +499,8 @@ pub(super) fn launches<'a>(
     let mut build = Builder {
         weights,
         scratch,
-        around,
-        overlaps: around.lone && around.rows == 1 && weights.begins_early,
+        io,
+        overlaps: io.gemv && io.rows == 1 && weights.begins_early,
         launches: Vec::new(),
         layer: (&weights.layers[0], 0),
         free,
@@ -784,29 +509,29 @@ pub(super) fn launches<'a>(
     b.small(
         "EMBED",
         256,
-        [around.rows, 1, 1],
-        vec![weights.table, around.field(Field::Token), x],
+        [io.rows, 1, 1],
+        vec![weights.table, io.field(Field::Token), x],
         small(hidden, [0; 2], [0; 3], 0.0, 0),
     );
     let x = decoder_layers(b, 0..weights.layers.len(), x);
-    let product = Product {
+    let matmul = Matmul {
         norm: Some(weights.norm),
         out_f32: true,
         matrix: weights.layers.len() * LAYER_MATRICES,
-        ..Product::default()
+        ..Matmul::default()
     };
-    b.product(x, hidden, &[weights.head], scratch.logits, product);
+    b.matmul(x, hidden, &[weights.head], scratch.logits, matmul);
     b.choose();
     build
 }
 
-/// A stream whose norm the next matmul applies, or a kernel of its own before it.
+/// The residual stream and the norm that the next matmul applies, fused or as a kernel before it.
 pub(super) struct Normed {
     x: u64,
     norm: (u64, f64),
 }
 
-/// Addresses go from launch to launch; where several values share a buffer of the scratch, `()` does.
+/// Values are device addresses; where a value has a scratch buffer of its own, it is `()`.
 impl Executor for Builder<'_> {
     type Hidden = u64;
     type Normed = Normed;
@@ -829,7 +554,7 @@ impl Executor for Builder<'_> {
 
     fn project_heads(&mut self, h: Normed) {
         let qkv = self.layer.0.matrices::<3>(Projection::Query);
-        self.normed_product(h, qkv, self.scratch.qkv, false);
+        self.normed_matmul(h, qkv, self.scratch.qkv, false);
     }
 
     fn rotate(&mut self, (): ()) {
@@ -843,39 +568,39 @@ impl Executor for Builder<'_> {
     fn project_attended(&mut self, (): (), residual: u64) -> u64 {
         let text = &self.weights.text;
         let width = text.num_attention_heads * text.head_dim;
-        self.residual_product(self.scratch.attended, width, Projection::Output, residual)
+        self.residual_matmul(self.scratch.attended, width, Projection::Output, residual)
     }
 
     fn swiglu(&mut self, h: Normed) {
         let gate_up = self.layer.0.matrices::<2>(Projection::Gate);
-        self.normed_product(h, gate_up, self.scratch.gated, true);
+        self.normed_matmul(h, gate_up, self.scratch.swiglu, true);
     }
 
     fn project_down(&mut self, (): (), residual: u64) -> u64 {
         let width = self.weights.text.intermediate_size;
-        self.residual_product(self.scratch.gated, width, Projection::Down, residual)
+        self.residual_matmul(self.scratch.swiglu, width, Projection::Down, residual)
     }
 }
 
 impl Builder<'_> {
-    fn normed_product<const N: usize>(
+    fn normed_matmul<const N: usize>(
         &mut self,
         h: Normed,
         (matrices, place): ([Matrix; N], usize),
         y: u64,
         gate: bool,
     ) {
-        let product = Product {
+        let matmul = Matmul {
             norm: Some(h.norm),
             gate,
             matrix: self.layer.1 * LAYER_MATRICES + place,
-            ..Product::default()
+            ..Matmul::default()
         };
-        self.product(h.x, self.weights.text.hidden_size, &matrices, y, product);
+        self.matmul(h.x, self.weights.text.hidden_size, &matrices, y, matmul);
     }
 
-    /// Into the free one of the two buffers of the stream; the residual's is free afterwards.
-    fn residual_product(
+    /// Writes to the free one of the two residual-stream buffers; the residual's is free afterwards.
+    fn residual_matmul(
         &mut self,
         x: u64,
         width: usize,
@@ -883,13 +608,13 @@ impl Builder<'_> {
         residual: u64,
     ) -> u64 {
         let ([matrix], place) = self.layer.0.matrices::<1>(projection);
-        let product = Product {
+        let matmul = Matmul {
             residual: Some(residual),
             matrix: self.layer.1 * LAYER_MATRICES + place,
-            ..Product::default()
+            ..Matmul::default()
         };
         let y = std::mem::replace(&mut self.free, residual);
-        self.product(x, width, &[matrix], y, product);
+        self.matmul(x, width, &[matrix], y, matmul);
         y
     }
 }

@@ -1,9 +1,9 @@
-// Logits to a token on the device, as `Sampler` on the host does it: repetition penalty, temperature,
+// Sampling a token from logits on the device, as `Sampler` on the host does: repetition penalty, temperature,
 // top-k, top-p, min-p in transformers' order, then a draw whose uniform number comes from the host.
 //
-// What each filter keeps is a beginning of the tokens in order of falling logit (then rising id), so a
-// filter comes down to the weight that its beginning has, and the draw to the token at a weight. No
-// sort of the vocabulary: a histogram of distances to the largest logit gives all beginnings at once,
+// Each filter keeps a prefix of the tokens in order of falling logit (then rising id), so a
+// filter is the cumulative weight of its prefix, and the draw is the token at a cumulative weight. No
+// sort of the vocabulary: a histogram of distances to the largest logit gives all prefixes at once,
 // and only the bin that holds a boundary is collected and sorted. Weights are integers (28 bits, 1 the
 // likeliest), so that sums do not depend on their order and a seed gives one answer.
 //
@@ -45,7 +45,7 @@ __device__ __forceinline__ Best warp_best(Best best) {
 }
 
 #if PICK
-// NaN never wins.
+// NaN is never the largest.
 extern "C" __global__ void __launch_bounds__(256)
 ENTRY(const float* logits, float* best_values, int* best_indices, const __grid_constant__ Parameters p) {
     __shared__ Best shared[8];
@@ -98,7 +98,7 @@ __device__ __forceinline__ float4 read_four(const float* from) {
 }
 
 // Calls `take(id, logit)` for all tokens, penalised where they were seen. The vocabulary is a multiple of
-// four; two reads are under way at a time, since one processor has a whole row to itself.
+// four; two reads are in flight at a time, since one processor reads a whole row.
 template <class Take>
 __device__ __forceinline__ void each(const Row& row, Take take) {
     const auto four = [&](int at, float4 v) {
@@ -199,7 +199,7 @@ struct Choice {
     u64 through;  // weight of all tokens up to this one
 };
 
-// The token at a place in the order: the first whose running weight (or with `by_count` number) exceeds
+// The token at a position in the order: the first whose cumulative weight (with `by_count`: count) exceeds
 // `target`. The histogram is complete; it stays as it is.
 __device__ __noinline__ Choice select(const Row& row, bool by_count, u64 target, Shared& shared) {
     const auto weight = [&](int bin) { return ((u64)shared.high[bin] << 14) + shared.low[bin]; };
@@ -214,18 +214,18 @@ __device__ __noinline__ Choice select(const Row& row, bool by_count, u64 target,
         u64 sum = 0;
         for (int i = threadIdx.x; i < bin; i += THREADS) sum += weight(i);
         before_weight = block_sum(sum, shared);
-        // Past the last bin weights are nothing: all that is left may stay.
+        // Past the last bin weights are zero: all remaining tokens are kept.
         if (bin == BINS - 1) return Choice{NONE, before_weight + weight(bin)};
     }
     __syncthreads();
     if (threadIdx.x == 0) shared.collected = 0;
     __syncthreads();
-    // A part of a bin is looked for where a bin is too full. More than COLLECTED in a part of one are a
-    // model without an opinion: the first of them stands for all.
+    // A bin that is too full is divided into parts. More than COLLECTED tokens in a part of one are a
+    // model with nearly equal logits: the first of them represents all.
     const bool crowded = shared.count[bin] > COLLECTED;
     int part = -1;
     if (crowded) {
-        // 64 parts; their sums stand where keys will.
+        // 64 parts; their sums use the memory of the keys.
         u32* counts = (u32*)shared.keys;
         u64* weights = shared.keys + 64;
         if (threadIdx.x < 64) {
@@ -296,7 +296,7 @@ __device__ __noinline__ Choice select(const Row& row, bool by_count, u64 target,
     return Choice{token, through};
 }
 
-// Fills the histogram and gives the weight of all tokens.
+// Fills the histogram and returns the weight of all tokens.
 __device__ __noinline__ u64 fill(const Row& row, Shared& shared) {
     for (int i = threadIdx.x; i < BINS; i += THREADS) shared.count[i] = shared.high[i] = shared.low[i] = 0;
     __syncthreads();
@@ -319,7 +319,7 @@ __device__ __noinline__ u64 fill(const Row& row, Shared& shared) {
 }
 
 // The control words are those of control.cuh; a row's own are CONTROL_ROWS apart. The tokens go to the
-// host's memory; -1 stands for logits without a largest one (NaN).
+// host's memory; -1 means logits without a largest one (NaN).
 extern "C" __global__ void __launch_bounds__(THREADS)
 ENTRY(const float* logits, const float* best_values, const int* best_indices, u32* control, u32* seen,
 #if FEED
@@ -348,7 +348,7 @@ ENTRY(const float* logits, const float* best_values, const int* best_indices, u3
     int token = best.index;
     if (row.temperature > 0.f && token != NONE) {
         row.top = best.value;
-        // What lies 20 temperatures below the likeliest token weighs nothing.
+        // A token 20 temperatures below the likeliest has weight zero.
         row.bins_per_unit = BINS / (20.f * row.temperature);
         u64 all = fill(row, shared);
         const u32 top_k = word(CONTROL_TOP_K);
@@ -375,16 +375,16 @@ ENTRY(const float* logits, const float* best_values, const int* best_indices, u3
         token = select(row, false, (u64)((double)uniform * (double)all), shared).token;
     }
     if (threadIdx.x != 0) return;
-    const int told = token == NONE ? -1 : token;
+    const int result = token == NONE ? -1 : token;
 #if FEED
     const u32 step = word(CONTROL_STEP);
-    word(CONTROL_TOKEN) = (u32)max(told, 0);
+    word(CONTROL_TOKEN) = (u32)max(result, 0);
     word(CONTROL_POSITION) += 1;
     word(CONTROL_END) += 1;
     word(CONTROL_STEP) = step + 1;
-    results[(u64)(step % (u32)p.slots) * gridDim.x + at] = told;
+    results[(u64)(step % (u32)p.slots) * gridDim.x + at] = result;
 #else
-    results[at] = told;
+    results[at] = result;
 #endif
 }
 #endif

@@ -1,13 +1,13 @@
-//! Sequences that come and go, for the serving engine: slots over a pool of pages, one captured step a
-//! size of batch.
+//! Continuous batching for the serving engine: sequences in slots over a pool of pages, one captured step
+//! for each batch size.
 //!
-//! A step of `n` rows runs the graph of the next power of two; the rows not in use work on a page that
-//! belongs to nobody. A row's arithmetic does not depend on the size: products run on the same tiles in
-//! the same order, and attention cuts a cache by its length alone, so that a sequence alone and in
-//! company gets the same bits.
+//! A step of `n` rows runs the graph of the next power of two; unused rows write to page 0, which no
+//! sequence owns. A row's arithmetic does not depend on the size: matmuls run on the same tiles in
+//! the same order, and attention splits a cache by its length alone, so that a sequence alone and in
+//! a batch gets the same bits.
 //!
-//! Rows of several adapters share a step: low-rank terms are added to the base's products row by row,
-//! not merged, so an adapter costs its own matrices and nothing is computed apart. An adapter that is
+//! Rows of several adapters share a step: low-rank terms are added to the base's matmuls row by row,
+//! not merged, so an adapter costs its own matrices and nothing is computed in a separate step. An adapter that is
 //! served alone is merged when the model is loaded (`--adapter`) and runs as the base.
 
 use std::{
@@ -23,8 +23,9 @@ use super::{
     covers, mask_of,
     module::DriverError,
     pages::{HeldPages, PAGE, PagePool},
-    plan::{Around, Ending, Field, Pages, Scratch, Weights, like, mask_words, step},
+    plan::{Ending, Field, Pages, StepIo, mask_words, step},
     stream::{Context, DeviceMemory, DeviceWords, PinnedMemory, Repeated, Stream},
+    weights::{Scratch, Weights, like},
 };
 use crate::{
     accelerate::cuda::launch::{Backend, Client},
@@ -43,10 +44,10 @@ use crate::{
     },
 };
 
-/// Parts a sequence's cache is cut into at most; the same for every size of batch.
+/// Most parts that attention splits a sequence's cache into; the same for every batch size.
 const SPLITS: usize = 16;
 
-/// Tokens that a sequence counts for at least in the engine's budget.
+/// Least tokens that a sequence counts for in the engine's budget.
 const LEAST_COST: usize = 256;
 
 /// One sequence.
@@ -54,20 +55,20 @@ const LEAST_COST: usize = 256;
 struct Slot {
     adapter: AdapterId,
     pages: HeldPages,
-    /// All tokens held, for the repetition penalty; what a panic interrupted is not among them.
+    /// All tokens held, for the repetition penalty; without those of a step that panicked.
     tokens: Vec<u32>,
-    /// Its row among the page tables on the device, once it has been stepped.
+    /// Its row of the page tables on the device, after its first step.
     table: Option<usize>,
-    /// Pages that stand in that table.
-    told_pages: usize,
-    /// Whether its mask of tokens seen lies there too.
+    /// Pages already sent to that table.
+    sent_pages: usize,
+    /// Whether its mask of tokens seen was sent too.
     masked: bool,
 }
 
 /// Base or adapter.
 struct Served {
     model: Qwen3Vl<Backend>,
-    /// Place in the table of adapters.
+    /// Index in the adapter table.
     place: Option<usize>,
 }
 
@@ -79,8 +80,8 @@ struct PagedDecoder {
     tables: DeviceMemory,
     seen: DeviceMemory,
     control: DeviceMemory,
-    /// What goes to `control` before a step.
-    told: PinnedMemory,
+    /// Page-locked staging memory, copied to `control` before a step.
+    staging: PinnedMemory,
     results: DeviceWords,
     scratch: Scratch,
     weights: Weights,
@@ -96,7 +97,7 @@ struct PagedDecoder {
     device: Device<Backend>,
     next: u64,
     largest: usize,
-    /// Rows of the step that is under way.
+    /// Rows of the running step.
     begun: Vec<StepRow>,
 }
 
@@ -134,7 +135,7 @@ impl PagedDecoder {
         context.enter()?;
         let largest = limits.max_running.min(LARGEST_BATCH).next_power_of_two();
         let longest = limits.cache_tokens.min(text.max_position_embeddings);
-        // Table 0 is that of rows not in use and names page 0 only.
+        // Table 0 belongs to unused rows and holds page 0 only.
         let table_count = limits.cache_tokens.div_ceil(LEAST_COST) + 2;
         let table_width = longest.div_ceil(PAGE) + 1;
         let words = |count: usize| DeviceMemory::zeroed(context, count * size_of::<u32>());
@@ -151,7 +152,7 @@ impl PagedDecoder {
             tables: words(table_count * table_width)?,
             seen: words(table_count * mask_words(text.vocab_size))?,
             control: words(super::plan::CONTROL_WORDS)?,
-            told: PinnedMemory::new(context, super::plan::CONTROL_WORDS * size_of::<u32>())?,
+            staging: PinnedMemory::new(context, super::plan::CONTROL_WORDS * size_of::<u32>())?,
             results: DeviceWords::new(context, largest)?,
             scratch,
             weights,
@@ -176,7 +177,7 @@ impl PagedDecoder {
         self.next
     }
 
-    /// Waits for what cubecl has queued: the two streams know nothing of each other.
+    /// Synchronises cubecl's queue: the two streams are not ordered with each other.
     fn sync(&self) {
         let synced = cubecl_common::future::block_on(self.client.sync());
         if let Err(error) = synced {
@@ -231,13 +232,13 @@ impl PagedDecoder {
         Ok(())
     }
 
-    /// Numbers of rows there is a step for.
+    /// Batch sizes that have a captured step.
     fn sizes(&self) -> Vec<usize> {
         let powers = (0..).map(|power| 1 << power);
         powers.take_while(|size| *size <= self.largest).collect()
     }
 
-    /// A prompt of this length and one token behind it, whose result nobody wants.
+    /// Warm-up: a prompt of this length and one token after it; the result is dropped.
     fn rehearse(&mut self, length: usize) {
         let tokens = vec![0; length];
         let Ok((positions, _)) = rope_index(&tokens, &[], u32::MAX, 2) else {
@@ -261,11 +262,11 @@ impl PagedDecoder {
         self.free(slot);
     }
 
-    /// The step of this size.
+    /// The captured step of this batch size.
     fn graph(&mut self, rows: usize, adapted: bool) -> Result<&Repeated, DriverError> {
         if !self.graphs.contains_key(&(rows, adapted)) {
             let caches = self.pool.caches();
-            let around = Around {
+            let io = StepIo {
                 rows,
                 cache: &caches,
                 pages: Some(Pages {
@@ -277,17 +278,17 @@ impl PagedDecoder {
                 seen: self.seen.address,
                 adapters: adapted.then(|| self.adapters.address()),
                 results: self.results.address(),
-                ending: Ending::Told,
-                lone: false,
+                ending: Ending::Host,
+                gemv: false,
             };
-            let step = step(&self.weights, &self.scratch, around)?;
+            let step = step(&self.weights, &self.scratch, io)?;
             let repeated = Repeated::new(&self.stream, step);
             self.graphs.insert((rows, adapted), repeated);
         }
         Ok(&self.graphs[&(rows, adapted)])
     }
 
-    /// Gives a sequence room for one token more, and tells the device of its pages.
+    /// Allocates room for one more token of a sequence, and sends its new pages to the device.
     fn prepare(&mut self, id: SlotId, pick: &Pick) -> Result<usize, DriverError> {
         let slot = self.slots.get_mut(&id).expect("the slot is in use");
         slot.pages.grow(slot.tokens.len() + 1);
@@ -296,7 +297,7 @@ impl PagedDecoder {
             None => {
                 let table = self.free_tables.pop().expect("a table for every sequence");
                 slot.table = Some(table);
-                slot.told_pages = 0;
+                slot.sent_pages = 0;
                 slot.masked = false;
                 table
             }
@@ -306,12 +307,12 @@ impl PagedDecoder {
         // has its words.
         #[allow(unsafe_code)]
         unsafe {
-            let told = slot.told_pages;
-            if told < slot.pages.len() {
-                let at = (table * self.table_width + told) * size_of::<u32>();
+            let sent = slot.sent_pages;
+            if sent < slot.pages.len() {
+                let at = (table * self.table_width + sent) * size_of::<u32>();
                 self.stream
-                    .send(self.tables.address + at as u64, &slot.pages[told..])?;
-                slot.told_pages = slot.pages.len();
+                    .send(self.tables.address + at as u64, &slot.pages[sent..])?;
+                slot.sent_pages = slot.pages.len();
             }
             if penalised && !slot.masked {
                 let mask = mask_of(&slot.tokens, self.vocab);
@@ -326,7 +327,7 @@ impl PagedDecoder {
     /// Queues the step of at most [`LARGEST_BATCH`] rows.
     fn launch(&mut self, rows: &[StepRow]) -> Result<(), DriverError> {
         self.context.enter()?;
-        // The control words of a step that nobody asked about are read before they are overwritten.
+        // A previous step may still read the control words, if nobody waited for it: synchronise first.
         self.stream.wait()?;
         let mut control = Control::idle();
         let mut adapted = false;
@@ -345,19 +346,20 @@ impl PagedDecoder {
                 control.set_choice(at, choice);
             }
         }
-        // SAFETY: the stream was waited for above, and nothing has been queued on it since that reads
+        // SAFETY: the stream was synchronised above, and nothing has been queued on it since that reads
         // the control words.
         #[allow(unsafe_code)]
         unsafe {
-            let told = self.told.bytes_mut();
-            told.copy_from_slice(bytemuck::cast_slice(&control.0));
+            let staging = self.staging.bytes_mut();
+            staging.copy_from_slice(bytemuck::cast_slice(&control.0));
         }
         let size = rows.len().next_power_of_two();
         self.graph(size, adapted)?;
         // SAFETY: the control words have this length.
         #[allow(unsafe_code)]
         unsafe {
-            self.stream.send(self.control.address, self.told.bytes())?;
+            self.stream
+                .send(self.control.address, self.staging.bytes())?;
         }
         self.graphs[&(size, adapted)].run(&self.stream)
     }
@@ -392,7 +394,7 @@ impl PagedDecoder {
     }
 }
 
-/// A prompt's piece on its way into the pool.
+/// A chunk of a prompt whose keys and values go into the pool.
 struct IntoPages<'a> {
     pool: &'a PagePool,
     table: Tensor<Backend, 1, Int>,
@@ -426,7 +428,7 @@ impl DecodeBackend for PagedDecoder {
             pages: self.pool.hold(),
             tokens: Vec::new(),
             table: None,
-            told_pages: 0,
+            sent_pages: 0,
             masked: false,
         };
         self.slots.insert(id, slot);
@@ -484,7 +486,7 @@ impl DecodeBackend for PagedDecoder {
     }
 
     fn begin_step(&mut self, rows: &[StepRow]) {
-        // More rows than a step has take several, one behind the other.
+        // More rows than a step has take several steps, one after another.
         if rows.len() <= self.largest && self.launch(rows).is_ok() {
             self.begun = rows.to_vec();
         }
@@ -520,7 +522,7 @@ impl DecodeBackend for PagedDecoder {
             reason,
         };
         let mut entered = self.context.enter();
-        // The first adapter brings steps of their own; requests do not wait for them later.
+        // Steps with adapters are captured when the first adapter is loaded, so that requests do not wait.
         for size in self.sizes() {
             entered = entered.and_then(|()| self.graph(size, true).map(|_| ()));
         }

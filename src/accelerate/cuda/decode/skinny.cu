@@ -1,17 +1,17 @@
-// Matrix times a few vectors at the speed of the memory: Y[B, N] = X[B, K] W[N, K]^T, B up to 64,
+// Skinny matmul, a matrix times a few vectors, limited by memory bandwidth: Y[B, N] = X[B, K] W[N, K]^T, B up to 64,
 // bf16 in, f32 sums on the tensor cores.
 //
 // 16 rows of W are the tall side of mma m16n8k16, eight vectors the narrow one. A block owns 16 rows
-// (with GATE 16 of each matrix); its warps take turns at 32 * DEPTH columns and read fragments
+// (with GATE 16 of each matrix); its warps take 32 * DEPTH columns each in rotation and read fragments
 // straight from memory: the k order inside 32 columns is permuted alike for both operands, so that a
-// lane's 16 bytes feed two products. Warps add their sums in shared memory, in a fixed order; a warp's
+// lane's 16 bytes feed two mma. Warps add their sums in shared memory, in a fixed order; a warp's
 // columns and their order do not depend on the configuration, so a vector's result is the same bit for
 // bit whatever the size of its batch.
 //
 // Configuration: TILES (vectors / 8, rounded up), WEIGHTS 1 to 3, GATE, RESIDUAL, OUT_F32 as in
-// gemv.cu; ADAPTERS (each vector may have low-rank terms of its own: adapter.cuh); BLOCK_WARPS, 4,
-// or 8 where there are few blocks; WHOLE: K is a multiple of 32 * DEPTH, so that nothing is left to ask
-// in the loop. K is a multiple of 32, the rows of each matrix a multiple of 16.
+// gemv.cu; ADAPTERS (each vector may have its own low-rank terms: adapter.cuh); BLOCK_WARPS, 4,
+// or 8 where there are few blocks; WHOLE: K is a multiple of 32 * DEPTH, so that the loop has no bounds
+// check. K is a multiple of 32, the rows of each matrix a multiple of 16.
 //
 // Source: fragments after the PTX ISA, mma.m16n8k16.
 // On an H100 (Nsight Compute), of the memory's rate, for 8, 32 and 64 vectors: head 91, 86 and 69 %; gate and up 86, 81 and
@@ -21,7 +21,7 @@
 #define WARPS BLOCK_WARPS
 #define MATRICES (GATE ? 2 : 1)
 #define DEPTH 4
-// With more warps on a processor there are fewer registers, and so fewer loads under way.
+// With more warps on a processor there are fewer registers, and so fewer loads in flight.
 #define BLOCKS_A_PROCESSOR (WARPS == 8 ? 2 : 3)
 
 struct Parameters {

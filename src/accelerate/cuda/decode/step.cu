@@ -1,9 +1,9 @@
-// The small kernels of a decode step: what lies between the products. One row of the batch a block
-// row; lengths, positions and tokens live on the device, so a captured graph of the step can be
+// The small kernels of a decode step, between the matmuls. One row of the batch a block
+// row; lengths, positions and tokens are on the device, so a captured graph of the step can be
 // replayed as they grow.
 //
-// Configuration: one of EMBED, HEADS, SHRINK; PAGE: 0, or the cache of a row lies in pages of PAGE
-// tokens; OVERLAP: overlap.cuh.
+// Configuration: one of EMBED, HEADS, SHRINK; PAGE: 0, or the cache of a row is paged, PAGE
+// tokens a page; OVERLAP: overlap.cuh.
 // On an H100: EMBED 3.4 us, HEADS 3.7 us for one row and 3.9 for 32, SHRINK 3.7 us; 30 to 38 registers.
 
 struct Parameters {
@@ -30,7 +30,7 @@ ENTRY(const u16* table, const int* token, u16* x, const __grid_constant__ Parame
 #endif
 
 #if HEADS
-// Normalises and turns the new queries and keys, and puts keys and values into the cache as the last of
+// Normalises and rotates (RoPE) the new queries and keys, and writes keys and values into the cache as the last of
 // its `end[row]` tokens. qkv [rows, (heads + 2 kv_heads) * HEAD_DIM]; one warp a head.
 #define HALF (HEAD_DIM / 2)
 extern "C" __global__ void __launch_bounds__(128)
@@ -81,7 +81,7 @@ ENTRY(const u16* qkv, const u16* q_norm, const u16* k_norm, const float* frequen
 #endif
 
 #if SHRINK
-// low[row][share] = x[row] A^T for each product of one input: grid (4, products, rows), a warp a rank.
+// low[row][share] = x[row] A^T for each matmul of one input: grid (4, matmuls, rows), a warp a rank.
 extern "C" __global__ void __launch_bounds__(256)
 ENTRY(const u16* x, const AdapterMatrix* adapters, const int* adapter_of, float* low,
       const __grid_constant__ Parameters p) {

@@ -1,4 +1,4 @@
-//! The serving engine of CUDA beside the plain one, and tokens chosen on the device beside the host's.
+//! The CUDA serving engine against the plain one, and tokens sampled on the device against the host's.
 
 use std::{
     collections::{BTreeSet, HashSet},
@@ -17,7 +17,7 @@ use super::{
         launch::Kernel,
         tests::{Report, T, device, drawn},
     },
-    plan,
+    plan, weights,
 };
 use crate::{
     accelerate::draws,
@@ -81,7 +81,7 @@ fn ids(range: Range<u32>) -> Vec<u32> {
     range.map(|at| (at * 37 + 11) % 1000).collect()
 }
 
-/// Puts `ids` from token `from` on through a slot, `piece` at a time; gives the logits behind them.
+/// Prefills a slot with `ids` from token `from` on, `piece` at a time; returns the logits after them.
 fn prefill(
     decoder: &mut impl DecodeBackend<Features = Features>,
     slot: SlotId,
@@ -119,7 +119,7 @@ fn row(slot: SlotId, token: u32, position: usize, pick: Pick) -> StepRow {
 fn logits(stepped: Stepped) -> Vec<f32> {
     match stepped {
         Stepped::Logits(logits) => logits,
-        Stepped::Token(_) => panic!("logits were asked for"),
+        Stepped::Token(_) => panic!("logits were requested"),
     }
 }
 
@@ -128,7 +128,7 @@ fn tensor(values: &[f32], device: &Device<Cuda>) -> T<1> {
     T::from_data(data, (device, DType::F32))
 }
 
-/// Gives adapters something to say.
+/// Fills B with values, so that adapters change the result.
 struct FillB;
 
 impl LinearMapper<Cuda> for FillB {
@@ -187,7 +187,7 @@ fn sequences_that_come_and_go_are_those_of_the_plain_engine() {
             plain.load_adapter(dir).unwrap(),
         ));
     }
-    // bf16 activations, rounded at other places, through four layers; the plain form of DoRA multiplies
+    // bf16 activations, rounded at other places, through four layers; the plain DoRA multiplies
     // in f32 what the step holds in bf16.
     let (tolerance, dora) = (3e-2, 5e-2);
     let mut pairs: Vec<Pair> = Vec::new();
@@ -213,7 +213,7 @@ fn sequences_that_come_and_go_are_those_of_the_plain_engine() {
     }
     for step in 0..8 {
         match step {
-            // One goes; one begins as another does, on a page that is half full.
+            // One sequence ends; another starts from a shared prefix that ends inside a page.
             3 => {
                 let gone = pairs.remove(1);
                 ours.free(gone.ours);
@@ -226,7 +226,7 @@ fn sequences_that_come_and_go_are_those_of_the_plain_engine() {
                 let got = prefill(&mut ours, pair.0, &more, 100, 16);
                 let want = prefill(&mut plain, pair.1, &more, 100, 16);
                 let (a, b) = (tensor(&got, &device), tensor(&want, &device));
-                report.close("prefill behind a copied beginning", a, b, tolerance);
+                report.close("prefill after a copied prefix", a, b, tolerance);
                 pairs.push(Pair {
                     ours: pair.0,
                     plain: pair.1,
@@ -244,7 +244,7 @@ fn sequences_that_come_and_go_are_those_of_the_plain_engine() {
         };
         let of_ours = rows(|pair| pair.ours);
         if step % 2 == 1 {
-            // A prompt goes through while the step is under way.
+            // A prompt is prefilled while the step runs.
             ours.begin_step(&of_ours);
             let other = ours.start(AdapterId::BASE, 0);
             prefill(&mut ours, other, &ids(700..790), 0, 64);
@@ -404,16 +404,16 @@ fn kernels_compiled_ahead_are_those_of_a_step() {
     let config = RandomSize::Tiny.config(None).unwrap();
     let text = &config.text_config;
     let model = model(&config, &device);
-    let like = plan::like(&model);
-    let weights = plan::Weights::new(&model, &config, &like.client).unwrap();
+    let like = weights::like(&model);
+    let weights = weights::Weights::new(&model, &config, &like.client).unwrap();
     let cache = vec![plan::LayerCache::default(); text.num_hidden_layers];
     let entries = |kernels: &mut dyn Iterator<Item = Kernel>| -> BTreeSet<_> {
         kernels.map(|kernel| kernel.identity().id).collect()
     };
     for rows in [1, 3, 8, 30, 64] {
-        let scratch = plan::Scratch::new(text, rows, 4, &like).unwrap();
-        let around = plan::Around::of_batch(rows, &cache);
-        let step = plan::launches(&weights, &scratch, around);
+        let scratch = weights::Scratch::new(text, rows, 4, &like).unwrap();
+        let io = plan::StepIo::of_batch(rows, &cache);
+        let step = plan::launches(&weights, &scratch, io);
         let of_step = entries(&mut step.kernels().cloned());
         let ahead = entries(&mut plan::kernels(text, device.index, rows).into_iter());
         assert_eq!(ahead, of_step, "{rows} rows");

@@ -1,0 +1,294 @@
+//! What a decode step's launches point to: the model's weights on the device, and scratch buffers.
+
+use burn::{module::Param, prelude::*, tensor::DType};
+
+use super::{
+    super::{
+        launch::{Backend, Buffer, Client, contiguous, empty, strided},
+        operand::Operand,
+        plan::card,
+    },
+    module::{DriverError, architecture, driver},
+};
+use crate::qwen3_vl::{
+    Qwen3Vl,
+    config::{Qwen3VlConfig, TextConfig},
+    layer::Projection,
+    rope::inverse_frequencies,
+};
+
+/// Blocks that search a row's logits for the largest (argmax).
+pub(super) const SHARES: usize = 64;
+
+/// Matmuls of a layer that may have an adapter; the head's index follows the last layer's.
+pub(super) const LAYER_MATRICES: usize = Projection::ALL.len();
+
+/// Most matmuls of one input, and the largest rank; as in `adapter.cuh`.
+const ADAPTER_SHARES: usize = 3;
+pub(super) const ADAPTER_RANK: usize = 256;
+
+/// The address of one matrix, and its rows.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Matrix {
+    pub(super) address: u64,
+    pub(super) rows: usize,
+}
+
+/// Addresses of one layer's weights; a norm with its epsilon.
+#[derive(Debug)]
+pub(super) struct LayerWeights {
+    pub(super) input_norm: (u64, f64),
+    pub(super) q_norm: (u64, f64),
+    pub(super) k_norm: u64,
+    pub(super) post_norm: (u64, f64),
+    /// In the order of [`Projection::ALL`].
+    matrices: [Matrix; LAYER_MATRICES],
+}
+
+impl LayerWeights {
+    /// Consecutive matrices of [`Projection::ALL`], and the first one's index in the layer.
+    pub(super) fn matrices<const N: usize>(&self, first: Projection) -> ([Matrix; N], usize) {
+        let place = first as usize;
+        (std::array::from_fn(|at| self.matrices[place + at]), place)
+    }
+}
+
+/// Addresses of a model's weights on the device.
+#[derive(Debug)]
+pub(super) struct Weights {
+    pub(super) text: TextConfig,
+    pub(super) device: usize,
+    pub(super) arch: String,
+    pub(super) processors: usize,
+    pub(super) begins_early: bool,
+    pub(super) table: u64,
+    pub(super) layers: Vec<LayerWeights>,
+    pub(super) norm: (u64, f64),
+    pub(super) head: Matrix,
+    pub(super) frequencies: u64,
+    /// Keeps the memory of the addresses alive.
+    _kept: Vec<Buffer>,
+}
+
+/// Finds the addresses of Burn's buffers and keeps them alive.
+pub(super) struct Addresses<'a> {
+    client: &'a Client,
+    kept: Vec<Buffer>,
+}
+
+impl<'a> Addresses<'a> {
+    pub(super) fn new(client: &'a Client) -> Self {
+        Self {
+            client,
+            kept: Vec::new(),
+        }
+    }
+
+    pub(super) fn of(&mut self, buffer: Buffer) -> Result<u64, DriverError> {
+        let resource = self.client.get_resource(buffer.handle.clone());
+        let address = driver("finding a buffer", resource)?.resource().ptr;
+        self.kept.push(buffer);
+        Ok(address)
+    }
+
+    pub(super) fn kept(self) -> Vec<Buffer> {
+        self.kept
+    }
+
+    /// The address of a contiguous tensor of this type and shape.
+    ///
+    /// # Panics
+    /// If type, shape or layout differ: kernels get sizes, and check none.
+    pub(super) fn contiguous<const D: usize>(
+        &mut self,
+        buffer: Buffer,
+        dtype: DType,
+        shape: [usize; D],
+    ) -> Result<u64, DriverError> {
+        let _ = Operand::contiguous(&buffer, dtype, shape);
+        self.of(buffer)
+    }
+
+    fn matrix(
+        &mut self,
+        weight: Tensor<Backend, 2>,
+        [rows, columns]: [usize; 2],
+    ) -> Result<Matrix, DriverError> {
+        let address = self.contiguous(contiguous(weight), DType::BF16, [rows, columns])?;
+        Ok(Matrix { address, rows })
+    }
+
+    fn vector(
+        &mut self,
+        param: &Param<Tensor<Backend, 1>>,
+        length: usize,
+    ) -> Result<u64, DriverError> {
+        self.contiguous(contiguous(param.val()), DType::BF16, [length])
+    }
+}
+
+impl Weights {
+    pub(super) fn new(
+        model: &Qwen3Vl<Backend>,
+        config: &Qwen3VlConfig,
+        client: &Client,
+    ) -> Result<Self, DriverError> {
+        let text = &config.text_config;
+        let like = like(model);
+        let device = like.device.index;
+        let mut addresses = Addresses::new(client);
+        let a = &mut addresses;
+        let language = &model.model.language_model;
+        let (hidden, width) = (text.hidden_size, text.head_dim);
+        let layers = language
+            .layers
+            .iter()
+            .map(|layer| {
+                let attn = &layer.self_attn;
+                let (before, after) = (&layer.input_layernorm, &layer.post_attention_layernorm);
+                let mut matrices = [Matrix::default(); LAYER_MATRICES];
+                for (matrix, projection) in matrices.iter_mut().zip(Projection::ALL) {
+                    let linear = layer.projection(projection);
+                    *matrix = a.matrix(linear.weight.val(), projection.shape(text))?;
+                }
+                Ok(LayerWeights {
+                    input_norm: (a.vector(&before.weight, hidden)?, before.epsilon()),
+                    q_norm: (a.vector(&attn.q_norm.weight, width)?, attn.q_norm.epsilon()),
+                    k_norm: a.vector(&attn.k_norm.weight, width)?,
+                    post_norm: (a.vector(&after.weight, hidden)?, after.epsilon()),
+                    matrices,
+                })
+            })
+            .collect::<Result<_, DriverError>>()?;
+        let frequencies = inverse_frequencies(text.head_dim, text.rope_theta);
+        let vocab = [text.vocab_size, hidden];
+        let table = a.matrix(language.embed_tokens.weight.val(), vocab)?.address;
+        let norm = (
+            a.vector(&language.norm.weight, hidden)?,
+            language.norm.epsilon(),
+        );
+        let head = a.matrix(model.head_weight(), vocab)?;
+        let frequencies = a.of(floats(&frequencies, &like))?;
+        Ok(Self {
+            text: text.clone(),
+            device,
+            arch: architecture(device),
+            processors: card(device).processors,
+            begins_early: card(device).begins_early(),
+            table,
+            layers,
+            norm,
+            head,
+            frequencies,
+            _kept: addresses.kept(),
+        })
+    }
+
+    /// One layer with null addresses, whose launches use the same kernels as a loaded model's.
+    pub(super) fn nowhere(text: &TextConfig, device: usize) -> Self {
+        let layer = LayerWeights {
+            input_norm: (0, 0.0),
+            q_norm: (0, 0.0),
+            k_norm: 0,
+            post_norm: (0, 0.0),
+            matrices: Projection::ALL.map(|projection| Matrix {
+                address: 0,
+                rows: projection.shape(text)[0],
+            }),
+        };
+        Self {
+            text: text.clone(),
+            device,
+            arch: architecture(device),
+            processors: card(device).processors,
+            begins_early: card(device).begins_early(),
+            table: 0,
+            layers: vec![layer],
+            norm: (0, 0.0),
+            head: Matrix {
+                address: 0,
+                rows: text.vocab_size,
+            },
+            frequencies: 0,
+            _kept: Vec::new(),
+        }
+    }
+
+    /// Number of matmuls that may have an adapter.
+    pub(super) fn matrices(&self) -> usize {
+        self.layers.len() * LAYER_MATRICES + 1
+    }
+}
+
+/// A buffer of the model, for its client, device and type.
+pub(super) fn like(model: &Qwen3Vl<Backend>) -> Buffer {
+    strided(model.model.language_model.norm.weight.val())
+}
+
+/// A buffer with these floats.
+fn floats(values: &[f32], like: &Buffer) -> Buffer {
+    contiguous(Tensor::<Backend, 1>::from_data(
+        burn::tensor::TensorData::new(values.to_vec(), [values.len()]),
+        (&like.device, DType::F32),
+    ))
+}
+
+/// Intermediate values between the kernels of a step.
+#[derive(Debug, Default)]
+pub(super) struct Scratch {
+    pub(super) x: [u64; 2],
+    pub(super) normed: u64,
+    pub(super) qkv: u64,
+    pub(super) queries: u64,
+    pub(super) attended: u64,
+    pub(super) swiglu: u64,
+    pub(super) low: u64,
+    /// `[rows, vocab]`, f32.
+    pub(super) logits: u64,
+    pub(super) splits: usize,
+    pub(super) partial: u64,
+    pub(super) statistics: u64,
+    pub(super) finished: u64,
+    pub(super) best_values: u64,
+    pub(super) best_indices: u64,
+    _kept: Vec<Buffer>,
+}
+
+impl Scratch {
+    /// Scratch for so many rows, whose caches attention splits into at most `splits` parts.
+    pub(super) fn new(
+        text: &TextConfig,
+        rows: usize,
+        splits: usize,
+        like: &Buffer,
+    ) -> Result<Self, DriverError> {
+        let (heads, kv_heads) = (text.num_attention_heads, text.num_key_value_heads);
+        let head_dim = text.head_dim;
+        let mut addresses = Addresses::new(&like.client);
+        let a = &mut addresses;
+        let half =
+            |a: &mut Addresses<'_>, width: usize| a.of(empty(like, [rows * width], DType::BF16));
+        let single = |a: &mut Addresses<'_>, count: usize| a.of(empty(like, [count], DType::F32));
+        let ints = |a: &mut Addresses<'_>, count: usize| {
+            let zeros = Tensor::<Backend, 1, Int>::zeros([count], (&like.device, DType::I32));
+            a.of(zeros.into_primitive())
+        };
+        Ok(Self {
+            x: [half(a, text.hidden_size)?, half(a, text.hidden_size)?],
+            normed: half(a, text.hidden_size)?,
+            qkv: half(a, (heads + 2 * kv_heads) * head_dim)?,
+            queries: half(a, heads * head_dim)?,
+            attended: half(a, heads * head_dim)?,
+            swiglu: half(a, text.intermediate_size)?,
+            low: single(a, rows * ADAPTER_SHARES * ADAPTER_RANK)?,
+            logits: single(a, rows * text.vocab_size)?,
+            splits,
+            partial: single(a, rows * heads * splits * head_dim)?,
+            statistics: single(a, rows * heads * splits * 2)?,
+            finished: ints(a, rows * kv_heads)?,
+            best_values: single(a, rows * SHARES)?,
+            best_indices: ints(a, rows * SHARES)?,
+            _kept: addresses.kept(),
+        })
+    }
+}
