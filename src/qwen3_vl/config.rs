@@ -63,9 +63,9 @@ pub struct Qwen3VlConfig {
     pub text_config: TextConfig,
     /// The vision tower.
     pub vision_config: VisionConfig,
-    /// Token that stands for one merged image patch.
+    /// Placeholder token for one merged image patch.
     pub image_token_id: u32,
-    /// Token that stands for one merged video patch.
+    /// Placeholder token for one merged video patch.
     pub video_token_id: u32,
     /// Token before an image.
     pub vision_start_token_id: u32,
@@ -82,7 +82,7 @@ pub struct TextConfig {
     pub vocab_size: usize,
     /// Width of the residual stream.
     pub hidden_size: usize,
-    /// Width between the projections of the gated feed-forward block.
+    /// Width between the projections of the feed-forward block (SwiGLU).
     pub intermediate_size: usize,
     /// Number of decoder layers.
     pub num_hidden_layers: usize,

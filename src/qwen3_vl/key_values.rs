@@ -1,4 +1,4 @@
-//! Keys and values of tokens that came before, for attention.
+//! The KV cache: keys and values of earlier tokens, for attention.
 
 use burn::prelude::*;
 
@@ -10,7 +10,7 @@ use crate::ops::{
 /// Tokens by which the buffers grow.
 const GROWTH: usize = 256;
 
-/// Where attention puts new keys and values, and finds those before them.
+/// A KV cache: attention appends new keys and values and reads those before them.
 pub trait KeyValues<B: Backend> {
     /// Appends those of a group of sequences (an index into the context's groups) in a layer, and
     /// returns all so far.

@@ -107,7 +107,7 @@ pub enum WeightsError {
         /// Type in the file.
         found: String,
     },
-    /// A tensor of a packed matrix of another type.
+    /// A tensor of a quantised matrix of another type.
     #[error("`{}`: tensor `{name}` is stored as {found}, expected {expected}; was the file written by `quantize`?", .path.display())]
     PackedDtype {
         /// The file.
@@ -119,7 +119,7 @@ pub enum WeightsError {
         /// Type that belongs there.
         expected: String,
     },
-    /// The weights are packed in another way than was asked for, or than is read here.
+    /// The weights are quantised in another format than the chosen one, or than is supported.
     #[error("`{}`: {reason}", .path.display())]
     Quantization {
         /// The file or folder.
@@ -241,7 +241,7 @@ impl TensorFile {
         Ok(this)
     }
 
-    /// Where the file lies.
+    /// Path of the file.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -432,7 +432,7 @@ pub fn checkpoint_files(dir: &Path) -> Result<Vec<PathBuf>, WeightsError> {
 }
 
 /// Whether the checkpoint in `dir` holds a `lm_head.weight` that differs from the embedding in any element.
-/// A folder without weights, or with packed ones, holds none.
+/// A folder without weights, or with quantised ones, holds none.
 ///
 /// # Errors
 /// [`WeightsError`] names the file and the tensor.

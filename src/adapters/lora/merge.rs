@@ -17,7 +17,7 @@ use crate::{
     weights::lora::Lora,
 };
 
-/// Takes every adapter off its layer and keeps it by the path of the weight it belongs to.
+/// Detaches every adapter from its layer and keeps it by the path of the weight it belongs to.
 struct DetachLora<B: Backend> {
     adapters: HashMap<String, Lora<B>>,
 }
@@ -74,7 +74,7 @@ fn merged<B: Ops>(weight: Tensor<B, 2>, lora: &Lora<B>) -> Tensor<B, 2> {
 /// Merges all attached adapters into the weights; the result has none.
 ///
 /// # Panics
-/// If the weights are packed: they would have to be packed anew.
+/// If the weights are quantised: they would have to be quantised again.
 ///
 /// Source: `merge_and_unload`, PEFT.
 pub fn merge<B: Ops>(model: Qwen3Vl<B>) -> Qwen3Vl<B> {

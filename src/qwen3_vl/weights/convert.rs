@@ -141,7 +141,7 @@ fn write(values: impl Iterator<Item = f32>, to: DType, out: &mut [u8]) -> Result
 mod tests {
     use super::*;
 
-    /// The first bad element is found wherever it lies; large and tiny numbers are none.
+    /// The first bad element is found wherever it is; large and tiny numbers are none.
     #[test]
     fn what_is_not_finite_is_found() {
         let count = 3 * BLOCK + 17;
@@ -165,7 +165,7 @@ mod tests {
                     assert_eq!(check(&bytes(&values, dtype), dtype), Ok(()));
                     let mut with = values.clone();
                     with[at] = bad;
-                    // A second one behind it is not what is named.
+                    // A second one after it is not the one named.
                     with[count - 1] = bad;
                     assert_eq!(
                         check(&bytes(&with, dtype), dtype),
