@@ -1,28 +1,28 @@
-//! What the operating system tells about memory.
+//! Memory facts from the operating system.
 
 use std::fs;
 
-/// Host memory that can still be had, in bytes; `None` where the system does not tell.
+/// Free host memory, in bytes; `None` where the system does not report it.
 pub fn available_memory() -> Option<u64> {
     kibibytes("/proc/meminfo", "MemAvailable:")
 }
 
-/// Memory of the host, in bytes; `None` where the system does not tell.
+/// Memory of the host, in bytes; `None` where the system does not report it.
 pub fn total_memory() -> Option<u64> {
     kibibytes("/proc/meminfo", "MemTotal:")
 }
 
-/// Most host memory this process ever held, in bytes; `None` where the system does not tell.
+/// Most host memory this process ever held, in bytes; `None` where the system does not report it.
 pub fn peak_memory() -> Option<u64> {
     kibibytes("/proc/self/status", "VmHWM:")
 }
 
-/// Host memory this process holds now, in bytes; `None` where the system does not tell.
+/// Host memory this process holds now, in bytes; `None` where the system does not report it.
 pub fn resident_memory() -> Option<u64> {
     kibibytes("/proc/self/status", "VmRSS:")
 }
 
-/// Files and connections this process may have open at once; `None` where the system does not tell.
+/// Files and connections this process may have open at once; `None` where the system does not report it.
 pub fn open_files_limit() -> Option<u64> {
     let text = fs::read_to_string("/proc/self/limits").ok()?;
     let line = text

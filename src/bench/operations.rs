@@ -1,7 +1,7 @@
-//! How often each operation runs on the device and how long it takes: the table behind `--table`.
+//! How often each operation runs on the device and how long it takes: the table of `--table`.
 //!
-//! CubeCL's profiler times every kernel, those of this program included, when two variables of the
-//! environment ask for it before the process starts; it waits for each kernel, so such a run is no
+//! CubeCL's profiler times every kernel, those of this program included, when two environment
+//! variables enable it before the process starts; it waits for each kernel, so such a run is no
 //! measure of speed and is made in a process of its own. It writes a line a kernel into a file:
 //! `| 12.3µs     | name`. Work replayed as a CUDA graph is not seen.
 
@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 /// Names the profiler's file.
 const FILE_VARIABLE: &str = "CUBECL_DEBUG_LOG";
-/// Turns the profiler on.
+/// Enables the profiler.
 const LEVEL_VARIABLE: &str = "CUBECL_DEBUG_OPTION";
 
 /// One operation in one call.
@@ -77,7 +77,7 @@ impl OperationLog {
         }
     }
 
-    /// Length of the file once its writer, a thread behind the device, has caught up.
+    /// Length of the file once its writer, a thread that runs after the device, has caught up.
     fn settled_length(&self) -> u64 {
         const QUIET: Duration = Duration::from_millis(500);
         let length = || fs::metadata(&self.path).map_or(0, |file| file.len());
@@ -93,7 +93,7 @@ impl OperationLog {
     }
 }
 
-/// Adds up the profiler's lines; all others (kernel sources, sums) are passed over.
+/// Adds up the profiler's lines; all others (kernel sources, sums) are skipped.
 fn parse(log: &str) -> Vec<Operation> {
     let mut all: HashMap<&str, Operation> = HashMap::new();
     for line in log.lines() {

@@ -195,8 +195,8 @@ pub trait ForwardOps: Backend + Sized {
         plain::attention(q, k, v, spans)
     }
 
-    /// `a b` in f32, of matrices in one type, `[b, h, m, k]` and `[b, h, k, n]`: scores of f16 heads would be rounded to a thousandth of
-    /// their size, or leave the type's range.
+    /// `a b` in f32, of matrices in one type, `[b, h, m, k]` and `[b, h, k, n]`: scores of f16 heads would
+    /// be rounded to a thousandth of their size, or leave the type's range.
     fn matmul_f32(a: Tensor<Self, 4>, b: Tensor<Self, 4>) -> Tensor<Self, 4> {
         if a.dtype() == DType::F16 {
             Self::matmul(to_f32(a), to_f32(b))

@@ -1,4 +1,7 @@
 //! The operations in plain Burn: what every backend has, and what faster ways are compared with.
+//!
+//! Shapes are those of the trait methods of the same names ([`ForwardOps`],
+//! [`TrainingOps`](crate::ops::TrainingOps)).
 
 use burn::{
     prelude::*,
@@ -365,6 +368,10 @@ pub(crate) fn logits<B: ForwardOps>(hidden: Tensor<B, 2>, weight: Tensor<B, 2>) 
 }
 
 /// Negative log likelihoods and right predictions of the targets, summed.
+///
+/// # Shapes
+/// - `logits`: `[targets, vocab]`, `ids`: `[targets]`
+/// - returns: `[1]` each
 pub fn target_sums<B: Backend>(
     logits: &Tensor<B, 2>,
     ids: Tensor<B, 1, Int>,

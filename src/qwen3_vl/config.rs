@@ -119,7 +119,7 @@ pub struct VisionConfig {
     pub num_heads: usize,
     /// Rows of the learned position table, a square number.
     pub num_position_embeddings: usize,
-    /// Width of what is handed to the language model.
+    /// Width of the output for the language model.
     pub out_hidden_size: usize,
     /// Colour channels.
     #[serde(default = "three")]

@@ -69,7 +69,7 @@ impl<B: Ops> LayerKeyValues<B> {
         }
     }
 
-    /// Nothing yet, of a sequence whose clones go on by themselves.
+    /// Nothing yet, of a sequence whose clones are continued separately.
     pub fn forking(format: CacheFormat) -> Self {
         Self {
             forks: true,
@@ -154,7 +154,7 @@ impl<B: Ops> LayerKeyValues<B> {
 pub struct KeyValueCache<B: Backend> {
     /// Those of each layer.
     pub layers: Vec<LayerKeyValues<B>>,
-    /// `segments[row][token]`: 0 for a token, negative for padding; tokens of a pass that is under way
+    /// `segments[row][token]`: 0 for a token, negative for padding; those of the current pass
     /// are among them.
     pub segments: Vec<Vec<i32>>,
 }

@@ -80,7 +80,8 @@ impl<B: Ops> ImageFeatures<B> {
         self.vision.deepstack.len()
     }
 
-    /// Gradient of the image features, gathered from that of the stream they were scattered into: `[n, hidden]` → `[m, hidden]`.
+    /// Gradient of the image features, gathered from that of the stream they were scattered into:
+    /// `[n, hidden]` → `[m, hidden]`.
     pub fn gather(&self, gradient: Tensor<B, 2>) -> Tensor<B, 2> {
         gradient.select(0, self.image_tokens.clone())
     }
@@ -236,7 +237,8 @@ impl<B: Ops> Qwen3Vl<B> {
     }
 
     /// Fills a cache with the prompts of a batch, padded on the left, at most `columns` tokens of every row
-    /// at once: activations between the layers are no larger than that. Returns the last hidden state of each row,
+    /// at once: activations between the layers are no larger than that. Returns the last hidden state of
+    /// each row,
     /// `[batch, hidden]`.
     ///
     /// # Panics

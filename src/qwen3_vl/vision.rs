@@ -261,7 +261,7 @@ pub fn pixel_tensor<B: Ops>(
     to_dtype(Tensor::from_data(values, (device, DType::F32)), dtype)
 }
 
-/// What the tower hands to the language model.
+/// Output of the tower: features for the language model.
 #[derive(Debug, Clone)]
 pub struct VisionOutput<B: Backend> {
     /// Goes into the text embeddings, `[m, out_hidden]`.

@@ -1,4 +1,4 @@
-//! Checkpoint files to modules and back, tensor by tensor.
+//! Reads checkpoint files (safetensors) into modules and writes them, tensor by tensor.
 //!
 //! A parameter's path in the module tree is its key in the file, so there is no key map. What is read
 //! goes to the device piece by piece, what is written comes from it tensor by tensor: host memory stays
@@ -198,7 +198,7 @@ pub struct TensorFile {
     entries: BTreeMap<String, Entry>,
 }
 
-/// Bytes a core reads and looks at in one go: what its cache holds.
+/// Bytes a core reads and checks at once: what its cache holds.
 const SHARE_BYTES: usize = 1 << 20;
 
 impl TensorFile {
@@ -515,7 +515,7 @@ impl<B: Backend> ModuleVisitor<B> for ShapeVisitor {
     }
 }
 
-/// Paths and shapes of a module's parameters, without drawing any.
+/// Paths and shapes of a module's parameters, without initialising any.
 pub fn parameter_shapes<B: Ops, M: Module<B>>(module: &M) -> BTreeMap<String, Vec<usize>> {
     let mut visitor = ShapeVisitor {
         path: Vec::new(),

@@ -1,4 +1,4 @@
-//! The vision tower at work: layouts that come again, images on the device before they are asked for.
+//! Runs the vision tower: cached layouts, and images uploaded ahead of their use.
 //!
 //! One batch a thread is sent ahead: it belongs to the thread that sent it and is taken once.
 

@@ -13,7 +13,7 @@ pub struct RunData {
     pub train: Dataset,
     /// Rows to validate on, if any.
     pub validation: Option<Dataset>,
-    /// What was held out and what has to be looked at, in lines.
+    /// What was held out and what a person should check, in lines.
     pub notes: Vec<String>,
 }
 

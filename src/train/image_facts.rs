@@ -1,4 +1,4 @@
-//! What a run's pictures look like from outside: enough to notice that one was exchanged.
+//! Lengths and hashes of a run's images: enough to notice that one was exchanged.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -23,7 +23,7 @@ pub const TRAINING: &str = "images.json";
 pub const VALIDATION: &str = "images-val.json";
 
 /// Bytes of a picture that are read; its length counts besides. Headers of the usual formats and the
-/// first rows lie in them.
+/// first rows are in them.
 const HEAD_BYTES: u64 = 4096;
 
 /// Length and hash of the first bytes of every picture of a data set, by its path in the data set.

@@ -212,11 +212,11 @@ impl<B: TrainAccelerator> LoopState<B> {
             .map(|(name, value)| (name.as_str(), *value))
             .collect();
         self.events.scalars(step, &scalars)?;
-        let told: Vec<String> = values
+        let texts: Vec<String> = values
             .iter()
             .map(|(name, value)| format!("{name} {value:.4}"))
             .collect();
-        (self.tell)(&format!("validation at step {step}: {}", told.join("  ")));
+        (self.tell)(&format!("validation at step {step}: {}", texts.join("  ")));
         self.draw()?;
         if step == 0 {
             return Ok(false);

@@ -46,7 +46,7 @@ pub enum BaseError {
     #[error(transparent)]
     File(#[from] FileError),
     /// The fingerprint's file holds something else.
-    #[error("`{}` is damaged: {cause}; with --any-base it is passed over", .path.display())]
+    #[error("`{}` is damaged: {cause}; with --any-base it is ignored", .path.display())]
     Damaged {
         /// The file.
         path: PathBuf,

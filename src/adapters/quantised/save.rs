@@ -25,7 +25,7 @@ use crate::{
     qwen3_vl::weights::{LazyTensor, TensorFile, WeightsError, checkpoint_files, save_tensors},
 };
 
-/// Makes one tensor of what is under way.
+/// Makes one tensor from the shared state.
 type Maker = Box<dyn Fn(&Making) -> Result<TensorData, WeightsError>>;
 
 /// What the tensors of a checkpoint share while they are made, one after the other.
@@ -220,8 +220,8 @@ pub fn write_quantised(
     Ok(())
 }
 
-/// The original's `config.json` with its entry about quantisation, and tied no more where the head is one of its
-/// own in spite of the config.
+/// The original's `config.json` with its entry about quantisation, and tied no more where the head is one
+/// of its own in spite of the config.
 fn write_config(
     from: &Path,
     to: &Path,

@@ -1,7 +1,7 @@
-//! A checkpoint to one device or several.
+//! Loads a checkpoint to one device or several.
 //!
-//! Bytes go from the file to where the device takes them (see [`upload`](crate::ops::DeviceOps::upload)) without a stop:
-//! read, looked at and converted in one pass, on all cores, while the piece before is on its way.
+//! Bytes go from the file to where the device takes them (see [`upload`](crate::ops::DeviceOps::upload))
+//! without a stop: read, checked and converted in one pass, on all cores, while the piece before is copied.
 
 use std::{
     collections::{BTreeMap, HashMap},

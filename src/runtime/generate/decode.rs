@@ -29,7 +29,7 @@ pub struct GenerationConfig {
     pub stop_on_repetition: bool,
     /// How tokens are chosen.
     pub sampling: SamplingConfig,
-    /// How keys and values are kept.
+    /// How keys and values are stored.
     pub kv_cache: CacheFormat,
 }
 
@@ -193,7 +193,7 @@ pub fn generate<B: Accelerator>(
         })
         .collect();
     let layers = config.text_config.num_hidden_layers;
-    // A decoder takes over buffers that hold the whole request; of a packed cache it has none.
+    // A decoder takes over buffers that hold the whole request; of a quantised cache it has none.
     let decodes = B::HAS_DECODER && settings.kv_cache == CacheFormat::Float;
     let room = input.seq() + settings.max_new_tokens + DECODER_ROOM;
     let reserved = if decodes { room } else { 0 };
@@ -282,7 +282,7 @@ pub fn generate<B: Accelerator>(
             places = active.clone();
         }
         if let Some(decoder) = &mut decoder {
-            // The decoder keeps its rows; those that have ended are not looked at any more.
+            // The decoder keeps its rows; those that have ended are ignored.
             let stayed: Vec<usize> = stays.iter().map(|place| active[*place]).collect();
             let tokens = decoder.next_tokens().map_err(GenerateError::Device)?;
             let chosen = places
@@ -317,8 +317,8 @@ pub fn generate<B: Accelerator>(
     Ok((results, timing))
 }
 
-/// Tokens of all prompts that go through a model with packed weights at once, and tokens of a prompt at
-/// least: who packs weights is short of memory, and each time all of them are unpacked again.
+/// Tokens of all prompts that go through a model with quantised weights at once, and tokens of a prompt
+/// at least: who quantises is short of memory, and each time all weights are dequantised again.
 const PACKED_PREFILL_TOKENS: usize = 512;
 const LEAST_PREFILL_COLUMNS: usize = 128;
 

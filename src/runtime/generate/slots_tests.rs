@@ -126,7 +126,7 @@ fn decode(
             .collect();
         for (tokens, stepped) in tokens.iter_mut().zip(decoder.step(&step)) {
             let Stepped::Logits(logits) = stepped else {
-                panic!("logits were asked for");
+                panic!("the step wants logits");
             };
             tokens.push(argmax(&logits));
         }
