@@ -43,7 +43,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn memory_is_told_in_bytes() {
+    fn memory_is_reported_in_bytes() {
         assert!(available_memory().unwrap() > 1 << 24);
         assert!(peak_memory().unwrap() > 1 << 20);
     }
@@ -65,7 +65,7 @@ fn set_allocator(parameter: std::ffi::c_int, value: std::ffi::c_int) {
 
 /// Lets all threads share one heap, where the C library is glibc.
 ///
-/// By default threads have heaps of their own, each of which keeps what was freed in it: pictures decoded
+/// By default threads have heaps of their own, each of which keeps what was freed in it: images decoded
 /// on many threads took three times the memory of those alive.
 pub fn share_one_heap() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]

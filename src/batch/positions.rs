@@ -146,7 +146,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn text_goes_on_behind_the_larger_side_of_an_image() {
+    fn text_continues_after_the_larger_side_of_an_image() {
         // One text token, a 2×3 image of merged patches, two text tokens.
         let ids = [1, 9, 9, 9, 9, 9, 9, 2, 3];
         let (positions, delta) = rope_index(&ids, &[[1, 4, 6]], 9, 2).unwrap();

@@ -84,10 +84,10 @@ impl DeviceFacts {
         } else {
             (format!("wgpu:{index}"), None)
         };
-        let told = smi
+        let reported = smi
             .as_deref()
             .and_then(|card| query(card, "name,driver_version"));
-        let (name, driver) = match told.as_deref().and_then(|told| told.split_once(", ")) {
+        let (name, driver) = match reported.as_deref().and_then(|text| text.split_once(", ")) {
             Some((name, driver)) => (name.to_string(), Some(driver.to_string())),
             None if label == "cpu" => (cpu_name(), None),
             None => (backend, None),
@@ -217,10 +217,10 @@ pub fn measure_ceilings<B: Accelerator>(dtype: DType, device: &B::Device) -> Cei
     const SLOW_SECONDS: f64 = 2e-3;
 
     let mut side = SMALL;
-    let mut product_seconds = product::<B>(side, dtype, device);
-    if B::KIND != DeviceKind::Cpu && product_seconds < SLOW_SECONDS {
+    let mut matmul_seconds = square_matmul::<B>(side, dtype, device);
+    if B::KIND != DeviceKind::Cpu && matmul_seconds < SLOW_SECONDS {
         side = LARGE;
-        product_seconds = product::<B>(side, dtype, device);
+        matmul_seconds = square_matmul::<B>(side, dtype, device);
     }
 
     // Larger than any cache there; other backends may limit a buffer to 128 MiB.
@@ -238,13 +238,13 @@ pub fn measure_ceilings<B: Accelerator>(dtype: DType, device: &B::Device) -> Cei
     let last = (x + 1.0).narrow(0, elements - 1, 1).into_data();
     let done = last.iter::<f32>().eq([2.0]);
     Ceilings {
-        tflops: 2.0 * (side as f64).powi(3) / product_seconds / 1e12,
+        tflops: 2.0 * (side as f64).powi(3) / matmul_seconds / 1e12,
         gb_per_second: done.then(|| 2.0 * bytes as f64 / copy_seconds / 1e9),
     }
 }
 
 /// Seconds of a square matmul through the model's own linear layer, at best.
-fn product<B: Accelerator>(side: usize, dtype: DType, device: &B::Device) -> f64 {
+fn square_matmul<B: Accelerator>(side: usize, dtype: DType, device: &B::Device) -> f64 {
     let options = InitOptions {
         dtype,
         ..InitOptions::default()

@@ -1,4 +1,4 @@
-//! What comes of a measurement: one record with stable keys, and a table for people.
+//! Result of a measurement: one record with stable keys, and a table for people.
 
 use std::fmt::Write;
 
@@ -277,7 +277,7 @@ fn row(record: &Record) -> [String; 10] {
     ]
 }
 
-/// What does not fit the columns.
+/// Facts that do not fit the columns.
 fn notes(record: &Record) -> Option<String> {
     let mut parts = Vec::new();
     if let Some(gib) = record.device_memory_peak_gib {
@@ -350,7 +350,7 @@ fn footer(record: &Record) -> String {
     ) {
         let _ = write!(
             text,
-            "100 % is what this run reached: {} TFLOP/s in a large product, {} GB/s in a copy",
+            "100 % is what this run reached: {} TFLOP/s in a large matmul, {} GB/s in a copy",
             number(tflops),
             number(copy)
         );
@@ -428,7 +428,7 @@ mod tests {
     }
 
     #[test]
-    fn a_loss_that_is_no_number_is_said_aloud() {
+    fn a_loss_that_is_no_number_is_a_warning() {
         let mut record = Record {
             name: "train_m1x16".into(),
             loss_first: Some(2.5),

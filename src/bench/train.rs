@@ -209,7 +209,7 @@ struct Run<'a, B: Accelerator> {
     measured: usize,
 }
 
-/// What came of the steps.
+/// Results of the steps.
 struct Measured {
     /// Of the first step, compilation included.
     first_seconds: f64,
@@ -359,7 +359,7 @@ fn launch<A: TrainAccelerator>(
     reading.expect("a training step's sums are on the device")
 }
 
-/// What is counted of a window.
+/// Counts of a window.
 fn without_pixels(window: &Window) -> Window {
     let counted = |batch: &MicroBatch| MicroBatch {
         text: batch.text.clone(),

@@ -2,7 +2,7 @@
 //!
 //! Two layouts are in circulation: the published one (transformers 4.57: `rope_theta` beside
 //! `rope_scaling`) and that of transformers 5 (`rope_parameters`). Both read into the same types;
-//! writing always gives the published one.
+//! the published one is always written.
 
 use std::{
     fs,

@@ -321,7 +321,7 @@ impl TensorFile {
         out: &mut [u8],
     ) -> Result<(), WeightsError> {
         let entry = self.entry(name)?;
-        let told = |problem| match problem {
+        let error = |problem| match problem {
             Problem::Dtype => WeightsError::Dtype {
                 path: self.path.clone(),
                 name: name.to_string(),
@@ -338,7 +338,7 @@ impl TensorFile {
                 index,
             },
         };
-        let size = stored_size(entry.dtype).ok_or_else(|| told(Problem::Dtype))?;
+        let size = stored_size(entry.dtype).ok_or_else(|| error(Problem::Dtype))?;
         let share = SHARE_BYTES / size.max(dtype.size());
         let shares: Vec<Result<(), WeightsError>> = out
             .par_chunks_mut(share * dtype.size())
@@ -347,9 +347,9 @@ impl TensorFile {
                 let first = first + number * share;
                 let from = entry.bytes.start + first * size;
                 let counted = |problem| match problem {
-                    Problem::NotFinite(at) => told(Problem::NotFinite(first + at)),
-                    Problem::TooLarge(at) => told(Problem::TooLarge(first + at)),
-                    Problem::Dtype => told(Problem::Dtype),
+                    Problem::NotFinite(at) => error(Problem::NotFinite(first + at)),
+                    Problem::TooLarge(at) => error(Problem::TooLarge(first + at)),
+                    Problem::Dtype => error(Problem::Dtype),
                 };
                 if is_same(entry.dtype, dtype) {
                     self.bytes_into(from, out)?;

@@ -140,7 +140,7 @@ impl std::fmt::Display for LimitsFrom {
 pub struct TextAndImages {
     /// Sizes.
     pub config: Qwen3VlConfig,
-    /// Pictures to patches.
+    /// Image processor: images to patches.
     pub images: ImageProcessor,
     /// Text to ids.
     pub tokenizer: Tokenizer,
@@ -268,7 +268,7 @@ impl TextAndImages {
         })
     }
 
-    /// Patches of a picture, as the model takes them.
+    /// Patches of an image, as the model takes them.
     ///
     /// # Errors
     /// [`PipelineError::Image`].
@@ -330,7 +330,7 @@ fn is_thinking_folder(dir: &Path) -> bool {
         .is_some_and(|name| name.to_string_lossy().to_lowercase().contains("thinking"))
 }
 
-/// The picture must be cut as the vision tower reads it.
+/// Checks that the image processor's patches are those that the vision tower reads.
 fn check_patches(
     dir: &Path,
     images: &ImageProcessorConfig,

@@ -1,4 +1,4 @@
-//! What a training step takes of a device's memory, and which step fits a budget.
+//! Device memory of a training step, estimated, and which form of the step fits a budget.
 //!
 //! Only the form of a step is chosen: how many tokens go through the model in one row, and what is kept
 //! for the backward pass. Samples, their weights in the loss and the optimizer's step stay what the

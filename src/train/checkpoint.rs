@@ -40,7 +40,7 @@ use crate::{
 const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "trainer_state.json";
 
-/// What keeps a checkpoint from being written or read.
+/// Why a checkpoint cannot be written or read.
 #[derive(Debug, thiserror::Error)]
 #[allow(
     missing_docs,
@@ -94,7 +94,7 @@ pub struct TrainerState {
     pub config: TrainConfig,
     /// Fingerprint of the training data.
     pub train_data: String,
-    /// Fingerprint of its pictures; `None` in checkpoints from before it was kept.
+    /// Fingerprint of its images; `None` in checkpoints from before it was kept.
     #[serde(default)]
     pub images: Option<String>,
     /// Fingerprint of the base's weights, or [`RANDOM_BASE`]; `None` in checkpoints from before it was

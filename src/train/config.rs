@@ -19,7 +19,7 @@ use crate::{
 
 pub use crate::base::files::nearest::nearest;
 
-/// What is wrong with a run's settings.
+/// Errors in a run's settings.
 #[derive(Debug, thiserror::Error)]
 pub enum TrainConfigError {
     /// The file cannot be read.

@@ -1,4 +1,4 @@
-//! What the loop writes down and keeps: steps, validations, checkpoints, curves.
+//! What the loop measures and saves: steps, validations, checkpoints, curves.
 
 use std::{fs, path::Path, time::Instant};
 
@@ -72,7 +72,7 @@ impl<B: TrainAccelerator> LoopState<B> {
         Ok(())
     }
 
-    /// Validates and saves; what was learnt is kept even if the validation fails.
+    /// Validates and saves; the trained weights are saved even if the validation fails.
     pub(super) fn validate_and_save(
         &mut self,
         learner: &Learner<Components<B>>,

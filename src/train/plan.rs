@@ -1,4 +1,4 @@
-//! What a run will take, before anything is loaded.
+//! Plans a run before anything is loaded: parameters, memory, steps and time.
 
 use std::{
     fmt::Write,

@@ -65,7 +65,7 @@ pub enum RankError {
     },
 }
 
-/// What can be done about a reason that a driver gave.
+/// A hint on what to change, from the driver's error message.
 fn hint(reason: &str) -> &'static str {
     let reason = reason.to_lowercase();
     if ["out of memory", "outofmemory", "alloc"]

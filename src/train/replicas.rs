@@ -199,8 +199,8 @@ impl<B: TrainAccelerator> Replicas<B> {
 
     /// Computes the gradients of a window; they stay with the ranks.
     ///
-    /// The micro-batches of the `next` window are taken out of it, so that their images travel while this
-    /// one is learnt from; it is then the one to be learnt from next.
+    /// The micro-batches of the `next` window are taken out of it, so that their images are uploaded while
+    /// this one is trained on; it is then the one to be trained on next.
     ///
     /// # Errors
     /// [`RankError`].
@@ -708,7 +708,7 @@ mod tests {
             "{error}"
         );
 
-        // A window that went ahead is learnt from as if it had come in its turn.
+        // A window that was sent ahead is trained on as if it had come in its turn.
         let mut ahead = window.clone();
         let first = replicas
             .learn(&model, window.clone(), Some(&mut ahead))

@@ -19,9 +19,9 @@ use crate::{
 
 /// What a run's numbers depend on besides its settings and the rows of its data.
 pub(super) struct RunFacts {
-    /// Of the pictures that are learnt from.
+    /// Of the training images.
     pub(super) images: ImageFacts,
-    /// Of those of validation.
+    /// Of the validation images.
     pub(super) val_images: ImageFacts,
     /// Fingerprint of the base's weights, or [`RANDOM_BASE`].
     pub(super) base: String,
@@ -49,10 +49,10 @@ impl RunFacts {
     }
 }
 
-/// Refuses changed images that the run has learnt from, and prints the names of other changed ones.
+/// Refuses changed images that the run has trained on, and prints the names of other changed ones.
 ///
-/// One that no step has seen yet may be another: a run that an unreadable picture ended goes on once
-/// the picture is mended.
+/// One that no step has seen yet may be another: a run that an unreadable image ended continues
+/// once the image is repaired.
 fn changed_images(
     options: &RunOptions,
     [data, validation]: [Option<&Dataset>; 2],

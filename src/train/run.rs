@@ -85,7 +85,7 @@ pub struct RunOptions {
     pub tell: Tell,
 }
 
-/// What came of a run.
+/// Result of a run.
 pub struct RunResult<B: Backend> {
     /// How it ended.
     pub ending: Ending,
@@ -95,9 +95,9 @@ pub struct RunResult<B: Backend> {
     pub model: Qwen3Vl<B>,
     /// Tokenizer, template, processor.
     pub parts: Arc<TextAndImages>,
-    /// What was learnt from.
+    /// Training data.
     pub data: Dataset,
-    /// What it was validated on.
+    /// Validation data.
     pub validation: Option<Dataset>,
     /// Folder of the last checkpoint.
     pub checkpoint: PathBuf,

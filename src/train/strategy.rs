@@ -125,11 +125,11 @@ pub type GenerationScores = Vec<(&'static str, f64)>;
 /// A generated report beside the true one.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Generated {
-    /// What the data set says.
+    /// The reference report of the data set.
     pub truth: String,
     /// The reasoning before the report, for models that think.
     pub thinking: Option<String>,
-    /// What the model says.
+    /// The generated report.
     pub report: String,
 }
 
@@ -326,7 +326,7 @@ impl<B: TrainAccelerator> LoopState<B> {
             learner.lr_step();
             if window.targets == 0 {
                 self.complete_pending(&mut pending, processor, &mut clock)?;
-                // Every sample of the window was left out: the step is counted, nothing is learnt.
+                // Every sample of the window was left out: the step is counted, the weights do not change.
                 self.state.step = step + 1;
                 self.state.epoch = epoch;
                 (self.tell)(&format!(
@@ -389,7 +389,7 @@ impl<B: TrainAccelerator> LoopState<B> {
         }
         self.complete_pending(&mut pending, processor, &mut clock)?;
         if let Some(error) = self.loader.take_error() {
-            // What was learnt up to the bad sample is kept.
+            // The weights trained up to the bad sample are saved.
             if self.state.step > 0 && !self.checkpoints.path(self.state.step as u64).exists() {
                 self.save(learner)?;
             }

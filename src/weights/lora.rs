@@ -2,7 +2,7 @@
 //!
 //! Names and conventions are PEFT's: `A` is `[r, in]`, `B` is `[out, r]`, the low-rank matmul is scaled by
 //! `alpha / r` (`alpha / √r` with rank stabilisation). The base weight is never composed with the
-//! adapter during training; [`merge`] does so once, for inference.
+//! adapter during training; `adapters::lora::merge` does so once, for inference.
 
 use burn::{module::Param, prelude::*};
 

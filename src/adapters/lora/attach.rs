@@ -133,7 +133,7 @@ impl<B: Backend> LinearMapper<B> for AttachLora<'_> {
     }
 }
 
-/// Attaches fresh adapters (`A` random, `B` zero) to the targeted layers and gives their number.
+/// Attaches fresh adapters (`A` random, `B` zero) to the targeted layers and returns their number.
 ///
 /// # Errors
 /// [`AdapterError::NoTarget`] when nothing matches, [`AdapterError::Pattern`].

@@ -1,7 +1,8 @@
 //! Format of a quantised checkpoint on disk: keys, types, and the entry in `config.json`.
 //!
 //! A quantised matrix `X.weight` is stored as `X.weight_packed`, I32 `[out, words]`, and `X.weight_scale`,
-//! F32 or F16 `[out, scales]`; see [`super`] for words and scales. `config.json` says how in
+//! F32 or F16 `[out, scales]`; see
+//! [`quantised`](crate::ops::quantised) for words and scales. `config.json` says how in
 //! `quantization_config`. Everything else is as in any checkpoint.
 
 use std::{fs, path::Path};

@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn an_int8_row_is_packed_as_worked_out_by_hand() {
+    fn an_int8_row_is_quantised_to_the_expected_words() {
         // Scale 2.54 / 127 = 0.02: levels 127, -127, 1, 0 (0.4 rounded), then padding.
         let matrix = packed(&[2.54, -2.54, 0.02, 0.008], 1, Format::Int8);
         assert_eq!(matrix.scales, [2.54 / 127.0]);
@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn an_int4_group_is_packed_as_worked_out_by_hand() {
+    fn an_int4_group_is_quantised_to_the_expected_words() {
         // The largest value takes level -8, so with largest 4 the scale is -0.5 and exact for all.
         let mut values = [0.0; 32];
         values[..9].copy_from_slice(&[4.0, 0.5, -0.5, 1.0, -3.5, 0.0, 2.0, -1.0, 3.5]);

@@ -49,7 +49,7 @@ pub enum Pick {
     Token(TokenChoice),
 }
 
-/// What a step gives for a row.
+/// Result of a step for a row.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Stepped {
     /// The logits: wanted, or from a device that leaves the choice to its caller.
@@ -71,7 +71,7 @@ pub struct StepRow {
     pub pick: Pick,
 }
 
-/// What a backend's own engine has to have room for.
+/// Sizes that a backend's own engine must have memory for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ServingLimits {
     /// Sequences of a step.

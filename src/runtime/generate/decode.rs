@@ -68,7 +68,7 @@ pub struct Prompt {
     pub images: ImageInput,
 }
 
-/// What came of one prompt.
+/// Result of one prompt.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Generation {
     /// New tokens, the end token included.
@@ -77,7 +77,7 @@ pub struct Generation {
     pub finish_reason: FinishReason,
 }
 
-/// What keeps generation from starting.
+/// Why generation cannot start or continue.
 #[derive(Debug, thiserror::Error)]
 pub enum GenerateError {
     /// Prompt and answer do not fit the positions the model was trained for.
@@ -325,7 +325,7 @@ const LEAST_PREFILL_COLUMNS: usize = 128;
 /// Tokens a decoder may run ahead of what is read.
 const DECODER_ROOM: usize = 8;
 
-/// What the next tokens come from, one entry an active row.
+/// Source of the next tokens, one entry an active row.
 enum Next {
     /// To be sampled from.
     Logits(Vec<Vec<f32>>),
@@ -411,7 +411,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_circle_is_told_from_a_repeated_phrase() {
+    fn a_cycle_is_distinguished_from_a_repeated_phrase() {
         assert!(goes_round(&[5; 32]));
         assert!(!goes_round(&[5; 31]));
         let cycle: Vec<u32> = (0..20).collect();
@@ -425,7 +425,7 @@ mod tests {
 
     #[cfg(feature = "flex")]
     #[test]
-    fn an_answer_that_repeats_ends_for_it_unless_told_to_go_on() {
+    fn an_answer_that_repeats_ends_unless_that_is_switched_off() {
         use burn::module::{Module, ModuleMapper, Param};
         use burn_flex::Flex;
 

@@ -136,7 +136,7 @@ impl<B: Accelerator> PlainDecoder<B> {
         values.chunks(vocab).map(<[f32]>::to_vec).collect()
     }
 
-    /// Counts the tokens of a pass, once all that belongs to it has gone well.
+    /// Counts the tokens of a pass, once all of it has succeeded.
     fn commit(&mut self, slot: SlotId, tokens: usize) {
         if let Some(slot) = self.slots.get_mut(&slot) {
             slot.len += tokens;
@@ -154,7 +154,7 @@ pub(crate) struct NewTokens<'a> {
 
 /// Runs new tokens of some sequences through a model and returns the logits of the tokens in `wanted`,
 /// counted over all rows: `[wanted, vocab]`, f32; `None` when none are wanted. `key_values` has a group
-/// for each row; the caller counts the tokens as held when all has gone well.
+/// for each row; the caller counts the tokens as held when all has succeeded.
 ///
 /// # Panics
 /// If a slot is unknown, or if image tokens and features disagree.

@@ -56,7 +56,7 @@ fn prompts(pipeline: &Pipeline<Flex>) -> Vec<Prompt> {
     .collect()
 }
 
-/// Puts `prompt` from token `from` on through `slot` in pieces; gives the first new token.
+/// Prefills `slot` with `prompt` from token `from` on, in pieces; returns the first new token.
 fn prefill(
     decoder: &mut PlainDecoder<Flex>,
     slot: SlotId,

@@ -44,7 +44,7 @@ pub struct TextLength {
     pub answer: usize,
 }
 
-/// Gives the lengths of conversations, one after another.
+/// Draws the lengths of conversations, one after another.
 #[derive(Debug, Clone)]
 pub struct Lengths {
     random: Option<ChaCha8Rng>,

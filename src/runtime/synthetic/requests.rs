@@ -31,7 +31,7 @@ pub struct Requests<'a> {
     random: ChaCha8Rng,
     /// Pixels of the first image; others are the same ones, rotated by some places.
     pixels: Vec<f32>,
-    /// Tokens of every prompt, in place of what `lengths` gives.
+    /// Tokens of every prompt, in place of those of `lengths`.
     tokens: Option<usize>,
 }
 
