@@ -41,7 +41,7 @@ pub trait Executor {
     /// Enters the layer of this index: what follows uses its weights.
     fn enter(&mut self, layer: usize);
 
-/// RMS norm of the residual stream.
+    /// RMS norm of the residual stream.
     fn norm(&mut self, norm: LayerNorm, x: &Self::Hidden) -> Self::Normed;
 
     /// `q_proj`, `k_proj` and `v_proj`.
@@ -50,7 +50,7 @@ pub trait Executor {
     /// `q_norm` and `k_norm` of each head, then rotation: the checkpoint was trained in this order.
     fn rotate(&mut self, heads: Self::Projected) -> Self::Rotated;
 
-/// Attention over these keys and values and the cached ones before them.
+    /// Attention over these keys and values and the cached ones before them.
     fn attend(&mut self, heads: Self::Rotated) -> Self::Attended;
 
     /// `o_proj`, plus the residual.

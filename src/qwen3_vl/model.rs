@@ -37,7 +37,7 @@ pub struct ImageFeatures<B: Backend> {
 }
 
 impl<B: Ops> ImageFeatures<B> {
-    /// Finds the image tokens among the ids of a batch.
+    /// Finds the image tokens among the ids of a batch; `vision` has one row for each, `[m, hidden]`.
     ///
     /// # Panics
     /// If the number of features is not that of the image tokens.
@@ -210,7 +210,7 @@ impl<B: Ops> Qwen3Vl<B> {
 
     /// Runs the language model over a batch: last hidden states after the final norm, `[n, hidden]`.
     ///
-    /// `vision` holds the features of all image tokens of the batch, in order.
+    /// `vision` holds the features of all `m` image tokens of the batch, in order, `[m, hidden]` each.
     ///
     /// # Panics
     /// If the number of features is not that of the image tokens.

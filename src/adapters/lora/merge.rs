@@ -57,7 +57,8 @@ impl<B: Ops> ModuleMapper<B> for MergeLora<B> {
     }
 }
 
-/// `W + s·B·A`, `[out, in]`, rescaled to the trained magnitudes with DoRA; in f32, then back to the dtype of `W`.
+/// `W + s·B·A`, `[out, in]`, rescaled to the trained magnitudes with DoRA; in f32, then back to the dtype
+/// of `W`.
 fn merged<B: Ops>(weight: Tensor<B, 2>, lora: &Lora<B>) -> Tensor<B, 2> {
     let dtype = weight.dtype();
     let composed = to_f32(weight.clone()) + lora.delta();

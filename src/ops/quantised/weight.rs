@@ -113,7 +113,7 @@ impl<B: Backend> QuantisedWeight<B> {
             + self.scales.shape().num_elements() * self.scales.dtype().size()
     }
 
-/// Rows `start .. start + count`: `[count, in]`.
+    /// Rows `start .. start + count`: `[count, in]`.
     pub fn rows(&self, start: usize, count: usize) -> Self {
         Self {
             words: self.words.clone().narrow(0, start, count),
@@ -122,7 +122,7 @@ impl<B: Backend> QuantisedWeight<B> {
         }
     }
 
-/// The rows `indices` `[n]`: `[n, in]`.
+    /// The rows `indices` `[n]`: `[n, in]`.
     pub fn select(&self, indices: Tensor<B, 1, Int>) -> Self {
         Self {
             words: self.words.clone().select(0, indices.clone()),
