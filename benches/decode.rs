@@ -1,4 +1,4 @@
-//! How fast do tokens come? 64 cached steps on the tiny model.
+//! Decode: how fast do tokens come? 64 cached steps on the tiny model.
 
 mod harness;
 

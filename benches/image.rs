@@ -1,4 +1,4 @@
-//! How long is a picture on its way from bytes to patches?
+//! Image preprocessing: how long from bytes to patches?
 
 mod harness;
 

@@ -1,4 +1,4 @@
-//! How long is a prompt? Vision and language model up to the first token, on the tiny model.
+//! Prefill: how long is a prompt? Vision and language model up to the first token, on the tiny model.
 
 mod harness;
 

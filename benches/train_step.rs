@@ -1,4 +1,5 @@
-//! How long is an optimizer step's gradient? LoRA on the tiny model, with and without recomputation.
+//! Forward and backward: how long is an optimizer step's gradient? LoRA on the tiny model,
+//! with and without recomputation.
 
 mod harness;
 

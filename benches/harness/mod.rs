@@ -100,7 +100,7 @@ pub fn tiny() -> Pipeline<Cpu> {
     Pipeline::load(&options(), Default::default(), &mut |_, _| {}).expect("model/tiny loads")
 }
 
-/// A grey picture of `side` pixels with structure everywhere.
+/// A grey image of `side` pixels with structure everywhere.
 pub fn picture(side: usize) -> RgbImage {
     let pixels: Vec<u8> = (0..side * side)
         .map(|i| ((i % side) * 3 + (i / side) * 5 + i % 7) as u8)
@@ -108,7 +108,7 @@ pub fn picture(side: usize) -> RgbImage {
     RgbImage::from_gray(side, side, &pixels).expect("a picture of its own size")
 }
 
-/// Patches of a picture.
+/// Patches of an image.
 pub fn patches<B: Accelerator>(pipeline: &Pipeline<B>, side: usize) -> ImageInput {
     pipeline
         .parts

@@ -1,6 +1,6 @@
 //! Writes files and folders so that a reader meets them whole or not at all.
 //!
-//! A file is written beside its place, brought to the disk and renamed; a folder likewise, with a
+//! A file is written beside its place, synced to the disk and renamed; a folder likewise, with a
 //! marker file written last that lists what belongs to it. A kill or a full disk at any moment
 //! leaves the old content, plus at most a temporary entry whose name contains `.tmp-`.
 //!
@@ -115,7 +115,7 @@ pub fn is_disk_full(error: &(dyn std::error::Error + 'static)) -> bool {
 }
 
 /// Writes `path` in one piece: `write` fills a temporary file `.NAME.tmp-PID.COUNT` beside it,
-/// which is flushed, brought to the disk and renamed over `path`.
+/// which is flushed, synced to the disk and renamed over `path`.
 ///
 /// The parent folder must exist.
 ///
@@ -311,7 +311,7 @@ impl FolderWriter {
             format: MARKER_FORMAT,
             files,
         };
-        // This also brings the temporary folder's own entries to the disk, before the rename.
+        // This also syncs the temporary folder's own entries to the disk, before the rename.
         write_atomic(&self.temporary.join(COMPLETE_MARKER), |out| {
             serde_json::to_writer_pretty(&mut *out, &marker)?;
             out.write_all(b"\n")
@@ -566,7 +566,7 @@ fn remove_entry(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Lists, hashes and brings to the disk every file below `folder`, and the folders below it.
+/// Lists, hashes and syncs to the disk every file below `folder`, and the folders below it.
 fn collect_files(
     folder: &Path,
     prefix: &str,

@@ -1,8 +1,8 @@
-//! A device or host that ran out of memory, told as what to lower.
+//! A device or host that ran out of memory, and the message that says what to lower.
 //!
 //! CubeCL reports a failed allocation in two ways: its server's thread panics where a buffer cannot be
 //! had (`BufferTooBig`), and the thread that waits for the result then only learns that something is
-//! missing; or an error is kept and comes up at the next read. So panics of all threads are looked at,
+//! missing; or an error is kept and comes up at the next read. So panics of all threads are read,
 //! and what ends a command is put beside what was seen.
 
 use std::{
@@ -17,7 +17,7 @@ static SEEN: Mutex<Option<Failure>> = Mutex::new(None);
 /// An allocation that failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Failure {
-    /// Bytes that were asked for, where the message tells.
+    /// Bytes of the failed allocation, where the message names them.
     pub bytes: Option<u64>,
 }
 
@@ -59,19 +59,19 @@ impl Failure {
 
     /// What happened and what to lower in this command.
     pub fn sentence(&self, advice: &str) -> String {
-        let asked = match self.bytes {
+        let request = match self.bytes {
             Some(bytes) => format!(
                 " (a buffer of {:.2} GiB could not be had)",
                 bytes as f64 / (1u64 << 30) as f64
             ),
             None => String::new(),
         };
-        format!("the device ran out of memory{asked}; {advice}")
+        format!("the device ran out of memory{request}; {advice}")
     }
 }
 
-/// The sentence for a command that ended with `message`, where memory was the cause; behind the device
-/// it was, where the message begins with one of several.
+/// The sentence for a command that ended with `message`, where memory was the cause; after the name
+/// of the device, where the message begins with one of several.
 pub fn explain(message: &str, advice: &str) -> Option<String> {
     let failure = Failure::read(message).or(*seen())?;
     let sentence = failure.sentence(advice);

@@ -1,28 +1,28 @@
-//! What the operating system tells about memory.
+//! Memory facts from the operating system.
 
 use std::fs;
 
-/// Host memory that can still be had, in bytes; `None` where the system does not tell.
+/// Free host memory, in bytes; `None` where the system does not report it.
 pub fn available_memory() -> Option<u64> {
     kibibytes("/proc/meminfo", "MemAvailable:")
 }
 
-/// Memory of the host, in bytes; `None` where the system does not tell.
+/// Memory of the host, in bytes; `None` where the system does not report it.
 pub fn total_memory() -> Option<u64> {
     kibibytes("/proc/meminfo", "MemTotal:")
 }
 
-/// Most host memory this process ever held, in bytes; `None` where the system does not tell.
+/// Most host memory this process ever held, in bytes; `None` where the system does not report it.
 pub fn peak_memory() -> Option<u64> {
     kibibytes("/proc/self/status", "VmHWM:")
 }
 
-/// Host memory this process holds now, in bytes; `None` where the system does not tell.
+/// Host memory this process holds now, in bytes; `None` where the system does not report it.
 pub fn resident_memory() -> Option<u64> {
     kibibytes("/proc/self/status", "VmRSS:")
 }
 
-/// Files and connections this process may have open at once; `None` where the system does not tell.
+/// Files and connections this process may have open at once; `None` where the system does not report it.
 pub fn open_files_limit() -> Option<u64> {
     let text = fs::read_to_string("/proc/self/limits").ok()?;
     let line = text
@@ -43,7 +43,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn memory_is_told_in_bytes() {
+    fn memory_is_reported_in_bytes() {
         assert!(available_memory().unwrap() > 1 << 24);
         assert!(peak_memory().unwrap() > 1 << 20);
     }
@@ -65,7 +65,7 @@ fn set_allocator(parameter: std::ffi::c_int, value: std::ffi::c_int) {
 
 /// Lets all threads share one heap, where the C library is glibc.
 ///
-/// By default threads have heaps of their own, each of which keeps what was freed in it: pictures decoded
+/// By default threads have heaps of their own, each of which keeps what was freed in it: images decoded
 /// on many threads took three times the memory of those alive.
 pub fn share_one_heap() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]

@@ -16,7 +16,7 @@ use serde_json::json;
 
 use crate::base::files::{FileError, write_atomic};
 
-/// Lane of the thread that drives the device; loader threads have the lanes behind it.
+/// Lane of the thread that drives the device; loader threads have the lanes after it.
 pub const HOST: usize = 0;
 
 /// One span.

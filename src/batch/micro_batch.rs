@@ -17,7 +17,7 @@ pub struct MicroBatch {
 }
 
 impl MicroBatch {
-    /// Number of targets: labels behind the first token of a row.
+    /// Number of targets: labels after the first token of a row.
     pub fn targets(&self) -> usize {
         self.targets_with_rows().len()
     }

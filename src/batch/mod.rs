@@ -1,4 +1,4 @@
-//! What goes into the model, on the host: images, token ids, positions, labels. No tensors.
+//! Inputs of the model, on the host: images, token ids, positions, labels. No tensors.
 
 pub mod images;
 pub mod micro_batch;

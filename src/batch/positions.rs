@@ -1,4 +1,4 @@
-//! Three-axis positions of tokens, worked out on the host.
+//! Three-axis positions of tokens (M-RoPE), computed on the host.
 
 /// Positions of every token on the three axes (time, height, width), `[axis][token]`.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -73,7 +73,7 @@ pub enum PositionError {
 /// Position ids of one unpadded sequence, and the next free position less its length.
 ///
 /// Text counts up on all axes alike; an image's tokens share one time position and carry their row
-/// and column; text after an image goes on behind the largest position so far. `grids` holds each
+/// and column; text after an image continues after the largest position so far. `grids` holds each
 /// image's patches as `(time, height, width)`.
 ///
 /// # Errors
@@ -146,7 +146,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn text_goes_on_behind_the_larger_side_of_an_image() {
+    fn text_continues_after_the_larger_side_of_an_image() {
         // One text token, a 2×3 image of merged patches, two text tokens.
         let ids = [1, 9, 9, 9, 9, 9, 9, 2, 3];
         let (positions, delta) = rope_index(&ids, &[[1, 4, 6]], 9, 2).unwrap();

@@ -12,14 +12,14 @@ pub struct TextInput {
     pub segments: Vec<Vec<i32>>,
     /// Positions of all tokens, row after row.
     pub positions: Positions,
-    /// Token that stands for an image patch.
+    /// Placeholder token of an image patch.
     pub image_token_id: u32,
 }
 
 /// How images show among the tokens of a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ImageTokens {
-    /// Token that stands for a merged square of patches.
+    /// Placeholder token of a merged square of patches.
     pub image_token_id: u32,
     /// Side of that square, in patches.
     pub merge: usize,

@@ -109,7 +109,7 @@ impl Laps {
     }
 }
 
-/// Time since the process was started, where the system tells; in steps of 10 ms.
+/// Time since the process was started, where the system reports it; in steps of 10 ms.
 pub fn since_process_start() -> Option<Duration> {
     /// `USER_HZ`, the unit of `/proc/PID/stat`: 100 on every Linux architecture Rust builds for here.
     const TICKS_PER_SECOND: f64 = 100.0;

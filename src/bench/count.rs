@@ -1,6 +1,6 @@
 //! Floating-point operations and bytes of the model's work, counted from its sizes alone.
 //!
-//! A product of `[m, k]` and `[k, n]` counts `2·m·k·n` operations. Counted are the products of both
+//! A matmul of `[m, k]` and `[k, n]` counts `2·m·k·n` operations. Counted are the matmuls of both
 //! towers, attention and the head; norms, activations, rotations, softmax and the choice of a token are
 //! left out (under one percent at the published sizes). What an implementation does besides, such as
 //! padding, composed masks or recomputed layers, is not the model's work and is not counted.
@@ -50,7 +50,7 @@ fn head_elements(text: &TextConfig) -> f64 {
     (text.hidden_size * text.vocab_size) as f64
 }
 
-/// Operations of causal attention over `new` tokens behind `cached` ones, all layers: scores and
+/// Operations of causal attention over `new` tokens after `cached` ones, all layers: scores and
 /// values, `4·q` for each pair of a token and one it sees; token `i` sees `cached + i + 1`.
 fn causal_attention_flop(text: &TextConfig, cached: usize, new: usize) -> f64 {
     let q = (text.num_attention_heads * text.head_dim) as f64;
@@ -64,7 +64,7 @@ fn cache_bytes(text: &TextConfig, element: usize) -> f64 {
     (2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * element) as f64
 }
 
-/// Elements of the vision tower's products: patch embedding, blocks, merger and DeepStack mergers,
+/// Elements of the vision tower's matmuls: patch embedding, blocks, merger and DeepStack mergers,
 /// the first two used once a patch, the mergers once a merged token.
 fn vision_elements(vision: &VisionConfig) -> (f64, f64) {
     let hidden = vision.hidden_size as f64;
@@ -123,7 +123,7 @@ pub fn text_prefill(config: &Qwen3VlConfig, lengths: &[usize], element: usize) -
     work
 }
 
-/// `steps` cached steps of one token a row, behind prompts of these lengths.
+/// `steps` cached decode steps of one token a row, after prompts of these lengths.
 ///
 /// Every step reads layers and head once for all rows, and each row's whole cache; it writes one token
 /// of cache a row.
@@ -155,7 +155,7 @@ pub struct TrainWork {
 
 /// Forward and backward of one sample under LoRA on the seven projections, everything else frozen.
 ///
-/// A frozen weight costs its forward product and the product for its input's gradient, 4 operations
+/// A frozen weight costs its forward matmul and the matmul for its input's gradient, 4 operations
 /// an element and token in all; attention's backward pass is twice its forward; an adapter of rank `r`
 /// on `[in, out]` costs `6·r·(in + out)` a token; the head counts at the targets, forward and for the
 /// hidden state's gradient; the vision tower runs forward only. The few gradients that reach nothing
@@ -203,7 +203,7 @@ mod tests {
         (value / expected - 1.0).abs() < 0.02
     }
 
-    /// Worked out by hand for the published 8B: a 512×512 image (1,024 patches, 256 tokens), 368
+    /// Computed separately for the published 8B: a 512×512 image (1,024 patches, 256 tokens), 368
     /// tokens in all, 92 targets.
     #[test]
     fn counts_of_the_published_8b() {

@@ -27,7 +27,7 @@ use crate::{
 pub struct PublishedPeak {
     /// What the driver's name for the card holds.
     pub card: &'static str,
-    /// Dense bf16 products, TFLOP/s.
+    /// Dense bf16 matmuls, TFLOP/s.
     pub tflops: f64,
     /// Device memory, GB/s.
     pub gb_per_second: f64,
@@ -62,7 +62,7 @@ pub const PUBLISHED_PEAKS: &[PublishedPeak] = &[
 pub struct DeviceFacts {
     /// As `--device` takes it.
     pub device: String,
-    /// The hardware's name; `unknown` where nothing tells.
+    /// The hardware's name; `unknown` where it is not known.
     pub name: String,
     /// The GPU driver's version.
     pub driver: Option<String>,
@@ -73,7 +73,7 @@ pub struct DeviceFacts {
 }
 
 impl DeviceFacts {
-    /// Asks the system about a device.
+    /// Queries the system about a device.
     pub fn of<B: Accelerator>(device: &B::Device) -> Self {
         let backend = B::name(device);
         let index = usize::from(device.id().index_id);
@@ -84,10 +84,10 @@ impl DeviceFacts {
         } else {
             (format!("wgpu:{index}"), None)
         };
-        let told = smi
+        let reported = smi
             .as_deref()
             .and_then(|card| query(card, "name,driver_version"));
-        let (name, driver) = match told.as_deref().and_then(|told| told.split_once(", ")) {
+        let (name, driver) = match reported.as_deref().and_then(|text| text.split_once(", ")) {
             Some((name, driver)) => (name.to_string(), Some(driver.to_string())),
             None if label == "cpu" => (cpu_name(), None),
             None => (backend, None),
@@ -199,7 +199,7 @@ impl Drop for MemoryWatch {
 /// The best the device reached in this very run.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Ceilings {
-    /// A large square product through the model's own linear layer, TFLOP/s.
+    /// A large square matmul through the model's own linear layer, TFLOP/s.
     pub tflops: f64,
     /// One elementwise pass over a large tensor, bytes read and written, GB/s; `None` where the device
     /// did not do it.
@@ -208,19 +208,19 @@ pub struct Ceilings {
 
 /// Measures both ceilings, in the weights' type.
 ///
-/// The product goes through [`Linear`], so it is the fastest that the program knows, and its share of
-/// the data sheet's peak says what the program's own products leave on the table.
+/// The matmul goes through [`Linear`], so it is the fastest that the program knows, and its share of
+/// the data sheet's peak says how much the program's own matmuls leave unused.
 pub fn measure_ceilings<B: Accelerator>(dtype: DType, device: &B::Device) -> Ceilings {
     const SMALL: usize = 1024;
     const LARGE: usize = 8192;
-    /// A device that takes longer than this for the small product takes seconds for the large one.
+    /// A device that takes longer than this for the small matmul takes seconds for the large one.
     const SLOW_SECONDS: f64 = 2e-3;
 
     let mut side = SMALL;
-    let mut product_seconds = product::<B>(side, dtype, device);
-    if B::KIND != DeviceKind::Cpu && product_seconds < SLOW_SECONDS {
+    let mut matmul_seconds = square_matmul::<B>(side, dtype, device);
+    if B::KIND != DeviceKind::Cpu && matmul_seconds < SLOW_SECONDS {
         side = LARGE;
-        product_seconds = product::<B>(side, dtype, device);
+        matmul_seconds = square_matmul::<B>(side, dtype, device);
     }
 
     // Larger than any cache there; other backends may limit a buffer to 128 MiB.
@@ -238,13 +238,13 @@ pub fn measure_ceilings<B: Accelerator>(dtype: DType, device: &B::Device) -> Cei
     let last = (x + 1.0).narrow(0, elements - 1, 1).into_data();
     let done = last.iter::<f32>().eq([2.0]);
     Ceilings {
-        tflops: 2.0 * (side as f64).powi(3) / product_seconds / 1e12,
+        tflops: 2.0 * (side as f64).powi(3) / matmul_seconds / 1e12,
         gb_per_second: done.then(|| 2.0 * bytes as f64 / copy_seconds / 1e9),
     }
 }
 
-/// Seconds of a square product through the model's own linear layer, at best.
-fn product<B: Accelerator>(side: usize, dtype: DType, device: &B::Device) -> f64 {
+/// Seconds of a square matmul through the model's own linear layer, at best.
+fn square_matmul<B: Accelerator>(side: usize, dtype: DType, device: &B::Device) -> f64 {
     let options = InitOptions {
         dtype,
         ..InitOptions::default()

@@ -20,16 +20,16 @@ use crate::{
     },
 };
 
-/// Tokens behind the first that a decode call generates.
+/// Tokens after the first that a decode call generates.
 pub const DECODE_STEPS: usize = 128;
 
-/// Unmeasured calls of the short measurements, behind the first.
+/// Unmeasured warm-up calls of the short measurements, after the first.
 const WARM_UP: usize = 2;
 /// The same for decode.
 const DECODE_WARM_UP: usize = 1;
 
 impl<B: Accelerator> Bench<B> {
-    /// Loads the model again and again, each time letting go of the one before; on several devices at
+    /// Loads the model again and again, each time after freeing the one before; on several devices at
     /// once, where there are some.
     ///
     /// Files are read through the system's cache: all but the first call measure the way from memory
@@ -137,7 +137,7 @@ impl<B: Accelerator> Bench<B> {
         Ok(records)
     }
 
-    /// The vision tower alone, pixels brought to the device included.
+    /// The vision tower alone, upload of pixels included.
     pub fn vision(&self, model: &Qwen3Vl<B>, load_seconds: f64, batches: &[usize]) -> Vec<Record> {
         let mut requests = Requests::new(&self.config, false, SEED);
         let mut run = |batch: usize| {
@@ -229,7 +229,7 @@ impl<B: Accelerator> Bench<B> {
         Ok(records)
     }
 
-    /// [`DECODE_STEPS`] cached steps behind the first token of each request.
+    /// [`DECODE_STEPS`] cached decode steps after the first token of each request.
     ///
     /// A call's seconds are those of the steps alone; its first call's include the prefill.
     ///

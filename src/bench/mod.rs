@@ -177,7 +177,7 @@ pub struct Bench<B: Backend> {
     pub tokens: Option<usize>,
     /// Measured calls; each kind of measurement has its own default.
     pub samples: Option<usize>,
-    /// How weights are packed while they are loaded or drawn.
+    /// How weights are quantised while they are loaded or drawn.
     pub quantize: Option<Quantization>,
     memory: MemoryWatch,
     operations: RefCell<Option<OperationLog>>,
@@ -272,7 +272,7 @@ impl<B: Accelerator> Bench<B> {
     /// # Errors
     /// As [`Bench::model`]; the files cannot be written.
     pub fn write_checkpoint(&mut self, dir: &Path) -> Result<TemporaryFolder, BenchError> {
-        // Floats, to be packed when they are loaded.
+        // Floats, to be quantised when they are loaded.
         let quantize = self.quantize.take();
         let model = self.model::<B>(&mut |_, _| {});
         self.quantize = quantize;
@@ -286,7 +286,7 @@ impl<B: Accelerator> Bench<B> {
         Ok(folder)
     }
 
-    /// The CPU's memory ends the process when it runs out, so it is looked at before.
+    /// The process ends when the CPU's memory runs out, so free memory is checked before.
     fn check_host_memory(&self, size: RandomSize) -> Result<(), BenchError> {
         const GIB: f64 = (1u64 << 30) as f64;
         let need = self.weight_bytes();
@@ -308,7 +308,7 @@ impl<B: Accelerator> Bench<B> {
         count::weight_bytes(&self.config, self.dtype.size()) - self.saved_bytes("")
     }
 
-    /// Bytes that packing takes off the weights whose path begins with `prefix`.
+    /// Bytes that quantisation saves on the weights whose path begins with `prefix`.
     fn saved_bytes(&self, prefix: &str) -> f64 {
         let Some(quantization) = self.quantize else {
             return 0.0;
@@ -320,7 +320,7 @@ impl<B: Accelerator> Bench<B> {
         (bytes(None) - bytes(Some(quantization))) as f64
     }
 
-    /// Bytes that packing takes off one pass through the language model and its head.
+    /// Bytes that quantisation saves on one pass through the language model and its head.
     fn saved_text_bytes(&self) -> f64 {
         let head = if self.config.tie_word_embeddings {
             "model.language_model.embed_tokens."
@@ -360,12 +360,12 @@ impl<B: Accelerator> Bench<B> {
         record
     }
 
-    /// Requests of the lengths asked for.
+    /// Requests of the configured lengths.
     fn requests(&self) -> Requests<'_> {
         Requests::new(&self.config, self.mixed, SEED).with_tokens(self.tokens)
     }
 
-    /// Measured calls: as asked for, or `default`; one where operations are timed.
+    /// Measured calls: as configured, or `default`; one where operations are timed.
     fn samples(&self, default: usize) -> usize {
         match self.operations.borrow().as_ref() {
             Some(_) => 1,

@@ -1,7 +1,7 @@
-//! How often each operation runs on the device and how long it takes: the table behind `--table`.
+//! How often each operation runs on the device and how long it takes: the table of `--table`.
 //!
-//! CubeCL's profiler times every kernel, those of this program included, when two variables of the
-//! environment ask for it before the process starts; it waits for each kernel, so such a run is no
+//! CubeCL's profiler times every kernel, those of this program included, when two environment
+//! variables enable it before the process starts; it waits for each kernel, so such a run is no
 //! measure of speed and is made in a process of its own. It writes a line a kernel into a file:
 //! `| 12.3µs     | name`. Work replayed as a CUDA graph is not seen.
 
@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 /// Names the profiler's file.
 const FILE_VARIABLE: &str = "CUBECL_DEBUG_LOG";
-/// Turns the profiler on.
+/// Enables the profiler.
 const LEVEL_VARIABLE: &str = "CUBECL_DEBUG_OPTION";
 
 /// One operation in one call.
@@ -58,14 +58,14 @@ impl OperationLog {
 
     /// Forgets what ran before; to be called when the device is idle.
     pub fn mark(&mut self) {
-        self.mark = self.settled_length();
+        self.mark = self.flushed_length();
     }
 
     /// What ran since the mark, longest first; to be called when the device is idle.
     ///
     /// Nothing where the backend has no such profiler or the file cannot be read.
     pub fn since_mark(&self) -> Vec<Operation> {
-        self.settled_length();
+        self.flushed_length();
         let mut text = Vec::new();
         let read = fs::File::open(&self.path).and_then(|mut file| {
             file.seek(SeekFrom::Start(self.mark))?;
@@ -77,8 +77,8 @@ impl OperationLog {
         }
     }
 
-    /// Length of the file once its writer, a thread behind the device, has caught up.
-    fn settled_length(&self) -> u64 {
+    /// Length of the file once its writer, a thread that runs after the device, has caught up.
+    fn flushed_length(&self) -> u64 {
         const QUIET: Duration = Duration::from_millis(500);
         let length = || fs::metadata(&self.path).map_or(0, |file| file.len());
         let mut before = length();
@@ -93,7 +93,7 @@ impl OperationLog {
     }
 }
 
-/// Adds up the profiler's lines; all others (kernel sources, sums) are passed over.
+/// Adds up the profiler's lines; all others (kernel sources, sums) are skipped.
 fn parse(log: &str) -> Vec<Operation> {
     let mut all: HashMap<&str, Operation> = HashMap::new();
     for line in log.lines() {
@@ -160,17 +160,17 @@ mod tests {
     }
 
     #[test]
-    fn only_kernels_behind_the_mark_count() {
+    fn only_kernels_after_the_mark_count() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("log");
         let before = "| 2ms        | gemm\n";
         // The profiler's own sums and a kernel's source must not be taken for launches.
-        let behind = "| 10.5µs     | gemm\n| Name | Duration | Num Computed | Ratio |\n\
+        let after = "| 10.5µs     | gemm\n| Name | Duration | Num Computed | Ratio |\n\
                       | gemm | 10.5µs | 1 | 100 % |\n  | x = 1;\n| 1.5ms      | norm\n| 20µs       | gemm\n";
         fs::write(&path, before).unwrap();
         let mut log = OperationLog { path, mark: 0 };
         log.mark();
-        fs::write(&log.path, format!("{before}{behind}")).unwrap();
+        fs::write(&log.path, format!("{before}{after}")).unwrap();
         let all = log.since_mark();
         assert_eq!(all.len(), 2, "{all:?}");
         assert_eq!((all[0].name.as_str(), all[0].count), ("norm", 1));

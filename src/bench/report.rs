@@ -1,4 +1,4 @@
-//! What comes of a measurement: one record with stable keys, and a table for people.
+//! Result of a measurement: one record with stable keys, and a table for people.
 
 use std::fmt::Write;
 
@@ -38,14 +38,14 @@ pub struct Record {
     pub batch: usize,
     /// Lengths as OpenI-zh has them, in place of one length.
     pub mixed: bool,
-    /// Training: samples of a micro-batch lie in one row.
+    /// Training: samples of a micro-batch are packed into one row.
     pub packing: Option<bool>,
     /// Training: every layer is run again in the backward pass.
     pub recompute: Option<bool>,
 
     /// Wall time of the first call, compilation and tuning included.
     pub first_call_seconds: f64,
-    /// Unmeasured calls behind the first.
+    /// Unmeasured warm-up calls after the first.
     pub warm_up_calls: usize,
     /// Measured calls.
     pub samples: usize,
@@ -60,7 +60,7 @@ pub struct Record {
 
     /// Requests, in training samples, a second.
     pub samples_per_second: Option<f64>,
-    /// Tokens a second; `decode`: new ones behind the first of each row.
+    /// Tokens a second; `decode`: new ones after the first of each row.
     pub tokens_per_second: Option<f64>,
     /// The model's floating-point operations in one call.
     pub flop: Option<f64>,
@@ -72,11 +72,11 @@ pub struct Record {
     pub tflops: Option<f64>,
     /// `bytes` a second, in GB/s.
     pub gb_per_second: Option<f64>,
-    /// Share of the product ceiling.
+    /// Share of the matmul ceiling.
     pub flop_share: Option<f64>,
     /// Share of the copy ceiling; above 1 where what is read stays in a cache.
     pub bandwidth_share: Option<f64>,
-    /// Large product measured in this run, in TFLOP/s.
+    /// Large matmul measured in this run, in TFLOP/s.
     pub matmul_ceiling_tflops: Option<f64>,
     /// Copy on the device measured in this run, in GB/s.
     pub copy_ceiling_gb_per_second: Option<f64>,
@@ -105,10 +105,10 @@ pub struct Record {
     pub loss_last: Option<f64>,
     /// Training: a hash over losses and gradient norms of all steps, bit for bit.
     pub losses_digest: Option<String>,
-    /// Training: memory that the device's pools (on the CPU: the process) held behind the first measured
+    /// Training: memory that the device's pools (on the CPU: the process) held after the first measured
     /// step, in GiB.
     pub memory_first_gib: Option<f64>,
-    /// Training: the same behind the last step.
+    /// Training: the same after the last step.
     pub memory_last_gib: Option<f64>,
     /// Training: time in the measured steps in which no samples were ready: at most so long the device
     /// waited for data.
@@ -159,7 +159,7 @@ impl Record {
             .map(|(speed, ceiling)| speed / ceiling);
     }
 
-    /// What makes the measurement doubtful, to be said aloud.
+    /// Warning about what makes the measurement doubtful.
     pub fn warning(&self) -> Option<String> {
         (self.finite == Some(false)).then(|| {
             format!(
@@ -277,7 +277,7 @@ fn row(record: &Record) -> [String; 10] {
     ]
 }
 
-/// What does not fit the columns.
+/// Facts that do not fit the columns.
 fn notes(record: &Record) -> Option<String> {
     let mut parts = Vec::new();
     if let Some(gib) = record.device_memory_peak_gib {
@@ -320,12 +320,22 @@ fn notes(record: &Record) -> Option<String> {
     (!parts.is_empty()).then(|| parts.join(", "))
 }
 
+/// A number of parameters: in G, in M below 0.1 G.
+fn count_text(parameters: u64) -> String {
+    let count = parameters as f64;
+    if count < 1e8 {
+        format!("{:.2} M", count / 1e6)
+    } else {
+        format!("{:.2} G", count / 1e9)
+    }
+}
+
 fn footer(record: &Record) -> String {
     let mut text = format!(
-        "{}, {} layers, {:.2} G parameters, {} on {} ({}",
+        "{}, {} layers, {} parameters, {} on {} ({}",
         record.model,
         record.layers,
-        record.parameters as f64 / 1e9,
+        count_text(record.parameters),
         record.dtype,
         record.device,
         record.device_name,
@@ -340,7 +350,7 @@ fn footer(record: &Record) -> String {
     ) {
         let _ = write!(
             text,
-            "100 % is what this run reached: {} TFLOP/s in a large product, {} GB/s in a copy",
+            "100 % is what this run reached: {} TFLOP/s in a large matmul, {} GB/s in a copy",
             number(tflops),
             number(copy)
         );
@@ -378,6 +388,12 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_small_model_has_its_parameters_in_millions() {
+        assert_eq!(count_text(412_160), "0.41 M");
+        assert_eq!(count_text(8_767_123_696), "8.77 G");
+    }
+
+    #[test]
     fn speeds_follow_from_the_median_and_shares_from_the_ceilings() {
         let lap = |seconds| Lap {
             seconds,
@@ -412,7 +428,7 @@ mod tests {
     }
 
     #[test]
-    fn a_loss_that_is_no_number_is_said_aloud() {
+    fn a_loss_that_is_no_number_is_a_warning() {
         let mut record = Record {
             name: "train_m1x16".into(),
             loss_first: Some(2.5),

@@ -48,7 +48,7 @@ use crate::{
 pub const STEP_SAMPLES: usize = 16;
 /// Tokens of a sample where lengths are not mixed.
 const FIXED_TOKENS: usize = 368;
-/// Unmeasured steps behind the first.
+/// Unmeasured warm-up steps after the first.
 pub(super) const WARM_UP: usize = 2;
 /// Steps of the schedule the measured ones are the first of; only the learning rate depends on it.
 const SCHEDULE_STEPS: usize = 1000;
@@ -58,11 +58,11 @@ const SCHEDULE_STEPS: usize = 1000;
 pub struct TrainShape {
     /// Samples of a micro-batch; 1 is the published one.
     pub micro_batch: usize,
-    /// A micro-batch lies in one row in place of one row a sample.
+    /// A micro-batch is packed into one row in place of one row a sample.
     pub packing: bool,
     /// Every layer is run again in the backward pass.
     pub recompute: bool,
-    /// Where layers are not: norms, rotated heads and the gate are.
+    /// Where layers are not recomputed: norms, rotated heads and SwiGLU are.
     pub recompute_pointwise: bool,
 }
 
@@ -209,7 +209,7 @@ struct Run<'a, B: Accelerator> {
     measured: usize,
 }
 
-/// What came of the steps.
+/// Results of the steps.
 struct Measured {
     /// Of the first step, compilation included.
     first_seconds: f64,
@@ -219,7 +219,7 @@ struct Measured {
     windows: Vec<Window>,
     /// Of all steps.
     numbers: Vec<StepTotals>,
-    /// Behind the first and the last measured step, in GiB.
+    /// After the first and the last measured step, in GiB.
     memory: [Option<f64>; 2],
     /// Spent waiting for windows in the measured steps.
     data_wait: Duration,
@@ -327,11 +327,11 @@ impl<B: Accelerator> Run<'_, B> {
         clock: &mut StepClock,
         measured: &mut Measured,
     ) {
-        let asked = Instant::now();
+        let wait_start = Instant::now();
         let wait = || pending.reading.wait();
         let numbers = (self.trace).span(HOST, "wait for the device", step, wait);
         measured.numbers.push(numbers);
-        let seconds = clock.complete(pending.launched, asked);
+        let seconds = clock.complete(pending.launched, wait_start);
         measured.seconds.push(seconds.as_secs_f64());
         let held = B::memory_in_use(&self.bench.device).map(|memory| memory.reserved);
         let gib = held
@@ -344,7 +344,7 @@ impl<B: Accelerator> Run<'_, B> {
     }
 }
 
-/// Hands gradients, clipping and the optimizer to the device; the loss and the gradient's norm follow.
+/// Launches gradients, clipping and the optimizer on the device; the loss and the gradient's norm follow.
 fn launch<A: TrainAccelerator>(
     trainee: &mut Trainee<A>,
     optimizer: &mut AdamW<A>,
@@ -359,7 +359,7 @@ fn launch<A: TrainAccelerator>(
     reading.expect("a training step's sums are on the device")
 }
 
-/// What is counted of a window.
+/// Counts of a window.
 fn without_pixels(window: &Window) -> Window {
     let counted = |batch: &MicroBatch| MicroBatch {
         text: batch.text.clone(),
@@ -378,7 +378,7 @@ fn without_pixels(window: &Window) -> Window {
     }
 }
 
-/// Tells runs apart whose losses or norms differ in a single bit.
+/// A hash that differs where losses or norms differ in a single bit.
 fn digest(numbers: &[StepTotals]) -> String {
     let mut hasher = Sha256::new();
     for step in numbers {

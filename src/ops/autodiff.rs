@@ -23,7 +23,7 @@ use super::{
 
 impl<B: Ops, C: CheckpointStrategy> ForwardOps for Autodiff<B, C> {
     fn matmul<const D: usize>(a: Tensor<Self, D>, b: Tensor<Self, D>) -> Tensor<Self, D> {
-        product(a, b)
+        recorded_matmul(a, b)
     }
 
     /// The inner backend's: a pass without autodiff and one with it drop the same inputs.
@@ -39,11 +39,11 @@ impl<B: Ops, C: CheckpointStrategy> DeviceOps for Autodiff<B, C> {
 
     fn contiguous<const D: usize>(x: Tensor<Self, D>) -> Tensor<Self, D> {
         let trained = x.is_require_grad();
-        let compact = Tensor::from_inner(B::contiguous(x.inner()));
+        let contiguous = Tensor::from_inner(B::contiguous(x.inner()));
         if trained {
-            compact.require_grad()
+            contiguous.require_grad()
         } else {
-            compact
+            contiguous
         }
     }
 
@@ -84,9 +84,9 @@ fn unwrap<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> FloatTensor<B> {
 }
 
 #[derive(Debug)]
-struct Product<const D: usize>;
+struct Matmul<const D: usize>;
 
-impl<B: Ops, const D: usize> Backward<B, 2> for Product<D> {
+impl<B: Ops, const D: usize> Backward<B, 2> for Matmul<D> {
     /// The other operand of each operand that wants a gradient.
     type State = [Option<FloatTensor<B>>; 2];
 
@@ -99,40 +99,40 @@ impl<B: Ops, const D: usize> Backward<B, 2> for Product<D> {
         let [right, left] = ops.state;
         let [left_node, right_node] = ops.parents;
         let dy: Tensor<B, D> = wrap(gradients.consume::<B>(&ops.node));
-        let turned = |x: FloatTensor<B>| wrap::<B, D>(x).swap_dims(D - 2, D - 1);
+        let transposed = |x: FloatTensor<B>| wrap::<B, D>(x).swap_dims(D - 2, D - 1);
         if let (Some(node), Some(right)) = (left_node, right) {
-            let gradient = B::matmul(dy.clone(), turned(right));
+            let gradient = B::matmul(dy.clone(), transposed(right));
             gradients.register::<B>(node.id, unwrap(gradient));
         }
         if let (Some(node), Some(left)) = (right_node, left) {
-            let gradient = B::matmul(turned(left), dy);
+            let gradient = B::matmul(transposed(left), dy);
             gradients.register::<B>(node.id, unwrap(gradient));
         }
     }
 }
 
-/// [`Ops::matmul`] of the inner backend, recorded.
-pub(super) fn product<B: Ops, C: CheckpointStrategy, const D: usize>(
+/// [`ForwardOps::matmul`] of the inner backend, recorded.
+pub(super) fn recorded_matmul<B: Ops, C: CheckpointStrategy, const D: usize>(
     left: Tensor<Autodiff<B, C>, D>,
     right: Tensor<Autodiff<B, C>, D>,
 ) -> Tensor<Autodiff<B, C>, D> {
     let (left, right) = (unwrap(left), unwrap(right));
-    let result = |left, right| unwrap::<B, D>(B::matmul(wrap(left), wrap(right)));
-    let prepared = Product::<D>
+    let multiply = |left, right| unwrap::<B, D>(B::matmul(wrap(left), wrap(right)));
+    let prepared = Matmul::<D>
         .prepare::<C>([left.node.clone(), right.node.clone()])
         .compute_bound()
         .stateful();
-    let product = match prepared {
+    let result = match prepared {
         OpsKind::Tracked(prepared) => {
             let state = [
                 left.is_tracked().then(|| right.primitive.clone()),
                 right.is_tracked().then(|| left.primitive.clone()),
             ];
-            prepared.finish(state, result(left.primitive, right.primitive))
+            prepared.finish(state, multiply(left.primitive, right.primitive))
         }
-        OpsKind::UnTracked(prepared) => prepared.finish(result(left.primitive, right.primitive)),
+        OpsKind::UnTracked(prepared) => prepared.finish(multiply(left.primitive, right.primitive)),
     };
-    wrap(product)
+    wrap(result)
 }
 
 #[cfg(all(test, feature = "flex"))]
@@ -144,7 +144,7 @@ mod tests {
     type B = Autodiff<Flex>;
 
     #[test]
-    fn gradients_are_those_of_burns_own_product() {
+    fn gradients_are_those_of_burns_own_matmul() {
         let device = Default::default();
         let random = |shape| Tensor::<B, 3>::random(shape, Distribution::Default, &device);
         let (a, b) = (
@@ -154,7 +154,11 @@ mod tests {
         let dy = random([2, 3, 5]);
         let gradients = |y: Tensor<B, 3>| {
             let gradients = (y * dy.clone()).sum().backward();
-            [&a, &b].map(|x| x.grad(&gradients).expect("it was asked for").into_data())
+            [&a, &b].map(|x| {
+                x.grad(&gradients)
+                    .expect("the operand requires a gradient")
+                    .into_data()
+            })
         };
         let ours = gradients(B::matmul(a.clone(), b.clone()));
         let burns = gradients(a.clone().matmul(b.clone()));

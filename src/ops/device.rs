@@ -1,4 +1,4 @@
-//! What is asked of a device besides arithmetic: memory, transfers, sums over several.
+//! Operations of a device besides arithmetic: memory, transfers, all-reduce over several.
 
 use std::{sync::Arc, time::Duration};
 
@@ -44,7 +44,7 @@ pub trait AllReduce<B: Backend>: Send + Sync {
 /// Values that are on their way to the host.
 pub type Reading = Box<dyn FnOnce() -> Vec<f32> + Send>;
 
-/// What is asked of a device besides arithmetic.
+/// Operations of a device besides arithmetic: memory, transfers, all-reduce.
 pub trait DeviceOps: Backend + Sized {
     /// What the backend works on.
     const KIND: DeviceKind;
@@ -55,33 +55,34 @@ pub trait DeviceOps: Backend + Sized {
         Tensor::zeros(shape, (device, dtype))
     }
 
-    /// Whether [`Ops::read_async`] returns before the device has done what was asked of it so far.
+    /// Whether [`DeviceOps::read_async`] returns before the device has finished the work queued so far.
     const READS_ASYNC: bool = false;
 
-    /// Asks for a few values of the device as they are now; the result waits for them when called.
+    /// Starts the copy of a few values `[n]` to the host, as they are now; calling the result waits for
+    /// them.
     fn read_async(x: Tensor<Self, 1>) -> Reading {
         Box::new(move || x.into_data().iter::<f32>().collect())
     }
 
-    /// The same tensor with its elements one behind another: what is read again and again should not
-    /// have to be copied into that form each time.
+    /// The same tensor with contiguous elements: a weight that is read again and again should not have to
+    /// be copied into that form each time.
     fn contiguous<const D: usize>(x: Tensor<Self, D>) -> Tensor<Self, D> {
         x
     }
 
-    /// Memory that the calling thread's work holds on the device; `None` where the backend does not tell.
+    /// Memory that the calling thread's work holds on the device; `None` where the backend does not report it.
     fn memory_in_use(_device: &Self::Device) -> Option<DeviceMemory> {
         None
     }
 
-    /// Memory of the device that can still be had, in bytes; `None` where the backend does not tell.
+    /// Free memory of the device, in bytes; `None` where the backend does not report it.
     fn free_memory(_device: &Self::Device) -> Option<u64> {
         None
     }
 
-    /// Runs work whose tensors are to take memory of their very size, where a backend's pools would take
-    /// pages that grow with the card. What the work leaves is used again by work of the same `sizes` and
-    /// given back before work of others; without sizes the work belongs to that before it.
+    /// Runs work whose tensors are allocated at their exact size, where a backend's pools would take pages
+    /// that grow with the card. Memory that the work leaves is used again by work of the same `sizes` and
+    /// freed before work of others; without sizes the work belongs to that before it.
     fn in_exact_memory<R>(
         _device: &Self::Device,
         _sizes: Option<&[usize]>,
@@ -90,7 +91,7 @@ pub trait DeviceOps: Backend + Sized {
         work()
     }
 
-    /// How these devices add up among themselves; `None` where tensors have to be brought together.
+    /// How these devices sum tensors among themselves; `None` where tensors have to be copied to one.
     /// `patience` bounds the wait of a device for the others.
     ///
     /// # Errors
@@ -110,7 +111,7 @@ pub trait DeviceOps: Backend + Sized {
         x.to_device(device)
     }
 
-    /// New tensors on each of some devices, elements one behind another, from bytes that `fill` writes:
+    /// New contiguous tensors on each of some devices, from bytes that `fill` writes:
     /// all pieces of one tensor, then all of the next. What it reads is read once for all devices.
     ///
     /// # Errors

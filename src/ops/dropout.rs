@@ -78,7 +78,7 @@ mod tests {
         (0..count).filter(|at| mask[*at] == 0.0).collect()
     }
 
-    /// Worked out by hand in integers of unbounded size.
+    /// Computed separately, in integers of unbounded size.
     #[test]
     fn the_mask_of_a_seed_is_the_same_everywhere() {
         let one = Dropout {

@@ -9,7 +9,7 @@ use super::{
     quantised::{self, QuantisedWeight},
 };
 
-/// What a layer's output goes through.
+/// Activation function after a linear layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
     /// GELU in the tanh form.
@@ -19,7 +19,7 @@ pub enum Activation {
 }
 
 impl Activation {
-    /// Of each element; in f32 inside.
+    /// Applies it to each element, computed in f32; `[n, width]`.
     pub fn of<B: ForwardOps>(self, x: Tensor<B, 2>) -> Tensor<B, 2> {
         match self {
             Self::GeluTanh => B::gelu_tanh(x),
@@ -35,7 +35,7 @@ pub struct LowRank<B: Backend> {
     pub a: Tensor<B, 2>,
     /// `[out, r]`, f32.
     pub b: Tensor<B, 2>,
-    /// Factor on the product.
+    /// Factor on the low-rank matmul, `alpha / r`.
     pub scaling: f64,
     /// Set in training only.
     pub dropout: Option<Dropout>,
@@ -56,12 +56,13 @@ pub struct HeadNorm<B: Backend> {
 pub trait ForwardOps: Backend + Sized {
     /// `a b` over the last two axes, leading axes alike: `[.., m, k]` and `[.., k, n]` to `[.., m, n]`.
     ///
-    /// f32 is multiplied in f32: a backend whose own product rounds the operands brings another.
+    /// f32 is multiplied in f32: a backend whose own matmul rounds the operands overrides this.
     fn matmul<const D: usize>(a: Tensor<Self, D>, b: Tensor<Self, D>) -> Tensor<Self, D> {
         a.matmul(b)
     }
 
-    /// `x Wᵀ + bias + residual`: `x` `[n, in]`, `weight` `[out, in]`, `residual` `[n, out]`.
+    /// `x Wᵀ + bias + residual`: `x` `[n, in]`, `weight` `[out, in]`, `residual` and result
+    /// `[n, out]`.
     fn linear_add(
         x: Tensor<Self, 2>,
         weight: Tensor<Self, 2>,
@@ -71,7 +72,7 @@ pub trait ForwardOps: Backend + Sized {
         plain::linear(x, weight, bias, residual)
     }
 
-    /// `activation(x Wᵀ + bias)`: as [`Ops::linear_add`], then the activation.
+    /// `activation(x Wᵀ + bias)`: as [`ForwardOps::linear_add`], then the activation; `[n, out]`.
     fn linear_activated(
         x: Tensor<Self, 2>,
         weight: Tensor<Self, 2>,
@@ -81,7 +82,7 @@ pub trait ForwardOps: Backend + Sized {
         activation.of(Self::linear_add(x, weight, bias, None))
     }
 
-    /// Rows `start .. start + count` of a packed matrix as floats, `[count, in]`.
+    /// Rows `start .. start + count` of a quantised matrix as floats, `[count, in]`.
     fn dequantise_rows(
         weight: &QuantisedWeight<Self>,
         start: usize,
@@ -91,7 +92,7 @@ pub trait ForwardOps: Backend + Sized {
         weight.rows(start, count).unpack(dtype)
     }
 
-    /// [`Ops::linear_add`] with a packed matrix.
+    /// [`ForwardOps::linear_add`] with a quantised matrix.
     fn linear_quantised(
         x: Tensor<Self, 2>,
         weight: &QuantisedWeight<Self>,
@@ -101,7 +102,7 @@ pub trait ForwardOps: Backend + Sized {
         quantised::weight::linear(x, weight, bias, residual)
     }
 
-    /// [`Ops::linear_quantised`] plus an adapter's share: the matrix stays as it is.
+    /// [`ForwardOps::linear_quantised`] plus an adapter's share: the matrix itself is not changed.
     fn adapted_linear_quantised(
         x: Tensor<Self, 2>,
         weight: &QuantisedWeight<Self>,
@@ -111,12 +112,13 @@ pub trait ForwardOps: Backend + Sized {
         quantised::weight::adapted(x, weight, adapter, residual)
     }
 
-    /// [`Ops::logits`] with a packed head.
+    /// [`ForwardOps::logits`] with a quantised head.
     fn logits_quantised(hidden: Tensor<Self, 2>, head: &QuantisedWeight<Self>) -> Tensor<Self, 2> {
         quantised::weight::logits(hidden, head)
     }
 
-    /// `drop(x) Aᵀ` of adapters that share their input, `[n, r]` each; the backward pass needs them.
+    /// `drop(x) Aᵀ` of adapters that share their input `x` `[n, in]`: `[n, r]` each; the backward pass
+    /// needs them.
     fn low_rank_inputs(x: Tensor<Self, 2>, adapters: &[&LowRank<Self>]) -> Vec<Tensor<Self, 2>> {
         adapters
             .iter()
@@ -124,7 +126,8 @@ pub trait ForwardOps: Backend + Sized {
             .collect()
     }
 
-    /// `x Wᵀ + s · low Bᵀ + residual`, `low` being the adapter's of [`Ops::low_rank_inputs`].
+    /// `x Wᵀ + s · low Bᵀ + residual`, `low` `[n, r]` being the adapter's of
+    /// [`ForwardOps::low_rank_inputs`].
     fn adapted_linear(
         x: Tensor<Self, 2>,
         weight: Tensor<Self, 2>,
@@ -135,8 +138,8 @@ pub trait ForwardOps: Backend + Sized {
         plain::adapted_linear(x, weight, low, adapter, residual)
     }
 
-    /// What the inputs of an adapter are multiplied with, in the shape of `like`, f32: [`Dropout::mask`],
-    /// bit for bit.
+    /// Dropout mask for the inputs of an adapter, in the shape of `like`, f32: [`Dropout::mask`], bit for
+    /// bit.
     fn dropout_mask(like: &Tensor<Self, 2>, dropout: Dropout) -> Tensor<Self, 2> {
         plain::dropout_mask(like, dropout)
     }
@@ -156,7 +159,7 @@ pub trait ForwardOps: Backend + Sized {
         plain::layer_norm(x, weight, bias, epsilon)
     }
 
-    /// Normalises each head where a norm is given, then turns it by its token's angles.
+    /// Normalises each head where a norm is given, then rotates it by its token's angles (RoPE).
     ///
     /// `x` `[n, h, d]`; `cos`, `sin` `[n, d]`, f32, both halves of a row alike.
     fn rotate_heads(
@@ -169,7 +172,7 @@ pub trait ForwardOps: Backend + Sized {
     }
 
     /// Splits a fused projection `[n, 3 · h · d]` into queries, keys and values `[n, h, d]` each, the
-    /// first two turned.
+    /// first two rotated.
     fn split_and_rotate(
         qkv: Tensor<Self, 2>,
         heads: usize,
@@ -192,8 +195,8 @@ pub trait ForwardOps: Backend + Sized {
         plain::attention(q, k, v, spans)
     }
 
-    /// `a b` in f32, of matrices in one type: scores of f16 heads would be rounded to a thousandth of
-    /// their size, or leave the type's range.
+    /// `a b` in f32, of matrices in one type, `[b, h, m, k]` and `[b, h, k, n]`: scores of f16 heads would
+    /// be rounded to a thousandth of their size, or leave the type's range.
     fn matmul_f32(a: Tensor<Self, 4>, b: Tensor<Self, 4>) -> Tensor<Self, 4> {
         if a.dtype() == DType::F16 {
             Self::matmul(to_f32(a), to_f32(b))
@@ -207,12 +210,12 @@ pub trait ForwardOps: Backend + Sized {
         plain::swiglu(gate, up)
     }
 
-    /// GELU in the tanh form, in f32 inside.
+    /// GELU in the tanh form, computed in f32; `[n, width]`.
     fn gelu_tanh(x: Tensor<Self, 2>) -> Tensor<Self, 2> {
         plain::gelu_tanh(x)
     }
 
-    /// GELU with the error function, in f32 inside.
+    /// GELU with the error function, computed in f32; `[n, width]`.
     fn gelu_exact(x: Tensor<Self, 2>) -> Tensor<Self, 2> {
         plain::gelu_exact(x)
     }
@@ -227,7 +230,7 @@ pub trait ForwardOps: Backend + Sized {
         plain::append_to_cache([keys, values], new, at)
     }
 
-    /// Logits in f32: `hidden` `[n, width]`, `head` `[vocab, width]`.
+    /// Logits in f32: `hidden` `[n, width]`, `head` `[vocab, width]`, result `[n, vocab]`.
     ///
     /// The result is f32 whatever the weights are stored in: rounding it to a half type would make
     /// equals of neighbouring logits.

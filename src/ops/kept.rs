@@ -1,4 +1,4 @@
-//! Room beside a module's weights for what a backend makes out of them.
+//! Cache beside a module's weights for what a backend derives from them.
 
 use std::{
     any::Any,
@@ -16,12 +16,12 @@ use burn::{
     tensor::backend::AutodiffBackend,
 };
 
-/// What is kept, once something is.
+/// What is cached, once something is.
 type Anything = Option<Box<dyn Any + Send>>;
 
-/// A field of a module that holds no parameter: what a backend keeps for the weights beside it.
+/// A field of a module that holds no parameter: what a backend caches for the weights beside it.
 ///
-/// Clones share it, as they share the weights. It is empty again behind everything that may give the
+/// Clones share it, as they share the weights. It is emptied by everything that may give the
 /// module other weights or another device, and closed in what a model in training is validated with,
 /// whose weights change with every step.
 // The backend is named so that the derived code of the module around it sees a module here, and not a
@@ -36,7 +36,7 @@ impl<B> Default for Kept<B> {
 }
 
 impl<B> Kept<B> {
-    /// What is kept, for one user at a time; `None` where nothing may be.
+    /// Locks what is cached; `None` where nothing may be.
     pub fn lock(&self) -> Option<MutexGuard<'_, Anything>> {
         let kept = self.0.as_ref()?;
         Some(kept.lock().unwrap_or_else(PoisonError::into_inner))

@@ -6,7 +6,7 @@ use crate::base::{
     system::{available_memory, peak_memory},
 };
 
-/// Memory that can still be had where a device's tensors lie, in bytes: the host's for the CPU.
+/// Free memory where a device's tensors are stored, in bytes: the host's for the CPU.
 pub fn free_memory<B: Ops>(device: &B::Device) -> Option<u64> {
     if B::KIND == DeviceKind::Cpu {
         available_memory()
@@ -20,7 +20,7 @@ pub fn free_memory<B: Ops>(device: &B::Device) -> Option<u64> {
 pub struct PeakMemory {
     /// Bytes.
     pub bytes: u64,
-    /// Of the device; of the host where the backend does not tell, or works on the host.
+    /// Of the device; of the host where the backend does not report it, or computes on the host.
     pub on_device: bool,
 }
 
@@ -41,17 +41,17 @@ impl PeakMemory {
 pub struct MemoryWatch(Option<u64>);
 
 impl MemoryWatch {
-    /// Looks at the memory that the calling thread's work holds on `device`.
+    /// Reads the memory that the calling thread's work holds on `device`.
     pub fn look<B: Ops>(&mut self, device: &B::Device) {
         self.note(B::memory_in_use(device));
     }
 
-    /// Takes in what was seen elsewhere.
+    /// Adds a reading taken elsewhere.
     pub fn note(&mut self, seen: Option<DeviceMemory>) {
         self.0 = self.0.max(seen.map(|memory| memory.reserved));
     }
 
-    /// The peak so far: the device's, else the host's; `None` where neither is told.
+    /// The peak so far: the device's, else the host's; `None` where neither is known.
     pub fn peak(&self) -> Option<PeakMemory> {
         let device = self.0.map(|bytes| PeakMemory {
             bytes,

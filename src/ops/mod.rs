@@ -43,7 +43,7 @@ pub trait TrainOps: AutodiffBackend<InnerBackend: Ops> + Ops {}
 
 impl<B: AutodiffBackend<InnerBackend: Ops> + Ops> TrainOps for B {}
 
-/// A module on another device, through [`Ops::to_other_device`].
+/// A module on another device, through [`DeviceOps::to_other_device`].
 pub fn module_to_device<B: Ops, M: Module<B>>(module: M, device: &B::Device) -> M {
     struct Send<'a, B: Backend>(&'a B::Device);
     impl<B: Ops> ModuleMapper<B> for Send<'_, B> {
@@ -56,15 +56,15 @@ pub fn module_to_device<B: Ops, M: Module<B>>(module: M, device: &B::Device) -> 
     module.map(&mut Send::<B>(device))
 }
 
-/// [`Ops::contiguous`] for all parameters of a module.
+/// [`DeviceOps::contiguous`] for all parameters of a module.
 pub fn compact<B: Ops, M: Module<B>>(module: M) -> M {
-    struct Compact;
-    impl<B: Ops> ModuleMapper<B> for Compact {
+    struct Contiguous;
+    impl<B: Ops> ModuleMapper<B> for Contiguous {
         fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
             param.map(B::contiguous)
         }
     }
-    module.map(&mut Compact)
+    module.map(&mut Contiguous)
 }
 
 #[cfg(feature = "flex")]

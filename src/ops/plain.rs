@@ -1,4 +1,7 @@
 //! The operations in plain Burn: what every backend has, and what faster ways are compared with.
+//!
+//! Shapes are those of the trait methods of the same names ([`ForwardOps`],
+//! [`TrainingOps`](crate::ops::TrainingOps)).
 
 use burn::{
     prelude::*,
@@ -78,9 +81,9 @@ pub(crate) fn adapted_linear<B: ForwardOps>(
 
 pub(crate) fn low_rank_backward<B: ForwardOps>(
     x: Tensor<B, 2>,
-    flow: &LowRankBackward<B>,
+    backward: &LowRankBackward<B>,
 ) -> LowRankGradients<B> {
-    let LowRankBackward { low, dy, adapter } = flow.clone();
+    let LowRankBackward { low, dy, adapter } = backward.clone();
     let input = dropped(x, &adapter);
     let dy = to_f32(dy) * adapter.scaling;
     let dlow = B::matmul(dy.clone(), adapter.b);
@@ -91,11 +94,11 @@ pub(crate) fn low_rank_backward<B: ForwardOps>(
     }
 }
 
-pub(crate) fn input_gradient<B: ForwardOps>(products: &[BackwardMatmul<B>]) -> Tensor<B, 2> {
-    let parts = products.iter().map(|product| {
-        let dtype = product.dy.dtype();
-        let dx = B::matmul(product.dy.clone(), product.weight.clone());
-        let Some((dlow, adapter)) = &product.adapter else {
+pub(crate) fn input_gradient<B: ForwardOps>(matmuls: &[BackwardMatmul<B>]) -> Tensor<B, 2> {
+    let parts = matmuls.iter().map(|matmul| {
+        let dtype = matmul.dy.dtype();
+        let dx = B::matmul(matmul.dy.clone(), matmul.weight.clone());
+        let Some((dlow, adapter)) = &matmul.adapter else {
             return dx;
         };
         let share = B::matmul(to_f32(dlow.clone()), adapter.a.clone());
@@ -107,7 +110,7 @@ pub(crate) fn input_gradient<B: ForwardOps>(products: &[BackwardMatmul<B>]) -> T
     });
     parts
         .reduce(|sum, part| sum + part)
-        .expect("at least one product flows back")
+        .expect("at least one matmul has an output gradient")
 }
 
 pub(crate) fn rms_norm<B: Backend, const D: usize>(
@@ -161,9 +164,9 @@ fn rotate<B: Backend>(x: Tensor<B, 3>, cos: Tensor<B, 2>, sin: Tensor<B, 2>) -> 
     let half = head_dim / 2;
     let first = x.clone().narrow(2, 0, half);
     let second = x.clone().narrow(2, half, half);
-    let turned = Tensor::cat(vec![second.neg(), first], 2);
+    let rotated_half = Tensor::cat(vec![second.neg(), first], 2);
     to_dtype(
-        x * cos.unsqueeze_dim(1) + turned * sin.unsqueeze_dim(1),
+        x * cos.unsqueeze_dim(1) + rotated_half * sin.unsqueeze_dim(1),
         dtype,
     )
 }
@@ -204,7 +207,7 @@ pub(crate) fn rotate_heads_backward<B: Backend>(
     sin: Tensor<B, 2>,
     dy: Tensor<B, 3>,
 ) -> Tensor<B, 3> {
-    // Both halves of a head share their angles, so turning back is turning by the negative angle.
+    // Both halves of a head share their angles, so the inverse rotation is that by the negative angle.
     let dx = rotate(dy, cos, sin.neg());
     match norm {
         Some(norm) => rms_norm_backward(x, norm.weight, norm.epsilon, dx),
@@ -264,7 +267,7 @@ fn probabilities<B: ForwardOps>(
 ) -> (Tensor<B, 4>, Tensor<B, 4>) {
     let [batch, heads, queries, head_dim] = q.dims();
     let [_, key_value_heads, keys, _] = k.dims();
-    // Query heads that share a key head become more rows of one product.
+    // Query heads that share a key head become more rows of one matmul.
     let rows = heads / key_value_heads * queries;
     let q = (q * scale(head_dim)).reshape([batch, key_value_heads, rows, head_dim]);
     let scores = B::matmul_f32(q.clone(), k.swap_dims(2, 3)).reshape([batch, heads, queries, keys]);
@@ -365,6 +368,10 @@ pub(crate) fn logits<B: ForwardOps>(hidden: Tensor<B, 2>, weight: Tensor<B, 2>) 
 }
 
 /// Negative log likelihoods and right predictions of the targets, summed.
+///
+/// # Shapes
+/// - `logits`: `[targets, vocab]`, `ids`: `[targets]`
+/// - returns: `[1]` each
 pub fn target_sums<B: Backend>(
     logits: &Tensor<B, 2>,
     ids: Tensor<B, 1, Int>,
@@ -459,7 +466,7 @@ pub(crate) fn append_to_cache<B: Backend>(
 
 /// GELU with the error function.
 ///
-/// Composed by hand: the gradient of Burn's own `gelu` is that of the tanh form.
+/// Composed from `erf`: the gradient of Burn's own `gelu` is that of the tanh form.
 pub fn gelu_exact<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
     let dtype = x.dtype();
     let x = to_f32(x);

@@ -1,7 +1,7 @@
-//! The queue that operations of a thread go through.
+//! The queue (stream) that the operations of a thread go through.
 
 /// The queue that a thread's operations go through: GPU backends give every thread one, with memory of
-/// its own, which a thread that ends leaves behind.
+/// its own, which stays allocated after the thread has ended.
 #[derive(Debug, Clone, Copy)]
 pub struct Queue {
     #[cfg(any(feature = "cuda", feature = "wgpu"))]

@@ -1,4 +1,4 @@
-//! Which keys each query sees: one range a query, the one form of mask there is.
+//! Attention mask: which keys each query sees, one range a query, the only form of mask there is.
 //!
 //! Causal attention, packed samples, padding on either side and full attention inside images are
 //! all ranges, so a mask costs memory linear in the tokens.
@@ -18,7 +18,7 @@ const HIDDEN: f32 = -1e30;
 
 /// Visible keys of each query of a batch.
 ///
-/// Device tensors are made when first asked for and shared by clones.
+/// Device tensors are built at the first call and shared by clones.
 #[derive(Debug, Clone)]
 pub struct AttentionSpans<B: Backend>(Arc<Table<B>>);
 
@@ -67,7 +67,7 @@ impl<B: Backend> AttentionSpans<B> {
     /// Causal attention inside segments.
     ///
     /// `segments[row][key]` names the sample a token belongs to, negative for padding; the tokens
-    /// of one sample lie together. A token sees itself and what precedes it in its own segment,
+    /// of one sample are contiguous. A token sees itself and what precedes it in its own segment,
     /// padding sees nothing. The queries are the last `keys - first_query` tokens of a row.
     ///
     /// # Panics
@@ -118,7 +118,7 @@ impl<B: Backend> AttentionSpans<B> {
         self.0.blocks.as_deref()
     }
 
-    /// First visible key and the one behind the last, `[batch × queries]` each.
+    /// First visible key and one past the last, `[batch × queries]` each.
     pub fn ranges(&self) -> &[Tensor<B, 1, Int>; 2] {
         let table = &self.0;
         table
@@ -126,7 +126,7 @@ impl<B: Backend> AttentionSpans<B> {
             .get_or_init(|| [&table.first, &table.end].map(|values| self.upload(values)))
     }
 
-    /// For each key the first query that sees it and the one behind the last, `[batch × keys]` each.
+    /// For each key the first query that sees it and one past the last, `[batch × keys]` each.
     pub fn key_ranges(&self) -> &[Tensor<B, 1, Int>; 2] {
         self.0.key_ranges.get_or_init(|| {
             let table = &self.0;
@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn queries_behind_a_cache_see_all_of_it() {
+    fn queries_after_a_cache_see_all_of_it() {
         let segments = [vec![0; 5]];
         let one = AttentionSpans::<Flex>::causal(&segments, 4, &Default::default());
         assert_eq!(one.dims(), [1, 1, 5]);

@@ -9,13 +9,13 @@ use super::{AttentionSpans, ForwardOps, HeadNorm, LowRank, plain};
 pub struct LowRankBackward<B: Backend> {
     /// `drop(x) Aᵀ` of the forward pass, `[tokens, r]`.
     pub low: Tensor<B, 2>,
-    /// What flows back into the layer's output, `[tokens, out]`.
+    /// Gradient of the layer's output, `[tokens, out]`.
     pub dy: Tensor<B, 2>,
     /// The adapter.
     pub adapter: LowRank<B>,
 }
 
-/// What flows back through a low-rank adapter.
+/// Gradients of a low-rank adapter.
 #[derive(Debug, Clone)]
 pub struct LowRankGradients<B: Backend> {
     /// Of `A`, `[r, in]`, f32.
@@ -26,7 +26,7 @@ pub struct LowRankGradients<B: Backend> {
     pub low: Tensor<B, 2>,
 }
 
-/// Loss over some targets and what flows back from it.
+/// Loss over some targets and its gradient.
 #[derive(Debug, Clone)]
 pub struct TargetLoss<B: Backend> {
     /// Sum of the negative log likelihoods, number of right predictions; `[2]`, f32.
@@ -48,7 +48,7 @@ pub struct AdamWStep {
     pub step_size: f64,
     /// One over the bias correction of the mean square.
     pub second_scale: f64,
-    /// What the value is multiplied with before: one less learning rate times decay.
+    /// Weight decay: what the value is multiplied with first, one less learning rate times decay.
     pub keep: f64,
 }
 
@@ -67,14 +67,14 @@ pub struct AdamWTensor<B: Backend> {
     pub step: AdamWStep,
 }
 
-/// One product whose input gradient is wanted.
+/// One matmul whose input gradient is wanted.
 #[derive(Debug, Clone)]
 pub struct BackwardMatmul<B: Backend> {
-    /// What flows back into its output, `[tokens, out]`.
+    /// Gradient of its output, `[tokens, out]`.
     pub dy: Tensor<B, 2>,
     /// `[out, in]`.
     pub weight: Tensor<B, 2>,
-    /// Its adapter, and what flows back into the low-rank part `[tokens, r]`.
+    /// Gradient of the low-rank part `[tokens, r]`, and the adapter.
     pub adapter: Option<(Tensor<B, 2>, LowRank<B>)>,
 }
 
@@ -82,35 +82,36 @@ pub struct BackwardMatmul<B: Backend> {
 ///
 /// Shape letters: as in [`ForwardOps`].
 pub trait TrainingOps: ForwardOps {
-    /// Gradients of adapters that share the input `x`, which is as in the forward pass.
+    /// Gradients of adapters that share the input `x` `[n, in]`, which is that of the forward pass.
     fn low_rank_backward(
         x: Tensor<Self, 2>,
-        flows: &[LowRankBackward<Self>],
+        adapters: &[LowRankBackward<Self>],
     ) -> Vec<LowRankGradients<Self>> {
-        flows
+        adapters
             .iter()
-            .map(|flow| plain::low_rank_backward(x.clone(), flow))
+            .map(|adapter| plain::low_rank_backward(x.clone(), adapter))
             .collect()
     }
 
-    /// What flows back into the one input of several products, `Σ dy W + drop(dlow A)`, `[n, in]`.
+    /// Gradient of the one input of several matmuls, `Σ dy W + drop(dlow A)`, `[n, in]`.
     ///
     /// # Panics
-    /// If there is no product.
-    fn input_gradient(products: &[BackwardMatmul<Self>]) -> Tensor<Self, 2> {
-        plain::input_gradient(products)
+    /// If there is no matmul.
+    fn input_gradient(matmuls: &[BackwardMatmul<Self>]) -> Tensor<Self, 2> {
+        plain::input_gradient(matmuls)
     }
 
-    /// What flows back into gate and up where the product's input is [`Ops::swiglu`] of them.
+    /// Gradients of gate and up, `[n, width]` each, where the input of `matmul` is [`ForwardOps::swiglu`]
+    /// of them.
     fn swiglu_input_gradient(
-        product: BackwardMatmul<Self>,
+        matmul: BackwardMatmul<Self>,
         gate: Tensor<Self, 2>,
         up: Tensor<Self, 2>,
     ) -> [Tensor<Self, 2>; 2] {
-        Self::swiglu_backward(gate, up, Self::input_gradient(&[product]))
+        Self::swiglu_backward(gate, up, Self::input_gradient(&[matmul]))
     }
 
-    /// What flows back into the input of [`Ops::rms_norm`], plus `residual`.
+    /// Gradient of the input of [`ForwardOps::rms_norm`], plus `residual`; `[n, width]` all but `weight`.
     fn rms_norm_backward(
         x: Tensor<Self, 2>,
         weight: Tensor<Self, 1>,
@@ -121,7 +122,7 @@ pub trait TrainingOps: ForwardOps {
         residual + plain::rms_norm_backward(x, weight, epsilon, dy)
     }
 
-    /// What flows back into the input of [`Ops::rotate_heads`].
+    /// Gradient of the input of [`ForwardOps::rotate_heads`], `[n, h, d]` as `x` and `dy`.
     fn rotate_heads_backward(
         x: Tensor<Self, 3>,
         norm: Option<HeadNorm<Self>>,
@@ -132,7 +133,8 @@ pub trait TrainingOps: ForwardOps {
         plain::rotate_heads_backward(x, norm, cos, sin, dy)
     }
 
-    /// [`Ops::span_attention`], and what its backward pass needs besides: `[b, h, queries]`, f32.
+    /// [`ForwardOps::span_attention`], and the statistics that its backward pass needs besides:
+    /// `[b, h, queries]`, f32.
     fn span_attention_for_backward(
         q: Tensor<Self, 4>,
         k: Tensor<Self, 4>,
@@ -142,7 +144,8 @@ pub trait TrainingOps: ForwardOps {
         (plain::attention(q, k, v, spans), None)
     }
 
-    /// What flows back into `q`, `k` and `v`; `y` and `statistics` are the forward pass's.
+    /// Gradients of `q`, `k` and `v`, each in the shape of its tensor; `y` and `statistics` are those of
+    /// the forward pass, `dy` has the shape of `y`.
     fn span_attention_backward(
         q: Tensor<Self, 4>,
         k: Tensor<Self, 4>,
@@ -155,7 +158,7 @@ pub trait TrainingOps: ForwardOps {
         plain::attention_backward(q, k, v, dy, spans)
     }
 
-    /// What flows back into gate and up.
+    /// Gradients of gate and up in [`ForwardOps::swiglu`], `[n, width]` all.
     fn swiglu_backward(
         gate: Tensor<Self, 2>,
         up: Tensor<Self, 2>,
@@ -164,7 +167,8 @@ pub trait TrainingOps: ForwardOps {
         plain::swiglu_backward(gate, up, dy)
     }
 
-    /// Cross-entropy of some hidden states against a frozen head, forward and backward at once.
+    /// Cross-entropy of hidden states `[targets, width]` against a frozen head `[vocab, width]`, forward
+    /// and backward at once; `ids` `[targets]`.
     ///
     /// The gradient is that of `weight` times the sum of the negative log likelihoods of `ids`.
     fn target_loss(
@@ -178,7 +182,7 @@ pub trait TrainingOps: ForwardOps {
 
     /// One step of AdamW for many parameters: new value, mean and mean square of each.
     ///
-    /// Gradients are multiplied by the second element of `clip`, which is of [`Ops::clip_scale`].
+    /// Gradients are multiplied by the second element of `clip`, which comes from [`TrainingOps::clip_scale`].
     fn adamw(
         tensors: Vec<AdamWTensor<Self>>,
         clip: Option<Tensor<Self, 1>>,
@@ -186,7 +190,7 @@ pub trait TrainingOps: ForwardOps {
         plain::adamw(tensors, clip)
     }
 
-    /// The common norm of some tensors, and what they have to be multiplied with for it to be at most
+    /// Gradient clipping: the common norm of some tensors, and the factor that brings it to at most
     /// `max_norm` (1 where that is 0); `[2]`, f32. There is at least one tensor.
     fn clip_scale(tensors: Vec<Tensor<Self, 1>>, max_norm: f64) -> Tensor<Self, 1> {
         plain::clip_scale(tensors, max_norm)

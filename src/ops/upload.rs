@@ -1,4 +1,4 @@
-//! Tensors from the host's memory to one device or several, filled where they are sent from.
+//! Upload of tensors from host memory to one device or several, filled in the buffer that is copied.
 
 use burn::tensor::{Bytes, DType, Shape, TensorData, ops::FloatTensor};
 

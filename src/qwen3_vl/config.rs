@@ -2,7 +2,7 @@
 //!
 //! Two layouts are in circulation: the published one (transformers 4.57: `rope_theta` beside
 //! `rope_scaling`) and that of transformers 5 (`rope_parameters`). Both read into the same types;
-//! writing always gives the published one.
+//! the published one is always written.
 
 use std::{
     fs,
@@ -63,9 +63,9 @@ pub struct Qwen3VlConfig {
     pub text_config: TextConfig,
     /// The vision tower.
     pub vision_config: VisionConfig,
-    /// Token that stands for one merged image patch.
+    /// Placeholder token for one merged image patch.
     pub image_token_id: u32,
-    /// Token that stands for one merged video patch.
+    /// Placeholder token for one merged video patch.
     pub video_token_id: u32,
     /// Token before an image.
     pub vision_start_token_id: u32,
@@ -82,7 +82,7 @@ pub struct TextConfig {
     pub vocab_size: usize,
     /// Width of the residual stream.
     pub hidden_size: usize,
-    /// Width between the projections of the gated feed-forward block.
+    /// Width between the projections of the feed-forward block (SwiGLU).
     pub intermediate_size: usize,
     /// Number of decoder layers.
     pub num_hidden_layers: usize,
@@ -119,7 +119,7 @@ pub struct VisionConfig {
     pub num_heads: usize,
     /// Rows of the learned position table, a square number.
     pub num_position_embeddings: usize,
-    /// Width of what is handed to the language model.
+    /// Width of the output for the language model.
     pub out_hidden_size: usize,
     /// Colour channels.
     #[serde(default = "three")]

@@ -1,4 +1,4 @@
-//! Keys and values of tokens that came before, for attention.
+//! The KV cache: keys and values of earlier tokens, for attention.
 
 use burn::prelude::*;
 
@@ -10,7 +10,7 @@ use crate::ops::{
 /// Tokens by which the buffers grow.
 const GROWTH: usize = 256;
 
-/// Where attention puts new keys and values, and finds those before them.
+/// A KV cache: attention appends new keys and values and reads those before them.
 pub trait KeyValues<B: Backend> {
     /// Appends those of a group of sequences (an index into the context's groups) in a layer, and
     /// returns all so far.
@@ -69,7 +69,7 @@ impl<B: Ops> LayerKeyValues<B> {
         }
     }
 
-    /// Nothing yet, of a sequence whose clones go on by themselves.
+    /// Nothing yet, of a sequence whose clones are continued separately.
     pub fn forking(format: CacheFormat) -> Self {
         Self {
             forks: true,
@@ -154,7 +154,7 @@ impl<B: Ops> LayerKeyValues<B> {
 pub struct KeyValueCache<B: Backend> {
     /// Those of each layer.
     pub layers: Vec<LayerKeyValues<B>>,
-    /// `segments[row][token]`: 0 for a token, negative for padding; tokens of a pass that is under way
+    /// `segments[row][token]`: 0 for a token, negative for padding; those of the current pass
     /// are among them.
     pub segments: Vec<Vec<i32>>,
 }

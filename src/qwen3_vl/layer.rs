@@ -1,6 +1,6 @@
 //! A decoder layer: its weights, and the only description of what happens in which order.
 //!
-//! [`decoder_layer`] gives the order. An [`Executor`] carries it out: [`Eager`] with operations of the
+//! [`decoder_layer`] gives the order. An [`Executor`] runs it: [`Eager`] with operations of the
 //! backend, the training tape with a record for the backward pass, the decoders of CUDA and cubecl with
 //! fused kernels. Shape letters: `n` tokens of all sequences.
 
@@ -20,9 +20,9 @@ use crate::{
     ops::{AttentionSpans, Ops},
 };
 
-/// Carries out the operations of decoder layers, one layer after another.
+/// Runs the operations of decoder layers, one layer after another.
 ///
-/// The associated types are what an operation hands to the next: tensors where everything is computed
+/// The associated types are what an operation passes to the next: tensors where everything is computed
 /// at once, less where an executor fuses operations.
 pub trait Executor {
     /// The residual stream, `[n, hidden]`.
@@ -33,15 +33,15 @@ pub trait Executor {
     type Projected;
     /// The same with queries and keys normalised and rotated.
     type Rotated;
-    /// What attention gives, `[n, heads × head_dim]`.
+    /// Output of attention, `[n, heads × head_dim]`.
     type Attended;
     /// Inside the feed-forward block, `[n, intermediate]`.
     type Activated;
 
-    /// Goes on with the layer of this index.
+    /// Enters the layer of this index: what follows uses its weights.
     fn enter(&mut self, layer: usize);
 
-    /// RMS norm of the stream.
+    /// RMS norm of the residual stream.
     fn norm(&mut self, norm: LayerNorm, x: &Self::Hidden) -> Self::Normed;
 
     /// `q_proj`, `k_proj` and `v_proj`.
@@ -50,7 +50,7 @@ pub trait Executor {
     /// `q_norm` and `k_norm` of each head, then rotation: the checkpoint was trained in this order.
     fn rotate(&mut self, heads: Self::Projected) -> Self::Rotated;
 
-    /// Attention over these keys and values and those before them.
+    /// Attention over these keys and values and the cached ones before them.
     fn attend(&mut self, heads: Self::Rotated) -> Self::Attended;
 
     /// `o_proj`, plus the residual.
@@ -117,11 +117,11 @@ pub enum Projection {
     Value,
     /// Attention's output.
     Output,
-    /// What is activated.
+    /// `gate_proj`: the input of SiLU.
     Gate,
-    /// What it is multiplied with.
+    /// `up_proj`: what the activated gate is multiplied with.
     Up,
-    /// Back to the stream.
+    /// `down_proj`: back to the residual stream.
     Down,
 }
 
@@ -195,11 +195,11 @@ pub struct TextAttention<B: Backend> {
 /// Source: `Qwen3VLTextMLP`, transformers, `modeling_qwen3_vl.py`.
 #[derive(Module, Debug)]
 pub struct TextMlp<B: Backend> {
-    /// What is activated.
+    /// `gate_proj`: the input of SiLU.
     pub gate_proj: Linear<B>,
-    /// What it is multiplied with.
+    /// `up_proj`: what the activated gate is multiplied with.
     pub up_proj: Linear<B>,
-    /// Back to the residual stream.
+    /// `down_proj`: back to the residual stream.
     pub down_proj: Linear<B>,
 }
 
@@ -312,19 +312,19 @@ impl<B: Backend> SequenceGroup<B> {
     }
 }
 
-/// What every layer needs to know about the tokens at hand.
+/// What every layer needs besides the hidden states: rotary tables, masks, dropout seed.
 #[derive(Debug, Clone)]
 pub struct TextContext<B: Backend> {
     /// Rotary tables, `[n, head_dim]`.
     pub rope: RopeTables<B>,
-    /// All tokens, cut into sequences.
+    /// Groups of sequences that cover all tokens.
     pub groups: Vec<SequenceGroup<B>>,
-    /// Turns the adapters' dropout on and decides its masks.
+    /// Enables the adapters' dropout and decides its masks.
     pub dropout_seed: Option<u64>,
 }
 
 impl<B: Ops> TextContext<B> {
-    /// For one batch that nothing is cached of.
+    /// For one batch without a KV cache.
     pub fn new(
         input: &TextInput,
         config: &Qwen3VlConfig,

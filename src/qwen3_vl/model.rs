@@ -37,7 +37,7 @@ pub struct ImageFeatures<B: Backend> {
 }
 
 impl<B: Ops> ImageFeatures<B> {
-    /// Reads the places off the ids of a batch.
+    /// Finds the image tokens among the ids of a batch; `vision` has one row for each, `[m, hidden]`.
     ///
     /// # Panics
     /// If the number of features is not that of the image tokens.
@@ -80,7 +80,8 @@ impl<B: Ops> ImageFeatures<B> {
         self.vision.deepstack.len()
     }
 
-    /// Gradient of the features from that of the stream they were put into: `[n, hidden]` → `[m, hidden]`.
+    /// Gradient of the image features, gathered from that of the stream they were scattered into:
+    /// `[n, hidden]` → `[m, hidden]`.
     pub fn gather(&self, gradient: Tensor<B, 2>) -> Tensor<B, 2> {
         gradient.select(0, self.image_tokens.clone())
     }
@@ -107,7 +108,7 @@ pub struct TextModel<B: Backend> {
 }
 
 impl<B: Ops> TextModel<B> {
-    /// A model whose parameters are drawn at first use.
+    /// A model whose parameters are initialised at first use.
     pub fn new(config: &TextConfig, options: &InitOptions, device: &B::Device) -> Self {
         Self {
             embed_tokens: Embedding::new(config.vocab_size, config.hidden_size, options, device),
@@ -140,7 +141,7 @@ pub struct Qwen3Vl<B: Backend> {
 }
 
 impl<B: Ops> Qwen3Vl<B> {
-    /// A model whose parameters are drawn at first use, so that loading replaces them unallocated.
+    /// A model whose parameters are initialised at first use, so that loading replaces them unallocated.
     pub fn new(config: &Qwen3VlConfig, options: &InitOptions, device: &B::Device) -> Self {
         let text = &config.text_config;
         Self {
@@ -158,7 +159,7 @@ impl<B: Ops> Qwen3Vl<B> {
         self.model.language_model.norm.weight.val().dtype()
     }
 
-    /// How the weights are packed, if they are.
+    /// How the weights are quantised, if they are.
     pub fn quantization(&self) -> Option<Quantization> {
         let layer = self.model.language_model.layers.first()?;
         let layers = layer
@@ -209,7 +210,7 @@ impl<B: Ops> Qwen3Vl<B> {
 
     /// Runs the language model over a batch: last hidden states after the final norm, `[n, hidden]`.
     ///
-    /// `vision` holds the features of all image tokens of the batch, in order.
+    /// `vision` holds the features of all `m` image tokens of the batch, in order, `[m, hidden]` each.
     ///
     /// # Panics
     /// If the number of features is not that of the image tokens.
@@ -236,7 +237,8 @@ impl<B: Ops> Qwen3Vl<B> {
     }
 
     /// Fills a cache with the prompts of a batch, padded on the left, at most `columns` tokens of every row
-    /// at once: what lies between the layers is no larger than that. The last hidden state of each row,
+    /// at once: activations between the layers are no larger than that. Returns the last hidden state of
+    /// each row,
     /// `[batch, hidden]`.
     ///
     /// # Panics

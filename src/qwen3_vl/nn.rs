@@ -1,7 +1,7 @@
 //! The building blocks both towers share, under the checkpoint's own names and layouts.
 //!
-//! Hidden states are two-dimensional, `[tokens, width]`, everywhere in the model: one matrix
-//! product serves batches, packed samples and single tokens alike.
+//! Hidden states are two-dimensional, `[tokens, width]`, everywhere in the model: one
+//! matmul serves batches, packed samples and single tokens alike.
 
 use burn::{
     module::{Param, ParamId},
@@ -73,10 +73,10 @@ impl Default for InitOptions {
     }
 }
 
-/// A linear layer with the weight as published, `[out, in]`, and room for a low-rank adapter.
+/// A linear layer with the weight as published, `[out, in]`, and an optional low-rank adapter (LoRA).
 ///
 /// The checkpoint's layout is kept (Burn's own `Linear` has `[in, out]`) because a matrix-vector
-/// product over it reads memory in rows, and because nothing has to be turned round at load.
+/// product over it reads memory in rows, and because nothing has to be transposed at load.
 #[derive(Module, Debug)]
 pub struct Linear<B: Backend> {
     /// `[out, in]`.
@@ -110,7 +110,7 @@ impl<B: Ops> Linear<B> {
 
     /// `x W^T + b`, plus the adapter's share where one is attached.
     ///
-    /// `dropout_seed` turns the adapter's dropout on and decides its mask; `None` is inference.
+    /// A `dropout_seed` enables the adapter's dropout and decides its mask; `None` is inference.
     ///
     /// # Shapes
     /// - `x`: `[tokens, in]`
@@ -119,7 +119,7 @@ impl<B: Ops> Linear<B> {
         self.run(x, None, dropout_seed)
     }
 
-    /// [`Linear::forward`] plus `residual` `[tokens, out]`.
+    /// [`Linear::forward`] plus `residual`: `x` `[tokens, in]`, `residual` and result `[tokens, out]`.
     pub fn forward_add(
         &self,
         x: Tensor<B, 2>,
@@ -129,7 +129,7 @@ impl<B: Ops> Linear<B> {
         self.run(x, Some(residual), dropout_seed)
     }
 
-    /// [`Linear::forward`] through an activation.
+    /// [`Linear::forward`], then an activation: `[tokens, in]` → `[tokens, out]`.
     pub fn forward_activated(
         &self,
         x: Tensor<B, 2>,
@@ -189,7 +189,7 @@ impl<B: Ops> RmsNorm<B> {
         B::rms_norm(x, self.weight.val(), self.epsilon)
     }
 
-    /// The norm as an operand of [`Ops::rotate_heads`].
+    /// The norm as an operand of [`rotate_heads`](crate::ops::ForwardOps::rotate_heads).
     pub fn of_heads(&self) -> HeadNorm<B> {
         HeadNorm {
             weight: self.weight.val(),

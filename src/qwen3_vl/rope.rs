@@ -1,7 +1,7 @@
-//! Three-axis positions and rotary tables.
+//! Rotary position embedding (RoPE): cosine and sine tables from three-axis positions (M-RoPE).
 //!
-//! Positions are integers and are worked out on the host; the tables are f32 whatever the model's
-//! dtype, because bf16 cannot tell neighbouring positions apart beyond 256.
+//! Positions are integers and are computed on the host; the tables are f32 whatever the model's
+//! dtype, because bf16 gives neighbouring positions beyond 256 the same value.
 
 use crate::{
     batch::positions::Positions,
@@ -54,7 +54,7 @@ impl<B: Ops> RopeTables<B> {
         }
     }
 
-    /// Tables of the language model: frequency `j` turns with the axis that owns it.
+    /// Tables of the language model: frequency `j` is multiplied by the position on the axis that owns it.
     ///
     /// The axes are interleaved (time, height, width, time, …) as far as the height and width
     /// sections reach; the rest belongs to time.
@@ -79,12 +79,12 @@ impl<B: Ops> RopeTables<B> {
         Self::from_angles(&angles, half, device)
     }
 
-    /// Tables of the vision tower: the first half of the frequencies turns with the row, the second
-    /// with the column. `rows_columns` holds `(row, column)` a patch.
+    /// Tables of the vision tower: the first half of the frequencies is for the row, the second for
+    /// the column. `rows_columns` holds `(row, column)` a patch.
     pub fn vision(rows_columns: &[[u32; 2]], head_dim: usize, device: &B::Device) -> Self {
         let inv_freq = inverse_frequencies(head_dim / 2, 10_000.0);
         let quarter = inv_freq.len();
-        // Rows and columns are few and occur often: their sines are worked out once.
+        // Rows and columns are few and occur often: their sines are computed once.
         let places = rows_columns
             .iter()
             .flatten()
@@ -125,7 +125,7 @@ impl<B: Ops> RopeTables<B> {
     }
 }
 
-/// Turns a position into angles: one frequency a pair of elements of a head.
+/// Inverse frequencies that map a position to angles: one a pair of elements of a head.
 pub(crate) fn inverse_frequencies(dim: usize, theta: f64) -> Vec<f32> {
     // In f32 like the reference: the published tables were made so.
     (0..dim / 2)

@@ -1,7 +1,7 @@
 //! The vision tower: patches in, one token for every merged square of patches out.
 //!
-//! Patches come and go in spatial-merge-block order: the patches of one merged square lie next to
-//! each other. Shape letters: `n` patches of all images together, `m = n / merge²` merged tokens.
+//! Patches come and go in spatial-merge-block order: the patches of one merged square are
+//! contiguous. Shape letters: `n` patches of all images together, `m = n / merge²` merged tokens.
 
 use crate::{
     batch::images::ImageInput,
@@ -28,7 +28,7 @@ const LAYER_NORM_EPS: f64 = 1e-6;
 
 /// Projection of flattened patches; the published kernel keeps its five axes.
 ///
-/// Source: `Qwen3VLVisionPatchEmbed`, a 3-D convolution whose stride is its size, so a product.
+/// Source: `Qwen3VLVisionPatchEmbed`, a 3-D convolution whose stride is its size, so a matmul.
 #[derive(Module, Debug)]
 pub struct PatchEmbedProjection<B: Backend> {
     /// `[hidden, channels, frames, height, width]`.
@@ -261,12 +261,12 @@ pub fn pixel_tensor<B: Ops>(
     to_dtype(Tensor::from_data(values, (device, DType::F32)), dtype)
 }
 
-/// What the tower hands to the language model.
+/// Output of the tower: features for the language model.
 #[derive(Debug, Clone)]
 pub struct VisionOutput<B: Backend> {
     /// Goes into the text embeddings, `[m, out_hidden]`.
     pub merged: Tensor<B, 2>,
-    /// Added behind the first layers of the language model, each `[m, out_hidden]`.
+    /// DeepStack features, added after the first layers of the language model, each `[m, out_hidden]`.
     pub deepstack: Vec<Tensor<B, 2>>,
 }
 
@@ -281,7 +281,7 @@ impl<B: Backend> VisionOutput<B> {
     }
 }
 
-/// Where each patch of some images lies: what the tower needs besides pixels.
+/// Positions of the patches of some images: what the tower needs besides pixels.
 #[derive(Debug, Clone)]
 pub struct VisionLayout<B: Backend> {
     /// Four rows of the position table for each patch: one index tensor `[n]` a corner.
@@ -293,7 +293,7 @@ pub struct VisionLayout<B: Backend> {
 }
 
 impl<B: Ops> VisionLayout<B> {
-    /// Works out positions for images of `grids` patches, `(time, height, width)` each.
+    /// Computes positions for images of `grids` patches, `(time, height, width)` each.
     pub fn new(grids: &[[usize; 3]], config: &VisionConfig, device: &B::Device) -> Self {
         let mut corners = PositionCorners::default();
         let mut rows_columns = Vec::new();
@@ -426,12 +426,12 @@ pub struct VisionModel<B: Backend> {
     /// Inner blocks' outputs to DeepStack tokens.
     pub deepstack_merger_list: Vec<PatchMerger<B>>,
     deepstack_visual_indexes: Vec<usize>,
-    /// What the backend keeps for these weights.
+    /// What the backend caches for these weights.
     pub kept: Kept<B>,
 }
 
 impl<B: Ops> VisionModel<B> {
-    /// A tower whose parameters are drawn at first use.
+    /// A tower whose parameters are initialised at first use.
     pub fn new(config: &VisionConfig, options: &InitOptions, device: &B::Device) -> Self {
         Self {
             patch_embed: PatchEmbed::new(config, options, device),
@@ -475,7 +475,8 @@ impl<B: Ops> VisionModel<B> {
         to_dtype(sum.expect("a patch has four corners"), dtype)
     }
 
-    /// What goes into the first block: patch embedding plus position, `[n, hidden]`.
+    /// Input of the first block: `pixel_values` `[n, patch_dim]` → patch embedding plus position,
+    /// `[n, hidden]`.
     pub fn embed(&self, pixel_values: Tensor<B, 2>, layout: &VisionLayout<B>) -> Tensor<B, 2> {
         self.patch_embed
             .forward(pixel_values, Some(self.position_embeddings(layout)))
@@ -502,7 +503,10 @@ impl<B: Ops> VisionModel<B> {
         self.forward_from(pixel_values, positions, layout, dropout_seed)
     }
 
-    /// [`VisionModel::forward`] with position embeddings `[n, hidden]` worked out before.
+    /// [`VisionModel::forward`] with position embeddings `[n, hidden]` computed before.
+    ///
+    /// # Shapes
+    /// - `pixel_values`: `[n, patch_dim]`
     pub fn forward_from(
         &self,
         pixel_values: Tensor<B, 2>,
@@ -514,7 +518,7 @@ impl<B: Ops> VisionModel<B> {
         self.run_blocks(x, layout, dropout_seed, |_| ())
     }
 
-    /// All blocks and mergers over what [`VisionModel::embed`] gives; `on_input` sees the input of each
+    /// All blocks and mergers over the result of [`VisionModel::embed`]; `on_input` gets the input of each
     /// block and at last that of the main merger, `[n, hidden]` each.
     pub fn run_blocks(
         &self,
@@ -544,7 +548,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn patches_of_one_square_lie_next_to_each_other() {
+    fn patches_of_one_square_are_contiguous() {
         assert_eq!(
             patch_positions([1, 2, 4], 2),
             [

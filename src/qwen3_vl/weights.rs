@@ -1,4 +1,4 @@
-//! Checkpoint files to modules and back, tensor by tensor.
+//! Reads checkpoint files (safetensors) into modules and writes them, tensor by tensor.
 //!
 //! A parameter's path in the module tree is its key in the file, so there is no key map. What is read
 //! goes to the device piece by piece, what is written comes from it tensor by tensor: host memory stays
@@ -107,7 +107,7 @@ pub enum WeightsError {
         /// Type in the file.
         found: String,
     },
-    /// A tensor of a packed matrix of another type.
+    /// A tensor of a quantised matrix of another type.
     #[error("`{}`: tensor `{name}` is stored as {found}, expected {expected}; was the file written by `quantize`?", .path.display())]
     PackedDtype {
         /// The file.
@@ -119,7 +119,7 @@ pub enum WeightsError {
         /// Type that belongs there.
         expected: String,
     },
-    /// The weights are packed in another way than was asked for, or than is read here.
+    /// The weights are quantised in another format than the chosen one, or than is supported.
     #[error("`{}`: {reason}", .path.display())]
     Quantization {
         /// The file or folder.
@@ -198,7 +198,7 @@ pub struct TensorFile {
     entries: BTreeMap<String, Entry>,
 }
 
-/// Bytes a core reads and looks at in one go: what its cache holds.
+/// Bytes a core reads and checks at once: what its cache holds.
 const SHARE_BYTES: usize = 1 << 20;
 
 impl TensorFile {
@@ -241,7 +241,7 @@ impl TensorFile {
         Ok(this)
     }
 
-    /// Where the file lies.
+    /// Path of the file.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -321,7 +321,7 @@ impl TensorFile {
         out: &mut [u8],
     ) -> Result<(), WeightsError> {
         let entry = self.entry(name)?;
-        let told = |problem| match problem {
+        let error = |problem| match problem {
             Problem::Dtype => WeightsError::Dtype {
                 path: self.path.clone(),
                 name: name.to_string(),
@@ -338,7 +338,7 @@ impl TensorFile {
                 index,
             },
         };
-        let size = stored_size(entry.dtype).ok_or_else(|| told(Problem::Dtype))?;
+        let size = stored_size(entry.dtype).ok_or_else(|| error(Problem::Dtype))?;
         let share = SHARE_BYTES / size.max(dtype.size());
         let shares: Vec<Result<(), WeightsError>> = out
             .par_chunks_mut(share * dtype.size())
@@ -347,9 +347,9 @@ impl TensorFile {
                 let first = first + number * share;
                 let from = entry.bytes.start + first * size;
                 let counted = |problem| match problem {
-                    Problem::NotFinite(at) => told(Problem::NotFinite(first + at)),
-                    Problem::TooLarge(at) => told(Problem::TooLarge(first + at)),
-                    Problem::Dtype => told(Problem::Dtype),
+                    Problem::NotFinite(at) => error(Problem::NotFinite(first + at)),
+                    Problem::TooLarge(at) => error(Problem::TooLarge(first + at)),
+                    Problem::Dtype => error(Problem::Dtype),
                 };
                 if is_same(entry.dtype, dtype) {
                     self.bytes_into(from, out)?;
@@ -432,7 +432,7 @@ pub fn checkpoint_files(dir: &Path) -> Result<Vec<PathBuf>, WeightsError> {
 }
 
 /// Whether the checkpoint in `dir` holds a `lm_head.weight` that differs from the embedding in any element.
-/// A folder without weights, or with packed ones, holds none.
+/// A folder without weights, or with quantised ones, holds none.
 ///
 /// # Errors
 /// [`WeightsError`] names the file and the tensor.
@@ -515,7 +515,7 @@ impl<B: Backend> ModuleVisitor<B> for ShapeVisitor {
     }
 }
 
-/// Paths and shapes of a module's parameters, without drawing any.
+/// Paths and shapes of a module's parameters, without initialising any.
 pub fn parameter_shapes<B: Ops, M: Module<B>>(module: &M) -> BTreeMap<String, Vec<usize>> {
     let mut visitor = ShapeVisitor {
         path: Vec::new(),

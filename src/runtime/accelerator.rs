@@ -1,4 +1,4 @@
-//! Faster ways through whole models, where a backend has them.
+//! The trait of an accelerator: faster ways through whole models, where a backend has them.
 
 use burn::{
     backend::{Autodiff, autodiff::checkpoint::strategy::CheckpointStrategy},
@@ -20,7 +20,7 @@ use crate::{
     },
 };
 
-/// Where decoding behind a prefilled cache starts.
+/// Where decoding after a prefill starts.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DecodeStart {
     /// The first new token of each row.
@@ -37,16 +37,16 @@ pub struct DecodeStart {
     pub seen: Vec<Vec<u32>>,
 }
 
-/// Decodes a batch behind a prefilled cache, one token a row and step, feeding itself.
+/// Decodes a batch after a prefill, one token a row and step; each step takes the tokens of the last.
 pub trait Decoder {
-    /// The token chosen behind the last one of each row; `None` where the logits are NaN. The next
+    /// The token chosen after the last one of each row; `None` where the logits are NaN. The next
     /// step takes these tokens.
     ///
     /// # Errors
     /// What the driver says.
     fn next_tokens(&mut self) -> Result<Vec<Option<u32>>, String>;
 
-    /// Logits behind the given tokens, one a row.
+    /// Logits after the given tokens, one a row: `[batch][vocab]`.
     ///
     /// # Errors
     /// What the driver says.
@@ -67,7 +67,7 @@ pub trait Accelerator: Ops {
     ) {
     }
 
-    /// The vision tower over some images, for inference; `run` is the tower as it is written.
+    /// The vision tower over some images, for inference; `run` is the tower in plain operations.
     fn vision_tower(
         _tower: &VisionModel<Self>,
         _images: &ImageInput,
@@ -77,14 +77,14 @@ pub trait Accelerator: Ops {
         run()
     }
 
-    /// Waits until what is made in the background for a model is there: before something is timed.
+    /// Waits until background preparation for a model has finished: before something is timed.
     fn wait_for_background(_model: &Qwen3Vl<Self>) {}
 
-    /// Whether [`Ops::decoder`] may take over: caches then hold all tokens of a request from the
+    /// Whether [`Accelerator::decoder`] may take over: caches then hold all tokens of a request from the
     /// start, and what no token has been written to is never read.
     const HAS_DECODER: bool = false;
 
-    /// A faster way to decode behind a prefilled cache, where there is one for the model.
+    /// A faster decoder after a prefill, where there is one for the model.
     fn decoder(
         _model: &Qwen3Vl<Self>,
         _config: &Qwen3VlConfig,

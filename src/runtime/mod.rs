@@ -1,4 +1,4 @@
-//! A loaded model at work: loading, prefill, decoding, and the faster ways a backend has for them.
+//! Running a loaded model: loading, prefill, decoding, and the faster ways a backend has for them.
 
 pub mod accelerator;
 pub mod generate;

@@ -1,4 +1,4 @@
-//! A model ready to be asked: weights, processor, tokenizer and template of one checkpoint.
+//! A model ready for inference: weights, processor, tokenizer and template of one checkpoint.
 
 use std::path::{Path, PathBuf};
 
@@ -45,7 +45,7 @@ use crate::{
     },
 };
 
-/// What keeps a model from being loaded or asked.
+/// Why a model cannot be loaded or run.
 #[derive(Debug, thiserror::Error)]
 #[allow(
     missing_docs,
@@ -66,7 +66,7 @@ pub enum PipelineError {
     Image(#[from] ImageError),
     #[error(transparent)]
     Generate(#[from] GenerateError),
-    #[error("`{}` is not the folder of a checkpoint; expected `config.json`, `tokenizer.json` and `model.safetensors` (or shards with their index) in it{}", .0.display(), folder_hint(.0, "config.json"))]
+    #[error("`{}` is not the folder of a checkpoint; expected `config.json`, `tokenizer.json` and `model.safetensors` (or shards with their index) in it; `model/README.md` says how to download one{}", .0.display(), folder_hint(.0, "config.json"))]
     NoModel(PathBuf),
     #[error("`{}`: `{key}` is {found} for the image processor and {expected} in the vision_config of config.json; the two must agree", .path.display())]
     Patches {
@@ -98,11 +98,11 @@ pub enum PipelineError {
 pub struct PipelineOptions {
     /// Checkpoint folder.
     pub model: PathBuf,
-    /// PEFT adapter folder, merged into the weights; on packed weights it stays apart.
+    /// PEFT adapter folder, merged into the weights; on quantised weights it stays separate.
     pub adapter: Option<PathBuf>,
     /// Type of the weights on the device.
     pub dtype: DType,
-    /// Pack the weights of a 16-bit checkpoint while they are loaded; one that is packed on the disk
+    /// Quantise the weights of a 16-bit checkpoint while they are loaded; one that is quantised on the disk
     /// stays as it is.
     pub quantize: Option<Quantization>,
     /// Smallest image the model is shown, in pixels; when absent, see [`LimitsFrom`].
@@ -140,7 +140,7 @@ impl std::fmt::Display for LimitsFrom {
 pub struct TextAndImages {
     /// Sizes.
     pub config: Qwen3VlConfig,
-    /// Pictures to patches.
+    /// Image processor: images to patches.
     pub images: ImageProcessor,
     /// Text to ids.
     pub tokenizer: Tokenizer,
@@ -252,7 +252,7 @@ impl TextAndImages {
         }
         let template = match found {
             Some(template) => template,
-            // A checkpoint without a template: the published folder names tell the two kinds apart.
+            // A checkpoint without a template: the published folder names distinguish the two kinds.
             None if is_thinking_folder(dir) => ChatTemplate::thinking()?,
             None => ChatTemplate::instruct()?,
         };
@@ -268,7 +268,7 @@ impl TextAndImages {
         })
     }
 
-    /// Patches of a picture, as the model takes them.
+    /// Patches of an image, as the model takes them.
     ///
     /// # Errors
     /// [`PipelineError::Image`].
@@ -330,7 +330,7 @@ fn is_thinking_folder(dir: &Path) -> bool {
         .is_some_and(|name| name.to_string_lossy().to_lowercase().contains("thinking"))
 }
 
-/// The picture must be cut as the vision tower reads it.
+/// Checks that the image processor's patches are those that the vision tower reads.
 fn check_patches(
     dir: &Path,
     images: &ImageProcessorConfig,
@@ -428,11 +428,11 @@ pub struct Answer {
 /// A loaded model with all that belongs to it.
 #[derive(Debug)]
 pub struct Pipeline<B: Backend> {
-    /// Weights with their adapter, merged unless they are packed.
+    /// Weights with their adapter, merged unless they are quantised.
     pub model: Qwen3Vl<B>,
     /// Tokenizer, template, image processor.
     pub parts: TextAndImages,
-    /// Where the weights lie.
+    /// Device that the weights are on.
     pub device: B::Device,
 }
 
@@ -465,7 +465,7 @@ impl<B: Accelerator> Pipeline<B> {
             .zip(devices)
             .map(|(model, device)| {
                 let model = match &options.adapter {
-                    // What is packed is not packed anew: there the adapter stays beside it.
+                    // Quantised weights are not quantised again: there the adapter stays beside them.
                     Some(dir) if model.quantization().is_some() => load_adapter(model, dir)?.0,
                     Some(dir) => merge(load_adapter(model, dir)?.0),
                     None => model,
@@ -578,7 +578,10 @@ pub fn load_models<B: Accelerator>(
         check_host_memory(&options.model, model, options.dtype, quantization, copies)?;
     }
     if let Some(quantization) = quantization {
-        if options.quantize.is_some_and(|asked| asked != quantization) {
+        if options
+            .quantize
+            .is_some_and(|wanted| wanted != quantization)
+        {
             return Err(PipelineError::Weights(WeightsError::Quantization {
                 path: options.model.clone(),
                 reason: format!(
@@ -598,7 +601,7 @@ pub fn load_models<B: Accelerator>(
     Ok(models.into_iter().map(compact).collect())
 }
 
-/// The CPU's memory ends the process when it runs out, so it is looked at before.
+/// The process ends when the CPU's memory runs out, so free memory is checked before.
 fn check_host_memory<B: Accelerator>(
     dir: &Path,
     model: &Qwen3Vl<B>,

@@ -1,4 +1,4 @@
-//! Jobs shared out among workers, results in order: one model a device, one job at a time each.
+//! Jobs divided among workers, results in order: one model a device, one job at a time each.
 //!
 //! Knows nothing of models. A worker that is done takes the next job, so that none waits for a slower
 //! one; what is done early is kept until its turn, so that a file of results is always a beginning of
@@ -19,7 +19,7 @@ use crate::{
     ops::queue::Queue,
 };
 
-/// A worker that cannot go on.
+/// A worker that failed.
 #[derive(Debug, thiserror::Error)]
 #[error("worker {worker} of {workers} failed: {reason}")]
 pub struct SpreadError {
@@ -31,7 +31,7 @@ pub struct SpreadError {
     pub reason: String,
 }
 
-/// Does all jobs and hands each result on in the order of the jobs; a single worker works on the
+/// Runs all jobs and passes on each result in the order of the jobs; a single worker works on the
 /// calling thread, others in its queue, so that one call after another finds the memory of the first.
 ///
 /// # Errors

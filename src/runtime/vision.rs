@@ -1,4 +1,4 @@
-//! The vision tower at work: layouts that come again, images on the device before they are asked for.
+//! Runs the vision tower: cached layouts, and images uploaded ahead of their use.
 //!
 //! One batch a thread is sent ahead: it belongs to the thread that sent it and is taken once.
 
@@ -65,7 +65,7 @@ pub fn send_ahead<B: Accelerator>(
     SENT.set(Some((key(images, device), Box::new(sent))));
 }
 
-/// What the vision tower needs of some images.
+/// Inputs of the vision tower for some images.
 struct SentImages<B: Backend> {
     layout: VisionLayout<B>,
     /// `[patches, patch_dim]`, in the type of the tower.
@@ -90,7 +90,7 @@ fn take_sent<B: Accelerator>(images: &ImageInput, device: &B::Device) -> Option<
     value.downcast().ok().map(|value| *value)
 }
 
-/// What a layout follows from.
+/// Key of a cached layout.
 #[derive(Debug, PartialEq)]
 struct LayoutKey {
     backend: TypeId,

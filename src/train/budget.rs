@@ -1,4 +1,4 @@
-//! What a training step takes of a device's memory, and which step fits a budget.
+//! Device memory of a training step, estimated, and which form of the step fits a budget.
 //!
 //! Only the form of a step is chosen: how many tokens go through the model in one row, and what is kept
 //! for the backward pass. Samples, their weights in the loss and the optimizer's step stay what the
@@ -97,7 +97,7 @@ impl StepMemory {
                 ("optimizer step, f32", trained * 12),
             ];
         } else {
-            // Inputs of the projections and norms, rotated heads, gate, up and their product, and three
+            // Inputs of the projections and norms, rotated heads, gate, up and their SwiGLU, and three
             // times the scores, in f32: what the recorded operations hold.
             let scores = 3 * text.num_attention_heads as u64 * longest as u64;
             let all = 4 * (6 * hidden + 4 * (queries + 2 * keys) + 5 * wide + scores);
@@ -147,8 +147,8 @@ impl StepMemory {
 
     /// All parts, with what the driver holds and what is left between tensors.
     ///
-    /// On CUDA a step's tensors take memory of their very size (`Accelerator::in_exact_memory`), whatever
-    /// the card; only small ones lie in pages of cubecl's pools.
+    /// On CUDA a step's tensors are allocated at their exact size (`DeviceOps::in_exact_memory`), whatever
+    /// the card; only small ones are in pages of cubecl's pools.
     pub fn bytes(&self, tokens: u64, kept: Recorded) -> u64 {
         /// A CUDA context with its modules (0.55 GiB on an H200), and the pools' smallest pages.
         const DRIVER: u64 = 1 << 30;
@@ -240,7 +240,7 @@ impl Form {
     /// The fastest form within `gib` GiB; with `row_tokens`, of those with rows of so many tokens.
     ///
     /// `longest` is the longest sample in tokens. Rows are several times as long where that fits: a
-    /// product over few rows wastes the device. The choice is a function of the arguments alone.
+    /// matmul over few rows wastes the device. The choice is a function of the arguments alone.
     ///
     /// # Errors
     /// [`BudgetError`].

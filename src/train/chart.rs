@@ -66,7 +66,7 @@ pub fn training_chart(rows: &[ChartRow]) -> String {
 
 const X_LABEL: &str = "optimizer step";
 
-/// The points of one value; rows without it are passed over.
+/// The points of one value; rows without it are skipped.
 fn column(rows: &[ChartRow], value: fn(&ChartRow) -> Option<f64>) -> Vec<(f64, f64)> {
     rows.iter()
         .filter_map(|row| Some((row.step as f64, value(row)?)))

@@ -1,4 +1,4 @@
-//! What lies in a `checkpoint-N/`: the adapter in PEFT's form (or the whole model), the optimizer's
+//! Contents of a `checkpoint-N/`: the adapter in PEFT's form (or the whole model), the optimizer's
 //! moments and the state of the run.
 
 use std::{
@@ -40,7 +40,7 @@ use crate::{
 const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "trainer_state.json";
 
-/// What keeps a checkpoint from being written or read.
+/// Why a checkpoint cannot be written or read.
 #[derive(Debug, thiserror::Error)]
 #[allow(
     missing_docs,
@@ -58,7 +58,7 @@ pub enum CheckpointError {
 }
 
 impl CheckpointError {
-    /// The file error inside, if there is one: what tells a full disk from other failures.
+    /// The file error inside, if there is one: it distinguishes a full disk from other failures.
     pub fn into_cause(self) -> Box<dyn std::error::Error + Send + Sync> {
         match self {
             Self::File(error)
@@ -70,10 +70,10 @@ impl CheckpointError {
     }
 }
 
-/// Stands for a base whose weights were drawn at random.
+/// In place of the fingerprint of a base whose weights are random.
 pub const RANDOM_BASE: &str = "random";
 
-/// Where a run stands; all that is random is a function of the seed and the step.
+/// Progress of a run; all that is random is a function of the seed and the step.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TrainerState {
     /// Optimizer steps done; the next window's number.
@@ -94,7 +94,7 @@ pub struct TrainerState {
     pub config: TrainConfig,
     /// Fingerprint of the training data.
     pub train_data: String,
-    /// Fingerprint of its pictures; `None` in checkpoints from before it was kept.
+    /// Fingerprint of its images; `None` in checkpoints from before it was kept.
     #[serde(default)]
     pub images: Option<String>,
     /// Fingerprint of the base's weights, or [`RANDOM_BASE`]; `None` in checkpoints from before it was

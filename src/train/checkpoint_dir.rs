@@ -1,6 +1,6 @@
 //! The `checkpoint-N/` folders of one run: saving, finding the newest whole one, pruning.
 //!
-//! `N` is the number of finished optimizer steps. What lies inside a checkpoint is the caller's
+//! `N` is the number of finished optimizer steps. The contents of a checkpoint are the caller's
 //! business; here it is only written whole, verified and deleted. `best.json` beside the folders
 //! names the step with the best validation metric.
 //!
@@ -120,10 +120,10 @@ pub struct Checkpoint {
     pub path: PathBuf,
 }
 
-/// A checkpoint that was passed over; displays as a warning that names the folder and the reason.
+/// A damaged checkpoint that was skipped; displays as a warning that names the folder and the reason.
 #[derive(Debug)]
 pub struct DamagedCheckpoint {
-    /// The folder passed over.
+    /// The folder that was skipped.
     pub checkpoint: Checkpoint,
     /// What is wrong with it.
     pub damage: FolderDamage,
@@ -176,7 +176,7 @@ impl CheckpointDir {
         }
     }
 
-    /// Where the checkpoint of `step` lies, or would.
+    /// Path of the checkpoint of `step`, whether it exists or not.
     pub fn path(&self, step: u64) -> PathBuf {
         self.run.join(format!("{PREFIX}{step}"))
     }
@@ -243,7 +243,7 @@ impl CheckpointDir {
     }
 
     /// As [`CheckpointDir::newest_whole`], among the checkpoints of fewer than `step` steps: where
-    /// to go on when a whole checkpoint turns out to be of no use.
+    /// to go on when a whole checkpoint is of no use.
     ///
     /// # Errors
     /// As [`CheckpointDir::newest_whole`].
@@ -282,8 +282,8 @@ impl CheckpointDir {
         Ok(())
     }
 
-    /// The recorded best checkpoint; `None` before the first record. The folder is not looked at:
-    /// [`verify_folder`] on [`CheckpointDir::path`] tells whether it is whole.
+    /// The recorded best checkpoint; `None` before the first record. The folder is not checked:
+    /// [`verify_folder`] on [`CheckpointDir::path`] checks whether it is whole.
     ///
     /// # Errors
     /// [`CheckpointDirError::BadBest`] or [`CheckpointDirError::File`].

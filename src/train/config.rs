@@ -19,7 +19,7 @@ use crate::{
 
 pub use crate::base::files::nearest::nearest;
 
-/// What is wrong with a run's settings.
+/// Errors in a run's settings.
 #[derive(Debug, thiserror::Error)]
 pub enum TrainConfigError {
     /// The file cannot be read.
@@ -313,10 +313,10 @@ impl TrainConfig {
     /// Names of all keys.
     pub fn keys() -> Vec<String> {
         // An unknown key is answered with all that are known.
-        let asked = toml::from_str::<Self>("no_such_key = 0");
-        let answer = asked.err().map(|error| error.message().to_string());
+        let refused = toml::from_str::<Self>("no_such_key = 0");
+        let answer = refused.err().map(|error| error.message().to_string());
         let words = answer.as_deref().unwrap_or_default().split('`');
-        // Every second piece stands between backticks; the first of them is what was asked for.
+        // Every second piece is in backticks; the first of them is the unknown key itself.
         words.skip(3).step_by(2).map(str::to_string).collect()
     }
 
@@ -630,8 +630,8 @@ impl TrainConfig {
         }
     }
 
-    /// Whether only adapters of the language model are trained, so that the backward pass is written out
-    /// and not recorded.
+    /// Whether only adapters of the language model are trained, so that the manual backward pass is used
+    /// and no graph is recorded.
     pub fn writes_gradients_out(&self) -> bool {
         let text_only = self.freeze_vit && self.freeze_aligner && !self.freeze_llm;
         self.tuner == Tuner::Lora && text_only && !self.use_dora

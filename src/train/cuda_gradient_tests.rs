@@ -141,8 +141,8 @@ fn adapter_gradients_beside_the_cpu() {
     let (want, want_loss) =
         adapter_gradients::<Autodiff<Flex>>(&config, &batch, DType::F32, &MANUAL, &cpu);
     assert!(want.len() == 2 * 7 * config.text_config.num_hidden_layers);
-    // f32: other orders of sums (2e-6 seen on an H100; a product in TF32 would be some 1e-3 away);
-    // bf16: weights, activations and what flows back are rounded (2⁻⁹) some dozen times in a row.
+    // f32: other orders of sums (2e-6 seen on an H100; a matmul in TF32 would be some 1e-3 away);
+    // bf16: weights, activations and gradients are rounded (2⁻⁹) some dozen times in a row.
     for (dtype, allowed) in [(DType::F32, 1e-4), (DType::BF16, 8e-2)] {
         let (got, loss) =
             adapter_gradients::<Autodiff<Cuda>>(&config, &batch, dtype, &MANUAL, &device);

@@ -31,7 +31,7 @@ use crate::{
     },
 };
 
-/// Memory of all sizes that the pools hold, filled with NaN and given back.
+/// Memory of all sizes that the pools hold, filled with NaN and freed.
 fn poison_pools(device: &Device<Cuda>) {
     let filled: Vec<T<1>> = [128, 1 << 10, 1 << 14, 1 << 18, 1 << 21]
         .into_iter()
@@ -235,7 +235,11 @@ fn nothing_unwritten_reaches_the_serving_step() {
                 features: Vec::new(),
                 wants_logits: true,
             };
-            all.extend(engine.prefill(slot, &chunk).expect("logits were asked for"));
+            all.extend(
+                engine
+                    .prefill(slot, &chunk)
+                    .expect("the chunk wants logits"),
+            );
         }
         // A page that is copied in part, and rows that are not in use.
         let fork = engine.fork(slot, 130, 0);
@@ -249,7 +253,7 @@ fn nothing_unwritten_reaches_the_serving_step() {
             for stepped in engine.step(&[row(slot, 150 + step), row(fork, 130 + step)]) {
                 match stepped {
                     Stepped::Logits(logits) => all.extend(logits),
-                    Stepped::Token(_) => panic!("logits were asked for"),
+                    Stepped::Token(_) => panic!("the chunk wants logits"),
                 }
             }
         }

@@ -6,14 +6,14 @@ use crate::{
     study::counted,
 };
 
-/// What a run learns from and validates on.
+/// Training and validation data of a run.
 #[derive(Debug, Clone)]
 pub struct RunData {
-    /// Rows to learn from.
+    /// Training rows.
     pub train: Dataset,
-    /// Rows to validate on, if any.
+    /// Validation rows, if any.
     pub validation: Option<Dataset>,
-    /// What was held out and what has to be looked at, in lines.
+    /// What was held out and what a person should check, in lines.
     pub notes: Vec<String>,
 }
 

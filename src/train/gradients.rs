@@ -1,4 +1,4 @@
-//! Loss and gradients of one micro-batch, with as little kept for the backward pass as wanted.
+//! Loss and gradients of one micro-batch, with gradient checkpointing as configured.
 //!
 //! The model is cut into segments of layers. All but the last run first without autodiff, keeping
 //! only their inputs; the last runs with autodiff and ends in the loss; then each segment is run
@@ -41,14 +41,15 @@ pub(super) const LOSS_ROWS: usize = 512;
 pub struct GradientOptions {
     /// Recompute each layer of the language model.
     pub checkpoint_text: bool,
-    /// Where layers are not recomputed: recompute what pointwise operations give (norms, rotated heads,
-    /// the gate), two fifths of what would be kept.
+    /// Where layers are not recomputed: recompute the results of pointwise operations (norms, rotated
+    /// heads, SwiGLU), two fifths of what would be kept.
     pub recompute_pointwise: bool,
     /// Recompute each block of the vision tower, where it is trained.
     pub checkpoint_vision: bool,
-    /// Turns dropout on.
+    /// Enables dropout and decides its masks.
     pub dropout_seed: Option<u64>,
-    /// Where only adapters of the language model's layers are trained, no graph is recorded.
+    /// Where only adapters of the language model's layers are trained: use the manual backward pass, which
+    /// records no graph.
     pub manual_backward: bool,
 }
 
@@ -64,7 +65,7 @@ impl Default for GradientOptions {
     }
 }
 
-/// Sums over the targets of one micro-batch, on the device until they are asked for.
+/// Sums over the targets of one micro-batch, on the device until they are read.
 #[derive(Debug, Clone)]
 pub struct LossSums<B: Backend> {
     /// Sum of the negative log likelihoods, sum of right predictions; `[2]`, f32.
@@ -339,7 +340,7 @@ pub fn gradients<B: TrainAccelerator>(
         inputs.truncate(index);
     }
 
-    // What flows into the embedding and the images.
+    // Gradients of the embedding and of the images.
     if let Some(gradient) = gradient.filter(|_| needs_input_gradient) {
         let objective = (embedded * Tensor::from_inner(gradient)).sum();
         collect(objective.backward(), &mut total);
@@ -354,10 +355,10 @@ pub fn gradients<B: TrainAccelerator>(
     (total, sums)
 }
 
-/// A scalar whose gradient with respect to `hidden` is that of the weighted loss.
+/// A scalar whose gradient with respect to `hidden` `[n, hidden]` is that of the weighted loss.
 ///
 /// Logits exist for the targets only and some rows at a time: each piece of the loss is
-/// backpropagated to the hidden states at once and forgotten.
+/// backpropagated to the hidden states at once and dropped.
 fn loss_objective<B: TrainAccelerator>(
     model: &Qwen3Vl<B>,
     batch: &MicroBatch,
@@ -519,7 +520,7 @@ impl<B: TrainAccelerator> VisionPass<B> {
         }
     }
 
-    /// What the language model gets.
+    /// Image features for the language model.
     fn output(&self) -> VisionOutput<B::InnerBackend> {
         self.features.clone()
     }
@@ -590,12 +591,12 @@ fn backward_by_blocks<B: TrainAccelerator>(
     // DeepStack features were collected from front to back; they are taken from the back.
     let mut next_deepstack = gradients.len();
     for (index, block) in visual.blocks.iter().enumerate().rev() {
-        let (Some(input), Some(flowing)) = (inputs.pop(), gradient.take()) else {
+        let (Some(input), Some(dy)) = (inputs.pop(), gradient.take()) else {
             return;
         };
         let leaf = Tensor::<B, 2>::from_inner(input).require_grad();
         let y = block.forward(leaf.clone(), layout, dropout_seed);
-        let mut objective = seeded(y.clone(), flowing);
+        let mut objective = seeded(y.clone(), dy);
         if let Some(merger) = visual.deepstack_after(index) {
             next_deepstack -= 1;
             if let Some(own) = gradients.get_mut(next_deepstack).and_then(Option::take) {
@@ -606,8 +607,8 @@ fn backward_by_blocks<B: TrainAccelerator>(
         gradient = leaf.grad_remove(&mut tape);
         add_gradients(visual, GradientsParams::from_grads(tape, visual), total);
     }
-    if let Some(flowing) = gradient {
-        let tape = seeded(visual.embed(pixels, layout), flowing).backward();
+    if let Some(dy) = gradient {
+        let tape = seeded(visual.embed(pixels, layout), dy).backward();
         add_gradients(visual, GradientsParams::from_grads(tape, visual), total);
     }
 }

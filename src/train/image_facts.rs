@@ -1,4 +1,4 @@
-//! What a run's pictures look like from outside: enough to notice that one was exchanged.
+//! Lengths and hashes of a run's images: enough to notice that one was exchanged.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,17 +16,17 @@ use crate::{
     dataset::Dataset,
 };
 
-/// Name of the file in a run's folder, for the pictures that are learnt from.
+/// Name of the file in a run's folder, for the training images.
 pub const TRAINING: &str = "images.json";
 
 /// The same for those of validation.
 pub const VALIDATION: &str = "images-val.json";
 
-/// Bytes of a picture that are read; its length counts besides. Headers of the usual formats and the
-/// first rows lie in them.
+/// Bytes of an image file that are read; its length counts besides. Headers of the usual formats and the
+/// first rows are in them.
 const HEAD_BYTES: u64 = 4096;
 
-/// Length and hash of the first bytes of every picture of a data set, by its path in the data set.
+/// Length and hash of the first bytes of every image of a data set, by its path in the data set.
 ///
 /// Times do not count: a copied data set is the same one.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,7 +34,7 @@ const HEAD_BYTES: u64 = 4096;
 pub struct ImageFacts(BTreeMap<String, String>);
 
 impl ImageFacts {
-    /// Looks at all pictures; one that cannot be read is noted as such.
+    /// Reads all images; one that cannot be read is recorded as such.
     pub fn of(data: &Dataset) -> Self {
         let files: BTreeMap<_, _> = data
             .image_files()
@@ -61,7 +61,7 @@ impl ImageFacts {
         hex(&hash.finalize())
     }
 
-    /// The pictures that are not what they were in `before`, of those rows that `of` takes.
+    /// The images that differ from those in `before`, of those rows that `of` takes.
     pub fn changed_in(
         &self,
         before: &Self,
@@ -86,7 +86,7 @@ impl ImageFacts {
         })
     }
 
-    /// Those a run wrote down under `name`.
+    /// Those that a run recorded under `name`.
     pub fn load(run: &Path, name: &str) -> Written {
         match fs::read(run.join(name)) {
             Err(cause) if cause.kind() == io::ErrorKind::NotFound => Written::Absent,
@@ -99,7 +99,7 @@ impl ImageFacts {
     }
 }
 
-/// What is found of the facts that a run wrote down.
+/// Result of reading the facts that a run recorded.
 #[derive(Debug, PartialEq)]
 pub enum Written {
     /// No file: an older run, or another folder.

@@ -63,7 +63,7 @@ impl<B: Accelerator> Trainee<B> {
 
 impl<B: TrainAccelerator> Trainee<B> {
     /// Sends the images of a window's first micro-batch that this thread will learn from next; those of
-    /// the others are sent while the device is at work on it.
+    /// the others are sent while the device computes it.
     pub fn send_ahead(&self, window: &Window) {
         let StepSettings { config, train } = self.settings.as_ref();
         let first = window
@@ -96,7 +96,8 @@ impl<B: Accelerator> PartSums<B> {
         totals
     }
 
-    /// Asks for the sums and, behind them, for the norm in `clip` (see [`Accelerator::clip_scale`]).
+    /// Starts an async read of the sums and, after them, of the norm in `clip` (see
+    /// [`clip_scale`](crate::ops::TrainingOps::clip_scale)).
     pub fn read_async(&self, clip: Option<Tensor<B, 1>>) -> StepReading {
         let values: Vec<_> = (self.0.iter().map(|(sums, _)| sums.tensor()))
             .chain(clip)
@@ -125,7 +126,7 @@ pub struct StepReading {
     parts: Vec<(usize, f64)>,
 }
 
-/// What a step's reading gives.
+/// Results of a step's async read.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct StepTotals {
     /// Sums over the step's targets.
@@ -165,7 +166,7 @@ pub struct StepNumbers {
     pub loss: f64,
     /// Share of right predictions.
     pub token_acc: f64,
-    /// Targets behind the two.
+    /// Number of targets that both are means over.
     pub targets: usize,
     /// Norm of the gradient before clipping; 0 in validation.
     pub grad_norm: f64,
@@ -175,14 +176,14 @@ pub struct StepNumbers {
     pub samples_per_second: f64,
     /// Tokens a second.
     pub tokens_per_second: f64,
-    /// Most memory so far in GiB, of the device where it tells; 0 where nobody does.
+    /// Most memory so far in GiB, of the device where it reports it; 0 where it is not known.
     pub memory_gib: f64,
     /// Whether this is the first batch of a validation: the means of the one before end here, also within
     /// an epoch.
     pub starts_validation: bool,
 }
 
-/// What a step hands to the Learner: numbers once they are known.
+/// What a step returns to the Learner: numbers once they are known.
 #[derive(Debug)]
 pub enum StepOutput<B: Backend> {
     /// Still on the device.
@@ -444,7 +445,7 @@ impl<B: Accelerator> StepOutput<B> {
         }
     }
 
-    /// Asks for what is still on the device; `None` where nothing is.
+    /// Starts an async read of what is still on the device; `None` where nothing is.
     pub fn read_async(&self, clip: Option<Tensor<B, 1>>) -> Option<StepReading> {
         match self {
             Self::Sums(sums) => Some(sums.read_async(clip)),

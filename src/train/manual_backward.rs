@@ -1,4 +1,4 @@
-//! The written backward pass of the language model, where only adapters are trained.
+//! The manual backward pass of the language model, where only adapters are trained.
 //!
 //! No graph is recorded: a layer's forward pass keeps what its backward pass needs (see
 //! [`tape`](super::tape)), a frozen weight never gets a gradient, and one matmul serves all gradients that
@@ -29,7 +29,7 @@ use crate::{
     },
 };
 
-/// Whether this way of differentiating covers everything the language model trains.
+/// Whether the manual backward pass covers everything the language model trains.
 pub(super) fn covers<B: AutodiffBackend>(model: &Qwen3Vl<B>) -> bool {
     let text = &model.model.language_model;
     let frozen_ends = !is_trained(&text.embed_tokens)
@@ -60,9 +60,12 @@ fn trains_adapter_only<B: AutodiffBackend>(linear: &Linear<B>) -> bool {
     !linear.weight.is_require_grad() && !bias_trained && !rescaled
 }
 
-/// Registers the gradients of the adapters of some linear layers over one input; what is left to do
-/// flows into that input.
-fn flow_back<B: Ops, const N: usize>(
+/// Backward pass of the adapters of some linear layers over one input: records their gradients and
+/// returns the matmuls whose sum is the gradient of that input.
+///
+/// # Shapes
+/// - `x`: `[n, in]`, `lows`: `[n, r]` each, `dys`: `[n, out]` each
+fn linear_backward<B: Ops, const N: usize>(
     linears: [&Linear<B>; N],
     x: &Tensor<B, 2>,
     lows: [Option<Tensor<B, 2>>; N],
@@ -70,7 +73,7 @@ fn flow_back<B: Ops, const N: usize>(
     seed: Option<u64>,
     grads: &mut AdapterGradients<B>,
 ) -> Vec<BackwardMatmul<B>> {
-    let flows: Vec<LowRankBackward<B>> = (linears.iter().zip(lows).zip(&dys))
+    let adapters: Vec<LowRankBackward<B>> = (linears.iter().zip(lows).zip(&dys))
         .filter_map(|((linear, low), dy)| {
             Some(LowRankBackward {
                 low: low?,
@@ -79,36 +82,36 @@ fn flow_back<B: Ops, const N: usize>(
             })
         })
         .collect();
-    let mut gradients = if flows.is_empty() {
+    let mut gradients = if adapters.is_empty() {
         Vec::new()
     } else {
-        B::low_rank_backward(x.clone(), &flows)
+        B::low_rank_backward(x.clone(), &adapters)
     }
     .into_iter()
-    .zip(flows);
+    .zip(adapters);
     (linears.iter().zip(dys))
         .map(|(linear, dy)| {
             let weight = linear.weight.val();
-            let flowed = linear.lora.as_ref().and_then(|lora| {
-                let (gradients, flow) = gradients.next()?;
+            let low_rank = linear.lora.as_ref().and_then(|lora| {
+                let (gradients, backward) = gradients.next()?;
                 grads.0.push((lora.lora_a.id, gradients.a));
                 grads.0.push((lora.lora_b.id, gradients.b));
-                Some((gradients.low, flow.adapter))
+                Some((gradients.low, backward.adapter))
             });
             BackwardMatmul {
                 dy,
                 weight,
-                adapter: flowed,
+                adapter: low_rank,
             }
         })
         .collect()
 }
 
-/// Gradients of the adapters' weights met so far.
+/// Gradients of the adapters' weights computed so far.
 struct AdapterGradients<B: Backend>(Vec<(ParamId, Tensor<B, 2>)>);
 
-/// The backward pass of [`decoder_layer`](crate::qwen3_vl::layer::decoder_layer), in reverse order: takes the gradient of the layer's
-/// output, returns that of its input, `[n, hidden]` both.
+/// The backward pass of [`decoder_layer`](crate::qwen3_vl::layer::decoder_layer), in reverse order: takes
+/// the gradient of the layer's output, returns that of its input, `[n, hidden]` both.
 fn layer_backward<B: Ops>(
     layer: &DecoderLayer<B>,
     mut tape: LayerTape<B>,
@@ -122,7 +125,7 @@ fn layer_backward<B: Ops>(
     let [low_q, low_k, low_v, low_o, low_gate, low_up, low_down] = tape.low;
 
     let down = [&mlp.down_proj];
-    let mut flowing = flow_back(
+    let mut matmuls = linear_backward(
         down,
         &pointwise.activated,
         [low_down],
@@ -130,8 +133,8 @@ fn layer_backward<B: Ops>(
         seed,
         grads,
     );
-    let [dgate, dup] = B::swiglu_input_gradient(flowing.remove(0), tape.gate, tape.up);
-    let flowing = flow_back(
+    let [dgate, dup] = B::swiglu_input_gradient(matmuls.remove(0), tape.gate, tape.up);
+    let matmuls = linear_backward(
         [&mlp.gate_proj, &mlp.up_proj],
         &pointwise.middle_normed,
         [low_gate, low_up],
@@ -144,14 +147,14 @@ fn layer_backward<B: Ops>(
         tape.middle,
         norm.weight.val(),
         norm.epsilon(),
-        B::input_gradient(&flowing),
+        B::input_gradient(&matmuls),
         dy,
     );
 
     let y = tokens_first(tape.attended.clone());
     let out = [&attn.o_proj];
-    let flowing = flow_back(out, &y, [low_o], [dmiddle.clone()], seed, grads);
-    let dattended = split_heads(B::input_gradient(&flowing), context.rope.head_dim());
+    let matmuls = linear_backward(out, &y, [low_o], [dmiddle.clone()], seed, grads);
+    let dattended = split_heads(B::input_gradient(&matmuls), context.rope.head_dim());
     let [dq, dk, dv] = B::span_attention_backward(
         pointwise.q,
         pointwise.k,
@@ -171,7 +174,7 @@ fn layer_backward<B: Ops>(
     let dq = rotate_back(tape.raw_q, attn.q_norm.of_heads(), dq);
     let dk = rotate_back(tape.raw_k, attn.k_norm.of_heads(), dk);
     let dv = tokens_first(dv);
-    let flowing = flow_back(
+    let matmuls = linear_backward(
         [&attn.q_proj, &attn.k_proj, &attn.v_proj],
         &pointwise.normed,
         [low_q, low_k, low_v],
@@ -184,24 +187,24 @@ fn layer_backward<B: Ops>(
         tape.x,
         norm.weight.val(),
         norm.epsilon(),
-        B::input_gradient(&flowing),
+        B::input_gradient(&matmuls),
         dmiddle,
     )
 }
 
-/// What the language model's pass gives.
+/// Results of the language model's forward and backward pass.
 pub(super) struct TextPass<B: Backend> {
     /// Of the adapters of all layers.
     pub grads: GradientsParams,
     /// Loss over the targets.
     pub sums: LossSums<B>,
-    /// What flows back into the image features: merged first, then DeepStack's.
+    /// Gradients of the image features, `[m, hidden]` each: merged first, then DeepStack's.
     pub feature_gradients: Vec<Tensor<B, 2>>,
 }
 
 /// Runs the language model forward and backward.
 ///
-/// `vision` holds the features of the batch's images.
+/// `vision` holds the features of the batch's images, `[m, hidden]` each.
 pub(super) fn text_pass<B: Ops>(
     model: &Qwen3Vl<B>,
     batch: &MicroBatch,
@@ -249,7 +252,10 @@ pub(super) fn text_pass<B: Ops>(
     }
 }
 
-/// Norm, head and loss over the target rows only: what flows back into the last layer's output.
+/// Norm, head and loss over the target rows only: the gradient of the last layer's output, and the sums.
+///
+/// # Shapes
+/// - `output`: `[n, hidden]`, and so is the gradient
 fn head_pass<B: Ops>(
     model: &Qwen3Vl<B>,
     batch: &MicroBatch,

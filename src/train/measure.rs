@@ -1,4 +1,4 @@
-//! What the loop writes down and keeps: steps, validations, checkpoints, curves.
+//! What the loop measures and saves: steps, validations, checkpoints, curves.
 
 use std::{fs, path::Path, time::Instant};
 
@@ -72,7 +72,7 @@ impl<B: TrainAccelerator> LoopState<B> {
         Ok(())
     }
 
-    /// Validates and saves; what was learnt is kept even if the validation fails.
+    /// Validates and saves; the trained weights are saved even if the validation fails.
     pub(super) fn validate_and_save(
         &mut self,
         learner: &Learner<Components<B>>,
@@ -212,11 +212,11 @@ impl<B: TrainAccelerator> LoopState<B> {
             .map(|(name, value)| (name.as_str(), *value))
             .collect();
         self.events.scalars(step, &scalars)?;
-        let told: Vec<String> = values
+        let texts: Vec<String> = values
             .iter()
             .map(|(name, value)| format!("{name} {value:.4}"))
             .collect();
-        (self.tell)(&format!("validation at step {step}: {}", told.join("  ")));
+        (self.tell)(&format!("validation at step {step}: {}", texts.join("  ")));
         self.draw()?;
         if step == 0 {
             return Ok(false);

@@ -413,7 +413,7 @@ mod tests {
     }
 
     /// Gradients 3 and 4 of two parameters have the common norm 5: brought down to 1 they are 0.6 and
-    /// 0.8, and what AdamW makes of those is known. A step behind it is not clipped by the same factor.
+    /// 0.8, and what AdamW makes of those is known. A step after it is not clipped by the same factor.
     #[test]
     fn the_step_after_clip_next_takes_the_clipped_gradients() {
         let device = Default::default();

@@ -1,4 +1,4 @@
-//! What a run will take, before anything is loaded.
+//! Plans a run before anything is loaded: parameters, memory, steps and time.
 
 use std::{
     fmt::Write,
@@ -47,7 +47,7 @@ pub enum BenchFileError {
 
 impl Throughput {
     /// Reads the last figure of a file that `bench train --json` wrote: one JSON object a line, or
-    /// one object or list in all; other lines are passed over.
+    /// one object or list in all; other lines are ignored.
     ///
     /// # Errors
     /// [`BenchFileError`].

@@ -1,8 +1,8 @@
-//! A thread for each device, asked together and waited for together, with an end to the waiting.
+//! A thread for each device: jobs are sent to all and waited for together, with a timeout.
 //!
 //! Knows nothing of training. A rank that fails, panics or is silent too long becomes an error that
-//! names it; the others are never left waiting for it, because none is asked for the next thing
-//! before all have answered the last.
+//! names it; the others are never left waiting for it, because none gets the next job before
+//! all have answered the last.
 
 use std::{
     cell::RefCell,
@@ -14,10 +14,10 @@ use std::{
 
 use crate::base::panics::{device_reason, panic_text};
 
-/// How long threads that are still at work are waited for once nobody wants their answers.
+/// How long threads that are still running are waited for once nobody wants their answers.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// Why the devices of a run cannot go on together.
+/// Why the devices of a run cannot continue together.
 #[derive(Debug, thiserror::Error)]
 pub enum RankError {
     /// One of them failed or panicked.
@@ -25,9 +25,9 @@ pub enum RankError {
     Failed {
         /// Name and number of the device.
         rank: String,
-        /// What it was asked to do.
+        /// The job it was running.
         what: &'static str,
-        /// Its own words.
+        /// Its error message.
         reason: String,
     },
     /// Some have not answered in time.
@@ -38,7 +38,7 @@ pub enum RankError {
     Late {
         /// Names and numbers of the devices.
         ranks: Vec<String>,
-        /// What they were asked to do.
+        /// The job they were running.
         what: &'static str,
         /// How long they were waited for.
         seconds: f64,
@@ -65,7 +65,7 @@ pub enum RankError {
     },
 }
 
-/// What can be done about a reason that a driver gave.
+/// A hint on what to change, from the driver's error message.
 fn hint(reason: &str) -> &'static str {
     let reason = reason.to_lowercase();
     if ["out of memory", "outofmemory", "alloc"]
@@ -80,12 +80,12 @@ fn hint(reason: &str) -> &'static str {
 
 /// Threads that take jobs `J` and answer with `R`.
 ///
-/// After an error the ranks must not be asked again: late answers would be taken for new ones.
+/// After an error no more jobs must be sent: late answers would be taken for new ones.
 pub struct Ranks<J, R> {
     names: Vec<String>,
     jobs: Vec<Sender<J>>,
     answers: Receiver<(usize, Result<R, String>)>,
-    /// Answers that were met before they were collected, of each rank.
+    /// Answers of each rank that arrived before they were collected.
     early: RefCell<Vec<VecDeque<R>>>,
     patience: Duration,
 }
@@ -140,19 +140,19 @@ impl<J: Send + 'static, R: Send + 'static> Ranks<J, R> {
         self.names.is_empty()
     }
 
-    /// Hands jobs to ranks and waits for all answers, which come in the order of the jobs.
+    /// Sends jobs to ranks and waits for all answers, which come in the order of the jobs.
     ///
     /// # Errors
     /// [`RankError`]: the first failure met, or all that are late.
     pub fn ask(&self, what: &'static str, jobs: Vec<(usize, J)>) -> Result<Vec<R>, RankError> {
-        let asked: Vec<usize> = jobs.iter().map(|(rank, _)| *rank).collect();
+        let ranks: Vec<usize> = jobs.iter().map(|(rank, _)| *rank).collect();
         for (rank, job) in jobs {
             self.send(rank, job);
         }
-        self.collect(what, &asked)
+        self.collect(what, &ranks)
     }
 
-    /// Hands a rank a job behind those it has; its answer is to be collected in its turn.
+    /// Queues a job for a rank after those it has; its answer is to be collected in its turn.
     pub fn send(&self, rank: usize, job: J) {
         // A thread ends only when its channel is closed, which is not before we are dropped.
         let _ = self.jobs[rank].send(job);
@@ -162,10 +162,10 @@ impl<J: Send + 'static, R: Send + 'static> Ranks<J, R> {
     ///
     /// # Errors
     /// [`RankError`]: the first failure met, or all that are late.
-    pub fn collect(&self, what: &'static str, asked: &[usize]) -> Result<Vec<R>, RankError> {
+    pub fn collect(&self, what: &'static str, ranks: &[usize]) -> Result<Vec<R>, RankError> {
         let mut early = self.early.borrow_mut();
         let end = Instant::now() + self.patience;
-        while asked.iter().any(|rank| early[*rank].is_empty()) {
+        while ranks.iter().any(|rank| early[*rank].is_empty()) {
             let left = end.saturating_duration_since(Instant::now());
             match self.answers.recv_timeout(left) {
                 Ok((rank, Ok(answer))) => early[rank].push_back(answer),
@@ -177,7 +177,7 @@ impl<J: Send + 'static, R: Send + 'static> Ranks<J, R> {
                     });
                 }
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
-                    let missing = asked.iter().filter(|rank| early[**rank].is_empty());
+                    let missing = ranks.iter().filter(|rank| early[**rank].is_empty());
                     return Err(RankError::Late {
                         ranks: missing.map(|rank| self.names[*rank].clone()).collect(),
                         what,
@@ -186,7 +186,7 @@ impl<J: Send + 'static, R: Send + 'static> Ranks<J, R> {
                 }
             }
         }
-        let answers = asked.iter().filter_map(|rank| early[*rank].pop_front());
+        let answers = ranks.iter().filter_map(|rank| early[*rank].pop_front());
         Ok(answers.collect())
     }
 }
@@ -280,7 +280,7 @@ mod tests {
     fn a_rank_that_is_slow_beyond_the_time_out_is_named() {
         let (release, stuck) = channel::<()>();
         let slow: Work = Box::new(move |x| {
-            // Until the test lets go, as a device that waits for a peer would.
+            // Until the test releases it, as a device that waits for a peer would.
             let _ = stuck.recv();
             Ok(x)
         });

@@ -44,10 +44,10 @@ pub enum RecordsError {
 pub struct Rows {
     /// The rows, in file order.
     pub rows: Vec<Row>,
-    /// Lines passed over because they are no object with a `step`, counted from 1. A torn last
+    /// Lines skipped because they are no object with a `step`, counted from 1. A torn last
     /// line, as a kill leaves it, is not among them.
     pub bad_lines: Vec<usize>,
-    /// Whether the last line was torn and passed over.
+    /// Whether the last line was torn and skipped.
     pub torn: bool,
 }
 
@@ -71,7 +71,7 @@ pub fn read_rows(path: &Path) -> Result<Rows, RecordsError> {
         let row: Option<Row> = serde_json::from_slice(line).ok();
         match row.filter(|row| step_of(row).is_some()) {
             Some(row) => result.rows.push(row),
-            // Without a line feed behind it, the line was still being written.
+            // Without a line feed at its end, the line was still being written.
             None if lines.peek().is_none() => result.torn = true,
             None => result.bad_lines.push(index + 1),
         }
@@ -84,7 +84,7 @@ pub fn read_rows(path: &Path) -> Result<Rows, RecordsError> {
 pub struct ResumeSummary {
     /// Rows kept.
     pub kept: usize,
-    /// Rows dropped because they lie beyond the resumed step.
+    /// Rows dropped because they are later than the resumed step.
     pub dropped: usize,
     /// Damaged lines dropped, counted from 1.
     pub bad_lines: Vec<usize>,
@@ -274,16 +274,16 @@ mod tests {
             restored: 0,
         };
         assert_eq!(summary, expected);
-        let told = summary.warning(&path, &dir.path().join("none")).unwrap();
+        let warning = summary.warning(&path, &dir.path().join("none")).unwrap();
         assert!(
-            told.contains("line 4 is damaged; what they held is lost"),
-            "{told}"
+            warning.contains("line 4 is damaged; what they held is lost"),
+            "{warning}"
         );
         log.append(&json!({"step": 3, "loss": 0.5})).unwrap();
         assert_eq!(steps(&path), [1, 2, 2, 3]);
     }
 
-    /// Rows behind the damage up to the checkpoint's step are neither lost nor lost in silence.
+    /// Rows after the damage up to the checkpoint's step are neither lost nor lost in silence.
     #[test]
     fn what_damage_has_taken_comes_back_from_the_checkpoint() {
         let dir = tempfile::tempdir().unwrap();
@@ -298,10 +298,10 @@ mod tests {
         let (_, summary) = MetricsLog::resume(&path, 4, &copy).unwrap();
         assert_eq!(steps(&path), [1, 2, 3, 4]);
         assert_eq!((summary.restored, summary.dropped), (2, 1));
-        let told = summary.warning(&path, &copy).unwrap();
+        let warning = summary.warning(&path, &copy).unwrap();
         assert!(
-            told.contains("line 2 is damaged; 2 rows were restored from"),
-            "{told}"
+            warning.contains("line 2 is damaged; 2 rows were restored from"),
+            "{warning}"
         );
         // Whole, nothing is said.
         let (_, summary) = MetricsLog::resume(&path, 4, &copy).unwrap();

@@ -1,9 +1,11 @@
-//! One step on several devices: each works out its share, all add up the gradients, all step alike.
+//! Data-parallel training: each device computes the gradients of its share, an all-reduce sums them, all
+//! take the same step.
 //!
-//! The gradients of all trained parameters are added up together, in f32. Where the backend can (NCCL on
-//! CUDA) the devices do it among themselves; elsewhere the first one adds up what the others bring. Every device then clips and steps by itself, from the same sums with the
-//! same optimizer state, so that no weights need to be sent; that they stay the same, bit for bit, is
-//! looked at now and then. Validation is shared out as well, a batch a device.
+//! The gradients of all trained parameters are summed together, in f32. Where the backend can (NCCL on
+//! CUDA) the devices do it among themselves; elsewhere the first one sums the gradients of the others.
+//! Every device then clips and steps by itself, from the same sums with the same optimizer state, so that
+//! no weights need to be sent; that they stay the same, bit for bit, is checked at every checkpoint and
+//! validation. Validation batches are divided among the devices as well.
 
 use std::{
     hash::{DefaultHasher, Hasher},
@@ -36,24 +38,24 @@ use crate::{
 type Flat<B> = Tensor<<B as AutodiffBackend>::InnerBackend, 1>;
 type Adder<B> = Arc<dyn AllReduce<<B as AutodiffBackend>::InnerBackend>>;
 
-/// What a rank is asked for; in each step in this order.
+/// What a rank is to do; in each step in this order.
 enum Job<B: TrainAccelerator> {
     /// Take a copy of the model and of the optimizer.
     Load(Box<(Trainee<B>, AdamW<B>)>),
-    /// Add up a number with the others: what keeps them apart shows before the first step.
+    /// All-reduce of one number: a failure to communicate shows before the first step.
     Meet,
-    /// Work out the gradients of a part, or of the one that was sent ahead with the last; the first rank
+    /// Compute the gradients of a part, or of the one that was sent ahead with the last; the first rank
     /// gets the Learner's model with it. The part of the next step comes along where it is known.
     Learn(
         Option<Box<Trainee<B>>>,
         Option<Box<Window>>,
         Option<Box<Window>>,
     ),
-    /// Hand over the gradients of the parameters that have one anywhere, added up if the backend can.
+    /// Return the gradients of the parameters that have one anywhere, summed (all-reduce) if the backend can.
     Reduce(Arc<Vec<bool>>),
     /// Clip and step with the sums: those given, or those the rank has of the last [`Job::Reduce`].
     Step(Option<Vec<Flat<B>>>, f64),
-    /// Work out the loss of a validation batch; the first rank gets the Learner's model with it.
+    /// Compute the loss of a validation batch; the first rank gets the Learner's model with it.
     Evaluate(Option<Box<Trainee<B>>>, Box<Window>),
     /// Generate reports of some batches; the first rank gets the Learner's model with it.
     Generate(
@@ -61,7 +63,7 @@ enum Job<B: TrainAccelerator> {
         Arc<GenerateBatch<B::InnerBackend>>,
         Vec<usize>,
     ),
-    /// Tell the weights apart; the first rank gets the Learner's model with it.
+    /// Hash the weights, to compare them between ranks; the first rank gets the Learner's model with it.
     Digest(Option<Box<Trainee<B>>>),
 }
 
@@ -74,14 +76,14 @@ enum Answer<B: TrainAccelerator> {
     Digests(Vec<u64>),
 }
 
-/// What a rank tells of its part before gradients are added up.
+/// What a rank reports of its part before gradients are summed.
 #[derive(Debug, Clone)]
 pub struct Learnt {
     /// Loss sums.
     pub totals: LossTotals,
     /// Share of the loss that is minimised.
     pub objective: f64,
-    /// Memory of the device, where the backend tells.
+    /// Memory of the device, where the backend reports it.
     pub memory: Option<DeviceMemory>,
     /// For each trained parameter whether it has a gradient.
     present: Vec<bool>,
@@ -174,31 +176,31 @@ impl<B: TrainAccelerator> Replicas<B> {
         Ok(this)
     }
 
-    /// Asks for what the ranks do together: where one fails, the others are not left waiting for it.
+    /// Runs a job on all ranks together: where one fails, the others are not left waiting for it.
     fn together(
         &self,
         what: &'static str,
         jobs: Vec<(usize, Job<B>)>,
     ) -> Result<Vec<Answer<B>>, RankError> {
-        let asked: Vec<usize> = jobs.iter().map(|(rank, _)| *rank).collect();
+        let ranks: Vec<usize> = jobs.iter().map(|(rank, _)| *rank).collect();
         for (rank, job) in jobs {
             self.ranks.send(rank, job);
         }
-        self.collect(what, &asked)
+        self.collect(what, &ranks)
     }
 
-    fn collect(&self, what: &'static str, asked: &[usize]) -> Result<Vec<Answer<B>>, RankError> {
-        self.ranks.collect(what, asked).inspect_err(|_| {
+    fn collect(&self, what: &'static str, ranks: &[usize]) -> Result<Vec<Answer<B>>, RankError> {
+        self.ranks.collect(what, ranks).inspect_err(|_| {
             if let Some(all_reduce) = &self.all_reduce {
                 all_reduce.give_up();
             }
         })
     }
 
-    /// Works out the gradients of a window; they stay with the ranks.
+    /// Computes the gradients of a window; they stay with the ranks.
     ///
-    /// The micro-batches of the `next` window are taken out of it, so that their images travel while this
-    /// one is learnt from; it is then the one to be learnt from next.
+    /// The micro-batches of the `next` window are taken out of it, so that their images are uploaded while
+    /// this one is trained on; it is then the one to be trained on next.
     ///
     /// # Errors
     /// [`RankError`].
@@ -249,8 +251,9 @@ impl<B: TrainAccelerator> Replicas<B> {
         Ok(all)
     }
 
-    /// Adds up the gradients of all ranks and gives the sums on the first device. The other ranks clip
-    /// and step with them at once; the caller does so for the first, then [`Replicas::finish_step`].
+    /// Sums the gradients of all ranks (all-reduce) and returns the sums on the first device. The other
+    /// ranks clip and step with them at once; the caller does so for the first, then calls
+    /// [`Replicas::finish_step`].
     ///
     /// # Errors
     /// [`RankError`].
@@ -302,7 +305,7 @@ impl<B: TrainAccelerator> Replicas<B> {
     /// [`RankError`].
     pub fn finish_step(&mut self) -> Result<(), RankError> {
         // What the caller read was made by the first rank's thread, which may use the memory again once
-        // it is let go: not before it has been read.
+        // it is dropped: not before it has been read.
         let _ = B::sync(&self.devices[0]);
         let stepping = std::mem::take(&mut self.stepping);
         self.collect("taking the step", &stepping)?;
@@ -705,7 +708,7 @@ mod tests {
             "{error}"
         );
 
-        // A window that went ahead is learnt from as if it had come in its turn.
+        // A window that was sent ahead is trained on as if it had come in its turn.
         let mut ahead = window.clone();
         let first = replicas
             .learn(&model, window.clone(), Some(&mut ahead))

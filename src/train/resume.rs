@@ -1,4 +1,4 @@
-//! Where a run goes on, and whether it is the same run.
+//! Resuming: which checkpoint a run continues from, and whether it is the same run.
 
 use std::path::{Path, PathBuf};
 
@@ -19,16 +19,16 @@ use crate::{
 
 /// What a run's numbers depend on besides its settings and the rows of its data.
 pub(super) struct RunFacts {
-    /// Of the pictures that are learnt from.
+    /// Of the training images.
     pub(super) images: ImageFacts,
-    /// Of those of validation.
+    /// Of the validation images.
     pub(super) val_images: ImageFacts,
     /// Fingerprint of the base's weights, or [`RANDOM_BASE`].
     pub(super) base: String,
 }
 
 impl RunFacts {
-    /// Looks at the pictures of the data and at the base.
+    /// Fingerprints the images of the data and the base.
     pub(super) fn gather(
         config: &TrainConfig,
         random_init: bool,
@@ -49,10 +49,10 @@ impl RunFacts {
     }
 }
 
-/// Says which pictures that the run has learnt from are not what they were, and tells of the others.
+/// Refuses changed images that the run has trained on, and prints the names of other changed ones.
 ///
-/// One that no step has seen yet may be another: a run that an unreadable picture ended goes on once
-/// the picture is mended.
+/// One that no step has seen yet may be another: a run that an unreadable image ended continues
+/// once the image is repaired.
 fn changed_images(
     options: &RunOptions,
     [data, validation]: [Option<&Dataset>; 2],
@@ -142,7 +142,7 @@ fn extension(
     })
 }
 
-/// Finds where to go on, checks that it is the same run, and gives the checkpoint's folder.
+/// Finds the checkpoint to resume from, checks that it is the same run, and returns the checkpoint's folder.
 pub(super) fn find_checkpoint(
     options: &RunOptions,
     data: &Dataset,
@@ -172,7 +172,7 @@ pub(super) fn find_checkpoint(
             match search.found {
                 Some(found) => found.path,
                 None if search.passed_over.is_empty() => return Ok(None),
-                // Starting anew would overwrite what may still be saved by hand.
+                // Starting anew would overwrite what a person may still save.
                 None => return Err(TrainError::NothingToResume(run.clone())),
             }
         }

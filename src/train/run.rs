@@ -54,7 +54,7 @@ use crate::{
 
 pub use super::renderers::{Dashboard, QuietRenderer};
 
-/// Whether a run starts anew or goes on.
+/// Whether a run starts anew or resumes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Resume {
     /// A new run; an output folder that holds checkpoints is refused.
@@ -69,7 +69,7 @@ pub enum Resume {
 pub struct RunOptions {
     /// Settings.
     pub config: TrainConfig,
-    /// Whether to go on.
+    /// Whether to resume.
     pub resume: Resume,
     /// Weights drawn at random in place of those in `model`, whose `config.json` counts.
     pub random_init: bool,
@@ -79,25 +79,25 @@ pub struct RunOptions {
     pub interrupter: Interrupter,
     /// Set by a signal: save and end.
     pub interrupted: Arc<AtomicBool>,
-    /// What the host does when.
+    /// Trace of the host's work over time.
     pub trace: Trace,
     /// Plain progress lines.
     pub tell: Tell,
 }
 
-/// What came of a run.
+/// Result of a run.
 pub struct RunResult<B: Backend> {
     /// How it ended.
     pub ending: Ending,
-    /// Where it stands.
+    /// Its progress.
     pub state: TrainerState,
     /// The model as trained, adapters attached.
     pub model: Qwen3Vl<B>,
     /// Tokenizer, template, processor.
     pub parts: Arc<TextAndImages>,
-    /// What was learnt from.
+    /// Training data.
     pub data: Dataset,
-    /// What it was validated on.
+    /// Validation data.
     pub validation: Option<Dataset>,
     /// Folder of the last checkpoint.
     pub checkpoint: PathBuf,
@@ -171,7 +171,7 @@ fn random_model<B: Accelerator>(
     struct Draw;
     impl<B: Backend> ModuleMapper<B> for Draw {
         fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
-            // Parameters are drawn when they are first looked at: look at them in order.
+            // Parameters are initialised at their first use: use them in order.
             param.map(|tensor| tensor)
         }
     }
@@ -183,7 +183,7 @@ fn random_model<B: Accelerator>(
     Qwen3Vl::new(config, &options, device).map(&mut Draw)
 }
 
-/// Writes the resolved settings: what `--config` takes to go on.
+/// Writes the resolved settings: what `--config` takes to resume.
 fn write_config(config: &TrainConfig) -> Result<(), TrainError> {
     write_atomic(&config.output_dir.join("config.toml"), |out| {
         out.write_all(config.to_toml().as_bytes())
@@ -233,7 +233,7 @@ fn keep_part_of_epoch(run: &Path, steps: &RunSteps) -> Result<(), TrainError> {
 
 /// Trains on `devices`, the first of which holds the optimizer.
 ///
-/// `scorer` makes the scores of generated reports when the run asks for them.
+/// `scorer` makes the scores of generated reports when the run's config wants them.
 ///
 /// # Errors
 /// [`TrainError`]; everything up to the last checkpoint is kept.
@@ -390,13 +390,13 @@ pub fn train<B: TrainAccelerator>(
         None => Vec::new(),
     } {
         (options.tell)(&format!(
-            "`{}` lies beyond the step the run goes on from; it is now `{}`",
+            "`{}` is later than the step the run continues from; it was renamed to `{}`",
             from.display(),
             to.display()
         ));
     }
     write_config(&config)?;
-    // A run that goes on in another folder has none there yet.
+    // A run that continues in another folder has none there yet.
     if resumed.is_none() || !config.output_dir.join("run.json").exists() {
         let mut hashes = BTreeMap::from([("train", data.fingerprint().to_string())]);
         if let Some(data) = &validation {
@@ -466,7 +466,7 @@ pub fn train<B: TrainAccelerator>(
         tell: options.tell,
     }));
     let train_loader = Arc::new(loader.clone());
-    // Without a validation set the Learner still wants a loader; it is never asked.
+    // Without a validation set the Learner still wants a loader; it is never used.
     let valid_loader = Arc::new(valid_loader.unwrap_or(loader));
     let mut training =
         SupervisedTraining::<Components<B>>::new(&config.output_dir, train_loader, valid_loader)

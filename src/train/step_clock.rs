@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 const AT_ONCE: Duration = Duration::from_millis(1);
 const SHARE: f64 = 0.02;
 
-/// When the host handed a step to the device.
+/// When the host launched a step on the device.
 #[derive(Debug, Clone, Copy)]
 pub struct LaunchTimes {
     /// The host began with it.
@@ -28,7 +28,7 @@ impl LaunchTimes {
 /// Gives each step the time from the end of the step before it to its own.
 ///
 /// Where the device is what takes time, a step ends when its numbers arrive. Where the host is, the
-/// numbers of a step are there long before the host looks at them, after its next launch; the step has
+/// numbers of a step arrive long before the host reads them, after its next launch; the step has
 /// then ended with its own launch. Times of all steps add up to the time they took together.
 #[derive(Debug)]
 pub struct StepClock {
@@ -36,7 +36,7 @@ pub struct StepClock {
 }
 
 impl StepClock {
-    /// Starts; nothing is under way.
+    /// Starts; no step is running.
     pub fn start() -> Self {
         Self {
             free: Instant::now(),
@@ -48,15 +48,15 @@ impl StepClock {
         self.free = Instant::now();
     }
 
-    /// How long the step launched at `launch` took, whose numbers were waited for from `asked` on and are
-    /// there now.
-    pub fn complete(&mut self, launch: LaunchTimes, asked: Instant) -> Duration {
-        self.settle_at(launch, asked, Instant::now())
+    /// How long the step launched at `launch` took, whose numbers were waited for from `wait_start` on
+    /// and have arrived now.
+    pub fn complete(&mut self, launch: LaunchTimes, wait_start: Instant) -> Duration {
+        self.complete_at(launch, wait_start, Instant::now())
     }
 
-    fn settle_at(&mut self, launch: LaunchTimes, asked: Instant, now: Instant) -> Duration {
+    fn complete_at(&mut self, launch: LaunchTimes, wait_start: Instant, now: Instant) -> Duration {
         let host = launch.ended.saturating_duration_since(launch.begun);
-        let waited = now.saturating_duration_since(asked);
+        let waited = now.saturating_duration_since(wait_start);
         let ended = match waited <= AT_ONCE.max(host.mul_f64(SHARE)) {
             true => launch.ended,
             false => now,
@@ -80,10 +80,10 @@ mod tests {
         let (mut now, mut device_free) = (0, 0);
         let mut pending: Option<(LaunchTimes, u64)> = None;
         let mut found = Vec::new();
-        let mut settle = |launch, done: u64, now: &mut u64| {
-            let asked = *now;
+        let mut complete = |launch, done: u64, now: &mut u64| {
+            let wait_start = *now;
             *now = done.max(*now);
-            let time = clock.settle_at(launch, at(asked), at(*now));
+            let time = clock.complete_at(launch, at(wait_start), at(*now));
             found.push(time.as_millis() as u64);
         };
         for _ in 0..steps {
@@ -94,11 +94,11 @@ mod tests {
             device_free = (now + device).max(device_free + device).max(now + host);
             now += host;
             if let Some((launch, done)) = pending.replace((launch, device_free)) {
-                settle(launch, done, &mut now);
+                complete(launch, done, &mut now);
             }
         }
         if let Some((launch, done)) = pending {
-            settle(launch, done, &mut now);
+            complete(launch, done, &mut now);
         }
         found
     }

@@ -2,7 +2,7 @@
 //!
 //! The Learner's own loop steps the schedule an item at a time, clips each tensor by itself, and
 //! validates and saves once an epoch; the recipe wants windows, one common norm, and both in the
-//! middle of an epoch. What the Learner brings stays in use: steps, optimizer, schedule, metrics,
+//! middle of an epoch. The Learner's other parts stay in use: steps, optimizer, schedule, metrics,
 //! dashboard, interruption.
 
 use std::{
@@ -101,9 +101,13 @@ pub enum TrainError {
     },
     #[error("`{data}` has no sample to validate on; is every sample longer than max_length?")]
     NoTargets { data: String },
-    #[error("{0}; `--resume auto` goes on from the last checkpoint")]
+    #[error(
+        "{0}; continue from the last checkpoint with `xray-qwen3vl train --config OUTPUT_DIR/config.toml --resume auto`"
+    )]
     Rank(#[from] RankError),
-    #[error("a thread failed: {0}; `--resume auto` goes on from the last checkpoint")]
+    #[error(
+        "a thread failed: {0}; continue from the last checkpoint with `xray-qwen3vl train --config OUTPUT_DIR/config.toml --resume auto`"
+    )]
     Thread(String),
     #[error("`{}` belongs to another run: {differences}; continue it with its own settings or choose another output_dir", .run.display())]
     OtherRun { run: PathBuf, differences: String },
@@ -121,11 +125,11 @@ pub type GenerationScores = Vec<(&'static str, f64)>;
 /// A generated report beside the true one.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Generated {
-    /// What the data set says.
+    /// The reference report of the data set.
     pub truth: String,
     /// The reasoning before the report, for models that think.
     pub thinking: Option<String>,
-    /// What the model says.
+    /// The generated report.
     pub report: String,
 }
 
@@ -145,7 +149,7 @@ pub struct GenerationScorer<B: Backend> {
         Box<dyn Fn(Vec<Generated>, usize) -> Result<GenerationScores, TrainError> + Send + Sync>,
 }
 
-/// Tells a person how the run goes: one line.
+/// Prints one line about the progress of the run.
 pub type Tell = Arc<dyn Fn(&str) + Send + Sync>;
 
 /// Everything the loop needs that the Learner does not bring.
@@ -176,7 +180,7 @@ pub struct LoopState<B: AutodiffBackend> {
     pub output_dir: PathBuf,
     /// Steps of the run.
     pub total_steps: usize,
-    /// How they lie in epochs and processes.
+    /// How the steps are divided into epochs and processes.
     pub(super) steps: RunSteps,
     /// The epoch whose metrics Burn's logs are taking in.
     pub(super) logged_epoch: usize,
@@ -189,7 +193,7 @@ pub struct LoopState<B: AutodiffBackend> {
     pub memory: MemoryWatch,
     /// Set by a signal: save and end.
     pub interrupted: Arc<AtomicBool>,
-    /// What the host did when.
+    /// Trace of the host's work over time.
     pub trace: Trace,
     /// Plain progress lines.
     pub tell: Tell,
@@ -216,7 +220,7 @@ enum Numbers {
 /// With `deterministic`, steps of which one is computed twice.
 const REPEATED_STEPS: usize = 50;
 
-/// A step whose work has been handed to the device.
+/// A step that has been launched on the device.
 struct Launched {
     step: usize,
     epoch: f64,
@@ -321,8 +325,8 @@ impl<B: TrainAccelerator> LoopState<B> {
             let epoch = window.epoch;
             learner.lr_step();
             if window.targets == 0 {
-                self.settle_pending(&mut pending, processor, &mut clock)?;
-                // Every sample of the window was left out: the step is counted, nothing is learnt.
+                self.complete_pending(&mut pending, processor, &mut clock)?;
+                // Every sample of the window was left out: the step is counted, the weights do not change.
                 self.state.step = step + 1;
                 self.state.epoch = epoch;
                 (self.tell)(&format!(
@@ -355,7 +359,7 @@ impl<B: TrainAccelerator> LoopState<B> {
             let pause = last || interrupted || due(self.state.config.eval_steps);
             let known = matches!(&pending, Some(one) if matches!(one.numbers, Numbers::Known(_)));
             if pause || known || due(self.state.config.save_steps) {
-                self.settle_pending(&mut pending, processor, &mut clock)?;
+                self.complete_pending(&mut pending, processor, &mut clock)?;
             }
             let mut ending = None;
             self.state.validation_due |= due(self.state.config.eval_steps) || last;
@@ -383,9 +387,9 @@ impl<B: TrainAccelerator> LoopState<B> {
                 return Ok(ending);
             }
         }
-        self.settle_pending(&mut pending, processor, &mut clock)?;
+        self.complete_pending(&mut pending, processor, &mut clock)?;
         if let Some(error) = self.loader.take_error() {
-            // What was learnt up to the bad sample is kept.
+            // The weights trained up to the bad sample are saved.
             if self.state.step > 0 && !self.checkpoints.path(self.state.step as u64).exists() {
                 self.save(learner)?;
             }
@@ -423,7 +427,7 @@ impl<B: TrainAccelerator> LoopState<B> {
         Ok(Some(replicas))
     }
 
-    /// Hands one step to the device or devices: gradients, clipping, optimizer.
+    /// Launches one step on the device or devices: gradients, clipping, optimizer.
     fn launch(
         &mut self,
         learner: &mut Learner<Components<B>>,
@@ -521,8 +525,8 @@ impl<B: TrainAccelerator> LoopState<B> {
         Ok(())
     }
 
-    /// [`LoopState::settle`] for the step that is still under way, if one is.
-    fn settle_pending(
+    /// [`Self::complete`] for the step that is still running, if one is.
+    fn complete_pending(
         &mut self,
         pending: &mut Option<Launched>,
         processor: &mut SupervisedTrainingEventProcessor<Components<B>>,
@@ -542,7 +546,7 @@ impl<B: TrainAccelerator> LoopState<B> {
         clock: &mut StepClock,
     ) -> Result<(), TrainError> {
         let step = launched.step;
-        let asked = Instant::now();
+        let wait_start = Instant::now();
         let known = match launched.numbers {
             Numbers::Known(known) => known,
             Numbers::Reading(reading) => {
@@ -556,7 +560,7 @@ impl<B: TrainAccelerator> LoopState<B> {
         self.state.step = step + 1;
         self.state.epoch = launched.epoch;
 
-        let seconds = clock.complete(launched.times, asked).as_secs_f64();
+        let seconds = clock.complete(launched.times, wait_start).as_secs_f64();
         let numbers = StepNumbers {
             loss: known.objective,
             token_acc: known.totals.token_accuracy(),

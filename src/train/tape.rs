@@ -1,6 +1,6 @@
-//! What the forward pass of decoder layers keeps for the written backward pass.
+//! The tape: what the forward pass of decoder layers keeps for the manual backward pass.
 //!
-//! [`Tape`] carries out the operations of a layer (see [`Executor`]) and records what its backward pass
+//! [`Tape`] runs the operations of a layer (see [`Executor`]) and records what its backward pass
 //! needs. Shape letters: `n` tokens of all sequences.
 
 use burn::prelude::*;
@@ -18,7 +18,7 @@ use crate::{
     },
 };
 
-/// What the forward pass of a layer leaves for its backward pass.
+/// What the forward pass of a layer keeps for its backward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Recorded {
     /// All that is needed.
@@ -65,7 +65,7 @@ pub(super) struct LayerTape<B: Backend> {
     pub up: Tensor<B, 2>,
     /// `drop(x) Aᵀ` of each projection that has an adapter, in the order of [`Projection::ALL`].
     pub low: [Option<Tensor<B, 2>>; 7],
-    /// What is cheap to compute again; `None` where it was dropped.
+    /// What is cheap to recompute; `None` where it was dropped.
     pub pointwise: Option<Pointwise<B>>,
 }
 
@@ -82,7 +82,7 @@ pub(super) struct Pointwise<B: Backend> {
 }
 
 impl<B: Ops> LayerTape<B> {
-    /// The results of pointwise operations, computed again where they were dropped.
+    /// The results of pointwise operations, recomputed where they were dropped.
     pub(super) fn take_pointwise(
         &mut self,
         layer: &DecoderLayer<B>,
@@ -101,7 +101,7 @@ impl<B: Ops> LayerTape<B> {
     }
 }
 
-/// Queries and keys, normalised and rotated: `[b, heads, s, head_dim]`.
+/// Queries and keys, normalised and rotated: `[n, heads, head_dim]` → `[b, heads, s, head_dim]`.
 fn rotated<B: Ops>(
     layer: &DecoderLayer<B>,
     context: &TextContext<B>,
@@ -197,7 +197,7 @@ impl<'a, B: Ops> Tape<'a, B> {
         &self.layers[self.layer]
     }
 
-    /// `drop(x) Aᵀ` of some projections over one input, where they have adapters.
+    /// `drop(x) Aᵀ` `[n, r]` of some projections over one input `[n, in]`, where they have adapters.
     fn low_rank<const N: usize>(
         &self,
         projections: [Projection; N],
@@ -216,7 +216,7 @@ impl<'a, B: Ops> Tape<'a, B> {
         adapters.map(|adapter| adapter.and_then(|_| lows.next()))
     }
 
-    /// A projection's result; `low` is its part of [`Self::low_rank`].
+    /// A projection's result: `[n, in]` → `[n, out]`; `low` is its part of [`Self::low_rank`].
     fn project(
         &self,
         projection: Projection,
@@ -431,7 +431,7 @@ mod tests {
     };
     use burn_flex::Flex;
 
-    /// What the memory planner counts is what a tape holds.
+    /// The memory planner counts the elements that a tape holds.
     #[test]
     fn a_tape_holds_the_elements_that_are_planned() {
         let config = RandomSize::Tiny.config(Some(2)).unwrap();

@@ -2,7 +2,7 @@
 //!
 //! A file is a sequence of records: length (`u64`), masked CRC-32C of the length, data, masked
 //! CRC-32C of the data, all little-endian; the data is an `Event` in protobuf encoding, written
-//! here by hand as only four of its fields are needed.
+//! here without a protobuf library, as only four of its fields are needed.
 //!
 //! Source: `record_writer.cc`, `event.proto` and `summary.proto`, TensorFlow.
 
@@ -24,7 +24,7 @@ pub struct EventWriter {
 impl EventWriter {
     /// Starts a new event file in `folder`, which is created if missing.
     ///
-    /// When a run goes on after `resumed_step` finished steps, TensorBoard is told to forget the
+    /// When a run goes on after `resumed_step` finished steps, a marker makes TensorBoard forget the
     /// later points of the folder's older files, so that no step appears twice.
     ///
     /// # Errors

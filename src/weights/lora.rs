@@ -1,8 +1,8 @@
-//! Low-rank adapters: which weights are adapted, their share of a product, PEFT's files, merging.
+//! The low-rank adapter (LoRA, DoRA) of one linear layer: its weights and its share of the matmul.
 //!
-//! Names and conventions are PEFT's: `A` is `[r, in]`, `B` is `[out, r]`, the product is scaled by
+//! Names and conventions are PEFT's: `A` is `[r, in]`, `B` is `[out, r]`, the low-rank matmul is scaled by
 //! `alpha / r` (`alpha / √r` with rank stabilisation). The base weight is never composed with the
-//! adapter during training; [`merge`] does so once, for inference.
+//! adapter during training; `adapters::lora::merge` does so once, for inference.
 
 use burn::{module::Param, prelude::*};
 
@@ -26,7 +26,7 @@ pub struct Lora<B: Backend> {
     pub lora_magnitude_vector: Option<Param<Tensor<B, 1>>>,
     scaling: f64,
     dropout: f64,
-    /// Tells the masks of different layers apart.
+    /// Index among the adapters: layers have different dropout masks.
     index: usize,
 }
 
@@ -50,7 +50,8 @@ impl<B: Backend> Lora<B> {
         }
     }
 
-    /// Drops inputs with this probability in training; `index` tells the masks of layers apart.
+    /// Drops inputs with this probability in training; `index` gives each layer a mask of its
+    /// own.
     #[must_use]
     pub fn with_dropout(self, probability: f64, index: usize) -> Self {
         Self {
@@ -62,7 +63,7 @@ impl<B: Backend> Lora<B> {
 }
 
 impl<B: Ops> Lora<B> {
-    /// The adapter as an operand; `dropout_seed` turns dropout on and decides its mask.
+    /// The adapter as an operand; a `dropout_seed` enables dropout and decides its mask.
     pub fn low_rank(&self, dropout_seed: Option<u64>) -> LowRank<B> {
         LowRank {
             a: self.lora_a.val(),
@@ -77,13 +78,14 @@ impl<B: Ops> Lora<B> {
         }
     }
 
-    /// The layer's product without bias, `x W^T + s · drop(x) A^T B^T`, plus `residual`.
+    /// The linear layer without bias, `x W^T + s · drop(x) A^T B^T`, plus `residual`.
     ///
-    /// With DoRA the rows are rescaled to the trained magnitudes; the norm of `W + s·B·A` is worked
-    /// out from products with `A`, not from a composed matrix, and carries no gradient.
+    /// With DoRA the rows are rescaled to the trained magnitudes; the norm of `W + s·B·A` is
+    /// computed from matmuls with `A`, not from a composed matrix, and carries no gradient.
     ///
     /// # Shapes
-    /// - `x`: `[tokens, in]`, `weight`: `[out, in]`; returns `[tokens, out]` in the dtype of `x`
+    /// - `x`: `[tokens, in]`, `weight`: `[out, in]`, `residual`: `[tokens, out]`
+    /// - returns: `[tokens, out]` in the dtype of `x`
     ///
     /// Source: `Linear.forward` and `DoraLinearLayer.forward`, PEFT, `tuners/lora`.
     pub fn forward(
@@ -110,7 +112,7 @@ impl<B: Ops> Lora<B> {
         let norm = self.composed_row_norms(weight.clone());
         let scale = (magnitude.val() / norm).unsqueeze();
         let y = if adapter.dropout.is_some() {
-            // PEFT drops the base product's input as well once dropout is on.
+            // PEFT drops the base matmul's input as well once dropout is on.
             let base = to_f32(B::matmul(
                 to_dtype(input, dtype),
                 weight.clone().transpose(),
@@ -129,7 +131,7 @@ impl<B: Ops> Lora<B> {
 }
 
 impl<B: Ops> Lora<B> {
-    /// Factor on the low-rank product.
+    /// Factor on the low-rank matmul.
     pub fn scaling(&self) -> f64 {
         self.scaling
     }

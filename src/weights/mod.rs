@@ -1,4 +1,4 @@
-//! What a linear layer multiplies by: a dense matrix, a quantised one, and an adapter beside either.
+//! The weight of a linear layer: a matrix of floats or a quantised one, and an adapter beside either.
 
 pub mod lora;
 
@@ -13,20 +13,20 @@ use burn::{
 
 use crate::ops::{Activation, LowRank, Ops, cast::to_dtype, quantised::QuantisedWeight};
 
-/// A matrix `[out, in]` of the model: a parameter, or packed and then no parameter.
+/// A matrix `[out, in]` of the model: a parameter, or quantised and then no parameter.
 ///
-/// Packed weights are constants: visitors and mappers of parameters pass them over, and what needs
-/// the floats asks for them with [`Weight::val`].
+/// Quantised weights are constants: visitors and mappers of parameters skip them, and what needs the
+/// floats calls [`Weight::val`].
 #[derive(Debug, Clone)]
 pub enum Weight<B: Backend> {
     /// Floats.
     Dense(Param<Tensor<B, 2>>),
-    /// Packed.
+    /// Quantised.
     Packed(QuantisedWeight<B>),
 }
 
 impl<B: Backend> Weight<B> {
-    /// The values as floats; unpacked for this call where they are packed.
+    /// The values as floats, `[out, in]`; dequantised for this call where they are quantised.
     pub fn val(&self) -> Tensor<B, 2> {
         match self {
             Self::Dense(param) => param.val(),
@@ -34,7 +34,7 @@ impl<B: Backend> Weight<B> {
         }
     }
 
-    /// The packed matrix, where it is one.
+    /// The quantised matrix, where it is one.
     pub fn packed(&self) -> Option<&QuantisedWeight<B>> {
         match self {
             Self::Dense(_) => None,
@@ -42,7 +42,7 @@ impl<B: Backend> Weight<B> {
         }
     }
 
-    /// `[out, in]`, without drawing a value.
+    /// Shape `[out, in]`, without initialising the parameter.
     pub fn lazy_shape(&self) -> burn::tensor::Shape {
         match self {
             Self::Dense(param) => param.lazy_shape(),
@@ -50,7 +50,7 @@ impl<B: Backend> Weight<B> {
         }
     }
 
-    /// Where it lies, without drawing a value.
+    /// Device that it is stored on, without initialising the parameter.
     pub fn lazy_device(&self) -> B::Device {
         match self {
             Self::Dense(param) => param.lazy_device(),
@@ -58,7 +58,7 @@ impl<B: Backend> Weight<B> {
         }
     }
 
-    /// Whether gradients are wanted; never of a packed matrix.
+    /// Whether gradients are wanted; never of a quantised matrix.
     pub fn is_require_grad(&self) -> bool {
         match self {
             Self::Dense(param) => param.is_require_grad(),
@@ -80,7 +80,11 @@ impl<B: Ops> Weight<B> {
         }
     }
 
-    /// [`Ops::linear_add`], whatever form the matrix has.
+    /// [`linear_add`](crate::ops::ForwardOps::linear_add), whatever form the matrix has.
+    ///
+    /// # Shapes
+    /// - `x`: `[n, in]`, `bias`: `[out]`, `residual`: `[n, out]`
+    /// - returns: `[n, out]`
     pub fn linear(
         &self,
         x: Tensor<B, 2>,
@@ -90,7 +94,7 @@ impl<B: Ops> Weight<B> {
         match self {
             Self::Dense(param) => B::linear_add(x, param.val(), bias, residual),
             Self::Packed(packed) => {
-                // Islands of another type multiply by the same words.
+                // Parts computed in another type multiply by the same words.
                 let dtype = x.dtype();
                 let bias = bias.map(|bias| to_dtype(bias, dtype));
                 let residual = residual.map(|residual| to_dtype(residual, dtype));
@@ -99,7 +103,11 @@ impl<B: Ops> Weight<B> {
         }
     }
 
-    /// [`Ops::linear_activated`], whatever form the matrix has.
+    /// [`linear_activated`](crate::ops::ForwardOps::linear_activated), whatever form the matrix has.
+    ///
+    /// # Shapes
+    /// - `x`: `[n, in]`, `bias`: `[out]`
+    /// - returns: `[n, out]`
     pub fn linear_activated(
         &self,
         x: Tensor<B, 2>,
@@ -112,8 +120,12 @@ impl<B: Ops> Weight<B> {
         }
     }
 
-    /// `x Wᵀ + residual` and an adapter's share. Beside a packed matrix the low-rank path stays
-    /// apart: nothing is packed anew.
+    /// `x Wᵀ + residual` and an adapter's share. Beside a quantised matrix the low-rank path stays
+    /// separate: nothing is quantised again.
+    ///
+    /// # Shapes
+    /// - `x`: `[n, in]`, `residual`: `[n, out]`
+    /// - returns: `[n, out]`
     pub fn adapted_linear(
         &self,
         x: Tensor<B, 2>,

@@ -21,7 +21,7 @@ use crate::{
 /// Burn's `ModuleMapper` maps tensors inside a tree of fixed shape; an adapter adds parameters, so
 /// this one maps layers. Paths are the published names, as in `ModuleMapper`.
 pub trait LinearMapper<B: Backend> {
-    /// What takes the place of the layer at `path`.
+    /// Returns the replacement of the layer at `path`.
     fn map_linear(&mut self, path: &str, linear: Linear<B>) -> Linear<B>;
 }
 
@@ -71,7 +71,7 @@ impl<B: Backend> Qwen3Vl<B> {
         for (path, linear) in linears!(&mut self, iter_mut, projections_mut, mut) {
             *linear = mapper.map_linear(&path, linear.clone());
         }
-        // The layers changed behind its back.
+        // What was cached came from the layers before.
         self.model.visual.kept = Kept::default();
         self
     }
@@ -133,7 +133,7 @@ impl<B: Backend> LinearMapper<B> for AttachLora<'_> {
     }
 }
 
-/// Attaches fresh adapters (`A` random, `B` zero) to the targeted layers and gives their number.
+/// Attaches fresh adapters (`A` random, `B` zero) to the targeted layers and returns their number.
 ///
 /// # Errors
 /// [`AdapterError::NoTarget`] when nothing matches, [`AdapterError::Pattern`].

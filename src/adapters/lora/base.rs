@@ -1,7 +1,7 @@
 //! Which base an adapter was trained on: a fingerprint of the base's weights beside PEFT's files.
 //!
 //! PEFT names the base by its folder, and two bases of one size load each other's adapters without a
-//! word. The fingerprint lies in `base_fingerprint.json`, a file of its own that PEFT passes over.
+//! warning. The fingerprint is stored in `base_fingerprint.json`, a file of its own that PEFT ignores.
 
 use std::{
     collections::BTreeMap,
@@ -24,7 +24,7 @@ const FILE: &str = "base_fingerprint.json";
 /// Bytes read at the beginning, in the middle and at the end of each tensor.
 const SAMPLE_BYTES: usize = 64;
 
-/// Tells one set of base weights from another: names, types, shapes and some bytes of every tensor.
+/// Fingerprint of a set of base weights: names, types, shapes and some bytes of every tensor.
 ///
 /// Shards and the order of tensors in them do not count, so a checkpoint stays itself when it is
 /// sharded anew; another type makes it another one.
@@ -36,7 +36,7 @@ pub struct BaseFingerprint {
     pub sha256: String,
 }
 
-/// An adapter's base cannot be told, or is another one.
+/// An adapter's base cannot be identified, or is another one.
 #[derive(Debug, thiserror::Error)]
 pub enum BaseError {
     /// The base's weights cannot be read.
@@ -46,7 +46,7 @@ pub enum BaseError {
     #[error(transparent)]
     File(#[from] FileError),
     /// The fingerprint's file holds something else.
-    #[error("`{}` is damaged: {cause}; with --any-base it is passed over", .path.display())]
+    #[error("`{}` is damaged: {cause}; with --any-base it is ignored", .path.display())]
     Damaged {
         /// The file.
         path: PathBuf,
@@ -119,7 +119,7 @@ impl BaseFingerprint {
         })
     }
 
-    /// Of the base that an adapter was trained on; `None` if its folder does not tell, as those of
+    /// Of the base that an adapter was trained on; `None` if its folder does not say, as those of
     /// other programs.
     ///
     /// # Errors
@@ -139,12 +139,12 @@ impl BaseFingerprint {
 /// Refuses a base that the adapter was not trained on, whatever its folder is called.
 ///
 /// # Errors
-/// [`BaseError`]; an adapter that does not tell its base is let through.
+/// [`BaseError`]; an adapter that does not name its base is accepted.
 pub fn check_base(adapter: &Path, model: &Path) -> Result<(), BaseError> {
     let Some(trained_on) = BaseFingerprint::load(adapter)? else {
         return Ok(());
     };
-    // A packed checkpoint says what it was made from: an adapter for that fits this as well.
+    // A quantised checkpoint names its original: an adapter for that fits this as well.
     let made_from = BaseFingerprint::load(model)?;
     let found = made_from.map_or_else(|| BaseFingerprint::of(model), Ok)?;
     if found == trained_on {
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn weights_tell_the_base_and_folder_names_do_not() {
+    fn weights_identify_the_base_and_folder_names_do_not() {
         let same = BaseFingerprint::of(&fixture("model-tiny")).unwrap();
         assert_eq!(BaseFingerprint::of(copy(None).path()).unwrap(), same);
         assert_ne!(BaseFingerprint::of(copy(Some(3)).path()).unwrap(), same);
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn another_base_is_refused_and_an_untold_one_is_not() {
+    fn another_base_is_refused_and_an_unnamed_one_is_not() {
         let adapter = tempfile::tempdir().unwrap();
         check_base(adapter.path(), &fixture("merged")).unwrap();
         let base = BaseFingerprint::of(&fixture("model-tiny")).unwrap();

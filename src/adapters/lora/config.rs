@@ -29,7 +29,7 @@ pub enum AdapterError {
         /// Why, with the key.
         cause: serde_json::Error,
     },
-    /// A key asks for something that is not done here.
+    /// A key has a value that is not supported.
     #[error("`{}`: key `{key}` is {found}, which is not supported; expected {expected}", .path.display())]
     Unsupported {
         /// The file.
@@ -305,7 +305,7 @@ impl LoraConfig {
             }
         }
         let raw: RawConfig = serde_json::from_value(Value::Object(tree)).map_err(parse)?;
-        // Far above any use; what a damaged file asks for must not be allocated.
+        // Far above any use; a size from a damaged file must not be allocated.
         let ranks = raw
             .rank_pattern
             .iter()

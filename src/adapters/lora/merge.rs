@@ -17,7 +17,7 @@ use crate::{
     weights::lora::Lora,
 };
 
-/// Takes every adapter off its layer and keeps it by the path of the weight it belongs to.
+/// Detaches every adapter from its layer and keeps it by the path of the weight it belongs to.
 struct DetachLora<B: Backend> {
     adapters: HashMap<String, Lora<B>>,
 }
@@ -57,7 +57,8 @@ impl<B: Ops> ModuleMapper<B> for MergeLora<B> {
     }
 }
 
-/// `W + s·B·A`, rescaled to the trained magnitudes with DoRA; in f32, then back to the dtype of `W`.
+/// `W + s·B·A`, `[out, in]`, rescaled to the trained magnitudes with DoRA; in f32, then back to the dtype
+/// of `W`.
 fn merged<B: Ops>(weight: Tensor<B, 2>, lora: &Lora<B>) -> Tensor<B, 2> {
     let dtype = weight.dtype();
     let composed = to_f32(weight.clone()) + lora.delta();
@@ -74,7 +75,7 @@ fn merged<B: Ops>(weight: Tensor<B, 2>, lora: &Lora<B>) -> Tensor<B, 2> {
 /// Merges all attached adapters into the weights; the result has none.
 ///
 /// # Panics
-/// If the weights are packed: they would have to be packed anew.
+/// If the weights are quantised: they would have to be quantised again.
 ///
 /// Source: `merge_and_unload`, PEFT.
 pub fn merge<B: Ops>(model: Qwen3Vl<B>) -> Qwen3Vl<B> {

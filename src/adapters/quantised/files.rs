@@ -1,7 +1,8 @@
-//! How a packed checkpoint looks on the disk: keys, types, and the entry in `config.json`.
+//! Format of a quantised checkpoint on disk: keys, types, and the entry in `config.json`.
 //!
-//! A packed matrix `X.weight` lies as `X.weight_packed`, I32 `[out, words]`, and `X.weight_scale`,
-//! F32 or F16 `[out, scales]`; see [`super`] for words and scales. `config.json` says how in
+//! A quantised matrix `X.weight` is stored as `X.weight_packed`, I32 `[out, words]`, and `X.weight_scale`,
+//! F32 or F16 `[out, scales]`; see
+//! [`quantised`](crate::ops::quantised) for words and scales. `config.json` says how in
 //! `quantization_config`. Everything else is as in any checkpoint.
 
 use std::{fs, path::Path};
@@ -21,7 +22,7 @@ const METHOD: &str = "xray-qwen3vl";
 /// Version of the layout.
 const VERSION: u64 = 1;
 
-/// Which tensor of a packed matrix.
+/// Which tensor of a quantised matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Part {
     /// The words.
@@ -83,10 +84,10 @@ pub fn to_config(quantization: Quantization) -> Value {
     })
 }
 
-/// How the checkpoint in `dir` is packed; `None` if it is not.
+/// How the checkpoint in `dir` is quantised; `None` if it is not.
 ///
 /// # Errors
-/// [`WeightsError::Read`], and [`WeightsError::Quantization`] for a form that is not read here.
+/// [`WeightsError::Read`], and [`WeightsError::Quantization`] for a format that is not supported.
 pub fn of_checkpoint(dir: &Path) -> Result<Option<Quantization>, WeightsError> {
     let path = dir.join("config.json");
     let refuse = |reason: String| WeightsError::Quantization {

@@ -1,7 +1,7 @@
-//! Checkpoints to packed models: packed on the way, or packed already.
+//! Loads checkpoints as quantised models: quantised while loading, or on the disk already.
 //!
-//! One tensor is in the host's memory at a time, and the device never holds a matrix that is to be
-//! packed as floats.
+//! One tensor is in the host's memory at a time, and the device never holds as floats a matrix
+//! that is to be quantised.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -35,7 +35,7 @@ use crate::{
     weights::Weight,
 };
 
-/// Replaces every matrix that `quantization` packs by what `make` gives for its path, shape and format.
+/// Replaces every matrix that `quantization` covers by the result of `make` for its path, shape and format.
 ///
 /// # Errors
 /// The first error of `make`.
@@ -102,7 +102,7 @@ struct Contents {
 
 /// Compares all keys, shapes and types of a checkpoint with a model of `shapes`.
 ///
-/// `packed` says whether the files are packed already, or floats that are to be.
+/// `packed` says whether the files are quantised already, or hold floats.
 fn look_through(
     dir: &Path,
     shapes: &BTreeMap<String, Vec<usize>>,
@@ -185,7 +185,7 @@ fn look_through(
     })
 }
 
-/// Checks that `dir` holds a whole checkpoint for a model of `shapes`, packed or to be packed.
+/// Checks that `dir` holds a whole checkpoint for a model of `shapes`, quantised or to be quantised.
 ///
 /// # Errors
 /// [`WeightsError`] names the file and the tensor.
@@ -198,7 +198,7 @@ pub fn check(
     look_through(dir, shapes, quantization, packed).map(|_| ())
 }
 
-/// Packs a tensor of floats as it lies in `path` under `name`.
+/// Quantises a tensor of floats, stored in `path` under `name`.
 ///
 /// # Errors
 /// [`WeightsError::Dtype`], [`WeightsError::NotFinite`].
@@ -256,7 +256,7 @@ pub fn pack_view(
     })
 }
 
-/// Words and scales as they lie in files.
+/// Words and scales as stored in files.
 fn read_packed(
     words: &TensorView<'_>,
     scales: &TensorView<'_>,
@@ -315,9 +315,9 @@ impl<B: Backend> ModuleMapper<B> for Fill {
     }
 }
 
-/// Fills a fresh model from the checkpoint in `dir`: matrices packed, the rest as `dtype`.
+/// Fills a fresh model from the checkpoint in `dir`: matrices quantised, the rest as `dtype`.
 ///
-/// `packed` says whether the files are packed already. All keys, shapes and types are compared before
+/// `packed` says whether the files are quantised already. All keys, shapes and types are compared before
 /// the first tensor is read. `on_progress` gets bytes done and in all.
 ///
 /// # Errors

@@ -6,7 +6,7 @@ use crate::{
     adapters::quantised::format_of, ops::quantised::Quantization, qwen3_vl::config::TextConfig,
 };
 
-/// Bytes of the weights of `shapes`, `element` bytes each where they are not packed.
+/// Bytes of the weights of `shapes`, `element` bytes each where they are not quantised.
 pub fn weight_bytes(
     shapes: &BTreeMap<String, Vec<usize>>,
     quantization: Option<Quantization>,
@@ -47,7 +47,7 @@ mod tests {
         // Keys and values of 4k tokens in 16 bits: 36 layers, 8 heads of 128.
         let cache = cache_bytes(&config.text_config, 4096, 2);
         assert_eq!(cache, 2 * 36 * 8 * 128 * 2 * 4096);
-        // What products unpack, and the activations of a large image.
+        // What matmuls dequantise, and the activations of a large image.
         let work = UNPACKED_BYTES + 400_000_000;
         for (format, limit) in [("int8", 10_000_000_000), ("int4", 6_500_000_000)] {
             let weights = weight_bytes(&shapes, Some(format.parse().unwrap()), 2);
@@ -57,7 +57,7 @@ mod tests {
                 "{format}: {weights} + {cache} + {work} = {all}"
             );
         }
-        // By hand: 6.95e9 parameters of decoder layers and 0.57e9 of vision layers at 4.25 bits, two
+        // 6.95e9 parameters of decoder layers and 0.57e9 of vision layers at 4.25 bits, two
         // tables of 151,936 × 4,096 at 8, and some ten million others.
         let int4 = weight_bytes(&shapes, Some("int4".parse().unwrap()), 2) as f64;
         assert!((int4 / 5.27e9 - 1.0).abs() < 0.01, "{int4}");

@@ -1,4 +1,4 @@
-//! A checkpoint of floats written anew as a packed one, file to file: no device, no model.
+//! Quantises a checkpoint of floats, file to file: no device, no model.
 
 use std::{
     cell::RefCell,
@@ -25,7 +25,7 @@ use crate::{
     qwen3_vl::weights::{LazyTensor, TensorFile, WeightsError, checkpoint_files, save_tensors},
 };
 
-/// Makes one tensor of what is under way.
+/// Makes one tensor from the shared state.
 type Maker = Box<dyn Fn(&Making) -> Result<TensorData, WeightsError>>;
 
 /// What the tensors of a checkpoint share while they are made, one after the other.
@@ -38,7 +38,7 @@ struct Making {
     problem: RefCell<Option<WeightsError>>,
 }
 
-/// Tells bytes apart that a disk has changed.
+/// Checksum that shows bytes changed on the disk.
 fn hash(bytes: &[u8]) -> u64 {
     let mut hasher = DefaultHasher::new();
     hasher.write(bytes);
@@ -46,7 +46,7 @@ fn hash(bytes: &[u8]) -> u64 {
 }
 
 /// A tensor that is made by `make` when its turn comes; after an error zeros are written, and the
-/// caller throws the file away.
+/// caller deletes the file.
 fn lazy(
     making: &Rc<Making>,
     name: String,
@@ -74,7 +74,7 @@ fn lazy(
     }
 }
 
-/// Words and scales of one matrix. The words are made first and leave the scales behind.
+/// Words and scales of one matrix. The scales are kept when the words are made, which come first.
 fn lazy_parts(
     making: &Rc<Making>,
     file: &Rc<TensorFile>,
@@ -132,7 +132,7 @@ fn lazy_parts(
     ]
 }
 
-/// The tensors of the packed checkpoint, in order of the files they come from.
+/// The tensors of the quantised checkpoint, in order of the files they come from.
 fn packed_tensors(
     making: &Rc<Making>,
     from: &Path,
@@ -167,7 +167,7 @@ fn packed_tensors(
     Ok(tensors)
 }
 
-/// Writes the weights and `config.json` of the checkpoint in `from`, packed, into the folder `to`, and
+/// Writes the weights and `config.json` of the checkpoint in `from`, quantised, into the folder `to`, and
 /// reads every byte back.
 ///
 /// `shapes` are those of the model.
@@ -203,7 +203,7 @@ pub fn write_quantised(
         shapes.contains_key("lm_head.weight"),
     )?;
 
-    // What counts is what lies on the disk.
+    // What counts is what is on the disk.
     check(to, shapes, quantization, true)?;
     let hashes = making.hashes.borrow();
     for path in checkpoint_files(to)? {
@@ -220,8 +220,8 @@ pub fn write_quantised(
     Ok(())
 }
 
-/// The original's `config.json` with its entry about packing, and tied no more where the head is one of its
-/// own in spite of the config.
+/// The original's `config.json` with its entry about quantisation, and tied no more where the head is one
+/// of its own in spite of the config.
 fn write_config(
     from: &Path,
     to: &Path,

@@ -1,11 +1,11 @@
-//! Keys and values in 8 bits: half the memory of a long context, at the price of unpacking a layer's
+//! Keys and values in 8 bits: half the memory of a long context, at the price of dequantising a layer's
 //! cache in each step.
 
 use burn::{prelude::*, tensor::DType};
 
 use crate::ops::cast::{to_dtype, to_f32};
 
-/// How keys and values are kept.
+/// How keys and values are stored.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum CacheFormat {
     /// In the type of the weights.
@@ -28,7 +28,7 @@ struct Packed<B: Backend> {
 }
 
 impl<B: Backend> Packed<B> {
-    /// Packs `[batch, heads, tokens, head_dim]`.
+    /// Quantises `[batch, heads, tokens, head_dim]`.
     fn pack(x: Tensor<B, 4>) -> Self {
         let [batch, heads, tokens, head_dim] = x.dims();
         assert!(head_dim.is_multiple_of(4), "heads of {head_dim} elements");
@@ -58,7 +58,7 @@ impl<B: Backend> Packed<B> {
         }
     }
 
-    /// The first `len` tokens as floats.
+    /// The first `len` tokens as floats, `[batch, heads, len, head_dim]`.
     fn unpack(&self, len: usize, dtype: DType) -> Tensor<B, 4> {
         let words = self.words.clone().narrow(2, 0, len);
         let [batch, heads, _, width] = words.dims();
@@ -117,8 +117,9 @@ pub struct QuantisedCache<B: Backend> {
 }
 
 impl<B: Backend> QuantisedCache<B> {
-    /// Writes new tokens `[batch, heads, new, head_dim]` behind the first `len` of `held`, in buffers of at
-    /// least `capacity` tokens, and gives all keys and values so far as floats. Clones of `held` keep what
+    /// Writes new tokens `[batch, heads, new, head_dim]` after the first `len` of `held`, in buffers of at
+    /// least `capacity` tokens, and returns all keys and values so far as floats,
+    /// `[batch, heads, len + new, head_dim]` each. Clones of `held` keep what
     /// they hold.
     pub fn append(
         held: Option<Self>,
@@ -161,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_is_packed_as_worked_out_by_hand() {
+    fn a_token_is_quantised_to_the_expected_words() {
         let device = Default::default();
         // Scale 2.54 / 127 = 0.02: levels 127, -127, 1, 0, each plus 128; then a token of zeros.
         let x =
@@ -182,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn tokens_come_behind_each_other_and_forks_keep_theirs() {
+    fn tokens_are_appended_and_forks_keep_theirs() {
         let device = Default::default();
         let draw = |tokens: usize, factor: f32| {
             let values = Tensor::<Flex, 1, Int>::arange(0..(2 * tokens * 8) as i64, &device);
@@ -194,7 +195,7 @@ mod tests {
         };
         let (held, _) = append(None, 0, &first);
         let fork = held.clone();
-        // Behind the third token, which makes the buffers grow.
+        // After the third token, which makes the buffers grow.
         let held = QuantisedCache {
             keys: held.keys.grown(8),
             values: held.values.grown(8),

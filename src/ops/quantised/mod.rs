@@ -1,7 +1,7 @@
-//! Weights of 8 or 4 bits: formats, packing, and the matmuls with them in plain Burn.
+//! Quantised weights of 8 or 4 bits: formats, quantisation, and the matmuls with them in plain Burn.
 //!
-//! A matrix `[out, in]` stays packed wherever it lies, in files, in host memory and on the device; the
-//! products read it packed. Values are whole numbers times a scale, symmetric about zero:
+//! A matrix `[out, in]` is stored quantised everywhere, in files, in host memory and on the device; the
+//! matmuls read it so. Values are whole numbers times a scale, symmetric about zero:
 //!
 //! - int8: one f32 scale a row (output channel), values -127 to 127;
 //! - int4: one f16 scale for 32 or 64 neighbours of a row, values -8 to 7.
@@ -10,7 +10,7 @@
 //! the order of `pack-quantized` in compressed-tensors. Rows are padded to whole groups, so that
 //! reads of 16 bytes never leave a row; padding is zero and no part of the matrix.
 //!
-//! Linear layers of both towers take the format asked for. The table of token vectors and the head are
+//! Linear layers of both towers take the chosen format. The table of token vectors and the head are
 //! int8 in either case: together they are a sixth of the 8B's parameters, and in 16 bits would not
 //! leave room for the rest on a card of 8 GB. Norms, biases, patch embedding and position table stay.
 
@@ -25,7 +25,7 @@ pub use weight::QuantisedWeight;
 /// Groups that int4 can have, in inputs of a row.
 pub const GROUPS: [usize; 2] = [32, 64];
 
-/// How one matrix is packed.
+/// Format of one quantised matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
     /// 8 bits, a scale a row.
@@ -105,7 +105,7 @@ impl fmt::Display for Format {
     }
 }
 
-/// How a model is packed: the format of its linear layers. Table and head are [`Format::Int8`].
+/// How a model is quantised: the format of its linear layers. Table and head are [`Format::Int8`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Quantization {
     /// Of the linear layers.

@@ -1,11 +1,11 @@
-//! Rows of floats to packed words and scales, and back, on the host.
+//! Quantises rows of floats to words and scales, and back, on the host.
 
 use half::f16;
 use rayon::prelude::*;
 
 use super::Format;
 
-/// A packed matrix on the host.
+/// A quantised matrix on the host.
 #[derive(Debug, Clone, PartialEq)]
 pub struct QuantisedMatrix {
     /// `[rows, words]`, row-major.
@@ -19,7 +19,7 @@ pub struct QuantisedMatrix {
 /// A smaller scale cuts the largest value and is finer for all others. On normal weights in groups of
 /// 64 the relative error is 10.8 % with -7 to 7 as published by most, 9.5 % when the largest value
 /// takes the side with eight steps, and 9.1 % with the best of these four, as much as a zero point of
-/// its own for each group gives (9.1 %), which would cost bytes and work in every product.
+/// its own for each group gives (9.1 %), which would cost bytes and work in every matmul.
 const SHARES: [f32; 4] = [1.0, 0.925, 0.85, 0.775];
 
 /// Rounds to the nearest whole number, halves to even; exact below 2²².
@@ -85,7 +85,7 @@ fn pack_levels(values: &[f32], scale: f32, format: Format, words: &mut [i32]) {
     }
 }
 
-/// Packs one row; `row` has the padded length, `words` and `scales` those of a row.
+/// Quantises one row; `row` has the padded length, `words` and `scales` those of a row.
 fn pack_row(row: &[f32], format: Format, words: &mut [i32], scales: &mut [f32]) {
     let group = row.len() / scales.len();
     for ((values, scale), words) in row
@@ -101,7 +101,7 @@ fn pack_row(row: &[f32], format: Format, words: &mut [i32], scales: &mut [f32]) 
     }
 }
 
-/// Packs `rows` rows of `d_input` values; `read` fills a row, in any order and from several threads.
+/// Quantises `rows` rows of `d_input` values; `read` fills a row, in any order and from several threads.
 ///
 /// # Errors
 /// The first error of `read` that a thread met.
@@ -129,7 +129,7 @@ pub fn pack<E: Send>(
     Ok(QuantisedMatrix { words, scales })
 }
 
-/// The values that packed rows stand for, `[rows, d_input]`.
+/// Dequantises rows to floats, `[rows, d_input]`.
 pub fn unpack(packed: &QuantisedMatrix, d_input: usize, format: Format) -> Vec<f32> {
     let (words_row, scales_row) = (format.words(d_input), format.scales(d_input));
     let group = format.group(d_input);
@@ -165,7 +165,7 @@ mod tests {
 
     fn normal(count: usize) -> Vec<f32> {
         let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(3);
-        // A sum of twelve uniform draws is normal as far as rounding errors can tell.
+        // A sum of twelve uniform draws is normal as far as rounding errors show.
         let mut one = || {
             (0..12)
                 .map(|_| random.random_range(-0.5f32..0.5))
@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn an_int8_row_is_packed_as_worked_out_by_hand() {
+    fn an_int8_row_is_quantised_to_the_expected_words() {
         // Scale 2.54 / 127 = 0.02: levels 127, -127, 1, 0 (0.4 rounded), then padding.
         let matrix = packed(&[2.54, -2.54, 0.02, 0.008], 1, Format::Int8);
         assert_eq!(matrix.scales, [2.54 / 127.0]);
@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn an_int4_group_is_packed_as_worked_out_by_hand() {
+    fn an_int4_group_is_quantised_to_the_expected_words() {
         // The largest value takes level -8, so with largest 4 the scale is -0.5 and exact for all.
         let mut values = [0.0; 32];
         values[..9].copy_from_slice(&[4.0, 0.5, -0.5, 1.0, -3.5, 0.0, 2.0, -1.0, 3.5]);

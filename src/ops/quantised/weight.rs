@@ -1,4 +1,4 @@
-//! A matrix of the model, as floats or packed, and the products with it in plain Burn.
+//! A quantised matrix of the model on a device, and the matmuls with it in plain Burn.
 
 use burn::{
     prelude::*,
@@ -12,13 +12,13 @@ use crate::ops::{
     cast::{to_dtype, to_f32},
 };
 
-/// Bytes of floats that are unpacked at once on the way to a product.
+/// Bytes of floats that are dequantised at once for a matmul.
 pub const UNPACKED_BYTES: usize = 32 << 20;
 
-/// Rows of a whole tile of a product.
+/// Rows of a whole tile of a matmul.
 const TILE: usize = 64;
 
-/// A packed matrix `[out, in]` on a device.
+/// A quantised matrix `[out, in]` on a device.
 #[derive(Debug, Clone)]
 pub struct QuantisedWeight<B: Backend> {
     /// `[out, words of a row]`, i32: bit patterns.
@@ -31,7 +31,8 @@ pub struct QuantisedWeight<B: Backend> {
 }
 
 impl<B: Backend> QuantisedWeight<B> {
-    /// Takes tensors that are packed already; `dtype` is what the values count as.
+    /// Takes tensors that are quantised already, `words` `[out, words of a row]` and `scales`
+    /// `[out, scales of a row]`; `dtype` is the type the values count as.
     ///
     /// # Panics
     /// If the shapes are not those of `format` for `d_input` inputs.
@@ -54,7 +55,7 @@ impl<B: Backend> QuantisedWeight<B> {
         }
     }
 
-    /// Brings a packed matrix of `rows` rows to the device; int4's scales stay f16 where it has that.
+    /// Copies a quantised matrix `[rows, d_input]` to the device; int4's scales stay f16 where it has that.
     pub fn upload(
         matrix: QuantisedMatrix,
         rows: usize,
@@ -81,7 +82,7 @@ impl<B: Backend> QuantisedWeight<B> {
         [self.words.dims()[0], self.d_input]
     }
 
-    /// How it is packed.
+    /// Its format.
     pub fn format(&self) -> Format {
         self.format
     }
@@ -101,7 +102,7 @@ impl<B: Backend> QuantisedWeight<B> {
         &self.scales
     }
 
-    /// Where it lies.
+    /// Device that it is stored on.
     pub fn device(&self) -> B::Device {
         self.words.device()
     }
@@ -112,7 +113,7 @@ impl<B: Backend> QuantisedWeight<B> {
             + self.scales.shape().num_elements() * self.scales.dtype().size()
     }
 
-    /// Rows `start .. start + count`.
+    /// Rows `start .. start + count`: `[count, in]`.
     pub fn rows(&self, start: usize, count: usize) -> Self {
         Self {
             words: self.words.clone().narrow(0, start, count),
@@ -121,7 +122,7 @@ impl<B: Backend> QuantisedWeight<B> {
         }
     }
 
-    /// The named rows: `indices` `[n]`.
+    /// The rows `indices` `[n]`: `[n, in]`.
     pub fn select(&self, indices: Tensor<B, 1, Int>) -> Self {
         Self {
             words: self.words.clone().select(0, indices.clone()),
@@ -130,7 +131,7 @@ impl<B: Backend> QuantisedWeight<B> {
         }
     }
 
-    /// The values as floats, `[out, in]`, in plain Burn.
+    /// Dequantises: the values as floats, `[out, in]`, in plain Burn.
     pub fn unpack(&self, dtype: DType) -> Tensor<B, 2> {
         let [rows, words] = self.words.dims();
         let format = self.format;
@@ -152,11 +153,11 @@ impl<B: Backend> QuantisedWeight<B> {
         to_dtype(values.narrow(1, 0, self.d_input), dtype)
     }
 
-    /// Rows of floats of `dtype` that are unpacked at once.
+    /// Rows of floats of `dtype` that are dequantised at once.
     pub fn rows_at_once(&self, dtype: DType) -> usize {
         let row = self.format.padded(self.d_input) * dtype.size();
         let rows = UNPACKED_BYTES / row;
-        // Whole tiles of a product.
+        // Whole tiles of a matmul.
         if rows > TILE {
             rows / TILE * TILE
         } else {
@@ -200,8 +201,8 @@ impl<B: AutodiffBackend> QuantisedWeight<B> {
     }
 }
 
-/// Makes tensors that stay: memory of their very size is taken for them, where pages of a backend's
-/// pool would leave gaps between the matrices of a model.
+/// Makes tensors that stay: they are allocated at their exact size, where pages of a backend's pool
+/// would leave gaps between the matrices of a model.
 pub fn persistent<B: Backend, Input: Send, Output: Send>(
     device: &B::Device,
     input: Input,
@@ -220,7 +221,7 @@ pub fn scale_dtype<B: Backend>(format: Format, device: &B::Device) -> DType {
     }
 }
 
-/// Does some rows of a packed matrix at a time and joins what comes of them: `[n, out]`.
+/// Dequantises some rows of a matrix at a time, computes `part` of them and joins the results: `[n, out]`.
 fn by_rows<B: ForwardOps>(
     weight: &QuantisedWeight<B>,
     dtype: DType,
@@ -245,7 +246,8 @@ fn by_rows<B: ForwardOps>(
     }
 }
 
-/// `x Wᵀ + bias + residual`: some rows of the matrix as floats at a time.
+/// `x Wᵀ + bias + residual`, `x` `[n, in]`, `residual` and result `[n, out]`: some rows of the matrix as
+/// floats at a time.
 pub(crate) fn linear<B: ForwardOps>(
     x: Tensor<B, 2>,
     weight: &QuantisedWeight<B>,
@@ -259,7 +261,7 @@ pub(crate) fn linear<B: ForwardOps>(
     })
 }
 
-/// [`dense`] plus an adapter's share, without bias.
+/// [`linear`] plus an adapter's share, without bias.
 pub(crate) fn adapted<B: ForwardOps>(
     x: Tensor<B, 2>,
     weight: &QuantisedWeight<B>,
@@ -277,7 +279,7 @@ pub(crate) fn adapted<B: ForwardOps>(
     })
 }
 
-/// Logits in f32.
+/// Logits in f32: `hidden` `[n, width]` → `[n, vocab]`.
 pub(crate) fn logits<B: ForwardOps>(
     hidden: Tensor<B, 2>,
     head: &QuantisedWeight<B>,

@@ -1,18 +1,18 @@
-//! Stored floats to the type they are wanted in, checked for NaN and infinity on the way.
+//! Converts stored floats to another type and checks them for NaN and infinity.
 //!
-//! Written so that the compiler can use vectors: a check folds a whole block before it looks.
+//! Written so that the compiler can use vectors: a check folds a whole block before it branches.
 
 use burn::tensor::DType;
 use half::{bf16, f16};
 use safetensors::Dtype;
 
-/// Elements looked at together.
+/// Elements checked together.
 const BLOCK: usize = 4096;
 
 /// What is wrong with stored elements.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Problem {
-    /// Not a float that is read here.
+    /// Not a supported float type.
     Dtype,
     /// NaN or infinity at this element.
     NotFinite(usize),
@@ -20,7 +20,7 @@ pub(super) enum Problem {
     TooLarge(usize),
 }
 
-/// Bytes of a stored element; `None` for types that are not read here.
+/// Bytes of a stored element; `None` for types that are not supported.
 pub(super) fn stored_size(dtype: Dtype) -> Option<usize> {
     match dtype {
         Dtype::BF16 | Dtype::F16 => Some(2),
@@ -141,7 +141,7 @@ fn write(values: impl Iterator<Item = f32>, to: DType, out: &mut [u8]) -> Result
 mod tests {
     use super::*;
 
-    /// The first bad element is found wherever it lies; large and tiny numbers are none.
+    /// The first bad element is found wherever it is; large and tiny numbers are none.
     #[test]
     fn what_is_not_finite_is_found() {
         let count = 3 * BLOCK + 17;
@@ -165,7 +165,7 @@ mod tests {
                     assert_eq!(check(&bytes(&values, dtype), dtype), Ok(()));
                     let mut with = values.clone();
                     with[at] = bad;
-                    // A second one behind it is not what is named.
+                    // A second one after it is not the one named.
                     with[count - 1] = bad;
                     assert_eq!(
                         check(&bytes(&with, dtype), dtype),

@@ -1,7 +1,7 @@
-//! A checkpoint to one device or several.
+//! Loads a checkpoint to one device or several.
 //!
-//! Bytes go from the file to where the device takes them (see [`Ops::upload`]) without a stop:
-//! read, looked at and converted in one pass, on all cores, while the piece before is on its way.
+//! Bytes go from the file to where the device takes them (see [`upload`](crate::ops::DeviceOps::upload))
+//! without a stop: read, checked and converted in one pass, on all cores, while the piece before is copied.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -23,7 +23,8 @@ use crate::ops::{
 /// Fills a fresh module from the checkpoint in `dir`, converting to `dtype`.
 ///
 /// All names and shapes are compared before the first tensor is read. A `lm_head.weight` that is the copy
-/// of a tied embedding is passed over ([`super::holds_another_head`] tells it from another one). `on_progress` gets bytes done and in all.
+/// of a tied embedding is skipped ([`super::holds_another_head`] distinguishes it from another one).
+/// `on_progress` gets bytes done and in all.
 ///
 /// # Errors
 /// [`WeightsError`] names the file and the tensor.

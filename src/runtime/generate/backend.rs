@@ -1,4 +1,4 @@
-//! What the serving engine asks of a device: sequences in places of their own, fed piece by piece.
+//! What the serving engine needs of a device: sequences in slots of the KV cache, fed piece by piece.
 //!
 //! The engine (`serve::engine`) decides who runs; a [`DecodeBackend`] computes. One implementation
 //! works on every Burn backend ([`super::slots::PlainDecoder`]); a device with a faster way to decode
@@ -26,7 +26,7 @@ impl AdapterId {
     pub const BASE: Self = Self(0);
 }
 
-/// Part of a prompt, to be put behind what its slot holds.
+/// Part of a prompt, to be appended to its slot.
 #[derive(Debug, Clone)]
 pub struct Chunk<'a, F> {
     /// Token ids, image placeholders expanded; not empty.
@@ -36,23 +36,23 @@ pub struct Chunk<'a, F> {
     /// Features of the image tokens among `input_ids`, in order: an image's features and which of
     /// them.
     pub features: Vec<(F, Range<usize>)>,
-    /// Whether the logits behind the last token are wanted.
+    /// Whether the logits after the last token are wanted.
     pub wants_logits: bool,
 }
 
-/// What is wanted of a row behind its newest token.
+/// What is wanted of a row after its newest token.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Pick {
-    /// The logits: somebody changes them, or tells of them, before a token is chosen.
+    /// The logits: the caller changes or reports them before a token is chosen.
     Logits,
     /// The next token, chosen so.
     Token(TokenChoice),
 }
 
-/// What a step gives for a row.
+/// Result of a step for a row.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Stepped {
-    /// The logits: asked for, or from a device that leaves the choice to its caller.
+    /// The logits: wanted, or from a device that leaves the choice to its caller.
     Logits(Vec<f32>),
     /// The token; `None` where the logits are NaN.
     Token(Option<u32>),
@@ -71,7 +71,7 @@ pub struct StepRow {
     pub pick: Pick,
 }
 
-/// What a backend's own engine has to have room for.
+/// Sizes that a backend's own engine must have memory for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ServingLimits {
     /// Sequences of a step.
@@ -105,17 +105,17 @@ pub trait DecodeBackend {
     /// A slot that starts with the first `tokens` tokens of `source`, which stays as it is.
     fn fork(&mut self, source: SlotId, tokens: usize, capacity: usize) -> SlotId;
 
-    /// Appends part of a prompt; gives the logits behind its last token where they are wanted.
+    /// Appends part of a prompt; returns the logits after its last token where they are wanted.
     fn prefill(&mut self, slot: SlotId, chunk: &Chunk<'_, Self::Features>) -> Option<Vec<f32>>;
 
-    /// Starts on the step that is asked for next, where the device works behind its caller's back:
+    /// Starts the next step, where the device works asynchronously:
     /// prompts of other slots may go through before [`DecodeBackend::step`] wants the same rows' results.
     fn begin_step(&mut self, _rows: &[StepRow]) {}
 
-    /// Appends one token to each of several slots and gives what is wanted behind each.
+    /// Appends one token to each of several slots and returns what is wanted after each.
     fn step(&mut self, rows: &[StepRow]) -> Vec<Stepped>;
 
-    /// Gives a slot back.
+    /// Frees a slot.
     fn free(&mut self, slot: SlotId);
 
     /// Loads a PEFT adapter beside the base.

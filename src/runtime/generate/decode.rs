@@ -29,7 +29,7 @@ pub struct GenerationConfig {
     pub stop_on_repetition: bool,
     /// How tokens are chosen.
     pub sampling: SamplingConfig,
-    /// How keys and values are kept.
+    /// How keys and values are stored.
     pub kv_cache: CacheFormat,
 }
 
@@ -68,7 +68,7 @@ pub struct Prompt {
     pub images: ImageInput,
 }
 
-/// What came of one prompt.
+/// Result of one prompt.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Generation {
     /// New tokens, the end token included.
@@ -77,7 +77,7 @@ pub struct Generation {
     pub finish_reason: FinishReason,
 }
 
-/// What keeps generation from starting.
+/// Why generation cannot start or continue.
 #[derive(Debug, thiserror::Error)]
 pub enum GenerateError {
     /// Prompt and answer do not fit the positions the model was trained for.
@@ -193,7 +193,7 @@ pub fn generate<B: Accelerator>(
         })
         .collect();
     let layers = config.text_config.num_hidden_layers;
-    // A decoder takes over buffers that hold the whole request; of a packed cache it has none.
+    // A decoder takes over buffers that hold the whole request; of a quantised cache it has none.
     let decodes = B::HAS_DECODER && settings.kv_cache == CacheFormat::Float;
     let room = input.seq() + settings.max_new_tokens + DECODER_ROOM;
     let reserved = if decodes { room } else { 0 };
@@ -282,7 +282,7 @@ pub fn generate<B: Accelerator>(
             places = active.clone();
         }
         if let Some(decoder) = &mut decoder {
-            // The decoder keeps its rows; those that have ended are not looked at any more.
+            // The decoder keeps its rows; those that have ended are ignored.
             let stayed: Vec<usize> = stays.iter().map(|place| active[*place]).collect();
             let tokens = decoder.next_tokens().map_err(GenerateError::Device)?;
             let chosen = places
@@ -317,15 +317,15 @@ pub fn generate<B: Accelerator>(
     Ok((results, timing))
 }
 
-/// Tokens of all prompts that go through a model with packed weights at once, and tokens of a prompt at
-/// least: who packs weights is short of memory, and each time all of them are unpacked again.
+/// Tokens of all prompts that go through a model with quantised weights at once, and tokens of a prompt
+/// at least: who quantises is short of memory, and each time all weights are dequantised again.
 const PACKED_PREFILL_TOKENS: usize = 512;
 const LEAST_PREFILL_COLUMNS: usize = 128;
 
 /// Tokens a decoder may run ahead of what is read.
 const DECODER_ROOM: usize = 8;
 
-/// What the next tokens come from, one entry an active row.
+/// Source of the next tokens, one entry an active row.
 enum Next {
     /// To be sampled from.
     Logits(Vec<Vec<f32>>),
@@ -411,7 +411,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_circle_is_told_from_a_repeated_phrase() {
+    fn a_cycle_is_distinguished_from_a_repeated_phrase() {
         assert!(goes_round(&[5; 32]));
         assert!(!goes_round(&[5; 31]));
         let cycle: Vec<u32> = (0..20).collect();
@@ -425,7 +425,7 @@ mod tests {
 
     #[cfg(feature = "flex")]
     #[test]
-    fn an_answer_that_repeats_ends_for_it_unless_told_to_go_on() {
+    fn an_answer_that_repeats_ends_unless_that_is_switched_off() {
         use burn::module::{Module, ModuleMapper, Param};
         use burn_flex::Flex;
 

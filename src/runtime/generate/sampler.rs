@@ -82,7 +82,7 @@ pub struct TokenChoice {
     pub min_p: f32,
     /// As in [`SamplingConfig`].
     pub repetition_penalty: f32,
-    /// Uniform in `[0, 1)`; not looked at without a temperature.
+    /// Uniform in `[0, 1)`; ignored without a temperature.
     pub uniform: f32,
 }
 
@@ -174,7 +174,7 @@ pub struct Sampler {
     config: SamplingConfig,
     random: ChaCha8Rng,
     seen: HashSet<u32>,
-    /// The choice that was asked for and not followed by a token yet.
+    /// The last choice returned, until its token is known.
     pending: Option<TokenChoice>,
 }
 

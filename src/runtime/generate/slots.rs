@@ -1,4 +1,4 @@
-//! Decoding on any Burn backend: sequences of different lengths side by side, without padding.
+//! Continuous batching on any Burn backend: sequences of different lengths side by side, without padding.
 //!
 //! Linear layers see the tokens of all rows as one matrix; attention is computed row by row, each
 //! over its own keys. So a row costs what it costs alone, and no row sees another.
@@ -136,7 +136,7 @@ impl<B: Accelerator> PlainDecoder<B> {
         values.chunks(vocab).map(<[f32]>::to_vec).collect()
     }
 
-    /// Counts the tokens of a pass, once all that belongs to it has gone well.
+    /// Counts the tokens of a pass, once all of it has succeeded.
     fn commit(&mut self, slot: SlotId, tokens: usize) {
         if let Some(slot) = self.slots.get_mut(&slot) {
             slot.len += tokens;
@@ -152,9 +152,9 @@ pub(crate) struct NewTokens<'a> {
     pub(crate) input_ids: &'a [u32],
 }
 
-/// Puts new tokens of some sequences through a model and returns the logits of the tokens in `wanted`,
+/// Runs new tokens of some sequences through a model and returns the logits of the tokens in `wanted`,
 /// counted over all rows: `[wanted, vocab]`, f32; `None` when none are wanted. `key_values` has a group
-/// for each row; the caller counts the tokens as held when all has gone well.
+/// for each row; the caller counts the tokens as held when all has succeeded.
 ///
 /// # Panics
 /// If a slot is unknown, or if image tokens and features disagree.

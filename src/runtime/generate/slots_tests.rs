@@ -56,7 +56,7 @@ fn prompts(pipeline: &Pipeline<Flex>) -> Vec<Prompt> {
     .collect()
 }
 
-/// Puts `prompt` from token `from` on through `slot` in pieces; gives the first new token.
+/// Prefills `slot` with `prompt` from token `from` on, in pieces; returns the first new token.
 fn prefill(
     decoder: &mut PlainDecoder<Flex>,
     slot: SlotId,
@@ -126,7 +126,7 @@ fn decode(
             .collect();
         for (tokens, stepped) in tokens.iter_mut().zip(decoder.step(&step)) {
             let Stepped::Logits(logits) = stepped else {
-                panic!("logits were asked for");
+                panic!("the step wants logits");
             };
             tokens.push(argmax(&logits));
         }

@@ -2,7 +2,7 @@
 
 use crate::processor::tokenizer::{StreamDecoder, Tokenizer};
 
-/// Turns the tokens of one answer into text piece by piece.
+/// Detokenises one answer piece by piece.
 pub struct TextStream {
     decoder: StreamDecoder,
     stop: Vec<String>,
@@ -29,13 +29,13 @@ impl TextStream {
         }
     }
 
-    /// Takes a token and gives the text that can be shown now.
+    /// Takes a token and returns the text that can be shown now.
     pub fn push(&mut self, token: u32) -> String {
         let piece = self.decoder.push(token);
         self.take(&piece, false)
     }
 
-    /// Gives what is left at the end of the answer.
+    /// Returns what is left at the end of the answer.
     pub fn finish(&mut self) -> String {
         let piece = self.decoder.flush();
         self.take(&piece, true)

@@ -15,7 +15,7 @@ pub const FIXED: TextLength = TextLength {
 const SHORTEST_ANSWER: usize = 21;
 
 /// How many of the 6,423 reports of OpenI-zh have each length: entry `i` counts the answers of
-/// `SHORTEST_ANSWER + i` tokens, `<|im_end|>` and the line break behind it included.
+/// `SHORTEST_ANSWER + i` tokens, `<|im_end|>` and the line break after it included.
 ///
 /// Counted once with Qwen3's published tokenizer over the labels of `openi-zh-prompt.json`
 /// (github.com/leeguandong/XrayQwenVL, `data/`; machine-translated captions of the Open-i chest X-ray
@@ -44,7 +44,7 @@ pub struct TextLength {
     pub answer: usize,
 }
 
-/// Gives the lengths of conversations, one after another.
+/// Draws the lengths of conversations, one after another.
 #[derive(Debug, Clone)]
 pub struct Lengths {
     random: Option<ChaCha8Rng>,
@@ -95,7 +95,7 @@ mod tests {
             .enumerate()
             .map(|(i, count)| (SHORTEST_ANSWER + i) * *count as usize)
             .sum();
-        // 6,423 reports of 405,061 tokens, two marks behind each.
+        // 6,423 reports of 405,061 tokens, two marks after each.
         assert_eq!(all, 6423);
         assert_eq!(tokens, 405_061 + 2 * 6423);
     }

@@ -29,9 +29,9 @@ pub struct Requests<'a> {
     config: &'a Qwen3VlConfig,
     lengths: Lengths,
     random: ChaCha8Rng,
-    /// Pixels of the first image; others are the same ones, turned round by some places.
+    /// Pixels of the first image; others are the same ones, rotated by some places.
     pixels: Vec<f32>,
-    /// Tokens of every prompt, in place of what `lengths` gives.
+    /// Tokens of every prompt, in place of those of `lengths`.
     tokens: Option<usize>,
 }
 
@@ -67,7 +67,7 @@ impl<'a> Requests<'a> {
         self
     }
 
-    /// Tokens of an image with its marks, what stands before it and one token behind.
+    /// Tokens of an image with its marks, of the text before it and one token after.
     pub fn shortest(config: &Qwen3VlConfig) -> usize {
         let requests = Requests::new(config, false, 0);
         let merge = config.vision_config.spatial_merge_size;

@@ -132,11 +132,11 @@ impl<B: Accelerator> ModuleMapper<B> for Draw {
     }
 }
 
-/// Bytes of packed words that are drawn at once.
+/// Bytes of quantised words that are drawn at once.
 const DRAWN_BYTES: usize = 32 << 20;
 
-/// A packed matrix of levels that are as likely as any other, with the deviation `std`.
-fn draw_packed<B: Accelerator>(
+/// A quantised matrix of levels that are as likely as any other, with the deviation `std`.
+fn draw_quantised<B: Accelerator>(
     [rows, d_input]: [usize; 2],
     format: Format,
     std: f64,
@@ -170,7 +170,7 @@ fn draw_packed<B: Accelerator>(
 
 /// Draws a whole model, tensor by tensor, on the device: normal with the published deviation.
 ///
-/// With `quantization` the packed words are drawn, never floats; the levels are even then.
+/// With `quantization` the quantised words are drawn, never floats; the levels are even then.
 pub fn draw<B: Accelerator>(
     config: &Qwen3VlConfig,
     seed: u64,
@@ -187,7 +187,7 @@ pub fn draw<B: Accelerator>(
     let mut model = Qwen3Vl::new(config, &options, device);
     if let Some(quantization) = quantization {
         let Ok(packed) = replace_weights(model, quantization, |_, shape, format| {
-            Ok::<_, Infallible>(draw_packed(shape, format, std, dtype, device))
+            Ok::<_, Infallible>(draw_quantised(shape, format, std, dtype, device))
         });
         model = packed;
     }
@@ -235,7 +235,7 @@ mod tests {
     }
     #[cfg(feature = "flex")]
     #[test]
-    fn drawn_packed_weights_have_the_deviation_too() {
+    fn drawn_quantised_weights_have_the_deviation_too() {
         let config = tiny();
         let device = Default::default();
         for text in ["int8", "int4", "int4:32"] {
@@ -251,7 +251,7 @@ mod tests {
             let values: Vec<f32> = weight.into_data().iter::<f32>().collect();
             let mean = values.iter().sum::<f32>() / values.len() as f32;
             let square = values.iter().map(|v| v * v).sum::<f32>() / values.len() as f32;
-            // Levels lie half a step below zero on average.
+            // Levels are half a step below zero on average.
             assert!(mean.abs() < 3e-3, "{text}: {mean}");
             assert!((square.sqrt() - 0.02).abs() < 1e-3, "{text}: {square}");
         }

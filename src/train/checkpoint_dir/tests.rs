@@ -225,7 +225,7 @@ fn an_abandoned_branch_steps_aside_and_the_one_just_written_stays() {
     assert_eq!(checkpoints.best().unwrap(), None);
     verify_folder(&moved[1].1, Depth::Hashes).unwrap();
     assert!(checkpoints.abandon_after(10).unwrap().is_empty());
-    // However the numbers lie, what was just written is kept.
+    // Whatever the numbers are, what was just written is kept.
     let (_dir, checkpoints) = run_with(&[5, 20, 30]);
     let deleted = checkpoints.prune(1, 5).unwrap();
     assert_eq!(deleted.len(), 1);
