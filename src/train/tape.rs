@@ -1,6 +1,6 @@
 //! The tape: what the forward pass of decoder layers keeps for the manual backward pass.
 //!
-//! [`Tape`] runs the operations of a layer (see [`Executor`]) and records what its backward pass
+//! `Tape` runs the operations of a layer (see [`Executor`]) and records what its backward pass
 //! needs. Shape letters: `n` tokens of all sequences.
 
 use burn::prelude::*;
