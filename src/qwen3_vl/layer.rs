@@ -42,7 +42,7 @@ pub trait Executor {
     fn enter(&mut self, layer: usize);
 
     /// RMS norm of the residual stream.
-    fn norm(&mut self, norm: LayerNorm, x: &Self::Hidden) -> Self::Normed;
+    fn norm(&mut self, norm: StreamNorm, x: &Self::Hidden) -> Self::Normed;
 
     /// `q_proj`, `k_proj` and `v_proj`.
     fn project_heads(&mut self, x: Self::Normed) -> Self::Projected;
@@ -70,7 +70,7 @@ pub trait Executor {
 
 /// The norms of a layer over the whole stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LayerNorm {
+pub enum StreamNorm {
     /// `input_layernorm`, before attention.
     Input,
     /// `post_attention_layernorm`, before the feed-forward block.
@@ -81,13 +81,13 @@ pub enum LayerNorm {
 ///
 /// Source: `Qwen3VLTextDecoderLayer`, transformers, `modeling_qwen3_vl.py`.
 pub fn decoder_layer<E: Executor>(run: &mut E, x: E::Hidden) -> E::Hidden {
-    let h = run.norm(LayerNorm::Input, &x);
+    let h = run.norm(StreamNorm::Input, &x);
     let heads = run.project_heads(h);
     let heads = run.rotate(heads);
     let y = run.attend(heads);
     let x = run.project_attended(y, x);
 
-    let h = run.norm(LayerNorm::PostAttention, &x);
+    let h = run.norm(StreamNorm::PostAttention, &x);
     let y = run.swiglu(h);
     run.project_down(y, x)
 }
@@ -279,10 +279,10 @@ impl<B: Backend> DecoderLayer<B> {
     }
 
     /// A norm of the whole stream.
-    pub fn norm(&self, norm: LayerNorm) -> &RmsNorm<B> {
+    pub fn norm(&self, norm: StreamNorm) -> &RmsNorm<B> {
         match norm {
-            LayerNorm::Input => &self.input_layernorm,
-            LayerNorm::PostAttention => &self.post_attention_layernorm,
+            StreamNorm::Input => &self.input_layernorm,
+            StreamNorm::PostAttention => &self.post_attention_layernorm,
         }
     }
 }
@@ -436,7 +436,7 @@ impl<B: Ops, K: KeyValues<B>> Executor for Eager<'_, B, K> {
         self.layer = layer;
     }
 
-    fn norm(&mut self, norm: LayerNorm, x: &Tensor<B, 2>) -> Tensor<B, 2> {
+    fn norm(&mut self, norm: StreamNorm, x: &Tensor<B, 2>) -> Tensor<B, 2> {
         self.weights().norm(norm).forward(x.clone())
     }
 

@@ -16,11 +16,7 @@ const GIB: f64 = (1u64 << 30) as f64;
 impl Recorded {
     /// As a config says it.
     pub fn of(config: &TrainConfig) -> Self {
-        match (config.gradient_checkpointing, config.recompute_pointwise) {
-            (true, _) => Self::Inputs,
-            (false, true) => Self::Matmuls,
-            (false, false) => Self::Everything,
-        }
+        Self::from_flags(config.gradient_checkpointing, config.recompute_pointwise)
     }
 
     /// Work of a step beside that with everything kept, in percent: the matmuls of a layer's forward

@@ -225,11 +225,7 @@ pub fn gradients<B: TrainAccelerator>(
         let features = vision.as_ref().map(VisionPass::output);
         let seed = options.dropout_seed;
         let context = TextContext::<B::InnerBackend>::new(&batch.text, config, seed, device);
-        let recorded = match (options.checkpoint_text, options.recompute_pointwise) {
-            (true, _) => Recorded::Inputs,
-            (false, true) => Recorded::Matmuls,
-            (false, false) => Recorded::Everything,
-        };
+        let recorded = Recorded::from_flags(options.checkpoint_text, options.recompute_pointwise);
         let pass =
             manual_backward::text_pass(inner, batch, features, &context, weight, recorded, device);
         total = pass.grads;

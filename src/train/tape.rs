@@ -11,14 +11,15 @@ use crate::{
         ImageFeatures,
         config::TextConfig,
         layer::{
-            DecoderLayer, Executor, LayerNorm, Projection, SequenceGroup, TextContext,
+            DecoderLayer, Executor, Projection, SequenceGroup, StreamNorm, TextContext,
             decoder_layer, heads_first, split_heads, tokens_first,
         },
         nn::{Linear, RmsNorm},
     },
 };
 
-/// What the forward pass of a layer keeps for its backward pass.
+/// What the forward pass of a layer keeps for its backward pass; the rest is recomputed there (gradient
+/// checkpointing).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Recorded {
     /// All that is needed.
@@ -30,6 +31,16 @@ pub enum Recorded {
 }
 
 impl Recorded {
+    /// What two keys of a config ask for: gradient checkpointing of whole layers, or recomputation of
+    /// pointwise operations only.
+    pub fn from_flags(gradient_checkpointing: bool, recompute_pointwise: bool) -> Self {
+        match (gradient_checkpointing, recompute_pointwise) {
+            (true, _) => Self::Inputs,
+            (false, true) => Self::Matmuls,
+            (false, false) => Self::Everything,
+        }
+    }
+
     /// Elements a token and layer, low-rank parts and attention's statistics left out: a hundredth.
     pub fn elements_per_token(self, text: &TextConfig) -> usize {
         let (hidden, wide) = (text.hidden_size, text.intermediate_size);
@@ -290,7 +301,7 @@ impl<B: Ops> Executor for Tape<'_, B> {
         self.layer = layer;
     }
 
-    fn norm(&mut self, norm: LayerNorm, x: &Tensor<B, 2>) -> Normed<B> {
+    fn norm(&mut self, norm: StreamNorm, x: &Tensor<B, 2>) -> Normed<B> {
         Normed {
             x: x.clone(),
             normed: self.weights().norm(norm).forward(x.clone()),

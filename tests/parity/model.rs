@@ -22,7 +22,7 @@ use xray_qwen3vl::{
         ImageFeatures, Qwen3Vl,
         config::Qwen3VlConfig,
         key_values::KeyValueCache,
-        layer::{Eager, Executor, LayerNorm, TextContext, decoder_layer},
+        layer::{Eager, Executor, StreamNorm, TextContext, decoder_layer},
         nn::InitOptions,
         rope::RopeTables,
         vision::{PositionCorners, VisionLayout, patch_positions, pixel_tensor},
@@ -358,13 +358,13 @@ fn language_model_layer_by_layer() {
         for index in 0..layers.len() {
             run.enter(index);
             if index == 0 {
-                let h = run.norm(LayerNorm::Input, &x);
+                let h = run.norm(StreamNorm::Input, &x);
                 let heads = run.project_heads(h);
                 let heads = run.rotate(heads);
                 let y = run.attend(heads);
                 let attn = run.project_attended(y, x.zeros_like());
                 check("layer0.attn_out", attn.clone());
-                let h = run.norm(LayerNorm::PostAttention, &(x.clone() + attn));
+                let h = run.norm(StreamNorm::PostAttention, &(x.clone() + attn));
                 let y = run.swiglu(h);
                 check("layer0.mlp_out", run.project_down(y, x.zeros_like()));
             }

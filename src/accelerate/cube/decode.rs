@@ -31,7 +31,7 @@ use crate::{
         Qwen3Vl,
         config::Qwen3VlConfig,
         key_values::KeyValueCache,
-        layer::{Executor, LayerNorm, decoder_layers},
+        layer::{Executor, StreamNorm, decoder_layers},
         nn::{Embedding, Linear, RmsNorm},
         rope::inverse_frequencies,
     },
@@ -321,10 +321,10 @@ where
         self.layer = &self.engine.layers[layer];
     }
 
-    fn norm(&mut self, norm: LayerNorm, x: &Buffer<R>) -> Normed<'a, R> {
+    fn norm(&mut self, norm: StreamNorm, x: &Buffer<R>) -> Normed<'a, R> {
         let norm = match norm {
-            LayerNorm::Input => &self.layer.input_norm,
-            LayerNorm::PostAttention => &self.layer.mlp_norm,
+            StreamNorm::Input => &self.layer.input_norm,
+            StreamNorm::PostAttention => &self.layer.mlp_norm,
         };
         Normed { x: x.clone(), norm }
     }

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::qwen3_vl::{
     config::TextConfig,
-    layer::{Executor, LayerNorm, Projection, decoder_layers},
+    layer::{Executor, Projection, StreamNorm, decoder_layers},
 };
 
 const SCALAR: &str = include_str!("../scalar.cuh");
@@ -544,10 +544,10 @@ impl Executor for Builder<'_> {
         self.layer = (&self.weights.layers[layer], layer);
     }
 
-    fn norm(&mut self, norm: LayerNorm, x: &u64) -> Normed {
+    fn norm(&mut self, norm: StreamNorm, x: &u64) -> Normed {
         let norm = match norm {
-            LayerNorm::Input => self.layer.0.input_norm,
-            LayerNorm::PostAttention => self.layer.0.post_norm,
+            StreamNorm::Input => self.layer.0.input_norm,
+            StreamNorm::PostAttention => self.layer.0.post_norm,
         };
         Normed { x: *x, norm }
     }
