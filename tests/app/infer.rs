@@ -457,7 +457,8 @@ fn a_killed_batch_run_ends_with_every_record_once() {
 
 fn killed_batch_run(device: &str, signal: &str) {
     let folder = tempdir().unwrap();
-    let images: Vec<PathBuf> = (0..24)
+    // So many that a busy machine cannot finish them before the signal arrives.
+    let images: Vec<PathBuf> = (0..72)
         .map(|index| {
             let path = folder.path().join(format!("{index:02}.png"));
             fs::copy(fixture_image("model_c.png"), &path).unwrap();

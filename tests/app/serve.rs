@@ -96,7 +96,8 @@ fn settings_of_a_request_are_kept() {
         "seed",
         5.into(),
     );
-    let hot = with(with(hot, "n", 3.into()), "max_tokens", 24.into());
+    // Few tokens: a batch of another size rounds otherwise, and a draw near a boundary falls on its other side.
+    let hot = with(with(hot, "n", 3.into()), "max_tokens", 8.into());
     let contents = |body: &Value| -> Vec<String> {
         let answer = server.chat(body).json();
         let choices = answer["choices"].as_array().unwrap();

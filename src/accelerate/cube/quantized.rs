@@ -86,7 +86,7 @@ impl<R: CubeRuntime> Quantised<R> {
     }
 }
 
-/// [`Accelerator::linear_quantised`].
+/// [`ForwardOps::linear_quantised`](crate::ops::ForwardOps::linear_quantised).
 pub(in crate::accelerate) fn linear_quantised<R: CubeRuntime>(
     x: Tensor<Cube<R>, 2>,
     weight: &QuantisedWeight<Cube<R>>,
@@ -104,7 +104,7 @@ where
     }
 }
 
-/// [`Accelerator::adapted_linear_quantised`].
+/// [`ForwardOps::adapted_linear_quantised`](crate::ops::ForwardOps::adapted_linear_quantised).
 pub(in crate::accelerate) fn adapted_linear_quantised<R: CubeRuntime>(
     x: Tensor<Cube<R>, 2>,
     weight: &QuantisedWeight<Cube<R>>,
@@ -124,7 +124,7 @@ where
     }
 }
 
-/// [`Accelerator::logits_quantised`].
+/// [`ForwardOps::logits_quantised`](crate::ops::ForwardOps::logits_quantised).
 pub(in crate::accelerate) fn logits_quantised<R: CubeRuntime>(
     hidden: Tensor<Cube<R>, 2>,
     head: &QuantisedWeight<Cube<R>>,
@@ -139,7 +139,7 @@ where
     }
 }
 
-/// [`Accelerator::dequantise_rows`].
+/// [`ForwardOps::dequantise_rows`](crate::ops::ForwardOps::dequantise_rows).
 pub(in crate::accelerate) fn dequantise_rows<R: CubeRuntime>(
     weight: &QuantisedWeight<Cube<R>>,
     start: usize,

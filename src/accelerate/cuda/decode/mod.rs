@@ -1,7 +1,7 @@
 //! Decoding: a whole step as one captured graph.
 //!
-//! A layer is six or seven launches: norm; QKV; head norms + rotation + cache; attention; output +
-//! residual; norm; gate/up + SwiGLU; down + residual. Tokens, positions, lengths and sampling
+//! A layer is eight launches: norm; fused QKV; head norms + RoPE + KV cache; attention; output + residual;
+//! norm; gate/up + SwiGLU; down + residual. For one row the norms are part of the matmuls: six launches. Tokens, positions, lengths and sampling
 //! parameters are on the device (`control.cuh`) and the token is sampled there, so that only tokens are
 //! read back and the graph is never captured again as sequences start, grow and end.
 //!
