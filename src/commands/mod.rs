@@ -26,4 +26,15 @@ mod tags;
 pub mod train;
 mod usage;
 
-pub use usage::{UsageError, exit_code};
+pub use usage::UsageError;
+
+/// The exit code of a command that ended with `error`.
+pub fn exit_code(error: &anyhow::Error) -> u8 {
+    if error.is::<UsageError>() {
+        2
+    } else if error.is::<serve::DeviceLost>() {
+        3
+    } else {
+        1
+    }
+}

@@ -78,7 +78,7 @@ pub struct ServeArgs {
     /// Accept requests without a key from anybody who reaches the address.
     #[arg(long, conflicts_with = "api_key")]
     pub no_auth: bool,
-    /// Host name that clients use, if it is not the address: behind a proxy, or for a server without keys;
+    /// Host name that clients use, if it is not the address: with a reverse proxy, or for a server without keys;
     /// can be given several times.
     #[arg(long, value_name = "NAME")]
     pub host_name: Vec<String>,

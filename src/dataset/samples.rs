@@ -191,7 +191,7 @@ impl Dataset {
         &self.remarks
     }
 
-    /// Tells this data set from another: a hash of the file, or the generator's name.
+    /// Identifies this data set: a hash of the file, or the generator's name.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
     }

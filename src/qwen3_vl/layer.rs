@@ -10,8 +10,9 @@ use burn::prelude::*;
 
 use super::{
     config::{Qwen3VlConfig, TextConfig},
+    heads::{heads_first, split_heads, tokens_first},
+    image_features::ImageFeatures,
     key_values::KeyValues,
-    model::ImageFeatures,
     nn::{InitOptions, Linear, RmsNorm},
     rope::RopeTables,
 };
@@ -355,19 +356,6 @@ impl<B: Ops> TextContext<B> {
     }
 }
 
-/// `[batch × seq, heads, head_dim]` → `[batch, heads, seq, head_dim]`.
-pub fn heads_first<B: Backend>(x: Tensor<B, 3>, batch: usize) -> Tensor<B, 4> {
-    let [tokens, heads, head_dim] = x.dims();
-    x.reshape([batch, tokens / batch, heads, head_dim])
-        .swap_dims(1, 2)
-}
-
-/// `[batch, heads, seq, head_dim]` → `[batch × seq, heads × head_dim]`.
-pub fn tokens_first<B: Backend>(x: Tensor<B, 4>) -> Tensor<B, 2> {
-    let [batch, heads, seq, head_dim] = x.dims();
-    x.swap_dims(1, 2).reshape([batch * seq, heads * head_dim])
-}
-
 /// Computes each operation at once, on any backend, under autodiff as well.
 #[derive(Debug)]
 pub struct Eager<'a, B: Backend, K> {
@@ -416,12 +404,6 @@ impl<'a, B: Ops, K: KeyValues<B>> Eager<'a, B, K> {
         let linear = self.weights().projection(projection);
         linear.forward_add(x, residual, self.context.dropout_seed)
     }
-}
-
-/// Splits the rows of a projection into heads: `[n, heads × head_dim]` → `[n, heads, head_dim]`.
-pub fn split_heads<B: Backend>(x: Tensor<B, 2>, head_dim: usize) -> Tensor<B, 3> {
-    let [tokens, width] = x.dims();
-    x.reshape([tokens, width / head_dim, head_dim])
 }
 
 impl<B: Ops, K: KeyValues<B>> Executor for Eager<'_, B, K> {

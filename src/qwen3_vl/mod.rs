@@ -5,6 +5,8 @@
 //! a parameter's path in the module tree is its key in the file.
 
 pub mod config;
+pub mod heads;
+mod image_features;
 pub mod key_values;
 pub mod layer;
 mod model;
@@ -13,4 +15,5 @@ pub mod rope;
 pub mod vision;
 pub mod weights;
 
-pub use model::{ImageFeatures, Qwen3Vl, Qwen3VlModel, TextModel};
+pub use image_features::ImageFeatures;
+pub use model::{Qwen3Vl, Qwen3VlModel, TextModel};

@@ -19,7 +19,7 @@ use burn::{
 
 use super::{
     config::VisionConfig,
-    layer::{heads_first, tokens_first},
+    heads::{heads_first, tokens_first},
     nn::{Embedding, InitOptions, LayerNorm, Linear, lazy_full, lazy_normal},
     rope::RopeTables,
 };

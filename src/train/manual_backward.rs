@@ -21,9 +21,8 @@ use crate::{
     ops::{BackwardMatmul, LowRankBackward, Ops, cast::to_dtype},
     qwen3_vl::{
         ImageFeatures, Qwen3Vl,
-        layer::{
-            DecoderLayer, TextContext, decoder_layers, heads_first, split_heads, tokens_first,
-        },
+        heads::{heads_first, split_heads, tokens_first},
+        layer::{DecoderLayer, TextContext, decoder_layers},
         nn::Linear,
         vision::VisionOutput,
     },

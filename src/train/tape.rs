@@ -10,9 +10,10 @@ use crate::{
     qwen3_vl::{
         ImageFeatures,
         config::TextConfig,
+        heads::{heads_first, split_heads, tokens_first},
         layer::{
             DecoderLayer, Executor, Projection, SequenceGroup, StreamNorm, TextContext,
-            decoder_layer, heads_first, split_heads, tokens_first,
+            decoder_layer,
         },
         nn::{Linear, RmsNorm},
     },

@@ -101,7 +101,7 @@ pub enum ConvertError {
     Empty(PathBuf),
     /// Validation would take all there is.
     #[error(
-        "{0}; hint: `--val-ratio 0` puts all into train.jsonl, a smaller `--val-ratio` takes less, `--study-regex` or a key `study` in each row tells studies apart"
+        "{0}; hint: `--val-ratio 0` puts all into train.jsonl, a smaller `--val-ratio` takes less, `--study-regex` or a key `study` in each row defines what a study is"
     )]
     CannotSplit(String),
     /// The share of validation is no share.

@@ -371,7 +371,7 @@ fn a_jpeg_damaged_inside_is_refused_or_remarked_on_with_its_share() {
     let (codes, levels) = seen(&missing, None);
     assert_eq!(codes, ["damaged"]);
     assert_eq!(levels[levels.len() - 200..], sound[sound.len() - 200..]);
-    // Without restarts nothing tells where the damage begins.
+    // Without restart markers the start of the damage is unknown.
     for name in ["gray.jpg", "gray_progressive.jpg", "colour_420.jpg"] {
         let bytes = jpeg_fixture(name);
         let cut = [&bytes[..bytes.len() * 3 / 4], &[0xff, 0xd9]].concat();
