@@ -3,8 +3,8 @@
 use clap::{Parser, Subcommand};
 
 use crate::commands::{
-    bench, check, clean, convert, doctor, eval, infer, init_tiny, merge, phantoms, plan, quantize,
-    serve, train,
+    bench, check, clean, convert, doctor, eval, infer, init_tiny, label, merge, phantoms, plan,
+    quantize, serve, train,
 };
 
 /// Fine-tunes Qwen3-VL on chest X-rays and writes Chinese radiology reports.
@@ -56,6 +56,8 @@ pub enum Command {
     Convert(convert::ConvertArgs),
     /// Report the translation defects of a corpus, row by row, and propose a corrected copy.
     Clean(clean::CleanArgs),
+    /// Read the findings of reports by rules: present, absent or uncertain, side, degree, and the words.
+    Label(label::LabelArgs),
     /// Validate a data set before a model is loaded.
     Check(check::CheckArgs),
     /// Draw a data set of synthetic chest radiographs with Chinese reports.

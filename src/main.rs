@@ -8,8 +8,8 @@ use xray_qwen3vl::{
     base::{out_of_memory, panics::panic_text},
     cli::{Cli, Command},
     commands::{
-        bench, check, clean, convert, doctor, eval, exit_code, infer, init_tiny, log_lines, merge,
-        phantoms, plan, quantize, serve, train,
+        bench, check, clean, convert, doctor, eval, exit_code, infer, init_tiny, label, log_lines,
+        merge, phantoms, plan, quantize, serve, train,
     },
 };
 
@@ -62,6 +62,7 @@ fn main() -> ExitCode {
         Command::Quantize(args) => quantize::run(args),
         Command::Plan(args) => plan::run(&args),
         Command::Eval(args) => eval::run(*args),
+        Command::Label(args) => label::run(&args),
         Command::Clean(args) => clean::run(&args),
         Command::Convert(args) => convert::run(args),
         Command::Check(args) => check::run(args),

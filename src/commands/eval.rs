@@ -29,6 +29,7 @@ use crate::{
         cases::{System, SystemTexts, WrittenReport},
         caveat::{Caveat, too_few},
         evaluate::evaluate,
+        findings::{Policies, RuleSet},
         outcome::{EvalOutcome, EvalSettings},
         predictions::{PredictionKeys, read_predictions},
         report::{
@@ -59,7 +60,10 @@ pub fn run(mut args: EvalArgs) -> Result<()> {
             resamples: args.resamples,
             ..Bootstrap::default()
         },
-        policy: args.uncertain.into(),
+        policies: Policies {
+            truth: args.uncertain.into(),
+            answer: args.uncertain_answer.unwrap_or(args.uncertain).into(),
+        },
     };
     let curves = args.run.as_deref().map(run_folder::curves).transpose()?;
     let (data, train) = match choose_what(&mut args)? {
@@ -104,7 +108,11 @@ pub fn run(mut args: EvalArgs) -> Result<()> {
     }
     eprintln!("{}", study.english());
     eprintln!("scoring {}", counted(set.cases.len(), "report", "reports"));
-    let outcome = evaluate(set.cases.clone(), systems, compared.as_deref(), settings)?;
+    let truths = set.cases.iter().map(|case| case.truth.as_str());
+    let rules = RuleSet::choose(args.rules.as_deref(), truths)?;
+    eprintln!("{}", rules.told());
+    let cases = set.cases.clone();
+    let outcome = evaluate(cases, systems, compared.as_deref(), &rules, settings)?;
     unless_closed(print(&outcome, loss.as_ref(), args.all)).context("cannot write to stdout")?;
     let facts = facts(&args, &study, warnings, loss.as_ref(), curves);
     write_files(&args, &set, data, &outcome, &facts, &study)

@@ -10,6 +10,7 @@ pub mod eval;
 pub mod infer;
 mod infer_server;
 pub mod init_tiny;
+pub mod label;
 pub mod log_lines;
 mod logits;
 pub mod merge;

@@ -6,10 +6,11 @@ use std::collections::BTreeMap;
 use rayon::prelude::*;
 
 use super::{
+    bootstrap::adjust,
     cases::{Case, SystemTexts, WrittenReport},
     error::EvaluateError,
     findings::{
-        Finding, Labeler, LabelledPair, Status, UncertainPolicy, evaluation::FindingEvaluation,
+        Finding, LabelledPair, Policies, RuleSet, Status, evaluation::FindingEvaluation,
         score::score_pairs,
     },
     outcome::{
@@ -30,6 +31,7 @@ pub fn evaluate(
     cases: Vec<Case>,
     systems: Vec<SystemTexts>,
     other: Option<&[WrittenReport]>,
+    rules: &RuleSet,
     settings: EvalSettings,
 ) -> Result<EvalOutcome, EvaluateError> {
     assert!(!systems.is_empty(), "there is no system to evaluate");
@@ -38,18 +40,19 @@ pub fn evaluate(
     }
     let scores: Vec<(SystemScores, Parts)> = systems
         .par_iter()
-        .map(|system| system_scores(&cases, system, &settings))
+        .map(|system| system_scores(&cases, system, rules, &settings))
         .collect::<Result<_, _>>()?;
     let (scores, mut parts): (Vec<SystemScores>, Vec<Parts>) = scores.into_iter().unzip();
     let model = parts.swap_remove(0);
     let comparison = other
         .map(|texts| {
-            let other = Parts::of(&cases, texts, settings.policy)?;
+            let other = Parts::of(&cases, texts, rules, settings.policies)?;
             let mut all = other.texts.compare(&model.texts, &settings.bootstrap)?;
             let findings = other
                 .findings
                 .compare(&model.findings, &settings.bootstrap)?;
             all.extend(findings.into_iter().map(prefixed));
+            adjust(all.iter_mut().map(|(_, comparison)| comparison));
             Ok::<_, EvaluateError>(NamedValues(all))
         })
         .transpose()?;
@@ -76,6 +79,12 @@ pub fn evaluate(
         systems: scores,
         reviews,
         comparison,
+        rules: (rules.name.clone(), rules.guessed),
+        others: rules
+            .others()
+            .into_iter()
+            .map(|other| (other.key.clone(), other.chinese.clone()))
+            .collect(),
         settings,
     })
 }
@@ -91,7 +100,8 @@ impl Parts {
     fn of(
         cases: &[Case],
         texts: &[WrittenReport],
-        policy: UncertainPolicy,
+        rules: &RuleSet,
+        policies: Policies,
     ) -> Result<Self, EvaluateError> {
         let pairs: Vec<TextPair> = cases
             .iter()
@@ -107,7 +117,7 @@ impl Parts {
             .zip(texts)
             .map(|(case, text)| {
                 LabelledPair::read(
-                    Labeler::built_in(),
+                    rules,
                     &case.study,
                     &case.truth,
                     &text.answer,
@@ -117,7 +127,7 @@ impl Parts {
             .collect();
         Ok(Self {
             texts: TextEvaluation::new(&pairs)?,
-            findings: FindingEvaluation::new(&labels, policy),
+            findings: FindingEvaluation::new(&labels, policies),
             labels,
         })
     }
@@ -130,9 +140,10 @@ fn prefixed<T>((name, value): (String, T)) -> (String, T) {
 fn system_scores(
     cases: &[Case],
     system: &SystemTexts,
+    rules: &RuleSet,
     settings: &EvalSettings,
 ) -> Result<(SystemScores, Parts), EvaluateError> {
-    let parts = Parts::of(cases, &system.texts, settings.policy)?;
+    let parts = Parts::of(cases, &system.texts, rules, settings.policies)?;
     let mut scores = parts.texts.intervals(&settings.bootstrap)?;
     let findings = parts.findings.intervals(&settings.bootstrap)?;
     scores.extend(findings.into_iter().map(prefixed));
@@ -141,7 +152,7 @@ fn system_scores(
         system: system.system,
         note: system.note.clone(),
         scores: NamedValues(scores),
-        findings: score_pairs(&parts.labels, outputs, settings.policy),
+        findings: score_pairs(&parts.labels, outputs, settings.policies),
     };
     Ok((scores, parts))
 }
@@ -167,7 +178,7 @@ fn review(
     pair: &LabelledPair,
     settings: &EvalSettings,
 ) -> CaseReview {
-    let compared = pair.compare(settings.policy);
+    let compared = pair.compare(settings.policies);
     let differences = compared
         .classes
         .iter()
@@ -225,9 +236,16 @@ mod tests {
                 resamples: 20,
                 ..Bootstrap::default()
             },
-            policy: UncertainPolicy::AsPresent,
+            policies: Policies::default(),
         };
-        evaluate(cases, vec![system], Some(&texts), settings).expect("there are cases")
+        evaluate(
+            cases,
+            vec![system],
+            Some(&texts),
+            &RuleSet::guess([]),
+            settings,
+        )
+        .expect("there are cases")
     }
 
     #[test]

@@ -7,7 +7,7 @@ use serde::{Serialize, Serializer, ser::SerializeMap};
 use super::{
     bootstrap::{Bootstrap, Comparison, Interval},
     cases::{Case, System, WrittenReport},
-    findings::{Finding, LabelledPair, Status, UncertainPolicy, score::FindingScores},
+    findings::{Finding, LabelledPair, Policies, Status, score::FindingScores},
 };
 
 /// How scores are made.
@@ -16,7 +16,7 @@ pub struct EvalSettings {
     /// Draws of the intervals.
     pub bootstrap: Bootstrap,
     /// What a doubtful finding counts as.
-    pub policy: UncertainPolicy,
+    pub policies: Policies,
 }
 
 /// Named values that keep their order in JSON.
@@ -115,6 +115,10 @@ pub struct EvalOutcome {
     pub reviews: Vec<CaseReview>,
     /// This run against another, if there is one.
     pub comparison: Option<NamedValues<Comparison>>,
+    /// The table that findings are read with, and whether the texts decided.
+    pub rules: (String, bool),
+    /// Chinese names of the abnormalities outside the twenty classes, by key.
+    pub others: BTreeMap<String, String>,
     /// How it was done.
     pub settings: EvalSettings,
 }

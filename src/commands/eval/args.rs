@@ -98,9 +98,17 @@ pub struct EvalArgs {
     /// Key of the reference in the predictions, if it is not found by itself.
     #[arg(long, value_name = "KEY")]
     pub reference_key: Option<String>,
-    /// How an uncertain finding is counted, in reference and answer alike.
+    /// How an uncertain finding is counted, in reference and, without --uncertain-answer, in the answer.
     #[arg(long, value_enum, default_value = "present")]
     pub uncertain: Uncertain,
+    /// How an uncertain finding of the answer is counted, where that differs from --uncertain: with `absent`,
+    /// hedging a certain finding costs.
+    #[arg(long, value_enum)]
+    pub uncertain_answer: Option<Uncertain>,
+    /// Table of words that findings are read with: `openi` (machine-translated), `hospital`, or a file in the form
+    /// of theirs; guessed from the references when not given.
+    #[arg(long, value_name = "NAME|FILE.toml")]
+    pub rules: Option<String>,
     /// Bootstrap samples for the confidence intervals.
     #[arg(long, value_name = "N", default_value_t = 1000)]
     pub resamples: usize,

@@ -55,7 +55,8 @@ pub(super) fn json(outcome: &EvalOutcome, facts: &PageFacts, study: &StudyFacts)
             "confidence": bootstrap.confidence,
             "seed": bootstrap.seed,
         },
-        "uncertain": outcome.settings.policy,
+        "uncertain": outcome.settings.policies,
+        "rules": { "name": outcome.rules.0, "guessed": outcome.rules.1 },
         "loss": facts.loss.map(|(loss, perplexity, accuracy)| json!({
             "loss": loss,
             "perplexity": perplexity,

@@ -16,7 +16,7 @@ use crate::{
     eval::{
         baselines::systems::swapped,
         findings::{
-            Labeler, UncertainPolicy,
+            RuleSet, UncertainPolicy,
             score::{StudyTexts, score},
         },
         text::{rouge::rouge_l, segment::characters},
@@ -125,7 +125,8 @@ fn scores(data: &Dataset, reports: &[Generated]) -> GenerationScores {
             thinking: one.thinking.as_deref(),
         })
         .collect();
-    let findings = score(Labeler::built_in(), &texts, UncertainPolicy::AsPresent);
+    let rules = RuleSet::guess(texts.iter().map(|text| text.truth));
+    let findings = score(&rules, &texts, UncertainPolicy::AsPresent);
     let mut all = vec![
         ("eval_rouge_l", rouge),
         ("eval_finding_f1", findings.micro.f1),

@@ -9,15 +9,16 @@ use crate::eval::{
 };
 
 use super::{
+    field::FieldSums,
     finding::Finding,
-    pair::{CLASSES, LabelledPair, UncertainPolicy},
+    pair::{CLASSES, LabelledPair, Policies},
 };
 
 /// Cases, and cases where the question arises.
 type RateSums = [f64; 2];
 
 /// One report beside its truth, or a weighted sum of many.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct FindingSums {
     /// True positives, false positives, false negatives by class.
     counts: [[f64; 3]; CLASSES],
@@ -25,6 +26,7 @@ pub struct FindingSums {
     invented: RateSums,
     laterality_errors: RateSums,
     contradictions: RateSums,
+    field: FieldSums,
 }
 
 impl Default for FindingSums {
@@ -35,14 +37,15 @@ impl Default for FindingSums {
             invented: [0.0; 2],
             laterality_errors: [0.0; 2],
             contradictions: [0.0; 2],
+            field: FieldSums::default(),
         }
     }
 }
 
 impl FindingSums {
     /// Counts one report, as [`super::score::score`] does.
-    pub fn of(pair: &LabelledPair, policy: UncertainPolicy) -> Self {
-        let compared = pair.compare(policy);
+    pub fn of(pair: &LabelledPair, policies: Policies) -> Self {
+        let compared = pair.compare(policies);
         let share = |hit: Option<bool>| -> RateSums {
             hit.map_or([0.0; 2], |hit| [f64::from(u8::from(hit)), 1.0])
         };
@@ -59,6 +62,7 @@ impl FindingSums {
             invented: share(compared.invented),
             laterality_errors: [0.0; 2],
             contradictions: share(compared.contradiction),
+            field: FieldSums::of(pair, policies),
         };
         for class in compared.classes {
             let [wrong, of] = share(class.wrong_side);
@@ -70,6 +74,7 @@ impl FindingSums {
 
     /// Adds `other`, taken `weight` times.
     pub fn add(&mut self, other: &Self, weight: f64) {
+        self.field.add(&other.field, weight);
         let pairs = self.counts.iter_mut().zip(&other.counts);
         for (sum, value) in pairs.flat_map(|(sums, values)| sums.iter_mut().zip(values)) {
             *sum += weight * value;
@@ -96,12 +101,13 @@ impl FindingSums {
             "laterality_errors",
             "contradictions",
         ];
-        let classes = Finding::ALL
-            .into_iter()
-            .map(|finding| format!("{finding}.f1"));
+        let classes = Finding::ALL.into_iter().flat_map(|finding| {
+            ["precision", "recall", "f1"].map(|what| format!("{finding}.{what}"))
+        });
         averages
             .chain(rates.map(str::to_owned))
             .chain(classes)
+            .chain(FieldSums::names())
             .collect()
     }
 
@@ -140,11 +146,8 @@ impl FindingSums {
         ] {
             values.push(count / of);
         }
-        values.extend(
-            self.counts
-                .iter()
-                .map(|counts| precision_recall_f1(counts)[2]),
-        );
+        values.extend(self.counts.iter().flat_map(precision_recall_f1));
+        values.extend(self.field.values());
         values
     }
 }
@@ -167,13 +170,10 @@ pub struct FindingEvaluation {
 
 impl FindingEvaluation {
     /// Counts `pairs`.
-    pub fn new<'a>(
-        pairs: impl IntoIterator<Item = &'a LabelledPair>,
-        policy: UncertainPolicy,
-    ) -> Self {
+    pub fn new<'a>(pairs: impl IntoIterator<Item = &'a LabelledPair>, policies: Policies) -> Self {
         let mut studies: BTreeMap<String, FindingSums> = BTreeMap::new();
         for pair in pairs {
-            let of_pair = FindingSums::of(pair, policy);
+            let of_pair = FindingSums::of(pair, policies);
             studies
                 .entry(pair.study.clone())
                 .or_default()
@@ -195,6 +195,23 @@ impl FindingEvaluation {
             }
         }
         sum.values(&self.averaged)
+    }
+
+    /// The scores of `other` less those of this run, with the studies marked in `swapped` taken from each other.
+    fn mixed(&self, other: &Self, swapped: &[bool]) -> Vec<f64> {
+        let (mut first, mut second) = (FindingSums::default(), FindingSums::default());
+        let pairs = self.studies.values().zip(other.studies.values());
+        for ((a, b), swapped) in pairs.zip(swapped) {
+            let (a, b) = if *swapped { (b, a) } else { (a, b) };
+            first.add(a, 1.0);
+            second.add(b, 1.0);
+        }
+        let (first, second) = (first.values(&self.averaged), second.values(&other.averaged));
+        first
+            .iter()
+            .zip(second)
+            .map(|(first, second)| second - first)
+            .collect()
     }
 
     /// Every score with its interval, drawn by study, under the names of [`FindingSums::names`].
@@ -231,6 +248,7 @@ impl FindingEvaluation {
             self.studies.len(),
             |times| self.weighted(times),
             |times| other.weighted(times),
+            |swapped| self.mixed(other, swapped),
         )?;
         Ok(FindingSums::names().into_iter().zip(compared).collect())
     }
@@ -240,6 +258,7 @@ impl FindingEvaluation {
 mod tests {
     use super::super::{
         labeler::Labeler,
+        pair::UncertainPolicy,
         score::{StudyTexts, score},
     };
     use super::*;
@@ -256,7 +275,7 @@ mod tests {
     fn pairs() -> Vec<LabelledPair> {
         let read = |(at, (truth, prediction, thinking)): (usize, &(&str, &str, Option<&str>))| {
             LabelledPair::read(
-                Labeler::built_in(),
+                Labeler::openi(),
                 &at.to_string(),
                 truth,
                 prediction,
@@ -277,8 +296,8 @@ mod tests {
                 thinking: *thinking,
             })
             .collect();
-        let scores = score(Labeler::built_in(), &texts, policy);
-        let intervals = FindingEvaluation::new(&pairs(), policy)
+        let scores = score(Labeler::openi(), &texts, policy);
+        let intervals = FindingEvaluation::new(&pairs(), policy.into())
             .intervals(&Bootstrap::default())
             .expect("good");
         let value = |name: &str| {
@@ -317,7 +336,7 @@ mod tests {
 
     #[test]
     fn a_class_that_a_draw_lacks_counts_nothing_in_its_macro_average() {
-        let all = FindingEvaluation::new(&pairs(), UncertainPolicy::AsPresent);
+        let all = FindingEvaluation::new(&pairs(), UncertainPolicy::AsPresent.into());
         let classes = all.averaged.iter().filter(|averaged| **averaged).count() as f64;
         // Only the pneumonia, six times, its F1 1: the mean is over all classes of the sample.
         let values = all.weighted(&[0.0, 0.0, 0.0, 6.0, 0.0, 0.0]);
@@ -331,8 +350,8 @@ mod tests {
     fn runs_of_other_studies_are_refused() {
         let all = pairs();
         let policy = UncertainPolicy::AsPresent;
-        let first = FindingEvaluation::new(&all, policy);
-        let fewer = FindingEvaluation::new(&all[..5], policy);
+        let first = FindingEvaluation::new(&all, policy.into());
+        let fewer = FindingEvaluation::new(&all[..5], policy.into());
         let refused = first.compare(&fewer, &Bootstrap::default());
         assert_eq!(
             refused.expect_err("a study is missing"),

@@ -124,6 +124,15 @@ impl Finding {
     }
 }
 
+/// An abnormality outside the twenty classes, as a table names it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct OtherFinding {
+    /// The key used in files: `free_gas`.
+    pub key: String,
+    /// The name shown to Chinese readers: `膈下游离气体`.
+    pub chinese: String,
+}
+
 impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.key())

@@ -3,17 +3,23 @@
 //! A sentence ends at 。；！？, a clause at a comma or a contrast word. A cue reaches forward to the end of its
 //! clause, or to a stop word; over a comma only where the next clause merely goes on listing.
 
-use std::{ops::Range, sync::LazyLock};
+use std::{collections::BTreeSet, ops::Range, sync::LazyLock};
 
 use super::{
-    finding::Finding,
-    labels::{Laterality, Mention, ReportLabels, Severity, Status},
+    finding::{Finding, OtherFinding},
+    labels::{Laterality, Mention, ReportLabels, Severity, Status, Zone},
     rules::{Cue, FindingRule, FindingsError, WordTable},
+    sections::Section,
+    text::{Normalised, sentences},
 };
 
-static BUILT_IN: LazyLock<Labeler> = LazyLock::new(|| {
-    Labeler::from_toml(include_str!("rules.toml")).expect("the built-in table is checked by a test")
-});
+static OPENI: LazyLock<Labeler> = LazyLock::new(|| built_in(include_str!("tables/openi.toml")));
+static HOSPITAL: LazyLock<Labeler> =
+    LazyLock::new(|| built_in(include_str!("tables/hospital.toml")));
+
+fn built_in(table: &str) -> Labeler {
+    Labeler::from_toml(table).expect("a test compiles the built-in tables")
+}
 
 /// Join the members of a list.
 const LIST_WORDS: [char; 4] = ['或', '及', '和', '、'];
@@ -62,15 +68,28 @@ struct Clause {
 }
 
 impl Labeler {
-    /// The labeler with the table of this crate.
+    /// The labeler for the machine-translated corpus OpenI-zh.
     ///
     /// # Panics
-    /// Never with the published table: a test compiles it.
-    pub fn built_in() -> &'static Self {
-        &BUILT_IN
+    /// Never: a test compiles its table.
+    pub fn openi() -> &'static Self {
+        &OPENI
     }
 
-    /// A labeler with another table, of the form of `rules.toml`.
+    /// The labeler for reports as Chinese hospitals write them.
+    ///
+    /// # Panics
+    /// Never: a test compiles its table.
+    pub fn hospital() -> &'static Self {
+        &HOSPITAL
+    }
+
+    /// The abnormalities outside the twenty classes that the table names.
+    pub fn others(&self) -> Vec<&OtherFinding> {
+        self.table.others()
+    }
+
+    /// A labeler with another table, of the form of `tables/hospital.toml`.
     ///
     /// # Errors
     /// [`FindingsError`] for a table that cannot be read, a pattern that cannot be compiled, an unknown class.
@@ -80,19 +99,59 @@ impl Labeler {
         })
     }
 
+    /// The sentences of `report`, without blank ones.
+    pub fn sentences(&self, report: &str) -> Vec<String> {
+        let normalised = Normalised::of(report);
+        let ranges = sentences(&normalised.text).into_iter();
+        let texts = ranges.map(|range| report[normalised.original(range)].trim().to_owned());
+        texts.filter(|text| !text.is_empty()).collect()
+    }
+
+    /// The parts of `report` by its headings, which they begin with; the whole where there is none.
+    pub fn sections(&self, report: &str) -> Vec<String> {
+        let Some(headings) = &self.table.sections else {
+            return vec![report.to_owned()];
+        };
+        let normalised = Normalised::of(report);
+        let ranges = headings.sections(&normalised.text).into_iter();
+        let texts = ranges.map(|(range, _)| report[normalised.original(range)].trim().to_owned());
+        texts.filter(|text| !text.is_empty()).collect()
+    }
+
     /// Labels `report`. Byte ranges in the answer are those of `report`.
     pub fn label(&self, report: &str) -> ReportLabels {
+        let normalised = Normalised::of(report);
+        let report = &*normalised.text;
         let sentences = sentences(report);
-        let matches = self.matches(report, &sentences);
+        let sections = match &self.table.sections {
+            Some(headings) => headings.sections(report),
+            None => vec![(0..report.len(), Section::Unnamed)],
+        };
+        let section_at = |at: usize| {
+            let found = sections.iter().find(|(range, _)| range.contains(&at));
+            found.map_or(Section::Unnamed, |(_, section)| *section)
+        };
+        let mut matches = self.matches(report, &sentences);
+        matches.retain(|found| section_at(found.span.start).is_read());
         let clauses = self.clauses(report, &sentences, &matches);
         let mut mentions: Vec<Mention> = Vec::new();
         let mut carried = vec![false; clauses.len()];
+        let (mut unread, mut looked_at) = (Vec::new(), 0);
         for (number, clause) in clauses.iter().enumerate() {
             let inside: Vec<&Match> = matches
                 .iter()
                 .filter(|m| clause.span.contains(&m.span.start))
                 .collect();
             carried[number] = self.goes_on_denying(report, &clauses, &carried, number, &inside);
+            if section_at(clause.span.start).is_read() {
+                looked_at += normalised.original(clause.span.clone()).len();
+                let covered = matches
+                    .iter()
+                    .any(|m| m.span.start < clause.span.end && clause.span.start < m.span.end);
+                if !covered && self.is_unread(report, clause) {
+                    unread.push(normalised.original(clause.span.clone()));
+                }
+            }
             for (order, found) in inside.iter().enumerate() {
                 let status = match found.rule.status {
                     Some(status) => status,
@@ -108,27 +167,75 @@ impl Labeler {
                 let next_start = inside.get(order + 1).map(|next| next.span.start);
                 let area = previous_end.unwrap_or(clause.span.start)
                     ..next_start.unwrap_or(clause.span.end);
+                let is_there = status != Status::Absent;
+                let sided =
+                    |target: &Option<Finding>| is_there && target.is_none_or(Finding::has_side);
                 for target in &found.rule.targets {
-                    let sided = status != Status::Absent && target.is_none_or(Finding::has_side);
                     mentions.push(Mention {
                         finding: *target,
+                        other: found
+                            .rule
+                            .other
+                            .as_ref()
+                            .filter(|_| target.is_none())
+                            .map(|other| other.key.clone()),
                         status,
-                        laterality: if sided {
+                        laterality: if sided(target) {
                             self.side(report, &clauses, &matches, number, &found.span, &area)
                         } else {
                             None
                         },
-                        severity: if status == Status::Absent {
-                            None
-                        } else {
+                        severity: if is_there {
                             self.severity(report, &found.span, &area)
+                        } else {
+                            None
                         },
-                        span: found.span.clone(),
+                        zones: if sided(target) {
+                            self.zones(report, clause, &found.span)
+                        } else {
+                            BTreeSet::new()
+                        },
+                        section: section_at(found.span.start),
+                        span: normalised.original(found.span.clone()),
                     });
                 }
             }
         }
-        ReportLabels::from_mentions(drop_doubles(mentions))
+        ReportLabels::join(drop_doubles(mentions), unread, looked_at)
+    }
+
+    /// Whether `clause`, in which no rule found anything, has words of something abnormal.
+    fn is_unread(&self, report: &str, clause: &Clause) -> bool {
+        let Some(reading) = &self.table.reading else {
+            return false;
+        };
+        let marks = |c: char| {
+            c.is_whitespace()
+                || (c.is_ascii_punctuation() && c != '?')
+                || "，。；：、！（）".contains(c)
+        };
+        let text = report[clause.span.clone()].trim_start();
+        let text = match &self.table.sections {
+            Some(headings) => headings.without_heading(text),
+            None => text,
+        };
+        let text = text.trim_matches(marks);
+        let text = text.trim_start_matches(|c: char| c.is_ascii_digit() || marks(c));
+        !text.is_empty()
+            && (reading.abnormal.is_match(text) || reading.seen.is_match(text))
+            && !reading.neutral.is_match(text)
+            && reach(report, clause, clause.span.end) != Some(Status::Absent)
+    }
+
+    /// Zones named before a finding in its clause, else after it.
+    fn zones(&self, report: &str, clause: &Clause, span: &Range<usize>) -> BTreeSet<Zone> {
+        let before = report.get(clause.span.start..span.end).unwrap_or_default();
+        let zones = self.table.zones_in(before);
+        if zones.is_empty() {
+            let after = report.get(span.end..clause.span.end).unwrap_or_default();
+            return self.table.zones_in(after);
+        }
+        zones
     }
 
     /// Matches of all rules, in text order; words taken by one rule are closed to the later ones.
@@ -228,7 +335,10 @@ impl Labeler {
         }
         let end = clause.span.end.max(found.span.end);
         let after = report[found.span.end..end].trim_end_matches(['，', ',', '。', ' ', '？', '?']);
-        if let Some(cue) = self.table.negative_after.find(after)
+        let persists = self.table.persists.as_ref();
+        let persists = persists.is_some_and(|persists| persists.is_match(after));
+        if !persists
+            && let Some(cue) = self.table.negative_after.find(after)
             && leads_to(&after[..cue.start()], 16)
         {
             return Status::Absent;
@@ -246,13 +356,14 @@ impl Labeler {
         {
             return Status::Uncertain;
         }
-        let gone = clauses
-            .get(number + 1)
-            .filter(|next| next.sentence == clause.sentence)
-            .is_some_and(|next| {
-                let empty = !all.iter().any(|m| next.span.contains(&m.span.start));
-                empty && self.table.gone.is_match(&report[next.span.clone()])
-            });
+        let gone = !persists
+            && clauses
+                .get(number + 1)
+                .filter(|next| next.sentence == clause.sentence)
+                .is_some_and(|next| {
+                    let empty = !all.iter().any(|m| next.span.contains(&m.span.start));
+                    empty && self.table.gone.is_match(&report[next.span.clone()])
+                });
         if gone {
             Status::Absent
         } else {
@@ -339,6 +450,14 @@ impl Labeler {
             n.and_then(|n| clauses.get(n))
                 .filter(|c| c.sentence == clause.sentence)
         };
+        let inherits = self
+            .table
+            .reading
+            .as_ref()
+            .is_some_and(|reading| reading.inherit_side);
+        if inherits && let Some(side) = self.side_of_sentence(report, clauses, number) {
+            return Some(side);
+        }
         if let Some(previous) = neighbour(number.checked_sub(1)).filter(|_| starts_with_doubt) {
             return self
                 .table
@@ -356,6 +475,23 @@ impl Labeler {
             return self.table.sides_in(next).first().map(|(_, side)| *side);
         }
         None
+    }
+
+    /// The side that an earlier clause of the same sentence names, and this one goes on with.
+    fn side_of_sentence(
+        &self,
+        report: &str,
+        clauses: &[Clause],
+        number: usize,
+    ) -> Option<Laterality> {
+        let sentence = clauses[number].sentence;
+        let before = clauses[..number].iter().rev();
+        before
+            .take_while(|clause| clause.sentence == sentence)
+            .find_map(|clause| {
+                let sides = self.table.sides_in(&report[clause.span.clone()]);
+                sides.last().map(|(_, side)| *side)
+            })
     }
 
     fn severity(&self, report: &str, span: &Range<usize>, area: &Range<usize>) -> Option<Severity> {
@@ -439,18 +575,4 @@ fn drop_doubles(mentions: Vec<Mention>) -> Vec<Mention> {
         }
     }
     kept
-}
-
-/// Byte ranges of the sentences, end marks included.
-fn sentences(report: &str) -> Vec<Range<usize>> {
-    let mut ranges = Vec::new();
-    let mut start = 0;
-    for (at, mark) in report.match_indices(['。', '；', '！', '？', '?', '!', ';', '\n']) {
-        ranges.push(start..at + mark.len());
-        start = at + mark.len();
-    }
-    if start < report.len() {
-        ranges.push(start..report.len());
-    }
-    ranges
 }

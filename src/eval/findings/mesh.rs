@@ -245,7 +245,7 @@ mod tests {
             (3, "胸部正常。"),
         ];
         let agreement = compare_with_mesh(
-            Labeler::built_in(),
+            Labeler::openi(),
             &labels,
             reports,
             UncertainPolicy::AsPresent,

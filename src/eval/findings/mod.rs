@@ -1,6 +1,7 @@
 //! Reads findings out of Chinese chest X-ray reports by rules, and scores one report against another.
 //!
-//! The words are in a table (`rules.toml`), the reading of scope, doubt, side and degree in `labeler`;
+//! The words are in `tables/`: one for the machine-translated corpus, one for reports as hospitals write them. One
+//! engine reads scope, doubt, side and degree (`labeler`), and says what it could not read;
 //! `score` compares truth and prediction, `mesh` compares with the Indiana labels. Nothing here knows the model.
 //!
 //! Classes: the fourteen of CheXpert (Irvin et al., 2019) and six more that chest reports often name. Each is
@@ -13,18 +14,26 @@
 //! - Several mentions of one class: present wins over uncertain, uncertain over absent.
 
 pub mod evaluation;
+pub mod export;
+mod field;
 mod finding;
 mod labeler;
 mod labels;
 pub mod mesh;
 pub mod pair;
+mod rule_set;
 mod rules;
 pub mod score;
+mod sections;
 #[cfg(test)]
 mod tests;
+mod text;
 
-pub use finding::Finding;
+pub use field::{CHEXPERT_5, Group};
+pub use finding::{Finding, OtherFinding};
 pub use labeler::Labeler;
-pub use labels::{FindingLabel, Laterality, Mention, ReportLabels, Severity, Status};
-pub use pair::{LabelledPair, UncertainPolicy};
+pub use labels::{FindingLabel, Laterality, Mention, ReportLabels, Severity, Status, Zone};
+pub use pair::{LabelledPair, Policies, UncertainPolicy};
+pub use rule_set::{RuleSet, RuleSetError};
 pub use rules::FindingsError;
+pub use sections::Section;

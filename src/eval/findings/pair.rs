@@ -24,6 +24,24 @@ pub enum UncertainPolicy {
     LeaveOut,
 }
 
+/// What a doubtful finding counts as in the truth and in the answer.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Policies {
+    /// In the truth.
+    pub truth: UncertainPolicy,
+    /// In the answer: with another policy than the truth's, hedging costs.
+    pub answer: UncertainPolicy,
+}
+
+impl From<UncertainPolicy> for Policies {
+    fn from(both: UncertainPolicy) -> Self {
+        Self {
+            truth: both,
+            answer: both,
+        }
+    }
+}
+
 impl UncertainPolicy {
     /// Whether `status` of `finding` counts as positive; `None` if it is left out.
     ///
@@ -72,19 +90,20 @@ impl LabelledPair {
         }
     }
 
-    /// How answer and truth differ, with doubt counted as `policy` says.
+    /// How answer and truth differ, with doubt counted as `policies` say.
     ///
     /// A report that names nothing at all is neither normal nor abnormal as truth, and misses what is there. An
     /// answer without text is neither.
-    pub(in crate::eval) fn compare(&self, policy: UncertainPolicy) -> PairComparison {
+    pub(in crate::eval) fn compare(&self, policies: Policies) -> PairComparison {
         let (truth, prediction) = (&self.truth, &self.prediction);
         let normal = truth.status(Finding::NoFinding) == Status::Present;
         let says_abnormal = (!self.is_empty).then(|| prediction.is_abnormal());
         PairComparison {
             classes: Finding::ALL.map(|finding| {
-                let positive =
-                    |labels: &ReportLabels| policy.positive(finding, labels.status(finding));
-                let (in_truth, in_prediction) = (positive(truth), positive(prediction));
+                let in_truth = policies.truth.positive(finding, truth.status(finding));
+                let in_prediction = policies
+                    .answer
+                    .positive(finding, prediction.status(finding));
                 let both = in_truth == Some(true) && in_prediction == Some(true);
                 let sides = side_of(truth, finding).zip(side_of(prediction, finding));
                 ClassComparison {

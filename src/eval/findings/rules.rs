@@ -1,13 +1,14 @@
 //! The table of words: read from TOML, checked, compiled.
 
-use std::ops::Range;
+use std::{collections::BTreeSet, ops::Range};
 
 use regex::Regex;
 use serde::Deserialize;
 
 use super::{
-    finding::Finding,
-    labels::{Laterality, Severity, Status},
+    finding::{Finding, OtherFinding},
+    labels::{Laterality, Severity, Status, Zone},
+    sections::Headings,
 };
 
 /// What can be wrong with a table of words or with the labels of the Indiana collection.
@@ -61,7 +62,41 @@ struct TableFile {
     cues: CuesFile,
     sides: SidesFile,
     severities: SeveritiesFile,
+    #[serde(default)]
+    zones: ZonesFile,
+    #[serde(default)]
+    sections: SectionsFile,
+    reading: Option<ReadingFile>,
     rule: Vec<RuleFile>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+struct ZonesFile {
+    upper: Vec<String>,
+    middle: Vec<String>,
+    lower: Vec<String>,
+}
+
+/// What the parts of a report are called.
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct SectionsFile {
+    pub(super) findings: Vec<String>,
+    pub(super) impression: Vec<String>,
+    pub(super) history: Vec<String>,
+    pub(super) technique: Vec<String>,
+    pub(super) comparison: Vec<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ReadingFile {
+    abnormal: String,
+    seen: String,
+    neutral: Vec<String>,
+    #[serde(default)]
+    inherit_side: bool,
 }
 
 #[derive(Deserialize)]
@@ -76,6 +111,7 @@ struct CuesFile {
     uncertain_after: Vec<String>,
     gone: String,
     continues: String,
+    persists: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -106,6 +142,8 @@ struct RuleFile {
     own_negation: bool,
     #[serde(default)]
     only_negated: bool,
+    name: Option<String>,
+    chinese: Option<String>,
     only_before: Option<String>,
     unless_before: Option<String>,
     only_after: Option<String>,
@@ -128,6 +166,8 @@ pub(super) enum Cue {
 pub(super) struct FindingRule {
     /// `None` is an abnormality outside the twenty; empty for a mask.
     pub(super) targets: Vec<Option<Finding>>,
+    /// What that abnormality is called.
+    pub(super) other: Option<OtherFinding>,
     pub(super) pattern: Regex,
     pub(super) status: Option<Status>,
     pub(super) own_negation: bool,
@@ -168,6 +208,19 @@ pub(super) struct WordTable {
     pub(super) sides: Regex,
     /// Groups: trace, mild, moderate, severe.
     pub(super) severities: Regex,
+    /// Groups: none, upper, middle, lower; absent where the table names no zones.
+    zones: Option<Regex>,
+    pub(super) persists: Option<Regex>,
+    pub(super) sections: Option<Headings>,
+    pub(super) reading: Option<Reading>,
+}
+
+/// Tells words that were read or need no reading from words that went unread.
+pub(super) struct Reading {
+    pub(super) abnormal: Regex,
+    pub(super) seen: Regex,
+    pub(super) neutral: Regex,
+    pub(super) inherit_side: bool,
 }
 
 impl WordTable {
@@ -211,7 +264,32 @@ impl WordTable {
                 ],
                 "`severities`",
             )?,
+            zones: zones(&file.zones)?,
+            persists: file
+                .cues
+                .persists
+                .as_deref()
+                .map(|pattern| compile(pattern, "`cues.persists`"))
+                .transpose()?,
+            sections: Headings::of(&file.sections)?,
+            reading: file.reading.as_ref().map(reading).transpose()?,
         })
+    }
+
+    /// Zones of the lung named in `text`.
+    pub(super) fn zones_in(&self, text: &str) -> BTreeSet<Zone> {
+        const ZONES: [Zone; 3] = [Zone::Upper, Zone::Middle, Zone::Lower];
+        let found = self.zones.iter().flat_map(|zones| grouped(zones, text));
+        found
+            .filter_map(|(_, group)| ZONES.get(group.checked_sub(1)?).copied())
+            .collect()
+    }
+
+    /// The abnormalities outside the twenty classes, in the order of the table.
+    pub(super) fn others(&self) -> Vec<&OtherFinding> {
+        let mut seen = BTreeSet::new();
+        let named = self.rules.iter().filter_map(|rule| rule.other.as_ref());
+        named.filter(|other| seen.insert(&other.key)).collect()
     }
 
     /// The cues of `text` with their byte ranges.
@@ -273,7 +351,36 @@ fn groups(lists: [&[String]; 4], place: &str) -> Result<Regex, FindingsError> {
     )
 }
 
-fn compile(pattern: &str, place: &str) -> Result<Regex, FindingsError> {
+fn zones(file: &ZonesFile) -> Result<Option<Regex>, FindingsError> {
+    if file.upper.is_empty() && file.middle.is_empty() && file.lower.is_empty() {
+        return Ok(None);
+    }
+    // A list without words would match everywhere.
+    let nothing = ["[^\\s\\S]".to_owned()];
+    let list = |words: &'_ [String]| {
+        if words.is_empty() {
+            nothing.to_vec()
+        } else {
+            words.to_vec()
+        }
+    };
+    let lists = [&file.upper, &file.middle, &file.lower].map(|words| list(words));
+    groups([&nothing, &lists[0], &lists[1], &lists[2]], "`zones`").map(Some)
+}
+
+fn reading(file: &ReadingFile) -> Result<Reading, FindingsError> {
+    Ok(Reading {
+        abnormal: compile(&file.abnormal, "`reading.abnormal`")?,
+        seen: compile(&file.seen, "`reading.seen`")?,
+        neutral: compile(
+            &format!("^(?:{}|[、及和与])+$", file.neutral.join("|")),
+            "`reading.neutral`",
+        )?,
+        inherit_side: file.inherit_side,
+    })
+}
+
+pub(super) fn compile(pattern: &str, place: &str) -> Result<Regex, FindingsError> {
     Regex::new(pattern).map_err(|cause| FindingsError::Pattern {
         place: place.to_owned(),
         pattern: pattern.to_owned(),
@@ -308,8 +415,13 @@ fn compile_rule(number: usize, rule: &RuleFile) -> Result<FindingRule, FindingsE
             },
         }
     }
+    let other = rule.name.as_ref().map(|key| OtherFinding {
+        key: key.clone(),
+        chinese: rule.chinese.clone().unwrap_or_else(|| key.clone()),
+    });
     Ok(FindingRule {
         targets,
+        other,
         pattern: compile(&rule.pattern, &place)?,
         status: rule.status,
         own_negation: rule.own_negation,

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     finding::Finding,
     labeler::Labeler,
-    pair::{LabelledPair, UncertainPolicy},
+    pair::{LabelledPair, Policies},
 };
 
 /// One study to score.
@@ -129,7 +129,7 @@ pub struct Average {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct FindingScores {
     /// How doubt was counted.
-    pub policy: UncertainPolicy,
+    pub policies: Policies,
     /// Number of studies.
     pub studies: usize,
     /// Counts by class.
@@ -144,6 +144,12 @@ pub struct FindingScores {
     /// Predictions without text: neither normal nor abnormal.
     #[serde(default)]
     pub empty_outputs: Rate,
+    /// Mean share of the text of truths that no rule reads.
+    #[serde(default)]
+    pub unread_truth: f64,
+    /// Mean share of the text of predictions that no rule reads.
+    #[serde(default)]
+    pub unread_prediction: f64,
     /// Among abnormal studies: the prediction says nothing abnormal.
     pub false_normal: Rate,
     /// Among normal studies: the prediction names an abnormality.
@@ -162,20 +168,24 @@ pub struct FindingScores {
 pub fn score(
     labeler: &Labeler,
     studies: &[StudyTexts<'_>],
-    policy: UncertainPolicy,
+    policies: impl Into<Policies>,
 ) -> FindingScores {
     let pairs: Vec<LabelledPair> = studies
         .iter()
         .map(|one| LabelledPair::read(labeler, "", one.truth, one.prediction, one.thinking))
         .collect();
-    score_pairs(&pairs, studies.iter().map(|one| one.prediction), policy)
+    score_pairs(
+        &pairs,
+        studies.iter().map(|one| one.prediction),
+        policies.into(),
+    )
 }
 
 /// Scores labelled pairs; `outputs` are the texts of their predictions.
 pub(in crate::eval) fn score_pairs<'a>(
     pairs: &[LabelledPair],
     outputs: impl IntoIterator<Item = &'a str>,
-    policy: UncertainPolicy,
+    policies: Policies,
 ) -> FindingScores {
     let mut by_finding: BTreeMap<Finding, ClassCounts> = Finding::ALL
         .into_iter()
@@ -186,7 +196,7 @@ pub(in crate::eval) fn score_pairs<'a>(
     let mut empty_outputs = Rate::default();
     for pair in pairs {
         empty_outputs.add(Some(pair.is_empty));
-        let compared = pair.compare(policy);
+        let compared = pair.compare(policies);
         for class in compared.classes {
             let counts = by_finding.entry(class.finding).or_default();
             counts.add(class.in_truth, class.in_prediction);
@@ -201,8 +211,12 @@ pub(in crate::eval) fn score_pairs<'a>(
         *times.entry(output.trim()).or_default() += 1;
     }
     let of = pairs.len();
+    let mean =
+        |share: fn(&LabelledPair) -> f64| pairs.iter().map(share).sum::<f64>() / of.max(1) as f64;
     FindingScores {
-        policy,
+        unread_truth: mean(|pair| pair.truth.unread_share()),
+        unread_prediction: mean(|pair| pair.prediction.unread_share()),
+        policies,
         studies: of,
         micro: micro(by_finding.values()),
         macro_average: macro_average(by_finding.values()),
@@ -263,7 +277,7 @@ fn average_of(counts: &ClassCounts) -> Average {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::pair::UncertainPolicy, *};
 
     fn study<'a>(truth: &'a str, prediction: &'a str) -> StudyTexts<'a> {
         StudyTexts {
@@ -286,7 +300,7 @@ mod tests {
             },
             study("未见气胸。", "心肺膈未见异常。"),
         ];
-        let scores = score(Labeler::built_in(), &studies, UncertainPolicy::AsPresent);
+        let scores = score(Labeler::openi(), &studies, UncertainPolicy::AsPresent);
         // The doubtful study is no normal one.
         let counts = |finding| scores.by_finding[&finding];
         assert_eq!(
@@ -332,7 +346,7 @@ mod tests {
     fn the_policy_decides_on_doubt() {
         let studies = [study("考虑肺炎。", "肺炎。")];
         let pneumonia =
-            |policy| score(Labeler::built_in(), &studies, policy).by_finding[&Finding::Pneumonia];
+            |policy| score(Labeler::openi(), &studies, policy).by_finding[&Finding::Pneumonia];
         assert_eq!(pneumonia(UncertainPolicy::AsPresent).true_positive, 1);
         assert_eq!(pneumonia(UncertainPolicy::AsAbsent).false_positive, 1);
         assert_eq!(pneumonia(UncertainPolicy::LeaveOut), ClassCounts::default());
@@ -341,7 +355,7 @@ mod tests {
     #[test]
     fn the_macro_average_counts_invented_classes_as_scikit_learn_does() {
         let studies = [study("左侧胸腔积液。", "左侧胸腔积液，心影增大。")];
-        let scores = score(Labeler::built_in(), &studies, UncertainPolicy::AsPresent);
+        let scores = score(Labeler::openi(), &studies, UncertainPolicy::AsPresent);
         // F1 1 for the effusion, 0 for the heart that is only in the answer.
         assert_eq!(
             scores.macro_classes,
@@ -358,7 +372,7 @@ mod tests {
             study("胸部未见异常。", ""),
             study("胸部未见异常。", "胸部未见异常。"),
         ];
-        let scores = score(Labeler::built_in(), &studies, UncertainPolicy::AsPresent);
+        let scores = score(Labeler::openi(), &studies, UncertainPolicy::AsPresent);
         assert_eq!(scores.empty_outputs, Rate { count: 2, of: 4 });
         assert_eq!(scores.false_normal, Rate { count: 1, of: 1 });
         assert_eq!(scores.invented, Rate { count: 0, of: 1 });
@@ -369,7 +383,7 @@ mod tests {
 
     #[test]
     fn no_studies_make_no_rate() {
-        let scores = score(Labeler::built_in(), &[], UncertainPolicy::default());
+        let scores = score(Labeler::openi(), &[], UncertainPolicy::default());
         assert_eq!(
             (scores.false_normal.value(), scores.macro_average.f1),
             (None, 0.0)

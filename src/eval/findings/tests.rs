@@ -43,7 +43,7 @@ fn score_split(split: &str) -> SplitScore {
     let mut positive: BTreeMap<Finding, ClassCounts> = BTreeMap::new();
     let (mut sides, mut degrees) = ((0, 0), (0, 0));
     for sentence in &sentences {
-        let read = Labeler::built_in().label(&sentence.text);
+        let read = Labeler::openi().label(&sentence.text);
         for finding in Finding::ALL {
             let gold = sentence.labels.get(&finding);
             let truth = gold.map_or(Status::NotMentioned, |gold| gold.status);
@@ -167,7 +167,7 @@ fn every_known_mistranslation_is_understood() {
         ("纵隔增宽。", F::EnlargedCardiomediastinum, Present),
     ];
     for (text, finding, status) in cases {
-        let read = Labeler::built_in().label(text);
+        let read = Labeler::openi().label(text);
         assert_eq!(
             read.status(finding),
             status,
@@ -191,15 +191,13 @@ fn a_mistranslation_is_nothing_else() {
         ("左侧气胸，外带透亮度增加。", F::Emphysema),
     ] {
         assert_eq!(
-            Labeler::built_in().label(text).status(finding),
+            Labeler::openi().label(text).status(finding),
             Status::NotMentioned,
             "{finding} in {text}"
         );
     }
     assert_eq!(
-        Labeler::built_in()
-            .label("无气胸。")
-            .status(F::Pneumothorax),
+        Labeler::openi().label("无气胸。").status(F::Pneumothorax),
         Status::Absent
     );
 }
@@ -207,7 +205,7 @@ fn a_mistranslation_is_nothing_else() {
 #[test]
 fn evidence_is_the_words_themselves() {
     let report = "心影不大。右侧少量胸腔积液，未见气胸。";
-    let read = Labeler::built_in().label(report);
+    let read = Labeler::openi().label(report);
     let words = |finding| {
         read.get(finding)
             .and_then(|l| l.evidence.clone())
@@ -237,7 +235,7 @@ fn odd_text_is_no_trouble() {
         "疑",
         "左右",
     ] {
-        let read = Labeler::built_in().label(text);
+        let read = Labeler::openi().label(text);
         assert!(
             read.mentions
                 .iter()
@@ -273,11 +271,11 @@ fn the_corpus_agrees_with_its_mesh_labels() {
     let started = Instant::now();
     let all: usize = rows
         .iter()
-        .map(|row| Labeler::built_in().label(&row.label).mentions.len())
+        .map(|row| Labeler::openi().label(&row.label).mentions.len())
         .sum();
     let seconds = started.elapsed().as_secs_f64();
     let agreement = compare_with_mesh(
-        Labeler::built_in(),
+        Labeler::openi(),
         &labels,
         reports.iter().copied(),
         UncertainPolicy::AsPresent,
@@ -300,7 +298,7 @@ fn the_corpus_agrees_with_its_mesh_labels() {
             };
             let (want, read) = (
                 truth.get(&show).copied().unwrap_or_default(),
-                Labeler::built_in().label(text).status(show),
+                Labeler::openi().label(text).status(show),
             );
             if (want >= Status::Uncertain) != (read >= Status::Uncertain) {
                 eprintln!("{uid} want {want:?} read {read:?}: {text}");
@@ -311,5 +309,120 @@ fn the_corpus_agrees_with_its_mesh_labels() {
         agreement.macro_average.f1 > 0.6,
         "{:?}",
         agreement.macro_average
+    );
+}
+
+/// A text of the hospital set: labels of its author, and classes that may be read either way.
+#[derive(Deserialize)]
+struct HospitalText {
+    text: String,
+    present: Vec<Finding>,
+    absent: Vec<Finding>,
+    uncertain: Vec<Finding>,
+    side: BTreeMap<Finding, String>,
+    ambiguous: Vec<Finding>,
+}
+
+impl HospitalText {
+    fn status(&self, finding: Finding) -> Status {
+        let lists = [
+            (&self.present, Status::Present),
+            (&self.absent, Status::Absent),
+            (&self.uncertain, Status::Uncertain),
+        ];
+        let found = lists.iter().find(|(list, _)| list.contains(&finding));
+        found.map_or(Status::NotMentioned, |(_, status)| *status)
+    }
+}
+
+#[test]
+fn reports_as_hospitals_write_them_are_read_right() {
+    let texts: Vec<HospitalText> = include_str!("../../../tests/fixtures/findings/hospital.jsonl")
+        .lines()
+        .map(|line| serde_json::from_str(line).expect("a text"))
+        .collect();
+    let mut present: BTreeMap<Finding, ClassCounts> = BTreeMap::new();
+    // Right and all, of absent, uncertain and sides.
+    let (mut exact, mut sides, mut clean) = (BTreeMap::new(), (0, 0), 0);
+    for text in &texts {
+        let read = Labeler::hospital().label(&text.text);
+        let mut right = true;
+        for finding in Finding::ALL {
+            if text.ambiguous.contains(&finding) {
+                continue;
+            }
+            let (truth, found) = (text.status(finding), read.status(finding));
+            let counts = present.entry(finding).or_default();
+            counts.add(
+                Some(truth == Status::Present),
+                Some(found == Status::Present),
+            );
+            let (hits, all) = exact.entry(truth).or_insert((0, 0));
+            (*hits, *all) = (*hits + usize::from(truth == found), *all + 1);
+            right &= truth == found;
+            if let Some(side) = text.side.get(&finding) {
+                let found = match read.get(finding).and_then(|label| label.laterality) {
+                    Some(Laterality::Left) => "left",
+                    Some(Laterality::Right) => "right",
+                    Some(Laterality::Bilateral) => "both",
+                    None => "",
+                };
+                sides = (sides.0 + usize::from(found == side), sides.1 + 1);
+            }
+        }
+        clean += usize::from(right);
+        let normal = read.status(Finding::NoFinding) == Status::Present;
+        let may_be = text.ambiguous.contains(&Finding::NoFinding)
+            || text.status(Finding::NoFinding) == Status::Present
+            || text
+                .present
+                .iter()
+                .chain(&text.uncertain)
+                .all(|f| *f == Finding::NoFinding)
+                && text.status(Finding::NoFinding) != Status::Absent;
+        assert!(
+            !normal || may_be,
+            "an abnormal text is called normal: {}",
+            text.text
+        );
+    }
+    let supported = present.values().filter(|counts| counts.support() > 0);
+    let f1s: Vec<f64> = supported.filter_map(ClassCounts::f1).collect();
+    let macro_f1 = f1s.iter().sum::<f64>() / f1s.len() as f64;
+    let micro_f1 = micro(present.values()).f1;
+    let share = |(hits, all): (usize, usize)| hits as f64 / all as f64;
+    eprintln!(
+        "macro {macro_f1:.4} micro {micro_f1:.4} exact {exact:?} sides {sides:?} clean {clean}"
+    );
+    assert!(
+        macro_f1 >= 0.975 && micro_f1 >= 0.965,
+        "{macro_f1} {micro_f1}"
+    );
+    assert!(share(exact[&Status::Uncertain]) >= 0.93 && share(exact[&Status::Absent]) >= 0.95);
+    assert!(share(sides) >= 0.98 && clean >= 100, "{sides:?} {clean}");
+}
+
+#[test]
+fn what_no_rule_reads_is_told_and_never_normal() {
+    let read = Labeler::hospital().label("双肺野清晰，心影不大。右肺见一奇特征。");
+    assert_eq!(read.status(Finding::NoFinding), Status::Uncertain);
+    assert_eq!(read.unread.len(), 1);
+    let read = Labeler::hospital().label("双肺野清晰，心影不大，气管居中，请结合临床。");
+    assert_eq!(read.status(Finding::NoFinding), Status::Present);
+    assert_eq!(read.unread_share(), 0.0);
+}
+
+#[test]
+fn abnormalities_outside_the_twenty_have_names() {
+    let read = Labeler::hospital().label("右膈下见游离气体，左侧膈肌抬高，未见右位心。");
+    let status = |key: &str| read.others.get(key).map(|label| label.status);
+    assert_eq!(status("free_gas"), Some(Status::Present));
+    assert_eq!(status("diaphragm_elevation"), Some(Status::Present));
+    assert_eq!(status("situs_inversus"), Some(Status::Absent));
+    let names = Labeler::hospital().others();
+    assert!(names.len() >= 45, "{}", names.len());
+    assert!(
+        names.iter().all(|name| name.chinese != name.key),
+        "{names:?}"
     );
 }

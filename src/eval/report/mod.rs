@@ -1,6 +1,7 @@
 //! An outcome for readers: a table for a terminal, and a page with charts.
 
 pub mod charts;
+pub mod label_page;
 pub mod names;
 pub mod page;
 pub mod table;

@@ -29,7 +29,7 @@ pub struct ScoreName {
 }
 
 /// The scores that a short table shows.
-pub const HEADLINE: [&str; 24] = [
+pub const HEADLINE: [&str; 32] = [
     "findings.micro.precision",
     "findings.micro.recall",
     "findings.micro.f1",
@@ -38,6 +38,14 @@ pub const HEADLINE: [&str; 24] = [
     "findings.invented",
     "findings.laterality_errors",
     "findings.contradictions",
+    "findings.chexpert_14.micro.f1",
+    "findings.chexpert_14.macro.f1",
+    "findings.chexpert_14.samples.f1",
+    "findings.chexpert_5.micro.f1",
+    "findings.chexpert_5.macro.f1",
+    "findings.with_side.micro.f1",
+    "findings.with_side_degree_lobe.micro.f1",
+    "findings.urgent.micro.f1",
     "characters.bleu_1",
     "characters.bleu_4",
     "characters.rouge_l",
@@ -97,6 +105,27 @@ pub fn score_name(name: &str) -> ScoreName {
     }
 }
 
+/// Chinese and English of a group of labels, see `findings::Group`.
+fn group_name(group: &str) -> Option<(&'static str, &'static str)> {
+    Some(match group {
+        "chexpert_14" => ("CheXpert 14 类", "CheXpert 14"),
+        "chexpert_5" => ("CheXpert 5 类", "CheXpert 5"),
+        "with_side" => ("含左右侧", "with side"),
+        "with_side_degree_lobe" => ("含左右侧、程度、肺叶", "with side, degree, lobe"),
+        "urgent" => ("危急所见", "urgent"),
+        _ => return None,
+    })
+}
+
+fn average_name(kind: &str) -> (&'static str, &'static str) {
+    match kind {
+        "micro" => ("微平均", "micro"),
+        "macro" => ("宏平均", "macro"),
+        "weighted" => ("加权平均", "weighted"),
+        _ => ("逐例平均", "per report"),
+    }
+}
+
 fn finding_score_name(name: &str) -> ScoreName {
     let rates = [
         ("false_normal", "漏诊为正常率", "false-normal rate"),
@@ -109,8 +138,24 @@ fn finding_score_name(name: &str) -> ScoreName {
         ),
     ];
     let rate = rates.iter().find(|(key, ..)| *key == name);
+    let grouped = name
+        .split_once('.')
+        .and_then(|(group, rest)| Some((group_name(group)?, rest.split_once('.')?)));
     let (chinese, english) = match (rate, name.split_once('.')) {
         (Some((_, chinese, english)), _) => ((*chinese).to_owned(), (*english).to_owned()),
+        (None, Some(_)) if grouped.is_some() => {
+            let ((group, group_english), (kind, what)) = grouped.unwrap_or_default();
+            let (kind, kind_english) = average_name(kind);
+            let (what, what_english) = match what {
+                "precision" => ("精确率", "precision"),
+                "recall" => ("召回率", "recall"),
+                _ => ("F1", "F1"),
+            };
+            (
+                format!("{group}{kind}{what}"),
+                format!("{group_english}: {kind_english} {what_english}"),
+            )
+        }
         (None, Some((of, what))) => {
             let what_chinese = match what {
                 "precision" => "精确率",

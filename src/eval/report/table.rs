@@ -148,6 +148,16 @@ fn score_table(out: &mut String, outcome: &EvalOutcome, all: bool) {
             .map(|system| system.findings.empty_outputs.count.to_string()),
     );
     rows.push(row);
+    let mut row = vec!["  unread text, truth / answer".to_owned()];
+    row.extend(outcome.systems.iter().map(|system| {
+        let of = &system.findings;
+        format!(
+            "{} / {}",
+            percent(Some(of.unread_truth)),
+            percent(Some(of.unread_prediction))
+        )
+    }));
+    rows.push(row);
     align(out, &rows);
 }
 
@@ -199,7 +209,7 @@ fn comparison_table(out: &mut String, outcome: &EvalOutcome, all: bool) {
     let Some(comparison) = &outcome.comparison else {
         return;
     };
-    let header = ["compared", "other", "this", "difference", "p"];
+    let header = ["compared", "other", "this", "difference", "p", "p, Holm"];
     let mut rows = vec![header.map(str::to_owned).to_vec()];
     rows.extend(group_rows(&shown(outcome, all), |name, label| {
         let compared = comparison.get(name)?;
@@ -209,9 +219,13 @@ fn comparison_table(out: &mut String, outcome: &EvalOutcome, all: bool) {
             label.value(compared.second),
             label.interval(&compared.difference),
             p_value(compared.p),
+            p_value(compared.p_adjusted),
         ])
     }));
     align(out, &rows);
+    out.push_str(
+        "p: paired approximate randomisation by study; Holm: corrected for the number of scores compared\n",
+    );
     if let Some(caveat) = too_few(outcome.studies, true) {
         let _ = writeln!(out, "{}", caveat.english);
     }

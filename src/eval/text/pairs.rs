@@ -129,8 +129,25 @@ impl TextEvaluation {
             count,
             |times| self.weighted(times),
             |times| other.weighted(times),
+            |swapped| self.mixed(other, swapped),
         )?;
         Ok(TextScores::names().into_iter().zip(compared).collect())
+    }
+
+    /// The scores of `other` less those of this run, with the studies marked in `swapped` taken from each other.
+    fn mixed(&self, other: &Self, swapped: &[bool]) -> Vec<f64> {
+        let (mut first, mut second) = (TextSums::default(), TextSums::default());
+        for ((a, b), swapped) in self.studies.iter().zip(&other.studies).zip(swapped) {
+            let (a, b) = if *swapped { (b, a) } else { (a, b) };
+            first.add(&a.sums, 1.0);
+            second.add(&b.sums, 1.0);
+        }
+        let (first, second) = (first.scores().values(), second.scores().values());
+        first
+            .iter()
+            .zip(second)
+            .map(|(first, second)| second - first)
+            .collect()
     }
 
     fn weighted(&self, times: &[f64]) -> Vec<f64> {

@@ -1,16 +1,25 @@
 //! Findings class by class: counts, ratios, and the confusion of truth and answer.
 
-use std::{collections::BTreeMap, fmt::Write};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Write,
+};
 
-use super::markup::{section, status_names};
+use super::markup::{escape, section, status_names};
 use crate::{
     eval::{
-        findings::{Finding, score::percent},
+        findings::{
+            Finding, FindingLabel, Status,
+            score::{ClassCounts, percent},
+        },
         outcome::{Confusion, EvalOutcome, STATUSES},
         report::names::score_name,
     },
     study::counted,
 };
+
+/// Fewer cases than this say little.
+const FEW: usize = 10;
 
 pub(super) fn findings(page: &mut String, outcome: &EvalOutcome) {
     section(page, "逐项所见", "by finding");
@@ -27,16 +36,21 @@ pub(super) fn findings(page: &mut String, outcome: &EvalOutcome) {
             absent.push(finding.chinese());
             continue;
         }
-        let name = format!("findings.{finding}.f1");
-        let label = score_name(&name);
-        let interval = model
-            .scores
-            .get(&name)
-            .map_or_else(String::new, |score| label.ends(score));
+        let ends = |what: &str| {
+            let name = format!("findings.{finding}.{what}");
+            let score = model.scores.get(&name);
+            score.map_or_else(String::new, |score| score_name(&name).ends(score))
+        };
+        let few = if counts.support() < FEW {
+            " class=\"few\""
+        } else {
+            ""
+        };
         let _ = write!(
             page,
-            "<tr><td>{} <small>{}</small></td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td>\
-             <td class=\"muted\">{interval}</td><td class=\"bar\"><span style=\"width:{:.0}px\"></span></td></tr>",
+            "<tr{few}><td>{} <small>{}</small></td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td>\
+             <td title=\"{}\">{}</td><td title=\"{}\">{}</td><td>{}</td>\
+             <td class=\"muted\">{}</td><td class=\"bar\"><span style=\"width:{:.0}px\"></span></td></tr>",
             finding.chinese(),
             finding.key().replace('_', " "),
             counts.support(),
@@ -44,9 +58,12 @@ pub(super) fn findings(page: &mut String, outcome: &EvalOutcome) {
             counts.true_positive,
             counts.false_negative,
             counts.false_positive,
+            ends("precision"),
             percent(counts.precision()),
+            ends("recall"),
             percent(counts.recall()),
             percent(counts.f1()),
+            ends("f1"),
             120.0 * counts.f1().unwrap_or(0.0)
         );
     }
@@ -65,7 +82,62 @@ pub(super) fn findings(page: &mut String, outcome: &EvalOutcome) {
          <small>macro: mean over the {} in truth or answer, no finding among them where it occurs; 0 where a share has no case</small></p>",
         counted(averaged, "class", "classes")
     );
-    page.push_str("</div>\n");
+    let _ = writeln!(
+        page,
+        "<p class=\"muted\">灰色：真值少于 {FEW} 例 <small>grey: fewer than {FEW} in the truth</small></p></div>"
+    );
+    others(page, outcome);
+}
+
+/// Abnormalities outside the twenty classes: counted, not in any average.
+fn others(page: &mut String, outcome: &EvalOutcome) {
+    let mut counts: BTreeMap<&str, ClassCounts> = BTreeMap::new();
+    let is_there =
+        |label: Option<&FindingLabel>| label.is_some_and(|l| l.status >= Status::Uncertain);
+    for pair in &outcome.labels {
+        let keys: BTreeSet<&String> = pair
+            .truth
+            .others
+            .keys()
+            .chain(pair.prediction.others.keys())
+            .collect();
+        for key in keys {
+            let truth = is_there(pair.truth.others.get(key));
+            let answer = is_there(pair.prediction.others.get(key));
+            counts
+                .entry(key)
+                .or_default()
+                .add(Some(truth), Some(answer));
+        }
+    }
+    counts.retain(|_, counts| counts.occurs());
+    if counts.is_empty() {
+        return;
+    }
+    section(page, "二十类以外的异常", "outside the twenty classes");
+    page.push_str(
+        "<div class=\"card scroll\"><table><thead><tr><th></th><th>真值<small>true</small></th><th>模型说有<small>said</small></th>\
+         <th>一致<small>both</small></th><th>F1</th></tr></thead><tbody>",
+    );
+    for (key, counts) in counts {
+        let few = if counts.support() < FEW {
+            " class=\"few\""
+        } else {
+            ""
+        };
+        let chinese = outcome.others.get(key).map_or(key, String::as_str);
+        let _ = write!(
+            page,
+            "<tr{few}><td>{} <small>{}</small></td><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>",
+            escape(chinese),
+            escape(&key.replace('_', " ")),
+            counts.support(),
+            counts.true_positive + counts.false_positive,
+            counts.true_positive,
+            percent(counts.f1())
+        );
+    }
+    page.push_str("</tbody></table></div>\n");
 }
 
 pub(super) fn confusion(page: &mut String, outcome: &EvalOutcome) {

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use crate::eval::{findings::Status, report::names::ScoreName};
 
 /// Text as HTML shows it, in elements and in attributes.
-pub(super) fn escape(text: &str) -> String {
+pub(in crate::eval::report) fn escape(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
     for c in text.chars() {
         match c {
@@ -25,7 +25,7 @@ pub(super) fn section(page: &mut String, chinese: &str, english: &str) {
     let _ = writeln!(page, "<h2>{chinese}<small>{english}</small></h2>");
 }
 
-pub(super) fn status_names(status: Status) -> (&'static str, &'static str) {
+pub(in crate::eval::report) fn status_names(status: Status) -> (&'static str, &'static str) {
     match status {
         Status::Present => ("有", "present"),
         Status::Uncertain => ("可疑", "uncertain"),

@@ -5,7 +5,7 @@ mod findings;
 mod gallery;
 mod head;
 mod html;
-mod markup;
+pub(super) mod markup;
 mod scores;
 
 pub use facts::PageFacts;

@@ -150,6 +150,29 @@ fn rate_rows(page: &mut String, outcome: &EvalOutcome) {
         }
         page.push_str("</tr>");
     }
+    type ShareOf = fn(&SystemScores) -> f64;
+    let shares: [(&str, &str, ShareOf); 2] = [
+        (
+            "真值中规则未读懂的文字",
+            "unread text of the truth",
+            |s| s.findings.unread_truth,
+        ),
+        (
+            "回答中规则未读懂的文字",
+            "unread text of the answer",
+            |s| s.findings.unread_prediction,
+        ),
+    ];
+    for (chinese, english, share) in shares {
+        let _ = write!(page, "<tr><td>{chinese} <small>{english}</small></td>");
+        for (at, system) in outcome.systems.iter().enumerate() {
+            let _ = write!(page, "<td>{:.1}</td>", 100.0 * share(system));
+            if at == 0 {
+                page.push_str("<td></td>");
+            }
+        }
+        page.push_str("</tr>");
+    }
 }
 
 pub(super) fn comparison(page: &mut String, outcome: &EvalOutcome) {
@@ -163,7 +186,7 @@ pub(super) fn comparison(page: &mut String, outcome: &EvalOutcome) {
     );
     page.push_str(
         "<div class=\"card scroll\"><table><thead><tr><th></th><th>另一次<small>other</small></th><th>本次<small>this</small></th>\
-         <th>差<small>difference</small></th><th>区间<small>interval</small></th><th>p</th></tr></thead><tbody>",
+         <th>差<small>difference</small></th><th>区间<small>interval</small></th><th>p</th><th>p 校正<small>Holm</small></th></tr></thead><tbody>",
     );
     for name in shown(outcome, false) {
         let Some(compared) = comparison.get(name) else {
@@ -172,7 +195,7 @@ pub(super) fn comparison(page: &mut String, outcome: &EvalOutcome) {
         let label = score_name(name);
         let _ = write!(
             page,
-            "<tr><td>{} <small>{} · {}</small></td><td>{}</td><td>{}</td><td>{}</td><td class=\"muted\">{}</td><td>{}</td></tr>",
+            "<tr><td>{} <small>{} · {}</small></td><td>{}</td><td>{}</td><td>{}</td><td class=\"muted\">{}</td><td>{}</td><td>{}</td></tr>",
             label.chinese,
             label.group.0,
             label.english,
@@ -180,7 +203,8 @@ pub(super) fn comparison(page: &mut String, outcome: &EvalOutcome) {
             label.value(compared.second),
             label.value(compared.difference.value),
             label.ends(&compared.difference),
-            p_value(compared.p)
+            p_value(compared.p),
+            p_value(compared.p_adjusted)
         );
     }
     page.push_str("</tbody></table></div>\n");

@@ -1,0 +1,153 @@
+//! Text as the tables expect it: half-width, simplified; sentences of it.
+
+use std::{borrow::Cow, collections::HashMap, ops::Range, sync::LazyLock};
+
+/// Traditional characters of radiology reports, each before its simplified form.
+const TRADITIONAL: &str = "腫肿塊块結结節节氣气積积縱纵縮缩擴扩張张側侧雙双兩两號号見见異异現现顯显變变邊边緣缘陰阴癥症狀状實实質质間间網网條条線线點点鈣钙陳陈舊旧惡恶轉转術术後后導导監监護护儀仪釘钉鋼钢鉗钳絲丝夾夹內内體体動动\
+    脈脉彎弯關关癒愈閉闭損损壞坏斷断開开頭头頸颈脅胁鎖锁鎮镇無无與与為为於于從从這这個个們们會会來来對对時时說说還还沒没過过進进遠远處处僅仅發发診诊檢检觀观圖图顆颗葉叶紋纹亂乱強强減减輕轻嚴严應应該该給给\
+    複复復复療疗藥药論论較较稱称數数據据寬宽長长緊紧鬆松圓圆銳锐鈍钝滲渗潤润濃浓淺浅濕湿癆痨纖纤維维壓压擠挤徵征幾几腦脑膽胆腎肾臟脏腸肠門门靜静傷伤創创傾倾隨随訪访臨临牀床醫医師师請请議议鏡镜鑑鉴別别難难\
+    確确認认證证懷怀慮虑團团狹狭類类遺遗餘余滿满佔占約约層层彌弥黏粘連连纍累壺壶廣广闊阔橫横達达環环雲云霧雾樣样顏颜齊齐勻匀規规則则當当歲岁婦妇產产嬰婴兒儿齡龄報报";
+
+/// Simplified form by traditional character.
+static SIMPLIFIED: LazyLock<HashMap<char, char>> = LazyLock::new(|| {
+    let letters: Vec<char> = TRADITIONAL.chars().filter(|c| !c.is_whitespace()).collect();
+    letters
+        .chunks_exact(2)
+        .map(|pair| (pair[0], pair[1]))
+        .collect()
+});
+
+/// A text in the form of the tables, with the way back to the bytes of the original.
+pub(super) struct Normalised<'t> {
+    /// The text to read.
+    pub(super) text: Cow<'t, str>,
+    /// Byte of the original for each byte of the text, and one for the end; empty if they are equal.
+    origin: Vec<usize>,
+}
+
+impl<'t> Normalised<'t> {
+    /// Full-width letters and digits become half-width, traditional characters simplified.
+    pub(super) fn of(text: &'t str) -> Self {
+        if !text.chars().any(|c| normal(c) != c) {
+            return Self {
+                text: Cow::Borrowed(text),
+                origin: Vec::new(),
+            };
+        }
+        let mut normalised = String::with_capacity(text.len());
+        let mut origin = Vec::with_capacity(text.len() + 1);
+        for (at, c) in text.char_indices() {
+            let c = normal(c);
+            origin.extend(std::iter::repeat_n(at, c.len_utf8()));
+            normalised.push(c);
+        }
+        origin.push(text.len());
+        Self {
+            text: Cow::Owned(normalised),
+            origin,
+        }
+    }
+
+    /// Bytes of the original.
+    pub(super) fn original(&self, range: Range<usize>) -> Range<usize> {
+        let at = |byte: usize| self.origin.get(byte).copied().unwrap_or(byte);
+        at(range.start)..at(range.end)
+    }
+}
+
+fn normal(c: char) -> char {
+    match c {
+        '０'..='９' | 'Ａ'..='Ｚ' | 'ａ'..='ｚ' | '％' | '．' => {
+            char::from_u32(u32::from(c) - 0xFEE0).unwrap_or(c)
+        }
+        '\u{3000}' => ' ',
+        c if c < '\u{3400}' => c,
+        c => SIMPLIFIED.get(&c).copied().unwrap_or(c),
+    }
+}
+
+/// Byte ranges of the sentences, end marks included. A number that begins the next item of a list begins a sentence.
+pub(super) fn sentences(report: &str) -> Vec<Range<usize>> {
+    let marks = report
+        .match_indices(['。', '；', '！', '？', '?', '!', ';', '\n'])
+        .map(|(at, mark)| at + mark.len());
+    let mut ends: Vec<usize> = marks.chain(items(report)).collect();
+    ends.push(report.len());
+    ends.sort_unstable();
+    ends.dedup();
+    let mut start = 0;
+    let mut ranges = Vec::with_capacity(ends.len());
+    for end in ends {
+        if end > start {
+            ranges.push(start..end);
+            start = end;
+        }
+    }
+    ranges
+}
+
+/// Where the items of a numbered list begin: `1.`, `2、` … in turn.
+fn items(report: &str) -> Vec<usize> {
+    let mut next = 1;
+    let mut starts = Vec::new();
+    let chars: Vec<(usize, char)> = report.char_indices().collect();
+    let letter = |n: usize| chars.get(n).map(|(_, c)| *c);
+    for (n, &(at, c)) in chars.iter().enumerate() {
+        if char::from_digit(next, 10) != Some(c) {
+            continue;
+        }
+        let before = n.checked_sub(1).and_then(letter);
+        let after = letter(n + 2);
+        let mark = letter(n + 1);
+        // 3.5 is a number; 第5、第6 and 胸5、胸6 are counted bones.
+        let is_item = match mark {
+            Some('.' | ')' | '）') => {
+                before.is_none_or(|b| !b.is_ascii_alphanumeric() && b != '.')
+            }
+            Some('、') => before.is_none_or(|b| !b.is_alphanumeric()),
+            _ => false,
+        };
+        if is_item && after.is_some_and(|after| !after.is_ascii_digit()) {
+            starts.push(at);
+            next += 1;
+        }
+    }
+    // A single number is no list.
+    if starts.len() < 2 { Vec::new() } else { starts }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cut(text: &str) -> Vec<&str> {
+        sentences(text)
+            .into_iter()
+            .map(|range| &text[range])
+            .collect()
+    }
+
+    #[test]
+    fn numbered_items_are_sentences_without_full_stops() {
+        assert_eq!(
+            cut("印象：1.右肺炎症 2.心影增大 3.主动脉迂曲"),
+            ["印象：", "1.右肺炎症 ", "2.心影增大 ", "3.主动脉迂曲"]
+        );
+        assert_eq!(
+            cut("1、肺炎，直径1.5cm2、气胸").len(),
+            1,
+            "a letter before the number"
+        );
+        assert_eq!(cut("第1、2肋骨折，心胸比0.52。").len(), 1);
+    }
+
+    #[test]
+    fn traditional_and_full_width_text_keeps_its_bytes() {
+        let text = "ＣＴ：右側氣胸，約３０％。";
+        let normal = Normalised::of(text);
+        assert_eq!(normal.text, "CT：右侧气胸，约30%。");
+        let at = normal.text.find("气胸").unwrap_or_default();
+        assert_eq!(&text[normal.original(at..at + "气胸".len())], "氣胸");
+        assert!(matches!(Normalised::of("右侧气胸").text, Cow::Borrowed(_)));
+    }
+}
