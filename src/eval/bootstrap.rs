@@ -214,7 +214,7 @@ impl Bootstrap {
             if observed.is_nan() {
                 return f64::NAN;
             }
-            ((count + 1) as f64 / (self.resamples + 1) as f64).min(1.0)
+            (count + given) as f64 / (draws + given) as f64
         };
         as_large.into_iter().zip(whole).map(p).collect()
     }
