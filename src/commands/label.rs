@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use clap::{Args, ValueEnum};
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
@@ -17,7 +17,8 @@ use crate::{
     base::files::write_atomic,
     eval::{
         findings::{
-            Finding, RuleSet, Status,
+            Finding, ReportLabels, RuleSet, Status,
+            agreement::{HandLabels, agreement, hand_labels},
             export::{CHEXPERT, chexpert_value, to_json},
         },
         report::label_page::{LabelledText, label_page},
@@ -80,6 +81,10 @@ pub struct LabelArgs {
     /// Write CheXpert's table here: 1.0, 0.0, -1.0 for doubt, empty where a class is not mentioned.
     #[arg(long, value_name = "OUT.csv")]
     pub csv: Option<PathBuf>,
+    /// Print how far the rules agree with labels by hand: accuracy, Cohen's kappa and F1 by class. The rows hold them
+    /// as `labels` (class → status) or as lists `present`, `absent`, `uncertain`.
+    #[arg(long)]
+    pub agreement: bool,
     /// Write a page here that marks the words.
     #[arg(long, value_name = "OUT.html")]
     pub html: Option<PathBuf>,
@@ -90,6 +95,7 @@ struct Report {
     /// Short keys of the row, such as `id` and `image`.
     keys: Map<String, Value>,
     text: String,
+    by_hand: Option<HandLabels>,
 }
 
 /// Runs `label`.
@@ -144,7 +150,7 @@ pub fn run(args: &LabelArgs) -> Result<()> {
             }
             Ok(())
         })?;
-    } else if args.csv.is_none() && args.html.is_none() {
+    } else if args.csv.is_none() && args.html.is_none() && !args.agreement {
         let mut out = std::io::stdout().lock();
         let printed = rows().try_for_each(|row| writeln!(out, "{row}"));
         unless_closed(printed).context("cannot write to stdout")?;
@@ -166,11 +172,56 @@ pub fn run(args: &LabelArgs) -> Result<()> {
         let page = label_page(&rules, &rules.name, &texts);
         write_atomic(path, |out| out.write_all(page.as_bytes()))?;
     }
+    if args.agreement {
+        let table = agreement_table(args, &pieces, &labelled)?;
+        let mut out = std::io::stdout().lock();
+        unless_closed(out.write_all(table.as_bytes())).context("cannot write to stdout")?;
+    }
     summary(&labelled);
     Ok(())
 }
 
-fn summary(labelled: &[crate::eval::findings::ReportLabels]) {
+fn agreement_table(
+    args: &LabelArgs,
+    pieces: &[(usize, &Report, String)],
+    labelled: &[ReportLabels],
+) -> Result<String> {
+    if args.level != Level::Report {
+        bail!(UsageError(
+            "--agreement compares whole reports; leave --level out".into()
+        ));
+    }
+    let judged = pieces.iter().zip(labelled);
+    let pairs: Vec<_> = judged
+        .filter_map(|((_, report, _), labels)| Some((labels, report.by_hand.as_ref()?)))
+        .collect();
+    if pairs.is_empty() {
+        bail!(UsageError(format!(
+            "--agreement: no row of `{}` has labels by hand; expected `labels` (class → status), or the lists `present`, \
+             `absent` and `uncertain`",
+            args.input.display()
+        )));
+    }
+    let mut table = format!(
+        "{:28} {:>7} {:>9} {:>7} {:>7}\n",
+        "class", "present", "accuracy", "kappa", "F1"
+    );
+    let number =
+        |value: Option<f64>| value.map_or_else(|| "–".to_owned(), |value| format!("{value:.3}"));
+    for (finding, class) in agreement(&pairs) {
+        table.push_str(&format!(
+            "{:28} {:>7} {:>9} {:>7} {:>7}\n",
+            finding.key(),
+            class.support,
+            number(Some(class.accuracy)),
+            number(class.kappa),
+            number(class.f1)
+        ));
+    }
+    Ok(table)
+}
+
+fn summary(labelled: &[ReportLabels]) {
     let normal = labelled
         .iter()
         .filter(|labels| labels.status(Finding::NoFinding) == Status::Present)
@@ -203,7 +254,7 @@ fn name_of(row: usize, report: &Report) -> String {
 
 fn chexpert_table(
     pieces: &[(usize, &Report, String)],
-    labelled: &[crate::eval::findings::ReportLabels],
+    labelled: &[ReportLabels],
 ) -> Result<Vec<u8>> {
     let mut table = csv::Writer::from_writer(Vec::new());
     let names = CHEXPERT.iter().map(|(name, _)| *name);
@@ -243,6 +294,7 @@ fn read(path: &Path, key: Option<&str>) -> Result<Vec<Report>> {
             .filter(|line| !line.trim().is_empty())
             .map(|line| Report {
                 keys: Map::new(),
+                by_hand: None,
                 text: line.trim().to_owned(),
             })
             .collect()),
@@ -291,6 +343,7 @@ fn report(path: &Path, number: usize, row: Value, key: Option<&str>) -> Result<R
         Value::String(text) => {
             return Ok(Report {
                 keys: Map::new(),
+                by_hand: None,
                 text,
             });
         }
@@ -345,7 +398,9 @@ fn report(path: &Path, number: usize, row: Value, key: Option<&str>) -> Result<R
             .is_some_and(|value| text.contains(value) && !value.is_empty());
         short(value) && !is_text && !TEXT_KEYS.contains(&key.as_str())
     });
+    let by_hand = hand_labels(&row, "labels").map_err(|reason| anyhow!("{}: {reason}", place()))?;
     Ok(Report {
+        by_hand,
         keys: keys
             .map(|(key, value)| (key.clone(), value.clone()))
             .collect(),

@@ -16,6 +16,7 @@ mod forms;
 mod found_pictures;
 mod infer;
 mod infer_files;
+mod label;
 mod layers;
 mod merge_plan;
 mod quantize;

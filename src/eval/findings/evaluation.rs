@@ -26,6 +26,8 @@ pub struct FindingSums {
     invented: RateSums,
     laterality_errors: RateSums,
     contradictions: RateSums,
+    invented_comparisons: RateSums,
+    inner_contradictions: RateSums,
     field: FieldSums,
 }
 
@@ -37,6 +39,8 @@ impl Default for FindingSums {
             invented: [0.0; 2],
             laterality_errors: [0.0; 2],
             contradictions: [0.0; 2],
+            invented_comparisons: [0.0; 2],
+            inner_contradictions: [0.0; 2],
             field: FieldSums::default(),
         }
     }
@@ -62,6 +66,8 @@ impl FindingSums {
             invented: share(compared.invented),
             laterality_errors: [0.0; 2],
             contradictions: share(compared.contradiction),
+            invented_comparisons: share(compared.invented_comparison),
+            inner_contradictions: share(compared.inner_contradiction),
             field: FieldSums::of(pair, policies),
         };
         for class in compared.classes {
@@ -84,6 +90,8 @@ impl FindingSums {
             (&mut self.invented, &other.invented),
             (&mut self.laterality_errors, &other.laterality_errors),
             (&mut self.contradictions, &other.contradictions),
+            (&mut self.invented_comparisons, &other.invented_comparisons),
+            (&mut self.inner_contradictions, &other.inner_contradictions),
         ] {
             sums[0] += weight * values[0];
             sums[1] += weight * values[1];
@@ -100,6 +108,8 @@ impl FindingSums {
             "invented",
             "laterality_errors",
             "contradictions",
+            "invented_comparisons",
+            "inner_contradictions",
         ];
         let classes = Finding::ALL.into_iter().flat_map(|finding| {
             ["precision", "recall", "f1"].map(|what| format!("{finding}.{what}"))
@@ -143,6 +153,8 @@ impl FindingSums {
             self.invented,
             self.laterality_errors,
             self.contradictions,
+            self.invented_comparisons,
+            self.inner_contradictions,
         ] {
             values.push(count / of);
         }

@@ -107,6 +107,8 @@ pub fn to_json(labeler: &Labeler, text: &str, labels: &ReportLabels) -> Value {
         "findings": findings,
         "other": other,
         "normal": labels.status(Finding::NoFinding) == Status::Present,
+        "contradictions": labels.contradictions,
+        "compares": labels.compares,
         "unread": unread,
         "unread_share": labels.unread_share(),
     })

@@ -136,6 +136,7 @@ impl Labeler {
         let clauses = self.clauses(report, &sentences, &matches);
         let mut mentions: Vec<Mention> = Vec::new();
         let mut carried = vec![false; clauses.len()];
+        let mut stated = Vec::new();
         let (mut unread, mut looked_at) = (Vec::new(), 0);
         for (number, clause) in clauses.iter().enumerate() {
             let inside: Vec<&Match> = matches
@@ -171,6 +172,14 @@ impl Labeler {
                 let sided =
                     |target: &Option<Finding>| is_there && target.is_none_or(Finding::has_side);
                 for target in &found.rule.targets {
+                    if let Some(finding) = target
+                        && (status == Status::Present || is_denied(report, clause, found, status))
+                    {
+                        let side =
+                            self.side(report, &clauses, &matches, number, &found.span, &area);
+                        let side = side.filter(|_| finding.has_side());
+                        stated.push((*finding, status, side));
+                    }
                     mentions.push(Mention {
                         finding: *target,
                         other: found
@@ -201,7 +210,12 @@ impl Labeler {
                 }
             }
         }
-        ReportLabels::join(drop_doubles(mentions), unread, looked_at)
+        let comparison = self.table.comparison.as_ref();
+        ReportLabels {
+            contradictions: contradictions(&stated),
+            compares: comparison.is_some_and(|words| words.is_match(report)),
+            ..ReportLabels::join(drop_doubles(mentions), unread, looked_at)
+        }
     }
 
     /// Whether `clause`, in which no rule found anything, has words of something abnormal.
@@ -514,6 +528,36 @@ impl Labeler {
             self.table.severities_in(&after).next()
         })
     }
+}
+
+/// Whether a class is denied in so many words: not by a statement of normality, and not of the rest alone.
+fn is_denied(report: &str, clause: &Clause, found: &Match, status: Status) -> bool {
+    status == Status::Absent
+        && found.rule.status.is_none()
+        && !report[clause.span.clone()].contains(['余', '其', '新'])
+}
+
+/// Classes that are stated and denied on the same side.
+fn contradictions(stated: &[(Finding, Status, Option<Laterality>)]) -> Vec<Finding> {
+    let apart = |a: Option<Laterality>, b: Option<Laterality>| {
+        use Laterality::{Left, Right};
+        matches!(
+            (a, b),
+            (Some(Left), Some(Right)) | (Some(Right), Some(Left))
+        )
+    };
+    let contradicted = |finding: Finding| {
+        let of = |status: Status| {
+            stated
+                .iter()
+                .filter(move |(other, its, _)| *other == finding && *its == status)
+        };
+        of(Status::Present).any(|(_, _, a)| of(Status::Absent).any(|(_, _, b)| !apart(*a, *b)))
+    };
+    let classes = Finding::ALL.into_iter();
+    classes
+        .filter(|finding| *finding != Finding::NoFinding && contradicted(*finding))
+        .collect()
 }
 
 /// What the cues of `clause` say of a finding that starts at `at`; `None` if they do not reach it.

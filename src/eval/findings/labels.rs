@@ -111,6 +111,10 @@ pub struct ReportLabels {
     pub mentions: Vec<Mention>,
     /// Clauses with words of something abnormal that no rule reads, as bytes of the report.
     pub unread: Vec<Range<usize>>,
+    /// Classes that one place states and another denies, on the same side.
+    pub contradictions: Vec<Finding>,
+    /// Whether it compares with an earlier film.
+    pub compares: bool,
     /// Bytes of the clauses that were looked at, for the share of [`Self::unread`].
     pub looked_at: usize,
 }
@@ -194,6 +198,8 @@ impl ReportLabels {
             others,
             mentions,
             unread,
+            contradictions: Vec::new(),
+            compares: false,
             looked_at,
         }
     }

@@ -13,6 +13,7 @@
 //!   infection is pneumonia (as CheXpert); old fractures are present; a finding that is gone is absent.
 //! - Several mentions of one class: present wins over uncertain, uncertain over absent.
 
+pub mod agreement;
 pub mod evaluation;
 pub mod export;
 mod field;

@@ -117,6 +117,8 @@ impl LabelledPair {
                 .filter(|_| truth.is_abnormal())
                 .map(|abnormal| !abnormal),
             invented: says_abnormal.filter(|_| normal),
+            invented_comparison: (!self.is_empty && !truth.compares).then_some(prediction.compares),
+            inner_contradiction: (!self.is_empty).then_some(!prediction.contradictions.is_empty()),
             contradiction: self
                 .thinking
                 .as_ref()
@@ -133,6 +135,10 @@ pub(in crate::eval) struct PairComparison {
     pub(in crate::eval) false_normal: Option<bool>,
     /// The truth is normal: whether the answer is not.
     pub(in crate::eval) invented: Option<bool>,
+    /// The truth compares with no earlier film: whether the answer does.
+    pub(in crate::eval) invented_comparison: Option<bool>,
+    /// There is an answer: whether it states and denies one class.
+    pub(in crate::eval) inner_contradiction: Option<bool>,
     /// There is reasoning: whether a class is present in it and absent in the answer, or the other way round.
     pub(in crate::eval) contradiction: Option<bool>,
 }

@@ -112,6 +112,7 @@ struct CuesFile {
     gone: String,
     continues: String,
     persists: Option<String>,
+    comparison: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -211,6 +212,7 @@ pub(super) struct WordTable {
     /// Groups: none, upper, middle, lower; absent where the table names no zones.
     zones: Option<Regex>,
     pub(super) persists: Option<Regex>,
+    pub(super) comparison: Option<Regex>,
     pub(super) sections: Option<Headings>,
     pub(super) reading: Option<Reading>,
 }
@@ -270,6 +272,12 @@ impl WordTable {
                 .persists
                 .as_deref()
                 .map(|pattern| compile(pattern, "`cues.persists`"))
+                .transpose()?,
+            comparison: file
+                .cues
+                .comparison
+                .as_deref()
+                .map(|pattern| compile(pattern, "`cues.comparison`"))
                 .transpose()?,
             sections: Headings::of(&file.sections)?,
             reading: file.reading.as_ref().map(reading).transpose()?,

@@ -158,6 +158,12 @@ pub struct FindingScores {
     pub laterality_errors: Rate,
     /// Among studies with thinking text: a class is present in the one text and absent in the other.
     pub contradictions: Rate,
+    /// Among studies whose truth compares with no earlier film: the prediction does.
+    #[serde(default)]
+    pub invented_comparisons: Rate,
+    /// Among predictions with text: one place states what another denies.
+    #[serde(default)]
+    pub inner_contradictions: Rate,
     /// Predictions whose text is that of another study too.
     pub identical_outputs: Rate,
     /// Predictions equal to the most frequent text; 1 of `of` when all differ.
@@ -194,6 +200,7 @@ pub(in crate::eval) fn score_pairs<'a>(
     let (mut false_normal, mut invented) = (Rate::default(), Rate::default());
     let (mut laterality_errors, mut contradictions) = (Rate::default(), Rate::default());
     let mut empty_outputs = Rate::default();
+    let (mut invented_comparisons, mut inner_contradictions) = (Rate::default(), Rate::default());
     for pair in pairs {
         empty_outputs.add(Some(pair.is_empty));
         let compared = pair.compare(policies);
@@ -205,6 +212,8 @@ pub(in crate::eval) fn score_pairs<'a>(
         false_normal.add(compared.false_normal);
         invented.add(compared.invented);
         contradictions.add(compared.contradiction);
+        invented_comparisons.add(compared.invented_comparison);
+        inner_contradictions.add(compared.inner_contradiction);
     }
     let mut times: HashMap<&str, usize> = HashMap::new();
     for output in outputs {
@@ -231,6 +240,8 @@ pub(in crate::eval) fn score_pairs<'a>(
         invented,
         laterality_errors,
         contradictions,
+        invented_comparisons,
+        inner_contradictions,
         identical_outputs: Rate {
             count: times.values().filter(|n| **n > 1).sum(),
             of,

@@ -426,3 +426,23 @@ fn abnormalities_outside_the_twenty_have_names() {
         "{names:?}"
     );
 }
+
+#[test]
+fn a_report_that_contradicts_itself_is_noticed() {
+    let classes = |text: &str| Labeler::hospital().label(text).contradictions;
+    assert_eq!(
+        classes("右侧胸腔积液。印象：未见胸腔积液。"),
+        [Finding::PleuralEffusion]
+    );
+    assert_eq!(classes("右侧胸腔积液，左侧未见胸腔积液。"), []);
+    assert_eq!(classes("右下肺结节，余肺未见结节。"), []);
+    assert_eq!(classes("两肺野清晰，右下肺见斑片影。"), []);
+}
+
+#[test]
+fn words_of_an_earlier_film_are_noticed() {
+    let compares = |text: &str| Labeler::hospital().label(text).compares;
+    assert!(compares("右下肺炎症较前吸收。"));
+    assert!(compares("与2024-01-03片比较，未见明显变化。"));
+    assert!(!compares("双肺纹理增多，心影不大，建议复查。"));
+}

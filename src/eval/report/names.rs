@@ -29,7 +29,7 @@ pub struct ScoreName {
 }
 
 /// The scores that a short table shows.
-pub const HEADLINE: [&str; 32] = [
+pub const HEADLINE: [&str; 34] = [
     "findings.micro.precision",
     "findings.micro.recall",
     "findings.micro.f1",
@@ -38,6 +38,8 @@ pub const HEADLINE: [&str; 32] = [
     "findings.invented",
     "findings.laterality_errors",
     "findings.contradictions",
+    "findings.invented_comparisons",
+    "findings.inner_contradictions",
     "findings.chexpert_14.micro.f1",
     "findings.chexpert_14.macro.f1",
     "findings.chexpert_14.samples.f1",
@@ -128,6 +130,16 @@ fn average_name(kind: &str) -> (&'static str, &'static str) {
 
 fn finding_score_name(name: &str) -> ScoreName {
     let rates = [
+        (
+            "invented_comparisons",
+            "无旧片而作比较率",
+            "comparison without a prior film",
+        ),
+        (
+            "inner_contradictions",
+            "报告自相矛盾率",
+            "report contradicts itself",
+        ),
         ("false_normal", "漏诊为正常率", "false-normal rate"),
         ("invented", "正常误报率", "invented-finding rate"),
         ("laterality_errors", "左右侧错误率", "laterality errors"),
