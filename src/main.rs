@@ -8,8 +8,8 @@ use xray_qwen3vl::{
     base::{out_of_memory, panics::panic_text},
     cli::{Cli, Command},
     commands::{
-        bench, check, clean, convert, doctor, eval, exit_code, infer, init_tiny, log_lines, merge,
-        phantoms, plan, quantize, serve, train,
+        bench, check, clean, completions, config, convert, doctor, eval, exit_code, infer,
+        init_tiny, log_lines, merge, phantoms, plan, quantize, serve, train, version,
     },
 };
 
@@ -70,6 +70,10 @@ fn main() -> ExitCode {
         Command::Serve(args) => serve::run(args),
         Command::Doctor(args) => doctor::run(args),
         Command::Bench(command) => bench::run(command),
+        Command::Config(args) => config::run(args),
+        Command::Completions(args) => completions::run(&args),
+        Command::Man(args) => completions::run_man(&args),
+        Command::Version(args) => version::run(&args),
     });
     match result {
         Ok(Ok(())) => ExitCode::SUCCESS,

@@ -9,7 +9,8 @@ use clap::Args;
 
 use super::progress::{Progress, Unit};
 use super::shared_args::StudyArgs;
-use super::shell::{shipped, unless_closed};
+use super::shell::unless_closed;
+use super::shipped::shipped;
 use super::usage::UsageError;
 use crate::dataset::check::{Check, CheckReport};
 use crate::processor::chat::ChatTemplate;
@@ -66,11 +67,15 @@ pub fn run(args: CheckArgs) -> Result<()> {
         studies: args.studies.rule()?,
     };
     let progress = Mutex::new(Progress::new("images", 0, Unit::Items));
-    let report = check.run(&args.data, args.val.as_deref(), &|done, total| {
-        if let Ok(mut progress) = progress.lock() {
-            progress.set(done as u64, total as u64);
-        }
-    });
+    let report = check.run(
+        &shipped(&args.data),
+        args.val.as_deref().map(shipped).as_deref(),
+        &|done, total| {
+            if let Ok(mut progress) = progress.lock() {
+                progress.set(done as u64, total as u64);
+            }
+        },
+    );
     if let Ok(progress) = progress.into_inner() {
         progress.finish();
     }

@@ -67,7 +67,7 @@ pub fn run(args: &CleanArgs) -> Result<()> {
     let table = own_table.as_ref().unwrap_or_else(|| TermTable::built_in());
     let wanted = wanted_names(args, table)?;
     check_paths(args)?;
-    let text = read(&args.input)?;
+    let text = read(&super::shipped::shipped(&args.input))?;
     let sources: BTreeMap<String, String> = match &args.english {
         Some(path) => read_rows(&name(path), &read(path)?, &BTreeMap::new())?
             .into_iter()

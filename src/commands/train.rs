@@ -27,7 +27,8 @@ use burn::{
 use super::{
     pipeline_options::base_of_run,
     progress::{Progress, Unit},
-    shell::{program, shell_word, shipped, shipped_data},
+    shell::{program, shell_word},
+    shipped::{shipped, shipped_data},
     usage::UsageError,
 };
 use crate::{
@@ -42,6 +43,7 @@ use crate::{
     train::{
         budget::{Budget, Form},
         config::{TrainConfig, Tuner},
+        report_command::Reported,
         run::{Dashboard, QuietRenderer, Resume, RunOptions, RunResult, train},
         strategy::{Ending, TrainError},
         words::{clock, counted},
@@ -395,6 +397,9 @@ fn print_end<B: Accelerator>(result: &RunResult<B>, seconds: f64, again: &str) {
             .join("training.svg")
             .display()
     );
+    if let Some(remark) = result.reported.as_ref().and_then(Reported::remark) {
+        say(&format!("note: {remark}"));
+    }
     for remark in image_remarks(result) {
         say(&format!("images: {}", remark.sentence()));
     }

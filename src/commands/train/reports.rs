@@ -33,7 +33,7 @@ use crate::{
         config::TrainConfig,
         records::{METRICS, Row, read_rows},
         run::RunResult,
-        strategy::{Ending, Generated, GenerationScorer, GenerationScores, TrainError},
+        strategy::{Generated, GenerationScorer, GenerationScores, TrainError},
         words::counted,
     },
 };
@@ -302,11 +302,7 @@ impl HeldOutScores {
             false => json!(values),
         };
         let record = json!({
-            "ending": match ending {
-                Ending::Done => "done",
-                Ending::EarlyStop => "early_stop",
-                Ending::Interrupted => "interrupted",
-            },
+            "ending": ending.name(),
             "step": state.step,
             "seconds": (seconds * 10.0).round() / 10.0,
             "best": state.best.map(|(step, value)| json!({
@@ -320,6 +316,7 @@ impl HeldOutScores {
                 "after": values(&self.after),
                 "images_swapped": values(&self.swapped),
             },
+            "report_command": result.reported,
             "image_remarks": image_remarks(result)
                 .iter()
                 .map(|remark| json!({
