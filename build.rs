@@ -16,6 +16,7 @@ fn main() {
     println!("cargo::rerun-if-env-changed=XRAY_COMMIT");
     println!("cargo::rustc-env=XRAY_COMMIT={}", commit());
     println!("cargo::rustc-env=XRAY_FEATURES={}", features().join(" "));
+    println!("cargo::rustc-env=XRAY_DEVICES={}", devices().join(" "));
     println!("cargo::rustc-env=XRAY_TARGET={}", variable("TARGET"));
     println!("cargo::rustc-env=XRAY_PROFILE={}", variable("PROFILE"));
 }
@@ -32,6 +33,15 @@ fn features() -> Vec<String> {
         .collect();
     names.sort();
     names
+}
+
+/// What `--device` can name in this build.
+fn devices() -> Vec<&'static str> {
+    [("CUDA", "cuda"), ("WGPU", "wgpu"), ("FLEX", "cpu")]
+        .into_iter()
+        .filter(|(feature, _)| env::var_os(format!("CARGO_FEATURE_{feature}")).is_some())
+        .map(|(_, device)| device)
+        .collect()
 }
 
 /// The commit as given, as git or the package says, or `unknown`; with `-dirty` where sources differ from it.

@@ -15,7 +15,7 @@ use crate::{
 ///
 /// For research. Nothing it writes is a diagnosis.
 #[derive(Debug, Parser)]
-#[command(name = "xray-qwen3vl", version = VERSION, long_version = LONG_VERSION)]
+#[command(name = "xray-qwen3vl", version = VERSION, long_version = LONG_VERSION, after_help = section(examples::FIRST, ""))]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]

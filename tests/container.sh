@@ -118,6 +118,14 @@ echo "$report"
 (inside "${entry[@]}" config show --set max_steps=3) | grep -q '^max_steps = 3$' || fail "no config inside"
 (inside "${entry[@]}" check data/sample/val/samples.jsonl) | tail -n 1
 
+echo "== a training run, a new cache, and its continuation"
+train=("${entry[@]}" train --device cpu --no-tui --show 0)
+keys=(--set eval_generate=0 --set val_data=phantom:12:0..8:house)
+(inside "${train[@]}" --output-dir artifacts/run "${keys[@]}" --set max_steps=2) | tail -n 1
+(inside rm -r /work/.cache)
+(inside "${train[@]}" --config artifacts/run/config.toml --resume auto --set max_steps=3) | tail -n 1
+(inside "${entry[@]}" infer --device cpu --adapter artifacts/run/checkpoint-3)
+
 echo "== a server without a key is refused"
 code=0
 message="$( (inside "${entry[@]}" "${command[@]}") 2>&1)" || code=$?

@@ -12,13 +12,15 @@ pub const TARGET: &str = env!("XRAY_TARGET");
 /// Cargo's profile: `release` or `debug`.
 pub const PROFILE: &str = env!("XRAY_PROFILE");
 
-/// Version and commit in a line, features and target below it.
+/// Version and commit in a line; features, devices and target below it.
 pub const LONG_VERSION: &str = concat!(
     env!("CARGO_PKG_VERSION"),
     " (",
     env!("XRAY_COMMIT"),
     ")\nfeatures: ",
     env!("XRAY_FEATURES"),
+    "\ndevices: ",
+    env!("XRAY_DEVICES"),
     "\ntarget: ",
     env!("XRAY_TARGET"),
     ", ",

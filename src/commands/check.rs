@@ -16,6 +16,7 @@ use crate::dataset::check::{Check, CheckReport};
 use crate::processor::chat::ChatTemplate;
 use crate::processor::patches::{ImageProcessor, ImageProcessorConfig};
 use crate::processor::tokenizer::Tokenizer;
+use crate::study::counted;
 
 /// Arguments of `check`.
 #[derive(Debug, Clone, Args)]
@@ -114,7 +115,12 @@ fn print(report: &CheckReport, json: bool) -> std::io::Result<()> {
         return writeln!(out, "{}", serde_json::to_string(report)?);
     }
     for file in &report.files {
-        writeln!(out, "{}: {} rows", file.file.display(), file.rows)?;
+        writeln!(
+            out,
+            "{}: {}",
+            file.file.display(),
+            counted(file.rows, "row", "rows")
+        )?;
     }
     if let Some(tokens) = &report.row_tokens {
         writeln!(
@@ -137,8 +143,10 @@ fn print(report: &CheckReport, json: bool) -> std::io::Result<()> {
     }
     writeln!(
         out,
-        "{} images, {} errors, {} warnings",
-        report.images, report.errors, report.warnings
+        "{}, {}, {}",
+        counted(report.images, "image", "images"),
+        counted(report.errors, "error", "errors"),
+        counted(report.warnings, "warning", "warnings")
     )
 }
 

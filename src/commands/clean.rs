@@ -19,6 +19,7 @@ use crate::{
         Correction, Defect, TermTable, apply, correct_json, count_defects, read_rows, to_jsonl,
         unified_diff,
     },
+    study::counted,
 };
 
 /// Arguments of `clean`.
@@ -229,9 +230,10 @@ fn print(
     }
     writeln!(
         out,
-        "{} places in {rows} rows; a correction is proposed for {} of them, in {} rows",
-        defects.len(),
+        "{} in {}; a correction is proposed for {} of them, in {}",
+        counted(defects.len(), "place", "places"),
+        counted(rows, "row", "rows"),
         defects.iter().filter(|d| d.after.is_some()).count(),
-        corrections.len()
+        counted(corrections.len(), "row", "rows")
     )
 }

@@ -63,7 +63,18 @@ pub fn run(args: &CompletionsArgs) -> Result<()> {
         NAME,
         &mut script,
     );
-    unless_closed(stdout().lock().write_all(&script)).context("cannot print the completions")
+    let mut script = String::from_utf8(script).context("the completions are not UTF-8")?;
+    if args.shell == ShellName::Bash {
+        // clap_complete spells a hyphen of the program's name in two ways, so that no option of a command is
+        // completed (clap-rs/clap#6421).
+        let (first, second) = NAME.split_once('-').unwrap_or((NAME, ""));
+        script = script.replace(
+            &format!("{first}__subcmd__{second}"),
+            &format!("{first}__{second}"),
+        );
+    }
+    unless_closed(stdout().lock().write_all(script.as_bytes()))
+        .context("cannot print the completions")
 }
 
 /// Arguments of `man`.

@@ -5,6 +5,19 @@ use std::fmt::Write as _;
 /// What a command line does, and the command line.
 pub type Example = (&'static str, &'static str);
 
+/// Where to begin.
+pub const FIRST: &[Example] = &[
+    (
+        "Train the tiny model on the sample data set, both of which come with the program",
+        "xray-qwen3vl train",
+    ),
+    (
+        "A report about the sample image, by what was trained",
+        "xray-qwen3vl infer --adapter artifacts/tiny/checkpoint-480",
+    ),
+    ("A web page and OpenAI's API", "xray-qwen3vl serve"),
+];
+
 /// The examples of `infer`.
 pub const INFER: &[Example] = &[
     (
@@ -288,7 +301,8 @@ mod tests {
 
     fn commands() -> Vec<(String, Vec<String>)> {
         let all = Cli::command();
-        all.get_subcommands()
+        std::iter::once(&all)
+            .chain(all.get_subcommands())
             .filter(|command| command.get_name() != "help")
             .map(|command| {
                 let help = command
@@ -317,9 +331,10 @@ mod tests {
         for (name, examples) in commands {
             assert!(!examples.is_empty(), "`{name} --help` has no example");
             assert!(
-                examples
-                    .iter()
-                    .any(|example| example.starts_with(&format!("xray-qwen3vl {name}"))),
+                name == "xray-qwen3vl"
+                    || examples
+                        .iter()
+                        .any(|example| example.starts_with(&format!("xray-qwen3vl {name}"))),
                 "no example of `{name}` calls it"
             );
             for example in examples {

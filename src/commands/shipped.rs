@@ -66,14 +66,23 @@ enum ShippedError {
 /// The path of something that comes with the program: as given, beside the sources the program was built from, or in
 /// the cache folder. A path of anything else is returned as given.
 pub(super) fn shipped(path: &Path) -> PathBuf {
-    if path.exists() || path.is_absolute() {
+    if path.exists() {
+        return path.to_path_buf();
+    }
+    let cache = cache_folder();
+    // A run names the copy it was made with, and the cache may have been emptied since.
+    let copies = cache.as_deref().map(copies_in);
+    let path = copies
+        .and_then(|copies| path.strip_prefix(copies).ok())
+        .unwrap_or(path);
+    if path.is_absolute() {
         return path.to_path_buf();
     }
     let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
     if beside.exists() {
         return beside;
     }
-    match from_program(path, cache_folder()) {
+    match from_program(path, cache) {
         Some(Ok(place)) if place.exists() => place,
         Some(Ok(_)) => path.to_path_buf(),
         Some(Err(error)) => {
@@ -112,6 +121,11 @@ pub(super) fn config_names() -> Vec<&'static str> {
     names.collect()
 }
 
+/// The folder of this version's copies.
+fn copies_in(cache: &Path) -> PathBuf {
+    cache.join(format!("shipped-{VERSION}"))
+}
+
 /// The cached copy of a path of the repository; `None` if it does not come with the program.
 fn from_program(path: &Path, cache: Option<PathBuf>) -> Option<Result<PathBuf, ShippedError>> {
     let is_part = |name: &str| Path::new(name).starts_with(path) || path.starts_with(name);
@@ -125,7 +139,7 @@ fn from_program(path: &Path, cache: Option<PathBuf>) -> Option<Result<PathBuf, S
     if !is_named || wanted.is_empty() && samples.is_empty() {
         return None;
     }
-    let root = cache.map(|cache| cache.join(format!("shipped-{VERSION}")));
+    let root = cache.as_deref().map(copies_in);
     let put = |root: &Path| -> Result<PathBuf, ShippedError> {
         let mut written = false;
         for (name, bytes) in wanted {

@@ -162,6 +162,17 @@ fn the_version_names_commit_features_and_devices() {
         long.contains(&format!("features: {}\n", features.join(" "))),
         "{long}"
     );
+    let built: Vec<&str> = version["backends"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|backend| backend.as_str().unwrap())
+        .collect();
+    assert!(built.contains(&"cpu"), "{version}");
+    assert!(
+        long.contains(&format!("devices: {}\n", built.join(" "))),
+        "{long}"
+    );
     let devices = version["devices"].as_array().unwrap();
     assert!(
         devices.iter().any(|device| device["name"] == "cpu"),

@@ -120,26 +120,17 @@ mod tests {
     }
 
     #[test]
-    fn every_key_is_described_and_in_both_lists_of_keys() {
+    fn every_key_is_described() {
         let schema = json_schema();
         let properties = schema["properties"].as_object().unwrap();
         let keys = TrainConfig::keys();
         assert_eq!(keys.len(), properties.len());
-        let (example, chinese) = (
-            repository("configs/openi-lora.toml"),
-            repository("docs/config.zh.md"),
-        );
         for key in &keys {
             let description = properties[key]["description"].as_str();
             assert!(
                 description.is_some_and(|text| text.len() > 10 && !text.contains("[`")),
                 "{key}: {description:?}"
             );
-            let set = format!("{key} = ");
-            let is_set = |line: &str| line.trim_start_matches("# ").starts_with(&set);
-            assert!(example.lines().any(is_set), "openi-lora.toml: no `{key}`");
-            let row = format!("| `{key}` |");
-            assert!(chinese.contains(&row), "docs/config.zh.md: no `{key}`");
         }
     }
 
