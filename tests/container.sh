@@ -122,6 +122,8 @@ echo "== a training run, a new cache, and its continuation"
 train=("${entry[@]}" train --device cpu --no-tui --show 0)
 keys=(--set eval_generate=0 --set val_data=phantom:12:0..8:house)
 (inside "${train[@]}" --output-dir artifacts/run "${keys[@]}" --set max_steps=2) | tail -n 1
+(inside "${train[@]}" --config configs/tiny-pretrain.toml --random-init --model model/tiny --output-dir artifacts/first \
+    "${keys[@]}" --set max_steps=1) | tail -n 1
 (inside rm -r /work/.cache)
 (inside "${train[@]}" --config artifacts/run/config.toml --resume auto --set max_steps=3) | tail -n 1
 (inside "${entry[@]}" infer --device cpu --adapter artifacts/run/checkpoint-3)

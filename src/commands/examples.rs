@@ -94,8 +94,8 @@ pub const PLAN: &[Example] = &[
         "xray-qwen3vl plan --config configs/tiny.toml --set per_device_train_batch_size=4 --samples-per-second 60",
     ),
     (
-        "Settings that fit into 1 GiB",
-        "xray-qwen3vl plan --config configs/tiny.toml --memory-budget 1",
+        "Settings that fit into 2 GiB",
+        "xray-qwen3vl plan --config configs/tiny.toml --memory-budget 2",
     ),
 ];
 
@@ -189,8 +189,8 @@ pub const BENCH: &[Example] = &[
         "xray-qwen3vl bench infer --model model/tiny --device cpu --batch 8",
     ),
     (
-        "Training steps at the shapes of the 2B model, two layers of it",
-        "xray-qwen3vl bench train --random-weights 2b --layers 2 --steps 2",
+        "Training steps of a small model with random weights",
+        "xray-qwen3vl bench train --random-weights tiny --steps 3",
     ),
     (
         "A server that runs already, under sixteen users",

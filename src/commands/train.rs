@@ -111,10 +111,7 @@ pub fn run(args: TrainArgs) -> Result<()> {
 }
 
 fn load_config(args: &TrainArgs) -> Result<TrainConfig> {
-    let path = args
-        .config
-        .clone()
-        .unwrap_or_else(|| shipped(Path::new(DEFAULT_CONFIG)));
+    let path = shipped(args.config.as_deref().unwrap_or(Path::new(DEFAULT_CONFIG)));
     let config = TrainConfig::from_file(&path).map_err(anyhow::Error::from)?;
     let mut table = toml::Table::try_from(&config).context("cannot read the settings back")?;
     let mut set = |key: &str, value: toml::Value| {
@@ -422,16 +419,21 @@ fn print_reports<B: Accelerator>(
     let scores = HeldOutScores::of(result, device)?;
     scores.save(result, seconds)?;
     if let Some(table) = scores.table() {
-        println!("\n{table}");
+        print_line(&format!("\n{table}"));
     }
-    println!("\nnext: {}", infer_command(result));
+    print_line(&format!("\nnext: {}", infer_command(result)));
     if args.config.is_none() {
-        println!(
+        print_line(&format!(
             "with the real model: put Qwen3-VL-8B-Instruct under model/, your data through `convert` and `check`, then {} train --config configs/openi-lora.toml",
             program()
-        );
+        ));
     }
     Ok(())
+}
+
+/// Writes a line to stdout, whether or not anybody is there to read it: files are still to be written.
+fn print_line(line: &str) {
+    let _ = writeln!(stdout(), "{line}");
 }
 
 /// Writes a line to stderr, whether or not anybody is there to read it.

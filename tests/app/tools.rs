@@ -219,16 +219,13 @@ fn config_shows_what_a_run_would_use() {
         "{stderr}"
     );
     // What is shown is a config, and so is an example.
-    for (name, text) in [
+    for (name, shown) in [
         ("shown", well(folder.path(), &args)),
         ("tiny", well(folder.path(), &["config", "example", "tiny"])),
     ] {
         let file = folder.path().join(format!("{name}.toml"));
-        fs::write(&file, &text).unwrap();
-        well(
-            folder.path(),
-            &["config", "show", "--config", text_of(&file)],
-        );
+        fs::write(&file, &shown).unwrap();
+        well(folder.path(), &["config", "show", "--config", text(&file)]);
     }
     let (code, _, stderr) = run(folder.path(), &["config", "example", "tinny"]);
     assert!(
@@ -242,8 +239,25 @@ fn config_shows_what_a_run_would_use() {
     );
 }
 
-fn text_of(path: &Path) -> &str {
-    text(path)
+/// `| head` is no failure, and no internal error.
+#[cfg(unix)]
+#[test]
+fn a_reader_that_has_seen_enough_is_no_failure() {
+    for args in [
+        &["plan"][..],
+        &["doctor", "--device", "cpu"],
+        &["version"],
+        &["config", "show"],
+        &["completions", "zsh"],
+        &["train", "--help"],
+    ] {
+        let mut child = crate::program(repository(), args).spawn().unwrap();
+        drop(child.stdout.take());
+        let output = child.wait_with_output().unwrap();
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{args:?}: {errors}");
+        assert!(!errors.contains("error"), "{args:?}: {errors}");
+    }
 }
 
 /// Runs a script of `tests/tools` with the Python that has what it needs.

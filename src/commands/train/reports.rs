@@ -5,6 +5,8 @@ use std::{collections::BTreeMap, fmt::Write as _, fs, path::Path, sync::Arc};
 use anyhow::Result;
 use serde_json::{Value, json};
 
+use super::print_line;
+
 use crate::{
     adapters::lora::merge::merge,
     base::files::{FileError, write_atomic},
@@ -392,16 +394,16 @@ pub(super) fn show_examples<B: Accelerator>(
         all.into_iter().map(|one| (one.truth, one.report)).collect()
     };
     for (index, (truth, report)) in pairs.iter().enumerate() {
-        println!("\nheld-out study {}", index + 1);
-        println!("  truth   {truth}");
-        println!("  answer  {report}");
+        print_line(&format!("\nheld-out study {}", index + 1));
+        print_line(&format!("  truth   {truth}"));
+        print_line(&format!("  answer  {report}"));
     }
     if pairs.len() < data.len() {
-        println!(
+        print_line(&format!(
             "\n{} shown of {}",
             pairs.len(),
             counted(data.len(), "held-out row", "held-out rows")
-        );
+        ));
     }
     Ok(())
 }
