@@ -7,7 +7,7 @@
 #     serve --model /models/Qwen3-VL-8B-Instruct
 #
 # The tiny model, the configs and the sample data set are inside the program. It loads no library but the C library.
-# Larger models are mounted at /models; runs, reports and the cache go to /work.
+# Larger models are mounted at /models; runs, reports and the cache go to /runs.
 
 ARG RUST=1.95
 ARG DEBIAN=bookworm
@@ -24,13 +24,13 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry \
 FROM debian:${DEBIAN}-slim
 COPY --from=build /out/bin/xray-qwen3vl /usr/local/bin/xray-qwen3vl
 COPY LICENSE /usr/share/doc/xray-qwen3vl/LICENSE
-RUN useradd --uid 10001 --user-group --no-create-home --home-dir /work xray \
-    && install --directory --owner=xray --group=xray /work /models
+RUN useradd --uid 10001 --user-group --no-create-home --home-dir /runs xray \
+    && install --directory --owner=xray --group=xray /runs /models
 USER 10001:10001
-WORKDIR /work
-VOLUME ["/models", "/work"]
+WORKDIR /runs
+VOLUME ["/models", "/runs"]
 # Inside the container the server listens on all addresses; it wants XRAY_API_KEY, or --no-auth.
-ENV HOME=/work XRAY_HOST=0.0.0.0 XRAY_PORT=7860
+ENV HOME=/runs XRAY_HOST=0.0.0.0 XRAY_PORT=7860
 EXPOSE 7860
 # Ready once the model is loaded. For containers that serve; others end before it matters.
 HEALTHCHECK --interval=15s --timeout=5s --start-period=10m --retries=3 \

@@ -109,7 +109,7 @@ inside() {
 echo "== the user"
 [[ "$(inside id -u)" == "${user%%:*}" ]]
 (inside touch /usr/local/bin/other) 2>/dev/null && fail "the user may write outside its folders"
-(inside touch /work/own /models/own)
+(inside touch /runs/own /models/own)
 
 echo "== a report, with nothing mounted"
 report="$(inside "${entry[@]}" infer --device cpu)"
@@ -124,7 +124,7 @@ keys=(--set eval_generate=0 --set val_data=phantom:12:0..8:house)
 (inside "${train[@]}" --output-dir artifacts/run "${keys[@]}" --set max_steps=2) | tail -n 1
 (inside "${train[@]}" --config configs/tiny-pretrain.toml --random-init --model model/tiny --output-dir artifacts/first \
     "${keys[@]}" --set max_steps=1) | tail -n 1
-(inside rm -r /work/.cache)
+(inside rm -r /runs/.cache)
 (inside "${train[@]}" --config artifacts/run/config.toml --resume auto --set max_steps=3) | tail -n 1
 (inside "${entry[@]}" infer --device cpu --adapter artifacts/run/checkpoint-3)
 
