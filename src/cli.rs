@@ -2,16 +2,20 @@
 
 use clap::{Parser, Subcommand};
 
-use crate::commands::{
-    bench, check, clean, convert, doctor, eval, infer, init_tiny, label, merge, phantoms, plan,
-    quantize, serve, train,
+use crate::{
+    base::build_info::{LONG_VERSION, VERSION},
+    commands::{
+        bench, check, clean, completions, config, convert, doctor, eval,
+        examples::{self, section},
+        infer, init_tiny, label, merge, phantoms, plan, quantize, serve, train, version,
+    },
 };
 
 /// Fine-tunes Qwen3-VL on chest X-rays and writes Chinese radiology reports.
 ///
 /// For research. Nothing it writes is a diagnosis.
 #[derive(Debug, Parser)]
-#[command(name = "xray-qwen3vl", version)]
+#[command(name = "xray-qwen3vl", version = VERSION, long_version = LONG_VERSION, after_help = section(examples::FIRST, ""))]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -30,46 +34,73 @@ pub enum Command {
     /// byte), `image_sha256`, `prompt`, `settings` (a hash of what else decides the answer), `report`,
     /// `thinking`, `finish_reason` (`stop`, `length`, `repetition`), `remarks` (a list of `code` and `text`:
     /// what a reader should know about the image), `prompt_tokens`, `completion_tokens`, `seconds`, `error`.
+    #[command(after_help = section(examples::INFER, ""))]
     Infer(infer::InferArgs),
     /// Fine-tune a model.
     ///
     /// Without arguments, the tiny model on the sample data set, both from the repository: a minute or two on
     /// two CPU cores.
+    #[command(after_help = section(examples::TRAIN, ""))]
     Train(train::TrainArgs),
     /// Merge an adapter into its base model and write the result as a checkpoint.
     ///
     /// The written checkpoint is read back and compared with base plus adapter on a test input. Without an
     /// adapter, a checkpoint is rewritten in another dtype.
+    #[command(after_help = section(examples::MERGE, ""))]
     Merge(merge::MergeArgs),
     /// Quantise a checkpoint to 8 or 4 bits, for cards with less memory.
     ///
     /// The result loads without the original and takes adapters that were trained on the original. Every
     /// byte is read back and the model is run once before the command ends.
+    #[command(after_help = section(examples::QUANTIZE, ""))]
     Quantize(quantize::QuantizeArgs),
     /// Estimate a run before anything is loaded: parameters, memory, steps, tokens, time.
+    #[command(after_help = section(examples::PLAN, ""))]
     Plan(plan::PlanArgs),
     /// Score a model's reports, or a file of predictions, beside baselines: text metrics and findings.
     ///
     /// Without arguments, the tiny model that comes with the repository on the sample data set.
+    #[command(after_help = section(examples::EVAL, ""))]
     Eval(Box<eval::EvalArgs>),
     /// Turn the OpenI-zh corpus, or any data set in a known form, into train.jsonl and val.jsonl.
+    #[command(after_help = section(examples::CONVERT, ""))]
     Convert(convert::ConvertArgs),
     /// Report the translation defects of a corpus, row by row, and propose a corrected copy.
+    #[command(after_help = section(examples::CLEAN, ""))]
     Clean(clean::CleanArgs),
     /// Read the findings of reports by rules: present, absent or uncertain, side, degree, and the words.
+    #[command(after_help = section(examples::LABEL, ""))]
     Label(label::LabelArgs),
     /// Validate a data set before a model is loaded.
+    #[command(after_help = section(examples::CHECK, ""))]
     Check(check::CheckArgs),
     /// Draw a data set of synthetic chest radiographs with Chinese reports.
+    #[command(after_help = section(examples::PHANTOMS, ""))]
     Phantoms(phantoms::PhantomsArgs),
     /// Write the config and tokenizer of the tiny model, for training it from random weights.
+    #[command(after_help = section(examples::INIT_TINY, ""))]
     InitTiny(init_tiny::InitTinyArgs),
     /// Serve a model to many people: OpenAI's API and a web page, in one process.
     ///
     /// Without arguments, the tiny model that comes with the repository at http://127.0.0.1:7860.
+    #[command(after_help = section(examples::SERVE, serve::EXIT_CODES))]
     Serve(serve::ServeArgs),
     /// List the devices of this machine, and check for each of their dtypes that results agree with the CPU.
+    #[command(after_help = section(examples::DOCTOR, ""))]
     Doctor(doctor::DoctorArgs),
     /// Measure speed and memory of the model on this machine beside the hardware's limits, or of a server.
+    #[command(after_help = section(examples::BENCH, ""))]
     Bench(bench::BenchCommand),
+    /// Print the settings of a run as it would use them, a config to start from, or the schema of config files.
+    #[command(after_help = section(examples::CONFIG, ""))]
+    Config(config::ConfigArgs),
+    /// Print completions for a shell.
+    #[command(after_help = section(examples::COMPLETIONS, ""))]
+    Completions(completions::CompletionsArgs),
+    /// Write manual pages, one for each command.
+    #[command(after_help = section(examples::MAN, ""))]
+    Man(completions::ManArgs),
+    /// Print version, commit, features, and the devices that are found.
+    #[command(after_help = section(examples::VERSION, ""))]
+    Version(version::VersionArgs),
 }

@@ -5,11 +5,14 @@ use std::{panic, process::ExitCode, sync::Mutex};
 
 use clap::Parser;
 use xray_qwen3vl::{
-    base::{out_of_memory, panics::panic_text},
+    base::{
+        out_of_memory,
+        panics::{is_closed_output, panic_text},
+    },
     cli::{Cli, Command},
     commands::{
-        bench, check, clean, convert, doctor, eval, exit_code, infer, init_tiny, label, log_lines,
-        merge, phantoms, plan, quantize, serve, train,
+        bench, check, clean, completions, config, convert, doctor, eval, exit_code, infer,
+        init_tiny, label, log_lines, merge, phantoms, plan, quantize, serve, train, version,
     },
 };
 
@@ -44,6 +47,9 @@ fn main() -> ExitCode {
     let full = std::env::var_os("RUST_BACKTRACE").map(|_| panic::take_hook());
     panic::set_hook(Box::new(move |info| {
         out_of_memory::note(info);
+        if is_closed_output(&panic_text(info.payload())) {
+            return;
+        }
         if let Some(full) = &full {
             full(info);
         } else if let (Ok(mut place), Some(location)) = (PLACE.lock(), info.location()) {
@@ -71,6 +77,10 @@ fn main() -> ExitCode {
         Command::Serve(args) => serve::run(args),
         Command::Doctor(args) => doctor::run(args),
         Command::Bench(command) => bench::run(command),
+        Command::Config(args) => config::run(args),
+        Command::Completions(args) => completions::run(&args),
+        Command::Man(args) => completions::run_man(&args),
+        Command::Version(args) => version::run(&args),
     });
     match result {
         Ok(Ok(())) => ExitCode::SUCCESS,
@@ -82,6 +92,9 @@ fn main() -> ExitCode {
         }
         Err(payload) => {
             let reason = panic_text(payload.as_ref());
+            if is_closed_output(&reason) {
+                return ExitCode::SUCCESS;
+            }
             if let Some(message) = out_of_memory::explain(&reason, advice) {
                 eprintln!("error: {message}");
             } else {

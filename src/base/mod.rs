@@ -1,6 +1,7 @@
 //! What every layer above uses: files, memory, names of devices, panics as sentences, drawing. Nothing
 //! here knows of models, training or reports.
 
+pub mod build_info;
 pub mod device_name;
 pub mod files;
 pub mod out_of_memory;

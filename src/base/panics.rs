@@ -25,6 +25,13 @@ pub fn panic_text(payload: &(dyn std::any::Any + Send)) -> String {
     missing_library(line).unwrap_or_else(|| line.to_string())
 }
 
+/// Whether a panic says that nobody reads the program's output any more, as after `| head`: std's `println!` knows no
+/// other way to say so.
+pub fn is_closed_output(text: &str) -> bool {
+    let closed = ["(os error 32)", "(os error 232)"];
+    text.starts_with("failed printing to stdout") && closed.iter().any(|code| text.contains(code))
+}
+
 /// A sentence in place of the list of file names that cudarc tried.
 fn missing_library(text: &str) -> Option<String> {
     let (_, rest) = text.split_once("Unable to dynamically load the \"")?;

@@ -1,4 +1,4 @@
-//! Memory facts from the operating system.
+//! Facts from the operating system: memory, processor, the user's cache folder.
 
 use std::fs;
 
@@ -88,6 +88,16 @@ pub fn keep_large_buffers() {
         set_allocator(M_MMAP_THRESHOLD, BYTES);
         set_allocator(M_TRIM_THRESHOLD, BYTES);
     }
+}
+
+/// The program's folder for what can be made again: below `$XDG_CACHE_HOME` or `~/.cache`; `None` without either of
+/// them.
+pub fn cache_folder() -> Option<std::path::PathBuf> {
+    let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
+    let cache = set("XDG_CACHE_HOME")
+        .map(std::path::PathBuf::from)
+        .or_else(|| set("HOME").map(|home| std::path::PathBuf::from(home).join(".cache")))?;
+    Some(cache.join("xray-qwen3vl"))
 }
 
 /// Name and number of cores of the machine's processor.

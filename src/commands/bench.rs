@@ -16,7 +16,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use super::{
     bench_serve::{self, BenchServeArgs},
     progress::{Progress, Unit, loading, prepare_kernels},
-    shell::shipped,
+    shipped::shipped,
     usage::UsageError,
 };
 use crate::{

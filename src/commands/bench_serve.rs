@@ -24,7 +24,7 @@ use http_body_util::BodyExt;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use serde_json::{Value, json};
 
-use super::{shell::shipped, usage::UsageError};
+use super::{shipped::shipped, usage::UsageError};
 use crate::{
     base::device_name::DeviceName,
     runtime::synthetic::weights::RandomSize,

@@ -9,12 +9,14 @@ use clap::Args;
 
 use super::progress::{Progress, Unit};
 use super::shared_args::StudyArgs;
-use super::shell::{shipped, unless_closed};
+use super::shell::unless_closed;
+use super::shipped::shipped;
 use super::usage::UsageError;
 use crate::dataset::check::{Check, CheckReport};
 use crate::processor::chat::ChatTemplate;
 use crate::processor::patches::{ImageProcessor, ImageProcessorConfig};
 use crate::processor::tokenizer::Tokenizer;
+use crate::study::counted;
 
 /// Arguments of `check`.
 #[derive(Debug, Clone, Args)]
@@ -66,11 +68,15 @@ pub fn run(args: CheckArgs) -> Result<()> {
         studies: args.studies.rule()?,
     };
     let progress = Mutex::new(Progress::new("images", 0, Unit::Items));
-    let report = check.run(&args.data, args.val.as_deref(), &|done, total| {
-        if let Ok(mut progress) = progress.lock() {
-            progress.set(done as u64, total as u64);
-        }
-    });
+    let report = check.run(
+        &shipped(&args.data),
+        args.val.as_deref().map(shipped).as_deref(),
+        &|done, total| {
+            if let Ok(mut progress) = progress.lock() {
+                progress.set(done as u64, total as u64);
+            }
+        },
+    );
     if let Ok(progress) = progress.into_inner() {
         progress.finish();
     }
@@ -109,7 +115,12 @@ fn print(report: &CheckReport, json: bool) -> std::io::Result<()> {
         return writeln!(out, "{}", serde_json::to_string(report)?);
     }
     for file in &report.files {
-        writeln!(out, "{}: {} rows", file.file.display(), file.rows)?;
+        writeln!(
+            out,
+            "{}: {}",
+            file.file.display(),
+            counted(file.rows, "row", "rows")
+        )?;
     }
     if let Some(tokens) = &report.row_tokens {
         writeln!(
@@ -132,8 +143,10 @@ fn print(report: &CheckReport, json: bool) -> std::io::Result<()> {
     }
     writeln!(
         out,
-        "{} images, {} errors, {} warnings",
-        report.images, report.errors, report.warnings
+        "{}, {}, {}",
+        counted(report.images, "image", "images"),
+        counted(report.errors, "error", "errors"),
+        counted(report.warnings, "warning", "warnings")
     )
 }
 

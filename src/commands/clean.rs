@@ -19,6 +19,7 @@ use crate::{
         Correction, Defect, TermTable, apply, correct_json, count_defects, read_rows, to_jsonl,
         unified_diff,
     },
+    study::counted,
 };
 
 /// Arguments of `clean`.
@@ -67,7 +68,7 @@ pub fn run(args: &CleanArgs) -> Result<()> {
     let table = own_table.as_ref().unwrap_or_else(|| TermTable::built_in());
     let wanted = wanted_names(args, table)?;
     check_paths(args)?;
-    let text = read(&args.input)?;
+    let text = read(&super::shipped::shipped(&args.input))?;
     let sources: BTreeMap<String, String> = match &args.english {
         Some(path) => read_rows(&name(path), &read(path)?, &BTreeMap::new())?
             .into_iter()
@@ -229,9 +230,10 @@ fn print(
     }
     writeln!(
         out,
-        "{} places in {rows} rows; a correction is proposed for {} of them, in {} rows",
-        defects.len(),
+        "{} in {}; a correction is proposed for {} of them, in {}",
+        counted(defects.len(), "place", "places"),
+        counted(rows, "row", "rows"),
         defects.iter().filter(|d| d.after.is_some()).count(),
-        corrections.len()
+        counted(corrections.len(), "row", "rows")
     )
 }

@@ -8,7 +8,8 @@ use clap::{Args, ValueEnum};
 
 use super::check::image_processor;
 use super::shared_args::StudyArgs;
-use super::shell::{shipped, unless_closed};
+use super::shell::unless_closed;
+use super::shipped::shipped;
 use super::usage::UsageError;
 use crate::dataset::convert::{ConvertOptions, CorpusKeys, Split, convert, read_prompts};
 use crate::processor::tokenizer::Tokenizer;
@@ -111,8 +112,8 @@ pub fn run(args: ConvertArgs) -> Result<()> {
             .image_key
             .zip(args.report_key)
             .map(|(image, report)| CorpusKeys { image, report }),
-        input: args.input,
-        images: args.images,
+        input: shipped(&args.input),
+        images: args.images.as_deref().map(shipped),
         output: args.output,
         prompts,
         seed: args.seed,

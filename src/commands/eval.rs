@@ -16,7 +16,8 @@ use burn::tensor::DType;
 
 use super::{
     shared_args::generation_config,
-    shell::{shipped, shipped_data, unless_closed},
+    shell::unless_closed,
+    shipped::{shipped, shipped_data},
     usage::UsageError,
 };
 use crate::{

@@ -57,10 +57,6 @@ pub enum Level {
 
 /// Arguments of `label`.
 #[derive(Debug, Clone, Args)]
-#[command(
-    after_help = "Examples:\n  xray-qwen3vl label reports.jsonl --output labels.jsonl\n  \
-    xray-qwen3vl label reports.csv --text-key 检查所见 --csv chexpert.csv --html labels.html"
-)]
 pub struct LabelArgs {
     /// Reports: JSON Lines, a JSON list, CSV with a header, or plain text with a report a line.
     #[arg(value_name = "FILE")]

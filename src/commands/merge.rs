@@ -9,7 +9,8 @@ use clap::Args;
 use super::{
     logits::{probe, read, relative_distance},
     pipeline_options::checkpoint_alone,
-    shell::{expect_new, shipped},
+    shell::expect_new,
+    shipped::shipped,
 };
 use crate::{
     accelerate::devices::{DeviceTask, run_on},

@@ -4,9 +4,12 @@ pub mod bench;
 pub mod bench_serve;
 pub mod check;
 pub mod clean;
+pub mod completions;
+pub mod config;
 pub mod convert;
 pub mod doctor;
 pub mod eval;
+pub mod examples;
 pub mod infer;
 mod infer_server;
 pub mod init_tiny;
@@ -23,9 +26,11 @@ mod question;
 pub mod serve;
 pub mod shared_args;
 mod shell;
+mod shipped;
 mod tags;
 pub mod train;
 mod usage;
+pub mod version;
 
 pub use usage::UsageError;
 

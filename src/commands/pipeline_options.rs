@@ -6,7 +6,7 @@ use burn::tensor::DType;
 
 use super::{
     shared_args::{AdapterArgs, LoadArgs, ModelArgs},
-    shell::shipped,
+    shipped::shipped,
 };
 use crate::{runtime::pipeline::PipelineOptions, train::config::TrainConfig};
 

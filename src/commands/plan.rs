@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use super::{
     pipeline_options::base_of_run,
-    shell::{shipped, shipped_data},
+    shipped::{shipped, shipped_data},
     train::settings::with_keys,
     usage::UsageError,
 };

@@ -9,7 +9,8 @@ use clap::Args;
 use super::{
     logits::{probe, read},
     pipeline_options::checkpoint_alone,
-    shell::{expect_new, shipped},
+    shell::expect_new,
+    shipped::shipped,
     usage::UsageError,
 };
 use crate::{

@@ -17,7 +17,7 @@ use super::{
     pipeline_options::pipeline_options,
     progress::{Progress, Unit, prepare_kernels},
     shared_args::{GenerationArgs, ModelArgs, generation_config, one_device},
-    shell::shipped,
+    shipped::shipped,
     usage::UsageError,
 };
 use crate::{
@@ -52,12 +52,12 @@ use crate::{
 /// The environment's name for `--api-key`.
 const API_KEY: &str = "XRAY_API_KEY";
 
+/// What the exit codes of `serve` mean, for its help.
+pub const EXIT_CODES: &str = "Exit codes: 0 stopped by a signal, 1 could not start or serve, 2 wrong arguments, 3 the device \
+                  failed three times in a row, 130 stopped at once by a second signal.";
+
 /// Arguments of `serve`. Those of the network may come from the environment as well.
 #[derive(Debug, Args)]
-#[command(
-    after_help = "Exit codes: 0 stopped by a signal, 1 could not start or serve, 2 wrong arguments, 3 the device \
-                  failed three times in a row, 130 stopped at once by a second signal."
-)]
 pub struct ServeArgs {
     /// Address to listen on; any address other than loopback needs --api-key or --no-auth.
     #[arg(long, value_name = "ADDRESS", default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST), env = "XRAY_HOST")]

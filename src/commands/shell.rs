@@ -1,30 +1,8 @@
-//! Between the program and the shell it was called from: paths, pipes, and commands to be typed.
+//! Between the program and the shell it was called from: outputs, pipes, and commands to be typed.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::usage::UsageError;
-
-/// A path that comes with the repository: as given, or beside the sources the program was built from.
-pub(super) fn shipped(path: &Path) -> PathBuf {
-    if path.exists() || path.is_absolute() {
-        return path.to_path_buf();
-    }
-    let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
-    if beside.exists() {
-        beside
-    } else {
-        path.to_path_buf()
-    }
-}
-
-/// The name of a data set: phantoms as they are, a file as [`shipped`] finds it.
-pub(super) fn shipped_data(name: &str) -> String {
-    if name.starts_with("phantom:") {
-        name.to_owned()
-    } else {
-        shipped(Path::new(name)).display().to_string()
-    }
-}
 
 /// Refuses to write into a folder that is there.
 pub(super) fn expect_new(output: &Path) -> Result<(), UsageError> {

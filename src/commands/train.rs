@@ -27,7 +27,8 @@ use burn::{
 use super::{
     pipeline_options::base_of_run,
     progress::{Progress, Unit},
-    shell::{program, shell_word, shipped, shipped_data},
+    shell::{program, shell_word},
+    shipped::{shipped, shipped_data},
     usage::UsageError,
 };
 use crate::{
@@ -42,6 +43,7 @@ use crate::{
     train::{
         budget::{Budget, Form},
         config::{TrainConfig, Tuner},
+        report_command::Reported,
         run::{Dashboard, QuietRenderer, Resume, RunOptions, RunResult, train},
         strategy::{Ending, TrainError},
         words::{clock, counted},
@@ -109,10 +111,7 @@ pub fn run(args: TrainArgs) -> Result<()> {
 }
 
 fn load_config(args: &TrainArgs) -> Result<TrainConfig> {
-    let path = args
-        .config
-        .clone()
-        .unwrap_or_else(|| shipped(Path::new(DEFAULT_CONFIG)));
+    let path = shipped(args.config.as_deref().unwrap_or(Path::new(DEFAULT_CONFIG)));
     let config = TrainConfig::from_file(&path).map_err(anyhow::Error::from)?;
     let mut table = toml::Table::try_from(&config).context("cannot read the settings back")?;
     let mut set = |key: &str, value: toml::Value| {
@@ -395,6 +394,9 @@ fn print_end<B: Accelerator>(result: &RunResult<B>, seconds: f64, again: &str) {
             .join("training.svg")
             .display()
     );
+    if let Some(remark) = result.reported.as_ref().and_then(Reported::remark) {
+        say(&format!("note: {remark}"));
+    }
     for remark in image_remarks(result) {
         say(&format!("images: {}", remark.sentence()));
     }
@@ -417,16 +419,21 @@ fn print_reports<B: Accelerator>(
     let scores = HeldOutScores::of(result, device)?;
     scores.save(result, seconds)?;
     if let Some(table) = scores.table() {
-        println!("\n{table}");
+        print_line(&format!("\n{table}"));
     }
-    println!("\nnext: {}", infer_command(result));
+    print_line(&format!("\nnext: {}", infer_command(result)));
     if args.config.is_none() {
-        println!(
+        print_line(&format!(
             "with the real model: put Qwen3-VL-8B-Instruct under model/, your data through `convert` and `check`, then {} train --config configs/openi-lora.toml",
             program()
-        );
+        ));
     }
     Ok(())
+}
+
+/// Writes a line to stdout, whether or not anybody is there to read it: files are still to be written.
+fn print_line(line: &str) {
+    let _ = writeln!(stdout(), "{line}");
 }
 
 /// Writes a line to stderr, whether or not anybody is there to read it.

@@ -40,7 +40,17 @@ type Grids = Vec<[usize; 3]>;
 const AHEAD: usize = 2;
 
 /// What is done with samples longer than `max_length`; nothing is ever cut.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Default,
+    serde::Serialize,
+    serde::Deserialize,
+    schemars::JsonSchema,
+)]
 #[serde(rename_all = "snake_case")]
 pub enum Overlong {
     /// Stop and name the row.

@@ -8,7 +8,9 @@ use std::f64::consts::PI;
 use serde::{Deserialize, Serialize};
 
 /// Shape of the learning rate after warm-up.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema,
+)]
 #[serde(rename_all = "snake_case")]
 pub enum ScheduleKind {
     /// Half a cosine from the peak to 0.

@@ -9,7 +9,9 @@ use super::{
     plan::{base_parameters, trained_parameters},
     tape::Recorded,
 };
-use crate::{adapters::lora::config::AdapterError, qwen3_vl::config::Qwen3VlConfig};
+use crate::{
+    adapters::lora::config::AdapterError, qwen3_vl::config::Qwen3VlConfig, study::counted,
+};
 
 const GIB: f64 = (1u64 << 30) as f64;
 
@@ -311,8 +313,8 @@ impl Form {
         let rows = match self.row_tokens {
             0 => "micro-batches as configured".to_string(),
             tokens => format!(
-                "rows of {tokens} tokens ({} samples of {longest})",
-                tokens / longest
+                "rows of {tokens} tokens ({} of {longest})",
+                counted(tokens / longest, "sample", "samples")
             ),
         };
         format!(

@@ -1,23 +1,24 @@
 //! One run as a file: `configs/*.toml`, every key with its reason there.
 
+mod checks;
+mod derived;
+mod messages;
+pub mod schema;
+
 use std::{
     fs,
     path::{Path, PathBuf},
-    time::Duration,
 };
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{gradients::GradientOptions, optimizer::AdamWConfig};
 use crate::{
-    adapters::lora::config::{LoraConfig, TargetModules},
-    dataset::loader::{Overlong, WindowPlan},
-    processor::patches::ImageProcessorConfig,
-    qwen3_vl::layer::Projection,
-    schedule::{Schedule, ScheduleKind},
+    adapters::lora::config::TargetModules, dataset::loader::Overlong, schedule::ScheduleKind,
 };
 
 pub use crate::base::files::nearest::nearest;
+pub use messages::{explain, unknown_key};
 
 /// Errors in a run's settings.
 #[derive(Debug, thiserror::Error)]
@@ -51,7 +52,7 @@ pub enum TrainConfigError {
 }
 
 /// What is trained.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Tuner {
     /// Low-rank adapters on a frozen base.
@@ -62,7 +63,9 @@ pub enum Tuner {
 }
 
 /// What the loss of a step is the mean of.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema, clap::ValueEnum,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum LossReduction {
     /// All target tokens of the step, as in ms-swift.
@@ -72,9 +75,19 @@ pub enum LossReduction {
     Micro,
 }
 
+/// Where the measured values of a run go, besides `metrics.jsonl`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Reporter {
+    /// Event files for TensorBoard, in `OUTPUT_DIR/tensorboard`.
+    Tensorboard,
+    /// The program of `report_command`, as JSON lines.
+    Command,
+}
+
 /// One fine-tuning run. Keys have ms-swift's names where it has the key; `configs/openi-lora.toml` gives the
 /// reason for each value of the published recipe.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainConfig {
     /// Folder of the base checkpoint.
@@ -83,7 +96,7 @@ pub struct TrainConfig {
     pub adapter: Option<PathBuf>,
     /// Training data: JSONL in ms-swift's form, or `phantom:SEED:FROM..TO[:STYLE]`.
     pub train_data: String,
-    /// Validation data in the same forms; `None` does not validate unless `split_dataset_ratio` is set.
+    /// Validation data in the same forms; without it the run validates only if `split_dataset_ratio` is set.
     pub val_data: Option<String>,
     /// Share of the training rows held out for validation, in whole studies; 0 holds out none. Excludes `val_data`.
     pub split_dataset_ratio: f64,
@@ -91,7 +104,7 @@ pub struct TrainConfig {
     pub output_dir: PathBuf,
     /// Devices, each with a whole copy of the model; empty uses the best one available.
     pub device: Vec<String>,
-    /// Type of the base weights: `bf16`, `f16` or `f32`; `None` uses the device's default. Adapters, gradients of
+    /// Type of the base weights: `bf16`, `f16` or `f32`; without it, the device's default. Adapters, gradients of
     /// adapters and optimizer moments are f32 in any case.
     pub dtype: Option<String>,
     /// Decides the order of the samples, the initial adapters and the dropout masks.
@@ -135,9 +148,9 @@ pub struct TrainConfig {
     pub max_length: usize,
     /// What happens to longer samples; nothing is ever truncated.
     pub overlong: Overlong,
-    /// Minimum size of a resized image in pixels; `None` means 4,096.
+    /// Minimum size of a resized image in pixels; 4,096 if absent.
     pub min_pixels: Option<usize>,
-    /// Maximum size of a resized image in pixels; `None` means 1,003,520. 1,024 pixels are one token.
+    /// Maximum size of a resized image in pixels; 1,003,520 if absent. 1,024 pixels are one token.
     pub max_pixels: Option<usize>,
     /// What the loss of a step is the mean of.
     pub loss_reduction: LossReduction,
@@ -173,6 +186,12 @@ pub struct TrainConfig {
 
     /// Steps between two progress lines where there is no dashboard; 0 prints some 50 lines a run.
     pub logging_steps: usize,
+    /// Where the measured values go besides `metrics.jsonl`: `tensorboard` (event files), `command` (the program of
+    /// `report_command`), both, or nowhere.
+    pub report_to: Vec<Reporter>,
+    /// Program and arguments that are given each measured value as a JSON line, such as
+    /// `["python3", "configs/hooks/wandb_log.py"]`; with `command` in `report_to`. A program that fails does not end the run.
+    pub report_command: Vec<String>,
     /// Steps between two validations; 0 validates only at the end.
     pub eval_steps: usize,
     /// Number of held-out reports that are generated and scored at each validation, before the first step, and
@@ -182,7 +201,8 @@ pub struct TrainConfig {
     pub eval_max_new_tokens: usize,
     /// Samples of a batch in validation and generation.
     pub per_device_eval_batch_size: usize,
-    /// What selects the best checkpoint: one of [`BEST_METRICS`].
+    /// What selects the best checkpoint: `eval_loss` or `eval_token_acc`; with `eval_generate` also `eval_rouge_l`
+    /// or `eval_finding_f1`.
     pub metric_for_best_model: String,
     /// Ends the run after this many validations without a better value; 0 never does.
     pub early_stopping_patience: usize,
@@ -245,6 +265,8 @@ impl Default for TrainConfig {
             deterministic: false,
             vit_gradient_checkpointing: true,
             logging_steps: 0,
+            report_to: vec![Reporter::Tensorboard],
+            report_command: Vec::new(),
             eval_steps: 100,
             eval_generate: 0,
             eval_max_new_tokens: 512,
@@ -274,6 +296,8 @@ const FREE_ON_RESUME: &[&str] = &[
     "device",
     "dtype",
     "logging_steps",
+    "report_to",
+    "report_command",
     "save_steps",
     "save_total_limit",
     "dataloader_num_workers",
@@ -325,196 +349,6 @@ impl TrainConfig {
         toml::to_string_pretty(self).unwrap_or_default()
     }
 
-    /// Smallest and largest size an image is scaled to, in pixels: the keys, else the recipe's.
-    pub fn pixel_limits(&self) -> [usize; 2] {
-        let recipe = ImageProcessorConfig::default();
-        [
-            self.min_pixels.unwrap_or(recipe.min_pixels),
-            self.max_pixels.unwrap_or(recipe.max_pixels),
-        ]
-    }
-
-    /// Checks the keys alone and against each other.
-    ///
-    /// # Errors
-    /// The first key that cannot be used.
-    pub fn validate(&self) -> Result<(), TrainConfigError> {
-        fn check(
-            ok: bool,
-            key: &'static str,
-            found: impl ToString,
-            expected: &'static str,
-        ) -> Result<(), TrainConfigError> {
-            if ok {
-                Ok(())
-            } else {
-                Err(TrainConfigError::Value {
-                    key,
-                    found: found.to_string(),
-                    expected,
-                })
-            }
-        }
-        let positive = "a positive number";
-        check(
-            self.num_train_epochs > 0.0 && self.num_train_epochs.is_finite(),
-            "num_train_epochs",
-            self.num_train_epochs,
-            positive,
-        )?;
-        check(
-            self.per_device_train_batch_size > 0,
-            "per_device_train_batch_size",
-            0,
-            positive,
-        )?;
-        check(
-            self.per_device_eval_batch_size > 0,
-            "per_device_eval_batch_size",
-            0,
-            positive,
-        )?;
-        check(
-            self.gradient_accumulation_steps > 0,
-            "gradient_accumulation_steps",
-            0,
-            positive,
-        )?;
-        check(
-            self.max_length > 1,
-            "max_length",
-            self.max_length,
-            "at least 2 tokens",
-        )?;
-        check(
-            self.packing || self.packing_tokens == 0,
-            "packing_tokens",
-            self.packing_tokens,
-            "0, or `packing = true`",
-        )?;
-        check(
-            !self.packing || self.loss_reduction == LossReduction::Token,
-            "loss_reduction",
-            "micro",
-            "token with `packing`: a packed row joins samples of several micro-batches",
-        )?;
-        check(
-            self.memory_budget
-                .is_none_or(|gib| gib > 0.0 && gib.is_finite()),
-            "memory_budget",
-            self.memory_budget.unwrap_or_default(),
-            "a positive number of GiB",
-        )?;
-        check(self.lora_rank > 0, "lora_rank", 0, positive)?;
-        check(
-            (0.0..1.0).contains(&self.lora_dropout),
-            "lora_dropout",
-            self.lora_dropout,
-            "0 or more and less than 1",
-        )?;
-        check(
-            self.learning_rate > 0.0 && self.learning_rate.is_finite(),
-            "learning_rate",
-            self.learning_rate,
-            positive,
-        )?;
-        check(
-            (0.0..=1.0).contains(&self.warmup_ratio),
-            "warmup_ratio",
-            self.warmup_ratio,
-            "0 to 1",
-        )?;
-        check(
-            (0.0..1.0).contains(&self.adam_beta1),
-            "adam_beta1",
-            self.adam_beta1,
-            "0 or more and less than 1",
-        )?;
-        check(
-            (0.0..1.0).contains(&self.adam_beta2),
-            "adam_beta2",
-            self.adam_beta2,
-            "0 or more and less than 1",
-        )?;
-        check(
-            self.weight_decay >= 0.0,
-            "weight_decay",
-            self.weight_decay,
-            "0 or more",
-        )?;
-        check(
-            self.max_grad_norm >= 0.0,
-            "max_grad_norm",
-            self.max_grad_norm,
-            "0 (off) or more",
-        )?;
-        check(
-            self.ddp_timeout > 0.0 && self.ddp_timeout <= 1e9,
-            "ddp_timeout",
-            self.ddp_timeout,
-            "a positive number of seconds",
-        )?;
-        check(self.save_total_limit > 0, "save_total_limit", 0, positive)?;
-        check(
-            !(self.freeze_vit && self.freeze_aligner && self.freeze_llm),
-            "freeze_llm",
-            true,
-            "false: with freeze_vit and freeze_aligner nothing is left to train",
-        )?;
-        check(
-            BEST_METRICS
-                .iter()
-                .any(|(name, _)| *name == self.metric_for_best_model),
-            "metric_for_best_model",
-            &self.metric_for_best_model,
-            "eval_loss, eval_token_acc, eval_rouge_l or eval_finding_f1",
-        )?;
-        let bare = match &self.target_modules {
-            TargetModules::Pattern(pattern) if pattern != "all-linear" => {
-                let is_name = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
-                pattern.bytes().all(is_name).then_some(pattern.as_str())
-            }
-            _ => None,
-        };
-        check(
-            bare.is_none(),
-            "target_modules",
-            format!("\"{}\"", bare.unwrap_or_default()),
-            "a list of names such as [\"q_proj\"], \"all-linear\", or a regular expression over whole paths, which a single name never matches",
-        )?;
-        let generated = ["eval_rouge_l", "eval_finding_f1"];
-        check(
-            self.tuner == Tuner::Lora || self.adapter.is_none(),
-            "adapter",
-            "given",
-            "it absent with `tuner = \"full\"`; merge it into the model first",
-        )?;
-        check(
-            (0.0..1.0).contains(&self.split_dataset_ratio),
-            "split_dataset_ratio",
-            self.split_dataset_ratio,
-            "0 or more and less than 1",
-        )?;
-        check(
-            self.split_dataset_ratio == 0.0 || self.val_data.is_none(),
-            "split_dataset_ratio",
-            self.split_dataset_ratio,
-            "0 with `val_data`: the run validates on one of them",
-        )?;
-        check(
-            self.early_stopping_patience == 0 || self.validates(),
-            "early_stopping_patience",
-            self.early_stopping_patience,
-            "0, or `val_data` or `split_dataset_ratio` to validate on",
-        )?;
-        check(
-            self.eval_generate > 0 || !generated.contains(&self.metric_for_best_model.as_str()),
-            "metric_for_best_model",
-            &self.metric_for_best_model,
-            "a metric that needs no generated reports, or `eval_generate` above 0",
-        )
-    }
-
     /// Whether the run validates: on data of its own, or on what is held out of the training data.
     pub fn validates(&self) -> bool {
         self.val_data.is_some() || self.split_dataset_ratio > 0.0
@@ -525,127 +359,6 @@ impl TrainConfig {
         BEST_METRICS
             .iter()
             .any(|(name, more)| *name == self.metric_for_best_model && *more)
-    }
-
-    /// The adapter's settings; `all-linear` means what the freeze flags leave, as in ms-swift.
-    pub fn lora_config(&self) -> LoraConfig {
-        let target_modules = match &self.target_modules {
-            TargetModules::Pattern(pattern) if pattern == "all-linear" => {
-                let mut parts = Vec::new();
-                if !self.freeze_llm {
-                    let names = Projection::ALL.map(Projection::name).join("|");
-                    parts.push(format!(r"model\.language_model\..*\.({names})"));
-                }
-                if !self.freeze_vit {
-                    parts.push(
-                        r"model\.visual\.blocks\..*\.(qkv|proj|linear_fc1|linear_fc2)".to_string(),
-                    );
-                }
-                if !self.freeze_aligner {
-                    parts.push(r"model\.visual\.(merger|deepstack_merger_list\.\d+)\.(linear_fc1|linear_fc2)".to_string());
-                }
-                TargetModules::Pattern(format!("^({})$", parts.join("|")))
-            }
-            other => other.clone(),
-        };
-        LoraConfig {
-            r: self.lora_rank,
-            lora_alpha: self.lora_alpha,
-            lora_dropout: self.lora_dropout,
-            target_modules,
-            use_rslora: self.use_rslora,
-            use_dora: self.use_dora,
-            base_model_name_or_path: Some(self.model.display().to_string()),
-            ..LoraConfig::default()
-        }
-    }
-
-    /// Tokens of a packed row; `None` when samples are padded.
-    pub fn row_tokens(&self) -> Option<usize> {
-        self.packing.then_some(match self.packing_tokens {
-            0 => self.max_length,
-            tokens => tokens,
-        })
-    }
-
-    /// How samples become windows on `devices` devices.
-    pub fn window_plan(&self, devices: usize) -> WindowPlan {
-        WindowPlan {
-            epochs: self.num_train_epochs,
-            batch_size: self.per_device_train_batch_size,
-            accumulation: self.gradient_accumulation_steps,
-            devices,
-            packing_tokens: self.row_tokens().unwrap_or(0),
-            max_length: self.max_length,
-            overlong: self.overlong,
-            seed: self.seed,
-            in_order: false,
-        }
-    }
-
-    /// Windows of a validation set: in order, once.
-    pub fn validation_plan(&self) -> WindowPlan {
-        WindowPlan {
-            epochs: 1.0,
-            batch_size: self.per_device_eval_batch_size,
-            accumulation: 1,
-            devices: 1,
-            packing_tokens: 0,
-            in_order: true,
-            ..self.window_plan(1)
-        }
-    }
-
-    /// Optimizer steps over `samples` samples on `devices` devices.
-    pub fn total_steps(&self, samples: usize, devices: usize) -> usize {
-        let steps = self.window_plan(devices).total_steps(samples);
-        match self.max_steps {
-            0 => steps,
-            most => steps.min(most),
-        }
-    }
-
-    /// The learning rate of each step.
-    pub fn schedule(&self, total_steps: usize) -> Schedule {
-        Schedule::new(
-            self.lr_scheduler_type,
-            self.learning_rate,
-            self.warmup_ratio,
-            total_steps as u64,
-        )
-    }
-
-    /// How long devices of a run wait for each other and for samples.
-    pub fn patience(&self) -> Duration {
-        Duration::from_secs_f64(self.ddp_timeout)
-    }
-
-    /// Settings of the optimizer.
-    pub fn adamw(&self) -> AdamWConfig {
-        AdamWConfig {
-            beta1: self.adam_beta1,
-            beta2: self.adam_beta2,
-            epsilon: self.adam_epsilon,
-            weight_decay: self.weight_decay,
-        }
-    }
-
-    /// Whether only adapters of the language model are trained, so that the manual backward pass is used
-    /// and no graph is recorded.
-    pub fn writes_gradients_out(&self) -> bool {
-        let text_only = self.freeze_vit && self.freeze_aligner && !self.freeze_llm;
-        self.tuner == Tuner::Lora && text_only && !self.use_dora
-    }
-
-    /// What is recomputed.
-    pub fn gradient_options(&self, dropout_seed: Option<u64>) -> GradientOptions {
-        GradientOptions {
-            checkpoint_text: self.gradient_checkpointing,
-            recompute_pointwise: self.recompute_pointwise,
-            checkpoint_vision: self.vit_gradient_checkpointing,
-            dropout_seed,
-            manual_backward: true,
-        }
     }
 
     /// Keys in which a continued run would differ from this one: `(key, here, there)`.
@@ -668,38 +381,6 @@ impl TrainConfig {
                 (key.clone(), text(&ours), text(&theirs))
             })
             .collect()
-    }
-}
-
-/// What toml says of a key or a value, in the words of this file.
-pub fn explain(message: &str) -> String {
-    let words = message.replace('\n', " ");
-    if let Some((_, rest)) = words.split_once("unknown field `")
-        && let Some((key, _)) = rest.split_once('`')
-    {
-        return unknown_key(key);
-    }
-    [
-        ("expected usize", "expected a whole number"),
-        ("expected u64", "expected a whole number"),
-        ("expected f64", "expected a number"),
-        ("expected a boolean", "expected true or false"),
-        ("expected a string", "expected text"),
-        ("invalid type: ", ""),
-        ("invalid value: ", ""),
-    ]
-    .iter()
-    .fold(words, |words, (from, to)| words.replace(from, to))
-    .trim()
-    .to_string()
-}
-
-/// Says that a key is none, and which may be meant.
-pub fn unknown_key(key: &str) -> String {
-    let known = TrainConfig::keys();
-    match nearest(key, known.iter().map(String::as_str)) {
-        Some(near) => format!("unknown key `{key}`; did you mean `{near}`?"),
-        None => format!("unknown key `{key}`; `configs/openi-lora.toml` explains every key"),
     }
 }
 
@@ -726,16 +407,14 @@ mod tests {
     }
 
     #[test]
-    fn the_recipe_takes_573_steps_on_two_devices() {
-        assert_eq!(TrainConfig::default().total_steps(6102, 2), 573);
-    }
-
-    #[test]
     fn every_file_in_configs_is_valid() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
         let mut seen = 0;
         for entry in fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
+            if path.extension().is_none_or(|ending| ending != "toml") {
+                continue;
+            }
             TrainConfig::from_file(&path).unwrap().validate().unwrap();
             seen += 1;
         }
@@ -767,28 +446,5 @@ mod tests {
         let differences = here.differences(&there);
         assert_eq!(differences.len(), 1);
         assert_eq!(differences[0].0, "learning_rate");
-    }
-
-    #[test]
-    fn all_linear_means_what_the_freeze_flags_leave() {
-        let text = "model.language_model.layers.0.mlp.up_proj";
-        let visual = "model.visual.blocks.1.attn.qkv";
-        let aligner = "model.visual.deepstack_merger_list.0.linear_fc1";
-        let matched = |config: &TrainConfig| {
-            let matcher = config.lora_config().matcher().unwrap();
-            [text, visual, aligner].map(|path| matcher.matches(path))
-        };
-        assert_eq!(matched(&TrainConfig::default()), [true, false, false]);
-        let config = TrainConfig {
-            freeze_vit: false,
-            freeze_llm: true,
-            ..TrainConfig::default()
-        };
-        assert_eq!(matched(&config), [false, true, false]);
-        let config = TrainConfig {
-            freeze_aligner: false,
-            ..TrainConfig::default()
-        };
-        assert_eq!(matched(&config), [true, false, true]);
     }
 }

@@ -18,9 +18,10 @@ use super::{
     gradients::LossTotals,
     learner::{StepNumbers, StepOutput},
     lines::StepWork,
-    records::{METRICS, read_rows},
+    records::{METRICS, Row, read_rows},
     replicas::Replicas,
-    strategy::{Components, LoopState, TrainError},
+    report_command::Reported,
+    strategy::{Components, Ending, LoopState, TrainError},
     words::counted,
 };
 use crate::{
@@ -38,7 +39,7 @@ impl<B: TrainAccelerator> LoopState<B> {
     ) -> Result<(), TrainError> {
         let step = self.state.step as u64;
         let memory = self.memory.peak();
-        self.metrics.append(&json!({
+        let row = json!({
             "step": step,
             "epoch": round(self.state.epoch, 6),
             "loss": numbers.loss,
@@ -49,8 +50,9 @@ impl<B: TrainAccelerator> LoopState<B> {
             "tokens_per_second": round(numbers.tokens_per_second, 1),
             "memory_gib": memory.map(|peak| round(peak.gib(), 3)),
             "memory_of": memory.map(|peak| peak.place()),
-        }))?;
-        self.events.scalars(
+        });
+        self.note_row(row.as_object().cloned().unwrap_or_default())?;
+        self.draw_scalars(
             step,
             &[
                 ("train/loss", numbers.loss as f32),
@@ -70,6 +72,32 @@ impl<B: TrainAccelerator> LoopState<B> {
             (self.tell)(&line);
         }
         Ok(())
+    }
+
+    /// Writes a row of `metrics.jsonl` and sends it to `report_command`.
+    fn note_row(&mut self, row: Row) -> Result<(), TrainError> {
+        self.metrics.append(&row)?;
+        if let Some(report) = &mut self.report {
+            report.row(&row);
+        }
+        Ok(())
+    }
+
+    fn draw_scalars(&mut self, step: u64, values: &[(&str, f32)]) -> Result<(), TrainError> {
+        match &mut self.events {
+            Some(events) => Ok(events.scalars(step, values)?),
+            None => Ok(()),
+        }
+    }
+
+    /// Tells `report_command` how the run ended and waits for it.
+    pub(super) fn end_report(&mut self, result: &Result<Ending, TrainError>) -> Option<Reported> {
+        let report = self.report.take()?;
+        let step = self.state.step;
+        Some(match result {
+            Ok(ending) => report.finish(ending.name(), step, None),
+            Err(error) => report.finish("failed", step, Some(&error.to_string())),
+        })
     }
 
     /// Validates and saves; the trained weights are saved even if the validation fails.
@@ -193,7 +221,7 @@ impl<B: TrainAccelerator> LoopState<B> {
             self.good_steps = self.good_steps.max(self.state.step);
         }
         let step = self.state.step as u64;
-        let mut row = serde_json::Map::new();
+        let mut row = Row::new();
         row.insert("step".into(), step.into());
         for (name, value) in &values {
             row.insert((*name).into(), (*value).into());
@@ -202,7 +230,7 @@ impl<B: TrainAccelerator> LoopState<B> {
             "eval_seconds".into(),
             round(started.elapsed().as_secs_f64(), 3).into(),
         );
-        self.metrics.append(&row)?;
+        self.note_row(row)?;
         let scalars: Vec<(String, f32)> = values
             .iter()
             .map(|(name, value)| (name.replacen("eval_", "eval/", 1), *value as f32))
@@ -211,7 +239,7 @@ impl<B: TrainAccelerator> LoopState<B> {
             .iter()
             .map(|(name, value)| (name.as_str(), *value))
             .collect();
-        self.events.scalars(step, &scalars)?;
+        self.draw_scalars(step, &scalars)?;
         let texts: Vec<String> = values
             .iter()
             .map(|(name, value)| format!("{name} {value:.4}"))

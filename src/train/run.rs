@@ -19,14 +19,16 @@ use burn::{
 use super::{
     checkpoint::{TrainerState, dtype_text, restore_optimizer, restore_weights, trained_params},
     checkpoint_dir::{CheckpointDir, RunLock},
-    config::{TrainConfig, Tuner},
+    config::{Reporter, TrainConfig, Tuner},
     data::RunData,
     image_facts,
     learner::{Gauge, ScheduleStepper, StepSettings, Trainee},
     lines::StepLines,
     optimizer::AdamW,
+    outcome::Outcome,
     records::{METRICS, MetricsLog},
     renderers::{RunRenderer, RunSteps},
+    report_command::{ReportCommand, Reported, Start},
     resume::{RunFacts, find_checkpoint},
     strategy::{Components, Ending, GenerationScorer, LoopState, Tell, TrainError, WindowStrategy},
     tfevents::EventWriter,
@@ -101,6 +103,8 @@ pub struct RunResult<B: Backend> {
     pub validation: Option<Dataset>,
     /// Folder of the last checkpoint.
     pub checkpoint: PathBuf,
+    /// What became of `report_command`; `None` without one.
+    pub reported: Option<Reported>,
 }
 
 /// Sets for each parameter whether it is trained, by its path.
@@ -201,6 +205,7 @@ fn write_run_facts(
     let dir = &config.output_dir;
     let facts = serde_json::json!({
         "program": concat!("xray-qwen3vl ", env!("CARGO_PKG_VERSION")),
+        "commit": crate::base::build_info::COMMIT,
         "burn": "0.21.0",
         "seed": config.seed,
         "data": data,
@@ -422,10 +427,23 @@ pub fn train<B: TrainAccelerator>(
         }
         None => MetricsLog::create(&metrics_path)?,
     };
-    let events = EventWriter::create(
-        &config.output_dir.join("tensorboard"),
-        resumed.as_ref().map(|_| state.step as u64),
-    )?;
+    let resumed_step = resumed.as_ref().map(|_| state.step as u64);
+    let reports_to = |reporter| config.report_to.contains(&reporter);
+    let events = reports_to(Reporter::Tensorboard)
+        .then(|| EventWriter::create(&config.output_dir.join("tensorboard"), resumed_step))
+        .transpose()?;
+    let report = reports_to(Reporter::Command)
+        .then(|| {
+            let start = Start {
+                run: &config.output_dir,
+                config: serde_json::json!(config),
+                step: state.step,
+                total_steps,
+                resumed: resumed.is_some(),
+            };
+            ReportCommand::start(&config.report_command, &start, options.tell.clone())
+        })
+        .transpose()?;
 
     let schedule = ScheduleStepper::new(config.schedule(total_steps), state.step as u64);
     let settings = Arc::new(StepSettings {
@@ -454,6 +472,7 @@ pub fn train<B: TrainAccelerator>(
         checkpoints: checkpoints.clone(),
         metrics,
         events,
+        report,
         output_dir: config.output_dir.clone(),
         total_steps,
         steps,
@@ -489,7 +508,11 @@ pub fn train<B: TrainAccelerator>(
     let result = training.launch(learner);
     let model = result.model.model;
     drop(result.renderer);
-    let (ending, state) = strategy.take_outcome().unwrap_or_else(|| {
+    let Outcome {
+        ending,
+        state,
+        reported,
+    } = strategy.take_outcome().unwrap_or_else(|| {
         Err(TrainError::Other(
             "the Learner ended without a result".into(),
         ))
@@ -503,5 +526,6 @@ pub fn train<B: TrainAccelerator>(
         data,
         validation,
         checkpoint,
+        reported,
     })
 }

@@ -25,99 +25,34 @@ use burn::{
 };
 
 use super::{
-    checkpoint::{CheckpointError, TrainerState},
-    checkpoint_dir::{CheckpointDir, CheckpointDirError},
+    checkpoint::TrainerState,
+    checkpoint_dir::CheckpointDir,
     gradients::differing_elements,
     learner::{ScheduleStepper, StepNumbers, StepOutput, StepReading, StepTotals, Trainee},
     lines::{StepLines, StepWork},
     optimizer::AdamW,
-    ranks::RankError,
-    records::{MetricsLog, RecordsError},
+    outcome::Outcome,
+    records::MetricsLog,
     renderers::RunSteps,
     replicas::Replicas,
+    report_command::ReportCommand,
     step_clock::{LaunchTimes, StepClock},
     tfevents::EventWriter,
 };
 use crate::{
     adapters::lora::config::LoraConfig,
-    base::{
-        files::FileError,
-        trace::{HOST, Trace},
-    },
+    base::trace::{HOST, Trace},
     batch::window::Window,
-    dataset::{DatasetError, loader::WindowLoader},
+    dataset::loader::WindowLoader,
     ops::{DeviceMemory, DeviceOps, memory::MemoryWatch},
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig},
     runtime::accelerator::TrainAccelerator,
 };
 
+pub use super::outcome::{Ending, TrainError};
+
 /// The Learner's components for a backend.
 pub type Components<B> = LearningComponentsMarker<B, ScheduleStepper, Trainee<B>, AdamW<B>>;
-
-/// What ends a run before its time.
-#[derive(Debug, thiserror::Error)]
-#[allow(
-    missing_docs,
-    reason = "each variant is the error of the part it names"
-)]
-pub enum TrainError {
-    #[error(transparent)]
-    Dataset(#[from] DatasetError),
-    #[error(transparent)]
-    Checkpoint(#[from] CheckpointError),
-    #[error(transparent)]
-    CheckpointDir(#[from] CheckpointDirError),
-    #[error(transparent)]
-    Records(#[from] RecordsError),
-    #[error(transparent)]
-    File(#[from] FileError),
-    #[error(transparent)]
-    Pipeline(#[from] crate::runtime::pipeline::PipelineError),
-    #[error(transparent)]
-    Adapter(#[from] crate::adapters::lora::config::AdapterError),
-    #[error(transparent)]
-    Config(#[from] super::config::TrainConfigError),
-    #[error(
-        "step {step}: {what} is {value}; rows of the step (from 1): {rows:?}. The last checkpoint whose weights are known to give finite numbers is {checkpoint}; start another run from its weights (`--adapter`, with everything trained `--model`) with a lower learning_rate, or look at these rows with `check`"
-    )]
-    NotFinite {
-        step: usize,
-        what: &'static str,
-        value: f64,
-        rows: Vec<usize>,
-        checkpoint: String,
-    },
-    #[error(
-        "`{}` is quantised: training wants weights in 16 or 32 bits; train on the checkpoint it was made from, the adapter fits both", .model.display()
-    )]
-    Quantised { model: std::path::PathBuf },
-    #[error(
-        "step {step} gave other bits when it was computed again: {gradients} elements of its gradients differ, losses {losses:?}; this device or one of the operations that `tuner`, `use_dora` and `dtype` call for sums in no fixed order, so leave out --deterministic or change them"
-    )]
-    NotDeterministic {
-        step: usize,
-        gradients: u64,
-        losses: [f64; 2],
-    },
-    #[error("`{data}` has no sample to validate on; is every sample longer than max_length?")]
-    NoTargets { data: String },
-    #[error(
-        "{0}; continue from the last checkpoint with `xray-qwen3vl train --config OUTPUT_DIR/config.toml --resume auto`"
-    )]
-    Rank(#[from] RankError),
-    #[error(
-        "a thread failed: {0}; continue from the last checkpoint with `xray-qwen3vl train --config OUTPUT_DIR/config.toml --resume auto`"
-    )]
-    Thread(String),
-    #[error("`{}` belongs to another run: {differences}; continue it with its own settings or choose another output_dir", .run.display())]
-    OtherRun { run: PathBuf, differences: String },
-    #[error("`{}` holds no whole checkpoint to continue from", .0.display())]
-    NothingToResume(PathBuf),
-    #[error("`{run}` holds a run already; continue it with `xray-qwen3vl train --config {run}/config.toml --resume auto`, or choose another --output-dir", run = .0.display())]
-    RunExists(PathBuf),
-    #[error("{0}")]
-    Other(String),
-}
 
 /// Scores of generated reports, by name.
 pub type GenerationScores = Vec<(&'static str, f64)>;
@@ -174,8 +109,10 @@ pub struct LoopState<B: AutodiffBackend> {
     pub checkpoints: CheckpointDir,
     /// `metrics.jsonl`.
     pub metrics: MetricsLog,
-    /// TensorBoard's file.
-    pub events: EventWriter,
+    /// TensorBoard's file, if the run reports there.
+    pub events: Option<EventWriter>,
+    /// The program of `report_command`, if the run has one.
+    pub(super) report: Option<ReportCommand>,
     /// Where the run writes.
     pub output_dir: PathBuf,
     /// Steps of the run.
@@ -197,17 +134,6 @@ pub struct LoopState<B: AutodiffBackend> {
     pub trace: Trace,
     /// Plain progress lines.
     pub tell: Tell,
-}
-
-/// How a run ended.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Ending {
-    /// All steps were taken.
-    Done,
-    /// Early stopping.
-    EarlyStop,
-    /// A signal or the dashboard's key.
-    Interrupted,
 }
 
 /// Loss and gradient norm of a step.
@@ -235,7 +161,7 @@ struct Launched {
 /// The strategy; used for one run.
 pub struct WindowStrategy<B: AutodiffBackend> {
     work: Mutex<Option<LoopState<B>>>,
-    outcome: Mutex<Option<Result<(Ending, TrainerState), TrainError>>>,
+    outcome: Mutex<Option<Result<Outcome, TrainError>>>,
 }
 
 impl<B: TrainAccelerator> WindowStrategy<B> {
@@ -248,7 +174,7 @@ impl<B: TrainAccelerator> WindowStrategy<B> {
     }
 
     /// How the run ended; `None` before it has.
-    pub fn take_outcome(&self) -> Option<Result<(Ending, TrainerState), TrainError>> {
+    pub fn take_outcome(&self) -> Option<Result<Outcome, TrainError>> {
         self.outcome
             .lock()
             .unwrap_or_else(|lock| lock.into_inner())
@@ -275,7 +201,12 @@ impl<B: TrainAccelerator> SupervisedLearningStrategy<Components<B>> for WindowSt
             let interrupter = components.interrupter;
             let stop = || interrupter.should_stop();
             let result = work.run(&mut learner, dataloader_train, &mut processor, &stop);
-            let result = result.map(|ending| (ending, work.state));
+            let reported = work.end_report(&result);
+            let result = result.map(|ending| Outcome {
+                ending,
+                state: work.state,
+                reported,
+            });
             *self.outcome.lock().unwrap_or_else(|lock| lock.into_inner()) = Some(result);
         }
         (learner.model(), processor)

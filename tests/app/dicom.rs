@@ -159,7 +159,7 @@ fn check_warns_of_what_is_no_chest() {
     let (code, stdout, stderr) = run(folder.path(), &args);
     assert_eq!(code, 0, "{stdout}{stderr}");
     assert!(stdout.contains("body part is KNEE"), "{stdout}");
-    assert!(stdout.contains("0 errors, 1 warnings"), "{stdout}");
+    assert!(stdout.contains("0 errors, 1 warning"), "{stdout}");
     assert_keeps_secrets(&(stdout + &stderr));
 }
 

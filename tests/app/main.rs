@@ -27,6 +27,7 @@ mod serve_fetch;
 mod serve_openapi;
 mod serve_safety;
 mod server;
+mod tools;
 mod train;
 mod train_default;
 mod train_devices;

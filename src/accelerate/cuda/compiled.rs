@@ -40,12 +40,8 @@ pub(super) fn toolchain() -> &'static str {
 /// driver. `None` without either of them, and where others may write: then every start compiles.
 pub(super) fn folder() -> Option<&'static Path> {
     static FOLDER: LazyLock<Option<PathBuf>> = LazyLock::new(|| {
-        let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
-        let cache = set("XDG_CACHE_HOME")
-            .map(PathBuf::from)
-            .or_else(|| set("HOME").map(|home| PathBuf::from(home).join(".cache")))?;
+        let own = crate::base::system::cache_folder()?.join("kernels");
         let versions = Some(toolchain()).filter(|versions| !versions.is_empty())?;
-        let own = cache.join("xray-qwen3vl").join("kernels");
         // Both levels: whoever may write the upper one can put another folder in place of the lower.
         let private = private(&own).and_then(|()| private(&own.join(versions)));
         match private {

@@ -90,7 +90,7 @@ pub enum AdapterError {
 }
 
 /// `target_modules` and `exclude_modules`: a regular expression, names, or `all-linear`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(untagged)]
 pub enum TargetModules {
     /// `all-linear`, or a regular expression that must match a module's whole path.

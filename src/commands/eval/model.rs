@@ -17,6 +17,7 @@ use crate::{
         progress::{Progress, Unit, loading, prepare_kernels},
         question::{image_counts, patches, question_about},
         shared_args::{AdapterArgs, LoadArgs},
+        shell::{program, shell_word},
     },
     dataset::{
         Dataset,
@@ -329,9 +330,10 @@ impl PredictionFile {
     fn create(path: &Path, keeps_studies: bool) -> Result<Self> {
         if path.exists() {
             bail!(
-                "`{}` is there already; evaluate it with `eval {}`, or name another file with --output",
+                "`{}` is there already; evaluate it with `{} eval {}`, or name another file with --output",
                 path.display(),
-                path.display()
+                program(),
+                shell_word(&path.display().to_string())
             );
         }
         let mut partial = path.as_os_str().to_owned();

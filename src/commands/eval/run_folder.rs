@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::args::EvalArgs;
 use crate::{
-    commands::shell::shipped,
+    commands::shipped::shipped,
     train::{
         chart::{chart_rows, training_chart},
         config::{TrainConfig, Tuner},

@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 
 use super::args::InferArgs;
-use crate::{commands::shell::shipped, study::counted};
+use crate::{commands::shipped::shipped, study::counted};
 
 /// The image of a run without arguments.
 const SAMPLE_IMAGE: &str = "data/sample/demo.png";
@@ -25,8 +25,8 @@ const ENDINGS: [&str; 9] = [
 /// # Errors
 /// A folder that cannot be read, or holds no image.
 pub(super) fn list(args: &InferArgs) -> Result<Vec<Vec<PathBuf>>> {
-    let mut images = args.images.clone();
-    if let Some(dir) = &args.images_dir {
+    let mut images: Vec<PathBuf> = args.images.iter().map(|image| shipped(image)).collect();
+    if let Some(dir) = args.images_dir.as_deref().map(shipped).as_deref() {
         let (found, skipped) = in_folder(dir, args.recursive)?;
         let skipped = skipped.sentence();
         if found.is_empty() {

@@ -5,6 +5,8 @@ use std::{collections::BTreeMap, fmt::Write as _, fs, path::Path, sync::Arc};
 use anyhow::Result;
 use serde_json::{Value, json};
 
+use super::print_line;
+
 use crate::{
     adapters::lora::merge::merge,
     base::files::{FileError, write_atomic},
@@ -33,7 +35,7 @@ use crate::{
         config::TrainConfig,
         records::{METRICS, Row, read_rows},
         run::RunResult,
-        strategy::{Ending, Generated, GenerationScorer, GenerationScores, TrainError},
+        strategy::{Generated, GenerationScorer, GenerationScores, TrainError},
         words::counted,
     },
 };
@@ -303,11 +305,7 @@ impl HeldOutScores {
             false => json!(values),
         };
         let record = json!({
-            "ending": match ending {
-                Ending::Done => "done",
-                Ending::EarlyStop => "early_stop",
-                Ending::Interrupted => "interrupted",
-            },
+            "ending": ending.name(),
             "step": state.step,
             "seconds": (seconds * 10.0).round() / 10.0,
             "best": state.best.map(|(step, value)| json!({
@@ -321,6 +319,7 @@ impl HeldOutScores {
                 "after": values(&self.after),
                 "images_swapped": values(&self.swapped),
             },
+            "report_command": result.reported,
             "image_remarks": image_remarks(result)
                 .iter()
                 .map(|remark| json!({
@@ -396,16 +395,16 @@ pub(super) fn show_examples<B: Accelerator>(
         all.into_iter().map(|one| (one.truth, one.report)).collect()
     };
     for (index, (truth, report)) in pairs.iter().enumerate() {
-        println!("\nheld-out study {}", index + 1);
-        println!("  truth   {truth}");
-        println!("  answer  {report}");
+        print_line(&format!("\nheld-out study {}", index + 1));
+        print_line(&format!("  truth   {truth}"));
+        print_line(&format!("  answer  {report}"));
     }
     if pairs.len() < data.len() {
-        println!(
+        print_line(&format!(
             "\n{} shown of {}",
             pairs.len(),
             counted(data.len(), "held-out row", "held-out rows")
-        );
+        ));
     }
     Ok(())
 }

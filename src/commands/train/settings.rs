@@ -54,8 +54,9 @@ pub(super) fn set_keys(table: &mut toml::Table, pairs: &[String]) -> Result<()> 
             }
             None => value.into(),
         };
-        // A whole number where a fraction is meant.
+        // A whole number where a fraction is meant, a word where a list of words is.
         let parsed = match (table.get(key), parsed) {
+            (Some(toml::Value::Array(_)), toml::Value::String(word)) => vec![word].into(),
             (Some(toml::Value::Float(_)), toml::Value::Integer(whole)) => (whole as f64).into(),
             (_, parsed) => parsed,
         };
@@ -72,8 +73,23 @@ const ELSEWHERE: &[(&str, &str)] = &[
     ("adapters", "--adapter"),
     ("torch_dtype", "--dtype"),
     ("resume_from_checkpoint", "--resume"),
+    ("train_dataset", "--train-data"),
+    ("data", "--train-data"),
+    ("output", "--output-dir"),
     ("train_type", "--set tuner"),
     ("tuner_type", "--set tuner"),
+    ("sft_type", "--set tuner"),
+    ("lr", "--set learning_rate"),
+    ("epochs", "--set num_train_epochs"),
+    ("num_epochs", "--set num_train_epochs"),
+    ("batch_size", "--set per_device_train_batch_size"),
+    ("eval_batch_size", "--set per_device_eval_batch_size"),
+    ("lora_r", "--set lora_rank"),
+    ("rank", "--set lora_rank"),
+    ("lora_dropout_p", "--set lora_dropout"),
+    ("lora_target_modules", "--set target_modules"),
+    ("num_workers", "--set dataloader_num_workers"),
+    ("early_stop_interval", "--set early_stopping_patience"),
 ];
 
 /// What to write in place of a flag that `train` and `plan` do not have; `None` where clap's own words do.
@@ -174,6 +190,14 @@ mod tests {
                 "did you mean `--set learning_rate=1`?",
             ),
             (["plan", "--max_steps", "5"], "`--set max_steps=5`"),
+            (
+                ["train", "--lr", "1e-4"],
+                "is here `--set learning_rate=1e-4`",
+            ),
+            (
+                ["train", "--batch-size", "2"],
+                "`--set per_device_train_batch_size=2`",
+            ),
         ] {
             let found = hint(&words).unwrap_or_default();
             assert!(found.contains(says), "{words:?}: {found}");
@@ -193,6 +217,11 @@ mod tests {
             ("learning-rate=1e-4", "did you mean `learning_rate`?"),
             ("qqqq=1", "`configs/openi-lora.toml` explains every key"),
             (
+                "report_to=wandb",
+                "report_command = [\"python3\", \"configs/hooks/wandb_log.py\"]",
+            ),
+            ("report_to=mlflow", "expected `tensorboard` or `command`"),
+            (
                 "target_modules=[q_proj]",
                 "--set 'target_modules=[\"q_proj\"]'",
             ),
@@ -202,6 +231,7 @@ mod tests {
             assert!(error.contains(says), "{pair}: {error}");
         }
         assert_eq!(set("learning_rate=1").unwrap().learning_rate, 1.0);
+        assert_eq!(set("device=cpu").unwrap().device, ["cpu"]);
         let error = set("target_modules=q_proj")
             .unwrap()
             .validate()
