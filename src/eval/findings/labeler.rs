@@ -154,10 +154,16 @@ impl Labeler {
                 }
             }
             for (order, found) in inside.iter().enumerate() {
-                let status = match found.rule.status {
+                let mut status = match found.rule.status {
                     Some(status) => status,
                     None => self.status(report, &clauses, number, found, carried[number], &matches),
                 };
+                if status == Status::Present
+                    && found.rule.status.is_none()
+                    && self.is_doubted(report, clause, &inside, order)
+                {
+                    status = Status::Uncertain;
+                }
                 if found.rule.only_negated && status != Status::Absent {
                     continue;
                 }
@@ -216,6 +222,31 @@ impl Labeler {
             compares: comparison.is_some_and(|words| words.is_match(report)),
             ..ReportLabels::join(drop_doubles(mentions), unread, looked_at)
         }
+    }
+
+    /// Whether a word of doubt is among the words of a finding, or 或 joins it to its neighbour.
+    fn is_doubted(&self, report: &str, clause: &Clause, inside: &[&Match], order: usize) -> bool {
+        let span = &inside[order].span;
+        let within = |cue: &Range<usize>| span.start < cue.start && cue.end <= span.end;
+        let cues = &clause.cues;
+        if cues
+            .iter()
+            .any(|(cue, kind)| *kind == Cue::Uncertain && within(cue))
+        {
+            return true;
+        }
+        let joined = |from: usize, to: usize| {
+            let between = report.get(from..to).unwrap_or_default();
+            between.starts_with('或') && between.chars().count() <= 3
+        };
+        let before = order.checked_sub(1).map(|n| &inside[n].span);
+        let after = inside.get(order + 1).map(|next| &next.span);
+        self.table
+            .reading
+            .as_ref()
+            .is_some_and(|reading| reading.or_is_doubt)
+            && (before.is_some_and(|before| joined(before.end, span.start))
+                || after.is_some_and(|after| joined(span.end, after.start)))
     }
 
     /// Whether `clause`, in which no rule found anything, has words of something abnormal.
@@ -348,7 +379,8 @@ impl Labeler {
             return status;
         }
         let end = clause.span.end.max(found.span.end);
-        let after = report[found.span.end..end].trim_end_matches(['，', ',', '。', ' ', '？', '?']);
+        let after = report[found.span.end..end]
+            .trim_end_matches(['，', ',', '。', '；', ';', '\n', ' ', '？', '?']);
         let persists = self.table.persists.as_ref();
         let persists = persists.is_some_and(|persists| persists.is_match(after));
         if !persists

@@ -87,6 +87,8 @@ pub(super) struct SectionsFile {
     pub(super) history: Vec<String>,
     pub(super) technique: Vec<String>,
     pub(super) comparison: Vec<String>,
+    /// Begins a sentence about this film, after a history without another heading.
+    pub(super) begins: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -97,6 +99,8 @@ struct ReadingFile {
     neutral: Vec<String>,
     #[serde(default)]
     inherit_side: bool,
+    #[serde(default)]
+    or_is_doubt: bool,
 }
 
 #[derive(Deserialize)]
@@ -222,7 +226,10 @@ pub(super) struct Reading {
     pub(super) abnormal: Regex,
     pub(super) seen: Regex,
     pub(super) neutral: Regex,
+    /// A clause without a side has that of its sentence.
     pub(super) inherit_side: bool,
+    /// Two findings joined by 或 are both in doubt.
+    pub(super) or_is_doubt: bool,
 }
 
 impl WordTable {
@@ -385,6 +392,7 @@ fn reading(file: &ReadingFile) -> Result<Reading, FindingsError> {
             "`reading.neutral`",
         )?,
         inherit_side: file.inherit_side,
+        or_is_doubt: file.or_is_doubt,
     })
 }
 

@@ -47,6 +47,7 @@ impl Section {
 pub(super) struct Headings {
     /// A group a section, in brackets or with a colon.
     pattern: Regex,
+    begins: Option<Regex>,
 }
 
 impl Headings {
@@ -78,7 +79,14 @@ impl Headings {
             return Ok(None);
         }
         let pattern = compile(&named.join("|"), "`sections`")?;
-        Ok(Some(Self { pattern }))
+        let begins = file
+            .begins
+            .as_ref()
+            .map(|words| compile(&format!("[。；\\n]\\s*(?:{words})"), "`sections.begins`"));
+        Ok(Some(Self {
+            pattern,
+            begins: begins.transpose()?,
+        }))
     }
 
     /// `clause` without the heading it begins with.
@@ -114,9 +122,15 @@ impl Headings {
             let end = starts.get(n + 1).map_or(report.len(), |next| next.0);
             // What comes after the sentence of a history without another heading is the report.
             let is_last = n + 1 == starts.len();
-            let sentence = report[start..end].find(['。', '\n']);
-            match sentence {
-                Some(at) if is_last && !section.is_read() => {
+            let text = &report[start..end];
+            let begins = self.begins.as_ref().and_then(|begins| begins.find(text));
+            let stop = match begins {
+                Some(found) => Some(found.start()),
+                None if is_last => text.find(['。', '\n']),
+                None => None,
+            };
+            match stop {
+                Some(at) if !section.is_read() => {
                     let stop = start + at;
                     ranges.push((start..stop, section));
                     ranges.push((stop..end, Section::Unnamed));

@@ -337,7 +337,33 @@ impl HospitalText {
 
 #[test]
 fn reports_as_hospitals_write_them_are_read_right() {
-    let texts: Vec<HospitalText> = include_str!("../../../tests/fixtures/findings/hospital.jsonl")
+    let scores = read_hospital(include_str!(
+        "../../../tests/fixtures/findings/hospital.jsonl"
+    ));
+    assert!(scores.macro_f1 >= 0.975 && scores.micro_f1 >= 0.965);
+    assert!(scores.uncertain >= 0.93 && scores.absent >= 0.95);
+    assert!(scores.sides >= 0.98 && scores.clean >= 100);
+    let scores = read_hospital(include_str!(
+        "../../../tests/fixtures/findings/hospital_more.jsonl"
+    ));
+    assert!(scores.macro_f1 >= 0.98 && scores.micro_f1 >= 0.98);
+    assert!(scores.uncertain >= 0.93 && scores.absent >= 0.97);
+    assert!(scores.sides >= 0.96 && scores.clean >= 185);
+}
+
+struct HospitalScores {
+    macro_f1: f64,
+    micro_f1: f64,
+    uncertain: f64,
+    absent: f64,
+    sides: f64,
+    /// Texts without any mistake.
+    clean: usize,
+}
+
+/// Reads a set of texts; an abnormal one that is called normal is a failure at once.
+fn read_hospital(texts: &str) -> HospitalScores {
+    let texts: Vec<HospitalText> = texts
         .lines()
         .map(|line| serde_json::from_str(line).expect("a text"))
         .collect();

@@ -89,10 +89,13 @@ pub(super) fn sentences(report: &str) -> Vec<Range<usize>> {
 /// Where the items of a numbered list begin: `1.`, `2、` … in turn.
 fn items(report: &str) -> Vec<usize> {
     let mut next = 1;
-    let mut starts = Vec::new();
+    let (mut starts, mut circled) = (Vec::new(), Vec::new());
     let chars: Vec<(usize, char)> = report.char_indices().collect();
     let letter = |n: usize| chars.get(n).map(|(_, c)| *c);
     for (n, &(at, c)) in chars.iter().enumerate() {
+        if ('①'..='⑳').contains(&c) {
+            circled.push(at);
+        }
         if char::from_digit(next, 10) != Some(c) {
             continue;
         }
@@ -113,7 +116,10 @@ fn items(report: &str) -> Vec<usize> {
         }
     }
     // A single number is no list.
-    if starts.len() < 2 { Vec::new() } else { starts }
+    if starts.len() >= 2 {
+        circled.extend(starts);
+    }
+    circled
 }
 
 #[cfg(test)]
