@@ -420,12 +420,14 @@ fn read_hospital(texts: &str) -> HospitalScores {
     eprintln!(
         "macro {macro_f1:.4} micro {micro_f1:.4} exact {exact:?} sides {sides:?} clean {clean}"
     );
-    assert!(
-        macro_f1 >= 0.975 && micro_f1 >= 0.965,
-        "{macro_f1} {micro_f1}"
-    );
-    assert!(share(exact[&Status::Uncertain]) >= 0.93 && share(exact[&Status::Absent]) >= 0.95);
-    assert!(share(sides) >= 0.98 && clean >= 100, "{sides:?} {clean}");
+    HospitalScores {
+        macro_f1,
+        micro_f1,
+        uncertain: share(exact[&Status::Uncertain]),
+        absent: share(exact[&Status::Absent]),
+        sides: share(sides),
+        clean,
+    }
 }
 
 #[test]
