@@ -207,7 +207,9 @@ impl<B: Ops> Qwen3Vl<B> {
     /// Logits in f32: `[n, hidden]` → `[n, vocab]`.
     pub fn logits(&self, hidden: Tensor<B, 2>) -> Tensor<B, 2> {
         match &self.lm_head {
-            Some(head) if head.lora.is_some() => to_f32(head.forward(hidden, None)),
+            Some(head) if head.lora.is_some() || head.bias.is_some() => {
+                to_f32(head.forward(hidden, None))
+            }
             _ => match self.head() {
                 Weight::Dense(head) => B::logits(hidden, head.val()),
                 Weight::Packed(head) => B::logits_quantised(hidden, head),
