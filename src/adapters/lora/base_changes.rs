@@ -10,8 +10,6 @@ mod tables;
 
 use std::collections::BTreeMap;
 
-use burn::prelude::*;
-
 use super::{
     attach::untie,
     config::{AdapterError, Bias, LoraConfig},
@@ -56,8 +54,10 @@ pub(super) fn change_base<B: Ops>(
     let mut changes = Changes::default();
     expect_saved(&model, source, keys, &mut changes)?;
     let tied = model.lm_head.is_none();
+    // With DoRA the head has magnitudes of its own, and with them a layer of its own.
     if source.config.ensure_weight_tying
         && tied
+        && !source.config.use_dora
         && keys.get(EMBED_TOKENS, Part::EmbeddingA).is_some()
     {
         // Views of the embedding's matrices, which change the one table of both.

@@ -16,7 +16,6 @@ const INITIAL: &[&str] = &[
     "corda_init",
     "lora_ga_init",
     "initial_model",
-    "init",
 ];
 
 /// An adapter's folder, and what to say where another one was named.
@@ -100,11 +99,11 @@ pub(super) fn why_none(dir: &Path) -> Option<String> {
     (!named.is_empty()).then(|| format!("adapters are in {}; name one", named.join(", ")))
 }
 
-/// The folder of an adapter as training began, beside `dir`, in it, or beside the run it belongs to.
+/// The folder of an adapter as training began, in `dir` or beside it.
 pub(super) fn initial_adapter(dir: &Path) -> Option<PathBuf> {
     let dir = dir.canonicalize().ok()?;
     dir.ancestors()
-        .take(3)
+        .take(2)
         .flat_map(|around| INITIAL.iter().map(move |name| around.join(name)))
         .find(|path| *path != dir && is_adapter(path))
 }
