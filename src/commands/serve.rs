@@ -91,7 +91,8 @@ pub struct ServeArgs {
     /// Name of the base model in requests; the default is the name of its folder.
     #[arg(long, value_name = "NAME")]
     pub served_model_name: Option<String>,
-    /// Adapter on the base model, selected by `model` in a request; can be given several times.
+    /// Adapter on the base model, selected by `model` in a request; can be given several times. The folder of a run means
+    /// its best checkpoint.
     #[arg(long, value_name = "NAME=DIR")]
     pub lora: Vec<String>,
     /// Folder whose subfolders can be loaded as adapters at run time.

@@ -187,6 +187,29 @@ fn adapters_that_change_the_base_are_served_beside_it_and_merge_to_the_same() {
 }
 
 #[test]
+fn a_served_folder_leads_to_its_adapter_and_not_out_of_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let (root, outside) = (folder.path().join("root"), folder.path().join("outside"));
+    write_adapter(&outside);
+    write_adapter(&root.join("run/checkpoint-8"));
+    fs::write(root.join("run/best.json"), r#"{"step": 8, "value": 1.0}"#).unwrap();
+    let server = start(&["--adapter-dir", text(&root)]);
+    let load = |name: &str| server.post("/v1/load_lora_adapter", &json!({"lora_name": name}));
+    assert_eq!(load("run").status, 200);
+    assert!(
+        server.log().contains("run/checkpoint-8"),
+        "{}",
+        server.log()
+    );
+    #[cfg(unix)]
+    {
+        fs::create_dir(root.join("link")).unwrap();
+        std::os::unix::fs::symlink(&outside, root.join("link/checkpoint-8")).unwrap();
+        assert_eq!(load("link").status, 400);
+    }
+}
+
+#[test]
 fn training_takes_a_tied_head_and_refuses_the_rest_by_name() {
     let folder = workplace();
     write_norm(&folder.path().join("norm"), 2.0);

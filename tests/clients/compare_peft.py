@@ -216,7 +216,7 @@ def rows(reference, folder):
         "all biases": {"bias": "all"},
         "biases of B": {"lora_bias": True},
         "head stored whole": {"modules_to_save": ["lm_head"]},
-        "merger, norms whole": {"modules_to_save": ["visual.merger", "norm"]},
+        "merger, norms whole": {"modules_to_save": ["visual.merger", "layernorm"]},
         "rows of tokens": {"trainable_token_indices": [5, 17, 300]},
     }.items():
         own = folder / name.replace(" ", "-")

@@ -184,6 +184,7 @@ fn an_adapter_that_changes_the_base_changes_a_packed_one() {
         for (adapter, base) in [
             ("saved_head", "model-tiny"),
             ("saved_linear", "model-tiny"),
+            ("saved_first", "model-tiny"),
             ("embedding", "model-tiny"),
             ("tokens_of_both", "model-tiny"),
             ("proj", "model-tiny"),
@@ -196,6 +197,7 @@ fn an_adapter_that_changes_the_base_changes_a_packed_one() {
             let dir = folder.join(adapter);
             let (model, config) = packed(base, format);
             let (ours, _) = load_adapter(model.clone(), &dir).unwrap();
+            assert_eq!(ours.quantization(), model.quantization(), "{adapter}");
             let merged = merge(load_adapter(unpacked(model.clone()), &dir).unwrap().0);
             for (case, ids, images, _) in cases(&config, "text.safetensors") {
                 let plain = logits(&model, &config, &ids, &images);
