@@ -55,6 +55,7 @@ const SAMPLE_TRAIN_DATA: &str = "data/sample/train/samples.jsonl";
 /// Whatever keeps a report from being read, written or scored, with file, row and key.
 pub fn run(mut args: EvalArgs) -> Result<()> {
     args.check()?;
+    args.adapter.find();
     let rule = args.studies.rule()?;
     let settings = EvalSettings {
         bootstrap: Bootstrap {

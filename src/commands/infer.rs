@@ -43,7 +43,7 @@ use shown::Shown;
 ///
 /// # Errors
 /// Anything that kept a report from being written; images that failed in a batch run are counted.
-pub fn run(args: InferArgs) -> Result<()> {
+pub fn run(mut args: InferArgs) -> Result<()> {
     let settings = generation_config(&args.generation)?;
     if args.batch_size == 0 {
         bail!(UsageError("--batch-size is 0, expected at least 1".into()));
@@ -59,6 +59,7 @@ pub fn run(args: InferArgs) -> Result<()> {
             "several devices are for batch runs with a model; leave out --stream and --server, or name one --device".into()
         ));
     }
+    args.model.adapter.find();
     let images = images::list(&args)?;
     if args.show_tags {
         return tags::show(images.iter().flatten(), args.json);
@@ -134,6 +135,9 @@ impl ReplicatedTask for Infer {
         self.args.model.adapter.check_base(&options.model)?;
         let mut pipelines =
             loading(|on_progress| Pipeline::<B>::load_on(&options, &devices, on_progress))?;
+        for note in &pipelines[0].notes {
+            eprintln!("note: {note}");
+        }
         if let Some(limits) = pipelines[0].parts.pixel_limits_to_know() {
             eprintln!("{limits}");
         }

@@ -9,6 +9,7 @@ use clap::Args;
 use super::{
     logits::{probe, read, relative_distance},
     pipeline_options::checkpoint_alone,
+    shared_args::found_adapter,
     shell::expect_new,
     shipped::shipped,
 };
@@ -18,7 +19,7 @@ use crate::{
         lora::{
             base::{BaseFingerprint, check_base},
             config::LoraConfig,
-            files::{load_adapter, trained_pixel_limits},
+            files::{attach_adapter, trained_pixel_limits},
             merge::merge,
         },
         quantised::files::of_checkpoint,
@@ -39,7 +40,7 @@ pub struct MergeArgs {
     /// Folder of the base checkpoint.
     #[arg(long, value_name = "DIR", default_value = "model/tiny")]
     pub model: PathBuf,
-    /// Folder of a PEFT adapter.
+    /// Folder of a PEFT adapter, or of a run, whose best checkpoint is used.
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
     /// Merge even if the adapter was trained on, or its config names, a different base model.
@@ -60,8 +61,9 @@ pub struct MergeArgs {
 ///
 /// # Errors
 /// Anything that kept the checkpoint from being written whole and proven; nothing is left then.
-pub fn run(args: MergeArgs) -> Result<()> {
+pub fn run(mut args: MergeArgs) -> Result<()> {
     expect_new(&args.output)?;
+    args.adapter = args.adapter.as_deref().map(found_adapter);
     let dtype = args.dtype.map(DType::from);
     run_on(
         args.device,
@@ -102,7 +104,7 @@ impl DeviceTask for Merge {
             Some(dir) => trained_pixel_limits(dir)?,
             None => None,
         };
-        let config = Qwen3VlConfig::from_dir(&options.model)?;
+        let mut config = Qwen3VlConfig::from_dir(&options.model)?;
         if let Some(quantization) = of_checkpoint(&options.model)? {
             bail!(
                 "`{}` is quantised ({quantization}): an adapter cannot be merged into packed weights, and they are not written in another type; merge into the checkpoint it was made from, then run `quantize`",
@@ -117,9 +119,18 @@ impl DeviceTask for Merge {
         }
         let base = read::<B>(&options, &config, &device)?;
         let adapted = match &self.args.adapter {
-            Some(dir) => load_adapter(base, dir)?.0,
+            Some(dir) => {
+                let adapted = attach_adapter(base, dir)?;
+                for note in &adapted.notes {
+                    println!("note: {note}");
+                }
+                check_biases(&adapted.model, &config, dir)?;
+                adapted.model
+            }
             None => base,
         };
+        // An adapter may part a tied head from the embedding.
+        config.tie_word_embeddings &= adapted.lm_head.is_none();
         let before = probe(&adapted, &config, &device);
 
         // First the arithmetic, in the type it was done in; rounding to the written type comes after.
@@ -186,6 +197,33 @@ fn check_name(adapter: &Path, model: &Path) -> Result<()> {
             adapter.display()
         ),
         _ => Ok(()),
+    }
+}
+
+/// Refuses biases that a checkpoint has no place for: `B` may have one where the layer itself has none.
+fn check_biases<B: Accelerator>(
+    model: &Qwen3Vl<B>,
+    config: &Qwen3VlConfig,
+    adapter: &Path,
+) -> Result<()> {
+    let fresh = Qwen3Vl::<B>::new(config, &Default::default(), &B::Device::default());
+    let without: Vec<String> = fresh
+        .linears()
+        .into_iter()
+        .filter(|(_, linear)| linear.bias.is_none())
+        .map(|(path, _)| path)
+        .chain(["lm_head".to_owned()])
+        .collect();
+    let found = model
+        .linears()
+        .into_iter()
+        .find(|(path, linear)| linear.bias.is_some() && without.contains(path));
+    match found {
+        Some((path, _)) => bail!(
+            "`{}` brings a bias (`lora_bias`) for `{path}`, which has none in a checkpoint, so that it cannot be merged, as in PEFT; use it with --adapter",
+            adapter.display()
+        ),
+        None => Ok(()),
     }
 }
 

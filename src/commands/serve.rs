@@ -16,7 +16,7 @@ use tokio::net::TcpListener;
 use super::{
     pipeline_options::pipeline_options,
     progress::{Progress, Unit, prepare_kernels},
-    shared_args::{GenerationArgs, ModelArgs, generation_config, one_device},
+    shared_args::{GenerationArgs, ModelArgs, found_adapter, generation_config, one_device},
     shipped::shipped,
     usage::UsageError,
 };
@@ -91,7 +91,8 @@ pub struct ServeArgs {
     /// Name of the base model in requests; the default is the name of its folder.
     #[arg(long, value_name = "NAME")]
     pub served_model_name: Option<String>,
-    /// Adapter on the base model, selected by `model` in a request; can be given several times.
+    /// Adapter on the base model, selected by `model` in a request; can be given several times. The folder of a run means
+    /// its best checkpoint.
     #[arg(long, value_name = "NAME=DIR")]
     pub lora: Vec<String>,
     /// Folder whose subfolders can be loaded as adapters at run time.
@@ -183,12 +184,18 @@ pub struct ServeArgs {
 ///
 /// # Errors
 /// Whatever keeps it from starting.
-pub fn run(args: ServeArgs) -> Result<()> {
+pub fn run(mut args: ServeArgs) -> Result<()> {
     let defaults = generation_config(&args.generation)?;
     check(&args)?;
     share_one_heap();
     let api_keys = api_keys(&args)?;
     super::log_lines::init_timed(log::LevelFilter::Info);
+    args.model.adapter.find();
+    let found = loras(&args)?
+        .into_iter()
+        .map(|(name, dir)| format!("{name}={}", found_adapter(dir).display()))
+        .collect();
+    args.lora = found;
     let device = one_device(&args.model.device)?;
     let dtype = args.model.load.dtype.map(DType::from);
     run_on(
@@ -347,6 +354,7 @@ impl DeviceTask for Serve {
             model,
             parts,
             device,
+            notes,
         } = match self.args.random_weights {
             Some(size) => random::<B>(size, &options, device)?,
             None => {
@@ -358,6 +366,9 @@ impl DeviceTask for Serve {
                 pipeline
             }
         };
+        for note in &notes {
+            log::info!("{note}");
+        }
         prepare_kernels::<B>(&parts.config, dtype, &device, 0);
         let decoder = self.decoder(model, &parts.config, device, &self.engine_limits())?;
         self.answer(decoder, parts, checks_base.then_some(options.model))
@@ -449,6 +460,7 @@ fn random<B: Accelerator>(
         model,
         parts,
         device,
+        notes: Vec::new(),
     })
 }
 

@@ -7,7 +7,10 @@ use clap::{Args, ValueEnum};
 
 use super::usage::UsageError;
 use crate::{
-    adapters::lora::base::{BaseError, check_base},
+    adapters::lora::{
+        base::{BaseError, check_base},
+        folder::{AdapterFolder, find_adapter},
+    },
     base::device_name::{DeviceName, DtypeName},
     ops::quantised::{Quantization, cache::CacheFormat},
     runtime::generate::{GenerationConfig, SamplingConfig},
@@ -35,8 +38,8 @@ pub struct ModelArgs {
 /// An adapter beside its base.
 #[derive(Debug, Clone, Args)]
 pub struct AdapterArgs {
-    /// Folder of a PEFT LoRA adapter. It is merged into the weights at load time; with quantised weights it
-    /// stays separate.
+    /// Folder of a PEFT LoRA adapter, or of a run, whose best checkpoint is used. It is merged into the weights at
+    /// load time; with quantised weights it stays separate.
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
     /// Use the adapter even if it was trained on a different base model.
@@ -45,6 +48,13 @@ pub struct AdapterArgs {
 }
 
 impl AdapterArgs {
+    /// Goes from the folder that was named to the adapter in it, and says so where they are two.
+    pub(super) fn find(&mut self) {
+        if let Some(dir) = &mut self.adapter {
+            *dir = found_adapter(dir);
+        }
+    }
+
     /// Checks that the adapter, if there is one, was trained on `model`.
     ///
     /// # Errors
@@ -55,6 +65,15 @@ impl AdapterArgs {
             _ => Ok(()),
         }
     }
+}
+
+/// The adapter that a folder leads to, named on stderr where it is not the folder itself.
+pub(super) fn found_adapter(named: &Path) -> PathBuf {
+    let AdapterFolder { dir, note } = find_adapter(named);
+    if let Some(note) = note {
+        eprintln!("{note}");
+    }
+    dir
 }
 
 /// How weights and images are loaded.

@@ -27,6 +27,7 @@ use burn::{
 use super::{
     pipeline_options::base_of_run,
     progress::{Progress, Unit},
+    shared_args::found_adapter,
     shell::{program, shell_word},
     shipped::{shipped, shipped_data},
     usage::UsageError,
@@ -168,7 +169,9 @@ fn load_config(args: &TrainArgs) -> Result<TrainConfig> {
         set("deterministic", true.into());
     }
     set_keys(&mut table, &args.set)?;
-    from_table(table)
+    let mut config = from_table(table)?;
+    config.adapter = config.adapter.as_deref().map(found_adapter);
+    Ok(config)
 }
 
 /// Share held out where a run is given training data of its own and no validation data.

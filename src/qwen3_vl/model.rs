@@ -8,7 +8,7 @@ use super::{
     config::{Qwen3VlConfig, TextConfig},
     image_features::ImageFeatures,
     key_values::{KeyValueCache, KeyValues},
-    layer::{DecoderLayer, Eager, Projection, TextContext, decoder_layers},
+    layer::{DecoderLayer, Eager, TextContext, decoder_layers},
     nn::{Embedding, InitOptions, Linear, RmsNorm},
     vision::{VisionLayout, VisionModel, VisionOutput, pixel_tensor},
 };
@@ -85,13 +85,13 @@ impl<B: Ops> Qwen3Vl<B> {
 
     /// How the weights are quantised, if they are.
     pub fn quantization(&self) -> Option<Quantization> {
-        let layer = self.model.language_model.layers.first()?;
-        let layers = layer
-            .projection(Projection::Query)
-            .weight
-            .packed()?
-            .format();
-        Some(Quantization { layers })
+        // Not of the first alone: an adapter may bring a layer of its own, in floats.
+        let layers = &self.model.language_model.layers;
+        let mut linears = layers.iter().flat_map(DecoderLayer::projections);
+        let packed = linears.find_map(|linear| linear.weight.packed())?;
+        Some(Quantization {
+            layers: packed.format(),
+        })
     }
 
     /// Token vectors of a batch, `[n, hidden]`, image features in place of image tokens.
@@ -207,7 +207,9 @@ impl<B: Ops> Qwen3Vl<B> {
     /// Logits in f32: `[n, hidden]` → `[n, vocab]`.
     pub fn logits(&self, hidden: Tensor<B, 2>) -> Tensor<B, 2> {
         match &self.lm_head {
-            Some(head) if head.lora.is_some() => to_f32(head.forward(hidden, None)),
+            Some(head) if head.lora.is_some() || head.bias.is_some() => {
+                to_f32(head.forward(hidden, None))
+            }
             _ => match self.head() {
                 Weight::Dense(head) => B::logits(hidden, head.val()),
                 Weight::Packed(head) => B::logits_quantised(hidden, head),

@@ -10,7 +10,7 @@ use crate::{
     adapters::{
         lora::{
             config::AdapterError,
-            files::{load_adapter, trained_pixel_limits},
+            files::{attach_adapter, trained_pixel_limits},
             merge::merge,
         },
         quantised::load::load_quantised,
@@ -434,6 +434,8 @@ pub struct Pipeline<B: Backend> {
     pub parts: TextAndImages,
     /// Device that the weights are on.
     pub device: B::Device,
+    /// What a person should know about how the adapter's files were read.
+    pub notes: Vec<String>,
 }
 
 impl<B: Accelerator> Pipeline<B> {
@@ -464,16 +466,23 @@ impl<B: Accelerator> Pipeline<B> {
             .into_iter()
             .zip(devices)
             .map(|(model, device)| {
-                let model = match &options.adapter {
-                    // Quantised weights are not quantised again: there the adapter stays beside them.
-                    Some(dir) if model.quantization().is_some() => load_adapter(model, dir)?.0,
-                    Some(dir) => merge(load_adapter(model, dir)?.0),
-                    None => model,
+                let (model, notes) = match &options.adapter {
+                    Some(dir) => {
+                        let adapted = attach_adapter(model, dir)?;
+                        // Quantised weights are not quantised again: there the adapter stays beside them.
+                        let model = match adapted.model.quantization() {
+                            Some(_) => adapted.model,
+                            None => merge(adapted.model),
+                        };
+                        (model, adapted.notes)
+                    }
+                    None => (model, Vec::new()),
                 };
                 Ok(Self {
                     model,
                     parts: parts.clone(),
                     device: device.clone(),
+                    notes,
                 })
             })
             .collect()

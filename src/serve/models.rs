@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::{engine::Engine, error::ApiError};
 use crate::{
-    adapters::lora::{base::check_base, files::trained_pixel_limits},
+    adapters::lora::{base::check_base, files::trained_pixel_limits, folder::find_adapter},
     processor::{chat::ChatTemplate, sample::PixelLimits},
     runtime::generate::backend::AdapterId,
 };
@@ -187,6 +187,19 @@ impl Models {
                 "lora_path",
                 "the adapter cannot be loaded; the server's log says why",
             )
+        };
+        let found = find_adapter(&dir);
+        // A link inside may lead elsewhere.
+        let inside = |path: &Path| {
+            let (path, around) = (path.canonicalize().ok()?, dir.canonicalize().ok()?);
+            path.starts_with(around).then_some(path)
+        };
+        let dir = match (found.note, inside(&found.dir)) {
+            (Some(note), Some(path)) => {
+                log::info!("adapter `{name}`: {note}");
+                path
+            }
+            _ => dir,
         };
         let template = ChatTemplate::find(&dir, None)
             .map_err(|error| refused(error.to_string()))?

@@ -232,8 +232,15 @@ pub fn trained_parameters(
     }
     let lora = config.lora_config();
     let matcher = lora.matcher()?;
+    let text = &model.text_config;
+    let head = (
+        "lm_head".to_string(),
+        text.hidden_size as u64,
+        text.vocab_size as u64,
+    );
     Ok(linear_layers(model)
         .iter()
+        .chain([&head])
         .filter(|(path, ..)| matcher.matches(path))
         .map(|(_, from, to)| {
             let magnitude = if lora.use_dora { *to } else { 0 };

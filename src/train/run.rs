@@ -132,6 +132,7 @@ impl<B: Backend, F: Fn(&str) -> bool> ModuleMapper<B> for Freeze<F> {
 fn prepare_model<B: Accelerator>(
     model: Qwen3Vl<B>,
     config: &TrainConfig,
+    tell: &dyn Fn(&str),
 ) -> Result<(Qwen3Vl<B>, LoraConfig), TrainError> {
     let own = config.lora_config();
     match config.tuner {
@@ -158,7 +159,11 @@ fn prepare_model<B: Accelerator>(
             let frozen = model.no_grad();
             Ok(match &config.adapter {
                 // Its rank, scaling and targets count; dropout is the run's.
-                Some(dir) => load_adapter_for_training(frozen, dir, config.lora_dropout)?,
+                Some(dir) => {
+                    let adapted = load_adapter_for_training(frozen, dir, config.lora_dropout)?;
+                    adapted.notes.iter().for_each(|note| tell(note));
+                    (adapted.model, adapted.config)
+                }
                 None => (attach(frozen, &own, config.seed)?.0, own),
             })
         }
@@ -330,14 +335,18 @@ pub fn train<B: TrainAccelerator>(
                 base: Some(facts.base.clone()),
                 version: env!("CARGO_PKG_VERSION").to_string(),
             };
-            let (model, lora) = prepare_model(base, &config)?;
+            let (model, lora) = prepare_model(base, &config, &*options.tell)?;
             (model, lora, state)
         }
         Some((dir, state)) => {
             let (model, lora) = match config.tuner {
-                Tuner::Lora => load_adapter_for_training(base.no_grad(), dir, config.lora_dropout)?,
+                Tuner::Lora => {
+                    let adapted =
+                        load_adapter_for_training(base.no_grad(), dir, config.lora_dropout)?;
+                    (adapted.model, adapted.config)
+                }
                 Tuner::Full => {
-                    let (model, lora) = prepare_model(base, &config)?;
+                    let (model, lora) = prepare_model(base, &config, &*options.tell)?;
                     (restore_weights(dir, model)?, lora)
                 }
             };

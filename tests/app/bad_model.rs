@@ -251,7 +251,7 @@ fn an_adapter_that_does_not_fit_is_named() {
     };
     let (unsupported, cut, bare) = (copy("unsupported"), copy("cut"), copy("bare"));
     edit_json(&unsupported.join("adapter_config.json"), |tree| {
-        tree["modules_to_save"] = json!(["lm_head"]);
+        tree["layer_replication"] = json!([[0, 4], [2, 5]]);
     });
     let tensors = cut.join("adapter_model.safetensors");
     let bytes = fs::read(&tensors).unwrap();
@@ -280,7 +280,7 @@ fn an_adapter_that_does_not_fit_is_named() {
             with(
                 "unsupported key",
                 "unsupported",
-                &["adapter_config.json", "`modules_to_save`", "expected"],
+                &["adapter_config.json", "`layer_replication`", "expected"],
             ),
             with(
                 "no tensors",

@@ -5,6 +5,7 @@
 #![cfg(feature = "flex")]
 #![recursion_limit = "512"]
 
+mod adapters;
 mod bad_input;
 mod bad_model;
 mod bench;

@@ -163,8 +163,10 @@ def adapted(reference, folder, **settings):
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 weight += torch.randn_like(weight) * 0.05
-            if "magnitude" in name:
+            elif "magnitude" in name:
                 weight *= 1 + 0.1 * torch.rand_like(weight)
+            elif weight.requires_grad and "lora_" not in name:
+                weight += torch.randn_like(weight) * 0.02
     model.save_pretrained(folder / "adapter")
     if is_pissa:
         model.save_pretrained(
@@ -206,6 +208,16 @@ def rows(reference, folder):
         "vision tower": {"target_modules": r".*visual\.blocks.*\.(qkv|proj)"},
         "ranks by pattern": {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"v_proj": 32}},
         "alpha 16.5": {"lora_alpha": 16.5},
+        "head": {"target_modules": ["q_proj", "lm_head"]},
+        "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+        "embedding, tied on": {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+        "names end in proj": {"target_modules": ["q_proj", "proj"]},
+        "biases of layers": {"target_modules": r".*visual.*\.(qkv|linear_fc1)", "bias": "lora_only"},
+        "all biases": {"bias": "all"},
+        "biases of B": {"lora_bias": True},
+        "head stored whole": {"modules_to_save": ["lm_head"]},
+        "merger, norms whole": {"modules_to_save": ["visual.merger", "layernorm"]},
+        "rows of tokens": {"trainable_token_indices": [5, 17, 300]},
     }.items():
         own = folder / name.replace(" ", "-")
         model = adapted(reference, own, **settings)
@@ -217,6 +229,8 @@ def rows(reference, folder):
     verdict = verdict if is_right else "taken, expected a refusal that names init_lora_weights"
     yield "PiSSA, not converted", verdict, 0.0 if is_right else float("inf"), 0.0
     yield compare(reference, "PiSSA, converted", model, MODEL, own / "converted")
+    shutil.copytree(own / "initial", own / "pissa_init")
+    yield compare(reference, "PiSSA and its start", model, MODEL, own / "adapter")
     yield other_head(reference, folder / "other-head")
 
 

@@ -6,6 +6,7 @@
 #![recursion_limit = "512"]
 
 mod adapters;
+mod adapters_of_peft;
 mod backend;
 mod support;
 

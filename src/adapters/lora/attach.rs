@@ -8,12 +8,15 @@ use burn::{
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::config::{AdapterError, LoraConfig, TargetMatcher};
+use super::{
+    config::{AdapterError, LoraConfig, TargetMatcher},
+    targets::{LM_HEAD, OTHER_LAYERS},
+};
 use crate::{
     base::seeds::mix,
     ops::{Kept, cast::to_f32},
     qwen3_vl::{Qwen3Vl, layer::Projection, nn::Linear},
-    weights::lora::Lora,
+    weights::{Weight, lora::Lora},
 };
 
 /// Rebuilds the linear layers of a model one by one.
@@ -133,18 +136,47 @@ impl<B: Backend> LinearMapper<B> for AttachLora<'_> {
     }
 }
 
-/// Attaches fresh adapters (`A` random, `B` zero) to the targeted layers and returns their number.
+/// Gives a tied head a layer of its own, with the embedding's matrix: no memory until one of the two changes.
+pub(super) fn untie<B: Backend>(model: &mut Qwen3Vl<B>) {
+    let weight = match &model.model.language_model.embed_tokens.weight {
+        Weight::Dense(table) => Weight::Dense(Param::initialized(ParamId::new(), table.val())),
+        packed @ Weight::Packed(_) => packed.clone(),
+    };
+    model.lm_head = Some(Linear {
+        weight,
+        bias: None,
+        lora: None,
+    });
+}
+
+/// Attaches fresh adapters (`A` random, `B` zero) to the targeted layers and returns their number. A tied head
+/// that is targeted becomes a layer of its own.
 ///
 /// # Errors
-/// [`AdapterError::NoTarget`] when nothing matches, [`AdapterError::Pattern`].
+/// [`AdapterError::NoTarget`] when nothing matches, [`AdapterError::NotTrained`] when an embedding or a
+/// convolution does, [`AdapterError::Pattern`].
 pub fn attach<B: Backend>(
-    model: Qwen3Vl<B>,
+    mut model: Qwen3Vl<B>,
     config: &LoraConfig,
     seed: u64,
 ) -> Result<(Qwen3Vl<B>, usize), AdapterError> {
+    let matcher = config.matcher()?;
+    if let Some((layer, kind)) = OTHER_LAYERS
+        .iter()
+        .find(|(layer, _)| matcher.matches(layer))
+    {
+        return Err(AdapterError::NotTrained {
+            targets: config.target_modules.to_string(),
+            layer: (*layer).to_owned(),
+            kind,
+        });
+    }
+    if model.lm_head.is_none() && matcher.matches(LM_HEAD) {
+        untie(&mut model);
+    }
     let mut mapper = AttachLora {
         config,
-        matcher: config.matcher()?,
+        matcher,
         seed,
         attached: 0,
         error: None,

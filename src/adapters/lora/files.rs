@@ -1,20 +1,24 @@
 //! PEFT's adapter folder: `adapter_config.json` and `adapter_model.safetensors`.
 
-use std::{collections::BTreeMap, fs, io::Write, path::Path};
+use std::{fs, io::Write, path::Path};
 
 use burn::{
     module::{Param, ParamId},
     prelude::*,
-    tensor::DType,
 };
 use serde_json::Value;
 
 use super::{
-    attach::{LinearMapper, attach},
+    attach::LinearMapper,
+    base_changes::change_base,
     config::{AdapterError, LoraConfig},
+    keys::{Keys, PREFIX, Part},
+    source::Source,
+    targets::{OTHER_LAYERS, TargetMatcher},
 };
 use crate::{
     base::files::write_atomic,
+    ops::Ops,
     processor::patches::ImageProcessorConfig,
     qwen3_vl::{
         Qwen3Vl,
@@ -24,8 +28,8 @@ use crate::{
     weights::lora::Lora,
 };
 
-const PREFIX: &str = "base_model.model.";
 const TENSORS: &str = "adapter_model.safetensors";
+const PICKLE: &str = "adapter_model.bin";
 
 /// Pixel limits `[min_pixels, max_pixels]` of the run that trained the adapter in `dir`, where its folder
 /// says: `trainer_state.json` of this program (a run without limits of its own has the recipe's), or
@@ -66,155 +70,290 @@ pub fn trained_pixel_limits(dir: &Path) -> Result<Option<[usize; 2]>, AdapterErr
     })
 }
 
-/// Replaces the tensors of attached adapters by those of a file.
-struct FillLora<'a> {
-    file: &'a TensorFile,
-    shapes: BTreeMap<String, Vec<usize>>,
+/// Builds the adapters of linear layers from a file's tensors.
+struct AttachFromFile<'a> {
+    source: &'a Source<'a>,
+    keys: &'a mut Keys,
+    /// The adapter as training began, whose share is taken off.
+    initial: Option<(TensorFile, Keys)>,
+    /// Layers that the config asks for; `None` where the file alone says.
+    matcher: Option<TargetMatcher>,
+    attached: usize,
     error: Option<AdapterError>,
 }
 
-impl FillLora<'_> {
-    fn tensor<B: Backend, const D: usize>(
+impl AttachFromFile<'_> {
+    /// The adapter of the layer at `path`, if it has one.
+    fn lora<B: Ops>(
         &mut self,
-        names: &[String],
-        like: &Param<Tensor<B, D>>,
-    ) -> Result<Param<Tensor<B, D>>, AdapterError> {
-        let mismatch = |reason| AdapterError::Mismatch {
-            path: self.file.path().to_path_buf(),
-            reason,
+        path: &str,
+        [out, d_input]: [usize; 2],
+        device: &B::Device,
+    ) -> Result<Option<Lora<B>>, AdapterError> {
+        let (source, config) = (self.source, self.source.config);
+        let names = (self.keys.take(path, Part::A), self.keys.take(path, Part::B));
+        let (a, b) = match names {
+            (None, None) => match &self.matcher {
+                Some(matcher) if matcher.matches(path) => {
+                    return Err(source.missing(&format!("{path}.lora_A.weight")));
+                }
+                _ => return Ok(None),
+            },
+            (Some(a), Some(b)) => (a, b),
+            (Some(_), None) => return Err(source.missing(&format!("{path}.lora_B.weight"))),
+            (None, Some(_)) => return Err(source.missing(&format!("{path}.lora_A.weight"))),
         };
-        let found = names.iter().find(|name| self.shapes.contains_key(*name));
-        let Some((name, shape)) = found.and_then(|name| Some((name, self.shapes.get(name)?)))
-        else {
-            let found = match self.shapes.keys().next() {
-                Some(found) => format!("; the file holds names like `{found}`"),
-                None => String::new(),
-            };
-            return Err(mismatch(format!("tensor `{}` is missing{found}", names[0])));
-        };
-        let expected = like.shape().to_vec();
-        if *shape != expected {
-            return Err(mismatch(format!(
-                "tensor `{name}` has shape {shape:?}, expected {expected:?}"
+        if self
+            .matcher
+            .as_ref()
+            .is_some_and(|matcher| !matcher.matches(path))
+        {
+            return Err(source.mismatch(format!(
+                "tensor `{a}` is of a layer that `target_modules` {} do not match",
+                config.target_modules
             )));
         }
-        let data = self.file.read(name, DType::F32)?;
-        let tensor = Tensor::from_data(data, (&like.device(), DType::F32));
-        self.shapes.remove(&name.clone());
-        Ok(Param::initialized(like.id, tensor.require_grad()))
-    }
-
-    fn fill<B: Backend>(&mut self, path: &str, lora: &mut Lora<B>) -> Result<(), AdapterError> {
-        let name = |part: &str| format!("{PREFIX}{path}.{part}");
-        // The second form is what a state dict holds before PEFT drops the adapter's name from its keys.
-        let both = |part: &str| {
-            [
-                name(&format!("{part}.weight")),
-                name(&format!("{part}.default.weight")),
-            ]
-        };
-        lora.lora_a = self.tensor(&both("lora_A"), &lora.lora_a)?;
-        lora.lora_b = self.tensor(&both("lora_B"), &lora.lora_b)?;
-        if let Some(magnitude) = lora.lora_magnitude_vector.take() {
-            let names = [
-                name("lora_magnitude_vector"),
-                name("lora_magnitude_vector.weight"),
-            ];
-            lora.lora_magnitude_vector = Some(self.tensor(&names, &magnitude)?);
+        let rank = config.rank_of(path)?;
+        let mut a = source.read::<B, 2>(&a, [rank, d_input], device)?;
+        let mut b = source.read::<B, 2>(&b, [out, rank], device)?;
+        if let Some((file, keys)) = &self.initial {
+            let shapes = file.shapes()?;
+            let source = Source {
+                file,
+                config,
+                shapes: &shapes,
+            };
+            let part = |part: Part, end: &str| {
+                let name = keys.get(path, part);
+                name.ok_or_else(|| source.missing(&format!("{path}.{end}.weight")))
+            };
+            let first_a = source.read::<B, 2>(part(Part::A, "lora_A")?, [rank, d_input], device)?;
+            let first_b = source.read::<B, 2>(part(Part::B, "lora_B")?, [out, rank], device)?;
+            a = Tensor::cat(vec![a, first_a], 0);
+            b = Tensor::cat(vec![b, -first_b], 1);
         }
-        Ok(())
+        let magnitude = match (config.use_dora, self.keys.take(path, Part::Magnitude)) {
+            (true, Some(name)) => Some(source.read::<B, 1>(&name, [out], device)?),
+            (false, None) => None,
+            (true, None) => {
+                return Err(source.missing(&format!("{path}.lora_magnitude_vector")));
+            }
+            (false, Some(name)) => {
+                return Err(source.mismatch(format!(
+                    "tensor `{name}` is there, and `use_dora` is not true in `adapter_config.json`"
+                )));
+            }
+        };
+        let param =
+            |tensor: Tensor<B, 2>| Param::initialized(ParamId::new(), tensor.require_grad());
+        let magnitude =
+            magnitude.map(|tensor| Param::initialized(ParamId::new(), tensor.require_grad()));
+        let lora = Lora::new([param(a), param(b)], magnitude, config.scaling_of(path)?);
+        let lora = lora.with_dropout(config.lora_dropout, self.attached);
+        self.attached += 1;
+        Ok(Some(lora))
     }
 }
 
-impl<B: Backend> LinearMapper<B> for FillLora<'_> {
+impl<B: Ops> LinearMapper<B> for AttachFromFile<'_> {
     fn map_linear(&mut self, path: &str, mut linear: Linear<B>) -> Linear<B> {
-        if self.error.is_none()
-            && let Some(lora) = linear.lora.as_mut()
-            && let Err(error) = self.fill(path, lora)
-        {
-            self.error = Some(error);
+        if self.error.is_some() {
+            return linear;
+        }
+        let (shape, device) = (
+            linear.weight.lazy_shape().dims(),
+            linear.weight.lazy_device(),
+        );
+        match self.lora(path, shape, &device) {
+            Ok(Some(_)) if linear.lora.is_some() => {
+                let layer = path.to_string();
+                self.error = Some(AdapterError::Attached { layer });
+            }
+            Ok(Some(lora)) => linear.lora = Some(lora),
+            Ok(None) => {}
+            Err(error) => self.error = Some(error),
         }
         linear
     }
+}
+
+/// A model with an adapter attached.
+#[derive(Debug)]
+pub struct Adapted<B: Backend> {
+    /// The model. Low-rank matrices of linear layers are beside them; all else is in the weights already.
+    pub model: Qwen3Vl<B>,
+    /// The adapter's config.
+    pub config: LoraConfig,
+    /// What a person should know about how the files were read.
+    pub notes: Vec<String>,
+    /// Weights of the base that the adapter brings others for, each with the key that asks for it.
+    pub changed: Vec<String>,
+    /// Whether some of them belong to the language model or its head.
+    pub changes_text: bool,
 }
 
 /// Attaches the adapter in `dir`, unmerged.
 ///
 /// # Errors
 /// [`AdapterError`] names the file and the key or tensor; every tensor of the file must be used.
-pub fn load_adapter<B: Backend>(
+pub fn load_adapter<B: Ops>(
     model: Qwen3Vl<B>,
     dir: &Path,
 ) -> Result<(Qwen3Vl<B>, LoraConfig), AdapterError> {
-    let config = LoraConfig::from_dir(dir)?;
-    let model = load_adapter_tensors(model, &config, dir)?;
-    Ok((model, config))
+    let adapted = attach_adapter(model, dir)?;
+    Ok((adapted.model, adapted.config))
+}
+
+/// [`load_adapter`], with all that there is to know about it.
+///
+/// # Errors
+/// As [`load_adapter`].
+pub fn attach_adapter<B: Ops>(model: Qwen3Vl<B>, dir: &Path) -> Result<Adapted<B>, AdapterError> {
+    attach_tensors(model, LoraConfig::from_dir(dir)?, dir)
 }
 
 /// Attaches the adapter in `dir` to be trained on with the given dropout.
 ///
 /// # Errors
-/// As [`load_adapter`].
-pub fn load_adapter_for_training<B: Backend>(
+/// As [`load_adapter`]; [`AdapterError::ChangesBase`] for one with more than low-rank matrices of linear layers,
+/// which alone are trained.
+pub fn load_adapter_for_training<B: Ops>(
     model: Qwen3Vl<B>,
     dir: &Path,
     dropout: f64,
-) -> Result<(Qwen3Vl<B>, LoraConfig), AdapterError> {
+) -> Result<Adapted<B>, AdapterError> {
     let config = LoraConfig {
         lora_dropout: dropout,
         ..LoraConfig::from_dir(dir)?
     };
-    let model = load_adapter_tensors(model, &config, dir)?;
-    Ok((model, config))
+    let adapted = attach_tensors(model, config, dir)?;
+    let mut changed = adapted.changed.clone();
+    if adapted.config.initial.is_some() {
+        changed.push("all adapted layers by `init_lora_weights`".to_owned());
+    }
+    if !changed.is_empty() {
+        return Err(AdapterError::ChangesBase {
+            dir: dir.to_path_buf(),
+            changed,
+            reason: "training moves the low-rank matrices of linear layers only",
+        });
+    }
+    Ok(adapted)
 }
 
 /// Attaches the tensors in `dir` under a config read elsewhere.
 ///
 /// # Errors
 /// As [`load_adapter`].
-pub fn load_adapter_tensors<B: Backend>(
+pub fn load_adapter_tensors<B: Ops>(
     model: Qwen3Vl<B>,
     config: &LoraConfig,
     dir: &Path,
 ) -> Result<Qwen3Vl<B>, AdapterError> {
-    let (model, _) = attach(model, config, 0)?;
-    if !dir.join(TENSORS).is_file() && dir.join("adapter_model.bin").is_file() {
-        return Err(AdapterError::Folder {
-            dir: dir.to_path_buf(),
-            hint: format!(
-                "it holds `adapter_model.bin`, which is not read here (a pickle may run code), and no `{TENSORS}`; load it in PEFT once and `save_pretrained` it"
-            ),
-        });
-    }
-    let file = TensorFile::open(&dir.join(TENSORS))?;
-    let mut mapper = FillLora {
-        shapes: file.shapes()?,
+    Ok(attach_tensors(model, config.clone(), dir)?.model)
+}
+
+fn attach_tensors<B: Ops>(
+    model: Qwen3Vl<B>,
+    config: LoraConfig,
+    dir: &Path,
+) -> Result<Adapted<B>, AdapterError> {
+    let file = open(dir)?;
+    let shapes = file.shapes()?;
+    let mut keys = Keys::of(shapes.keys(), file.path())?;
+    let source = Source {
         file: &file,
+        config: &config,
+        shapes: &shapes,
+    };
+    let mut notes = Vec::new();
+    if let Some(mapped) = &keys.mapped {
+        notes.push(format!(
+            "`{}` names its tensors as another layout does; read {mapped}, and all others likewise",
+            file.path().display()
+        ));
+    }
+    let (model, changes) = change_base(model, &source, &mut keys)?;
+    let initial = match &config.initial {
+        None => None,
+        Some(dir) => {
+            notes.push(format!(
+                "the adapter was trained on a base without the part that `{}` holds; the difference of the two is used, which belongs to the base as it is",
+                dir.display()
+            ));
+            let file = open(dir)?;
+            let keys = Keys::of(file.shapes()?.keys(), file.path())?;
+            Some((file, keys))
+        }
+    };
+    // Patterns over paths mean the paths of the layout they were written for.
+    let matcher = match keys.mapped {
+        None => Some(config.matcher()?),
+        Some(_) => None,
+    };
+    if let Some(matcher) = &matcher
+        && let Some((layer, _)) = OTHER_LAYERS.iter().find(|(layer, _)| {
+            matcher.matches(layer) && !changes.weights.iter().any(|made| made.contains(layer))
+        })
+    {
+        return Err(source.mismatch(format!(
+            "`target_modules` {} match `{layer}`, and the file holds nothing for it",
+            config.target_modules
+        )));
+    }
+    let mut mapper = AttachFromFile {
+        source: &source,
+        keys: &mut keys,
+        initial,
+        matcher,
+        attached: 0,
         error: None,
     };
     let model = model.map_linears(&mut mapper);
     if let Some(error) = mapper.error {
         return Err(error);
     }
-    if let Some((name, _)) = mapper.shapes.first_key_value() {
-        let what = if name.contains("lora_embedding_") || name.contains("embed_tokens") {
-            ": adapters of the embedding are not read here"
-        } else if name.contains("patch_embed") {
-            ": adapters of the patch embedding, a convolution, are not read here"
-        } else if name.contains(".base_layer.") {
-            ": a copy of the base's own weights is not read here; leave it out with `save_embedding_layers=False`"
-        } else {
-            ""
+    let attached = mapper.attached;
+    if let Some(name) = keys.names.values().next() {
+        return Err(source.mismatch(format!(
+            "{} tensor(s) have no place in the model, first `{name}`",
+            keys.names.len()
+        )));
+    }
+    if attached == 0 && changes.weights.is_empty() {
+        return Err(AdapterError::NoTarget {
+            targets: config.target_modules.to_string(),
+        });
+    }
+    notes.extend(changes.notes);
+    Ok(Adapted {
+        model,
+        config,
+        notes,
+        changed: changes.weights,
+        changes_text: changes.text,
+    })
+}
+
+/// Opens the tensors of an adapter.
+fn open(dir: &Path) -> Result<TensorFile, AdapterError> {
+    let path = dir.join(TENSORS);
+    if !path.is_file() && dir.join(PICKLE).is_file() {
+        let dir_text = dir.display().to_string();
+        // A path that would end the quotes is left to the reader.
+        let named = match dir_text.contains(['\'', '"']) {
+            true => "DIR".to_owned(),
+            false => dir_text,
         };
-        return Err(AdapterError::Mismatch {
-            path: file.path().to_path_buf(),
-            reason: format!(
-                "{} tensor(s) have no place in the model, first `{name}`{what}",
-                mapper.shapes.len()
+        return Err(AdapterError::Folder {
+            dir: dir.to_path_buf(),
+            hint: format!(
+                "it holds `{PICKLE}`, a pickle, which is not read here (it may run code or ask for any amount of memory), and no `{TENSORS}`; convert it with \
+                 `python3 -c \"import torch, safetensors.torch as s; d = '{named}/'; s.save_file({{k: v.contiguous().clone() for k, v in torch.load(d + '{PICKLE}', map_location='cpu', weights_only=True).items()}}, d + '{TENSORS}')\"`"
             ),
         });
     }
-    Ok(model)
+    Ok(TensorFile::open(&path)?)
 }
 
 /// All adapter tensors of a model under PEFT's names, in order of name.

@@ -6,6 +6,12 @@
 
 pub mod attach;
 pub mod base;
+mod base_changes;
 pub mod config;
+mod error;
 pub mod files;
+pub mod folder;
+mod keys;
 pub mod merge;
+mod source;
+mod targets;

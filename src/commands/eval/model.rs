@@ -94,6 +94,9 @@ impl DeviceTask for ModelWork {
             .transpose()?;
         let options = with_adapter(&self.model, &self.adapter, &self.load, dtype);
         let pipeline = loading(|on_progress| Pipeline::<B>::load(&options, device, on_progress))?;
+        for note in &pipeline.notes {
+            eprintln!("note: {note}");
+        }
         if let Some(limits) = pipeline.parts.pixel_limits_to_know() {
             eprintln!("{limits}");
         }

@@ -18,7 +18,7 @@ pub struct TrainArgs {
     /// Folder of the base checkpoint.
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
-    /// Folder of a PEFT adapter to start from.
+    /// Folder of a PEFT adapter to start from, or of a run, whose best checkpoint is used.
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
     /// Training data: JSONL in ms-swift's format.

@@ -14,7 +14,7 @@ use burn::{prelude::*, tensor::DType};
 
 use super::backend::{AdapterId, Chunk, DecodeBackend, SlotId, StepRow, Stepped};
 use crate::{
-    adapters::lora::{config::AdapterError, files::load_adapter},
+    adapters::lora::{config::AdapterError, files::attach_adapter},
     batch::{images::ImageInput, positions::Positions, text::TextInput},
     ops::{AttentionSpans, Ops, quantised::cache::CacheFormat},
     qwen3_vl::{
@@ -296,7 +296,11 @@ impl<B: Accelerator> DecodeBackend for PlainDecoder<B> {
 
     fn load_adapter(&mut self, dir: &Path) -> Result<AdapterId, AdapterError> {
         let base = self.models[&AdapterId::BASE].clone();
-        let (model, _) = load_adapter(base, dir)?;
+        let adapted = attach_adapter(base, dir)?;
+        for note in &adapted.notes {
+            log::info!("adapter `{}`: {note}", dir.display());
+        }
+        let model = adapted.model;
         let id = AdapterId(self.fresh());
         self.models.insert(id, model);
         Ok(id)

@@ -242,3 +242,50 @@ fn rows_of_different_adapters_share_a_step() {
     assert_eq!(together, [adapted.clone(), base, adapted]);
     decoder.unload_adapter(adapter);
 }
+
+/// Adapters that bring weights of the base's own have them for their rows alone.
+#[test]
+fn rows_of_adapters_that_change_the_base_share_a_step() {
+    let fixtures = repository("tests/fixtures");
+    let tiny = fixtures.join("parity/model-tiny-tied");
+    let config = Qwen3VlConfig::from_dir(&tiny).unwrap();
+    let mut model = Qwen3Vl::<Flex>::new(&config, &Default::default(), &Default::default());
+    crate::qwen3_vl::weights::load_checkpoint(&mut model, &tiny, DType::F32, &mut |_, _| {})
+        .unwrap();
+    let prompt = Prompt {
+        input_ids: (20..60).collect(),
+        images: Default::default(),
+    };
+    let mut decoder = PlainDecoder::new(model, config, Default::default());
+    let kinds = [
+        "tied_head",
+        "tied_embedding",
+        "tied_saved_head",
+        "tied_saved_embedding",
+        "tied_tokens_of_head",
+    ];
+    let mut all = vec![AdapterId::BASE];
+    for kind in kinds {
+        let dir = fixtures.join("adapters").join(kind);
+        all.push(decoder.load_adapter(&dir).unwrap());
+    }
+    let mut run = |adapters: &[AdapterId]| {
+        let rows: Vec<_> = adapters
+            .iter()
+            .map(|adapter| {
+                let slot = decoder.start(*adapter, 0);
+                let first = prefill(&mut decoder, slot, &prompt, 0, 16);
+                (slot, prompt.input_ids.len(), first)
+            })
+            .collect();
+        decode(&mut decoder, &rows, 20)
+    };
+    let alone: Vec<_> = all.iter().map(|one| run(&[*one]).remove(0)).collect();
+    for (at, one) in alone.iter().enumerate() {
+        let others = alone.iter().enumerate().filter(|(other, _)| *other != at);
+        for (other, text) in others {
+            assert_ne!(one, text, "{at} and {other} answer the same");
+        }
+    }
+    assert_eq!(run(&all), alone);
+}

@@ -29,7 +29,7 @@ use super::{
 };
 use crate::{
     accelerate::cuda::launch::{Backend, Client},
-    adapters::lora::{config::AdapterError, files::load_adapter},
+    adapters::lora::{config::AdapterError, files::attach_adapter},
     batch::{images::ImageInput, positions::rope_index},
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, key_values::KeyValues, vision::VisionOutput},
     runtime::{
@@ -516,7 +516,18 @@ impl DecodeBackend for PagedDecoder {
 
     fn load_adapter(&mut self, dir: &Path) -> Result<AdapterId, AdapterError> {
         let base = self.models[&AdapterId::BASE].model.clone();
-        let (model, _) = load_adapter(base, dir)?;
+        let adapted = attach_adapter(base, dir)?;
+        if adapted.changes_text {
+            return Err(AdapterError::ChangesBase {
+                dir: dir.to_path_buf(),
+                changed: adapted.changed,
+                reason: "sequences of all adapters share the base's weights in a step of this device",
+            });
+        }
+        for note in &adapted.notes {
+            log::info!("adapter `{}`: {note}", dir.display());
+        }
+        let model = adapted.model;
         let refused = |reason| AdapterError::Mismatch {
             path: dir.to_path_buf(),
             reason,
