@@ -3,8 +3,8 @@
 use clap::{Parser, Subcommand};
 
 use crate::commands::{
-    bench, check, clean, convert, doctor, eval, infer, init_tiny, merge, phantoms, plan, quantize,
-    serve, train,
+    bench, check, clean, convert, doctor, eval, infer, init_tiny, merge, phantoms, plan, pull,
+    quantize, serve, train,
 };
 
 /// Fine-tunes Qwen3-VL on chest X-rays and writes Chinese radiology reports.
@@ -36,6 +36,15 @@ pub enum Command {
     /// Without arguments, the tiny model on the sample data set, both from the repository: a minute or two on
     /// two CPU cores.
     Train(train::TrainArgs),
+    /// Download a model or an adapter from Hugging Face or ModelScope.
+    ///
+    /// Takes the files a model needs into the cache that Python's tools use too; every file is checked against
+    /// the hub's hash. Started again, it goes on where it was. `--model ID` then finds the model.
+    ///
+    /// Environment: HF_ENDPOINT (a mirror), HF_TOKEN, HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE,
+    /// HF_HUB_DOWNLOAD_TIMEOUT; USE_MODELSCOPE_HUB, MODELSCOPE_ENDPOINT, MODELSCOPE_API_TOKEN, MODELSCOPE_CACHE;
+    /// HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE.
+    Pull(pull::PullArgs),
     /// Merge an adapter into its base model and write the result as a checkpoint.
     ///
     /// The written checkpoint is read back and compared with base plus adapter on a test input. Without an

@@ -15,13 +15,14 @@ use anyhow::{Context, Result, bail};
 use burn::tensor::DType;
 
 use super::{
+    models::find,
     shared_args::generation_config,
-    shell::{shipped, shipped_data, unless_closed},
+    shell::{shipped_data, unless_closed},
     usage::UsageError,
 };
 use crate::{
     accelerate::devices::run_on,
-    base::files::write_atomic,
+    base::{files::write_atomic, hub::Want},
     dataset::Dataset,
     eval::{
         baselines::systems::{Reports, nearest_image, without_images},
@@ -70,6 +71,10 @@ pub fn run(mut args: EvalArgs) -> Result<()> {
         ),
     };
     let (data, train) = (data.as_ref(), train.as_ref());
+    if let Some(model) = &mut args.model {
+        *model = find(model, Want::Checkpoint, args.download)?;
+    }
+    args.adapter.find(args.download)?;
     let mut warnings = Vec::new();
 
     let keys = PredictionKeys {
@@ -226,7 +231,7 @@ fn model_work(
         return Ok(None);
     };
     let neighbour = train.filter(|_| !args.no_neighbour).cloned();
-    args.adapter.check_base(&shipped(model))?;
+    args.adapter.check_base(model)?;
     let writes = args.predictions.is_none();
     let Some(data) = data.cloned().filter(|_| writes || neighbour.is_some()) else {
         bail!(UsageError(

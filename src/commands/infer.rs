@@ -22,7 +22,10 @@ use super::{
 };
 use crate::{
     accelerate::devices::{Replicas, ReplicatedTask, run_on_all},
-    base::files::{expect_file, name, sha256_file},
+    base::{
+        files::{expect_file, name, sha256_file},
+        hub::Want,
+    },
     batch::images::ImageInput,
     ops::{memory::MemoryWatch, quantised::cache::CacheFormat},
     processor::image::Reading,
@@ -43,7 +46,7 @@ use shown::Shown;
 ///
 /// # Errors
 /// Anything that kept a report from being written; images that failed in a batch run are counted.
-pub fn run(args: InferArgs) -> Result<()> {
+pub fn run(mut args: InferArgs) -> Result<()> {
     let settings = generation_config(&args.generation)?;
     if args.batch_size == 0 {
         bail!(UsageError("--batch-size is 0, expected at least 1".into()));
@@ -67,6 +70,7 @@ pub fn run(args: InferArgs) -> Result<()> {
         check_sent(&args)?;
         return infer_server::run(address, &args, &settings, &images);
     }
+    args.model.find(Want::Checkpoint)?;
     let dtype = args.model.load.dtype.map(DType::from);
     run_on_all(
         &devices,
@@ -91,6 +95,7 @@ fn check_sent(args: &InferArgs) -> Result<()> {
     let unsent = [
         ("--adapter", adapter.adapter.is_some()),
         ("--any-base", adapter.any_base),
+        ("--download", args.model.download.download),
         ("--dtype", load.dtype.is_some()),
         ("--quantize", load.quantize.is_some()),
         ("--min-pixels", load.min_pixels.is_some()),

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::{gradients::GradientOptions, optimizer::AdamWConfig};
 use crate::{
     adapters::lora::config::{LoraConfig, TargetModules},
+    base::hub::repo_of_folder,
     dataset::loader::{Overlong, WindowPlan},
     processor::patches::ImageProcessorConfig,
     qwen3_vl::layer::Projection,
@@ -77,7 +78,7 @@ pub enum LossReduction {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainConfig {
-    /// Folder of the base checkpoint.
+    /// Folder of the base checkpoint; commands also take its name on a hub.
     pub model: PathBuf,
     /// PEFT adapter to start from instead of a new one; its own rank, scaling and target modules apply. `lora` only.
     pub adapter: Option<PathBuf>,
@@ -555,7 +556,9 @@ impl TrainConfig {
             target_modules,
             use_rslora: self.use_rslora,
             use_dora: self.use_dora,
-            base_model_name_or_path: Some(self.model.display().to_string()),
+            base_model_name_or_path: Some(
+                repo_of_folder(&self.model).unwrap_or_else(|| self.model.display().to_string()),
+            ),
             ..LoraConfig::default()
         }
     }

@@ -14,6 +14,8 @@ mod dicom;
 mod eval;
 mod forms;
 mod found_pictures;
+mod hub;
+mod hub_server;
 mod infer;
 mod infer_files;
 mod layers;
