@@ -57,6 +57,7 @@ pub(super) fn find(typed: &Path, want: Want, args: DownloadArgs) -> Result<PathB
         folder,
         id,
         remarks,
+        ..
     } = match found {
         Ok(found) => found,
         Err(HubError::Absent { id, looked }) => {

@@ -2,7 +2,7 @@
 
 use std::{
     io::{Write, stdout},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use anyhow::{Context, Result, bail};
@@ -17,6 +17,7 @@ use crate::base::hub::{
     HubError, Want, WeightsKind,
     name::{Hub, ModelId, check_revision, expand_home},
     pull::PullOptions,
+    resolve::{Resolved, resolve},
     settings::HubSettings,
 };
 
@@ -71,6 +72,13 @@ pub fn run(args: PullArgs) -> Result<()> {
         include: args.include,
         output: args.output.as_deref().map(expand_home),
     };
+    if let Some((hub, folder)) = on_other_hub(&id, &options, &settings) {
+        eprintln!(
+            "`{id}` is here already, from {hub}, and is not downloaded twice; `pull {}{id}` does so",
+            settings.default_hub.prefix()
+        );
+        return print_folder(&folder);
+    }
     let pulled = match download(&id, &options, &settings) {
         Err(HubError::Offline { .. }) => return Err(offline(&id, &options, &settings)),
         pulled => pulled.map_err(usage)?,
@@ -98,8 +106,7 @@ pub fn run(args: PullArgs) -> Result<()> {
             shell_word(&name)
         );
     }
-    unless_closed(writeln!(stdout(), "{}", pulled.folder.display()))
-        .context("cannot print the folder")
+    print_folder(&pulled.folder)
 }
 
 fn model_id(args: &PullArgs) -> Result<ModelId> {
@@ -127,21 +134,40 @@ fn model_id(args: &PullArgs) -> Result<ModelId> {
 /// Without a network, what is on the disk is all that can be said.
 fn offline(id: &ModelId, options: &PullOptions, settings: &HubSettings) -> anyhow::Error {
     let variable = settings.offline.unwrap_or_default();
-    let nowhere = |_: &std::path::Path| PathBuf::new();
-    let found = crate::base::hub::resolve::resolve(
-        id.to_string().as_ref(),
-        options.want,
-        settings,
-        &nowhere,
-    );
-    match found {
-        Ok(found) if found.id.is_some() => anyhow::anyhow!(
+    match found(id, options, settings) {
+        Some(found) => anyhow::anyhow!(
             "{variable} is set, so nothing is fetched; `{id}` was downloaded before, into `{}`",
             found.folder.display()
         ),
-        _ => usage(HubError::Offline {
+        None => usage(HubError::Offline {
             id: id.clone(),
             variable,
         }),
     }
+}
+
+/// Where the whole model is, if the other hub than the one to be asked gave it before: a disk needs its weights once.
+fn on_other_hub(
+    id: &ModelId,
+    options: &PullOptions,
+    settings: &HubSettings,
+) -> Option<(Hub, PathBuf)> {
+    let anywhere = id.hub.is_none() && id.revision.is_none();
+    if !anywhere || !options.include.is_empty() || options.output.is_some() {
+        return None;
+    }
+    let found = found(id, options, settings)?;
+    let hub = found.hub.filter(|hub| *hub != settings.default_hub)?;
+    Some((hub, found.folder))
+}
+
+/// What was downloaded before under this name.
+fn found(id: &ModelId, options: &PullOptions, settings: &HubSettings) -> Option<Resolved> {
+    let nowhere = |_: &Path| PathBuf::new();
+    let found = resolve(id.to_string().as_ref(), options.want, settings, &nowhere).ok()?;
+    found.id.is_some().then_some(found)
+}
+
+fn print_folder(folder: &Path) -> Result<()> {
+    unless_closed(writeln!(stdout(), "{}", folder.display())).context("cannot print the folder")
 }

@@ -15,6 +15,7 @@ mod eval;
 mod forms;
 mod found_pictures;
 mod hub;
+mod hub_pull;
 mod hub_server;
 mod infer;
 mod infer_files;

@@ -196,7 +196,7 @@ fn description_missing(has: &dyn Fn(&str) -> bool) -> Option<String> {
     if !has("config.json") {
         return Some("config.json".into());
     }
-    let tokenizers = ["tokenizer.json", "vocab.json"];
+    let tokenizers = ["tokenizer.json", "tokenizer.json.gz", "vocab.json"];
     match tokenizers.iter().any(|name| has(name)) {
         true => None,
         false => Some(tokenizers[0].into()),

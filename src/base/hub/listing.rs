@@ -72,7 +72,7 @@ impl Listing {
                 return Err(Failure::Final(HubError::Answer {
                     hub: client.hub,
                     url: client.endpoint.clone(),
-                    reason: format!("`{}` is no path inside `{id}`", entry.path),
+                    reason: format!("{:?} is no path inside `{id}`", entry.path),
                 }));
             }
         }
@@ -150,7 +150,9 @@ fn named(failure: Failure, id: &str, revision: &str) -> Failure {
 /// Whether a path stays below the folder it is joined to, on every system.
 fn is_inside(path: &str) -> bool {
     let bad = |part: &str| part.is_empty() || part == "." || part == "..";
-    !path.contains(['\\', ':', '\0']) && !path.split('/').any(bad)
+    // A path is also printed: no letter may steer the terminal.
+    let odd = |letter: char| letter.is_control() || ['\\', ':'].contains(&letter);
+    !path.contains(odd) && !path.split('/').any(bad)
 }
 
 fn json<T: DeserializeOwned>(client: &Client, url: &str) -> Result<T, Failure> {
@@ -277,7 +279,9 @@ mod tests {
     #[test]
     fn a_listed_path_stays_in_its_folder() {
         assert!(is_inside("a.json") && is_inside("a/b.json"));
-        for path in ["", "/a", "../a", "a/../b", "a//b", "a\\b", "C:a", "."] {
+        for path in [
+            "", "/a", "../a", "a/../b", "a//b", "a\\b", "C:a", ".", "a\x1b[2J",
+        ] {
             assert!(!is_inside(path), "{path}");
         }
     }

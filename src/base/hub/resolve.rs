@@ -17,6 +17,8 @@ pub struct Resolved {
     pub folder: PathBuf,
     /// The name on a hub that it was found by.
     pub id: Option<ModelId>,
+    /// The hub whose cache it is in, where it was found by a name.
+    pub hub: Option<Hub>,
     /// What the user has to know, one sentence each.
     pub remarks: Vec<String>,
 }
@@ -45,6 +47,7 @@ pub fn resolve(
         return Ok(Resolved {
             folder: local,
             id: None,
+            hub: None,
             remarks: Vec::new(),
         });
     };
@@ -60,6 +63,7 @@ pub fn resolve(
             }
             Ok(Resolved {
                 folder: found.folder,
+                hub: Some(found.hub),
                 id: Some(id),
                 remarks: vec![remark],
             })
@@ -69,6 +73,7 @@ pub fn resolve(
             Ok(Resolved {
                 folder: local,
                 id: None,
+                hub: None,
                 remarks: Vec::new(),
             })
         }
@@ -125,6 +130,7 @@ fn of_path(
     Ok(Resolved {
         folder,
         id: None,
+        hub: None,
         remarks,
     })
 }

@@ -11,7 +11,7 @@ use super::{
 const DESCRIPTIONS: &[&str] = &[".json", ".jinja", ".model"];
 
 /// More of them, by name.
-const DESCRIPTION_NAMES: &[&str] = &["merges.txt", "vocab.txt"];
+const DESCRIPTION_NAMES: &[&str] = &["merges.txt", "vocab.txt", "tokenizer.json.gz"];
 
 /// Files to take, in two steps: an index, which is among the first, says which weights there are.
 #[derive(Debug, Default)]
