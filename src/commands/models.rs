@@ -49,7 +49,16 @@ pub(super) fn find(typed: &Path, want: Want, args: DownloadArgs) -> Result<PathB
             let pulled = download(&id, &options, &settings)?;
             eprintln!("{}", summary(&pulled));
             // What came is looked at like what was there: it may lack a part.
-            resolve(typed, want, &settings, &shipped)
+            match resolve(typed, want, &settings, &shipped) {
+                Err(HubError::Absent { looked, .. }) => {
+                    bail!(
+                        "`{id}` was downloaded and is no whole {}: {}",
+                        want.noun(),
+                        looked.join("; ")
+                    )
+                }
+                found => found,
+            }
         }
         found => found,
     };

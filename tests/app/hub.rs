@@ -368,7 +368,9 @@ fn a_snapshot_without_a_shard_is_not_taken() {
 
 #[test]
 fn nothing_is_downloaded_unless_that_is_said() {
-    let place = Place::new(&[("test/tiny", tiny())]);
+    let mut bare = tiny();
+    bare.remove("tokenizer.json");
+    let place = Place::new(&[("test/tiny", tiny()), ("test/bare", bare)]);
     let online = [("HF_HUB_OFFLINE", "0")];
     place.infer("test/tiny", &[], &online).refused(
         1,
@@ -384,6 +386,16 @@ fn nothing_is_downloaded_unless_that_is_said() {
     place
         .infer("test/tiny", &["--download"], &[])
         .refused(1, &["HF_HUB_OFFLINE is set"]);
+
+    place.infer("test/bare", &["--download"], &online).refused(
+        1,
+        &[
+            "was downloaded and is no whole model",
+            "tokenizer.json is missing",
+        ],
+    );
+
+    place.server.seen();
 
     // Without weights where they are not needed.
     let data = crate::repository().join("data/sample/train/samples.jsonl");

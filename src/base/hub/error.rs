@@ -192,10 +192,10 @@ fn advice(text: &str) -> String {
 fn other_way(hub: Hub) -> &'static str {
     match hub {
         Hub::HuggingFace => {
-            "is there a network? A mirror is named by HF_ENDPOINT (https://hf-mirror.com), a proxy by HTTPS_PROXY; most models are on ModelScope too (`--hub modelscope`, `ms:OWNER/NAME`)"
+            "is there a network? A mirror is named by HF_ENDPOINT (https://hf-mirror.com), a proxy by HTTPS_PROXY and its certificate by SSL_CERT_FILE; most models are on ModelScope too (`--hub modelscope`, `ms:OWNER/NAME`)"
         }
         Hub::ModelScope => {
-            "is there a network? A proxy is named by HTTPS_PROXY; most models are on Hugging Face too (`--hub hf`, `hf:OWNER/NAME`)"
+            "is there a network? A proxy is named by HTTPS_PROXY and its certificate by SSL_CERT_FILE; most models are on Hugging Face too (`--hub hf`, `hf:OWNER/NAME`)"
         }
     }
 }

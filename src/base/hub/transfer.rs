@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File, OpenOptions},
-    io::{self, Read, Write},
+    io::{self, Read, Seek, SeekFrom, Write},
     path::Path,
     sync::atomic::{AtomicBool, Ordering},
     thread,
@@ -10,6 +10,7 @@ use std::{
 };
 
 use sha1::{Digest as _, Sha1};
+use sha2::Sha256;
 use ureq::http::StatusCode;
 
 use super::{
@@ -63,6 +64,61 @@ pub(super) struct Transfer<'a> {
     pub(super) stopped: &'a AtomicBool,
 }
 
+/// The hash of what has come, taken while it comes: a file of many gigabytes is not read once more.
+struct Running {
+    hasher: Hasher,
+    /// Bytes it has seen, from the file's beginning on.
+    seen: u64,
+}
+
+enum Hasher {
+    Sha256(Sha256),
+    Git(Sha1),
+}
+
+impl Running {
+    /// For the digest that the hub lists of a file of `size` bytes.
+    fn new(digest: &Digest, size: u64) -> Self {
+        let hasher = match digest {
+            Digest::Sha256(_) => Hasher::Sha256(Sha256::new()),
+            Digest::Git(_) => Hasher::Git(Sha1::new_with_prefix(format!("blob {size}\0"))),
+        };
+        Self { hasher, seen: 0 }
+    }
+
+    fn add(&mut self, bytes: &[u8]) {
+        match &mut self.hasher {
+            Hasher::Sha256(hasher) => hasher.update(bytes),
+            Hasher::Git(hasher) => hasher.update(bytes),
+        }
+        self.seen += bytes.len() as u64;
+    }
+
+    /// Adds what the file holds beyond what was seen.
+    fn add_file(&mut self, path: &Path) -> Result<(), FileError> {
+        let failed = |cause| FileError::read(path, cause);
+        let mut file = File::open(path).map_err(failed)?;
+        file.seek(SeekFrom::Start(self.seen)).map_err(failed)?;
+        let mut block = vec![0; 1 << 18];
+        loop {
+            match file.read(&mut block) {
+                Ok(0) => return Ok(()),
+                Ok(count) => self.add(&block[..count]),
+                Err(cause) if cause.kind() == io::ErrorKind::Interrupted => {}
+                Err(cause) => return Err(failed(cause)),
+            }
+        }
+    }
+
+    fn digits(self) -> (&'static str, String) {
+        let text = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        match self.hasher {
+            Hasher::Sha256(hasher) => ("sha256", text(&hasher.finalize())),
+            Hasher::Git(hasher) => ("git hash", text(&hasher.finalize())),
+        }
+    }
+}
+
 /// The difference between what came and what is listed.
 struct Difference {
     what: &'static str,
@@ -80,7 +136,7 @@ impl Transfer<'_> {
         }
         let _lock = self.spot.lock(&|| tell(FileEvent::Waiting))?;
         if self.spot.whole.is_file() {
-            let damaged = self.verifies && self.difference(&self.spot.whole)?.is_some();
+            let damaged = self.verifies && self.difference(&self.spot.whole, None)?.is_some();
             if !damaged && self.spot.has_whole(size) {
                 self.spot.link()?;
                 tell(FileEvent::Found(size.unwrap_or(0) as i64));
@@ -106,13 +162,14 @@ impl Transfer<'_> {
         let mut counted = fs::metadata(partial).map_or(0, |data| data.len()) as i64;
         tell(FileEvent::Found(counted));
         let mut is_whole = false;
+        let mut running = None;
         loop {
             let have = fs::metadata(partial).map_or(0, |data| data.len());
             tell(FileEvent::Bytes(have as i64 - counted));
             counted = have as i64;
             let longer = self.entry.size.is_some_and(|size| have >= size);
             if (longer && partial.is_file()) || is_whole {
-                let Some(difference) = self.difference(partial)? else {
+                let Some(difference) = self.difference(partial, running.take())? else {
                     return Ok(());
                 };
                 fs::remove_file(partial).map_err(|cause| FileError::write(partial, cause))?;
@@ -133,7 +190,15 @@ impl Transfer<'_> {
                 });
                 continue;
             }
-            let (reason, named) = match self.fetch(have, &mut counted, tell)? {
+            if running.is_none() {
+                running = self.hash_from_the_start();
+            }
+            if let Some(running) = &mut running
+                && running.seen < have
+            {
+                running.add_file(partial)?;
+            }
+            let (reason, named) = match self.fetch(have, &mut counted, &mut running, tell)? {
                 Ok(()) => {
                     is_whole = true;
                     continue;
@@ -161,6 +226,7 @@ impl Transfer<'_> {
         &self,
         from: u64,
         counted: &mut i64,
+        running: &mut Option<Running>,
         tell: &dyn Fn(FileEvent),
     ) -> Result<Result<(), Failure>, HubError> {
         let response = match self.client.file(&self.url, from) {
@@ -188,7 +254,7 @@ impl Transfer<'_> {
                     .open(&self.spot.partial)
                     .map_err(failed)?;
                 tell(FileEvent::Bytes(-*counted));
-                *counted = 0;
+                (*counted, *running) = (0, None);
                 return Ok(Err(Failure::Again {
                     reason: "the server has no such range".into(),
                     wait: None,
@@ -204,7 +270,7 @@ impl Transfer<'_> {
             // A server without ranges sends the whole.
             Some(0) => {
                 tell(FileEvent::Bytes(-*counted));
-                *counted = 0;
+                (*counted, *running) = (0, self.hash_from_the_start());
                 options
                     .truncate(true)
                     .open(&self.spot.partial)
@@ -217,7 +283,8 @@ impl Transfer<'_> {
                 }));
             }
         };
-        let written = self.copy(response.into_body().into_reader(), &mut file, counted, tell);
+        let body = response.into_body().into_reader();
+        let written = self.copy(body, &mut file, counted, running, tell);
         let synced = file.sync_all();
         let ended = written?;
         synced.map_err(failed)?;
@@ -229,6 +296,7 @@ impl Transfer<'_> {
         mut body: impl Read,
         file: &mut File,
         counted: &mut i64,
+        running: &mut Option<Running>,
         tell: &dyn Fn(FileEvent),
     ) -> Result<Result<(), Failure>, HubError> {
         let mut block = vec![0; 1 << 18];
@@ -253,6 +321,9 @@ impl Transfer<'_> {
             }
             file.write_all(&block[..count])
                 .map_err(|cause| FileError::write(&self.spot.partial, cause))?;
+            if let Some(running) = running {
+                running.add(&block[..count]);
+            }
             *counted += count as i64;
             tell(FileEvent::Bytes(count as i64));
             // One block more than listed is enough to know that it is another file.
@@ -269,40 +340,43 @@ impl Transfer<'_> {
         }
     }
 
-    /// Compares a file with the listing.
-    fn difference(&self, path: &Path) -> Result<Option<Difference>, HubError> {
-        let data = fs::metadata(path).map_err(|cause| FileError::read(path, cause))?;
-        if let Some(size) = self.entry.size.filter(|size| *size != data.len()) {
+    /// A hash that has seen nothing; `None` where the hub lists none.
+    fn hash_from_the_start(&self) -> Option<Running> {
+        let Entry { size, digest, .. } = self.entry;
+        Some(Running::new(digest.as_ref()?, (*size)?))
+    }
+
+    /// Compares a file with the listing; reads what `running` has not seen.
+    fn difference(
+        &self,
+        path: &Path,
+        running: Option<Running>,
+    ) -> Result<Option<Difference>, HubError> {
+        let length = fs::metadata(path)
+            .map_err(|cause| FileError::read(path, cause))?
+            .len();
+        if let Some(size) = self.entry.size.filter(|size| *size != length) {
             return Ok(Some(Difference {
                 what: "size",
                 expected: size.to_string(),
-                found: data.len().to_string(),
+                found: length.to_string(),
             }));
         }
-        let (what, expected, found) = match &self.entry.digest {
-            None => return Ok(None),
-            Some(Digest::Sha256(digits)) => {
-                ("sha256", digits, crate::base::files::sha256_file(path)?)
-            }
-            Some(Digest::Git(digits)) => ("git hash", digits, git_hash(path, data.len())?),
+        let Some(digest) = &self.entry.digest else {
+            return Ok(None);
         };
-        Ok((found != *expected).then(|| Difference {
+        let mut running = running.unwrap_or_else(|| Running::new(digest, length));
+        if running.seen < length {
+            running.add_file(path)?;
+        }
+        let (what, found) = running.digits();
+        let expected = digest.text().to_owned();
+        Ok((found != expected).then_some(Difference {
             what,
-            expected: expected.clone(),
+            expected,
             found,
         }))
     }
-}
-
-/// Git's name of a file's content.
-fn git_hash(path: &Path, size: u64) -> Result<String, FileError> {
-    let failed = |cause| FileError::read(path, cause);
-    let mut hasher = Sha1::new();
-    hasher.update(format!("blob {size}\0"));
-    let mut file = File::open(path).map_err(failed)?;
-    io::copy(&mut file, &mut hasher).map_err(failed)?;
-    let digits = hasher.finalize();
-    Ok(digits.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 #[cfg(test)]
@@ -315,9 +389,12 @@ mod tests {
         let path = dir.path().join("a");
         fs::write(&path, "hello\n").unwrap();
         // `printf 'hello\n' | git hash-object --stdin`
-        assert_eq!(
-            git_hash(&path, 6).unwrap(),
-            "ce013625030ba8dba906f756967f9e9ca394464a"
-        );
+        let name = "ce013625030ba8dba906f756967f9e9ca394464a";
+        for seen in ["", "hel", "hello\n"] {
+            let mut running = Running::new(&Digest::Git(String::new()), 6);
+            running.add(seen.as_bytes());
+            running.add_file(&path).unwrap();
+            assert_eq!(running.digits(), ("git hash", name.to_owned()));
+        }
     }
 }
