@@ -102,7 +102,7 @@ pub(super) fn usage(error: HubError) -> anyhow::Error {
     }
 }
 
-/// The commands of the hubs' own tools, as the end of a sentence.
+/// The commands of the hubs' own tools, as the end of a list.
 fn ways(id: &ModelId, settings: &HubSettings) -> String {
     let hubs = match id.hub {
         Some(hub) => vec![hub],
@@ -115,7 +115,11 @@ fn ways(id: &ModelId, settings: &HubSettings) -> String {
         Hub::HuggingFace => format!("`hf download {}{revision}`", id.id),
         Hub::ModelScope => format!("`modelscope download --model {}{revision}`", id.id),
     });
-    commands.map(|command| format!(" or {command}")).collect()
+    let commands: Vec<String> = commands.collect();
+    match commands.as_slice() {
+        [some @ .., last] if !some.is_empty() => format!(", {} or {last}", some.join(", ")),
+        all => format!(" or {}", all.concat()),
+    }
 }
 
 /// Downloads with progress on stderr.

@@ -81,14 +81,14 @@ class Hub(http.server.BaseHTTPRequestHandler):
         large = lambda name: name.endswith(".safetensors")
         if path.startswith(f"/api/models/{ID}/tree/"):
             files = [
-                {"type": "file", "path": name, "size": len(data), "oid": git_hash(data)}
+                {"type": "file", "path": name, "size": len(data), "oid": "0"*40 if large(name) else git_hash(data)}
                 | ({"lfs": {"oid": sha256(data), "size": len(data), "pointerSize": 130}} if large(name) else {})
                 for name, data in FILES.items()
             ]
             return self.json(files)
         if path.startswith(f"/api/models/{ID}"):
             files = [
-                {"rfilename": name, "size": len(data), "blobId": git_hash(data)}
+                {"rfilename": name, "size": len(data), "blobId": "0"*40 if large(name) else git_hash(data)}
                 | ({"lfs": {"sha256": sha256(data), "size": len(data), "pointerSize": 130}} if large(name) else {})
                 for name, data in FILES.items()
             ]
