@@ -7,7 +7,7 @@ use crate::{
     commands::{
         bench, check, clean, completions, config, convert, doctor, eval,
         examples::{self, section},
-        infer, init_tiny, label, merge, phantoms, plan, quantize, serve, train, version,
+        infer, init_tiny, label, merge, phantoms, plan, pull, quantize, serve, train, version,
     },
 };
 
@@ -42,6 +42,16 @@ pub enum Command {
     /// two CPU cores.
     #[command(after_help = section(examples::TRAIN, ""))]
     Train(train::TrainArgs),
+    /// Download a model or an adapter from Hugging Face or ModelScope.
+    ///
+    /// Takes the files a model needs into the cache that Python's tools use too; every file is checked against
+    /// the hub's hash. Started again, it goes on where it was. `--model ID` then finds the model.
+    ///
+    /// Environment: HF_ENDPOINT (a mirror), HF_TOKEN, HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE,
+    /// HF_HUB_DOWNLOAD_TIMEOUT; USE_MODELSCOPE_HUB, MODELSCOPE_ENDPOINT, MODELSCOPE_API_TOKEN, MODELSCOPE_CACHE;
+    /// HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE.
+    #[command(after_help = section(examples::PULL, ""))]
+    Pull(pull::PullArgs),
     /// Merge an adapter into its base model and write the result as a checkpoint.
     ///
     /// The written checkpoint is read back and compared with base plus adapter on a test input. Without an

@@ -12,7 +12,7 @@ use xray_qwen3vl::{
     cli::{Cli, Command},
     commands::{
         bench, check, clean, completions, config, convert, doctor, eval, exit_code, infer,
-        init_tiny, label, log_lines, merge, phantoms, plan, quantize, serve, train, version,
+        init_tiny, label, log_lines, merge, phantoms, plan, pull, quantize, serve, train, version,
     },
 };
 
@@ -64,6 +64,7 @@ fn main() -> ExitCode {
     let result = panic::catch_unwind(|| match cli.command {
         Command::Infer(args) => infer::run(args),
         Command::Train(args) => train::run(args),
+        Command::Pull(args) => pull::run(args),
         Command::Merge(args) => merge::run(args),
         Command::Quantize(args) => quantize::run(args),
         Command::Plan(args) => plan::run(&args),

@@ -1,9 +1,10 @@
-//! What every layer above uses: files, memory, names of devices, panics as sentences, drawing. Nothing
-//! here knows of models, training or reports.
+//! What every layer above uses: files, models by name, memory, names of devices, panics as sentences, drawing. Nothing
+//! here knows what is in a model, or of training or reports.
 
 pub mod build_info;
 pub mod device_name;
 pub mod files;
+pub mod hub;
 pub mod out_of_memory;
 pub mod panics;
 pub mod plot;

@@ -15,8 +15,8 @@ use clap::{Args, Subcommand, ValueEnum};
 
 use super::{
     bench_serve::{self, BenchServeArgs},
+    models::{DownloadArgs, find},
     progress::{Progress, Unit, loading, prepare_kernels},
-    shipped::shipped,
     usage::UsageError,
 };
 use crate::{
@@ -25,6 +25,7 @@ use crate::{
     base::{
         device_name::{DeviceName, DtypeName},
         files::write_atomic,
+        hub::Want,
         trace::Trace,
     },
     bench::{
@@ -87,9 +88,12 @@ pub struct BenchArgs {
     /// What is measured.
     #[arg(value_enum)]
     pub kind: BenchKind,
-    /// Folder of a Qwen3-VL checkpoint [default: model/tiny].
-    #[arg(long, value_name = "DIR", conflicts_with = "random_weights")]
+    /// Folder or name of a Qwen3-VL checkpoint, as in `infer` [default: model/tiny].
+    #[arg(long, value_name = "DIR|ID", conflicts_with = "random_weights")]
     pub model: Option<PathBuf>,
+    /// Downloads.
+    #[command(flatten)]
+    pub download: DownloadArgs,
     /// A model of this size with random weights drawn on the device; needs no checkpoint.
     #[arg(long, value_enum, value_name = "SIZE")]
     pub random_weights: Option<RandomSize>,
@@ -166,8 +170,12 @@ pub fn run(command: BenchCommand) -> Result<()> {
     }
 }
 
-fn bench_model(args: BenchArgs) -> Result<()> {
+fn bench_model(mut args: BenchArgs) -> Result<()> {
     check(&args)?;
+    if args.random_weights.is_none() {
+        let model = args.model.as_deref().unwrap_or(Path::new("model/tiny"));
+        args.model = Some(find(model, Want::Checkpoint, args.download)?);
+    }
     let json = args.json.clone();
     let is_child = env::var_os(CHILD_VARIABLE).is_some();
     let records = if args.table && !is_child {
@@ -359,9 +367,7 @@ fn prepare<B: Accelerator>(args: &BenchArgs, device: B::Device, dtype: DType) ->
             size,
             layers: args.layers,
         },
-        None => Source::Folder(shipped(
-            args.model.as_deref().unwrap_or(Path::new("model/tiny")),
-        )),
+        None => Source::Folder(args.model.clone().unwrap_or_default()),
     };
     let mut bench =
         Bench::<B>::new(source, device, dtype, args.mixed, args.samples).map_err(usage)?;

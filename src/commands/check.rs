@@ -7,11 +7,13 @@ use std::sync::Mutex;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
+use super::models::{DownloadArgs, find};
 use super::progress::{Progress, Unit};
 use super::shared_args::StudyArgs;
 use super::shell::unless_closed;
 use super::shipped::shipped;
 use super::usage::UsageError;
+use crate::base::hub::Want;
 use crate::dataset::check::{Check, CheckReport};
 use crate::processor::chat::ChatTemplate;
 use crate::processor::patches::{ImageProcessor, ImageProcessorConfig};
@@ -30,9 +32,12 @@ pub struct CheckArgs {
     /// Studies, which are not to be on both sides.
     #[command(flatten)]
     pub studies: StudyArgs,
-    /// Folder of the checkpoint to be trained; its tokenizer counts the tokens.
-    #[arg(long, value_name = "DIR", default_value = "model/tiny")]
+    /// Folder or name of the checkpoint to be trained; its tokenizer counts the tokens.
+    #[arg(long, value_name = "DIR|ID", default_value = "model/tiny")]
     pub model: PathBuf,
+    /// Downloads; of the model, all but the weights.
+    #[command(flatten)]
+    pub download: DownloadArgs,
     /// Maximum number of tokens of a sample, image tokens included.
     #[arg(long, value_name = "N", default_value_t = 2048)]
     pub max_length: usize,
@@ -55,7 +60,7 @@ pub fn run(args: CheckArgs) -> Result<()> {
     if args.max_length == 0 {
         bail!(UsageError("--max-length is 0, expected at least 1".into()));
     }
-    let model = shipped(&args.model);
+    let model = find(&args.model, Want::Description, args.download)?;
     let tokenizer = Tokenizer::from_folder(&model)
         .context("the tokens of the samples cannot be counted; hint: `--model` names the folder of a checkpoint")?;
     let template = ChatTemplate::find(&model, None)?;

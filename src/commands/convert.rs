@@ -7,10 +7,12 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 
 use super::check::image_processor;
+use super::models::{DownloadArgs, find};
 use super::shared_args::StudyArgs;
 use super::shell::unless_closed;
 use super::shipped::shipped;
 use super::usage::UsageError;
+use crate::base::hub::Want;
 use crate::dataset::convert::{ConvertOptions, CorpusKeys, Split, convert, read_prompts};
 use crate::processor::tokenizer::Tokenizer;
 
@@ -78,9 +80,12 @@ pub struct ConvertArgs {
     /// Rows without reasoning are left out and listed in missing.txt.
     #[arg(long, value_name = "FILE")]
     pub thinking: Option<PathBuf>,
-    /// Folder of the checkpoint to be trained; its tokenizer is used to count tokens.
-    #[arg(long, value_name = "DIR")]
+    /// Folder or name of the checkpoint to be trained; its tokenizer is used to count tokens.
+    #[arg(long, value_name = "DIR|ID")]
     pub model: Option<PathBuf>,
+    /// Downloads; of the model, all but the weights.
+    #[command(flatten)]
+    pub download: DownloadArgs,
 }
 
 /// Runs `convert`; the summary goes to stdout.
@@ -94,7 +99,9 @@ pub fn run(args: ConvertArgs) -> Result<()> {
             "--val-ratio is {ratio}, expected 0 or more and less than 1"
         )));
     }
-    let model = args.model.as_deref().map(shipped);
+    let model = args.model.as_deref();
+    let model = model.map(|model| find(model, Want::Description, args.download));
+    let model = model.transpose()?;
     let tokenizer = match &model {
         Some(model) => Some(Tokenizer::from_folder(model)?),
         None => None,

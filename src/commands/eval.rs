@@ -15,14 +15,12 @@ use anyhow::{Context, Result, bail};
 use burn::tensor::DType;
 
 use super::{
-    shared_args::generation_config,
-    shell::unless_closed,
-    shipped::{shipped, shipped_data},
+    models::find, shared_args::generation_config, shell::unless_closed, shipped::shipped_data,
     usage::UsageError,
 };
 use crate::{
     accelerate::devices::run_on,
-    base::files::write_atomic,
+    base::{files::write_atomic, hub::Want},
     dataset::Dataset,
     eval::{
         baselines::systems::{Reports, nearest_image, without_images},
@@ -55,7 +53,6 @@ const SAMPLE_TRAIN_DATA: &str = "data/sample/train/samples.jsonl";
 /// Whatever keeps a report from being read, written or scored, with file, row and key.
 pub fn run(mut args: EvalArgs) -> Result<()> {
     args.check()?;
-    args.adapter.find();
     let rule = args.studies.rule()?;
     let settings = EvalSettings {
         bootstrap: Bootstrap {
@@ -76,6 +73,10 @@ pub fn run(mut args: EvalArgs) -> Result<()> {
         ),
     };
     let (data, train) = (data.as_ref(), train.as_ref());
+    if let Some(model) = &mut args.model {
+        *model = find(model, Want::Checkpoint, args.download)?;
+    }
+    args.adapter.find(args.download)?;
     let mut warnings = Vec::new();
 
     let keys = PredictionKeys {
@@ -236,7 +237,7 @@ fn model_work(
         return Ok(None);
     };
     let neighbour = train.filter(|_| !args.no_neighbour).cloned();
-    args.adapter.check_base(&shipped(model))?;
+    args.adapter.check_base(model)?;
     let writes = args.predictions.is_none();
     let Some(data) = data.cloned().filter(|_| writes || neighbour.is_some()) else {
         bail!(UsageError(

@@ -62,6 +62,18 @@ pub const TRAIN: &[Example] = &[
     ),
 ];
 
+/// The examples of `pull`.
+pub const PULL: &[Example] = &[
+    (
+        "The model of the published recipe, into the cache that Python's tools use too",
+        "xray-qwen3vl pull Qwen/Qwen3-VL-8B-Instruct",
+    ),
+    (
+        "The same from ModelScope, into a folder",
+        "xray-qwen3vl pull Qwen/Qwen3-VL-8B-Instruct --hub modelscope --output model/Qwen3-VL-8B-Instruct",
+    ),
+];
+
 /// The examples of `merge`.
 pub const MERGE: &[Example] = &[
     (

@@ -22,7 +22,10 @@ use super::{
 };
 use crate::{
     accelerate::devices::{Replicas, ReplicatedTask, run_on_all},
-    base::files::{expect_file, name, sha256_file},
+    base::{
+        files::{expect_file, name, sha256_file},
+        hub::Want,
+    },
     batch::images::ImageInput,
     ops::{memory::MemoryWatch, quantised::cache::CacheFormat},
     processor::image::Reading,
@@ -59,7 +62,6 @@ pub fn run(mut args: InferArgs) -> Result<()> {
             "several devices are for batch runs with a model; leave out --stream and --server, or name one --device".into()
         ));
     }
-    args.model.adapter.find();
     let images = images::list(&args)?;
     if args.show_tags {
         return tags::show(images.iter().flatten(), args.json);
@@ -68,6 +70,7 @@ pub fn run(mut args: InferArgs) -> Result<()> {
         check_sent(&args)?;
         return infer_server::run(address, &args, &settings, &images);
     }
+    args.model.find(Want::Checkpoint)?;
     let dtype = args.model.load.dtype.map(DType::from);
     run_on_all(
         &devices,
@@ -92,6 +95,7 @@ fn check_sent(args: &InferArgs) -> Result<()> {
     let unsent = [
         ("--adapter", adapter.adapter.is_some()),
         ("--any-base", adapter.any_base),
+        ("--download", args.model.download.download),
         ("--dtype", load.dtype.is_some()),
         ("--quantize", load.quantize.is_some()),
         ("--min-pixels", load.min_pixels.is_some()),

@@ -1,6 +1,9 @@
 //! `init-tiny`: the empty shell of a tiny Qwen3-VL for the phantom studies, ready to be trained.
 
-use std::{io::Write, path::PathBuf};
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -8,6 +11,7 @@ use clap::Args;
 use super::{
     progress::{Progress, Unit},
     shell::{program, shell_word},
+    shipped::shipped,
 };
 use crate::{
     base::files::write_atomic,
@@ -98,10 +102,12 @@ pub fn run(args: &InitTinyArgs) -> Result<()> {
             "temporal_patch_size": 2,
         })),
     )?;
+    let recipe = shipped(Path::new("configs/tiny-pretrain.toml"));
     println!(
-        "wrote `{}`; train it with: {} train --config configs/tiny-pretrain.toml --random-init --model {}",
+        "wrote `{}`; train it with: {} train --config {} --random-init --model {}",
         args.output.display(),
         program(),
+        shell_word(&recipe.display().to_string()),
         shell_word(&args.output.display().to_string())
     );
     Ok(())

@@ -8,10 +8,10 @@ use clap::Args;
 
 use super::{
     logits::{probe, read, relative_distance},
+    models::{DownloadArgs, find},
     pipeline_options::checkpoint_alone,
     shared_args::found_adapter,
     shell::expect_new,
-    shipped::shipped,
 };
 use crate::{
     accelerate::devices::{DeviceTask, run_on},
@@ -27,6 +27,7 @@ use crate::{
     base::{
         device_name::{DeviceName, DtypeName},
         files::FolderWriter,
+        hub::{Want, repo_of_folder},
     },
     ops::cast::to_dtype,
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, weights::stored_dtype},
@@ -37,12 +38,15 @@ use crate::{
 /// Arguments of `merge`.
 #[derive(Debug, Args)]
 pub struct MergeArgs {
-    /// Folder of the base checkpoint.
-    #[arg(long, value_name = "DIR", default_value = "model/tiny")]
+    /// Folder or name of the base checkpoint, as in `infer`.
+    #[arg(long, value_name = "DIR|ID", default_value = "model/tiny")]
     pub model: PathBuf,
-    /// Folder of a PEFT adapter, or of a run, whose best checkpoint is used.
-    #[arg(long, value_name = "DIR")]
+    /// Folder or name of a PEFT adapter, or the folder of a run, whose best checkpoint is used.
+    #[arg(long, value_name = "DIR|ID")]
     pub adapter: Option<PathBuf>,
+    /// Downloads.
+    #[command(flatten)]
+    pub download: DownloadArgs,
     /// Merge even if the adapter was trained on, or its config names, a different base model.
     #[arg(long)]
     pub any_base: bool,
@@ -63,7 +67,10 @@ pub struct MergeArgs {
 /// Anything that kept the checkpoint from being written whole and proven; nothing is left then.
 pub fn run(mut args: MergeArgs) -> Result<()> {
     expect_new(&args.output)?;
-    args.adapter = args.adapter.as_deref().map(found_adapter);
+    args.model = find(&args.model, Want::Checkpoint, args.download)?;
+    if let Some(adapter) = &mut args.adapter {
+        *adapter = found_adapter(&find(adapter, Want::Adapter, args.download)?);
+    }
     let dtype = args.dtype.map(DType::from);
     run_on(
         args.device,
@@ -96,7 +103,7 @@ impl DeviceTask for Merge {
         };
         let options = PipelineOptions {
             adapter: self.args.adapter.clone(),
-            ..checkpoint_alone(shipped(&self.args.model), read_dtype)
+            ..checkpoint_alone(self.args.model.clone(), read_dtype)
         };
         let stored = stored_dtype(&options.model)?;
         let written = self.typed_dtype.or(stored).unwrap_or(dtype);
@@ -189,8 +196,16 @@ fn check_name(adapter: &Path, model: &Path) -> Result<()> {
         return Ok(());
     }
     let made_for = LoraConfig::from_dir(adapter)?.base_model_name_or_path;
-    let made_for = made_for.as_deref().map(Path::new).and_then(last);
-    let given = model.canonicalize().ok().as_deref().and_then(last);
+    let made_for = made_for.as_deref().map(Path::new).and_then(|made_for| {
+        match repo_of_folder(made_for).filter(|_| made_for.is_absolute()) {
+            Some(name) => last(Path::new(&name)),
+            None => last(made_for),
+        }
+    });
+    let given = match repo_of_folder(model) {
+        Some(name) => last(Path::new(&name)),
+        None => model.canonicalize().ok().as_deref().and_then(last),
+    };
     match (made_for, given) {
         (Some(made_for), Some(given)) if made_for != given => bail!(
             "`{}` was made for another base model: its config names `{made_for}`, the base is `{given}`; if they are the same under two names, add --any-base",

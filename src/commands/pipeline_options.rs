@@ -4,13 +4,10 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::DType;
 
-use super::{
-    shared_args::{AdapterArgs, LoadArgs, ModelArgs},
-    shipped::shipped,
-};
+use super::shared_args::{AdapterArgs, LoadArgs, ModelArgs};
 use crate::{runtime::pipeline::PipelineOptions, train::config::TrainConfig};
 
-/// The model that was typed.
+/// The model that was typed, once [`ModelArgs::find`] has found its folder.
 pub(super) fn pipeline_options(args: &ModelArgs, dtype: DType) -> PipelineOptions {
     with_adapter(&args.model, &args.adapter, &args.load, dtype)
 }
@@ -23,7 +20,7 @@ pub(super) fn with_adapter(
     dtype: DType,
 ) -> PipelineOptions {
     PipelineOptions {
-        model: shipped(model),
+        model: model.to_path_buf(),
         adapter: adapter.adapter.clone(),
         dtype,
         quantize: load.quantize,

@@ -8,6 +8,7 @@ use clap::Args;
 use rayon::prelude::*;
 
 use super::{
+    models::{DownloadArgs, find},
     pipeline_options::base_of_run,
     shipped::{shipped, shipped_data},
     train::settings::with_keys,
@@ -15,7 +16,7 @@ use super::{
 };
 use crate::{
     accelerate::devices::{DeviceTask, run_on},
-    base::{device_name::DeviceName, files::write_atomic, plot::histogram},
+    base::{device_name::DeviceName, files::write_atomic, hub::Want, plot::histogram},
     dataset::{Dataset, DatasetError, LeftOut, loader::Overlong},
     ops::memory::free_memory,
     runtime::{accelerator::Accelerator, pipeline::TextAndImages},
@@ -32,9 +33,12 @@ pub struct PlanArgs {
     /// Config file of the run.
     #[arg(long, value_name = "FILE", default_value = "configs/tiny.toml")]
     pub config: PathBuf,
-    /// Checkpoint folder instead of the config's; its weights are not read.
-    #[arg(long, value_name = "DIR")]
+    /// Folder or name of a checkpoint instead of the config's; its weights are not read, and not downloaded.
+    #[arg(long, value_name = "DIR|ID")]
     pub model: Option<PathBuf>,
+    /// Downloads.
+    #[command(flatten)]
+    pub download: DownloadArgs,
     /// Training data instead of the config's.
     #[arg(long, value_name = "FILE.jsonl")]
     pub train_data: Option<String>,
@@ -67,7 +71,8 @@ pub fn run(args: &PlanArgs) -> Result<()> {
         .validate()
         .map_err(|error| UsageError(error.to_string()))?;
     let throughput = throughput(args)?;
-    let model = shipped(args.model.as_ref().unwrap_or(&config.model));
+    let model = args.model.as_ref().unwrap_or(&config.model);
+    let model = find(model, Want::Description, args.download)?;
     let parts = TextAndImages::load(&base_of_run(&config, model, DType::F32))?;
     println!("{}", parts.pixel_limits());
     let name = shipped_data(args.train_data.as_deref().unwrap_or(&config.train_data));

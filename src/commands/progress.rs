@@ -19,6 +19,8 @@ pub(crate) struct Progress {
     what: String,
     unit: Unit,
     total: u64,
+    /// What was done before the work began.
+    skipped: u64,
     started: Instant,
     printed: Instant,
 }
@@ -49,8 +51,22 @@ impl Progress {
             what: what.to_string(),
             unit,
             total,
+            skipped: 0,
             started: Instant::now(),
             printed: Instant::now(),
+        }
+    }
+
+    /// Leaves what was there before out of the estimate of the time.
+    pub(crate) fn skip(&mut self, done: u64) {
+        self.skipped = done;
+    }
+
+    /// Prints a line above the bar.
+    pub(crate) fn say(&self, line: &str) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| eprintln!("{line}")),
+            None => eprintln!("{line}"),
         }
     }
 
@@ -66,7 +82,7 @@ impl Progress {
         }
         self.printed = Instant::now();
         let left = self.started.elapsed().as_secs_f64() * (total.saturating_sub(done)) as f64
-            / done as f64;
+            / done.saturating_sub(self.skipped).max(1) as f64;
         let (done, total, unit) = match self.unit {
             Unit::Bytes => (done >> 20, total >> 20, " MiB"),
             Unit::Items => (done, total, ""),

@@ -8,9 +8,9 @@ use clap::Args;
 
 use super::{
     logits::{probe, read},
+    models::{DownloadArgs, find},
     pipeline_options::checkpoint_alone,
     shell::expect_new,
-    shipped::shipped,
     usage::UsageError,
 };
 use crate::{
@@ -22,6 +22,7 @@ use crate::{
     base::{
         device_name::{DeviceName, dtype_text},
         files::{FolderWriter, size_text},
+        hub::Want,
     },
     ops::quantised::Quantization,
     qwen3_vl::{
@@ -37,9 +38,12 @@ use crate::{
 /// Arguments of `quantize`.
 #[derive(Debug, Args)]
 pub struct QuantizeArgs {
-    /// Checkpoint folder, weights in 16 or 32 bits.
-    #[arg(long, value_name = "DIR", default_value = "model/tiny")]
+    /// Folder or name of a checkpoint with weights in 16 or 32 bits, as in `infer`.
+    #[arg(long, value_name = "DIR|ID", default_value = "model/tiny")]
     pub model: PathBuf,
+    /// Downloads.
+    #[command(flatten)]
+    pub download: DownloadArgs,
     /// Folder to write; must not exist.
     #[arg(long, value_name = "DIR")]
     pub output: PathBuf,
@@ -58,9 +62,10 @@ pub struct QuantizeArgs {
 ///
 /// # Errors
 /// Anything that kept the checkpoint from being written whole and read back; nothing is left then.
-pub fn run(args: QuantizeArgs) -> Result<()> {
+pub fn run(mut args: QuantizeArgs) -> Result<()> {
     expect_new(&args.output)?;
     let quantization = Quantization::new(args.bits, args.group).map_err(UsageError)?;
+    args.model = find(&args.model, Want::Checkpoint, args.download)?;
     let (device, task) = (args.device, Quantize { args, quantization });
     run_on(device, None, task)?
 }
@@ -74,7 +79,7 @@ impl DeviceTask for Quantize {
     type Output = Result<()>;
 
     fn run<B: Accelerator>(self, device: B::Device, dtype: DType) -> Result<()> {
-        let from = shipped(&self.args.model);
+        let from = self.args.model.clone();
         let config = Qwen3VlConfig::from_dir(&from)?;
         let shapes = {
             let model = Qwen3Vl::<B>::new(&config, &InitOptions::default(), &device);

@@ -14,16 +14,19 @@ use clap::Args;
 use tokio::net::TcpListener;
 
 use super::{
+    models::find,
     pipeline_options::pipeline_options,
     progress::{Progress, Unit, prepare_kernels},
     shared_args::{GenerationArgs, ModelArgs, found_adapter, generation_config, one_device},
-    shipped::shipped,
     usage::UsageError,
 };
 use crate::{
     accelerate::devices::{DeviceTask, run_on},
     adapters::lora::base::check_base,
-    base::system::{open_files_limit, share_one_heap},
+    base::{
+        hub::{Want, name::expand_home, repo_of_folder},
+        system::{open_files_limit, share_one_heap},
+    },
     bench::SEED,
     ops::quantised::cache::CacheFormat,
     processor::tokenizer::Tokenizer,
@@ -88,12 +91,13 @@ pub struct ServeArgs {
     /// Key of the certificate, PEM.
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     pub tls_key: Option<PathBuf>,
-    /// Name of the base model in requests; the default is the name of its folder.
+    /// Name of the base model in requests; the default is its OWNER/NAME if it was downloaded, else the name
+    /// of its folder.
     #[arg(long, value_name = "NAME")]
     pub served_model_name: Option<String>,
-    /// Adapter on the base model, selected by `model` in a request; can be given several times. The folder of a run means
-    /// its best checkpoint.
-    #[arg(long, value_name = "NAME=DIR")]
+    /// Adapter on the base model, by folder or by its name on a hub, selected by `model` in a request; can be given several
+    /// times. The folder of a run means its best checkpoint.
+    #[arg(long, value_name = "NAME=DIR|ID")]
     pub lora: Vec<String>,
     /// Folder whose subfolders can be loaded as adapters at run time.
     #[arg(long, value_name = "DIR")]
@@ -186,11 +190,16 @@ pub struct ServeArgs {
 /// Whatever keeps it from starting.
 pub fn run(mut args: ServeArgs) -> Result<()> {
     let defaults = generation_config(&args.generation)?;
+    args.adapter_dir = args.adapter_dir.as_deref().map(expand_home);
     check(&args)?;
+    args.model.find(match args.random_weights {
+        Some(_) => Want::Description,
+        None => Want::Checkpoint,
+    })?;
+    args.lora = found_loras(&args)?;
     share_one_heap();
     let api_keys = api_keys(&args)?;
     super::log_lines::init_timed(log::LevelFilter::Info);
-    args.model.adapter.find();
     let found = loras(&args)?
         .into_iter()
         .map(|(name, dir)| format!("{name}={}", found_adapter(dir).display()))
@@ -326,8 +335,23 @@ fn loras(args: &ServeArgs) -> Result<Vec<(&str, &Path)>> {
                 Err(reason) => bail!(UsageError(format!("the name of --lora `{text}` {reason}"))),
             },
             _ => bail!(UsageError(format!(
-                "--lora `{text}` is not of the form NAME=DIR"
+                "--lora `{text}` is not of the form NAME=DIR or NAME=ID"
             ))),
+        })
+        .collect()
+}
+
+/// `--lora` with folders in place of names.
+fn found_loras(args: &ServeArgs) -> Result<Vec<String>> {
+    let loras = loras(args)?.into_iter();
+    loras
+        .map(|(name, dir)| {
+            let dir = find(dir, Want::Adapter, args.model.download)
+                .with_context(|| format!("--lora {name}"))?;
+            let dir = dir
+                .to_str()
+                .with_context(|| format!("--lora {name}: `{}` is not UTF-8", dir.display()))?;
+            Ok(format!("{name}={dir}"))
         })
         .collect()
 }
@@ -394,7 +418,7 @@ impl Serve {
     {
         let name = match &self.args.served_model_name {
             Some(name) => name.clone(),
-            None => base_name(&shipped(&self.args.model.model)),
+            None => base_name(&self.args.model.model),
         };
         let metrics = Arc::new(Metrics::default());
         let limits = self.engine_limits();
@@ -477,8 +501,11 @@ fn lowercase(names: &[String]) -> Vec<String> {
     names.iter().map(|name| name.to_ascii_lowercase()).collect()
 }
 
-/// The folder's own name.
+/// The model's name on its hub, if the folder is in a hub's cache, else the folder's own.
 fn base_name(dir: &Path) -> String {
+    if let Some(name) = repo_of_folder(dir) {
+        return name;
+    }
     let dir = dir.canonicalize().unwrap_or_else(|_| dir.to_path_buf());
     dir.file_name().map_or_else(
         || "model".into(),

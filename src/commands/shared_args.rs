@@ -5,13 +5,19 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
 
-use super::usage::UsageError;
+use super::{
+    models::{DownloadArgs, find},
+    usage::UsageError,
+};
 use crate::{
     adapters::lora::{
         base::{BaseError, check_base},
         folder::{AdapterFolder, find_adapter},
     },
-    base::device_name::{DeviceName, DtypeName},
+    base::{
+        device_name::{DeviceName, DtypeName},
+        hub::Want,
+    },
     ops::quantised::{Quantization, cache::CacheFormat},
     runtime::generate::{GenerationConfig, SamplingConfig},
     study::StudyRule,
@@ -20,9 +26,13 @@ use crate::{
 /// Which model, where.
 #[derive(Debug, Clone, Args)]
 pub struct ModelArgs {
-    /// Folder of a Qwen3-VL checkpoint, as published.
-    #[arg(long, value_name = "DIR", default_value = "model/tiny")]
+    /// Folder of a Qwen3-VL checkpoint, or its name on Hugging Face or ModelScope
+    /// (Qwen/Qwen3-VL-8B-Instruct, NAME@REVISION) if it was downloaded; `hf:` or `ms:` before it chooses the hub.
+    #[arg(long, value_name = "DIR|ID", default_value = "model/tiny")]
     pub model: PathBuf,
+    /// Downloads.
+    #[command(flatten)]
+    pub download: DownloadArgs,
     /// Adapter of the model.
     #[command(flatten)]
     pub adapter: AdapterArgs,
@@ -38,21 +48,36 @@ pub struct ModelArgs {
 /// An adapter beside its base.
 #[derive(Debug, Clone, Args)]
 pub struct AdapterArgs {
-    /// Folder of a PEFT LoRA adapter, or of a run, whose best checkpoint is used. It is merged into the weights at
-    /// load time; with quantised weights it stays separate.
-    #[arg(long, value_name = "DIR")]
+    /// Folder or name of a PEFT LoRA adapter, or the folder of a run, whose best checkpoint is used. It is merged into
+    /// the weights at load time; with quantised weights it stays separate.
+    #[arg(long, value_name = "DIR|ID")]
     pub adapter: Option<PathBuf>,
     /// Use the adapter even if it was trained on a different base model.
     #[arg(long)]
     pub any_base: bool,
 }
 
+impl ModelArgs {
+    /// Replaces names by folders; `want` is what is needed of the model.
+    ///
+    /// # Errors
+    /// Nothing of that name, or a download that fails.
+    pub(super) fn find(&mut self, want: Want) -> Result<()> {
+        self.model = find(&self.model, want, self.download)?;
+        self.adapter.find(self.download)
+    }
+}
+
 impl AdapterArgs {
-    /// Goes from the folder that was named to the adapter in it, and says so where they are two.
-    pub(super) fn find(&mut self) {
-        if let Some(dir) = &mut self.adapter {
-            *dir = found_adapter(dir);
+    /// Replaces a name by a folder, and goes from a folder to the adapter in it, and says so where they are two.
+    ///
+    /// # Errors
+    /// Nothing of that name, or a download that fails.
+    pub(super) fn find(&mut self, download: DownloadArgs) -> Result<()> {
+        if let Some(adapter) = &mut self.adapter {
+            *adapter = found_adapter(&find(adapter, Want::Adapter, download)?);
         }
+        Ok(())
     }
 
     /// Checks that the adapter, if there is one, was trained on `model`.

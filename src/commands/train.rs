@@ -25,6 +25,7 @@ use burn::{
 };
 
 use super::{
+    models::find,
     pipeline_options::base_of_run,
     progress::{Progress, Unit},
     shared_args::found_adapter,
@@ -36,6 +37,7 @@ use crate::{
     accelerate::devices::{Replicas, ReplicatedTask, built_backends, run_on_all},
     base::{
         device_name::{DeviceName, DtypeName},
+        hub::Want,
         trace::Trace,
     },
     dataset::Dataset,
@@ -55,6 +57,9 @@ use reports::{HeldOutScores, image_remarks, scorer, show_examples};
 pub use settings::flag_hint;
 use settings::{from_table, set_keys};
 
+/// The model of the published recipe.
+const REAL_MODEL: &str = "Qwen/Qwen3-VL-8B-Instruct";
+
 /// The run without arguments.
 const DEFAULT_CONFIG: &str = "configs/tiny.toml";
 
@@ -65,7 +70,14 @@ const DEFAULT_CONFIG: &str = "configs/tiny.toml";
 pub fn run(args: TrainArgs) -> Result<()> {
     let mut config = load_config(&args)?;
     validate_on_own_data(&args, &mut config);
-    config.model = shipped(&config.model);
+    let want = match args.random_init {
+        true => Want::Description,
+        false => Want::Checkpoint,
+    };
+    config.model = find(&config.model, want, args.download)?;
+    if let Some(adapter) = &mut config.adapter {
+        *adapter = found_adapter(&find(adapter, Want::Adapter, args.download)?);
+    }
     for data in [Some(&mut config.train_data), config.val_data.as_mut()]
         .into_iter()
         .flatten()
@@ -169,9 +181,7 @@ fn load_config(args: &TrainArgs) -> Result<TrainConfig> {
         set("deterministic", true.into());
     }
     set_keys(&mut table, &args.set)?;
-    let mut config = from_table(table)?;
-    config.adapter = config.adapter.as_deref().map(found_adapter);
-    Ok(config)
+    from_table(table)
 }
 
 /// Share held out where a run is given training data of its own and no validation data.
@@ -426,9 +436,11 @@ fn print_reports<B: Accelerator>(
     }
     print_line(&format!("\nnext: {}", infer_command(result)));
     if args.config.is_none() {
+        let recipe = shipped(Path::new("configs/openi-lora.toml"));
         print_line(&format!(
-            "with the real model: put Qwen3-VL-8B-Instruct under model/, your data through `convert` and `check`, then {} train --config configs/openi-lora.toml",
-            program()
+            "with the real model, once `convert` and `check` have seen your data: {} train --config {} --model {REAL_MODEL} --download",
+            program(),
+            shell_word(&recipe.display().to_string())
         ));
     }
     Ok(())
@@ -463,7 +475,7 @@ fn resume_command(config: &TrainConfig, random_init: bool) -> String {
     )
 }
 
-/// The command with which a run's model writes about an image.
+/// The command with which a run's model writes about an image: the sample image where the run has none.
 fn infer_command<B: Accelerator>(result: &RunResult<B>) -> String {
     let word = |path: &Path| shell_word(&path.display().to_string());
     let image = result
@@ -471,14 +483,14 @@ fn infer_command<B: Accelerator>(result: &RunResult<B>) -> String {
         .as_ref()
         .filter(|data| !data.is_empty())
         .and_then(|data| data.text(0).images.into_iter().next())
-        .map_or_else(|| "IMAGE".to_string(), |image| word(&image));
+        .map_or_else(String::new, |image| format!(" {}", word(&image)));
     let checkpoint = word(&result.checkpoint);
     let config = &result.state.config;
     let model = match config.tuner {
         Tuner::Lora => format!("{} --adapter {checkpoint}", word(&config.model)),
         Tuner::Full => checkpoint,
     };
-    format!("{} infer --model {model} {image}", program())
+    format!("{} infer --model {model}{image}", program())
 }
 
 /// A type as `--dtype` spells it.

@@ -18,6 +18,7 @@ use crate::{
     base::{
         device_name::{DeviceKind, dtype_text},
         files::hint::folder_hint,
+        hub::repo_of_folder,
     },
     batch::images::ImageInput,
     ops::{compact, quantised::Quantization},
@@ -326,8 +327,9 @@ impl TextAndImages {
 /// Whether the folder's own name, not its parents', says that the model thinks.
 fn is_thinking_folder(dir: &Path) -> bool {
     let dir = dir.canonicalize().unwrap_or_else(|_| dir.to_path_buf());
-    dir.file_name()
-        .is_some_and(|name| name.to_string_lossy().to_lowercase().contains("thinking"))
+    let name =
+        repo_of_folder(&dir).or_else(|| Some(dir.file_name()?.to_string_lossy().into_owned()));
+    name.is_some_and(|name| name.to_lowercase().contains("thinking"))
 }
 
 /// Checks that the image processor's patches are those that the vision tower reads.

@@ -90,7 +90,7 @@ pub enum Reporter {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainConfig {
-    /// Folder of the base checkpoint.
+    /// Folder of the base checkpoint; commands also take its name on a hub.
     pub model: PathBuf,
     /// PEFT adapter to start from instead of a new one; its own rank, scaling and target modules apply. `lora` only.
     pub adapter: Option<PathBuf>,

@@ -234,7 +234,7 @@ fn a_model_folder_that_is_not_whole_is_named() {
         "folder missing",
         &["--model", "no/model", text(&image)],
         1,
-        &["`no/model`", "expected `config.json`"],
+        &["`no/model`", "neither a folder here nor downloaded"],
     ));
     check(folder.path(), &cases);
 }

@@ -311,12 +311,22 @@ fn a_model_that_is_not_there_names_how_to_get_it() {
             "a name of the hub",
             "Qwen/Qwen3-VL-8B-Instruct",
             &[
-                "hf download Qwen/Qwen3-VL-8B-Instruct --local-dir",
-                "modelscope download",
+                " pull Qwen/Qwen3-VL-8B-Instruct`",
+                "--download",
+                "hf download Qwen/Qwen3-VL-8B-Instruct`",
+                "modelscope download --model Qwen/Qwen3-VL-8B-Instruct`",
             ],
         ),
-        refused("a download", "hub/models--Qwen--Q", &[snapshot]),
-        refused("a quoted tilde", "~/model", &["outside quotes"]),
+        refused(
+            "a download that is not whole",
+            "hub/models--Qwen--Q",
+            &[snapshot, "tokenizer.json is missing"],
+        ),
+        refused(
+            "a tilde",
+            "~/absent",
+            &["/absent`", "expected `config.json`"],
+        ),
         refused("a typo", "modle", &["`modle`", "expected `config.json`"]),
     ];
     check(folder.path(), &cases);

@@ -1,8 +1,8 @@
 //! Why a folder that was named for a checkpoint or an adapter is none, and what to name in its place.
 
 use std::{
-    env, fs,
-    path::{Component, Path, PathBuf},
+    fs,
+    path::{Path, PathBuf},
 };
 
 /// A sentence, beginning with `; `, on what to name in place of `folder`, which lacks `file`; empty
@@ -10,7 +10,7 @@ use std::{
 ///
 /// `file` is `config.json` of a checkpoint or `adapter_config.json` of an adapter.
 pub fn folder_hint(folder: &Path, file: &str) -> String {
-    hint(folder, file, &hub_caches()).map_or_else(String::new, |hint| format!("; {hint}"))
+    hint(folder, file).map_or_else(String::new, |hint| format!("; {hint}"))
 }
 
 /// [`folder_hint`] for the folder of a file that cannot be read.
@@ -24,35 +24,11 @@ pub fn file_hint(path: &Path) -> String {
     }
 }
 
-fn hint(folder: &Path, file: &str, caches: &[PathBuf]) -> Option<String> {
-    if folder.join(file).is_file() {
-        return None;
+fn hint(folder: &Path, file: &str) -> Option<String> {
+    match folder.join(file).is_file() {
+        true => None,
+        false => below(folder, file),
     }
-    if folder.is_dir() {
-        return below(folder, file);
-    }
-    if folder.starts_with("~") {
-        return Some(
-            "a shell replaces `~` only outside quotes and at the beginning of a word; write the whole path"
-                .to_owned(),
-        );
-    }
-    let (owner, name) = hub_id(folder)?;
-    let cached = caches
-        .iter()
-        .map(|cache| cache.join(format!("models--{owner}--{name}")))
-        .find_map(|folder| newest_snapshot(&folder, file));
-    if let Some(snapshot) = cached {
-        return Some(format!(
-            "`{owner}/{name}` was downloaded before; name its folder `{}`",
-            snapshot.display()
-        ));
-    }
-    Some(format!(
-        "if `{owner}/{name}` is a name on Hugging Face or ModelScope, download it with \
-         `hf download {owner}/{name} --local-dir model/{name}` or \
-         `modelscope download --model {owner}/{name} --local_dir model/{name}` and name `model/{name}`"
-    ))
 }
 
 /// The folder below `folder` that holds `file`: a snapshot of a download, or the only one, or the best
@@ -102,56 +78,9 @@ fn newest_snapshot(folder: &Path, file: &str) -> Option<PathBuf> {
         .max_by_key(|path| path.metadata().and_then(|data| data.modified()).ok())
 }
 
-/// `OWNER/NAME`, where a path has the form of one.
-fn hub_id(path: &Path) -> Option<(&str, &str)> {
-    let is_word = |text: &&str| {
-        text.chars()
-            .all(|letter| letter.is_ascii_alphanumeric() || "._-".contains(letter))
-    };
-    let mut parts = path.components().map(|part| match part {
-        Component::Normal(name) => name.to_str().filter(is_word),
-        _ => None,
-    });
-    let (owner, name) = (parts.next()??, parts.next()??);
-    // A folder that is there is where something else was meant.
-    (parts.next().is_none() && !Path::new(owner).is_dir()).then_some((owner, name))
-}
-
-/// Where Hugging Face's tools keep what they download.
-fn hub_caches() -> Vec<PathBuf> {
-    let folder = |name: &str| {
-        env::var_os(name)
-            .filter(|value| !value.is_empty())
-            .map(PathBuf::from)
-    };
-    let home = folder("HF_HOME").or_else(|| Some(folder("HOME")?.join(".cache/huggingface")));
-    folder("HF_HUB_CACHE")
-        .into_iter()
-        .chain(home.map(|home| home.join("hub")))
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_hub_name_names_the_download() {
-        let hint = hint(Path::new("Qwen/Qwen3-VL-8B-Instruct"), "config.json", &[]).unwrap();
-        assert!(
-            hint.contains(
-                "`hf download Qwen/Qwen3-VL-8B-Instruct --local-dir model/Qwen3-VL-8B-Instruct`"
-            ) && hint.contains("`modelscope download --model Qwen/Qwen3-VL-8B-Instruct "),
-            "{hint}"
-        );
-        for other in ["absent", "a/b/c", "/a/b", "./a", "src/absent", "a b/c"] {
-            assert_eq!(
-                super::hint(Path::new(other), "config.json", &[]),
-                None,
-                "{other}"
-            );
-        }
-    }
 
     #[test]
     fn a_download_names_its_snapshot() {
@@ -160,18 +89,10 @@ mod tests {
         let snapshot = folder.join("snapshots/0123abcd");
         fs::create_dir_all(&snapshot).unwrap();
         fs::write(snapshot.join("config.json"), "{}").unwrap();
-        let caches = [cache.path().to_path_buf()];
-        for named in [folder.as_path(), Path::new("Qwen/Q")] {
-            let hint = hint(named, "config.json", &caches).unwrap();
-            assert!(hint.contains(snapshot.to_str().unwrap()), "{hint}");
-        }
-        assert_eq!(hint(&snapshot, "config.json", &[]), None);
-    }
-
-    #[test]
-    fn a_quoted_tilde_is_explained() {
-        let hint = hint(Path::new("~/models/q"), "config.json", &[]).unwrap();
-        assert!(hint.contains("outside quotes"), "{hint}");
+        let named = hint(&folder, "config.json").unwrap();
+        assert!(named.contains(snapshot.to_str().unwrap()), "{named}");
+        assert_eq!(hint(&snapshot, "config.json"), None);
+        assert_eq!(hint(Path::new("absent"), "config.json"), None);
     }
 
     #[test]
@@ -182,7 +103,7 @@ mod tests {
             fs::write(run.path().join(step).join("adapter_config.json"), "{}").unwrap();
         }
         let named = |end: &str| {
-            let hint = hint(run.path(), "adapter_config.json", &[]).unwrap();
+            let hint = hint(run.path(), "adapter_config.json").unwrap();
             assert!(hint.contains(&format!("{end}`")), "{hint}");
         };
         named("checkpoint-4");

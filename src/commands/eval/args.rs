@@ -8,6 +8,7 @@ use clap::{Args, ValueEnum};
 use crate::{
     base::device_name::DeviceName,
     commands::{
+        models::DownloadArgs,
         shared_args::{AdapterArgs, GenerationArgs, LoadArgs, StudyArgs},
         usage::UsageError,
     },
@@ -55,10 +56,13 @@ pub struct EvalArgs {
     /// checkpoint is evaluated on its validation data.
     #[arg(long, value_name = "DIR")]
     pub run: Option<PathBuf>,
-    /// Folder of a Qwen3-VL checkpoint [default without predictions: model/tiny]. With predictions it is only
-    /// used to find the nearest training image.
-    #[arg(long, value_name = "DIR")]
+    /// Folder or name of a Qwen3-VL checkpoint, as in `infer` [default without predictions: model/tiny]. With
+    /// predictions it is only used to find the nearest training image.
+    #[arg(long, value_name = "DIR|ID")]
     pub model: Option<PathBuf>,
+    /// Downloads.
+    #[command(flatten)]
+    pub download: DownloadArgs,
     /// Adapter of the model.
     #[command(flatten)]
     pub adapter: AdapterArgs,

@@ -6,14 +6,11 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use super::args::EvalArgs;
-use crate::{
-    commands::shipped::shipped,
-    train::{
-        chart::{chart_rows, training_chart},
-        config::{TrainConfig, Tuner},
-        data::RunData,
-        records::{METRICS, read_rows},
-    },
+use crate::train::{
+    chart::{chart_rows, training_chart},
+    config::{TrainConfig, Tuner},
+    data::RunData,
+    records::{METRICS, read_rows},
 };
 
 /// The curves of a run, drawn anew from its `metrics.jsonl`.
@@ -37,7 +34,7 @@ pub(super) fn choose(dir: &Path, args: &mut EvalArgs) -> Result<Option<RunData>>
     eprintln!("evaluating `{}`", checkpoint.display());
     match config.tuner {
         Tuner::Lora => {
-            args.model = Some(shipped(&config.model));
+            args.model = Some(config.model.clone());
             args.adapter.adapter.get_or_insert(checkpoint);
         }
         Tuner::Full => args.model = Some(checkpoint),

@@ -6,6 +6,7 @@ use clap::Args;
 
 use crate::{
     base::device_name::DtypeName,
+    commands::models::DownloadArgs,
     train::{budget::Budget, config::LossReduction},
 };
 
@@ -15,12 +16,16 @@ pub struct TrainArgs {
     /// Config file of the run, TOML; `configs/openi-lora.toml` explains every key.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Folder of the base checkpoint.
-    #[arg(long, value_name = "DIR")]
+    /// Folder of the base checkpoint, or its name on Hugging Face or ModelScope (OWNER/NAME, NAME@REVISION) if
+    /// it was downloaded.
+    #[arg(long, value_name = "DIR|ID")]
     pub model: Option<PathBuf>,
-    /// Folder of a PEFT adapter to start from, or of a run, whose best checkpoint is used.
-    #[arg(long, value_name = "DIR")]
+    /// Folder or name of a PEFT adapter to start from, or the folder of a run, whose best checkpoint is used.
+    #[arg(long, value_name = "DIR|ID")]
     pub adapter: Option<PathBuf>,
+    /// Downloads.
+    #[command(flatten)]
+    pub download: DownloadArgs,
     /// Training data: JSONL in ms-swift's format.
     #[arg(long, value_name = "FILE.jsonl")]
     pub train_data: Option<String>,

@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::{TrainConfig, Tuner};
 use crate::{
     adapters::lora::config::{LoraConfig, TargetModules},
+    base::hub::repo_of_folder,
     dataset::loader::WindowPlan,
     processor::patches::ImageProcessorConfig,
     qwen3_vl::layer::Projection,
@@ -50,7 +51,9 @@ impl TrainConfig {
             target_modules,
             use_rslora: self.use_rslora,
             use_dora: self.use_dora,
-            base_model_name_or_path: Some(self.model.display().to_string()),
+            base_model_name_or_path: Some(
+                repo_of_folder(&self.model).unwrap_or_else(|| self.model.display().to_string()),
+            ),
             ..LoraConfig::default()
         }
     }
