@@ -91,9 +91,10 @@ pub struct BenchArgs {
     /// Folder or name of a Qwen3-VL checkpoint, as in `infer` [default: model/tiny].
     #[arg(long, value_name = "DIR|ID", conflicts_with = "random_weights")]
     pub model: Option<PathBuf>,
-    /// Downloads.
-    #[command(flatten)]
-    pub download: DownloadArgs,
+    // Not flattened: clap takes an optional group with a group in it for absent.
+    /// Download the model if it is named by OWNER/NAME and not on this machine.
+    #[arg(long)]
+    pub download: bool,
     /// A model of this size with random weights drawn on the device; needs no checkpoint.
     #[arg(long, value_enum, value_name = "SIZE")]
     pub random_weights: Option<RandomSize>,
@@ -174,7 +175,10 @@ fn bench_model(mut args: BenchArgs) -> Result<()> {
     check(&args)?;
     if args.random_weights.is_none() {
         let model = args.model.as_deref().unwrap_or(Path::new("model/tiny"));
-        args.model = Some(find(model, Want::Checkpoint, args.download)?);
+        let download = DownloadArgs {
+            download: args.download,
+        };
+        args.model = Some(find(model, Want::Checkpoint, download)?);
     }
     let json = args.json.clone();
     let is_child = env::var_os(CHILD_VARIABLE).is_some();
