@@ -3,8 +3,8 @@
 use clap::{Parser, Subcommand};
 
 use crate::commands::{
-    bench, check, clean, convert, doctor, eval, infer, init_tiny, merge, phantoms, plan, quantize,
-    serve, train,
+    bench, check, clean, convert, doctor, eval, infer, init_tiny, merge, phantoms, plan, preview,
+    quantize, serve, train,
 };
 
 /// Fine-tunes Qwen3-VL on chest X-rays and writes Chinese radiology reports.
@@ -58,6 +58,8 @@ pub enum Command {
     Clean(clean::CleanArgs),
     /// Validate a data set before a model is loaded.
     Check(check::CheckArgs),
+    /// Show what the model sees of an image: upright, levelled and scaled, with its sizes and remarks.
+    Preview(preview::PreviewArgs),
     /// Draw a data set of synthetic chest radiographs with Chinese reports.
     Phantoms(phantoms::PhantomsArgs),
     /// Write the config and tokenizer of the tiny model, for training it from random weights.

@@ -9,7 +9,7 @@ use xray_qwen3vl::{
     cli::{Cli, Command},
     commands::{
         bench, check, clean, convert, doctor, eval, exit_code, infer, init_tiny, log_lines, merge,
-        phantoms, plan, quantize, serve, train,
+        phantoms, plan, preview, quantize, serve, train,
     },
 };
 
@@ -65,6 +65,7 @@ fn main() -> ExitCode {
         Command::Clean(args) => clean::run(&args),
         Command::Convert(args) => convert::run(args),
         Command::Check(args) => check::run(args),
+        Command::Preview(args) => preview::run(&args),
         Command::Phantoms(args) => phantoms::run(&args),
         Command::InitTiny(args) => init_tiny::run(&args),
         Command::Serve(args) => serve::run(args),

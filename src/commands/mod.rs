@@ -16,6 +16,7 @@ pub mod merge;
 pub mod phantoms;
 mod pipeline_options;
 pub mod plan;
+pub mod preview;
 mod progress;
 pub mod quantize;
 mod question;

@@ -385,34 +385,40 @@ fn a_jpeg_damaged_inside_is_refused_or_remarked_on_with_its_share() {
 
 #[test]
 fn formats_that_are_not_read_are_named() {
-    for (head, name) in [
-        (&b"\xff\xd8\xff\xf7\0\x0b\x08"[..], "JPEG-LS"),
-        (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000"),
-        (b"\xff\x4f\xff\x51\0\x2f", "JPEG 2000"),
+    for (head, name, hint) in [
+        (&b"\0\0\0\x1cftypavif\0\0\0\0"[..], "AVIF", "avifdec IN OUT.png"),
+        (b"\0\0\0\x1cftypheic\0\0\0\0", "HEIC", "heif-convert IN OUT.png"),
+        (b"\xff\x0a\xfa\x1f\x41\x91", "JPEG XL", "djxl IN OUT.png"),
+        (b"%PDF-1.7\n", "PDF", "pdftoppm"),
         (
             b"\x28\0\0\0\x10\0\0\0",
             "DIB, a bitmap without its file header",
+            "Pillow",
         ),
+        (b"ObjectType = Image\nNDims = 2\n", "MetaImage", "OUT.nrrd"),
+        (b"\x1f\x8b\x08\0\0\0\0\0", "compressed with gzip", "gunzip"),
     ] {
         let text = read(head).unwrap_err().to_string();
         assert!(
-            text.contains(name) && text.contains("convert it to PNG"),
+            text.contains(&format!("the content is {name}")) && text.contains(hint),
             "{text}"
         );
+    }
+    for (head, format) in [
+        (&b"\xff\xd8\xff\xf7\0\x0b\x08"[..], PictureFormat::JpegLs),
+        (b"\0\0\0\x0cjP  \r\n\x87\n", PictureFormat::Jpeg2000),
+        (b"\xff\x4f\xff\x51\0\x2f", PictureFormat::Jpeg2000),
+        (b"P5 3 2 255\n", PictureFormat::Pnm),
+        (b"NRRD0004\n", PictureFormat::Nrrd),
+        (b"GIF89a\x01\0\x01\0", PictureFormat::Gif),
+    ] {
+        assert_eq!(PictureFormat::of(head, "x").unwrap(), format);
     }
     // The mark of BigTIFF.
     assert_eq!(
         PictureFormat::of(b"II\x2b\0\x08\0\0\0\x10\0\0\0\0\0\0\0", "x").unwrap(),
         PictureFormat::Tiff
     );
-    let mut lossless = encode(&rgb(16, 16), ImageFormat::Jpeg);
-    let frame = lossless
-        .windows(2)
-        .position(|pair| pair == [0xff, 0xc0])
-        .unwrap();
-    lossless[frame + 1] = 0xc3;
-    let text = read(&lossless).unwrap_err().to_string();
-    assert!(text.contains("JPEG without loss"), "{text}");
 }
 
 /// Exif that says nothing but the orientation.
@@ -494,10 +500,6 @@ fn broken_files_are_refused_by_name() {
     );
     assert!(matches!(
         read(b"not a picture"),
-        Err(ImageError::UnknownFormat { .. })
-    ));
-    assert!(matches!(
-        read(b"GIF89a\x01\0\x01\0"),
         Err(ImageError::UnknownFormat { .. })
     ));
     let missing = load(Path::new("no/such.png"), &DecodeLimits::default()).unwrap_err();
