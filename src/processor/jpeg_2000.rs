@@ -106,18 +106,24 @@ pub(super) fn header(bytes: &[u8]) -> Result<Jpeg2000Header, JpegError> {
         return Err(JpegError::Damaged("its stream has no size".to_owned()));
     }
     let number = |at: usize| {
-        let bytes = stream.get(at..at + 4).and_then(|bytes| bytes.try_into().ok());
+        let bytes = stream
+            .get(at..at + 4)
+            .and_then(|bytes| bytes.try_into().ok());
         bytes.map(u32::from_be_bytes).ok_or(JpegError::Truncated)
     };
     let (right, below, left, above) = (number(8)?, number(12)?, number(16)?, number(20)?);
     let (width, height) = (right.saturating_sub(left), below.saturating_sub(above));
-    let Some(&[high, low, first]) = stream.get(40..43).and_then(|bytes| bytes.first_chunk::<3>())
+    let Some(&[high, low, first]) = stream
+        .get(40..43)
+        .and_then(|bytes| bytes.first_chunk::<3>())
     else {
         return Err(JpegError::Truncated);
     };
     let channels = usize::from(u16::from_be_bytes([high, low]));
     if width == 0 || height == 0 || channels == 0 {
-        return Err(JpegError::Damaged(format!("its size is {width} × {height}")));
+        return Err(JpegError::Damaged(format!(
+            "its size is {width} × {height}"
+        )));
     }
     Ok(Jpeg2000Header {
         width,
@@ -144,7 +150,11 @@ fn check_whole(stream: &[u8]) -> Result<(), JpegError> {
                 if length == 0 {
                     // To the end mark.
                     let has_end = rest.windows(2).rev().take(64).any(|pair| pair == END);
-                    return if has_end { Ok(()) } else { Err(JpegError::Truncated) };
+                    return if has_end {
+                        Ok(())
+                    } else {
+                        Err(JpegError::Truncated)
+                    };
                 }
                 if length < 12 {
                     return Err(JpegError::Damaged("a tile-part has no length".to_owned()));
@@ -162,7 +172,9 @@ fn check_whole(stream: &[u8]) -> Result<(), JpegError> {
                 rest = rest.get(2 + length..).ok_or(JpegError::Truncated)?;
             }
             [_, _, _, _, ..] => {
-                return Err(JpegError::Damaged("a marker is expected and not there".to_owned()));
+                return Err(JpegError::Damaged(
+                    "a marker is expected and not there".to_owned(),
+                ));
             }
             _ => return Err(JpegError::Truncated),
         }
@@ -201,7 +213,9 @@ pub(super) fn decode(bytes: &[u8], resolves_palette: bool) -> Result<DecodedJpeg
     };
     let has_alpha = image.has_alpha();
     let mut context = hayro_jpeg2000::DecoderContext::default();
-    let decoded = image.decode(&mut context).map_err(|cause| damaged(&cause))?;
+    let decoded = image
+        .decode(&mut context)
+        .map_err(|cause| damaged(&cause))?;
     let channels = decoded.components().iter().map(|component| Channel {
         bits: component.bit_depth().into(),
         samples: component.samples().to_vec(),
@@ -220,7 +234,9 @@ fn high_throughput(bytes: &[u8], found: &Jpeg2000Header) -> Result<DecodedJpeg20
     let damaged = |cause: &dyn std::fmt::Display| JpegError::Damaged(cause.to_string());
     let image = Image::new(bytes, &DecodeSettings::default()).map_err(|cause| damaged(&cause))?;
     if (image.width(), image.height()) != (found.width, found.height) {
-        return Err(JpegError::Damaged("its size is not that of its header".to_owned()));
+        return Err(JpegError::Damaged(
+            "its size is not that of its header".to_owned(),
+        ));
     }
     let colours = match image.color_space() {
         ColorSpace::Gray => Colours::Gray,
@@ -235,8 +251,16 @@ fn high_throughput(bytes: &[u8], found: &Jpeg2000Header) -> Result<DecodedJpeg20
             let bytes = raw.data.iter().skip(index).step_by(count);
             bytes.map(|byte| f32::from(*byte)).collect()
         } else {
-            let words = raw.data.as_chunks::<2>().0.iter().skip(index).step_by(count);
-            words.map(|word| f32::from(u16::from_le_bytes(*word))).collect()
+            let words = raw
+                .data
+                .as_chunks::<2>()
+                .0
+                .iter()
+                .skip(index)
+                .step_by(count);
+            words
+                .map(|word| f32::from(u16::from_le_bytes(*word)))
+                .collect()
         };
         Channel {
             bits: raw.bit_depth.into(),

@@ -18,6 +18,8 @@ mod infer;
 mod infer_files;
 mod layers;
 mod merge_plan;
+mod picture_forms;
+mod preview;
 mod quantize;
 mod refusal;
 mod serve;

@@ -87,7 +87,10 @@ pub(super) fn base_name(path: &str) -> &str {
 /// Name of an image without folder and endings: `a/2_1.png` gives `2_1`, `1.dcm.png` gives `1`.
 pub(super) fn stem_of(path: &str) -> &str {
     let name = base_name(path);
-    let mut stem = name.strip_suffix(".gz").filter(|name| name.ends_with(".nii")).unwrap_or(name);
+    let mut stem = name
+        .strip_suffix(".gz")
+        .filter(|name| name.ends_with(".nii"))
+        .unwrap_or(name);
     while let Some((shorter, ending)) = stem.rsplit_once('.')
         && ENDINGS.contains(&ending.to_lowercase().as_str())
     {

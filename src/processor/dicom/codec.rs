@@ -267,7 +267,11 @@ fn jpeg_2000(header: &Header, data: &[u8], syntax: &Syntax) -> Result<Samples, D
     if let [channel] = &decoded.channels[..] {
         let highest = u16::MAX >> (16 - channel.bits);
         // The decoder lifts numbers with a sign by half their range.
-        let lift = if found.signed { 1 << (channel.bits - 1) } else { 0 };
+        let lift = if found.signed {
+            1 << (channel.bits - 1)
+        } else {
+            0
+        };
         let number = |value: &f32| {
             // Loss may carry a number past the ends of its range; a cast from fractions clips at 0.
             let number = (value.round() as u16).min(highest);

@@ -66,7 +66,10 @@ pub(super) fn levels(
 ) -> Result<Vec<u8>, DicomError> {
     let modality = Modality::new(header, set)?;
     let Histogram { numbers, counts } = histogram;
-    let values: Vec<f64> = numbers.iter().map(|number| modality.apply(*number)).collect();
+    let values: Vec<f64> = numbers
+        .iter()
+        .map(|number| modality.apply(*number))
+        .collect();
     let table = LevelTable::new(set.voi_table.as_ref(), values_signed(&values))?;
     let (name, chosen): (_, Option<Vec<f64>>) = if let Some(table) = table {
         let shares = values.iter().map(|value| table.share(*value));

@@ -70,7 +70,11 @@ pub(super) fn decode(
     let samples = codec::decode(&header, &set, &opened.syntax, frame, &mut remarks)?;
     let (width, height) = (header.columns as u32, header.rows as u32);
     if !header.photometric_is_stated {
-        let taken = if header.samples == 1 { "MONOCHROME2" } else { "RGB" };
+        let taken = if header.samples == 1 {
+            "MONOCHROME2"
+        } else {
+            "RGB"
+        };
         remarks.push(Remark::new(
             RemarkKind::PhotometricAssumed,
             format!("it does not say its Photometric Interpretation, taken for {taken}"),
@@ -91,7 +95,9 @@ pub(super) fn decode(
         Samples::Wide(numbers) => {
             let histogram = Histogram::of_occurring(&numbers);
             let levels = levels::levels(&header, &set, &histogram, &mut remarks)?;
-            let pixels = numbers.iter().map(|number| levels[histogram.place(*number)]);
+            let pixels = numbers
+                .iter()
+                .map(|number| levels[histogram.place(*number)]);
             gray(pixels.collect())
         }
         Samples::Rgb(pixels) => rgb(pixels),

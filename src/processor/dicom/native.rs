@@ -53,8 +53,20 @@ pub(super) fn native(
             .flat_map(|[first, second, blue, red]| [*first, *blue, *red, *second, *blue, *red]);
         return Ok(colour(header, pixels.collect(), false));
     }
-    let words = || bytes.as_chunks::<2>().0.iter().map(|word| encoding.u16(*word));
-    let wide = || bytes.as_chunks::<4>().0.iter().map(|number| encoding.u32(*number));
+    let words = || {
+        bytes
+            .as_chunks::<2>()
+            .0
+            .iter()
+            .map(|word| encoding.u16(*word))
+    };
+    let wide = || {
+        bytes
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .map(|number| encoding.u32(*number))
+    };
     if !header.photometric.is_one_sample() {
         let level = |number: u32| eight_bits(header, number);
         let levels = match header.allocated {

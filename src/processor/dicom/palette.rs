@@ -74,7 +74,11 @@ impl Table {
             return Err(LACKING);
         };
         // 65,536 does not fit into the field.
-        let count = if count == 0 { 1 << 16 } else { usize::from(count) };
+        let count = if count == 0 {
+            1 << 16
+        } else {
+            usize::from(count)
+        };
         let first = if signed {
             i64::from(first as i16)
         } else {
@@ -95,15 +99,26 @@ impl Table {
                 return Err(LACKING);
             }
             if bits == 8 {
-                expand(&bytes.iter().map(|byte| u16::from(*byte)).collect::<Vec<_>>(), count)?
+                expand(
+                    &bytes
+                        .iter()
+                        .map(|byte| u16::from(*byte))
+                        .collect::<Vec<_>>(),
+                    count,
+                )?
             } else {
                 let words = bytes.as_chunks::<2>().0.iter();
-                expand(&words.map(|word| set.encoding.u16(*word)).collect::<Vec<_>>(), count)?
+                expand(
+                    &words
+                        .map(|word| set.encoding.u16(*word))
+                        .collect::<Vec<_>>(),
+                    count,
+                )?
             }
         };
-        let entries = entries.get(..count).ok_or_else(|| {
-            DicomError::damaged("a table of colours is shorter than it says")
-        })?;
+        let entries = entries
+            .get(..count)
+            .ok_or_else(|| DicomError::damaged("a table of colours is shorter than it says"))?;
         // Old writers say 16 bits of levels that have 8.
         let deep = bits > 8 && entries.iter().any(|entry| *entry > 255);
         let level = |entry: &u16| match deep {
@@ -148,7 +163,8 @@ fn expand(words: &[u16], count: usize) -> Result<Vec<u16>, DicomError> {
             }
             (LINEAR, [end, after @ ..]) => {
                 let start = entries.last().copied();
-                let start = start.ok_or_else(|| DicomError::damaged("a table begins with a slope"))?;
+                let start =
+                    start.ok_or_else(|| DicomError::damaged("a table begins with a slope"))?;
                 let (start, end) = (f64::from(start), f64::from(*end));
                 let step = (end - start) / length.max(1) as f64;
                 // Halves to even, as numpy rounds them.

@@ -91,7 +91,11 @@ pub(super) fn jpeg_2000(
     let picture = match kind {
         Colours::Gray if signed => {
             let half = f64::from(1_u32 << (precision - 1));
-            let values: Vec<f64> = channels[0].samples.iter().map(|v| f64::from(*v) - half).collect();
+            let values: Vec<f64> = channels[0]
+                .samples
+                .iter()
+                .map(|v| f64::from(*v) - half)
+                .collect();
             GrayImage::from_raw(width, height, measured::levels(&values, false, remarks))
                 .map(DynamicImage::ImageLuma8)
         }
@@ -112,8 +116,8 @@ pub(super) fn jpeg_2000(
         }
         // Four channels that nothing is said of are taken for colours and alpha, as by Pillow.
         _ if channels.len() == 4 || (decoded.has_alpha && channels.len() > 3) => {
-            let colours =
-                pixels.flat_map(|at| [0, 1, 2, 3].map(|channel: usize| level(&channels[channel], at)));
+            let colours = pixels
+                .flat_map(|at| [0, 1, 2, 3].map(|channel: usize| level(&channels[channel], at)));
             RgbaImage::from_raw(width, height, colours.collect()).map(DynamicImage::ImageRgba8)
         }
         _ => {
@@ -212,7 +216,9 @@ pub(super) fn jpeg_lossless(
     let precision = u32::from(header.precision);
     let short = || Refusal::from(JpegError::Truncated);
     let picture = match decoded {
-        LosslessPixels::Gray(numbers) if numbers.len() == pixels && (2..=16).contains(&precision) => {
+        LosslessPixels::Gray(numbers)
+            if numbers.len() == pixels && (2..=16).contains(&precision) =>
+        {
             gray((size.width, size.height), precision, numbers)?
         }
         LosslessPixels::Gray(_) => return Err(short()),

@@ -37,7 +37,10 @@ pub enum ImageError {
         limit: u64,
     },
     /// The content is none of the formats read here.
-    #[error("`{name}` is not a {} picture ({found}); hint: {hint}", super::format::NAMES)]
+    #[error(
+        "`{name}` is not a {} picture ({found}); hint: {hint}",
+        super::format::NAMES
+    )]
     UnknownFormat {
         /// File or upload.
         name: String,

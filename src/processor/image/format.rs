@@ -25,7 +25,9 @@ pub const ENDINGS: [&str; 23] = [
 /// Whether the file name `name` has an ending of a picture that is read.
 pub fn has_picture_ending(name: &str) -> bool {
     let name = name.to_ascii_lowercase();
-    let ending = name.strip_suffix(".gz").filter(|name| name.ends_with(".nii"));
+    let ending = name
+        .strip_suffix(".gz")
+        .filter(|name| name.ends_with(".nii"));
     let ending = ending.unwrap_or(&name).rsplit_once('.');
     ending.is_some_and(|(_, ending)| ENDINGS.contains(&ending))
 }
@@ -92,9 +94,12 @@ fn foreign(head: &[u8]) -> Option<Foreign> {
     const AVIF: &str = "convert it to PNG, for instance with libavif's `avifdec IN OUT.png`";
     const HEIF: &str = "convert it to PNG, for instance with libheif's `heif-convert IN OUT.png`";
     const JPEG_XL: &str = "convert it to PNG, for instance with libjxl's `djxl IN OUT.png`";
-    const PDF: &str = "convert its page to PNG, for instance with poppler's `pdftoppm -png -singlefile IN OUT`";
-    const META: &str =
-        "save it as NRRD, for instance with Python and SimpleITK: `sitk.WriteImage(sitk.ReadImage(IN), \"OUT.nrrd\")`";
+    const PDF: &str =
+        "convert its page to PNG, for instance with poppler's `pdftoppm -png -singlefile IN OUT`";
+    const META: &str = "save it as NRRD, for instance with Python and SimpleITK: `sitk.WriteImage(sitk.ReadImage(IN), \"OUT.nrrd\")`";
+    const PAM: &str = "convert it to PNG, for instance with netpbm's `pamtopng IN > OUT.png`";
+    const PFM: &str =
+        "convert it to PNG, for instance with netpbm's `pfmtopam IN | pamtopng > OUT.png`";
     const UNPACK: &str = "unpack it first with `gunzip`";
     const SIGNATURES: [(usize, &[u8], &str, &str); 14] = [
         (4, b"ftypavif", "AVIF", AVIF),
@@ -114,9 +119,9 @@ fn foreign(head: &[u8]) -> Option<Foreign> {
         (0, b"%PDF", "PDF", PDF),
         (0, b"ObjectType = Image", "MetaImage", META),
         (0, b"\x1f\x8b", "compressed with gzip", UNPACK),
-        (0, b"P7\n", "PAM", BY_PILLOW),
-        (0, b"Pf\n", "PFM", BY_PILLOW),
-        (0, b"PF\n", "PFM", BY_PILLOW),
+        (0, b"P7\n", "PAM", PAM),
+        (0, b"Pf\n", "PFM", PFM),
+        (0, b"PF\n", "PFM", PFM),
     ];
     let found = SIGNATURES.iter().find(|(at, signature, ..)| {
         head.get(*at..)

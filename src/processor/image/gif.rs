@@ -20,10 +20,10 @@ fn refused(cause: DecodingError) -> Refusal {
     }
 }
 
-fn open<'a>(
-    bytes: &'a [u8],
-    limits: &DecodeLimits,
-) -> Result<(Decoder<Cursor<&'a [u8]>>, usize, usize), Refusal> {
+/// A decoder at the first frame, and width and height of its canvas.
+type Opened<'a> = (Decoder<Cursor<&'a [u8]>>, usize, usize);
+
+fn open<'a>(bytes: &'a [u8], limits: &DecodeLimits) -> Result<Opened<'a>, Refusal> {
     let mut options = DecodeOptions::new();
     options.set_color_output(ColorOutput::Indexed);
     options.check_frame_consistency(true);
@@ -77,7 +77,9 @@ pub(super) fn decode(bytes: &[u8], limits: &DecodeLimits) -> Result<DynamicImage
         }
     }
     let picture = RgbImage::from_raw(width as u32, height as u32, pixels);
-    picture.map(DynamicImage::ImageRgb8).ok_or(Refusal::Truncated)
+    picture
+        .map(DynamicImage::ImageRgb8)
+        .ok_or(Refusal::Truncated)
 }
 
 /// The frames of a GIF, counted by its blocks.

@@ -186,7 +186,11 @@ fn parse(bytes: &[u8], limits: &DecodeLimits) -> Result<(Plane, usize), Refusal>
             kind,
             channels,
             big_endian,
-            scale: if scaled { (slope, intercept) } else { (1.0, 0.0) },
+            scale: if scaled {
+                (slope, intercept)
+            } else {
+                (1.0, 0.0)
+            },
             orientation: hung(first, second),
         },
         offset as usize,

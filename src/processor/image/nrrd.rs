@@ -36,8 +36,11 @@ pub(super) fn is_nrrd(bytes: &[u8]) -> bool {
     bytes.starts_with(b"NRRD000")
 }
 
-/// The fields of a header by name, and what follows its empty line.
-fn fields(bytes: &[u8]) -> Result<(Vec<(String, &str)>, &[u8]), Refusal> {
+/// Fields of a header by name, in lower case.
+type Fields<'a> = Vec<(String, &'a str)>;
+
+/// The fields of a header, and what follows its empty line.
+fn fields(bytes: &[u8]) -> Result<(Fields<'_>, &[u8]), Refusal> {
     /// Far more than any header has.
     const LONGEST: usize = 1 << 20;
     let mut fields = Vec::new();
@@ -52,8 +55,8 @@ fn fields(bytes: &[u8]) -> Result<(Vec<(String, &str)>, &[u8]), Refusal> {
         if line.is_empty() {
             return Ok((fields, rest));
         }
-        let line = std::str::from_utf8(line)
-            .map_err(|_| Refusal::damaged("its header is no text"))?;
+        let line =
+            std::str::from_utf8(line).map_err(|_| Refusal::damaged("its header is no text"))?;
         // Comments, and keys that anybody may add, say nothing of the numbers.
         if !is_first && !line.starts_with('#') && !line.contains(":=") {
             let field = line.split_once(':');
@@ -76,8 +79,13 @@ fn kind(name: &str) -> Option<NumberKind> {
         }
         "int" | "signed int" | "int32" | "int32_t" => NumberKind::I32,
         "uint" | "unsigned int" | "uint32" | "uint32_t" => NumberKind::U32,
-        "longlong" | "long long" | "long long int" | "signed long long"
-        | "signed long long int" | "int64" | "int64_t" => NumberKind::I64,
+        "longlong"
+        | "long long"
+        | "long long int"
+        | "signed long long"
+        | "signed long long int"
+        | "int64"
+        | "int64_t" => NumberKind::I64,
         "ulonglong" | "unsigned long long" | "unsigned long long int" | "uint64" | "uint64_t" => {
             NumberKind::U64
         }
@@ -124,7 +132,9 @@ fn directions(space: &str, text: &str) -> Vec<Option<[f64; 3]>> {
 fn parse<'a>(bytes: &'a [u8], limits: &DecodeLimits) -> Result<Header<'a>, Refusal> {
     let (fields, data) = fields(bytes)?;
     let field = |names: &[&str]| {
-        let found = fields.iter().find(|(name, _)| names.contains(&name.as_str()));
+        let found = fields
+            .iter()
+            .find(|(name, _)| names.contains(&name.as_str()));
         found.map(|(_, value)| *value)
     };
     let missing = |name: &str| Refusal::Damaged(format!("its header lacks `{name}`"));
@@ -138,7 +148,9 @@ fn parse<'a>(bytes: &'a [u8], limits: &DecodeLimits) -> Result<Header<'a>, Refus
         "txt" | "text" | "ascii" => Encoding::Text,
         "gz" | "gzip" => Encoding::Gzip,
         other => {
-            let known = ["hex", "bz2", "bzip2"].iter().find(|known| **known == other);
+            let known = ["hex", "bz2", "bzip2"]
+                .iter()
+                .find(|known| **known == other);
             let found = known.map_or("unknown", |known| known);
             return Err(Refusal::Unsupported(format!("encoding {found}")));
         }
@@ -263,7 +275,8 @@ fn words(data: &[u8], count: usize) -> Result<Vec<f64>, Refusal> {
     if data.len() < 2 * count - 1 {
         return Err(Refusal::Truncated);
     }
-    let text = std::str::from_utf8(data).map_err(|_| Refusal::damaged("its numbers are no text"))?;
+    let text =
+        std::str::from_utf8(data).map_err(|_| Refusal::damaged("its numbers are no text"))?;
     let separated = text.split([' ', '\t', '\r', '\n', ',']);
     let words = separated.filter(|word| !word.is_empty()).take(count);
     let numbers: Vec<f64> = words

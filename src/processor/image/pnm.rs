@@ -32,7 +32,10 @@ impl PnmHeader<'_> {
 
 /// Whether `bytes` begin as such a picture does.
 pub(super) fn is_pnm(bytes: &[u8]) -> bool {
-    matches!(bytes, [b'P', b'1'..=b'6', b' ' | b'\t' | b'\r' | b'\n' | b'#', ..])
+    matches!(
+        bytes,
+        [b'P', b'1'..=b'6', b' ' | b'\t' | b'\r' | b'\n' | b'#', ..]
+    )
 }
 
 /// Words between blanks and comments.
@@ -46,7 +49,10 @@ impl<'a> Words<'a> {
         loop {
             match self.bytes {
                 [b'#', ..] => {
-                    let end = self.bytes.iter().position(|byte| matches!(byte, b'\n' | b'\r'));
+                    let end = self
+                        .bytes
+                        .iter()
+                        .position(|byte| matches!(byte, b'\n' | b'\r'));
                     self.bytes = &self.bytes[end.unwrap_or(self.bytes.len())..];
                 }
                 [byte, rest @ ..] if byte.is_ascii_whitespace() => self.bytes = rest,
@@ -57,7 +63,11 @@ impl<'a> Words<'a> {
 
     fn number(&mut self) -> Result<u32, Refusal> {
         self.skip();
-        let length = self.bytes.iter().take_while(|byte| byte.is_ascii_digit()).count();
+        let length = self
+            .bytes
+            .iter()
+            .take_while(|byte| byte.is_ascii_digit())
+            .count();
         let (digits, rest) = self.bytes.split_at(length);
         if digits.is_empty() {
             return Err(match rest {
@@ -67,7 +77,8 @@ impl<'a> Words<'a> {
         }
         self.bytes = rest;
         let text = std::str::from_utf8(digits).unwrap_or_default();
-        text.parse().map_err(|_| Refusal::damaged("a number is too large"))
+        text.parse()
+            .map_err(|_| Refusal::damaged("a number is too large"))
     }
 
     /// A digit of a plain bitmap, where none needs a blank after it.
@@ -142,7 +153,9 @@ pub(super) fn decode(bytes: &[u8], limits: &DecodeLimits) -> Result<DynamicImage
             bits.collect::<Result<_, _>>()?
         }
         (true, false) => {
-            let rows = data.chunks_exact(header.width.div_ceil(8)).take(header.height);
+            let rows = data
+                .chunks_exact(header.width.div_ceil(8))
+                .take(header.height);
             let bit = |row: &[u8], x: usize| u16::from(row[x / 8] & (0x80 >> (x % 8)) == 0);
             rows.flat_map(|row| (0..header.width).map(move |x| bit(row, x)))
                 .collect()
@@ -160,12 +173,10 @@ pub(super) fn decode(bytes: &[u8], limits: &DecodeLimits) -> Result<DynamicImage
     let (width, height) = (header.width as u32, header.height as u32);
     let highest = header.highest;
     let picture = match (highest, header.channels) {
-        (65535, 1) => {
-            ImageBuffer::<Luma<u16>, _>::from_raw(width, height, numbers).map(DynamicImage::ImageLuma16)
-        }
-        (65535, _) => {
-            ImageBuffer::<Rgb<u16>, _>::from_raw(width, height, numbers).map(DynamicImage::ImageRgb16)
-        }
+        (65535, 1) => ImageBuffer::<Luma<u16>, _>::from_raw(width, height, numbers)
+            .map(DynamicImage::ImageLuma16),
+        (65535, _) => ImageBuffer::<Rgb<u16>, _>::from_raw(width, height, numbers)
+            .map(DynamicImage::ImageRgb16),
         (_, channels) => {
             let level = |number: u16| {
                 let number = u32::from(number).min(highest);

@@ -90,7 +90,9 @@ impl<'a> Segments<'a> {
     fn scan_data(&mut self) -> &'a [u8] {
         // A byte after 0xff begins with a stuffed zero.
         let end = self.0.windows(2);
-        let end = end.into_iter().position(|pair| pair[0] == 0xff && pair[1] >= 0x80);
+        let end = end
+            .into_iter()
+            .position(|pair| pair[0] == 0xff && pair[1] >= 0x80);
         let (data, rest) = self.0.split_at(end.unwrap_or(self.0.len()));
         self.0 = rest;
         data
@@ -176,9 +178,8 @@ pub(super) fn decode(bytes: &[u8]) -> Result<DecodedJpegLs, JpegError> {
             (PRESET, [1, content @ ..]) => {
                 let values = content.first_chunk::<10>();
                 let values = values.ok_or_else(|| JpegError::Damaged("LSE".to_owned()))?;
-                let value = |at: usize| {
-                    i32::from(u16::from_be_bytes([values[2 * at], values[2 * at + 1]]))
-                };
+                let value =
+                    |at: usize| i32::from(u16::from_be_bytes([values[2 * at], values[2 * at + 1]]));
                 preset = Some([0, 1, 2, 3, 4].map(value));
             }
             (PRESET, [2 | 3, ..]) => return Err(JpegError::Unsupported("a mapping table")),
@@ -228,7 +229,8 @@ fn scan_header(
     let mut components = Vec::new();
     for [id, table] in specs.as_chunks::<2>().0 {
         let index = ids.iter().position(|known| known == id);
-        let index = index.ok_or_else(|| JpegError::Damaged("a scan is of no channel".to_owned()))?;
+        let index =
+            index.ok_or_else(|| JpegError::Damaged("a scan is of no channel".to_owned()))?;
         if *table != 0 {
             return Err(JpegError::Unsupported("a mapping table"));
         }
@@ -238,7 +240,9 @@ fn scan_header(
         components.push(Component { index });
     }
     if components.is_empty() || interleave > 2 || (interleave == 0 && components.len() != 1) {
-        return Err(JpegError::Damaged("a scan has no order of its channels".to_owned()));
+        return Err(JpegError::Damaged(
+            "a scan has no order of its channels".to_owned(),
+        ));
     }
     if transform & 15 != 0 {
         return Err(JpegError::Unsupported("a point transform"));
@@ -260,12 +264,21 @@ mod tests {
             2 => (x * 37 + y * 91) as u16 % (top + 1).max(2),
             _ => top / 2,
         };
-        (0..height).flat_map(|y| (0..width).map(move |x| pixel(x, y))).collect()
+        (0..height)
+            .flat_map(|y| (0..width).map(move |x| pixel(x, y)))
+            .collect()
     }
 
     #[test]
     fn grey_of_any_precision_comes_back() {
-        for (bits, top) in [(2, 3), (7, 127), (8, 255), (10, 1023), (12, 4095), (16, 65534)] {
+        for (bits, top) in [
+            (2, 3),
+            (7, 127),
+            (8, 255),
+            (10, 1023),
+            (12, 4095),
+            (16, 65534),
+        ] {
             for (width, height) in [(1, 1), (1, 9), (31, 1), (40, 23)] {
                 let numbers = picture(width, height, top);
                 let mut options = jpegls::EncodeOptions::default();
@@ -276,7 +289,10 @@ mod tests {
                 let decoded = decode(&data).unwrap();
                 assert_eq!(decoded.header, header(&data).unwrap());
                 assert_eq!(decoded.header.precision, u32::from(bits));
-                assert!(decoded.numbers == numbers, "{bits} bits, {width} × {height}");
+                assert!(
+                    decoded.numbers == numbers,
+                    "{bits} bits, {width} × {height}"
+                );
                 // Cut anywhere, it is refused.
                 for end in [3, data.len() / 2, data.len().saturating_sub(5)] {
                     assert!(decode(&data[..end]).is_err(), "{bits} bits cut at {end}");
@@ -293,7 +309,12 @@ mod tests {
         let mut data = Vec::new();
         jpegls::encode_with_options(&numbers, 40, 23, &options, &mut data).unwrap();
         let decoded = decode(&data).unwrap().numbers;
-        assert!(decoded.iter().zip(&numbers).all(|(a, b)| a.abs_diff(*b) <= 3));
+        assert!(
+            decoded
+                .iter()
+                .zip(&numbers)
+                .all(|(a, b)| a.abs_diff(*b) <= 3)
+        );
         assert!(decoded != numbers);
     }
 }

@@ -42,7 +42,11 @@ impl Coding {
             return None;
         }
         let clamp = |value: i32, low: i32| {
-            if value > maxval || value < low { low } else { value }
+            if value > maxval || value < low {
+                low
+            } else {
+                value
+            }
         };
         let basic = if maxval >= 128 {
             let factor = (maxval.min(4095) + 128) / 256;
@@ -350,7 +354,9 @@ impl<'a> Decoder<'a> {
         run += self.bits.take(J[*index]) as usize;
         if run > left {
             self.bits.check()?;
-            return Err(JpegError::Damaged("a run is longer than its row".to_owned()));
+            return Err(JpegError::Damaged(
+                "a run is longer than its row".to_owned(),
+            ));
         }
         Ok(run)
     }

@@ -76,14 +76,19 @@ pub(super) fn numbers(
         .ok_or_else(|| Refusal::damaged("it does not say where its strips or tiles are"))?;
     let lengths = values(tag::STRIP_BYTE_COUNTS, tag::TILE_BYTE_COUNTS);
     if offsets.len() / planes < across.saturating_mul(down) {
-        return Err(Refusal::damaged("it has fewer strips or tiles than its size takes"));
+        return Err(Refusal::damaged(
+            "it has fewer strips or tiles than its size takes",
+        ));
     }
     let mut target = Target::new(layout);
     let tables = tiff.raw(directory, tag::JPEG_TABLES);
     for plane in 0..planes {
         for place in 0..across * down {
             let index = plane * across * down + place;
-            let (left, top) = (place % across * layout.chunk.0, place / across * layout.chunk.1);
+            let (left, top) = (
+                place % across * layout.chunk.0,
+                place / across * layout.chunk.1,
+            );
             let rows = if layout.is_tiled {
                 layout.chunk.1
             } else {
@@ -182,7 +187,9 @@ impl<'a> Target<'a> {
             )));
         }
         if decoded.width < columns || decoded.height < rows {
-            return Err(Refusal::damaged("its JPEG data are smaller than their place"));
+            return Err(Refusal::damaged(
+                "its JPEG data are smaller than their place",
+            ));
         }
         for (row, line) in pixels
             .chunks_exact(decoded.width * samples)

@@ -184,7 +184,10 @@ impl<'a> Tiff<'a> {
             _ => self.join(bytes) as f64,
         };
         let numbers: Vec<f64> = bytes.chunks_exact(size).map(number).collect();
-        numbers.iter().all(|number| number.is_finite()).then_some(numbers)
+        numbers
+            .iter()
+            .all(|number| number.is_finite())
+            .then_some(numbers)
     }
 
     /// The bytes of a tag of bytes.

@@ -5,8 +5,8 @@
 //!
 //! Source: ITU-T T.4 and T.6; TIFF 6.0, sections 10 and 11.
 
-use fax::maps::{Mode, black, mode, white};
 use fax::BitReader;
+use fax::maps::{Mode, black, mode, white};
 
 use super::super::refusal::Refusal;
 use super::layout::Compression;
@@ -21,10 +21,7 @@ pub(super) fn decode(
     width: usize,
     rows: usize,
 ) -> Result<Vec<u8>, Refusal> {
-    let mut reader = Reader {
-        data,
-        at: 0,
-    };
+    let mut reader = Reader { data, at: 0 };
     let row_bytes = width.div_ceil(8);
     let mut bytes = vec![0; row_bytes * rows];
     let mut above = Row::default();

@@ -205,7 +205,9 @@ impl Layout {
         let all_bits = all_bits.unwrap_or_else(|| vec![1]);
         let bits = all_bits.first().copied().unwrap_or(1);
         if all_bits.iter().any(|one| *one != bits) {
-            return Err(Refusal::Unsupported(format!("samples of {all_bits:?} bits")));
+            return Err(Refusal::Unsupported(format!(
+                "samples of {all_bits:?} bits"
+            )));
         }
         let format = match tiff.value(directory, tag::SAMPLE_FORMAT).unwrap_or(1) {
             // Undefined is taken for whole numbers, as by libtiff.

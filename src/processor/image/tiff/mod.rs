@@ -61,11 +61,7 @@ impl Tiff<'_> {
     ///
     /// # Errors
     /// A page of a kind that is not read, or one of the limits.
-    pub(super) fn header(
-        &self,
-        page: usize,
-        limits: &DecodeLimits,
-    ) -> Result<PageHeader, Refusal> {
+    pub(super) fn header(&self, page: usize, limits: &DecodeLimits) -> Result<PageHeader, Refusal> {
         let directory = self.page_directory(page)?;
         let layout = Layout::new(self, &directory, limits)?;
         Ok(PageHeader {

@@ -99,8 +99,14 @@ pub(super) fn stream(
     segment(&mut stream, 0xc0, &frame);
     // Each strip begins anew, as after a restart mark.
     let units = layout.width.div_ceil(8 * across) * layout.chunk.1.div_ceil(8 * down);
-    let stated = tiff.value(directory, tag::JPEG_RESTART_INTERVAL).unwrap_or(0);
-    let interval = if strips.len() > 1 { units as u64 } else { stated };
+    let stated = tiff
+        .value(directory, tag::JPEG_RESTART_INTERVAL)
+        .unwrap_or(0);
+    let interval = if strips.len() > 1 {
+        units as u64
+    } else {
+        stated
+    };
     if interval > 0 {
         let interval = u16::try_from(interval)
             .map_err(|_| Refusal::unsupported("old JPEG of very large strips"))?;
@@ -131,7 +137,11 @@ pub(super) fn stream(
 
 fn has_scan_and_end(stream: &[u8]) -> bool {
     stream.windows(2).any(|pair| pair == [0xff, 0xda])
-        && stream.windows(2).rev().take(64).any(|pair| pair == [0xff, 0xd9])
+        && stream
+            .windows(2)
+            .rev()
+            .take(64)
+            .any(|pair| pair == [0xff, 0xd9])
 }
 
 fn segment(stream: &mut Vec<u8>, marker: u8, content: &[u8]) {

@@ -33,9 +33,8 @@ pub(super) fn picture(
     };
     let pixels = || levels.chunks_exact(layout.samples);
     let (width, height) = (layout.width as u32, layout.height as u32);
-    let rgb8 = |pixels: Vec<u8>| {
-        RgbImage::from_raw(width, height, pixels).map(DynamicImage::ImageRgb8)
-    };
+    let rgb8 =
+        |pixels: Vec<u8>| RgbImage::from_raw(width, height, pixels).map(DynamicImage::ImageRgb8);
     let eight = EightBits::of(layout);
     let made = match layout.photometric {
         Photometric::WhiteIsZero | Photometric::BlackIsZero if layout.bits > 8 => {
@@ -188,7 +187,13 @@ impl YCbCr {
         };
         let range = tiff.fractions(directory, tag::REFERENCE_BLACK_WHITE);
         let range = range.and_then(|range| <[f64; 6]>::try_from(range).ok());
-        let usable = |range: &[f64; 6]| range.as_chunks::<2>().0.iter().all(|[low, high]| low < high);
+        let usable = |range: &[f64; 6]| {
+            range
+                .as_chunks::<2>()
+                .0
+                .iter()
+                .all(|[low, high]| low < high)
+        };
         Self {
             red,
             green,
@@ -238,7 +243,11 @@ fn lab(pixel: &[u16]) -> [u8; 3] {
     };
     let xyz = [0, 1, 2].map(|at| cube(parts[at]) * WHITE[at]);
     TO_LINEAR.map(|row| {
-        let linear: f64 = row.iter().zip(xyz).map(|(weight, part)| weight * part).sum();
+        let linear: f64 = row
+            .iter()
+            .zip(xyz)
+            .map(|(weight, part)| weight * part)
+            .sum();
         let linear = linear.clamp(0.0, 1.0);
         let level = if linear <= 0.003_130_8 {
             12.92 * linear
