@@ -7,7 +7,8 @@ use crate::{
     commands::{
         bench, check, clean, completions, config, convert, doctor, eval,
         examples::{self, section},
-        infer, init_tiny, label, merge, phantoms, plan, pull, quantize, serve, train, version,
+        infer, init_tiny, label, merge, phantoms, plan, preview, pull, quantize, serve, train,
+        version,
     },
 };
 
@@ -84,6 +85,9 @@ pub enum Command {
     /// Validate a data set before a model is loaded.
     #[command(after_help = section(examples::CHECK, ""))]
     Check(check::CheckArgs),
+    /// Show what the model sees of an image: upright, levelled and scaled, with its sizes and remarks.
+    #[command(after_help = section(examples::PREVIEW, ""))]
+    Preview(preview::PreviewArgs),
     /// Draw a data set of synthetic chest radiographs with Chinese reports.
     #[command(after_help = section(examples::PHANTOMS, ""))]
     Phantoms(phantoms::PhantomsArgs),

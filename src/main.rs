@@ -12,7 +12,8 @@ use xray_qwen3vl::{
     cli::{Cli, Command},
     commands::{
         bench, check, clean, completions, config, convert, doctor, eval, exit_code, infer,
-        init_tiny, label, log_lines, merge, phantoms, plan, pull, quantize, serve, train, version,
+        init_tiny, label, log_lines, merge, phantoms, plan, preview, pull, quantize, serve, train,
+        version,
     },
 };
 
@@ -73,6 +74,7 @@ fn main() -> ExitCode {
         Command::Clean(args) => clean::run(&args),
         Command::Convert(args) => convert::run(args),
         Command::Check(args) => check::run(args),
+        Command::Preview(args) => preview::run(&args),
         Command::Phantoms(args) => phantoms::run(&args),
         Command::InitTiny(args) => init_tiny::run(&args),
         Command::Serve(args) => serve::run(args),

@@ -163,6 +163,12 @@ pub const CHECK: &[Example] = &[(
     "xray-qwen3vl check data/sample/train/samples.jsonl --val data/sample/val/samples.jsonl",
 )];
 
+/// The examples of `preview`.
+pub const PREVIEW: &[Example] = &[(
+    "The sample image as the model sees it, with the grid of its patches",
+    "xray-qwen3vl preview data/sample/demo.png --output artifacts/preview.png --patches",
+)];
+
 /// The examples of `phantoms`.
 pub const PHANTOMS: &[Example] = &[(
     "A hundred studies of another seed",

@@ -21,6 +21,7 @@ pub mod models;
 pub mod phantoms;
 mod pipeline_options;
 pub mod plan;
+pub mod preview;
 mod progress;
 pub mod pull;
 pub mod quantize;

@@ -1,47 +1,58 @@
-//! Picture files to RGB pixels: PNG, JPEG, WebP, BMP, TIFF and DICOM, recognised by content.
+//! Picture files to RGB pixels, recognised by content; [`PictureFormat`] lists them.
 //!
 //! What a pixel becomes follows the reference pipeline (`to_rgb` of `qwen_vl_utils` over Pillow):
 //! red, green, blue and alpha are laid on white, and so is 16-bit grey with alpha; 8-bit grey with
 //! alpha, and transparency of a palette or of a single colour, lose it as Pillow's `convert("RGB")`
 //! does; 16-bit colour keeps its high byte. One deviation: Pillow clips 16-bit grey at 255, which
 //! leaves a radiograph white, and here it is scaled to 8 bits, `value / 257` rounded; 16-bit levels
-//! that use fewer bits are scaled by the bits in use. JPEG of one and three channels gives
-//! Pillow's pixels exactly; JPEG of four channels, and JPEG inside TIFF, may round in
-//! another way.
+//! that use fewer bits are scaled by the bits in use. Numbers with a sign, fractions and numbers of
+//! 32 bits are shown from their 1st to their 99th percentile. JPEG of one and three channels gives
+//! Pillow's pixels exactly; JPEG of four channels may round in another way.
 //! The orientation a camera wrote is applied. For grey levels of DICOM see [`super::dicom`].
 //!
-//! Nothing is allocated for pixels before the header's size has passed [`DecodeLimits`]. This module
+//! Each format that is not the `image` crate's has a module; what it cannot read is a `Refusal`, which gets
+//! the file's name here. Nothing is allocated for pixels before the header's size has passed [`DecodeLimits`]. This module
 //! knows nothing of patches, tensors or windows of grey levels.
 
+mod coded;
 mod cost;
 mod error;
+mod format;
 mod frames;
+mod gif;
 mod header;
+mod measured;
+mod nifti;
+mod nrrd;
+mod plane;
+mod pnm;
+mod refusal;
 mod rgb;
 mod rgb_image;
 #[cfg(test)]
 mod tests;
 mod tiff;
 
-use std::borrow::Cow;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Cursor, Read};
 use std::path::Path;
 
 use image::metadata::Orientation;
-use image::{DynamicImage, GrayImage, ImageDecoder};
+use image::{DynamicImage, ImageDecoder};
 
 pub use super::decode_limits::DecodeLimits;
 use super::dicom;
-use super::jpeg::{self, JpegError, jpeg_has_end};
+use super::jpeg::{self, JpegError, JpegPixels, jpeg_has_end};
 use super::remark::{Remark, RemarkKind};
 pub use cost::{DecodingCost, decoding_cost};
-pub use error::{ImageError, PictureFormat};
+pub use error::ImageError;
+pub use format::{ENDINGS, NAMES, PictureFormat, has_picture_ending};
 use frames::animation_frames;
-use header::{check_file_size, dicom_refusal, guarded, open, orientation, refusal};
+use header::{announced, check_file_size, dicom_refusal, guarded, open, orientation, refusal};
+use refusal::Refusal;
 use rgb::{Storage, drops_alpha, to_rgb};
 pub use rgb_image::RgbImage;
-use tiff::{BitOrder, Tiff};
+use tiff::Tiff;
 
 /// A picture, and what a reader of a report on it should know.
 #[derive(Debug, Clone)]
@@ -162,10 +173,6 @@ fn decode_plain(
     limits: &DecodeLimits,
 ) -> Result<Reading, ImageError> {
     let mut remarks = Vec::new();
-    let mut storage = Storage {
-        drops_alpha: drops_alpha(format, bytes),
-        white_is_zero: false,
-    };
     let tiff = Tiff::new(bytes).filter(|_| format == PictureFormat::Tiff);
     let pages = tiff.as_ref().map_or(1, Tiff::page_count);
     if let Some(frame) = frame.filter(|frame| !(1..=pages).contains(frame)) {
@@ -189,104 +196,122 @@ fn decode_plain(
     if pages > 1 && frame.is_none() {
         remarks.push(first_of(format!("{pages} pages")));
     }
-    let mut bytes = Cow::Borrowed(bytes);
-    if let Some(tiff) = tiff {
-        (bytes, storage.white_is_zero) =
-            tiff.page(frame.unwrap_or(1) - 1)
-                .map_err(|cause| match cause {
-                    BitOrder::Compression => ImageError::unsupported(
-                        format,
-                        name,
-                        "compressed bits in reverse order, FillOrder 2",
-                    ),
-                    BitOrder::Strips => ImageError::Damaged {
-                        name: name.to_owned(),
-                        format,
-                        reason: "its strips are not where it says".to_owned(),
-                    },
-                })?;
-    }
-    if format == PictureFormat::Jpeg {
-        check_jpeg(&bytes, name)?;
-    }
-    let mut decoder = open(Cursor::new(&bytes[..]), format, name, limits)?;
-    let orientation = orientation(&mut decoder);
-    let jpeg = if format == PictureFormat::Jpeg {
-        decode_jpeg(&bytes, name, limits, &mut remarks)?
-    } else {
-        None
+    let refused = |refusal: Refusal| refusal.of(format, name, limits);
+    let mut storage = Storage {
+        drops_alpha: drops_alpha(format, bytes),
+        ..Storage::default()
     };
-    let mut picture = match jpeg {
-        Some(picture) => picture,
-        None => DynamicImage::from_decoder(decoder)
-            .map_err(|cause| refusal(cause, format, name, limits))?,
+    let mut hung = Orientation::NoTransforms;
+    let mut picture = match (format, tiff) {
+        (_, Some(tiff)) => {
+            let page = tiff.page(frame.unwrap_or(1) - 1, limits, &mut remarks);
+            let page = page.map_err(refused)?;
+            hung = page.orientation;
+            storage.white_is_zero = page.white_is_zero;
+            storage.precision = page.precision;
+            page.picture
+        }
+        (PictureFormat::Gif, _) => gif::decode(bytes, limits).map_err(refused)?,
+        (PictureFormat::Pnm, _) => pnm::decode(bytes, limits).map_err(refused)?,
+        (PictureFormat::Jpeg2000 | PictureFormat::JpegLs, _) => {
+            let coded = match format {
+                PictureFormat::JpegLs => coded::jpeg_ls(bytes, limits),
+                _ => coded::jpeg_2000(bytes, limits, &mut remarks),
+            };
+            let coded = coded.map_err(refused)?;
+            storage.precision = coded.precision;
+            coded.picture
+        }
+        (PictureFormat::Nifti | PictureFormat::Nrrd, _) => {
+            let decoded = match format {
+                PictureFormat::Nifti => nifti::decode(bytes, limits, &mut remarks),
+                _ => nrrd::decode(bytes, limits, &mut remarks),
+            };
+            let (picture, plane) = decoded.map_err(refused)?;
+            hung = plane.orientation;
+            if hung != Orientation::NoTransforms {
+                remarks.push(Remark::new(
+                    RemarkKind::Turned,
+                    "it is turned or mirrored as its axes say, to head up and left on the right",
+                ));
+            }
+            picture
+        }
+        (PictureFormat::Jpeg, _) => {
+            let read = decode_jpeg(bytes, limits, &mut storage, &mut remarks);
+            match read.map_err(refused)? {
+                Some((picture, orientation)) => {
+                    hung = orientation;
+                    picture
+                }
+                None => decode_by_crate(bytes, format, name, limits, &mut hung)?,
+            }
+        }
+        _ => decode_by_crate(bytes, format, name, limits, &mut hung)?,
     };
-    picture.apply_orientation(orientation);
+    picture.apply_orientation(hung);
     let picture = to_rgb(picture, storage, format, name, &mut remarks)?;
     Ok(Reading { picture, remarks })
 }
 
-/// Refuses a JPEG that is cut off, or of a kind for which decoders have no clear error.
-fn check_jpeg(bytes: &[u8], name: &str) -> Result<(), ImageError> {
-    let format = PictureFormat::Jpeg;
-    if !jpeg_has_end(bytes) {
-        return Err(ImageError::Truncated {
-            name: name.to_owned(),
-            format,
-        });
-    }
-    match jpeg::frame_header(bytes) {
-        Some(header) if header.is_lossless => {
-            Err(ImageError::unsupported(format, name, "JPEG without loss"))
-        }
-        Some(header) if header.precision != 8 => {
-            let found = format!("levels of {} bits", header.precision);
-            Err(ImageError::unsupported(format, name, found))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Decodes a JPEG of one or three channels as the reference does; `None` for one of another kind,
-/// which the `image` crate may read.
-fn decode_jpeg(
+/// Decodes by the `image` crate; `hung` is how the picture has to be rotated or mirrored.
+fn decode_by_crate(
     bytes: &[u8],
+    format: PictureFormat,
     name: &str,
     limits: &DecodeLimits,
+    hung: &mut Orientation,
+) -> Result<DynamicImage, ImageError> {
+    let mut decoder = open(Cursor::new(bytes), format, name, limits)?;
+    *hung = orientation(&mut decoder);
+    DynamicImage::from_decoder(decoder).map_err(|cause| refusal(cause, format, name, limits))
+}
+
+/// Decodes a JPEG of one or three channels as the reference does, and how it has to be rotated or mirrored;
+/// `None` for one of another kind, which the `image` crate may read.
+fn decode_jpeg(
+    bytes: &[u8],
+    limits: &DecodeLimits,
+    storage: &mut Storage,
     remarks: &mut Vec<Remark>,
-) -> Result<Option<DynamicImage>, ImageError> {
-    let format = PictureFormat::Jpeg;
-    let refused = |cause| {
-        let name = name.to_owned();
-        match cause {
-            JpegError::Truncated => ImageError::Truncated { name, format },
-            JpegError::TooMuchMemory => ImageError::TooMuchMemory {
-                name,
-                limit: limits.max_decoded_bytes,
-            },
-            JpegError::Unsupported(found) => ImageError::unsupported(format, &name, found),
-            JpegError::Damaged(reason) => ImageError::Damaged {
-                name,
-                format,
-                reason,
-            },
-        }
-    };
+) -> Result<Option<(DynamicImage, Orientation)>, Refusal> {
+    if !jpeg_has_end(bytes) {
+        return Err(Refusal::Truncated);
+    }
+    let header = jpeg::frame_header(bytes);
+    if let Some(header) = header.filter(|header| header.is_lossless) {
+        let coded = coded::jpeg_lossless(bytes, &header, limits)?;
+        storage.precision = coded.precision;
+        return Ok(Some((coded.picture, Orientation::NoTransforms)));
+    }
+    let is_deep = header.is_some_and(|header| header.precision != 8);
+    let mut hung = Orientation::NoTransforms;
+    if let Some(header) = header.filter(|_| is_deep) {
+        storage.precision = header.precision.into();
+        coded::deep_jpeg_header(&header, limits)?;
+    } else if let Ok(mut decoder) = open(Cursor::new(bytes), PictureFormat::Jpeg, "", limits) {
+        hung = orientation(&mut decoder);
+    } else {
+        // The decoder that is asked next has words for what is wrong.
+        return Ok(None);
+    }
     let decoded = match jpeg::decode(bytes, None, limits.max_decoded_bytes) {
-        Err(JpegError::Unsupported(_)) => return Ok(None),
-        decoded => decoded.map_err(refused)?,
+        Err(JpegError::Unsupported(_)) if !is_deep => return Ok(None),
+        decoded => decoded?,
     };
-    remarks.extend(decoded.damage.remark().map_err(refused)?);
-    let (width, height) = (decoded.width as u32, decoded.height as u32);
-    Ok(match decoded.pixels {
-        jpeg::JpegPixels::Gray(levels) => {
-            let levels = levels.into_iter().map(|level| level as u8).collect();
-            GrayImage::from_raw(width, height, levels).map(DynamicImage::ImageLuma8)
+    remarks.extend(decoded.damage.remark()?);
+    let size = (decoded.width, decoded.height);
+    let picture = match decoded.pixels {
+        JpegPixels::Gray(levels) => {
+            let precision = if is_deep { storage.precision } else { 8 };
+            coded::gray(size, precision, levels)?
         }
-        jpeg::JpegPixels::Rgb(pixels) => {
-            image::RgbImage::from_raw(width, height, pixels).map(DynamicImage::ImageRgb8)
+        JpegPixels::Rgb(pixels) => {
+            let picture = image::RgbImage::from_raw(size.0 as u32, size.1 as u32, pixels);
+            DynamicImage::ImageRgb8(picture.ok_or(Refusal::Truncated)?)
         }
-    })
+    };
+    Ok(Some((picture, hung)))
 }
 
 /// The technical tags of the DICOM file in `bytes`, by name; see [`dicom::technical`].
@@ -312,8 +337,8 @@ pub fn technical(
 
 /// Width and height of the picture at `path` in pixels, upright, from its header alone.
 ///
-/// It meets the limits and is of a kind that is read; its pixels may still be damaged. A DICOM
-/// file is read whole, since its header ends where its pixels begin, wherever that is.
+/// It meets the limits and is of a kind that is read; its pixels may still be damaged. DICOM and TIFF
+/// files are read whole, since their headers end wherever their pixels begin, and so are a few others.
 ///
 /// # Errors
 /// Those of [`load`] that a header can show.
@@ -332,12 +357,16 @@ pub fn probe(path: &Path, limits: &DecodeLimits) -> Result<(usize, usize), Image
             let (width, height, orientation) = dicom::probe(&read_bytes(path, limits)?, limits)
                 .map_err(|cause| dicom_refusal(cause, &name, limits))?;
             (width.into(), height.into(), orientation)
-        } else {
-            let mut decoder = open(reader, format, &name, limits)?;
+        } else if let Some(mut decoder) = format
+            .decoder_format()
+            .and_then(|_| open(reader, format, &name, limits).ok())
+        {
             let (width, height) = decoder.dimensions();
-            (width, height, orientation(&mut decoder))
+            (width as usize, height as usize, orientation(&mut decoder))
+        } else {
+            let found = announced(&read_bytes(path, limits)?, format, &name, limits)?;
+            (found.width, found.height, found.orientation)
         };
-        let (width, height) = (width as usize, height as usize);
         Ok(match orientation {
             Orientation::Rotate90
             | Orientation::Rotate270

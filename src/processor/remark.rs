@@ -21,10 +21,14 @@ pub enum RemarkKind {
     NoImage,
     /// The levels fill a part of what their storage can hold; the filled part is shown.
     NarrowRange,
+    /// The levels have no range of their own; that of their percentiles is shown.
+    PercentileRange,
     /// The window shows no level of the image, or is no window; another range is shown.
     WindowOutsideRange,
     /// The file states a polarity other than that of its photometric interpretation.
     PresentationShape,
+    /// The file does not say what its numbers mean.
+    PhotometricAssumed,
     /// The file's colour tag and the compressed stream disagree; the stream was followed.
     ColourTag,
     /// Graphics stored beside the pixels are not shown.
@@ -50,8 +54,10 @@ impl RemarkKind {
             Self::OneColour => "one_colour",
             Self::NoImage => "no_image",
             Self::NarrowRange => "narrow_range",
+            Self::PercentileRange => "percentile_range",
             Self::WindowOutsideRange => "window_outside_range",
             Self::PresentationShape => "presentation_shape",
+            Self::PhotometricAssumed => "photometric_assumed",
             Self::ColourTag => "colour_tag",
             Self::OverlayLeftOut => "overlay_left_out",
             Self::FirstOfSeveralPages => "first_of_several_pages",

@@ -24,7 +24,7 @@ use crate::{
     processor::{
         chat::{ChatError, ChatTemplate, RenderOptions, encode_chat},
         dicom::DicomError,
-        image::{ImageError, RgbImage},
+        image::{ImageError, NAMES as PICTURE_FORMATS, RgbImage},
         message::{Content, Message, Part, Role},
         patches::ImageProcessor,
         remark::{Remark, RemarkKind},
@@ -481,8 +481,9 @@ pub(super) fn image_error(name: &str, error: &ImageError) -> ApiError {
         ImageError::FileTooLarge { bytes, limit, .. } => {
             format!("has {bytes} bytes, more than the limit of {limit}")
         }
-        ImageError::UnknownFormat { .. } => {
-            "is not a PNG, JPEG, WebP, BMP, TIFF or DICOM picture".into()
+        ImageError::UnknownFormat { .. } => format!("is not a {} picture", PICTURE_FORMATS),
+        ImageError::Volume { sides, .. } => {
+            format!("is a volume of {sides}; send the slice that is meant")
         }
         ImageError::TooManyPixels {
             width,
@@ -492,7 +493,7 @@ pub(super) fn image_error(name: &str, error: &ImageError) -> ApiError {
         } => format!("is {width} × {height} pixels, more than the limit of {limit} pixels"),
         ImageError::TooMuchMemory { .. } => "needs too much memory to decode".into(),
         ImageError::UnsupportedPixels { format, .. } => format!(
-            "is a {format} picture of a kind that is not read; save it as 8 or 16 bit grey or RGB"
+            "is a {format} picture of a kind that is not read; save it as PNG, in 8 or 16 bit grey or RGB"
         ),
         ImageError::Truncated { format, .. } => {
             format!("is a {format} picture that is cut off before its end")

@@ -15,8 +15,9 @@ use super::row::StudyRow;
 const MOST_VIEWS: usize = 8;
 
 /// Endings of image files, which are no part of a name.
-const ENDINGS: [&str; 12] = [
-    "png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "dcm", "dicom", "jp2", "gif", "gz",
+const ENDINGS: [&str; 24] = [
+    "png", "jpg", "jpeg", "jpe", "jfif", "webp", "bmp", "gif", "tif", "tiff", "jp2", "j2k", "j2c",
+    "jpc", "jls", "pbm", "pgm", "ppm", "pnm", "nii", "nrrd", "dcm", "dicom", "gz",
 ];
 
 /// The form of path that gave a study.

@@ -136,7 +136,11 @@ fn frames_and_syntaxes_are_refused_with_what_to_do() {
     fs::write(&words, "no picture at all").unwrap();
     refused(
         &[text(&words)],
-        &["words.dcm", "PNG, JPEG, WebP, BMP, TIFF or DICOM"],
+        &[
+            "words.dcm",
+            "is not a PNG, JPEG, ",
+            " NRRD or DICOM picture",
+        ],
     );
     let (code, _, _) = infer(folder.path(), &[text(&file), "--frame", "0"]);
     assert_eq!(code, 2);

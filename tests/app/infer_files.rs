@@ -242,14 +242,14 @@ fn what_a_folder_holds_besides_is_counted() {
     copy_to(&images, "model_b.png", "sub/b.png");
     let dicom = repository().join("tests/fixtures/dicom/gray_8u_1.dcm");
     fs::copy(dicom, images.join("IM000001")).unwrap();
-    for name in ["x.txt", "y.txt", "z.gif"] {
+    for name in ["x.txt", "y.txt", "z.xcf"] {
         fs::write(images.join(name), "no image").unwrap();
     }
     let args = quick(&["--json", "--images-dir", "d"]);
     let (stdout, stderr) = infer_well(folder.path(), &args);
     assert!(
         stderr.contains(
-            "skipped 1 folder (--recursive looks into them), 3 files of other kinds: .txt 2, .gif 1"
+            "skipped 1 folder (--recursive looks into them), 3 files of other kinds: .txt 2, .xcf 1"
         ),
         "{stderr}"
     );

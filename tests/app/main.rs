@@ -23,6 +23,8 @@ mod infer_files;
 mod label;
 mod layers;
 mod merge_plan;
+mod picture_forms;
+mod preview;
 mod quantize;
 mod refusal;
 mod serve;

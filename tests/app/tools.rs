@@ -15,7 +15,8 @@ use crate::{
     train::{finished, train, train_well, workplace},
 };
 
-const COMMANDS: [&str; 20] = [
+const COMMANDS: [&str; 21] = [
+    "preview",
     "pull",
     "label",
     "infer",

@@ -12,7 +12,8 @@ pub const DEFAULT_PROMPT: &str = "通过这张胸部X光影像可以诊断出什
 /// Arguments of `infer`.
 #[derive(Debug, Args)]
 pub struct InferArgs {
-    /// Images: PNG, JPEG, WebP, BMP, TIFF or DICOM. One report is written for each.
+    /// Images: PNG, JPEG, WebP, BMP, GIF, TIFF, JPEG 2000, JPEG-LS, PNM, NIfTI and NRRD of one plane, or DICOM. One
+    /// report is written for each.
     #[arg(value_name = "IMAGE", conflicts_with = "images_dir")]
     pub images: Vec<PathBuf>,
     /// All images of a folder, sorted by name: files with the usual endings, and DICOM files of any name.

@@ -10,15 +10,14 @@ use std::{
 use anyhow::{Context, Result, bail};
 
 use super::args::InferArgs;
-use crate::{commands::shipped::shipped, study::counted};
+use crate::{
+    commands::shipped::shipped,
+    processor::image::{ENDINGS, has_picture_ending},
+    study::counted,
+};
 
 /// The image of a run without arguments.
 const SAMPLE_IMAGE: &str = "data/sample/demo.png";
-
-/// Endings of files that are taken for images; DICOM files are found by their mark as well.
-const ENDINGS: [&str; 9] = [
-    "png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "dcm", "dicom",
-];
 
 /// The images of each report; what a folder holds besides is counted on stderr.
 ///
@@ -31,8 +30,9 @@ pub(super) fn list(args: &InferArgs) -> Result<Vec<Vec<PathBuf>>> {
         let skipped = skipped.sentence();
         if found.is_empty() {
             bail!(
-                "`{}` holds no image; expected files ending in png, jpg, webp, bmp, tiff or dcm, or DICOM files of any name{}",
+                "`{}` holds no image; expected files ending in {}, or DICOM files of any name{}",
                 dir.display(),
+                ENDINGS.join(", "),
                 skipped.map_or_else(String::new, |skipped| format!("; {skipped}"))
             );
         }
@@ -147,11 +147,11 @@ fn ending(path: &Path) -> String {
     )
 }
 
+/// Endings count; DICOM files are found by their mark as well.
 fn is_image(path: &Path) -> bool {
     let known = path
-        .extension()
-        .and_then(|ending| ending.to_str())
-        .is_some_and(|ending| ENDINGS.contains(&ending.to_lowercase().as_str()));
+        .file_name()
+        .is_some_and(|name| has_picture_ending(&name.to_string_lossy()));
     known || (has_dicom_mark(path) && !is_directory_file(path))
 }
 
@@ -196,7 +196,7 @@ mod tests {
             write(&dir.path().join(name), true);
         }
         for name in [
-            "x.gif",
+            "x.xcf",
             "y.txt",
             "z.TXT",
             "notes",
@@ -214,7 +214,7 @@ mod tests {
         assert_eq!(
             skipped.sentence().unwrap(),
             "skipped 1 folder (--recursive looks into them), \
-             7 files of other kinds: .txt 2, without ending 2, .dcx 1, .gif 1, .ima 1"
+             7 files of other kinds: .txt 2, without ending 2, .dcx 1, .ima 1, .xcf 1"
         );
         let (images, skipped) = in_folder(dir.path(), true).unwrap();
         assert!(names(dir.path(), &images).contains(&"sub/e.png".to_owned()));

@@ -9,13 +9,11 @@ use serde_json::{Map, Value};
 
 use super::error::ConvertError;
 use crate::dataset::rows;
+pub(super) use crate::processor::image::ENDINGS;
 use crate::processor::row_keys::{KeyUse, of_row};
 use crate::processor::sample::{IMAGE_TAG, Sample, parse_row};
 use crate::processor::strict_json;
 use crate::study::keys_of;
-
-/// Endings an image file may have where a row names none; the first is the corpus' own.
-pub(super) const ENDINGS: [&str; 8] = ["png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "dcm"];
 
 /// The form of an input file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -88,7 +86,11 @@ pub(super) fn base_name(path: &str) -> &str {
 
 /// Name of an image without folder and endings: `a/2_1.png` gives `2_1`, `1.dcm.png` gives `1`.
 pub(super) fn stem_of(path: &str) -> &str {
-    let mut stem = base_name(path);
+    let name = base_name(path);
+    let mut stem = name
+        .strip_suffix(".gz")
+        .filter(|name| name.ends_with(".nii"))
+        .unwrap_or(name);
     while let Some((shorter, ending)) = stem.rsplit_once('.')
         && ENDINGS.contains(&ending.to_lowercase().as_str())
     {

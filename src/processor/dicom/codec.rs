@@ -1,17 +1,21 @@
 //! One frame of stored pixels to numbers.
 
 use std::borrow::Cow;
+use std::io::Read;
 
 use dicom_core::VR;
-use hayro_jpeg2000::{DecodeSettings, DecoderContext, Image};
-use jpeg_decoder::{ColorTransform, Decoder, Error as LosslessError, PixelFormat};
+use jpeg_decoder::ColorTransform;
 
 use super::encoding::Encoding;
 use super::error::DicomError;
 use super::header::{Header, Photometric};
+use super::native::{colour, level_of_bits, native, rle};
 use super::reader::{DataSet, PixelData};
 use super::syntax::{Codec, Syntax};
 use crate::processor::jpeg::{self, Colour, JpegError};
+use crate::processor::jpeg_2000;
+use crate::processor::jpeg_lossless::{self, LosslessPixels};
+use crate::processor::jpeg_ls;
 use crate::processor::remark::{Remark, RemarkKind};
 
 /// The numbers of a frame, row by row.
@@ -19,6 +23,8 @@ use crate::processor::remark::{Remark, RemarkKind};
 pub(super) enum Samples {
     /// `[rows, columns]`: the stored bits of each pixel, the others zero; the sign is not applied.
     Gray(Vec<u16>),
+    /// The same of numbers with more than 16 bits.
+    Wide(Vec<u32>),
     /// `[rows, columns, 3]`: red, green, blue.
     Rgb(Vec<u8>),
 }
@@ -40,14 +46,15 @@ pub(super) fn decode(
         (PixelData::None, _) => Err(DicomError::NoPixels),
         (PixelData::Cut, _) => Err(DicomError::Truncated),
         (PixelData::Native { vr, bytes }, Codec::Native) => {
-            native(header, *vr, bytes, set.encoding, frame)
+            native(header, *vr, bytes, set.encoding, (frame, header.frames))
         }
         (PixelData::Fragments { offsets, fragments }, codec) if codec != Codec::Native => {
             let data = frame_data(header, offsets, fragments, frame)?;
             match codec {
                 Codec::Jpeg => jpeg(header, &data, syntax, remarks),
                 Codec::JpegLs => jpeg_ls(header, &data, syntax),
-                Codec::Jpeg2000 => jpeg_2000(header, &data),
+                Codec::Jpeg2000 => jpeg_2000(header, &data, syntax),
+                Codec::Deflate => deflated(header, &data),
                 _ => rle(header, &data),
             }
         }
@@ -58,107 +65,6 @@ pub(super) fn decode(
             "its pixels are compressed, against its transfer syntax",
         )),
     }
-}
-
-/// Plain numbers.
-fn native(
-    header: &Header,
-    vr: VR,
-    bytes: &[u8],
-    encoding: Encoding,
-    frame: usize,
-) -> Result<Samples, DicomError> {
-    let full = header.pixels() * header.samples * (header.allocated as usize / 8);
-    let subsampled = header.pixels() * 2;
-    let frames = header.frames as u64;
-    let holds = |length: usize| bytes.len() as u64 >= frames.saturating_mul(length as u64);
-    // Some writers say YBR_FULL_422 of pixels that have all their numbers.
-    let is_subsampled = header.subsampled && header.columns.is_multiple_of(2) && !holds(full);
-    let length = if is_subsampled { subsampled } else { full };
-    let from = frame.checked_mul(length).ok_or(DicomError::Truncated)?;
-    let to = from.checked_add(length).ok_or(DicomError::Truncated)?;
-    let bytes = if header.allocated == 8 && encoding == Encoding::ExplicitBig && vr == VR::OW {
-        // Pairs of 8-bit numbers were written as one of 16 bits; a frame may begin inside a pair.
-        let pairs = bytes.get(from & !1..to.next_multiple_of(2));
-        let mut pairs = pairs.ok_or(DicomError::Truncated)?.to_vec();
-        for pair in pairs.as_chunks_mut::<2>().0 {
-            pair.swap(0, 1);
-        }
-        Cow::Owned(pairs[from & 1..][..length].to_vec())
-    } else {
-        Cow::Borrowed(bytes.get(from..to).ok_or(DicomError::Truncated)?)
-    };
-    if is_subsampled {
-        // Two luminances, then the colour differences of both.
-        let pairs = bytes.as_chunks::<4>().0.iter();
-        let pixels = pairs
-            .flat_map(|[first, second, blue, red]| [*first, *blue, *red, *second, *blue, *red]);
-        return Ok(colour(header, pixels.collect(), false));
-    }
-    if !header.photometric.is_gray() {
-        return Ok(colour(header, bytes.into_owned(), header.planar));
-    }
-    Ok(gray(
-        header,
-        if header.allocated == 8 {
-            bytes.iter().map(|byte| u16::from(*byte)).collect()
-        } else {
-            let words = bytes.as_chunks::<2>().0;
-            words.iter().map(|word| encoding.u16(*word)).collect()
-        },
-    ))
-}
-
-/// Moves the bits that count down and clears the others, which may hold overlays.
-fn gray(header: &Header, mut numbers: Vec<u16>) -> Samples {
-    let shift = header.high + 1 - header.stored;
-    let mask = mask(header.stored);
-    for number in &mut numbers {
-        *number = (*number >> shift) & mask;
-    }
-    Samples::Gray(numbers)
-}
-
-fn mask(bits: u32) -> u16 {
-    u16::MAX >> (16 - bits)
-}
-
-/// Colour numbers of any order as red, green, blue, pixel by pixel.
-fn colour(header: &Header, numbers: Vec<u8>, planar: bool) -> Samples {
-    let mut pixels = if planar {
-        let mut pixels = vec![0; numbers.len()];
-        for (channel, plane) in numbers.chunks_exact(header.pixels()).enumerate() {
-            for (pixel, value) in pixels.as_chunks_mut::<3>().0.iter_mut().zip(plane) {
-                pixel[channel] = *value;
-            }
-        }
-        pixels
-    } else {
-        numbers
-    };
-    if header.photometric == Photometric::YbrFull {
-        pixels
-            .as_chunks_mut::<3>()
-            .0
-            .iter_mut()
-            .for_each(|pixel| *pixel = ybr_to_rgb(*pixel));
-    }
-    Samples::Rgb(pixels)
-}
-
-/// Source: PS3.3, C.7.6.3.1.2, solved for red, green and blue.
-fn ybr_to_rgb([y, blue, red]: [u8; 3]) -> [u8; 3] {
-    let (y, blue, red) = (
-        f32::from(y),
-        f32::from(blue) - 128.0,
-        f32::from(red) - 128.0,
-    );
-    [
-        y + 1.402 * red,
-        y - 0.344_136 * blue - 0.714_136 * red,
-        y + 1.772 * blue,
-    ]
-    .map(|value| value.round() as u8)
 }
 
 /// The compressed bytes of one frame.
@@ -213,78 +119,6 @@ fn frame_starts(fragments: &[&[u8]]) -> Option<Vec<usize>> {
     })
 }
 
-/// Source: PS3.5, annex G.
-fn rle(header: &Header, data: &[u8]) -> Result<Samples, DicomError> {
-    const OFFSETS: usize = 15;
-    let bytes_a_number = header.allocated as usize / 8;
-    let expected = header.samples * bytes_a_number;
-    let words = data.as_chunks::<4>().0;
-    let Some([count, offsets @ ..]) = words.get(..=OFFSETS) else {
-        return Err(DicomError::Truncated);
-    };
-    if u32::from_le_bytes(*count) as usize != expected {
-        return Err(DicomError::Damaged(format!(
-            "its run lengths have {} segments, expected {expected}",
-            u32::from_le_bytes(*count)
-        )));
-    }
-    let mut planes = Vec::with_capacity(expected);
-    for (segment, start) in offsets.iter().enumerate().take(expected) {
-        let start = u32::from_le_bytes(*start) as usize;
-        let end = match offsets.get(segment + 1) {
-            Some(next) if segment + 1 < expected => u32::from_le_bytes(*next) as usize,
-            _ => data.len(),
-        };
-        let bytes = data.get(start..end).ok_or(DicomError::Truncated)?;
-        planes.push(unpack(bytes, header.pixels())?);
-    }
-    if !header.photometric.is_gray() {
-        return Ok(colour(header, planes.concat(), true));
-    }
-    let numbers = match planes.as_slice() {
-        [low] => low.iter().map(|low| u16::from(*low)).collect(),
-        [high, low] => {
-            let pairs = high.iter().zip(low);
-            pairs
-                .map(|(high, low)| u16::from_be_bytes([*high, *low]))
-                .collect()
-        }
-        _ => {
-            return Err(DicomError::damaged(
-                "its run lengths hold too many segments",
-            ));
-        }
-    };
-    Ok(gray(header, numbers))
-}
-
-/// `length` bytes out of runs and literal stretches.
-fn unpack(mut packed: &[u8], length: usize) -> Result<Vec<u8>, DicomError> {
-    // Two bytes make 128 at most.
-    if packed.len().saturating_mul(64) < length {
-        return Err(DicomError::Truncated);
-    }
-    let mut bytes = Vec::with_capacity(length);
-    while bytes.len() < length {
-        match packed {
-            [count @ 0..=127, rest @ ..] => {
-                let stretch = usize::from(*count) + 1;
-                bytes.extend(rest.get(..stretch).ok_or(DicomError::Truncated)?);
-                packed = &rest[stretch..];
-            }
-            [128, rest @ ..] => packed = rest,
-            [count, value, rest @ ..] => {
-                bytes.resize(bytes.len() + 257 - usize::from(*count), *value);
-                packed = rest;
-            }
-            _ => return Err(DicomError::Truncated),
-        }
-    }
-    // An encoder may pad the last run.
-    bytes.truncate(length);
-    Ok(bytes)
-}
-
 fn check_size(header: &Header, columns: u32, rows: u32) -> Result<(), DicomError> {
     if (columns as usize, rows as usize) == (header.columns, header.rows) {
         return Ok(());
@@ -329,12 +163,7 @@ fn jpeg(
     };
     // The header's size has passed the limits, and the stream's is the same.
     let decoded = jpeg::decode(data, Some(tag), u64::MAX);
-    let refused = |cause| match cause {
-        JpegError::Truncated => DicomError::Truncated,
-        JpegError::Damaged(reason) => DicomError::Damaged(reason),
-        JpegError::Unsupported(_) => syntax.refused(),
-        JpegError::TooMuchMemory => DicomError::TooMuchMemory,
-    };
+    let refused = |cause| refused(cause, syntax);
     let decoded = decoded.map_err(refused)?;
     remarks.extend(decoded.damage.remark().map_err(refused)?);
     match decoded.pixels {
@@ -363,46 +192,34 @@ fn jpeg(
     }
 }
 
+/// The error of a codec, which has no words for the transfer syntax.
+fn refused(cause: JpegError, syntax: &Syntax) -> DicomError {
+    match cause {
+        JpegError::Truncated => DicomError::Truncated,
+        JpegError::Damaged(reason) => DicomError::Damaged(reason),
+        JpegError::Unsupported(_) => syntax.refused(),
+        JpegError::TooMuchMemory => DicomError::TooMuchMemory,
+    }
+}
+
 fn jpeg_lossless(header: &Header, data: &[u8], syntax: &Syntax) -> Result<Samples, DicomError> {
-    let refused = |cause| match cause {
-        LosslessError::Unsupported(_) => syntax.refused(),
-        LosslessError::Io(cause) if cause.kind() == std::io::ErrorKind::UnexpectedEof => {
-            DicomError::Truncated
-        }
-        other => DicomError::damaged(other),
-    };
-    let mut decoder = Decoder::new(data);
-    decoder.read_info().map_err(refused)?;
-    let info = decoder
-        .info()
-        .ok_or_else(|| DicomError::damaged("its JPEG data have no header"))?;
-    decoder.set_color_transform(match header.photometric {
+    let meaning = match header.photometric {
         Photometric::Rgb => ColorTransform::RGB,
         Photometric::YbrFull => ColorTransform::YCbCr,
         _ => ColorTransform::Grayscale,
-    });
-    decoder.set_max_decoding_buffer_size(header.pixels() * header.samples * 2);
-    let bytes = decoder.decode().map_err(refused)?;
-    match info.pixel_format {
-        PixelFormat::L8 => {
+    };
+    let most = header.pixels() * header.samples * 2;
+    let decoded = jpeg_lossless::decode(data, meaning, most);
+    match decoded.map_err(|cause| refused(cause, syntax))? {
+        LosslessPixels::Gray(numbers) => {
             check_channels(header, 1)?;
-            let numbers = bytes.iter().map(|byte| u16::from(*byte)).collect();
             gray_of(header, numbers)
         }
-        PixelFormat::L16 => {
-            check_channels(header, 1)?;
-            let words = bytes.as_chunks::<2>().0;
-            gray_of(
-                header,
-                words.iter().map(|word| u16::from_ne_bytes(*word)).collect(),
-            )
-        }
-        PixelFormat::RGB24 => {
+        LosslessPixels::Rgb(levels) => {
             check_channels(header, 3)?;
             // The colour transform was undone by the decoder.
-            rgb_of(header, bytes)
+            rgb_of(header, levels)
         }
-        PixelFormat::CMYK32 => check_channels(header, 4).map(|()| Samples::Rgb(Vec::new())),
     }
 }
 
@@ -411,7 +228,7 @@ fn gray_of(header: &Header, mut numbers: Vec<u16>) -> Result<Samples, DicomError
     if numbers.len() != header.pixels() {
         return Err(DicomError::Truncated);
     }
-    let mask = mask(header.stored);
+    let mask = header.mask() as u16;
     for number in &mut numbers {
         *number &= mask;
     }
@@ -426,88 +243,61 @@ fn rgb_of(header: &Header, bytes: Vec<u8>) -> Result<Samples, DicomError> {
 }
 
 fn jpeg_ls(header: &Header, data: &[u8], syntax: &Syntax) -> Result<Samples, DicomError> {
-    if header.samples != 1 {
-        return Err(syntax.refused());
+    let refused = |cause| refused(cause, syntax);
+    let found = jpeg_ls::header(data).map_err(refused)?;
+    check_size(header, found.width as u32, found.height as u32)?;
+    check_channels(header, found.channels)?;
+    let decoded = jpeg_ls::decode(data).map_err(refused)?;
+    if header.samples == 1 {
+        return gray_of(header, decoded.numbers);
     }
-    let (columns, rows) = (header.columns as u32, header.rows as u32);
-    // A frame of odd length is padded after its end mark, or by some writers before it.
-    let decoded = jpegls::decode(data, columns, rows).or_else(|error| {
-        let without = without_pad(data).ok_or(error)?;
-        jpegls::decode(&without, columns, rows)
-    });
-    match decoded {
-        Ok((numbers, _, _)) => gray_of(header, numbers),
-        Err(jpegls::CodecError::Unsupported(_)) => Err(syntax.refused()),
-        Err(other) => Err(DicomError::damaged(other)),
-    }
+    let level = |number: u16| level_of_bits(number.into(), found.precision);
+    let levels = decoded.numbers.into_iter().map(level).collect();
+    Ok(colour(header, levels, false))
 }
 
-/// The stream without a zero before its end mark; `None` if there is none.
-fn without_pad(data: &[u8]) -> Option<Vec<u8>> {
-    const PADDED_END: [u8; 3] = [0, 0xff, 0xd9];
-    let at = data.windows(3).rposition(|bytes| bytes == PADDED_END)?;
-    // A zero after 0xff is a stuffed bit of the picture.
-    (at > 0 && data[at - 1] != 0xff).then(|| [&data[..at], &data[at + 1..]].concat())
-}
-
-fn jpeg_2000(header: &Header, data: &[u8]) -> Result<Samples, DicomError> {
-    let settings = DecodeSettings {
-        resolve_palette_indices: false,
-        ..DecodeSettings::default()
-    };
-    let image = Image::new(data, &settings).map_err(DicomError::damaged)?;
-    check_size(header, image.width(), image.height())?;
-    let (channels, signed) = jpeg_2000_channels(data).ok_or(DicomError::Truncated)?;
+fn jpeg_2000(header: &Header, data: &[u8], syntax: &Syntax) -> Result<Samples, DicomError> {
+    let refused = |cause| refused(cause, syntax);
+    let found = jpeg_2000::header(data).map_err(refused)?;
+    check_size(header, found.width, found.height)?;
     // Before the decoder makes room for each of them.
-    check_channels(header, channels)?;
-    let mut context = DecoderContext::default();
-    let decoded = image.decode(&mut context).map_err(DicomError::damaged)?;
-    let components = decoded.components();
-    check_channels(header, components.len())?;
-    let short = components
-        .iter()
-        .any(|component| component.samples().len() != header.pixels());
-    if short {
-        return Err(DicomError::Truncated);
-    }
-    if let [component] = components {
-        let bits = component.bit_depth();
-        if !(1..=16).contains(&bits) {
-            return Err(DicomError::Damaged(format!(
-                "its compressed numbers have {bits} bits, expected 1 to 16"
-            )));
-        }
-        let highest = mask(bits.into());
+    check_channels(header, found.channels)?;
+    let decoded = jpeg_2000::decode(data, false).map_err(refused)?;
+    check_channels(header, decoded.channels.len())?;
+    if let [channel] = &decoded.channels[..] {
+        let highest = u16::MAX >> (16 - channel.bits);
         // The decoder lifts numbers with a sign by half their range.
-        let lift = if signed { 1 << (bits - 1) } else { 0 };
+        let lift = if found.signed {
+            1 << (channel.bits - 1)
+        } else {
+            0
+        };
         let number = |value: &f32| {
             // Loss may carry a number past the ends of its range; a cast from fractions clips at 0.
             let number = (value.round() as u16).min(highest);
             number.wrapping_sub(lift)
         };
-        return gray_of(header, component.samples().iter().map(number).collect());
+        return gray_of(header, channel.samples.iter().map(number).collect());
     }
     let mut pixels = vec![0; header.pixels() * 3];
-    for (channel, component) in components.iter().enumerate() {
+    for (place, channel) in decoded.channels.iter().enumerate() {
         let targets = pixels.as_chunks_mut::<3>().0.iter_mut();
-        for (pixel, value) in targets.zip(component.samples()) {
-            pixel[channel] = value.round() as u8;
+        for (pixel, value) in targets.zip(&channel.samples) {
+            pixel[place] = level_of_bits(value.round() as u32, channel.bits);
         }
     }
     Ok(colour(header, pixels, false))
 }
 
-/// How many channels a code stream has, and whether the first has a sign.
-fn jpeg_2000_channels(data: &[u8]) -> Option<(usize, bool)> {
-    const START_AND_SIZE: [u8; 4] = [0xff, 0x4f, 0xff, 0x51];
-    /// Number of channels, then bits and sign of the first, counted from the start of the stream.
-    const CHANNELS: std::ops::Range<usize> = 40..43;
-    let start = data.windows(4).position(|mark| mark == START_AND_SIZE)?;
-    match *data[start..].get(CHANNELS)? {
-        [high, low, first] => Some((
-            usize::from(u16::from_be_bytes([high, low])),
-            first & 0x80 != 0,
-        )),
-        _ => None,
-    }
+/// A frame that is deflated by itself.
+///
+/// Source: PS3.5, A.4.13.
+fn deflated(header: &Header, data: &[u8]) -> Result<Samples, DicomError> {
+    let bits = header.pixels() * header.samples * header.allocated as usize;
+    let mut bytes = Vec::new();
+    flate2::read::DeflateDecoder::new(data)
+        .take(bits.div_ceil(8) as u64)
+        .read_to_end(&mut bytes)
+        .map_err(|_| DicomError::damaged("its deflated data cannot be inflated"))?;
+    native(header, VR::OB, &bytes, Encoding::ExplicitLittle, (0, 1))
 }

@@ -46,6 +46,13 @@ impl Encoding {
         }
     }
 
+    pub(super) fn u32(self, bytes: [u8; 4]) -> u32 {
+        match self {
+            Self::ExplicitBig => u32::from_be_bytes(bytes),
+            _ => u32::from_le_bytes(bytes),
+        }
+    }
+
     /// Guesses from the first attribute, for files whose header does not say.
     pub(super) fn guess(bytes: &[u8]) -> Option<Self> {
         let [g0, g1, e0, e1, v0, v1, l0, l1, ..] = *bytes else {

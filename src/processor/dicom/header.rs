@@ -6,6 +6,7 @@ use super::error::DicomError;
 use super::reader::{DataSet, PixelData};
 use super::syntax::Codec;
 use crate::processor::decode_limits::DecodeLimits;
+use crate::processor::jpeg_2000::WORKING_BYTES;
 
 /// What the numbers of a pixel mean.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,11 +19,14 @@ pub(super) enum Photometric {
     Rgb,
     /// Luminance and two colour differences, all at full range.
     YbrFull,
+    /// Places in a table of colours.
+    Palette,
 }
 
 impl Photometric {
-    pub(super) fn is_gray(self) -> bool {
-        matches!(self, Self::Monochrome1 | Self::Monochrome2)
+    /// Whether a pixel has one number.
+    pub(super) fn is_one_sample(self) -> bool {
+        matches!(self, Self::Monochrome1 | Self::Monochrome2 | Self::Palette)
     }
 }
 
@@ -35,7 +39,9 @@ pub(super) struct Header {
     /// Numbers of a pixel: 1 or 3.
     pub(super) samples: usize,
     pub(super) photometric: Photometric,
-    /// Bits a number takes: 8 or 16.
+    /// Whether the file says what its numbers mean.
+    pub(super) photometric_is_stated: bool,
+    /// Bits a number takes: 1, 8, 16 or 32.
     pub(super) allocated: u32,
     /// Bits of these that count.
     pub(super) stored: u32,
@@ -106,17 +112,21 @@ impl Header {
                 expected,
             })
         };
-        match (allocated, photometric.is_gray()) {
-            (8, _) | (16, true) => {}
-            (_, true) => return value("Bits Allocated (0028,0100)", allocated, "8 or 16"),
-            (_, false) => return value("Bits Allocated (0028,0100)", allocated, "8 for colour"),
+        let one_sample = photometric.is_one_sample();
+        match (allocated, photometric) {
+            (8 | 16, _) => {}
+            (_, Photometric::Palette) => {
+                return value("Bits Allocated (0028,0100)", allocated, "8 or 16");
+            }
+            (1, _) if one_sample => {}
+            (32, _) => {}
+            _ if one_sample => {
+                return value("Bits Allocated (0028,0100)", allocated, "1, 8, 16 or 32");
+            }
+            _ => return value("Bits Allocated (0028,0100)", allocated, "8, 16 or 32"),
         }
-        if !(1..=allocated).contains(&stored) || (!photometric.is_gray() && stored != 8) {
-            return value(
-                "Bits Stored (0028,0101)",
-                stored,
-                "1 to Bits Allocated, 8 for colour",
-            );
+        if !(1..=allocated).contains(&stored) {
+            return value("Bits Stored (0028,0101)", stored, "1 to Bits Allocated");
         }
         if !(stored - 1..allocated).contains(&high) {
             return value("High Bit (0028,0102)", high, "Bits Stored - 1");
@@ -131,6 +141,7 @@ impl Header {
             frames: frames(set)?,
             samples: samples.into(),
             photometric,
+            photometric_is_stated: set.has(tags::PHOTOMETRIC_INTERPRETATION),
             allocated: allocated.into(),
             stored: stored.into(),
             high: high.into(),
@@ -149,18 +160,25 @@ impl Header {
         self.rows * self.columns
     }
 
+    /// The bits of a stored number.
+    pub(super) fn mask(&self) -> u32 {
+        u32::MAX >> (u32::BITS - self.stored)
+    }
+
     /// The most bytes that decoding a frame holds at once, about.
     fn bytes_needed(&self, codec: Codec) -> u64 {
-        /// Coefficients and two further stages of the wavelet transform, four bytes each.
-        const WAVELET: u64 = 12;
+        /// A number of more than 16 bits, sorted, measured and counted.
+        const WIDE: u64 = 36;
         let samples = self.samples as u64;
         let working = match codec {
             Codec::Native | Codec::Rle => 0,
             Codec::Jpeg | Codec::JpegLs => 4 * samples,
-            Codec::Jpeg2000 => WAVELET * samples,
+            Codec::Jpeg2000 => WORKING_BYTES * samples,
+            Codec::Deflate => samples * u64::from(self.allocated.div_ceil(8)),
         };
+        let wide = if self.allocated > 16 { WIDE } else { 0 };
         // Two bytes a number as decoded, and three of 8-bit colour.
-        self.pixels() as u64 * (2 * samples + working + 3)
+        self.pixels() as u64 * (2 * samples + working + wide + 3)
     }
 }
 
@@ -195,6 +213,10 @@ fn photometric(set: &DataSet<'_>, samples: u16) -> Result<(Photometric, bool), D
         (Some("RGB" | "YBR_RCT" | "YBR_ICT"), 3) => Ok((Photometric::Rgb, false)),
         (Some("YBR_FULL"), 3) => Ok((Photometric::YbrFull, false)),
         (Some("YBR_FULL_422"), 3) => Ok((Photometric::YbrFull, true)),
+        (Some("PALETTE COLOR"), 1) => Ok((Photometric::Palette, false)),
+        // The caller remarks on it.
+        (None, 1) => Ok((Photometric::Monochrome2, false)),
+        (None, 3) => Ok((Photometric::Rgb, false)),
         (Some(_), 0 | 2 | 4..) => Err(DicomError::Value {
             attribute: "Samples per Pixel (0028,0002)",
             found: samples.to_string(),
@@ -211,7 +233,7 @@ fn photometric(set: &DataSet<'_>, samples: u16) -> Result<(Photometric, bool), D
                 // Only known words are repeated.
                 _ => "of an unknown kind".to_owned(),
             },
-            expected: "MONOCHROME1 or MONOCHROME2 (1 sample), or RGB or YBR_FULL (3 samples)",
+            expected: "MONOCHROME1, MONOCHROME2 or PALETTE COLOR (1 sample), or RGB or YBR_FULL (3 samples)",
         }),
         (None, _) => Err(DicomError::Missing {
             attribute: ATTRIBUTE,

@@ -1,7 +1,7 @@
 //! Stored grey numbers to 8 bits: modality, window or table, percentiles, polarity.
 //!
-//! A number has 16 bits at most, so the level of each is computed once, in a table. With `x` a
-//! stored number after its sign:
+//! The level of each number that there can be, or that occurs, is computed once. With `x` a stored number
+//! after its sign:
 //!
 //! 1. modality: the Modality LUT, or `slope · x + intercept`;
 //! 2. of interest: the first VOI LUT; or the first window by its function; or, where the file has
@@ -19,28 +19,57 @@ use dicom_dictionary_std::tags;
 use super::error::DicomError;
 use super::header::{Header, Photometric};
 use super::reader::{DataSet, StoredTable};
+use crate::processor::percentiles::{level, shown_range};
 use crate::processor::remark::{Remark, RemarkKind};
 
-/// Share of pixels below and above the range shown where a file names none.
-const PERCENTILES: (f64, f64) = (0.01, 0.99);
+/// The numbers that a picture may hold, and how often each occurs.
+pub(super) struct Histogram {
+    /// In rising order, without their sign.
+    pub(super) numbers: Vec<u32>,
+    /// Padding around the picture does not count.
+    counts: Vec<usize>,
+}
 
-/// The grey level of each stored number, `[2^stored]`; remarks on them are added to `remarks`.
-///
-/// `numbers` are the pixels, for percentiles and for windows that show none of them.
+impl Histogram {
+    /// Of numbers with 16 bits at most: all that there can be, so that a number is its own place.
+    pub(super) fn of_all(header: &Header, set: &DataSet<'_>, numbers: &[u16]) -> Self {
+        Self {
+            numbers: (0..=header.mask()).collect(),
+            counts: counts(header, set, numbers),
+        }
+    }
+
+    /// Of numbers with more bits: those that occur.
+    pub(super) fn of_occurring(numbers: &[u32]) -> Self {
+        let mut sorted = numbers.to_vec();
+        sorted.sort_unstable();
+        let runs = sorted.chunk_by(|a, b| a == b);
+        let (numbers, counts) = runs.map(|run| (run[0], run.len())).unzip();
+        Self { numbers, counts }
+    }
+
+    /// The place of `number` among those that occur.
+    pub(super) fn place(&self, number: u32) -> usize {
+        self.numbers.binary_search(&number).unwrap_or(0)
+    }
+}
+
+/// The grey level of each number of `histogram`; remarks on them are added to `remarks`.
 ///
 /// # Errors
 /// A rescale or table that gives no picture.
 pub(super) fn levels(
     header: &Header,
     set: &DataSet<'_>,
-    numbers: &[u16],
+    histogram: &Histogram,
     remarks: &mut Vec<Remark>,
 ) -> Result<Vec<u8>, DicomError> {
     let modality = Modality::new(header, set)?;
-    let values: Vec<f64> = (0..=mask(header))
-        .map(|number| modality.apply(number))
+    let Histogram { numbers, counts } = histogram;
+    let values: Vec<f64> = numbers
+        .iter()
+        .map(|number| modality.apply(*number))
         .collect();
-    let counts = counts(header, set, numbers);
     let table = LevelTable::new(set.voi_table.as_ref(), values_signed(&values))?;
     let (name, chosen): (_, Option<Vec<f64>>) = if let Some(table) = table {
         let shares = values.iter().map(|value| table.share(*value));
@@ -53,7 +82,7 @@ pub(super) fn levels(
     };
     let hides_all = chosen
         .as_ref()
-        .is_some_and(|shares| hides_all(shares, &counts));
+        .is_some_and(|shares| hides_all(shares, counts));
     if hides_all {
         remarks.push(Remark::new(
             RemarkKind::WindowOutsideRange,
@@ -64,7 +93,7 @@ pub(super) fn levels(
         let (low, high) = if header.stored <= 8 && !modality.is_table() && !hides_all {
             modality.range(header)
         } else {
-            percentiles(&values, &counts)
+            percentiles(&values, counts)
         };
         let span = if high > low { high - low } else { 1.0 };
         values.iter().map(|value| (value - low) / span).collect()
@@ -79,11 +108,6 @@ pub(super) fn levels(
 
 /// What is shown where no window can be used.
 const WITHOUT_WINDOW: &str = "the 1st to 99th percentile of its grey levels is shown";
-
-/// A share of the range shown as one of 8 bits.
-fn level(share: f64) -> u8 {
-    (share.clamp(0.0, 1.0) * 255.0).round() as u8
-}
 
 /// Whether numbers that differ are all shown black, or all white.
 fn hides_all(shares: &[f64], counts: &[usize]) -> bool {
@@ -121,17 +145,13 @@ fn is_inverted(header: &Header, set: &DataSet<'_>, remarks: &mut Vec<Remark>) ->
     inverted
 }
 
-fn mask(header: &Header) -> u16 {
-    u16::MAX >> (16 - header.stored)
-}
-
 fn values_signed(values: &[f64]) -> bool {
     values.iter().any(|value| *value < 0.0)
 }
 
 /// A stored number with its sign.
-fn with_sign(header: &Header, number: u16) -> i32 {
-    let number = i32::from(number);
+fn with_sign(header: &Header, number: u32) -> i64 {
+    let number = i64::from(number);
     if header.signed && number >> (header.stored - 1) != 0 {
         number - (1 << header.stored)
     } else {
@@ -187,14 +207,14 @@ impl<'a> Modality<'a> {
         matches!(self, Self::Table(..))
     }
 
-    fn apply(&self, number: u16) -> f64 {
+    fn apply(&self, number: u32) -> f64 {
         match self {
-            Self::Table(table, header) => table.value(f64::from(with_sign(header, number))),
+            Self::Table(table, header) => table.value(with_sign(header, number) as f64),
             Self::Rescale {
                 slope,
                 intercept,
                 header,
-            } => f64::from(with_sign(header, number)) * slope + intercept,
+            } => with_sign(header, number) as f64 * slope + intercept,
         }
     }
 
@@ -206,7 +226,7 @@ impl<'a> Modality<'a> {
                 let (low, high) = if header.signed {
                     (1 << (header.stored - 1), (1 << (header.stored - 1)) - 1)
                 } else {
-                    (0, mask(header))
+                    (0, header.mask())
                 };
                 let (low, high) = (self.apply(low), self.apply(high));
                 (low.min(high), low.max(high))
@@ -364,7 +384,7 @@ impl LevelWindow {
 
 /// How often each stored number occurs, `[2^stored]`; padding around the picture does not count.
 fn counts(header: &Header, set: &DataSet<'_>, numbers: &[u16]) -> Vec<usize> {
-    let mut counts = vec![0_usize; usize::from(mask(header)) + 1];
+    let mut counts = vec![0_usize; header.mask() as usize + 1];
     for number in numbers {
         counts[usize::from(*number)] += 1;
     }
@@ -372,10 +392,10 @@ fn counts(header: &Header, set: &DataSet<'_>, numbers: &[u16]) -> Vec<usize> {
         return counts;
     };
     let limit = set.word(tags::PIXEL_PADDING_RANGE_LIMIT).unwrap_or(padding);
-    let ends = [padding, limit].map(|end| with_sign(header, end & mask(header)));
+    let ends = [padding, limit].map(|end| with_sign(header, u32::from(end) & header.mask()));
     let (low, high) = (ends[0].min(ends[1]), ends[0].max(ends[1]));
     let unpadded = counts.iter().enumerate().map(|(number, count)| {
-        let inside = (low..=high).contains(&with_sign(header, number as u16));
+        let inside = (low..=high).contains(&with_sign(header, number as u32));
         if inside { 0 } else { *count }
     });
     let unpadded: Vec<usize> = unpadded.collect();
@@ -385,9 +405,7 @@ fn counts(header: &Header, set: &DataSet<'_>, numbers: &[u16]) -> Vec<usize> {
     counts
 }
 
-/// The values between which nearly all pixels are; if these are one, the lowest and highest value.
-///
-/// Between ranks as numpy's `percentile`.
+/// The values between which nearly all pixels are; see [`shown_range`].
 fn percentiles(values: &[f64], counts: &[usize]) -> (f64, f64) {
     let mut found: Vec<(f64, usize)> = values.iter().copied().zip(counts.iter().copied()).collect();
     found.retain(|(_, count)| *count > 0);
@@ -401,16 +419,5 @@ fn percentiles(values: &[f64], counts: &[usize]) -> (f64, f64) {
         });
         at.or(found.last()).map_or(0.0, |(value, _)| *value)
     };
-    let percentile = |share: f64| {
-        let rank = share * (total.max(1) - 1) as f64;
-        let (below, part) = (rank.floor(), rank.fract());
-        let (low, high) = (at_rank(below as usize), at_rank(rank.ceil() as usize));
-        low + (high - low) * part
-    };
-    let (low, high) = (percentile(PERCENTILES.0), percentile(PERCENTILES.1));
-    if low < high {
-        (low, high)
-    } else {
-        (percentile(0.0), percentile(1.0))
-    }
+    shown_range(total, at_rank)
 }

@@ -1,8 +1,8 @@
 //! DICOM files to grey or colour pictures of 8 bits, as a viewer shows them first.
 //!
 //! Read are data sets with and without preamble; implicit and explicit, little and big endian,
-//! deflated; native, RLE, JPEG (8 or 12 bits with loss, any without), JPEG-LS and JPEG 2000 pixels. What
-//! else there is ends in an error that names the transfer syntax. Frames are counted from 1 here.
+//! deflated; native, RLE, JPEG (8 or 12 bits with loss, any without), JPEG-LS, JPEG 2000, HTJ2K and deflated
+//! pixels, of 1 to 32 bits, grey, of a palette or in colour. What else there is ends in an error that names the transfer syntax. Frames are counted from 1 here.
 //!
 //! Nothing is known of the patient: `reader` keeps technical attributes only, and neither errors,
 //! remarks nor [`technical`] repeat free text. Nothing is allocated for pixels before the announced
@@ -13,6 +13,8 @@ mod encoding;
 mod error;
 mod header;
 mod levels;
+mod native;
+mod palette;
 mod reader;
 mod remark;
 mod syntax;
@@ -29,7 +31,8 @@ pub use error::DicomError;
 use super::decode_limits::DecodeLimits;
 use super::remark::{Remark, RemarkKind};
 use codec::Samples;
-use header::Header;
+use header::{Header, Photometric};
+use levels::Histogram;
 use reader::{DataSet, DicomFile};
 
 /// A decoded file.
@@ -66,15 +69,38 @@ pub(super) fn decode(
     let mut remarks = remark::subject(&set);
     let samples = codec::decode(&header, &set, &opened.syntax, frame, &mut remarks)?;
     let (width, height) = (header.columns as u32, header.rows as u32);
+    if !header.photometric_is_stated {
+        let taken = if header.samples == 1 {
+            "MONOCHROME2"
+        } else {
+            "RGB"
+        };
+        remarks.push(Remark::new(
+            RemarkKind::PhotometricAssumed,
+            format!("it does not say its Photometric Interpretation, taken for {taken}"),
+        ));
+    }
+    let gray = |levels| GrayImage::from_raw(width, height, levels).map(DynamicImage::ImageLuma8);
+    let rgb = |pixels| RgbImage::from_raw(width, height, pixels).map(DynamicImage::ImageRgb8);
     let picture = match samples {
+        Samples::Gray(numbers) if header.photometric == Photometric::Palette => {
+            rgb(palette::colours(&header, &set, &numbers)?)
+        }
         Samples::Gray(numbers) => {
-            let levels = levels::levels(&header, &set, &numbers, &mut remarks)?;
+            let histogram = Histogram::of_all(&header, &set, &numbers);
+            let levels = levels::levels(&header, &set, &histogram, &mut remarks)?;
             let pixels = numbers.iter().map(|number| levels[usize::from(*number)]);
-            GrayImage::from_raw(width, height, pixels.collect()).map(DynamicImage::ImageLuma8)
+            gray(pixels.collect())
         }
-        Samples::Rgb(pixels) => {
-            RgbImage::from_raw(width, height, pixels).map(DynamicImage::ImageRgb8)
+        Samples::Wide(numbers) => {
+            let histogram = Histogram::of_occurring(&numbers);
+            let levels = levels::levels(&header, &set, &histogram, &mut remarks)?;
+            let pixels = numbers
+                .iter()
+                .map(|number| levels[histogram.place(*number)]);
+            gray(pixels.collect())
         }
+        Samples::Rgb(pixels) => rgb(pixels),
     };
     let orientation = upright::orientation(&set);
     if orientation != Orientation::NoTransforms {

@@ -23,7 +23,7 @@ const ITEM_END: Tag = Tag(0xfffe, 0xe00d);
 const SEQUENCE_END: Tag = Tag(0xfffe, 0xe0dd);
 
 /// The attributes that are kept.
-const WANTED: [Tag; 37] = [
+const WANTED: [Tag; 46] = [
     tags::MODALITY,
     tags::PRESENTATION_INTENT_TYPE,
     tags::BURNED_IN_ANNOTATION,
@@ -57,6 +57,15 @@ const WANTED: [Tag; 37] = [
     tags::VOILUT_SEQUENCE,
     tags::LUT_DESCRIPTOR,
     tags::LUT_DATA,
+    tags::RED_PALETTE_COLOR_LOOKUP_TABLE_DESCRIPTOR,
+    tags::GREEN_PALETTE_COLOR_LOOKUP_TABLE_DESCRIPTOR,
+    tags::BLUE_PALETTE_COLOR_LOOKUP_TABLE_DESCRIPTOR,
+    tags::RED_PALETTE_COLOR_LOOKUP_TABLE_DATA,
+    tags::GREEN_PALETTE_COLOR_LOOKUP_TABLE_DATA,
+    tags::BLUE_PALETTE_COLOR_LOOKUP_TABLE_DATA,
+    tags::SEGMENTED_RED_PALETTE_COLOR_LOOKUP_TABLE_DATA,
+    tags::SEGMENTED_GREEN_PALETTE_COLOR_LOOKUP_TABLE_DATA,
+    tags::SEGMENTED_BLUE_PALETTE_COLOR_LOOKUP_TABLE_DATA,
     tags::LOSSY_IMAGE_COMPRESSION,
     tags::FLOAT_PIXEL_DATA,
     tags::DOUBLE_FLOAT_PIXEL_DATA,
@@ -346,8 +355,13 @@ impl<'a> DataSet<'a> {
         self.elements.get(&tag).is_some_and(|e| !e.value.is_empty())
     }
 
+    /// The bytes of an attribute, as stored; none if it is absent.
+    pub(super) fn bytes(&self, tag: Tag) -> &'a [u8] {
+        self.elements.get(&tag).map_or(&[], |element| element.value)
+    }
+
     /// An attribute of 16-bit numbers.
-    fn words(&self, tag: Tag) -> Option<Vec<u16>> {
+    pub(super) fn words(&self, tag: Tag) -> Option<Vec<u16>> {
         let (words, rest) = self.elements.get(&tag)?.value.as_chunks::<2>();
         rest.is_empty()
             .then(|| words.iter().map(|word| self.encoding.u16(*word)).collect())

@@ -31,8 +31,10 @@ pub(super) enum Codec {
     Jpeg,
     /// JPEG-LS.
     JpegLs,
-    /// JPEG 2000, not its high-throughput form.
+    /// JPEG 2000 and its high-throughput form.
     Jpeg2000,
+    /// Each frame deflated.
+    Deflate,
 }
 
 const IMPLICIT_LITTLE: &str = "1.2.840.10008.1.2";
@@ -45,13 +47,21 @@ impl Syntax {
         let codec = match uid {
             IMPLICIT_LITTLE | EXPLICIT_LITTLE | DEFLATED | EXPLICIT_BIG => Some(Codec::Native),
             "1.2.840.10008.1.2.5" => Some(Codec::Rle),
-            // Baseline; extended, of 8 or 12 bits; lossless of any and of first order.
+            // Baseline; extended, of 8 or 12 bits; two retired forms of progressive; lossless of any and of
+            // first order.
             "1.2.840.10008.1.2.4.50"
             | "1.2.840.10008.1.2.4.51"
+            | "1.2.840.10008.1.2.4.53"
+            | "1.2.840.10008.1.2.4.55"
             | "1.2.840.10008.1.2.4.57"
             | "1.2.840.10008.1.2.4.70" => Some(Codec::Jpeg),
             "1.2.840.10008.1.2.4.80" | "1.2.840.10008.1.2.4.81" => Some(Codec::JpegLs),
-            "1.2.840.10008.1.2.4.90" | "1.2.840.10008.1.2.4.91" => Some(Codec::Jpeg2000),
+            "1.2.840.10008.1.2.4.90"
+            | "1.2.840.10008.1.2.4.91"
+            | "1.2.840.10008.1.2.4.201"
+            | "1.2.840.10008.1.2.4.202"
+            | "1.2.840.10008.1.2.4.203" => Some(Codec::Jpeg2000),
+            "1.2.840.10008.1.2.8.1" => Some(Codec::Deflate),
             _ => None,
         };
         Self {

@@ -1,11 +1,8 @@
 //! What decoding a picture takes, by its header, before anything is decoded.
 
-use std::io::Cursor;
-
-use image::{ImageDecoder, metadata::Orientation};
-
-use super::error::{ImageError, PictureFormat};
-use super::header::{check_file_size, dicom_refusal, guarded, open, orientation};
+use super::error::ImageError;
+use super::format::PictureFormat;
+use super::header::{announced, check_file_size, dicom_refusal, guarded};
 use crate::processor::decode_limits::DecodeLimits;
 use crate::processor::dicom;
 
@@ -40,22 +37,10 @@ pub fn decoding_cost(
     let format = PictureFormat::of(bytes, name)?;
     guarded(format, name, || {
         if format != PictureFormat::Dicom {
-            let mut decoder = open(Cursor::new(bytes), format, name, limits)?;
-            let (width, height) = decoder.dimensions();
-            let pixels = u64::from(width) * u64::from(height);
-            let stored = decoder.total_bytes();
-            // Coefficients of a progressive file, 16 bits each.
-            let coefficients = match format {
-                PictureFormat::Jpeg => 2 * stored,
-                _ => 0,
-            };
-            let rotated = match orientation(&mut decoder) {
-                Orientation::NoTransforms => 0,
-                _ => stored,
-            };
+            let found = announced(bytes, format, name, limits)?;
             return Ok(DecodingCost {
-                pixels,
-                bytes: stored + coefficients.max(rotated) + 3 * pixels,
+                pixels: (found.width * found.height) as u64,
+                bytes: found.bytes,
             });
         }
         let meta = &bytes[..bytes.len().min(META_BYTES)];
@@ -83,6 +68,8 @@ pub fn decoding_cost(
 
 #[cfg(test)]
 mod tests {
+    use std::io::Cursor;
+
     use super::*;
 
     #[test]

@@ -1,13 +1,10 @@
-//! Why a picture could not be used, and the formats a message names.
+//! Why a picture could not be used.
 
-use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
-use image::ImageFormat;
-
-use super::tiff::Tiff;
-use crate::processor::dicom::{DicomError, looks_like_dicom};
+use super::format::PictureFormat;
+use crate::processor::dicom::DicomError;
 
 /// Why a picture could not be read, sized or cut into patches.
 #[derive(Debug, thiserror::Error)]
@@ -41,13 +38,16 @@ pub enum ImageError {
     },
     /// The content is none of the formats read here.
     #[error(
-        "`{name}` is not a PNG, JPEG, WebP, BMP, TIFF or DICOM picture ({found}); hint: convert it to PNG"
+        "`{name}` is not a {} picture ({found}); hint: {hint}",
+        super::format::NAMES
     )]
     UnknownFormat {
         /// File or upload.
         name: String,
         /// What the content looks like.
         found: String,
+        /// How it is made one that is read.
+        hint: &'static str,
     },
     /// The header announces more pixels than the limit.
     #[error(
@@ -75,7 +75,7 @@ pub enum ImageError {
     },
     /// A known format holds pixels of a kind that is not read.
     #[error(
-        "{format} picture `{name}` holds pixels of a kind that is not read ({found}); hint: save it as 8 or 16 bit grey or RGB"
+        "{format} picture `{name}` holds pixels of a kind that is not read ({found}); hint: save it as PNG, in 8 or 16 bit grey or RGB"
     )]
     UnsupportedPixels {
         /// File or upload.
@@ -84,6 +84,23 @@ pub enum ImageError {
         format: PictureFormat,
         /// The kind of pixels.
         found: String,
+    },
+    /// A file of more than two dimensions.
+    #[error(
+        "{format} file `{name}` is a volume of {sides}, expected one plane; hint: save the slice that is meant as a file of its own, for instance with Python and {}",
+        if *.format == PictureFormat::Nrrd {
+            "pynrrd: `nrrd.write(OUT, nrrd.read(IN)[0][:, :, N])`"
+        } else {
+            "nibabel: `nibabel.load(IN).slicer[:, :, N:N + 1].to_filename(OUT)`"
+        }
+    )]
+    Volume {
+        /// File or upload.
+        name: String,
+        /// File format.
+        format: PictureFormat,
+        /// Lengths of its axes.
+        sides: String,
     },
     /// The file ends before its pixels do.
     #[error("{format} picture `{name}` is cut off before its end; hint: copy or export it again")]
@@ -200,105 +217,5 @@ fn expected_frames(frames: usize) -> String {
     match frames {
         0 | 1 => "1".to_owned(),
         frames => format!("1 to {frames}"),
-    }
-}
-
-/// File formats that [`super::decode`] reads.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PictureFormat {
-    /// Portable Network Graphics.
-    Png,
-    /// JPEG, baseline and progressive.
-    Jpeg,
-    /// WebP, with and without loss; the first frame of an animation.
-    WebP,
-    /// Windows bitmap.
-    Bmp,
-    /// TIFF and BigTIFF.
-    Tiff,
-    /// DICOM, with and without preamble; see [`crate::processor::dicom`].
-    Dicom,
-}
-
-impl fmt::Display for PictureFormat {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Png => "PNG",
-            Self::Jpeg => "JPEG",
-            Self::WebP => "WebP",
-            Self::Bmp => "BMP",
-            Self::Tiff => "TIFF",
-            Self::Dicom => "DICOM",
-        })
-    }
-}
-
-/// The name of a format that is not read and that the `image` crate would name wrongly or not at all.
-fn foreign(head: &[u8]) -> Option<&'static str> {
-    const SIGNATURES: [(&[u8], &str); 9] = [
-        (b"\xff\xd8\xff\xf7", "JPEG-LS"),
-        (b"\xff\x4f\xff\x51", "JPEG 2000"),
-        (b"\0\0\0\x0cjP  ", "JPEG 2000"),
-        (b"\0\0\0\x0cJXL ", "JPEG XL"),
-        (b"\xff\x0a", "JPEG XL"),
-        // The length of a bitmap's second header; its first, of 14 bytes, is missing.
-        (b"\x28\0\0\0", "DIB, a bitmap without its file header"),
-        (b"%PDF", "PDF"),
-        (b"NRRD", "NRRD"),
-        (b"\x1f\x8b", "compressed with gzip"),
-    ];
-    let found = SIGNATURES
-        .iter()
-        .find(|(start, _)| head.starts_with(start))?;
-    Some(found.1)
-}
-
-impl PictureFormat {
-    /// The format by the first bytes (132 are enough); a file's extension may be wrong.
-    ///
-    /// # Errors
-    /// [`ImageError::Empty`] and [`ImageError::UnknownFormat`], both with `name`.
-    pub fn of(head: &[u8], name: &str) -> Result<Self, ImageError> {
-        let unknown = |found| {
-            Err(ImageError::UnknownFormat {
-                name: name.to_owned(),
-                found,
-            })
-        };
-        // First, since the preamble of a DICOM file may be the header of another format.
-        if looks_like_dicom(head) {
-            return Ok(Self::Dicom);
-        }
-        if let Some(found) = foreign(head) {
-            return unknown(format!("the content is {found}"));
-        }
-        match image::guess_format(head) {
-            Ok(ImageFormat::Png) => Ok(Self::Png),
-            Ok(ImageFormat::Jpeg) => Ok(Self::Jpeg),
-            Ok(ImageFormat::WebP) => Ok(Self::WebP),
-            Ok(ImageFormat::Bmp) => Ok(Self::Bmp),
-            Ok(ImageFormat::Tiff) => Ok(Self::Tiff),
-            Ok(other) => unknown(format!("the content is {}", other.to_mime_type())),
-            Err(_) if Tiff::new(head).is_some() => Ok(Self::Tiff),
-            Err(_) if head.is_empty() => Err(ImageError::Empty {
-                name: name.to_owned(),
-            }),
-            Err(_) => unknown(format!(
-                "it begins with the bytes {:02x?}",
-                &head[..head.len().min(4)]
-            )),
-        }
-    }
-
-    /// The decoder of the `image` crate; DICOM has one of its own.
-    pub(super) fn decoder_format(self) -> Option<ImageFormat> {
-        match self {
-            Self::Png => Some(ImageFormat::Png),
-            Self::Jpeg => Some(ImageFormat::Jpeg),
-            Self::WebP => Some(ImageFormat::WebP),
-            Self::Bmp => Some(ImageFormat::Bmp),
-            Self::Tiff => Some(ImageFormat::Tiff),
-            Self::Dicom => None,
-        }
     }
 }

@@ -1,12 +1,14 @@
 //! How many frames an animation has.
 
-use super::error::PictureFormat;
+use super::format::PictureFormat;
+use super::gif;
 
 /// Frames of the picture in `bytes`, of which the decoder gives the first; 1 for a still one.
 pub(super) fn animation_frames(format: PictureFormat, bytes: &[u8]) -> usize {
     match format {
         PictureFormat::Png => png_frames(bytes),
         PictureFormat::WebP => webp_frames(bytes),
+        PictureFormat::Gif => gif::frames(bytes),
         _ => None,
     }
     .unwrap_or(1)

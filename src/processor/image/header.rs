@@ -1,14 +1,20 @@
 //! Opening a picture: its header checked against the limits, and decoders' errors as ours.
 
-use std::io::{self, BufRead, Seek};
+use std::io::{self, BufRead, Cursor, Seek};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use image::metadata::Orientation;
 use image::{ColorType, ImageDecoder, ImageReader};
 
-use super::error::{ImageError, PictureFormat};
+use super::coded::{self, CodedHeader};
+use super::error::ImageError;
+use super::format::PictureFormat;
+use super::plane::Plane;
+use super::tiff::Tiff;
+use super::{gif, nifti, nrrd, pnm};
 use crate::processor::decode_limits::DecodeLimits;
 use crate::processor::dicom::DicomError;
+use crate::processor::jpeg;
 
 /// Puts what is wrong with a DICOM file into the words of all pictures where there are such.
 pub(super) fn dicom_refusal(cause: DicomError, name: &str, limits: &DecodeLimits) -> ImageError {
@@ -126,6 +132,97 @@ pub(super) fn open<'a, R: BufRead + Seek + 'a>(
         return Err(ImageError::unsupported(format, name, "32-bit fractions"));
     }
     Ok(decoder)
+}
+
+/// What a header says of a picture, checked against the limits.
+pub(super) struct Announced {
+    pub(super) width: usize,
+    pub(super) height: usize,
+    pub(super) orientation: Orientation,
+    /// Bytes that decoding holds, those of the 8-bit RGB picture that remains included.
+    pub(super) bytes: u64,
+}
+
+/// What the header of any picture but DICOM says.
+///
+/// # Errors
+/// Those of [`super::decode`] that a header can show.
+pub(super) fn announced(
+    bytes: &[u8],
+    format: PictureFormat,
+    name: &str,
+    limits: &DecodeLimits,
+) -> Result<Announced, ImageError> {
+    let upright = |(width, height): (usize, usize), bytes| Announced {
+        width,
+        height,
+        orientation: Orientation::NoTransforms,
+        bytes,
+    };
+    let own = match format {
+        PictureFormat::Tiff => Tiff::new(bytes).map(|tiff| {
+            tiff.header(0, limits).map(|page| Announced {
+                orientation: page.orientation,
+                ..upright((page.width, page.height), page.bytes)
+            })
+        }),
+        PictureFormat::Gif => {
+            Some(gif::size(bytes, limits).map(|size| upright(size, (size.0 * size.1 * 7) as u64)))
+        }
+        PictureFormat::Pnm => Some(
+            pnm::header(bytes, limits)
+                .map(|header| upright((header.width, header.height), header.bytes())),
+        ),
+        PictureFormat::Jpeg2000 => Some(coded::jpeg_2000_header(bytes, limits).map(coded_size)),
+        PictureFormat::JpegLs => Some(coded::jpeg_ls_header(bytes, limits).map(coded_size)),
+        PictureFormat::Nifti => Some(nifti::header(bytes, limits).map(plane_size)),
+        PictureFormat::Nrrd => Some(nrrd::header(bytes, limits).map(plane_size)),
+        PictureFormat::Jpeg => jpeg::frame_header(bytes)
+            .filter(|header| header.is_lossless || header.precision != 8)
+            .map(|header| coded::deep_jpeg_header(&header, limits).map(coded_size)),
+        _ => None,
+    };
+    if let Some(own) = own {
+        return own.map_err(|refusal| refusal.of(format, name, limits));
+    }
+    let mut decoder = open(Cursor::new(bytes), format, name, limits)?;
+    let (width, height) = decoder.dimensions();
+    let pixels = u64::from(width) * u64::from(height);
+    let stored = decoder.total_bytes();
+    // Coefficients of a progressive file, 16 bits each.
+    let coefficients = match format {
+        PictureFormat::Jpeg => 2 * stored,
+        _ => 0,
+    };
+    let orientation = orientation(&mut decoder);
+    let rotated = match orientation {
+        Orientation::NoTransforms => 0,
+        _ => stored,
+    };
+    Ok(Announced {
+        width: width as usize,
+        height: height as usize,
+        orientation,
+        bytes: stored + coefficients.max(rotated) + 3 * pixels,
+    })
+}
+
+fn coded_size(header: CodedHeader) -> Announced {
+    Announced {
+        width: header.width,
+        height: header.height,
+        orientation: Orientation::NoTransforms,
+        bytes: header.bytes,
+    }
+}
+
+fn plane_size(plane: Plane) -> Announced {
+    Announced {
+        width: plane.width,
+        height: plane.height,
+        orientation: plane.orientation,
+        bytes: plane.bytes_needed(),
+    }
 }
 
 /// The orientation in the header; a broken tag is no reason to refuse sound pixels.

@@ -2,17 +2,30 @@
 
 use image::DynamicImage;
 
-use super::error::{ImageError, PictureFormat};
+use super::error::ImageError;
+use super::format::PictureFormat;
 use super::rgb_image::{RgbImage, spread};
 use crate::processor::remark::{Remark, RemarkKind};
 
 /// How a file stores its pixels.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 pub(super) struct Storage {
     /// Whether the reference loses the alpha channel instead of using it.
     pub(super) drops_alpha: bool,
     /// Whether the decoder inverted grey, because the lowest stored level is white.
     pub(super) white_is_zero: bool,
+    /// Bits that the file states for levels of more than 8.
+    pub(super) precision: u32,
+}
+
+impl Default for Storage {
+    fn default() -> Self {
+        Self {
+            drops_alpha: false,
+            white_is_zero: false,
+            precision: u16::BITS,
+        }
+    }
 }
 
 /// Whether the reference loses the alpha channel of this picture instead of using it.
@@ -44,6 +57,7 @@ pub(super) fn to_rgb(
     let Storage {
         drops_alpha,
         white_is_zero,
+        precision,
     } = storage;
     let rgb = |[red, green, blue, alpha]: [u8; 4]| {
         [red, green, blue].map(|value| {
@@ -54,7 +68,7 @@ pub(super) fn to_rgb(
             }
         })
     };
-    let deep = UsedBits::of(&picture, white_is_zero);
+    let deep = UsedBits::of(&picture, white_is_zero, precision);
     let high = |value: u16| (value >> 8) as u8;
     let pixels = match picture {
         DynamicImage::ImageRgb8(buffer) => buffer.into_raw(),
@@ -99,7 +113,7 @@ pub(super) fn to_rgb(
     RgbImage::from_rgb(width, height, pixels)
 }
 
-/// How many of 16 bits a picture uses.
+/// How many of its bits, 16 if it states no other number, a picture of more than 8 uses.
 ///
 /// Detectors give 10 to 15 bits, and exporters put these into 16 unscaled: shown as they are, such a
 /// radiograph is nearly black. So a picture whose highest level leaves bits unused is shown by the bits
@@ -109,10 +123,11 @@ struct UsedBits {
     bits: u32,
     highest: u16,
     white_is_zero: bool,
+    precision: u32,
 }
 
 impl UsedBits {
-    fn of(picture: &DynamicImage, white_is_zero: bool) -> Self {
+    fn of(picture: &DynamicImage, white_is_zero: bool, precision: u32) -> Self {
         let highest = match picture {
             // Inverted back to what is stored, the lowest is the highest.
             DynamicImage::ImageLuma16(buffer) if white_is_zero => {
@@ -130,10 +145,12 @@ impl UsedBits {
             _ => None,
         };
         let highest = highest.unwrap_or(u16::MAX);
+        let precision = precision.clamp(8, u16::BITS);
         Self {
             bits: (u16::BITS - highest.leading_zeros()).max(8),
             highest,
             white_is_zero,
+            precision,
         }
     }
 
@@ -159,12 +176,17 @@ impl UsedBits {
     }
 
     fn remark(self) -> Option<Remark> {
-        let Self { bits, highest, .. } = self;
-        (bits < u16::BITS).then(|| {
+        let Self {
+            bits,
+            highest,
+            precision,
+            ..
+        } = self;
+        (bits < precision).then(|| {
             Remark::new(
                 RemarkKind::NarrowRange,
                 format!(
-                    "its 16-bit levels use {bits} bits (the highest is {highest}); these are shown as the whole range"
+                    "its {precision}-bit levels use {bits} bits (the highest is {highest}); these are shown as the whole range"
                 ),
             )
         })
@@ -177,4 +199,15 @@ impl UsedBits {
 fn over_white(value: u8, alpha: u8) -> u8 {
     let sum = 255 * (255 - u32::from(alpha)) + u32::from(value) * u32::from(alpha) + 128;
     (((sum >> 8) + sum) >> 8) as u8
+}
+
+/// Cyan, magenta, yellow and black as red, green and blue, in Pillow's integers.
+///
+/// Source: `cmyk2rgb`, Pillow, `Convert.c`.
+pub(super) fn cmyk_to_rgb([cyan, magenta, yellow, black]: [u8; 4]) -> [u8; 3] {
+    let light = 255 - u32::from(black);
+    [cyan, magenta, yellow].map(|ink| {
+        let product = u32::from(ink) * light + 128;
+        (light - (((product >> 8) + product) >> 8)) as u8
+    })
 }

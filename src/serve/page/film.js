@@ -4,7 +4,7 @@ import { ApiError, preview } from "./api.js";
 import { button, el, icon, say, sizeText } from "./dom.js";
 import { Viewer } from "./viewer.js";
 
-/** Kinds of files by their first bytes; a browser decodes the first four itself. */
+/** Kinds of files by their first bytes; a browser decodes the first four itself, the server shows the others. */
 const KINDS = {
   png: { mime: "image/png", label: "PNG", native: true },
   jpeg: { mime: "image/jpeg", label: "JPEG", native: true },
@@ -12,19 +12,33 @@ const KINDS = {
   bmp: { mime: "image/bmp", label: "BMP", native: true },
   tiff: { mime: "image/tiff", label: "TIFF", native: false },
   dicom: { mime: "application/dicom", label: "DICOM", native: false },
+  gif: { mime: "image/gif", label: "GIF", native: false },
+  jpeg2000: { mime: "image/jp2", label: "JPEG 2000", native: false },
+  jpegls: { mime: "image/jls", label: "JPEG-LS", native: false },
+  pnm: { mime: "image/x-portable-anymap", label: "PNM", native: false },
+  nifti: { mime: "application/octet-stream", label: "NIfTI", native: false },
+  nrrd: { mime: "application/octet-stream", label: "NRRD", native: false },
 };
 
-/** The kind of a file, told by its bytes; old DICOM files without a mark by their name. */
+/** The kind of a file, told by its bytes; old DICOM files without a mark, and packed ones, by their name. */
 async function kindOf(file) {
-  const bytes = new Uint8Array(await file.slice(0, 132).arrayBuffer());
+  const bytes = new Uint8Array(await file.slice(0, 348).arrayBuffer());
   const has = (at, ...values) => values.every((value, index) => bytes[at + index] === value);
   if (has(0, 0x89, 0x50, 0x4e, 0x47)) return "png";
+  if (has(0, 0xff, 0xd8, 0xff, 0xf7)) return "jpegls";
   if (has(0, 0xff, 0xd8, 0xff)) return "jpeg";
   if (has(0, 0x52, 0x49, 0x46, 0x46) && has(8, 0x57, 0x45, 0x42, 0x50)) return "webp";
   if (has(128, 0x44, 0x49, 0x43, 0x4d)) return "dicom";
   if (has(0, 0x49, 0x49, 0x2a, 0) || has(0, 0x4d, 0x4d, 0, 0x2a)) return "tiff";
   if (/\.(dcm|dicom)$/i.test(file.name)) return "dicom";
+  if (has(0, 0x49, 0x49, 0x2b, 0) || has(0, 0x4d, 0x4d, 0, 0x2b)) return "tiff";
   if (has(0, 0x42, 0x4d)) return "bmp";
+  if (has(0, 0x47, 0x49, 0x46, 0x38)) return "gif";
+  if (has(0, 0xff, 0x4f, 0xff, 0x51) || has(4, 0x6a, 0x50, 0x20, 0x20)) return "jpeg2000";
+  if (bytes[0] === 0x50 && bytes[1] >= 0x31 && bytes[1] <= 0x36) return "pnm";
+  if (has(0, 0x4e, 0x52, 0x52, 0x44)) return "nrrd";
+  if (has(344, 0x6e, 0x2b, 0x31) || has(4, 0x6e, 0x2b, 0x32)) return "nifti";
+  if (has(0, 0x1f, 0x8b) && /\.nii\.gz$/i.test(file.name)) return "nifti";
   return null;
 }
 

@@ -58,7 +58,8 @@ fn sizes_that_cannot_be_are_refused_before_room_is_made() {
     let long = file().word(tags::ROWS, 400).file();
     assert_eq!(levels(&long), Err(DicomError::Truncated));
     for (tag, value) in [
-        (tags::BITS_ALLOCATED, 32),
+        (tags::BITS_ALLOCATED, 24),
+        (tags::BITS_ALLOCATED, 64),
         (tags::BITS_ALLOCATED, 1),
         (tags::BITS_STORED, 0),
         (tags::BITS_STORED, 9),
@@ -73,7 +74,7 @@ fn sizes_that_cannot_be_are_refused_before_room_is_made() {
             "{tag} {value}: {error:?}"
         );
     }
-    for photometric in ["PALETTE COLOR", "YBR_PARTIAL_420", "GEHEIM"] {
+    for photometric in ["YBR_PARTIAL_420", "GEHEIM"] {
         let file = file()
             .text(tags::PHOTOMETRIC_INTERPRETATION, VR::CS, photometric)
             .file();

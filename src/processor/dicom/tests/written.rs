@@ -352,7 +352,7 @@ fn jpeg_ls_of_every_depth_is_read() {
 fn a_syntax_that_is_not_read_is_named() {
     for (uid, word) in [
         ("1.2.840.10008.1.2.4.110", "JPEG XL"),
-        ("1.2.840.10008.1.2.4.201", "High-Throughput"),
+        ("1.2.840.10008.1.2.4.92", "JPEG 2000 Part 2"),
         ("1.2.840.10008.1.2.4.102", "MPEG-4"),
         ("1.2.840.113619.5.2", "unknown"),
     ] {
