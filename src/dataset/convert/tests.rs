@@ -37,6 +37,7 @@ impl Bench {
     fn options(&self) -> ConvertOptions {
         ConvertOptions {
             input: self.dir.path().join("corpus.json"),
+            reading: Default::default(),
             keys: None,
             images: Some(self.dir.path().join("images")),
             output: self.dir.path().join("out"),
