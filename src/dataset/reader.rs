@@ -134,13 +134,8 @@ pub(super) fn read_rows(
     let folder = options.store.folder().display();
     if kept > 0 {
         remarks.push(format!(
-            "{} in the rows; {} as files in `{folder}`",
+            "{} in the rows and kept in `{folder}`",
             counted(kept, "image is", "images are"),
-            if kept == 1 {
-                "it is kept"
-            } else {
-                "they are kept"
-            },
         ));
     }
     if !addresses.is_empty() {

@@ -168,6 +168,7 @@ pub(super) fn read(
     let (form, rows) = match strict_json::parse(text) {
         Ok(Value::Object(mut fields)) => match fields.shift_remove("annotations") {
             Some(Value::Array(rows)) => (CorpusForm::Annotations, rows),
+            _ if fields.contains_key("img") => (CorpusForm::Prompts, vec![Value::Object(fields)]),
             _ => return Err(unknown(path)),
         },
         Ok(Value::Array(rows)) => match rows.first() {
