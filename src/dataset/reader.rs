@@ -120,10 +120,8 @@ pub(super) fn read_rows(
             break;
         }
     }
-    if let Some(reason) = columns
-        .missing(&options.columns)
-        .filter(|_| !rows.is_empty())
-    {
+    let whole = rows.last().is_some_and(|(_, row)| row.is_ok() || !stop);
+    if let Some(reason) = columns.missing(&options.columns).filter(|_| whole) {
         return Err(DatasetError::Rows(RowsError {
             path: path.to_owned(),
             line: 0,
