@@ -1,6 +1,7 @@
 //! What every layer above uses: files, models by name, memory, names of devices, panics as sentences, drawing. Nothing
 //! here knows what is in a model, or of training or reports.
 
+pub mod base64_text;
 pub mod build_info;
 pub mod device_name;
 pub mod files;
@@ -10,4 +11,6 @@ pub mod panics;
 pub mod plot;
 pub mod seeds;
 pub mod system;
+pub mod text_file;
 pub mod trace;
+pub mod web;

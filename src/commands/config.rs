@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     base::files::nearest::nearest,
-    train::config::{TrainConfig, schema::json_schema},
+    train::config::{TrainConfig, schema::config_schema},
 };
 
 /// Arguments of `config`.
@@ -65,7 +65,7 @@ pub fn run(args: ConfigArgs) -> Result<()> {
     let text = match args.command {
         ConfigCommand::Show(args) => show(&args)?,
         ConfigCommand::Example { name } => example(&name)?.to_string(),
-        ConfigCommand::Schema => serde_json::to_string_pretty(&json_schema())? + "\n",
+        ConfigCommand::Schema => serde_json::to_string_pretty(&config_schema())? + "\n",
     };
     unless_closed(stdout().lock().write_all(text.as_bytes())).context("cannot print the config")
 }

@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 
 use super::check::image_processor;
 use super::models::{DownloadArgs, find};
-use super::shared_args::StudyArgs;
+use super::shared_args::{ReadingArgs, StudyArgs};
 use super::shell::unless_closed;
 use super::shipped::shipped;
 use super::usage::UsageError;
@@ -38,7 +38,7 @@ impl From<SplitName> for Split {
 /// Arguments of `convert`.
 #[derive(Debug, Clone, Args)]
 pub struct ConvertArgs {
-    /// Corpus: OpenI-zh's `annotations` or `img`/`prompt`/`label` rows, JSONL in ms-swift's format, or JSON
+    /// Corpus: OpenI-zh's `annotations` or `img`/`prompt`/`label` rows, any data file that `train` reads, or JSON
     /// rows with other keys, given by --image-key and --report-key.
     #[arg(value_name = "INPUT.json")]
     pub input: PathBuf,
@@ -49,6 +49,9 @@ pub struct ConvertArgs {
     /// Key of the report in a corpus of another format.
     #[arg(long, value_name = "KEY", requires = "image_key")]
     pub report_key: Option<String>,
+    /// How rows are read that `train` reads.
+    #[command(flatten)]
+    pub reading: ReadingArgs,
     /// Folder of the images; not needed for JSONL rows whose paths are valid.
     ///
     /// The path of a row is looked for below it, then the path without its leading folders one by one, then
@@ -119,6 +122,7 @@ pub fn run(args: ConvertArgs) -> Result<()> {
             .image_key
             .zip(args.report_key)
             .map(|(image, report)| CorpusKeys { image, report }),
+        reading: args.reading.options(),
         input: shipped(&args.input),
         images: args.images.as_deref().map(shipped),
         output: args.output,

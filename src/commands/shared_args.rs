@@ -7,6 +7,7 @@ use clap::{Args, ValueEnum};
 
 use super::{
     models::{DownloadArgs, find},
+    progress::show_fetching,
     usage::UsageError,
 };
 use crate::{
@@ -18,6 +19,7 @@ use crate::{
         device_name::{DeviceName, DtypeName},
         hub::Want,
     },
+    dataset::{Columns, DataOptions, ImageStore},
     ops::quantised::{Quantization, cache::CacheFormat},
     runtime::generate::{GenerationConfig, SamplingConfig},
     study::StudyRule,
@@ -205,6 +207,32 @@ pub enum StudyFrom {
     Name,
     /// Nowhere: every image is a study of its own.
     Image,
+}
+
+/// How data files are read.
+#[derive(Debug, Clone, Args)]
+pub struct ReadingArgs {
+    /// Columns of the data files under other names, ours first: `images=image_path,response=report`.
+    #[arg(long, value_name = "OURS=THEIRS,…")]
+    pub columns: Option<Columns>,
+    /// Fetch images that rows name by an address on the web, once, into a cache folder.
+    #[arg(long)]
+    pub allow_image_urls: bool,
+    /// Draws rows of data sets that count with a part of them; that of a run where there is one.
+    #[arg(skip = 42_u64)]
+    pub seed: u64,
+}
+
+impl ReadingArgs {
+    /// As the reader takes them.
+    pub(super) fn options(&self) -> DataOptions {
+        DataOptions {
+            columns: self.columns.clone().unwrap_or_default(),
+            allow_image_urls: self.allow_image_urls,
+            seed: self.seed,
+            store: ImageStore::default().with_progress(Some(show_fetching)),
+        }
+    }
 }
 
 /// What a study is, where rows do not name it.

@@ -14,6 +14,7 @@ use crate::{
         files::{FileError, write_atomic},
         system::cache_folder,
     },
+    dataset::map_paths,
     phantom::{Dialect, PROMPTS, PhantomDatasetError, write_dataset},
 };
 
@@ -98,11 +99,13 @@ pub(super) fn shipped(path: &Path) -> PathBuf {
 
 /// The name of a data set: phantoms as they are, a file as [`shipped`] finds it.
 pub(super) fn shipped_data(name: &str) -> String {
-    if name.starts_with("phantom:") {
-        name.to_owned()
-    } else {
-        shipped(Path::new(name)).display().to_string()
-    }
+    map_paths(name, |path| {
+        if path.starts_with("phantom:") {
+            path.to_owned()
+        } else {
+            shipped(Path::new(path)).display().to_string()
+        }
+    })
 }
 
 /// The text of a config that comes with the program, by its name without folder and ending.

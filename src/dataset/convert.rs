@@ -14,6 +14,7 @@ mod summary;
 #[cfg(test)]
 mod tests;
 mod thinking;
+mod training;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -73,7 +74,7 @@ pub fn convert(
     }
     let (form, rows) = match &options.keys {
         Some(keys) => corpus::read_keyed(&options.input, keys)?,
-        None => corpus::read(&options.input)?,
+        None => corpus::read(&options.input, &options.reading)?,
     };
     if rows.is_empty() {
         return Err(ConvertError::Empty(options.input.clone()));
@@ -152,7 +153,9 @@ pub fn convert(
         let keeps = match &usable.row.body {
             Body::Report(_) => false,
             Body::Messages { sample, .. } => {
-                options.prompts.is_none() || sample.conversation.turns.len() != 1
+                let conversation = &sample.conversation;
+                let asks = options.prompts.is_none() && conversation.has_question();
+                asks || conversation.turns.len() != 1
             }
         };
         if keeps {
@@ -234,11 +237,8 @@ pub fn convert(
 /// # Errors
 /// [`ConvertError::Read`], or [`ConvertError::Prompts`] if there is none or one holds `<image>`.
 pub fn read_prompts(path: &Path) -> Result<Vec<String>, ConvertError> {
-    let text = fs::read_to_string(path).map_err(|cause| ConvertError::Read {
-        path: path.to_owned(),
-        cause,
-    })?;
-    let lines = text.trim_start_matches('\u{feff}').lines().map(str::trim);
+    let text = corpus::read_text(path)?;
+    let lines = text.lines().map(str::trim);
     let prompts: Vec<String> = lines
         .filter(|line| !line.is_empty())
         .map(str::to_owned)
@@ -393,6 +393,14 @@ impl UsableRow {
             Body::Messages { row, .. } => {
                 let mut row = row.clone();
                 if let Some(Value::Array(messages)) = row.get_mut("messages") {
+                    let is_user = |message: &Value| message["role"] == "user";
+                    // An answer without a question gets the one that was drawn.
+                    if let Some(own) = self.question.filter(|_| !messages.iter().any(is_user)) {
+                        let mut roles = messages.iter().map(|message| &message["role"]);
+                        let at = roles.position(|role| role != "system").unwrap_or(0);
+                        let message = json!({"role": "user", "content": question(own)});
+                        messages.insert(at, message);
+                    }
                     for message in messages.iter_mut() {
                         let content = match message.get("role").and_then(Value::as_str) {
                             Some("user") => self.question.map(question),

@@ -6,6 +6,7 @@ mod messages;
 pub mod schema;
 
 use std::{
+    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
 };
@@ -13,8 +14,11 @@ use std::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::data_key;
 use crate::{
-    adapters::lora::config::TargetModules, dataset::loader::Overlong, schedule::ScheduleKind,
+    adapters::lora::config::TargetModules,
+    dataset::{Columns, DataOptions, loader::Overlong},
+    schedule::ScheduleKind,
 };
 
 pub use crate::base::files::nearest::nearest;
@@ -94,10 +98,21 @@ pub struct TrainConfig {
     pub model: PathBuf,
     /// PEFT adapter to start from instead of a new one; its own rank, scaling and target modules apply. `lora` only.
     pub adapter: Option<PathBuf>,
-    /// Training data: JSONL in ms-swift's form, or `phantom:SEED:FROM..TO[:STYLE]`.
+    /// Training data: a file (JSONL, JSON, CSV, TSV or Parquet), or `phantom:SEED:FROM..TO[:STYLE]`; several as a list or
+    /// with commas, each `[NAME=]PATH[:WEIGHT][#ROWS]`.
+    #[serde(deserialize_with = "data_key::name")]
+    #[schemars(schema_with = "schema::data_sets")]
     pub train_data: String,
     /// Validation data in the same forms; without it the run validates only if `split_dataset_ratio` is set.
+    #[serde(deserialize_with = "data_key::optional")]
+    #[schemars(schema_with = "schema::data_sets")]
     pub val_data: Option<String>,
+    /// Columns of the data files under other names: our key = the name in the file.
+    #[serde(skip_serializing_if = "Columns::is_empty")]
+    #[schemars(with = "BTreeMap<String, String>")]
+    pub columns: Columns,
+    /// Fetches images that rows name by an address on the web, once, into a cache folder.
+    pub allow_image_urls: bool,
     /// Share of the training rows held out for validation, in whole studies; 0 holds out none. Excludes `val_data`.
     pub split_dataset_ratio: f64,
     /// Folder of the run: settings, checkpoints, metrics, curves.
@@ -225,6 +240,8 @@ impl Default for TrainConfig {
             adapter: None,
             train_data: "data/sample/train/samples.jsonl".into(),
             val_data: None,
+            columns: Columns::default(),
+            allow_image_urls: false,
             split_dataset_ratio: 0.0,
             output_dir: "artifacts/run".into(),
             device: Vec::new(),
@@ -293,6 +310,7 @@ pub const BEST_METRICS: &[(&str, bool)] = &[
 /// devices and the dtype are compared by themselves.
 const FREE_ON_RESUME: &[&str] = &[
     "output_dir",
+    "allow_image_urls",
     "device",
     "dtype",
     "logging_steps",
@@ -342,6 +360,16 @@ impl TrainConfig {
         let words = answer.as_deref().unwrap_or_default().split('`');
         // Every second piece is in backticks; the first of them is the unknown key itself.
         words.skip(3).step_by(2).map(str::to_string).collect()
+    }
+
+    /// How the data files are read.
+    pub fn data_options(&self) -> DataOptions {
+        DataOptions {
+            columns: self.columns.clone(),
+            allow_image_urls: self.allow_image_urls,
+            seed: self.seed,
+            ..DataOptions::default()
+        }
     }
 
     /// The file's text.

@@ -2,7 +2,7 @@
 
 use super::config::TrainConfig;
 use crate::{
-    dataset::{Dataset, DatasetError},
+    dataset::{Dataset, DatasetError, Fetching},
     study::counted,
 };
 
@@ -18,16 +18,18 @@ pub struct RunData {
 }
 
 impl RunData {
-    /// Opens what `config` names.
+    /// Opens what `config` names; `fetching` is called while images are fetched from the web.
     ///
     /// # Errors
     /// As [`Dataset::open`] and [`Dataset::hold_out`].
-    pub fn open(config: &TrainConfig) -> Result<Self, DatasetError> {
-        let train = Dataset::open(&config.train_data)?;
+    pub fn open(config: &TrainConfig, fetching: Option<Fetching>) -> Result<Self, DatasetError> {
+        let mut options = config.data_options();
+        options.store = options.store.with_progress(fetching);
+        let train = Dataset::open_with(&config.train_data, &options)?;
         if let Some(name) = &config.val_data {
             return Ok(Self {
                 train,
-                validation: Some(Dataset::open(name)?),
+                validation: Some(Dataset::open_with(name, &options)?),
                 notes: Vec::new(),
             });
         }

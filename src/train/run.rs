@@ -45,7 +45,7 @@ use crate::{
         files::{FileError, write_atomic},
         trace::Trace,
     },
-    dataset::{DataFacts, Dataset, loader::WindowLoader},
+    dataset::{DataFacts, Dataset, Fetching, loader::WindowLoader},
     ops::memory::MemoryWatch,
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, nn::InitOptions, weights::LoadProgress},
     runtime::{
@@ -73,6 +73,8 @@ pub struct RunOptions {
     pub config: TrainConfig,
     /// Whether to resume.
     pub resume: Resume,
+    /// Called while images are fetched from the web.
+    pub fetching: Option<Fetching>,
     /// Weights drawn at random in place of those in `model`, whose `config.json` counts.
     pub random_init: bool,
     /// Burn's dashboard, or a renderer that prints nothing.
@@ -272,7 +274,7 @@ pub fn train<B: TrainAccelerator>(
         train: data,
         validation,
         notes,
-    } = RunData::open(&config)?;
+    } = RunData::open(&config, options.fetching)?;
     notes.iter().for_each(|note| (options.tell)(note));
     let run = &config.output_dir;
     // Held to the end of the run. A folder that is not there yet is made once all has been checked.
@@ -387,9 +389,15 @@ pub fn train<B: TrainAccelerator>(
     .up_to(total_steps)
     .with_trace(options.trace.clone())
     .with_patience((devices.len() > 1).then(|| config.patience()));
-    let valid_loader = validation
-        .clone()
-        .map(|data| WindowLoader::new(data, parts.clone(), config.validation_plan(), 0, 1));
+    // A batch of several data sets would belong to none in their own losses.
+    let valid_loaders: Vec<(String, WindowLoader)> = validation
+        .iter()
+        .flat_map(Dataset::split_by_name)
+        .map(|(label, data)| {
+            let plan = config.validation_plan();
+            (label, WindowLoader::new(data, parts.clone(), plan, 0, 1))
+        })
+        .collect();
     let scorer = match &validation {
         Some(data) if config.eval_generate > 0 => Some(scorer(&config, &parts, data)),
         _ => None,
@@ -474,7 +482,7 @@ pub fn train<B: TrainAccelerator>(
         model_config,
         lora,
         loader: loader.clone(),
-        validation: valid_loader.clone(),
+        validation: valid_loaders.clone(),
         scorer,
         optimizer,
         devices,
@@ -495,6 +503,7 @@ pub fn train<B: TrainAccelerator>(
     }));
     let train_loader = Arc::new(loader.clone());
     // Without a validation set the Learner still wants a loader; it is never used.
+    let valid_loader = valid_loaders.into_iter().next().map(|(_, loader)| loader);
     let valid_loader = Arc::new(valid_loader.unwrap_or(loader));
     let mut training =
         SupervisedTraining::<Components<B>>::new(&config.output_dir, train_loader, valid_loader)

@@ -10,6 +10,7 @@ mod bad_input;
 mod bad_model;
 mod bench;
 mod clean;
+mod data_files;
 mod data_tools;
 mod dicom;
 mod eval;

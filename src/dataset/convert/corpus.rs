@@ -1,17 +1,19 @@
 //! The forms of a corpus, read into rows of one kind.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::error::ConvertError;
-use crate::dataset::rows;
+use super::training::training_rows;
+use crate::base::text_file;
+use crate::dataset::reader::DataOptions;
+use crate::dataset::rows::text_error;
 pub(super) use crate::processor::image::ENDINGS;
 use crate::processor::row_keys::{KeyUse, of_row};
-use crate::processor::sample::{IMAGE_TAG, Sample, parse_row};
+use crate::processor::sample::{IMAGE_TAG, ImageSource, Sample, parse_row};
 use crate::processor::strict_json;
 use crate::study::keys_of;
 
@@ -68,6 +70,17 @@ impl CorpusRow {
     /// Name of the first image without folder and ending.
     pub(super) fn id(&self) -> &str {
         self.images.first().map_or("", |image| stem_of(image))
+    }
+
+    /// The file of an image that was in the row or on the web.
+    pub(super) fn kept(&self, index: usize) -> Option<&PathBuf> {
+        match &self.body {
+            Body::Messages { sample, .. } => match sample.sources.get(&index)? {
+                ImageSource::Kept(path) => Some(path),
+                _ => None,
+            },
+            Body::Report(_) => None,
+        }
     }
 
     /// The report: the answer of the last turn.
@@ -136,25 +149,28 @@ pub(super) fn read_keyed(
     Ok((CorpusForm::Keys, rows.collect::<Result<_, _>>()?))
 }
 
-fn read_text(path: &Path) -> Result<String, ConvertError> {
-    let bytes = fs::read(path).map_err(|cause| ConvertError::Read {
-        path: path.to_owned(),
-        cause,
-    })?;
-    Ok(rows::text(path, &bytes)?.to_owned())
+/// The text of a file of any encoding, plain or packed.
+pub(super) fn read_text(path: &Path) -> Result<String, ConvertError> {
+    const LIMIT: u64 = 8 << 30;
+    let read = text_file::read_text(path, LIMIT);
+    Ok(read.map_err(|error| text_error(path, error))?.text)
 }
 
 /// Reads a corpus in any of its forms.
-pub(super) fn read(path: &Path) -> Result<(CorpusForm, Vec<CorpusRow>), ConvertError> {
+pub(super) fn read(
+    path: &Path,
+    reading: &DataOptions,
+) -> Result<(CorpusForm, Vec<CorpusRow>), ConvertError> {
+    // Rows that training reads as they are, in any file.
+    if let Some(rows) = training_rows(path, reading)? {
+        return Ok((CorpusForm::Messages, rows));
+    }
     let text = read_text(path)?;
     let text = text.as_str();
     let (form, rows) = match strict_json::parse(text) {
         Ok(Value::Object(mut fields)) => match fields.shift_remove("annotations") {
             Some(Value::Array(rows)) => (CorpusForm::Annotations, rows),
-            _ if fields.contains_key("messages") => {
-                rows::rows(path, text.as_bytes())?;
-                return lines(path, text);
-            }
+            _ if fields.contains_key("img") => (CorpusForm::Prompts, vec![Value::Object(fields)]),
             _ => return Err(unknown(path)),
         },
         Ok(Value::Array(rows)) => match rows.first() {
@@ -173,7 +189,7 @@ pub(super) fn read(path: &Path) -> Result<(CorpusForm, Vec<CorpusRow>), ConvertE
             if ending.is_some_and(|ending| ["csv", "tsv", "xlsx"].contains(&ending)) {
                 return Err(unknown(path));
             }
-            if rows::rows(path, text.as_bytes())?.is_empty() {
+            if text.trim().is_empty() {
                 return Err(ConvertError::Empty(path.to_owned()));
             }
             let (path, row) = (path.to_owned(), 1);
@@ -254,6 +270,16 @@ fn report_row(
 
 fn message_row(path: &Path, number: usize, line: &str) -> Result<CorpusRow, ConvertError> {
     let (sample, row) = parse_row(line, path, number)?;
+    messages_row(path, number, sample, row)
+}
+
+/// A row of `messages` that was read.
+pub(super) fn messages_row(
+    path: &Path,
+    number: usize,
+    sample: Sample,
+    row: Map<String, Value>,
+) -> Result<CorpusRow, ConvertError> {
     if sample.conversation.last_answer().is_none() {
         return Err(ConvertError::Form {
             path: path.to_owned(),

@@ -4,7 +4,10 @@ use std::path::PathBuf;
 
 use crate::{
     base::files::FileError,
-    dataset::rows::RowsError,
+    dataset::{
+        error::DatasetError,
+        rows::{DataFileError, RowsError},
+    },
     processor::{sample::SampleError, supervised::SupervisedError, tokenizer::TokenizerError},
     study::{StudyError, counted},
 };
@@ -56,6 +59,9 @@ pub enum ConvertError {
     /// A row of `messages` is no sample.
     #[error(transparent)]
     Sample(#[from] SampleError),
+    /// A data file cannot be read, or an image of it cannot be kept.
+    #[error(transparent)]
+    Data(Box<DatasetError>),
     /// An image may be one of several files, or a file one of several images.
     #[error(
         "`{}` row {row}: image `{image}` {what}; expected one file an image: give the folder that the paths of the rows begin in (`--images`)", .path.display()
@@ -129,4 +135,22 @@ pub enum ConvertError {
     /// An output file cannot be written.
     #[error(transparent)]
     File(#[from] FileError),
+}
+
+impl From<DataFileError> for ConvertError {
+    fn from(error: DataFileError) -> Self {
+        match error {
+            DataFileError::Read { path, cause } => Self::Read { path, cause },
+            DataFileError::Rows(error) => Self::Rows(error),
+        }
+    }
+}
+
+impl From<DatasetError> for ConvertError {
+    fn from(error: DatasetError) -> Self {
+        match error {
+            DatasetError::Rows(error) => Self::Rows(error),
+            error => Self::Data(Box::new(error)),
+        }
+    }
 }

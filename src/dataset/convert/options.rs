@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use super::corpus::CorpusKeys;
+use crate::dataset::reader::DataOptions;
 use crate::study::StudyRule;
 
 /// The questions of the published training.
@@ -42,6 +43,8 @@ pub enum Split {
 pub struct ConvertOptions {
     /// The corpus.
     pub input: PathBuf,
+    /// How rows are read that training reads as they are.
+    pub reading: DataOptions,
     /// Keys of image and report in a corpus of another form.
     pub keys: Option<CorpusKeys>,
     /// Folder of the images; rows of `messages` may do without and name their own.

@@ -37,6 +37,7 @@ impl Bench {
     fn options(&self) -> ConvertOptions {
         ConvertOptions {
             input: self.dir.path().join("corpus.json"),
+            reading: Default::default(),
             keys: None,
             images: Some(self.dir.path().join("images")),
             output: self.dir.path().join("out"),
@@ -331,8 +332,8 @@ fn wrong_input_is_named() {
     };
     for (text, words) in [
         ("{", "row 1: not JSON"),
-        ("3", "no known form"),
-        ("[]", "no known form"),
+        ("3", "row 1: found a number"),
+        ("[]", "holds no row"),
         (r#"{"annotations": []}"#, "holds no row"),
         (
             r#"{"annotations": [{"image_id": "2_1"}]}"#,
@@ -592,7 +593,7 @@ fn rows_of_other_keys_are_read_by_naming_them() {
     }
     let bench = Bench::new("a,b\n");
     let table = bench.dir.path().join("table.csv");
-    fs::write(&table, "image,report\n").unwrap();
+    fs::write(&table, "image,report\n1_1.png,正常\n").unwrap();
     let options = ConvertOptions {
         input: table,
         ..bench.options()

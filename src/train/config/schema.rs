@@ -1,6 +1,6 @@
 //! The JSON schema of a config file, for editors and other programs: keys, types, limits, defaults, descriptions.
 
-use schemars::generate::SchemaSettings;
+use schemars::{Schema, SchemaGenerator, generate::SchemaSettings, json_schema};
 use serde_json::{Value, json};
 
 use super::{BEST_METRICS, TrainConfig};
@@ -32,7 +32,7 @@ const LIMITS: &[(&str, &str, f64)] = &[
 ];
 
 /// The schema, in draft 7: the newest that editors' TOML extensions read.
-pub fn json_schema() -> Value {
+pub fn config_schema() -> Value {
     let generator = SchemaSettings::draft07().into_generator();
     let mut schema = generator.into_root_schema_for::<TrainConfig>().to_value();
     unwrap_lines(&mut schema);
@@ -49,6 +49,16 @@ pub fn json_schema() -> Value {
     properties["metric_for_best_model"]["enum"] = json!(metrics);
     properties["dtype"]["enum"] = json!(["bf16", "f16", "f32", null]);
     schema
+}
+
+/// One data set or several: a name, or a list of names.
+pub(super) fn data_sets(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({
+        "anyOf": [
+            { "type": "string" },
+            { "type": "array", "items": { "type": "string" } },
+        ],
+    })
 }
 
 /// Joins the lines of each paragraph of a description: a doc comment's line ends say nothing.
@@ -85,7 +95,7 @@ mod tests {
     fn the_file_in_configs_is_up_to_date() {
         let file: Value = serde_json::from_str(&repository("configs/schema.json")).unwrap();
         assert!(
-            file == json_schema(),
+            file == config_schema(),
             "run: cargo run --release -- config schema > configs/schema.json"
         );
     }
@@ -121,7 +131,7 @@ mod tests {
 
     #[test]
     fn every_key_is_described() {
-        let schema = json_schema();
+        let schema = config_schema();
         let properties = schema["properties"].as_object().unwrap();
         let keys = TrainConfig::keys();
         assert_eq!(keys.len(), properties.len());
