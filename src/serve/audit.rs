@@ -159,10 +159,9 @@ impl Drop for RequestRecord {
         let facts = self.facts();
         let refused = facts.status.is_none_or(|status| status >= 400);
         let answered = facts.outcome.is_some();
-        let of_api = self
-            .route
-            .as_deref()
-            .is_some_and(|route| route.starts_with("/v1/") || API_ALIASES.contains(&route));
+        let of_api = self.route.as_deref().is_some_and(|route| {
+            route.starts_with("/v1/") || API_ALIASES.contains(&route.trim_end_matches('/'))
+        });
         if !refused && !of_api {
             return;
         }

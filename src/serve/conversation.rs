@@ -177,8 +177,7 @@ impl Conversation {
         if self.options.continue_final_message {
             self.cut_after_final_message(&mut text)?;
         }
-        let answer = text.rfind("<|im_start|>").map_or("", |at| &text[at..]);
-        let opens_thinking = answer.rfind("<think>") > answer.rfind("</think>");
+        let opens_thinking = opens_thinking(&text);
         Ok(Rendered {
             text,
             opens_thinking,
@@ -257,6 +256,15 @@ impl Conversation {
             )),
         }
     }
+}
+
+/// Whether an answer to this prompt begins inside of reasoning.
+fn opens_thinking(prompt: &str) -> bool {
+    let last = prompt.rfind("<|im_start|>assistant");
+    let answer = last.map_or(prompt, |at| &prompt[at..]);
+    let is_answer = last.is_some() && !answer[1..].contains("<|im_start|>");
+    prompt.trim_end().ends_with("<think>")
+        || (is_answer && answer.rfind("<think>") > answer.rfind("</think>"))
 }
 
 /// A message as the template takes it; its images are appended to `images`.
@@ -426,6 +434,34 @@ pub(super) fn chat_error(error: ChatError) -> ApiError {
         other => {
             log::error!("messages could not be encoded: {other}");
             ApiError::internal()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reasoning_is_open_where_the_prompt_opened_it() {
+        for (prompt, open) in [
+            (
+                "<|im_start|>user\n?<|im_end|>\n<|im_start|>assistant\n",
+                false,
+            ),
+            (
+                "<|im_start|>user\n?<|im_end|>\n<|im_start|>assistant\n<think>\n",
+                true,
+            ),
+            ("<|im_start|>assistant\n<think>\n先看", true),
+            ("<|im_start|>assistant\n<think>\n\n</think>\n\n", false),
+            (
+                "<|im_start|>assistant\n<think>a<|im_end|>\n<|im_start|>user\n?",
+                false,
+            ),
+            ("<|im_start|>user\nWhat is <think>?<|im_end|>\n", false),
+        ] {
+            assert_eq!(opens_thinking(prompt), open, "{prompt}");
         }
     }
 }

@@ -415,7 +415,7 @@ pub(super) mod tests {
         let mut constraint = constraint.of_answer().unwrap();
         let wishes = tokenizer.encode_plain(wish).unwrap();
         let mut tokens = Vec::new();
-        for step in 0..200 {
+        for step in 0..2000 {
             let mut logits: Vec<f32> = (0..vocab + 5).map(|id| -(id as f32) / 1e4).collect();
             if let Some(id) = wishes.get(step) {
                 logits[*id as usize] = 10.0;

@@ -125,11 +125,11 @@ pub(super) async fn respond<F: StreamForm>(
     }
     let events = stream::unfold(running, |mut running| async move {
         let (name, data) = running.next().await?;
-        let mut event = sse::Event::default().data(data);
-        if let Some(name) = name {
-            event = event.event(name);
-        }
-        Some((Ok::<_, Infallible>(event), running))
+        let event = match name {
+            Some(name) => sse::Event::default().event(name),
+            None => sse::Event::default(),
+        };
+        Some((Ok::<_, Infallible>(event.data(data)), running))
     });
     let keep_alive = KeepAlive::new().interval(KEEP_ALIVE).text("waiting");
     let mut response = Sse::new(events).keep_alive(keep_alive).into_response();

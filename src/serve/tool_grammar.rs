@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 use super::{
     grammar::{FormError, GrammarFactory, check_size},
     schema::close_objects,
-    types::{AnswerRemark, Tool, ToolUse},
+    types::{AnswerRemark, Tool, ToolChoice, ToolUse},
 };
 use crate::processor::tools::{CALL_CLOSE, CALL_OPEN};
 
@@ -45,7 +45,9 @@ impl GrammarFactory {
         }
         let close = json!(format!("}}\n{CALL_CLOSE}"));
         let next = json!(format!("\n{CALL_OPEN}"));
-        let more = match tools.parallel {
+        // A function that is named is called once, as OpenAI does it.
+        let may_repeat = tools.parallel && !matches!(tools.choice, ToolChoice::Named(_));
+        let more = match may_repeat {
             true => format!(" ({next} call){{0,{}}}", MAX_CALLS - 1),
             false => String::new(),
         };
@@ -118,7 +120,7 @@ mod tests {
     use super::{
         super::{
             grammar::tests::{factory, write_by},
-            types::{AnswerForm, ToolChoice},
+            types::AnswerForm,
         },
         *,
     };
@@ -142,7 +144,7 @@ mod tests {
     #[test]
     fn a_forced_call_is_written_in_the_form_of_the_models_training() {
         let (_, factory) = factory();
-        let named = tools(ToolChoice::Named("report".into()), false);
+        let named = tools(ToolChoice::Named("report".into()), true);
         let constraint = factory.constraint(None, &named, false).unwrap();
         assert_eq!(constraint.remarks.len(), 1);
         let wish =

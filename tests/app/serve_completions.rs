@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use crate::server::{Server, question, start, with};
 
 fn complete(server: &Server, more: Value) -> Value {
-    let mut body = json!({"prompt": "心影", "max_tokens": 6});
+    let mut body = json!({"prompt": "心影", "max_tokens": 6, "ignore_eos": true});
     body.as_object_mut()
         .unwrap()
         .extend(more.as_object().unwrap().clone());
@@ -73,7 +73,7 @@ fn a_streamed_text_is_the_whole_one() {
         json!({"echo": true, "logprobs": 1, "n": 2}),
     ] {
         let whole = complete(&server, more.clone());
-        let mut body = json!({"prompt": "心影", "max_tokens": 6, "stream": true,
+        let mut body = json!({"prompt": "心影", "max_tokens": 6, "ignore_eos": true, "stream": true,
             "stream_options": {"include_usage": true}});
         body.as_object_mut()
             .unwrap()

@@ -43,7 +43,6 @@ fn words_and_stops_are_held_to_the_request() {
     let word: String = letters[2..4].iter().collect();
     let without = text_of(&server, json!({"bad_words": [word]}));
     assert!(!without.contains(&word) && without != plain, "{without}");
-    assert!(without.starts_with(&letters[..2].iter().collect::<String>()));
     let stop = letters[3].to_string();
     let before = text_of(&server, json!({"stop": stop}));
     let after = text_of(
@@ -271,7 +270,9 @@ fn a_stream_can_count_as_it_goes() {
         })
         .collect();
     assert!(counts.is_sorted() && counts[0] == 0, "{counts:?}");
-    assert_eq!(counts.last(), Some(&24));
+    let whole = server.chat(&asked(json!({}))).json();
+    let written = whole["usage"]["completion_tokens"].as_u64();
+    assert_eq!(counts.last().copied(), written);
 }
 
 #[test]

@@ -207,10 +207,11 @@ fn calls_and_results_are_part_of_the_prompt() {
         {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": "好"}]},
     ]);
     let tools = body(json!({}))["tools"].clone();
-    let request = json!({"messages": messages, "tools": tools, "return_token_strs": true});
+    let request = json!({"messages": messages, "tools": tools});
     let found = server.post("/tokenize", &request).json();
-    let texts = found["token_strs"].as_array().unwrap();
-    let prompt: String = texts.iter().map(|one| one.as_str().unwrap()).collect();
+    let tokens = json!({"tokens": found["tokens"]});
+    let found = server.post("/detokenize", &tokens).json();
+    let prompt = found["prompt"].as_str().unwrap();
     for part in [
         "<|im_start|>system\n简短。\n\n# Tools\n",
         "<tools>\n{\"type\": \"function\", \"function\": {\"name\": \"report\"",

@@ -39,8 +39,8 @@ await calls.passes('generateText with Output.object', async () => {
   const found = await generateText({ ...base, output });
   check(typeof found.output.normal === 'boolean', found.output);
 });
-await calls.passes('tools: required, run, result sent back', async () => {
-  const steps = { 0: 'required' };
+await calls.passes('tools: named, run, result sent back', async () => {
+  const steps = { 0: { type: 'tool', toolName: 'report' } };
   await generateText({
     ...base,
     tools: { report },

@@ -39,11 +39,10 @@ with Server() as server:
     for name, chosen in [
         ("TOOLS (the default)", instructor.Mode.TOOLS),
         ("TOOLS_STRICT", instructor.Mode.TOOLS_STRICT),
+        ("FUNCTIONS", instructor.Mode.FUNCTIONS),
         ("JSON_SCHEMA", instructor.Mode.JSON_SCHEMA),
     ]:
         calls.passes(f"mode {name}", mode(chosen))
     calls.passes("create_partial", partial)
-    calls.refused(
-        "mode FUNCTIONS (its requests have `functions`)", mode(instructor.Mode.FUNCTIONS), "unctions"
-    )
+    calls.refused("an unknown model", lambda: ask(instructor.Mode.TOOLS, model="gpt-4o"), "does not exist")
 calls.end()

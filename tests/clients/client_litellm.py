@@ -2,6 +2,10 @@
 
 import importlib.metadata
 import json
+import os
+import typing
+
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
 
 import litellm
 import pydantic
@@ -13,7 +17,7 @@ litellm.suppress_debug_info = True
 
 
 class Finding(pydantic.BaseModel):
-    side: str
+    side: typing.Literal["left", "right"]
     normal: bool
 
 

@@ -1,6 +1,7 @@
 """The `llm` command line."""
 
 import importlib.metadata
+import json
 import os
 import pathlib
 import subprocess
@@ -13,10 +14,11 @@ calls = Calls(f"llm {importlib.metadata.version('llm')}")
 
 with Server() as server, tempfile.TemporaryDirectory() as folder:
     pathlib.Path(folder, "extra-openai-models.yaml").write_text(
-        f"- model_id: xray\n  model_name: {MODEL}\n  api_base: {server.url}\n  vision: true\n"
+        f"- model_id: xray\n  model_name: {MODEL}\n  api_base: {server.url}\n  vision: true\n  api_key_name: xray\n"
         "  supports_tools: true\n  supports_schema: true\n  can_stream: true\n"
     )
-    environment = {**os.environ, "LLM_USER_PATH": folder, "OPENAI_API_KEY": KEY}
+    pathlib.Path(folder, "keys.json").write_text(json.dumps({"xray": KEY}))
+    environment = {**os.environ, "LLM_USER_PATH": folder}
 
     def llm(*arguments, model="xray"):
         command = [sys.executable, "-m", "llm", "prompt", "-m", model, *arguments]

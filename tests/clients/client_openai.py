@@ -1,6 +1,7 @@
 """The `openai` package: chat, completions, responses, tools."""
 
 import json
+import typing
 
 import openai
 import pydantic
@@ -11,7 +12,7 @@ calls = Calls(f"openai (Python) {openai.__version__}")
 
 
 class Finding(pydantic.BaseModel):
-    side: str
+    side: typing.Literal["left", "right"]
     normal: bool
 
 

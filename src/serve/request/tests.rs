@@ -134,7 +134,7 @@ fn the_document_has_the_fields_that_are_read() {
     let items = json!([
         {"type": "message", "role": "user", "content": parts},
         {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
-        {"type": "function_call_output", "call_id": "c", "output": "1"},
+        {"type": "function_call_output", "call_id": "c", "output": parts},
         {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "?"}]},
     ]);
     let flat = json!({"type": "function", "name": "f"});
