@@ -32,7 +32,9 @@ impl BadWords {
                 if token.windows(bytes.len()).any(|window| window == bytes) {
                     completed_by[0].push(id);
                 }
-                for (written, tokens) in completed_by.iter_mut().enumerate().skip(1) {
+                // A token cannot complete more than it has.
+                let first = bytes.len().saturating_sub(token.len()).max(1);
+                for (written, tokens) in completed_by.iter_mut().enumerate().skip(first) {
                     if token.starts_with(&bytes[written..]) {
                         tokens.push(id);
                     }

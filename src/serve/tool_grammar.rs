@@ -13,6 +13,9 @@ use crate::processor::tools::{CALL_CLOSE, CALL_OPEN};
 /// Most calls of functions in an answer.
 const MAX_CALLS: usize = 16;
 
+/// Longest schemas of all functions together, in bytes of JSON.
+const LONGEST_SCHEMAS: usize = 256 << 10;
+
 /// Calls that cannot be followed.
 pub(super) fn of_tools(reason: String) -> FormError {
     FormError {
@@ -42,6 +45,11 @@ impl GrammarFactory {
                 json!(head)
             ));
             names.push(format!("tool{index}"));
+        }
+        if rules.len() > LONGEST_SCHEMAS {
+            return Err(of_tools(format!(
+                "their schemas have more than {LONGEST_SCHEMAS} bytes together"
+            )));
         }
         let close = json!(format!("}}\n{CALL_CLOSE}"));
         let next = json!(format!("\n{CALL_OPEN}"));

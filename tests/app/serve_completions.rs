@@ -137,7 +137,7 @@ fn a_text_is_scored() {
         assert!(best >= logprob - 1e-4);
     }
     // The scores are those of the same tokens when the model writes them.
-    let written = complete(&server, json!({"logprobs": 0}));
+    let written = complete(&server, json!({"logprobs": 0, "ignore_eos": false}));
     let text = texts(&written)[0].clone();
     let again =
         json!({"prompt": format!("心影{text}"), "echo": true, "max_tokens": 0, "logprobs": 0});

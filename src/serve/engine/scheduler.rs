@@ -37,7 +37,7 @@ pub(super) fn whole_blocks(tokens: usize) -> usize {
 }
 
 /// Tokens of the budget that one token takes whose logits are read.
-const TOKEN_BY_TOKEN: usize = 16;
+const TOKEN_BY_TOKEN: usize = 64;
 
 /// Failed device calls in a row after which the device is tried by itself.
 const FAILURES: u32 = 3;

@@ -156,7 +156,10 @@ fn the_document_has_the_fields_that_are_read() {
     check_against_document("AdapterRequest");
     TokenizeRequest::read(parse(json!({"prompt": "?"}))).unwrap();
     check_against_document("TokenizeRequest");
-    TokenizeRequest::read(parse(base_of_tokens(&base))).unwrap();
+    let mut body = base_of_tokens(&base);
+    TokenizeRequest::read(parse(body.clone())).unwrap();
+    body["tool_choice"] = json!({"type": "function", "function": {"name": "f"}});
+    TokenizeRequest::read(parse(body)).unwrap();
     check_against_document("TokenizeChatRequest");
     DetokenizeRequest::read(parse(json!({"tokens": [1]}))).unwrap();
     check_against_document("DetokenizeRequest");
