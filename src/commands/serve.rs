@@ -44,6 +44,7 @@ use crate::{
     serve::{
         App, ServeConfig,
         auth::{ApiKey, KeyError},
+        cors::AllowedOrigins,
         engine::{End, Engine, EngineLimits},
         http::{self, Transport},
         metrics::Metrics,
@@ -85,6 +86,10 @@ pub struct ServeArgs {
     /// can be given several times.
     #[arg(long, value_name = "NAME")]
     pub host_name: Vec<String>,
+    /// Origin whose web pages may use the server from a browser, such as https://viewer.example, `null`, or
+    /// `*` for any; can be given several times. Without it only the server's own page may.
+    #[arg(long, value_name = "ORIGIN", num_args = 1..)]
+    pub allow_origin: Vec<String>,
     /// Certificate chain, PEM; switches TLS on.
     #[arg(long, value_name = "FILE", requires = "tls_key")]
     pub tls_cert: Option<PathBuf>,
@@ -278,6 +283,9 @@ fn check(args: &ServeArgs) -> Result<()> {
         && !dir.is_dir()
     {
         bail!("--adapter-dir `{}` is not a folder", dir.display());
+    }
+    if let Err(error) = AllowedOrigins::new(&args.allow_origin) {
+        return wrong(format!("--allow-origin: {error}"));
     }
     loras(args)?;
     #[cfg(not(feature = "tls"))]
@@ -575,6 +583,8 @@ impl Serve {
             page_history: args.page_history,
             host_names: self.host_names(),
             origin_names: lowercase(&args.host_name),
+            // Checked at the start.
+            allow_origins: AllowedOrigins::new(&args.allow_origin).unwrap_or_default(),
         }
     }
 
@@ -639,6 +649,11 @@ impl Serve {
         );
         if self.args.no_auth && !self.args.host.is_loopback() {
             eprintln!("warning: everybody who reaches {address} can use it");
+        }
+        if app.config.allow_origins.any() && self.api_keys.is_empty() {
+            eprintln!(
+                "warning: every web page that is opened where {address} can be reached can use it; give an --api-key"
+            );
         }
         let drain = Duration::from_secs(self.args.drain_seconds);
         http::serve(listener, transport, router(app.clone()), app, stop, drain).await?;

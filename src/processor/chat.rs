@@ -10,8 +10,9 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use minijinja::value::Value;
+use minijinja::value::{Value, merge_maps};
 use minijinja::{Environment, context};
+use serde::Serialize;
 
 use super::jinja;
 pub use super::message::{Content, Message, Part, Role, split_thinking};
@@ -139,8 +140,6 @@ pub struct ChatTemplate {
     source: String,
     origin: String,
     tokens: BTreeMap<String, String>,
-    /// Used where the options of a rendering do not say.
-    enable_thinking: Option<bool>,
     opens_thinking: bool,
 }
 
@@ -163,7 +162,6 @@ impl ChatTemplate {
             source,
             origin,
             tokens,
-            enable_thinking: None,
             opens_thinking: false,
         };
         template.probe()?;
@@ -175,20 +173,6 @@ impl ChatTemplate {
         let prompt = self.render(&probe, RenderOptions::generation())?;
         self.opens_thinking = prompt.trim_end().ends_with("<think>");
         Ok(())
-    }
-
-    /// The template with `enable_thinking` set; `None` for one that does not read it.
-    ///
-    /// # Errors
-    /// [`ChatError::Template`], where the template refuses the value.
-    pub fn with_thinking(&self, enable: bool) -> Result<Option<Self>, ChatError> {
-        if !self.source.contains("enable_thinking") {
-            return Ok(None);
-        }
-        let mut template = self.clone();
-        template.enable_thinking = Some(enable);
-        template.probe()?;
-        Ok(Some(template))
     }
 
     /// The built-in template of Qwen3-VL Instruct.
@@ -264,33 +248,61 @@ impl ChatTemplate {
         messages: &[Message],
         options: RenderOptions,
     ) -> Result<String, ChatError> {
+        self.render_with(messages, &serde_json::Map::new(), options)
+    }
+
+    /// As [`Self::render`], for messages of another form and with further variables, `tools` among them.
+    ///
+    /// # Errors
+    /// As [`Self::render`].
+    pub fn render_with<M: Serialize>(
+        &self,
+        messages: &[M],
+        variables: &serde_json::Map<String, serde_json::Value>,
+        options: RenderOptions,
+    ) -> Result<String, ChatError> {
         if messages.is_empty() {
             return Err(ChatError::NoMessages);
         }
-        let failed = |error: minijinja::Error| ChatError::Template {
-            origin: self.origin.clone(),
-            reason: reason_of(&error),
-        };
-        let template = self
-            .environment
-            .template_from_named_str("chat_template", &self.source)
-            .map_err(failed)?;
         // Templates that test `is defined` treat undefined and false differently, so it stays undefined.
         let thinking = options
             .enable_thinking
-            .or(self.enable_thinking)
             .map_or(Value::UNDEFINED, Value::from);
-        template
+        let defaults = context! {
+            tools => (),
+            documents => (),
+            enable_thinking => thinking,
+            ..Value::from_serialize(&self.tokens)
+        };
+        // The later of two wins.
+        let more = merge_maps([defaults, Value::from_serialize(variables)]);
+        self.template()?
             .render(context! {
                 messages => messages,
-                tools => (),
-                documents => (),
                 add_generation_prompt => options.add_generation_prompt,
                 add_vision_id => options.add_vision_id,
-                enable_thinking => thinking,
-                ..Value::from_serialize(&self.tokens)
+                ..more
             })
-            .map_err(failed)
+            .map_err(|error| self.failed(&error))
+    }
+
+    fn template(&self) -> Result<minijinja::Template<'_, '_>, ChatError> {
+        self.environment
+            .template_from_named_str("chat_template", &self.source)
+            .map_err(|error| self.failed(&error))
+    }
+
+    fn failed(&self, error: &minijinja::Error) -> ChatError {
+        ChatError::Template {
+            origin: self.origin.clone(),
+            reason: reason_of(error),
+        }
+    }
+
+    /// Whether the template reads this variable.
+    pub fn reads(&self, variable: &str) -> bool {
+        self.template()
+            .is_ok_and(|template| template.undeclared_variables(false).contains(variable))
     }
 }
 

@@ -56,6 +56,15 @@ impl Formatter for PythonFormatter {
     }
 }
 
+/// A value as Python's `json.dumps(…, ensure_ascii=False)` writes it.
+pub(super) fn python_json(value: &serde_json::Value) -> String {
+    let mut out = Vec::new();
+    match value.serialize(&mut Serializer::with_formatter(&mut out, PythonFormatter)) {
+        Ok(()) => String::from_utf8_lossy(&out).into_owned(),
+        Err(_) => value.to_string(),
+    }
+}
+
 fn to_json(value: &Value, options: Kwargs) -> Result<Value, Error> {
     let indent: Option<usize> = options.get("indent")?;
     let ensure_ascii: Option<bool> = options.get("ensure_ascii")?;

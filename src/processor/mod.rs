@@ -32,4 +32,5 @@ pub(crate) mod strict_json;
 pub mod supervised;
 mod tags;
 pub mod tokenizer;
+pub mod tools;
 pub mod train_tokenizer;

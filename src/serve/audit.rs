@@ -11,11 +11,14 @@ use std::{
 
 use axum::extract::{MatchedPath, Request};
 
-use super::auth::Peer;
+use super::{auth::Peer, router::API_ALIASES};
 
 /// Lines of the budget: so many at once, and so many more a second.
 const BURST: f64 = 50.0;
 const PER_SECOND: f64 = 10.0;
+
+/// Longest id of a request that is taken from its client.
+const LONGEST_ID: usize = 128;
 
 /// Code of a response's error, for the log.
 #[derive(Debug, Clone, Copy)]
@@ -89,13 +92,21 @@ pub(super) struct Facts {
     pub(super) outcome: Option<&'static str>,
 }
 
+/// The `x-request-id` of a client, if it is fit for a line of the log.
+fn sent_id(request: &Request) -> Option<String> {
+    let id = request.headers().get("x-request-id")?.to_str().ok()?;
+    let letter = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.:".contains(&byte);
+    let fits = (1..=LONGEST_ID).contains(&id.len()) && id.bytes().all(letter);
+    fits.then(|| id.to_owned())
+}
+
 impl RequestRecord {
     pub(super) fn begin(audit: &Arc<Audit>, request: &Request) -> Arc<Self> {
         let route = request.extensions().get::<MatchedPath>();
         let peer = request.extensions().get::<Peer>();
         Arc::new(Self {
             audit: audit.clone(),
-            id: format!("{:032x}", rand::random::<u128>()),
+            id: sent_id(request).unwrap_or_else(|| format!("{:032x}", rand::random::<u128>())),
             started: Instant::now(),
             client: peer.map_or(0, |peer| peer.client),
             method: request.method().as_str().chars().take(16).collect(),
@@ -104,7 +115,7 @@ impl RequestRecord {
         })
     }
 
-    /// The request's id, in the log and in `x-request-id`.
+    /// The request's id, in the log and in `x-request-id`: the client's own where it sent one.
     pub(super) fn id(&self) -> &str {
         &self.id
     }
@@ -148,10 +159,9 @@ impl Drop for RequestRecord {
         let facts = self.facts();
         let refused = facts.status.is_none_or(|status| status >= 400);
         let answered = facts.outcome.is_some();
-        let of_api = self
-            .route
-            .as_deref()
-            .is_some_and(|route| route.starts_with("/v1/"));
+        let of_api = self.route.as_deref().is_some_and(|route| {
+            route.starts_with("/v1/") || API_ALIASES.contains(&route.trim_end_matches('/'))
+        });
         if !refused && !of_api {
             return;
         }
@@ -196,6 +206,23 @@ mod tests {
         assert_eq!(budget.take(later), Some(950));
         assert_eq!((0..100).filter_map(|_| budget.take(later)).sum::<u64>(), 0);
         assert_eq!(budget.left_out, 91);
+    }
+
+    #[test]
+    fn an_id_of_the_client_is_taken_where_it_fits_a_line() {
+        let id = |text: &str| {
+            let request = Request::builder()
+                .header("x-request-id", text)
+                .body(axum::body::Body::empty())
+                .unwrap();
+            RequestRecord::begin(&Arc::default(), &request)
+                .id()
+                .to_owned()
+        };
+        assert_eq!(id("7f-A_b.c:1"), "7f-A_b.c:1");
+        for other in ["", "a b", "x\ty", "\u{e9}", &"a".repeat(129)] {
+            assert_eq!(id(other).len(), 32, "{other}");
+        }
     }
 
     #[test]

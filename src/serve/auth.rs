@@ -6,7 +6,7 @@ use axum::http::{HeaderMap, HeaderName, StatusCode, header};
 use sha2::{Digest, Sha256};
 use subtle::{Choice, ConstantTimeEq};
 
-use super::error::ApiError;
+use super::{cors::AllowedOrigins, error::ApiError};
 
 /// The other end of a connection.
 #[derive(Debug, Clone, Copy)]
@@ -135,7 +135,8 @@ impl KeyCheck {
 ///
 /// A server without keys trusts whoever reaches it. A page may reach it too: through a name
 /// that suddenly resolves to this machine (so the `Host` must be one of `host_names`), or by a plain
-/// cross-origin request (so the `Origin` must be the server itself, or one of `origin_names`).
+/// cross-origin request (so the `Origin` must be the server itself, one of `origin_names`, or one that is
+/// `allowed`).
 ///
 /// # Errors
 /// [`ApiError`] of status 403.
@@ -143,6 +144,7 @@ pub fn check_origin(
     headers: &HeaderMap,
     host_names: &[String],
     origin_names: &[String],
+    allowed: &AllowedOrigins,
 ) -> Result<(), ApiError> {
     let text = |name: HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
     let host = text(header::HOST).unwrap_or_default();
@@ -161,10 +163,10 @@ pub fn check_origin(
             let name = host_name(authority).to_ascii_lowercase();
             authority.eq_ignore_ascii_case(host) || origin_names.contains(&name)
         });
-        if !ours {
+        if !ours && !allowed.allows(origin) {
             return Err(ApiError::new(
                 StatusCode::FORBIDDEN,
-                "requests from pages of other origins are not taken",
+                "requests from pages of this origin are not taken; --allow-origin lets them in",
             ));
         }
     }
@@ -259,7 +261,9 @@ mod tests {
     #[test]
     fn foreign_pages_and_names_are_refused() {
         let names = ["localhost".to_owned(), "[::1]".to_owned()];
-        let check = |pairs: &[(&str, &str)]| check_origin(&headers(pairs), &names, &[]).is_ok();
+        let none = AllowedOrigins::default();
+        let check =
+            |pairs: &[(&str, &str)]| check_origin(&headers(pairs), &names, &[], &none).is_ok();
         assert!(check(&[("host", "localhost:7860")]));
         assert!(check(&[("host", "[::1]:7860")]));
         assert!(check(&[("host", "LOCALHOST")]));
@@ -281,7 +285,13 @@ mod tests {
             );
         }
         let proxied = headers(&[("host", "inner:80"), ("origin", "https://xray.example")]);
-        assert!(check_origin(&proxied, &[], &[]).is_err());
-        assert!(check_origin(&proxied, &[], &["xray.example".into()]).is_ok());
+        assert!(check_origin(&proxied, &[], &[], &none).is_err());
+        assert!(check_origin(&proxied, &[], &["xray.example".into()], &none).is_ok());
+        // An allowed origin still has to call the server by its name.
+        let allowed = AllowedOrigins::new(&["https://viewer.example".into()]).unwrap();
+        let of_viewer = |host| headers(&[("host", host), ("origin", "https://viewer.example")]);
+        assert!(check_origin(&of_viewer("localhost"), &names, &[], &allowed).is_ok());
+        assert!(check_origin(&of_viewer("localhost"), &names, &[], &none).is_err());
+        assert!(check_origin(&of_viewer("evil.example"), &names, &[], &allowed).is_err());
     }
 }

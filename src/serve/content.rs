@@ -11,36 +11,32 @@ use hyper::body::Bytes;
 use super::{
     App,
     body::crowded,
+    conversation::{
+        AskedImage, Conversation, Rendered, Source, chat_error, count_tokens, image_name, too_long,
+    },
     engine::{Patches, PreparedPrompt},
     error::ApiError,
     fetch::fetch_image,
     models::ModelEntry,
     share::{Full, Share},
-    types::{ChatContent, ChatMessage, ChatPart, ImageRemark},
+    types::{ChatMessage, ImageRemark, ImageSize, PromptOptions, PromptText, Tool},
 };
 use crate::{
     base::base64_text::base64_bytes,
     batch::images::ImageInput,
     processor::{
-        chat::{ChatError, ChatTemplate, RenderOptions, encode_chat},
+        chat::{ChatTemplate, expand_image_pads},
         dicom::DicomError,
         image::{ImageError, NAMES as PICTURE_FORMATS, RgbImage},
-        message::{Content, Message, Part, Role},
         patches::ImageProcessor,
         remark::{Remark, RemarkKind},
-        tokenizer::TokenizerError,
+        sample::PixelLimits,
     },
     runtime::generate::GenerateError,
 };
 
-/// Most messages of a request.
-const MAX_MESSAGES: usize = 256;
-
-/// Where an image of a request comes from.
-enum Source {
-    Bytes(Vec<u8>),
-    Url(String),
-}
+/// Most pixels of an image of OpenAI's `detail: "low"`, within the server's own limits.
+const LOW_PIXELS: usize = 512 * 512;
 
 /// Patches, the picture they are made of, and what they are made from meanwhile: bytes of a pixel.
 const PATCH_BYTES: u64 = 24;
@@ -51,9 +47,6 @@ const RESIZING_BYTES: u64 = 6;
 /// million tokens, took 280 MB.
 const TEXT_BYTES: u64 = 48;
 const TOKEN_BYTES: u64 = 700;
-
-/// Text is tokenised in parts of this many bytes where it has to be counted first.
-const PART_BYTES: usize = 64 << 10;
 
 /// NFC makes at most one byte of so many.
 const LARGEST_COMPOSITION: usize = 3;
@@ -90,62 +83,224 @@ struct Cost {
     kept: u64,
 }
 
-/// Makes the prompt of `messages` for one model.
+/// A conversation to be made into a prompt.
+pub(super) struct Asked {
+    pub(super) messages: Vec<ChatMessage>,
+    /// Functions that the prompt describes.
+    pub(super) tools: Vec<Tool>,
+    pub(super) options: PromptOptions,
+}
+
+/// A prompt, and what is known of the answer's beginning.
+pub(super) struct Prepared {
+    pub(super) prompt: PreparedPrompt,
+    /// Whether the answer begins inside of reasoning.
+    pub(super) opens_thinking: bool,
+}
+
+/// Makes the prompt of a conversation for one model.
 ///
 /// # Errors
 /// [`ApiError`] names the message or the image, by number.
 pub(super) async fn prepare(
     app: &Arc<App>,
     model: &ModelEntry,
-    messages: Vec<ChatMessage>,
+    asked: Asked,
     requester: Requester,
-) -> Result<PreparedPrompt, ApiError> {
+) -> Result<Prepared, ApiError> {
     let Requester { client, mut memory } = requester;
-    let (messages, sources) = blocking(app, move |app| split(messages, app)).await??;
-    let text_bytes = text_bytes(&messages);
-    let most = app.context() * app.longest_token * LARGEST_COMPOSITION;
-    if text_bytes > most {
-        return Err(too_long(
-            app,
-            text_bytes / app.longest_token / LARGEST_COMPOSITION,
-        ));
-    }
+    let split = blocking(app, move |app| {
+        Conversation::new(asked.messages, &asked.tools, asked.options, app)
+    });
+    let (conversation, images) = split.await??;
+    let text_bytes = conversation.text_bytes();
+    check_bytes(app, text_bytes)?;
+    let (sources, sizes): (Vec<Source>, Vec<ImageSize>) = images
+        .into_iter()
+        .map(|AskedImage { source, size }| (source, size))
+        .unzip();
     let images = fetch_all(app, client, sources, &mut memory).await?;
-    let processor = app.parts.images.with_pixels(model.limits);
-    let processor = processor
+    let base = app.parts.images.with_pixels(model.limits);
+    let base = base
         .map_err(|error| {
             log::error!("the pixel limits of an adapter cannot be used: {error}");
             ApiError::internal()
         })?
         .into_owned();
-    let cost = cost(app, &processor, &images, text_bytes)?;
-    let mut share = match app.pictures.take(client, 1, cost.preparing).await {
-        Ok(share) => share,
-        Err(Full::TooManyWait) => return Err(crowded()),
-        Err(Full::TooLarge) => {
-            let message = "the images of the request need more memory together than this server gives \
-                           one request; send fewer or smaller ones";
-            let error = ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, message);
-            return Err(error.with_code("image"));
-        }
-    };
+    let processors = sizes
+        .into_iter()
+        .enumerate()
+        .map(|(index, size)| processor_for(&base, conversation.options().limits, size, index))
+        .collect::<Result<Vec<_>, _>>()?;
+    let cost = cost(app, &processors, &images, text_bytes)?;
+    let mut share = take_memory(app, client, &cost).await?;
     let template = model.template.clone();
     let stop = Arc::new(AtomicBool::new(false));
     let cancel = CancelOnDrop(stop.clone());
-    let prompt = blocking(app, move |app| {
+    let prepared = blocking(app, move |app| {
         // Decoding goes on when the request is cancelled, and its memory counts until it has ended.
-        let mut prompt = encode(app, &processor, &template, &messages, images, &stop)?;
+        let mut prepared = encode(app, &processors, &template, &conversation, images, &stop)?;
         drop(memory);
         share.leave();
         share.shrink_to(cost.patches + cost.kept);
         let patches = share.split(cost.patches);
-        prompt.patch_memory = Mutex::new(Some(Box::new(patches)));
-        prompt.memory = Some(Box::new(share));
-        Ok(prompt)
+        prepared.prompt.patch_memory = Mutex::new(Some(Box::new(patches)));
+        prepared.prompt.memory = Some(Box::new(share));
+        Ok(prepared)
     })
     .await?;
     drop(cancel);
-    prompt
+    prepared
+}
+
+/// Makes a prompt of a text or of token ids, as they are.
+///
+/// # Errors
+/// [`ApiError`] of status 400, and where there is no memory.
+pub(super) async fn prepare_text(
+    app: &Arc<App>,
+    client: u64,
+    text: PromptText,
+    truncate: Option<usize>,
+) -> Result<PreparedPrompt, ApiError> {
+    let (mut ids, share) = encode_text(app, client, text).await?;
+    keep_end(app, &mut ids, truncate)?;
+    if ids.contains(&app.parts.tokenizer.special().image_pad) {
+        return Err(ApiError::invalid(
+            "prompt",
+            "`prompt` holds the token of an image; send images to /v1/chat/completions",
+        ));
+    }
+    let mut prompt = prompt_of(app, ids, Vec::new(), "prompt")?;
+    prompt.memory = Some(Box::new(share));
+    Ok(prompt)
+}
+
+/// Token ids of a text, and the memory that is counted for them.
+///
+/// # Errors
+/// [`ApiError`] of status 400, and where there is no memory.
+pub(super) async fn encode_text(
+    app: &Arc<App>,
+    client: u64,
+    text: PromptText,
+) -> Result<(Vec<u32>, Share), ApiError> {
+    let bytes = match &text {
+        PromptText::Text(text) => text.len(),
+        PromptText::Ids(ids) => size_of_val(ids.as_slice()),
+    };
+    check_bytes(app, bytes)?;
+    let cost = cost(app, &[], &[], bytes)?;
+    let mut share = take_memory(app, client, &cost).await?;
+    let stop = Arc::new(AtomicBool::new(false));
+    let cancel = CancelOnDrop(stop.clone());
+    let encoded = blocking(app, move |app| {
+        let ids = match text {
+            PromptText::Ids(ids) => ids,
+            PromptText::Text(text) => text_ids(app, &text, &stop)?,
+        };
+        share.leave();
+        share.shrink_to(cost.kept);
+        Ok((ids, share))
+    })
+    .await?;
+    drop(cancel);
+    encoded
+}
+
+/// Token ids of a text, control tokens in it read as such.
+///
+/// # Errors
+/// [`ApiError`] of status 400, where it is too long.
+fn text_ids(app: &App, text: &str, stop: &AtomicBool) -> Result<Vec<u32>, ApiError> {
+    count_tokens(text, app, stop, &mut 0)?;
+    app.parts.tokenizer.encode(text).map_err(|error| {
+        log::error!("a text could not be encoded: {error}");
+        ApiError::internal()
+    })
+}
+
+/// Refuses text that has too many tokens whatever they are.
+fn check_bytes(app: &App, bytes: usize) -> Result<(), ApiError> {
+    let most = app.context() * app.longest_token * LARGEST_COMPOSITION;
+    if bytes > most {
+        let tokens = bytes / app.longest_token / LARGEST_COMPOSITION;
+        return Err(too_long(app, tokens));
+    }
+    Ok(())
+}
+
+async fn take_memory(app: &App, client: u64, cost: &Cost) -> Result<Share, ApiError> {
+    match app.pictures.take(client, 1, cost.preparing).await {
+        Ok(share) => Ok(share),
+        Err(Full::TooManyWait) => Err(crowded()),
+        Err(Full::TooLarge) => {
+            let message = "the images of the request need more memory together than this server gives \
+                           one request; send fewer or smaller ones";
+            let error = ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, message);
+            Err(error.with_code("image"))
+        }
+    }
+}
+
+/// Keeps the last `count` tokens.
+///
+/// # Errors
+/// [`ApiError`] of status 400, where an image would be cut.
+fn keep_end(app: &App, ids: &mut Vec<u32>, count: Option<usize>) -> Result<(), ApiError> {
+    let Some(cut) = count.map(|count| ids.len().saturating_sub(count)) else {
+        return Ok(());
+    };
+    let special = app.parts.tokenizer.special();
+    let of_image = [special.vision_start, special.image_pad, special.vision_end];
+    if ids[..cut].iter().any(|id| of_image.contains(id)) {
+        let name = "truncate_prompt_tokens";
+        return Err(ApiError::invalid(
+            name,
+            format!(
+                "`{name}` would cut an image out of the prompt of {} tokens",
+                ids.len()
+            ),
+        ));
+    }
+    ids.drain(..cut);
+    Ok(())
+}
+
+/// The processor of one image, at the sizes the request sets for all (`all`) and for this one.
+fn processor_for(
+    base: &ImageProcessor,
+    all: PixelLimits,
+    size: ImageSize,
+    index: usize,
+) -> Result<ImageProcessor, ApiError> {
+    let (param, name) = match size.limits == PixelLimits::default() {
+        true => ("mm_processor_kwargs", "`mm_processor_kwargs`".to_owned()),
+        false => ("messages", image_name(index)),
+    };
+    let most = base.config().max_pixels;
+    let wrong = || {
+        ApiError::invalid(
+            param,
+            format!(
+                "{name} sets a size that cannot be used; expected `min_pixels` of at least one patch, at most \
+                 `max_pixels`, and both at most {most}, the limit of this server"
+            ),
+        )
+    };
+    let mut limits = PixelLimits {
+        min_pixels: size.limits.min_pixels.or(all.min_pixels),
+        max_pixels: size.limits.max_pixels.or(all.max_pixels),
+    };
+    let given = [limits.min_pixels, limits.max_pixels];
+    if given.into_iter().flatten().any(|pixels| pixels > most) {
+        return Err(wrong());
+    }
+    if size.low {
+        limits.max_pixels = Some(limits.max_pixels.unwrap_or(most).min(LOW_PIXELS));
+    }
+    let processor = base.with_pixels(limits).map_err(|_| wrong())?;
+    Ok(processor.into_owned())
 }
 
 /// Runs work that takes a while on a thread of its own.
@@ -206,26 +361,26 @@ async fn fetch_all(
 /// What a request will take, by the headers of its images and the length of its text.
 fn cost(
     app: &App,
-    processor: &ImageProcessor,
+    processors: &[ImageProcessor],
     images: &[Bytes],
     text_bytes: usize,
 ) -> Result<Cost, ApiError> {
-    let most = processor.config().max_pixels as u64;
-    let least = processor.config().min_pixels as u64;
-    let (mut decoding, mut pixels) = (0, 0);
-    for (index, bytes) in images.iter().enumerate() {
+    let (mut decoding, mut pixels, mut resizing) = (0, 0, 0);
+    for (index, (bytes, processor)) in images.iter().zip(processors).enumerate() {
         let name = image_name(index);
+        let most = processor.config().max_pixels as u64;
+        let least = processor.config().min_pixels as u64;
         let found = processor.decoding_cost(bytes, &name);
         let found = found.map_err(|error| image_error(&name, &error))?;
         let scaled = found.pixels.clamp(least, most.max(least));
         decoding = found.bytes.max(decoding);
+        resizing = resizing.max(scaled * RESIZING_BYTES);
         pixels += scaled;
     }
     let tokens = text_bytes.min(app.context()) as u64;
     // Rounding to whole patches may add a little.
     let patches = pixels * PATCH_BYTES * 9 / 8;
     let kept = pixels * PICTURE_BYTES * 9 / 8 + text_bytes as u64 + 64 * tokens;
-    let resizing = pixels.min(most) * RESIZING_BYTES;
     let tokenizing = text_bytes as u64 * TEXT_BYTES + tokens * TOKEN_BYTES;
     Ok(Cost {
         preparing: patches + kept + (decoding + resizing).max(tokenizing),
@@ -234,184 +389,16 @@ fn cost(
     })
 }
 
-fn text_bytes(messages: &[Message]) -> usize {
-    let of_content = |content: &Content| match content {
-        Content::Text(text) => text.len(),
-        Content::Parts(parts) => parts
-            .iter()
-            .map(|part| match part {
-                Part::Text { text } => text.len(),
-                Part::Image => 0,
-            })
-            .sum(),
-    };
-    messages
-        .iter()
-        .map(|message| {
-            let reasoning = message.reasoning_content.as_deref();
-            of_content(&message.content) + reasoning.map_or(0, str::len)
-        })
-        .sum()
-}
-
-fn too_long(app: &App, tokens: usize) -> ApiError {
-    let context = app.context();
-    ApiError::invalid(
-        "messages",
-        format!(
-            "the prompt has more than {tokens} tokens; this server takes {context} with the answer"
-        ),
-    )
-    .with_code("context_length_exceeded")
-}
-
-/// Counts the tokens of long text part by part, so that what does not fit ends early: what the
-/// tokenizer takes for all of it at once is some hundred times the text.
-fn check_length(app: &App, messages: &[Message], stop: &AtomicBool) -> Result<(), ApiError> {
-    if text_bytes(messages) <= PART_BYTES {
-        return Ok(());
-    }
-    // A cut may make a token into a few.
-    const OF_A_CUT: usize = 4;
-    let mut tokens = 0usize;
-    for message in messages {
-        let content = message.content.text();
-        let reasoning = message.reasoning_content.as_deref().unwrap_or_default();
-        for mut text in [content.as_str(), reasoning] {
-            while !text.is_empty() {
-                if stop.load(Ordering::Relaxed) {
-                    return Err(ApiError::internal());
-                }
-                let mut end = text.len().min(PART_BYTES);
-                while !text.is_char_boundary(end) {
-                    end += 1;
-                }
-                let (part, rest) = text.split_at(end);
-                text = rest;
-                let found = app.parts.tokenizer.encode_plain(part);
-                tokens += found.map_or(0, |ids| ids.len()).saturating_sub(OF_A_CUT);
-                if tokens >= app.context() {
-                    return Err(too_long(app, tokens));
-                }
-            }
-        }
-    }
-    Ok(())
-}
-
-fn image_name(index: usize) -> String {
-    format!("image {}", index + 1)
-}
-
-/// Messages as the template takes them, and their images in order.
-fn split(messages: Vec<ChatMessage>, app: &App) -> Result<(Vec<Message>, Vec<Source>), ApiError> {
-    let wrong = |reason: String| ApiError::invalid("messages", reason);
-    if messages.is_empty() || messages.len() > MAX_MESSAGES {
-        return Err(wrong(format!(
-            "`messages` has {} entries, expected 1 to {MAX_MESSAGES}",
-            messages.len()
-        )));
-    }
-    let mut sources = Vec::new();
-    let mut split = Vec::with_capacity(messages.len());
-    for (index, message) in messages.into_iter().enumerate() {
-        let role = match message.role.as_str() {
-            "system" | "developer" => Role::System,
-            "user" => Role::User,
-            "assistant" => Role::Assistant,
-            _ => {
-                return Err(wrong(format!(
-                    "`messages[{index}].role` is not one of system, developer, user, assistant"
-                )));
-            }
-        };
-        let content = match message.content {
-            None => Content::Text(String::new()),
-            Some(ChatContent::Text(text)) => Content::Text(text),
-            Some(ChatContent::Parts(parts)) => {
-                let mut taken = Vec::with_capacity(parts.len());
-                for part in parts {
-                    taken.push(match part {
-                        ChatPart::Text { text } => Part::Text { text },
-                        ChatPart::ImageUrl { image_url } => {
-                            if role != Role::User {
-                                return Err(wrong(format!(
-                                    "`messages[{index}]` holds an image; only messages of the user may"
-                                )));
-                            }
-                            if sources.len() == app.config.max_images {
-                                return Err(wrong(format!(
-                                    "the request holds more than {} images",
-                                    app.config.max_images
-                                )));
-                            }
-                            let url = image_url.url();
-                            sources.push(source(url, sources.len(), app.config.allow_image_urls)?);
-                            Part::Image
-                        }
-                    });
-                }
-                // Templates treat plain text and pieces differently; some take pieces from the user alone.
-                if role != Role::User {
-                    Content::Text(Content::Parts(taken).text())
-                } else {
-                    Content::Parts(taken)
-                }
-            }
-        };
-        split.push(Message {
-            role,
-            content,
-            reasoning_content: message.reasoning_content,
-        });
-    }
-    Ok((split, sources))
-}
-
-fn source(url: &str, index: usize, urls_allowed: bool) -> Result<Source, ApiError> {
-    let name = image_name(index);
-    let wrong = |reason: &str| {
-        ApiError::invalid("messages", format!("{name} {reason}")).with_code("image_url")
-    };
-    let scheme = |prefix: &str| {
-        url.get(..prefix.len())
-            .is_some_and(|start| start.eq_ignore_ascii_case(prefix))
-    };
-    if scheme("data:") {
-        let form = "is not of the form data:image/TYPE;base64,…";
-        let (kind, data) = url["data:".len()..]
-            .split_once(',')
-            .ok_or_else(|| wrong(form))?;
-        if !kind.to_ascii_lowercase().ends_with(";base64") {
-            return Err(wrong(form));
-        }
-        // The content decides the format; the declared type may be wrong.
-        let bytes = base64_bytes(data).ok_or_else(|| wrong("is not valid base64"))?;
-        return Ok(Source::Bytes(bytes));
-    }
-    if scheme("http://") || scheme("https://") {
-        if urls_allowed {
-            return Ok(Source::Url(url.to_owned()));
-        }
-        return Err(wrong(
-            "is an address, and this server does not fetch images; send it as data:image/TYPE;base64,…",
-        ));
-    }
-    Err(wrong(
-        "is not of the form data:image/TYPE;base64,…; other addresses are not read",
-    ))
-}
-
 fn encode(
     app: &App,
-    processor: &ImageProcessor,
+    processors: &[ImageProcessor],
     template: &ChatTemplate,
-    messages: &[Message],
+    conversation: &Conversation,
     images: Vec<Bytes>,
     stop: &AtomicBool,
-) -> Result<PreparedPrompt, ApiError> {
+) -> Result<Prepared, ApiError> {
     let parts = &app.parts;
-    check_length(app, messages, stop)?;
+    conversation.check_length(app, stop)?;
     let mut patches = Vec::with_capacity(images.len());
     let mut grids = Vec::with_capacity(images.len());
     let mut remarks = Vec::new();
@@ -422,7 +409,7 @@ fn encode(
             remark: Remark::new(RemarkKind::NoImage, text),
         });
     }
-    for (index, bytes) in images.into_iter().enumerate() {
+    for (index, (bytes, processor)) in images.into_iter().zip(processors).enumerate() {
         if stop.load(Ordering::Relaxed) {
             return Err(ApiError::internal());
         }
@@ -445,25 +432,44 @@ fn encode(
             patches_of(&images, &picture).expect("the same picture was cut into patches before")
         }));
     }
-    let ids = encode_chat(
-        &parts.tokenizer,
-        template,
-        messages,
-        RenderOptions::generation(),
-        &grids,
-        parts.config.vision_config.spatial_merge_size,
-    )
-    .map_err(chat_error)?;
-    let mut prompt =
-        PreparedPrompt::new(ids, patches, &parts.config).map_err(|error| match error {
-            GenerateError::Empty => ApiError::invalid("messages", "the prompt is empty"),
-            other => {
-                log::error!("a prompt could not be made: {other}");
-                ApiError::internal()
-            }
-        })?;
+    let Rendered {
+        text,
+        opens_thinking,
+    } = conversation.render(&parts.tokenizer, template)?;
+    let ids = parts.tokenizer.encode(&text).map_err(|error| {
+        log::error!("a prompt could not be encoded: {error}");
+        ApiError::internal()
+    })?;
+    let merge_size = parts.config.vision_config.spatial_merge_size;
+    let image_pad = parts.tokenizer.special().image_pad;
+    let mut ids = expand_image_pads(&ids, image_pad, &grids, merge_size).map_err(chat_error)?;
+    keep_end(app, &mut ids, conversation.options().truncate)?;
+    let mut prompt = prompt_of(app, ids, patches, "messages")?;
     prompt.remarks = remarks;
-    Ok(prompt)
+    Ok(Prepared {
+        prompt,
+        opens_thinking,
+    })
+}
+
+/// A checked prompt; `param` is the field it is made of.
+fn prompt_of(
+    app: &App,
+    ids: Vec<u32>,
+    patches: Vec<Patches>,
+    param: &str,
+) -> Result<PreparedPrompt, ApiError> {
+    PreparedPrompt::new(ids, patches, &app.parts.config).map_err(|error| match error {
+        GenerateError::Empty => ApiError::invalid(param, "the prompt is empty"),
+        GenerateError::UnknownToken { id, vocab_size } => ApiError::invalid(
+            param,
+            format!("`{param}` has {id}, expected token ids below {vocab_size}"),
+        ),
+        other => {
+            log::error!("a prompt could not be made: {other}");
+            ApiError::internal()
+        }
+    })
 }
 
 fn patches_of(images: &ImageProcessor, picture: &RgbImage) -> Result<ImageInput, ImageError> {
@@ -528,26 +534,4 @@ pub(super) fn image_error(name: &str, error: &ImageError) -> ApiError {
         },
         ..ApiError::invalid("messages", format!("{name} {reason}")).with_code("image")
     }
-}
-
-fn chat_error(error: ChatError) -> ApiError {
-    let message = match &error {
-        ChatError::Control { index, cause, .. } => match cause {
-            TokenizerError::ControlToken { token } => {
-                format!("`messages[{index}]` holds the control token `{token}`, which is not taken")
-            }
-            _ => format!("`messages[{index}]` cannot be read"),
-        },
-        ChatError::Template { reason, .. } => {
-            // The template's own words, for instance that the system message must be the first.
-            let reason: String = reason.chars().take(200).collect();
-            format!("the messages do not fit the model's chat template: {reason}")
-        }
-        ChatError::NoMessages => "`messages` is empty".into(),
-        other => {
-            log::error!("messages could not be encoded: {other}");
-            return ApiError::internal();
-        }
-    };
-    ApiError::invalid("messages", message)
 }

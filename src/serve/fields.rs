@@ -10,6 +10,7 @@ use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::{Map, Value, error::Category};
 
 use super::error::ApiError;
+use crate::base::files::nearest::nearest;
 
 /// Most letters of a value that are repeated in a message.
 const SHOWN: usize = 40;
@@ -21,6 +22,8 @@ pub(super) enum Rule {
     Harmless,
     /// Only these values, as JSON: with them the answer is the same as without the field.
     Only(&'static [&'static str]),
+    /// Only these values; the text is what to do for another.
+    Else(&'static [&'static str], &'static str),
     /// Never; the text is what to do instead, or empty.
     Refused(&'static str),
 }
@@ -92,6 +95,16 @@ impl Fields {
         read(value)
             .map(Some)
             .map_err(|value| wrong_kind(&self.name(field), &value, expected))
+    }
+
+    /// Whether a field is there and not `null`.
+    pub(super) fn has(&self, field: &str) -> bool {
+        self.map.get(field).is_some_and(|value| !value.is_null())
+    }
+
+    /// A value that is not taken by this; `null` is as good as absent.
+    pub(super) fn peek(&self, field: &str) -> Option<&Value> {
+        self.map.get(field).filter(|value| !value.is_null())
     }
 
     /// A number of things.
@@ -175,10 +188,23 @@ impl Fields {
     pub(super) fn finish(
         self,
         rules: Rules,
+        ignored: Option<&mut Vec<String>>,
+    ) -> Result<(), ApiError> {
+        self.finish_all(&[rules], ignored)
+    }
+
+    /// [`Self::finish`] by several tables of rules, the first that has a name.
+    ///
+    /// # Errors
+    /// As [`Self::finish`].
+    pub(super) fn finish_all(
+        self,
+        tables: &[Rules],
         mut ignored: Option<&mut Vec<String>>,
     ) -> Result<(), ApiError> {
+        let rules = || tables.iter().flat_map(|rules| rules.iter());
         #[cfg(test)]
-        known::record(&self.path, &self.taken, rules);
+        known::record(&self.path, &self.taken, rules().map(|(name, _)| *name));
         if let Some(name) = &self.repeated {
             let name = self.name(name);
             let name = short(&name);
@@ -188,16 +214,15 @@ impl Fields {
             ));
         }
         for (field, value) in &self.map {
-            let rule = rules.iter().find(|(name, _)| name == field);
+            let rule = rules().find(|(name, _)| name == field);
             let name = short(&self.name(field));
             let message = match rule {
                 Some(_) if value.is_null() => continue,
                 Some((_, Rule::Harmless)) => continue,
+                Some((_, Rule::Only(values) | Rule::Else(values, _))) if allows(values, value) => {
+                    continue;
+                }
                 Some((_, Rule::Only(values))) => {
-                    let parsed = values.iter().filter_map(|one| parse(one));
-                    if parsed.into_iter().any(|one| same(&one, value)) {
-                        continue;
-                    }
                     let values: Vec<String> = values.iter().map(|one| format!("`{one}`")).collect();
                     format!(
                         "`{name}` is {}; this server takes {} only",
@@ -205,9 +230,12 @@ impl Fields {
                         values.join(" or ")
                     )
                 }
+                Some((_, Rule::Else(_, cure))) => {
+                    format!("`{name}` is {}; {cure}", shown(value))
+                }
                 Some((_, Rule::Refused(""))) => format!("`{name}` is not supported"),
                 Some((_, Rule::Refused(cure))) => format!("`{name}` is not supported; {cure}"),
-                None => match self.nearest(field, rules) {
+                None => match self.nearest(field, rules().map(|(name, _)| *name)) {
                     Some(near) => format!("there is no field `{name}`; did you mean `{near}`?"),
                     None => format!("there is no field `{name}`"),
                 },
@@ -220,20 +248,19 @@ impl Fields {
         Ok(())
     }
 
-    /// The known name that is spelt most alike.
-    fn nearest(&self, field: &str, rules: Rules) -> Option<&'static str> {
-        let plain = |text: &str| text.to_lowercase().replace(['_', '-', ' '], "");
-        let wanted = plain(&short(field));
-        let known = rules.iter().map(|(name, _)| *name);
-        self.taken
-            .iter()
-            .copied()
-            .chain(known)
-            .map(|name| (strsim::osa_distance(&wanted, &plain(name)), name))
-            .filter(|(distance, name)| *distance <= (name.len() / 3).clamp(1, 4))
-            .min()
-            .map(|(_, name)| name)
+    /// The known name that this one is likely a misspelling of.
+    fn nearest(
+        &self,
+        field: &str,
+        in_rules: impl Iterator<Item = &'static str>,
+    ) -> Option<&'static str> {
+        nearest(&short(field), self.taken.iter().copied().chain(in_rules))
     }
+}
+
+fn allows(values: &[&str], value: &Value) -> bool {
+    let mut parsed = values.iter().filter_map(|one| parse(one));
+    parsed.any(|one| same(&one, value))
 }
 
 fn parse(json: &str) -> Option<Value> {
@@ -331,7 +358,7 @@ impl<'de> Deserialize<'de> for Fields {
 pub(super) mod known {
     use std::{cell::RefCell, collections::BTreeMap};
 
-    use super::{BTreeSet, Rules};
+    use super::BTreeSet;
 
     /// Names of one object.
     #[derive(Debug, Default)]
@@ -344,13 +371,17 @@ pub(super) mod known {
         static NAMES: RefCell<BTreeMap<String, Names>> = RefCell::default();
     }
 
-    pub(super) fn record(path: &str, taken: &BTreeSet<&'static str>, rules: Rules) {
+    pub(super) fn record(
+        path: &str,
+        taken: &BTreeSet<&'static str>,
+        in_rules: impl Iterator<Item = &'static str>,
+    ) {
         // `messages[0]` is one of `messages[]`.
         let path = path.replace(|letter: char| letter.is_ascii_digit(), "");
         NAMES.with_borrow_mut(|all| {
             let names = all.entry(path).or_default();
             names.taken.extend(taken);
-            names.in_rules.extend(rules.iter().map(|(name, _)| *name));
+            names.in_rules.extend(in_rules);
         });
     }
 

@@ -9,8 +9,15 @@ use llguidance::{
 };
 use serde_json::{Value, json};
 
-use super::{engine::TokenConstraint, schema::close_objects, types::AnswerForm};
-use crate::processor::tokenizer::Tokenizer;
+use super::{
+    engine::TokenConstraint,
+    gbnf::to_lark,
+    schema::close_objects,
+    token_rules::BadWords,
+    tool_grammar::of_tools,
+    types::{AnswerForm, AnswerRemark, ToolUse},
+};
+use crate::processor::{tokenizer::Tokenizer, tools::CALL_OPEN};
 
 /// Longest schema, in bytes of JSON; as much for an expression or a list of choices.
 const LONGEST_SCHEMA: usize = 64 << 10;
@@ -18,8 +25,35 @@ const LONGEST_SCHEMA: usize = 64 << 10;
 /// Makes constraints for one tokenizer.
 pub struct GrammarFactory {
     parsers: ParserFactory,
+    env: TokEnv,
     eos: u32,
     think_end: u32,
+    /// The token that opens a call, where the vocabulary has it.
+    call_open: Option<u32>,
+}
+
+/// A form that cannot be followed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FormError {
+    /// The field at fault.
+    pub param: String,
+    /// In a sentence.
+    pub reason: String,
+}
+
+/// What an answer is held to.
+pub struct Constraint {
+    form: Option<FormConstraint>,
+    /// What the client should know of it.
+    pub remarks: Vec<AnswerRemark>,
+}
+
+impl Constraint {
+    /// The constraint of one answer; `None` where everything is allowed.
+    pub fn of_answer(&self) -> Option<Box<dyn TokenConstraint>> {
+        let form = self.form.as_ref()?;
+        Some(Box::new(form.fork()))
+    }
 }
 
 impl GrammarFactory {
@@ -50,29 +84,85 @@ impl GrammarFactory {
         parsers.quiet();
         Ok(Self {
             parsers,
+            env,
             eos: special.im_end,
             think_end: special.think_end,
+            call_open: tokenizer.token_to_id(CALL_OPEN),
         })
     }
 
-    /// A constraint to `form`; `after_thinking` lets everything pass up to the end of the reasoning.
-    ///
-    /// # Errors
-    /// What is wrong with the form.
-    pub fn constraint(
-        &self,
-        form: &AnswerForm,
-        after_thinking: bool,
-    ) -> Result<Box<dyn TokenConstraint>, String> {
-        let matcher = self.matcher(grammar(form)?)?;
-        Ok(Box::new(FormConstraint {
-            matcher,
-            eos: self.eos,
-            think_end: after_thinking.then_some(self.think_end),
-        }))
+    /// Tokens that would complete one of `texts`, none of which is empty.
+    pub fn bad_words(&self, texts: &[String]) -> BadWords {
+        BadWords::new(self.env.clone(), texts)
     }
 
-    fn matcher(&self, grammar: TopLevelGrammar) -> Result<Matcher, String> {
+    /// A constraint to `form` and to calls of the functions of `tools`; `after_thinking` lets everything
+    /// pass up to the end of the reasoning.
+    ///
+    /// # Errors
+    /// Which field cannot be followed, and why.
+    pub fn constraint(
+        &self,
+        form: Option<&AnswerForm>,
+        tools: &ToolUse,
+        after_thinking: bool,
+    ) -> Result<Constraint, FormError> {
+        let mut remarks = Vec::new();
+        let calls = self.calls(tools, &mut remarks)?;
+        let of_form = |reason: String| {
+            let what = match form {
+                Some(AnswerForm::Regex(_)) => "the regular expression",
+                Some(AnswerForm::Choice(_)) => "the list of choices",
+                Some(AnswerForm::Grammar(_)) => "the grammar",
+                Some(AnswerForm::Json(_)) | None => "the JSON schema",
+            };
+            FormError {
+                param: "response_format".into(),
+                reason: format!("{what} cannot be followed: {reason}"),
+            }
+        };
+        let mut waits_for = Vec::new();
+        waits_for.extend(after_thinking.then_some(self.think_end));
+        let matcher = match (form, calls) {
+            (None, None) => None,
+            (Some(form), None) => {
+                let grammar = grammar(form, &mut remarks).map_err(of_form)?;
+                Some(self.matcher(grammar).map_err(of_form)?)
+            }
+            (_, Some(calls)) if tools.is_forced() => {
+                let start = format!("start: \"{CALL_OPEN}\" calls\n{calls}");
+                let grammar = TopLevelGrammar::from_lark(start);
+                Some(self.matcher(grammar).map_err(of_tools)?)
+            }
+            (Some(form), Some(calls)) => {
+                let answer = answer_rule(form, &mut remarks).map_err(of_form)?;
+                let start = format!("start: answer | \"{CALL_OPEN}\" calls\n{answer}\n{calls}");
+                let grammar = TopLevelGrammar::from_lark(start);
+                Some(self.matcher(grammar).map_err(of_form)?)
+            }
+            // Words until a call is opened. Without a token for that, whatever is written is read.
+            (None, Some(calls)) => match self.call_open {
+                None => None,
+                Some(open) => {
+                    waits_for.push(open);
+                    let grammar = TopLevelGrammar::from_lark(format!("start: calls\n{calls}"));
+                    Some(self.matcher(grammar).map_err(of_tools)?)
+                }
+            },
+        };
+        let form = matcher.map(|matcher| FormConstraint {
+            matcher,
+            eos: self.eos,
+            waits_for,
+        });
+        Ok(Constraint { form, remarks })
+    }
+
+    /// The parser of a grammar that can be followed.
+    ///
+    /// # Errors
+    /// Why it cannot.
+    pub(super) fn matcher(&self, grammar: TopLevelGrammar) -> Result<Matcher, String> {
         let mut matcher = Matcher::new(self.parsers.create_parser(grammar));
         if let Some(error) = matcher.get_error() {
             return Err(in_words(&error));
@@ -84,45 +174,97 @@ impl GrammarFactory {
     }
 }
 
-fn grammar(form: &AnswerForm) -> Result<TopLevelGrammar, String> {
-    let check = |what: &str, bytes: usize| match bytes > LONGEST_SCHEMA {
+/// Refuses what is too long to be read.
+pub(super) fn check_size(what: &str, bytes: usize) -> Result<(), String> {
+    match bytes > LONGEST_SCHEMA {
         true => Err(format!("{what} has more than {LONGEST_SCHEMA} bytes")),
         false => Ok(()),
+    }
+}
+
+/// A schema as the parser takes it.
+fn closed_schema(schema: &Value, remarks: &mut Vec<AnswerRemark>) -> Result<Value, String> {
+    check_size("the schema", schema.to_string().len())?;
+    let Value::Object(schema) = schema else {
+        return Err("a schema is an object".into());
     };
+    let mut schema = schema.clone();
+    if close_objects(&mut schema) {
+        remarks.push(AnswerRemark::closed("answer"));
+    }
+    // Free white space invites a model that was not trained on JSON to write nothing else.
+    schema.insert("x-guidance".into(), json!({"whitespace_flexible": false}));
+    Ok(schema.into())
+}
+
+/// An expression without the anchors: the whole answer is matched in any case.
+fn plain_regex(regex: &str) -> Result<&str, String> {
+    check_size("the expression", regex.len())?;
+    let inner = regex.strip_prefix('^').unwrap_or(regex);
+    let inner = match inner.strip_suffix('$') {
+        Some(before) if !before.ends_with('\\') => before,
+        _ => inner,
+    };
+    match inner.is_empty() {
+        true => Err("the expression is empty".into()),
+        false => Ok(inner),
+    }
+}
+
+fn alternatives(texts: &[String]) -> Result<String, String> {
+    check_size("the list", texts.iter().map(String::len).sum())?;
+    if texts.is_empty() || texts.iter().any(String::is_empty) {
+        return Err("expected at least one text, and none that is empty".into());
+    }
+    let texts: Vec<String> = texts.iter().map(|text| json!(text).to_string()).collect();
+    Ok(texts.join(" | "))
+}
+
+fn grammar(form: &AnswerForm, remarks: &mut Vec<AnswerRemark>) -> Result<TopLevelGrammar, String> {
     match form {
         AnswerForm::Json(schema) => {
-            check("the schema", schema.to_string().len())?;
-            let Value::Object(schema) = schema else {
-                return Err("a schema is an object".into());
+            let schema = closed_schema(schema, remarks)?;
+            Ok(TopLevelGrammar::from_json_schema(schema))
+        }
+        AnswerForm::Regex(regex) => Ok(TopLevelGrammar::from_regex(plain_regex(regex)?)),
+        AnswerForm::Choice(texts) => {
+            let start = format!("start: {}", alternatives(texts)?);
+            Ok(TopLevelGrammar::from_lark(start))
+        }
+        AnswerForm::Grammar(text) => {
+            check_size("the grammar", text.len())?;
+            let lark = match text.contains("::=") {
+                true => to_lark(text)?,
+                false => text.clone(),
             };
-            let mut schema = schema.clone();
-            close_objects(&mut schema);
-            // Free white space invites a model that was not trained on JSON to write nothing else.
-            schema.insert("x-guidance".into(), json!({"whitespace_flexible": false}));
-            Ok(TopLevelGrammar::from_json_schema(schema.into()))
+            Ok(TopLevelGrammar::from_lark(lark))
+        }
+    }
+}
+
+/// The form as a rule of a grammar that has others.
+fn answer_rule(form: &AnswerForm, remarks: &mut Vec<AnswerRemark>) -> Result<String, String> {
+    match form {
+        AnswerForm::Json(schema) => {
+            let schema = closed_schema(schema, remarks)?;
+            Ok(format!("answer: %json {schema}"))
         }
         AnswerForm::Regex(regex) => {
-            check("the expression", regex.len())?;
-            // The whole answer is matched in any case.
-            let inner = regex.strip_prefix('^').unwrap_or(regex);
-            let inner = match inner.strip_suffix('$') {
-                Some(before) if !before.ends_with('\\') => before,
-                _ => inner,
-            };
-            if inner.is_empty() {
-                return Err("the expression is empty".into());
+            let mut escaped = String::new();
+            let mut after_backslash = false;
+            for letter in plain_regex(regex)?.chars() {
+                if letter == '/' && !after_backslash {
+                    escaped.push('\\');
+                }
+                after_backslash = letter == '\\' && !after_backslash;
+                escaped.push(letter);
             }
-            Ok(TopLevelGrammar::from_regex(inner))
+            Ok(format!("answer: /{escaped}/"))
         }
-        AnswerForm::Choice(texts) => {
-            check("the list", texts.iter().map(String::len).sum())?;
-            if texts.is_empty() || texts.iter().any(String::is_empty) {
-                return Err("expected at least one text, and none that is empty".into());
-            }
-            let texts: Vec<String> = texts.iter().map(|text| json!(text).to_string()).collect();
-            let grammar = format!("start: {}", texts.join(" | "));
-            Ok(TopLevelGrammar::from_lark(grammar))
-        }
+        AnswerForm::Choice(texts) => Ok(format!("answer: {}", alternatives(texts)?)),
+        AnswerForm::Grammar(_) => Err(
+            "it cannot stand beside `tools`; send `tool_choice` of `none`, or no grammar".into(),
+        ),
     }
 }
 
@@ -177,13 +319,24 @@ fn speaks_of_schema(reason: &str) -> bool {
 struct FormConstraint {
     matcher: Matcher,
     eos: u32,
-    /// The token that ends the reasoning, while it has not come.
-    think_end: Option<u32>,
+    /// Tokens before whose last the answer is free, in order.
+    waits_for: Vec<u32>,
+}
+
+impl FormConstraint {
+    /// The same constraint for another answer.
+    fn fork(&self) -> Self {
+        Self {
+            matcher: self.matcher.deep_clone(),
+            eos: self.eos,
+            waits_for: self.waits_for.clone(),
+        }
+    }
 }
 
 impl TokenConstraint for FormConstraint {
     fn mask(&mut self, logits: &mut [f32]) -> Result<(), String> {
-        if self.think_end.is_some() {
+        if self.is_free() {
             return Ok(());
         }
         let mask = self
@@ -205,9 +358,9 @@ impl TokenConstraint for FormConstraint {
     }
 
     fn accept(&mut self, token: u32) -> Result<bool, String> {
-        if let Some(end) = self.think_end {
-            if token == end {
-                self.think_end = None;
+        if let Some(awaited) = self.waits_for.first() {
+            if token == *awaited {
+                self.waits_for.remove(0);
             }
             return Ok(false);
         }
@@ -221,77 +374,17 @@ impl TokenConstraint for FormConstraint {
     }
 
     fn is_free(&self) -> bool {
-        self.think_end.is_some()
-    }
-}
-
-/// A constraint on single tokens, with or without a form beside it.
-pub struct TokenRules {
-    /// None of these before `min_new_tokens`.
-    pub end_tokens: Vec<u32>,
-    /// Fewest tokens of the answer.
-    pub min_new_tokens: usize,
-    /// The only tokens there are besides the end tokens, if not all.
-    pub allowed: Option<Vec<u32>>,
-    /// Form of the answer.
-    pub form: Option<Box<dyn TokenConstraint>>,
-    /// Tokens of the answer so far.
-    pub written: usize,
-}
-
-impl TokenConstraint for TokenRules {
-    fn mask(&mut self, logits: &mut [f32]) -> Result<(), String> {
-        if let Some(form) = &mut self.form {
-            form.mask(logits)?;
-        }
-        if let Some(allowed) = &self.allowed {
-            let mut kept = vec![f32::NEG_INFINITY; logits.len()];
-            for id in allowed.iter().chain(&self.end_tokens) {
-                if let Some(logit) = logits.get(*id as usize) {
-                    kept[*id as usize] = *logit;
-                }
-            }
-            logits.copy_from_slice(&kept);
-        }
-        if self.written < self.min_new_tokens {
-            let before = self.form.is_some().then(|| logits.to_vec());
-            for id in &self.end_tokens {
-                if let Some(logit) = logits.get_mut(*id as usize) {
-                    *logit = f32::NEG_INFINITY;
-                }
-            }
-            // A form that is complete cannot be made longer.
-            if let Some(before) = before
-                && logits.iter().all(|logit| *logit == f32::NEG_INFINITY)
-            {
-                logits.copy_from_slice(&before);
-            }
-        }
-        Ok(())
-    }
-
-    fn accept(&mut self, token: u32) -> Result<bool, String> {
-        self.written += 1;
-        match &mut self.form {
-            Some(form) => form.accept(token),
-            None => Ok(false),
-        }
-    }
-
-    fn is_free(&self) -> bool {
-        self.written >= self.min_new_tokens
-            && self.allowed.is_none()
-            && self.form.as_ref().is_none_or(|form| form.is_free())
+        !self.waits_for.is_empty()
     }
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::path::Path;
 
     use super::*;
 
-    fn factory() -> (Tokenizer, GrammarFactory) {
+    pub(in crate::serve) fn factory() -> (Tokenizer, GrammarFactory) {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("model/tiny");
         let tokenizer = Tokenizer::from_folder(folder).unwrap();
         let factory = GrammarFactory::new(&tokenizer, tokenizer.vocab_size() + 5).unwrap();
@@ -299,8 +392,8 @@ mod tests {
     }
 
     fn refusal(factory: &GrammarFactory, form: AnswerForm) -> String {
-        match factory.constraint(&form, false) {
-            Err(reason) => reason,
+        match factory.constraint(Some(&form), &ToolUse::default(), false) {
+            Err(error) => error.reason,
             Ok(_) => panic!("{form:?} is taken"),
         }
     }
@@ -311,13 +404,18 @@ mod tests {
     }
 
     fn write_form(form: &AnswerForm, wish: &str) -> String {
-        let (tokenizer, factory) = factory();
+        let (_, factory) = factory();
+        let constraint = factory.constraint(Some(form), &ToolUse::default(), false);
+        write_by(&constraint.unwrap(), wish)
+    }
+
+    pub(in crate::serve) fn write_by(constraint: &Constraint, wish: &str) -> String {
+        let (tokenizer, _) = factory();
         let vocab = tokenizer.vocab_size();
-        let mut constraint = factory.constraint(form, false).unwrap();
-        assert!(!constraint.is_free());
+        let mut constraint = constraint.of_answer().unwrap();
         let wishes = tokenizer.encode_plain(wish).unwrap();
         let mut tokens = Vec::new();
-        for step in 0..200 {
+        for step in 0..2000 {
             let mut logits: Vec<f32> = (0..vocab + 5).map(|id| -(id as f32) / 1e4).collect();
             if let Some(id) = wishes.get(step) {
                 logits[*id as usize] = 10.0;
@@ -422,27 +520,6 @@ mod tests {
     }
 
     #[test]
-    fn no_end_token_comes_before_the_fewest_tokens() {
-        let mut rules = TokenRules {
-            end_tokens: vec![1],
-            min_new_tokens: 2,
-            allowed: Some(vec![0, 3]),
-            form: None,
-            written: 0,
-        };
-        let masked = |rules: &mut TokenRules| {
-            let mut logits = [0.5; 4];
-            rules.mask(&mut logits).unwrap();
-            rules.accept(0).unwrap();
-            logits.map(|logit| logit == 0.5)
-        };
-        assert_eq!(masked(&mut rules), [true, false, false, true]);
-        assert!(!rules.is_free());
-        assert_eq!(masked(&mut rules), [true, false, false, true]);
-        assert_eq!(masked(&mut rules), [true, true, false, true]);
-    }
-
-    #[test]
     fn a_schema_as_deep_as_a_body_can_be_does_not_end_the_process() {
         let (_, factory) = factory();
         for (open, close) in [
@@ -455,8 +532,9 @@ mod tests {
             let text = format!("{}{{}}{}", open.repeat(depth), close.repeat(depth));
             let schema: Value = serde_json::from_str(&text).unwrap();
             // Taken or refused: either is an answer.
-            if let Err(reason) = factory.constraint(&AnswerForm::Json(schema), false) {
-                assert!(!reason.is_empty());
+            let form = AnswerForm::Json(schema);
+            if let Err(error) = factory.constraint(Some(&form), &ToolUse::default(), false) {
+                assert!(!error.reason.is_empty());
             }
         }
     }

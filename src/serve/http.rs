@@ -12,7 +12,7 @@ use std::{
 use axum::{
     Router,
     extract::Request,
-    http::{HeaderMap, StatusCode, header},
+    http::{HeaderMap, HeaderValue, StatusCode, header},
     middleware::{Next, from_fn},
     response::{IntoResponse, Response},
 };
@@ -53,7 +53,7 @@ const SPARE_OF_ADDRESS: usize = 8;
 const SPARE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What is answered on such a connection.
-const SPARE_PATHS: [&str; 3] = ["/healthz", "/readyz", "/metrics"];
+const SPARE_PATHS: [&str; 5] = ["/health", "/healthz", "/readyz", "/ping", "/metrics"];
 
 /// Time to send the error event of answers that are broken off.
 const LAST_EVENTS: Duration = Duration::from_secs(5);
@@ -302,12 +302,17 @@ async fn refuse_most(request: Request, next: Next) -> Response {
     if SPARE_PATHS.contains(&request.uri().path()) {
         return next.run(request).await;
     }
-    ApiError::new(
+    let mut response = ApiError::new(
         StatusCode::SERVICE_UNAVAILABLE,
         "too many connections are open, in all or of this address; try again in a moment",
     )
     .with_code("too_many_connections")
-    .into_response()
+    .into_response();
+    let id = format!("{:032x}", rand::random::<u128>());
+    if let Ok(id) = HeaderValue::from_str(&id) {
+        response.headers_mut().insert("x-request-id", id);
+    }
+    response
 }
 
 /// The client a proxy speaks for: the last address of `X-Forwarded-For` that is no proxy itself.

@@ -1,32 +1,40 @@
 //! `serve`: one process that many people use. OpenAI's API, a web page, one batched engine.
 //!
 //! The way of a request: [`http`] accepts the connection and holds it to its limits; [`router`] checks
-//! key, `Host` and `Origin`; [`chat`] takes a place in the queue, reads the body, has the images made
-//! into patches on other threads ([`content`]) and hands the prompt to the [`engine`], whose events
-//! become a response or a stream. Handlers see no tensor; the engine sees no HTTP.
+//! key, `Host` and `Origin`; a handler ([`chat`] and its like) reads the body; `ask` takes a place in the
+//! queue, has the images made into patches on other threads ([`content`]) and hands the prompt to the
+//! [`engine`], whose events become a response or a stream. Handlers see no tensor; the engine sees no HTTP.
 //!
 //! All that waits takes its memory from one budget (`share`): bodies a quarter, pictures and prompts the
 //! rest, counted from a picture's header before it is decoded.
 //!
 //! Uploads live in memory only, and the log holds ids and sizes, never content.
 
+mod answer;
+mod ask;
 mod audit;
 pub mod auth;
 mod body;
 pub mod chat;
 pub mod client;
+mod completions;
 pub mod content;
+mod conversation;
+pub mod cors;
 pub mod engine;
 pub mod error;
 pub mod fetch;
 mod fields;
+mod gbnf;
 pub mod grammar;
 pub mod http;
 pub mod metrics;
 pub mod models;
+mod openapi;
 pub mod preview;
 pub mod reasoning;
 mod request;
+mod responses;
 pub mod router;
 mod schema;
 pub mod settings;
@@ -34,6 +42,10 @@ mod share;
 mod stream;
 #[cfg(feature = "tls")]
 pub mod tls;
+pub mod token_rules;
+mod tokens;
+pub mod tool_calls;
+mod tool_grammar;
 pub mod types;
 mod wire;
 
@@ -50,6 +62,7 @@ use crate::{
 };
 use audit::Audit;
 use auth::ApiKey;
+use cors::AllowedOrigins;
 use engine::Engine;
 use grammar::GrammarFactory;
 use metrics::Metrics;
@@ -111,6 +124,8 @@ pub struct ServeConfig {
     pub host_names: Vec<String>,
     /// Names a page may come from besides the `Host` itself, as with a proxy that replaces it.
     pub origin_names: Vec<String>,
+    /// Other origins whose pages may use the server.
+    pub allow_origins: AllowedOrigins,
 }
 
 impl ServeConfig {

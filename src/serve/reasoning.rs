@@ -48,6 +48,11 @@ impl ReasoningSplitter {
         }
     }
 
+    /// Whether what comes next belongs to the reasoning.
+    pub fn is_inside(&self) -> bool {
+        self.state == State::Reasoning
+    }
+
     /// Takes a piece and gives what is certain by now.
     pub fn push(&mut self, text: &str) -> Vec<Piece> {
         self.held.push_str(text);

@@ -9,7 +9,7 @@ use axum::{
     http::{HeaderMap, HeaderValue, StatusCode, header},
     middleware::{Next, from_fn_with_state},
     response::{IntoResponse, Response},
-    routing::{get, post},
+    routing::{MethodRouter, get, post},
 };
 use futures_util::FutureExt;
 use serde_json::{Value, json};
@@ -17,21 +17,21 @@ use sha2::{Digest, Sha256};
 
 use super::{
     App,
+    ask::{expect_json, read_json},
     audit::{ErrorCode, RequestRecord},
     auth::{KeyCheck, Peer, check_origin},
     body::shared,
-    chat::{self, expect_json, read_json},
+    chat, completions,
     error::ApiError,
     http::check_host,
     metrics::{CONTENT_TYPE, as_gauge},
     models::folder_inside,
+    openapi,
     preview::preview,
+    responses, tokens,
     types::AdapterRequest,
 };
 use crate::base::panics::panic_text;
-
-/// The OpenAPI document.
-pub(super) const OPENAPI: &str = include_str!("openapi.json");
 
 /// The web page may load its own files and nothing else.
 const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; \
@@ -72,32 +72,97 @@ const PAGE: [(&str, &str, &str); 11] = [
     script!("viewer.js"),
 ];
 
+/// Paths of the API, with the methods they take, as the document and the error of another path list them.
+pub(super) const ROUTES: [(&str, &str); 20] = [
+    ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/completions"),
+    ("POST", "/v1/responses"),
+    ("GET", "/v1/models"),
+    ("GET", "/v1/models/{name}"),
+    ("POST", "/tokenize"),
+    ("POST", "/detokenize"),
+    ("POST", "/v1/images/preview"),
+    ("GET", "/v1/limits"),
+    ("POST", "/v1/load_lora_adapter"),
+    ("POST", "/v1/unload_lora_adapter"),
+    ("GET", "/metrics"),
+    ("GET", "/health"),
+    ("GET", "/healthz"),
+    ("GET", "/readyz"),
+    ("GET", "/ping"),
+    ("POST", "/ping"),
+    ("GET", "/version"),
+    ("GET", "/openapi.json"),
+    ("GET", "/"),
+];
+
+/// Paths of the API for clients that were given the address without `/v1`, or that have another place.
+pub(super) const API_ALIASES: [&str; 8] = [
+    "/chat/completions",
+    "/completions",
+    "/responses",
+    "/models",
+    "/models/{*name}",
+    "/tokenize",
+    "/detokenize",
+    "/v1/tokenize",
+];
+
+/// A router whose paths are also taken with a slash at their end.
+struct WithSlashes(Router<Arc<App>>);
+
+impl WithSlashes {
+    fn route(self, path: &str, methods: MethodRouter<Arc<App>>) -> Self {
+        let with_slash = format!("{path}/");
+        Self(
+            self.0
+                .route(path, methods.clone())
+                .route(&with_slash, methods),
+        )
+    }
+
+    /// A path at `/v1`, and the same without that.
+    fn route_v1(self, path: &str, methods: MethodRouter<Arc<App>>) -> Self {
+        let with_version = format!("/v1{path}");
+        self.route(&with_version, methods.clone())
+            .route(path, methods)
+    }
+}
+
 /// All routes.
 pub fn router(app: Arc<App>) -> Router {
     let keys = KeyCheck::new(&app.config.api_keys);
     let several = app.config.api_keys.len() > 1;
-    let guarded = Router::new()
-        .route("/v1/chat/completions", post(chat::completions))
+    let guarded = WithSlashes(Router::new())
+        .route_v1("/chat/completions", post(chat::completions))
+        .route_v1("/completions", post(completions::completions))
+        .route_v1("/responses", post(responses::responses))
+        .route_v1("/models", get(models))
+        .route_v1("/tokenize", post(tokens::tokenize))
+        .route_v1("/detokenize", post(tokens::detokenize))
         .route("/v1/images/preview", post(preview))
         .route("/v1/limits", get(limits))
-        .route("/v1/models", get(models))
-        .route("/v1/models/{*name}", get(model))
         .route("/v1/load_lora_adapter", post(load_adapter))
         .route("/v1/unload_lora_adapter", post(unload_adapter))
         .route("/metrics", get(metrics))
+        .0
+        .route("/v1/models/{*name}", get(model))
+        .route("/models/{*name}", get(model))
         .layer(from_fn_with_state((keys, several), check_key));
-    let mut open = Router::new()
+    let open = WithSlashes(Router::new())
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(ready))
-        .route("/openapi.json", get(openapi));
+        .route("/health", get(ready))
+        .route("/ping", get(ready).post(ready))
+        .route("/version", get(version))
+        .route("/openapi.json", get(description));
+    let mut open = open.0;
     for (path, kind, content) in PAGE {
         open = open.route(path, get(move || async move { file(kind, content) }));
     }
     guarded
         .merge(open)
-        .fallback(|| async {
-            ApiError::new(StatusCode::NOT_FOUND, "there is nothing at this path")
-        })
+        .fallback(nothing_here)
         .method_not_allowed_fallback(|| async {
             ApiError::new(
                 StatusCode::METHOD_NOT_ALLOWED,
@@ -108,22 +173,48 @@ pub fn router(app: Arc<App>) -> Router {
         .with_state(app)
 }
 
+/// The error of a path that is not served; it lists those that are.
+async fn nothing_here() -> ApiError {
+    let routes: Vec<String> = ROUTES
+        .iter()
+        .map(|(method, path)| format!("{method} {path}"))
+        .collect();
+    ApiError::new(
+        StatusCode::NOT_FOUND,
+        format!(
+            "there is nothing at this path; this server has {}",
+            routes.join(", ")
+        ),
+    )
+}
+
+async fn version() -> Json<Value> {
+    Json(json!({"version": env!("CARGO_PKG_VERSION")}))
+}
+
 /// Around every request: origin, panics, counters, headers.
 async fn every_request(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
     let config = &app.config;
     let record = RequestRecord::begin(&app.audit, &request);
     request.extensions_mut().insert(record.clone());
-    let allowed = check_host(&request)
-        .and_then(|()| check_origin(request.headers(), &config.host_names, &config.origin_names));
+    let origins = &config.allow_origins;
+    let allowed = check_host(&request).and_then(|()| {
+        let headers = request.headers();
+        check_origin(headers, &config.host_names, &config.origin_names, origins)
+    });
+    let origin = request.headers().get(header::ORIGIN).cloned();
+    let preflight = origins.preflight(&request);
     // A client that sends `Expect: 100-continue` sends no body before it gets that response.
     let sends = !request.headers().contains_key(header::EXPECT);
     let (head, body) = request.into_parts();
     let (body, rest) = shared(body);
     let request = Request::from_parts(head, Body::new(body));
-    let mut response = match allowed {
-        Err(error) => error.into_response(),
+    let mut response = match (allowed, preflight) {
+        (Err(error), _) => error.into_response(),
+        // A browser sends no key with this question.
+        (Ok(()), Some(response)) => response,
         // A panic ends its own request; the connection and all others live on.
-        Ok(()) => AssertUnwindSafe(next.run(request))
+        (Ok(()), None) => AssertUnwindSafe(next.run(request))
             .catch_unwind()
             .await
             .unwrap_or_else(|payload| {
@@ -147,6 +238,7 @@ async fn every_request(State(app): State<Arc<App>>, mut request: Request, next: 
     if let Ok(id) = HeaderValue::from_str(record.id()) {
         headers.insert("x-request-id", id);
     }
+    origins.mark(origin.as_ref(), headers);
     let fixed = |text| HeaderValue::from_static(text);
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, fixed("nosniff"));
     headers.insert(header::REFERRER_POLICY, fixed("no-referrer"));
@@ -193,8 +285,8 @@ fn file(kind: &'static str, content: &'static str) -> Response {
         .into_response()
 }
 
-async fn openapi() -> Response {
-    file("application/json", OPENAPI)
+async fn description() -> Response {
+    file("application/json", openapi::text())
 }
 
 async fn ready(State(app): State<Arc<App>>) -> Response {
@@ -248,7 +340,7 @@ async fn model(
     State(app): State<Arc<App>>,
     Path(name): Path<String>,
 ) -> Result<Json<Value>, ApiError> {
-    let model = app.models.describe(&name)?;
+    let model = app.models.describe(name.trim_end_matches('/'))?;
     Ok(Json(with_length(&app, model)))
 }
 
@@ -305,25 +397,24 @@ fn adapter_dir(app: &App) -> Result<&std::path::Path, ApiError> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     #[test]
     fn the_openapi_document_lists_every_route() {
-        let document: Value = serde_json::from_str(OPENAPI).unwrap();
-        for path in [
-            "/v1/chat/completions",
-            "/v1/images/preview",
-            "/v1/limits",
-            "/v1/models",
-            "/v1/models/{name}",
-            "/v1/load_lora_adapter",
-            "/v1/unload_lora_adapter",
-            "/metrics",
-            "/healthz",
-            "/readyz",
-            "/openapi.json",
-        ] {
-            assert!(document["paths"][path].is_object(), "{path}");
+        let document = openapi::document();
+        let mut documented = BTreeSet::new();
+        for (path, methods) in document["paths"].as_object().unwrap() {
+            for method in methods.as_object().unwrap().keys() {
+                documented.insert((method.to_uppercase(), path.clone()));
+            }
         }
+        let listed: BTreeSet<(String, String)> = ROUTES
+            .iter()
+            .filter(|(_, path)| *path != "/")
+            .map(|(method, path)| ((*method).to_owned(), (*path).to_owned()))
+            .collect();
+        assert_eq!(listed, documented);
     }
 }

@@ -41,14 +41,14 @@ const OPEN: [&str; 3] = [
 
 /// Adds `"additionalProperties": false` to every object with `properties` and no keyword for
 /// others; an explicit `true` stays. The parts of an `allOf` are left as they are: each forbids the
-/// others' properties otherwise.
-pub(super) fn close_objects(schema: &mut Map<String, Value>) {
+/// others' properties otherwise. Returns whether any was closed.
+pub(super) fn close_objects(schema: &mut Map<String, Value>) -> bool {
     let mut parts = BTreeSet::new();
     for value in schema.values() {
         parts_of_all(value, &mut parts);
     }
     parts_of_object(schema, &mut parts);
-    close(schema, "#", &parts, true);
+    close(schema, "#", &parts, true)
 }
 
 /// Collects where the parts of all `allOf` are that have several, or others beside them.
@@ -78,12 +78,13 @@ fn is_joined(object: &Map<String, Value>, all: &[Value]) -> bool {
     all.len() > 1 || object.contains_key("properties")
 }
 
-fn close(schema: &mut Map<String, Value>, path: &str, parts: &BTreeSet<String>, may: bool) {
+fn close(schema: &mut Map<String, Value>, path: &str, parts: &BTreeSet<String>, may: bool) -> bool {
     let all = schema.get("allOf").and_then(Value::as_array);
     let joined = all.is_some_and(|all| is_joined(schema, all));
     let is_defined = OPEN.iter().any(|key| schema.contains_key(*key));
     let named = schema.get("properties").is_some_and(Value::is_object);
-    if may && named && !is_defined && !joined && !parts.contains(path) {
+    let mut closed = may && named && !is_defined && !joined && !parts.contains(path);
+    if closed {
         schema.insert("additionalProperties".into(), false.into());
     }
     for (key, value) in schema.iter_mut() {
@@ -91,24 +92,25 @@ fn close(schema: &mut Map<String, Value>, path: &str, parts: &BTreeSet<String>, 
             Value::Object(named) if NAMED.contains(&key.as_str()) => {
                 for (name, inner) in named.iter_mut() {
                     if let Value::Object(inner) = inner {
-                        close(inner, &format!("{path}/{key}/{name}"), parts, true);
+                        closed |= close(inner, &format!("{path}/{key}/{name}"), parts, true);
                     }
                 }
             }
             Value::Object(inner) if DIRECT.contains(&key.as_str()) => {
-                close(inner, &format!("{path}/{key}"), parts, true);
+                closed |= close(inner, &format!("{path}/{key}"), parts, true);
             }
             Value::Array(list) if key == "allOf" || DIRECT.contains(&key.as_str()) => {
                 let may = key != "allOf" || !joined;
                 for (index, inner) in list.iter_mut().enumerate() {
                     if let Value::Object(inner) = inner {
-                        close(inner, &format!("{path}/{key}/{index}"), parts, may);
+                        closed |= close(inner, &format!("{path}/{key}/{index}"), parts, may);
                     }
                 }
             }
             _ => {}
         }
     }
+    closed
 }
 
 #[cfg(test)]
@@ -121,7 +123,8 @@ mod tests {
         let Value::Object(mut schema) = schema else {
             panic!("no object");
         };
-        close_objects(&mut schema);
+        let before = schema.clone();
+        assert_eq!(close_objects(&mut schema), before != schema);
         schema.into()
     }
 

@@ -6,7 +6,7 @@ use super::{
     ServeConfig,
     engine::Penalties,
     error::ApiError,
-    types::{AnswerForm, ChatRequest},
+    types::{AnswerForm, GenerationFields},
 };
 use crate::runtime::generate::SamplingConfig;
 
@@ -16,6 +16,13 @@ const LONGEST_STOP: usize = 256;
 
 /// Largest `top_logprobs`, as OpenAI has it.
 const MAX_TOP_LOGPROBS: usize = 20;
+
+/// Largest `prompt_logprobs`; each token of the prompt has so many entries.
+const MAX_PROMPT_LOGPROBS: usize = 20;
+
+/// Most `bad_words`, and the longest of them in bytes.
+const MAX_BAD_WORDS: usize = 64;
+const LONGEST_BAD_WORD: usize = 128;
 
 /// Most entries of `logit_bias`.
 const MAX_BIASES: usize = 1024;
@@ -39,6 +46,18 @@ pub struct RequestSettings {
     pub stream: bool,
     /// Ends a stream with token counts.
     pub include_usage: bool,
+    /// Sends token counts with every chunk.
+    pub continuous_usage: bool,
+    /// Number of likeliest tokens whose probabilities are sent for each token of the prompt, if any.
+    pub prompt_logprobs: Option<usize>,
+    /// Writes tokens as `token_id:…` where log probabilities are sent.
+    pub tokens_as_ids: bool,
+    /// Ends an answer after a stop text instead of before it.
+    pub include_stop: bool,
+    /// Writes control tokens into the answer.
+    pub keep_special: bool,
+    /// Texts that the answer does not contain.
+    pub bad_words: Vec<String>,
     /// Goes on after end tokens, for measurements.
     pub ignore_eos: bool,
     /// Form of the answer.
@@ -49,8 +68,6 @@ pub struct RequestSettings {
     pub min_new_tokens: usize,
     /// The only tokens that may be chosen, if not all.
     pub allowed_token_ids: Option<Vec<u32>>,
-    /// Fields of the request that were passed over.
-    pub ignored: Vec<String>,
 }
 
 impl RequestSettings {
@@ -59,7 +76,7 @@ impl RequestSettings {
     /// # Errors
     /// [`ApiError`] of status 400 that names the field.
     pub fn new(
-        request: &ChatRequest,
+        request: &GenerationFields,
         config: &ServeConfig,
         vocab_size: usize,
     ) -> Result<Self, ApiError> {
@@ -79,12 +96,17 @@ impl RequestSettings {
             logprobs: logprobs(request)?,
             stream: request.stream.unwrap_or(false),
             include_usage: request.include_usage,
+            continuous_usage: request.continuous_usage_stats,
+            prompt_logprobs: prompt_logprobs(request)?,
+            tokens_as_ids: request.return_tokens_as_token_ids,
+            include_stop: request.include_stop_str_in_output,
+            keep_special: request.keep_special_tokens,
+            bad_words: bad_words(request)?,
             ignore_eos: request.ignore_eos.unwrap_or(false),
             form: request.form.clone(),
             stop_token_ids: token_ids("stop_token_ids", &request.stop_token_ids, vocab_size)?,
             min_new_tokens: min_new_tokens(request, config)?,
             allowed_token_ids: allowed_token_ids(request, vocab_size)?,
-            ignored: request.ignored.clone(),
         })
     }
 
@@ -97,7 +119,10 @@ impl RequestSettings {
     }
 }
 
-fn sampling(request: &ChatRequest, defaults: &SamplingConfig) -> Result<SamplingConfig, ApiError> {
+fn sampling(
+    request: &GenerationFields,
+    defaults: &SamplingConfig,
+) -> Result<SamplingConfig, ApiError> {
     let top_k = match request.top_k {
         // -1 is how others write "all".
         Some(-1) => 0,
@@ -128,7 +153,7 @@ fn sampling(request: &ChatRequest, defaults: &SamplingConfig) -> Result<Sampling
     Ok(sampling)
 }
 
-fn penalties(request: &ChatRequest, vocab_size: usize) -> Result<Penalties, ApiError> {
+fn penalties(request: &GenerationFields, vocab_size: usize) -> Result<Penalties, ApiError> {
     let range = |name: &str, value: Option<f32>| {
         let value = value.unwrap_or(0.0);
         if (-2.0..=2.0).contains(&value) {
@@ -177,11 +202,20 @@ fn logit_bias(
         .collect()
 }
 
-fn max_new_tokens(request: &ChatRequest, config: &ServeConfig) -> Result<Option<usize>, ApiError> {
-    let (name, value) = match (request.max_completion_tokens, request.max_tokens) {
-        (Some(value), _) => ("max_completion_tokens", value),
-        (None, Some(value)) => ("max_tokens", value),
-        (None, None) => return Ok(None),
+fn max_new_tokens(
+    request: &GenerationFields,
+    config: &ServeConfig,
+) -> Result<Option<usize>, ApiError> {
+    let given = [
+        ("max_completion_tokens", request.max_completion_tokens),
+        ("max_tokens", request.max_tokens),
+        ("max_output_tokens", request.max_output_tokens),
+    ];
+    let given = given
+        .into_iter()
+        .find_map(|(name, value)| Some((name, value?)));
+    let Some((name, value)) = given else {
+        return Ok(None);
     };
     if value == 0 || value > config.max_new_tokens {
         return Err(ApiError::invalid(
@@ -195,7 +229,7 @@ fn max_new_tokens(request: &ChatRequest, config: &ServeConfig) -> Result<Option<
     Ok(Some(value))
 }
 
-fn min_new_tokens(request: &ChatRequest, config: &ServeConfig) -> Result<usize, ApiError> {
+fn min_new_tokens(request: &GenerationFields, config: &ServeConfig) -> Result<usize, ApiError> {
     let least = request.min_tokens.unwrap_or(0);
     let most = max_new_tokens(request, config)?.unwrap_or(config.default_new_tokens);
     if least > most {
@@ -220,7 +254,7 @@ fn token_ids(name: &str, ids: &[u32], vocab_size: usize) -> Result<Vec<u32>, Api
 }
 
 fn allowed_token_ids(
-    request: &ChatRequest,
+    request: &GenerationFields,
     vocab_size: usize,
 ) -> Result<Option<Vec<u32>>, ApiError> {
     let name = "allowed_token_ids";
@@ -242,7 +276,7 @@ fn allowed_token_ids(
     token_ids(name, ids, vocab_size).map(Some)
 }
 
-fn stop(request: &ChatRequest) -> Result<Vec<String>, ApiError> {
+fn stop(request: &GenerationFields) -> Result<Vec<String>, ApiError> {
     let stop = request.stop.clone();
     let fits = |text: &String| !text.is_empty() && text.len() <= LONGEST_STOP;
     if stop.len() > MAX_STOPS || !stop.iter().all(fits) {
@@ -254,20 +288,48 @@ fn stop(request: &ChatRequest) -> Result<Vec<String>, ApiError> {
     Ok(stop)
 }
 
-fn logprobs(request: &ChatRequest) -> Result<Option<usize>, ApiError> {
-    let top = request.top_logprobs.unwrap_or(0);
-    if top > MAX_TOP_LOGPROBS {
-        return Err(ApiError::invalid(
+fn logprobs(request: &GenerationFields) -> Result<Option<usize>, ApiError> {
+    match request.logprobs {
+        Some(top) if top > MAX_TOP_LOGPROBS => Err(ApiError::invalid(
             "top_logprobs",
             format!("`top_logprobs` is {top}, expected 0 to {MAX_TOP_LOGPROBS}"),
+        )),
+        logprobs => Ok(logprobs),
+    }
+}
+
+fn prompt_logprobs(request: &GenerationFields) -> Result<Option<usize>, ApiError> {
+    let name = "prompt_logprobs";
+    match request.prompt_logprobs {
+        Some(top) if top > MAX_PROMPT_LOGPROBS => Err(ApiError::invalid(
+            name,
+            format!("`{name}` is {top}, expected 0 to {MAX_PROMPT_LOGPROBS}"),
+        )),
+        Some(_) if request.stream == Some(true) => Err(ApiError::invalid(
+            name,
+            format!("`{name}` is not sent with `stream`; ask for the whole answer"),
+        )),
+        top => Ok(top),
+    }
+}
+
+fn bad_words(request: &GenerationFields) -> Result<Vec<String>, ApiError> {
+    let words = request.bad_words.clone();
+    let name = "bad_words";
+    let fits = |text: &String| !text.is_empty() && text.len() <= LONGEST_BAD_WORD;
+    if words.len() > MAX_BAD_WORDS || !words.iter().all(fits) {
+        return Err(ApiError::invalid(
+            name,
+            format!(
+                "`{name}` takes at most {MAX_BAD_WORDS} texts of 1 to {LONGEST_BAD_WORD} bytes"
+            ),
         ));
     }
-    match request.logprobs {
-        Some(true) => Ok(Some(top)),
-        _ if top > 0 => Err(ApiError::invalid(
-            "top_logprobs",
-            "`top_logprobs` needs `logprobs` to be true",
-        )),
-        _ => Ok(None),
+    if !words.is_empty() && request.form.is_some() {
+        return Err(ApiError::invalid(
+            name,
+            format!("`{name}` cannot be followed together with a form of the answer"),
+        ));
     }
+    Ok(words)
 }

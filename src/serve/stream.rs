@@ -1,6 +1,6 @@
-//! An answer as server-sent events, while it grows.
+//! Answers as server-sent events, while they grow; what an event looks like is that of a [`StreamForm`].
 
-use std::{collections::VecDeque, convert::Infallible};
+use std::{collections::VecDeque, convert::Infallible, sync::Arc, time::Duration};
 
 use axum::{
     http::{HeaderName, HeaderValue, header},
@@ -13,24 +13,63 @@ use futures_util::{
     StreamExt,
     stream::{self, BoxStream, SelectAll},
 };
-use serde_json::{Value, json};
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::{
-    chat::{Answers, KEEP_ALIVE, count, entry, finish_reason, stop_reason},
-    engine::Event,
+    answer::count,
+    audit::RequestRecord,
+    engine::{Done, Event, TokenLogprob},
     error::ApiError,
-    reasoning::{Piece, ReasoningSplitter},
     types::Usage,
 };
 
+/// Time between keep-alive comments on a stream without events.
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
+
+/// Events that are ready to be sent.
+#[derive(Default)]
+pub(super) struct Events(VecDeque<(Option<&'static str>, String)>);
+
+impl Events {
+    /// Appends an event without a name.
+    pub(super) fn data(&mut self, data: String) {
+        self.0.push_back((None, data));
+    }
+
+    /// Appends an event with a name.
+    pub(super) fn named(&mut self, name: &'static str, data: String) {
+        self.0.push_back((Some(name), data));
+    }
+}
+
+/// How a stream is written.
+pub(super) trait StreamForm: Send + 'static {
+    /// Before the first token.
+    fn begin(&mut self, out: &mut Events);
+
+    /// The log probabilities of a prompt.
+    fn prompt(&mut self, _index: usize, _found: &[TokenLogprob], _out: &mut Events) {}
+
+    /// A token of answer `index`.
+    fn token(&mut self, index: usize, text: &str, logprob: Option<TokenLogprob>, out: &mut Events);
+
+    /// The end of answer `index`.
+    fn done(&mut self, index: usize, done: &Done, out: &mut Events);
+
+    /// The end of all.
+    fn end(&mut self, usage: &Usage, out: &mut Events);
+
+    /// The status is long sent; the error is an event of its own, as OpenAI does it.
+    fn fail(&mut self, error: &ApiError, out: &mut Events);
+}
+
 /// A stream under way. Dropping it drops the receivers, which ends the sequences.
-struct Running {
-    answers: Answers,
+struct Running<F> {
+    form: F,
+    record: Arc<RequestRecord>,
+    prompt_tokens: usize,
     events: SelectAll<BoxStream<'static, (usize, Event)>>,
-    splitters: Vec<ReasoningSplitter>,
-    /// Data of events that are ready to be sent.
-    ready: VecDeque<String>,
+    ready: Events,
     open: usize,
     usage: Usage,
     over: bool,
@@ -47,51 +86,50 @@ fn events_of(
     .boxed()
 }
 
-/// Starts the stream.
+/// Starts the stream of answers.
 ///
 /// # Errors
 /// [`ApiError`], when the first answer fails before its first token: until then the status is not sent.
-pub(super) async fn respond(mut answers: Answers) -> Result<Response, ApiError> {
-    let receivers = std::mem::take(&mut answers.receivers);
-    let count = receivers.len();
-    let opens_thinking = answers.opens_thinking;
+pub(super) async fn respond<F: StreamForm>(
+    receivers: Vec<UnboundedReceiver<Event>>,
+    form: F,
+    record: Arc<RequestRecord>,
+    prompt_tokens: usize,
+) -> Result<Response, ApiError> {
     let mut running = Running {
+        open: receivers.len(),
         events: receivers
             .into_iter()
             .enumerate()
             .map(|(index, receiver)| events_of(index, receiver))
             .collect(),
-        splitters: vec![ReasoningSplitter::new(opens_thinking); count],
-        ready: VecDeque::new(),
-        open: count,
+        form,
+        record,
+        prompt_tokens,
+        ready: Events::default(),
         usage: Usage::default(),
         over: false,
-        answers,
     };
     // Clients that give up before the first token are noticed by the connection, which drops this.
     // One that must wait long gets its headers before, so that nothing on the way loses patience.
     let first = tokio::time::timeout(KEEP_ALIVE, running.events.next()).await;
     if let Ok(Some((_, Event::Failed(failure)))) = first {
-        running.answers.record.facts().outcome = Some("failed");
+        running.record.facts().outcome = Some("failed");
         return Err(failure.into());
     }
-    for index in 0..count {
-        running.chunk(
-            index,
-            json!({"role": "assistant", "content": ""}),
-            None,
-            None,
-        );
-    }
+    running.form.begin(&mut running.ready);
     match first {
         Ok(Some((index, event))) => running.take(index, event),
         Ok(None) => return Err(ApiError::internal()),
         Err(_) => {}
     }
     let events = stream::unfold(running, |mut running| async move {
-        let data = running.next().await?;
-        let event = sse::Event::default().data(data);
-        Some((Ok::<_, Infallible>(event), running))
+        let (name, data) = running.next().await?;
+        let event = match name {
+            Some(name) => sse::Event::default().event(name),
+            None => sse::Event::default(),
+        };
+        Some((Ok::<_, Infallible>(event.data(data)), running))
     });
     let keep_alive = KeepAlive::new().interval(KEEP_ALIVE).text("waiting");
     let mut response = Sse::new(events).keep_alive(keep_alive).into_response();
@@ -108,10 +146,10 @@ pub(super) async fn respond(mut answers: Answers) -> Result<Response, ApiError> 
     Ok(response)
 }
 
-impl Running {
-    async fn next(&mut self) -> Option<String> {
+impl<F: StreamForm> Running<F> {
+    async fn next(&mut self) -> Option<(Option<&'static str>, String)> {
         loop {
-            if let Some(data) = self.ready.pop_front() {
+            if let Some(data) = self.ready.0.pop_front() {
                 return Some(data);
             }
             if self.over {
@@ -126,103 +164,31 @@ impl Running {
 
     fn take(&mut self, index: usize, event: Event) {
         match event {
+            Event::Prompt(found) => self.form.prompt(index, &found, &mut self.ready),
             Event::Token { text, logprob } => {
-                self.answers.record.facts().completion_tokens += 1;
-                let pieces = self.splitters[index].push(&text);
-                let mut logprobs =
-                    logprob.map(|one| json!({"content": [entry(&self.answers.tokenizer, &one)]}));
-                if pieces.is_empty() && logprobs.is_some() {
-                    self.chunk(index, json!({"content": ""}), logprobs.take(), None);
-                }
-                self.pieces(index, pieces, logprobs);
+                self.record.facts().completion_tokens += 1;
+                self.form.token(index, &text, logprob, &mut self.ready);
             }
             Event::Done(done) => {
-                let mut pieces = self.splitters[index].push(&done.text);
-                pieces.extend(self.splitters[index].finish());
-                self.pieces(index, pieces, None);
-                self.chunk(
-                    index,
-                    json!({}),
-                    None,
-                    Some((finish_reason(done.reason), stop_reason(done.reason))),
-                );
-                count(&mut self.usage, self.answers.prompt_tokens, &done);
+                self.form.done(index, &done, &mut self.ready);
+                count(&mut self.usage, self.prompt_tokens, &done);
                 self.open -= 1;
                 if self.open == 0 {
-                    self.finish();
+                    self.form.end(&self.usage, &mut self.ready);
+                    let mut facts = self.record.facts();
+                    facts.completion_tokens = self.usage.completion_tokens;
+                    facts.outcome = Some("done");
+                    drop(facts);
+                    self.over = true;
                 }
             }
             Event::Failed(failure) => self.fail(&failure.into()),
         }
     }
 
-    fn pieces(&mut self, index: usize, pieces: Vec<Piece>, mut logprobs: Option<Value>) {
-        for piece in pieces {
-            let delta = match piece {
-                Piece::Reasoning(text) => json!({"reasoning_content": text}),
-                Piece::Answer(text) => json!({"content": text}),
-            };
-            self.chunk(index, delta, logprobs.take(), None);
-        }
-    }
-
-    fn chunk(
-        &mut self,
-        index: usize,
-        delta: Value,
-        logprobs: Option<Value>,
-        finish: Option<(&'static str, Option<&'static str>)>,
-    ) {
-        let delta_begins = delta.get("role").is_some();
-        let mut choice = json!({
-            "index": index,
-            "delta": delta,
-            "logprobs": logprobs,
-            "finish_reason": finish.map(|(reason, _)| reason),
-        });
-        if let Some((_, Some(reason))) = finish {
-            choice["stop_reason"] = reason.into();
-        }
-        // In the first chunk for clients that show the stream, in the last for those that read the end.
-        let notes = finish.is_some() || delta_begins;
-        self.send(json!([choice]), None, notes);
-    }
-
-    fn send(&mut self, choices: Value, usage: Option<&Usage>, notes: bool) {
-        let header = &self.answers.header;
-        let mut chunk = json!({
-            "id": header.id,
-            "object": "chat.completion.chunk",
-            "created": header.created,
-            "model": header.model,
-            "choices": choices,
-        });
-        if let Some(usage) = usage {
-            chunk["usage"] = json!(usage);
-        }
-        if notes {
-            self.answers.note(&mut chunk);
-        }
-        self.ready.push_back(chunk.to_string());
-    }
-
-    fn finish(&mut self) {
-        if self.answers.settings.include_usage {
-            let usage = self.usage.clone();
-            self.send(json!([]), Some(&usage), false);
-        }
-        self.ready.push_back("[DONE]".into());
-        let mut facts = self.answers.record.facts();
-        facts.completion_tokens = self.usage.completion_tokens;
-        facts.outcome = Some("done");
-        drop(facts);
-        self.over = true;
-    }
-
-    /// The status is long sent; the error is an event of its own, as OpenAI does it.
     fn fail(&mut self, error: &ApiError) {
-        self.ready.push_back(error.body().to_string());
-        self.answers.record.facts().outcome = Some("failed");
+        self.form.fail(error, &mut self.ready);
+        self.record.facts().outcome = Some("failed");
         self.over = true;
     }
 }

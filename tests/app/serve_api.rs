@@ -156,7 +156,8 @@ fn an_adapters_name_cannot_write_into_the_log() {
 fn unknown_fields_are_refused_or_named() {
     let server = start(&[]);
     for (field, value, says) in [
-        ("guided_grammar", json!("x"), "not supported"),
+        ("suffix", json!("x"), "no field"),
+        ("structural_tag", json!("x"), "not supported"),
         ("typo_temperatur", json!(1), "no field"),
         ("temperatur", json!(1), "did you mean `temperature`?"),
         (

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::{
     serve::write_adapter,
-    server::{question, start, with},
+    server::{Response, question, start, with},
     text,
 };
 
@@ -73,6 +73,14 @@ impl Document {
         }
         for (name, inner) in object {
             let documented = schema["properties"].get(name).is_some();
+            let others = &schema["additionalProperties"];
+            if !documented && others.is_object() {
+                self.check(inner, &format!("{pointer}/additionalProperties"));
+                continue;
+            }
+            if !documented && others == true {
+                continue;
+            }
             assert!(documented, "`{name}` is sent and not in {pointer}: {value}");
             let inner_pointer = format!("{pointer}/properties/{name}");
             self.check(inner, &inner_pointer);
@@ -112,6 +120,21 @@ fn of_response(path: &str, method: &str, status: u16, kind: &str) -> String {
     format!("/paths/{path}/{method}/responses/{status}/content/{kind}/schema")
 }
 
+/// Checks a whole answer, or each event of one.
+fn check_each(document: &mut Document, answer: &Response, stream: bool, path: &str) {
+    assert_eq!(answer.status, 200, "{answer:?}");
+    if !stream {
+        let whole = of_response(path, "post", 200, "application/json");
+        return document.check(&answer.json(), &whole);
+    }
+    let event = of_response(path, "post", 200, "text/event-stream");
+    for data in answer.events() {
+        if data != "[DONE]" {
+            document.check(&serde_json::from_str(&data).unwrap(), &event);
+        }
+    }
+}
+
 #[test]
 fn responses_have_the_fields_of_the_document_and_no_others() {
     let folder = tempfile::tempdir().unwrap();
@@ -126,6 +149,8 @@ fn responses_have_the_fields_of_the_document_and_no_others() {
         json!({"guided_regex": "<think>心影</think>正常"}),
         // One token over and over, which ends as a repetition.
         json!({"logit_bias": {"100": 100}, "max_tokens": 200}),
+        json!({"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required",
+            "parallel_tool_calls": false}),
     ];
     let no_image = json!({"messages": [{"role": "user", "content": "？"}], "max_tokens": 2});
     let mut bodies = vec![no_image];
@@ -151,6 +176,55 @@ fn responses_have_the_fields_of_the_document_and_no_others() {
         for event in events {
             document.check(&serde_json::from_str(&event).unwrap(), &chunk);
         }
+    }
+
+    let scored = with(question("？"), "prompt_logprobs", 1.into());
+    document.check(
+        &server.chat(&with(scored, "max_tokens", 1.into())).json(),
+        &whole,
+    );
+
+    for stream in [false, true] {
+        for body in [
+            json!({"prompt": "心影", "logprobs": 1, "echo": true}),
+            json!({"prompt": ["心影", "肺"], "n": 2, "max_tokens": 2, "stream_options": {"include_usage": true}}),
+        ] {
+            let body = with(body, "stream", stream.into());
+            let answer = server.post("/v1/completions", &body);
+            check_each(&mut document, &answer, stream, "/v1/completions");
+        }
+        for body in [
+            json!({"input": "？", "include": ["message.output_text.logprobs"], "max_output_tokens": 3, "tpyo": 1}),
+            json!({"input": "？", "tools": [{"type": "function", "name": "f"}], "tool_choice": "required"}),
+        ] {
+            let body = with(body, "stream", stream.into());
+            let answer = server.post("/v1/responses", &body);
+            check_each(&mut document, &answer, stream, "/v1/responses");
+        }
+    }
+    for (path, method, body) in [
+        (
+            "/tokenize",
+            "post",
+            json!({"prompt": "心影", "return_token_strs": true}),
+        ),
+        ("/tokenize", "post", question("？")["messages"].clone()),
+        ("/detokenize", "post", json!({"tokens": [1, 2]})),
+        ("/version", "get", Value::Null),
+    ] {
+        let body = match body {
+            messages @ Value::Array(_) => json!({"messages": messages}),
+            body => body,
+        };
+        let found = match method {
+            "get" => server.get(path),
+            _ => server.post(path, &body),
+        };
+        assert_eq!(found.status, 200, "{found:?}");
+        document.check(
+            &found.json(),
+            &of_response(path, method, 200, "application/json"),
+        );
     }
 
     for path in ["/v1/limits", "/v1/models"] {

@@ -119,7 +119,7 @@ fn wrong_requests_are_refused_with_a_reason() {
     for (body, says) in [
         (json!({"messages": []}), "messages"),
         (
-            json!({"messages": [{"role": "tool", "content": "x"}]}),
+            json!({"messages": [{"role": "robot", "content": "x"}]}),
             "role",
         ),
         (

@@ -2,10 +2,21 @@
 
 use crate::processor::tokenizer::{StreamDecoder, Tokenizer};
 
+/// What a [`TextStream`] shows besides plain text.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct StreamOptions {
+    /// The stop string that ends the text.
+    pub include_stop: bool,
+    /// Special tokens.
+    pub keep_special: bool,
+}
+
 /// Detokenises one answer piece by piece.
 pub struct TextStream {
     decoder: StreamDecoder,
     stop: Vec<String>,
+    /// Shows the stop string that ends the text.
+    shows_stop: bool,
     /// Decoded, not shown yet: may be the beginning of a stop string.
     held: String,
     text: String,
@@ -16,8 +27,14 @@ impl TextStream {
     /// A stream that ends before the first of `stop`; special tokens are left out, but for the
     /// thinking marks, which are text.
     pub fn new(tokenizer: &Tokenizer, stop: &[String]) -> Self {
+        Self::with(tokenizer, stop, StreamOptions::default())
+    }
+
+    /// As [`Self::new`], with options.
+    pub fn with(tokenizer: &Tokenizer, stop: &[String], options: StreamOptions) -> Self {
         Self {
-            decoder: tokenizer.stream(true),
+            decoder: tokenizer.stream(!options.keep_special),
+            shows_stop: options.include_stop,
             stop: stop
                 .iter()
                 .filter(|stop| !stop.is_empty())
@@ -56,11 +73,12 @@ impl TextStream {
             return String::new();
         }
         self.held.push_str(piece);
-        let stop_at = self
+        let found = self
             .stop
             .iter()
-            .filter_map(|stop| self.held.find(stop.as_str()))
+            .filter_map(|stop| Some((self.held.find(stop.as_str())?, stop.len())))
             .min();
+        let stop_at = found.map(|(at, length)| at + usize::from(self.shows_stop) * length);
         let shown = if let Some(at) = stop_at {
             self.stopped = true;
             self.held.truncate(at);
@@ -94,6 +112,29 @@ fn overlap(text: &str, stop: &str) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_stop_string_and_special_tokens_are_shown_where_they_are_wanted() {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("model/tiny");
+        let tokenizer = Tokenizer::from_folder(folder).unwrap();
+        let ids = tokenizer.encode("心影正常<|im_end|>").unwrap();
+        let stop = ["正".to_owned()];
+        let text = |stop: &[String], options| {
+            let mut stream = TextStream::with(&tokenizer, stop, options);
+            let mut text: String = ids.iter().map(|id| stream.push(*id)).collect();
+            text.push_str(&stream.finish());
+            text
+        };
+        let options = StreamOptions::default();
+        assert_eq!(text(&stop, options), "心影");
+        assert_eq!(text(&[], options), "心影正常");
+        let shown = StreamOptions {
+            include_stop: true,
+            keep_special: true,
+        };
+        assert_eq!(text(&stop, shown), "心影正");
+        assert_eq!(text(&[], shown), "心影正常<|im_end|>");
+    }
 
     #[test]
     fn the_beginning_of_a_stop_string_is_held_back() {

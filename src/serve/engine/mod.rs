@@ -33,6 +33,7 @@ use crate::{
     runtime::generate::{
         FinishReason, SamplingConfig,
         backend::{AdapterId, DecodeBackend},
+        text::StreamOptions,
     },
 };
 use scheduler::Worker;
@@ -68,10 +69,14 @@ pub struct Submission {
     pub penalties: Penalties,
     /// Ends the answer before one of these.
     pub stop: Vec<String>,
+    /// What is shown besides plain text.
+    pub shown: StreamOptions,
     /// Ends an answer that repeats itself.
     pub stop_on_repetition: bool,
     /// Log probabilities of the chosen and this many likeliest tokens.
     pub logprobs: Option<usize>,
+    /// Log probabilities of the prompt's tokens and this many likeliest in their places.
+    pub prompt_logprobs: Option<usize>,
     /// Which tokens are allowed.
     pub constraint: Option<Box<dyn TokenConstraint>>,
     /// When the answer must be there.
@@ -87,6 +92,8 @@ pub struct TokenLogprob {
     pub id: u32,
     /// Natural logarithm of its probability under the model, before sampling settings.
     pub logprob: f32,
+    /// Its place among all tokens, the likeliest being 1.
+    pub rank: usize,
     /// The likeliest tokens with theirs.
     pub top: Vec<(u32, f32)>,
 }
@@ -94,6 +101,8 @@ pub struct TokenLogprob {
 /// What happens to a submission.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
+    /// The prompt is through: log probabilities of its tokens from the second on, if requested.
+    Prompt(Vec<TokenLogprob>),
     /// One token more; `text` is what can be shown now.
     Token {
         /// May be empty, when a character is not whole or may be part of a stop text.

@@ -36,6 +36,9 @@ pub(super) fn whole_blocks(tokens: usize) -> usize {
     tokens / BLOCK * BLOCK
 }
 
+/// Tokens of the budget that one token takes whose logits are read.
+const TOKEN_BY_TOKEN: usize = 64;
+
 /// Failed device calls in a row after which the device is tried by itself.
 const FAILURES: u32 = 3;
 
@@ -449,6 +452,8 @@ impl<D: DecodeBackend> Worker<D> {
             prompt.give_up_patches();
             return (0, None);
         };
+        let by_token = self.running[place].wants_prompt_logits();
+        let budget = if by_token { 1 } else { budget };
         let to = self.running[place].prefill_end().min(from + budget);
         let mut features = Vec::new();
         for (index, image) in prompt.images.iter().enumerate() {
@@ -473,9 +478,15 @@ impl<D: DecodeBackend> Worker<D> {
             input_ids: &input_ids,
             positions,
             features,
-            wants_logits: to == self.running[place].len(),
+            wants_logits: by_token || to == self.running[place].len(),
         };
-        let logits = self.device.prefill(slot, &chunk);
+        let mut logits = self.device.prefill(slot, &chunk);
+        if by_token {
+            if let Some(logits) = &logits {
+                self.running[place].take_prompt_logits(from, logits);
+            }
+            logits = logits.filter(|_| to == self.running[place].len());
+        }
         self.metrics.prompt_tokens.inc_by((to - from) as u64);
         let phase = self.running[place].phase_after(to);
         self.running[place].phase = phase;
@@ -483,7 +494,9 @@ impl<D: DecodeBackend> Worker<D> {
             self.features.clear();
             prompt.give_up_patches();
         }
-        (to - from, logits)
+        // A call of the device for a single token takes about as long as one for a few.
+        let cost = if by_token { TOKEN_BY_TOKEN } else { to - from };
+        (cost, logits)
     }
 
     /// Gives a sequence its slot, with as much of its prompt as is in the cache already.
@@ -493,7 +506,8 @@ impl<D: DecodeBackend> Worker<D> {
         let keys = sequence.keys();
         // The last token always goes through the model: its logits are wanted.
         let usable = &keys[..keys.len() - 1];
-        let kept = if self.limits.prefix_cache {
+        let shares = self.limits.prefix_cache && !sequence.wants_prompt_logits();
+        let kept = if shares {
             self.prefixes.find(adapter, usable)
         } else {
             None
@@ -502,7 +516,7 @@ impl<D: DecodeBackend> Worker<D> {
         let live = self
             .running
             .iter()
-            .filter(|other| other.adapter == adapter && self.limits.prefix_cache)
+            .filter(|other| other.adapter == adapter && shares)
             .filter_map(|other| match (other.phase, other.slot) {
                 (Phase::Decode(_), Some(slot)) => {
                     Some((slot, shared_prefix(other.held_prompt(), usable)))
@@ -518,6 +532,7 @@ impl<D: DecodeBackend> Worker<D> {
         };
         let sequence = &mut self.running[place];
         sequence.slot = Some(slot);
+        sequence.send_prompt_logprobs();
         sequence.cached_tokens.get_or_insert(shared);
         sequence.phase = sequence.phase_after(shared);
         self.metrics.cached_tokens.inc_by(shared as u64);

@@ -97,6 +97,8 @@ pub(super) struct Sequence {
     sampler: Sampler,
     stream: TextStream,
     counts: HashMap<u32, u32>,
+    /// Those of the prompt's tokens so far; `None` where they are not wanted, or were sent.
+    prompt_logprobs: Option<Vec<TokenLogprob>>,
 }
 
 impl Sequence {
@@ -121,7 +123,8 @@ impl Sequence {
             last_token: None,
             generated: Vec::new(),
             sampler: Sampler::new(&submission.sampling, &submission.prompt.input_ids),
-            stream: TextStream::new(tokenizer, &submission.stop),
+            stream: TextStream::with(tokenizer, &submission.stop, submission.shown),
+            prompt_logprobs: submission.prompt_logprobs.map(|_| Vec::new()),
             counts: HashMap::new(),
             events,
             submission,
@@ -182,6 +185,32 @@ impl Sequence {
         let mut keys = self.keys();
         keys.truncate(self.held());
         keys
+    }
+
+    /// Whether the logits after each token of the prompt are wanted, so that it goes through the model
+    /// token by token and shares nothing.
+    pub(super) fn wants_prompt_logits(&self) -> bool {
+        self.prompt_logprobs.is_some()
+    }
+
+    /// Takes the logits after the prompt's token `at`; sends them all once they are complete.
+    pub(super) fn take_prompt_logits(&mut self, at: usize, logits: &[f32]) {
+        let next = self.prompt.input_ids.get(at + 1).copied();
+        let top = self.submission.prompt_logprobs.unwrap_or(0);
+        if let (Some(found), Some(next)) = (&mut self.prompt_logprobs, next) {
+            // A preempted sequence begins again.
+            found.truncate(at);
+            found.push(logprob_of(logits, next, top));
+        }
+        self.send_prompt_logprobs();
+    }
+
+    /// Sends the log probabilities of the prompt once they are complete.
+    pub(super) fn send_prompt_logprobs(&mut self) {
+        let complete = |found: &mut Vec<TokenLogprob>| found.len() + 1 >= self.prompt.len();
+        if let Some(found) = self.prompt_logprobs.take_if(complete) {
+            let _ = self.events.send(Event::Prompt(found));
+        }
     }
 
     /// Forgets slot and cache; what was generated stays and goes through the model again.
@@ -287,7 +316,11 @@ impl Sequence {
         self.generated.push(token);
         self.phase = Phase::Decode(token);
         let ended = if self.submission.eos_token_ids.contains(&token) {
-            // The end token is no text and has no place among the reported ones.
+            // The end token is no text and has no place among the reported ones, unless it is shown.
+            if self.submission.shown.include_stop {
+                let text = self.stream.push(token);
+                let _ = self.events.send(Event::Token { text, logprob });
+            }
             Some(FinishReason::Stop)
         } else {
             let text = self.stream.push(token);
@@ -347,9 +380,12 @@ fn logprob_of(logits: &[f32], token: u32, top: usize) -> TokenLogprob {
             .get(id as usize)
             .map_or(f32::NEG_INFINITY, |logit| logit - log_sum)
     };
+    let chosen = logits.get(token as usize).copied();
+    let before = |logit: &&f32| chosen.is_none_or(|chosen| **logit > chosen);
     TokenLogprob {
         id: token,
         logprob: of(token),
+        rank: 1 + logits.iter().filter(before).count(),
         top: order.into_iter().map(|id| (id, of(id))).collect(),
     }
 }
@@ -363,7 +399,7 @@ mod tests {
         let logits = [0.0, 2f32.ln(), 0.0];
         let found = logprob_of(&logits, 2, 2);
         assert!((found.logprob - 0.25f32.ln()).abs() < 1e-6);
-        assert_eq!(found.top.len(), 2);
+        assert_eq!((found.rank, found.top.len()), (2, 2));
         assert_eq!(found.top[0].0, 1);
         assert!((found.top[0].1 - 0.5f32.ln()).abs() < 1e-6);
         assert_eq!(found.top[1].0, 0);

@@ -205,8 +205,10 @@ fn submission(ids: &[u32], new: usize) -> Submission {
         sampling: SamplingConfig::default(),
         penalties: Penalties::default(),
         stop: Vec::new(),
+        shown: StreamOptions::default(),
         stop_on_repetition: false,
         logprobs: Some(0),
+        prompt_logprobs: None,
         constraint: None,
         deadline: Instant::now() + Duration::from_secs(60),
         client: 0,
@@ -226,6 +228,7 @@ fn wait(mut events: UnboundedReceiver<Event>) -> (Vec<u32>, Result<Done, Failure
     let mut tokens = Vec::new();
     loop {
         match events.blocking_recv() {
+            Some(Event::Prompt(_)) => {}
             Some(Event::Token { logprob, .. }) => tokens.extend(logprob.map(|one| one.id)),
             Some(Event::Done(done)) => return (tokens, Ok(done)),
             Some(Event::Failed(failure)) => return (tokens, Err(failure)),
@@ -577,6 +580,7 @@ fn a_device_draws_what_the_host_would_have_drawn() {
         let mut text = String::new();
         while let Some(event) = events.blocking_recv() {
             match event {
+                Event::Prompt(_) => {}
                 Event::Token { text: piece, .. } => text.push_str(&piece),
                 Event::Done(done) => return text + &done.text,
                 Event::Failed(failure) => panic!("{failure:?}"),
@@ -779,4 +783,27 @@ fn one_client_does_not_fill_the_queue() {
     drop((many, few));
     assert!(engine.reserve(1, 88).is_ok());
     assert!(engine.queue.by_client().is_empty());
+}
+
+#[test]
+fn log_probabilities_of_a_prompt_are_those_of_each_prefix() {
+    let bench = bench(limits(), Duration::ZERO);
+    // Once more, when the prompt is in the cache.
+    for _ in 0..2 {
+        let ids = [5, next_token(&[5]), 7, 8, 9, 10, 11, 12, 13, 14, 15, 16];
+        let mut wanted = submission(&ids, 2);
+        wanted.prompt_logprobs = Some(1);
+        let mut events = submit(&bench, wanted);
+        let Some(Event::Prompt(found)) = events.blocking_recv() else {
+            panic!("no log probabilities of the prompt");
+        };
+        assert_eq!(found.len(), ids.len() - 1);
+        for (at, one) in found.iter().enumerate() {
+            assert_eq!(one.id, ids[at + 1]);
+            assert_eq!(one.top[0].0, next_token(&ids[..=at]));
+            let likeliest = one.id == one.top[0].0;
+            assert_eq!(one.rank == 1, likeliest, "{at}: {one:?}");
+        }
+        assert_eq!(wait(events).0, expected(&ids, 2));
+    }
 }
