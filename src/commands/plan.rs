@@ -70,6 +70,9 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     let model = shipped(args.model.as_ref().unwrap_or(&config.model));
     let parts = TextAndImages::load(&base_of_run(&config, model, DType::F32))?;
     println!("{}", parts.pixel_limits());
+    for remark in &parts.remarks {
+        println!("note: {remark}");
+    }
     let name = shipped_data(args.train_data.as_deref().unwrap_or(&config.train_data));
     let data = Dataset::open(&name)?;
     let lengths = TokenLengths::of(&data, &parts)?;

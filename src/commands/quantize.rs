@@ -8,6 +8,7 @@ use clap::Args;
 
 use super::{
     logits::{probe, read},
+    merge::tell_remarks,
     pipeline_options::checkpoint_alone,
     shell::{expect_new, shipped},
     usage::UsageError,
@@ -36,7 +37,8 @@ use crate::{
 /// Arguments of `quantize`.
 #[derive(Debug, Args)]
 pub struct QuantizeArgs {
-    /// Checkpoint folder, weights in 16 or 32 bits.
+    /// Checkpoint folder or GGUF file. Weights that another tool quantised are dequantised first, so 16 bits lose
+    /// less.
     #[arg(long, value_name = "DIR", default_value = "model/tiny")]
     pub model: PathBuf,
     /// Folder to write; must not exist.
@@ -75,6 +77,7 @@ impl DeviceTask for Quantize {
     fn run<B: Accelerator>(self, device: B::Device, dtype: DType) -> Result<()> {
         let from = shipped(&self.args.model);
         let config = Qwen3VlConfig::from_dir(&from)?;
+        tell_remarks(&from, &config)?;
         let shapes = {
             let model = Qwen3Vl::<B>::new(&config, &InitOptions::default(), &device);
             parameter_shapes(&model)

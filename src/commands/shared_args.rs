@@ -17,8 +17,9 @@ use crate::{
 /// Which model, where.
 #[derive(Debug, Clone, Args)]
 pub struct ModelArgs {
-    /// Folder of a Qwen3-VL checkpoint, as published.
-    #[arg(long, value_name = "DIR", default_value = "model/tiny")]
+    /// Folder of a Qwen3-VL checkpoint, as published: safetensors in 16 or 32 bits or quantised (fp8, AWQ, GPTQ,
+    /// compressed-tensors, bitsandbytes); or a GGUF file, or a folder with one and its mmproj file.
+    #[arg(long, value_name = "DIR|FILE.gguf", default_value = "model/tiny")]
     pub model: PathBuf,
     /// Adapter of the model.
     #[command(flatten)]
@@ -58,7 +59,7 @@ impl AdapterArgs {
 }
 
 /// How weights and images are loaded.
-#[derive(Debug, Clone, Copy, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct LoadArgs {
     /// Dtype of the weights; the default is bf16 on CUDA, f16 on other GPUs and f32 on the CPU.
     #[arg(long, value_enum)]
@@ -75,6 +76,13 @@ pub struct LoadArgs {
     /// Largest size an image is scaled to, in pixels, by default likewise; 1,024 pixels are one token.
     #[arg(long, value_name = "PIXELS")]
     pub max_pixels: Option<usize>,
+    /// With a model in GGUF: the file of its vision tower; by default the only mmproj file beside it.
+    #[arg(long, value_name = "FILE.gguf")]
+    pub mmproj: Option<PathBuf>,
+    /// With a model in GGUF: folder with the tokenizer, chat template and image processor of the original
+    /// checkpoint; by default those of the GGUF, then those beside it.
+    #[arg(long, value_name = "DIR")]
+    pub tokenizer: Option<PathBuf>,
 }
 
 /// How answers are generated.

@@ -9,6 +9,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use super::weights::{
+    Head,
+    gguf::{self, GgufParts},
+    head,
+};
 use crate::{base::files::hint::file_hint, batch::text::ImageTokens};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -44,6 +49,9 @@ pub enum ConfigError {
         /// Why.
         cause: Box<super::weights::WeightsError>,
     },
+    /// A GGUF, or what goes with it, cannot be used.
+    #[error(transparent)]
+    Gguf(super::weights::WeightsError),
     /// A value cannot be used.
     #[error("`{}`: key `{key}`: {reason}", .path.display())]
     Value {
@@ -134,6 +142,28 @@ pub struct VisionConfig {
     pub deepstack_visual_indexes: Vec<usize>,
 }
 
+/// What another model is, by its `model_type`, and what to take instead.
+fn other_model(found: Option<&str>) -> String {
+    let what = match found {
+        Some("qwen3_vl_moe") => "a mixture of experts (30B-A3B, 235B-A22B)",
+        Some("qwen3_5" | "qwen3_5_moe") => "Qwen3.5",
+        Some("qwen2_5_vl") => "Qwen2.5-VL",
+        Some("qwen2_vl") => "Qwen2-VL",
+        Some("qwen3_omni_moe" | "qwen2_5_omni") => "an Omni model",
+        Some("qwen3" | "qwen3_moe" | "qwen2") => "a language model without a vision tower",
+        Some("qwen3_vl_text" | "qwen3_vl_vision") => "one part of a Qwen3-VL",
+        _ => "",
+    };
+    let found = match (found, what) {
+        (None, _) => "missing".to_string(),
+        (Some(kind), "") => format!("found `{kind}`"),
+        (Some(kind), what) => format!("found `{kind}`, {what}"),
+    };
+    format!(
+        "{found}, expected `qwen3_vl`; this program reads Qwen3-VL (dense) checkpoints only: Qwen3-VL-2B, 4B, 8B and 32B, Instruct or Thinking"
+    )
+}
+
 fn three() -> usize {
     3
 }
@@ -164,8 +194,7 @@ struct RawConfig {
     video_token_id: u32,
     vision_start_token_id: u32,
     vision_end_token_id: u32,
-    #[serde(default)]
-    tie_word_embeddings: bool,
+    tie_word_embeddings: Option<bool>,
 }
 
 #[derive(Deserialize)]
@@ -183,6 +212,7 @@ struct RawText {
     #[serde(default)]
     attention_bias: bool,
     eos_token_id: Option<u32>,
+    tie_word_embeddings: Option<bool>,
     rope_theta: Option<f64>,
     rope_scaling: Option<RawRope>,
     rope_parameters: Option<RawRope>,
@@ -200,28 +230,63 @@ struct RawRope {
 }
 
 impl Qwen3VlConfig {
-    /// Reads `config.json` in `model_dir`.
+    /// Reads `config.json` in `model_dir`, or the metadata of a GGUF.
     ///
     /// # Errors
     /// [`ConfigError`] names the file and the key.
     pub fn from_dir(model_dir: &Path) -> Result<Self, ConfigError> {
-        let path = model_dir.join("config.json");
+        Self::from_model(model_dir, &GgufParts::default())
+    }
+
+    /// [`Self::from_dir`], with the other files of a GGUF named.
+    ///
+    /// # Errors
+    /// [`ConfigError`] names the file and the key.
+    pub fn from_model(model: &Path, parts: &GgufParts) -> Result<Self, ConfigError> {
+        let weights = |cause| ConfigError::Head {
+            path: model.to_path_buf(),
+            cause: Box::new(cause),
+        };
+        if let Some(pair) = gguf::find(model, parts).map_err(ConfigError::Gguf)? {
+            let tree = pair.config().map_err(ConfigError::Gguf)?;
+            return Ok(Self::from_tree(tree, pair.files()[0])?.0);
+        }
+        let path = model.join("config.json");
         let text = fs::read_to_string(&path).map_err(|cause| ConfigError::Read {
             path: path.clone(),
             cause,
         })?;
-        let mut config = Self::from_json(&text, &path)?;
-        // Adapters of a tied model may be merged with a head of their own, which the config goes on calling
-        // tied; transformers (5.24) takes the head of the file as well.
-        if config.tie_word_embeddings
-            && super::weights::holds_another_head(model_dir).map_err(|cause| ConfigError::Head {
-                path: model_dir.to_path_buf(),
-                cause: Box::new(cause),
-            })?
-        {
-            config.tie_word_embeddings = false;
-        }
+        let tree = serde_json::from_str(&text).map_err(|cause| ConfigError::Parse {
+            path: path.clone(),
+            cause,
+        })?;
+        let (mut config, tied) = Self::from_tree(tree, &path)?;
+        config.tie_word_embeddings = match tied {
+            Some(false) => false,
+            // Adapters of a tied model may be merged with a head of their own, which the config goes on
+            // calling tied; transformers (5.24) takes the head of the file as well.
+            Some(true) => head(model).map_err(weights)? != Head::Own,
+            // transformers would draw a random head where there is none.
+            None => head(model).map_err(weights)? == Head::Absent,
+        };
         Ok(config)
+    }
+
+    /// What a reader of the results should know about the head of the checkpoint in `dir`.
+    pub fn head_remark(&self, dir: &Path) -> Option<String> {
+        let text = fs::read_to_string(dir.join("config.json")).ok()?;
+        let tree: Value = serde_json::from_str(&text).ok()?;
+        let stated = |tree: &Value| tree.get("tie_word_embeddings").and_then(Value::as_bool);
+        let inner = tree.get("text_config").and_then(stated);
+        match (stated(&tree).or(inner), self.tie_word_embeddings) {
+            (Some(true), false) => Some(
+                "the checkpoint's `lm_head.weight` differs from its embedding although `config.json` calls them tied; it is used as it is, as transformers 5 does".to_string(),
+            ),
+            (None, true) => Some(
+                "`config.json` does not say `tie_word_embeddings` and the files hold no `lm_head.weight`, so the embedding is the head too".to_string(),
+            ),
+            _ => None,
+        }
     }
 
     /// Reads the text of a `config.json`; `path` is what errors name.
@@ -229,6 +294,15 @@ impl Qwen3VlConfig {
     /// # Errors
     /// [`ConfigError`] names the file and the key.
     pub fn from_json(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let tree = serde_json::from_str(text).map_err(|cause| ConfigError::Parse {
+            path: path.to_path_buf(),
+            cause,
+        })?;
+        Ok(Self::from_tree(tree, path)?.0)
+    }
+
+    /// The sizes, and whether the head is tied as far as the file says.
+    fn from_tree(tree: Value, path: &Path) -> Result<(Self, Option<bool>), ConfigError> {
         let parse_error = |cause| ConfigError::Parse {
             path: path.to_path_buf(),
             cause,
@@ -238,18 +312,9 @@ impl Qwen3VlConfig {
             key: key.to_string(),
             reason,
         };
-        let tree: Value = serde_json::from_str(text).map_err(parse_error)?;
         match tree.get("model_type").and_then(Value::as_str) {
             Some("qwen3_vl") => {}
-            other => {
-                return Err(value_error(
-                    "model_type",
-                    format!(
-                        "{}, expected `qwen3_vl`; this program reads Qwen3-VL (dense) checkpoints only",
-                        other.map_or("missing".to_string(), |kind| format!("found `{kind}`"))
-                    ),
-                ));
-            }
+            other => return Err(value_error("model_type", other_model(other))),
         }
         let raw: RawConfig = serde_json::from_value(tree).map_err(parse_error)?;
         debug_assert_eq!(raw.model_type, "qwen3_vl");
@@ -267,6 +332,7 @@ impl Qwen3VlConfig {
         let vision_config: VisionConfig =
             serde_json::from_value(raw.vision_config).map_err(parse_error)?;
         let text = raw.text_config;
+        let tied = raw.tie_word_embeddings.or(text.tie_word_embeddings);
         for (name, rope) in [
             ("rope_parameters", &text.rope_parameters),
             ("rope_scaling", &text.rope_scaling),
@@ -340,12 +406,12 @@ impl Qwen3VlConfig {
             video_token_id: raw.video_token_id,
             vision_start_token_id: raw.vision_start_token_id,
             vision_end_token_id: raw.vision_end_token_id,
-            tie_word_embeddings: raw.tie_word_embeddings,
+            tie_word_embeddings: tied.unwrap_or(false),
         };
         config
             .check()
             .map_err(|(key, reason)| value_error(key, reason))?;
-        Ok(config)
+        Ok((config, tied))
     }
 
     /// Checks the sizes against each other; the error is the key and the reason.
