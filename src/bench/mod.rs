@@ -113,7 +113,9 @@ impl Source {
     /// The folder's `config.json` cannot be used, or the model cannot have so many layers.
     pub fn config(&self) -> Result<Qwen3VlConfig, BenchError> {
         match self {
-            Self::Folder(dir) if !dir.is_dir() && !is_gguf(dir) => Err(PipelineError::NoModel(dir.clone()).into()),
+            Self::Folder(dir) if !dir.is_dir() && !is_gguf(dir) => {
+                Err(PipelineError::NoModel(dir.clone()).into())
+            }
             Self::Folder(dir) => Ok(Qwen3VlConfig::from_dir(dir)?),
             Self::Random { size, layers } => size.config(*layers).map_err(BenchError::Size),
         }

@@ -27,7 +27,11 @@ use crate::{
         files::FolderWriter,
     },
     ops::cast::to_dtype,
-    qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, weights::{Checkpoint, stored_dtype}},
+    qwen3_vl::{
+        Qwen3Vl,
+        config::Qwen3VlConfig,
+        weights::{Checkpoint, stored_dtype},
+    },
     runtime::{accelerator::Accelerator, pipeline::PipelineOptions},
     train::checkpoint::save_model,
 };

@@ -41,17 +41,9 @@ pub enum ConfigError {
         /// Why, with the key.
         cause: serde_json::Error,
     },
-    /// The head of a tied checkpoint cannot be compared with its embedding.
-    #[error("cannot compare `lm_head.weight` with the embedding in `{}`: {cause}", .path.display())]
-    Head {
-        /// The checkpoint's folder.
-        path: PathBuf,
-        /// Why.
-        cause: Box<super::weights::WeightsError>,
-    },
-    /// A GGUF, or what goes with it, cannot be used.
+    /// The weights cannot be read, which say whether the head is the embedding.
     #[error(transparent)]
-    Gguf(super::weights::WeightsError),
+    Weights(#[from] super::weights::WeightsError),
     /// A value cannot be used.
     #[error("`{}`: key `{key}`: {reason}", .path.display())]
     Value {
@@ -243,13 +235,8 @@ impl Qwen3VlConfig {
     /// # Errors
     /// [`ConfigError`] names the file and the key.
     pub fn from_model(model: &Path, parts: &GgufParts) -> Result<Self, ConfigError> {
-        let weights = |cause| ConfigError::Head {
-            path: model.to_path_buf(),
-            cause: Box::new(cause),
-        };
-        if let Some(pair) = gguf::find(model, parts).map_err(ConfigError::Gguf)? {
-            let tree = pair.config().map_err(ConfigError::Gguf)?;
-            return Ok(Self::from_tree(tree, pair.files()[0])?.0);
+        if let Some(pair) = gguf::find(model, parts)? {
+            return Ok(Self::from_tree(pair.config()?, pair.files()[0])?.0);
         }
         let path = model.join("config.json");
         let text = fs::read_to_string(&path).map_err(|cause| ConfigError::Read {
@@ -265,9 +252,9 @@ impl Qwen3VlConfig {
             Some(false) => false,
             // Adapters of a tied model may be merged with a head of their own, which the config goes on
             // calling tied; transformers (5.24) takes the head of the file as well.
-            Some(true) => head(model).map_err(weights)? != Head::Own,
+            Some(true) => head(model)? != Head::Own,
             // transformers would draw a random head where there is none.
-            None => head(model).map_err(weights)? == Head::Absent,
+            None => head(model)? == Head::Absent,
         };
         Ok(config)
     }

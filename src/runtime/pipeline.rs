@@ -395,11 +395,19 @@ fn tokenizer(
         None => Tokenizer::from_folder(dir),
     };
     match bytes {
-        Err(TokenizerError::NotFound { .. }) => Err(PipelineError::GgufTokenizer(path.to_path_buf())),
+        Err(TokenizerError::NotFound { .. }) => {
+            Err(PipelineError::GgufTokenizer(path.to_path_buf()))
+        }
         Err(error) => Err(error.into()),
         Ok(tokenizer) => {
-            let origin = if pair.tokenizer_json().is_some() { "its own" } else { "that of the files beside it" };
-            remarks.push(format!("the tokenizer of the GGUF is {origin}; `--tokenizer DIR` takes another"));
+            let origin = if pair.tokenizer_json().is_some() {
+                "its own"
+            } else {
+                "that of the files beside it"
+            };
+            remarks.push(format!(
+                "the tokenizer of the GGUF is {origin}; `--tokenizer DIR` takes another"
+            ));
             Ok(tokenizer)
         }
     }

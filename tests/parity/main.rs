@@ -7,6 +7,8 @@
 
 mod adapters;
 mod backend;
+mod checkpoint_damage;
+mod checkpoints;
 mod support;
 
 mod generate;

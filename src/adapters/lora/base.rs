@@ -155,7 +155,9 @@ fn sample(path: &Path) -> io::Result<sha2::digest::Output<Sha256>> {
     for part in 0..=32 {
         file.seek(io::SeekFrom::Start(last / 32 * part))?;
         let mut piece = Vec::new();
-        file.by_ref().take(SAMPLE_BYTES as u64).read_to_end(&mut piece)?;
+        file.by_ref()
+            .take(SAMPLE_BYTES as u64)
+            .read_to_end(&mut piece)?;
         hash.update(&piece);
     }
     Ok(hash.finalize())

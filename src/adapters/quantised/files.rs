@@ -16,7 +16,6 @@ use crate::{
     qwen3_vl::weights::{OWN_METHOD, WeightsError, gguf::is_model},
 };
 
-
 /// Version of the layout.
 const VERSION: u64 = 1;
 
@@ -102,9 +101,10 @@ pub fn of_checkpoint(dir: &Path) -> Result<Option<Quantization>, WeightsError> {
         cause,
     })?;
     let tree: Value = serde_json::from_str(&text).map_err(|cause| refuse(cause.to_string()))?;
-    let Some(entry) = tree.get("quantization_config").filter(|entry| {
-        entry.get("quant_method").and_then(Value::as_str) == Some(OWN_METHOD)
-    }) else {
+    let Some(entry) = tree
+        .get("quantization_config")
+        .filter(|entry| entry.get("quant_method").and_then(Value::as_str) == Some(OWN_METHOD))
+    else {
         return Ok(None);
     };
     let number = |key: &str| entry.get(key).and_then(Value::as_u64);

@@ -305,7 +305,13 @@ pub fn load_quantised<B: Ops>(
 ) -> Result<Qwen3Vl<B>, WeightsError> {
     match packed {
         true => load_packed(model, dir, quantization, dtype, on_progress),
-        false => quantise(model, &Checkpoint::open(dir)?, quantization, dtype, on_progress),
+        false => quantise(
+            model,
+            &Checkpoint::open(dir)?,
+            quantization,
+            dtype,
+            on_progress,
+        ),
     }
 }
 

@@ -172,7 +172,9 @@ impl Checkpoint {
 
     /// The file that holds most of a tensor, for messages.
     pub fn file_of(&self, name: &str) -> &Path {
-        self.tensors.get(name).map_or(&self.path, |stored| &stored.path)
+        self.tensors
+            .get(name)
+            .map_or(&self.path, |stored| &stored.path)
     }
 
     /// Type of a tensor's floats in the file; `None` if it is dequantised.
@@ -267,11 +269,14 @@ impl Checkpoint {
         dtype: DType,
         out: &mut [u8],
     ) -> Result<(), WeightsError> {
-        let stored = self.tensors.get(name).ok_or_else(|| WeightsError::Missing {
-            path: self.path.clone(),
-            count: 1,
-            first: name.to_string(),
-        })?;
+        let stored = self
+            .tensors
+            .get(name)
+            .ok_or_else(|| WeightsError::Missing {
+                path: self.path.clone(),
+                count: 1,
+                first: name.to_string(),
+            })?;
         match &stored.source {
             Source::Plain(file, key) => file.read_into(key, first, dtype, out),
             Source::Decoded(decoder) => {
@@ -354,7 +359,10 @@ impl Scheme {
         remarks: &mut Vec<String>,
     ) -> Result<BTreeMap<String, Stored>, WeightsError> {
         let tensors = self.take(model, raw)?;
-        let wide: usize = tensors.values().map(|stored| stored.shape.iter().product::<usize>()).sum();
+        let wide: usize = tensors
+            .values()
+            .map(|stored| stored.shape.iter().product::<usize>())
+            .sum();
         let (name, count) = (self.name(), tensors.len());
         if count == 0 {
             remarks.push(format!(

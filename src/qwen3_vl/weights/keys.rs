@@ -42,12 +42,27 @@ mod tests {
     #[test]
     fn older_names_lead_to_the_module_tree() {
         for (old, new) in [
-            ("model.visual.pos_embed.weight", "model.visual.pos_embed.weight"),
+            (
+                "model.visual.pos_embed.weight",
+                "model.visual.pos_embed.weight",
+            ),
             ("visual.pos_embed.weight", "model.visual.pos_embed.weight"),
-            ("model.layers.3.mlp.up_proj.weight", "model.language_model.layers.3.mlp.up_proj.weight"),
-            ("language_model.model.norm.weight", "model.language_model.norm.weight"),
-            ("language_model.layers.0.input_layernorm.weight", "model.language_model.layers.0.input_layernorm.weight"),
-            ("embed_tokens.weight", "model.language_model.embed_tokens.weight"),
+            (
+                "model.layers.3.mlp.up_proj.weight",
+                "model.language_model.layers.3.mlp.up_proj.weight",
+            ),
+            (
+                "language_model.model.norm.weight",
+                "model.language_model.norm.weight",
+            ),
+            (
+                "language_model.layers.0.input_layernorm.weight",
+                "model.language_model.layers.0.input_layernorm.weight",
+            ),
+            (
+                "embed_tokens.weight",
+                "model.language_model.embed_tokens.weight",
+            ),
             ("language_model.lm_head.weight", "lm_head.weight"),
             ("lm_head.weight", "lm_head.weight"),
             ("something.else", "something.else"),

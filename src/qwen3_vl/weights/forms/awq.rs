@@ -38,13 +38,39 @@ impl Awq {
         keys.only("desc_act", &[json!(false)])?;
         // How AutoAWQ, GPTQModel and vLLM compute, and how the weights were found.
         keys.without_effect(&[
-            "backend", "do_fuse", "exllama_config", "fuse_max_seq_len", "modules_to_fuse", "meta",
-            "method", "quantizer", "sym", "lm_head", "quant_method", "act_group_aware", "batch_size",
-            "block_name_to_quantize", "cache_block_outputs", "damp_percent", "dataset",
-            "max_input_length", "model_seqlen", "module_name_preceding_first_block",
-            "modules_in_block_to_quantize", "pad_token_id", "tokenizer", "true_sequential",
-            "use_cuda_fp16", "exllama_version", "disable_exllama", "use_exllama", "static_groups",
-            "uuid", "mse", "gptaq", "hyb_act",
+            "backend",
+            "do_fuse",
+            "exllama_config",
+            "fuse_max_seq_len",
+            "modules_to_fuse",
+            "meta",
+            "method",
+            "quantizer",
+            "sym",
+            "lm_head",
+            "quant_method",
+            "act_group_aware",
+            "batch_size",
+            "block_name_to_quantize",
+            "cache_block_outputs",
+            "damp_percent",
+            "dataset",
+            "max_input_length",
+            "model_seqlen",
+            "module_name_preceding_first_block",
+            "modules_in_block_to_quantize",
+            "pad_token_id",
+            "tokenizer",
+            "true_sequential",
+            "use_cuda_fp16",
+            "exllama_version",
+            "disable_exllama",
+            "use_exllama",
+            "static_groups",
+            "uuid",
+            "mse",
+            "gptaq",
+            "hyb_act",
         ]);
         let group = match keys.number("group_size")?.or(keys.number("q_group_size")?) {
             Some(0) => return Err(keys.value("group_size", "a positive number or -1")),
@@ -119,7 +145,10 @@ impl Decode for Rows {
             for at in 0..count {
                 let output = first + at;
                 let scale = self.scales.get(group * self.outputs + output);
-                let zero = self.zeros.as_ref().map_or(8.0, |zeros| nibble(zeros, group, output));
+                let zero = self
+                    .zeros
+                    .as_ref()
+                    .map_or(8.0, |zeros| nibble(zeros, group, output));
                 for input in group * self.group..(group + 1) * self.group {
                     let value = nibble(&self.values, input, output) - zero;
                     out[at * self.inputs + input] = self.round.apply(value * scale);

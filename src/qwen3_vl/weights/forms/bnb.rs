@@ -30,10 +30,12 @@ pub(in super::super) struct BitsAndBytes {
 impl BitsAndBytes {
     /// Reads the keys.
     pub(super) fn read(keys: &Keys<'_>) -> Result<Self, WeightsError> {
-        let four = keys.flag("load_in_4bit")?.unwrap_or(false)
-            || keys.flag("_load_in_4bit")?.unwrap_or(false);
-        let eight = keys.flag("load_in_8bit")?.unwrap_or(false)
-            || keys.flag("_load_in_8bit")?.unwrap_or(false);
+        let either = |first: &str, second: &str| -> Result<bool, WeightsError> {
+            let (first, second) = (keys.flag(first)?, keys.flag(second)?);
+            Ok(first == Some(true) || second == Some(true))
+        };
+        let four = either("load_in_4bit", "_load_in_4bit")?;
+        let eight = either("load_in_8bit", "_load_in_8bit")?;
         if four == eight {
             return Err(keys.value("load_in_4bit", "true, or `load_in_8bit` true, but not both"));
         }
@@ -41,8 +43,12 @@ impl BitsAndBytes {
         keys.only("bnb_4bit_quant_type", &["nf4".into(), "fp4".into()])?;
         // The rest is in each tensor's own state, or says how bitsandbytes computes.
         keys.without_effect(&[
-            "quant_method", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage",
-            "bnb_4bit_use_double_quant", "llm_int8_enable_fp32_cpu_offload", "llm_int8_threshold",
+            "quant_method",
+            "bnb_4bit_compute_dtype",
+            "bnb_4bit_quant_storage",
+            "bnb_4bit_use_double_quant",
+            "llm_int8_enable_fp32_cpu_offload",
+            "llm_int8_threshold",
         ]);
         Ok(Self {
             bits: if four { 4 } else { 8 },
@@ -119,7 +125,10 @@ impl BitsAndBytes {
         // Codes may be stored as words of any type; it is their bytes that count.
         let (_, _, codes) = weight.stored()?;
         if codes.len() != count.div_ceil(2) {
-            return Err(wrong(&weight, format!("{} bytes for {count} codes", count.div_ceil(2))));
+            return Err(wrong(
+                &weight,
+                format!("{} bytes for {count} codes", count.div_ceil(2)),
+            ));
         }
         let map = taken.part(layer, "weight.quant_map")?;
         expect(&map, &[Dtype::F32], &[16])?;

@@ -62,11 +62,22 @@ impl CompressedTensors {
     pub(super) fn read(keys: &Keys<'_>) -> Result<Self, WeightsError> {
         // Which of them a matrix has is seen from its tensors.
         let formats: Vec<_> = FORMATS.iter().map(|format| json!(format)).collect();
-        let with_mixed: Vec<_> = formats.iter().cloned().chain([json!("mixed-precision"), json!("dense")]).collect();
+        let with_mixed: Vec<_> = formats
+            .iter()
+            .cloned()
+            .chain([json!("mixed-precision"), json!("dense")])
+            .collect();
         keys.only("format", &with_mixed)?;
-        keys.only("quantization_status", &[json!("compressed"), json!("frozen")])?;
+        keys.only(
+            "quantization_status",
+            &[json!("compressed"), json!("frozen")],
+        )?;
         keys.without_effect(&[
-            "quant_method", "global_compression_ratio", "version", "run_compressed", "dequantize",
+            "quant_method",
+            "global_compression_ratio",
+            "version",
+            "run_compressed",
+            "dequantize",
             "use_optimized_inference",
             // A cache of keys and values in fp8 saves memory at some loss; here `--kv-cache` chooses.
             "kv_cache_scheme",
@@ -122,7 +133,11 @@ impl CompressedTensors {
             patterns.any(|pattern| pattern.fits(layer) || pattern.fits(in_file))
         };
         let class = |group: &&Group| group.targets.iter().any(|target| target == "Linear");
-        let found = self.groups.iter().find(named).or(self.groups.iter().find(class));
+        let found = self
+            .groups
+            .iter()
+            .find(named)
+            .or(self.groups.iter().find(class));
         found
             .and_then(|group| group.weights.clone())
             .ok_or_else(|| WeightsError::Quantization {
@@ -149,7 +164,14 @@ impl CompressedTensors {
             weights.bytes(taken, &layer, weight)?;
         }
         // Scales of activations, and of keys and values, which are not quantised here.
-        for ending in ["input_scale", "input_zero_point", "output_scale", "k_scale", "v_scale", "q_scale"] {
+        for ending in [
+            "input_scale",
+            "input_zero_point",
+            "output_scale",
+            "k_scale",
+            "v_scale",
+            "q_scale",
+        ] {
             for layer in taken.layers(ending) {
                 taken.optional(&layer, ending);
             }
@@ -171,14 +193,25 @@ impl Weights {
         }
         keys.only("dynamic", &[json!(false)])?;
         // How the scales were found, and their type, which is in the file.
-        keys.without_effect(&["observer", "observer_kwargs", "actorder", "scale_dtype", "zp_dtype"]);
+        keys.without_effect(&[
+            "observer",
+            "observer_kwargs",
+            "actorder",
+            "scale_dtype",
+            "zp_dtype",
+        ]);
         let group = keys.number("group_size")?;
         let block = keys.get("block_structure");
         let sizes = |value: &serde_json::Value| {
             let list: Option<Vec<usize>> = match value {
-                serde_json::Value::String(text) => text.split('x').map(|size| size.parse().ok()).collect(),
+                serde_json::Value::String(text) => {
+                    text.split('x').map(|size| size.parse().ok()).collect()
+                }
                 other => other.as_array().and_then(|sizes| {
-                    sizes.iter().map(|size| usize::try_from(size.as_u64()?).ok()).collect()
+                    sizes
+                        .iter()
+                        .map(|size| usize::try_from(size.as_u64()?).ok())
+                        .collect()
                 }),
             };
             match list.as_deref() {
@@ -195,7 +228,12 @@ impl Weights {
                 None => return Err(keys.value("block_structure", "two sizes, such as [128, 128]")),
             },
             (None, None) => Strategy::Tensor,
-            _ => return Err(keys.value("strategy", "tensor, channel, group (with its size) or block")),
+            _ => {
+                return Err(keys.value(
+                    "strategy",
+                    "tensor, channel, group (with its size) or block",
+                ));
+            }
         };
         let symmetric = keys.flag("symmetric")?.unwrap_or(true);
         keys.finish()?;
@@ -273,8 +311,7 @@ impl Weights {
             return Err(wrong(&weight, "bytes"));
         };
         let round = scales.rounding();
-        let decoder =
-            Scaled::new(values, columns, element, scales, grid, round).with_zeros(zeros);
+        let decoder = Scaled::new(values, columns, element, scales, grid, round).with_zeros(zeros);
         taken.put(layer, &weight, [rows, columns], decoder);
         Ok(())
     }
@@ -299,7 +336,12 @@ impl Weights {
             {
                 *columns as usize
             }
-            _ => return Err(wrong(&packed, format!("words of {} bits for {sizes:?}", self.bits))),
+            _ => {
+                return Err(wrong(
+                    &packed,
+                    format!("words of {} bits for {sizes:?}", self.bits),
+                ));
+            }
         };
         if self.is_float || matches!(self.strategy, Strategy::Block(_)) {
             return Err(wrong(&packed, "bytes, as the config says"));
@@ -315,7 +357,9 @@ impl Weights {
                 )?;
                 Slice::of(&zeros)
             }
-            None if !self.symmetric => return Err(wrong(&packed, "its `weight_zero_point` beside it")),
+            None if !self.symmetric => {
+                return Err(wrong(&packed, "its `weight_zero_point` beside it"));
+            }
             _ => None,
         };
         let order = match taken.optional(layer, "weight_g_idx") {
@@ -326,7 +370,10 @@ impl Weights {
                 // -1 everywhere stands for the plain order.
                 if order.iter().all(|group| *group == -1) {
                     None
-                } else if order.iter().all(|group| (0..blocks[1] as i64).contains(group)) {
+                } else if order
+                    .iter()
+                    .all(|group| (0..blocks[1] as i64).contains(group))
+                {
                     Some(order.into_iter().map(|group| group as u32).collect())
                 } else {
                     return Err(wrong(&g_idx, format!("groups below {}", blocks[1])));
@@ -385,7 +432,13 @@ impl Decode for Packed {
                     None => column / self.grid.columns,
                 };
                 let (scale, zero) = groups[group];
-                let value = field(&self.values, row * self.words, 1, column * self.bits, self.bits);
+                let value = field(
+                    &self.values,
+                    row * self.words,
+                    1,
+                    column * self.bits,
+                    self.bits,
+                );
                 *out = self.round.apply((value as f32 - zero) * scale);
             }
         }

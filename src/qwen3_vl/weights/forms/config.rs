@@ -22,10 +22,12 @@ impl<'a> Keys<'a> {
     }
 
     fn inside(path: &'a Path, name: String, entry: &'a Value) -> Result<Self, WeightsError> {
-        let map = entry.as_object().ok_or_else(|| WeightsError::Quantization {
-            path: path.to_path_buf(),
-            reason: format!("key `{name}` is {}, expected an object", short(entry)),
-        })?;
+        let map = entry
+            .as_object()
+            .ok_or_else(|| WeightsError::Quantization {
+                path: path.to_path_buf(),
+                reason: format!("key `{name}` is {}, expected an object", short(entry)),
+            })?;
         Ok(Self {
             path,
             name,
@@ -65,7 +67,9 @@ impl<'a> Keys<'a> {
     ) -> Result<Option<T>, WeightsError> {
         match self.get(key) {
             None => Ok(None),
-            Some(value) => read(value).map(Some).ok_or_else(|| self.value(key, expected)),
+            Some(value) => read(value)
+                .map(Some)
+                .ok_or_else(|| self.value(key, expected)),
         }
     }
 
@@ -94,7 +98,9 @@ impl<'a> Keys<'a> {
             let names = value.as_array()?.iter();
             names.map(|name| name.as_str().map(str::to_owned)).collect()
         };
-        Ok(self.typed(key, "a list of names", read)?.unwrap_or_default())
+        Ok(self
+            .typed(key, "a list of names", read)?
+            .unwrap_or_default())
     }
 
     /// The objects inside an object.
@@ -106,7 +112,9 @@ impl<'a> Keys<'a> {
             .as_object()
             .ok_or_else(|| self.value(key, "an object"))?;
         map.iter()
-            .map(|(inner, value)| Self::inside(self.path, format!("{}.{key}.{inner}", self.name), value))
+            .map(|(inner, value)| {
+                Self::inside(self.path, format!("{}.{key}.{inner}", self.name), value)
+            })
             .collect()
     }
 
@@ -142,7 +150,9 @@ impl<'a> Keys<'a> {
             Value::Array(list) => list.is_empty(),
             _ => false,
         };
-        self.map.get("format").is_some_and(|format| format == "dense")
+        self.map
+            .get("format")
+            .is_some_and(|format| format == "dense")
             || self.map.values().all(is_empty)
     }
 

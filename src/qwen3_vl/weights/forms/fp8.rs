@@ -5,6 +5,7 @@
 
 use serde_json::json;
 
+use super::super::WeightsError;
 use super::{
     FLOATS, Taken,
     config::{Keys, LeftOut},
@@ -13,7 +14,6 @@ use super::{
     scaled::{Element, Grid, Scaled},
     wrong,
 };
-use super::super::WeightsError;
 use safetensors::Dtype;
 
 /// What the config says.
@@ -37,12 +37,20 @@ impl Fp8 {
                 let sizes: Option<Vec<usize>> = value.as_array().and_then(|sizes| {
                     sizes
                         .iter()
-                        .map(|size| usize::try_from(size.as_u64()?).ok().filter(|size| *size > 0))
+                        .map(|size| {
+                            usize::try_from(size.as_u64()?)
+                                .ok()
+                                .filter(|size| *size > 0)
+                        })
                         .collect()
                 });
                 match sizes.as_deref() {
                     Some([rows, columns]) => Some([*rows, *columns]),
-                    _ => return Err(keys.value("weight_block_size", "two sizes, such as [128, 128]")),
+                    _ => {
+                        return Err(
+                            keys.value("weight_block_size", "two sizes, such as [128, 128]")
+                        );
+                    }
                 }
             }
         };
@@ -80,8 +88,7 @@ impl Fp8 {
                     columns: block_columns,
                     across,
                 };
-                let decoder =
-                    Scaled::new(values, columns, Element::E4M3, floats, grid, Round::F32);
+                let decoder = Scaled::new(values, columns, Element::E4M3, floats, grid, Round::F32);
                 taken.put(&layer, &weight, [rows, columns], decoder);
             }
         }
@@ -93,7 +100,10 @@ impl Fp8 {
         match bare {
             Some(tensor) => Err(wrong(
                 tensor,
-                format!("its scales beside it (`{}_scale_inv`), or floats ({FLOATS:?})", tensor.key),
+                format!(
+                    "its scales beside it (`{}_scale_inv`), or floats ({FLOATS:?})",
+                    tensor.key
+                ),
             )),
             None => Ok(()),
         }

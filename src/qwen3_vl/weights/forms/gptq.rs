@@ -52,21 +52,56 @@ impl Gptq {
             let leaves_out = |(name, rule): (&String, &serde_json::Value)| {
                 name.starts_with("-:") || rule.as_object().is_some_and(serde_json::Map::is_empty)
             };
-            if !dynamic.as_object().is_some_and(|rules| rules.iter().all(leaves_out)) {
+            if !dynamic
+                .as_object()
+                .is_some_and(|rules| rules.iter().all(leaves_out))
+            {
                 return Err(keys.value("dynamic", "only layers that are left out (`-:…`)"));
             }
         }
         // How the weights were found, and how other programs compute. Symmetry and the order of inputs are
         // in the tensors.
         keys.without_effect(&[
-            "quant_method", "sym", "desc_act", "static_groups", "true_sequential", "damp_percent",
-            "damp_auto_increment", "lm_head", "meta", "mse", "dataset", "tokenizer", "batch_size",
-            "backend", "use_cuda_fp16", "model_seqlen", "block_name_to_quantize",
-            "module_name_preceding_first_block", "modules_in_block_to_quantize", "pad_token_id",
-            "max_input_length", "cache_block_outputs", "act_group_aware", "exllama_config",
-            "disable_exllama", "use_exllama", "model_name_or_path", "model_file_base_name", "method",
-            "quantizer", "hyb_act", "gptaq", "uuid", "fail_safe", "offload_to_disk",
-            "offload_to_disk_path", "rotation", "adapter", "parallel_packing", "hyb_act_group",
+            "quant_method",
+            "sym",
+            "desc_act",
+            "static_groups",
+            "true_sequential",
+            "damp_percent",
+            "damp_auto_increment",
+            "lm_head",
+            "meta",
+            "mse",
+            "dataset",
+            "tokenizer",
+            "batch_size",
+            "backend",
+            "use_cuda_fp16",
+            "model_seqlen",
+            "block_name_to_quantize",
+            "module_name_preceding_first_block",
+            "modules_in_block_to_quantize",
+            "pad_token_id",
+            "max_input_length",
+            "cache_block_outputs",
+            "act_group_aware",
+            "exllama_config",
+            "disable_exllama",
+            "use_exllama",
+            "model_name_or_path",
+            "model_file_base_name",
+            "method",
+            "quantizer",
+            "hyb_act",
+            "gptaq",
+            "uuid",
+            "fail_safe",
+            "offload_to_disk",
+            "offload_to_disk_path",
+            "rotation",
+            "adapter",
+            "parallel_packing",
+            "hyb_act_group",
         ]);
         Ok(Self {
             bits,
@@ -90,7 +125,10 @@ impl Gptq {
             let group = self.group.min(inputs);
             let groups = inputs.div_ceil(group);
             if inputs * self.bits != words * 32 || !(outputs * self.bits).is_multiple_of(32) {
-                return Err(wrong(&qweight, format!("whole words of {} bits", self.bits)));
+                return Err(wrong(
+                    &qweight,
+                    format!("whole words of {} bits", self.bits),
+                ));
             }
             expect(&scales, &FLOATS, &[groups, outputs])?;
             expect(&qzeros, &[Dtype::I32], &[groups, outputs * self.bits / 32])?;
@@ -99,7 +137,10 @@ impl Gptq {
                 Some(g_idx) => {
                     expect(g_idx, &[Dtype::I32, Dtype::I64], &[inputs])?;
                     let order = numbers(g_idx)?;
-                    if let Some(bad) = order.iter().find(|number| !(0..groups as i64).contains(number)) {
+                    if let Some(bad) = order
+                        .iter()
+                        .find(|number| !(0..groups as i64).contains(number))
+                    {
                         return Err(wrong(g_idx, format!("groups below {groups}, not {bad}")));
                     }
                     Some(order.into_iter().map(|group| group as u32).collect())
@@ -187,13 +228,22 @@ impl Decode for Rows {
                     self.zero(group, output),
                 );
             }
-            for (input, out) in out[at * self.inputs..][..self.inputs].iter_mut().enumerate() {
+            for (input, out) in out[at * self.inputs..][..self.inputs]
+                .iter_mut()
+                .enumerate()
+            {
                 let group = match &self.order {
                     Some(order) => order[input] as usize,
                     None => input / self.group,
                 };
                 let (scale, zero) = scales[group];
-                let value = field(&self.values, output, self.outputs, input * self.bits, self.bits);
+                let value = field(
+                    &self.values,
+                    output,
+                    self.outputs,
+                    input * self.bits,
+                    self.bits,
+                );
                 *out = self.round.apply((value as f32 - zero) * scale);
             }
         }

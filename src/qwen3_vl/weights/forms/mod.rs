@@ -80,7 +80,8 @@ pub(super) fn read(dir: &Path) -> Result<Option<Scheme>, WeightsError> {
     };
     let tree: Value = serde_json::from_str(&text).map_err(|cause| refuse(cause.to_string()))?;
     // MLX has a key of its own, and no method in it.
-    let bits_alone = |entry: &Value| entry.get("bits").is_some() && entry.get("quant_method").is_none();
+    let bits_alone =
+        |entry: &Value| entry.get("bits").is_some() && entry.get("quant_method").is_none();
     if let Some(entry) = ["quantization", "quantization_config"]
         .iter()
         .filter_map(|key| tree.get(key))
@@ -173,7 +174,8 @@ impl Scheme {
             _ => false,
         };
         if activations {
-            "; activations are not quantised here, so answers are those of the weights alone".to_string()
+            "; activations are not quantised here, so answers are those of the weights alone"
+                .to_string()
         } else {
             String::new()
         }
@@ -234,8 +236,17 @@ impl Taken<'_> {
     }
 
     /// Puts a matrix in; its place is that of `main`.
-    fn put(&mut self, layer: &str, main: &RawTensor, shape: [usize; 2], decoder: impl Decode + 'static) {
-        let start = main.file.entry(&main.key).map_or(0, |entry| entry.bytes.start);
+    fn put(
+        &mut self,
+        layer: &str,
+        main: &RawTensor,
+        shape: [usize; 2],
+        decoder: impl Decode + 'static,
+    ) {
+        let start = main
+            .file
+            .entry(&main.key)
+            .map_or(0, |entry| entry.bytes.start);
         let stored = Stored {
             path: main.file.path().to_path_buf(),
             shape: shape.to_vec(),
@@ -251,7 +262,9 @@ fn wrong(tensor: &RawTensor, expected: impl std::fmt::Display) -> WeightsError {
     let found = tensor
         .file
         .entry(&tensor.key)
-        .map_or(String::new(), |entry| format!("{:?} {:?}", entry.dtype, entry.shape));
+        .map_or(String::new(), |entry| {
+            format!("{:?} {:?}", entry.dtype, entry.shape)
+        });
     WeightsError::Quantization {
         path: tensor.file.path().to_path_buf(),
         reason: format!("tensor `{}` is {found}, expected {expected}", tensor.key),

@@ -222,7 +222,11 @@ fn q45_k(kind: Kind, block: &[u8], out: &mut [f32]) {
         for (place, out) in out.iter_mut().enumerate() {
             let byte = values[group / 2 * 32 + place];
             let low = if group % 2 == 0 { byte & 15 } else { byte >> 4 };
-            let high = if five { block[16 + place] >> group & 1 } else { 0 };
+            let high = if five {
+                block[16 + place] >> group & 1
+            } else {
+                0
+            };
             *out = scale * f32::from(low | (high << 4)) - least;
         }
     }

@@ -60,7 +60,9 @@ pub(super) fn check_vision(file: &GgufFile) -> Result<(), WeightsError> {
 
 /// Blocks whose output goes to the first layers of the language model.
 pub(super) fn deepstack(vision: &GgufFile) -> Vec<usize> {
-    let flags = vision.numbers("clip.vision.is_deepstack_layers").unwrap_or_default();
+    let flags = vision
+        .numbers("clip.vision.is_deepstack_layers")
+        .unwrap_or_default();
     let indexes = flags.iter().enumerate().filter(|(_, flag)| **flag != 0.0);
     indexes.map(|(index, _)| index).collect()
 }
@@ -98,11 +100,16 @@ impl GgufPair {
             Some([time, height, width, rest @ ..]) if rest.iter().all(|size| *size == 0.0) => {
                 [time, height, width].map(|size| *size as u64).to_vec()
             }
-            _ => return Err(text.refuse(format!("key `{sections}` is missing, expected three sizes"))),
+            _ => {
+                return Err(
+                    text.refuse(format!("key `{sections}` is missing, expected three sizes"))
+                );
+            }
         };
         let number = |name: &str| {
-            text.number(&key(name))
-                .ok_or_else(|| text.refuse(format!("key `{}` is missing, expected a number", key(name))))
+            text.number(&key(name)).ok_or_else(|| {
+                text.refuse(format!("key `{}` is missing, expected a number", key(name)))
+            })
         };
         let deepstack = deepstack(vision);
         if let Some(count) = text.whole(&key("n_deepstack_layers"))

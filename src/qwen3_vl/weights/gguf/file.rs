@@ -2,7 +2,12 @@
 //!
 //! Source: `docs/gguf.md` of ggml.
 
-use std::{collections::BTreeMap, fs::File, path::{Path, PathBuf}, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use memmap2::Mmap;
 
@@ -66,7 +71,12 @@ impl<'a> Reader<'a> {
             .ok()
             .and_then(|count| self.at.checked_add(count))
             .filter(|end| *end <= self.bytes.len())
-            .ok_or_else(|| format!("the header ends at byte {} inside a value", self.bytes.len()))?;
+            .ok_or_else(|| {
+                format!(
+                    "the header ends at byte {} inside a value",
+                    self.bytes.len()
+                )
+            })?;
         let taken = &self.bytes[self.at..end];
         self.at = end;
         Ok(taken)
@@ -125,7 +135,9 @@ impl<'a> Reader<'a> {
         };
         let left = (self.bytes.len() - self.at) as u64;
         if count > LIST || count.saturating_mul(smallest) > left {
-            return Err(format!("a list of {count} values is longer than the file, or than {LIST}"));
+            return Err(format!(
+                "a list of {count} values is longer than the file, or than {LIST}"
+            ));
         }
         if kind == 8 {
             let texts: Result<_, Problem> = (0..count).map(|_| self.text()).collect();
@@ -146,7 +158,9 @@ impl<'a> Reader<'a> {
         let name = self.text()?;
         let rank = self.u32()?;
         if rank > 4 {
-            return Err(format!("tensor `{name}` has {rank} sizes, expected at most 4"));
+            return Err(format!(
+                "tensor `{name}` has {rank} sizes, expected at most 4"
+            ));
         }
         let mut shape = Vec::new();
         for _ in 0..rank {
@@ -245,7 +259,9 @@ type Header = (BTreeMap<String, Meta>, BTreeMap<String, Info>);
 fn parse(bytes: &[u8]) -> Result<Header, Problem> {
     let mut reader = Reader { bytes, at: 0 };
     if bytes.starts_with(b"version https://git-lfs") {
-        return Err("it is a pointer of Git LFS and not the weights (`git lfs pull` brings them)".into());
+        return Err(
+            "it is a pointer of Git LFS and not the weights (`git lfs pull` brings them)".into(),
+        );
     }
     if reader.take(4).ok() != Some(b"GGUF") {
         return Err("it does not begin with `GGUF`".into());
@@ -259,13 +275,21 @@ fn parse(bytes: &[u8]) -> Result<Header, Problem> {
     }
     let (tensors, pairs) = (reader.u64()?, reader.u64()?);
     // The least that an entry takes.
-    if tensors.saturating_mul(24).saturating_add(pairs.saturating_mul(13)) > bytes.len() as u64 {
-        return Err(format!("{tensors} tensors and {pairs} keys are more than the file has room for"));
+    if tensors
+        .saturating_mul(24)
+        .saturating_add(pairs.saturating_mul(13))
+        > bytes.len() as u64
+    {
+        return Err(format!(
+            "{tensors} tensors and {pairs} keys are more than the file has room for"
+        ));
     }
     let mut meta = BTreeMap::new();
     for _ in 0..pairs {
         let key = reader.text()?;
-        let value = reader.value().map_err(|reason| format!("key `{key}`: {reason}"))?;
+        let value = reader
+            .value()
+            .map_err(|reason| format!("key `{key}`: {reason}"))?;
         meta.insert(key, value);
     }
     let mut infos = Vec::new();
@@ -275,7 +299,11 @@ fn parse(bytes: &[u8]) -> Result<Header, Problem> {
     let alignment = match meta.get("general.alignment") {
         None => 32,
         Some(Meta::Whole(size @ 1..=65536)) if size & (size - 1) == 0 => *size as usize,
-        Some(other) => return Err(format!("key `general.alignment` is {other:?}, expected a power of two")),
+        Some(other) => {
+            return Err(format!(
+                "key `general.alignment` is {other:?}, expected a power of two"
+            ));
+        }
     };
     let start = reader.at.next_multiple_of(alignment);
     let mut found = BTreeMap::new();
@@ -284,7 +312,9 @@ fn parse(bytes: &[u8]) -> Result<Header, Problem> {
             format!("tensor `{name}` is of type {kind}, which is not read here; take a file in F16, BF16, Q8_0, Q6_K, Q5_K_M or Q4_K_M")
         })?;
         let range = (|| {
-            let elements = shape.iter().try_fold(1usize, |product, size| product.checked_mul(*size))?;
+            let elements = shape
+                .iter()
+                .try_fold(1usize, |product, size| product.checked_mul(*size))?;
             let columns = shape.last().copied().unwrap_or(1);
             if columns == 0 || columns % kind.block() != 0 {
                 return None;
@@ -299,7 +329,10 @@ fn parse(bytes: &[u8]) -> Result<Header, Problem> {
                 "tensor `{name}` {shape:?} reaches beyond the end of the file, or is not of whole blocks; download the file again"
             ));
         };
-        if found.insert(name.clone(), Info { shape, kind, range }).is_some() {
+        if found
+            .insert(name.clone(), Info { shape, kind, range })
+            .is_some()
+        {
             return Err(format!("tensor `{name}` is there twice"));
         }
     }

@@ -42,13 +42,18 @@ const CLIP: &str = "clip";
 
 /// Whether `path` is named as one GGUF file.
 pub fn is_gguf(path: &Path) -> bool {
-    path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case(ENDING)) && path.is_file()
+    path.extension()
+        .is_some_and(|ending| ending.eq_ignore_ascii_case(ENDING))
+        && path.is_file()
 }
 
 /// The GGUF files in a folder, in order of name.
 fn in_folder(folder: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
-    let mut files: Vec<PathBuf> = entries.map(|entry| entry.path()).filter(|path| is_gguf(path)).collect();
+    let mut files: Vec<PathBuf> = entries
+        .map(|entry| entry.path())
+        .filter(|path| is_gguf(path))
+        .collect();
     files.sort();
     files
 }
@@ -83,7 +88,11 @@ pub fn find(model: &Path, parts: &GgufParts) -> Result<Option<GgufPair>, Weights
         true => model,
         false => model.parent().unwrap_or(Path::new(".")),
     };
-    let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+    let folder = if folder.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        folder
+    };
     let beside = || in_folder(folder);
     let refuse = |reason: String| WeightsError::Gguf {
         path: model.to_path_buf(),
@@ -108,7 +117,8 @@ pub fn find(model: &Path, parts: &GgufParts) -> Result<Option<GgufPair>, Weights
     let vision = match &parts.mmproj {
         Some(path) => path.clone(),
         None => {
-            let is_vision = |path: &PathBuf| GgufFile::open(path).map(|file| file.architecture() == CLIP);
+            let is_vision =
+                |path: &PathBuf| GgufFile::open(path).map(|file| file.architecture() == CLIP);
             only(beside(), is_vision)?.map_err(|files| {
                 text.refuse(match files.as_slice() {
                     [] => "the file of the vision tower is missing; put the mmproj file of the same model beside it, or name it with --mmproj".to_string(),
@@ -140,7 +150,10 @@ fn only(
 }
 
 fn list(files: &[PathBuf]) -> String {
-    let names: Vec<String> = files.iter().map(|file| format!("`{}`", file.display())).collect();
+    let names: Vec<String> = files
+        .iter()
+        .map(|file| format!("`{}`", file.display()))
+        .collect();
     names.join(", ")
 }
 
@@ -198,7 +211,10 @@ pub(super) fn tensors(
     }
     let mut remarks = Vec::new();
     if !kinds.is_empty() {
-        let kinds: Vec<String> = kinds.iter().map(|(kind, count)| format!("{count} in {kind}")).collect();
+        let kinds: Vec<String> = kinds
+            .iter()
+            .map(|(kind, count)| format!("{count} in {kind}"))
+            .collect();
         remarks.push(format!(
             "tensors of the GGUF are dequantised while they are loaded ({}), to the size of 16 or 32 bits; `--quantize` packs them again",
             kinds.join(", ")
@@ -226,7 +242,10 @@ fn patch_embed(file: &GgufFile, first: &Info, number: usize) -> Result<Stored, W
         )));
     };
     let [out, channels, height, width] = first.shape[..] else {
-        return Err(file.refuse(format!("tensor `v.patch_embd.weight` has shape {:?}, expected four sizes", first.shape)));
+        return Err(file.refuse(format!(
+            "tensor `v.patch_embd.weight` has shape {:?}, expected four sizes",
+            first.shape
+        )));
     };
     Ok(Stored {
         path: file.path.clone(),

@@ -29,10 +29,17 @@ const VISION: [(&str, &str); 6] = [
 ];
 
 /// Parts of a merger of DeepStack.
-const DEEPSTACK: [(&str, &str); 3] = [("norm", "norm"), ("fc1", "linear_fc1"), ("fc2", "linear_fc2")];
+const DEEPSTACK: [(&str, &str); 3] = [
+    ("norm", "norm"),
+    ("fc1", "linear_fc1"),
+    ("fc2", "linear_fc2"),
+];
 
 fn look_up<'a>(table: &[(&str, &'a str)], name: &str) -> Option<&'a str> {
-    table.iter().find(|(ours, _)| *ours == name).map(|(_, theirs)| *theirs)
+    table
+        .iter()
+        .find(|(ours, _)| *ours == name)
+        .map(|(_, theirs)| *theirs)
 }
 
 /// `N.PART.weight` with the part looked up in `table`.
@@ -82,5 +89,7 @@ pub(super) fn vision(name: &str, deepstack: &[usize]) -> Option<String> {
         "mm.2" => "merger.linear_fc2",
         _ => return None,
     };
-    ["weight", "bias"].contains(&ending).then(|| format!("model.visual.{part}.{ending}"))
+    ["weight", "bias"]
+        .contains(&ending)
+        .then(|| format!("model.visual.{part}.{ending}"))
 }

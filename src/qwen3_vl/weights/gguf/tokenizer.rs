@@ -68,7 +68,9 @@ impl GgufPair {
     /// Names of files that go with the weights in a checkpoint folder, and what the metadata says in their
     /// place.
     pub fn side_files(&self) -> Vec<(&'static str, Option<Vec<u8>>)> {
-        let template = self.chat_template().map(|source| source.as_bytes().to_vec());
+        let template = self
+            .chat_template()
+            .map(|source| source.as_bytes().to_vec());
         let images = self.images();
         let key = |name: &str| self.vision.whole(&format!("clip.vision.{name}"));
         let preprocessor = json!({
@@ -87,9 +89,15 @@ impl GgufPair {
         });
         vec![
             ("tokenizer.json", self.tokenizer_json()),
-            ("tokenizer_config.json", serde_json::to_vec_pretty(&tokenizer).ok()),
+            (
+                "tokenizer_config.json",
+                serde_json::to_vec_pretty(&tokenizer).ok(),
+            ),
             ("chat_template.jinja", template),
-            ("preprocessor_config.json", serde_json::to_vec_pretty(&preprocessor).ok()),
+            (
+                "preprocessor_config.json",
+                serde_json::to_vec_pretty(&preprocessor).ok(),
+            ),
             ("processor_config.json", None),
             ("generation_config.json", None),
         ]
