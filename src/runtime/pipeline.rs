@@ -13,7 +13,7 @@ use crate::{
             files::{load_adapter, trained_pixel_limits},
             merge::merge,
         },
-        quantised::load::{load_quantised, quantise},
+        quantised::load::{kept_remark, load_quantised, quantise},
     },
     base::{
         device_name::{DeviceKind, dtype_text},
@@ -371,7 +371,14 @@ fn remarks(
     config: &Qwen3VlConfig,
 ) -> Result<Vec<String>, PipelineError> {
     let mut remarks = match Checkpoint::open_with(&options.model, &options.gguf) {
-        Ok(checkpoint) => checkpoint.remarks().to_vec(),
+        Ok(checkpoint) => {
+            let mut remarks = checkpoint.remarks().to_vec();
+            let kept = options
+                .quantize
+                .map(|format| kept_remark(&checkpoint, format));
+            remarks.extend(kept.flatten());
+            remarks
+        }
         Err(WeightsError::NoFile { .. }) => Vec::new(),
         Err(error) => return Err(error.into()),
     };

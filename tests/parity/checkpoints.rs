@@ -14,6 +14,7 @@ use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 use xray_qwen3vl::{
     adapters::quantised::load::load_quantised,
+    ops::quantised::{Quantization, pack::unpack},
     qwen3_vl::{
         Qwen3Vl,
         config::Qwen3VlConfig,
@@ -376,5 +377,74 @@ fn published_forms_can_be_packed_while_they_are_loaded() {
             );
         }
         assert!(model.num_params() > 0);
+    }
+}
+
+/// Symmetric numbers of other tools are kept as they are where a format holds them: the values are the tool's
+/// but for its rounding to 16 bits.
+#[test]
+fn symmetric_numbers_stay_packed_as_they_are() {
+    let in_layer = |layer: usize, part: &str| {
+        format!("model.language_model.layers.{layer}.{part}_proj.weight")
+    };
+    for (form, quantization, name, keeps) in [
+        ("gptq-4", "int4:32", in_layer(0, "mlp.down"), true),
+        ("gptq-4", "int4", in_layer(0, "mlp.down"), false),
+        ("gptq-4-order", "int4:32", in_layer(0, "mlp.down"), false),
+        (
+            "compressed-pack",
+            "int4:32",
+            in_layer(1, "self_attn.q"),
+            true,
+        ),
+        ("compressed-pack", "int4:32", in_layer(0, "mlp.up"), false),
+        ("compressed-pack", "int8", in_layer(1, "mlp.up"), true),
+        ("compressed-int8", "int8", in_layer(1, "self_attn.k"), true),
+        ("compressed-int8", "int8", in_layer(1, "mlp.gate"), false),
+        ("awq", "int4:32", in_layer(0, "mlp.up"), false),
+    ] {
+        let dir = folder(form);
+        let quantization: Quantization = quantization.parse().unwrap();
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        let shape = checkpoint
+            .in_order()
+            .into_iter()
+            .find(|(found, _)| *found == name);
+        let [rows, columns] = *shape.unwrap().1 else {
+            panic!("{name} is a matrix");
+        };
+        let format = quantization.layers;
+        let kept = checkpoint.kept(&name, [rows, columns], format).unwrap();
+        assert_eq!(kept.is_some(), keeps, "{form} {quantization} {name}");
+        let Some(kept) = kept else { continue };
+        let bytes = read(&checkpoint, &name, rows * columns, DType::F32);
+        let floats: &[f32] = bytemuck::cast_slice(&bytes);
+        // Half a step of bfloat16, the coarsest type of scales.
+        for (ours, theirs) in unpack(&kept, columns, format).iter().zip(floats) {
+            assert!(
+                (ours - theirs).abs() <= theirs.abs() / 256.0,
+                "{form} {name}: {ours} {theirs}"
+            );
+        }
+    }
+    // Blocks of Q4_0 are those of `int4:32`, exactly.
+    let dir = folder("gguf");
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    let format = "int4:32".parse::<Quantization>().unwrap().layers;
+    let kept: Vec<_> = checkpoint
+        .in_order()
+        .into_iter()
+        .filter(|(name, _)| checkpoint.keeps(name, format))
+        .collect();
+    assert_eq!(kept.len(), 2);
+    for (name, shape) in kept {
+        let dims = [shape[0], shape[1]];
+        let matrix = checkpoint.kept(name, dims, format).unwrap().unwrap();
+        let bytes = read(&checkpoint, name, dims[0] * dims[1], DType::F32);
+        assert_eq!(
+            unpack(&matrix, dims[1], format),
+            bytemuck::cast_slice::<u8, f32>(&bytes),
+            "{name}"
+        );
     }
 }

@@ -196,6 +196,33 @@ pub fn check(
     look_through(dir, shapes, quantization).map(|_| ())
 }
 
+/// What becomes of matrices that another tool quantised when they are packed as `quantization`; `None` where
+/// there are none.
+pub fn kept_remark(checkpoint: &Checkpoint, quantization: Quantization) -> Option<String> {
+    let (mut kept, mut anew) = (0, 0);
+    for (name, _) in checkpoint.in_order() {
+        let Some(format) = format_of(quantization, name) else {
+            continue;
+        };
+        if checkpoint.keeps(name, format) {
+            kept += 1;
+        } else if checkpoint.stored_dtype(name).is_none() {
+            anew += 1;
+        }
+    }
+    let hint = match anew {
+        0 => "",
+        _ => {
+            "; a format that holds more of them loses less (`int4:32` and `int4` hold symmetric 4-bit weights with groups of 32 and 64 or more, `int8` symmetric 8-bit weights with a scale a row)"
+        }
+    };
+    (kept + anew > 0).then(|| {
+        format!(
+            "packed as {quantization}: {kept} matrices keep the numbers and scales of the tool that quantised them, {anew} are dequantised and quantised anew{hint}"
+        )
+    })
+}
+
 /// Elements that are read as f32 at once before they are quantised.
 const READ_AT_ONCE: usize = 8 << 20;
 
@@ -209,6 +236,10 @@ pub fn pack_tensor(
     [rows, d_input]: [usize; 2],
     format: Format,
 ) -> Result<QuantisedMatrix, WeightsError> {
+    // Numbers and scales that another tool chose are kept where the format has room for them.
+    if let Some(kept) = checkpoint.kept(name, [rows, d_input], format)? {
+        return Ok(kept);
+    }
     let mut matrix = QuantisedMatrix {
         words: Vec::with_capacity(rows * format.words(d_input)),
         scales: Vec::with_capacity(rows * format.scales(d_input)),

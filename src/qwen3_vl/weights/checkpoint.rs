@@ -14,6 +14,8 @@ use burn::tensor::DType;
 use rayon::prelude::*;
 use safetensors::Dtype;
 
+use crate::ops::quantised::{Format, pack::QuantisedMatrix};
+
 use super::{
     HEAD, TensorFile, WeightsError, checkpoint_files,
     convert::{Problem, convert},
@@ -256,6 +258,62 @@ impl Checkpoint {
         }
     }
 
+    /// Whether `format` holds a matrix as it is stored: its whole numbers and their scales.
+    pub fn keeps(&self, name: &str, format: Format) -> bool {
+        match self.tensors.get(name).map(|stored| &stored.source) {
+            Some(Source::Decoded(decoder)) => decoder.keeps(format),
+            _ => false,
+        }
+    }
+
+    /// A matrix `[rows, d_input]` packed as it is stored, where [`Self::keeps`] says that it can be.
+    ///
+    /// # Errors
+    /// [`WeightsError::NotFinite`] of a scale.
+    pub fn kept(
+        &self,
+        name: &str,
+        [rows, d_input]: [usize; 2],
+        format: Format,
+    ) -> Result<Option<QuantisedMatrix>, WeightsError> {
+        let Some(stored) = self.tensors.get(name) else {
+            return Ok(None);
+        };
+        let Source::Decoded(decoder) = &stored.source else {
+            return Ok(None);
+        };
+        if stored.shape != [rows, d_input] || !decoder.keeps(format) {
+            return Ok(None);
+        }
+        let (words_row, scales_row) = (format.words(d_input), format.scales(d_input));
+        let mut words = vec![0; rows * words_row];
+        let mut scales = vec![0.0; rows * scales_row];
+        words
+            .par_chunks_mut(words_row)
+            .zip(scales.par_chunks_mut(scales_row))
+            .enumerate()
+            .for_each_init(
+                || vec![format.offset() as u32; format.padded(d_input)],
+                |levels, (row, (words, scales))| {
+                    decoder.levels(row, format, &mut levels[..d_input], scales);
+                    let bits = format.bits();
+                    for (word, levels) in words.iter_mut().zip(levels.chunks(format.per_word())) {
+                        let join =
+                            |word, (place, level): (usize, &u32)| word | level << (place * bits);
+                        *word = levels.iter().enumerate().fold(0u32, join) as i32;
+                    }
+                },
+            );
+        match scales.iter().position(|scale| !scale.is_finite()) {
+            None => Ok(Some(QuantisedMatrix { words, scales })),
+            Some(index) => Err(WeightsError::NotFinite {
+                path: stored.path.clone(),
+                name: format!("the scales of {name}"),
+                index,
+            }),
+        }
+    }
+
     /// Elements of a tensor from `first` on, as many as `out` holds, as `dtype` (f32, bf16 or f16), checked
     /// for NaN and infinity, on all cores.
     ///
@@ -370,7 +428,7 @@ impl Scheme {
             ));
         } else {
             remarks.push(format!(
-                "{count} matrices are stored as {name} and dequantised while they are loaded, to {} in 16 bits; `--quantize` packs them again{}",
+                "{count} matrices are stored as {name} and dequantised while they are loaded, to {} in 16 bits (with `--quantize` they stay packed){}",
                 gigabytes(2 * wide as u64),
                 self.note(),
             ));

@@ -14,10 +14,12 @@ use super::{
     config::{Keys, LeftOut, Pattern},
     dims, expect,
     gptq::numbers,
+    group_scales, groups_fit,
     numbers::{Floats, Round, Slice, field},
     scaled::{Element, Grid, Scaled},
     wrong,
 };
+use crate::ops::quantised::Format;
 
 /// What the config says.
 pub(in super::super) struct CompressedTensors {
@@ -415,6 +417,25 @@ struct Packed {
 }
 
 impl Decode for Packed {
+    fn keeps(&self, format: Format) -> bool {
+        self.bits == format.bits()
+            && self.zeros.is_none()
+            && self.order.is_none()
+            && groups_fit(self.grid.columns, self.columns, format)
+            && (format == Format::Int8 || self.scales.fit_f16())
+    }
+
+    fn levels(&self, row: usize, format: Format, levels: &mut [u32], scales: &mut [f32]) {
+        for (column, level) in levels.iter_mut().enumerate() {
+            let first = row * self.words;
+            *level = field(&self.values, first, 1, column * self.bits, self.bits);
+        }
+        let block = row / self.grid.rows * self.grid.across;
+        group_scales(format, self.columns, scales, |column| {
+            self.scales.get(block + column / self.grid.columns)
+        });
+    }
+
     fn rows(&self, first: usize, out: &mut [f32]) {
         let middle = (1u32 << (self.bits - 1)) as f32;
         let mut groups = vec![(0.0, 0.0); self.grid.across];

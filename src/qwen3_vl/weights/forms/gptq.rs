@@ -12,10 +12,11 @@ use super::super::WeightsError;
 use super::{
     Decode, FLOATS, Taken,
     config::{Keys, LeftOut},
-    dims, expect,
+    dims, expect, group_scales, groups_fit,
     numbers::{Floats, Round, Slice, field},
     wrong,
 };
+use crate::ops::quantised::Format;
 
 /// What the config says.
 pub(in super::super) struct Gptq {
@@ -186,6 +187,9 @@ pub(super) fn numbers(tensor: &super::RawTensor) -> Result<Vec<i64>, WeightsErro
     })
 }
 
+/// Inputs of all rows that are read before the next.
+const AT_ONCE: usize = 128;
+
 struct Rows {
     bits: usize,
     values: Slice,
@@ -217,34 +221,64 @@ impl Rows {
 }
 
 impl Decode for Rows {
+    fn keeps(&self, format: Format) -> bool {
+        let middle = (1u32 << (self.bits - 1)) as f32;
+        let is_symmetric = || {
+            let mut all = (0..self.groups)
+                .flat_map(|group| (0..self.outputs).map(move |output| (group, output)));
+            all.all(|(group, output)| self.zero(group, output) == middle)
+        };
+        let in_order = |order: &Vec<u32>| {
+            let mut order = order.iter().enumerate();
+            order.all(|(input, group)| input / self.group == *group as usize)
+        };
+        self.bits == format.bits()
+            && self.order.as_ref().is_none_or(in_order)
+            && groups_fit(self.group, self.inputs, format)
+            && (format == Format::Int8 || self.scales.fit_f16())
+            && is_symmetric()
+    }
+
+    fn levels(&self, row: usize, format: Format, levels: &mut [u32], scales: &mut [f32]) {
+        for (input, level) in levels.iter_mut().enumerate() {
+            *level = field(
+                &self.values,
+                row,
+                self.outputs,
+                input * self.bits,
+                self.bits,
+            );
+        }
+        group_scales(format, self.inputs, scales, |input| {
+            self.scales.get(input / self.group * self.outputs + row)
+        });
+    }
+
     fn rows(&self, first: usize, out: &mut [f32]) {
         let count = out.len() / self.inputs;
-        let mut scales = vec![(0.0, 0.0); self.groups];
-        for at in 0..count {
-            let output = first + at;
-            for (group, scale) in scales.iter_mut().enumerate() {
-                *scale = (
-                    self.scales.get(group * self.outputs + output),
-                    self.zero(group, output),
-                );
-            }
-            for (input, out) in out[at * self.inputs..][..self.inputs]
-                .iter_mut()
-                .enumerate()
-            {
-                let group = match &self.order {
-                    Some(order) => order[input] as usize,
-                    None => input / self.group,
-                };
-                let (scale, zero) = scales[group];
-                let value = field(
-                    &self.values,
-                    output,
-                    self.outputs,
-                    input * self.bits,
-                    self.bits,
-                );
-                *out = self.round.apply((value as f32 - zero) * scale);
+        let of_output = |output: usize| {
+            (0..self.groups).map(move |group| {
+                let scale = self.scales.get(group * self.outputs + output);
+                (scale, self.zero(group, output))
+            })
+        };
+        let scales: Vec<(f32, f32)> = (first..first + count).flat_map(of_output).collect();
+        // Neighbours of a word belong to other outputs: some inputs of all of them share the cache.
+        for start in (0..self.inputs).step_by(AT_ONCE) {
+            let end = (start + AT_ONCE).min(self.inputs);
+            for at in 0..count {
+                let scales = &scales[at * self.groups..][..self.groups];
+                let row = &mut out[at * self.inputs..][..self.inputs];
+                for (input, out) in (start..end).zip(&mut row[start..end]) {
+                    let group = match &self.order {
+                        Some(order) => order[input] as usize,
+                        None => input / self.group,
+                    };
+                    let (scale, zero) = scales[group];
+                    let place = input * self.bits;
+                    let value = field(&self.values, first + at, self.outputs, place, self.bits);
+                    *out = self.round.apply((value as f32 - zero) * scale);
+                }
             }
         }
     }

@@ -19,6 +19,8 @@ use std::{collections::BTreeMap, path::Path};
 use burn::tensor::DType;
 use serde_json::Value;
 
+use crate::ops::quantised::Format;
+
 use super::{
     WeightsError,
     checkpoint::{RawTensor, RawTensors, Source, Stored},
@@ -37,6 +39,28 @@ pub(super) trait Decode: Send + Sync {
     /// Type of the floats in the file, where they are stored as floats.
     fn dtype(&self) -> Option<DType> {
         None
+    }
+
+    /// Whether `format` holds whole numbers and scales as they are stored.
+    fn keeps(&self, _format: Format) -> bool {
+        false
+    }
+
+    /// The stored numbers of a row, each plus the offset of `format`, and the scale of each of its groups.
+    /// Called where [`Decode::keeps`] is true.
+    fn levels(&self, _row: usize, _format: Format, _levels: &mut [u32], _scales: &mut [f32]) {}
+}
+
+/// Whether groups of `own` columns that share a scale are whole groups of `format`, in rows of `columns`.
+fn groups_fit(own: usize, columns: usize, format: Format) -> bool {
+    own == columns || own.is_multiple_of(format.group(columns))
+}
+
+/// The scale at the first column of each group of `format`.
+fn group_scales(format: Format, columns: usize, scales: &mut [f32], scale: impl Fn(usize) -> f32) {
+    let group = format.group(columns);
+    for (at, out) in scales.iter_mut().enumerate() {
+        *out = scale(at * group);
     }
 }
 

@@ -91,6 +91,20 @@ impl Floats {
         }
     }
 
+    /// Whether all of them are numbers that f16 holds.
+    pub(super) fn fit_f16(&self) -> bool {
+        let size = match self.kind {
+            FloatKind::F16 => return true,
+            FloatKind::F32 => 4,
+            FloatKind::BF16 => 2,
+            FloatKind::E8M0 => 1,
+        };
+        (0..self.slice.bytes().len() / size).all(|at| {
+            let value = self.get(at);
+            f16::from_f32(value).to_f32() == value
+        })
+    }
+
     /// How torch rounds what it computes in this type.
     pub(super) fn rounding(&self) -> Round {
         match self.kind {

@@ -2,6 +2,8 @@
 
 use safetensors::Dtype;
 
+use crate::ops::quantised::Format;
+
 use super::{
     Decode,
     numbers::{Floats, Round, Slice, e4m3, e5m2},
@@ -54,6 +56,8 @@ pub(super) struct Scaled {
     values: Slice,
     columns: usize,
     table: Box<[f32; 256]>,
+    /// Whether the elements are whole numbers.
+    whole: bool,
     scales: Floats,
     zeros: Option<Slice>,
     grid: Grid,
@@ -76,6 +80,7 @@ impl Scaled {
             values,
             columns,
             table: Box::new(element.table()),
+            whole: element == Element::I8,
             scales,
             zeros: None,
             grid,
@@ -98,6 +103,23 @@ impl Scaled {
 }
 
 impl Decode for Scaled {
+    fn keeps(&self, format: Format) -> bool {
+        // A scale a row; -128 has a word of its own too.
+        format == Format::Int8
+            && self.whole
+            && self.zeros.is_none()
+            && self.factor == 1.0
+            && self.grid.columns == self.columns
+    }
+
+    fn levels(&self, row: usize, format: Format, levels: &mut [u32], scales: &mut [f32]) {
+        let values = &self.values.bytes()[row * self.columns..][..self.columns];
+        for (level, value) in levels.iter_mut().zip(values) {
+            *level = (i32::from(*value as i8) + format.offset()) as u32;
+        }
+        scales.fill(self.scales.get(row / self.grid.rows * self.grid.across));
+    }
+
     fn rows(&self, first: usize, out: &mut [f32]) {
         for (row, out) in (first..).zip(out.chunks_mut(self.columns)) {
             let values = &self.values.bytes()[row * self.columns..][..out.len()];

@@ -5,7 +5,10 @@
 use burn::tensor::DType;
 use half::{bf16, f16};
 
-use crate::qwen3_vl::weights::forms::{Decode, Slice};
+use crate::{
+    ops::quantised::Format,
+    qwen3_vl::weights::forms::{Decode, Slice},
+};
 
 /// Type of a tensor that is read here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -265,6 +268,27 @@ impl Decode for Blocks {
 
     fn dtype(&self) -> Option<DType> {
         self.kind.float()
+    }
+
+    fn keeps(&self, format: Format) -> bool {
+        self.kind == Kind::Q4_0 && format == Format::Int4 { group: 32 }
+    }
+
+    fn levels(&self, row: usize, _format: Format, levels: &mut [u32], scales: &mut [f32]) {
+        let bytes = self.kind.bytes();
+        let count = self.columns / self.kind.block();
+        let blocks = &self.slice.bytes()[row * count * bytes..][..count * bytes];
+        for ((block, levels), scale) in blocks
+            .chunks_exact(bytes)
+            .zip(levels.chunks_exact_mut(self.kind.block()))
+            .zip(scales)
+        {
+            *scale = half_at(block, 0);
+            let (low, high) = levels.split_at_mut(16);
+            for ((byte, low), high) in block[2..].iter().zip(low).zip(high) {
+                (*low, *high) = (u32::from(byte & 15), u32::from(byte >> 4));
+            }
+        }
     }
 }
 

@@ -216,7 +216,7 @@ pub(super) fn tensors(
             .map(|(kind, count)| format!("{count} in {kind}"))
             .collect();
         remarks.push(format!(
-            "tensors of the GGUF are dequantised while they are loaded ({}), to the size of 16 or 32 bits; `--quantize` packs them again",
+            "tensors of the GGUF are dequantised while they are loaded ({}), to 16 or 32 bits a weight (with `--quantize` they stay packed)",
             kinds.join(", ")
         ));
     }
