@@ -79,8 +79,8 @@ pub struct LoadArgs {
     /// With a model in GGUF: the file of its vision tower; by default the only mmproj file beside it.
     #[arg(long, value_name = "FILE.gguf")]
     pub mmproj: Option<PathBuf>,
-    /// With a model in GGUF: folder with the tokenizer, chat template and image processor of the original
-    /// checkpoint; by default those of the GGUF, then those beside it.
+    /// Folder whose tokenizer, chat template, image processor and end tokens are used in place of the model's;
+    /// for a GGUF that lacks them. By default a GGUF's own are used, then the files beside it.
     #[arg(long, value_name = "DIR")]
     pub tokenizer: Option<PathBuf>,
 }

@@ -1,5 +1,7 @@
 //! A model ready for inference: weights, processor, tokenizer and template of one checkpoint.
 
+mod sources;
+
 use std::path::{Path, PathBuf};
 
 use burn::{prelude::*, tensor::DType};
@@ -13,7 +15,7 @@ use crate::{
             files::{load_adapter, trained_pixel_limits},
             merge::merge,
         },
-        quantised::load::{kept_remark, load_quantised, quantise},
+        quantised::load::{load_quantised, quantise},
     },
     base::{
         device_name::{DeviceKind, dtype_text},
@@ -25,7 +27,7 @@ use crate::{
         chat::{ChatError, ChatTemplate, RenderOptions, encode_chat},
         image::{ImageError, RgbImage},
         message::{Content, Message, Role, split_thinking},
-        patches::{ImageProcessor, ImageProcessorConfig, PREPROCESSOR_FILE, PROCESSOR_FILE},
+        patches::{ImageProcessor, ImageProcessorConfig},
         tokenizer::{Tokenizer, TokenizerError},
     },
     qwen3_vl::{
@@ -34,7 +36,7 @@ use crate::{
         nn::InitOptions,
         weights::{
             Checkpoint, LoadProgress, WeightsError,
-            gguf::{self, GgufPair, GgufParts},
+            gguf::{self, GgufParts},
             load_opened, parameter_shapes,
         },
     },
@@ -46,6 +48,8 @@ use crate::{
         },
     },
 };
+
+use sources::{image_config, remarks, tokenizer};
 
 /// Why a model cannot be loaded or run.
 #[derive(Debug, thiserror::Error)]
@@ -215,36 +219,7 @@ impl TextAndImages {
             (None, None) => &options.model,
         };
         let mut remarks = remarks(options, &config)?;
-        let has_file = [PREPROCESSOR_FILE, PROCESSOR_FILE]
-            .iter()
-            .any(|name| dir.join(name).is_file());
-        let (mut image_config, mut limits_from) = if has_file {
-            (
-                ImageProcessorConfig::published(dir)?,
-                LimitsFrom::Checkpoint,
-            )
-        } else {
-            let mut recipe = ImageProcessorConfig {
-                patch_size: config.vision_config.patch_size,
-                temporal_patch_size: config.vision_config.temporal_patch_size,
-                merge_size: config.vision_config.spatial_merge_size,
-                ..ImageProcessorConfig::default()
-            };
-            match pair.as_ref().map(GgufPair::images) {
-                Some(keys) => {
-                    recipe.image_mean = keys.image_mean.unwrap_or(recipe.image_mean);
-                    recipe.image_std = keys.image_std.unwrap_or(recipe.image_std);
-                    let [min_pixels, max_pixels] = keys.limits;
-                    recipe.min_pixels = min_pixels.unwrap_or(recipe.min_pixels);
-                    recipe.max_pixels = max_pixels.unwrap_or(recipe.max_pixels);
-                    match keys.limits {
-                        [None, None] => (recipe, LimitsFrom::Recipe),
-                        _ => (recipe, LimitsFrom::Checkpoint),
-                    }
-                }
-                None => (recipe, LimitsFrom::Recipe),
-            }
-        };
+        let (mut image_config, mut limits_from) = image_config(&config, pair.as_ref(), dir)?;
         let checkpoint_limits = [image_config.min_pixels, image_config.max_pixels];
         let trained = options.adapter.as_deref().map(trained_pixel_limits);
         if let Some([min_pixels, max_pixels]) = trained.transpose()?.flatten() {
@@ -361,62 +336,6 @@ impl TextAndImages {
             self.config.vision_config.spatial_merge_size,
         )?;
         Ok(Prompt { input_ids, images })
-    }
-}
-
-/// What a reader of the results should know about how the weights are read. A folder without weights has
-/// none; what is wrong with weights is said when they are loaded.
-fn remarks(
-    options: &PipelineOptions,
-    config: &Qwen3VlConfig,
-) -> Result<Vec<String>, PipelineError> {
-    let mut remarks = match Checkpoint::open_with(&options.model, &options.gguf) {
-        Ok(checkpoint) => {
-            let mut remarks = checkpoint.remarks().to_vec();
-            let kept = options
-                .quantize
-                .map(|format| kept_remark(&checkpoint, format));
-            remarks.extend(kept.flatten());
-            remarks
-        }
-        Err(WeightsError::NoFile { .. }) => Vec::new(),
-        Err(error) => return Err(error.into()),
-    };
-    remarks.extend(config.head_remark(&options.model));
-    Ok(remarks)
-}
-
-/// The tokenizer: of the folder `dir`, or of a GGUF that holds all of it.
-fn tokenizer(
-    options: &PipelineOptions,
-    pair: Option<&GgufPair>,
-    dir: &Path,
-    remarks: &mut Vec<String>,
-) -> Result<Tokenizer, PipelineError> {
-    let Some(pair) = pair.filter(|_| options.gguf.tokenizer.is_none()) else {
-        return Ok(Tokenizer::from_folder(dir)?);
-    };
-    let path = pair.files()[0];
-    let bytes = match pair.tokenizer_json() {
-        Some(bytes) => Ok(Tokenizer::from_bytes(&bytes, path)?),
-        None => Tokenizer::from_folder(dir),
-    };
-    match bytes {
-        Err(TokenizerError::NotFound { .. }) => {
-            Err(PipelineError::GgufTokenizer(path.to_path_buf()))
-        }
-        Err(error) => Err(error.into()),
-        Ok(tokenizer) => {
-            let origin = if pair.tokenizer_json().is_some() {
-                "its own"
-            } else {
-                "that of the files beside it"
-            };
-            remarks.push(format!(
-                "the tokenizer of the GGUF is {origin}; `--tokenizer DIR` takes another"
-            ));
-            Ok(tokenizer)
-        }
     }
 }
 
@@ -735,6 +654,7 @@ mod tests {
     use std::fs;
 
     use super::*;
+    use crate::processor::patches::PREPROCESSOR_FILE;
 
     /// The text side of `model/tiny`, copied to a folder that tests may change.
     fn folder() -> (tempfile::TempDir, PipelineOptions) {

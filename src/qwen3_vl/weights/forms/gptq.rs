@@ -103,6 +103,20 @@ impl Gptq {
             "adapter",
             "parallel_packing",
             "hyb_act_group",
+            // AutoRound, writing this layout.
+            "autoround_version",
+            "enable_minmax_tuning",
+            "enable_norm_bias_tuning",
+            "enable_quanted_input",
+            "gradient_accumulate_steps",
+            "iters",
+            "low_gpu_mem_usage",
+            "lr",
+            "minmax_lr",
+            "nsamples",
+            "scale_dtype",
+            "seqlen",
+            "to_quant_block_names",
         ]);
         Ok(Self {
             bits,
