@@ -92,6 +92,8 @@ pub fn options() -> PipelineOptions {
         quantize: None,
         min_pixels: None,
         max_pixels: None,
+
+        gguf: Default::default(),
     }
 }
 

@@ -33,7 +33,8 @@ use crate::{
         config::{ConfigError, Qwen3VlConfig},
         nn::InitOptions,
         weights::{
-            LoadProgress, MAX_SHARD_BYTES, checkpoint_files, parameter_shapes, save_checkpoint,
+            LoadProgress, MAX_SHARD_BYTES, checkpoint_files, gguf::is_gguf, parameter_shapes,
+            save_checkpoint,
         },
     },
     runtime::{
@@ -112,7 +113,9 @@ impl Source {
     /// The folder's `config.json` cannot be used, or the model cannot have so many layers.
     pub fn config(&self) -> Result<Qwen3VlConfig, BenchError> {
         match self {
-            Self::Folder(dir) if !dir.is_dir() => Err(PipelineError::NoModel(dir.clone()).into()),
+            Self::Folder(dir) if !dir.is_dir() && !is_gguf(dir) => {
+                Err(PipelineError::NoModel(dir.clone()).into())
+            }
             Self::Folder(dir) => Ok(Qwen3VlConfig::from_dir(dir)?),
             Self::Random { size, layers } => size.config(*layers).map_err(BenchError::Size),
         }
@@ -247,6 +250,7 @@ impl<B: Accelerator> Bench<B> {
                     quantize: self.quantize,
                     min_pixels: None,
                     max_pixels: None,
+                    gguf: Default::default(),
                 };
                 load_models::<A>(&options, &self.config, devices, on_progress)?
             }

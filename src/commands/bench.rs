@@ -383,7 +383,7 @@ fn prepare<B: Accelerator>(args: &BenchArgs, device: B::Device, dtype: DType) ->
         )));
     }
     bench.quantize = match &bench.source {
-        Source::Folder(dir) if dir.is_dir() => of_checkpoint(dir)?.or(args.quantize),
+        Source::Folder(dir) if dir.exists() => of_checkpoint(dir)?.or(args.quantize),
         _ => args.quantize,
     };
     Ok(bench)

@@ -255,7 +255,7 @@ fn model_work(
     Ok(Some(ModelWork {
         model: model.clone(),
         adapter: args.adapter.clone(),
-        load: args.load,
+        load: args.load.clone(),
         generation: generation_config(&args.generation)?,
         stop: args.generation.stop.clone(),
         batch_size: args.batch_size,

@@ -100,6 +100,8 @@ fn check_sent(args: &InferArgs) -> Result<()> {
         ("--quantize", load.quantize.is_some()),
         ("--min-pixels", load.min_pixels.is_some()),
         ("--max-pixels", load.max_pixels.is_some()),
+        ("--mmproj", load.mmproj.is_some()),
+        ("--tokenizer", load.tokenizer.is_some()),
         ("--kv-cache", args.generation.kv_cache != CacheFormat::Float),
         ("--no-repetition-stop", args.generation.no_repetition_stop),
     ];
@@ -144,6 +146,9 @@ impl ReplicatedTask for Infer {
         }
         if let Some(limits) = pipelines[0].parts.pixel_limits_to_know() {
             eprintln!("{limits}");
+        }
+        for remark in &pipelines[0].parts.remarks {
+            eprintln!("{remark}");
         }
         for device in &devices {
             let config = &pipelines[0].parts.config;
@@ -206,6 +211,10 @@ impl Infer {
         images: &[PathBuf],
         record: &mut Record,
     ) -> Result<Prompt> {
+        let about_model = pipeline.parts.remarks.iter();
+        record
+            .remarks
+            .extend(about_model.map(|remark| RecordRemark::of_model(remark)));
         let mut input = ImageInput::default();
         let mut hashes = Vec::new();
         for path in images {

@@ -30,7 +30,11 @@ use crate::{
         hub::{Want, repo_of_folder},
     },
     ops::cast::to_dtype,
-    qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, weights::stored_dtype},
+    qwen3_vl::{
+        Qwen3Vl,
+        config::Qwen3VlConfig,
+        weights::{Checkpoint, stored_dtype},
+    },
     runtime::{accelerator::Accelerator, pipeline::PipelineOptions},
     train::checkpoint::save_model,
 };
@@ -112,6 +116,7 @@ impl DeviceTask for Merge {
             None => None,
         };
         let mut config = Qwen3VlConfig::from_dir(&options.model)?;
+        tell_remarks(&options.model, &config)?;
         if let Some(quantization) = of_checkpoint(&options.model)? {
             bail!(
                 "`{}` is quantised ({quantization}): an adapter cannot be merged into packed weights, and they are not written in another type; merge into the checkpoint it was made from, then run `quantize`",
@@ -184,6 +189,16 @@ impl DeviceTask for Merge {
         );
         Ok(())
     }
+}
+
+/// Prints what is to know about how the base is read.
+pub(super) fn tell_remarks(model: &Path, config: &Qwen3VlConfig) -> Result<()> {
+    let checkpoint = Checkpoint::open(model)?;
+    let head = config.head_remark(model);
+    for remark in checkpoint.remarks().iter().chain(&head) {
+        eprintln!("{remark}");
+    }
+    Ok(())
 }
 
 /// For adapters that hold no fingerprint of their base: names distinguish two bases as well.

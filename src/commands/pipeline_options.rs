@@ -5,7 +5,10 @@ use std::path::{Path, PathBuf};
 use burn::tensor::DType;
 
 use super::shared_args::{AdapterArgs, LoadArgs, ModelArgs};
-use crate::{runtime::pipeline::PipelineOptions, train::config::TrainConfig};
+use crate::{
+    qwen3_vl::weights::gguf::GgufParts, runtime::pipeline::PipelineOptions,
+    train::config::TrainConfig,
+};
 
 /// The model that was typed, once [`ModelArgs::find`] has found its folder.
 pub(super) fn pipeline_options(args: &ModelArgs, dtype: DType) -> PipelineOptions {
@@ -26,6 +29,10 @@ pub(super) fn with_adapter(
         quantize: load.quantize,
         min_pixels: load.min_pixels,
         max_pixels: load.max_pixels,
+        gguf: GgufParts {
+            mmproj: load.mmproj.clone(),
+            tokenizer: load.tokenizer.clone(),
+        },
     }
 }
 
@@ -38,6 +45,7 @@ pub(super) fn checkpoint_alone(model: PathBuf, dtype: DType) -> PipelineOptions 
         quantize: None,
         min_pixels: None,
         max_pixels: None,
+        gguf: GgufParts::default(),
     }
 }
 

@@ -75,6 +75,9 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     let model = find(model, Want::Description, args.download)?;
     let parts = TextAndImages::load(&base_of_run(&config, model, DType::F32))?;
     println!("{}", parts.pixel_limits());
+    for remark in &parts.remarks {
+        println!("note: {remark}");
+    }
     let name = shipped_data(args.train_data.as_deref().unwrap_or(&config.train_data));
     let data = Dataset::open_with(&name, &config.data_options())?;
     let lengths = TokenLengths::of(&data, &parts)?;

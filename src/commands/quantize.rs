@@ -8,6 +8,7 @@ use clap::Args;
 
 use super::{
     logits::{probe, read},
+    merge::tell_remarks,
     models::{DownloadArgs, find},
     pipeline_options::checkpoint_alone,
     shell::expect_new,
@@ -38,8 +39,9 @@ use crate::{
 /// Arguments of `quantize`.
 #[derive(Debug, Args)]
 pub struct QuantizeArgs {
-    /// Folder or name of a checkpoint with weights in 16 or 32 bits, as in `infer`.
-    #[arg(long, value_name = "DIR|ID", default_value = "model/tiny")]
+    /// Folder or name of a checkpoint, as in `infer`, or a GGUF file. Weights that another tool quantised are dequantised
+    /// first, so 16 bits lose less.
+    #[arg(long, value_name = "DIR|ID|FILE.gguf", default_value = "model/tiny")]
     pub model: PathBuf,
     /// Downloads.
     #[command(flatten)]
@@ -81,6 +83,7 @@ impl DeviceTask for Quantize {
     fn run<B: Accelerator>(self, device: B::Device, dtype: DType) -> Result<()> {
         let from = self.args.model.clone();
         let config = Qwen3VlConfig::from_dir(&from)?;
+        tell_remarks(&from, &config)?;
         let shapes = {
             let model = Qwen3Vl::<B>::new(&config, &InitOptions::default(), &device);
             parameter_shapes(&model)

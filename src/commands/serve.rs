@@ -438,6 +438,9 @@ impl Serve {
             models = models.with_one_size();
         }
         log::info!("{}", parts.pixel_limits());
+        for remark in &parts.remarks {
+            log::info!("{remark}");
+        }
         if let Some(base) = base {
             models = models.only_for(base);
         }

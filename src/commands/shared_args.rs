@@ -30,7 +30,10 @@ use crate::{
 pub struct ModelArgs {
     /// Folder of a Qwen3-VL checkpoint, or its name on Hugging Face or ModelScope
     /// (Qwen/Qwen3-VL-8B-Instruct, NAME@REVISION) if it was downloaded; `hf:` or `ms:` before it chooses the hub.
-    #[arg(long, value_name = "DIR|ID", default_value = "model/tiny")]
+    ///
+    /// As published: safetensors in 16 or 32 bits or quantised (fp8, AWQ, GPTQ, compressed-tensors, bitsandbytes); or a
+    /// GGUF file, or a folder with one and its mmproj file.
+    #[arg(long, value_name = "DIR|ID|FILE.gguf", default_value = "model/tiny")]
     pub model: PathBuf,
     /// Downloads.
     #[command(flatten)]
@@ -104,7 +107,7 @@ pub(super) fn found_adapter(named: &Path) -> PathBuf {
 }
 
 /// How weights and images are loaded.
-#[derive(Debug, Clone, Copy, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct LoadArgs {
     /// Dtype of the weights; the default is bf16 on CUDA, f16 on other GPUs and f32 on the CPU.
     #[arg(long, value_enum)]
@@ -121,6 +124,13 @@ pub struct LoadArgs {
     /// Largest size an image is scaled to, in pixels, by default likewise; 1,024 pixels are one token.
     #[arg(long, value_name = "PIXELS")]
     pub max_pixels: Option<usize>,
+    /// With a model in GGUF: the file of its vision tower; by default the only mmproj file beside it.
+    #[arg(long, value_name = "FILE.gguf")]
+    pub mmproj: Option<PathBuf>,
+    /// Folder whose tokenizer, chat template, image processor and end tokens are used in place of the model's;
+    /// for a GGUF that lacks them. By default a GGUF's own are used, then the files beside it.
+    #[arg(long, value_name = "DIR")]
+    pub tokenizer: Option<PathBuf>,
 }
 
 /// How answers are generated.

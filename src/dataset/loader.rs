@@ -474,6 +474,7 @@ mod tests {
             quantize: None,
             min_pixels: None,
             max_pixels: None,
+            gguf: Default::default(),
         })
         .unwrap();
         let plan = WindowPlan {

@@ -4,14 +4,23 @@
 //! `rope_scaling`) and that of transformers 5 (`rope_parameters`). Both read into the same types;
 //! the published one is always written.
 
+mod published;
+
 use std::{
     fs,
     path::{Path, PathBuf},
 };
 
+use published::other_model;
+
+use super::weights::{
+    Head,
+    gguf::{self, GgufParts},
+    head,
+};
 use crate::{base::files::hint::file_hint, batch::text::ImageTokens};
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 /// What can be wrong with a `config.json`.
 #[derive(Debug, thiserror::Error)]
@@ -36,14 +45,9 @@ pub enum ConfigError {
         /// Why, with the key.
         cause: serde_json::Error,
     },
-    /// The head of a tied checkpoint cannot be compared with its embedding.
-    #[error("cannot compare `lm_head.weight` with the embedding in `{}`: {cause}", .path.display())]
-    Head {
-        /// The checkpoint's folder.
-        path: PathBuf,
-        /// Why.
-        cause: Box<super::weights::WeightsError>,
-    },
+    /// The weights cannot be read, which say whether the head is the embedding.
+    #[error(transparent)]
+    Weights(#[from] super::weights::WeightsError),
     /// A value cannot be used.
     #[error("`{}`: key `{key}`: {reason}", .path.display())]
     Value {
@@ -164,8 +168,7 @@ struct RawConfig {
     video_token_id: u32,
     vision_start_token_id: u32,
     vision_end_token_id: u32,
-    #[serde(default)]
-    tie_word_embeddings: bool,
+    tie_word_embeddings: Option<bool>,
 }
 
 #[derive(Deserialize)]
@@ -183,6 +186,7 @@ struct RawText {
     #[serde(default)]
     attention_bias: bool,
     eos_token_id: Option<u32>,
+    tie_word_embeddings: Option<bool>,
     rope_theta: Option<f64>,
     rope_scaling: Option<RawRope>,
     rope_parameters: Option<RawRope>,
@@ -200,28 +204,58 @@ struct RawRope {
 }
 
 impl Qwen3VlConfig {
-    /// Reads `config.json` in `model_dir`.
+    /// Reads `config.json` in `model_dir`, or the metadata of a GGUF.
     ///
     /// # Errors
     /// [`ConfigError`] names the file and the key.
     pub fn from_dir(model_dir: &Path) -> Result<Self, ConfigError> {
-        let path = model_dir.join("config.json");
+        Self::from_model(model_dir, &GgufParts::default())
+    }
+
+    /// [`Self::from_dir`], with the other files of a GGUF named.
+    ///
+    /// # Errors
+    /// [`ConfigError`] names the file and the key.
+    pub fn from_model(model: &Path, parts: &GgufParts) -> Result<Self, ConfigError> {
+        if let Some(pair) = gguf::find(model, parts)? {
+            return Ok(Self::from_tree(pair.config()?, pair.files()[0])?.0);
+        }
+        let path = model.join("config.json");
         let text = fs::read_to_string(&path).map_err(|cause| ConfigError::Read {
             path: path.clone(),
             cause,
         })?;
-        let mut config = Self::from_json(&text, &path)?;
-        // Adapters of a tied model may be merged with a head of their own, which the config goes on calling
-        // tied; transformers (5.24) takes the head of the file as well.
-        if config.tie_word_embeddings
-            && super::weights::holds_another_head(model_dir).map_err(|cause| ConfigError::Head {
-                path: model_dir.to_path_buf(),
-                cause: Box::new(cause),
-            })?
-        {
-            config.tie_word_embeddings = false;
-        }
+        let tree = serde_json::from_str(&text).map_err(|cause| ConfigError::Parse {
+            path: path.clone(),
+            cause,
+        })?;
+        let (mut config, tied) = Self::from_tree(tree, &path)?;
+        config.tie_word_embeddings = match tied {
+            Some(false) => false,
+            // Adapters of a tied model may be merged with a head of their own, which the config goes on
+            // calling tied; transformers (5.24) takes the head of the file as well.
+            Some(true) => head(model)? != Head::Own,
+            // transformers would draw a random head where there is none.
+            None => head(model)? == Head::Absent,
+        };
         Ok(config)
+    }
+
+    /// What a reader of the results should know about the head of the checkpoint in `dir`.
+    pub fn head_remark(&self, dir: &Path) -> Option<String> {
+        let text = fs::read_to_string(dir.join("config.json")).ok()?;
+        let tree: Value = serde_json::from_str(&text).ok()?;
+        let stated = |tree: &Value| tree.get("tie_word_embeddings").and_then(Value::as_bool);
+        let inner = tree.get("text_config").and_then(stated);
+        match (stated(&tree).or(inner), self.tie_word_embeddings) {
+            (Some(true), false) => Some(
+                "the checkpoint's `lm_head.weight` differs from its embedding although `config.json` calls them tied; it is used as it is, as transformers 5 does".to_string(),
+            ),
+            (None, true) => Some(
+                "`config.json` does not say `tie_word_embeddings` and the files hold no `lm_head.weight`, so the embedding is the head too".to_string(),
+            ),
+            _ => None,
+        }
     }
 
     /// Reads the text of a `config.json`; `path` is what errors name.
@@ -229,6 +263,15 @@ impl Qwen3VlConfig {
     /// # Errors
     /// [`ConfigError`] names the file and the key.
     pub fn from_json(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let tree = serde_json::from_str(text).map_err(|cause| ConfigError::Parse {
+            path: path.to_path_buf(),
+            cause,
+        })?;
+        Ok(Self::from_tree(tree, path)?.0)
+    }
+
+    /// The sizes, and whether the head is tied as far as the file says.
+    fn from_tree(tree: Value, path: &Path) -> Result<(Self, Option<bool>), ConfigError> {
         let parse_error = |cause| ConfigError::Parse {
             path: path.to_path_buf(),
             cause,
@@ -238,18 +281,9 @@ impl Qwen3VlConfig {
             key: key.to_string(),
             reason,
         };
-        let tree: Value = serde_json::from_str(text).map_err(parse_error)?;
         match tree.get("model_type").and_then(Value::as_str) {
             Some("qwen3_vl") => {}
-            other => {
-                return Err(value_error(
-                    "model_type",
-                    format!(
-                        "{}, expected `qwen3_vl`; this program reads Qwen3-VL (dense) checkpoints only",
-                        other.map_or("missing".to_string(), |kind| format!("found `{kind}`"))
-                    ),
-                ));
-            }
+            other => return Err(value_error("model_type", other_model(other))),
         }
         let raw: RawConfig = serde_json::from_value(tree).map_err(parse_error)?;
         debug_assert_eq!(raw.model_type, "qwen3_vl");
@@ -267,6 +301,7 @@ impl Qwen3VlConfig {
         let vision_config: VisionConfig =
             serde_json::from_value(raw.vision_config).map_err(parse_error)?;
         let text = raw.text_config;
+        let tied = raw.tie_word_embeddings.or(text.tie_word_embeddings);
         for (name, rope) in [
             ("rope_parameters", &text.rope_parameters),
             ("rope_scaling", &text.rope_scaling),
@@ -340,12 +375,12 @@ impl Qwen3VlConfig {
             video_token_id: raw.video_token_id,
             vision_start_token_id: raw.vision_start_token_id,
             vision_end_token_id: raw.vision_end_token_id,
-            tie_word_embeddings: raw.tie_word_embeddings,
+            tie_word_embeddings: tied.unwrap_or(false),
         };
         config
             .check()
             .map_err(|(key, reason)| value_error(key, reason))?;
-        Ok(config)
+        Ok((config, tied))
     }
 
     /// Checks the sizes against each other; the error is the key and the reason.
@@ -455,115 +490,6 @@ impl Qwen3VlConfig {
             ));
         }
         Ok(())
-    }
-
-    /// The text of a `config.json` in the published layout.
-    pub fn to_published_json(&self, dtype: &str) -> String {
-        let (text, vision) = (&self.text_config, &self.vision_config);
-        let tree = json!({
-            "architectures": ["Qwen3VLForConditionalGeneration"],
-            "image_token_id": self.image_token_id,
-            "model_type": "qwen3_vl",
-            "text_config": {
-                "attention_bias": text.attention_bias,
-                "attention_dropout": 0.0,
-                "dtype": dtype,
-                "eos_token_id": text.eos_token_id,
-                "head_dim": text.head_dim,
-                "hidden_act": "silu",
-                "hidden_size": text.hidden_size,
-                "initializer_range": 0.02,
-                "intermediate_size": text.intermediate_size,
-                "max_position_embeddings": text.max_position_embeddings,
-                "model_type": "qwen3_vl_text",
-                "num_attention_heads": text.num_attention_heads,
-                "num_hidden_layers": text.num_hidden_layers,
-                "num_key_value_heads": text.num_key_value_heads,
-                "rms_norm_eps": text.rms_norm_eps,
-                "rope_scaling": {
-                    "mrope_interleaved": true,
-                    "mrope_section": text.mrope_section,
-                    "rope_type": "default",
-                },
-                "rope_theta": text.rope_theta,
-                "use_cache": true,
-                "vocab_size": text.vocab_size,
-            },
-            "tie_word_embeddings": self.tie_word_embeddings,
-            "transformers_version": "4.57.0",
-            "video_token_id": self.video_token_id,
-            "vision_config": {
-                "deepstack_visual_indexes": vision.deepstack_visual_indexes,
-                "depth": vision.depth,
-                "hidden_act": "gelu_pytorch_tanh",
-                "hidden_size": vision.hidden_size,
-                "in_channels": vision.in_channels,
-                "initializer_range": 0.02,
-                "intermediate_size": vision.intermediate_size,
-                "model_type": "qwen3_vl",
-                "num_heads": vision.num_heads,
-                "num_position_embeddings": vision.num_position_embeddings,
-                "out_hidden_size": vision.out_hidden_size,
-                "patch_size": vision.patch_size,
-                "spatial_merge_size": vision.spatial_merge_size,
-                "temporal_patch_size": vision.temporal_patch_size,
-            },
-            "vision_end_token_id": self.vision_end_token_id,
-            "vision_start_token_id": self.vision_start_token_id,
-        });
-        let mut text = serde_json::to_string_pretty(&tree).unwrap_or_default();
-        text.push('\n');
-        text
-    }
-
-    /// Sizes of the published checkpoints: `2b`, `4b`, `8b`, `32b` (Instruct and Thinking alike).
-    ///
-    /// Source: `config.json` of `Qwen/Qwen3-VL-{2B,4B,8B,32B}-{Instruct,Thinking}`.
-    pub fn published(size: &str) -> Option<Self> {
-        let (hidden, inter, layers, heads, tied, vision) = match size.to_ascii_lowercase().as_str()
-        {
-            "2b" => (2048, 6144, 28, 16, true, (24, 1024, 4096, [5, 11, 17])),
-            "4b" => (2560, 9728, 36, 32, true, (24, 1024, 4096, [5, 11, 17])),
-            "8b" => (4096, 12288, 36, 32, false, (27, 1152, 4304, [8, 16, 24])),
-            "32b" => (5120, 25600, 64, 64, false, (27, 1152, 4304, [8, 16, 24])),
-            _ => return None,
-        };
-        let (depth, vision_hidden, vision_inter, deepstack) = vision;
-        Some(Self {
-            text_config: TextConfig {
-                vocab_size: 151_936,
-                hidden_size: hidden,
-                intermediate_size: inter,
-                num_hidden_layers: layers,
-                num_attention_heads: heads,
-                num_key_value_heads: 8,
-                head_dim: 128,
-                max_position_embeddings: 262_144,
-                rms_norm_eps: 1e-6,
-                rope_theta: 5e6,
-                mrope_section: [24, 20, 20],
-                attention_bias: false,
-                eos_token_id: Some(151_645),
-            },
-            vision_config: VisionConfig {
-                depth,
-                hidden_size: vision_hidden,
-                intermediate_size: vision_inter,
-                num_heads: 16,
-                num_position_embeddings: 2304,
-                out_hidden_size: hidden,
-                in_channels: 3,
-                patch_size: 16,
-                spatial_merge_size: 2,
-                temporal_patch_size: 2,
-                deepstack_visual_indexes: deepstack.to_vec(),
-            },
-            image_token_id: 151_655,
-            video_token_id: 151_656,
-            vision_start_token_id: 151_652,
-            vision_end_token_id: 151_653,
-            tie_word_embeddings: tied,
-        })
     }
 }
 

@@ -4,7 +4,12 @@
 //! goes to the device piece by piece, what is written comes from it tensor by tensor: host memory stays
 //! far below a shard.
 
+pub mod checkpoint;
 mod convert;
+mod error;
+mod forms;
+pub mod gguf;
+mod keys;
 mod load;
 
 use std::{
@@ -13,6 +18,7 @@ use std::{
     io::Write,
     ops::Range,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use burn::{
@@ -29,153 +35,12 @@ use crate::{
     base::files::{FileError, write_atomic},
     ops::Ops,
 };
+pub use checkpoint::Checkpoint;
 use convert::{Problem, check, convert, is_same, stored_size};
-pub use load::{load_checkpoint, load_checkpoints};
-
-/// What can be wrong with the weights of a checkpoint.
-#[derive(Debug, thiserror::Error)]
-pub enum WeightsError {
-    /// Neither a single file nor an index is there.
-    #[error(
-        "`{}` holds neither `{single}` nor `{single}.index.json`{}; expected the folder of a checkpoint in safetensors form",
-        .dir.display(), other_weights(.dir)
-    )]
-    NoFile {
-        /// The folder.
-        dir: PathBuf,
-        /// Name of the single file.
-        single: String,
-    },
-    /// A file cannot be opened or mapped.
-    #[error("cannot read `{}`: {cause}", .path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        cause: std::io::Error,
-    },
-    /// A file is cut short or not in safetensors form.
-    #[error(
-        "`{}` is not a whole safetensors file: {reason}; download or copy it again",
-        .path.display()
-    )]
-    Format {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong.
-        reason: String,
-    },
-    /// Tensors that the model needs are not there.
-    #[error("`{}` lacks {count} tensor(s) of the model, first `{first}`; does `config.json` belong to these weights?", .path.display())]
-    Missing {
-        /// Checkpoint folder or file.
-        path: PathBuf,
-        /// How many.
-        count: usize,
-        /// The first in order of name.
-        first: String,
-    },
-    /// Tensors that the model does not know.
-    #[error("`{}` holds {count} tensor(s) the model has no place for, first `{first}`; does `config.json` belong to these weights?", .path.display())]
-    Surplus {
-        /// Checkpoint folder or file.
-        path: PathBuf,
-        /// How many.
-        count: usize,
-        /// The first in order of name.
-        first: String,
-    },
-    /// A tensor of another shape.
-    #[error("`{}`: tensor `{name}` has shape {found:?}, the model expects {expected:?}", .path.display())]
-    Shape {
-        /// The file.
-        path: PathBuf,
-        /// The tensor.
-        name: String,
-        /// Shape in the file.
-        found: Vec<usize>,
-        /// Shape in the model.
-        expected: Vec<usize>,
-    },
-    /// A tensor of a type that is no plain float.
-    #[error("`{}`: tensor `{name}` is stored as {found}, expected BF16, F16 or F32; of quantised checkpoints those that `quantize` wrote are read", .path.display())]
-    Dtype {
-        /// The file.
-        path: PathBuf,
-        /// The tensor.
-        name: String,
-        /// Type in the file.
-        found: String,
-    },
-    /// A tensor of a quantised matrix of another type.
-    #[error("`{}`: tensor `{name}` is stored as {found}, expected {expected}; was the file written by `quantize`?", .path.display())]
-    PackedDtype {
-        /// The file.
-        path: PathBuf,
-        /// The tensor.
-        name: String,
-        /// Type in the file.
-        found: String,
-        /// Type that belongs there.
-        expected: String,
-    },
-    /// The weights are quantised in another format than the chosen one, or than is supported.
-    #[error("`{}`: {reason}", .path.display())]
-    Quantization {
-        /// The file or folder.
-        path: PathBuf,
-        /// What was found, and what to do.
-        reason: String,
-    },
-    /// A weight that is no number.
-    #[error("`{}`: tensor `{name}` holds NaN or infinity at element {index}; the file is damaged or the training that wrote it diverged", .path.display())]
-    NotFinite {
-        /// The file.
-        path: PathBuf,
-        /// The tensor.
-        name: String,
-        /// First element at fault, row-major.
-        index: usize,
-    },
-    /// A weight that f16 cannot hold.
-    #[error("`{}`: element {index} of tensor `{name}` is too large for f16; use `--dtype bf16` or `--dtype f32`", .path.display())]
-    TooLarge {
-        /// The file.
-        path: PathBuf,
-        /// The tensor.
-        name: String,
-        /// First element at fault, row-major.
-        index: usize,
-    },
-    /// The device does not take them.
-    #[error("the weights do not come to the device: {0}")]
-    Upload(String),
-    /// Writing failed.
-    #[error(transparent)]
-    Write(#[from] FileError),
-}
-
-/// Weights of another form in a folder, with what to do about them, as the middle of a sentence.
-fn other_weights(dir: &Path) -> String {
-    let names: Vec<String> = std::fs::read_dir(dir)
-        .into_iter()
-        .flatten()
-        .flatten()
-        .map(|entry| entry.file_name().to_string_lossy().into_owned())
-        .collect();
-    let found = |test: fn(&str) -> bool| names.iter().find(|name| test(name));
-    if let Some(name) = found(|name| name.starts_with("pytorch_model") && name.ends_with(".bin")) {
-        format!(
-            ", but `{name}`, which is not read here (a pickle may run code); load it in transformers once and `save_pretrained` it"
-        )
-    } else if let Some(name) = found(|name| name.ends_with(".gguf")) {
-        format!(
-            ", but `{name}` in llama.cpp's form, which is not read here; take the original checkpoint"
-        )
-    } else {
-        String::new()
-    }
-}
+pub use error::WeightsError;
+pub use forms::OWN_METHOD;
+use gguf::GgufParts;
+pub use load::{load_checkpoint, load_checkpoints, load_opened};
 
 /// Progress of loading, in bytes of the files.
 pub type LoadProgress<'a> = &'a mut dyn FnMut(u64, u64);
@@ -192,7 +57,7 @@ struct Entry {
 /// An open safetensors file, its header read.
 pub struct TensorFile {
     path: PathBuf,
-    map: Mmap,
+    map: Arc<Mmap>,
     #[cfg(unix)]
     file: File,
     entries: BTreeMap<String, Entry>,
@@ -218,7 +83,7 @@ impl TensorFile {
         let map = unsafe { Mmap::map(&file) }.map_err(read)?;
         let mut this = Self {
             path: path.to_path_buf(),
-            map,
+            map: Arc::new(map),
             #[cfg(unix)]
             file,
             entries: BTreeMap::new(),
@@ -282,15 +147,6 @@ impl TensorFile {
             .iter()
             .map(|(name, entry)| (name.clone(), entry.shape.clone()))
             .collect())
-    }
-
-    /// Names and shapes in the order of the bytes.
-    fn shapes_in_order(&self) -> Vec<(&str, &[usize])> {
-        let mut all: Vec<_> = self.entries.iter().collect();
-        all.sort_by_key(|(_, entry)| entry.bytes.start);
-        all.into_iter()
-            .map(|(name, entry)| (name.as_str(), entry.shape.as_slice()))
-            .collect()
     }
 
     /// One tensor, converted to `dtype` (f32, bf16 or f16) and checked for NaN and infinity.
@@ -397,10 +253,10 @@ struct ShardIndex {
     weight_map: BTreeMap<String, String>,
 }
 
-/// The files of a checkpoint: `model.safetensors`, or the shards its index names.
+/// The files of a checkpoint: `model.safetensors`, the shards its index names, or both files of a GGUF.
 ///
 /// # Errors
-/// [`WeightsError::NoFile`], or the index cannot be read.
+/// [`WeightsError::NoFile`], [`WeightsError::MissingShard`], or the index cannot be read.
 pub fn checkpoint_files(dir: &Path) -> Result<Vec<PathBuf>, WeightsError> {
     let single = dir.join("model.safetensors");
     if single.is_file() {
@@ -408,6 +264,9 @@ pub fn checkpoint_files(dir: &Path) -> Result<Vec<PathBuf>, WeightsError> {
     }
     let index = dir.join("model.safetensors.index.json");
     if !index.is_file() {
+        if let Some(pair) = gguf::find(dir, &GgufParts::default())? {
+            return Ok(pair.files().map(Path::to_path_buf).to_vec());
+        }
         return Err(WeightsError::NoFile {
             dir: dir.to_path_buf(),
             single: "model.safetensors".to_string(),
@@ -428,71 +287,89 @@ pub fn checkpoint_files(dir: &Path) -> Result<Vec<PathBuf>, WeightsError> {
         .collect();
     files.sort();
     files.dedup();
-    Ok(files)
+    let mut missing = files.iter().filter(|file| !file.exists());
+    match missing.next() {
+        None => Ok(files),
+        Some(first) => Err(WeightsError::MissingShard {
+            first: first.display().to_string(),
+            count: 1 + missing.count(),
+            index,
+        }),
+    }
+}
+
+/// Key of the head.
+const HEAD: &str = "lm_head.weight";
+
+/// Key of the embedding.
+const EMBEDDING: &str = "model.language_model.embed_tokens.weight";
+
+/// What the weights say about the head.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Head {
+    /// There is none.
+    Absent,
+    /// It is the embedding, element by element.
+    Copy,
+    /// It differs from the embedding.
+    Own,
+}
+
+/// Compares the head of the checkpoint in `dir` with its embedding. A folder without weights, or with those
+/// that this program quantised, has none.
+///
+/// # Errors
+/// [`WeightsError`] names the file and the tensor.
+pub fn head(dir: &Path) -> Result<Head, WeightsError> {
+    match Checkpoint::open(dir) {
+        Ok(checkpoint) => head_of(&checkpoint),
+        Err(WeightsError::NoFile { .. }) => Ok(Head::Absent),
+        Err(error) => Err(error),
+    }
 }
 
 /// Whether the checkpoint in `dir` holds a `lm_head.weight` that differs from the embedding in any element.
-/// A folder without weights, or with quantised ones, holds none.
+/// A folder without weights, or with those that this program quantised, holds none.
 ///
 /// # Errors
 /// [`WeightsError`] names the file and the tensor.
 pub fn holds_another_head(dir: &Path) -> Result<bool, WeightsError> {
-    const HEAD: &str = "lm_head.weight";
-    const EMBEDDING: &str = "model.language_model.embed_tokens.weight";
-    let files = match checkpoint_files(dir) {
-        Ok(files) => files,
-        Err(WeightsError::NoFile { .. }) => return Ok(false),
-        Err(error) => return Err(error),
+    Ok(head(dir)? == Head::Own)
+}
+
+fn head_of(checkpoint: &Checkpoint) -> Result<Head, WeightsError> {
+    let shape = |wanted: &str| {
+        let tensors = checkpoint.in_order();
+        let found = tensors.into_iter().find(|(name, _)| *name == wanted);
+        found.map(|(_, shape)| shape.to_vec())
     };
-    let files = files
-        .iter()
-        .map(|path| TensorFile::open(path))
-        .collect::<Result<Vec<_>, _>>()?;
-    let holder = |name: &str| {
-        files
-            .iter()
-            .find_map(|file| Some((file, file.entries.get(name)?)))
+    let Some(head) = shape(HEAD) else {
+        return Ok(Head::Absent);
     };
-    let (Some((head_file, head)), Some((file, embedding))) = (holder(HEAD), holder(EMBEDDING))
-    else {
-        return Ok(false);
-    };
-    if head.shape != embedding.shape {
-        return Ok(true);
+    if shape(EMBEDDING).as_ref() != Some(&head) {
+        return Ok(Head::Own);
     }
-    let elements: usize = head.shape.iter().product();
+    let elements: usize = head.iter().product();
     let share = SHARE_BYTES / size_of::<f32>();
     let mut ours = vec![0; SHARE_BYTES];
     let mut theirs = vec![0; SHARE_BYTES];
     for first in (0..elements).step_by(share) {
         let bytes = share.min(elements - first) * size_of::<f32>();
-        head_file.read_into(HEAD, first, DType::F32, &mut ours[..bytes])?;
-        file.read_into(EMBEDDING, first, DType::F32, &mut theirs[..bytes])?;
+        checkpoint.read_into(HEAD, first, DType::F32, &mut ours[..bytes])?;
+        checkpoint.read_into(EMBEDDING, first, DType::F32, &mut theirs[..bytes])?;
         if ours[..bytes] != theirs[..bytes] {
-            return Ok(true);
+            return Ok(Head::Own);
         }
     }
-    Ok(false)
+    Ok(Head::Copy)
 }
 
-/// Type of the weights in a checkpoint: that of the embedding.
+/// Type of the weights in a checkpoint: that of the embedding; `None` where it is quantised.
 ///
 /// # Errors
 /// [`WeightsError`] names the file.
 pub fn stored_dtype(dir: &Path) -> Result<Option<DType>, WeightsError> {
-    for path in checkpoint_files(dir)? {
-        for (name, entry) in &TensorFile::open(&path)?.entries {
-            if name.ends_with("embed_tokens.weight") {
-                return Ok(match entry.dtype {
-                    Dtype::BF16 => Some(DType::BF16),
-                    Dtype::F16 => Some(DType::F16),
-                    Dtype::F32 => Some(DType::F32),
-                    _ => None,
-                });
-            }
-        }
-    }
-    Ok(None)
+    Ok(Checkpoint::open(dir)?.stored_dtype(EMBEDDING))
 }
 
 struct ShapeVisitor {

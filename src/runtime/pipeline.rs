@@ -1,5 +1,7 @@
 //! A model ready for inference: weights, processor, tokenizer and template of one checkpoint.
 
+mod sources;
+
 use std::path::{Path, PathBuf};
 
 use burn::{prelude::*, tensor::DType};
@@ -13,7 +15,7 @@ use crate::{
             files::{attach_adapter, trained_pixel_limits},
             merge::merge,
         },
-        quantised::load::load_quantised,
+        quantised::load::{load_quantised, quantise},
     },
     base::{
         device_name::{DeviceKind, dtype_text},
@@ -26,7 +28,7 @@ use crate::{
         chat::{ChatError, ChatTemplate, RenderOptions, encode_chat},
         image::{ImageError, RgbImage},
         message::{Content, Message, Role, split_thinking},
-        patches::{ImageProcessor, ImageProcessorConfig, PREPROCESSOR_FILE, PROCESSOR_FILE},
+        patches::{ImageProcessor, ImageProcessorConfig},
         tokenizer::{Tokenizer, TokenizerError},
     },
     qwen3_vl::{
@@ -34,7 +36,9 @@ use crate::{
         config::{ConfigError, Qwen3VlConfig},
         nn::InitOptions,
         weights::{
-            LoadProgress, WeightsError, checkpoint_files, load_checkpoints, parameter_shapes,
+            Checkpoint, LoadProgress, WeightsError,
+            gguf::{self, GgufParts},
+            load_opened, parameter_shapes,
         },
     },
     runtime::{
@@ -45,6 +49,8 @@ use crate::{
         },
     },
 };
+
+use sources::{image_config, remarks, tokenizer};
 
 /// Why a model cannot be loaded or run.
 #[derive(Debug, thiserror::Error)]
@@ -69,6 +75,8 @@ pub enum PipelineError {
     Generate(#[from] GenerateError),
     #[error("`{}` is not the folder of a checkpoint; expected `config.json`, `tokenizer.json` and `model.safetensors` (or shards with their index) in it; `model/README.md` says how to download one{}", .0.display(), folder_hint(.0, "config.json"))]
     NoModel(PathBuf),
+    #[error("`{}` holds no whole tokenizer; name the folder of the original checkpoint with --tokenizer, or put its `tokenizer.json` beside the file", .0.display())]
+    GgufTokenizer(PathBuf),
     #[error("`{}`: `{key}` is {found} for the image processor and {expected} in the vision_config of config.json; the two must agree", .path.display())]
     Patches {
         path: PathBuf,
@@ -110,6 +118,8 @@ pub struct PipelineOptions {
     pub min_pixels: Option<usize>,
     /// Largest image the model is shown, in pixels; when absent, see [`LimitsFrom`].
     pub max_pixels: Option<usize>,
+    /// Files that go with a model in GGUF, where they are named.
+    pub gguf: GgufParts,
 }
 
 /// Who says between how many pixels an image is scaled, the first that does.
@@ -153,6 +163,8 @@ pub struct TextAndImages {
     pub limits_from: LimitsFrom,
     /// Pixel limits of the checkpoint itself.
     checkpoint_limits: [usize; 2],
+    /// What a reader of the results should know about how the checkpoint was read.
+    pub remarks: Vec<String>,
 }
 
 impl TextAndImages {
@@ -185,10 +197,10 @@ impl TextAndImages {
     /// [`PipelineError`] names the file.
     pub fn load(options: &PipelineOptions) -> Result<Self, PipelineError> {
         let dir = &options.model;
-        if !dir.join("config.json").is_file() {
+        if !dir.join("config.json").is_file() && !gguf::is_model(dir) {
             return Err(PipelineError::NoModel(dir.clone()));
         }
-        let config = Qwen3VlConfig::from_dir(dir)?;
+        let config = Qwen3VlConfig::from_model(dir, &options.gguf)?;
         Self::load_for(options, config)
     }
 
@@ -200,24 +212,15 @@ impl TextAndImages {
         options: &PipelineOptions,
         config: Qwen3VlConfig,
     ) -> Result<Self, PipelineError> {
-        let dir = &options.model;
-        let has_file = [PREPROCESSOR_FILE, PROCESSOR_FILE]
-            .iter()
-            .any(|name| dir.join(name).is_file());
-        let (mut image_config, mut limits_from) = if has_file {
-            (
-                ImageProcessorConfig::published(dir)?,
-                LimitsFrom::Checkpoint,
-            )
-        } else {
-            let recipe = ImageProcessorConfig {
-                patch_size: config.vision_config.patch_size,
-                temporal_patch_size: config.vision_config.temporal_patch_size,
-                merge_size: config.vision_config.spatial_merge_size,
-                ..ImageProcessorConfig::default()
-            };
-            (recipe, LimitsFrom::Recipe)
+        let pair = gguf::find(&options.model, &options.gguf)?;
+        // Files of the original checkpoint beside a GGUF, or where they are said to be.
+        let dir = match (&options.gguf.tokenizer, &pair) {
+            (Some(dir), _) => dir.as_path(),
+            (None, Some(pair)) => pair.folder(),
+            (None, None) => &options.model,
         };
+        let mut remarks = remarks(options, &config)?;
+        let (mut image_config, mut limits_from) = image_config(&config, pair.as_ref(), dir)?;
         let checkpoint_limits = [image_config.min_pixels, image_config.max_pixels];
         let trained = options.adapter.as_deref().map(trained_pixel_limits);
         if let Some([min_pixels, max_pixels]) = trained.transpose()?.flatten() {
@@ -236,25 +239,37 @@ impl TextAndImages {
         }
         check_patches(dir, &image_config, &config)?;
         let images = ImageProcessor::new(image_config)?;
-        let tokenizer = Tokenizer::from_folder(dir)?;
+        let tokenizer = tokenizer(options, pair.as_ref(), dir, &mut remarks)?;
         if tokenizer.vocab_size() > config.text_config.vocab_size {
             return Err(PipelineError::VocabSize {
-                path: dir.clone(),
+                path: dir.to_path_buf(),
                 found: tokenizer.vocab_size(),
                 expected: config.text_config.vocab_size,
             });
         }
         // The adapter's own template goes before the base's.
         let mut found = None;
-        for folder in options.adapter.iter().chain([dir]) {
+        let adapter = options.adapter.as_deref();
+        let named = options.gguf.tokenizer.as_deref();
+        for folder in adapter.into_iter().chain(named) {
             if found.is_none() {
                 found = ChatTemplate::find(folder, None)?;
             }
         }
+        if found.is_none()
+            && let Some(pair) = &pair
+            && let Some(source) = pair.chat_template()
+        {
+            let origin = pair.files()[0].display().to_string();
+            found = Some(ChatTemplate::new(source, origin)?);
+        }
+        if found.is_none() {
+            found = ChatTemplate::find(dir, None)?;
+        }
         let template = match found {
             Some(template) => template,
             // A checkpoint without a template: the published folder names distinguish the two kinds.
-            None if is_thinking_folder(dir) => ChatTemplate::thinking()?,
+            None if is_thinking_folder(&options.model) => ChatTemplate::thinking()?,
             None => ChatTemplate::instruct()?,
         };
         let eos_token_ids = eos_token_ids(dir, &config, &tokenizer)?;
@@ -266,6 +281,7 @@ impl TextAndImages {
             eos_token_ids,
             limits_from,
             checkpoint_limits,
+            remarks,
         })
     }
 
@@ -586,7 +602,7 @@ pub fn load_models<B: Accelerator>(
         && B::KIND == DeviceKind::Cpu
     {
         let copies = models.len();
-        check_host_memory(&options.model, model, options.dtype, quantization, copies)?;
+        check_host_memory(options, model, quantization, copies)?;
     }
     if let Some(quantization) = quantization {
         if options
@@ -600,28 +616,36 @@ pub fn load_models<B: Accelerator>(
                 ),
             }));
         }
-        let (dir, packed) = (&options.model, on_disk.is_some());
         let dtype = options.dtype;
+        let checkpoint = match on_disk {
+            None => Some(Checkpoint::open_with(&options.model, &options.gguf)?),
+            Some(_) => None,
+        };
         for model in &mut models {
-            let fresh = model.clone();
-            *model = load_quantised(fresh, dir, quantization, packed, dtype, &mut *on_progress)?;
+            let (fresh, tell) = (model.clone(), &mut *on_progress);
+            *model = match &checkpoint {
+                Some(checkpoint) => quantise(fresh, checkpoint, quantization, dtype, tell)?,
+                None => load_quantised(fresh, &options.model, quantization, true, dtype, tell)?,
+            };
         }
         return Ok(models);
     }
-    load_checkpoints(&mut models, &options.model, options.dtype, on_progress)?;
+    let checkpoint = Checkpoint::open_with(&options.model, &options.gguf)?;
+    load_opened(&mut models, &checkpoint, options.dtype, on_progress)?;
     Ok(models.into_iter().map(compact).collect())
 }
 
 /// The process ends when the CPU's memory runs out, so free memory is checked before.
 fn check_host_memory<B: Accelerator>(
-    dir: &Path,
+    options: &PipelineOptions,
     model: &Qwen3Vl<B>,
-    dtype: DType,
     quantization: Option<Quantization>,
     copies: usize,
 ) -> Result<(), PipelineError> {
     const GIB: f64 = (1u64 << 30) as f64;
-    checkpoint_files(dir)?;
+    // What is wrong with the files is said before what they need.
+    Checkpoint::open_with(&options.model, &options.gguf)?;
+    let dtype = options.dtype;
     let shapes = parameter_shapes(model);
     let bytes =
         crate::adapters::quantised::memory::weight_bytes(&shapes, quantization, dtype.size());
@@ -641,6 +665,7 @@ mod tests {
     use std::fs;
 
     use super::*;
+    use crate::processor::patches::PREPROCESSOR_FILE;
 
     /// The text side of `model/tiny`, copied to a folder that tests may change.
     fn folder() -> (tempfile::TempDir, PipelineOptions) {
@@ -662,6 +687,7 @@ mod tests {
             quantize: None,
             min_pixels: None,
             max_pixels: None,
+            gguf: GgufParts::default(),
         };
         (dir, options)
     }

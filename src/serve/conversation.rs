@@ -9,15 +9,17 @@ use serde_json::{Map, Value};
 
 use super::{
     App,
-    data_url::base64_bytes,
     error::ApiError,
     types::{ChatContent, ChatMessage, ChatPart, ImageSize, PromptOptions, Tool},
 };
-use crate::processor::{
-    chat::{ChatError, ChatTemplate, RenderOptions},
-    message::{Content, Part},
-    tokenizer::{Tokenizer, TokenizerError},
-    tools::{Call, Speaker, Turn, description, in_words},
+use crate::{
+    base::base64_text::base64_bytes,
+    processor::{
+        chat::{ChatError, ChatTemplate, RenderOptions},
+        message::{Content, Part},
+        tokenizer::{Tokenizer, TokenizerError},
+        tools::{Call, Speaker, Turn, description, in_words},
+    },
 };
 
 /// Most messages of a request.

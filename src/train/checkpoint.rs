@@ -30,8 +30,9 @@ use crate::{
         Qwen3Vl,
         config::Qwen3VlConfig,
         weights::{
-            LazyTensor, MAX_SHARD_BYTES, TensorFile, WeightsError, load_checkpoint,
-            save_checkpoint, write_safetensors,
+            LazyTensor, MAX_SHARD_BYTES, TensorFile, WeightsError,
+            gguf::{self, GgufParts},
+            load_checkpoint, save_checkpoint, write_safetensors,
         },
     },
     runtime::accelerator::{Accelerator, TrainAccelerator},
@@ -158,6 +159,9 @@ const COPIED: &[&str] = &[
 /// # Errors
 /// [`FileError`] names the file.
 pub fn copy_side_files(from: &Path, to: &Path) -> Result<(), FileError> {
+    if gguf::is_model(from) {
+        return write_gguf_side_files(from, to);
+    }
     let entries = fs::read_dir(from).map_err(|cause| FileError::read(from, cause))?;
     for entry in entries {
         let source = entry.map_err(|cause| FileError::read(from, cause))?.path();
@@ -181,6 +185,25 @@ pub fn copy_side_files(from: &Path, to: &Path) -> Result<(), FileError> {
         }
         let target = to.join(name);
         fs::copy(&source, &target).map_err(|cause| FileError::write(&target, cause))?;
+    }
+    Ok(())
+}
+
+/// Writes what goes with the weights of a GGUF: the files of the original checkpoint beside it, else what
+/// its metadata says.
+fn write_gguf_side_files(from: &Path, to: &Path) -> Result<(), FileError> {
+    let wrong = |cause| FileError::read(from, std::io::Error::other(format!("{cause}")));
+    let Some(pair) = gguf::find(from, &GgufParts::default()).map_err(wrong)? else {
+        return Ok(());
+    };
+    for (name, own) in pair.side_files() {
+        let source = pair.folder().join(name);
+        let target = to.join(name);
+        if source.is_file() {
+            fs::copy(&source, &target).map_err(|cause| FileError::write(&target, cause))?;
+        } else if let Some(own) = own {
+            write_atomic(&target, |out: &mut dyn Write| out.write_all(&own))?;
+        }
     }
     Ok(())
 }

@@ -665,6 +665,7 @@ mod tests {
             quantize: None,
             min_pixels: None,
             max_pixels: None,
+            gguf: Default::default(),
         };
         let device = Default::default();
         let parts = TextAndImages::load(&options).unwrap();

@@ -297,8 +297,12 @@ pub fn train<B: TrainAccelerator>(
         quantize: None,
         min_pixels: Some(min_pixels),
         max_pixels: Some(max_pixels),
+        gguf: Default::default(),
     };
     let parts = Arc::new(TextAndImages::load(&pipeline)?);
+    for remark in &parts.remarks {
+        (options.tell)(&format!("note: {remark}"));
+    }
     let model_config = parts.config.clone();
     let (max_length, overlong) = (config.max_length, config.overlong);
     let mut data_facts = vec![data.facts(&parts, max_length, overlong)?];

@@ -41,6 +41,7 @@ fn parts() -> TextAndImages {
         quantize: None,
         min_pixels: None,
         max_pixels: None,
+        gguf: Default::default(),
     })
     .unwrap()
 }

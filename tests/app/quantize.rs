@@ -222,12 +222,12 @@ fn a_damaged_packed_checkpoint_is_named_by_file_and_tensor() {
     fs::write(&weights, &whole).unwrap();
     let config = folder.path().join("packed/config.json");
     let mut tree: Value = serde_json::from_slice(&fs::read(&config).unwrap()).unwrap();
-    tree["quantization_config"] = serde_json::json!({"quant_method": "awq", "bits": 4});
+    tree["quantization_config"] = serde_json::json!({"quant_method": "aqlm", "bits": 4});
     fs::write(&config, tree.to_string()).unwrap();
     let (code, _, stderr) = infer(folder.path(), &["--model", "packed"]);
     assert_eq!(code, 1, "{stderr}");
     assert!(
-        stderr.contains("`awq`") && stderr.contains("--quantize"),
+        stderr.contains("AQLM") && stderr.contains("--quantize"),
         "{stderr}"
     );
 }

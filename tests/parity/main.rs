@@ -8,6 +8,8 @@
 mod adapters;
 mod adapters_of_peft;
 mod backend;
+mod checkpoint_damage;
+mod checkpoints;
 mod support;
 
 mod generate;

@@ -5,7 +5,8 @@
 
 use std::{
     collections::BTreeMap,
-    fs, io,
+    fs,
+    io::{self, Read, Seek},
     path::{Path, PathBuf},
 };
 
@@ -15,7 +16,7 @@ use sha2::{Digest, Sha256};
 use super::config::AdapterError;
 use crate::{
     base::files::{FileError, write_atomic},
-    qwen3_vl::weights::{TensorFile, checkpoint_files},
+    qwen3_vl::weights::{TensorFile, WeightsError, checkpoint_files, gguf::is_gguf},
 };
 
 /// Name of the file in an adapter's folder.
@@ -83,6 +84,14 @@ impl BaseFingerprint {
     pub fn of(model: &Path) -> Result<Self, AdapterError> {
         let mut tensors = BTreeMap::new();
         for path in checkpoint_files(model)? {
+            if is_gguf(&path) {
+                let hash = sample(&path).map_err(|cause| WeightsError::Read {
+                    path: path.clone(),
+                    cause,
+                })?;
+                tensors.insert(format!("file {}", tensors.len()), hash);
+                continue;
+            }
             let file = TensorFile::open(&path)?;
             for (name, view) in file.tensors()?.iter() {
                 let mut hash = Sha256::new();
@@ -136,6 +145,24 @@ impl BaseFingerprint {
     }
 }
 
+/// Of a whole file: its length, and pieces of it.
+fn sample(path: &Path) -> io::Result<sha2::digest::Output<Sha256>> {
+    let mut file = fs::File::open(path)?;
+    let length = file.metadata()?.len();
+    let mut hash = Sha256::new();
+    hash.update(length.to_le_bytes());
+    let last = length.saturating_sub(SAMPLE_BYTES as u64);
+    for part in 0..=32 {
+        file.seek(io::SeekFrom::Start(last / 32 * part))?;
+        let mut piece = Vec::new();
+        file.by_ref()
+            .take(SAMPLE_BYTES as u64)
+            .read_to_end(&mut piece)?;
+        hash.update(&piece);
+    }
+    Ok(hash.finalize())
+}
+
 /// Refuses a base that the adapter was not trained on, whatever its folder is called.
 ///
 /// # Errors
@@ -145,7 +172,10 @@ pub fn check_base(adapter: &Path, model: &Path) -> Result<(), BaseError> {
         return Ok(());
     };
     // A quantised checkpoint names its original: an adapter for that fits this as well.
-    let made_from = BaseFingerprint::load(model)?;
+    let made_from = match is_gguf(model) {
+        true => None,
+        false => BaseFingerprint::load(model)?,
+    };
     let found = made_from.map_or_else(|| BaseFingerprint::of(model), Ok)?;
     if found == trained_on {
         return Ok(());

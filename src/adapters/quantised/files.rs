@@ -13,11 +13,8 @@ use serde_json::{Value, json};
 
 use crate::{
     ops::quantised::{Format, Quantization},
-    qwen3_vl::weights::WeightsError,
+    qwen3_vl::weights::{OWN_METHOD, WeightsError, gguf::is_model},
 };
-
-/// Name of the method in `quantization_config`.
-const METHOD: &str = "xray-qwen3vl";
 
 /// Version of the layout.
 const VERSION: u64 = 1;
@@ -72,7 +69,7 @@ impl Part {
 pub fn to_config(quantization: Quantization) -> Value {
     let layers = quantization.layers;
     json!({
-        "quant_method": METHOD,
+        "quant_method": OWN_METHOD,
         "version": VERSION,
         "bits": layers.bits(),
         "group_size": match layers {
@@ -84,11 +81,16 @@ pub fn to_config(quantization: Quantization) -> Value {
     })
 }
 
-/// How the checkpoint in `dir` is quantised; `None` if it is not.
+/// How this program quantised the checkpoint in `dir`; `None` if it did not. Weights that others quantised
+/// are floats once they are read ([`Checkpoint`](crate::qwen3_vl::weights::Checkpoint)), which refuses those that
+/// it cannot read.
 ///
 /// # Errors
 /// [`WeightsError::Read`], and [`WeightsError::Quantization`] for a format that is not supported.
 pub fn of_checkpoint(dir: &Path) -> Result<Option<Quantization>, WeightsError> {
+    if is_model(dir) {
+        return Ok(None);
+    }
     let path = dir.join("config.json");
     let refuse = |reason: String| WeightsError::Quantization {
         path: path.clone(),
@@ -99,27 +101,12 @@ pub fn of_checkpoint(dir: &Path) -> Result<Option<Quantization>, WeightsError> {
         cause,
     })?;
     let tree: Value = serde_json::from_str(&text).map_err(|cause| refuse(cause.to_string()))?;
-    // MLX has a key of its own, and no method in it.
-    if let Some(entry) = tree.get("quantization").filter(|entry| entry.is_object())
-        && tree
-            .get("quantization_config")
-            .is_none_or(|entry| entry.get("quant_method").is_none())
-    {
-        return Err(refuse(format!(
-            "weights quantised by MLX (key `quantization`: {entry}) are not read here; take the checkpoint in 16 bits and load it with --quantize, or write it with `quantize`"
-        )));
-    }
-    let entry = match tree.get("quantization_config") {
-        None | Some(Value::Null) => return Ok(None),
-        Some(entry) => entry,
+    let Some(entry) = tree
+        .get("quantization_config")
+        .filter(|entry| entry.get("quant_method").and_then(Value::as_str) == Some(OWN_METHOD))
+    else {
+        return Ok(None);
     };
-    let method = entry.get("quant_method").and_then(Value::as_str);
-    if method != Some(METHOD) {
-        return Err(refuse(format!(
-            "weights quantised by `{}` are not read here; take the checkpoint in 16 bits and load it with --quantize, or write it with `quantize`",
-            method.unwrap_or("an unnamed method")
-        )));
-    }
     let number = |key: &str| entry.get(key).and_then(Value::as_u64);
     if number("version") != Some(VERSION) {
         return Err(refuse(format!(
@@ -161,8 +148,6 @@ mod tests {
         let mut odd = to_config("int4".parse().unwrap());
         odd["group_size"] = json!(48);
         for (entry, pieces) in [
-            (json!({"quant_method": "awq"}), ["`awq`", "--quantize"]),
-            (json!({}), ["unnamed", "--quantize"]),
             (newer, ["version` is 2", "quantize"]),
             (odd, ["groups of 48", "32 or 64"]),
         ] {

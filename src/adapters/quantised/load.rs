@@ -13,7 +13,7 @@ use burn::{
     prelude::*,
     tensor::DType,
 };
-use half::{bf16, f16};
+use half::f16;
 use safetensors::{Dtype, tensor::TensorView};
 
 use super::files::Part;
@@ -30,7 +30,9 @@ use crate::{
     qwen3_vl::{
         Qwen3Vl,
         nn::Linear,
-        weights::{LoadProgress, TensorFile, WeightsError, checkpoint_files, parameter_shapes},
+        weights::{
+            Checkpoint, LoadProgress, TensorFile, WeightsError, checkpoint_files, parameter_shapes,
+        },
     },
     weights::Weight,
 };
@@ -100,18 +102,15 @@ struct Contents {
     bytes: u64,
 }
 
-/// Compares all keys, shapes and types of a checkpoint with a model of `shapes`.
-///
-/// `packed` says whether the files are quantised already, or hold floats.
+/// Compares all keys, shapes and types of a checkpoint that is quantised already with a model of `shapes`.
 fn look_through(
     dir: &Path,
     shapes: &BTreeMap<String, Vec<usize>>,
     quantization: Quantization,
-    packed: bool,
 ) -> Result<Contents, WeightsError> {
     let mut missing: BTreeMap<String, ()> = BTreeMap::new();
     for path in shapes.keys() {
-        if packed && format_of(quantization, path).is_some() {
+        if format_of(quantization, path).is_some() {
             missing.insert(Part::Words.key(path), ());
             missing.insert(Part::Scales.key(path), ());
         } else {
@@ -124,7 +123,7 @@ fn look_through(
         let file = TensorFile::open(path)?;
         bytes += file.len();
         for (key, view) in file.tensors()?.iter() {
-            let (part, parameter) = match Part::of_key(key).filter(|_| packed) {
+            let (part, parameter) = match Part::of_key(key) {
                 Some((part, parameter)) => (Some(part), parameter),
                 None => (None, key),
             };
@@ -185,7 +184,7 @@ fn look_through(
     })
 }
 
-/// Checks that `dir` holds a whole checkpoint for a model of `shapes`, quantised or to be quantised.
+/// Checks that `dir` holds a whole quantised checkpoint for a model of `shapes`.
 ///
 /// # Errors
 /// [`WeightsError`] names the file and the tensor.
@@ -193,67 +192,72 @@ pub fn check(
     dir: &Path,
     shapes: &BTreeMap<String, Vec<usize>>,
     quantization: Quantization,
-    packed: bool,
 ) -> Result<(), WeightsError> {
-    look_through(dir, shapes, quantization, packed).map(|_| ())
+    look_through(dir, shapes, quantization).map(|_| ())
 }
 
-/// Quantises a tensor of floats, stored in `path` under `name`.
+/// What becomes of matrices that another tool quantised when they are packed as `quantization`; `None` where
+/// there are none.
+pub fn kept_remark(checkpoint: &Checkpoint, quantization: Quantization) -> Option<String> {
+    let (mut kept, mut anew) = (0, 0);
+    for (name, _) in checkpoint.in_order() {
+        let Some(format) = format_of(quantization, name) else {
+            continue;
+        };
+        if checkpoint.keeps(name, format) {
+            kept += 1;
+        } else if checkpoint.stored_dtype(name).is_none() {
+            anew += 1;
+        }
+    }
+    let hint = match anew {
+        0 => "",
+        _ => {
+            "; a format that holds more of them loses less (`int4:32` and `int4` hold symmetric 4-bit weights with groups of 32 and 64 or more, `int8` symmetric 8-bit weights with a scale a row)"
+        }
+    };
+    (kept + anew > 0).then(|| {
+        format!(
+            "packed as {quantization}: {kept} matrices keep the numbers and scales of the tool that quantised them, {anew} are dequantised and quantised anew{hint}"
+        )
+    })
+}
+
+/// Elements that are read as f32 at once before they are quantised.
+const READ_AT_ONCE: usize = 8 << 20;
+
+/// Quantises the matrix `name` `[rows, d_input]` of a checkpoint, some rows at a time.
 ///
 /// # Errors
 /// [`WeightsError::Dtype`], [`WeightsError::NotFinite`].
-pub fn pack_view(
-    view: &TensorView<'_>,
-    path: &Path,
+pub fn pack_tensor(
+    checkpoint: &Checkpoint,
     name: &str,
+    [rows, d_input]: [usize; 2],
     format: Format,
 ) -> Result<QuantisedMatrix, WeightsError> {
-    let [rows, d_input] = view.shape() else {
-        return Err(WeightsError::Shape {
-            path: path.to_path_buf(),
-            name: name.to_string(),
-            found: view.shape().to_vec(),
-            expected: vec![0, 0],
-        });
+    // Numbers and scales that another tool chose are kept where the format has room for them.
+    if let Some(kept) = checkpoint.kept(name, [rows, d_input], format)? {
+        return Ok(kept);
+    }
+    let mut matrix = QuantisedMatrix {
+        words: Vec::with_capacity(rows * format.words(d_input)),
+        scales: Vec::with_capacity(rows * format.scales(d_input)),
     };
-    let (rows, d_input) = (*rows, *d_input);
-    let element = match view.dtype() {
-        Dtype::BF16 | Dtype::F16 => 2,
-        Dtype::F32 => 4,
-        other => {
-            return Err(WeightsError::Dtype {
-                path: path.to_path_buf(),
-                name: name.to_string(),
-                found: format!("{other:?}"),
-            });
-        }
-    };
-    let (bytes, dtype) = (view.data(), view.dtype());
-    let read = |row: usize, out: &mut [f32]| {
-        let bytes = &bytes[row * d_input * element..][..d_input * element];
-        let pairs = bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
-        match dtype {
-            Dtype::BF16 => pairs
-                .zip(&mut *out)
-                .for_each(|(b, out)| *out = bf16::from_le_bytes(b).to_f32()),
-            Dtype::F16 => pairs
-                .zip(&mut *out)
-                .for_each(|(b, out)| *out = f16::from_le_bytes(b).to_f32()),
-            _ => bytes
-                .chunks_exact(4)
-                .zip(&mut *out)
-                .for_each(|(b, out)| *out = f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
-        }
-        match out.iter().position(|value| !value.is_finite()) {
-            None => Ok(()),
-            Some(at) => Err(row * d_input + at),
-        }
-    };
-    pack(rows, d_input, format, read).map_err(|index| WeightsError::NotFinite {
-        path: path.to_path_buf(),
-        name: name.to_string(),
-        index,
-    })
+    let at_once = (READ_AT_ONCE / d_input).max(1);
+    for first in (0..rows).step_by(at_once) {
+        let count = at_once.min(rows - first);
+        let mut values = vec![0f32; count * d_input];
+        let bytes = bytemuck::cast_slice_mut(&mut values);
+        checkpoint.read_into(name, first * d_input, DType::F32, bytes)?;
+        let part = pack(count, d_input, format, |row, out: &mut [f32]| {
+            out.copy_from_slice(&values[row * d_input..][..d_input]);
+            Ok::<_, WeightsError>(())
+        })?;
+        matrix.words.extend(part.words);
+        matrix.scales.extend(part.scales);
+    }
+    Ok(matrix)
 }
 
 /// Words and scales as stored in files.
@@ -317,8 +321,8 @@ impl<B: Backend> ModuleMapper<B> for Fill {
 
 /// Fills a fresh model from the checkpoint in `dir`: matrices quantised, the rest as `dtype`.
 ///
-/// `packed` says whether the files are quantised already. All keys, shapes and types are compared before
-/// the first tensor is read. `on_progress` gets bytes done and in all.
+/// `packed` says whether this program quantised the files already. All keys, shapes and types are compared
+/// before the first tensor is read. `on_progress` gets bytes done and in all.
 ///
 /// # Errors
 /// [`WeightsError`] names the file and the tensor.
@@ -330,11 +334,127 @@ pub fn load_quantised<B: Ops>(
     dtype: DType,
     on_progress: LoadProgress<'_>,
 ) -> Result<Qwen3Vl<B>, WeightsError> {
+    match packed {
+        true => load_packed(model, dir, quantization, dtype, on_progress),
+        false => quantise(
+            model,
+            &Checkpoint::open(dir)?,
+            quantization,
+            dtype,
+            on_progress,
+        ),
+    }
+}
+
+/// Fills a fresh model from a checkpoint of floats, whatever form its files have: matrices quantised, the
+/// rest as `dtype`.
+///
+/// # Errors
+/// [`WeightsError`] names the file and the tensor.
+pub fn quantise<B: Ops>(
+    model: Qwen3Vl<B>,
+    checkpoint: &Checkpoint,
+    quantization: Quantization,
+    dtype: DType,
+    on_progress: LoadProgress<'_>,
+) -> Result<Qwen3Vl<B>, WeightsError> {
+    let tensors = checkpoint.of_model(&parameter_shapes(&model))?;
+    let mut filling = Filling::new(&model);
+    let size = |shape: &[usize]| shape.iter().product::<usize>() as u64;
+    let total = tensors.iter().map(|(_, shape)| size(shape)).sum();
+    let mut done = 0;
+    on_progress(0, total);
+    for (name, shape) in &tensors {
+        match (format_of(quantization, name), shape.as_slice()) {
+            (Some(format), [rows, d_input]) => {
+                let dims = [*rows, *d_input];
+                let matrix = pack_tensor(checkpoint, name, dims, format)?;
+                filling.matrix(name, matrix, dims, format, dtype);
+            }
+            _ => {
+                let mut bytes = vec![0; size(shape) as usize * dtype.size()];
+                checkpoint.read_into(name, 0, dtype, &mut bytes)?;
+                let data = TensorData::from_bytes_vec(bytes, shape.clone(), dtype);
+                filling.rest.insert(name.clone(), data);
+            }
+        }
+        done += size(shape);
+        on_progress(done, total);
+    }
+    filling.into_model(model, quantization, checkpoint.path())
+}
+
+/// What a model is filled with.
+struct Filling<B: Backend> {
+    device: B::Device,
+    matrices: HashMap<String, QuantisedWeight<B>>,
+    rest: HashMap<String, TensorData>,
+    underway: usize,
+}
+
+impl<B: Ops> Filling<B> {
+    fn new(model: &Qwen3Vl<B>) -> Self {
+        Self {
+            device: model.devices().into_iter().next().unwrap_or_default(),
+            matrices: HashMap::new(),
+            rest: HashMap::new(),
+            underway: 0,
+        }
+    }
+
+    /// Sends a matrix to the device.
+    fn matrix(
+        &mut self,
+        name: &str,
+        matrix: QuantisedMatrix,
+        [rows, d_input]: [usize; 2],
+        format: Format,
+        dtype: DType,
+    ) {
+        let weight =
+            QuantisedWeight::<B>::upload(matrix, rows, d_input, format, dtype, &self.device);
+        self.underway += weight.bytes();
+        if self.underway > UNDERWAY_BYTES {
+            self.underway = 0;
+            let _ = B::sync(&self.device);
+        }
+        self.matrices.insert(name.to_string(), weight);
+    }
+
+    fn into_model(
+        mut self,
+        model: Qwen3Vl<B>,
+        quantization: Quantization,
+        path: &Path,
+    ) -> Result<Qwen3Vl<B>, WeightsError> {
+        let model = model.map(&mut Fill {
+            tensors: self.rest,
+            path: Vec::new(),
+        });
+        replace_weights(model, quantization, |name, _, _| {
+            self.matrices
+                .remove(name)
+                .ok_or_else(|| WeightsError::Missing {
+                    path: path.to_path_buf(),
+                    count: 1,
+                    first: name.to_string(),
+                })
+        })
+    }
+}
+
+/// Fills a fresh model from files that this program quantised.
+fn load_packed<B: Ops>(
+    model: Qwen3Vl<B>,
+    dir: &Path,
+    quantization: Quantization,
+    dtype: DType,
+    on_progress: LoadProgress<'_>,
+) -> Result<Qwen3Vl<B>, WeightsError> {
     let shapes = parameter_shapes(&model);
-    let contents = look_through(dir, &shapes, quantization, packed)?;
-    let device = model.devices().into_iter().next().unwrap_or_default();
-    let (mut matrices, mut rest) = (HashMap::new(), HashMap::new());
-    let (mut done, mut underway) = (0u64, 0);
+    let contents = look_through(dir, &shapes, quantization)?;
+    let mut filling = Filling::new(&model);
+    let mut done = 0u64;
     on_progress(0, contents.bytes);
     for (number, path) in contents.files.iter().enumerate() {
         let file = TensorFile::open(path)?;
@@ -343,56 +463,35 @@ pub fn load_quantised<B: Ops>(
             if contents.place.get(key) != Some(&number) {
                 continue;
             }
-            let (part, parameter) = match Part::of_key(key).filter(|_| packed) {
+            let (part, parameter) = match Part::of_key(key) {
                 Some((part, parameter)) => (Some(part), parameter),
                 None => (None, key),
             };
             let Some(format) = format_of(quantization, parameter) else {
-                rest.insert(key.to_string(), file.read(key, dtype)?);
+                filling.rest.insert(key.to_string(), file.read(key, dtype)?);
                 continue;
             };
-            let matrix = match part {
-                None => pack_view(&view, path, key, format)?,
-                Some(Part::Words) => {
-                    let scales = Part::Scales.key(parameter);
-                    let other = &contents.files[contents.place[&scales]];
-                    let other_file = TensorFile::open(other)?;
-                    let tensors = other_file.tensors()?;
-                    let scale_view =
-                        tensors
-                            .tensor(&scales)
-                            .map_err(|cause| WeightsError::Format {
-                                path: other.clone(),
-                                reason: cause.to_string(),
-                            })?;
-                    read_packed(&view, &scale_view, other, &scales)?
-                }
-                // Read with their words.
-                Some(Part::Scales) => continue,
-            };
-            let (rows, d_input) = (shapes[parameter][0], shapes[parameter][1]);
-            let weight =
-                QuantisedWeight::<B>::upload(matrix, rows, d_input, format, dtype, &device);
-            underway += weight.bytes();
-            if underway > UNDERWAY_BYTES {
-                underway = 0;
-                let _ = B::sync(&device);
+            // Scales are read with their words.
+            if part != Some(Part::Words) {
+                continue;
             }
-            matrices.insert(parameter.to_string(), weight);
+            let scales = Part::Scales.key(parameter);
+            let other = &contents.files[contents.place[&scales]];
+            let other_file = TensorFile::open(other)?;
+            let tensors = other_file.tensors()?;
+            let scale_view = tensors
+                .tensor(&scales)
+                .map_err(|cause| WeightsError::Format {
+                    path: other.clone(),
+                    reason: cause.to_string(),
+                })?;
+            let matrix = read_packed(&view, &scale_view, other, &scales)?;
+            let dims = [shapes[parameter][0], shapes[parameter][1]];
+            filling.matrix(parameter, matrix, dims, format, dtype);
             on_progress(done, contents.bytes);
         }
     }
-    let model = model.map(&mut Fill {
-        tensors: rest,
-        path: Vec::new(),
-    });
-    let model = replace_weights(model, quantization, |path, _, _| {
-        matrices.remove(path).ok_or_else(|| WeightsError::Missing {
-            path: dir.to_path_buf(),
-            count: 1,
-            first: path.to_string(),
-        })
-    })?;
+    let model = filling.into_model(model, quantization, dir)?;
     on_progress(contents.bytes, contents.bytes);
     Ok(model)
 }

@@ -11,18 +11,22 @@ use std::{
 };
 
 use burn::tensor::{DType, TensorData};
-use safetensors::Dtype;
 use serde_json::Value;
 
 use super::{
     files::{Part, of_checkpoint, to_config},
-    load::{check, pack_view},
+    load::{check, pack_tensor},
 };
 use crate::{
     adapters::quantised::format_of,
     base::files::{FileError, write_atomic},
-    ops::quantised::{Format, Quantization, pack::QuantisedMatrix},
-    qwen3_vl::weights::{LazyTensor, TensorFile, WeightsError, checkpoint_files, save_tensors},
+    ops::quantised::{Format, Quantization},
+    qwen3_vl::{
+        config::Qwen3VlConfig,
+        weights::{
+            Checkpoint, LazyTensor, TensorFile, WeightsError, checkpoint_files, gguf, save_tensors,
+        },
+    },
 };
 
 /// Makes one tensor from the shared state.
@@ -77,23 +81,14 @@ fn lazy(
 /// Words and scales of one matrix. The scales are kept when the words are made, which come first.
 fn lazy_parts(
     making: &Rc<Making>,
-    file: &Rc<TensorFile>,
+    checkpoint: &Rc<Checkpoint>,
     path: &str,
     dims: [usize; 2],
     format: Format,
 ) -> [LazyTensor; 2] {
     let packed = {
-        let (file, path) = (file.clone(), path.to_string());
-        Rc::new(move || -> Result<QuantisedMatrix, WeightsError> {
-            let tensors = file.tensors()?;
-            let view = tensors
-                .tensor(&path)
-                .map_err(|cause| WeightsError::Format {
-                    path: file.path().to_path_buf(),
-                    reason: cause.to_string(),
-                })?;
-            pack_view(&view, file.path(), &path, format)
-        })
+        let (checkpoint, path) = (checkpoint.clone(), path.to_string());
+        Rc::new(move || pack_tensor(&checkpoint, &path, dims, format))
     };
     let part = |part: Part, make: Maker| {
         let dtype = part.dtype(format).0;
@@ -139,30 +134,23 @@ fn packed_tensors(
     shapes: &BTreeMap<String, Vec<usize>>,
     quantization: Quantization,
 ) -> Result<Vec<LazyTensor>, WeightsError> {
+    let checkpoint = Rc::new(Checkpoint::open(from)?);
     let mut tensors = Vec::new();
-    for path in checkpoint_files(from)? {
-        let file = Rc::new(TensorFile::open(&path)?);
-        for (name, view) in file.tensors()?.iter() {
-            let Some(shape) = shapes.get(name) else {
-                // A head beside a tied embedding; anything else is found when the result is checked.
-                continue;
-            };
-            if let (Some(format), [rows, d_input]) =
-                (format_of(quantization, name), shape.as_slice())
-            {
-                let dims = [*rows, *d_input];
-                tensors.extend(lazy_parts(making, &file, name, dims, format));
-                continue;
-            }
-            let dtype = match view.dtype() {
-                Dtype::BF16 => DType::BF16,
-                Dtype::F16 => DType::F16,
-                _ => DType::F32,
-            };
-            let (file, key) = (file.clone(), name.to_string());
-            let make = move |_: &Making| file.read(&key, dtype);
-            tensors.push(lazy(making, name.to_string(), shape.clone(), dtype, make));
+    for (name, shape) in checkpoint.of_model(shapes)? {
+        if let (Some(format), [rows, d_input]) = (format_of(quantization, &name), shape.as_slice())
+        {
+            let dims = [*rows, *d_input];
+            tensors.extend(lazy_parts(making, &checkpoint, &name, dims, format));
+            continue;
         }
+        let dtype = checkpoint.stored_dtype(&name).unwrap_or(DType::F32);
+        let (checkpoint, key, size) = (checkpoint.clone(), name.clone(), shape.clone());
+        let make = move |_: &Making| {
+            let mut bytes = vec![0; size.iter().product::<usize>() * dtype.size()];
+            checkpoint.read_into(&key, 0, dtype, &mut bytes)?;
+            Ok(TensorData::from_bytes_vec(bytes, size.clone(), dtype))
+        };
+        tensors.push(lazy(making, name, shape, dtype, make));
     }
     Ok(tensors)
 }
@@ -189,7 +177,6 @@ pub fn write_quantised(
             ),
         });
     }
-    check(from, shapes, quantization, false)?;
     let making = Rc::new(Making::default());
     let tensors = packed_tensors(&making, from, shapes, quantization)?;
     save_tensors(&tensors, to, max_shard_bytes)?;
@@ -204,7 +191,7 @@ pub fn write_quantised(
     )?;
 
     // What counts is what is on the disk.
-    check(to, shapes, quantization, true)?;
+    check(to, shapes, quantization)?;
     let hashes = making.hashes.borrow();
     for path in checkpoint_files(to)? {
         let file = TensorFile::open(&path)?;
@@ -229,15 +216,21 @@ fn write_config(
     own_head: bool,
 ) -> Result<(), WeightsError> {
     let path = from.join("config.json");
-    let text = fs::read_to_string(&path).map_err(|cause| FileError::read(&path, cause))?;
+    let text = match gguf::is_model(from) {
+        false => fs::read_to_string(&path).map_err(|cause| FileError::read(&path, cause))?,
+        true => Qwen3VlConfig::from_dir(from)
+            .map_err(|cause| WeightsError::Gguf {
+                path: from.to_path_buf(),
+                reason: cause.to_string(),
+            })?
+            .to_published_json("bfloat16"),
+    };
     let mut tree: Value = serde_json::from_str(&text).map_err(|cause| WeightsError::Format {
         path: path.clone(),
         reason: cause.to_string(),
     })?;
     tree["quantization_config"] = to_config(quantization);
-    if own_head {
-        tree["tie_word_embeddings"] = Value::Bool(false);
-    }
+    tree["tie_word_embeddings"] = Value::Bool(!own_head);
     write_atomic(&to.join("config.json"), |out: &mut dyn Write| {
         serde_json::to_writer_pretty(&mut *out, &tree)?;
         out.write_all(b"\n")

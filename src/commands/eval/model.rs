@@ -100,6 +100,9 @@ impl DeviceTask for ModelWork {
         if let Some(limits) = pipeline.parts.pixel_limits_to_know() {
             eprintln!("{limits}");
         }
+        for remark in &pipeline.parts.remarks {
+            eprintln!("{remark}");
+        }
         let config = &pipeline.parts.config;
         prepare_kernels::<B>(config, dtype, &pipeline.device, self.batch_size);
         let mut run = ModelRun::default();

@@ -62,7 +62,10 @@ pub(crate) struct Record {
     pub error: Option<String>,
 }
 
-/// Something about an image that is no error.
+/// Code of remarks on how the model was read, which concern every report.
+const MODEL_REMARK: &str = "model";
+
+/// Something about an image, or the model, that is no error.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct RecordRemark {
     /// The same word for the same kind of remark.
@@ -83,6 +86,10 @@ impl RemarkPrinter {
     pub(crate) fn print(&self, image: &str, remarks: &[RecordRemark]) {
         let mut printed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         for remark in remarks {
+            // Printed when the model was loaded.
+            if remark.code == MODEL_REMARK {
+                continue;
+            }
             let image = remark.image.as_deref().unwrap_or(image);
             if remark.code != RemarkKind::SubjectNotStated.code() {
                 eprintln!("`{image}`: {}", remark.text);
@@ -94,6 +101,15 @@ impl RemarkPrinter {
 }
 
 impl RecordRemark {
+    /// A remark on how the model was read.
+    pub(super) fn of_model(text: &str) -> Self {
+        Self {
+            code: MODEL_REMARK.to_owned(),
+            text: text.to_owned(),
+            image: None,
+        }
+    }
+
     /// As a record holds it; `image` where a report is about several.
     pub(super) fn of(remark: &Remark, image: Option<String>) -> Self {
         Self {
@@ -156,6 +172,9 @@ pub(super) fn settings_hash(args: &InferArgs, images: usize) -> String {
     );
     if let Some(quantization) = load.quantize {
         text.push_str(&format!(" {quantization}"));
+    }
+    for part in [&load.mmproj, &load.tokenizer].into_iter().flatten() {
+        text.push_str(&format!(" {part:?}"));
     }
     if let Some(server) = &args.server {
         text = format!("{text} {server:?} {:?}", args.server_model);

@@ -3,10 +3,7 @@
 //! Bytes go from the file to where the device takes them (see [`upload`](crate::ops::DeviceOps::upload))
 //! without a stop: read, checked and converted in one pass, on all cores, while the piece before is copied.
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    path::Path,
-};
+use std::{collections::HashMap, path::Path};
 
 use burn::{
     module::{Module, ModuleMapper, Param},
@@ -14,7 +11,7 @@ use burn::{
     tensor::{DType, Shape, TensorPrimitive, ops::FloatTensor},
 };
 
-use super::{LoadProgress, TensorFile, WeightsError, checkpoint_files, parameter_shapes};
+use super::{Checkpoint, LoadProgress, WeightsError, parameter_shapes};
 use crate::ops::{
     Ops,
     upload::{Upload, UploadError},
@@ -47,14 +44,23 @@ pub fn load_checkpoints<B: Ops, M: Module<B>>(
     dtype: DType,
     on_progress: LoadProgress<'_>,
 ) -> Result<(), WeightsError> {
+    load_opened(modules, &Checkpoint::open(dir)?, dtype, on_progress)
+}
+
+/// [`load_checkpoints`] of a checkpoint that is open already.
+///
+/// # Errors
+/// [`WeightsError`] names the file and the tensor.
+pub fn load_opened<B: Ops, M: Module<B>>(
+    modules: &mut [M],
+    checkpoint: &Checkpoint,
+    dtype: DType,
+    on_progress: LoadProgress<'_>,
+) -> Result<(), WeightsError> {
     let Some(first) = modules.first() else {
         return Ok(());
     };
-    let files = checkpoint_files(dir)?
-        .iter()
-        .map(|path| TensorFile::open(path))
-        .collect::<Result<Vec<_>, _>>()?;
-    let sources = sources(&files, &parameter_shapes(first), dir)?;
+    let sources = checkpoint.of_model(&parameter_shapes(first))?;
     let devices: Vec<B::Device> = modules
         .iter()
         .filter_map(|module| module.devices().into_iter().next())
@@ -65,7 +71,7 @@ pub fn load_checkpoints<B: Ops, M: Module<B>>(
     let tensors: Vec<Upload> = sources
         .iter()
         .map(|source| Upload {
-            shape: Shape::from(source.shape.clone()),
+            shape: Shape::from(source.1.clone()),
             dtype,
         })
         .collect();
@@ -73,14 +79,14 @@ pub fn load_checkpoints<B: Ops, M: Module<B>>(
     let mut done = 0;
     on_progress(done, total);
     let sent = B::upload(&devices, &tensors, &mut |place, offset, out| {
-        let Source { file, name, .. } = &sources[place];
-        files[*file].read_into(name, offset / dtype.size(), dtype, out)?;
+        let name = &sources[place].0;
+        checkpoint.read_into(name, offset / dtype.size(), dtype, out)?;
         done += out.len() as u64;
         on_progress(done, total);
         Ok::<_, WeightsError>(())
     })?;
     for (module, sent) in modules.iter_mut().zip(sent) {
-        let names = sources.iter().map(|source| source.name.clone());
+        let names = sources.iter().map(|source| source.0.clone());
         let mut put = Put::<B> {
             path: Vec::new(),
             tensors: names.zip(sent).collect(),
@@ -88,66 +94,6 @@ pub fn load_checkpoints<B: Ops, M: Module<B>>(
         *module = module.clone().map(&mut put);
     }
     Ok(())
-}
-
-/// A tensor of the module in the files.
-struct Source {
-    file: usize,
-    name: String,
-    shape: Vec<usize>,
-}
-
-/// Where each parameter comes from, in the order of the bytes.
-fn sources(
-    files: &[TensorFile],
-    expected: &BTreeMap<String, Vec<usize>>,
-    dir: &Path,
-) -> Result<Vec<Source>, WeightsError> {
-    let mut missing = expected.clone();
-    let mut surplus = Vec::new();
-    let mut sources = Vec::new();
-    for (number, file) in files.iter().enumerate() {
-        for (name, shape) in file.shapes_in_order() {
-            match expected.get(name) {
-                Some(want) if want == shape => {
-                    // The same name in a second file counts for nothing.
-                    if missing.remove(name).is_some() {
-                        sources.push(Source {
-                            file: number,
-                            name: name.to_string(),
-                            shape: shape.to_vec(),
-                        });
-                    }
-                }
-                Some(want) => {
-                    return Err(WeightsError::Shape {
-                        path: file.path().to_path_buf(),
-                        name: name.to_string(),
-                        found: shape.to_vec(),
-                        expected: want.clone(),
-                    });
-                }
-                None if name == "lm_head.weight" => {}
-                None => surplus.push(name.to_string()),
-            }
-        }
-    }
-    if let Some((first, _)) = missing.first_key_value() {
-        return Err(WeightsError::Missing {
-            path: dir.to_path_buf(),
-            count: missing.len(),
-            first: first.clone(),
-        });
-    }
-    surplus.sort();
-    if let Some(first) = surplus.first() {
-        return Err(WeightsError::Surplus {
-            path: dir.to_path_buf(),
-            count: surplus.len(),
-            first: first.clone(),
-        });
-    }
-    Ok(sources)
 }
 
 impl From<UploadError> for WeightsError {

@@ -25,6 +25,7 @@ fn pipeline() -> Pipeline<Flex> {
         quantize: None,
         min_pixels: None,
         max_pixels: None,
+        gguf: Default::default(),
     };
     Pipeline::load(&options, Default::default(), &mut |_, _| {}).unwrap()
 }

@@ -1,0 +1,159 @@
+//! AutoAWQ's `gemm` layout: `X.qweight` `[in, out / 8]`, `X.qzeros` `[in / group, out / 8]`, `X.scales`
+//! `[in / group, out]`; eight values of a word are of outputs 0, 2, 4, 6, 1, 3, 5, 7.
+//!
+//! Source: `dequantize_gemm`, AutoAWQ, `awq/utils/packing_utils.py`.
+
+use safetensors::Dtype;
+use serde_json::json;
+
+use super::super::WeightsError;
+use super::{
+    Decode, FLOATS, Taken,
+    config::{Keys, LeftOut},
+    dims, expect,
+    numbers::{Floats, Round, Slice},
+    wrong,
+};
+
+/// Place in a word of the value of output `o % 8`.
+const PLACE: [usize; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
+
+/// What the config says.
+pub(in super::super) struct Awq {
+    group: usize,
+    zero_point: bool,
+    left_out: LeftOut,
+}
+
+impl Awq {
+    /// Reads the keys.
+    pub(super) fn read(keys: &Keys<'_>) -> Result<Self, WeightsError> {
+        for key in ["bits", "w_bit"] {
+            keys.only(key, &[json!(4)])?;
+        }
+        for key in ["version", "format", "checkpoint_format"] {
+            keys.only(key, &[json!("gemm"), json!("GEMM")])?;
+        }
+        keys.only("pack_dtype", &[json!("int32")])?;
+        keys.only("desc_act", &[json!(false)])?;
+        // How AutoAWQ, GPTQModel and vLLM compute, and how the weights were found.
+        keys.without_effect(&[
+            "backend",
+            "do_fuse",
+            "exllama_config",
+            "fuse_max_seq_len",
+            "modules_to_fuse",
+            "meta",
+            "method",
+            "quantizer",
+            "sym",
+            "lm_head",
+            "quant_method",
+            "act_group_aware",
+            "batch_size",
+            "block_name_to_quantize",
+            "cache_block_outputs",
+            "damp_percent",
+            "dataset",
+            "max_input_length",
+            "model_seqlen",
+            "module_name_preceding_first_block",
+            "modules_in_block_to_quantize",
+            "pad_token_id",
+            "tokenizer",
+            "true_sequential",
+            "use_cuda_fp16",
+            "exllama_version",
+            "disable_exllama",
+            "use_exllama",
+            "static_groups",
+            "uuid",
+            "mse",
+            "gptaq",
+            "hyb_act",
+        ]);
+        let group = match keys.number("group_size")?.or(keys.number("q_group_size")?) {
+            Some(0) => return Err(keys.value("group_size", "a positive number or -1")),
+            group => group.unwrap_or(128),
+        };
+        Ok(Self {
+            group,
+            zero_point: keys.flag("zero_point")?.unwrap_or(true),
+            left_out: LeftOut::read(keys, "modules_to_not_convert")?,
+        })
+    }
+
+    /// Puts the matrices together.
+    pub(super) fn take(&self, taken: &mut Taken<'_>) -> Result<(), WeightsError> {
+        for layer in taken.layers("qweight") {
+            let qweight = taken.part(&layer, "qweight")?;
+            let scales = taken.part(&layer, "scales")?;
+            let qzeros = match self.zero_point {
+                true => Some(taken.part(&layer, "qzeros")?),
+                false => taken.optional(&layer, "qzeros"),
+            };
+            self.left_out.check(&layer, &qweight)?;
+            let [inputs, words] = dims(&qweight)?;
+            expect(&qweight, &[Dtype::I32], &[inputs, words])?;
+            let outputs = words * 8;
+            let group = self.group.min(inputs);
+            if inputs % group != 0 {
+                return Err(wrong(&qweight, format!("whole groups of {group} inputs")));
+            }
+            expect(&scales, &FLOATS, &[inputs / group, outputs])?;
+            if let Some(qzeros) = &qzeros {
+                expect(qzeros, &[Dtype::I32], &[inputs / group, words])?;
+            }
+            let (Some(values), Some(floats)) = (Slice::of(&qweight), Floats::of(&scales)) else {
+                return Err(wrong(&scales, "floats"));
+            };
+            let decoder = Rows {
+                values,
+                // Symmetric weights have the middle of the range as their zero.
+                zeros: qzeros.as_ref().and_then(Slice::of),
+                round: floats.rounding(),
+                scales: floats,
+                inputs,
+                outputs,
+                group,
+            };
+            taken.put(&layer, &qweight, [outputs, inputs], decoder);
+        }
+        Ok(())
+    }
+}
+
+struct Rows {
+    values: Slice,
+    zeros: Option<Slice>,
+    scales: Floats,
+    round: Round,
+    inputs: usize,
+    outputs: usize,
+    group: usize,
+}
+
+impl Decode for Rows {
+    fn rows(&self, first: usize, out: &mut [f32]) {
+        let words = self.outputs / 8;
+        let nibble = |slice: &Slice, row: usize, output: usize| {
+            let word = slice.word(row * words + output / 8);
+            ((word >> (4 * PLACE[output % 8])) & 15) as f32
+        };
+        let count = out.len() / self.inputs;
+        for group in 0..self.inputs / self.group {
+            for at in 0..count {
+                let output = first + at;
+                let scale = self.scales.get(group * self.outputs + output);
+                let zero = self
+                    .zeros
+                    .as_ref()
+                    .map_or(8.0, |zeros| nibble(zeros, group, output));
+                for input in group * self.group..(group + 1) * self.group {
+                    let value = nibble(&self.values, input, output) - zero;
+                    out[at * self.inputs + input] = self.round.apply(value * scale);
+                }
+            }
+        }
+    }
+}

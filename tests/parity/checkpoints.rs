@@ -1,0 +1,450 @@
+//! Checkpoints in the forms that other tools publish: each dequantised matrix against the tool's own floats,
+//! and the tokens of the whole model against transformers with these floats.
+//!
+//! `cargo test --release --test parity checkpoints -- --nocapture` prints the table.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use burn::{module::Module, tensor::DType};
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+use tempfile::TempDir;
+use xray_qwen3vl::{
+    adapters::quantised::load::load_quantised,
+    ops::quantised::{Quantization, pack::unpack},
+    qwen3_vl::{
+        Qwen3Vl,
+        config::Qwen3VlConfig,
+        nn::InitOptions,
+        weights::{
+            Checkpoint,
+            gguf::{GgufParts, find},
+        },
+    },
+    runtime::{
+        generate::{GenerationConfig, generate},
+        pipeline::{Pipeline, PipelineOptions},
+    },
+};
+
+use crate::backend::{TestBackend, device};
+
+/// Forms with one file beside `rest.safetensors`.
+pub const FORMS: [&str; 14] = [
+    "plain",
+    "fp8",
+    "awq",
+    "gptq-4",
+    "gptq-4-order",
+    "gptq-8",
+    "gptq-3",
+    "compressed-pack",
+    "compressed-int8",
+    "compressed-fp8",
+    "bnb-nf4",
+    "bnb-fp4",
+    "bnb-int8",
+    "gguf",
+];
+
+const QUESTION: &str = "What does this chest X-ray show?";
+
+pub fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/checkpoints")
+}
+
+pub fn read_json(path: &Path) -> Value {
+    serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
+}
+
+/// A folder with the checkpoint of a form, and its tokenizer.
+pub fn folder(form: &str) -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let from = fixtures();
+    let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("model/tiny");
+    let copy = |from: PathBuf| {
+        fs::copy(&from, dir.path().join(from.file_name().unwrap())).unwrap();
+    };
+    copy(from.join("preprocessor_config.json"));
+    if form == "gguf" {
+        copy(from.join("gguf/tiny.gguf"));
+        copy(from.join("gguf/mmproj-tiny.gguf"));
+        return dir;
+    }
+    for name in [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    ] {
+        copy(tiny.join(name));
+    }
+    copy(from.join("rest.safetensors"));
+    copy(from.join(form).join("quantised.safetensors"));
+    copy(from.join(form).join("config.json"));
+    let index = json!({"weight_map": {"a": "rest.safetensors", "b": "quantised.safetensors"}});
+    fs::write(
+        dir.path().join("model.safetensors.index.json"),
+        index.to_string(),
+    )
+    .unwrap();
+    dir
+}
+
+fn read(checkpoint: &Checkpoint, name: &str, count: usize, dtype: DType) -> Vec<u8> {
+    let mut bytes = vec![0; count * dtype.size()];
+    checkpoint.read_into(name, 0, dtype, &mut bytes).unwrap();
+    // In pieces that end inside rows it is the same.
+    let mut again = vec![0; bytes.len()];
+    let piece = 37 * dtype.size();
+    for (number, part) in again.chunks_mut(piece).enumerate() {
+        checkpoint
+            .read_into(name, number * 37, dtype, part)
+            .unwrap();
+    }
+    assert_eq!(bytes, again, "{name}");
+    bytes
+}
+
+fn digest(bytes: &[u8]) -> String {
+    Sha256::digest(bytes)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}
+
+pub fn options(model: &Path) -> PipelineOptions {
+    PipelineOptions {
+        model: model.to_path_buf(),
+        adapter: None,
+        dtype: DType::F32,
+        quantize: None,
+        min_pixels: None,
+        max_pixels: None,
+        gguf: GgufParts::default(),
+    }
+}
+
+pub fn numbers(value: &Value) -> Vec<u32> {
+    let list = value.as_array().unwrap().iter();
+    list.map(|number| number.as_u64().unwrap() as u32).collect()
+}
+
+/// Tokens about the image, greedily.
+pub fn tokens(model: &Path) -> (Vec<u32>, Vec<u32>, Vec<String>) {
+    let pipeline =
+        Pipeline::<TestBackend>::load(&options(model), device(), &mut |_, _| {}).unwrap();
+    let parts = &pipeline.parts;
+    let picture = parts
+        .images
+        .read(&fixtures().join("image.png"), None)
+        .unwrap()
+        .picture;
+    let prompt = parts
+        .prompt(None, QUESTION, parts.image_input(&picture).unwrap())
+        .unwrap();
+    let settings = GenerationConfig {
+        max_new_tokens: 16,
+        stop_on_repetition: false,
+        ..GenerationConfig::default()
+    };
+    let prompts = [prompt];
+    let (answers, _) = generate(
+        &pipeline.model,
+        &parts.config,
+        &prompts,
+        &settings,
+        &device(),
+        &mut |_, _| None,
+    )
+    .unwrap();
+    (
+        prompts[0].input_ids.clone(),
+        answers[0].token_ids.clone(),
+        parts.remarks.clone(),
+    )
+}
+
+#[test]
+fn published_forms_give_the_floats_and_tokens_of_their_tools() {
+    println!("form             matrices  largest error  equal in f32  equal in bf16  tokens");
+    for form in FORMS {
+        let dir = folder(form);
+        let expected = read_json(&fixtures().join(form).join("expected.json"));
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        let (mut worst, mut equal) = (0.0f64, [0, 0]);
+        let tensors = expected["tensors"].as_object().unwrap();
+        for (name, want) in tensors {
+            let shape: Vec<usize> = numbers(&want["shape"])
+                .iter()
+                .map(|size| *size as usize)
+                .collect();
+            let count = shape.iter().product();
+            let found = checkpoint
+                .in_order()
+                .into_iter()
+                .find(|(found, _)| found == name);
+            assert_eq!(found.unwrap().1, shape, "{form}: {name}");
+            let floats = read(&checkpoint, name, count, DType::F32);
+            let values: &[f32] = bytemuck::cast_slice(&floats);
+            for sample in want["samples"].as_array().unwrap() {
+                let at = sample[0].as_u64().unwrap() as usize;
+                worst = worst.max((f64::from(values[at]) - sample[1].as_f64().unwrap()).abs());
+            }
+            equal[0] += usize::from(digest(&floats) == want["f32"].as_str().unwrap());
+            let half = read(&checkpoint, name, count, DType::BF16);
+            equal[1] += usize::from(digest(&half) == want["bf16"].as_str().unwrap());
+        }
+        let (prompt, written, remarks) = tokens(dir.path());
+        let same = written == numbers(&expected["tokens"]);
+        println!(
+            "{form:16} {:8}  {worst:13.1e}  {:12}  {:13}  {}",
+            tensors.len(),
+            equal[0],
+            equal[1],
+            if same { "same" } else { "different" }
+        );
+        assert_eq!(prompt, numbers(&expected["prompt"]), "{form}");
+        assert_eq!(equal, [tensors.len(); 2], "{form}");
+        assert_eq!(written, numbers(&expected["tokens"]), "{form}");
+        assert_eq!(remarks.is_empty(), form == "plain", "{form}: {remarks:?}");
+    }
+}
+
+/// Random blocks of every type, as `gguf.quants` dequantises them.
+#[test]
+fn gguf_blocks_of_every_type() {
+    let bytes = fs::read(fixtures().join("blocks.safetensors")).unwrap();
+    let blocks = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let numbers = [
+        ("Q4_0", 2u32),
+        ("Q4_1", 3),
+        ("Q5_0", 6),
+        ("Q5_1", 7),
+        ("Q8_0", 8),
+        ("Q2_K", 10),
+        ("Q3_K", 11),
+        ("Q4_K", 12),
+        ("Q5_K", 13),
+        ("Q6_K", 14),
+    ];
+    // The text file with its norm exchanged for the blocks: a way through the true reader.
+    let text = fs::read(fixtures().join("gguf/tiny.gguf")).unwrap();
+    for (kind, number) in numbers {
+        let raw = blocks.tensor(&format!("{kind}.bytes")).unwrap();
+        let want = blocks.tensor(&format!("{kind}.floats")).unwrap();
+        let count = want.data().len() / 4;
+        let dir = tempfile::tempdir().unwrap();
+        fs::copy(
+            fixtures().join("gguf/mmproj-tiny.gguf"),
+            dir.path().join("mmproj.gguf"),
+        )
+        .unwrap();
+        fs::write(
+            dir.path().join("text.gguf"),
+            with_tensor(&text, number, count, raw.data()),
+        )
+        .unwrap();
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        let found = read(&checkpoint, "extra", count, DType::F32);
+        assert_eq!(found, want.data(), "{kind}");
+    }
+}
+
+/// A GGUF file with one tensor more, its bytes at the end.
+fn with_tensor(file: &[u8], kind: u32, count: usize, data: &[u8]) -> Vec<u8> {
+    // The infos end where the first tensor's name is not followed by another: found by walking the header.
+    let end = gguf_header_end(file);
+    let start = end.next_multiple_of(32);
+    let mut out = file[..end].to_vec();
+    let tensors = u64::from_le_bytes(file[8..16].try_into().unwrap());
+    out[8..16].copy_from_slice(&(tensors + 1).to_le_bytes());
+    let body = &file[start..];
+    let offset = body.len().next_multiple_of(32);
+    out.extend(5u64.to_le_bytes());
+    out.extend(b"extra");
+    out.extend(1u32.to_le_bytes());
+    out.extend((count as u64).to_le_bytes());
+    out.extend(kind.to_le_bytes());
+    out.extend((offset as u64).to_le_bytes());
+    out.resize(out.len().next_multiple_of(32), 0);
+    out.extend(body);
+    out.resize(out.len() + offset - body.len(), 0);
+    out.extend(data);
+    out
+}
+
+fn gguf_header_end(file: &[u8]) -> usize {
+    let u32_at = |at: usize| u32::from_le_bytes(file[at..at + 4].try_into().unwrap());
+    let u64_at = |at: usize| u64::from_le_bytes(file[at..at + 8].try_into().unwrap()) as usize;
+    let (tensors, pairs) = (u64_at(8), u64_at(16));
+    let mut at = 24;
+    let value = |kind: u32, mut at: usize| -> usize {
+        let sizes = [1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8];
+        match kind {
+            8 => at + 8 + u64_at(at),
+            9 => {
+                let (kind, count) = (u32_at(at), u64_at(at + 4));
+                at += 12;
+                for _ in 0..count {
+                    at += match kind {
+                        8 => 8 + u64_at(at),
+                        kind => sizes[kind as usize],
+                    };
+                }
+                at
+            }
+            kind => at + sizes[kind as usize],
+        }
+    };
+    for _ in 0..pairs {
+        at += 8 + u64_at(at);
+        at = value(u32_at(at), at + 4);
+    }
+    for _ in 0..tensors {
+        at += 8 + u64_at(at);
+        at += 4 + 8 * u32_at(at) as usize + 12;
+    }
+    at
+}
+
+/// The GGUF's own tokenizer is that of the checkpoint it was made from.
+#[test]
+fn a_gguf_has_its_tokenizer_and_config() {
+    let dir = folder("gguf");
+    let pair = find(dir.path(), &GgufParts::default()).unwrap().unwrap();
+    let config = Qwen3VlConfig::from_dir(dir.path()).unwrap();
+    let original = Qwen3VlConfig::from_dir(folder("plain").path()).unwrap();
+    assert_eq!(config, original);
+    let bytes = pair.tokenizer_json().unwrap();
+    let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("model/tiny/tokenizer.json");
+    let ours = xray_qwen3vl::processor::tokenizer::Tokenizer::from_bytes(&bytes, &tiny).unwrap();
+    let theirs = xray_qwen3vl::processor::tokenizer::Tokenizer::from_file(&tiny).unwrap();
+    assert_eq!(ours.special(), theirs.special());
+    for text in [
+        "双肺纹理清晰，心影不大。",
+        "No acute  disease\n\n<|im_start|>x<think> 12.5 cm's",
+        "<|image_pad|>é",
+    ] {
+        assert_eq!(
+            ours.encode(text).unwrap(),
+            theirs.encode(text).unwrap(),
+            "{text}"
+        );
+    }
+}
+
+/// Quantised anew while loading, a published form answers as its floats do when they are quantised.
+#[test]
+fn published_forms_can_be_packed_while_they_are_loaded() {
+    for form in ["fp8", "awq", "gptq-4-order", "bnb-nf4", "gguf"] {
+        let dir = folder(form);
+        let config = Qwen3VlConfig::from_dir(dir.path()).unwrap();
+        let fresh = Qwen3Vl::<TestBackend>::new(&config, &InitOptions::default(), &device());
+        let quantization = "int8".parse().unwrap();
+        let model = load_quantised(
+            fresh,
+            dir.path(),
+            quantization,
+            false,
+            DType::F32,
+            &mut |_, _| {},
+        )
+        .unwrap();
+        assert_eq!(model.quantization(), Some(quantization), "{form}");
+        let weight = model.model.language_model.layers[1]
+            .mlp
+            .down_proj
+            .weight
+            .val();
+        let packed: Vec<f32> = weight.into_data().to_vec().unwrap();
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        let name = "model.language_model.layers.1.mlp.down_proj.weight";
+        let bytes = read(&checkpoint, name, packed.len(), DType::F32);
+        let floats: &[f32] = bytemuck::cast_slice(&bytes);
+        // Half a step of 1/127 of the largest weight of a row.
+        let step = floats
+            .iter()
+            .fold(0f32, |most, value| most.max(value.abs()))
+            / 127.0;
+        for (at, (packed, float)) in packed.iter().zip(floats).enumerate() {
+            assert!(
+                (packed - float).abs() <= 0.51 * step,
+                "{form}: {at}: {packed} {float}"
+            );
+        }
+        assert!(model.num_params() > 0);
+    }
+}
+
+/// Symmetric numbers of other tools are kept as they are where a format holds them: the values are the tool's
+/// but for its rounding to 16 bits.
+#[test]
+fn symmetric_numbers_stay_packed_as_they_are() {
+    let in_layer = |layer: usize, part: &str| {
+        format!("model.language_model.layers.{layer}.{part}_proj.weight")
+    };
+    for (form, quantization, name, keeps) in [
+        ("gptq-4", "int4:32", in_layer(0, "mlp.down"), true),
+        ("gptq-4", "int4", in_layer(0, "mlp.down"), false),
+        ("gptq-4-order", "int4:32", in_layer(0, "mlp.down"), false),
+        (
+            "compressed-pack",
+            "int4:32",
+            in_layer(1, "self_attn.q"),
+            true,
+        ),
+        ("compressed-pack", "int4:32", in_layer(0, "mlp.up"), false),
+        ("compressed-pack", "int8", in_layer(1, "mlp.up"), true),
+        ("compressed-int8", "int8", in_layer(1, "self_attn.k"), true),
+        ("compressed-int8", "int8", in_layer(1, "mlp.gate"), false),
+        ("awq", "int4:32", in_layer(0, "mlp.up"), false),
+    ] {
+        let dir = folder(form);
+        let quantization: Quantization = quantization.parse().unwrap();
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        let shape = checkpoint
+            .in_order()
+            .into_iter()
+            .find(|(found, _)| *found == name);
+        let [rows, columns] = *shape.unwrap().1 else {
+            panic!("{name} is a matrix");
+        };
+        let format = quantization.layers;
+        let kept = checkpoint.kept(&name, [rows, columns], format).unwrap();
+        assert_eq!(kept.is_some(), keeps, "{form} {quantization} {name}");
+        let Some(kept) = kept else { continue };
+        let bytes = read(&checkpoint, &name, rows * columns, DType::F32);
+        let floats: &[f32] = bytemuck::cast_slice(&bytes);
+        // Half a step of bfloat16, the coarsest type of scales.
+        for (ours, theirs) in unpack(&kept, columns, format).iter().zip(floats) {
+            assert!(
+                (ours - theirs).abs() <= theirs.abs() / 256.0,
+                "{form} {name}: {ours} {theirs}"
+            );
+        }
+    }
+    // Blocks of Q4_0 are those of `int4:32`, exactly.
+    let dir = folder("gguf");
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    let format = "int4:32".parse::<Quantization>().unwrap().layers;
+    let kept: Vec<_> = checkpoint
+        .in_order()
+        .into_iter()
+        .filter(|(name, _)| checkpoint.keeps(name, format))
+        .collect();
+    assert_eq!(kept.len(), 2);
+    for (name, shape) in kept {
+        let dims = [shape[0], shape[1]];
+        let matrix = checkpoint.kept(name, dims, format).unwrap().unwrap();
+        let bytes = read(&checkpoint, name, dims[0] * dims[1], DType::F32);
+        assert_eq!(
+            unpack(&matrix, dims[1], format),
+            bytemuck::cast_slice::<u8, f32>(&bytes),
+            "{name}"
+        );
+    }
+}
