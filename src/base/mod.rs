@@ -8,4 +8,5 @@ pub mod panics;
 pub mod plot;
 pub mod seeds;
 pub mod system;
+pub mod text_file;
 pub mod trace;
