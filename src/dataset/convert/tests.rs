@@ -1,3 +1,9 @@
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::PathBuf;
+
+use serde_json::json;
+
 use super::images::relative;
 use super::*;
 use crate::processor::patches::ImageProcessorConfig;
@@ -36,23 +42,17 @@ impl Bench {
 
     fn options(&self) -> ConvertOptions {
         ConvertOptions {
-            input: self.dir.path().join("corpus.json"),
-            keys: None,
             images: Some(self.dir.path().join("images")),
-            output: self.dir.path().join("out"),
-            prompts: None,
-            seed: 42,
-            val_ratio: 0.2,
-            split: Split::Uid,
-            studies: StudyRule::Guess,
-            thinking: None,
+            val_ratio: Some(0.2),
+            split: Some(Split::Uid),
+            ..ConvertOptions::new(self.dir.path().join("corpus.json"), self.dir.path().join("out"))
         }
     }
 
     /// Converts into a folder that an earlier conversion of the same test may have filled.
     fn convert(&self, options: &ConvertOptions) -> Result<Summary, ConvertError> {
         let _ = fs::remove_dir_all(&options.output);
-        convert(options, None, &self.processor)
+        convert(options, None, &self.processor, &|_, _| {})
     }
 
     fn read(&self, name: &str) -> String {
@@ -117,7 +117,7 @@ fn studies_stay_whole_for_every_seed_and_rows_do_not() {
         for split in [Split::Uid, Split::Image] {
             let options = ConvertOptions {
                 seed,
-                split,
+                split: Some(split),
                 ..bench.options()
             };
             let summary = bench.convert(&options).unwrap();
@@ -134,7 +134,7 @@ fn studies_stay_whole_for_every_seed_and_rows_do_not() {
             assert_eq!(both, summary.studies_in_both);
             match split {
                 Split::Uid => assert_eq!(both, 0),
-                Split::Image => torn += both,
+                Split::Image | Split::Official => torn += both,
             }
         }
     }
@@ -175,7 +175,7 @@ fn the_form_with_prompts_uses_base_names_of_any_system() {
     let summary = bench
         .convert(&ConvertOptions {
             prompts,
-            val_ratio: 0.0,
+            val_ratio: Some(0.0),
             ..bench.options()
         })
         .unwrap();
@@ -202,7 +202,7 @@ fn rows_of_messages_keep_what_they_have() {
     let bench = Bench::new(&rows.join("\n"));
     let options = ConvertOptions {
         images: None,
-        val_ratio: 0.0,
+        val_ratio: Some(0.0),
         ..bench.options()
     };
     let summary = bench.convert(&options).unwrap();
@@ -245,7 +245,7 @@ fn a_row_with_two_studies_keeps_both_together() {
         let summary = bench
             .convert(&ConvertOptions {
                 seed,
-                val_ratio: 0.3,
+                val_ratio: Some(0.3),
                 ..bench.options()
             })
             .unwrap();
@@ -268,7 +268,7 @@ fn reasoning_comes_before_the_answer_and_rows_without_are_listed() {
         let summary = bench
             .convert(&ConvertOptions {
                 thinking,
-                val_ratio: 0.0,
+                val_ratio: Some(0.0),
                 ..bench.options()
             })
             .unwrap();
@@ -339,7 +339,7 @@ fn wrong_input_is_named() {
             "row 1: `caption`",
         ),
         (
-            r#"[{"img": "2_1.png", "label": "一"}, {"img": "3_1.png", "label": " "}]"#,
+            r#"[{"img": "2_1.png", "label": "一"}, {"img": "3_1.png", "label": 7}]"#,
             "row 2: `label`",
         ),
         (
@@ -366,18 +366,20 @@ fn wrong_input_is_named() {
         let error = message(text, &options);
         assert!(error.contains(words), "{error}");
     }
+    // Without a folder of images they are looked for where the corpus is.
     let without = ConvertOptions {
         images: None,
         ..options.clone()
     };
-    assert!(message(ANNOTATIONS, &without).contains("no folder of images"));
+    fs::write(&corpus, ANNOTATIONS).unwrap();
+    assert_eq!(bench.convert(&without).unwrap().rows_without_image, 1);
     let elsewhere = ConvertOptions {
         images: Some("no/such".into()),
         ..options.clone()
     };
     assert!(message(ANNOTATIONS, &elsewhere).contains("`no/such` is not a folder"));
     let ratio = ConvertOptions {
-        val_ratio: 1.0,
+        val_ratio: Some(1.0),
         ..options.clone()
     };
     assert!(message(ANNOTATIONS, &ratio).contains("val_ratio is 1"));
@@ -420,7 +422,7 @@ fn a_patient_is_never_on_both_sides_in_the_layout_of_mimic() {
         let options = ConvertOptions {
             input: input.clone(),
             seed,
-            val_ratio: 0.3,
+            val_ratio: Some(0.3),
             ..bench.options()
         };
         let summary = bench.convert(&options).unwrap();
@@ -439,7 +441,7 @@ fn a_patient_is_never_on_both_sides_in_the_layout_of_mimic() {
             (20, Some(10))
         );
         let options = ConvertOptions {
-            split: Split::Image,
+            split: Some(Split::Image),
             ..options
         };
         let torn = bench.convert(&options).unwrap();
@@ -511,7 +513,7 @@ fn a_file_of_two_images_is_refused_with_both_paths() {
     for sign in [
         "rows.jsonl` row 2",
         "`CXR1/0.png`",
-        "row 1 in `CXR0`",
+        "the image `CXR0/0.png` of row 1",
         "flat/0.png",
     ] {
         assert!(error.contains(sign), "{error}");
@@ -563,7 +565,7 @@ fn rows_of_other_keys_are_read_by_naming_them() {
         });
         let options = ConvertOptions {
             keys,
-            val_ratio: 0.0,
+            val_ratio: Some(0.0),
             ..bench.options()
         };
         let summary = bench.convert(&options).unwrap();
@@ -592,14 +594,14 @@ fn rows_of_other_keys_are_read_by_naming_them() {
     }
     let bench = Bench::new("a,b\n");
     let table = bench.dir.path().join("table.csv");
-    fs::write(&table, "image,report\n").unwrap();
+    fs::write(&table, "spam,eggs\n1,2\n").unwrap();
     let options = ConvertOptions {
         input: table,
         ..bench.options()
     };
     let error = bench.convert(&options).unwrap_err().to_string();
     assert!(
-        error.contains("--report-key") && error.contains("a table has to become JSON"),
+        error.contains("the columns `spam,eggs`") && error.contains("a column of images"),
         "{error}"
     );
 }
@@ -630,7 +632,7 @@ fn a_folder_that_holds_something_is_refused() {
     let options = bench.options();
     bench.convert(&options).unwrap();
     let before = bench.read("train.jsonl");
-    let error = convert(&options, None, &bench.processor).unwrap_err();
+    let error = convert(&options, None, &bench.processor, &|_, _| {}).unwrap_err();
     assert!(
         error.to_string().contains("is not an empty folder"),
         "{error}"

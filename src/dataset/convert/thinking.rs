@@ -1,11 +1,11 @@
 //! Distilled reasoning: a file of texts by image.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
+use super::corpora::text_of;
 use super::corpus::stem_of;
 use super::error::ConvertError;
 
@@ -27,11 +27,8 @@ impl Thinking {
     /// Reads `{"ID": "text"}`, `{"ID": {"thinking": …, "answer": …}}`, or rows of `image_id`,
     /// `thinking` and perhaps `answer`, as a list or one a line.
     pub(super) fn read(path: &Path) -> Result<Self, ConvertError> {
-        let text = fs::read_to_string(path).map_err(|cause| ConvertError::Read {
-            path: path.to_owned(),
-            cause,
-        })?;
-        let text = text.trim_start_matches('\u{feff}');
+        let text = text_of(path)?;
+        let text = text.as_str();
         let mut found = Self::default();
         match serde_json::from_str(text) {
             Ok(Value::Object(fields)) if fields.contains_key("image_id") => {
