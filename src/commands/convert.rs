@@ -97,7 +97,12 @@ pub struct ConvertArgs {
     /// The same as SOURCE, as the published script has it.
     ///
     /// With this flag rows are split one by one, as that script does, unless --split is given.
-    #[arg(long, alias = "source_json", value_name = "FILE", conflicts_with = "source")]
+    #[arg(
+        long,
+        alias = "source_json",
+        value_name = "FILE",
+        conflicts_with = "source"
+    )]
     pub source_json: Option<PathBuf>,
     /// Which corpus it is: openi-zh, xrayglm, messages, r2gen, indiana, mimic-cxr, chexpert-plus, padchest, roco,
     /// vindr-cxr, rows (JSON) or table (CSV); guessed by default.

@@ -86,14 +86,18 @@ pub fn convert(
     if let Some(prompts) = &options.prompts {
         check_prompts(prompts)?;
     }
-    if let Some(ratio) = options.val_ratio.filter(|ratio| !(0.0..1.0).contains(ratio)) {
+    if let Some(ratio) = options
+        .val_ratio
+        .filter(|ratio| !(0.0..1.0).contains(ratio))
+    {
         return Err(ConvertError::ValRatio(ratio));
     }
-    if options.images.as_deref().is_some_and(|folder| !folder.is_dir()) {
-        return Err(ConvertError::NoImages(options.images.clone()));
-    }
-    let folder = options.images.clone();
-    let mut index = FileIndex::new(folder.unwrap_or_else(|| corpora::root_of(&options.input)));
+    let folder = match &options.images {
+        Some(folder) if !folder.is_dir() => return Err(ConvertError::NoImages(folder.clone())),
+        Some(folder) => folder.clone(),
+        None => corpora::root_of(&options.input),
+    };
+    let mut index = FileIndex::new(folder);
     let mut corpus = corpora::read(options, &mut index)?;
     if corpus.rows.is_empty() && corpus.left_out.is_empty() {
         return Err(ConvertError::Empty(corpus.main.to_path_buf()));
@@ -152,9 +156,10 @@ pub fn convert(
                     Unusable::NotFound(_) | Unusable::Several(..) => {
                         (&mut summary.rows_without_image, "image not found")
                     }
-                    Unusable::Unreadable(..) => {
-                        (&mut summary.rows_with_unusable_image, "image cannot be used")
-                    }
+                    Unusable::Unreadable(..) => (
+                        &mut summary.rows_with_unusable_image,
+                        "image cannot be used",
+                    ),
                 };
                 *count += 1;
                 leave(&row, reason.image().to_owned(), reason.to_string(), kind);
@@ -312,25 +317,27 @@ fn tell_choices(options: &ConvertOptions, corpus: &Corpus, summary: &mut Summary
     }
     if summary.split == Split::Official && options.split.is_none() {
         summary.remarks.push(
-            "the corpus' own split is kept; `--split uid` draws another, by study and patient".into(),
+            "the corpus' own split is kept; `--split uid` draws another, by study and patient"
+                .into(),
         );
     }
     if let Some(views) = corpus.views
         && options.views.is_none()
     {
         let words = match views {
-            Views::OnePerImage => "each image is a row of its own, as in the published training; `--views all` makes one row of a study",
-            _ => "images that one row lists stay together; `--views one-per-image` makes a row of each",
+            Views::OnePerImage => {
+                "each image is a row of its own, as in the published training; `--views all` makes one row of a study"
+            }
+            _ => {
+                "images that one row lists stay together; `--views one-per-image` makes a row of each"
+            }
         };
         summary.remarks.push(words.to_owned());
     }
 }
 
 /// Refuses boxes in pixels of an image that may be a smaller copy.
-fn check_boxes(
-    row: &corpus::CorpusRow,
-    images: &[images::FoundImage],
-) -> Result<(), ConvertError> {
+fn check_boxes(row: &corpus::CorpusRow, images: &[images::FoundImage]) -> Result<(), ConvertError> {
     let Body::Objects { objects, .. } = &row.body else {
         return Ok(());
     };

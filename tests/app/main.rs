@@ -9,6 +9,7 @@ mod bad_input;
 mod bad_model;
 mod bench;
 mod clean;
+mod corpora;
 mod data_tools;
 mod dicom;
 mod eval;

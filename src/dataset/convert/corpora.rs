@@ -26,11 +26,11 @@ use super::files::FileIndex;
 use super::options::ConvertOptions;
 use detect::{Detected, detect};
 use json::JsonCorpus;
-pub use language::Language;
 pub(super) use language::BOX_PROMPTS;
+pub use language::Language;
 pub(super) use record::{LeftReason, LeftRow, Part};
-pub use record::{Sections, Views};
 use record::{Picture, Projection, Record, Records, Wanted, before_view, rows_of};
+pub use record::{Sections, Views};
 pub(super) use table::text_of;
 
 /// A corpus with its rows.
@@ -59,7 +59,10 @@ pub(super) struct Corpus {
 ///
 /// # Errors
 /// [`ConvertError`] names file, row and column.
-pub(super) fn read(options: &ConvertOptions, index: &mut FileIndex) -> Result<Corpus, ConvertError> {
+pub(super) fn read(
+    options: &ConvertOptions,
+    index: &mut FileIndex,
+) -> Result<Corpus, ConvertError> {
     let input = &options.input;
     let wanted = match &options.keys {
         Some(_) => Some(CorpusForm::Keys),
@@ -80,7 +83,9 @@ pub(super) fn read(options: &ConvertOptions, index: &mut FileIndex) -> Result<Co
         _ => {
             // A guess by the start of the file is made again by the whole of it.
             match json::read(&main, options.keys.as_ref(), wanted)? {
-                JsonCorpus::Messages(rows) => return messages(options, main.as_path().into(), root, rows),
+                JsonCorpus::Messages(rows) => {
+                    return messages(options, main.as_path().into(), root, rows);
+                }
                 JsonCorpus::Records(form, records) => (form, records),
             }
         }
@@ -132,7 +137,10 @@ fn of_records(
     mut records: Records,
     index: &mut FileIndex,
 ) -> Result<Corpus, ConvertError> {
-    let as_listed = matches!(form, CorpusForm::Keys | CorpusForm::Rows | CorpusForm::Table);
+    let as_listed = matches!(
+        form,
+        CorpusForm::Keys | CorpusForm::Rows | CorpusForm::Table
+    );
     let views = options.views.unwrap_or(if as_listed {
         Views::All
     } else {
@@ -150,7 +158,9 @@ fn of_records(
     if views == Views::Frontal && !all.iter().any(known) {
         return Err(ConvertError::NoViews(form.name()));
     }
-    let has_split = all.iter().any(|record| matches!(record.part, Some(Part::Val | Part::Test)));
+    let has_split = all
+        .iter()
+        .any(|record| matches!(record.part, Some(Part::Val | Part::Test)));
     if views == Views::All {
         records = together(records, form);
     }
@@ -195,11 +205,15 @@ fn check_sections(
         Sections::Both => return Ok(()),
         Sections::Findings => (
             "findings",
-            records.iter().any(|record| record.report.findings.is_some()),
+            records
+                .iter()
+                .any(|record| record.report.findings.is_some()),
         ),
         Sections::Impression => (
             "impression",
-            records.iter().any(|record| record.report.impression.is_some()),
+            records
+                .iter()
+                .any(|record| record.report.impression.is_some()),
         ),
     };
     if there {

@@ -13,7 +13,9 @@ use super::error::ConvertError;
 use crate::processor::sample::{Sample, parse_row};
 
 /// Endings an image file may have where a row names none; the first is the corpus' own.
-pub(super) const ENDINGS: [&str; 9] = ["png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "dcm", "dicom"];
+pub(super) const ENDINGS: [&str; 9] = [
+    "png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "dcm", "dicom",
+];
 
 /// A corpus, or the form of its file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -49,19 +51,71 @@ pub enum CorpusForm {
 
 /// Each corpus with its names, the first of which is printed, and the files it is known by.
 const CORPORA: [(CorpusForm, &[&str], &str); 13] = [
-    (CorpusForm::Annotations, &["openi-zh", "annotations"], "a JSON file `{\"annotations\": [{\"image_id\", \"caption\"}]}`"),
-    (CorpusForm::Prompts, &["xrayglm", "openi-zh-prompt", "prompts"], "a JSON list of `img`, `prompt` and `label`"),
-    (CorpusForm::Messages, &["messages", "ms-swift"], "JSONL rows of `messages` and `images`"),
-    (CorpusForm::Keys, &["keys"], "JSON rows, with `--image-key` and `--report-key`"),
-    (CorpusForm::R2gen, &["r2gen", "iu-xray"], "`annotation.json` with lists `train`, `val` and `test` of `image_path` and `report`"),
-    (CorpusForm::Indiana, &["indiana", "iu-kaggle"], "`indiana_reports.csv` and `indiana_projections.csv`"),
-    (CorpusForm::MimicCxr, &["mimic-cxr", "mimic", "mimic-cxr-jpg"], "`files/p10/p…/s….txt` with images in `files/p10/p…/s…/`, and `mimic-cxr-2.0.0-metadata.csv` and `-split.csv`, as they are or as .gz"),
-    (CorpusForm::ChexpertPlus, &["chexpert-plus", "chexpert"], "`df_chexpert_plus_240401.csv` with `path_to_image`, `section_findings` and `section_impression`"),
-    (CorpusForm::Padchest, &["padchest"], "`PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv` with `ImageID`, `StudyID`, `PatientID` and `Report`"),
-    (CorpusForm::Roco, &["roco", "rocov2"], "`radiology/captions.txt`, `radiology/traindata.csv` or `train_captions.csv`"),
-    (CorpusForm::VindrCxr, &["vindr-cxr", "vindr"], "`annotations_train.csv` or `train.csv` with `image_id`, `class_name` and `x_min`, `y_min`, `x_max`, `y_max`"),
-    (CorpusForm::Rows, &["rows", "json"], "JSON rows with an image (`image`, `image_path` …) and a report (`report`, `findings`, `impression` …)"),
-    (CorpusForm::Table, &["table", "csv"], "a table with a column of images (`image`, 文件名, 影像号 …) and of reports (`report`, 影像所见, 影像诊断 …)"),
+    (
+        CorpusForm::Annotations,
+        &["openi-zh", "annotations"],
+        "a JSON file `{\"annotations\": [{\"image_id\", \"caption\"}]}`",
+    ),
+    (
+        CorpusForm::Prompts,
+        &["xrayglm", "openi-zh-prompt", "prompts"],
+        "a JSON list of `img`, `prompt` and `label`",
+    ),
+    (
+        CorpusForm::Messages,
+        &["messages", "ms-swift"],
+        "JSONL rows of `messages` and `images`",
+    ),
+    (
+        CorpusForm::Keys,
+        &["keys"],
+        "JSON rows, with `--image-key` and `--report-key`",
+    ),
+    (
+        CorpusForm::R2gen,
+        &["r2gen", "iu-xray"],
+        "`annotation.json` with lists `train`, `val` and `test` of `image_path` and `report`",
+    ),
+    (
+        CorpusForm::Indiana,
+        &["indiana", "iu-kaggle"],
+        "`indiana_reports.csv` and `indiana_projections.csv`",
+    ),
+    (
+        CorpusForm::MimicCxr,
+        &["mimic-cxr", "mimic", "mimic-cxr-jpg"],
+        "`files/p10/p…/s….txt` with images in `files/p10/p…/s…/`, and `mimic-cxr-2.0.0-metadata.csv` and `-split.csv`, as they are or as .gz",
+    ),
+    (
+        CorpusForm::ChexpertPlus,
+        &["chexpert-plus", "chexpert"],
+        "`df_chexpert_plus_240401.csv` with `path_to_image`, `section_findings` and `section_impression`",
+    ),
+    (
+        CorpusForm::Padchest,
+        &["padchest"],
+        "`PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv` with `ImageID`, `StudyID`, `PatientID` and `Report`",
+    ),
+    (
+        CorpusForm::Roco,
+        &["roco", "rocov2"],
+        "`radiology/captions.txt`, `radiology/traindata.csv` or `train_captions.csv`",
+    ),
+    (
+        CorpusForm::VindrCxr,
+        &["vindr-cxr", "vindr"],
+        "`annotations_train.csv` or `train.csv` with `image_id`, `class_name` and `x_min`, `y_min`, `x_max`, `y_max`",
+    ),
+    (
+        CorpusForm::Rows,
+        &["rows", "json"],
+        "JSON rows with an image (`image`, `image_path` …) and a report (`report`, `findings`, `impression` …)",
+    ),
+    (
+        CorpusForm::Table,
+        &["table", "csv"],
+        "a table with a column of images (`image`, 文件名, 影像号 …) and of reports (`report`, 影像所见, 影像诊断 …)",
+    ),
 ];
 
 impl CorpusForm {
@@ -86,7 +140,9 @@ impl FromStr for CorpusForm {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let wanted = text.to_lowercase().replace('_', "-");
-        let found = CORPORA.iter().find(|(_, names, _)| names.contains(&wanted.as_str()));
+        let found = CORPORA
+            .iter()
+            .find(|(_, names, _)| names.contains(&wanted.as_str()));
         found.map(|(form, ..)| *form).ok_or_else(|| {
             let names: Vec<&str> = CORPORA.iter().map(|(_, names, _)| names[0]).collect();
             format!("expected one of {}", names.join(", "))
@@ -171,7 +227,11 @@ pub(super) fn stem_of(path: &str) -> &str {
 }
 
 /// A row of `messages`.
-pub(super) fn message_row(path: &Arc<Path>, number: usize, line: &str) -> Result<CorpusRow, ConvertError> {
+pub(super) fn message_row(
+    path: &Arc<Path>,
+    number: usize,
+    line: &str,
+) -> Result<CorpusRow, ConvertError> {
     let (sample, row) = parse_row(line, path, number)?;
     if sample.conversation.last_answer().is_none() {
         return Err(ConvertError::Form {

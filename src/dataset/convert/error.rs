@@ -6,7 +6,11 @@ use super::corpus::CorpusForm;
 use crate::{
     base::{files::FileError, text_file::TextFileError},
     dataset::rows::RowsError,
-    processor::{sample::{RowFault, SampleError}, supervised::SupervisedError, tokenizer::TokenizerError},
+    processor::{
+        sample::{RowFault, SampleError},
+        supervised::SupervisedError,
+        tokenizer::TokenizerError,
+    },
     study::{StudyError, counted},
 };
 
@@ -85,13 +89,19 @@ pub enum ConvertError {
     #[error("the corpus `keys` is read by `--image-key` and `--report-key`; expected both")]
     NoKeys,
     /// Rows of conversations have neither views nor sections.
-    #[error("rows of `messages` stay as they are; `--views` and `--sections` are for corpora of reports")]
+    #[error(
+        "rows of `messages` stay as they are; `--views` and `--sections` are for corpora of reports"
+    )]
     NotForMessages,
     /// The projections of images are not known.
-    #[error("nothing in the corpus `{0}` says which images are frontal; expected `--views all` or `one-per-image`, or a column `view`")]
+    #[error(
+        "nothing in the corpus `{0}` says which images are frontal; expected `--views all` or `one-per-image`, or a column `view`"
+    )]
     NoViews(&'static str),
     /// A section was wanted that no report has.
-    #[error("no report of the corpus `{corpus}` has {section} of its own; leave `--sections` out to take whole reports")]
+    #[error(
+        "no report of the corpus `{corpus}` has {section} of its own; leave `--sections` out to take whole reports"
+    )]
     NoSection {
         /// The corpus.
         corpus: &'static str,
@@ -188,12 +198,9 @@ pub enum ConvertError {
     /// A rule for studies does not fit.
     #[error(transparent)]
     Study(#[from] StudyError),
-    /// There is no folder of images.
-    #[error("{}; expected the folder with the images of the corpus (`--images`)", match .0 {
-        Some(path) => format!("`{}` is not a folder", path.display()),
-        None => "no folder of images was given".to_owned(),
-    })]
-    NoImages(Option<PathBuf>),
+    /// The folder of images is none.
+    #[error("`{}` is not a folder; expected the folder with the images of the corpus (`--images`)", .0.display())]
+    NoImages(PathBuf),
     /// No row is left.
     #[error(
         "none of {} of `{}` can be used ({reason}); see `{}`", counted(*.rows, "row", "rows"), .path.display(), .missing.display()

@@ -39,7 +39,9 @@ impl FileIndex {
     ) -> Result<Vec<PathBuf>, ConvertError> {
         let files = self.files()?;
         let mut names = names.into_iter();
-        Ok(names.find_map(|name| files.get(&name).cloned()).unwrap_or_default())
+        Ok(names
+            .find_map(|name| files.get(&name).cloned())
+            .unwrap_or_default())
     }
 
     /// Image files that belong to the number of an examination, as paths below the root: `N.png`, `N_1.png`, `N-2.jpg`,
@@ -60,7 +62,8 @@ impl FileIndex {
             .take_while(|(name, _)| name.starts_with(number))
             .filter(|(name, _)| {
                 let rest = stem_of(name).strip_prefix(number);
-                is_image(name) && rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(['_', '-']))
+                is_image(name)
+                    && rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(['_', '-']))
             })
             .flat_map(|(_, paths)| paths.iter().filter_map(below))
             .collect();
@@ -118,11 +121,10 @@ impl FileIndex {
 
     fn files(&mut self) -> Result<&BTreeMap<String, Vec<PathBuf>>, ConvertError> {
         if self.by_name.is_none() {
-            let found = files_below(&self.root)
-                .ok_or_else(|| ConvertError::TooManyFiles {
-                    path: self.root.clone(),
-                    most: MOST_FILES,
-                })?;
+            let found = files_below(&self.root).ok_or_else(|| ConvertError::TooManyFiles {
+                path: self.root.clone(),
+                most: MOST_FILES,
+            })?;
             self.by_name = Some(found);
         }
         Ok(self.by_name.get_or_insert_default())

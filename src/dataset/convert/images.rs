@@ -137,7 +137,9 @@ impl<'a> ImageFinder<'a> {
                 }
                 let whole: PathBuf = parts.iter().collect();
                 let near = std::iter::once(self.index.root.clone()).chain(base.clone());
-                let mut found = near.into_iter().find_map(|base| with_ending(&base.join(&whole)));
+                let mut found = near
+                    .into_iter()
+                    .find_map(|base| with_ending(&base.join(&whole)));
                 // A bare name is looked for in all folders, so that it is not taken from the first of several.
                 if found.is_none() && parts.len() > 1 && misses < MOST_MISSES {
                     match self.in_bases(image, &whole, row.number)? {
@@ -316,7 +318,9 @@ fn parts(image: &str) -> Vec<&str> {
 
 /// The file at `path`, or with the ending of an image after its name.
 fn exact(path: &Path) -> Option<PathBuf> {
-    with_ending(path).filter(|(_, itself)| *itself).map(|(path, _)| path)
+    with_ending(path)
+        .filter(|(_, itself)| *itself)
+        .map(|(path, _)| path)
 }
 
 /// `path` seen from `folder`, both absolute; as it is if they share nothing but the root.

@@ -64,7 +64,9 @@ impl UsableRow {
             ])
         };
         let mut row = match &self.row.body {
-            Body::Report(_) => Map::from_iter([("messages".to_owned(), asked(&escaped(&self.answer)))]),
+            Body::Report(_) => {
+                Map::from_iter([("messages".to_owned(), asked(&escaped(&self.answer)))])
+            }
             Body::Objects { answer, objects } => {
                 let mut row = Map::from_iter([("messages".to_owned(), asked(answer))]);
                 if !objects.is_empty() {
@@ -96,7 +98,9 @@ impl UsableRow {
         row.insert("images".into(), json!(images));
         if !matches!(self.row.body, Body::Messages { .. }) {
             for keys in [&STUDY_KEYS, &PATIENT_KEYS] {
-                let named = keys.iter().find_map(|key| self.row.keys.get_key_value(*key));
+                let named = keys
+                    .iter()
+                    .find_map(|key| self.row.keys.get_key_value(*key));
                 if let Some((key, value)) = named {
                     row.insert(key.clone(), json!(value));
                 }

@@ -41,7 +41,9 @@ pub(super) fn prepare_output(options: &ConvertOptions) -> Result<PathBuf, Conver
         }
         Err(_) => Vec::new(),
     };
-    let holds_something = entries.iter().any(|entry| entry.file_name() != "missing.txt");
+    let holds_something = entries
+        .iter()
+        .any(|entry| entry.file_name() != "missing.txt");
     if holds_something && !options.overwrite {
         return Err(ConvertError::Exists(options.output.clone()));
     }
@@ -129,7 +131,12 @@ pub(super) fn parts(
 }
 
 /// Fills in the studies and patients of each part.
-pub(super) fn count_studies(summary: &mut Summary, studies: Studies, parts: &[Part], study_rule: Option<&str>) {
+pub(super) fn count_studies(
+    summary: &mut Summary,
+    studies: Studies,
+    parts: &[Part],
+    study_rule: Option<&str>,
+) {
     let mut rows: BTreeMap<Part, usize> = BTreeMap::new();
     let mut parts_of_study: BTreeMap<&str, BTreeSet<Part>> = BTreeMap::new();
     let mut parts_of_patient: BTreeMap<&str, BTreeSet<Part>> = BTreeMap::new();
@@ -143,7 +150,10 @@ pub(super) fn count_studies(summary: &mut Summary, studies: Studies, parts: &[Pa
     }
     let count = |part| PartCount {
         rows: rows.get(&part).copied().unwrap_or_default(),
-        studies: parts_of_study.values().filter(|parts| parts.contains(&part)).count(),
+        studies: parts_of_study
+            .values()
+            .filter(|parts| parts.contains(&part))
+            .count(),
     };
     summary.train = count(Part::Train);
     summary.val = count(Part::Val);
@@ -153,7 +163,9 @@ pub(super) fn count_studies(summary: &mut Summary, studies: Studies, parts: &[Pa
     };
     summary.studies_in_both = several(&parts_of_study);
     summary.patients_in_both = several(&parts_of_patient);
-    summary.warnings.extend(studies.doubts.iter().map(|doubt| doubt.english()));
+    summary
+        .warnings
+        .extend(studies.doubts.iter().map(|doubt| doubt.english()));
     summary.study = studies.facts;
     if let Some(rule) = study_rule {
         summary.study.from = rule.to_owned();

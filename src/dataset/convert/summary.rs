@@ -174,7 +174,11 @@ impl Summary {
 impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { train, val, .. } = self;
-        let how = if self.guessed { " (guessed from its files; `--corpus` names another)" } else { "" };
+        let how = if self.guessed {
+            " (guessed from its files; `--corpus` names another)"
+        } else {
+            ""
+        };
         writeln!(f, "corpus                 {}{how}", self.form.name())?;
         writeln!(f, "rows read              {}", self.rows_read)?;
         for (what, count) in [
@@ -197,7 +201,10 @@ impl fmt::Display for Summary {
             )?;
         }
         let test = self.test.iter().map(|test| ("test.jsonl", test));
-        for (name, part) in [("train.jsonl", train), ("val.jsonl", val)].into_iter().chain(test) {
+        for (name, part) in [("train.jsonl", train), ("val.jsonl", val)]
+            .into_iter()
+            .chain(test)
+        {
             let rows = counted(part.rows, "row", "rows");
             let studies = counted(part.studies, "study", "studies");
             writeln!(f, "{name:<22} {rows}, {studies}")?;

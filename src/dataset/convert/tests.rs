@@ -45,7 +45,10 @@ impl Bench {
             images: Some(self.dir.path().join("images")),
             val_ratio: Some(0.2),
             split: Some(Split::Uid),
-            ..ConvertOptions::new(self.dir.path().join("corpus.json"), self.dir.path().join("out"))
+            ..ConvertOptions::new(
+                self.dir.path().join("corpus.json"),
+                self.dir.path().join("out"),
+            )
         }
     }
 

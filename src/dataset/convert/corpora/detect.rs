@@ -60,9 +60,10 @@ pub(super) fn detect(path: &Path, wanted: Option<CorpusForm>) -> Result<Detected
         let files = match (files, wanted) {
             (Some(files), _) => files,
             // The same file may be read in another form.
-            (None, CorpusForm::Rows | CorpusForm::Table | CorpusForm::Messages | CorpusForm::Keys) => {
-                found.into_values().flatten().collect()
-            }
+            (
+                None,
+                CorpusForm::Rows | CorpusForm::Table | CorpusForm::Messages | CorpusForm::Keys,
+            ) => found.into_values().flatten().collect(),
             (None, _) => Vec::new(),
         };
         if files.is_empty() && wanted != CorpusForm::MimicCxr {
@@ -88,7 +89,10 @@ pub(super) fn detect(path: &Path, wanted: Option<CorpusForm>) -> Result<Detected
                 .iter()
                 .map(|(form, files)| {
                     let first = files.first().map_or("files/p10", |file| {
-                        file.strip_prefix(path).unwrap_or(file).to_str().unwrap_or_default()
+                        file.strip_prefix(path)
+                            .unwrap_or(file)
+                            .to_str()
+                            .unwrap_or_default()
                     });
                     format!("{} (`{first}`)", form.name())
                 })
@@ -109,7 +113,9 @@ fn chosen(
         CorpusForm::MimicCxr => files = vec![path.to_owned()],
         CorpusForm::Roco => {
             // A table and the list that it was made of say the same.
-            let tables = files.iter().filter(|file| file.extension().is_none_or(|ending| ending != "txt"));
+            let tables = files
+                .iter()
+                .filter(|file| file.extension().is_none_or(|ending| ending != "txt"));
             let tables: Vec<PathBuf> = tables.cloned().collect();
             if !tables.is_empty() {
                 files = tables;
@@ -118,9 +124,10 @@ fn chosen(
         CorpusForm::VindrCxr => {}
         CorpusForm::Indiana => files.retain(|file| {
             let name = file.file_name().and_then(|name| name.to_str());
-            !name.is_some_and(|name| name.contains("projections")) || !file.with_file_name(
-                name.unwrap_or_default().replace("projections", "reports"),
-            ).is_file()
+            !name.is_some_and(|name| name.contains("projections"))
+                || !file
+                    .with_file_name(name.unwrap_or_default().replace("projections", "reports"))
+                    .is_file()
         }),
         _ => {}
     }
@@ -146,7 +153,9 @@ fn below_has_tree(path: &Path) -> bool {
         return false;
     };
     let entries = entries.take(MOST_ENTRIES).filter_map(Result::ok);
-    entries.map(|entry| entry.path()).any(|path| mimic::has_tree(&path))
+    entries
+        .map(|entry| entry.path())
+        .any(|path| mimic::has_tree(&path))
 }
 
 /// Files below `root` that may hold rows.
@@ -190,7 +199,9 @@ fn files_of(root: &Path) -> Vec<PathBuf> {
 fn ending(name: &str) -> Option<&str> {
     let name = name.strip_suffix(".gz").unwrap_or(name);
     let (_, ending) = name.rsplit_once('.')?;
-    ["json", "jsonl", "ndjson", "csv", "tsv", "txt"].contains(&ending).then_some(ending)
+    ["json", "jsonl", "ndjson", "csv", "tsv", "txt"]
+        .contains(&ending)
+        .then_some(ending)
 }
 
 /// The corpus whose files are named like this.
@@ -225,17 +236,26 @@ fn by_content(path: &Path) -> Option<CorpusForm> {
 
 fn by_columns(columns: &[String]) -> Option<CorpusForm> {
     let has = |names: &[&str]| {
-        names.iter().all(|name| columns.iter().any(|column| column.eq_ignore_ascii_case(name)))
+        names.iter().all(|name| {
+            columns
+                .iter()
+                .any(|column| column.eq_ignore_ascii_case(name))
+        })
     };
-    if has(&["path_to_image", "section_impression"]) || has(&["path_to_image", "section_findings"]) {
+    if has(&["path_to_image", "section_impression"]) || has(&["path_to_image", "section_findings"])
+    {
         Some(CorpusForm::ChexpertPlus)
     } else if has(&["ImageID", "StudyID", "PatientID", "Report"]) {
         Some(CorpusForm::Padchest)
     } else if has(&["image_id", "class_name", "x_min", "y_max"]) {
         Some(CorpusForm::VindrCxr)
-    } else if has(&["uid", "MeSH", "findings", "impression"]) || has(&["uid", "filename", "projection"]) {
+    } else if has(&["uid", "MeSH", "findings", "impression"])
+        || has(&["uid", "filename", "projection"])
+    {
         Some(CorpusForm::Indiana)
-    } else if has(&["dicom_id", "subject_id", "study_id"]) && (has(&["split"]) || has(&["ViewPosition"])) {
+    } else if has(&["dicom_id", "subject_id", "study_id"])
+        && (has(&["split"]) || has(&["ViewPosition"]))
+    {
         Some(CorpusForm::MimicCxr)
     } else if has(&["id", "name", "caption"]) || (has(&["id", "caption"]) && columns.len() == 2) {
         Some(CorpusForm::Roco)
@@ -255,7 +275,11 @@ fn by_keys(start: &str) -> Option<CorpusForm> {
         Some(CorpusForm::Messages)
     } else if has("img") && has("label") {
         Some(CorpusForm::Prompts)
-    } else if ["train", "val", "test"].iter().any(|part| start.trim_start().starts_with('{') && has(part)) && has("image_path") {
+    } else if ["train", "val", "test"]
+        .iter()
+        .any(|part| start.trim_start().starts_with('{') && has(part))
+        && has("image_path")
+    {
         Some(CorpusForm::R2gen)
     } else {
         let keys: Vec<String> = start

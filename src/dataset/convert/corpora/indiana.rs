@@ -15,9 +15,15 @@ pub(super) fn read(path: &Path) -> Result<Records, ConvertError> {
     let name = path.file_name().and_then(|name| name.to_str());
     let name = name.unwrap_or_default();
     let (reports, images) = if name.contains(PROJECTIONS) {
-        (path.with_file_name(name.replace(PROJECTIONS, "reports")), path.to_owned())
+        (
+            path.with_file_name(name.replace(PROJECTIONS, "reports")),
+            path.to_owned(),
+        )
     } else {
-        (path.to_owned(), path.with_file_name(name.replace("reports", PROJECTIONS)))
+        (
+            path.to_owned(),
+            path.with_file_name(name.replace("reports", PROJECTIONS)),
+        )
     };
     if images == reports || !images.is_file() {
         return Err(ConvertError::Lacks {

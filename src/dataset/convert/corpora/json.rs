@@ -141,7 +141,11 @@ fn lists_of(mut fields: Map<String, Value>) -> (Shape, NumberedRows) {
     if parts == 0 && (is_row || lists().next().is_none()) {
         return (Shape::Lines, vec![(1, None, Value::Object(fields))]);
     }
-    let shape = if parts > 0 { Shape::Parts } else { Shape::Other };
+    let shape = if parts > 0 {
+        Shape::Parts
+    } else {
+        Shape::Other
+    };
     let mut rows = Vec::new();
     for (key, value) in fields {
         let part = Part::of(&key);
@@ -163,7 +167,9 @@ fn name_images(rows: &mut [Value], images: &[Value]) {
         .filter_map(|image| Some((image.get("id")?.to_string(), image.get("file_name")?)))
         .collect();
     for row in rows {
-        let name = row.get("image_id").and_then(|id| names.get(&id.to_string()));
+        let name = row
+            .get("image_id")
+            .and_then(|id| names.get(&id.to_string()));
         if let Some(name) = name {
             row["image_id"] = (*name).clone();
         }

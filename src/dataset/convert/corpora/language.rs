@@ -22,8 +22,20 @@ const ENGLISH: [&str; 12] = [
     "the", "is", "are", "no", "of", "and", "there", "with", "lungs", "normal", "chest", "in",
 ];
 const SPANISH: [&str; 14] = [
-    "de", "sin", "con", "el", "la", "los", "del", "en", "se", "derrame", "silueta", "radiografia",
-    "radiologico", "hallazgos",
+    "de",
+    "sin",
+    "con",
+    "el",
+    "la",
+    "los",
+    "del",
+    "en",
+    "se",
+    "derrame",
+    "silueta",
+    "radiografia",
+    "radiologico",
+    "hallazgos",
 ];
 
 impl Language {
@@ -137,9 +149,21 @@ mod tests {
     #[test]
     fn the_language_is_that_of_most_reports() {
         for (texts, expected) in [
-            (&["心影不大。", "No pneumothorax.", "双肺清晰，未见X光异常。"][..], Language::Chinese),
-            (&["The lungs are clear.", "双肺清晰。", "No effusion is seen."], Language::English),
-            (&["sin hallazgos patologicos .", "derrame pleural en la base izquierd ."], Language::Spanish),
+            (
+                &["心影不大。", "No pneumothorax.", "双肺清晰，未见X光异常。"][..],
+                Language::Chinese,
+            ),
+            (
+                &["The lungs are clear.", "双肺清晰。", "No effusion is seen."],
+                Language::English,
+            ),
+            (
+                &[
+                    "sin hallazgos patologicos .",
+                    "derrame pleural en la base izquierd .",
+                ],
+                Language::Spanish,
+            ),
             (&["cardiomegaly"], Language::English),
             (&[], Language::English),
         ] {

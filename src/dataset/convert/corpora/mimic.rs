@@ -44,14 +44,16 @@ fn folders(folder: &Path, wanted: impl Fn(&str) -> bool) -> Vec<PathBuf> {
 /// A table of the corpus below `folder` or in a folder of it: `mimic-cxr-2.0.0-metadata.csv`, perhaps .gz.
 fn table(folder: &Path, kind: &str) -> Option<PathBuf> {
     let below = folders(folder, |name| !name.starts_with('p') && name != "files");
-    std::iter::once(folder.to_owned()).chain(below).find_map(|folder| {
-        let entries = fs::read_dir(folder).ok()?;
-        let paths = entries.filter_map(Result::ok).map(|entry| entry.path());
-        paths.into_iter().find(|path| {
-            let name = path.file_name().and_then(|name| name.to_str());
-            name.is_some_and(|name| is_table(name, kind))
+    std::iter::once(folder.to_owned())
+        .chain(below)
+        .find_map(|folder| {
+            let entries = fs::read_dir(folder).ok()?;
+            let paths = entries.filter_map(Result::ok).map(|entry| entry.path());
+            paths.into_iter().find(|path| {
+                let name = path.file_name().and_then(|name| name.to_str());
+                name.is_some_and(|name| is_table(name, kind))
+            })
         })
-    })
 }
 
 /// Whether `name` is that of a table of this kind.
@@ -106,7 +108,8 @@ pub(super) fn read(root: &Path) -> Result<Records, ConvertError> {
         return Err(ConvertError::Lacks {
             path: root.to_owned(),
             corpus: "mimic-cxr",
-            lacks: "the reports, `files/p10/p…/s….txt` (mimic-cxr-reports.zip, unpacked here)".into(),
+            lacks: "the reports, `files/p10/p…/s….txt` (mimic-cxr-reports.zip, unpacked here)"
+                .into(),
         });
     }
     if file.as_ref() != root {
@@ -120,7 +123,11 @@ pub(super) fn read(root: &Path) -> Result<Records, ConvertError> {
     let mut reports: BTreeMap<String, Report> = BTreeMap::new();
     let mut without_text = 0;
     for image in images {
-        let folder = format!("p{}/p{}", image.subject.get(..2).unwrap_or_default(), image.subject);
+        let folder = format!(
+            "p{}/p{}",
+            image.subject.get(..2).unwrap_or_default(),
+            image.subject
+        );
         if !reports.contains_key(&image.study) {
             let report = match text(&roots, &format!("{folder}/s{}.txt", image.study))? {
                 Some(text) => {
@@ -138,7 +145,10 @@ pub(super) fn read(root: &Path) -> Result<Records, ConvertError> {
         record.part = parts.get(&image.dicom).copied().flatten();
         record.views.push(View {
             number: image.number,
-            picture: Picture::Path(format!("files/{folder}/s{}/{}.jpg", image.study, image.dicom)),
+            picture: Picture::Path(format!(
+                "files/{folder}/s{}/{}.jpg",
+                image.study, image.dicom
+            )),
             projection: Projection::of(image.view.as_deref()),
         });
         record.study = Some(format!("s{}", image.study));
@@ -156,7 +166,9 @@ pub(super) fn read(root: &Path) -> Result<Records, ConvertError> {
 /// The folders `files` below `root` that hold the tree.
 fn report_folders(root: &Path) -> Vec<PathBuf> {
     let below = folders(root, |name| name != "files");
-    let deeper = below.iter().flat_map(|folder| folders(folder, |name| name != "files" && !name.starts_with('p')));
+    let deeper = below
+        .iter()
+        .flat_map(|folder| folders(folder, |name| name != "files" && !name.starts_with('p')));
     let all = std::iter::once(root.to_owned())
         .chain(below.iter().cloned())
         .chain(deeper);
@@ -231,10 +243,17 @@ fn of_tree(roots: &[PathBuf]) -> Vec<Image> {
     let numbered = |letter: char| {
         move |name: &str| {
             let digits = name.strip_prefix(letter);
-            digits.is_some_and(|digits| !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit()))
+            digits.is_some_and(|digits| {
+                !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit())
+            })
         }
     };
-    let name = |path: &Path| path.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
+    let name = |path: &Path| {
+        path.file_name()
+            .and_then(|name| name.to_str())
+            .unwrap_or_default()
+            .to_owned()
+    };
     let mut found: BTreeMap<(String, String, String), ()> = BTreeMap::new();
     let groups = roots.iter().flat_map(|root| tree(root));
     for patient in groups.flat_map(|group| folders(&group, numbered('p'))) {

@@ -72,7 +72,13 @@ const HEADINGS: [(&str, &str); 54] = [
 const COMPARISONS: [&str; 4] = ["comparision", "comparsion", "comparrison", "comparisions"];
 
 /// Sections that a longer heading may contain.
-const MAIN: [&str; 5] = ["impression", "findings", "history", "comparison", "addendum"];
+const MAIN: [&str; 5] = [
+    "impression",
+    "findings",
+    "history",
+    "comparison",
+    "addendum",
+];
 
 /// Studies whose report is under a heading that is not its own, with the heading.
 const MISNAMED: [(u32, &str); 23] = [
@@ -301,6 +307,9 @@ mod tests {
         assert!(whole.unwrap().starts_with("report here"));
         assert_eq!(parsed(&text, 58235663), [None, None, None]);
         let text = " FINAL REPORT\n INDICATION:  The report.\n \n IMPRESSION:  Not this.\n";
-        assert_eq!(parsed(text, 57936451), [None, None, Some("The report.".into())]);
+        assert_eq!(
+            parsed(text, 57936451),
+            [None, None, Some("The report.".into())]
+        );
     }
 }

@@ -15,37 +15,154 @@ use crate::study::keys_of;
 
 /// Names of columns, in lower case without spaces, `_` and `-`; the first that a row has counts.
 const IMAGES: [&str; 28] = [
-    "images", "image", "imagepath", "imagepaths", "imagefile", "imagename", "img", "imgpath", "path", "filepath",
-    "file", "filename", "filenames", "picture", "imageid", "图像路径", "图片路径", "影像路径", "图像文件", "影像文件",
-    "图片文件", "图像", "图片", "影像", "文件名", "文件名称", "图像名", "文件路径",
+    "images",
+    "image",
+    "imagepath",
+    "imagepaths",
+    "imagefile",
+    "imagename",
+    "img",
+    "imgpath",
+    "path",
+    "filepath",
+    "file",
+    "filename",
+    "filenames",
+    "picture",
+    "imageid",
+    "图像路径",
+    "图片路径",
+    "影像路径",
+    "图像文件",
+    "影像文件",
+    "图片文件",
+    "图像",
+    "图片",
+    "影像",
+    "文件名",
+    "文件名称",
+    "图像名",
+    "文件路径",
 ];
 /// Numbers of an examination, which image files begin with.
 const NUMBERS: [&str; 11] = [
-    "影像号", "影像编号", "检查号", "检查编号", "检查流水号", "放射号", "x线号", "片号", "accession", "accessionnumber", "examid",
+    "影像号",
+    "影像编号",
+    "检查号",
+    "检查编号",
+    "检查流水号",
+    "放射号",
+    "x线号",
+    "片号",
+    "accession",
+    "accessionnumber",
+    "examid",
 ];
 const REPORTS: [&str; 14] = [
-    "report", "reports", "reporttext", "caption", "text", "报告", "报告内容", "检查报告", "影像报告", "诊断报告",
-    "报告全文", "放射报告", "报告文本", "label",
+    "report",
+    "reports",
+    "reporttext",
+    "caption",
+    "text",
+    "报告",
+    "报告内容",
+    "检查报告",
+    "影像报告",
+    "诊断报告",
+    "报告全文",
+    "放射报告",
+    "报告文本",
+    "label",
 ];
 const FINDINGS: [&str; 18] = [
-    "findings", "finding", "sectionfindings", "影像所见", "检查所见", "所见", "放射所见", "影像表现", "影像学表现",
-    "影像学所见", "检查描述", "影像描述", "描述", "检查表现", "x线所见", "ct所见", "图像描述", "诊断描述",
+    "findings",
+    "finding",
+    "sectionfindings",
+    "影像所见",
+    "检查所见",
+    "所见",
+    "放射所见",
+    "影像表现",
+    "影像学表现",
+    "影像学所见",
+    "检查描述",
+    "影像描述",
+    "描述",
+    "检查表现",
+    "x线所见",
+    "ct所见",
+    "图像描述",
+    "诊断描述",
 ];
 const IMPRESSIONS: [&str; 16] = [
-    "impression", "impressions", "sectionimpression", "conclusion", "影像诊断", "诊断意见", "影像学诊断", "放射诊断",
-    "检查结论", "诊断结论", "影像结论", "诊断印象", "印象", "结论", "诊断", "检查诊断",
+    "impression",
+    "impressions",
+    "sectionimpression",
+    "conclusion",
+    "影像诊断",
+    "诊断意见",
+    "影像学诊断",
+    "放射诊断",
+    "检查结论",
+    "诊断结论",
+    "影像结论",
+    "诊断印象",
+    "印象",
+    "结论",
+    "诊断",
+    "检查诊断",
 ];
 const STUDIES: [&str; 13] = [
-    "study", "studyid", "uid", "studyuid", "studyinstanceuid", "accession", "accessionnumber", "检查号", "检查编号",
-    "检查流水号", "影像号", "影像编号", "放射号",
+    "study",
+    "studyid",
+    "uid",
+    "studyuid",
+    "studyinstanceuid",
+    "accession",
+    "accessionnumber",
+    "检查号",
+    "检查编号",
+    "检查流水号",
+    "影像号",
+    "影像编号",
+    "放射号",
 ];
 const PATIENTS: [&str; 14] = [
-    "patient", "patientid", "subjectid", "subject", "患者编号", "患者id", "患者号", "病人编号", "病人id", "病历号",
-    "病案号", "登记号", "住院号", "门诊号",
+    "patient",
+    "patientid",
+    "subjectid",
+    "subject",
+    "患者编号",
+    "患者id",
+    "患者号",
+    "病人编号",
+    "病人id",
+    "病历号",
+    "病案号",
+    "登记号",
+    "住院号",
+    "门诊号",
 ];
-const PARTS: [&str; 7] = ["split", "subset", "fold", "partition", "数据集", "划分", "集合"];
+const PARTS: [&str; 7] = [
+    "split",
+    "subset",
+    "fold",
+    "partition",
+    "数据集",
+    "划分",
+    "集合",
+];
 const VIEWS: [&str; 10] = [
-    "view", "viewposition", "projection", "position", "体位", "投照体位", "摄影体位", "投照位置", "投射体位", "检查体位",
+    "view",
+    "viewposition",
+    "projection",
+    "position",
+    "体位",
+    "投照体位",
+    "摄影体位",
+    "投照位置",
+    "投射体位",
+    "检查体位",
 ];
 
 /// The number of a study in R2Gen's ids of IU X-Ray: `CXR2384_IM-0942`.
@@ -57,16 +174,15 @@ static INDIANA: LazyLock<Regex> = LazyLock::new(|| {
 #[derive(Debug, Clone, Copy)]
 pub(super) enum KeyNames<'a> {
     /// These two.
-    Given {
-        image: &'a str,
-        report: &'a str,
-    },
+    Given { image: &'a str, report: &'a str },
     /// Those that are known.
     Known,
 }
 
 fn plain(key: &str) -> String {
-    let kept = key.chars().filter(|c| !c.is_whitespace() && !"_-*:：".contains(*c));
+    let kept = key
+        .chars()
+        .filter(|c| !c.is_whitespace() && !"_-*:：".contains(*c));
     kept.collect::<String>().to_lowercase()
 }
 
@@ -183,7 +299,9 @@ pub(super) fn record(
     };
     if form == CorpusForm::R2gen {
         let id = fields.get("id").and_then(Value::as_str).unwrap_or_default();
-        let uid = INDIANA.captures(id).map(|groups| format!("CXR{}", &groups[1]));
+        let uid = INDIANA
+            .captures(id)
+            .map(|groups| format!("CXR{}", &groups[1]));
         record.study = uid.or_else(|| take(&STUDIES));
     } else if matches!(names, KeyNames::Known) {
         record.study = take(&STUDIES);
@@ -310,7 +428,10 @@ mod tests {
         }
         let record = read(json!({"影像号": "DR7", "描述": "f", "结论": "nan"}));
         assert_eq!(record.views[0].picture, Picture::Number("DR7".into()));
-        assert_eq!((record.study.as_deref(), record.report.impression), (Some("DR7"), None));
+        assert_eq!(
+            (record.study.as_deref(), record.report.impression),
+            (Some("DR7"), None)
+        );
         let keys = |keys: &[&str]| keys.iter().map(|key| (*key).to_owned()).collect::<Vec<_>>();
         assert!(are_known(keys(&["检查号", "检查所见"]).iter()));
         assert!(!are_known(keys(&["检查号", "性别"]).iter()));
@@ -320,7 +441,14 @@ mod tests {
     fn ids_of_the_indiana_collection_name_the_study() {
         let file: Arc<Path> = Path::new("annotation.json").into();
         let row = json!({"id": "CXR2384_IM-0942", "report": "r", "image_path": ["CXR2384_IM-0942/0.png"], "split": "test"});
-        let record = record(&file, 1, &row, KeyNames::Known, Some(Part::Test), CorpusForm::R2gen);
+        let record = record(
+            &file,
+            1,
+            &row,
+            KeyNames::Known,
+            Some(Part::Test),
+            CorpusForm::R2gen,
+        );
         assert_eq!(record.unwrap().study.as_deref(), Some("CXR2384"));
     }
 }

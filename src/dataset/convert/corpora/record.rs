@@ -340,8 +340,7 @@ pub(super) fn rows_of(
             _ => kept.into_iter().map(|view| vec![view]).collect(),
         };
         for group in groups {
-            found.with_marks +=
-                usize::from(MARKS.iter().any(|mark| answer.contains(mark)));
+            found.with_marks += usize::from(MARKS.iter().any(|mark| answer.contains(mark)));
             found.rows.push(row(&record, &group, &answer, wanted));
         }
     }

@@ -54,12 +54,14 @@ pub(super) fn read(files: &[PathBuf]) -> Result<Records, ConvertError> {
 /// The part of a list, by its folders or its name.
 fn part_of(path: &Path) -> Option<Part> {
     let name = path.file_name()?.to_str()?;
-    let own = name.split(['_', '.', '-']).find_map(|word| {
-        Part::of(word.trim_end_matches("data"))
-    });
+    let own = name
+        .split(['_', '.', '-'])
+        .find_map(|word| Part::of(word.trim_end_matches("data")));
     own.or_else(|| {
         let folders = path.iter().rev().skip(1).take(3);
-        folders.filter_map(|folder| folder.to_str()).find_map(Part::of)
+        folders
+            .filter_map(|folder| folder.to_str())
+            .find_map(Part::of)
     })
 }
 
@@ -111,7 +113,10 @@ fn folder_of_images(path: &Path) -> Option<String> {
         let mut parts: Vec<&str> = beside
             .iter()
             .rev()
-            .take_while(|name| name.to_str().is_some_and(|name| name == "radiology" || Part::of(name).is_some()))
+            .take_while(|name| {
+                name.to_str()
+                    .is_some_and(|name| name == "radiology" || Part::of(name).is_some())
+            })
             .filter_map(|name| name.to_str())
             .collect();
         parts.reverse();
@@ -121,7 +126,9 @@ fn folder_of_images(path: &Path) -> Option<String> {
     let name = path.file_name()?.to_str()?;
     let part = name.split('_').next()?;
     let folders = [format!("{part}_images"), part.to_owned()];
-    folders.into_iter().find(|folder| beside.join(folder).is_dir())
+    folders
+        .into_iter()
+        .find(|folder| beside.join(folder).is_dir())
 }
 
 /// Names of the image files by their ids, from the list of downloads beside the captions.
@@ -132,7 +139,10 @@ fn names_beside(path: &Path) -> Result<HashMap<String, String>, ConvertError> {
     }
     let text = text_of(&list)?;
     let names = text.lines().filter_map(|line| {
-        let mut fields = line.split('\t').map(str::trim).filter(|field| !field.is_empty());
+        let mut fields = line
+            .split('\t')
+            .map(str::trim)
+            .filter(|field| !field.is_empty());
         let id = fields.next()?;
         Some((id.to_owned(), fields.next_back()?.to_owned()))
     });

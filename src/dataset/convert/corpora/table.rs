@@ -149,7 +149,10 @@ impl Table {
 /// The names of the columns of a table, of which only the start is read.
 pub(super) fn columns_of(path: &Path) -> Option<Vec<String>> {
     let text = start_of(path)?;
-    let line = text.trim_start_matches(['\u{feff}', '\r', '\n']).lines().next()?;
+    let line = text
+        .trim_start_matches(['\u{feff}', '\r', '\n'])
+        .lines()
+        .next()?;
     let mut reader = csv::ReaderBuilder::new()
         .delimiter(delimiter(line))
         .has_headers(false)
@@ -229,7 +232,10 @@ mod tests {
                 assert_eq!(table.columns, ["Name", "Text"]);
                 assert_eq!(columns_of(&path).unwrap(), ["Name", "Text"]);
                 let column = table.column(&["caption", "TEXT"]);
-                let rows: Vec<_> = table.rows().map(|row| (row.number, row.get(column).map(str::to_owned))).collect();
+                let rows: Vec<_> = table
+                    .rows()
+                    .map(|row| (row.number, row.get(column).map(str::to_owned)))
+                    .collect();
                 assert_eq!(rows, [(2, Some("a, b\nc".into())), (4, None)]);
             }
         }
@@ -237,7 +243,11 @@ mod tests {
         std::fs::write(&path, "a,b\n1,2\n3\n").unwrap();
         let error = Table::read(&path).unwrap_err().to_string();
         assert!(error.contains("bad.csv` row 3"), "{error}");
-        let error = Table::parse(&path, "a,b\n").unwrap().needed("c").unwrap_err().to_string();
+        let error = Table::parse(&path, "a,b\n")
+            .unwrap()
+            .needed("c")
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("a column `c`"), "{error}");
     }
 }

@@ -68,12 +68,14 @@ impl Columns {
                 continue;
             };
             let number: Option<f64> = text.parse().ok();
-            *corner = number.filter(|n| n.is_finite()).ok_or_else(|| ConvertError::Form {
-                path: path.to_owned(),
-                row: row.number,
-                what: format!("the corner `{text}`"),
-                expected: "a number of pixels".into(),
-            })?;
+            *corner = number
+                .filter(|n| n.is_finite())
+                .ok_or_else(|| ConvertError::Form {
+                    path: path.to_owned(),
+                    row: row.number,
+                    what: format!("the corner `{text}`"),
+                    expected: "a number of pixels".into(),
+                })?;
             given += 1;
         }
         match given {
@@ -103,7 +105,9 @@ pub(super) fn read(files: &[PathBuf]) -> Result<Records, ConvertError> {
         let mut order = Vec::new();
         let mut images: HashMap<String, Image> = HashMap::new();
         for row in table.rows() {
-            let (Some(id), Some(class)) = (row.get(Some(columns.image)), row.get(Some(columns.class))) else {
+            let (Some(id), Some(class)) =
+                (row.get(Some(columns.image)), row.get(Some(columns.class)))
+            else {
                 continue;
             };
             let reader = row.get(columns.reader).unwrap_or_default().to_owned();
@@ -176,13 +180,18 @@ fn answer(record: &mut Record, agreed: &[(String, [f64; 4])], size: Option<(f64,
         Some((width, height)) => {
             let sides = [width, height, width, height];
             let shares = corners.iter().zip(sides);
-            shares.map(|(corner, side)| (corner / side).clamp(0.0, 1.0)).collect()
+            shares
+                .map(|(corner, side)| (corner / side).clamp(0.0, 1.0))
+                .collect()
         }
     });
     let mut objects = Map::new();
     objects.insert("ref".into(), json!(names));
     objects.insert("bbox".into(), json!(boxes.collect::<Vec<Vec<f64>>>()));
-    objects.insert("bbox_type".into(), json!(if size.is_some() { "norm1" } else { "real" }));
+    objects.insert(
+        "bbox_type".into(),
+        json!(if size.is_some() { "norm1" } else { "real" }),
+    );
     record.objects = Some(objects);
 }
 
@@ -199,14 +208,20 @@ fn agreed(image: &Image) -> Vec<(String, [f64; 4])> {
         for marked in boxes {
             let place = groups.iter_mut().find(|group| {
                 let other = group.iter().all(|one| one.reader != marked.reader);
-                other && group.iter().any(|one| overlap(&one.corners, &marked.corners) >= SAME)
+                other
+                    && group
+                        .iter()
+                        .any(|one| overlap(&one.corners, &marked.corners) >= SAME)
             });
             match place {
                 Some(group) => group.push(marked),
                 None => groups.push(vec![marked]),
             }
         }
-        for group in groups.iter().filter(|group| 2 * group.len() > image.readers.len()) {
+        for group in groups
+            .iter()
+            .filter(|group| 2 * group.len() > image.readers.len())
+        {
             let mut mean = [0.0; 4];
             for one in group {
                 for (sum, corner) in mean.iter_mut().zip(one.corners) {
@@ -235,7 +250,10 @@ fn overlap(a: &[f64; 4], b: &[f64; 4]) -> f64 {
 
 /// The part of a table by its name, and the folder of its images if there is one.
 fn part_of(path: &Path) -> (Option<Part>, Option<&'static str>) {
-    let name = path.file_stem().and_then(|name| name.to_str()).unwrap_or_default();
+    let name = path
+        .file_stem()
+        .and_then(|name| name.to_str())
+        .unwrap_or_default();
     if name.ends_with("test") {
         (Some(Part::Test), Some("test"))
     } else if name.ends_with("train") {
@@ -247,7 +265,10 @@ fn part_of(path: &Path) -> (Option<Part>, Option<&'static str>) {
 
 /// Width and height of the images as they were published, from the table that comes with smaller copies.
 fn sizes_beside(path: &Path) -> Result<HashMap<String, (f64, f64)>, ConvertError> {
-    let stem = path.file_stem().and_then(|name| name.to_str()).unwrap_or_default();
+    let stem = path
+        .file_stem()
+        .and_then(|name| name.to_str())
+        .unwrap_or_default();
     let table = path.with_file_name(format!("{stem}_meta.csv"));
     if !table.is_file() {
         return Ok(HashMap::new());
@@ -260,7 +281,10 @@ fn sizes_beside(path: &Path) -> Result<HashMap<String, (f64, f64)>, ConvertError
     );
     let sizes = table.rows().filter_map(|row| {
         let side = |column| row.get(Some(column))?.parse::<f64>().ok();
-        Some((row.get(Some(image))?.to_owned(), (side(width)?, side(height)?)))
+        Some((
+            row.get(Some(image))?.to_owned(),
+            (side(width)?, side(height)?),
+        ))
     });
     Ok(sizes.collect())
 }
@@ -302,7 +326,10 @@ mod tests {
                 ("Nodule".to_owned(), [50.0, 50.0, 60.0, 60.5]),
             ]
         );
-        assert_eq!(overlap(&[0.0, 0.0, 2.0, 2.0], &[1.0, 0.0, 3.0, 2.0]), 1.0 / 3.0);
+        assert_eq!(
+            overlap(&[0.0, 0.0, 2.0, 2.0], &[1.0, 0.0, 3.0, 2.0]),
+            1.0 / 3.0
+        );
         assert_eq!(overlap(&[0.0; 4], &[0.0; 4]), 0.0);
     }
 }
