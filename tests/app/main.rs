@@ -10,6 +10,7 @@ mod bad_model;
 mod bench;
 mod clean;
 mod corpora;
+mod corpora_tables;
 mod data_tools;
 mod dicom;
 mod eval;

@@ -69,7 +69,7 @@ pub(super) fn read(
         None if options.corpus == Some(CorpusForm::Keys) => return Err(ConvertError::NoKeys),
         None => options.corpus,
     };
-    let Detected { form, files } = detect(input, wanted)?;
+    let Detected { form, files } = detect(input, wanted, &options.output)?;
     let main = files.first().cloned().unwrap_or_else(|| input.clone());
     let root = root_of(input);
     let (form, records) = match form {

@@ -1,6 +1,7 @@
 //! The files below the folder of a corpus, by their names.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::DirEntry;
 use std::path::{Path, PathBuf};
 
 use super::corpus::{ENDINGS, stem_of};
@@ -102,10 +103,9 @@ impl FileIndex {
                         let Ok(entries) = std::fs::read_dir(folder) else {
                             continue;
                         };
-                        // A folder of films holds very many entries, and no base.
-                        let entries = entries.take(MOST_BASES).filter_map(Result::ok);
-                        let paths = entries.map(|entry| entry.path());
-                        below.extend(paths.filter(|path| path.is_dir()));
+                        let entries = entries.filter_map(Result::ok);
+                        let folders = entries.filter(is_folder).take(MOST_BASES);
+                        below.extend(folders.map(|entry| entry.path()));
                     }
                     below.sort();
                     if found.len() + below.len() > MOST_BASES {
@@ -131,6 +131,15 @@ impl FileIndex {
     }
 }
 
+/// Whether an entry of a folder is a folder, or a link to one. Other files are not looked at.
+pub(super) fn is_folder(entry: &DirEntry) -> bool {
+    match entry.file_type() {
+        Ok(kind) if kind.is_symlink() => entry.path().is_dir(),
+        Ok(kind) => kind.is_dir(),
+        Err(_) => false,
+    }
+}
+
 /// All files below `folder`, by base name; links to folders are followed once. `None` if there are too many.
 fn files_below(folder: &Path) -> Option<BTreeMap<String, Vec<PathBuf>>> {
     let mut found: BTreeMap<String, Vec<PathBuf>> = BTreeMap::new();
@@ -147,7 +156,7 @@ fn files_below(folder: &Path) -> Option<BTreeMap<String, Vec<PathBuf>>> {
         };
         for entry in entries.filter_map(Result::ok) {
             let path = entry.path();
-            if path.is_dir() {
+            if is_folder(&entry) {
                 waiting.push(path);
             } else if let Some(name) = entry.file_name().to_str() {
                 count += 1;

@@ -6,14 +6,17 @@ use std::path::{Path, PathBuf};
 
 use super::super::corpus::CorpusForm;
 use super::super::error::ConvertError;
+use super::super::files::is_folder;
 use super::{mimic, named, table};
 
 /// Folders so deep below the root may hold the files of a corpus.
 const DEPTH: usize = 4;
 
-/// Most entries of one folder that are looked at, and most folders: those of films hold very many.
-const MOST_ENTRIES: usize = 5000;
-const MOST_FOLDERS: usize = 2000;
+/// Most entries that are looked at: folders of films hold very many.
+const MOST_ENTRIES: usize = 1_000_000;
+
+/// With more files than this that may hold rows, only those are looked at whose names are known.
+const MOST_READ: usize = 500;
 
 /// A corpus, and the files that hold its rows.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,11 +25,15 @@ pub(super) struct Detected {
     pub(super) files: Vec<PathBuf>,
 }
 
-/// The corpus that `path` is, a file or a folder.
+/// The corpus that `path` is, a file or a folder. What an earlier conversion left in `output` is none.
 ///
 /// # Errors
 /// [`ConvertError`] says what was looked for, or which corpora were found where there are several.
-pub(super) fn detect(path: &Path, wanted: Option<CorpusForm>) -> Result<Detected, ConvertError> {
+pub(super) fn detect(
+    path: &Path,
+    wanted: Option<CorpusForm>,
+    output: &Path,
+) -> Result<Detected, ConvertError> {
     if !path.is_dir() {
         if let Err(cause) = fs::metadata(path) {
             let path = path.to_owned();
@@ -38,10 +45,12 @@ pub(super) fn detect(path: &Path, wanted: Option<CorpusForm>) -> Result<Detected
     }
     let mut found: BTreeMap<CorpusForm, Vec<PathBuf>> = BTreeMap::new();
     let mut others: BTreeMap<CorpusForm, Vec<PathBuf>> = BTreeMap::new();
-    for file in files_of(path) {
+    let files = files_of(path, output);
+    let many = files.len() > MOST_READ;
+    for file in files {
         if let Some(form) = by_name(&file) {
             found.entry(form).or_default().push(file);
-        } else if let Some(form) = by_content(&file) {
+        } else if let Some(form) = (!many).then(|| by_content(&file)).flatten() {
             let by_name = !matches!(
                 form,
                 CorpusForm::Rows | CorpusForm::Table | CorpusForm::Messages
@@ -152,45 +161,46 @@ fn below_has_tree(path: &Path) -> bool {
     let Ok(entries) = fs::read_dir(path) else {
         return false;
     };
-    let entries = entries.take(MOST_ENTRIES).filter_map(Result::ok);
-    entries
-        .map(|entry| entry.path())
-        .any(|path| mimic::has_tree(&path))
+    let mut entries = entries.filter_map(Result::ok);
+    entries.any(|entry| is_folder(&entry) && mimic::has_tree(&entry.path()))
 }
 
 /// Files below `root` that may hold rows.
-fn files_of(root: &Path) -> Vec<PathBuf> {
+fn files_of(root: &Path, output: &Path) -> Vec<PathBuf> {
+    let output = output.canonicalize().ok();
     let mut found = Vec::new();
     let mut level = vec![root.to_owned()];
-    let mut folders = 0;
+    let mut entries_left = MOST_ENTRIES;
     for _ in 0..DEPTH {
         let mut below = Vec::new();
         for folder in level {
-            folders += 1;
+            if folder != root && output.is_some() && folder.canonicalize().ok() == output {
+                continue;
+            }
             let Ok(entries) = fs::read_dir(&folder) else {
                 continue;
             };
-            if folders > MOST_FOLDERS {
-                return found;
-            }
-            for entry in entries.take(MOST_ENTRIES).filter_map(Result::ok) {
-                let path = entry.path();
+            for entry in entries.filter_map(Result::ok) {
+                if entries_left == 0 {
+                    return found;
+                }
+                entries_left -= 1;
                 let name = entry.file_name();
                 let Some(name) = name.to_str().filter(|name| !name.starts_with('.')) else {
                     continue;
                 };
-                if path.is_dir() {
-                    // The tree of MIMIC-CXR has half a million files.
-                    if name != "files" {
-                        below.push(path);
-                    }
-                } else if ending(name).is_some() {
-                    found.push(path);
+                if ending(name).is_some() {
+                    found.push(entry.path());
+                } else if name != "files" && is_folder(&entry) {
+                    // The tree of MIMIC-CXR, `files`, has half a million files.
+                    below.push(entry.path());
                 }
             }
         }
+        below.sort();
         level = below;
     }
+    found.retain(|path| path.is_file());
     found.sort();
     found
 }
