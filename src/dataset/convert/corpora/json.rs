@@ -136,7 +136,12 @@ fn lists_of(mut fields: Map<String, Value>) -> (Shape, NumberedRows) {
         }
         return (Shape::Annotations, numbered(rows));
     }
-    let lists = || fields.iter().filter(|(_, value)| value.is_array());
+    // A list of texts is a part of a row.
+    let holds_rows = |value: &Value| {
+        let rows = value.as_array();
+        rows.is_some_and(|rows| rows.iter().all(Value::is_object) && !rows.is_empty())
+    };
+    let lists = || fields.iter().filter(|(_, value)| holds_rows(value));
     let parts = lists().filter(|(key, _)| Part::of(key).is_some()).count();
     if parts == 0 && (is_row || lists().next().is_none()) {
         return (Shape::Lines, vec![(1, None, Value::Object(fields))]);
@@ -149,8 +154,9 @@ fn lists_of(mut fields: Map<String, Value>) -> (Shape, NumberedRows) {
     let mut rows = Vec::new();
     for (key, value) in fields {
         let part = Part::of(&key);
-        if let Value::Array(list) = value
-            && (parts == 0 || part.is_some())
+        if (parts == 0 || part.is_some())
+            && holds_rows(&value)
+            && let Value::Array(list) = value
         {
             for row in list {
                 rows.push((rows.len() + 1, part, row));
