@@ -1,6 +1,7 @@
 //! What every layer above uses: files, memory, names of devices, panics as sentences, drawing. Nothing
 //! here knows of models, training or reports.
 
+pub mod base64_text;
 pub mod device_name;
 pub mod files;
 pub mod out_of_memory;
@@ -10,3 +11,4 @@ pub mod seeds;
 pub mod system;
 pub mod text_file;
 pub mod trace;
+pub mod web;

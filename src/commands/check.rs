@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use super::progress::{Progress, Unit};
-use super::shared_args::StudyArgs;
+use super::shared_args::{ReadingArgs, StudyArgs};
 use super::shell::{shipped, unless_closed};
 use super::usage::UsageError;
 use crate::dataset::check::{Check, CheckReport};
@@ -19,12 +19,15 @@ use crate::processor::tokenizer::Tokenizer;
 /// Arguments of `check`.
 #[derive(Debug, Clone, Args)]
 pub struct CheckArgs {
-    /// Data file in ms-swift's format, one sample per line.
-    #[arg(value_name = "DATA.jsonl")]
+    /// Data file: JSONL, JSON, CSV, TSV or Parquet, in any form that `train` reads.
+    #[arg(value_name = "DATA")]
     pub data: PathBuf,
     /// Validation file; also checked for images, studies and reports that are in the data file.
-    #[arg(long, value_name = "VAL.jsonl")]
+    #[arg(long, value_name = "VAL")]
     pub val: Option<PathBuf>,
+    /// How the data files are read.
+    #[command(flatten)]
+    pub reading: ReadingArgs,
     /// Studies, which are not to be on both sides.
     #[command(flatten)]
     pub studies: StudyArgs,
@@ -64,6 +67,7 @@ pub fn run(args: CheckArgs) -> Result<()> {
         max_length: args.max_length,
         opens_thinking: template.map(|template| template.opens_thinking()),
         studies: args.studies.rule()?,
+        options: args.reading.options(),
     };
     let progress = Mutex::new(Progress::new("images", 0, Unit::Items));
     let report = check.run(&args.data, args.val.as_deref(), &|done, total| {

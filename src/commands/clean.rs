@@ -14,7 +14,7 @@ use serde_json::json;
 
 use super::usage::UsageError;
 use crate::{
-    base::files::write_atomic,
+    base::{files::write_atomic, text_file::read_text},
     eval::clean::{
         Correction, Defect, TermTable, apply, correct_json, count_defects, read_rows, to_jsonl,
         unified_diff,
@@ -109,9 +109,8 @@ fn name(path: &Path) -> String {
 }
 
 fn read(path: &Path) -> Result<String> {
-    let text = fs::read_to_string(path)
-        .with_context(|| format!("cannot read the corpus `{}`", path.display()))?;
-    Ok(text.trim_start_matches('\u{feff}').to_owned())
+    const LIMIT: u64 = 4 << 30;
+    Ok(read_text(path, LIMIT)?.text)
 }
 
 fn read_terms(path: &Path) -> Result<TermTable> {

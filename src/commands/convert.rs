@@ -9,7 +9,7 @@ use clap::{Args, ValueEnum};
 
 use super::check::image_processor;
 use super::progress::{Progress, Unit};
-use super::shared_args::StudyArgs;
+use super::shared_args::{ReadingArgs, StudyArgs};
 use super::shell::{shipped, unless_closed};
 use super::usage::UsageError;
 use crate::dataset::convert::{
@@ -90,7 +90,7 @@ pub struct ConvertArgs {
     /// Which corpus it is, is guessed from its files and reported: OpenI-zh (`annotations`, or
     /// `img`/`prompt`/`label`), R2Gen's annotation.json (IU X-Ray, MIMIC-CXR), the Indiana collection of Kaggle,
     /// MIMIC-CXR and MIMIC-CXR-JPG, CheXpert Plus, PadChest, ROCO, VinDr-CXR, JSON rows or a table (CSV) with columns
-    /// such as `image` and `report`, or 文件名, 影像所见 and 影像诊断, and JSONL in ms-swift's format. Tables may be
+    /// such as `image` and `report`, or 文件名, 影像所见 and 影像诊断, and any data file that `train` reads. Tables may be
     /// packed with gzip, and in UTF-8, UTF-16 or GB18030.
     #[arg(value_name = "SOURCE", required_unless_present = "source_json")]
     pub source: Option<PathBuf>,
@@ -115,6 +115,9 @@ pub struct ConvertArgs {
     /// Key of the report in a corpus of another format.
     #[arg(long, alias = "report_key", value_name = "KEY", requires = "image_key")]
     pub report_key: Option<String>,
+    /// How rows are read that `train` reads.
+    #[command(flatten)]
+    pub reading: ReadingArgs,
     /// Folder of the images; by default they are looked for in the folder of the corpus. Rows in ms-swift's format name
     /// their own.
     ///
@@ -205,6 +208,7 @@ pub fn run(args: ConvertArgs) -> Result<()> {
             .image_key
             .zip(args.report_key)
             .map(|(image, report)| CorpusKeys { image, report }),
+        reading: args.reading.options(),
         images: args.images,
         overwrite: args.overwrite,
         allow_missing: args.allow_missing,

@@ -65,8 +65,8 @@ pub fn run(mut args: EvalArgs) -> Result<()> {
     let (data, train) = match choose_what(&mut args)? {
         Some(run) => (run.validation, Some(run.train)),
         None => (
-            args.data.as_deref().map(Dataset::open).transpose()?,
-            args.train_data.as_deref().map(Dataset::open).transpose()?,
+            open(&args, args.data.as_deref())?,
+            open(&args, args.train_data.as_deref())?,
         ),
     };
     let (data, train) = (data.as_ref(), train.as_ref());
@@ -187,6 +187,14 @@ fn systems(
 
 /// Fills in what was not typed: a run's best checkpoint and data, or what comes with the repository.
 ///
+/// Opens a data set as the arguments say.
+fn open(args: &EvalArgs, name: Option<&str>) -> Result<Option<Dataset>> {
+    let options = args.reading.options();
+    Ok(name
+        .map(|name| Dataset::open_with(name, &options))
+        .transpose()?)
+}
+
 /// Gives the data of a run that held its validation rows out of its training data.
 fn choose_what(args: &mut EvalArgs) -> Result<Option<RunData>> {
     let mut held_out = None;

@@ -71,7 +71,7 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     let parts = TextAndImages::load(&base_of_run(&config, model, DType::F32))?;
     println!("{}", parts.pixel_limits());
     let name = shipped_data(args.train_data.as_deref().unwrap_or(&config.train_data));
-    let data = Dataset::open(&name)?;
+    let data = Dataset::open_with(&name, &config.data_options())?;
     let lengths = TokenLengths::of(&data, &parts)?;
     let device = first_device(&config)?;
     let dtype_bytes = weight_bytes(&config, device);

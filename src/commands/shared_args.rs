@@ -9,6 +9,7 @@ use super::usage::UsageError;
 use crate::{
     adapters::lora::base::{BaseError, check_base},
     base::device_name::{DeviceName, DtypeName},
+    dataset::{Columns, DataOptions},
     ops::quantised::{Quantization, cache::CacheFormat},
     runtime::generate::{GenerationConfig, SamplingConfig},
     study::StudyRule,
@@ -161,6 +162,32 @@ pub enum StudyFrom {
     Name,
     /// Nowhere: every image is a study of its own.
     Image,
+}
+
+/// How data files are read.
+#[derive(Debug, Clone, Args)]
+pub struct ReadingArgs {
+    /// Columns of the data files under other names, ours first: `images=image_path,response=report`.
+    #[arg(long, value_name = "OURS=THEIRS,…")]
+    pub columns: Option<Columns>,
+    /// Fetch images that rows name by an address on the web, once, into a cache folder.
+    #[arg(long)]
+    pub allow_image_urls: bool,
+    /// Draws rows of data sets that count with a part of them; that of a run where there is one.
+    #[arg(skip = 42_u64)]
+    pub seed: u64,
+}
+
+impl ReadingArgs {
+    /// As the reader takes them.
+    pub(super) fn options(&self) -> DataOptions {
+        DataOptions {
+            columns: self.columns.clone().unwrap_or_default(),
+            allow_image_urls: self.allow_image_urls,
+            seed: self.seed,
+            ..DataOptions::default()
+        }
+    }
 }
 
 /// What a study is, where rows do not name it.

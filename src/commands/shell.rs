@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::usage::UsageError;
+use crate::dataset::map_paths;
 
 /// A path that comes with the repository: as given, or beside the sources the program was built from.
 pub(super) fn shipped(path: &Path) -> PathBuf {
@@ -17,13 +18,15 @@ pub(super) fn shipped(path: &Path) -> PathBuf {
     }
 }
 
-/// The name of a data set: phantoms as they are, a file as [`shipped`] finds it.
+/// The name of data sets: phantoms as they are, files as [`shipped`] finds them.
 pub(super) fn shipped_data(name: &str) -> String {
-    if name.starts_with("phantom:") {
-        name.to_owned()
-    } else {
-        shipped(Path::new(name)).display().to_string()
-    }
+    map_paths(name, |path| {
+        if path.starts_with("phantom:") {
+            path.to_owned()
+        } else {
+            shipped(Path::new(path)).display().to_string()
+        }
+    })
 }
 
 /// Refuses to write into a folder that is there.

@@ -36,7 +36,7 @@ use crate::{
         device_name::{DeviceName, DtypeName},
         trace::Trace,
     },
-    dataset::Dataset,
+    dataset::{Dataset, data_names},
     ops::memory::free_memory,
     runtime::{accelerator::Accelerator, pipeline::TextAndImages},
     train::{
@@ -131,6 +131,15 @@ fn load_config(args: &TrainArgs) -> Result<TrainConfig> {
     if let Some(data) = &args.val_data {
         set("val_data", data.clone().into());
     }
+    if let Some(columns) = &args.columns {
+        let columns = columns
+            .theirs()
+            .map(|(ours, theirs)| (ours.to_owned(), theirs.into()));
+        set("columns", toml::Value::Table(columns.collect()));
+    }
+    if args.allow_image_urls {
+        set("allow_image_urls", true.into());
+    }
     if let Some(path) = &args.output_dir {
         set("output_dir", text(path));
     }
@@ -180,11 +189,16 @@ const HELD_OUT: f64 = 0.05;
 fn validate_on_own_data(args: &TrainArgs, config: &mut TrainConfig) {
     let sample = Path::new("data/sample");
     let is_drawn = |name: &str| {
-        let path = Path::new(name);
         let repository = Path::new(env!("CARGO_MANIFEST_DIR"));
-        name.starts_with("phantom:")
-            || path.starts_with(sample)
-            || path.starts_with(repository.join(sample))
+        let names = data_names(name).unwrap_or_default();
+        let mut paths = names.iter().map(|name| name.path.as_str());
+        !names.is_empty()
+            && paths.all(|name| {
+                let path = Path::new(name);
+                name.starts_with("phantom:")
+                    || path.starts_with(sample)
+                    || path.starts_with(repository.join(sample))
+            })
     };
     let is_set = |key: &str| {
         let mut pairs = args.set.iter().filter_map(|pair| pair.split_once('='));
@@ -216,7 +230,7 @@ fn fit_budget<B: Accelerator>(
     let gib = budget.gib(free).map_err(UsageError)?;
     config.memory_budget = Some(gib);
     let parts = TextAndImages::load(&base_of_run(config, config.model.clone(), dtype))?;
-    let data = Dataset::open(&config.train_data)?;
+    let data = Dataset::open_with(&config.train_data, &config.data_options())?;
     // A sample that cannot be read is named when its turn comes.
     let longest = (0..data.len())
         .step_by(data.len().div_ceil(MEASURED_SAMPLES).max(1))

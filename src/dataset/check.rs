@@ -19,6 +19,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use rayon::prelude::*;
 
 use super::error::in_words;
+use super::reader::DataOptions;
 use crate::{
     base::files::sha256_file,
     processor::{
@@ -50,6 +51,8 @@ pub struct Check<'a> {
     pub opens_thinking: Option<bool>,
     /// What a study is, where rows do not name theirs.
     pub studies: StudyRule,
+    /// How the data files are read.
+    pub options: DataOptions,
 }
 
 /// An image file that was decoded.
@@ -77,7 +80,7 @@ impl Check<'_> {
     ) -> Result<CheckReport, CheckError> {
         let mut files = Vec::new();
         for path in [Some(train), val].into_iter().flatten() {
-            files.push(read(path)?);
+            files.push(read(path, &self.options)?);
         }
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         let pool = rayon::ThreadPoolBuilder::new()

@@ -18,6 +18,7 @@ mod summary;
 #[cfg(test)]
 mod tests;
 mod thinking;
+mod training;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -205,7 +206,9 @@ pub fn convert(
         let keeps = match &usable.row.body {
             Body::Report(_) | Body::Objects { .. } => false,
             Body::Messages { sample, .. } => {
-                options.prompts.is_none() || sample.conversation.turns.len() != 1
+                let conversation = &sample.conversation;
+                let asks = options.prompts.is_none() && conversation.has_question();
+                asks || conversation.turns.len() != 1
             }
         };
         if keeps {

@@ -50,7 +50,7 @@ impl Dataset {
         .map_err(|cause| self.encode_error(index, cause))?;
         if ids.input_ids.len() > max_length {
             return Err(DatasetError::TooLong {
-                file: self.name.clone(),
+                file: self.file(index),
                 row: self.row(index),
                 tokens: ids.input_ids.len(),
                 image: images.patches() / (merge * merge),
@@ -119,7 +119,7 @@ impl Dataset {
     ) -> Result<Cow<'a, ImageProcessor>, DatasetError> {
         parts.images.with_pixels(limits).map_err(|cause| {
             DatasetError::Sample(SampleError {
-                file: PathBuf::from(&self.name),
+                file: PathBuf::from(self.file(index)),
                 row: self.row(index),
                 fault: RowFault::Limits(cause.to_string()),
             })

@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use super::rows::RowsError;
+use super::rows::{DataFileError, RowsError};
 use crate::{
+    base::files::FileError,
     batch::positions::PositionError,
     processor::{image::ImageError, sample::SampleError, supervised::SupervisedError},
 };
@@ -12,7 +13,7 @@ use crate::{
 #[derive(Debug, thiserror::Error)]
 pub enum DatasetError {
     /// The file cannot be read.
-    #[error("cannot read `{}`: {cause}; expected a JSONL file in ms-swift's form, or `phantom:SEED:FROM..TO[:plain|terse|partial|mixed|house]`", .path.display())]
+    #[error("cannot read `{}`: {cause}; expected a data file (JSONL, JSON, CSV, TSV or Parquet), or `phantom:SEED:FROM..TO[:plain|terse|partial|mixed|house]`", .path.display())]
     Read {
         /// The file.
         path: PathBuf,
@@ -24,6 +25,21 @@ pub enum DatasetError {
         "`{0}` does not name a phantom data set; expected `phantom:SEED:FROM..TO` with an optional `:plain`, `:terse`, `:partial`, `:mixed` or `:house`"
     )]
     Phantom(String),
+    /// Several data sets are not named as expected.
+    #[error(
+        "data set `{name}` {reason}; expected `[NAME=]PATH[:WEIGHT][#ROWS]`, several separated by commas"
+    )]
+    Name {
+        /// The part of the name.
+        name: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// An image of a row or of the web cannot be kept as a file.
+    #[error(
+        "{0}; images that are in rows or on the web are kept there; hint: XRAY_CACHE_DIR names another folder"
+    )]
+    Keep(#[from] FileError),
     /// There is no row.
     #[error("`{0}` holds no sample")]
     Empty(String),
@@ -125,6 +141,15 @@ pub enum DatasetError {
         /// The limit.
         max_length: usize,
     },
+}
+
+impl From<DataFileError> for DatasetError {
+    fn from(error: DataFileError) -> Self {
+        match error {
+            DataFileError::Read { path, cause } => Self::Read { path, cause },
+            DataFileError::Rows(error) => Self::Rows(error),
+        }
+    }
 }
 
 /// An error with its causes: the system's own words say whether a file is missing or forbidden.

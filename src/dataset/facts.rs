@@ -106,14 +106,16 @@ impl Dataset {
 
     /// Tokens of one sample; of images in files only the headers are read.
     fn tokens(&self, index: usize, parts: &TextAndImages) -> Result<usize, DatasetError> {
-        let (conversation, sizes, limits) = match &self.source {
+        let (part, place) = self.part(index);
+        let (conversation, sizes, limits) = match &part.source {
             SampleSource::Rows {
                 samples, folder, ..
             } => {
-                let sample = &samples[self.place(index)];
-                let sizes = sample.images.iter().map(|image| {
+                let sample = &samples[place];
+                let paths = sample.image_paths(folder);
+                let sizes = sample.images.iter().zip(&paths).map(|(image, path)| {
                     (parts.images)
-                        .probe(&folder.join(image))
+                        .probe(path)
                         .map_err(|cause| self.image_error(index, image.clone(), cause))
                 });
                 let sizes = sizes.collect::<Result<Vec<_>, _>>()?;

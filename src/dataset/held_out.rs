@@ -1,5 +1,7 @@
 //! A data set in two: rows to learn from, and whole studies held out to validate on.
 
+use std::collections::BTreeSet;
+
 use super::{
     error::DatasetError,
     python_random::PythonRandom,
@@ -25,12 +27,13 @@ impl Dataset {
     /// # Panics
     /// If `index` is not below [`Self::len`].
     pub fn study_row(&self, index: usize) -> StudyRow {
-        let name = format!("`{}`, row {}", self.name, self.row(index));
-        match &self.source {
+        let (part, place) = self.part(index);
+        let name = format!("`{}`, row {}", part.name, self.row(index));
+        match &part.source {
             SampleSource::Rows {
                 samples, folder, ..
             } => {
-                let sample = &samples[self.place(index)];
+                let sample = &samples[place];
                 StudyRow {
                     name,
                     keys: sample.keys.clone(),
@@ -39,8 +42,8 @@ impl Dataset {
                 }
             }
             SampleSource::Phantoms { range, .. } => {
-                let seed = self.name.split(':').nth(1).unwrap_or_default();
-                let number = range.start + self.place(index) as u64;
+                let seed = part.name.split(':').nth(1).unwrap_or_default();
+                let number = range.start + place as u64;
                 let study = format!("phantom {seed}:{number}");
                 StudyRow {
                     name,
@@ -71,8 +74,12 @@ impl Dataset {
         let part = |wanted: bool, what: &str| {
             let rows = held.iter().enumerate();
             let chosen = rows.filter(|(_, held)| **held == wanted);
+            let mut seen = BTreeSet::new();
+            let places = chosen.map(|(row, _)| self.place(row));
+            // A weight repeats what is learnt, not what is validated on.
+            let places = places.filter(|place| !wanted || seen.insert(*place));
             Self {
-                chosen: Some(chosen.map(|(row, _)| self.place(row)).collect()),
+                chosen: Some(places.collect()),
                 fingerprint: format!("{} {what} {ratio} by seed {seed}", self.fingerprint),
                 ..self.clone()
             }

@@ -1,11 +1,28 @@
-//! The rows of a data file: its lines, or why it is no file of lines.
+//! The rows of a data file, whatever file it is: JSON lines, one JSON list, objects over several lines, CSV, TSV or
+//! Parquet; plain or packed with gzip; UTF-8, UTF-16 or GB18030.
 //!
-//! Training and `check` read one row a line. Whatever else a file is (compressed, in another encoding,
-//! one list, rows spread over lines, a table) is said once for the file, with what to do.
+//! What a file is decides its content, not its name, except that a table of text is known by `.csv` or `.tsv`.
+//! A file that is none of these is one error with what to do.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use serde_json::{Deserializer, Value};
+use serde_json::{Map, Value};
+
+use super::table::{csv_rows, delimiter, parquet_rows};
+use crate::base::files::{sha256_bytes, sha256_file};
+use crate::base::text_file::{TextFileError, decode, is_gzip, read_limited, unpack};
+use crate::processor::sample::{RowFault, fields_of, is_training_form, object_of};
+use crate::processor::strict_json;
+
+/// Most bytes of a data file of text, packed and unpacked.
+const MAX_BYTES: u64 = 8 << 30;
+
+/// Lines that are looked at to tell JSON lines from one value over several lines.
+const LOOKED_AT: usize = 50;
+
+/// Keys under which a file holds its rows as one list.
+const LISTS: [&str; 6] = ["data", "rows", "samples", "examples", "items", "instances"];
 
 /// Why a file holds no rows that can be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -22,222 +39,413 @@ pub struct RowsError {
     pub reason: String,
 }
 
-/// The text of a file, a byte order mark left out.
-///
-/// # Errors
-/// [`RowsError`] if the file is not UTF-8.
-pub fn text<'a>(path: &Path, bytes: &'a [u8]) -> Result<&'a str, RowsError> {
-    let fail = |line, reason: String| RowsError {
+/// Why a data file could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum DataFileError {
+    /// The system cannot read it.
+    #[error("cannot read `{}`: {cause}", .path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        cause: std::io::Error,
+    },
+    /// It holds no rows that can be read.
+    #[error(transparent)]
+    Rows(#[from] RowsError),
+}
+
+/// Rows with their numbers, from 1: the line of JSON lines and of a table, else the place.
+pub type Rows<'a> = Box<dyn Iterator<Item = (usize, Result<Map<String, Value>, RowFault>)> + 'a>;
+
+/// A data file, read as far as its rows are.
+#[derive(Debug)]
+pub struct DataFile {
+    path: PathBuf,
+    content: Content,
+    /// SHA-256 of the file as it is, in lower-case digits.
+    pub sha256: String,
+    /// What a reader of a result should know of the file.
+    pub remarks: Vec<String>,
+}
+
+#[derive(Debug)]
+enum Content {
+    /// One JSON object a line.
+    Lines(String),
+    Values(Vec<(usize, Value)>),
+    Table(String),
+    Parquet,
+}
+
+impl DataFile {
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// [`DataFileError`].
+    pub fn read(path: &Path) -> Result<Self, DataFileError> {
+        Self::read_limited(path, MAX_BYTES)
+    }
+
+    fn read_limited(path: &Path, limit: u64) -> Result<Self, DataFileError> {
+        let failed = |error| text_error(path, error);
+        if starts_as_parquet(path) {
+            let mut file = Self {
+                path: path.to_owned(),
+                content: Content::Parquet,
+                sha256: String::new(),
+                remarks: Vec::new(),
+            };
+            // A file that cannot be read is one error, not one of its first row.
+            drop(file.rows()?);
+            file.sha256 = sha256_file(path).map_err(|error| DataFileError::Read {
+                path: path.to_owned(),
+                cause: std::io::Error::other(error.to_string()),
+            })?;
+            return Ok(file);
+        }
+        let raw = read_limited(path, limit).map_err(failed)?;
+        let sha256 = sha256_bytes(&raw);
+        let packed = is_gzip(&raw);
+        let bytes = unpack(path, raw, limit).map_err(failed)?;
+        if packed && bytes.starts_with(b"PAR1") {
+            return Err(DataFileError::Rows(RowsError {
+                path: path.to_owned(),
+                line: 0,
+                reason: "is a Parquet table inside gzip; hint: unpack it first, `gunzip FILE` (Parquet is packed inside)".to_owned(),
+            }));
+        }
+        let (text, _) = decode(path, bytes).map_err(failed)?;
+        let mut remarks = Vec::new();
+        let content = content(path, text, &mut remarks).map_err(|(line, reason)| {
+            DataFileError::Rows(RowsError {
+                path: path.to_owned(),
+                line,
+                reason,
+            })
+        })?;
+        Ok(Self {
+            path: path.to_owned(),
+            content,
+            sha256,
+            remarks,
+        })
+    }
+
+    /// The rows; blank lines are passed over.
+    ///
+    /// # Errors
+    /// [`RowsError`] if the header of a table cannot be used.
+    pub fn rows(&self) -> Result<Rows<'_>, RowsError> {
+        let failed = |line, reason| RowsError {
+            path: self.path.clone(),
+            line,
+            reason,
+        };
+        Ok(match &self.content {
+            Content::Lines(text) => Box::new(
+                text.split('\n')
+                    .enumerate()
+                    .map(|(index, line)| (index + 1, line.trim()))
+                    .filter(|(_, line)| !line.is_empty())
+                    .map(|(number, line)| (number, fields_of(line))),
+            ),
+            Content::Values(values) => Box::new(
+                values
+                    .iter()
+                    .map(|(number, value)| (*number, object_of(value.clone()))),
+            ),
+            Content::Table(text) => {
+                let first = text.lines().next().unwrap_or_default();
+                csv_rows(text, delimiter(first)).map_err(|reason| failed(1, reason))?
+            }
+            Content::Parquet => {
+                let file = File::open(&self.path).map_err(|cause| failed(0, cause.to_string()))?;
+                parquet_rows(file).map_err(|reason| failed(0, reason))?
+            }
+        })
+    }
+}
+
+/// Whether a file begins as Parquet does; one that cannot be read is named when it is read.
+fn starts_as_parquet(path: &Path) -> bool {
+    use std::io::Read;
+    // A pipe would lose what is read here.
+    if !path.is_file() {
+        return false;
+    }
+    let mut magic = [0; 4];
+    File::open(path).is_ok_and(|mut file| file.read_exact(&mut magic).is_ok()) && magic == *b"PAR1"
+}
+
+pub(super) fn text_error(path: &Path, error: TextFileError) -> DataFileError {
+    let (line, reason) = match error {
+        TextFileError::Read { path, cause } => return DataFileError::Read { path, cause },
+        TextFileError::Characters { line, reason, .. } => (line, reason),
+        TextFileError::NotText { found, cure, .. } => {
+            (0, format!("is {found} and not text; hint: {cure}"))
+        }
+        TextFileError::Gzip { cause, .. } => (
+            0,
+            format!(
+                "its gzip data cannot be unpacked ({cause}); hint: was it copied whole? `gzip -t FILE` tells"
+            ),
+        ),
+        TextFileError::TooLarge {
+            limit, unpacked, ..
+        } => (
+            0,
+            format!(
+                "holds {}more than {} MiB; hint: split it into several files, or write it as Parquet",
+                if unpacked { "(unpacked) " } else { "" },
+                limit >> 20
+            ),
+        ),
+    };
+    DataFileError::Rows(RowsError {
         path: path.to_owned(),
         line,
         reason,
-    };
-    if let Some(reason) = not_text(bytes) {
-        return Err(fail(0, reason));
-    }
-    let text = std::str::from_utf8(bytes).map_err(|cause| {
-        let good = &bytes[..cause.valid_up_to()];
-        let line = good.iter().filter(|byte| **byte == b'\n').count() + 1;
-        fail(
-            line,
-            "is not UTF-8; hint: save the file as UTF-8, for example with `iconv -f GB18030 -t UTF-8 FILE`"
-                .to_owned(),
-        )
-    })?;
-    Ok(text.trim_start_matches('\u{feff}'))
+    })
 }
 
-/// The rows of a file with their lines, from 1; blank lines and a byte order mark are passed over.
-///
-/// # Errors
-/// [`RowsError`] if the file is not text of one JSON object a line.
-pub fn rows<'a>(path: &Path, bytes: &'a [u8]) -> Result<Vec<(usize, &'a str)>, RowsError> {
-    let text = text(path, bytes)?;
-    let lines = text.split('\n').enumerate();
-    let rows: Vec<(usize, &str)> = lines
-        .map(|(index, line)| (index + 1, line.trim()))
-        .filter(|(_, line)| !line.is_empty())
-        .collect();
-    if let Some((line, first)) = rows.first()
-        && let Some(reason) = not_lines(path, text, first)
-    {
-        return Err(RowsError {
-            path: path.to_owned(),
-            line: *line,
-            reason,
-        });
-    }
-    Ok(rows)
+/// Whether the name says that the file is a table of text.
+fn is_named_table(path: &Path) -> bool {
+    let name = path.file_name().and_then(|name| name.to_str());
+    let name = name.unwrap_or_default().to_lowercase();
+    let name = name.strip_suffix(".gz").unwrap_or(&name);
+    [".csv", ".tsv", ".tab"]
+        .iter()
+        .any(|ending| name.ends_with(ending))
 }
 
-/// What a file is that holds no UTF-8 text at all.
-fn not_text(bytes: &[u8]) -> Option<String> {
-    let packed = [
-        (&b"\x1f\x8b"[..], "gzip", "`gunzip FILE`"),
-        (b"PK\x03\x04", "zip", "`unzip FILE`"),
-        (b"\x28\xb5\x2f\xfd", "zstd", "`unzstd FILE`"),
-        (b"BZh", "bzip2", "`bunzip2 FILE`"),
-        (b"\xfd7zXZ", "xz", "`unxz FILE`"),
-    ];
-    for (magic, name, cure) in packed {
-        if bytes.starts_with(magic) {
-            return Some(format!(
-                "is compressed ({name}) and not UTF-8 text; hint: unpack it first, {cure}"
-            ));
-        }
-    }
-    if bytes.starts_with(b"PAR1") || bytes.starts_with(b"ARROW1") {
-        let hint = "hint: write it as one JSON object a line, in pandas `to_json(FILE, orient=\"records\", lines=True, force_ascii=False)`";
-        return Some(format!(
-            "is a Parquet or Arrow table and not UTF-8 text; {hint}"
-        ));
-    }
-    let half = bytes.len().min(1000);
-    let marked = bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff");
-    if marked || bytes[..half].contains(&0) {
-        return Some(
-            "is UTF-16 or binary and not UTF-8; hint: save the file as UTF-8, for example with `iconv -f UTF-16 -t UTF-8 FILE`"
-                .to_owned(),
-        );
-    }
-    None
+fn is_object(line: &str) -> bool {
+    line.trim_start().starts_with('{')
+        && serde_json::from_str::<serde::de::IgnoredAny>(line).is_ok()
 }
 
-/// What a text is that is not one JSON object a line; `None` if its first line is one, or is
-/// broken in a way of its own.
-fn not_lines(path: &Path, text: &str, first: &str) -> Option<String> {
-    let convert = "`convert` reads it, or `jq -c '.[]' FILE` writes it so";
-    match serde_json::from_str(first) {
-        Ok(Value::Object(_)) => return None,
-        Ok(Value::Array(rows)) => return Some(list(&rows, convert)),
-        _ => {}
-    }
-    if !text.contains('\n') && text.trim().contains('\r') {
-        return Some(
-            "its lines end with CR alone, as on old Macs; expected LF; hint: `tr '\\r' '\\n' < FILE`"
-                .to_owned(),
-        );
-    }
-    let whole: Result<Vec<Value>, _> = Deserializer::from_str(text).into_iter().collect();
-    match whole.as_deref() {
-        Ok([Value::Array(rows)]) => return Some(list(rows, convert)),
-        Ok([Value::Object(row)]) if !row.contains_key("messages") => {
-            let keys: Vec<String> = row.keys().take(5).map(|key| format!("`{key}`")).collect();
-            let cure = if row.contains_key("annotations") {
-                "; hint: `convert` reads it"
-            } else {
-                ""
-            };
-            return Some(format!(
-                "is one object ({}) over several lines; expected one row with `messages` a line{cure}",
-                keys.join(", ")
-            ));
-        }
-        Ok(values) => {
-            let count = values.len();
-            let rows = if count == 1 { "row is" } else { "rows are" };
-            return Some(format!(
-                "{count} {rows} spread over several lines; expected one row a line; hint: `jq -c . FILE` writes them so"
-            ));
-        }
-        Err(_) => {}
-    }
-    let ending = path.extension().and_then(|ending| ending.to_str());
-    let is_table = matches!(ending, Some("csv" | "tsv" | "xlsx" | "xls"));
-    if is_table || (!first.contains(['{', '[']) && first.contains([',', '\t'])) {
-        let columns: String = first.chars().take(80).collect();
-        return Some(format!(
-            "is a table (columns `{columns}`); expected one JSON object with `messages` and `images` a line"
-        ));
-    }
-    None
-}
-
-fn list(rows: &[Value], convert: &str) -> String {
-    let count = rows.len();
-    let words = if count == 1 { "row" } else { "rows" };
-    let has = |key: &str| rows.first().is_some_and(|row| row.get(key).is_some());
-    let cure = if has("messages") {
-        convert.to_owned()
-    } else if has("img") && has("label") {
-        "`convert` reads it, with `--images DIR` and `--output OUT`".to_owned()
-    } else if has("image_id") && has("caption") {
-        "`convert` reads it, with `--image-key image_id` and `--report-key caption`".to_owned()
+/// What a text is; the error is a line and a reason.
+fn content(
+    path: &Path,
+    text: String,
+    remarks: &mut Vec<String>,
+) -> Result<Content, (usize, String)> {
+    // Lines of old Macs; in JSON a bare CR is white space.
+    let text = if text.contains('\r') && !text.contains('\n') {
+        text.replace('\r', "\n")
     } else {
-        "write each row as `{\"messages\": […], \"images\": […]}` on a line of its own, or let `convert` do it, with `--image-key` and `--report-key`".to_owned()
+        text
     };
-    format!("is one JSON list of {count} {words}; expected one row a line; hint: {cure}")
+    let mut lines = text
+        .split('\n')
+        .enumerate()
+        .map(|(index, line)| (index + 1, line.trim()))
+        .filter(|(_, line)| !line.is_empty());
+    let Some((number, first)) = lines.next() else {
+        return Ok(Content::Lines(text));
+    };
+    let is_only = lines.next().is_none();
+    if !first.starts_with(['{', '[']) {
+        if is_named_table(path) {
+            return Ok(Content::Table(text));
+        }
+        let mut begin = text.lines().take(LOOKED_AT);
+        if first.contains([',', '\t']) && !begin.any(is_object) {
+            let columns: String = first.chars().take(80).collect();
+            return Err((
+                number,
+                format!(
+                    "is no JSON, and may be a table (columns `{columns}`); hint: a table is read from a file whose name ends in .csv or .tsv"
+                ),
+            ));
+        }
+        return Ok(Content::Lines(text));
+    }
+    if is_object(first) && !is_only {
+        return Ok(Content::Lines(text));
+    }
+    match strict_json::parse_all(&text) {
+        Ok(values) => values_of(values, text, remarks).map_err(|reason| (number, reason)),
+        // A row that is broken is named with its line, beside others that are whole.
+        Err(_) if is_only || text.lines().take(LOOKED_AT).any(is_object) => {
+            Ok(Content::Lines(text))
+        }
+        Err(reason) => Err((number, format!("not JSON: {reason}"))),
+    }
+}
+
+/// The rows that the values of a whole text are.
+fn values_of(
+    mut values: Vec<Value>,
+    text: String,
+    remarks: &mut Vec<String>,
+) -> Result<Content, String> {
+    if values.len() == 1 {
+        match values.remove(0) {
+            Value::Array(rows) => return Ok(numbered(rows)),
+            Value::Object(mut fields) if !is_training_form(&fields) => {
+                let mut lists = LISTS
+                    .iter()
+                    .filter(|key| fields.get(**key).is_some_and(Value::is_array));
+                if let (Some(key), None) = (lists.next(), lists.next())
+                    && let Some(Value::Array(rows)) = fields.shift_remove(*key)
+                {
+                    if !fields.is_empty() {
+                        let others = fields.keys().take(5).map(|key| format!("`{key}`"));
+                        remarks.push(format!(
+                            "read are the rows under `{key}`; what stands beside them is not used: {}",
+                            others.collect::<Vec<_>>().join(", ")
+                        ));
+                    }
+                    return Ok(numbered(rows.into_iter().map(unwrapped).collect()));
+                }
+                values.push(Value::Object(fields));
+            }
+            value => values.push(value),
+        }
+    }
+    if values.iter().any(Value::is_array) {
+        return Err(format!(
+            "holds {} JSON values with lists among them; expected one list of rows, or one row a line; hint: `jq -c '.[]' FILE` writes the rows of all lists, one a line",
+            values.len()
+        ));
+    }
+    // One row on one line is numbered by its line.
+    if values.len() == 1 && text.trim().lines().count() == 1 {
+        return Ok(Content::Lines(text));
+    }
+    Ok(numbered(values))
+}
+
+/// A row as the viewer of Hugging Face's hub wraps it.
+fn unwrapped(value: Value) -> Value {
+    match value {
+        Value::Object(mut fields) if fields.contains_key("row_idx") => {
+            fields.shift_remove("row").unwrap_or_default()
+        }
+        value => value,
+    }
+}
+
+fn numbered(rows: Vec<Value>) -> Content {
+    let rows = rows.into_iter().enumerate();
+    Content::Values(rows.map(|(index, row)| (index + 1, row)).collect())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     const ROW: &str =
         r#"{"messages":[{"role":"user","content":"q"},{"role":"assistant","content":"a"}]}"#;
 
-    fn reason(name: &str, bytes: &[u8]) -> String {
-        rows(Path::new(name), bytes).unwrap_err().to_string()
+    fn open(name: &str, bytes: &[u8]) -> Result<DataFile, String> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(name);
+        fs::write(&path, bytes).unwrap();
+        let error = |error: DataFileError| {
+            let place = format!("{}/", folder.path().display());
+            error.to_string().replace(&place, "")
+        };
+        DataFile::read(&path).map_err(error)
+    }
+
+    /// Numbers of the rows, and how many are whole.
+    fn numbers(name: &str, bytes: &[u8]) -> (Vec<usize>, usize) {
+        let file = open(name, bytes).unwrap();
+        let rows: Vec<_> = file.rows().unwrap().collect();
+        let whole = rows.iter().filter(|(_, row)| row.is_ok()).count();
+        (rows.into_iter().map(|(number, _)| number).collect(), whole)
     }
 
     #[test]
-    fn lines_are_rows_whatever_ends_them() {
-        let text = format!("\u{feff}\r\n{ROW}\r\n\n  \n{ROW}");
-        let found = rows(Path::new("a.jsonl"), text.as_bytes()).unwrap();
-        assert_eq!(found, [(2, ROW), (5, ROW)]);
-        assert_eq!(rows(Path::new("a"), b"").unwrap(), []);
-        // A broken line is an error of its row, reported there.
-        assert_eq!(rows(Path::new("a"), b"{bad\n{}").unwrap().len(), 2);
-    }
-
-    #[test]
-    fn a_file_of_another_form_is_one_error_with_its_cure() {
+    fn rows_are_found_in_every_kind_of_file() {
         let pretty = serde_json::to_string_pretty(&serde_json::from_str::<Value>(ROW).unwrap());
         let pretty = pretty.unwrap();
-        let utf16: Vec<u8> = ROW.encode_utf16().flat_map(u16::to_le_bytes).collect();
+        for (name, text, rows, whole) in [
+            (
+                "a.jsonl",
+                format!("\u{feff}\r\n{ROW}\r\n\n  \n{ROW}"),
+                vec![2, 5],
+                2,
+            ),
+            ("a.jsonl", String::new(), vec![], 0),
+            ("a.jsonl", "{bad\n{}".to_owned(), vec![1, 2], 1),
+            ("a.jsonl", format!("// x\n{ROW}"), vec![1, 2], 1),
+            ("a.jsonl", format!("{ROW},"), vec![1], 0),
+            ("a.jsonl", format!("[{ROW},\n{ROW}]"), vec![1, 2], 2),
+            ("a.json", format!("[{ROW},{ROW}]"), vec![1, 2], 2),
+            ("a.json", format!("[1,{ROW}]"), vec![1, 2], 1),
+            (
+                "a.json",
+                format!("{{\"data\":[{ROW}],\"version\":1}}"),
+                vec![1],
+                1,
+            ),
+            ("a.json", format!("{ROW}\n{ROW}\n"), vec![1, 2], 2),
+            ("a.json", pretty.clone(), vec![1], 1),
+            ("a.json", format!("{pretty}\n{pretty}"), vec![1, 2], 2),
+            ("a.jsonl", format!("{ROW}\r{ROW}"), vec![1, 2], 2),
+            ("a.csv", "query,response\n\"a\",b\n".to_owned(), vec![2], 1),
+            ("a.tsv", "query\tresponse\na\tb\n".to_owned(), vec![2], 1),
+            ("a.csv", ROW.to_owned(), vec![1], 1),
+        ] {
+            assert_eq!(
+                numbers(name, text.as_bytes()),
+                (rows, whole),
+                "{name}: {text}"
+            );
+        }
+        let wrapped = open(
+            "a.json",
+            format!("{{\"data\":[{ROW}],\"version\":1}}").as_bytes(),
+        );
+        assert!(wrapped.unwrap().remarks[0].contains("`version`"));
+    }
+
+    #[test]
+    fn a_file_of_no_rows_is_one_error_with_its_cure() {
         for (name, bytes, words) in [
             (
-                "a.jsonl",
-                format!("[{ROW},\n{ROW}]").into_bytes(),
-                &["one JSON list of 2 rows", "`convert`"][..],
-            ),
-            (
-                "a.jsonl",
-                pretty.clone().into_bytes(),
-                &["1 row is spread", "jq -c"],
-            ),
-            (
-                "a.jsonl",
-                format!("{pretty}\n{pretty}").into_bytes(),
-                &["2 rows are spread"],
-            ),
-            ("a.gz", b"\x1f\x8b\x08\x00".to_vec(), &["gzip", "gunzip"]),
-            ("a.jsonl", utf16, &["UTF-16", "iconv"]),
-            (
-                "a.jsonl",
-                b"{}\n{\"a\": \"\xd5\xe2\"}".to_vec(),
-                &["row 2: is not UTF-8", "GB18030"],
-            ),
-            (
-                "a.jsonl",
-                format!("{ROW}\r{ROW}").into_bytes(),
-                &["CR alone"],
-            ),
-            (
-                "a.csv",
-                b"query,response\n\"a\",b\n".to_vec(),
-                &["a table (columns `query,response`)"],
+                "a.txt",
+                b"query,response\na,b\n".to_vec(),
+                &["`query,response`", ".csv"][..],
             ),
             (
                 "a.json",
-                b"{\n \"annotations\": []\n}".to_vec(),
-                &["one object (`annotations`)", "`convert`"],
+                b"[\n{\"a\":\n1,\n}]".to_vec(),
+                &["row 1: not JSON", "line 4"],
             ),
+            (
+                "a.json",
+                format!("[{ROW}]\n[{ROW}]").into_bytes(),
+                &["lists among them", "jq"],
+            ),
+            ("a.zip", b"PK\x03\x04..".to_vec(), &["zip", "unzip"]),
+            ("a.arrow", b"ARROW1..".to_vec(), &["Arrow", "to_parquet"]),
+            (
+                "a.parquet",
+                b"PAR1 no table PAR1".to_vec(),
+                &["cannot be read as Parquet"],
+            ),
+            (
+                "a.jsonl",
+                b"{}\n{\"a\": \"\xd5\"}".to_vec(),
+                &["row 2: is not UTF-8"],
+            ),
+            ("a.csv", b"a,a\n1,2\n".to_vec(), &["two columns `a`"]),
         ] {
-            let reason = reason(name, &bytes);
+            let error = match open(name, &bytes) {
+                Err(error) => error,
+                Ok(file) => file.rows().err().unwrap().to_string(),
+            };
             for word in words {
-                assert!(reason.contains(word), "{word}: {reason}");
+                assert!(error.contains(word), "{word}: {error}");
             }
         }
+        let error = DataFile::read(Path::new("no-such-file")).unwrap_err();
+        assert!(matches!(error, DataFileError::Read { .. }));
     }
 }

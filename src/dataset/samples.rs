@@ -1,17 +1,18 @@
-//! A data set: the rows of a file, or a range of phantoms, each read on demand.
+//! A data set: the rows of files, or ranges of phantoms, each read on demand.
 
 use std::{
     borrow::Cow,
-    fs,
     ops::Range,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
-use sha2::{Digest, Sha256};
-
 use super::{
-    error::DatasetError, image_remarks::ImageRemarks, rows::rows, unused_keys::UnusedKeys,
+    error::DatasetError,
+    image_remarks::ImageRemarks,
+    mix::data_names,
+    reader::{DataOptions, Plain, read_file},
+    unused_keys::UnusedKeys,
 };
 use crate::{
     phantom::{Dialect, PhantomStudies},
@@ -19,10 +20,11 @@ use crate::{
         image::{DecodeLimits, ImageError, RgbImage, probe},
         message::Part,
         remark::{Remark, RemarkKind},
-        sample::{Conversation, PixelLimits, Sample, SampleError, parse_line},
+        sample::{Conversation, PixelLimits, Sample, SampleError},
         supervised::SupervisedError,
     },
     runtime::pipeline::TextAndImages,
+    study::counted,
 };
 
 /// The question of a sample without image.
@@ -44,15 +46,35 @@ pub(super) enum SampleSource {
     },
 }
 
+/// One file or one range of phantoms.
+#[derive(Debug)]
+pub(super) struct DataPart {
+    /// The path, or `phantom:…`.
+    pub(super) name: String,
+    /// What it is called among several.
+    label: String,
+    pub(super) source: SampleSource,
+    fingerprint: String,
+    remarks: Vec<String>,
+}
+
+/// Where a sample is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Place {
+    pub(super) part: usize,
+    /// From 0.
+    pub(super) row: usize,
+}
+
 /// A data set whose samples are read on demand.
 #[derive(Debug, Clone)]
 pub struct Dataset {
     pub(super) name: String,
-    pub(super) source: SampleSource,
+    pub(super) parts: Arc<[DataPart]>,
     pub(super) fingerprint: String,
     pub(super) remarks: Vec<String>,
-    /// Rows of the source that count, in their order; all if absent.
-    pub(super) chosen: Option<Arc<[usize]>>,
+    /// The samples that count, in their order; all of the only part if absent.
+    pub(super) chosen: Option<Arc<[Place]>>,
     /// Shared by copies: each thread of a loader reads through one.
     pub(super) image_remarks: Arc<ImageRemarks>,
 }
@@ -81,24 +103,21 @@ pub struct SampleText {
     pub answer: Option<String>,
 }
 
-impl Dataset {
-    /// Opens a data set by its name: a path, or `phantom:…`.
-    ///
-    /// # Errors
-    /// [`DatasetError`] names the file and the row.
-    pub fn open(name: &str) -> Result<Self, DatasetError> {
+impl DataPart {
+    fn open(name: &str, label: &str, options: &DataOptions) -> Result<Self, DatasetError> {
         if name.starts_with("phantom:") {
-            return Self::phantoms(name);
+            return Self::phantoms(name, label);
         }
         let path = Path::new(name);
-        let bytes = fs::read(path).map_err(|cause| DatasetError::Read {
-            path: path.to_path_buf(),
-            cause,
-        })?;
+        let file = read_file(path, options, Plain::Drop, true)?;
         let (mut samples, mut lines) = (Vec::new(), Vec::new());
         let mut unused = UnusedKeys::default();
-        for (number, line) in rows(path, &bytes)? {
-            let mut sample = parse_line(line, path, number)?;
+        for (number, row) in file.rows {
+            let (mut sample, _) = row.map_err(|fault| SampleError {
+                file: path.to_owned(),
+                row: number,
+                fault,
+            })?;
             unused.add(number, std::mem::take(&mut sample.unknown_keys));
             samples.push(sample);
             lines.push(number);
@@ -106,24 +125,36 @@ impl Dataset {
         if samples.is_empty() {
             return Err(DatasetError::Empty(name.to_string()));
         }
-        let remarks = unused
+        let unasked = samples
+            .iter()
+            .filter(|sample: &&Sample| !sample.conversation.has_question());
+        let unasked = unasked.count();
+        let mut remarks = file.remarks;
+        if unasked > 0 {
+            remarks.push(format!(
+                "{} no question, and an answer that is learnt without one",
+                counted(unasked, "row has", "rows have")
+            ));
+        }
+        let remarks = remarks.into_iter();
+        let remarks = remarks.map(|remark| format!("`{name}`: {remark}"));
+        let unused = unused
             .sentences()
             .map(|(line, sentence)| format!("`{name}` row {line}: {sentence}"));
         Ok(Self {
-            name: name.to_string(),
-            remarks: remarks.collect(),
+            name: name.to_owned(),
+            label: label.to_owned(),
+            remarks: remarks.chain(unused).collect(),
             source: SampleSource::Rows {
                 samples: Arc::new(samples),
                 lines: Arc::new(lines),
                 folder: path.parent().unwrap_or(Path::new("")).to_path_buf(),
             },
-            fingerprint: format!("sha256:{}", hex(&Sha256::digest(&bytes))),
-            chosen: None,
-            image_remarks: Arc::default(),
+            fingerprint: format!("sha256:{}{}", file.sha256, options.fingerprint()),
         })
     }
 
-    fn phantoms(name: &str) -> Result<Self, DatasetError> {
+    fn phantoms(name: &str, label: &str) -> Result<Self, DatasetError> {
         let wrong = || DatasetError::Phantom(name.to_string());
         let mut parts = name.split(':').skip(1);
         let seed: u64 = parts
@@ -161,7 +192,8 @@ impl Dataset {
             return Err(DatasetError::Empty(name.to_string()));
         }
         Ok(Self {
-            name: name.to_string(),
+            name: name.to_owned(),
+            label: label.to_owned(),
             source: SampleSource::Phantoms {
                 studies: Arc::new(
                     dialects.map(|dialect| PhantomStudies::new(seed).with_dialect(dialect)),
@@ -171,12 +203,76 @@ impl Dataset {
             },
             fingerprint: name.to_string(),
             remarks: Vec::new(),
-            chosen: None,
+        })
+    }
+
+    fn len(&self) -> usize {
+        match &self.source {
+            SampleSource::Rows { samples, .. } => samples.len(),
+            SampleSource::Phantoms { range, .. } => (range.end - range.start) as usize,
+        }
+    }
+}
+
+impl Dataset {
+    /// Opens a data set by its name, as [`Self::open_with`] without options.
+    ///
+    /// # Errors
+    /// [`DatasetError`] names the file and the row.
+    pub fn open(name: &str) -> Result<Self, DatasetError> {
+        Self::open_with(name, &DataOptions::default())
+    }
+
+    /// Opens a data set by its name: a path, `phantom:…`, or several of them with weights, see [`data_names`].
+    ///
+    /// # Errors
+    /// [`DatasetError`] names the file and the row.
+    pub fn open_with(name: &str, options: &DataOptions) -> Result<Self, DatasetError> {
+        let names = data_names(name)?;
+        let parts = names
+            .iter()
+            .map(|entry| DataPart::open(&entry.path, entry.label(), options));
+        let parts = parts.collect::<Result<Arc<[DataPart]>, _>>()?;
+        let remarks = parts.iter().flat_map(|part| part.remarks.clone()).collect();
+        if let ([part], [entry]) = (&*parts, names.as_slice())
+            && entry.is_plain()
+        {
+            return Ok(Self {
+                name: part.name.clone(),
+                fingerprint: part.fingerprint.clone(),
+                remarks,
+                parts,
+                chosen: None,
+                image_remarks: Arc::default(),
+            });
+        }
+        let mut chosen = Vec::new();
+        let mut fingerprint = Vec::new();
+        for (at, (part, entry)) in parts.iter().zip(&names).enumerate() {
+            let rows = entry.chosen(part.len(), options.seed);
+            if rows.is_empty() {
+                return Err(DatasetError::Name {
+                    name: entry.to_string(),
+                    reason: format!("takes none of its {} rows", part.len()),
+                });
+            }
+            chosen.extend(rows.into_iter().map(|row| Place { part: at, row }));
+            let rows = entry
+                .rows
+                .map_or_else(String::new, |rows| format!("#{rows}"));
+            fingerprint.push(format!("{} x{}{rows}", part.fingerprint, entry.weight));
+        }
+        Ok(Self {
+            name: name.to_owned(),
+            parts,
+            fingerprint: format!("{} by seed {}", fingerprint.join(" + "), options.seed),
+            remarks,
+            chosen: Some(chosen.into()),
             image_remarks: Arc::default(),
         })
     }
 
-    /// What its images gave cause to remark, as far as they were read, by this copy or another.
+    /// What its image files gave cause to remark, as far as they were read, by this copy or another.
     pub fn image_remarks(&self) -> &ImageRemarks {
         &self.image_remarks
     }
@@ -186,7 +282,7 @@ impl Dataset {
         &self.name
     }
 
-    /// What a reader of a result should know of the file: keys that nothing uses.
+    /// What a reader of a result should know of the files: keys that nothing uses, images that were kept.
     pub fn remarks(&self) -> &[String] {
         &self.remarks
     }
@@ -196,35 +292,87 @@ impl Dataset {
         &self.fingerprint
     }
 
-    /// Image files: row (from 0), name in the row, path; none for drawn studies.
-    pub fn image_files(&self) -> Vec<(usize, &str, PathBuf)> {
-        let SampleSource::Rows {
-            samples, folder, ..
-        } = &self.source
-        else {
-            return Vec::new();
+    /// What the data sets are called that this one is made of, with the number of samples of each; one where it is no
+    /// mixture.
+    pub fn parts(&self) -> Vec<(&str, usize)> {
+        let count = |at: usize| match &self.chosen {
+            None => self.len(),
+            Some(chosen) => chosen.iter().filter(|place| place.part == at).count(),
         };
-        (0..self.len())
-            .flat_map(|row| {
-                let images = samples[self.place(row)].images.iter();
-                images.map(move |image| (row, image.as_str(), folder.join(image)))
-            })
+        let parts = self.parts.iter().enumerate();
+        parts
+            .map(|(at, part)| (part.label.as_str(), count(at)))
             .collect()
     }
 
-    /// Place in the source of a row of this data set, from 0.
-    pub(super) fn place(&self, index: usize) -> usize {
-        self.chosen.as_ref().map_or(index, |chosen| chosen[index])
+    /// The data sets that this one is made of, each on its own with what it is called; itself where it is no mixture.
+    pub fn split_by_part(&self) -> Vec<(String, Self)> {
+        let parts = self.parts.iter().enumerate();
+        let parts = parts.map(|(at, part)| {
+            let chosen = self.chosen.as_ref().map(|chosen| {
+                let own = chosen.iter().filter(|place| place.part == at);
+                own.copied().collect()
+            });
+            let data = Self {
+                chosen,
+                ..self.clone()
+            };
+            (part.label.clone(), data)
+        });
+        parts.filter(|(_, data)| !data.is_empty()).collect()
+    }
+
+    /// Image files: row (from 0), name in the row, path; none for drawn studies.
+    pub fn image_files(&self) -> Vec<(usize, Cow<'_, str>, PathBuf)> {
+        let mut files = Vec::new();
+        for row in 0..self.len() {
+            let (part, place) = self.part(row);
+            let SampleSource::Rows {
+                samples, folder, ..
+            } = &part.source
+            else {
+                continue;
+            };
+            let sample = &samples[place];
+            for (image, name) in sample.images.iter().enumerate() {
+                let name = if self.parts.len() == 1 {
+                    Cow::Borrowed(name.as_str())
+                } else {
+                    Cow::Owned(format!("{}: {name}", part.label))
+                };
+                files.push((row, name, sample.image_path(image, folder)));
+            }
+        }
+        files
+    }
+
+    /// Where a sample of this data set is.
+    pub(super) fn place(&self, index: usize) -> Place {
+        match &self.chosen {
+            Some(chosen) => chosen[index],
+            None => Place {
+                part: 0,
+                row: index,
+            },
+        }
+    }
+
+    /// The part of a sample, and its place there, from 0.
+    pub(super) fn part(&self, index: usize) -> (&DataPart, usize) {
+        let Place { part, row } = self.place(index);
+        (&self.parts[part], row)
+    }
+
+    /// The file of a sample, for messages.
+    pub(super) fn file(&self, index: usize) -> String {
+        self.part(index).0.name.clone()
     }
 
     /// Number of samples.
     pub fn len(&self) -> usize {
-        if let Some(chosen) = &self.chosen {
-            return chosen.len();
-        }
-        match &self.source {
-            SampleSource::Rows { samples, .. } => samples.len(),
-            SampleSource::Phantoms { range, .. } => (range.end - range.start) as usize,
+        match &self.chosen {
+            Some(chosen) => chosen.len(),
+            None => self.parts.first().map_or(0, DataPart::len),
         }
     }
 
@@ -233,8 +381,8 @@ impl Dataset {
     /// # Panics
     /// If `index` is not below [`Self::len`].
     pub fn row(&self, index: usize) -> usize {
-        let place = self.place(index);
-        match &self.source {
+        let (part, place) = self.part(index);
+        match &part.source {
             SampleSource::Rows { lines, .. } => lines[place],
             SampleSource::Phantoms { .. } => place + 1,
         }
@@ -253,18 +401,20 @@ impl Dataset {
     /// # Panics
     /// If `index` is not below [`Self::len`].
     pub fn read(&self, index: usize, parts: &TextAndImages) -> Result<RawSample, DatasetError> {
-        let place = self.place(index);
-        match &self.source {
+        let (part, place) = self.part(index);
+        match &part.source {
             SampleSource::Rows {
                 samples, folder, ..
             } => {
                 let sample = &samples[place];
+                let paths = sample.image_paths(folder);
                 let pictures = sample
                     .images
                     .iter()
-                    .map(|image| {
+                    .zip(&paths)
+                    .map(|(image, path)| {
                         let reading = (parts.images)
-                            .read(&folder.join(image), None)
+                            .read(path, None)
                             .map_err(|cause| self.image_error(index, image.clone(), cause))?;
                         self.image_remarks.note(image, &reading.remarks);
                         Ok(reading.picture)
@@ -317,8 +467,8 @@ impl Dataset {
     /// # Panics
     /// If `index` is not below [`Self::len`].
     pub fn drawn(&self, index: usize) -> Option<Vec<RgbImage>> {
-        let place = self.place(index);
-        let SampleSource::Phantoms { studies, range, .. } = &self.source else {
+        let (part, place) = self.part(index);
+        let SampleSource::Phantoms { studies, range, .. } = &part.source else {
             return None;
         };
         let number = range.start + place as u64;
@@ -333,8 +483,8 @@ impl Dataset {
     /// # Panics
     /// If `index` is not below [`Self::len`].
     pub fn text(&self, index: usize) -> SampleText {
-        let place = self.place(index);
-        let (images, name, conversation) = match &self.source {
+        let (part, place) = self.part(index);
+        let (images, name, conversation) = match &part.source {
             SampleSource::Rows {
                 samples, folder, ..
             } => {
@@ -344,9 +494,7 @@ impl Dataset {
                 } else {
                     sample.images.join(";")
                 };
-                let images: Vec<PathBuf> = (sample.images.iter())
-                    .map(|image| folder.join(image))
-                    .collect();
+                let images = sample.image_paths(folder);
                 let limits = DecodeLimits::default();
                 let sizes = images.iter().filter(|_| sample.has_boxes());
                 let sizes: Result<Vec<_>, _> = sizes.map(|image| probe(image, &limits)).collect();
@@ -386,7 +534,7 @@ impl Dataset {
         sizes: &[(usize, usize)],
     ) -> Result<Conversation, DatasetError> {
         let placed = sample.placed(sizes).map_err(|fault| SampleError {
-            file: PathBuf::from(&self.name),
+            file: PathBuf::from(self.file(index)),
             row: self.row(index),
             fault,
         })?;
@@ -400,7 +548,7 @@ impl Dataset {
         cause: ImageError,
     ) -> DatasetError {
         DatasetError::Image {
-            file: self.name.clone(),
+            file: self.file(index),
             row: self.row(index),
             image,
             cause,
@@ -409,13 +557,9 @@ impl Dataset {
 
     pub(super) fn encode_error(&self, index: usize, cause: SupervisedError) -> DatasetError {
         DatasetError::Encode {
-            file: self.name.clone(),
+            file: self.file(index),
             row: self.row(index),
             cause,
         }
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use crate::processor::row_keys::is_kept;
+
 /// Keys of rows that nothing uses: the first row of each, and how many have it.
 #[derive(Debug, Default)]
 pub(crate) struct UnusedKeys(BTreeMap<String, (usize, usize)>);
@@ -22,7 +24,11 @@ impl UnusedKeys {
                 2 => ", nor in 1 other row".to_string(),
                 count => format!(", nor in {} other rows", count - 1),
             };
-            let hint = "hint: begin its name with `_` if it is meant for you alone";
+            let hint = if is_kept(&key) {
+                "it belongs to preference training, and only the answer in `messages` is learnt"
+            } else {
+                "hint: begin its name with `_` if it is meant for you alone"
+            };
             (row, format!("the key `{key}` is not used{others}; {hint}"))
         })
     }

@@ -8,8 +8,12 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
+use crate::base::text_file::{TextFileError, read_text};
 use crate::processor::message::split_thinking;
 use crate::study::keys_of;
+
+/// Most bytes of a file of predictions.
+const MAX_BYTES: u64 = 4 << 30;
 
 /// Keys under which an answer is looked for, in this order.
 pub const ANSWER_KEYS: [&str; 9] = [
@@ -45,6 +49,9 @@ pub enum PredictionsError {
         /// Why.
         cause: std::io::Error,
     },
+    /// The file is no text.
+    #[error(transparent)]
+    Text(TextFileError),
     /// There is no row.
     #[error("`{}` holds no prediction; expected one JSON object a line", .0.display())]
     Empty(PathBuf),
@@ -127,12 +134,12 @@ pub fn read_predictions(
     path: &Path,
     keys: &PredictionKeys,
 ) -> Result<Vec<Prediction>, PredictionsError> {
-    let text = std::fs::read_to_string(path).map_err(|cause| PredictionsError::Read {
-        path: path.to_owned(),
-        cause,
+    let text = read_text(path, MAX_BYTES).map_err(|error| match error {
+        TextFileError::Read { path, cause } => PredictionsError::Read { path, cause },
+        error => PredictionsError::Text(error),
     })?;
+    let text = text.text;
     let predictions: Vec<Prediction> = text
-        .trim_start_matches('\u{feff}')
         .lines()
         .enumerate()
         .filter(|(_, line)| !line.trim().is_empty())

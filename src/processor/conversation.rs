@@ -48,6 +48,15 @@ impl Conversation {
             .count()
     }
 
+    /// Whether the first question has words.
+    pub fn has_question(&self) -> bool {
+        let first = self.turns.first().map(|turn| turn.question.as_slice());
+        first.unwrap_or_default().iter().any(|part| match part {
+            Part::Image => false,
+            Part::Text { text } => !text.trim().is_empty(),
+        })
+    }
+
     /// Answer of the last turn: the reference text of an evaluation.
     pub fn last_answer(&self) -> Option<&str> {
         self.turns.last()?.answer.as_deref()

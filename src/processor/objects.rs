@@ -19,14 +19,25 @@ const GRID: f64 = 1000.0;
 /// Keys of `objects`.
 const KEYS: [&str; 4] = ["ref", "bbox", "bbox_type", "image_id"];
 
+/// What coordinates are counted in.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+enum Unit {
+    /// Pixels of the image as it is shown.
+    #[default]
+    Pixels,
+    /// Shares of its sides, from 0 to 1.
+    Shares,
+    /// Thousandths of its sides, as they are written.
+    Thousandths,
+}
+
 /// The objects of one row, taken in the order of their tags.
 #[derive(Debug, Default)]
 pub(super) struct Objects {
     names: Vec<String>,
     /// Two or four coordinates each.
     boxes: Vec<Vec<f64>>,
-    /// Whether coordinates are shares of the sides, not pixels.
-    shares: bool,
+    unit: Unit,
     /// Image of each box.
     images: Vec<usize>,
     next_name: usize,
@@ -96,12 +107,13 @@ impl Objects {
             }
             objects.boxes.push(numbers);
         }
-        objects.shares = match fields.get("bbox_type") {
-            None | Some(Value::Null) => false,
-            Some(Value::String(kind)) if kind == "real" => false,
-            Some(Value::String(kind)) if kind == "norm1" => true,
+        objects.unit = match fields.get("bbox_type") {
+            None | Some(Value::Null) => Unit::Pixels,
+            Some(Value::String(kind)) if kind == "real" => Unit::Pixels,
+            Some(Value::String(kind)) if kind == "norm1" => Unit::Shares,
+            Some(Value::String(kind)) if kind == "norm1000" => Unit::Thousandths,
             Some(other) => {
-                let expected = "`real` (pixels) or `norm1` (shares of the sides)";
+                let expected = "`real` (pixels), `norm1` (shares of the sides) or `norm1000` (thousandths of them)";
                 return Err(RowFault::key("objects.bbox_type", shown(other), expected));
             }
         };
@@ -117,8 +129,8 @@ impl Objects {
                     )
                 })?);
         }
-        if !objects.boxes.is_empty() && !objects.shares && images == 0 {
-            let expected = "a picture to measure it in, or `bbox_type` `norm1`";
+        if !objects.boxes.is_empty() && objects.unit == Unit::Pixels && images == 0 {
+            let expected = "a picture to measure it in, or `bbox_type` `norm1` or `norm1000`";
             return Err(RowFault::key(
                 "objects.bbox",
                 "given in pixels, without a picture",
@@ -155,11 +167,13 @@ impl Objects {
         let Some(sizes) = sizes else {
             return Ok("<bbox>".to_owned());
         };
-        let (width, height) = if self.shares {
-            (1, 1)
-        } else {
-            let image = self.images.get(index).copied().unwrap_or(0);
-            sizes.get(image).copied().unwrap_or((1, 1))
+        let (width, height) = match self.unit {
+            Unit::Shares => (1, 1),
+            Unit::Thousandths => (GRID as usize, GRID as usize),
+            Unit::Pixels => {
+                let image = self.images.get(index).copied().unwrap_or(0);
+                sizes.get(image).copied().unwrap_or((1, 1))
+            }
         };
         let mut text = Vec::new();
         for (at, value) in corners.iter().enumerate() {
@@ -167,15 +181,17 @@ impl Objects {
             // Python rounds halves to the even number.
             let place = (value / side as f64 * GRID).round_ties_even();
             if !(0.0..=GRID).contains(&place) {
-                let unit = if self.shares {
-                    "the range from 0 to 1 of `bbox_type` `norm1`".to_owned()
-                } else {
-                    format!("its picture of {width} × {height} pixels")
+                let unit = match self.unit {
+                    Unit::Shares => "the range from 0 to 1 of `bbox_type` `norm1`".to_owned(),
+                    Unit::Thousandths => {
+                        "the range from 0 to 1000 of `bbox_type` `norm1000`".to_owned()
+                    }
+                    Unit::Pixels => format!("its picture of {width} × {height} pixels"),
                 };
                 return Err(RowFault::key(
                     format!("objects.bbox[{index}]"),
                     format!("`{}`, outside {unit}", Value::from(corners.as_slice())),
-                    "a box inside, in pixels of the picture as it is shown, or shares of its sides with `bbox_type` `norm1`",
+                    "a box inside, in pixels of the picture as it is shown, or shares or thousandths of its sides with `bbox_type` `norm1` or `norm1000`",
                 ));
             }
             text.push(format!("{place}"));

@@ -4,7 +4,6 @@ use std::path::PathBuf;
 
 use serde_json::Value;
 
-use super::row_forms;
 use crate::study::counted;
 
 /// Why a line is no sample; the message names the file and the row.
@@ -25,11 +24,16 @@ pub enum RowFault {
     /// The line is not JSON.
     #[error("not JSON: {0}")]
     Json(String),
+    /// The row of a table cannot be read.
+    #[error("{0}")]
+    Table(String),
     /// The row is in another form.
-    #[error("found {found}; expected {}; hint: {hint}", row_forms::EXPECTED)]
+    #[error("found {found}; expected {expected}; hint: {hint}")]
     Form {
         /// What is there.
         found: String,
+        /// The line that would be right.
+        expected: String,
         /// How to bring it into the form that is read.
         hint: String,
     },

@@ -1,129 +1,582 @@
-//! Rows of other trainers and corpora: what form one is in, and how to bring it into the one read.
+//! Rows of other trainers, brought into `messages` and `images`.
+//!
+//! Read are `conversations` of ShareGPT and LLaVA (`from`, `value`), `conversation` of `human` and `assistant`,
+//! query and response with `history`, Alpaca's `instruction`, `input` and `output`, XrayGLM's `img`, `prompt`
+//! and `label`, content as a list of parts (OpenAI, Hugging Face, Qwen), and the role names of all of these.
+//! A row that is in the plain form already stays as it is.
+//!
+//! Source: `AutoPreprocessor`, `MessagesPreprocessor`, `ResponsePreprocessor` and `AlpacaPreprocessor`,
+//! ms-swift 4.6, `dataset/preprocessor/core.py`.
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
-/// The form that is read.
-pub(super) const EXPECTED: &str = r#"`{"messages": [{"role": "user", "content": "<image>…"}, {"role": "assistant", "content": "…"}], "images": ["a.png"]}`"#;
+use super::row_fault::{RowFault, kind_of};
+use super::row_parts::PartImages;
+use super::{literal, row_keys};
 
-/// What a row without `messages` is, and what to do about it.
-pub(super) fn describe(row: &Map<String, Value>) -> (String, String) {
-    let has = |key: &str| row.contains_key(key);
-    let first = |key: &str| {
-        let entries = row.get(key).and_then(Value::as_array);
-        entries.and_then(|entries| entries.first())
+/// Keys of a conversation.
+const CONVERSATIONS: [&str; 3] = ["messages", "conversations", "conversation"];
+
+/// Keys of a question and of an answer, in rows without a conversation; the first of each is ms-swift's own.
+const QUERY: [&str; 6] = [
+    "query",
+    "prompt",
+    "input",
+    "instruction",
+    "question",
+    "problem",
+];
+const RESPONSE: [&str; 11] = [
+    "response",
+    "answer",
+    "output",
+    "targets",
+    "target",
+    "answer_key",
+    "answers",
+    "solution",
+    "text",
+    "completion",
+    "content",
+];
+
+/// Keys whose value may be text of JSON or of Python in a table.
+const STRUCTURED: [&str; 9] = [
+    "messages",
+    "conversations",
+    "conversation",
+    "history",
+    "objects",
+    "chat_template_kwargs",
+    "images",
+    "image",
+    "img",
+];
+
+/// Pixel limits, as keys of a row or of an image.
+pub(super) const LIMITS: [&str; 2] = ["min_pixels", "max_pixels"];
+
+/// Whether a row with these keys is one that [`to_messages`] or the plain form takes.
+pub fn is_training_form(row: &Map<String, Value>) -> bool {
+    let given = |key: &&str| {
+        row.get(*key)
+            .is_some_and(|value| !row_keys::is_empty(value))
     };
-    let found = |words: &str, hint: &str| (words.to_owned(), hint.to_owned());
-    for key in ["conversations", "conversation"] {
-        let Some(turn) = first(key) else { continue };
-        return if turn.get("from").is_some() {
-            found(
-                &format!("`{key}` of `from` and `value` (the form of ShareGPT and LLaVA)"),
-                "rename it to `messages`, `from` to `role` (`human` is `user`, `gpt` is `assistant`), `value` to `content`",
-            )
-        } else {
-            found(
-                &format!("`{key}` of `human` and `assistant` (the ShareGPT form of ms-swift)"),
-                "make two messages of each turn, one of `user` and one of `assistant`",
-            )
-        };
+    if CONVERSATIONS.iter().any(|key| given(&key)) {
+        return true;
     }
-    if has("query") || has("response") {
-        let history = if has("history") {
-            "; the pairs of `history` come before them"
-        } else {
-            ""
-        };
-        return (
-            "`query` and `response` (the query-response form of ms-swift)".to_owned(),
-            format!(
-                "make `query` the content of a message of `user`, and `response` that of `assistant`{history}"
-            ),
-        );
-    }
-    if has("instruction") || (has("input") && has("output")) {
-        return found(
-            "`instruction` and `output` (the form of Alpaca)",
-            "make `instruction`, a line end and `input` the content of a message of `user`, and `output` that of `assistant`",
-        );
-    }
-    if has("chosen") && has("rejected") {
-        return found(
-            "`chosen` and `rejected` (preferences)",
-            "preference training is not supported; put the chosen answer into `messages`",
-        );
-    }
-    if has("img") && has("label") {
-        return found(
-            "`img`, `prompt` and `label` (the form of XrayGLM)",
-            "`convert` reads such rows, with `--image-key img`, `--report-key label`, `--images DIR` and `--output OUT`",
-        );
-    }
-    if has("annotations") {
-        return found(
-            "one object with `annotations` (the form of OpenI-zh)",
-            "`convert` reads it, with `--images DIR` and `--output OUT`",
-        );
-    }
-    if has("image_id") && has("caption") {
-        return found(
-            "`image_id` and `caption` (a row of OpenI-zh)",
-            "`convert` reads such rows, with `--image-key image_id` and `--report-key caption`",
-        );
-    }
-    if has("file_name") || row.values().any(|value| value.get("file_name").is_some()) {
-        return found(
-            "a description of data sets (dataset_info.json of LLaMA-Factory)",
-            "name the data file itself",
-        );
-    }
-    if has("text") {
-        return found(
-            "a plain `text`",
-            "training is on questions and answers; put the text to be learnt into a message of `assistant`, after one of `user`",
-        );
-    }
-    let keys: Vec<String> = row.keys().take(8).map(|key| format!("`{key}`")).collect();
-    let words = match keys.len() {
-        0 => "an object without keys".to_owned(),
-        1 => format!("only the key {}", keys[0]),
-        _ => format!("only the keys {}", keys.join(", ")),
+    let any = |names: &[&str]| {
+        let mut keys = row.keys();
+        keys.any(|key| names.contains(&key.to_lowercase().as_str()))
     };
-    (
-        words,
-        "put question and answer into `messages` and the paths of the pictures into `images`, or let `convert` do it, with `--image-key` and `--report-key`"
-            .to_owned(),
-    )
+    any(&QUERY) && any(&RESPONSE)
 }
 
-/// What a list of `content` is, and what to do about it.
-pub(super) fn describe_parts(parts: &[Value]) -> (&'static str, &'static str) {
-    let kinds = |kind: &str| {
-        parts
-            .iter()
-            .any(|part| part.get("type").and_then(Value::as_str) == Some(kind))
-    };
-    let hint = "a text, with `<image>` where a picture belongs and its path in `images` of the row";
-    if kinds("image_url") {
-        (
-            "a list of parts with `image_url` (the form of OpenAI)",
-            hint,
-        )
-    } else if kinds("image") || kinds("text") {
-        (
-            "a list of parts (the form of chat templates on Hugging Face)",
-            hint,
-        )
-    } else {
-        ("a list", "a text")
+/// Brings a row of another form into `messages` and `images`; one of no known form stays as it is.
+///
+/// # Errors
+/// [`RowFault`] if two keys say the same, or a value is of another kind than its key wants.
+pub(super) fn to_messages(row: &mut Map<String, Value>) -> Result<(), RowFault> {
+    for key in STRUCTURED {
+        if let Some(Value::String(text)) = row.get(key)
+            && let Some(value) = literal::parse(text)
+        {
+            row.insert(key.to_owned(), value);
+        }
     }
+    limits(row)?;
+    if let Some(list @ Value::Array(_)) = row.get("objects") {
+        let objects = objects(list)?;
+        row.insert("objects".to_owned(), objects);
+    }
+    if row.get("messages").is_some_and(row_keys::is_empty) && !is_list(row.get("messages")) {
+        row.shift_remove("messages");
+    }
+    if !row.contains_key("messages") {
+        let given = |key: &&&str| {
+            row.get(**key)
+                .is_some_and(|value| !row_keys::is_empty(value))
+        };
+        let mut found = CONVERSATIONS.iter().filter(given);
+        match (found.next(), found.next()) {
+            (Some(key), Some(other)) => return Err(both(key, other)),
+            (Some(key), None) => {
+                let entries = row.shift_remove(*key).unwrap_or_default();
+                let messages = conversation(key, entries)?;
+                row.insert("messages".to_owned(), messages);
+            }
+            (None, _) => question_and_answer(row)?,
+        }
+    }
+    let images = row
+        .get("images")
+        .is_some_and(|value| !row_keys::is_empty(value));
+    let Some(Value::Array(messages)) = row.get_mut("messages") else {
+        return Ok(());
+    };
+    let mut parts = PartImages::default();
+    for (index, message) in messages.iter_mut().enumerate() {
+        let Value::Object(message) = message else {
+            continue;
+        };
+        standard_names(message);
+        if let Some(Value::Array(entries)) = message.get("content") {
+            let key = format!("messages[{index}].content");
+            let text = parts.text(&key, entries)?;
+            message.insert("content".to_owned(), text.into());
+        }
+    }
+    if !parts.images.is_empty() {
+        if images
+            || row
+                .get("image")
+                .is_some_and(|value| !row_keys::is_empty(value))
+        {
+            return Err(RowFault::key(
+                "images",
+                "given beside images in the parts of `content`",
+                "one of the two; a part `{\"type\": \"image\"}` alone is the place of the next of `images`",
+            ));
+        }
+        row.insert("images".to_owned(), parts.images.into());
+    }
+    for (name, limit) in LIMITS.into_iter().zip(parts.limits) {
+        if let Some(limit) = limit {
+            row.insert(name.to_owned(), limit);
+        }
+    }
+    limits(row)
+}
+
+fn is_list(value: Option<&Value>) -> bool {
+    matches!(value, Some(Value::Array(_)))
+}
+
+fn both(one: &str, other: &str) -> RowFault {
+    let found = format!("given beside `{other}`");
+    let expected = format!(
+        "one of the two; hint: `columns` says which one counts, as `--columns response={other}`, or begin the name of the other with `_`"
+    );
+    RowFault::key(one, found, expected)
 }
 
 /// The role that is meant by a name other trainers use.
 pub(super) fn role_of(name: &str) -> Option<&'static str> {
     match name.to_lowercase().as_str() {
         "user" | "human" => Some("user"),
-        "assistant" | "gpt" | "bot" | "model" => Some("assistant"),
+        "assistant" | "gpt" | "bot" | "model" | "chatgpt" | "ai" => Some("assistant"),
         "system" | "developer" => Some("system"),
         _ => None,
+    }
+}
+
+/// `from` and `value` become `role` and `content`, and other names of roles those that are read.
+fn standard_names(message: &mut Map<String, Value>) {
+    for (other, own) in [("from", "role"), ("value", "content")] {
+        if !message.contains_key(own)
+            && let Some(value) = message.shift_remove(other)
+        {
+            message.insert(own.to_owned(), value);
+        }
+    }
+    if let Some(Value::String(role)) = message.get_mut("role")
+        && let Some(own) = role_of(role)
+        && role != own
+    {
+        *role = own.to_owned();
+    }
+}
+
+/// The messages of a conversation under another name, of messages or of pairs.
+fn conversation(key: &str, entries: Value) -> Result<Value, RowFault> {
+    let Value::Array(entries) = entries else {
+        return Err(RowFault::key(key, kind_of(&entries), "a list of messages"));
+    };
+    let mut messages = Vec::new();
+    for (index, entry) in entries.into_iter().enumerate() {
+        let place = format!("{key}[{index}]");
+        let Value::Object(mut fields) = entry else {
+            let expected = "an object with `from` and `value`";
+            return Err(RowFault::key(place, kind_of(&entry), expected));
+        };
+        let is_message = ["from", "role", "value", "content"]
+            .iter()
+            .any(|key| fields.contains_key(*key));
+        if is_message {
+            messages.push(Value::Object(fields));
+            continue;
+        }
+        let mut pair = Vec::new();
+        for role in ["user", "assistant"] {
+            let names: Vec<String> = fields
+                .keys()
+                .filter(|name| role_of(name) == Some(role))
+                .cloned()
+                .collect();
+            let [name] = names.as_slice() else {
+                let expected = "a pair such as `{\"human\": …, \"assistant\": …}`, or an object with `from` and `value`";
+                let found = format!(
+                    "an object with {}",
+                    fields
+                        .keys()
+                        .take(5)
+                        .map(|key| format!("`{key}`"))
+                        .collect::<Vec<_>>()
+                        .join(", ")
+                );
+                return Err(RowFault::key(place, found, expected));
+            };
+            let content = fields.shift_remove(name).unwrap_or_default();
+            pair.push(json!({"role": role, "content": content}));
+        }
+        if let Some((name, value)) = fields
+            .into_iter()
+            .find(|(_, value)| !row_keys::is_empty(value))
+        {
+            return Err(RowFault::key(
+                format!("{place}.{name}"),
+                kind_of(&value),
+                "a pair of question and answer alone",
+            ));
+        }
+        messages.append(&mut pair);
+    }
+    Ok(messages.into())
+}
+
+/// The key among `names` that has a value, whatever its capitals.
+fn only(row: &Map<String, Value>, names: &[&str]) -> Result<Option<String>, RowFault> {
+    let mut found = row
+        .iter()
+        .filter(|(key, value)| {
+            names.contains(&key.to_lowercase().as_str()) && !row_keys::is_empty(value)
+        })
+        .map(|(key, _)| key);
+    match (found.next(), found.next()) {
+        (Some(key), Some(other)) => Err(both(key, other)),
+        (key, _) => Ok(key.cloned()),
+    }
+}
+
+/// A question and its answer under keys of their own, with the turns before them.
+fn question_and_answer(row: &mut Map<String, Value>) -> Result<(), RowFault> {
+    let given = |row: &Map<String, Value>, key: &str| {
+        row.get(key).is_some_and(|value| !row_keys::is_empty(value))
+    };
+    // XrayGLM's rows. A `label` that is no text is a verdict of preference training.
+    let is_xrayglm = given(row, "img") && matches!(row.get("label"), Some(Value::String(_)));
+    let response = if is_xrayglm {
+        Some("label".to_owned())
+    } else {
+        only(row, &RESPONSE)?
+    };
+    let Some(response) = response else {
+        return Ok(());
+    };
+    let is_alpaca = given(row, "instruction") && given(row, "input");
+    let query = if is_alpaca {
+        Some("instruction".to_owned())
+    } else {
+        only(row, &QUERY)?
+    };
+    // A text alone may be anything; an answer alone is named so.
+    if query.is_none() && response.to_lowercase() != RESPONSE[0] {
+        return Ok(());
+    }
+    let text = |key: &str, value: Value| match value {
+        Value::String(text) => Ok(text),
+        Value::Array(mut texts) if texts.len() == 1 => match texts.pop() {
+            Some(Value::String(text)) => Ok(text),
+            _ => Err(RowFault::key(key, "a list", "a text")),
+        },
+        Value::Array(texts) => Err(RowFault::key(
+            key,
+            format!("a list of {} answers", texts.len()),
+            "one text; hint: write a row for each answer that is to be learnt",
+        )),
+        other => Err(RowFault::key(key, kind_of(&other), "a text")),
+    };
+    let answer = text(&response, row.shift_remove(&response).unwrap_or_default())?;
+    let mut messages = history(row.shift_remove("history"))?;
+    if let Some(query) = query {
+        let mut question = text(&query, row.shift_remove(&query).unwrap_or_default())?;
+        if is_alpaca {
+            let input = text("input", row.shift_remove("input").unwrap_or_default())?;
+            question = format!("{question}\n{input}");
+        }
+        messages.push(json!({"role": "user", "content": question}));
+    }
+    messages.push(json!({"role": "assistant", "content": answer}));
+    for key in QUERY.iter().chain(&RESPONSE) {
+        if row.get(*key).is_some_and(row_keys::is_empty) {
+            row.shift_remove(*key);
+        }
+    }
+    row.insert("messages".to_owned(), messages.into());
+    Ok(())
+}
+
+/// The turns before the last: a list of pairs.
+fn history(value: Option<Value>) -> Result<Vec<Value>, RowFault> {
+    let expected = "a list of pairs `[question, answer]`";
+    let pairs = match value {
+        None => return Ok(Vec::new()),
+        Some(value) if row_keys::is_empty(&value) => return Ok(Vec::new()),
+        Some(Value::Array(pairs)) => pairs,
+        Some(other) => return Err(RowFault::key("history", kind_of(&other), expected)),
+    };
+    let mut messages = Vec::new();
+    for (index, pair) in pairs.into_iter().enumerate() {
+        match pair {
+            Value::Array(mut pair) if pair.len() == 2 => {
+                let answer = pair.pop().unwrap_or_default();
+                let question = pair.pop().unwrap_or_default();
+                messages.push(json!({"role": "user", "content": question}));
+                messages.push(json!({"role": "assistant", "content": answer}));
+            }
+            Value::Object(message) if message.contains_key("role") => {
+                messages.push(Value::Object(message));
+            }
+            other => {
+                let place = format!("history[{index}]");
+                return Err(RowFault::key(place, kind_of(&other), expected));
+            }
+        }
+    }
+    Ok(messages)
+}
+
+/// `min_pixels` and `max_pixels` of the row itself, brought to the others.
+fn limits(row: &mut Map<String, Value>) -> Result<(), RowFault> {
+    for name in LIMITS {
+        let Some(limit) = row.shift_remove(name) else {
+            continue;
+        };
+        if row_keys::is_empty(&limit) {
+            continue;
+        }
+        let kwargs = row
+            .entry("chat_template_kwargs")
+            .or_insert_with(|| json!({}));
+        if kwargs.is_null() {
+            *kwargs = json!({});
+        }
+        let Value::Object(kwargs) = kwargs else {
+            return Err(both(name, "chat_template_kwargs"));
+        };
+        if kwargs.get(name).is_some_and(|other| *other != limit) {
+            return Err(both(name, "chat_template_kwargs"));
+        }
+        kwargs.insert(name.to_owned(), limit);
+    }
+    Ok(())
+}
+
+/// `objects` as a list of objects, each with its name and box, as lists under `ref` and `bbox`.
+fn objects(list: &Value) -> Result<Value, RowFault> {
+    let mut fields = Map::new();
+    for (index, object) in list.as_array().into_iter().flatten().enumerate() {
+        let place = format!("objects[{index}]");
+        let Value::Object(object) = object else {
+            let expected = "an object with `ref` and `bbox`";
+            return Err(RowFault::key(place, kind_of(object), expected));
+        };
+        for (key, value) in object {
+            let own = match key.as_str() {
+                "ref" | "caption" | "label" | "name" => "ref",
+                "bbox" | "box" | "bbox_2d" => "bbox",
+                "image_id" | "image" => "image_id",
+                "bbox_type" => {
+                    if fields.get("bbox_type").is_some_and(|other| other != value) {
+                        let expected = "the same for all objects of the row";
+                        return Err(RowFault::key(
+                            format!("{place}.{key}"),
+                            value.to_string(),
+                            expected,
+                        ));
+                    }
+                    fields.insert(key.clone(), value.clone());
+                    continue;
+                }
+                other => {
+                    return Err(RowFault::Refused {
+                        key: format!("{place}.{other}"),
+                        cure: "of objects `ref`, `bbox`, `bbox_type` and `image_id` are read; take it out",
+                    });
+                }
+            };
+            let entries = fields.entry(own).or_insert_with(|| json!([]));
+            if let Value::Array(entries) = entries {
+                if entries.len() != index {
+                    return Err(RowFault::key(
+                        format!("{place}.{key}"),
+                        "given here and not in every object",
+                        "the same keys in all objects of the row",
+                    ));
+                }
+                entries.push(value.clone());
+            }
+        }
+    }
+    Ok(Value::Object(fields))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plain(row: Value) -> Result<Value, RowFault> {
+        let Value::Object(mut row) = row else {
+            unreachable!()
+        };
+        to_messages(&mut row)?;
+        Ok(Value::Object(row))
+    }
+
+    const A: &str = "双肺清晰。";
+
+    fn turns(question: &str) -> Value {
+        json!([{"role": "user", "content": question}, {"role": "assistant", "content": A}])
+    }
+
+    #[test]
+    fn every_form_becomes_messages() {
+        for (row, messages) in [
+            (json!({"query": "问", "response": A}), turns("问")),
+            (json!({"Question": "问", "Answer": A}), turns("问")),
+            (json!({"prompt": "问", "completion": A}), turns("问")),
+            (
+                json!({"instruction": "看片", "input": "", "output": A}),
+                turns("看片"),
+            ),
+            (
+                json!({"instruction": "看片", "input": "正位", "output": A}),
+                turns("看片\n正位"),
+            ),
+            (
+                json!({"img": "a.png", "prompt": "问", "label": A}),
+                turns("问"),
+            ),
+            (
+                json!({"conversation": [{"human": "问", "assistant": A}]}),
+                turns("问"),
+            ),
+            (
+                json!({"conversations": [{"from": "human", "value": "问"}, {"from": "gpt", "value": A}]}),
+                turns("问"),
+            ),
+            (
+                json!({"conversations": [{"role": "user", "content": "问"}, {"role": "bot", "content": A}]}),
+                turns("问"),
+            ),
+            (
+                json!({"messages": format!("[{{'role': 'user', 'content': '问'}}, {{'role': 'model', 'content': '{A}'}}]")}),
+                turns("问"),
+            ),
+            (
+                json!({"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "问"}]}, {"role": "assistant", "content": [{"text": A}]}]}),
+                turns("<image>问"),
+            ),
+            (
+                json!({"response": A}),
+                json!([{"role": "assistant", "content": A}]),
+            ),
+        ] {
+            let text = row.to_string();
+            assert_eq!(plain(row).unwrap()["messages"], messages, "{text}");
+        }
+        let row = json!({"query": "二", "response": A, "history": [["一", "好"]]});
+        let messages = plain(row).unwrap()["messages"].clone();
+        assert_eq!(messages[1], json!({"role": "assistant", "content": "好"}));
+        assert_eq!(messages[2]["content"], "二");
+        let row = json!({"query": "二", "response": A, "history": "[['一', '好']]"});
+        assert_eq!(plain(row).unwrap()["messages"], messages);
+    }
+
+    #[test]
+    fn images_of_parts_come_in_their_order() {
+        let part = |image: Value| json!({"messages": [{"role": "user", "content": [image, "问"]}]});
+        for (image, found) in [
+            (json!({"type": "image", "image": "a.png"}), json!("a.png")),
+            (
+                json!({"type": "image_url", "image_url": {"url": "a.png"}}),
+                json!("a.png"),
+            ),
+            (
+                json!({"type": "image_url", "image_url": "a.png"}),
+                json!("a.png"),
+            ),
+            (
+                json!({"image": {"path": "a.png", "bytes": null}}),
+                json!({"path": "a.png", "bytes": null}),
+            ),
+            (
+                json!({"type": "image", "base64": "AAAA"}),
+                json!({"bytes": "AAAA"}),
+            ),
+        ] {
+            let row = plain(part(image)).unwrap();
+            assert_eq!(row["images"], json!([found]));
+            assert_eq!(row["messages"][0]["content"], "<image>问");
+        }
+        let row = plain(part(
+            json!({"type": "image", "image": "a.png", "max_pixels": 4096}),
+        ));
+        assert_eq!(
+            row.unwrap()["chat_template_kwargs"],
+            json!({"max_pixels": 4096})
+        );
+    }
+
+    #[test]
+    fn what_says_two_things_is_refused() {
+        for (row, says) in [
+            (
+                json!({"query": "q", "response": A, "answer": "b"}),
+                "`response` is given beside `answer`",
+            ),
+            (
+                json!({"query": "q", "question": "r", "response": A}),
+                "`query` is given beside `question`",
+            ),
+            (
+                json!({"conversations": [1], "conversation": [1]}),
+                "`conversations` is given beside",
+            ),
+            (
+                json!({"query": "q", "response": [A, "b"]}),
+                "a list of 2 answers",
+            ),
+            (
+                json!({"conversation": [{"human": "q", "note": "x"}]}),
+                "`human`, `note`",
+            ),
+            (
+                json!({"messages": [{"role": "user", "content": [{"type": "video", "video": "v"}]}]}),
+                "videos and sound",
+            ),
+            (
+                json!({"messages": [{"role": "user", "content": [{"type": "image", "image": "a"}]}], "images": ["b"]}),
+                "beside images in the parts",
+            ),
+            (
+                json!({"query": "q", "response": A, "history": ["x"]}),
+                "`history[0]` is a text",
+            ),
+        ] {
+            let fault = plain(row).unwrap_err().to_string();
+            assert!(fault.contains(says), "{says}: {fault}");
+        }
+    }
+
+    #[test]
+    fn objects_of_a_list_become_two_lists() {
+        let row = json!({"objects": [
+            {"caption": "结节", "bbox": [1, 2, 3, 4], "bbox_type": "norm1000"},
+            {"caption": "实变", "bbox": [5, 6, 7, 8], "bbox_type": "norm1000"},
+        ]});
+        let plain = plain(row).unwrap();
+        let lists = json!({"ref": ["结节", "实变"], "bbox": [[1, 2, 3, 4], [5, 6, 7, 8]], "bbox_type": "norm1000"});
+        assert_eq!(plain["objects"], lists);
     }
 }

@@ -22,6 +22,8 @@ pub enum KeyUse {
     Read,
     /// It names or describes the row and changes nothing.
     Harmless,
+    /// It belongs to another objective than learning answers; it stays in the row, and is told.
+    Kept,
     /// It would change what is learnt and is not supported; the text says what to do.
     Refused(&'static str),
     /// It looks like this key, which is read.
@@ -31,10 +33,11 @@ pub enum KeyUse {
 }
 
 /// Keys of a row that training reads.
-const ROW_KEYS: [&str; 9] = [
+const ROW_KEYS: [&str; 10] = [
     "messages",
     "images",
     "image",
+    "img",
     "system",
     "system_prompt",
     "objects",
@@ -104,10 +107,7 @@ const REFUSED_IN_ROWS: &[(&[&str], &str)] = &[
     (&["videos", "video"], NO_VIDEO),
     (&["audios", "audio", "ref_audios", "audio_codes"], NO_AUDIO),
     (&["tools", "functions"], NO_TOOLS),
-    (
-        &["label", "rejected_response", "rejected", "chosen", "margin"],
-        PREFERENCES,
-    ),
+    (&["label", "rejected", "chosen"], PREFERENCES),
     (&["solution", "teacher_prompt"], RL),
     (
         &[
@@ -158,13 +158,18 @@ const REFUSED_IN_MESSAGES: &[(&[&str], &str)] = &[
 
 /// What training does with `key` of a row whose value is `value`.
 pub fn of_row(key: &str, value: &Value) -> KeyUse {
-    if key.starts_with("rejected_") && !is_empty(value) {
-        return KeyUse::Refused(PREFERENCES);
+    if is_kept(key) && !is_empty(value) {
+        return KeyUse::Kept;
     }
     if (key.starts_with("positive_") || key.starts_with("negative_")) && !is_empty(value) {
         return KeyUse::Refused("training of embeddings is not supported; take the key out");
     }
     of(key, value, &ROW_KEYS, REFUSED_IN_ROWS)
+}
+
+/// Whether `key` belongs to preference training: the answer that is not to be given, and by how much.
+pub fn is_kept(key: &str) -> bool {
+    key.starts_with("rejected_") || key == "margin"
 }
 
 /// What training does with `key` of a message whose value is `value`.
@@ -219,13 +224,9 @@ mod tests {
             "videos",
             "audios",
             "tools",
-            "rejected_messages",
-            "rejected_images",
             "positive_messages",
             "negative_images",
-            "rejected_response",
             "label",
-            "margin",
             "teacher_prompt",
             "ref_audios",
             "audio_codes",
@@ -237,6 +238,15 @@ mod tests {
         }
         for key in ["objects", "chat_template_kwargs", "image", "system"] {
             assert_eq!(of_row(key, &some), KeyUse::Read, "{key}");
+        }
+        for key in [
+            "rejected_messages",
+            "rejected_images",
+            "rejected_response",
+            "margin",
+        ] {
+            assert_eq!(of_row(key, &some), KeyUse::Kept, "{key}");
+            assert_eq!(of_row(key, &json!(null)), KeyUse::Harmless, "{key}");
         }
         assert_eq!(of_row("channel", &some), KeyUse::Harmless);
         assert!(matches!(of_row("label", &json!(false)), KeyUse::Refused(_)));

@@ -1,14 +1,14 @@
-//! One line of a training file in ms-swift's form, checked.
+//! One row of a training file, checked.
 //!
 //! `{"messages": [{"role": "user", "content": "<image>…"}, {"role": "assistant", "content": "…"}],
 //! "images": ["a.png"]}`: each `<image>` in a question is the place of the next image. The keys `image`,
 //! `system`, `objects`, `chat_template_kwargs` (`min_pixels`, `max_pixels`), `loss` and `loss_scale` (0 or 1)
 //! and the tag `<img>path</img>` are read as well; all other keys are handled in
-//! [`super::row_keys`]. A backslash before a tag makes it plain text: `\<image>`.
+//! [`super::row_keys`], rows of other trainers in `row_forms`. A backslash before a tag makes it plain text: `\<image>`.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
@@ -17,17 +17,26 @@ use super::message::{Content, Part, Role};
 use super::objects::Objects;
 pub use super::row_fault::{RowFault, SampleError};
 use super::row_fault::{kind_of, shown};
+pub use super::row_forms::is_training_form;
+pub use super::row_images::{ImageSource, ending_of, path_of};
 use super::row_keys::{self, KeyUse};
 pub use super::tags::IMAGE_TAG;
 use super::tags::{self, Tag};
-use super::{row_forms, strict_json};
+use super::{row_forms, row_images, row_unknown, strict_json};
 use crate::{base::files::nearest::nearest, study::keys_of};
 
-/// Longest path of an image: a longer text is no path, but most likely the picture itself.
-const LONGEST_PATH: usize = 4096;
-
-/// Longest name in a path.
-const LONGEST_NAME: usize = 255;
+/// Keys that often hold the path of an image, and are none of those that are read.
+const LIKE_IMAGES: [&str; 9] = [
+    "image_path",
+    "image_paths",
+    "img_path",
+    "image_file",
+    "image_files",
+    "image_url",
+    "image_urls",
+    "img_url",
+    "filename",
+];
 
 /// Pixel limits of a row's images, in place of those of the run.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -44,8 +53,10 @@ pub struct Sample {
     /// The conversation, with a place for each image; boxes of objects are still `<bbox>`, see
     /// [`Self::placed`].
     pub conversation: Conversation,
-    /// Paths as the line gives them, in the order of their places.
+    /// Names as the row gives them, in the order of their places: paths, but for [`Self::sources`].
     pub images: Vec<String>,
+    /// Where images are that are no files, by their index.
+    pub sources: BTreeMap<usize, ImageSource>,
     /// Number of `<image>` and `<img>path</img>` in the questions.
     pub marks: usize,
     /// Pixel limits of its own.
@@ -71,6 +82,24 @@ impl Sample {
         }
     }
 
+    /// The file of an image, seen from the folder of the data file.
+    ///
+    /// # Panics
+    /// If there is no image of this index.
+    pub fn image_path(&self, index: usize, folder: &Path) -> PathBuf {
+        match self.sources.get(&index) {
+            Some(ImageSource::Kept(path)) => path.clone(),
+            _ => path_of(&self.images[index], folder),
+        }
+    }
+
+    /// The files of all images, seen from the folder of the data file.
+    pub fn image_paths(&self, folder: &Path) -> Vec<PathBuf> {
+        (0..self.images.len())
+            .map(|index| self.image_path(index, folder))
+            .collect()
+    }
+
     /// Whether [`Self::placed`] depends on the sizes of the images.
     pub fn has_boxes(&self) -> bool {
         self.boxed.is_some()
@@ -92,8 +121,8 @@ pub fn parse_line(line: &str, file: &Path, row: usize) -> Result<Sample, SampleE
     parse_row(line, file, row).map(|(sample, _)| sample)
 }
 
-/// As [`parse_line`], and the row itself in the plain form: `images` for `image` and
-/// `<img>path</img>`, `system` as the first message. All other keys are as they were.
+/// As [`parse_line`], and the row itself in the plain form: `messages` for the keys of other trainers,
+/// `images` for `image` and `<img>path</img>`, `system` as the first message. All other keys are as they were.
 ///
 /// # Errors
 /// As [`parse_line`].
@@ -102,32 +131,68 @@ pub fn parse_row(
     file: &Path,
     row: usize,
 ) -> Result<(Sample, Map<String, Value>), SampleError> {
-    let parsed = || {
-        let mut fields = match strict_json::parse(line).map_err(RowFault::Json)? {
-            Value::Object(fields) => fields,
-            other => {
-                return Err(RowFault::Form {
-                    found: kind_of(&other).to_owned(),
-                    hint: "write one object a line".to_owned(),
-                });
-            }
-        };
-        if !fields.contains_key("messages") {
-            let (found, hint) = row_forms::describe(&fields);
-            return Err(RowFault::Form { found, hint });
-        }
-        to_plain_form(&mut fields)?;
-        let mut sample = read(&fields, None)?;
-        if !sample.conversation.turns.is_empty() && fields.contains_key("objects") {
-            sample.boxed = Some(Box::new(fields.clone()));
-        }
-        Ok((sample, fields))
-    };
-    parsed().map_err(|fault| SampleError {
+    let parsed = fields_of(line).and_then(parse_fields);
+    parsed.map_err(|fault| SampleError {
         file: file.to_owned(),
         row,
         fault,
     })
+}
+
+/// The object that a line is.
+///
+/// # Errors
+/// [`RowFault::Json`], or [`RowFault::Form`] for another value.
+pub fn fields_of(line: &str) -> Result<Map<String, Value>, RowFault> {
+    object_of(strict_json::parse(line).map_err(RowFault::Json)?)
+}
+
+/// The object that a value is.
+///
+/// # Errors
+/// [`RowFault::Form`] for another value.
+pub fn object_of(value: Value) -> Result<Map<String, Value>, RowFault> {
+    match value {
+        Value::Object(fields) => Ok(fields),
+        other => Err(RowFault::Form {
+            found: kind_of(&other).to_owned(),
+            expected: row_unknown::EXPECTED.to_owned(),
+            hint: "write one object a line".to_owned(),
+        }),
+    }
+}
+
+/// As [`parse_row`], of a row that is an object already.
+///
+/// # Errors
+/// [`RowFault`]: all of [`parse_line`] but broken JSON.
+pub fn parse_fields(
+    mut fields: Map<String, Value>,
+) -> Result<(Sample, Map<String, Value>), RowFault> {
+    row_forms::to_messages(&mut fields)?;
+    if !fields.contains_key("messages") {
+        return Err(row_unknown::describe(&fields));
+    }
+    to_plain_form(&mut fields)?;
+    let mut unknown_keys = Vec::new();
+    let images = row_images::read("images", fields.get("images"), &mut unknown_keys)?;
+    let in_row = images.iter().any(|image| image.source.is_some());
+    if in_row {
+        // What follows needs the names alone, and the bytes are large.
+        fields.insert("images".to_owned(), row_images::names(&images));
+    }
+    let mut sample = read(&fields, None)?;
+    if in_row {
+        sample.unknown_keys.splice(0..0, unknown_keys);
+    }
+    let sources = images.into_iter().map(|image| image.source).enumerate();
+    sample.sources = sources
+        .filter_map(|(index, source)| Some((index, source?)))
+        .collect();
+    if fields.contains_key("objects") {
+        sample.boxed = Some(Box::new(fields.clone()));
+    }
+    Ok((sample, fields))
 }
 
 /// Brings other names of images and of the system message into the plain form.
@@ -136,11 +201,13 @@ fn to_plain_form(row: &mut Map<String, Value>) -> Result<(), RowFault> {
         let found = format!("given beside `{other}`");
         RowFault::key(one, found, "one of the two")
     };
-    if let Some(image) = row.shift_remove("image").filter(|v| !row_keys::is_empty(v)) {
-        if row.get("images").is_some_and(|v| !row_keys::is_empty(v)) {
-            return Err(both("image", "images"));
+    for key in ["image", "img"] {
+        if let Some(image) = row.shift_remove(key).filter(|v| !row_keys::is_empty(v)) {
+            if row.get("images").is_some_and(|v| !row_keys::is_empty(v)) {
+                return Err(both(key, "images"));
+            }
+            row.insert("images".to_owned(), image);
         }
-        row.insert("images".to_owned(), image);
     }
     let mut system = None;
     for key in ["system", "system_prompt"] {
@@ -177,8 +244,22 @@ fn to_plain_form(row: &mut Map<String, Value>) -> Result<(), RowFault> {
     }
     if !files.is_empty() {
         row.insert("images".to_owned(), json!(files));
+        return Ok(());
     }
-    Ok(())
+    let like_images = LIKE_IMAGES.iter().find(|key| {
+        let value = row.get(**key);
+        value.is_some_and(|v| (v.is_string() || v.is_array()) && !row_keys::is_empty(v))
+    });
+    match like_images {
+        None => Ok(()),
+        Some(key) => Err(RowFault::key(
+            *key,
+            "given, and the row has no `images`",
+            format!(
+                "the images of the row under `images`; hint: `--columns images={key}` reads them from `{key}`, and a name that begins with `_` is passed over"
+            ),
+        )),
+    }
 }
 
 /// Reads a row in the plain form; without `sizes` of its images, boxes stay `<bbox>`.
@@ -199,7 +280,7 @@ fn read(row: &Map<String, Value>, sizes: Option<&[(usize, usize)]>) -> Result<Sa
         ));
     }
     let limits = pixel_limits(row.get("chat_template_kwargs"))?;
-    let images = image_paths(row.get("images"), &mut unknown_keys)?;
+    let images = row_images::read("images", row.get("images"), &mut unknown_keys)?;
     let mut objects = Objects::read(row.get("objects"), images.len())?;
     let messages = match row.get("messages") {
         Some(Value::Array(messages)) => messages,
@@ -231,10 +312,6 @@ fn read(row: &Map<String, Value>, sizes: Option<&[(usize, usize)]>) -> Result<Sa
         let key = format!("{place}.content");
         let text = match message.get("content") {
             Some(Value::String(text)) => text,
-            Some(Value::Array(parts)) => {
-                let (found, expected) = row_forms::describe_parts(parts);
-                return Err(RowFault::key(key, found, expected));
-            }
             other => {
                 let found = other.map_or("missing", kind_of);
                 return Err(RowFault::key(key, found, "a text"));
@@ -244,8 +321,8 @@ fn read(row: &Map<String, Value>, sizes: Option<&[(usize, usize)]>) -> Result<Sa
         let own_role = match role {
             "system" if index == 0 => Role::System,
             "user" if answered => Role::User,
-            "assistant" if !answered => Role::Assistant,
-            _ => return Err(wrong_role(role_key, role, answered)),
+            "assistant" => Role::Assistant,
+            _ => return Err(wrong_role(role_key, role)),
         };
         let learns = learns(message, &format!("{place}."))?;
         if own_role != Role::Assistant && learns == Some(true) {
@@ -267,9 +344,29 @@ fn read(row: &Map<String, Value>, sizes: Option<&[(usize, usize)]>) -> Result<Sa
                 if text.trim().is_empty() {
                     return Err(RowFault::EmptyAnswer { key });
                 }
-                if let Some(turn) = conversation.turns.last_mut() {
-                    turn.answer = Some(Content::Parts(parts).text());
-                    turn.learns = learns.unwrap_or(true);
+                let (words, learns) = (Content::Parts(parts).text(), learns.unwrap_or(true));
+                if conversation.turns.is_empty() {
+                    // A text to learn without a question, as ms-swift takes it for pre-training.
+                    conversation.turns.push(Turn {
+                        question: Vec::new(),
+                        answer: None,
+                        learns,
+                    });
+                }
+                let Some(turn) = conversation.turns.last_mut() else {
+                    continue;
+                };
+                match &mut turn.answer {
+                    None => (turn.answer, turn.learns) = (Some(words), learns),
+                    Some(_) if turn.learns != learns => {
+                        return Err(RowFault::key(
+                            format!("{place}.loss"),
+                            "other than that of the answer before it",
+                            "the same for answers that follow each other: they are one answer",
+                        ));
+                    }
+                    // As in ms-swift, answers that follow each other are one, with nothing between them.
+                    Some(answer) => answer.push_str(&words),
                 }
             }
         }
@@ -297,7 +394,8 @@ fn read(row: &Map<String, Value>, sizes: Option<&[(usize, usize)]>) -> Result<Sa
     conversation.place_images(images.len());
     Ok(Sample {
         conversation,
-        images,
+        images: images.into_iter().map(|image| image.name).collect(),
+        sources: BTreeMap::new(),
         keys: keys_of(row),
         marks,
         limits,
@@ -310,6 +408,10 @@ fn read(row: &Map<String, Value>, sizes: Option<&[(usize, usize)]>) -> Result<Sa
 fn sort_key(key: String, use_of: KeyUse, unknown: &mut Vec<String>) -> Result<(), RowFault> {
     match use_of {
         KeyUse::Read | KeyUse::Harmless => Ok(()),
+        KeyUse::Kept => {
+            unknown.push(key);
+            Ok(())
+        }
         KeyUse::Refused(cure) => Err(RowFault::Refused { key, cure }),
         KeyUse::Slip(nearest) => Err(RowFault::Slip { key, nearest }),
         KeyUse::Unknown => {
@@ -459,106 +561,27 @@ fn parts_of(
 }
 
 /// Why a role does not fit in its place.
-fn wrong_role(key: String, role: &str, answered: bool) -> RowFault {
+fn wrong_role(key: String, role: &str) -> RowFault {
     const ORDER: &str = "an optional `system`, then `user` and `assistant` by turns";
     let (found, expected) = match role {
         "user" => (
             "`user` after `user`".to_owned(),
             format!("{ORDER}; join the two questions"),
         ),
-        "assistant" if answered => (
-            "`assistant` without a question before it".to_owned(),
-            format!("{ORDER}; put a question before it, or join answers that follow each other"),
-        ),
         "system" => ("`system` after other messages".to_owned(), ORDER.to_owned()),
-        "tool" | "tool_call" | "tool_response" | "function" | "function_call" => (
+        "tool" | "tool_call" | "tool_response" | "function" | "function_call"
+        | "function_response" | "observation" | "observations" => (
             format!("`{role}`"),
-            format!("{ORDER}: turns of tools are not read"),
+            format!(
+                "{ORDER}: turns of tools are not read; put what they say into the messages around them"
+            ),
         ),
-        other => {
-            let expected = match row_forms::role_of(other) {
-                Some(meant) => format!("`{meant}` for it ({ORDER})"),
-                None => ORDER.to_owned(),
-            };
-            (format!("`{other}`"), expected)
-        }
+        other => (
+            format!("`{}`", other.chars().take(40).collect::<String>()),
+            format!("{ORDER}; also `human`, `gpt`, `model`, `bot` and `developer` are known"),
+        ),
     };
     RowFault::key(key, found, expected)
-}
-
-/// Paths from `"a.png"`, `["a.png"]`, `{"path": "a.png"}` or a list of such.
-fn image_paths(
-    images: Option<&Value>,
-    unknown_keys: &mut Vec<String>,
-) -> Result<Vec<String>, RowFault> {
-    let one;
-    let entries = match images {
-        None | Some(Value::Null) => return Ok(Vec::new()),
-        Some(Value::Array(entries)) => entries.as_slice(),
-        Some(value @ (Value::String(_) | Value::Object(_))) => {
-            one = [value.clone()];
-            &one
-        }
-        Some(other) => return Err(RowFault::key("images", kind_of(other), "a list of paths")),
-    };
-    let path_of = |(index, entry): (usize, &Value)| {
-        let key = format!("images[{index}]");
-        let expected = "the path of an image file";
-        let path = match entry {
-            Value::String(path) => path,
-            Value::Object(fields) => match (fields.get("path"), fields.get("bytes")) {
-                (Some(Value::String(path)), _) => {
-                    let others = fields
-                        .iter()
-                        .filter(|(name, value)| *name != "path" && !row_keys::is_empty(value));
-                    unknown_keys.extend(others.map(|(name, _)| format!("{key}.{name}")));
-                    path
-                }
-                (_, Some(bytes)) if !bytes.is_null() => {
-                    return Err(RowFault::key(
-                        key,
-                        "a picture in `bytes`",
-                        in_a_file(expected),
-                    ));
-                }
-                _ => return Err(RowFault::key(key, kind_of(entry), expected)),
-            },
-            _ => return Err(RowFault::key(key, kind_of(entry), expected)),
-        };
-        match not_a_path(path) {
-            Some(found) => Err(RowFault::key(key, found, in_a_file(expected))),
-            None => Ok(path.clone()),
-        }
-    };
-    entries.iter().enumerate().map(path_of).collect()
-}
-
-fn in_a_file(expected: &str) -> String {
-    format!("{expected}; write the picture into a file and name it, relative to the data file")
-}
-
-/// What a text is that cannot be the path of a file; it is never shown whole.
-fn not_a_path(path: &str) -> Option<String> {
-    if path.trim().is_empty() {
-        return Some("an empty text".to_owned());
-    }
-    if let Some((kind, _)) = path
-        .strip_prefix("data:")
-        .and_then(|rest| rest.split_once(','))
-    {
-        let kind: String = kind.chars().take(40).collect();
-        return Some(format!("a picture in the row itself (`data:{kind},…`)"));
-    }
-    for scheme in ["http://", "https://", "file://", "s3://", "oss://"] {
-        if path.starts_with(scheme) {
-            return Some(format!("an address (`{scheme}…`)"));
-        }
-    }
-    let longest = path.split('/').map(str::len).max();
-    (path.len() >= LONGEST_PATH || longest > Some(LONGEST_NAME)).then(|| {
-        let letters = path.chars().count();
-        format!("a text of {letters} characters, too long for a path (a picture in base64?)")
-    })
 }
 
 #[cfg(test)]

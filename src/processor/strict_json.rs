@@ -81,6 +81,15 @@ pub(crate) fn parse(text: &str) -> Result<Value, String> {
     }
 }
 
+/// Reads all values of a text, with white space between them.
+pub(crate) fn parse_all(text: &str) -> Result<Vec<Value>, String> {
+    let values = serde_json::Deserializer::from_str(text).into_iter::<Strict>();
+    let values = values.map(|value| value.map(|Strict(value)| value));
+    values
+        .collect::<Result<_, _>>()
+        .map_err(|error| reason(&error))
+}
+
 /// What a parser of JSON says; a line of a file is always line 1 to it.
 fn reason(error: &serde_json::Error) -> String {
     let text = error.to_string();

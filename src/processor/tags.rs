@@ -32,7 +32,8 @@ pub(super) enum Tag<'a> {
 static TAGS: LazyLock<Regex> = LazyLock::new(|| {
     let tags = concat!(
         r"(?P<escape>\\)?(?:",
-        r"(?P<image><image>)|(?P<ref><ref-object>)|(?P<box><bbox>)",
+        // Also as Qwen's tokenizer writes it.
+        r"(?P<image><image>|<\|vision_start\|><\|image_pad\|><\|vision_end\|>)|(?P<ref><ref-object>)|(?P<box><bbox>)",
         r"|<img>(?P<file>[^<>]+)</img>",
         // Capitals, blanks, slashes, bars, numbers, full-width brackets; HTML's picture.
         r"|(?P<near>[<＜]\s*[/|]?\s*(?i:images?|img|videos?|audios?)[\s_:#-]*\d*\s*[/|]?\s*[>＞]|<img\s[^<>]*>)",
@@ -119,6 +120,10 @@ mod tests {
                 Tag::Words("。")
             ]
         );
+        assert_eq!(
+            tags("<|vision_start|><|image_pad|><|vision_end|>q"),
+            [Tag::Image, Tag::Words("q")]
+        );
         assert_eq!(tags(""), []);
         assert_eq!(tags("a < b > c <think>"), [Tag::Words("a < b > c <think>")]);
     }
@@ -156,6 +161,7 @@ mod tests {
             "<ref-object>",
             "< Image >",
             "<img>a</img>",
+            "<|vision_start|><|image_pad|><|vision_end|>",
         ] {
             assert_eq!(tags(&format!("\\{tag}")), [Tag::Words(tag)]);
         }

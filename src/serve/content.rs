@@ -11,7 +11,6 @@ use hyper::body::Bytes;
 use super::{
     App,
     body::crowded,
-    data_url::base64_bytes,
     engine::{Patches, PreparedPrompt},
     error::ApiError,
     fetch::fetch_image,
@@ -20,6 +19,7 @@ use super::{
     types::{ChatContent, ChatMessage, ChatPart, ImageRemark},
 };
 use crate::{
+    base::base64_text::base64_bytes,
     batch::images::ImageInput,
     processor::{
         chat::{ChatError, ChatTemplate, RenderOptions, encode_chat},

@@ -16,7 +16,6 @@ mod body;
 pub mod chat;
 pub mod client;
 pub mod content;
-mod data_url;
 pub mod engine;
 pub mod error;
 pub mod fetch;

@@ -1,19 +1,13 @@
-//! TLS by rustls, for the server's own connections and for addresses that start with `https`.
+//! TLS by rustls, for the server's own connections.
 
-use std::{
-    io,
-    path::Path,
-    sync::{Arc, OnceLock},
-};
+use std::{path::Path, sync::Arc};
 
-use tokio::net::TcpStream;
 use tokio_rustls::{
-    TlsAcceptor, TlsConnector,
-    client::TlsStream,
+    TlsAcceptor,
     rustls::{
-        ClientConfig, RootCertStore, ServerConfig,
+        ServerConfig,
         crypto::ring,
-        pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject},
+        pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
     },
 };
 
@@ -54,28 +48,4 @@ pub fn acceptor(certificate: &Path, key: &Path) -> Result<TlsAcceptor, Certifica
         .map_err(|error| wrong(key, error.to_string()))?;
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(TlsAcceptor::from(Arc::new(config)))
-}
-
-/// Speaks TLS over a connection, and checks that it is `host` at the other end.
-///
-/// # Errors
-/// The certificate does not fit, or the connection breaks.
-pub async fn connect(stream: TcpStream, host: &str) -> io::Result<TlsStream<TcpStream>> {
-    static CONFIG: OnceLock<Option<Arc<ClientConfig>>> = OnceLock::new();
-    let config = CONFIG.get_or_init(|| {
-        let roots = RootCertStore {
-            roots: webpki_roots::TLS_SERVER_ROOTS.to_vec(),
-        };
-        let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
-            .with_safe_default_protocol_versions()
-            .ok()?;
-        Some(Arc::new(
-            builder.with_root_certificates(roots).with_no_client_auth(),
-        ))
-    });
-    let config = config
-        .clone()
-        .ok_or_else(|| io::Error::other("TLS cannot be set up"))?;
-    let name = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
-    TlsConnector::from(config).connect(name, stream).await
 }

@@ -8,10 +8,13 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{gradients::GradientOptions, optimizer::AdamWConfig};
+use super::{data_key, gradients::GradientOptions, optimizer::AdamWConfig};
 use crate::{
     adapters::lora::config::{LoraConfig, TargetModules},
-    dataset::loader::{Overlong, WindowPlan},
+    dataset::{
+        Columns, DataOptions,
+        loader::{Overlong, WindowPlan},
+    },
     processor::patches::ImageProcessorConfig,
     qwen3_vl::layer::Projection,
     schedule::{Schedule, ScheduleKind},
@@ -81,10 +84,18 @@ pub struct TrainConfig {
     pub model: PathBuf,
     /// PEFT adapter to start from instead of a new one; its own rank, scaling and target modules apply. `lora` only.
     pub adapter: Option<PathBuf>,
-    /// Training data: JSONL in ms-swift's form, or `phantom:SEED:FROM..TO[:STYLE]`.
+    /// Training data: a file (JSONL, JSON, CSV, TSV or Parquet), or `phantom:SEED:FROM..TO[:STYLE]`; several as a list or
+    /// with commas, each `[NAME=]PATH[:WEIGHT][#ROWS]`.
+    #[serde(deserialize_with = "data_key::name")]
     pub train_data: String,
     /// Validation data in the same forms; `None` does not validate unless `split_dataset_ratio` is set.
+    #[serde(deserialize_with = "data_key::optional")]
     pub val_data: Option<String>,
+    /// Columns of the data files under other names: our key = the name in the file.
+    #[serde(skip_serializing_if = "Columns::is_empty")]
+    pub columns: Columns,
+    /// Fetches images that rows name by an address on the web, once, into a cache folder.
+    pub allow_image_urls: bool,
     /// Share of the training rows held out for validation, in whole studies; 0 holds out none. Excludes `val_data`.
     pub split_dataset_ratio: f64,
     /// Folder of the run: settings, checkpoints, metrics, curves.
@@ -205,6 +216,8 @@ impl Default for TrainConfig {
             adapter: None,
             train_data: "data/sample/train/samples.jsonl".into(),
             val_data: None,
+            columns: Columns::default(),
+            allow_image_urls: false,
             split_dataset_ratio: 0.0,
             output_dir: "artifacts/run".into(),
             device: Vec::new(),
@@ -271,6 +284,7 @@ pub const BEST_METRICS: &[(&str, bool)] = &[
 /// devices and the dtype are compared by themselves.
 const FREE_ON_RESUME: &[&str] = &[
     "output_dir",
+    "allow_image_urls",
     "device",
     "dtype",
     "logging_steps",
@@ -318,6 +332,16 @@ impl TrainConfig {
         let words = answer.as_deref().unwrap_or_default().split('`');
         // Every second piece is in backticks; the first of them is the unknown key itself.
         words.skip(3).step_by(2).map(str::to_string).collect()
+    }
+
+    /// How the data files are read.
+    pub fn data_options(&self) -> DataOptions {
+        DataOptions {
+            columns: self.columns.clone(),
+            allow_image_urls: self.allow_image_urls,
+            seed: self.seed,
+            ..DataOptions::default()
+        }
     }
 
     /// The file's text.

@@ -23,11 +23,12 @@ impl RunData {
     /// # Errors
     /// As [`Dataset::open`] and [`Dataset::hold_out`].
     pub fn open(config: &TrainConfig) -> Result<Self, DatasetError> {
-        let train = Dataset::open(&config.train_data)?;
+        let options = config.data_options();
+        let train = Dataset::open_with(&config.train_data, &options)?;
         if let Some(name) = &config.val_data {
             return Ok(Self {
                 train,
-                validation: Some(Dataset::open(name)?),
+                validation: Some(Dataset::open_with(name, &options)?),
                 notes: Vec::new(),
             });
         }

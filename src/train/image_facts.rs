@@ -46,7 +46,7 @@ impl ImageFacts {
                 .into_par_iter()
                 .map(|(name, path)| {
                     let fact = look(&path).unwrap_or_else(|_| "unreadable".to_string());
-                    (name.to_string(), fact)
+                    (name.into_owned(), fact)
                 })
                 .collect(),
         )
@@ -70,8 +70,10 @@ impl ImageFacts {
     ) -> BTreeSet<String> {
         data.image_files()
             .into_iter()
-            .filter(|(row, name, _)| of(*row) && self.0.get(*name) != before.0.get(*name))
-            .map(|(_, name, _)| name.to_string())
+            .filter(|(row, name, _)| {
+                of(*row) && self.0.get(name.as_ref()) != before.0.get(name.as_ref())
+            })
+            .map(|(_, name, _)| name.into_owned())
             .collect()
     }
 

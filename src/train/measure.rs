@@ -110,58 +110,67 @@ impl<B: TrainAccelerator> LoopState<B> {
         replicas: Option<&Replicas<B>>,
         processor: &mut SupervisedTrainingEventProcessor<Components<B>>,
     ) -> Result<bool, TrainError> {
-        let Some(validation) = &self.validation else {
+        if self.validation.is_empty() {
             return Ok(false);
-        };
+        }
         let model = learner.model().valid();
         let mut totals = LossTotals::default();
-        let mut batches = validation.stream();
         let started = Instant::now();
         let [_, epochs] = self.steps.progress(self.state.step);
         let at_once = replicas.map_or(1, Replicas::len);
         let mut starts_validation = true;
-        loop {
-            let windows: Vec<Window> = batches.by_ref().take(at_once).collect();
-            if windows.is_empty() {
-                break;
-            }
-            let tokens: Vec<usize> = windows.iter().map(|window| window.tokens).collect();
-            let clock = Instant::now();
-            let all_sums = match replicas {
-                Some(replicas) => replicas.evaluate(&learner.model(), windows)?,
-                None => windows
-                    .into_iter()
-                    .map(|window| InferenceStep::step(&model, window).totals())
-                    .collect(),
-            };
-            let seconds = clock.elapsed().as_secs_f64();
-            for (sums, tokens) in all_sums.into_iter().zip(tokens) {
-                totals.add(sums);
-                let numbers = StepNumbers {
-                    loss: sums.loss(),
-                    token_acc: sums.token_accuracy(),
-                    targets: sums.targets,
-                    tokens_per_second: tokens as f64 / seconds,
-                    starts_validation: std::mem::take(&mut starts_validation),
-                    ..StepNumbers::default()
+        let mut of_sets = Vec::new();
+        for (label, validation) in &self.validation {
+            let mut own = LossTotals::default();
+            let mut batches = validation.stream();
+            loop {
+                let windows: Vec<Window> = batches.by_ref().take(at_once).collect();
+                if windows.is_empty() {
+                    break;
+                }
+                let tokens: Vec<usize> = windows.iter().map(|window| window.tokens).collect();
+                let clock = Instant::now();
+                let all_sums = match replicas {
+                    Some(replicas) => replicas.evaluate(&learner.model(), windows)?,
+                    None => windows
+                        .into_iter()
+                        .map(|window| InferenceStep::step(&model, window).totals())
+                        .collect(),
                 };
-                processor.process_valid(LearnerEvent::ProcessedItem(TrainingItem::new(
-                    StepOutput::Numbers(numbers),
-                    burn::data::dataloader::DataLoaderIterator::progress(&batches),
-                    epochs.clone(),
-                    Some(self.state.step),
-                    None,
-                )));
+                let seconds = clock.elapsed().as_secs_f64();
+                for (sums, tokens) in all_sums.into_iter().zip(tokens) {
+                    own.add(sums);
+                    let numbers = StepNumbers {
+                        loss: sums.loss(),
+                        token_acc: sums.token_accuracy(),
+                        targets: sums.targets,
+                        tokens_per_second: tokens as f64 / seconds,
+                        starts_validation: std::mem::take(&mut starts_validation),
+                        ..StepNumbers::default()
+                    };
+                    processor.process_valid(LearnerEvent::ProcessedItem(TrainingItem::new(
+                        StepOutput::Numbers(numbers),
+                        burn::data::dataloader::DataLoaderIterator::progress(&batches),
+                        epochs.clone(),
+                        Some(self.state.step),
+                        None,
+                    )));
+                }
             }
-        }
-        if let Some(error) = validation.take_error() {
-            return Err(error.into());
-        }
-        let done = burn::data::dataloader::DataLoaderIterator::progress(&batches);
-        if done.items_processed < done.items_total {
-            return Err(TrainError::Thread(
-                "the thread that prepares validation samples ended before its time".to_string(),
-            ));
+            if let Some(error) = validation.take_error() {
+                return Err(error.into());
+            }
+            let done = burn::data::dataloader::DataLoaderIterator::progress(&batches);
+            if done.items_processed < done.items_total {
+                return Err(TrainError::Thread(
+                    "the thread that prepares validation samples ended before its time".to_string(),
+                ));
+            }
+            totals.add(own);
+            if self.validation.len() > 1 {
+                of_sets.push((format!("eval_loss.{label}"), own.loss()));
+                of_sets.push((format!("eval_token_acc.{label}"), own.token_accuracy()));
+            }
         }
         if totals.targets == 0 {
             return Err(TrainError::NoTargets {
@@ -195,7 +204,10 @@ impl<B: TrainAccelerator> LoopState<B> {
         let step = self.state.step as u64;
         let mut row = serde_json::Map::new();
         row.insert("step".into(), step.into());
-        for (name, value) in &values {
+        let all = values.iter().map(|(name, value)| (*name, *value));
+        let of_sets = of_sets.iter().map(|(name, value)| (name.as_str(), *value));
+        let all: Vec<(&str, f64)> = all.chain(of_sets).collect();
+        for (name, value) in &all {
             row.insert((*name).into(), (*value).into());
         }
         row.insert(
@@ -203,7 +215,7 @@ impl<B: TrainAccelerator> LoopState<B> {
             round(started.elapsed().as_secs_f64(), 3).into(),
         );
         self.metrics.append(&row)?;
-        let scalars: Vec<(String, f32)> = values
+        let scalars: Vec<(String, f32)> = all
             .iter()
             .map(|(name, value)| (name.replacen("eval_", "eval/", 1), *value as f32))
             .collect();
@@ -212,7 +224,7 @@ impl<B: TrainAccelerator> LoopState<B> {
             .map(|(name, value)| (name.as_str(), *value))
             .collect();
         self.events.scalars(step, &scalars)?;
-        let texts: Vec<String> = values
+        let texts: Vec<String> = all
             .iter()
             .map(|(name, value)| format!("{name} {value:.4}"))
             .collect();

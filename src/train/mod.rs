@@ -10,6 +10,7 @@ mod cuda_gradient_tests;
 #[cfg(all(test, feature = "cuda", feature = "flex"))]
 mod cuda_unwritten_tests;
 pub mod data;
+mod data_key;
 pub mod gradients;
 pub mod image_facts;
 pub mod learner;

@@ -373,9 +373,15 @@ pub fn train<B: TrainAccelerator>(
     .up_to(total_steps)
     .with_trace(options.trace.clone())
     .with_patience((devices.len() > 1).then(|| config.patience()));
-    let valid_loader = validation
-        .clone()
-        .map(|data| WindowLoader::new(data, parts.clone(), config.validation_plan(), 0, 1));
+    // A batch of several data sets would belong to none in their own losses.
+    let valid_loaders: Vec<(String, WindowLoader)> = validation
+        .iter()
+        .flat_map(Dataset::split_by_part)
+        .map(|(label, data)| {
+            let plan = config.validation_plan();
+            (label, WindowLoader::new(data, parts.clone(), plan, 0, 1))
+        })
+        .collect();
     let scorer = match &validation {
         Some(data) if config.eval_generate > 0 => Some(scorer(&config, &parts, data)),
         _ => None,
@@ -447,7 +453,7 @@ pub fn train<B: TrainAccelerator>(
         model_config,
         lora,
         loader: loader.clone(),
-        validation: valid_loader.clone(),
+        validation: valid_loaders.clone(),
         scorer,
         optimizer,
         devices,
@@ -467,6 +473,7 @@ pub fn train<B: TrainAccelerator>(
     }));
     let train_loader = Arc::new(loader.clone());
     // Without a validation set the Learner still wants a loader; it is never used.
+    let valid_loader = valid_loaders.into_iter().next().map(|(_, loader)| loader);
     let valid_loader = Arc::new(valid_loader.unwrap_or(loader));
     let mut training =
         SupervisedTraining::<Components<B>>::new(&config.output_dir, train_loader, valid_loader)

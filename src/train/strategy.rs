@@ -162,8 +162,8 @@ pub struct LoopState<B: AutodiffBackend> {
     pub lora: LoraConfig,
     /// Makes windows; the same as the Learner's loader.
     pub loader: WindowLoader,
-    /// Makes validation batches.
-    pub validation: Option<WindowLoader>,
+    /// Makes validation batches, of one data set each, with what the data sets are called; empty without validation.
+    pub validation: Vec<(String, WindowLoader)>,
     /// Generates and scores reports.
     pub scorer: Option<GenerationScorer<B::InnerBackend>>,
     /// The optimizer, sharing its state with the Learner's.

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
+use xray_qwen3vl::dataset::DataOptions;
 use xray_qwen3vl::dataset::check::{Check, CheckReport, Kind, Severity};
 use xray_qwen3vl::dataset::convert::{ConvertOptions, CorpusForm, PROMPTS, Split, Spread, convert};
 use xray_qwen3vl::processor::patches::{ImageProcessor, ImageProcessorConfig};
@@ -60,6 +61,7 @@ fn check(train: &Path, val: Option<&Path>, max_length: usize) -> CheckReport {
         max_length,
         opens_thinking: None,
         studies: StudyRule::Guess,
+        options: DataOptions::default(),
     };
     check.run(train, val, &|_, _| {}).unwrap()
 }

@@ -11,6 +11,7 @@ mod bench;
 mod clean;
 mod corpora;
 mod corpora_tables;
+mod data_files;
 mod data_tools;
 mod dicom;
 mod eval;

@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use crate::{
     base::device_name::DeviceName,
     commands::{
-        shared_args::{AdapterArgs, GenerationArgs, LoadArgs, StudyArgs},
+        shared_args::{AdapterArgs, GenerationArgs, LoadArgs, ReadingArgs, StudyArgs},
         usage::UsageError,
     },
     eval::findings::UncertainPolicy,
@@ -44,13 +44,16 @@ pub struct EvalArgs {
     /// Without it, the model generates the reports.
     #[arg(value_name = "PREDICTIONS.jsonl")]
     pub predictions: Option<PathBuf>,
-    /// Test set: JSONL in ms-swift's format, or `phantom:SEED:FROM..TO`. Not needed for predictions that
+    /// Test set: a data file that `train` reads, or `phantom:SEED:FROM..TO`. Not needed for predictions that
     /// contain their references.
     #[arg(long, value_name = "DATA")]
     pub data: Option<String>,
     /// Training set of the baselines; without it they use the reports of the test set.
     #[arg(long, value_name = "DATA")]
     pub train_data: Option<String>,
+    /// How the data files are read.
+    #[command(flatten)]
+    pub reading: ReadingArgs,
     /// Folder of a training run, whose curves are shown on the page. Without predictions and model, its best
     /// checkpoint is evaluated on its validation data.
     #[arg(long, value_name = "DIR")]

@@ -45,6 +45,9 @@ pub(super) fn choose(dir: &Path, args: &mut EvalArgs) -> Result<Option<RunData>>
     let [min_pixels, max_pixels] = config.pixel_limits();
     args.load.min_pixels.get_or_insert(min_pixels);
     args.load.max_pixels.get_or_insert(max_pixels);
+    args.reading.columns.get_or_insert(config.columns.clone());
+    args.reading.allow_image_urls |= config.allow_image_urls;
+    args.reading.seed = config.seed;
     if args.data.is_none() && args.train_data.is_none() && config.split_dataset_ratio > 0.0 {
         let run = RunData::open(&config)?;
         args.data = run.validation.as_ref().map(|data| data.name().to_owned());

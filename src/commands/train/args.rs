@@ -6,6 +6,7 @@ use clap::Args;
 
 use crate::{
     base::device_name::DtypeName,
+    dataset::Columns,
     train::{budget::Budget, config::LossReduction},
 };
 
@@ -21,15 +22,25 @@ pub struct TrainArgs {
     /// Folder of a PEFT adapter to start from.
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
-    /// Training data: JSONL in ms-swift's format.
-    #[arg(long, value_name = "FILE.jsonl")]
+    /// Training data: JSONL, JSON, CSV, TSV or Parquet (also .gz), in the forms of ms-swift, LLaMA-Factory, LLaVA or
+    /// OpenAI; several with commas.
+    ///
+    /// Each is `[NAME=]PATH[:WEIGHT][#ROWS]`: a weight of 2 repeats its rows twice an epoch, 0.5 draws half of them;
+    /// `#500` takes 500 rows. `data/README.md` lists what is read.
+    #[arg(long, value_name = "DATA")]
     pub train_data: Option<String>,
     /// Validation data.
     ///
     /// Without it, a run on --train-data of its own holds out 5 % of the rows, in whole studies
     /// (`--set split_dataset_ratio=F`; 0 validates on nothing).
-    #[arg(long, value_name = "FILE.jsonl")]
+    #[arg(long, value_name = "DATA")]
     pub val_data: Option<String>,
+    /// Columns of the data files under other names, ours first: `images=image_path,response=report`.
+    #[arg(long, value_name = "OURS=THEIRS,…")]
+    pub columns: Option<Columns>,
+    /// Fetch images that rows name by an address on the web, once, into a cache folder.
+    #[arg(long)]
+    pub allow_image_urls: bool,
     /// Folder for checkpoints, metrics and curves.
     #[arg(long, value_name = "DIR")]
     pub output_dir: Option<PathBuf>,

@@ -67,6 +67,7 @@ pub(super) fn set_keys(table: &mut toml::Table, pairs: &[String]) -> Result<()> 
 /// Names of ms-swift's that are flags of another name here.
 const ELSEWHERE: &[(&str, &str)] = &[
     ("dataset", "--train-data"),
+    ("custom_dataset_info", "--columns"),
     ("val_dataset", "--val-data"),
     ("model_id_or_path", "--model"),
     ("adapters", "--adapter"),

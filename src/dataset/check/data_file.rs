@@ -1,15 +1,16 @@
 //! A data file to check: its rows, and the lines that are no sample.
 
 use std::collections::HashMap;
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
 use super::error::CheckError;
 use super::finding::{Finding, Kind, Severity};
-use crate::dataset::{rows::rows, unused_keys::UnusedKeys};
-use crate::processor::sample::{RowFault, Sample, parse_line};
+use crate::dataset::error::DatasetError;
+use crate::dataset::reader::{DataOptions, Plain, read_file};
+use crate::dataset::unused_keys::UnusedKeys;
+use crate::processor::sample::{RowFault, Sample};
 use crate::study::counted;
 
 /// A row that could be read.
@@ -49,12 +50,8 @@ pub(super) struct DataFile {
     pub(super) findings: Vec<Finding>,
 }
 
-/// Reads a data file, line by line; what is no sample becomes a finding.
-pub(super) fn read(path: &Path) -> Result<DataFile, CheckError> {
-    let bytes = fs::read(path).map_err(|cause| CheckError::Read {
-        path: path.to_owned(),
-        cause,
-    })?;
+/// Reads a data file, row by row; what is no sample becomes a finding.
+pub(super) fn read(path: &Path, options: &DataOptions) -> Result<DataFile, CheckError> {
     let folder = path.parent().unwrap_or(Path::new(""));
     let mut file = DataFile {
         path: path.to_owned(),
@@ -62,32 +59,33 @@ pub(super) fn read(path: &Path) -> Result<DataFile, CheckError> {
         rows: Vec::new(),
         findings: Vec::new(),
     };
-    let rows = match rows(path, &bytes) {
-        Ok(rows) => rows,
-        Err(error) => {
+    let found = match read_file(path, options, Plain::Drop, false) {
+        Ok(found) => found,
+        Err(DatasetError::Rows(error)) => {
             file.lines = 1;
             let (severity, kind) = (Severity::Error, Kind::Json);
             let finding = Finding::new(severity, kind, path, error.line, error.reason);
             file.findings.push(finding);
             return Ok(file);
         }
+        Err(error) => return Err(CheckError::Data(Box::new(error))),
     };
+    for remark in found.remarks {
+        let finding = Finding::new(Severity::Warning, Kind::File, path, 0, remark);
+        file.findings.push(finding);
+    }
     let mut folders = HashMap::new();
     let mut unused = UnusedKeys::default();
-    for (line, text) in rows {
+    for (line, row) in found.rows {
         let mut found = |severity, kind, message| {
             let finding = Finding::new(severity, kind, path, line, message);
             file.findings.push(finding);
         };
         file.lines += 1;
-        let mut sample = match parse_line(text, path, line) {
-            Ok(sample) => sample,
-            Err(error) => {
-                found(
-                    Severity::Error,
-                    kind_of(&error.fault),
-                    error.fault.to_string(),
-                );
+        let mut sample = match row {
+            Ok((sample, _)) => sample,
+            Err(fault) => {
+                found(Severity::Error, kind_of(&fault), fault.to_string());
                 continue;
             }
         };
@@ -100,6 +98,10 @@ pub(super) fn read(path: &Path) -> Result<DataFile, CheckError> {
             );
             found(Severity::Warning, Kind::ImageMarks, message);
         }
+        if !sample.conversation.has_question() {
+            let message = "the row has no question; its answer is learnt without one".to_owned();
+            found(Severity::Warning, Kind::NoQuestion, message);
+        }
         if images == 0 {
             let message = "the row has no image".to_owned();
             found(Severity::Warning, Kind::NoImage, message);
@@ -109,9 +111,9 @@ pub(super) fn read(path: &Path) -> Result<DataFile, CheckError> {
         file.rows.push(CheckedRow {
             line,
             paths: sample
-                .images
-                .iter()
-                .map(|name| real_path(folder.join(name), &mut folders))
+                .image_paths(folder)
+                .into_iter()
+                .map(|path| real_path(path, &mut folders))
                 .collect(),
             hashes: Vec::new(),
             conversation: Sha256::digest(conversation).into(),
@@ -151,7 +153,7 @@ fn real_path(path: PathBuf, folders: &mut HashMap<PathBuf, PathBuf>) -> PathBuf 
 /// What kind of fault makes a line no sample.
 fn kind_of(fault: &RowFault) -> Kind {
     match fault {
-        RowFault::Json(_) => Kind::Json,
+        RowFault::Json(_) | RowFault::Table(_) => Kind::Json,
         RowFault::Form { .. } | RowFault::Key { .. } | RowFault::Limits(_) => Kind::Form,
         RowFault::EmptyAnswer { .. } => Kind::NoAnswer,
         RowFault::Refused { .. } | RowFault::Slip { .. } => Kind::RefusedKey,

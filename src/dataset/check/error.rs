@@ -1,22 +1,14 @@
 //! Why a check could not be made at all.
 
-use std::path::PathBuf;
-
+use crate::dataset::error::DatasetError;
 use crate::study::StudyError;
 
 /// Why a check could not be made at all.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckError {
-    /// A data file cannot be read.
-    #[error(
-        "cannot read `{}`: {cause}; expected a JSONL file in ms-swift's form", .path.display()
-    )]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        cause: std::io::Error,
-    },
+    /// A data file cannot be read, or an image of it cannot be kept.
+    #[error(transparent)]
+    Data(Box<DatasetError>),
     /// A rule for studies does not fit.
     #[error(transparent)]
     Study(#[from] StudyError),

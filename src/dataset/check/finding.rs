@@ -24,14 +24,18 @@ pub enum Severity {
 pub enum Kind {
     /// The file holds no sample.
     Empty,
-    /// The line is not JSON, or not UTF-8.
+    /// The line is not JSON, or no text.
     Json,
+    /// Something to know of the file as a whole.
+    File,
     /// A key is missing or of another type, or roles are out of order.
     Form,
     /// A question without an answer, or an empty answer.
     NoAnswer,
     /// The number of `<image>` marks is not that of the images.
     ImageMarks,
+    /// A row whose first question has no words.
+    NoQuestion,
     /// A row without any image.
     NoImage,
     /// An image is missing or cannot be used.
@@ -70,9 +74,11 @@ impl Kind {
         match self {
             Self::Empty => "empty",
             Self::Json => "json",
+            Self::File => "file",
             Self::Form => "form",
             Self::NoAnswer => "no-answer",
             Self::ImageMarks => "image-marks",
+            Self::NoQuestion => "no-question",
             Self::NoImage => "no-image",
             Self::Image => "image",
             Self::ControlToken => "control-token",

@@ -45,6 +45,7 @@ impl Bench {
             max_length,
             opens_thinking: None,
             studies: StudyRule::Guess,
+            options: DataOptions::default(),
         };
         check.run(&train, val.as_deref(), &|_, _| {}).unwrap()
     }
@@ -175,6 +176,7 @@ fn answers_that_do_not_suit_the_chat_template_are_one_warning() {
             max_length: 2048,
             opens_thinking,
             studies: StudyRule::Guess,
+            options: DataOptions::default(),
         };
         let report = check.run(&path, None, &|_, _| {}).unwrap();
         let found = report.findings.iter();
@@ -284,6 +286,7 @@ fn a_file_of_nothing_or_of_other_bytes_is_an_error() {
         max_length: 9,
         opens_thinking: None,
         studies: StudyRule::Guess,
+        options: DataOptions::default(),
     };
     let report = check.run(&path, None, &|_, _| {}).unwrap();
     assert_eq!(kinds(&report), [(Severity::Error, Kind::Json, 1)]);

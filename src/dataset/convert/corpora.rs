@@ -24,6 +24,7 @@ use super::corpus::{CorpusForm, CorpusRow};
 use super::error::ConvertError;
 use super::files::FileIndex;
 use super::options::ConvertOptions;
+use super::training::training_rows;
 use detect::{Detected, detect};
 use json::JsonCorpus;
 pub(super) use language::BOX_PROMPTS;
@@ -72,6 +73,16 @@ pub(super) fn read(
     let Detected { form, files } = detect(input, wanted, &options.output)?;
     let main = files.first().cloned().unwrap_or_else(|| input.clone());
     let root = root_of(input);
+    if wanted.is_none_or(|wanted| wanted == CorpusForm::Messages)
+        && matches!(
+            form,
+            CorpusForm::Messages | CorpusForm::Rows | CorpusForm::Table | CorpusForm::Keys
+        )
+        // Rows that training reads as they are, in any file.
+        && let Some(rows) = training_rows(&main, &options.reading)?
+    {
+        return messages(options, main.as_path().into(), root, rows);
+    }
     let (form, records) = match form {
         CorpusForm::Indiana => (form, indiana::read(&main)?),
         CorpusForm::ChexpertPlus => (form, chexpert::read(&main)?),

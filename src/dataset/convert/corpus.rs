@@ -1,7 +1,7 @@
 //! The forms of a corpus, read into rows of one kind.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 
 use super::corpora::Part;
 use super::error::ConvertError;
-use crate::processor::sample::{Sample, parse_row};
+use crate::processor::sample::{ImageSource, Sample, parse_row};
 
 /// Endings an image file may have where a row names none; the first is the corpus' own.
 pub(super) const ENDINGS: [&str; 9] = [
@@ -200,6 +200,17 @@ impl CorpusRow {
         self.images.first().map_or("", |image| stem_of(image))
     }
 
+    /// The file of an image that was in the row or on the web.
+    pub(super) fn kept(&self, index: usize) -> Option<&PathBuf> {
+        match &self.body {
+            Body::Messages { sample, .. } => match sample.sources.get(&index)? {
+                ImageSource::Kept(path) => Some(path),
+                _ => None,
+            },
+            Body::Report(_) | Body::Objects { .. } => None,
+        }
+    }
+
     /// The report: the answer of the last turn.
     pub(super) fn report(&self) -> &str {
         match &self.body {
@@ -233,6 +244,16 @@ pub(super) fn message_row(
     line: &str,
 ) -> Result<CorpusRow, ConvertError> {
     let (sample, row) = parse_row(line, path, number)?;
+    messages_row(path, number, sample, row)
+}
+
+/// A row of `messages` that was read.
+pub(super) fn messages_row(
+    path: &Arc<Path>,
+    number: usize,
+    sample: Sample,
+    row: Map<String, Value>,
+) -> Result<CorpusRow, ConvertError> {
     if sample.conversation.last_answer().is_none() {
         return Err(ConvertError::Form {
             path: path.to_path_buf(),

@@ -5,7 +5,10 @@ use std::path::PathBuf;
 use super::corpus::CorpusForm;
 use crate::{
     base::{files::FileError, text_file::TextFileError},
-    dataset::rows::RowsError,
+    dataset::{
+        error::DatasetError,
+        rows::{DataFileError, RowsError},
+    },
     processor::{
         sample::{RowFault, SampleError},
         supervised::SupervisedError,
@@ -172,6 +175,9 @@ pub enum ConvertError {
     /// An input file is not text, or not one row a line.
     #[error(transparent)]
     Rows(#[from] RowsError),
+    /// A data file cannot be read, or an image of it cannot be kept.
+    #[error(transparent)]
+    Data(Box<DatasetError>),
     /// A row of `messages` is no sample.
     #[error(transparent)]
     Sample(#[from] SampleError),
@@ -248,4 +254,22 @@ pub enum ConvertError {
     /// An output file cannot be written.
     #[error(transparent)]
     File(#[from] FileError),
+}
+
+impl From<DataFileError> for ConvertError {
+    fn from(error: DataFileError) -> Self {
+        match error {
+            DataFileError::Read { path, cause } => Self::Read { path, cause },
+            DataFileError::Rows(error) => Self::Rows(error),
+        }
+    }
+}
+
+impl From<DatasetError> for ConvertError {
+    fn from(error: DatasetError) -> Self {
+        match error {
+            DatasetError::Rows(error) => Self::Rows(error),
+            error => Self::Data(Box::new(error)),
+        }
+    }
 }

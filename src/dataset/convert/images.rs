@@ -6,8 +6,13 @@ use std::path::{Component, Path, PathBuf};
 use super::corpus::CorpusRow;
 use super::error::ConvertError;
 use super::files::{FileIndex, names_like, with_ending};
+use crate::base::files::{FileError, sha256_bytes, write_atomic};
 use crate::processor::image::ImageError;
 use crate::processor::patches::ImageProcessor;
+use crate::processor::sample::{ending_of, path_of};
+
+/// Folder below the output for images that were in rows or on the web.
+const COPIES: &str = "images";
 
 /// So many images may be missing from all folders before paths are looked for in the images' folder alone.
 const MOST_MISSES: usize = 16;
@@ -95,16 +100,19 @@ impl<'a> ImageFinder<'a> {
             return Ok(Err(Unusable::NotFound("(the row names none)".into())));
         }
         let mut images = Vec::new();
-        for image in &row.images {
+        for (index, image) in row.images.iter().enumerate() {
+            if let Some(kept) = row.kept(index) {
+                match self.copied(kept, image)? {
+                    Ok(found) => images.push(found),
+                    Err(cause) => return Ok(Err(Unusable::Unreadable(image.clone(), cause))),
+                }
+                continue;
+            }
             let path = match self.locate(image, row.number)? {
                 Ok(path) => path,
                 Err(unusable) => return Ok(Err(unusable)),
             };
-            let size = self.processor.probe(&path).and_then(|(width, height)| {
-                let grid = self.processor.grid_for(height, width)?;
-                Ok((width, height, grid))
-            });
-            match size {
+            match self.size(&path) {
                 Ok((width, height, grid)) => images.push(FoundImage {
                     name: self.name(&path)?,
                     study_path: self.study_path(image, &path),
@@ -116,6 +124,45 @@ impl<'a> ImageFinder<'a> {
             }
         }
         Ok(Ok(images))
+    }
+
+    /// An image that the corpus holds no file of, copied below the output so that this is whole without the cache.
+    fn copied(
+        &self,
+        kept: &Path,
+        image: &str,
+    ) -> Result<Result<FoundImage, ImageError>, ConvertError> {
+        let (width, height, grid) = match self.size(kept) {
+            Ok(size) => size,
+            Err(cause) => return Ok(Err(cause)),
+        };
+        let bytes = std::fs::read(kept).map_err(|cause| ConvertError::Read {
+            path: kept.to_owned(),
+            cause,
+        })?;
+        let digest = sha256_bytes(&bytes);
+        let ending = ending_of(&bytes).unwrap_or("image");
+        let name = format!("{COPIES}/{}.{ending}", &digest[..32]);
+        let path = self.output.join(&name);
+        if !path.is_file() {
+            let folder = self.output.join(COPIES);
+            std::fs::create_dir_all(&folder).map_err(|cause| FileError::write(&folder, cause))?;
+            write_atomic(&path, |out| out.write_all(&bytes))?;
+        }
+        Ok(Ok(FoundImage {
+            name,
+            study_path: image.to_owned(),
+            width,
+            height,
+            grid,
+        }))
+    }
+
+    /// Width, height and patches of an image.
+    fn size(&self, path: &Path) -> Result<(usize, usize, [usize; 3]), ImageError> {
+        let (width, height) = self.processor.probe(path)?;
+        let grid = self.processor.grid_for(height, width)?;
+        Ok((width, height, grid))
     }
 
     /// Looks for all images of `rows` by their whole paths, so that none of these files is taken for an image of the
@@ -206,7 +253,7 @@ impl<'a> ImageFinder<'a> {
     ) -> Result<Result<PathBuf, Unusable>, ConvertError> {
         let missing = || Ok(Err(Unusable::NotFound(image.to_owned())));
         if let Some(beside) = &self.beside {
-            return match exact(&beside.join(image)) {
+            return match exact(&path_of(image, beside)) {
                 Some(path) => Ok(Ok(path)),
                 None => missing(),
             };

@@ -77,6 +77,14 @@ impl UsableRow {
             Body::Messages { row, .. } => {
                 let mut row = row.clone();
                 if let Some(Value::Array(messages)) = row.get_mut("messages") {
+                    let is_user = |message: &Value| message["role"] == "user";
+                    // An answer without a question gets the one that was drawn.
+                    if let Some(own) = self.question.filter(|_| !messages.iter().any(is_user)) {
+                        let mut roles = messages.iter().map(|message| &message["role"]);
+                        let at = roles.position(|role| role != "system").unwrap_or(0);
+                        let message = json!({"role": "user", "content": question(own)});
+                        messages.insert(at, message);
+                    }
                     for message in messages.iter_mut() {
                         let content = match message.get("role").and_then(Value::as_str) {
                             Some("user") => self.question.map(question),

@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::corpora::{Sections, Views};
 use super::corpus::{CorpusForm, CorpusKeys};
+use crate::dataset::reader::DataOptions;
 use crate::study::StudyRule;
 
 /// The questions of the published training.
@@ -57,6 +58,8 @@ pub struct ConvertOptions {
     pub input: PathBuf,
     /// Which corpus it is; guessed from its files without.
     pub corpus: Option<CorpusForm>,
+    /// How rows are read that training reads as they are.
+    pub reading: DataOptions,
     /// Keys of image and report in a corpus of another form.
     pub keys: Option<CorpusKeys>,
     /// Folder of the images. Without it they are looked for where the corpus is, and rows of `messages` name their own.
@@ -92,6 +95,7 @@ impl ConvertOptions {
         Self {
             input: input.into(),
             corpus: None,
+            reading: DataOptions::default(),
             keys: None,
             images: None,
             output: output.into(),

@@ -60,6 +60,8 @@ fn a_key_of_ones_own_is_noted_and_one_that_changes_what_is_learnt_is_refused() {
         r#""hospital":"x","id":3,"_mine":1,"videos":[],"channel":"c""#,
     ));
     assert_eq!(sample.unwrap().unknown_keys, ["hospital"]);
+    let sample = parse(&with(r#""rejected_response":"x""#)).unwrap();
+    assert_eq!(sample.unknown_keys, ["rejected_response"]);
     let mood = r#"{"messages":[{"role":"user","content":"q","mood":1}]}"#;
     let sample = parse(mood).unwrap();
     assert_eq!(sample.unknown_keys, ["messages[0].mood"]);
@@ -68,10 +70,6 @@ fn a_key_of_ones_own_is_noted_and_one_that_changes_what_is_learnt_is_refused() {
         (r#""videos":["a.mp4"]"#, "`videos` is not supported: videos"),
         (r#""audios":["a.wav"]"#, "`audios` is not supported: sound"),
         (r#""tools":[{"name":"f"}]"#, "`tools` is not supported"),
-        (
-            r#""rejected_response":"x""#,
-            "`rejected_response` is not supported: preference",
-        ),
         (r#""label":false"#, "`label` is not supported: preference"),
         (
             r#""weight":0.5"#,
@@ -271,6 +269,13 @@ fn objects_are_written_as_names_and_thousandths_of_the_picture() {
         sample.placed(&[(7, 9), (3, 3)]).unwrap().last_answer(),
         Some("y[100, 200, 300, 1000]，[0, 0]，[0, 2]")
     );
+    let mut thousandths = line.clone();
+    thousandths["objects"] = json!({"ref": ["x", "y"], "bbox": [[1, 2, 3, 1000], [0, 0], [9, 8]], "bbox_type": "norm1000"});
+    let sample = parse(&thousandths.to_string()).unwrap();
+    assert_eq!(
+        sample.placed(&[(7, 9), (3, 3)]).unwrap().last_answer(),
+        Some("y[1, 2, 3, 1000]，[0, 0]，[9, 8]")
+    );
     for (key, value, words) in [
         (
             "ref",
@@ -293,7 +298,7 @@ fn objects_are_written_as_names_and_thousandths_of_the_picture() {
             "`objects.bbox[0]` is [1,2,3]",
         ),
         ("image_id", json!([2]), "`objects.image_id[0]` is `2`"),
-        ("bbox_type", json!("norm1000"), "expected `real`"),
+        ("bbox_type", json!("norm"), "expected `real`"),
         (
             "box",
             json!([1]),
@@ -335,97 +340,87 @@ fn pixel_limits_of_a_row_are_read() {
 }
 
 #[test]
-fn rows_of_other_trainers_are_named_with_the_way_to_the_one_read() {
-    for (line, form, hint) in [
+fn a_row_of_no_known_form_is_shown_the_line_that_would_be_right() {
+    for (line, form, expected, hint) in [
         (
-            r#"{"query":"q","response":"a","history":[["x","y"]]}"#,
-            "the query-response form of ms-swift",
-            "`history` come before",
+            r#"{"image_id":"1_1.png","caption":"双肺清晰"}"#,
+            "a row of OpenI-zh",
+            r#"`{"messages":[{"role":"user","content":"<image>…"},{"role":"assistant","content":"双肺清晰"}],"images":["1_1.png"]}`"#,
+            "`--columns images=image_id,response=caption`",
         ),
         (
-            r#"{"conversations":[{"from":"human","value":"q"},{"from":"gpt","value":"a"}],"image":"a"}"#,
-            "ShareGPT and LLaVA",
-            "`human` is `user`",
-        ),
-        (
-            r#"{"conversation":[{"human":"q","assistant":"a"}]}"#,
-            "the ShareGPT form of ms-swift",
-            "two messages",
-        ),
-        (
-            r#"{"instruction":"q","input":"","output":"a"}"#,
-            "Alpaca",
-            "`input`",
-        ),
-        (
-            r#"{"img":"a","prompt":"q","label":"a"}"#,
-            "XrayGLM",
-            "`convert` reads",
-        ),
-        (
-            r#"{"image_id":"a","caption":"b"}"#,
-            "OpenI-zh",
-            "`convert` reads",
+            r#"{"影像":"a.png","报告":"心影不大"}"#,
+            "only the keys `影像`, `报告`",
+            r#""content":"心影不大"}],"images":["a.png"]}`"#,
+            "`--columns images=影像,response=报告`",
         ),
         (
             r#"{"d":{"file_name":"x"}}"#,
             "LLaMA-Factory",
+            r#"`{"messages": ["#,
             "name the data file",
         ),
         (
-            r#"{"影像":"a","报告":"b"}"#,
-            "only the keys `影像`, `报告`",
-            "`messages`",
+            r#"{"chosen":"a","rejected":"b"}"#,
+            "preferences",
+            r#"`{"messages": ["#,
+            "not supported",
+        ),
+        (
+            r#"{"query":"q"}"#,
+            "a question without an answer",
+            r#"`{"messages": ["#,
+            "`response`",
         ),
     ] {
         let fault = fault(line);
-        assert!(fault.contains(form) && fault.contains(hint), "{fault}");
-        assert!(fault.contains(r#"expected `{"messages": ["#), "{fault}");
+        for words in [form, expected, hint] {
+            assert!(fault.contains(words), "{words}: {fault}");
+        }
     }
-    for (content, words) in [
-        (
-            r#"[{"type":"image_url","image_url":{"url":"a"}}]"#,
-            "the form of OpenAI",
-        ),
-        (r#"[{"type":"text","text":"q"}]"#, "Hugging Face"),
-        ("null", "`messages[0].content` is null; expected a text"),
-    ] {
-        let fault = fault(&format!(
-            r#"{{"messages":[{{"role":"user","content":{content}}}]}}"#
-        ));
-        assert!(fault.contains(words), "{fault}");
-    }
+    let null = fault(r#"{"messages":[{"role":"user","content":null}]}"#);
+    assert!(null.contains("`messages[0].content` is null; expected a text"));
+    let path = fault(&with(r#""image_path":"a.png""#));
+    assert!(path.contains("`--columns images=image_path`"), "{path}");
 }
 
 #[test]
-fn a_picture_in_the_row_is_refused_and_not_shown_whole() {
-    let base64 = "iVBORw0KGgoAAAA".repeat(500);
-    for (image, words) in [
-        (
-            json!(format!("data:image/png;base64,{base64}")),
-            "`data:image/png;base64,…`",
-        ),
-        (
-            json!(base64),
-            "a text of 7500 characters, too long for a path",
-        ),
-        (
-            json!({"bytes": base64, "path": null}),
-            "a picture in `bytes`",
-        ),
-        (
-            json!("https://example.org/a.png"),
-            "an address (`https://…`)",
-        ),
+fn answers_that_follow_each_other_are_one_and_a_text_alone_is_learnt() {
+    let two = |second: &str| {
+        format!(
+            r#"{{"messages":[{{"role":"user","content":"q"}},{{"role":"assistant","content":"a"}},{{"role":"assistant","content":"b"{second}}}]}}"#
+        )
+    };
+    let sample = parse(&two("")).unwrap();
+    assert_eq!(sample.conversation.last_answer(), Some("ab"));
+    assert!(fault(&two(r#","loss":false"#)).contains("other than that of the answer before it"));
+    let alone = parse(r#"{"messages":[{"role":"assistant","content":"a"}],"images":["a.png"]}"#);
+    let turns = alone.unwrap().conversation.turns;
+    assert_eq!((turns.len(), &turns[0].question), (1, &vec![Part::Image]));
+}
+
+#[test]
+fn an_image_in_the_row_has_its_bytes_and_a_name() {
+    let base64 = "iVBORw0KGgoAAAAA".repeat(50);
+    for image in [
+        json!(format!("data:image/png;base64,{base64}")),
+        json!(base64),
+        json!({"bytes": base64, "path": null}),
     ] {
-        let line = json!({"messages": [{"role": "user", "content": "q"}], "images": [image]});
-        let fault = fault(&line.to_string());
+        let line = json!({"messages": [{"role": "user", "content": "<image>q"}, {"role": "assistant", "content": "a"}], "images": [image]});
+        let (sample, row) = parse_row(&line.to_string(), Path::new("x"), 1).unwrap();
+        assert!(matches!(&sample.sources[&0], ImageSource::Bytes(bytes) if bytes.len() == 600));
         assert!(
-            fault.starts_with("`images[0]` is ") && fault.contains(words),
-            "{fault}"
+            sample.images[0].starts_with("sha256:"),
+            "{:?}",
+            sample.images
         );
-        assert!(fault.len() < 300, "{fault}");
+        assert_eq!(row["images"], json!(sample.images));
     }
+    let line =
+        r#"{"messages":[{"role":"user","content":"q"}],"images":["https://example.org/a.png"]}"#;
+    let sample = parse(line).unwrap();
+    assert!(matches!(&sample.sources[&0], ImageSource::Address(_)));
 }
 
 #[test]
@@ -443,8 +438,8 @@ fn errors_name_file_row_and_key() {
             "`messages[0].role` is `tool`",
         ),
         (
-            r#"{"messages":[{"role":"assistant","content":"x"}]}"#,
-            "`messages[0].role`",
+            r#"{"messages":[{"role":"assistant","content":"x"},{"role":"doctor","content":"y"}]}"#,
+            "`messages[1].role` is `doctor`",
         ),
         (
             r#"{"messages":[{"role":"user","content":"x"},{"role":"user","content":"y"}]}"#,

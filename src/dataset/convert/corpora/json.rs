@@ -11,7 +11,6 @@ use super::super::error::ConvertError;
 use super::named::{KeyNames, are_known, record};
 use super::record::{Part, Records};
 use super::table::text_of;
-use crate::dataset::rows;
 use crate::processor::strict_json;
 
 /// What a JSON file holds.
@@ -187,7 +186,7 @@ fn lines(path: &Path, text: &str, reason: String) -> Result<NumberedRows, Conver
     let first = text.lines().find(|line| !line.trim().is_empty());
     let is_row = |line: &str| matches!(serde_json::from_str(line), Ok(Value::Object(_)));
     if !first.is_some_and(is_row) {
-        if rows::rows(path, text.as_bytes())?.is_empty() {
+        if text.trim().is_empty() {
             return Err(ConvertError::Empty(path.to_owned()));
         }
         let (path, row) = (path.to_owned(), 1);

@@ -14,7 +14,7 @@ const READER: GeneralPurpose = GeneralPurpose::new(
 );
 
 /// The bytes of base64 text; `None` for other text.
-pub(super) fn base64_bytes(text: &str) -> Option<Vec<u8>> {
+pub fn base64_bytes(text: &str) -> Option<Vec<u8>> {
     let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"+/=".contains(byte);
     let text = if text.bytes().all(|byte| plain(&byte)) {
         Cow::Borrowed(text.as_bytes())
