@@ -2,6 +2,7 @@
 
 use std::{
     io::{IsTerminal, stderr},
+    sync::Mutex,
     time::{Duration, Instant},
 };
 
@@ -78,6 +79,21 @@ impl Progress {
         if let Some(bar) = self.bar {
             bar.finish_and_clear();
         }
+    }
+}
+
+/// Shows how far the images of addresses on the web are fetched.
+pub(crate) fn show_fetching(done: usize, total: usize) {
+    static PROGRESS: Mutex<Option<Progress>> = Mutex::new(None);
+    let Ok(mut shown) = PROGRESS.lock() else {
+        return;
+    };
+    let progress = shown.get_or_insert_with(|| Progress::new("images of the web", 0, Unit::Items));
+    progress.set(done as u64, total as u64);
+    if done == total
+        && let Some(progress) = shown.take()
+    {
+        progress.finish();
     }
 }
 

@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
 
+use super::progress::show_fetching;
 use super::usage::UsageError;
 use crate::{
     adapters::lora::base::{BaseError, check_base},
     base::device_name::{DeviceName, DtypeName},
-    dataset::{Columns, DataOptions},
+    dataset::{Columns, DataOptions, ImageStore},
     ops::quantised::{Quantization, cache::CacheFormat},
     runtime::generate::{GenerationConfig, SamplingConfig},
     study::StudyRule,
@@ -185,7 +186,7 @@ impl ReadingArgs {
             columns: self.columns.clone().unwrap_or_default(),
             allow_image_urls: self.allow_image_urls,
             seed: self.seed,
-            ..DataOptions::default()
+            store: ImageStore::default().with_progress(Some(show_fetching)),
         }
     }
 }

@@ -26,7 +26,7 @@ use burn::{
 
 use super::{
     pipeline_options::base_of_run,
-    progress::{Progress, Unit},
+    progress::{Progress, Unit, show_fetching},
     shell::{program, shell_word, shipped, shipped_data},
     usage::UsageError,
 };
@@ -295,6 +295,7 @@ impl ReplicatedTask for Train {
         let mut progress = (!dashboard).then(|| Progress::new("loading", 0, Unit::Bytes));
         let for_later: Arc<Mutex<Vec<String>>> = Arc::default();
         let options = RunOptions {
+            fetching: Some(show_fetching),
             config: self.config,
             resume: self.resume,
             random_init: self.args.random_init,

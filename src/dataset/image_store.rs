@@ -28,7 +28,12 @@ const AT_ONCE: usize = 8;
 pub struct ImageStore {
     folder: PathBuf,
     allowed: Allowed,
+    /// Called with the number of images fetched and of all.
+    fetching: Option<Fetching>,
 }
+
+/// Takes the number of images that were fetched, and of all that are.
+pub type Fetching = fn(usize, usize);
 
 impl Default for ImageStore {
     /// Below `XRAY_CACHE_DIR`, else `$XDG_CACHE_HOME/xray-qwen3vl` or `~/.cache/xray-qwen3vl`; public addresses alone.
@@ -44,6 +49,7 @@ impl Default for ImageStore {
         Self {
             folder: cache.join("images"),
             allowed: is_public,
+            fetching: None,
         }
     }
 }
@@ -54,7 +60,13 @@ impl ImageStore {
         Self {
             folder: folder.into(),
             allowed,
+            fetching: None,
         }
+    }
+
+    /// With what is called while images are fetched.
+    pub fn with_progress(self, fetching: Option<Fetching>) -> Self {
+        Self { fetching, ..self }
     }
 
     /// Where it is.
@@ -107,6 +119,7 @@ impl ImageStore {
             .enable_all()
             .build()
             .map_err(|cause| FileError::read(&self.folder, cause))?;
+        let (mut done, total) = (0, wanted.len());
         let fetches = wanted.into_iter().map(|(address, name)| async move {
             let mut bytes = Vec::new();
             let fetched = fetch(address, MAX_BYTES, TIMEOUT, self.allowed, &mut bytes).await;
@@ -121,6 +134,10 @@ impl ImageStore {
                     Err(error) => Err(error.to_string()),
                 };
                 found.insert(address.clone(), kept);
+                done += 1;
+                if let Some(fetching) = self.fetching {
+                    fetching(done, total);
+                }
             }
             Ok(found)
         })

@@ -1,4 +1,5 @@
-//! Several data sets under one name: `NAME=PATH:WEIGHT#ROWS`, separated by commas.
+//! Several data sets under one name: `NAME=PATH:WEIGHT#ROWS`, separated by commas; a `*` in the last part of a
+//! path stands for the files of one data set, as `train-*.parquet`.
 //!
 //! A weight says how often the rows of a data set come in an epoch: 2 is twice each, 0.5 half of them, drawn by
 //! seed. `#N` takes N rows, more than there are by repeating them, as ms-swift's data sets.
@@ -142,15 +143,59 @@ impl DataName {
         self.label.as_deref().unwrap_or(&self.path)
     }
 
+    /// Its files: several, in the order of their names, where the last part of the path has a `*`.
+    ///
+    /// # Errors
+    /// [`DatasetError::Name`] if no file fits.
+    pub(super) fn files(&self) -> Result<Vec<String>, DatasetError> {
+        let path = Path::new(&self.path);
+        let pattern = path.file_name().and_then(|name| name.to_str());
+        let pattern = match pattern.filter(|pattern| pattern.contains('*')) {
+            Some(pattern) if !path.exists() => pattern,
+            _ => return Ok(vec![self.path.clone()]),
+        };
+        let folder = path.parent().unwrap_or(Path::new(""));
+        let look_in = if folder.as_os_str().is_empty() {
+            Path::new(".")
+        } else {
+            folder
+        };
+        let entries = std::fs::read_dir(look_in).map_err(|cause| DatasetError::Read {
+            path: look_in.to_owned(),
+            cause,
+        })?;
+        let mut files: Vec<String> = entries
+            .filter_map(|entry| {
+                let name = entry.ok()?.file_name().into_string().ok()?;
+                let file = folder.join(&name);
+                let fits = matches(pattern, &name) && file.is_file();
+                fits.then(|| file.to_str().map(str::to_owned)).flatten()
+            })
+            .collect();
+        files.sort();
+        if files.is_empty() {
+            return Err(DatasetError::Name {
+                name: self.path.clone(),
+                reason: "matches no file".to_owned(),
+            });
+        }
+        Ok(files)
+    }
+
     /// Whether all its rows come once.
     pub fn is_plain(&self) -> bool {
         self.weight == 1.0 && self.rows.is_none()
     }
 
+    /// How many rows come of a data set of `len`.
+    pub(super) fn wanted(&self, len: usize) -> usize {
+        let rows = self.rows.unwrap_or(len);
+        (rows as f64 * self.weight).round() as usize
+    }
+
     /// Which of `len` rows come, in their order; a part of them is drawn by `seed`.
     pub(super) fn chosen(&self, len: usize, seed: u64) -> Vec<usize> {
-        let rows = self.rows.unwrap_or(len);
-        let wanted = (rows as f64 * self.weight).round() as usize;
+        let wanted = self.wanted(len);
         let mut chosen = Vec::with_capacity(wanted);
         for _ in 0..wanted.checked_div(len).unwrap_or(0) {
             chosen.extend(0..len);
@@ -165,6 +210,26 @@ impl DataName {
         }
         chosen
     }
+}
+
+/// Whether a name fits a pattern in which `*` stands for any text.
+fn matches(pattern: &str, name: &str) -> bool {
+    let mut pieces = pattern.split('*');
+    let first = pieces.next().unwrap_or_default();
+    let Some(mut rest) = name.strip_prefix(first) else {
+        return false;
+    };
+    let mut pieces = pieces.peekable();
+    while let Some(piece) = pieces.next() {
+        if pieces.peek().is_none() {
+            return rest.ends_with(piece);
+        }
+        match rest.find(piece) {
+            Some(at) => rest = &rest[at + piece.len()..],
+            None => return false,
+        }
+    }
+    rest.is_empty()
 }
 
 #[cfg(test)]
@@ -211,6 +276,23 @@ mod tests {
         ] {
             let error = data_names(text).unwrap_err().to_string();
             assert!(error.contains(says), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_star_stands_for_any_text() {
+        for (pattern, name, fits) in [
+            ("*", "a", true),
+            ("train-*.parquet", "train-0001-of-2.parquet", true),
+            ("train-*-of-*.parquet", "train-0001-of-2.parquet", true),
+            ("train-*.parquet", "test-0001.parquet", false),
+            ("train-*.parquet", "train-1.jsonl", false),
+            ("a*b*c", "a-c-b", false),
+            ("a", "a", true),
+            ("a", "ab", false),
+            ("*.a*.a", ".a", false),
+        ] {
+            assert_eq!(matches(pattern, name), fits, "{pattern} {name}");
         }
     }
 

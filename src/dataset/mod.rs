@@ -28,7 +28,7 @@ pub use encode::EncodedSample;
 pub use error::DatasetError;
 pub use facts::{DataFacts, LeftOut};
 pub use held_out::HeldOut;
-pub use image_store::ImageStore;
+pub use image_store::{Fetching, ImageStore};
 pub use mix::{DataName, data_names, map_paths};
 pub use reader::DataOptions;
 pub use samples::{Dataset, RawSample, SampleText};

@@ -120,10 +120,8 @@ pub(super) fn read_rows(
             break;
         }
     }
-    if let Some(reason) = columns
-        .missing(&options.columns)
-        .filter(|_| !rows.is_empty())
-    {
+    let whole = rows.last().is_some_and(|(_, row)| row.is_ok() || !stop);
+    if let Some(reason) = columns.missing(&options.columns).filter(|_| whole) {
         return Err(DatasetError::Rows(RowsError {
             path: path.to_owned(),
             line: 0,
@@ -134,13 +132,8 @@ pub(super) fn read_rows(
     let folder = options.store.folder().display();
     if kept > 0 {
         remarks.push(format!(
-            "{} in the rows; {} as files in `{folder}`",
+            "{} in the rows and kept in `{folder}`",
             counted(kept, "image is", "images are"),
-            if kept == 1 {
-                "it is kept"
-            } else {
-                "they are kept"
-            },
         ));
     }
     if !addresses.is_empty() {

@@ -30,6 +30,9 @@ use crate::{
 /// The question of a sample without image.
 const WORDS_ONLY_PROMPT: &str = "请写一份胸部X光报告的范文。";
 
+/// Most rows of a data set that is one of several, or counts with a part of its rows.
+const MOST_ROWS: usize = 1 << 28;
+
 /// Where samples come from.
 #[derive(Debug, Clone)]
 pub(super) enum SampleSource {
@@ -229,10 +232,17 @@ impl Dataset {
     /// [`DatasetError`] names the file and the row.
     pub fn open_with(name: &str, options: &DataOptions) -> Result<Self, DatasetError> {
         let names = data_names(name)?;
-        let parts = names
-            .iter()
-            .map(|entry| DataPart::open(&entry.path, entry.label(), options));
-        let parts = parts.collect::<Result<Arc<[DataPart]>, _>>()?;
+        let mut parts = Vec::new();
+        // The parts of each data set: several files, where its name has a `*`.
+        let mut files: Vec<Range<usize>> = Vec::new();
+        for entry in &names {
+            let start = parts.len();
+            for file in entry.files()? {
+                parts.push(DataPart::open(&file, entry.label(), options)?);
+            }
+            files.push(start..parts.len());
+        }
+        let parts: Arc<[DataPart]> = parts.into();
         let remarks = parts.iter().flat_map(|part| part.remarks.clone()).collect();
         if let ([part], [entry]) = (&*parts, names.as_slice())
             && entry.is_plain()
@@ -248,19 +258,34 @@ impl Dataset {
         }
         let mut chosen = Vec::new();
         let mut fingerprint = Vec::new();
-        for (at, (part, entry)) in parts.iter().zip(&names).enumerate() {
-            let rows = entry.chosen(part.len(), options.seed);
-            if rows.is_empty() {
-                return Err(DatasetError::Name {
-                    name: entry.to_string(),
-                    reason: format!("takes none of its {} rows", part.len()),
-                });
+        for (files, entry) in files.into_iter().zip(&names) {
+            let refused = |reason| DatasetError::Name {
+                name: entry.to_string(),
+                reason,
+            };
+            let len: usize = parts[files.clone()].iter().map(DataPart::len).sum();
+            let wanted = entry.wanted(len);
+            if wanted == 0 {
+                return Err(refused(format!("takes none of its {len} rows")));
             }
-            chosen.extend(rows.into_iter().map(|row| Place { part: at, row }));
+            if wanted.max(len) > MOST_ROWS {
+                return Err(refused(format!(
+                    "takes {wanted} of {len} rows, too many for a mixture"
+                )));
+            }
+            let places = files.clone().flat_map(|part| {
+                let rows = 0..parts[part].len();
+                rows.map(move |row| Place { part, row })
+            });
+            let places: Vec<Place> = places.collect();
+            let rows = entry.chosen(len, options.seed);
+            chosen.extend(rows.into_iter().map(|row| places[row]));
             let rows = entry
                 .rows
                 .map_or_else(String::new, |rows| format!("#{rows}"));
-            fingerprint.push(format!("{} x{}{rows}", part.fingerprint, entry.weight));
+            let files = parts[files].iter().map(|part| part.fingerprint.as_str());
+            let files = files.collect::<Vec<_>>().join(" and ");
+            fingerprint.push(format!("{files} x{}{rows}", entry.weight));
         }
         Ok(Self {
             name: name.to_owned(),
@@ -292,34 +317,26 @@ impl Dataset {
         &self.fingerprint
     }
 
-    /// What the data sets are called that this one is made of, with the number of samples of each; one where it is no
-    /// mixture.
-    pub fn parts(&self) -> Vec<(&str, usize)> {
-        let count = |at: usize| match &self.chosen {
-            None => self.len(),
-            Some(chosen) => chosen.iter().filter(|place| place.part == at).count(),
-        };
-        let parts = self.parts.iter().enumerate();
-        parts
-            .map(|(at, part)| (part.label.as_str(), count(at)))
-            .collect()
-    }
-
     /// The data sets that this one is made of, each on its own with what it is called; itself where it is no mixture.
-    pub fn split_by_part(&self) -> Vec<(String, Self)> {
-        let parts = self.parts.iter().enumerate();
-        let parts = parts.map(|(at, part)| {
-            let chosen = self.chosen.as_ref().map(|chosen| {
-                let own = chosen.iter().filter(|place| place.part == at);
-                own.copied().collect()
-            });
-            let data = Self {
-                chosen,
-                ..self.clone()
-            };
-            (part.label.clone(), data)
+    pub fn split_by_name(&self) -> Vec<(String, Self)> {
+        let Some(chosen) = &self.chosen else {
+            let label = self.parts.first().map(|part| part.label.clone());
+            return vec![(label.unwrap_or_default(), self.clone())];
+        };
+        let mut places: Vec<(&str, Vec<Place>)> = Vec::new();
+        for place in chosen.iter() {
+            let label = self.parts[place.part].label.as_str();
+            match places.iter_mut().find(|(known, _)| *known == label) {
+                Some((_, places)) => places.push(*place),
+                None => places.push((label, vec![*place])),
+            }
+        }
+        let sets = places.into_iter().map(|(label, places)| {
+            let chosen = Some(places.into());
+            let data = self.clone();
+            (label.to_owned(), Self { chosen, ..data })
         });
-        parts.filter(|(_, data)| !data.is_empty()).collect()
+        sets.collect()
     }
 
     /// Image files: row (from 0), name in the row, path; none for drawn studies.

@@ -17,8 +17,9 @@ const SCALARS: [&str; 4] = ["loss", "loss_scale", "min_pixels", "max_pixels"];
 /// The delimiter of a table by its first line: of tab, comma and semicolon the most frequent one.
 pub(super) fn delimiter(first: &str) -> u8 {
     let count = |delimiter: char| first.matches(delimiter).count();
-    let found = [('\t', b'\t'), (',', b','), (';', b';')];
-    let most = found.into_iter().rev().max_by_key(|(c, _)| count(*c));
+    // Of several that are as frequent, the last one here.
+    let found = [(';', b';'), ('\t', b'\t'), (',', b',')];
+    let most = found.into_iter().max_by_key(|(c, _)| count(*c));
     most.map_or(b',', |(_, byte)| byte)
 }
 
@@ -80,7 +81,9 @@ fn in_words(error: &csv::Error) -> String {
 /// # Errors
 /// Why it is no Parquet file that can be read.
 pub(super) fn parquet_rows(file: impl ChunkReader + 'static) -> Result<Rows<'static>, String> {
-    let damaged = |reason: String| format!("cannot be read as Parquet: {reason}");
+    let damaged = |reason: String| {
+        format!("cannot be read as Parquet ({reason}); hint: was the file copied whole?")
+    };
     let open = || SerializedFileReader::new(file).map_err(|error| error.to_string());
     let reader = quietly(open).and_then(|reader| reader).map_err(damaged)?;
     let mut rows = RowIter::from_file_into(Box::new(reader));
@@ -186,5 +189,28 @@ mod tests {
         let short: Vec<_> = csv_rows("a,b\n1\n", b',').unwrap().collect();
         assert!(short[0].1.is_err());
         assert!(csv_rows("a,a\n1,2\n", b',').is_err());
+    }
+
+    #[test]
+    fn damage_of_a_parquet_file_is_an_error_and_no_panic() {
+        let path = "tests/fixtures/found/forms/hf_images.parquet";
+        let whole = std::fs::read(path).unwrap();
+        let read = |bytes: &[u8]| -> Result<usize, String> {
+            let rows = parquet_rows(bytes::Bytes::copy_from_slice(bytes))?;
+            let rows = rows.map(|(_, row)| row.map_err(|fault| fault.to_string()));
+            Ok(rows.collect::<Result<Vec<_>, _>>()?.len())
+        };
+        assert_eq!(read(&whole), Ok(2));
+        let mut refused = 0;
+        let places = (0..whole.len()).step_by(29);
+        for at in places.chain(whole.len() - 900..whole.len()) {
+            let mut bytes = whole.clone();
+            bytes[at] ^= 0x5a;
+            refused += usize::from(read(&bytes).is_err());
+        }
+        for length in [0, 3, 4, 8, 100, whole.len() / 2, whole.len() - 1] {
+            assert!(read(&whole[..length]).is_err(), "{length}");
+        }
+        assert!(refused > 100, "{refused}");
     }
 }

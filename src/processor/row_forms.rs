@@ -62,14 +62,14 @@ pub fn is_training_form(row: &Map<String, Value>) -> bool {
         row.get(*key)
             .is_some_and(|value| !row_keys::is_empty(value))
     };
-    if CONVERSATIONS.iter().any(|key| given(&key)) {
+    if CONVERSATIONS.iter().any(given) {
         return true;
     }
     let any = |names: &[&str]| {
         let mut keys = row.keys();
         keys.any(|key| names.contains(&key.to_lowercase().as_str()))
     };
-    any(&QUERY) && any(&RESPONSE)
+    any(&RESPONSE[..1]) || (any(&QUERY) && any(&RESPONSE))
 }
 
 /// Brings a row of another form into `messages` and `images`; one of no known form stays as it is.
@@ -206,6 +206,11 @@ fn conversation(key: &str, entries: Value) -> Result<Value, RowFault> {
             messages.push(Value::Object(fields));
             continue;
         }
+        let keys: Vec<String> = fields
+            .keys()
+            .take(5)
+            .map(|key| format!("`{key}`"))
+            .collect();
         let mut pair = Vec::new();
         for role in ["user", "assistant"] {
             let names: Vec<String> = fields
@@ -215,15 +220,7 @@ fn conversation(key: &str, entries: Value) -> Result<Value, RowFault> {
                 .collect();
             let [name] = names.as_slice() else {
                 let expected = "a pair such as `{\"human\": …, \"assistant\": …}`, or an object with `from` and `value`";
-                let found = format!(
-                    "an object with {}",
-                    fields
-                        .keys()
-                        .take(5)
-                        .map(|key| format!("`{key}`"))
-                        .collect::<Vec<_>>()
-                        .join(", ")
-                );
+                let found = format!("an object with {}", keys.join(", "));
                 return Err(RowFault::key(place, found, expected));
             };
             let content = fields.shift_remove(name).unwrap_or_default();

@@ -32,6 +32,7 @@ pub(super) fn describe(row: &Map<String, Value>) -> RowFault {
         Some(known) => {
             let (image, report) = (&known.image, &known.report);
             if let Some(image) = image {
+                // Without an ending the file has another name, which `convert` looks for.
                 hint = format!(
                     "`--columns images={image},response={report}` (in a config `[columns]`) reads these keys as they are; {hint}"
                 );
@@ -92,7 +93,9 @@ fn line(row: &Map<String, Value>) -> Option<KnownLine> {
     }
     Some(KnownLine {
         line: messages.to_string(),
-        image: image.map(|(key, _)| key.clone()),
+        image: image
+            .filter(|(_, text)| is_path(text))
+            .map(|(key, _)| key.clone()),
         report: report.0.clone(),
     })
 }

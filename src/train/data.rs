@@ -2,7 +2,7 @@
 
 use super::config::TrainConfig;
 use crate::{
-    dataset::{Dataset, DatasetError},
+    dataset::{Dataset, DatasetError, Fetching},
     study::counted,
 };
 
@@ -18,12 +18,13 @@ pub struct RunData {
 }
 
 impl RunData {
-    /// Opens what `config` names.
+    /// Opens what `config` names; `fetching` is called while images are fetched from the web.
     ///
     /// # Errors
     /// As [`Dataset::open`] and [`Dataset::hold_out`].
-    pub fn open(config: &TrainConfig) -> Result<Self, DatasetError> {
-        let options = config.data_options();
+    pub fn open(config: &TrainConfig, fetching: Option<Fetching>) -> Result<Self, DatasetError> {
+        let mut options = config.data_options();
+        options.store = options.store.with_progress(fetching);
         let train = Dataset::open_with(&config.train_data, &options)?;
         if let Some(name) = &config.val_data {
             return Ok(Self {

@@ -43,7 +43,7 @@ use crate::{
         files::{FileError, write_atomic},
         trace::Trace,
     },
-    dataset::{DataFacts, Dataset, loader::WindowLoader},
+    dataset::{DataFacts, Dataset, Fetching, loader::WindowLoader},
     ops::memory::MemoryWatch,
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, nn::InitOptions, weights::LoadProgress},
     runtime::{
@@ -71,6 +71,8 @@ pub struct RunOptions {
     pub config: TrainConfig,
     /// Whether to resume.
     pub resume: Resume,
+    /// Called while images are fetched from the web.
+    pub fetching: Option<Fetching>,
     /// Weights drawn at random in place of those in `model`, whose `config.json` counts.
     pub random_init: bool,
     /// Burn's dashboard, or a renderer that prints nothing.
@@ -262,7 +264,7 @@ pub fn train<B: TrainAccelerator>(
         train: data,
         validation,
         notes,
-    } = RunData::open(&config)?;
+    } = RunData::open(&config, options.fetching)?;
     notes.iter().for_each(|note| (options.tell)(note));
     let run = &config.output_dir;
     // Held to the end of the run. A folder that is not there yet is made once all has been checked.
@@ -376,7 +378,7 @@ pub fn train<B: TrainAccelerator>(
     // A batch of several data sets would belong to none in their own losses.
     let valid_loaders: Vec<(String, WindowLoader)> = validation
         .iter()
-        .flat_map(Dataset::split_by_part)
+        .flat_map(Dataset::split_by_name)
         .map(|(label, data)| {
             let plan = config.validation_plan();
             (label, WindowLoader::new(data, parts.clone(), plan, 0, 1))

@@ -247,13 +247,19 @@ fn a_weight_repeats_rows_and_errors_name_the_file_of_the_row() {
     let (a, b) = (found("std.jsonl"), found("hf_images.parquet"));
     let data = Dataset::open_with(&format!("zh={a}:2,{b}#1"), &options).unwrap();
     assert_eq!(data.len(), 3);
-    assert_eq!(data.parts(), [("zh", 2), (b.as_str(), 1)]);
     assert_eq!((data.row(0), data.row(1)), (1, 1));
     assert_eq!(data.text(0), data.text(1));
     let files = data.image_files();
     assert!(files[0].1.starts_with("zh: "), "{files:?}");
-    let split: Vec<_> = data.split_by_part();
-    assert_eq!((split[0].1.len(), split[1].1.len()), (2, 1));
+    let split: Vec<_> = data.split_by_name();
+    let split = split.iter().map(|(name, data)| (name.as_str(), data.len()));
+    assert_eq!(split.collect::<Vec<_>>(), [("zh", 2), (b.as_str(), 1)]);
+    // Files of one data set, as the hub keeps large ones.
+    let shards = found("query_response*.parquet");
+    let shards = Dataset::open_with(&format!("{shards},{a}"), &options).unwrap();
+    assert_eq!((shards.len(), shards.split_by_name().len()), (2, 2));
+    let none = Dataset::open(&found("no_such*.parquet")).unwrap_err();
+    assert!(none.to_string().contains("matches no file"), "{none}");
     let twice = Dataset::open_with(&format!("{a}:2"), &options).unwrap();
     assert_ne!(
         twice.fingerprint(),

@@ -6,7 +6,6 @@ use hyper::{
     Request, Response, Uri,
     body::{Body, Incoming},
     client::conn::http1,
-    header,
 };
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;

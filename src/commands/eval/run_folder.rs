@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::args::EvalArgs;
 use crate::{
-    commands::shell::shipped,
+    commands::{progress::show_fetching, shell::shipped},
     train::{
         chart::{chart_rows, training_chart},
         config::{TrainConfig, Tuner},
@@ -49,7 +49,7 @@ pub(super) fn choose(dir: &Path, args: &mut EvalArgs) -> Result<Option<RunData>>
     args.reading.allow_image_urls |= config.allow_image_urls;
     args.reading.seed = config.seed;
     if args.data.is_none() && args.train_data.is_none() && config.split_dataset_ratio > 0.0 {
-        let run = RunData::open(&config)?;
+        let run = RunData::open(&config, Some(show_fetching))?;
         args.data = run.validation.as_ref().map(|data| data.name().to_owned());
         args.train_data = Some(config.train_data);
         return Ok(Some(run));

@@ -336,8 +336,8 @@ fn wrong_input_is_named() {
     };
     for (text, words) in [
         ("{", "row 1: not JSON"),
-        ("3", "no known form"),
-        ("[]", "no known form"),
+        ("3", "row 1: found a number"),
+        ("[]", "holds no row"),
         (r#"{"annotations": []}"#, "holds no row"),
         (
             r#"{"annotations": [{"image_id": "2_1"}]}"#,

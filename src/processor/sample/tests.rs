@@ -346,7 +346,7 @@ fn a_row_of_no_known_form_is_shown_the_line_that_would_be_right() {
             r#"{"image_id":"1_1.png","caption":"双肺清晰"}"#,
             "a row of OpenI-zh",
             r#"`{"messages":[{"role":"user","content":"<image>…"},{"role":"assistant","content":"双肺清晰"}],"images":["1_1.png"]}`"#,
-            "`--columns images=image_id,response=caption`",
+            "`--columns images=image_id,response=caption` (in a config `[columns]`)",
         ),
         (
             r#"{"影像":"a.png","报告":"心影不大"}"#,
