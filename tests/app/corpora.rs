@@ -460,6 +460,19 @@ fn most_of_the_images_missing_is_an_error_unless_allowed() {
 }
 
 #[test]
+#[cfg(unix)]
+fn links_in_a_circle_and_devices_end_at_once() {
+    let folder = tempdir().unwrap();
+    copy(&corpus("xrayglm"), folder.path(), &|_| true);
+    std::os::unix::fs::symlink(".", folder.path().join("again")).unwrap();
+    let (code, _, stderr) = run(folder.path(), &convert_args(".", &["--val-ratio", "0.2"]));
+    assert_eq!(code, 0, "{stderr}");
+    let (code, _, stderr) = run(folder.path(), &["convert", "/dev/zero", "--output", "zero"]);
+    assert_eq!(code, 1);
+    assert!(stderr.contains("`/dev/zero`"), "{stderr}");
+}
+
+#[test]
 fn a_converted_corpus_trains() {
     let found = convert("mimic-cxr", &["--views", "all", "--sections", "impression"]);
     let model = tiny_model();

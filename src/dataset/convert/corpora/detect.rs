@@ -1,6 +1,6 @@
 //! Which corpus a file or a folder is.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -8,6 +8,7 @@ use super::super::corpus::CorpusForm;
 use super::super::error::ConvertError;
 use super::super::files::is_folder;
 use super::{mimic, named, table};
+use crate::base::files::expect_file;
 
 /// Folders so deep below the root may hold the files of a corpus.
 const DEPTH: usize = 4;
@@ -39,6 +40,8 @@ pub(super) fn detect(
             let path = path.to_owned();
             return Err(ConvertError::Read { path, cause });
         }
+        // A pipe would be waited for, and a device may never end.
+        expect_file(path)?;
         let form = wanted.or_else(|| of_file(path)).unwrap_or(CorpusForm::Rows);
         let files = vec![path.to_owned()];
         return Ok(Detected { form, files });
@@ -171,9 +174,14 @@ fn files_of(root: &Path, output: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     let mut level = vec![root.to_owned()];
     let mut entries_left = MOST_ENTRIES;
+    // Links may lead in a circle.
+    let mut seen = BTreeSet::new();
     for _ in 0..DEPTH {
         let mut below = Vec::new();
         for folder in level {
+            if !folder.canonicalize().is_ok_and(|real| seen.insert(real)) {
+                continue;
+            }
             if folder != root && output.is_some() && folder.canonicalize().ok() == output {
                 continue;
             }
