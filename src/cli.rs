@@ -73,7 +73,8 @@ pub enum Command {
     /// Without arguments, the tiny model that comes with the repository on the sample data set.
     #[command(after_help = section(examples::EVAL, ""))]
     Eval(Box<eval::EvalArgs>),
-    /// Turn the OpenI-zh corpus, or any data set in a known form, into train.jsonl and val.jsonl.
+    /// Turn a corpus of chest X-rays and reports, as it is published, or any data set in a known form, into train.jsonl
+    /// and val.jsonl.
     #[command(after_help = section(examples::CONVERT, ""))]
     Convert(convert::ConvertArgs),
     /// Report the translation defects of a corpus, row by row, and propose a corrected copy.

@@ -211,7 +211,7 @@ impl Infer {
         images: &[PathBuf],
         record: &mut Record,
     ) -> Result<Prompt> {
-        let about_model = pipeline.parts.remarks.iter();
+        let about_model = pipeline.parts.remarks.iter().chain(&pipeline.notes);
         record
             .remarks
             .extend(about_model.map(|remark| RecordRemark::of_model(remark)));

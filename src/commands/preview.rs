@@ -9,12 +9,14 @@ use clap::Args;
 use image::ImageFormat;
 use serde_json::{Value, json};
 
+use super::models::{DownloadArgs, find};
 use super::pipeline_options::with_adapter;
 use super::shared_args::{AdapterArgs, LoadArgs};
 use super::shell::unless_closed;
 use super::usage::UsageError;
 use crate::{
     base::files::{expect_file, name::text_of, sha256_bytes, sha256_file, write_atomic},
+    base::hub::Want,
     processor::{
         image::{Reading, RgbImage},
         patches::ImageProcessorConfig,
@@ -139,17 +141,21 @@ pub fn run(args: &PreviewArgs) -> Result<()> {
 
 /// Everything of the checkpoint but its weights.
 fn parts(args: &PreviewArgs) -> Result<TextAndImages> {
-    let adapter = AdapterArgs {
+    let mut adapter = AdapterArgs {
         adapter: args.adapter.clone(),
         any_base: false,
     };
+    adapter.find(DownloadArgs::default())?;
+    let model = find(&args.model, Want::Description, DownloadArgs::default())?;
     let load = LoadArgs {
         dtype: None,
         quantize: None,
         min_pixels: args.min_pixels,
         max_pixels: args.max_pixels,
+        mmproj: None,
+        tokenizer: None,
     };
-    let options = with_adapter(&args.model, &adapter, &load, DType::F32);
+    let options = with_adapter(&model, &adapter, &load, DType::F32);
     Ok(TextAndImages::load(&options)?)
 }
 

@@ -253,15 +253,15 @@ pub struct StudyArgs {
     /// Without it, `study`, `study_id` or `uid` count where a row has them, and `patient`, `patient_id` or
     /// `subject_id` for the patient. Without any rule, studies are guessed from the paths of all images, and the
     /// guess is reported with its count.
-    #[arg(long, value_name = "KEY", group = "study_rule")]
+    #[arg(long, alias = "study_key", value_name = "KEY", group = "study_rule")]
     pub study_key: Option<String>,
     /// Expression whose first group is the study in the path of an image, such as `(p[0-9]+/s[0-9]+)/`.
     ///
     /// Groups named `study` and `patient` name both.
-    #[arg(long, value_name = "RE", group = "study_rule")]
+    #[arg(long, alias = "study_regex", value_name = "RE", group = "study_rule")]
     pub study_regex: Option<String>,
     /// Where the study of an image is written.
-    #[arg(long, value_enum, group = "study_rule")]
+    #[arg(long, alias = "study_from", value_enum, group = "study_rule")]
     pub study_from: Option<StudyFrom>,
 }
 

@@ -1,65 +1,80 @@
 //! A corpus of reports and images to training and validation files in ms-swift's form.
 //!
-//! The steps: rows of any published form ([`CorpusForm`]) → rows whose images are there → a question
-//! each, drawn by seed → a split that keeps studies and patients whole ([`crate::study`]) → `train.jsonl`,
-//! `val.jsonl`, `missing.txt`, histograms and `summary.json`. Draws follow Python's generator, so
-//! [`Split::Image`] with the published seed gives the published rows. Images are neither copied nor
-//! changed, and nothing is left out without a line in `missing.txt`.
+//! The steps: a corpus as it is published, or rows of any known form ([`CorpusForm`]) → rows whose images are there → a
+//! question each, drawn by seed → the corpus' own split, or one that keeps studies and patients whole
+//! ([`crate::study`]) → `train.jsonl`, `val.jsonl`, perhaps `test.jsonl`, `missing.txt`, histograms and
+//! `summary.json`. Draws follow Python's generator, so [`Split::Image`] with the published seed gives the published
+//! rows. Images are neither copied nor changed, and nothing is left out without a line in `missing.txt`.
 
+mod corpora;
 mod corpus;
 mod error;
+mod files;
 mod images;
+mod line;
 mod options;
+mod parts;
 mod summary;
 #[cfg(test)]
 mod tests;
 mod thinking;
 mod training;
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
 
-use serde_json::{Map, Value, json};
+use serde_json::Value;
 
 use crate::{
-    base::files::{FileError, sha256_file, write_atomic},
-    processor::{
-        patches::ImageProcessor,
-        sample::{IMAGE_TAG, escaped, parse_line},
-        supervised::encode_supervised,
-        tokenizer::Tokenizer,
+    base::{
+        files::{sha256_file, write_atomic},
+        text_file::read_text,
     },
-    study::{PATIENT_KEYS, STUDY_KEYS, Studies, StudyFacts, StudyRow, counted},
+    processor::{patches::ImageProcessor, sample::IMAGE_TAG, tokenizer::Tokenizer},
+    study::{StudyFacts, StudyRow, counted},
 };
 
-use corpus::{Body, CorpusRow};
+use corpora::{BOX_PROMPTS, Corpus, LeftReason};
+pub use corpora::{Language, Sections, Views};
+use corpus::Body;
 pub use corpus::{CorpusForm, CorpusKeys};
 pub use error::ConvertError;
-use images::{FoundImage, ImageFinder, Unusable};
-pub use options::{ConvertOptions, PROMPTS, Split};
+use files::FileIndex;
+use images::{ImageFinder, Unusable};
+use line::UsableRow;
+pub use options::{ConvertOptions, PROMPTS, Split, VAL_RATIO};
+use parts::{FILES, count_studies, parts, prepare_output, shown, split_of};
 use summary::Measures;
-pub use summary::{PartCount, Spread, Summary};
+pub use summary::{LeftOutRows, PartCount, Spread, Summary};
 use thinking::Thinking;
 
 use super::python_random::PythonRandom;
-use super::split;
 
 /// A share of rows without image above which the result begins with a warning.
 const MUCH_MISSING: f64 = 0.1;
 
-/// A row with its images found.
-struct UsableRow {
-    row: CorpusRow,
-    images: Vec<FoundImage>,
-    question: Option<usize>,
-    answer: String,
+/// Rows of one reason that `summary.json` names; `missing.txt` names all.
+const MOST_NAMED: usize = 20;
+
+/// Most bytes of a file of questions.
+const LONGEST_PROMPTS: u64 = 16 << 20;
+
+/// A row that is left out: its file, its number, its image and why.
+struct LeftOut {
+    file: Arc<Path>,
+    number: usize,
+    image: String,
+    reason: String,
+    /// The reason without what differs from row to row.
+    kind: &'static str,
 }
 
 /// Converts a corpus.
 ///
 /// Of the image files only headers are read. With a tokenizer, tokens are counted as training will
-/// take them. The same input, images, folders and options give the same bytes.
+/// take them. The same input, images, folders and options give the same bytes. `progress` hears of the rows whose images
+/// were looked at, and of all rows.
 ///
 /// # Errors
 /// [`ConvertError`] names the file and the row. `missing.txt` is there also when no row was left.
@@ -67,50 +82,91 @@ pub fn convert(
     options: &ConvertOptions,
     tokenizer: Option<&Tokenizer>,
     processor: &ImageProcessor,
+    progress: &dyn Fn(usize, usize),
 ) -> Result<Summary, ConvertError> {
-    let prompts = questions(options)?;
-    if !(0.0..1.0).contains(&options.val_ratio) {
-        return Err(ConvertError::ValRatio(options.val_ratio));
+    if let Some(prompts) = &options.prompts {
+        check_prompts(prompts)?;
     }
-    let (form, rows) = match &options.keys {
-        Some(keys) => corpus::read_keyed(&options.input, keys)?,
-        None => corpus::read(&options.input, &options.reading)?,
-    };
-    if rows.is_empty() {
-        return Err(ConvertError::Empty(options.input.clone()));
-    }
-    let folder = options.images.as_deref();
-    if folder.is_some_and(|folder| !folder.is_dir())
-        || (folder.is_none() && form != CorpusForm::Messages)
+    if let Some(ratio) = options
+        .val_ratio
+        .filter(|ratio| !(0.0..1.0).contains(ratio))
     {
-        return Err(ConvertError::NoImages(options.images.clone()));
+        return Err(ConvertError::ValRatio(ratio));
     }
+    let folder = match &options.images {
+        Some(folder) if !folder.is_dir() => return Err(ConvertError::NoImages(folder.clone())),
+        Some(folder) => folder.clone(),
+        None => corpora::root_of(&options.input),
+    };
+    let mut index = FileIndex::new(folder);
+    let mut corpus = corpora::read(options, &mut index)?;
+    if corpus.rows.is_empty() && corpus.left_out.is_empty() {
+        return Err(ConvertError::Empty(corpus.main.to_path_buf()));
+    }
+    let prompts = questions(options, &corpus);
     let mut thinking = match &options.thinking {
         Some(path) => Some(Thinking::read(path)?),
         None => None,
     };
+    let mut summary = empty_summary(options, &corpus, processor)?;
     let output = prepare_output(options)?;
-    let mut summary = empty_summary(options, form, rows.len(), processor)?;
+    tell_choices(options, &corpus, &mut summary);
 
     let mut unused: BTreeMap<String, usize> = BTreeMap::new();
-    for key in rows.iter().flat_map(|row| &row.unused) {
+    for key in corpus.rows.iter().flat_map(|row| &row.unused) {
         *unused.entry(key.clone()).or_default() += 1;
     }
 
-    let mut usable = Vec::new();
     let mut left_out = Vec::new();
-    let mut finder = ImageFinder::new(options, &output, processor);
-    for row in rows {
+    for left in std::mem::take(&mut corpus.left_out) {
+        *match left.reason {
+            LeftReason::Report(_) => &mut summary.rows_without_report,
+            LeftReason::View(_) => &mut summary.rows_not_frontal,
+            LeftReason::Part => &mut summary.rows_without_part,
+        } += 1;
+        left_out.push(LeftOut {
+            file: left.file,
+            number: left.number,
+            image: left.image,
+            reason: left.reason.words().to_owned(),
+            kind: left.reason.words(),
+        });
+    }
+    let mut usable = Vec::new();
+    // Rows of messages name their own images.
+    let beside = (options.images.is_none() && corpus.form == CorpusForm::Messages)
+        .then(|| corpus.root.clone());
+    let main = corpus.main.clone();
+    let mut finder = ImageFinder::new(&main, beside, &mut index, &output, processor);
+    finder.look_up(&corpus.rows)?;
+    let count = corpus.rows.len();
+    for (at, row) in std::mem::take(&mut corpus.rows).into_iter().enumerate() {
+        progress(at + 1, count);
+        let mut leave = |row: &corpus::CorpusRow, image: String, reason: String, kind| {
+            left_out.push(LeftOut {
+                file: row.file.clone(),
+                number: row.number,
+                image,
+                reason,
+                kind,
+            });
+        };
         match finder.images(&row)? {
             Err(reason) => {
-                let count = match reason {
-                    Unusable::NotFound(_) => &mut summary.rows_without_image,
-                    Unusable::Unreadable(..) => &mut summary.rows_with_unusable_image,
+                let (count, kind) = match reason {
+                    Unusable::NotFound(_) | Unusable::Several(..) => {
+                        (&mut summary.rows_without_image, "image not found")
+                    }
+                    Unusable::Unreadable(..) => (
+                        &mut summary.rows_with_unusable_image,
+                        "image cannot be used",
+                    ),
                 };
                 *count += 1;
-                left_out.push((row.number, reason.image().to_owned(), reason.to_string()));
+                leave(&row, reason.image().to_owned(), reason.to_string(), kind);
             }
             Ok(images) => {
+                check_boxes(&row, &images)?;
                 let answer = match &mut thinking {
                     None => Some(row.report().to_owned()),
                     Some(thinking) => thinking.answer(row.id(), row.report()),
@@ -124,8 +180,8 @@ pub fn convert(
                     }),
                     None => {
                         summary.rows_without_thinking += 1;
-                        let reason = "no reasoning for this image".to_owned();
-                        left_out.push((row.number, row.images.join(" "), reason));
+                        let kind = "no reasoning for this image";
+                        leave(&row, row.images.join(" "), kind.to_owned(), kind);
                     }
                 }
             }
@@ -134,24 +190,21 @@ pub fn convert(
     summary.thinking_unused = thinking.map_or_else(Vec::new, |thinking| thinking.unused());
     let missing = output.join("missing.txt");
     write_atomic(&missing, |out| {
-        for (number, image, reason) in &left_out {
-            writeln!(out, "row {number}\t{image}\t{reason}")?;
+        for left in &left_out {
+            if left.file != main {
+                write!(out, "{} ", left.file.display())?;
+            }
+            writeln!(out, "row {}\t{}\t{}", left.number, left.image, left.reason)?;
         }
         Ok(())
     })?;
-    if usable.is_empty() {
-        return Err(ConvertError::NoneLeft {
-            path: options.input.clone(),
-            rows: summary.rows_read,
-            reason: left_out.swap_remove(0).2,
-            missing,
-        });
-    }
+    summary.left_out = by_file(&left_out);
+    refuse_much_missing(options, &corpus, &summary, usable.len(), &left_out, missing)?;
 
     let mut random = PythonRandom::new(options.seed);
     for usable in &mut usable {
         let keeps = match &usable.row.body {
-            Body::Report(_) => false,
+            Body::Report(_) | Body::Objects { .. } => false,
             Body::Messages { sample, .. } => {
                 let conversation = &sample.conversation;
                 let asks = options.prompts.is_none() && conversation.has_question();
@@ -170,37 +223,22 @@ pub fn convert(
         }
     }
     random.shuffle(&mut usable);
-    let rows: Vec<StudyRow> = usable
-        .iter()
-        .map(|usable| usable.study_row(options))
-        .collect();
+    let rows: Vec<StudyRow> = usable.iter().map(UsableRow::study_row).collect();
     let studies = options.studies.studies(&rows)?;
-    let in_val = in_validation(options, &mut random, &studies.groups)?;
+    let parts = parts(options, &mut random, &usable, &studies.groups, &mut summary)?;
 
     let mut measures = Measures::default();
-    let mut lines = [Vec::new(), Vec::new()];
-    for (at, (usable, in_val)) in usable.iter().zip(&in_val).enumerate() {
+    let mut lines: BTreeMap<_, Vec<String>> = BTreeMap::new();
+    for (at, (usable, part)) in usable.iter().zip(&parts).enumerate() {
         let line = usable.line(
             &prompts,
             options.studies.is_given().then_some((&studies, at)),
         );
-        measure(usable, &line, options, tokenizer, processor, &mut measures)?;
-        lines[usize::from(*in_val)].push(line);
+        usable.measure(&line, tokenizer, processor, &mut measures)?;
+        lines.entry(*part).or_default().push(line);
     }
-    count_studies(&mut summary, studies, &in_val);
-    for (key, count) in unused {
-        summary.warnings.push(format!(
-            "the key `{key}` of {} says nothing to training",
-            counted(count, "row", "rows")
-        ));
-    }
-    if summary.rows_without_image as f64 > MUCH_MISSING * summary.rows_read as f64 {
-        summary.warnings.push(format!(
-            "{} of {} have no image and are left out; hint: `--images` names the folder that holds them all, missing.txt lists them",
-            summary.rows_without_image,
-            counted(summary.rows_read, "row", "rows"),
-        ));
-    }
+    count_studies(&mut summary, studies, &parts, corpus.study_rule);
+    warn(&mut summary, unused);
     summary.characters = Spread::of(&measures.characters);
     summary.answer_tokens = Spread::of(&measures.answer_tokens);
     summary.row_tokens = Spread::of(&measures.row_tokens);
@@ -208,20 +246,18 @@ pub fn convert(
     summary.image_height = Spread::of(&measures.image_height);
     summary.vision_tokens = Spread::of(&measures.vision_tokens);
 
-    for (name, lines) in ["train.jsonl", "val.jsonl"].into_iter().zip(&lines) {
+    for (part, name) in FILES {
+        if part == corpora::Part::Test && !lines.contains_key(&part) {
+            continue;
+        }
+        let lines = lines.remove(&part).unwrap_or_default();
         write_atomic(&output.join(name), |out| {
             lines.iter().try_for_each(|line| writeln!(out, "{line}"))
         })?;
     }
     for (name, drawing) in measures.histograms() {
-        let path = output.join(name);
-        match drawing {
-            Some(drawing) => write_atomic(&path, |out| out.write_all(drawing.as_bytes()))?,
-            // One of an earlier conversion would be taken for this one's.
-            None if path.exists() => {
-                fs::remove_file(&path).map_err(|cause| FileError::write(&path, cause))?;
-            }
-            None => {}
+        if let Some(drawing) = drawing {
+            write_atomic(&output.join(name), |out| out.write_all(drawing.as_bytes()))?;
         }
     }
     // Last, so that it is never about files that are not there yet.
@@ -235,9 +271,9 @@ pub fn convert(
 /// Reads a file of questions, one a line; blank lines are passed over.
 ///
 /// # Errors
-/// [`ConvertError::Read`], or [`ConvertError::Prompts`] if there is none or one holds `<image>`.
+/// [`ConvertError::Text`], or [`ConvertError::Prompts`] if there is none or one holds `<image>`.
 pub fn read_prompts(path: &Path) -> Result<Vec<String>, ConvertError> {
-    let text = corpus::read_text(path)?;
+    let text = read_text(path, LONGEST_PROMPTS)?.text;
     let lines = text.lines().map(str::trim);
     let prompts: Vec<String> = lines
         .filter(|line| !line.is_empty())
@@ -257,90 +293,190 @@ fn check_prompts(prompts: &[String]) -> Result<(), ConvertError> {
     Ok(())
 }
 
-fn questions(options: &ConvertOptions) -> Result<Vec<String>, ConvertError> {
-    let prompts = match &options.prompts {
-        Some(prompts) => prompts.clone(),
-        None => PROMPTS.iter().map(|prompt| (*prompt).to_owned()).collect(),
-    };
-    check_prompts(&prompts)?;
-    Ok(prompts)
-}
-
-/// Makes the output folder, which must be empty, and gives its canonical path.
-fn prepare_output(options: &ConvertOptions) -> Result<PathBuf, ConvertError> {
-    let failed = |cause| FileError::write(&options.output, cause);
-    let holds_something = match fs::read_dir(&options.output) {
-        Ok(mut entries) => entries.next().is_some(),
-        Err(_) => options.output.exists(),
-    };
-    if holds_something {
-        return Err(ConvertError::Exists(options.output.clone()));
+/// The questions to draw from: those wanted, or those in the language of the reports.
+fn questions(options: &ConvertOptions, corpus: &Corpus) -> Vec<String> {
+    if let Some(prompts) = &options.prompts {
+        return prompts.clone();
     }
-    fs::create_dir_all(&options.output).map_err(failed)?;
-    Ok(options.output.canonicalize().map_err(failed)?)
+    let prompts: &[&str] = match corpus.language {
+        _ if corpus.form == CorpusForm::VindrCxr => &BOX_PROMPTS,
+        Some(language) => language.prompts(),
+        None => &PROMPTS,
+    };
+    prompts.iter().map(|prompt| (*prompt).to_owned()).collect()
 }
 
-/// Whether each row is for validation.
-fn in_validation(
-    options: &ConvertOptions,
-    random: &mut PythonRandom,
-    groups: &[usize],
-) -> Result<Vec<bool>, ConvertError> {
-    let chosen = match options.split {
-        Split::Uid => split::hold_out(groups, options.val_ratio, random),
-        Split::Image => split::wanted(groups.len(), options.val_ratio)
-            .map(|wanted| (0..groups.len()).map(|row| row < wanted).collect()),
-    };
-    chosen.map_err(ConvertError::CannotSplit)
-}
-
-/// Fills in the studies and patients of each part.
-fn count_studies(summary: &mut Summary, studies: Studies, in_val: &[bool]) {
-    let side = |wanted: bool| {
-        let rows = in_val.iter().enumerate();
-        rows.filter(move |(_, val)| **val == wanted)
-            .map(|(row, _)| row)
-    };
-    let ids = |wanted| -> BTreeSet<&String> { side(wanted).map(|row| &studies.ids[row]).collect() };
-    let patients = |wanted| -> BTreeSet<&String> {
-        side(wanted)
-            .filter_map(|row| studies.patients[row].as_ref())
-            .collect()
-    };
-    for (part, wanted) in [(&mut summary.train, false), (&mut summary.val, true)] {
-        *part = PartCount {
-            rows: side(wanted).count(),
-            studies: ids(wanted).len(),
+/// Says what was decided without being asked.
+fn tell_choices(options: &ConvertOptions, corpus: &Corpus, summary: &mut Summary) {
+    summary.remarks.extend(corpus.remarks.iter().cloned());
+    if let Some(language) = corpus.language
+        && options.prompts.is_none()
+        && corpus.form != CorpusForm::VindrCxr
+    {
+        summary.remarks.push(format!(
+            "the reports are in {0}, so the questions are; `--prompt` or `--prompts` gives others",
+            language.english()
+        ));
+    }
+    if summary.split == Split::Official && options.split.is_none() {
+        summary.remarks.push(
+            "the corpus' own split is kept; `--split uid` draws another, by study and patient"
+                .into(),
+        );
+    }
+    if let Some(views) = corpus.views
+        && options.views.is_none()
+    {
+        let words = match views {
+            Views::OnePerImage => {
+                "each image is a row of its own, as in the published training; `--views all` makes one row of a study"
+            }
+            _ => {
+                "images that one row lists stay together; `--views one-per-image` makes a row of each"
+            }
         };
+        summary.remarks.push(words.to_owned());
     }
-    summary.studies_in_both = ids(false).intersection(&ids(true)).count();
-    summary.patients_in_both = patients(false).intersection(&patients(true)).count();
-    summary.warnings = studies.doubts.iter().map(|doubt| doubt.english()).collect();
-    summary.study = studies.facts;
+}
+
+/// Refuses boxes in pixels of an image that may be a smaller copy.
+fn check_boxes(row: &corpus::CorpusRow, images: &[images::FoundImage]) -> Result<(), ConvertError> {
+    let Body::Objects { objects, .. } = &row.body else {
+        return Ok(());
+    };
+    let in_pixels = objects.get("bbox_type").and_then(Value::as_str) == Some("real");
+    let copy = images.iter().find(|image| {
+        let name = image.name.to_lowercase();
+        !name.ends_with(".dicom") && !name.ends_with(".dcm")
+    });
+    match copy {
+        Some(image) if in_pixels => Err(ConvertError::BoxSizes {
+            path: row.file.to_path_buf(),
+            row: row.number,
+            image: image.name.clone(),
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// The rows left out by file and reason.
+fn by_file(left_out: &[LeftOut]) -> Vec<LeftOutRows> {
+    let mut found: BTreeMap<(String, &str), Vec<usize>> = BTreeMap::new();
+    for left in left_out {
+        let key = (shown(&left.file), left.kind);
+        found.entry(key).or_default().push(left.number);
+    }
+    let found = found.into_iter();
+    found
+        .map(|((file, reason), mut rows)| LeftOutRows {
+            file,
+            reason: reason.to_owned(),
+            rows: rows.len(),
+            first: {
+                rows.truncate(MOST_NAMED);
+                rows
+            },
+        })
+        .collect()
+}
+
+/// Ends a conversion that has no rows left, or less than half of them without being allowed to.
+fn refuse_much_missing(
+    options: &ConvertOptions,
+    corpus: &Corpus,
+    summary: &Summary,
+    usable: usize,
+    left_out: &[LeftOut],
+    missing: std::path::PathBuf,
+) -> Result<(), ConvertError> {
+    let path = corpus.main.to_path_buf();
+    let reason_of = |kinds: &[&str]| {
+        let mut left = left_out.iter();
+        let first = left.find(|left| kinds.is_empty() || kinds.contains(&left.kind));
+        first.map_or_else(String::new, |left| left.reason.clone())
+    };
+    if usable == 0 {
+        return Err(ConvertError::NoneLeft {
+            path,
+            rows: summary.rows_read,
+            reason: reason_of(&[]),
+            missing,
+        });
+    }
+    let images = summary.rows_without_image + summary.rows_with_unusable_image;
+    // Many reports lack a section that was asked for by name.
+    let texts = match options.sections {
+        Sections::Both => summary.rows_without_report,
+        Sections::Findings | Sections::Impression => 0,
+    };
+    if 2 * (images + texts) > summary.rows_read && !options.allow_missing {
+        return Err(ConvertError::MostMissing {
+            path,
+            left: images + texts,
+            rows: summary.rows_read,
+            reason: reason_of(&["image not found", "image cannot be used", "no report"]),
+            missing,
+        });
+    }
+    Ok(())
+}
+
+/// Warns of what has to be looked at.
+fn warn(summary: &mut Summary, unused: BTreeMap<String, usize>) {
+    for (key, count) in unused {
+        summary.warnings.push(format!(
+            "the key `{key}` of {} says nothing to training",
+            counted(count, "row", "rows")
+        ));
+    }
+    if summary.rows_without_image as f64 > MUCH_MISSING * summary.rows_read as f64 {
+        summary.warnings.push(format!(
+            "{} of {} have no image and are left out; hint: `--images` names the folder that holds them all, missing.txt lists them",
+            summary.rows_without_image,
+            counted(summary.rows_read, "row", "rows"),
+        ));
+    }
 }
 
 fn empty_summary(
     options: &ConvertOptions,
-    form: CorpusForm,
-    rows_read: usize,
+    corpus: &Corpus,
     processor: &ImageProcessor,
 ) -> Result<Summary, ConvertError> {
+    let mut files = BTreeMap::new();
+    let mut first = None;
+    for file in &corpus.files {
+        let hash = sha256_file(file)?;
+        first.get_or_insert_with(|| hash.clone());
+        files.insert(shown(file), hash);
+    }
     Ok(Summary {
-        form,
-        input_sha256: sha256_file(&options.input)?,
+        form: corpus.form,
+        guessed: options.corpus.is_none() && options.keys.is_none(),
+        input_sha256: first.unwrap_or_default(),
+        files,
+        views: corpus.views,
+        sections: corpus.sections,
+        language: corpus.language,
         seed: options.seed,
-        split: options.split,
-        val_ratio: options.val_ratio,
-        rows_read,
+        split: split_of(options, corpus)?,
+        val_ratio: Some(options.val_ratio.unwrap_or(VAL_RATIO)),
+        rows_read: corpus.rows.len() + corpus.left_out.len(),
+        rows_without_report: 0,
+        rows_not_frontal: 0,
+        rows_without_part: 0,
         rows_without_image: 0,
         rows_with_unusable_image: 0,
         rows_without_thinking: 0,
+        left_out: Vec::new(),
         thinking_unused: Vec::new(),
         train: PartCount::default(),
         val: PartCount::default(),
+        test: None,
         studies_in_both: 0,
         patients_in_both: 0,
         study: StudyFacts::default(),
+        remarks: Vec::new(),
         warnings: Vec::new(),
         questions: BTreeMap::new(),
         questions_kept: 0,
@@ -353,121 +489,4 @@ fn empty_summary(
         min_pixels: processor.config().min_pixels,
         max_pixels: processor.config().max_pixels,
     })
-}
-
-impl UsableRow {
-    /// What the row says of its study.
-    fn study_row(&self, options: &ConvertOptions) -> StudyRow {
-        StudyRow {
-            name: format!("`{}` row {}", options.input.display(), self.row.number),
-            keys: self.row.keys.clone(),
-            images: self
-                .images
-                .iter()
-                .map(|image| image.study_path.clone())
-                .collect(),
-            folder: String::new(),
-        }
-    }
-
-    /// The row as a line of the output. With `studies`, which a rule of the user gave, it names its study for those
-    /// who read it later.
-    fn line(&self, prompts: &[String], studies: Option<(&Studies, usize)>) -> String {
-        let images: Vec<&str> = self
-            .images
-            .iter()
-            .map(|image| image.name.as_str())
-            .collect();
-        let question = |question: usize| {
-            let marks = IMAGE_TAG.repeat(images.len());
-            format!("{marks}{}", prompts[question])
-        };
-        let mut row = match &self.row.body {
-            Body::Report(_) => Map::from_iter([(
-                "messages".to_owned(),
-                json!([
-                    {"role": "user", "content": question(self.question.unwrap_or_default())},
-                    {"role": "assistant", "content": escaped(&self.answer)},
-                ]),
-            )]),
-            Body::Messages { row, .. } => {
-                let mut row = row.clone();
-                if let Some(Value::Array(messages)) = row.get_mut("messages") {
-                    let is_user = |message: &Value| message["role"] == "user";
-                    // An answer without a question gets the one that was drawn.
-                    if let Some(own) = self.question.filter(|_| !messages.iter().any(is_user)) {
-                        let mut roles = messages.iter().map(|message| &message["role"]);
-                        let at = roles.position(|role| role != "system").unwrap_or(0);
-                        let message = json!({"role": "user", "content": question(own)});
-                        messages.insert(at, message);
-                    }
-                    for message in messages.iter_mut() {
-                        let content = match message.get("role").and_then(Value::as_str) {
-                            Some("user") => self.question.map(question),
-                            _ => None,
-                        };
-                        if let Some(content) = content {
-                            message["content"] = content.into();
-                        }
-                    }
-                    // A checked row ends with its answer, which stays as it was written unless it is new.
-                    let new = self.answer != self.row.report();
-                    if let Some(last) = messages.last_mut().filter(|_| new) {
-                        last["content"] = escaped(&self.answer).into();
-                    }
-                }
-                row
-            }
-        };
-        row.insert("images".into(), json!(images));
-        let names = |keys: &[&str]| keys.iter().any(|key| self.row.keys.contains_key(*key));
-        if let Some((studies, at)) = studies {
-            if !names(&STUDY_KEYS) {
-                row.insert("study".into(), json!(studies.ids[at]));
-            }
-            if let Some(patient) = studies.patients[at]
-                .as_ref()
-                .filter(|_| !names(&PATIENT_KEYS))
-            {
-                row.insert("patient".into(), json!(patient));
-            }
-        }
-        Value::Object(row).to_string()
-    }
-}
-
-fn measure(
-    usable: &UsableRow,
-    line: &str,
-    options: &ConvertOptions,
-    tokenizer: Option<&Tokenizer>,
-    processor: &ImageProcessor,
-    measures: &mut Measures,
-) -> Result<(), ConvertError> {
-    measures.characters.push(usable.answer.chars().count());
-    for image in &usable.images {
-        measures.image_width.push(image.width);
-        measures.image_height.push(image.height);
-        measures
-            .vision_tokens
-            .push(processor.num_tokens(image.grid));
-    }
-    let number = usable.row.number;
-    // What is written is read back as training will read it, before it is written.
-    let sample = parse_line(line, &options.input, number)?;
-    if let Some(tokenizer) = tokenizer {
-        let grids: Vec<[usize; 3]> = usable.images.iter().map(|image| image.grid).collect();
-        let merge_size = processor.config().merge_size;
-        let ids = encode_supervised(tokenizer, &sample.conversation, &grids, merge_size).map_err(
-            |cause| ConvertError::Encode {
-                path: options.input.clone(),
-                row: number,
-                cause,
-            },
-        )?;
-        measures.row_tokens.push(ids.input_ids.len());
-        let answer = tokenizer.encode(&usable.answer)?;
-        measures.answer_tokens.push(answer.len());
-    }
-    Ok(())
 }

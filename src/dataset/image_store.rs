@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -79,18 +80,31 @@ impl ImageStore {
     /// # Errors
     /// [`FileError`].
     pub fn keep(&self, bytes: &[u8]) -> Result<PathBuf, FileError> {
-        self.write(&sha256_bytes(bytes), bytes)
-    }
-
-    fn write(&self, name: &str, bytes: &[u8]) -> Result<PathBuf, FileError> {
-        let folder = self.folder.join(&name[..2]);
-        let path = folder.join(format!("{name}.image"));
-        let is_there = fs::metadata(&path).is_ok_and(|data| data.len() == bytes.len() as u64);
+        let (folder, path) = self.place(&sha256_bytes(bytes));
+        let is_there = fs::metadata(&path).is_ok_and(|data| data.len() == bytes.len() as u64)
+            && fs::read(&path).is_ok_and(|found| found == bytes);
         if !is_there {
-            make_private(&folder).map_err(|cause| FileError::write(&folder, cause))?;
-            write_atomic(&path, |out| out.write_all(bytes))?;
+            // Not synced to the disk: the bytes are in the data file, and are compared each time.
+            static COUNT: AtomicU64 = AtomicU64::new(0);
+            let count = COUNT.fetch_add(1, Ordering::Relaxed);
+            let temporary = folder.join(format!(".tmp-{}-{count}", std::process::id()));
+            let written = make_private(&folder)
+                .and_then(|()| fs::write(&temporary, bytes))
+                .and_then(|()| fs::rename(&temporary, &path));
+            written.map_err(|cause| {
+                // What is left of it helps nobody, and the first cause is the one to report.
+                let _ = fs::remove_file(&temporary);
+                FileError::write(&path, cause)
+            })?;
         }
         Ok(path)
+    }
+
+    /// The folder and the file of a name.
+    fn place(&self, name: &str) -> (PathBuf, PathBuf) {
+        let folder = self.folder.join(&name[..2]);
+        let path = folder.join(format!("{name}.image"));
+        (folder, path)
     }
 
     /// Fetches images from the web; those that are there already are not fetched again.
@@ -105,7 +119,7 @@ impl ImageStore {
         let mut wanted = Vec::new();
         for address in addresses {
             let name = sha256_bytes(address.as_bytes());
-            let path = self.folder.join(&name[..2]).join(format!("{name}.image"));
+            let (_, path) = self.place(&name);
             if path.is_file() {
                 found.insert(address.clone(), Ok(path));
             } else {
@@ -130,7 +144,12 @@ impl ImageStore {
             while let Some((address, name, result)) = fetched.next().await {
                 let result: Result<Vec<u8>, FetchError<Infallible>> = result;
                 let kept = match result {
-                    Ok(bytes) => Ok(self.write(&name, &bytes)?),
+                    Ok(bytes) => {
+                        let (folder, path) = self.place(&name);
+                        make_private(&folder).map_err(|cause| FileError::write(&folder, cause))?;
+                        write_atomic(&path, |out| out.write_all(&bytes))?;
+                        Ok(path)
+                    }
                     Err(error) => Err(error.to_string()),
                 };
                 found.insert(address.clone(), kept);
@@ -161,7 +180,7 @@ mod tests {
     use std::io::{Read, Write};
     use std::net::{IpAddr, TcpListener};
     use std::sync::Arc;
-    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::atomic::AtomicUsize;
 
     use super::*;
 
@@ -222,6 +241,10 @@ mod tests {
         let path = store.keep(b"one").unwrap();
         assert_eq!(store.keep(b"one").unwrap(), path);
         assert_ne!(store.keep(b"two").unwrap(), path);
+        assert_eq!(fs::read(&path).unwrap(), b"one");
+        // Damaged meanwhile, of the same length.
+        fs::write(&path, b"two").unwrap();
+        assert_eq!(store.keep(b"one").unwrap(), path);
         assert_eq!(fs::read(path).unwrap(), b"one");
     }
 }

@@ -18,6 +18,10 @@ use crate::processor::strict_json;
 /// Most bytes of a data file of text, packed and unpacked.
 const MAX_BYTES: u64 = 8 << 30;
 
+/// How many times its size a packed file may unpack to, and bytes that any may.
+const MOST_PACKED: u64 = 100;
+const SMALL: u64 = 256 << 20;
+
 /// Lines that are looked at to tell JSON lines from one value over several lines.
 const LOOKED_AT: usize = 50;
 
@@ -107,6 +111,9 @@ impl DataFile {
         let raw = read_limited(path, limit).map_err(failed)?;
         let sha256 = sha256_bytes(&raw);
         let packed = is_gzip(&raw);
+        // Rows pack to a tenth; what unpacks to a thousand times its size is no data file.
+        let unpacked = (raw.len() as u64).saturating_mul(MOST_PACKED);
+        let limit = limit.min(unpacked.max(SMALL));
         let bytes = unpack(path, raw, limit).map_err(failed)?;
         if packed && bytes.starts_with(b"PAR1") {
             return Err(DataFileError::Rows(RowsError {

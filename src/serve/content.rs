@@ -22,7 +22,6 @@ use super::{
     types::{ChatMessage, ImageRemark, ImageSize, PromptOptions, PromptText, Tool},
 };
 use crate::{
-    base::base64_text::base64_bytes,
     batch::images::ImageInput,
     processor::{
         chat::{ChatTemplate, expand_image_pads},

@@ -30,17 +30,10 @@ fn processor() -> ImageProcessor {
 
 fn options(input: PathBuf, images: PathBuf, output: &Path) -> ConvertOptions {
     ConvertOptions {
-        input,
-        keys: None,
-        reading: DataOptions::default(),
         images: Some(images),
-        output: output.to_owned(),
-        prompts: None,
-        seed: 42,
-        val_ratio: 0.05,
-        split: Split::Uid,
-        studies: StudyRule::Guess,
-        thinking: None,
+        val_ratio: Some(0.05),
+        split: Some(Split::Uid),
+        ..ConvertOptions::new(input, output)
     }
 }
 
@@ -78,12 +71,15 @@ fn check(train: &Path, val: Option<&Path>, max_length: usize) -> CheckReport {
 fn the_whole_corpus_with_few_images_lists_what_is_missing() {
     let openi = openi();
     let out = tempfile::tempdir().unwrap();
-    let options = options(
-        openi.join("openi-zh-prompt.json"),
-        openi.join("images"),
-        out.path(),
-    );
-    let summary = convert(&options, Some(&tokenizer()), &processor()).unwrap();
+    let options = ConvertOptions {
+        allow_missing: true,
+        ..options(
+            openi.join("openi-zh-prompt.json"),
+            openi.join("images"),
+            out.path(),
+        )
+    };
+    let summary = convert(&options, Some(&tokenizer()), &processor(), &|_, _| {}).unwrap();
     assert_eq!(summary.form, CorpusForm::Prompts);
     assert_eq!(
         (summary.rows_read, summary.rows_without_image),
@@ -121,10 +117,10 @@ fn seven_reports_keep_both_views_of_a_study_on_one_side() {
             let out = tempfile::tempdir().unwrap();
             let options = ConvertOptions {
                 seed,
-                val_ratio: 0.3,
+                val_ratio: Some(0.3),
                 ..options(openi.join(name), openi.join("images"), out.path())
             };
-            let summary = convert(&options, None, &processor()).unwrap();
+            let summary = convert(&options, None, &processor(), &|_, _| {}).unwrap();
             assert_eq!((summary.form, summary.rows_left_out()), (form, 0));
             let side = |name: &str| {
                 let rows = rows(&out.path().join(name));
@@ -160,10 +156,10 @@ fn the_split_by_row_is_the_published_one() {
     let images = full_corpus(&openi, dir.path());
     let out = dir.path().join("out");
     let by_row = ConvertOptions {
-        split: Split::Image,
+        split: Some(Split::Image),
         ..options(openi.join("openi-zh-prompt.json"), images, &out)
     };
-    let summary = convert(&by_row, Some(&tokenizer()), &processor()).unwrap();
+    let summary = convert(&by_row, Some(&tokenizer()), &processor(), &|_, _| {}).unwrap();
     assert_eq!((summary.train.rows, summary.val.rows), (6102, 321));
     // Counted with Python on the published script's draws.
     assert_eq!((summary.val.studies, summary.studies_in_both), (313, 281));
@@ -202,10 +198,10 @@ fn the_split_by_row_is_the_published_one() {
 
     fs::remove_dir_all(&out).unwrap();
     let by_study = ConvertOptions {
-        split: Split::Uid,
+        split: Some(Split::Uid),
         ..by_row
     };
-    let summary = convert(&by_study, None, &processor()).unwrap();
+    let summary = convert(&by_study, None, &processor(), &|_, _| {}).unwrap();
     assert_eq!(summary.studies_in_both, 0);
     assert!((321..=325).contains(&summary.val.rows));
     assert_eq!(summary.train.studies + summary.val.studies, 3313);
@@ -223,10 +219,10 @@ fn planted_defects_in_the_real_subset_are_found() {
     let openi = openi();
     let out = tempfile::tempdir().unwrap();
     let options = ConvertOptions {
-        val_ratio: 0.0,
+        val_ratio: Some(0.0),
         ..options(openi.join("reports.json"), openi.join("images"), out.path())
     };
-    convert(&options, None, &processor()).unwrap();
+    convert(&options, None, &processor(), &|_, _| {}).unwrap();
     let sound = rows(&out.path().join("train.jsonl"));
     let mut rows = sound.clone();
     let damaged = out.path().join("damaged.png");

@@ -143,18 +143,13 @@ fn converted(file: &Path, parts: &TextAndImages) -> Result<String, String> {
     let output = folder.path().join("out");
     let options = ConvertOptions {
         reading: options(),
-        keys: None,
-        input: file.to_owned(),
         images: (file.extension() == Some("json".as_ref())).then(|| file.parent().unwrap().into()),
-        output: output.clone(),
-        prompts: None,
         seed: 0,
-        val_ratio: 0.0,
-        split: Split::Uid,
-        studies: StudyRule::Guess,
-        thinking: None,
+        val_ratio: Some(0.0),
+        split: Some(Split::Uid),
+        ..ConvertOptions::new(file, &output)
     };
-    convert(&options, Some(&parts.tokenizer), &parts.images).map_err(|error| {
+    convert(&options, Some(&parts.tokenizer), &parts.images, &|_, _| {}).map_err(|error| {
         let text = error.to_string();
         text.replace(folder.path().to_str().unwrap(), "")
     })?;

@@ -10,6 +10,8 @@ mod bad_input;
 mod bad_model;
 mod bench;
 mod clean;
+mod corpora;
+mod corpora_tables;
 mod data_files;
 mod data_tools;
 mod dicom;

@@ -2,33 +2,148 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
 
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+use super::corpora::Part;
 use super::error::ConvertError;
-use super::training::training_rows;
-use crate::base::text_file;
-use crate::dataset::reader::DataOptions;
-use crate::dataset::rows::text_error;
 pub(super) use crate::processor::image::ENDINGS;
-use crate::processor::row_keys::{KeyUse, of_row};
-use crate::processor::sample::{IMAGE_TAG, ImageSource, Sample, parse_row};
-use crate::processor::strict_json;
-use crate::study::keys_of;
+use crate::processor::sample::{ImageSource, Sample, parse_row};
 
-/// The form of an input file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+/// A corpus, or the form of its file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum CorpusForm {
-    /// `{"annotations": [{"image_id", "caption"}]}`.
+    /// OpenI-zh: `{"annotations": [{"image_id", "caption"}]}`.
     Annotations,
-    /// `[{"img", "prompt", "label"}]`.
+    /// OpenI-zh as XrayGLM has it: `[{"img", "prompt", "label"}]`.
     Prompts,
     /// Rows of `messages` and `images`, one a line or as a list.
     Messages,
-    /// Rows of any keys, one a line, as a list, or as lists under keys such as `train` and `val`.
+    /// Rows of keys that the user names, one a line, as a list, or as lists under keys such as `train` and `val`.
     Keys,
+    /// R2Gen's `annotation.json` of IU X-Ray or MIMIC-CXR: lists under `train`, `val` and `test`.
+    R2gen,
+    /// The Indiana collection as on Kaggle: `indiana_reports.csv` and `indiana_projections.csv`.
+    Indiana,
+    /// MIMIC-CXR or MIMIC-CXR-JPG: a tree of reports and images, with tables of views and of the split.
+    MimicCxr,
+    /// CheXpert Plus: `df_chexpert_plus_240401.csv`.
+    ChexpertPlus,
+    /// PadChest: `PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv`.
+    Padchest,
+    /// ROCO and ROCOv2: captions of radiology images.
+    Roco,
+    /// VinDr-CXR: boxes of findings, without reports.
+    VindrCxr,
+    /// JSON rows of known keys, such as `[{"image", "report"}]` and `{"data": […]}`.
+    Rows,
+    /// A table of known columns, English or Chinese.
+    Table,
+}
+
+/// Each corpus with its names, the first of which is printed, and the files it is known by.
+const CORPORA: [(CorpusForm, &[&str], &str); 13] = [
+    (
+        CorpusForm::Annotations,
+        &["openi-zh", "annotations"],
+        "a JSON file `{\"annotations\": [{\"image_id\", \"caption\"}]}`",
+    ),
+    (
+        CorpusForm::Prompts,
+        &["xrayglm", "openi-zh-prompt", "prompts"],
+        "a JSON list of `img`, `prompt` and `label`",
+    ),
+    (
+        CorpusForm::Messages,
+        &["messages", "ms-swift"],
+        "JSONL rows of `messages` and `images`",
+    ),
+    (
+        CorpusForm::Keys,
+        &["keys"],
+        "JSON rows, with `--image-key` and `--report-key`",
+    ),
+    (
+        CorpusForm::R2gen,
+        &["r2gen", "iu-xray"],
+        "`annotation.json` with lists `train`, `val` and `test` of `image_path` and `report`",
+    ),
+    (
+        CorpusForm::Indiana,
+        &["indiana", "iu-kaggle"],
+        "`indiana_reports.csv` and `indiana_projections.csv`",
+    ),
+    (
+        CorpusForm::MimicCxr,
+        &["mimic-cxr", "mimic", "mimic-cxr-jpg"],
+        "`files/p10/p…/s….txt` with images in `files/p10/p…/s…/`, and `mimic-cxr-2.0.0-metadata.csv` and `-split.csv`, as they are or as .gz",
+    ),
+    (
+        CorpusForm::ChexpertPlus,
+        &["chexpert-plus", "chexpert"],
+        "`df_chexpert_plus_240401.csv` with `path_to_image`, `section_findings` and `section_impression`",
+    ),
+    (
+        CorpusForm::Padchest,
+        &["padchest"],
+        "`PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv` with `ImageID`, `StudyID`, `PatientID` and `Report`",
+    ),
+    (
+        CorpusForm::Roco,
+        &["roco", "rocov2"],
+        "`radiology/captions.txt`, `radiology/traindata.csv` or `train_captions.csv`",
+    ),
+    (
+        CorpusForm::VindrCxr,
+        &["vindr-cxr", "vindr"],
+        "`annotations_train.csv` or `train.csv` with `image_id`, `class_name` and `x_min`, `y_min`, `x_max`, `y_max`",
+    ),
+    (
+        CorpusForm::Rows,
+        &["rows", "json"],
+        "JSON rows with an image (`image`, `image_path` …) and a report (`report`, `findings`, `impression` …)",
+    ),
+    (
+        CorpusForm::Table,
+        &["table", "csv"],
+        "a table with a column of images (`image`, 文件名, 影像号 …) and of reports (`report`, 影像所见, 影像诊断 …)",
+    ),
+];
+
+impl CorpusForm {
+    /// The name that `--corpus` takes.
+    pub fn name(self) -> &'static str {
+        self.entry().1[0]
+    }
+
+    /// The files it is known by, in words.
+    pub(super) fn files(self) -> &'static str {
+        self.entry().2
+    }
+
+    fn entry(self) -> &'static (Self, &'static [&'static str], &'static str) {
+        let found = CORPORA.iter().find(|(form, ..)| *form == self);
+        found.unwrap_or(&CORPORA[0])
+    }
+}
+
+impl FromStr for CorpusForm {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wanted = text.to_lowercase().replace('_', "-");
+        let found = CORPORA
+            .iter()
+            .find(|(_, names, _)| names.contains(&wanted.as_str()));
+        found.map(|(form, ..)| *form).ok_or_else(|| {
+            let names: Vec<&str> = CORPORA.iter().map(|(_, names, _)| names[0]).collect();
+            format!("expected one of {}", names.join(", "))
+        })
+    }
 }
 
 /// The keys of a corpus in no known form.
@@ -50,11 +165,18 @@ pub(super) enum Body {
         sample: Box<Sample>,
         row: Map<String, Value>,
     },
+    /// Names and boxes: an answer with their tags, and `objects`.
+    Objects {
+        answer: String,
+        objects: Map<String, Value>,
+    },
 }
 
 /// One row of a corpus.
 #[derive(Debug, Clone)]
 pub(super) struct CorpusRow {
+    /// File of the corpus.
+    pub(super) file: Arc<Path>,
     /// Place in the file, from 1; the line of a JSONL file.
     pub(super) number: usize,
     /// Images as the row names them.
@@ -63,6 +185,8 @@ pub(super) struct CorpusRow {
     pub(super) keys: BTreeMap<String, String>,
     /// Keys that neither a row of training nor a study is made of.
     pub(super) unused: Vec<String>,
+    /// Where the corpus' own split has it.
+    pub(super) part: Option<Part>,
     pub(super) body: Body,
 }
 
@@ -79,7 +203,7 @@ impl CorpusRow {
                 ImageSource::Kept(path) => Some(path),
                 _ => None,
             },
-            Body::Report(_) => None,
+            Body::Report(_) | Body::Objects { .. } => None,
         }
     }
 
@@ -87,6 +211,7 @@ impl CorpusRow {
     pub(super) fn report(&self) -> &str {
         match &self.body {
             Body::Report(report) => report,
+            Body::Objects { answer, .. } => answer,
             Body::Messages { sample, .. } => sample.conversation.last_answer().unwrap_or_default(),
         }
     }
@@ -112,183 +237,34 @@ pub(super) fn stem_of(path: &str) -> &str {
     stem
 }
 
-/// Reads a corpus whose keys are named by the user.
-pub(super) fn read_keyed(
-    path: &Path,
-    keys: &CorpusKeys,
-) -> Result<(CorpusForm, Vec<CorpusRow>), ConvertError> {
-    let text = read_text(path)?;
-    let rows: Vec<Value> = match strict_json::parse(&text) {
-        Ok(Value::Array(rows)) => rows,
-        Ok(Value::Object(fields))
-            if !fields.contains_key(&keys.report) && fields.values().any(Value::is_array) =>
-        {
-            let lists = fields.into_iter().filter_map(|(_, value)| match value {
-                Value::Array(rows) => Some(rows),
-                _ => None,
-            });
-            lists.flatten().collect()
-        }
-        Ok(row) => vec![row],
-        Err(_) => {
-            let lines = text.lines().enumerate();
-            lines
-                .filter(|(_, line)| !line.trim().is_empty())
-                .map(|(index, line)| {
-                    strict_json::parse(line).map_err(|reason| ConvertError::Json {
-                        path: path.to_owned(),
-                        row: index + 1,
-                        reason,
-                    })
-                })
-                .collect::<Result<_, _>>()?
-        }
-    };
-    let rows = rows.iter().enumerate();
-    let rows = rows.map(|(at, row)| report_row(path, at + 1, row, &keys.image, &keys.report));
-    Ok((CorpusForm::Keys, rows.collect::<Result<_, _>>()?))
-}
-
-/// The text of a file of any encoding, plain or packed.
-pub(super) fn read_text(path: &Path) -> Result<String, ConvertError> {
-    const LIMIT: u64 = 8 << 30;
-    let read = text_file::read_text(path, LIMIT);
-    Ok(read.map_err(|error| text_error(path, error))?.text)
-}
-
-/// Reads a corpus in any of its forms.
-pub(super) fn read(
-    path: &Path,
-    reading: &DataOptions,
-) -> Result<(CorpusForm, Vec<CorpusRow>), ConvertError> {
-    // Rows that training reads as they are, in any file.
-    if let Some(rows) = training_rows(path, reading)? {
-        return Ok((CorpusForm::Messages, rows));
-    }
-    let text = read_text(path)?;
-    let text = text.as_str();
-    let (form, rows) = match strict_json::parse(text) {
-        Ok(Value::Object(mut fields)) => match fields.shift_remove("annotations") {
-            Some(Value::Array(rows)) => (CorpusForm::Annotations, rows),
-            _ if fields.contains_key("img") => (CorpusForm::Prompts, vec![Value::Object(fields)]),
-            _ => return Err(unknown(path)),
-        },
-        Ok(Value::Array(rows)) => match rows.first() {
-            Some(first) if first.get("img").is_some() => (CorpusForm::Prompts, rows),
-            Some(first) if first.get("messages").is_some() => (CorpusForm::Messages, rows),
-            _ => return Err(unknown(path)),
-        },
-        Ok(_) => return Err(unknown(path)),
-        Err(reason) => {
-            let first = text.lines().find(|line| !line.trim().is_empty());
-            let is_row = |line: &str| matches!(serde_json::from_str(line), Ok(Value::Object(_)));
-            if first.is_some_and(is_row) {
-                return lines(path, text);
-            }
-            let ending = path.extension().and_then(|ending| ending.to_str());
-            if ending.is_some_and(|ending| ["csv", "tsv", "xlsx"].contains(&ending)) {
-                return Err(unknown(path));
-            }
-            if text.trim().is_empty() {
-                return Err(ConvertError::Empty(path.to_owned()));
-            }
-            let (path, row) = (path.to_owned(), 1);
-            return Err(ConvertError::Json { path, row, reason });
-        }
-    };
-    let rows = rows.into_iter().enumerate();
-    let rows = rows.map(|(index, row)| match form {
-        CorpusForm::Annotations => report_row(path, index + 1, &row, "image_id", "caption"),
-        CorpusForm::Prompts => report_row(path, index + 1, &row, "img", "label"),
-        CorpusForm::Messages | CorpusForm::Keys => message_row(path, index + 1, &row.to_string()),
-    });
-    Ok((form, rows.collect::<Result<_, _>>()?))
-}
-
-fn unknown(path: &Path) -> ConvertError {
-    ConvertError::UnknownForm {
-        path: path.to_owned(),
-    }
-}
-
-fn lines(path: &Path, text: &str) -> Result<(CorpusForm, Vec<CorpusRow>), ConvertError> {
-    let lines = text.lines().enumerate();
-    let rows = lines
-        .filter(|(_, line)| !line.trim().is_empty())
-        .map(|(index, line)| message_row(path, index + 1, line));
-    Ok((CorpusForm::Messages, rows.collect::<Result<_, _>>()?))
-}
-
-fn report_row(
-    path: &Path,
+/// A row of `messages`.
+pub(super) fn message_row(
+    path: &Arc<Path>,
     number: usize,
-    row: &Value,
-    image: &str,
-    report: &str,
+    line: &str,
 ) -> Result<CorpusRow, ConvertError> {
-    let wrong = |key: &str, expected: &str| ConvertError::Form {
-        path: path.to_owned(),
-        row: number,
-        what: format!("`{key}`"),
-        expected: expected.to_owned(),
-    };
-    let text = |key: &str| match row.get(key) {
-        Some(Value::String(text)) if !text.trim().is_empty() => Ok(text.clone()),
-        _ => Err(wrong(key, "a text that is not empty")),
-    };
-    let paths = match row.get(image) {
-        Some(Value::Array(paths)) if !paths.is_empty() => paths
-            .iter()
-            .map(|path| match path {
-                Value::String(path) if !path.trim().is_empty() => Ok(path.clone()),
-                _ => Err(wrong(image, "a path, or a list of paths")),
-            })
-            .collect::<Result<_, _>>()?,
-        _ => vec![text(image)?],
-    };
-    let words = text(report)?;
-    if words.contains(IMAGE_TAG) {
-        return Err(wrong(report, "a report without `<image>`"));
-    }
-    Ok(CorpusRow {
-        number,
-        images: paths,
-        keys: row.as_object().map(keys_of).unwrap_or_default(),
-        unused: row
-            .as_object()
-            .into_iter()
-            .flatten()
-            .filter(|(key, value)| {
-                let known = [image, report, "prompt"].contains(&key.as_str());
-                !known && of_row(key, value) != KeyUse::Harmless
-            })
-            .map(|(key, _)| key.clone())
-            .collect(),
-        body: Body::Report(words),
-    })
-}
-
-fn message_row(path: &Path, number: usize, line: &str) -> Result<CorpusRow, ConvertError> {
     let (sample, row) = parse_row(line, path, number)?;
     messages_row(path, number, sample, row)
 }
 
 /// A row of `messages` that was read.
 pub(super) fn messages_row(
-    path: &Path,
+    path: &Arc<Path>,
     number: usize,
     sample: Sample,
     row: Map<String, Value>,
 ) -> Result<CorpusRow, ConvertError> {
     if sample.conversation.last_answer().is_none() {
         return Err(ConvertError::Form {
-            path: path.to_owned(),
+            path: path.to_path_buf(),
             row: number,
             what: "`messages`".into(),
             expected: "an answer at the end".into(),
         });
     }
     Ok(CorpusRow {
+        file: path.clone(),
+        part: None,
         number,
         images: sample.images.clone(),
         keys: sample.keys.clone(),

@@ -2,13 +2,18 @@
 
 use std::path::PathBuf;
 
+use super::corpus::CorpusForm;
 use crate::{
-    base::files::FileError,
+    base::{files::FileError, text_file::TextFileError},
     dataset::{
         error::DatasetError,
         rows::{DataFileError, RowsError},
     },
-    processor::{sample::SampleError, supervised::SupervisedError, tokenizer::TokenizerError},
+    processor::{
+        sample::{RowFault, SampleError},
+        supervised::SupervisedError,
+        tokenizer::TokenizerError,
+    },
     study::{StudyError, counted},
 };
 
@@ -35,11 +40,125 @@ pub enum ConvertError {
     },
     /// The corpus is in none of the known forms.
     #[error(
-        "`{}` is in no known form; expected `{{\"annotations\": [{{\"image_id\", \"caption\"}}]}}`, `[{{\"img\", \"prompt\", \"label\"}}]`, rows of `messages` and `images`, or JSON rows of other keys with `--image-key` and `--report-key` (a table has to become JSON first)", .path.display()
+        "`{}` is in no known form; expected `{{\"annotations\": [{{\"image_id\", \"caption\"}}]}}`, `[{{\"img\", \"prompt\", \"label\"}}]`, rows of `messages` and `images`, rows of an image and a report under known keys (`image`, `image_path`, 文件名; `report`, `findings`, `impression`, 影像所见, 影像诊断), a table of such columns, or JSON rows of other keys with `--image-key` and `--report-key`", .path.display()
     )]
     UnknownForm {
         /// The file.
         path: PathBuf,
+    },
+    /// A file cannot be read as text.
+    #[error(transparent)]
+    Text(#[from] TextFileError),
+    /// A folder holds no corpus.
+    #[error("`{}` holds {}", .path.display(), match .wanted {
+        Some(form) => format!("no corpus `{}`; expected {}", form.name(), form.files()),
+        None => "no corpus that is known; name its file, or the corpus with `--corpus` (`convert --help` lists them)".to_owned(),
+    })]
+    NoCorpus {
+        /// The folder.
+        path: PathBuf,
+        /// What was looked for.
+        wanted: Option<CorpusForm>,
+    },
+    /// A folder holds several corpora.
+    #[error("`{}` holds several corpora: {found}; hint: name one with `--corpus`, or its file", .path.display())]
+    SeveralCorpora {
+        /// The folder.
+        path: PathBuf,
+        /// The corpora, in words.
+        found: String,
+    },
+    /// A folder holds several files of one kind.
+    #[error("`{}` holds several files that may be the corpus ({corpus}): {files}; hint: name one of them", .path.display())]
+    SeveralFiles {
+        /// The folder.
+        path: PathBuf,
+        /// The corpus.
+        corpus: &'static str,
+        /// Some of the files.
+        files: String,
+    },
+    /// A corpus lacks a part of its files.
+    #[error("`{}` was taken for the corpus `{corpus}`, but lacks {lacks}", .path.display())]
+    Lacks {
+        /// File or folder.
+        path: PathBuf,
+        /// The corpus.
+        corpus: &'static str,
+        /// What is missing.
+        lacks: String,
+    },
+    /// Keys were to be named.
+    #[error("the corpus `keys` is read by `--image-key` and `--report-key`; expected both")]
+    NoKeys,
+    /// Rows of conversations have neither views nor sections.
+    #[error(
+        "rows of `messages` stay as they are; `--views` and `--sections` are for corpora of reports"
+    )]
+    NotForMessages,
+    /// The projections of images are not known.
+    #[error(
+        "nothing in the corpus `{0}` says which images are frontal; expected `--views all` or `one-per-image`, or a column `view`"
+    )]
+    NoViews(&'static str),
+    /// A section was wanted that no report has.
+    #[error(
+        "no report of the corpus `{corpus}` has {section} of its own; leave `--sections` out to take whole reports"
+    )]
+    NoSection {
+        /// The corpus.
+        corpus: &'static str,
+        /// The section.
+        section: &'static str,
+    },
+    /// The corpus' own split was wanted, and there is none.
+    #[error("`{}` has no split of its own; expected `--split uid` or `--split image`", .0.display())]
+    NoSplit(PathBuf),
+    /// Boxes are in pixels of another copy of the image.
+    #[error(
+        "`{}` row {row}: the boxes are in pixels of the published DICOM file, and the size of `{image}` may be another; expected the DICOM files, columns `image_width` and `image_height`, or `train_meta.csv` (`image_id,dim0,dim1`) beside the table", .path.display()
+    )]
+    BoxSizes {
+        /// The table.
+        path: PathBuf,
+        /// Row of the first box.
+        row: usize,
+        /// The image.
+        image: String,
+    },
+    /// A box is outside its image.
+    #[error("`{}` row {row}: {cause}", .path.display())]
+    Boxes {
+        /// The table.
+        path: PathBuf,
+        /// Row of the first box.
+        row: usize,
+        /// Why.
+        cause: RowFault,
+    },
+    /// More than half of the rows cannot be used.
+    #[error(
+        "{left} of {} of `{}` have no image or no text that can be used (the first: {reason}); `{}` lists them all; hint: `--images` names the folder that holds the images, `--allow-missing` converts the rest", counted(*.rows, "row", "rows"), .path.display(), .missing.display()
+    )]
+    MostMissing {
+        /// The corpus.
+        path: PathBuf,
+        /// Rows left out.
+        left: usize,
+        /// All rows.
+        rows: usize,
+        /// Why the first was left out.
+        reason: String,
+        /// The list of all.
+        missing: PathBuf,
+    },
+    /// The folder of images cannot be searched.
+    #[error("`{}` holds more than {most} files, too many to look for images by name; expected the folder that the paths of the rows begin in (`--images`)", .path.display())]
+    TooManyFiles {
+        /// The folder.
+        path: PathBuf,
+        /// The most that are searched.
+        most: usize,
     },
     /// A row lacks something.
     #[error("`{}` row {row}: {what} is not as expected; expected {expected}", .path.display())]
@@ -56,12 +175,12 @@ pub enum ConvertError {
     /// An input file is not text, or not one row a line.
     #[error(transparent)]
     Rows(#[from] RowsError),
-    /// A row of `messages` is no sample.
-    #[error(transparent)]
-    Sample(#[from] SampleError),
     /// A data file cannot be read, or an image of it cannot be kept.
     #[error(transparent)]
     Data(Box<DatasetError>),
+    /// A row of `messages` is no sample.
+    #[error(transparent)]
+    Sample(#[from] SampleError),
     /// An image may be one of several files, or a file one of several images.
     #[error(
         "`{}` row {row}: image `{image}` {what}; expected one file an image: give the folder that the paths of the rows begin in (`--images`)", .path.display()
@@ -77,17 +196,17 @@ pub enum ConvertError {
         what: String,
     },
     /// The output folder holds something.
-    #[error("`{}` exists and is not an empty folder; choose another folder or remove it", .0.display())]
+    #[error("`{}` exists and is not an empty folder; choose another folder, remove it, or replace an earlier conversion with `--overwrite`", .0.display())]
     Exists(PathBuf),
+    /// The input is one of the files that are written.
+    #[error("`{}` would be replaced by the result; choose another `--output`", .0.display())]
+    OverInput(PathBuf),
     /// A rule for studies does not fit.
     #[error(transparent)]
     Study(#[from] StudyError),
-    /// There is no folder of images.
-    #[error("{}; expected the folder with the images of the corpus (`--images`)", match .0 {
-        Some(path) => format!("`{}` is not a folder", path.display()),
-        None => "no folder of images was given".to_owned(),
-    })]
-    NoImages(Option<PathBuf>),
+    /// The folder of images is none.
+    #[error("`{}` is not a folder; expected the folder with the images of the corpus (`--images`)", .0.display())]
+    NoImages(PathBuf),
     /// No row is left.
     #[error(
         "none of {} of `{}` can be used ({reason}); see `{}`", counted(*.rows, "row", "rows"), .path.display(), .missing.display()

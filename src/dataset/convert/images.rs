@@ -1,11 +1,11 @@
 //! The images of rows: where they are, how large, and how the output names them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Component, Path, PathBuf};
 
-use super::corpus::{CorpusRow, ENDINGS, base_name, stem_of};
+use super::corpus::CorpusRow;
 use super::error::ConvertError;
-use super::options::ConvertOptions;
+use super::files::{FileIndex, names_like, with_ending};
 use crate::base::files::{FileError, sha256_bytes, write_atomic};
 use crate::processor::image::ImageError;
 use crate::processor::patches::ImageProcessor;
@@ -13,6 +13,12 @@ use crate::processor::sample::{ending_of, path_of};
 
 /// Folder below the output for images that were in rows or on the web.
 const COPIES: &str = "images";
+
+/// So many images may be missing from all folders before paths are looked for in the images' folder alone.
+const MOST_MISSES: usize = 16;
+
+/// A file, and whether it has the very name that was looked for, or one with another ending.
+type NamedFile = (PathBuf, bool);
 
 /// An image file that was found.
 #[derive(Debug, Clone)]
@@ -31,6 +37,8 @@ pub(super) struct FoundImage {
 pub(super) enum Unusable {
     #[error("image not found")]
     NotFound(String),
+    #[error("image not found, and its name is in several folders, `{}` and `{}`", .1.display(), .2.display())]
+    Several(String, PathBuf, PathBuf),
     #[error("image cannot be used: {1}")]
     Unreadable(String, ImageError),
 }
@@ -38,36 +46,47 @@ pub(super) enum Unusable {
 impl Unusable {
     pub(super) fn image(&self) -> &str {
         match self {
-            Self::NotFound(image) | Self::Unreadable(image, _) => image,
+            Self::NotFound(image) | Self::Several(image, ..) | Self::Unreadable(image, _) => image,
         }
     }
 }
 
 /// Finds the images of rows.
 pub(super) struct ImageFinder<'a> {
-    options: &'a ConvertOptions,
+    corpus: &'a Path,
+    /// Folder of the rows' paths where they are looked for nowhere else.
+    beside: Option<PathBuf>,
+    index: &'a mut FileIndex,
     output: &'a Path,
     processor: &'a ImageProcessor,
     /// Canonical folders by folder: asking the system for every file is slow.
     folders: BTreeMap<PathBuf, PathBuf>,
-    /// Files below the folder of images by their base names; read when a row needs it.
-    below: Option<BTreeMap<String, Vec<PathBuf>>>,
+    /// Images that were found by their whole paths, and whether under the very name.
+    by_path: HashMap<String, NamedFile>,
+    /// The files of these.
+    owned: BTreeSet<PathBuf>,
     /// The first row that took a file, with the path it gave.
     taken: BTreeMap<PathBuf, (usize, String, bool)>,
 }
 
 impl<'a> ImageFinder<'a> {
+    /// `corpus` names the corpus in errors. With `beside`, a row's paths are taken as they are, seen from there.
     pub(super) fn new(
-        options: &'a ConvertOptions,
+        corpus: &'a Path,
+        beside: Option<PathBuf>,
+        index: &'a mut FileIndex,
         output: &'a Path,
         processor: &'a ImageProcessor,
     ) -> Self {
         Self {
-            options,
+            corpus,
+            beside,
+            index,
             output,
             processor,
             folders: BTreeMap::new(),
-            below: None,
+            by_path: HashMap::new(),
+            owned: BTreeSet::new(),
             taken: BTreeMap::new(),
         }
     }
@@ -89,8 +108,9 @@ impl<'a> ImageFinder<'a> {
                 }
                 continue;
             }
-            let Some(path) = self.locate(image, row.number)? else {
-                return Ok(Err(Unusable::NotFound(image.clone())));
+            let path = match self.locate(image, row.number)? {
+                Ok(path) => path,
+                Err(unusable) => return Ok(Err(unusable)),
             };
             match self.size(&path) {
                 Ok((width, height, grid)) => images.push(FoundImage {
@@ -145,72 +165,156 @@ impl<'a> ImageFinder<'a> {
         Ok((width, height, grid))
     }
 
-    /// Finds the file of an image. Without a folder of images: where the row says, seen from the corpus. With one:
-    /// the longest end of the path that is there below it, else a file of this name in any folder below it.
-    fn locate(&mut self, image: &str, row: usize) -> Result<Option<PathBuf>, ConvertError> {
-        let Some(folder) = self.options.images.clone() else {
-            let path = self.options.input.parent().unwrap_or(Path::new(""));
-            return Ok(with_ending(&path_of(image, path)));
-        };
+    /// Looks for all images of `rows` by their whole paths, so that none of these files is taken for an image of the
+    /// same name that is missing.
+    ///
+    /// # Errors
+    /// [`ConvertError::Ambiguous`] if a path begins in several folders.
+    pub(super) fn look_up(&mut self, rows: &[CorpusRow]) -> Result<(), ConvertError> {
+        if self.beside.is_some() {
+            return Ok(());
+        }
+        let mut base: Option<PathBuf> = None;
+        let mut misses = 0;
+        for row in rows {
+            for image in &row.images {
+                let parts = parts(image);
+                if self.by_path.contains_key(image) || parts.is_empty() {
+                    continue;
+                }
+                let whole: PathBuf = parts.iter().collect();
+                let near = std::iter::once(self.index.root.clone()).chain(base.clone());
+                let mut found = near
+                    .into_iter()
+                    .find_map(|base| with_ending(&base.join(&whole)));
+                // A bare name is looked for in all folders, so that it is not taken from the first of several.
+                if found.is_none() && parts.len() > 1 && misses < MOST_MISSES {
+                    match self.in_bases(image, &whole, row.number)? {
+                        Some((folder, file)) => {
+                            base = Some(folder);
+                            found = Some(file);
+                        }
+                        None => misses += 1,
+                    }
+                }
+                if let Some(found) = found {
+                    self.owned.insert(found.0.clone());
+                    self.by_path.insert(image.clone(), found);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The one base below which `whole` is there, and the file.
+    fn in_bases(
+        &mut self,
+        image: &str,
+        whole: &Path,
+        row: usize,
+    ) -> Result<Option<(PathBuf, NamedFile)>, ConvertError> {
+        let bases = self.index.bases().into_iter();
+        let mut found: Vec<_> = bases
+            .filter_map(|base| Some((base.clone(), with_ending(&base.join(whole))?)))
+            .collect();
+        if found.iter().any(|(_, (_, itself))| *itself) {
+            found.retain(|(_, (_, itself))| *itself);
+        }
+        if let [(_, (first, _)), (_, (second, _)), ..] = &found[..] {
+            return Err(self.ambiguous(
+                image,
+                row,
+                format!(
+                    "is in several folders, `{}` and `{}`",
+                    first.display(),
+                    second.display()
+                ),
+            ));
+        }
+        Ok(found.pop())
+    }
+
+    fn ambiguous(&self, image: &str, row: usize, what: String) -> ConvertError {
+        ConvertError::Ambiguous {
+            path: self.corpus.to_owned(),
+            row,
+            image: image.to_owned(),
+            what,
+        }
+    }
+
+    /// Finds the file of an image: where the row says, seen from the corpus; else below the folder of images the whole
+    /// path, in this folder or one of the first below it; else the longest end of the path; else the one file of this
+    /// name in any folder.
+    fn locate(
+        &mut self,
+        image: &str,
+        row: usize,
+    ) -> Result<Result<PathBuf, Unusable>, ConvertError> {
+        let missing = || Ok(Err(Unusable::NotFound(image.to_owned())));
+        if let Some(beside) = &self.beside {
+            return match exact(&path_of(image, beside)) {
+                Some(path) => Ok(Ok(path)),
+                None => missing(),
+            };
+        }
         let parts = parts(image);
-        let found = (0..parts.len()).find_map(|from| {
-            let path: PathBuf = parts[from..].iter().collect();
-            Some((with_ending(&folder.join(path))?, from == 0))
-        });
-        let (path, whole) = match (found, parts.last()) {
-            (Some(found), _) => found,
-            (None, None) => return Ok(None),
-            (None, Some(name)) => match &self.elsewhere(&folder, name)[..] {
-                [] => return Ok(None),
-                [path] => (path.clone(), false),
-                [first, second, ..] => {
-                    return Err(ConvertError::Ambiguous {
-                        path: self.options.input.clone(),
-                        row,
-                        image: image.to_owned(),
-                        what: format!(
+        let Some(name) = parts.last() else {
+            return missing();
+        };
+        let found = match self.by_path.get(image) {
+            Some(found) => Some(found.clone()),
+            None => (1..parts.len()).find_map(|from| {
+                let path: PathBuf = parts[from..].iter().collect();
+                Some((with_ending(&self.index.root.join(path))?.0, false))
+            }),
+        };
+        let (path, whole) = match found {
+            Some(found) => found,
+            None => {
+                let mut files = self.index.named(names_like(name).map(|(name, _)| name))?;
+                if parts.len() > 1 {
+                    files.retain(|file| !self.owned.contains(file));
+                }
+                match &files[..] {
+                    [] => return missing(),
+                    [path] => (path.clone(), false),
+                    [first, second, ..] if parts.len() > 1 => {
+                        let (first, second) = (first.clone(), second.clone());
+                        return Ok(Err(Unusable::Several(image.to_owned(), first, second)));
+                    }
+                    [first, second, ..] => {
+                        let what = format!(
                             "is in several folders, `{}` and `{}`",
                             first.display(),
                             second.display()
-                        ),
-                    });
+                        );
+                        return Err(self.ambiguous(image, row, what));
+                    }
                 }
-            },
+            }
         };
-        let given = parts[..parts.len() - 1].join("/");
+        let given = parts.join("/");
         let (other, their, their_whole) = self
             .taken
             .entry(path.clone())
             .or_insert_with(|| (row, given.clone(), whole));
         // The same file under two paths is one image for two studies, unless both paths are its own.
         if *their != given && !(whole && *their_whole) {
-            return Err(ConvertError::Ambiguous {
-                path: self.options.input.clone(),
-                row,
-                image: image.to_owned(),
-                what: format!(
-                    "and an image of row {other} in `{their}` would both be `{}`",
-                    path.display()
-                ),
-            });
+            let what = format!(
+                "and the image `{their}` of row {other} would both be `{}`",
+                path.display()
+            );
+            return Err(self.ambiguous(image, row, what));
         }
-        Ok(Some(path))
-    }
-
-    /// Files of this name in the folders below `folder`.
-    fn elsewhere(&mut self, folder: &Path, name: &str) -> Vec<PathBuf> {
-        let below = self.below.get_or_insert_with(|| files_below(folder));
-        let names = std::iter::once(name.to_owned())
-            .chain(ENDINGS.iter().map(|ending| format!("{name}.{ending}")));
-        let found = names.into_iter().find(|name| below.contains_key(name));
-        found.map_or_else(Vec::new, |name| below[&name].clone())
+        Ok(Ok(path))
     }
 
     /// The path that says more of the study: the row's own, or that of the file below the folder of images.
     fn study_path(&self, image: &str, path: &Path) -> String {
-        let below = self.options.images.as_deref();
-        let below = below.and_then(|folder| path.strip_prefix(folder).ok()?.to_str());
-        match below {
+        let searched = self.beside.is_none();
+        let below = path.strip_prefix(&self.index.root).ok();
+        match below.and_then(Path::to_str).filter(|_| searched) {
             Some(below) if parts(below).len() > parts(image).len() => below.replace('\\', "/"),
             _ => image.to_owned(),
         }
@@ -259,41 +363,11 @@ fn parts(image: &str) -> Vec<&str> {
     found
 }
 
-/// The file itself, or with the ending of an image after its name: `1_1` and `1.dcm` may mean `1_1.png` and
-/// `1.dcm.png`.
-fn with_ending(path: &Path) -> Option<PathBuf> {
-    let name = path.file_name()?.to_str()?;
-    let itself = std::iter::once(path.to_owned()).filter(|_| stem_of(base_name(name)) != name);
-    let longer = ENDINGS
-        .iter()
-        .map(|ending| path.with_file_name(format!("{name}.{ending}")));
-    itself.chain(longer).find(|path| path.is_file())
-}
-
-/// All files below `folder`, by base name; links to folders are followed once.
-fn files_below(folder: &Path) -> BTreeMap<String, Vec<PathBuf>> {
-    let mut found: BTreeMap<String, Vec<PathBuf>> = BTreeMap::new();
-    let mut seen = BTreeSet::new();
-    let mut waiting = vec![folder.to_owned()];
-    while let Some(folder) = waiting.pop() {
-        if !folder.canonicalize().is_ok_and(|real| seen.insert(real)) {
-            continue;
-        }
-        // A folder that cannot be read holds nothing that a row could use.
-        let Ok(entries) = std::fs::read_dir(&folder) else {
-            continue;
-        };
-        for entry in entries.filter_map(Result::ok) {
-            let path = entry.path();
-            if path.is_dir() {
-                waiting.push(path);
-            } else if let Some(name) = entry.file_name().to_str() {
-                found.entry(name.to_owned()).or_default().push(path);
-            }
-        }
-    }
-    found.values_mut().for_each(|paths| paths.sort());
-    found
+/// The file at `path`, or with the ending of an image after its name.
+fn exact(path: &Path) -> Option<PathBuf> {
+    with_ending(path)
+        .filter(|(_, itself)| *itself)
+        .map(|(path, _)| path)
 }
 
 /// `path` seen from `folder`, both absolute; as it is if they share nothing but the root.

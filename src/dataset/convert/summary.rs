@@ -5,6 +5,7 @@ use std::fmt;
 
 use serde::Serialize;
 
+use super::corpora::{Language, Sections, Views};
 use super::corpus::CorpusForm;
 use super::options::Split;
 use crate::base::plot;
@@ -66,39 +67,74 @@ pub struct PartCount {
     pub studies: usize,
 }
 
+/// Rows of one file that were left out for one reason.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct LeftOutRows {
+    /// The file of the corpus.
+    pub file: String,
+    /// Why.
+    pub reason: String,
+    /// How many rows.
+    pub rows: usize,
+    /// The first of them, by their number in the file; `missing.txt` lists all.
+    pub first: Vec<usize>,
+}
+
 /// What a conversion made; `summary.json` holds the same.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Summary {
-    /// Form of the input.
+    /// The corpus, or the form of the input.
     pub form: CorpusForm,
-    /// SHA-256 of the input file.
+    /// Whether the corpus was guessed from its files.
+    pub guessed: bool,
+    /// SHA-256 of the input file, or of the first of several; empty where a corpus is a tree without a table.
     pub input_sha256: String,
+    /// SHA-256 of each table or list of the corpus that was read.
+    pub files: BTreeMap<String, String>,
+    /// What became of several views of a study; absent where rows stay as they are.
+    pub views: Option<Views>,
+    /// The sections that are the answer; absent where rows stay as they are.
+    pub sections: Option<Sections>,
+    /// The language of the reports.
+    pub language: Option<Language>,
     /// Seed of all draws.
     pub seed: u64,
     /// What was kept together.
     pub split: Split,
-    /// Share of the rows wanted for validation.
-    pub val_ratio: f64,
+    /// Share of the rows wanted for validation; absent where the corpus' own split has a validation part.
+    pub val_ratio: Option<f64>,
     /// Rows of the input.
     pub rows_read: usize,
+    /// Rows left out because they have no text, or not the sections wanted.
+    pub rows_without_report: usize,
+    /// Rows left out because they are not frontal, or not known to be.
+    pub rows_not_frontal: usize,
+    /// Rows left out because the corpus' own split does not name them.
+    pub rows_without_part: usize,
     /// Rows left out because an image is missing; `missing.txt` names each.
     pub rows_without_image: usize,
     /// Rows left out because an image cannot be used; `missing.txt` names each.
     pub rows_with_unusable_image: usize,
     /// Rows left out because there is no reasoning for them; `missing.txt` names each.
     pub rows_without_thinking: usize,
+    /// The rows left out, by file and reason.
+    pub left_out: Vec<LeftOutRows>,
     /// Images with reasoning that no row is about.
     pub thinking_unused: Vec<String>,
     /// What went into `train.jsonl`.
     pub train: PartCount,
     /// What went into `val.jsonl`.
     pub val: PartCount,
+    /// What went into `test.jsonl`, where the corpus' own split has a test part.
+    pub test: Option<PartCount>,
     /// How studies were found.
     pub study: StudyFacts,
-    /// Studies with rows on both sides: 0 unless the split is by image.
+    /// Studies with rows in more than one part: 0 unless the split is by image, or is the corpus' own.
     pub studies_in_both: usize,
-    /// Patients, as far as they are known, with rows on both sides: 0 unless the split is by image.
+    /// Patients, as far as they are known, with rows in more than one part.
     pub patients_in_both: usize,
+    /// What was decided without being asked, and what there is to know about the corpus.
+    pub remarks: Vec<String>,
     /// What has to be looked at before the files are used.
     pub warnings: Vec<String>,
     /// How often each question was drawn.
@@ -126,18 +162,32 @@ pub struct Summary {
 impl Summary {
     /// Rows of the input that are in neither output file.
     pub fn rows_left_out(&self) -> usize {
-        self.rows_without_image + self.rows_with_unusable_image + self.rows_without_thinking
+        self.rows_without_image
+            + self.rows_with_unusable_image
+            + self.rows_without_thinking
+            + self.rows_without_report
+            + self.rows_not_frontal
+            + self.rows_without_part
     }
 }
 
 impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { train, val, .. } = self;
+        let how = if self.guessed {
+            " (guessed from its files; `--corpus` names another)"
+        } else {
+            ""
+        };
+        writeln!(f, "corpus                 {}{how}", self.form.name())?;
         writeln!(f, "rows read              {}", self.rows_read)?;
         for (what, count) in [
             ("  without image        ", self.rows_without_image),
             ("  image not usable     ", self.rows_with_unusable_image),
             ("  without thinking     ", self.rows_without_thinking),
+            ("  without report       ", self.rows_without_report),
+            ("  not frontal          ", self.rows_not_frontal),
+            ("  in no part of split  ", self.rows_without_part),
         ] {
             if count > 0 {
                 writeln!(f, "{what}{count}, left out, see missing.txt")?;
@@ -150,7 +200,11 @@ impl fmt::Display for Summary {
                 "  thinking unused      {count}, no row is about the image"
             )?;
         }
-        for (name, part) in [("train.jsonl", train), ("val.jsonl", val)] {
+        let test = self.test.iter().map(|test| ("test.jsonl", test));
+        for (name, part) in [("train.jsonl", train), ("val.jsonl", val)]
+            .into_iter()
+            .chain(test)
+        {
             let rows = counted(part.rows, "row", "rows");
             let studies = counted(part.studies, "study", "studies");
             writeln!(f, "{name:<22} {rows}, {studies}")?;
@@ -166,6 +220,9 @@ impl fmt::Display for Summary {
                     "{what}{count}: the validation loss is too good; `--split uid` keeps studies and patients together"
                 )?;
             }
+        }
+        for remark in &self.remarks {
+            writeln!(f, "note: {remark}")?;
         }
         for warning in &self.warnings {
             writeln!(f, "warning: {warning}")?;

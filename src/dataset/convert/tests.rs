@@ -1,7 +1,15 @@
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::PathBuf;
+
+use serde_json::json;
+
 use super::images::relative;
 use super::*;
 use crate::processor::patches::ImageProcessorConfig;
 use crate::study::StudyRule;
+
+mod studies;
 
 /// Two studies with two views, two with one; the picture of `9_1` is not there.
 const ANNOTATIONS: &str = r#"{"annotations": [
@@ -36,24 +44,20 @@ impl Bench {
 
     fn options(&self) -> ConvertOptions {
         ConvertOptions {
-            input: self.dir.path().join("corpus.json"),
-            reading: Default::default(),
-            keys: None,
             images: Some(self.dir.path().join("images")),
-            output: self.dir.path().join("out"),
-            prompts: None,
-            seed: 42,
-            val_ratio: 0.2,
-            split: Split::Uid,
-            studies: StudyRule::Guess,
-            thinking: None,
+            val_ratio: Some(0.2),
+            split: Some(Split::Uid),
+            ..ConvertOptions::new(
+                self.dir.path().join("corpus.json"),
+                self.dir.path().join("out"),
+            )
         }
     }
 
     /// Converts into a folder that an earlier conversion of the same test may have filled.
     fn convert(&self, options: &ConvertOptions) -> Result<Summary, ConvertError> {
         let _ = fs::remove_dir_all(&options.output);
-        convert(options, None, &self.processor)
+        convert(options, None, &self.processor, &|_, _| {})
     }
 
     fn read(&self, name: &str) -> String {
@@ -118,7 +122,7 @@ fn studies_stay_whole_for_every_seed_and_rows_do_not() {
         for split in [Split::Uid, Split::Image] {
             let options = ConvertOptions {
                 seed,
-                split,
+                split: Some(split),
                 ..bench.options()
             };
             let summary = bench.convert(&options).unwrap();
@@ -135,7 +139,7 @@ fn studies_stay_whole_for_every_seed_and_rows_do_not() {
             assert_eq!(both, summary.studies_in_both);
             match split {
                 Split::Uid => assert_eq!(both, 0),
-                Split::Image => torn += both,
+                Split::Image | Split::Official => torn += both,
             }
         }
     }
@@ -176,7 +180,7 @@ fn the_form_with_prompts_uses_base_names_of_any_system() {
     let summary = bench
         .convert(&ConvertOptions {
             prompts,
-            val_ratio: 0.0,
+            val_ratio: Some(0.0),
             ..bench.options()
         })
         .unwrap();
@@ -203,7 +207,7 @@ fn rows_of_messages_keep_what_they_have() {
     let bench = Bench::new(&rows.join("\n"));
     let options = ConvertOptions {
         images: None,
-        val_ratio: 0.0,
+        val_ratio: Some(0.0),
         ..bench.options()
     };
     let summary = bench.convert(&options).unwrap();
@@ -246,7 +250,7 @@ fn a_row_with_two_studies_keeps_both_together() {
         let summary = bench
             .convert(&ConvertOptions {
                 seed,
-                val_ratio: 0.3,
+                val_ratio: Some(0.3),
                 ..bench.options()
             })
             .unwrap();
@@ -269,7 +273,7 @@ fn reasoning_comes_before_the_answer_and_rows_without_are_listed() {
         let summary = bench
             .convert(&ConvertOptions {
                 thinking,
-                val_ratio: 0.0,
+                val_ratio: Some(0.0),
                 ..bench.options()
             })
             .unwrap();
@@ -340,7 +344,7 @@ fn wrong_input_is_named() {
             "row 1: `caption`",
         ),
         (
-            r#"[{"img": "2_1.png", "label": "一"}, {"img": "3_1.png", "label": " "}]"#,
+            r#"[{"img": "2_1.png", "label": "一"}, {"img": "3_1.png", "label": 7}]"#,
             "row 2: `label`",
         ),
         (
@@ -367,18 +371,20 @@ fn wrong_input_is_named() {
         let error = message(text, &options);
         assert!(error.contains(words), "{error}");
     }
+    // Without a folder of images they are looked for where the corpus is.
     let without = ConvertOptions {
         images: None,
         ..options.clone()
     };
-    assert!(message(ANNOTATIONS, &without).contains("no folder of images"));
+    fs::write(&corpus, ANNOTATIONS).unwrap();
+    assert_eq!(bench.convert(&without).unwrap().rows_without_image, 1);
     let elsewhere = ConvertOptions {
         images: Some("no/such".into()),
         ..options.clone()
     };
     assert!(message(ANNOTATIONS, &elsewhere).contains("`no/such` is not a folder"));
     let ratio = ConvertOptions {
-        val_ratio: 1.0,
+        val_ratio: Some(1.0),
         ..options.clone()
     };
     assert!(message(ANNOTATIONS, &ratio).contains("val_ratio is 1"));
@@ -387,161 +393,6 @@ fn wrong_input_is_named() {
         ..options.clone()
     };
     assert!(message(ANNOTATIONS, &none).contains("questions is empty"));
-}
-
-/// Rows of `messages` about these images, which are made in `images`.
-fn study_files(bench: &Bench, names: &[String]) -> PathBuf {
-    let rows: Vec<String> = names
-        .iter()
-        .map(|name| {
-            let path = bench.dir.path().join("images").join(name);
-            fs::create_dir_all(path.parent().unwrap()).unwrap();
-            image::GrayImage::new(64, 96).save(path).unwrap();
-            json!({
-                "messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}],
-                "images": [name],
-            })
-            .to_string()
-        })
-        .collect();
-    let path = bench.dir.path().join("rows.jsonl");
-    fs::write(&path, rows.join("\n")).unwrap();
-    path
-}
-
-#[test]
-fn a_patient_is_never_on_both_sides_in_the_layout_of_mimic() {
-    let bench = Bench::new(ANNOTATIONS);
-    // Ten patients with two studies of two views.
-    let names: Vec<String> = (0..40)
-        .map(|at| format!("files/p1{}/s{}/d{at}.png", at / 4, at / 2))
-        .collect();
-    let input = study_files(&bench, &names);
-    for seed in 0..20 {
-        let options = ConvertOptions {
-            input: input.clone(),
-            seed,
-            val_ratio: 0.3,
-            ..bench.options()
-        };
-        let summary = bench.convert(&options).unwrap();
-        let patients = |name: &str| -> BTreeSet<String> {
-            let rows = bench.rows(name);
-            let all = images(&rows);
-            let patient = |path: &&str| path.split('/').nth(3).map(str::to_owned);
-            all.iter().filter_map(patient).collect()
-        };
-        assert!(patients("train.jsonl").is_disjoint(&patients("val.jsonl")));
-        assert_eq!((summary.studies_in_both, summary.patients_in_both), (0, 0));
-        // Three patients of four rows are the first to reach 12 rows.
-        assert_eq!((summary.val.rows, summary.val.studies), (12, 6));
-        assert_eq!(
-            (summary.study.studies, summary.study.patients),
-            (20, Some(10))
-        );
-        let options = ConvertOptions {
-            split: Split::Image,
-            ..options
-        };
-        let torn = bench.convert(&options).unwrap();
-        assert!(torn.studies_in_both > 0 && torn.patients_in_both > 0);
-    }
-}
-
-#[test]
-fn studies_by_a_rule_are_reported_and_written_down() {
-    let bench = Bench::new(ANNOTATIONS);
-    let names: Vec<String> = (0..12).map(|at| format!("x-{}-{at}.png", at / 2)).collect();
-    let options = ConvertOptions {
-        input: study_files(&bench, &names),
-        studies: StudyRule::regex("x-([0-9]+)-").unwrap(),
-        ..bench.options()
-    };
-    let summary = bench.convert(&options).unwrap();
-    assert_eq!(summary.study.studies, 6);
-    let (train, val) = (bench.rows("train.jsonl"), bench.rows("val.jsonl"));
-    for row in train.iter().chain(&val) {
-        let study = images(std::slice::from_ref(row))[0]
-            .split('-')
-            .nth(1)
-            .unwrap()
-            .to_owned();
-        assert_eq!(row["study"], study);
-    }
-    assert!(
-        summary.to_string().contains("12 reports of 6 studies"),
-        "{summary}"
-    );
-    // A guess is not written down: it would be taken for known.
-    let options = ConvertOptions {
-        studies: StudyRule::Guess,
-        ..options
-    };
-    bench.convert(&options).unwrap();
-    assert!(bench.rows("train.jsonl")[0].get("study").is_none());
-}
-
-#[test]
-fn a_file_of_two_images_is_refused_with_both_paths() {
-    let bench = Bench::new(ANNOTATIONS);
-    let names: Vec<String> = (0..4).map(|at| format!("CXR{at}/0.png")).collect();
-    let input = study_files(&bench, &names);
-    let options = ConvertOptions {
-        input: input.clone(),
-        ..bench.options()
-    };
-    // The tree is there: every row its own picture.
-    let summary = bench.convert(&options).unwrap();
-    assert_eq!((summary.rows_left_out(), summary.study.studies), (0, 4));
-    let (train, val) = (bench.rows("train.jsonl"), bench.rows("val.jsonl"));
-    let all: BTreeSet<&str> = images(&train).into_iter().chain(images(&val)).collect();
-    assert_eq!(all.len(), 4);
-    // One picture for all.
-    let flat = bench.dir.path().join("flat");
-    fs::create_dir(&flat).unwrap();
-    image::GrayImage::new(64, 96)
-        .save(flat.join("0.png"))
-        .unwrap();
-    let error = bench
-        .convert(&ConvertOptions {
-            images: Some(flat),
-            ..options.clone()
-        })
-        .unwrap_err()
-        .to_string();
-    for sign in [
-        "rows.jsonl` row 2",
-        "`CXR1/0.png`",
-        "row 1 in `CXR0`",
-        "flat/0.png",
-    ] {
-        assert!(error.contains(sign), "{error}");
-    }
-    // The name alone, in several folders.
-    fs::write(
-        &input,
-        r#"{"annotations": [{"image_id": "0", "caption": "一"}]}"#,
-    )
-    .unwrap();
-    let error = bench.convert(&options).unwrap_err().to_string();
-    for sign in ["row 1", "several folders", "CXR0/0.png", "CXR1/0.png"] {
-        assert!(error.contains(sign), "{error}");
-    }
-}
-
-#[test]
-fn names_with_two_endings_are_found() {
-    let bench = Bench::new(
-        r#"{"annotations": [{"image_id": "1_IM-0001-4001.dcm", "caption": "一"},
-            {"image_id": "2_IM-0002-4001", "caption": "二"}]}"#,
-    );
-    for name in ["1_IM-0001-4001.dcm.png", "deeper/2_IM-0002-4001.png"] {
-        let path = bench.dir.path().join("images").join(name);
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        image::GrayImage::new(64, 96).save(path).unwrap();
-    }
-    let summary = bench.convert(&bench.options()).unwrap();
-    assert_eq!((summary.rows_left_out(), summary.study.studies), (0, 2));
 }
 
 #[test]
@@ -564,7 +415,7 @@ fn rows_of_other_keys_are_read_by_naming_them() {
         });
         let options = ConvertOptions {
             keys,
-            val_ratio: 0.0,
+            val_ratio: Some(0.0),
             ..bench.options()
         };
         let summary = bench.convert(&options).unwrap();
@@ -593,14 +444,14 @@ fn rows_of_other_keys_are_read_by_naming_them() {
     }
     let bench = Bench::new("a,b\n");
     let table = bench.dir.path().join("table.csv");
-    fs::write(&table, "image,report\n1_1.png,正常\n").unwrap();
+    fs::write(&table, "spam,eggs\n1,2\n").unwrap();
     let options = ConvertOptions {
         input: table,
         ..bench.options()
     };
     let error = bench.convert(&options).unwrap_err().to_string();
     assert!(
-        error.contains("--report-key") && error.contains("a table has to become JSON"),
+        error.contains("the columns `spam,eggs`") && error.contains("a column of images"),
         "{error}"
     );
 }
@@ -631,7 +482,7 @@ fn a_folder_that_holds_something_is_refused() {
     let options = bench.options();
     bench.convert(&options).unwrap();
     let before = bench.read("train.jsonl");
-    let error = convert(&options, None, &bench.processor).unwrap_err();
+    let error = convert(&options, None, &bench.processor, &|_, _| {}).unwrap_err();
     assert!(
         error.to_string().contains("is not an empty folder"),
         "{error}"

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use super::corpus::{read_text, stem_of};
+use super::corpora::text_of;
+use super::corpus::stem_of;
 use super::error::ConvertError;
 
 /// Reasoning about one image, and the answer that follows from it.
@@ -26,7 +27,7 @@ impl Thinking {
     /// Reads `{"ID": "text"}`, `{"ID": {"thinking": …, "answer": …}}`, or rows of `image_id`,
     /// `thinking` and perhaps `answer`, as a list or one a line.
     pub(super) fn read(path: &Path) -> Result<Self, ConvertError> {
-        let text = read_text(path)?;
+        let text = text_of(path)?;
         let text = text.as_str();
         let mut found = Self::default();
         match serde_json::from_str(text) {

@@ -1,6 +1,7 @@
 //! Rows that training reads as they are, taken as a corpus: of any file that `train` and `check` read.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use super::corpus::{CorpusRow, messages_row};
 use super::error::ConvertError;
@@ -32,9 +33,10 @@ pub(super) fn training_rows(
             Err(fault) => broken = broken.or(Some((number, fault))),
         }
     }
+    let file_path = path.to_owned();
     let wrong = |row, fault| {
         ConvertError::Sample(SampleError {
-            file: path.to_owned(),
+            file: file_path.clone(),
             row,
             fault,
         })
@@ -46,9 +48,10 @@ pub(super) fn training_rows(
         (None, Some((row, fault))) => return Err(wrong(row, fault)),
     }
     let read = read_rows(path, &file, reading, Plain::Keep, true)?;
+    let path: Arc<Path> = path.into();
     let rows = read.rows.into_iter().map(|(number, row)| {
         let (sample, row) = row.map_err(|fault| wrong(number, fault))?;
-        messages_row(path, number, sample, row)
+        messages_row(&path, number, sample, row)
     });
     rows.collect::<Result<_, _>>().map(Some)
 }
