@@ -31,6 +31,7 @@ fn parts() -> TextAndImages {
         quantize: None,
         min_pixels: None,
         max_pixels: None,
+        gguf: xray_qwen3vl::qwen3_vl::weights::gguf::GgufParts::default(),
     })
     .unwrap()
 }
