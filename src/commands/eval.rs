@@ -200,7 +200,9 @@ fn systems(
 ///
 /// Opens a data set as the arguments say.
 fn open(args: &EvalArgs, name: Option<&str>) -> Result<Option<Dataset>> {
-    let options = args.reading.options();
+    let mut options = args.reading.options();
+    // Test and training set may have columns of their own.
+    options.columns_may_be_absent = args.data.is_some() && args.train_data.is_some();
     Ok(name
         .map(|name| Dataset::open_with(name, &options))
         .transpose()?)

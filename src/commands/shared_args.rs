@@ -240,6 +240,7 @@ impl ReadingArgs {
             columns: self.columns.clone().unwrap_or_default(),
             allow_image_urls: self.allow_image_urls,
             seed: self.seed,
+            columns_may_be_absent: false,
             store: ImageStore::default().with_progress(Some(show_fetching)),
         }
     }

@@ -17,6 +17,8 @@ use crate::study::counted;
 pub struct DataOptions {
     /// Columns under other names.
     pub columns: Columns,
+    /// Whether no row need have them: they are those of other data of the same run.
+    pub columns_may_be_absent: bool,
     /// Whether images are fetched from addresses on the web.
     pub allow_image_urls: bool,
     /// Draws rows where a data set counts with a part of them.
@@ -47,6 +49,8 @@ pub(super) struct ReadFile {
     pub(super) sha256: String,
     /// What a reader of a result should know.
     pub(super) remarks: Vec<String>,
+    /// Columns of another name that any row had.
+    pub(super) columns: ColumnsSeen,
 }
 
 /// Whether the row in its plain form is needed after its sample was made.
@@ -67,12 +71,11 @@ pub(super) fn read_file(
     stop: bool,
 ) -> Result<ReadFile, DatasetError> {
     let file = DataFile::read(path)?;
-    read_rows(path, &file, options, plain, stop)
+    read_rows(&file, options, plain, stop)
 }
 
 /// As [`read_file`], of a file that is open.
 pub(super) fn read_rows(
-    path: &Path,
     file: &DataFile,
     options: &DataOptions,
     plain: Plain,
@@ -120,14 +123,6 @@ pub(super) fn read_rows(
             break;
         }
     }
-    let whole = rows.last().is_some_and(|(_, row)| row.is_ok() || !stop);
-    if let Some(reason) = columns.missing(&options.columns).filter(|_| whole) {
-        return Err(DatasetError::Rows(RowsError {
-            path: path.to_owned(),
-            line: 0,
-            reason,
-        }));
-    }
     let mut remarks = file.remarks.clone();
     let folder = options.store.folder().display();
     if kept > 0 {
@@ -154,6 +149,7 @@ pub(super) fn read_rows(
         rows,
         sha256: file.sha256.clone(),
         remarks,
+        columns,
     })
 }
 
@@ -207,8 +203,8 @@ fn place_fetched(
 }
 
 /// Which columns of another name were in any row, and which keys there were.
-#[derive(Default)]
-struct ColumnsSeen {
+#[derive(Debug, Default)]
+pub(super) struct ColumnsSeen {
     seen: BTreeSet<String>,
     keys: BTreeSet<String>,
 }
@@ -229,15 +225,29 @@ impl ColumnsSeen {
         }
     }
 
-    /// What is wrong with a name that no row has.
-    fn missing(&self, columns: &Columns) -> Option<String> {
-        let (ours, theirs) = columns
-            .theirs()
-            .find(|(_, theirs)| !self.seen.contains(*theirs))?;
+    /// Adds those of another file of the same data.
+    pub(super) fn add(&mut self, other: &Self) {
+        self.seen.extend(other.seen.iter().cloned());
+        self.keys.extend(other.keys.iter().cloned());
+    }
+
+    /// Refuses a name that no row of `path` has.
+    ///
+    /// # Errors
+    /// [`RowsError`].
+    pub(super) fn expect_all(&self, columns: &Columns, path: &Path) -> Result<(), RowsError> {
+        let mut theirs = columns.theirs();
+        let Some((ours, theirs)) = theirs.find(|(_, theirs)| !self.seen.contains(*theirs)) else {
+            return Ok(());
+        };
         let keys: Vec<String> = self.keys.iter().map(|key| format!("`{key}`")).collect();
-        Some(format!(
-            "no row has `{theirs}`, which `columns` names for `{ours}`; there are {}",
-            keys.join(", ")
-        ))
+        Err(RowsError {
+            path: path.to_owned(),
+            line: 0,
+            reason: format!(
+                "no row has `{theirs}`, which `columns` names for `{ours}`; there are {}",
+                keys.join(", ")
+            ),
+        })
     }
 }

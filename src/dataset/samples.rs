@@ -11,7 +11,7 @@ use super::{
     error::DatasetError,
     image_remarks::ImageRemarks,
     mix::data_names,
-    reader::{DataOptions, Plain, read_file},
+    reader::{ColumnsSeen, DataOptions, Plain, read_file},
     unused_keys::UnusedKeys,
 };
 use crate::{
@@ -59,6 +59,7 @@ pub(super) struct DataPart {
     pub(super) source: SampleSource,
     fingerprint: String,
     remarks: Vec<String>,
+    columns: ColumnsSeen,
 }
 
 /// Where a sample is.
@@ -154,6 +155,7 @@ impl DataPart {
                 folder: path.parent().unwrap_or(Path::new("")).to_path_buf(),
             },
             fingerprint: format!("sha256:{}{}", file.sha256, options.fingerprint()),
+            columns: file.columns,
         })
     }
 
@@ -206,6 +208,7 @@ impl DataPart {
             },
             fingerprint: name.to_string(),
             remarks: Vec::new(),
+            columns: ColumnsSeen::default(),
         })
     }
 
@@ -241,6 +244,13 @@ impl Dataset {
                 parts.push(DataPart::open(&file, entry.label(), options)?);
             }
             files.push(start..parts.len());
+        }
+        // Data sets of several forms may share a run: a column need not be in all of them.
+        let mut columns = ColumnsSeen::default();
+        parts.iter().for_each(|part| columns.add(&part.columns));
+        let is_drawn = |part: &DataPart| matches!(part.source, SampleSource::Phantoms { .. });
+        if !options.columns_may_be_absent && !parts.iter().all(is_drawn) {
+            columns.expect_all(&options.columns, Path::new(name))?;
         }
         let parts: Arc<[DataPart]> = parts.into();
         let remarks = parts.iter().flat_map(|part| part.remarks.clone()).collect();

@@ -26,6 +26,7 @@ impl RunData {
         let mut options = config.data_options();
         options.store = options.store.with_progress(fetching);
         let train = Dataset::open_with(&config.train_data, &options)?;
+        options.columns_may_be_absent = true;
         if let Some(name) = &config.val_data {
             return Ok(Self {
                 train,

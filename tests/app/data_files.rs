@@ -299,6 +299,15 @@ fn columns_of_other_names_are_read_by_every_command() {
     let (code, text) = said(&["check", "chinese_keys.jsonl", "--columns", "image=x"]);
     assert_eq!(code, 2, "{text}");
     assert!(text.contains("did you mean `images`?"), "{text}");
+    // Of several data sets one is enough that has a column.
+    let mixed = DataOptions {
+        columns: columns.parse().unwrap(),
+        ..DataOptions::default()
+    };
+    let mixture = format!("{},{}", found("chinese_keys.jsonl"), found("std.jsonl"));
+    assert_eq!(Dataset::open_with(&mixture, &mixed).unwrap().len(), 2);
+    let none = Dataset::open_with(&found("std.jsonl"), &mixed).unwrap_err();
+    assert!(none.to_string().contains("no row has `影像`"), "{none}");
     let args = [
         "convert",
         "chinese_keys.jsonl",

@@ -59,7 +59,13 @@ pub(super) fn read(path: &Path, options: &DataOptions) -> Result<DataFile, Check
         rows: Vec::new(),
         findings: Vec::new(),
     };
-    let found = match read_file(path, options, Plain::Drop, false) {
+    let found = read_file(path, options, Plain::Drop, false).and_then(|found| {
+        if !found.rows.is_empty() {
+            found.columns.expect_all(&options.columns, path)?;
+        }
+        Ok(found)
+    });
+    let found = match found {
         Ok(found) => found,
         Err(DatasetError::Rows(error)) => {
             file.lines = 1;

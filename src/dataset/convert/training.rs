@@ -47,7 +47,10 @@ pub(super) fn training_rows(
         (None, None) => return Err(ConvertError::Empty(path.to_owned())),
         (None, Some((row, fault))) => return Err(wrong(row, fault)),
     }
-    let read = read_rows(path, &file, reading, Plain::Keep, true)?;
+    let read = read_rows(&file, reading, Plain::Keep, true)?;
+    if read.rows.iter().all(|(_, row)| row.is_ok()) {
+        read.columns.expect_all(&reading.columns, path)?;
+    }
     let path: Arc<Path> = path.into();
     let rows = read.rows.into_iter().map(|(number, row)| {
         let (sample, row) = row.map_err(|fault| wrong(number, fault))?;
