@@ -4,7 +4,9 @@
 
 use image::DynamicImage;
 
-use super::plane::{self, NumberKind, Plane, bytes_a_pixel, gunzipped, gunzipped_head, hung};
+use super::plane::{
+    self, MOST_TO_SKIP, NumberKind, Plane, bytes_a_pixel, gunzipped, gunzipped_head, hung,
+};
 use super::refusal::Refusal;
 use crate::processor::decode_limits::DecodeLimits;
 use crate::processor::remark::Remark;
@@ -171,7 +173,7 @@ fn parse(bytes: &[u8], limits: &DecodeLimits) -> Result<(Plane, usize), Refusal>
         Version::One => fields.fraction(places.offset, 4)?,
         Version::Two => fields.whole(places.offset, 8)? as f64,
     };
-    if !(0.0..=f64::from(u32::MAX)).contains(&offset) {
+    if !(0.0..=MOST_TO_SKIP as f64).contains(&offset) {
         return Err(Refusal::damaged("its numbers begin nowhere"));
     }
     let slope = fields.fraction(places.slope, fraction)?;

@@ -7,7 +7,7 @@ use std::borrow::Cow;
 use image::DynamicImage;
 use image::metadata::Orientation;
 
-use super::plane::{NumberKind, Plane, bytes_a_pixel, gunzipped, hung};
+use super::plane::{MOST_TO_SKIP, NumberKind, Plane, bytes_a_pixel, gunzipped, hung};
 use super::refusal::Refusal;
 use crate::processor::decode_limits::DecodeLimits;
 use crate::processor::remark::Remark;
@@ -199,7 +199,9 @@ fn parse<'a>(bytes: &'a [u8], limits: &DecodeLimits) -> Result<Header<'a>, Refus
         skip(&["byte skip", "byteskip"])?,
     );
     let lines = usize::try_from(lines).map_err(|_| Refusal::damaged("its line skip is none"))?;
-    if skipped < -1 || (skipped == -1 && encoding != Encoding::Raw) {
+    if !(-1..=MOST_TO_SKIP as i64).contains(&skipped)
+        || (skipped == -1 && encoding != Encoding::Raw)
+    {
         return Err(Refusal::damaged("its byte skip is none"));
     }
     Ok(Header {

@@ -192,6 +192,9 @@ pub(super) fn gunzipped(bytes: &[u8], most: u64) -> Result<Cow<'_, [u8]>, Refusa
     }
 }
 
+/// Bytes before the numbers that are skipped at most; what the cost of a picture leaves out.
+pub(super) const MOST_TO_SKIP: usize = 16 << 20;
+
 /// How gzip begins.
 pub(super) const GZIP: &[u8] = b"\x1f\x8b";
 

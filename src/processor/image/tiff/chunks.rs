@@ -11,7 +11,7 @@ use super::directory::{Directory, Tiff, tag};
 use super::layout::{Compression, Layout, Photometric, SampleFormat};
 use super::{fax, old_jpeg};
 use crate::processor::decode_limits::DecodeLimits;
-use crate::processor::jpeg::{self, Colour, JpegPixels};
+use crate::processor::jpeg::{self, Colour, JpegError, JpegPixels};
 use crate::processor::pack_bits::unpack;
 use crate::processor::remark::Remark;
 
@@ -171,7 +171,20 @@ impl<'a> Target<'a> {
             Photometric::Rgb => Colour::Rgb,
             _ => Colour::YCbCr,
         };
-        let decoded = jpeg::decode(stream, Some(tag), limits.max_decoded_bytes)?;
+        // Coefficients and planes of three channels, and whole units beyond the edges.
+        let place = if layout.compression == Compression::OldJpeg {
+            (layout.width, layout.height)
+        } else {
+            layout.chunk
+        };
+        let most = 16 * (place.0 as u64 + 64) * (place.1 as u64 + 64);
+        let decoded = jpeg::decode(stream, Some(tag), most.min(limits.max_decoded_bytes));
+        let decoded = decoded.map_err(|cause| match cause {
+            JpegError::TooMuchMemory => {
+                Refusal::damaged("its JPEG data are larger than their place")
+            }
+            cause => cause.into(),
+        })?;
         let damage = decoded.damage.remark()?;
         remarks.extend(damage.filter(|remark| !remarks.contains(remark)));
         let (samples, pixels): (usize, Vec<u16>) = match decoded.pixels {
