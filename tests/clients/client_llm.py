@@ -44,5 +44,5 @@ with Server() as server, tempfile.TemporaryDirectory() as folder:
         ("tools (--functions)", lambda: llm("你好", "--functions", code, *limit)),
     ]:
         calls.passes(name, call)
-    calls.refused("an option of another kind", lambda: llm("你好", "-o", "temperature", "9999"), "temperature")
+    calls.refused("an option out of range (by llm itself)", lambda: llm("你好", "-o", "temperature", "9999"), "temperature")
 calls.end()

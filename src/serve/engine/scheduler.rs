@@ -689,8 +689,9 @@ impl<D: DecodeBackend> Worker<D> {
             match outcome {
                 Ok(None) => {}
                 Ok(Some(done)) => {
-                    sequence.finish(done);
+                    // Whoever sees the end must find it counted.
                     self.metrics.finished.inc();
+                    sequence.finish(done);
                     self.retire(place);
                 }
                 Err(failure) => {
