@@ -402,7 +402,9 @@ mod tests {
                     let path = word.rsplit('=').next().unwrap_or_default();
                     let is_output = index > 0
                         && ["--output", "--output-dir", "--html"].contains(&words[index - 1]);
-                    if !path.contains('/') || is_output {
+                    // A name on a hub.
+                    let is_name = words.get(1) == Some(&"pull") && index == 2;
+                    if !path.contains('/') || is_output || is_name {
                         continue;
                     }
                     let is_written = WRITTEN.iter().any(|name| Path::new(path).starts_with(name));

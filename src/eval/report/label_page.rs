@@ -52,7 +52,9 @@ pub fn label_page(labeler: &Labeler, rules: &str, texts: &[LabelledText<'_>]) ->
 const STYLE: &str = "mark{border-radius:.2em;padding:0 .15em;color:inherit}
 mark.present{background:#f6c9c4}mark.uncertain{background:#fbe3b0}mark.absent{background:#cfe8cf}
 mark.other{background:#d5dcf5}mark.unread{background:none;border-bottom:2px dashed #b3261e}
+.case{display:block}
 .case p{line-height:1.9}
+.case .chips mark{display:inline-block;margin:.1em 0}
 @media (prefers-color-scheme:dark){mark.present{background:#6e2b25}mark.uncertain{background:#665019}mark.absent{background:#2b4d2c}mark.other{background:#333f6b}}
 ";
 
@@ -95,10 +97,11 @@ fn one(page: &mut String, labeler: &Labeler, text: &LabelledText<'_>) {
     };
     let labels = text.labels;
     let twenty = labels.findings.iter().map(|(finding, label)| {
-        let class = if *finding == Finding::NoFinding {
-            ""
-        } else {
-            class(label.status)
+        // A normal report is marked like a denied finding.
+        let class = match (*finding, label.status) {
+            (Finding::NoFinding, Status::Present) => "absent",
+            (Finding::NoFinding, Status::Absent) => "present",
+            (_, status) => class(status),
         };
         (finding.chinese().to_owned(), class, label)
     });
