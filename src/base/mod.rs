@@ -1,5 +1,5 @@
-//! What every layer above uses: files, models by name, memory, names of devices, panics as sentences, drawing. Nothing
-//! here knows what is in a model, or of training or reports.
+//! What every layer above uses: files and texts in them, models by name, the web, memory, names of devices, panics as
+//! sentences, drawing. Nothing here knows what is in a model, or of training or reports.
 
 pub mod base64_text;
 pub mod build_info;

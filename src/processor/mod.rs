@@ -1,4 +1,4 @@
-//! Bytes and text to what the model reads: patches and token ids.
+//! Bytes and text to what the model reads: patches and token ids; rows of data files to samples.
 //!
 //! This module alone knows the order of pixels, the chat template and the tokenizer; it knows no
 //! tensor.

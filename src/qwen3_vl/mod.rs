@@ -1,8 +1,8 @@
 //! Qwen3-VL: token ids and patches in, hidden states and logits out.
 //!
 //! This module opens no file but a checkpoint's ([`weights`]) and knows neither text nor pixels: what
-//! it gets are ids, positions and normalised patches. Fields carry the checkpoint's own names, so
-//! a parameter's path in the module tree is its key in the file.
+//! it gets are ids, positions and normalised patches. Fields carry the published checkpoints' own names, so
+//! a parameter's path in the module tree is its key in their files.
 
 pub mod config;
 pub mod heads;

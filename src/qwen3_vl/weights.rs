@@ -1,8 +1,8 @@
-//! Reads checkpoint files (safetensors) into modules and writes them, tensor by tensor.
+//! Reads checkpoints into modules and writes them (safetensors), tensor by tensor.
 //!
-//! A parameter's path in the module tree is its key in the file, so there is no key map. What is read
-//! goes to the device piece by piece, what is written comes from it tensor by tensor: host memory stays
-//! far below a shard.
+//! [`Checkpoint`] is a checkpoint of any form as floats under the paths of the module tree. Those are the keys of
+//! today's files; `keys` leads older ones there, [`gguf`] llama.cpp's. What is read goes to the device piece by
+//! piece, what is written comes from it tensor by tensor: host memory stays far below a shard.
 
 pub mod checkpoint;
 mod convert;

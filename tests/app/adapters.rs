@@ -13,7 +13,7 @@ use crate::{
     serve::write_adapter,
     server::{question, start, with},
     text, tiny_model,
-    train::{assert_says, train, train_badly, train_well, workplace},
+    train::{assert_says, train, train_badly, train_well, workspace},
 };
 
 fn case(name: &str) -> PathBuf {
@@ -211,7 +211,7 @@ fn a_served_folder_leads_to_its_adapter_and_not_out_of_it() {
 
 #[test]
 fn training_takes_a_tied_head_and_refuses_the_rest_by_name() {
-    let folder = workplace();
+    let folder = workspace();
     write_norm(&folder.path().join("norm"), 2.0);
     let set = |pair: &'static str| {
         [

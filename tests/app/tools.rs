@@ -12,7 +12,7 @@ use tempfile::tempdir;
 
 use crate::{
     json_lines, records, repository, run, text,
-    train::{finished, train, train_well, workplace},
+    train::{finished, train, train_well, workspace},
 };
 
 const COMMANDS: [&str; 21] = [
@@ -186,7 +186,7 @@ fn the_version_names_commit_features_and_devices() {
 
 #[test]
 fn config_shows_what_a_run_would_use() {
-    let folder = workplace();
+    let folder = workspace();
     let args = [
         "config",
         "show",
@@ -291,7 +291,7 @@ fn the_hooks_write_runs_of_wandb_and_swanlab() {
     python("hooks.py", &[env!("CARGO_BIN_EXE_xray-qwen3vl")]);
 }
 
-/// `run.toml` of a [`workplace`] with a command that reads the lines.
+/// `run.toml` of a [`workspace`] with a command that reads the lines.
 fn report_to(folder: &Path, script: &str) {
     let path = folder.join("run.toml");
     let settings = fs::read_to_string(&path).unwrap();
@@ -306,7 +306,7 @@ fn report_to(folder: &Path, script: &str) {
 #[cfg(unix)]
 #[test]
 fn report_command_reads_what_metrics_jsonl_has() {
-    let folder = workplace();
+    let folder = workspace();
     report_to(folder.path(), "cat > lines.jsonl; echo read all");
     train_well(
         folder.path(),
@@ -356,7 +356,7 @@ fn report_command_reads_what_metrics_jsonl_has() {
 #[cfg(unix)]
 #[test]
 fn a_report_command_that_fails_is_told_and_the_run_ends_as_without() {
-    let folder = workplace();
+    let folder = workspace();
     report_to(folder.path(), "read start; echo no such module >&2; exit 9");
     let (code, _, stderr) = train(folder.path(), &[]);
     assert_eq!(code, 0, "{stderr}");
@@ -400,7 +400,7 @@ fn a_continued_run_reports_from_its_step_on() {
 
 #[test]
 fn a_report_command_that_cannot_be_is_refused_before_the_run() {
-    let folder = workplace();
+    let folder = workspace();
     for (set, says) in [
         ("report_to=command", "key `report_command` is []"),
         ("report_command=wandb", "\"command\" in it"),

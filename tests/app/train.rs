@@ -45,13 +45,13 @@ const MEASURED: [&str; 5] = [
 ];
 
 /// A fresh folder with the settings of a run; the run's own folder will be `run` in it.
-pub(crate) fn workplace() -> TempDir {
+pub(crate) fn workspace() -> TempDir {
     let folder = tempdir().unwrap();
     fs::write(folder.path().join("run.toml"), SETTINGS).unwrap();
     folder
 }
 
-/// Arguments of a run in a [`workplace`].
+/// Arguments of a run in a [`workspace`].
 pub(crate) fn train_args<'a>(args: &[&'a str]) -> Vec<&'a str> {
     let always = [
         "train",
@@ -138,17 +138,17 @@ impl Files {
     }
 }
 
-/// A [`workplace`] after a run that nothing disturbed.
+/// A [`workspace`] after a run that nothing disturbed.
 pub(crate) fn undisturbed() -> &'static Files {
     static FILES: OnceLock<Files> = OnceLock::new();
     FILES.get_or_init(|| {
-        let folder = workplace();
+        let folder = workspace();
         train_well(folder.path(), &[]);
         Files::read(folder.path())
     })
 }
 
-/// A [`workplace`] of its own after a run that nothing disturbed.
+/// A [`workspace`] of its own after a run that nothing disturbed.
 pub(crate) fn finished() -> TempDir {
     let folder = tempdir().unwrap();
     undisturbed().write(folder.path());
@@ -287,7 +287,7 @@ fn a_run_leaves_settings_measurements_curves_and_facts() {
 
 #[test]
 fn an_unreadable_image_costs_nothing_that_was_learnt() {
-    let folder = workplace();
+    let folder = workspace();
     write_data(folder.path());
     let image = folder.path().join("data/images/0005.png");
     let good = fs::read(&image).unwrap();
@@ -335,7 +335,7 @@ fn an_unreadable_image_costs_nothing_that_was_learnt() {
 
 #[test]
 fn a_loss_that_is_no_number_ends_the_run() {
-    let folder = workplace();
+    let folder = workspace();
     // The rate of the first step is 0, that of the second ruins the weights.
     let sets = ["learning_rate=1e30", "warmup_ratio=0.1", "save_steps=1"];
     let args: Vec<&str> = sets.iter().flat_map(|pair| ["--set", *pair]).collect();
@@ -356,7 +356,7 @@ fn a_loss_that_is_no_number_ends_the_run() {
 
 #[test]
 fn a_sample_that_is_too_long_is_named_or_left_out() {
-    let folder = workplace();
+    let folder = workspace();
     write_data(folder.path());
     let path = folder.path().join("data/samples.jsonl");
     let mut rows = records(&path);
@@ -397,7 +397,7 @@ fn a_sample_that_is_too_long_is_named_or_left_out() {
 
 #[test]
 fn the_full_tuner_moves_what_is_not_frozen_and_its_checkpoint_loads() {
-    let folder = workplace();
+    let folder = workspace();
     let sets = [
         "tuner=full",
         "freeze_vit=true",
@@ -450,7 +450,7 @@ fn the_checkpoint_of_an_adapter_loads() {
 
 #[test]
 fn an_adapter_is_refused_by_another_base_of_the_same_name() {
-    let folder = workplace();
+    let folder = workspace();
     // A trained base this time: random weights have no fingerprint.
     let base = tiny_model();
     let always = ["--no-tui", "--show", "0", "--model", text(&base)];
@@ -510,7 +510,7 @@ fn an_adapter_is_refused_by_another_base_of_the_same_name() {
 
 #[test]
 fn the_last_checkpoints_and_the_best_one_are_kept() {
-    let folder = workplace();
+    let folder = workspace();
     // A rate that moves no weight: the first validation stays the best.
     let sets = [
         "learning_rate=1e-30",
@@ -549,7 +549,7 @@ fn the_last_checkpoints_and_the_best_one_are_kept() {
 
 #[test]
 fn a_run_is_scored_before_its_first_step_and_with_other_images() {
-    let folder = workplace();
+    let folder = workspace();
     let mut args = vec!["--val-data", "phantom:4:0..4:house", "--eval-generate", "4"];
     for pair in [
         "max_steps=3",
@@ -612,7 +612,7 @@ fn a_run_is_scored_before_its_first_step_and_with_other_images() {
 
 #[test]
 fn progress_lines_come_every_logging_steps_with_the_time_left() {
-    let folder = workplace();
+    let folder = workspace();
     let (stdout, stderr) = train_well(folder.path(), &["--set", "logging_steps=8"]);
     let lines: Vec<&str> = stderr
         .lines()
@@ -648,7 +648,7 @@ fn progress_lines_come_every_logging_steps_with_the_time_left() {
 
 #[test]
 fn a_flag_or_key_that_is_none_is_answered_with_what_to_write() {
-    let folder = workplace();
+    let folder = workspace();
     for (args, says) in [
         (
             ["--learning-rate", "1e-4"],

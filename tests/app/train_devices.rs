@@ -7,13 +7,13 @@ use crate::{
     records,
     train::{
         assert_says, floats, saved_steps, tensors, train_badly, train_well, trained_steps,
-        workplace, write_data,
+        workspace, write_data,
     },
 };
 
-/// Runs five steps of one workplace without dropout in two ways and compares losses and adapters.
+/// Runs five steps of one workspace without dropout in two ways and compares losses and adapters.
 fn assert_same_run(ways: [(&str, &[&str]); 2]) {
-    let folder = workplace();
+    let folder = workspace();
     let [one, two] = ways.map(|(name, args)| {
         let output = format!("output_dir={name}");
         let mut all = vec!["--set", &output, "--set", "lora_dropout=0"];
@@ -57,7 +57,7 @@ fn two_devices_with_half_the_accumulation_are_the_same_run() {
 
 #[test]
 fn two_devices_validate_as_one_does() {
-    let folder = workplace();
+    let folder = workspace();
     let validate = |name: &str, devices: &str, accumulation: &str| {
         let output = format!("output_dir={name}");
         let args = ["--device", devices, "--set", &output, "--set", accumulation];
@@ -106,7 +106,7 @@ fn packed_rows_are_the_same_run() {
 
 #[test]
 fn a_continued_run_on_two_devices_is_the_same_bit_for_bit() {
-    let folder = workplace();
+    let folder = workspace();
     let args = ["--device", "cpu,cpu", "--set", "max_steps=8"];
     train_well(folder.path(), &args);
     let run = folder.path().join("run");
@@ -132,7 +132,7 @@ fn a_continued_run_on_two_devices_is_the_same_bit_for_bit() {
 
 #[test]
 fn an_unreadable_image_ends_the_run_of_all_devices() {
-    let folder = workplace();
+    let folder = workspace();
     write_data(folder.path());
     let image = folder.path().join("data/images/0005.png");
     let good = fs::read(&image).unwrap();
@@ -151,7 +151,7 @@ fn an_unreadable_image_ends_the_run_of_all_devices() {
 #[cfg(unix)]
 #[test]
 fn an_image_that_never_comes_ends_the_run_of_all_devices() {
-    let folder = workplace();
+    let folder = workspace();
     write_data(folder.path());
     let image = folder.path().join("data/images/0005.png");
     fs::remove_file(&image).unwrap();

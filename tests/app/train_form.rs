@@ -9,7 +9,7 @@ use xray_qwen3vl::train::config::TrainConfig;
 
 use crate::{
     records, run,
-    train::{assert_says, train, train_well, workplace},
+    train::{assert_says, train, train_well, workspace},
 };
 
 /// Losses and gradient norms of a run's steps.
@@ -25,7 +25,7 @@ const SHORT: [&str; 4] = ["--set", "max_steps=6", "--set", "lora_dropout=0.0"];
 
 #[test]
 fn the_memory_budget_changes_how_a_step_is_made_and_not_what_it_gives() {
-    let folder = workplace();
+    let folder = workspace();
     let run_as = |name: &str, more: &[&str]| {
         let args = [&SHORT[..], &["--output-dir", name], more].concat();
         let (_, stderr) = train_well(folder.path(), &args);
@@ -80,7 +80,7 @@ fn the_memory_budget_changes_how_a_step_is_made_and_not_what_it_gives() {
 
 #[test]
 fn a_budget_that_nothing_fits_is_refused_with_what_would_be_needed() {
-    let folder = workplace();
+    let folder = workspace();
     let (code, _, stderr) = train(folder.path(), &["--memory-budget", "0.1"]);
     assert_eq!(code, 1, "{stderr}");
     assert_says(&stderr, &["0.1 GiB is too small", "max_pixels", "weights"]);
@@ -92,7 +92,7 @@ fn a_budget_that_nothing_fits_is_refused_with_what_would_be_needed() {
 
 #[test]
 fn plan_chooses_as_train_does() {
-    let folder = workplace();
+    let folder = workspace();
     let args = ["plan", "--config", "run.toml", "--memory-budget", "2"];
     let (code, stdout, stderr) = run(folder.path(), &args);
     assert_eq!(code, 0, "{stderr}");
@@ -101,7 +101,7 @@ fn plan_chooses_as_train_does() {
 
 #[test]
 fn repeated_steps_agree_and_so_do_two_runs() {
-    let folder = workplace();
+    let folder = workspace();
     let losses: Vec<_> = ["one", "two"]
         .iter()
         .map(|name| {
@@ -125,7 +125,7 @@ fn repeated_steps_agree_and_so_do_two_runs() {
 
 #[test]
 fn the_trace_shows_loader_launches_and_waits() {
-    let folder = workplace();
+    let folder = workspace();
     let args = [&SHORT[..], &["--trace", "trace.json"]].concat();
     let (_, stderr) = train_well(folder.path(), &args);
     assert_says(&stderr, &["were spent waiting for samples"]);

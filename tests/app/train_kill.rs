@@ -12,7 +12,7 @@ use std::{
 use crate::{
     LONGEST_RUN, program,
     train::{
-        assert_same_end, assert_says, saved_steps, train_args, train_badly, train_well, workplace,
+        assert_same_end, assert_says, saved_steps, train_args, train_badly, train_well, workspace,
     },
     train_resume::{disturb, rows_so_far},
 };
@@ -82,7 +82,7 @@ fn a_kill_inside_the_writing_of_a_checkpoint_costs_only_that_checkpoint() {
             inside.iter().any(|name| name == "trainer_state.json")
         }),
     ];
-    let folder = workplace();
+    let folder = workspace();
     let run = folder.path().join("run");
     let mut inside = Vec::new();
     for (moment, caught) in moments {
@@ -113,7 +113,7 @@ fn signal(child: &Child, name: &str) {
 
 #[test]
 fn a_second_process_is_kept_out_until_the_first_is_gone() {
-    let folder = workplace();
+    let folder = workspace();
     let run = folder.path().join("run");
     let output = disturb(
         folder.path(),

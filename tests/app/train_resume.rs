@@ -14,7 +14,7 @@ use crate::{
     run as run_program,
     train::{
         Files, assert_same_end, assert_says, finished, saved_steps, train, train_args, train_badly,
-        train_well, trained_steps, workplace,
+        train_well, trained_steps, workspace,
     },
 };
 
@@ -48,7 +48,7 @@ pub(crate) fn disturb(
 
 #[test]
 fn a_killed_run_goes_on_bit_for_bit() {
-    let folder = workplace();
+    let folder = workspace();
     let run = folder.path().join("run");
     let sets = ["--set", "save_steps=10"];
     let output = disturb(
@@ -75,7 +75,7 @@ fn an_interrupted_run_saves_and_says_how_to_go_on() {
             eprintln!("skipped: this test itself is run to outlive its terminal");
             continue;
         }
-        let folder = workplace();
+        let folder = workspace();
         let run = folder.path().join("run");
         let output = disturb(
             folder.path(),
@@ -292,7 +292,7 @@ impl Drop for SmallDisk {
 #[cfg(target_os = "linux")]
 #[test]
 fn a_full_disk_costs_only_the_checkpoint_that_did_not_fit() {
-    let folder = workplace();
+    let folder = workspace();
     let run = folder.path().join("run");
     fs::create_dir(&run).unwrap();
     let Some(disk) = SmallDisk::mount(&run) else {

@@ -1,4 +1,5 @@
-//! Low-rank adapters: which layers are adapted, PEFT's files, merging.
+//! Low-rank adapters: which layers are adapted, PEFT's files, merging. What an adapter brings besides low-rank
+//! matrices of linear layers takes the place of the base's weights when it is loaded (`base_changes`).
 //!
 //! Names and conventions are PEFT's: `A` is `[r, in]`, `B` is `[out, r]`, the matmul is scaled by
 //! `alpha / r` (`alpha / √r` with rank stabilisation). The base weight is never composed with the
