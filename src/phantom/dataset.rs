@@ -126,14 +126,6 @@ impl PhantomStudies {
         Self { prompts, ..self }
     }
 
-    /// The same series, iterated from `index` on.
-    pub fn starting_at(self, index: u64) -> Self {
-        Self {
-            next: index,
-            ..self
-        }
-    }
-
     /// The sample at `index`, a pure function of the series and the index.
     pub fn get(&self, index: u64) -> PhantomSample {
         let study = Study::new(self.seed, index);
@@ -329,7 +321,7 @@ mod tests {
         let text = fs::read_to_string(&summary.samples_file).unwrap();
         let series = PhantomStudies::new(5).with_dialect(Dialect::House);
         assert_eq!(text.lines().count(), 20);
-        for (line, sample) in text.lines().zip(series.starting_at(8)) {
+        for (line, sample) in text.lines().zip(series.skip(8)) {
             let record: serde_json::Value = serde_json::from_str(line).unwrap();
             let content = |at: usize| record["messages"][at]["content"].as_str().unwrap();
             assert_eq!(record["messages"][0]["role"], "user");

@@ -66,6 +66,7 @@ pub enum Finding {
 
 impl Finding {
     /// Every finding there is, once, in report order.
+    #[cfg(test)]
     pub fn all() -> Vec<Self> {
         let zoned = |make: fn(Side, Zone) -> Self| {
             Side::ALL

@@ -119,16 +119,6 @@ pub struct FindingScore {
 }
 
 impl FindingScore {
-    /// Share of the stated findings that are true, 0 to 1; 1 where none was stated.
-    pub fn precision(&self) -> f64 {
-        share(self.true_positives, self.false_positives)
-    }
-
-    /// Share of the true findings that were stated, 0 to 1; 1 where there is none.
-    pub fn recall(&self) -> f64 {
-        share(self.true_positives, self.false_negatives)
-    }
-
     /// Micro F1, 0 to 1; 1 where nothing was stated and nothing is true.
     pub fn f1(&self) -> f64 {
         share(
@@ -220,7 +210,6 @@ mod tests {
             ),
             (1, 1, 2)
         );
-        assert_eq!(score.precision(), 0.5);
         assert_eq!(score.f1(), 0.4);
         assert_eq!(finding_f1([(&set([]), &set([]))]).f1(), 1.0);
     }

@@ -24,11 +24,6 @@ mod radiograph;
 mod report;
 mod study;
 
-pub use canvas::PHANTOM_SIZE;
-pub use dataset::{
-    PROMPTS, PhantomDatasetError, PhantomSample, PhantomStudies, Summary, write_dataset,
-};
-pub use finding::{Finding, Side, Zone};
-pub use labels::{FindingScore, finding_f1, findings_in_report};
-pub use report::{Dialect, write_report};
-pub use study::Study;
+pub use dataset::{PROMPTS, PhantomDatasetError, PhantomStudies, write_dataset};
+pub use labels::{finding_f1, findings_in_report};
+pub use report::Dialect;

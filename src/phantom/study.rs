@@ -13,11 +13,9 @@ use super::{
 /// One synthetic examination: the image and what it shows.
 #[derive(Debug, Clone)]
 pub struct Study {
-    /// Place in the endless series of its seed.
-    pub index: u64,
     /// What is drawn; empty for a normal study.
     pub findings: BTreeSet<Finding>,
-    /// The radiograph, [`PHANTOM_SIZE`](super::PHANTOM_SIZE) pixels wide and high, black is air.
+    /// The radiograph, [`PHANTOM_SIZE`](super::canvas::PHANTOM_SIZE) pixels wide and high, black is air.
     pub image: GrayImage,
 }
 
@@ -36,11 +34,7 @@ impl Study {
     pub fn with_findings(seed: u64, index: u64, findings: BTreeSet<Finding>) -> Self {
         let mut draws = Draws::new(seed, index, Purpose::Drawing);
         let image = draw_chest(&findings, &mut draws);
-        Self {
-            index,
-            findings,
-            image,
-        }
+        Self { findings, image }
     }
 }
 

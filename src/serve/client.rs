@@ -3,7 +3,7 @@
 use std::io;
 
 use axum::http::{Uri, header};
-use http_body_util::{BodyExt, Full};
+use http_body_util::Full;
 use hyper::{Request, body::Bytes};
 
 pub use crate::base::web::connection::{ClientError, Connection};
@@ -81,14 +81,14 @@ impl Server {
     }
 
     /// Sends one request and reads the whole response: status and body.
-    ///
-    /// # Errors
-    /// [`ClientError`].
+    #[cfg(test)]
     pub async fn call(
         &self,
         path: &str,
         body: Option<Vec<u8>>,
     ) -> Result<(u16, Bytes), ClientError> {
+        use http_body_util::BodyExt;
+
         let mut connection = self.connect().await?;
         let response = connection.send(self.request(path, body)?).await?;
         let status = response.status().as_u16();

@@ -196,11 +196,7 @@ fn a_served_folder_leads_to_its_adapter_and_not_out_of_it() {
     let server = start(&["--adapter-dir", text(&root)]);
     let load = |name: &str| server.post("/v1/load_lora_adapter", &json!({"lora_name": name}));
     assert_eq!(load("run").status, 200);
-    assert!(
-        server.log().contains("run/checkpoint-8"),
-        "{}",
-        server.log()
-    );
+    assert!(server.logs("run/checkpoint-8"), "{}", server.log());
     #[cfg(unix)]
     {
         fs::create_dir(root.join("link")).unwrap();

@@ -12,9 +12,9 @@ fn layers() -> BTreeMap<String, usize> {
     let text = source("lib.rs");
     let paragraphs = text.split("\n\n").map(|paragraph| {
         let modules = paragraph.lines().filter_map(|line| {
-            let name = line
-                .strip_prefix("pub mod ")
-                .or(line.strip_prefix("mod "))?;
+            let (_, name) = line
+                .split_once("mod ")
+                .filter(|(before, _)| ["pub ", "pub(crate) ", ""].contains(before))?;
             Some(name.strip_suffix(';')?.to_string())
         });
         modules.collect::<Vec<_>>()

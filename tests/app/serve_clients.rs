@@ -65,11 +65,7 @@ fn the_id_of_a_request_is_its_own_where_it_can_be() {
     let body = body.to_string();
     let answer = server.send("POST", "/v1/chat/completions", &head, body.as_bytes());
     assert_eq!(answer.json()["id"], "chatcmpl-mine");
-    assert!(
-        server.log().contains("request id=mine "),
-        "{}",
-        server.log()
-    );
+    assert!(server.logs("request id=mine "), "{}", server.log());
 }
 
 #[test]

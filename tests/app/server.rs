@@ -109,6 +109,18 @@ pub(crate) fn start(args: &[&str]) -> Server {
 
 impl Server {
     /// Lines the server logged so far.
+    /// Whether the log has `piece`, soon: a line is written after its answer.
+    pub(crate) fn logs(&self, piece: &str) -> bool {
+        let started = std::time::Instant::now();
+        while started.elapsed() < PATIENCE {
+            if self.log().contains(piece) {
+                return true;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        false
+    }
+
     pub(crate) fn log(&self) -> String {
         fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
     }

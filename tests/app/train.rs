@@ -599,7 +599,7 @@ fn a_run_is_scored_before_its_first_step_and_with_other_images() {
         &stdout,
         &[
             "xray-qwen3vl infer --model ",
-            "model/tiny --adapter run/checkpoint-3 IMAGE",
+            "model/tiny --adapter run/checkpoint-3",
         ],
     );
     // The config was given: it needs no mention of another.

@@ -24,7 +24,7 @@ use std::{
 
 use tokio::sync::{mpsc::UnboundedReceiver, mpsc::UnboundedSender, oneshot, watch};
 
-pub use prompt::{HeldMemory, Patches, PreparedImage, PreparedPrompt};
+pub use prompt::{Patches, PreparedPrompt};
 pub use sequence::{Penalties, TokenConstraint};
 
 use super::metrics::Metrics;

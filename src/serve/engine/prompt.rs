@@ -60,8 +60,6 @@ impl Patches {
 pub struct PreparedImage {
     /// Patches of this image alone.
     pub patches: Patches,
-    /// SHA-256 of patches and grid.
-    pub hash: [u8; 32],
     /// Place of its first token in the prompt.
     pub first_token: usize,
     /// Its number of tokens.
@@ -149,7 +147,6 @@ impl PreparedPrompt {
             }
             prepared.push(PreparedImage {
                 patches,
-                hash,
                 first_token: at,
                 tokens,
             });
@@ -180,11 +177,6 @@ impl PreparedPrompt {
     /// Number of tokens.
     pub fn len(&self) -> usize {
         self.input_ids.len()
-    }
-
-    /// Whether there is no token; never, for a checked prompt.
-    pub fn is_empty(&self) -> bool {
-        self.input_ids.is_empty()
     }
 
     /// Positions of the tokens in `range`.
