@@ -1,4 +1,4 @@
-//! Reads checkpoints into modules and writes them (safetensors), tensor by tensor.
+//! Reads checkpoints (safetensors, PyTorch's files, GGUF) into modules and writes them (safetensors), tensor by tensor.
 //!
 //! [`Checkpoint`] is a checkpoint of any form as floats under the paths of the module tree. Those are the keys of
 //! today's files; `keys` leads older ones there, [`gguf`] llama.cpp's. What is read goes to the device piece by
@@ -11,6 +11,7 @@ mod forms;
 pub mod gguf;
 mod keys;
 mod load;
+mod pytorch;
 
 use std::{
     collections::BTreeMap,
@@ -52,9 +53,11 @@ struct Entry {
     shape: Vec<usize>,
     /// Its bytes in the file.
     bytes: Range<usize>,
+    /// Elements between neighbours of each dimension, where they are not in order, as in a transposed view.
+    strides: Option<Vec<usize>>,
 }
 
-/// An open safetensors file, its header read.
+/// An open file of safetensors, or of PyTorch by its name, its header read.
 pub struct TensorFile {
     path: PathBuf,
     map: Arc<Mmap>,
@@ -70,7 +73,7 @@ impl TensorFile {
     /// Maps a file and checks its header.
     ///
     /// # Errors
-    /// [`WeightsError::Read`], [`WeightsError::Format`].
+    /// [`WeightsError::Read`], [`WeightsError::Format`], [`WeightsError::PyTorch`].
     pub fn open(path: &Path) -> Result<Self, WeightsError> {
         let read = |cause| WeightsError::Read {
             path: path.to_path_buf(),
@@ -88,6 +91,10 @@ impl TensorFile {
             file,
             entries: BTreeMap::new(),
         };
+        if pytorch::is_named(path) {
+            this.entries = pytorch::entries(path, &this.map)?;
+            return Ok(this);
+        }
         let start = this.map.as_ptr() as usize;
         let entries = this
             .tensors()?
@@ -98,6 +105,7 @@ impl TensorFile {
                     dtype: view.dtype(),
                     shape: view.shape().to_vec(),
                     bytes: from..from + view.data().len(),
+                    strides: None,
                 };
                 (name.to_string(), entry)
             })
@@ -120,7 +128,16 @@ impl TensorFile {
         self.map.len() as u64
     }
 
-    /// The parsed header over the mapped bytes.
+    /// Names, types, shapes and bytes of all tensors; those of a view as they are in the file, from its first
+    /// element to its last.
+    pub fn stored(&self) -> impl Iterator<Item = (&str, Dtype, &[usize], &[u8])> {
+        self.entries.iter().map(|(name, entry)| {
+            let bytes = &self.map[entry.bytes.clone()];
+            (name.as_str(), entry.dtype, entry.shape.as_slice(), bytes)
+        })
+    }
+
+    /// The parsed header of a safetensors file over the mapped bytes.
     ///
     /// # Errors
     /// [`WeightsError::Format`].
@@ -196,23 +213,30 @@ impl TensorFile {
         };
         let size = stored_size(entry.dtype).ok_or_else(|| error(Problem::Dtype))?;
         let share = SHARE_BYTES / size.max(dtype.size());
+        let fetch = |first: usize, out: &mut [u8]| match &entry.strides {
+            None => self.bytes_into(entry.bytes.start + first * size, out),
+            Some(strides) => {
+                let (bytes, sizes) = (&self.map[entry.bytes.clone()], [&entry.shape, strides]);
+                pytorch::gather(bytes, sizes.map(Vec::as_slice), size, first, out);
+                Ok(())
+            }
+        };
         let shares: Vec<Result<(), WeightsError>> = out
             .par_chunks_mut(share * dtype.size())
             .enumerate()
             .map(|(number, out)| {
                 let first = first + number * share;
-                let from = entry.bytes.start + first * size;
                 let counted = |problem| match problem {
                     Problem::NotFinite(at) => error(Problem::NotFinite(first + at)),
                     Problem::TooLarge(at) => error(Problem::TooLarge(first + at)),
                     Problem::Dtype => error(Problem::Dtype),
                 };
                 if is_same(entry.dtype, dtype) {
-                    self.bytes_into(from, out)?;
+                    fetch(first, out)?;
                     return check(out, entry.dtype).map_err(counted);
                 }
                 let mut stored = vec![0; out.len() / dtype.size() * size];
-                self.bytes_into(from, &mut stored)?;
+                fetch(first, &mut stored)?;
                 check(&stored, entry.dtype)
                     .and_then(|()| convert(&stored, entry.dtype, dtype, out))
                     .map_err(counted)
@@ -253,24 +277,36 @@ struct ShardIndex {
     weight_map: BTreeMap<String, String>,
 }
 
-/// The files of a checkpoint: `model.safetensors`, the shards its index names, or both files of a GGUF.
+/// Names of a checkpoint's single file; an index of shards has the same with `.index.json`. The first that is
+/// there counts, as in transformers.
+const SINGLE: [&str; 2] = ["model.safetensors", "pytorch_model.bin"];
+
+/// The file of a whole checkpoint in `dir`, or the index of its shards.
+fn single_or_index(dir: &Path) -> Option<PathBuf> {
+    SINGLE
+        .into_iter()
+        .flat_map(|single| [single.to_string(), format!("{single}.index.json")])
+        .map(|name| dir.join(name))
+        .find(|path| path.is_file())
+}
+
+/// The files of a checkpoint: `model.safetensors` or `pytorch_model.bin`, the shards that the index of either
+/// names, or both files of a GGUF.
 ///
 /// # Errors
 /// [`WeightsError::NoFile`], [`WeightsError::MissingShard`], or the index cannot be read.
 pub fn checkpoint_files(dir: &Path) -> Result<Vec<PathBuf>, WeightsError> {
-    let single = dir.join("model.safetensors");
-    if single.is_file() {
-        return Ok(vec![single]);
-    }
-    let index = dir.join("model.safetensors.index.json");
-    if !index.is_file() {
+    let Some(index) = single_or_index(dir) else {
         if let Some(pair) = gguf::find(dir, &GgufParts::default())? {
             return Ok(pair.files().map(Path::to_path_buf).to_vec());
         }
         return Err(WeightsError::NoFile {
             dir: dir.to_path_buf(),
-            single: "model.safetensors".to_string(),
+            single: SINGLE[0].to_string(),
         });
+    };
+    if index.extension().is_none_or(|ending| ending != "json") {
+        return Ok(vec![index]);
     }
     let text = std::fs::read_to_string(&index).map_err(|cause| WeightsError::Read {
         path: index.clone(),

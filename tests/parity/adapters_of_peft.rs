@@ -285,14 +285,3 @@ fn a_file_that_its_config_contradicts_is_refused_by_name() {
     let error = refusal(dir.path());
     assert!(error.contains("pissa_init"), "{error}");
 }
-
-#[test]
-fn a_pickle_names_the_command_that_converts_it() {
-    let dir = edited("plain", |_| ());
-    let file = |name: &str| dir.path().join(name);
-    std::fs::rename(file("adapter_model.safetensors"), file("adapter_model.bin")).unwrap();
-    let error = refusal(dir.path());
-    for piece in ["adapter_model.bin", "python3 -c", "weights_only=True"] {
-        assert!(error.contains(piece), "{error}");
-    }
-}

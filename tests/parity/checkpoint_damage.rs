@@ -233,7 +233,8 @@ fn files_that_are_missing_or_of_another_form_are_named() {
     };
     let error = only("pytorch_model-00001-of-00002.bin", b"");
     assert!(
-        error.contains("save_pretrained") && error.contains("python -c"),
+        error.contains("`pytorch_model-00001-of-00002.bin`")
+            && error.contains("pytorch_model.bin.index.json"),
         "{error}"
     );
     let error = only(

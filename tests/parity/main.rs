@@ -17,6 +17,7 @@ mod generate;
 mod half;
 mod model;
 mod preprocess;
+mod pytorch;
 mod quantized;
 mod schedule;
 mod text_metrics;

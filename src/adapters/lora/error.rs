@@ -8,7 +8,7 @@ use crate::base::files::hint::file_hint;
 #[derive(Debug, thiserror::Error)]
 pub enum AdapterError {
     /// The config cannot be read.
-    #[error("cannot read `{}`: {cause}; expected a PEFT adapter folder with `adapter_config.json` and `adapter_model.safetensors`{}", .path.display(), file_hint(.path))]
+    #[error("cannot read `{}`: {cause}; expected a PEFT adapter folder with `adapter_config.json` and `adapter_model.safetensors` or `adapter_model.bin`{}", .path.display(), file_hint(.path))]
     Read {
         /// The file.
         path: PathBuf,

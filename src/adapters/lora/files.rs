@@ -1,4 +1,4 @@
-//! PEFT's adapter folder: `adapter_config.json` and `adapter_model.safetensors`.
+//! PEFT's adapter folder: `adapter_config.json` and `adapter_model.safetensors`, or `adapter_model.bin`.
 
 use std::{fs, io::Write, path::Path};
 
@@ -335,25 +335,11 @@ fn attach_tensors<B: Ops>(
     })
 }
 
-/// Opens the tensors of an adapter.
+/// Opens the tensors of an adapter; safetensors count, where both are there, as for PEFT.
 fn open(dir: &Path) -> Result<TensorFile, AdapterError> {
-    let path = dir.join(TENSORS);
-    if !path.is_file() && dir.join(PICKLE).is_file() {
-        let dir_text = dir.display().to_string();
-        // A path that would end the quotes is left to the reader.
-        let named = match dir_text.contains(['\'', '"']) {
-            true => "DIR".to_owned(),
-            false => dir_text,
-        };
-        return Err(AdapterError::Folder {
-            dir: dir.to_path_buf(),
-            hint: format!(
-                "it holds `{PICKLE}`, a pickle, which is not read here (it may run code or ask for any amount of memory), and no `{TENSORS}`; convert it with \
-                 `python3 -c \"import torch, safetensors.torch as s; d = '{named}/'; s.save_file({{k: v.contiguous().clone() for k, v in torch.load(d + '{PICKLE}', map_location='cpu', weights_only=True).items()}}, d + '{TENSORS}')\"`"
-            ),
-        });
-    }
-    Ok(TensorFile::open(&path)?)
+    let files = [TENSORS, PICKLE].map(|name| dir.join(name));
+    let found = files.iter().find(|path| path.is_file());
+    Ok(TensorFile::open(found.unwrap_or(&files[0]))?)
 }
 
 /// All adapter tensors of a model under PEFT's names, in order of name.

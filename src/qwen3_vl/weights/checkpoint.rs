@@ -1,6 +1,6 @@
 //! A checkpoint of any form as tensors of floats under the names of the module tree.
 //!
-//! Forms are safetensors, one file or shards, with floats or published quantised weights
+//! Forms are safetensors and PyTorch's files ([`pytorch`](super::pytorch)), one file or shards, with floats or published quantised weights
 //! ([`forms`](super::forms)), and llama.cpp's GGUF ([`gguf`](super::gguf)). Quantised tensors are dequantised
 //! piece by piece while they are read; only headers are in memory before.
 
@@ -400,6 +400,15 @@ impl RawTensor {
     /// Type, shape and bytes in the file.
     pub(super) fn stored(&self) -> Result<(Dtype, &[usize], &[u8]), WeightsError> {
         let entry = self.file.entry(&self.key)?;
+        if entry.strides.is_some() {
+            return Err(WeightsError::PyTorch {
+                path: self.file.path.clone(),
+                reason: format!(
+                    "tensor `{}` of quantised weights is stored as a view with its elements in another order; save the checkpoint in safetensors form",
+                    self.key
+                ),
+            });
+        }
         Ok((
             entry.dtype,
             &entry.shape,

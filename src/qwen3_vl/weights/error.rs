@@ -9,7 +9,7 @@ use crate::base::files::FileError;
 pub enum WeightsError {
     /// Neither a single file nor an index is there.
     #[error(
-        "`{}` holds neither `{single}` nor `{single}.index.json`{}; expected the folder of a checkpoint in safetensors form",
+        "`{}` holds neither `{single}` nor `{single}.index.json`, nor either of `pytorch_model.bin`{}; expected the folder of a checkpoint in one of these forms",
         .dir.display(), other_weights(.dir)
     )]
     NoFile {
@@ -127,6 +127,14 @@ pub enum WeightsError {
         /// What was found, and what to do.
         reason: String,
     },
+    /// A file of PyTorch cannot be used.
+    #[error("`{}`: {reason}", .path.display())]
+    PyTorch {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, and what to do.
+        reason: String,
+    },
     /// A GGUF file cannot be used.
     #[error("`{}`: {reason}", .path.display())]
     Gguf {
@@ -172,14 +180,13 @@ fn other_weights(dir: &Path) -> String {
         .map(|entry| entry.file_name().to_string_lossy().into_owned())
         .collect();
     let found = |test: fn(&str) -> bool| names.iter().find(|name| test(name));
-    let dir = dir.display();
     if let Some(name) = found(|name| name.starts_with("pytorch_model") && name.contains(".bin")) {
         format!(
-            ", but `{name}`, a pickle, which may run code when it is read and is not read here; if you trust where it comes from, convert it once: `python -c \"from transformers import AutoModelForImageTextToText as M; M.from_pretrained('{dir}', dtype='auto').save_pretrained('{dir}')\"`"
+            ", but `{name}`; shards need their `pytorch_model.bin.index.json`: download the folder again"
         )
     } else if let Some(name) = found(|name| name.ends_with(".pt") || name.ends_with(".pth")) {
         format!(
-            ", but `{name}`, a pickle, which is not read here; take the checkpoint in safetensors form"
+            ", but `{name}`; the state dict of a whole model is called `pytorch_model.bin` as transformers names it"
         )
     } else if let Some(name) =
         found(|name| name.ends_with(".safetensors") && !name.starts_with("adapter"))

@@ -16,6 +16,7 @@ use super::{
     WeightsError,
     checkpoint::{Source, Stored},
     forms::{Slice, columns},
+    single_or_index,
 };
 use blocks::{Blocks, PatchEmbed};
 pub use config::ImageKeys;
@@ -60,11 +61,8 @@ fn in_folder(folder: &Path) -> Vec<PathBuf> {
 
 /// Whether `model` is a GGUF file, or a folder that has its weights in this form alone.
 pub fn is_model(model: &Path) -> bool {
-    let safetensors = ["model.safetensors", "model.safetensors.index.json"];
     is_gguf(model)
-        || model.is_dir()
-            && !safetensors.iter().any(|name| model.join(name).is_file())
-            && !in_folder(model).is_empty()
+        || model.is_dir() && single_or_index(model).is_none() && !in_folder(model).is_empty()
 }
 
 /// Opens the files of the model `model`; `None` where it is not in this form.
