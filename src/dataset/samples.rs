@@ -2,6 +2,7 @@
 
 use std::{
     borrow::Cow,
+    collections::BTreeSet,
     fs,
     ops::Range,
     path::{Path, PathBuf},
@@ -14,7 +15,7 @@ use super::{
     error::DatasetError, image_remarks::ImageRemarks, rows::rows, unused_keys::UnusedKeys,
 };
 use crate::{
-    phantom::{Dialect, PhantomStudies},
+    phantom::{Dialect, Finding, PhantomStudies},
     processor::{
         image::{DecodeLimits, ImageError, RgbImage, probe},
         message::Part,
@@ -326,6 +327,18 @@ impl Dataset {
         let (width, height) = image.dimensions();
         let picture = RgbImage::from_gray(width as usize, height as usize, image.as_raw());
         Some(picture.into_iter().collect())
+    }
+
+    /// What a drawn sample shows; `None` where samples are in files.
+    ///
+    /// # Panics
+    /// If `index` is not below [`Self::len`].
+    pub fn drawn_findings(&self, index: usize) -> Option<BTreeSet<Finding>> {
+        let SampleSource::Phantoms { studies, range, .. } = &self.source else {
+            return None;
+        };
+        let number = range.start + self.place(index) as u64;
+        Some(studies[(number % 4) as usize].get(number).study.findings)
     }
 
     /// Reads one sample's texts without opening its pictures.

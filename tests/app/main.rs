@@ -8,6 +8,7 @@
 mod bad_input;
 mod bad_model;
 mod bench;
+mod calibrate;
 mod clean;
 mod data_tools;
 mod dicom;

@@ -15,7 +15,8 @@ use crate::{
     train::{finished, train, train_well, workplace},
 };
 
-const COMMANDS: [&str; 19] = [
+const COMMANDS: [&str; 20] = [
+    "calibrate",
     "label",
     "infer",
     "train",

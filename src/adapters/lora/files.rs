@@ -14,7 +14,7 @@ use super::{
     config::{AdapterError, LoraConfig},
 };
 use crate::{
-    base::files::write_atomic,
+    base::files::{FileError, sha256_file, write_atomic},
     processor::patches::ImageProcessorConfig,
     qwen3_vl::{
         Qwen3Vl,
@@ -26,6 +26,14 @@ use crate::{
 
 const PREFIX: &str = "base_model.model.";
 const TENSORS: &str = "adapter_model.safetensors";
+
+/// SHA-256 of the weights of the adapter in `dir`: two adapters of one base are told apart by it.
+///
+/// # Errors
+/// [`FileError`] if they cannot be read.
+pub fn adapter_hash(dir: &Path) -> Result<String, FileError> {
+    sha256_file(&dir.join(TENSORS))
+}
 
 /// Pixel limits `[min_pixels, max_pixels]` of the run that trained the adapter in `dir`, where its folder
 /// says: `trainer_state.json` of this program (a run without limits of its own has the recipe's), or

@@ -11,4 +11,5 @@ pub mod text;
 pub use decode::{
     FinishReason, GenerateError, Generation, GenerationConfig, Prompt, Timing, generate,
 };
+pub(in crate::runtime) use decode::check_prompts;
 pub use sampler::SamplingConfig;
