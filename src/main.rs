@@ -11,8 +11,8 @@ use xray_qwen3vl::{
     },
     cli::{Cli, Command},
     commands::{
-        bench, calibrate, check, clean, completions, config, convert, doctor, eval, exit_code, infer,
-        init_tiny, label, log_lines, merge, phantoms, plan, quantize, serve, train, version,
+        bench, calibrate, check, clean, completions, config, convert, doctor, eval, exit_code,
+        infer, init_tiny, label, log_lines, merge, phantoms, plan, quantize, serve, train, version,
     },
 };
 

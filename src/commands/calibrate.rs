@@ -28,9 +28,7 @@ use crate::{
     eval::{
         findings::{Finding, RuleSet, UncertainPolicy},
         probability::{
-            calibration::{
-                CALIBRATION_FILE, Calibration, CalibrationData, ClassCases, Fitness,
-            },
+            calibration::{CALIBRATION_FILE, Calibration, CalibrationData, ClassCases, Fitness},
             logit::ScoreForm,
             metrics::Ranked,
             thresholds::FEWEST_CASES,
@@ -147,7 +145,10 @@ pub fn run(args: CalibrateArgs) -> Result<()> {
     let scored = run_on(device, args.model.load.dtype.map(DType::from), work)??;
     let reports = scored.iter().filter(|row| row.is_some()).count();
     if reports == 0 {
-        bail!("`{}`: no row has an image; there is nothing to calibrate on", data.name());
+        bail!(
+            "`{}`: no row has an image; there is nothing to calibrate on",
+            data.name()
+        );
     }
     if reports < rows {
         eprintln!(
@@ -170,7 +171,11 @@ pub fn run(args: CalibrateArgs) -> Result<()> {
         (calibration, cases)
     };
     let (calibration, cases) = fit(args.form, model);
-    if calibration.classes.values().all(|class| class.positives == 0) {
+    if calibration
+        .classes
+        .values()
+        .all(|class| class.positives == 0)
+    {
         bail!(
             "`{}`: no report has a finding of the classes; expected reports with and without findings",
             data.name()
@@ -327,13 +332,16 @@ fn table(calibration: &Calibration, cases: &ClassCases, other: &Calibration) -> 
             format!("{value:.3}")
         }
     };
-    let threshold = |value: Option<f64>| value.map_or("–".to_owned(), |value| format!("{value:.4}"));
+    let threshold =
+        |value: Option<f64>| value.map_or("–".to_owned(), |value| format!("{value:.4}"));
     let mut text = format!(
         "{:27} {:>5} {:>5} {:>6} {:>7} {:>9} {:>9} {:>8} {:>6}\n",
         "class", "with", "none", "AUC", "bias", "absent ≤", "present ≥", "decided", "wrong"
     );
     for (finding, class) in &calibration.classes {
-        let ranked = cases[finding].iter().map(|(logit, truth)| (*logit, *truth, 0));
+        let ranked = cases[finding]
+            .iter()
+            .map(|(logit, truth)| (*logit, *truth, 0));
         let auc = Ranked::new(ranked.collect()).auc(&[1.0]);
         text.push_str(&format!(
             "{:27} {:>5} {:>5} {:>6} {:>7.2} {:>9} {:>9} {:>8} {:>6}\n",

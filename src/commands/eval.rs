@@ -119,8 +119,7 @@ pub fn run(mut args: EvalArgs) -> Result<()> {
     let mut outcome = evaluate(cases, systems, compared.as_deref(), &rules, settings)?;
     if let Some(found) = &probabilities {
         let (labels, truth) = (&outcome.labels, settings.policies.truth);
-        outcome.probabilities =
-            evaluate_probabilities(labels, found, truth, &settings.bootstrap)?;
+        outcome.probabilities = evaluate_probabilities(labels, found, truth, &settings.bootstrap)?;
     }
     unless_closed(print(&outcome, loss.as_ref(), args.all)).context("cannot write to stdout")?;
     let facts = facts(&args, &study, warnings, loss.as_ref(), curves);

@@ -71,7 +71,12 @@ pub fn run(mut args: InferArgs) -> Result<()> {
         return infer_server::run(address, &args, &settings, &images);
     }
     findings::prepare(&mut args)?;
-    let rules = args.findings.rules.as_deref().map(RuleSet::named).transpose()?;
+    let rules = args
+        .findings
+        .rules
+        .as_deref()
+        .map(RuleSet::named)
+        .transpose()?;
     let dtype = args.model.load.dtype.map(DType::from);
     run_on_all(
         &devices,

@@ -55,7 +55,14 @@ pub fn continuation_log_probabilities<B: Accelerator>(
         Some(_) => PACKED_COLUMNS.min(length),
         None => length,
     };
-    let hidden = model.prefill(&input, vision.as_ref(), config, &mut shared, columns, device);
+    let hidden = model.prefill(
+        &input,
+        vision.as_ref(),
+        config,
+        &mut shared,
+        columns,
+        device,
+    );
     drop(vision);
     // The first token of all continuations comes after the same token.
     let firsts: Vec<usize> = (0..continuations.len())
@@ -165,8 +172,11 @@ fn after_prompt(texts: &[&[u32]], length: usize, delta: i64, image_token_id: u32
         step.segments.push(segments);
         for column in 0..width {
             let position = (length + column) as i64 + delta;
-            step.positions
-                .push(if column < tokens { [position; 3] } else { [0; 3] });
+            step.positions.push(if column < tokens {
+                [position; 3]
+            } else {
+                [0; 3]
+            });
         }
     }
     step

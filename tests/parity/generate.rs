@@ -264,7 +264,10 @@ fn continuations_of_one_prompt_equal_whole_sequences() {
         for (row, (shared, whole)) in shared.iter().zip(&whole).enumerate() {
             assert_eq!(shared.len(), continuations[row].len());
             assert_close(&format!("{case}, row {row}"), shared, whole, 2e-4, 0.0);
-            assert!(shared.iter().all(|value| *value <= 1e-6), "{case}, row {row}");
+            assert!(
+                shared.iter().all(|value| *value <= 1e-6),
+                "{case}, row {row}"
+            );
         }
         // A greedy token is the likeliest: no other first token beats it.
         assert!(shared[0][0] >= shared[1][0] && shared[0][0] >= shared[3][0]);
@@ -295,5 +298,8 @@ fn a_continuation_with_a_token_the_model_lacks_is_refused() {
         &device(),
     )
     .unwrap_err();
-    assert!(matches!(error, GenerateError::UnknownToken { .. }), "{error}");
+    assert!(
+        matches!(error, GenerateError::UnknownToken { .. }),
+        "{error}"
+    );
 }

@@ -354,7 +354,11 @@ pub(super) fn text(record: &Record) -> Option<String> {
             finding.key(),
             one.in_report.map_or("", status_word),
             finding.chinese(),
-            if one.conflict { "  !! 与报告矛盾 CONFLICT" } else { "" }
+            if one.conflict {
+                "  !! 与报告矛盾 CONFLICT"
+            } else {
+                ""
+            }
         );
     }
     let rest = findings.len() - shown.len();

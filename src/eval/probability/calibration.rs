@@ -64,11 +64,23 @@ impl AskedModel {
             ("adapter", adapter(&self.adapter), adapter(&other.adapter)),
             ("--quantize", text(&self.quantize), text(&other.quantize)),
             ("pixels", pixels(self.pixels), pixels(other.pixels)),
-            ("--prompt", format!("{:?}", self.prompt), format!("{:?}", other.prompt)),
+            (
+                "--prompt",
+                format!("{:?}", self.prompt),
+                format!("{:?}", other.prompt),
+            ),
             ("--system", text(&self.system), text(&other.system)),
-            ("--lead", format!("{:?}", self.lead), format!("{:?}", other.lead)),
+            (
+                "--lead",
+                format!("{:?}", self.lead),
+                format!("{:?}", other.lead),
+            ),
             ("--form", self.form.to_string(), other.form.to_string()),
-            ("table of sentences", self.wordings.clone(), other.wordings.clone()),
+            (
+                "table of sentences",
+                self.wordings.clone(),
+                other.wordings.clone(),
+            ),
         ]
         .into_iter()
         .filter(|(_, ours, theirs)| ours != theirs)
@@ -269,7 +281,10 @@ impl Calibration {
         let Some(class) = self.classes.get(&finding) else {
             let biases = self.classes.values().map(|class| class.bias);
             let mean = biases.sum::<f64>() / self.classes.len().max(1) as f64;
-            return (sigmoid(logit / self.temperature + mean), Decision::Undecided);
+            return (
+                sigmoid(logit / self.temperature + mean),
+                Decision::Undecided,
+            );
         };
         let probability = sigmoid(logit / self.temperature + class.bias);
         let thresholds = Thresholds {
@@ -313,11 +328,16 @@ impl Calibration {
         let this: Self =
             serde_json::from_slice(&text).map_err(|cause| damaged(cause.to_string()))?;
         if this.format != FORMAT {
-            return Err(damaged(format!("layout {}, expected {FORMAT}", this.format)));
+            return Err(damaged(format!(
+                "layout {}, expected {FORMAT}",
+                this.format
+            )));
         }
         if !(this.temperature.is_finite() && this.temperature > 0.0) {
             let found = this.temperature;
-            return Err(damaged(format!("temperature {found}, expected more than 0")));
+            return Err(damaged(format!(
+                "temperature {found}, expected more than 0"
+            )));
         }
         Ok(Some(this))
     }
@@ -391,7 +411,10 @@ mod tests {
             assert!(class.decided.errors as f64 <= 0.05 * class.decided.decided as f64);
         }
         let (before, after) = (read.before.unwrap(), read.after.unwrap());
-        assert!(after.loss < before.loss && after.ece < before.ece, "{before:?} {after:?}");
+        assert!(
+            after.loss < before.loss && after.ece < before.ece,
+            "{before:?} {after:?}"
+        );
     }
 
     #[test]
@@ -402,7 +425,13 @@ mod tests {
         let mut other = asked("bbbbbbbbbbbbbbbb");
         other.prompt = "!".to_owned();
         let error = made.check(path, &other).unwrap_err().to_string();
-        for part in ["`c.json`", "bbbbbbbbbbbb", "aaaaaaaaaaaa", "--prompt", "--any-calibration"] {
+        for part in [
+            "`c.json`",
+            "bbbbbbbbbbbb",
+            "aaaaaaaaaaaa",
+            "--prompt",
+            "--any-calibration",
+        ] {
             assert!(error.contains(part), "{error}");
         }
     }
@@ -417,13 +446,19 @@ mod tests {
             "{".to_owned(),
             good.replace("\"format\":1", "\"format\":2"),
             good.replace("\"useless\"", "\"worthless\""),
-            good.replace(&format!("\"temperature\":{temperature}"), "\"temperature\":0.0"),
+            good.replace(
+                &format!("\"temperature\":{temperature}"),
+                "\"temperature\":0.0",
+            ),
         ] {
             fs::write(&path, text).unwrap();
             let error = Calibration::load(&path).unwrap_err().to_string();
             assert!(error.contains(CALIBRATION_FILE), "{error}");
         }
         fs::write(&path, vec![b' '; LARGEST as usize + 1]).unwrap();
-        assert!(matches!(Calibration::load(&path), Err(CalibrationError::Large { .. })));
+        assert!(matches!(
+            Calibration::load(&path),
+            Err(CalibrationError::Large { .. })
+        ));
     }
 }

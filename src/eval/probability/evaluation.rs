@@ -187,7 +187,11 @@ pub fn evaluate_probabilities(
     policy: UncertainPolicy,
     bootstrap: &Bootstrap,
 ) -> Result<Option<ProbabilityOutcome>, EvaluateError> {
-    assert_eq!(labels.len(), found.len(), "cases and probabilities disagree");
+    assert_eq!(
+        labels.len(),
+        found.len(),
+        "cases and probabilities disagree"
+    );
     let mut studies: BTreeMap<&str, usize> = BTreeMap::new();
     let mut classes: BTreeMap<Finding, ClassCases> = BTreeMap::new();
     let mut cases = 0;
@@ -282,7 +286,14 @@ mod tests {
         let (mut labels, mut found) = (Vec::new(), Vec::new());
         for at in 0..40 {
             let there = at % 4 == 0;
-            labels.push(pair(at, if there { "右侧气胸。" } else { "未见气胸。" }));
+            labels.push(pair(
+                at,
+                if there {
+                    "右侧气胸。"
+                } else {
+                    "未见气胸。"
+                },
+            ));
             let high = there != (at == 1);
             let (p, decision) = if high {
                 (0.9, Decision::Present)
@@ -325,7 +336,10 @@ mod tests {
         assert!(before.ece != after.ece);
         assert_eq!(after.coverage, 1.0, "one error in forty");
         let decided = one.decided.unwrap();
-        assert_eq!((decided.cases, decided.decided, decided.errors), (40, 40, 1));
+        assert_eq!(
+            (decided.cases, decided.decided, decided.errors),
+            (40, 40, 1)
+        );
     }
 
     #[test]

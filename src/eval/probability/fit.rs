@@ -51,7 +51,11 @@ pub fn fit(classes: &[Vec<(f64, bool)>]) -> Fit {
 pub fn mean_loss(cases: impl Iterator<Item = (f64, bool)>) -> f64 {
     let (mut sum, mut count) = (0.0, 0.0);
     for (probability, truth) in cases {
-        let right = if truth { probability } else { 1.0 - probability };
+        let right = if truth {
+            probability
+        } else {
+            1.0 - probability
+        };
         sum -= right.max(1e-15).ln();
         count += 1.0;
     }
@@ -156,7 +160,9 @@ fn solve(mut matrix: Vec<Vec<f64>>, right: &[f64]) -> Vec<f64> {
         }
     }
     for row in (0..size).rev() {
-        let known: f64 = (row + 1..size).map(|column| matrix[row][column] * x[column]).sum();
+        let known: f64 = (row + 1..size)
+            .map(|column| matrix[row][column] * x[column])
+            .sum();
         x[row] = (x[row] - known) / matrix[row][row];
     }
     x
@@ -211,7 +217,10 @@ mod tests {
     fn separated_classes_and_logits_that_say_the_opposite_end_in_numbers() {
         let separated = vec![(0..40).map(|at| (f64::from(at - 20), at >= 20)).collect()];
         let found = fit(&separated);
-        assert!(found.temperature.is_finite() && found.temperature > 0.0, "{found:?}");
+        assert!(
+            found.temperature.is_finite() && found.temperature > 0.0,
+            "{found:?}"
+        );
         let opposite = vec![(0..40).map(|at| (f64::from(at - 20), at < 20)).collect()];
         let found = fit(&opposite);
         assert!(found.useless && found.temperature == 100.0, "{found:?}");

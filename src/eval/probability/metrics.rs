@@ -169,7 +169,9 @@ mod tests {
 
     fn numbers(value: &Value) -> Vec<f64> {
         let list = value.as_array().expect("a list");
-        list.iter().map(|one| one.as_f64().expect("a number")).collect()
+        list.iter()
+            .map(|one| one.as_f64().expect("a number"))
+            .collect()
     }
 
     #[test]
@@ -183,7 +185,10 @@ mod tests {
             let cases: Vec<(f64, bool)> = probabilities.into_iter().zip(truths).collect();
             let close = |what: &str, found: f64| {
                 let expected = golden[what].as_f64().expect("a number");
-                assert!((found - expected).abs() < CLOSE, "{name} {what}: {found} {expected}");
+                assert!(
+                    (found - expected).abs() < CLOSE,
+                    "{name} {what}: {found} {expected}"
+                );
             };
             let alone = cases.iter().enumerate();
             let ranked = Ranked::new(alone.map(|(at, case)| (case.0, case.1, at)).collect());
@@ -207,7 +212,10 @@ mod tests {
                 .zip(numbers(&golden["coverage_at_05_10_20"]))
             {
                 let found = coverage_at(&curve, *target);
-                assert!((found - expected).abs() < CLOSE, "{name} at {target}: {found} {expected}");
+                assert!(
+                    (found - expected).abs() < CLOSE,
+                    "{name} at {target}: {found} {expected}"
+                );
             }
         }
     }

@@ -168,7 +168,10 @@ mod tests {
         for (line, part) in [
             (r#"{"findings":{"pneumo":{"probability":0.2}}}"#, "`pneumo`"),
             (r#"{"findings":{"edema":{"probability":1.2}}}"#, "1.2"),
-            (r#"{"findings":{"edema":{"probability":"high"}}}"#, "`findings.edema`"),
+            (
+                r#"{"findings":{"edema":{"probability":"high"}}}"#,
+                "`findings.edema`",
+            ),
             (r#"{"findings":[1]}"#, "`findings` is"),
             (r#"{"calibrated":"yes"}"#, "`calibrated`"),
             ("[1]", "not a JSON object"),

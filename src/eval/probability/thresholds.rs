@@ -73,9 +73,8 @@ impl Thresholds {
         let (absent_at, present_at) = match (highest, lowest) {
             // Both reach over the middle: everything is decided, at the cut with the fewest errors.
             (Some(high), Some(low)) if low <= high => {
-                let cuts = (low.max(1)..=high + 1).filter(|cut| {
-                    *cut < levels.len() && present(*cut) && absent(*cut - 1)
-                });
+                let cuts = (low.max(1)..=high + 1)
+                    .filter(|cut| *cut < levels.len() && present(*cut) && absent(*cut - 1));
                 let wrong = |cut: &usize| {
                     let [right, of] = above(*cut);
                     below[*cut - 1][0] + of - right
@@ -152,7 +151,14 @@ mod tests {
         let cases: Vec<(f64, bool)> = (0..100)
             .map(|at| {
                 let p = f64::from(at) / 100.0;
-                (p, if p < 0.3 { false } else { p > 0.7 || at % 2 == 0 })
+                (
+                    p,
+                    if p < 0.3 {
+                        false
+                    } else {
+                        p > 0.7 || at % 2 == 0
+                    },
+                )
             })
             .collect();
         for target in [0.0, 0.05, 0.1] {

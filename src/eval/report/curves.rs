@@ -124,7 +124,10 @@ pub(super) fn reliability(scores: &ProbabilityScores) -> String {
     frame.line("ideal", [(0.0, 0.0), (1.0, 1.0)].into_iter());
     for (class, _, quality) in lines(scores) {
         let bins = quality.reliability.iter();
-        frame.line(class, bins.clone().map(|bin| (bin.probability, bin.observed)));
+        frame.line(
+            class,
+            bins.clone().map(|bin| (bin.probability, bin.observed)),
+        );
         for bin in bins {
             let title = format!(
                 "{:.1} % → {:.1} %, {}",
@@ -159,10 +162,7 @@ pub(super) fn coverage(scores: &ProbabilityScores, target: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::eval::{
-        bootstrap::Interval,
-        probability::metrics::ReliabilityBin,
-    };
+    use crate::eval::{bootstrap::Interval, probability::metrics::ReliabilityBin};
 
     fn quality(shift: f64) -> Quality {
         Quality {

@@ -259,9 +259,13 @@ fn probability_table(out: &mut String, found: &ProbabilityOutcome, all: bool) {
             row.push(either(before, value));
             row.push(either(after, value));
         }
-        row.push(decided.map_or("–".to_owned(), |d| share(d.decided as f64 / d.cases as f64)));
+        row.push(decided.map_or("–".to_owned(), |d| {
+            share(d.decided as f64 / d.cases as f64)
+        }));
         let decided = decided.filter(|decided| decided.decided > 0);
-        row.push(decided.map_or("–".to_owned(), |d| share(d.errors as f64 / d.decided as f64)));
+        row.push(decided.map_or("–".to_owned(), |d| {
+            share(d.errors as f64 / d.decided as f64)
+        }));
         row
     };
     let mut rows = vec![header.map(str::to_owned).to_vec()];

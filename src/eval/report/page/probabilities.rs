@@ -55,7 +55,11 @@ pub(super) fn probabilities(page: &mut String, outcome: &EvalOutcome) {
     );
     row(page, "合计", "together", &found.all, "");
     for (finding, scores) in &found.classes {
-        let few = if scores.is_few() { " class=\"few\"" } else { "" };
+        let few = if scores.is_few() {
+            " class=\"few\""
+        } else {
+            ""
+        };
         row(page, finding.chinese(), &english(*finding), scores, few);
     }
     let [mean, low, high] = [
@@ -116,7 +120,9 @@ fn number(value: f64) -> String {
 
 fn row(page: &mut String, chinese: &str, english: &str, scores: &ProbabilityScores, few: &str) {
     let of = |quality: &Option<Quality>, value: fn(&Quality) -> f64| {
-        quality.as_ref().map_or("–".to_owned(), |q| number(value(q)))
+        quality
+            .as_ref()
+            .map_or("–".to_owned(), |q| number(value(q)))
     };
     let interval = if scores.auc.low.is_nan() {
         String::new()
