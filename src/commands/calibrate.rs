@@ -29,7 +29,7 @@ use crate::{
         findings::{Finding, RuleSet, UncertainPolicy},
         probability::{
             calibration::{CALIBRATION_FILE, Calibration, CalibrationData, ClassCases, Fitness},
-            logit::ScoreForm,
+            logit::{ScoreForm, SentenceContext},
             metrics::Ranked,
             thresholds::FEWEST_CASES,
             wordings::WORDINGS,
@@ -39,6 +39,7 @@ use crate::{
     processor::message::split_thinking,
     runtime::{
         accelerator::Accelerator,
+        generate::{GenerationConfig, Prompt},
         pipeline::{Pipeline, PipelineOptions, TextAndImages},
     },
     study::counted,
@@ -77,6 +78,10 @@ pub struct CalibrateArgs {
     /// as their heading of the impression.
     #[arg(long, value_name = "TEXT", default_value = "")]
     pub lead: String,
+    /// After what the sentences of each class are put: at the beginning of the answer alone, or also after each
+    /// sentence of the report that the model writes first, which takes longer and says more.
+    #[arg(long, value_enum, default_value_t = SentenceContext::default())]
+    pub context: SentenceContext,
     /// How the log-probability of a sentence is made of those of its tokens; both are fitted and compared.
     #[arg(long, value_enum, default_value_t = ScoreForm::default())]
     pub form: ScoreForm,
@@ -130,6 +135,7 @@ pub fn run(args: CalibrateArgs) -> Result<()> {
             &args.prompt,
             args.system.as_deref(),
             &args.lead,
+            args.context,
             form,
         )
     };
@@ -141,6 +147,7 @@ pub fn run(args: CalibrateArgs) -> Result<()> {
         prompt: args.prompt.clone(),
         system: args.system.clone(),
         lead: args.lead.clone(),
+        context: args.context,
     };
     let scored = run_on(device, args.model.load.dtype.map(DType::from), work)??;
     let reports = scored.iter().filter(|row| row.is_some()).count();
@@ -285,6 +292,7 @@ struct Scoring {
     prompt: String,
     system: Option<String>,
     lead: String,
+    context: SentenceContext,
 }
 
 impl DeviceTask for Scoring {
@@ -312,7 +320,12 @@ impl DeviceTask for Scoring {
             } else {
                 let images = patches(parts, &pictures).with_context(context)?;
                 let prompt = parts.prompt(self.system.as_deref(), &self.prompt, images)?;
-                Some(sentences.ask(&pipeline, &prompt).with_context(context)?)
+                let report = match self.context {
+                    SentenceContext::Start => None,
+                    SentenceContext::Report => Some(report(&pipeline, &prompt)?),
+                };
+                let asked = sentences.ask(&pipeline, &prompt, report.as_deref());
+                Some(asked.with_context(context)?)
             });
             progress.set(row as u64 + 1, self.rows as u64);
         }
@@ -322,6 +335,14 @@ impl DeviceTask for Scoring {
         }
         Ok(scored)
     }
+}
+
+/// The report that `infer` writes without further options.
+fn report<B: Accelerator>(pipeline: &Pipeline<B>, prompt: &Prompt) -> Result<String> {
+    let prompts = std::slice::from_ref(prompt);
+    let settings = GenerationConfig::default();
+    let (answers, _) = pipeline.answer(prompts, &settings, &[], &mut |_, _| {})?;
+    Ok(answers.into_iter().map(|answer| answer.report).collect())
 }
 
 fn table(calibration: &Calibration, cases: &ClassCases, other: &Calibration) -> String {

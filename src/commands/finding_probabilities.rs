@@ -8,17 +8,20 @@ use crate::{
         findings::Finding,
         probability::{
             calibration::AskedModel,
-            logit::{ScoreForm, class_logit},
+            logit::{ScoreForm, SentenceContext, class_logit},
             wordings::{self, WORDINGS},
         },
     },
     runtime::{
         accelerator::Accelerator,
-        continuations::continuation_log_probabilities,
+        continuations::continuation_log_probabilities_after,
         generate::Prompt,
         pipeline::{Pipeline, PipelineOptions, TextAndImages},
     },
 };
+
+/// Most sentences of a report after which classes are asked for: a bound on the time that an endless one takes.
+const MOST_PLACES: usize = 24;
 
 /// The sentences of all classes as tokens.
 pub(super) struct FindingSentences {
@@ -59,38 +62,56 @@ impl FindingSentences {
         Ok(Self { opening, sentences })
     }
 
-    /// Asks the model about one prompt.
+    /// Asks the model about one prompt; with `report`, its answer, also after each sentence of that.
     pub(super) fn ask<B: Accelerator>(
         &self,
         pipeline: &Pipeline<B>,
         prompt: &Prompt,
+        report: Option<&str>,
     ) -> Result<Vec<ClassLogProbabilities>> {
-        let opened;
-        let prompt = if self.opening.is_empty() {
-            prompt
-        } else {
-            opened = Prompt {
-                input_ids: [&prompt.input_ids[..], &self.opening].concat(),
-                images: prompt.images.clone(),
-            };
-            &opened
-        };
-        let found = continuation_log_probabilities(
+        let mut answer = self.opening.clone();
+        let mut ends = vec![answer.len()];
+        let sentences = report.map(sentences_of).unwrap_or_default();
+        for sentence in sentences.into_iter().take(MOST_PLACES) {
+            answer.extend(pipeline.parts.tokenizer.encode_plain(sentence)?);
+            ends.push(answer.len());
+        }
+        let places = continuation_log_probabilities_after(
             &pipeline.model,
             &pipeline.parts.config,
             prompt,
+            &answer,
+            &ends,
             &self.sentences,
             &pipeline.device,
         )
         .context("the findings cannot be asked for")?;
-        let mut found = found.into_iter();
-        let classes = WORDINGS.iter().map(|class| ClassLogProbabilities {
-            finding: class.finding,
-            stated: found.by_ref().take(class.stated.len()).collect(),
-            denied: found.by_ref().take(class.denied.len()).collect(),
-        });
-        Ok(classes.collect())
+        let mut classes: Vec<ClassLogProbabilities> = WORDINGS
+            .iter()
+            .map(|class| ClassLogProbabilities {
+                finding: class.finding,
+                stated: Vec::new(),
+                denied: Vec::new(),
+            })
+            .collect();
+        for found in places {
+            let mut found = found.into_iter();
+            for (class, wordings) in classes.iter_mut().zip(&WORDINGS) {
+                class
+                    .stated
+                    .extend(found.by_ref().take(wordings.stated.len()));
+                class
+                    .denied
+                    .extend(found.by_ref().take(wordings.denied.len()));
+            }
+        }
+        Ok(classes)
     }
+}
+
+/// The sentences of a report, each with its end.
+fn sentences_of(report: &str) -> Vec<&str> {
+    report.split_inclusive(['。', '；', ';', '\n']).collect()
 }
 
 /// What logits of a model depend on, as a calibration records it.
@@ -100,6 +121,7 @@ pub(super) fn asked_model(
     prompt: &str,
     system: Option<&str>,
     lead: &str,
+    context: SentenceContext,
     form: ScoreForm,
 ) -> Result<AskedModel> {
     let limits = parts.images.config();
@@ -111,6 +133,7 @@ pub(super) fn asked_model(
         prompt: prompt.to_owned(),
         system: system.map(str::to_owned),
         lead: lead.to_owned(),
+        context,
         form,
         wordings: wordings::fingerprint(),
     })

@@ -26,7 +26,7 @@ use crate::{
     accelerate::devices::{Replicas, ReplicatedTask, run_on_all},
     base::files::{expect_file, name, sha256_file},
     batch::images::ImageInput,
-    eval::findings::RuleSet,
+    eval::{findings::RuleSet, probability::logit::SentenceContext},
     ops::{memory::MemoryWatch, quantised::cache::CacheFormat},
     processor::image::Reading,
     runtime::{
@@ -319,8 +319,12 @@ impl Infer {
             return;
         };
         let started = Instant::now();
+        let report = match basis.context() {
+            SentenceContext::Start => None,
+            SentenceContext::Report => Some(record.report.as_str()),
+        };
         let asked = FindingSentences::new(&pipeline.parts, basis.lead())
-            .and_then(|sentences| sentences.ask(pipeline, prompt));
+            .and_then(|sentences| sentences.ask(pipeline, prompt, report));
         match asked {
             Ok(classes) => {
                 findings::fill(record, &self.args.findings, self.rules.as_ref(), &classes);

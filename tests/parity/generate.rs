@@ -5,7 +5,10 @@ use xray_qwen3vl::{
     adapters::lora::{files::load_adapter, merge::merge},
     batch::positions::rope_index,
     runtime::{
-        continuations::{continuation_log_probabilities, whole_log_probabilities},
+        continuations::{
+            continuation_log_probabilities, continuation_log_probabilities_after,
+            whole_log_probabilities,
+        },
         generate::{FinishReason, GenerateError, GenerationConfig, Prompt, generate},
     },
 };
@@ -227,6 +230,43 @@ fn logits_and_positions_of_every_step() {
         let logits = values(logits.narrow(0, prompt_len - 1, steps));
         let want = reference.f32s(&format!("{case}.step_logits"));
         assert_close(&format!("{case} step logits"), &logits, &want, 1e-4, 1e-4);
+    }
+}
+
+/// After the beginning of an answer the same holds, whatever comes later in the answer.
+#[test]
+fn continuations_after_an_answer_equal_whole_sequences() {
+    let loaded = load("model-tiny");
+    let reference = Reference::open("generate.safetensors");
+    let cases = json("generate.json");
+    let prompt = prompt(&reference, "two", &cases["two"]["images"]);
+    let answer = ids(&cases["two"]["new_ids"]);
+    let continuations = [vec![3, 5, 11, 2], vec![7], vec![9, 4]];
+    let ends = [0, 2, answer.len()];
+    let found = continuation_log_probabilities_after(
+        &loaded.model,
+        &loaded.config,
+        &prompt,
+        &answer,
+        &ends,
+        &continuations,
+        &device(),
+    )
+    .unwrap();
+    for (end, found) in ends.iter().zip(&found) {
+        let mut longer = prompt.clone();
+        longer.input_ids.extend_from_slice(&answer[..*end]);
+        let whole = whole_log_probabilities(
+            &loaded.model,
+            &loaded.config,
+            &longer,
+            &continuations,
+            &device(),
+        )
+        .unwrap();
+        for (row, (found, whole)) in found.iter().zip(&whole).enumerate() {
+            assert_close(&format!("end {end}, row {row}"), found, whole, 2e-4, 0.0);
+        }
     }
 }
 

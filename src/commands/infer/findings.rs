@@ -25,7 +25,7 @@ use crate::{
         findings::{RuleSet, Status},
         probability::{
             calibration::{AskedModel, CALIBRATION_FILE, Calibration, CalibrationError},
-            logit::{ScoreForm, sigmoid},
+            logit::{ScoreForm, SentenceContext, sigmoid},
             read::FindingRecord,
             thresholds::Decision,
             wordings::fingerprint,
@@ -91,6 +91,12 @@ impl Basis {
     pub(super) fn form(&self) -> ScoreForm {
         let calibration = self.calibration.as_ref();
         calibration.map_or_else(ScoreForm::default, |one| one.model.form)
+    }
+
+    /// After what the sentences are put.
+    pub(super) fn context(&self) -> SentenceContext {
+        let calibration = self.calibration.as_ref();
+        calibration.map_or_else(SentenceContext::default, |one| one.model.context)
     }
 
     /// Beginning of the answer before the sentences.
@@ -206,6 +212,7 @@ fn checked(
         &args.prompt,
         args.system.as_deref(),
         &made_for.lead,
+        made_for.context,
         made_for.form,
     )?;
     let mut remark = None;

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     fit::{BIAS_PENALTY, fit, mean_loss},
-    logit::{ScoreForm, sigmoid},
+    logit::{ScoreForm, SentenceContext, sigmoid},
     metrics::{brier, coverage_at, coverage_curve, expected_calibration_error, reliability},
     thresholds::{Decided, Decision, Thresholds},
 };
@@ -46,6 +46,8 @@ pub struct AskedModel {
     pub system: Option<String>,
     /// Beginning of the answer, before the sentences.
     pub lead: String,
+    /// After what the sentences are put.
+    pub context: SentenceContext,
     /// How a sentence is scored.
     pub form: ScoreForm,
     /// Fingerprint of the table of sentences.
@@ -74,6 +76,11 @@ impl AskedModel {
                 "--lead",
                 format!("{:?}", self.lead),
                 format!("{:?}", other.lead),
+            ),
+            (
+                "--context",
+                self.context.to_string(),
+                other.context.to_string(),
             ),
             ("--form", self.form.to_string(), other.form.to_string()),
             (

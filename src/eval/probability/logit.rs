@@ -11,10 +11,33 @@ use serde::{Deserialize, Serialize};
 #[serde(rename_all = "snake_case")]
 pub enum ScoreForm {
     /// Their sum: the probability of the sentence.
-    #[default]
     Sum,
-    /// Their mean: long sentences are not less likely than short ones.
+    /// Their mean: long sentences are not less likely than short ones. Better calibrated on the tiny model.
+    #[default]
     Mean,
+}
+
+/// After what the sentences are put.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, clap::ValueEnum,
+)]
+#[serde(rename_all = "snake_case")]
+pub enum SentenceContext {
+    /// At the beginning of the answer.
+    Start,
+    /// At the beginning and after each sentence of the model's own report: a sentence counts where the report has room
+    /// for it.
+    #[default]
+    Report,
+}
+
+impl fmt::Display for SentenceContext {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Start => "start",
+            Self::Report => "report",
+        })
+    }
 }
 
 impl fmt::Display for ScoreForm {
@@ -36,7 +59,7 @@ pub fn log_sum_exp(values: impl Iterator<Item = f64> + Clone) -> f64 {
 }
 
 /// The logit of a class: log-sum-exp over the sentences that state it less that over those that deny it. A sentence
-/// is given by the log-probabilities of its tokens.
+/// is given by the log-probabilities of its tokens; in several places it is there several times.
 pub fn class_logit(form: ScoreForm, stated: &[Vec<f32>], denied: &[Vec<f32>]) -> f64 {
     let score = |tokens: &Vec<f32>| {
         let sum: f64 = tokens.iter().map(|token| f64::from(*token)).sum();
