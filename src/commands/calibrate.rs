@@ -173,7 +173,7 @@ pub fn run(args: CalibrateArgs) -> Result<()> {
         uncertain: policy,
     };
     let fit = |form: ScoreForm, model| {
-        let cases = cases(&scored, &truths, form);
+        let cases = cases(&scored, &truths, form, args.context);
         let calibration = Calibration::of(model, facts.clone(), &cases, args.target_error);
         (calibration, cases)
     };
@@ -192,12 +192,12 @@ pub fn run(args: CalibrateArgs) -> Result<()> {
         ScoreForm::Sum => ScoreForm::Mean,
         ScoreForm::Mean => ScoreForm::Sum,
     };
-    let (compared, _) = fit(other, asked(other)?);
+    let compared = fit(other, asked(other)?);
     if output.exists() {
         eprintln!("`{}` is replaced", output.display());
     }
     calibration.save(&output)?;
-    let text = table(&calibration, &cases, &compared);
+    let text = table((&calibration, &cases), (&compared.0, &compared.1));
     unless_closed(stdout().write_all(text.as_bytes())).context("cannot write to stdout")?;
     for note in notes(&calibration) {
         eprintln!("note: {note}");
@@ -272,13 +272,14 @@ fn cases(
     scored: &[Option<Vec<ClassLogProbabilities>>],
     truths: &Truths,
     form: ScoreForm,
+    context: SentenceContext,
 ) -> ClassCases {
     let mut cases = ClassCases::new();
     for (classes, truths) in scored.iter().zip(truths) {
         for (class, (finding, truth)) in classes.iter().flatten().zip(truths) {
             debug_assert_eq!(class.finding, *finding);
             let of_class = cases.entry(*finding).or_default();
-            of_class.extend(truth.map(|truth| (class.logit(form), truth)));
+            of_class.extend(truth.map(|truth| (class.logit(form, context), truth)));
         }
     }
     cases
@@ -345,7 +346,10 @@ fn report<B: Accelerator>(pipeline: &Pipeline<B>, prompt: &Prompt) -> Result<Str
     Ok(answers.into_iter().map(|answer| answer.report).collect())
 }
 
-fn table(calibration: &Calibration, cases: &ClassCases, other: &Calibration) -> String {
+fn table(
+    (calibration, cases): (&Calibration, &ClassCases),
+    (other, other_cases): (&Calibration, &ClassCases),
+) -> String {
     let number = |value: f64| {
         if value.is_nan() {
             "–".to_owned()
@@ -355,21 +359,32 @@ fn table(calibration: &Calibration, cases: &ClassCases, other: &Calibration) -> 
     };
     let threshold =
         |value: Option<f64>| value.map_or("–".to_owned(), |value| format!("{value:.4}"));
+    let auc = |cases: &ClassCases, finding: &Finding| {
+        let cases = cases.get(finding).into_iter().flatten();
+        let ranked = Ranked::new(cases.map(|(logit, truth)| (*logit, *truth, 0)).collect());
+        number(ranked.auc(&[1.0]))
+    };
     let mut text = format!(
-        "{:27} {:>5} {:>5} {:>6} {:>7} {:>9} {:>9} {:>8} {:>6}\n",
-        "class", "with", "none", "AUC", "bias", "absent ≤", "present ≥", "decided", "wrong"
+        "{:27} {:>5} {:>5} {:>8} {:>8} {:>7} {:>9} {:>9} {:>8} {:>6}\n",
+        "class",
+        "with",
+        "none",
+        format!("AUC {}", calibration.model.form),
+        format!("AUC {}", other.model.form),
+        "bias",
+        "absent ≤",
+        "present ≥",
+        "decided",
+        "wrong"
     );
     for (finding, class) in &calibration.classes {
-        let ranked = cases[finding]
-            .iter()
-            .map(|(logit, truth)| (*logit, *truth, 0));
-        let auc = Ranked::new(ranked.collect()).auc(&[1.0]);
         text.push_str(&format!(
-            "{:27} {:>5} {:>5} {:>6} {:>7.2} {:>9} {:>9} {:>8} {:>6}\n",
+            "{:27} {:>5} {:>5} {:>8} {:>8} {:>7.2} {:>9} {:>9} {:>8} {:>6}\n",
             finding.key(),
             class.positives,
             class.negatives,
-            number(auc),
+            auc(cases, finding),
+            auc(other_cases, finding),
             class.bias,
             threshold(class.absent_to),
             threshold(class.present_from),

@@ -39,8 +39,8 @@ pub(super) struct ClassLogProbabilities {
 
 impl ClassLogProbabilities {
     /// The logit of the class.
-    pub(super) fn logit(&self, form: ScoreForm) -> f64 {
-        class_logit(form, &self.stated, &self.denied)
+    pub(super) fn logit(&self, form: ScoreForm, context: SentenceContext) -> f64 {
+        class_logit(form, context, &self.stated, &self.denied)
     }
 }
 
@@ -109,9 +109,10 @@ impl FindingSentences {
     }
 }
 
-/// The sentences of a report, each with its end.
+/// Sentences and clauses of a report, each with its end: normal reports deny findings after a comma.
 fn sentences_of(report: &str) -> Vec<&str> {
-    report.split_inclusive(['。', '；', ';', '\n']).collect()
+    let ends = ['。', '；', ';', '\n', '，', ',', '：'];
+    report.split_inclusive(ends).collect()
 }
 
 /// What logits of a model depend on, as a calibration records it.

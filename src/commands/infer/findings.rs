@@ -255,7 +255,7 @@ pub(super) fn fill(
     let labels = rules.label(&record.report);
     let mut findings = std::collections::BTreeMap::new();
     for class in classes {
-        let logit = class.logit(basis.form());
+        let logit = class.logit(basis.form(), basis.context());
         let (probability, decision) = match &basis.calibration {
             Some(calibration) => calibration.apply(class.finding, logit),
             None => (sigmoid(logit), Decision::Undecided),

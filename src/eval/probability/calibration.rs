@@ -419,7 +419,7 @@ mod tests {
         }
         let (before, after) = (read.before.unwrap(), read.after.unwrap());
         assert!(
-            after.loss < before.loss && after.ece < before.ece,
+            after.loss < before.loss && after.brier < before.brier,
             "{before:?} {after:?}"
         );
     }

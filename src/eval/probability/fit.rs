@@ -7,9 +7,9 @@
 
 use super::logit::sigmoid;
 
-/// Weight of the penalty `½ λ (bias - common)²`: a normal prior of width 1 in logits. Cases of a class outweigh it
-/// from some ten on.
-pub const BIAS_PENALTY: f64 = 1.0;
+/// Weight of the penalty `½ λ (bias - common)²`: a normal prior of width 3 in logits, as biases differ on the tiny
+/// model. A handful of cases of a class outweighs it.
+pub const BIAS_PENALTY: f64 = 0.1;
 
 /// Weight of a penalty that keeps slope and common bias finite where the classes are separated without error.
 const RIDGE: f64 = 1e-3;
@@ -210,7 +210,7 @@ mod tests {
         let found = fit(&classes);
         assert!((found.biases[2] + 1.0).abs() < 1.0, "{found:?}");
         let never = found.biases[3];
-        assert!(never < found.biases[2] && never > -10.0, "{found:?}");
+        assert!(never < found.biases[2] && never > -15.0, "{found:?}");
     }
 
     #[test]

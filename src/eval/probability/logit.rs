@@ -10,10 +10,10 @@ use serde::{Deserialize, Serialize};
 )]
 #[serde(rename_all = "snake_case")]
 pub enum ScoreForm {
-    /// Their sum: the probability of the sentence.
-    Sum,
-    /// Their mean: long sentences are not less likely than short ones. Better calibrated on the tiny model.
+    /// Their sum: the probability of the sentence. On the tiny model better than the mean.
     #[default]
+    Sum,
+    /// Their mean: long sentences are not less likely than short ones.
     Mean,
 }
 
@@ -25,8 +25,8 @@ pub enum ScoreForm {
 pub enum SentenceContext {
     /// At the beginning of the answer.
     Start,
-    /// At the beginning and after each sentence of the model's own report: a sentence counts where the report has room
-    /// for it.
+    /// At the beginning and after each sentence and clause of the model's own report: a sentence counts where the
+    /// report has room for it.
     #[default]
     Report,
 }
@@ -58,9 +58,18 @@ pub fn log_sum_exp(values: impl Iterator<Item = f64> + Clone) -> f64 {
     most + values.map(|value| (value - most).exp()).sum::<f64>().ln()
 }
 
+/// Probability below which a sentence says nothing where a whole report has been gone through: a report that neither
+/// states nor denies a class has tiny probabilities for both, whose ratio is chance.
+const FLOOR: f64 = 1e-3;
+
 /// The logit of a class: log-sum-exp over the sentences that state it less that over those that deny it. A sentence
 /// is given by the log-probabilities of its tokens; in several places it is there several times.
-pub fn class_logit(form: ScoreForm, stated: &[Vec<f32>], denied: &[Vec<f32>]) -> f64 {
+pub fn class_logit(
+    form: ScoreForm,
+    context: SentenceContext,
+    stated: &[Vec<f32>],
+    denied: &[Vec<f32>],
+) -> f64 {
     let score = |tokens: &Vec<f32>| {
         let sum: f64 = tokens.iter().map(|token| f64::from(*token)).sum();
         match form {
@@ -68,7 +77,12 @@ pub fn class_logit(form: ScoreForm, stated: &[Vec<f32>], denied: &[Vec<f32>]) ->
             ScoreForm::Mean => sum / tokens.len().max(1) as f64,
         }
     };
-    log_sum_exp(stated.iter().map(score)) - log_sum_exp(denied.iter().map(score))
+    let floor = match (form, context) {
+        (ScoreForm::Sum, SentenceContext::Report) => Some(FLOOR.ln()),
+        _ => None,
+    };
+    let all = |sentences: &[Vec<f32>]| log_sum_exp(sentences.iter().map(score).chain(floor));
+    all(stated) - all(denied)
 }
 
 /// `1 / (1 + exp(-x))`.
@@ -91,11 +105,25 @@ mod tests {
         // 0.25 + 0.5 against 0.125.
         let stated = [vec![half, half], vec![half]];
         let denied = [vec![half, half, half]];
-        let logit = class_logit(ScoreForm::Sum, &stated, &denied);
+        let logit = class_logit(ScoreForm::Sum, SentenceContext::Start, &stated, &denied);
         assert!((logit - 6.0_f64.ln()).abs() < 1e-6, "{logit}");
         // By the token all sentences are alike: two against one.
-        let logit = class_logit(ScoreForm::Mean, &stated, &denied);
+        let logit = class_logit(ScoreForm::Mean, SentenceContext::Report, &stated, &denied);
         assert!((logit - 2.0_f64.ln()).abs() < 1e-6, "{logit}");
+    }
+
+    #[test]
+    fn a_report_that_says_nothing_of_a_class_leaves_it_open() {
+        let [likely, unlikely, never] = [0.9_f32, 1e-6, 1e-9].map(|p| vec![p.ln()]);
+        let logit = |stated: &Vec<f32>, denied: &Vec<f32>, context| {
+            let [stated, denied] = [stated, denied].map(|tokens| [tokens.clone()]);
+            class_logit(ScoreForm::Sum, context, &stated, &denied)
+        };
+        let report = SentenceContext::Report;
+        assert!(logit(&unlikely, &never, report).abs() < 0.01);
+        assert!(logit(&likely, &never, report) > 6.0);
+        assert!(logit(&never, &likely, report) < -6.0);
+        assert!(logit(&unlikely, &never, SentenceContext::Start) > 6.0);
     }
 
     #[test]
