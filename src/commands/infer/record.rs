@@ -40,7 +40,7 @@ pub(crate) struct Record {
     /// Distinguishes runs whose answers may differ: a hash of model, adapter and generation settings.
     #[serde(default)]
     pub settings: String,
-    /// The report; empty when there is an error.
+    /// The report; empty where the error is about it.
     #[serde(default)]
     pub report: String,
     /// The reasoning before it, for models that think.
@@ -70,7 +70,7 @@ pub(crate) struct Record {
     /// Seconds from reading the image to the last token, shared evenly by a batch.
     #[serde(default)]
     pub seconds: f64,
-    /// Why there is no report.
+    /// Why there is no report, or why its findings have no probabilities.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub error: Option<String>,
 }

@@ -208,7 +208,8 @@ mod tests {
         classes.push(Vec::new());
         classes.push((0..50).map(|at| (f64::from(at) / 50.0, false)).collect());
         let found = fit(&classes);
-        assert!((found.biases[2] + 1.0).abs() < 1.0, "{found:?}");
+        // Drawn to the mean of the others, the class that never occurs among them.
+        assert!((-3.0..-0.5).contains(&found.biases[2]), "{found:?}");
         let never = found.biases[3];
         assert!(never < found.biases[2] && never > -15.0, "{found:?}");
     }
