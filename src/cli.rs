@@ -5,7 +5,7 @@ use clap::{Parser, Subcommand};
 use crate::{
     base::build_info::{LONG_VERSION, VERSION},
     commands::{
-        bench, check, clean, completions, config, convert, doctor, eval,
+        bench, calibrate, check, clean, completions, config, convert, doctor, eval,
         examples::{self, section},
         infer, init_tiny, label, merge, phantoms, plan, preview, pull, quantize, serve, train,
         version,
@@ -34,7 +34,8 @@ pub enum Command {
     /// between several), `image_encoding` (`percent` where the name is not UTF-8: `%` and two digits are a
     /// byte), `image_sha256`, `prompt`, `settings` (a hash of what else decides the answer), `report`,
     /// `thinking`, `finish_reason` (`stop`, `length`, `repetition`), `remarks` (a list of `code` and `text`:
-    /// what a reader should know about the image), `prompt_tokens`, `completion_tokens`, `seconds`, `error`.
+    /// what a reader should know about the image), with --findings also `calibrated`, `findings_rules` and `findings`
+    /// (class: `probability`, `logit`, `decision`, `in_report`, `conflict`), `prompt_tokens`, `completion_tokens`, `seconds`, `error`.
     #[command(after_help = section(examples::INFER, ""))]
     Infer(infer::InferArgs),
     /// Fine-tune a model.
@@ -73,6 +74,13 @@ pub enum Command {
     /// Without arguments, the tiny model that comes with the repository on the sample data set.
     #[command(after_help = section(examples::EVAL, ""))]
     Eval(Box<eval::EvalArgs>),
+    /// Make the probabilities of findings honest: fit temperature, biases and thresholds on a validation set.
+    ///
+    /// A model that was trained on reports says how likely it is to state or to deny each class of finding about an
+    /// image. That is turned into a probability and, with two thresholds, into present, absent or undecided. The
+    /// result is a file that `infer --findings` finds beside the adapter or model.
+    #[command(after_help = section(examples::CALIBRATE, ""))]
+    Calibrate(calibrate::CalibrateArgs),
     /// Turn a corpus of chest X-rays and reports, as it is published, or any data set in a known form, into train.jsonl
     /// and val.jsonl.
     #[command(after_help = section(examples::CONVERT, ""))]

@@ -11,9 +11,9 @@ use xray_qwen3vl::{
     },
     cli::{Cli, Command},
     commands::{
-        bench, check, clean, completions, config, convert, doctor, eval, exit_code, infer,
-        init_tiny, label, log_lines, merge, phantoms, plan, preview, pull, quantize, serve, train,
-        version,
+        bench, calibrate, check, clean, completions, config, convert, doctor, eval, exit_code,
+        infer, init_tiny, label, log_lines, merge, phantoms, plan, preview, pull, quantize, serve,
+        train, version,
     },
 };
 
@@ -70,6 +70,7 @@ fn main() -> ExitCode {
         Command::Quantize(args) => quantize::run(args),
         Command::Plan(args) => plan::run(&args),
         Command::Eval(args) => eval::run(*args),
+        Command::Calibrate(args) => calibrate::run(args),
         Command::Label(args) => label::run(&args),
         Command::Clean(args) => clean::run(&args),
         Command::Convert(args) => convert::run(args),

@@ -4,6 +4,7 @@ mod args;
 mod cases;
 mod model;
 mod output;
+mod probabilities;
 mod run_folder;
 
 use std::{
@@ -31,6 +32,7 @@ use crate::{
         findings::{Policies, RuleSet},
         outcome::{EvalOutcome, EvalSettings},
         predictions::{PredictionKeys, read_predictions},
+        probability::evaluation::evaluate_probabilities,
         report::{
             page::{PageFacts, html},
             table,
@@ -39,7 +41,7 @@ use crate::{
     study::{StudyFacts, counted},
     train::{data::RunData, gradients::LossTotals},
 };
-pub use args::EvalArgs;
+pub use args::{EvalArgs, Uncertain};
 use cases::TestSet;
 use model::{ModelRun, ModelWork};
 
@@ -84,6 +86,7 @@ pub fn run(mut args: EvalArgs) -> Result<()> {
         reference: args.reference_key.clone(),
     };
     let (mut set, written) = test_set(&args, &keys, data, &mut warnings)?;
+    let probabilities = probabilities::find(&args, &set, &mut warnings)?;
     let study = set.find_studies(&rule, &mut warnings)?;
     warnings.extend(too_few(study.studies, args.compare.is_some()));
     let training = train.map(cases::reports).transpose()?;
@@ -115,7 +118,11 @@ pub fn run(mut args: EvalArgs) -> Result<()> {
     let rules = RuleSet::choose(args.rules.as_deref(), truths)?;
     eprintln!("{}", rules.told());
     let cases = set.cases.clone();
-    let outcome = evaluate(cases, systems, compared.as_deref(), &rules, settings)?;
+    let mut outcome = evaluate(cases, systems, compared.as_deref(), &rules, settings)?;
+    if let Some(found) = &probabilities {
+        let (labels, truth) = (&outcome.labels, settings.policies.truth);
+        outcome.probabilities = evaluate_probabilities(labels, found, truth, &settings.bootstrap)?;
+    }
     unless_closed(print(&outcome, loss.as_ref(), args.all)).context("cannot write to stdout")?;
     let facts = facts(&args, &study, warnings, loss.as_ref(), curves);
     write_files(&args, &set, data, &outcome, &facts, &study)
@@ -330,6 +337,7 @@ fn facts(
     fact("适配器", "adapter", path(&args.adapter.adapter));
     fact("测试集", "test set", args.data.clone());
     fact("训练集", "training set", args.train_data.clone());
+    fact("概率", "probabilities", path(&args.probabilities));
     fact("比较对象", "compared with", path(&args.compare));
     fact("检查来源", "studies from", Some(study.from.clone()));
     if args.baselines_only {

@@ -145,6 +145,22 @@ pub const CLEAN: &[Example] = &[
     ),
 ];
 
+/// The examples of `calibrate`.
+pub const CALIBRATE: &[Example] = &[
+    (
+        "The adapter that `train` without arguments writes, on 300 synthetic studies; the file goes into its folder",
+        "xray-qwen3vl calibrate --adapter artifacts/tiny/checkpoint-480 --data phantom:101:0..300:house",
+    ),
+    (
+        "Then reports with probabilities",
+        "xray-qwen3vl infer data/sample/demo.png --adapter artifacts/tiny/checkpoint-480 --findings",
+    ),
+    (
+        "On the sample validation set, with at most 2 % of errors among decided answers, into another file",
+        "xray-qwen3vl calibrate --data data/sample/val/samples.jsonl --target-error 0.02 --output artifacts/calibration.json",
+    ),
+];
+
 /// The examples of `label`.
 pub const LABEL: &[Example] = &[
     (

@@ -1,6 +1,7 @@
 //! `infer`: reports about images, one by one, together, or as a batch run that can be resumed.
 
 pub(super) mod args;
+mod findings;
 mod images;
 mod journal;
 pub(super) mod output;
@@ -13,6 +14,7 @@ use anyhow::{Context, Result, bail};
 use burn::tensor::DType;
 
 use super::{
+    finding_probabilities::FindingSentences,
     infer_server,
     pipeline_options::pipeline_options,
     progress::{Progress, Unit, loading, prepare_kernels},
@@ -27,6 +29,7 @@ use crate::{
         hub::Want,
     },
     batch::images::ImageInput,
+    eval::{findings::RuleSet, probability::logit::SentenceContext},
     ops::{memory::MemoryWatch, quantised::cache::CacheFormat},
     processor::image::Reading,
     runtime::{
@@ -71,6 +74,13 @@ pub fn run(mut args: InferArgs) -> Result<()> {
         return infer_server::run(address, &args, &settings, &images);
     }
     args.model.find(Want::Checkpoint)?;
+    findings::prepare(&mut args)?;
+    let rules = args
+        .findings
+        .rules
+        .as_deref()
+        .map(RuleSet::named)
+        .transpose()?;
     let dtype = args.model.load.dtype.map(DType::from);
     run_on_all(
         &devices,
@@ -79,6 +89,7 @@ pub fn run(mut args: InferArgs) -> Result<()> {
             args,
             settings,
             images,
+            rules,
             remarks: RemarkPrinter::default(),
         },
     )?
@@ -104,6 +115,7 @@ fn check_sent(args: &InferArgs) -> Result<()> {
         ("--tokenizer", load.tokenizer.is_some()),
         ("--kv-cache", args.generation.kv_cache != CacheFormat::Float),
         ("--no-repetition-stop", args.generation.no_repetition_stop),
+        ("--findings", args.findings.findings),
     ];
     match unsent.iter().find(|(_, given)| *given) {
         Some((option, _)) => bail!(UsageError(format!(
@@ -117,6 +129,8 @@ struct Infer {
     args: InferArgs,
     settings: GenerationConfig,
     images: Vec<Vec<PathBuf>>,
+    /// Words that findings are read with; guessed from each report without one.
+    rules: Option<RuleSet>,
     remarks: RemarkPrinter,
 }
 
@@ -284,8 +298,11 @@ impl Infer {
                 if self.args.stream {
                     shown.end();
                 }
-                for (row, answer) in rows.into_iter().zip(answers) {
-                    records[row].fill(answer, seconds);
+                for (row, answer) in rows.iter().zip(answers) {
+                    records[*row].fill(answer, seconds);
+                }
+                for (row, prompt) in rows.iter().zip(&prompts) {
+                    self.add_findings(pipeline, prompt, &mut records[*row]);
                 }
                 if self.args.verbose {
                     print_timing(prepared, &timing);
@@ -306,6 +323,37 @@ impl Infer {
             }
         }
         records
+    }
+
+    /// Probabilities of findings beside the report, where they are wanted.
+    fn add_findings<B: Accelerator>(
+        &self,
+        pipeline: &Pipeline<B>,
+        prompt: &Prompt,
+        record: &mut Record,
+    ) {
+        let Some(basis) = &self.args.findings.basis else {
+            return;
+        };
+        let started = Instant::now();
+        let report = match basis.context() {
+            SentenceContext::Start => None,
+            SentenceContext::Report => Some(record.report.as_str()),
+        };
+        let asked = FindingSentences::new(&pipeline.parts, basis.lead())
+            .and_then(|sentences| sentences.ask(pipeline, prompt, report));
+        match asked {
+            Ok(classes) => {
+                findings::fill(record, &self.args.findings, self.rules.as_ref(), &classes);
+            }
+            // The report is kept; as a failed record it is tried again.
+            Err(error) => record.error = Some(format!("`{}`: {error:#}", record.image)),
+        }
+        let seconds = started.elapsed().as_secs_f64();
+        record.set_seconds(record.seconds + seconds);
+        if self.args.verbose {
+            eprintln!("findings {seconds:8.3} s");
+        }
     }
 }
 

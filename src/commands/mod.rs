@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod bench_serve;
+pub mod calibrate;
 pub mod check;
 pub mod clean;
 pub mod completions;
@@ -10,6 +11,7 @@ pub mod convert;
 pub mod doctor;
 pub mod eval;
 pub mod examples;
+mod finding_probabilities;
 pub mod infer;
 mod infer_server;
 pub mod init_tiny;

@@ -2,6 +2,7 @@
 
 use std::{
     borrow::Cow,
+    collections::BTreeSet,
     ops::Range,
     path::{Path, PathBuf},
     sync::Arc,
@@ -15,7 +16,7 @@ use super::{
     unused_keys::UnusedKeys,
 };
 use crate::{
-    phantom::{Dialect, PhantomStudies},
+    phantom::{Dialect, Finding, PhantomStudies},
     processor::{
         image::{DecodeLimits, ImageError, RgbImage, probe},
         message::Part,
@@ -503,6 +504,19 @@ impl Dataset {
         let (width, height) = image.dimensions();
         let picture = RgbImage::from_gray(width as usize, height as usize, image.as_raw());
         Some(picture.into_iter().collect())
+    }
+
+    /// What a drawn sample shows; `None` where samples are in files.
+    ///
+    /// # Panics
+    /// If `index` is not below [`Self::len`].
+    pub fn drawn_findings(&self, index: usize) -> Option<BTreeSet<Finding>> {
+        let (part, place) = self.part(index);
+        let SampleSource::Phantoms { studies, range, .. } = &part.source else {
+            return None;
+        };
+        let number = range.start + place as u64;
+        Some(studies[(number % 4) as usize].get(number).study.findings)
     }
 
     /// Reads one sample's texts without opening its pictures.

@@ -79,6 +79,7 @@ pub fn evaluate(
         systems: scores,
         reviews,
         comparison,
+        probabilities: None,
         rules: (rules.name.clone(), rules.guessed),
         others: rules
             .others()

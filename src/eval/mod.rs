@@ -13,5 +13,6 @@ pub mod evaluate;
 pub mod findings;
 pub mod outcome;
 pub mod predictions;
+pub mod probability;
 pub mod report;
 pub mod text;

@@ -8,6 +8,7 @@ use super::{
     bootstrap::{Bootstrap, Comparison, Interval},
     cases::{Case, System, WrittenReport},
     findings::{Finding, LabelledPair, Policies, Status, score::FindingScores},
+    probability::evaluation::ProbabilityOutcome,
 };
 
 /// How scores are made.
@@ -115,6 +116,8 @@ pub struct EvalOutcome {
     pub reviews: Vec<CaseReview>,
     /// This run against another, if there is one.
     pub comparison: Option<NamedValues<Comparison>>,
+    /// Probabilities of findings, if there are any.
+    pub probabilities: Option<ProbabilityOutcome>,
     /// The table that findings are read with, and whether the texts decided.
     pub rules: (String, bool),
     /// Chinese names of the abnormalities outside the twenty classes, by key.

@@ -294,7 +294,8 @@ fn answer_text(value: &Value) -> Option<String> {
     }
 }
 
-fn images(fields: &Map<String, Value>) -> Vec<String> {
+/// The images that a row names, whatever the key.
+pub(super) fn images(fields: &Map<String, Value>) -> Vec<String> {
     let one = |value: &Value| match value {
         Value::String(path) => Some(path.clone()),
         Value::Object(fields) => ["path", "url", "image"]

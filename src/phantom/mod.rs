@@ -25,5 +25,6 @@ mod report;
 mod study;
 
 pub use dataset::{PROMPTS, PhantomDatasetError, PhantomStudies, write_dataset};
+pub use finding::Finding;
 pub use labels::{finding_f1, findings_in_report};
 pub use report::Dialect;

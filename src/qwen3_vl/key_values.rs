@@ -206,6 +206,13 @@ impl<B: Ops> KeyValueCache<B> {
         }
     }
 
+    /// Forgets all but the first `tokens` of each row; what comes next is written over the others.
+    pub fn truncate(&mut self, tokens: usize) {
+        for row in &mut self.segments {
+            row.truncate(tokens);
+        }
+    }
+
     /// Keeps the named rows of the batch only, in the given order.
     pub fn select_rows(&mut self, rows: &[usize], device: &B::Device) {
         let indices: Vec<i32> = rows.iter().map(|row| *row as i32).collect();

@@ -9,6 +9,7 @@ mod adapters;
 mod bad_input;
 mod bad_model;
 mod bench;
+mod calibrate;
 mod clean;
 mod corpora;
 mod corpora_tables;

@@ -15,7 +15,8 @@ use crate::{
     train::{finished, train, train_well, workspace},
 };
 
-const COMMANDS: [&str; 21] = [
+const COMMANDS: [&str; 22] = [
+    "calibrate",
     "preview",
     "pull",
     "label",

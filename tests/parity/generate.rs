@@ -4,7 +4,13 @@ use serde_json::Value;
 use xray_qwen3vl::{
     adapters::lora::{files::load_adapter, merge::merge},
     batch::positions::rope_index,
-    runtime::generate::{FinishReason, GenerationConfig, Prompt, generate},
+    runtime::{
+        continuations::{
+            continuation_log_probabilities, continuation_log_probabilities_after,
+            whole_log_probabilities,
+        },
+        generate::{FinishReason, GenerateError, GenerationConfig, Prompt, generate},
+    },
 };
 
 use crate::{
@@ -225,4 +231,115 @@ fn logits_and_positions_of_every_step() {
         let want = reference.f32s(&format!("{case}.step_logits"));
         assert_close(&format!("{case} step logits"), &logits, &want, 1e-4, 1e-4);
     }
+}
+
+/// After the beginning of an answer the same holds, whatever comes later in the answer.
+#[test]
+fn continuations_after_an_answer_equal_whole_sequences() {
+    let loaded = load("model-tiny");
+    let reference = Reference::open("generate.safetensors");
+    let cases = json("generate.json");
+    let prompt = prompt(&reference, "two", &cases["two"]["images"]);
+    let answer = ids(&cases["two"]["new_ids"]);
+    let continuations = [vec![3, 5, 11, 2], vec![7], vec![9, 4]];
+    let ends = [0, 2, answer.len()];
+    let found = continuation_log_probabilities_after(
+        &loaded.model,
+        &loaded.config,
+        &prompt,
+        &answer,
+        &ends,
+        &continuations,
+        &device(),
+    )
+    .unwrap();
+    for (end, found) in ends.iter().zip(&found) {
+        let mut longer = prompt.clone();
+        longer.input_ids.extend_from_slice(&answer[..*end]);
+        let whole = whole_log_probabilities(
+            &loaded.model,
+            &loaded.config,
+            &longer,
+            &continuations,
+            &device(),
+        )
+        .unwrap();
+        for (row, (found, whole)) in found.iter().zip(&whole).enumerate() {
+            assert_close(&format!("end {end}, row {row}"), found, whole, 2e-4, 0.0);
+        }
+    }
+}
+
+/// Continuations share the prompt's cache, padded to one length; each equals the whole sequence alone. In f32 the two
+/// add up the same products in another order: log-probabilities of some -12 agree to a few units in the last place of
+/// the logits, and 2e-4 is what such sums differ by on every backend.
+#[test]
+fn continuations_of_one_prompt_equal_whole_sequences() {
+    let loaded = load("model-tiny");
+    let reference = Reference::open("generate.safetensors");
+    let cases = json("generate.json");
+    for case in ["image", "text", "two"] {
+        let prompt = prompt(&reference, case, &cases[case]["images"]);
+        let greedy = ids(&cases[case]["new_ids"]);
+        // The model's own answer, parts of it, and tokens it would not take; one is empty.
+        let mut continuations = vec![greedy.clone(), vec![7], Vec::new(), vec![3, 5, 11, 2]];
+        continuations.extend((1..6).map(|length| greedy[greedy.len() - length..].to_vec()));
+        let shared = continuation_log_probabilities(
+            &loaded.model,
+            &loaded.config,
+            &prompt,
+            &continuations,
+            &device(),
+        )
+        .unwrap();
+        let whole = whole_log_probabilities(
+            &loaded.model,
+            &loaded.config,
+            &prompt,
+            &continuations,
+            &device(),
+        )
+        .unwrap();
+        assert_eq!(shared.len(), continuations.len());
+        for (row, (shared, whole)) in shared.iter().zip(&whole).enumerate() {
+            assert_eq!(shared.len(), continuations[row].len());
+            assert_close(&format!("{case}, row {row}"), shared, whole, 2e-4, 0.0);
+            assert!(
+                shared.iter().all(|value| *value <= 1e-6),
+                "{case}, row {row}"
+            );
+        }
+        // A greedy token is the likeliest: no other first token beats it.
+        assert!(shared[0][0] >= shared[1][0] && shared[0][0] >= shared[3][0]);
+        // One alone, where nothing is padded.
+        let alone = continuation_log_probabilities(
+            &loaded.model,
+            &loaded.config,
+            &prompt,
+            &continuations[3..4],
+            &device(),
+        )
+        .unwrap();
+        assert_close(case, &alone[0], &shared[3], 2e-4, 0.0);
+    }
+}
+
+#[test]
+fn a_continuation_with_a_token_the_model_lacks_is_refused() {
+    let loaded = load("model-tiny");
+    let reference = Reference::open("generate.safetensors");
+    let prompt = prompt(&reference, "text", &json("generate.json")["text"]["images"]);
+    let vocab_size = loaded.config.text_config.vocab_size;
+    let error = continuation_log_probabilities(
+        &loaded.model,
+        &loaded.config,
+        &prompt,
+        &[vec![1], vec![vocab_size as u32]],
+        &device(),
+    )
+    .unwrap_err();
+    assert!(
+        matches!(error, GenerateError::UnknownToken { .. }),
+        "{error}"
+    );
 }

@@ -17,7 +17,7 @@ use super::{
     targets::{OTHER_LAYERS, TargetMatcher},
 };
 use crate::{
-    base::files::write_atomic,
+    base::files::{FileError, sha256_file, write_atomic},
     ops::Ops,
     processor::patches::ImageProcessorConfig,
     qwen3_vl::{
@@ -30,6 +30,14 @@ use crate::{
 
 const TENSORS: &str = "adapter_model.safetensors";
 const PICKLE: &str = "adapter_model.bin";
+
+/// SHA-256 of the weights of the adapter in `dir`: two adapters of one base are told apart by it.
+///
+/// # Errors
+/// [`FileError`] if they cannot be read.
+pub fn adapter_hash(dir: &Path) -> Result<String, FileError> {
+    sha256_file(&dir.join(TENSORS))
+}
 
 /// Pixel limits `[min_pixels, max_pixels]` of the run that trained the adapter in `dir`, where its folder
 /// says: `trainer_state.json` of this program (a run without limits of its own has the recipe's), or

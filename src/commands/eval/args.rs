@@ -99,6 +99,10 @@ pub struct EvalArgs {
     /// Predictions of another model on the same test set, to compare pair by pair.
     #[arg(long, value_name = "OTHER.jsonl")]
     pub compare: Option<PathBuf>,
+    /// Probabilities of findings about the same images, as `infer --findings --output` writes them; without it, those
+    /// of the predictions, where they have some.
+    #[arg(long, value_name = "FILE.jsonl", conflicts_with = "baselines_only")]
+    pub probabilities: Option<PathBuf>,
     /// Key of the answer in the predictions, if it is not found by itself.
     #[arg(long, value_name = "KEY")]
     pub prediction_key: Option<String>,

@@ -163,7 +163,7 @@ pub(super) fn warn_of_leaks(
 }
 
 /// The base names of a list of images, by which predictions and rows find each other.
-fn key_of<'a>(images: impl IntoIterator<Item = &'a str>) -> String {
+pub(super) fn key_of<'a>(images: impl IntoIterator<Item = &'a str>) -> String {
     let base = |image: &'a str| image.rsplit(['/', '\\']).next().unwrap_or(image);
     let names: Vec<&str> = images.into_iter().map(base).collect();
     names.join(";")

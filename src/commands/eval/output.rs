@@ -64,6 +64,7 @@ pub(super) fn json(outcome: &EvalOutcome, facts: &PageFacts, study: &StudyFacts)
         })),
         "systems": outcome.systems,
         "comparison": outcome.comparison,
+        "probabilities": outcome.probabilities,
         "confusion": { "order": STATUSES, "by_finding": outcome.confusion },
         "cases": cases,
     })

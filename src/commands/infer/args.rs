@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use super::findings::FindingsArgs;
 use crate::commands::shared_args::{GenerationArgs, ModelArgs};
 
 /// The question the published system asks.
@@ -45,6 +46,9 @@ pub struct InferArgs {
     /// Generation.
     #[command(flatten)]
     pub generation: GenerationArgs,
+    /// Probabilities of findings.
+    #[command(flatten)]
+    pub findings: FindingsArgs,
     /// Print the report while it is being generated.
     #[arg(long, conflicts_with_all = ["json", "output"])]
     pub stream: bool,

@@ -12,6 +12,7 @@ use rayon::prelude::*;
 
 use super::{
     args::InferArgs,
+    findings,
     journal::{Journal, LineKind, Repair},
     record::{RECORD_START, Record, settings_hash},
 };
@@ -225,6 +226,11 @@ impl RecordFile {
                     // The first one ends the program; the others would be lost.
                     Some(error) if self.failed > 1 => eprintln!("{error}"),
                     _ => {}
+                }
+                if record.error.is_none()
+                    && let Some(text) = findings::text(record)
+                {
+                    say(&text)?;
                 }
                 if args.verbose
                     && let Some(thinking) = &record.thinking

@@ -1,7 +1,7 @@
 //! What `infer` writes about a report, as a line of JSON.
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeMap, HashSet},
     path::PathBuf,
     sync::{Mutex, PoisonError},
 };
@@ -9,9 +9,13 @@ use std::{
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::args::InferArgs;
+use super::{
+    args::InferArgs,
+    findings::{UNCALIBRATED, settings_key},
+};
 use crate::{
     base::files::name,
+    eval::{findings::Finding, probability::read::FindingRecord},
     processor::remark::{Remark, RemarkKind},
     runtime::{generate::FinishReason, pipeline::Answer},
 };
@@ -36,7 +40,7 @@ pub(crate) struct Record {
     /// Distinguishes runs whose answers may differ: a hash of model, adapter and generation settings.
     #[serde(default)]
     pub settings: String,
-    /// The report; empty when there is an error.
+    /// The report; empty where the error is about it.
     #[serde(default)]
     pub report: String,
     /// The reasoning before it, for models that think.
@@ -48,6 +52,15 @@ pub(crate) struct Record {
     /// What a reader should know about the image; empty where there is nothing.
     #[serde(default)]
     pub remarks: Vec<RecordRemark>,
+    /// Whether the probabilities of findings are calibrated; absent without --findings.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub calibrated: Option<bool>,
+    /// The table of words that findings were read from the report with.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub findings_rules: Option<String>,
+    /// Probability, decision and what the report says, by class.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub findings: Option<BTreeMap<Finding, FindingRecord>>,
     /// Tokens of the prompt, image included.
     #[serde(default)]
     pub prompt_tokens: usize,
@@ -57,7 +70,7 @@ pub(crate) struct Record {
     /// Seconds from reading the image to the last token, shared evenly by a batch.
     #[serde(default)]
     pub seconds: f64,
-    /// Why there is no report.
+    /// Why there is no report, or why its findings have no probabilities.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub error: Option<String>,
 }
@@ -91,7 +104,8 @@ impl RemarkPrinter {
                 continue;
             }
             let image = remark.image.as_deref().unwrap_or(image);
-            if remark.code != RemarkKind::SubjectNotStated.code() {
+            let of_the_run = [RemarkKind::SubjectNotStated.code(), UNCALIBRATED];
+            if !of_the_run.contains(&remark.code.as_str()) {
                 eprintln!("`{image}`: {}", remark.text);
             } else if printed.insert(remark.text.clone()) {
                 eprintln!("`{image}`: {} (said once)", remark.text);
@@ -185,6 +199,7 @@ pub(super) fn settings_hash(args: &InferArgs, images: usize) -> String {
     if images > 1 {
         text.push_str(&format!(" {images} images together"));
     }
+    text.push_str(&settings_key(&args.findings));
     let hash = Sha256::digest(text.as_bytes());
     hash[..8].iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -8,6 +8,7 @@ use crate::{
         caveat::too_few,
         findings::{Finding, score::percent},
         outcome::{EvalOutcome, SystemScores},
+        probability::evaluation::{FEW, ProbabilityOutcome, ProbabilityScores, Quality},
     },
     study::counted,
 };
@@ -19,6 +20,10 @@ pub fn text(outcome: &EvalOutcome, all: bool) -> String {
     score_table(&mut out, outcome, all);
     out.push('\n');
     finding_table(&mut out, &outcome.systems[0]);
+    if let Some(found) = &outcome.probabilities {
+        out.push('\n');
+        probability_table(&mut out, found, all);
+    }
     if outcome.comparison.is_some() {
         out.push('\n');
         comparison_table(&mut out, outcome, all);
@@ -203,6 +208,88 @@ fn finding_table(out: &mut String, system: &SystemScores) {
         "macro: mean over the {} in truth or answer{normal}; 0 where a share has no case",
         counted(averaged.len(), "finding", "findings")
     );
+}
+
+/// Scores of probabilities: over all classes, with `all` also by class.
+fn probability_table(out: &mut String, found: &ProbabilityOutcome, all: bool) {
+    let number = |value: f64| {
+        if value.is_nan() {
+            "–".to_owned()
+        } else {
+            format!("{value:.3}")
+        }
+    };
+    let share = |value: f64| format!("{:.1} %", 100.0 * value);
+    let either = |quality: Option<&Quality>, value: &dyn Fn(&Quality) -> String| {
+        quality.map_or("–".to_owned(), value)
+    };
+    let header = [
+        "probabilities",
+        "",
+        "with",
+        "without",
+        "AUC",
+        "interval",
+        "ECE",
+        "calibrated",
+        "Brier",
+        "calibrated",
+        "coverage",
+        "calibrated",
+        "decided",
+        "wrong",
+    ];
+    let row = |english: String, chinese: &str, scores: &ProbabilityScores| {
+        let (before, after) = (scores.before.as_ref(), scores.after.as_ref());
+        let decided = scores.decided.filter(|decided| decided.cases > 0);
+        let mut row = vec![
+            english,
+            chinese.to_owned(),
+            scores.positives.to_string(),
+            scores.negatives.to_string(),
+            number(scores.auc.value),
+            format!("{} – {}", number(scores.auc.low), number(scores.auc.high)),
+        ];
+        let values: [&dyn Fn(&Quality) -> String; 3] = [
+            &|quality| number(quality.ece),
+            &|quality| number(quality.brier),
+            &|quality| share(quality.coverage),
+        ];
+        for value in values {
+            row.push(either(before, value));
+            row.push(either(after, value));
+        }
+        row.push(decided.map_or("–".to_owned(), |d| {
+            share(d.decided as f64 / d.cases as f64)
+        }));
+        let decided = decided.filter(|decided| decided.decided > 0);
+        row.push(decided.map_or("–".to_owned(), |d| {
+            share(d.errors as f64 / d.decided as f64)
+        }));
+        row
+    };
+    let mut rows = vec![header.map(str::to_owned).to_vec()];
+    rows.push(row("  together".to_owned(), "合计", &found.all));
+    if all {
+        for (finding, scores) in &found.classes {
+            let few = if scores.is_few() { " *" } else { "" };
+            rows.push(row(format!("  {finding}{few}"), finding.chinese(), scores));
+        }
+    }
+    align(out, &rows);
+    let _ = writeln!(
+        out,
+        "macro AUC {} ({} – {}); together: classes that some reports have and some lack; coverage: answered with {} wrong",
+        number(found.macro_auc.value),
+        number(found.macro_auc.low),
+        number(found.macro_auc.high),
+        share(found.target_error)
+    );
+    if all {
+        let _ = writeln!(out, "*: fewer than {FEW} reports with it, or without it");
+    } else {
+        out.push_str("--all lists the classes\n");
+    }
 }
 
 fn comparison_table(out: &mut String, outcome: &EvalOutcome, all: bool) {

@@ -156,7 +156,7 @@ pub fn generate<B: Accelerator>(
     device: &B::Device,
     on_token: &mut dyn FnMut(usize, u32) -> Option<FinishReason>,
 ) -> Result<(Vec<Generation>, Timing), GenerateError> {
-    check(config, prompts, settings)?;
+    check_prompts(config, prompts, settings)?;
     let mut timing = Timing::default();
     let mut clock = std::time::Instant::now();
     let mut lap = |device: &B::Device| {
@@ -333,7 +333,11 @@ enum Next {
     Tokens(Vec<u32>),
 }
 
-fn check(
+/// Checks settings and prompts before anything is computed.
+///
+/// # Errors
+/// [`GenerateError`]: what does not fit the model.
+pub(in crate::runtime) fn check_prompts(
     config: &Qwen3VlConfig,
     prompts: &[Prompt],
     settings: &GenerationConfig,

@@ -8,6 +8,7 @@ pub mod sampler;
 pub mod slots;
 pub mod text;
 
+pub(in crate::runtime) use decode::check_prompts;
 pub use decode::{
     FinishReason, GenerateError, Generation, GenerationConfig, Prompt, Timing, generate,
 };

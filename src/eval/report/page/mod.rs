@@ -6,6 +6,7 @@ mod gallery;
 mod head;
 mod html;
 pub(super) mod markup;
+mod probabilities;
 mod scores;
 
 pub use facts::PageFacts;

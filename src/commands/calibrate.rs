@@ -1,0 +1,457 @@
+//! `calibrate`: temperature, biases and thresholds of a model's probabilities, fitted on a validation set.
+
+use std::{
+    collections::BTreeSet,
+    io::{Write, stdout},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result, bail};
+use burn::tensor::DType;
+use clap::Args;
+
+use super::{
+    eval::Uncertain,
+    finding_probabilities::{ClassLogProbabilities, FindingSentences, asked_model},
+    infer::DEFAULT_PROMPT,
+    pipeline_options::pipeline_options,
+    progress::{Progress, Unit, loading, prepare_kernels},
+    question::patches,
+    shared_args::{ModelArgs, one_device},
+    shell::unless_closed,
+    shipped::shipped_data,
+    usage::UsageError,
+};
+use crate::{
+    accelerate::devices::{DeviceTask, run_on},
+    base::hub::Want,
+    dataset::Dataset,
+    eval::{
+        findings::{Finding, RuleSet, UncertainPolicy},
+        probability::{
+            calibration::{CALIBRATION_FILE, Calibration, CalibrationData, ClassCases, Fitness},
+            logit::{ScoreForm, SentenceContext},
+            metrics::Ranked,
+            thresholds::FEWEST_CASES,
+            wordings::WORDINGS,
+        },
+    },
+    phantom,
+    processor::message::split_thinking,
+    runtime::{
+        accelerator::Accelerator,
+        generate::{GenerationConfig, Prompt},
+        pipeline::{Pipeline, PipelineOptions, TextAndImages},
+    },
+    study::counted,
+};
+
+/// Arguments of `calibrate`.
+#[derive(Debug, Args)]
+pub struct CalibrateArgs {
+    /// Model and device.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Validation set, which the model was not trained on: JSONL in ms-swift's format, or
+    /// `phantom:SEED:FROM..TO[:STYLE]`. Only its images and reports are used, not its questions.
+    #[arg(long, value_name = "DATA")]
+    pub data: String,
+    /// File to write; by default calibration.json in the folder of the adapter, or of the model without one.
+    #[arg(long, value_name = "FILE.json")]
+    pub output: Option<PathBuf>,
+    /// Largest share of errors among answers called present, and among those called absent.
+    #[arg(long, value_name = "F", default_value_t = 0.05)]
+    pub target_error: f64,
+    /// How an uncertain finding of a report is counted.
+    #[arg(long, value_enum, default_value = "present")]
+    pub uncertain: Uncertain,
+    /// Table of words that findings are read with: `openi` (machine-translated), `hospital`, or a file in the form
+    /// of theirs; guessed from the reports when not given. Phantoms know their findings.
+    #[arg(long, value_name = "NAME|FILE.toml")]
+    pub rules: Option<String>,
+    /// Question to the model; `infer` has to ask the same.
+    #[arg(long, value_name = "TEXT", default_value = DEFAULT_PROMPT)]
+    pub prompt: String,
+    /// System message.
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// Beginning of the answer, before each sentence: words after which the reports of the model name findings, such
+    /// as their heading of the impression.
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    pub lead: String,
+    /// After what the sentences of each class are put: at the beginning of the answer alone, or also after each
+    /// sentence of the report that the model writes first, which takes longer and says more.
+    #[arg(long, value_enum, default_value_t = SentenceContext::default())]
+    pub context: SentenceContext,
+    /// How the log-probability of a sentence is made of those of its tokens; both are fitted and compared.
+    #[arg(long, value_enum, default_value_t = ScoreForm::default())]
+    pub form: ScoreForm,
+    /// Use only this many rows, the first.
+    #[arg(long, value_name = "N")]
+    pub limit: Option<usize>,
+}
+
+/// Runs `calibrate`: a table goes to stdout.
+///
+/// # Errors
+/// Whatever keeps a row from being read or a file from being written; a set without findings.
+pub fn run(mut args: CalibrateArgs) -> Result<()> {
+    if !(args.target_error > 0.0 && args.target_error < 0.5) {
+        bail!(UsageError(format!(
+            "--target-error is {}, expected more than 0 and less than 0.5",
+            args.target_error
+        )));
+    }
+    if args.limit == Some(0) {
+        bail!(UsageError("--limit is 0, expected at least 1".into()));
+    }
+    args.model.find(Want::Checkpoint)?;
+    let options = pipeline_options(&args.model, DType::F32);
+    let output = args.output.clone().unwrap_or_else(|| {
+        let folder = options.adapter.as_ref().unwrap_or(&options.model);
+        folder.join(CALIBRATION_FILE)
+    });
+    // Before the model has worked, not after.
+    let folder = output.parent().unwrap_or(Path::new(""));
+    if !folder.as_os_str().is_empty() && !folder.is_dir() {
+        bail!(UsageError(format!(
+            "`{}`: its folder is not there; make `{}` first",
+            output.display(),
+            folder.display()
+        )));
+    }
+    let device = one_device(&args.model.device)?;
+    args.model.adapter.check_base(&options.model)?;
+    let data = Dataset::open(&shipped_data(&args.data))?;
+    for remark in data.remarks() {
+        eprintln!("note: {remark}");
+    }
+    let rows = data.len().min(args.limit.unwrap_or(usize::MAX));
+    let policy = UncertainPolicy::from(args.uncertain);
+    let (truths, truth) = truths(&data, rows, args.rules.as_deref(), policy)?;
+    let parts = TextAndImages::load(&options)?;
+    let asked = |form| {
+        asked_model(
+            &options,
+            &parts,
+            &args.prompt,
+            args.system.as_deref(),
+            &args.lead,
+            args.context,
+            form,
+        )
+    };
+    let model = asked(args.form)?;
+    let work = Scoring {
+        options: options.clone(),
+        data: data.clone(),
+        rows,
+        prompt: args.prompt.clone(),
+        system: args.system.clone(),
+        lead: args.lead.clone(),
+        context: args.context,
+    };
+    let scored = run_on(device, args.model.load.dtype.map(DType::from), work)??;
+    let reports = scored.iter().filter(|row| row.is_some()).count();
+    if reports == 0 {
+        bail!(
+            "`{}`: no row has an image; there is nothing to calibrate on",
+            data.name()
+        );
+    }
+    if reports < rows {
+        eprintln!(
+            "note: {} no image and {} left out",
+            counted(rows - reports, "row has", "rows have"),
+            if rows - reports == 1 { "is" } else { "are" }
+        );
+    }
+    let facts = CalibrationData {
+        name: args.data.clone(),
+        fingerprint: data.fingerprint().to_owned(),
+        reports,
+        without_image: rows - reports,
+        truth,
+        uncertain: policy,
+    };
+    let fit = |form: ScoreForm, model| {
+        let cases = cases(&scored, &truths, form, args.context);
+        let calibration = Calibration::of(model, facts.clone(), &cases, args.target_error);
+        (calibration, cases)
+    };
+    let (calibration, cases) = fit(args.form, model);
+    if calibration
+        .classes
+        .values()
+        .all(|class| class.positives == 0)
+    {
+        bail!(
+            "`{}`: no report has a finding of the classes; expected reports with and without findings",
+            data.name()
+        );
+    }
+    let other = match args.form {
+        ScoreForm::Sum => ScoreForm::Mean,
+        ScoreForm::Mean => ScoreForm::Sum,
+    };
+    let compared = fit(other, asked(other)?);
+    if output.exists() {
+        eprintln!("`{}` is replaced", output.display());
+    }
+    calibration.save(&output)?;
+    let text = table((&calibration, &cases), (&compared.0, &compared.1));
+    unless_closed(stdout().write_all(text.as_bytes())).context("cannot write to stdout")?;
+    for note in notes(&calibration) {
+        eprintln!("note: {note}");
+    }
+    eprintln!("calibration: `{}`", output.display());
+    Ok(())
+}
+
+/// Which classes each report has, `None` where one is left out; and who says so.
+type Truths = Vec<Vec<(Finding, Option<bool>)>>;
+
+fn truths(
+    data: &Dataset,
+    rows: usize,
+    rules: Option<&str>,
+    policy: UncertainPolicy,
+) -> Result<(Truths, String)> {
+    let classes = || WORDINGS.iter().map(|class| class.finding);
+    if data.drawn_findings(0).is_some() {
+        if rules.is_some() {
+            bail!(UsageError(
+                "--rules: phantoms know their findings, no report is read; leave it out".into()
+            ));
+        }
+        let of_row = |row| {
+            let there: BTreeSet<Finding> = data
+                .drawn_findings(row)
+                .into_iter()
+                .flatten()
+                .map(class_of)
+                .collect();
+            classes()
+                .map(|class| (class, Some(there.contains(&class))))
+                .collect()
+        };
+        return Ok(((0..rows).map(of_row).collect(), "phantom".to_owned()));
+    }
+    let reports = (0..rows)
+        .map(|row| match data.text(row).answer {
+            Some(answer) => Ok(split_thinking(&answer, false).1),
+            None => bail!(
+                "{}: the last question has no answer; expected the true report as the last message",
+                data.study_row(row).name
+            ),
+        })
+        .collect::<Result<Vec<String>>>()?;
+    let rules = RuleSet::choose(rules, reports.iter().map(String::as_str))?;
+    eprintln!("{}", rules.told());
+    let of_report = |report: &String| {
+        let labels = rules.label(report);
+        classes()
+            .map(|class| (class, policy.positive(class, labels.status(class))))
+            .collect()
+    };
+    Ok((reports.iter().map(of_report).collect(), rules.name.clone()))
+}
+
+/// The class of what a phantom shows.
+fn class_of(finding: phantom::Finding) -> Finding {
+    match finding {
+        phantom::Finding::Cardiomegaly => Finding::Cardiomegaly,
+        phantom::Finding::Nodule(..) => Finding::LungLesion,
+        phantom::Finding::Consolidation(..) => Finding::Consolidation,
+        phantom::Finding::PleuralEffusion(_) => Finding::PleuralEffusion,
+        phantom::Finding::Pneumothorax(_) => Finding::Pneumothorax,
+        phantom::Finding::Pacemaker => Finding::SupportDevices,
+    }
+}
+
+/// Logits beside their truths, by class.
+fn cases(
+    scored: &[Option<Vec<ClassLogProbabilities>>],
+    truths: &Truths,
+    form: ScoreForm,
+    context: SentenceContext,
+) -> ClassCases {
+    let mut cases = ClassCases::new();
+    for (classes, truths) in scored.iter().zip(truths) {
+        for (class, (finding, truth)) in classes.iter().flatten().zip(truths) {
+            debug_assert_eq!(class.finding, *finding);
+            let of_class = cases.entry(*finding).or_default();
+            of_class.extend(truth.map(|truth| (class.logit(form, context), truth)));
+        }
+    }
+    cases
+}
+
+/// Work for a model on a device: the sentences of all classes about the images of each row.
+struct Scoring {
+    options: PipelineOptions,
+    data: Dataset,
+    rows: usize,
+    prompt: String,
+    system: Option<String>,
+    lead: String,
+    context: SentenceContext,
+}
+
+impl DeviceTask for Scoring {
+    type Output = Result<Vec<Option<Vec<ClassLogProbabilities>>>>;
+
+    fn run<B: Accelerator>(self, device: B::Device, dtype: DType) -> Self::Output {
+        let options = PipelineOptions {
+            dtype,
+            ..self.options
+        };
+        let pipeline = loading(|on_progress| Pipeline::<B>::load(&options, device, on_progress))?;
+        let parts = &pipeline.parts;
+        if let Some(limits) = parts.pixel_limits_to_know() {
+            eprintln!("{limits}");
+        }
+        prepare_kernels::<B>(&parts.config, dtype, &pipeline.device, 1);
+        let sentences = FindingSentences::new(parts, &self.lead)?;
+        let mut progress = Progress::new("findings", self.rows as u64, Unit::Items);
+        let mut scored = Vec::with_capacity(self.rows);
+        for row in 0..self.rows {
+            let context = || format!("`{}`, row {}", self.data.name(), self.data.row(row));
+            let pictures = self.data.read(row, parts)?.pictures;
+            scored.push(if pictures.is_empty() {
+                None
+            } else {
+                let images = patches(parts, &pictures).with_context(context)?;
+                let prompt = parts.prompt(self.system.as_deref(), &self.prompt, images)?;
+                let report = match self.context {
+                    SentenceContext::Start => None,
+                    SentenceContext::Report => Some(report(&pipeline, &prompt)?),
+                };
+                let asked = sentences.ask(&pipeline, &prompt, report.as_deref());
+                Some(asked.with_context(context)?)
+            });
+            progress.set(row as u64 + 1, self.rows as u64);
+        }
+        progress.finish();
+        for sentence in self.data.image_remarks().sentences() {
+            eprintln!("note: {sentence}");
+        }
+        Ok(scored)
+    }
+}
+
+/// The report that `infer` writes without further options.
+fn report<B: Accelerator>(pipeline: &Pipeline<B>, prompt: &Prompt) -> Result<String> {
+    let prompts = std::slice::from_ref(prompt);
+    let settings = GenerationConfig::default();
+    let (answers, _) = pipeline.answer(prompts, &settings, &[], &mut |_, _| {})?;
+    Ok(answers.into_iter().map(|answer| answer.report).collect())
+}
+
+fn table(
+    (calibration, cases): (&Calibration, &ClassCases),
+    (other, other_cases): (&Calibration, &ClassCases),
+) -> String {
+    let number = |value: f64| {
+        if value.is_nan() {
+            "–".to_owned()
+        } else {
+            format!("{value:.3}")
+        }
+    };
+    let threshold =
+        |value: Option<f64>| value.map_or("–".to_owned(), |value| format!("{value:.4}"));
+    let auc = |cases: &ClassCases, finding: &Finding| {
+        let cases = cases.get(finding).into_iter().flatten();
+        let ranked = Ranked::new(cases.map(|(logit, truth)| (*logit, *truth, 0)).collect());
+        number(ranked.auc(&[1.0]))
+    };
+    let mut text = format!(
+        "{:27} {:>5} {:>5} {:>8} {:>8} {:>7} {:>9} {:>9} {:>8} {:>6}\n",
+        "class",
+        "with",
+        "none",
+        format!("AUC {}", calibration.model.form),
+        format!("AUC {}", other.model.form),
+        "bias",
+        "absent ≤",
+        "present ≥",
+        "decided",
+        "wrong"
+    );
+    for (finding, class) in &calibration.classes {
+        text.push_str(&format!(
+            "{:27} {:>5} {:>5} {:>8} {:>8} {:>7.2} {:>9} {:>9} {:>8} {:>6}\n",
+            finding.key(),
+            class.positives,
+            class.negatives,
+            auc(cases, finding),
+            auc(other_cases, finding),
+            class.bias,
+            threshold(class.absent_to),
+            threshold(class.present_from),
+            class.decided.decided,
+            class.decided.errors
+        ));
+    }
+    text.push_str(&format!(
+        "\non this set, classes that occur, together     {:>8} {:>8} {:>8} {:>9}\n",
+        "loss", "ECE", "Brier", "coverage"
+    ));
+    for calibration in [calibration, other] {
+        let form = calibration.model.form;
+        for (when, fitness) in [
+            ("before", &calibration.before),
+            ("after, temperature", &calibration.after),
+        ] {
+            let Some(Fitness {
+                loss,
+                ece,
+                brier,
+                coverage,
+            }) = fitness
+            else {
+                continue;
+            };
+            let temperature = if when == "before" {
+                String::new()
+            } else {
+                format!(" {:.2}", calibration.temperature)
+            };
+            let label = format!("  {form} of tokens, {when}{temperature}");
+            text.push_str(&format!(
+                "{label:45} {loss:>8.4} {ece:>8.4} {brier:>8.4} {:>7.1} %\n",
+                100.0 * coverage
+            ));
+        }
+    }
+    text.push_str(&format!(
+        "coverage: share of answers that can be given with {:.1} % of them wrong\n",
+        100.0 * calibration.target_error
+    ));
+    text
+}
+
+/// What a reader of the result has to know.
+fn notes(calibration: &Calibration) -> Vec<String> {
+    let mut notes = Vec::new();
+    if calibration.useless {
+        notes.push(
+            "the logits do not rise with the truth: this model does not see these findings, and its probabilities say nothing"
+                .to_owned(),
+        );
+    }
+    let few: Vec<&str> = calibration
+        .classes
+        .iter()
+        .filter(|(_, class)| class.positives.min(class.negatives) < FEWEST_CASES)
+        .map(|(finding, _)| finding.key())
+        .collect();
+    if !few.is_empty() {
+        notes.push(format!(
+            "always undecided, since fewer than {FEWEST_CASES} reports have or lack them: {}",
+            few.join(", ")
+        ));
+    }
+    notes
+}

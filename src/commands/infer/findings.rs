@@ -1,0 +1,399 @@
+//! `infer --findings`: probabilities of findings beside the report, and where the two disagree.
+
+use std::{
+    fmt::Write,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use anyhow::{Result, bail};
+use burn::tensor::DType;
+use clap::Args;
+
+use super::{
+    args::InferArgs,
+    record::{Record, RecordRemark},
+};
+use crate::{
+    base::files::{sha256_bytes, sha256_file},
+    commands::{
+        finding_probabilities::{ClassLogProbabilities, asked_model},
+        pipeline_options::pipeline_options,
+        usage::UsageError,
+    },
+    eval::{
+        findings::{RuleSet, Status},
+        probability::{
+            calibration::{AskedModel, CALIBRATION_FILE, Calibration, CalibrationError},
+            logit::{ScoreForm, SentenceContext, sigmoid},
+            read::FindingRecord,
+            thresholds::Decision,
+            wordings::fingerprint,
+        },
+    },
+    runtime::pipeline::{PipelineOptions, TextAndImages},
+};
+
+/// Code of the remark that probabilities are not calibrated.
+pub(super) const UNCALIBRATED: &str = "findings_not_calibrated";
+
+/// Code of the remark that the calibration is of something else.
+const FORCED: &str = "findings_calibration_of_another_model";
+
+/// Code of the remark that report and probability disagree.
+const CONFLICT: &str = "finding_conflict";
+
+/// Arguments about the probabilities of findings.
+#[derive(Debug, Clone, Default, Args)]
+pub struct FindingsArgs {
+    /// Also give the probability of each class of finding, from the model's own logits, and mark where it
+    /// contradicts the report.
+    ///
+    /// With a calibration each class is present, absent or undecided. A finding that the report leaves out counts
+    /// as denied by it.
+    #[arg(long, conflicts_with = "show_tags")]
+    pub findings: bool,
+    /// Calibration that `calibrate` wrote; by default calibration.json in the folder of the adapter or model.
+    #[arg(
+        long,
+        value_name = "FILE.json",
+        requires = "findings",
+        conflicts_with = "no_calibration"
+    )]
+    pub calibration: Option<PathBuf>,
+    /// Use no calibration, even if there is one: probabilities are those of the logits, and nothing is decided.
+    #[arg(long, requires = "findings")]
+    pub no_calibration: bool,
+    /// Use the calibration even if it was made for another model, question or image size.
+    #[arg(long, requires = "findings")]
+    pub any_calibration: bool,
+    /// Table of words that findings are read from the report with: `openi` (machine-translated), `hospital`, or a
+    /// file in the form of theirs; guessed from each report when not given.
+    #[arg(long, value_name = "NAME|FILE.toml", requires = "findings")]
+    pub rules: Option<String>,
+    /// What probabilities rest on; found before the first report.
+    #[arg(skip)]
+    pub(super) basis: Option<Arc<Basis>>,
+}
+
+/// What turns logits into probabilities.
+#[derive(Debug)]
+pub(super) struct Basis {
+    pub(super) calibration: Option<Calibration>,
+    /// What a reader of the record has to know of it.
+    remark: Option<(&'static str, String)>,
+    /// Distinguishes records: what the probabilities depend on besides the model.
+    key: String,
+}
+
+impl Basis {
+    /// How a sentence is scored.
+    pub(super) fn form(&self) -> ScoreForm {
+        let calibration = self.calibration.as_ref();
+        calibration.map_or_else(ScoreForm::default, |one| one.model.form)
+    }
+
+    /// After what the sentences are put.
+    pub(super) fn context(&self) -> SentenceContext {
+        let calibration = self.calibration.as_ref();
+        calibration.map_or_else(SentenceContext::default, |one| one.model.context)
+    }
+
+    /// Beginning of the answer before the sentences.
+    pub(super) fn lead(&self) -> &str {
+        let calibration = self.calibration.as_ref();
+        calibration.map_or("", |one| &one.model.lead)
+    }
+}
+
+/// What [`super::record::settings_hash`] adds for probabilities; empty without them.
+pub(super) fn settings_key(args: &FindingsArgs) -> String {
+    match &args.basis {
+        Some(basis) => format!(" findings {}", basis.key),
+        None => String::new(),
+    }
+}
+
+/// Finds the calibration; to be called once before records are made.
+///
+/// # Errors
+/// A calibration that is damaged, missing where it was named, or of another model; rules that are none.
+pub(super) fn prepare(args: &mut InferArgs) -> Result<()> {
+    if !args.findings.findings {
+        return Ok(());
+    }
+    let rules = match args.findings.rules.as_deref() {
+        None => "guessed".to_owned(),
+        Some(name) => {
+            RuleSet::named(name)?;
+            // Another table under the same name reads other findings.
+            sha256_file(Path::new(name)).unwrap_or_else(|_| name.to_owned())
+        }
+    };
+    let found = find(args)?;
+    let key = match &found.calibration {
+        Some(calibration) => sha256_bytes(serde_json::to_string(calibration)?.as_bytes()),
+        None => format!("uncalibrated {}", fingerprint()),
+    };
+    args.findings.basis = Some(Arc::new(Basis {
+        key: format!("{rules} {key}"),
+        ..found
+    }));
+    Ok(())
+}
+
+fn find(args: &InferArgs) -> Result<Basis> {
+    let none = |text: String| Basis {
+        calibration: None,
+        remark: Some((UNCALIBRATED, text)),
+        key: String::new(),
+    };
+    let uncalibrated = "the probabilities of findings are not calibrated and decide nothing";
+    let options = pipeline_options(&args.model, DType::F32);
+    if args.findings.no_calibration {
+        return Ok(none(format!("{uncalibrated}, as --no-calibration says")));
+    }
+    if let Some(path) = &args.findings.calibration {
+        return match Calibration::load(path)? {
+            Some(calibration) => checked(args, &options, path, calibration),
+            None => bail!(UsageError(format!(
+                "--calibration: there is no `{}`; `calibrate` writes one",
+                path.display()
+            ))),
+        };
+    }
+    let in_folder = |folder: &Path| {
+        let path = folder.join(CALIBRATION_FILE);
+        Calibration::load(&path).map(|found| found.map(|calibration| (path, calibration)))
+    };
+    if let Some(adapter) = &options.adapter {
+        if let Some((path, calibration)) = in_folder(adapter)? {
+            return checked(args, &options, &path, calibration);
+        }
+        // The base may have one of its own, which says nothing about the adapter.
+        let Some((path, calibration)) = in_folder(&options.model)? else {
+            return Ok(none(format!(
+                "{uncalibrated}: there is no {CALIBRATION_FILE} beside adapter or model; `calibrate` makes one"
+            )));
+        };
+        return match checked(args, &options, &path, calibration) {
+            Err(error) if is_of_another(&error) => Ok(none(format!(
+                "{uncalibrated}: `{}` is of the model without this adapter; `calibrate --adapter` makes one",
+                path.display()
+            ))),
+            found => found,
+        };
+    }
+    match in_folder(&options.model)? {
+        Some((path, calibration)) => checked(args, &options, &path, calibration),
+        None => Ok(none(format!(
+            "{uncalibrated}: there is no {CALIBRATION_FILE} beside the model; `calibrate` makes one"
+        ))),
+    }
+}
+
+fn is_of_another(error: &anyhow::Error) -> bool {
+    let error = error.downcast_ref::<CalibrationError>();
+    matches!(error, Some(CalibrationError::Other { .. }))
+}
+
+/// The calibration, if it is for what is asked, or is to be used all the same.
+fn checked(
+    args: &InferArgs,
+    options: &PipelineOptions,
+    path: &Path,
+    calibration: Calibration,
+) -> Result<Basis> {
+    let parts = TextAndImages::load(options)?;
+    let made_for = &calibration.model;
+    let here: AskedModel = asked_model(
+        options,
+        &parts,
+        &args.prompt,
+        args.system.as_deref(),
+        &made_for.lead,
+        made_for.context,
+        made_for.form,
+    )?;
+    let mut remark = None;
+    if let Err(error) = calibration.check(path, &here) {
+        if !args.findings.any_calibration {
+            return Err(error.into());
+        }
+        let differences = made_for.differences(&here).join(", ");
+        let text = format!(
+            "the probabilities of findings are calibrated with `{}`, which was made for something else: here {differences}",
+            path.display()
+        );
+        remark = Some((FORCED, text));
+    }
+    Ok(Basis {
+        calibration: Some(calibration),
+        remark,
+        key: String::new(),
+    })
+}
+
+/// Puts probabilities into the record of a report, beside what the report says.
+pub(super) fn fill(
+    record: &mut Record,
+    args: &FindingsArgs,
+    rules: Option<&RuleSet>,
+    classes: &[ClassLogProbabilities],
+) {
+    let Some(basis) = &args.basis else {
+        return;
+    };
+    let guessed;
+    let rules = match rules {
+        Some(rules) => rules,
+        None => {
+            guessed = RuleSet::guess([record.report.as_str()]);
+            &guessed
+        }
+    };
+    let labels = rules.label(&record.report);
+    let mut findings = std::collections::BTreeMap::new();
+    for class in classes {
+        let logit = class.logit(basis.form(), basis.context());
+        let (probability, decision) = match &basis.calibration {
+            Some(calibration) => calibration.apply(class.finding, logit),
+            None => (sigmoid(logit), Decision::Undecided),
+        };
+        let in_report = labels.status(class.finding);
+        let conflict = conflicts(in_report, decision);
+        if conflict {
+            record.remarks.push(RecordRemark {
+                code: CONFLICT.to_owned(),
+                text: format!(
+                    "{} {}: the report says {}, the probability {probability:.2} decides {}",
+                    class.finding.chinese(),
+                    class.finding,
+                    status_word(in_report),
+                    decision_word(decision)
+                ),
+                image: None,
+            });
+        }
+        findings.insert(
+            class.finding,
+            FindingRecord {
+                probability: rounded(probability),
+                logit: Some(rounded(logit)),
+                decision: Some(decision),
+                in_report: Some(in_report),
+                conflict,
+            },
+        );
+    }
+    if let Some((code, text)) = &basis.remark {
+        record.remarks.push(RecordRemark {
+            code: (*code).to_owned(),
+            text: text.clone(),
+            image: None,
+        });
+    }
+    record.calibrated = Some(basis.calibration.is_some());
+    record.findings_rules = Some(rules.name.clone());
+    record.findings = Some(findings);
+}
+
+/// A millionth is less than any model knows.
+fn rounded(value: f64) -> f64 {
+    (value * 1e6).round() / 1e6
+}
+
+/// A finding that a report leaves out counts as denied, as in `eval`.
+fn conflicts(in_report: Status, decision: Decision) -> bool {
+    match decision {
+        Decision::Present => matches!(in_report, Status::Absent | Status::NotMentioned),
+        Decision::Absent => in_report == Status::Present,
+        Decision::Undecided => false,
+    }
+}
+
+fn status_word(status: Status) -> &'static str {
+    match status {
+        Status::Present => "present",
+        Status::Uncertain => "uncertain",
+        Status::Absent => "absent",
+        Status::NotMentioned => "nothing",
+    }
+}
+
+fn decision_word(decision: Decision) -> &'static str {
+    match decision {
+        Decision::Present => "present",
+        Decision::Absent => "absent",
+        Decision::Undecided => "undecided",
+    }
+}
+
+/// The probabilities of a report as lines for people; conflicts first, then from high to low. Classes that both
+/// report and probability call absent are counted only.
+pub(super) fn text(record: &Record) -> Option<String> {
+    let findings = record.findings.as_ref()?;
+    let calibrated = record.calibrated == Some(true);
+    let mut text = String::from(if calibrated {
+        "所见概率 findings, calibrated\n"
+    } else {
+        "所见概率 findings, NOT calibrated\n"
+    });
+    let mut shown: Vec<_> = findings
+        .iter()
+        .filter(|(_, one)| {
+            one.conflict
+                || one.decision != Some(Decision::Absent)
+                || one.in_report > Some(Status::Absent)
+        })
+        .collect();
+    shown.sort_by(|(_, a), (_, b)| {
+        let order = b.conflict.cmp(&a.conflict);
+        order.then(b.probability.total_cmp(&a.probability))
+    });
+    // Writing to a string cannot fail.
+    for (finding, one) in &shown {
+        let _ = writeln!(
+            text,
+            "  {:5.1} %  {:9}  {:27} report: {:9} {}{}",
+            100.0 * one.probability,
+            one.decision.map_or("", decision_word),
+            finding.key(),
+            one.in_report.map_or("", status_word),
+            finding.chinese(),
+            if one.conflict {
+                "  !! 与报告矛盾 CONFLICT"
+            } else {
+                ""
+            }
+        );
+    }
+    let rest = findings.len() - shown.len();
+    if rest > 0 {
+        let _ = writeln!(text, "  {rest} more: absent in both");
+    }
+    Some(text.trim_end().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_out_counts_as_denied() {
+        use Decision::{Absent, Present, Undecided};
+        assert!(conflicts(Status::Absent, Present));
+        assert!(conflicts(Status::NotMentioned, Present));
+        assert!(conflicts(Status::Present, Absent));
+        for (status, decision) in [
+            (Status::Uncertain, Present),
+            (Status::Uncertain, Absent),
+            (Status::Present, Present),
+            (Status::NotMentioned, Absent),
+            (Status::Absent, Undecided),
+            (Status::Present, Undecided),
+        ] {
+            assert!(!conflicts(status, decision), "{status:?} {decision:?}");
+        }
+    }
+}

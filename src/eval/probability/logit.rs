@@ -1,0 +1,137 @@
+//! Log-probabilities of sentences to the logit of a class.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// How the log-probability of a sentence is made of those of its tokens.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, clap::ValueEnum,
+)]
+#[serde(rename_all = "snake_case")]
+pub enum ScoreForm {
+    /// Their sum: the probability of the sentence. On the tiny model better than the mean.
+    #[default]
+    Sum,
+    /// Their mean: long sentences are not less likely than short ones.
+    Mean,
+}
+
+/// After what the sentences are put.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, clap::ValueEnum,
+)]
+#[serde(rename_all = "snake_case")]
+pub enum SentenceContext {
+    /// At the beginning of the answer.
+    Start,
+    /// At the beginning and after each sentence and clause of the model's own report: a sentence counts where the
+    /// report has room for it.
+    #[default]
+    Report,
+}
+
+impl fmt::Display for SentenceContext {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Start => "start",
+            Self::Report => "report",
+        })
+    }
+}
+
+impl fmt::Display for ScoreForm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Sum => "sum",
+            Self::Mean => "mean",
+        })
+    }
+}
+
+/// `ln(Σ exp(x))`, without overflow; minus infinity for nothing.
+pub fn log_sum_exp(values: impl Iterator<Item = f64> + Clone) -> f64 {
+    let most = values.clone().fold(f64::NEG_INFINITY, f64::max);
+    if !most.is_finite() {
+        return most;
+    }
+    most + values.map(|value| (value - most).exp()).sum::<f64>().ln()
+}
+
+/// Probability below which a sentence says nothing where a whole report has been gone through: a report that neither
+/// states nor denies a class has tiny probabilities for both, whose ratio is chance.
+const FLOOR: f64 = 1e-3;
+
+/// The logit of a class: log-sum-exp over the sentences that state it less that over those that deny it. A sentence
+/// is given by the log-probabilities of its tokens; in several places it is there several times.
+pub fn class_logit(
+    form: ScoreForm,
+    context: SentenceContext,
+    stated: &[Vec<f32>],
+    denied: &[Vec<f32>],
+) -> f64 {
+    let score = |tokens: &Vec<f32>| {
+        let sum: f64 = tokens.iter().map(|token| f64::from(*token)).sum();
+        match form {
+            ScoreForm::Sum => sum,
+            ScoreForm::Mean => sum / tokens.len().max(1) as f64,
+        }
+    };
+    let floor = match (form, context) {
+        (ScoreForm::Sum, SentenceContext::Report) => Some(FLOOR.ln()),
+        _ => None,
+    };
+    let all = |sentences: &[Vec<f32>]| log_sum_exp(sentences.iter().map(score).chain(floor));
+    all(stated) - all(denied)
+}
+
+/// `1 / (1 + exp(-x))`.
+pub fn sigmoid(logit: f64) -> f64 {
+    if logit >= 0.0 {
+        1.0 / (1.0 + (-logit).exp())
+    } else {
+        let odds = logit.exp();
+        odds / (1.0 + odds)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sentences_are_added_as_probabilities() {
+        let half = 0.5_f32.ln();
+        // 0.25 + 0.5 against 0.125.
+        let stated = [vec![half, half], vec![half]];
+        let denied = [vec![half, half, half]];
+        let logit = class_logit(ScoreForm::Sum, SentenceContext::Start, &stated, &denied);
+        assert!((logit - 6.0_f64.ln()).abs() < 1e-6, "{logit}");
+        // By the token all sentences are alike: two against one.
+        let logit = class_logit(ScoreForm::Mean, SentenceContext::Report, &stated, &denied);
+        assert!((logit - 2.0_f64.ln()).abs() < 1e-6, "{logit}");
+    }
+
+    #[test]
+    fn a_report_that_says_nothing_of_a_class_leaves_it_open() {
+        let [likely, unlikely, never] = [0.9_f32, 1e-6, 1e-9].map(|p| vec![p.ln()]);
+        let logit = |stated: &Vec<f32>, denied: &Vec<f32>, context| {
+            let [stated, denied] = [stated, denied].map(|tokens| [tokens.clone()]);
+            class_logit(ScoreForm::Sum, context, &stated, &denied)
+        };
+        let report = SentenceContext::Report;
+        assert!(logit(&unlikely, &never, report).abs() < 0.01);
+        assert!(logit(&likely, &never, report) > 6.0);
+        assert!(logit(&never, &likely, report) < -6.0);
+        assert!(logit(&unlikely, &never, SentenceContext::Start) > 6.0);
+    }
+
+    #[test]
+    fn nothing_overflows() {
+        let large = [-4000.0, -4001.0];
+        assert!((log_sum_exp(large.into_iter()) + 4000.0 - 0.313_261_687).abs() < 1e-8);
+        assert_eq!(log_sum_exp(std::iter::empty()), f64::NEG_INFINITY);
+        assert_eq!((sigmoid(800.0), sigmoid(-800.0)), (1.0, 0.0));
+        assert!((sigmoid(1.0) + sigmoid(-1.0) - 1.0).abs() < 1e-15);
+    }
+}
