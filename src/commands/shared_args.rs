@@ -31,8 +31,9 @@ pub struct ModelArgs {
     /// Folder of a Qwen3-VL checkpoint, or its name on Hugging Face or ModelScope
     /// (Qwen/Qwen3-VL-8B-Instruct, NAME@REVISION) if it was downloaded; `hf:` or `ms:` before it chooses the hub.
     ///
-    /// As published: safetensors in 16 or 32 bits or quantised (fp8, AWQ, GPTQ, compressed-tensors, bitsandbytes); or a
-    /// GGUF file, or a folder with one and its mmproj file.
+    /// As published: safetensors or files of PyTorch (pytorch_model.bin, read without running anything), in 16 or 32
+    /// bits or quantised (fp8, AWQ, GPTQ, compressed-tensors, bitsandbytes); or a GGUF file, or a folder with one and
+    /// its mmproj file.
     #[arg(long, value_name = "DIR|ID|FILE.gguf", default_value = "model/tiny")]
     pub model: PathBuf,
     /// Downloads.
