@@ -80,7 +80,7 @@ pub struct CalibrateArgs {
     #[arg(long, value_name = "TEXT", default_value = "")]
     pub lead: String,
     /// After what the sentences of each class are put: at the beginning of the answer alone, or also after each
-    /// sentence of the report that the model writes first, which takes longer and says more.
+    /// clause of the report that the model writes first, which takes some ten times as long.
     #[arg(long, value_enum, default_value_t = SentenceContext::default())]
     pub context: SentenceContext,
     /// How the log-probability of a sentence is made of those of its tokens; both are fitted and compared.

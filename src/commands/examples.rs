@@ -417,7 +417,8 @@ mod tests {
                 for (index, word) in words.iter().enumerate() {
                     let path = word.rsplit('=').next().unwrap_or_default();
                     let is_output = index > 0
-                        && ["--output", "--output-dir", "--html"].contains(&words[index - 1]);
+                        && ["--output", "--output-dir", "--html", "--csv"]
+                            .contains(&words[index - 1]);
                     // A name on a hub.
                     let is_name = words.get(1) == Some(&"pull") && index == 2;
                     if !path.contains('/') || is_output || is_name {

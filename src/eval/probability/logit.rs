@@ -23,11 +23,11 @@ pub enum ScoreForm {
 )]
 #[serde(rename_all = "snake_case")]
 pub enum SentenceContext {
-    /// At the beginning of the answer.
+    /// At the beginning of the answer. On the tiny model this is as good as the other, and ten times as fast.
+    #[default]
     Start,
     /// At the beginning and after each sentence and clause of the model's own report: a sentence counts where the
     /// report has room for it.
-    #[default]
     Report,
 }
 
