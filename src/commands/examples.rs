@@ -399,7 +399,8 @@ mod tests {
                 for (index, word) in words.iter().enumerate() {
                     let path = word.rsplit('=').next().unwrap_or_default();
                     let is_output = index > 0
-                        && ["--output", "--output-dir", "--html", "--csv"].contains(&words[index - 1]);
+                        && ["--output", "--output-dir", "--html", "--csv"]
+                            .contains(&words[index - 1]);
                     if !path.contains('/') || is_output {
                         continue;
                     }
