@@ -58,6 +58,7 @@ pub trait DeviceTask {
     type Output;
 
     /// Whether f16 has too little range for the work, and is used only where the user names it.
+    #[cfg_attr(not(feature = "wgpu"), allow(dead_code))]
     fn needs_range(&self) -> bool {
         false
     }
@@ -80,6 +81,7 @@ pub trait ReplicatedTask {
     type Output;
 
     /// As [`DeviceTask::needs_range`].
+    #[cfg_attr(not(feature = "wgpu"), allow(dead_code))]
     fn needs_range(&self) -> bool {
         false
     }
