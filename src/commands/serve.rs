@@ -86,7 +86,7 @@ pub struct ServeArgs {
     /// can be given several times.
     #[arg(long, value_name = "NAME")]
     pub host_name: Vec<String>,
-    /// Origin whose web pages may use the server from a browser, such as https://viewer.example, `null`, or
+    /// Origin whose web pages may use the server from a browser, such as `https://viewer.example`, `null`, or
     /// `*` for any; can be given several times. Without it only the server's own page may.
     #[arg(long, value_name = "ORIGIN", num_args = 1..)]
     pub allow_origin: Vec<String>,

@@ -56,7 +56,7 @@ const STRUCTURED: [&str; 9] = [
 /// Pixel limits, as keys of a row or of an image.
 pub(super) const LIMITS: [&str; 2] = ["min_pixels", "max_pixels"];
 
-/// Whether a row with these keys is one that [`to_messages`] or the plain form takes.
+/// Whether a row with these keys is one that `to_messages` or the plain form takes.
 pub fn is_training_form(row: &Map<String, Value>) -> bool {
     let given = |key: &&str| {
         row.get(*key)

@@ -1,7 +1,7 @@
 //! A checkpoint of any form as tensors of floats under the names of the module tree.
 //!
-//! Forms are safetensors and PyTorch's files ([`pytorch`](super::pytorch)), one file or shards, with floats or published quantised weights
-//! ([`forms`](super::forms)), and llama.cpp's GGUF ([`gguf`](super::gguf)). Quantised tensors are dequantised
+//! Forms are safetensors and PyTorch's files (`pytorch`), one file or shards, with floats or published quantised weights
+//! (`forms`), and llama.cpp's GGUF (`gguf`). Quantised tensors are dequantised
 //! piece by piece while they are read; only headers are in memory before.
 
 use std::{
