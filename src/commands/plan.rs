@@ -39,8 +39,8 @@ pub struct PlanArgs {
     /// Downloads.
     #[command(flatten)]
     pub download: DownloadArgs,
-    /// Training data instead of the config's.
-    #[arg(long, value_name = "FILE.jsonl")]
+    /// Training data instead of the config's, in every form that `train` reads.
+    #[arg(long, value_name = "DATA")]
     pub train_data: Option<String>,
     /// Measured throughput, from `bench train` or an earlier run, for an estimate of the time.
     #[arg(long, value_name = "F", conflicts_with = "bench")]

@@ -55,11 +55,11 @@ pub struct PreviewArgs {
     /// Frame of a multi-frame DICOM file or page of a multi-page TIFF file, counted from 1.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub frame: Option<u32>,
-    /// Folder of the checkpoint whose image processor is used; weights are not read.
-    #[arg(long, value_name = "DIR", default_value = "model/tiny")]
+    /// Folder or name of the checkpoint whose image processor is used; weights are not read.
+    #[arg(long, value_name = "DIR|ID", default_value = "model/tiny")]
     pub model: PathBuf,
-    /// Folder of an adapter, whose training may have set other pixel limits.
-    #[arg(long, value_name = "DIR")]
+    /// Folder or name of an adapter, whose training may have set other pixel limits.
+    #[arg(long, value_name = "DIR|ID")]
     pub adapter: Option<PathBuf>,
     /// Smallest size the image is scaled to, in pixels; by default that of the adapter's training, else the
     /// checkpoint's.
