@@ -3,7 +3,7 @@
 
 use std::{panic, process::ExitCode, sync::Mutex};
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 use xray_qwen3vl::{
     base::{
         out_of_memory,
@@ -82,8 +82,8 @@ fn main() -> ExitCode {
         Command::Doctor(args) => doctor::run(args),
         Command::Bench(command) => bench::run(command),
         Command::Config(args) => config::run(args),
-        Command::Completions(args) => completions::run(&args),
-        Command::Man(args) => completions::run_man(&args),
+        Command::Completions(args) => completions::run(&args, Cli::command()),
+        Command::Man(args) => completions::run_man(&args, Cli::command()),
         Command::Version(args) => version::run(&args),
     });
     match result {

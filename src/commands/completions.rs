@@ -7,11 +7,10 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use clap::{Args, CommandFactory, ValueEnum};
+use clap::{Args, Command, ValueEnum};
 use clap_complete::{Shell, generate};
 
 use super::shell::{shell_word, unless_closed};
-use crate::cli::Cli;
 
 /// Name of the program in completions and pages.
 const NAME: &str = "xray-qwen3vl";
@@ -51,18 +50,13 @@ pub struct CompletionsArgs {
     pub shell: ShellName,
 }
 
-/// Runs `completions`: the script goes to stdout.
+/// Runs `completions` for `program`, the whole command line: the script goes to stdout.
 ///
 /// # Errors
 /// It cannot be printed.
-pub fn run(args: &CompletionsArgs) -> Result<()> {
+pub fn run(args: &CompletionsArgs, mut program: Command) -> Result<()> {
     let mut script = Vec::new();
-    generate(
-        Shell::from(args.shell),
-        &mut Cli::command(),
-        NAME,
-        &mut script,
-    );
+    generate(Shell::from(args.shell), &mut program, NAME, &mut script);
     let mut script = String::from_utf8(script).context("the completions are not UTF-8")?;
     if args.shell == ShellName::Bash {
         // clap_complete spells a hyphen of the program's name in two ways, so that no option of a command is
@@ -85,14 +79,14 @@ pub struct ManArgs {
     pub output: PathBuf,
 }
 
-/// Runs `man`.
+/// Runs `man` for `program`, the whole command line.
 ///
 /// # Errors
 /// The folder or a page cannot be written.
-pub fn run_man(args: &ManArgs) -> Result<()> {
+pub fn run_man(args: &ManArgs, program: Command) -> Result<()> {
     fs::create_dir_all(&args.output)
         .with_context(|| format!("cannot make the folder `{}`", args.output.display()))?;
-    clap_mangen::generate_to(Cli::command(), &args.output)
+    clap_mangen::generate_to(program, &args.output)
         .with_context(|| format!("cannot write the pages to `{}`", args.output.display()))?;
     let first = args.output.join(format!("{NAME}.1"));
     println!(

@@ -1,8 +1,6 @@
 //! `label`: findings of reports, read by rules, a row each.
 
 use std::{
-    collections::BTreeMap,
-    fs,
     io::Write,
     path::{Path, PathBuf},
 };
@@ -14,7 +12,8 @@ use serde_json::{Map, Value, json};
 
 use super::{shell::unless_closed, usage::UsageError};
 use crate::{
-    base::files::write_atomic,
+    base::{files::write_atomic, text_file::read_text},
+    dataset::rows::DataFile,
     eval::{
         findings::{
             Finding, ReportLabels, RuleSet, Status,
@@ -44,6 +43,9 @@ const TEXT_KEYS: [&str; 14] = [
     "诊断意见",
 ];
 
+/// Most bytes of a file with a report a line.
+const MAX_BYTES: u64 = 1 << 30;
+
 /// What one row of the output is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Level {
@@ -58,7 +60,8 @@ pub enum Level {
 /// Arguments of `label`.
 #[derive(Debug, Clone, Args)]
 pub struct LabelArgs {
-    /// Reports: JSON Lines, a JSON list, CSV with a header, or plain text with a report a line.
+    /// Reports: a data file of any kind that `train` reads (JSON Lines, a JSON list, CSV, TSV, Parquet; UTF-8, UTF-16,
+    /// GB18030, gzip), or `.txt` with a report a line.
     #[arg(value_name = "FILE")]
     pub input: PathBuf,
     /// Key or column of the report, instead of the first known one: report, text, response …
@@ -267,87 +270,39 @@ fn chexpert_table(
         .map_err(|error| error.into_error().into())
 }
 
+/// Reports of a file of any kind that `train` reads; of `.txt` one a line.
 fn read(path: &Path, key: Option<&str>) -> Result<Vec<Report>> {
-    let file = path.display();
-    let text =
-        fs::read_to_string(path).with_context(|| format!("cannot read the reports `{file}`"))?;
-    let text = text.trim_start_matches('\u{feff}');
-    let ending = path
+    let is_text = path
         .extension()
-        .and_then(|ending| ending.to_str())
-        .unwrap_or_default();
-    match ending.to_ascii_lowercase().as_str() {
-        "csv" | "tsv" => {
-            let delimiter = if ending.eq_ignore_ascii_case("tsv") {
-                b'\t'
-            } else {
-                b','
-            };
-            read_csv(path, text, delimiter, key)
-        }
-        "txt" | "text" => Ok(text
-            .lines()
-            .filter(|line| !line.trim().is_empty())
+        .is_some_and(|ending| ending.eq_ignore_ascii_case("txt"));
+    if is_text {
+        let text = read_text(path, MAX_BYTES)?.text;
+        let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+        return Ok(lines
             .map(|line| Report {
                 keys: Map::new(),
                 by_hand: None,
-                text: line.trim().to_owned(),
+                text: line.to_owned(),
             })
-            .collect()),
-        _ if text.trim_start().starts_with('[') => {
-            let rows: Vec<Value> = serde_json::from_str(text)
-                .with_context(|| format!("`{file}` is no JSON list of objects"))?;
-            rows.into_iter()
-                .enumerate()
-                .map(|(n, row)| report(path, n + 1, row, key))
-                .collect()
-        }
-        _ => text
-            .lines()
-            .enumerate()
-            .filter(|(_, line)| !line.trim().is_empty())
-            .map(|(n, line)| {
-                let row = serde_json::from_str(line).with_context(|| {
-                    format!("`{file}` row {}: expected one JSON object a line", n + 1)
-                })?;
-                report(path, n + 1, row, key)
-            })
-            .collect(),
+            .collect());
     }
-}
-
-fn read_csv(path: &Path, text: &str, delimiter: u8, key: Option<&str>) -> Result<Vec<Report>> {
-    let mut reader = csv::ReaderBuilder::new()
-        .delimiter(delimiter)
-        .flexible(false)
-        .from_reader(text.as_bytes());
-    let rows = reader.deserialize::<BTreeMap<String, String>>();
-    rows.enumerate()
-        .map(|(n, row)| {
-            let row = row.with_context(|| format!("`{}` row {}", path.display(), n + 2))?;
-            let row = row.into_iter().map(|(key, value)| (key, json!(value)));
-            report(path, n + 2, Value::Object(row.collect()), key)
+    let file = DataFile::read(path)?;
+    file.rows()?
+        .map(|(number, row)| {
+            let row = row.map_err(|fault| anyhow!("`{}` row {number}: {fault}", path.display()))?;
+            report(path, number, row, key)
         })
         .collect()
 }
 
 /// The report of a row; findings and impression are joined.
-fn report(path: &Path, number: usize, row: Value, key: Option<&str>) -> Result<Report> {
+fn report(
+    path: &Path,
+    number: usize,
+    row: Map<String, Value>,
+    key: Option<&str>,
+) -> Result<Report> {
     let place = || format!("`{}` row {number}", path.display());
-    let row = match row {
-        Value::Object(row) => row,
-        Value::String(text) => {
-            return Ok(Report {
-                keys: Map::new(),
-                by_hand: None,
-                text,
-            });
-        }
-        _ => bail!(
-            "{}: expected a JSON object with the report under a key",
-            place()
-        ),
-    };
     let text_of = |key: &str| row.get(key).and_then(Value::as_str);
     let text = match key {
         Some(key) => text_of(key).map(str::to_owned).ok_or_else(|| {

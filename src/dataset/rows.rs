@@ -7,12 +7,13 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use serde_json::{Map, Value};
+use serde_json::Value;
 
+pub use super::table::Rows;
 use super::table::{csv_rows, delimiter, parquet_rows};
 use crate::base::files::{sha256_bytes, sha256_file};
 use crate::base::text_file::{TextFileError, decode, is_gzip, read_limited, unpack};
-use crate::processor::sample::{RowFault, fields_of, is_training_form, object_of};
+use crate::processor::sample::{fields_of, is_training_form, object_of};
 use crate::processor::strict_json;
 
 /// Most bytes of a data file of text, packed and unpacked.
@@ -58,9 +59,6 @@ pub enum DataFileError {
     #[error(transparent)]
     Rows(#[from] RowsError),
 }
-
-/// Rows with their numbers, from 1: the line of JSON lines and of a table, else the place.
-pub type Rows<'a> = Box<dyn Iterator<Item = (usize, Result<Map<String, Value>, RowFault>)> + 'a>;
 
 /// A data file, read as far as its rows are.
 #[derive(Debug)]

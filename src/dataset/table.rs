@@ -7,9 +7,11 @@ use parquet::{
 };
 use serde_json::{Map, Number, Value};
 
-use super::rows::Rows;
 use crate::base::panics::quietly;
 use crate::processor::sample::RowFault;
+
+/// Rows with their numbers, from 1: the line of JSON lines and of a table, else the place.
+pub type Rows<'a> = Box<dyn Iterator<Item = (usize, Result<Map<String, Value>, RowFault>)> + 'a>;
 
 /// Keys whose cells are numbers or truth values in a table of text.
 const SCALARS: [&str; 4] = ["loss", "loss_scale", "min_pixels", "max_pixels"];

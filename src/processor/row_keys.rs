@@ -22,7 +22,7 @@ pub enum KeyUse {
     Read,
     /// It names or describes the row and changes nothing.
     Harmless,
-    /// It belongs to another objective than learning answers; it stays in the row, and is told.
+    /// It belongs to another objective than learning answers; it stays in the row, with a remark.
     Kept,
     /// It would change what is learnt and is not supported; the text says what to do.
     Refused(&'static str),

@@ -15,6 +15,7 @@ use super::{
     App,
     answer::{AnswerReader, Answers, Header},
     audit::RequestRecord,
+    auth::Peer,
     body::{check_json_size, read_body, take},
     content::{Asked, Requester, prepare},
     engine::{Event, Failure, PreparedPrompt, QueuePlace, Submission, TokenConstraint},
@@ -37,6 +38,30 @@ pub(super) struct Call {
 }
 
 impl Call {
+    /// Begins an answer: checks the form of the request, reads its body and says who asks.
+    ///
+    /// # Errors
+    /// [`ApiError`]: no JSON, a full queue, a body that is too large or broken.
+    pub(super) async fn begin(
+        app: &App,
+        peer: Peer,
+        record: Arc<RequestRecord>,
+        headers: &HeaderMap,
+        body: Body,
+    ) -> Result<(Self, Fields, Share), ApiError> {
+        let call = Self {
+            client: peer.client,
+            record,
+            started: Instant::now(),
+        };
+        expect_json(headers)?;
+        // A full server does not read what it will not answer. The place itself is taken when the body is
+        // there: whoever sends slowly must not hold one.
+        app.engine.check_room(peer.client)?;
+        let (fields, memory) = read_json(app, peer.client, body).await?;
+        Ok((call, fields, memory))
+    }
+
     /// When the answer must be there.
     pub(super) fn deadline(&self, app: &App) -> Instant {
         self.started + app.config.request_timeout

@@ -1,6 +1,6 @@
 //! `POST /v1/chat/completions`.
 
-use std::{sync::Arc, time::Instant};
+use std::sync::Arc;
 
 use axum::{
     Json,
@@ -16,7 +16,7 @@ use super::{
     answer::{
         AnswerReader, Answers, Piece, count, finish_reason, next_event, stop_reason, with_ignored,
     },
-    ask::{Call, ask, expect_json, read_json},
+    ask::{Call, ask},
     audit::RequestRecord,
     auth::Peer,
     engine::{Done, Event, TokenLogprob},
@@ -36,16 +36,7 @@ pub(super) async fn completions(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let call = Call {
-        client: peer.client,
-        record,
-        started: Instant::now(),
-    };
-    expect_json(&headers)?;
-    // A full server does not read what it will not answer. The place itself is taken when the body is
-    // there: whoever sends slowly must not hold one.
-    app.engine.check_room(peer.client)?;
-    let (fields, memory) = read_json(&app, peer.client, body).await?;
+    let (call, fields, memory) = Call::begin(&app, peer, record, &headers, body).await?;
     let request = ChatRequest::read(fields, app.config.lenient)?;
     let mut answers = ask(&app, &call, request, memory, "chatcmpl-").await?;
     let ignored = answers.ignored.clone();

@@ -1,6 +1,6 @@
 //! `POST /v1/completions`: text that goes on, without a chat template.
 
-use std::{collections::BTreeMap, sync::Arc, time::Instant};
+use std::{collections::BTreeMap, sync::Arc};
 
 use axum::{
     Json,
@@ -15,7 +15,7 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use super::{
     App,
     answer::{AnswerReader, Answers, count, finish_reason, next_event, stop_reason, with_ignored},
-    ask::{Call, Rules, Task, expect_json, read_json, room, submit},
+    ask::{Call, Rules, Task, room, submit},
     audit::RequestRecord,
     auth::Peer,
     content::prepare_text,
@@ -40,14 +40,7 @@ pub(super) async fn completions(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let call = Call {
-        client: peer.client,
-        record,
-        started: Instant::now(),
-    };
-    expect_json(&headers)?;
-    app.engine.check_room(peer.client)?;
-    let (fields, memory) = read_json(&app, peer.client, body).await?;
+    let (call, fields, memory) = Call::begin(&app, peer, record, &headers, body).await?;
     let request = CompletionRequest::read(fields, app.config.lenient)?;
     let mut completion = start(&app, &call, request).await?;
     drop(memory);

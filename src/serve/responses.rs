@@ -1,6 +1,6 @@
 //! `POST /v1/responses`: OpenAI's newer form of a conversation. Nothing is stored.
 
-use std::{sync::Arc, time::Instant};
+use std::sync::Arc;
 
 use axum::{
     Json,
@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 use super::{
     App,
     answer::{Answers, Piece, count, next_event, random_id, stop_reason, with_ignored},
-    ask::{Call, ask, expect_json, read_json},
+    ask::{Call, ask},
     audit::RequestRecord,
     auth::Peer,
     engine::{Done, Event, TokenLogprob},
@@ -36,14 +36,7 @@ pub(super) async fn responses(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let call = Call {
-        client: peer.client,
-        record,
-        started: Instant::now(),
-    };
-    expect_json(&headers)?;
-    app.engine.check_room(peer.client)?;
-    let (fields, memory) = read_json(&app, peer.client, body).await?;
+    let (call, fields, memory) = Call::begin(&app, peer, record, &headers, body).await?;
     let request = ResponsesRequest::read(fields, app.config.lenient)?;
     let mut answers = ask(&app, &call, request.chat, memory, "resp_").await?;
     let ignored = answers.ignored.clone();

@@ -86,7 +86,7 @@ pub(super) struct ReportCommand {
     tell: Tell,
 }
 
-/// What the program is told first.
+/// The first line that the program gets.
 pub(super) struct Start<'a> {
     /// The run's folder.
     pub(super) run: &'a Path,

@@ -116,3 +116,24 @@ fn what_cannot_be_read_is_named() {
     assert_ne!(code, 0);
     assert!(stderr.contains("hospitol"), "{stderr}");
 }
+
+#[test]
+fn tables_of_chinese_programs_are_read_as_train_reads_them() {
+    let folder = tempdir().unwrap();
+    let table = "影像号,检查所见\n1,右侧少量胸腔积液。\n2,双肺未见明显异常。\n";
+    let (bytes, ..) = encoding_rs::GB18030.encode(table);
+    fs::write(folder.path().join("r.csv"), bytes).unwrap();
+    let (code, stdout, stderr) = run(folder.path(), &["label", "r.csv"]);
+    assert_eq!(code, 0, "{stderr}");
+    let rows = json_lines(&stdout);
+    assert_eq!(rows.len(), 2);
+    assert_eq!(rows[0]["影像号"], "1");
+    assert_eq!(rows[0]["findings"]["pleural_effusion"]["side"], "right");
+    fs::write(folder.path().join("broken.jsonl"), "{\"report\": \n").unwrap();
+    let (code, _, stderr) = run(folder.path(), &["label", "broken.jsonl"]);
+    assert_eq!(code, 1, "{stderr}");
+    assert!(
+        stderr.contains("broken.jsonl") && stderr.contains("row"),
+        "{stderr}"
+    );
+}

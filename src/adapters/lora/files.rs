@@ -31,7 +31,7 @@ use crate::{
 const TENSORS: &str = "adapter_model.safetensors";
 const PICKLE: &str = "adapter_model.bin";
 
-/// SHA-256 of the weights of the adapter in `dir`: two adapters of one base are told apart by it.
+/// SHA-256 of the weights of the adapter in `dir`, which identifies it among the adapters of one base.
 ///
 /// # Errors
 /// [`FileError`] if they cannot be read.

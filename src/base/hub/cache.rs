@@ -23,7 +23,7 @@ pub(super) struct Cached {
     pub(super) folder: PathBuf,
     /// Whose cache it is in.
     pub(super) hub: Hub,
-    /// Commit, branch or tag, where the cache tells.
+    /// Commit, branch or tag, where the cache has one.
     pub(super) revision: Option<String>,
     /// Something the user has to know about the choice.
     pub(super) remark: Option<String>,

@@ -85,7 +85,7 @@ impl Origin {
     }
 }
 
-/// What is asked for, beside the address.
+/// Which bytes of a file a request is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Ask {
     /// All from this byte on.

@@ -10,7 +10,7 @@ use crate::base::files::{FileError, size_text};
 pub enum HubError {
     /// A name with a hub's prefix, or typed for `pull`, that is none.
     #[error(
-        "`{text}` is no name of a model on a hub: {reason}; expected OWNER/NAME, OWNER/NAME@REVISION, or one of them behind `hf:` or `ms:`"
+        "`{text}` is no name of a model on a hub: {reason}; expected OWNER/NAME, OWNER/NAME@REVISION, or one of them with the prefix `hf:` or `ms:`"
     )]
     Name {
         /// What was typed.
@@ -114,7 +114,7 @@ pub enum HubError {
         /// What is wrong.
         reason: String,
     },
-    /// Nothing of the repository is asked for.
+    /// No file of the repository matches the request.
     #[error("`{id}` holds nothing to take: {reason}")]
     Nothing {
         /// The model.

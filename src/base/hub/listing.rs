@@ -54,7 +54,7 @@ pub(super) struct Entry {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Listing {
     pub(super) id: String,
-    /// Commit on Hugging Face, the revision asked for on ModelScope.
+    /// Commit on Hugging Face, the requested revision on ModelScope.
     pub(super) revision: String,
     pub(super) files: Vec<Entry>,
 }

@@ -1,4 +1,4 @@
-//! Names of models: `OWNER/NAME`, with a hub before and a revision behind.
+//! Names of models: `OWNER/NAME`, with the prefix of a hub and the suffix of a revision.
 
 use std::{
     env, fmt,
@@ -29,7 +29,7 @@ impl fmt::Display for Hub {
 }
 
 impl Hub {
-    /// What stands before an id to choose this hub.
+    /// Prefix of an id that chooses this hub.
     pub fn prefix(self) -> &'static str {
         match self {
             Self::HuggingFace => "hf:",
@@ -71,10 +71,10 @@ impl fmt::Display for ModelId {
 }
 
 impl ModelId {
-    /// Reads a name; `None` where it has the form of a path and no hub stands before it.
+    /// Reads a name; `None` where it has the form of a path and no prefix of a hub.
     ///
     /// # Errors
-    /// [`HubError::Name`] for a name behind `hf:` or `ms:` that is none.
+    /// [`HubError::Name`] for text after `hf:` or `ms:` that is no name.
     pub fn parse(text: &str) -> Result<Option<Self>, HubError> {
         let hubs = [Hub::HuggingFace, Hub::ModelScope];
         let named = hubs

@@ -104,7 +104,7 @@ impl Place {
         }
     }
 
-    /// Notes what the cache is asked for by name; called when all files are there.
+    /// Writes the reference of the requested name into the cache; called when all files are there.
     pub(super) fn finish(&self, revision: &str) -> Result<(), HubError> {
         match self {
             Self::HuggingFace { repo, commit, .. } => {

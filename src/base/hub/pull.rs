@@ -45,7 +45,7 @@ pub struct PullOptions {
 /// What a download does.
 #[derive(Debug)]
 pub enum PullEvent<'a> {
-    /// The hub is asked for its list, again after a failure.
+    /// A request failed and is repeated.
     Retry {
         /// Why it failed.
         reason: &'a str,
@@ -56,7 +56,7 @@ pub enum PullEvent<'a> {
     Listed {
         /// The hub.
         hub: Hub,
-        /// Commit, or what was asked for.
+        /// Commit, or the requested revision.
         revision: &'a str,
         /// How many files are taken.
         files: usize,

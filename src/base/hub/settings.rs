@@ -33,7 +33,7 @@ pub struct HubPlace {
     pub caches: Vec<PathBuf>,
 }
 
-/// Both hubs, and how they are asked.
+/// Addresses, tokens and limits of both hubs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HubSettings {
     /// The hub of a name without a prefix.

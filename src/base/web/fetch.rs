@@ -69,7 +69,7 @@ impl Sink for Vec<u8> {
 /// Which addresses may be connected to.
 pub type Allowed = fn(IpAddr) -> bool;
 
-/// Fetches what is at `url`, at most `max_bytes` within `timeout`, redirects included; `allowed` is asked of each
+/// Fetches what is at `url`, at most `max_bytes` within `timeout`, redirects included; `allowed` decides on each
 /// address that is connected to, [`is_public`] outside tests.
 ///
 /// # Errors

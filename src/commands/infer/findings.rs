@@ -197,7 +197,7 @@ fn is_of_another(error: &anyhow::Error) -> bool {
     matches!(error, Some(CalibrationError::Other { .. }))
 }
 
-/// The calibration, if it is for what is asked, or is to be used all the same.
+/// The calibration, if it fits model, adapter and question, or is forced.
 fn checked(
     args: &InferArgs,
     options: &PipelineOptions,

@@ -205,6 +205,8 @@ pub(super) struct HeldOutScores {
     before: BTreeMap<String, f64>,
     after: BTreeMap<String, f64>,
     swapped: BTreeMap<String, f64>,
+    /// The table of words that the findings of the reports are read with; empty without reports.
+    rules: String,
 }
 
 impl HeldOutScores {
@@ -234,6 +236,7 @@ impl HeldOutScores {
         let truths: Vec<String> = (0..outcome.reports)
             .map(|row| data.text(row).answer.unwrap_or_default())
             .collect();
+        outcome.rules = RuleSet::guess(truths.iter().map(String::as_str)).name;
         let images = image_counts(data, 0..outcome.reports, &result.parts)?;
         // Studies are distinguished by what is true of them: the views of one share its report.
         let studies: Vec<&str> = truths.iter().map(String::as_str).collect();
@@ -294,6 +297,9 @@ impl HeldOutScores {
             "reports: {}; loss over the whole validation set",
             self.reports
         );
+        if !self.rules.is_empty() {
+            let _ = write!(text, "; findings are read with the rules `{}`", self.rules);
+        }
         Some(text)
     }
 
@@ -315,6 +321,7 @@ impl HeldOutScores {
             })),
             "held_out": {
                 "reports": self.reports,
+                "finding_rules": self.rules,
                 "before": values(&self.before),
                 "after": values(&self.after),
                 "images_swapped": values(&self.swapped),

@@ -36,11 +36,6 @@ impl Default for SamplingConfig {
 }
 
 impl SamplingConfig {
-    /// Whether the next token is the likeliest one, whatever came before.
-    pub fn takes_likeliest(&self) -> bool {
-        self.temperature == 0.0 && self.repetition_penalty == 1.0
-    }
-
     /// Checks the ranges.
     ///
     /// # Errors
