@@ -182,7 +182,7 @@ const MUST_BE_OFF: &[&str] = &[
 /// The others take their part out of the base's weights when training begins, and PEFT does so again at load.
 ///
 /// Source: `LoraLayer.update_layer`, PEFT, `tuners/lora/layer.py`.
-const BASE_AS_IT_IS: &[&str] = &["gaussian", "orthogonal", "eva"];
+const BASE_AS_IT_IS: &[&str] = &["gaussian", "orthogonal", "eva", "mica"];
 
 /// Values that take a part out of the base which the adapter, as training began, holds exactly: the
 /// difference to it is a LoRA of the base as it was.
@@ -434,19 +434,23 @@ fn initial_of(
     if found.is_some() {
         return Ok(found);
     }
-    let beside = match convertible {
+    // What PEFT can convert it says in `save_pretrained`; all that it can load it can merge.
+    let cure = match convertible {
         true => {
-            ", or put the adapter as `save_pretrained` wrote it before the first step beside it, in a folder `pissa_init` or `initial_model`"
+            "write it with `save_pretrained(DIR, path_initial_model_for_weight_conversion=…)`, which makes it a plain LoRA of the original base, \
+             or put the adapter as `save_pretrained` wrote it before the first step beside it, in a folder `pissa_init` or `initial_model`"
         }
-        false => "",
+        false => {
+            "PEFT converts no adapter of this kind into a plain LoRA, so merge it there: \
+             `PeftModel.from_pretrained(base, ADAPTER).merge_and_unload().save_pretrained(DIR)`, and name DIR with --model"
+        }
     };
     Err(AdapterError::Unsupported {
         path: path.to_path_buf(),
         key: "init_lora_weights".to_owned(),
         found: init.to_string(),
         expected: format!(
-            "true, false, `gaussian`, `orthogonal` or `eva`: the tensors of this adapter belong to a base that PEFT has changed; \
-             write it with `save_pretrained(DIR, path_initial_model_for_weight_conversion=…)`, which makes it a plain LoRA of the original base{beside}"
+            "true, false, `gaussian`, `orthogonal`, `eva` or `mica`: the tensors of this adapter belong to a base that PEFT has changed; {cure}"
         ),
     })
 }

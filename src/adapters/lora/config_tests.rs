@@ -100,26 +100,26 @@ fn an_adapter_whose_base_is_not_the_base_is_refused() {
         r#""gaussian""#,
         r#""orthogonal""#,
         r#""eva""#,
+        r#""mica""#,
     ] {
         assert!(read(init).is_ok(), "{init}");
     }
-    for init in [
-        "pissa",
-        "pissa_niter_4",
-        "olora",
-        "corda",
-        "loftq",
-        "lora_ga",
-        "new",
+    let converts = "path_initial_model_for_weight_conversion";
+    for (init, cure) in [
+        ("pissa", converts),
+        ("pissa_niter_4", converts),
+        ("olora", converts),
+        ("corda", converts),
+        ("lora_ga", converts),
+        // Its base is quantised, which no LoRA makes good.
+        ("loftq", "merge_and_unload"),
+        ("new", "merge_and_unload"),
     ] {
         let error = read(&format!("\"{init}\"")).unwrap_err().to_string();
-        for piece in [
-            init,
-            "init_lora_weights",
-            "path_initial_model_for_weight_conversion",
-        ] {
+        for piece in [init, "init_lora_weights", cure] {
             assert!(error.contains(piece), "{error}");
         }
+        assert_eq!(error.contains(converts), cure == converts, "{error}");
     }
 }
 
