@@ -117,7 +117,7 @@ pub fn decode(bytes: &[u8], name: &str, limits: &DecodeLimits) -> Result<RgbImag
 
 /// Decodes frame `frame`, counted from 1, of the picture in `bytes`.
 ///
-/// Of a DICOM file with several frames one has to be chosen; of a TIFF file the first page is taken otherwise,
+/// Of a DICOM file with several frames and of a volume one has to be chosen; of a TIFF file the first page is taken otherwise,
 /// with a remark. Any other picture counts as one, also an animation, of which the first frame is
 /// taken with a remark.
 ///
@@ -175,7 +175,9 @@ fn decode_plain(
     let mut remarks = Vec::new();
     let tiff = Tiff::new(bytes).filter(|_| format == PictureFormat::Tiff);
     let pages = tiff.as_ref().map_or(1, Tiff::page_count);
-    if let Some(frame) = frame.filter(|frame| !(1..=pages).contains(frame)) {
+    // Of a volume they are counted where it is read.
+    let is_array = matches!(format, PictureFormat::Nifti | PictureFormat::Nrrd);
+    if let Some(frame) = frame.filter(|frame| !is_array && !(1..=pages).contains(frame)) {
         return Err(ImageError::NoFrame {
             name: name.to_owned(),
             format,
@@ -224,8 +226,8 @@ fn decode_plain(
         }
         (PictureFormat::Nifti | PictureFormat::Nrrd, _) => {
             let decoded = match format {
-                PictureFormat::Nifti => nifti::decode(bytes, limits, &mut remarks),
-                _ => nrrd::decode(bytes, limits, &mut remarks),
+                PictureFormat::Nifti => nifti::decode(bytes, frame, limits, &mut remarks),
+                _ => nrrd::decode(bytes, frame, limits, &mut remarks),
             };
             let (picture, plane) = decoded.map_err(refused)?;
             hung = plane.orientation;

@@ -4,6 +4,7 @@
 //! `tests/fixtures/pictures/make.py` writes the files, their references and `expected.json`.
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -54,11 +55,61 @@ fn forms() -> Vec<Form> {
     forms
 }
 
+/// Endings of the formats of each row in the README's table.
+const PLAIN: [&str; 5] = [".jpg", ".gif", ".pbm", ".pgm", ".ppm"];
+const TIFF: [&str; 1] = [".tif"];
+const JPEG_2000_AND_LS: [&str; 4] = [".jp2", ".j2k", ".j2c", ".jls"];
+const VOLUMES: [&str; 3] = [".nii", ".nii.gz", ".nrrd"];
+const DICOM: [&str; 1] = [".dcm"];
+
+fn is_of(name: &str, endings: &[&str]) -> bool {
+    endings.iter().any(|ending| name.ends_with(ending))
+}
+
 #[test]
-fn every_form_has_the_levels_of_its_reference() {
+fn every_form_is_in_a_row_of_the_table() {
+    let rows: [&[&str]; 5] = [&PLAIN, &TIFF, &JPEG_2000_AND_LS, &VOLUMES, &DICOM];
+    for form in forms() {
+        let found = rows.iter().filter(|row| is_of(&form.name, row));
+        assert_eq!(found.count(), 1, "{}", form.name);
+    }
+}
+
+#[test]
+fn jpeg_gif_and_pnm_have_the_levels_of_pillow() {
+    have_the_levels_of_their_references(&PLAIN, 16);
+}
+
+#[test]
+fn tiff_has_the_levels_of_pillow_and_tifffile() {
+    have_the_levels_of_their_references(&TIFF, 47);
+}
+
+#[test]
+fn jpeg_2000_and_jpeg_ls_have_the_levels_of_their_libraries() {
+    have_the_levels_of_their_references(&JPEG_2000_AND_LS, 18);
+}
+
+#[test]
+fn nifti_and_nrrd_have_the_levels_of_their_libraries() {
+    have_the_levels_of_their_references(&VOLUMES, 13);
+}
+
+#[test]
+fn dicom_has_the_levels_of_pydicom() {
+    have_the_levels_of_their_references(&DICOM, 22);
+}
+
+/// Compares the files with these endings, of which there are at least `least`.
+fn have_the_levels_of_their_references(endings: &[&str], least: usize) {
     let limits = DecodeLimits::default();
     let mut wrong = Vec::new();
-    for form in forms() {
+    let forms: Vec<Form> = forms()
+        .into_iter()
+        .filter(|form| is_of(&form.name, endings))
+        .collect();
+    assert!(forms.len() >= least, "{}", forms.len());
+    for form in forms {
         let name = &form.name;
         let reading = match read(&form.path, form.frame, &limits) {
             Ok(reading) => reading,
@@ -199,15 +250,83 @@ fn volumes_and_formats_that_are_not_read_are_named_with_a_hint() {
     for (name, words) in [
         (
             "volume.nii",
-            ["is a volume of 4 × 5 × 6", ".slicer[:, :, N:N + 1]"],
+            [
+                "is a volume of 4 × 5 × 6",
+                ".slicer[:, :, N:N + 1]",
+                "takes plane N of 6",
+            ],
         ),
-        ("volume.nrrd", ["is a volume of 4 × 5 × 6", "nrrd.write("]),
+        (
+            "volume.nrrd",
+            ["is a volume of 4 × 5 × 6", "nrrd.write(", "`--frame N`"],
+        ),
     ] {
         let file = fixtures().join("files").join(name);
         let (code, _, stderr) = infer(folder.path(), &[text(&file)]);
         assert_eq!(code, 1, "{stderr}");
         assert!(words.iter().all(|word| stderr.contains(word)), "{stderr}");
     }
+}
+
+#[test]
+fn a_plane_of_a_volume_is_chosen_by_its_number() {
+    let limits = DecodeLimits::default();
+    let numbers: Vec<u8> = (0..120).collect();
+    let with_numbers = |name: &str| {
+        let mut bytes = fs::read(fixtures().join("files").join(name)).unwrap();
+        let start = bytes.len() - numbers.len();
+        bytes[start..].copy_from_slice(&numbers);
+        bytes
+    };
+    let packed = |bytes: &[u8]| {
+        let mut out = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        out.write_all(bytes).unwrap();
+        out.finish().unwrap()
+    };
+    let (nifti, nrrd) = (with_numbers("volume.nii"), with_numbers("volume.nrrd"));
+    let header = nrrd.len() - numbers.len();
+    let nrrd_as = |encoding: &str, data: &[u8]| {
+        let text = String::from_utf8(nrrd[..header].to_vec()).unwrap();
+        let text = text.replace("encoding: raw", &format!("encoding: {encoding}"));
+        [text.as_bytes(), data].concat()
+    };
+    let words: Vec<String> = numbers.iter().map(u8::to_string).collect();
+    for (name, bytes) in [
+        ("nifti", nifti.clone()),
+        ("nifti.gz", packed(&nifti)),
+        ("nrrd", nrrd.clone()),
+        ("nrrd gzip", nrrd_as("gzip", &packed(&numbers))),
+        ("nrrd text", nrrd_as("text", words.join("\n").as_bytes())),
+    ] {
+        for (at, plane) in numbers.chunks(20).enumerate() {
+            let reading = decode_frame(&bytes, name, Some(at + 1), &limits);
+            let picture = reading
+                .unwrap_or_else(|error| panic!("{name}: {error}"))
+                .picture;
+            assert_eq!((picture.width(), picture.height()), (4, 5), "{name}");
+            let levels: Vec<u8> = picture.pixels().iter().step_by(3).copied().collect();
+            assert_eq!(levels, plane, "{name} {at}");
+        }
+        let none = decode_frame(&bytes, name, Some(7), &limits).unwrap_err();
+        assert!(
+            none.to_string().contains("has no frame 7, expected 1 to 6"),
+            "{none}"
+        );
+        let cut = decode_frame(&bytes[..bytes.len() - 30], name, Some(6), &limits);
+        assert!(cut.is_err(), "{name}");
+    }
+    // As many planes as no file has.
+    let mut immense = nifti;
+    immense[46..48].copy_from_slice(&i16::MAX.to_le_bytes());
+    immense[48..50].copy_from_slice(&i16::MAX.to_le_bytes());
+    immense[40..42].copy_from_slice(&4_i16.to_le_bytes());
+    let far = decode_frame(&immense, "n", Some(1 << 29), &limits).unwrap_err();
+    assert!(far.to_string().contains("cut off"), "{far}");
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("v.nii"), with_numbers("volume.nii")).unwrap();
+    let args = ["preview", "v.nii", "--frame", "3", "--json"];
+    let (code, stdout, stderr) = run(folder.path(), &args);
+    assert_eq!(code, 0, "{stdout}{stderr}");
 }
 
 /// Copies of all files that need no choice of a frame.

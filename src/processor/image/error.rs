@@ -87,7 +87,7 @@ pub enum ImageError {
     },
     /// A file of more than two dimensions.
     #[error(
-        "{format} file `{name}` is a volume of {sides}, expected one plane; hint: save the slice that is meant as a file of its own, for instance with Python and {}",
+        "{format} file `{name}` is a volume of {sides}, expected one plane; hint: `--frame N` of `infer` and `preview` takes plane N of {planes}; else save it as a file of its own, for instance with Python and {}",
         if *.format == PictureFormat::Nrrd {
             "pynrrd: `nrrd.write(OUT, nrrd.read(IN)[0][:, :, N])`"
         } else {
@@ -101,6 +101,8 @@ pub enum ImageError {
         format: PictureFormat,
         /// Lengths of its axes.
         sides: String,
+        /// Planes along all axes but the first two.
+        planes: usize,
     },
     /// The file ends before its pixels do.
     #[error("{format} picture `{name}` is cut off before its end; hint: copy or export it again")]
@@ -138,7 +140,7 @@ pub enum ImageError {
     },
     /// The chosen frame does not exist.
     #[error(
-        "{format} picture `{name}` has no frame {frame}, expected {}; hint: leave out --frame",
+        "{format} picture `{name}` has no frame {frame}, expected {}",
         expected_frames(*.frames)
     )]
     NoFrame {
@@ -215,7 +217,7 @@ impl ImageError {
 /// The frames that can be chosen, in words.
 fn expected_frames(frames: usize) -> String {
     match frames {
-        0 | 1 => "1".to_owned(),
+        0 | 1 => "1; hint: leave out --frame".to_owned(),
         frames => format!("1 to {frames}"),
     }
 }

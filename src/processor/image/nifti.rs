@@ -1,11 +1,12 @@
-//! NIfTI-1 and NIfTI-2 files of one plane, plain or gzipped.
+//! NIfTI-1 and NIfTI-2 files of one plane, or a plane of a volume, plain or gzipped.
 //!
 //! Source: `nifti1.h` and `nifti2.h` of the NIfTI Data Format Working Group.
 
 use image::DynamicImage;
 
 use super::plane::{
-    self, MOST_TO_SKIP, NumberKind, Plane, bytes_a_pixel, gunzipped, gunzipped_head, hung,
+    self, MOST_TO_SKIP, NumberKind, Plane, PlanePlace, bytes_a_pixel, gunzipped, gunzipped_head,
+    hung,
 };
 use super::refusal::Refusal;
 use crate::processor::decode_limits::DecodeLimits;
@@ -120,7 +121,11 @@ const VERSION_2: Places = Places {
 };
 
 /// The header of a file, checked against the limits, and where its numbers begin.
-fn parse(bytes: &[u8], limits: &DecodeLimits) -> Result<(Plane, usize), Refusal> {
+fn parse(
+    bytes: &[u8],
+    frame: Option<usize>,
+    limits: &DecodeLimits,
+) -> Result<(Plane, usize), Refusal> {
     let head;
     let start = if bytes.starts_with(plane::GZIP) {
         head = gunzipped_head(bytes, LONGEST_HEADER);
@@ -168,7 +173,7 @@ fn parse(bytes: &[u8], limits: &DecodeLimits) -> Result<(Plane, usize), Refusal>
         2304 => (NumberKind::U8, 4),
         other => return Err(Refusal::Unsupported(format!("datatype {other}"))),
     };
-    let (width, height) = Plane::size(&lengths, bytes_a_pixel(kind, channels), limits)?;
+    let place = PlanePlace::new(&lengths, frame, bytes_a_pixel(kind, channels), limits)?;
     let offset = match version {
         Version::One => fields.fraction(places.offset, 4)?,
         Version::Two => fields.whole(places.offset, 8)? as f64,
@@ -183,8 +188,9 @@ fn parse(bytes: &[u8], limits: &DecodeLimits) -> Result<(Plane, usize), Refusal>
     let [first, second] = directions(&fields, places)?;
     Ok((
         Plane {
-            width,
-            height,
+            width: place.width,
+            height: place.height,
+            before: place.before,
             kind,
             channels,
             big_endian,
@@ -234,24 +240,27 @@ fn directions(fields: &Fields<'_>, places: &Places) -> Result<[[f64; 3]; 2], Ref
 /// # Errors
 /// A header that is cut off, damaged or of a kind that is not read, a volume, or one of the limits.
 pub(super) fn header(bytes: &[u8], limits: &DecodeLimits) -> Result<Plane, Refusal> {
-    parse(bytes, limits).map(|(plane, _)| plane)
+    parse(bytes, None, limits).map(|(plane, _)| plane)
 }
 
-/// Decodes a file; remarks on it are added to `remarks`.
+/// Decodes a file, of a volume plane number `frame`, counted from 1; remarks on it are added to `remarks`.
 ///
 /// # Errors
-/// Any [`Refusal`] but those of frames.
+/// Any [`Refusal`].
 pub(super) fn decode(
     bytes: &[u8],
+    frame: Option<usize>,
     limits: &DecodeLimits,
     remarks: &mut Vec<Remark>,
 ) -> Result<(DynamicImage, Plane), Refusal> {
-    let (plane, offset) = parse(bytes, limits)?;
-    let end = offset.saturating_add(plane.stored_bytes());
-    if end as u64 > limits.max_decoded_bytes {
+    let (plane, offset) = parse(bytes, frame, limits)?;
+    let start = offset.saturating_add(plane.bytes_before()?);
+    let end = start.saturating_add(plane.stored_bytes());
+    // What is not packed is read where it is.
+    if bytes.starts_with(plane::GZIP) && end as u64 > limits.max_decoded_bytes {
         return Err(Refusal::TooMuchMemory);
     }
     let whole = gunzipped(bytes, end as u64)?;
-    let data = whole.get(offset..end).ok_or(Refusal::Truncated)?;
+    let data = whole.get(start..end).ok_or(Refusal::Truncated)?;
     Ok((plane.picture(data, remarks)?, plane))
 }

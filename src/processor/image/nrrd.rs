@@ -1,4 +1,4 @@
-//! NRRD files of one plane, their numbers in the file itself.
+//! NRRD files of one plane, or a plane of a volume, their numbers in the file itself.
 //!
 //! Source: "Definition of NRRD File Format", Teem.
 
@@ -7,7 +7,7 @@ use std::borrow::Cow;
 use image::DynamicImage;
 use image::metadata::Orientation;
 
-use super::plane::{MOST_TO_SKIP, NumberKind, Plane, bytes_a_pixel, gunzipped, hung};
+use super::plane::{MOST_TO_SKIP, NumberKind, Plane, PlanePlace, bytes_a_pixel, gunzipped, hung};
 use super::refusal::Refusal;
 use crate::processor::decode_limits::DecodeLimits;
 use crate::processor::remark::Remark;
@@ -24,6 +24,8 @@ enum Encoding {
 /// What precedes the numbers.
 struct Header<'a> {
     plane: Plane,
+    /// Planes in the file.
+    planes: usize,
     encoding: Encoding,
     lines_to_skip: usize,
     /// `None`: the numbers are the last bytes.
@@ -129,7 +131,11 @@ fn directions(space: &str, text: &str) -> Vec<Option<[f64; 3]>> {
     axes
 }
 
-fn parse<'a>(bytes: &'a [u8], limits: &DecodeLimits) -> Result<Header<'a>, Refusal> {
+fn parse<'a>(
+    bytes: &'a [u8],
+    frame: Option<usize>,
+    limits: &DecodeLimits,
+) -> Result<Header<'a>, Refusal> {
     let (fields, data) = fields(bytes)?;
     let field = |names: &[&str]| {
         let found = fields
@@ -185,7 +191,7 @@ fn parse<'a>(bytes: &'a [u8], limits: &DecodeLimits) -> Result<Header<'a>, Refus
     // Words become numbers of eight bytes, twice.
     let words = if encoding == Encoding::Text { 16 } else { 0 };
     let memory = bytes_a_pixel(kind, channels) + words * channels as u64;
-    let (width, height) = Plane::size(&lengths, memory, limits)?;
+    let place = PlanePlace::new(&lengths, frame, memory, limits)?;
     let orientation = match axes.as_slice() {
         [Some(first), Some(second), ..] => hung(*first, *second),
         _ => Orientation::NoTransforms,
@@ -206,14 +212,16 @@ fn parse<'a>(bytes: &'a [u8], limits: &DecodeLimits) -> Result<Header<'a>, Refus
     }
     Ok(Header {
         plane: Plane {
-            width,
-            height,
+            width: place.width,
+            height: place.height,
+            before: place.before,
             kind,
             channels,
             big_endian: field(&["endian"]) == Some("big"),
             scale: (1.0, 0.0),
             orientation,
         },
+        planes: place.planes,
         encoding,
         lines_to_skip: lines,
         bytes_to_skip: usize::try_from(skipped).ok(),
@@ -226,40 +234,57 @@ fn parse<'a>(bytes: &'a [u8], limits: &DecodeLimits) -> Result<Header<'a>, Refus
 /// # Errors
 /// A header that is cut off, damaged or of a kind that is not read, a volume, or one of the limits.
 pub(super) fn header(bytes: &[u8], limits: &DecodeLimits) -> Result<Plane, Refusal> {
-    parse(bytes, limits).map(|header| header.plane)
+    parse(bytes, None, limits).map(|header| header.plane)
 }
 
-/// Decodes a file; remarks on it are added to `remarks`.
+/// Decodes a file, of a volume plane number `frame`, counted from 1; remarks on it are added to `remarks`.
 ///
 /// # Errors
-/// Any [`Refusal`] but those of frames.
+/// Any [`Refusal`].
 pub(super) fn decode(
     bytes: &[u8],
+    frame: Option<usize>,
     limits: &DecodeLimits,
     remarks: &mut Vec<Remark>,
 ) -> Result<(DynamicImage, Plane), Refusal> {
-    let header = parse(bytes, limits)?;
+    let header = parse(bytes, frame, limits)?;
     let mut data = header.data;
     for _ in 0..header.lines_to_skip {
         let end = data.iter().position(|byte| *byte == b'\n');
         data = &data[end.ok_or(Refusal::Truncated)? + 1..];
     }
-    let length = header.plane.stored_bytes();
+    let mut plane = header.plane;
+    let length = plane.stored_bytes();
+    let before = match header.encoding {
+        Encoding::Text => 0,
+        _ => plane.bytes_before()?,
+    };
     let skip = header.bytes_to_skip.unwrap_or(0);
     let mut whole = match header.encoding {
-        Encoding::Gzip => gunzipped(data, skip.saturating_add(length) as u64)?,
+        Encoding::Gzip => {
+            let most = skip.saturating_add(before).saturating_add(length) as u64;
+            if most > limits.max_decoded_bytes {
+                return Err(Refusal::TooMuchMemory);
+            }
+            gunzipped(data, most)?
+        }
         _ => Cow::Borrowed(data),
     };
     if header.bytes_to_skip.is_none() {
-        let from = data.len().checked_sub(length).ok_or(Refusal::Truncated)?;
-        whole = Cow::Borrowed(&data[from..]);
+        let all = length.checked_mul(header.planes);
+        let from = all.and_then(|all| data.len().checked_sub(all));
+        whole = Cow::Borrowed(&data[from.ok_or(Refusal::Truncated)?..]);
     }
-    let data = whole.get(skip..).ok_or(Refusal::Truncated)?;
-    let mut plane = header.plane;
+    let data = skip.checked_add(before).and_then(|from| whole.get(from..));
+    let data = data.ok_or(Refusal::Truncated)?;
     if header.encoding == Encoding::Text {
         let kind = plane.kind;
         // Words become numbers of one kind; bytes stay levels as they are.
-        let numbers = words(data, plane.width * plane.height * plane.channels)?;
+        let numbers = words(
+            data,
+            plane.before,
+            plane.width * plane.height * plane.channels,
+        )?;
         if kind == NumberKind::U8 {
             let bytes: Vec<u8> = numbers.iter().map(|number| *number as u8).collect();
             return Ok((plane.picture(&bytes, remarks)?, plane));
@@ -271,16 +296,19 @@ pub(super) fn decode(
     Ok((plane.picture(data, remarks)?, plane))
 }
 
-/// `count` numbers in words.
-fn words(data: &[u8], count: usize) -> Result<Vec<f64>, Refusal> {
+/// `count` numbers in words, after `before` times as many.
+fn words(data: &[u8], before: usize, count: usize) -> Result<Vec<f64>, Refusal> {
+    let skipped = before.checked_mul(count).ok_or(Refusal::Truncated)?;
     // The shortest takes a digit and a blank.
-    if data.len() < 2 * count - 1 {
+    let all = skipped.saturating_add(count);
+    if data.len() < all.saturating_mul(2) - 1 {
         return Err(Refusal::Truncated);
     }
     let text =
         std::str::from_utf8(data).map_err(|_| Refusal::damaged("its numbers are no text"))?;
     let separated = text.split([' ', '\t', '\r', '\n', ',']);
-    let words = separated.filter(|word| !word.is_empty()).take(count);
+    let words = separated.filter(|word| !word.is_empty());
+    let words = words.skip(skipped).take(count);
     let numbers: Vec<f64> = words
         .map(str::parse)
         .collect::<Result<_, _>>()

@@ -63,6 +63,8 @@ impl NumberKind {
 pub(super) struct Plane {
     pub(super) width: usize,
     pub(super) height: usize,
+    /// Planes before it in the file.
+    pub(super) before: usize,
     pub(super) kind: NumberKind,
     /// 1, or 3 and 4 of colours, which are bytes.
     pub(super) channels: usize,
@@ -72,30 +74,68 @@ pub(super) struct Plane {
     pub(super) orientation: Orientation,
 }
 
-impl Plane {
-    /// Width and height out of the lengths of all axes, the first changing fastest, checked against the limits.
+/// Where a plane is in a file.
+pub(super) struct PlanePlace {
+    pub(super) width: usize,
+    pub(super) height: usize,
+    pub(super) before: usize,
+    /// Planes in the file.
+    pub(super) planes: usize,
+}
+
+impl PlanePlace {
+    /// The only plane of an array, or plane number `frame`, counted from 1, out of the lengths of all axes, the first
+    /// changing fastest; checked against the limits.
     ///
     /// # Errors
-    /// A volume, or one of the limits.
-    pub(super) fn size(
+    /// A volume without a number, a plane that is not there, or one of the limits.
+    pub(super) fn new(
         lengths: &[u64],
+        frame: Option<usize>,
         bytes_a_pixel: u64,
         limits: &DecodeLimits,
-    ) -> Result<(usize, usize), Refusal> {
+    ) -> Result<Self, Refusal> {
         let (plane, more) = lengths.split_at(lengths.len().min(2));
-        if more.iter().any(|length| *length != 1) {
-            let sides: Vec<String> = lengths.iter().map(u64::to_string).collect();
-            return Err(Refusal::Volume(sides.join(" × ")));
-        }
+        let planes = more.iter().try_fold(1_usize, |planes, length| {
+            planes.checked_mul(usize::try_from(*length).ok()?)
+        });
+        let planes = planes.filter(|planes| *planes > 0);
+        let planes = planes.ok_or_else(|| Refusal::damaged("its axes have no lengths"))?;
+        let before = match frame {
+            None if planes == 1 => 0,
+            None => {
+                let sides: Vec<String> = lengths.iter().map(u64::to_string).collect();
+                return Err(Refusal::Volume(sides.join(" × "), planes));
+            }
+            Some(frame) if (1..=planes).contains(&frame) => frame - 1,
+            Some(frame) => return Err(Refusal::NoFrame(frame, planes)),
+        };
         let &[width, height] = plane else {
             return Err(Refusal::damaged("it has fewer than two axes"));
         };
-        checked_size(width, height, bytes_a_pixel, limits)
+        let (width, height) = checked_size(width, height, bytes_a_pixel, limits)?;
+        Ok(Self {
+            width,
+            height,
+            before,
+            planes,
+        })
     }
+}
 
+impl Plane {
     /// Bytes that the numbers take in the file.
     pub(super) fn stored_bytes(&self) -> usize {
         self.width * self.height * self.channels * self.kind.size()
+    }
+
+    /// Bytes of the planes before it.
+    ///
+    /// # Errors
+    /// [`Refusal::Truncated`] if no file can have so many.
+    pub(super) fn bytes_before(&self) -> Result<usize, Refusal> {
+        let before = self.stored_bytes().checked_mul(self.before);
+        before.ok_or(Refusal::Truncated)
     }
 
     /// Bytes that decoding holds.

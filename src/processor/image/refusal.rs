@@ -14,8 +14,10 @@ pub(super) enum Refusal {
     Damaged(String),
     /// Pixels of a kind that is not read.
     Unsupported(String),
-    /// More than two dimensions, of these lengths.
-    Volume(String),
+    /// More than two dimensions, of these lengths, and how many planes they make.
+    Volume(String, usize),
+    /// The chosen frame, and how many there are.
+    NoFrame(usize, usize),
     /// The header announces more pixels than the limit.
     TooManyPixels(u64, u64),
     /// Decoding takes more memory than the limit.
@@ -46,10 +48,17 @@ impl Refusal {
                 format,
                 found,
             },
-            Self::Volume(sides) => ImageError::Volume {
+            Self::Volume(sides, planes) => ImageError::Volume {
                 name,
                 format,
                 sides,
+                planes,
+            },
+            Self::NoFrame(frame, frames) => ImageError::NoFrame {
+                name,
+                format,
+                frame,
+                frames,
             },
             Self::TooManyPixels(width, height) => {
                 let side = |side: u64| u32::try_from(side).unwrap_or(u32::MAX);
