@@ -26,6 +26,8 @@ mod row_forms;
 mod row_images;
 pub mod row_keys;
 mod row_parts;
+mod row_question;
+mod row_tools;
 mod row_unknown;
 pub mod sample;
 pub(crate) mod strict_json;

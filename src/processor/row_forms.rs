@@ -15,10 +15,10 @@ use super::row_parts::PartImages;
 use super::{literal, row_keys};
 
 /// Keys of a conversation.
-const CONVERSATIONS: [&str; 3] = ["messages", "conversations", "conversation"];
+pub(super) const CONVERSATIONS: [&str; 3] = ["messages", "conversations", "conversation"];
 
 /// Keys of a question and of an answer, in rows without a conversation; the first of each is ms-swift's own.
-const QUERY: [&str; 6] = [
+pub(super) const QUERY: [&str; 6] = [
     "query",
     "prompt",
     "input",
@@ -26,7 +26,7 @@ const QUERY: [&str; 6] = [
     "question",
     "problem",
 ];
-const RESPONSE: [&str; 11] = [
+pub(super) const RESPONSE: [&str; 11] = [
     "response",
     "answer",
     "output",
@@ -242,7 +242,7 @@ fn conversation(key: &str, entries: Value) -> Result<Value, RowFault> {
 }
 
 /// The key among `names` that has a value, whatever its capitals.
-fn only(row: &Map<String, Value>, names: &[&str]) -> Result<Option<String>, RowFault> {
+pub(super) fn only(row: &Map<String, Value>, names: &[&str]) -> Result<Option<String>, RowFault> {
     let mut found = row
         .iter()
         .filter(|(key, value)| {
@@ -255,14 +255,20 @@ fn only(row: &Map<String, Value>, names: &[&str]) -> Result<Option<String>, RowF
     }
 }
 
+/// Whether a row is one of XrayGLM's. A `label` that is no text is a verdict of preference training.
+pub(super) fn is_xrayglm(row: &Map<String, Value>) -> bool {
+    let image = row
+        .get("img")
+        .is_some_and(|value| !row_keys::is_empty(value));
+    image && matches!(row.get("label"), Some(Value::String(_)))
+}
+
 /// A question and its answer under keys of their own, with the turns before them.
 fn question_and_answer(row: &mut Map<String, Value>) -> Result<(), RowFault> {
     let given = |row: &Map<String, Value>, key: &str| {
         row.get(key).is_some_and(|value| !row_keys::is_empty(value))
     };
-    // XrayGLM's rows. A `label` that is no text is a verdict of preference training.
-    let is_xrayglm = given(row, "img") && matches!(row.get("label"), Some(Value::String(_)));
-    let response = if is_xrayglm {
+    let response = if is_xrayglm(row) {
         Some("label".to_owned())
     } else {
         only(row, &RESPONSE)?
@@ -314,7 +320,7 @@ fn question_and_answer(row: &mut Map<String, Value>) -> Result<(), RowFault> {
 }
 
 /// The turns before the last: a list of pairs.
-fn history(value: Option<Value>) -> Result<Vec<Value>, RowFault> {
+pub(super) fn history(value: Option<Value>) -> Result<Vec<Value>, RowFault> {
     let expected = "a list of pairs `[question, answer]`";
     let pairs = match value {
         None => return Ok(Vec::new()),

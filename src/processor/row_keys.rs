@@ -33,8 +33,10 @@ pub enum KeyUse {
 }
 
 /// Keys of a row that training reads.
-const ROW_KEYS: [&str; 10] = [
+const ROW_KEYS: [&str; 12] = [
     "messages",
+    "tools",
+    "functions",
     "images",
     "image",
     "img",
@@ -96,9 +98,8 @@ const RL: &str = "reinforcement learning is not supported; put the answer to be 
 const NO_VIDEO: &str =
     "videos are not read; give single frames as `images`, or take the row out of the file";
 const NO_AUDIO: &str = "sound is not read; take the row out of the file";
-const NO_TOOLS: &str = "tools are not written into the prompt; put their description into the system message and take the key out";
 const NO_CALLS: &str =
-    "calls of tools are not written into the answer; put their text into `content`";
+    "calls of tools belong to messages of `assistant`, the tools to the row; take the key out here";
 const REASONING: &str = "reasoning is learnt from `content`: write `<think>\\n…\\n</think>\\n\\n` before the answer there, and take the key out";
 const WEIGHTS: &str = "rows and answers have no weights; use `loss` (true or false) or `loss_scale` (1 or 0) of a message, or repeat a row that is to count more";
 const SECOND_TEXT: &str = "the row has `messages` as well, and only they are learnt; take the key out, or move its text into `messages`";
@@ -106,7 +107,6 @@ const SECOND_TEXT: &str = "the row has `messages` as well, and only they are lea
 const REFUSED_IN_ROWS: &[(&[&str], &str)] = &[
     (&["videos", "video"], NO_VIDEO),
     (&["audios", "audio", "ref_audios", "audio_codes"], NO_AUDIO),
-    (&["tools", "functions"], NO_TOOLS),
     (&["label", "rejected", "chosen"], PREFERENCES),
     (&["solution", "teacher_prompt"], RL),
     (
@@ -172,6 +172,15 @@ pub fn is_kept(key: &str) -> bool {
     key.starts_with("rejected_") || key == "margin"
 }
 
+/// Whether `key` holds what may be the answer of a row, under a name that is not read.
+pub(super) fn may_be_answer(key: &str) -> bool {
+    const VERDICTS: [&str; 4] = ["label", "chosen", "rejected", "solution"];
+    let texts = REFUSED_IN_ROWS
+        .iter()
+        .filter(|(_, cure)| *cure == SECOND_TEXT);
+    VERDICTS.contains(&key) || texts.flat_map(|(keys, _)| *keys).any(|known| *known == key)
+}
+
 /// What training does with `key` of a message whose value is `value`.
 pub fn of_message(key: &str, value: &Value) -> KeyUse {
     of(key, value, &MESSAGE_KEYS, REFUSED_IN_MESSAGES)
@@ -223,7 +232,6 @@ mod tests {
         for key in [
             "videos",
             "audios",
-            "tools",
             "positive_messages",
             "negative_images",
             "label",
@@ -236,7 +244,13 @@ mod tests {
             assert_eq!(of_row(key, &json!(null)), KeyUse::Harmless, "{key}");
             assert_eq!(of_row(key, &json!([])), KeyUse::Harmless, "{key}");
         }
-        for key in ["objects", "chat_template_kwargs", "image", "system"] {
+        for key in [
+            "objects",
+            "chat_template_kwargs",
+            "image",
+            "system",
+            "tools",
+        ] {
             assert_eq!(of_row(key, &some), KeyUse::Read, "{key}");
         }
         for key in [

@@ -2,7 +2,7 @@
 //!
 //! `{"messages": [{"role": "user", "content": "<image>…"}, {"role": "assistant", "content": "…"}],
 //! "images": ["a.png"]}`: each `<image>` in a question is the place of the next image. The keys `image`,
-//! `system`, `objects`, `chat_template_kwargs` (`min_pixels`, `max_pixels`), `loss` and `loss_scale` (0 or 1)
+//! `system`, `objects`, `tools`, `chat_template_kwargs` (`min_pixels`, `max_pixels`), `loss` and `loss_scale` (0 or 1)
 //! and the tag `<img>path</img>` are read as well; all other keys are handled in
 //! [`super::row_keys`], rows of other trainers in `row_forms`. A backslash before a tag makes it plain text: `\<image>`.
 
@@ -22,7 +22,7 @@ pub use super::row_images::{ImageSource, ending_of, path_of};
 use super::row_keys::{self, KeyUse};
 pub use super::tags::IMAGE_TAG;
 use super::tags::{self, Tag};
-use super::{row_forms, row_images, row_unknown, strict_json};
+use super::{row_forms, row_images, row_question, row_tools, row_unknown, strict_json};
 use crate::{base::files::nearest::nearest, study::keys_of};
 
 /// Keys that often hold the path of an image, and are none of those that are read.
@@ -170,10 +170,33 @@ pub fn parse_fields(
     mut fields: Map<String, Value>,
 ) -> Result<(Sample, Map<String, Value>), RowFault> {
     row_forms::to_messages(&mut fields)?;
+    parse_messages(fields)
+}
+
+/// As [`parse_fields`], of a row that is to be answered: it may lack an answer, and a row with images alone asks
+/// `question`. What `loss` and `loss_scale` say has no meaning here.
+///
+/// # Errors
+/// As [`parse_fields`].
+pub fn parse_question(
+    mut fields: Map<String, Value>,
+    question: &str,
+) -> Result<(Sample, Map<String, Value>), RowFault> {
+    row_question::ask(&mut fields, question)?;
+    row_forms::to_messages(&mut fields)?;
+    row_question::without_lesson(&mut fields);
+    parse_messages(fields)
+}
+
+/// Reads a row that has `messages`.
+fn parse_messages(
+    mut fields: Map<String, Value>,
+) -> Result<(Sample, Map<String, Value>), RowFault> {
     if !fields.contains_key("messages") {
         return Err(row_unknown::describe(&fields));
     }
     to_plain_form(&mut fields)?;
+    row_tools::to_words(&mut fields)?;
     let mut unknown_keys = Vec::new();
     let images = row_images::read("images", fields.get("images"), &mut unknown_keys)?;
     let in_row = images.iter().any(|image| image.source.is_some());
@@ -569,16 +592,11 @@ fn wrong_role(key: String, role: &str) -> RowFault {
             format!("{ORDER}; join the two questions"),
         ),
         "system" => ("`system` after other messages".to_owned(), ORDER.to_owned()),
-        "tool" | "tool_call" | "tool_response" | "function" | "function_call"
-        | "function_response" | "observation" | "observations" => (
-            format!("`{role}`"),
-            format!(
-                "{ORDER}: turns of tools are not read; put what they say into the messages around them"
-            ),
-        ),
         other => (
             format!("`{}`", other.chars().take(40).collect::<String>()),
-            format!("{ORDER}; also `human`, `gpt`, `model`, `bot` and `developer` are known"),
+            format!(
+                "{ORDER}; also `human`, `gpt`, `model`, `bot`, `developer` and the roles of tools are known"
+            ),
         ),
     };
     RowFault::key(key, found, expected)

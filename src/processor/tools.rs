@@ -121,7 +121,7 @@ pub fn description(name: &str, text: Option<&str>, parameters: Option<&Value>) -
 /// What the system message says of functions.
 ///
 /// Source: the chat template of Qwen3-VL; models know this wording.
-fn instructions(tools: &[Value]) -> String {
+pub(super) fn instructions(tools: &[Value]) -> String {
     let tools: String = tools
         .iter()
         .map(|tool| format!("\n{}", python_json(tool)))
@@ -163,8 +163,7 @@ pub fn in_words(turns: &[Turn], tools: &[Value]) -> Vec<Message> {
                 reasoning_content: turn.reasoning_content.clone(),
             },
             Speaker::Tool => {
-                let text = turn.content.text();
-                let result = format!("{RESULT_OPEN}\n{text}\n{RESULT_CLOSE}");
+                let result = result_text(&turn.content.text());
                 // Results of several calls are one message.
                 if after_result
                     && let Some(Content::Text(before)) =
@@ -183,7 +182,13 @@ pub fn in_words(turns: &[Turn], tools: &[Value]) -> Vec<Message> {
     messages
 }
 
-fn with_calls(turn: &Turn) -> String {
+/// The result of a call as the model reads it.
+pub(super) fn result_text(text: &str) -> String {
+    format!("{RESULT_OPEN}\n{text}\n{RESULT_CLOSE}")
+}
+
+/// The words of an answer, then its calls.
+pub(super) fn with_calls(turn: &Turn) -> String {
     let mut lines = vec![turn.content.text()];
     lines.extend(turn.tool_calls.iter().map(Call::text));
     lines.retain(|line| !line.is_empty());

@@ -417,6 +417,47 @@ fn labels_match_swift() {
     }
 }
 
+#[derive(Deserialize)]
+struct ToolCase {
+    case: String,
+    row: serde_json::Value,
+    text: String,
+    ids: Vec<u32>,
+    answers: Vec<u8>,
+}
+
+/// Rows with tools in the forms of several trainers are the tokens of `apply_chat_template(messages, tools=tools)`, and
+/// the assistant's are those that are learnt.
+#[test]
+fn rows_with_tools_match_transformers() {
+    let repository = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let tokenizer = Tokenizer::from_folder(repository.join("model/tiny")).unwrap();
+    let text = fs::read_to_string(repository.join("tests/fixtures/tools/rows.json")).unwrap();
+    let cases: Vec<ToolCase> = serde_json::from_str(&text).unwrap();
+    assert!(cases.len() >= 5);
+    for case in cases {
+        let name = &case.case;
+        let line = case.row.to_string();
+        let sample = parse_line(&line, Path::new("rows"), 1).unwrap();
+        // An image of one token, as the template writes it.
+        let grids = vec![[1, 2, 2]; sample.images.len()];
+        let encoded =
+            encode_supervised(&tokenizer, &sample.conversation, &grids, MERGE_SIZE).unwrap();
+        assert_eq!(
+            tokenizer.decode(&encoded.input_ids, false).unwrap(),
+            case.text,
+            "{name}"
+        );
+        assert_eq!(encoded.input_ids, case.ids, "{name}");
+        let learnt: Vec<u8> = encoded
+            .labels
+            .iter()
+            .map(|label| u8::from(*label != -100))
+            .collect();
+        assert_eq!(learnt, case.answers, "{name}");
+    }
+}
+
 #[test]
 fn training_and_inference_see_the_same_prompt() {
     let tokenizer = tokenizer();

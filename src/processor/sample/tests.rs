@@ -69,7 +69,6 @@ fn a_key_of_ones_own_is_noted_and_one_that_changes_what_is_learnt_is_refused() {
     for (keys, words) in [
         (r#""videos":["a.mp4"]"#, "`videos` is not supported: videos"),
         (r#""audios":["a.wav"]"#, "`audios` is not supported: sound"),
-        (r#""tools":[{"name":"f"}]"#, "`tools` is not supported"),
         (r#""label":false"#, "`label` is not supported: preference"),
         (
             r#""weight":0.5"#,
@@ -435,7 +434,7 @@ fn errors_name_file_row_and_key() {
         ),
         (
             r#"{"messages":[{"role":"tool","content":"x"}]}"#,
-            "`messages[0].role` is `tool`",
+            "`messages[0].role` is `tool` without a call before it",
         ),
         (
             r#"{"messages":[{"role":"assistant","content":"x"},{"role":"doctor","content":"y"}]}"#,
