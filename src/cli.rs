@@ -32,7 +32,8 @@ pub enum Command {
     ///
     /// Each line of --json and --output is an object with these keys: `image` (the name as given; `;`
     /// between several), `image_encoding` (`percent` where the name is not UTF-8: `%` and two digits are a
-    /// byte), `image_sha256`, `prompt`, `settings` (a hash of what else decides the answer), `report`,
+    /// byte), `image_sha256`, for rows of data files `data`, `row` (from 1), `row_sha256`, `id`, `study`, `patient`,
+    /// `system` and `reference` (the answer that the row has), `prompt`, `settings` (a hash of what else decides the answer), `report`,
     /// `thinking`, `finish_reason` (`stop`, `length`, `repetition`), `remarks` (a list of `code` and `text`:
     /// what a reader should know about the image), with --findings also `calibrated`, `findings_rules` and `findings`
     /// (class: `probability`, `logit`, `decision`, `in_report`, `conflict`), `prompt_tokens`, `completion_tokens`, `seconds`, `error`.

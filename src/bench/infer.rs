@@ -43,7 +43,7 @@ impl<B: Accelerator> Bench<B> {
         on_progress: LoadProgress<'_>,
     ) -> Result<Vec<Record>, BenchError> {
         let verb = match self.source {
-            super::Source::Folder(_) => "load",
+            super::Source::Folder(..) => "load",
             super::Source::Random { .. } => "draw",
         };
         let bytes = self.source.load_bytes(self.weight_bytes())?;

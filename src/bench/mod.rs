@@ -33,8 +33,9 @@ use crate::{
         config::{ConfigError, Qwen3VlConfig},
         nn::InitOptions,
         weights::{
-            LoadProgress, MAX_SHARD_BYTES, checkpoint_files, gguf::is_gguf, parameter_shapes,
-            save_checkpoint,
+            LoadProgress, MAX_SHARD_BYTES, checkpoint_files_with,
+            gguf::{GgufParts, is_gguf},
+            parameter_shapes, save_checkpoint,
         },
     },
     runtime::{
@@ -95,8 +96,8 @@ pub enum BenchError {
 /// Where the weights come from.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Source {
-    /// A checkpoint folder.
-    Folder(PathBuf),
+    /// A checkpoint: a folder or a GGUF file, and the other files of a GGUF.
+    Folder(PathBuf, GgufParts),
     /// Drawn on the device.
     Random {
         /// Size of the model.
@@ -113,10 +114,10 @@ impl Source {
     /// The folder's `config.json` cannot be used, or the model cannot have so many layers.
     pub fn config(&self) -> Result<Qwen3VlConfig, BenchError> {
         match self {
-            Self::Folder(dir) if !dir.is_dir() && !is_gguf(dir) => {
+            Self::Folder(dir, _) if !dir.is_dir() && !is_gguf(dir) => {
                 Err(PipelineError::NoModel(dir.clone()).into())
             }
-            Self::Folder(dir) => Ok(Qwen3VlConfig::from_dir(dir)?),
+            Self::Folder(dir, gguf) => Ok(Qwen3VlConfig::from_model(dir, gguf)?),
             Self::Random { size, layers } => size.config(*layers).map_err(BenchError::Size),
         }
     }
@@ -124,7 +125,7 @@ impl Source {
     /// Name in the records.
     pub fn name(&self) -> String {
         match self {
-            Self::Folder(dir) => dir.display().to_string(),
+            Self::Folder(dir, _) => dir.display().to_string(),
             Self::Random { size, .. } => format!("random {}", size.name()),
         }
     }
@@ -132,7 +133,7 @@ impl Source {
     /// Bytes that loading reads (the checkpoint's files) or writes (`drawn` weights).
     fn load_bytes(&self, drawn: f64) -> Result<f64, BenchError> {
         match self {
-            Self::Folder(dir) => Ok(checkpoint_files(dir)
+            Self::Folder(dir, gguf) => Ok(checkpoint_files_with(dir, gguf)
                 .map_err(PipelineError::from)?
                 .iter()
                 .filter_map(|file| file.metadata().ok())
@@ -242,7 +243,7 @@ impl<B: Accelerator> Bench<B> {
     ) -> Result<(Vec<Qwen3Vl<A>>, f64), BenchError> {
         let start = Instant::now();
         let models = match &self.source {
-            Source::Folder(dir) => {
+            Source::Folder(dir, gguf) => {
                 let options = PipelineOptions {
                     model: dir.clone(),
                     adapter: None,
@@ -250,7 +251,7 @@ impl<B: Accelerator> Bench<B> {
                     quantize: self.quantize,
                     min_pixels: None,
                     max_pixels: None,
-                    gguf: Default::default(),
+                    gguf: gguf.clone(),
                 };
                 load_models::<A>(&options, &self.config, devices, on_progress)?
             }
@@ -286,7 +287,7 @@ impl<B: Accelerator> Bench<B> {
         let text = self.config.to_published_json(dtype_text(self.dtype));
         std::fs::write(&config, text).map_err(|cause| FileError::write(&config, cause))?;
         save_checkpoint(&model, &folder.0, MAX_SHARD_BYTES)?;
-        self.source = Source::Folder(folder.0.clone());
+        self.source = Source::Folder(folder.0.clone(), GgufParts::default());
         Ok(folder)
     }
 

@@ -36,6 +36,7 @@ use crate::{
         train::{STEP_SAMPLES, TrainShape},
     },
     ops::{memory::free_memory, quantised::Quantization},
+    qwen3_vl::weights::gguf::GgufParts,
     runtime::{
         accelerator::Accelerator,
         synthetic::{requests::Requests, weights::RandomSize},
@@ -89,8 +90,16 @@ pub struct BenchArgs {
     #[arg(value_enum)]
     pub kind: BenchKind,
     /// Folder or name of a Qwen3-VL checkpoint, as in `infer` [default: model/tiny].
-    #[arg(long, value_name = "DIR|ID", conflicts_with = "random_weights")]
+    #[arg(
+        long,
+        value_name = "DIR|ID|FILE.gguf",
+        conflicts_with = "random_weights"
+    )]
     pub model: Option<PathBuf>,
+    // As below: one argument of a group that is nowhere required.
+    /// With a model in GGUF: the file of its vision tower; by default the only mmproj file beside it.
+    #[arg(long, value_name = "FILE.gguf", conflicts_with = "random_weights")]
+    pub mmproj: Option<PathBuf>,
     // Not flattened: clap takes an optional group with a group in it for absent.
     /// Download the model if it is named by OWNER/NAME and not on this machine.
     #[arg(long)]
@@ -371,7 +380,13 @@ fn prepare<B: Accelerator>(args: &BenchArgs, device: B::Device, dtype: DType) ->
             size,
             layers: args.layers,
         },
-        None => Source::Folder(args.model.clone().unwrap_or_default()),
+        None => {
+            let gguf = GgufParts {
+                mmproj: args.mmproj.clone(),
+                tokenizer: None,
+            };
+            Source::Folder(args.model.clone().unwrap_or_default(), gguf)
+        }
     };
     let mut bench =
         Bench::<B>::new(source, device, dtype, args.mixed, args.samples).map_err(usage)?;
@@ -383,7 +398,7 @@ fn prepare<B: Accelerator>(args: &BenchArgs, device: B::Device, dtype: DType) ->
         )));
     }
     bench.quantize = match &bench.source {
-        Source::Folder(dir) if dir.exists() => of_checkpoint(dir)?.or(args.quantize),
+        Source::Folder(dir, _) if dir.exists() => of_checkpoint(dir)?.or(args.quantize),
         _ => args.quantize,
     };
     Ok(bench)

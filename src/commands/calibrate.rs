@@ -121,7 +121,9 @@ pub fn run(mut args: CalibrateArgs) -> Result<()> {
         )));
     }
     let device = one_device(&args.model.device)?;
-    args.model.adapter.check_base(&options.model)?;
+    args.model
+        .adapter
+        .check_base(&options.model, &options.gguf)?;
     let data = Dataset::open(&shipped_data(&args.data))?;
     for remark in data.remarks() {
         eprintln!("note: {remark}");

@@ -11,10 +11,12 @@ use super::models::{DownloadArgs, find};
 use super::progress::{Progress, Unit};
 use super::shared_args::{ReadingArgs, StudyArgs};
 use super::shell::unless_closed;
-use super::shipped::shipped;
+use super::shipped::shipped_data;
 use super::usage::UsageError;
+use crate::base::files::is_same_file;
 use crate::base::hub::Want;
 use crate::dataset::check::{Check, CheckReport};
+use crate::dataset::data_names;
 use crate::processor::chat::ChatTemplate;
 use crate::processor::patches::{ImageProcessor, ImageProcessorConfig};
 use crate::processor::tokenizer::Tokenizer;
@@ -23,12 +25,15 @@ use crate::study::counted;
 /// Arguments of `check`.
 #[derive(Debug, Clone, Args)]
 pub struct CheckArgs {
-    /// Data file: JSONL, JSON, CSV, TSV or Parquet, in any form that `train` reads.
-    #[arg(value_name = "DATA")]
-    pub data: PathBuf,
-    /// Validation file; also checked for images, studies and reports that are in the data file.
+    /// Training data, as `train` takes it: data files in any form that it reads, several with commas or blanks between
+    /// them, each perhaps with a name, a weight and a number of rows (`zh=a.jsonl:2,b.parquet#500`).
+    ///
+    /// All rows are checked, each once, whatever its weight.
+    #[arg(value_name = "DATA", required = true, num_args = 1..)]
+    pub data: Vec<String>,
+    /// Validation data, as well; also checked for images, studies and reports that are in the training data.
     #[arg(long, value_name = "VAL")]
-    pub val: Option<PathBuf>,
+    pub val: Option<String>,
     /// How the data files are read.
     #[command(flatten)]
     pub reading: ReadingArgs,
@@ -76,16 +81,17 @@ pub fn run(args: CheckArgs) -> Result<()> {
         studies: args.studies.rule()?,
         options: args.reading.options(),
     };
+    let train = data_files(&args.data)?;
+    let val = match &args.val {
+        Some(val) => data_files(std::slice::from_ref(val))?,
+        None => Vec::new(),
+    };
     let progress = Mutex::new(Progress::new("images", 0, Unit::Items));
-    let report = check.run(
-        &shipped(&args.data),
-        args.val.as_deref().map(shipped).as_deref(),
-        &|done, total| {
-            if let Ok(mut progress) = progress.lock() {
-                progress.set(done as u64, total as u64);
-            }
-        },
-    );
+    let report = check.run(&train, &val, &|done, total| {
+        if let Ok(mut progress) = progress.lock() {
+            progress.set(done as u64, total as u64);
+        }
+    });
     if let Ok(progress) = progress.into_inner() {
         progress.finish();
     }
@@ -98,6 +104,44 @@ pub fn run(args: CheckArgs) -> Result<()> {
             report.warnings,
             names(&report)
         );
+    }
+    Ok(())
+}
+
+/// The files of the data sets that some texts name.
+fn data_files(texts: &[String]) -> Result<Vec<PathBuf>> {
+    let mut files: Vec<PathBuf> = Vec::new();
+    for text in texts {
+        for name in data_names(&shipped_data(text))? {
+            if name.is_drawn() {
+                eprintln!(
+                    "`{}` is drawn and no file: there is nothing to check",
+                    name.path
+                );
+                continue;
+            }
+            for file in name.files()?.into_iter().map(PathBuf::from) {
+                expect_once(&files, &file)?;
+                files.push(file);
+            }
+        }
+    }
+    if files.is_empty() {
+        bail!(UsageError(format!(
+            "`{}` names no data file",
+            texts.join(" ")
+        )));
+    }
+    Ok(files)
+}
+
+/// Refuses a file that is among `files` already.
+pub(super) fn expect_once(files: &[PathBuf], file: &Path) -> Result<()> {
+    if files.iter().any(|other| is_same_file(other, file)) {
+        bail!(UsageError(format!(
+            "`{}` is named twice; name each file once",
+            file.display()
+        )));
     }
     Ok(())
 }

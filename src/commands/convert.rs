@@ -7,7 +7,7 @@ use std::sync::Mutex;
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 
-use super::check::image_processor;
+use super::check::{expect_once, image_processor};
 use super::models::{DownloadArgs, find};
 use super::progress::{Progress, Unit};
 use super::shared_args::{ReadingArgs, StudyArgs};
@@ -18,6 +18,7 @@ use crate::base::hub::Want;
 use crate::dataset::convert::{
     ConvertOptions, CorpusForm, CorpusKeys, Sections, Split, Views, convert, read_prompts,
 };
+use crate::dataset::files_like;
 use crate::processor::tokenizer::Tokenizer;
 
 /// What stays on one side of the split.
@@ -94,9 +95,10 @@ pub struct ConvertArgs {
     /// `img`/`prompt`/`label`), R2Gen's annotation.json (IU X-Ray, MIMIC-CXR), the Indiana collection of Kaggle,
     /// MIMIC-CXR and MIMIC-CXR-JPG, CheXpert Plus, PadChest, ROCO, VinDr-CXR, JSON rows or a table (CSV) with columns
     /// such as `image` and `report`, or 文件名, 影像所见 and 影像诊断, and any data file that `train` reads. Tables may be
-    /// packed with gzip, and in UTF-8, UTF-16 or GB18030.
-    #[arg(value_name = "SOURCE", required_unless_present = "source_json")]
-    pub source: Option<PathBuf>,
+    /// packed with gzip, and in UTF-8, UTF-16 or GB18030. Several of one form go into one output; an `id` that two files
+    /// have gets the name of its file. A `*` in a file name stands for any text, in quotes as well.
+    #[arg(value_name = "SOURCE", required_unless_present = "source_json", num_args = 1..)]
+    pub source: Vec<PathBuf>,
     /// The same as SOURCE, as the published script has it.
     ///
     /// With this flag rows are split one by one, as that script does, unless --split is given.
@@ -194,7 +196,14 @@ pub fn run(args: ConvertArgs) -> Result<()> {
     let model = model.map(|model| find(model, Want::Description, args.download));
     let model = model.transpose()?;
     let as_script = args.source_json.is_some();
-    let Some(input) = args.source.or(args.source_json) else {
+    let mut inputs = Vec::new();
+    for source in args.source.iter().chain(&args.source_json) {
+        for file in files_like(&shipped(source))? {
+            expect_once(&inputs, &file)?;
+            inputs.push(file);
+        }
+    }
+    let Some((input, more_inputs)) = inputs.split_first() else {
         bail!(UsageError("SOURCE is missing".into()));
     };
     let tokenizer = match &model {
@@ -231,7 +240,8 @@ pub fn run(args: ConvertArgs) -> Result<()> {
         },
         studies: args.studies.rule()?,
         thinking: args.thinking,
-        ..ConvertOptions::new(shipped(&input), args.output)
+        more_inputs: more_inputs.to_vec(),
+        ..ConvertOptions::new(input, args.output)
     };
     let progress = Mutex::new(Progress::new("rows", 0, Unit::Items));
     let summary = convert(&options, tokenizer.as_ref(), &processor, &|done, total| {

@@ -254,7 +254,7 @@ fn model_work(
         return Ok(None);
     };
     let neighbour = train.filter(|_| !args.no_neighbour).cloned();
-    args.adapter.check_base(model)?;
+    args.adapter.check_base(model, &args.load.gguf.parts())?;
     let writes = args.predictions.is_none();
     let Some(data) = data.cloned().filter(|_| writes || neighbour.is_some()) else {
         bail!(UsageError(

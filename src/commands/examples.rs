@@ -33,6 +33,10 @@ pub const INFER: &[Example] = &[
         "xray-qwen3vl infer --images-dir data/sample/val/images --batch-size 8 --output artifacts/reports.jsonl",
     ),
     (
+        "The rows of a data file, each with its own question; `eval artifacts/rows.jsonl` scores the reports",
+        "xray-qwen3vl infer data/sample/val/samples.jsonl --batch-size 8 --output artifacts/rows.jsonl",
+    ),
+    (
         "Another question, sampled",
         "xray-qwen3vl infer data/sample/demo.png --prompt 这张胸片有什么异常？ --temperature 0.7 --seed 1 --json",
     ),
@@ -174,10 +178,16 @@ pub const LABEL: &[Example] = &[
 ];
 
 /// The examples of `check`.
-pub const CHECK: &[Example] = &[(
-    "Both files of a run, and what they share",
-    "xray-qwen3vl check data/sample/train/samples.jsonl --val data/sample/val/samples.jsonl",
-)];
+pub const CHECK: &[Example] = &[
+    (
+        "Both files of a run, and what they share",
+        "xray-qwen3vl check data/sample/train/samples.jsonl --val data/sample/val/samples.jsonl",
+    ),
+    (
+        "Several data sets, as `train` takes them",
+        "xray-qwen3vl check a=data/sample/train/samples.jsonl:2,data/sample/val/samples.jsonl",
+    ),
+];
 
 /// The examples of `preview`.
 pub const PREVIEW: &[Example] = &[(

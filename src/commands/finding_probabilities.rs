@@ -127,7 +127,7 @@ pub(super) fn asked_model(
 ) -> Result<AskedModel> {
     let limits = parts.images.config();
     Ok(AskedModel {
-        base: BaseFingerprint::of(&options.model)?.sha256,
+        base: BaseFingerprint::of(&options.model, &options.gguf)?.sha256,
         adapter: options.adapter.as_deref().map(adapter_hash).transpose()?,
         quantize: options.quantize.map(|format| format.to_string()),
         pixels: [limits.min_pixels, limits.max_pixels],

@@ -1,14 +1,16 @@
 //! `infer`: reports about images, one by one, together, or as a batch run that can be resumed.
 
 pub(super) mod args;
+mod data;
 mod findings;
 mod images;
 mod journal;
 pub(super) mod output;
 pub(super) mod record;
 mod shown;
+pub(super) mod task;
 
-use std::{path::PathBuf, sync::Mutex, time::Instant};
+use std::{sync::Mutex, time::Instant};
 
 use anyhow::{Context, Result, bail};
 use burn::tensor::DType;
@@ -25,13 +27,17 @@ use super::{
 use crate::{
     accelerate::devices::{Replicas, ReplicatedTask, run_on_all},
     base::{
-        files::{expect_file, name, sha256_file},
+        files::{expect_file, sha256_file},
         hub::Want,
     },
     batch::images::ImageInput,
     eval::{findings::RuleSet, probability::logit::SentenceContext},
     ops::{memory::MemoryWatch, quantised::cache::CacheFormat},
-    processor::image::Reading,
+    processor::{
+        image::Reading,
+        remark::{Remark, RemarkKind},
+        sample::PixelLimits,
+    },
     runtime::{
         accelerator::Accelerator,
         generate::{GenerationConfig, Prompt, Timing},
@@ -44,6 +50,7 @@ pub use args::{DEFAULT_PROMPT, InferArgs};
 use output::RecordFile;
 use record::{Record, RecordRemark, RemarkPrinter};
 use shown::Shown;
+use task::Task;
 
 /// Runs `infer`.
 ///
@@ -65,16 +72,19 @@ pub fn run(mut args: InferArgs) -> Result<()> {
             "several devices are for batch runs with a model; leave out --stream and --server, or name one --device".into()
         ));
     }
-    let images = images::list(&args)?;
+    let tasks = match data::list(&args)? {
+        Some(rows) => rows,
+        None => images::list(&args)?,
+    };
     if args.show_tags {
-        return tags::show(images.iter().flatten(), args.json);
+        return tags::show(tasks.iter().flat_map(|task| &task.images), args.json);
     }
     if let Some(address) = &args.server {
         check_sent(&args)?;
-        return infer_server::run(address, &args, &settings, &images);
+        return infer_server::run(address, &args, &settings, &tasks);
     }
     args.model.find(Want::Checkpoint)?;
-    findings::prepare(&mut args)?;
+    findings::prepare(&mut args, &tasks)?;
     let rules = args
         .findings
         .rules
@@ -88,7 +98,7 @@ pub fn run(mut args: InferArgs) -> Result<()> {
         Infer {
             args,
             settings,
-            images,
+            tasks,
             rules,
             remarks: RemarkPrinter::default(),
         },
@@ -111,8 +121,8 @@ fn check_sent(args: &InferArgs) -> Result<()> {
         ("--quantize", load.quantize.is_some()),
         ("--min-pixels", load.min_pixels.is_some()),
         ("--max-pixels", load.max_pixels.is_some()),
-        ("--mmproj", load.mmproj.is_some()),
-        ("--tokenizer", load.tokenizer.is_some()),
+        ("--mmproj", load.gguf.mmproj.is_some()),
+        ("--tokenizer", load.gguf.tokenizer.is_some()),
         ("--kv-cache", args.generation.kv_cache != CacheFormat::Float),
         ("--no-repetition-stop", args.generation.no_repetition_stop),
         ("--findings", args.findings.findings),
@@ -128,7 +138,7 @@ fn check_sent(args: &InferArgs) -> Result<()> {
 struct Infer {
     args: InferArgs,
     settings: GenerationConfig,
-    images: Vec<Vec<PathBuf>>,
+    tasks: Vec<Task>,
     /// Words that findings are read with; guessed from each report without one.
     rules: Option<RuleSet>,
     remarks: RemarkPrinter,
@@ -139,20 +149,23 @@ impl ReplicatedTask for Infer {
 
     fn run<B: Accelerator>(self, replicas: Replicas<B>) -> Result<()> {
         let Replicas { mut devices, dtype } = replicas;
-        let mut run = RecordFile::open(&self.args, &self.images)?;
-        let todo = run.todo(&self.images);
+        let mut run = RecordFile::open(&self.args, &self.tasks)?;
+        let todo = run.todo(&self.tasks);
         if let Some(note) = todo.note {
             eprintln!("{note}");
         }
-        let todo = todo.groups;
+        let todo = todo.tasks;
         if todo.is_empty() {
             return run.finish();
         }
         let started = Instant::now();
-        let groups: Vec<&[&Vec<PathBuf>]> = todo.chunks(self.args.batch_size).collect();
+        let groups: Vec<&[&Task]> = todo.chunks(self.args.batch_size).collect();
         devices.truncate(groups.len());
         let options = pipeline_options(&self.args.model, dtype);
-        self.args.model.adapter.check_base(&options.model)?;
+        self.args
+            .model
+            .adapter
+            .check_base(&options.model, &options.gguf)?;
         let mut pipelines =
             loading(|on_progress| Pipeline::<B>::load_on(&options, &devices, on_progress))?;
         for note in &pipelines[0].notes {
@@ -190,9 +203,9 @@ impl ReplicatedTask for Infer {
             },
             |place, records| {
                 done += records.len();
-                for (images, record) in groups[place].iter().zip(records) {
-                    self.remarks.print(&record.image, &record.remarks);
-                    run.add(images, &record, &self.args)?;
+                for (task, record) in groups[place].iter().zip(records) {
+                    self.remarks.print(&record);
+                    run.add(task, &record, &self.args)?;
                 }
                 if let Some(progress) = &mut progress {
                     progress.set(done as u64, todo.len() as u64);
@@ -222,59 +235,78 @@ impl Infer {
     fn prompt<B: Accelerator>(
         &self,
         pipeline: &Pipeline<B>,
-        images: &[PathBuf],
+        task: &Task,
         record: &mut Record,
     ) -> Result<Prompt> {
-        let about_model = pipeline.parts.remarks.iter().chain(&pipeline.notes);
+        let parts = &pipeline.parts;
+        let about_model = parts.remarks.iter().chain(&pipeline.notes);
         record
             .remarks
             .extend(about_model.map(|remark| RecordRemark::of_model(remark)));
+        let question = task.question();
+        let limits = question.map_or_else(PixelLimits::default, |question| question.sample.limits);
+        let processor = parts.images.with_pixels(limits)?;
         let mut input = ImageInput::default();
-        let mut hashes = Vec::new();
-        for path in images {
+        let (mut hashes, mut sizes) = (Vec::new(), Vec::new());
+        for (index, path) in task.images.iter().enumerate() {
             expect_file(path)?;
             let frame = self.args.frame.map(|frame| frame as usize);
             let Reading {
                 picture: image,
                 remarks,
-            } = pipeline.parts.images.read(path, frame)?;
+            } = processor.read(path, frame)?;
             hashes.push(sha256_file(path)?);
-            let about = (images.len() > 1).then(|| name::text_of(&[path]).0);
+            let about = (task.images.len() > 1).then(|| task.image_name(index));
             let remarks = remarks.iter();
             record
                 .remarks
                 .extend(remarks.map(|remark| RecordRemark::of(remark, about.clone())));
-            let patches = pipeline
-                .parts
-                .image_input(&image)
-                .with_context(|| format!("`{}`", path.display()))?;
-            input.extend(&patches);
+            sizes.push((image.width(), image.height()));
+            let patches = processor.process(&image);
+            let patches = patches.with_context(|| format!("`{}`", path.display()))?;
+            input.extend(&ImageInput {
+                pixel_values: patches.pixel_values.into(),
+                image_grid_thw: vec![patches.grid_thw],
+            });
         }
         record.image_sha256 = Some(hashes.join(";"));
         let system = self.args.system.as_deref();
-        Ok(pipeline.parts.prompt(system, &self.args.prompt, input)?)
+        let Some(question) = question else {
+            return Ok(parts.prompt(system, self.args.prompt(), input)?);
+        };
+        if task.images.is_empty() {
+            let none = Remark::new(RemarkKind::NoImage, "the row has no image");
+            record.remarks.push(RecordRemark::of(&none, None));
+        }
+        let asked = question.asked(system, &sizes)?;
+        let messages = record.ask(asked);
+        Ok(parts.chat_prompt(&messages, input)?)
     }
 
     /// Reports of one batch; what fails becomes a record with its error.
-    fn answer_group<B: Accelerator>(
-        &self,
-        pipeline: &Pipeline<B>,
-        group: &[&Vec<PathBuf>],
-    ) -> Vec<Record> {
+    fn answer_group<B: Accelerator>(&self, pipeline: &Pipeline<B>, group: &[&Task]) -> Vec<Record> {
         let started = Instant::now();
         let mut records: Vec<Record> = group
             .iter()
-            .map(|images| Record::new(&self.args, images))
+            .map(|task| Record::new(&self.args, task))
             .collect();
         let mut prompts = Vec::new();
         let mut rows = Vec::new();
-        for (index, images) in group.iter().enumerate() {
-            match self.prompt(pipeline, images, &mut records[index]) {
+        for (index, task) in group.iter().enumerate() {
+            let record = &mut records[index];
+            // A row that is no question.
+            if record.error.is_some() {
+                continue;
+            }
+            match self.prompt(pipeline, task, record) {
                 Ok(prompt) => {
                     prompts.push(prompt);
                     rows.push(index);
                 }
-                Err(error) => records[index].error = Some(format!("{error:#}")),
+                Err(error) if task.row.is_some() => {
+                    record.error = Some(format!("{}: {error:#}", record.label()));
+                }
+                Err(error) => record.error = Some(format!("{error:#}")),
             }
         }
         if prompts.is_empty() {
@@ -318,7 +350,7 @@ impl Infer {
             Err(error) => {
                 for row in rows {
                     let record = &mut records[row];
-                    record.error = Some(format!("`{}`: {error}", record.image));
+                    record.error = Some(format!("{}: {error}", record.label()));
                 }
             }
         }
@@ -347,7 +379,7 @@ impl Infer {
                 findings::fill(record, &self.args.findings, self.rules.as_ref(), &classes);
             }
             // The report is kept; as a failed record it is tried again.
-            Err(error) => record.error = Some(format!("`{}`: {error:#}", record.image)),
+            Err(error) => record.error = Some(format!("{}: {error:#}", record.label())),
         }
         let seconds = started.elapsed().as_secs_f64();
         record.set_seconds(record.seconds + seconds);

@@ -2,7 +2,6 @@
 
 use std::{
     io::{Write, stdout},
-    path::PathBuf,
     time::{Duration, Instant},
 };
 
@@ -18,12 +17,17 @@ use super::{
         args::InferArgs,
         output::RecordFile,
         record::{Record, RecordRemark, RemarkPrinter},
+        task::Task,
     },
     progress::{Progress, Unit},
 };
 use crate::{
-    base::files::{expect_file, name, sha256_bytes},
-    processor::image::{DecodeLimits, read_bytes},
+    base::files::{expect_file, sha256_bytes},
+    processor::{
+        image::{DecodeLimits, probe, read_bytes},
+        message::{Content, Message, Part, Role},
+        sample::PixelLimits,
+    },
     runtime::generate::{FinishReason, GenerationConfig},
     serve::client::{EventLines, Server},
 };
@@ -43,6 +47,8 @@ struct Remote<'a> {
     server: Server,
     args: &'a InferArgs,
     settings: &'a GenerationConfig,
+    /// What the server says of how it read the model.
+    about_model: Vec<String>,
 }
 
 /// Sends all images to the server at `address`, `--batch-size` requests at a time.
@@ -54,18 +60,19 @@ pub(super) fn run(
     address: &str,
     args: &InferArgs,
     settings: &GenerationConfig,
-    images: &[Vec<PathBuf>],
+    tasks: &[Task],
 ) -> Result<()> {
-    let mut output = RecordFile::open(args, images)?;
-    let todo = output.todo(images);
+    let mut output = RecordFile::open(args, tasks)?;
+    let todo = output.todo(tasks);
     if let Some(note) = todo.note {
         eprintln!("{note}");
     }
-    let todo = todo.groups;
-    let remote = Remote {
+    let todo = todo.tasks;
+    let mut remote = Remote {
         server: Server::new(address, args.api_key.clone())?,
         args,
         settings,
+        about_model: Vec::new(),
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -74,14 +81,22 @@ pub(super) fn run(
     let mut progress =
         (total > 1 || args.output.is_some()).then(|| Progress::new("reports", total, Unit::Items));
     runtime.block_on(async {
+        if !todo.is_empty() {
+            remote.about_model = remote.model_remarks().await;
+            remote
+                .about_model
+                .iter()
+                .for_each(|remark| eprintln!("{remark}"));
+        }
+        let remote = &remote;
         // In order, with as many under way as the batch is large.
         let mut answers = stream::iter(&todo)
-            .map(|images| remote.record(images))
+            .map(|task| remote.record(task))
             .buffered(args.batch_size);
         let remarks = RemarkPrinter::default();
         let mut done = 0;
         while let Some(record) = answers.next().await {
-            let images = todo[done as usize];
+            let task = todo[done as usize];
             let record = record.with_context(|| {
                 let goes_on = match &args.output {
                     Some(_) => "; start it again to go on from there",
@@ -89,8 +104,8 @@ pub(super) fn run(
                 };
                 format!("{done} of {total} reports were written{goes_on}")
             })?;
-            remarks.print(&record.image, &record.remarks);
-            output.add(images, &record, args)?;
+            remarks.print(&record);
+            output.add(task, &record, args)?;
             done += 1;
             if let Some(progress) = &mut progress {
                 progress.set(done, total);
@@ -107,10 +122,18 @@ pub(super) fn run(
 impl Remote<'_> {
     /// The report about some images; what is wrong with them becomes a record with its error, what is
     /// wrong with the server an error.
-    async fn record(&self, images: &[PathBuf]) -> Result<Record> {
+    async fn record(&self, task: &Task) -> Result<Record> {
         let started = Instant::now();
-        let mut record = Record::new(self.args, images);
-        let answer = match self.body(images) {
+        let mut record = Record::new(self.args, task);
+        // A row that is no question.
+        if record.error.is_some() {
+            return Ok(record);
+        }
+        let about_model = self.about_model.iter();
+        record
+            .remarks
+            .extend(about_model.map(|remark| RecordRemark::of_model(remark)));
+        let answer = match self.body(task, &mut record) {
             Ok((body, sha256)) => {
                 record.image_sha256 = Some(sha256);
                 self.answer(body).await
@@ -118,35 +141,65 @@ impl Remote<'_> {
             Err(error) => Err(error),
         };
         match answer {
-            Ok(answer) => fill(&mut record, &answer, images),
+            Ok(answer) => fill(&mut record, &answer, task),
             Err(error) if error.is::<Unreachable>() => return Err(error),
-            Err(error) => record.error = Some(format!("`{}`: {error:#}", record.image)),
+            Err(error) => record.error = Some(format!("{}: {error:#}", record.label())),
         }
         record.set_seconds(started.elapsed().as_secs_f64());
         Ok(record)
     }
 
+    /// What `/v1/models` says of how the model was read; nothing where a server says none of it.
+    async fn model_remarks(&self) -> Vec<String> {
+        let listed = async {
+            let mut connection = self.server.connect().await.ok()?;
+            let request = self.server.request("/v1/models", None).ok()?;
+            let response = connection.send(request).await.ok()?;
+            let body = response.into_body().collect().await.ok()?.to_bytes();
+            serde_json::from_slice::<Value>(&body).ok()
+        };
+        let Some(models) = listed.await else {
+            return Vec::new();
+        };
+        let wanted = self.args.server_model.as_deref();
+        let mut models = models["data"].as_array().into_iter().flatten();
+        // The base is the first one.
+        let model = models.find(|model| wanted.is_none_or(|name| model["id"] == name));
+        let remarks = model.and_then(|model| model["remarks"].as_array());
+        let texts = remarks.into_iter().flatten().filter_map(Value::as_str);
+        texts.map(str::to_owned).collect()
+    }
+
     /// The request, and the hash of its images as a record has it.
-    fn body(&self, images: &[PathBuf]) -> Result<(Vec<u8>, String)> {
-        let mut content = Vec::new();
-        let mut hashes = Vec::new();
-        for path in images {
+    fn body(&self, task: &Task, record: &mut Record) -> Result<(Vec<u8>, String)> {
+        let mut images = Vec::new();
+        let (mut hashes, mut sizes) = (Vec::new(), Vec::new());
+        let question = task.question();
+        for path in &task.images {
             expect_file(path)?;
-            let bytes = read_bytes(path, &DecodeLimits::default())?;
+            let limits = DecodeLimits::default();
+            let bytes = read_bytes(path, &limits)?;
             hashes.push(sha256_bytes(&bytes));
+            if question.is_some_and(|question| question.sample.has_boxes()) {
+                sizes.push(probe(path, &limits)?);
+            }
             // The server goes by the content.
             let url = format!(
                 "data:application/octet-stream;base64,{}",
                 STANDARD.encode(bytes)
             );
-            content.push(json!({"type": "image_url", "image_url": {"url": url}}));
+            images.push(json!({"type": "image_url", "image_url": {"url": url}}));
         }
-        content.push(json!({"type": "text", "text": self.args.prompt}));
-        let mut messages = Vec::new();
-        if let Some(system) = &self.args.system {
-            messages.push(json!({"role": "system", "content": system}));
-        }
-        messages.push(json!({"role": "user", "content": content}));
+        let system = self.args.system.as_deref();
+        let messages = match question {
+            Some(question) => record.ask(question.asked(system, &sizes)?),
+            None => {
+                let system = system.map(|text| Message::text(Role::System, text));
+                let asked = Message::question(images.len(), self.args.prompt());
+                system.into_iter().chain([asked]).collect()
+            }
+        };
+        let messages = in_json(&messages, images);
         let sampling = &self.settings.sampling;
         let mut body = json!({
             "messages": messages,
@@ -165,6 +218,17 @@ impl Remote<'_> {
         }
         if let Some(model) = &self.args.server_model {
             body["model"] = model.as_str().into();
+        }
+        if let Some(question) = question {
+            let PixelLimits {
+                min_pixels,
+                max_pixels,
+            } = question.sample.limits;
+            for (key, limit) in [("min_pixels", min_pixels), ("max_pixels", max_pixels)] {
+                if let Some(limit) = limit {
+                    body["mm_processor_kwargs"][key] = limit.into();
+                }
+            }
         }
         Ok((serde_json::to_vec(&body)?, hashes.join(";")))
     }
@@ -223,6 +287,23 @@ impl Remote<'_> {
     }
 }
 
+/// Messages in the form of OpenAI's interface, `images` in their places.
+fn in_json(messages: &[Message], images: Vec<Value>) -> Vec<Value> {
+    let mut images = images.into_iter();
+    let mut part = |part: &Part| match part {
+        Part::Image => images.next().unwrap_or_default(),
+        Part::Text { text } => json!({"type": "text", "text": text}),
+    };
+    let mut message = |message: &Message| {
+        let content = match &message.content {
+            Content::Text(text) => json!(text),
+            Content::Parts(parts) => parts.iter().map(&mut part).collect(),
+        };
+        json!({"role": message.role, "content": content})
+    };
+    messages.iter().map(&mut message).collect()
+}
+
 /// Prints a stream as it comes; gives what a whole answer would have held.
 async fn show(mut body: hyper::body::Incoming) -> Result<Value> {
     let mut lines = EventLines::default();
@@ -271,22 +352,25 @@ async fn show(mut body: hyper::body::Incoming) -> Result<Value> {
 }
 
 /// The remarks of an answer, `{"code", "text", "image"}` each; `image` counts from 1.
-fn remarks(answer: &Value, images: &[PathBuf]) -> Vec<RecordRemark> {
+fn remarks(answer: &Value, task: &Task) -> Vec<RecordRemark> {
     let text = |remark: &Value, key: &str| Some(remark[key].as_str()?.to_owned());
     let remark = |remark: &Value| {
-        let number = remark["image"].as_u64().filter(|_| images.len() > 1);
-        let image = number.and_then(|number| images.get((number as usize).checked_sub(1)?));
+        let images = task.images.len();
+        let number = remark["image"].as_u64().filter(|_| images > 1);
+        let index = number.and_then(|number| (number as usize).checked_sub(1));
         Some(RecordRemark {
             code: text(remark, "code")?,
             text: text(remark, "text")?,
-            image: image.map(|path| name::text_of(&[path]).0),
+            image: index
+                .filter(|index| *index < images)
+                .map(|index| task.image_name(index)),
         })
     };
     let list = answer["remarks"].as_array();
     list.map_or_else(Vec::new, |list| list.iter().filter_map(remark).collect())
 }
 
-fn fill(record: &mut Record, answer: &Value, images: &[PathBuf]) {
+fn fill(record: &mut Record, answer: &Value, task: &Task) {
     let choice = &answer["choices"][0];
     let text = |key: &str| {
         choice["message"][key]
@@ -306,13 +390,15 @@ fn fill(record: &mut Record, answer: &Value, images: &[PathBuf]) {
         (Some(_), _) => Some(FinishReason::Stop),
         _ => None,
     };
-    record.remarks = remarks(answer, images);
+    record.remarks.extend(remarks(answer, task));
     record.prompt_tokens = tokens("prompt_tokens");
     record.completion_tokens = tokens("completion_tokens");
 }
 
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+
     use super::*;
 
     #[test]
@@ -321,14 +407,14 @@ mod tests {
             {"image": 2, "code": "not_a_chest", "text": "its body part is HAND"},
             {"image": null, "code": "no_image", "text": "there is no image"},
         ]});
-        let images = ["a.dcm", "b.dcm"].map(PathBuf::from);
-        let found = remarks(&answer, &images);
+        let task = |names: &[&str]| Task::about(names.iter().map(PathBuf::from).collect());
+        let found = remarks(&answer, &task(&["a.dcm", "b.dcm"]));
         assert_eq!(found[0].image.as_deref(), Some("b.dcm"));
         assert_eq!(
             (found[1].code.as_str(), &found[1].image),
             ("no_image", &None)
         );
-        assert_eq!(remarks(&answer, &images[1..])[0].image, None);
-        assert_eq!(remarks(&json!({}), &images), []);
+        assert_eq!(remarks(&answer, &task(&["b.dcm"]))[0].image, None);
+        assert_eq!(remarks(&json!({}), &task(&["b.dcm"])), []);
     }
 }

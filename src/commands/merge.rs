@@ -10,7 +10,7 @@ use super::{
     logits::{probe, read, relative_distance},
     models::{DownloadArgs, find},
     pipeline_options::checkpoint_alone,
-    shared_args::found_adapter,
+    shared_args::{GgufArgs, found_adapter},
     shell::expect_new,
 };
 use crate::{
@@ -33,7 +33,7 @@ use crate::{
     qwen3_vl::{
         Qwen3Vl,
         config::Qwen3VlConfig,
-        weights::{Checkpoint, stored_dtype},
+        weights::{Checkpoint, gguf::GgufParts, stored_dtype},
     },
     runtime::{accelerator::Accelerator, pipeline::PipelineOptions},
     train::checkpoint::save_model,
@@ -42,9 +42,12 @@ use crate::{
 /// Arguments of `merge`.
 #[derive(Debug, Args)]
 pub struct MergeArgs {
-    /// Folder or name of the base checkpoint, as in `infer`.
-    #[arg(long, value_name = "DIR|ID", default_value = "model/tiny")]
+    /// Folder or name of the base checkpoint, or a GGUF file, as in `infer`.
+    #[arg(long, value_name = "DIR|ID|FILE.gguf", default_value = "model/tiny")]
     pub model: PathBuf,
+    /// Files that go with a GGUF.
+    #[command(flatten)]
+    pub gguf: GgufArgs,
     /// Folder or name of a PEFT adapter, or the folder of a run, whose best checkpoint is used.
     #[arg(long, value_name = "DIR|ID")]
     pub adapter: Option<PathBuf>,
@@ -107,16 +110,17 @@ impl DeviceTask for Merge {
         };
         let options = PipelineOptions {
             adapter: self.args.adapter.clone(),
+            gguf: self.args.gguf.parts(),
             ..checkpoint_alone(self.args.model.clone(), read_dtype)
         };
-        let stored = stored_dtype(&options.model)?;
+        let stored = stored_dtype(&options.model, &options.gguf)?;
         let written = self.typed_dtype.or(stored).unwrap_or(dtype);
         let limits = match &self.args.adapter {
             Some(dir) => trained_pixel_limits(dir)?,
             None => None,
         };
-        let mut config = Qwen3VlConfig::from_dir(&options.model)?;
-        tell_remarks(&options.model, &config)?;
+        let mut config = Qwen3VlConfig::from_model(&options.model, &options.gguf)?;
+        tell_remarks((&options.model, &options.gguf), &config)?;
         if let Some(quantization) = of_checkpoint(&options.model)? {
             bail!(
                 "`{}` is quantised ({quantization}): an adapter cannot be merged into packed weights, and they are not written in another type; merge into the checkpoint it was made from, then run `quantize`",
@@ -126,7 +130,7 @@ impl DeviceTask for Merge {
         if let Some(dir) = &self.args.adapter
             && !self.args.any_base
         {
-            check_base(dir, &options.model)?;
+            check_base(dir, &options.model, &options.gguf)?;
             check_name(dir, &options.model)?;
         }
         let base = read::<B>(&options, &config, &device)?;
@@ -151,7 +155,8 @@ impl DeviceTask for Merge {
         let merged = cast(merged, written);
         let expected = probe(&merged, &config, &device);
         let parent = FolderWriter::new(&self.args.output)?;
-        save_model(&merged, &config, &options.model, limits, parent.path())?;
+        let base = (options.model.as_path(), &options.gguf);
+        save_model(&merged, &config, base, limits, parent.path())?;
         drop(merged);
 
         // What counts is what is on the disk.
@@ -192,8 +197,11 @@ impl DeviceTask for Merge {
 }
 
 /// Prints what is to know about how the base is read.
-pub(super) fn tell_remarks(model: &Path, config: &Qwen3VlConfig) -> Result<()> {
-    let checkpoint = Checkpoint::open(model)?;
+pub(super) fn tell_remarks(
+    (model, parts): (&Path, &GgufParts),
+    config: &Qwen3VlConfig,
+) -> Result<()> {
+    let checkpoint = Checkpoint::open_with(model, parts)?;
     let head = config.head_remark(model);
     for remark in checkpoint.remarks().iter().chain(&head) {
         eprintln!("{remark}");

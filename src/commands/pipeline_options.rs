@@ -29,10 +29,7 @@ pub(super) fn with_adapter(
         quantize: load.quantize,
         min_pixels: load.min_pixels,
         max_pixels: load.max_pixels,
-        gguf: GgufParts {
-            mmproj: load.mmproj.clone(),
-            tokenizer: load.tokenizer.clone(),
-        },
+        gguf: load.gguf.parts(),
     }
 }
 
@@ -55,6 +52,7 @@ pub(super) fn base_of_run(config: &TrainConfig, model: PathBuf, dtype: DType) ->
     PipelineOptions {
         min_pixels: Some(min_pixels),
         max_pixels: Some(max_pixels),
+        gguf: config.gguf_parts(),
         ..checkpoint_alone(model, dtype)
     }
 }

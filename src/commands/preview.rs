@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::models::{DownloadArgs, find};
 use super::pipeline_options::with_adapter;
-use super::shared_args::{AdapterArgs, LoadArgs};
+use super::shared_args::{AdapterArgs, GgufArgs, LoadArgs};
 use super::shell::unless_closed;
 use super::usage::UsageError;
 use crate::{
@@ -52,12 +52,16 @@ pub struct PreviewArgs {
     /// Print one JSON object: sizes, `image_grid_thw`, tokens, SHA-256 of the shown pixels, remarks.
     #[arg(long)]
     pub json: bool,
-    /// Frame of a multi-frame DICOM file or page of a multi-page TIFF file, counted from 1.
+    /// Frame of a multi-frame DICOM file, page of a multi-page TIFF file, or plane of a NIfTI or NRRD volume, counted
+    /// from 1.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub frame: Option<u32>,
     /// Folder or name of the checkpoint whose image processor is used; weights are not read.
     #[arg(long, value_name = "DIR|ID", default_value = "model/tiny")]
     pub model: PathBuf,
+    /// Files that go with a GGUF.
+    #[command(flatten)]
+    pub gguf: GgufArgs,
     /// Folder or name of an adapter, whose training may have set other pixel limits.
     #[arg(long, value_name = "DIR|ID")]
     pub adapter: Option<PathBuf>,
@@ -152,8 +156,7 @@ fn parts(args: &PreviewArgs) -> Result<TextAndImages> {
         quantize: None,
         min_pixels: args.min_pixels,
         max_pixels: args.max_pixels,
-        mmproj: None,
-        tokenizer: None,
+        gguf: args.gguf.clone(),
     };
     let options = with_adapter(&model, &adapter, &load, DType::F32);
     Ok(TextAndImages::load(&options)?)

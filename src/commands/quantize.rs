@@ -11,6 +11,7 @@ use super::{
     merge::tell_remarks,
     models::{DownloadArgs, find},
     pipeline_options::checkpoint_alone,
+    shared_args::GgufArgs,
     shell::expect_new,
     usage::UsageError,
 };
@@ -43,6 +44,9 @@ pub struct QuantizeArgs {
     /// first, so 16 bits lose less.
     #[arg(long, value_name = "DIR|ID|FILE.gguf", default_value = "model/tiny")]
     pub model: PathBuf,
+    /// Files that go with a GGUF.
+    #[command(flatten)]
+    pub gguf: GgufArgs,
     /// Downloads.
     #[command(flatten)]
     pub download: DownloadArgs,
@@ -82,8 +86,9 @@ impl DeviceTask for Quantize {
 
     fn run<B: Accelerator>(self, device: B::Device, dtype: DType) -> Result<()> {
         let from = self.args.model.clone();
-        let config = Qwen3VlConfig::from_dir(&from)?;
-        tell_remarks(&from, &config)?;
+        let parts = self.args.gguf.parts();
+        let config = Qwen3VlConfig::from_model(&from, &parts)?;
+        tell_remarks((&from, &parts), &config)?;
         let shapes = {
             let model = Qwen3Vl::<B>::new(&config, &InitOptions::default(), &device);
             parameter_shapes(&model)
@@ -96,11 +101,17 @@ impl DeviceTask for Quantize {
         );
         let folder = FolderWriter::new(&self.args.output)?;
         let to = folder.path();
-        write_quantised(&from, to, &shapes, self.quantization, MAX_SHARD_BYTES)
-            .with_context(|| format!("cannot quantise `{}`", from.display()))?;
-        copy_side_files(&from, to)?;
+        write_quantised(
+            (&from, &parts),
+            to,
+            &shapes,
+            self.quantization,
+            MAX_SHARD_BYTES,
+        )
+        .with_context(|| format!("cannot quantise `{}`", from.display()))?;
+        copy_side_files(&from, &parts, to)?;
         // Adapters name the base they were trained on; they fit what was made from it.
-        BaseFingerprint::of(&from)?.save(to)?;
+        BaseFingerprint::of(&from, &parts)?.save(to)?;
 
         // Every byte has been read back; that a model comes of them is the last thing to know.
         let options = checkpoint_alone(to.to_path_buf(), dtype);

@@ -30,7 +30,7 @@ use crate::{
     bench::SEED,
     ops::quantised::cache::CacheFormat,
     processor::tokenizer::Tokenizer,
-    qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig},
+    qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, weights::gguf::GgufParts},
     runtime::{
         accelerator::Accelerator,
         generate::{
@@ -379,12 +379,12 @@ impl DeviceTask for Serve {
         let loras = loras(&self.args)?.into_iter().map(|(_, dir)| dir);
         for adapter in options.adapter.as_deref().into_iter().chain(loras) {
             if checks_base {
-                check_base(adapter, &options.model)?;
+                check_base(adapter, &options.model, &options.gguf)?;
             }
         }
         let Pipeline {
             model,
-            parts,
+            mut parts,
             device,
             notes,
         } = match self.args.random_weights {
@@ -398,12 +398,14 @@ impl DeviceTask for Serve {
                 pipeline
             }
         };
-        for note in &notes {
-            log::info!("{note}");
-        }
+        parts.remarks.extend(notes);
         prepare_kernels::<B>(&parts.config, dtype, &device, 0);
         let decoder = self.decoder(model, &parts.config, device, &self.engine_limits())?;
-        self.answer(decoder, parts, checks_base.then_some(options.model))
+        self.answer(
+            decoder,
+            parts,
+            checks_base.then_some((options.model, options.gguf)),
+        )
     }
 }
 
@@ -420,7 +422,12 @@ impl Serve {
 
     /// Answers requests until the server is stopped or `decoder` fails for good. Adapters are only taken
     /// where they were trained on `base`, if it is given.
-    fn answer<D>(self, decoder: D, parts: TextAndImages, base: Option<PathBuf>) -> Result<()>
+    fn answer<D>(
+        self,
+        decoder: D,
+        parts: TextAndImages,
+        base: Option<(PathBuf, GgufParts)>,
+    ) -> Result<()>
     where
         D: DecodeBackend + Send + 'static,
     {
@@ -437,12 +444,13 @@ impl Serve {
         if parts.limits_from == LimitsFrom::Options {
             models = models.with_one_size();
         }
+        models = models.with_remarks(parts.remarks.clone());
         log::info!("{}", parts.pixel_limits());
         for remark in &parts.remarks {
             log::info!("{remark}");
         }
-        if let Some(base) = base {
-            models = models.only_for(base);
+        if let Some((base, gguf)) = base {
+            models = models.only_for(base, gguf);
         }
         let config = self.config();
         let patch_pixels = parts.images.config().max_pixels as u64;
@@ -705,7 +713,7 @@ mod tests {
         batch::images::ImageInput,
         cli::{Cli, Command},
         commands::exit_code,
-        runtime::generate::backend::{AdapterId, Chunk, SlotId, StepRow, Stepped},
+        runtime::generate::backend::{AdapterId, Chunk, LoadedAdapter, SlotId, StepRow, Stepped},
         serve::client::Server,
     };
 
@@ -737,7 +745,7 @@ mod tests {
 
         fn free(&mut self, _: SlotId) {}
 
-        fn load_adapter(&mut self, _: &Path) -> Result<AdapterId, AdapterError> {
+        fn load_adapter(&mut self, _: &Path) -> Result<LoadedAdapter, AdapterError> {
             panic!("the device is gone")
         }
 

@@ -21,6 +21,7 @@ use crate::{
     },
     dataset::{Columns, DataOptions, ImageStore},
     ops::quantised::{Quantization, cache::CacheFormat},
+    qwen3_vl::weights::gguf::GgufParts,
     runtime::generate::{GenerationConfig, SamplingConfig},
     study::StudyRule,
 };
@@ -90,9 +91,9 @@ impl AdapterArgs {
     ///
     /// # Errors
     /// Another base model, unless `--any-base` allows it.
-    pub(super) fn check_base(&self, model: &Path) -> Result<(), BaseError> {
+    pub(super) fn check_base(&self, model: &Path, parts: &GgufParts) -> Result<(), BaseError> {
         match &self.adapter {
-            Some(adapter) if !self.any_base => check_base(adapter, model),
+            Some(adapter) if !self.any_base => check_base(adapter, model, parts),
             _ => Ok(()),
         }
     }
@@ -125,6 +126,14 @@ pub struct LoadArgs {
     /// Largest size an image is scaled to, in pixels, by default likewise; 1,024 pixels are one token.
     #[arg(long, value_name = "PIXELS")]
     pub max_pixels: Option<usize>,
+    /// Files that go with a GGUF.
+    #[command(flatten)]
+    pub gguf: GgufArgs,
+}
+
+/// Files that go with a model in GGUF.
+#[derive(Debug, Clone, Default, Args)]
+pub struct GgufArgs {
     /// With a model in GGUF: the file of its vision tower; by default the only mmproj file beside it.
     #[arg(long, value_name = "FILE.gguf")]
     pub mmproj: Option<PathBuf>,
@@ -132,6 +141,16 @@ pub struct LoadArgs {
     /// for a GGUF that lacks them. By default a GGUF's own are used, then the files beside it.
     #[arg(long, value_name = "DIR")]
     pub tokenizer: Option<PathBuf>,
+}
+
+impl GgufArgs {
+    /// As the library takes them.
+    pub(super) fn parts(&self) -> GgufParts {
+        GgufParts {
+            mmproj: self.mmproj.clone(),
+            tokenizer: self.tokenizer.clone(),
+        }
+    }
 }
 
 /// How answers are generated.

@@ -134,6 +134,14 @@ fn load_config(args: &TrainArgs) -> Result<TrainConfig> {
     if let Some(path) = &args.model {
         set("model", text(path));
     }
+    for (key, path) in [
+        ("mmproj", &args.gguf.mmproj),
+        ("tokenizer", &args.gguf.tokenizer),
+    ] {
+        if let Some(path) = path {
+            set(key, text(path));
+        }
+    }
     if let Some(path) = &args.adapter {
         set("adapter", text(path));
     }

@@ -32,7 +32,7 @@ use crate::{
     study::StudyRule,
 };
 
-use data_file::{CheckedRow, DataFile, read};
+use data_file::{CheckedRow, DataFile, read_all};
 pub use error::CheckError;
 pub use finding::{CheckReport, FileCount, Finding, Kind, Severity};
 
@@ -66,7 +66,7 @@ struct DecodedImage {
 }
 
 impl Check<'_> {
-    /// Checks the file `train`, and with `val` also whether validation is independent of it.
+    /// Checks the files of `train`, and whether those of `val` are independent of them.
     ///
     /// `progress` is called from several threads with the number of image files done and of all.
     ///
@@ -74,14 +74,12 @@ impl Check<'_> {
     /// [`CheckError`] if a data file cannot be read; whatever is wrong inside is a [`Finding`].
     pub fn run(
         &self,
-        train: &Path,
-        val: Option<&Path>,
+        train: &[PathBuf],
+        val: &[PathBuf],
         progress: &(dyn Fn(usize, usize) + Sync),
     ) -> Result<CheckReport, CheckError> {
-        let mut files = Vec::new();
-        for path in [Some(train), val].into_iter().flatten() {
-            files.push(read(path, &self.options)?);
-        }
+        let mut files = read_all(train, &self.options)?;
+        files.extend(read_all(val, &self.options)?);
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads.min(MAX_THREADS))
@@ -104,10 +102,12 @@ impl Check<'_> {
                 findings.extend(found);
                 row_tokens.extend(tokens);
             }
-            findings.extend(leaks::duplicates(path, rows));
             findings.extend(thinking::disagreement(path, rows, self.opens_thinking));
         }
-        let study = leaks::studies(&mut files, &self.studies)?;
+        let (of_train, of_val) = files.split_at_mut(train.len());
+        leaks::duplicates(of_train);
+        leaks::duplicates(of_val);
+        let study = leaks::studies(&mut files, train.len(), &self.studies)?;
         let mut findings = Vec::new();
         let mut counts = Vec::new();
         for mut file in files {

@@ -11,6 +11,7 @@ mod corpus;
 mod error;
 mod files;
 mod images;
+mod inputs;
 mod line;
 mod options;
 mod parts;
@@ -40,8 +41,8 @@ pub use corpora::{Language, Sections, Views};
 use corpus::Body;
 pub use corpus::{CorpusForm, CorpusKeys};
 pub use error::ConvertError;
-use files::FileIndex;
-use images::{ImageFinder, Unusable};
+use images::Unusable;
+use inputs::Inputs;
 use line::UsableRow;
 pub use options::{ConvertOptions, PROMPTS, Split, VAL_RATIO};
 use parts::{FILES, count_studies, parts, prepare_output, shown, split_of};
@@ -93,27 +94,23 @@ pub fn convert(
     {
         return Err(ConvertError::ValRatio(ratio));
     }
-    let folder = match &options.images {
-        Some(folder) if !folder.is_dir() => return Err(ConvertError::NoImages(folder.clone())),
-        Some(folder) => folder.clone(),
-        None => corpora::root_of(&options.input),
-    };
-    let mut index = FileIndex::new(folder);
-    let mut corpus = corpora::read(options, &mut index)?;
-    if corpus.rows.is_empty() && corpus.left_out.is_empty() {
-        return Err(ConvertError::Empty(corpus.main.to_path_buf()));
-    }
+    let Inputs {
+        mut corpus,
+        mut sources,
+    } = inputs::read(options)?;
     let prompts = questions(options, &corpus);
     let mut thinking = match &options.thinking {
         Some(path) => Some(Thinking::read(path)?),
         None => None,
     };
-    let mut summary = empty_summary(options, &corpus, processor)?;
+    let count: usize = sources.iter().map(|source| source.rows.len()).sum();
+    let mut summary = empty_summary(options, &corpus, count, processor)?;
     let output = prepare_output(options)?;
     tell_choices(options, &corpus, &mut summary);
 
     let mut unused: BTreeMap<String, usize> = BTreeMap::new();
-    for key in corpus.rows.iter().flat_map(|row| &row.unused) {
+    let rows = sources.iter().flat_map(|source| &source.rows);
+    for key in rows.flat_map(|row| &row.unused) {
         *unused.entry(key.clone()).or_default() += 1;
     }
 
@@ -133,55 +130,56 @@ pub fn convert(
         });
     }
     let mut usable = Vec::new();
-    // Rows of messages name their own images.
-    let beside = (options.images.is_none() && corpus.form == CorpusForm::Messages)
-        .then(|| corpus.root.clone());
     let main = corpus.main.clone();
-    let mut finder = ImageFinder::new(&main, beside, &mut index, &output, processor);
-    finder.look_up(&corpus.rows)?;
-    let count = corpus.rows.len();
-    for (at, row) in std::mem::take(&mut corpus.rows).into_iter().enumerate() {
-        progress(at + 1, count);
-        let mut leave = |row: &corpus::CorpusRow, image: String, reason: String, kind| {
-            left_out.push(LeftOut {
-                file: row.file.clone(),
-                number: row.number,
-                image,
-                reason,
-                kind,
-            });
-        };
-        match finder.images(&row)? {
-            Err(reason) => {
-                let (count, kind) = match reason {
-                    Unusable::NotFound(_) | Unusable::Several(..) => {
-                        (&mut summary.rows_without_image, "image not found")
-                    }
-                    Unusable::Unreadable(..) => (
-                        &mut summary.rows_with_unusable_image,
-                        "image cannot be used",
-                    ),
-                };
-                *count += 1;
-                leave(&row, reason.image().to_owned(), reason.to_string(), kind);
-            }
-            Ok(images) => {
-                check_boxes(&row, &images)?;
-                let answer = match &mut thinking {
-                    None => Some(row.report().to_owned()),
-                    Some(thinking) => thinking.answer(row.id(), row.report()),
-                };
-                match answer {
-                    Some(answer) => usable.push(UsableRow {
-                        row,
-                        images,
-                        question: None,
-                        answer,
-                    }),
-                    None => {
-                        summary.rows_without_thinking += 1;
-                        let kind = "no reasoning for this image";
-                        leave(&row, row.images.join(" "), kind.to_owned(), kind);
+    let mut done = 0;
+    for source in &mut sources {
+        let rows = std::mem::take(&mut source.rows);
+        let mut finder = source.finder(options, &output, processor);
+        finder.look_up(&rows)?;
+        for row in rows {
+            done += 1;
+            progress(done, count);
+            let mut leave = |row: &corpus::CorpusRow, image: String, reason: String, kind| {
+                left_out.push(LeftOut {
+                    file: row.file.clone(),
+                    number: row.number,
+                    image,
+                    reason,
+                    kind,
+                });
+            };
+            match finder.images(&row)? {
+                Err(reason) => {
+                    let (count, kind) = match reason {
+                        Unusable::NotFound(_) | Unusable::Several(..) => {
+                            (&mut summary.rows_without_image, "image not found")
+                        }
+                        Unusable::Unreadable(..) => (
+                            &mut summary.rows_with_unusable_image,
+                            "image cannot be used",
+                        ),
+                    };
+                    *count += 1;
+                    leave(&row, reason.image().to_owned(), reason.to_string(), kind);
+                }
+                Ok(images) => {
+                    check_boxes(&row, &images)?;
+                    let answer = match &mut thinking {
+                        None => Some(row.report().to_owned()),
+                        Some(thinking) => thinking.answer(row.id(), row.report()),
+                    };
+                    match answer {
+                        Some(answer) => usable.push(UsableRow {
+                            row,
+                            images,
+                            question: None,
+                            answer,
+                        }),
+                        None => {
+                            summary.rows_without_thinking += 1;
+                            let kind = "no reasoning for this image";
+                            leave(&row, row.images.join(" "), kind.to_owned(), kind);
+                        }
                     }
                 }
             }
@@ -441,6 +439,7 @@ fn warn(summary: &mut Summary, unused: BTreeMap<String, usize>) {
 fn empty_summary(
     options: &ConvertOptions,
     corpus: &Corpus,
+    rows: usize,
     processor: &ImageProcessor,
 ) -> Result<Summary, ConvertError> {
     let mut files = BTreeMap::new();
@@ -461,7 +460,7 @@ fn empty_summary(
         seed: options.seed,
         split: split_of(options, corpus)?,
         val_ratio: Some(options.val_ratio.unwrap_or(VAL_RATIO)),
-        rows_read: corpus.rows.len() + corpus.left_out.len(),
+        rows_read: rows + corpus.left_out.len(),
         rows_without_report: 0,
         rows_not_frontal: 0,
         rows_without_part: 0,

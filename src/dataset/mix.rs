@@ -5,7 +5,7 @@
 //! seed. `#N` takes N rows, more than there are by repeating them, as ms-swift's data sets.
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::error::DatasetError;
 use super::python_random::PythonRandom;
@@ -147,39 +147,17 @@ impl DataName {
     ///
     /// # Errors
     /// [`DatasetError::Name`] if no file fits.
-    pub(super) fn files(&self) -> Result<Vec<String>, DatasetError> {
-        let path = Path::new(&self.path);
-        let pattern = path.file_name().and_then(|name| name.to_str());
-        let pattern = match pattern.filter(|pattern| pattern.contains('*')) {
-            Some(pattern) if !path.exists() => pattern,
-            _ => return Ok(vec![self.path.clone()]),
-        };
-        let folder = path.parent().unwrap_or(Path::new(""));
-        let look_in = if folder.as_os_str().is_empty() {
-            Path::new(".")
-        } else {
-            folder
-        };
-        let entries = std::fs::read_dir(look_in).map_err(|cause| DatasetError::Read {
-            path: look_in.to_owned(),
-            cause,
-        })?;
-        let mut files: Vec<String> = entries
-            .filter_map(|entry| {
-                let name = entry.ok()?.file_name().into_string().ok()?;
-                let file = folder.join(&name);
-                let fits = matches(pattern, &name) && file.is_file();
-                fits.then(|| file.to_str().map(str::to_owned)).flatten()
-            })
-            .collect();
-        files.sort();
-        if files.is_empty() {
-            return Err(DatasetError::Name {
-                name: self.path.clone(),
-                reason: "matches no file".to_owned(),
-            });
-        }
-        Ok(files)
+    pub fn files(&self) -> Result<Vec<String>, DatasetError> {
+        let files = files_like(Path::new(&self.path))?;
+        let texts = files
+            .into_iter()
+            .filter_map(|file| file.to_str().map(str::to_owned));
+        Ok(texts.collect())
+    }
+
+    /// Whether it is drawn, and no file.
+    pub fn is_drawn(&self) -> bool {
+        self.path.starts_with("phantom:")
     }
 
     /// Whether all its rows come once.
@@ -210,6 +188,43 @@ impl DataName {
         }
         chosen
     }
+}
+
+/// The files that a path stands for, in the order of their names: several where its last part has a `*`.
+///
+/// # Errors
+/// [`DatasetError`] if no file fits, or the folder cannot be read.
+pub fn files_like(path: &Path) -> Result<Vec<PathBuf>, DatasetError> {
+    let pattern = path.file_name().and_then(|name| name.to_str());
+    let pattern = match pattern.filter(|pattern| pattern.contains('*')) {
+        Some(pattern) if !path.exists() => pattern,
+        _ => return Ok(vec![path.to_owned()]),
+    };
+    let folder = path.parent().unwrap_or(Path::new(""));
+    let look_in = if folder.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        folder
+    };
+    let entries = std::fs::read_dir(look_in).map_err(|cause| DatasetError::Read {
+        path: look_in.to_owned(),
+        cause,
+    })?;
+    let mut files: Vec<PathBuf> = entries
+        .filter_map(|entry| {
+            let name = entry.ok()?.file_name().into_string().ok()?;
+            let file = folder.join(&name);
+            (matches(pattern, &name) && file.is_file()).then_some(file)
+        })
+        .collect();
+    files.sort();
+    if files.is_empty() {
+        return Err(DatasetError::Name {
+            name: path.display().to_string(),
+            reason: "matches no file".to_owned(),
+        });
+    }
+    Ok(files)
 }
 
 /// Whether a name fits a pattern in which `*` stands for any text.

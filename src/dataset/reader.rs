@@ -81,6 +81,17 @@ pub(super) fn read_rows(
     plain: Plain,
     stop: bool,
 ) -> Result<ReadFile, DatasetError> {
+    read_rows_as(file, options, plain, stop, &parse_fields)
+}
+
+/// As [`read_rows`], each row by way of `parse`.
+pub(super) fn read_rows_as(
+    file: &DataFile,
+    options: &DataOptions,
+    plain: Plain,
+    stop: bool,
+    parse: &dyn Fn(Map<String, Value>) -> Result<ReadRow, RowFault>,
+) -> Result<ReadFile, DatasetError> {
     let mut rows = Vec::new();
     let mut columns = ColumnsSeen::default();
     let (mut kept, mut addresses) = (0_usize, BTreeSet::new());
@@ -88,7 +99,7 @@ pub(super) fn read_rows(
         let row = row.and_then(|mut row| {
             columns.note(&row, &options.columns);
             options.columns.rename(&mut row)?;
-            let (mut sample, mut row) = parse_fields(row)?;
+            let (mut sample, mut row) = parse(row)?;
             if plain == Plain::Drop {
                 row = Map::new();
             }

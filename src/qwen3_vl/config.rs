@@ -218,7 +218,7 @@ impl Qwen3VlConfig {
     /// [`ConfigError`] names the file and the key.
     pub fn from_model(model: &Path, parts: &GgufParts) -> Result<Self, ConfigError> {
         if let Some(pair) = gguf::find(model, parts)? {
-            return Ok(Self::from_tree(pair.config()?, pair.files()[0])?.0);
+            return Ok(Self::from_tree(pair.config()?, pair.main_file())?.0);
         }
         let path = model.join("config.json");
         let text = fs::read_to_string(&path).map_err(|cause| ConfigError::Read {

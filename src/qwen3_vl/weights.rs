@@ -291,14 +291,22 @@ fn single_or_index(dir: &Path) -> Option<PathBuf> {
 }
 
 /// The files of a checkpoint: `model.safetensors` or `pytorch_model.bin`, the shards that the index of either
-/// names, or both files of a GGUF.
+/// names, or the files of a GGUF.
 ///
 /// # Errors
 /// [`WeightsError::NoFile`], [`WeightsError::MissingShard`], or the index cannot be read.
 pub fn checkpoint_files(dir: &Path) -> Result<Vec<PathBuf>, WeightsError> {
+    checkpoint_files_with(dir, &GgufParts::default())
+}
+
+/// [`checkpoint_files`], with the other files of a GGUF named.
+///
+/// # Errors
+/// As [`checkpoint_files`].
+pub fn checkpoint_files_with(dir: &Path, parts: &GgufParts) -> Result<Vec<PathBuf>, WeightsError> {
     let Some(index) = single_or_index(dir) else {
-        if let Some(pair) = gguf::find(dir, &GgufParts::default())? {
-            return Ok(pair.files().map(Path::to_path_buf).to_vec());
+        if let Some(pair) = gguf::find(dir, parts)? {
+            return Ok(pair.files().into_iter().map(Path::to_path_buf).collect());
         }
         return Err(WeightsError::NoFile {
             dir: dir.to_path_buf(),
@@ -404,8 +412,8 @@ fn head_of(checkpoint: &Checkpoint) -> Result<Head, WeightsError> {
 ///
 /// # Errors
 /// [`WeightsError`] names the file.
-pub fn stored_dtype(dir: &Path) -> Result<Option<DType>, WeightsError> {
-    Ok(Checkpoint::open(dir)?.stored_dtype(EMBEDDING))
+pub fn stored_dtype(dir: &Path, parts: &GgufParts) -> Result<Option<DType>, WeightsError> {
+    Ok(Checkpoint::open_with(dir, parts)?.stored_dtype(EMBEDDING))
 }
 
 struct ShapeVisitor {

@@ -260,7 +260,7 @@ impl TextAndImages {
             && let Some(pair) = &pair
             && let Some(source) = pair.chat_template()
         {
-            let origin = pair.files()[0].display().to_string();
+            let origin = pair.main_file().display().to_string();
             found = Some(ChatTemplate::new(source, origin)?);
         }
         if found.is_none() {

@@ -14,6 +14,7 @@ use super::{engine::Engine, error::ApiError};
 use crate::{
     adapters::lora::{base::check_base, files::trained_pixel_limits, folder::find_adapter},
     processor::{chat::ChatTemplate, sample::PixelLimits},
+    qwen3_vl::weights::gguf::GgufParts,
     runtime::generate::backend::AdapterId,
 };
 
@@ -26,6 +27,8 @@ pub struct ModelEntry {
     pub template: ChatTemplate,
     /// Pixel limits of the adapter's training, where its folder has them, in place of the server's.
     pub limits: PixelLimits,
+    /// What a reader of its answers should know about how the adapter was read.
+    remarks: Vec<String>,
     /// Seconds since 1970.
     created: u64,
 }
@@ -36,10 +39,12 @@ pub struct Models {
     base: String,
     base_template: ChatTemplate,
     /// Folder of the base, which adapters must have been trained on; `None` skips the check.
-    base_dir: Option<PathBuf>,
+    base_dir: Option<(PathBuf, GgufParts)>,
     /// Whether adapters bring the pixel limits of their training.
     own_limits: bool,
     entries: RwLock<BTreeMap<String, ModelEntry>>,
+    /// What a reader of answers should know about how the base was read.
+    remarks: Vec<String>,
     /// Most adapters at once.
     max_adapters: usize,
     /// One change at a time, so that a name is never given twice.
@@ -77,6 +82,7 @@ impl Models {
             adapter: AdapterId::BASE,
             template: template.clone(),
             limits: PixelLimits::default(),
+            remarks: Vec::new(),
             created: now(),
         };
         Self {
@@ -85,20 +91,27 @@ impl Models {
             base_template: template,
             base_dir: None,
             own_limits: true,
+            remarks: Vec::new(),
             max_adapters: MAX_ADAPTERS,
             changing: tokio::sync::Mutex::new(()),
         }
     }
 
     /// Refuses adapters that were trained on another base than the one in `dir`.
-    pub fn only_for(mut self, dir: PathBuf) -> Self {
-        self.base_dir = Some(dir);
+    pub fn only_for(mut self, dir: PathBuf, parts: GgufParts) -> Self {
+        self.base_dir = Some((dir, parts));
         self
     }
 
     /// Shows every model images of the server's own limits, whatever adapters were trained with.
     pub fn with_one_size(mut self) -> Self {
         self.own_limits = false;
+        self
+    }
+
+    /// Says of every model how the base was read: what was mapped, left out or guessed.
+    pub fn with_remarks(mut self, remarks: Vec<String>) -> Self {
+        self.remarks = remarks;
         self
     }
 
@@ -151,6 +164,7 @@ impl Models {
             "root": self.base,
             "parent": parent,
             "thinking": entry.template.opens_thinking(),
+            "remarks": self.remarks.iter().chain(&entry.remarks).collect::<Vec<_>>(),
         })
     }
 
@@ -188,6 +202,7 @@ impl Models {
                 "the adapter cannot be loaded; the server's log says why",
             )
         };
+        let mut remarks = Vec::new();
         let found = find_adapter(&dir);
         // A link inside may lead elsewhere.
         let inside = |path: &Path| {
@@ -197,6 +212,7 @@ impl Models {
         let dir = match (found.note, inside(&found.dir)) {
             (Some(note), Some(path)) => {
                 log::info!("adapter `{name}`: {note}");
+                remarks.push(note);
                 path
             }
             _ => dir,
@@ -212,28 +228,26 @@ impl Models {
             min_pixels: Some(min),
             max_pixels: Some(max),
         });
-        if let Some(base) = self.base_dir.clone() {
+        if let Some((base, parts)) = self.base_dir.clone() {
             let dir = dir.clone();
-            let checked = tokio::task::spawn_blocking(move || check_base(&dir, &base));
+            let checked = tokio::task::spawn_blocking(move || check_base(&dir, &base, &parts));
             checked
                 .await
                 .map_err(|error| refused(error.to_string()))?
                 .map_err(|error| refused(error.to_string()))?;
         }
-        let adapter = engine.load_adapter(dir).await.map_err(refused)?;
-        self.insert(name, adapter, template, limits);
-        Ok(())
-    }
-
-    fn insert(&self, name: &str, adapter: AdapterId, template: ChatTemplate, limits: PixelLimits) {
+        let loaded = engine.load_adapter(dir).await.map_err(refused)?;
+        remarks.extend(loaded.notes);
         let entry = ModelEntry {
-            adapter,
+            adapter: loaded.id,
             template,
             limits,
+            remarks,
             created: now(),
         };
         let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
         entries.insert(name.to_owned(), entry);
+        Ok(())
     }
 
     /// Takes the named adapter out; answers that are under way come to their end.

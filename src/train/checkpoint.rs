@@ -158,9 +158,9 @@ const COPIED: &[&str] = &[
 ///
 /// # Errors
 /// [`FileError`] names the file.
-pub fn copy_side_files(from: &Path, to: &Path) -> Result<(), FileError> {
+pub fn copy_side_files(from: &Path, parts: &GgufParts, to: &Path) -> Result<(), FileError> {
     if gguf::is_model(from) {
-        return write_gguf_side_files(from, to);
+        return write_gguf_side_files(from, parts, to);
     }
     let entries = fs::read_dir(from).map_err(|cause| FileError::read(from, cause))?;
     for entry in entries {
@@ -170,7 +170,7 @@ pub fn copy_side_files(from: &Path, to: &Path) -> Result<(), FileError> {
             if source.ends_with("additional_chat_templates") {
                 let target = to.join("additional_chat_templates");
                 fs::create_dir_all(&target).map_err(|cause| FileError::write(&target, cause))?;
-                copy_side_files(&source, &target)?;
+                copy_side_files(&source, parts, &target)?;
             }
             continue;
         };
@@ -191,13 +191,14 @@ pub fn copy_side_files(from: &Path, to: &Path) -> Result<(), FileError> {
 
 /// Writes what goes with the weights of a GGUF: the files of the original checkpoint beside it, else what
 /// its metadata says.
-fn write_gguf_side_files(from: &Path, to: &Path) -> Result<(), FileError> {
+fn write_gguf_side_files(from: &Path, parts: &GgufParts, to: &Path) -> Result<(), FileError> {
     let wrong = |cause| FileError::read(from, std::io::Error::other(format!("{cause}")));
-    let Some(pair) = gguf::find(from, &GgufParts::default()).map_err(wrong)? else {
+    let Some(pair) = gguf::find(from, parts).map_err(wrong)? else {
         return Ok(());
     };
     for (name, own) in pair.side_files() {
-        let source = pair.folder().join(name);
+        let folder = parts.tokenizer.as_deref().unwrap_or(pair.folder());
+        let source = folder.join(name);
         let target = to.join(name);
         if source.is_file() {
             fs::copy(&source, &target).map_err(|cause| FileError::write(&target, cause))?;
@@ -225,7 +226,7 @@ pub fn dtype_text(dtype: DType) -> &'static str {
 pub fn save_model<B: Accelerator>(
     model: &Qwen3Vl<B>,
     config: &Qwen3VlConfig,
-    base: &Path,
+    base: (&Path, &GgufParts),
     limits: Option<[usize; 2]>,
     dir: &Path,
 ) -> Result<(), FileError> {
@@ -234,7 +235,7 @@ pub fn save_model<B: Accelerator>(
     write_atomic(&dir.join("config.json"), |out: &mut dyn Write| {
         out.write_all(text.as_bytes())
     })?;
-    copy_side_files(base, dir)?;
+    copy_side_files(base.0, base.1, dir)?;
     match limits {
         Some([min_pixels, max_pixels]) => write_pixel_limits(dir, min_pixels, max_pixels),
         None => Ok(()),
@@ -263,7 +264,8 @@ pub fn write<B: TrainAccelerator>(
         }
         Tuner::Full => {
             let limits = Some(state.config.pixel_limits());
-            save_model(model, config, &state.config.model, limits, dir)?;
+            let parts = state.config.gguf_parts();
+            save_model(model, config, (&state.config.model, &parts), limits, dir)?;
         }
     }
     let moments = optimizer.state();

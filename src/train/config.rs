@@ -18,6 +18,7 @@ use super::data_key;
 use crate::{
     adapters::lora::config::TargetModules,
     dataset::{Columns, DataOptions, loader::Overlong},
+    qwen3_vl::weights::gguf::GgufParts,
     schedule::ScheduleKind,
 };
 
@@ -96,6 +97,10 @@ pub enum Reporter {
 pub struct TrainConfig {
     /// Folder of the base checkpoint; commands also take its name on a hub.
     pub model: PathBuf,
+    /// With a `model` in GGUF: the file of its vision tower; without it, the only mmproj file beside it.
+    pub mmproj: Option<PathBuf>,
+    /// Folder with tokenizer, chat template and image processor in place of the model's, for a GGUF that lacks them.
+    pub tokenizer: Option<PathBuf>,
     /// PEFT adapter to start from instead of a new one; its own rank, scaling and target modules apply. `lora` only.
     pub adapter: Option<PathBuf>,
     /// Training data: a file (JSONL, JSON, CSV, TSV or Parquet), or `phantom:SEED:FROM..TO[:STYLE]`; several as a list or
@@ -237,6 +242,8 @@ impl Default for TrainConfig {
     fn default() -> Self {
         Self {
             model: "model/tiny".into(),
+            mmproj: None,
+            tokenizer: None,
             adapter: None,
             train_data: "data/sample/train/samples.jsonl".into(),
             val_data: None,
@@ -360,6 +367,14 @@ impl TrainConfig {
         let words = answer.as_deref().unwrap_or_default().split('`');
         // Every second piece is in backticks; the first of them is the unknown key itself.
         words.skip(3).step_by(2).map(str::to_string).collect()
+    }
+
+    /// The files that go with a model in GGUF.
+    pub fn gguf_parts(&self) -> GgufParts {
+        GgufParts {
+            mmproj: self.mmproj.clone(),
+            tokenizer: self.tokenizer.clone(),
+        }
     }
 
     /// How the data files are read.

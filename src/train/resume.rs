@@ -14,7 +14,8 @@ use super::{
     words::counted,
 };
 use crate::{
-    adapters::lora::base::BaseFingerprint, dataset::Dataset, runtime::pipeline::PipelineError,
+    adapters::lora::base::BaseFingerprint, dataset::Dataset, qwen3_vl::weights::gguf::is_gguf,
+    runtime::pipeline::PipelineError,
 };
 
 /// What a run's numbers depend on besides its settings and the rows of its data.
@@ -40,8 +41,8 @@ impl RunFacts {
             val_images: validation.map(ImageFacts::of).unwrap_or_default(),
             base: if random_init {
                 RANDOM_BASE.to_string()
-            } else if config.model.is_dir() {
-                BaseFingerprint::of(&config.model)?.sha256
+            } else if config.model.is_dir() || is_gguf(&config.model) {
+                BaseFingerprint::of(&config.model, &config.gguf_parts())?.sha256
             } else {
                 return Err(PipelineError::NoModel(config.model.clone()).into());
             },

@@ -297,7 +297,7 @@ pub fn train<B: TrainAccelerator>(
         quantize: None,
         min_pixels: Some(min_pixels),
         max_pixels: Some(max_pixels),
-        gguf: Default::default(),
+        gguf: config.gguf_parts(),
     };
     let parts = Arc::new(TextAndImages::load(&pipeline)?);
     for remark in &parts.remarks {
@@ -319,7 +319,7 @@ pub fn train<B: TrainAccelerator>(
         load_model::<B>(&pipeline, &model_config, &device, on_progress)?
     };
     if let Some(adapter) = config.adapter.as_ref().filter(|_| resumed.is_none())
-        && let Err(error) = check_base(adapter, &config.model)
+        && let Err(error) = check_base(adapter, &config.model, &config.gguf_parts())
     {
         // The adapter is where this run begins, not what it claims: a person may mean it.
         (options.tell)(&format!("note: {error}"));

@@ -63,7 +63,13 @@ fn check(train: &Path, val: Option<&Path>, max_length: usize) -> CheckReport {
         studies: StudyRule::Guess,
         options: DataOptions::default(),
     };
-    check.run(train, val, &|_, _| {}).unwrap()
+    check
+        .run(
+            &[train.into()],
+            &val.map(Path::to_owned).into_iter().collect::<Vec<_>>(),
+            &|_, _| {},
+        )
+        .unwrap()
 }
 
 #[test]

@@ -23,7 +23,7 @@ use xray_qwen3vl::{
 use crate::{repository, tiny_model};
 
 /// Tokens of a row that are too many.
-const MAX_LENGTH: usize = 512;
+const MAX_LENGTH: usize = 1024;
 
 /// Images of rows are kept apart from those of the user, and nothing is fetched.
 fn options() -> DataOptions {
@@ -33,7 +33,7 @@ fn options() -> DataOptions {
     }
 }
 
-fn parts() -> TextAndImages {
+pub(crate) fn parts() -> TextAndImages {
     TextAndImages::load(&PipelineOptions {
         model: tiny_model(),
         adapter: None,
@@ -116,7 +116,7 @@ fn checked(file: &Path, parts: &TextAndImages) -> String {
         studies: StudyRule::Guess,
         options: options(),
     };
-    let report = check.run(file, None, &|_, _| {}).unwrap();
+    let report = check.run(&[file.to_owned()], &[], &|_, _| {}).unwrap();
     let findings = report.findings.iter().map(|found| {
         let severity = match found.severity {
             Severity::Error => "error",

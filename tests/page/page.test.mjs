@@ -43,7 +43,7 @@ test("both languages have the same texts, and every text that is used", async ()
 });
 
 test("the questions are those of the published training", async () => {
-  const source = await readFile(`${ROOT}src/dataset/convert.rs`, "utf8");
+  const source = await readFile(`${ROOT}src/dataset/convert/options.rs`, "utf8");
   const [, list] = source.match(/pub const PROMPTS: \[&str; 12\] = \[([^\]]*)\]/);
   assert.deepEqual(
     PROMPTS.map(([chinese]) => chinese),

@@ -20,7 +20,7 @@ use xray_qwen3vl::{
         config::Qwen3VlConfig,
         nn::InitOptions,
         weights::{
-            Checkpoint,
+            Checkpoint, checkpoint_files,
             gguf::{GgufParts, find},
         },
     },
@@ -230,6 +230,9 @@ fn gguf_blocks_of_every_type() {
         ("Q4_K", 12),
         ("Q5_K", 13),
         ("Q6_K", 14),
+        ("IQ4_NL", 20),
+        ("IQ4_XS", 23),
+        ("MXFP4", 39),
     ];
     // The text file with its norm exchanged for the blocks: a way through the true reader.
     let text = fs::read(fixtures().join("gguf/tiny.gguf")).unwrap();
@@ -252,6 +255,87 @@ fn gguf_blocks_of_every_type() {
         let found = read(&checkpoint, "extra", count, DType::F32);
         assert_eq!(found, want.data(), "{kind}");
     }
+}
+
+#[test]
+fn a_gguf_of_a_type_that_is_not_read_names_it_and_types_that_are() {
+    let text = fs::read(fixtures().join("gguf/tiny.gguf")).unwrap();
+    for (number, name) in [
+        (16, "IQ2_XXS"),
+        (19, "IQ1_S"),
+        (21, "IQ3_S"),
+        (34, "TQ1_0"),
+        (99, "99"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("text.gguf");
+        fs::write(&path, with_tensor(&text, number, 256, &[0; 256])).unwrap();
+        let error = Checkpoint::open(&path).err().unwrap().to_string();
+        assert!(error.contains(&format!("is of type {name}, ")), "{error}");
+        assert!(error.contains("Q4_K_M or IQ4_XS"), "{error}");
+    }
+}
+
+/// A language model in three files is the model in one, and a set that is not whole is refused by name.
+#[test]
+fn a_gguf_in_parts_is_the_whole() {
+    let whole = folder("gguf");
+    let one = Checkpoint::open(whole.path()).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let part = |number: usize| dir.path().join(format!("tiny-0000{number}-of-00003.gguf"));
+    let copy = || {
+        for from in fs::read_dir(fixtures().join("gguf-split")).unwrap() {
+            let from = from.unwrap().path();
+            fs::copy(&from, dir.path().join(from.file_name().unwrap())).unwrap();
+        }
+    };
+    copy();
+    fs::copy(
+        fixtures().join("gguf/mmproj-tiny.gguf"),
+        dir.path().join("mmproj-tiny.gguf"),
+    )
+    .unwrap();
+    for model in [part(1), dir.path().to_path_buf()] {
+        let parts = Checkpoint::open(&model).unwrap();
+        let names = |checkpoint: &Checkpoint| {
+            let tensors = checkpoint.in_order();
+            let mut tensors: Vec<(String, Vec<usize>)> = tensors
+                .into_iter()
+                .map(|(name, shape)| (name.to_owned(), shape.to_vec()))
+                .collect();
+            tensors.sort();
+            tensors
+        };
+        assert_eq!(names(&parts), names(&one));
+        for (name, shape) in names(&one) {
+            let count = shape.iter().product();
+            let floats = |checkpoint| read(checkpoint, &name, count, DType::F32);
+            assert_eq!(floats(&parts), floats(&one), "{name}");
+        }
+        assert_eq!(tokens(&model).1, tokens(whole.path()).1);
+        assert_eq!(checkpoint_files(&model).unwrap().len(), 4);
+    }
+    let refused = |model: &Path, says: &str| {
+        let error = Checkpoint::open(model).err().unwrap().to_string();
+        assert!(error.contains(says), "{error}");
+    };
+    refused(
+        &part(2),
+        "part 2 of 3 of a model in several files; name the first one",
+    );
+    fs::rename(part(3), dir.path().join("away")).unwrap();
+    refused(&part(1), "part 3 of 3 is missing");
+    fs::copy(part(2), part(3)).unwrap();
+    refused(&part(1), "does not say that it is part 3 of 3");
+    fs::copy(dir.path().join("mmproj-tiny.gguf"), part(3)).unwrap();
+    refused(&part(1), "does not say that it is part 3 of 3");
+    copy();
+    let bytes = fs::read(part(3)).unwrap();
+    fs::write(part(3), &bytes[..bytes.len() - 64]).unwrap();
+    refused(&part(1), "download the file again");
+    copy();
+    fs::rename(part(1), dir.path().join("first.gguf")).unwrap();
+    refused(&dir.path().join("first.gguf"), "-00001-of-00003.gguf");
 }
 
 /// A GGUF file with one tensor more, its bytes at the end.

@@ -81,7 +81,10 @@ fn weights_and_tokens_are_those_of_the_safetensors_twin() {
     assert!(compared > 80, "{compared}");
     // The head shares the storage of the embedding.
     assert_eq!(head(shards.path()).unwrap(), Head::Copy);
-    assert_eq!(stored_dtype(shards.path()).unwrap(), Some(DType::BF16));
+    assert_eq!(
+        stored_dtype(shards.path(), &Default::default()).unwrap(),
+        Some(DType::BF16)
+    );
 
     let expected = read_json(&fixtures().join("pytorch/expected.json"));
     for dir in [shards.path(), twin.path()] {

@@ -225,7 +225,14 @@ fn a_written_packed_checkpoint_loads_as_what_packing_at_load_gives() {
             let out = tempfile::tempdir().unwrap();
             // Shards so small that words and scales come into different ones.
             let from = fixtures().join(name);
-            write_quantised(&from, out.path(), &shapes, quantization, 5_000).unwrap();
+            write_quantised(
+                (&from, &Default::default()),
+                out.path(),
+                &shapes,
+                quantization,
+                5_000,
+            )
+            .unwrap();
             let on_progress = &mut |_, _| {};
             let again = load_quantised(
                 fresh(),

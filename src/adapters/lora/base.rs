@@ -16,7 +16,10 @@ use sha2::{Digest, Sha256};
 use super::config::AdapterError;
 use crate::{
     base::files::{FileError, write_atomic},
-    qwen3_vl::weights::{TensorFile, WeightsError, checkpoint_files, gguf::is_gguf},
+    qwen3_vl::weights::{
+        TensorFile, WeightsError, checkpoint_files_with,
+        gguf::{GgufParts, is_gguf},
+    },
 };
 
 /// Name of the file in an adapter's folder.
@@ -77,13 +80,13 @@ fn short(hash: &str) -> &str {
 }
 
 impl BaseFingerprint {
-    /// Of the weights in a checkpoint folder; reads headers and some bytes of each tensor.
+    /// Of the weights of a checkpoint; reads headers and some bytes of each tensor.
     ///
     /// # Errors
     /// [`AdapterError::Weights`] names the file.
-    pub fn of(model: &Path) -> Result<Self, AdapterError> {
+    pub fn of(model: &Path, parts: &GgufParts) -> Result<Self, AdapterError> {
         let mut tensors = BTreeMap::new();
-        for path in checkpoint_files(model)? {
+        for path in checkpoint_files_with(model, parts)? {
             if is_gguf(&path) {
                 let hash = sample(&path).map_err(|cause| WeightsError::Read {
                     path: path.clone(),
@@ -166,7 +169,7 @@ fn sample(path: &Path) -> io::Result<sha2::digest::Output<Sha256>> {
 ///
 /// # Errors
 /// [`BaseError`]; an adapter that does not name its base is accepted.
-pub fn check_base(adapter: &Path, model: &Path) -> Result<(), BaseError> {
+pub fn check_base(adapter: &Path, model: &Path, parts: &GgufParts) -> Result<(), BaseError> {
     let Some(trained_on) = BaseFingerprint::load(adapter)? else {
         return Ok(());
     };
@@ -175,7 +178,7 @@ pub fn check_base(adapter: &Path, model: &Path) -> Result<(), BaseError> {
         true => None,
         false => BaseFingerprint::load(model)?,
     };
-    let found = made_from.map_or_else(|| BaseFingerprint::of(model), Ok)?;
+    let found = made_from.map_or_else(|| BaseFingerprint::of(model, parts), Ok)?;
     if found == trained_on {
         return Ok(());
     }
@@ -211,28 +214,36 @@ mod tests {
 
     #[test]
     fn weights_identify_the_base_and_folder_names_do_not() {
-        let same = BaseFingerprint::of(&fixture("model-tiny")).unwrap();
-        assert_eq!(BaseFingerprint::of(copy(None).path()).unwrap(), same);
-        assert_ne!(BaseFingerprint::of(copy(Some(3)).path()).unwrap(), same);
-        let merged = BaseFingerprint::of(&fixture("merged")).unwrap();
+        let alone = GgufParts::default();
+        let same = BaseFingerprint::of(&fixture("model-tiny"), &alone).unwrap();
+        assert_eq!(
+            BaseFingerprint::of(copy(None).path(), &alone).unwrap(),
+            same
+        );
+        assert_ne!(
+            BaseFingerprint::of(copy(Some(3)).path(), &alone).unwrap(),
+            same
+        );
+        let merged = BaseFingerprint::of(&fixture("merged"), &alone).unwrap();
         assert_ne!(merged, same);
         assert_eq!(same.sha256.len(), 64);
     }
 
     #[test]
     fn another_base_is_refused_and_an_unnamed_one_is_not() {
+        let alone = GgufParts::default();
         let adapter = tempfile::tempdir().unwrap();
-        check_base(adapter.path(), &fixture("merged")).unwrap();
-        let base = BaseFingerprint::of(&fixture("model-tiny")).unwrap();
+        check_base(adapter.path(), &fixture("merged"), &alone).unwrap();
+        let base = BaseFingerprint::of(&fixture("model-tiny"), &alone).unwrap();
         base.save(adapter.path()).unwrap();
-        check_base(adapter.path(), &fixture("model-tiny")).unwrap();
-        let error = check_base(adapter.path(), &fixture("merged")).unwrap_err();
+        check_base(adapter.path(), &fixture("model-tiny"), &alone).unwrap();
+        let error = check_base(adapter.path(), &fixture("merged"), &alone).unwrap_err();
         let text = error.to_string();
         for piece in ["another base model", "--any-base", &base.sha256[..12]] {
             assert!(text.contains(piece), "{text}");
         }
         fs::write(adapter.path().join(FILE), "{").unwrap();
-        let error = check_base(adapter.path(), &fixture("merged")).unwrap_err();
+        let error = check_base(adapter.path(), &fixture("merged"), &alone).unwrap_err();
         assert!(matches!(error, BaseError::Damaged { .. }), "{error}");
     }
 }

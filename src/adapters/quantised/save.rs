@@ -24,7 +24,9 @@ use crate::{
     qwen3_vl::{
         config::Qwen3VlConfig,
         weights::{
-            Checkpoint, LazyTensor, TensorFile, WeightsError, checkpoint_files, gguf, save_tensors,
+            Checkpoint, LazyTensor, TensorFile, WeightsError, checkpoint_files,
+            gguf::{self, GgufParts},
+            save_tensors,
         },
     },
 };
@@ -130,11 +132,11 @@ fn lazy_parts(
 /// The tensors of the quantised checkpoint, in order of the files they come from.
 fn packed_tensors(
     making: &Rc<Making>,
-    from: &Path,
+    (from, parts): (&Path, &GgufParts),
     shapes: &BTreeMap<String, Vec<usize>>,
     quantization: Quantization,
 ) -> Result<Vec<LazyTensor>, WeightsError> {
-    let checkpoint = Rc::new(Checkpoint::open(from)?);
+    let checkpoint = Rc::new(Checkpoint::open_with(from, parts)?);
     let mut tensors = Vec::new();
     for (name, shape) in checkpoint.of_model(shapes)? {
         if let (Some(format), [rows, d_input]) = (format_of(quantization, &name), shape.as_slice())
@@ -155,7 +157,7 @@ fn packed_tensors(
     Ok(tensors)
 }
 
-/// Writes the weights and `config.json` of the checkpoint in `from`, quantised, into the folder `to`, and
+/// Writes the weights and `config.json` of the checkpoint in `from`, with the other files of a GGUF, quantised, into the folder `to`, and
 /// reads every byte back.
 ///
 /// `shapes` are those of the model.
@@ -163,7 +165,7 @@ fn packed_tensors(
 /// # Errors
 /// [`WeightsError`] names the file and the tensor; what is in `to` then is not a checkpoint.
 pub fn write_quantised(
-    from: &Path,
+    (from, parts): (&Path, &GgufParts),
     to: &Path,
     shapes: &BTreeMap<String, Vec<usize>>,
     quantization: Quantization,
@@ -178,13 +180,13 @@ pub fn write_quantised(
         });
     }
     let making = Rc::new(Making::default());
-    let tensors = packed_tensors(&making, from, shapes, quantization)?;
+    let tensors = packed_tensors(&making, (from, parts), shapes, quantization)?;
     save_tensors(&tensors, to, max_shard_bytes)?;
     if let Some(error) = making.problem.borrow_mut().take() {
         return Err(error);
     }
     write_config(
-        from,
+        (from, parts),
         to,
         quantization,
         shapes.contains_key("lm_head.weight"),
@@ -210,7 +212,7 @@ pub fn write_quantised(
 /// The original's `config.json` with its entry about quantisation, and tied no more where the head is one
 /// of its own in spite of the config.
 fn write_config(
-    from: &Path,
+    (from, parts): (&Path, &GgufParts),
     to: &Path,
     quantization: Quantization,
     own_head: bool,
@@ -218,7 +220,7 @@ fn write_config(
     let path = from.join("config.json");
     let text = match gguf::is_model(from) {
         false => fs::read_to_string(&path).map_err(|cause| FileError::read(&path, cause))?,
-        true => Qwen3VlConfig::from_dir(from)
+        true => Qwen3VlConfig::from_model(from, parts)
             .map_err(|cause| WeightsError::Gguf {
                 path: from.to_path_buf(),
                 reason: cause.to_string(),

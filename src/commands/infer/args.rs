@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::findings::FindingsArgs;
-use crate::commands::shared_args::{GenerationArgs, ModelArgs};
+use crate::commands::shared_args::{GenerationArgs, ModelArgs, ReadingArgs};
 
 /// The question the published system asks.
 pub const DEFAULT_PROMPT: &str = "通过这张胸部X光影像可以诊断出什么？";
@@ -13,9 +13,13 @@ pub const DEFAULT_PROMPT: &str = "通过这张胸部X光影像可以诊断出什
 /// Arguments of `infer`.
 #[derive(Debug, Args)]
 pub struct InferArgs {
-    /// Images: PNG, JPEG, WebP, BMP, GIF, TIFF, JPEG 2000, JPEG-LS, PNM, NIfTI and NRRD of one plane, or DICOM. One
-    /// report is written for each.
-    #[arg(value_name = "IMAGE", conflicts_with = "images_dir")]
+    /// Images: PNG, JPEG, WebP, BMP, GIF, TIFF, JPEG 2000, JPEG-LS, PNM, NIfTI and NRRD, or DICOM. One
+    /// report is written for each. Or data files in any form that `train` reads: one report for each row.
+    ///
+    /// A row of a data file (.jsonl, .json, .csv, .tsv, .parquet, also .gz) brings its own images, question and system
+    /// message. Its last answer is not shown to the model and becomes `reference` in the record, so that `eval OUT.jsonl`
+    /// scores the reports. A row with images alone is asked --prompt.
+    #[arg(value_name = "IMAGE|DATA", conflicts_with = "images_dir")]
     pub images: Vec<PathBuf>,
     /// All images of a folder, sorted by name: files with the usual endings, and DICOM files of any name.
     ///
@@ -28,16 +32,20 @@ pub struct InferArgs {
     /// Write a single report about all images (the views of one study).
     #[arg(long)]
     pub together: bool,
-    /// Frame of multi-frame DICOM files or page of multi-page TIFF files, counted from 1.
+    /// Frame of multi-frame DICOM files, page of multi-page TIFF files, or plane of NIfTI and NRRD volumes (along their
+    /// third and further axes), counted from 1.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub frame: Option<u32>,
     /// List the technical tags of DICOM files instead of writing reports; no patient data, no model needed.
     #[arg(long, conflicts_with_all = ["output", "stream"])]
     pub show_tags: bool,
-    /// Question to the model.
-    #[arg(long, value_name = "TEXT", default_value = DEFAULT_PROMPT)]
-    pub prompt: String,
-    /// System message.
+    /// How data files are read.
+    #[command(flatten)]
+    pub reading: ReadingArgs,
+    /// Question to the model; of rows of data files, only for those that have none [default: 通过这张胸部X光影像可以诊断出什么？].
+    #[arg(long, value_name = "TEXT")]
+    pub prompt: Option<String>,
+    /// System message; of rows of data files, only for those that have none.
     #[arg(long, value_name = "TEXT")]
     pub system: Option<String>,
     /// Model and device.
@@ -57,13 +65,13 @@ pub struct InferArgs {
     pub json: bool,
     /// Batch run: append one JSON object per report to this file.
     ///
-    /// Started again, the run continues: images that have a report are skipped, except where the file has
-    /// changed since (by SHA-256) or the report failed. Each image has one record; the report of an image that
+    /// Started again, the run continues: images and rows that have a report are skipped, except where the file or the
+    /// row has changed since (by SHA-256) or the report failed. Each image or row has one record; the report of an image that
     /// was exchanged is moved to FILE.replaced. Damaged lines are moved to FILE.damaged. `/dev/stdout` prints the
     /// lines and has nothing to continue from.
     #[arg(long, value_name = "FILE.jsonl")]
     pub output: Option<PathBuf>,
-    /// Number of images processed together.
+    /// Number of reports written together.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub batch_size: usize,
     /// Print timings, throughput and memory use to stderr.
@@ -79,4 +87,11 @@ pub struct InferArgs {
     /// API key for the server.
     #[arg(long, value_name = "KEY", env = "XRAY_API_KEY", hide_env_values = true)]
     pub api_key: Option<String>,
+}
+
+impl InferArgs {
+    /// The question that was typed, or the published one.
+    pub(crate) fn prompt(&self) -> &str {
+        self.prompt.as_deref().unwrap_or(DEFAULT_PROMPT)
+    }
 }

@@ -13,6 +13,7 @@ use clap::Args;
 use super::{
     args::InferArgs,
     record::{Record, RecordRemark},
+    task::Task,
 };
 use crate::{
     base::files::{sha256_bytes, sha256_file},
@@ -118,10 +119,11 @@ pub(super) fn settings_key(args: &FindingsArgs) -> String {
 ///
 /// # Errors
 /// A calibration that is damaged, missing where it was named, or of another model; rules that are none.
-pub(super) fn prepare(args: &mut InferArgs) -> Result<()> {
+pub(super) fn prepare(args: &mut InferArgs, tasks: &[Task]) -> Result<()> {
     if !args.findings.findings {
         return Ok(());
     }
+    let asked = asked(args, tasks);
     let rules = match args.findings.rules.as_deref() {
         None => "guessed".to_owned(),
         Some(name) => {
@@ -130,7 +132,7 @@ pub(super) fn prepare(args: &mut InferArgs) -> Result<()> {
             sha256_file(Path::new(name)).unwrap_or_else(|_| name.to_owned())
         }
     };
-    let found = find(args)?;
+    let found = find(args, asked.as_ref())?;
     let key = match &found.calibration {
         Some(calibration) => sha256_bytes(serde_json::to_string(calibration)?.as_bytes()),
         None => format!("uncalibrated {}", fingerprint()),
@@ -142,7 +144,30 @@ pub(super) fn prepare(args: &mut InferArgs) -> Result<()> {
     Ok(())
 }
 
-fn find(args: &InferArgs) -> Result<Basis> {
+/// A question and the system message before it.
+type Asked = (String, Option<String>);
+
+/// What all reports are the answer to; `None` if rows ask different things.
+fn asked(args: &InferArgs, tasks: &[Task]) -> Option<Asked> {
+    let mut asked = tasks.iter().filter_map(|task| match &task.row {
+        None => Some((args.prompt().to_owned(), args.system.clone())),
+        Some(_) => {
+            let question = task.question()?;
+            let system = question.system().or(args.system.as_deref());
+            Some((question.text(), system.map(str::to_owned)))
+        }
+    });
+    let first = asked.next()?;
+    let earlier = |task: &Task| {
+        let turns = task
+            .question()
+            .map(|one| one.sample.conversation.turns.len());
+        turns.is_some_and(|turns| turns > 1)
+    };
+    (asked.all(|other| other == first) && !tasks.iter().any(earlier)).then_some(first)
+}
+
+fn find(args: &InferArgs, asked: Option<&Asked>) -> Result<Basis> {
     let none = |text: String| Basis {
         calibration: None,
         remark: Some((UNCALIBRATED, text)),
@@ -155,7 +180,7 @@ fn find(args: &InferArgs) -> Result<Basis> {
     }
     if let Some(path) = &args.findings.calibration {
         return match Calibration::load(path)? {
-            Some(calibration) => checked(args, &options, path, calibration),
+            Some(calibration) => checked(args, asked, &options, path, calibration),
             None => bail!(UsageError(format!(
                 "--calibration: there is no `{}`; `calibrate` writes one",
                 path.display()
@@ -168,7 +193,7 @@ fn find(args: &InferArgs) -> Result<Basis> {
     };
     if let Some(adapter) = &options.adapter {
         if let Some((path, calibration)) = in_folder(adapter)? {
-            return checked(args, &options, &path, calibration);
+            return checked(args, asked, &options, &path, calibration);
         }
         // The base may have one of its own, which says nothing about the adapter.
         let Some((path, calibration)) = in_folder(&options.model)? else {
@@ -176,7 +201,7 @@ fn find(args: &InferArgs) -> Result<Basis> {
                 "{uncalibrated}: there is no {CALIBRATION_FILE} beside adapter or model; `calibrate` makes one"
             )));
         };
-        return match checked(args, &options, &path, calibration) {
+        return match checked(args, asked, &options, &path, calibration) {
             Err(error) if is_of_another(&error) => Ok(none(format!(
                 "{uncalibrated}: `{}` is of the model without this adapter; `calibrate --adapter` makes one",
                 path.display()
@@ -185,7 +210,7 @@ fn find(args: &InferArgs) -> Result<Basis> {
         };
     }
     match in_folder(&options.model)? {
-        Some((path, calibration)) => checked(args, &options, &path, calibration),
+        Some((path, calibration)) => checked(args, asked, &options, &path, calibration),
         None => Ok(none(format!(
             "{uncalibrated}: there is no {CALIBRATION_FILE} beside the model; `calibrate` makes one"
         ))),
@@ -200,17 +225,24 @@ fn is_of_another(error: &anyhow::Error) -> bool {
 /// The calibration, if it fits model, adapter and question, or is forced.
 fn checked(
     args: &InferArgs,
+    asked: Option<&Asked>,
     options: &PipelineOptions,
     path: &Path,
     calibration: Calibration,
 ) -> Result<Basis> {
+    let Some((question, system)) = asked else {
+        bail!(UsageError(format!(
+            "--findings: `{}` is a calibration for one question, and the rows ask several; leave it out with --no-calibration, or give rows of one question",
+            path.display()
+        )));
+    };
     let parts = TextAndImages::load(options)?;
     let made_for = &calibration.model;
     let here: AskedModel = asked_model(
         options,
         &parts,
-        &args.prompt,
-        args.system.as_deref(),
+        question,
+        system.as_deref(),
         &made_for.lead,
         made_for.context,
         made_for.form,

@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use super::args::InferArgs;
+use super::{args::InferArgs, task::Task};
 use crate::{
     commands::shipped::shipped,
     processor::image::{ENDINGS, has_picture_ending},
@@ -23,7 +23,7 @@ const SAMPLE_IMAGE: &str = "data/sample/demo.png";
 ///
 /// # Errors
 /// A folder that cannot be read, or holds no image.
-pub(super) fn list(args: &InferArgs) -> Result<Vec<Vec<PathBuf>>> {
+pub(super) fn list(args: &InferArgs) -> Result<Vec<Task>> {
     let mut images: Vec<PathBuf> = args.images.iter().map(|image| shipped(image)).collect();
     if let Some(dir) = args.images_dir.as_deref().map(shipped).as_deref() {
         let (found, skipped) = in_folder(dir, args.recursive)?;
@@ -45,9 +45,12 @@ pub(super) fn list(args: &InferArgs) -> Result<Vec<Vec<PathBuf>>> {
         images.push(shipped(Path::new(SAMPLE_IMAGE)));
     }
     Ok(if args.together {
-        vec![images]
+        vec![Task::about(images)]
     } else {
-        images.into_iter().map(|image| vec![image]).collect()
+        images
+            .into_iter()
+            .map(|image| Task::about(vec![image]))
+            .collect()
     })
 }
 

@@ -15,19 +15,18 @@ use super::{
     findings,
     journal::{Journal, LineKind, Repair},
     record::{RECORD_START, Record, settings_hash},
+    task::{Task, TaskKey, TaskKind},
 };
 use crate::{
-    base::files::{is_same_file, name, other_kind, sha256_file},
+    base::files::{is_same_file, other_kind, sha256_file},
     runtime::generate::FinishReason,
     study::counted,
 };
 
-/// Where the images of a report are.
-type ImagePaths = Vec<PathBuf>;
-
 /// A record that the file holds.
 struct KnownRecord {
     sha256: Option<String>,
+    row_sha256: Option<String>,
     failed: bool,
 }
 
@@ -37,13 +36,13 @@ enum RecordTarget {
     /// Lines to stdout, or to a device, without looking for earlier ones.
     Lines(PathBuf, Option<File>),
     /// A batch run's file.
-    Journal(Box<Journal<ImagePaths>>),
+    Journal(Box<Journal<TaskKey>>),
 }
 
 /// What a run still has to do.
 pub(crate) struct Todo<'a> {
-    /// Images of the reports to write, in order.
-    pub(crate) groups: Vec<&'a Vec<PathBuf>>,
+    /// The reports to write, in order.
+    pub(crate) tasks: Vec<&'a Task>,
     /// What was found there already, to be said on stderr.
     pub(crate) note: Option<String>,
 }
@@ -52,7 +51,7 @@ pub(crate) struct Todo<'a> {
 pub(crate) struct RecordFile {
     target: RecordTarget,
     /// Records of this run's question and settings.
-    known: HashMap<ImagePaths, KnownRecord>,
+    known: HashMap<TaskKey, KnownRecord>,
     /// Records of other ones.
     others: usize,
     failed: usize,
@@ -64,7 +63,7 @@ impl RecordFile {
     ///
     /// # Errors
     /// A file that is none of a batch run, or cannot be written.
-    pub(crate) fn open(args: &InferArgs, groups: &[Vec<PathBuf>]) -> Result<Self> {
+    pub(crate) fn open(args: &InferArgs, tasks: &[Task]) -> Result<Self> {
         let mut this = Self {
             target: RecordTarget::Stdout,
             known: HashMap::new(),
@@ -79,21 +78,25 @@ impl RecordFile {
             this.target = lines;
             return Ok(this);
         }
-        let images = groups.first().map_or(1, Vec::len);
-        let settings = settings_hash(args, images);
+        let kind = tasks.first().map_or(TaskKind::Images(1), Task::kind);
+        let settings = settings_hash(args, kind);
         let (known, others) = (&mut this.known, &mut this.others);
         let (mut journal, repair) = Journal::open(path, RECORD_START.as_bytes(), &mut |line| {
             let Ok(record) = serde_json::from_slice::<Record>(line) else {
                 return LineKind::Damaged;
             };
-            if record.prompt != args.prompt || record.settings != settings {
+            let same_question = kind == TaskKind::Rows || record.prompt == args.prompt();
+            let key = record.key(kind);
+            let Some(key) = key.filter(|_| same_question && record.settings == settings) else {
                 *others += 1;
                 return LineKind::Other;
-            }
-            let key = record.places(images);
-            let failed = record.error.is_some();
-            let sha256 = record.image_sha256;
-            known.insert(key.clone(), KnownRecord { sha256, failed });
+            };
+            let found = KnownRecord {
+                failed: record.error.is_some(),
+                sha256: record.image_sha256,
+                row_sha256: record.row_sha256,
+            };
+            known.insert(key.clone(), found);
             LineKind::Keyed(key)
         })?;
         print_repair(path, &repair);
@@ -105,33 +108,39 @@ impl RecordFile {
 
     /// Which reports are to be written: those that are not there, those that ended in an error, and those
     /// whose image is another one now. In a file each image has one record, however often it is named.
-    pub(crate) fn todo<'a>(&self, groups: &'a [Vec<PathBuf>]) -> Todo<'a> {
+    pub(crate) fn todo<'a>(&self, tasks: &'a [Task]) -> Todo<'a> {
         if !matches!(self.target, RecordTarget::Journal(_)) {
-            let groups = groups.iter().collect();
-            return Todo { groups, note: None };
+            let tasks = tasks.iter().collect();
+            return Todo { tasks, note: None };
         }
-        let mut seen: HashSet<ImagePaths> = HashSet::new();
-        let unique: Vec<(&Vec<PathBuf>, ImagePaths)> = groups
+        let mut seen: HashSet<TaskKey> = HashSet::new();
+        let unique: Vec<(&Task, TaskKey)> = tasks
             .iter()
-            .filter_map(|images| {
-                let key = key_of(images);
-                seen.insert(key.clone()).then_some((images, key))
+            .filter_map(|task| {
+                let key = task.key();
+                seen.insert(key.clone()).then_some((task, key))
             })
             .collect();
         let states: Vec<ReportState> = unique
             .par_iter()
-            .map(|(images, key)| self.state(images, key))
+            .map(|(task, key)| self.state(task, key))
             .collect();
         let todo = unique.iter().zip(&states);
         let todo = todo.filter(|(_, state)| **state != ReportState::There);
+        let are_rows = tasks.first().is_some_and(|task| task.row.is_some());
         Todo {
-            groups: todo.map(|((images, _), _)| *images).collect(),
-            note: self.note(&states, groups.len() - unique.len()),
+            tasks: todo.map(|((task, _), _)| *task).collect(),
+            note: self.note(&states, tasks.len() - unique.len(), are_rows),
         }
     }
 
     /// What to say of the named reports; `repeated` were named a second time.
-    fn note(&self, states: &[ReportState], repeated: usize) -> Option<String> {
+    fn note(&self, states: &[ReportState], repeated: usize, are_rows: bool) -> Option<String> {
+        let (one, many) = if are_rows {
+            ("row", "rows")
+        } else {
+            ("image", "images")
+        };
         let count = |wanted| states.iter().filter(|state| **state == wanted).count();
         let [there, failed, exchanged] = [
             ReportState::There,
@@ -161,7 +170,7 @@ impl RecordFile {
         if exchanged > 0 {
             notes.push(format!(
                 "{} not as the file has {} and {} reported on anew",
-                counted(exchanged, "image is", "images are"),
+                counted(exchanged, &format!("{one} is"), &format!("{many} are")),
                 if exchanged == 1 { "it" } else { "them" },
                 if exchanged == 1 { "is" } else { "are" }
             ));
@@ -175,17 +184,19 @@ impl RecordFile {
         if repeated > 0 {
             notes.push(format!(
                 "{} named more than once, and reported on once",
-                counted(repeated, "image is", "images are")
+                counted(repeated, &format!("{one} is"), &format!("{many} are"))
             ));
         }
         (!notes.is_empty()).then(|| notes.join("; "))
     }
 
-    fn state(&self, images: &[PathBuf], key: &ImagePaths) -> ReportState {
+    fn state(&self, task: &Task, key: &TaskKey) -> ReportState {
+        let row = task.question().map(|question| &question.sha256);
         match self.known.get(key) {
             None => ReportState::New,
             Some(known) if known.failed => ReportState::Failed,
-            Some(known) => match (&known.sha256, sha256_of(images)) {
+            Some(known) if known.row_sha256.as_ref() != row => ReportState::Exchanged,
+            Some(known) => match (&known.sha256, sha256_of(&task.images)) {
                 // An image that went away since keeps its report.
                 (Some(then), Some(now)) if *then != now => ReportState::Exchanged,
                 _ => ReportState::There,
@@ -197,19 +208,14 @@ impl RecordFile {
     ///
     /// # Errors
     /// A full disk, a reader that has gone away.
-    pub(crate) fn add(
-        &mut self,
-        images: &[PathBuf],
-        record: &Record,
-        args: &InferArgs,
-    ) -> Result<()> {
+    pub(crate) fn add(&mut self, task: &Task, record: &Record, args: &InferArgs) -> Result<()> {
         if let Some(error) = &record.error {
             self.failed += 1;
             self.first_error.get_or_insert_with(|| error.clone());
         }
         match &mut self.target {
             RecordTarget::Journal(journal) => {
-                journal.add(key_of(images), serde_json::to_string(record)?)?;
+                journal.add(task.key(), serde_json::to_string(record)?)?;
             }
             RecordTarget::Lines(path, file) => {
                 let line = serde_json::to_string(record)? + "\n";
@@ -241,13 +247,13 @@ impl RecordFile {
         }
         match record.finish_reason {
             Some(FinishReason::Repetition) => eprintln!(
-                "`{}`: ended after {} because they repeat; --no-repetition-stop goes on",
-                record.image,
+                "{}: ended after {} because they repeat; --no-repetition-stop goes on",
+                record.label(),
                 counted(record.completion_tokens, "token", "tokens")
             ),
             Some(FinishReason::Length) => eprintln!(
-                "`{}`: ended after {}; --max-new-tokens allows more",
-                record.image,
+                "{}: ended after {}; --max-new-tokens allows more",
+                record.label(),
                 counted(record.completion_tokens, "token", "tokens")
             ),
             _ => {}
@@ -280,10 +286,6 @@ enum ReportState {
     Exchanged,
 }
 
-fn key_of(images: &[PathBuf]) -> ImagePaths {
-    images.iter().map(|path| name::place_of(path)).collect()
-}
-
 /// SHA-256 of the images as a record has it; `None` if one cannot be read.
 fn sha256_of(images: &[PathBuf]) -> Option<String> {
     let hashes: Option<Vec<String>> = images
@@ -302,7 +304,9 @@ fn worth_keeping(earlier: &[u8], later: &[u8]) -> bool {
     match (read(earlier), read(later)) {
         (Some(earlier), Some(later)) => {
             earlier.error.is_none()
-                && (later.error.is_some() || earlier.image_sha256 != later.image_sha256)
+                && (later.error.is_some()
+                    || earlier.image_sha256 != later.image_sha256
+                    || earlier.row_sha256 != later.row_sha256)
         }
         _ => true,
     }

@@ -2,21 +2,26 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
-    path::PathBuf,
     sync::{Mutex, PoisonError},
 };
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::{
     args::InferArgs,
     findings::{UNCALIBRATED, settings_key},
+    task::{Task, TaskKey, TaskKind},
 };
 use crate::{
     base::files::name,
+    dataset::AskedQuestion,
     eval::{findings::Finding, probability::read::FindingRecord},
-    processor::remark::{Remark, RemarkKind},
+    processor::{
+        message::Message,
+        remark::{Remark, RemarkKind},
+    },
     runtime::{generate::FinishReason, pipeline::Answer},
 };
 
@@ -35,8 +40,35 @@ pub(crate) struct Record {
     /// SHA-256 of the file, 64 hexadecimal digits; `;` between several. Absent if one cannot be read.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub image_sha256: Option<String>,
-    /// The question.
+    /// The data file as it was named, where the report is the answer to a row of it.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub data: Option<String>,
+    /// `percent` where `data` is for a name that is not UTF-8, as `image_encoding`.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub data_encoding: Option<String>,
+    /// Number of the row, from 1.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub row: Option<usize>,
+    /// Hash of the row: of its messages, the names of its images and its other keys.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub row_sha256: Option<String>,
+    /// What the row calls itself.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub id: Option<Value>,
+    /// The study that the row names.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub study: Option<String>,
+    /// The patient that the row names.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub patient: Option<String>,
+    /// The question; of a row its last one.
     pub prompt: String,
+    /// The system message of a row, its own or that of --system.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub system: Option<String>,
+    /// The answer that the row has, which the model was not shown.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub reference: Option<String>,
     /// Distinguishes runs whose answers may differ: a hash of model, adapter and generation settings.
     #[serde(default)]
     pub settings: String,
@@ -78,6 +110,9 @@ pub(crate) struct Record {
 /// Code of remarks on how the model was read, which concern every report.
 const MODEL_REMARK: &str = "model";
 
+/// Code of remarks on keys of a row that nothing uses.
+const UNUSED_KEY: &str = "unused_key";
+
 /// Something about an image, or the model, that is no error.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct RecordRemark {
@@ -95,20 +130,27 @@ pub(crate) struct RecordRemark {
 pub(crate) struct RemarkPrinter(Mutex<HashSet<String>>);
 
 impl RemarkPrinter {
-    /// Prints the remarks of a record; `image` is what it is about where a remark names none.
-    pub(crate) fn print(&self, image: &str, remarks: &[RecordRemark]) {
+    /// Prints the remarks of a record.
+    pub(crate) fn print(&self, record: &Record) {
         let mut printed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        for remark in remarks {
+        for remark in &record.remarks {
             // Printed when the model was loaded.
             if remark.code == MODEL_REMARK {
                 continue;
             }
-            let image = remark.image.as_deref().unwrap_or(image);
-            let of_the_run = [RemarkKind::SubjectNotStated.code(), UNCALIBRATED];
+            let about = match &remark.image {
+                Some(image) => format!("`{image}`"),
+                None => record.label(),
+            };
+            let of_the_run = [
+                RemarkKind::SubjectNotStated.code(),
+                UNCALIBRATED,
+                UNUSED_KEY,
+            ];
             if !of_the_run.contains(&remark.code.as_str()) {
-                eprintln!("`{image}`: {}", remark.text);
+                eprintln!("{about}: {}", remark.text);
             } else if printed.insert(remark.text.clone()) {
-                eprintln!("`{image}`: {} (said once)", remark.text);
+                eprintln!("{about}: {} (said once)", remark.text);
             }
         }
     }
@@ -116,7 +158,7 @@ impl RemarkPrinter {
 
 impl RecordRemark {
     /// A remark on how the model was read.
-    pub(super) fn of_model(text: &str) -> Self {
+    pub(crate) fn of_model(text: &str) -> Self {
         Self {
             code: MODEL_REMARK.to_owned(),
             text: text.to_owned(),
@@ -136,15 +178,58 @@ impl RecordRemark {
 
 impl Record {
     /// One without an answer.
-    pub(crate) fn new(args: &InferArgs, images: &[PathBuf]) -> Self {
-        let (image, encoding) = name::text_of(images);
-        Self {
-            image,
-            image_encoding: encoding.map(str::to_owned),
-            prompt: args.prompt.clone(),
-            settings: settings_hash(args, images.len()),
+    pub(crate) fn new(args: &InferArgs, task: &Task) -> Self {
+        let settings = settings_hash(args, task.kind());
+        let Some(row) = &task.row else {
+            let (image, encoding) = name::text_of(&task.images);
+            return Self {
+                image,
+                image_encoding: encoding.map(str::to_owned),
+                prompt: args.prompt().to_owned(),
+                settings,
+                ..Self::default()
+            };
+        };
+        let (data, encoding) = name::text_of(&[&row.file]);
+        let record = Self {
+            data: Some(data),
+            data_encoding: encoding.map(str::to_owned),
+            row: Some(row.number),
+            settings,
             ..Self::default()
+        };
+        match &row.question {
+            Err(reason) => Self {
+                error: Some(reason.to_string()),
+                ..record
+            },
+            Ok(question) => Self {
+                image: question.sample.images.join(";"),
+                row_sha256: Some(question.sha256.clone()),
+                id: question.id.clone(),
+                study: question.study.clone(),
+                patient: question.patient.clone(),
+                prompt: question.text(),
+                system: question
+                    .system()
+                    .or(args.system.as_deref())
+                    .map(str::to_owned),
+                // With boxes once the sizes of the images are known.
+                reference: question
+                    .reference()
+                    .filter(|_| !question.sample.has_boxes())
+                    .map(str::to_owned),
+                remarks: unused_keys(&question.sample.unknown_keys),
+                ..record
+            },
         }
+    }
+
+    /// Takes over the question of its row; gives the messages.
+    pub(crate) fn ask(&mut self, asked: AskedQuestion) -> Vec<Message> {
+        self.prompt = asked.prompt;
+        self.reference = asked.reference;
+        asked.messages
     }
 
     /// Takes over an answer that took `seconds`.
@@ -162,18 +247,44 @@ impl Record {
         self.seconds = (seconds * 1e4).round() / 1e4;
     }
 
-    /// Where the images are, however they were named; a record is about `images` of them.
-    pub(super) fn places(&self, images: usize) -> Vec<PathBuf> {
-        let encoding = self.image_encoding.as_deref();
-        name::paths_of(&self.image, encoding, images > 1)
-            .iter()
-            .map(|path| name::place_of(path))
-            .collect()
+    /// What tells this record from others of its run, if it is one of tasks of this kind.
+    pub(super) fn key(&self, kind: TaskKind) -> Option<TaskKey> {
+        match (kind, &self.data, self.row) {
+            (TaskKind::Images(images), None, None) => {
+                let encoding = self.image_encoding.as_deref();
+                let paths = name::paths_of(&self.image, encoding, images > 1);
+                let places = paths.iter().map(|path| name::place_of(path));
+                Some(TaskKey::Images(places.collect()))
+            }
+            (TaskKind::Rows, Some(data), Some(row)) => {
+                let encoding = self.data_encoding.as_deref();
+                let path = name::paths_of(data, encoding, false).pop()?;
+                Some(TaskKey::Row(name::place_of(&path), row))
+            }
+            _ => None,
+        }
+    }
+
+    /// What a message calls it.
+    pub(crate) fn label(&self) -> String {
+        match (&self.data, self.row) {
+            (Some(data), Some(row)) => format!("`{data}` row {row}"),
+            _ => format!("`{}`", self.image),
+        }
     }
 }
 
+fn unused_keys(keys: &[String]) -> Vec<RecordRemark> {
+    let remark = |key: &String| RecordRemark {
+        code: UNUSED_KEY.to_owned(),
+        text: format!("the key `{key}` of the row is not used"),
+        image: None,
+    };
+    keys.iter().map(remark).collect()
+}
+
 /// What decides an answer besides image and question.
-pub(super) fn settings_hash(args: &InferArgs, images: usize) -> String {
+pub(super) fn settings_hash(args: &InferArgs, kind: TaskKind) -> String {
     let (model, load, generation) = (&args.model, &args.model.load, &args.generation);
     let mut text = format!(
         "{:?} {:?} {:?} {:?} {:?} {:?} {generation:?}",
@@ -187,7 +298,10 @@ pub(super) fn settings_hash(args: &InferArgs, images: usize) -> String {
     if let Some(quantization) = load.quantize {
         text.push_str(&format!(" {quantization}"));
     }
-    for part in [&load.mmproj, &load.tokenizer].into_iter().flatten() {
+    for part in [&load.gguf.mmproj, &load.gguf.tokenizer]
+        .into_iter()
+        .flatten()
+    {
         text.push_str(&format!(" {part:?}"));
     }
     if let Some(server) = &args.server {
@@ -196,8 +310,11 @@ pub(super) fn settings_hash(args: &InferArgs, images: usize) -> String {
     if let Some(frame) = args.frame {
         text.push_str(&format!(" frame {frame}"));
     }
-    if images > 1 {
-        text.push_str(&format!(" {images} images together"));
+    match kind {
+        TaskKind::Images(0 | 1) => {}
+        TaskKind::Images(images) => text.push_str(&format!(" {images} images together")),
+        // The question of rows without one counts; what a row says itself is in its hash.
+        TaskKind::Rows => text.push_str(&format!(" rows {:?}", args.prompt())),
     }
     text.push_str(&settings_key(&args.findings));
     let hash = Sha256::digest(text.as_bytes());

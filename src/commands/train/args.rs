@@ -6,7 +6,7 @@ use clap::Args;
 
 use crate::{
     base::device_name::DtypeName,
-    commands::models::DownloadArgs,
+    commands::{models::DownloadArgs, shared_args::GgufArgs},
     dataset::Columns,
     train::{budget::Budget, config::LossReduction},
 };
@@ -18,9 +18,12 @@ pub struct TrainArgs {
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// Folder of the base checkpoint, or its name on Hugging Face or ModelScope (OWNER/NAME, NAME@REVISION) if
-    /// it was downloaded.
-    #[arg(long, value_name = "DIR|ID")]
+    /// it was downloaded; or a GGUF file.
+    #[arg(long, value_name = "DIR|ID|FILE.gguf")]
     pub model: Option<PathBuf>,
+    /// Files that go with a GGUF.
+    #[command(flatten)]
+    pub gguf: GgufArgs,
     /// Folder or name of a PEFT adapter to start from, or the folder of a run, whose best checkpoint is used.
     #[arg(long, value_name = "DIR|ID")]
     pub adapter: Option<PathBuf>,

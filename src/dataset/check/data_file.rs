@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 use super::error::CheckError;
 use super::finding::{Finding, Kind, Severity};
 use crate::dataset::error::DatasetError;
-use crate::dataset::reader::{DataOptions, Plain, read_file};
+use crate::dataset::reader::{ColumnsSeen, DataOptions, Plain, read_file};
 use crate::dataset::unused_keys::UnusedKeys;
 use crate::processor::sample::{RowFault, Sample};
 use crate::study::counted;
@@ -48,24 +48,41 @@ pub(super) struct DataFile {
     pub(super) lines: usize,
     pub(super) rows: Vec<CheckedRow>,
     pub(super) findings: Vec<Finding>,
+    columns: ColumnsSeen,
+}
+
+/// Reads the data files of one side; a column of another name has to be in one of them.
+pub(super) fn read_all(
+    paths: &[PathBuf],
+    options: &DataOptions,
+) -> Result<Vec<DataFile>, CheckError> {
+    let mut files = Vec::new();
+    for path in paths {
+        files.push(read(path, options)?);
+    }
+    let mut columns = ColumnsSeen::default();
+    files.iter().for_each(|file| columns.add(&file.columns));
+    if let Some(first) = files.iter_mut().find(|file| file.lines > 0)
+        && let Err(error) = columns.expect_all(&options.columns, &first.path)
+    {
+        let (severity, kind) = (Severity::Error, Kind::Json);
+        let finding = Finding::new(severity, kind, &first.path, error.line, error.reason);
+        first.findings.push(finding);
+    }
+    Ok(files)
 }
 
 /// Reads a data file, row by row; what is no sample becomes a finding.
-pub(super) fn read(path: &Path, options: &DataOptions) -> Result<DataFile, CheckError> {
+fn read(path: &Path, options: &DataOptions) -> Result<DataFile, CheckError> {
     let folder = path.parent().unwrap_or(Path::new(""));
     let mut file = DataFile {
         path: path.to_owned(),
         lines: 0,
         rows: Vec::new(),
         findings: Vec::new(),
+        columns: ColumnsSeen::default(),
     };
-    let found = read_file(path, options, Plain::Drop, false).and_then(|found| {
-        if !found.rows.is_empty() {
-            found.columns.expect_all(&options.columns, path)?;
-        }
-        Ok(found)
-    });
-    let found = match found {
+    let found = match read_file(path, options, Plain::Drop, false) {
         Ok(found) => found,
         Err(DatasetError::Rows(error)) => {
             file.lines = 1;
@@ -76,6 +93,7 @@ pub(super) fn read(path: &Path, options: &DataOptions) -> Result<DataFile, Check
         }
         Err(error) => return Err(CheckError::Data(Box::new(error))),
     };
+    file.columns = found.columns;
     for remark in found.remarks {
         let finding = Finding::new(Severity::Warning, Kind::File, path, 0, remark);
         file.findings.push(finding);

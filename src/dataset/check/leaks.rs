@@ -1,59 +1,92 @@
 //! Rows with the same content: inside one file, and between training and validation.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::path::Path;
 
 use super::data_file::{CheckedRow, DataFile};
 use super::finding::{Finding, Kind, Severity};
 use crate::study::{Studies, StudyError, StudyFacts, StudyRow, StudyRule, counted};
 
-/// Rows that repeat an earlier one, and rows whose images had another answer before.
-pub(super) fn duplicates(file: &Path, rows: &[CheckedRow]) -> Vec<Finding> {
-    let mut seen: HashMap<(&[String], &[u8; 32]), usize> = HashMap::new();
-    let mut first: HashMap<&[String], &CheckedRow> = HashMap::new();
-    let mut findings = Vec::new();
-    for row in rows.iter().filter(|row| row.is_whole()) {
+/// A row and its file.
+#[derive(Clone, Copy)]
+struct Place<'a> {
+    file: &'a Path,
+    row: &'a CheckedRow,
+}
+
+impl fmt::Display for Place<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "`{}` line {}", self.file.display(), self.row.line)
+    }
+}
+
+/// All rows of some files.
+fn places(files: &[DataFile]) -> impl Iterator<Item = (usize, Place<'_>)> {
+    files.iter().enumerate().flat_map(|(at, file)| {
+        let place = move |row| Place {
+            file: &file.path,
+            row,
+        };
+        file.rows.iter().map(move |row| (at, place(row)))
+    })
+}
+
+/// Adds to the files of one side which rows repeat an earlier one, and which have the images of an earlier one with
+/// another answer.
+pub(super) fn duplicates(files: &mut [DataFile]) {
+    let mut seen: HashMap<(&[String], &[u8; 32]), Place<'_>> = HashMap::new();
+    let mut first: HashMap<&[String], Place<'_>> = HashMap::new();
+    let mut findings: Vec<(usize, Finding)> = Vec::new();
+    for (at, place) in places(files).filter(|(_, place)| place.row.is_whole()) {
+        let Place { file, row } = place;
+        let named = |other: &Place<'_>| match other.file == file {
+            true => format!("line {}", other.row.line),
+            false => other.to_string(),
+        };
         let hashes = row.hashes.as_slice();
-        if let Some(line) = seen.get(&(hashes, &row.conversation)) {
-            let message = format!("same images and same conversation as line {line}");
+        if let Some(other) = seen.get(&(hashes, &row.conversation)) {
+            let message = format!("same images and same conversation as {}", named(other));
             let (error, kind) = (Severity::Error, Kind::Duplicate);
-            findings.push(Finding::new(error, kind, file, row.line, message));
+            findings.push((at, Finding::new(error, kind, file, row.line, message)));
             continue;
         }
-        seen.insert((hashes, &row.conversation), row.line);
+        seen.insert((hashes, &row.conversation), place);
         if hashes.is_empty() || row.report().is_empty() {
             continue;
         }
-        let earlier = *first.entry(hashes).or_insert(row);
-        if earlier.report() != row.report() {
-            let message = format!("same images as line {} with another answer", earlier.line);
+        let earlier = *first.entry(hashes).or_insert(place);
+        if earlier.row.report() != row.report() {
+            let message = format!("same images as {} with another answer", named(&earlier));
             let (warning, kind) = (Severity::Warning, Kind::AnswersDiffer);
-            findings.push(Finding::new(warning, kind, file, row.line, message));
+            findings.push((at, Finding::new(warning, kind, file, row.line, message)));
         }
     }
-    findings
+    for (at, finding) in findings {
+        files[at].findings.push(finding);
+    }
 }
 
 /// Training rows with one report.
 struct SameReport<'a> {
-    first: &'a CheckedRow,
+    first: Place<'a>,
     count: usize,
     /// A row whose study is not known.
-    unknown: Option<&'a CheckedRow>,
-    by_study: HashMap<&'a str, &'a CheckedRow>,
+    unknown: Option<Place<'a>>,
+    by_study: HashMap<&'a str, Place<'a>>,
 }
 
 /// A row and its study.
 #[derive(Clone, Copy)]
 struct InStudy<'a> {
-    row: &'a CheckedRow,
+    place: Place<'a>,
     id: &'a str,
     patient: Option<&'a str>,
     certain: bool,
 }
 
 impl<'a> SameReport<'a> {
-    fn new(first: &'a CheckedRow) -> Self {
+    fn new(first: Place<'a>) -> Self {
         Self {
             first,
             count: 0,
@@ -65,14 +98,14 @@ impl<'a> SameReport<'a> {
     fn add(&mut self, one: InStudy<'a>) {
         self.count += 1;
         if one.certain {
-            self.by_study.entry(one.id).or_insert(one.row);
+            self.by_study.entry(one.id).or_insert(one.place);
         } else {
-            self.unknown = self.unknown.or(Some(one.row));
+            self.unknown = self.unknown.or(Some(one.place));
         }
     }
 
     /// A training row that may be of the same study; `None` if all are of others.
-    fn of_same_study(&self, one: InStudy<'_>) -> Option<&'a CheckedRow> {
+    fn of_same_study(&self, one: InStudy<'_>) -> Option<Place<'a>> {
         if !one.certain {
             return Some(self.first);
         }
@@ -80,12 +113,13 @@ impl<'a> SameReport<'a> {
     }
 }
 
-/// Finds the studies of all files together, and adds what validation shares with training.
+/// Finds the studies of all files together, and adds what validation shares with the first `training` files.
 ///
 /// # Errors
 /// [`StudyError`] if the rule does not fit a row.
 pub(super) fn studies(
     files: &mut [DataFile],
+    training: usize,
     rule: &StudyRule,
 ) -> Result<Option<StudyFacts>, StudyError> {
     let rows: Vec<StudyRow> = files
@@ -104,9 +138,9 @@ pub(super) fn studies(
         return Ok(None);
     }
     let studies = rule.studies(&rows)?;
-    if let [train, val] = files {
-        let found = between(train, val, &studies);
-        val.findings.extend(found);
+    let (train, val) = files.split_at_mut(training);
+    for (at, finding) in between(train, val, &studies) {
+        val[at].findings.push(finding);
     }
     if let Some(file) = files.first_mut() {
         let doubts = studies.doubts.iter().map(|doubt| {
@@ -124,58 +158,58 @@ pub(super) fn studies(
     Ok(Some(studies.facts))
 }
 
-/// What validation shares with training.
-fn between(train: &DataFile, val: &DataFile, studies: &Studies) -> Vec<Finding> {
-    let in_study = |row, at: usize| InStudy {
-        row,
+/// What validation shares with training, each with the place of its file.
+fn between(train: &[DataFile], val: &[DataFile], studies: &Studies) -> Vec<(usize, Finding)> {
+    let in_study = |place, at: usize| InStudy {
+        place,
         id: &studies.ids[at],
         patient: studies.patients[at].as_deref(),
         certain: studies.certain[at],
     };
-    let mut by_hash: HashMap<&str, &CheckedRow> = HashMap::new();
-    let mut by_study: HashMap<&str, &CheckedRow> = HashMap::new();
-    let mut by_patient: HashMap<&str, &CheckedRow> = HashMap::new();
+    let mut by_hash: HashMap<&str, Place<'_>> = HashMap::new();
+    let mut by_study: HashMap<&str, Place<'_>> = HashMap::new();
+    let mut by_patient: HashMap<&str, Place<'_>> = HashMap::new();
     let mut by_report: HashMap<&str, SameReport<'_>> = HashMap::new();
-    for (at, row) in train.rows.iter().enumerate() {
-        let one = in_study(row, at);
-        for hash in &row.hashes {
-            by_hash.entry(hash).or_insert(row);
+    let mut trained = 0;
+    for (_, place) in places(train) {
+        let one = in_study(place, trained);
+        trained += 1;
+        for hash in &place.row.hashes {
+            by_hash.entry(hash).or_insert(place);
         }
-        by_study.entry(one.id).or_insert(row);
+        by_study.entry(one.id).or_insert(place);
         if let Some(patient) = one.patient {
-            by_patient.entry(patient).or_insert(row);
+            by_patient.entry(patient).or_insert(place);
         }
-        if !row.report().is_empty() {
-            let same = by_report.entry(row.report());
-            same.or_insert_with(|| SameReport::new(row)).add(one);
+        if !place.row.report().is_empty() {
+            let same = by_report.entry(place.row.report());
+            same.or_insert_with(|| SameReport::new(place)).add(one);
         }
     }
-    let name = train.path.display();
     let mut findings = Vec::new();
-    for (at, row) in val.rows.iter().enumerate() {
-        let one = in_study(row, train.rows.len() + at);
+    for (at, (file, place)) in places(val).enumerate() {
+        let row = place.row;
+        let one = in_study(place, trained + at);
         let mut found = |severity, kind, message| {
-            findings.push(Finding::new(severity, kind, &val.path, row.line, message));
+            let finding = Finding::new(severity, kind, place.file, row.line, message);
+            findings.push((file, finding));
         };
         if let Some(other) = row
             .hashes
             .iter()
             .find_map(|hash| by_hash.get(hash.as_str()))
         {
-            let message = format!("the image is also in `{name}` line {}", other.line);
+            let message = format!("the image is also in {other}");
             found(Severity::Error, Kind::LeakImage, message);
         }
         if let Some(other) = by_study.get(one.id) {
-            let message = format!("study `{}` is also in `{name}` line {}", one.id, other.line);
+            let message = format!("study `{}` is also in {other}", one.id);
             found(Severity::Error, Kind::LeakStudy, message);
         } else if let Some((patient, other)) = one
             .patient
             .and_then(|patient| Some((patient, by_patient.get(patient)?)))
         {
-            let message = format!(
-                "patient `{patient}` is also in `{name}` line {}",
-                other.line
-            );
+            let message = format!("patient `{patient}` is also in {other}");
             found(Severity::Error, Kind::LeakPatient, message);
         }
         let Some(same) = by_report.get(row.report()) else {
@@ -183,14 +217,14 @@ fn between(train: &DataFile, val: &DataFile, studies: &Studies) -> Vec<Finding> 
         };
         match same.of_same_study(one) {
             Some(other) => {
-                let message = format!("the report is also in `{name}` line {}", other.line);
+                let message = format!("the report is also in {other}");
                 found(Severity::Error, Kind::LeakReport, message);
             }
             // Reports of healthy lungs are often alike to the letter.
             None => {
                 let message = format!(
-                    "the report is also in `{name}` line {}, about another study; {} there {} it",
-                    same.first.line,
+                    "the report is also in {}, about another study; {} there {} it",
+                    same.first,
                     counted(same.count, "row", "rows"),
                     if same.count == 1 { "has" } else { "have" }
                 );

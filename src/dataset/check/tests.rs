@@ -47,7 +47,7 @@ impl Bench {
             studies: StudyRule::Guess,
             options: DataOptions::default(),
         };
-        check.run(&train, val.as_deref(), &|_, _| {}).unwrap()
+        check.run(&[train], val.as_slice(), &|_, _| {}).unwrap()
     }
 }
 
@@ -178,7 +178,7 @@ fn answers_that_do_not_suit_the_chat_template_are_one_warning() {
             studies: StudyRule::Guess,
             options: DataOptions::default(),
         };
-        let report = check.run(&path, None, &|_, _| {}).unwrap();
+        let report = check.run(&[path.clone()], &[], &|_, _| {}).unwrap();
         let found = report.findings.iter();
         let found = found.filter(|found| found.kind == Kind::Thinking);
         found
@@ -288,8 +288,8 @@ fn a_file_of_nothing_or_of_other_bytes_is_an_error() {
         studies: StudyRule::Guess,
         options: DataOptions::default(),
     };
-    let report = check.run(&path, None, &|_, _| {}).unwrap();
+    let report = check.run(&[path.clone()], &[], &|_, _| {}).unwrap();
     assert_eq!(kinds(&report), [(Severity::Error, Kind::Json, 1)]);
-    let error = check.run(Path::new("no/such.jsonl"), None, &|_, _| {});
+    let error = check.run(&["no/such.jsonl".into()], &[], &|_, _| {});
     assert!(error.unwrap_err().to_string().contains("no/such.jsonl"));
 }

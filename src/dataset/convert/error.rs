@@ -96,6 +96,21 @@ pub enum ConvertError {
         "rows of `messages` stay as they are; `--views` and `--sections` are for corpora of reports"
     )]
     NotForMessages,
+    /// Two inputs do not go into one output.
+    #[error(
+        "the inputs are of two {what}: `{}` is {}, `{}` is {}; convert them one by one, and name the results together: `--train-data a/train.jsonl,b/train.jsonl`",
+        .first.display(), .names[0], .other.display(), .names[1]
+    )]
+    Inputs {
+        /// The first input.
+        first: PathBuf,
+        /// The one that differs.
+        other: PathBuf,
+        /// Forms or languages.
+        what: &'static str,
+        /// What each is.
+        names: [String; 2],
+    },
     /// The projections of images are not known.
     #[error(
         "nothing in the corpus `{0}` says which images are frontal; expected `--views all` or `one-per-image`, or a column `view`"

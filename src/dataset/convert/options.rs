@@ -56,6 +56,8 @@ pub const VAL_RATIO: f64 = 0.05;
 pub struct ConvertOptions {
     /// The corpus: a file, or the folder that it is in.
     pub input: PathBuf,
+    /// Further corpora of the same form, which go into the same output.
+    pub more_inputs: Vec<PathBuf>,
     /// Which corpus it is; guessed from its files without.
     pub corpus: Option<CorpusForm>,
     /// How rows are read that training reads as they are.
@@ -90,10 +92,16 @@ pub struct ConvertOptions {
 }
 
 impl ConvertOptions {
+    /// All corpora.
+    pub(super) fn inputs(&self) -> impl Iterator<Item = &PathBuf> {
+        std::iter::once(&self.input).chain(&self.more_inputs)
+    }
+
     /// A conversion of `input` into `output` with all defaults and the published seed.
     pub fn new(input: impl Into<PathBuf>, output: impl Into<PathBuf>) -> Self {
         Self {
             input: input.into(),
+            more_inputs: Vec::new(),
             corpus: None,
             reading: DataOptions::default(),
             keys: None,

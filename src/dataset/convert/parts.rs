@@ -50,7 +50,7 @@ pub(super) fn prepare_output(options: &ConvertOptions) -> Result<PathBuf, Conver
     let written = || FILES.iter().map(|(_, name)| name).chain(&OTHERS);
     for name in written() {
         let path = options.output.join(name);
-        if is_same_file(&path, &options.input) {
+        if options.inputs().any(|input| is_same_file(&path, input)) {
             return Err(ConvertError::OverInput(path));
         }
     }

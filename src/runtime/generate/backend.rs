@@ -26,6 +26,15 @@ impl AdapterId {
     pub const BASE: Self = Self(0);
 }
 
+/// An adapter that was loaded beside the base.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LoadedAdapter {
+    /// What slots name it by.
+    pub id: AdapterId,
+    /// What a reader of its answers should know about how its files were read.
+    pub notes: Vec<String>,
+}
+
 /// Part of a prompt, to be appended to its slot.
 #[derive(Debug, Clone)]
 pub struct Chunk<'a, F> {
@@ -122,7 +131,7 @@ pub trait DecodeBackend {
     ///
     /// # Errors
     /// [`AdapterError`].
-    fn load_adapter(&mut self, dir: &Path) -> Result<AdapterId, AdapterError>;
+    fn load_adapter(&mut self, dir: &Path) -> Result<LoadedAdapter, AdapterError>;
 
     /// Drops an adapter; no slot uses it any more.
     fn unload_adapter(&mut self, adapter: AdapterId);
@@ -159,7 +168,7 @@ impl<T: DecodeBackend + ?Sized> DecodeBackend for Box<T> {
         (**self).free(slot);
     }
 
-    fn load_adapter(&mut self, dir: &Path) -> Result<AdapterId, AdapterError> {
+    fn load_adapter(&mut self, dir: &Path) -> Result<LoadedAdapter, AdapterError> {
         (**self).load_adapter(dir)
     }
 

@@ -12,7 +12,7 @@ use std::{
 
 use burn::{prelude::*, tensor::DType};
 
-use super::backend::{AdapterId, Chunk, DecodeBackend, SlotId, StepRow, Stepped};
+use super::backend::{AdapterId, Chunk, DecodeBackend, LoadedAdapter, SlotId, StepRow, Stepped};
 use crate::{
     adapters::lora::{config::AdapterError, files::attach_adapter},
     batch::{images::ImageInput, positions::Positions, text::TextInput},
@@ -294,16 +294,18 @@ impl<B: Accelerator> DecodeBackend for PlainDecoder<B> {
         self.slots.remove(&slot);
     }
 
-    fn load_adapter(&mut self, dir: &Path) -> Result<AdapterId, AdapterError> {
+    fn load_adapter(&mut self, dir: &Path) -> Result<LoadedAdapter, AdapterError> {
         let base = self.models[&AdapterId::BASE].clone();
         let adapted = attach_adapter(base, dir)?;
         for note in &adapted.notes {
             log::info!("adapter `{}`: {note}", dir.display());
         }
-        let model = adapted.model;
         let id = AdapterId(self.fresh());
-        self.models.insert(id, model);
-        Ok(id)
+        self.models.insert(id, adapted.model);
+        Ok(LoadedAdapter {
+            id,
+            notes: adapted.notes,
+        })
     }
 
     fn unload_adapter(&mut self, adapter: AdapterId) {

@@ -224,7 +224,7 @@ fn rows_of_different_adapters_share_a_step() {
         images: Default::default(),
     };
     let mut decoder = PlainDecoder::new(model, config, Default::default());
-    let adapter = decoder.load_adapter(&fixtures.join("adapter")).unwrap();
+    let adapter = decoder.load_adapter(&fixtures.join("adapter")).unwrap().id;
     let mut run = |adapters: &[AdapterId]| {
         let rows: Vec<_> = adapters
             .iter()
@@ -268,7 +268,7 @@ fn rows_of_adapters_that_change_the_base_share_a_step() {
     let mut all = vec![AdapterId::BASE];
     for kind in kinds {
         let dir = fixtures.join("adapters").join(kind);
-        all.push(decoder.load_adapter(&dir).unwrap());
+        all.push(decoder.load_adapter(&dir).unwrap().id);
     }
     let mut run = |adapters: &[AdapterId]| {
         let rows: Vec<_> = adapters

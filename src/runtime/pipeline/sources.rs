@@ -84,7 +84,7 @@ pub(super) fn tokenizer(
     let Some(pair) = pair.filter(|_| options.gguf.tokenizer.is_none()) else {
         return Ok(Tokenizer::from_folder(dir)?);
     };
-    let path = pair.files()[0];
+    let path = pair.main_file();
     let (tokenizer, origin) = match pair.tokenizer_json() {
         Some(bytes) => (Tokenizer::from_bytes(&bytes, path)?, "its own"),
         None => match Tokenizer::from_folder(dir) {

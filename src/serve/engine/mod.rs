@@ -32,7 +32,7 @@ use crate::{
     processor::tokenizer::Tokenizer,
     runtime::generate::{
         FinishReason, SamplingConfig,
-        backend::{AdapterId, DecodeBackend},
+        backend::{AdapterId, DecodeBackend, LoadedAdapter},
         text::StreamOptions,
     },
 };
@@ -229,7 +229,7 @@ enum Command {
     },
     Load {
         dir: PathBuf,
-        reply: oneshot::Sender<Result<AdapterId, String>>,
+        reply: oneshot::Sender<Result<LoadedAdapter, String>>,
     },
     Unload {
         adapter: AdapterId,
@@ -394,7 +394,7 @@ impl Engine {
     ///
     /// # Errors
     /// The loader's reason, as text.
-    pub async fn load_adapter(&self, dir: PathBuf) -> Result<AdapterId, String> {
+    pub async fn load_adapter(&self, dir: PathBuf) -> Result<LoadedAdapter, String> {
         let (reply, answer) = oneshot::channel();
         let stopping = || Refusal::Stopping.to_string();
         self.commands

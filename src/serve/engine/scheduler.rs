@@ -190,12 +190,13 @@ impl<D: DecodeBackend> Worker<D> {
                     let device = &mut self.device;
                     let loaded = guarded(|| device.load_adapter(&dir))
                         .and_then(|loaded| loaded.map_err(|error| error.to_string()));
-                    self.adapters.extend(loaded.as_ref().ok());
+                    self.adapters
+                        .extend(loaded.iter().map(|adapter| adapter.id));
                     if let Err(Ok(adapter)) = reply.send(loaded) {
                         // The caller is gone, and nobody else knows its number.
-                        self.adapters.remove(&adapter);
+                        self.adapters.remove(&adapter.id);
                         let device = &mut self.device;
-                        let _ = guarded(|| device.unload_adapter(adapter));
+                        let _ = guarded(|| device.unload_adapter(adapter.id));
                     }
                 }
                 Command::Unload { adapter, reply } => {

@@ -134,9 +134,12 @@ impl DecodeBackend for Arithmetic {
         seen.slots.remove(&slot);
     }
 
-    fn load_adapter(&mut self, _dir: &Path) -> Result<AdapterId, AdapterError> {
+    fn load_adapter(&mut self, _dir: &Path) -> Result<LoadedAdapter, AdapterError> {
         self.next += 1;
-        Ok(AdapterId(self.next))
+        Ok(LoadedAdapter {
+            id: AdapterId(self.next),
+            notes: Vec::new(),
+        })
     }
 
     fn unload_adapter(&mut self, _adapter: AdapterId) {}
@@ -525,7 +528,8 @@ fn an_adapter_is_dropped_when_its_last_answer_is_over() {
         .unwrap();
     let adapter = runtime
         .block_on(bench.engine.load_adapter("x".into()))
-        .unwrap();
+        .unwrap()
+        .id;
     let ids: Vec<u32> = (1..30).collect();
     let of_adapter = |new| {
         let mut one = submission(&ids, new);

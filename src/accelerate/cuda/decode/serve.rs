@@ -35,8 +35,8 @@ use crate::{
     runtime::{
         generate::{
             backend::{
-                AdapterId, Chunk, DecodeBackend, Pick, ServingDecoder, ServingLimits, SlotId,
-                StepRow, Stepped,
+                AdapterId, Chunk, DecodeBackend, LoadedAdapter, Pick, ServingDecoder,
+                ServingLimits, SlotId, StepRow, Stepped,
             },
             slots::{NewTokens, join_features, pass},
         },
@@ -514,7 +514,7 @@ impl DecodeBackend for PagedDecoder {
         }
     }
 
-    fn load_adapter(&mut self, dir: &Path) -> Result<AdapterId, AdapterError> {
+    fn load_adapter(&mut self, dir: &Path) -> Result<LoadedAdapter, AdapterError> {
         let base = self.models[&AdapterId::BASE].model.clone();
         let adapted = attach_adapter(base, dir)?;
         if adapted.changes_text {
@@ -544,7 +544,10 @@ impl DecodeBackend for PagedDecoder {
         let id = AdapterId(self.fresh());
         let place = Some(place);
         self.models.insert(id, Served { model, place });
-        Ok(id)
+        Ok(LoadedAdapter {
+            id,
+            notes: adapted.notes,
+        })
     }
 
     fn unload_adapter(&mut self, adapter: AdapterId) {

@@ -183,8 +183,8 @@ fn sequences_that_come_and_go_are_those_of_the_plain_engine() {
     let mut choices = vec![(AdapterId::BASE, AdapterId::BASE)];
     for dir in &dirs {
         choices.push((
-            ours.load_adapter(dir).unwrap(),
-            plain.load_adapter(dir).unwrap(),
+            ours.load_adapter(dir).unwrap().id,
+            plain.load_adapter(dir).unwrap().id,
         ));
     }
     // bf16 activations, rounded at other places, through four layers; the plain DoRA multiplies

@@ -27,27 +27,36 @@ pub(super) enum Kind {
     Q4_K,
     Q5_K,
     Q6_K,
+    IQ4_NL,
+    IQ4_XS,
+    MXFP4,
 }
 
+/// The values of IQ4's sixteen levels.
+const IQ4: [i8; 16] = [
+    -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113,
+];
+
+/// Twice the values of the sixteen floats of four bits (E2M1).
+const MXFP4: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+
 /// Names of types by their number, for messages.
-const NAMES: [(u32, &str); 17] = [
+const NAMES: [(u32, &str); 15] = [
     (9, "Q8_1"),
     (15, "Q8_K"),
     (16, "IQ2_XXS"),
     (17, "IQ2_XS"),
     (18, "IQ3_XXS"),
     (19, "IQ1_S"),
-    (20, "IQ4_NL"),
     (21, "IQ3_S"),
     (22, "IQ2_S"),
-    (23, "IQ4_XS"),
     (24, "I8"),
     (26, "I32"),
     (28, "F64"),
     (29, "IQ1_M"),
     (34, "TQ1_0"),
     (35, "TQ2_0"),
-    (39, "MXFP4"),
+    (40, "NVFP4"),
 ];
 
 /// Elements of a block of the types with K in their name.
@@ -69,6 +78,9 @@ impl Kind {
             12 => Self::Q4_K,
             13 => Self::Q5_K,
             14 => Self::Q6_K,
+            20 => Self::IQ4_NL,
+            23 => Self::IQ4_XS,
+            39 => Self::MXFP4,
             30 => Self::BF16,
             other => {
                 let name = NAMES.iter().find(|(number, _)| *number == other);
@@ -82,7 +94,8 @@ impl Kind {
         match self {
             Self::F32 | Self::F16 | Self::BF16 => 1,
             Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 => 32,
-            Self::Q2_K | Self::Q3_K | Self::Q4_K | Self::Q5_K | Self::Q6_K => K,
+            Self::IQ4_NL | Self::MXFP4 => 32,
+            Self::Q2_K | Self::Q3_K | Self::Q4_K | Self::Q5_K | Self::Q6_K | Self::IQ4_XS => K,
         }
     }
 
@@ -91,13 +104,15 @@ impl Kind {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::BF16 => 2,
-            Self::Q4_0 => 18,
+            Self::MXFP4 => 17,
+            Self::Q4_0 | Self::IQ4_NL => 18,
             Self::Q4_1 => 20,
             Self::Q5_0 => 22,
             Self::Q5_1 => 24,
             Self::Q8_0 => 34,
             Self::Q2_K => 84,
             Self::Q3_K => 110,
+            Self::IQ4_XS => 136,
             Self::Q4_K => 144,
             Self::Q5_K => 176,
             Self::Q6_K => 210,
@@ -135,6 +150,9 @@ impl Kind {
                 Self::Q3_K => q3_k(block, out),
                 Self::Q4_K | Self::Q5_K => q45_k(self, block, out),
                 Self::Q6_K => q6_k(block, out),
+                Self::IQ4_NL => levels(half_at(block, 0), &IQ4, &block[2..], out),
+                Self::IQ4_XS => iq4_xs(block, out),
+                Self::MXFP4 => levels(half_power_of_two(block[0]), &MXFP4, &block[1..], out),
             }
         }
     }
@@ -245,6 +263,39 @@ fn q6_k(block: &[u8], out: &mut [f32]) {
         let two = high[half * 32 + inside % 32] >> (2 * (inside / 32)) & 3;
         let value = f32::from((four | (two << 4)) as i8 - 32);
         *out = scale * f32::from(scales[place / 16] as i8) * value;
+    }
+}
+
+/// Values by a table: the first half in the lower halves of the bytes, the second in the upper.
+fn levels(scale: f32, table: &[i8; 16], bytes: &[u8], out: &mut [f32]) {
+    let half = out.len() / 2;
+    for (place, out) in out.iter_mut().enumerate() {
+        let byte = bytes[place % half];
+        let level = if place < half { byte & 15 } else { byte >> 4 };
+        *out = scale * f32::from(table[usize::from(level)]);
+    }
+}
+
+/// Half of the power of two that an exponent of eight bits (E8M0) says: the table holds twice the values.
+fn half_power_of_two(exponent: u8) -> f32 {
+    let bits = match exponent {
+        // Below the smallest normal number.
+        0 | 1 => 0x0020_0000 << exponent,
+        _ => (u32::from(exponent) - 1) << 23,
+    };
+    f32::from_bits(bits)
+}
+
+/// Eight groups of 32 levels, each with a scale of six bits.
+fn iq4_xs(block: &[u8], out: &mut [f32]) {
+    let scale = half_at(block, 0);
+    let high = u16::from_le_bytes([block[2], block[3]]);
+    let (low, values) = (&block[4..8], &block[8..]);
+    for (group, out) in out.chunks_exact_mut(32).enumerate() {
+        let four = low[group / 2] >> (4 * (group % 2)) & 15;
+        let two = (high >> (2 * group) & 3) as u8;
+        let group_scale = scale * f32::from((four | (two << 4)) as i8 - 32);
+        levels(group_scale, &IQ4, &values[16 * group..][..16], out);
     }
 }
 

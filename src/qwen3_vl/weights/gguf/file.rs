@@ -248,6 +248,77 @@ impl GgufFile {
         }
     }
 
+    /// Which part of how many this file is, from 0; `None` where the model is in one file.
+    pub(super) fn part(&self) -> Option<(u64, u64)> {
+        let count = self.whole("split.count").filter(|count| *count > 1)?;
+        Some((self.whole("split.no").unwrap_or(0), count))
+    }
+
+    /// The other parts of a model in several files, of which this is the first.
+    ///
+    /// # Errors
+    /// [`WeightsError::Gguf`]: this is not the first part, a part is missing or of another model, or a tensor is in two.
+    pub(super) fn other_parts(&self) -> Result<Vec<Self>, WeightsError> {
+        let Some((number, count)) = self.part() else {
+            return Ok(Vec::new());
+        };
+        let name = self
+            .path
+            .file_stem()
+            .map(|stem| stem.to_string_lossy().into_owned());
+        let name = name.unwrap_or_default();
+        let named = |part: u64| format!("-{:05}-of-{count:05}", part + 1);
+        if number != 0 {
+            return Err(self.refuse(format!(
+                "this is part {} of {count} of a model in several files; name the first one, which ends in `{}.gguf`",
+                number + 1,
+                named(0)
+            )));
+        }
+        let Some(stem) = name.strip_suffix(&named(0)) else {
+            return Err(self.refuse(format!(
+                "this is the first of {count} parts, and the others are found by name: expected a name that ends in `{}.gguf`",
+                named(0)
+            )));
+        };
+        let mut parts: Vec<Self> = Vec::new();
+        for part in 1..count {
+            let path = self
+                .path
+                .with_file_name(format!("{stem}{}.gguf", named(part)));
+            if !path.is_file() {
+                return Err(self.refuse(format!(
+                    "part {} of {count} is missing: there is no `{}`; download all parts into one folder",
+                    part + 1,
+                    path.display()
+                )));
+            }
+            let found = Self::open(&path)?;
+            if found.part() != Some((part, count)) {
+                return Err(found.refuse(format!(
+                    "its metadata does not say that it is part {} of {count}; download the file again",
+                    part + 1
+                )));
+            }
+            let before = || std::iter::once(self).chain(&parts);
+            let again = |name: &&String| before().any(|part| part.tensors.contains_key(*name));
+            if let Some(name) = found.tensors.keys().find(again) {
+                return Err(found.refuse(format!("tensor `{name}` is in an earlier part too")));
+            }
+            parts.push(found);
+        }
+        let tensors: usize = std::iter::once(self)
+            .chain(&parts)
+            .map(|part| part.tensors.len())
+            .sum();
+        match self.whole("split.tensors.count") {
+            Some(expected) if expected != tensors as u64 => Err(self.refuse(format!(
+                "its parts hold {tensors} tensors, expected {expected}; download all of them again"
+            ))),
+            _ => Ok(parts),
+        }
+    }
+
     /// `general.architecture`.
     pub(super) fn architecture(&self) -> &str {
         self.text("general.architecture").unwrap_or("")
@@ -309,7 +380,7 @@ fn parse(bytes: &[u8]) -> Result<Header, Problem> {
     let mut found = BTreeMap::new();
     for (name, shape, kind, offset) in infos {
         let kind = Kind::new(kind).map_err(|kind| {
-            format!("tensor `{name}` is of type {kind}, which is not read here; take a file in F16, BF16, Q8_0, Q6_K, Q5_K_M or Q4_K_M")
+            format!("tensor `{name}` is of type {kind}, which is not read here; take a file in F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M or IQ4_XS")
         })?;
         let range = (|| {
             let elements = shape

@@ -35,6 +35,8 @@ pub struct GgufParts {
 #[derive(Debug)]
 pub struct GgufPair {
     text: GgufFile,
+    /// Further parts of the language model, which hold tensors alone.
+    more: Vec<GgufFile>,
     vision: GgufFile,
 }
 
@@ -97,7 +99,12 @@ pub fn find(model: &Path, parts: &GgufParts) -> Result<Option<GgufPair>, Weights
         reason,
     };
     let text = if model.is_dir() {
-        let is_text = |path: &PathBuf| GgufFile::open(path).map(|file| file.architecture() != CLIP);
+        // Of a model in several parts, the first one.
+        let is_text = |path: &PathBuf| {
+            let file = GgufFile::open(path)?;
+            let is_first = file.part().is_none_or(|(part, _)| part == 0);
+            Ok(is_first && file.architecture() != CLIP)
+        };
         only(beside(), is_text)?.map_err(|files| {
             refuse(match files.as_slice() {
                 [] => "the folder has no GGUF file of a language model; expected one beside the mmproj file".to_string(),
@@ -111,6 +118,8 @@ pub fn find(model: &Path, parts: &GgufParts) -> Result<Option<GgufPair>, Weights
     if text.architecture() == CLIP {
         return Err(text.refuse("this is the vision tower (mmproj); name the file with the language model, and this one with --mmproj"));
     }
+    // Later parts have no metadata of their own, so this comes first.
+    let more = text.other_parts()?;
     config::check_architecture(&text)?;
     let vision = match &parts.mmproj {
         Some(path) => path.clone(),
@@ -126,8 +135,13 @@ pub fn find(model: &Path, parts: &GgufParts) -> Result<Option<GgufPair>, Weights
         }
     };
     let vision = GgufFile::open(&vision)?;
+    if let Some((_, count)) = vision.part() {
+        return Err(vision.refuse(format!(
+            "the vision tower is in {count} parts, which are read of language models alone; join them with `llama-gguf-split --merge FIRST OUT`"
+        )));
+    }
     config::check_vision(&vision)?;
-    Ok(Some(GgufPair { text, vision }))
+    Ok(Some(GgufPair { text, more, vision }))
 }
 
 /// The only file that `test` accepts; else all that it does.
@@ -156,9 +170,19 @@ fn list(files: &[PathBuf]) -> String {
 }
 
 impl GgufPair {
-    /// Both files, the language model first.
-    pub fn files(&self) -> [&Path; 2] {
-        [&self.text.path, &self.vision.path]
+    /// The files: the language model, its further parts, the vision tower.
+    pub fn files(&self) -> Vec<&Path> {
+        self.opened().map(|file| file.path.as_path()).collect()
+    }
+
+    /// The file with the metadata of the language model.
+    pub fn main_file(&self) -> &Path {
+        &self.text.path
+    }
+
+    fn opened(&self) -> impl Iterator<Item = &GgufFile> {
+        let text = std::iter::once(&self.text).chain(&self.more);
+        text.chain([&self.vision])
     }
 
     /// Folder of the language model.
@@ -175,21 +199,22 @@ impl GgufPair {
     }
 }
 
-/// All tensors of both files under the names of the module tree, and what to say about them.
+/// All tensors of the files under the names of the module tree, and what to say about them.
 pub(super) fn tensors(
     pair: &GgufPair,
 ) -> Result<(BTreeMap<String, Stored>, Vec<String>), WeightsError> {
     let mut tensors = BTreeMap::new();
     let mut kinds: BTreeMap<String, usize> = BTreeMap::new();
     let deepstack = config::deepstack(&pair.vision);
-    for (number, file) in [&pair.text, &pair.vision].into_iter().enumerate() {
+    let vision = pair.more.len() + 1;
+    for (number, file) in pair.opened().enumerate() {
         for (name, info) in &file.tensors {
             if info.kind.float().is_none() {
                 *kinds.entry(format!("{:?}", info.kind)).or_default() += 1;
             }
-            let found = match number {
-                0 => names::text(name),
-                _ => names::vision(name, &deepstack),
+            let found = match number == vision {
+                false => names::text(name),
+                true => names::vision(name, &deepstack),
             };
             // The second frame of the patch embedding goes with the first.
             if name == "v.patch_embd.weight.1" {
