@@ -121,8 +121,8 @@ impl<'a> InferenceMemory<'a> {
         let activations = (wish.at_once * token + wish.patches * patch) * self.element;
         // Read off an H200: 0.55 GiB of context and modules; a quantised model's pools take pages beside.
         let driver: f64 = match (self.kind, quantization) {
-            (DeviceKind::Cuda, None) => 0.65,
-            (DeviceKind::Cuda, Some(_)) => 1.45,
+            (DeviceKind::Cuda, None) => 0.7,
+            (DeviceKind::Cuda, Some(_)) => 1.5,
             (DeviceKind::Wgpu, _) => 0.35,
             (DeviceKind::Cpu, _) => 0.1,
         };
