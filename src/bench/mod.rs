@@ -252,6 +252,7 @@ impl<B: Accelerator> Bench<B> {
                     min_pixels: None,
                     max_pixels: None,
                     gguf: gguf.clone(),
+                    memory: None,
                 };
                 load_models::<A>(&options, &self.config, devices, on_progress)?
             }

@@ -134,6 +134,13 @@ impl Question {
         turn.map_or(&[], |turn| &turn.question)
     }
 
+    /// Bytes of all texts before the answer.
+    pub fn text_bytes(&self) -> usize {
+        let messages = self.sample.conversation.prompt_messages();
+        let texts = messages.iter().map(|message| message.content.text().len());
+        texts.sum::<usize>() + self.standard.len()
+    }
+
     /// Its system message.
     pub fn system(&self) -> Option<&str> {
         self.sample.conversation.system.as_deref()

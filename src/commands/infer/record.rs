@@ -298,6 +298,9 @@ pub(super) fn settings_hash(args: &InferArgs, kind: TaskKind) -> String {
     if let Some(quantization) = load.quantize {
         text.push_str(&format!(" {quantization}"));
     }
+    if let Some(memory) = load.memory {
+        text.push_str(&format!(" memory {memory:?}"));
+    }
     for part in [&load.gguf.mmproj, &load.gguf.tokenizer]
         .into_iter()
         .flatten()
