@@ -17,6 +17,7 @@ mod data_files;
 mod data_tools;
 mod dicom;
 mod eval;
+mod eval_judge;
 mod forms;
 mod found_pictures;
 mod hub;
