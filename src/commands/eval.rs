@@ -2,6 +2,8 @@
 
 mod args;
 mod cases;
+mod export;
+mod judge;
 mod model;
 mod output;
 mod probabilities;
@@ -37,6 +39,7 @@ use crate::{
             page::{PageFacts, html},
             table,
         },
+        text::TextLanguage,
     },
     study::{StudyFacts, counted},
     train::{data::RunData, gradients::LossTotals},
@@ -56,7 +59,8 @@ const SAMPLE_TRAIN_DATA: &str = "data/sample/train/samples.jsonl";
 pub fn run(mut args: EvalArgs) -> Result<()> {
     args.check()?;
     let rule = args.studies.rule()?;
-    let settings = EvalSettings {
+    let mut settings = EvalSettings {
+        language: args.language.map_or(TextLanguage::default(), Into::into),
         bootstrap: Bootstrap {
             resamples: args.resamples,
             ..Bootstrap::default()
@@ -115,16 +119,43 @@ pub fn run(mut args: EvalArgs) -> Result<()> {
     eprintln!("{}", study.english());
     eprintln!("scoring {}", counted(set.cases.len(), "report", "reports"));
     let truths = set.cases.iter().map(|case| case.truth.as_str());
-    let rules = RuleSet::choose(args.rules.as_deref(), truths)?;
+    let rules = RuleSet::choose(args.rules.as_deref(), truths.clone())?;
     eprintln!("{}", rules.told());
+    if args.language.is_none() {
+        settings.language = TextLanguage::guess(truths);
+        eprintln!(
+            "words of the text scores are {}, guessed from the references; --language names the other",
+            settings.language
+        );
+    }
     let cases = set.cases.clone();
     let mut outcome = evaluate(cases, systems, compared.as_deref(), &rules, settings)?;
     if let Some(found) = &probabilities {
         let (labels, truth) = (&outcome.labels, settings.policies.truth);
         outcome.probabilities = evaluate_probabilities(labels, found, truth, &settings.bootstrap)?;
     }
+    // Scores that are there already are printed before a judge is waited for.
     unless_closed(print(&outcome, loss.as_ref(), args.all)).context("cannot write to stdout")?;
-    let facts = facts(&args, &study, warnings, loss.as_ref(), curves);
+    let sent = warnings.len();
+    outcome.judge = judge::judge(&args, &outcome, &mut warnings)?;
+    if let Some(found) = &outcome.judge {
+        for warning in &warnings[sent..] {
+            eprintln!("note: {}", warning.english);
+        }
+        let printed = stdout().lock().write_all(found.text().as_bytes());
+        unless_closed(printed).context("cannot write to stdout")?;
+    }
+    if let [form, path] = &args.export[..] {
+        export::write_export(export::ExportForm::named(form)?, path.as_ref(), &outcome)?;
+    }
+    let facts = facts(
+        &args,
+        settings.language,
+        &study,
+        warnings,
+        loss.as_ref(),
+        curves,
+    );
     write_files(&args, &set, data, &outcome, &facts, &study)
 }
 
@@ -322,6 +353,7 @@ fn write_files(
 
 fn facts(
     args: &EvalArgs,
+    language: TextLanguage,
     study: &StudyFacts,
     warnings: Vec<Caveat>,
     loss: Option<&LossTotals>,
@@ -339,6 +371,12 @@ fn facts(
     fact("训练集", "training set", args.train_data.clone());
     fact("概率", "probabilities", path(&args.probabilities));
     fact("比较对象", "compared with", path(&args.compare));
+    let guessed = if args.language.is_none() {
+        " (guessed)"
+    } else {
+        ""
+    };
+    fact("文本语言", "language", Some(format!("{language}{guessed}")));
     fact("检查来源", "studies from", Some(study.from.clone()));
     if args.baselines_only {
         let value = "仅基线，无模型 (baselines only; the first one stands in the model's place)";

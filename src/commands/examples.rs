@@ -129,6 +129,14 @@ pub const EVAL: &[Example] = &[
         "The baselines that need no image",
         "xray-qwen3vl eval --baselines-only --data data/sample/val/samples.jsonl --train-data data/sample/train/samples.jsonl",
     ),
+    (
+        "For RadEval, whose clinical metrics read English reports",
+        "xray-qwen3vl eval predictions.jsonl --export radeval radeval.json",
+    ),
+    (
+        "With a language model as judge, which gets the reports, and its own recall on planted errors",
+        "xray-qwen3vl eval predictions.jsonl --judge http://127.0.0.1:8000/v1 --judge-check --html eval.html",
+    ),
 ];
 
 /// The examples of `convert`.

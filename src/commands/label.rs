@@ -21,6 +21,7 @@ use crate::{
             export::{CHEXPERT, chexpert_value, to_json},
         },
         report::label_page::{LabelledText, label_page},
+        text::TextLanguage,
     },
     study::counted,
 };
@@ -67,8 +68,8 @@ pub struct LabelArgs {
     /// Key or column of the report, instead of the first known one: report, text, response …
     #[arg(long, value_name = "KEY")]
     pub text_key: Option<String>,
-    /// Table of words: `openi` (machine-translated), `hospital`, or a file in the form of theirs; guessed from the
-    /// reports when not given.
+    /// Table of words: `openi` (machine-translated), `hospital`, `english`, or a file in the form of theirs; guessed
+    /// from the reports when not given.
     #[arg(long, value_name = "NAME|FILE.toml")]
     pub rules: Option<String>,
     /// What a row is about.
@@ -316,7 +317,13 @@ fn report(
         None => match (text_of("findings"), text_of("impression"), answer(&row)) {
             (_, _, Some(text)) => text,
             (Some(findings), Some(impression), _) => {
-                format!("所见：{}\n印象：{}", findings.trim(), impression.trim())
+                let (findings, impression) = (findings.trim(), impression.trim());
+                match TextLanguage::guess([findings, impression]) {
+                    TextLanguage::English => {
+                        format!("Findings: {findings}\nImpression: {impression}")
+                    }
+                    TextLanguage::Chinese => format!("所见：{findings}\n印象：{impression}"),
+                }
             }
             _ => match TEXT_KEYS.iter().find_map(|key| text_of(key)) {
                 Some(text) => text.to_owned(),

@@ -10,8 +10,7 @@ use super::{
     cases::{Case, SystemTexts, WrittenReport},
     error::EvaluateError,
     findings::{
-        Finding, LabelledPair, Policies, RuleSet, Status, evaluation::FindingEvaluation,
-        score::score_pairs,
+        Finding, LabelledPair, RuleSet, Status, evaluation::FindingEvaluation, score::score_pairs,
     },
     outcome::{
         CaseReview, Confusion, EvalOutcome, EvalSettings, FindingDifference, NamedValues, STATUSES,
@@ -46,7 +45,7 @@ pub fn evaluate(
     let model = parts.swap_remove(0);
     let comparison = other
         .map(|texts| {
-            let other = Parts::of(&cases, texts, rules, settings.policies)?;
+            let other = Parts::of(&cases, texts, rules, &settings)?;
             let mut all = other.texts.compare(&model.texts, &settings.bootstrap)?;
             let findings = other
                 .findings
@@ -80,6 +79,7 @@ pub fn evaluate(
         reviews,
         comparison,
         probabilities: None,
+        judge: None,
         rules: (rules.name.clone(), rules.guessed),
         others: rules
             .others()
@@ -102,7 +102,7 @@ impl Parts {
         cases: &[Case],
         texts: &[WrittenReport],
         rules: &RuleSet,
-        policies: Policies,
+        settings: &EvalSettings,
     ) -> Result<Self, EvaluateError> {
         let pairs: Vec<TextPair> = cases
             .iter()
@@ -127,8 +127,8 @@ impl Parts {
             })
             .collect();
         Ok(Self {
-            texts: TextEvaluation::new(&pairs)?,
-            findings: FindingEvaluation::new(&labels, policies),
+            texts: TextEvaluation::new(&pairs, settings.language)?,
+            findings: FindingEvaluation::new(&labels, settings.policies),
             labels,
         })
     }
@@ -144,7 +144,7 @@ fn system_scores(
     rules: &RuleSet,
     settings: &EvalSettings,
 ) -> Result<(SystemScores, Parts), EvaluateError> {
-    let parts = Parts::of(cases, &system.texts, rules, settings.policies)?;
+    let parts = Parts::of(cases, &system.texts, rules, settings)?;
     let mut scores = parts.texts.intervals(&settings.bootstrap)?;
     let findings = parts.findings.intervals(&settings.bootstrap)?;
     scores.extend(findings.into_iter().map(prefixed));
@@ -208,7 +208,10 @@ fn review(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::eval::{bootstrap::Bootstrap, cases::System, caveat::too_few};
+    use crate::eval::{
+        bootstrap::Bootstrap, cases::System, caveat::too_few, findings::Policies,
+        text::TextLanguage,
+    };
 
     fn case(study: &str, truth: &str) -> Case {
         Case {
@@ -238,6 +241,7 @@ mod tests {
                 ..Bootstrap::default()
             },
             policies: Policies::default(),
+            language: TextLanguage::Chinese,
         };
         evaluate(
             cases,

@@ -8,7 +8,9 @@ use super::{
     bootstrap::{Bootstrap, Comparison, Interval},
     cases::{Case, System, WrittenReport},
     findings::{Finding, LabelledPair, Policies, Status, score::FindingScores},
+    judge::JudgeOutcome,
     probability::evaluation::ProbabilityOutcome,
+    text::TextLanguage,
 };
 
 /// How scores are made.
@@ -18,6 +20,8 @@ pub struct EvalSettings {
     pub bootstrap: Bootstrap,
     /// What a doubtful finding counts as.
     pub policies: Policies,
+    /// What the words of the text scores are.
+    pub language: TextLanguage,
 }
 
 /// Named values that keep their order in JSON.
@@ -118,6 +122,8 @@ pub struct EvalOutcome {
     pub comparison: Option<NamedValues<Comparison>>,
     /// Probabilities of findings, if there are any.
     pub probabilities: Option<ProbabilityOutcome>,
+    /// What a judge says of the first system, if one was asked.
+    pub judge: Option<JudgeOutcome>,
     /// The table that findings are read with, and whether the texts decided.
     pub rules: (String, bool),
     /// Chinese names of the abnormalities outside the twenty classes, by key.

@@ -25,6 +25,6 @@ mod report;
 mod study;
 
 pub use dataset::{PROMPTS, PhantomDatasetError, PhantomStudies, write_dataset};
-pub use finding::Finding;
+pub use finding::{Finding, Side, Zone};
 pub use labels::{finding_f1, findings_in_report};
-pub use report::Dialect;
+pub use report::{Dialect, write_report};

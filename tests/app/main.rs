@@ -18,6 +18,7 @@ mod data_sets;
 mod data_tools;
 mod dicom;
 mod eval;
+mod eval_judge;
 mod forms;
 mod found_pictures;
 mod gguf;

@@ -11,7 +11,7 @@ use xray_qwen3vl::eval::text::chrf::ChrfCounts;
 use xray_qwen3vl::eval::text::published::{PublishedPair, llama_factory, ms_swift, ms_swift_3};
 use xray_qwen3vl::eval::text::segment::{CutText, characters, sacrebleu_zh, words};
 use xray_qwen3vl::eval::text::{
-    PublishedScores, TextEvaluation, TextPair, TextScores, UnitScores, jieba,
+    PublishedScores, TextEvaluation, TextLanguage, TextPair, TextScores, UnitScores, jieba,
 };
 
 /// Of numbers in per cent. The packages add 1e-8 to a divisor of ROUGE that our plain form leaves
@@ -83,7 +83,7 @@ fn words_equal_those_of_python_jieba() {
 #[test]
 fn corpus_scores_equal_the_packages() {
     let goldens = goldens();
-    let scores = TextEvaluation::new(&pairs())
+    let scores = TextEvaluation::new(&pairs(), TextLanguage::Chinese)
         .expect("there are pairs")
         .scores();
     let unit = |scores: &UnitScores, block: &Value, name: &str| {
@@ -161,7 +161,7 @@ fn mean(rows: &Value) -> Value {
 fn each_pair_equals_the_packages() {
     let goldens = goldens();
     let pairs = pairs();
-    let evaluation = TextEvaluation::new(&pairs).expect("there are pairs");
+    let evaluation = TextEvaluation::new(&pairs, TextLanguage::Chinese).expect("there are pairs");
     for at in 0..pairs.len() {
         let scores: TextScores = evaluation.pair_scores(at).expect("a pair");
         for (scores, name) in [(scores.characters, "characters"), (scores.words, "jieba")] {

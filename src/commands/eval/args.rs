@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
 
+use super::export::ExportForm;
 use crate::{
     base::device_name::DeviceName,
     commands::{
@@ -12,7 +13,7 @@ use crate::{
         shared_args::{AdapterArgs, GenerationArgs, LoadArgs, ReadingArgs, StudyArgs},
         usage::UsageError,
     },
-    eval::findings::UncertainPolicy,
+    eval::{findings::UncertainPolicy, text::TextLanguage},
 };
 
 /// What a doubtful finding counts as.
@@ -32,6 +33,24 @@ impl From<Uncertain> for UncertainPolicy {
             Uncertain::Present => Self::AsPresent,
             Uncertain::Absent => Self::AsAbsent,
             Uncertain::LeaveOut => Self::LeaveOut,
+        }
+    }
+}
+
+/// What the words of the text scores are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Words {
+    /// Those of jieba.
+    Chinese,
+    /// Whole words in lower case, without signs.
+    English,
+}
+
+impl From<Words> for TextLanguage {
+    fn from(choice: Words) -> Self {
+        match choice {
+            Words::Chinese => Self::Chinese,
+            Words::English => Self::English,
         }
     }
 }
@@ -116,10 +135,45 @@ pub struct EvalArgs {
     /// hedging a certain finding costs.
     #[arg(long, value_enum)]
     pub uncertain_answer: Option<Uncertain>,
-    /// Table of words that findings are read with: `openi` (machine-translated), `hospital`, or a file in the form
-    /// of theirs; guessed from the references when not given.
+    /// Language of the reports, which decides what a word of the text scores is; guessed from the references when not
+    /// given.
+    #[arg(long, value_enum)]
+    pub language: Option<Words>,
+    /// Table of words that findings are read with: `openi` (machine-translated), `hospital`, `english`, or a file in
+    /// the form of theirs; guessed from the references when not given.
     #[arg(long, value_name = "NAME|FILE.toml")]
     pub rules: Option<String>,
+    /// Send every reference with its answer to this judge, a server of OpenAI's form such as http://HOST:PORT/v1, which
+    /// names errors of GREEN's six kinds. Nothing is sent without it; the page says where the reports went.
+    #[arg(long, value_name = "URL", conflicts_with = "baselines_only")]
+    pub judge: Option<String>,
+    /// Model of the judge; not needed where its server has one.
+    #[arg(long, value_name = "NAME", requires = "judge")]
+    pub judge_model: Option<String>,
+    /// Name of the environment variable that holds the judge's key.
+    #[arg(long, value_name = "VARIABLE", requires = "judge")]
+    pub judge_key_env: Option<String>,
+    /// Have the judge look at phantoms' reports with planted errors as well, and report how many it finds.
+    #[arg(long, requires = "judge")]
+    pub judge_check: bool,
+    /// Requests to the judge at a time.
+    #[arg(long, value_name = "N", default_value_t = 4, requires = "judge")]
+    pub judge_concurrency: usize,
+    /// Longest wait for one answer of the judge.
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 120,
+        requires = "judge"
+    )]
+    pub judge_timeout_seconds: u64,
+    /// Keep the judge's answers here, so that a run that ended early goes on [default: beside --json, --html or --output, with
+    /// the ending judge.jsonl].
+    #[arg(long, value_name = "FILE.jsonl", requires = "judge")]
+    pub judge_cache: Option<PathBuf>,
+    /// Write references and answers for another program: RadEval's JSON, or ReXrank's predictions.
+    #[arg(long, num_args = 2, value_names = ["radeval|rexrank", "FILE.json"])]
+    pub export: Vec<String>,
     /// Bootstrap samples for the confidence intervals.
     #[arg(long, value_name = "N", default_value_t = 1000)]
     pub resamples: usize,
@@ -153,11 +207,28 @@ impl EvalArgs {
         if self.resamples == 0 {
             wrong("--resamples is 0, expected at least 1 (1000 is usual)")?;
         }
+        if self.judge_concurrency == 0 {
+            wrong("--judge-concurrency is 0, expected at least 1")?;
+        }
+        if self.judge_timeout_seconds == 0 {
+            wrong("--judge-timeout-seconds is 0, expected at least 1")?;
+        }
+        if let [form, _] = &self.export[..] {
+            ExportForm::named(form)?;
+        }
         if self.limit == Some(0) {
             wrong("--limit is 0, expected at least 1")?;
         }
         // Before hours of generation, not after.
-        for path in [&self.json, &self.html, &self.output].into_iter().flatten() {
+        let exported = self.export.get(1).map(PathBuf::from);
+        let files = [
+            &self.json,
+            &self.html,
+            &self.output,
+            &self.judge_cache,
+            &exported,
+        ];
+        for path in files.into_iter().flatten() {
             let folder = path.parent().unwrap_or(Path::new(""));
             if !folder.as_os_str().is_empty() && !folder.is_dir() {
                 wrong(&format!(

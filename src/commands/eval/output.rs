@@ -65,6 +65,8 @@ pub(super) fn json(outcome: &EvalOutcome, facts: &PageFacts, study: &StudyFacts)
         "systems": outcome.systems,
         "comparison": outcome.comparison,
         "probabilities": outcome.probabilities,
+        "judge": outcome.judge,
+        "language": outcome.settings.language,
         "confusion": { "order": STATUSES, "by_finding": outcome.confusion },
         "cases": cases,
     })

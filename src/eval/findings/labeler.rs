@@ -16,37 +16,13 @@ use super::{
 static OPENI: LazyLock<Labeler> = LazyLock::new(|| built_in(include_str!("tables/openi.toml")));
 static HOSPITAL: LazyLock<Labeler> =
     LazyLock::new(|| built_in(include_str!("tables/hospital.toml")));
+static ENGLISH: LazyLock<Labeler> = LazyLock::new(|| built_in(include_str!("tables/english.toml")));
 
 fn built_in(table: &str) -> Labeler {
     Labeler::from_toml(table).expect("a test compiles the built-in tables")
 }
 
-/// Join the members of a list.
-const LIST_WORDS: [char; 4] = ['或', '及', '和', '、'];
-
-/// What a bare list holds beside its findings.
-const LIST_FILLERS: [&str; 18] = [
-    "以及",
-    "或",
-    "及",
-    "和",
-    "与",
-    "、",
-    "，",
-    "。",
-    "的证据",
-    "的迹象",
-    "的存在",
-    "存在",
-    "大量",
-    "大面积",
-    "明显的",
-    "明显",
-    "局灶性",
-    "任何",
-];
-
-/// Finds and labels what Chinese reports say.
+/// Finds and labels what reports say, in the language of its table.
 pub struct Labeler {
     table: WordTable,
 }
@@ -84,6 +60,14 @@ impl Labeler {
         &HOSPITAL
     }
 
+    /// The labeler for English reports.
+    ///
+    /// # Panics
+    /// Never: a test compiles its table.
+    pub fn english() -> &'static Self {
+        &ENGLISH
+    }
+
     /// The abnormalities outside the twenty classes that the table names.
     pub fn others(&self) -> Vec<&OtherFinding> {
         self.table.others()
@@ -102,7 +86,7 @@ impl Labeler {
     /// The sentences of `report`, without blank ones.
     pub fn sentences(&self, report: &str) -> Vec<String> {
         let normalised = Normalised::of(report);
-        let ranges = sentences(&normalised.text).into_iter();
+        let ranges = sentences(&normalised.text, &self.table.syntax).into_iter();
         let texts = ranges.map(|range| report[normalised.original(range)].trim().to_owned());
         texts.filter(|text| !text.is_empty()).collect()
     }
@@ -118,11 +102,27 @@ impl Labeler {
         texts.filter(|text| !text.is_empty()).collect()
     }
 
+    /// The parts of `report` without their headings, each with its kind; the whole, unnamed, where there is none.
+    pub fn named_sections(&self, report: &str) -> Vec<(Section, String)> {
+        let Some(headings) = &self.table.sections else {
+            return vec![(Section::Unnamed, report.trim().to_owned())];
+        };
+        let normalised = Normalised::of(report);
+        let ranges = headings.sections(&normalised.text).into_iter();
+        let parts = ranges.map(|(range, section)| {
+            let text = &normalised.text[range.clone()];
+            let skipped = text.len() - headings.without_heading(text).len();
+            let part = normalised.original(range.start + skipped..range.end);
+            (section, report[part].trim().to_owned())
+        });
+        parts.filter(|(_, text)| !text.is_empty()).collect()
+    }
+
     /// Labels `report`. Byte ranges in the answer are those of `report`.
     pub fn label(&self, report: &str) -> ReportLabels {
         let normalised = Normalised::of(report);
         let report = &*normalised.text;
-        let sentences = sentences(report);
+        let sentences = sentences(report, &self.table.syntax);
         let sections = match &self.table.sections {
             Some(headings) => headings.sections(report),
             None => vec![(0..report.len(), Section::Unnamed)],
@@ -135,7 +135,7 @@ impl Labeler {
         matches.retain(|found| section_at(found.span.start).is_read());
         let clauses = self.clauses(report, &sentences, &matches);
         let mut mentions: Vec<Mention> = Vec::new();
-        let mut carried = vec![false; clauses.len()];
+        let mut carried = vec![None; clauses.len()];
         let mut stated = Vec::new();
         let (mut unread, mut looked_at) = (Vec::new(), 0);
         for (number, clause) in clauses.iter().enumerate() {
@@ -143,7 +143,7 @@ impl Labeler {
                 .iter()
                 .filter(|m| clause.span.contains(&m.span.start))
                 .collect();
-            carried[number] = self.goes_on_denying(report, &clauses, &carried, number, &inside);
+            carried[number] = self.goes_on(report, &clauses, &carried, number, &inside);
             if section_at(clause.span.start).is_read() {
                 looked_at += normalised.original(clause.span.clone()).len();
                 let covered = matches
@@ -160,7 +160,7 @@ impl Labeler {
                 };
                 if status == Status::Present
                     && found.rule.status.is_none()
-                    && self.is_doubted(report, clause, &inside, order)
+                    && (found.rule.doubtful || self.is_doubted(report, clause, &inside, order))
                 {
                     status = Status::Uncertain;
                 }
@@ -179,7 +179,8 @@ impl Labeler {
                     |target: &Option<Finding>| is_there && target.is_none_or(Finding::has_side);
                 for target in &found.rule.targets {
                     if let Some(finding) = target
-                        && (status == Status::Present || is_denied(report, clause, found, status))
+                        && (status == Status::Present
+                            || self.is_denied(report, clause, found, status))
                     {
                         let side =
                             self.side(report, &clauses, &matches, number, &found.span, &area);
@@ -235,10 +236,9 @@ impl Labeler {
         {
             return true;
         }
-        let joined = |from: usize, to: usize| {
-            let between = report.get(from..to).unwrap_or_default();
-            between.starts_with('或') && between.chars().count() <= 3
-        };
+        let alternative = &self.table.syntax.alternative;
+        let joined =
+            |from: usize, to: usize| alternative.is_match(report.get(from..to).unwrap_or_default());
         let before = order.checked_sub(1).map(|n| &inside[n].span);
         let after = inside.get(order + 1).map(|next| &next.span);
         self.table
@@ -324,10 +324,11 @@ impl Labeler {
         for (sentence, span) in sentences.iter().enumerate() {
             let text = &report[span.clone()];
             let mut cuts: Vec<(usize, bool)> = vec![(0, false)];
-            cuts.extend(
-                text.match_indices(['，', ',', '：', ':'])
-                    .map(|(at, mark)| (at + mark.len(), false)),
-            );
+            // 胸膜： is a heading of what follows, "Pneumothorax: none" is one thought.
+            let words = self.table.syntax.words;
+            let marks = text.match_indices(['，', ',', '：', ':']);
+            let marks = marks.filter(|(_, mark)| !words || *mark != ":");
+            cuts.extend(marks.map(|(at, mark)| (at + mark.len(), false)));
             // 排除了 is no 除了, 不但 no 但.
             let contrast = self.table.contrast.find_iter(text);
             let contrast = contrast
@@ -364,41 +365,42 @@ impl Labeler {
         clauses: &[Clause],
         number: usize,
         found: &Match,
-        carried: bool,
+        carried: Option<Status>,
         all: &[Match],
     ) -> Status {
         let clause = &clauses[number];
+        let syntax = &self.table.syntax;
         let words = &report[found.span.clone()];
-        if !found.rule.own_negation && self.table.inner_negation.is_match(words) {
+        if !found.rule.own_negation && syntax.inner_negation.is_match(words) {
             return Status::Absent;
         }
-        if carried {
-            return Status::Absent;
+        if let Some(status) = carried {
+            return status;
         }
         if let Some(status) = reach(report, clause, found.span.start) {
             return status;
         }
-        let end = clause.span.end.max(found.span.end);
-        let after = report[found.span.end..end]
-            .trim_end_matches(['，', ',', '。', '；', ';', '\n', ' ', '？', '?']);
+        let (start, end) = self.rest_of_list(report, clauses, number, found, all);
+        let after = report[start..end]
+            .trim_end_matches(['，', ',', '。', '；', ';', '\n', ' ', '？', '?', '.']);
         let persists = self.table.persists.as_ref();
         let persists = persists.is_some_and(|persists| persists.is_match(after));
         if !persists
             && let Some(cue) = self.table.negative_after.find(after)
-            && leads_to(&after[..cue.start()], 16)
+            && syntax.leads_to(&after[..cue.start()], syntax.after)
         {
             return Status::Absent;
         }
         // 肺不张与肺炎难以鉴别: here 与 joins.
         if let Some(cue) = self.table.uncertain_after.find(after)
-            && leads_to(&after[..cue.start()].replace('与', ""), 16)
+            && syntax.leads_to(&after[..cue.start()].replace('与', ""), syntax.after)
         {
             return Status::Uncertain;
         }
-        if report[found.span.end..end]
+        if report[start..end]
             .trim_end_matches('。')
             .ends_with(['？', '?'])
-            && leads_to(after, 6)
+            && syntax.leads_to(after, syntax.question)
         {
             return Status::Uncertain;
         }
@@ -417,31 +419,81 @@ impl Labeler {
         }
     }
 
-    /// Whether clause `number` goes on with a list that the clause before it denied.
-    fn goes_on_denying(
+    /// What is left of the clause after a finding, as start and end. In a language of words, where commas part the
+    /// members of a list, after the last member, to the end of the thought: "effusion, edema and masses are not seen".
+    fn rest_of_list(
         &self,
         report: &str,
         clauses: &[Clause],
-        carried: &[bool],
+        number: usize,
+        found: &Match,
+        all: &[Match],
+    ) -> (usize, usize) {
+        let clause = &clauses[number];
+        let mut start = found.span.end;
+        let mut end = clause.span.end.max(start);
+        if !self.table.syntax.words {
+            return (start, end);
+        }
+        let following = all.iter().filter(|m| m.span.start >= found.span.end);
+        let thought = clauses[number + 1..]
+            .iter()
+            .take_while(|next| next.sentence == clause.sentence && !next.contrast);
+        let last = thought.last().map_or(end, |next| next.span.end.max(end));
+        for member in following.take_while(|m| m.span.end <= last) {
+            let between = report.get(start..member.span.start).unwrap_or_default();
+            if between.is_empty() || !self.table.syntax.between.is_match(between) {
+                break;
+            }
+            start = member.span.end;
+        }
+        let holds = |next: &&Clause| next.span.contains(&start.saturating_sub(1));
+        if let Some(of_last) = clauses[number..].iter().find(holds) {
+            end = of_last.span.end.max(start);
+        }
+        (start, end)
+    }
+
+    /// What the clause before denied, or in a language of words doubted, where clause `number` goes on with its list.
+    fn goes_on(
+        &self,
+        report: &str,
+        clauses: &[Clause],
+        carried: &[Option<Status>],
         number: usize,
         inside: &[&Match],
-    ) -> bool {
-        let Some(before) = number.checked_sub(1).map(|n| &clauses[n]) else {
-            return false;
-        };
+    ) -> Option<Status> {
+        let before = &clauses[number.checked_sub(1)?];
         let clause = &clauses[number];
+        let syntax = &self.table.syntax;
         if before.sentence != clause.sentence || clause.contrast || inside.is_empty() {
-            return false;
+            return None;
         }
-        if !carried[number - 1] && reach(report, before, before.span.end) != Some(Status::Absent) {
-            return false;
+        let said = carried[number - 1].or_else(|| reach(report, before, before.span.end))?;
+        if said != Status::Absent && !syntax.words {
+            return None;
         }
         let text = &report[clause.span.clone()];
         if self.table.continues.is_match(text) {
-            return true;
+            return Some(said);
         }
-        if !clause.cues.is_empty() || !self.table.sides_in(text).is_empty() {
-            return false;
+        let following = clauses[number + 1..]
+            .iter()
+            .take_while(|next| next.sentence == clause.sentence && !next.contrast);
+        // An "or" at the end of a list speaks for its members before.
+        let ends_in_or = syntax.words
+            && following
+                .clone()
+                .take(6)
+                .any(|next| syntax.list_start.is_match(&report[next.span.clone()]));
+        let is_listed_place =
+            syntax.words && (ends_in_or || syntax.list_start.is_match(text.trim_start()));
+        // "No effusion, opacity to suggest pneumonia, or": a word that is no cue after all ends no list.
+        let is_cue = |kind: Cue| !syntax.words || kind != Cue::Pseudo;
+        if clause.cues.iter().any(|(_, kind)| is_cue(*kind))
+            || (!is_listed_place && !self.table.sides_in(text).is_empty())
+        {
+            return None;
         }
         let mut rest = String::new();
         let mut at = clause.span.start;
@@ -450,14 +502,18 @@ impl Labeler {
             at = at.max(found.span.end);
         }
         rest.push_str(report.get(at..clause.span.end).unwrap_or_default());
-        let next_lists = clauses.get(number + 1).is_some_and(|next| {
-            next.sentence == clause.sentence && report[next.span.clone()].starts_with(LIST_WORDS)
+        let next = clauses.get(number + 1);
+        let next_lists = next.is_some_and(|next| {
+            next.sentence == clause.sentence
+                && syntax.list_start.is_match(&report[next.span.clone()])
         });
-        let listed = next_lists || rest.contains(LIST_WORDS);
-        for filler in LIST_FILLERS {
-            rest = rest.replace(filler, "");
-        }
-        listed && rest.is_empty()
+        let listed = syntax.words || next_lists || syntax.list_word.is_match(&rest);
+        let only = if is_listed_place {
+            &syntax.between
+        } else {
+            &syntax.only_fillers
+        };
+        (listed && (only.is_match(&rest) || syntax.only_fillers.is_match(&rest))).then_some(said)
     }
 
     fn side(
@@ -477,13 +533,38 @@ impl Labeler {
                 let (first, other) = &before[before.len() - 2];
                 let between =
                     &report[clause.span.start + first.end..clause.span.start + last.start];
-                let joined = between.contains(['、', '及', '和', '与']);
+                // 右中叶及左舌叶炎症、不张: the second finding has both places of the first.
+                let (from, to) = (
+                    clause.span.start + first.end,
+                    clause.span.start + last.start,
+                );
+                let separated = all.iter().any(|m| (from..to).contains(&m.span.start));
+                let joined = match self.table.syntax.words {
+                    true => self.table.syntax.list_word.is_match(between),
+                    false => between.contains(['、', '及', '和', '与']),
+                };
                 joined
-                    && between.chars().count() <= 8
-                    && clause.span.start + first.end >= area.start
+                    && between.chars().count() <= self.table.syntax.sides
+                    && (clause.span.start + first.end >= area.start
+                        || (clause.span.start + last.end <= area.start && !separated))
                     && other != side
             };
-            return Some(if both { Laterality::Bilateral } else { *side });
+            // "Moderate left and small right effusions": the words of degree cut the clause.
+            let split = self.table.syntax.words
+                && clause.contrast
+                && before.len() == 1
+                && number.checked_sub(1).is_some_and(|n| {
+                    let earlier = &clauses[n];
+                    let named = all.iter().any(|m| earlier.span.contains(&m.span.start));
+                    let sides = self.table.sides_in(&report[earlier.span.clone()]);
+                    earlier.sentence == clause.sentence
+                        && !named
+                        && sides.last().is_some_and(|(_, other)| other != side)
+                });
+            return Some(match both || split {
+                true => Laterality::Bilateral,
+                false => *side,
+            });
         }
         let after = report.get(span.end..area.end).unwrap_or_default();
         if let Some((_, side)) = self.table.sides_in(after).first() {
@@ -514,10 +595,8 @@ impl Labeler {
         let named = |c: &&Clause| all.iter().any(|m| c.span.contains(&m.span.start));
         let next = neighbour(Some(number + 1)).filter(|next| !named(next))?;
         let next = report[next.span.clone()].trim_end_matches(['，', '。']);
-        let only_place = ["以", "位于", "主要", "左侧", "右侧", "双侧"]
-            .iter()
-            .any(|word| next.starts_with(word));
-        if only_place && next.chars().count() <= 8 {
+        let syntax = &self.table.syntax;
+        if syntax.place.is_match(next) && next.chars().count() <= syntax.place_length {
             return self.table.sides_in(next).first().map(|(_, side)| *side);
         }
         None
@@ -530,14 +609,38 @@ impl Labeler {
         clauses: &[Clause],
         number: usize,
     ) -> Option<Laterality> {
-        let sentence = clauses[number].sentence;
+        // 左下肺斑片影，结核？炎症？: one question after the other.
+        let asks = |clause: &Clause| {
+            report[clause.span.clone()]
+                .trim_end()
+                .ends_with(['？', '?'])
+        };
+        let mut sentence = clauses[number].sentence;
+        let mut asked = asks(&clauses[number]);
         let before = clauses[..number].iter().rev();
         before
-            .take_while(|clause| clause.sentence == sentence)
+            .take_while(|clause| {
+                if clause.sentence + 1 == sentence && asked && asks(clause) {
+                    sentence = clause.sentence;
+                }
+                asked &= clause.sentence == sentence;
+                clause.sentence == sentence
+            })
             .find_map(|clause| {
                 let sides = self.table.sides_in(&report[clause.span.clone()]);
                 sides.last().map(|(_, side)| *side)
             })
+    }
+
+    /// Whether a class is denied in so many words: not by a statement of normality, and not of the rest alone.
+    fn is_denied(&self, report: &str, clause: &Clause, found: &Match, status: Status) -> bool {
+        status == Status::Absent
+            && found.rule.status.is_none()
+            && !self
+                .table
+                .syntax
+                .rest
+                .is_match(&report[clause.span.clone()])
     }
 
     fn severity(&self, report: &str, span: &Range<usize>, area: &Range<usize>) -> Option<Severity> {
@@ -547,7 +650,7 @@ impl Labeler {
         let skip = before
             .chars()
             .count()
-            .saturating_sub(report[span.clone()].chars().count() + 12);
+            .saturating_sub(report[span.clone()].chars().count() + self.table.syntax.degree.0);
         let near: String = before.chars().skip(skip).collect();
         let degree = self.table.severities_in(&near).last();
         degree.or_else(|| {
@@ -555,18 +658,11 @@ impl Labeler {
                 .get(span.end..area.end)
                 .unwrap_or_default()
                 .chars()
-                .take(8)
+                .take(self.table.syntax.degree.1)
                 .collect();
             self.table.severities_in(&after).next()
         })
     }
-}
-
-/// Whether a class is denied in so many words: not by a statement of normality, and not of the rest alone.
-fn is_denied(report: &str, clause: &Clause, found: &Match, status: Status) -> bool {
-    status == Status::Absent
-        && found.rule.status.is_none()
-        && !report[clause.span.clone()].contains(['余', '其', '新'])
 }
 
 /// Classes that are stated and denied on the same side.
@@ -626,14 +722,6 @@ fn denies_next(report: &str, clause: &Clause, cue: &Range<usize>) -> bool {
             && next.start >= cue.end
             && report[cue.end..next.start].chars().count() <= 2
     })
-}
-
-/// Whether a cue after a finding still speaks of it: few words between, and none that opens a new thought.
-fn leads_to(between: &str, most_chars: usize) -> bool {
-    let opens = [
-        "由", "代表", "提示", "表明", "继发", "因", "伴", "致", "为", "有", "与", "但",
-    ];
-    between.chars().count() <= most_chars && !opens.iter().any(|word| between.contains(word))
 }
 
 /// A rule that holds only when denied and the rule after it can both match: the first one stays.

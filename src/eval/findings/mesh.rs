@@ -1,8 +1,8 @@
-//! Compares the labels read from the Chinese reports with the MeSH labels of the Indiana collection.
+//! Compares the labels read from reports with the MeSH labels of the Indiana collection.
 //!
 //! The MeSH labels were given by people to the original English reports, and name only what is there; the Chinese
 //! text went through a rewriting and a translation. So a difference is a mistake of the labeler, of the
-//! translation, or a thing the rewriting left out.
+//! translation, or a thing the rewriting left out; of the English reports themselves, a mistake or a thing that was not indexed.
 
 use std::collections::BTreeMap;
 
@@ -149,7 +149,7 @@ pub fn mesh_findings(cell: &str) -> BTreeMap<Finding, Status> {
     found
 }
 
-/// Labels `reports`, given as study number and Chinese text, and compares them with `labels`. Of several reports
+/// Labels `reports`, given as study number and text, and compares them with `labels`. Of several reports
 /// of one study only the first counts; studies without labels are left out.
 pub fn compare_with_mesh<'a>(
     labeler: &Labeler,

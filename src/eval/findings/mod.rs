@@ -26,6 +26,7 @@ mod rule_set;
 mod rules;
 pub mod score;
 mod sections;
+mod syntax;
 #[cfg(test)]
 mod tests;
 mod text;

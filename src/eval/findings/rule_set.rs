@@ -5,6 +5,7 @@ use std::{fs, ops::Deref, path::Path, sync::LazyLock};
 use regex::Regex;
 
 use super::{labeler::Labeler, rules::FindingsError};
+use crate::eval::text::TextLanguage;
 
 /// Words of machine translation.
 static TRANSLATED: LazyLock<Regex> = LazyLock::new(|| {
@@ -30,7 +31,7 @@ fn words(pattern: &str) -> Regex {
 /// A labeler and where its table comes from.
 pub struct RuleSet {
     labeler: Source,
-    /// `openi`, `hospital`, or the path of the file.
+    /// `openi`, `hospital`, `english`, or the path of the file.
     pub name: String,
     /// Whether the texts decided.
     pub guessed: bool,
@@ -57,7 +58,7 @@ impl Deref for RuleSet {
 pub enum RuleSetError {
     /// The file cannot be read.
     #[error(
-        "cannot read the rules `{name}`; expected `openi`, `hospital` or the path of a table in TOML"
+        "cannot read the rules `{name}`; expected `openi`, `hospital`, `english` or the path of a table in TOML"
     )]
     Read {
         /// What was named.
@@ -79,7 +80,7 @@ pub enum RuleSetError {
 
 impl RuleSet {
     /// The table `name`: `openi` for the machine-translated corpus, `hospital` for reports as hospitals write
-    /// them, else a file in the form of `src/eval/findings/tables/hospital.toml`.
+    /// them, `english` for English ones, else a file in the form of `src/eval/findings/tables/hospital.toml`.
     ///
     /// # Errors
     /// [`RuleSetError`]: the file cannot be read or is no table.
@@ -87,6 +88,7 @@ impl RuleSet {
         let labeler = match name {
             "openi" => Source::BuiltIn(Labeler::openi()),
             "hospital" => Source::BuiltIn(Labeler::hospital()),
+            "english" => Source::BuiltIn(Labeler::english()),
             path => {
                 let text =
                     fs::read_to_string(Path::new(path)).map_err(|cause| RuleSetError::Read {
@@ -107,21 +109,26 @@ impl RuleSet {
         })
     }
 
-    /// The built-in table whose words are more frequent in `texts`; that of hospitals where neither is.
-    pub fn guess<'t>(texts: impl IntoIterator<Item = &'t str>) -> Self {
-        let (mut translated, mut written) = (0, 0);
-        for text in texts {
-            translated += TRANSLATED.find_iter(text).count();
-            written += WRITTEN.find_iter(text).count();
-        }
-        let openi = translated > written;
-        Self {
-            labeler: Source::BuiltIn(if openi {
-                Labeler::openi()
+    /// The table `english` where most letters are Latin; else the Chinese one whose words are more frequent in `texts`,
+    /// that of hospitals where neither is.
+    pub fn guess<'t>(texts: impl IntoIterator<Item = &'t str> + Clone) -> Self {
+        let (labeler, name) = if TextLanguage::guess(texts.clone()) == TextLanguage::English {
+            (Labeler::english(), "english")
+        } else {
+            let (mut translated, mut written) = (0, 0);
+            for text in texts {
+                translated += TRANSLATED.find_iter(text).count();
+                written += WRITTEN.find_iter(text).count();
+            }
+            if translated > written {
+                (Labeler::openi(), "openi")
             } else {
-                Labeler::hospital()
-            }),
-            name: if openi { "openi" } else { "hospital" }.to_owned(),
+                (Labeler::hospital(), "hospital")
+            }
+        };
+        Self {
+            labeler: Source::BuiltIn(labeler),
+            name: name.to_owned(),
             guessed: true,
         }
     }
@@ -132,7 +139,7 @@ impl RuleSet {
     /// As [`Self::named`].
     pub fn choose<'t>(
         name: Option<&str>,
-        texts: impl IntoIterator<Item = &'t str>,
+        texts: impl IntoIterator<Item = &'t str> + Clone,
     ) -> Result<Self, RuleSetError> {
         match name {
             Some(name) => Self::named(name),
@@ -144,7 +151,7 @@ impl RuleSet {
     pub fn told(&self) -> String {
         if self.guessed {
             format!(
-                "findings are read with the rules `{}`, guessed from the words of the reports; --rules names others",
+                "findings are read with the rules `{}`, guessed from the reports; --rules names others",
                 self.name
             )
         } else {
@@ -164,6 +171,13 @@ mod tests {
         assert_eq!(RuleSet::guess([translated]).name, "openi");
         assert_eq!(RuleSet::guess([written]).name, "hospital");
         assert_eq!(RuleSet::guess([]).name, "hospital");
+        let english = "Heart size is normal. No pleural effusion.";
+        assert_eq!(RuleSet::guess([english]).name, "english");
+        assert_ne!(
+            RuleSet::guess([english, written, translated]).name,
+            "english"
+        );
+        assert_eq!(RuleSet::guess(["CT：右肺 COPD。"]).name, "hospital");
     }
 
     #[test]

@@ -9,6 +9,7 @@ use super::{
     finding::{Finding, OtherFinding},
     labels::{Laterality, Severity, Status, Zone},
     sections::Headings,
+    syntax::{Spelling, TableSyntax, TableSyntaxFile},
 };
 
 /// What can be wrong with a table of words or with the labels of the Indiana collection.
@@ -59,6 +60,8 @@ pub enum FindingsError {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct TableFile {
+    /// For a language that sets words apart by spaces.
+    syntax: Option<TableSyntaxFile>,
     cues: CuesFile,
     sides: SidesFile,
     severities: SeveritiesFile,
@@ -147,6 +150,9 @@ struct RuleFile {
     own_negation: bool,
     #[serde(default)]
     only_negated: bool,
+    /// What it finds is in doubt, unless it is denied.
+    #[serde(default)]
+    doubtful: bool,
     name: Option<String>,
     chinese: Option<String>,
     only_before: Option<String>,
@@ -177,6 +183,7 @@ pub(super) struct FindingRule {
     pub(super) status: Option<Status>,
     pub(super) own_negation: bool,
     pub(super) only_negated: bool,
+    pub(super) doubtful: bool,
     only_before: Option<Regex>,
     unless_before: Option<Regex>,
     only_after: Option<Regex>,
@@ -200,11 +207,11 @@ impl FindingRule {
 
 /// The compiled table.
 pub(super) struct WordTable {
+    pub(super) syntax: TableSyntax,
     pub(super) rules: Vec<FindingRule>,
     /// Cues before a finding; the group number says which, in the order pseudo, uncertain, negative, stop.
     pub(super) cues: Regex,
     pub(super) contrast: Regex,
-    pub(super) inner_negation: Regex,
     pub(super) negative_after: Regex,
     pub(super) uncertain_after: Regex,
     pub(super) gone: Regex,
@@ -235,6 +242,12 @@ pub(super) struct Reading {
 impl WordTable {
     pub(super) fn read(text: &str) -> Result<Self, FindingsError> {
         let file: TableFile = toml::from_str(text)?;
+        let spelling = match file.syntax {
+            Some(_) => Spelling::WORDS,
+            None => Spelling::CHARACTERS,
+        };
+        let compile = |pattern: &str, place: &str| spelling.compile(pattern, place);
+        let groups = |lists, place| groups(spelling, lists, place);
         let cues = &file.cues;
         let sides = &file.sides;
         let degrees = &file.severities;
@@ -242,22 +255,24 @@ impl WordTable {
             .rule
             .iter()
             .enumerate()
-            .map(|(n, rule)| compile_rule(n + 1, rule))
+            .map(|(n, rule)| compile_rule(spelling, n + 1, rule))
             .collect::<Result<_, _>>()?;
-        let at_end = |words: &[String], name| {
-            compile(&format!("(?:{})[的了。）)]*$", words.join("|")), name)
+        // Chinese says them at the end of the clause; elsewhere the language's distance limits them.
+        let after = |words: &[String], name| match spelling {
+            Spelling::WORDS => compile(&spelling.any(words), name),
+            _ => compile(&format!("(?:{})[的了。）)]*$", words.join("|")), name),
         };
         Ok(Self {
+            syntax: TableSyntax::of(file.syntax.as_ref())?,
             rules,
             // At one place the first group wins: a doubt that holds a negation (不能排除) is no negation.
             cues: groups(
                 [&cues.pseudo, &cues.uncertain, &cues.negative, &cues.stop],
                 "`cues`",
             )?,
-            contrast: compile(&cues.contrast.join("|"), "`cues.contrast`")?,
-            inner_negation: compile("没有|未|无|不[见大增扩肿肥]", "the inner negation")?,
-            negative_after: at_end(&cues.negative_after, "`cues.negative_after`")?,
-            uncertain_after: at_end(&cues.uncertain_after, "`cues.uncertain_after`")?,
+            contrast: compile(&spelling.any(&cues.contrast), "`cues.contrast`")?,
+            negative_after: after(&cues.negative_after, "`cues.negative_after`")?,
+            uncertain_after: after(&cues.uncertain_after, "`cues.uncertain_after`")?,
             gone: compile(&cues.gone, "`cues.gone`")?,
             continues: compile(&cues.continues, "`cues.continues`")?,
             sides: groups(
@@ -273,7 +288,7 @@ impl WordTable {
                 ],
                 "`severities`",
             )?,
-            zones: zones(&file.zones)?,
+            zones: zones(spelling, &file.zones)?,
             persists: file
                 .cues
                 .persists
@@ -286,8 +301,12 @@ impl WordTable {
                 .as_deref()
                 .map(|pattern| compile(pattern, "`cues.comparison`"))
                 .transpose()?,
-            sections: Headings::of(&file.sections)?,
-            reading: file.reading.as_ref().map(reading).transpose()?,
+            sections: Headings::of(&file.sections, spelling)?,
+            reading: file
+                .reading
+                .as_ref()
+                .map(|file| reading(spelling, file))
+                .transpose()?,
         })
     }
 
@@ -353,9 +372,9 @@ fn grouped<'t>(
 }
 
 /// One pattern of four lists; where several lists match at one place, the first one wins.
-fn groups(lists: [&[String]; 4], place: &str) -> Result<Regex, FindingsError> {
-    let named = |(name, words): (&&str, &[String])| format!("(?P<{name}>{})", words.join("|"));
-    compile(
+fn groups(spelling: Spelling, lists: [&[String]; 4], place: &str) -> Result<Regex, FindingsError> {
+    let named = |(name, words): (&&str, &[String])| format!("(?P<{name}>{})", spelling.any(words));
+    spelling.compile(
         &GROUPS
             .iter()
             .zip(lists)
@@ -366,7 +385,7 @@ fn groups(lists: [&[String]; 4], place: &str) -> Result<Regex, FindingsError> {
     )
 }
 
-fn zones(file: &ZonesFile) -> Result<Option<Regex>, FindingsError> {
+fn zones(spelling: Spelling, file: &ZonesFile) -> Result<Option<Regex>, FindingsError> {
     if file.upper.is_empty() && file.middle.is_empty() && file.lower.is_empty() {
         return Ok(None);
     }
@@ -380,15 +399,24 @@ fn zones(file: &ZonesFile) -> Result<Option<Regex>, FindingsError> {
         }
     };
     let lists = [&file.upper, &file.middle, &file.lower].map(|words| list(words));
-    groups([&nothing, &lists[0], &lists[1], &lists[2]], "`zones`").map(Some)
+    groups(
+        spelling,
+        [&nothing, &lists[0], &lists[1], &lists[2]],
+        "`zones`",
+    )
+    .map(Some)
 }
 
-fn reading(file: &ReadingFile) -> Result<Reading, FindingsError> {
+fn reading(spelling: Spelling, file: &ReadingFile) -> Result<Reading, FindingsError> {
+    let between = match spelling {
+        Spelling::WORDS => r"\W",
+        _ => "[、及和与]",
+    };
     Ok(Reading {
-        abnormal: compile(&file.abnormal, "`reading.abnormal`")?,
-        seen: compile(&file.seen, "`reading.seen`")?,
-        neutral: compile(
-            &format!("^(?:{}|[、及和与])+$", file.neutral.join("|")),
+        abnormal: spelling.compile(&spelling.whole(&file.abnormal), "`reading.abnormal`")?,
+        seen: spelling.compile(&file.seen, "`reading.seen`")?,
+        neutral: spelling.compile(
+            &format!("^(?:{}|{between})+$", spelling.any(&file.neutral)),
             "`reading.neutral`",
         )?,
         inherit_side: file.inherit_side,
@@ -396,20 +424,16 @@ fn reading(file: &ReadingFile) -> Result<Reading, FindingsError> {
     })
 }
 
-pub(super) fn compile(pattern: &str, place: &str) -> Result<Regex, FindingsError> {
-    Regex::new(pattern).map_err(|cause| FindingsError::Pattern {
-        place: place.to_owned(),
-        pattern: pattern.to_owned(),
-        cause: Box::new(cause),
-    })
-}
-
-fn compile_rule(number: usize, rule: &RuleFile) -> Result<FindingRule, FindingsError> {
+fn compile_rule(
+    spelling: Spelling,
+    number: usize,
+    rule: &RuleFile,
+) -> Result<FindingRule, FindingsError> {
     let place = format!("rule {number}");
     let optional = |pattern: &Option<String>| {
         pattern
             .as_deref()
-            .map(|text| compile(text, &place))
+            .map(|text| spelling.compile(text, &place))
             .transpose()
     };
     let mut targets = Vec::new();
@@ -438,10 +462,11 @@ fn compile_rule(number: usize, rule: &RuleFile) -> Result<FindingRule, FindingsE
     Ok(FindingRule {
         targets,
         other,
-        pattern: compile(&rule.pattern, &place)?,
+        pattern: spelling.compile(&spelling.whole(&rule.pattern), &place)?,
         status: rule.status,
         own_negation: rule.own_negation,
         only_negated: rule.only_negated,
+        doubtful: rule.doubtful,
         only_before: optional(&rule.only_before)?,
         unless_before: optional(&rule.unless_before)?,
         only_after: optional(&rule.only_after)?,

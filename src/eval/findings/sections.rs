@@ -5,7 +5,10 @@ use std::ops::Range;
 use regex::Regex;
 use serde::{Deserialize, Serialize};
 
-use super::rules::{FindingsError, SectionsFile, compile};
+use super::{
+    rules::{FindingsError, SectionsFile},
+    syntax::Spelling,
+};
 
 /// A part of a report.
 #[derive(
@@ -48,6 +51,8 @@ pub(super) struct Headings {
     /// A group a section, in brackets or with a colon.
     pattern: Regex,
     begins: Option<Regex>,
+    /// Of a language of words: full stops end a history, and capitals alone make a heading.
+    words: bool,
 }
 
 impl Headings {
@@ -55,7 +60,11 @@ impl Headings {
     ///
     /// # Errors
     /// [`FindingsError::Pattern`].
-    pub(super) fn of(file: &SectionsFile) -> Result<Option<Self>, FindingsError> {
+    pub(super) fn of(
+        file: &SectionsFile,
+        spelling: Spelling,
+    ) -> Result<Option<Self>, FindingsError> {
+        let compile = |pattern: &str, place: &str| spelling.compile(pattern, place);
         let lists = [
             &file.findings,
             &file.impression,
@@ -86,6 +95,7 @@ impl Headings {
         Ok(Some(Self {
             pattern,
             begins: begins.transpose()?,
+            words: spelling == Spelling::WORDS,
         }))
     }
 
@@ -107,7 +117,8 @@ impl Headings {
                 .chars()
                 .next_back();
             // 心影诊断： is no heading: it begins inside a clause.
-            if before.is_some_and(|before| before.is_alphanumeric()) {
+            let capitals = self.words && !whole.as_str().chars().any(|c| c.is_ascii_lowercase());
+            if !capitals && before.is_some_and(|before| before.is_alphanumeric()) {
                 continue;
             }
             let section = (0..Section::NAMED.len()).find(|n| {
@@ -126,6 +137,7 @@ impl Headings {
             let begins = self.begins.as_ref().and_then(|begins| begins.find(text));
             let stop = match begins {
                 Some(found) => Some(found.start()),
+                None if is_last && self.words => text.find(". ").or_else(|| text.find('\n')),
                 None if is_last => text.find(['。', '\n']),
                 None => None,
             };

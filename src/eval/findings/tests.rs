@@ -312,6 +312,52 @@ fn the_corpus_agrees_with_its_mesh_labels() {
     );
 }
 
+#[derive(Deserialize)]
+struct EnglishRow {
+    uid: u32,
+    findings: String,
+    impression: String,
+}
+
+#[test]
+#[ignore = "needs XRAY_OPENI_DIR, the folder of real films and reports"]
+fn english_reports_agree_with_their_mesh_labels() {
+    let folder = env::var_os("XRAY_OPENI_DIR")
+        .map(PathBuf::from)
+        .expect("XRAY_OPENI_DIR is set");
+    let text = fs::read_to_string(folder.join("indiana_reports.csv")).expect("reports");
+    let labels = read_mesh_labels(&text).expect("labels");
+    let rows: Vec<(u32, String)> = csv::Reader::from_reader(text.as_bytes())
+        .deserialize()
+        .map(|row: Result<EnglishRow, _>| row.expect("a row"))
+        .filter(|row| !row.findings.is_empty() || !row.impression.is_empty())
+        .map(|row| {
+            let report = format!("FINDINGS: {}\nIMPRESSION: {}", row.findings, row.impression);
+            (row.uid, report)
+        })
+        .collect();
+    let started = Instant::now();
+    for policy in [UncertainPolicy::AsPresent, UncertainPolicy::AsAbsent] {
+        let reports = rows.iter().map(|(uid, text)| (*uid, text.as_str()));
+        let agreement = compare_with_mesh(Labeler::english(), &labels, reports, policy);
+        eprintln!(
+            "{policy:?}: {} studies\n{}",
+            agreement.studies,
+            agreement.to_markdown()
+        );
+        assert!(
+            agreement.macro_average.f1 > 0.8,
+            "{:?}",
+            agreement.macro_average
+        );
+    }
+    eprintln!(
+        "{} reports twice in {:.2} s",
+        rows.len(),
+        started.elapsed().as_secs_f64()
+    );
+}
+
 /// A text of the hospital set: labels of its author, and classes that may be read either way.
 #[derive(Deserialize)]
 struct HospitalText {
@@ -337,18 +383,137 @@ impl HospitalText {
 
 #[test]
 fn reports_as_hospitals_write_them_are_read_right() {
-    let scores = read_hospital(include_str!(
-        "../../../tests/fixtures/findings/hospital.jsonl"
-    ));
+    let hospital = Labeler::hospital();
+    let scores = read_texts(
+        hospital,
+        include_str!("../../../tests/fixtures/findings/hospital.jsonl"),
+    );
     assert!(scores.macro_f1 >= 0.975 && scores.micro_f1 >= 0.965);
     assert!(scores.uncertain >= 0.93 && scores.absent >= 0.95);
     assert!(scores.sides >= 0.98 && scores.clean >= 100);
-    let scores = read_hospital(include_str!(
-        "../../../tests/fixtures/findings/hospital_more.jsonl"
-    ));
+    let scores = read_texts(
+        hospital,
+        include_str!("../../../tests/fixtures/findings/hospital_more.jsonl"),
+    );
     assert!(scores.macro_f1 >= 0.98 && scores.micro_f1 >= 0.98);
     assert!(scores.uncertain >= 0.93 && scores.absent >= 0.97);
     assert!(scores.sides >= 0.96 && scores.clean >= 185);
+    // First runs, labels fixed before: round 1 (152 texts) macro 0.968, micro 0.961, uncertain 31/35, absent 180/192,
+    // sides 128/131, 131 without a mistake; round 2 (60 texts) 0.917, 0.920, 17/17, 57/61, 40/44, 51; one abnormal text
+    // called normal in each.
+    let scores = read_texts(
+        hospital,
+        include_str!("../../../tests/fixtures/findings/hospital_fields.jsonl"),
+    );
+    assert!(scores.macro_f1 >= 0.985 && scores.micro_f1 >= 0.985);
+    assert!(scores.uncertain >= 0.93 && scores.absent >= 0.98);
+    assert!(scores.sides >= 0.98 && scores.clean >= 203);
+}
+
+#[test]
+fn english_reports_are_read_right() {
+    // First run, labels fixed before the table: macro 0.970, micro 0.974, uncertain 28/35, absent 152/156, sides 68/70,
+    // 139 of 145 without a mistake, one uncertain text called normal.
+    let scores = read_texts(
+        Labeler::english(),
+        include_str!("../../../tests/fixtures/findings/english.jsonl"),
+    );
+    assert!(scores.macro_f1 >= 0.99 && scores.micro_f1 >= 0.99);
+    assert!(scores.uncertain >= 0.95 && scores.absent >= 0.98);
+    assert!(scores.sides >= 0.98 && scores.clean >= 142);
+}
+
+#[test]
+fn english_lists_carry_their_denial_and_others_do_not() {
+    use Finding as F;
+    use Status::{Absent, NotMentioned, Present, Uncertain};
+    let cases = [
+        (
+            "No effusion, suspicious pulmonary opacity, or pneumothorax.",
+            F::Pneumothorax,
+            Absent,
+        ),
+        (
+            "No edema, effusion or airspace consolidation to suggest pneumonia.",
+            F::Consolidation,
+            Absent,
+        ),
+        (
+            "No pneumothorax, small left effusion.",
+            F::PleuralEffusion,
+            Present,
+        ),
+        (
+            "Effusion, edema, and masses are not seen.",
+            F::PleuralEffusion,
+            Absent,
+        ),
+        (
+            "May represent edema, atelectasis, or early pneumonia.",
+            F::Pneumonia,
+            Uncertain,
+        ),
+        ("PNEUMOTHORAX: None.", F::Pneumothorax, Absent),
+        ("Massive effusion.", F::LungLesion, NotMentioned),
+        ("Opacities; 1.5 cm NODULES.", F::LungLesion, Present),
+        ("Ill-defined air-space\nopacities.", F::LungOpacity, Present),
+        (
+            "HISTORY: pneumonia. FINDINGS: Clear lungs.",
+            F::Pneumonia,
+            NotMentioned,
+        ),
+        (
+            "There is no change in the right effusion.",
+            F::PleuralEffusion,
+            Present,
+        ),
+        (
+            "No blunting of the costophrenic angles.",
+            F::PleuralEffusion,
+            Absent,
+        ),
+        (
+            "Blunted left costophrenic angle.",
+            F::PleuralEffusion,
+            Uncertain,
+        ),
+    ];
+    for (text, finding, status) in cases {
+        let read = Labeler::english().label(text);
+        assert_eq!(
+            read.status(finding),
+            status,
+            "{finding} in {text}: {read:?}"
+        );
+    }
+    let read = Labeler::english().label("Moderate left and small right pleural effusions.");
+    let effusion = read.get(F::PleuralEffusion).expect("an effusion");
+    assert_eq!(effusion.laterality, Some(Laterality::Bilateral));
+}
+
+#[test]
+fn a_second_finding_has_the_places_of_the_first() {
+    let side = |text: &str, finding: Finding| {
+        let read = Labeler::hospital().label(text);
+        read.get(finding).and_then(|label| label.laterality)
+    };
+    let both = Some(Laterality::Bilateral);
+    assert_eq!(
+        side(
+            "右肺中叶及左肺舌叶慢性炎症、部分不张。",
+            Finding::Atelectasis
+        ),
+        both
+    );
+    let left = Some(Laterality::Left);
+    assert_eq!(
+        side("左下肺小片状影，结核？炎症？", Finding::Pneumonia),
+        left
+    );
+    assert_eq!(
+        side("右侧气胸、左侧胸腔积液。", Finding::PleuralEffusion),
+        left
+    );
 }
 
 struct HospitalScores {
@@ -362,7 +527,7 @@ struct HospitalScores {
 }
 
 /// Reads a set of texts; an abnormal one that is called normal is a failure at once.
-fn read_hospital(texts: &str) -> HospitalScores {
+fn read_texts(labeler: &Labeler, texts: &str) -> HospitalScores {
     let texts: Vec<HospitalText> = texts
         .lines()
         .map(|line| serde_json::from_str(line).expect("a text"))
@@ -371,7 +536,7 @@ fn read_hospital(texts: &str) -> HospitalScores {
     // Right and all, of absent, uncertain and sides.
     let (mut exact, mut sides, mut clean) = (BTreeMap::new(), (0, 0), 0);
     for text in &texts {
-        let read = Labeler::hospital().label(&text.text);
+        let read = labeler.label(&text.text);
         let mut right = true;
         for finding in Finding::ALL {
             if text.ambiguous.contains(&finding) {

@@ -2,6 +2,8 @@
 
 use std::{borrow::Cow, collections::HashMap, ops::Range, sync::LazyLock};
 
+use super::syntax::TableSyntax;
+
 /// Traditional characters of radiology reports, each before its simplified form.
 const TRADITIONAL: &str = "腫肿塊块結结節节氣气積积縱纵縮缩擴扩張张側侧雙双兩两號号見见異异現现顯显變变邊边緣缘陰阴癥症狀状實实質质間间網网條条線线點点鈣钙陳陈舊旧惡恶轉转術术後后導导監监護护儀仪釘钉鋼钢鉗钳絲丝夾夹內内體体動动\
     脈脉彎弯關关癒愈閉闭損损壞坏斷断開开頭头頸颈脅胁鎖锁鎮镇無无與与為为於于從从這这個个們们會会來来對对時时說说還还沒没過过進进遠远處处僅仅發发診诊檢检觀观圖图顆颗葉叶紋纹亂乱強强減减輕轻嚴严應应該该給给\
@@ -67,11 +69,20 @@ fn normal(c: char) -> char {
 }
 
 /// Byte ranges of the sentences, end marks included. A number that begins the next item of a list begins a sentence.
-pub(super) fn sentences(report: &str) -> Vec<Range<usize>> {
+pub(super) fn sentences(report: &str, syntax: &TableSyntax) -> Vec<Range<usize>> {
     let marks = report
         .match_indices(['。', '；', '！', '？', '?', '!', ';', '\n'])
         .map(|(at, mark)| at + mark.len());
     let mut ends: Vec<usize> = marks.chain(items(report)).collect();
+    if let Some(abbreviation) = &syntax.abbreviation {
+        // The full stop of 1.5 and of e.g. ends nothing.
+        let stops = report.match_indices('.').filter(|(at, _)| {
+            let after = report[at + 1..].chars().next();
+            after.is_none_or(|c| c.is_whitespace() || c == ')' || c.is_ascii_uppercase())
+                && !abbreviation.is_match(last_word(&report[..*at]))
+        });
+        ends.extend(stops.map(|(at, _)| at + 1));
+    }
     ends.push(report.len());
     ends.sort_unstable();
     ends.dedup();
@@ -84,6 +95,10 @@ pub(super) fn sentences(report: &str) -> Vec<Range<usize>> {
         }
     }
     ranges
+}
+
+fn last_word(text: &str) -> &str {
+    text.rsplit(char::is_whitespace).next().unwrap_or_default()
 }
 
 /// Where the items of a numbered list begin: `1.`, `2、` … in turn.
@@ -127,7 +142,7 @@ mod tests {
     use super::*;
 
     fn cut(text: &str) -> Vec<&str> {
-        sentences(text)
+        sentences(text, &TableSyntax::of(None).expect("the Chinese words"))
             .into_iter()
             .map(|range| &text[range])
             .collect()

@@ -1,4 +1,4 @@
-//! Text metrics for Chinese reports, each on characters and on words, with intervals over studies.
+//! Text metrics for Chinese and English reports, each on characters and on words, with intervals over studies.
 //!
 //! [`TextEvaluation`] takes pairs of texts and gives every score at once ([`TextScores`]), their
 //! bootstrap intervals, and the paired comparison of two runs; the metrics themselves are one a
@@ -8,7 +8,7 @@
 //! [`baselines`](super::baselines).
 //!
 //! Units: `characters` takes every character but white space for a token, Latin letters and digits
-//! too; `words` takes the words of [`jieba::cut`]; `sacrebleu_zh` takes Chinese characters alone
+//! too; `words` takes the words of [`jieba::cut`], of English reports those of [`language::english_words`]; `sacrebleu_zh` takes Chinese characters alone
 //! and Latin runs whole. The training programs' own scores, under their names, keep their own
 //! tokens ([`published`]).
 
@@ -16,6 +16,7 @@ pub mod bleu;
 pub mod chrf;
 pub mod cider;
 pub mod jieba;
+pub mod language;
 pub mod lcs;
 pub mod meteor;
 pub mod ngrams;
@@ -26,5 +27,6 @@ pub mod scores;
 pub mod segment;
 mod sums;
 
+pub use language::TextLanguage;
 pub use pairs::{TextEvaluation, TextPair};
 pub use scores::{PublishedScores, SacrebleuZhScores, TextScores, UnitScores};

@@ -8,6 +8,7 @@ use crate::eval::{
 };
 
 use super::{
+    language::TextLanguage,
     scores::TextScores,
     sums::{TextSums, of_pairs},
 };
@@ -40,11 +41,11 @@ struct StudyPairs {
 }
 
 impl TextEvaluation {
-    /// Cuts and counts `pairs`.
+    /// Cuts and counts `pairs`, whose words are those of `language`.
     ///
     /// # Errors
     /// [`EvaluateError::Empty`] without pairs.
-    pub fn new(pairs: &[TextPair]) -> Result<Self, EvaluateError> {
+    pub fn new(pairs: &[TextPair], language: TextLanguage) -> Result<Self, EvaluateError> {
         if pairs.is_empty() {
             return Err(EvaluateError::Empty);
         }
@@ -52,7 +53,7 @@ impl TextEvaluation {
             .iter()
             .map(|pair| [pair.prediction.as_str(), &pair.reference])
             .collect();
-        let sums = of_pairs(&texts);
+        let sums = of_pairs(&texts, language);
         let mut studies: BTreeMap<&str, StudyPairs> = BTreeMap::new();
         for (pair, of_pair) in pairs.iter().zip(&sums) {
             let study = studies.entry(&pair.study).or_insert_with(|| StudyPairs {
@@ -209,7 +210,7 @@ mod tests {
 
     #[test]
     fn names_and_values_go_together() {
-        let scores = TextEvaluation::new(&pairs())
+        let scores = TextEvaluation::new(&pairs(), TextLanguage::Chinese)
             .expect("there are pairs")
             .scores();
         let (names, values) = (TextScores::names(), scores.values());
@@ -235,7 +236,7 @@ mod tests {
             .into_iter()
             .map(|p| pair(&p.study, &p.reference, &p.reference))
             .collect();
-        let scores = TextEvaluation::new(&same)
+        let scores = TextEvaluation::new(&same, TextLanguage::Chinese)
             .expect("there are pairs")
             .scores();
         for unit in [scores.characters, scores.words] {
@@ -247,7 +248,8 @@ mod tests {
 
     #[test]
     fn the_value_of_an_interval_is_the_score_and_lies_inside() {
-        let evaluation = TextEvaluation::new(&pairs()).expect("there are pairs");
+        let evaluation =
+            TextEvaluation::new(&pairs(), TextLanguage::Chinese).expect("there are pairs");
         assert_eq!(evaluation.studies(), 3);
         let scores = evaluation.scores().values();
         for ((name, interval), score) in evaluation
@@ -266,10 +268,11 @@ mod tests {
 
     #[test]
     fn runs_are_compared_by_study_in_any_order_of_pairs() {
-        let first = TextEvaluation::new(&pairs()).expect("there are pairs");
+        let first = TextEvaluation::new(&pairs(), TextLanguage::Chinese).expect("there are pairs");
         let mut reversed = pairs();
         reversed.reverse();
-        let second = TextEvaluation::new(&reversed).expect("there are pairs");
+        let second =
+            TextEvaluation::new(&reversed, TextLanguage::Chinese).expect("there are pairs");
         for (name, comparison) in first
             .compare(&second, &Bootstrap::default())
             .expect("the same test set")
@@ -277,7 +280,7 @@ mod tests {
             assert!(comparison.difference.value.abs() < 1e-9, "{name}");
         }
         reversed[0].reference.push('。');
-        let other = TextEvaluation::new(&reversed).expect("there are pairs");
+        let other = TextEvaluation::new(&reversed, TextLanguage::Chinese).expect("there are pairs");
         let refused = first
             .compare(&other, &Bootstrap::default())
             .expect_err("another test set");
@@ -285,7 +288,8 @@ mod tests {
             refused,
             EvaluateError::DifferentStudies { study: "3".into() }
         );
-        let fewer = TextEvaluation::new(&pairs()[..3]).expect("there are pairs");
+        let fewer =
+            TextEvaluation::new(&pairs()[..3], TextLanguage::Chinese).expect("there are pairs");
         let refused = fewer
             .compare(&first, &Bootstrap::default())
             .expect_err("another test set");
@@ -296,7 +300,23 @@ mod tests {
     }
 
     #[test]
+    fn english_words_are_compared_whatever_their_case() {
+        let pairs = [pair("1", "no pleural effusion", "No pleural effusion.")];
+        let scores = |language| {
+            let scores = TextEvaluation::new(&pairs, language)
+                .expect("a pair")
+                .scores();
+            scores.words.bleu[0]
+        };
+        assert!((scores(TextLanguage::English) - 100.0).abs() < 1e-9);
+        assert!(scores(TextLanguage::Chinese) < 60.0);
+    }
+
+    #[test]
     fn no_pairs_are_refused() {
-        assert_eq!(TextEvaluation::new(&[]).err(), Some(EvaluateError::Empty));
+        assert_eq!(
+            TextEvaluation::new(&[], TextLanguage::Chinese).err(),
+            Some(EvaluateError::Empty)
+        );
     }
 }

@@ -4,6 +4,7 @@
 use super::bleu::{BleuCounts, MAX_ORDER, Smoothing};
 use super::chrf::{CHRF_ORDER, ChrfCounts};
 use super::cider::CiderD;
+use super::language::{TextLanguage, english_words};
 use super::meteor::meteor;
 use super::ngrams::{Overlap, repeated};
 use super::published::{self, PublishedPair};
@@ -41,10 +42,13 @@ struct PublishedSums {
 
 /// The sums of `pairs` of prediction and reference, in their order. Rarity of n-grams (CIDEr-D) is counted over all their
 /// references.
-pub(super) fn of_pairs(pairs: &[[&str; 2]]) -> Vec<TextSums> {
+pub(super) fn of_pairs(pairs: &[[&str; 2]], language: TextLanguage) -> Vec<TextSums> {
     let cuts: Vec<[CutText<'_>; 2]> = pairs.iter().map(|pair| pair.map(CutText::new)).collect();
     let by_character = unit_sums(&cuts, |cut| characters(cut.text));
-    let by_word = unit_sums(&cuts, CutText::words);
+    let by_word = match language {
+        TextLanguage::Chinese => unit_sums(&cuts, CutText::words),
+        TextLanguage::English => unit_sums_in(&cuts, |cut| english_words(cut.text), true),
+    };
     cuts.iter()
         .zip(by_character.into_iter().zip(by_word))
         .map(|([prediction, reference], (characters, words))| {
@@ -80,10 +84,26 @@ fn unit_sums<'a>(
     cuts: &[[CutText<'a>; 2]],
     tokens: fn(&CutText<'a>) -> Vec<&'a str>,
 ) -> Vec<UnitSums> {
+    unit_sums_in(cuts, tokens, false)
+}
+
+/// `lower`: tokens that differ in case alone are equal for every metric.
+fn unit_sums_in<'a>(
+    cuts: &[[CutText<'a>; 2]],
+    tokens: fn(&CutText<'a>) -> Vec<&'a str>,
+    lower: bool,
+) -> Vec<UnitSums> {
     let mut vocabulary = Vocabulary::default();
+    let mut numbers = |cut: &CutText<'a>| {
+        let numbers = vocabulary.numbers(&tokens(cut));
+        match lower {
+            true => vocabulary.lowercase(&numbers),
+            false => numbers,
+        }
+    };
     let numbered: Vec<[Vec<u32>; 2]> = cuts
         .iter()
-        .map(|pair| pair.each_ref().map(|cut| vocabulary.numbers(&tokens(cut))))
+        .map(|pair| pair.each_ref().map(&mut numbers))
         .collect();
     let cider = CiderD::new(numbered.iter().map(|[_, reference]| reference.as_slice()));
     numbered

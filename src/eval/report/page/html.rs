@@ -6,7 +6,7 @@ use super::{
     facts::PageFacts,
     findings,
     gallery::{self, CaseImages},
-    head,
+    head, judge,
     markup::section,
     probabilities, scores,
 };
@@ -35,6 +35,7 @@ pub fn html(
     findings::findings(&mut page, outcome);
     findings::confusion(&mut page, outcome);
     probabilities::probabilities(&mut page, outcome);
+    judge::judge(&mut page, outcome);
     gallery::write(&mut page, outcome, facts.gallery, images);
     if let Some(curves) = &facts.curves {
         section(&mut page, "训练曲线", "training curves");

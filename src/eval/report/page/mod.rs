@@ -5,6 +5,7 @@ mod findings;
 mod gallery;
 mod head;
 mod html;
+mod judge;
 pub(super) mod markup;
 mod probabilities;
 mod scores;

@@ -1,0 +1,213 @@
+//! What a judge is asked, and what counts as an answer.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+/// A kind of error, as GREEN names them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorKind {
+    /// The answer reports a finding that the reference does not have.
+    FalseFinding,
+    /// The answer lacks a finding of the reference.
+    MissingFinding,
+    /// Another side or place.
+    WrongLocation,
+    /// Another degree.
+    WrongSeverity,
+    /// The answer compares with an earlier film, the reference does not.
+    InventedComparison,
+    /// The answer leaves out a change since an earlier film.
+    OmittedComparison,
+}
+
+impl ErrorKind {
+    /// In the order of the paper.
+    pub const ALL: [Self; 6] = [
+        Self::FalseFinding,
+        Self::MissingFinding,
+        Self::WrongLocation,
+        Self::WrongSeverity,
+        Self::InventedComparison,
+        Self::OmittedComparison,
+    ];
+
+    /// The key used in files and answers.
+    pub fn key(self) -> &'static str {
+        match self {
+            Self::FalseFinding => "false_finding",
+            Self::MissingFinding => "missing_finding",
+            Self::WrongLocation => "wrong_location",
+            Self::WrongSeverity => "wrong_severity",
+            Self::InventedComparison => "invented_comparison",
+            Self::OmittedComparison => "omitted_comparison",
+        }
+    }
+
+    /// The name shown to Chinese readers.
+    pub fn chinese(self) -> &'static str {
+        match self {
+            Self::FalseFinding => "误报所见",
+            Self::MissingFinding => "漏报所见",
+            Self::WrongLocation => "部位或侧别错误",
+            Self::WrongSeverity => "程度错误",
+            Self::InventedComparison => "虚构对比",
+            Self::OmittedComparison => "遗漏对比",
+        }
+    }
+}
+
+/// One error as a judge names it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JudgedError {
+    /// Which kind.
+    pub kind: ErrorKind,
+    /// Whether it changes what is done for the patient.
+    pub significant: bool,
+    /// The judge's words.
+    #[serde(default)]
+    pub text: String,
+}
+
+/// What a judge says of one pair of reports.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Judgement {
+    /// Errors of the answer.
+    pub errors: Vec<JudgedError>,
+    /// Findings that both reports have.
+    pub matched: Vec<String>,
+}
+
+impl Judgement {
+    /// GREEN: matched findings over matched findings and significant errors; 0 without a match.
+    pub fn green(&self) -> f64 {
+        let matched = self.matched.len();
+        let significant = self.errors.iter().filter(|error| error.significant).count();
+        if matched == 0 {
+            return 0.0;
+        }
+        matched as f64 / (matched + significant) as f64
+    }
+
+    /// Reads the text of an answer; a fence of Markdown around it is no fault.
+    ///
+    /// # Errors
+    /// What is wrong with it, as a sentence.
+    pub(super) fn read(text: &str) -> Result<Self, String> {
+        let text = text.trim();
+        let inner = text
+            .strip_prefix("```json")
+            .or_else(|| text.strip_prefix("```"))
+            .and_then(|text| text.strip_suffix("```"))
+            .unwrap_or(text);
+        serde_json::from_str(inner).map_err(|cause| cause.to_string())
+    }
+}
+
+const TASK: &str = "你是一名放射科主任医师，负责核对胸片报告。下面给出同一次检查的参考报告与待评报告。请以参考报告为准，逐条找出待评报告的错误，并列出两份报告一致的所见。\n\
+错误分六类（kind）：\n\
+false_finding：待评报告写了参考报告没有的所见；\n\
+missing_finding：待评报告漏掉了参考报告的所见；\n\
+wrong_location：所见相同，部位或侧别不同；\n\
+wrong_severity：所见相同，程度或数量不同；\n\
+invented_comparison：待评报告提到与前片的对比，而参考报告没有；\n\
+omitted_comparison：参考报告写明与前片相比的变化，而待评报告没有。\n\
+每个错误写明 significant：可能改变诊断、治疗或随访的为 true，否则为 false。否认的所见（如“未见气胸”）一致时不必列出。\n\
+同一处错误只计一类：侧别写错只算 wrong_location，不再算漏报和误报。措辞不同而含义相同不是错误。\n\
+只输出一个 JSON 对象：{\"errors\":[{\"kind\":…,\"significant\":…,\"text\":…}],\"matched\":[…]}，text 与 matched 用简短的中文。没有错误时 errors 为空数组，没有一致的所见时 matched 为空数组；两份报告都正常时，matched 写“未见异常”。";
+
+/// The schema that an answer has to follow.
+fn schema() -> Value {
+    let kinds = ErrorKind::ALL.map(ErrorKind::key);
+    json!({
+        "type": "object",
+        "additionalProperties": false,
+        "required": ["errors", "matched"],
+        "properties": {
+            "errors": {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "additionalProperties": false,
+                    "required": ["kind", "significant", "text"],
+                    "properties": {
+                        "kind": { "type": "string", "enum": kinds },
+                        "significant": { "type": "boolean" },
+                        "text": { "type": "string" },
+                    },
+                },
+            },
+            "matched": { "type": "array", "items": { "type": "string" } },
+        },
+    })
+}
+
+/// The body of a request; `with_schema` where the server can hold an answer to one.
+pub(super) fn body(model: &str, reference: &str, answer: &str, with_schema: bool) -> Value {
+    let reports = format!("参考报告：\n{reference}\n\n待评报告：\n{answer}");
+    let mut body = json!({
+        "model": model,
+        "temperature": 0,
+        "max_tokens": 2048,
+        "messages": [
+            { "role": "system", "content": TASK },
+            { "role": "user", "content": reports },
+        ],
+    });
+    if with_schema {
+        body["response_format"] = json!({
+            "type": "json_schema",
+            "json_schema": { "name": "judgement", "strict": true, "schema": schema() },
+        });
+    }
+    body
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn green_is_matched_over_matched_and_significant() {
+        let text = r#"{"errors":[{"kind":"wrong_location","significant":true,"text":"侧别"},
+            {"kind":"wrong_severity","significant":false,"text":""}],"matched":["心影增大","气胸"]}"#;
+        let judged = Judgement::read(text).expect("an answer");
+        assert!((judged.green() - 2.0 / 3.0).abs() < 1e-12);
+        assert_eq!(Judgement::default().green(), 0.0);
+        assert_eq!(
+            Judgement::read(&format!("```json\n{text}\n```")),
+            Ok(judged)
+        );
+    }
+
+    #[test]
+    fn another_answer_is_unreadable() {
+        for text in [
+            "",
+            "没有错误",
+            "{\"errors\":[]}",
+            "{\"errors\":[{\"kind\":\"style\",\"significant\":true}],\"matched\":[]}",
+            "{\"errors\":[],\"matched\":[],\"score\":1}",
+        ] {
+            assert!(Judgement::read(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_schema_names_the_kinds_as_they_are_read() {
+        for kind in ErrorKind::ALL {
+            assert_eq!(json!(kind), json!(kind.key()));
+            assert!(TASK.contains(kind.key()));
+        }
+        let asked = body("m", "甲", "乙", true);
+        assert_eq!(asked["temperature"], 0);
+        assert_eq!(asked["response_format"]["type"], "json_schema");
+        assert!(
+            body("m", "甲", "乙", false)
+                .get("response_format")
+                .is_none()
+        );
+    }
+}
