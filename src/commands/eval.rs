@@ -32,11 +32,12 @@ use crate::{
         findings::{Policies, RuleSet},
         outcome::{EvalOutcome, EvalSettings},
         predictions::{PredictionKeys, read_predictions},
-        probability::evaluation::evaluate_probabilities,
+        probability::{comparison::compare_probabilities, evaluation::evaluate_probabilities},
         report::{
             page::{PageFacts, html},
             table,
         },
+        subgroups::{Division, divide, score_subgroups},
     },
     study::{StudyFacts, counted},
     train::{data::RunData, gradients::LossTotals},
@@ -117,12 +118,30 @@ pub fn run(mut args: EvalArgs) -> Result<()> {
     let truths = set.cases.iter().map(|case| case.truth.as_str());
     let rules = RuleSet::choose(args.rules.as_deref(), truths)?;
     eprintln!("{}", rules.told());
+    let divisions = match args.no_subgroups {
+        true => Vec::new(),
+        false => {
+            let keys: Vec<_> = set.of.iter().map(|row| &row.keys).collect();
+            divide(&keys, &args.subgroup)?
+        }
+    };
+    for told in divisions.iter().filter_map(Division::told) {
+        eprintln!("{told}");
+    }
     let cases = set.cases.clone();
     let mut outcome = evaluate(cases, systems, compared.as_deref(), &rules, settings)?;
     if let Some(found) = &probabilities {
         let (labels, truth) = (&outcome.labels, settings.policies.truth);
-        outcome.probabilities = evaluate_probabilities(labels, found, truth, &settings.bootstrap)?;
+        let bootstrap = &settings.bootstrap;
+        outcome.probabilities = evaluate_probabilities(labels, found, truth, bootstrap)?;
+        let other = args.compare.as_deref();
+        let other = other.map(|path| probabilities::of_other(path, &set));
+        if let Some(other) = other.transpose()?.flatten() {
+            outcome.probability_comparison =
+                compare_probabilities(labels, found, &other, truth, bootstrap)?;
+        }
     }
+    score_subgroups(&mut outcome, divisions)?;
     unless_closed(print(&outcome, loss.as_ref(), args.all)).context("cannot write to stdout")?;
     let facts = facts(&args, &study, warnings, loss.as_ref(), curves);
     write_files(&args, &set, data, &outcome, &facts, &study)

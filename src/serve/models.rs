@@ -3,16 +3,21 @@
 use std::{
     collections::BTreeMap,
     path::{Component, Path, PathBuf},
-    sync::{PoisonError, RwLock},
+    sync::{Arc, PoisonError, RwLock},
     time::{SystemTime, UNIX_EPOCH},
 };
 
 use axum::http::StatusCode;
 use serde_json::{Value, json};
 
-use super::{engine::Engine, error::ApiError};
+use super::{
+    engine::Engine,
+    error::ApiError,
+    findings::{FindingBasis, FindingFiles},
+};
 use crate::{
     adapters::lora::{base::check_base, files::trained_pixel_limits, folder::find_adapter},
+    eval::probability::calibration::CalibrationError,
     processor::{chat::ChatTemplate, sample::PixelLimits},
     runtime::generate::backend::AdapterId,
 };
@@ -26,6 +31,8 @@ pub struct ModelEntry {
     pub template: ChatTemplate,
     /// Pixel limits of the adapter's training, where its folder has them, in place of the server's.
     pub limits: PixelLimits,
+    /// What its probabilities of findings rest on.
+    pub findings: Arc<FindingBasis>,
     /// Seconds since 1970.
     created: u64,
 }
@@ -39,6 +46,8 @@ pub struct Models {
     base_dir: Option<PathBuf>,
     /// Whether adapters bring the pixel limits of their training.
     own_limits: bool,
+    /// Where calibrations are found.
+    files: FindingFiles,
     entries: RwLock<BTreeMap<String, ModelEntry>>,
     /// Most adapters at once.
     max_adapters: usize,
@@ -77,6 +86,9 @@ impl Models {
             adapter: AdapterId::BASE,
             template: template.clone(),
             limits: PixelLimits::default(),
+            findings: Arc::new(FindingBasis::Uncalibrated(
+                "this server was not told where its model's files are".into(),
+            )),
             created: now(),
         };
         Self {
@@ -85,6 +97,7 @@ impl Models {
             base_template: template,
             base_dir: None,
             own_limits: true,
+            files: FindingFiles::default(),
             max_adapters: MAX_ADAPTERS,
             changing: tokio::sync::Mutex::new(()),
         }
@@ -100,6 +113,23 @@ impl Models {
     pub fn with_one_size(mut self) -> Self {
         self.own_limits = false;
         self
+    }
+
+    /// Finds the calibrations of the base, and later those of adapters, in the folders of their files.
+    ///
+    /// # Errors
+    /// A calibration of the base that cannot be used.
+    pub fn with_calibrations(mut self, files: FindingFiles) -> Result<Self, CalibrationError> {
+        let basis = Arc::new(FindingBasis::find(&files, None)?);
+        let entries = self.entries.get_mut();
+        if let Some(entry) = entries
+            .unwrap_or_else(PoisonError::into_inner)
+            .get_mut(&self.base)
+        {
+            entry.findings = basis;
+        }
+        self.files = files;
+        Ok(self)
     }
 
     /// Takes at most `count` adapters.
@@ -220,18 +250,28 @@ impl Models {
                 .map_err(|error| refused(error.to_string()))?
                 .map_err(|error| refused(error.to_string()))?;
         }
+        let (files, folder) = (self.files.clone(), dir.clone());
+        let findings =
+            tokio::task::spawn_blocking(move || FindingBasis::find(&files, Some(&folder)));
+        let findings = findings
+            .await
+            .map_err(|error| refused(error.to_string()))?
+            .map_err(|error| refused(error.to_string()))?;
         let adapter = engine.load_adapter(dir).await.map_err(refused)?;
-        self.insert(name, adapter, template, limits);
+        self.insert(
+            name,
+            ModelEntry {
+                adapter,
+                template,
+                limits,
+                findings: Arc::new(findings),
+                created: now(),
+            },
+        );
         Ok(())
     }
 
-    fn insert(&self, name: &str, adapter: AdapterId, template: ChatTemplate, limits: PixelLimits) {
-        let entry = ModelEntry {
-            adapter,
-            template,
-            limits,
-            created: now(),
-        };
+    fn insert(&self, name: &str, entry: ModelEntry) {
         let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
         entries.insert(name.to_owned(), entry);
     }

@@ -9,13 +9,13 @@ use std::{
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::{
-    args::InferArgs,
-    findings::{UNCALIBRATED, settings_key},
-};
+use super::{args::InferArgs, findings::settings_key};
 use crate::{
     base::files::name,
-    eval::{findings::Finding, probability::read::FindingRecord},
+    eval::{
+        findings::Finding,
+        probability::{judged::UNCALIBRATED, read::FindingRecord},
+    },
     processor::remark::{Remark, RemarkKind},
     runtime::{generate::FinishReason, pipeline::Answer},
 };

@@ -8,6 +8,7 @@ mod html;
 pub(super) mod markup;
 mod probabilities;
 mod scores;
+mod subgroups;
 
 pub use facts::PageFacts;
 pub use gallery::CaseImages;
