@@ -1,5 +1,7 @@
 //! `calibrate`: temperature, biases and thresholds of a model's probabilities, fitted on a validation set.
 
+mod scored;
+
 use std::{
     collections::BTreeSet,
     io::{Write, stdout},
@@ -8,11 +10,11 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use burn::tensor::DType;
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use super::{
     eval::Uncertain,
-    finding_probabilities::{ClassLogProbabilities, FindingSentences, asked_model},
+    finding_probabilities::{ask, asked_model, sentences},
     infer::DEFAULT_PROMPT,
     pipeline_options::pipeline_options,
     progress::{Progress, Unit, loading, prepare_kernels},
@@ -24,12 +26,14 @@ use super::{
 };
 use crate::{
     accelerate::devices::{DeviceTask, run_on},
-    base::hub::Want,
+    base::{device_name::dtype_text, hub::Want},
     dataset::Dataset,
     eval::{
         findings::{Finding, RuleSet, UncertainPolicy},
         probability::{
-            calibration::{CALIBRATION_FILE, Calibration, CalibrationData, ClassCases, Fitness},
+            calibration::{
+                AskedModel, CALIBRATION_FILE, Calibration, CalibrationData, ClassCases, Fitness,
+            },
             logit::{ScoreForm, SentenceContext},
             metrics::Ranked,
             thresholds::FEWEST_CASES,
@@ -40,11 +44,12 @@ use crate::{
     processor::message::split_thinking,
     runtime::{
         accelerator::Accelerator,
-        generate::{GenerationConfig, Prompt},
+        generate::{GenerationConfig, Prompt, PromptState},
         pipeline::{Pipeline, PipelineOptions, TextAndImages},
     },
     study::counted,
 };
+use scored::{ClassLogits, ScoredFile, ScoredHeader, hash_of};
 
 /// Arguments of `calibrate`.
 #[derive(Debug, Args)]
@@ -83,7 +88,7 @@ pub struct CalibrateArgs {
     /// clause of the report that the model writes first, which takes some ten times as long.
     #[arg(long, value_enum, default_value_t = SentenceContext::default())]
     pub context: SentenceContext,
-    /// How the log-probability of a sentence is made of those of its tokens; both are fitted and compared.
+    /// How the log-probability of a sentence is made of those of its tokens; all are fitted and compared.
     #[arg(long, value_enum, default_value_t = ScoreForm::default())]
     pub form: ScoreForm,
     /// Use only this many rows, the first.
@@ -148,12 +153,10 @@ pub fn run(mut args: CalibrateArgs) -> Result<()> {
         options: options.clone(),
         data: data.clone(),
         rows,
-        prompt: args.prompt.clone(),
-        system: args.system.clone(),
-        lead: args.lead.clone(),
-        context: args.context,
+        asked: model.clone(),
+        output: output.clone(),
     };
-    let scored = run_on(device, args.model.load.dtype.map(DType::from), work)??;
+    let (scored, partial) = run_on(device, args.model.load.dtype.map(DType::from), work)??;
     let reports = scored.iter().filter(|row| row.is_some()).count();
     if reports == 0 {
         bail!(
@@ -177,7 +180,7 @@ pub fn run(mut args: CalibrateArgs) -> Result<()> {
         uncertain: policy,
     };
     let fit = |form: ScoreForm, model| {
-        let cases = cases(&scored, &truths, form, args.context);
+        let cases = cases(&scored, &truths, form);
         let calibration = Calibration::of(model, facts.clone(), &cases, args.target_error);
         (calibration, cases)
     };
@@ -192,18 +195,21 @@ pub fn run(mut args: CalibrateArgs) -> Result<()> {
             data.name()
         );
     }
-    let other = match args.form {
-        ScoreForm::Sum => ScoreForm::Mean,
-        ScoreForm::Mean => ScoreForm::Sum,
-    };
-    let compared = fit(other, asked(other)?);
+    let mut fits = vec![(calibration, cases)];
+    for form in ScoreForm::value_variants() {
+        if *form != args.form {
+            fits.push(fit(*form, asked(*form)?));
+        }
+    }
+    let calibration = &fits[0].0;
     if output.exists() {
         eprintln!("`{}` is replaced", output.display());
     }
     calibration.save(&output)?;
-    let text = table((&calibration, &cases), (&compared.0, &compared.1));
+    partial.remove();
+    let text = table(&fits);
     unless_closed(stdout().write_all(text.as_bytes())).context("cannot write to stdout")?;
-    for note in notes(&calibration) {
+    for note in notes(calibration) {
         eprintln!("note: {note}");
     }
     eprintln!("calibration: `{}`", output.display());
@@ -231,7 +237,8 @@ fn truths(
                 .drawn_findings(row)
                 .into_iter()
                 .flatten()
-                .map(class_of)
+                .flat_map(classes_of)
+                .copied()
                 .collect();
             classes()
                 .map(|class| (class, Some(there.contains(&class))))
@@ -259,31 +266,26 @@ fn truths(
     Ok((reports.iter().map(of_report).collect(), rules.name.clone()))
 }
 
-/// The class of what a phantom shows.
-fn class_of(finding: phantom::Finding) -> Finding {
+/// The classes of what a phantom shows, as its report is read: a consolidation is described as an opacity.
+fn classes_of(finding: phantom::Finding) -> &'static [Finding] {
     match finding {
-        phantom::Finding::Cardiomegaly => Finding::Cardiomegaly,
-        phantom::Finding::Nodule(..) => Finding::LungLesion,
-        phantom::Finding::Consolidation(..) => Finding::Consolidation,
-        phantom::Finding::PleuralEffusion(_) => Finding::PleuralEffusion,
-        phantom::Finding::Pneumothorax(_) => Finding::Pneumothorax,
-        phantom::Finding::Pacemaker => Finding::SupportDevices,
+        phantom::Finding::Cardiomegaly => &[Finding::Cardiomegaly],
+        phantom::Finding::Nodule(..) => &[Finding::LungLesion],
+        phantom::Finding::Consolidation(..) => &[Finding::Consolidation, Finding::LungOpacity],
+        phantom::Finding::PleuralEffusion(_) => &[Finding::PleuralEffusion],
+        phantom::Finding::Pneumothorax(_) => &[Finding::Pneumothorax],
+        phantom::Finding::Pacemaker => &[Finding::SupportDevices],
     }
 }
 
 /// Logits beside their truths, by class.
-fn cases(
-    scored: &[Option<Vec<ClassLogProbabilities>>],
-    truths: &Truths,
-    form: ScoreForm,
-    context: SentenceContext,
-) -> ClassCases {
+fn cases(scored: &[Option<Vec<ClassLogits>>], truths: &Truths, form: ScoreForm) -> ClassCases {
     let mut cases = ClassCases::new();
     for (classes, truths) in scored.iter().zip(truths) {
         for (class, (finding, truth)) in classes.iter().flatten().zip(truths) {
             debug_assert_eq!(class.finding, *finding);
             let of_class = cases.entry(*finding).or_default();
-            of_class.extend(truth.map(|truth| (class.logit(form, context), truth)));
+            of_class.extend(truth.map(|truth| (class.logit(form), truth)));
         }
     }
     cases
@@ -294,66 +296,98 @@ struct Scoring {
     options: PipelineOptions,
     data: Dataset,
     rows: usize,
-    prompt: String,
-    system: Option<String>,
-    lead: String,
-    context: SentenceContext,
+    asked: AskedModel,
+    /// File of the calibration; rows are kept beside it until that is written.
+    output: PathBuf,
 }
 
 impl DeviceTask for Scoring {
-    type Output = Result<Vec<Option<Vec<ClassLogProbabilities>>>>;
+    type Output = Result<(Vec<Option<Vec<ClassLogits>>>, ScoredFile)>;
 
     fn run<B: Accelerator>(self, device: B::Device, dtype: DType) -> Self::Output {
         let options = PipelineOptions {
             dtype,
             ..self.options
         };
+        // Before the model is loaded: a file of another run is an error.
+        let dtype_name = dtype_text(dtype).to_owned();
+        let header = ScoredHeader::new(&self.asked, dtype_name, self.data.fingerprint());
+        let mut file = ScoredFile::open(&self.output, &header)?;
         let pipeline = loading(|on_progress| Pipeline::<B>::load(&options, device, on_progress))?;
         let parts = &pipeline.parts;
         if let Some(limits) = parts.pixel_limits_to_know() {
             eprintln!("{limits}");
         }
         prepare_kernels::<B>(&parts.config, dtype, &pipeline.device, 1);
-        let sentences = FindingSentences::new(parts, &self.lead)?;
+        let sentences = sentences(parts, &self.asked.lead)?;
         let mut progress = Progress::new("findings", self.rows as u64, Unit::Items);
+        if file.rows() > 0 {
+            let there = file.rows().min(self.rows);
+            progress.say(&format!(
+                "going on: {there} of {} rows are there already",
+                self.rows
+            ));
+        }
+        let mut skipped = 0;
         let mut scored = Vec::with_capacity(self.rows);
         for row in 0..self.rows {
             let context = || format!("`{}`, row {}", self.data.name(), self.data.row(row));
             let pictures = self.data.read(row, parts)?.pictures;
-            scored.push(if pictures.is_empty() {
+            let images = hash_of(&pictures);
+            if let Some(logits) = file.found(row, &images) {
+                scored.push(logits.clone());
+                skipped += 1;
+                progress.skip(skipped);
+                progress.set(row as u64 + 1, self.rows as u64);
+                continue;
+            }
+            let logits = if pictures.is_empty() {
                 None
             } else {
-                let images = patches(parts, &pictures).with_context(context)?;
-                let prompt = parts.prompt(self.system.as_deref(), &self.prompt, images)?;
-                let report = match self.context {
-                    SentenceContext::Start => None,
-                    SentenceContext::Report => Some(report(&pipeline, &prompt)?),
+                let patches = patches(parts, &pictures).with_context(context)?;
+                let system = self.asked.system.as_deref();
+                let prompt = parts.prompt(system, &self.asked.prompt, patches)?;
+                let (state, report) = match self.asked.context {
+                    SentenceContext::Start => (pipeline.prompt_state(&prompt)?, None),
+                    SentenceContext::Report => {
+                        let (state, report) = answered(&pipeline, &prompt)?;
+                        (state, Some(report))
+                    }
                 };
-                let asked = sentences.ask(&pipeline, &prompt, report.as_deref());
-                Some(asked.with_context(context)?)
-            });
+                let asked = ask(&sentences, &pipeline, state, report.as_deref());
+                let classes = asked.with_context(context)?.into_iter();
+                let logits = classes.map(|class| ClassLogits::of(&class, self.asked.context));
+                Some(logits.collect::<Vec<_>>())
+            };
+            file.add(row, images, logits.clone())?;
+            scored.push(logits);
             progress.set(row as u64 + 1, self.rows as u64);
         }
         progress.finish();
         for sentence in self.data.image_remarks().sentences() {
             eprintln!("note: {sentence}");
         }
-        Ok(scored)
+        Ok((scored, file))
     }
 }
 
-/// The report that `infer` writes without further options.
-fn report<B: Accelerator>(pipeline: &Pipeline<B>, prompt: &Prompt) -> Result<String> {
+/// The report that `infer` writes without further options, and the prompt to go on from.
+fn answered<B: Accelerator>(
+    pipeline: &Pipeline<B>,
+    prompt: &Prompt,
+) -> Result<(PromptState<B>, String)> {
     let prompts = std::slice::from_ref(prompt);
     let settings = GenerationConfig::default();
-    let (answers, _) = pipeline.answer(prompts, &settings, &[], &mut |_, _| {})?;
-    Ok(answers.into_iter().map(|answer| answer.report).collect())
+    let mut kept = Vec::new();
+    let (answers, _) =
+        pipeline.answer_and_keep(prompts, &settings, &[], Some(&mut kept), &mut |_, _| {})?;
+    let state = kept.pop().context("the prompt was not kept")?;
+    Ok((state, answers.into_iter().map(|one| one.report).collect()))
 }
 
-fn table(
-    (calibration, cases): (&Calibration, &ClassCases),
-    (other, other_cases): (&Calibration, &ClassCases),
-) -> String {
+/// The calibration first, others of the same logits for comparison.
+fn table(fits: &[(Calibration, ClassCases)]) -> String {
+    let calibration = &fits[0].0;
     let number = |value: f64| {
         if value.is_nan() {
             "–".to_owned()
@@ -368,13 +402,15 @@ fn table(
         let ranked = Ranked::new(cases.map(|(logit, truth)| (*logit, *truth, 0)).collect());
         number(ranked.auc(&[1.0]))
     };
+    let heads = fits
+        .iter()
+        .map(|(one, _)| format!(" {:>10}", format!("AUC {}", one.model.form)));
     let mut text = format!(
-        "{:27} {:>5} {:>5} {:>8} {:>8} {:>7} {:>9} {:>9} {:>8} {:>6}\n",
+        "{:27} {:>5} {:>5}{} {:>7} {:>9} {:>9} {:>8} {:>6}\n",
         "class",
         "with",
         "none",
-        format!("AUC {}", calibration.model.form),
-        format!("AUC {}", other.model.form),
+        heads.collect::<String>(),
         "bias",
         "absent ≤",
         "present ≥",
@@ -382,13 +418,15 @@ fn table(
         "wrong"
     );
     for (finding, class) in &calibration.classes {
+        let aucs = fits
+            .iter()
+            .map(|(_, cases)| format!(" {:>10}", auc(cases, finding)));
         text.push_str(&format!(
-            "{:27} {:>5} {:>5} {:>8} {:>8} {:>7.2} {:>9} {:>9} {:>8} {:>6}\n",
+            "{:27} {:>5} {:>5}{} {:>7.2} {:>9} {:>9} {:>8} {:>6}\n",
             finding.key(),
             class.positives,
             class.negatives,
-            auc(cases, finding),
-            auc(other_cases, finding),
+            aucs.collect::<String>(),
             class.bias,
             threshold(class.absent_to),
             threshold(class.present_from),
@@ -400,7 +438,7 @@ fn table(
         "\non this set, classes that occur, together     {:>8} {:>8} {:>8} {:>9}\n",
         "loss", "ECE", "Brier", "coverage"
     ));
-    for calibration in [calibration, other] {
+    for (calibration, _) in fits {
         let form = calibration.model.form;
         for (when, fitness) in [
             ("before", &calibration.before),

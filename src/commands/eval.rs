@@ -34,11 +34,12 @@ use crate::{
         findings::{Policies, RuleSet},
         outcome::{EvalOutcome, EvalSettings},
         predictions::{PredictionKeys, read_predictions},
-        probability::evaluation::evaluate_probabilities,
+        probability::{comparison::compare_probabilities, evaluation::evaluate_probabilities},
         report::{
             page::{PageFacts, html},
             table,
         },
+        subgroups::{Division, divide, score_subgroups},
         text::TextLanguage,
     },
     study::{StudyFacts, counted},
@@ -128,12 +129,30 @@ pub fn run(mut args: EvalArgs) -> Result<()> {
             settings.language
         );
     }
+    let divisions = match args.no_subgroups {
+        true => Vec::new(),
+        false => {
+            let keys: Vec<_> = set.of.iter().map(|row| &row.keys).collect();
+            divide(&keys, &args.subgroup)?
+        }
+    };
+    for told in divisions.iter().filter_map(Division::told) {
+        eprintln!("{told}");
+    }
     let cases = set.cases.clone();
     let mut outcome = evaluate(cases, systems, compared.as_deref(), &rules, settings)?;
     if let Some(found) = &probabilities {
         let (labels, truth) = (&outcome.labels, settings.policies.truth);
-        outcome.probabilities = evaluate_probabilities(labels, found, truth, &settings.bootstrap)?;
+        let bootstrap = &settings.bootstrap;
+        outcome.probabilities = evaluate_probabilities(labels, found, truth, bootstrap)?;
+        let other = args.compare.as_deref();
+        let other = other.map(|path| probabilities::of_other(path, &set));
+        if let Some(other) = other.transpose()?.flatten() {
+            outcome.probability_comparison =
+                compare_probabilities(labels, found, &other, truth, bootstrap)?;
+        }
     }
+    score_subgroups(&mut outcome, divisions)?;
     // Scores that are there already are printed before a judge is waited for.
     unless_closed(print(&outcome, loss.as_ref(), args.all)).context("cannot write to stdout")?;
     let sent = warnings.len();

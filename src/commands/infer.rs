@@ -16,7 +16,7 @@ use anyhow::{Context, Result, bail};
 use burn::tensor::DType;
 
 use super::{
-    finding_probabilities::FindingSentences,
+    finding_probabilities::{ask, sentences},
     infer_server,
     pipeline_options::{pipeline_options, room_for_answers},
     progress::{Progress, Unit, loading, prepare_kernels},
@@ -41,7 +41,7 @@ use crate::{
     },
     runtime::{
         accelerator::Accelerator,
-        generate::{GenerationConfig, Prompt, Timing},
+        generate::{GenerationConfig, Prompt, PromptState, Timing},
         pipeline::Pipeline,
         spread::in_order,
     },
@@ -338,10 +338,15 @@ impl Infer {
         }
         let prepared = started.elapsed().as_secs_f64();
         let mut shown = Shown::new(pipeline.parts.template.opens_thinking());
-        let answers = pipeline.answer(
+        // Keys and values of a quantised cache are not those that calibrations are made with.
+        let keeps =
+            self.args.findings.basis.is_some() && self.settings.kv_cache == CacheFormat::Float;
+        let mut kept = Vec::new();
+        let answers = pipeline.answer_and_keep(
             &prompts,
             &self.settings,
             &self.args.generation.stop,
+            keeps.then_some(&mut kept),
             &mut |_, piece| {
                 if self.args.stream {
                     shown.push(piece);
@@ -357,8 +362,9 @@ impl Infer {
                 for (row, answer) in rows.iter().zip(answers) {
                     records[*row].fill(answer, seconds);
                 }
+                let mut kept = kept.into_iter();
                 for (row, prompt) in rows.iter().zip(&prompts) {
-                    self.add_findings(pipeline, prompt, &mut records[*row]);
+                    self.add_findings(pipeline, prompt, kept.next(), &mut records[*row]);
                 }
                 if self.args.verbose {
                     print_timing(prepared, &timing);
@@ -386,6 +392,7 @@ impl Infer {
         &self,
         pipeline: &Pipeline<B>,
         prompt: &Prompt,
+        kept: Option<PromptState<B>>,
         record: &mut Record,
     ) {
         let Some(basis) = &self.args.findings.basis else {
@@ -396,9 +403,15 @@ impl Infer {
             SentenceContext::Start => None,
             SentenceContext::Report => Some(record.report.as_str()),
         };
-        let asked = FindingSentences::new(&pipeline.parts, basis.lead())
-            .and_then(|sentences| sentences.ask(pipeline, prompt, report));
-        match asked {
+        let asked = || {
+            let sentences = sentences(&pipeline.parts, basis.lead())?;
+            let state = match kept {
+                Some(state) => state,
+                None => pipeline.prompt_state(prompt)?,
+            };
+            ask(&sentences, pipeline, state, report)
+        };
+        match asked() {
             Ok(classes) => {
                 findings::fill(record, &self.args.findings, self.rules.as_ref(), &classes);
             }

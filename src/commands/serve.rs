@@ -46,6 +46,7 @@ use crate::{
         auth::{ApiKey, KeyError},
         cors::AllowedOrigins,
         engine::{End, Engine, EngineLimits},
+        findings::FindingFiles,
         http::{self, Transport},
         metrics::Metrics,
         models::{MAX_ADAPTERS, Models, check_name},
@@ -416,11 +417,20 @@ impl DeviceTask for Serve {
         }
         prepare_kernels::<B>(&parts.config, dtype, &device, 0);
         let decoder = self.decoder(model, &parts.config, device, &self.engine_limits())?;
-        self.answer(
-            decoder,
-            parts,
-            checks_base.then_some((options.model, options.gguf)),
-        )
+        let files = FindingFiles {
+            model: self
+                .args
+                .random_weights
+                .is_none()
+                .then(|| options.model.clone()),
+            gguf: options.gguf.clone(),
+            merged: options.adapter.clone(),
+            quantize: fit
+                .map_or(options.quantize, |fit| fit.quantization)
+                .map(|format| format.to_string()),
+        };
+        let base = checks_base.then_some((options.model, options.gguf));
+        self.answer(decoder, parts, base, files)
     }
 }
 
@@ -442,6 +452,7 @@ impl Serve {
         decoder: D,
         parts: TextAndImages,
         base: Option<(PathBuf, GgufParts)>,
+        files: FindingFiles,
     ) -> Result<()>
     where
         D: DecodeBackend + Send + 'static,
@@ -456,6 +467,8 @@ impl Serve {
             Engine::start(decoder, parts.tokenizer.clone(), limits, metrics.clone())?;
         let mut models =
             Models::new(name, parts.template.clone()).with_max_adapters(self.args.max_adapters);
+        // Before the first request: a calibration that is damaged is an error.
+        models = models.with_calibrations(files)?;
         if parts.limits_from == LimitsFrom::Options {
             models = models.with_one_size();
         }
@@ -789,7 +802,8 @@ mod tests {
             api_keys: Vec::new(),
             args,
         };
-        let ended = std::thread::spawn(move || serve.answer(Broken, parts, None));
+        let ended =
+            std::thread::spawn(move || serve.answer(Broken, parts, None, FindingFiles::default()));
         let server = Server::new(&format!("http://127.0.0.1:{port}"), None).unwrap();
         let body = json!({"messages": [{"role": "user", "content": "?"}]}).to_string();
         let runtime = tokio::runtime::Builder::new_current_thread()

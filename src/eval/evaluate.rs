@@ -7,14 +7,14 @@ use rayon::prelude::*;
 
 use super::{
     bootstrap::adjust,
-    cases::{Case, SystemTexts, WrittenReport},
+    cases::{Case, System, SystemTexts, WrittenReport},
     error::EvaluateError,
     findings::{
         Finding, LabelledPair, RuleSet, Status, evaluation::FindingEvaluation, score::score_pairs,
     },
     outcome::{
-        CaseReview, Confusion, EvalOutcome, EvalSettings, FindingDifference, NamedValues, STATUSES,
-        SystemScores,
+        CaseReview, Confusion, EvalOutcome, EvalSettings, FindingDifference, NamedValues, OtherRun,
+        STATUSES, SystemScores,
     },
     text::{TextEvaluation, TextPair, rouge::rouge_l, segment::characters},
 };
@@ -43,18 +43,40 @@ pub fn evaluate(
         .collect::<Result<_, _>>()?;
     let (scores, mut parts): (Vec<SystemScores>, Vec<Parts>) = scores.into_iter().unzip();
     let model = parts.swap_remove(0);
-    let comparison = other
+    let compared = other
         .map(|texts| {
-            let other = Parts::of(&cases, texts, rules, &settings)?;
+            let system = SystemTexts {
+                system: System::Model,
+                note: String::new(),
+                texts: texts.to_vec(),
+            };
+            let (scores, other) = system_scores(&cases, &system, rules, &settings)?;
             let mut all = other.texts.compare(&model.texts, &settings.bootstrap)?;
             let findings = other
                 .findings
                 .compare(&model.findings, &settings.bootstrap)?;
             all.extend(findings.into_iter().map(prefixed));
             adjust(all.iter_mut().map(|(_, comparison)| comparison));
-            Ok::<_, EvaluateError>(NamedValues(all))
+            let reviews = (0..cases.len()).map(|at| {
+                review(
+                    at,
+                    &cases[at],
+                    &system.texts[at],
+                    &other.labels[at],
+                    &settings,
+                )
+            });
+            let other = OtherRun {
+                reviews: reviews.collect(),
+                confusion: confusion(&other.labels),
+                texts: system.texts,
+                labels: other.labels,
+                scores,
+            };
+            Ok::<_, EvaluateError>((NamedValues(all), other))
         })
         .transpose()?;
+    let (comparison, other) = compared.unzip();
     let texts = systems
         .into_iter()
         .next()
@@ -78,8 +100,11 @@ pub fn evaluate(
         systems: scores,
         reviews,
         comparison,
+        other,
         probabilities: None,
         judge: None,
+        probability_comparison: None,
+        subgroups: Vec::new(),
         rules: (rules.name.clone(), rules.guessed),
         others: rules
             .others()

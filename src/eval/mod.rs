@@ -17,4 +17,5 @@ pub mod outcome;
 pub mod predictions;
 pub mod probability;
 pub mod report;
+pub mod subgroups;
 pub mod text;

@@ -9,7 +9,8 @@ use super::{
     cases::{Case, System, WrittenReport},
     findings::{Finding, LabelledPair, Policies, Status, score::FindingScores},
     judge::JudgeOutcome,
-    probability::evaluation::ProbabilityOutcome,
+    probability::{comparison::ProbabilityComparison, evaluation::ProbabilityOutcome},
+    subgroups::SubgroupKey,
     text::TextLanguage,
 };
 
@@ -101,6 +102,21 @@ pub struct CaseReview {
     pub rouge_l: f64,
 }
 
+/// Another run on the same test set.
+#[derive(Debug, Clone)]
+pub struct OtherRun {
+    /// Its scores.
+    pub scores: SystemScores,
+    /// What it wrote.
+    pub texts: Vec<WrittenReport>,
+    /// Labels of truth and answer.
+    pub labels: Vec<LabelledPair>,
+    /// Statuses by class.
+    pub confusion: BTreeMap<Finding, Confusion>,
+    /// Its cases, in the order of the test set.
+    pub reviews: Vec<CaseReview>,
+}
+
 /// Everything that was found out.
 #[derive(Debug, Clone)]
 pub struct EvalOutcome {
@@ -120,10 +136,16 @@ pub struct EvalOutcome {
     pub reviews: Vec<CaseReview>,
     /// This run against another, if there is one.
     pub comparison: Option<NamedValues<Comparison>>,
+    /// The other run by itself.
+    pub other: Option<OtherRun>,
     /// Probabilities of findings, if there are any.
     pub probabilities: Option<ProbabilityOutcome>,
     /// What a judge says of the first system, if one was asked.
     pub judge: Option<JudgeOutcome>,
+    /// Those of this run against those of the other.
+    pub probability_comparison: Option<ProbabilityComparison>,
+    /// Scores of parts of the test set.
+    pub subgroups: Vec<SubgroupKey>,
     /// The table that findings are read with, and whether the texts decided.
     pub rules: (String, bool),
     /// Chinese names of the abnormalities outside the twenty classes, by key.

@@ -7,7 +7,7 @@ use burn::{
 
 use super::{
     accelerator::Accelerator,
-    generate::{GenerateError, GenerationConfig, Prompt, check_prompts},
+    generate::{GenerateError, GenerationConfig, Prompt, PromptState, check_prompts},
     vision::encode_images,
 };
 use crate::{
@@ -30,8 +30,6 @@ const PACKED_COLUMNS: usize = 512;
 
 /// The log-probability of each token of each continuation, given the prompt and the tokens before it.
 ///
-/// As [`continuation_log_probabilities_after`], with nothing between prompt and continuation.
-///
 /// # Errors
 /// [`GenerateError`]: a prompt or continuation that does not fit the model, or an output that is not a number.
 pub fn continuation_log_probabilities<B: Accelerator>(
@@ -41,110 +39,124 @@ pub fn continuation_log_probabilities<B: Accelerator>(
     continuations: &[Vec<u32>],
     device: &B::Device,
 ) -> Result<Vec<Vec<f32>>, GenerateError> {
-    let mut found = continuation_log_probabilities_after(
-        model,
-        config,
-        prompt,
-        &[],
-        &[0],
-        continuations,
-        device,
-    )?;
+    // Before the prompt goes through.
+    check(config, prompt, &[], continuations)?;
+    let state = PromptState::of_prompt(model, config, prompt, device)?;
+    let mut found =
+        state.continuation_log_probabilities(model, config, &[], &[0], continuations, device)?;
     Ok(found.remove(0))
 }
 
-/// The log-probability of each token of each continuation after the prompt and the first `ends[i]` tokens of `answer`,
-/// `[end][continuation][token]`.
-///
-/// Images are encoded once, and the keys and values of prompt and answer are computed once. Each continuation counts
-/// alone: neither the others nor the rest of the answer change it.
-///
-/// # Errors
-/// As [`continuation_log_probabilities`].
-///
-/// # Panics
-/// If an end is after the answer.
-pub fn continuation_log_probabilities_after<B: Accelerator>(
-    model: &Qwen3Vl<B>,
-    config: &Qwen3VlConfig,
-    prompt: &Prompt,
-    answer: &[u32],
-    ends: &[usize],
-    continuations: &[Vec<u32>],
-    device: &B::Device,
-) -> Result<Vec<Vec<Vec<f32>>>, GenerateError> {
-    let longest = check(config, prompt, answer, continuations)?;
-    let rows = std::slice::from_ref(&prompt.input_ids);
-    let grids = std::slice::from_ref(&prompt.images.image_grid_thw);
-    let (input, deltas) = TextInput::padded(rows, grids, config, Padding::Left, 0)?;
-    let length = input.seq();
-    let vision = (!prompt.images.image_grid_thw.is_empty())
-        .then(|| encode_images(model, &prompt.images, config, device));
-    let layers = config.text_config.num_hidden_layers;
-    let room = length + answer.len() + longest;
-    let mut shared = KeyValueCache::with_capacity(layers, room);
-    let columns = match model.quantization() {
-        Some(_) => PACKED_COLUMNS.min(length),
-        None => length,
-    };
-    // Last hidden state of the prompt and of each token of the answer: what a continuation begins after.
-    let mut before = model.prefill(
-        &input,
-        vision.as_ref(),
-        config,
-        &mut shared,
-        columns,
-        device,
-    );
-    drop(vision);
-    if !answer.is_empty() {
-        let step = after(&[answer], length, deltas[0], config.image_token_id);
-        let hidden = model.hidden_states(&step, None, config, Some(&mut shared), None, device);
-        before = Tensor::cat(vec![before, hidden], 0);
+impl<B: Accelerator> PromptState<B> {
+    /// Puts a prompt through the model.
+    ///
+    /// # Errors
+    /// [`GenerateError`]: a prompt that does not fit the model.
+    pub fn of_prompt(
+        model: &Qwen3Vl<B>,
+        config: &Qwen3VlConfig,
+        prompt: &Prompt,
+        device: &B::Device,
+    ) -> Result<Self, GenerateError> {
+        check(config, prompt, &[], &[])?;
+        let rows = std::slice::from_ref(&prompt.input_ids);
+        let grids = std::slice::from_ref(&prompt.images.image_grid_thw);
+        let (input, deltas) = TextInput::padded(rows, grids, config, Padding::Left, 0)?;
+        let held = input.seq();
+        let vision = (!prompt.images.image_grid_thw.is_empty())
+            .then(|| encode_images(model, &prompt.images, config, device));
+        let mut cache = KeyValueCache::new(config.text_config.num_hidden_layers);
+        let columns = match model.quantization() {
+            Some(_) => PACKED_COLUMNS.min(held),
+            None => held,
+        };
+        let vision = vision.as_ref();
+        let last = model.prefill(&input, vision, config, &mut cache, columns, device);
+        Ok(Self {
+            cache,
+            last,
+            held,
+            delta: deltas[0],
+            tokens: held,
+        })
     }
-    let firsts: Vec<usize> = (0..continuations.len())
-        .filter(|row| !continuations[*row].is_empty())
-        .collect();
-    let targets: Vec<u32> = firsts.iter().map(|row| continuations[*row][0]).collect();
-    let longer: Vec<usize> = (0..continuations.len())
-        .filter(|row| continuations[*row].len() > 1)
-        .collect();
-    let at_once = (CACHED_TOKENS / room).max(1);
-    let mut all = Vec::with_capacity(ends.len());
-    for end in ends {
-        assert!(*end <= answer.len(), "end {end} of {} tokens", answer.len());
-        let mut found: Vec<Vec<f32>> = vec![Vec::new(); continuations.len()];
-        let places = vec![*end as i32; targets.len()];
-        let first = of_targets(model, &before, &places, &targets, device)?;
-        for (row, value) in firsts.iter().zip(first) {
-            found[*row].push(value);
+
+    /// The log-probability of each token of each continuation after the prompt and the first `ends[i]` tokens of
+    /// `answer`, `[end][continuation][token]`.
+    ///
+    /// The keys and values of prompt and answer are computed once. Each continuation counts alone: neither the others
+    /// nor the rest of the answer change it.
+    ///
+    /// # Errors
+    /// [`GenerateError`]: an answer or continuation that does not fit the model, or an output that is not a number.
+    ///
+    /// # Panics
+    /// If an end is after the answer.
+    pub fn continuation_log_probabilities(
+        mut self,
+        model: &Qwen3Vl<B>,
+        config: &Qwen3VlConfig,
+        answer: &[u32],
+        ends: &[usize],
+        continuations: &[Vec<u32>],
+        device: &B::Device,
+    ) -> Result<Vec<Vec<Vec<f32>>>, GenerateError> {
+        let longest = check_added(config, self.tokens, answer, continuations)?;
+        let (held, delta) = (self.held, self.delta);
+        let room = held + answer.len() + longest;
+        // Last hidden state of the prompt and of each token of the answer: what a continuation begins after.
+        let mut before = self.last;
+        if !answer.is_empty() {
+            let step = after(&[answer], held, delta, config.image_token_id);
+            let cache = Some(&mut self.cache);
+            let hidden = model.hidden_states(&step, None, config, cache, None, device);
+            before = Tensor::cat(vec![before, hidden], 0);
         }
-        for group in longer.chunks(at_once) {
-            let texts: Vec<&[u32]> = group
-                .iter()
-                .map(|row| &continuations[*row][..continuations[*row].len() - 1])
-                .collect();
-            let mut cache = shared.clone();
-            cache.truncate(length + end);
-            // New buffers: the shared ones are not written to.
-            cache.select_rows(&vec![0; group.len()], device);
-            let step = after(&texts, length + end, deltas[0], config.image_token_id);
-            let width = step.seq();
-            let hidden = model.hidden_states(&step, None, config, Some(&mut cache), None, device);
-            let mut places = Vec::new();
-            let mut targets = Vec::new();
-            for (row, text) in texts.iter().enumerate() {
-                places.extend((0..text.len()).map(|column| (row * width + column) as i32));
-                targets.extend_from_slice(&continuations[group[row]][1..]);
+        let firsts: Vec<usize> = (0..continuations.len())
+            .filter(|row| !continuations[*row].is_empty())
+            .collect();
+        let targets: Vec<u32> = firsts.iter().map(|row| continuations[*row][0]).collect();
+        let longer: Vec<usize> = (0..continuations.len())
+            .filter(|row| continuations[*row].len() > 1)
+            .collect();
+        let at_once = (CACHED_TOKENS / room).max(1);
+        let mut all = Vec::with_capacity(ends.len());
+        for end in ends {
+            assert!(*end <= answer.len(), "end {end} of {} tokens", answer.len());
+            let mut found: Vec<Vec<f32>> = vec![Vec::new(); continuations.len()];
+            let places = vec![*end as i32; targets.len()];
+            let first = of_targets(model, &before, &places, &targets, device)?;
+            for (row, value) in firsts.iter().zip(first) {
+                found[*row].push(value);
             }
-            let mut values = of_targets(model, &hidden, &places, &targets, device)?.into_iter();
-            for (row, text) in group.iter().zip(&texts) {
-                found[*row].extend(values.by_ref().take(text.len()));
+            for group in longer.chunks(at_once) {
+                let texts: Vec<&[u32]> = group
+                    .iter()
+                    .map(|row| &continuations[*row][..continuations[*row].len() - 1])
+                    .collect();
+                let mut cache = self.cache.clone();
+                cache.truncate(held + end);
+                // New buffers: the shared ones are not written to.
+                cache.select_rows(&vec![0; group.len()], device);
+                let step = after(&texts, held + end, delta, config.image_token_id);
+                let width = step.seq();
+                let hidden =
+                    model.hidden_states(&step, None, config, Some(&mut cache), None, device);
+                let mut places = Vec::new();
+                let mut targets = Vec::new();
+                for (row, text) in texts.iter().enumerate() {
+                    places.extend((0..text.len()).map(|column| (row * width + column) as i32));
+                    targets.extend_from_slice(&continuations[group[row]][1..]);
+                }
+                let mut values = of_targets(model, &hidden, &places, &targets, device)?.into_iter();
+                for (row, text) in group.iter().zip(&texts) {
+                    found[*row].extend(values.by_ref().take(text.len()));
+                }
             }
+            all.push(found);
         }
-        all.push(found);
+        Ok(all)
     }
-    Ok(all)
 }
 
 /// [`continuation_log_probabilities`] in the plain way: every continuation with the whole prompt before it, one after
@@ -178,20 +190,41 @@ pub fn whole_log_probabilities<B: Accelerator>(
         .collect()
 }
 
-/// Checks prompt and continuations; returns the length of the longest.
+/// Checks prompt, answer and continuations; returns the length of the longest.
 fn check(
     config: &Qwen3VlConfig,
     prompt: &Prompt,
     answer: &[u32],
     continuations: &[Vec<u32>],
 ) -> Result<usize, GenerateError> {
-    let longest = continuations.iter().map(Vec::len).max().unwrap_or(0);
+    let settings = GenerationConfig::default();
     let settings = GenerationConfig {
-        max_new_tokens: answer.len() + longest,
-        ..GenerationConfig::default()
+        max_new_tokens: 0,
+        ..settings
     };
     check_prompts(config, std::slice::from_ref(prompt), &settings)?;
-    let vocab_size = config.text_config.vocab_size;
+    check_added(config, prompt.input_ids.len(), answer, continuations)
+}
+
+/// Checks what comes after a prompt of `prompt` tokens; returns the length of the longest continuation.
+fn check_added(
+    config: &Qwen3VlConfig,
+    prompt: usize,
+    answer: &[u32],
+    continuations: &[Vec<u32>],
+) -> Result<usize, GenerateError> {
+    let longest = continuations.iter().map(Vec::len).max().unwrap_or(0);
+    let new = answer.len() + longest;
+    let text = &config.text_config;
+    if prompt.saturating_add(new) > text.max_position_embeddings {
+        return Err(GenerateError::TooLong {
+            prompt,
+            image: 0,
+            new,
+            context: text.max_position_embeddings,
+        });
+    }
+    let vocab_size = text.vocab_size;
     match (continuations.iter().flatten().chain(answer)).find(|id| **id as usize >= vocab_size) {
         Some(id) => Err(GenerateError::UnknownToken {
             id: *id,

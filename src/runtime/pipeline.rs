@@ -52,8 +52,8 @@ use crate::{
         accelerator::Accelerator,
         fit::{CacheWish, Fit, InferenceMemory, TooSmall},
         generate::{
-            FinishReason, GenerateError, GenerationConfig, PREFILL_TOKENS, Prompt, Timing,
-            generate, text::TextStream,
+            FinishReason, GenerateError, GenerationConfig, PREFILL_TOKENS, Prompt, PromptState,
+            Timing, generate_and_keep, text::TextStream,
         },
     },
 };
@@ -577,6 +577,35 @@ impl<B: Accelerator> Pipeline<B> {
         stop: &[String],
         on_text: &mut dyn FnMut(usize, &str),
     ) -> Result<(Vec<Answer>, Timing), PipelineError> {
+        self.answer_and_keep(prompts, settings, stop, None, on_text)
+    }
+
+    /// Puts a prompt through the model, for continuations of it.
+    ///
+    /// # Errors
+    /// [`PipelineError::Generate`].
+    pub fn prompt_state(&self, prompt: &Prompt) -> Result<PromptState<B>, PipelineError> {
+        let config = &self.parts.config;
+        Ok(PromptState::of_prompt(
+            &self.model,
+            config,
+            prompt,
+            &self.device,
+        )?)
+    }
+
+    /// [`Pipeline::answer`], with the prompts as they are after their prefill appended to `kept`.
+    ///
+    /// # Errors
+    /// [`PipelineError::Generate`].
+    pub fn answer_and_keep(
+        &self,
+        prompts: &[Prompt],
+        settings: &GenerationConfig,
+        stop: &[String],
+        kept: Option<&mut Vec<PromptState<B>>>,
+        on_text: &mut dyn FnMut(usize, &str),
+    ) -> Result<(Vec<Answer>, Timing), PipelineError> {
         let mut settings = settings.clone();
         settings
             .eos_token_ids
@@ -585,12 +614,13 @@ impl<B: Accelerator> Pipeline<B> {
             .iter()
             .map(|_| TextStream::new(&self.parts.tokenizer, stop))
             .collect();
-        let (generations, timing) = generate(
+        let (generations, timing) = generate_and_keep(
             &self.model,
             &self.parts.config,
             prompts,
             &settings,
             &self.device,
+            kept,
             &mut |row, token| {
                 let piece = streams[row].push(token);
                 if !piece.is_empty() {

@@ -13,6 +13,7 @@ use super::{
     audit::RequestRecord,
     engine::{Done, Event, TokenLogprob},
     error::ApiError,
+    findings::AskedFindings,
     reasoning::{self, ReasoningSplitter},
     settings::RequestSettings,
     tool_calls::{CallPiece, CallSplitter},
@@ -40,6 +41,8 @@ pub(super) struct Answers {
     pub(super) receivers: Vec<UnboundedReceiver<Event>>,
     pub(super) reader: AnswerReader,
     pub(super) settings: RequestSettings,
+    /// How probabilities of findings are told, where they are asked for.
+    pub(super) findings: Option<AskedFindings>,
     pub(super) tokenizer: Tokenizer,
 }
 
@@ -161,6 +164,15 @@ impl Answers {
         if !self.ignored.is_empty() {
             answer["ignored_fields"] = json!(self.ignored);
         }
+    }
+
+    /// The probabilities of findings of an answer whose text, without its reasoning, is `report`; what they give a
+    /// client to know is added to the remarks.
+    pub(super) fn findings(&mut self, done: &mut Done, report: &str) -> Option<Value> {
+        let found = done.continuations.take()?;
+        let (object, remarks) = self.findings.as_ref()?.told(found, report);
+        self.remarks.extend(remarks);
+        Some(object)
     }
 
     /// Writes down that all was sent.

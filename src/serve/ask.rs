@@ -18,9 +18,12 @@ use super::{
     auth::Peer,
     body::{check_json_size, read_body, take},
     content::{Asked, Requester, prepare},
-    engine::{Event, Failure, PreparedPrompt, QueuePlace, Submission, TokenConstraint},
+    engine::{
+        Continuations, Event, Failure, PreparedPrompt, QueuePlace, Submission, TokenConstraint,
+    },
     error::ApiError,
     fields::{Fields, parse_body},
+    findings::FindingRequest,
     grammar::{Constraint, FormError},
     models::ModelEntry,
     settings::RequestSettings,
@@ -98,6 +101,9 @@ pub(super) struct Task<'a> {
     /// Number of the first answer, by which seeds differ.
     pub(super) first: usize,
 }
+
+/// What is asked of a prompt besides its answer.
+type Besides = Option<Continuations>;
 
 /// What answers are held to.
 pub(super) struct Rules {
@@ -185,7 +191,7 @@ impl Rules {
     }
 }
 
-/// Submits all answers to one prompt.
+/// Submits all answers to one prompt; the first brings what is asked `besides`.
 ///
 /// # Errors
 /// [`ApiError`], where the server stops.
@@ -193,6 +199,7 @@ pub(super) fn submit(
     app: &App,
     call: &Call,
     task: &Task<'_>,
+    mut besides: Besides,
     places: &mut QueuePlace,
 ) -> Result<Vec<UnboundedReceiver<Event>>, ApiError> {
     let settings = task.settings;
@@ -215,6 +222,7 @@ pub(super) fn submit(
             // The same for all answers: the first brings them.
             prompt_logprobs: settings.prompt_logprobs.filter(|_| index == task.first),
             constraint: task.rules.of_answer(settings),
+            continuations: besides.take(),
             deadline: call.deadline(app),
             client: call.client,
         };
@@ -237,6 +245,7 @@ pub(super) async fn ask(
     let model = call.model(app, request.model.as_deref())?;
     let vocab_size = app.parts.config.text_config.vocab_size;
     let settings = RequestSettings::new(&request.generation, &app.config, vocab_size)?;
+    let findings = FindingRequest::new(&request, &settings)?;
     let mut places = app.engine.reserve(call.client, settings.choices)?;
     let header = call.header(app, prefix, request.model.as_deref());
     let asked = Asked {
@@ -252,14 +261,20 @@ pub(super) async fn ask(
     let prepared = tokio::time::timeout_at(call.deadline(app).into(), preparing)
         .await
         .map_err(|_| ApiError::from(Failure::Deadline))??;
-    let prompt = Arc::new(prepared.prompt);
+    let prompt_tokens = prepared.prompt.len();
     {
         let mut facts = call.record.facts();
-        facts.images = prompt.images.len();
-        facts.prompt_tokens = prompt.len();
+        facts.images = prepared.prompt.images.len();
+        facts.prompt_tokens = prompt_tokens;
     }
-    let max_new_tokens = room(app, settings.max_new_tokens, prompt.len(), "messages")?
-        .unwrap_or(app.config.default_new_tokens);
+    let max_new_tokens = room(app, settings.max_new_tokens, prompt_tokens, "messages")?
+        .unwrap_or(app.config.default_new_tokens)
+        .min(app.context() - prompt_tokens);
+    let (besides, findings) = findings
+        .map(|findings| findings.ask(app, &model, &prepared, max_new_tokens))
+        .transpose()?
+        .unzip();
+    let prompt = Arc::new(prepared.prompt);
     let tools = &request.tools;
     let rules = Rules::new(app, &settings, tools, prepared.opens_thinking).await?;
     let task = Task {
@@ -267,10 +282,10 @@ pub(super) async fn ask(
         prompt: prompt.clone(),
         settings: &settings,
         rules: &rules,
-        max_new_tokens: max_new_tokens.min(app.context() - prompt.len()),
+        max_new_tokens,
         first: 0,
     };
-    let receivers = submit(app, call, &task, &mut places)?;
+    let receivers = submit(app, call, &task, besides, &mut places)?;
     // Until it is known to have ended otherwise.
     call.record.facts().outcome = Some("left");
     let mut remarks: Vec<serde_json::Value> = prompt
@@ -288,6 +303,7 @@ pub(super) async fn ask(
         receivers,
         reader: AnswerReader::new(prepared.opens_thinking, !tools.callable().is_empty()),
         settings,
+        findings,
         tokenizer: app.parts.tokenizer.clone(),
     })
 }

@@ -21,6 +21,7 @@ use super::{
     auth::Peer,
     engine::{Done, Event, TokenLogprob},
     error::ApiError,
+    findings::FIELD,
     stream::{self, Events, StreamForm},
     types::{ChatRequest, Usage},
 };
@@ -109,7 +110,7 @@ async fn collect(mut answers: Answers) -> Result<Value, ApiError> {
         let mut reader = answers.reader.clone();
         let mut message = Message::default();
         let mut logprobs = Vec::new();
-        let done = loop {
+        let mut done = loop {
             match next_event(&mut receiver, &answers.record).await? {
                 Event::Prompt(found) => of_prompt = Some(answers.prompt_logprobs(&found)),
                 Event::Token { text, logprob } => {
@@ -125,13 +126,18 @@ async fn collect(mut answers: Answers) -> Result<Value, ApiError> {
         count(&mut usage, answers.prompt_tokens, &done);
         let calls = message.calls.len();
         let wanted = answers.settings.logprobs;
-        choices.push(json!({
+        let findings = answers.findings(&mut done, &message.content);
+        let mut choice = json!({
             "index": index,
             "message": message.json(),
             "logprobs": wanted.map(|_| json!({"content": logprobs})),
             "finish_reason": finish_reason(done.reason, calls),
             "stop_reason": stop_reason(done.reason),
-        }));
+        });
+        if let Some(findings) = findings {
+            choice[FIELD] = findings;
+        }
+        choices.push(choice);
     }
     answers.done(usage.completion_tokens);
     let mut answer = json!({
@@ -155,6 +161,8 @@ struct ChatStream {
     readers: Vec<AnswerReader>,
     /// Tokens of each answer so far.
     tokens: Vec<usize>,
+    /// The text of the answer so far, where its findings are asked for: there is one then.
+    report: String,
 }
 
 impl ChatStream {
@@ -162,6 +170,7 @@ impl ChatStream {
         Self {
             readers: vec![answers.reader.clone(); count],
             tokens: vec![0; count],
+            report: String::new(),
             answers,
         }
     }
@@ -172,6 +181,7 @@ impl ChatStream {
         delta: Value,
         logprobs: Option<Value>,
         finish: Option<(&'static str, Option<&'static str>)>,
+        findings: Option<Value>,
         out: &mut Events,
     ) {
         let delta_begins = delta.get("role").is_some();
@@ -183,6 +193,9 @@ impl ChatStream {
         });
         if let Some((_, Some(reason))) = finish {
             choice["stop_reason"] = reason.into();
+        }
+        if let Some(findings) = findings {
+            choice[FIELD] = findings;
         }
         let usage = self.answers.settings.continuous_usage.then(|| {
             let written = self.tokens.iter().sum();
@@ -217,16 +230,20 @@ impl ChatStream {
     }
 
     fn pieces(
-        &self,
+        &mut self,
         index: usize,
         pieces: Vec<Piece>,
         mut logprobs: Option<Value>,
         out: &mut Events,
     ) {
         if pieces.is_empty() && logprobs.is_some() {
-            self.chunk(index, json!({"content": ""}), logprobs.take(), None, out);
+            let delta = json!({"content": ""});
+            self.chunk(index, delta, logprobs.take(), None, None, out);
         }
         for piece in pieces {
+            if let (Piece::Text(text), true) = (&piece, self.answers.findings.is_some()) {
+                self.report.push_str(text);
+            }
             let delta = match piece {
                 Piece::Reasoning(text) => json!({"reasoning_content": text}),
                 Piece::Text(text) => json!({"content": text}),
@@ -241,7 +258,7 @@ impl ChatStream {
                     "function": {"arguments": text},
                 }]}),
             };
-            self.chunk(index, delta, logprobs.take(), None, out);
+            self.chunk(index, delta, logprobs.take(), None, None, out);
         }
     }
 }
@@ -250,7 +267,7 @@ impl StreamForm for ChatStream {
     fn begin(&mut self, out: &mut Events) {
         for index in 0..self.readers.len() {
             let delta = json!({"role": "assistant", "content": ""});
-            self.chunk(index, delta, None, None, out);
+            self.chunk(index, delta, None, None, None, out);
         }
     }
 
@@ -268,7 +285,9 @@ impl StreamForm for ChatStream {
         self.pieces(index, pieces, None, out);
         let reason = finish_reason(done.reason, self.readers[index].calls());
         let finish = Some((reason, stop_reason(done.reason)));
-        self.chunk(index, json!({}), None, finish, out);
+        let report = std::mem::take(&mut self.report);
+        let findings = self.answers.findings(&mut done.clone(), &report);
+        self.chunk(index, json!({}), None, finish, findings, out);
     }
 
     fn end(&mut self, usage: &Usage, out: &mut Events) {

@@ -119,7 +119,7 @@ async fn start(
             max_new_tokens: wanted.unwrap_or(DEFAULT_NEW_TOKENS.min(left)),
             first: number * settings.choices,
         };
-        receivers.extend(submit(app, call, &task, &mut places)?);
+        receivers.extend(submit(app, call, &task, None, &mut places)?);
         let text = match text {
             PromptText::Text(text) if request.truncate.is_none() => text,
             _ => decoded(app, &prompt.input_ids)?,
@@ -133,6 +133,7 @@ async fn start(
         facts.outcome = Some("left");
     }
     let answers = Answers {
+        findings: None,
         header: call.header(app, "cmpl-", request.model.as_deref()),
         record: call.record.clone(),
         prompt_tokens: tokens,

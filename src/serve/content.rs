@@ -95,6 +95,8 @@ pub(super) struct Prepared {
     pub(super) prompt: PreparedPrompt,
     /// Whether the answer begins inside of reasoning.
     pub(super) opens_thinking: bool,
+    /// Fewest and most pixels of its images; 0 where they differ from image to image.
+    pub(super) pixels: [usize; 2],
 }
 
 /// Makes the prompt of a conversation for one model.
@@ -445,9 +447,15 @@ fn encode(
     keep_end(app, &mut ids, conversation.options().truncate)?;
     let mut prompt = prompt_of(app, ids, patches, "messages")?;
     prompt.remarks = remarks;
+    let limits = processors.iter().map(|processor| {
+        let config = processor.config();
+        [config.min_pixels, config.max_pixels]
+    });
+    let pixels = limits.reduce(|all, one| if all == one { all } else { [0; 2] });
     Ok(Prepared {
         prompt,
         opens_thinking,
+        pixels: pixels.unwrap_or([0; 2]),
     })
 }
 

@@ -64,10 +64,12 @@ pub struct Metrics {
     pub cancelled: Counter,
     pub failed: Counter,
     pub preempted: Counter,
+    pub scored_tokens: Counter,
     resident_memory: Option<Gauge>,
     responses: Family<Status, Counter>,
     first_token: Histogram,
     per_token: Histogram,
+    findings: Histogram,
     registry: Registry,
 }
 
@@ -115,6 +117,10 @@ impl Default for Metrics {
             "sequences_preempted",
             "Times an answer gave its place in the batch or cache to another and went on later",
         );
+        let scored_tokens = counter(
+            "findings_tokens",
+            "Tokens computed for probabilities of findings, besides prompts and answers",
+        );
         let responses = Family::<Status, Counter>::default();
         // A series that is there from the start can be seen to stay at 0.
         for (_, status) in STATUSES {
@@ -129,6 +135,10 @@ impl Default for Metrics {
             "From submission to the first token",
         );
         let per_token = histogram("time_per_token_seconds", "Between two tokens of an answer");
+        let findings = histogram(
+            "time_to_findings_seconds",
+            "From the end of an answer to its probabilities of findings",
+        );
         Self {
             queue,
             running,
@@ -148,10 +158,12 @@ impl Default for Metrics {
             cancelled,
             failed,
             preempted,
+            scored_tokens,
             resident_memory,
             responses,
             first_token,
             per_token,
+            findings,
             registry,
         }
     }
@@ -173,6 +185,11 @@ impl Metrics {
     /// Takes the time between two tokens of an answer.
     pub fn per_token(&self, took: Duration) {
         self.per_token.observe(took.as_secs_f64());
+    }
+
+    /// Takes the time from the end of an answer to its probabilities of findings.
+    pub fn scored(&self, took: Duration) {
+        self.findings.observe(took.as_secs_f64());
     }
 
     /// Everything in Prometheus' text form.

@@ -25,6 +25,7 @@ pub mod engine;
 pub mod error;
 pub mod fetch;
 mod fields;
+pub mod findings;
 mod gbnf;
 pub mod grammar;
 pub mod http;

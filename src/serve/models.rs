@@ -3,16 +3,21 @@
 use std::{
     collections::BTreeMap,
     path::{Component, Path, PathBuf},
-    sync::{PoisonError, RwLock},
+    sync::{Arc, PoisonError, RwLock},
     time::{SystemTime, UNIX_EPOCH},
 };
 
 use axum::http::StatusCode;
 use serde_json::{Value, json};
 
-use super::{engine::Engine, error::ApiError};
+use super::{
+    engine::Engine,
+    error::ApiError,
+    findings::{FindingBasis, FindingFiles},
+};
 use crate::{
     adapters::lora::{base::check_base, files::trained_pixel_limits, folder::find_adapter},
+    eval::probability::calibration::CalibrationError,
     processor::{chat::ChatTemplate, sample::PixelLimits},
     qwen3_vl::weights::gguf::GgufParts,
     runtime::generate::backend::AdapterId,
@@ -29,6 +34,8 @@ pub struct ModelEntry {
     pub limits: PixelLimits,
     /// What a reader of its answers should know about how the adapter was read.
     remarks: Vec<String>,
+    /// What its probabilities of findings rest on.
+    pub findings: Arc<FindingBasis>,
     /// Seconds since 1970.
     created: u64,
 }
@@ -42,6 +49,8 @@ pub struct Models {
     base_dir: Option<(PathBuf, GgufParts)>,
     /// Whether adapters bring the pixel limits of their training.
     own_limits: bool,
+    /// Where calibrations are found.
+    files: FindingFiles,
     entries: RwLock<BTreeMap<String, ModelEntry>>,
     /// What a reader of answers should know about how the base was read.
     remarks: Vec<String>,
@@ -83,6 +92,9 @@ impl Models {
             template: template.clone(),
             limits: PixelLimits::default(),
             remarks: Vec::new(),
+            findings: Arc::new(FindingBasis::Uncalibrated(
+                "this server was not told where its model's files are".into(),
+            )),
             created: now(),
         };
         Self {
@@ -92,6 +104,7 @@ impl Models {
             base_dir: None,
             own_limits: true,
             remarks: Vec::new(),
+            files: FindingFiles::default(),
             max_adapters: MAX_ADAPTERS,
             changing: tokio::sync::Mutex::new(()),
         }
@@ -113,6 +126,23 @@ impl Models {
     pub fn with_remarks(mut self, remarks: Vec<String>) -> Self {
         self.remarks = remarks;
         self
+    }
+
+    /// Finds the calibrations of the base, and later those of adapters, in the folders of their files.
+    ///
+    /// # Errors
+    /// A calibration of the base that cannot be used.
+    pub fn with_calibrations(mut self, files: FindingFiles) -> Result<Self, CalibrationError> {
+        let basis = Arc::new(FindingBasis::find(&files, None)?);
+        let entries = self.entries.get_mut();
+        if let Some(entry) = entries
+            .unwrap_or_else(PoisonError::into_inner)
+            .get_mut(&self.base)
+        {
+            entry.findings = basis;
+        }
+        self.files = files;
+        Ok(self)
     }
 
     /// Takes at most `count` adapters.
@@ -236,6 +266,13 @@ impl Models {
                 .map_err(|error| refused(error.to_string()))?
                 .map_err(|error| refused(error.to_string()))?;
         }
+        let (files, folder) = (self.files.clone(), dir.clone());
+        let findings =
+            tokio::task::spawn_blocking(move || FindingBasis::find(&files, Some(&folder)));
+        let findings = findings
+            .await
+            .map_err(|error| refused(error.to_string()))?
+            .map_err(|error| refused(error.to_string()))?;
         let loaded = engine.load_adapter(dir).await.map_err(refused)?;
         remarks.extend(loaded.notes);
         let entry = ModelEntry {
@@ -243,6 +280,7 @@ impl Models {
             template,
             limits,
             remarks,
+            findings: Arc::new(findings),
             created: now(),
         };
         let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);

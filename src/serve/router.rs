@@ -50,7 +50,7 @@ macro_rules! script {
 }
 
 /// Files of the web page: path, type, content.
-const PAGE: [(&str, &str, &str); 11] = [
+const PAGE: [(&str, &str, &str); 12] = [
     (
         "/",
         "text/html; charset=utf-8",
@@ -66,6 +66,7 @@ const PAGE: [(&str, &str, &str); 11] = [
     script!("dom.js"),
     script!("export.js"),
     script!("film.js"),
+    script!("findings.js"),
     script!("history.js"),
     script!("run.js"),
     script!("strings.js"),

@@ -21,6 +21,8 @@ pub struct ChatRequest {
     pub prompt: PromptOptions,
     /// How the answer is written.
     pub generation: GenerationFields,
+    /// Sends probabilities of findings beside the answer.
+    pub findings: bool,
     /// Fields that were passed over.
     pub ignored: Vec<String>,
 }

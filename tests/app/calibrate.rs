@@ -65,12 +65,14 @@ fn probabilities_are_calibrated_found_scored_and_drawn() {
                 .any(|r| r["code"] == "findings_not_calibrated")
         );
         let classes = row["findings"].as_object().unwrap();
-        assert_eq!(classes.len(), 19);
-        assert!(!classes.contains_key("no_finding"));
+        assert_eq!(classes.len(), 20);
         for (name, class) in classes {
             let (p, logit) = (&class["probability"], &class["logit"]);
-            let (p, logit) = (p.as_f64().unwrap(), logit.as_f64().unwrap());
-            assert!((1.0 / (1.0 + (-logit).exp()) - p).abs() < 1e-5, "{name}");
+            // What follows from the others has no logit of its own.
+            assert_eq!(logit.is_null(), name == "no_finding");
+            if let (Some(p), Some(logit)) = (p.as_f64(), logit.as_f64()) {
+                assert!((1.0 / (1.0 + (-logit).exp()) - p).abs() < 1e-5, "{name}");
+            }
             assert_eq!(class["decision"], "undecided", "{name}");
             assert_eq!(class["conflict"], false, "{name}");
         }
@@ -162,6 +164,42 @@ fn probabilities_are_calibrated_found_scored_and_drawn() {
     assert!(together["after"]["brier"].as_f64().is_some());
     let page = fs::read_to_string(at("e.html")).unwrap();
     assert!(page.contains("所见的概率") && page.contains("class=\"curve\""));
+
+    let of_all = &together["coverage"];
+    assert!(of_all["value"].as_f64().is_some(), "{together}");
+    assert_eq!(together["abstention"].as_array().unwrap().len(), 20);
+
+    // Two models: here the same one without calibration, which ranks alike.
+    let (uncalibrated, _) = findings(&["--json", "--no-calibration"]);
+    fs::write(at("u.jsonl"), uncalibrated).unwrap();
+    let args = [
+        "eval",
+        "p.jsonl",
+        "--data",
+        "set/samples.jsonl",
+        "--compare",
+        "u.jsonl",
+        "--json",
+        "two.json",
+        "--html",
+        "two.html",
+        "--resamples",
+        "20",
+    ];
+    well(folder.path(), &args);
+    let two: Value = serde_json::from_slice(&fs::read(at("two.json")).unwrap()).unwrap();
+    let compared = &two["probability_comparison"];
+    assert_eq!(compared["cases"], 6);
+    for (name, one) in compared["classes"].as_object().unwrap() {
+        if name != "no_finding" {
+            assert_eq!(one["auc"]["difference"]["value"], 0.0, "{name}");
+        }
+    }
+    assert!(two["other"]["scores"]["scores"]["findings.micro.f1"]["value"].is_number());
+    let page = fs::read_to_string(at("two.html")).unwrap();
+    for part in ["另一次 F1", "两次的概率", "另一次的回答", "class=\"other\""] {
+        assert!(page.contains(part), "{part}");
+    }
 
     // Predictions of another program take the probabilities of a file.
     let bare: Vec<String> = calibrated
@@ -257,6 +295,68 @@ fn the_calibration_of_another_model_or_question_is_refused() {
     let (code, _, stderr) = run(folder.path(), &[&["infer"], &sent[..]].concat());
     assert_eq!(code, 2);
     assert!(stderr.contains("--findings"), "{stderr}");
+}
+
+#[test]
+fn a_run_that_was_broken_off_goes_on_and_gives_the_same() {
+    let folder = tempdir().unwrap();
+    phantoms(folder.path());
+    let at = |name: &str| folder.path().join(name);
+    let data = ["--data", "set/samples.jsonl"];
+    let whole = calibrate(
+        folder.path(),
+        &[&data[..], &["--output", "whole.json"]].concat(),
+    );
+    assert!(!at("whole.json.partial.jsonl").exists());
+    assert!(!whole.1.contains("going on"), "{}", whole.1);
+
+    // The image of the last row cannot be read: the rows before it are kept.
+    let mut images: Vec<_> = fs::read_dir(at("set/images"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    images.sort();
+    let last = images.pop().unwrap();
+    let bytes = fs::read(&last).unwrap();
+    fs::write(&last, b"no image").unwrap();
+    let base = ["calibrate", "--device", "cpu", "--max-pixels", "16384"];
+    let more = [&data[..], &["--output", "c.json"]].concat();
+    let (code, _, stderr) = run(folder.path(), &[&base[..], &more].concat());
+    assert_eq!(code, 1, "{stderr}");
+    assert!(!at("c.json").exists());
+    let partial = records(&at("c.json.partial.jsonl"));
+    assert_eq!(partial.len(), 6, "the model, and five rows");
+
+    // Another question does not go on with them.
+    let other = [&more[..], &["--prompt", "？"]].concat();
+    let (code, _, stderr) = run(folder.path(), &[&base[..], &other].concat());
+    assert_eq!(code, 1);
+    assert!(
+        stderr.contains("--prompt") && stderr.contains("partial.jsonl"),
+        "{stderr}"
+    );
+
+    // An image that was exchanged since is asked about again.
+    fs::write(&last, &bytes).unwrap();
+    let first = fs::read(&images[0]).unwrap();
+    fs::copy(&images[1], &images[0]).unwrap();
+    let exchanged = [&data[..], &["--output", "c.json", "--limit", "5"]].concat();
+    let (_, stderr) = calibrate(folder.path(), &exchanged);
+    assert!(stderr.contains("going on: 5 of 5"), "{stderr}");
+    fs::write(&images[0], first).unwrap();
+    fs::write(
+        at("c.json.partial.jsonl"),
+        partial
+            .iter()
+            .map(|row| format!("{row}\n"))
+            .collect::<String>(),
+    )
+    .unwrap();
+    let (_, stderr) = calibrate(folder.path(), &more);
+    assert!(stderr.contains("going on: 5 of 6"), "{stderr}");
+    let read = |name: &str| fs::read_to_string(at(name)).unwrap();
+    assert_eq!(read("c.json"), read("whole.json"));
+    assert!(!at("c.json.partial.jsonl").exists());
 }
 
 #[test]

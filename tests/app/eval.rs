@@ -408,6 +408,99 @@ fn a_run_keeps_the_checkpoint_with_the_best_findings_and_eval_takes_it() {
 }
 
 /// Predictions about these images, every third one wrong.
+/// Thirty studies: two views, ages, an id that is no group; every fifth finding is missed in one view.
+#[test]
+fn scores_by_subgroup_are_those_of_its_rows_and_few_have_no_interval() {
+    let folder = tempdir().unwrap();
+    let rows: Vec<Value> = (0..30)
+        .map(|at| {
+            let lateral = at >= 24;
+            let answer = if !lateral && at % 5 == 0 { "胸部未见异常。" } else { "右侧气胸。" };
+            json!({
+                "image": format!("{at}.png"), "study_id": at.to_string(), "response": answer, "reference": "右侧气胸。",
+                "ViewPosition": if lateral { "LL" } else { "PA" }, "age": 10 + 2 * at, "ward": format!("w{}", at % 2),
+            })
+        })
+        .collect();
+    write_lines(&folder.path().join("p.jsonl"), &rows);
+    let base = ["p.jsonl", "--resamples", "20", "--html", "page.html"];
+    let (_, all) = eval_well(folder.path(), &base);
+    let groups = all["subgroups"].as_array().unwrap();
+    let keys: Vec<&Value> = groups.iter().map(|one| &one["key"]).collect();
+    assert_eq!(keys, ["ViewPosition", "age"]);
+    assert_eq!(groups[0]["guessed"], true);
+    let of = |group: &Value, name: &str| group["scores"][name].clone();
+    let [side, front] = [&groups[0]["groups"][0], &groups[0]["groups"][1]];
+    assert_eq!(
+        (&side["value"], &side["reports"], &side["few"]),
+        (&json!("LL"), &json!(6), &json!(true))
+    );
+    assert_eq!(
+        of(side, "findings.micro.f1"),
+        json!({"value": 1.0, "low": null, "high": null})
+    );
+    assert_eq!(
+        (&front["reports"], &front["few"]),
+        (&json!(24), &json!(false))
+    );
+    // Five of 24 are called normal.
+    let missed = of(front, "findings.false_normal");
+    assert!((missed["value"].as_f64().unwrap() - 5.0 / 24.0).abs() < 1e-12);
+    assert!(missed["low"].is_number());
+    let ages: Vec<&Value> = groups[1]["groups"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|one| &one["value"])
+        .collect();
+    assert_eq!(ages, ["0–17", "18–39", "40–64", "65+"]);
+    let page = fs::read_to_string(folder.path().join("page.html")).unwrap();
+    assert!(page.contains("按 ViewPosition") && page.contains("不给区间"));
+
+    let named = [&base[..], &["--subgroup", "ward"]].concat();
+    let (_, by_ward) = eval_well(folder.path(), &named);
+    assert_eq!(by_ward["subgroups"].as_array().unwrap().len(), 1);
+    assert_eq!(by_ward["subgroups"][0]["groups"][1]["reports"], 15);
+    // One group of all rows has the scores of all.
+    let whole: Vec<Value> = rows
+        .iter()
+        .map(|row| {
+            let mut row = row.clone();
+            row["ward"] = "w".into();
+            row
+        })
+        .collect();
+    write_lines(&folder.path().join("p.jsonl"), &whole);
+    let (_, one) = eval_well(folder.path(), &named);
+    for name in [
+        "findings.micro.f1",
+        "findings.macro.f1",
+        "characters.rouge_l",
+    ] {
+        let found = of(&one["subgroups"][0]["groups"][0], name);
+        let expected = &system(&one, "model")["scores"][name];
+        for key in ["value", "low", "high"] {
+            let [a, b] = [&found[key], &expected[key]].map(|value| value.as_f64().unwrap());
+            assert!((a - b).abs() < 1e-9, "{name} {key}: {a} {b}");
+        }
+    }
+    let (_, none) = eval_well(folder.path(), &[&base[..], &["--no-subgroups"]].concat());
+    assert_eq!(none["subgroups"], json!([]));
+    let (_, stderr) = eval_badly(
+        folder.path(),
+        &[&base[..], &["--subgroup", "院区"]].concat(),
+    );
+    assert!(
+        stderr.contains("`院区`") && stderr.contains("`ward`"),
+        "{stderr}"
+    );
+    let (_, stderr) = eval_badly(
+        folder.path(),
+        &[&base[..], &["--subgroup", "study_id"]].concat(),
+    );
+    assert!(stderr.contains("30 values"), "{stderr}");
+}
+
 fn predictions(images: &[String]) -> Vec<Value> {
     let rows = images.iter().enumerate();
     rows.map(|(at, image)| {

@@ -40,6 +40,7 @@ mod serve_api;
 mod serve_clients;
 mod serve_completions;
 mod serve_fetch;
+mod serve_findings;
 mod serve_keys;
 mod serve_openapi;
 mod serve_responses;

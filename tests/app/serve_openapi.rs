@@ -151,6 +151,7 @@ fn responses_have_the_fields_of_the_document_and_no_others() {
         json!({"logit_bias": {"100": 100}, "max_tokens": 200}),
         json!({"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required",
             "parallel_tool_calls": false}),
+        json!({"findings": true}),
     ];
     let no_image = json!({"messages": [{"role": "user", "content": "？"}], "max_tokens": 2});
     let mut bodies = vec![no_image];
@@ -248,6 +249,7 @@ fn responses_have_the_fields_of_the_document_and_no_others() {
         &schema("Limits"),
         &schema("Model"),
         &schema("Error"),
+        &schema("FindingProbability"),
     ] {
         document.properties(pointer, &mut documented);
     }

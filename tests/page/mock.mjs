@@ -26,6 +26,33 @@ export const POLICY = [
 
 const TYPES = { html: "text/html", js: "text/javascript", css: "text/css" };
 
+const one = (chinese, probability, decision, in_report, conflict = false) => ({
+  probability,
+  logit: 1,
+  decision,
+  in_report,
+  conflict,
+  chinese,
+});
+
+/** As the server sends them where a request asks for `findings`. */
+const FINDINGS = {
+  calibrated: true,
+  uncalibrated_because: null,
+  target_error: 0.05,
+  rules: "hospital",
+  classes: {
+    cardiomegaly: one("心影增大", 0.012, "absent", "absent"),
+    consolidation: one("实变", 0.97, "present", "present"),
+    pleural_effusion: one("胸腔积液", 0.999_7, "present", "present"),
+    pneumothorax: one("气胸", 0.91, "present", "not_mentioned", true),
+    lung_lesion: one("肺结节或肿块", 0.38, "undecided", "not_mentioned"),
+    enlarged_cardiomediastinum: one("纵隔增宽", 0.000_3, "absent", "not_mentioned"),
+    edema: one("肺水肿", 0.02, "absent", "uncertain"),
+    fracture: one("骨折", 0.03, "absent", "not_mentioned"),
+  },
+};
+
 export const REPORT =
   "影像所见：胸廓对称，气管居中。双肺纹理清晰，左侧中肺野可见片状密度增高影，边界模糊。" +
   "左侧肋膈角变钝。心影大小、形态正常，主动脉无迂曲。双侧膈面光整，骨质未见明显异常。\n\n" +
@@ -67,6 +94,7 @@ export async function startMock(port = 0) {
     finish: "stop",
     stop: null,
     remarks: [],
+    findings: FINDINGS,
     limits: null,
     failure: { message: "the request failed inside the server", type: "server_error", code: null },
     asked: [],
@@ -125,6 +153,7 @@ export async function startMock(port = 0) {
     ended = true;
     const last = { ...chunk({}, state.finish), remarks: state.remarks };
     if (state.stop !== null) last.choices[0].stop_reason = state.stop;
+    if (body.findings) last.choices[0].findings = state.findings;
     send(last);
     if (body.stream_options?.include_usage) {
       const completion_tokens = pieces.length;

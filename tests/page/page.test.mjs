@@ -12,7 +12,7 @@ import { REPORT, THOUGHTS } from "./mock.mjs";
 import { PROMPTS, STRINGS } from "../../src/serve/page/strings.js";
 
 /** Where texts are used by their keys. */
-const FILES = ["index.html", "app.js", "film.js", "run.js", "export.js", "history.js"];
+const FILES = ["index.html", "app.js", "film.js", "run.js", "export.js", "findings.js", "history.js"];
 
 test("both languages have the same texts, and every text that is used", async () => {
   assert.deepEqual(Object.keys(STRINGS.en), Object.keys(STRINGS.zh));
@@ -348,6 +348,56 @@ test("a broken connection is told above the report, and in the head of the page"
   await page.waitForSelector('#ready[data-state="unreachable"]');
   await picture("broken-connection");
   await restartMock();
+});
+
+test("probabilities of findings stand under the report, conflicts first, in the page's language", async () => {
+  await choose(FILM);
+  await generate();
+  await page.waitForSelector(".run-facts:not([hidden])");
+  assert.equal("findings" in mock.state.asked[0], false, "nobody asked for them");
+  assert.equal(await page.locator(".findings:not([hidden])").count(), 0);
+  await page.evaluate(() => (document.getElementById("options").open = true));
+  await page.check("#findings");
+  await generate();
+  await page.waitForSelector(".findings:not([hidden])");
+  assert.equal(mock.state.asked[1].findings, true);
+  const rows = page.locator(".findings > .findings-scroll tbody tr");
+  const names = await rows.locator("th .name").allInnerTexts();
+  assert.deepEqual(names, ["气胸", "胸腔积液", "实变", "肺结节或肿块", "肺水肿"]);
+  const first = await rows.first().innerText();
+  assert.ok(first.includes("91.0 %") && first.includes(STRINGS.zh["findings.conflict"]), first);
+  assert.ok((await rows.nth(1).innerText()).includes("> 99.9 %"));
+  assert.ok((await rows.nth(3).innerText()).includes(STRINGS.zh["findings.undecided"]));
+  assert.ok((await page.locator(".findings summary").innerText()).includes("3"));
+  await accessible("findings");
+  await picture("findings");
+  await page.click("#language");
+  assert.ok((await rows.first().innerText()).includes(STRINGS.en["findings.conflict"]));
+  assert.equal(await rows.first().locator("th .name").innerText(), "pneumothorax");
+  await picture("findings-english");
+  await page.setViewportSize({ width: 390, height: 844 });
+  await page.locator(".findings").first().scrollIntoViewIfNeeded();
+  await accessible("findings on a phone");
+  await picture("findings-phone-english");
+  await page.click("#language");
+  await picture("findings-phone");
+
+  // Without a calibration it is said, with the server's reason, and nothing is decided.
+  mock.state.findings = {
+    ...mock.state.findings,
+    calibrated: false,
+    uncalibrated_because: "there is no calibration.json beside the model or adapter",
+    target_error: null,
+    classes: {
+      pneumothorax: { ...mock.state.findings.classes.pneumothorax, decision: "undecided", conflict: false },
+    },
+  };
+  await page.setViewportSize({ width: 1280, height: 900 });
+  await generate();
+  await page.waitForSelector(".findings-note.uncalibrated");
+  assert.ok((await textOf(".findings-note.uncalibrated")).includes("calibration.json"));
+  await accessible("findings without a calibration");
+  await picture("findings-uncalibrated");
 });
 
 test("remarks on the films stand above the report and go with it", async () => {

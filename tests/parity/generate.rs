@@ -5,11 +5,11 @@ use xray_qwen3vl::{
     adapters::lora::{files::load_adapter, merge::merge},
     batch::positions::rope_index,
     runtime::{
-        continuations::{
-            continuation_log_probabilities, continuation_log_probabilities_after,
-            whole_log_probabilities,
+        continuations::{continuation_log_probabilities, whole_log_probabilities},
+        generate::{
+            FinishReason, GenerateError, GenerationConfig, Prompt, PromptState, generate,
+            generate_and_keep,
         },
-        generate::{FinishReason, GenerateError, GenerationConfig, Prompt, generate},
     },
 };
 
@@ -243,16 +243,17 @@ fn continuations_after_an_answer_equal_whole_sequences() {
     let answer = ids(&cases["two"]["new_ids"]);
     let continuations = [vec![3, 5, 11, 2], vec![7], vec![9, 4]];
     let ends = [0, 2, answer.len()];
-    let found = continuation_log_probabilities_after(
-        &loaded.model,
-        &loaded.config,
-        &prompt,
-        &answer,
-        &ends,
-        &continuations,
-        &device(),
-    )
-    .unwrap();
+    let state = PromptState::of_prompt(&loaded.model, &loaded.config, &prompt, &device()).unwrap();
+    let found = state
+        .continuation_log_probabilities(
+            &loaded.model,
+            &loaded.config,
+            &answer,
+            &ends,
+            &continuations,
+            &device(),
+        )
+        .unwrap();
     for (end, found) in ends.iter().zip(&found) {
         let mut longer = prompt.clone();
         longer.input_ids.extend_from_slice(&answer[..*end]);
@@ -266,6 +267,61 @@ fn continuations_after_an_answer_equal_whole_sequences() {
         .unwrap();
         for (row, (found, whole)) in found.iter().zip(&whole).enumerate() {
             assert_close(&format!("end {end}, row {row}"), found, whole, 2e-4, 0.0);
+        }
+    }
+}
+
+/// A prompt that was answered goes on from the keys and values of its answer's prefill, in a batch that is padded on the
+/// left as well; the answers that were written in between do not change them.
+#[test]
+fn continuations_of_answered_prompts_equal_those_of_prompts() {
+    let loaded = load("model-tiny");
+    let reference = Reference::open("generate.safetensors");
+    let cases = json("generate.json");
+    let names = ["image", "text", "two"];
+    let prompts: Vec<Prompt> = names
+        .iter()
+        .map(|case| prompt(&reference, case, &cases[case]["images"]))
+        .collect();
+    assert!(
+        prompts
+            .iter()
+            .any(|prompt| prompt.input_ids.len() != prompts[0].input_ids.len())
+    );
+    let mut kept = Vec::new();
+    generate_and_keep(
+        &loaded.model,
+        &loaded.config,
+        &prompts,
+        &settings(6),
+        &device(),
+        Some(&mut kept),
+        &mut |_, _| None,
+    )
+    .unwrap();
+    assert_eq!(kept.len(), prompts.len());
+    let continuations = [vec![3, 5, 11, 2], vec![7], vec![9, 4]];
+    let (answer, ends) = ([8, 13, 4], [0, 2]);
+    for ((case, prompt), kept) in names.iter().zip(&prompts).zip(kept) {
+        let plain =
+            PromptState::of_prompt(&loaded.model, &loaded.config, prompt, &device()).unwrap();
+        let [found, expected] = [kept, plain].map(|state| {
+            state
+                .continuation_log_probabilities(
+                    &loaded.model,
+                    &loaded.config,
+                    &answer,
+                    &ends,
+                    &continuations,
+                    &device(),
+                )
+                .unwrap()
+        });
+        for (end, (found, expected)) in found.iter().zip(&expected).enumerate() {
+            for (row, (found, expected)) in found.iter().zip(expected).enumerate() {
+                let what = format!("{case}, end {end}, row {row}");
+                assert_close(&what, found, expected, 2e-4, 0.0);
+            }
         }
     }
 }

@@ -118,6 +118,13 @@ pub struct EvalArgs {
     /// Predictions of another model on the same test set, to compare pair by pair.
     #[arg(long, value_name = "OTHER.jsonl")]
     pub compare: Option<PathBuf>,
+    /// Key of the rows by whose values the scores are also given, such as the view, age or site; may be repeated.
+    /// Without it, keys whose names say so are taken and told. Ages become bands.
+    #[arg(long, value_name = "KEY", conflicts_with = "no_subgroups")]
+    pub subgroup: Vec<String>,
+    /// Give no scores by subgroup.
+    #[arg(long)]
+    pub no_subgroups: bool,
     /// Probabilities of findings about the same images, as `infer --findings --output` writes them; without it, those
     /// of the predictions, where they have some.
     #[arg(long, value_name = "FILE.jsonl", conflicts_with = "baselines_only")]

@@ -8,7 +8,7 @@ use super::cases::TestSet;
 use crate::{
     dataset::Dataset,
     eval::{
-        outcome::{EvalOutcome, STATUSES},
+        outcome::{CaseReview, EvalOutcome, STATUSES},
         report::page::{CaseImages, PageFacts},
     },
     processor::image::{DecodeLimits, RgbImage, load},
@@ -22,24 +22,31 @@ pub(super) fn json(outcome: &EvalOutcome, facts: &PageFacts, study: &StudyFacts)
     let mut cases = vec![Value::Null; outcome.cases.len()];
     for (rank, review) in outcome.reviews.iter().enumerate() {
         let (case, text) = (&outcome.cases[review.case], &outcome.texts[review.case]);
-        let differences: serde_json::Map<String, Value> = review
-            .differences
-            .iter()
-            .map(|(finding, difference)| (finding.to_string(), json!(difference)))
-            .collect();
+        let other = outcome.other.as_ref().map(|run| {
+            let review = &run.reviews[review.case];
+            json!({
+                "answer": run.texts[review.case].answer,
+                "thinking": run.texts[review.case].thinking,
+                "differences": differences_of(review),
+                "false_normal": review.false_normal,
+                "invented": review.invented,
+                "rouge_l": review.rouge_l,
+            })
+        });
         cases[review.case] = json!({
             "study": case.study,
             "name": case.name,
             "truth": case.truth,
             "answer": text.answer,
             "thinking": text.thinking,
-            "differences": differences,
+            "differences": differences_of(review),
             "empty": review.empty,
             "false_normal": review.false_normal,
             "invented": review.invented,
             "contradiction": review.contradiction,
             "rouge_l": review.rouge_l,
             "rank_from_worst": rank + 1,
+            "other": other,
         });
     }
     let bootstrap = &outcome.settings.bootstrap;
@@ -64,12 +71,25 @@ pub(super) fn json(outcome: &EvalOutcome, facts: &PageFacts, study: &StudyFacts)
         })),
         "systems": outcome.systems,
         "comparison": outcome.comparison,
+        "other": outcome.other.as_ref().map(|run| json!({
+            "scores": run.scores,
+            "confusion": run.confusion,
+        })),
+        "subgroups": outcome.subgroups,
         "probabilities": outcome.probabilities,
         "judge": outcome.judge,
         "language": outcome.settings.language,
+        "probability_comparison": outcome.probability_comparison,
         "confusion": { "order": STATUSES, "by_finding": outcome.confusion },
         "cases": cases,
     })
+}
+
+fn differences_of(review: &CaseReview) -> serde_json::Map<String, Value> {
+    let differences = review.differences.iter();
+    differences
+        .map(|(finding, difference)| (finding.to_string(), json!(difference)))
+        .collect()
 }
 
 /// Finds and reads the images of cases.

@@ -75,6 +75,27 @@ pub(super) fn find(
     Ok(Some(found))
 }
 
+/// The probabilities of another run, in the order of the cases; `None` where it has none.
+///
+/// # Errors
+/// As [`find`].
+pub(super) fn of_other(path: &Path, set: &TestSet) -> Result<Option<Vec<CaseProbabilities>>> {
+    let rows = read_probabilities(path)?;
+    if rows.iter().all(|row| row.findings.is_empty()) {
+        return Ok(None);
+    }
+    let found = by_image(path, rows, set)?;
+    let without = found.iter().filter(|case| case.findings.is_empty()).count();
+    if without > 0 {
+        eprintln!(
+            "note: `{}`: {} no probabilities of findings",
+            path.display(),
+            counted(without, "report has", "reports have")
+        );
+    }
+    Ok(Some(found))
+}
+
 fn of_row(row: ProbabilityRow) -> CaseProbabilities {
     CaseProbabilities {
         calibrated: row.calibrated,

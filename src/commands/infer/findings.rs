@@ -18,16 +18,15 @@ use super::{
 use crate::{
     base::files::{sha256_bytes, sha256_file},
     commands::{
-        finding_probabilities::{ClassLogProbabilities, asked_model},
-        pipeline_options::pipeline_options,
-        usage::UsageError,
+        finding_probabilities::asked_model, pipeline_options::pipeline_options, usage::UsageError,
     },
     eval::{
         findings::{RuleSet, Status},
         probability::{
             calibration::{AskedModel, CALIBRATION_FILE, Calibration, CalibrationError},
-            logit::{ScoreForm, SentenceContext, sigmoid},
-            read::FindingRecord,
+            judged::{CONFLICT, UNCALIBRATED, decision_word, form_of, judge, status_word},
+            logit::SentenceContext,
+            sentences::ClassLogProbabilities,
             thresholds::Decision,
             wordings::fingerprint,
         },
@@ -35,14 +34,8 @@ use crate::{
     runtime::pipeline::{PipelineOptions, TextAndImages},
 };
 
-/// Code of the remark that probabilities are not calibrated.
-pub(super) const UNCALIBRATED: &str = "findings_not_calibrated";
-
 /// Code of the remark that the calibration is of something else.
 const FORCED: &str = "findings_calibration_of_another_model";
-
-/// Code of the remark that report and probability disagree.
-const CONFLICT: &str = "finding_conflict";
 
 /// Arguments about the probabilities of findings.
 #[derive(Debug, Clone, Default, Args)]
@@ -88,16 +81,9 @@ pub(super) struct Basis {
 }
 
 impl Basis {
-    /// How a sentence is scored.
-    pub(super) fn form(&self) -> ScoreForm {
-        let calibration = self.calibration.as_ref();
-        calibration.map_or_else(ScoreForm::default, |one| one.model.form)
-    }
-
     /// After what the sentences are put.
     pub(super) fn context(&self) -> SentenceContext {
-        let calibration = self.calibration.as_ref();
-        calibration.map_or_else(SentenceContext::default, |one| one.model.context)
+        form_of(self.calibration.as_ref()).1
     }
 
     /// Beginning of the answer before the sentences.
@@ -276,89 +262,22 @@ pub(super) fn fill(
     let Some(basis) = &args.basis else {
         return;
     };
-    let guessed;
-    let rules = match rules {
-        Some(rules) => rules,
-        None => {
-            guessed = RuleSet::guess([record.report.as_str()]);
-            &guessed
-        }
+    let judged = judge(classes, basis.calibration.as_ref(), &record.report, rules);
+    let remark = |code: &str, text: String| RecordRemark {
+        code: code.to_owned(),
+        text,
+        image: None,
     };
-    let labels = rules.label(&record.report);
-    let mut findings = std::collections::BTreeMap::new();
-    for class in classes {
-        let logit = class.logit(basis.form(), basis.context());
-        let (probability, decision) = match &basis.calibration {
-            Some(calibration) => calibration.apply(class.finding, logit),
-            None => (sigmoid(logit), Decision::Undecided),
-        };
-        let in_report = labels.status(class.finding);
-        let conflict = conflicts(in_report, decision);
-        if conflict {
-            record.remarks.push(RecordRemark {
-                code: CONFLICT.to_owned(),
-                text: format!(
-                    "{} {}: the report says {}, the probability {probability:.2} decides {}",
-                    class.finding.chinese(),
-                    class.finding,
-                    status_word(in_report),
-                    decision_word(decision)
-                ),
-                image: None,
-            });
-        }
-        findings.insert(
-            class.finding,
-            FindingRecord {
-                probability: rounded(probability),
-                logit: Some(rounded(logit)),
-                decision: Some(decision),
-                in_report: Some(in_report),
-                conflict,
-            },
-        );
-    }
+    let conflicts = judged.conflicts.into_iter();
+    record
+        .remarks
+        .extend(conflicts.map(|text| remark(CONFLICT, text)));
     if let Some((code, text)) = &basis.remark {
-        record.remarks.push(RecordRemark {
-            code: (*code).to_owned(),
-            text: text.clone(),
-            image: None,
-        });
+        record.remarks.push(remark(code, text.clone()));
     }
     record.calibrated = Some(basis.calibration.is_some());
-    record.findings_rules = Some(rules.name.clone());
-    record.findings = Some(findings);
-}
-
-/// A millionth is less than any model knows.
-fn rounded(value: f64) -> f64 {
-    (value * 1e6).round() / 1e6
-}
-
-/// A finding that a report leaves out counts as denied, as in `eval`.
-fn conflicts(in_report: Status, decision: Decision) -> bool {
-    match decision {
-        Decision::Present => matches!(in_report, Status::Absent | Status::NotMentioned),
-        Decision::Absent => in_report == Status::Present,
-        Decision::Undecided => false,
-    }
-}
-
-fn status_word(status: Status) -> &'static str {
-    match status {
-        Status::Present => "present",
-        Status::Uncertain => "uncertain",
-        Status::Absent => "absent",
-        Status::NotMentioned => "nothing",
-    }
-}
-
-fn decision_word(decision: Decision) -> &'static str {
-    match decision {
-        Decision::Present => "present",
-        Decision::Absent => "absent",
-        Decision::Undecided => "undecided",
-    }
+    record.findings_rules = Some(judged.rules);
+    record.findings = Some(judged.findings);
 }
 
 /// The probabilities of a report as lines for people; conflicts first, then from high to low. Classes that both
@@ -405,27 +324,4 @@ pub(super) fn text(record: &Record) -> Option<String> {
         let _ = writeln!(text, "  {rest} more: absent in both");
     }
     Some(text.trim_end().to_owned())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_is_left_out_counts_as_denied() {
-        use Decision::{Absent, Present, Undecided};
-        assert!(conflicts(Status::Absent, Present));
-        assert!(conflicts(Status::NotMentioned, Present));
-        assert!(conflicts(Status::Present, Absent));
-        for (status, decision) in [
-            (Status::Uncertain, Present),
-            (Status::Uncertain, Absent),
-            (Status::Present, Present),
-            (Status::NotMentioned, Absent),
-            (Status::Absent, Undecided),
-            (Status::Present, Undecided),
-        ] {
-            assert!(!conflicts(status, decision), "{status:?} {decision:?}");
-        }
-    }
 }

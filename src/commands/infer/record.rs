@@ -11,13 +11,16 @@ use sha2::{Digest, Sha256};
 
 use super::{
     args::InferArgs,
-    findings::{UNCALIBRATED, settings_key},
+    findings::settings_key,
     task::{Task, TaskKey, TaskKind},
 };
 use crate::{
     base::files::name,
     dataset::AskedQuestion,
-    eval::{findings::Finding, probability::read::FindingRecord},
+    eval::{
+        findings::Finding,
+        probability::{judged::UNCALIBRATED, read::FindingRecord},
+    },
     processor::{
         message::Message,
         remark::{Remark, RemarkKind},

@@ -7,11 +7,11 @@ use serde::Serialize;
 use super::{
     logit::sigmoid,
     metrics::{
-        Ranked, ReliabilityBin, brier, coverage_at, coverage_curve, expected_calibration_error,
-        reliability, thinned,
+        Ranked, ReliabilityBin, Surest, brier, coverage_at, coverage_curve,
+        expected_calibration_error, reliability, thinned,
     },
     read::FindingRecord,
-    thresholds::Decided,
+    thresholds::{Decided, Thresholds},
 };
 use crate::eval::{
     bootstrap::{Bootstrap, Interval},
@@ -24,6 +24,9 @@ pub const FEW: usize = 10;
 
 /// Error at which coverage is reported.
 pub const TARGET_ERROR: f64 = 0.05;
+
+/// Coverages at which the error has an interval.
+const BAND: usize = 20;
 
 /// The probabilities of one case of the test set.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -86,6 +89,22 @@ pub struct ProbabilityScores {
     pub after: Option<Quality>,
     /// Decisions of calibrated probabilities, and wrong ones among them.
     pub decided: Option<Decided>,
+    /// The share of cases that can be answered with an error of [`TARGET_ERROR`] where the model may abstain, with its
+    /// interval: of calibrated probabilities where there are some.
+    pub coverage: Interval,
+    /// Error where the surest answers alone are given, by the share of answers, with its interval.
+    pub abstention: Vec<CoveragePoint>,
+    /// The thresholds that this set itself would choose, with at most [`TARGET_ERROR`] of errors on either side.
+    pub thresholds: Thresholds,
+}
+
+/// The error among the surest answers.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct CoveragePoint {
+    /// Share of answers that are given, at least.
+    pub coverage: f64,
+    /// Share of wrong ones among them.
+    pub error: Interval,
 }
 
 impl ProbabilityScores {
@@ -161,18 +180,44 @@ impl ClassCases {
         }
     }
 
-    fn scores(&self, auc: Interval) -> ProbabilityScores {
+    /// `intervals` are those of [`statistics`].
+    fn scores(&self, intervals: &[Interval]) -> ProbabilityScores {
         let positives = self.positives();
+        let pairs: Vec<(f64, bool)> = self.best().iter().map(|case| (case.0, case.1)).collect();
+        let errors = coverages().into_iter().zip(&intervals[2..]);
         ProbabilityScores {
+            coverage: intervals[1],
+            abstention: errors
+                .map(|(coverage, error)| CoveragePoint {
+                    coverage,
+                    error: *error,
+                })
+                .collect(),
+            thresholds: Thresholds::choose(&pairs, TARGET_ERROR),
             positives,
             negatives: self.ranked.len() - positives,
-            auc,
+            auc: intervals[0],
             before: Quality::of(&self.before),
             after: Quality::of(&self.after),
             decided: self.decided,
         }
     }
 }
+
+/// The shares of answers at which the error is looked at.
+fn coverages() -> Vec<f64> {
+    (1..=BAND).map(|at| at as f64 / BAND as f64).collect()
+}
+
+/// AUC, coverage, and the errors at [`coverages`].
+fn statistics(ranked: &Ranked, surest: &Surest, times: &[f64]) -> Vec<f64> {
+    let mut values = vec![ranked.auc(times), surest.coverage(times, TARGET_ERROR)];
+    values.extend(surest.errors(times, &coverages()));
+    values
+}
+
+/// Statistics of one class.
+const STATISTICS: usize = 2 + BAND;
 
 /// Scores `found`, the probabilities of the reports whose truth is in `labels`; `None` if there are none.
 ///
@@ -213,7 +258,10 @@ pub fn evaluate_probabilities(
         return Ok(None);
     }
     let mut all = ClassCases::default();
-    for class in classes.values().filter(|class| class.has_both()) {
+    // That there is none follows from the others.
+    let counts =
+        |finding: &Finding, class: &ClassCases| *finding != Finding::NoFinding && class.has_both();
+    for (_, class) in classes.iter().filter(|(f, class)| counts(f, class)) {
         all.ranked.extend(class.best());
         all.before.extend(&class.before);
         all.after.extend(&class.after);
@@ -224,22 +272,28 @@ pub fn evaluate_probabilities(
             sum.errors += decided.errors;
         }
     }
-    let ranked: Vec<Ranked> = classes
+    let sorted: Vec<(Ranked, Surest)> = classes
         .values()
         .chain([&all])
-        .map(|class| Ranked::new(class.ranked.clone()))
+        .map(|class| {
+            let ranked = Ranked::new(class.ranked.clone());
+            (ranked, Surest::new(class.best()))
+        })
         .collect();
-    let both: Vec<bool> = classes.values().map(ClassCases::has_both).collect();
+    let both: Vec<bool> = classes.iter().map(|(f, class)| counts(f, class)).collect();
     let mut intervals = bootstrap.intervals(studies.len(), |times| {
-        let mut aucs: Vec<f64> = ranked.iter().map(|ranked| ranked.auc(times)).collect();
+        let sorted = sorted.iter();
+        let mut values: Vec<f64> = sorted
+            .flat_map(|(ranked, surest)| statistics(ranked, surest, times))
+            .collect();
         // A draw that lacks a class takes the mean over the others.
-        let of_classes = aucs.iter().zip(&both);
+        let of_classes = values.iter().step_by(STATISTICS).zip(&both);
         let counted: Vec<f64> = of_classes
             .filter(|(auc, both)| **both && !auc.is_nan())
             .map(|(auc, _)| *auc)
             .collect();
-        aucs.push(counted.iter().sum::<f64>() / counted.len() as f64);
-        aucs
+        values.push(counted.iter().sum::<f64>() / counted.len() as f64);
+        values
     })?;
     let nothing = Interval {
         value: f64::NAN,
@@ -247,17 +301,17 @@ pub fn evaluate_probabilities(
         high: f64::NAN,
     };
     let macro_auc = intervals.pop().unwrap_or(nothing);
-    let of_all = intervals.pop().unwrap_or(nothing);
+    let of_all = intervals.split_off(intervals.len() - STATISTICS);
     Ok(Some(ProbabilityOutcome {
         cases,
         missing: found.len() - cases,
         target_error: TARGET_ERROR,
         macro_auc,
-        all: all.scores(of_all),
+        all: all.scores(&of_all),
         classes: classes
             .iter()
-            .zip(intervals)
-            .map(|((finding, class), auc)| (*finding, class.scores(auc)))
+            .zip(intervals.chunks(STATISTICS))
+            .map(|((finding, class), found)| (*finding, class.scores(found)))
             .collect(),
     }))
 }
@@ -335,6 +389,16 @@ mod tests {
         // 6 as a logit is 0.9975.
         assert!(before.ece != after.ece);
         assert_eq!(after.coverage, 1.0, "one error in forty");
+        assert_eq!(one.coverage.value, 1.0);
+        assert!(one.coverage.low <= 1.0 && one.coverage.high == 1.0);
+        // All are equally sure: whatever is answered, one of forty is wrong.
+        assert_eq!(one.abstention.len(), BAND);
+        for point in &one.abstention {
+            assert!((point.error.value - 1.0 / 40.0).abs() < 1e-12, "{point:?}");
+            assert!(point.error.low <= point.error.value && point.error.value <= point.error.high);
+        }
+        assert_eq!(one.thresholds.present_from, None, "one of eleven is wrong");
+        assert_eq!(one.thresholds.absent_to, Some(0.1));
         let decided = one.decided.unwrap();
         assert_eq!(
             (decided.cases, decided.decided, decided.errors),

@@ -15,6 +15,9 @@ pub enum ScoreForm {
     Sum,
     /// Their mean: long sentences are not less likely than short ones.
     Mean,
+    /// The probability that any sentence that states the class comes, whatever denies it: for reports that leave out
+    /// what is not there, with `--context report`.
+    Stated,
 }
 
 /// After what the sentences are put.
@@ -45,6 +48,7 @@ impl fmt::Display for ScoreForm {
         f.write_str(match self {
             Self::Sum => "sum",
             Self::Mean => "mean",
+            Self::Stated => "stated",
         })
     }
 }
@@ -70,12 +74,13 @@ pub fn class_logit(
     stated: &[Vec<f32>],
     denied: &[Vec<f32>],
 ) -> f64 {
-    let score = |tokens: &Vec<f32>| {
-        let sum: f64 = tokens.iter().map(|token| f64::from(*token)).sum();
-        match form {
-            ScoreForm::Sum => sum,
-            ScoreForm::Mean => sum / tokens.len().max(1) as f64,
-        }
+    let sum = |tokens: &Vec<f32>| -> f64 { tokens.iter().map(|token| f64::from(*token)).sum() };
+    if form == ScoreForm::Stated {
+        return any_logit(stated.iter().map(sum));
+    }
+    let score = |tokens: &Vec<f32>| match form {
+        ScoreForm::Mean => sum(tokens) / tokens.len().max(1) as f64,
+        ScoreForm::Sum | ScoreForm::Stated => sum(tokens),
     };
     let floor = match (form, context) {
         (ScoreForm::Sum, SentenceContext::Report) => Some(FLOOR.ln()),
@@ -83,6 +88,17 @@ pub fn class_logit(
     };
     let all = |sentences: &[Vec<f32>]| log_sum_exp(sentences.iter().map(score).chain(floor));
     all(stated) - all(denied)
+}
+
+/// A sentence is never surer than this: f32 ends near it.
+const SUREST: f64 = -1e-7;
+
+/// The logit of "at least one of these comes", of their log-probabilities, as if they were independent.
+fn any_logit(values: impl Iterator<Item = f64>) -> f64 {
+    // ln Π (1 - p)
+    let none: f64 = values.map(|value| (-value.min(SUREST).exp()).ln_1p()).sum();
+    let any = -none.exp_m1();
+    any.max(f64::MIN_POSITIVE).ln() - none
 }
 
 /// `1 / (1 + exp(-x))`.
@@ -110,6 +126,23 @@ mod tests {
         // By the token all sentences are alike: two against one.
         let logit = class_logit(ScoreForm::Mean, SentenceContext::Report, &stated, &denied);
         assert!((logit - 2.0_f64.ln()).abs() < 1e-6, "{logit}");
+    }
+
+    #[test]
+    fn what_is_stated_anywhere_counts_whatever_denies_it() {
+        let [half, tenth] = [0.5_f32, 0.1].map(|p| vec![p.ln()]);
+        let logit = |denied: &[Vec<f32>]| {
+            let stated = [half.clone(), tenth.clone()];
+            class_logit(ScoreForm::Stated, SentenceContext::Report, &stated, denied)
+        };
+        // 1 - 0.5 · 0.9 against 0.45.
+        let expected = (0.55_f64 / 0.45).ln();
+        assert!((logit(&[]) - expected).abs() < 1e-6);
+        assert_eq!(logit(&[]), logit(&[vec![0.0]]));
+        assert!(any_logit([0.0].into_iter()).is_finite());
+        assert!(any_logit([-4000.0].into_iter()).is_finite());
+        let small = any_logit([-30.0].into_iter());
+        assert!((small + 30.0).abs() < 1e-6, "{small}");
     }
 
     #[test]

@@ -144,6 +144,67 @@ pub fn coverage_at(curve: &[(f64, f64)], error: f64) -> f64 {
     good.map(|(coverage, _)| *coverage).fold(0.0, f64::max)
 }
 
+/// Cases in the order of their confidence, for the coverage of many draws of studies.
+#[derive(Debug, Clone)]
+pub struct Surest {
+    /// Confidence, whether the answer is wrong, place of the study; falling.
+    cases: Vec<(f64, bool, usize)>,
+}
+
+impl Surest {
+    /// Sorts cases of probability, truth and study; answers and confidence as in [`coverage_curve`].
+    pub fn new(cases: &[(f64, bool, usize)]) -> Self {
+        let answered = |(p, truth, study): &(f64, bool, usize)| {
+            (p.max(1.0 - p), (*p >= 0.5) != *truth, *study)
+        };
+        let mut cases: Vec<_> = cases.iter().map(answered).collect();
+        cases.sort_by(|a, b| b.0.total_cmp(&a.0));
+        Self { cases }
+    }
+
+    /// Coverage and error at each level of confidence, with study `s` taken `times[s]` times.
+    fn levels<'a>(&'a self, times: &'a [f64]) -> impl Iterator<Item = (f64, f64)> + 'a {
+        let all: f64 = self.cases.iter().map(|case| times[case.2]).sum();
+        let (mut answered, mut wrong) = (0.0, 0.0);
+        self.cases
+            .chunk_by(|a, b| a.0 == b.0)
+            .filter_map(move |tied| {
+                for (_, is_wrong, study) in tied {
+                    answered += times[*study];
+                    wrong += f64::from(u8::from(*is_wrong)) * times[*study];
+                }
+                (answered > 0.0).then(|| (answered / all, wrong / answered))
+            })
+    }
+
+    /// The largest coverage whose error is at most `error`; 0 if there is none, not a number without cases.
+    pub fn coverage(&self, times: &[f64], error: f64) -> f64 {
+        let mut any = false;
+        let good = self
+            .levels(times)
+            .inspect(|_| any = true)
+            .filter(|(_, found)| *found <= error);
+        let best = good.map(|(coverage, _)| coverage).fold(0.0, f64::max);
+        if any { best } else { f64::NAN }
+    }
+
+    /// The error when the surest answers are given until a share of at least `coverages[i]` is answered; `coverages`
+    /// rise. Not a number without cases.
+    pub fn errors(&self, times: &[f64], coverages: &[f64]) -> Vec<f64> {
+        let mut found = Vec::with_capacity(coverages.len());
+        let mut last = f64::NAN;
+        for (coverage, error) in self.levels(times) {
+            last = error;
+            // Sums of shares end a little below 1.
+            while found.len() < coverages.len() && coverage >= coverages[found.len()] - 1e-9 {
+                found.push(error);
+            }
+        }
+        found.resize(coverages.len(), last);
+        found
+    }
+}
+
 /// The curve with at most some 200 points, first and last among them: for drawing.
 pub fn thinned(curve: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let Some(last) = curve.len().checked_sub(1) else {
@@ -218,6 +279,49 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn coverage_of_weighted_cases_is_that_of_numpy() {
+        let goldens: Value = serde_json::from_str(GOLDENS).expect("JSON");
+        let grid = numbers(&goldens["coverage_grid"]);
+        for (name, golden) in goldens["cases"].as_object().expect("named cases") {
+            let (probabilities, truths) =
+                (numbers(&golden["probability"]), numbers(&golden["truth"]));
+            let pairs = probabilities.iter().zip(&truths).enumerate();
+            let cases: Vec<(f64, bool, usize)> =
+                pairs.map(|(at, (p, t))| (*p, *t > 0.5, at)).collect();
+            let surest = Surest::new(&cases);
+            let ones = vec![1.0; cases.len()];
+            for (times, part) in [(&ones, "plain"), (&numbers(&golden["weights"]), "weighted")] {
+                let expected = &golden[part];
+                let levels: Vec<(f64, f64)> = surest.levels(times).collect();
+                let curve = expected["curve"].as_array().expect("a list");
+                assert_eq!(levels.len(), curve.len(), "{name} {part}");
+                for ((coverage, error), point) in levels.iter().zip(curve) {
+                    let point = numbers(point);
+                    assert!((coverage - point[0]).abs() < CLOSE, "{name} {part}");
+                    assert!((error - point[1]).abs() < CLOSE, "{name} {part}");
+                }
+                for (target, value) in [0.05, 0.1, 0.2].iter().zip(numbers(&expected["coverage"])) {
+                    let found = surest.coverage(times, *target);
+                    assert!(
+                        (found - value).abs() < CLOSE,
+                        "{name} {part}: {found} {value}"
+                    );
+                }
+                let errors = surest.errors(times, &grid);
+                for (found, value) in errors.iter().zip(numbers(&expected["errors"])) {
+                    assert!(
+                        (found - value).abs() < CLOSE,
+                        "{name} {part}: {found} {value}"
+                    );
+                }
+            }
+        }
+        let nothing = Surest::new(&[(0.5, true, 0)]);
+        assert!(nothing.coverage(&[0.0], 0.05).is_nan());
+        assert!(nothing.errors(&[0.0], &[0.5])[0].is_nan());
     }
 
     #[test]

@@ -6,10 +6,13 @@
 //! decisions, [`metrics`] and [`evaluation`] say how good they are. Nothing here knows the model.
 
 pub mod calibration;
+pub mod comparison;
 pub mod evaluation;
 pub mod fit;
+pub mod judged;
 pub mod logit;
 pub mod metrics;
 pub mod read;
+pub mod sentences;
 pub mod thresholds;
 pub mod wordings;

@@ -21,7 +21,7 @@ impl Frame {
     fn new(label: &str, [across, upwards]: [&str; 2], top: f64) -> Self {
         let mut this = Self {
             svg: format!(
-                r#"<svg class="curve" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">"#
+                r#"<svg class="curve" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}"><title>{label}</title>"#
             ),
             top,
         };
@@ -76,17 +76,29 @@ impl Frame {
         );
     }
 
+    /// The area between two lines over the same places.
+    fn band(&mut self, class: &str, points: &[(f64, f64, f64)]) {
+        let mut path = String::new();
+        let there = points.iter().map(|(x, low, _)| (x, low));
+        let back = points.iter().rev().map(|(x, _, high)| (x, high));
+        for (at, (x, y)) in there.chain(back).enumerate() {
+            let mark = if at == 0 { 'M' } else { 'L' };
+            let _ = write!(path, "{mark}{:.1} {:.1}", self.x(*x), self.y(*y));
+        }
+        let _ = write!(self.svg, r#"<path class="{class}" d="{path}Z"/>"#);
+    }
+
     /// Names of the lines that are there, above the frame.
-    fn finish(mut self, scores: &ProbabilityScores) -> String {
+    fn finish(mut self, names: &[(&str, &str)]) -> String {
         let mut x = LEFT;
-        for (class, name, _) in lines(scores) {
+        for (class, name) in names {
             let _ = write!(
                 self.svg,
                 r#"<circle class="{class}" cx="{:.1}" cy="14" r="4"/><text class="name" x="{:.1}" y="18">{name}</text>"#,
                 x + 4.0,
                 x + 14.0
             );
-            x += 150.0;
+            x += 118.0;
         }
         self.svg.push_str("</svg>");
         self.svg
@@ -117,7 +129,7 @@ fn lines(
 /// Observed share against probability, by bins of equal count; the diagonal is honest.
 pub(super) fn reliability(scores: &ProbabilityScores) -> String {
     let mut frame = Frame::new(
-        "reliability",
+        "可靠性曲线 reliability curve",
         ["预测概率 probability, %", "实际比例 observed, %"],
         1.0,
     );
@@ -138,31 +150,62 @@ pub(super) fn reliability(scores: &ProbabilityScores) -> String {
             frame.dot(class, bin.probability, bin.observed, &title);
         }
     }
-    frame.finish(scores)
+    frame.finish(&names(scores))
 }
 
-/// Error against coverage, the surest answers first, with the target as a line.
-pub(super) fn coverage(scores: &ProbabilityScores, target: f64) -> String {
-    let errors = lines(scores).flat_map(|(_, _, quality)| &quality.coverage_curve);
+/// Classes and names of the lines of one model.
+fn names(scores: &ProbabilityScores) -> Vec<(&'static str, &'static str)> {
+    lines(scores)
+        .map(|(class, name, _)| (class, name))
+        .collect()
+}
+
+/// Error against coverage, the surest answers first, with the target as a line and the interval of the error as a band;
+/// and the line of another model.
+pub(super) fn coverage(
+    scores: &ProbabilityScores,
+    other: Option<&ProbabilityScores>,
+    target: f64,
+) -> String {
+    let of_other = other.and_then(|other| other.after.as_ref().or(other.before.as_ref()));
+    let qualities = lines(scores).map(|(_, _, quality)| quality).chain(of_other);
+    let errors = qualities.flat_map(|quality| &quality.coverage_curve);
     let most = errors.fold(2.0 * target, |most, (_, error)| most.max(*error));
     // The next tenth, so that ticks are readable numbers.
     let top = ((most * 10.0 - 1e-9).ceil() / 10.0).clamp(0.1, 1.0);
     let mut frame = Frame::new(
-        "error against coverage",
+        "覆盖率与错误率曲线 error against coverage",
         ["覆盖率 coverage, %", "错误率 error, %"],
         top,
     );
+    let band: Vec<(f64, f64, f64)> = scores
+        .abstention
+        .iter()
+        .filter(|point| !point.error.low.is_nan())
+        .map(|point| (point.coverage, point.error.low, point.error.high))
+        .collect();
+    if band.len() > 1 {
+        frame.band("band", &band);
+    }
     frame.line("ideal", [(0.0, target), (1.0, target)].into_iter());
     for (class, _, quality) in lines(scores) {
         frame.line(class, quality.coverage_curve.iter().copied());
     }
-    frame.finish(scores)
+    let mut names = names(scores);
+    if let Some(quality) = of_other {
+        frame.line("other", quality.coverage_curve.iter().copied());
+        names.push(("other", "另一次 other"));
+    }
+    frame.finish(&names)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::eval::{bootstrap::Interval, probability::metrics::ReliabilityBin};
+    use crate::eval::{
+        bootstrap::Interval,
+        probability::{evaluation::CoveragePoint, metrics::ReliabilityBin, thresholds::Thresholds},
+    };
 
     fn quality(shift: f64) -> Quality {
         Quality {
@@ -195,13 +238,33 @@ mod tests {
             before: Some(quality(0.2)),
             after: Some(quality(0.0)),
             decided: None,
+            coverage: Interval {
+                value: 0.5,
+                low: 0.4,
+                high: 0.6,
+            },
+            abstention: [0.5, 1.0]
+                .map(|coverage| CoveragePoint {
+                    coverage,
+                    error: Interval {
+                        value,
+                        low: 0.1,
+                        high: 0.2,
+                    },
+                })
+                .to_vec(),
+            thresholds: Thresholds::default(),
         };
         let svg = reliability(&scores);
         assert_eq!(svg.matches("<path class=\"before\"").count(), 1);
         // Three bins and the mark of the name.
         assert_eq!(svg.matches("<circle class=\"after\"").count(), 4);
         // The highest error is 31 %: the axis ends at 40.
-        assert!(coverage(&scores, 0.05).contains(">40</text>"));
+        let alone = coverage(&scores, None, 0.05);
+        assert!(alone.contains(">40</text>") && alone.contains("class=\"band\""));
+        assert!(!alone.contains("class=\"other\""));
+        let both = coverage(&scores, Some(&scores.clone()), 0.05);
+        assert!(both.contains("<path class=\"other\"") && both.contains("另一次"));
         scores.after = None;
         assert!(!reliability(&scores).contains("after"));
         assert!(!svg.contains("NaN"));

@@ -9,6 +9,7 @@ use crate::{
         findings::{Finding, score::percent},
         outcome::{EvalOutcome, SystemScores},
         probability::evaluation::{FEW, ProbabilityOutcome, ProbabilityScores, Quality},
+        subgroups::{self, SCORES},
     },
     study::counted,
 };
@@ -24,6 +25,7 @@ pub fn text(outcome: &EvalOutcome, all: bool) -> String {
         out.push('\n');
         probability_table(&mut out, found, all);
     }
+    subgroup_tables(&mut out, outcome);
     if outcome.comparison.is_some() {
         out.push('\n');
         comparison_table(&mut out, outcome, all);
@@ -285,10 +287,51 @@ fn probability_table(out: &mut String, found: &ProbabilityOutcome, all: bool) {
         number(found.macro_auc.high),
         share(found.target_error)
     );
+    let coverage = &found.all.coverage;
+    let _ = writeln!(
+        out,
+        "together, answered with {} wrong: {} ({} – {})",
+        share(found.target_error),
+        share(coverage.value),
+        share(coverage.low),
+        share(coverage.high)
+    );
     if all {
         let _ = writeln!(out, "*: fewer than {FEW} reports with it, or without it");
     } else {
         out.push_str("--all lists the classes\n");
+    }
+}
+
+/// Scores by subgroup; groups of few reports have no intervals.
+fn subgroup_tables(out: &mut String, outcome: &EvalOutcome) {
+    for divided in &outcome.subgroups {
+        out.push('\n');
+        let mut header = vec![format!("by {}", divided.key), "reports".to_owned()];
+        header.extend(SCORES.map(|name| score_name(name).english));
+        let mut rows = vec![header];
+        for group in &divided.groups {
+            let value = group.value.as_deref().unwrap_or("not given");
+            let few = if group.few { " *" } else { "" };
+            let mut row = vec![format!("  {value}{few}"), group.reports.to_string()];
+            row.extend(SCORES.map(|name| {
+                let Some(score) = group.scores.get(name) else {
+                    return "–".to_owned();
+                };
+                let label = score_name(name);
+                let value = label.value(score.value);
+                if score.low.is_nan() {
+                    value
+                } else {
+                    format!("{value} ({})", label.ends(score))
+                }
+            }));
+            rows.push(row);
+        }
+        align(out, &rows);
+        if divided.groups.iter().any(|group| group.few) {
+            let _ = writeln!(out, "*: fewer than {} reports", subgroups::FEW);
+        }
     }
 }
 

@@ -2,7 +2,10 @@
 
 use burn::{prelude::*, tensor::DType};
 
-use super::sampler::{Sampler, SamplingConfig};
+use super::{
+    prompt_state::PromptState,
+    sampler::{Sampler, SamplingConfig},
+};
 use crate::{
     batch::{
         images::ImageInput,
@@ -156,6 +159,22 @@ pub fn generate<B: Accelerator>(
     device: &B::Device,
     on_token: &mut dyn FnMut(usize, u32) -> Option<FinishReason>,
 ) -> Result<(Vec<Generation>, Timing), GenerateError> {
+    generate_and_keep(model, config, prompts, settings, device, None, on_token)
+}
+
+/// [`generate`], with the prompts as they are after their prefill appended to `kept`, for continuations of them.
+///
+/// # Errors
+/// As [`generate`].
+pub fn generate_and_keep<B: Accelerator>(
+    model: &Qwen3Vl<B>,
+    config: &Qwen3VlConfig,
+    prompts: &[Prompt],
+    settings: &GenerationConfig,
+    device: &B::Device,
+    kept: Option<&mut Vec<PromptState<B>>>,
+    on_token: &mut dyn FnMut(usize, u32) -> Option<FinishReason>,
+) -> Result<(Vec<Generation>, Timing), GenerateError> {
     check_prompts(config, prompts, settings)?;
     let mut timing = Timing::default();
     let mut clock = std::time::Instant::now();
@@ -205,6 +224,13 @@ pub fn generate<B: Accelerator>(
     let columns = (at_once / rows.len()).max(LEAST_PREFILL_COLUMNS);
     let hidden = model.prefill(&input, vision.as_ref(), config, &mut cache, columns, device);
     drop(vision);
+    if let Some(kept) = kept {
+        // Before a token of an answer is written: copies, since the answers go on in these buffers.
+        kept.extend((0..rows.len()).map(|row| {
+            let of_row = (row, rows[row].len(), deltas[row]);
+            PromptState::of_row(&cache, &hidden, input.seq(), of_row, device)
+        }));
+    }
     let logits = logits_on_host(model, hidden)?;
     timing.prefill_seconds = lap(device);
 

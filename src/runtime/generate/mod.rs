@@ -4,6 +4,7 @@
 
 pub mod backend;
 pub mod decode;
+mod prompt_state;
 pub mod sampler;
 pub mod slots;
 pub mod text;
@@ -11,6 +12,7 @@ pub mod text;
 pub(in crate::runtime) use decode::check_prompts;
 pub use decode::{
     FinishReason, GenerateError, Generation, GenerationConfig, PREFILL_TOKENS, Prompt, Timing,
-    generate,
+    generate, generate_and_keep,
 };
+pub use prompt_state::PromptState;
 pub use sampler::SamplingConfig;

@@ -6,6 +6,7 @@
 mod prefix;
 mod prompt;
 mod scheduler;
+mod scoring;
 mod sequence;
 #[cfg(test)]
 mod tests;
@@ -25,6 +26,8 @@ use std::{
 use tokio::sync::{mpsc::UnboundedReceiver, mpsc::UnboundedSender, oneshot, watch};
 
 pub use prompt::{Patches, PreparedPrompt};
+pub(super) use scheduler::cost_of;
+pub use scoring::{Continuations, Places};
 pub use sequence::{Penalties, TokenConstraint};
 
 use super::metrics::Metrics;
@@ -79,6 +82,8 @@ pub struct Submission {
     pub prompt_logprobs: Option<usize>,
     /// Which tokens are allowed.
     pub constraint: Option<Box<dyn TokenConstraint>>,
+    /// What is asked of the prompt when the answer is there; the prompt must end in text.
+    pub continuations: Option<Continuations>,
     /// When the answer must be there.
     pub deadline: Instant,
     /// The client; places are shared out fairly between different clients.
@@ -127,6 +132,8 @@ pub struct Done {
     pub completion_tokens: usize,
     /// Tokens of the prompt that were in the cache already.
     pub cached_tokens: usize,
+    /// Log-probabilities of the continuations that were asked for, `[place][continuation][token]`.
+    pub continuations: Option<Vec<Vec<Vec<f32>>>>,
 }
 
 /// Why an answer broke off.

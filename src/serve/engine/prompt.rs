@@ -179,6 +179,13 @@ impl PreparedPrompt {
         self.input_ids.len()
     }
 
+    /// Whether its last token is text, so that a step can take it.
+    pub fn ends_in_text(&self) -> bool {
+        let last = self.len() as i64 - 1 + self.delta;
+        let axes = self.positions.axes.iter();
+        axes.into_iter().all(|axis| axis.last() == Some(&last))
+    }
+
     /// Positions of the tokens in `range`.
     pub fn positions_of(&self, range: std::ops::Range<usize>) -> Positions {
         Positions {

@@ -13,6 +13,7 @@ use tokio::sync::oneshot;
 use super::{
     Command, Done, EngineLimits, Event, Failure, QueuePlace,
     prefix::{PrefixCache, SHORTEST, shared_prefix},
+    scoring::{Scoring, Turn},
     sequence::{Phase, Sequence},
 };
 use crate::{
@@ -38,6 +39,10 @@ pub(super) fn whole_blocks(tokens: usize) -> usize {
 
 /// Tokens of the budget that one token takes whose logits are read.
 const TOKEN_BY_TOKEN: usize = 64;
+
+/// Rows of what is asked besides an answer, at most; and those that kept sequences give way to.
+const MOST_ROWS: usize = 64;
+const FEW_ROWS: usize = 8;
 
 /// Failed device calls in a row after which the device is tried by itself.
 const FAILURES: u32 = 3;
@@ -76,6 +81,8 @@ pub(super) struct Worker<D: DecodeBackend> {
     joins: u64,
     /// Device calls that failed since one last went well.
     failures: u32,
+    /// Turns of what is asked besides answers.
+    scoring_turns: u64,
 }
 
 impl<D: DecodeBackend> Worker<D> {
@@ -101,6 +108,7 @@ impl<D: DecodeBackend> Worker<D> {
             turns: HashMap::new(),
             joins: 0,
             failures: 0,
+            scoring_turns: 0,
         }
     }
 
@@ -132,6 +140,7 @@ impl<D: DecodeBackend> Worker<D> {
             let rows = self.begin_step();
             self.prefill();
             self.step(&rows);
+            self.score();
             self.finish_unloads();
             self.publish();
             self.check_device()?;
@@ -243,11 +252,12 @@ impl<D: DecodeBackend> Worker<D> {
 
     /// Takes a sequence out of the batch and gives its slot back.
     fn drop_sequence(&mut self, place: usize) {
-        let sequence = self.running.remove(place);
+        let mut sequence = self.running.remove(place);
         if matches!(sequence.phase, Phase::Prefill(_)) {
             self.features.clear();
         }
-        self.free(sequence.slot);
+        let rows = sequence.scoring.as_mut().map(Scoring::release);
+        self.free(rows.into_iter().flatten().chain(sequence.slot));
     }
 
     fn free(&mut self, slots: impl IntoIterator<Item = SlotId>) {
@@ -273,7 +283,8 @@ impl<D: DecodeBackend> Worker<D> {
             victims
                 .into_iter()
                 .for_each(|arrived| self.preempt(arrived));
-            sequence.reserved = cost_of(sequence.len());
+            sequence.reserved = cost_of(sequence.room());
+            self.release_rows_for(sequence.reserved);
             self.evict_for(sequence.reserved);
             self.joins += 1;
             if self.turns.len() >= MAX_TURNS {
@@ -306,19 +317,25 @@ impl<D: DecodeBackend> Worker<D> {
     /// that have several there.
     fn room_for(&self, next: &Sequence) -> Option<Vec<u64>> {
         let mut staying: Vec<&Sequence> = self.running.iter().collect();
+        let first = self.first();
         let is_new = staying.iter().all(|other| other.client != next.client);
         let mut victims = Vec::new();
         loop {
             let taken: usize = staying
                 .iter()
                 .map(|other| {
+                    // Rows besides an answer make way for anybody, but for those of the first.
+                    let reserved = match other.scoring {
+                        Some(_) if Some(other.arrived) != first => cost_of(other.room()),
+                        _ => other.reserved,
+                    };
                     // Everybody may grow by a block before somebody has to be preempted.
-                    let growth = cost_of(other.max_len()).saturating_sub(other.reserved);
-                    other.reserved + growth.min(BLOCK)
+                    let growth = cost_of(other.max_len()).saturating_sub(reserved);
+                    reserved + growth.min(BLOCK)
                 })
                 .sum();
             if staying.len() < self.limits.max_running
-                && taken + cost_of(next.len()) <= self.limits.cache_tokens
+                && taken + cost_of(next.room()) <= self.limits.cache_tokens
             {
                 return Some(victims);
             }
@@ -352,11 +369,12 @@ impl<D: DecodeBackend> Worker<D> {
         for arrived in order {
             while let Some(place) = self.running.iter().position(|one| one.arrived == arrived) {
                 let sequence = &self.running[place];
-                let needed = cost_of(sequence.len());
+                let needed = cost_of(sequence.room());
                 let more = needed.saturating_sub(sequence.reserved);
                 if more == 0 {
                     break;
                 }
+                self.release_rows_for(more);
                 if self.in_use() + more <= self.limits.cache_tokens || self.running.len() == 1 {
                     self.evict_for(more);
                     self.running[place].reserved = needed;
@@ -382,12 +400,39 @@ impl<D: DecodeBackend> Worker<D> {
             self.features.clear();
         }
         self.put_by(&sequence);
+        let rows = sequence.scoring.as_mut().map(Scoring::restart);
+        self.free(rows.into_iter().flatten());
         sequence.restart();
         self.metrics.preempted.inc();
         self.queue.push_front(Queued {
             sequence,
             _place: None,
         });
+    }
+
+    /// Number of the sequence in the batch that arrived first: it always goes on, so everything comes to its end.
+    fn first(&self) -> Option<u64> {
+        self.running.iter().map(|one| one.arrived).min()
+    }
+
+    /// Takes rows of what is asked besides answers away, but for those of the first sequence, until `tokens` more fit
+    /// beside the sequences, if that is enough.
+    fn release_rows_for(&mut self, tokens: usize) {
+        let first = self.first();
+        while self.in_use() + tokens > self.limits.cache_tokens {
+            let youngest = self
+                .running
+                .iter_mut()
+                .filter(|one| Some(one.arrived) != first)
+                .filter(|one| one.scoring.as_ref().is_some_and(|work| work.rows() > 0))
+                .max_by_key(|one| one.arrived);
+            let Some(sequence) = youngest else {
+                return;
+            };
+            let rows = sequence.scoring.as_mut().map(Scoring::release);
+            sequence.reserved = cost_of(sequence.room());
+            self.free(rows.into_iter().flatten());
+        }
     }
 
     /// Puts as many tokens of prompts through the model as go between two steps, oldest prompt first.
@@ -491,7 +536,7 @@ impl<D: DecodeBackend> Worker<D> {
         self.metrics.prompt_tokens.inc_by((to - from) as u64);
         let phase = self.running[place].phase_after(to);
         self.running[place].phase = phase;
-        if to >= prompt.len() || matches!(phase, Phase::Decode(_)) {
+        if to >= prompt.len() || !matches!(phase, Phase::Prefill(_)) {
             self.features.clear();
             prompt.give_up_patches();
         }
@@ -519,7 +564,7 @@ impl<D: DecodeBackend> Worker<D> {
             .iter()
             .filter(|other| other.adapter == adapter && shares)
             .filter_map(|other| match (other.phase, other.slot) {
-                (Phase::Decode(_), Some(slot)) => {
+                (Phase::Decode(_) | Phase::Score, Some(slot)) => {
                     Some((slot, shared_prefix(other.held_prompt(), usable)))
                 }
                 _ => None,
@@ -690,16 +735,157 @@ impl<D: DecodeBackend> Worker<D> {
             match outcome {
                 Ok(None) => {}
                 Ok(Some(done)) => {
-                    // Whoever sees the end must find it counted.
-                    self.metrics.finished.inc();
-                    sequence.finish(done);
-                    self.retire(place);
+                    let keys = sequence.held_keys();
+                    match sequence.begin_scoring(done) {
+                        Ok(None) => self.fork_for_scoring(place, keys),
+                        Err(failure) => {
+                            sequence.fail(failure);
+                            self.metrics.failed.inc();
+                            self.drop_sequence(place);
+                        }
+                        Ok(Some(done)) => {
+                            // Whoever sees the end must find it counted.
+                            self.metrics.finished.inc();
+                            sequence.finish(done);
+                            self.retire(place);
+                        }
+                    }
                 }
                 Err(failure) => {
                     sequence.fail(failure);
                     self.metrics.failed.inc();
                     self.drop_sequence(place);
                 }
+            }
+        }
+    }
+
+    /// Forks the prompt of a sequence whose answer is there, and keeps prompt and answer, `keys`, as any answer is kept.
+    fn fork_for_scoring(&mut self, place: usize, keys: Vec<u128>) {
+        let sequence = &self.running[place];
+        let (adapter, needed) = (sequence.adapter, cost_of(sequence.room()));
+        let (tokens, answered) = (sequence.prompt.len() - 1, sequence.slot);
+        let device = &mut self.device;
+        let forked = guarded(|| answered.map(|slot| device.fork(slot, tokens, needed)));
+        let (Ok(Some(root)), Some(answered)) = (forked, answered) else {
+            log::error!("the prompt of an answer could not be forked");
+            sequence.fail(Failure::Internal);
+            self.metrics.failed.inc();
+            self.drop_sequence(place);
+            return;
+        };
+        let sequence = &mut self.running[place];
+        let arrived = sequence.arrived;
+        sequence.slot = Some(root);
+        let before = std::mem::replace(&mut sequence.reserved, needed);
+        self.keep(answered, adapter, keys);
+        self.release_rows_for(0);
+        if self.in_use() > self.limits.cache_tokens {
+            self.running[place].reserved = before;
+            self.preempt(arrived);
+        }
+        self.evict_for(0);
+    }
+
+    /// One turn of what is asked besides answers, of the sequence whose last turn is longest ago.
+    fn score(&mut self) {
+        let next = self.running.iter().enumerate().filter_map(|(place, one)| {
+            let work = one.scoring.as_ref()?;
+            (one.phase == Phase::Score).then_some((work.last_turn, one.arrived, place))
+        });
+        let Some((_, arrived, _)) = next.min() else {
+            return;
+        };
+        let Some(rows) = self.room_for_rows(arrived) else {
+            return;
+        };
+        let Some(place) = self.running.iter().position(|one| one.arrived == arrived) else {
+            return;
+        };
+        self.scoring_turns += 1;
+        let sequence = &mut self.running[place];
+        let (root_cost, slot) = (cost_of(sequence.room()), sequence.slot);
+        let (Some(work), Some(root)) = (&mut sequence.scoring, slot) else {
+            return;
+        };
+        work.last_turn = self.scoring_turns;
+        let row_cost = cost_of(work.row_len());
+        let device = &mut self.device;
+        let turn = guarded(|| work.turn(device, root, rows, row_cost));
+        sequence.reserved = root_cost + work.rows() * row_cost;
+        match turn {
+            Ok(Turn::Went(tokens)) => {
+                self.failures = 0;
+                self.metrics.scored_tokens.inc_by(tokens as u64);
+            }
+            Ok(Turn::NoRoom) => {}
+            Ok(Turn::Complete) => {
+                let done = Done {
+                    continuations: Some(work.take()),
+                    ..work.done.clone()
+                };
+                self.metrics.scored(work.began.elapsed());
+                self.metrics.finished.inc();
+                sequence.finish(done);
+                self.drop_sequence(place);
+            }
+            Ok(Turn::NotFinite) => {
+                sequence.fail(Failure::NotFinite);
+                self.metrics.failed.inc();
+                self.drop_sequence(place);
+            }
+            Err(reason) => {
+                log::error!("continuations of a prompt failed: {reason}");
+                self.failures += 1;
+                sequence.fail(Failure::Internal);
+                self.metrics.failed.inc();
+                self.drop_sequence(place);
+                let kept = self.prefixes.clear();
+                self.free(kept);
+            }
+        }
+    }
+
+    /// How many rows the sequence may have at once, and sets their room aside; `None` where there is none now. Kept
+    /// sequences give way to a few rows only, and others in the batch to one, if this sequence came first.
+    fn room_for_rows(&mut self, arrived: u64) -> Option<usize> {
+        let most = self.limits.max_running.min(self.limits.prefill_chunk);
+        loop {
+            let place = self.running.iter().position(|one| one.arrived == arrived)?;
+            let work = self.running[place].scoring.as_ref()?;
+            let cost = cost_of(work.row_len());
+            let there = work.rows();
+            let free = self.limits.cache_tokens.saturating_sub(self.in_use());
+            let unused = free.saturating_sub(self.prefixes.cost());
+            let few = (free / cost).min(FEW_ROWS.saturating_sub(there));
+            let more = match self.queue.is_empty() {
+                true => few.max(unused / cost),
+                false => few,
+            };
+            let rows = (there + more).min(most.clamp(1, MOST_ROWS)).max(there);
+            if rows > 0 {
+                self.running[place].reserved += (rows - there) * cost;
+                self.evict_for(0);
+                return Some(rows);
+            }
+            if self.running.len() == 1 {
+                // More than the cache; requests are checked for that.
+                log::error!("continuations of a prompt do not fit the cache");
+                self.running[place].fail(Failure::Internal);
+                self.metrics.failed.inc();
+                self.drop_sequence(place);
+                return None;
+            }
+            if self.first() != Some(arrived) {
+                return None;
+            }
+            let before = self.running.len();
+            self.release_rows_for(cost);
+            if self.in_use() + cost > self.limits.cache_tokens {
+                let all: Vec<&Sequence> = self.running.iter().collect();
+                let victim = greediest(&all, 1).map(|place| all[place].arrived)?;
+                self.preempt(victim);
+                debug_assert!(self.running.len() < before);
             }
         }
     }
@@ -716,14 +902,18 @@ impl<D: DecodeBackend> Worker<D> {
         let Some(slot) = sequence.slot else {
             return;
         };
-        let unloading = self.unloads.iter().any(|(id, _)| *id == sequence.adapter);
-        let keys = sequence.held_keys();
+        self.keep(slot, sequence.adapter, sequence.held_keys());
+    }
+
+    /// Keeps the keys and values of the tokens `keys`, or frees them where nothing is kept.
+    fn keep(&mut self, slot: SlotId, adapter: AdapterId, keys: Vec<u128>) {
+        let unloading = self.unloads.iter().any(|(id, _)| *id == adapter);
         if !self.limits.prefix_cache || unloading || keys.is_empty() {
             self.free(Some(slot));
             return;
         }
         let cost = cost_of(keys.len());
-        let superfluous = self.prefixes.keep(slot, sequence.adapter, keys, cost);
+        let superfluous = self.prefixes.keep(slot, adapter, keys, cost);
         self.free(superfluous);
     }
 

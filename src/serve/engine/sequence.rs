@@ -4,7 +4,10 @@ use std::{collections::HashMap, ops::Range, sync::Arc, time::Instant};
 
 use tokio::sync::mpsc::UnboundedSender;
 
-use super::{Done, Event, Failure, PreparedPrompt, Submission, TokenLogprob, prompt::token_key};
+use super::{
+    Done, Event, Failure, PreparedPrompt, Submission, TokenLogprob, prompt::token_key,
+    scoring::Scoring,
+};
 use crate::{
     batch::positions::Positions,
     processor::tokenizer::Tokenizer,
@@ -72,6 +75,8 @@ pub(super) enum Phase {
     Prefill(usize),
     /// The newest token, not in the cache yet.
     Decode(u32),
+    /// The answer is there; what is asked besides is not.
+    Score,
 }
 
 /// A sequence with a place in the batch.
@@ -92,6 +97,10 @@ pub(super) struct Sequence {
     /// When its newest token came.
     pub(super) last_token: Option<Instant>,
     pub(super) generated: Vec<u32>,
+    /// What is asked besides the answer, once that is there.
+    pub(super) scoring: Option<Scoring>,
+    /// The text of the answer so far, where something is asked besides.
+    text: String,
     events: UnboundedSender<Event>,
     submission: Submission,
     sampler: Sampler,
@@ -122,6 +131,8 @@ impl Sequence {
             submitted,
             last_token: None,
             generated: Vec::new(),
+            scoring: None,
+            text: String::new(),
             sampler: Sampler::new(&submission.sampling, &submission.prompt.input_ids),
             stream: TextStream::with(tokenizer, &submission.stop, submission.shown),
             prompt_logprobs: submission.prompt_logprobs.map(|_| Vec::new()),
@@ -136,14 +147,28 @@ impl Sequence {
         self.events.is_closed()
     }
 
-    /// Tokens of prompt and answer so far.
+    /// Tokens of prompt and answer so far; of the prompt alone where the answer is over.
     pub(super) fn len(&self) -> usize {
-        self.prompt.len() + self.generated.len()
+        match &self.scoring {
+            Some(_) => self.prompt.len(),
+            None => self.prompt.len() + self.generated.len(),
+        }
+    }
+
+    /// Tokens that its slot has to have room for now.
+    pub(super) fn room(&self) -> usize {
+        match &self.scoring {
+            Some(scoring) => scoring.root_len(),
+            None => self.len(),
+        }
     }
 
     /// Most tokens it may ever have.
     pub(super) fn max_len(&self) -> usize {
-        self.prompt.len() + self.submission.max_new_tokens
+        match &self.scoring {
+            Some(scoring) => scoring.root_len(),
+            None => self.prompt.len() + self.submission.max_new_tokens,
+        }
     }
 
     /// Position of the newest token.
@@ -167,23 +192,24 @@ impl Sequence {
     /// Keys of all tokens.
     pub(super) fn keys(&self) -> Vec<u128> {
         let mut keys = self.prompt.keys.clone();
-        keys.extend(self.generated.iter().map(|id| token_key(*id)));
-        keys
-    }
-
-    /// Tokens in the cache.
-    fn held(&self) -> usize {
-        match self.phase {
-            Phase::Prefill(held) => held,
-            // The newest is on its way there.
-            Phase::Decode(_) => self.len() - 1,
+        if self.scoring.is_none() {
+            keys.extend(self.generated.iter().map(|id| token_key(*id)));
         }
+        keys
     }
 
     /// Keys of the tokens in the cache.
     pub(super) fn held_keys(&self) -> Vec<u128> {
         let mut keys = self.keys();
-        keys.truncate(self.held());
+        match self.phase {
+            Phase::Prefill(held) => keys.truncate(held),
+            // The newest is on its way there.
+            Phase::Decode(_) => keys.truncate(self.len() - 1),
+            Phase::Score => match self.scoring.as_ref().and_then(Scoring::held_after_prompt) {
+                Some(after) => keys.extend(after.iter().map(|id| token_key(*id))),
+                None => keys.truncate(self.prompt.len() - 1),
+            },
+        }
         keys
     }
 
@@ -213,7 +239,8 @@ impl Sequence {
         }
     }
 
-    /// Forgets slot and cache; what was generated stays and goes through the model again.
+    /// Forgets slot and cache; what was generated stays and goes through the model again. The slots of rows of the work
+    /// after the answer have to be given up by now.
     pub(super) fn restart(&mut self) {
         self.slot = None;
         self.reserved = 0;
@@ -223,7 +250,8 @@ impl Sequence {
     /// Keys of the prompt's tokens that are in the cache once the prompt is through: all, but for the
     /// last where a step puts it there.
     pub(super) fn held_prompt(&self) -> &[u128] {
-        &self.prompt.keys[..self.prompt.len() - usize::from(self.generated.is_empty())]
+        let without_last = self.generated.is_empty() || self.scoring.is_some();
+        &self.prompt.keys[..self.prompt.len() - usize::from(without_last)]
     }
 
     /// Where prefill ends: before the last token, if a step can take that, which is text.
@@ -236,6 +264,9 @@ impl Sequence {
 
     /// What comes when the first `held` tokens are in the cache.
     pub(super) fn phase_after(&self, held: usize) -> Phase {
+        if self.scoring.is_some() && held + 1 == self.len() {
+            return Phase::Score;
+        }
         let last = self.generated.last().or(self.prompt.input_ids.last());
         match last {
             Some(last) if held + 1 == self.len() && held == self.prefill_end() => {
@@ -319,11 +350,13 @@ impl Sequence {
             // The end token is no text and has no place among the reported ones, unless it is shown.
             if self.submission.shown.include_stop {
                 let text = self.stream.push(token);
+                self.note(&text);
                 let _ = self.events.send(Event::Token { text, logprob });
             }
             Some(FinishReason::Stop)
         } else {
             let text = self.stream.push(token);
+            self.note(&text);
             let _ = self.events.send(Event::Token { text, logprob });
             if complete || self.stream.stopped() {
                 Some(FinishReason::Stop)
@@ -347,7 +380,39 @@ impl Sequence {
             reason,
             completion_tokens: self.generated.len(),
             cached_tokens: self.cached_tokens.unwrap_or(0),
+            continuations: None,
         })
+    }
+
+    /// Keeps text that what is asked besides may need.
+    fn note(&mut self, text: &str) {
+        if self.submission.continuations.is_some() {
+            self.text.push_str(text);
+        }
+    }
+
+    /// Goes over from an answer that ended with `done` to what is asked besides; gives `done` back where nothing is.
+    ///
+    /// # Errors
+    /// [`Failure`], for the reader.
+    pub(super) fn begin_scoring(&mut self, done: Done) -> Result<Option<Done>, Failure> {
+        let Some(asked) = self.submission.continuations.take() else {
+            return Ok(Some(done));
+        };
+        self.text.push_str(&done.text);
+        let places = (asked.places)(&self.text).map_err(|reason| {
+            log::error!("continuations: {reason}");
+            Failure::Internal
+        })?;
+        self.scoring = Some(Scoring::new(
+            asked.tokens,
+            places,
+            &self.prompt.input_ids,
+            self.prompt.delta,
+            done,
+        ));
+        self.phase = Phase::Score;
+        Ok(None)
     }
 
     /// Sends the reader the end of the answer.

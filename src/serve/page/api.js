@@ -154,14 +154,17 @@ async function* events(body) {
 }
 
 /**
- * Asks for a report and gives `{ content }`, `{ reasoning }`, `{ remarks }`, `{ finish, stop }` and
- * `{ usage }` as they come. `stop` says why an answer was cut off, where the server knows more than
+ * Asks for a report and gives `{ content }`, `{ reasoning }`, `{ remarks }`, `{ findings }`,
+ * `{ finish, stop }` and `{ usage }` as they come. `stop` says why an answer was cut off, where the server knows more than
  * `finish`; remarks are `{ image, code, text }`, counted from 1.
  *
  * `images` are data: URLs of the original files. Throws an `ApiError`; one of kind `broken` if the
  * stream ends before the server said that the answer is whole.
  */
-export async function* chat({ model, images, question, maxTokens, temperature, seed }, signal) {
+export async function* chat(
+  { model, images, question, maxTokens, temperature, seed, findings = false },
+  signal,
+) {
   const pictures = images.map((url) => ({ type: "image_url", image_url: { url } }));
   const body = {
     messages: [{ role: "user", content: [...pictures, { type: "text", text: question }] }],
@@ -172,6 +175,7 @@ export async function* chat({ model, images, question, maxTokens, temperature, s
   };
   if (model) body.model = model;
   if (seed !== null) body.seed = seed;
+  if (findings) body.findings = true;
   const response = await send("/v1/chat/completions", {
     method: "POST",
     headers: { "content-type": "application/json", accept: "text/event-stream" },
@@ -192,6 +196,7 @@ export async function* chat({ model, images, question, maxTokens, temperature, s
       if (chunk.remarks?.length > 0) yield { remarks: chunk.remarks };
       if (choice?.delta?.reasoning_content) yield { reasoning: choice.delta.reasoning_content };
       if (choice?.delta?.content) yield { content: choice.delta.content };
+      if (choice?.findings) yield { findings: choice.findings };
       if (choice?.finish_reason) {
         finished = true;
         yield { finish: choice.finish_reason, stop: choice.stop_reason ?? null };

@@ -29,6 +29,7 @@ const settings = {
   length: 1024,
   temperature: 0,
   seed: "",
+  findings: false,
   together: false,
   /** Whether reports are kept in this browser; `null` until its user says so. */
   keepsReports: null,
@@ -98,6 +99,7 @@ function fillForm() {
   $("length").value = settings.length;
   $("temperature").value = settings.temperature;
   $("seed").value = settings.seed;
+  $("findings").checked = settings.findings;
   $("history-on").checked = keepsReports();
   $("history-hash").checked = settings.hashNames;
   document.querySelector(`[name=mode][value=${settings.together ? "together" : "each"}]`).checked = true;
@@ -113,6 +115,7 @@ function formChanged() {
   settings.length = $("length").value;
   settings.temperature = Number($("temperature").value);
   settings.seed = $("seed").value;
+  settings.findings = $("findings").checked;
   settings.together = document.querySelector("[name=mode]:checked").value === "together";
   settings.hashNames = $("history-hash").checked;
   if ($("model").value !== "") settings.model = $("model").value;
@@ -149,6 +152,7 @@ function checkedForm() {
     maxTokens: Number($("length").value),
     temperature: Number($("temperature").value),
     seed: seed === "" ? null : Number(seed),
+    findings: settings.findings,
     hashNames: settings.hashNames,
   };
 }
@@ -431,6 +435,7 @@ $("language").addEventListener("click", () => {
   settings.language = currentLanguage() === "zh" ? "en" : "zh";
   keepSettings();
   showLanguage();
+  for (const run of runs) run.showFindings();
 });
 systemDark.addEventListener("change", showTheme);
 $("open-history").addEventListener("click", async () => {

@@ -2,11 +2,12 @@
 //
 // A record is what these take and what the history keeps:
 // { id, created, films: [facts], thumbnails, question, model, parameters, report, reasoning,
-//   finish_reason, stop_reason, remarks, usage, seconds }.
+//   finish_reason, stop_reason, remarks, findings, usage, seconds }.
 //
 // A film of it is { number, name, type, bytes, width, height, sha256 }; a remark { image, code, text }.
 
 import { el, t, timeText } from "./dom.js";
+import { findingsMarkdown } from "./findings.js";
 
 /** Key and values of the text for how an answer ended; `stop` is the nearer reason, if there is one. */
 export function ended(finish, stop = null) {
@@ -73,6 +74,7 @@ export function markdown(record) {
     record.report.trim(),
     "",
   ];
+  if (record.findings) lines.push(...findingsMarkdown(record.findings));
   if (record.reasoning.trim() !== "") {
     lines.push(`## ${t("run.thinking")}`, "", record.reasoning.trim(), "");
   }

@@ -3,6 +3,7 @@
 import { ApiError, chat } from "./api.js";
 import { announce, button, el, hush, say, t } from "./dom.js";
 import { copy, download, ended, filmLabel, plain, remarkText } from "./export.js";
+import { conflictText, showFindings } from "./findings.js";
 
 /** A browser opens six connections to a server of HTTP/1.1; two are left for the rest of the page. */
 const AT_ONCE = 4;
@@ -57,7 +58,7 @@ export class Run {
 
   /**
    * `films` are the `Film`s asked about; `settings` is `{ question, model, maxTokens, temperature,
-   * seed, hashNames }`; `on` has `ended(run)`, `lost()`, `print(run)` and `remove(run)`.
+   * seed, hashNames, findings }`; `on` has `ended(run)`, `lost()`, `print(run)` and `remove(run)`.
    */
   constructor(films, settings, on) {
     this.films = films;
@@ -83,6 +84,7 @@ export class Run {
       finish: null,
       stopReason: null,
       remarks: [],
+      findings: null,
       usage: null,
       firstText: null,
       record: null,
@@ -145,7 +147,7 @@ export class Run {
     this.#parts.now.hidden = true;
   }
 
-  #take({ content, reasoning, remarks, finish, stop, usage }) {
+  #take({ content, reasoning, remarks, findings, finish, stop, usage }) {
     if (content || reasoning) this.firstText ??= (performance.now() - this.started) / 1000;
     if (reasoning) {
       if (this.reasoning === "") this.#status("run.thinking_now");
@@ -161,6 +163,10 @@ export class Run {
       }
     }
     if (remarks) this.#remark(remarks);
+    if (findings) {
+      this.findings = findings;
+      announce(conflictText(findings));
+    }
     if (finish) {
       this.finish = finish;
       this.stopReason = stop;
@@ -171,8 +177,10 @@ export class Run {
   }
 
   /** Shows what the server says of the films, above the report; it comes with the first and the last event. */
-  #remark(remarks) {
-    if (this.remarks.length > 0) return;
+  #remark(all) {
+    // What is said of findings is in their table.
+    const remarks = all.filter(({ code }) => !code.startsWith("finding"));
+    if (this.remarks.length > 0 || remarks.length === 0) return;
     this.remarks = remarks;
     const { remarks: list } = this.#parts;
     const films = this.films;
@@ -197,6 +205,14 @@ export class Run {
     if (atEnd && this.active) thoughts.scrollTop = thoughts.scrollHeight;
     text.textContent = this.report.trim();
     text.hidden = text.textContent === "";
+    this.showFindings();
+  }
+
+  /** The table of findings, anew when the language has changed. */
+  showFindings() {
+    const { findings } = this.#parts;
+    findings.hidden = !this.findings;
+    if (this.findings) showFindings(findings, this.findings);
   }
 
   #begin() {
@@ -262,6 +278,7 @@ export class Run {
       finish_reason: reason,
       stop_reason: this.stopReason,
       remarks: this.remarks,
+      findings: this.findings,
       usage: this.usage,
       seconds: this.seconds ?? null,
     };
@@ -316,6 +333,7 @@ export class Run {
     );
     parts.remarks = el("ul", { class: "remarks", "t-aria-label": "run.remarks", hidden: true });
     parts.text = el("div", { class: "report-text", lang: "zh-CN" });
+    parts.findings = el("div", { class: "findings", hidden: true });
     parts.error = el("div", { class: "error", hidden: true });
     parts.retry = button("again", "run.retry", () => this.start(), { wide: true, hidden: true });
     const copied = async () => {
@@ -355,6 +373,7 @@ export class Run {
       parts.remarks,
       parts.thinking,
       parts.text,
+      parts.findings,
       parts.done,
       parts.facts,
     );

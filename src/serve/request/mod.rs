@@ -14,6 +14,7 @@ use serde_json::{Map, Value};
 use super::{
     error::ApiError,
     fields::{Fields, Rules, wrong_kind},
+    findings::FIELD,
     types::{
         AdapterRequest, ChatRequest, CompletionRequest, DetokenizeRequest, PromptOptions,
         PromptText, TokenizeInput, TokenizeRequest,
@@ -113,6 +114,7 @@ impl ChatRequest {
         let mut reader = Reader::new(lenient);
         let mut request = reader.conversation(&mut fields)?;
         request.generation = reader.generation(&mut fields)?;
+        request.findings = fields.flag(FIELD)? == Some(true);
         let wanted = fields.flag("logprobs")? == Some(true);
         let top = fields.count("top_logprobs")?;
         if !wanted && top.is_some_and(|top| top > 0) {

@@ -231,6 +231,7 @@ impl ResponsesRequest {
         };
         Self::read_rest(&mut reader, &mut fields, &mut generation)?;
         let mut chat = ChatRequest {
+            findings: false,
             model: fields.text("model")?,
             messages: conversation.messages,
             tools: reader.tool_use(&mut fields, ToolForm::Flat)?,

@@ -7,6 +7,7 @@ const ONE_TEMPLATE: &str = "the model's own template is used";
 const TOOLS_INSTEAD: &str = "send `tools` and `tool_choice`";
 const NO_REASONING_SETTING: &str = "how long the model reasons cannot be set";
 const NO_WHITE_SPACE: &str = "JSON is written without free white space";
+const FINDINGS_ELSEWHERE: &str = "probabilities of findings are sent by /v1/chat/completions";
 const FORM_INSTEAD: &str = "send `response_format` with a JSON schema, `guided_regex`, `guided_choice` or `guided_grammar`";
 
 /// Fields of OpenAI's and vLLM's requests for text, and of their like, that are not honoured as such:
@@ -98,6 +99,7 @@ pub(super) const CHAT_RULES: Rules = &[
 /// Fields of requests that continue a text.
 pub(super) const COMPLETION_RULES: Rules = &[
     ("add_special_tokens", Rule::Harmless),
+    ("findings", Rule::Else(&["false"], FINDINGS_ELSEWHERE)),
     (
         "messages",
         Rule::Refused("send messages to /v1/chat/completions"),
@@ -120,6 +122,7 @@ pub(super) const COMPLETION_RULES: Rules = &[
 /// Fields of requests to `/v1/responses`.
 pub(super) const RESPONSES_RULES: Rules = &[
     ("background", Rule::Only(&["false"])),
+    ("findings", Rule::Else(&["false"], FINDINGS_ELSEWHERE)),
     (
         "conversation",
         Rule::Refused("nothing is stored; send the whole conversation as `input`"),

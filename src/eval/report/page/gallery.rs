@@ -174,6 +174,21 @@ fn one(page: &mut String, outcome: &EvalOutcome, review: &CaseReview, images: Ca
         answer
     };
     part("回答", "answer", &answer);
+    if let Some(run) = &outcome.other {
+        let (text, pair) = (&run.texts[review.case], &run.labels[review.case]);
+        let of_other = &run.reviews[review.case];
+        let mut html = marked(&text.answer, &pair.prediction, of_other);
+        if html.is_empty() {
+            html.push_str("<span class=\"muted\">（空 empty）</span>");
+        }
+        let mut found = String::new();
+        chips(&mut found, of_other);
+        let _ = write!(
+            page,
+            "<h4>另一次的回答 <small>answer of the other run · ROUGE-L {:.1}</small></h4><p>{html}</p><div class=\"chips\">{found}</div>",
+            100.0 * of_other.rouge_l
+        );
+    }
     page.push_str("</div></article>\n");
 }
 

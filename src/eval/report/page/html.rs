@@ -8,7 +8,7 @@ use super::{
     gallery::{self, CaseImages},
     head, judge,
     markup::section,
-    probabilities, scores,
+    probabilities, scores, subgroups,
 };
 use crate::eval::outcome::EvalOutcome;
 
@@ -34,6 +34,7 @@ pub fn html(
     scores::comparison(&mut page, outcome);
     findings::findings(&mut page, outcome);
     findings::confusion(&mut page, outcome);
+    subgroups::subgroups(&mut page, outcome);
     probabilities::probabilities(&mut page, outcome);
     judge::judge(&mut page, outcome);
     gallery::write(&mut page, outcome, facts.gallery, images);

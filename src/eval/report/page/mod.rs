@@ -9,6 +9,7 @@ mod judge;
 pub(super) mod markup;
 mod probabilities;
 mod scores;
+mod subgroups;
 
 pub use facts::PageFacts;
 pub use gallery::CaseImages;

@@ -2,13 +2,20 @@
 
 use std::fmt::Write;
 
-use super::markup::section;
+use super::markup::{SIGNIFICANT, difference, section};
 use crate::{
     eval::{
+        bootstrap::Interval,
         findings::Finding,
         outcome::EvalOutcome,
-        probability::evaluation::{FEW, ProbabilityScores, Quality},
-        report::curves::{coverage, reliability},
+        probability::{
+            comparison::{ProbabilityComparison, ProbabilityDifference},
+            evaluation::{FEW, ProbabilityScores, Quality},
+        },
+        report::{
+            curves::{coverage, reliability},
+            names::{ScoreName, ScoreScale},
+        },
     },
     study::counted,
 };
@@ -36,22 +43,36 @@ pub(super) fn probabilities(page: &mut String, outcome: &EvalOutcome) {
         "reliability, all classes together",
         &reliability(&found.all),
     );
+    let comparison = outcome.probability_comparison.as_ref();
+    let other = comparison.map(|compared| &compared.other);
     chart(
         page,
-        "覆盖率与错误率，合计",
-        "error against coverage, all classes together",
-        &coverage(&found.all, found.target_error),
+        "可不作答时：覆盖率与错误率，合计",
+        "error against coverage when the model may abstain, together",
+        &coverage(
+            &found.all,
+            other.map(|other| &other.all),
+            found.target_error,
+        ),
     );
     page.push_str("</div>");
+    let _ = write!(
+        page,
+        "<p>错误率不超过 {:.0} % 时可回答 <b>{}</b>{} <small>can be answered with at most that share of errors</small></p>",
+        100.0 * found.target_error,
+        share(found.all.coverage.value),
+        ends(&found.all.coverage, share)
+    );
     let error = 100.0 * found.target_error;
     let _ = write!(
         page,
-        "<div class=\"card scroll\"><table class=\"probabilities\"><thead><tr><th>所见<small>finding</small></th><th>有<small>with</small></th>\
-         <th>无<small>without</small></th><th>AUC</th><th>区间<small>interval</small></th>\
-         <th>校准误差<small>ECE, before</small></th><th>校准后<small>ECE, after</small></th>\
-         <th>Brier<small>before</small></th><th>Brier<small>after</small></th>\
-         <th>覆盖率<small>coverage at {error:.0} % error</small></th><th>已判定<small>decided</small></th>\
-         <th>判错<small>wrong among them</small></th></tr></thead><tbody>"
+        "<div class=\"card scroll\"><table class=\"probabilities\"><caption class=\"hidden\">所见的概率 probabilities by class</caption><thead><tr><th scope=\"col\">所见<small>finding</small></th><th scope=\"col\">有<small>with</small></th>\
+         <th scope=\"col\">无<small>without</small></th><th scope=\"col\">AUC</th><th scope=\"col\">区间<small>interval</small></th>\
+         <th scope=\"col\">校准误差<small>ECE, before</small></th><th scope=\"col\">校准后<small>ECE, after</small></th>\
+         <th scope=\"col\">Brier<small>before</small></th><th scope=\"col\">Brier<small>after</small></th>\
+         <th scope=\"col\">覆盖率<small>coverage at {error:.0} % error</small></th><th scope=\"col\">区间<small>interval</small></th>\
+         <th scope=\"col\">无 ≤<small>absent, best here</small></th><th scope=\"col\">有 ≥<small>present, best here</small></th>\
+         <th scope=\"col\">已判定<small>decided</small></th><th scope=\"col\">判错<small>wrong among them</small></th></tr></thead><tbody>"
     );
     row(page, "合计", "together", &found.all, "");
     for (finding, scores) in &found.classes {
@@ -71,8 +92,13 @@ pub(super) fn probabilities(page: &mut String, outcome: &EvalOutcome) {
     let _ = write!(
         page,
         "</tbody></table><p class=\"muted\">AUC 宏平均 {mean}（{low} – {high}） <small>macro AUC</small></p>\
-         <p class=\"muted\">灰色：有或无少于 {FEW} 例 <small>grey: fewer than {FEW} with it or without it</small></p></div>"
+         <p class=\"muted\">灰色：有或无少于 {FEW} 例 <small>grey: fewer than {FEW} with it or without it</small>。\
+         “无 ≤、有 ≥”：在本测试集上错误不超过 {error:.0} % 的阈值；“已判定”按预测所带的阈值 \
+         <small>thresholds that this set would choose; decisions are those of the predictions</small></p></div>"
     );
+    if let Some(compared) = comparison {
+        models(page, compared);
+    }
     let drawn: Vec<_> = found
         .classes
         .iter()
@@ -93,7 +119,11 @@ pub(super) fn probabilities(page: &mut String, outcome: &EvalOutcome) {
             finding.chinese(),
             counted(scores.positives, "case", "cases"),
             reliability(scores),
-            coverage(scores, found.target_error)
+            coverage(
+                scores,
+                other.and_then(|other| other.classes.get(finding)),
+                found.target_error
+            )
         );
     }
     page.push_str("</div></details>\n");
@@ -108,6 +138,71 @@ fn chart(page: &mut String, chinese: &str, english: &str, svg: &str) {
         page,
         "<div class=\"card\"><h3>{chinese}<small>{english}</small></h3>{svg}</div>"
     );
+}
+
+/// Two models beside each other, class by class.
+fn models(page: &mut String, compared: &ProbabilityComparison) {
+    let _ = write!(
+        page,
+        "<div class=\"card scroll\"><table><caption>两次的概率 <small>probabilities of both runs, {}</small></caption><thead>\
+         <tr><th rowspan=\"2\" scope=\"col\">所见<small>finding</small></th><th colspan=\"5\" scope=\"colgroup\">AUC</th>\
+         <th colspan=\"5\" scope=\"colgroup\">错误 {:.0} % 时的覆盖率<small>coverage at that error</small></th></tr><tr>",
+        counted(compared.cases, "report", "reports"),
+        100.0 * compared.other.target_error
+    );
+    for _ in 0..2 {
+        page.push_str(
+            "<th scope=\"col\">本次<small>this</small></th><th scope=\"col\">另一次<small>other</small></th>\
+             <th scope=\"col\">差<small>difference</small></th><th scope=\"col\">区间<small>interval</small></th>\
+             <th scope=\"col\">p 校正<small>Holm</small></th>",
+        );
+    }
+    page.push_str("</tr></thead><tbody>");
+    // Shares from 0 to 1, more being better.
+    let name = ScoreName {
+        group: ("", ""),
+        chinese: String::new(),
+        english: String::new(),
+        scale: ScoreScale::Share,
+        less_is_better: false,
+    };
+    let mut row = |chinese: &str, english: &str, one: &ProbabilityDifference| {
+        let _ = write!(
+            page,
+            "<tr><th scope=\"row\">{chinese} <small>{english}</small></th>"
+        );
+        for score in [&one.auc, &one.coverage] {
+            let _ = write!(
+                page,
+                "<td>{}</td><td>{}</td>",
+                name.value(score.second),
+                name.value(score.first)
+            );
+            difference(page, Some(score), &name);
+        }
+        page.push_str("</tr>");
+    };
+    row("合计", "together", &compared.all);
+    for (finding, one) in &compared.classes {
+        row(finding.chinese(), &english(*finding), one);
+    }
+    let _ = write!(page, "</tbody></table>{SIGNIFICANT}</div>");
+}
+
+fn share(value: f64) -> String {
+    if value.is_nan() {
+        "–".to_owned()
+    } else {
+        format!("{:.1} %", 100.0 * value)
+    }
+}
+
+/// The ends of an interval in brackets; empty where there is none.
+fn ends(interval: &Interval, text: fn(f64) -> String) -> String {
+    if interval.low.is_nan() {
+        return String::new();
+    }
+    format!("（{} – {}）", text(interval.low), text(interval.high))
 }
 
 fn number(value: f64) -> String {
@@ -129,16 +224,14 @@ fn row(page: &mut String, chinese: &str, english: &str, scores: &ProbabilityScor
     } else {
         format!("{} – {}", number(scores.auc.low), number(scores.auc.high))
     };
-    let share = |value: Option<f64>| {
-        value.map_or("–".to_owned(), |value| format!("{:.1} %", 100.0 * value))
-    };
-    let coverage = scores.after.as_ref().or(scores.before.as_ref());
+    let threshold =
+        |value: Option<f64>| value.map_or("–".to_owned(), |value| format!("{value:.3}"));
     let decided = scores.decided;
     let ratio = |count: usize, of: usize| (of > 0).then(|| count as f64 / of as f64);
     let _ = write!(
         page,
-        "<tr{few}><td>{chinese} <small>{english}</small></td><td>{}</td><td>{}</td><td>{}</td><td class=\"muted\">{interval}</td>\
-         <td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>",
+        "<tr{few}><th scope=\"row\">{chinese} <small>{english}</small></th><td>{}</td><td>{}</td><td>{}</td><td class=\"muted\">{interval}</td>\
+         <td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td class=\"muted\">{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>",
         scores.positives,
         scores.negatives,
         number(scores.auc.value),
@@ -146,8 +239,19 @@ fn row(page: &mut String, chinese: &str, english: &str, scores: &ProbabilityScor
         of(&scores.after, |q| q.ece),
         of(&scores.before, |q| q.brier),
         of(&scores.after, |q| q.brier),
-        share(coverage.map(|q| q.coverage)),
-        share(decided.and_then(|d| ratio(d.decided, d.cases))),
-        share(decided.and_then(|d| ratio(d.errors, d.decided))),
+        share(scores.coverage.value),
+        ends(&scores.coverage, share),
+        threshold(scores.thresholds.absent_to),
+        threshold(scores.thresholds.present_from),
+        share(
+            decided
+                .and_then(|d| ratio(d.decided, d.cases))
+                .unwrap_or(f64::NAN)
+        ),
+        share(
+            decided
+                .and_then(|d| ratio(d.errors, d.decided))
+                .unwrap_or(f64::NAN)
+        ),
     );
 }

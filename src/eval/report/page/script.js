@@ -39,14 +39,14 @@
   document.getElementById("tools").hidden = false;
   filter();
 
-  var tables = JSON.parse(document.getElementById("confusion-data").textContent);
   var select = document.getElementById("confusion-select");
-  var cells = document.querySelectorAll("#confusion td");
   select.hidden = false;
   select.addEventListener("input", function () {
-    var table = tables[select.value];
-    Array.prototype.forEach.call(cells, function (cell, at) {
-      cell.textContent = table[Math.floor(at / 4)][at % 4];
+    Array.prototype.forEach.call(document.querySelectorAll("table.confusion"), function (shown) {
+      var table = JSON.parse(shown.parentNode.querySelector(".confusion-data").textContent)[select.value];
+      Array.prototype.forEach.call(shown.querySelectorAll("td"), function (cell, at) {
+        cell.textContent = table[Math.floor(at / 4)][at % 4];
+      });
     });
   });
 })();

@@ -1,0 +1,182 @@
+//! The sentences of all classes as tokens, and their log-probabilities by class.
+
+use std::sync::Arc;
+
+use super::{
+    logit::{ScoreForm, SentenceContext, class_logit},
+    wordings::WORDINGS,
+};
+use crate::{
+    eval::findings::Finding,
+    processor::tokenizer::{Tokenizer, TokenizerError},
+};
+
+/// Most clauses of a report after which classes are asked for: a bound on the time that an endless one takes.
+const MOST_PLACES: usize = 24;
+
+/// Tokens between prompt and sentences, and after how many of them the sentences are put.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SentencePlaces {
+    /// The end of an empty reasoning, the lead, and the clauses of a report.
+    pub tokens: Vec<u32>,
+    /// Ends in `tokens`, rising; at least one.
+    pub ends: Vec<usize>,
+}
+
+/// The sentences of all classes as tokens of one model.
+#[derive(Debug, Clone)]
+pub struct FindingSentences {
+    tokenizer: Tokenizer,
+    opening: Vec<u32>,
+    sentences: Arc<Vec<Vec<u32>>>,
+}
+
+impl FindingSentences {
+    /// Encodes the sentences. `opens_thinking`: the prompt begins a reasoning, which is closed before them, as reports
+    /// follow it; `lead` begins the answer before each of them.
+    ///
+    /// # Errors
+    /// [`TokenizerError`].
+    pub fn new(
+        tokenizer: &Tokenizer,
+        opens_thinking: bool,
+        lead: &str,
+    ) -> Result<Self, TokenizerError> {
+        let mut opening = Vec::new();
+        if opens_thinking {
+            // An empty reasoning is what the template writes where there is none.
+            opening = tokenizer.encode("\n</think>\n\n")?;
+        }
+        opening.extend(tokenizer.encode_plain(lead)?);
+        let texts = WORDINGS
+            .iter()
+            .flat_map(|class| class.stated.iter().chain(class.denied));
+        let sentences = texts
+            .map(|text| tokenizer.encode_plain(text))
+            .collect::<Result<_, _>>()?;
+        Ok(Self {
+            tokenizer: tokenizer.clone(),
+            opening,
+            sentences: Arc::new(sentences),
+        })
+    }
+
+    /// The sentences, in the order of [`WORDINGS`], stated before denied.
+    pub fn tokens(&self) -> &Arc<Vec<Vec<u32>>> {
+        &self.sentences
+    }
+
+    /// Tokens between prompt and sentences, without a report.
+    pub fn opening(&self) -> usize {
+        self.opening.len()
+    }
+
+    /// Tokens of the longest sentence.
+    pub fn longest(&self) -> usize {
+        self.sentences.iter().map(Vec::len).max().unwrap_or(0)
+    }
+
+    /// Where the sentences are put: at the beginning of the answer, and with `report` after each clause of that.
+    ///
+    /// # Errors
+    /// [`TokenizerError`].
+    pub fn places(&self, report: Option<&str>) -> Result<SentencePlaces, TokenizerError> {
+        let mut tokens = self.opening.clone();
+        let mut ends = vec![tokens.len()];
+        let clauses = report.map(clauses).unwrap_or_default();
+        for clause in clauses.into_iter().take(MOST_PLACES) {
+            tokens.extend(self.tokenizer.encode_plain(clause)?);
+            ends.push(tokens.len());
+        }
+        Ok(SentencePlaces { tokens, ends })
+    }
+}
+
+/// Sentences and clauses of a report, each with its end: normal reports deny findings after a comma.
+fn clauses(report: &str) -> Vec<&str> {
+    let ends = ['。', '；', ';', '\n', '，', ',', '：'];
+    report.split_inclusive(ends).collect()
+}
+
+/// Log-probabilities of the sentences of one class, token by token.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ClassLogProbabilities {
+    /// The class.
+    pub finding: Finding,
+    stated: Vec<Vec<f32>>,
+    denied: Vec<Vec<f32>>,
+}
+
+impl ClassLogProbabilities {
+    /// The logit of the class.
+    pub fn logit(&self, form: ScoreForm, context: SentenceContext) -> f64 {
+        class_logit(form, context, &self.stated, &self.denied)
+    }
+}
+
+/// Sorts log-probabilities, `[place][sentence][token]` with the sentences of [`FindingSentences::tokens`], by class.
+pub fn by_class(places: Vec<Vec<Vec<f32>>>) -> Vec<ClassLogProbabilities> {
+    let mut classes: Vec<ClassLogProbabilities> = WORDINGS
+        .iter()
+        .map(|class| ClassLogProbabilities {
+            finding: class.finding,
+            stated: Vec::new(),
+            denied: Vec::new(),
+        })
+        .collect();
+    for found in places {
+        let mut found = found.into_iter();
+        for (class, wordings) in classes.iter_mut().zip(&WORDINGS) {
+            let stated = found.by_ref().take(wordings.stated.len());
+            class.stated.extend(stated);
+            let denied = found.by_ref().take(wordings.denied.len());
+            class.denied.extend(denied);
+        }
+    }
+    classes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sentences_go_to_their_class_and_places_end_at_clauses() {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("model/tiny");
+        let tokenizer = Tokenizer::from_folder(folder).unwrap();
+        let sentences = FindingSentences::new(&tokenizer, false, "").unwrap();
+        let all: usize = WORDINGS
+            .iter()
+            .map(|w| w.stated.len() + w.denied.len())
+            .sum();
+        assert_eq!(sentences.tokens().len(), all);
+        assert!(sentences.tokens().iter().all(|tokens| !tokens.is_empty()));
+        let start = sentences.places(None).unwrap();
+        assert_eq!((start.tokens.len(), &start.ends[..]), (0, &[0][..]));
+        let report = sentences.places(Some("心影不大，未见气胸。")).unwrap();
+        assert_eq!(report.ends.len(), 3);
+        assert_eq!(report.ends[2], report.tokens.len());
+        let lead = FindingSentences::new(&tokenizer, true, "印象：").unwrap();
+        let opening = lead.places(None).unwrap();
+        assert_eq!(opening.ends, [opening.tokens.len()]);
+        assert!(
+            tokenizer
+                .decode(&opening.tokens, false)
+                .unwrap()
+                .contains("印象：")
+        );
+
+        // The number of each sentence as its only log-probability.
+        let numbered = (0..all).map(|at| vec![at as f32]).collect();
+        let classes = by_class(vec![numbered]);
+        let mut next = 0.0;
+        for (class, wordings) in classes.iter().zip(&WORDINGS) {
+            assert_eq!(class.finding, wordings.finding);
+            for found in class.stated.iter().chain(&class.denied) {
+                assert_eq!(found[0], next);
+                next += 1.0;
+            }
+        }
+        assert_eq!(next as usize, all);
+    }
+}
