@@ -28,7 +28,7 @@ use crate::{
         system::{open_files_limit, share_one_heap},
     },
     bench::SEED,
-    ops::quantised::cache::CacheFormat,
+    ops::quantised::{Packing, cache::CacheFormat},
     processor::tokenizer::Tokenizer,
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig},
     runtime::{
@@ -483,13 +483,14 @@ fn random<B: Accelerator>(
     config.vision_start_token_id = special.vision_start;
     config.vision_end_token_id = special.vision_end;
     let parts = TextAndImages::load_for(options, config)?;
-    let model = draw::<B>(
-        &parts.config,
-        SEED,
-        options.dtype,
-        options.quantize,
-        &device,
-    );
+    let quantization = match options.quantize {
+        Some(Packing::To(quantization)) => Some(quantization),
+        None => None,
+        Some(Packing::Keep) => bail!(UsageError(
+            "--quantize keep: weights that are drawn have no form to keep; give a format".into()
+        )),
+    };
+    let model = draw::<B>(&parts.config, SEED, options.dtype, quantization, &device);
     let _ = B::sync(&device);
     Ok(Pipeline {
         model,

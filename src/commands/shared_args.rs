@@ -20,7 +20,7 @@ use crate::{
         hub::Want,
     },
     dataset::{Columns, DataOptions, ImageStore},
-    ops::quantised::{Quantization, cache::CacheFormat},
+    ops::quantised::{Packing, cache::CacheFormat},
     runtime::generate::{GenerationConfig, SamplingConfig},
     study::StudyRule,
 };
@@ -113,11 +113,13 @@ pub struct LoadArgs {
     /// Dtype of the weights; the default is bf16 on CUDA, f16 on other GPUs and f32 on the CPU.
     #[arg(long, value_enum)]
     pub dtype: Option<DtypeName>,
-    /// Quantise the weights at load time: int8, int4 (groups of 64) or int4:32.
+    /// Quantise the weights at load time: int8, int4 (groups of 64), int4:32 or int4:128, or `keep`.
     ///
     /// The 8B model takes 8.8 GB as int8 and 5.3 GB as int4. `quantize` writes such a checkpoint to disk.
+    /// `keep` leaves packed what another tool (AWQ, GPTQ, compressed-tensors, GGUF) has quantised, where that is
+    /// held exactly, and quantises nothing else. `int4:64:zero` adds a zero point a group.
     #[arg(long, value_name = "FORMAT")]
-    pub quantize: Option<Quantization>,
+    pub quantize: Option<Packing>,
     /// Smallest size an image is scaled to, in pixels; by default that of the adapter's training, else the
     /// checkpoint's.
     #[arg(long, value_name = "PIXELS")]

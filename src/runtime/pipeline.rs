@@ -15,7 +15,12 @@ use crate::{
             files::{attach_adapter, trained_pixel_limits},
             merge::merge,
         },
-        quantised::load::{load_quantised, quantise},
+        quantised::{
+            Formats,
+            files::formats_of,
+            load::{kept_formats, load_packed, quantise},
+            memory::bytes_in_formats,
+        },
     },
     base::{
         device_name::{DeviceKind, dtype_text},
@@ -23,7 +28,7 @@ use crate::{
         hub::repo_of_folder,
     },
     batch::images::ImageInput,
-    ops::{compact, quantised::Quantization},
+    ops::{compact, quantised::Packing},
     processor::{
         chat::{ChatError, ChatTemplate, RenderOptions, encode_chat},
         image::{ImageError, RgbImage},
@@ -113,7 +118,7 @@ pub struct PipelineOptions {
     pub dtype: DType,
     /// Quantise the weights of a 16-bit checkpoint while they are loaded; one that is quantised on the disk
     /// stays as it is.
-    pub quantize: Option<Quantization>,
+    pub quantize: Option<Packing>,
     /// Smallest image the model is shown, in pixels; when absent, see [`LimitsFrom`].
     pub min_pixels: Option<usize>,
     /// Largest image the model is shown, in pixels; when absent, see [`LimitsFrom`].
@@ -592,8 +597,21 @@ pub fn load_models<B: Accelerator>(
         dtype: options.dtype,
         ..InitOptions::default()
     };
-    let on_disk = crate::adapters::quantised::files::of_checkpoint(&options.model)?;
-    let quantization = on_disk.or(options.quantize);
+    let on_disk = formats_of(&options.model)?;
+    // Of files that this program quantised all is kept in any case.
+    let wanted = options
+        .quantize
+        .filter(|wanted| on_disk.is_none() || *wanted != Packing::Keep);
+    let checkpoint = match (&on_disk, wanted) {
+        (None, Some(_)) => Some(Checkpoint::open_with(&options.model, &options.gguf)?),
+        _ => None,
+    };
+    let formats = match (&on_disk, wanted, &checkpoint) {
+        (Some(formats), ..) => Some(formats.clone()),
+        (None, Some(Packing::To(quantization)), _) => Some(quantization.into()),
+        (None, Some(Packing::Keep), Some(checkpoint)) => Some(kept_formats(checkpoint)),
+        _ => None,
+    };
     let mut models: Vec<Qwen3Vl<B>> = devices
         .iter()
         .map(|device| Qwen3Vl::new(config, &init, device))
@@ -602,30 +620,26 @@ pub fn load_models<B: Accelerator>(
         && B::KIND == DeviceKind::Cpu
     {
         let copies = models.len();
-        check_host_memory(options, model, quantization, copies)?;
+        check_host_memory(options, model, formats.as_ref(), copies)?;
     }
-    if let Some(quantization) = quantization {
-        if options
-            .quantize
-            .is_some_and(|wanted| wanted != quantization)
+    if let Some(formats) = formats {
+        if let (Some(Packing::To(wanted)), Some(_)) = (wanted, &on_disk)
+            && formats != Formats::from(wanted)
         {
             return Err(PipelineError::Weights(WeightsError::Quantization {
                 path: options.model.clone(),
                 reason: format!(
-                    "the weights are packed as {quantization} already; leave out --quantize, or take the checkpoint they were made from"
+                    "the weights are packed as {formats} already; leave out --quantize, or take the checkpoint they were made from"
                 ),
             }));
         }
         let dtype = options.dtype;
-        let checkpoint = match on_disk {
-            None => Some(Checkpoint::open_with(&options.model, &options.gguf)?),
-            Some(_) => None,
-        };
         for model in &mut models {
             let (fresh, tell) = (model.clone(), &mut *on_progress);
+            let formats = formats.clone();
             *model = match &checkpoint {
-                Some(checkpoint) => quantise(fresh, checkpoint, quantization, dtype, tell)?,
-                None => load_quantised(fresh, &options.model, quantization, true, dtype, tell)?,
+                Some(checkpoint) => quantise(fresh, checkpoint, formats, dtype, tell)?,
+                None => load_packed(fresh, &options.model, formats, dtype, tell)?,
             };
         }
         return Ok(models);
@@ -639,7 +653,7 @@ pub fn load_models<B: Accelerator>(
 fn check_host_memory<B: Accelerator>(
     options: &PipelineOptions,
     model: &Qwen3Vl<B>,
-    quantization: Option<Quantization>,
+    formats: Option<&Formats>,
     copies: usize,
 ) -> Result<(), PipelineError> {
     const GIB: f64 = (1u64 << 30) as f64;
@@ -647,8 +661,8 @@ fn check_host_memory<B: Accelerator>(
     Checkpoint::open_with(&options.model, &options.gguf)?;
     let dtype = options.dtype;
     let shapes = parameter_shapes(model);
-    let bytes =
-        crate::adapters::quantised::memory::weight_bytes(&shapes, quantization, dtype.size());
+    let floats = Formats::default();
+    let bytes = bytes_in_formats(&shapes, formats.unwrap_or(&floats), dtype.size());
     let need = (bytes * copies) as f64 / GIB;
     match crate::base::system::available_memory() {
         Some(free) if need > free as f64 / GIB => Err(PipelineError::Memory {
