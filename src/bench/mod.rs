@@ -248,7 +248,7 @@ impl<B: Accelerator> Bench<B> {
                     model: dir.clone(),
                     adapter: None,
                     dtype: self.dtype,
-                    quantize: self.quantize,
+                    quantize: self.quantize.map(Into::into),
                     min_pixels: None,
                     max_pixels: None,
                     gguf: gguf.clone(),

@@ -28,7 +28,7 @@ use crate::{
         system::{open_files_limit, share_one_heap},
     },
     bench::SEED,
-    ops::quantised::cache::CacheFormat,
+    ops::quantised::{Packing, cache::CacheFormat},
     processor::tokenizer::Tokenizer,
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, weights::gguf::GgufParts},
     runtime::{
@@ -425,8 +425,9 @@ impl DeviceTask for Serve {
                 .then(|| options.model.clone()),
             gguf: options.gguf.clone(),
             merged: options.adapter.clone(),
-            quantize: fit
-                .map_or(options.quantize, |fit| fit.quantization)
+            quantize: options
+                .quantize
+                .or(fit.and_then(|fit| fit.quantization.map(Packing::To)))
                 .map(|format| format.to_string()),
         };
         let base = checks_base.then_some((options.model, options.gguf));
@@ -520,7 +521,14 @@ fn random<B: Accelerator>(
     config.vision_end_token_id = special.vision_end;
     let parts = TextAndImages::load_for(options, config)?;
     let fit = fit_memory::<B>(options, &parts, std::slice::from_ref(&device))?;
-    let quantization = fit.map_or(options.quantize, |fit| fit.quantization);
+    let quantization = match options.quantize {
+        None if fit.is_some() => fit.and_then(|fit| fit.quantization),
+        Some(Packing::To(quantization)) => Some(quantization),
+        None => None,
+        Some(Packing::Keep) => bail!(UsageError(
+            "--quantize keep: weights that are drawn have no form to keep; give a format".into()
+        )),
+    };
     let model = draw::<B>(&parts.config, SEED, options.dtype, quantization, &device);
     let _ = B::sync(&device);
     Ok(Pipeline {

@@ -22,7 +22,7 @@ use crate::{
     dataset::{Columns, DataOptions, ImageStore},
     ops::{
         memory::Budget,
-        quantised::{Quantization, cache::CacheFormat},
+        quantised::{Packing, cache::CacheFormat},
     },
     qwen3_vl::weights::gguf::GgufParts,
     runtime::generate::{GenerationConfig, SamplingConfig},
@@ -117,11 +117,13 @@ pub struct LoadArgs {
     /// Dtype of the weights; the default is bf16 on CUDA, f16 on other GPUs and f32 on the CPU.
     #[arg(long, value_enum)]
     pub dtype: Option<DtypeName>,
-    /// Quantise the weights at load time: int8, int4 (groups of 64) or int4:32.
+    /// Quantise the weights at load time: int8, int4 (groups of 64), int4:32 or int4:128, or `keep`.
     ///
     /// The 8B model takes 8.8 GB as int8 and 5.3 GB as int4. `quantize` writes such a checkpoint to disk.
+    /// `keep` leaves packed what another tool (AWQ, GPTQ, compressed-tensors, GGUF) has quantised, where that is
+    /// held exactly, and quantises nothing else. `int4:64:zero` adds a zero point a group.
     #[arg(long, value_name = "FORMAT")]
-    pub quantize: Option<Quantization>,
+    pub quantize: Option<Packing>,
     /// Device memory to stay within: GiB, or `auto` for what is free.
     ///
     /// Chooses the first form of the weights that fits beside the keys and values of the answers: as --dtype says,

@@ -83,12 +83,20 @@ impl<B: Ops> Qwen3Vl<B> {
         self.model.language_model.norm.weight.val().dtype()
     }
 
-    /// How the weights are quantised, if they are.
+    /// How the weights are quantised, if some are: the format of the first that is, of the language model's
+    /// layers where these are. Others can have other formats, or stay floats.
     pub fn quantization(&self) -> Option<Quantization> {
-        // Not of the first alone: an adapter may bring a layer of its own, in floats.
-        let layers = &self.model.language_model.layers;
-        let mut linears = layers.iter().flat_map(DecoderLayer::projections);
-        let packed = linears.find_map(|linear| linear.weight.packed())?;
+        // Not of the first alone: an adapter may bring a layer of its own, in floats, and other tools leave
+        // some as floats.
+        let text = &self.model.language_model;
+        let linears = text.layers.iter().flat_map(DecoderLayer::projections);
+        let vision = self.model.visual.linears();
+        let tables = std::iter::once(&text.embed_tokens.weight).chain([self.head()]);
+        let mut weights = linears
+            .chain(vision)
+            .map(|linear| &linear.weight)
+            .chain(tables);
+        let packed = weights.find_map(Weight::packed)?;
         Some(Quantization {
             layers: packed.format(),
         })

@@ -455,6 +455,16 @@ impl<B: Ops> VisionModel<B> {
         }
     }
 
+    /// All linear layers.
+    pub fn linears(&self) -> impl Iterator<Item = &Linear<B>> {
+        let blocks = self.blocks.iter().flat_map(|block| {
+            let (attn, mlp) = (&block.attn, &block.mlp);
+            [&attn.qkv, &attn.proj, &mlp.linear_fc1, &mlp.linear_fc2]
+        });
+        let mergers = std::iter::once(&self.merger).chain(&self.deepstack_merger_list);
+        blocks.chain(mergers.flat_map(|merger| [&merger.linear_fc1, &merger.linear_fc2]))
+    }
+
     /// Type of the stored weights.
     pub fn dtype(&self) -> DType {
         self.patch_embed.proj.bias.val().dtype()

@@ -5,7 +5,10 @@
 use std::{collections::BTreeMap, fmt};
 
 use crate::{
-    adapters::quantised::memory::{cache_bytes, weight_bytes},
+    adapters::quantised::{
+        Formats,
+        memory::{bytes_in_formats, cache_bytes, weight_bytes},
+    },
     base::device_name::DeviceKind,
     ops::quantised::{Quantization, cache::CacheFormat},
     qwen3_vl::config::Qwen3VlConfig,
@@ -21,6 +24,8 @@ pub struct InferenceMemory<'a> {
     shapes: BTreeMap<String, Vec<usize>>,
     /// Bytes of a float weight.
     element: usize,
+    /// Bytes of weights whose form is that of their files.
+    packed: Option<u64>,
     kind: DeviceKind,
 }
 
@@ -42,7 +47,7 @@ pub struct CacheWish {
 /// A form that fits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Fit {
-    /// Form of the weights; `None` for floats.
+    /// Form to bring the weights into; `None` where they stay as they are.
     pub quantization: Option<Quantization>,
     /// Form of keys and values.
     pub kv_cache: CacheFormat,
@@ -54,6 +59,8 @@ pub struct Fit {
     least: usize,
     /// Bits of a float weight.
     float_bits: usize,
+    /// Whether the weights are packed in their files.
+    packed: bool,
 }
 
 impl Fit {
@@ -67,7 +74,7 @@ impl Fit {
 #[derive(Debug, Clone, Copy, PartialEq, thiserror::Error)]
 #[error(
     "{budget:.1} GiB of memory are too small: with {} weights and {tokens} tokens of keys and values the model takes about {need:.1} GiB; take a smaller model, lower --max-pixels, or use a larger device",
-    match .quantization { Some(quantization) => quantization.to_string(), None => "float".to_string() }
+    match .quantization { Some(quantization) => quantization.to_string(), None => "these".to_string() }
 )]
 pub struct TooSmall {
     /// GiB.
@@ -91,13 +98,25 @@ impl<'a> InferenceMemory<'a> {
             config,
             shapes,
             element,
+            packed: None,
             kind,
+        }
+    }
+
+    /// Of weights that stay as their files have them: every form is this one.
+    #[must_use]
+    pub fn with_packed_weights(self, formats: &Formats) -> Self {
+        let bytes = bytes_in_formats(&self.shapes, formats, self.element);
+        Self {
+            packed: Some(bytes as u64),
+            ..self
         }
     }
 
     /// Bytes of the weights.
     pub fn weights(&self, quantization: Option<Quantization>) -> u64 {
-        weight_bytes(&self.shapes, quantization, self.element) as u64
+        self.packed
+            .unwrap_or_else(|| weight_bytes(&self.shapes, quantization, self.element) as u64)
     }
 
     /// Bytes of the keys and values of so many tokens.
@@ -120,9 +139,10 @@ impl<'a> InferenceMemory<'a> {
         let patch = 8 * vision.hidden_size + 2 * vision.intermediate_size;
         let activations = (wish.at_once * token + wish.patches * patch) * self.element;
         // Read off an H200: 0.55 GiB of context and modules; a quantised model's pools take pages beside.
-        let driver: f64 = match (self.kind, quantization) {
-            (DeviceKind::Cuda, None) => 0.7,
-            (DeviceKind::Cuda, Some(_)) => 1.5,
+        let quantised = quantization.is_some() || self.packed.is_some();
+        let driver: f64 = match (self.kind, quantised) {
+            (DeviceKind::Cuda, false) => 0.7,
+            (DeviceKind::Cuda, true) => 1.5,
             (DeviceKind::Wgpu, _) => 0.35,
             (DeviceKind::Cpu, _) => 0.1,
         };
@@ -187,6 +207,7 @@ impl<'a> InferenceMemory<'a> {
             bytes: [weights, self.cache(kv_cache, cache_tokens), work],
             least: wish.least,
             float_bits: 8 * self.element,
+            packed: self.packed.is_some(),
         })
     }
 }
@@ -198,6 +219,7 @@ impl fmt::Display for Fit {
         let floats = format!("{} bits", self.float_bits);
         let form = match self.quantization {
             Some(quantization) => quantization.to_string(),
+            None if self.packed => "the form of their files".to_string(),
             None => floats.clone(),
         };
         let cached = match self.kv_cache {

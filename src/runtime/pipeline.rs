@@ -16,8 +16,10 @@ use crate::{
             merge::merge,
         },
         quantised::{
-            files::of_checkpoint as quantised_on_disk,
-            load::{load_quantised, quantise},
+            Formats,
+            files::formats_of,
+            load::{kept_formats, load_packed, quantise},
+            memory::bytes_in_formats,
         },
     },
     base::{
@@ -29,7 +31,7 @@ use crate::{
     ops::{
         compact,
         memory::{Budget, free_memory},
-        quantised::{Format, Quantization, cache::CacheFormat},
+        quantised::{Format, Packing, Quantization, cache::CacheFormat},
     },
     processor::{
         chat::{ChatError, ChatTemplate, RenderOptions, encode_chat},
@@ -125,7 +127,7 @@ pub struct PipelineOptions {
     pub dtype: DType,
     /// Quantise the weights of a 16-bit checkpoint while they are loaded; one that is quantised on the disk
     /// stays as it is.
-    pub quantize: Option<Quantization>,
+    pub quantize: Option<Packing>,
     /// Smallest image the model is shown, in pixels; when absent, see [`LimitsFrom`].
     pub min_pixels: Option<usize>,
     /// Largest image the model is shown, in pixels; when absent, see [`LimitsFrom`].
@@ -531,10 +533,8 @@ impl<B: Accelerator> Pipeline<B> {
         let parts = TextAndImages::load(options)?;
         let fit = fit_memory::<B>(options, &parts, devices)?;
         let mut options = options.clone();
-        if let Some(fit) = fit
-            && quantised_on_disk(&options.model)?.is_none()
-        {
-            options.quantize = fit.quantization;
+        if let (Some(fit), None) = (fit, options.quantize) {
+            options.quantize = fit.quantization.map(Packing::To);
         }
         let options = &options;
         let models = load_models::<B>(options, &parts.config, devices, on_progress)?;
@@ -666,7 +666,6 @@ pub fn fit_memory<B: Accelerator>(
     let (Some(limit), Some(device)) = (&options.memory, devices.first()) else {
         return Ok(None);
     };
-    let on_disk = quantised_on_disk(&options.model)?;
     let free = devices.iter().map(free_memory::<B>).min().flatten();
     let gib = limit.budget.gib(free).map_err(PipelineError::Budget)?;
     // On the host all copies share one memory.
@@ -682,14 +681,20 @@ pub fn fit_memory<B: Accelerator>(
     };
     let shapes = parameter_shapes(&Qwen3Vl::<B>::new(&parts.config, &init, device));
     let memory = InferenceMemory::new(&parts.config, shapes, options.dtype.size(), B::KIND);
+    let packed = match (formats_of(&options.model)?, options.quantize) {
+        (Some(formats), _) => Some(formats),
+        (None, Some(Packing::Keep)) => {
+            let checkpoint = Checkpoint::open_with(&options.model, &options.gguf)?;
+            Some(kept_formats(&checkpoint))
+        }
+        (None, _) => None,
+    };
     let quantised = [Format::Int8, Format::Int4 { group: 64 }];
-    let every = [None]
-        .into_iter()
-        .chain(quantised.map(|layers| Some(Quantization { layers })))
-        .collect();
-    let allowed: Vec<_> = match on_disk.or(options.quantize) {
-        Some(fixed) => vec![Some(fixed)],
-        None => every,
+    let every = quantised.map(|layers| Some(Quantization { layers }));
+    let (memory, allowed) = match (packed, options.quantize) {
+        (Some(formats), _) => (memory.with_packed_weights(&formats), vec![None]),
+        (None, Some(Packing::To(typed))) => (memory, vec![Some(typed)]),
+        (None, _) => (memory, [None].into_iter().chain(every).collect()),
     };
     let images = parts.images.config();
     let patches = images.max_pixels / images.patch_size.pow(2);
@@ -746,8 +751,21 @@ pub fn load_models<B: Accelerator>(
         dtype: options.dtype,
         ..InitOptions::default()
     };
-    let on_disk = quantised_on_disk(&options.model)?;
-    let quantization = on_disk.or(options.quantize);
+    let on_disk = formats_of(&options.model)?;
+    // Of files that this program quantised all is kept in any case.
+    let wanted = options
+        .quantize
+        .filter(|wanted| on_disk.is_none() || *wanted != Packing::Keep);
+    let checkpoint = match (&on_disk, wanted) {
+        (None, Some(_)) => Some(Checkpoint::open_with(&options.model, &options.gguf)?),
+        _ => None,
+    };
+    let formats = match (&on_disk, wanted, &checkpoint) {
+        (Some(formats), ..) => Some(formats.clone()),
+        (None, Some(Packing::To(quantization)), _) => Some(quantization.into()),
+        (None, Some(Packing::Keep), Some(checkpoint)) => Some(kept_formats(checkpoint)),
+        _ => None,
+    };
     let mut models: Vec<Qwen3Vl<B>> = devices
         .iter()
         .map(|device| Qwen3Vl::new(config, &init, device))
@@ -756,30 +774,26 @@ pub fn load_models<B: Accelerator>(
         && B::KIND == DeviceKind::Cpu
     {
         let copies = models.len();
-        check_host_memory(options, model, quantization, copies)?;
+        check_host_memory(options, model, formats.as_ref(), copies)?;
     }
-    if let Some(quantization) = quantization {
-        if options
-            .quantize
-            .is_some_and(|wanted| wanted != quantization)
+    if let Some(formats) = formats {
+        if let (Some(Packing::To(wanted)), Some(_)) = (wanted, &on_disk)
+            && formats != Formats::from(wanted)
         {
             return Err(PipelineError::Weights(WeightsError::Quantization {
                 path: options.model.clone(),
                 reason: format!(
-                    "the weights are packed as {quantization} already; leave out --quantize, or take the checkpoint they were made from"
+                    "the weights are packed as {formats} already; leave out --quantize, or take the checkpoint they were made from"
                 ),
             }));
         }
         let dtype = options.dtype;
-        let checkpoint = match on_disk {
-            None => Some(Checkpoint::open_with(&options.model, &options.gguf)?),
-            Some(_) => None,
-        };
         for model in &mut models {
             let (fresh, tell) = (model.clone(), &mut *on_progress);
+            let formats = formats.clone();
             *model = match &checkpoint {
-                Some(checkpoint) => quantise(fresh, checkpoint, quantization, dtype, tell)?,
-                None => load_quantised(fresh, &options.model, quantization, true, dtype, tell)?,
+                Some(checkpoint) => quantise(fresh, checkpoint, formats, dtype, tell)?,
+                None => load_packed(fresh, &options.model, formats, dtype, tell)?,
             };
         }
         return Ok(models);
@@ -793,7 +807,7 @@ pub fn load_models<B: Accelerator>(
 fn check_host_memory<B: Accelerator>(
     options: &PipelineOptions,
     model: &Qwen3Vl<B>,
-    quantization: Option<Quantization>,
+    formats: Option<&Formats>,
     copies: usize,
 ) -> Result<(), PipelineError> {
     const GIB: f64 = (1u64 << 30) as f64;
@@ -801,8 +815,8 @@ fn check_host_memory<B: Accelerator>(
     Checkpoint::open_with(&options.model, &options.gguf)?;
     let dtype = options.dtype;
     let shapes = parameter_shapes(model);
-    let bytes =
-        crate::adapters::quantised::memory::weight_bytes(&shapes, quantization, dtype.size());
+    let floats = Formats::default();
+    let bytes = bytes_in_formats(&shapes, formats.unwrap_or(&floats), dtype.size());
     let need = (bytes * copies) as f64 / GIB;
     match crate::base::system::available_memory() {
         Some(free) if need > free as f64 / GIB => Err(PipelineError::Memory {

@@ -107,7 +107,7 @@ fn what_cannot_be_meant_is_refused() {
     ];
     for (more, says) in [
         (&["--bits", "5"][..], "expected 8 or 4"),
-        (&["--bits", "4", "--group", "48"], "expected 32 or 64"),
+        (&["--bits", "4", "--group", "48"], "expected 32, 64 or 128"),
         (&["--bits", "8", "--group", "64"], "no groups"),
     ] {
         let (code, stdout, stderr) = run(folder.path(), &[&base[..], more].concat());

@@ -9,12 +9,16 @@ use std::{
 };
 
 use burn::{module::Module, tensor::DType};
+use half::{bf16, f16};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 use xray_qwen3vl::{
     adapters::quantised::load::load_quantised,
-    ops::quantised::{Quantization, pack::unpack},
+    ops::quantised::{
+        Format, Packing, QuantisedWeight, Quantization,
+        pack::{QuantisedMatrix, unpack},
+    },
     qwen3_vl::{
         Qwen3Vl,
         config::Qwen3VlConfig,
@@ -138,6 +142,10 @@ pub fn numbers(value: &Value) -> Vec<u32> {
 pub fn tokens(model: &Path) -> (Vec<u32>, Vec<u32>, Vec<String>) {
     let pipeline =
         Pipeline::<TestBackend>::load(&options(model), device(), &mut |_, _| {}).unwrap();
+    answer(&pipeline)
+}
+
+fn answer(pipeline: &Pipeline<TestBackend>) -> (Vec<u32>, Vec<u32>, Vec<String>) {
     let parts = &pipeline.parts;
     let picture = parts
         .images
@@ -429,7 +437,7 @@ fn published_forms_can_be_packed_while_they_are_loaded() {
         let dir = folder(form);
         let config = Qwen3VlConfig::from_dir(dir.path()).unwrap();
         let fresh = Qwen3Vl::<TestBackend>::new(&config, &InitOptions::default(), &device());
-        let quantization = "int8".parse().unwrap();
+        let quantization: Quantization = "int8".parse().unwrap();
         let model = load_quantised(
             fresh,
             dir.path(),
@@ -465,17 +473,24 @@ fn published_forms_can_be_packed_while_they_are_loaded() {
     }
 }
 
-/// Symmetric numbers of other tools are kept as they are where a format holds them: the values are the tool's
-/// but for its rounding to 16 bits.
+/// What another tool quantised stays as it is where a format holds it: in the type that the tool computes in,
+/// the values are the tool's bit for bit.
 #[test]
-fn symmetric_numbers_stay_packed_as_they_are() {
+fn numbers_of_other_tools_stay_packed_as_they_are() {
     let in_layer = |layer: usize, part: &str| {
         format!("model.language_model.layers.{layer}.{part}_proj.weight")
     };
-    for (form, quantization, name, keeps) in [
+    for (form, format, name, keeps) in [
         ("gptq-4", "int4:32", in_layer(0, "mlp.down"), true),
+        ("gptq-4", "int4:32:zero", in_layer(0, "mlp.down"), true),
         ("gptq-4", "int4", in_layer(0, "mlp.down"), false),
         ("gptq-4-order", "int4:32", in_layer(0, "mlp.down"), false),
+        (
+            "gptq-4-order",
+            "int4:32:zero",
+            in_layer(0, "mlp.down"),
+            false,
+        ),
         (
             "compressed-pack",
             "int4:32",
@@ -483,13 +498,21 @@ fn symmetric_numbers_stay_packed_as_they_are() {
             true,
         ),
         ("compressed-pack", "int4:32", in_layer(0, "mlp.up"), false),
+        (
+            "compressed-pack",
+            "int4:32:zero",
+            in_layer(0, "mlp.up"),
+            true,
+        ),
         ("compressed-pack", "int8", in_layer(1, "mlp.up"), true),
         ("compressed-int8", "int8", in_layer(1, "self_attn.k"), true),
         ("compressed-int8", "int8", in_layer(1, "mlp.gate"), false),
         ("awq", "int4:32", in_layer(0, "mlp.up"), false),
+        ("awq", "int4:32:zero", in_layer(0, "mlp.up"), true),
+        ("awq", "int4:64:zero", in_layer(0, "mlp.up"), false),
     ] {
         let dir = folder(form);
-        let quantization: Quantization = quantization.parse().unwrap();
+        let format: Format = format.parse().unwrap();
         let checkpoint = Checkpoint::open(dir.path()).unwrap();
         let shape = checkpoint
             .in_order()
@@ -498,24 +521,15 @@ fn symmetric_numbers_stay_packed_as_they_are() {
         let [rows, columns] = *shape.unwrap().1 else {
             panic!("{name} is a matrix");
         };
-        let format = quantization.layers;
         let kept = checkpoint.kept(&name, [rows, columns], format).unwrap();
-        assert_eq!(kept.is_some(), keeps, "{form} {quantization} {name}");
+        assert_eq!(kept.is_some(), keeps, "{form} {format} {name}");
         let Some(kept) = kept else { continue };
-        let bytes = read(&checkpoint, &name, rows * columns, DType::F32);
-        let floats: &[f32] = bytemuck::cast_slice(&bytes);
-        // Half a step of bfloat16, the coarsest type of scales.
-        for (ours, theirs) in unpack(&kept, columns, format).iter().zip(floats) {
-            assert!(
-                (ours - theirs).abs() <= theirs.abs() / 256.0,
-                "{form} {name}: {ours} {theirs}"
-            );
-        }
+        same_values(&checkpoint, &name, [rows, columns], format, kept);
     }
     // Blocks of Q4_0 are those of `int4:32`, exactly.
     let dir = folder("gguf");
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
-    let format = "int4:32".parse::<Quantization>().unwrap().layers;
+    let format = Format::Int4 { group: 32 };
     let kept: Vec<_> = checkpoint
         .in_order()
         .into_iter()
@@ -531,5 +545,83 @@ fn symmetric_numbers_stay_packed_as_they_are() {
             bytemuck::cast_slice::<u8, f32>(&bytes),
             "{name}"
         );
+    }
+}
+
+/// Compares a matrix that stays packed with the floats of its tool, on the host and as a model has it.
+fn same_values(
+    checkpoint: &Checkpoint,
+    name: &str,
+    [rows, columns]: [usize; 2],
+    format: Format,
+    kept: QuantisedMatrix,
+) {
+    let bytes = read(checkpoint, name, rows * columns, DType::F32);
+    let theirs: &[f32] = bytemuck::cast_slice(&bytes);
+    let ours = unpack(&kept, columns, format);
+    // The tools round each product to the type of their scales.
+    let equal = |round: fn(f32) -> f32| ours.iter().zip(theirs).all(|(a, b)| round(*a) == *b);
+    let half = equal(|value| f16::from_f32(value).to_f32());
+    let brain = equal(|value| bf16::from_f32(value).to_f32());
+    assert!(half || brain || equal(|value| value), "{name} {format}");
+    let weight =
+        QuantisedWeight::<TestBackend>::upload(kept, rows, columns, format, DType::F32, &device());
+    let on_device: Vec<f32> = weight.unpack(DType::F32).into_data().to_vec().unwrap();
+    assert_eq!(on_device, ours, "{name} {format}");
+}
+
+/// `--quantize keep`: a model whose packed matrices are those of the tool, and whose others are floats.
+#[test]
+fn a_model_keeps_what_another_tool_packed_and_quantises_nothing_else() {
+    for (form, kept, dequantised) in [
+        ("awq", 14, 0),
+        ("gptq-4", 14, 0),
+        ("gptq-4-order", 0, 14),
+        ("compressed-pack", 14, 0),
+        // And the table of tokens.
+        ("gguf", 2, 10),
+        ("fp8", 0, 13),
+        ("plain", 0, 0),
+    ] {
+        let dir = folder(form);
+        let packing = PipelineOptions {
+            quantize: Some(Packing::Keep),
+            ..options(dir.path())
+        };
+        let pipeline = Pipeline::<TestBackend>::load(&packing, device(), &mut |_, _| {}).unwrap();
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        let (mut packed, mut floats) = (0, 0);
+        for (path, linear) in pipeline.model.linears() {
+            let name = format!("{path}.weight");
+            let is_theirs = checkpoint.stored_dtype(&name).is_none();
+            match linear.weight.packed() {
+                Some(weight) => {
+                    packed += 1;
+                    assert!(is_theirs, "{form} {name}");
+                    let dims = weight.dims();
+                    let matrix = checkpoint.kept(&name, dims, weight.format()).unwrap();
+                    same_values(&checkpoint, &name, dims, weight.format(), matrix.unwrap());
+                }
+                None => floats += usize::from(is_theirs),
+            }
+        }
+        println!(
+            "{form}: {packed} packed, {floats} floats; {:?}",
+            pipeline.parts.remarks
+        );
+        assert_eq!((packed, floats), (kept, dequantised), "{form}");
+        let told = pipeline.parts.remarks.join(" ");
+        let says = match packed {
+            0 => "no matrix stays packed".to_string(),
+            _ => format!("{packed} matrices stay packed exactly as they are"),
+        };
+        assert!(told.contains(&says), "{form}: {told}");
+        assert_eq!(
+            told.contains("dequantised to 16 bits"),
+            floats > 0,
+            "{form}"
+        );
+        // The tool's rounding of products to 16 bits changes no token.
+        assert_eq!(answer(&pipeline).1, tokens(dir.path()).1, "{form}");
     }
 }

@@ -30,7 +30,7 @@ use crate::{
     support::{ACTIVATIONS, Reference, assert_close, fixtures, json, relative_distance, values},
 };
 
-const FORMATS: [&str; 3] = ["int8", "int4:32", "int4"];
+const FORMATS: [&str; 5] = ["int8", "int4:32", "int4", "int4:128", "int4:64:zero"];
 
 fn packed(name: &str, format: &str) -> (Qwen3Vl<B>, Qwen3VlConfig) {
     let dir = fixtures().join(name);
@@ -249,6 +249,13 @@ fn a_written_packed_checkpoint_loads_as_what_packing_at_load_gives() {
                 let words = |weight: &QuantisedWeight<B>| weight.words().to_data();
                 assert_eq!(words(ours), words(want), "{path}");
                 assert_eq!(ours.scales().to_data(), want.scales().to_data(), "{path}");
+                let zeros = |weight: &QuantisedWeight<B>| weight.zeros().map(Tensor::to_data);
+                assert_eq!(zeros(ours), zeros(want), "{path}");
+                assert_eq!(
+                    ours.zeros().is_some(),
+                    !ours.format().is_symmetric(),
+                    "{path}"
+                );
             }
             let (_, ids, images, _) = cases(&config, "text.safetensors").remove(0);
             assert_eq!(
@@ -292,7 +299,7 @@ fn logits_of_a_full_width_model_of_four_layers() {
         table,
     );
     for name in FORMATS {
-        let quantization = name.parse().unwrap();
+        let quantization: Quantization = name.parse().unwrap();
         let Ok(packed) = replace_weights(
             model.clone(),
             quantization,

@@ -125,12 +125,14 @@ where
         && text.num_attention_heads / text.num_key_value_heads <= 8
         && model.lm_head.as_ref().is_none_or(plain)
         && Matrix::of(model.head()).covers(dtype)
-        && model
-            .model
-            .language_model
-            .layers
-            .iter()
-            .all(|layer| layer.projections().into_iter().all(plain))
+        && model.model.language_model.layers.iter().all(|layer| {
+            // What is multiplied in one launch has one format.
+            let [q, k, v, _, gate, up, _] = layer.projections().map(weight);
+            layer.projections().into_iter().all(plain)
+                && q.is_like(&k)
+                && q.is_like(&v)
+                && gate.is_like(&up)
+        })
 }
 
 /// The engine for a prefilled cache; `None` where the kernels do not cover the model.

@@ -36,7 +36,18 @@ impl<R: CubeRuntime> Matrix<R> {
     pub(super) fn covers(&self, dtype: DType) -> bool {
         match self {
             Self::Floats(buffer) => buffer.dtype == dtype && buffer.is_contiguous(),
-            Self::Quantised(weight) => weight.is_whole() && Packing::of(dtype).is_some(),
+            Self::Quantised(weight) => {
+                weight.is_covered() && weight.is_whole() && Packing::of(dtype).is_some()
+            }
+        }
+    }
+
+    /// Whether one launch can multiply by both.
+    pub(super) fn is_like(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Floats(_), Self::Floats(_)) => true,
+            (Self::Quantised(this), Self::Quantised(other)) => this.is_like(other),
+            _ => false,
         }
     }
 
@@ -60,7 +71,7 @@ impl<R: CubeRuntime> Matrix<R> {
     /// Matmuls of one normalised input with three matrices, concatenated.
     ///
     /// # Panics
-    /// If some are quantised and some are not.
+    /// If some are quantised and some are not ([`Self::is_like`]).
     pub(super) fn three_matmuls(
         x: &Buffer<R>,
         norm: &InputNorm<R>,

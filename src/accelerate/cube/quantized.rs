@@ -60,6 +60,16 @@ impl<R: CubeRuntime> Quantised<R> {
         self.words.meta.shape()[0]
     }
 
+    /// Whether the kernels cover the matrix: they do not read zero points.
+    pub(super) fn is_covered(&self) -> bool {
+        self.format.is_symmetric()
+    }
+
+    /// Whether another matrix has the same format, so that one launch multiplies by both.
+    pub(super) fn is_like(&self, other: &Self) -> bool {
+        self.format == other.format
+    }
+
     /// Whether rows of the matrix have no padding, so that an input is read without padding.
     pub(super) fn is_whole(&self) -> bool {
         self.format.padded(self.d_input) == self.d_input
@@ -72,6 +82,7 @@ impl<R: CubeRuntime> Quantised<R> {
             self.format.padded(self.d_input),
             "inputs of the matmul"
         );
+        assert!(self.is_covered(), "zero points are not read here");
         let per_piece = 4 * self.format.per_word();
         let stored = Stored::Levels {
             bits: self.format.bits(),
@@ -121,7 +132,9 @@ pub(in crate::accelerate) fn dequantise_rows<R: CubeRuntime>(
     count: usize,
     dtype: DType,
 ) -> Option<Tensor<Cube<R>, 2>> {
-    let covered = weight.dims()[1].is_multiple_of(4) && Packing::of(dtype).is_some();
+    let covered = weight.format().is_symmetric()
+        && weight.dims()[1].is_multiple_of(4)
+        && Packing::of(dtype).is_some();
     covered.then(|| unpacked(weight, start, count, dtype))
 }
 
@@ -129,7 +142,9 @@ pub(in crate::accelerate) fn dequantise_rows<R: CubeRuntime>(
 fn covers<R: CubeRuntime>(x: &Tensor<Cube<R>, 2>, weight: &QuantisedWeight<Cube<R>>) -> bool {
     let [rows, width] = x.dims();
     assert_eq!(width, weight.dims()[1], "inputs of the matmul");
-    (1..=MOST_ROWS).contains(&rows) && Packing::of(x.dtype()).is_some()
+    (1..=MOST_ROWS).contains(&rows)
+        && weight.format().is_symmetric()
+        && Packing::of(x.dtype()).is_some()
 }
 
 /// `x Wᵀ + bias + residual + scaling · x Aᵀ Bᵀ` in type `out`, some rows a launch.

@@ -231,9 +231,8 @@ impl Accelerator for Cuda {
         run: impl Fn() -> VisionOutput<Self>,
     ) -> VisionOutput<Self> {
         if tower
-            .blocks
-            .iter()
-            .any(|block| block.attn.qkv.weight.packed().is_some())
+            .linears()
+            .any(|linear| linear.weight.packed().is_some())
         {
             return run();
         }

@@ -16,13 +16,16 @@ use burn::{
 use half::f16;
 use safetensors::{Dtype, tensor::TensorView};
 
-use super::files::Part;
+use super::{
+    Formats,
+    files::{Part, formats_of},
+};
 use crate::{
-    adapters::{lora::attach::LinearMapper, quantised::format_of},
+    adapters::lora::attach::LinearMapper,
     ops::{
         Ops,
         quantised::{
-            Format, QuantisedWeight, Quantization,
+            Format, Packing, QuantisedWeight, Quantization,
             pack::{QuantisedMatrix, pack},
         },
         upload::UNDERWAY_BYTES,
@@ -37,17 +40,17 @@ use crate::{
     weights::Weight,
 };
 
-/// Replaces every matrix that `quantization` covers by the result of `make` for its path, shape and format.
+/// Replaces every matrix that has a format by the result of `make` for its path, shape and format.
 ///
 /// # Errors
 /// The first error of `make`.
 pub fn replace_weights<B: Ops, E>(
     model: Qwen3Vl<B>,
-    quantization: Quantization,
+    formats: impl Into<Formats>,
     make: impl FnMut(&str, [usize; 2], Format) -> Result<QuantisedWeight<B>, E>,
 ) -> Result<Qwen3Vl<B>, E> {
     struct Replace<M, E> {
-        quantization: Quantization,
+        formats: Formats,
         make: M,
         error: Option<E>,
     }
@@ -57,7 +60,7 @@ pub fn replace_weights<B: Ops, E>(
             M: FnMut(&str, [usize; 2], Format) -> Result<QuantisedWeight<B>, E>,
         {
             let path = format!("{layer}.weight");
-            let format = format_of(self.quantization, &path);
+            let format = self.formats.of(&path);
             let Some(format) = format.filter(|_| self.error.is_none()) else {
                 return weight;
             };
@@ -80,7 +83,7 @@ pub fn replace_weights<B: Ops, E>(
         }
     }
     let mut replace = Replace {
-        quantization,
+        formats: formats.into(),
         make,
         error: None,
     };
@@ -106,15 +109,29 @@ struct Contents {
 fn look_through(
     dir: &Path,
     shapes: &BTreeMap<String, Vec<usize>>,
-    quantization: Quantization,
+    formats: &Formats,
 ) -> Result<Contents, WeightsError> {
+    if let Some(layer) = formats.own.keys().find(
+        |layer| !matches!(shapes.get(&format!("{layer}.weight")), Some(shape) if shape.len() == 2),
+    ) {
+        return Err(WeightsError::Quantization {
+            path: dir.join("config.json"),
+            reason: format!(
+                "key `quantization_config.modules` names `{layer}`, which is no matrix of this model"
+            ),
+        });
+    }
     let mut missing: BTreeMap<String, ()> = BTreeMap::new();
     for path in shapes.keys() {
-        if format_of(quantization, path).is_some() {
-            missing.insert(Part::Words.key(path), ());
-            missing.insert(Part::Scales.key(path), ());
-        } else {
-            missing.insert(path.clone(), ());
+        match formats.of(path) {
+            Some(format) => {
+                for part in Part::of_format(format) {
+                    missing.insert(part.key(path), ());
+                }
+            }
+            None => {
+                missing.insert(path.clone(), ());
+            }
         }
     }
     let files = checkpoint_files(dir)?;
@@ -135,7 +152,7 @@ fn look_through(
                 continue;
             }
             let full = &shapes[parameter];
-            let format = format_of(quantization, parameter);
+            let format = formats.of(parameter);
             let (shape, dtype) = match (part, format, full.as_slice()) {
                 (Some(part), Some(format), [rows, d_input]) => (
                     part.shape([*rows, *d_input], format),
@@ -191,34 +208,65 @@ fn look_through(
 pub fn check(
     dir: &Path,
     shapes: &BTreeMap<String, Vec<usize>>,
-    quantization: Quantization,
+    formats: &Formats,
 ) -> Result<(), WeightsError> {
-    look_through(dir, shapes, quantization).map(|_| ())
+    look_through(dir, shapes, formats).map(|_| ())
 }
 
-/// What becomes of matrices that another tool quantised when they are packed as `quantization`; `None` where
-/// there are none.
-pub fn kept_remark(checkpoint: &Checkpoint, quantization: Quantization) -> Option<String> {
-    let (mut kept, mut anew) = (0, 0);
-    for (name, _) in checkpoint.in_order() {
-        let Some(format) = format_of(quantization, name) else {
-            continue;
-        };
-        if checkpoint.keeps(name, format) {
-            kept += 1;
-        } else if checkpoint.stored_dtype(name).is_none() {
-            anew += 1;
+/// The formats in which the matrices that another tool quantised are held exactly; nothing else is
+/// quantised.
+pub fn kept_formats(checkpoint: &Checkpoint) -> Formats {
+    let mut formats = Formats::default();
+    for (name, shape) in checkpoint.in_order() {
+        let layer = name.strip_suffix(".weight");
+        if let (Some(layer), [_, _]) = (layer, shape) {
+            formats.set(layer, checkpoint.own_format(name));
         }
+    }
+    formats
+}
+
+/// What becomes of matrices that another tool quantised when the checkpoint is loaded as `packing`; `None`
+/// where there is nothing to say.
+pub fn kept_remark(checkpoint: &Checkpoint, packing: Packing) -> Option<String> {
+    let formats = match packing {
+        Packing::To(quantization) => Formats::from(quantization),
+        Packing::Keep => kept_formats(checkpoint),
+    };
+    let (mut kept, mut anew, mut floats) = (0, 0, 0);
+    for (name, shape) in checkpoint.in_order() {
+        match formats.of(name) {
+            Some(format) if checkpoint.keeps(name, format) => kept += 1,
+            Some(_) if checkpoint.stored_dtype(name).is_none() => anew += 1,
+            None if checkpoint.stored_dtype(name).is_none() && shape.len() == 2 => floats += 1,
+            _ => {}
+        }
+    }
+    if packing == Packing::Keep {
+        let dequantised = match floats {
+            0 => String::new(),
+            _ => format!(
+                "; {floats} are dequantised to 16 bits, for they do not have 4 bits with whole groups of 32, 64 or 128 inputs in order and f16 scales, nor symmetric 8 bits with a scale a row"
+            ),
+        };
+        return Some(match kept {
+            0 => format!(
+                "no matrix stays packed: the checkpoint has none that another tool quantised in a form that is held exactly{dequantised}"
+            ),
+            _ => {
+                format!("{kept} matrices stay packed exactly as they are ({formats}){dequantised}")
+            }
+        });
     }
     let hint = match anew {
         0 => "",
         _ => {
-            "; a format that holds more of them loses less (`int4:32` and `int4` hold symmetric 4-bit weights with groups of 32 and 64 or more, `int8` symmetric 8-bit weights with a scale a row)"
+            "; a format that holds more of them loses less: `keep` leaves all as they are that can be held exactly"
         }
     };
     (kept + anew > 0).then(|| {
         format!(
-            "packed as {quantization}: {kept} matrices keep the numbers and scales of the tool that quantised them, {anew} are dequantised and quantised anew{hint}"
+            "packed as {packing}: {kept} matrices keep the numbers and scales of the tool that quantised them, {anew} are dequantised and quantised anew{hint}"
         )
     })
 }
@@ -240,10 +288,7 @@ pub fn pack_tensor(
     if let Some(kept) = checkpoint.kept(name, [rows, d_input], format)? {
         return Ok(kept);
     }
-    let mut matrix = QuantisedMatrix {
-        words: Vec::with_capacity(rows * format.words(d_input)),
-        scales: Vec::with_capacity(rows * format.scales(d_input)),
-    };
+    let mut matrix = QuantisedMatrix::with_capacity(rows, d_input, format);
     let at_once = (READ_AT_ONCE / d_input).max(1);
     for first in (0..rows).step_by(at_once) {
         let count = at_once.min(rows - first);
@@ -254,26 +299,30 @@ pub fn pack_tensor(
             out.copy_from_slice(&values[row * d_input..][..d_input]);
             Ok::<_, WeightsError>(())
         })?;
-        matrix.words.extend(part.words);
-        matrix.scales.extend(part.scales);
+        matrix.extend(part);
     }
     Ok(matrix)
 }
 
-/// Words and scales as stored in files.
-fn read_packed(
-    words: &TensorView<'_>,
-    scales: &TensorView<'_>,
-    scales_path: &Path,
-    scales_name: &str,
-) -> Result<QuantisedMatrix, WeightsError> {
-    let words = words
-        .data()
-        .chunks_exact(4)
+/// The words of a matrix as stored in a file.
+fn read_words(words: &TensorView<'_>) -> Vec<i32> {
+    let words = words.data().chunks_exact(4);
+    words
         .map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-        .collect();
-    let bytes = scales.data();
-    let scales: Vec<f32> = match scales.dtype() {
+        .collect()
+}
+
+/// Scales or zero points as stored in a file.
+fn read_floats(contents: &Contents, key: &str) -> Result<Vec<f32>, WeightsError> {
+    let path = &contents.files[contents.place[key]];
+    let file = TensorFile::open(path)?;
+    let tensors = file.tensors()?;
+    let view = tensors.tensor(key).map_err(|cause| WeightsError::Format {
+        path: path.clone(),
+        reason: cause.to_string(),
+    })?;
+    let bytes = view.data();
+    let values: Vec<f32> = match view.dtype() {
         Dtype::F16 => bytes
             .chunks_exact(2)
             .map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32())
@@ -283,12 +332,32 @@ fn read_packed(
             .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
             .collect(),
     };
-    match scales.iter().position(|scale| !scale.is_finite()) {
-        None => Ok(QuantisedMatrix { words, scales }),
+    match values.iter().position(|value| !value.is_finite()) {
+        None => Ok(values),
         Some(index) => Err(WeightsError::NotFinite {
-            path: scales_path.to_path_buf(),
-            name: scales_name.to_string(),
+            path: path.clone(),
+            name: key.to_string(),
             index,
+        }),
+    }
+}
+
+/// The zero points of the parameter `path`, which must be levels; none where the format is symmetric.
+fn read_zeros(contents: &Contents, path: &str, format: Format) -> Result<Vec<f32>, WeightsError> {
+    if format.is_symmetric() {
+        return Ok(Vec::new());
+    }
+    let key = Part::Zeros.key(path);
+    let zeros = read_floats(contents, &key)?;
+    let is_level = |zero: &f32| zero.fract() == 0.0 && (0.0..=15.0).contains(zero);
+    match zeros.iter().position(|zero| !is_level(zero)) {
+        None => Ok(zeros),
+        Some(index) => Err(WeightsError::Format {
+            path: contents.files[contents.place[&key]].clone(),
+            reason: format!(
+                "tensor `{key}`: zero point {index} is {}, expected a whole number from 0 to 15",
+                zeros[index]
+            ),
         }),
     }
 }
@@ -321,7 +390,8 @@ impl<B: Backend> ModuleMapper<B> for Fill {
 
 /// Fills a fresh model from the checkpoint in `dir`: matrices quantised, the rest as `dtype`.
 ///
-/// `packed` says whether this program quantised the files already. All keys, shapes and types are compared
+/// `packed` says whether this program quantised the files already; their `config.json` then says which matrix
+/// has which format. All keys, shapes and types are compared
 /// before the first tensor is read. `on_progress` gets bytes done and in all.
 ///
 /// # Errors
@@ -335,7 +405,10 @@ pub fn load_quantised<B: Ops>(
     on_progress: LoadProgress<'_>,
 ) -> Result<Qwen3Vl<B>, WeightsError> {
     match packed {
-        true => load_packed(model, dir, quantization, dtype, on_progress),
+        true => {
+            let formats = formats_of(dir)?.unwrap_or(quantization.into());
+            load_packed(model, dir, formats, dtype, on_progress)
+        }
         false => quantise(
             model,
             &Checkpoint::open(dir)?,
@@ -354,10 +427,11 @@ pub fn load_quantised<B: Ops>(
 pub fn quantise<B: Ops>(
     model: Qwen3Vl<B>,
     checkpoint: &Checkpoint,
-    quantization: Quantization,
+    formats: impl Into<Formats>,
     dtype: DType,
     on_progress: LoadProgress<'_>,
 ) -> Result<Qwen3Vl<B>, WeightsError> {
+    let formats = formats.into();
     let tensors = checkpoint.of_model(&parameter_shapes(&model))?;
     let mut filling = Filling::new(&model);
     let size = |shape: &[usize]| shape.iter().product::<usize>() as u64;
@@ -365,7 +439,7 @@ pub fn quantise<B: Ops>(
     let mut done = 0;
     on_progress(0, total);
     for (name, shape) in &tensors {
-        match (format_of(quantization, name), shape.as_slice()) {
+        match (formats.of(name), shape.as_slice()) {
             (Some(format), [rows, d_input]) => {
                 let dims = [*rows, *d_input];
                 let matrix = pack_tensor(checkpoint, name, dims, format)?;
@@ -381,7 +455,7 @@ pub fn quantise<B: Ops>(
         done += size(shape);
         on_progress(done, total);
     }
-    filling.into_model(model, quantization, checkpoint.path())
+    filling.into_model(model, formats, checkpoint.path())
 }
 
 /// What a model is filled with.
@@ -424,14 +498,14 @@ impl<B: Ops> Filling<B> {
     fn into_model(
         mut self,
         model: Qwen3Vl<B>,
-        quantization: Quantization,
+        formats: Formats,
         path: &Path,
     ) -> Result<Qwen3Vl<B>, WeightsError> {
         let model = model.map(&mut Fill {
             tensors: self.rest,
             path: Vec::new(),
         });
-        replace_weights(model, quantization, |name, _, _| {
+        replace_weights(model, formats, |name, _, _| {
             self.matrices
                 .remove(name)
                 .ok_or_else(|| WeightsError::Missing {
@@ -443,16 +517,19 @@ impl<B: Ops> Filling<B> {
     }
 }
 
-/// Fills a fresh model from files that this program quantised.
-fn load_packed<B: Ops>(
+/// Fills a fresh model from files that this program quantised, in the formats that their `config.json` says.
+///
+/// # Errors
+/// [`WeightsError`] names the file and the tensor.
+pub fn load_packed<B: Ops>(
     model: Qwen3Vl<B>,
     dir: &Path,
-    quantization: Quantization,
+    formats: Formats,
     dtype: DType,
     on_progress: LoadProgress<'_>,
 ) -> Result<Qwen3Vl<B>, WeightsError> {
     let shapes = parameter_shapes(&model);
-    let contents = look_through(dir, &shapes, quantization)?;
+    let contents = look_through(dir, &shapes, &formats)?;
     let mut filling = Filling::new(&model);
     let mut done = 0u64;
     on_progress(0, contents.bytes);
@@ -467,31 +544,25 @@ fn load_packed<B: Ops>(
                 Some((part, parameter)) => (Some(part), parameter),
                 None => (None, key),
             };
-            let Some(format) = format_of(quantization, parameter) else {
+            let Some(format) = formats.of(parameter) else {
                 filling.rest.insert(key.to_string(), file.read(key, dtype)?);
                 continue;
             };
-            // Scales are read with their words.
+            // Scales and zero points are read with their words.
             if part != Some(Part::Words) {
                 continue;
             }
-            let scales = Part::Scales.key(parameter);
-            let other = &contents.files[contents.place[&scales]];
-            let other_file = TensorFile::open(other)?;
-            let tensors = other_file.tensors()?;
-            let scale_view = tensors
-                .tensor(&scales)
-                .map_err(|cause| WeightsError::Format {
-                    path: other.clone(),
-                    reason: cause.to_string(),
-                })?;
-            let matrix = read_packed(&view, &scale_view, other, &scales)?;
+            let matrix = QuantisedMatrix {
+                words: read_words(&view),
+                scales: read_floats(&contents, &Part::Scales.key(parameter))?,
+                zeros: read_zeros(&contents, parameter, format)?,
+            };
             let dims = [shapes[parameter][0], shapes[parameter][1]];
             filling.matrix(parameter, matrix, dims, format, dtype);
             on_progress(done, contents.bytes);
         }
     }
-    let model = filling.into_model(model, quantization, dir)?;
+    let model = filling.into_model(model, formats, dir)?;
     on_progress(contents.bytes, contents.bytes);
     Ok(model)
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::{
-    adapters::quantised::format_of, ops::quantised::Quantization, qwen3_vl::config::TextConfig,
+    adapters::quantised::Formats, ops::quantised::Quantization, qwen3_vl::config::TextConfig,
 };
 
 /// Bytes of the weights of `shapes`, `element` bytes each where they are not quantised.
@@ -12,12 +12,19 @@ pub fn weight_bytes(
     quantization: Option<Quantization>,
     element: usize,
 ) -> usize {
-    let of = |(path, shape): (&String, &Vec<usize>)| {
-        let format = quantization.and_then(|quantization| format_of(quantization, path));
-        match (format, shape.as_slice()) {
-            (Some(format), [rows, d_input]) => format.bytes(*rows, *d_input),
-            _ => shape.iter().product::<usize>() * element,
-        }
+    let formats = quantization.map_or_else(Formats::default, Formats::from);
+    bytes_in_formats(shapes, &formats, element)
+}
+
+/// [`weight_bytes`] where matrices have formats of their own.
+pub fn bytes_in_formats(
+    shapes: &BTreeMap<String, Vec<usize>>,
+    formats: &Formats,
+    element: usize,
+) -> usize {
+    let of = |(path, shape): (&String, &Vec<usize>)| match (formats.of(path), shape.as_slice()) {
+        (Some(format), [rows, d_input]) => format.bytes(*rows, *d_input),
+        _ => shape.iter().product::<usize>() * element,
     };
     shapes.iter().map(of).sum()
 }

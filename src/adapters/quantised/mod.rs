@@ -1,9 +1,12 @@
 //! Quantised weights: files, loading, saving, and the memory they take.
 
 pub mod files;
+pub mod formats;
 pub mod load;
 pub mod memory;
 pub mod save;
+
+pub use formats::Formats;
 
 use crate::{
     ops::quantised::{Format, Quantization},

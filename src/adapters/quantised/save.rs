@@ -14,13 +14,13 @@ use burn::tensor::{DType, TensorData};
 use serde_json::Value;
 
 use super::{
-    files::{Part, of_checkpoint, to_config},
+    Formats,
+    files::{Part, formats_of, to_config},
     load::{check, pack_tensor},
 };
 use crate::{
-    adapters::quantised::format_of,
     base::files::{FileError, write_atomic},
-    ops::quantised::{Format, Quantization},
+    ops::quantised::{Format, pack::QuantisedMatrix},
     qwen3_vl::{
         config::Qwen3VlConfig,
         weights::{
@@ -37,8 +37,8 @@ type Maker = Box<dyn Fn(&Making) -> Result<TensorData, WeightsError>>;
 /// What the tensors of a checkpoint share while they are made, one after the other.
 #[derive(Default)]
 struct Making {
-    /// Scales of matrices whose words are written, by path.
-    scales: RefCell<HashMap<String, Vec<f32>>>,
+    /// Scales and zero points of matrices whose words are written, by key.
+    of_groups: RefCell<HashMap<String, Vec<f32>>>,
     /// Hash of each tensor's bytes as they were made.
     hashes: RefCell<BTreeMap<String, u64>>,
     problem: RefCell<Option<WeightsError>>,
@@ -80,69 +80,68 @@ fn lazy(
     }
 }
 
-/// Words and scales of one matrix. The scales are kept when the words are made, which come first.
+/// Where the quantised matrix of a path comes from.
+pub type MatrixSource =
+    Rc<dyn Fn(&str, [usize; 2], Format) -> Result<QuantisedMatrix, WeightsError>>;
+
+/// The parts of one matrix. Scales and zero points are kept when the words are made, which come first.
 fn lazy_parts(
     making: &Rc<Making>,
-    checkpoint: &Rc<Checkpoint>,
+    source: &MatrixSource,
     path: &str,
     dims: [usize; 2],
     format: Format,
-) -> [LazyTensor; 2] {
+) -> Vec<LazyTensor> {
     let packed = {
-        let (checkpoint, path) = (checkpoint.clone(), path.to_string());
-        Rc::new(move || pack_tensor(&checkpoint, &path, dims, format))
+        let (source, path) = (source.clone(), path.to_string());
+        move || source(&path, dims, format)
     };
-    let part = |part: Part, make: Maker| {
-        let dtype = part.dtype(format).0;
-        lazy(
-            making,
-            part.key(path),
+    let of_groups = |matrix: QuantisedMatrix, path: &str| {
+        [
+            (Part::Scales.key(path), matrix.scales),
+            (Part::Zeros.key(path), matrix.zeros),
+        ]
+    };
+    let part = |part: &Part| {
+        let (part, packed, path) = (*part, packed.clone(), path.to_string());
+        let (key, shape, dtype) = (
+            part.key(&path),
             part.shape(dims, format),
-            dtype,
-            make,
-        )
+            part.dtype(format).0,
+        );
+        let (own, size) = (key.clone(), shape.clone());
+        let make: Maker = Box::new(move |making: &Making| {
+            let mut kept = making.of_groups.borrow_mut();
+            if part == Part::Words {
+                let mut matrix = packed()?;
+                let words = std::mem::take(&mut matrix.words);
+                kept.extend(of_groups(matrix, &path));
+                return Ok(TensorData::new(words, size.clone()));
+            }
+            if !kept.contains_key(&own) {
+                kept.extend(of_groups(packed()?, &path));
+            }
+            let values = kept.remove(&own).unwrap_or_default();
+            Ok(TensorData::new(values, size.clone()).convert_dtype(dtype))
+        });
+        lazy(making, key, shape, dtype, make)
     };
-    let owned = path.to_string();
-    let make_words = {
-        let (packed, path) = (packed.clone(), owned.clone());
-        let shape = Part::Words.shape(dims, format);
-        move |making: &Making| {
-            let matrix = packed()?;
-            let mut scales = making.scales.borrow_mut();
-            scales.insert(path.clone(), matrix.scales);
-            Ok(TensorData::new(matrix.words, shape.clone()))
-        }
-    };
-    let shape = Part::Scales.shape(dims, format);
-    let make_scales = move |making: &Making| {
-        let left = making.scales.borrow_mut().remove(&owned);
-        let scales = match left {
-            Some(scales) => scales,
-            None => packed()?.scales,
-        };
-        let dtype = Part::Scales.dtype(format).0;
-        Ok(TensorData::new(scales, shape.clone()).convert_dtype(dtype))
-    };
-    [
-        part(Part::Words, Box::new(make_words)),
-        part(Part::Scales, Box::new(make_scales)),
-    ]
+    Part::of_format(format).iter().map(part).collect()
 }
 
 /// The tensors of the quantised checkpoint, in order of the files they come from.
 fn packed_tensors(
     making: &Rc<Making>,
-    (from, parts): (&Path, &GgufParts),
+    checkpoint: &Rc<Checkpoint>,
     shapes: &BTreeMap<String, Vec<usize>>,
-    quantization: Quantization,
+    formats: &Formats,
+    source: &MatrixSource,
 ) -> Result<Vec<LazyTensor>, WeightsError> {
-    let checkpoint = Rc::new(Checkpoint::open_with(from, parts)?);
     let mut tensors = Vec::new();
     for (name, shape) in checkpoint.of_model(shapes)? {
-        if let (Some(format), [rows, d_input]) = (format_of(quantization, &name), shape.as_slice())
-        {
+        if let (Some(format), [rows, d_input]) = (formats.of(&name), shape.as_slice()) {
             let dims = [*rows, *d_input];
-            tensors.extend(lazy_parts(making, &checkpoint, &name, dims, format));
+            tensors.extend(lazy_parts(making, source, &name, dims, format));
             continue;
         }
         let dtype = checkpoint.stored_dtype(&name).unwrap_or(DType::F32);
@@ -168,10 +167,30 @@ pub fn write_quantised(
     (from, parts): (&Path, &GgufParts),
     to: &Path,
     shapes: &BTreeMap<String, Vec<usize>>,
-    quantization: Quantization,
+    formats: impl Into<Formats>,
     max_shard_bytes: usize,
 ) -> Result<(), WeightsError> {
-    if let Some(already) = of_checkpoint(from)? {
+    let checkpoint = Rc::new(open_floats(from, parts)?);
+    let source: MatrixSource = {
+        let checkpoint = checkpoint.clone();
+        Rc::new(move |path, dims, format| pack_tensor(&checkpoint, path, dims, format))
+    };
+    write_matrices(
+        (&checkpoint, parts),
+        to,
+        shapes,
+        &formats.into(),
+        &source,
+        max_shard_bytes,
+    )
+}
+
+/// Opens a checkpoint that this program has not quantised.
+///
+/// # Errors
+/// [`WeightsError`] names the file; [`WeightsError::Quantization`] where it has.
+pub fn open_floats(from: &Path, parts: &GgufParts) -> Result<Checkpoint, WeightsError> {
+    if let Some(already) = formats_of(from)? {
         return Err(WeightsError::Quantization {
             path: from.to_path_buf(),
             reason: format!(
@@ -179,21 +198,39 @@ pub fn write_quantised(
             ),
         });
     }
+    Checkpoint::open_with(from, parts)
+}
+
+/// [`write_quantised`] with matrices from `source`.
+///
+/// # Errors
+/// As [`write_quantised`].
+///
+/// # Panics
+/// If `formats` has no format for layers without one of their own.
+pub fn write_matrices(
+    (checkpoint, parts): (&Rc<Checkpoint>, &GgufParts),
+    to: &Path,
+    shapes: &BTreeMap<String, Vec<usize>>,
+    formats: &Formats,
+    source: &MatrixSource,
+    max_shard_bytes: usize,
+) -> Result<(), WeightsError> {
     let making = Rc::new(Making::default());
-    let tensors = packed_tensors(&making, (from, parts), shapes, quantization)?;
+    let tensors = packed_tensors(&making, checkpoint, shapes, formats, source)?;
     save_tensors(&tensors, to, max_shard_bytes)?;
     if let Some(error) = making.problem.borrow_mut().take() {
         return Err(error);
     }
     write_config(
-        (from, parts),
+        (checkpoint.path(), parts),
         to,
-        quantization,
+        formats,
         shapes.contains_key("lm_head.weight"),
     )?;
 
     // What counts is what is on the disk.
-    check(to, shapes, quantization)?;
+    check(to, shapes, formats)?;
     let hashes = making.hashes.borrow();
     for path in checkpoint_files(to)? {
         let file = TensorFile::open(&path)?;
@@ -214,7 +251,7 @@ pub fn write_quantised(
 fn write_config(
     (from, parts): (&Path, &GgufParts),
     to: &Path,
-    quantization: Quantization,
+    formats: &Formats,
     own_head: bool,
 ) -> Result<(), WeightsError> {
     let path = from.join("config.json");
@@ -231,7 +268,8 @@ fn write_config(
         path: path.clone(),
         reason: cause.to_string(),
     })?;
-    tree["quantization_config"] = to_config(quantization);
+    tree["quantization_config"] =
+        to_config(formats).expect("a quantised checkpoint has a format for its layers");
     tree["tie_word_embeddings"] = Value::Bool(!own_head);
     write_atomic(&to.join("config.json"), |out: &mut dyn Write| {
         serde_json::to_writer_pretty(&mut *out, &tree)?;

@@ -25,6 +25,8 @@ pub struct QuantisedWeight<B: Backend> {
     words: Tensor<B, 2, Int>,
     /// `[out, scales of a row]`, f16 or f32.
     scales: Tensor<B, 2>,
+    /// As `scales`, where the format has zero points.
+    zeros: Option<Tensor<B, 2>>,
     format: Format,
     d_input: usize,
     dtype: DType,
@@ -35,7 +37,7 @@ impl<B: Backend> QuantisedWeight<B> {
     /// `[out, scales of a row]`; `dtype` is the type the values count as.
     ///
     /// # Panics
-    /// If the shapes are not those of `format` for `d_input` inputs.
+    /// If the shapes are not those of `format` for `d_input` inputs, or it has zero points.
     pub fn new(
         words: Tensor<B, 2, Int>,
         scales: Tensor<B, 2>,
@@ -43,12 +45,32 @@ impl<B: Backend> QuantisedWeight<B> {
         d_input: usize,
         dtype: DType,
     ) -> Self {
+        Self::with_zeros(words, scales, None, format, d_input, dtype)
+    }
+
+    /// [`Self::new`] with zero points, in shape and type as the scales, whole numbers 0 to 15.
+    ///
+    /// # Panics
+    /// If the shapes are not those of `format` for `d_input` inputs, or zero points are missing or too many.
+    pub fn with_zeros(
+        words: Tensor<B, 2, Int>,
+        scales: Tensor<B, 2>,
+        zeros: Option<Tensor<B, 2>>,
+        format: Format,
+        d_input: usize,
+        dtype: DType,
+    ) -> Self {
         let [rows, _] = words.dims();
         assert_eq!(words.dims(), [rows, format.words(d_input)], "packed words");
         assert_eq!(scales.dims(), [rows, format.scales(d_input)], "scales");
+        assert_eq!(zeros.is_none(), format.is_symmetric(), "zero points");
+        if let Some(zeros) = &zeros {
+            assert_eq!(zeros.dims(), scales.dims(), "zero points");
+        }
         Self {
             words,
             scales,
+            zeros,
             format,
             d_input,
             dtype,
@@ -66,15 +88,21 @@ impl<B: Backend> QuantisedWeight<B> {
     ) -> Self {
         let held = scale_dtype::<B>(format, device);
         let words = TensorData::new(matrix.words, [rows, format.words(d_input)]);
-        let scales = TensorData::new(matrix.scales, [rows, format.scales(d_input)]);
-        let data = (words, scales.convert_dtype(held));
-        let (words, scales) = persistent::<B, _, _>(device, data, |(words, scales)| {
-            (
-                Tensor::from_data(words, (device, DType::I32)),
-                Tensor::from_data(scales, (device, held)),
-            )
-        });
-        Self::new(words, scales, format, d_input, dtype)
+        let of_groups = |values: Vec<f32>| {
+            TensorData::new(values, [rows, format.scales(d_input)]).convert_dtype(held)
+        };
+        let zeros = (!format.is_symmetric()).then(|| of_groups(matrix.zeros));
+        let data = (words, of_groups(matrix.scales), zeros);
+        let (words, scales, zeros) =
+            persistent::<B, _, _>(device, data, |(words, scales, zeros)| {
+                let floats = |data| Tensor::from_data(data, (device, held));
+                (
+                    Tensor::from_data(words, (device, DType::I32)),
+                    floats(scales),
+                    zeros.map(floats),
+                )
+            });
+        Self::with_zeros(words, scales, zeros, format, d_input, dtype)
     }
 
     /// `[out, in]`.
@@ -102,6 +130,11 @@ impl<B: Backend> QuantisedWeight<B> {
         &self.scales
     }
 
+    /// Zero points, in shape and type as the scales; `None` where the format is symmetric.
+    pub fn zeros(&self) -> Option<&Tensor<B, 2>> {
+        self.zeros.as_ref()
+    }
+
     /// Device that it is stored on.
     pub fn device(&self) -> B::Device {
         self.words.device()
@@ -109,8 +142,10 @@ impl<B: Backend> QuantisedWeight<B> {
 
     /// Bytes of device memory.
     pub fn bytes(&self) -> usize {
+        let floats = |tensor: &Tensor<B, 2>| tensor.shape().num_elements() * tensor.dtype().size();
         self.words.shape().num_elements() * 4
-            + self.scales.shape().num_elements() * self.scales.dtype().size()
+            + floats(&self.scales)
+            + self.zeros.as_ref().map_or(0, floats)
     }
 
     /// Rows `start .. start + count`: `[count, in]`.
@@ -118,6 +153,7 @@ impl<B: Backend> QuantisedWeight<B> {
         Self {
             words: self.words.clone().narrow(0, start, count),
             scales: self.scales.clone().narrow(0, start, count),
+            zeros: (self.zeros.clone()).map(|zeros| zeros.narrow(0, start, count)),
             ..self.clone()
         }
     }
@@ -126,7 +162,8 @@ impl<B: Backend> QuantisedWeight<B> {
     pub fn select(&self, indices: Tensor<B, 1, Int>) -> Self {
         Self {
             words: self.words.clone().select(0, indices.clone()),
-            scales: self.scales.clone().select(0, indices),
+            scales: self.scales.clone().select(0, indices.clone()),
+            zeros: self.zeros.clone().map(|zeros| zeros.select(0, indices)),
             ..self.clone()
         }
     }
@@ -147,7 +184,13 @@ impl<B: Backend> QuantisedWeight<B> {
         let levels: Tensor<B, 3, Int> = Tensor::stack(places.collect(), 2);
         let levels = to_f32(levels.reshape([rows, words * format.per_word()]).float());
         let group = format.group(self.d_input);
-        let values = (levels - format.offset() as f64).reshape([rows as i32, -1, group as i32]);
+        let of_groups = |levels: Tensor<B, 2>| -> Tensor<B, 3> {
+            levels.reshape([rows as i32, -1, group as i32])
+        };
+        let values = match &self.zeros {
+            Some(zeros) => of_groups(levels) - to_f32(zeros.clone()).unsqueeze_dim(2),
+            None => of_groups(levels - format.offset() as f64),
+        };
         let values: Tensor<B, 3> = values * to_f32(self.scales.clone()).unsqueeze_dim(2);
         let values: Tensor<B, 2> = values.reshape([rows as i32, -1]);
         to_dtype(values.narrow(1, 0, self.d_input), dtype)
@@ -172,6 +215,7 @@ impl<B: Backend> QuantisedWeight<B> {
         Self {
             words: self.words.to_device(device),
             scales: self.scales.to_device(device),
+            zeros: self.zeros.map(|zeros| zeros.to_device(device)),
             ..self
         }
     }
@@ -183,6 +227,7 @@ impl<B: AutodiffBackend> QuantisedWeight<B> {
         QuantisedWeight {
             words: self.words.clone().inner(),
             scales: self.scales.clone().inner(),
+            zeros: self.zeros.clone().map(Tensor::inner),
             format: self.format,
             d_input: self.d_input,
             dtype: self.dtype,
@@ -194,6 +239,7 @@ impl<B: AutodiffBackend> QuantisedWeight<B> {
         Self {
             words: Tensor::from_inner(inner.words),
             scales: Tensor::from_inner(inner.scales),
+            zeros: inner.zeros.map(Tensor::from_inner),
             format: inner.format,
             d_input: inner.d_input,
             dtype: inner.dtype,

@@ -14,12 +14,12 @@ use burn::tensor::DType;
 use rayon::prelude::*;
 use safetensors::Dtype;
 
-use crate::ops::quantised::{Format, pack::QuantisedMatrix};
+use crate::ops::quantised::{Format, GROUPS, pack::QuantisedMatrix};
 
 use super::{
     HEAD, TensorFile, WeightsError, checkpoint_files,
     convert::{Problem, convert},
-    forms::{self, Decode, Scheme},
+    forms::{self, Decode, Groups, Scheme},
     gguf::{self, GgufParts},
     keys::canonical,
 };
@@ -266,6 +266,16 @@ impl Checkpoint {
         }
     }
 
+    /// The format with the largest groups that holds a matrix as it is stored, symmetric where it is; `None`
+    /// where no format does.
+    pub fn own_format(&self, name: &str) -> Option<Format> {
+        let groups = || GROUPS.into_iter().rev();
+        std::iter::once(Format::Int8)
+            .chain(groups().map(|group| Format::Int4 { group }))
+            .chain(groups().map(|group| Format::Int4Zeros { group }))
+            .find(|format| self.keeps(name, *format))
+    }
+
     /// A matrix `[rows, d_input]` packed as it is stored, where [`Self::keeps`] says that it can be.
     ///
     /// # Errors
@@ -285,27 +295,12 @@ impl Checkpoint {
         if stored.shape != [rows, d_input] || !decoder.keeps(format) {
             return Ok(None);
         }
-        let (words_row, scales_row) = (format.words(d_input), format.scales(d_input));
-        let mut words = vec![0; rows * words_row];
-        let mut scales = vec![0.0; rows * scales_row];
-        words
-            .par_chunks_mut(words_row)
-            .zip(scales.par_chunks_mut(scales_row))
-            .enumerate()
-            .for_each_init(
-                || vec![format.offset() as u32; format.padded(d_input)],
-                |levels, (row, (words, scales))| {
-                    decoder.levels(row, format, &mut levels[..d_input], scales);
-                    let bits = format.bits();
-                    for (word, levels) in words.iter_mut().zip(levels.chunks(format.per_word())) {
-                        let join =
-                            |word, (place, level): (usize, &u32)| word | level << (place * bits);
-                        *word = levels.iter().enumerate().fold(0u32, join) as i32;
-                    }
-                },
-            );
-        match scales.iter().position(|scale| !scale.is_finite()) {
-            None => Ok(Some(QuantisedMatrix { words, scales })),
+        let matrix =
+            QuantisedMatrix::from_levels(rows, d_input, format, |row, levels, scales, zeros| {
+                decoder.levels(row, format, levels, Groups { scales, zeros });
+            });
+        match matrix.scales.iter().position(|scale| !scale.is_finite()) {
+            None => Ok(Some(matrix)),
             Some(index) => Err(WeightsError::NotFinite {
                 path: stored.path.clone(),
                 name: format!("the scales of {name}"),
@@ -437,7 +432,7 @@ impl Scheme {
             ));
         } else {
             remarks.push(format!(
-                "{count} matrices are stored as {name} and dequantised while they are loaded, to {} in 16 bits (with `--quantize` they stay packed){}",
+                "{count} matrices are stored as {name} and dequantised while they are loaded, to {} in 16 bits (with `--quantize keep` they stay packed where that is exact){}",
                 gigabytes(2 * wide as u64),
                 self.note(),
             ));

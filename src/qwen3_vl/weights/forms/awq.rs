@@ -8,12 +8,13 @@ use serde_json::json;
 
 use super::super::WeightsError;
 use super::{
-    Decode, FLOATS, Taken,
+    Decode, FLOATS, Groups, Taken,
     config::{Keys, LeftOut},
-    dims, expect,
+    dims, expect, groups_fit,
     numbers::{Floats, Round, Slice},
     wrong,
 };
+use crate::ops::quantised::Format;
 
 /// Place in a word of the value of output `o % 8`.
 const PLACE: [usize; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
@@ -133,24 +134,59 @@ struct Rows {
     group: usize,
 }
 
+impl Rows {
+    /// The four bits of an output in a row of words.
+    fn nibble(&self, slice: &Slice, row: usize, output: usize) -> u32 {
+        let word = slice.word(row * (self.outputs / 8) + output / 8);
+        (word >> (4 * PLACE[output % 8])) & 15
+    }
+
+    /// The zero point of an output in a group.
+    fn zero(&self, group: usize, output: usize) -> f32 {
+        match &self.zeros {
+            Some(zeros) => self.nibble(zeros, group, output) as f32,
+            None => 8.0,
+        }
+    }
+
+    fn scale(&self, group: usize, output: usize) -> f32 {
+        self.scales.get(group * self.outputs + output)
+    }
+}
+
 impl Decode for Rows {
-    fn rows(&self, first: usize, out: &mut [f32]) {
-        let words = self.outputs / 8;
-        let nibble = |slice: &Slice, row: usize, output: usize| {
-            let word = slice.word(row * words + output / 8);
-            ((word >> (4 * PLACE[output % 8])) & 15) as f32
+    fn keeps(&self, format: Format) -> bool {
+        let is_symmetric = || {
+            let mut all = (0..self.inputs / self.group)
+                .flat_map(|group| (0..self.outputs).map(move |output| (group, output)));
+            all.all(|(group, output)| self.zero(group, output) == 8.0)
         };
+        format.bits() == 4
+            && groups_fit(self.group, self.inputs, format)
+            && self.scales.fit_f16()
+            && (!format.is_symmetric() || is_symmetric())
+    }
+
+    fn levels(&self, row: usize, format: Format, levels: &mut [u32], groups: Groups<'_>) {
+        for (input, level) in levels.iter_mut().enumerate() {
+            *level = self.nibble(&self.values, input, row);
+        }
+        groups.fill(
+            format,
+            self.inputs,
+            |input| self.scale(input / self.group, row),
+            |input| self.zero(input / self.group, row),
+        );
+    }
+
+    fn rows(&self, first: usize, out: &mut [f32]) {
         let count = out.len() / self.inputs;
         for group in 0..self.inputs / self.group {
             for at in 0..count {
                 let output = first + at;
-                let scale = self.scales.get(group * self.outputs + output);
-                let zero = self
-                    .zeros
-                    .as_ref()
-                    .map_or(8.0, |zeros| nibble(zeros, group, output));
+                let (scale, zero) = (self.scale(group, output), self.zero(group, output));
                 for input in group * self.group..(group + 1) * self.group {
-                    let value = nibble(&self.values, input, output) - zero;
+                    let value = self.nibble(&self.values, input, output) as f32 - zero;
                     out[at * self.inputs + input] = self.round.apply(value * scale);
                 }
             }

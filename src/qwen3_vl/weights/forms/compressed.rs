@@ -10,11 +10,11 @@ use serde_json::json;
 
 use super::super::{WeightsError, checkpoint::RawTensor};
 use super::{
-    Decode, FLOATS, Taken,
+    Decode, FLOATS, Groups, Taken,
     config::{Keys, LeftOut, Pattern},
     dims, expect,
     gptq::numbers,
-    group_scales, groups_fit,
+    groups_fit,
     numbers::{Floats, Round, Slice, field},
     scaled::{Element, Grid, Scaled},
     wrong,
@@ -416,36 +416,52 @@ struct Packed {
     grid: Grid,
 }
 
+impl Packed {
+    /// The zero point of a block of rows in a group.
+    fn zero(&self, block: usize, group: usize) -> f32 {
+        match &self.zeros {
+            Some(zeros) => {
+                let at = block * self.bits;
+                field(zeros, group, self.grid.across, at, self.bits) as f32
+            }
+            None => (1u32 << (self.bits - 1)) as f32,
+        }
+    }
+}
+
 impl Decode for Packed {
     fn keeps(&self, format: Format) -> bool {
         self.bits == format.bits()
-            && self.zeros.is_none()
+            && (self.zeros.is_none() || !format.is_symmetric())
             && self.order.is_none()
             && groups_fit(self.grid.columns, self.columns, format)
             && (format == Format::Int8 || self.scales.fit_f16())
     }
 
-    fn levels(&self, row: usize, format: Format, levels: &mut [u32], scales: &mut [f32]) {
+    fn levels(&self, row: usize, format: Format, levels: &mut [u32], groups: Groups<'_>) {
         for (column, level) in levels.iter_mut().enumerate() {
             let first = row * self.words;
             *level = field(&self.values, first, 1, column * self.bits, self.bits);
         }
-        let block = row / self.grid.rows * self.grid.across;
-        group_scales(format, self.columns, scales, |column| {
-            self.scales.get(block + column / self.grid.columns)
-        });
+        let block = row / self.grid.rows;
+        groups.fill(
+            format,
+            self.columns,
+            |column| {
+                let group = column / self.grid.columns;
+                self.scales.get(block * self.grid.across + group)
+            },
+            |column| self.zero(block, column / self.grid.columns),
+        );
     }
 
     fn rows(&self, first: usize, out: &mut [f32]) {
-        let middle = (1u32 << (self.bits - 1)) as f32;
         let mut groups = vec![(0.0, 0.0); self.grid.across];
         for (row, out) in (first..).zip(out.chunks_mut(self.columns)) {
             let block = row / self.grid.rows;
             for (at, group) in groups.iter_mut().enumerate() {
-                let zero = self.zeros.as_ref().map_or(middle, |zeros| {
-                    field(zeros, at, self.grid.across, block * self.bits, self.bits) as f32
-                });
-                *group = (self.scales.get(block * self.grid.across + at), zero);
+                let scale = self.scales.get(block * self.grid.across + at);
+                *group = (scale, self.zero(block, at));
             }
             for (column, out) in out.iter_mut().enumerate() {
                 let group = match &self.order {

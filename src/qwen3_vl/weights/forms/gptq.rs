@@ -10,9 +10,9 @@ use serde_json::json;
 
 use super::super::WeightsError;
 use super::{
-    Decode, FLOATS, Taken,
+    Decode, FLOATS, Groups, Taken,
     config::{Keys, LeftOut},
-    dims, expect, group_scales, groups_fit,
+    dims, expect, groups_fit,
     numbers::{Floats, Round, Slice, field},
     wrong,
 };
@@ -250,10 +250,10 @@ impl Decode for Rows {
             && self.order.as_ref().is_none_or(in_order)
             && groups_fit(self.group, self.inputs, format)
             && (format == Format::Int8 || self.scales.fit_f16())
-            && is_symmetric()
+            && (!format.is_symmetric() || is_symmetric())
     }
 
-    fn levels(&self, row: usize, format: Format, levels: &mut [u32], scales: &mut [f32]) {
+    fn levels(&self, row: usize, format: Format, levels: &mut [u32], groups: Groups<'_>) {
         for (input, level) in levels.iter_mut().enumerate() {
             *level = field(
                 &self.values,
@@ -263,9 +263,12 @@ impl Decode for Rows {
                 self.bits,
             );
         }
-        group_scales(format, self.inputs, scales, |input| {
-            self.scales.get(input / self.group * self.outputs + row)
-        });
+        groups.fill(
+            format,
+            self.inputs,
+            |input| self.scales.get(input / self.group * self.outputs + row),
+            |input| self.zero(input / self.group, row),
+        );
     }
 
     fn rows(&self, first: usize, out: &mut [f32]) {

@@ -46,22 +46,42 @@ pub(super) trait Decode: Send + Sync {
         false
     }
 
-    /// The stored numbers of a row, each plus the offset of `format`, and the scale of each of its groups.
-    /// Called where [`Decode::keeps`] is true.
-    fn levels(&self, _row: usize, _format: Format, _levels: &mut [u32], _scales: &mut [f32]) {}
+    /// The stored numbers of a row, each plus the offset of `format` where that is symmetric, the scale of
+    /// each of its groups and, where the format has them, their zero points. Called where [`Decode::keeps`]
+    /// is true.
+    fn levels(&self, _row: usize, _format: Format, _levels: &mut [u32], _groups: Groups<'_>) {}
+}
+
+/// What the groups of a row have, to be written.
+pub(super) struct Groups<'a> {
+    /// Scales.
+    pub(super) scales: &'a mut [f32],
+    /// Zero points; empty where the format is symmetric.
+    pub(super) zeros: &'a mut [f32],
+}
+
+impl Groups<'_> {
+    /// Fills both from the first column of each group of `format`, in rows of `columns`.
+    fn fill(
+        self,
+        format: Format,
+        columns: usize,
+        scale: impl Fn(usize) -> f32,
+        zero: impl Fn(usize) -> f32,
+    ) {
+        let group = format.group(columns);
+        for (at, out) in self.scales.iter_mut().enumerate() {
+            *out = scale(at * group);
+        }
+        for (at, out) in self.zeros.iter_mut().enumerate() {
+            *out = zero(at * group);
+        }
+    }
 }
 
 /// Whether groups of `own` columns that share a scale are whole groups of `format`, in rows of `columns`.
 fn groups_fit(own: usize, columns: usize, format: Format) -> bool {
     own == columns || own.is_multiple_of(format.group(columns))
-}
-
-/// The scale at the first column of each group of `format`.
-fn group_scales(format: Format, columns: usize, scales: &mut [f32], scale: impl Fn(usize) -> f32) {
-    let group = format.group(columns);
-    for (at, out) in scales.iter_mut().enumerate() {
-        *out = scale(at * group);
-    }
 }
 
 /// Length of a row as [`Decode`] counts: all but the first dimension; of a vector, all of it.

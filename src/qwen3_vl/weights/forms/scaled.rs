@@ -5,7 +5,7 @@ use safetensors::Dtype;
 use crate::ops::quantised::Format;
 
 use super::{
-    Decode,
+    Decode, Groups,
     numbers::{Floats, Round, Slice, e4m3, e5m2},
 };
 
@@ -112,12 +112,14 @@ impl Decode for Scaled {
             && self.grid.columns == self.columns
     }
 
-    fn levels(&self, row: usize, format: Format, levels: &mut [u32], scales: &mut [f32]) {
+    fn levels(&self, row: usize, format: Format, levels: &mut [u32], groups: Groups<'_>) {
         let values = &self.values.bytes()[row * self.columns..][..self.columns];
         for (level, value) in levels.iter_mut().zip(values) {
             *level = (i32::from(*value as i8) + format.offset()) as u32;
         }
-        scales.fill(self.scales.get(row / self.grid.rows * self.grid.across));
+        groups
+            .scales
+            .fill(self.scales.get(row / self.grid.rows * self.grid.across));
     }
 
     fn rows(&self, first: usize, out: &mut [f32]) {

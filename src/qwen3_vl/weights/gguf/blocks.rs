@@ -7,7 +7,7 @@ use half::{bf16, f16};
 
 use crate::{
     ops::quantised::Format,
-    qwen3_vl::weights::forms::{Decode, Slice},
+    qwen3_vl::weights::forms::{Decode, Groups, Slice},
 };
 
 /// Type of a tensor that is read here.
@@ -325,14 +325,14 @@ impl Decode for Blocks {
         self.kind == Kind::Q4_0 && format == Format::Int4 { group: 32 }
     }
 
-    fn levels(&self, row: usize, _format: Format, levels: &mut [u32], scales: &mut [f32]) {
+    fn levels(&self, row: usize, _format: Format, levels: &mut [u32], groups: Groups<'_>) {
         let bytes = self.kind.bytes();
         let count = self.columns / self.kind.block();
         let blocks = &self.slice.bytes()[row * count * bytes..][..count * bytes];
         for ((block, levels), scale) in blocks
             .chunks_exact(bytes)
             .zip(levels.chunks_exact_mut(self.kind.block()))
-            .zip(scales)
+            .zip(groups.scales)
         {
             *scale = half_at(block, 0);
             let (low, high) = levels.split_at_mut(16);

@@ -239,7 +239,7 @@ pub(super) fn tensors(
             .map(|(kind, count)| format!("{count} in {kind}"))
             .collect();
         remarks.push(format!(
-            "tensors of the GGUF are dequantised while they are loaded ({}), to 16 or 32 bits a weight (with `--quantize` they stay packed)",
+            "tensors of the GGUF are dequantised while they are loaded ({}), to 16 or 32 bits a weight (with `--quantize keep` blocks of Q4_0 stay packed)",
             kinds.join(", ")
         ));
     }
