@@ -11,13 +11,15 @@ use burn::{
         },
     },
     prelude::*,
-    tensor::{TensorPrimitive, backend::AutodiffBackend, ops::FloatTensor},
+    tensor::{DType, TensorPrimitive, backend::AutodiffBackend, ops::FloatTensor},
 };
 
 use crate::base::device_name::DeviceKind;
 
 use super::{
-    DeviceOps, Dropout, ForwardOps, Ops, TrainingOps,
+    DeviceOps, Dropout, ForwardOps, LowRank, Ops, TrainingOps,
+    cast::{to_dtype, to_f32},
+    quantised::QuantisedWeight,
     upload::{Fill, Upload, UploadError},
 };
 
@@ -29,6 +31,66 @@ impl<B: Ops, C: CheckpointStrategy> ForwardOps for Autodiff<B, C> {
     /// The inner backend's: a pass without autodiff and one with it drop the same inputs.
     fn dropout_mask(like: &Tensor<Self, 2>, dropout: Dropout) -> Tensor<Self, 2> {
         Tensor::from_inner(B::dropout_mask(&like.clone().inner(), dropout))
+    }
+
+    fn dequantise_rows(
+        weight: &QuantisedWeight<Self>,
+        start: usize,
+        count: usize,
+        dtype: DType,
+    ) -> Tensor<Self, 2> {
+        Tensor::from_inner(B::dequantise_rows(&weight.inner(), start, count, dtype))
+    }
+
+    fn dequantise_for_matmul(
+        weight: &QuantisedWeight<Self>,
+        start: usize,
+        count: usize,
+        dtype: DType,
+    ) -> Tensor<Self, 2> {
+        let rows = B::dequantise_for_matmul(&weight.inner(), start, count, dtype);
+        Tensor::from_inner(rows)
+    }
+
+    /// The graph holds the quantised matrix: floats of a whole model would be what quantising saves.
+    fn linear_quantised(
+        x: Tensor<Self, 2>,
+        weight: &QuantisedWeight<Self>,
+        bias: Option<Tensor<Self, 1>>,
+        residual: Option<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
+        let y = recorded_quantised(x, weight, |x, weight| {
+            B::linear_quantised(x, weight, None, None)
+        });
+        let y = match bias {
+            Some(bias) => y + bias.unsqueeze(),
+            None => y,
+        };
+        match residual {
+            Some(residual) => residual + y,
+            None => y,
+        }
+    }
+
+    fn adapted_linear_quantised(
+        x: Tensor<Self, 2>,
+        weight: &QuantisedWeight<Self>,
+        adapter: &LowRank<Self>,
+        residual: Option<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
+        let dtype = x.dtype();
+        let low = Self::low_rank_inputs(x.clone(), &[adapter]).remove(0);
+        let up = Self::matmul(to_f32(low), adapter.b.clone().transpose()) * adapter.scaling;
+        let base = Self::linear_quantised(x, weight, None, None);
+        let y = to_dtype(to_f32(base) + up, dtype);
+        match residual {
+            Some(residual) => residual + y,
+            None => y,
+        }
+    }
+
+    fn logits_quantised(hidden: Tensor<Self, 2>, head: &QuantisedWeight<Self>) -> Tensor<Self, 2> {
+        recorded_quantised(hidden, head, B::logits_quantised)
     }
 }
 
@@ -133,6 +195,49 @@ pub(super) fn recorded_matmul<B: Ops, C: CheckpointStrategy, const D: usize>(
         OpsKind::UnTracked(prepared) => prepared.finish(multiply(left.primitive, right.primitive)),
     };
     wrap(result)
+}
+
+#[derive(Debug)]
+struct QuantisedMatmul;
+
+impl<B: Ops> Backward<B, 1> for QuantisedMatmul {
+    /// The matrix, and the type of the input.
+    type State = (QuantisedWeight<B>, DType);
+
+    fn backward(
+        self,
+        ops: Recording<Self::State, 1>,
+        gradients: &mut Gradients,
+        _checkpointer: &mut Checkpointer,
+    ) {
+        let (weight, dtype) = ops.state;
+        let [node] = ops.parents;
+        let dy: Tensor<B, 2> = wrap(gradients.consume::<B>(&ops.node));
+        if let Some(node) = node {
+            let dx = to_dtype(B::input_gradient_quantised(dy, &weight), dtype);
+            gradients.register::<B>(node.id, unwrap(dx));
+        }
+    }
+}
+
+/// A matmul of the inner backend with a quantised matrix, recorded: `x` `[n, in]` → `[n, out]`.
+fn recorded_quantised<B: Ops, C: CheckpointStrategy>(
+    x: Tensor<Autodiff<B, C>, 2>,
+    weight: &QuantisedWeight<Autodiff<B, C>>,
+    multiply: impl Fn(Tensor<B, 2>, &QuantisedWeight<B>) -> Tensor<B, 2>,
+) -> Tensor<Autodiff<B, C>, 2> {
+    let weight = weight.inner();
+    let dtype = x.dtype();
+    let x = unwrap(x);
+    let prepared = QuantisedMatmul
+        .prepare::<C>([x.node.clone()])
+        .compute_bound()
+        .stateful();
+    let y = unwrap(multiply(wrap(x.primitive), &weight));
+    wrap(match prepared {
+        OpsKind::Tracked(prepared) => prepared.finish((weight, dtype), y),
+        OpsKind::UnTracked(prepared) => prepared.finish(y),
+    })
 }
 
 #[cfg(all(test, feature = "flex"))]

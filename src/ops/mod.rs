@@ -29,7 +29,7 @@ pub use forward::{Activation, ForwardOps, HeadNorm, LowRank};
 pub use kept::Kept;
 pub use spans::AttentionSpans;
 pub use training::{
-    AdamWStep, AdamWTensor, BackwardMatmul, LowRankBackward, LowRankGradients, TargetLoss,
+    AdamWStep, AdamWTensor, BackwardMatmul, LowRankBackward, LowRankGradients, Matrix, TargetLoss,
     TrainingOps,
 };
 

@@ -9,7 +9,7 @@ use super::{
     gemm::{self, Epilogue, WeightLayout},
     launch::{Backend, Buffer, Kernel, Parameters, contiguous, empty, float_bits, launch, tensor},
     operand::Operand,
-    plan,
+    plan, quantised_training,
 };
 use crate::ops::{BackwardMatmul, Dropout, LowRank, LowRankBackward, LowRankGradients};
 
@@ -365,7 +365,12 @@ fn outer(x: &Buffer, lows: &[Buffer], dropouts: &[Option<Dropout>]) -> Vec<Buffe
 fn weights_input_gradient(matmuls: &[BackwardMatmul<Backend>]) -> Buffer {
     let pairs: Vec<_> = matmuls
         .iter()
-        .map(|matmul| (matmul.dy.clone(), matmul.weight.clone()))
+        .map(|matmul| {
+            (
+                matmul.dy.clone(),
+                quantised_training::floats(&matmul.weight),
+            )
+        })
         .collect();
     contiguous(gemm::input_gradient(&pairs))
 }

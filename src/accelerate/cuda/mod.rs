@@ -22,6 +22,7 @@ mod plan;
 mod pointwise;
 pub(crate) mod poison;
 mod product;
+mod quantised_training;
 mod recording;
 mod rotary;
 mod rows;
@@ -101,7 +102,7 @@ pub fn configure() {
 
 /// Whether the kernels cover the backward pass of a matmul and its adapter.
 fn covers_backward(matmul: &BackwardMatmul<Cuda>) -> bool {
-    gemm::covers(&matmul.dy, &matmul.weight)
+    quantised_training::covers_matrix(&matmul.dy, &matmul.weight)
         && matmul.adapter.as_ref().is_none_or(|(low, adapter)| {
             lora::covers(adapter, matmul.dy.dtype()) && low.dtype() == DType::BF16
         })
@@ -182,6 +183,15 @@ impl ForwardOps for Cuda {
         dtype: DType,
     ) -> Tensor<Self, 2> {
         quantized::dequantise_rows(weight, start, count, dtype)
+    }
+
+    fn dequantise_for_matmul(
+        weight: &QuantisedWeight<Self>,
+        start: usize,
+        count: usize,
+        dtype: DType,
+    ) -> Tensor<Self, 2> {
+        quantised_training::dequantise_for_matmul(weight, start, count, dtype)
     }
 
     fn linear_quantised(
@@ -337,6 +347,37 @@ impl TrainingOps for Cuda {
         } else {
             plain::input_gradient(matmuls)
         }
+    }
+
+    fn input_gradient_quantised(
+        dy: Tensor<Self, 2>,
+        weight: &QuantisedWeight<Self>,
+    ) -> Tensor<Self, 2> {
+        quantised_training::input_gradient(&dy, weight)
+            .unwrap_or_else(|| plain::input_gradient_quantised(dy, weight))
+    }
+
+    fn adapted_linear_for_backward(
+        x: Tensor<Self, 2>,
+        weight: &QuantisedWeight<Self>,
+        low: Tensor<Self, 2>,
+        adapter: &LowRank<Self>,
+        residual: Option<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
+        quantised_training::adapted_linear(&x, weight, &low, adapter, residual.as_ref())
+            .unwrap_or_else(|| {
+                plain::adapted_linear_for_backward(x, weight, low, adapter, residual)
+            })
+    }
+
+    fn target_loss_quantised(
+        hidden: Tensor<Self, 2>,
+        head: &QuantisedWeight<Self>,
+        ids: Tensor<Self, 1, Int>,
+        weight: f64,
+    ) -> TargetLoss<Self> {
+        quantised_training::target_loss(&hidden, head, &ids, weight)
+            .unwrap_or_else(|| plain::target_loss_quantised(hidden, head, ids, weight))
     }
 
     fn swiglu_input_gradient(
