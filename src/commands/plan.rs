@@ -21,7 +21,7 @@ use crate::{
     ops::memory::free_memory,
     runtime::{accelerator::Accelerator, pipeline::TextAndImages},
     train::{
-        budget::{Budget, Form},
+        budget::{Budget, Form, card_fits},
         config::TrainConfig,
         plan::{Plan, Throughput},
     },
@@ -73,7 +73,7 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     let throughput = throughput(args)?;
     let model = args.model.as_ref().unwrap_or(&config.model);
     let model = find(model, Want::Description, args.download)?;
-    let parts = TextAndImages::load(&base_of_run(&config, model, DType::F32))?;
+    let parts = TextAndImages::load(&base_of_run(&config, model.clone(), DType::F32))?;
     println!("{}", parts.pixel_limits());
     for remark in &parts.remarks {
         println!("note: {remark}");
@@ -83,6 +83,7 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     let lengths = TokenLengths::of(&data, &parts)?;
     let device = first_device(&config)?;
     let dtype_bytes = weight_bytes(&config, device);
+    let quantization = config.quantization(&model)?;
     let longest = lengths.at(1.0).min(config.max_length);
     let budget = args.memory_budget;
     if let Some(budget) = budget.or(config.memory_budget.map(Budget::Gib)) {
@@ -92,7 +93,8 @@ pub fn run(args: &PlanArgs) -> Result<()> {
                 .gib(run_on(device, None, FreeMemory)?)
                 .map_err(UsageError)?,
         };
-        let form = Form::choose(&config, &parts.config, longest, dtype_bytes, gib, None)?;
+        let weights = (dtype_bytes, quantization);
+        let form = Form::choose(&config, &parts.config, longest, weights, gib, None)?;
         form.apply(&mut config);
         println!("{}", form.explain(gib, longest));
     }
@@ -103,11 +105,13 @@ pub fn run(args: &PlanArgs) -> Result<()> {
         longest,
         config.device.len().max(1),
         dtype_bytes,
+        quantization,
     )?;
     print!(
         "{}",
         plan.to_text(config.num_train_epochs, throughput.as_ref())
     );
+    print_cards(&config, &parts, longest, dtype_bytes)?;
     println!(
         "tokens of a sample: min {}, median {}, p95 {}, p99 {}, max {}; {} in all",
         lengths.at(0.0),
@@ -181,6 +185,27 @@ fn weight_bytes(config: &TrainConfig, device: Option<DeviceName>) -> u64 {
         (None, None) => cfg!(feature = "cuda"),
     };
     if is_half { 2 } else { 4 }
+}
+
+/// Prints what the run would take on cards of usual sizes, for each way of storing the weights.
+fn print_cards(
+    config: &TrainConfig,
+    parts: &TextAndImages,
+    longest: usize,
+    dtype_bytes: u64,
+) -> Result<()> {
+    println!("on cards, by --memory-budget and --set quantize=FORMAT, estimated:");
+    let fits = card_fits(config, &parts.config, longest, dtype_bytes)?;
+    for fits in fits.chunk_by(|one, next| one.card == next.card) {
+        for (place, fit) in fits.iter().enumerate() {
+            let card = match place {
+                0 => format!("{} GiB", fit.card),
+                _ => String::new(),
+            };
+            println!("  {card:>6}  {}", fit.words(dtype_bytes));
+        }
+    }
+    Ok(())
 }
 
 /// Says what becomes of samples longer than `max_length`.
