@@ -17,84 +17,46 @@ use burn::{
 use crate::base::device_name::DeviceKind;
 
 use super::{
-    DeviceOps, Dropout, ForwardOps, LowRank, Ops, TrainingOps,
+    DeviceOps, ForwardOps, HasKernels, Kernels, LowRank, Ops,
     cast::{to_dtype, to_f32},
     quantised::QuantisedWeight,
     upload::{Fill, Upload, UploadError},
 };
 
-impl<B: Ops, C: CheckpointStrategy> ForwardOps for Autodiff<B, C> {
-    fn matmul<const D: usize>(a: Tensor<Self, D>, b: Tensor<Self, D>) -> Tensor<Self, D> {
-        recorded_matmul(a, b)
-    }
+impl<B: Ops, C: CheckpointStrategy> HasKernels for Autodiff<B, C> {
+    const KERNELS: Kernels<Self> = Kernels {
+        // The inner backend's: a pass without autodiff and one with it drop the same inputs.
+        dropout_mask: |like, dropout| {
+            let mask = B::dropout_mask(&like.clone().inner(), dropout);
+            Some(Tensor::from_inner(mask))
+        },
+        dequantise_rows: |weight, start, count, dtype| {
+            let rows = B::dequantise_rows(&weight.inner(), start, count, dtype);
+            Some(Tensor::from_inner(rows))
+        },
+        dequantise_for_matmul: |weight, start, count, dtype| {
+            let rows = B::dequantise_for_matmul(&weight.inner(), start, count, dtype);
+            Some(Tensor::from_inner(rows))
+        },
+        linear_quantised: |x, weight, bias, residual| {
+            Some(linear_quantised(x, weight, bias, residual))
+        },
+        adapted_linear_quantised: |x, weight, adapter, residual| {
+            Some(adapted_linear_quantised(x, weight, adapter, residual))
+        },
+        logits_quantised: |hidden, head| {
+            Some(recorded_quantised(hidden, head, B::logits_quantised))
+        },
+        ..Kernels::NONE
+    };
 
-    /// The inner backend's: a pass without autodiff and one with it drop the same inputs.
-    fn dropout_mask(like: &Tensor<Self, 2>, dropout: Dropout) -> Tensor<Self, 2> {
-        Tensor::from_inner(B::dropout_mask(&like.clone().inner(), dropout))
-    }
-
-    fn dequantise_rows(
-        weight: &QuantisedWeight<Self>,
-        start: usize,
-        count: usize,
-        dtype: DType,
-    ) -> Tensor<Self, 2> {
-        Tensor::from_inner(B::dequantise_rows(&weight.inner(), start, count, dtype))
-    }
-
-    fn dequantise_for_matmul(
-        weight: &QuantisedWeight<Self>,
-        start: usize,
-        count: usize,
-        dtype: DType,
-    ) -> Tensor<Self, 2> {
-        let rows = B::dequantise_for_matmul(&weight.inner(), start, count, dtype);
-        Tensor::from_inner(rows)
-    }
-
-    /// The graph holds the quantised matrix: floats of a whole model would be what quantising saves.
-    fn linear_quantised(
-        x: Tensor<Self, 2>,
-        weight: &QuantisedWeight<Self>,
-        bias: Option<Tensor<Self, 1>>,
-        residual: Option<Tensor<Self, 2>>,
-    ) -> Tensor<Self, 2> {
-        let y = recorded_quantised(x, weight, |x, weight| {
-            B::linear_quantised(x, weight, None, None)
-        });
-        let y = match bias {
-            Some(bias) => y + bias.unsqueeze(),
-            None => y,
-        };
-        match residual {
-            Some(residual) => residual + y,
-            None => y,
-        }
-    }
-
-    fn adapted_linear_quantised(
-        x: Tensor<Self, 2>,
-        weight: &QuantisedWeight<Self>,
-        adapter: &LowRank<Self>,
-        residual: Option<Tensor<Self, 2>>,
-    ) -> Tensor<Self, 2> {
-        let dtype = x.dtype();
-        let low = Self::low_rank_inputs(x.clone(), &[adapter]).remove(0);
-        let up = Self::matmul(to_f32(low), adapter.b.clone().transpose()) * adapter.scaling;
-        let base = Self::linear_quantised(x, weight, None, None);
-        let y = to_dtype(to_f32(base) + up, dtype);
-        match residual {
-            Some(residual) => residual + y,
-            None => y,
-        }
-    }
-
-    fn logits_quantised(hidden: Tensor<Self, 2>, head: &QuantisedWeight<Self>) -> Tensor<Self, 2> {
-        recorded_quantised(hidden, head, B::logits_quantised)
+    fn matmul_kernel<const D: usize>(
+        a: &Tensor<Self, D>,
+        b: &Tensor<Self, D>,
+    ) -> Option<Tensor<Self, D>> {
+        Some(recorded_matmul(a.clone(), b.clone()))
     }
 }
-
-impl<B: Ops, C: CheckpointStrategy> TrainingOps for Autodiff<B, C> {}
 
 impl<B: Ops, C: CheckpointStrategy> DeviceOps for Autodiff<B, C> {
     const KIND: DeviceKind = B::KIND;
@@ -220,15 +182,56 @@ impl<B: Ops> Backward<B, 1> for QuantisedMatmul {
     }
 }
 
+/// [`ForwardOps::linear_quantised`]. The graph holds the quantised matrix: floats of a whole model would be
+/// what quantising saves.
+fn linear_quantised<B: Ops, C: CheckpointStrategy>(
+    x: &Tensor<Autodiff<B, C>, 2>,
+    weight: &QuantisedWeight<Autodiff<B, C>>,
+    bias: Option<&Tensor<Autodiff<B, C>, 1>>,
+    residual: Option<&Tensor<Autodiff<B, C>, 2>>,
+) -> Tensor<Autodiff<B, C>, 2> {
+    let y = recorded_quantised(x, weight, |x, weight| {
+        B::linear_quantised(x, weight, None, None)
+    });
+    let y = match bias {
+        Some(bias) => y + bias.clone().unsqueeze(),
+        None => y,
+    };
+    match residual {
+        Some(residual) => residual.clone() + y,
+        None => y,
+    }
+}
+
+/// [`ForwardOps::adapted_linear_quantised`]: base and adapter are added in f32, as
+/// [`ForwardOps::adapted_linear`] does.
+fn adapted_linear_quantised<B: Ops, C: CheckpointStrategy>(
+    x: &Tensor<Autodiff<B, C>, 2>,
+    weight: &QuantisedWeight<Autodiff<B, C>>,
+    adapter: &LowRank<Autodiff<B, C>>,
+    residual: Option<&Tensor<Autodiff<B, C>, 2>>,
+) -> Tensor<Autodiff<B, C>, 2> {
+    type This<B, C> = Autodiff<B, C>;
+    let dtype = x.dtype();
+    let low = This::<B, C>::low_rank_inputs(x.clone(), &[adapter]).remove(0);
+    let up = This::<B, C>::matmul(to_f32(low), adapter.b.clone().transpose()) * adapter.scaling;
+    let base = linear_quantised(x, weight, None, None);
+    let y = to_dtype(to_f32(base) + up, dtype);
+    match residual {
+        Some(residual) => residual.clone() + y,
+        None => y,
+    }
+}
+
 /// A matmul of the inner backend with a quantised matrix, recorded: `x` `[n, in]` → `[n, out]`.
 fn recorded_quantised<B: Ops, C: CheckpointStrategy>(
-    x: Tensor<Autodiff<B, C>, 2>,
+    x: &Tensor<Autodiff<B, C>, 2>,
     weight: &QuantisedWeight<Autodiff<B, C>>,
     multiply: impl Fn(Tensor<B, 2>, &QuantisedWeight<B>) -> Tensor<B, 2>,
 ) -> Tensor<Autodiff<B, C>, 2> {
     let weight = weight.inner();
     let dtype = x.dtype();
-    let x = unwrap(x);
+    let x = unwrap(x.clone());
     let prepared = QuantisedMatmul
         .prepare::<C>([x.node.clone()])
         .compute_bound()
@@ -243,6 +246,7 @@ fn recorded_quantised<B: Ops, C: CheckpointStrategy>(
 #[cfg(all(test, feature = "flex"))]
 mod tests {
     use super::*;
+    use crate::ops::ForwardOps;
     use burn::tensor::Distribution;
     use burn_flex::Flex;
 

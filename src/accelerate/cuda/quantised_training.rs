@@ -4,10 +4,7 @@
 //! stored floats and sums over all outputs in f32, so that a step gives the bits of training on the same
 //! weights in bf16. The head goes in pieces.
 
-use burn::{
-    prelude::*,
-    tensor::{DType, backend::BackendTypes},
-};
+use burn::{prelude::*, tensor::DType};
 use cubecl::Runtime;
 use cubecl_cuda::CudaRuntime;
 
@@ -54,12 +51,10 @@ pub(super) fn dequantise_for_matmul(
     start: usize,
     count: usize,
     dtype: DType,
-) -> Tensor<Backend, 2> {
-    let device: <Backend as BackendTypes>::Device = weight.device();
-    let client = CudaRuntime::client(&device);
-    memory::exact(&client, || {
-        Backend::dequantise_rows(weight, start, count, dtype)
-    })
+) -> Option<Tensor<Backend, 2>> {
+    let client = CudaRuntime::client(&weight.device());
+    let dequantise = || Backend::dequantise_rows(weight, start, count, dtype);
+    Some(memory::exact(&client, dequantise))
 }
 
 /// [`TrainingOps::adapted_linear_for_backward`](crate::ops::TrainingOps::adapted_linear_for_backward).
@@ -70,11 +65,10 @@ pub(super) fn adapted_linear(
     adapter: &LowRank<Backend>,
     residual: Option<&Tensor<Backend, 2>>,
 ) -> Option<Tensor<Backend, 2>> {
-    let covered = covers(x, weight) && lora::covers(adapter, x.dtype());
-    covered.then(|| {
-        let (x, low, residual) = (x.clone(), low.clone(), residual.cloned());
-        lora::adapted_linear(x, whole(weight), low, adapter, residual)
-    })
+    if !covers(x, weight) || !lora::covers(adapter, x.dtype()) {
+        return None;
+    }
+    lora::adapted_linear(x, &whole(weight), low, adapter, residual)
 }
 
 /// [`TrainingOps::input_gradient_quantised`](crate::ops::TrainingOps::input_gradient_quantised).
@@ -96,12 +90,12 @@ pub(super) fn target_loss(
         return None;
     }
     let pieces: Vec<(usize, usize)> = head.row_pieces(DType::BF16).collect();
-    let rows = |(start, count)| dequantise_for_matmul(head, start, count, DType::BF16);
-    let logits: Vec<_> = (pieces.iter())
-        .map(|piece| gemm::logits(hidden.clone(), rows(*piece)))
-        .collect();
-    let logits = contiguous(Tensor::cat(logits, 1));
-    let (sums, gradient) = loss::softmax_loss(&logits, ids.clone(), weight);
+    let rows = |(start, count)| Backend::dequantise_for_matmul(head, start, count, DType::BF16);
+    let logits = pieces
+        .iter()
+        .map(|piece| gemm::logits(hidden, &rows(*piece)));
+    let logits = contiguous(Tensor::cat(logits.collect::<Option<Vec<_>>>()?, 1));
+    let (sums, gradient) = loss::softmax_loss(&logits, ids, weight);
     drop(logits);
     // Summed in f32, as one matmul over the whole head would.
     let parts = pieces.iter().map(|piece| {
