@@ -472,7 +472,7 @@ impl<B: TrainAccelerator> LoopState<B> {
         self.state.loss_scale = Some(scale.state());
         if launched.skipped {
             (self.tell)(&format!(
-                "step {}/{}: its gradients, {before} times as large, leave the range of f16; the step is left out and the loss scaled by {}",
+                "note: step {}/{}: its gradients, {before} times as large, leave the range of f16; the step is left out and the loss scaled by {}",
                 launched.step + 1,
                 self.total_steps,
                 scale.factor()

@@ -46,7 +46,7 @@ fn quantised_runs_learn_beside_the_float_run_and_their_adapters_say_so() {
     let with = |more: &[&'static str]| [&fixed[..], more].concat();
     train_well(folder.path(), "float", &with(&[]));
     let want = losses(&at("float"));
-    for (format, most) in [("int8", 0.02), ("int4", 0.3)] {
+    for (format, most) in [("int8", 0.05), ("int4", 0.3)] {
         let key: &'static str = match format {
             "int8" => "quantize=int8",
             _ => "quantize=int4",
@@ -291,7 +291,6 @@ fn a_killed_quantised_run_goes_on_bit_for_bit() {
 
 #[test]
 fn a_killed_run_in_f16_goes_on_bit_for_bit_with_its_loss_scale() {
-    // So high a rate of learning that nothing is gained, but the first scale is too large for some steps.
     assert_resumes_bit_for_bit(&["--set", "quantize=int8", "--dtype", "f16"]);
 }
 
@@ -358,18 +357,31 @@ fn f16_runs_learn_as_f32_runs_on_one_device_and_two() {
     let want = losses(&folder.path().join("f32"));
     for name in ["f16", "two"] {
         let run_dir = folder.path().join(name);
-        for (step, (ours, want)) in losses(&run_dir).iter().zip(&want).enumerate() {
-            // Half precision, and steps that may have been left out.
+        let rows = records(&run_dir.join("metrics.jsonl"));
+        let is_skipped = |row: &Value| row["skipped"] == true;
+        // The first scale is too large for one of the eight steps: it is left out, and the losses part.
+        let first = rows.iter().position(is_skipped).unwrap();
+        assert!(first > 1, "{rows:?}");
+        for (step, (ours, want)) in losses(&run_dir)
+            .iter()
+            .zip(&want)
+            .take(first + 1)
+            .enumerate()
+        {
+            // Half precision.
             assert!(
-                (ours - want).abs() < 0.2,
+                (ours - want).abs() < 0.01,
                 "{name} step {step}: {ours} {want}"
             );
         }
-        let rows = records(&run_dir.join("metrics.jsonl"));
+        let scale = |row: &Value| row["loss_scale"].as_f64().unwrap();
+        assert_eq!(scale(&rows[0]), 65_536.0);
+        for pair in rows.windows(2) {
+            let factor = if is_skipped(&pair[0]) { 0.5 } else { 1.0 };
+            assert_eq!(scale(&pair[1]), factor * scale(&pair[0]), "{pair:?}");
+        }
         for row in &rows {
-            let scale = row["loss_scale"].as_f64().unwrap();
-            assert!(scale >= 1.0 && scale.log2().fract() == 0.0, "{row}");
-            assert_eq!(row["grad_norm"].is_null(), row["skipped"] == true, "{row}");
+            assert_eq!(row["grad_norm"].is_null(), is_skipped(row), "{row}");
         }
         let state = json_of(&run_dir.join("checkpoint-8/trainer_state.json"));
         assert!(state["loss_scale"]["scale"].is_number(), "{state}");
