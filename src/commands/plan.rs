@@ -22,7 +22,7 @@ use crate::{
     ops::memory::free_memory,
     runtime::{accelerator::Accelerator, pipeline::TextAndImages},
     train::{
-        budget::{Budget, Form, card_fits},
+        budget::{Budget, Form},
         config::TrainConfig,
         plan::{Plan, Throughput},
     },
@@ -121,7 +121,6 @@ pub fn run(args: &PlanArgs) -> Result<()> {
         "{}",
         plan.to_text(config.num_train_epochs, throughput.as_ref())
     );
-    print_cards(&config, &parts, longest, dtype_bytes)?;
     println!(
         "tokens of a sample: min {}, median {}, p95 {}, p99 {}, max {}; {} in all",
         lengths.at(0.0),
@@ -225,27 +224,6 @@ fn weight_bytes(config: &TrainConfig, device: Option<DeviceName>) -> u64 {
         (None, None) => cfg!(feature = "cuda"),
     };
     if is_half { 2 } else { 4 }
-}
-
-/// Prints what the run would take on cards of usual sizes, for each way of storing the weights.
-fn print_cards(
-    config: &TrainConfig,
-    parts: &TextAndImages,
-    longest: usize,
-    dtype_bytes: u64,
-) -> Result<()> {
-    println!("on cards, by --memory-budget and --set quantize=FORMAT, estimated:");
-    let fits = card_fits(config, &parts.config, longest, dtype_bytes)?;
-    for fits in fits.chunk_by(|one, next| one.card == next.card) {
-        for (place, fit) in fits.iter().enumerate() {
-            let card = match place {
-                0 => format!("{} GiB", fit.card),
-                _ => String::new(),
-            };
-            println!("  {card:>6}  {}", fit.words(dtype_bytes));
-        }
-    }
-    Ok(())
 }
 
 /// Says what becomes of samples longer than `max_length`.
