@@ -21,13 +21,13 @@ use std::{
 use burn::{prelude::*, tensor::DType};
 
 use crate::{
-    adapters::quantised::memory::weight_bytes,
+    adapters::quantised::{memory::weight_bytes, model_to_device},
     base::{
         device_name::DeviceKind,
         files::FileError,
         system::{available_memory, peak_memory},
     },
-    ops::{module_to_device, quantised::Quantization},
+    ops::quantised::Quantization,
     qwen3_vl::{
         Qwen3Vl,
         config::{ConfigError, Qwen3VlConfig},
@@ -261,8 +261,10 @@ impl<B: Accelerator> Bench<B> {
                 let first = draw::<A>(&self.config, SEED, self.dtype, self.quantize, &devices[0]);
                 let copies = devices[1..]
                     .iter()
-                    .map(|device| module_to_device(first.clone(), device))
+                    .map(|device| model_to_device(first.clone(), device))
                     .collect::<Vec<_>>();
+                // What was drawn on the way: the pages are not those of what is measured.
+                devices.iter().for_each(B::memory_cleanup);
                 std::iter::once(first).chain(copies).collect()
             }
         };

@@ -28,6 +28,7 @@ use crate::{
     },
     batch::window::Window,
     batch::{images::ImageInput, micro_batch::MicroBatch},
+    ops::quantised::Quantization,
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig},
     runtime::{
         accelerator::{Accelerator, TrainAccelerator},
@@ -38,6 +39,7 @@ use crate::{
         budget::{BudgetError, Form},
         config::TrainConfig,
         learner::{StepReading, StepSettings, StepTotals, Trainee},
+        loss_scale::LossScale,
         optimizer::AdamW,
         step_clock::{LaunchTimes, StepClock},
         tape::Recorded,
@@ -74,6 +76,7 @@ impl TrainShape {
     pub fn fitting(
         config: &Qwen3VlConfig,
         dtype: DType,
+        quantization: Option<Quantization>,
         gib: f64,
     ) -> Result<(Self, String), BudgetError> {
         const LONGEST: usize = FIXED_TOKENS;
@@ -81,8 +84,8 @@ impl TrainShape {
             gradient_accumulation_steps: STEP_SAMPLES,
             ..TrainConfig::default()
         };
-        let bytes = dtype.size() as u64;
-        let form = Form::choose(&settings, config, LONGEST, bytes, gib, None)?;
+        let weights = (dtype.size() as u64, quantization);
+        let form = Form::choose(&settings, config, LONGEST, weights, gib, None)?;
         let shape = Self {
             micro_batch: (form.row_tokens / LONGEST).max(1),
             packing: form.row_tokens > 0,
@@ -130,6 +133,7 @@ impl<B: Accelerator> Bench<B> {
             Arc::new(StepSettings {
                 config: self.config.clone(),
                 train: settings,
+                loss_scale: LossScale::of(self.dtype, None),
             }),
         );
 
@@ -163,7 +167,8 @@ impl<B: Accelerator> Bench<B> {
                     tokens: window.tokens as f64,
                     work: Work {
                         flop: counted.model_flop,
-                        bytes: train_weight_bytes(&self.config, passes, self.element()),
+                        bytes: train_weight_bytes(&self.config, passes, self.element())
+                            - passes as f64 * self.saved_bytes("model.language_model.layers."),
                     },
                 }
             })

@@ -23,6 +23,7 @@ use crate::{
     train::{
         config::TrainConfig,
         learner::{StepSettings, Trainee},
+        loss_scale::LossScale,
         optimizer::AdamW,
         ranks::RankError,
         replicas::Replicas,
@@ -72,6 +73,7 @@ impl<B: Accelerator> Bench<B> {
             Arc::new(StepSettings {
                 config: self.config.clone(),
                 train: settings,
+                loss_scale: LossScale::of(self.dtype, None),
             }),
         );
         let name = format!(

@@ -273,11 +273,6 @@ fn check(args: &BenchArgs) -> Result<()> {
         bail!(UsageError("--samples is 0, expected at least 1".into()));
     }
     let train = args.kind == BenchKind::Train;
-    if train && args.quantize.is_some() {
-        bail!(UsageError(
-            "training wants weights in 16 or 32 bits; leave out --quantize".into()
-        ));
-    }
     let only_train = args.packing
         || args.no_recompute
         || args.recompute_pointwise
@@ -437,7 +432,7 @@ fn measure_training<B: Accelerator>(
         Some(budget) => {
             let free = free_memory::<B>(&bench.device);
             let gib = budget.gib(free).map_err(UsageError)?;
-            let (shape, line) = TrainShape::fitting(&bench.config, dtype, gib)?;
+            let (shape, line) = TrainShape::fitting(&bench.config, dtype, bench.quantize, gib)?;
             eprintln!("{line}");
             vec![shape]
         }

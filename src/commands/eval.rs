@@ -386,6 +386,11 @@ fn facts(
     fact("预测", "predictions", path(&args.predictions));
     fact("模型", "model", path(&args.model));
     fact("适配器", "adapter", path(&args.adapter.adapter));
+    let quantize = args
+        .load
+        .quantize
+        .map(|quantization| quantization.to_string());
+    fact("量化", "quantised", quantize);
     fact("测试集", "test set", args.data.clone());
     fact("训练集", "training set", args.train_data.clone());
     fact("概率", "probabilities", path(&args.probabilities));

@@ -83,7 +83,7 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     let throughput = throughput(args)?;
     let model = args.model.as_ref().unwrap_or(&config.model);
     let model = find(model, Want::Description, args.download)?;
-    let parts = TextAndImages::load(&base_of_run(&config, model, DType::F32))?;
+    let parts = TextAndImages::load(&base_of_run(&config, model.clone(), DType::F32))?;
     println!("{}", parts.pixel_limits());
     for remark in &parts.remarks {
         println!("note: {remark}");
@@ -93,6 +93,7 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     let lengths = TokenLengths::of(&data, &parts)?;
     let device = first_device(&config)?;
     let dtype_bytes = weight_bytes(&config, device);
+    let quantization = config.quantization(&model)?;
     let longest = lengths.at(1.0).min(config.max_length);
     let budget = args.memory_budget;
     if let Some(budget) = budget.or(config.memory_budget.map(Budget::Gib)) {
@@ -102,7 +103,8 @@ pub fn run(args: &PlanArgs) -> Result<()> {
                 .gib(run_on(device, None, FreeMemory)?)
                 .map_err(UsageError)?,
         };
-        let form = Form::choose(&config, &parts.config, longest, dtype_bytes, gib, None)?;
+        let weights = (dtype_bytes, quantization);
+        let form = Form::choose(&config, &parts.config, longest, weights, gib, None)?;
         form.apply(&mut config);
         println!("{}", form.explain(gib, longest));
     }
@@ -113,6 +115,7 @@ pub fn run(args: &PlanArgs) -> Result<()> {
         longest,
         config.device.len().max(1),
         dtype_bytes,
+        quantization,
     )?;
     print!(
         "{}",

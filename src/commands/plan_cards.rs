@@ -12,7 +12,10 @@ use crate::{
         accelerator::Accelerator,
         fit::{CacheWish, InferenceMemory},
     },
-    train::{budget::Form, config::TrainConfig},
+    train::{
+        budget::Form,
+        config::{TrainConfig, Tuner},
+    },
 };
 
 /// Sizes of cards that workstations have, in GB.
@@ -97,10 +100,12 @@ impl DeviceTask for Cards<'_> {
 impl Cards<'_> {
     /// The form of a training step on a card.
     fn training(&self, gib: f64, quantization: Option<Quantization>) -> String {
-        if quantization.is_some() {
+        // Full training moves the floats themselves.
+        if quantization.is_some() && self.config.tuner == Tuner::Full {
             return "–".to_string();
         }
-        match Form::choose(self.config, self.model, self.longest, 2, gib, None) {
+        let weights = (2, quantization);
+        match Form::choose(self.config, self.model, self.longest, weights, gib, None) {
             Ok(form) => form.words(self.longest),
             Err(_) => "–".to_string(),
         }

@@ -267,7 +267,8 @@ fn fit_budget<B: Accelerator>(
     let begun = begun.and_then(|run| TrainConfig::from_file(&run.join("config.toml")).ok());
     let rows = begun.map(|begun| begun.row_tokens().unwrap_or(0));
     let bytes = dtype.size() as u64;
-    let form = Form::choose(config, &parts.config, longest, bytes, gib, rows)?;
+    let weights = (bytes, config.quantization(&config.model)?);
+    let form = Form::choose(config, &parts.config, longest, weights, gib, rows)?;
     form.apply(config);
     Ok(form.explain(gib, longest))
 }
@@ -510,7 +511,11 @@ fn infer_command<B: Accelerator>(result: &RunResult<B>) -> String {
     let checkpoint = word(&result.checkpoint);
     let config = &result.state.config;
     let model = match config.tuner {
-        Tuner::Lora => format!("{} --adapter {checkpoint}", word(&config.model)),
+        Tuner::Lora => {
+            let quantize = config.quantize.as_ref();
+            let quantize = quantize.map_or_else(String::new, |text| format!(" --quantize {text}"));
+            format!("{}{quantize} --adapter {checkpoint}", word(&config.model))
+        }
         Tuner::Full => checkpoint,
     };
     format!("{} infer --model {model}{image}", program())

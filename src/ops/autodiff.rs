@@ -11,13 +11,15 @@ use burn::{
         },
     },
     prelude::*,
-    tensor::{TensorPrimitive, backend::AutodiffBackend, ops::FloatTensor},
+    tensor::{DType, TensorPrimitive, backend::AutodiffBackend, ops::FloatTensor},
 };
 
 use crate::base::device_name::DeviceKind;
 
 use super::{
-    DeviceOps, HasKernels, Kernels, Ops,
+    DeviceOps, ForwardOps, HasKernels, Kernels, LowRank, Ops,
+    cast::{to_dtype, to_f32},
+    quantised::QuantisedWeight,
     upload::{Fill, Upload, UploadError},
 };
 
@@ -27,6 +29,23 @@ impl<B: Ops, C: CheckpointStrategy> HasKernels for Autodiff<B, C> {
         dropout_mask: |like, dropout| {
             let mask = B::dropout_mask(&like.clone().inner(), dropout);
             Some(Tensor::from_inner(mask))
+        },
+        dequantise_rows: |weight, start, count, dtype| {
+            let rows = B::dequantise_rows(&weight.inner(), start, count, dtype);
+            Some(Tensor::from_inner(rows))
+        },
+        dequantise_for_matmul: |weight, start, count, dtype| {
+            let rows = B::dequantise_for_matmul(&weight.inner(), start, count, dtype);
+            Some(Tensor::from_inner(rows))
+        },
+        linear_quantised: |x, weight, bias, residual| {
+            Some(linear_quantised(x, weight, bias, residual))
+        },
+        adapted_linear_quantised: |x, weight, adapter, residual| {
+            Some(adapted_linear_quantised(x, weight, adapter, residual))
+        },
+        logits_quantised: |hidden, head| {
+            Some(recorded_quantised(hidden, head, B::logits_quantised))
         },
         ..Kernels::NONE
     };
@@ -138,6 +157,90 @@ pub(super) fn recorded_matmul<B: Ops, C: CheckpointStrategy, const D: usize>(
         OpsKind::UnTracked(prepared) => prepared.finish(multiply(left.primitive, right.primitive)),
     };
     wrap(result)
+}
+
+#[derive(Debug)]
+struct QuantisedMatmul;
+
+impl<B: Ops> Backward<B, 1> for QuantisedMatmul {
+    /// The matrix, and the type of the input.
+    type State = (QuantisedWeight<B>, DType);
+
+    fn backward(
+        self,
+        ops: Recording<Self::State, 1>,
+        gradients: &mut Gradients,
+        _checkpointer: &mut Checkpointer,
+    ) {
+        let (weight, dtype) = ops.state;
+        let [node] = ops.parents;
+        let dy: Tensor<B, 2> = wrap(gradients.consume::<B>(&ops.node));
+        if let Some(node) = node {
+            let dx = to_dtype(B::input_gradient_quantised(dy, &weight), dtype);
+            gradients.register::<B>(node.id, unwrap(dx));
+        }
+    }
+}
+
+/// [`ForwardOps::linear_quantised`]. The graph holds the quantised matrix: floats of a whole model would be
+/// what quantising saves.
+fn linear_quantised<B: Ops, C: CheckpointStrategy>(
+    x: &Tensor<Autodiff<B, C>, 2>,
+    weight: &QuantisedWeight<Autodiff<B, C>>,
+    bias: Option<&Tensor<Autodiff<B, C>, 1>>,
+    residual: Option<&Tensor<Autodiff<B, C>, 2>>,
+) -> Tensor<Autodiff<B, C>, 2> {
+    let y = recorded_quantised(x, weight, |x, weight| {
+        B::linear_quantised(x, weight, None, None)
+    });
+    let y = match bias {
+        Some(bias) => y + bias.clone().unsqueeze(),
+        None => y,
+    };
+    match residual {
+        Some(residual) => residual.clone() + y,
+        None => y,
+    }
+}
+
+/// [`ForwardOps::adapted_linear_quantised`]: base and adapter are added in f32, as
+/// [`ForwardOps::adapted_linear`] does.
+fn adapted_linear_quantised<B: Ops, C: CheckpointStrategy>(
+    x: &Tensor<Autodiff<B, C>, 2>,
+    weight: &QuantisedWeight<Autodiff<B, C>>,
+    adapter: &LowRank<Autodiff<B, C>>,
+    residual: Option<&Tensor<Autodiff<B, C>, 2>>,
+) -> Tensor<Autodiff<B, C>, 2> {
+    type This<B, C> = Autodiff<B, C>;
+    let dtype = x.dtype();
+    let low = This::<B, C>::low_rank_inputs(x.clone(), &[adapter]).remove(0);
+    let up = This::<B, C>::matmul(to_f32(low), adapter.b.clone().transpose()) * adapter.scaling;
+    let base = linear_quantised(x, weight, None, None);
+    let y = to_dtype(to_f32(base) + up, dtype);
+    match residual {
+        Some(residual) => residual.clone() + y,
+        None => y,
+    }
+}
+
+/// A matmul of the inner backend with a quantised matrix, recorded: `x` `[n, in]` → `[n, out]`.
+fn recorded_quantised<B: Ops, C: CheckpointStrategy>(
+    x: &Tensor<Autodiff<B, C>, 2>,
+    weight: &QuantisedWeight<Autodiff<B, C>>,
+    multiply: impl Fn(Tensor<B, 2>, &QuantisedWeight<B>) -> Tensor<B, 2>,
+) -> Tensor<Autodiff<B, C>, 2> {
+    let weight = weight.inner();
+    let dtype = x.dtype();
+    let x = unwrap(x.clone());
+    let prepared = QuantisedMatmul
+        .prepare::<C>([x.node.clone()])
+        .compute_bound()
+        .stateful();
+    let y = unwrap(multiply(wrap(x.primitive), &weight));
+    wrap(match prepared {
+        OpsKind::Tracked(prepared) => prepared.finish((weight, dtype), y),
+        OpsKind::UnTracked(prepared) => prepared.finish(y),
+    })
 }
 
 #[cfg(all(test, feature = "flex"))]

@@ -95,6 +95,22 @@ pub trait ForwardOps: HasKernels {
             .unwrap_or_else(|| weight.rows(start, count).unpack(dtype))
     }
 
+    /// [`ForwardOps::dequantise_rows`] for one matmul: of the same few sizes in every layer, so memory of
+    /// these sizes is kept for them.
+    fn dequantise_for_matmul(
+        weight: &QuantisedWeight<Self>,
+        start: usize,
+        count: usize,
+        dtype: DType,
+    ) -> Tensor<Self, 2> {
+        (Self::KERNELS.dequantise_for_matmul)(weight, start, count, dtype).unwrap_or_else(|| {
+            let dequantise =
+                |weight: QuantisedWeight<Self>| Self::dequantise_rows(&weight, start, count, dtype);
+            let device = weight.device();
+            quantised::weight::persistent::<Self, _, _>(&device, weight.clone(), dequantise)
+        })
+    }
+
     /// [`ForwardOps::linear_add`] with a quantised matrix.
     fn linear_quantised(
         x: Tensor<Self, 2>,

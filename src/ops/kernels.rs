@@ -33,6 +33,7 @@ pub struct Kernels<B: Backend> {
     pub linear_activated:
         fn(&Tensor<B, 2>, &Tensor<B, 2>, Option<&Tensor<B, 1>>, Activation) -> Option<Tensor<B, 2>>,
     pub dequantise_rows: fn(&QuantisedWeight<B>, usize, usize, DType) -> Option<Tensor<B, 2>>,
+    pub dequantise_for_matmul: fn(&QuantisedWeight<B>, usize, usize, DType) -> Option<Tensor<B, 2>>,
     pub linear_quantised: fn(
         &Tensor<B, 2>,
         &QuantisedWeight<B>,
@@ -82,6 +83,14 @@ pub struct Kernels<B: Backend> {
     pub low_rank_backward:
         fn(&Tensor<B, 2>, &[LowRankBackward<B>]) -> Option<Vec<LowRankGradients<B>>>,
     pub input_gradient: fn(&[BackwardMatmul<B>]) -> Option<Tensor<B, 2>>,
+    pub input_gradient_quantised: fn(&Tensor<B, 2>, &QuantisedWeight<B>) -> Option<Tensor<B, 2>>,
+    pub adapted_linear_for_backward: fn(
+        &Tensor<B, 2>,
+        &QuantisedWeight<B>,
+        &Tensor<B, 2>,
+        &LowRank<B>,
+        Option<&Tensor<B, 2>>,
+    ) -> Option<Tensor<B, 2>>,
     pub swiglu_input_gradient:
         fn(&BackwardMatmul<B>, &Tensor<B, 2>, &Tensor<B, 2>) -> Option<[Tensor<B, 2>; 2]>,
     pub rms_norm_backward:
@@ -112,6 +121,8 @@ pub struct Kernels<B: Backend> {
         fn(&Tensor<B, 2>, &Tensor<B, 2>, &Tensor<B, 2>) -> Option<[Tensor<B, 2>; 2]>,
     pub target_loss:
         fn(&Tensor<B, 2>, &Tensor<B, 2>, &Tensor<B, 1, Int>, f64) -> Option<TargetLoss<B>>,
+    pub target_loss_quantised:
+        fn(&Tensor<B, 2>, &QuantisedWeight<B>, &Tensor<B, 1, Int>, f64) -> Option<TargetLoss<B>>,
     pub adamw: fn(
         Vec<AdamWTensor<B>>,
         Option<&Tensor<B, 1>>,
@@ -125,6 +136,7 @@ impl<B: Backend> Kernels<B> {
         linear_add: |_, _, _, _| None,
         linear_activated: |_, _, _, _| None,
         dequantise_rows: |_, _, _, _| None,
+        dequantise_for_matmul: |_, _, _, _| None,
         linear_quantised: |_, _, _, _| None,
         adapted_linear_quantised: |_, _, _, _| None,
         logits_quantised: |_, _| None,
@@ -144,6 +156,8 @@ impl<B: Backend> Kernels<B> {
         logits: |_, _| None,
         low_rank_backward: |_, _| None,
         input_gradient: |_| None,
+        input_gradient_quantised: |_, _| None,
+        adapted_linear_for_backward: |_, _, _, _, _| None,
         swiglu_input_gradient: |_, _, _| None,
         rms_norm_backward: |_, _, _, _, _| None,
         rotate_heads_backward: |_, _, _, _, _| None,
@@ -151,6 +165,7 @@ impl<B: Backend> Kernels<B> {
         span_attention_backward: |_, _, _, _, _, _, _| None,
         swiglu_backward: |_, _, _| None,
         target_loss: |_, _, _, _| None,
+        target_loss_quantised: |_, _, _, _| None,
         adamw: |tensors, _| Err(tensors),
         clip_scale: |_, _| None,
     };

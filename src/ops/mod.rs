@@ -31,7 +31,7 @@ pub use kept::Kept;
 pub use kernels::{HasKernels, Kernels, KeysAndValues};
 pub use spans::AttentionSpans;
 pub use training::{
-    AdamWStep, AdamWTensor, BackwardMatmul, LowRankBackward, LowRankGradients, TargetLoss,
+    AdamWStep, AdamWTensor, BackwardMatmul, LowRankBackward, LowRankGradients, Matrix, TargetLoss,
     TrainingOps,
 };
 
@@ -45,7 +45,8 @@ pub trait TrainOps: AutodiffBackend<InnerBackend: Ops> + Ops {}
 
 impl<B: AutodiffBackend<InnerBackend: Ops> + Ops> TrainOps for B {}
 
-/// A module on another device, through [`DeviceOps::to_other_device`].
+/// The parameters of a module on another device, through [`DeviceOps::to_other_device`]; quantised matrices are
+/// none, and stay where they are.
 pub fn module_to_device<B: Ops, M: Module<B>>(module: M, device: &B::Device) -> M {
     struct Send<'a, B: Backend>(&'a B::Device);
     impl<B: Ops> ModuleMapper<B> for Send<'_, B> {

@@ -13,12 +13,17 @@ use burn::{
 
 use super::{
     AdamWTensor, AttentionSpans, BackwardMatmul, Dropout, HeadNorm, LowRank, LowRankBackward,
-    LowRankGradients, TargetLoss,
+    LowRankGradients, Matrix, TargetLoss, TrainingOps,
 };
 
 use crate::ops::{
     ForwardOps,
     cast::{to_dtype, to_f32},
+};
+
+pub(crate) use super::quantised::{
+    training::{input_gradient as input_gradient_quantised, target_loss as target_loss_quantised},
+    weight::adapted_from_low as adapted_linear_for_backward,
 };
 
 /// Query rows worked on at once: bounds the score matrix of a large image to some 100 MB.
@@ -103,10 +108,13 @@ pub(crate) fn low_rank_backward<B: ForwardOps>(
     }
 }
 
-pub(crate) fn input_gradient<B: ForwardOps>(matmuls: &[BackwardMatmul<B>]) -> Tensor<B, 2> {
+pub(crate) fn input_gradient<B: TrainingOps>(matmuls: &[BackwardMatmul<B>]) -> Tensor<B, 2> {
     let parts = matmuls.iter().map(|matmul| {
         let dtype = matmul.dy.dtype();
-        let dx = B::matmul(matmul.dy.clone(), matmul.weight.clone());
+        let dx = match &matmul.weight {
+            Matrix::Dense(weight) => B::matmul(matmul.dy.clone(), weight.clone()),
+            Matrix::Quantised(weight) => B::input_gradient_quantised(matmul.dy.clone(), weight),
+        };
         let Some((dlow, adapter)) = &matmul.adapter else {
             return dx;
         };
@@ -400,6 +408,21 @@ pub(crate) fn target_loss<B: ForwardOps>(
 ) -> TargetLoss<B> {
     let dtype = hidden.dtype();
     let logits = B::logits(hidden, head.clone());
+    let (sums, dlogits) = loss_and_logit_gradient(logits, ids, weight);
+    let hidden_gradient = B::matmul(to_dtype(dlogits, head.dtype()), head);
+    TargetLoss {
+        sums,
+        hidden_gradient: to_dtype(hidden_gradient, dtype),
+    }
+}
+
+/// Sums of a [`TargetLoss`], and the gradient of `weight` times the loss for the logits; `[targets, vocab]`
+/// both, f32.
+pub(super) fn loss_and_logit_gradient<B: Backend>(
+    logits: Tensor<B, 2>,
+    ids: Tensor<B, 1, Int>,
+    weight: f64,
+) -> (Tensor<B, 1>, Tensor<B, 2>) {
     let (nll, correct) = target_sums(&logits, ids.clone());
     let [rows, _] = logits.dims();
     let dlogits = softmax(logits, 1).scatter(
@@ -408,11 +431,7 @@ pub(crate) fn target_loss<B: ForwardOps>(
         Tensor::full([rows, 1], -1.0, (&nll.device(), DType::F32)),
         burn::tensor::IndexingUpdateOp::Add,
     ) * weight;
-    let hidden_gradient = B::matmul(to_dtype(dlogits, head.dtype()), head);
-    TargetLoss {
-        sums: Tensor::cat(vec![nll, correct], 0),
-        hidden_gradient: to_dtype(hidden_gradient, dtype),
-    }
+    (Tensor::cat(vec![nll, correct], 0), dlogits)
 }
 
 pub(crate) fn adamw<B: Backend>(

@@ -3,7 +3,9 @@
 
 use burn::prelude::*;
 
-use super::{AttentionSpans, ForwardOps, HasKernels, HeadNorm, LowRank, plain};
+use super::{
+    AttentionSpans, ForwardOps, HasKernels, HeadNorm, LowRank, plain, quantised::QuantisedWeight,
+};
 
 /// What a low-rank adapter's backward pass starts from.
 #[derive(Debug, Clone)]
@@ -68,13 +70,28 @@ pub struct AdamWTensor<B: Backend> {
     pub step: AdamWStep,
 }
 
+/// A frozen matrix `[out, in]` as an operand.
+#[derive(Debug, Clone)]
+pub enum Matrix<B: Backend> {
+    /// Floats.
+    Dense(Tensor<B, 2>),
+    /// Quantised; never a float copy of the whole for longer than one matmul.
+    Quantised(QuantisedWeight<B>),
+}
+
+impl<B: Backend> From<Tensor<B, 2>> for Matrix<B> {
+    fn from(floats: Tensor<B, 2>) -> Self {
+        Self::Dense(floats)
+    }
+}
+
 /// One matmul whose input gradient is wanted.
 #[derive(Debug, Clone)]
 pub struct BackwardMatmul<B: Backend> {
     /// Gradient of its output, `[tokens, out]`.
     pub dy: Tensor<B, 2>,
     /// `[out, in]`.
-    pub weight: Tensor<B, 2>,
+    pub weight: Matrix<B>,
     /// Gradient of the low-rank part `[tokens, r]`, and the adapter.
     pub adapter: Option<(Tensor<B, 2>, LowRank<B>)>,
 }
@@ -101,6 +118,30 @@ pub trait TrainingOps: ForwardOps {
     /// If there is no matmul.
     fn input_gradient(matmuls: &[BackwardMatmul<Self>]) -> Tensor<Self, 2> {
         (Self::KERNELS.input_gradient)(matmuls).unwrap_or_else(|| plain::input_gradient(matmuls))
+    }
+
+    /// `dy W` through a quantised matrix: `dy` `[n, out]`, result `[n, in]` in the type of `dy`.
+    fn input_gradient_quantised(
+        dy: Tensor<Self, 2>,
+        weight: &QuantisedWeight<Self>,
+    ) -> Tensor<Self, 2> {
+        (Self::KERNELS.input_gradient_quantised)(&dy, weight)
+            .unwrap_or_else(|| plain::input_gradient_quantised(dy, weight))
+    }
+
+    /// [`ForwardOps::adapted_linear`] with a quantised matrix: `low` `[n, r]` is the adapter's of
+    /// [`ForwardOps::low_rank_inputs`], which the backward pass needs again.
+    fn adapted_linear_for_backward(
+        x: Tensor<Self, 2>,
+        weight: &QuantisedWeight<Self>,
+        low: Tensor<Self, 2>,
+        adapter: &LowRank<Self>,
+        residual: Option<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
+        let kernel = Self::KERNELS.adapted_linear_for_backward;
+        kernel(&x, weight, &low, adapter, residual.as_ref()).unwrap_or_else(|| {
+            plain::adapted_linear_for_backward(x, weight, low, adapter, residual)
+        })
     }
 
     /// Gradients of gate and up, `[n, width]` each, where the input of `matmul` is [`ForwardOps::swiglu`]
@@ -187,6 +228,17 @@ pub trait TrainingOps: ForwardOps {
     ) -> TargetLoss<Self> {
         (Self::KERNELS.target_loss)(&hidden, &head, &ids, weight)
             .unwrap_or_else(|| plain::target_loss(hidden, head, ids, weight))
+    }
+
+    /// [`TrainingOps::target_loss`] with a quantised head, of which no float copy is made.
+    fn target_loss_quantised(
+        hidden: Tensor<Self, 2>,
+        head: &QuantisedWeight<Self>,
+        ids: Tensor<Self, 1, Int>,
+        weight: f64,
+    ) -> TargetLoss<Self> {
+        (Self::KERNELS.target_loss_quantised)(&hidden, head, &ids, weight)
+            .unwrap_or_else(|| plain::target_loss_quantised(hidden, head, ids, weight))
     }
 
     /// One step of AdamW for many parameters: new value, mean and mean square of each.

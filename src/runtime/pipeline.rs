@@ -13,7 +13,7 @@ use crate::{
         lora::{
             config::AdapterError,
             files::{attach_adapter, trained_pixel_limits},
-            merge::merge,
+            merge::merge_unless_quantised,
         },
         quantised::{
             Formats,
@@ -545,12 +545,7 @@ impl<B: Accelerator> Pipeline<B> {
                 let (model, mut notes) = match &options.adapter {
                     Some(dir) => {
                         let adapted = attach_adapter(model, dir)?;
-                        // Quantised weights are not quantised again: there the adapter stays beside them.
-                        let model = match adapted.model.quantization() {
-                            Some(_) => adapted.model,
-                            None => merge(adapted.model),
-                        };
-                        (model, adapted.notes)
+                        (merge_unless_quantised(adapted.model), adapted.notes)
                     }
                     None => (model, Vec::new()),
                 };

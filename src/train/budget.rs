@@ -6,11 +6,12 @@
 
 use super::{
     config::{LossReduction, TrainConfig, Tuner},
-    plan::{base_parameters, trained_parameters},
+    plan::{base_bytes, trained_parameters},
     tape::Recorded,
 };
 use crate::{
-    adapters::lora::config::AdapterError, qwen3_vl::config::Qwen3VlConfig, study::counted,
+    adapters::lora::config::AdapterError, ops::quantised::Quantization,
+    qwen3_vl::config::Qwen3VlConfig, study::counted,
 };
 
 pub use crate::ops::memory::Budget;
@@ -61,7 +62,7 @@ pub struct StepMemory {
 const LOSS_ROWS: u64 = super::gradients::LOSS_ROWS as u64;
 
 impl StepMemory {
-    /// Of a run, weights in types of `dtype_bytes`; `longest` is its longest sample in tokens.
+    /// Of a run, weights in types of `dtype_bytes` or quantised; `longest` is its longest sample in tokens.
     ///
     /// # Errors
     /// A pattern in `target_modules` that cannot be read.
@@ -70,9 +71,10 @@ impl StepMemory {
         model: &Qwen3VlConfig,
         longest: usize,
         dtype_bytes: u64,
+        quantization: Option<Quantization>,
     ) -> Result<Self, AdapterError> {
         let (text, vision) = (&model.text_config, &model.vision_config);
-        let base = base_parameters(model);
+        let base = base_bytes(model, quantization, dtype_bytes);
         let trained = trained_parameters(config, model)?;
         let hidden = text.hidden_size as u64;
         let wide = text.intermediate_size as u64;
@@ -80,7 +82,12 @@ impl StepMemory {
         let keys = (text.num_key_value_heads * text.head_dim) as u64;
         let patches = (vision.spatial_merge_size as u64).pow(2);
         let image = patches * (10 * vision.hidden_size + 2 * vision.intermediate_size) as u64;
-        let (fixed, tape, working);
+        let frozen = match quantization.map(|quantization| quantization.layers.bits()) {
+            None => "frozen weights",
+            Some(8) => "frozen weights, int8",
+            Some(_) => "frozen weights, int4",
+        };
+        let (mut fixed, tape, working);
         if config.writes_gradients_out() {
             let elements = |recorded: Recorded| recorded.elements_per_token(text) as u64;
             tape = [Recorded::Everything, Recorded::Matmuls, Recorded::Inputs]
@@ -89,7 +96,7 @@ impl StepMemory {
             let gradients = 5 * hidden + 3 * wide;
             working = (elements(Recorded::Everything) + gradients + image) * dtype_bytes;
             fixed = vec![
-                ("frozen weights", base * dtype_bytes),
+                (frozen, base),
                 ("adapters, f32", trained * 4),
                 ("gradients, f32", trained * 4),
                 ("optimizer moments, f32", trained * 8),
@@ -104,8 +111,8 @@ impl StepMemory {
             tape = [all, all, hidden * dtype_bytes];
             working = all + image * 4;
             let weights = match config.tuner {
-                Tuner::Lora => ("frozen weights", base * dtype_bytes),
-                Tuner::Full => ("weights", base * dtype_bytes),
+                Tuner::Lora => (frozen, base),
+                Tuner::Full => ("weights", base),
             };
             let each = match config.tuner {
                 Tuner::Lora => 4,
@@ -120,6 +127,11 @@ impl StepMemory {
                 ("gradients", trained * each),
                 ("optimizer moments, f32", trained * 8),
             ];
+        }
+        if quantization.is_some() {
+            // Of the matrices that one launch multiplies by, gate and up; smaller ones have memory of their own.
+            let matrices = hidden * (queries + 2 * keys + 2 * wide);
+            fixed.push(("dequantised matrices", matrices * dtype_bytes));
         }
         Ok(Self {
             fixed,
@@ -167,7 +179,7 @@ impl StepMemory {
 pub enum BudgetError {
     /// Too little even for one sample at a time.
     #[error(
-        "a memory budget of {budget:.1} GiB is too small: one sample of {longest} tokens at a time, every layer run again in the backward pass, takes about {need:.1} GiB ({weights:.1} GiB of it weights); lower max_pixels or max_length, use `--dtype bf16`, or take a smaller model"
+        "a memory budget of {budget:.1} GiB is too small: one sample of {longest} tokens at a time, every layer run again in the backward pass, takes about {need:.1} GiB ({weights:.1} GiB of it weights); lower max_pixels or max_length, use `--dtype bf16`, quantise the weights (`--set quantize=int4`), or take a smaller model"
     )]
     TooSmall {
         /// GiB.
@@ -198,7 +210,7 @@ pub struct Form {
 impl Form {
     /// The fastest form within `gib` GiB; with `row_tokens`, of those with rows of so many tokens.
     ///
-    /// `longest` is the longest sample in tokens. Rows are several times as long where that fits: a
+    /// `longest` is the longest sample in tokens; weights are in types of so many bytes, or quantised. Rows are several times as long where that fits: a
     /// matmul over few rows wastes the device. The choice is a function of the arguments alone.
     ///
     /// # Errors
@@ -207,12 +219,12 @@ impl Form {
         config: &TrainConfig,
         model: &Qwen3VlConfig,
         longest: usize,
-        dtype_bytes: u64,
+        (dtype_bytes, quantization): (u64, Option<Quantization>),
         gib: f64,
         row_tokens: Option<usize>,
     ) -> Result<Self, BudgetError> {
         let budget = (gib * GIB) as u64;
-        let memory = StepMemory::new(config, model, longest, dtype_bytes)?;
+        let memory = StepMemory::new(config, model, longest, dtype_bytes, quantization)?;
         let samples = config.per_device_train_batch_size * config.gradient_accumulation_steps;
         // A mean over micro-batches is another loss when they are cut otherwise.
         let joins = config.loss_reduction == LossReduction::Token;
@@ -299,14 +311,44 @@ mod tests {
     use super::*;
 
     fn form(gib: f64) -> Result<Form, BudgetError> {
+        quantised_form(gib, None)
+    }
+
+    fn quantised_form(gib: f64, format: Option<&str>) -> Result<Form, BudgetError> {
         let model = Qwen3VlConfig::published("8b").unwrap();
-        Form::choose(&TrainConfig::default(), &model, 368, 2, gib, None)
+        let weights = (2, format.and_then(|format| format.parse().ok()));
+        Form::choose(&TrainConfig::default(), &model, 368, weights, gib, None)
+    }
+
+    #[test]
+    fn cards_of_8_and_12_gb_train_the_8b_on_quantised_weights() {
+        // What a desktop and its driver leave of a card.
+        let on_card = |gib: f64, format| quantised_form(0.95 * gib, format);
+        for (format, least) in [(None, 24.0), (Some("int8"), 12.0), (Some("int4"), 8.0)] {
+            for card in [8.0, 12.0, 16.0, 24.0] {
+                let form = on_card(card, format);
+                assert_eq!(
+                    form.is_ok(),
+                    card >= least,
+                    "{format:?} on {card} GB: {form:?}"
+                );
+            }
+        }
+        // The floats are gone, the rows of one launch are there: 16.3 GiB of weights become 4.9.
+        let least = |format| match quantised_form(1.0, format) {
+            Err(BudgetError::TooSmall { need, weights, .. }) => [need, weights],
+            other => panic!("{other:?}"),
+        };
+        let ([all, floats], [quantised, words]) = (least(None), least(Some("int4")));
+        assert!((4.8..5.0).contains(&words), "{words}");
+        let matrices = all - floats - (quantised - words);
+        assert!((-0.26..-0.22).contains(&matrices), "{matrices}");
     }
 
     #[test]
     fn estimates_are_near_what_an_h200_showed() {
         let model = Qwen3VlConfig::published("8b").unwrap();
-        let memory = StepMemory::new(&TrainConfig::default(), &model, 368, 2).unwrap();
+        let memory = StepMemory::new(&TrainConfig::default(), &model, 368, 2, None).unwrap();
         // `bench train` of the 8B, 2026-11-30: GiB in use on the card, driver included.
         for (tokens, kept, seen) in [
             (368, Recorded::Inputs, 17.90),
@@ -362,7 +404,7 @@ mod tests {
             ..TrainConfig::default()
         };
         let model = Qwen3VlConfig::published("8b").unwrap();
-        let form = Form::choose(&micro, &model, 368, 2, 40.0, None).unwrap();
+        let form = Form::choose(&micro, &model, 368, (2, None), 40.0, None).unwrap();
         assert_eq!(form.row_tokens, 0);
         let line = form.explain(40.0, 368);
         assert!(
@@ -372,7 +414,7 @@ mod tests {
         // A continued run keeps its rows: they decide the dropout masks.
         let rows = Some(736);
         let config = TrainConfig::default();
-        let again = Form::choose(&config, &model, 368, 2, 80.0, rows).unwrap();
+        let again = Form::choose(&config, &model, 368, (2, None), 80.0, rows).unwrap();
         assert_eq!((again.row_tokens, again.kept), (736, Recorded::Everything));
     }
 }

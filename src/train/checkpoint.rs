@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     config::{TrainConfig, Tuner},
+    loss_scale::LossScaleState,
     optimizer::{AdamW, Moments},
 };
 use crate::{
@@ -102,6 +103,13 @@ pub struct TrainerState {
     /// kept.
     #[serde(default)]
     pub base: Option<String>,
+    /// What its adapters are trained on, which is written beside each; `None` for random weights, and in
+    /// checkpoints from before it was kept.
+    #[serde(default)]
+    pub trained_on: Option<BaseFingerprint>,
+    /// Of the loss, with weights in f16.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<LossScaleState>,
     /// Version of this program.
     pub version: String,
 }
@@ -257,9 +265,8 @@ pub fn write<B: TrainAccelerator>(
     match state.config.tuner {
         Tuner::Lora => {
             save_adapter(model, lora, dir)?;
-            if let Some(sha256) = state.base.as_ref().filter(|base| *base != RANDOM_BASE) {
-                let sha256 = sha256.clone();
-                BaseFingerprint { format: 1, sha256 }.save(dir)?;
+            if let Some(trained_on) = &state.trained_on {
+                trained_on.save(dir)?;
             }
         }
         Tuner::Full => {

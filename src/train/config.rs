@@ -54,6 +54,9 @@ pub enum TrainConfigError {
         /// What is allowed.
         expected: &'static str,
     },
+    /// A format of quantised weights that there is not.
+    #[error("key `quantize`: {0}")]
+    Quantize(String),
 }
 
 /// What is trained.
@@ -127,6 +130,9 @@ pub struct TrainConfig {
     /// Type of the base weights: `bf16`, `f16` or `f32`; without it, the device's default. Adapters, gradients of
     /// adapters and optimizer moments are f32 in any case.
     pub dtype: Option<String>,
+    /// Quantises the base weights while they are loaded, `int8`, `int4` (groups of 64) or `int4:32`, and trains
+    /// adapters beside them (QLoRA). A folder that `quantize` wrote needs no key.
+    pub quantize: Option<String>,
     /// Decides the order of the samples, the initial adapters and the dropout masks.
     pub seed: u64,
 
@@ -253,6 +259,7 @@ impl Default for TrainConfig {
             output_dir: "artifacts/run".into(),
             device: Vec::new(),
             dtype: None,
+            quantize: None,
             seed: 42,
             tuner: Tuner::Lora,
             lora_rank: 8,

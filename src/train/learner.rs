@@ -19,8 +19,10 @@ use burn::{
 use super::{
     config::{LossReduction, TrainConfig},
     gradients::{LossSums, LossTotals, add_gradients, evaluate, gradients},
+    loss_scale::{LossScale, unscaled},
 };
 use crate::{
+    adapters::quantised::model_to_device,
     base::seeds::mix,
     batch::window::Window,
     ops::Reading,
@@ -39,6 +41,8 @@ pub struct StepSettings {
     pub config: Qwen3VlConfig,
     /// The run.
     pub train: TrainConfig,
+    /// Of the loss, with weights in f16.
+    pub loss_scale: Option<LossScale>,
 }
 
 /// The model with what its steps need.
@@ -56,6 +60,19 @@ impl<B: Accelerator> Trainee<B> {
         Self { model, settings }
     }
 
+    /// The scale of the loss, with weights in f16.
+    pub(super) fn loss_scale(&self) -> Option<&LossScale> {
+        self.settings.loss_scale.as_ref()
+    }
+
+    /// The same on another device.
+    pub(super) fn to_other_device(self, device: &B::Device) -> Self {
+        Self {
+            model: model_to_device(self.model, device),
+            settings: self.settings,
+        }
+    }
+
     fn device(&self) -> B::Device {
         self.model.model.language_model.norm.weight.device()
     }
@@ -65,7 +82,7 @@ impl<B: TrainAccelerator> Trainee<B> {
     /// Sends the images of a window's first micro-batch that this thread will learn from next; those of
     /// the others are sent while the device computes it.
     pub fn send_ahead(&self, window: &Window) {
-        let StepSettings { config, train } = self.settings.as_ref();
+        let StepSettings { config, train, .. } = self.settings.as_ref();
         let first = window
             .parts
             .iter()
@@ -168,8 +185,12 @@ pub struct StepNumbers {
     pub token_acc: f64,
     /// Number of targets that both are means over.
     pub targets: usize,
-    /// Norm of the gradient before clipping; 0 in validation.
+    /// Norm of the gradient before clipping; 0 in validation, and where it left the range of f16.
     pub grad_norm: f64,
+    /// Factor on the loss in this step, with weights in f16.
+    pub loss_scale: Option<f64>,
+    /// Whether the step was left out, its gradients being out of the range of f16.
+    pub skipped: bool,
     /// Learning rate; 0 in validation.
     pub learning_rate: f64,
     /// Samples a second.
@@ -217,7 +238,12 @@ impl<B: TrainAccelerator> TrainStep for Trainee<B> {
 
     /// One device's part of a window: gradients that add up over the parts to those of its loss.
     fn step(&self, window: Window) -> TrainOutput<Self::Output> {
-        let StepSettings { config, train } = self.settings.as_ref();
+        let StepSettings {
+            config,
+            train,
+            loss_scale,
+        } = self.settings.as_ref();
+        let scale = loss_scale.as_ref().map(LossScale::factor);
         let device = self.device();
         let inner = self.model.valid();
         let mut grads = GradientsParams::new();
@@ -243,7 +269,7 @@ impl<B: TrainAccelerator> TrainStep for Trainee<B> {
                     &inner,
                     config,
                     batch,
-                    weight,
+                    weight * scale.unwrap_or(1.0),
                     &options,
                     &device,
                 );
@@ -251,6 +277,9 @@ impl<B: TrainAccelerator> TrainStep for Trainee<B> {
                 sums
             });
             all_sums.push((sums, weight));
+        }
+        if let Some(scale) = scale {
+            grads = unscaled(&self.model, grads, scale);
         }
         TrainOutput {
             grads,

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     batch::micro_batch::MicroBatch,
-    ops::{BackwardMatmul, LowRankBackward, Ops, cast::to_dtype},
+    ops::{BackwardMatmul, LowRankBackward, Matrix, Ops, cast::to_dtype},
     qwen3_vl::{
         ImageFeatures, Qwen3Vl,
         heads::{heads_first, split_heads, tokens_first},
@@ -90,7 +90,7 @@ fn linear_backward<B: Ops, const N: usize>(
     .zip(adapters);
     (linears.iter().zip(dys))
         .map(|(linear, dy)| {
-            let weight = linear.weight.val();
+            let weight = linear.weight.operand();
             let low_rank = linear.lora.as_ref().and_then(|lora| {
                 let (gradients, backward) = gradients.next()?;
                 grads.0.push((lora.lora_a.id, gradients.a));
@@ -263,7 +263,7 @@ fn head_pass<B: Ops>(
     device: &B::Device,
 ) -> (Tensor<B, 2>, LossSums<B>) {
     let norm = &model.model.language_model.norm;
-    let head = model.head_weight();
+    let head = model.head().operand();
     let targets = batch.targets_with_rows();
     let mut gradient = output.zeros_like();
     let mut sums = Tensor::zeros([2], (device, DType::F32));
@@ -273,7 +273,11 @@ fn head_pass<B: Ops>(
         let rows = Tensor::<B, 1, Int>::from_ints(rows.as_slice(), device);
         let ids = Tensor::<B, 1, Int>::from_ints(ids.as_slice(), device);
         let x = output.clone().select(0, rows.clone());
-        let loss = B::target_loss(norm.forward(x.clone()), head.clone(), ids, weight);
+        let hidden = norm.forward(x.clone());
+        let loss = match &head {
+            Matrix::Dense(head) => B::target_loss(hidden, head.clone(), ids, weight),
+            Matrix::Quantised(head) => B::target_loss_quantised(hidden, head, ids, weight),
+        };
         sums = sums + loss.sums;
         let nothing = x.zeros_like();
         let dx = B::rms_norm_backward(

@@ -25,7 +25,7 @@ use super::{
     words::counted,
 };
 use crate::{
-    adapters::lora::merge::merge,
+    adapters::lora::merge::merge_unless_quantised,
     base::files::{FileError, write_atomic},
     batch::window::Window,
     runtime::accelerator::TrainAccelerator,
@@ -39,18 +39,23 @@ impl<B: TrainAccelerator> LoopState<B> {
     ) -> Result<(), TrainError> {
         let step = self.state.step as u64;
         let memory = self.memory.peak();
-        let row = json!({
+        let mut row = json!({
             "step": step,
             "epoch": round(self.state.epoch, 6),
             "loss": numbers.loss,
             "token_acc": numbers.token_acc,
             "learning_rate": numbers.learning_rate,
-            "grad_norm": numbers.grad_norm,
+            "grad_norm": (!numbers.skipped).then_some(numbers.grad_norm),
             "samples_per_second": round(numbers.samples_per_second, 3),
             "tokens_per_second": round(numbers.tokens_per_second, 1),
             "memory_gib": memory.map(|peak| round(peak.gib(), 3)),
             "memory_of": memory.map(|peak| peak.place()),
         });
+        if let Some(scale) = numbers.loss_scale {
+            row["loss_scale"] = scale.into();
+            row["skipped"] = numbers.skipped.into();
+            self.draw_scalars(step, &[("train/loss_scale", scale as f32)])?;
+        }
         self.note_row(row.as_object().cloned().unwrap_or_default())?;
         self.draw_scalars(
             step,
@@ -216,7 +221,7 @@ impl<B: TrainAccelerator> LoopState<B> {
             let reports = match replicas {
                 Some(replicas) => replicas.generate(&learner.model(), scorer)?,
                 None => {
-                    let merged = merge(model.model.clone());
+                    let merged = merge_unless_quantised(model.model.clone());
                     let mut reports = Vec::new();
                     for batch in 0..scorer.batches {
                         reports.extend((scorer.generate)(&merged, &self.devices[0], batch)?);

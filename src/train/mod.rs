@@ -15,6 +15,7 @@ pub mod gradients;
 pub mod image_facts;
 pub mod learner;
 mod lines;
+pub mod loss_scale;
 mod manual_backward;
 mod measure;
 pub mod optimizer;

@@ -9,7 +9,7 @@ use super::{
     records::RecordsError,
     report_command::Reported,
 };
-use crate::{base::files::FileError, dataset::DatasetError};
+use crate::{base::files::FileError, dataset::DatasetError, ops::quantised::Quantization};
 
 /// What ends a run before its time.
 #[derive(Debug, thiserror::Error)]
@@ -35,6 +35,8 @@ pub enum TrainError {
     #[error(transparent)]
     Adapter(#[from] crate::adapters::lora::config::AdapterError),
     #[error(transparent)]
+    Base(#[from] crate::adapters::lora::base::BaseError),
+    #[error(transparent)]
     Config(#[from] super::config::TrainConfigError),
     #[error(
         "step {step}: {what} is {value}; rows of the step (from 1): {rows:?}. The last checkpoint whose weights are known to give finite numbers is {checkpoint}; start another run from its weights (`--adapter`, with everything trained `--model`) with a lower learning_rate, or look at these rows with `check`"
@@ -47,9 +49,19 @@ pub enum TrainError {
         checkpoint: String,
     },
     #[error(
-        "`{}` is quantised: training wants weights in 16 or 32 bits; train on the checkpoint it was made from, the adapter fits both", .model.display()
+        "`{}` is quantised, and `tuner = \"full\"` trains the weights themselves, in 16 or 32 bits; train an adapter (`tuner = \"lora\"`), or take the checkpoint it was made from", .model.display()
     )]
-    Quantised { model: std::path::PathBuf },
+    QuantisedFull { model: PathBuf },
+    #[error(
+        "`{}` is quantised as {found}, and `quantize` is \"{key}\"; leave the key out, or take the checkpoint it was made from", .model.display()
+    )]
+    QuantisedOtherwise {
+        model: PathBuf,
+        found: Quantization,
+        key: String,
+    },
+    #[error("random weights are not quantised; leave out --random-init or `quantize`")]
+    QuantisedRandom,
     #[error(
         "step {step} gave other bits when it was computed again: {gradients} elements of its gradients differ, losses {losses:?}; this device or one of the operations that `tuner`, `use_dora` and `dtype` call for sums in no fixed order, so leave out --deterministic or change them"
     )]

@@ -14,6 +14,8 @@ use super::{
     words::duration,
 };
 use crate::{
+    adapters::quantised::format_of,
+    ops::quantised::Quantization,
     qwen3_vl::{config::Qwen3VlConfig, layer::Projection},
     train::tape::Recorded,
 };
@@ -219,6 +221,33 @@ pub fn base_parameters(config: &Qwen3VlConfig) -> u64 {
     PartParameters::of(config).all()
 }
 
+/// Bytes of the base on a device, `dtype_bytes` an element where it is not quantised.
+pub fn base_bytes(
+    config: &Qwen3VlConfig,
+    quantization: Option<Quantization>,
+    dtype_bytes: u64,
+) -> u64 {
+    let text = &config.text_config;
+    let floats = base_parameters(config) * dtype_bytes;
+    let Some(quantization) = quantization else {
+        return floats;
+    };
+    let tables = match config.tie_word_embeddings {
+        true => &["model.language_model.embed_tokens"][..],
+        false => &["model.language_model.embed_tokens", "lm_head"],
+    };
+    let (width, vocab) = (text.hidden_size as u64, text.vocab_size as u64);
+    let tables = tables.iter().map(|path| (path.to_string(), width, vocab));
+    (linear_layers(config).into_iter().chain(tables)).fold(floats, |bytes, (path, from, to)| {
+        match format_of(quantization, &format!("{path}.weight")) {
+            Some(format) => {
+                bytes - from * to * dtype_bytes + format.bytes(to as usize, from as usize) as u64
+            }
+            None => bytes,
+        }
+    })
+}
+
 /// Parameters that a run moves.
 ///
 /// # Errors
@@ -251,7 +280,7 @@ pub fn trained_parameters(
 
 impl Plan {
     /// Plans a run over `samples` samples of at most `longest` tokens on `devices` devices, weights
-    /// in types of `dtype_bytes`.
+    /// in types of `dtype_bytes` or quantised.
     ///
     /// Activations are estimated, see [`StepMemory`].
     ///
@@ -264,12 +293,13 @@ impl Plan {
         longest: usize,
         devices: usize,
         dtype_bytes: u64,
+        quantization: Option<Quantization>,
     ) -> Result<Self, crate::adapters::lora::config::AdapterError> {
         let tokens = match config.row_tokens() {
             Some(tokens) => tokens.max(longest),
             None => longest * config.per_device_train_batch_size,
         };
-        let memory = StepMemory::new(config, model, longest, dtype_bytes)?
+        let memory = StepMemory::new(config, model, longest, dtype_bytes, quantization)?
             .parts(tokens as u64, Recorded::of(config));
         Ok(Self {
             base_parameters: base_parameters(model),
@@ -329,7 +359,7 @@ mod tests {
     #[test]
     fn the_published_recipe_trains_22_million_of_8_8_billion_parameters() {
         let model = Qwen3VlConfig::published("8b").unwrap();
-        let plan = Plan::new(&TrainConfig::default(), &model, 6102, 368, 2, 2).unwrap();
+        let plan = Plan::new(&TrainConfig::default(), &model, 6102, 368, 2, 2, None).unwrap();
         // r·(in + out) of seven projections in 36 layers.
         let a_layer = 8 * ((4096 + 4096) * 2 + (4096 + 1024) * 2 + (4096 + 12288) * 3);
         assert_eq!(plan.trained_parameters, 36 * a_layer);
@@ -340,7 +370,10 @@ mod tests {
     #[test]
     #[cfg(feature = "flex")]
     fn parameters_are_counted_as_the_module_has_them() {
-        use crate::qwen3_vl::{Qwen3Vl, nn::InitOptions, weights::parameter_shapes};
+        use crate::{
+            adapters::quantised::memory::weight_bytes,
+            qwen3_vl::{Qwen3Vl, nn::InitOptions, weights::parameter_shapes},
+        };
         for size in ["2b", "4b", "8b", "32b"] {
             let config = Qwen3VlConfig::published(size).unwrap();
             let model = Qwen3Vl::<burn_flex::Flex>::new(
@@ -353,6 +386,10 @@ mod tests {
                 .map(|shape| shape.iter().product::<usize>() as u64)
                 .sum();
             assert_eq!(base_parameters(&config), count, "{size}");
+            for quantization in [None, "int8".parse().ok(), "int4:32".parse().ok()] {
+                let bytes = weight_bytes(&parameter_shapes(&model), quantization, 2) as u64;
+                assert_eq!(base_bytes(&config, quantization, 2), bytes, "{size}");
+            }
             let of = |wanted: fn(&str) -> bool| -> u64 {
                 parameter_shapes(&model)
                     .iter()
@@ -377,7 +414,7 @@ mod tests {
             freeze_aligner: false,
             ..TrainConfig::default()
         };
-        let plan = |config: &TrainConfig| Plan::new(config, &model, 10, 300, 1, 2).unwrap();
+        let plan = |config: &TrainConfig| Plan::new(config, &model, 10, 300, 1, 2, None).unwrap();
         assert_eq!(plan(&config).trained_parameters, parts.aligner);
         config.freeze_vit = false;
         config.freeze_llm = false;
@@ -395,14 +432,14 @@ mod tests {
         let found = Throughput::from_bench(&path).unwrap();
         assert_eq!(found.samples_per_second, 4.0);
         let model = Qwen3VlConfig::published("8b").unwrap();
-        let plan = Plan::new(&TrainConfig::default(), &model, 7200, 368, 1, 2).unwrap();
+        let plan = Plan::new(&TrainConfig::default(), &model, 7200, 368, 1, 2, None).unwrap();
         let text = plan.to_text(2.0, Some(&found));
         assert!(
             text.contains("1.00 h at 4 samples/s, measured on H200"),
             "{text}"
         );
         // Fifteen samples at two a second are no hour.
-        let few = Plan::new(&TrainConfig::default(), &model, 15, 368, 1, 2).unwrap();
+        let few = Plan::new(&TrainConfig::default(), &model, 15, 368, 1, 2, None).unwrap();
         let given = Throughput {
             samples_per_second: 2.0,
             device: None,

@@ -29,9 +29,9 @@ use super::{
     strategy::{GenerateBatch, Generated, GenerationScorer},
 };
 use crate::{
-    adapters::lora::merge::merge,
+    adapters::lora::merge::merge_unless_quantised,
     batch::window::Window,
-    ops::{AllReduce, DeviceMemory, DeviceOps, cast::to_f32, module_to_device},
+    ops::{AllReduce, DeviceMemory, DeviceOps, cast::to_f32},
     runtime::accelerator::TrainAccelerator,
 };
 
@@ -423,7 +423,7 @@ impl<B: TrainAccelerator> Rank<B> {
         match job {
             Job::Load(copied) => {
                 let (model, optimizer) = *copied;
-                self.model = Some(module_to_device(model, &self.device));
+                self.model = Some(model.to_other_device(&self.device));
                 self.optimizer = Some(optimizer.copy_to(&self.device));
                 self.wait()?;
                 Ok(Answer::Done)
@@ -493,8 +493,14 @@ impl<B: TrainAccelerator> Rank<B> {
                 let optimizer = self.optimizer.as_mut().ok_or("it holds no optimizer")?;
                 let sums = sums.unwrap_or_else(|| std::mem::take(&mut self.sums));
                 let grads = scatter(&model, sums, &self.present);
-                optimizer.clip_next(&model, &grads, self.max_grad_norm);
-                self.model = Some(optimizer.step(lr, model, grads));
+                let clip = optimizer.clip_next(&model, &grads, self.max_grad_norm);
+                // All devices have the same sums, and so take or leave out the same steps.
+                let leaves_out = model.loss_scale().is_some()
+                    && clip.is_some_and(|clip| !norm_of(clip).is_finite());
+                self.model = Some(match leaves_out {
+                    true => model,
+                    false => optimizer.step(lr, model, grads),
+                });
                 Ok(Answer::Done)
             }
             Job::Evaluate(model, window) => {
@@ -504,7 +510,7 @@ impl<B: TrainAccelerator> Rank<B> {
             }
             Job::Generate(model, generate, batches) => {
                 let model = model.as_deref().or(self.model.as_ref()).ok_or(NO_MODEL)?;
-                let merged = merge(model.valid().model);
+                let merged = merge_unless_quantised(model.valid().model);
                 let reports = batches
                     .into_iter()
                     .map(|batch| generate(&merged, &self.device, batch))
@@ -523,6 +529,12 @@ impl<B: TrainAccelerator> Rank<B> {
     fn wait(&self) -> Result<(), String> {
         B::sync(&self.device).map_err(|error| format!("{error:?}"))
     }
+}
+
+/// The norm before clipping, of what [`AdamW::clip_next`] gives; waits for the device.
+pub(super) fn norm_of<B: DeviceOps>(clip: Tensor<B, 1>) -> f64 {
+    let values = B::read_async(clip)();
+    values.first().copied().map_or(0.0, f64::from)
 }
 
 /// The gradients among answers.
@@ -676,6 +688,7 @@ mod tests {
         let settings = StepSettings {
             config: sizes,
             train: config.clone(),
+            loss_scale: None,
         };
         let model = Trainee::new(model, Arc::new(settings));
         let data = Dataset::open("phantom:11:0..8:house").unwrap();

@@ -14,8 +14,8 @@ use super::{
     words::counted,
 };
 use crate::{
-    adapters::lora::base::BaseFingerprint, dataset::Dataset, qwen3_vl::weights::gguf::is_gguf,
-    runtime::pipeline::PipelineError,
+    adapters::lora::base::BaseFingerprint, dataset::Dataset, ops::quantised::Quantization,
+    qwen3_vl::weights::gguf::is_gguf, runtime::pipeline::PipelineError,
 };
 
 /// What a run's numbers depend on besides its settings and the rows of its data.
@@ -26,6 +26,8 @@ pub(super) struct RunFacts {
     pub(super) val_images: ImageFacts,
     /// Fingerprint of the base's weights, or [`RANDOM_BASE`].
     pub(super) base: String,
+    /// What adapters are trained on; `None` for random weights.
+    pub(super) trained_on: Option<BaseFingerprint>,
 }
 
 impl RunFacts {
@@ -33,19 +35,31 @@ impl RunFacts {
     pub(super) fn gather(
         config: &TrainConfig,
         random_init: bool,
+        quantization: Option<Quantization>,
         data: &Dataset,
         validation: Option<&Dataset>,
     ) -> Result<Self, TrainError> {
+        let trained_on = if random_init {
+            None
+        } else if config.model.is_dir() || is_gguf(&config.model) {
+            let parts = config.gguf_parts();
+            Some(BaseFingerprint::of_training(
+                &config.model,
+                &parts,
+                quantization,
+            )?)
+        } else {
+            return Err(PipelineError::NoModel(config.model.clone()).into());
+        };
+        // The weights as they are on the disk.
+        let base = trained_on.as_ref().map_or(RANDOM_BASE, |base| {
+            base.quantised_sha256.as_deref().unwrap_or(&base.sha256)
+        });
         Ok(Self {
             images: ImageFacts::of(data),
             val_images: validation.map(ImageFacts::of).unwrap_or_default(),
-            base: if random_init {
-                RANDOM_BASE.to_string()
-            } else if config.model.is_dir() || is_gguf(&config.model) {
-                BaseFingerprint::of(&config.model, &config.gguf_parts())?.sha256
-            } else {
-                return Err(PipelineError::NoModel(config.model.clone()).into());
-            },
+            base: base.to_string(),
+            trained_on,
         })
     }
 }

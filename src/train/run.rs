@@ -24,6 +24,7 @@ use super::{
     image_facts,
     learner::{Gauge, ScheduleStepper, StepSettings, Trainee},
     lines::StepLines,
+    loss_scale::LossScale,
     optimizer::AdamW,
     outcome::Outcome,
     records::{METRICS, MetricsLog},
@@ -35,22 +36,19 @@ use super::{
     words::counted,
 };
 use crate::{
-    adapters::{
-        lora::{
-            attach::attach, base::check_base, config::LoraConfig, files::load_adapter_for_training,
-        },
-        quantised::files::of_checkpoint,
+    adapters::lora::{
+        attach::attach, base::check_base, config::LoraConfig, files::load_adapter_for_training,
     },
     base::{
         files::{FileError, write_atomic},
         trace::Trace,
     },
     dataset::{DataFacts, Dataset, Fetching, loader::WindowLoader},
-    ops::memory::MemoryWatch,
+    ops::{memory::MemoryWatch, quantised::Quantization},
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, nn::InitOptions, weights::LoadProgress},
     runtime::{
         accelerator::{Accelerator, TrainAccelerator},
-        pipeline::{PipelineError, PipelineOptions, TextAndImages, load_model},
+        pipeline::{PipelineOptions, TextAndImages, load_model},
     },
 };
 
@@ -207,6 +205,7 @@ fn write_config(config: &TrainConfig) -> Result<(), TrainError> {
 fn write_run_facts(
     config: &TrainConfig,
     data: &BTreeMap<&str, String>,
+    quantization: Option<Quantization>,
     data_facts: &[DataFacts],
 ) -> Result<(), TrainError> {
     let dir = &config.output_dir;
@@ -216,6 +215,7 @@ fn write_run_facts(
         "burn": "0.21.0",
         "seed": config.seed,
         "data": data,
+        "quantization": quantization.map(|quantization| quantization.to_string()),
         "data_facts": data_facts,
         "arguments": std::env::args().collect::<Vec<_>>(),
     });
@@ -262,12 +262,9 @@ pub fn train<B: TrainAccelerator>(
 ) -> Result<RunResult<B::InnerBackend>, TrainError> {
     options.config.validate()?;
     let config = options.config.clone();
-    if of_checkpoint(&config.model)
-        .map_err(PipelineError::from)?
-        .is_some()
-    {
-        let model = config.model;
-        return Err(TrainError::Quantised { model });
+    let quantization = config.quantization(&config.model)?;
+    if options.random_init && quantization.is_some() {
+        return Err(TrainError::QuantisedRandom);
     }
     let device = devices[0].clone();
     let RunData {
@@ -279,7 +276,14 @@ pub fn train<B: TrainAccelerator>(
     let run = &config.output_dir;
     // Held to the end of the run. A folder that is not there yet is made once all has been checked.
     let lock = run.is_dir().then(|| RunLock::take(run)).transpose()?;
-    let facts = RunFacts::gather(&config, options.random_init, &data, validation.as_ref())?;
+    let random_init = options.random_init;
+    let facts = RunFacts::gather(
+        &config,
+        random_init,
+        quantization,
+        &data,
+        validation.as_ref(),
+    )?;
     let resumed = find_checkpoint(
         &options,
         &data,
@@ -294,7 +298,7 @@ pub fn train<B: TrainAccelerator>(
         model: config.model.clone(),
         adapter: None,
         dtype,
-        quantize: None,
+        quantize: quantization.map(Into::into),
         min_pixels: Some(min_pixels),
         max_pixels: Some(max_pixels),
         gguf: config.gguf_parts(),
@@ -340,6 +344,8 @@ pub fn train<B: TrainAccelerator>(
                 train_data: data.fingerprint().to_string(),
                 images: Some(facts.images.digest()),
                 base: Some(facts.base.clone()),
+                trained_on: facts.trained_on.clone(),
+                loss_scale: None,
                 version: env!("CARGO_PKG_VERSION").to_string(),
             };
             let (model, lora) = prepare_model(base, &config, &*options.tell)?;
@@ -362,6 +368,7 @@ pub fn train<B: TrainAccelerator>(
                 config: config.clone(),
                 images: Some(facts.images.digest()),
                 base: Some(facts.base.clone()),
+                trained_on: facts.trained_on.clone(),
                 ..state.clone()
             };
             (model, lora, state)
@@ -370,10 +377,14 @@ pub fn train<B: TrainAccelerator>(
     let trained: usize = trained_params(&model).len();
     let total_steps = config.total_steps(data.len(), devices.len());
     (options.tell)(&format!(
-        "{}, {}, {}{}",
+        "{}, {}, {}{}{}",
         counted(data.len(), "sample", "samples"),
         counted(total_steps, "optimizer step", "optimizer steps"),
         counted(trained, "trained tensor", "trained tensors"),
+        match quantization {
+            Some(quantization) => format!(" beside weights quantised as {quantization}"),
+            None => String::new(),
+        },
         match &resumed {
             Some((dir, state)) => format!(
                 ", going on after step {} from `{}`",
@@ -431,7 +442,7 @@ pub fn train<B: TrainAccelerator>(
         }
         hashes.insert("images", facts.images.digest());
         hashes.insert("base", facts.base);
-        write_run_facts(&config, &hashes, &data_facts)?;
+        write_run_facts(&config, &hashes, quantization, &data_facts)?;
     }
     facts.images.save(run, image_facts::TRAINING)?;
     if validation.is_some() {
@@ -468,9 +479,17 @@ pub fn train<B: TrainAccelerator>(
         .transpose()?;
 
     let schedule = ScheduleStepper::new(config.schedule(total_steps), state.step as u64);
+    let loss_scale = LossScale::of(dtype, state.loss_scale);
+    if let Some(loss_scale) = &loss_scale {
+        (options.tell)(&format!(
+            "weights in f16: the loss is scaled by {} at first; a step whose gradients leave the range is left out",
+            loss_scale.factor()
+        ));
+    }
     let settings = Arc::new(StepSettings {
         config: model_config.clone(),
         train: config.clone(),
+        loss_scale: loss_scale.clone(),
     });
     let learner: Learner<Components<B>> =
         Learner::new(Trainee::new(model, settings), optimizer.clone(), schedule);
@@ -490,6 +509,7 @@ pub fn train<B: TrainAccelerator>(
         validation: valid_loaders.clone(),
         scorer,
         optimizer,
+        loss_scale,
         devices,
         checkpoints: checkpoints.clone(),
         metrics,

@@ -30,11 +30,12 @@ use super::{
     gradients::differing_elements,
     learner::{ScheduleStepper, StepNumbers, StepOutput, StepReading, StepTotals, Trainee},
     lines::{StepLines, StepWork},
+    loss_scale::LossScale,
     optimizer::AdamW,
     outcome::Outcome,
     records::MetricsLog,
     renderers::RunSteps,
-    replicas::Replicas,
+    replicas::{Replicas, norm_of},
     report_command::ReportCommand,
     step_clock::{LaunchTimes, StepClock},
     tfevents::EventWriter,
@@ -103,6 +104,8 @@ pub struct LoopState<B: AutodiffBackend> {
     pub scorer: Option<GenerationScorer<B::InnerBackend>>,
     /// The optimizer, sharing its state with the Learner's.
     pub optimizer: AdamW<B>,
+    /// Of the loss, with weights in f16; shared with the Learner's model.
+    pub loss_scale: Option<LossScale>,
     /// Devices of the replicas, the first being the Learner's.
     pub devices: Vec<B::Device>,
     /// The run's folder.
@@ -156,6 +159,10 @@ struct Launched {
     learning_rate: f64,
     times: LaunchTimes,
     numbers: Numbers,
+    /// Factor on the loss, with weights in f16.
+    loss_scale: Option<f64>,
+    /// Whether the step was left out, its gradients being out of the range of f16.
+    skipped: bool,
 }
 
 /// The strategy; used for one run.
@@ -376,6 +383,8 @@ impl<B: TrainAccelerator> LoopState<B> {
             learning_rate: learner.lr_current(),
             times: LaunchTimes::of(|| ()).1,
             numbers: Numbers::Known(StepTotals::default()),
+            loss_scale: self.loss_scale.as_ref().map(LossScale::factor),
+            skipped: false,
         };
         let max_norm = self.state.config.max_grad_norm;
         match replicas {
@@ -392,14 +401,19 @@ impl<B: TrainAccelerator> LoopState<B> {
                 self.memory.look::<B::InnerBackend>(&self.devices[0]);
                 let reading = output.item.read_async(clip);
                 if let Some(reading) = reading {
-                    launched.numbers = if B::InnerBackend::READS_ASYNC {
+                    // With a loss scale the step is taken only once its gradients are known.
+                    let is_async = B::InnerBackend::READS_ASYNC && self.loss_scale.is_none();
+                    launched.numbers = if is_async {
                         Numbers::Reading(reading)
                     } else {
                         Numbers::Known(reading.wait())
                     };
                 }
+                self.leave_out(&mut launched);
                 self.check_finite(&launched)?;
-                learner.optimizer_step(output.grads);
+                if !launched.skipped {
+                    learner.optimizer_step(output.grads);
+                }
             }
             Some(replicas) => {
                 let mut sum = StepTotals::default();
@@ -421,17 +435,49 @@ impl<B: TrainAccelerator> LoopState<B> {
                 self.check_finite(&launched)?;
                 let grads = replicas.reduce(&learner.model(), learner.lr_current())?;
                 let clip = (self.optimizer).clip_next(&learner.model(), &grads, max_norm);
-                let norm = clip.map(B::InnerBackend::read_async);
-                learner.optimizer_step(grads);
-                if let Some(norm) = norm {
-                    sum.norm = norm().first().copied().map_or(0.0, f64::from);
+                if self.loss_scale.is_some() {
+                    sum.norm = clip.map_or(0.0, norm_of);
+                    launched.numbers = Numbers::Known(sum);
+                    self.leave_out(&mut launched);
+                    if !launched.skipped {
+                        learner.optimizer_step(grads);
+                    }
+                } else {
+                    let norm = clip.map(B::InnerBackend::read_async);
+                    learner.optimizer_step(grads);
+                    if let Some(norm) = norm {
+                        sum.norm = norm().first().copied().map_or(0.0, f64::from);
+                    }
+                    launched.numbers = Numbers::Known(sum);
                 }
-                launched.numbers = Numbers::Known(sum);
                 self.check_finite(&launched)?;
                 replicas.finish_step()?;
             }
         }
         Ok(launched)
+    }
+
+    /// With a loss scale: leaves a step out whose gradients are not finite, and adapts the scale.
+    fn leave_out(&mut self, launched: &mut Launched) {
+        let (Some(scale), Numbers::Known(known)) = (&self.loss_scale, &launched.numbers) else {
+            return;
+        };
+        // A loss that is no number is none at any scale.
+        if !known.objective.is_finite() {
+            return;
+        }
+        let before = scale.factor();
+        let finite = known.norm.is_finite();
+        launched.skipped = scale.update(finite) && !finite;
+        self.state.loss_scale = Some(scale.state());
+        if launched.skipped {
+            (self.tell)(&format!(
+                "note: step {}/{}: its gradients, {before} times as large, leave the range of f16; the step is left out and the loss scaled by {}",
+                launched.step + 1,
+                self.total_steps,
+                scale.factor()
+            ));
+        }
     }
 
     /// Refuses a step whose numbers are known and are none.
@@ -443,7 +489,7 @@ impl<B: TrainAccelerator> LoopState<B> {
             ("the loss", known.objective),
             ("the gradient norm", known.norm),
         ] {
-            if !value.is_finite() {
+            if !value.is_finite() && !launched.skipped {
                 return Err(TrainError::NotFinite {
                     step: launched.step + 1,
                     what,
@@ -496,7 +542,9 @@ impl<B: TrainAccelerator> LoopState<B> {
             loss: known.objective,
             token_acc: known.totals.token_accuracy(),
             targets: known.totals.targets,
-            grad_norm: known.norm,
+            grad_norm: if launched.skipped { 0.0 } else { known.norm },
+            loss_scale: launched.loss_scale,
+            skipped: launched.skipped,
             learning_rate: launched.learning_rate,
             samples_per_second: launched.samples as f64 / seconds,
             tokens_per_second: launched.tokens as f64 / seconds,

@@ -237,12 +237,12 @@ impl<'a, B: Ops> Tape<'a, B> {
         residual: Option<Tensor<B, 2>>,
     ) -> Tensor<B, 2> {
         let linear = self.weights().projection(projection);
-        let weight = linear.weight.val();
+        let weight = &linear.weight;
         let bias = linear.bias.as_ref().map(|bias| bias.val());
         let (Some(low), Some(adapter)) = (low, adapter(linear, None)) else {
-            return B::linear_add(x, weight, bias, residual);
+            return weight.linear(x, bias, residual);
         };
-        let y = B::adapted_linear(x, weight, low.clone(), &adapter, residual);
+        let y = weight.adapted_linear_for_backward(x, low.clone(), &adapter, residual);
         match bias {
             Some(bias) => y + bias.unsqueeze(),
             None => y,

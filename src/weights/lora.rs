@@ -99,8 +99,6 @@ impl<B: Ops> Lora<B> {
         let Some(magnitude) = &self.lora_magnitude_vector else {
             return weight.adapted_linear(x, &adapter, residual);
         };
-        // The rows' norms need the floats in any case.
-        let weight = weight.val();
         let dtype = x.dtype();
         let input = to_f32(x.clone());
         let input = match adapter.dropout {
@@ -109,18 +107,15 @@ impl<B: Ops> Lora<B> {
         };
         let low = B::matmul(input.clone(), adapter.a.transpose());
         let low = B::matmul(low, adapter.b.transpose()) * self.scaling;
-        let norm = self.composed_row_norms(weight.clone());
+        let norm = self.row_norms(weight);
         let scale = (magnitude.val() / norm).unsqueeze();
         let y = if adapter.dropout.is_some() {
             // PEFT drops the base matmul's input as well once dropout is on.
-            let base = to_f32(B::matmul(
-                to_dtype(input, dtype),
-                weight.clone().transpose(),
-            ));
-            let plain = to_f32(B::matmul(x, weight.transpose()));
+            let base = to_f32(weight.multiply(to_dtype(input, dtype)));
+            let plain = to_f32(weight.multiply(x));
             plain + (scale.clone() - 1.0) * base + scale * low
         } else {
-            scale * (to_f32(B::matmul(x, weight.transpose())) + low)
+            scale * (to_f32(weight.multiply(x)) + low)
         };
         let y = to_dtype(y, dtype);
         match residual {
@@ -136,11 +131,32 @@ impl<B: Ops> Lora<B> {
         self.scaling
     }
 
+    /// Euclidean norm of each row of `W + s·B·A`, `[out]`, detached; of a quantised `W` some rows as floats
+    /// at a time.
+    fn row_norms(&self, weight: &Weight<B>) -> Tensor<B, 1> {
+        let b = self.lora_b.val().detach();
+        let packed = match weight {
+            Weight::Dense(param) => return self.norms_of_rows(param.val(), b),
+            Weight::Packed(packed) => packed,
+        };
+        let dtype = packed.dtype();
+        let pieces = packed.row_pieces(dtype).map(|(start, count)| {
+            let rows = B::dequantise_for_matmul(packed, start, count, dtype);
+            self.norms_of_rows(rows, b.clone().narrow(0, start, count))
+        });
+        Tensor::cat(pieces.collect(), 0)
+    }
+
     /// Euclidean norm of each row of `W + s·B·A`, `[out]`, detached.
     pub(crate) fn composed_row_norms(&self, weight: Tensor<B, 2>) -> Tensor<B, 1> {
+        self.norms_of_rows(weight, self.lora_b.val().detach())
+    }
+
+    /// [`Self::composed_row_norms`] of some rows: `weight` `[n, in]`, `b` `[n, r]`.
+    fn norms_of_rows(&self, weight: Tensor<B, 2>, b: Tensor<B, 2>) -> Tensor<B, 1> {
         let weight = to_f32(weight.detach());
         let a = self.lora_a.val().detach();
-        let b = self.lora_b.val().detach() * self.scaling;
+        let b = b * self.scaling;
         let square = (weight.clone() * weight.clone()).sum_dim(1);
         let cross = (B::matmul(weight, a.clone().transpose()) * b.clone()).sum_dim(1) * 2.0;
         let low = (B::matmul(b.clone(), B::matmul(a.clone(), a.transpose())) * b).sum_dim(1);

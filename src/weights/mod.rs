@@ -11,7 +11,7 @@ use burn::{
     tensor::backend::AutodiffBackend,
 };
 
-use crate::ops::{Activation, LowRank, Ops, cast::to_dtype, quantised::QuantisedWeight};
+use crate::ops::{Activation, LowRank, Matrix, Ops, cast::to_dtype, quantised::QuantisedWeight};
 
 /// A matrix `[out, in]` of the model: a parameter, or quantised and then no parameter.
 ///
@@ -68,6 +68,22 @@ impl<B: Backend> Weight<B> {
 }
 
 impl<B: Ops> Weight<B> {
+    /// The matrix as an operand of the backward pass.
+    pub fn operand(&self) -> Matrix<B> {
+        match self {
+            Self::Dense(param) => Matrix::Dense(param.val()),
+            Self::Packed(packed) => Matrix::Quantised(packed.clone()),
+        }
+    }
+
+    /// `x Wᵀ`: `x` `[n, in]`, result `[n, out]`.
+    pub fn multiply(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        match self {
+            Self::Dense(param) => B::matmul(x, param.val().transpose()),
+            Self::Packed(packed) => B::linear_quantised(x, packed, None, None),
+        }
+    }
+
     /// Rows by index as floats: `indices` `[n]` → `[n, in]`.
     pub fn select(&self, indices: Tensor<B, 1, Int>) -> Tensor<B, 2> {
         match self {
@@ -138,6 +154,23 @@ impl<B: Ops> Weight<B> {
                 B::adapted_linear(x, param.val(), low, adapter, residual)
             }
             Self::Packed(packed) => B::adapted_linear_quantised(x, packed, adapter, residual),
+        }
+    }
+
+    /// [`Weight::adapted_linear`] where the adapter's `low` `[n, r]` of
+    /// [`low_rank_inputs`](crate::ops::ForwardOps::low_rank_inputs) is kept for the backward pass.
+    pub fn adapted_linear_for_backward(
+        &self,
+        x: Tensor<B, 2>,
+        low: Tensor<B, 2>,
+        adapter: &LowRank<B>,
+        residual: Option<Tensor<B, 2>>,
+    ) -> Tensor<B, 2> {
+        match self {
+            Self::Dense(param) => B::adapted_linear(x, param.val(), low, adapter, residual),
+            Self::Packed(packed) => {
+                B::adapted_linear_for_backward(x, packed, low, adapter, residual)
+            }
         }
     }
 }

@@ -145,10 +145,12 @@ fn what_cannot_be_meant_is_refused() {
         "packed",
         "--output-dir",
         "run",
+        "--set",
+        "tuner=full",
     ];
     let (code, _, stderr) = run(folder.path(), &train);
     assert_eq!(code, 1, "{stderr}");
-    assert!(stderr.contains("is quantised"), "{stderr}");
+    assert!(stderr.contains("is quantised, and `tuner"), "{stderr}");
 
     let left = fs::read_dir(folder.path())
         .unwrap()

@@ -9,7 +9,7 @@ use super::{
     gemm::{self, Epilogue, WeightLayout},
     launch::{Backend, Buffer, Kernel, Parameters, contiguous, empty, float_bits, launch, tensor},
     operand::Operand,
-    plan,
+    plan, quantised_training,
 };
 use crate::ops::{BackwardMatmul, Dropout, LowRank, LowRankBackward, LowRankGradients};
 
@@ -24,7 +24,7 @@ const SOURCES: &[&str] = &[
 const LARGEST_RANK: usize = 64;
 
 /// Whether the kernels cover an adapter over `[n, width]` inputs and `[n, out]` outputs.
-fn covers(adapter: &LowRank<Backend>, dtype: DType) -> bool {
+pub(super) fn covers(adapter: &LowRank<Backend>, dtype: DType) -> bool {
     let [rank, width] = adapter.a.dims();
     let [out, _] = adapter.b.dims();
     super::supported(&adapter.a)
@@ -38,7 +38,7 @@ fn covers(adapter: &LowRank<Backend>, dtype: DType) -> bool {
 
 /// Whether the kernels cover the backward pass of a matmul and its adapter.
 fn covers_backward(matmul: &BackwardMatmul<Backend>) -> bool {
-    gemm::covers(&matmul.dy, &matmul.weight)
+    quantised_training::covers_matrix(&matmul.dy, &matmul.weight)
         && matmul.adapter.as_ref().is_none_or(|(low, adapter)| {
             covers(adapter, matmul.dy.dtype()) && low.dtype() == DType::BF16
         })
@@ -382,7 +382,12 @@ fn outer(x: &Buffer, lows: &[Buffer], dropouts: &[Option<Dropout>]) -> Vec<Buffe
 fn weights_input_gradient(matmuls: &[BackwardMatmul<Backend>]) -> Buffer {
     let pairs: Vec<_> = matmuls
         .iter()
-        .map(|matmul| (matmul.dy.clone(), matmul.weight.clone()))
+        .map(|matmul| {
+            (
+                matmul.dy.clone(),
+                quantised_training::floats(&matmul.weight),
+            )
+        })
         .collect();
     contiguous(gemm::input_gradient(&pairs))
 }

@@ -14,7 +14,7 @@ const SOURCES: &[&str] = &[include_str!("scalar.cuh"), include_str!("loss.cu")];
 /// Sums of losses and right predictions, and the logits' gradient of `weight` times the summed loss.
 ///
 /// `logits` `[rows, vocab]` f32 → `[2]` f32 and `[rows, vocab]` bf16.
-fn softmax_loss(
+pub(super) fn softmax_loss(
     logits: &Buffer,
     ids: &Tensor<Backend, 1, Int>,
     weight: f64,

@@ -22,6 +22,7 @@ mod plan;
 mod pointwise;
 pub(crate) mod poison;
 mod product;
+mod quantised_training;
 mod recording;
 mod rotary;
 mod rows;
@@ -98,6 +99,7 @@ impl HasKernels for Cuda {
             gemm::linear(x, weight, bias, None, Some(activation))
         },
         dequantise_rows: quantized::dequantise_rows,
+        dequantise_for_matmul: quantised_training::dequantise_for_matmul,
         linear_quantised: quantized::linear_quantised,
         adapted_linear_quantised: quantized::adapted_linear_quantised,
         logits_quantised: quantized::logits_quantised,
@@ -116,6 +118,8 @@ impl HasKernels for Cuda {
         logits: gemm::logits,
         low_rank_backward: lora::low_rank_backward,
         input_gradient: lora::input_gradient,
+        input_gradient_quantised: quantised_training::input_gradient,
+        adapted_linear_for_backward: quantised_training::adapted_linear,
         swiglu_input_gradient: lora::swiglu_input_gradient,
         rms_norm_backward: rows::rms_norm_backward,
         rotate_heads_backward: |x, norm, cos, sin, dy| rotary::rotate(x, norm, cos, sin, Some(dy)),
@@ -125,6 +129,7 @@ impl HasKernels for Cuda {
         },
         swiglu_backward: pointwise::swiglu_backward,
         target_loss: loss::target_loss,
+        target_loss_quantised: quantised_training::target_loss,
         adamw: optimizer::adamw,
         clip_scale: optimizer::clip_scale,
         ..Kernels::NONE

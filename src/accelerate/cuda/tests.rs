@@ -432,7 +432,7 @@ fn products() {
         let other = normal([64, inner], 0.1, DType::BF16, &device);
         let matmul = |dy: &T<2>, weight: &T<2>| BackwardMatmul {
             dy: dy.clone(),
-            weight: weight.clone(),
+            weight: weight.clone().into(),
             adapter: None,
         };
         let want =
@@ -541,9 +541,9 @@ fn adapters() {
                 report.close(&name("gradient of B"), got.b, want.b, close);
                 let low = &name("gradient of low");
                 report.close(low, got.low.clone(), want.low.clone(), close);
-                let matmul = |dy, weight, low| BackwardMatmul {
+                let matmul = |dy, weight: T<2>, low| BackwardMatmul {
                     dy,
-                    weight,
+                    weight: weight.into(),
                     adapter: Some((low, adapters[index].clone())),
                 };
                 let weight = weights[index].clone();

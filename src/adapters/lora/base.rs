@@ -16,6 +16,7 @@ use sha2::{Digest, Sha256};
 use super::config::AdapterError;
 use crate::{
     base::files::{FileError, write_atomic},
+    ops::quantised::Quantization,
     qwen3_vl::weights::{
         TensorFile, WeightsError, checkpoint_files_with,
         gguf::{GgufParts, is_gguf},
@@ -36,8 +37,14 @@ const SAMPLE_BYTES: usize = 64;
 pub struct BaseFingerprint {
     /// Layout number, 1.
     pub format: u32,
-    /// SHA-256 over the tensors in order of name.
+    /// SHA-256 over the tensors in order of name; of the floats where quantised weights were made from them.
     pub sha256: String,
+    /// How the weights were quantised beside which an adapter was trained; absent where they were not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantization: Option<String>,
+    /// Of those weights, where they were quantised on the disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantised_sha256: Option<String>,
 }
 
 /// An adapter's base cannot be identified, or is another one.
@@ -116,6 +123,37 @@ impl BaseFingerprint {
         Ok(Self {
             format: 1,
             sha256: sha256.iter().map(|byte| format!("{byte:02x}")).collect(),
+            quantization: None,
+            quantised_sha256: None,
+        })
+    }
+
+    /// Of what an adapter is trained on: the weights in a checkpoint folder, quantised as `quantization`
+    /// says, on the disk or while they are loaded.
+    ///
+    /// # Errors
+    /// [`BaseError`] names the file.
+    pub fn of_training(
+        model: &Path,
+        parts: &GgufParts,
+        quantization: Option<Quantization>,
+    ) -> Result<Self, BaseError> {
+        let stored = Self::of(model, parts)?;
+        // A quantised checkpoint names its original.
+        let made_from = match is_gguf(model) {
+            true => None,
+            false => Self::load(model)?,
+        };
+        Ok(match made_from {
+            Some(original) => Self {
+                quantization: quantization.map(|one| one.to_string()),
+                quantised_sha256: Some(stored.sha256),
+                ..original
+            },
+            None => Self {
+                quantization: quantization.map(|one| one.to_string()),
+                ..stored
+            },
         })
     }
 
@@ -165,6 +203,40 @@ fn sample(path: &Path) -> io::Result<sha2::digest::Output<Sha256>> {
     Ok(hash.finalize())
 }
 
+/// What to know where an adapter was trained beside weights that were quantised in another way than those it
+/// is used on, or that are not quantised: in Chinese and in English.
+pub fn quantisation_remark(
+    adapter: &Path,
+    used_on: Option<Quantization>,
+) -> Option<(String, String)> {
+    // A damaged file is refused by `check_base`, or ignored as the user wants it.
+    let trained_on = BaseFingerprint::load(adapter).ok()??.quantization?;
+    let used_on = used_on.map(|quantization| quantization.to_string());
+    if used_on.as_deref() == Some(trained_on.as_str()) {
+        return None;
+    }
+    let (chinese, english) = match &used_on {
+        Some(used_on) => (
+            format!("量化为 {used_on} 的权重"),
+            format!("weights quantised as {used_on}"),
+        ),
+        None => (
+            "未量化的权重".to_owned(),
+            "weights that are not quantised".to_owned(),
+        ),
+    };
+    Some((
+        format!(
+            "适配器 `{}` 在量化为 {trained_on} 的权重旁训练，现用于{chinese}",
+            adapter.display()
+        ),
+        format!(
+            "the adapter in `{}` was trained beside weights quantised as {trained_on} and is used with {english}; its answers differ a little from those in training",
+            adapter.display()
+        ),
+    ))
+}
+
 /// Refuses a base that the adapter was not trained on, whatever its folder is called.
 ///
 /// # Errors
@@ -179,7 +251,7 @@ pub fn check_base(adapter: &Path, model: &Path, parts: &GgufParts) -> Result<(),
         false => BaseFingerprint::load(model)?,
     };
     let found = made_from.map_or_else(|| BaseFingerprint::of(model, parts), Ok)?;
-    if found == trained_on {
+    if found.sha256 == trained_on.sha256 {
         return Ok(());
     }
     Err(BaseError::Other {
@@ -242,6 +314,21 @@ mod tests {
         for piece in ["another base model", "--any-base", &base.sha256[..12]] {
             assert!(text.contains(piece), "{text}");
         }
+        // An adapter that was trained beside quantised weights fits their original, and says what it is used on.
+        assert_eq!(quantisation_remark(adapter.path(), None), None);
+        let int4 = "int4".parse().ok();
+        let beside = BaseFingerprint::of_training(&fixture("model-tiny"), &alone, int4).unwrap();
+        beside.save(adapter.path()).unwrap();
+        assert_eq!(BaseFingerprint::load(adapter.path()).unwrap(), Some(beside));
+        check_base(adapter.path(), &fixture("model-tiny"), &alone).unwrap();
+        assert_eq!(quantisation_remark(adapter.path(), int4), None);
+        let (_, english) = quantisation_remark(adapter.path(), None).unwrap();
+        assert!(
+            english.contains("int4, groups of 64 and is used with weights that are not"),
+            "{english}"
+        );
+        let (chinese, _) = quantisation_remark(adapter.path(), "int8".parse().ok()).unwrap();
+        assert!(chinese.contains("量化为 int8 的权重"), "{chinese}");
         fs::write(adapter.path().join(FILE), "{").unwrap();
         let error = check_base(adapter.path(), &fixture("merged"), &alone).unwrap_err();
         assert!(matches!(error, BaseError::Damaged { .. }), "{error}");

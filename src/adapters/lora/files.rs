@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use super::{
     attach::LinearMapper,
+    base::quantisation_remark,
     base_changes::change_base,
     config::{AdapterError, LoraConfig},
     keys::{Keys, PREFIX, Part},
@@ -274,7 +275,8 @@ fn attach_tensors<B: Ops>(
         config: &config,
         shapes: &shapes,
     };
-    let mut notes = Vec::new();
+    let remark = quantisation_remark(dir, model.quantization());
+    let mut notes: Vec<String> = remark.into_iter().map(|(_, english)| english).collect();
     if let Some(mapped) = &keys.mapped {
         notes.push(format!(
             "`{}` names its tensors as another layout does; read {mapped}, and all others likewise",

@@ -72,6 +72,15 @@ fn merged<B: Ops>(weight: Tensor<B, 2>, lora: &Lora<B>) -> Tensor<B, 2> {
     to_dtype(composed, dtype)
 }
 
+/// The model for inference: adapters are merged into the weights, or stay beside them where these are
+/// quantised, which would have to be quantised again.
+pub fn merge_unless_quantised<B: Ops>(model: Qwen3Vl<B>) -> Qwen3Vl<B> {
+    match model.quantization() {
+        Some(_) => model,
+        None => merge(model),
+    }
+}
+
 /// Merges all attached adapters into the weights; the result has none.
 ///
 /// # Panics

@@ -6,12 +6,42 @@ pub mod load;
 pub mod memory;
 pub mod save;
 
+use burn::prelude::*;
 pub use formats::Formats;
 
 use crate::{
-    ops::quantised::{Format, Quantization},
-    qwen3_vl::layer::Projection,
+    adapters::lora::attach::LinearMapper,
+    ops::{
+        Ops, module_to_device,
+        quantised::{Format, Quantization},
+    },
+    qwen3_vl::{Qwen3Vl, layer::Projection, nn::Linear},
+    weights::Weight,
 };
+
+/// A model on another device, quantised matrices included, which are no parameters of a module.
+pub fn model_to_device<B: Ops>(model: Qwen3Vl<B>, device: &B::Device) -> Qwen3Vl<B> {
+    struct Send<'a, B: Backend>(&'a B::Device);
+    impl<B: Backend> Send<'_, B> {
+        fn send(&self, weight: Weight<B>) -> Weight<B> {
+            match weight {
+                Weight::Packed(packed) => Weight::Packed(packed.to_device(self.0)),
+                dense => dense,
+            }
+        }
+    }
+    impl<B: Backend> LinearMapper<B> for Send<'_, B> {
+        fn map_linear(&mut self, _path: &str, mut linear: Linear<B>) -> Linear<B> {
+            linear.weight = self.send(linear.weight);
+            linear
+        }
+    }
+    let mut send = Send::<B>(device);
+    let mut model = module_to_device(model, device).map_linears(&mut send);
+    let table = &mut model.model.language_model.embed_tokens;
+    table.weight = send.send(table.weight.clone());
+    model
+}
 
 /// Format of the parameter at `path`; `None` where it stays as it is.
 pub fn format_of(quantization: Quantization, path: &str) -> Option<Format> {

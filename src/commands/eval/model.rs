@@ -12,6 +12,7 @@ use serde_json::json;
 
 use crate::{
     accelerate::devices::DeviceTask,
+    adapters::lora::base::quantisation_remark,
     commands::{
         pipeline_options::{room_for_answers, with_adapter},
         progress::{Progress, Unit, loading, prepare_kernels},
@@ -110,6 +111,11 @@ impl DeviceTask for ModelWork {
         let config = &pipeline.parts.config;
         prepare_kernels::<B>(config, dtype, &pipeline.device, self.batch_size);
         let mut run = ModelRun::default();
+        let used_on = pipeline.model.quantization();
+        let remark = (self.adapter.adapter.as_deref())
+            .and_then(|adapter| quantisation_remark(adapter, used_on));
+        run.warnings
+            .extend(remark.map(|(chinese, english)| Caveat::new(chinese, english)));
         if self.writes {
             run.loss = Some(self.loss(&pipeline)?);
             let own: Vec<usize> = self.rows.clone();

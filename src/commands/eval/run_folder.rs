@@ -42,6 +42,12 @@ pub(super) fn choose(dir: &Path, args: &mut EvalArgs) -> Result<Option<RunData>>
         }
         Tuner::Full => args.model = Some(checkpoint),
     }
+    if args.load.quantize.is_none()
+        && let Some(quantization) = config.quantize.as_ref().and_then(|text| text.parse().ok())
+    {
+        eprintln!("weights quantised as in the run: {quantization}");
+        args.load.quantize = Some(quantization);
+    }
     let [min_pixels, max_pixels] = config.pixel_limits();
     args.load.min_pixels.get_or_insert(min_pixels);
     args.load.max_pixels.get_or_insert(max_pixels);

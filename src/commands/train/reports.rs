@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::print_line;
 
 use crate::{
-    adapters::lora::merge::merge,
+    adapters::lora::merge::merge_unless_quantised,
     base::files::{FileError, write_atomic},
     commands::{
         progress::{Progress, Unit},
@@ -245,7 +245,7 @@ impl HeldOutScores {
             return Ok(outcome);
         }
         let pairs: Vec<(usize, usize)> = others.into_iter().enumerate().collect();
-        let model = merge(result.model.clone());
+        let model = merge_unless_quantised(result.model.clone());
         let what = "reports, images swapped between studies";
         let mut progress = Progress::new(what, pairs.len() as u64, Unit::Items);
         let mut reports = Vec::new();
@@ -386,7 +386,7 @@ pub(super) fn show_examples<B: Accelerator>(
         kept.map(|row| (text(row, "truth"), text(row, "report")))
             .collect()
     } else {
-        let model = merge(result.model.clone());
+        let model = merge_unless_quantised(result.model.clone());
         let mut all = Vec::new();
         for rows in batches(data, count, config.per_device_eval_batch_size) {
             let tokens = config.eval_max_new_tokens;

@@ -19,6 +19,7 @@
 
 pub mod cache;
 pub mod pack;
+pub(super) mod training;
 pub mod weight;
 
 use std::{fmt, str::FromStr};

@@ -196,6 +196,15 @@ impl<B: Backend> QuantisedWeight<B> {
         to_dtype(values.narrow(1, 0, self.d_input), dtype)
     }
 
+    /// The rows in pieces of at most [`UNPACKED_BYTES`] of floats of `dtype`: first row and number of rows.
+    pub fn row_pieces(&self, dtype: DType) -> impl Iterator<Item = (usize, usize)> + use<B> {
+        let [out, _] = self.dims();
+        let at_once = self.rows_at_once(dtype);
+        (0..out)
+            .step_by(at_once)
+            .map(move |start| (start, at_once.min(out - start)))
+    }
+
     /// Rows of floats of `dtype` that are dequantised at once.
     pub fn rows_at_once(&self, dtype: DType) -> usize {
         let row = self.format.padded(self.d_input) * dtype.size();
@@ -210,12 +219,29 @@ impl<B: Backend> QuantisedWeight<B> {
 }
 
 impl<B: Backend> QuantisedWeight<B> {
-    /// The same matrix on another device.
+    /// The same matrix on another device, by way of the host.
     pub fn to_device(self, device: &B::Device) -> Self {
+        if self.device() == *device {
+            return self;
+        }
+        let zeros = self.zeros.map(Tensor::into_data);
+        let data = (self.words.into_data(), self.scales.into_data(), zeros);
+        let (words, scales, zeros) =
+            persistent::<B, _, _>(device, data, |(words, scales, zeros)| {
+                let (of_words, of_scales) = (words.dtype, scales.dtype);
+                (
+                    Tensor::from_data(words, (device, of_words)),
+                    Tensor::from_data(scales, (device, of_scales)),
+                    zeros.map(|zeros| {
+                        let dtype = zeros.dtype;
+                        Tensor::from_data(zeros, (device, dtype))
+                    }),
+                )
+            });
         Self {
-            words: self.words.to_device(device),
-            scales: self.scales.to_device(device),
-            zeros: self.zeros.map(|zeros| zeros.to_device(device)),
+            words,
+            scales,
+            zeros,
             ..self
         }
     }
@@ -268,20 +294,13 @@ pub fn scale_dtype<B: Backend>(format: Format, device: &B::Device) -> DType {
 }
 
 /// Dequantises some rows of a matrix at a time, computes `part` of them and joins the results: `[n, out]`.
-fn by_rows<B: ForwardOps>(
+pub(super) fn by_rows<B: ForwardOps>(
     weight: &QuantisedWeight<B>,
     dtype: DType,
     part: impl Fn(Tensor<B, 2>, usize, usize) -> Tensor<B, 2>,
 ) -> Tensor<B, 2> {
-    let [out, _] = weight.dims();
-    let at_once = weight.rows_at_once(dtype);
-    let device = weight.device();
-    let parts = (0..out).step_by(at_once).map(|start| {
-        let count = at_once.min(out - start);
-        // Of the same few sizes in every layer, so memory of these sizes is kept for them.
-        let rows = persistent::<B, _, _>(&device, weight.clone(), |weight| {
-            B::dequantise_rows(&weight, start, count, dtype)
-        });
+    let parts = weight.row_pieces(dtype).map(|(start, count)| {
+        let rows = B::dequantise_for_matmul(weight, start, count, dtype);
         part(rows, start, count)
     });
     let mut parts: Vec<_> = parts.collect();
@@ -315,6 +334,18 @@ pub(crate) fn adapted<B: ForwardOps>(
     residual: Option<Tensor<B, 2>>,
 ) -> Tensor<B, 2> {
     let low = B::low_rank_inputs(x.clone(), &[adapter]).remove(0);
+    adapted_from_low(x, weight, low, adapter, residual)
+}
+
+/// [`adapted`] where `low` `[n, r]`, the adapter's of
+/// [`low_rank_inputs`](ForwardOps::low_rank_inputs), is known.
+pub(crate) fn adapted_from_low<B: ForwardOps>(
+    x: Tensor<B, 2>,
+    weight: &QuantisedWeight<B>,
+    low: Tensor<B, 2>,
+    adapter: &LowRank<B>,
+    residual: Option<Tensor<B, 2>>,
+) -> Tensor<B, 2> {
     by_rows(weight, x.dtype(), |rows, start, count| {
         let adapter = LowRank {
             b: adapter.b.clone().narrow(0, start, count),

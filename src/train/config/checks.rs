@@ -1,7 +1,7 @@
 //! Which values a run can use: the keys alone and against each other.
 
 use super::{BEST_METRICS, LossReduction, Reporter, TrainConfig, TrainConfigError, Tuner};
-use crate::adapters::lora::config::TargetModules;
+use crate::{adapters::lora::config::TargetModules, ops::quantised::Quantization};
 
 const POSITIVE: &str = "a positive number";
 
@@ -156,6 +156,17 @@ impl TrainConfig {
         )?;
         self.validate_reports()?;
         let generated = ["eval_rouge_l", "eval_finding_f1"];
+        if let Some(text) = &self.quantize
+            && let Err(reason) = text.parse::<Quantization>()
+        {
+            return Err(TrainConfigError::Quantize(reason));
+        }
+        check(
+            self.tuner == Tuner::Lora || self.quantize.is_none(),
+            "quantize",
+            self.quantize.clone().unwrap_or_default(),
+            "it absent with `tuner = \"full\"`: quantised weights stay as they are",
+        )?;
         check(
             self.tuner == Tuner::Lora || self.adapter.is_none(),
             "adapter",

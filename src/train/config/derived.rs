@@ -1,16 +1,21 @@
 //! What the parts of a run take from its settings.
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
 use super::{TrainConfig, Tuner};
 use crate::{
-    adapters::lora::config::{LoraConfig, TargetModules},
+    adapters::{
+        lora::config::{LoraConfig, TargetModules},
+        quantised::files::of_checkpoint,
+    },
     base::hub::repo_of_folder,
     dataset::loader::WindowPlan,
+    ops::quantised::Quantization,
     processor::patches::ImageProcessorConfig,
     qwen3_vl::layer::Projection,
+    runtime::pipeline::PipelineError,
     schedule::Schedule,
-    train::{gradients::GradientOptions, optimizer::AdamWConfig},
+    train::{gradients::GradientOptions, optimizer::AdamWConfig, strategy::TrainError},
 };
 
 impl TrainConfig {
@@ -125,6 +130,28 @@ impl TrainConfig {
             beta2: self.adam_beta2,
             epsilon: self.adam_epsilon,
             weight_decay: self.weight_decay,
+        }
+    }
+
+    /// How the weights are quantised beside which adapters are trained: as they are on the disk in `model`,
+    /// else by the key.
+    ///
+    /// # Errors
+    /// The folder's entry cannot be read, or contradicts a key.
+    pub fn quantization(&self, model: &Path) -> Result<Option<Quantization>, TrainError> {
+        let stored = of_checkpoint(model).map_err(PipelineError::from)?;
+        let key = self.quantize.as_ref().and_then(|text| text.parse().ok());
+        match (stored, key) {
+            (Some(_), _) if self.tuner == Tuner::Full => {
+                let model = model.to_path_buf();
+                Err(TrainError::QuantisedFull { model })
+            }
+            (Some(found), Some(key)) if found != key => Err(TrainError::QuantisedOtherwise {
+                model: model.to_path_buf(),
+                found,
+                key: self.quantize.clone().unwrap_or_default(),
+            }),
+            (stored, key) => Ok(stored.or(key)),
         }
     }
 

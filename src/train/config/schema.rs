@@ -47,6 +47,7 @@ pub fn config_schema() -> Value {
     }
     let metrics: Vec<&str> = BEST_METRICS.iter().map(|(name, _)| *name).collect();
     properties["metric_for_best_model"]["enum"] = json!(metrics);
+    properties["quantize"]["pattern"] = "^(int8|int4(:[0-9]+)?)$".into();
     properties["dtype"]["enum"] = json!(["bf16", "f16", "f32", null]);
     schema
 }
