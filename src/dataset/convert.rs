@@ -10,10 +10,12 @@ mod corpora;
 mod corpus;
 mod error;
 mod files;
+mod form;
 mod images;
 mod line;
 mod options;
 mod parts;
+mod selection;
 mod summary;
 #[cfg(test)]
 mod tests;
@@ -35,16 +37,18 @@ use crate::{
     study::{StudyFacts, StudyRow, counted},
 };
 
+pub use corpora::Language;
 use corpora::{BOX_PROMPTS, Corpus, LeftReason};
-pub use corpora::{Language, Sections, Views};
 use corpus::Body;
-pub use corpus::{CorpusForm, CorpusKeys};
 pub use error::ConvertError;
 use files::FileIndex;
+pub use form::{CorpusForm, CorpusKeys};
 use images::{ImageFinder, Unusable};
 use line::UsableRow;
 pub use options::{ConvertOptions, PROMPTS, Split, VAL_RATIO};
 use parts::{FILES, count_studies, parts, prepare_output, shown, split_of};
+use selection::Part;
+pub use selection::{Sections, Views};
 use summary::Measures;
 pub use summary::{LeftOutRows, PartCount, Spread, Summary};
 use thinking::Thinking;
@@ -247,7 +251,7 @@ pub fn convert(
     summary.vision_tokens = Spread::of(&measures.vision_tokens);
 
     for (part, name) in FILES {
-        if part == corpora::Part::Test && !lines.contains_key(&part) {
+        if part == Part::Test && !lines.contains_key(&part) {
             continue;
         }
         let lines = lines.remove(&part).unwrap_or_default();
