@@ -47,8 +47,9 @@ fn main() -> ExitCode {
     static PLACE: Mutex<String> = Mutex::new(String::new());
     let full = std::env::var_os("RUST_BACKTRACE").map(|_| panic::take_hook());
     panic::set_hook(Box::new(move |info| {
-        out_of_memory::note(info);
-        if is_closed_output(&panic_text(info.payload())) {
+        let text = panic_text(info.payload());
+        out_of_memory::note(&text);
+        if is_closed_output(&text) {
             return;
         }
         if let Some(full) = &full {

@@ -5,12 +5,7 @@
 //! missing; or an error is kept and comes up at the next read. So panics of all threads are read,
 //! and what ends a command is put beside what was seen.
 
-use std::{
-    panic::PanicHookInfo,
-    sync::{Mutex, MutexGuard},
-};
-
-use crate::base::panics::panic_text;
+use std::sync::{Mutex, MutexGuard};
 
 static SEEN: Mutex<Option<Failure>> = Mutex::new(None);
 
@@ -25,9 +20,9 @@ fn seen() -> MutexGuard<'static, Option<Failure>> {
     SEEN.lock().unwrap_or_else(|lock| lock.into_inner())
 }
 
-/// Notes a panic that is a failed allocation; to be called by the program's panic hook.
-pub fn note(info: &PanicHookInfo<'_>) {
-    if let Some(failure) = Failure::read(&panic_text(info.payload())) {
+/// Notes what a panic said where that is a failed allocation; to be called by the program's panic hook.
+pub fn note(text: &str) {
+    if let Some(failure) = Failure::read(text) {
         // The first one is the cause, others follow from it.
         seen().get_or_insert(failure);
     }

@@ -2,13 +2,17 @@
 
 use std::{panic, sync::Mutex};
 
+use super::out_of_memory;
+
 static PANIC_HOOK: Mutex<()> = Mutex::new(());
 
 /// Runs `work` and gives a panic's first line in place of printing it.
 pub fn quietly<T>(work: impl FnOnce() -> T) -> Result<T, String> {
     let _guard = PANIC_HOOK.lock().unwrap_or_else(|lock| lock.into_inner());
     let hook = panic::take_hook();
-    panic::set_hook(Box::new(crate::base::out_of_memory::note));
+    panic::set_hook(Box::new(|info| {
+        out_of_memory::note(&panic_text(info.payload()));
+    }));
     let result = panic::catch_unwind(panic::AssertUnwindSafe(work));
     panic::set_hook(hook);
     result.map_err(|payload| panic_text(payload.as_ref()))

@@ -285,6 +285,7 @@ impl<B: Accelerator> Bench<B> {
         let model = self.model::<B>(&mut |_, _| {});
         self.quantize = quantize;
         let (model, _) = model?;
+        std::fs::create_dir_all(dir).map_err(|cause| FileError::write(dir, cause))?;
         let folder = TemporaryFolder::in_dir(dir)?;
         let config = folder.0.join("config.json");
         let text = self.config.to_published_json(dtype_text(self.dtype));

@@ -132,7 +132,7 @@ pub struct BenchArgs {
     #[arg(long, value_name = "N", conflicts_with = "mixed")]
     pub tokens: Option<usize>,
     /// `load`: write the random model there as a checkpoint first, and measure reading it; it is deleted
-    /// afterwards.
+    /// afterwards. The folder is made if missing.
     #[arg(long, value_name = "DIR", requires = "random_weights")]
     pub checkpoint_in: Option<PathBuf>,
     /// Measured calls [default: 20; load and decode: 3, infer: 2, train: 5 steps].

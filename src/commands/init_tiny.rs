@@ -16,8 +16,8 @@ use super::{
 use crate::{
     base::files::write_atomic,
     phantom::{Dialect, PhantomStudies},
-    processor::{chat::ChatTemplate, tokenizer::SpecialTokens, train_tokenizer::train_tokenizer},
-    qwen3_vl::config::{Qwen3VlConfig, TextConfig, VisionConfig},
+    processor::{chat::ChatTemplate, train_tokenizer::train_tokenizer},
+    qwen3_vl::config::Qwen3VlConfig,
 };
 
 /// Arguments of `init-tiny`.
@@ -33,7 +33,6 @@ pub struct InitTinyArgs {
 
 /// Studies whose reports the tokenizer is learnt from.
 const CORPUS_STUDIES: u64 = 4000;
-const VOCAB_SIZE: usize = 1024;
 
 /// Runs `init-tiny`.
 ///
@@ -53,11 +52,13 @@ pub fn run(args: &InitTinyArgs) -> Result<()> {
         }
     }
     progress.finish();
+    let mut config = Qwen3VlConfig::tiny();
+    let vocab = config.text_config.vocab_size;
     eprintln!(
-        "learning a tokenizer of {VOCAB_SIZE} words from {} texts",
+        "learning a tokenizer of {vocab} words from {} texts",
         corpus.len()
     );
-    let trained = train_tokenizer(corpus.iter().map(String::as_str), VOCAB_SIZE)?;
+    let trained = train_tokenizer(corpus.iter().map(String::as_str), vocab)?;
     if std::fs::read_dir(&args.output).is_ok_and(|mut entries| entries.next().is_some()) {
         bail!(
             "`{}` is there and not empty; name a new folder with --output",
@@ -70,7 +71,11 @@ pub fn run(args: &InitTinyArgs) -> Result<()> {
     let tokenizer = trained.tokenizer()?;
     let special = tokenizer.special();
     let video_pad = tokenizer.token_to_id("<|video_pad|>");
-    let config = tiny_config(&special, video_pad);
+    config.text_config.eos_token_id = Some(special.im_end);
+    config.image_token_id = special.image_pad;
+    config.video_token_id = video_pad.unwrap_or(special.image_pad);
+    config.vision_start_token_id = special.vision_start;
+    config.vision_end_token_id = special.vision_end;
     let write = |name: &str, text: String| {
         write_atomic(&args.output.join(name), |out: &mut dyn Write| {
             out.write_all(text.as_bytes())
@@ -111,43 +116,4 @@ pub fn run(args: &InitTinyArgs) -> Result<()> {
         shell_word(&args.output.display().to_string())
     );
     Ok(())
-}
-
-/// Sizes of the tiny model.
-fn tiny_config(special: &SpecialTokens, video_pad: Option<u32>) -> Qwen3VlConfig {
-    Qwen3VlConfig {
-        text_config: TextConfig {
-            vocab_size: VOCAB_SIZE,
-            hidden_size: 128,
-            intermediate_size: 384,
-            num_hidden_layers: 4,
-            num_attention_heads: 4,
-            num_key_value_heads: 2,
-            head_dim: 32,
-            max_position_embeddings: 4096,
-            rms_norm_eps: 1e-6,
-            rope_theta: 10_000.0,
-            mrope_section: [6, 5, 5],
-            attention_bias: false,
-            eos_token_id: Some(special.im_end),
-        },
-        vision_config: VisionConfig {
-            depth: 4,
-            hidden_size: 96,
-            intermediate_size: 256,
-            num_heads: 3,
-            num_position_embeddings: 64,
-            out_hidden_size: 128,
-            in_channels: 3,
-            patch_size: 16,
-            spatial_merge_size: 2,
-            temporal_patch_size: 2,
-            deepstack_visual_indexes: vec![1, 2],
-        },
-        image_token_id: special.image_pad,
-        video_token_id: video_pad.unwrap_or(special.image_pad),
-        vision_start_token_id: special.vision_start,
-        vision_end_token_id: special.vision_end,
-        tie_word_embeddings: true,
-    }
 }

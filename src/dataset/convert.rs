@@ -10,11 +10,13 @@ mod corpora;
 mod corpus;
 mod error;
 mod files;
+mod form;
 mod images;
 mod inputs;
 mod line;
 mod options;
 mod parts;
+mod selection;
 mod summary;
 #[cfg(test)]
 mod tests;
@@ -36,16 +38,18 @@ use crate::{
     study::{StudyFacts, StudyRow, counted},
 };
 
+pub use corpora::Language;
 use corpora::{BOX_PROMPTS, Corpus, LeftReason};
-pub use corpora::{Language, Sections, Views};
 use corpus::Body;
-pub use corpus::{CorpusForm, CorpusKeys};
 pub use error::ConvertError;
+pub use form::{CorpusForm, CorpusKeys};
 use images::Unusable;
 use inputs::Inputs;
 use line::UsableRow;
 pub use options::{ConvertOptions, PROMPTS, Split, VAL_RATIO};
 use parts::{FILES, count_studies, parts, prepare_output, shown, split_of};
+use selection::Part;
+pub use selection::{Sections, Views};
 use summary::Measures;
 pub use summary::{LeftOutRows, PartCount, Spread, Summary};
 use thinking::Thinking;
@@ -245,7 +249,7 @@ pub fn convert(
     summary.vision_tokens = Spread::of(&measures.vision_tokens);
 
     for (part, name) in FILES {
-        if part == corpora::Part::Test && !lines.contains_key(&part) {
+        if part == Part::Test && !lines.contains_key(&part) {
             continue;
         }
         let lines = lines.remove(&part).unwrap_or_default();

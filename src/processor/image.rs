@@ -26,6 +26,7 @@ mod nifti;
 mod nrrd;
 mod plane;
 mod pnm;
+mod recognise;
 mod refusal;
 mod rgb;
 mod rgb_image;

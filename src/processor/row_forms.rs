@@ -11,7 +11,7 @@
 use serde_json::{Map, Value, json};
 
 use super::row_fault::{RowFault, kind_of};
-use super::row_parts::PartImages;
+use super::row_parts::{LIMITS, PartImages};
 use super::{literal, row_keys};
 
 /// Keys of a conversation.
@@ -52,9 +52,6 @@ const STRUCTURED: [&str; 9] = [
     "image",
     "img",
 ];
-
-/// Pixel limits, as keys of a row or of an image.
-pub(super) const LIMITS: [&str; 2] = ["min_pixels", "max_pixels"];
 
 /// Whether a row with these keys is one that `to_messages` or the plain form takes.
 pub fn is_training_form(row: &Map<String, Value>) -> bool {

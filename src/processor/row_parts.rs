@@ -3,9 +3,11 @@
 use serde_json::{Map, Value, json};
 
 use super::row_fault::{RowFault, kind_of};
-use super::row_forms::LIMITS;
 use super::row_keys;
 use super::tags::IMAGE_TAG;
+
+/// Pixel limits, as keys of a row or of an image.
+pub(super) const LIMITS: [&str; 2] = ["min_pixels", "max_pixels"];
 
 /// Images and limits found in the parts of contents.
 #[derive(Default)]

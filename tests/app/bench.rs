@@ -148,6 +148,15 @@ fn several_devices_stand_beside_the_first_alone() {
             .all(|record| record.gb_per_second.unwrap() > 0.0)
     );
 
+    // A folder that is not there is made, and left empty.
+    let folder = tempfile::tempdir().unwrap();
+    let load = ["bench", "load", "--checkpoint-in", "made/first"];
+    let all = [&load[..], &args[..], &["--device", "cpu"]].concat();
+    let (code, _, stderr) = run(folder.path(), &all);
+    assert_eq!(code, 0, "{stderr}");
+    let made = folder.path().join("made/first");
+    assert_eq!(made.read_dir().unwrap().count(), 0, "left a file");
+
     let folder = tempfile::tempdir().unwrap();
     let all = [
         "bench",

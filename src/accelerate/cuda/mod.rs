@@ -5,11 +5,14 @@
 //! is tuned at run time: tiles are chosen from the shape.
 
 mod attention;
+mod buffer;
 mod cache;
 mod collective;
 mod compiled;
 mod decode;
+mod driver;
 mod gemm;
+mod kernel;
 pub(crate) mod launch;
 mod lora;
 mod loss;

@@ -15,25 +15,8 @@ use cudarc::{
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
-use super::{launch::Kernel, plan::card, stream::Context};
-
-/// An error of the CUDA driver, with its message.
-#[derive(Debug, Clone, thiserror::Error)]
-#[error("{doing}: {reason}")]
-pub(super) struct DriverError {
-    doing: String,
-    reason: String,
-}
-
-pub(super) fn driver<T, E: std::fmt::Debug>(
-    doing: &str,
-    result: Result<T, E>,
-) -> Result<T, DriverError> {
-    result.map_err(|reason| DriverError {
-        doing: doing.to_string(),
-        reason: format!("{reason:?}"),
-    })
-}
+pub(super) use super::driver::{DriverError, driver};
+use super::{driver::Context, kernel::Kernel, plan::card};
 
 /// A loaded entry point, and the threads and dynamic shared memory of its blocks.
 #[derive(Debug, Clone, Copy)]

@@ -3,13 +3,62 @@
 //! Kernels check nothing themselves: a wrong type or a missing row would be read as whatever the memory holds.
 
 use burn::tensor::DType;
+use cubecl::{
+    prelude::*,
+    server::{TensorMapBinding, TensorMapMeta},
+    zspace::metadata::Metadata,
+};
 
-use super::launch::Buffer;
+use super::buffer::Buffer;
 
 /// A buffer of a launch whose type, shape, layout and length have been compared with what the kernel
 /// reads or writes. There is no other way to hand a buffer to [`super::launch::launch`].
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Operand<'a>(&'a Buffer);
+
+/// A row-major bf16 matrix that a kernel copies tile by tile into 128-byte swizzled shared memory; elements
+/// outside read as zero.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct MatrixMap<'a> {
+    pub(super) operand: Operand<'a>,
+    /// Rows and columns.
+    pub(super) shape: [usize; 2],
+    /// Rows and columns of a tile.
+    pub(super) tile: [usize; 2],
+}
+
+impl<'a> MatrixMap<'a> {
+    /// A whole matrix, cut into tiles of rows and columns.
+    #[track_caller]
+    pub(super) fn new(buffer: &'a Buffer, shape: [usize; 2], tile: [usize; 2]) -> Self {
+        Self {
+            operand: Operand::contiguous(buffer, DType::BF16, shape),
+            shape,
+            tile,
+        }
+    }
+
+    /// What cubecl's server gets.
+    pub(super) fn binding(&self) -> TensorMapBinding {
+        let [rows, columns] = self.shape;
+        let [tile_rows, tile_columns] = self.tile;
+        TensorMapBinding {
+            binding: self.operand.buffer().handle.clone().binding(),
+            map: TensorMapMeta {
+                format: TensorMapFormat::Tiled(TiledArgs {
+                    tile_size: [tile_rows, tile_columns].into(),
+                }),
+                metadata: Metadata::new([rows, columns], [columns, 1]),
+                elem_stride: [1usize, 1].into(),
+                interleave: TensorMapInterleave::None,
+                swizzle: TensorMapSwizzle::B128,
+                prefetch: TensorMapPrefetch::B256,
+                oob_fill: OobFill::Zero,
+                storage_ty: half::bf16::as_type_native_unchecked().storage_type(),
+            },
+        }
+    }
+}
 
 /// What a kernel relies on in the strides of a buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -125,7 +174,7 @@ fn extent(shape: &[usize], strides: &[usize]) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use burn::{prelude::*, tensor::DType};
+    use burn::tensor::{DType, Tensor};
 
     use super::{super::launch::strided, *};
     use crate::base::panics::quietly;

@@ -7,7 +7,7 @@ use std::{
 
 use cudarc::driver::{result, sys::CUdevice_attribute as Attribute};
 
-use super::launch::Buffer;
+use super::buffer::Buffer;
 
 /// Which instructions a matmul uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -6,13 +6,8 @@
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use super::launch::{Buffer, Kernel, launch};
-use super::operand::Operand;
-
 /// Set to 1 to fill fresh memory.
 const POISON: &str = "XRAY_CUDA_POISON";
-
-const SOURCES: &[&str] = &[include_str!("poison.cu")];
 
 /// Whether memory is filled: 0 not looked up yet, 1 no, 2 yes.
 static STATE: AtomicU8 = AtomicU8::new(0);
@@ -32,21 +27,4 @@ pub(crate) fn is_on() -> bool {
 /// Turns it on or off for the whole process.
 pub(crate) fn set(on: bool) {
     STATE.store(1 + u8::from(on), Ordering::Relaxed);
-}
-
-/// Fills a fresh buffer, where that is enabled.
-pub(super) fn fill(buffer: &Buffer) {
-    let elements = buffer.meta.shape().num_elements();
-    if elements == 0 || !is_on() {
-        return;
-    }
-    let bytes = elements * buffer.dtype.size();
-    let kernel = Kernel::new("poison", SOURCES, Vec::new(), 256);
-    launch(
-        &buffer.client,
-        kernel,
-        [bytes.div_ceil(256 * 16), 1, 1],
-        &[Operand::fresh(buffer)],
-        vec![bytes as u64],
-    );
 }

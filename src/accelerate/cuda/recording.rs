@@ -12,9 +12,12 @@ use burn::tensor::DType;
 use cudarc::driver::sys;
 
 use super::{
-    launch::{Buffer, Kernel, MatrixMap},
-    module::{DriverError, architecture, driver, load},
-    stream::{Context, PinnedMemory, Repeated, Step, Stream},
+    buffer::Buffer,
+    driver::{Context, DriverError, driver},
+    kernel::Kernel,
+    module::{architecture, load},
+    operand::MatrixMap,
+    stream::{PinnedMemory, Repeated, Step, Stream},
 };
 
 /// Pool buffers are multiples of this many bytes.

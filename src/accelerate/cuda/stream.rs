@@ -7,8 +7,10 @@ use std::{
 
 use cudarc::driver::{result, sys};
 
+pub(super) use super::driver::Context;
 use super::{
-    module::{DriverError, Function, driver},
+    driver::{DriverError, driver},
+    module::Function,
     poison,
 };
 
@@ -22,35 +24,6 @@ pub(super) struct Step {
     pub maps: Vec<sys::CUtensorMap>,
     pub pointers: Vec<u64>,
     pub parameters: Vec<u64>,
-}
-
-/// The device's context, which every call needs to be current.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Context(sys::CUcontext);
-
-// SAFETY: a primary context may be used from every thread that makes it current.
-#[allow(unsafe_code)]
-unsafe impl Send for Context {}
-
-impl Context {
-    pub(super) fn of(device: usize) -> Result<Self, DriverError> {
-        driver("starting the driver", result::init())?;
-        let number = driver("finding the device", result::device::get(device as i32))?;
-        // SAFETY: the context is retained as long as the process lives, as cubecl does.
-        #[allow(unsafe_code)]
-        let context = driver("opening the device", unsafe {
-            result::primary_ctx::retain(number)
-        })?;
-        Ok(Self(context))
-    }
-
-    pub(super) fn enter(self) -> Result<(), DriverError> {
-        // SAFETY: retained in `of`.
-        #[allow(unsafe_code)]
-        driver("choosing the device", unsafe {
-            result::ctx::set_current(self.0)
-        })
-    }
 }
 
 /// A stream.

@@ -20,18 +20,19 @@ mod vindr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::corpus::{CorpusForm, CorpusRow};
+use super::corpus::CorpusRow;
 use super::error::ConvertError;
 use super::files::FileIndex;
+use super::form::CorpusForm;
 use super::options::ConvertOptions;
+use super::selection::{Part, Sections, Views};
 use super::training::training_rows;
 use detect::{Detected, detect};
 use json::JsonCorpus;
 pub(super) use language::BOX_PROMPTS;
 pub use language::Language;
-pub(super) use record::{LeftReason, LeftRow, Part};
+pub(super) use record::{LeftReason, LeftRow};
 use record::{Picture, Projection, Record, Records, Wanted, before_view, rows_of};
-pub use record::{Sections, Views};
 pub(super) use table::text_of;
 
 /// A corpus with its rows.

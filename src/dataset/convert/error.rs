@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::corpus::CorpusForm;
+use super::form::CorpusForm;
 use crate::{
     base::{files::FileError, text_file::TextFileError},
     dataset::{

@@ -2,10 +2,10 @@
 
 use serde_json::{Map, Value, json};
 
-use super::corpora::Part;
 use super::corpus::{Body, CorpusRow};
 use super::error::ConvertError;
 use super::images::FoundImage;
+use super::selection::Part;
 use super::summary::Measures;
 use crate::{
     processor::{

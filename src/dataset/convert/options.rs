@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use super::corpora::{Sections, Views};
-use super::corpus::{CorpusForm, CorpusKeys};
+use super::form::{CorpusForm, CorpusKeys};
+use super::selection::{Sections, Views};
 use crate::dataset::reader::DataOptions;
 use crate::study::StudyRule;
 

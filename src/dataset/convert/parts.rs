@@ -4,10 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::corpora::{Corpus, Part};
+use super::corpora::Corpus;
 use super::error::ConvertError;
 use super::line::UsableRow;
 use super::options::{ConvertOptions, Split, VAL_RATIO};
+use super::selection::Part;
 use super::summary::{PartCount, Summary};
 use crate::base::files::{FileError, is_same_file};
 use crate::dataset::{python_random::PythonRandom, split};

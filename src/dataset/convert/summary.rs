@@ -5,9 +5,10 @@ use std::fmt;
 
 use serde::Serialize;
 
-use super::corpora::{Language, Sections, Views};
-use super::corpus::CorpusForm;
+use super::corpora::Language;
+use super::form::CorpusForm;
 use super::options::Split;
+use super::selection::{Sections, Views};
 use crate::base::plot;
 use crate::study::{StudyFacts, counted};
 

@@ -11,23 +11,13 @@ use super::error::DicomError;
 use super::header::{Header, Photometric};
 use super::native::{colour, level_of_bits, native, rle};
 use super::reader::{DataSet, PixelData};
+use super::samples::Samples;
 use super::syntax::{Codec, Syntax};
 use crate::processor::jpeg::{self, Colour, JpegError};
 use crate::processor::jpeg_2000;
 use crate::processor::jpeg_lossless::{self, LosslessPixels};
 use crate::processor::jpeg_ls;
 use crate::processor::remark::{Remark, RemarkKind};
-
-/// The numbers of a frame, row by row.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Samples {
-    /// `[rows, columns]`: the stored bits of each pixel, the others zero; the sign is not applied.
-    Gray(Vec<u16>),
-    /// The same of numbers with more than 16 bits.
-    Wide(Vec<u32>),
-    /// `[rows, columns, 3]`: red, green, blue.
-    Rgb(Vec<u8>),
-}
 
 /// Decodes frame `frame`, counted from 0. Remarks on it are added to `remarks`.
 ///

@@ -17,6 +17,7 @@ mod native;
 mod palette;
 mod reader;
 mod remark;
+mod samples;
 mod syntax;
 #[cfg(test)]
 mod tests;
@@ -30,10 +31,10 @@ pub use error::DicomError;
 
 use super::decode_limits::DecodeLimits;
 use super::remark::{Remark, RemarkKind};
-use codec::Samples;
 use header::{Header, Photometric};
 use levels::Histogram;
 use reader::{DataSet, DicomFile};
+use samples::Samples;
 
 /// A decoded file.
 #[derive(Debug)]

@@ -4,10 +4,10 @@ use std::borrow::Cow;
 
 use dicom_core::VR;
 
-use super::codec::Samples;
 use super::encoding::Encoding;
 use super::error::DicomError;
 use super::header::{Header, Photometric};
+use super::samples::Samples;
 use crate::processor::pack_bits::unpack;
 
 /// The numbers of frame `frame` of `frames`, counted from 0.

@@ -135,4 +135,44 @@ impl Qwen3VlConfig {
             tie_word_embeddings: tied,
         })
     }
+
+    /// Sizes of the tiny model, which a CPU runs in no time: of `model/tiny`, but for the ids of special tokens, which
+    /// are its tokenizer's and here the last of the vocabulary.
+    pub fn tiny() -> Self {
+        Self {
+            text_config: TextConfig {
+                vocab_size: 1024,
+                hidden_size: 128,
+                intermediate_size: 384,
+                num_hidden_layers: 4,
+                num_attention_heads: 4,
+                num_key_value_heads: 2,
+                head_dim: 32,
+                max_position_embeddings: 4096,
+                rms_norm_eps: 1e-6,
+                rope_theta: 10_000.0,
+                mrope_section: [6, 5, 5],
+                attention_bias: false,
+                eos_token_id: None,
+            },
+            vision_config: VisionConfig {
+                depth: 4,
+                hidden_size: 96,
+                intermediate_size: 256,
+                num_heads: 3,
+                num_position_embeddings: 64,
+                out_hidden_size: 128,
+                in_channels: 3,
+                patch_size: 16,
+                spatial_merge_size: 2,
+                temporal_patch_size: 2,
+                deepstack_visual_indexes: vec![1, 2],
+            },
+            image_token_id: 1020,
+            video_token_id: 1021,
+            vision_start_token_id: 1022,
+            vision_end_token_id: 1023,
+            tie_word_embeddings: true,
+        }
+    }
 }

@@ -14,11 +14,7 @@ use crate::{
         Format, QuantisedWeight, Quantization,
         weight::{persistent, scale_dtype},
     },
-    qwen3_vl::{
-        Qwen3Vl,
-        config::{Qwen3VlConfig, TextConfig, VisionConfig},
-        nn::InitOptions,
-    },
+    qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, nn::InitOptions},
     runtime::accelerator::Accelerator,
 };
 
@@ -54,7 +50,7 @@ impl RandomSize {
     /// # Errors
     /// Why the model cannot have so many layers.
     pub fn config(self, layers: Option<usize>) -> Result<Qwen3VlConfig, String> {
-        let mut config = Qwen3VlConfig::published(self.name()).unwrap_or_else(tiny);
+        let mut config = Qwen3VlConfig::published(self.name()).unwrap_or_else(Qwen3VlConfig::tiny);
         let all = config.text_config.num_hidden_layers;
         if let Some(layers) = layers {
             let least = config.vision_config.deepstack_visual_indexes.len();
@@ -67,45 +63,6 @@ impl RandomSize {
             config.text_config.num_hidden_layers = layers;
         }
         Ok(config)
-    }
-}
-
-/// A model that a CPU runs in no time, with the published vocabulary's special tokens left out.
-fn tiny() -> Qwen3VlConfig {
-    Qwen3VlConfig {
-        text_config: TextConfig {
-            vocab_size: 1024,
-            hidden_size: 128,
-            intermediate_size: 384,
-            num_hidden_layers: 4,
-            num_attention_heads: 4,
-            num_key_value_heads: 2,
-            head_dim: 32,
-            max_position_embeddings: 4096,
-            rms_norm_eps: 1e-6,
-            rope_theta: 10_000.0,
-            mrope_section: [6, 5, 5],
-            attention_bias: false,
-            eos_token_id: None,
-        },
-        vision_config: VisionConfig {
-            depth: 4,
-            hidden_size: 96,
-            intermediate_size: 256,
-            num_heads: 3,
-            num_position_embeddings: 64,
-            out_hidden_size: 128,
-            in_channels: 3,
-            patch_size: 16,
-            spatial_merge_size: 2,
-            temporal_patch_size: 2,
-            deepstack_visual_indexes: vec![1, 2],
-        },
-        image_token_id: 1020,
-        video_token_id: 1021,
-        vision_start_token_id: 1022,
-        vision_end_token_id: 1023,
-        tie_word_embeddings: true,
     }
 }
 
@@ -218,7 +175,7 @@ mod tests {
     #[cfg(feature = "flex")]
     #[test]
     fn drawn_weights_have_type_deviation_and_constants() {
-        let config = tiny();
+        let config = Qwen3VlConfig::tiny();
         let device = Default::default();
         for dtype in [DType::F32, DType::BF16] {
             let model = draw::<burn_flex::Flex>(&config, 1, dtype, None, &device);
@@ -236,7 +193,7 @@ mod tests {
     #[cfg(feature = "flex")]
     #[test]
     fn drawn_quantised_weights_have_the_deviation_too() {
-        let config = tiny();
+        let config = Qwen3VlConfig::tiny();
         let device = Default::default();
         for text in ["int8", "int4", "int4:32"] {
             let quantization: Quantization = text.parse().unwrap();

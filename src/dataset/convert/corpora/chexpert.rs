@@ -6,7 +6,8 @@ use std::sync::LazyLock;
 use regex::Regex;
 
 use super::super::error::ConvertError;
-use super::record::{Part, Picture, Projection, Record, Records, Report, View, one_line};
+use super::super::selection::Part;
+use super::record::{Picture, Projection, Record, Records, Report, View, one_line};
 use super::table::Table;
 
 static PATH: LazyLock<Regex> = LazyLock::new(|| {

@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::super::corpus::CorpusForm;
 use super::super::error::ConvertError;
 use super::super::files::is_folder;
+use super::super::form::CorpusForm;
 use super::{mimic, named, table};
 use crate::base::files::expect_file;
 

@@ -6,10 +6,12 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
-use super::super::corpus::{CorpusForm, CorpusKeys, CorpusRow, message_row};
+use super::super::corpus::{CorpusRow, message_row};
 use super::super::error::ConvertError;
+use super::super::form::{CorpusForm, CorpusKeys};
+use super::super::selection::Part;
 use super::named::{KeyNames, are_known, record};
-use super::record::{Part, Records};
+use super::record::Records;
 use super::table::text_of;
 use crate::processor::strict_json;
 

@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 
 use super::super::corpus::stem_of;
 use super::super::error::ConvertError;
+use super::super::selection::Part;
 use super::mimic_sections;
-use super::record::{Part, Picture, Projection, Record, Records, Report, View};
+use super::record::{Picture, Projection, Record, Records, Report, View};
 use super::table::{Table, text_of};
 
 /// Longest report that is read; the published ones have a few thousand characters.

@@ -6,9 +6,10 @@ use std::sync::{Arc, LazyLock};
 use regex::Regex;
 use serde_json::{Map, Value};
 
-use super::super::corpus::CorpusForm;
 use super::super::error::ConvertError;
-use super::record::{Part, Picture, Projection, Record, Records, Report, View, clean};
+use super::super::form::CorpusForm;
+use super::super::selection::Part;
+use super::record::{Picture, Projection, Record, Records, Report, View, clean};
 use super::table::Table;
 use crate::processor::row_keys::{KeyUse, of_row};
 use crate::study::keys_of;

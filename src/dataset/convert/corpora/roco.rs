@@ -7,7 +7,8 @@ use std::sync::{Arc, LazyLock};
 use regex::Regex;
 
 use super::super::error::ConvertError;
-use super::record::{Part, Picture, Projection, Record, Records, Report, View, one_line};
+use super::super::selection::Part;
+use super::record::{Picture, Projection, Record, Records, Report, View, one_line};
 use super::table::{Table, text_of};
 
 /// The article that an image is from.

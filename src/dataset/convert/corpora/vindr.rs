@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, json};
 
 use super::super::error::ConvertError;
-use super::record::{Part, Picture, Projection, Record, Records, View};
+use super::super::selection::Part;
+use super::record::{Picture, Projection, Record, Records, View};
 use super::table::{Table, TableRow};
 
 /// Boxes of two readers that share this much of their union mark one finding.
