@@ -114,16 +114,19 @@ pub fn run(mut args: EvalArgs) -> Result<()> {
     let seed = settings.bootstrap.seed;
     let training = training.as_deref();
     let systems = systems(&set, written, from_model, training, seed, &mut warnings)?;
+    let truths = set.cases.iter().map(|case| case.truth.as_str());
+    if args.language.is_none() {
+        settings.language = TextLanguage::guess(truths.clone());
+    }
+    warnings.extend(other_language(&systems[0], settings.language));
     for warning in &warnings {
         eprintln!("note: {}", warning.english);
     }
     eprintln!("{}", study.english());
     eprintln!("scoring {}", counted(set.cases.len(), "report", "reports"));
-    let truths = set.cases.iter().map(|case| case.truth.as_str());
-    let rules = RuleSet::choose(args.rules.as_deref(), truths.clone())?;
+    let rules = RuleSet::choose(args.rules.as_deref(), truths)?;
     eprintln!("{}", rules.told());
     if args.language.is_none() {
-        settings.language = TextLanguage::guess(truths);
         eprintln!(
             "words of the text scores are {}, guessed from the references; --language names the other",
             settings.language
@@ -176,6 +179,33 @@ pub fn run(mut args: EvalArgs) -> Result<()> {
         curves,
     );
     write_files(&args, &set, data, &outcome, &facts, &study)
+}
+
+/// Answers in another language than the references: words and findings of them are not read.
+fn other_language(system: &SystemTexts, language: TextLanguage) -> Option<Caveat> {
+    let answers = system.texts.iter().map(|text| text.answer.as_str());
+    let any = answers
+        .clone()
+        .flat_map(str::chars)
+        .any(char::is_alphabetic);
+    let other = TextLanguage::guess(answers);
+    (any && other != language).then(|| {
+        let name = |language| match language {
+            TextLanguage::Chinese => "中文",
+            TextLanguage::English => "英文",
+        };
+        Caveat::new(
+            format!(
+                "参考报告按{}、回答却是{}：所见按参考报告语言的规则读取，分数没有意义",
+                name(language),
+                name(other)
+            ),
+            format!(
+                "the references are taken as {language} and the answers are {other}: their findings are read with the rules of the references' \
+                 language, so the scores mean nothing"
+            ),
+        )
+    })
 }
 
 /// The cases to score, and where predictions were given what they hold.

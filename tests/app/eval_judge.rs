@@ -374,4 +374,6 @@ fn exports_are_what_the_other_programs_read() {
     assert_eq!(code, 2, "{stderr}");
     let (_, _, _, json) = eval(folder.path(), &["--language", "chinese"]);
     assert_eq!(json["language"], "chinese");
+    let told = json["warnings"].to_string();
+    assert!(told.contains("the answers are english"), "{told}");
 }

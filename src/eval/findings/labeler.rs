@@ -10,6 +10,7 @@ use super::{
     labels::{Laterality, Mention, ReportLabels, Severity, Status, Zone},
     rules::{Cue, FindingRule, FindingsError, WordTable},
     sections::Section,
+    syntax::fold,
     text::{Normalised, sentences},
 };
 
@@ -120,13 +121,17 @@ impl Labeler {
 
     /// Labels `report`. Byte ranges in the answer are those of `report`.
     pub fn label(&self, report: &str) -> ReportLabels {
-        let normalised = Normalised::of(report);
-        let report = &*normalised.text;
-        let sentences = sentences(report, &self.table.syntax);
+        let mut normalised = Normalised::of(report);
+        // Capitals tell a heading.
         let sections = match &self.table.sections {
-            Some(headings) => headings.sections(report),
-            None => vec![(0..report.len(), Section::Unnamed)],
+            Some(headings) => headings.sections(&normalised.text),
+            None => vec![(0..normalised.text.len(), Section::Unnamed)],
         };
+        let ranges = sentences(&normalised.text, &self.table.syntax);
+        if self.table.syntax.words {
+            normalised.text = fold(normalised.text);
+        }
+        let (report, sentences) = (&*normalised.text, ranges);
         let section_at = |at: usize| {
             let found = sections.iter().find(|(range, _)| range.contains(&at));
             found.map_or(Section::Unnamed, |(_, section)| *section)

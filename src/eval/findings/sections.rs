@@ -64,7 +64,14 @@ impl Headings {
         file: &SectionsFile,
         spelling: Spelling,
     ) -> Result<Option<Self>, FindingsError> {
-        let compile = |pattern: &str, place: &str| spelling.compile(pattern, place);
+        // Headings are looked for before a text is folded.
+        let any_case = if spelling == Spelling::WORDS {
+            "(?i)"
+        } else {
+            ""
+        };
+        let compile =
+            |pattern: &str, place: &str| spelling.compile(&format!("{any_case}{pattern}"), place);
         let lists = [
             &file.findings,
             &file.impression,

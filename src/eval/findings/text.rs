@@ -79,7 +79,7 @@ pub(super) fn sentences(report: &str, syntax: &TableSyntax) -> Vec<Range<usize>>
         let stops = report.match_indices('.').filter(|(at, _)| {
             let after = report[at + 1..].chars().next();
             after.is_none_or(|c| c.is_whitespace() || c == ')' || c.is_ascii_uppercase())
-                && !abbreviation.is_match(last_word(&report[..*at]))
+                && !abbreviation.is_match(&last_word(&report[..*at]).to_ascii_lowercase())
         });
         ends.extend(stops.map(|(at, _)| at + 1));
     }
