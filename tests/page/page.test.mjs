@@ -34,7 +34,7 @@ test("both languages have the same texts, and every text that is used", async ()
     [],
   );
   // Keys put together from a state are beyond this search.
-  const made = /^(error|finish|ready|remark|theme)\./;
+  const made = /^(error|findings|finish|ready|remark|theme)\./;
   const sources = await Promise.all(FILES.map((name) => readFile(`${ROOT}src/serve/page/${name}`, "utf8")));
   const unused = Object.keys(STRINGS.zh).filter(
     (key) => !made.test(key) && !sources.join("").includes(`"${key}"`),
@@ -43,7 +43,7 @@ test("both languages have the same texts, and every text that is used", async ()
 });
 
 test("the questions are those of the published training", async () => {
-  const source = await readFile(`${ROOT}src/dataset/convert.rs`, "utf8");
+  const source = await readFile(`${ROOT}src/dataset/convert/options.rs`, "utf8");
   const [, list] = source.match(/pub const PROMPTS: \[&str; 12\] = \[([^\]]*)\]/);
   assert.deepEqual(
     PROMPTS.map(([chinese]) => chinese),
