@@ -1,7 +1,7 @@
 //! Matmul with quantised weights (see [`crate::ops::quantised`]): the kernels read the packed words directly.
 //!
 //! Up to [`MOST_ROWS`] rows go in several such launches. More rows use the float matmul with rows of
-//! the matrix that a kernel dequantises, at most [`quantised::weight::UNPACKED_BYTES`] at once.
+//! the matrix that a kernel dequantises, at most [`UNPACKED_BYTES`](crate::ops::quantised::weight::UNPACKED_BYTES) at once.
 
 use burn::tensor::{DType, Tensor};
 use burn_cubecl::{CubeRuntime, kernel::into_contiguous};
@@ -16,12 +16,9 @@ use super::{
     unpack::{pad_rows, unpack},
     words::Packing,
 };
-use crate::{
-    ops::{
-        LowRank,
-        quantised::{self, Format, QuantisedWeight},
-    },
-    runtime::accelerator::Accelerator,
+use crate::ops::{
+    LowRank,
+    quantised::{Format, QuantisedWeight},
 };
 
 /// Rows of one launch.
@@ -88,55 +85,33 @@ impl<R: CubeRuntime> Quantised<R> {
 
 /// [`ForwardOps::linear_quantised`](crate::ops::ForwardOps::linear_quantised).
 pub(in crate::accelerate) fn linear_quantised<R: CubeRuntime>(
-    x: Tensor<Cube<R>, 2>,
+    x: &Tensor<Cube<R>, 2>,
     weight: &QuantisedWeight<Cube<R>>,
-    bias: Option<Tensor<Cube<R>, 1>>,
-    residual: Option<Tensor<Cube<R>, 2>>,
-) -> Tensor<Cube<R>, 2>
-where
-    Cube<R>: Accelerator,
-{
-    if covers(&x, weight) {
-        let dtype = x.dtype();
-        by_rows(x, weight, bias, residual, None, dtype)
-    } else {
-        quantised::weight::linear(x, weight, bias, residual)
-    }
+    bias: Option<&Tensor<Cube<R>, 1>>,
+    residual: Option<&Tensor<Cube<R>, 2>>,
+) -> Option<Tensor<Cube<R>, 2>> {
+    covers(x, weight).then(|| by_rows(x, weight, bias, residual, None, x.dtype()))
 }
 
 /// [`ForwardOps::adapted_linear_quantised`](crate::ops::ForwardOps::adapted_linear_quantised).
 pub(in crate::accelerate) fn adapted_linear_quantised<R: CubeRuntime>(
-    x: Tensor<Cube<R>, 2>,
+    x: &Tensor<Cube<R>, 2>,
     weight: &QuantisedWeight<Cube<R>>,
     adapter: &LowRank<Cube<R>>,
-    residual: Option<Tensor<Cube<R>, 2>>,
-) -> Tensor<Cube<R>, 2>
-where
-    Cube<R>: Accelerator,
-{
+    residual: Option<&Tensor<Cube<R>, 2>>,
+) -> Option<Tensor<Cube<R>, 2>> {
     // Sixteen bytes of the input are read at once.
     let whole = weight.dims()[1].is_multiple_of(8);
-    if covers(&x, weight) && whole && adapter.dropout.is_none() {
-        let dtype = x.dtype();
-        by_rows(x, weight, None, residual, Some(adapter), dtype)
-    } else {
-        quantised::weight::adapted(x, weight, adapter, residual)
-    }
+    let covered = covers(x, weight) && whole && adapter.dropout.is_none();
+    covered.then(|| by_rows(x, weight, None, residual, Some(adapter), x.dtype()))
 }
 
 /// [`ForwardOps::logits_quantised`](crate::ops::ForwardOps::logits_quantised).
 pub(in crate::accelerate) fn logits_quantised<R: CubeRuntime>(
-    hidden: Tensor<Cube<R>, 2>,
+    hidden: &Tensor<Cube<R>, 2>,
     head: &QuantisedWeight<Cube<R>>,
-) -> Tensor<Cube<R>, 2>
-where
-    Cube<R>: Accelerator,
-{
-    if covers(&hidden, head) {
-        by_rows(hidden, head, None, None, None, DType::F32)
-    } else {
-        quantised::weight::logits(hidden, head)
-    }
+) -> Option<Tensor<Cube<R>, 2>> {
+    covers(hidden, head).then(|| by_rows(hidden, head, None, None, None, DType::F32))
 }
 
 /// [`ForwardOps::dequantise_rows`](crate::ops::ForwardOps::dequantise_rows).
@@ -145,12 +120,9 @@ pub(in crate::accelerate) fn dequantise_rows<R: CubeRuntime>(
     start: usize,
     count: usize,
     dtype: DType,
-) -> Tensor<Cube<R>, 2> {
-    if weight.dims()[1].is_multiple_of(4) && Packing::of(dtype).is_some() {
-        unpacked(weight, start, count, dtype)
-    } else {
-        weight.rows(start, count).unpack(dtype)
-    }
+) -> Option<Tensor<Cube<R>, 2>> {
+    let covered = weight.dims()[1].is_multiple_of(4) && Packing::of(dtype).is_some();
+    covered.then(|| unpacked(weight, start, count, dtype))
 }
 
 /// Whether the matmul uses the kernel over quantised words.
@@ -162,25 +134,24 @@ fn covers<R: CubeRuntime>(x: &Tensor<Cube<R>, 2>, weight: &QuantisedWeight<Cube<
 
 /// `x Wᵀ + bias + residual + scaling · x Aᵀ Bᵀ` in type `out`, some rows a launch.
 fn by_rows<R: CubeRuntime>(
-    x: Tensor<Cube<R>, 2>,
+    x: &Tensor<Cube<R>, 2>,
     weight: &QuantisedWeight<Cube<R>>,
-    bias: Option<Tensor<Cube<R>, 1>>,
-    residual: Option<Tensor<Cube<R>, 2>>,
+    bias: Option<&Tensor<Cube<R>, 1>>,
+    residual: Option<&Tensor<Cube<R>, 2>>,
     adapter: Option<&LowRank<Cube<R>>>,
     out: DType,
 ) -> Tensor<Cube<R>, 2> {
     let [rows, d_input] = x.dims();
     let weight = Quantised::of(weight);
-    let bias = bias.map(contiguous);
+    let bias = bias.cloned().map(contiguous);
     let parts = (0..rows).step_by(ROWS).map(|start| {
         let count = ROWS.min(rows - start);
         let cut = |x: &Tensor<Cube<R>, 2>| match count == rows {
             true => x.clone(),
             false => x.clone().narrow(0, start, count),
         };
-        let x = cut(&x);
-        let residual = residual.as_ref().map(|residual| contiguous(cut(residual)));
-        let x = contiguous(x);
+        let x = contiguous(cut(x));
+        let residual = residual.map(|residual| contiguous(cut(residual)));
         let share = adapter.map(|adapter| {
             let low = low_rank_input(&x, adapter);
             (low, contiguous(adapter.b.clone()), adapter.b.dims()[1])

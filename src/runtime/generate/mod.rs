@@ -11,8 +11,8 @@ pub mod text;
 
 pub(in crate::runtime) use decode::check_prompts;
 pub use decode::{
-    FinishReason, GenerateError, Generation, GenerationConfig, Prompt, Timing, generate,
-    generate_and_keep,
+    FinishReason, GenerateError, Generation, GenerationConfig, PREFILL_TOKENS, Prompt, Timing,
+    generate, generate_and_keep,
 };
 pub use prompt_state::PromptState;
 pub use sampler::SamplingConfig;
