@@ -14,7 +14,7 @@ use clap::{Args, ValueEnum};
 
 use super::{
     eval::Uncertain,
-    finding_probabilities::{ask, asked_model, sentences},
+    finding_probabilities::{ask, asked_model, expect_named_weights, sentences},
     infer::DEFAULT_PROMPT,
     pipeline_options::pipeline_options,
     progress::{Progress, Unit, loading, prepare_kernels},
@@ -314,6 +314,7 @@ impl DeviceTask for Scoring {
         let header = ScoredHeader::new(&self.asked, dtype_name, self.data.fingerprint());
         let mut file = ScoredFile::open(&self.output, &header)?;
         let pipeline = loading(|on_progress| Pipeline::<B>::load(&options, device, on_progress))?;
+        expect_named_weights(&options, &pipeline)?;
         let parts = &pipeline.parts;
         if let Some(limits) = parts.pixel_limits_to_know() {
             eprintln!("{limits}");

@@ -1,9 +1,10 @@
 //! A model's own probabilities of findings: what `calibrate` and `infer --findings` share.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use crate::{
     adapters::lora::{base::BaseFingerprint, files::adapter_hash},
+    commands::usage::UsageError,
     eval::probability::{
         calibration::AskedModel,
         logit::{ScoreForm, SentenceContext},
@@ -49,6 +50,23 @@ pub(super) fn ask<B: Accelerator>(
         )
         .context("the findings cannot be asked for")?;
     Ok(by_class(found))
+}
+
+/// Refuses weights that were quantised to fit the memory: probabilities are calibrated for weights as they are named.
+///
+/// # Errors
+/// A usage error that names the option.
+pub(super) fn expect_named_weights<B: Accelerator>(
+    options: &PipelineOptions,
+    pipeline: &Pipeline<B>,
+) -> Result<()> {
+    let chosen = pipeline.fit.and_then(|fit| fit.quantization);
+    if let Some(format) = chosen.filter(|_| chosen != options.quantize) {
+        bail!(UsageError(format!(
+            "--memory quantises the weights to {format}, of which probabilities of findings have to know: give --quantize {format} itself"
+        )));
+    }
+    Ok(())
 }
 
 /// What logits of a model depend on, as a calibration records it.

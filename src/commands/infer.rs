@@ -16,7 +16,7 @@ use anyhow::{Context, Result, bail};
 use burn::tensor::DType;
 
 use super::{
-    finding_probabilities::{ask, sentences},
+    finding_probabilities::{ask, expect_named_weights, sentences},
     infer_server,
     pipeline_options::{pipeline_options, room_for_answers},
     progress::{Progress, Unit, loading, prepare_kernels},
@@ -180,6 +180,9 @@ impl ReplicatedTask for Infer {
         );
         let mut pipelines =
             loading(|on_progress| Pipeline::<B>::load_on(&options, &devices, on_progress))?;
+        if self.args.findings.basis.is_some() {
+            expect_named_weights(&options, &pipelines[0])?;
+        }
         let fitting = pipelines[0].fit.map_or(usize::MAX, |fit| fit.rows());
         let batch_size = self.args.batch_size.min(fitting);
         if batch_size < self.args.batch_size {

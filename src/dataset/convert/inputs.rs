@@ -7,9 +7,10 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use super::corpora::{self, Corpus};
-use super::corpus::{Body, CorpusForm, CorpusRow};
+use super::corpus::{Body, CorpusRow};
 use super::error::ConvertError;
 use super::files::FileIndex;
+use super::form::CorpusForm;
 use super::images::ImageFinder;
 use super::options::ConvertOptions;
 use crate::{processor::patches::ImageProcessor, study::counted};

@@ -787,18 +787,25 @@ impl<D: DecodeBackend> Worker<D> {
         self.evict_for(0);
     }
 
-    /// One turn of what is asked besides answers, of the sequence whose last turn is longest ago.
+    /// One turn of what is asked besides answers, of the sequence whose last turn is longest ago among those that have
+    /// room.
     fn score(&mut self) {
-        let next = self.running.iter().enumerate().filter_map(|(place, one)| {
+        let waiting = self.running.iter().filter_map(|one| {
             let work = one.scoring.as_ref()?;
-            (one.phase == Phase::Score).then_some((work.last_turn, one.arrived, place))
+            (one.phase == Phase::Score).then_some((work.last_turn, one.arrived))
         });
-        let Some((_, arrived, _)) = next.min() else {
-            return;
-        };
-        let Some(rows) = self.room_for_rows(arrived) else {
-            return;
-        };
+        let mut waiting: Vec<(u64, u64)> = waiting.collect();
+        waiting.sort_unstable();
+        let with_room = waiting
+            .into_iter()
+            .find_map(|(_, arrived)| Some((arrived, self.room_for_rows(arrived)?)));
+        if let Some((arrived, rows)) = with_room {
+            self.score_one(arrived, rows);
+        }
+    }
+
+    /// One turn of one sequence, with at most `rows` rows.
+    fn score_one(&mut self, arrived: u64, rows: usize) {
         let Some(place) = self.running.iter().position(|one| one.arrived == arrived) else {
             return;
         };
