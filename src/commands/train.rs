@@ -510,7 +510,18 @@ fn infer_command<B: Accelerator>(result: &RunResult<B>) -> String {
     let checkpoint = word(&result.checkpoint);
     let config = &result.state.config;
     let model = match config.tuner {
-        Tuner::Lora => format!("{} --adapter {checkpoint}", word(&config.model)),
+        Tuner::Lora => {
+            let parts = [
+                ("--mmproj", &config.mmproj),
+                ("--tokenizer", &config.tokenizer),
+            ];
+            let parts = parts.into_iter().filter_map(|(flag, path)| {
+                let path = path.as_deref()?;
+                Some(format!(" {flag} {}", word(path)))
+            });
+            let parts: String = parts.collect();
+            format!("{}{parts} --adapter {checkpoint}", word(&config.model))
+        }
         Tuner::Full => checkpoint,
     };
     format!("{} infer --model {model}{image}", program())
