@@ -514,7 +514,16 @@ fn infer_command<B: Accelerator>(result: &RunResult<B>) -> String {
         Tuner::Lora => {
             let quantize = config.quantize.as_ref();
             let quantize = quantize.map_or_else(String::new, |text| format!(" --quantize {text}"));
-            format!("{}{quantize} --adapter {checkpoint}", word(&config.model))
+            let parts = [
+                ("--mmproj", &config.mmproj),
+                ("--tokenizer", &config.tokenizer),
+            ];
+            let parts = parts.into_iter().filter_map(|(flag, path)| {
+                let path = path.as_deref()?;
+                Some(format!(" {flag} {}", word(path)))
+            });
+            let parts: String = parts.collect();
+            format!("{}{quantize}{parts} --adapter {checkpoint}", word(&config.model))
         }
         Tuner::Full => checkpoint,
     };

@@ -162,14 +162,33 @@ const COPIED: &[&str] = &[
 ];
 
 /// Copies what a checkpoint folder holds besides weights: tokenizer, templates, processor, generation
-/// config, licence, model card, and whatever else of that kind a later `AutoProcessor` or ModelScope reads.
+/// config, licence, model card, and whatever else of that kind a later `AutoProcessor` or ModelScope reads. Those of the
+/// tokenizer in `parts`, where one is named, take the place of the model's.
 ///
 /// # Errors
 /// [`FileError`] names the file.
 pub fn copy_side_files(from: &Path, parts: &GgufParts, to: &Path) -> Result<(), FileError> {
+    if let Some(path) = parts
+        .tokenizer
+        .as_ref()
+        .map(|dir| dir.join("tokenizer.json"))
+        && !path.is_file()
+    {
+        return Err(FileError::read(&path, std::io::ErrorKind::NotFound.into()));
+    }
     if gguf::is_model(from) {
         return write_gguf_side_files(from, parts, to);
     }
+    copy_folder(from, to)?;
+    // The tokenizer that was named in place of the model's.
+    parts
+        .tokenizer
+        .as_deref()
+        .map_or(Ok(()), |dir| copy_folder(dir, to))
+}
+
+/// Copies the files beside the weights of a folder.
+fn copy_folder(from: &Path, to: &Path) -> Result<(), FileError> {
     let entries = fs::read_dir(from).map_err(|cause| FileError::read(from, cause))?;
     for entry in entries {
         let source = entry.map_err(|cause| FileError::read(from, cause))?.path();
@@ -178,7 +197,7 @@ pub fn copy_side_files(from: &Path, parts: &GgufParts, to: &Path) -> Result<(), 
             if source.ends_with("additional_chat_templates") {
                 let target = to.join("additional_chat_templates");
                 fs::create_dir_all(&target).map_err(|cause| FileError::write(&target, cause))?;
-                copy_side_files(&source, parts, &target)?;
+                copy_folder(&source, &target)?;
             }
             continue;
         };

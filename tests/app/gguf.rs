@@ -67,6 +67,20 @@ fn every_command_takes_the_named_vision_tower() {
     assert_eq!(report(&["--model", "merged"]), whole);
     report(&["--model", "packed"]);
     report(&[&MODEL[..], &EYE, &["--adapter", "run"]].concat());
+    // A tokenizer that was named goes with the weights, and has to be one.
+    let tokenizer = repository().join("model/tiny");
+    let named = ["--tokenizer", text(&tokenizer)];
+    let merge = ["merge", "--output", "named", "--device", "cpu"];
+    let (code, _, stderr) = run(folder.path(), &[&merge[..], &MODEL, &EYE, &named].concat());
+    assert_eq!(code, 0, "{stderr}");
+    let read = |path: &Path| fs::read(path.join("tokenizer.json")).unwrap();
+    assert_eq!(read(&folder.path().join("named")), read(&tokenizer));
+    let (code, _, stderr) = run(
+        folder.path(),
+        &["merge", "--output", "x", "--tokenizer", "."],
+    );
+    assert_eq!(code, 1);
+    assert!(stderr.contains("tokenizer.json"), "{stderr}");
     // A folder of safetensors has no such file.
     let (code, _, stderr) = run(
         folder.path(),

@@ -299,11 +299,10 @@ fn a_gguf_in_parts_is_the_whole() {
         }
     };
     copy();
-    fs::copy(
-        fixtures().join("gguf/mmproj-tiny.gguf"),
-        dir.path().join("mmproj-tiny.gguf"),
-    )
-    .unwrap();
+    for name in ["gguf/mmproj-tiny.gguf", "preprocessor_config.json"] {
+        let from = fixtures().join(name);
+        fs::copy(&from, dir.path().join(from.file_name().unwrap())).unwrap();
+    }
     for model in [part(1), dir.path().to_path_buf()] {
         let parts = Checkpoint::open(&model).unwrap();
         let names = |checkpoint: &Checkpoint| {

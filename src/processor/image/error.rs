@@ -102,7 +102,7 @@ pub enum ImageError {
         /// Lengths of its axes.
         sides: String,
         /// Planes along all axes but the first two.
-        planes: usize,
+        planes: u32,
     },
     /// The file ends before its pixels do.
     #[error("{format} picture `{name}` is cut off before its end; hint: copy or export it again")]

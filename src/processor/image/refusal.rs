@@ -52,7 +52,7 @@ impl Refusal {
                 name,
                 format,
                 sides,
-                planes,
+                planes: u32::try_from(planes).unwrap_or(u32::MAX),
             },
             Self::NoFrame(frame, frames) => ImageError::NoFrame {
                 name,

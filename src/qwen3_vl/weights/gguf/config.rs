@@ -22,13 +22,8 @@ pub struct ImageKeys {
     pub limits: [Option<usize>; 2],
 }
 
-/// Refuses other models than Qwen3-VL, and parts of files.
+/// Refuses other models than Qwen3-VL.
 pub(super) fn check_architecture(file: &GgufFile) -> Result<(), WeightsError> {
-    if let Some(count) = file.whole("split.count").filter(|count| *count > 1) {
-        return Err(file.refuse(format!(
-            "this is one of {count} parts of a model; join them with `llama-gguf-split --merge` and name the result"
-        )));
-    }
     match file.architecture() {
         ARCHITECTURE => Ok(()),
         "qwen3vlmoe" => Err(file.refuse("architecture `qwen3vlmoe`: this program reads dense Qwen3-VL (2B, 4B, 8B, 32B), no mixtures of experts")),
