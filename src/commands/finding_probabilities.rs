@@ -61,7 +61,7 @@ pub(super) fn expect_named_weights<B: Accelerator>(
     pipeline: &Pipeline<B>,
 ) -> Result<()> {
     let chosen = pipeline.fit.and_then(|fit| fit.quantization);
-    if let Some(format) = chosen.filter(|_| chosen != options.quantize) {
+    if let (Some(format), None) = (chosen, options.quantize) {
         bail!(UsageError(format!(
             "--memory quantises the weights to {format}, of which probabilities of findings have to know: give --quantize {format} itself"
         )));

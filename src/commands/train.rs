@@ -523,7 +523,10 @@ fn infer_command<B: Accelerator>(result: &RunResult<B>) -> String {
                 Some(format!(" {flag} {}", word(path)))
             });
             let parts: String = parts.collect();
-            format!("{}{quantize}{parts} --adapter {checkpoint}", word(&config.model))
+            format!(
+                "{}{quantize}{parts} --adapter {checkpoint}",
+                word(&config.model)
+            )
         }
         Tuner::Full => checkpoint,
     };

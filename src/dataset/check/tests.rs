@@ -178,7 +178,9 @@ fn answers_that_do_not_suit_the_chat_template_are_one_warning() {
             studies: StudyRule::Guess,
             options: DataOptions::default(),
         };
-        let report = check.run(std::slice::from_ref(&path), &[], &|_, _| {}).unwrap();
+        let report = check
+            .run(std::slice::from_ref(&path), &[], &|_, _| {})
+            .unwrap();
         let found = report.findings.iter();
         let found = found.filter(|found| found.kind == Kind::Thinking);
         found
@@ -288,7 +290,9 @@ fn a_file_of_nothing_or_of_other_bytes_is_an_error() {
         studies: StudyRule::Guess,
         options: DataOptions::default(),
     };
-    let report = check.run(std::slice::from_ref(&path), &[], &|_, _| {}).unwrap();
+    let report = check
+        .run(std::slice::from_ref(&path), &[], &|_, _| {})
+        .unwrap();
     assert_eq!(kinds(&report), [(Severity::Error, Kind::Json, 1)]);
     let error = check.run(&["no/such.jsonl".into()], &[], &|_, _| {});
     assert!(error.unwrap_err().to_string().contains("no/such.jsonl"));
