@@ -439,7 +439,8 @@ mod tests {
                             .contains(&words[index - 1]);
                     // A name on a hub.
                     let is_name = words.get(1) == Some(&"pull") && index == 2;
-                    if !path.contains('/') || is_output || is_name {
+                    let is_address = path.contains("://");
+                    if !path.contains('/') || is_output || is_name || is_address {
                         continue;
                     }
                     let is_written = WRITTEN.iter().any(|name| Path::new(path).starts_with(name));
