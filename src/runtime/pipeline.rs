@@ -752,7 +752,8 @@ pub fn load_models<B: Accelerator>(
                 None => load_quantised(fresh, &options.model, quantization, true, dtype, tell)?,
             };
         }
-        return Ok(models);
+        let arranged = models.into_iter().map(|model| B::arrange(model, config));
+        return Ok(arranged.collect());
     }
     let checkpoint = Checkpoint::open_with(&options.model, &options.gguf)?;
     load_opened(&mut models, &checkpoint, options.dtype, on_progress)?;

@@ -4,7 +4,9 @@
 use burn::tensor::DType;
 
 use super::{
-    Control, LARGEST_BATCH, covers, mask_of,
+    Control, LARGEST_BATCH,
+    adapters::AdapterTable,
+    covers, linears, mask_of,
     module::{DriverError, driver},
     plan::{Ending, Field, LayerCache, StepIo, mask_words, step},
     stream::{Context, DeviceMemory, DeviceWords, Event, Repeated, Stream},
@@ -43,6 +45,7 @@ struct Engine {
     _uniforms: DeviceMemory,
     scratch: Scratch,
     _weights: Weights,
+    _adapters: Option<AdapterTable>,
     _cache: Vec<Buffer>,
     context: Context,
     stream: Stream,
@@ -101,11 +104,18 @@ impl Engine {
         // Two blocks for each processor.
         let blocks = 2 * card(like.device.index).processors;
         let splits = (blocks / (text.num_key_value_heads * rows)).clamp(1, 64);
-        let scratch = Scratch::new(text, rows, splits, &like)?;
+        let scratch = Scratch::new(&weights, rows, splits, &like)?;
         let (layers, kept) = layers_of(cache, text, rows, &like)?;
 
         let words = |count: usize| DeviceMemory::zeroed(context, count * size_of::<u32>());
         let control = words(super::plan::CONTROL_WORDS)?;
+        // Beside quantised weights an adapter is not merged.
+        let mut adapters = None;
+        if linears(model).any(|linear| linear.lora.is_some()) {
+            let mut table = AdapterTable::new(weights.matrices(), context)?;
+            let place = table.insert(model, &like.client, &stream);
+            adapters = Some((driver("placing the adapter", place)?, table));
+        }
         let penalised = start.sampling.repetition_penalty != 1.0;
         let seen = words(if penalised {
             rows * mask_words(vocab)
@@ -124,6 +134,9 @@ impl Engine {
             initial.set(Field::End, row, cache.len() as u32 + 1);
             initial.set(Field::First, row, padding.count() as u32);
             initial.set(Field::Table, row, row as u32);
+            if let Some((place, _)) = &adapters {
+                initial.set(Field::Adapter, row, *place as u32);
+            }
             initial.set_choice(row, &TokenChoice::new(&start.sampling, 0.0));
             for (at, draw) in start.draws.get(row).into_iter().flatten().enumerate() {
                 draws[at * rows + row] = *draw;
@@ -146,6 +159,7 @@ impl Engine {
         let io = StepIo {
             control: control.address,
             seen: seen.address,
+            adapters: adapters.as_ref().map(|(_, table)| table.address()),
             results: ring.address(),
             ending: Ending::Feedback {
                 uniforms: uniforms.address,
@@ -163,6 +177,7 @@ impl Engine {
             _uniforms: uniforms,
             scratch,
             _weights: weights,
+            _adapters: adapters.map(|(_, table)| table),
             _cache: kept,
             context,
             stream,
