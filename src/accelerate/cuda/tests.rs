@@ -30,6 +30,7 @@ use crate::{
         cast::{to_dtype, to_f32},
         plain,
         plain::{gelu_exact, gelu_tanh},
+        quantised::cache::CacheFormat,
     },
     qwen3_vl::{
         Qwen3Vl,
@@ -788,7 +789,9 @@ fn decoding() {
         initializer_range: 0.1,
     };
     let model = drawn(&device, || Qwen3Vl::<Cuda>::new(&config, &options, &device));
-    decoding_beside_eager(&config, [&model, &model], vec![1, 2, 9]);
+    for format in [CacheFormat::Float, CacheFormat::Int8] {
+        decoding_beside_eager(&config, [&model, &model], vec![1, 2, 9], format);
+    }
 }
 
 /// A quantised model in fragment order, and the same one row by row.
@@ -824,14 +827,19 @@ fn decoding_with_quantised_weights() {
         let mut config = RandomSize::Tiny.config(None).unwrap();
         config.tie_word_embeddings = tied;
         let [ours, plain] = quantised_pair(&config, format, &device);
-        decoding_beside_eager(&config, [&ours, &plain], vec![1, 2, 9, 20, 40]);
+        decoding_beside_eager(
+            &config,
+            [&ours, &plain],
+            vec![1, 2, 9, 20, 40],
+            CacheFormat::Float,
+        );
         let lora = LoraConfig::default();
         let adapted = [ours, plain].map(|model| attach(model, &lora, 3).unwrap().0);
         let [ours, plain] = adapted.map(|model| {
             crate::accelerate::draws::begin();
             model.map_linears(&mut super::decode::tests::FillB)
         });
-        decoding_beside_eager(&config, [&ours, &plain], vec![1, 20]);
+        decoding_beside_eager(&config, [&ours, &plain], vec![1, 20], CacheFormat::Int8);
     }
 }
 
@@ -840,6 +848,7 @@ fn decoding_beside_eager(
     config: &Qwen3VlConfig,
     [ours, plain]: [&Qwen3Vl<Cuda>; 2],
     batches: Vec<usize>,
+    format: CacheFormat,
 ) {
     let device = device();
     let mut report = Report::default();
@@ -848,7 +857,8 @@ fn decoding_beside_eager(
         let prompts: Vec<Vec<u32>> = (0..rows as u32)
             .map(|row| {
                 (0..20 + 7 * row)
-                    .map(|at| (at * 37 + row * 11) % vocab)
+                    // Below the placeholders of images.
+                    .map(|at| (at * 37 + row * 11) % (vocab - 24))
                     .collect()
             })
             .collect();
@@ -856,10 +866,10 @@ fn decoding_beside_eager(
         let (input, deltas) =
             TextInput::padded(&prompts, &grids, config, Padding::Left, 0).unwrap();
         let layers = config.text_config.num_hidden_layers;
-        let mut cache = KeyValueCache::with_capacity(layers, input.seq() + 32);
+        let mut cache = KeyValueCache::with_format(layers, input.seq() + 32, format);
         ours.hidden_states(&input, None, config, Some(&mut cache), None, &device);
         // Two caches of the same prompt: one for each way.
-        let mut plain_cache = KeyValueCache::with_capacity(layers, input.seq() + 32);
+        let mut plain_cache = KeyValueCache::with_format(layers, input.seq() + 32, format);
         plain.hidden_states(&input, None, config, Some(&mut plain_cache), None, &device);
         let mut tokens: Vec<u32> = (0..rows as u32).map(|row| 5 + row).collect();
         let start = DecodeStart {
@@ -914,10 +924,16 @@ fn decoding_beside_eager(
         // The step that gave these logits has picked its tokens; the next one starts from them.
         let again = decoder.next_tokens().unwrap();
         assert_eq!(again.len(), rows);
+        // From the keys and values that the step wrote: those of single operations round elsewhere, and neighbours
+        // among the likeliest would change places.
+        let written = KeyValueCache {
+            segments: plain_cache.segments.clone(),
+            ..cache.clone()
+        };
         let mut own = Cuda::decoder(
             ours,
             config,
-            &plain_cache,
+            &written,
             &DecodeStart {
                 tokens: tokens.clone(),
                 positions: start

@@ -143,6 +143,17 @@ impl<B: Backend> QuantisedCache<B> {
         (this, seen)
     }
 
+    /// Words and scales of keys, and of values: `[batch, heads, capacity, head_dim / 4]`, i32, and
+    /// `[batch, heads, capacity, 1]`, f32.
+    pub fn buffers(&self) -> [(&Tensor<B, 4, Int>, &Tensor<B, 4>); 2] {
+        [&self.keys, &self.values].map(|packed| (&packed.words, &packed.scales))
+    }
+
+    /// Tokens that there is room for.
+    pub fn capacity(&self) -> usize {
+        self.keys.capacity()
+    }
+
     /// The named rows of the batch.
     pub fn select(self, rows: Tensor<B, 1, Int>) -> Self {
         Self {

@@ -18,6 +18,7 @@ use crate::{
         operand::Operand,
         plan::card,
     },
+    ops::quantised::cache::QuantisedCache,
     qwen3_vl::{
         Qwen3Vl,
         config::{Qwen3VlConfig, TextConfig},
@@ -234,6 +235,9 @@ fn layers_of(
 ) -> Result<(Vec<LayerCache>, Vec<Buffer>), DriverError> {
     let mut addresses = Addresses::new(&like.client);
     let mut layers = Vec::with_capacity(cache.layers.len());
+    for packed in cache.layers.iter().filter_map(|layer| layer.packed()) {
+        layers.push(quantised_layer(packed, text, rows, &mut addresses)?);
+    }
     for (keys, values) in cache.layers.iter().filter_map(|layer| layer.buffers()) {
         let (keys, values) = (strided(keys.clone()), strided(values.clone()));
         let strides = |buffer: &Buffer| [0, 1, 2].map(|axis| buffer.meta.strides()[axis] as u64);
@@ -245,12 +249,41 @@ fn layers_of(
         layers.push(LayerCache {
             key_strides: strides(&keys),
             value_strides: strides(&values),
+            scales: None,
             capacity,
             keys: addresses.of(keys)?,
             values: addresses.of(values)?,
         });
     }
     Ok((layers, addresses.kept()))
+}
+
+/// Addresses and strides of a quantised layer.
+fn quantised_layer(
+    packed: &QuantisedCache<Backend>,
+    text: &TextConfig,
+    rows: usize,
+    addresses: &mut Addresses<'_>,
+) -> Result<LayerCache, DriverError> {
+    let (heads, width, capacity) = (text.num_key_value_heads, text.head_dim, packed.capacity());
+    let [keys, values] = packed.buffers().map(|(words, scales)| {
+        let words = words.clone().into_primitive();
+        let shape = [rows, heads, capacity, width / 4];
+        let words = addresses.contiguous(words, DType::I32, shape)?;
+        let scales = strided(scales.clone());
+        let shape = [rows, heads, capacity, 1];
+        Ok::<_, DriverError>((words, addresses.contiguous(scales, DType::F32, shape)?))
+    });
+    let ((keys, of_keys), (values, of_values)) = (keys?, values?);
+    let strides = [heads * capacity * width, capacity * width, width].map(|stride| stride as u64);
+    Ok(LayerCache {
+        keys,
+        values,
+        key_strides: strides,
+        value_strides: strides,
+        scales: Some([of_keys, of_values]),
+        capacity,
+    })
 }
 
 impl Decoder for Engine {

@@ -70,6 +70,8 @@ pub(super) struct LayerCache {
     /// Of a sequence (or a page), a head and a token, in elements.
     pub key_strides: [u64; 3],
     pub value_strides: [u64; 3],
+    /// Of a quantised cache: scales of keys and of values, one for each row.
+    pub scales: Option<[u64; 2]>,
     /// Tokens a sequence may hold.
     pub capacity: usize,
 }
@@ -439,6 +441,7 @@ impl Builder<'_> {
             ("SCALAR_BF16", 1),
             ("HEAD_DIM", self.weights.text.head_dim as i64),
             ("PAGE", self.page()),
+            ("CACHE_INT8", i64::from(self.cache().scales.is_some())),
         ];
         let kernel = Kernel::new(variant, STEP, defines, threads);
         self.push_early(kernel, grid, pointers, parameters);
@@ -480,6 +483,7 @@ impl Builder<'_> {
         .into_iter()
         .chain(self.tables())
         .chain([scratch.queries, cache.keys, cache.values])
+        .chain(cache.scales.into_iter().flatten())
         .collect();
         let grid = [(heads + 2 * kv_heads).div_ceil(4), rows, 1];
         let parameters = small(0, [heads, kv_heads], cache.key_strides, epsilon, width);
@@ -500,6 +504,7 @@ impl Builder<'_> {
             ("GROUP", (heads / kv_heads) as i64),
             ("PART", 0),
             ("PAGE", self.page()),
+            ("CACHE_INT8", i64::from(cache.scales.is_some())),
         ];
         let kernel =
             Kernel::new("attention_decode", ATTENTION, defines, 128).with_entry_macro("ATTN_NAME");
@@ -511,18 +516,13 @@ impl Builder<'_> {
         if width > 0 {
             parameters.push(width as u64);
         }
-        let pointers = [
-            scratch.queries,
-            cache.keys,
-            cache.values,
-            scratch.attended,
-            first,
-            end,
-        ]
-        .into_iter()
-        .chain(self.tables())
-        .chain([scratch.partial, scratch.statistics, scratch.finished])
-        .collect();
+        let pointers = [scratch.queries, cache.keys, cache.values]
+            .into_iter()
+            .chain(cache.scales.into_iter().flatten())
+            .chain([scratch.attended, first, end])
+            .chain(self.tables())
+            .chain([scratch.partial, scratch.statistics, scratch.finished])
+            .collect();
         self.push(
             kernel,
             [scratch.splits, kv_heads, rows],

@@ -157,7 +157,7 @@ impl PagedDecoder {
         let scratch = Scratch::new(&weights, largest, SPLITS, &like)?;
         Ok(Self {
             graphs: HashMap::new(),
-            pool: PagePool::new(text, limits.cache_tokens, context)?,
+            pool: PagePool::new(text, limits.cache_tokens, limits.kv_cache, context)?,
             adapters,
             tables: words(table_count * table_width)?,
             seen: words(table_count * mask_words(text.vocab_size))?,

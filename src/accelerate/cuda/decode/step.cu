@@ -33,14 +33,42 @@ ENTRY(const u16* table, const int* token, u16* x, const __grid_constant__ Parame
 #if HEADS
 // Normalises and rotates (RoPE) the new queries and keys, and writes keys and values into the cache as the last of
 // its `end[row]` tokens. qkv [rows, (heads + 2 kv_heads) * HEAD_DIM]; one warp a head.
+//
+// CACHE_INT8: the cache is quantised: a level plus 128 in a byte, and a scale f32 a row, one for each HEAD_DIM bytes.
 #define HALF (HEAD_DIM / 2)
+#define OWN ((HEAD_DIM + 31) / 32)  // elements of a lane
+
+#if CACHE_INT8
+typedef unsigned char cached;
+// Elements lane + 32 j of a row, rounded to bf16 as an unquantised cache holds them.
+__device__ __forceinline__ void store_row(cached* cache, float* scales, u64 at, const float (&row)[OWN]) {
+    const int lane = threadIdx.x & 31;
+    float largest = 0.f;
+#pragma unroll
+    for (int j = 0; j < OWN; j++)
+        if (lane + 32 * j < HEAD_DIM) largest = fmaxf(largest, fabsf(row[j]));
+    const float scale = warp_max(largest) / 127.f;
+    const float divisor = fmaxf(scale, 1.17549435e-38f);
+#pragma unroll
+    for (int j = 0; j < OWN; j++)
+        if (lane + 32 * j < HEAD_DIM)
+            cache[at + lane + 32 * j] = (cached)(int)(fminf(fmaxf(rintf(row[j] / divisor), -127.f), 127.f) + 128.f);
+    if (lane == 0) scales[at / HEAD_DIM] = scale;
+}
+#else
+typedef u16 cached;
+#endif
 extern "C" __global__ void __launch_bounds__(128)
 ENTRY(const u16* qkv, const u16* q_norm, const u16* k_norm, const float* frequencies, const int* position,
       const int* end,
 #if PAGE
       const int* table, const int* pages,
 #endif
-      u16* queries, u16* keys, u16* values, const __grid_constant__ Parameters p) {
+      u16* queries, cached* keys, cached* values,
+#if CACHE_INT8
+      float* key_scales, float* value_scales,
+#endif
+      const __grid_constant__ Parameters p) {
     let_next_begin();
     wait_for_last();
     const int lane = threadIdx.x & 31;
@@ -56,14 +84,26 @@ ENTRY(const u16* qkv, const u16* q_norm, const u16* k_norm, const float* frequen
     const u64 slot = row * p.cache_batch + (u64)token * p.cache_row;
 #endif
     if (head >= heads + kv_heads) {
-        u16* to = values + slot + (u64)(head - heads - kv_heads) * p.cache_head;
-        for (int i = lane; i < HEAD_DIM; i += 32) to[i] = from[i];
+        const u64 at = slot + (u64)(head - heads - kv_heads) * p.cache_head;
+#if CACHE_INT8
+        float row[OWN];
+#pragma unroll
+        for (int j = 0; j < OWN; j++) row[j] = lane + 32 * j < HEAD_DIM ? bf16_to_float(from[lane + 32 * j]) : 0.f;
+        store_row(values, value_scales, at, row);
+#else
+        for (int i = lane; i < HEAD_DIM; i += 32) values[at + i] = from[i];
+#endif
         return;
     }
     const bool is_query = head < heads;
     const u16* weight = is_query ? q_norm : k_norm;
-    u16* to = is_query ? queries + ((u64)row * heads + head) * HEAD_DIM
-                       : keys + slot + (u64)(head - heads) * p.cache_head;
+    const u64 at = slot + (u64)(head - heads) * p.cache_head;
+#if CACHE_INT8
+    // A key is gathered in shared memory: a lane's elements are not those that it rotates.
+    __shared__ float rows[4][HEAD_DIM];
+    float* rotated_row = rows[threadIdx.x >> 5];
+#endif
+    u16* to = is_query ? queries + ((u64)row * heads + head) * HEAD_DIM : (u16*)keys + at;
     float squares = 0.f;
     for (int i = lane; i < HEAD_DIM; i += 32) {
         const float value = bf16_to_float(from[i]);
@@ -75,9 +115,25 @@ ENTRY(const u16* qkv, const u16* q_norm, const u16* k_norm, const float* frequen
         const float b = rounded(rounded(bf16_to_float(from[i + HALF]) * scale) * bf16_to_float(weight[i + HALF]));
         float sine, cosine;
         sincosf((float)position[row] * frequencies[i], &sine, &cosine);
-        to[i] = (u16)pack_bf16(a * cosine - b * sine, 0.f);
-        to[i + HALF] = (u16)pack_bf16(b * cosine + a * sine, 0.f);
+        const float first = a * cosine - b * sine, second = b * cosine + a * sine;
+#if CACHE_INT8
+        if (!is_query) {
+            rotated_row[i] = rounded(first);
+            rotated_row[i + HALF] = rounded(second);
+            continue;
+        }
+#endif
+        to[i] = (u16)pack_bf16(first, 0.f);
+        to[i + HALF] = (u16)pack_bf16(second, 0.f);
     }
+#if CACHE_INT8
+    if (is_query) return;
+    __syncwarp();
+    float own[OWN];
+#pragma unroll
+    for (int j = 0; j < OWN; j++) own[j] = lane + 32 * j < HEAD_DIM ? rotated_row[lane + 32 * j] : 0.f;
+    store_row(keys, key_scales, at, own);
+#endif
 }
 #endif
 

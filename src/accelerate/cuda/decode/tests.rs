@@ -27,6 +27,7 @@ use crate::{
         files::save_adapter,
     },
     batch::positions::Positions,
+    ops::quantised::cache::CacheFormat,
     qwen3_vl::{
         Qwen3Vl,
         config::Qwen3VlConfig,
@@ -56,6 +57,7 @@ const LIMITS: ServingLimits = ServingLimits {
     cache_tokens: 8192,
     prefill_chunk: 64,
     adapters: true,
+    kv_cache: CacheFormat::Float,
 };
 
 fn model(config: &Qwen3VlConfig, device: &Device<Cuda>) -> Qwen3Vl<Cuda> {
@@ -176,7 +178,9 @@ fn sequences_that_come_and_go_are_those_of_the_plain_engine() {
     let device = device();
     let config = RandomSize::Tiny.config(None).unwrap();
     let model = model(&config, &device);
-    come_and_go(&config, [model.clone(), model]);
+    for format in [CacheFormat::Float, CacheFormat::Int8] {
+        come_and_go(&config, [model.clone(), model.clone()], format);
+    }
 }
 
 #[test]
@@ -185,16 +189,19 @@ fn quantised_sequences_that_come_and_go_are_those_of_the_plain_engine() {
     let device = device();
     let config = RandomSize::Tiny.config(None).unwrap();
     for format in ["int8", "int4"] {
-        come_and_go(&config, quantised_pair(&config, format, &device));
+        let pair = quantised_pair(&config, format, &device);
+        come_and_go(&config, pair, CacheFormat::Float);
     }
 }
 
 /// Serves the first model in the captured step and the second in plain operations, with two adapters.
-fn come_and_go(config: &Qwen3VlConfig, [model, plain]: [Qwen3Vl<Cuda>; 2]) {
+fn come_and_go(config: &Qwen3VlConfig, [model, plain]: [Qwen3Vl<Cuda>; 2], kv_cache: CacheFormat) {
     let device = device();
     let (_root, dirs) = adapters(&plain);
-    let mut ours = paged(&model, config, &LIMITS);
-    let mut plain = PlainDecoder::<Cuda>::new(plain, config.clone(), device.clone());
+    let limits = ServingLimits { kv_cache, ..LIMITS };
+    let mut ours = paged(&model, config, &limits);
+    let plain = PlainDecoder::<Cuda>::new(plain, config.clone(), device.clone());
+    let mut plain = plain.with_cache(kv_cache);
     let mut report = Report::default();
     let mut choices = vec![(AdapterId::BASE, AdapterId::BASE)];
     for dir in &dirs {

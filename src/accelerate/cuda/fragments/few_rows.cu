@@ -6,7 +6,7 @@
 //
 // On an H200, of the rate of a copy (4,250 GB/s; inside a graph, weights and scales counted, K 4,096 but for down), 8 bits and 4
 // bits in groups of 64, one vector: q, k and v 72 and 54 %, output 63 and 48 %, gate and up 85 and 66 %, down 85 and 70 %, head
-// 97 %. Eight vectors cost 2 to 8 % more than one, sixteen up to 30 % more. What 4 bits wait for is the ALU: shifts and lop3 of
+// 97 %. Eight vectors cost 2 to 8 % more than one, sixteen up to 30 % more (8 bits, gate and up and the head: more_rows.cu, 28.7 and 168 us). What 4 bits wait for is the ALU: shifts and lop3 of
 // unpacking. 64 to 128 registers.
 //
 // Sources: the fragment layout after the PTX ISA, mma.m16n8k16; "(w & mask) | magic" after Kim et al. 2022, "Who Says Elephants

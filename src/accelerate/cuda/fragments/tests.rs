@@ -97,7 +97,7 @@ fn arranged_matrices_hold_the_same_values() {
 fn matmuls_with_fragments() {
     let device = device();
     let mut report = Report::default();
-    let shapes = [[48, 192], [16, 64], [1024, 128], [6160, 4096], [4096, 1024]];
+    let shapes = [[48, 192], [16, 64], [6160, 4096], [4096, 1024]];
     let cases: Vec<_> = FORMATS
         .into_iter()
         .flat_map(|format| shapes.map(|dims| (format, dims)))
@@ -108,7 +108,7 @@ fn matmuls_with_fragments() {
         let w = by_rows.unpack(DType::F32);
         let bias: T<1> = draws::normal([out], 1.0, DType::BF16, &device);
         // 65 rows go through floats.
-        for rows in [1, 2, 7, 8, 9, 16, 17, 24, 31, 40, 64, 65] {
+        for rows in [1, 7, 9, 16, 17, 33, 64, 65] {
             let x: T<2> = draws::normal([rows, d_input], 1.0, DType::BF16, &device);
             let residual: T<2> = draws::normal([rows, out], 1.0, DType::BF16, &device);
             let want = |bias, residual: Option<T<2>>| {
