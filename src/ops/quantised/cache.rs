@@ -1,5 +1,5 @@
 //! Keys and values in 8 bits: half the memory of a long context, at the price of dequantising a layer's
-//! cache in each step.
+//! cache in each step. CUDA's captured steps read the words (`accelerate/cuda/decode`).
 
 use burn::{prelude::*, tensor::DType};
 
