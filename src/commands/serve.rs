@@ -28,7 +28,7 @@ use crate::{
         system::{open_files_limit, share_one_heap},
     },
     bench::SEED,
-    ops::quantised::{Packing, cache::CacheFormat},
+    ops::quantised::Packing,
     processor::tokenizer::Tokenizer,
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, weights::gguf::GgufParts},
     runtime::{
@@ -575,16 +575,13 @@ impl Serve {
         limits: &EngineLimits,
     ) -> Result<ServingDecoder<B>> {
         let kv_cache = self.defaults.kv_cache;
-        if kv_cache != CacheFormat::Float {
-            let decoder = PlainDecoder::new(model, config.clone(), device);
-            return Ok(Box::new(decoder.with_cache(kv_cache)));
-        }
         let mut progress = Progress::new("preparing", 0, Unit::Items);
         let room = ServingLimits {
             max_running: limits.max_running,
             cache_tokens: limits.cache_tokens,
             prefill_chunk: limits.prefill_chunk,
             adapters: !self.args.lora.is_empty() || self.args.adapter_dir.is_some(),
+            kv_cache,
         };
         let own = B::serving_decoder(&model, config, &room, &mut |done, total| {
             progress.set(done as u64, total as u64);
@@ -594,7 +591,10 @@ impl Serve {
                 progress.finish();
                 decoder
             }
-            None => Box::new(PlainDecoder::new(model, config.clone(), device)),
+            None => {
+                let decoder = PlainDecoder::new(model, config.clone(), device);
+                Box::new(decoder.with_cache(kv_cache))
+            }
         })
     }
 

@@ -205,7 +205,7 @@ pub struct GenerationArgs {
     /// Stop before this text is generated; can be given several times.
     #[arg(long, value_name = "TEXT")]
     pub stop: Vec<String>,
-    /// Format of the key/value cache; int8 halves its memory and makes each token slower.
+    /// Format of the key/value cache; int8 halves its memory, and outside CUDA makes each token slower.
     #[arg(long, value_enum, default_value = "float")]
     pub kv_cache: CacheFormat,
 }

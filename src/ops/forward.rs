@@ -111,6 +111,15 @@ pub trait ForwardOps: HasKernels {
         })
     }
 
+    /// Rows of a quantised matrix by index as floats, in the type its values count as: `indices` `[n]` → `[n, in]`.
+    fn select_quantised(
+        weight: &QuantisedWeight<Self>,
+        indices: Tensor<Self, 1, Int>,
+    ) -> Tensor<Self, 2> {
+        (Self::KERNELS.select_quantised)(weight, &indices)
+            .unwrap_or_else(|| quantised::weight::select(weight, indices))
+    }
+
     /// [`ForwardOps::linear_add`] with a quantised matrix.
     fn linear_quantised(
         x: Tensor<Self, 2>,

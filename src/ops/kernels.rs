@@ -34,6 +34,7 @@ pub struct Kernels<B: Backend> {
         fn(&Tensor<B, 2>, &Tensor<B, 2>, Option<&Tensor<B, 1>>, Activation) -> Option<Tensor<B, 2>>,
     pub dequantise_rows: fn(&QuantisedWeight<B>, usize, usize, DType) -> Option<Tensor<B, 2>>,
     pub dequantise_for_matmul: fn(&QuantisedWeight<B>, usize, usize, DType) -> Option<Tensor<B, 2>>,
+    pub select_quantised: fn(&QuantisedWeight<B>, &Tensor<B, 1, Int>) -> Option<Tensor<B, 2>>,
     pub linear_quantised: fn(
         &Tensor<B, 2>,
         &QuantisedWeight<B>,
@@ -137,6 +138,7 @@ impl<B: Backend> Kernels<B> {
         linear_activated: |_, _, _, _| None,
         dequantise_rows: |_, _, _, _| None,
         dequantise_for_matmul: |_, _, _, _| None,
+        select_quantised: |_, _| None,
         linear_quantised: |_, _, _, _| None,
         adapted_linear_quantised: |_, _, _, _| None,
         logits_quantised: |_, _| None,

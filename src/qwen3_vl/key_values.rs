@@ -83,6 +83,11 @@ impl<B: Ops> LayerKeyValues<B> {
         self.buffers.as_ref().map(|(keys, values)| (keys, values))
     }
 
+    /// What a quantised cache holds.
+    pub fn packed(&self) -> Option<&QuantisedCache<B>> {
+        self.packed.as_ref()
+    }
+
     /// Writes new tokens after the first `held` and returns all keys and values.
     ///
     /// # Shapes
@@ -182,8 +187,9 @@ impl<B: Ops> KeyValueCache<B> {
 
     /// Tokens a row the buffers have room for, once something is held.
     pub fn capacity(&self) -> Option<usize> {
-        let (keys, _) = self.layers.first()?.buffers()?;
-        Some(keys.dims()[2])
+        let layer = self.layers.first()?;
+        let packed = layer.packed().map(QuantisedCache::capacity);
+        packed.or_else(|| layer.buffers().map(|(keys, _)| keys.dims()[2]))
     }
 
     /// Tokens held for each row, padding included.

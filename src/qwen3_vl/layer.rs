@@ -279,6 +279,26 @@ impl<B: Backend> DecoderLayer<B> {
         Projection::ALL.map(|projection| self.projection(projection))
     }
 
+    /// The layer with every linear layer replaced.
+    pub fn map_projections(self, mut replace: impl FnMut(Linear<B>) -> Linear<B>) -> Self {
+        let (attn, mlp) = (self.self_attn, self.mlp);
+        Self {
+            self_attn: TextAttention {
+                q_proj: replace(attn.q_proj),
+                k_proj: replace(attn.k_proj),
+                v_proj: replace(attn.v_proj),
+                o_proj: replace(attn.o_proj),
+                ..attn
+            },
+            mlp: TextMlp {
+                gate_proj: replace(mlp.gate_proj),
+                up_proj: replace(mlp.up_proj),
+                down_proj: replace(mlp.down_proj),
+            },
+            ..self
+        }
+    }
+
     /// A norm of the whole stream.
     pub fn norm(&self, norm: StreamNorm) -> &RmsNorm<B> {
         match norm {

@@ -55,6 +55,11 @@ pub trait Decoder {
 
 /// A backend with the operations of the model, and perhaps faster ways through whole models.
 pub trait Accelerator: Ops {
+    /// Puts the weights of a model that has been loaded for inference into the order that this backend's kernels read.
+    fn arrange(model: Qwen3Vl<Self>, _config: &Qwen3VlConfig) -> Qwen3Vl<Self> {
+        model
+    }
+
     /// Compiles what a request of any length may need, so that none has to wait for it; what decoding
     /// batches of up to `largest_batch` takes, in the background. `on_progress` gets kernels done and in
     /// all.

@@ -791,7 +791,8 @@ pub fn load_models<B: Accelerator>(
                 None => load_packed(fresh, &options.model, formats, dtype, tell)?,
             };
         }
-        return Ok(models);
+        let arranged = models.into_iter().map(|model| B::arrange(model, config));
+        return Ok(arranged.collect());
     }
     let checkpoint = Checkpoint::open_with(&options.model, &options.gguf)?;
     load_opened(&mut models, &checkpoint, options.dtype, on_progress)?;

@@ -214,6 +214,7 @@ fn nothing_unwritten_reaches_the_serving_step() {
     let device = device();
     let (config, model) = tiny(&device);
     let limits = ServingLimits {
+        kv_cache: Default::default(),
         max_running: 2,
         cache_tokens: 1024,
         prefill_chunk: 64,

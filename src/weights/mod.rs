@@ -42,6 +42,17 @@ impl<B: Backend> Weight<B> {
         }
     }
 
+    /// The weight with a quantised matrix replaced.
+    pub fn map_packed(
+        self,
+        replace: impl FnOnce(QuantisedWeight<B>) -> QuantisedWeight<B>,
+    ) -> Self {
+        match self {
+            Self::Packed(packed) => Self::Packed(replace(packed)),
+            dense => dense,
+        }
+    }
+
     /// Shape `[out, in]`, without initialising the parameter.
     pub fn lazy_shape(&self) -> burn::tensor::Shape {
         match self {
@@ -88,11 +99,7 @@ impl<B: Ops> Weight<B> {
     pub fn select(&self, indices: Tensor<B, 1, Int>) -> Tensor<B, 2> {
         match self {
             Self::Dense(param) => param.val().select(0, indices),
-            Self::Packed(packed) => {
-                let rows = packed.select(indices);
-                let [count, _] = rows.dims();
-                B::dequantise_rows(&rows, 0, count, packed.dtype())
-            }
+            Self::Packed(packed) => B::select_quantised(packed, indices),
         }
     }
 
@@ -222,7 +229,7 @@ impl<B: Backend> Module<B> for Weight<B> {
     fn collect_devices(&self, devices: Devices<B>) -> Devices<B> {
         match self {
             Self::Dense(param) => param.collect_devices(devices),
-            Self::Packed(packed) => packed.words().collect_devices(devices),
+            Self::Packed(packed) => packed.collect_devices(devices),
         }
     }
 }

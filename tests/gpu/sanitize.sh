@@ -36,6 +36,10 @@ export XRAY_CUDA_SMALL=1 RUST_BACKTRACE=0
 # whole models take it too long, and their kernels are those of the single operations.
 operations=(norms rotation pointwise products_of_f32 products adapters attention optimizer loss decoding)
 tests=("${operations[@]/#/accelerate::cuda::tests::}")
+# Quantised weights in fragment order.
+fragments=(arranged_matrices_hold_the_same_values matmuls_with_fragments)
+tests+=("${fragments[@]/#/accelerate::cuda::fragments::tests::}")
+tests+=(accelerate::cuda::tests::decoding_with_quantised_weights)
 whole=(train::cuda_unwritten_tests::nothing_unwritten_reaches_inference
     train::cuda_unwritten_tests::nothing_unwritten_reaches_the_serving_step
     train::cuda_unwritten_tests::nothing_unwritten_reaches_a_packed_training_step)
@@ -86,6 +90,9 @@ for tool in "${tools[@]}"; do
         export XRAY_CUDA_NO_GRAPH=1
         for name in "${operations[@]}"; do
             [ "$name" = decoding ] || check racecheck "$name" "accelerate::cuda::tests::$name"
+        done
+        for name in "${fragments[@]}"; do
+            check racecheck "$name" "accelerate::cuda::fragments::tests::$name"
         done
         # Watched whole, this test does not end: its kernels are watched one by one.
         for kernel in rms_norm gemv skinny EMBED HEADS attention_decode PICK CHOOSE; do

@@ -237,6 +237,7 @@ fn speed<B: Accelerator>(name: &str, dtype: DType) {
                     .map(|i| (i as i32).wrapping_mul(0x9e37_79b9u32 as i32))
                     .collect(),
                 scales: vec![0.01; out * format.scales(d_input)],
+                zeros: Vec::new(),
             };
             let weights: Vec<QuantisedWeight<B>> = (0..copies)
                 .map(|_| {

@@ -11,6 +11,9 @@
 //              1: the chunks only        2: the merge only, launched after part 1
 //   PAGE       0, or the tokens of a page, a multiple of 64: the cache of a sequence is paged (vLLM's
 //              "PagedAttention", Kwon et al. 2023), named by row `table[sequence]` of `pages [.., table_width]`
+//   CACHE_INT8 0, or 1: the cache is quantised, a level plus 128 in a byte, a scale f32 a row (`key_scales`, `value_scales`, one for
+//              each HEAD_DIM bytes); rows of a head are contiguous then. A level is exact in bf16; the scale of a key
+//              is a factor on its score, that of a value on its weight
 //
 // Shapes (bf16 unless said otherwise; the last dimension is contiguous, every row starts at a multiple of 16 bytes):
 //   Q [batch, heads, HEAD_DIM]                    strides in elements
@@ -85,6 +88,34 @@ __device__ __forceinline__ uint4 read_chunk(const bf16* row, int chunk) {
   return CHUNKS % 8 == 0 || chunk < CHUNKS ? load_streaming_16(row + chunk * 8) : make_uint4(0, 0, 0, 0);
 }
 
+#if CACHE_INT8
+using cached = unsigned char;
+using CachedChunk = uint2;
+__device__ __forceinline__ CachedChunk read_cached(const cached* row, int chunk) {
+  uint2 v = make_uint2(0, 0);
+  if (CHUNKS % 8 == 0 || chunk < CHUNKS)
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(row + chunk * 8));
+  return v;
+}
+// Two levels as bf16: 128 + the low seven bits, minus 128, or 256 where the highest bit is not set (a level below zero).
+__device__ __forceinline__ u32 levels(u32 word, u32 places) {
+  const u32 bytes = __byte_perm(word, 0, places);
+  u32 low, offset, pair;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(low) : "r"(bytes), "r"(0x007f007fu), "r"(0x43004300u));     // (a & b) | c
+  asm("lop3.b32 %0, %1, %2, %3, 0xae;" : "=r"(offset) : "r"(bytes), "r"(0x00800080u), "r"(0x43004300u));  // (~a & b) | c
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(offset), "r"(0xbf80bf80u), "r"(low));
+  return pair;
+}
+__device__ __forceinline__ uint4 as_bf16(CachedChunk chunk) {
+  return make_uint4(levels(chunk.x, 0x4140), levels(chunk.x, 0x4342), levels(chunk.y, 0x4140), levels(chunk.y, 0x4342));
+}
+#else
+using cached = bf16;
+using CachedChunk = uint4;
+__device__ __forceinline__ CachedChunk read_cached(const cached* row, int chunk) { return read_chunk(row, chunk); }
+__device__ __forceinline__ uint4 as_bf16(CachedChunk chunk) { return chunk; }
+#endif
+
 // Merges the chunks of the query heads of one key head. `place` numbers (sequence, query head 0 of the group).
 __device__ __forceinline__ void join_chunks(bf16* O, const float* partial, const float* statistics, i64 place, int chunks,
                                             int splits) {
@@ -131,8 +162,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #else
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-    ATTN_NAME(const bf16* __restrict__ Q, const bf16* __restrict__ K, const bf16* __restrict__ V, bf16* __restrict__ O,
-              const int* __restrict__ first, const int* __restrict__ end,
+    ATTN_NAME(const bf16* __restrict__ Q, const cached* __restrict__ K, const cached* __restrict__ V,
+#if CACHE_INT8
+              const float* __restrict__ key_scales, const float* __restrict__ value_scales,
+#endif
+              bf16* __restrict__ O, const int* __restrict__ first, const int* __restrict__ end,
 #if PAGE
               const int* __restrict__ table, const int* __restrict__ pages,
 #endif
@@ -163,8 +197,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 #if PAGE
   const int* own_pages = pages + table[batch] * shape.table_width;
 #else
-  const bf16* k_head = K + batch * shape.k_batch + kv_head * shape.k_head;
-  const bf16* v_head = V + batch * shape.v_batch + kv_head * shape.v_head;
+  const cached* k_head = K + batch * shape.k_batch + kv_head * shape.k_head;
+  const cached* v_head = V + batch * shape.v_batch + kv_head * shape.v_head;
+#if CACHE_INT8
+  const float* k_scales = key_scales + (batch * shape.k_batch + kv_head * shape.k_head) / HEAD_DIM;
+  const float* v_scales = value_scales + (batch * shape.v_batch + kv_head * shape.v_head) / HEAD_DIM;
+#endif
 #endif
   const float scale_log2 = __uint_as_float((u32)shape.scale_bits) * LOG2_E;
   float output[VALUE_ROUNDS][8][4];  // only the upper eight rows, [0] and [1], hold results
@@ -176,22 +214,40 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 #if PAGE
     // A strip is inside one page; rows are counted from the page's first.
     const i64 page = own_pages[strip / PAGE], in_page = strip / PAGE * PAGE;
-    const bf16* k_head = K + page * shape.k_batch + kv_head * shape.k_head - in_page * shape.k_row;
-    const bf16* v_head = V + page * shape.v_batch + kv_head * shape.v_head - in_page * shape.v_row;
+    const cached* k_head = K + page * shape.k_batch + kv_head * shape.k_head - in_page * shape.k_row;
+    const cached* v_head = V + page * shape.v_batch + kv_head * shape.v_head - in_page * shape.v_row;
+#if CACHE_INT8
+    const float* k_scales = key_scales + (page * shape.k_batch + kv_head * shape.k_head) / HEAD_DIM - in_page;
+    const float* v_scales = value_scales + (page * shape.v_batch + kv_head * shape.v_head) / HEAD_DIM - in_page;
+#endif
 #endif
     // Rows past the end repeat the last one; their weight is zero.
-    uint4 keys[2][KEY_ROUNDS], values[4][VALUE_ROUNDS];
+    CachedChunk keys[2][KEY_ROUNDS], values[4][VALUE_ROUNDS];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const bf16* row = k_head + min(strip + half * 8 + group, chunk_end - 1) * shape.k_row;
+      const cached* row = k_head + min(strip + half * 8 + group, chunk_end - 1) * shape.k_row;
 #pragma unroll
-      for (int i = 0; i < KEY_ROUNDS; i++) keys[half][i] = read_chunk(row, quarter + 4 * i);
+      for (int i = 0; i < KEY_ROUNDS; i++) keys[half][i] = read_cached(row, quarter + 4 * i);
     }
 #pragma unroll
     for (int n = 0; n < 4; n++) {
-      const bf16* row = v_head + min(strip + quarter * 2 + (n & 1) + (n >> 1) * 8, chunk_end - 1) * shape.v_row;
+      const cached* row = v_head + min(strip + quarter * 2 + (n & 1) + (n >> 1) * 8, chunk_end - 1) * shape.v_row;
 #pragma unroll
-      for (int i = 0; i < VALUE_ROUNDS; i++) values[n][i] = read_chunk(row, group + 8 * i);
+      for (int i = 0; i < VALUE_ROUNDS; i++) values[n][i] = read_cached(row, group + 8 * i);
+    }
+    float of_key[2][2], of_value[2][2];  // scales of keys and values strip + 8 half + 2 quarter + {0, 1}
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+#if CACHE_INT8
+        const int at = min(strip + half * 8 + quarter * 2 + e, chunk_end - 1);
+        of_key[half][e] = k_scales[at];
+        of_value[half][e] = v_scales[at];
+#else
+        of_key[half][e] = of_value[half][e] = 1.f;
+#endif
+      }
     }
 
     float scores[2][4];  // of keys strip + 8 half + 2 quarter + {0, 1}
@@ -201,8 +257,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 #pragma unroll
       for (int i = 0; i < KEY_ROUNDS; i++) {
         const u32 a0[4] = {query[i].x, 0, query[i].y, 0}, a1[4] = {query[i].z, 0, query[i].w, 0};
-        mma_m16n8k16(scores[half], a0, keys[half][i].x, keys[half][i].y);
-        mma_m16n8k16(scores[half], a1, keys[half][i].z, keys[half][i].w);
+        const uint4 key = as_bf16(keys[half][i]);
+        mma_m16n8k16(scores[half], a0, key.x, key.y);
+        mma_m16n8k16(scores[half], a1, key.z, key.w);
       }
     }
 
@@ -212,7 +269,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 #pragma unroll
       for (int e = 0; e < 2; e++) {
         const bool visible = strip + half * 8 + quarter * 2 + e < chunk_end;
-        scores[half][e] = visible ? scores[half][e] * scale_log2 : -infinity();
+        scores[half][e] = visible ? scores[half][e] * (scale_log2 * of_key[half][e]) : -infinity();
         strip_largest = fmaxf(strip_largest, scores[half][e]);
       }
     }
@@ -229,14 +286,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         sum += scores[half][e];
       }
     }
-    const u32 weights[4] = {pack_bf16x2(scores[0][0], scores[0][1]), 0, pack_bf16x2(scores[1][0], scores[1][1]), 0};
+    const u32 weights[4] = {pack_bf16x2(scores[0][0] * of_value[0][0], scores[0][1] * of_value[0][1]), 0,
+                            pack_bf16x2(scores[1][0] * of_value[1][0], scores[1][1] * of_value[1][1]), 0};
 
 #pragma unroll
     for (int i = 0; i < VALUE_ROUNDS; i++) {
-      const u32 rows[4][4] = {{values[0][i].x, values[0][i].y, values[0][i].z, values[0][i].w},
-                              {values[1][i].x, values[1][i].y, values[1][i].z, values[1][i].w},
-                              {values[2][i].x, values[2][i].y, values[2][i].z, values[2][i].w},
-                              {values[3][i].x, values[3][i].y, values[3][i].z, values[3][i].w}};
+      u32 rows[4][4];
+#pragma unroll
+      for (int n = 0; n < 4; n++) {
+        const uint4 value = as_bf16(values[n][i]);
+        rows[n][0] = value.x;
+        rows[n][1] = value.y;
+        rows[n][2] = value.z;
+        rows[n][3] = value.w;
+      }
 #pragma unroll
       for (int t = 0; t < 8; t++) {
         // Element t of two neighbouring values side by side: low halves for even t, high halves for odd t.

@@ -11,6 +11,7 @@ mod collective;
 mod compiled;
 mod decode;
 mod driver;
+mod fragments;
 mod gemm;
 mod kernel;
 pub(crate) mod launch;
@@ -101,11 +102,27 @@ impl HasKernels for Cuda {
         linear_activated: |x, weight, bias, activation| {
             gemm::linear(x, weight, bias, None, Some(activation))
         },
-        dequantise_rows: quantized::dequantise_rows,
-        dequantise_for_matmul: quantised_training::dequantise_for_matmul,
-        linear_quantised: quantized::linear_quantised,
-        adapted_linear_quantised: quantized::adapted_linear_quantised,
-        logits_quantised: quantized::logits_quantised,
+        dequantise_rows: |weight, start, count, dtype| match weight.is_arranged() {
+            true => fragments::dequantise_rows(weight, start, count, dtype),
+            false => quantized::dequantise_rows(weight, start, count, dtype),
+        },
+        dequantise_for_matmul: |weight, start, count, dtype| match weight.is_arranged() {
+            true => None,
+            false => quantised_training::dequantise_for_matmul(weight, start, count, dtype),
+        },
+        select_quantised: fragments::select_rows,
+        linear_quantised: |x, weight, bias, residual| match weight.is_arranged() {
+            true => fragments::linear(x, weight, bias, residual),
+            false => quantized::linear_quantised(x, weight, bias, residual),
+        },
+        adapted_linear_quantised: |x, weight, adapter, residual| match weight.is_arranged() {
+            true => None,
+            false => quantized::adapted_linear_quantised(x, weight, adapter, residual),
+        },
+        logits_quantised: |hidden, head| match head.is_arranged() {
+            true => fragments::logits(hidden, head),
+            false => quantized::logits_quantised(hidden, head),
+        },
         low_rank_inputs: lora::low_rank_inputs,
         adapted_linear: lora::adapted_linear,
         dropout_mask: lora::dropout_mask,
@@ -203,6 +220,10 @@ impl DeviceOps for Cuda {
 }
 
 impl Accelerator for Cuda {
+    fn arrange(model: Qwen3Vl<Self>, config: &Qwen3VlConfig) -> Qwen3Vl<Self> {
+        decode::arrange(model, config)
+    }
+
     fn prepare(
         config: &Qwen3VlConfig,
         dtype: DType,
@@ -259,7 +280,8 @@ impl Accelerator for Cuda {
         cache: &KeyValueCache<Self>,
         start: &DecodeStart,
     ) -> Option<Box<dyn Decoder>> {
-        if model.quantization().is_some() {
+        // Quantised weights that are no whole tiles are read row by row.
+        if model.quantization().is_some() && !decode::is_arranged(model) {
             return cube::decode::start(model, config, cache, start);
         }
         decode::start(model, config, cache, start)
@@ -271,9 +293,6 @@ impl Accelerator for Cuda {
         limits: &ServingLimits,
         on_progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Option<ServingDecoder<Self>>, String> {
-        if model.quantization().is_some() {
-            return Ok(None);
-        }
         decode::serve(model, config, limits, on_progress)
     }
 }

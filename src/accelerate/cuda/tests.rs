@@ -16,6 +16,10 @@ use burn::{
 use super::Cuda;
 use crate::{
     accelerate::draws,
+    adapters::lora::{
+        attach::{LinearMapper, attach},
+        config::LoraConfig,
+    },
     batch::{
         images::ImageInput,
         text::{Padding, TextInput},
@@ -26,11 +30,13 @@ use crate::{
         cast::{to_dtype, to_f32},
         plain,
         plain::{gelu_exact, gelu_tanh},
+        quantised::cache::CacheFormat,
     },
     qwen3_vl::{
         Qwen3Vl,
+        config::Qwen3VlConfig,
         key_values::KeyValueCache,
-        nn::InitOptions,
+        nn::{InitOptions, Linear},
         vision::{VisionLayout, pixel_tensor},
     },
     runtime::{
@@ -39,7 +45,7 @@ use crate::{
             SamplingConfig,
             sampler::{Sampler, TokenChoice},
         },
-        synthetic::weights::RandomSize,
+        synthetic::weights::{RandomSize, draw},
         vision::encode_images,
     },
 };
@@ -121,7 +127,7 @@ impl Report {
 }
 
 /// The cases of a test; with `XRAY_CUDA_SMALL=1` only the first two, which a checker gets through.
-fn some<C>(mut cases: Vec<C>) -> Vec<C> {
+pub(super) fn some<C>(mut cases: Vec<C>) -> Vec<C> {
     if std::env::var("XRAY_CUDA_SMALL").is_ok_and(|value| value == "1") {
         cases.truncate(2);
     }
@@ -776,7 +782,6 @@ fn loss() {
 #[ignore = "needs an NVIDIA GPU"]
 fn decoding() {
     let device = device();
-    let mut report = Report::default();
     let config = RandomSize::Tiny.config(None).unwrap();
     let options = InitOptions {
         dtype: DType::BF16,
@@ -784,24 +789,88 @@ fn decoding() {
         initializer_range: 0.1,
     };
     let model = drawn(&device, || Qwen3Vl::<Cuda>::new(&config, &options, &device));
+    for format in [CacheFormat::Float, CacheFormat::Int8] {
+        decoding_beside_eager(&config, [&model, &model], vec![1, 2, 9], format);
+    }
+}
+
+/// A quantised model in fragment order, and the same one row by row.
+pub(super) fn quantised_pair(
+    config: &Qwen3VlConfig,
+    format: &str,
+    device: &Device<Cuda>,
+) -> [Qwen3Vl<Cuda>; 2] {
+    struct ByRows;
+    impl LinearMapper<Cuda> for ByRows {
+        fn map_linear(&mut self, _path: &str, linear: Linear<Cuda>) -> Linear<Cuda> {
+            Linear {
+                weight: linear.weight.map_packed(|packed| packed.by_rows()),
+                ..linear
+            }
+        }
+    }
+    let quantization = Some(format.parse().unwrap());
+    let ours = draw::<Cuda>(config, 5, DType::BF16, quantization, device);
+    let mut plain = ours.clone().map_linears(&mut ByRows);
+    let table = &mut plain.model.language_model.embed_tokens;
+    table.weight = table.weight.clone().map_packed(|packed| packed.by_rows());
+    assert!(super::decode::is_arranged(&ours) && !super::decode::is_arranged(&plain));
+    [ours, plain]
+}
+
+/// The captured step over quantised weights, the table tied to the head and not, an adapter beside them and none.
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn decoding_with_quantised_weights() {
+    let device = device();
+    for (format, tied) in [("int8", true), ("int4", false), ("int4:32", true)] {
+        let mut config = RandomSize::Tiny.config(None).unwrap();
+        config.tie_word_embeddings = tied;
+        let [ours, plain] = quantised_pair(&config, format, &device);
+        decoding_beside_eager(
+            &config,
+            [&ours, &plain],
+            vec![1, 2, 9, 20, 40],
+            CacheFormat::Float,
+        );
+        let lora = LoraConfig::default();
+        let adapted = [ours, plain].map(|model| attach(model, &lora, 3).unwrap().0);
+        let [ours, plain] = adapted.map(|model| {
+            crate::accelerate::draws::begin();
+            model.map_linears(&mut super::decode::tests::FillB)
+        });
+        decoding_beside_eager(&config, [&ours, &plain], vec![1, 20], CacheFormat::Int8);
+    }
+}
+
+/// `ours` decodes in the captured step, `plain` in single operations: the same model, perhaps in another order.
+fn decoding_beside_eager(
+    config: &Qwen3VlConfig,
+    [ours, plain]: [&Qwen3Vl<Cuda>; 2],
+    batches: Vec<usize>,
+    format: CacheFormat,
+) {
+    let device = device();
+    let mut report = Report::default();
     let vocab = config.text_config.vocab_size as u32;
-    for rows in some(vec![1, 2, 9]) {
+    for rows in some(batches) {
         let prompts: Vec<Vec<u32>> = (0..rows as u32)
             .map(|row| {
                 (0..20 + 7 * row)
-                    .map(|at| (at * 37 + row * 11) % vocab)
+                    // Below the placeholders of images.
+                    .map(|at| (at * 37 + row * 11) % (vocab - 24))
                     .collect()
             })
             .collect();
         let grids = vec![vec![]; rows];
         let (input, deltas) =
-            TextInput::padded(&prompts, &grids, &config, Padding::Left, 0).unwrap();
+            TextInput::padded(&prompts, &grids, config, Padding::Left, 0).unwrap();
         let layers = config.text_config.num_hidden_layers;
-        let mut cache = KeyValueCache::with_capacity(layers, input.seq() + 32);
-        model.hidden_states(&input, None, &config, Some(&mut cache), None, &device);
+        let mut cache = KeyValueCache::with_format(layers, input.seq() + 32, format);
+        ours.hidden_states(&input, None, config, Some(&mut cache), None, &device);
         // Two caches of the same prompt: one for each way.
-        let mut plain_cache = KeyValueCache::with_capacity(layers, input.seq() + 32);
-        model.hidden_states(&input, None, &config, Some(&mut plain_cache), None, &device);
+        let mut plain_cache = KeyValueCache::with_format(layers, input.seq() + 32, format);
+        plain.hidden_states(&input, None, config, Some(&mut plain_cache), None, &device);
         let mut tokens: Vec<u32> = (0..rows as u32).map(|row| 5 + row).collect();
         let start = DecodeStart {
             tokens: tokens.clone(),
@@ -815,7 +884,7 @@ fn decoding() {
             draws: Vec::new(),
             seen: Vec::new(),
         };
-        let mut decoder = Cuda::decoder(&model, &config, &cache, &start).expect("covered");
+        let mut decoder = Cuda::decoder(ours, config, &cache, &start).expect("covered");
         for step in 0..4 {
             let got = decoder.next_logits(&tokens).unwrap();
             let mut text = TextInput {
@@ -828,8 +897,8 @@ fn decoding() {
                 text.positions.push([position + step; 3]);
             }
             let hidden =
-                model.hidden_states(&text, None, &config, Some(&mut plain_cache), None, &device);
-            let want = model.logits(hidden);
+                plain.hidden_states(&text, None, config, Some(&mut plain_cache), None, &device);
+            let want = plain.logits(hidden);
             let shape = [rows, vocab as usize];
             let data = burn::tensor::TensorData::new(got.concat(), shape);
             let got = T::<2>::from_data(data, (&device, DType::F32));
@@ -855,10 +924,16 @@ fn decoding() {
         // The step that gave these logits has picked its tokens; the next one starts from them.
         let again = decoder.next_tokens().unwrap();
         assert_eq!(again.len(), rows);
+        // From the keys and values that the step wrote: those of single operations round elsewhere, and neighbours
+        // among the likeliest would change places.
+        let written = KeyValueCache {
+            segments: plain_cache.segments.clone(),
+            ..cache.clone()
+        };
         let mut own = Cuda::decoder(
-            &model,
-            &config,
-            &plain_cache,
+            ours,
+            config,
+            &written,
             &DecodeStart {
                 tokens: tokens.clone(),
                 positions: start
@@ -897,8 +972,8 @@ fn decoding() {
             sampling,
             ..start.clone()
         };
-        let mut device_draws = Cuda::decoder(&model, &config, &cache, &drawn).expect("covered");
-        let mut logits_of = Cuda::decoder(&model, &config, &cache, &drawn).expect("covered");
+        let mut device_draws = Cuda::decoder(ours, config, &cache, &drawn).expect("covered");
+        let mut logits_of = Cuda::decoder(ours, config, &cache, &drawn).expect("covered");
         let mut tokens = drawn.tokens.clone();
         let mut seen = drawn.seen.clone();
         for step in 0..5 {

@@ -1,5 +1,5 @@
 //! Keys and values in 8 bits: half the memory of a long context, at the price of dequantising a layer's
-//! cache in each step.
+//! cache in each step. CUDA's captured steps read the words (`accelerate/cuda/decode`).
 
 use burn::{prelude::*, tensor::DType};
 
@@ -141,6 +141,17 @@ impl<B: Backend> QuantisedCache<B> {
         };
         let seen = (this.keys.unpack(end, dtype), this.values.unpack(end, dtype));
         (this, seen)
+    }
+
+    /// Words and scales of keys, and of values: `[batch, heads, capacity, head_dim / 4]`, i32, and
+    /// `[batch, heads, capacity, 1]`, f32.
+    pub fn buffers(&self) -> [(&Tensor<B, 4, Int>, &Tensor<B, 4>); 2] {
+        [&self.keys, &self.values].map(|packed| (&packed.words, &packed.scales))
+    }
+
+    /// Tokens that there is room for.
+    pub fn capacity(&self) -> usize {
+        self.keys.capacity()
     }
 
     /// The named rows of the batch.

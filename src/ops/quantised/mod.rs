@@ -18,6 +18,7 @@
 //! leave room for the rest on a card of 8 GB. Norms, biases, patch embedding and position table stay.
 
 pub mod cache;
+mod fragments;
 pub mod pack;
 pub(super) mod training;
 pub mod weight;

@@ -5,7 +5,7 @@ use burn::{
     tensor::{DType, TensorData, backend::AutodiffBackend},
 };
 
-use super::{Format, pack::QuantisedMatrix};
+use super::{Format, fragments, pack::QuantisedMatrix};
 
 use crate::ops::{
     ForwardOps, LowRank,
@@ -18,6 +18,15 @@ pub const UNPACKED_BYTES: usize = 32 << 20;
 /// Rows of a whole tile of a matmul.
 const TILE: usize = 64;
 
+/// Order of a matrix's words and scales in tensors of one shape.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Order {
+    /// Row by row.
+    Rows,
+    /// The fragments of tensor cores (see [`super::fragments`]).
+    Fragments,
+}
+
 /// A quantised matrix `[out, in]` on a device.
 #[derive(Debug, Clone)]
 pub struct QuantisedWeight<B: Backend> {
@@ -27,6 +36,7 @@ pub struct QuantisedWeight<B: Backend> {
     scales: Tensor<B, 2>,
     /// As `scales`, where the format has zero points.
     zeros: Option<Tensor<B, 2>>,
+    order: Order,
     format: Format,
     d_input: usize,
     dtype: DType,
@@ -71,6 +81,7 @@ impl<B: Backend> QuantisedWeight<B> {
             words,
             scales,
             zeros,
+            order: Order::Rows,
             format,
             d_input,
             dtype,
@@ -121,12 +132,20 @@ impl<B: Backend> QuantisedWeight<B> {
     }
 
     /// `[out, words of a row]`, i32.
+    ///
+    /// # Panics
+    /// If the matrix is arranged: whoever reads words row by row has to ask first.
     pub fn words(&self) -> &Tensor<B, 2, Int> {
+        assert!(!self.is_arranged(), "words in fragment order");
         &self.words
     }
 
     /// `[out, scales of a row]`, f16 or f32.
+    ///
+    /// # Panics
+    /// As [`QuantisedWeight::words`].
     pub fn scales(&self) -> &Tensor<B, 2> {
+        assert!(!self.is_arranged(), "scales in fragment order");
         &self.scales
     }
 
@@ -135,9 +154,57 @@ impl<B: Backend> QuantisedWeight<B> {
         self.zeros.as_ref()
     }
 
+    /// Whether words and scales are in fragment order.
+    pub fn is_arranged(&self) -> bool {
+        self.order == Order::Fragments
+    }
+
+    /// Words and scales in fragment order, where the matrix is arranged.
+    pub fn fragments(&self) -> Option<(&Tensor<B, 2, Int>, &Tensor<B, 2>)> {
+        self.is_arranged().then_some((&self.words, &self.scales))
+    }
+
+    /// The same matrix in fragment order; `arrange` gets words and scales row by row and returns them so.
+    ///
+    /// # Panics
+    /// If it is arranged already, or `arrange` changes a shape.
+    pub fn arrange(
+        self,
+        arrange: impl FnOnce(Tensor<B, 2, Int>, Tensor<B, 2>) -> (Tensor<B, 2, Int>, Tensor<B, 2>),
+    ) -> Self {
+        assert!(!self.is_arranged(), "arranged twice");
+        let shapes = (self.words.dims(), self.scales.dims());
+        let (words, scales) = arrange(self.words, self.scales);
+        assert_eq!((words.dims(), scales.dims()), shapes);
+        Self {
+            words,
+            scales,
+            order: Order::Fragments,
+            ..self
+        }
+    }
+
+    /// The same matrix row by row: itself, or for an arranged one a copy.
+    pub fn by_rows(&self) -> Self {
+        if !self.is_arranged() {
+            return self.clone();
+        }
+        Self {
+            words: fragments::words_by_rows(self.words.clone(), self.format),
+            scales: fragments::scales_by_rows(self.scales.clone(), self.format),
+            order: Order::Rows,
+            ..self.clone()
+        }
+    }
+
     /// Device that it is stored on.
     pub fn device(&self) -> B::Device {
         self.words.device()
+    }
+
+    /// Adds the device that it is stored on.
+    pub fn collect_devices(&self, devices: burn::module::Devices<B>) -> burn::module::Devices<B> {
+        self.words.collect_devices(devices)
     }
 
     /// Bytes of device memory.
@@ -150,26 +217,31 @@ impl<B: Backend> QuantisedWeight<B> {
 
     /// Rows `start .. start + count`: `[count, in]`.
     pub fn rows(&self, start: usize, count: usize) -> Self {
+        let this = self.by_rows();
         Self {
-            words: self.words.clone().narrow(0, start, count),
-            scales: self.scales.clone().narrow(0, start, count),
-            zeros: (self.zeros.clone()).map(|zeros| zeros.narrow(0, start, count)),
-            ..self.clone()
+            words: this.words.clone().narrow(0, start, count),
+            scales: this.scales.clone().narrow(0, start, count),
+            zeros: (this.zeros.clone()).map(|zeros| zeros.narrow(0, start, count)),
+            ..this
         }
     }
 
     /// The rows `indices` `[n]`: `[n, in]`.
     pub fn select(&self, indices: Tensor<B, 1, Int>) -> Self {
+        let this = self.by_rows();
         Self {
-            words: self.words.clone().select(0, indices.clone()),
-            scales: self.scales.clone().select(0, indices.clone()),
-            zeros: self.zeros.clone().map(|zeros| zeros.select(0, indices)),
-            ..self.clone()
+            words: this.words.clone().select(0, indices.clone()),
+            scales: this.scales.clone().select(0, indices.clone()),
+            zeros: this.zeros.clone().map(|zeros| zeros.select(0, indices)),
+            ..this
         }
     }
 
     /// Dequantises: the values as floats, `[out, in]`, in plain Burn.
     pub fn unpack(&self, dtype: DType) -> Tensor<B, 2> {
+        if self.is_arranged() {
+            return self.by_rows().unpack(dtype);
+        }
         let [rows, words] = self.words.dims();
         let format = self.format;
         let mask = (1i32 << format.bits()) - 1;
@@ -254,6 +326,7 @@ impl<B: AutodiffBackend> QuantisedWeight<B> {
             words: self.words.clone().inner(),
             scales: self.scales.clone().inner(),
             zeros: self.zeros.clone().map(Tensor::inner),
+            order: self.order,
             format: self.format,
             d_input: self.d_input,
             dtype: self.dtype,
@@ -266,6 +339,7 @@ impl<B: AutodiffBackend> QuantisedWeight<B> {
             words: Tensor::from_inner(inner.words),
             scales: Tensor::from_inner(inner.scales),
             zeros: inner.zeros.map(Tensor::from_inner),
+            order: inner.order,
             format: inner.format,
             d_input: inner.d_input,
             dtype: inner.dtype,
@@ -309,6 +383,16 @@ pub(super) fn by_rows<B: ForwardOps>(
     } else {
         Tensor::cat(parts, 1)
     }
+}
+
+/// Rows by index as floats: `indices` `[n]` → `[n, in]`.
+pub(crate) fn select<B: ForwardOps>(
+    weight: &QuantisedWeight<B>,
+    indices: Tensor<B, 1, Int>,
+) -> Tensor<B, 2> {
+    let rows = weight.select(indices);
+    let [count, _] = rows.dims();
+    B::dequantise_rows(&rows, 0, count, weight.dtype())
 }
 
 /// `x Wᵀ + bias + residual`, `x` `[n, in]`, `residual` and result `[n, out]`: some rows of the matrix as

@@ -10,6 +10,7 @@ use super::sampler::TokenChoice;
 use crate::{
     adapters::lora::config::AdapterError,
     batch::{images::ImageInput, positions::Positions},
+    ops::quantised::cache::CacheFormat,
     qwen3_vl::vision::VisionOutput,
 };
 
@@ -91,6 +92,8 @@ pub struct ServingLimits {
     pub prefill_chunk: usize,
     /// Whether adapters will be loaded.
     pub adapters: bool,
+    /// How keys and values are stored.
+    pub kv_cache: CacheFormat,
 }
 
 /// An engine made for one backend.

@@ -212,8 +212,8 @@ pub fn generate_and_keep<B: Accelerator>(
         })
         .collect();
     let layers = config.text_config.num_hidden_layers;
-    // A decoder takes over buffers that hold the whole request; of a quantised cache it has none.
-    let decodes = B::HAS_DECODER && settings.kv_cache == CacheFormat::Float;
+    // A decoder takes over buffers that hold the whole request.
+    let decodes = B::HAS_DECODER;
     let room = input.seq() + settings.max_new_tokens + DECODER_ROOM;
     let reserved = if decodes { room } else { 0 };
     let mut cache = KeyValueCache::with_format(layers, reserved, settings.kv_cache);

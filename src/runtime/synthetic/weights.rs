@@ -148,7 +148,7 @@ pub fn draw<B: Accelerator>(
         });
         model = packed;
     }
-    model.map(&mut Draw { dtype, std })
+    B::arrange(model.map(&mut Draw { dtype, std }), config)
 }
 
 #[cfg(test)]

@@ -4,7 +4,9 @@
 use burn::tensor::DType;
 
 use super::{
-    Control, LARGEST_BATCH, covers, mask_of,
+    Control, LARGEST_BATCH,
+    adapters::AdapterTable,
+    covers, linears, mask_of,
     module::{DriverError, driver},
     plan::{Ending, Field, LayerCache, StepIo, mask_words, step},
     stream::{Context, DeviceMemory, DeviceWords, Event, Repeated, Stream},
@@ -16,6 +18,7 @@ use crate::{
         operand::Operand,
         plan::card,
     },
+    ops::quantised::cache::QuantisedCache,
     qwen3_vl::{
         Qwen3Vl,
         config::{Qwen3VlConfig, TextConfig},
@@ -43,6 +46,7 @@ struct Engine {
     _uniforms: DeviceMemory,
     scratch: Scratch,
     _weights: Weights,
+    _adapters: Option<AdapterTable>,
     _cache: Vec<Buffer>,
     context: Context,
     stream: Stream,
@@ -101,11 +105,18 @@ impl Engine {
         // Two blocks for each processor.
         let blocks = 2 * card(like.device.index).processors;
         let splits = (blocks / (text.num_key_value_heads * rows)).clamp(1, 64);
-        let scratch = Scratch::new(text, rows, splits, &like)?;
+        let scratch = Scratch::new(&weights, rows, splits, &like)?;
         let (layers, kept) = layers_of(cache, text, rows, &like)?;
 
         let words = |count: usize| DeviceMemory::zeroed(context, count * size_of::<u32>());
         let control = words(super::plan::CONTROL_WORDS)?;
+        // Beside quantised weights an adapter is not merged.
+        let mut adapters = None;
+        if linears(model).any(|linear| linear.lora.is_some()) {
+            let mut table = AdapterTable::new(weights.matrices(), context)?;
+            let place = table.insert(model, &like.client, &stream);
+            adapters = Some((driver("placing the adapter", place)?, table));
+        }
         let penalised = start.sampling.repetition_penalty != 1.0;
         let seen = words(if penalised {
             rows * mask_words(vocab)
@@ -124,6 +135,9 @@ impl Engine {
             initial.set(Field::End, row, cache.len() as u32 + 1);
             initial.set(Field::First, row, padding.count() as u32);
             initial.set(Field::Table, row, row as u32);
+            if let Some((place, _)) = &adapters {
+                initial.set(Field::Adapter, row, *place as u32);
+            }
             initial.set_choice(row, &TokenChoice::new(&start.sampling, 0.0));
             for (at, draw) in start.draws.get(row).into_iter().flatten().enumerate() {
                 draws[at * rows + row] = *draw;
@@ -146,6 +160,7 @@ impl Engine {
         let io = StepIo {
             control: control.address,
             seen: seen.address,
+            adapters: adapters.as_ref().map(|(_, table)| table.address()),
             results: ring.address(),
             ending: Ending::Feedback {
                 uniforms: uniforms.address,
@@ -163,6 +178,7 @@ impl Engine {
             _uniforms: uniforms,
             scratch,
             _weights: weights,
+            _adapters: adapters.map(|(_, table)| table),
             _cache: kept,
             context,
             stream,
@@ -219,6 +235,9 @@ fn layers_of(
 ) -> Result<(Vec<LayerCache>, Vec<Buffer>), DriverError> {
     let mut addresses = Addresses::new(&like.client);
     let mut layers = Vec::with_capacity(cache.layers.len());
+    for packed in cache.layers.iter().filter_map(|layer| layer.packed()) {
+        layers.push(quantised_layer(packed, text, rows, &mut addresses)?);
+    }
     for (keys, values) in cache.layers.iter().filter_map(|layer| layer.buffers()) {
         let (keys, values) = (strided(keys.clone()), strided(values.clone()));
         let strides = |buffer: &Buffer| [0, 1, 2].map(|axis| buffer.meta.strides()[axis] as u64);
@@ -230,12 +249,41 @@ fn layers_of(
         layers.push(LayerCache {
             key_strides: strides(&keys),
             value_strides: strides(&values),
+            scales: None,
             capacity,
             keys: addresses.of(keys)?,
             values: addresses.of(values)?,
         });
     }
     Ok((layers, addresses.kept()))
+}
+
+/// Addresses and strides of a quantised layer.
+fn quantised_layer(
+    packed: &QuantisedCache<Backend>,
+    text: &TextConfig,
+    rows: usize,
+    addresses: &mut Addresses<'_>,
+) -> Result<LayerCache, DriverError> {
+    let (heads, width, capacity) = (text.num_key_value_heads, text.head_dim, packed.capacity());
+    let [keys, values] = packed.buffers().map(|(words, scales)| {
+        let words = words.clone().into_primitive();
+        let shape = [rows, heads, capacity, width / 4];
+        let words = addresses.contiguous(words, DType::I32, shape)?;
+        let scales = strided(scales.clone());
+        let shape = [rows, heads, capacity, 1];
+        Ok::<_, DriverError>((words, addresses.contiguous(scales, DType::F32, shape)?))
+    });
+    let ((keys, of_keys), (values, of_values)) = (keys?, values?);
+    let strides = [heads * capacity * width, capacity * width, width].map(|stride| stride as u64);
+    Ok(LayerCache {
+        keys,
+        values,
+        key_strides: strides,
+        value_strides: strides,
+        scales: Some([of_keys, of_values]),
+        capacity,
+    })
 }
 
 impl Decoder for Engine {

@@ -1,7 +1,8 @@
 //! Decoding: a whole step as one captured graph.
 //!
 //! A layer is eight launches: norm; fused QKV; head norms + RoPE + KV cache; attention; output + residual;
-//! norm; gate/up + SwiGLU; down + residual. For one row the norms are part of the matmuls: six launches. Tokens, positions, lengths and sampling
+//! norm; gate/up + SwiGLU; down + residual. For one row, and with quantised weights, the norms are part of the
+//! matmuls: six launches. Tokens, positions, lengths and sampling
 //! parameters are on the device (`control.cuh`) and the token is sampled there, so that only tokens are
 //! read back and the graph is never captured again as sequences start, grow and end.
 //!
@@ -14,16 +15,20 @@ mod pages;
 mod plan;
 mod serve;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 mod weights;
 
 use burn::tensor::DType;
 
-use super::{launch::Backend, module, stream};
-use crate::qwen3_vl::{
-    Qwen3Vl,
-    config::{Qwen3VlConfig, TextConfig},
-    nn::Linear,
+use super::{fragments, launch::Backend, module, stream};
+use crate::{
+    ops::quantised::Format,
+    qwen3_vl::{
+        Qwen3Vl, Qwen3VlModel, TextModel,
+        config::{Qwen3VlConfig, TextConfig},
+        nn::{Embedding, Linear},
+    },
+    weights::Weight,
 };
 
 pub(super) use batch::start;
@@ -32,30 +37,103 @@ pub(super) use serve::start as serve;
 /// Most sequences of one step.
 const LARGEST_BATCH: usize = plan::CONTROL_ROWS;
 
-/// Whether the model's text layers are plain bf16 matrices of shapes the kernels cover; `alone` for
+/// Whether the kernels cover the model: its text layers are bf16 matrices, or all quantised in fragment order; `alone` for
 /// one sequence (matrix-vector kernels), which has fewer conditions.
 fn covers(model: &Qwen3Vl<Backend>, config: &Qwen3VlConfig, alone: bool) -> bool {
+    let text = &config.text_config;
+    covers_sizes(text, weights::like(model).device.index, alone)
+        && (linears(model).all(|linear| linear.bias.is_none()))
+        && (all_floats(model) || all_fragments(model))
+}
+
+/// The linear layers that a step multiplies by, the head among them where it has its own.
+fn linears(model: &Qwen3Vl<Backend>) -> impl Iterator<Item = &Linear<Backend>> {
+    let layers = &model.model.language_model.layers;
+    layers
+        .iter()
+        .flat_map(|layer| layer.projections())
+        .chain(&model.lm_head)
+}
+
+/// Whether all matrices of a step are bf16, without adapters beside them.
+fn all_floats(model: &Qwen3Vl<Backend>) -> bool {
     // Quantised weights are checked first: `val` would dequantise them.
-    let plain = |linear: &Linear<Backend>| {
-        linear.lora.is_none()
-            && linear.bias.is_none()
-            && linear.weight.packed().is_none()
-            && linear.weight.val().dtype() == DType::BF16
+    let plain =
+        |weight: &Weight<Backend>| weight.packed().is_none() && weight.val().dtype() == DType::BF16;
+    linears(model).all(|linear| linear.lora.is_none() && plain(&linear.weight))
+        && plain(&model.model.language_model.embed_tokens.weight)
+}
+
+/// Whether all matrices of a step are quantised and in fragment order, those of one input alike, and the table of 8
+/// bits; adapters may be beside them.
+fn all_fragments(model: &Qwen3Vl<Backend>) -> bool {
+    let language = &model.model.language_model;
+    let format = |weight: &Weight<Backend>| {
+        let packed = weight.packed()?;
+        (packed.is_arranged() && packed.dtype() == DType::BF16).then(|| packed.format())
     };
-    covers_sizes(
-        &config.text_config,
-        weights::like(model).device.index,
-        alone,
-    ) && model.lm_head.as_ref().is_none_or(plain)
-        && model
-            .model
-            .language_model
-            .embed_tokens
-            .weight
-            .packed()
-            .is_none()
-        && (model.model.language_model.layers.iter())
-            .all(|layer| layer.projections().into_iter().all(plain))
+    let alike = |of: &[&Linear<Backend>]| {
+        let first = format(&of[0].weight);
+        first.is_some() && of.iter().all(|linear| format(&linear.weight) == first)
+    };
+    let table = language.embed_tokens.weight.packed();
+    let table = table.is_some_and(|table| table.format() == Format::Int8);
+    let in_layers = language.layers.iter().all(|layer| {
+        let [q, k, v, output, gate, up, down] = layer.projections();
+        alike(&[q, k, v]) && alike(&[output]) && alike(&[gate, up]) && alike(&[down])
+    });
+    in_layers && format(model.head()).is_some() && table
+}
+
+/// Whether some matrix is in fragment order: then kernels that read rows cannot take the model.
+pub(super) fn is_arranged(model: &Qwen3Vl<Backend>) -> bool {
+    let head = std::iter::once(model.head());
+    let mut weights = linears(model).map(|linear| &linear.weight).chain(head);
+    weights.any(|weight| weight.packed().is_some_and(|packed| packed.is_arranged()))
+}
+
+/// Whether all matrices of a step can be arranged, and the step covers the model.
+fn can_arrange(model: &Qwen3Vl<Backend>, text: &TextConfig) -> bool {
+    let can = |weight: &Weight<Backend>| weight.packed().is_some_and(fragments::can_arrange);
+    let head = std::iter::once(model.head());
+    let mut weights = linears(model).map(|linear| &linear.weight).chain(head);
+    weights.all(can) && covers_sizes(text, weights::like(model).device.index, false)
+}
+
+/// A quantised model with all that a step multiplies by in fragment order, or unchanged where the step does not
+/// cover it. A table that is not the head is only read row by row, and stays.
+pub(super) fn arrange(model: Qwen3Vl<Backend>, config: &Qwen3VlConfig) -> Qwen3Vl<Backend> {
+    if !can_arrange(&model, &config.text_config) {
+        return model;
+    }
+    let arranged = |linear: Linear<Backend>| Linear {
+        weight: linear.weight.map_packed(fragments::arranged),
+        ..linear
+    };
+    let Qwen3Vl { model, lm_head } = model;
+    let language = model.language_model;
+    let layers = language.layers.into_iter();
+    let layers = layers
+        .map(|layer| layer.map_projections(arranged))
+        .collect();
+    let table = language.embed_tokens.weight;
+    let embed_tokens = Embedding {
+        weight: match &lm_head {
+            Some(_) => table,
+            None => table.map_packed(fragments::arranged),
+        },
+    };
+    Qwen3Vl {
+        model: Qwen3VlModel {
+            language_model: TextModel {
+                layers,
+                embed_tokens,
+                ..language
+            },
+            ..model
+        },
+        lm_head: lm_head.map(arranged),
+    }
 }
 
 /// Whether the kernels cover matrices of these shapes.

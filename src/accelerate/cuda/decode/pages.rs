@@ -18,6 +18,7 @@ use crate::{
         launch::{Backend, Kernel, empty, launch, tensor},
         operand::Operand,
     },
+    ops::quantised::cache::CacheFormat,
     qwen3_vl::config::TextConfig,
 };
 
@@ -33,6 +34,7 @@ pub(super) struct PagePool {
     kv_heads: usize,
     head_dim: usize,
     pages: usize,
+    format: CacheFormat,
     ledger: Arc<Mutex<Ledger>>,
 }
 
@@ -111,6 +113,7 @@ impl PagePool {
     pub(super) fn new(
         text: &TextConfig,
         tokens: usize,
+        format: CacheFormat,
         context: Context,
     ) -> Result<Self, DriverError> {
         let pages = tokens.div_ceil(PAGE) + 1;
@@ -119,13 +122,18 @@ impl PagePool {
             text.num_key_value_heads,
             text.head_dim,
         );
-        let bytes = 2 * layers * pages * kv_heads * PAGE * head_dim * DType::BF16.size();
+        let row = match format {
+            CacheFormat::Float => head_dim * DType::BF16.size(),
+            CacheFormat::Int8 => head_dim + size_of::<f32>(),
+        };
+        let bytes = 2 * layers * pages * kv_heads * PAGE * row;
         Ok(Self {
             memory: DeviceMemory::fresh(context, bytes)?,
             layers,
             kv_heads,
             head_dim,
             pages,
+            format,
             ledger: Arc::new(Mutex::new(Ledger {
                 free: (1..pages as u32).rev().collect(),
                 holders: vec![0; pages],
@@ -135,13 +143,34 @@ impl PagePool {
 
     /// Bytes of a page: keys, or values, of one layer.
     fn page_bytes(&self) -> usize {
-        self.kv_heads * PAGE * self.head_dim * DType::BF16.size()
+        let element = match self.format {
+            CacheFormat::Float => DType::BF16.size(),
+            CacheFormat::Int8 => 1,
+        };
+        self.kv_heads * PAGE * self.head_dim * element
+    }
+
+    /// Bytes of a page's scales: of keys, or values, of one layer.
+    fn scale_bytes(&self) -> usize {
+        match self.format {
+            CacheFormat::Float => 0,
+            CacheFormat::Int8 => self.kv_heads * PAGE * size_of::<f32>(),
+        }
     }
 
     /// Start addresses of a layer's keys and values.
     fn layer(&self, index: usize) -> [u64; 2] {
         let bytes = self.pages * self.page_bytes();
         [2 * index, 2 * index + 1].map(|part| self.memory.address + (part * bytes) as u64)
+    }
+
+    /// Start addresses of the scales of a layer's keys and values, where the pool is quantised: after all
+    /// keys and values.
+    fn scales(&self, index: usize) -> Option<[u64; 2]> {
+        let all = 2 * self.layers * self.pages * self.page_bytes();
+        let bytes = self.pages * self.scale_bytes();
+        let at = |part: usize| self.memory.address + (all + part * bytes) as u64;
+        (self.format == CacheFormat::Int8).then(|| [at(2 * index), at(2 * index + 1)])
     }
 
     /// All layers, as a step reads them.
@@ -157,6 +186,7 @@ impl PagePool {
                     values,
                     key_strides: strides,
                     value_strides: strides,
+                    scales: self.scales(layer),
                     capacity: self.pages * PAGE,
                 }
             })
@@ -183,9 +213,15 @@ impl PagePool {
         let mut held = source.shared(whole);
         held.grow(tokens);
         if let (Some(to), Some(from)) = (held.get(whole), source.get(whole)) {
-            let bytes = self.page_bytes();
-            let offset = |page: u32| (page as usize * bytes) as u64;
-            for base in (0..self.layers).flat_map(|layer| self.layer(layer)) {
+            let layers = 0..self.layers;
+            let (page, scales) = (self.page_bytes(), self.scale_bytes());
+            let of_scales = layers.clone().filter_map(|layer| self.scales(layer));
+            let all = layers
+                .flat_map(|layer| self.layer(layer))
+                .map(|base| (base, page))
+                .chain(of_scales.flatten().map(|base| (base, scales)));
+            for (base, bytes) in all {
+                let offset = |page: u32| (page as usize * bytes) as u64;
                 // SAFETY: both pages are in the pool and differ.
                 #[allow(unsafe_code)]
                 unsafe {
@@ -198,7 +234,7 @@ impl PagePool {
     }
 
     /// Writes new keys and values `[1, key_value_heads, new, head_dim]` of a layer after the first
-    /// `past` tokens of the sequence with the pages `table`; returns those of all tokens.
+    /// `past` tokens of the sequence with the pages `table`; returns those of all tokens, as the pool holds them.
     pub(super) fn append(
         &self,
         layer: usize,
@@ -218,6 +254,7 @@ impl PagePool {
             ("SCALAR_BF16", 1),
             ("HEAD_DIM", head_dim as i64),
             ("PAGE", PAGE as i64),
+            ("CACHE_INT8", i64::from(self.format == CacheFormat::Int8)),
         ];
         let kernel = Kernel::new("pages", SOURCES, defines, 256);
         let mut parameters: Vec<u64> = [heads, new, past].map(|size| size as u64).to_vec();
@@ -225,6 +262,7 @@ impl PagePool {
             parameters.extend([1, 2].map(|axis| buffer.meta.strides()[axis] as u64));
         }
         parameters.extend(self.layer(layer));
+        parameters.extend(self.scales(layer).into_iter().flatten());
         let grid = [(2 * heads * tokens).div_ceil(8), 1, 1];
         let client = keys.client.clone();
         let fresh = |x| Operand::contiguous_rows(x, DType::BF16, [1, heads, new, head_dim]);
@@ -234,7 +272,7 @@ impl PagePool {
             "{tokens} tokens of {heads} heads in {pages} pages"
         );
         let of_sequence = Operand::contiguous(&table, DType::I32, [pages]);
-        if past == 0 {
+        if past == 0 && self.format == CacheFormat::Float {
             let unused = Operand::unused(&keys);
             let all = [fresh(&keys), fresh(&values), of_sequence, unused, unused];
             launch(&client, kernel, grid, &all, parameters);

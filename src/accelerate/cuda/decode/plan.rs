@@ -4,7 +4,9 @@ use burn::tensor::DType;
 
 use super::{
     super::{
+        fragments::{FragmentLaunch, FragmentMatmul, Fused},
         launch::{Defines, Kernel, float_bits},
+        plan::card,
         rows,
     },
     module::{DriverError, load, load_all},
@@ -21,6 +23,7 @@ const ADAPTER: &str = include_str!("adapter.cuh");
 const OVERLAP: &str = include_str!("overlap.cuh");
 const GEMV: &[&str] = &[SCALAR, OVERLAP, include_str!("gemv.cu")];
 const SKINNY: &[&str] = &[SCALAR, ADAPTER, include_str!("skinny.cu")];
+const EMBED: &[&str] = &[SCALAR, OVERLAP, include_str!("../fragments/embed.cu")];
 const STEP: &[&str] = &[SCALAR, ADAPTER, OVERLAP, include_str!("step.cu")];
 const SAMPLE: &[&str] = &[
     SCALAR,
@@ -67,6 +70,8 @@ pub(super) struct LayerCache {
     /// Of a sequence (or a page), a head and a token, in elements.
     pub key_strides: [u64; 3],
     pub value_strides: [u64; 3],
+    /// Of a quantised cache: scales of keys and of values, one for each row.
+    pub scales: Option<[u64; 2]>,
     /// Tokens a sequence may hold.
     pub capacity: usize,
 }
@@ -149,6 +154,8 @@ struct Matmul {
     norm: Option<(u64, f64)>,
     gate: bool,
     residual: Option<u64>,
+    /// Weight of the norm that is applied to the result.
+    next: Option<u64>,
     out_f32: bool,
     /// Index of its first matrix among those that may have an adapter.
     matrix: usize,
@@ -169,7 +176,7 @@ pub(super) struct Builder<'a> {
     weights: &'a Weights,
     scratch: &'a Scratch,
     io: StepIo<'a>,
-    /// Whether kernels let the next one begin early; it gains nothing with a batch.
+    /// Whether kernels let the next one begin early; it gains nothing with a batch of 16-bit weights.
     overlaps: bool,
     launches: Vec<Launch>,
     /// The current layer, and its index.
@@ -232,6 +239,10 @@ impl Builder<'_> {
 
     /// `y = x [W…]ᵀ`, `x` `[rows, k]`.
     fn matmul(&mut self, x: u64, k: usize, matrices: &[Matrix], y: u64, matmul: Matmul) {
+        if let Some(of) = FragmentMatmul::of(matrices, k, matmul.gate, self.io.rows) {
+            self.quantised_matmul(x, matrices, y, matmul, of);
+            return;
+        }
         let mut defines: Defines = vec![
             ("SCALAR_BF16", 1),
             ("WEIGHTS", matrices.len() as i64),
@@ -277,14 +288,9 @@ impl Builder<'_> {
         let mut adapter = Vec::new();
         parameters.push(rows as u64);
         if let Some(table) = self.io.adapters {
-            let adapter_of = self.io.field(Field::Adapter);
-            let place = [self.weights.matrices() as u64, matmul.matrix as u64];
-            let mut shrink = small(k, [0; 2], [0; 3], 0.0, 0);
-            shrink.extend(place);
-            parameters.extend(place);
-            adapter = vec![table, adapter_of, self.scratch.low];
-            let pointers = vec![input, table, adapter_of, self.scratch.low];
-            self.small("SHRINK", 256, [4, matrices.len(), rows], pointers, shrink);
+            let place = self.adapter_place(matmul);
+            parameters.extend(place.map(|place| place as u64));
+            adapter = self.shrink(input, k, matrices.len(), table, place, None);
         }
         defines.push(("ADAPTERS", i64::from(!adapter.is_empty())));
         defines.push(("TILES", rows.div_ceil(8) as i64));
@@ -304,6 +310,124 @@ impl Builder<'_> {
         self.push(kernel, [count / 16, 1, 1], pointers, parameters);
     }
 
+    /// [`Builder::matmul`] with quantised matrices: the norm before it is part of it, and the one after it of the
+    /// result's epilogue (`fragments.cuh`).
+    fn quantised_matmul(
+        &mut self,
+        x: u64,
+        matrices: &[Matrix],
+        y: u64,
+        matmul: Matmul,
+        of: FragmentMatmul,
+    ) {
+        let scratch = self.scratch;
+        let fused = Fused {
+            norm: matmul.norm.is_some(),
+            next: matmul.next.is_some(),
+            bias: false,
+            residual: matmul.residual.is_some(),
+            out_f32: matmul.out_f32,
+            adapters: self.io.adapters.is_some(),
+        };
+        let input = if fused.norm { scratch.normed } else { x };
+        let squares = fused.norm.then_some(scratch.squares);
+        let epsilon = matmul.norm.map_or(0.0, |(_, epsilon)| epsilon);
+        let mut adapter = Vec::new();
+        let place = self.adapter_place(matmul);
+        if let Some(table) = self.io.adapters {
+            let norm = squares.map(|squares| (squares, epsilon));
+            adapter = self.shrink(input, of.k, matrices.len(), table, place, norm);
+        }
+        let FragmentLaunch {
+            kernel,
+            grid,
+            splits,
+        } = of.launch(fused, &card(self.weights.device));
+        let matrices = matrices.iter().flat_map(|matrix| {
+            let scales = matrix.quantised.map(|(scales, _)| scales);
+            [matrix.address].into_iter().chain(scales)
+        });
+        let exchanged = splits.then_some([scratch.sums, scratch.counters]);
+        let next = matmul
+            .next
+            .map(|weight| [weight, scratch.normed, scratch.squares]);
+        let pointers = [input]
+            .into_iter()
+            .chain(matrices)
+            .chain(squares)
+            .chain(matmul.residual)
+            .chain(adapter)
+            .chain(exchanged.into_iter().flatten())
+            .chain([y])
+            .chain(next.into_iter().flatten())
+            .collect();
+        let parameters = of.parameters(epsilon, fused.adapters.then_some(place));
+        self.push_early(kernel, grid, pointers, parameters);
+    }
+
+    /// Number of matrices of a table of adapters, and the index of a matmul's first.
+    fn adapter_place(&self, matmul: Matmul) -> [usize; 2] {
+        [self.weights.matrices(), matmul.matrix]
+    }
+
+    /// `x Aᵀ` of each row's adapter for the matmuls of one input, with the factor of a norm where one is applied to `x`.
+    /// Returns what a matmul's epilogue reads.
+    fn shrink(
+        &mut self,
+        x: u64,
+        k: usize,
+        matmuls: usize,
+        table: u64,
+        place: [usize; 2],
+        norm: Option<(u64, f64)>,
+    ) -> Vec<u64> {
+        let adapter_of = self.io.field(Field::Adapter);
+        let low = self.scratch.low;
+        let epsilon = norm.map_or(0.0, |(_, epsilon)| epsilon);
+        let mut parameters = small(k, [0; 2], [0; 3], epsilon, 0);
+        parameters.extend(place.map(|place| place as u64));
+        let pointers = [x, table, adapter_of]
+            .into_iter()
+            .chain(norm.map(|(squares, _)| squares))
+            .chain([low])
+            .collect();
+        let defines = vec![
+            ("SHRINK", 1),
+            ("SCALAR_BF16", 1),
+            ("NORMED", i64::from(norm.is_some())),
+        ];
+        let kernel = Kernel::new("SHRINK", STEP, defines, 256);
+        let grid = [4, matmuls, self.io.rows];
+        self.push_early(kernel, grid, pointers, parameters);
+        vec![table, adapter_of, low]
+    }
+
+    /// The token vectors of the rows.
+    fn embed(&mut self, x: u64) {
+        let (weights, scratch, io) = (self.weights, self.scratch, self.io);
+        let (table, token) = (weights.table, io.field(Field::Token));
+        let (hidden, grid) = (weights.text.hidden_size, [io.rows, 1, 1]);
+        let Some((scales, arranged)) = table.quantised else {
+            let pointers = vec![table.address, token, x];
+            let parameters = small(hidden, [0; 2], [0; 3], 0.0, 0);
+            self.small("EMBED", 256, grid, pointers, parameters);
+            return;
+        };
+        let defines = vec![("SCALAR_BF16", 1), ("FRAGMENTS", i64::from(arranged))];
+        let kernel = Kernel::new("embed", EMBED, defines, 256);
+        let (norm, _) = self.layer.0.input_norm;
+        let pointers = vec![
+            table.address,
+            scales,
+            token,
+            x,
+            norm,
+            scratch.normed,
+            scratch.squares,
+        ];
+        self.push_early(kernel, grid, pointers, vec![hidden as u64]);
+    }
+
     fn small(
         &mut self,
         variant: &'static str,
@@ -317,6 +441,7 @@ impl Builder<'_> {
             ("SCALAR_BF16", 1),
             ("HEAD_DIM", self.weights.text.head_dim as i64),
             ("PAGE", self.page()),
+            ("CACHE_INT8", i64::from(self.cache().scales.is_some())),
         ];
         let kernel = Kernel::new(variant, STEP, defines, threads);
         self.push_early(kernel, grid, pointers, parameters);
@@ -358,6 +483,7 @@ impl Builder<'_> {
         .into_iter()
         .chain(self.tables())
         .chain([scratch.queries, cache.keys, cache.values])
+        .chain(cache.scales.into_iter().flatten())
         .collect();
         let grid = [(heads + 2 * kv_heads).div_ceil(4), rows, 1];
         let parameters = small(0, [heads, kv_heads], cache.key_strides, epsilon, width);
@@ -378,6 +504,7 @@ impl Builder<'_> {
             ("GROUP", (heads / kv_heads) as i64),
             ("PART", 0),
             ("PAGE", self.page()),
+            ("CACHE_INT8", i64::from(cache.scales.is_some())),
         ];
         let kernel =
             Kernel::new("attention_decode", ATTENTION, defines, 128).with_entry_macro("ATTN_NAME");
@@ -389,18 +516,13 @@ impl Builder<'_> {
         if width > 0 {
             parameters.push(width as u64);
         }
-        let pointers = [
-            scratch.queries,
-            cache.keys,
-            cache.values,
-            scratch.attended,
-            first,
-            end,
-        ]
-        .into_iter()
-        .chain(self.tables())
-        .chain([scratch.partial, scratch.statistics, scratch.finished])
-        .collect();
+        let pointers = [scratch.queries, cache.keys, cache.values]
+            .into_iter()
+            .chain(cache.scales.into_iter().flatten())
+            .chain([scratch.attended, first, end])
+            .chain(self.tables())
+            .chain([scratch.partial, scratch.statistics, scratch.finished])
+            .collect();
         self.push(
             kernel,
             [scratch.splits, kv_heads, rows],
@@ -500,19 +622,13 @@ pub(super) fn launches<'a>(
         weights,
         scratch,
         io,
-        overlaps: io.gemv && io.rows == 1 && weights.begins_early,
+        overlaps: weights.begins_early && (weights.is_quantised() || (io.gemv && io.rows == 1)),
         launches: Vec::new(),
         layer: (&weights.layers[0], 0),
         free,
     };
     let b = &mut build;
-    b.small(
-        "EMBED",
-        256,
-        [io.rows, 1, 1],
-        vec![weights.table, io.field(Field::Token), x],
-        small(hidden, [0; 2], [0; 3], 0.0, 0),
-    );
+    b.embed(x);
     let x = decoder_layers(b, 0..weights.layers.len(), x);
     let matmul = Matmul {
         norm: Some(weights.norm),
@@ -608,8 +724,13 @@ impl Builder<'_> {
         residual: u64,
     ) -> u64 {
         let ([matrix], place) = self.layer.0.matrices::<1>(projection);
+        let norm = match projection {
+            Projection::Down => self.weights.norm_after(self.layer.1),
+            _ => self.layer.0.post_norm,
+        };
         let matmul = Matmul {
             residual: Some(residual),
+            next: Some(norm.0),
             matrix: self.layer.1 * LAYER_MATRICES + place,
             ..Matmul::default()
         };

@@ -20,8 +20,8 @@ use burn::{prelude::*, tensor::DType};
 use super::{
     Control, LARGEST_BATCH,
     adapters::AdapterTable,
-    covers, mask_of,
-    module::DriverError,
+    covers, linears, mask_of,
+    module::{DriverError, driver},
     pages::{HeldPages, PAGE, PagePool},
     plan::{Ending, Field, Pages, StepIo, mask_words, step},
     stream::{Context, DeviceMemory, DeviceWords, PinnedMemory, Repeated, Stream},
@@ -140,15 +140,25 @@ impl PagedDecoder {
         let table_width = longest.div_ceil(PAGE) + 1;
         let words = |count: usize| DeviceMemory::zeroed(context, count * size_of::<u32>());
         let weights = Weights::new(model, config, &like.client)?;
+        let (stream, mut adapters) = (
+            Stream::new(context)?,
+            AdapterTable::new(weights.matrices(), context)?,
+        );
+        // Beside quantised weights the base's own adapter is not merged.
+        let adapted = linears(model).any(|linear| linear.lora.is_some());
+        let place = adapted.then(|| {
+            let place = adapters.insert(model, &like.client, &stream);
+            driver("placing the adapter", place)
+        });
         let base = Served {
             model: model.clone(),
-            place: None,
+            place: place.transpose()?,
         };
-        let scratch = Scratch::new(text, largest, SPLITS, &like)?;
+        let scratch = Scratch::new(&weights, largest, SPLITS, &like)?;
         Ok(Self {
             graphs: HashMap::new(),
-            pool: PagePool::new(text, limits.cache_tokens, context)?,
-            adapters: AdapterTable::new(weights.matrices(), context)?,
+            pool: PagePool::new(text, limits.cache_tokens, limits.kv_cache, context)?,
+            adapters,
             tables: words(table_count * table_width)?,
             seen: words(table_count * mask_words(text.vocab_size))?,
             control: words(super::plan::CONTROL_WORDS)?,
@@ -157,7 +167,7 @@ impl PagedDecoder {
             scratch,
             weights,
             context,
-            stream: Stream::new(context)?,
+            stream,
             client: like.client.clone(),
             models: BTreeMap::from([(AdapterId::BASE, base)]),
             slots: HashMap::new(),
@@ -192,7 +202,8 @@ impl PagedDecoder {
         on_progress: &mut dyn FnMut(usize, usize),
     ) -> Result<(), DriverError> {
         let sizes = self.sizes();
-        let kinds: &[bool] = if limits.adapters {
+        let adapted_base = self.models[&AdapterId::BASE].place.is_some();
+        let kinds: &[bool] = if limits.adapters || adapted_base {
             &[false, true]
         } else {
             &[false]

@@ -15,7 +15,7 @@ use burn::{
 use super::{
     super::{
         launch::Kernel,
-        tests::{Report, T, device, drawn},
+        tests::{Report, T, device, drawn, quantised_pair},
     },
     plan, weights,
 };
@@ -27,6 +27,7 @@ use crate::{
         files::save_adapter,
     },
     batch::positions::Positions,
+    ops::quantised::cache::CacheFormat,
     qwen3_vl::{
         Qwen3Vl,
         config::Qwen3VlConfig,
@@ -56,6 +57,7 @@ const LIMITS: ServingLimits = ServingLimits {
     cache_tokens: 8192,
     prefill_chunk: 64,
     adapters: true,
+    kv_cache: CacheFormat::Float,
 };
 
 fn model(config: &Qwen3VlConfig, device: &Device<Cuda>) -> Qwen3Vl<Cuda> {
@@ -129,7 +131,7 @@ fn tensor(values: &[f32], device: &Device<Cuda>) -> T<1> {
 }
 
 /// Fills B with values, so that adapters change the result.
-struct FillB;
+pub(in super::super) struct FillB;
 
 impl LinearMapper<Cuda> for FillB {
     fn map_linear(&mut self, _path: &str, mut linear: Linear<Cuda>) -> Linear<Cuda> {
@@ -176,9 +178,30 @@ fn sequences_that_come_and_go_are_those_of_the_plain_engine() {
     let device = device();
     let config = RandomSize::Tiny.config(None).unwrap();
     let model = model(&config, &device);
-    let (_root, dirs) = adapters(&model);
-    let mut ours = paged(&model, &config, &LIMITS);
-    let mut plain = PlainDecoder::<Cuda>::new(model, config.clone(), device.clone());
+    for format in [CacheFormat::Float, CacheFormat::Int8] {
+        come_and_go(&config, [model.clone(), model.clone()], format);
+    }
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn quantised_sequences_that_come_and_go_are_those_of_the_plain_engine() {
+    let device = device();
+    let config = RandomSize::Tiny.config(None).unwrap();
+    for format in ["int8", "int4"] {
+        let pair = quantised_pair(&config, format, &device);
+        come_and_go(&config, pair, CacheFormat::Float);
+    }
+}
+
+/// Serves the first model in the captured step and the second in plain operations, with two adapters.
+fn come_and_go(config: &Qwen3VlConfig, [model, plain]: [Qwen3Vl<Cuda>; 2], kv_cache: CacheFormat) {
+    let device = device();
+    let (_root, dirs) = adapters(&plain);
+    let limits = ServingLimits { kv_cache, ..LIMITS };
+    let mut ours = paged(&model, config, &limits);
+    let plain = PlainDecoder::<Cuda>::new(plain, config.clone(), device.clone());
+    let mut plain = plain.with_cache(kv_cache);
     let mut report = Report::default();
     let mut choices = vec![(AdapterId::BASE, AdapterId::BASE)];
     for dir in &dirs {
@@ -268,12 +291,19 @@ fn sequences_that_come_and_go_are_those_of_the_plain_engine() {
 fn a_row_alone_and_in_company_is_the_same_bit_for_bit() {
     let device = device();
     let config = RandomSize::Tiny.config(None).unwrap();
-    let model = model(&config, &device);
+    alone_and_in_company(&config, &model(&config, &device));
+    for format in ["int8", "int4"] {
+        let [quantised, _] = quantised_pair(&config, format, &device);
+        alone_and_in_company(&config, &quantised);
+    }
+}
+
+fn alone_and_in_company(config: &Qwen3VlConfig, model: &Qwen3Vl<Cuda>) {
     let limits = ServingLimits {
         cache_tokens: 16_384,
         ..LIMITS
     };
-    let mut ours = paged(&model, &config, &limits);
+    let mut ours = paged(model, config, &limits);
     let prompt = ids(0..150);
     let source = ours.start(AdapterId::BASE, 0);
     prefill(&mut ours, source, &prompt, 0, 64);
@@ -411,7 +441,7 @@ fn kernels_compiled_ahead_are_those_of_a_step() {
         kernels.map(|kernel| kernel.identity().id).collect()
     };
     for rows in [1, 3, 8, 30, 64] {
-        let scratch = weights::Scratch::new(text, rows, 4, &like).unwrap();
+        let scratch = weights::Scratch::new(&weights, rows, 4, &like).unwrap();
         let io = plan::StepIo::of_batch(rows, &cache);
         let step = plan::launches(&weights, &scratch, io);
         let of_step = entries(&mut step.kernels().cloned());

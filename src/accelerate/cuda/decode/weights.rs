@@ -4,17 +4,22 @@ use burn::{module::Param, prelude::*, tensor::DType};
 
 use super::{
     super::{
+        fragments::{FragmentMatmul, Fragments},
         launch::{Backend, Buffer, Client, contiguous, empty, strided},
         operand::Operand,
-        plan::card,
+        plan::{Device, card},
     },
     module::{DriverError, architecture, driver},
 };
-use crate::qwen3_vl::{
-    Qwen3Vl,
-    config::{Qwen3VlConfig, TextConfig},
-    layer::Projection,
-    rope::inverse_frequencies,
+use crate::{
+    ops::quantised::Format,
+    qwen3_vl::{
+        Qwen3Vl,
+        config::{Qwen3VlConfig, TextConfig},
+        layer::Projection,
+        rope::inverse_frequencies,
+    },
+    weights::Weight,
 };
 
 /// Blocks that search a row's logits for the largest (argmax).
@@ -32,6 +37,31 @@ pub(super) const ADAPTER_RANK: usize = 256;
 pub(super) struct Matrix {
     pub(super) address: u64,
     pub(super) rows: usize,
+    /// Of a quantised one in fragment order: the address of its scales, and its format.
+    pub(super) quantised: Option<(u64, Format)>,
+}
+
+/// The address of the table of token vectors, and how it is stored.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Table {
+    pub(super) address: u64,
+    /// Of one in 8 bits: the address of its scales, and whether it is in fragment order.
+    pub(super) quantised: Option<(u64, bool)>,
+}
+
+impl FragmentMatmul {
+    /// Of quantised matrices of one input; `None` of floats.
+    pub(super) fn of(matrices: &[Matrix], k: usize, gate: bool, vectors: usize) -> Option<Self> {
+        let (_, format) = matrices[0].quantised?;
+        let rows = |at: usize| matrices.get(at).map_or(0, |matrix: &Matrix| matrix.rows);
+        Some(Self {
+            format,
+            k,
+            rows: [rows(0), rows(1), rows(2)],
+            gate,
+            vectors,
+        })
+    }
 }
 
 /// Addresses of one layer's weights; a norm with its epsilon.
@@ -61,7 +91,7 @@ pub(super) struct Weights {
     pub(super) arch: String,
     pub(super) processors: usize,
     pub(super) begins_early: bool,
-    pub(super) table: u64,
+    pub(super) table: Table,
     pub(super) layers: Vec<LayerWeights>,
     pub(super) norm: (u64, f64),
     pub(super) head: Matrix,
@@ -115,7 +145,54 @@ impl<'a> Addresses<'a> {
         [rows, columns]: [usize; 2],
     ) -> Result<Matrix, DriverError> {
         let address = self.contiguous(contiguous(weight), DType::BF16, [rows, columns])?;
-        Ok(Matrix { address, rows })
+        Ok(Matrix {
+            address,
+            rows,
+            quantised: None,
+        })
+    }
+
+    /// A matrix of floats, or quantised in fragment order.
+    fn weight(
+        &mut self,
+        weight: &Weight<Backend>,
+        [rows, columns]: [usize; 2],
+    ) -> Result<Matrix, DriverError> {
+        let packed = match weight {
+            Weight::Dense(param) => return self.matrix(param.val(), [rows, columns]),
+            Weight::Packed(packed) => packed,
+        };
+        let fragments = Fragments::of(packed).expect("`covers` accepts no other order");
+        assert_eq!(fragments.dims, [rows, columns], "a quantised matrix");
+        // Checked for its panic.
+        let _ = fragments.operands();
+        Ok(Matrix {
+            address: self.of(fragments.words)?,
+            rows,
+            quantised: Some((self.of(fragments.scales)?, fragments.format)),
+        })
+    }
+
+    fn table(&mut self, weight: &Weight<Backend>, shape: [usize; 2]) -> Result<Table, DriverError> {
+        let packed = weight.packed().filter(|packed| !packed.is_arranged());
+        let Some(packed) = packed else {
+            let Matrix {
+                address, quantised, ..
+            } = self.weight(weight, shape)?;
+            return Ok(Table {
+                address,
+                quantised: quantised.map(|(scales, _)| (scales, true)),
+            });
+        };
+        let ([rows, width], format) = (shape, packed.format());
+        assert_eq!(format, Format::Int8, "the table of token vectors");
+        let words = packed.words().clone().into_primitive();
+        let words = burn_cubecl::kernel::into_contiguous(words);
+        let scales = contiguous(packed.scales().clone());
+        Ok(Table {
+            address: self.contiguous(words, DType::I32, [rows, format.words(width)])?,
+            quantised: Some((self.contiguous(scales, DType::F32, [rows, 1])?, false)),
+        })
     }
 
     fn vector(
@@ -149,7 +226,7 @@ impl Weights {
                 let mut matrices = [Matrix::default(); LAYER_MATRICES];
                 for (matrix, projection) in matrices.iter_mut().zip(Projection::ALL) {
                     let linear = layer.projection(projection);
-                    *matrix = a.matrix(linear.weight.val(), projection.shape(text))?;
+                    *matrix = a.weight(&linear.weight, projection.shape(text))?;
                 }
                 Ok(LayerWeights {
                     input_norm: (a.vector(&before.weight, hidden)?, before.epsilon()),
@@ -162,12 +239,12 @@ impl Weights {
             .collect::<Result<_, DriverError>>()?;
         let frequencies = inverse_frequencies(text.head_dim, text.rope_theta);
         let vocab = [text.vocab_size, hidden];
-        let table = a.matrix(language.embed_tokens.weight.val(), vocab)?.address;
+        let table = a.table(&language.embed_tokens.weight, vocab)?;
         let norm = (
             a.vector(&language.norm.weight, hidden)?,
             language.norm.epsilon(),
         );
-        let head = a.matrix(model.head_weight(), vocab)?;
+        let head = a.weight(model.head(), vocab)?;
         let frequencies = a.of(floats(&frequencies, &like))?;
         Ok(Self {
             text: text.clone(),
@@ -192,8 +269,8 @@ impl Weights {
             k_norm: 0,
             post_norm: (0, 0.0),
             matrices: Projection::ALL.map(|projection| Matrix {
-                address: 0,
                 rows: projection.shape(text)[0],
+                ..Matrix::default()
             }),
         };
         Self {
@@ -202,16 +279,54 @@ impl Weights {
             arch: architecture(device),
             processors: card(device).processors,
             begins_early: card(device).begins_early(),
-            table: 0,
+            table: Table {
+                address: 0,
+                quantised: None,
+            },
             layers: vec![layer],
             norm: (0, 0.0),
             head: Matrix {
-                address: 0,
                 rows: text.vocab_size,
+                ..Matrix::default()
             },
             frequencies: 0,
             _kept: Vec::new(),
         }
+    }
+
+    /// Whether the matrices are quantised.
+    pub(super) fn is_quantised(&self) -> bool {
+        self.head.quantised.is_some()
+    }
+
+    /// The norm that follows a layer: the next one's, or the one before the head.
+    pub(super) fn norm_after(&self, layer: usize) -> (u64, f64) {
+        self.layers
+            .get(layer + 1)
+            .map_or(self.norm, |next| next.input_norm)
+    }
+
+    /// The matmuls of a step of quantised weights with so many rows; layers have the same shapes, and may have
+    /// several formats.
+    fn matmuls(&self, rows: usize) -> impl Iterator<Item = FragmentMatmul> {
+        let text = &self.text;
+        let one = move |matrices: &[Matrix], k, gate| FragmentMatmul::of(matrices, k, gate, rows);
+        let [hidden, attended, wide] = [
+            text.hidden_size,
+            text.num_attention_heads * text.head_dim,
+            text.intermediate_size,
+        ];
+        let in_layers = self.layers.iter().flat_map(move |layer| {
+            [
+                one(&layer.matrices::<3>(Projection::Query).0, hidden, false),
+                one(&layer.matrices::<1>(Projection::Output).0, attended, false),
+                one(&layer.matrices::<2>(Projection::Gate).0, hidden, true),
+                one(&layer.matrices::<1>(Projection::Down).0, wide, false),
+            ]
+        });
+        in_layers
+            .chain([one(&[self.head], hidden, false)])
+            .flatten()
     }
 
     /// Number of matmuls that may have an adapter.
@@ -243,6 +358,11 @@ pub(super) struct Scratch {
     pub(super) attended: u64,
     pub(super) swiglu: u64,
     pub(super) low: u64,
+    /// Sums of squares of every 16 elements of the residual stream, f32; quantised weights alone, as the two that follow.
+    pub(super) squares: u64,
+    /// Sums that blocks of a matmul exchange, and a counter for each block.
+    pub(super) sums: u64,
+    pub(super) counters: u64,
     /// `[rows, vocab]`, f32.
     pub(super) logits: u64,
     pub(super) splits: usize,
@@ -257,11 +377,23 @@ pub(super) struct Scratch {
 impl Scratch {
     /// Scratch for so many rows, whose caches attention splits into at most `splits` parts.
     pub(super) fn new(
-        text: &TextConfig,
+        weights: &Weights,
         rows: usize,
         splits: usize,
         like: &Buffer,
     ) -> Result<Self, DriverError> {
+        let text = &weights.text;
+        let card = card(weights.device);
+        let most = |of: fn(&FragmentMatmul, &Device) -> usize| {
+            let all = weights.matmuls(rows).map(|one| of(&one, &card));
+            all.max().unwrap_or(0)
+        };
+        let sums = most(|one, card| one.partial(card));
+        let counters = most(|one, _| one.counters());
+        let squares = match weights.is_quantised() {
+            true => rows * text.hidden_size / 16,
+            false => 0,
+        };
         let (heads, kv_heads) = (text.num_attention_heads, text.num_key_value_heads);
         let head_dim = text.head_dim;
         let mut addresses = Addresses::new(&like.client);
@@ -281,6 +413,9 @@ impl Scratch {
             attended: half(a, heads * head_dim)?,
             swiglu: half(a, text.intermediate_size)?,
             low: single(a, rows * ADAPTER_SHARES * ADAPTER_RANK)?,
+            squares: single(a, squares.max(1))?,
+            sums: single(a, sums.max(1))?,
+            counters: ints(a, counters.max(1))?,
             logits: single(a, rows * text.vocab_size)?,
             splits,
             partial: single(a, rows * heads * splits * head_dim)?,
