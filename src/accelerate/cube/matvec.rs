@@ -1,17 +1,38 @@
-//! Matmul of one to eight rows with float matrices `[out, in]` (matrix-vector), through [`super::products`].
+//! Matmul of one to eight rows with float matrices `[out, in]` (matrix-vector), through [`super::products`];
+//! of two rows and more in tiles ([`super::tile_matmul`]), where the device has them.
 
 use burn::tensor::DType;
 use burn_cubecl::CubeRuntime;
+use cubecl::client::ComputeClient;
 
 use super::{
     launch::{Buffer, array, elements, empty, pieces, quads},
     products::{MatmulConfig, Matrices, Stored, one_matrix, swiglu_matrices, three_matrices},
     sums::Group,
+    tile_config::{WIDEST, cooperative},
+    tile_matmul::{self, Added, Operand},
     words::Packing,
 };
 
-/// Most rows of one matmul.
+/// Most rows of one matmul without tiles.
 pub(super) const MOST_ROWS: usize = 8;
+
+/// Most rows of a decoder's step with them.
+const MOST_TILE_ROWS: usize = 64;
+
+/// Most rows of a decoder's step; `widths` are those of the three matrices that share an input.
+pub(super) fn most_rows<R: CubeRuntime>(
+    client: &ComputeClient<R>,
+    dtype: DType,
+    widths: [usize; 3],
+) -> usize {
+    let whole = widths.iter().all(|width| width.is_multiple_of(WIDEST));
+    if whole && dtype == DType::F16 && cooperative(client) {
+        MOST_TILE_ROWS
+    } else {
+        MOST_ROWS
+    }
+}
 
 fn config<R: CubeRuntime>(x: &Buffer<R>, width: usize, matrices: Matrices) -> MatmulConfig {
     let [rows, d_input] = x.meta.shape().dims();
@@ -39,6 +60,19 @@ pub(super) struct InputNorm<R: CubeRuntime> {
     pub epsilon: f64,
 }
 
+impl<R: CubeRuntime> InputNorm<R> {
+    /// Scale and epsilon.
+    pub(super) fn parts(&self) -> (&Buffer<R>, f64) {
+        (&self.weight, self.epsilon)
+    }
+}
+
+/// Whether the matmul goes in tiles: for one row, reading the matrix without them is as fast.
+fn in_tiles<R: CubeRuntime>(x: &Buffer<R>) -> bool {
+    let [rows, _] = x.meta.shape().dims();
+    rows > 1 && tile_matmul::covers(x)
+}
+
 /// `norm(x) Wᵀ + bias + residual` in `out` type, which is that of bias and residual.
 pub(super) fn matmul<R: CubeRuntime>(
     x: &Buffer<R>,
@@ -48,6 +82,12 @@ pub(super) fn matmul<R: CubeRuntime>(
     residual: Option<&Buffer<R>>,
     out: DType,
 ) -> Buffer<R> {
+    if in_tiles(x)
+        && let Some(operand) = Operand::floats(weight)
+    {
+        let norm = norm.map(InputNorm::parts);
+        return tile_matmul::matmul(x, norm, &operand, Added { bias, residual }, out);
+    }
     let [width, _] = weight.meta.shape().dims();
     let config = MatmulConfig {
         norm: norm.is_some(),
@@ -98,6 +138,12 @@ pub(super) fn three_matmuls<R: CubeRuntime>(
         widths.iter().all(|width| width.is_multiple_of(4)),
         "widths {widths:?} are no multiples of four"
     );
+    if in_tiles(x)
+        && let [Some(q), Some(k), Some(v)] = weights.map(Operand::floats)
+        && tile_matmul::whole([&q, &k, &v])
+    {
+        return tile_matmul::three_matmuls(x, Some(norm.parts()), [&q, &k, &v]);
+    }
     let width = widths.iter().sum();
     let config = MatmulConfig {
         norm: true,
@@ -140,6 +186,11 @@ pub(super) fn swiglu_matmul<R: CubeRuntime>(
     gate: &Buffer<R>,
     up: &Buffer<R>,
 ) -> Buffer<R> {
+    if in_tiles(x)
+        && let [Some(gate), Some(up)] = [gate, up].map(Operand::floats)
+    {
+        return tile_matmul::swiglu_matmul(x, Some(norm.parts()), [&gate, &up]);
+    }
     let [width, _] = gate.meta.shape().dims();
     let config = MatmulConfig {
         norm: true,

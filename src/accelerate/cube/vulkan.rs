@@ -14,6 +14,7 @@ use super::{
     matvec, pointwise,
     pointwise::Operation,
     quantized, rotary, rows,
+    tile_matmul::{self, Operand},
 };
 use crate::{
     base::device_name::DeviceKind,
@@ -52,7 +53,26 @@ fn with_contiguous_heads(buffer: Buffer) -> Buffer {
     }
 }
 
+/// Whether a matmul with a matrix `[out, in]` goes in tiles.
+fn tiles(x: &Buffer, weight: &Buffer) -> bool {
+    x.meta.shape()[0] > 1 && tile_matmul::covers(x) && Operand::floats(weight).is_some()
+}
+
 impl ForwardOps for Backend {
+    fn matmul<const D: usize>(a: Tensor<Self, D>, b: Tensor<Self, D>) -> Tensor<Self, D> {
+        // A matrix `[out, in]` that is read in place, as linear layers have.
+        if D == 2 {
+            let weight = strided(b.clone().transpose());
+            let x = strided(a.clone());
+            if tiles(&x, &weight) {
+                let x = burn_cubecl::kernel::into_contiguous(x);
+                let dtype = x.dtype;
+                return tensor(matvec::matmul(&x, None, &weight, None, None, dtype));
+            }
+        }
+        a.matmul(b)
+    }
+
     fn linear_add(
         x: Tensor<Self, 2>,
         weight: Tensor<Self, 2>,
@@ -65,7 +85,8 @@ impl ForwardOps for Backend {
             && residual
                 .as_ref()
                 .is_none_or(|residual| one_type(residual.dtype()));
-        if !fits || !matvec::covers(&x, &weight) {
+        let covered = tiles(&x, &weight) || matvec::covers(&x, &weight);
+        if !fits || !covered {
             return plain::linear(tensor(x), tensor(weight), bias, residual);
         }
         let (bias, residual) = (bias.map(contiguous), residual.map(contiguous));
@@ -269,7 +290,7 @@ impl ForwardOps for Backend {
 
     fn logits(hidden: Tensor<Self, 2>, head: Tensor<Self, 2>) -> Tensor<Self, 2> {
         let (hidden, head) = (contiguous(hidden), strided(head));
-        if !matvec::covers(&hidden, &head) {
+        if !tiles(&hidden, &head) && !matvec::covers(&hidden, &head) {
             return plain::logits(tensor(hidden), tensor(head));
         }
         let logits = matvec::matmul(&hidden, None, &head, None, None, DType::F32);
