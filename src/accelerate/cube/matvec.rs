@@ -67,12 +67,6 @@ impl<R: CubeRuntime> InputNorm<R> {
     }
 }
 
-/// Whether the matmul goes in tiles: for one row, reading the matrix without them is as fast.
-fn in_tiles<R: CubeRuntime>(x: &Buffer<R>) -> bool {
-    let [rows, _] = x.meta.shape().dims();
-    rows > 1 && tile_matmul::covers(x)
-}
-
 /// `norm(x) Wᵀ + bias + residual` in `out` type, which is that of bias and residual.
 pub(super) fn matmul<R: CubeRuntime>(
     x: &Buffer<R>,
@@ -82,7 +76,7 @@ pub(super) fn matmul<R: CubeRuntime>(
     residual: Option<&Buffer<R>>,
     out: DType,
 ) -> Buffer<R> {
-    if in_tiles(x)
+    if tile_matmul::covers(x)
         && let Some(operand) = Operand::floats(weight)
     {
         let norm = norm.map(InputNorm::parts);
@@ -138,7 +132,7 @@ pub(super) fn three_matmuls<R: CubeRuntime>(
         widths.iter().all(|width| width.is_multiple_of(4)),
         "widths {widths:?} are no multiples of four"
     );
-    if in_tiles(x)
+    if tile_matmul::covers(x)
         && let [Some(q), Some(k), Some(v)] = weights.map(Operand::floats)
         && tile_matmul::whole([&q, &k, &v])
     {
@@ -186,7 +180,7 @@ pub(super) fn swiglu_matmul<R: CubeRuntime>(
     gate: &Buffer<R>,
     up: &Buffer<R>,
 ) -> Buffer<R> {
-    if in_tiles(x)
+    if tile_matmul::covers(x)
         && let [Some(gate), Some(up)] = [gate, up].map(Operand::floats)
     {
         return tile_matmul::swiglu_matmul(x, Some(norm.parts()), [&gate, &up]);

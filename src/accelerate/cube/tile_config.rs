@@ -54,7 +54,7 @@ pub(super) struct TileConfig {
     pub(super) depth: usize,
     /// Planes that share the rows, the outputs and the inputs of a stage.
     pub(super) planes: [usize; 3],
-    /// Stages whose pieces of the matrix are on their way.
+    /// Stages whose pieces are on their way; an even number, as there are two buffers of shared memory.
     pub(super) ahead: usize,
     /// Whether the device multiplies cooperative matrices; else its units do, each some elements of one.
     pub(super) cooperative: bool,
@@ -105,30 +105,19 @@ impl TileConfig {
         shared: usize,
     ) -> Self {
         let pair = matrices == Matrices::Pair;
+        let large = rows.div_ceil(128) * width.div_ceil(WIDEST) >= 96;
         let (tile, depth, planes) = match rows {
-            ..=16 if pair || width >= 8192 => ([16, 32], 256, [1, 2, 4]),
-            ..=16 => ([16, 16], 512, [1, 1, 8]),
+            ..=16 if pair || width >= 8192 => ([16, 32], 128, [1, 2, 4]),
+            ..=16 => ([16, 16], 256, [1, 1, 8]),
             17..=32 => ([32, 32], 128, [2, 2, 2]),
-            33..=64 => ([64, 32], 128, [4, 2, 1]),
-            _ => {
-                // Tiles enough for every multiprocessor of a large card to have some.
-                let many = rows.div_ceil(128) * width.div_ceil(128) >= 256;
-                let outputs = match matrices {
-                    Matrices::Pair => 2 * SIDE,
-                    _ if many => WIDEST,
-                    _ => WIDEST / 2,
-                };
-                let four_bits = matches!(stored, Stored::Levels { bits: 4, .. });
-                let depth = if four_bits { 64 } else { 32 };
-                ([128, outputs], depth, [4, 2, 1])
-            }
+            33..=64 => ([64, 32], 64, [4, 2, 1]),
+            _ if pair => ([128, 32], 32, [4, 2, 1]),
+            // Tiles enough for most multiprocessors of a large card.
+            _ if large => ([128, WIDEST], 32, [2, 4, 1]),
+            _ => ([128, 64], 32, [4, 2, 1]),
         };
-        let ahead = match stored {
-            _ if rows > 64 => 1,
-            Stored::Floats(_) => 1,
-            Stored::Levels { bits: 4, .. } => 4,
-            Stored::Levels { .. } => 2,
-        };
+        // As many bytes as hide the memory's latency, and registers hold.
+        let ahead = if rows > 32 { 2 } else { 4 };
         let mut config = Self {
             stored,
             row_scale,
@@ -147,12 +136,21 @@ impl TileConfig {
         while config.shared() > shared && config.depth > 32.max(SIDE * config.planes[2]) {
             config.depth /= 2;
         }
+        while config.shared() > shared && config.rows > SIDE * config.planes[0] {
+            config.rows /= 2;
+        }
         config
     }
 
     /// Bytes of shared memory of a cube.
     fn shared(&self) -> usize {
-        16 * (self.rows + self.outputs) * self.stride() + 4 * PLANES * AREA
+        let stages = 2 * 16 * (self.rows + self.outputs) * self.stride();
+        let sums = if self.cooperative {
+            0
+        } else {
+            4 * PLANES * AREA
+        };
+        stages + sums
     }
 
     /// Tiles of `rows` rows and `width` outputs, of each matrix where there are two.

@@ -49,14 +49,15 @@ impl<'a, R: CubeRuntime> Operand<'a, R> {
     }
 }
 
-/// Whether these input rows are multiplied in tiles on their device.
+/// Whether these input rows are multiplied in tiles on their device. One row is not: it is limited by reading
+/// the matrix, and the kernels for few rows read faster.
 pub(super) fn covers<R: CubeRuntime>(x: &Buffer<R>) -> bool {
     let [rows, d_input] = x.meta.shape().dims();
     #[cfg(test)]
     if super::tile_tests::WITHOUT.load(std::sync::atomic::Ordering::Relaxed) {
         return false;
     }
-    rows > 0 && reads(x.dtype, d_input) && cooperative(&x.client)
+    rows > 1 && reads(x.dtype, d_input) && cooperative(&x.client)
 }
 
 /// Whether three matrices fill their tiles, of whatever number of rows.
@@ -162,18 +163,19 @@ pub(super) fn launch<R: CubeRuntime>(
         Matrices::One | Matrices::Pair => (widths[0], widths[0]),
         Matrices::Three => (widths.iter().sum(), widths.iter().sum()),
     };
+    let shape = TileConfig::new(
+        first.stored,
+        first.row_scale(),
+        [rows, width],
+        matrices,
+        cooperative,
+        x.client.properties().hardware.max_shared_memory_size,
+    );
     let config = TileConfig {
         norm: norm.is_some(),
         bias: added.bias.is_some(),
         residual: added.residual.is_some(),
-        ..TileConfig::new(
-            first.stored,
-            first.row_scale(),
-            [rows, width],
-            matrices,
-            cooperative,
-            x.client.properties().hardware.max_shared_memory_size,
-        )
+        ..shape
     };
     assert!(
         matrices != Matrices::Three

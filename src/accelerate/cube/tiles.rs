@@ -1,11 +1,10 @@
 //! Matmul of rows with matrices `[out, in]` in tiles: floats, or quantised levels unpacked on the way.
 //!
-//! A cube computes a tile of the result, stage by stage along the inputs: it loads a piece of the input rows
-//! and of the matrix into shared memory as f16, while the next stage's pieces are on their way, and its
-//! planes multiply them with cooperative matrices (tensor cores), sums in f32. Few rows have small tiles whose
-//! planes share the inputs between them, so that a cube reads as much at once as it can; their sums are added
-//! at the end. Levels become exact f16 numbers by their bits: a level under the exponent of 1,024 is 1,024 and
-//! the level.
+//! A cube computes a tile of the result, stage by stage along the inputs: while its planes multiply one stage
+//! with cooperative matrices (tensor cores), sums in f32, the next is written into shared memory as f16, and
+//! the pieces of those behind it are on their way. Few rows have small tiles whose planes share the inputs
+//! between them; their sums are added at the end. Levels become exact f16 numbers by their bits: a level under
+//! the exponent of 1,024 is 1,024 and the level.
 
 use cubecl::{cmma, prelude::*};
 use half::f16;
@@ -128,12 +127,13 @@ fn load_input(
     rows: usize,
     at: usize,
     row_pieces: usize,
+    #[comptime] slot: usize,
     #[comptime] config: TileConfig,
 ) {
     let per_row = comptime!(config.depth / HALVES);
     if config.norm {
         let piece = at + UNIT_POS as usize % per_row;
-        gains[0] = norm[min(piece, row_pieces - 1)];
+        gains[slot] = norm[min(piece, row_pieces - 1)];
     }
     #[unroll]
     for index in 0..config.input_loads() {
@@ -144,30 +144,35 @@ fn load_input(
         if task < comptime!(config.input_pieces()) && from < rows && piece < row_pieces {
             value = x[from * row_pieces + piece];
         }
-        loaded[index] = value;
+        loaded[comptime!(slot * config.input_loads() + index)] = value;
     }
 }
 
-/// Writes the loaded pieces of the input into shared memory.
+/// Writes the loaded pieces of the input into shared memory, as far as the tile has `rows`: what a row of
+/// zeros or of anything else would give is not written either.
 #[cube]
 fn store_input(
     loaded: &Array<Piece>,
     gains: &Array<Piece>,
     roots: &SharedMemory<f32>,
     shared: &mut SharedMemory<Piece>,
+    rows: usize,
+    #[comptime] slot: usize,
+    #[comptime] buffer: usize,
     #[comptime] config: TileConfig,
 ) {
     let per_row = comptime!(config.depth / HALVES);
     #[unroll]
     for index in 0..config.input_loads() {
         let task = UNIT_POS as usize + comptime!(index * UNITS);
-        if comptime!(config.input_pieces() % UNITS == 0) || task < comptime!(config.input_pieces())
-        {
-            let place = task / per_row * comptime!(config.stride()) + task % per_row;
-            let mut value = loaded[index];
+        let row = task / per_row;
+        if task < comptime!(config.input_pieces()) && row < rows {
+            let mut value = loaded[comptime!(slot * config.input_loads() + index)];
             if config.norm {
-                value = normalised(value, gains[0], roots[task / per_row]);
+                value = normalised(value, gains[slot], roots[row]);
             }
+            let place = (row + comptime!(buffer * config.rows)) * comptime!(config.stride())
+                + task % per_row;
             shared[place] = ordered(value, comptime!(config.bits()));
         }
     }
@@ -253,6 +258,7 @@ fn store_matrix(
     factors: &Array<f16>,
     shared: &mut SharedMemory<Piece>,
     #[comptime] slot: usize,
+    #[comptime] buffer: usize,
     #[comptime] config: TileConfig,
 ) {
     let per_row = comptime!(config.depth / config.piece());
@@ -265,7 +271,9 @@ fn store_matrix(
         if comptime!(config.matrix_pieces() % UNITS == 0)
             || task < comptime!(config.matrix_pieces())
         {
-            let place = task / per_row * comptime!(config.stride()) + task % per_row * parts;
+            let place = (task / per_row + comptime!(buffer * config.outputs))
+                * comptime!(config.stride())
+                + task % per_row * parts;
             if comptime!(bits == 0) {
                 shared[place] = loaded[from];
             } else {
@@ -311,6 +319,7 @@ fn multiply(
     high_at: usize,
     wide_at: usize,
     deep_at: usize,
+    #[comptime] buffer: usize,
     #[comptime] config: TileConfig,
 ) {
     let stride = comptime!(config.stride());
@@ -323,7 +332,9 @@ fn multiply(
         let mut columns = Sequence::<cmma::Matrix<f16>>::new();
         #[unroll]
         for index in 0..wide {
-            let from = (wide_at * wide + index) * SIDE * stride + at;
+            let from = ((wide_at * wide + index) * SIDE + comptime!(buffer * config.outputs))
+                * stride
+                + at;
             // SAFETY: it is loaded before it is read.
             let b = unsafe {
                 cmma::Matrix::<f16>::uninitialized(
@@ -339,7 +350,8 @@ fn multiply(
         }
         #[unroll]
         for row in 0..high {
-            let from = (high_at * high + row) * SIDE * stride + at;
+            let from =
+                ((high_at * high + row) * SIDE + comptime!(buffer * config.rows)) * stride + at;
             // SAFETY: as above.
             let a = unsafe {
                 cmma::Matrix::<f16>::uninitialized(
@@ -369,6 +381,7 @@ fn multiply_plainly(
     high_at: usize,
     wide_at: usize,
     deep_at: usize,
+    #[comptime] buffer: usize,
     #[comptime] config: TileConfig,
 ) {
     let stride = comptime!(config.stride());
@@ -387,8 +400,8 @@ fn multiply_plainly(
                     let element_at = lane + element * LANES;
                     let x_row = (high_at * high + row) * SIDE + element_at / SIDE;
                     let w_row = (wide_at * wide + index) * SIDE + element_at % SIDE;
-                    let left = input[x_row * stride + at];
-                    let right = matrix[w_row * stride + at];
+                    let left = input[(x_row + comptime!(buffer * config.rows)) * stride + at];
+                    let right = matrix[(w_row + comptime!(buffer * config.outputs)) * stride + at];
                     let place = comptime!((row * wide + index) * each + element);
                     let mut sum = sums[place];
                     #[unroll]
@@ -423,6 +436,21 @@ fn scale_of<S: Numeric>(
     }
 }
 
+/// One of the planes' sums in shared memory.
+#[cube]
+fn sum_at(
+    matrices: &SharedMemory<Piece>,
+    plain: &SharedMemory<f32>,
+    at: usize,
+    #[comptime] cooperative: bool,
+) -> f32 {
+    if cooperative {
+        f32::reinterpret(matrices[at / 4][at % 4])
+    } else {
+        plain[at]
+    }
+}
+
 /// `y = norm(x) Wᵀ (+ bias) (+ residual)` `[rows, out]`; of three matrices concatenated, of two `silu(norm(x) Gᵀ) · (norm(x) Uᵀ)`.
 ///
 /// `x` `[rows, in]` in f16, its rows of `input_pieces` pieces; rows of the matrices have `row_pieces` pieces.
@@ -451,9 +479,14 @@ pub(super) fn tiled<S: Numeric, O: Numeric>(
     #[comptime] out: Packing,
     #[define(S, O)] _types: [StorageType; 2],
 ) {
-    let mut input = SharedMemory::<Piece>::new(comptime!(config.rows * config.stride()));
-    let mut matrix = SharedMemory::<Piece>::new(comptime!(config.outputs * config.stride()));
-    let mut shared_sums = SharedMemory::<f32>::new(comptime!(PLANES * AREA));
+    let mut input = SharedMemory::<Piece>::new(comptime!(2 * config.rows * config.stride()));
+    let mut matrix = SharedMemory::<Piece>::new(comptime!(2 * config.outputs * config.stride()));
+    // Cooperative matrices are stored where the input was.
+    let mut plain_sums = SharedMemory::<f32>::new(comptime!(if config.cooperative {
+        1
+    } else {
+        PLANES * AREA
+    }));
     let unit = UNIT_POS as usize;
     let lane = unit % LANES;
     let plane = unit / LANES;
@@ -516,9 +549,11 @@ pub(super) fn tiled<S: Numeric, O: Numeric>(
     let input_step = comptime!(config.depth / HALVES);
     let step = comptime!(config.depth / config.piece());
     let stages = input_pieces.div_ceil(input_step);
-    let mut x_loaded = Array::<Piece>::new(comptime!(config.input_loads()));
+    let mut x_loaded = Array::<Piece>::new(comptime!(config.ahead * config.input_loads()));
+    let mut gains = Array::<Piece>::new(comptime!(config.ahead));
     let mut w_loaded = Array::<Piece>::new(comptime!(config.ahead * config.matrix_loads()));
     let mut factors = Array::<f16>::new(comptime!(config.ahead * config.matrix_loads()));
+    let mut roots = SharedMemory::<f32>::new(comptime!(config.rows));
     #[unroll]
     for slot in 0..ahead {
         load_matrix(
@@ -539,65 +574,87 @@ pub(super) fn tiled<S: Numeric, O: Numeric>(
             config,
         );
     }
-    let mut roots = SharedMemory::<f32>::new(comptime!(config.rows));
-    let mut gains = Array::<Piece>::new(1usize);
     if config.norm {
         find_roots(x, &mut roots, row, rows, input_pieces, epsilon, config);
     }
-    load_input(
-        x,
-        norm,
-        &mut x_loaded,
-        &mut gains,
-        row,
-        rows,
-        0usize,
-        input_pieces,
-        config,
-    );
-    for turn in range_stepped(0usize, stages, ahead) {
+    #[unroll]
+    for slot in 0..ahead {
+        load_input(
+            x,
+            norm,
+            &mut x_loaded,
+            &mut gains,
+            row,
+            rows,
+            slot * input_step,
+            input_pieces,
+            slot,
+            config,
+        );
+    }
+    // The stages from -1 on: one is written while the one before is multiplied.
+    for turn in range_stepped(0usize, stages + 1, ahead) {
         #[unroll]
         for slot in 0..ahead {
             let stage = turn + slot;
-            if stage < stages {
-                store_input(&x_loaded, &gains, &roots, &mut input, config);
-                store_matrix(&w_loaded, &factors, &mut matrix, slot, config);
-                sync_cube();
-                let next = (stage + 1) * input_step;
-                load_input(
-                    x,
-                    norm,
-                    &mut x_loaded,
-                    &mut gains,
-                    row,
-                    rows,
-                    next,
-                    input_pieces,
-                    config,
-                );
-                load_matrix(
-                    words,
-                    scales,
-                    second_words,
-                    second_scales,
-                    third_words,
-                    third_scales,
-                    which,
-                    &mut w_loaded,
-                    &mut factors,
-                    column,
-                    width,
-                    (stage + ahead) * step,
-                    row_pieces,
-                    slot,
-                    config,
-                );
-                if config.cooperative {
-                    multiply(&input, &matrix, &sums, high_at, wide_at, deep_at, config);
-                } else {
-                    multiply_plainly(
-                        &input, &matrix, &mut plain, high_at, wide_at, deep_at, config,
+            let buffer = comptime!(slot % 2);
+            if stage <= stages {
+                if stage > 0 {
+                    let before = comptime!((slot + 1) % 2);
+                    if config.cooperative {
+                        multiply(
+                            &input, &matrix, &sums, high_at, wide_at, deep_at, before, config,
+                        );
+                    } else {
+                        multiply_plainly(
+                            &input, &matrix, &mut plain, high_at, wide_at, deep_at, before, config,
+                        );
+                    }
+                }
+                if stage < stages {
+                    store_input(
+                        &x_loaded,
+                        &gains,
+                        &roots,
+                        &mut input,
+                        rows - row,
+                        slot,
+                        buffer,
+                        config,
                     );
+                    store_matrix(&w_loaded, &factors, &mut matrix, slot, buffer, config);
+                    let next = stage + ahead;
+                    if next < stages {
+                        load_matrix(
+                            words,
+                            scales,
+                            second_words,
+                            second_scales,
+                            third_words,
+                            third_scales,
+                            which,
+                            &mut w_loaded,
+                            &mut factors,
+                            column,
+                            width,
+                            next * step,
+                            row_pieces,
+                            slot,
+                            config,
+                        );
+                        load_input(
+                            x,
+                            norm,
+                            &mut x_loaded,
+                            &mut gains,
+                            row,
+                            rows,
+                            next * input_step,
+                            input_pieces,
+                            slot,
+                            config,
+                        );
+                    }
                 }
                 sync_cube();
             }
@@ -611,7 +668,7 @@ pub(super) fn tiled<S: Numeric, O: Numeric>(
         for c in 0..wide {
             if config.cooperative {
                 cmma::store(
-                    &mut shared_sums.slice_mut(plane * AREA, (plane + 1) * AREA),
+                    &mut input.slice_mut(plane * AREA / 4, (plane + 1) * AREA / 4),
                     sums.index(comptime!(r * wide + c)),
                     comptime!(SIDE as u32),
                     cmma::MatrixLayout::RowMajor,
@@ -619,7 +676,7 @@ pub(super) fn tiled<S: Numeric, O: Numeric>(
             } else {
                 #[unroll]
                 for element in 0..each {
-                    shared_sums[plane * AREA + lane + element * LANES] =
+                    plain_sums[plane * AREA + lane + element * LANES] =
                         plain[comptime!((r * wide + c) * each + element)];
                 }
             }
@@ -633,9 +690,9 @@ pub(super) fn tiled<S: Numeric, O: Numeric>(
                 #[unroll]
                 for part in 0..deep {
                     let from = (source + part * spread) * AREA + element;
-                    value += shared_sums[from];
+                    value += sum_at(&input, &plain_sums, from, config.cooperative);
                     if comptime!(is_pair) {
-                        other += shared_sums[from + AREA];
+                        other += sum_at(&input, &plain_sums, from + AREA, config.cooperative);
                     }
                 }
                 let mut tile_row = tile;

@@ -55,7 +55,7 @@ fn with_contiguous_heads(buffer: Buffer) -> Buffer {
 
 /// Whether a matmul with a matrix `[out, in]` goes in tiles.
 fn tiles(x: &Buffer, weight: &Buffer) -> bool {
-    x.meta.shape()[0] > 1 && tile_matmul::covers(x) && Operand::floats(weight).is_some()
+    tile_matmul::covers(x) && Operand::floats(weight).is_some()
 }
 
 impl ForwardOps for Backend {
