@@ -94,6 +94,7 @@ pub fn options() -> PipelineOptions {
         max_pixels: None,
 
         gguf: Default::default(),
+        memory: None,
     }
 }
 

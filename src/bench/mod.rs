@@ -251,6 +251,7 @@ impl<B: Accelerator> Bench<B> {
                     min_pixels: None,
                     max_pixels: None,
                     gguf: Default::default(),
+                    memory: None,
                 };
                 load_models::<A>(&options, &self.config, devices, on_progress)?
             }

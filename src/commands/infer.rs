@@ -16,7 +16,7 @@ use burn::tensor::DType;
 use super::{
     finding_probabilities::FindingSentences,
     infer_server,
-    pipeline_options::pipeline_options,
+    pipeline_options::{pipeline_options, room_for_answers},
     progress::{Progress, Unit, loading, prepare_kernels},
     shared_args::generation_config,
     tags,
@@ -109,6 +109,7 @@ fn check_sent(args: &InferArgs) -> Result<()> {
         ("--download", args.model.download.download),
         ("--dtype", load.dtype.is_some()),
         ("--quantize", load.quantize.is_some()),
+        ("--memory", load.memory.is_some()),
         ("--min-pixels", load.min_pixels.is_some()),
         ("--max-pixels", load.max_pixels.is_some()),
         ("--mmproj", load.mmproj.is_some()),
@@ -149,12 +150,25 @@ impl ReplicatedTask for Infer {
             return run.finish();
         }
         let started = Instant::now();
-        let groups: Vec<&[&Vec<PathBuf>]> = todo.chunks(self.args.batch_size).collect();
-        devices.truncate(groups.len());
-        let options = pipeline_options(&self.args.model, dtype);
+        devices.truncate(todo.len().div_ceil(self.args.batch_size));
+        let mut options = pipeline_options(&self.args.model, dtype);
         self.args.model.adapter.check_base(&options.model)?;
+        let images = todo.iter().map(|images| images.len()).max().unwrap_or(0);
+        room_for_answers(&mut options, self.args.batch_size, images, &self.settings);
         let mut pipelines =
             loading(|on_progress| Pipeline::<B>::load_on(&options, &devices, on_progress))?;
+        let fitting = pipelines[0].fit.map_or(usize::MAX, |fit| fit.rows());
+        let batch_size = self.args.batch_size.min(fitting);
+        if batch_size < self.args.batch_size {
+            let note = format!(
+                "{batch_size} at once in place of {}, for which the memory is too small",
+                self.args.batch_size
+            );
+            for pipeline in &mut pipelines {
+                pipeline.notes.push(note.clone());
+            }
+        }
+        let groups: Vec<&[&Vec<PathBuf>]> = todo.chunks(batch_size).collect();
         for note in &pipelines[0].notes {
             eprintln!("note: {note}");
         }
@@ -166,7 +180,7 @@ impl ReplicatedTask for Infer {
         }
         for device in &devices {
             let config = &pipelines[0].parts.config;
-            prepare_kernels::<B>(config, dtype, device, self.args.batch_size);
+            prepare_kernels::<B>(config, dtype, device, batch_size);
             let _ = B::sync(device);
         }
         if self.args.verbose {

@@ -23,6 +23,7 @@ pub mod models;
 pub mod phantoms;
 mod pipeline_options;
 pub mod plan;
+mod plan_cards;
 pub mod preview;
 mod progress;
 pub mod pull;

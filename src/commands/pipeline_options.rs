@@ -6,9 +6,33 @@ use burn::tensor::DType;
 
 use super::shared_args::{AdapterArgs, LoadArgs, ModelArgs};
 use crate::{
-    qwen3_vl::weights::gguf::GgufParts, runtime::pipeline::PipelineOptions,
+    qwen3_vl::weights::gguf::GgufParts,
+    runtime::{
+        generate::GenerationConfig,
+        pipeline::{MemoryLimit, PipelineOptions, Room},
+    },
     train::config::TrainConfig,
 };
+
+/// Tokens of a question, its template and an answer, where no length was asked for.
+const ROOM_FOR_TEXT: usize = 1024;
+
+/// Tokens of a question and its template beside the answer.
+const ROOM_FOR_QUESTION: usize = 512;
+
+/// Asks for room for `rows` answers at once about `images` images each, where memory is limited.
+pub(super) fn room_for_answers(
+    options: &mut PipelineOptions,
+    rows: usize,
+    images: usize,
+    generation: &GenerationConfig,
+) {
+    if let Some(limit) = &mut options.memory {
+        let text = ROOM_FOR_QUESTION + generation.max_new_tokens;
+        limit.room = Room::Answers { rows, images, text };
+        limit.kv_cache = Some(generation.kv_cache);
+    }
+}
 
 /// The model that was typed, once [`ModelArgs::find`] has found its folder.
 pub(super) fn pipeline_options(args: &ModelArgs, dtype: DType) -> PipelineOptions {
@@ -33,6 +57,15 @@ pub(super) fn with_adapter(
             mmproj: load.mmproj.clone(),
             tokenizer: load.tokenizer.clone(),
         },
+        memory: load.memory.map(|budget| MemoryLimit {
+            budget,
+            room: Room::Answers {
+                rows: 1,
+                images: 1,
+                text: ROOM_FOR_TEXT,
+            },
+            kv_cache: None,
+        }),
     }
 }
 
@@ -46,6 +79,7 @@ pub(super) fn checkpoint_alone(model: PathBuf, dtype: DType) -> PipelineOptions 
         min_pixels: None,
         max_pixels: None,
         gguf: GgufParts::default(),
+        memory: None,
     }
 }
 

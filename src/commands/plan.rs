@@ -10,6 +10,7 @@ use rayon::prelude::*;
 use super::{
     models::{DownloadArgs, find},
     pipeline_options::base_of_run,
+    plan_cards::{CARDS, Cards},
     shipped::{shipped, shipped_data},
     train::settings::with_keys,
     usage::UsageError,
@@ -52,6 +53,15 @@ pub struct PlanArgs {
     /// would.
     #[arg(long, value_name = "auto|GIB")]
     pub memory_budget: Option<Budget>,
+    /// Also show what fits on cards of these sizes, in GB: weights, context, answers at once, training rows.
+    #[arg(
+        long,
+        value_name = "GB,..",
+        value_delimiter = ',',
+        num_args = 0..=1,
+        default_missing_value = CARDS
+    )]
+    pub cards: Vec<f64>,
     /// Any key of the config file, as in `train`; may be given several times.
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
@@ -122,6 +132,9 @@ pub fn run(args: &PlanArgs) -> Result<()> {
         println!("note: {remark}");
     }
     print!("{}", bars(&lengths.sorted));
+    if !args.cards.is_empty() {
+        println!("{}", cards(args, &config, &parts, longest)?);
+    }
     if let Some(path) = &args.histogram {
         let values: Vec<f64> = lengths.sorted.iter().map(|tokens| *tokens as f64).collect();
         let svg = histogram(&values, "tokens of a sample", "tokens");
@@ -129,6 +142,33 @@ pub fn run(args: &PlanArgs) -> Result<()> {
             .context("cannot write the histogram")?;
     }
     Ok(())
+}
+
+/// The table of `--cards`.
+fn cards(
+    args: &PlanArgs,
+    config: &TrainConfig,
+    parts: &TextAndImages,
+    longest: usize,
+) -> Result<String> {
+    if let Some(size) = args
+        .cards
+        .iter()
+        .find(|size| !(**size > 0.0 && size.is_finite()))
+    {
+        bail!(UsageError(format!(
+            "--cards names a card of {size} GB, expected positive numbers such as {CARDS}"
+        )));
+    }
+    let images = parts.images.config();
+    let table = Cards {
+        cards: &args.cards,
+        model: &parts.config,
+        config,
+        longest,
+        patches: images.max_pixels / images.patch_size.pow(2),
+    };
+    run_on(first_device(config)?, None, table)?
 }
 
 /// How fast the run will be, where that was measured or typed.

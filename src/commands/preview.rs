@@ -150,6 +150,7 @@ fn parts(args: &PreviewArgs) -> Result<TextAndImages> {
     let load = LoadArgs {
         dtype: None,
         quantize: None,
+        memory: None,
         min_pixels: args.min_pixels,
         max_pixels: args.max_pixels,
         mmproj: None,

@@ -38,7 +38,7 @@ use crate::{
             backend::{DecodeBackend, ServingDecoder, ServingLimits},
             slots::PlainDecoder,
         },
-        pipeline::{LimitsFrom, Pipeline, PipelineOptions, TextAndImages},
+        pipeline::{LimitsFrom, Pipeline, PipelineOptions, Room, TextAndImages, fit_memory},
         synthetic::weights::{RandomSize, draw},
     },
     serve::{
@@ -52,6 +52,9 @@ use crate::{
         router::router,
     },
 };
+
+/// Tokens of a cache that let some requests run at once: with less memory the weights are quantised instead.
+const LEAST_CACHE_TOKENS: usize = 8192;
 
 /// The environment's name for `--api-key`.
 const API_KEY: &str = "XRAY_API_KEY";
@@ -373,8 +376,16 @@ struct Serve {
 impl DeviceTask for Serve {
     type Output = Result<()>;
 
-    fn run<B: Accelerator>(self, device: B::Device, dtype: DType) -> Result<()> {
-        let options = pipeline_options(&self.args.model, dtype);
+    fn run<B: Accelerator>(mut self, device: B::Device, dtype: DType) -> Result<()> {
+        let mut options = pipeline_options(&self.args.model, dtype);
+        if let Some(limit) = &mut options.memory {
+            limit.room = Room::Shared {
+                tokens: self.args.cache_tokens,
+                least: self.args.cache_tokens.min(LEAST_CACHE_TOKENS),
+                at_once: self.args.prefill_chunk,
+            };
+            limit.kv_cache = Some(self.defaults.kv_cache);
+        }
         let checks_base = self.args.random_weights.is_none() && !self.args.model.adapter.any_base;
         let loras = loras(&self.args)?.into_iter().map(|(_, dir)| dir);
         for adapter in options.adapter.as_deref().into_iter().chain(loras) {
@@ -387,6 +398,7 @@ impl DeviceTask for Serve {
             parts,
             device,
             notes,
+            fit,
         } = match self.args.random_weights {
             Some(size) => random::<B>(size, &options, device)?,
             None => {
@@ -400,6 +412,9 @@ impl DeviceTask for Serve {
         };
         for note in &notes {
             log::info!("{note}");
+        }
+        if let Some(fit) = fit {
+            self.args.cache_tokens = fit.cache_tokens;
         }
         prepare_kernels::<B>(&parts.config, dtype, &device, 0);
         let decoder = self.decoder(model, &parts.config, device, &self.engine_limits())?;
@@ -483,19 +498,16 @@ fn random<B: Accelerator>(
     config.vision_start_token_id = special.vision_start;
     config.vision_end_token_id = special.vision_end;
     let parts = TextAndImages::load_for(options, config)?;
-    let model = draw::<B>(
-        &parts.config,
-        SEED,
-        options.dtype,
-        options.quantize,
-        &device,
-    );
+    let fit = fit_memory::<B>(options, &parts, std::slice::from_ref(&device))?;
+    let quantization = fit.map_or(options.quantize, |fit| fit.quantization);
+    let model = draw::<B>(&parts.config, SEED, options.dtype, quantization, &device);
     let _ = B::sync(&device);
     Ok(Pipeline {
         model,
         parts,
         device,
-        notes: Vec::new(),
+        notes: fit.iter().map(ToString::to_string).collect(),
+        fit,
     })
 }
 

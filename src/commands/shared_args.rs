@@ -20,7 +20,10 @@ use crate::{
         hub::Want,
     },
     dataset::{Columns, DataOptions, ImageStore},
-    ops::quantised::{Quantization, cache::CacheFormat},
+    ops::{
+        memory::Budget,
+        quantised::{Quantization, cache::CacheFormat},
+    },
     runtime::generate::{GenerationConfig, SamplingConfig},
     study::StudyRule,
 };
@@ -118,6 +121,13 @@ pub struct LoadArgs {
     /// The 8B model takes 8.8 GB as int8 and 5.3 GB as int4. `quantize` writes such a checkpoint to disk.
     #[arg(long, value_name = "FORMAT")]
     pub quantize: Option<Quantization>,
+    /// Device memory to stay within: GiB, or `auto` for what is free.
+    ///
+    /// Chooses the first form of the weights that fits beside the keys and values of the answers: as --dtype says,
+    /// int8, then int4; then fewer answers at once (`serve`: fewer tokens in its cache). What was chosen is a remark of
+    /// every result. `plan --cards` shows the choice for cards of several sizes.
+    #[arg(long, value_name = "auto|GIB")]
+    pub memory: Option<Budget>,
     /// Smallest size an image is scaled to, in pixels; by default that of the adapter's training, else the
     /// checkpoint's.
     #[arg(long, value_name = "PIXELS")]

@@ -475,6 +475,7 @@ mod tests {
             min_pixels: None,
             max_pixels: None,
             gguf: Default::default(),
+            memory: None,
         })
         .unwrap();
         let plan = WindowPlan {

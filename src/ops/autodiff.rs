@@ -17,22 +17,27 @@ use burn::{
 use crate::base::device_name::DeviceKind;
 
 use super::{
-    DeviceOps, Dropout, ForwardOps, Ops, TrainingOps,
+    DeviceOps, HasKernels, Kernels, Ops,
     upload::{Fill, Upload, UploadError},
 };
 
-impl<B: Ops, C: CheckpointStrategy> ForwardOps for Autodiff<B, C> {
-    fn matmul<const D: usize>(a: Tensor<Self, D>, b: Tensor<Self, D>) -> Tensor<Self, D> {
-        recorded_matmul(a, b)
-    }
+impl<B: Ops, C: CheckpointStrategy> HasKernels for Autodiff<B, C> {
+    const KERNELS: Kernels<Self> = Kernels {
+        // The inner backend's: a pass without autodiff and one with it drop the same inputs.
+        dropout_mask: |like, dropout| {
+            let mask = B::dropout_mask(&like.clone().inner(), dropout);
+            Some(Tensor::from_inner(mask))
+        },
+        ..Kernels::NONE
+    };
 
-    /// The inner backend's: a pass without autodiff and one with it drop the same inputs.
-    fn dropout_mask(like: &Tensor<Self, 2>, dropout: Dropout) -> Tensor<Self, 2> {
-        Tensor::from_inner(B::dropout_mask(&like.clone().inner(), dropout))
+    fn matmul_kernel<const D: usize>(
+        a: &Tensor<Self, D>,
+        b: &Tensor<Self, D>,
+    ) -> Option<Tensor<Self, D>> {
+        Some(recorded_matmul(a.clone(), b.clone()))
     }
 }
-
-impl<B: Ops, C: CheckpointStrategy> TrainingOps for Autodiff<B, C> {}
 
 impl<B: Ops, C: CheckpointStrategy> DeviceOps for Autodiff<B, C> {
     const KIND: DeviceKind = B::KIND;
@@ -138,6 +143,7 @@ pub(super) fn recorded_matmul<B: Ops, C: CheckpointStrategy, const D: usize>(
 #[cfg(all(test, feature = "flex"))]
 mod tests {
     use super::*;
+    use crate::ops::ForwardOps;
     use burn::tensor::Distribution;
     use burn_flex::Flex;
 

@@ -15,6 +15,49 @@ pub fn free_memory<B: Ops>(device: &B::Device) -> Option<u64> {
     }
 }
 
+const GIB: f64 = (1u64 << 30) as f64;
+
+/// Memory that the program may take of a device.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Budget {
+    /// What is free at the start.
+    Free,
+    /// GiB.
+    Gib(f64),
+}
+
+impl std::str::FromStr for Budget {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.trim() {
+            "auto" => Ok(Self::Free),
+            number => (number.parse().ok())
+                .filter(|gib: &f64| *gib > 0.0 && gib.is_finite())
+                .map(Self::Gib)
+                .ok_or_else(|| format!("`{text}`: expected `auto` or a number of GiB, such as 24")),
+        }
+    }
+}
+
+impl Budget {
+    /// In GiB, of a device with `free` bytes left, to two places.
+    ///
+    /// # Errors
+    /// `auto` where the free memory is not known.
+    pub fn gib(self, free: Option<u64>) -> Result<f64, String> {
+        match (self, free) {
+            (Self::Gib(gib), _) => Ok(gib),
+            // The driver's own tables grow while kernels are loaded.
+            (Self::Free, Some(free)) => Ok((free as f64 * 0.97 / GIB * 100.0).floor() / 100.0),
+            (Self::Free, None) => Err(
+                "the device does not tell how much memory is free; give a number of GiB in place of `auto`"
+                    .to_string(),
+            ),
+        }
+    }
+}
+
 /// The most memory a run needed so far, and whose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PeakMemory {
@@ -27,7 +70,7 @@ pub struct PeakMemory {
 impl PeakMemory {
     /// In GiB.
     pub fn gib(&self) -> f64 {
-        self.bytes as f64 / (1u64 << 30) as f64
+        self.bytes as f64 / GIB
     }
 
     /// `device` or `host`.
@@ -69,6 +112,17 @@ impl MemoryWatch {
 #[cfg(all(test, target_os = "linux"))]
 mod tests {
     use super::*;
+
+    #[test]
+    fn budgets_are_read() {
+        assert_eq!("auto".parse(), Ok(Budget::Free));
+        assert_eq!("24".parse(), Ok(Budget::Gib(24.0)));
+        for bad in ["0", "-3", "lots", "inf", ""] {
+            assert!(bad.parse::<Budget>().is_err(), "{bad}");
+        }
+        assert_eq!(Budget::Free.gib(Some(100 << 30)), Ok(97.0));
+        assert!(Budget::Free.gib(None).unwrap_err().contains("GiB"));
+    }
 
     #[test]
     fn the_device_counts_before_the_host_and_peaks_stay() {

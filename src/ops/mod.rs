@@ -1,7 +1,7 @@
 //! What the model is computed with: three small traits of operations, plain Burn by default.
 //!
-//! Every backend works with the defaults ([`plain`]). A backend with faster ways overrides methods;
-//! each of its operations is compared with the default it replaces, forward and backward.
+//! Every backend works with the defaults ([`plain`]). A backend with faster ways lists them in its
+//! [`Kernels`]; each is compared with the default it replaces, forward and backward.
 
 mod autodiff;
 pub mod cast;
@@ -9,6 +9,7 @@ mod device;
 pub mod dropout;
 mod forward;
 mod kept;
+mod kernels;
 pub mod memory;
 pub mod plain;
 pub mod quantised;
@@ -27,6 +28,7 @@ pub use device::{AllReduce, DeviceMemory, DeviceOps, Reading};
 pub use dropout::Dropout;
 pub use forward::{Activation, ForwardOps, HeadNorm, LowRank};
 pub use kept::Kept;
+pub use kernels::{HasKernels, Kernels, KeysAndValues};
 pub use spans::AttentionSpans;
 pub use training::{
     AdamWStep, AdamWTensor, BackwardMatmul, LowRankBackward, LowRankGradients, TargetLoss,
@@ -69,12 +71,11 @@ pub fn compact<B: Ops, M: Module<B>>(module: M) -> M {
 
 #[cfg(feature = "flex")]
 mod flex {
-    use super::{DeviceOps, ForwardOps, TrainingOps};
+    use super::{DeviceOps, HasKernels};
     use crate::base::device_name::DeviceKind;
     use burn_flex::Flex;
 
-    impl ForwardOps for Flex {}
-    impl TrainingOps for Flex {}
+    impl HasKernels for Flex {}
     impl DeviceOps for Flex {
         const KIND: DeviceKind = DeviceKind::Cpu;
     }

@@ -63,6 +63,15 @@ pub(crate) fn low_rank_input<B: ForwardOps>(x: Tensor<B, 2>, adapter: &LowRank<B
     B::matmul(dropped(x, adapter), adapter.a.clone().transpose())
 }
 
+pub(crate) fn low_rank_inputs<B: ForwardOps>(
+    x: Tensor<B, 2>,
+    adapters: &[&LowRank<B>],
+) -> Vec<Tensor<B, 2>> {
+    (adapters.iter())
+        .map(|adapter| low_rank_input(x.clone(), adapter))
+        .collect()
+}
+
 pub(crate) fn adapted_linear<B: ForwardOps>(
     x: Tensor<B, 2>,
     weight: Tensor<B, 2>,

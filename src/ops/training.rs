@@ -1,8 +1,9 @@
-//! Operations of a backward pass and of the optimizer, in plain Burn by default.
+//! Operations of a backward pass and of the optimizer: the backend's kernel where that covers the operands,
+//! else plain Burn.
 
 use burn::prelude::*;
 
-use super::{AttentionSpans, ForwardOps, HeadNorm, LowRank, plain};
+use super::{AttentionSpans, ForwardOps, HasKernels, HeadNorm, LowRank, plain};
 
 /// What a low-rank adapter's backward pass starts from.
 #[derive(Debug, Clone)]
@@ -78,7 +79,7 @@ pub struct BackwardMatmul<B: Backend> {
     pub adapter: Option<(Tensor<B, 2>, LowRank<B>)>,
 }
 
-/// Operations of a backward pass and of the optimizer.
+/// Operations of a backward pass and of the optimizer. All backends have these, as [`ForwardOps`].
 ///
 /// Shape letters: as in [`ForwardOps`].
 pub trait TrainingOps: ForwardOps {
@@ -87,10 +88,11 @@ pub trait TrainingOps: ForwardOps {
         x: Tensor<Self, 2>,
         adapters: &[LowRankBackward<Self>],
     ) -> Vec<LowRankGradients<Self>> {
-        adapters
-            .iter()
-            .map(|adapter| plain::low_rank_backward(x.clone(), adapter))
-            .collect()
+        (Self::KERNELS.low_rank_backward)(&x, adapters).unwrap_or_else(|| {
+            (adapters.iter())
+                .map(|adapter| plain::low_rank_backward(x.clone(), adapter))
+                .collect()
+        })
     }
 
     /// Gradient of the one input of several matmuls, `Σ dy W + drop(dlow A)`, `[n, in]`.
@@ -98,7 +100,7 @@ pub trait TrainingOps: ForwardOps {
     /// # Panics
     /// If there is no matmul.
     fn input_gradient(matmuls: &[BackwardMatmul<Self>]) -> Tensor<Self, 2> {
-        plain::input_gradient(matmuls)
+        (Self::KERNELS.input_gradient)(matmuls).unwrap_or_else(|| plain::input_gradient(matmuls))
     }
 
     /// Gradients of gate and up, `[n, width]` each, where the input of `matmul` is [`ForwardOps::swiglu`]
@@ -108,7 +110,8 @@ pub trait TrainingOps: ForwardOps {
         gate: Tensor<Self, 2>,
         up: Tensor<Self, 2>,
     ) -> [Tensor<Self, 2>; 2] {
-        Self::swiglu_backward(gate, up, Self::input_gradient(&[matmul]))
+        (Self::KERNELS.swiglu_input_gradient)(&matmul, &gate, &up)
+            .unwrap_or_else(|| Self::swiglu_backward(gate, up, Self::input_gradient(&[matmul])))
     }
 
     /// Gradient of the input of [`ForwardOps::rms_norm`], plus `residual`; `[n, width]` all but `weight`.
@@ -119,7 +122,8 @@ pub trait TrainingOps: ForwardOps {
         dy: Tensor<Self, 2>,
         residual: Tensor<Self, 2>,
     ) -> Tensor<Self, 2> {
-        residual + plain::rms_norm_backward(x, weight, epsilon, dy)
+        (Self::KERNELS.rms_norm_backward)(&x, &weight, epsilon, &dy, &residual)
+            .unwrap_or_else(|| residual + plain::rms_norm_backward(x, weight, epsilon, dy))
     }
 
     /// Gradient of the input of [`ForwardOps::rotate_heads`], `[n, h, d]` as `x` and `dy`.
@@ -130,7 +134,8 @@ pub trait TrainingOps: ForwardOps {
         sin: Tensor<Self, 2>,
         dy: Tensor<Self, 3>,
     ) -> Tensor<Self, 3> {
-        plain::rotate_heads_backward(x, norm, cos, sin, dy)
+        (Self::KERNELS.rotate_heads_backward)(&x, norm.as_ref(), &cos, &sin, &dy)
+            .unwrap_or_else(|| plain::rotate_heads_backward(x, norm, cos, sin, dy))
     }
 
     /// [`ForwardOps::span_attention`], and the statistics that its backward pass needs besides:
@@ -141,7 +146,8 @@ pub trait TrainingOps: ForwardOps {
         v: Tensor<Self, 4>,
         spans: &AttentionSpans<Self>,
     ) -> (Tensor<Self, 4>, Option<Tensor<Self, 3>>) {
-        (plain::attention(q, k, v, spans), None)
+        (Self::KERNELS.span_attention_for_backward)(&q, &k, &v, spans)
+            .unwrap_or_else(|| (plain::attention(q, k, v, spans), None))
     }
 
     /// Gradients of `q`, `k` and `v`, each in the shape of its tensor; `y` and `statistics` are those of
@@ -150,12 +156,13 @@ pub trait TrainingOps: ForwardOps {
         q: Tensor<Self, 4>,
         k: Tensor<Self, 4>,
         v: Tensor<Self, 4>,
-        _y: Tensor<Self, 4>,
-        _statistics: Option<Tensor<Self, 3>>,
+        y: Tensor<Self, 4>,
+        statistics: Option<Tensor<Self, 3>>,
         dy: Tensor<Self, 4>,
         spans: &AttentionSpans<Self>,
     ) -> [Tensor<Self, 4>; 3] {
-        plain::attention_backward(q, k, v, dy, spans)
+        (Self::KERNELS.span_attention_backward)(&q, &k, &v, &y, statistics.as_ref(), &dy, spans)
+            .unwrap_or_else(|| plain::attention_backward(q, k, v, dy, spans))
     }
 
     /// Gradients of gate and up in [`ForwardOps::swiglu`], `[n, width]` all.
@@ -164,7 +171,8 @@ pub trait TrainingOps: ForwardOps {
         up: Tensor<Self, 2>,
         dy: Tensor<Self, 2>,
     ) -> [Tensor<Self, 2>; 2] {
-        plain::swiglu_backward(gate, up, dy)
+        (Self::KERNELS.swiglu_backward)(&gate, &up, &dy)
+            .unwrap_or_else(|| plain::swiglu_backward(gate, up, dy))
     }
 
     /// Cross-entropy of hidden states `[targets, width]` against a frozen head `[vocab, width]`, forward
@@ -177,7 +185,8 @@ pub trait TrainingOps: ForwardOps {
         ids: Tensor<Self, 1, Int>,
         weight: f64,
     ) -> TargetLoss<Self> {
-        plain::target_loss(hidden, head, ids, weight)
+        (Self::KERNELS.target_loss)(&hidden, &head, &ids, weight)
+            .unwrap_or_else(|| plain::target_loss(hidden, head, ids, weight))
     }
 
     /// One step of AdamW for many parameters: new value, mean and mean square of each.
@@ -187,12 +196,16 @@ pub trait TrainingOps: ForwardOps {
         tensors: Vec<AdamWTensor<Self>>,
         clip: Option<Tensor<Self, 1>>,
     ) -> Vec<[Tensor<Self, 1>; 3]> {
-        plain::adamw(tensors, clip)
+        (Self::KERNELS.adamw)(tensors, clip.as_ref())
+            .unwrap_or_else(|tensors| plain::adamw(tensors, clip))
     }
 
     /// Gradient clipping: the common norm of some tensors, and the factor that brings it to at most
     /// `max_norm` (1 where that is 0); `[2]`, f32. There is at least one tensor.
     fn clip_scale(tensors: Vec<Tensor<Self, 1>>, max_norm: f64) -> Tensor<Self, 1> {
-        plain::clip_scale(tensors, max_norm)
+        (Self::KERNELS.clip_scale)(&tensors, max_norm)
+            .unwrap_or_else(|| plain::clip_scale(tensors, max_norm))
     }
 }
+
+impl<B: HasKernels> TrainingOps for B {}

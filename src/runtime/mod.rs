@@ -2,6 +2,7 @@
 
 pub mod accelerator;
 pub mod continuations;
+pub mod fit;
 pub mod generate;
 pub mod pipeline;
 pub mod spread;

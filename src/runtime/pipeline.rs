@@ -15,7 +15,10 @@ use crate::{
             files::{attach_adapter, trained_pixel_limits},
             merge::merge,
         },
-        quantised::load::{load_quantised, quantise},
+        quantised::{
+            files::of_checkpoint as quantised_on_disk,
+            load::{load_quantised, quantise},
+        },
     },
     base::{
         device_name::{DeviceKind, dtype_text},
@@ -23,7 +26,11 @@ use crate::{
         hub::repo_of_folder,
     },
     batch::images::ImageInput,
-    ops::{compact, quantised::Quantization},
+    ops::{
+        compact,
+        memory::{Budget, free_memory},
+        quantised::{Format, Quantization, cache::CacheFormat},
+    },
     processor::{
         chat::{ChatError, ChatTemplate, RenderOptions, encode_chat},
         image::{ImageError, RgbImage},
@@ -43,9 +50,10 @@ use crate::{
     },
     runtime::{
         accelerator::Accelerator,
+        fit::{CacheWish, Fit, InferenceMemory, TooSmall},
         generate::{
-            FinishReason, GenerateError, GenerationConfig, Prompt, Timing, generate,
-            text::TextStream,
+            FinishReason, GenerateError, GenerationConfig, PREFILL_TOKENS, Prompt, Timing,
+            generate, text::TextStream,
         },
     },
 };
@@ -95,6 +103,10 @@ pub enum PipelineError {
         found: usize,
         expected: usize,
     },
+    #[error(transparent)]
+    TooSmall(#[from] TooSmall),
+    #[error("--memory: {0}")]
+    Budget(String),
     #[error(
         "the model needs about {need:.1} GiB of memory as {}, {free:.1} GiB are free; try `--dtype bf16` or `--quantize int8`, a smaller model, or close other programs",
         dtype_text(*.dtype)
@@ -120,6 +132,42 @@ pub struct PipelineOptions {
     pub max_pixels: Option<usize>,
     /// Files that go with a model in GGUF, where they are named.
     pub gguf: GgufParts,
+    /// Memory to stay within: `quantize` is chosen where it is absent, and how many tokens can be kept.
+    pub memory: Option<MemoryLimit>,
+}
+
+/// Memory of a device that a model and its work may take.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct MemoryLimit {
+    /// How much.
+    pub budget: Budget,
+    /// What is wanted beside the weights.
+    pub room: Room,
+    /// Format of keys and values, where it is fixed.
+    pub kv_cache: Option<CacheFormat>,
+}
+
+/// Room for keys and values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Room {
+    /// For answers that are computed together.
+    Answers {
+        /// How many.
+        rows: usize,
+        /// Images of each, of the largest size.
+        images: usize,
+        /// Tokens of each beside its images.
+        text: usize,
+    },
+    /// For a cache that requests share.
+    Shared {
+        /// Tokens that are wanted.
+        tokens: usize,
+        /// Fewest tokens that are of use.
+        least: usize,
+        /// Tokens of a prompt that go through the layers at once.
+        at_once: usize,
+    },
 }
 
 /// Who says between how many pixels an image is scaled, the first that does.
@@ -452,8 +500,10 @@ pub struct Pipeline<B: Backend> {
     pub parts: TextAndImages,
     /// Device that the weights are on.
     pub device: B::Device,
-    /// What a person should know about how the adapter's files were read.
+    /// What a person should know about how the adapter's files were read, and what was chosen for its memory.
     pub notes: Vec<String>,
+    /// What was chosen for [`PipelineOptions::memory`].
+    pub fit: Option<Fit>,
 }
 
 impl<B: Accelerator> Pipeline<B> {
@@ -479,12 +529,20 @@ impl<B: Accelerator> Pipeline<B> {
         on_progress: LoadProgress<'_>,
     ) -> Result<Vec<Self>, PipelineError> {
         let parts = TextAndImages::load(options)?;
+        let fit = fit_memory::<B>(options, &parts, devices)?;
+        let mut options = options.clone();
+        if let Some(fit) = fit
+            && quantised_on_disk(&options.model)?.is_none()
+        {
+            options.quantize = fit.quantization;
+        }
+        let options = &options;
         let models = load_models::<B>(options, &parts.config, devices, on_progress)?;
         models
             .into_iter()
             .zip(devices)
             .map(|(model, device)| {
-                let (model, notes) = match &options.adapter {
+                let (model, mut notes) = match &options.adapter {
                     Some(dir) => {
                         let adapted = attach_adapter(model, dir)?;
                         // Quantised weights are not quantised again: there the adapter stays beside them.
@@ -496,11 +554,13 @@ impl<B: Accelerator> Pipeline<B> {
                     }
                     None => (model, Vec::new()),
                 };
+                notes.extend(fit.map(|fit| fit.to_string()));
                 Ok(Self {
                     model,
                     parts: parts.clone(),
                     device: device.clone(),
                     notes,
+                    fit,
                 })
             })
             .collect()
@@ -564,6 +624,70 @@ impl<B: Accelerator> Pipeline<B> {
     }
 }
 
+/// What fits into [`PipelineOptions::memory`] on the fullest of some devices; `None` where there is no limit.
+///
+/// # Errors
+/// [`PipelineError::TooSmall`], [`PipelineError::Budget`].
+pub fn fit_memory<B: Accelerator>(
+    options: &PipelineOptions,
+    parts: &TextAndImages,
+    devices: &[B::Device],
+) -> Result<Option<Fit>, PipelineError> {
+    let (Some(limit), Some(device)) = (&options.memory, devices.first()) else {
+        return Ok(None);
+    };
+    let on_disk = quantised_on_disk(&options.model)?;
+    let free = devices.iter().map(free_memory::<B>).min().flatten();
+    let gib = limit.budget.gib(free).map_err(PipelineError::Budget)?;
+    // On the host all copies share one memory.
+    let copies = if B::KIND == DeviceKind::Cpu {
+        devices.len()
+    } else {
+        1
+    };
+    let budget = (gib / copies as f64 * (1u64 << 30) as f64) as u64;
+    let init = InitOptions {
+        dtype: options.dtype,
+        ..InitOptions::default()
+    };
+    let shapes = parameter_shapes(&Qwen3Vl::<B>::new(&parts.config, &init, device));
+    let memory = InferenceMemory::new(&parts.config, shapes, options.dtype.size(), B::KIND);
+    let quantised = [Format::Int8, Format::Int4 { group: 64 }];
+    let every = [None]
+        .into_iter()
+        .chain(quantised.map(|layers| Some(Quantization { layers })))
+        .collect();
+    let allowed: Vec<_> = match on_disk.or(options.quantize) {
+        Some(fixed) => vec![Some(fixed)],
+        None => every,
+    };
+    let images = parts.images.config();
+    let patches = images.max_pixels / images.patch_size.pow(2);
+    let (tokens, least, at_once) = match limit.room {
+        Room::Shared {
+            tokens,
+            least,
+            at_once,
+        } => (tokens, least, at_once),
+        Room::Answers {
+            rows,
+            images: count,
+            text,
+        } => {
+            let row = count * patches / images.merge_size.pow(2) + text;
+            (rows * row, row, PREFILL_TOKENS.min(rows * row))
+        }
+    };
+    let wish = CacheWish {
+        tokens,
+        least,
+        format: limit.kv_cache,
+        at_once,
+        patches,
+    };
+    Ok(Some(memory.choose(budget, &allowed, &wish)?))
+}
+
 /// Loads the weights of a checkpoint, adapter aside.
 ///
 /// # Errors
@@ -592,7 +716,7 @@ pub fn load_models<B: Accelerator>(
         dtype: options.dtype,
         ..InitOptions::default()
     };
-    let on_disk = crate::adapters::quantised::files::of_checkpoint(&options.model)?;
+    let on_disk = quantised_on_disk(&options.model)?;
     let quantization = on_disk.or(options.quantize);
     let mut models: Vec<Qwen3Vl<B>> = devices
         .iter()
@@ -688,6 +812,7 @@ mod tests {
             min_pixels: None,
             max_pixels: None,
             gguf: GgufParts::default(),
+            memory: None,
         };
         (dir, options)
     }

@@ -13,6 +13,8 @@ use crate::{
     adapters::lora::config::AdapterError, qwen3_vl::config::Qwen3VlConfig, study::counted,
 };
 
+pub use crate::ops::memory::Budget;
+
 const GIB: f64 = (1u64 << 30) as f64;
 
 impl Recorded {
@@ -182,47 +184,6 @@ pub enum BudgetError {
     Adapter(#[from] AdapterError),
 }
 
-/// Memory that a run may take of a device.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Budget {
-    /// What is free when the run starts.
-    Free,
-    /// GiB.
-    Gib(f64),
-}
-
-impl std::str::FromStr for Budget {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text.trim() {
-            "auto" => Ok(Self::Free),
-            number => (number.parse().ok())
-                .filter(|gib: &f64| *gib > 0.0 && gib.is_finite())
-                .map(Self::Gib)
-                .ok_or_else(|| format!("`{text}`: expected `auto` or a number of GiB, such as 24")),
-        }
-    }
-}
-
-impl Budget {
-    /// In GiB, of a device with `free` bytes left, to two places.
-    ///
-    /// # Errors
-    /// `auto` where the free memory is not known.
-    pub fn gib(self, free: Option<u64>) -> Result<f64, String> {
-        match (self, free) {
-            (Self::Gib(gib), _) => Ok(gib),
-            // The driver's own tables grow while kernels are loaded.
-            (Self::Free, Some(free)) => Ok((free as f64 * 0.97 / GIB * 100.0).floor() / 100.0),
-            (Self::Free, None) => Err(
-                "the device does not tell how much memory is free; give --memory-budget a number of GiB"
-                    .to_string(),
-            ),
-        }
-    }
-}
-
 /// The form of a step that was chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Form {
@@ -308,8 +269,8 @@ impl Form {
         config.recompute_pointwise = self.kept == Recorded::Matmuls;
     }
 
-    /// The choice and its reason in one line.
-    pub fn explain(&self, gib: f64, longest: usize) -> String {
+    /// The form in words.
+    pub fn words(&self, longest: usize) -> String {
         let rows = match self.row_tokens {
             0 => "micro-batches as configured".to_string(),
             tokens => format!(
@@ -318,9 +279,17 @@ impl Form {
             ),
         };
         format!(
-            "memory budget {gib:.1} GiB: {rows}, {}; about {:.1} GiB. Samples of a step, loss and optimizer stay as configured",
+            "{rows}, {}; about {:.1} GiB",
             self.kept.words(),
             self.bytes as f64 / GIB
+        )
+    }
+
+    /// The choice and its reason in one line.
+    pub fn explain(&self, gib: f64, longest: usize) -> String {
+        format!(
+            "memory budget {gib:.1} GiB: {}. Samples of a step, loss and optimizer stay as configured",
+            self.words(longest)
         )
     }
 }
@@ -332,17 +301,6 @@ mod tests {
     fn form(gib: f64) -> Result<Form, BudgetError> {
         let model = Qwen3VlConfig::published("8b").unwrap();
         Form::choose(&TrainConfig::default(), &model, 368, 2, gib, None)
-    }
-
-    #[test]
-    fn budgets_are_read() {
-        assert_eq!("auto".parse(), Ok(Budget::Free));
-        assert_eq!("24".parse(), Ok(Budget::Gib(24.0)));
-        for bad in ["0", "-3", "lots", "inf", ""] {
-            assert!(bad.parse::<Budget>().is_err(), "{bad}");
-        }
-        assert_eq!(Budget::Free.gib(Some(100 << 30)), Ok(97.0));
-        assert!(Budget::Free.gib(None).unwrap_err().contains("GiB"));
     }
 
     #[test]

@@ -666,6 +666,7 @@ mod tests {
             min_pixels: None,
             max_pixels: None,
             gguf: Default::default(),
+            memory: None,
         };
         let device = Default::default();
         let parts = TextAndImages::load(&options).unwrap();

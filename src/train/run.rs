@@ -298,6 +298,7 @@ pub fn train<B: TrainAccelerator>(
         min_pixels: Some(min_pixels),
         max_pixels: Some(max_pixels),
         gguf: Default::default(),
+        memory: None,
     };
     let parts = Arc::new(TextAndImages::load(&pipeline)?);
     for remark in &parts.remarks {

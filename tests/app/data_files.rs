@@ -32,6 +32,7 @@ fn parts() -> TextAndImages {
         min_pixels: None,
         max_pixels: None,
         gguf: xray_qwen3vl::qwen3_vl::weights::gguf::GgufParts::default(),
+        memory: None,
     })
     .unwrap()
 }

@@ -42,6 +42,7 @@ fn parts() -> TextAndImages {
         min_pixels: None,
         max_pixels: None,
         gguf: Default::default(),
+        memory: None,
     })
     .unwrap()
 }

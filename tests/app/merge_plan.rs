@@ -224,6 +224,12 @@ fn plan_follows_flags_benches_and_devices() {
         assert_eq!(code, 0, "{stderr}");
         stdout
     };
+    let cards = plan(&["--cards"]);
+    for card in ["8 GB", "12 GB", "16 GB", "24 GB", "int8", "int4"] {
+        assert!(cards.contains(card), "{card} is missing in: {cards}");
+    }
+    let (code, _, stderr) = run(repository(), &["plan", "--cards", "8,-1"]);
+    assert_eq!(code, 2, "{stderr}");
     let line = |text: &str, name: &str| -> String {
         let found = text.lines().find(|line| line.trim().starts_with(name));
         found

@@ -231,3 +231,29 @@ fn a_damaged_packed_checkpoint_is_named_by_file_and_tensor() {
         "{stderr}"
     );
 }
+
+#[test]
+fn a_memory_limit_chooses_the_form_and_tells_it_in_the_result() {
+    let folder = tempfile::tempdir().unwrap();
+    let chosen = |args: &[&str]| {
+        let (report, _) = infer_well(folder.path(), &[&["--json"][..], args].concat());
+        let record: Value = serde_json::from_str(&report).unwrap();
+        record["remarks"].to_string()
+    };
+    let told = chosen(&["--memory", "4"]);
+    assert!(told.contains("weights in 32 bits"), "{told}");
+    let told = chosen(&["--memory", "auto", "--quantize", "int4"]);
+    assert!(told.contains("weights in int4, groups of 64"), "{told}");
+    assert!(told.contains("tokens in 32 bits"), "{told}");
+    let told = chosen(&["--memory", "4", "--kv-cache", "int8"]);
+    assert!(told.contains("tokens in 8 bits"), "{told}");
+    let (code, _, stderr) = infer(folder.path(), &["--memory", "0.01"]);
+    assert_eq!(code, 1, "{stderr}");
+    assert!(
+        stderr.contains("too small") && stderr.contains("int4"),
+        "{stderr}"
+    );
+    let (code, _, stderr) = infer(folder.path(), &["--memory", "much"]);
+    assert_eq!(code, 2, "{stderr}");
+    assert!(stderr.contains("auto"), "{stderr}");
+}

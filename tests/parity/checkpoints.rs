@@ -125,6 +125,7 @@ pub fn options(model: &Path) -> PipelineOptions {
         min_pixels: None,
         max_pixels: None,
         gguf: GgufParts::default(),
+        memory: None,
     }
 }
 

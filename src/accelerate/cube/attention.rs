@@ -5,15 +5,16 @@
 //! of many keys. Where there is one query, long ranges are split between cubes, and a second launch merges
 //! their partial results.
 
-use burn::tensor::DType;
-use burn_cubecl::CubeRuntime;
+use burn::tensor::{DType, Tensor};
+use burn_cubecl::{CubeRuntime, kernel::into_contiguous};
 use cubecl::prelude::*;
 
 use super::{
-    launch::{Buffer, cubes, elements, empty, pieces},
+    launch::{Buffer, Cube, cubes, elements, empty, pieces, tensor, with_contiguous_heads},
     sums::cube_sum,
     words::{Packing, Piece, pair, within},
 };
+use crate::ops::AttentionSpans;
 
 /// Units of a cube, and keys of a tile.
 const UNITS: usize = 256;
@@ -77,26 +78,6 @@ impl AttentionConfig {
 pub(super) struct Cache<'a, R: CubeRuntime> {
     pub keys: &'a Buffer<R>,
     pub values: &'a Buffer<R>,
-}
-
-/// Whether the kernel covers queries of these heads over such a cache.
-pub(super) fn covers<R: CubeRuntime>(q: &Buffer<R>, cache: &Cache<'_, R>) -> bool {
-    let [_, heads, _, head_dim] = q.meta.shape().dims();
-    let (keys, values) = (&cache.keys.meta, &cache.values.meta);
-    let one_type = q.dtype == cache.keys.dtype && q.dtype == cache.values.dtype;
-    let Some(packing) = Packing::of(q.dtype).filter(|_| one_type) else {
-        return false;
-    };
-    let piece = packing.piece();
-    head_dim.is_multiple_of(piece)
-        && head_dim <= 256
-        && heads / keys.shape()[1] <= ROWS
-        && keys.strides() == values.strides()
-        && keys.strides()[3] == 1
-        && q.meta.strides()[3] == 1
-        && keys.strides()[..3]
-            .iter()
-            .all(|stride| stride.is_multiple_of(piece))
 }
 
 #[cube(launch_unchecked)]
@@ -355,6 +336,38 @@ fn join<F: Numeric>(
     }
 }
 
+/// [`ForwardOps::span_attention`](crate::ops::ForwardOps::span_attention).
+pub(super) fn span_attention<R: CubeRuntime>(
+    q: &Tensor<Cube<R>, 4>,
+    k: &Tensor<Cube<R>, 4>,
+    v: &Tensor<Cube<R>, 4>,
+    spans: &AttentionSpans<Cube<R>>,
+) -> Option<Tensor<Cube<R>, 4>> {
+    let [_, heads, _, head_dim] = q.dims();
+    let [_, key_value_heads, keys, _] = k.dims();
+    let piece = Packing::of(q.dtype())?.piece();
+    let covered = [k.dtype(), v.dtype()] == [q.dtype(); 2]
+        && head_dim.is_multiple_of(piece)
+        && head_dim <= 256
+        && heads / key_value_heads <= ROWS;
+    if !covered {
+        return None;
+    }
+    let [q, mut k, mut v] = [q, k, v].map(|x| with_contiguous_heads(x.clone()));
+    let strides = k.meta.strides();
+    let whole = strides[..3].iter().all(|one| one.is_multiple_of(piece));
+    if !whole || strides != v.meta.strides() {
+        [k, v] = [k, v].map(into_contiguous);
+    }
+    let cache = Cache {
+        keys: &k,
+        values: &v,
+    };
+    let [first, end] = spans.ranges().clone().map(|range| range.into_primitive());
+    let y = attended(&q, &cache, &first, &end, keys);
+    Some(tensor::<R, 4>(y).swap_dims(1, 2))
+}
+
 /// Attention output `[b, queries, h, d]` of `q` `[b, h, queries, d]`: each query over keys `[first, end)` as
 /// far as there are `keys`.
 pub(super) fn attended<R: CubeRuntime>(
@@ -367,7 +380,7 @@ pub(super) fn attended<R: CubeRuntime>(
     let [batch, heads, queries, head_dim] = q.meta.shape().dims();
     let key_value_heads = cache.keys.meta.shape()[1];
     let group = heads / key_value_heads;
-    let packing = Packing::of(q.dtype).expect("`covers` accepted the type");
+    let packing = Packing::of(q.dtype).expect("the kernel covers the type");
     let splits = if queries == 1 {
         (keys / RANGE).clamp(1, 16)
     } else {

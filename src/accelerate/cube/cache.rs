@@ -1,9 +1,11 @@
 //! New keys and values into a cache, in place.
 
+use burn::tensor::Tensor;
 use burn_cubecl::CubeRuntime;
 use cubecl::prelude::*;
 
-use super::launch::{Buffer, cubes, elements};
+use super::launch::{Buffer, Cube, cubes, elements, strided, tensor, with_contiguous_heads};
+use crate::ops::KeysAndValues;
 
 const UNITS: usize = 128;
 
@@ -33,21 +35,35 @@ fn append_rows<F: Numeric>(
     }
 }
 
-/// Whether new rows can be written into the buffer: nobody else holds it, and it is contiguous.
-pub(super) fn covers<R: CubeRuntime>(held: &Buffer<R>, new: &Buffer<R>, at: usize) -> bool {
-    held.can_mut()
-        && held.is_contiguous()
-        && held.dtype == new.dtype
-        && new.meta.strides()[3] == 1
-        && at + new.meta.shape()[2] <= held.meta.shape()[2]
+/// Writes new keys and values `[b, h, rows, d]` into `[b, h, capacity, d]` from row `at` on, where nobody
+/// else holds the buffers.
+pub(super) fn append<R: CubeRuntime>(
+    buffers: KeysAndValues<Cube<R>>,
+    new: &KeysAndValues<Cube<R>>,
+    at: usize,
+) -> Result<KeysAndValues<Cube<R>>, KeysAndValues<Cube<R>>> {
+    let buffers = buffers.map(strided);
+    let covered = |(held, new): (&Buffer<R>, &Tensor<Cube<R>, 4>)| {
+        held.can_mut()
+            && held.is_contiguous()
+            && held.dtype == new.dtype()
+            && at + new.dims()[2] <= held.meta.shape()[2]
+    };
+    if !buffers.iter().zip(new).all(covered) {
+        return Err(buffers.map(tensor));
+    }
+    for (held, new) in buffers.iter().zip(new) {
+        write(held, &with_contiguous_heads(new.clone()), at);
+    }
+    Ok(buffers.map(tensor))
 }
 
-/// Writes `new` `[b, h, rows, d]` into `held` `[b, h, capacity, d]` from row `at` on.
-pub(super) fn append<R: CubeRuntime>(held: &Buffer<R>, new: &Buffer<R>, at: usize) {
+/// Writes `new`, whose heads are contiguous, into `held`.
+fn write<R: CubeRuntime>(held: &Buffer<R>, new: &Buffer<R>, at: usize) {
     let [batch, heads, rows, head_dim] = new.meta.shape().dims();
     let strides = new.meta.strides();
     let count = batch * heads * rows * head_dim;
-    // SAFETY: `covers` has checked the buffer; the strides are those of the buffer.
+    // SAFETY: `append` has checked the buffer; the strides are those of the buffer.
     #[allow(unsafe_code)]
     unsafe {
         append_rows::launch_unchecked::<R>(

@@ -1,10 +1,10 @@
 //! Dropout masks, see [`crate::ops::dropout`].
 
-use burn::tensor::DType;
+use burn::tensor::{DType, Tensor};
 use burn_cubecl::CubeRuntime;
 use cubecl::prelude::*;
 
-use super::launch::{Buffer, cubes, elements, empty};
+use super::launch::{Cube, cubes, elements, empty, strided, tensor};
 use crate::ops::Dropout;
 
 const UNITS: usize = 128;
@@ -36,9 +36,13 @@ fn fill(
 }
 
 /// The mask in the shape of `like`, f32.
-pub(super) fn mask<R: CubeRuntime>(like: &Buffer<R>, dropout: Dropout) -> Buffer<R> {
-    let [rows, width] = like.meta.shape().dims();
-    let out = empty(like, [rows, width], DType::F32);
+pub(super) fn mask<R: CubeRuntime>(
+    like: &Tensor<Cube<R>, 2>,
+    dropout: Dropout,
+) -> Option<Tensor<Cube<R>, 2>> {
+    let [rows, width] = like.dims();
+    let like = strided(like.clone());
+    let out = empty(&like, [rows, width], DType::F32);
     let count = rows * width;
     // SAFETY: `out` has `count` elements, and units beyond write nothing.
     #[allow(unsafe_code)]
@@ -55,5 +59,5 @@ pub(super) fn mask<R: CubeRuntime>(like: &Buffer<R>, dropout: Dropout) -> Buffer
             dropout.keep_scale() as f32,
         );
     }
-    out
+    Some(tensor(out))
 }

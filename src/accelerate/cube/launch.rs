@@ -20,6 +20,18 @@ pub(super) fn contiguous<R: CubeRuntime, const D: usize>(tensor: Tensor<Cube<R>,
     into_contiguous(strided(tensor))
 }
 
+/// Heads with contiguous elements; the other axes may have any stride.
+pub(super) fn with_contiguous_heads<R: CubeRuntime, const D: usize>(
+    tensor: Tensor<Cube<R>, D>,
+) -> Buffer<R> {
+    let buffer = strided(tensor);
+    if buffer.meta.strides().last() == Some(&1) {
+        buffer
+    } else {
+        into_contiguous(buffer)
+    }
+}
+
 /// A tensor over a buffer.
 pub(super) fn tensor<R: CubeRuntime, const D: usize>(buffer: Buffer<R>) -> Tensor<Cube<R>, D> {
     Tensor::from_primitive(TensorPrimitive::Float(buffer))

@@ -1,18 +1,19 @@
 //! Matmul of one to eight rows with float matrices `[out, in]` (matrix-vector), through [`super::products`];
 //! of two rows and more in tiles ([`super::tile_matmul`]), where the device has them.
 
-use burn::tensor::DType;
-use burn_cubecl::CubeRuntime;
+use burn::tensor::{DType, Tensor};
+use burn_cubecl::{CubeRuntime, kernel::into_contiguous};
 use cubecl::client::ComputeClient;
 
 use super::{
-    launch::{Buffer, array, elements, empty, pieces, quads},
+    launch::{Buffer, Cube, array, contiguous, elements, empty, pieces, quads, strided, tensor},
     products::{MatmulConfig, Matrices, Stored, one_matrix, swiglu_matrices, three_matrices},
     sums::Group,
     tile_config::{WIDEST, cooperative},
     tile_matmul::{self, Added, Operand},
     words::Packing,
 };
+use crate::ops::{LowRank, cast::to_f32};
 
 /// Most rows of one matmul without tiles.
 pub(super) const MOST_ROWS: usize = 8;
@@ -42,13 +43,103 @@ fn config<R: CubeRuntime>(x: &Buffer<R>, width: usize, matrices: Matrices) -> Ma
     MatmulConfig::new(stored, [rows, width], matrices, vectors, group)
 }
 
-/// Whether the kernel covers a matmul; `x` `[rows, in]`, `weight` `[out, in]`.
-pub(super) fn covers<R: CubeRuntime>(x: &Buffer<R>, weight: &Buffer<R>) -> bool {
-    let [rows, width] = x.meta.shape().dims();
+/// Whether the kernel covers a matmul of inputs `[rows, in]` in `dtype` with `weight` `[out, in]`.
+fn covers<R: CubeRuntime>([rows, width]: [usize; 2], dtype: DType, weight: &Buffer<R>) -> bool {
     (1..=MOST_ROWS).contains(&rows)
-        && x.dtype == weight.dtype
-        && Packing::of(x.dtype).is_some_and(|packing| width.is_multiple_of(packing.piece()))
+        && dtype == weight.dtype
+        && Packing::of(dtype).is_some_and(|packing| width.is_multiple_of(packing.piece()))
         && weight.is_contiguous()
+}
+
+/// Whether a matmul goes in tiles.
+fn in_tiles<R: CubeRuntime>(x: &Tensor<Cube<R>, 2>, weight: &Buffer<R>) -> bool {
+    tile_matmul::covers(&strided(x.clone())) && Operand::floats(weight).is_some()
+}
+
+/// The kernel of [`ForwardOps::matmul`](crate::ops::ForwardOps::matmul): rows with a matrix `[out, in]` that is
+/// read in place, as linear layers have it.
+pub(super) fn matmul_transposed<R: CubeRuntime, const D: usize>(
+    a: &Tensor<Cube<R>, D>,
+    b: &Tensor<Cube<R>, D>,
+) -> Option<Tensor<Cube<R>, D>> {
+    if D != 2 {
+        return None;
+    }
+    let weight = strided(b.clone().transpose());
+    let x = strided(a.clone());
+    if !tile_matmul::covers(&x) || Operand::floats(&weight).is_none() {
+        return None;
+    }
+    let x = into_contiguous(x);
+    Some(tensor(matmul(&x, None, &weight, None, None, x.dtype)))
+}
+
+/// [`ForwardOps::linear_add`](crate::ops::ForwardOps::linear_add).
+pub(super) fn linear_add<R: CubeRuntime>(
+    x: &Tensor<Cube<R>, 2>,
+    weight: &Tensor<Cube<R>, 2>,
+    bias: Option<&Tensor<Cube<R>, 1>>,
+    residual: Option<&Tensor<Cube<R>, 2>>,
+) -> Option<Tensor<Cube<R>, 2>> {
+    let (weight, dtype) = (strided(weight.clone()), x.dtype());
+    let one_type = bias.is_none_or(|bias| bias.dtype() == dtype)
+        && residual.is_none_or(|residual| residual.dtype() == dtype);
+    if !one_type || !(in_tiles(x, &weight) || covers(x.dims(), dtype, &weight)) {
+        return None;
+    }
+    let x = contiguous(x.clone());
+    let bias = bias.cloned().map(contiguous);
+    let residual = residual.cloned().map(contiguous);
+    let (bias, residual) = (bias.as_ref(), residual.as_ref());
+    Some(tensor(matmul(&x, None, &weight, bias, residual, dtype)))
+}
+
+/// [`ForwardOps::logits`](crate::ops::ForwardOps::logits).
+pub(super) fn logits<R: CubeRuntime>(
+    hidden: &Tensor<Cube<R>, 2>,
+    head: &Tensor<Cube<R>, 2>,
+) -> Option<Tensor<Cube<R>, 2>> {
+    let head = strided(head.clone());
+    if !in_tiles(hidden, &head) && !covers(hidden.dims(), hidden.dtype(), &head) {
+        return None;
+    }
+    let hidden = contiguous(hidden.clone());
+    Some(tensor(matmul(&hidden, None, &head, None, None, DType::F32)))
+}
+
+/// [`ForwardOps::low_rank_inputs`](crate::ops::ForwardOps::low_rank_inputs), without dropout.
+pub(super) fn low_rank_inputs<R: CubeRuntime>(
+    x: &Tensor<Cube<R>, 2>,
+    adapters: &[&LowRank<Cube<R>>],
+) -> Option<Vec<Tensor<Cube<R>, 2>>> {
+    let matrices: Vec<_> = (adapters.iter())
+        .map(|one| strided(one.a.clone()))
+        .collect();
+    let covered = adapters.iter().all(|one| one.dropout.is_none())
+        && (matrices.iter()).all(|a| covers(x.dims(), DType::F32, a));
+    if !covered {
+        return None;
+    }
+    let x = contiguous(to_f32(x.clone()));
+    let low = |a| tensor(matmul(&x, None, a, None, None, DType::F32));
+    Some(matrices.iter().map(low).collect())
+}
+
+/// [`ForwardOps::adapted_linear`](crate::ops::ForwardOps::adapted_linear).
+pub(super) fn adapted_linear<R: CubeRuntime>(
+    x: &Tensor<Cube<R>, 2>,
+    weight: &Tensor<Cube<R>, 2>,
+    low: &Tensor<Cube<R>, 2>,
+    adapter: &LowRank<Cube<R>>,
+    residual: Option<&Tensor<Cube<R>, 2>>,
+) -> Option<Tensor<Cube<R>, 2>> {
+    let b = strided(adapter.b.clone());
+    if !covers(low.dims(), DType::F32, &b) {
+        return None;
+    }
+    let y = strided(linear_add(x, weight, None, residual)?);
+    let scaled = contiguous(to_f32(low.clone()) * adapter.scaling);
+    Some(tensor(matmul(&scaled, None, &b, None, Some(&y), x.dtype())))
 }
 
 /// A norm fused into the matmul, applied to its input.

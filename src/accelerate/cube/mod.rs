@@ -30,6 +30,7 @@ mod sums;
 mod tests;
 mod tile_config;
 mod tile_matmul;
+mod tile_stage;
 #[cfg(all(test, feature = "wgpu"))]
 mod tile_tests;
 mod tiles;

@@ -1,10 +1,11 @@
 //! SwiGLU (`silu(x) · y`) and both GELUs, computed in f32.
 
+use burn::tensor::Tensor;
 use burn_cubecl::CubeRuntime;
 use cubecl::prelude::*;
 
 use super::{
-    launch::{Buffer, cubes, elements, empty, pieces},
+    launch::{Cube, contiguous, cubes, elements, empty, pieces, tensor},
     words::{Packing, Piece, pair, within},
 };
 
@@ -19,13 +20,6 @@ pub(super) enum Operation {
     GeluTanh,
     /// GELU with the error function.
     GeluExact,
-}
-
-/// Whether the kernel covers so many elements.
-pub(super) fn covers<R: CubeRuntime>(x: &Buffer<R>) -> bool {
-    let elements = x.meta.num_elements();
-    elements > 0
-        && Packing::of(x.dtype).is_some_and(|packing| elements.is_multiple_of(packing.piece()))
 }
 
 #[cube]
@@ -66,10 +60,19 @@ fn pointwise<F: Numeric>(
 }
 
 /// The operation over all elements; `y` is `x` again where it has one operand.
-pub(super) fn run<R: CubeRuntime>(operation: Operation, x: &Buffer<R>, y: &Buffer<R>) -> Buffer<R> {
-    let [rows, width] = x.meta.shape().dims();
-    let packing = Packing::of(x.dtype).expect("`covers` accepted the type");
-    let out = empty(x, [rows, width], x.dtype);
+pub(super) fn run<R: CubeRuntime>(
+    operation: Operation,
+    x: &Tensor<Cube<R>, 2>,
+    y: &Tensor<Cube<R>, 2>,
+) -> Option<Tensor<Cube<R>, 2>> {
+    let [rows, width] = x.dims();
+    let packing = Packing::of(x.dtype())?;
+    let whole = (rows * width).is_multiple_of(packing.piece());
+    if x.dtype() != y.dtype() || rows * width == 0 || !whole {
+        return None;
+    }
+    let (x, y) = (contiguous(x.clone()), contiguous(y.clone()));
+    let out = empty(&x, [rows, width], x.dtype);
     let count = rows * width / packing.piece();
     // SAFETY: all three have `count` pieces.
     #[allow(unsafe_code)]
@@ -78,8 +81,8 @@ pub(super) fn run<R: CubeRuntime>(operation: Operation, x: &Buffer<R>, y: &Buffe
             &x.client,
             cubes(count.div_ceil(UNITS)),
             CubeDim::new_1d(UNITS as u32),
-            pieces(x),
-            pieces(y),
+            pieces(&x),
+            pieces(&y),
             elements(&out),
             count,
             operation,
@@ -87,5 +90,5 @@ pub(super) fn run<R: CubeRuntime>(operation: Operation, x: &Buffer<R>, y: &Buffe
             x.dtype.into(),
         );
     }
-    out
+    Some(tensor(out))
 }

@@ -1,9 +1,9 @@
 //! Matmul with quantised weights (see [`crate::ops::quantised`]): the kernels read the packed words directly.
 //!
-//! Where the device multiplies cooperative matrices, any rows go in one launch of tiles
-//! ([`super::tile_matmul`]). Elsewhere, and with an adapter, up to [`MOST_ROWS`] rows go in several launches over
-//! the words; more rows use the float matmul with rows of the matrix that a kernel dequantises, at most
-//! [`quantised::weight::UNPACKED_BYTES`] at once.
+//! Where the device multiplies cooperative matrices, several rows go in one launch of tiles
+//! ([`super::tile_matmul`]). Else, and with an adapter, up to [`MOST_ROWS`] rows go in several launches over the
+//! words; more rows use the float matmul with rows of the matrix that a kernel dequantises, at most
+//! [`UNPACKED_BYTES`](crate::ops::quantised::weight::UNPACKED_BYTES) at once.
 
 use burn::tensor::{DType, Tensor};
 use burn_cubecl::{CubeRuntime, kernel::into_contiguous};
@@ -21,13 +21,10 @@ use super::{
     unpack::{pad_rows, unpack},
     words::Packing,
 };
-use crate::{
-    ops::{
-        ForwardOps, LowRank,
-        cast::{to_dtype, to_f32},
-        quantised::{self, Format, QuantisedWeight},
-    },
-    runtime::accelerator::Accelerator,
+use crate::ops::{
+    LowRank,
+    cast::{to_dtype, to_f32},
+    quantised::{Format, QuantisedWeight},
 };
 
 /// Rows of one launch.
@@ -112,73 +109,58 @@ impl<R: CubeRuntime> Quantised<R> {
 
 /// [`ForwardOps::linear_quantised`](crate::ops::ForwardOps::linear_quantised).
 pub(in crate::accelerate) fn linear_quantised<R: CubeRuntime>(
-    x: Tensor<Cube<R>, 2>,
+    x: &Tensor<Cube<R>, 2>,
     weight: &QuantisedWeight<Cube<R>>,
-    bias: Option<Tensor<Cube<R>, 1>>,
-    residual: Option<Tensor<Cube<R>, 2>>,
-) -> Tensor<Cube<R>, 2>
-where
-    Cube<R>: Accelerator,
-{
+    bias: Option<&Tensor<Cube<R>, 1>>,
+    residual: Option<&Tensor<Cube<R>, 2>>,
+) -> Option<Tensor<Cube<R>, 2>> {
     let dtype = x.dtype();
-    if let Some(x) = in_tiles(&x) {
-        let (bias, residual) = (bias.map(contiguous), residual.map(contiguous));
-        tile_linear(&x, weight, bias.as_ref(), residual.as_ref(), dtype)
-    } else if covers(&x, weight) {
-        by_rows(x, weight, bias, residual, None, dtype)
-    } else {
-        quantised::weight::linear(x, weight, bias, residual)
+    if let Some(x) = in_tiles(x) {
+        let bias = bias.cloned().map(contiguous);
+        let residual = residual.cloned().map(contiguous);
+        let (bias, residual) = (bias.as_ref(), residual.as_ref());
+        return Some(tile_linear(&x, weight, bias, residual, dtype));
     }
+    covers(x, weight).then(|| by_rows(x, weight, bias, residual, None, dtype))
 }
 
 /// [`ForwardOps::adapted_linear_quantised`](crate::ops::ForwardOps::adapted_linear_quantised).
 pub(in crate::accelerate) fn adapted_linear_quantised<R: CubeRuntime>(
-    x: Tensor<Cube<R>, 2>,
+    x: &Tensor<Cube<R>, 2>,
     weight: &QuantisedWeight<Cube<R>>,
     adapter: &LowRank<Cube<R>>,
-    residual: Option<Tensor<Cube<R>, 2>>,
-) -> Tensor<Cube<R>, 2>
-where
-    Cube<R>: Accelerator,
-{
+    residual: Option<&Tensor<Cube<R>, 2>>,
+) -> Option<Tensor<Cube<R>, 2>> {
     // Sixteen bytes of the input are read at once.
     let whole = weight.dims()[1].is_multiple_of(8);
     let dtype = x.dtype();
-    let few = x.dims()[0] <= ROWS;
-    if few && covers(&x, weight) && whole && adapter.dropout.is_none() {
-        by_rows(x, weight, None, residual, Some(adapter), dtype)
-    } else if let Some(rows) = in_tiles(&x) {
-        let low = Cube::<R>::low_rank_inputs(x, &[adapter]).remove(0);
-        let low = to_f32(low) * adapter.scaling;
-        let share = Cube::<R>::matmul(low, adapter.b.clone().transpose());
+    let covered = covers(x, weight) && whole && adapter.dropout.is_none();
+    let few = covered && x.dims()[0] <= ROWS;
+    if let Some(rows) = in_tiles(x)
+        && !few
+        && adapter.dropout.is_none()
+    {
+        let low = to_f32(x.clone()).matmul(adapter.a.clone().transpose()) * adapter.scaling;
+        let share = low.matmul(adapter.b.clone().transpose());
         let y = tile_linear(&rows, weight, None, None, DType::F32) + share;
         let y = match residual {
-            Some(residual) => y + to_f32(residual),
+            Some(residual) => y + to_f32(residual.clone()),
             None => y,
         };
-        to_dtype(y, dtype)
-    } else if covers(&x, weight) && whole && adapter.dropout.is_none() {
-        by_rows(x, weight, None, residual, Some(adapter), dtype)
-    } else {
-        quantised::weight::adapted(x, weight, adapter, residual)
+        return Some(to_dtype(y, dtype));
     }
+    covered.then(|| by_rows(x, weight, None, residual, Some(adapter), dtype))
 }
 
 /// [`ForwardOps::logits_quantised`](crate::ops::ForwardOps::logits_quantised).
 pub(in crate::accelerate) fn logits_quantised<R: CubeRuntime>(
-    hidden: Tensor<Cube<R>, 2>,
+    hidden: &Tensor<Cube<R>, 2>,
     head: &QuantisedWeight<Cube<R>>,
-) -> Tensor<Cube<R>, 2>
-where
-    Cube<R>: Accelerator,
-{
-    if let Some(hidden) = in_tiles(&hidden) {
-        tile_linear(&hidden, head, None, None, DType::F32)
-    } else if covers(&hidden, head) {
-        by_rows(hidden, head, None, None, None, DType::F32)
-    } else {
-        quantised::weight::logits(hidden, head)
+) -> Option<Tensor<Cube<R>, 2>> {
+    if let Some(hidden) = in_tiles(hidden) {
+        return Some(tile_linear(&hidden, head, None, None, DType::F32));
     }
+    covers(hidden, head).then(|| by_rows(hidden, head, None, None, None, DType::F32))
 }
 
 /// [`ForwardOps::dequantise_rows`](crate::ops::ForwardOps::dequantise_rows).
@@ -187,12 +169,9 @@ pub(in crate::accelerate) fn dequantise_rows<R: CubeRuntime>(
     start: usize,
     count: usize,
     dtype: DType,
-) -> Tensor<Cube<R>, 2> {
-    if weight.dims()[1].is_multiple_of(4) && Packing::of(dtype).is_some() {
-        unpacked(weight, start, count, dtype)
-    } else {
-        weight.rows(start, count).unpack(dtype)
-    }
+) -> Option<Tensor<Cube<R>, 2>> {
+    let covered = weight.dims()[1].is_multiple_of(4) && Packing::of(dtype).is_some();
+    covered.then(|| unpacked(weight, start, count, dtype))
 }
 
 /// Whether the matmul uses the kernel over quantised words.
@@ -223,25 +202,24 @@ fn tile_linear<R: CubeRuntime>(
 
 /// `x Wᵀ + bias + residual + scaling · x Aᵀ Bᵀ` in type `out`, some rows a launch.
 fn by_rows<R: CubeRuntime>(
-    x: Tensor<Cube<R>, 2>,
+    x: &Tensor<Cube<R>, 2>,
     weight: &QuantisedWeight<Cube<R>>,
-    bias: Option<Tensor<Cube<R>, 1>>,
-    residual: Option<Tensor<Cube<R>, 2>>,
+    bias: Option<&Tensor<Cube<R>, 1>>,
+    residual: Option<&Tensor<Cube<R>, 2>>,
     adapter: Option<&LowRank<Cube<R>>>,
     out: DType,
 ) -> Tensor<Cube<R>, 2> {
     let [rows, d_input] = x.dims();
     let weight = Quantised::of(weight);
-    let bias = bias.map(contiguous);
+    let bias = bias.cloned().map(contiguous);
     let parts = (0..rows).step_by(ROWS).map(|start| {
         let count = ROWS.min(rows - start);
         let cut = |x: &Tensor<Cube<R>, 2>| match count == rows {
             true => x.clone(),
             false => x.clone().narrow(0, start, count),
         };
-        let x = cut(&x);
-        let residual = residual.as_ref().map(|residual| contiguous(cut(residual)));
-        let x = contiguous(x);
+        let x = contiguous(cut(x));
+        let residual = residual.map(|residual| contiguous(cut(residual)));
         let share = adapter.map(|adapter| {
             let low = low_rank_input(&x, adapter);
             (low, contiguous(adapter.b.clone()), adapter.b.dims()[1])

@@ -1,14 +1,15 @@
 //! Norm and rotation of heads: a cube a head, a unit a pair of elements half a head apart.
 
-use burn::tensor::DType;
+use burn::tensor::{DType, Tensor};
 use burn_cubecl::CubeRuntime;
 use cubecl::prelude::*;
 
 use super::{
-    launch::{Buffer, cubes, elements, empty},
+    launch::{Buffer, Cube, contiguous, cubes, elements, empty, tensor, with_contiguous_heads},
     sums::cube_sum,
     words::{Packing, within},
 };
+use crate::ops::HeadNorm;
 
 /// The comptime configuration of a kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -20,19 +21,16 @@ struct RotaryConfig {
 }
 
 impl RotaryConfig {
-    fn new(head_dim: usize, dtype: DType, norm: bool) -> Self {
-        Self {
+    /// `None` where the kernels do not cover heads of this width and type.
+    fn new(head_dim: usize, dtype: DType, norm: bool) -> Option<Self> {
+        let covered = head_dim.is_multiple_of(2) && (2..=512).contains(&head_dim);
+        Some(Self {
             half: head_dim / 2,
             units: (head_dim / 2).next_power_of_two(),
-            packing: Packing::of(dtype).expect("`covers` accepted the type"),
+            packing: Packing::of(dtype).filter(|_| covered)?,
             norm,
-        }
+        })
     }
-}
-
-/// Whether the kernels cover the rotation of heads of this width and type.
-pub(super) fn covers(head_dim: usize, dtype: DType) -> bool {
-    Packing::of(dtype).is_some() && head_dim.is_multiple_of(2) && (2..=512).contains(&head_dim)
 }
 
 /// Both elements of this unit, normalised where there is a norm.
@@ -96,16 +94,22 @@ fn rotate_heads<F: Numeric>(
     }
 }
 
-/// Rotates `x` `[tokens, heads, d]` (RoPE), whose heads are contiguous; tokens and heads may have any stride.
+/// Rotates `x` `[tokens, heads, d]` (RoPE).
 pub(super) fn rotate<R: CubeRuntime>(
-    x: &Buffer<R>,
-    norm: Option<(&Buffer<R>, f64)>,
-    cos: &Buffer<R>,
-    sin: &Buffer<R>,
-) -> Buffer<R> {
-    let [tokens, heads, head_dim] = x.meta.shape().dims();
-    let config = RotaryConfig::new(head_dim, x.dtype, norm.is_some());
-    let y = empty(x, [tokens, heads, head_dim], x.dtype);
+    x: &Tensor<Cube<R>, 3>,
+    norm: Option<&HeadNorm<Cube<R>>>,
+    cos: &Tensor<Cube<R>, 2>,
+    sin: &Tensor<Cube<R>, 2>,
+) -> Option<Tensor<Cube<R>, 3>> {
+    let [tokens, heads, head_dim] = x.dims();
+    let config = RotaryConfig::new(head_dim, x.dtype(), norm.is_some())?;
+    if norm.is_some_and(|norm| norm.weight.dtype() != x.dtype()) {
+        return None;
+    }
+    let x = with_contiguous_heads(x.clone());
+    let weight = norm.map(|norm| contiguous(norm.weight.clone()));
+    let (cos, sin) = (contiguous(cos.clone()), contiguous(sin.clone()));
+    let y = empty(&x, [tokens, heads, head_dim], x.dtype);
     let strides = x.meta.strides();
     // SAFETY: the strides are those of the buffer; without a norm the weight is not read.
     #[allow(unsafe_code)]
@@ -114,21 +118,21 @@ pub(super) fn rotate<R: CubeRuntime>(
             &x.client,
             cubes(tokens * heads),
             CubeDim::new_1d(config.units as u32),
-            elements(x),
-            elements(norm.map_or(x, |(weight, _)| weight)),
-            elements(cos),
-            elements(sin),
+            elements(&x),
+            elements(weight.as_ref().unwrap_or(&x)),
+            elements(&cos),
+            elements(&sin),
             elements(&y),
             tokens * heads,
             heads,
             strides[0],
             strides[1],
-            norm.map_or(0.0, |(_, epsilon)| epsilon as f32),
+            norm.map_or(0.0, |norm| norm.epsilon as f32),
             config,
             x.dtype.into(),
         );
     }
-    y
+    Some(tensor(y))
 }
 
 #[cube(launch_unchecked)]
@@ -177,16 +181,17 @@ fn split_heads<F: Numeric>(
 
 /// Queries and keys rotated (RoPE), values unchanged, out of a fused projection `[tokens, 3 · heads · d]`.
 pub(super) fn split_and_rotate<R: CubeRuntime>(
-    qkv: &Buffer<R>,
+    qkv: &Tensor<Cube<R>, 2>,
     heads: usize,
-    cos: &Buffer<R>,
-    sin: &Buffer<R>,
-) -> [Buffer<R>; 3] {
+    cos: &Tensor<Cube<R>, 2>,
+    sin: &Tensor<Cube<R>, 2>,
+) -> Option<[Tensor<Cube<R>, 3>; 3]> {
     const UNITS: usize = 64;
-    let [tokens, width] = qkv.meta.shape().dims();
+    let [tokens, width] = qkv.dims();
     let width = width / 3;
-    let config = RotaryConfig::new(width / heads, qkv.dtype, false);
-    let out = [(); 3].map(|()| empty(qkv, [tokens, heads, width / heads], qkv.dtype));
+    let config = RotaryConfig::new(width / heads, qkv.dtype(), false)?;
+    let [qkv, cos, sin] = [qkv, cos, sin].map(|x| contiguous(x.clone()));
+    let out = [(); 3].map(|()| empty(&qkv, [tokens, heads, width / heads], qkv.dtype));
     let count = tokens * width / 2;
     // SAFETY: the arrays are as long as tokens and width say.
     #[allow(unsafe_code)]
@@ -195,9 +200,9 @@ pub(super) fn split_and_rotate<R: CubeRuntime>(
             &qkv.client,
             cubes(count.div_ceil(UNITS)),
             CubeDim::new_1d(UNITS as u32),
-            elements(qkv),
-            elements(cos),
-            elements(sin),
+            elements(&qkv),
+            elements(&cos),
+            elements(&sin),
             elements(&out[0]),
             elements(&out[1]),
             elements(&out[2]),
@@ -207,7 +212,7 @@ pub(super) fn split_and_rotate<R: CubeRuntime>(
             qkv.dtype.into(),
         );
     }
-    out
+    Some(out.map(tensor))
 }
 
 #[cube(launch_unchecked)]
@@ -291,7 +296,8 @@ pub(super) fn rotate_into_cache<R: CubeRuntime>(
         at < capacity,
         "token {at} does not fit a cache of {capacity}"
     );
-    let config = RotaryConfig::new(head_dim, qkv.dtype, true);
+    let config = RotaryConfig::new(head_dim, qkv.dtype, true)
+        .expect("the decoder starts with heads that are covered");
     let q = empty(qkv, [rows, heads * head_dim], qkv.dtype);
     let count = (rows * (heads + 2 * key_value_heads)) as u32;
     // SAFETY: a cube a head of `qkv`; the place in the cache was checked.

@@ -1,10 +1,11 @@
 //! Norms over rows: a cube a row, statistics in f32.
 
+use burn::tensor::Tensor;
 use burn_cubecl::CubeRuntime;
 use cubecl::prelude::*;
 
 use super::{
-    launch::{Buffer, cubes, elements, empty, pieces},
+    launch::{Buffer, Cube, contiguous, cubes, elements, empty, pieces, tensor},
     sums::cube_sum,
     words::{Packing, Piece, pair, within},
 };
@@ -19,12 +20,6 @@ struct NormConfig {
     packing: Packing,
     /// Layer norm with a shift, else root mean square.
     centred: bool,
-}
-
-/// Whether the kernel covers rows of this width and type.
-pub(super) fn covers<R: CubeRuntime>(x: &Buffer<R>) -> bool {
-    let [_, width] = x.meta.shape().dims();
-    Packing::of(x.dtype).is_some_and(|packing| width.is_multiple_of(packing.piece()))
 }
 
 #[cube(launch_unchecked)]
@@ -90,18 +85,38 @@ fn norm_rows<F: Numeric>(
 
 /// Root-mean-square norm without `bias`, layer norm with it.
 pub(super) fn norm<R: CubeRuntime>(
+    x: &Tensor<Cube<R>, 2>,
+    weight: &Tensor<Cube<R>, 1>,
+    bias: Option<&Tensor<Cube<R>, 1>>,
+    epsilon: f64,
+) -> Option<Tensor<Cube<R>, 2>> {
+    let [_, width] = x.dims();
+    let packing = Packing::of(x.dtype())?;
+    // Without a shift it is not read; any buffer takes its place.
+    let (centred, bias) = (bias.is_some(), bias.unwrap_or(weight));
+    if [weight.dtype(), bias.dtype()] != [x.dtype(); 2] || !width.is_multiple_of(packing.piece()) {
+        return None;
+    }
+    let x = contiguous(x.clone());
+    let (weight, bias) = (contiguous(weight.clone()), contiguous(bias.clone()));
+    Some(tensor(normalised(&x, &weight, &bias, epsilon, centred)))
+}
+
+/// [`norm`] of buffers of one type and whole pieces; `bias` is read where rows are `centred`.
+fn normalised<R: CubeRuntime>(
     x: &Buffer<R>,
     weight: &Buffer<R>,
-    bias: Option<&Buffer<R>>,
+    bias: &Buffer<R>,
     epsilon: f64,
+    centred: bool,
 ) -> Buffer<R> {
     let [rows, width] = x.meta.shape().dims();
-    let packing = Packing::of(x.dtype).expect("`covers` accepted the type");
+    let packing = Packing::of(x.dtype).expect("the kernels support the type");
     let row_pieces = width / packing.piece();
     let config = NormConfig {
         units: UNITS.min(row_pieces.next_power_of_two()),
         packing,
-        centred: bias.is_some(),
+        centred,
     };
     let y = empty(x, [rows, width], x.dtype);
     // SAFETY: the arrays are as long as rows and width say.
@@ -113,7 +128,7 @@ pub(super) fn norm<R: CubeRuntime>(
             CubeDim::new_1d(config.units as u32),
             pieces(x),
             pieces(weight),
-            pieces(bias.unwrap_or(weight)),
+            pieces(bias),
             elements(&y),
             rows,
             row_pieces,
@@ -123,4 +138,13 @@ pub(super) fn norm<R: CubeRuntime>(
         );
     }
     y
+}
+
+/// Root-mean-square norm of buffers of one type and whole pieces.
+pub(super) fn root_mean_square<R: CubeRuntime>(
+    x: &Buffer<R>,
+    weight: &Buffer<R>,
+    epsilon: f64,
+) -> Buffer<R> {
+    normalised(x, weight, weight, epsilon, false)
 }

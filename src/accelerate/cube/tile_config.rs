@@ -25,6 +25,9 @@ pub(super) const HALVES: usize = 8;
 /// than a launch.
 pub(super) const NORMED: usize = 16;
 
+/// Shared memory that all shapes of tile fit into.
+const SHARED: usize = 48 << 10;
+
 /// Outputs of the widest tile.
 pub(super) const WIDEST: usize = 128;
 
@@ -54,8 +57,6 @@ pub(super) struct TileConfig {
     pub(super) depth: usize,
     /// Planes that share the rows, the outputs and the inputs of a stage.
     pub(super) planes: [usize; 3],
-    /// Stages whose pieces are on their way; an even number, as there are two buffers of shared memory.
-    pub(super) ahead: usize,
     /// Whether the device multiplies cooperative matrices; else its units do, each some elements of one.
     pub(super) cooperative: bool,
     /// Whether a norm comes before the matmul.
@@ -78,6 +79,7 @@ pub(super) fn cooperative<R: Runtime>(client: &ComputeClient<R>) -> bool {
         && group.plane
         && group.lanes == LANES
         && properties.hardware.max_units_per_cube >= UNITS as u32
+        && properties.hardware.max_shared_memory_size >= SHARED
         && properties.features.matmul.cmma.contains(&MmaConfig {
             a_type: half,
             b_type: half,
@@ -106,18 +108,22 @@ impl TileConfig {
     ) -> Self {
         let pair = matrices == Matrices::Pair;
         let large = rows.div_ceil(128) * width.div_ceil(WIDEST) >= 96;
-        let (tile, depth, planes) = match rows {
-            ..=16 if pair || width >= 8192 => ([16, 32], 128, [1, 2, 4]),
-            ..=16 => ([16, 16], 256, [1, 1, 8]),
-            17..=32 => ([32, 32], 128, [2, 2, 2]),
-            33..=64 => ([64, 32], 64, [4, 2, 1]),
-            _ if pair => ([128, 32], 32, [4, 2, 1]),
-            // Tiles enough for most multiprocessors of a large card.
-            _ if large => ([128, WIDEST], 32, [2, 4, 1]),
-            _ => ([128, 64], 32, [4, 2, 1]),
+        // A stage of four bits has half the pieces.
+        let many = if matches!(stored, Stored::Levels { bits: 4, .. }) {
+            64
+        } else {
+            32
         };
-        // As many bytes as hide the memory's latency, and registers hold.
-        let ahead = if rows > 32 { 2 } else { 4 };
+        let (tile, depth, planes) = match rows {
+            ..=16 if pair || width >= 8192 => ([16, 32], 256, [1, 2, 4]),
+            ..=16 => ([16, 16], 512, [1, 1, 8]),
+            17..=32 => ([32, 32], 128, [2, 2, 2]),
+            33..=64 => ([64, 32], 128, [4, 2, 1]),
+            _ if pair => ([128, 32], many, [4, 2, 1]),
+            // Tiles enough for most multiprocessors of a large card.
+            _ if large => ([128, WIDEST], many, [2, 4, 1]),
+            _ => ([128, 64], many, [4, 2, 1]),
+        };
         let mut config = Self {
             stored,
             row_scale,
@@ -126,7 +132,6 @@ impl TileConfig {
             outputs: tile[1],
             depth,
             planes,
-            ahead,
             cooperative,
             norm: false,
             bias: false,
@@ -136,21 +141,12 @@ impl TileConfig {
         while config.shared() > shared && config.depth > 32.max(SIDE * config.planes[2]) {
             config.depth /= 2;
         }
-        while config.shared() > shared && config.rows > SIDE * config.planes[0] {
-            config.rows /= 2;
-        }
         config
     }
 
     /// Bytes of shared memory of a cube.
     fn shared(&self) -> usize {
-        let stages = 2 * 16 * (self.rows + self.outputs) * self.stride();
-        let sums = if self.cooperative {
-            0
-        } else {
-            4 * PLANES * AREA
-        };
-        stages + sums
+        16 * (self.rows + self.outputs) * self.stride() + 4 * PLANES * AREA
     }
 
     /// Tiles of `rows` rows and `width` outputs, of each matrix where there are two.

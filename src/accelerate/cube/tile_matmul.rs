@@ -140,7 +140,7 @@ pub(super) fn launch<R: CubeRuntime>(
     if let Some((scales, epsilon)) = norm
         && rows > NORMED
     {
-        let x = rows::norm(x, scales, None, epsilon);
+        let x = rows::root_mean_square(x, scales, epsilon);
         return launch(&x, None, weights, matrices, added, out, cooperative);
     }
     assert!(

@@ -230,7 +230,7 @@ fn agree(cooperative: bool) {
     for format in formats {
         for (rows, d_input, widths, matrices, added, out) in [
             (1, 1032, [37; 3], Matrices::One, true, DType::F16),
-            (1, 640, [8200; 3], Matrices::One, false, DType::F32),
+            (1, 136, [8200; 3], Matrices::One, false, DType::F32),
             (5, 64, [1; 3], Matrices::One, false, DType::F16),
             (16, 2112, [40; 3], Matrices::One, true, DType::F16),
             (17, 328, [50; 3], Matrices::One, true, DType::F16),
@@ -263,7 +263,7 @@ fn agree(cooperative: bool) {
         format: Some(Format::Int4 { group: 64 }),
         rows: 129,
         d_input: 64,
-        widths: [16_390; 3],
+        widths: [6_150; 3],
         matrices: Matrices::One,
         added: false,
         out: DType::F16,

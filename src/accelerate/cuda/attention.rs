@@ -3,13 +3,13 @@
 use burn::{prelude::*, tensor::DType};
 
 use super::{
-    AttentionSpans,
     launch::{
         Backend, Buffer, Defines, Kernel, Parameters, empty, float_bits, launch, strided, tensor,
     },
     operand::Operand,
     plan::card,
 };
+use crate::ops::AttentionSpans;
 
 const COMMON: &str = include_str!("attention_common.cuh");
 const FORWARD: &[&str] = &[
@@ -90,13 +90,17 @@ fn ranges(pair: &[Tensor<Backend, 1, Int>; 2]) -> [Buffer; 2] {
 
 /// Attention output, and its log-sum-exp statistics where the backward pass needs them.
 pub(super) fn forward(
-    q: Tensor<Backend, 4>,
-    k: Tensor<Backend, 4>,
-    v: Tensor<Backend, 4>,
+    q: &Tensor<Backend, 4>,
+    k: &Tensor<Backend, 4>,
+    v: &Tensor<Backend, 4>,
     spans: &AttentionSpans<Backend>,
     with_statistics: bool,
-) -> (Tensor<Backend, 4>, Option<Tensor<Backend, 3>>) {
+) -> Option<(Tensor<Backend, 4>, Option<Tensor<Backend, 3>>)> {
     let [batch, heads, queries, head_dim] = q.dims();
+    let one_type = [k.dtype(), v.dtype()] == [q.dtype(); 2];
+    if !one_type || !covers(q.device().index, head_dim, q.dtype()) {
+        return None;
+    }
     let [_, kv_heads, keys, _] = k.dims();
     assert_eq!(
         spans.dims(),
@@ -107,11 +111,7 @@ pub(super) fn forward(
         heads.is_multiple_of(kv_heads),
         "{heads} query heads over {kv_heads} key heads"
     );
-    let (q, k, v) = (
-        with_contiguous_heads(q),
-        with_contiguous_heads(k),
-        with_contiguous_heads(v),
-    );
+    let [q, k, v] = [q, k, v].map(|x| with_contiguous_heads(x.clone()));
     // Smaller tiles where the large ones would leave processors idle.
     let tile = if queries.div_ceil(128) * heads * batch >= full(q.device.index) {
         128
@@ -160,7 +160,7 @@ pub(super) fn forward(
         ],
         parameters,
     );
-    (out, statistics.map(tensor))
+    Some((out, statistics.map(tensor)))
 }
 
 /// Compiles the forward kernels that sequences of any length may get, for heads of one width.
@@ -169,20 +169,20 @@ pub(super) fn prepare(head_dim: usize, device: &Device<Backend>) {
     // Few heads get the small tile, many the large one.
     for heads in [1, full(device.index)] {
         let x = Tensor::<Backend, 4>::empty([1, heads, 1, head_dim], (device, DType::BF16));
-        let _ = forward(x.clone(), x.clone(), x, &spans, false);
+        let _ = forward(&x, &x, &x, &spans, false);
     }
 }
 
-/// Gradients of queries, keys and values.
+/// Gradients of queries, keys and values, where [`forward`] made the statistics.
 pub(super) fn backward(
-    [q, k, v, y, dy]: [Tensor<Backend, 4>; 5],
-    statistics: Tensor<Backend, 3>,
+    [q, k, v, y, dy]: [&Tensor<Backend, 4>; 5],
+    statistics: Option<&Tensor<Backend, 3>>,
     spans: &AttentionSpans<Backend>,
-) -> [Tensor<Backend, 4>; 3] {
+) -> Option<[Tensor<Backend, 4>; 3]> {
+    let statistics = super::launch::contiguous(statistics?.clone());
     let [batch, heads, queries, head_dim] = q.dims();
     let [_, kv_heads, keys, _] = k.dims();
-    let [q, k, v, y, dy] = [q, k, v, y, dy].map(with_contiguous_heads);
-    let statistics = super::launch::contiguous(statistics);
+    let [q, k, v, y, dy] = [q, k, v, y, dy].map(|x| with_contiguous_heads(x.clone()));
     let dq = rows_first(&q, [batch, heads, queries, head_dim]);
     let dk = rows_first(&q, [batch, kv_heads, keys, head_dim]);
     let dv = rows_first(&q, [batch, kv_heads, keys, head_dim]);
@@ -254,5 +254,5 @@ pub(super) fn backward(
         ],
         parameters,
     );
-    [dq, dk, dv]
+    Some([dq, dk, dv])
 }

@@ -1,22 +1,23 @@
 //! New keys and values into a cache: `cache.cu`.
 
-use burn::{prelude::*, tensor::DType};
+use burn::tensor::DType;
 
 use super::{
     attention::{strides, with_contiguous_heads},
     launch::{Backend, Kernel, launch, strided, tensor},
     operand::Operand,
 };
-use crate::ops::plain;
+use crate::ops::KeysAndValues;
 
 const SOURCES: &[&str] = &[include_str!("scalar.cuh"), include_str!("cache.cu")];
 
-/// Writes in place where nobody else holds the buffers, else into copies.
+/// Writes in place, where nobody else holds the buffers.
+#[expect(clippy::result_large_err, reason = "the buffers go back as they came")]
 pub(super) fn append(
-    buffers: [Tensor<Backend, 4>; 2],
-    new: [Tensor<Backend, 4>; 2],
+    buffers: KeysAndValues<Backend>,
+    new: &KeysAndValues<Backend>,
     at: usize,
-) -> [Tensor<Backend, 4>; 2] {
+) -> Result<KeysAndValues<Backend>, KeysAndValues<Backend>> {
     let [batch, heads, rows, head_dim] = new[0].dims();
     let [_, _, capacity, _] = buffers[0].dims();
     let [keys, values] = buffers.map(strided);
@@ -25,9 +26,9 @@ pub(super) fn append(
         .all(|buffer| buffer.can_mut() && buffer.is_contiguous() && buffer.dtype == DType::BF16);
     let covered = head_dim.is_multiple_of(8) && new.iter().all(|x| x.dtype() == DType::BF16);
     if !ours || !covered || at + rows > capacity {
-        return plain::append_to_cache([tensor(keys), tensor(values)], new, at);
+        return Err([tensor(keys), tensor(values)]);
     }
-    let [new_keys, new_values] = new.map(with_contiguous_heads);
+    let [new_keys, new_values] = new.clone().map(with_contiguous_heads);
     let kernel = Kernel::new(
         "append_to_cache",
         SOURCES,
@@ -49,5 +50,5 @@ pub(super) fn append(
         held(&values),
     ];
     launch(&keys.client, kernel, grid, &all, parameters);
-    [tensor(keys), tensor(values)]
+    Ok([tensor(keys), tensor(values)])
 }

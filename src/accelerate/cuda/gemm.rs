@@ -229,38 +229,45 @@ fn run_tile<'a>(
     }
 }
 
+/// `activation(x Wᵀ + bias) + residual`.
 pub(super) fn linear(
-    x: Tensor<Backend, 2>,
-    weight: Tensor<Backend, 2>,
-    bias: Option<Tensor<Backend, 1>>,
-    residual: Option<Tensor<Backend, 2>>,
+    x: &Tensor<Backend, 2>,
+    weight: &Tensor<Backend, 2>,
+    bias: Option<&Tensor<Backend, 1>>,
+    residual: Option<&Tensor<Backend, 2>>,
     activation: Option<Activation>,
-) -> Tensor<Backend, 2> {
-    let (x, weight) = (contiguous(x), contiguous(weight));
-    let bias = bias.map(|bias| contiguous(to_dtype(bias, DType::BF16)));
-    let residual = residual.map(|residual| contiguous(to_dtype(residual, DType::BF16)));
+) -> Option<Tensor<Backend, 2>> {
+    if !covers(x, weight) {
+        return None;
+    }
+    let (x, weight) = (contiguous(x.clone()), contiguous(weight.clone()));
+    let bias = bias.map(|bias| contiguous(to_dtype(bias.clone(), DType::BF16)));
+    let residual = residual.map(|one| contiguous(to_dtype(one.clone(), DType::BF16)));
     let epilogue = Epilogue {
         bias: bias.as_ref(),
         residual: residual.as_ref(),
         activation,
     };
     let pairs = [(&x, &weight)];
-    tensor(matmul(&pairs, WeightLayout::OutIn, epilogue, DType::BF16))
+    let y = matmul(&pairs, WeightLayout::OutIn, epilogue, DType::BF16);
+    Some(tensor(y))
 }
 
 /// Logits in f32. The sums are f32 and are not rounded, as if both operands had been cast before.
-pub(super) fn logits(hidden: Tensor<Backend, 2>, head: Tensor<Backend, 2>) -> Tensor<Backend, 2> {
-    let (hidden, head) = (contiguous(hidden), contiguous(head));
+pub(super) fn logits(
+    hidden: &Tensor<Backend, 2>,
+    head: &Tensor<Backend, 2>,
+) -> Option<Tensor<Backend, 2>> {
+    if !covers(hidden, head) {
+        return None;
+    }
+    let (hidden, head) = (contiguous(hidden.clone()), contiguous(head.clone()));
     let pairs = [(&hidden, &head)];
-    tensor(matmul(
-        &pairs,
-        WeightLayout::OutIn,
-        Epilogue::default(),
-        DType::F32,
-    ))
+    let logits = matmul(&pairs, WeightLayout::OutIn, Epilogue::default(), DType::F32);
+    Some(tensor(logits))
 }
 
-/// `Σ dy W` over pairs of `dy` `[rows, out]` and `W` `[out, in]`.
+/// `Σ dy W` over pairs of `dy` `[rows, out]` and `W` `[out, in]` that are covered.
 pub(super) fn input_gradient(
     matmuls: &[(Tensor<Backend, 2>, Tensor<Backend, 2>)],
 ) -> Tensor<Backend, 2> {

@@ -24,7 +24,7 @@ const SOURCES: &[&str] = &[
 const LARGEST_RANK: usize = 64;
 
 /// Whether the kernels cover an adapter over `[n, width]` inputs and `[n, out]` outputs.
-pub(super) fn covers(adapter: &LowRank<Backend>, dtype: DType) -> bool {
+fn covers(adapter: &LowRank<Backend>, dtype: DType) -> bool {
     let [rank, width] = adapter.a.dims();
     let [out, _] = adapter.b.dims();
     super::supported(&adapter.a)
@@ -34,6 +34,14 @@ pub(super) fn covers(adapter: &LowRank<Backend>, dtype: DType) -> bool {
         && rank <= LARGEST_RANK
         && width.is_multiple_of(32)
         && out.is_multiple_of(32)
+}
+
+/// Whether the kernels cover the backward pass of a matmul and its adapter.
+fn covers_backward(matmul: &BackwardMatmul<Backend>) -> bool {
+    gemm::covers(&matmul.dy, &matmul.weight)
+        && matmul.adapter.as_ref().is_none_or(|(low, adapter)| {
+            covers(adapter, matmul.dy.dtype()) && low.dtype() == DType::BF16
+        })
 }
 
 /// Sizes and factors of a launch; the rest of its parameters are the adapters' dropout.
@@ -123,10 +131,13 @@ fn split(rows: usize, width: usize, column_tiles: usize, processors: usize) -> [
 
 /// `drop(x) Aᵀ` of adapters that share their input, `[rows, rank]` bf16 each.
 pub(super) fn low_rank_inputs(
-    x: Tensor<Backend, 2>,
+    x: &Tensor<Backend, 2>,
     adapters: &[&LowRank<Backend>],
-) -> Vec<Tensor<Backend, 2>> {
-    let x = contiguous(x);
+) -> Option<Vec<Tensor<Backend, 2>>> {
+    if !adapters.iter().all(|one| covers(one, x.dtype())) {
+        return None;
+    }
+    let x = contiguous(x.clone());
     let mut lows = Vec::with_capacity(adapters.len());
     let mut rest = adapters;
     while !rest.is_empty() {
@@ -134,7 +145,7 @@ pub(super) fn low_rank_inputs(
         lows.extend(down(&x, now));
         rest = later;
     }
-    lows.into_iter().map(tensor).collect()
+    Some(lows.into_iter().map(tensor).collect())
 }
 
 fn down(x: &Buffer, adapters: &[&LowRank<Backend>]) -> Vec<Buffer> {
@@ -204,32 +215,40 @@ fn scaled_b(adapter: &LowRank<Backend>) -> Buffer {
 
 /// `x Wᵀ + s · low Bᵀ + residual`.
 pub(super) fn adapted_linear(
-    x: Tensor<Backend, 2>,
-    weight: Tensor<Backend, 2>,
-    low: Tensor<Backend, 2>,
+    x: &Tensor<Backend, 2>,
+    weight: &Tensor<Backend, 2>,
+    low: &Tensor<Backend, 2>,
     adapter: &LowRank<Backend>,
-    residual: Option<Tensor<Backend, 2>>,
-) -> Tensor<Backend, 2> {
-    let (x, weight, low) = (contiguous(x), contiguous(weight), contiguous(low));
+    residual: Option<&Tensor<Backend, 2>>,
+) -> Option<Tensor<Backend, 2>> {
+    if !gemm::covers(x, weight) || !covers(adapter, x.dtype()) {
+        return None;
+    }
+    let [x, weight, low] = [x, weight, low].map(|x| contiguous(x.clone()));
     let b = scaled_b(adapter);
-    let residual = residual.map(contiguous);
-    tensor(gemm::matmul(
-        &[(&x, &weight), (&low, &b)],
-        WeightLayout::OutIn,
-        Epilogue {
-            residual: residual.as_ref(),
-            ..Epilogue::default()
-        },
-        DType::BF16,
-    ))
+    let residual = residual.cloned().map(contiguous);
+    let epilogue = Epilogue {
+        residual: residual.as_ref(),
+        ..Epilogue::default()
+    };
+    let pairs = [(&x, &weight), (&low, &b)];
+    let y = gemm::matmul(&pairs, WeightLayout::OutIn, epilogue, DType::BF16);
+    Some(tensor(y))
 }
 
 /// Gradients of the weights of adapters that share the input `x`.
 pub(super) fn low_rank_backward(
-    x: Tensor<Backend, 2>,
+    x: &Tensor<Backend, 2>,
     backwards: &[LowRankBackward<Backend>],
-) -> Vec<LowRankGradients<Backend>> {
-    let x = contiguous(x);
+) -> Option<Vec<LowRankGradients<Backend>>> {
+    let covered = |backward: &LowRankBackward<Backend>| {
+        let operands = [&backward.low, &backward.dy];
+        covers(&backward.adapter, x.dtype()) && operands.iter().all(|x| x.dtype() == DType::BF16)
+    };
+    if !backwards.iter().all(covered) {
+        return None;
+    }
+    let x = contiguous(x.clone());
     // The output gradient is read once for each adapter, the input once for all.
     let (of_b, lows): (Vec<Buffer>, Vec<Buffer>) =
         backwards.iter().map(b_and_low_gradients).unzip();
@@ -243,15 +262,13 @@ pub(super) fn low_rank_backward(
             .collect();
         of_a.extend(outer(&x, &lows[start..start + count], &dropouts));
     }
-    of_a.into_iter()
-        .zip(of_b)
-        .zip(lows)
-        .map(|((a, b), low)| LowRankGradients {
-            a: tensor(a),
-            b: tensor(b),
-            low: tensor(low),
-        })
-        .collect()
+    let gradients = of_a.into_iter().zip(of_b).zip(lows);
+    let gradients = gradients.map(|((a, b), low)| LowRankGradients {
+        a: tensor(a),
+        b: tensor(b),
+        low: tensor(low),
+    });
+    Some(gradients.collect())
 }
 
 /// The gradient of `B`, `[out, rank]` f32, and of `drop(x) Aᵀ`, `[rows, rank]` bf16.
@@ -370,7 +387,10 @@ fn weights_input_gradient(matmuls: &[BackwardMatmul<Backend>]) -> Buffer {
     contiguous(gemm::input_gradient(&pairs))
 }
 
-pub(super) fn input_gradient(matmuls: &[BackwardMatmul<Backend>]) -> Tensor<Backend, 2> {
+pub(super) fn input_gradient(matmuls: &[BackwardMatmul<Backend>]) -> Option<Tensor<Backend, 2>> {
+    if !matmuls.iter().all(covers_backward) {
+        return None;
+    }
     let dx = weights_input_gradient(matmuls);
     let adapters: Vec<_> = matmuls
         .iter()
@@ -383,24 +403,27 @@ pub(super) fn input_gradient(matmuls: &[BackwardMatmul<Backend>]) -> Tensor<Back
         spread(now, &dx, &[]);
         rest = later;
     }
-    tensor(dx)
+    Some(tensor(dx))
 }
 
 /// The gradients of gate and up, in one pass over the gradient of SwiGLU's output.
 pub(super) fn swiglu_input_gradient(
-    matmul: BackwardMatmul<Backend>,
-    gate: Tensor<Backend, 2>,
-    up: Tensor<Backend, 2>,
-) -> [Tensor<Backend, 2>; 2] {
-    let dx = weights_input_gradient(std::slice::from_ref(&matmul));
+    matmul: &BackwardMatmul<Backend>,
+    gate: &Tensor<Backend, 2>,
+    up: &Tensor<Backend, 2>,
+) -> Option<[Tensor<Backend, 2>; 2]> {
+    if !covers_backward(matmul) || [gate.dtype(), up.dtype()] != [DType::BF16; 2] {
+        return None;
+    }
+    let dx = weights_input_gradient(std::slice::from_ref(matmul));
     let Some(adapter) = &matmul.adapter else {
-        return super::pointwise::swiglu_backward(gate, up, tensor(dx));
+        return super::pointwise::swiglu_backward(gate, up, &tensor(dx));
     };
-    let (gate, up) = (contiguous(gate), contiguous(up));
+    let (gate, up) = (contiguous(gate.clone()), contiguous(up.clone()));
     let shape: [usize; 2] = dx.meta.shape().dims();
     let outputs = [(); 2].map(|()| empty(&dx, shape, DType::BF16));
     spread(&[adapter], &dx, &[&gate, &up, &outputs[0], &outputs[1]]);
-    outputs.map(tensor)
+    Some(outputs.map(tensor))
 }
 
 /// `dx += Σ drop(low A)`, in place, or on to the gradients of gate and up (SwiGLU's backward).
@@ -445,7 +468,10 @@ fn spread(adapters: &[&(Tensor<Backend, 2>, LowRank<Backend>)], dx: &Buffer, gat
 }
 
 /// The dropout mask that the kernels draw, as a tensor.
-pub(super) fn dropout_mask(like: &Tensor<Backend, 2>, dropout: Dropout) -> Tensor<Backend, 2> {
+pub(super) fn dropout_mask(
+    like: &Tensor<Backend, 2>,
+    dropout: Dropout,
+) -> Option<Tensor<Backend, 2>> {
     let [rows, width] = like.dims();
     let like = super::launch::strided(like.clone());
     let out = empty(&like, [rows, width], DType::F32);
@@ -463,5 +489,5 @@ pub(super) fn dropout_mask(like: &Tensor<Backend, 2>, dropout: Dropout) -> Tenso
         &[Operand::contiguous(&out, DType::F32, [rows, width])],
         parameters(shape, &[Some(dropout)]),
     );
-    tensor(out)
+    Some(tensor(out))
 }

@@ -16,7 +16,7 @@ const SOURCES: &[&str] = &[include_str!("scalar.cuh"), include_str!("loss.cu")];
 /// `logits` `[rows, vocab]` f32 → `[2]` f32 and `[rows, vocab]` bf16.
 fn softmax_loss(
     logits: &Buffer,
-    ids: Tensor<Backend, 1, Int>,
+    ids: &Tensor<Backend, 1, Int>,
     weight: f64,
 ) -> (Tensor<Backend, 1>, Tensor<Backend, 2>) {
     let [rows, vocab] = logits.meta.shape().dims();
@@ -24,7 +24,7 @@ fn softmax_loss(
         let defines = vec![("SCALAR_BF16", 1), ("LOSS_SUMS", sums)];
         Kernel::new(name, SOURCES, defines, threads)
     };
-    let ids = burn_cubecl::kernel::into_contiguous(ids.into_primitive());
+    let ids = burn_cubecl::kernel::into_contiguous(ids.clone().into_primitive());
     let nll = empty(logits, [rows], DType::F32);
     let correct = empty(logits, [rows], DType::F32);
     let gradient = empty(logits, [rows, vocab], DType::BF16);
@@ -58,17 +58,17 @@ fn softmax_loss(
     (tensor(sums), tensor(gradient))
 }
 
-/// `hidden` `[rows, width]` and `head` `[vocab, width]` in bf16.
+/// `hidden` `[rows, width]` and `head` `[vocab, width]`, where [`gemm::logits`] covers them.
 pub(super) fn target_loss(
-    hidden: Tensor<Backend, 2>,
-    head: Tensor<Backend, 2>,
-    ids: Tensor<Backend, 1, Int>,
+    hidden: &Tensor<Backend, 2>,
+    head: &Tensor<Backend, 2>,
+    ids: &Tensor<Backend, 1, Int>,
     weight: f64,
-) -> TargetLoss<Backend> {
-    let logits = contiguous(gemm::logits(hidden, head.clone()));
+) -> Option<TargetLoss<Backend>> {
+    let logits = contiguous(gemm::logits(hidden, head)?);
     let (sums, gradient) = softmax_loss(&logits, ids, weight);
-    TargetLoss {
+    Some(TargetLoss {
         sums,
-        hidden_gradient: gemm::input_gradient(&[(gradient, head)]),
-    }
+        hidden_gradient: gemm::input_gradient(&[(gradient, head.clone())]),
+    })
 }

@@ -46,17 +46,26 @@ fn view(whole: &Buffer, start: usize, length: usize) -> Buffer {
 }
 
 /// Values, means and mean squares after one step; gradients are multiplied by `clip[1]` before.
+///
+/// Takes the tensors so that their memory is free as soon as they are stepped.
 pub(super) fn adamw(
     tensors: Vec<AdamWTensor<Backend>>,
-    clip: Option<Tensor<Backend, 1>>,
-) -> Vec<[Tensor<Backend, 1>; 3]> {
-    let clip = clip.map(contiguous);
+    clip: Option<&Tensor<Backend, 1>>,
+) -> Result<Vec<[Tensor<Backend, 1>; 3]>, Vec<AdamWTensor<Backend>>> {
+    let covered = |one: &AdamWTensor<Backend>| {
+        let four = [&one.value, &one.gradient, &one.first, &one.second];
+        four.iter().all(|tensor| tensor.dtype() == DType::F32)
+    };
+    if !tensors.iter().all(covered) {
+        return Err(tensors);
+    }
+    let clip = clip.cloned().map(contiguous);
     let mut stepped = Vec::with_capacity(tensors.len());
     let mut rest = tensors.into_iter().peekable();
     while rest.peek().is_some() {
         stepped.extend(step(rest.by_ref().take(STEPPED).collect(), clip.as_ref()));
     }
-    stepped
+    Ok(stepped)
 }
 
 fn step(tensors: Vec<AdamWTensor<Backend>>, clip: Option<&Buffer>) -> Vec<[Tensor<Backend, 1>; 3]> {
@@ -125,8 +134,14 @@ fn step(tensors: Vec<AdamWTensor<Backend>>, clip: Option<&Buffer>) -> Vec<[Tenso
 }
 
 /// The common norm of some tensors, and the factor that brings it down to `max_norm`; `[2]`.
-pub(super) fn clip_scale(tensors: Vec<Tensor<Backend, 1>>, max_norm: f64) -> Tensor<Backend, 1> {
-    let buffers: Vec<Buffer> = tensors.into_iter().map(contiguous).collect();
+pub(super) fn clip_scale(
+    tensors: &[Tensor<Backend, 1>],
+    max_norm: f64,
+) -> Option<Tensor<Backend, 1>> {
+    if tensors.iter().any(|tensor| tensor.dtype() != DType::F32) {
+        return None;
+    }
+    let buffers: Vec<Buffer> = tensors.iter().cloned().map(contiguous).collect();
     let like = &buffers[0];
     let sums = empty(like, [buffers.len() * BLOCKS], DType::F32);
     for (index, group) in buffers.chunks(SUMMED).enumerate() {
@@ -158,5 +173,5 @@ pub(super) fn clip_scale(tensors: Vec<Tensor<Backend, 1>>, max_norm: f64) -> Ten
         ],
         vec![count(&sums) as u64, float_bits(max_norm)],
     );
-    tensor(clip)
+    Some(tensor(clip))
 }

@@ -20,24 +20,24 @@ const THREADS: u32 = 256;
 /// Blocks a processor gets in a grid-stride loop.
 const MOST_BLOCKS: usize = 16;
 
-/// Whether the kernels cover these tensors of one shape.
-pub(super) fn covers(tensors: &[&Tensor<Backend, 2>]) -> bool {
-    let first = tensors[0];
-    let elements = first.shape().num_elements();
-    super::supported(first)
-        && tensors.iter().all(|other| other.dtype() == first.dtype())
-        && scalar_of(first.dtype()).is_some_and(|(_, vector)| elements.is_multiple_of(vector))
-        && elements > 0
-}
-
+/// An operation on tensors of one shape and type.
 fn run<const OUT: usize>(
     name: &'static str,
     variant: &'static str,
-    inputs: &[&Buffer],
-) -> [Tensor<Backend, 2>; OUT] {
-    let like = inputs[0];
-    let [rows, width] = like.meta.shape().dims();
-    let (bf16, vector) = scalar_of(like.dtype).expect("`covers` accepted the type");
+    inputs: &[&Tensor<Backend, 2>],
+) -> Option<[Tensor<Backend, 2>; OUT]> {
+    let first = inputs[0];
+    let [rows, width] = first.dims();
+    let (bf16, vector) = scalar_of(first.dtype())?;
+    let covered = super::supported(first)
+        && inputs.iter().all(|other| other.dtype() == first.dtype())
+        && (rows * width).is_multiple_of(vector)
+        && rows * width > 0;
+    if !covered {
+        return None;
+    }
+    let inputs: Vec<Buffer> = inputs.iter().map(|x| contiguous((*x).clone())).collect();
+    let like = &inputs[0];
     let mut defines = vec![("SCALAR_BF16", bf16), (variant, 1)];
     for other in ["GATED", "GATED_BACKWARD", "GELU_TANH", "GELU_EXACT"] {
         if other != variant {
@@ -46,7 +46,7 @@ fn run<const OUT: usize>(
     }
     let kernel = Kernel::new(name, SOURCES, defines, THREADS);
     let outputs = [(); OUT].map(|()| empty(like, [rows, width], like.dtype));
-    let operands: Vec<_> = (inputs.iter().copied())
+    let operands: Vec<_> = (inputs.iter())
         .chain(&outputs)
         .map(|x| Operand::contiguous(x, like.dtype, [rows, width]))
         .collect();
@@ -61,29 +61,28 @@ fn run<const OUT: usize>(
         &operands,
         vec![vectors as u64],
     );
-    outputs.map(tensor)
+    Some(outputs.map(tensor))
 }
 
-pub(super) fn swiglu(gate: Tensor<Backend, 2>, up: Tensor<Backend, 2>) -> Tensor<Backend, 2> {
-    let [y] = run("gated", "GATED", &[&contiguous(gate), &contiguous(up)]);
-    y
+pub(super) fn swiglu(
+    gate: &Tensor<Backend, 2>,
+    up: &Tensor<Backend, 2>,
+) -> Option<Tensor<Backend, 2>> {
+    run("gated", "GATED", &[gate, up]).map(|[y]| y)
 }
 
 pub(super) fn swiglu_backward(
-    gate: Tensor<Backend, 2>,
-    up: Tensor<Backend, 2>,
-    dy: Tensor<Backend, 2>,
-) -> [Tensor<Backend, 2>; 2] {
-    let (gate, up, dy) = (contiguous(gate), contiguous(up), contiguous(dy));
-    run("swiglu_backward", "GATED_BACKWARD", &[&gate, &up, &dy])
+    gate: &Tensor<Backend, 2>,
+    up: &Tensor<Backend, 2>,
+    dy: &Tensor<Backend, 2>,
+) -> Option<[Tensor<Backend, 2>; 2]> {
+    run("swiglu_backward", "GATED_BACKWARD", &[gate, up, dy])
 }
 
-pub(super) fn gelu(x: Tensor<Backend, 2>, tanh: bool) -> Tensor<Backend, 2> {
-    let (name, variant) = if tanh {
-        ("gelu_tanh", "GELU_TANH")
-    } else {
-        ("gelu_exact", "GELU_EXACT")
-    };
-    let [y] = run(name, variant, &[&contiguous(x)]);
-    y
+pub(super) fn gelu_tanh(x: &Tensor<Backend, 2>) -> Option<Tensor<Backend, 2>> {
+    run("gelu_tanh", "GELU_TANH", &[x]).map(|[y]| y)
+}
+
+pub(super) fn gelu_exact(x: &Tensor<Backend, 2>) -> Option<Tensor<Backend, 2>> {
+    run("gelu_exact", "GELU_EXACT", &[x]).map(|[y]| y)
 }

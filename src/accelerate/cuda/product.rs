@@ -15,29 +15,27 @@ const TILE: usize = 64;
 /// Largest extent of a grid along its second and third axes.
 const MOST_BLOCKS: usize = 65_535;
 
-/// Whether this kernel covers a matmul of these operands; others are Burn's.
-pub(super) fn covers<const D: usize>(a: &Tensor<Backend, D>, b: &Tensor<Backend, D>) -> bool {
-    let (left, right) = (a.dims(), b.dims());
-    (2..=4).contains(&D)
-        && [a.dtype(), b.dtype()] == [DType::F32; 2]
-        && left[..D - 2] == right[..D - 2]
-        && left.iter().chain(&right).all(|size| *size > 0)
-        && left[..D - 2].iter().product::<usize>() <= MOST_BLOCKS
-        && left[D - 2].div_ceil(TILE) <= MOST_BLOCKS
-}
-
-/// `a b` over the last two axes: `[.., m, k]` and `[.., k, n]` to `[.., m, n]`.
+/// `a b` over the last two axes, f32: `[.., m, k]` and `[.., k, n]` to `[.., m, n]`.
 ///
 /// # Panics
 /// If `k` is not the same in both.
 pub(super) fn matmul<const D: usize>(
-    a: Tensor<Backend, D>,
-    b: Tensor<Backend, D>,
-) -> Tensor<Backend, D> {
+    a: &Tensor<Backend, D>,
+    b: &Tensor<Backend, D>,
+) -> Option<Tensor<Backend, D>> {
     let (left, right) = (a.dims(), b.dims());
+    let covered = (2..=4).contains(&D)
+        && [a.dtype(), b.dtype()] == [DType::F32; 2]
+        && left[..D - 2] == right[..D - 2]
+        && left.iter().chain(&right).all(|size| *size > 0)
+        && left[..D - 2].iter().product::<usize>() <= MOST_BLOCKS
+        && left[D - 2].div_ceil(TILE) <= MOST_BLOCKS;
+    if !covered {
+        return None;
+    }
     let (m, k, n) = (left[D - 2], left[D - 1], right[D - 1]);
     assert_eq!(k, right[D - 2], "a matmul of {left:?} and {right:?}");
-    let (a, b) = (strided(a), strided(b));
+    let (a, b) = (strided(a.clone()), strided(b.clone()));
     // Missing axes have one element; their stride is never used.
     let strides = |buffer: &super::launch::Buffer| -> [u64; 4] {
         let mut all = [0; 4];
@@ -66,5 +64,5 @@ pub(super) fn matmul<const D: usize>(
         ],
         parameters,
     );
-    tensor(y)
+    Some(tensor(y))
 }

@@ -3,25 +3,22 @@
 use burn::{prelude::*, tensor::DType};
 
 use super::{
-    HeadNorm,
-    launch::{Backend, Kernel, contiguous, empty, float_bits, launch, strided, tensor},
+    launch::{Backend, Buffer, Kernel, contiguous, empty, float_bits, launch, strided, tensor},
     operand::Operand,
     scalar_of,
 };
+use crate::ops::HeadNorm;
 
 const SOURCES: &[&str] = &[include_str!("scalar.cuh"), include_str!("rotary.cu")];
 
 /// Whether the kernels cover the rotation of heads of this width.
-pub(super) fn covers<const D: usize>(x: &Tensor<Backend, D>, head_dim: usize) -> bool {
-    super::supported(x)
-        && scalar_of(x.dtype()).is_some()
-        && head_dim.is_multiple_of(2)
-        && head_dim <= 128
+fn covers<const D: usize>(x: &Tensor<Backend, D>, head_dim: usize) -> bool {
+    super::supported(x) && head_dim.is_multiple_of(2) && head_dim <= 128
 }
 
 /// Heads with contiguous elements; tokens and heads may have any stride.
-fn with_contiguous_heads(x: Tensor<Backend, 3>) -> super::launch::Buffer {
-    let buffer = strided(x);
+fn with_contiguous_heads(x: &Tensor<Backend, 3>) -> Buffer {
+    let buffer = strided(x.clone());
     if buffer.meta.strides()[2] == 1 {
         buffer
     } else {
@@ -31,14 +28,19 @@ fn with_contiguous_heads(x: Tensor<Backend, 3>) -> super::launch::Buffer {
 
 /// Forward where `dy` is `None`.
 pub(super) fn rotate(
-    x: Tensor<Backend, 3>,
-    norm: Option<HeadNorm<Backend>>,
-    cos: Tensor<Backend, 2>,
-    sin: Tensor<Backend, 2>,
-    dy: Option<Tensor<Backend, 3>>,
-) -> Tensor<Backend, 3> {
+    x: &Tensor<Backend, 3>,
+    norm: Option<&HeadNorm<Backend>>,
+    cos: &Tensor<Backend, 2>,
+    sin: &Tensor<Backend, 2>,
+    dy: Option<&Tensor<Backend, 3>>,
+) -> Option<Tensor<Backend, 3>> {
     let [tokens, heads, head_dim] = x.dims();
-    let (bf16, _) = scalar_of(x.dtype()).expect("`covers` accepted the type");
+    let (bf16, _) = scalar_of(x.dtype())?;
+    let one_type = norm.is_none_or(|norm| norm.weight.dtype() == x.dtype())
+        && dy.is_none_or(|dy| dy.dtype() == x.dtype());
+    if !one_type || !covers(x, head_dim) {
+        return None;
+    }
     let kernel = Kernel::new(
         "rotate_heads",
         SOURCES,
@@ -54,10 +56,10 @@ pub(super) fn rotate(
     let x = with_contiguous_heads(x);
     let dy = dy.map(with_contiguous_heads);
     let out = empty(&x, [tokens, heads, head_dim], x.dtype);
-    let epsilon = norm.as_ref().map_or(0.0, |norm| norm.epsilon);
-    let weight = norm.map(|norm| contiguous(norm.weight));
-    let (cos, sin) = (contiguous(cos), contiguous(sin));
-    let stride = |buffer: &super::launch::Buffer, axis: usize| buffer.meta.strides()[axis] as u64;
+    let epsilon = norm.map_or(0.0, |norm| norm.epsilon);
+    let weight = norm.map(|norm| contiguous(norm.weight.clone()));
+    let (cos, sin) = (contiguous(cos.clone()), contiguous(sin.clone()));
+    let stride = |buffer: &Buffer, axis: usize| buffer.meta.strides()[axis] as u64;
     let parameters = vec![
         tokens as u64,
         heads as u64,
@@ -78,19 +80,24 @@ pub(super) fn rotate(
     operands.push(of_heads(&out));
     let grid = [(tokens * heads).div_ceil(8), 1, 1];
     launch(&x.client, kernel, grid, &operands, parameters);
-    tensor(out)
+    Some(tensor(out))
 }
 
 /// Queries and keys rotated (RoPE), values unchanged, out of a fused projection `[tokens, 3 · heads · d]`.
 pub(super) fn split_and_rotate(
-    qkv: Tensor<Backend, 2>,
+    qkv: &Tensor<Backend, 2>,
     heads: usize,
-    cos: Tensor<Backend, 2>,
-    sin: Tensor<Backend, 2>,
-) -> [Tensor<Backend, 3>; 3] {
+    cos: &Tensor<Backend, 2>,
+    sin: &Tensor<Backend, 2>,
+) -> Option<[Tensor<Backend, 3>; 3]> {
     let [tokens, width] = qkv.dims();
     let head_dim = width / 3 / heads;
-    let (bf16, _) = scalar_of(qkv.dtype()).expect("`covers` accepted the type");
+    let (bf16, _) = scalar_of(qkv.dtype())?;
+    // The three parts start at multiples of what the allocator and other kernels rely on.
+    let aligned = (tokens * width / 3 * qkv.dtype().size()).is_multiple_of(256);
+    if !aligned || !covers(qkv, head_dim) {
+        return None;
+    }
     let kernel = Kernel::new(
         "split_and_rotate",
         SOURCES,
@@ -103,9 +110,9 @@ pub(super) fn split_and_rotate(
         ],
         256,
     );
-    let x = contiguous(qkv);
+    let x = contiguous(qkv.clone());
     let out = empty(&x, [3, tokens, heads, head_dim], x.dtype);
-    let (cos, sin) = (contiguous(cos), contiguous(sin));
+    let (cos, sin) = (contiguous(cos.clone()), contiguous(sin.clone()));
     let parameters = vec![
         tokens as u64,
         heads as u64,
@@ -132,7 +139,7 @@ pub(super) fn split_and_rotate(
         parameters,
     );
     let bytes = (tokens * heads * head_dim * x.dtype.size()) as u64;
-    [0, 1, 2].map(|part| {
+    let parts = [0, 1, 2].map(|part| {
         let mut view = out.clone();
         view.handle = view
             .handle
@@ -143,5 +150,6 @@ pub(super) fn split_and_rotate(
             [heads * head_dim, head_dim, 1],
         );
         tensor(view)
-    })
+    });
+    Some(parts)
 }

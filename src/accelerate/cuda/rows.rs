@@ -41,60 +41,71 @@ pub(super) fn kernel(
     )
 }
 
-/// `vectors` are over columns, `matrices` over rows and columns; the kernel takes `x`, then them.
+/// One norm over the rows of `x`; `vectors` are over columns, `matrices` over rows and columns: the kernel
+/// takes `x`, then them.
 fn run(
-    kernel: Kernel,
-    x: &Buffer,
-    vectors: &[&Buffer],
-    matrices: &[&Buffer],
+    [name, variant]: [&'static str; 2],
+    x: &Tensor<Backend, 2>,
+    vectors: &[&Tensor<Backend, 1>],
+    matrices: &[&Tensor<Backend, 2>],
     epsilon: f64,
-) -> Buffer {
-    let [rows, width] = x.meta.shape().dims();
-    let out = empty(x, [rows, width], x.dtype);
-    let matrix = |one| Operand::contiguous(one, x.dtype, [rows, width]);
-    let mut operands = vec![matrix(x)];
-    operands.extend((vectors.iter()).map(|one| Operand::contiguous(one, x.dtype, [width])));
-    operands.extend(matrices.iter().copied().chain([&out]).map(matrix));
+) -> Option<Tensor<Backend, 2>> {
+    let ([rows, width], dtype) = (x.dims(), x.dtype());
+    let one_type = vectors.iter().all(|one| one.dtype() == dtype)
+        && matrices.iter().all(|one| one.dtype() == dtype);
+    if !one_type || !covers(x.device().index, width, dtype) {
+        return None;
+    }
+    let x = contiguous(x.clone());
+    let vectors: Vec<Buffer> = vectors
+        .iter()
+        .map(|one| contiguous((*one).clone()))
+        .collect();
+    let matrices: Vec<Buffer> = matrices
+        .iter()
+        .map(|one| contiguous((*one).clone()))
+        .collect();
+    let out = empty(&x, [rows, width], dtype);
+    let matrix = |one| Operand::contiguous(one, dtype, [rows, width]);
+    let mut operands = vec![matrix(&x)];
+    operands.extend((vectors.iter()).map(|one| Operand::contiguous(one, dtype, [width])));
+    operands.extend(matrices.iter().chain([&out]).map(matrix));
     let parameters = vec![rows as u64, float_bits(epsilon)];
+    let kernel = kernel(name, variant, width, dtype);
     launch(&x.client, kernel, [rows, 1, 1], &operands, parameters);
-    out
+    Some(tensor(out))
 }
 
 pub(super) fn rms_norm(
-    x: Tensor<Backend, 2>,
-    weight: Tensor<Backend, 1>,
+    x: &Tensor<Backend, 2>,
+    weight: &Tensor<Backend, 1>,
     epsilon: f64,
-) -> Tensor<Backend, 2> {
-    let kernel = kernel("rms_norm", "NORM_RMS", x.dims()[1], x.dtype());
-    let (x, weight) = (contiguous(x), contiguous(weight));
-    tensor(run(kernel, &x, &[&weight], &[], epsilon))
+) -> Option<Tensor<Backend, 2>> {
+    run(["rms_norm", "NORM_RMS"], x, &[weight], &[], epsilon)
 }
 
 pub(super) fn rms_norm_backward(
-    x: Tensor<Backend, 2>,
-    weight: Tensor<Backend, 1>,
+    x: &Tensor<Backend, 2>,
+    weight: &Tensor<Backend, 1>,
     epsilon: f64,
-    dy: Tensor<Backend, 2>,
-    residual: Tensor<Backend, 2>,
-) -> Tensor<Backend, 2> {
-    let kernel = kernel(
-        "rms_norm_backward",
-        "NORM_RMS_BACKWARD",
-        x.dims()[1],
-        x.dtype(),
-    );
-    let (x, weight) = (contiguous(x), contiguous(weight));
-    let (dy, residual) = (contiguous(dy), contiguous(residual));
-    tensor(run(kernel, &x, &[&weight], &[&dy, &residual], epsilon))
+    dy: &Tensor<Backend, 2>,
+    residual: &Tensor<Backend, 2>,
+) -> Option<Tensor<Backend, 2>> {
+    let kernel = ["rms_norm_backward", "NORM_RMS_BACKWARD"];
+    run(kernel, x, &[weight], &[dy, residual], epsilon)
 }
 
 pub(super) fn layer_norm(
-    x: Tensor<Backend, 2>,
-    weight: Tensor<Backend, 1>,
-    bias: Tensor<Backend, 1>,
+    x: &Tensor<Backend, 2>,
+    weight: &Tensor<Backend, 1>,
+    bias: &Tensor<Backend, 1>,
     epsilon: f64,
-) -> Tensor<Backend, 2> {
-    let kernel = kernel("layer_norm", "NORM_LAYER", x.dims()[1], x.dtype());
-    let (x, weight, bias) = (contiguous(x), contiguous(weight), contiguous(bias));
-    tensor(run(kernel, &x, &[&weight, &bias], &[], epsilon))
+) -> Option<Tensor<Backend, 2>> {
+    run(
+        ["layer_norm", "NORM_LAYER"],
+        x,
+        &[weight, bias],
+        &[],
+        epsilon,
+    )
 }

@@ -13,7 +13,7 @@ use serde_json::json;
 use crate::{
     accelerate::devices::DeviceTask,
     commands::{
-        pipeline_options::with_adapter,
+        pipeline_options::{room_for_answers, with_adapter},
         progress::{Progress, Unit, loading, prepare_kernels},
         question::{image_counts, patches, question_about},
         shared_args::{AdapterArgs, LoadArgs},
@@ -86,14 +86,18 @@ pub(super) struct Embeddings {
 impl DeviceTask for ModelWork {
     type Output = Result<ModelRun>;
 
-    fn run<B: Accelerator>(self, device: B::Device, dtype: DType) -> Result<ModelRun> {
+    fn run<B: Accelerator>(mut self, device: B::Device, dtype: DType) -> Result<ModelRun> {
         let mut output = self
             .output
             .as_deref()
             .map(|path| PredictionFile::create(path, self.keeps_studies))
             .transpose()?;
-        let options = with_adapter(&self.model, &self.adapter, &self.load, dtype);
+        let mut options = with_adapter(&self.model, &self.adapter, &self.load, dtype);
+        room_for_answers(&mut options, self.batch_size, 2, &self.generation);
         let pipeline = loading(|on_progress| Pipeline::<B>::load(&options, device, on_progress))?;
+        if let Some(fit) = pipeline.fit {
+            self.batch_size = self.batch_size.min(fit.rows());
+        }
         for note in &pipeline.notes {
             eprintln!("note: {note}");
         }

@@ -187,6 +187,9 @@ pub(super) fn settings_hash(args: &InferArgs, images: usize) -> String {
     if let Some(quantization) = load.quantize {
         text.push_str(&format!(" {quantization}"));
     }
+    if let Some(memory) = load.memory {
+        text.push_str(&format!(" memory {memory:?}"));
+    }
     for part in [&load.mmproj, &load.tokenizer].into_iter().flatten() {
         text.push_str(&format!(" {part:?}"));
     }

@@ -198,10 +198,11 @@ pub fn generate<B: Accelerator>(
     let room = input.seq() + settings.max_new_tokens + DECODER_ROOM;
     let reserved = if decodes { room } else { 0 };
     let mut cache = KeyValueCache::with_format(layers, reserved, settings.kv_cache);
-    let columns = match model.quantization() {
-        Some(_) => (PACKED_PREFILL_TOKENS / rows.len()).max(LEAST_PREFILL_COLUMNS),
-        None => input.seq(),
+    let at_once = match model.quantization() {
+        Some(_) => PACKED_PREFILL_TOKENS,
+        None => PREFILL_TOKENS,
     };
+    let columns = (at_once / rows.len()).max(LEAST_PREFILL_COLUMNS);
     let hidden = model.prefill(&input, vision.as_ref(), config, &mut cache, columns, device);
     drop(vision);
     let logits = logits_on_host(model, hidden)?;
@@ -317,8 +318,12 @@ pub fn generate<B: Accelerator>(
     Ok((results, timing))
 }
 
-/// Tokens of all prompts that go through a model with quantised weights at once, and tokens of a prompt
-/// at least: who quantises is short of memory, and each time all weights are dequantised again.
+/// Tokens of all prompts that go through the layers at once: a long context takes no more activations than
+/// that, and a batch of usual prompts still goes in one pass.
+pub const PREFILL_TOKENS: usize = 8192;
+
+/// The same with quantised weights: who quantises is short of memory. Tokens of a prompt at least, since each time
+/// all weights are dequantised again.
 const PACKED_PREFILL_TOKENS: usize = 512;
 const LEAST_PREFILL_COLUMNS: usize = 128;
 

@@ -10,6 +10,7 @@ pub mod text;
 
 pub(in crate::runtime) use decode::check_prompts;
 pub use decode::{
-    FinishReason, GenerateError, Generation, GenerationConfig, Prompt, Timing, generate,
+    FinishReason, GenerateError, Generation, GenerationConfig, PREFILL_TOKENS, Prompt, Timing,
+    generate,
 };
 pub use sampler::SamplingConfig;

@@ -26,6 +26,7 @@ fn pipeline() -> Pipeline<Flex> {
         min_pixels: None,
         max_pixels: None,
         gguf: Default::default(),
+        memory: None,
     };
     Pipeline::load(&options, Default::default(), &mut |_, _| {}).unwrap()
 }
