@@ -100,6 +100,10 @@ pub const QUANTIZE: &[Example] = &[
         "4 bits, with a scale for every 32 weights",
         "xray-qwen3vl quantize --model model/tiny --bits 4 --group 32 --output artifacts/tiny-int4",
     ),
+    (
+        "4 bits, calibrated on reports and films, with a report of what it costs",
+        "xray-qwen3vl quantize --model model/tiny --bits 4 --calibrate data/sample/train/samples.jsonl --output artifacts/tiny-calibrated",
+    ),
 ];
 
 /// The examples of `plan`.

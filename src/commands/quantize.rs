@@ -1,6 +1,8 @@
 //! `quantize`: a checkpoint with quantised weights, which loads without the one it was made from.
 
-use std::path::PathBuf;
+mod calibrate;
+
+use std::{io::Write, path::PathBuf, rc::Rc};
 
 use anyhow::{Context, Result, bail};
 use burn::tensor::DType;
@@ -19,11 +21,16 @@ use crate::{
     accelerate::devices::{DeviceTask, run_on},
     adapters::{
         lora::base::BaseFingerprint,
-        quantised::{memory::weight_bytes, save::write_quantised},
+        quantised::{
+            Formats,
+            load::pack_tensor,
+            memory::bytes_in_formats,
+            save::{MatrixSource, open_floats, write_matrices},
+        },
     },
     base::{
         device_name::{DeviceName, dtype_text},
-        files::{FolderWriter, size_text},
+        files::{FolderWriter, size_text, write_atomic},
         hub::Want,
     },
     ops::quantised::{Format, Quantization},
@@ -36,6 +43,11 @@ use crate::{
     runtime::accelerator::Accelerator,
     train::checkpoint::copy_side_files,
 };
+
+pub use calibrate::CalibrateArgs;
+
+/// What calibration found, beside the weights.
+const REPORT_FILE: &str = "quantization.json";
 
 /// Arguments of `quantize`.
 #[derive(Debug, Args)]
@@ -63,7 +75,13 @@ pub struct QuantizeArgs {
     /// kernels cover symmetric weights alone.
     #[arg(long)]
     pub zero_points: bool,
-    /// Device used to test the result.
+    /// Bits of the vision tower's layers, 16, 8 or 4: by default 8 with --calibrate, else as --bits.
+    #[arg(long, value_name = "N")]
+    pub vision_bits: Option<usize>,
+    /// Calibration.
+    #[command(flatten)]
+    pub calibrate: CalibrateArgs,
+    /// Device used to calibrate, and to test the result.
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<DeviceName>,
 }
@@ -77,13 +95,32 @@ pub fn run(mut args: QuantizeArgs) -> Result<()> {
     let layers = Format::new(args.bits, args.group, args.zero_points).map_err(UsageError)?;
     let quantization = Quantization { layers };
     args.model = find(&args.model, Want::Checkpoint, args.download)?;
-    let (device, task) = (args.device, Quantize { args, quantization });
+    let vision = match (args.vision_bits, &args.calibrate.calibrate) {
+        (Some(16), _) => None,
+        (Some(8), _) | (None, Some(_)) => Some(Format::Int8),
+        (Some(4), _) if args.bits == 4 => Some(layers),
+        (None, None) => Some(layers),
+        (Some(bits), _) => {
+            let reason = format!("--vision-bits {bits}: expected 16 or 8, or 4 with --bits 4");
+            return Err(UsageError(reason).into());
+        }
+    };
+    let (device, task) = (
+        args.device,
+        Quantize {
+            args,
+            quantization,
+            vision,
+        },
+    );
     run_on(device, None, task)?
 }
 
 struct Quantize {
     args: QuantizeArgs,
     quantization: Quantization,
+    /// Format of the vision tower's layers.
+    vision: Option<Format>,
 }
 
 impl DeviceTask for Quantize {
@@ -98,22 +135,60 @@ impl DeviceTask for Quantize {
             let model = Qwen3Vl::<B>::new(&config, &InitOptions::default(), &device);
             parameter_shapes(&model)
         };
-        let size = |quantization| size_text(weight_bytes(&shapes, quantization, 2) as u64);
+        let mut formats = Formats::from(self.quantization);
+        for path in shapes.keys() {
+            let layer = path.strip_suffix(".weight").unwrap_or(path);
+            if layer.starts_with("model.visual.") && formats.of(path).is_some() {
+                formats.set(layer, self.vision);
+            }
+        }
+        let size = |formats: &Formats| size_text(bytes_in_formats(&shapes, formats, 2) as u64);
         eprintln!(
-            "quantising {} of 16-bit weights to {}",
-            size(None),
-            self.quantization
+            "quantising {} of 16-bit weights to {formats}",
+            size(&Formats::default())
         );
+        let checkpoint = Rc::new(open_floats(&from, &parts)?);
+        let mut calibrated = match &self.args.calibrate.calibrate {
+            Some(data) => Some(calibrate::calibrate::<B>(
+                &self.args.calibrate,
+                data,
+                (&from, &checkpoint),
+                &config,
+                formats.clone(),
+                (&device, dtype),
+            )?),
+            None => None,
+        };
+        let report = calibrated.as_ref().map(|found| found.report.clone());
+        let mut matrices = std::collections::HashMap::new();
+        if let Some(found) = &mut calibrated {
+            formats = found.formats.clone();
+            matrices = std::mem::take(&mut found.matrices);
+        }
         let folder = FolderWriter::new(&self.args.output)?;
         let to = folder.path();
-        write_quantised(
-            (&from, &parts),
+        let source: MatrixSource = {
+            let checkpoint = checkpoint.clone();
+            Rc::new(move |path, dims, format| match matrices.get(path) {
+                Some(matrix) => Ok(matrix.clone()),
+                None => pack_tensor(&checkpoint, path, dims, format),
+            })
+        };
+        write_matrices(
+            (&checkpoint, &parts),
             to,
             &shapes,
-            self.quantization,
+            &formats,
+            &source,
             MAX_SHARD_BYTES,
         )
         .with_context(|| format!("cannot quantise `{}`", from.display()))?;
+        if let Some(report) = &report {
+            write_atomic(&to.join(REPORT_FILE), |out: &mut dyn Write| {
+                serde_json::to_writer_pretty(&mut *out, report)?;
+                out.write_all(b"\n")
+            })?;
+        }
         copy_side_files(&from, &parts, to)?;
         // Adapters name the base they were trained on; they fit what was made from it.
         BaseFingerprint::of(&from, &parts)?.save(to)?;
@@ -134,11 +209,13 @@ impl DeviceTask for Quantize {
         drop(model);
         folder.finish()?;
         println!(
-            "wrote `{}`: {}, {}",
+            "wrote `{}`: {formats}, {}",
             self.args.output.display(),
-            self.quantization,
-            size(Some(self.quantization))
+            size(&formats)
         );
+        for line in report.iter().flat_map(|report| report.lines()) {
+            println!("{line}");
+        }
         Ok(())
     }
 }

@@ -27,11 +27,16 @@ fn size(dir: &Path) -> u64 {
 
 #[test]
 fn a_packed_checkpoint_writes_the_reports_of_packing_at_load() {
-    for (bits, format, share) in [("8", "int8", 0.6), ("4", "int4", 0.5)] {
+    for (flags, format, share) in [
+        (&["--bits", "8"][..], "int8", 0.6),
+        (&["--bits", "4"], "int4", 0.5),
+        (&["--bits", "4", "--zero-points"], "int4:64:zero", 0.5),
+    ] {
         let folder = tempfile::tempdir().unwrap();
         let model = tiny_model();
-        let stdout = quantize(folder.path(), text(&model), &["--bits", bits]);
-        assert!(stdout.contains(format), "{stdout}");
+        let stdout = quantize(folder.path(), text(&model), flags);
+        let bits = flags[1];
+        assert!(stdout.contains(&format!("int{bits}")), "{stdout}");
         let packed = folder.path().join("packed");
         let names = |dir: &Path| {
             let entries = fs::read_dir(dir).unwrap();
@@ -61,6 +66,49 @@ fn a_packed_checkpoint_writes_the_reports_of_packing_at_load() {
         assert_eq!(ours, want);
         assert!(!ours.trim().is_empty());
     }
+}
+
+#[test]
+fn a_calibrated_checkpoint_says_what_it_costs_and_answers() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = tiny_model();
+    let data = repository().join("data/sample/val/samples.jsonl");
+    let flags = [
+        "--bits",
+        "4",
+        "--calibrate",
+        text(&data),
+        "--calibration-samples",
+        "6",
+        "--held-out-samples",
+        "2",
+    ];
+    let stdout = quantize(folder.path(), text(&model), &flags);
+    for piece in ["held out", "round to nearest", "calibrated", "last layer"] {
+        assert!(stdout.contains(piece), "`{piece}` is missing in: {stdout}");
+    }
+    let packed = folder.path().join("packed");
+    let read = |name: &str| -> Value {
+        serde_json::from_slice(&fs::read(packed.join(name)).unwrap()).unwrap()
+    };
+    let report = read("quantization.json");
+    assert_eq!(report["calibration_samples"], 6);
+    assert_eq!(report["held_out_samples"], 2);
+    assert_eq!(report["held_out"]["floats"]["agreement"], 1.0);
+    let matrices = report["matrices"].as_array().unwrap();
+    assert!(!matrices.is_empty());
+    for matrix in matrices {
+        let of = |key: &str| matrix[key].as_f64().unwrap();
+        assert!(
+            of("calibrated") <= 1.001 * of("round_to_nearest"),
+            "{matrix}"
+        );
+    }
+    // The vision tower has 8 bits, of which the folder tells.
+    let modules = &read("config.json")["quantization_config"]["modules"];
+    assert_eq!(modules["model.visual.blocks.0.attn.qkv"], "int8");
+    let (answer, _) = infer_well(folder.path(), &["--model", "packed"]);
+    assert!(!answer.trim().is_empty());
 }
 
 #[test]
@@ -109,6 +157,9 @@ fn what_cannot_be_meant_is_refused() {
         (&["--bits", "5"][..], "expected 8 or 4"),
         (&["--bits", "4", "--group", "48"], "expected 32, 64 or 128"),
         (&["--bits", "8", "--group", "64"], "no groups"),
+        (&["--bits", "8", "--zero-points"], "symmetric"),
+        (&["--bits", "8", "--vision-bits", "4"], "--vision-bits 4"),
+        (&["--bits", "4", "--max-size", "6GB"], "--calibrate"),
     ] {
         let (code, stdout, stderr) = run(folder.path(), &[&base[..], more].concat());
         assert_eq!((code, stdout.as_str()), (2, ""), "{stderr}");
@@ -224,6 +275,13 @@ fn a_damaged_packed_checkpoint_is_named_by_file_and_tensor() {
     fs::write(&weights, &whole).unwrap();
     let config = folder.path().join("packed/config.json");
     let mut tree: Value = serde_json::from_slice(&fs::read(&config).unwrap()).unwrap();
+    // A layer that the model does not have.
+    tree["quantization_config"]["version"] = 2.into();
+    tree["quantization_config"]["modules"] = serde_json::json!({"model.other": "int8"});
+    fs::write(&config, tree.to_string()).unwrap();
+    let (code, _, stderr) = infer(folder.path(), &["--model", "packed"]);
+    assert_eq!(code, 1, "{stderr}");
+    assert!(stderr.contains("`model.other`"), "{stderr}");
     tree["quantization_config"] = serde_json::json!({"quant_method": "aqlm", "bits": 4});
     fs::write(&config, tree.to_string()).unwrap();
     let (code, _, stderr) = infer(folder.path(), &["--model", "packed"]);

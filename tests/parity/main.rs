@@ -8,6 +8,7 @@
 mod adapters;
 mod adapters_of_peft;
 mod backend;
+mod calibrated;
 mod checkpoint_damage;
 mod checkpoints;
 mod support;

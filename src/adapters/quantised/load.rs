@@ -362,7 +362,15 @@ fn read_zeros(contents: &Contents, path: &str, format: Format) -> Result<Vec<f32
     }
 }
 
-/// Puts tensors into the parameters of their paths.
+/// Puts tensors into the parameters of their paths in a module; the others stay as they are.
+pub(super) fn fill<B: Backend, M: Module<B>>(module: M, tensors: HashMap<String, TensorData>) -> M {
+    module.map(&mut Fill {
+        tensors,
+        path: Vec::new(),
+    })
+}
+
+/// See [`fill`].
 struct Fill {
     tensors: HashMap<String, TensorData>,
     path: Vec<String>,
@@ -501,10 +509,7 @@ impl<B: Ops> Filling<B> {
         formats: Formats,
         path: &Path,
     ) -> Result<Qwen3Vl<B>, WeightsError> {
-        let model = model.map(&mut Fill {
-            tensors: self.rest,
-            path: Vec::new(),
-        });
+        let model = fill(model, self.rest);
         replace_weights(model, formats, |name, _, _| {
             self.matrices
                 .remove(name)

@@ -1,5 +1,6 @@
 //! Quantised weights: files, loading, saving, and the memory they take.
 
+pub mod calibrate;
 pub mod files;
 pub mod formats;
 pub mod load;
