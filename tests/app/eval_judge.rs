@@ -45,7 +45,9 @@ impl Judge {
 
     fn asked(&self) -> usize {
         let seen = self.seen.lock().unwrap();
-        seen.iter().filter(|(head, _)| head.starts_with("POST")).count()
+        seen.iter()
+            .filter(|(head, _)| head.starts_with("POST"))
+            .count()
     }
 }
 
@@ -111,7 +113,8 @@ fn judged(body: &Value) -> Reply {
     }
     if has("少量") != has("大量") && reference != answer && reference.contains('量') {
         kinds.push("wrong_severity");
-    } else if reference.replace('左', "右") == answer.replace('左', "右") && reference != answer {
+    } else if reference.replace('左', "右") == answer.replace('左', "右") && reference != answer
+    {
         kinds.push("wrong_location");
     }
     let errors: Vec<Value> = kinds
@@ -170,7 +173,10 @@ fn a_judge_is_asked_once_a_report_and_its_answers_are_kept() {
     assert_eq!(found["by_kind"]["invented_comparison"]["reports"], 1);
     assert!(stdout.contains("GREEN 0.667"), "{stdout}");
     let told = json["warnings"].to_string();
-    assert!(told.contains("was sent to") && told.contains(&url), "{told}");
+    assert!(
+        told.contains("was sent to") && told.contains(&url),
+        "{told}"
+    );
     let page = fs::read_to_string(folder.path().join("out.html")).unwrap();
     assert!(page.contains("GREEN 0.667") && page.contains("部位或侧别错误"));
     let (_, body) = judge.seen.lock().unwrap()[0].clone();
@@ -201,11 +207,17 @@ fn what_goes_wrong_is_tried_again_counted_and_told() {
     let (code, _, stderr, json) = eval(folder.path(), &args);
     assert_eq!(code, 0, "{stderr}");
     let found = &json["judge"];
-    assert_eq!((&found["judged"], &found["unreadable"]), (&json!(2), &json!(1)));
+    assert_eq!(
+        (&found["judged"], &found["unreadable"]),
+        (&json!(2), &json!(1))
+    );
     assert_eq!(found["schema"], false);
     assert_eq!(found["cases"][1], Value::Null);
     let told = json["warnings"].to_string();
-    assert!(told.contains("1 answer of the judge cannot be read"), "{told}");
+    assert!(
+        told.contains("1 answer of the judge cannot be read"),
+        "{told}"
+    );
     assert!(told.contains("does not hold answers to a schema"), "{told}");
     // What could not be read is asked again.
     let before = judge.asked();
@@ -226,12 +238,18 @@ fn a_judge_that_refuses_ends_the_run_and_a_later_one_goes_on() {
     let args = ["--judge", &url, "--judge-concurrency", "1"];
     let (code, _, stderr, json) = eval(folder.path(), &args);
     assert_eq!(code, 1, "{stderr}");
-    assert!(stderr.contains("status 401") && stderr.contains("out.judge.jsonl"), "{stderr}");
+    assert!(
+        stderr.contains("status 401") && stderr.contains("out.judge.jsonl"),
+        "{stderr}"
+    );
     assert_eq!(json, Value::Null);
     let (code, _, stderr, json) = eval(folder.path(), &args);
     assert_eq!(code, 0, "{stderr}");
     assert_eq!(json["judge"]["known"], 1);
-    let (code, _, stderr, _) = eval(folder.path(), &["--judge", &url, "--judge-key-env", "XRAY_NO_SUCH_KEY"]);
+    let (code, _, stderr, _) = eval(
+        folder.path(),
+        &["--judge", &url, "--judge-key-env", "XRAY_NO_SUCH_KEY"],
+    );
     assert_eq!(code, 2, "{stderr}");
     assert!(stderr.contains("`XRAY_NO_SUCH_KEY` is not set"), "{stderr}");
     let (code, _, stderr, _) = eval(folder.path(), &["--judge", "127.0.0.1:1"]);
@@ -266,7 +284,10 @@ fn planted_errors_measure_the_judge() {
     }
     assert_eq!(check["by_kind"]["wrong_severity"]["precision"], 1.0);
     assert_eq!(check["by_kind"]["false_finding"]["precision"], Value::Null);
-    assert_eq!((&check["clean"], &check["called_clean"]), (&json!(20), &json!(20)));
+    assert_eq!(
+        (&check["clean"], &check["called_clean"]),
+        (&json!(20), &json!(20))
+    );
     assert!(stdout.contains("planted errors"), "{stdout}");
     let page = fs::read_to_string(folder.path().join("out.html")).unwrap();
     assert!(page.contains("植入") && page.contains("100.0 %"));
@@ -280,14 +301,24 @@ fn the_tiny_model_as_judge_is_unreadable_or_held_to_the_schema() {
     let url = format!("http://{}/v1", server.address);
     let (code, stdout, stderr, json) = eval(
         folder.path(),
-        &["--judge", &url, "--limit", "1", "--judge-timeout-seconds", "50"],
+        &[
+            "--judge",
+            &url,
+            "--limit",
+            "1",
+            "--judge-timeout-seconds",
+            "50",
+        ],
     );
     assert_eq!(code, 0, "{stdout}{stderr}");
     let found = &json["judge"];
     let of = |key: &str| found[key].as_u64().unwrap();
     assert_eq!(of("judged") + of("unreadable") + of("failed"), 1, "{found}");
     if of("judged") == 0 {
-        assert!(found["first_fault"].is_string() && found["green"].is_null(), "{found}");
+        assert!(
+            found["first_fault"].is_string() && found["green"].is_null(),
+            "{found}"
+        );
     }
 }
 
@@ -295,7 +326,11 @@ fn the_tiny_model_as_judge_is_unreadable_or_held_to_the_schema() {
 fn exports_are_what_the_other_programs_read() {
     let folder = tempdir().unwrap();
     let rows = [
-        ("s1", "FINDINGS: Small left effusion. IMPRESSION: Effusion.", "Left pleural effusion."),
+        (
+            "s1",
+            "FINDINGS: Small left effusion. IMPRESSION: Effusion.",
+            "Left pleural effusion.",
+        ),
         ("s2", "The lungs are clear.", ""),
     ];
     let lines: String = rows
@@ -307,7 +342,10 @@ fn exports_are_what_the_other_programs_read() {
     fs::write(folder.path().join("p.jsonl"), lines).unwrap();
     let (code, _, stderr, json) = eval(folder.path(), &["--export", "radeval", "radeval.json"]);
     assert_eq!(code, 0, "{stderr}");
-    assert!(stderr.contains("`english`, guessed") && stderr.contains("are english, guessed"), "{stderr}");
+    assert!(
+        stderr.contains("`english`, guessed") && stderr.contains("are english, guessed"),
+        "{stderr}"
+    );
     assert_eq!(json["language"], "english");
     assert_eq!(json["rules"]["name"], "english");
     let read = |name: &str| -> Value {

