@@ -178,7 +178,8 @@ pub struct EvalArgs {
     /// the ending judge.jsonl].
     #[arg(long, value_name = "FILE.jsonl", requires = "judge")]
     pub judge_cache: Option<PathBuf>,
-    /// Write references and answers for another program: RadEval's JSON, or ReXrank's predictions.
+    /// Write references and answers for another program: `radeval` has the lists `references` and `hypotheses`; `rexrank`
+    /// has by study `section_findings`, `section_impression` (from the headings) and `model_prediction`.
     #[arg(long, num_args = 2, value_names = ["radeval|rexrank", "FILE.json"])]
     pub export: Vec<String>,
     /// Bootstrap samples for the confidence intervals.

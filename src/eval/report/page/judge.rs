@@ -58,7 +58,7 @@ fn kinds(page: &mut String, found: &JudgeOutcome) {
         let counts = found.by_kind.get(&kind).copied().unwrap_or_default();
         let _ = write!(
             page,
-            "<tr><td>{}<small>{}</small></td><td>{}</td><td>{}</td><td>{}</td>",
+            "<tr><td>{} <small>{}</small></td><td>{}</td><td>{}</td><td>{}</td>",
             kind.chinese(),
             kind.key().replace('_', " "),
             counts.significant,
