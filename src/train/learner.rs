@@ -66,7 +66,7 @@ impl<B: Accelerator> Trainee<B> {
     }
 
     /// The same on another device.
-    pub(super) fn to_other_device(self, device: &B::Device) -> Self {
+    pub(super) fn move_to(self, device: &B::Device) -> Self {
         Self {
             model: model_to_device(self.model, device),
             settings: self.settings,

@@ -423,7 +423,7 @@ impl<B: TrainAccelerator> Rank<B> {
         match job {
             Job::Load(copied) => {
                 let (model, optimizer) = *copied;
-                self.model = Some(model.to_other_device(&self.device));
+                self.model = Some(model.move_to(&self.device));
                 self.optimizer = Some(optimizer.copy_to(&self.device));
                 self.wait()?;
                 Ok(Answer::Done)
