@@ -18,7 +18,7 @@ use xray_qwen3vl::{
         Qwen3Vl,
         config::Qwen3VlConfig,
         nn::InitOptions,
-        weights::{load_checkpoint, parameter_shapes, save_checkpoint},
+        weights::{gguf::GgufParts, load_checkpoint, parameter_shapes, save_checkpoint},
     },
     runtime::synthetic::weights::{RandomSize, draw},
 };
@@ -60,7 +60,7 @@ fn samples(config: &Qwen3VlConfig) -> Vec<MicroBatch> {
 
 fn calibrated(formats: impl Into<Formats>, held_out: usize, limit: Option<usize>) -> Calibrated {
     let config = config();
-    let checkpoint = Rc::new(open_floats(&fixtures().join(MODEL)).unwrap());
+    let checkpoint = Rc::new(open_floats(&fixtures().join(MODEL), &GgufParts::default()).unwrap());
     let mut calibration =
         Calibration::<B>::new(checkpoint, &config, formats.into(), DType::F32, &device()).unwrap();
     for sample in samples(&config) {
@@ -73,7 +73,7 @@ fn calibrated(formats: impl Into<Formats>, held_out: usize, limit: Option<usize>
 }
 
 fn write(found: &Calibrated, to: &Path) {
-    let checkpoint = Rc::new(open_floats(&fixtures().join(MODEL)).unwrap());
+    let checkpoint = Rc::new(open_floats(&fixtures().join(MODEL), &GgufParts::default()).unwrap());
     let matrices = found.matrices.clone();
     let source: MatrixSource = {
         let checkpoint = checkpoint.clone();
@@ -88,7 +88,15 @@ fn write(found: &Calibrated, to: &Path) {
         })
     };
     let shapes = parameter_shapes(&fresh(&config()));
-    write_matrices(&checkpoint, to, &shapes, &found.formats, &source, 5_000).unwrap();
+    write_matrices(
+        (&checkpoint, &GgufParts::default()),
+        to,
+        &shapes,
+        &found.formats,
+        &source,
+        5_000,
+    )
+    .unwrap();
 }
 
 fn load(dir: &Path) -> Qwen3Vl<B> {
@@ -251,7 +259,7 @@ fn under_a_limit_the_layers_that_lose_most_have_eight_bits() {
     let compared = found.report.calibration.unwrap();
     assert!((compared.calibrated.perplexity / perplexity - 1.0).abs() < 1e-4);
     // Half the bytes cannot be.
-    let checkpoint = Rc::new(open_floats(&fixtures().join(MODEL)).unwrap());
+    let checkpoint = Rc::new(open_floats(&fixtures().join(MODEL), &GgufParts::default()).unwrap());
     let mut small =
         Calibration::<B>::new(checkpoint, &config(), formats, DType::F32, &device()).unwrap();
     small.add(&samples(&config())[0]);
@@ -326,7 +334,7 @@ fn four_layers_of_full_width() {
                 formats.set(layer, Some(Format::Int8));
             }
         }
-        let checkpoint = Rc::new(open_floats(folder.path()).unwrap());
+        let checkpoint = Rc::new(open_floats(folder.path(), &GgufParts::default()).unwrap());
         let mut calibration =
             Calibration::<B>::new(checkpoint, &config, formats, DType::F32, &device()).unwrap();
         for seed in 0..samples + held_out {
