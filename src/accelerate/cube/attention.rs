@@ -25,6 +25,10 @@ const ROWS: usize = 8;
 /// Keys of a range that is worth a cube of its own.
 const RANGE: usize = 512;
 
+/// Most pieces that a unit reads at once: with one read behind the other, a step of a decoder waits for the
+/// memory most of the time.
+const TOGETHER: usize = 4;
+
 /// Parts in which a tile is searched for its largest score.
 const SHARES: usize = 16;
 
@@ -54,6 +58,14 @@ impl AttentionConfig {
     /// Pieces of a head.
     const fn pieces(&self) -> usize {
         self.head_dim / self.packing.piece()
+    }
+
+    /// Pieces of a key that a unit reads at once.
+    fn together(&self) -> usize {
+        (1..=TOGETHER)
+            .rev()
+            .find(|pieces| self.pieces().is_multiple_of(*pieces))
+            .unwrap_or(1)
     }
 
     /// Keys whose values are read at once.
@@ -148,6 +160,8 @@ fn attend<F: Numeric>(
     let mut total = Array::<f32>::new(rows);
     let mut score = Array::<f32>::new(rows);
     let mut taken = Array::<f32>::new(comptime!(config.rows() * config.packing.piece()));
+    let mut loaded = Array::<Piece>::new(TOGETHER);
+    let together = comptime!(config.together());
     #[unroll]
     for row in 0..rows {
         most[row] = HIDDEN;
@@ -168,16 +182,23 @@ fn attend<F: Numeric>(
         }
         if key < to {
             let start = (source + key * row_stride) / piece;
-            for at in 0..row_pieces {
-                let words = keys[start + at];
+            for step in 0..comptime!(config.pieces() / config.together()) {
+                let from = step * together;
                 #[unroll]
-                for index in 0..pairs {
-                    let factor = pair(words, index, packing);
+                for at in 0..together {
+                    loaded[at] = keys[start + from + at];
+                }
+                #[unroll]
+                for at in 0..together {
                     #[unroll]
-                    for row in 0..rows {
-                        let place = row * head_dim + at * piece + 2 * index;
-                        let sum = fma(query[place], factor[0], score[row]);
-                        score[row] = fma(query[place + 1], factor[1], sum);
+                    for index in 0..pairs {
+                        let factor = pair(loaded[at], index, packing);
+                        #[unroll]
+                        for row in 0..rows {
+                            let place = row * head_dim + (from + at) * piece + 2 * index;
+                            let sum = fma(query[place], factor[0], score[row]);
+                            score[row] = fma(query[place + 1], factor[1], sum);
+                        }
                     }
                 }
             }
@@ -221,17 +242,29 @@ fn attend<F: Numeric>(
         sync_cube();
         let tile_keys = min(to - tile, units);
         if lane < lanes {
-            for index in range_stepped(lane, tile_keys, lanes) {
-                let words = values[(source + (tile + index) * row_stride) / piece + value_piece];
+            for from in range_stepped(lane, tile_keys, comptime!(TOGETHER * config.lanes())) {
                 #[unroll]
-                for part in 0..pairs {
-                    let value = pair(words, part, packing);
-                    #[unroll]
-                    for row in 0..rows {
-                        let weight = scores[row * units + index];
-                        let at = row * piece + 2 * part;
-                        taken[at] = fma(weight, value[0], taken[at]);
-                        taken[at + 1] = fma(weight, value[1], taken[at + 1]);
+                for at in 0..TOGETHER {
+                    // Past the last key: its values again, which are not added.
+                    let index = min(from + at * lanes, tile_keys - 1);
+                    let row_at = source + (tile + index) * row_stride;
+                    loaded[at] = values[row_at / piece + value_piece];
+                }
+                #[unroll]
+                for at in 0..TOGETHER {
+                    let index = from + at * lanes;
+                    if index < tile_keys {
+                        #[unroll]
+                        for part in 0..pairs {
+                            let value = pair(loaded[at], part, packing);
+                            #[unroll]
+                            for row in 0..rows {
+                                let weight = scores[row * units + index];
+                                let place = row * piece + 2 * part;
+                                taken[place] = fma(weight, value[0], taken[place]);
+                                taken[place + 1] = fma(weight, value[1], taken[place + 1]);
+                            }
+                        }
                     }
                 }
             }

@@ -117,7 +117,10 @@ where
         text.head_dim * text.num_key_value_heads,
         text.head_dim,
     ];
-    (1..=matvec::MOST_ROWS).contains(&rows)
+    let client = strided(model.model.language_model.norm.weight.val()).client;
+    let [_, _, q, key_value, _] = widths;
+    let most = matvec::most_rows(&client, dtype, [q, key_value, key_value]);
+    (1..=most).contains(&rows)
         && widths
             .iter()
             .all(|width| width.is_multiple_of(packing.piece()))

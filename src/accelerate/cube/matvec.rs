@@ -1,18 +1,39 @@
-//! Matmul of one to eight rows with float matrices `[out, in]` (matrix-vector), through [`super::products`].
+//! Matmul of one to eight rows with float matrices `[out, in]` (matrix-vector), through [`super::products`];
+//! of two rows and more in tiles ([`super::tile_matmul`]), where the device has them.
 
 use burn::tensor::{DType, Tensor};
-use burn_cubecl::CubeRuntime;
+use burn_cubecl::{CubeRuntime, kernel::into_contiguous};
+use cubecl::client::ComputeClient;
 
 use super::{
     launch::{Buffer, Cube, array, contiguous, elements, empty, pieces, quads, strided, tensor},
     products::{MatmulConfig, Matrices, Stored, one_matrix, swiglu_matrices, three_matrices},
     sums::Group,
+    tile_config::{WIDEST, cooperative},
+    tile_matmul::{self, Added, Operand},
     words::Packing,
 };
 use crate::ops::{LowRank, cast::to_f32};
 
-/// Most rows of one matmul.
+/// Most rows of one matmul without tiles.
 pub(super) const MOST_ROWS: usize = 8;
+
+/// Most rows of a decoder's step with them.
+const MOST_TILE_ROWS: usize = 64;
+
+/// Most rows of a decoder's step; `widths` are those of the three matrices that share an input.
+pub(super) fn most_rows<R: CubeRuntime>(
+    client: &ComputeClient<R>,
+    dtype: DType,
+    widths: [usize; 3],
+) -> usize {
+    let whole = widths.iter().all(|width| width.is_multiple_of(WIDEST));
+    if whole && dtype == DType::F16 && cooperative(client) {
+        MOST_TILE_ROWS
+    } else {
+        MOST_ROWS
+    }
+}
 
 fn config<R: CubeRuntime>(x: &Buffer<R>, width: usize, matrices: Matrices) -> MatmulConfig {
     let [rows, d_input] = x.meta.shape().dims();
@@ -30,6 +51,29 @@ fn covers<R: CubeRuntime>([rows, width]: [usize; 2], dtype: DType, weight: &Buff
         && weight.is_contiguous()
 }
 
+/// Whether a matmul goes in tiles.
+fn in_tiles<R: CubeRuntime>(x: &Tensor<Cube<R>, 2>, weight: &Buffer<R>) -> bool {
+    tile_matmul::covers(&strided(x.clone())) && Operand::floats(weight).is_some()
+}
+
+/// The kernel of [`ForwardOps::matmul`](crate::ops::ForwardOps::matmul): rows with a matrix `[out, in]` that is
+/// read in place, as linear layers have it.
+pub(super) fn matmul_transposed<R: CubeRuntime, const D: usize>(
+    a: &Tensor<Cube<R>, D>,
+    b: &Tensor<Cube<R>, D>,
+) -> Option<Tensor<Cube<R>, D>> {
+    if D != 2 {
+        return None;
+    }
+    let weight = strided(b.clone().transpose());
+    let x = strided(a.clone());
+    if !tile_matmul::covers(&x) || Operand::floats(&weight).is_none() {
+        return None;
+    }
+    let x = into_contiguous(x);
+    Some(tensor(matmul(&x, None, &weight, None, None, x.dtype)))
+}
+
 /// [`ForwardOps::linear_add`](crate::ops::ForwardOps::linear_add).
 pub(super) fn linear_add<R: CubeRuntime>(
     x: &Tensor<Cube<R>, 2>,
@@ -40,7 +84,7 @@ pub(super) fn linear_add<R: CubeRuntime>(
     let (weight, dtype) = (strided(weight.clone()), x.dtype());
     let one_type = bias.is_none_or(|bias| bias.dtype() == dtype)
         && residual.is_none_or(|residual| residual.dtype() == dtype);
-    if !one_type || !covers(x.dims(), dtype, &weight) {
+    if !one_type || !(in_tiles(x, &weight) || covers(x.dims(), dtype, &weight)) {
         return None;
     }
     let x = contiguous(x.clone());
@@ -56,7 +100,7 @@ pub(super) fn logits<R: CubeRuntime>(
     head: &Tensor<Cube<R>, 2>,
 ) -> Option<Tensor<Cube<R>, 2>> {
     let head = strided(head.clone());
-    if !covers(hidden.dims(), hidden.dtype(), &head) {
+    if !in_tiles(hidden, &head) && !covers(hidden.dims(), hidden.dtype(), &head) {
         return None;
     }
     let hidden = contiguous(hidden.clone());
@@ -107,6 +151,13 @@ pub(super) struct InputNorm<R: CubeRuntime> {
     pub epsilon: f64,
 }
 
+impl<R: CubeRuntime> InputNorm<R> {
+    /// Scale and epsilon.
+    pub(super) fn parts(&self) -> (&Buffer<R>, f64) {
+        (&self.weight, self.epsilon)
+    }
+}
+
 /// `norm(x) Wᵀ + bias + residual` in `out` type, which is that of bias and residual.
 pub(super) fn matmul<R: CubeRuntime>(
     x: &Buffer<R>,
@@ -116,6 +167,12 @@ pub(super) fn matmul<R: CubeRuntime>(
     residual: Option<&Buffer<R>>,
     out: DType,
 ) -> Buffer<R> {
+    if tile_matmul::covers(x)
+        && let Some(operand) = Operand::floats(weight)
+    {
+        let norm = norm.map(InputNorm::parts);
+        return tile_matmul::matmul(x, norm, &operand, Added { bias, residual }, out);
+    }
     let [width, _] = weight.meta.shape().dims();
     let config = MatmulConfig {
         norm: norm.is_some(),
@@ -166,6 +223,12 @@ pub(super) fn three_matmuls<R: CubeRuntime>(
         widths.iter().all(|width| width.is_multiple_of(4)),
         "widths {widths:?} are no multiples of four"
     );
+    if tile_matmul::covers(x)
+        && let [Some(q), Some(k), Some(v)] = weights.map(Operand::floats)
+        && tile_matmul::whole([&q, &k, &v])
+    {
+        return tile_matmul::three_matmuls(x, Some(norm.parts()), [&q, &k, &v]);
+    }
     let width = widths.iter().sum();
     let config = MatmulConfig {
         norm: true,
@@ -208,6 +271,11 @@ pub(super) fn swiglu_matmul<R: CubeRuntime>(
     gate: &Buffer<R>,
     up: &Buffer<R>,
 ) -> Buffer<R> {
+    if tile_matmul::covers(x)
+        && let [Some(gate), Some(up)] = [gate, up].map(Operand::floats)
+    {
+        return tile_matmul::swiglu_matmul(x, Some(norm.parts()), [&gate, &up]);
+    }
     let [width, _] = gate.meta.shape().dims();
     let config = MatmulConfig {
         norm: true,

@@ -24,11 +24,16 @@ pub(super) mod quantized;
 #[cfg(test)]
 mod quantized_tests;
 mod rotary;
-#[cfg(feature = "wgpu")]
 mod rows;
 mod sums;
 #[cfg(all(test, feature = "wgpu"))]
 mod tests;
+mod tile_config;
+mod tile_matmul;
+mod tile_stage;
+#[cfg(all(test, feature = "wgpu"))]
+mod tile_tests;
+mod tiles;
 mod unpack;
 #[cfg(feature = "wgpu")]
 mod vulkan;

@@ -1,23 +1,29 @@
 //! Matmul with quantised weights (see [`crate::ops::quantised`]): the kernels read the packed words directly.
 //!
-//! Up to [`MOST_ROWS`] rows go in several such launches. More rows use the float matmul with rows of
-//! the matrix that a kernel dequantises, at most [`UNPACKED_BYTES`](crate::ops::quantised::weight::UNPACKED_BYTES) at once.
+//! Where the device multiplies cooperative matrices, several rows go in one launch of tiles
+//! ([`super::tile_matmul`]). Else, and with an adapter, up to [`MOST_ROWS`] rows go in several launches over the
+//! words; more rows use the float matmul with rows of the matrix that a kernel dequantises, at most
+//! [`UNPACKED_BYTES`](crate::ops::quantised::weight::UNPACKED_BYTES) at once.
 
 use burn::tensor::{DType, Tensor};
 use burn_cubecl::{CubeRuntime, kernel::into_contiguous};
 use cubecl::prelude::*;
 
 use super::{
-    launch::{Buffer, Cube, array, contiguous, cubes, elements, empty, pieces, quads, tensor},
+    launch::{
+        Buffer, Cube, array, contiguous, cubes, elements, empty, pieces, quads, strided, tensor,
+    },
     products::{
         MatmulConfig, Matrices, Stored, low_rank, one_matrix, swiglu_matrices, three_matrices,
     },
     sums::{Group, UNITS},
+    tile_matmul::{self, Added, Operand},
     unpack::{pad_rows, unpack},
     words::Packing,
 };
 use crate::ops::{
     LowRank,
+    cast::{to_dtype, to_f32},
     quantised::{Format, QuantisedWeight},
 };
 
@@ -72,14 +78,32 @@ impl<R: CubeRuntime> Quantised<R> {
             self.format.padded(self.d_input),
             "inputs of the matmul"
         );
-        let per_piece = 4 * self.format.per_word();
-        let stored = Stored::Levels {
-            bits: self.format.bits(),
-            group_vectors: self.format.group(self.d_input) / per_piece,
-        };
         let group = Group::of(&x.client);
         let sizes = [rows, self.width()];
-        MatmulConfig::new(stored, sizes, matrices, width / per_piece, group)
+        let stored = self.stored();
+        MatmulConfig::new(stored, sizes, matrices, width / self.per_piece(), group)
+    }
+
+    /// Inputs of a row in sixteen bytes.
+    fn per_piece(&self) -> usize {
+        4 * self.format.per_word()
+    }
+
+    fn stored(&self) -> Stored {
+        Stored::Levels {
+            bits: self.format.bits(),
+            group_vectors: self.format.group(self.d_input) / self.per_piece(),
+        }
+    }
+
+    /// As the kernel of tiles reads it.
+    pub(super) fn operand(&self) -> Operand<'_, R> {
+        Operand {
+            words: &self.words,
+            scales: &self.scales,
+            stored: self.stored(),
+            row_pieces: self.format.padded(self.d_input) / self.per_piece(),
+        }
     }
 }
 
@@ -90,7 +114,14 @@ pub(in crate::accelerate) fn linear_quantised<R: CubeRuntime>(
     bias: Option<&Tensor<Cube<R>, 1>>,
     residual: Option<&Tensor<Cube<R>, 2>>,
 ) -> Option<Tensor<Cube<R>, 2>> {
-    covers(x, weight).then(|| by_rows(x, weight, bias, residual, None, x.dtype()))
+    let dtype = x.dtype();
+    if let Some(x) = in_tiles(x) {
+        let bias = bias.cloned().map(contiguous);
+        let residual = residual.cloned().map(contiguous);
+        let (bias, residual) = (bias.as_ref(), residual.as_ref());
+        return Some(tile_linear(&x, weight, bias, residual, dtype));
+    }
+    covers(x, weight).then(|| by_rows(x, weight, bias, residual, None, dtype))
 }
 
 /// [`ForwardOps::adapted_linear_quantised`](crate::ops::ForwardOps::adapted_linear_quantised).
@@ -102,8 +133,23 @@ pub(in crate::accelerate) fn adapted_linear_quantised<R: CubeRuntime>(
 ) -> Option<Tensor<Cube<R>, 2>> {
     // Sixteen bytes of the input are read at once.
     let whole = weight.dims()[1].is_multiple_of(8);
+    let dtype = x.dtype();
     let covered = covers(x, weight) && whole && adapter.dropout.is_none();
-    covered.then(|| by_rows(x, weight, None, residual, Some(adapter), x.dtype()))
+    let few = covered && x.dims()[0] <= ROWS;
+    if let Some(rows) = in_tiles(x)
+        && !few
+        && adapter.dropout.is_none()
+    {
+        let low = to_f32(x.clone()).matmul(adapter.a.clone().transpose()) * adapter.scaling;
+        let share = low.matmul(adapter.b.clone().transpose());
+        let y = tile_linear(&rows, weight, None, None, DType::F32) + share;
+        let y = match residual {
+            Some(residual) => y + to_f32(residual.clone()),
+            None => y,
+        };
+        return Some(to_dtype(y, dtype));
+    }
+    covered.then(|| by_rows(x, weight, None, residual, Some(adapter), dtype))
 }
 
 /// [`ForwardOps::logits_quantised`](crate::ops::ForwardOps::logits_quantised).
@@ -111,6 +157,9 @@ pub(in crate::accelerate) fn logits_quantised<R: CubeRuntime>(
     hidden: &Tensor<Cube<R>, 2>,
     head: &QuantisedWeight<Cube<R>>,
 ) -> Option<Tensor<Cube<R>, 2>> {
+    if let Some(hidden) = in_tiles(hidden) {
+        return Some(tile_linear(&hidden, head, None, None, DType::F32));
+    }
     covers(hidden, head).then(|| by_rows(hidden, head, None, None, None, DType::F32))
 }
 
@@ -130,6 +179,25 @@ fn covers<R: CubeRuntime>(x: &Tensor<Cube<R>, 2>, weight: &QuantisedWeight<Cube<
     let [rows, width] = x.dims();
     assert_eq!(width, weight.dims()[1], "inputs of the matmul");
     (1..=MOST_ROWS).contains(&rows) && Packing::of(x.dtype()).is_some()
+}
+
+/// The buffer of an input that is multiplied in tiles.
+fn in_tiles<R: CubeRuntime>(x: &Tensor<Cube<R>, 2>) -> Option<Buffer<R>> {
+    let x = strided(x.clone());
+    tile_matmul::covers(&x).then(|| into_contiguous(x))
+}
+
+/// `x Wᵀ + bias + residual` in type `out`, in tiles.
+fn tile_linear<R: CubeRuntime>(
+    x: &Buffer<R>,
+    weight: &QuantisedWeight<Cube<R>>,
+    bias: Option<&Buffer<R>>,
+    residual: Option<&Buffer<R>>,
+    out: DType,
+) -> Tensor<Cube<R>, 2> {
+    let weight = Quantised::of(weight);
+    let added = Added { bias, residual };
+    tensor(tile_matmul::matmul(x, None, &weight.operand(), added, out))
 }
 
 /// `x Wᵀ + bias + residual + scaling · x Aᵀ Bᵀ` in type `out`, some rows a launch.
@@ -186,6 +254,10 @@ pub(super) fn matmul<R: CubeRuntime>(
     share: Option<&Share<R>>,
     out: DType,
 ) -> Buffer<R> {
+    if share.is_none() && tile_matmul::covers(x) {
+        let added = Added { bias, residual };
+        return tile_matmul::matmul(x, norm, &weight.operand(), added, out);
+    }
     let width = weight.width();
     let config = MatmulConfig {
         norm: norm.is_some(),
@@ -248,6 +320,10 @@ pub(super) fn three_matmuls<R: CubeRuntime>(
         first.format == second.format && first.format == third.format,
         "matrices of one input are quantised differently"
     );
+    let operands = weights.map(Quantised::operand);
+    if tile_matmul::covers(x) && tile_matmul::whole(operands.each_ref()) {
+        return tile_matmul::three_matmuls(x, Some((norm, epsilon)), operands.each_ref());
+    }
     let config = MatmulConfig {
         norm: true,
         ..first.config(x, Matrices::Three)
@@ -298,6 +374,10 @@ pub(super) fn swiglu_matmul<R: CubeRuntime>(
         (up.format, up.width()),
         "gate and up"
     );
+    if tile_matmul::covers(x) {
+        let pair = [&gate.operand(), &up.operand()];
+        return tile_matmul::swiglu_matmul(x, Some((norm, epsilon)), pair);
+    }
     let width = gate.width();
     let config = MatmulConfig {
         norm: true,

@@ -5,7 +5,7 @@ use burn_cubecl::CubeRuntime;
 use cubecl::prelude::*;
 
 use super::{
-    launch::{Cube, contiguous, cubes, elements, empty, pieces, tensor},
+    launch::{Buffer, Cube, contiguous, cubes, elements, empty, pieces, tensor},
     sums::cube_sum,
     words::{Packing, Piece, pair, within},
 };
@@ -90,7 +90,7 @@ pub(super) fn norm<R: CubeRuntime>(
     bias: Option<&Tensor<Cube<R>, 1>>,
     epsilon: f64,
 ) -> Option<Tensor<Cube<R>, 2>> {
-    let [rows, width] = x.dims();
+    let [_, width] = x.dims();
     let packing = Packing::of(x.dtype())?;
     // Without a shift it is not read; any buffer takes its place.
     let (centred, bias) = (bias.is_some(), bias.unwrap_or(weight));
@@ -99,13 +99,26 @@ pub(super) fn norm<R: CubeRuntime>(
     }
     let x = contiguous(x.clone());
     let (weight, bias) = (contiguous(weight.clone()), contiguous(bias.clone()));
+    Some(tensor(normalised(&x, &weight, &bias, epsilon, centred)))
+}
+
+/// [`norm`] of buffers of one type and whole pieces; `bias` is read where rows are `centred`.
+fn normalised<R: CubeRuntime>(
+    x: &Buffer<R>,
+    weight: &Buffer<R>,
+    bias: &Buffer<R>,
+    epsilon: f64,
+    centred: bool,
+) -> Buffer<R> {
+    let [rows, width] = x.meta.shape().dims();
+    let packing = Packing::of(x.dtype).expect("the kernels support the type");
     let row_pieces = width / packing.piece();
     let config = NormConfig {
         units: UNITS.min(row_pieces.next_power_of_two()),
         packing,
         centred,
     };
-    let y = empty(&x, [rows, width], x.dtype);
+    let y = empty(x, [rows, width], x.dtype);
     // SAFETY: the arrays are as long as rows and width say.
     #[allow(unsafe_code)]
     unsafe {
@@ -113,9 +126,9 @@ pub(super) fn norm<R: CubeRuntime>(
             &x.client,
             cubes(rows),
             CubeDim::new_1d(config.units as u32),
-            pieces(&x),
-            pieces(&weight),
-            pieces(&bias),
+            pieces(x),
+            pieces(weight),
+            pieces(bias),
             elements(&y),
             rows,
             row_pieces,
@@ -124,5 +137,14 @@ pub(super) fn norm<R: CubeRuntime>(
             x.dtype.into(),
         );
     }
-    Some(tensor(y))
+    y
+}
+
+/// Root-mean-square norm of buffers of one type and whole pieces.
+pub(super) fn root_mean_square<R: CubeRuntime>(
+    x: &Buffer<R>,
+    weight: &Buffer<R>,
+    epsilon: f64,
+) -> Buffer<R> {
+    normalised(x, weight, weight, epsilon, false)
 }

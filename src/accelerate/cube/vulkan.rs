@@ -66,6 +66,13 @@ impl HasKernels for Backend {
         logits: matvec::logits,
         ..Kernels::NONE
     };
+
+    fn matmul_kernel<const D: usize>(
+        a: &Tensor<Self, D>,
+        b: &Tensor<Self, D>,
+    ) -> Option<Tensor<Self, D>> {
+        matvec::matmul_transposed(a, b)
+    }
 }
 
 impl DeviceOps for Backend {
