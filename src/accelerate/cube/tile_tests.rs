@@ -32,6 +32,7 @@ pub(super) static WITHOUT: AtomicBool = AtomicBool::new(false);
 type Buffer = super::launch::Buffer<WgpuRuntime>;
 
 /// A matrix on the device, and its values as the kernel multiplies them.
+#[expect(clippy::large_enum_variant, reason = "a few a test")]
 enum Matrix {
     Floats(Buffer),
     Levels(Quantised<WgpuRuntime>),
