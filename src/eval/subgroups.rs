@@ -186,7 +186,7 @@ pub fn divide(
     if wanted.is_empty() {
         let guesses = GUESSES.iter().filter_map(|(_, names)| {
             let known = |name: &&str| keys.iter().find(|key| plain(key) == **name);
-            let (division, count) = of(names.iter().find_map(|name| known(name))?, true);
+            let (division, count) = of(names.iter().find_map(known)?, true);
             // One value divides nothing, and many are names.
             (2..=MOST_VALUES).contains(&count).then_some(division)
         });

@@ -364,7 +364,10 @@ mod tests {
     fn one_question_after_its_images_is_what_calibrations_are_made_with() {
         let user = |parts| message("user", ChatContent::Parts(parts));
         let asked = user(vec![image(), image(), words("?")]);
-        assert_eq!(question_of(&[asked.clone()]), Some((None, "?".into())));
+        assert_eq!(
+            question_of(std::slice::from_ref(&asked)),
+            Some((None, "?".into()))
+        );
         let system = message("system", ChatContent::Text("!".into()));
         assert_eq!(
             question_of(&[system.clone(), asked.clone()]),

@@ -89,7 +89,8 @@ pub(super) fn find_roots(
             }
             sync_cube();
         }
-        if unit % LANES == 0 {
+        let lane = unit % LANES;
+        if lane == 0 {
             parts[index * PLANES + unit / LANES] = sum;
         }
     }
@@ -208,7 +209,7 @@ pub(super) fn load_matrix<S: Numeric>(
             + inside / comptime!(config.group_pieces());
         let mut value = Piece::new(0u32);
         let mut factor = f16::from_int(0);
-        if comptime!(config.matrix_pieces() % UNITS == 0)
+        if comptime!(config.matrix_pieces().is_multiple_of(UNITS))
             || task < comptime!(config.matrix_pieces())
         {
             if comptime!(config.matrices == Matrices::One) || of == 0 {
@@ -253,7 +254,7 @@ pub(super) fn store_matrix(
     #[unroll]
     for index in 0..config.matrix_loads() {
         let task = UNIT_POS as usize + comptime!(index * UNITS);
-        if comptime!(config.matrix_pieces() % UNITS == 0)
+        if comptime!(config.matrix_pieces().is_multiple_of(UNITS))
             || task < comptime!(config.matrix_pieces())
         {
             let place = task / per_row * comptime!(config.stride()) + task % per_row * parts;

@@ -32,6 +32,7 @@ pub(super) static WITHOUT: AtomicBool = AtomicBool::new(false);
 type Buffer = super::launch::Buffer<WgpuRuntime>;
 
 /// A matrix on the device, and its values as the kernel multiplies them.
+#[expect(clippy::large_enum_variant, reason = "a few a test")]
 enum Matrix {
     Floats(Buffer),
     Levels(Quantised<WgpuRuntime>),
@@ -166,7 +167,7 @@ fn check(case: &Case, cooperative: bool) {
 
     // A level times its group's scale is rounded to f16, as rows of a dequantised matrix are.
     let mut weights = match format {
-        Some(Format::Int4 { .. }) => 2f64.powi(-11),
+        Some(Format::Int4 { .. } | Format::Int4Zeros { .. }) => 2f64.powi(-11),
         _ => 0.0,
     };
     if case.normed {

@@ -100,7 +100,7 @@ fn asked(
     let done = AtomicUsize::new(0);
     let tick = || {
         let done = done.fetch_add(1, Ordering::Relaxed) + 1;
-        if done % 50 == 0 {
+        if done.is_multiple_of(50) {
             eprintln!("judge: {done} of {}", pairs.len());
         }
     };

@@ -70,7 +70,9 @@ pub fn compare_probabilities(
         return Ok(None);
     };
     let mut studies: BTreeMap<&str, usize> = BTreeMap::new();
-    let mut classes: BTreeMap<Finding, Vec<(bool, usize, [&FindingRecord; 2])>> = BTreeMap::new();
+    /// Whether it is there, the study, and what the two models say.
+    type Judged<'a> = (bool, usize, [&'a FindingRecord; 2]);
+    let mut classes: BTreeMap<Finding, Vec<Judged<'_>>> = BTreeMap::new();
     let mut cases = 0;
     for (pair, (this, other)) in labels.iter().zip(found.iter().zip(other)) {
         if this.findings.is_empty() || other.findings.is_empty() {

@@ -21,12 +21,15 @@ pub struct Places {
     pub ends: Vec<usize>,
 }
 
+/// Finds places for continuations in the text of an answer, or says why there are none.
+pub type FindPlaces = Box<dyn FnOnce(&str) -> Result<Places, String> + Send>;
+
 /// Continuations of a prompt whose log-probabilities are wanted when its answer is there.
 pub struct Continuations {
     /// Their tokens; none is empty.
     pub tokens: Arc<Vec<Vec<u32>>>,
     /// Where they are put, given the text of the answer; or why that cannot be said, for the log.
-    pub places: Box<dyn FnOnce(&str) -> Result<Places, String> + Send>,
+    pub places: FindPlaces,
 }
 
 /// A continuation on its way.

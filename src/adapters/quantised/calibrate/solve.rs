@@ -534,9 +534,9 @@ mod tests {
             b.swap(at, pivot);
             for below in at + 1..count {
                 let by = a[below][at] / a[at][at];
-                for column in at..count {
-                    let above = a[at][column];
-                    a[below][column] -= by * above;
+                let above = a[at].clone();
+                for (value, above) in a[below].iter_mut().zip(&above).skip(at) {
+                    *value -= by * above;
                 }
                 b[below] -= by * b[at];
             }
