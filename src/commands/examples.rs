@@ -437,21 +437,28 @@ mod tests {
                 let typed = example.split(" > ").next().unwrap_or_default();
                 let words: Vec<&str> = typed.split_whitespace().collect();
                 for (index, word) in words.iter().enumerate() {
-                    let path = word.rsplit('=').next().unwrap_or_default();
+                    let paths = word.rsplit('=').next().unwrap_or_default();
                     let is_output = index > 0
                         && ["--output", "--output-dir", "--html", "--csv"]
                             .contains(&words[index - 1]);
                     // A name on a hub.
                     let is_name = words.get(1) == Some(&"pull") && index == 2;
-                    let is_address = path.contains("://");
-                    if !path.contains('/') || is_output || is_name || is_address {
+                    if is_output || is_name || paths.contains("://") {
                         continue;
                     }
-                    let is_written = WRITTEN.iter().any(|name| Path::new(path).starts_with(name));
-                    assert!(
-                        is_written || repository.join(path).exists(),
-                        "{example}: no `{path}`"
-                    );
+                    for path in paths.split(',').filter(|path| path.contains('/')) {
+                        // Without the weight of a data set.
+                        let weight = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
+                        let path = match path.rsplit_once(':') {
+                            Some((path, number)) if weight(number) => path,
+                            _ => path,
+                        };
+                        let written = |name: &&str| Path::new(path).starts_with(name);
+                        assert!(
+                            WRITTEN.iter().any(written) || repository.join(path).exists(),
+                            "{example}: no `{path}`"
+                        );
+                    }
                 }
             }
         }

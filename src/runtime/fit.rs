@@ -142,7 +142,7 @@ impl<'a> InferenceMemory<'a> {
         let quantised = quantization.is_some() || self.packed.is_some();
         let driver: f64 = match (self.kind, quantised) {
             (DeviceKind::Cuda, false) => 0.7,
-            (DeviceKind::Cuda, true) => 1.55,
+            (DeviceKind::Cuda, true) => 1.68,
             (DeviceKind::Wgpu, _) => 0.35,
             (DeviceKind::Cpu, _) => 0.1,
         };
