@@ -295,14 +295,12 @@ fn scores(
         .map(|(name, value)| (format!("findings.{name}"), value))
         .filter(|(name, _)| SCORES.contains(&&**name))
         .collect();
-    let mut studies: BTreeMap<&str, usize> = BTreeMap::new();
+    // In the order of `TextEvaluation`, so that a group of all rows is drawn as all rows are.
+    let names: BTreeSet<&str> = places.iter().map(|at| &*labels[*at].study).collect();
+    let studies: BTreeMap<&str, usize> = names.into_iter().zip(0..).collect();
     let rouge: Vec<(usize, f64)> = places
         .iter()
-        .map(|at| {
-            let next = studies.len();
-            let study = *studies.entry(&labels[*at].study).or_insert(next);
-            (study, 100.0 * reviews[*at].rouge_l)
-        })
+        .map(|at| (studies[&*labels[*at].study], 100.0 * reviews[*at].rouge_l))
         .collect();
     let mean = |times: &[f64]| {
         let [mut sum, mut count] = [0.0; 2];

@@ -1,7 +1,7 @@
 //! The operations in plain Burn: what every backend has, and what faster ways are compared with.
 //!
 //! Shapes are those of the trait methods of the same names ([`ForwardOps`],
-//! [`TrainingOps`](crate::ops::TrainingOps)).
+//! [`TrainingOps`]).
 
 use burn::{
     prelude::*,

@@ -71,6 +71,9 @@ impl FindingBasis {
         }
         let adapter = adapter.or(files.merged.as_deref());
         let folder = adapter.unwrap_or(model);
+        if !folder.is_dir() {
+            return none("a model in one file has no calibration.json beside it that is its own");
+        }
         let path = folder.join(CALIBRATION_FILE);
         let Some(calibration) = Calibration::load(&path)? else {
             return none(

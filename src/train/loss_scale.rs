@@ -2,7 +2,7 @@
 //! vanish, and divided out of the gradients of parameters, which are f32.
 //!
 //! It is dynamic: halved when a gradient leaves the range of f16, whose step is left out, and doubled after
-//! [`GROWTH_STEPS`] good steps. Being powers of two, it costs no rounding. bf16 and f32 have none.
+//! `GROWTH_STEPS` good steps. Being powers of two, it costs no rounding. bf16 and f32 have none.
 //!
 //! Source: `torch.amp.GradScaler`.
 

@@ -203,8 +203,9 @@ fn findings_are_refused_where_they_cannot_be_given() {
 #[test]
 fn a_cache_without_room_for_two_sequences_is_said_before_any_work() {
     let server = start(&["--cache-tokens", "512"]);
-    let refused = server.chat(&with(asked("？"), "max_tokens", 4.into()));
-    // The sample image alone is larger than a block of the cache.
+    // More tokens than a block of the cache has, in each of the two sequences.
+    let question = "7 ".repeat(180);
+    let refused = server.chat(&with(asked(&question), "max_tokens", 4.into()));
     assert_eq!(refused.status, 400, "{refused:?}");
     assert!(refused.body.contains("--cache-tokens"), "{}", refused.body);
     assert_eq!(server.metric("xray_prompt_tokens_total"), 0);

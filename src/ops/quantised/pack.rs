@@ -173,7 +173,7 @@ impl Grid {
         }
     }
 
-    /// The grid of a group by round-to-nearest: of int4 the one of [`SHARES`] with the least square error.
+    /// The grid of a group by round-to-nearest: of int4 the one of `SHARES` with the least square error.
     pub fn of(values: &[f32], format: Format) -> Self {
         if format == Format::Int8 {
             return Self::around(values, format, 1.0);

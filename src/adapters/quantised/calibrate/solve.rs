@@ -532,13 +532,14 @@ mod tests {
             let pivot = pivot.unwrap();
             a.swap(at, pivot);
             b.swap(at, pivot);
-            for below in at + 1..count {
-                let by = a[below][at] / a[at][at];
-                let above = a[at].clone();
-                for (value, above) in a[below].iter_mut().zip(&above).skip(at) {
+            let (done, rest) = a.split_at_mut(at + 1);
+            let above = &done[at];
+            for (below, row) in rest.iter_mut().enumerate() {
+                let by = row[at] / above[at];
+                for (value, above) in row.iter_mut().zip(above) {
                     *value -= by * above;
                 }
-                b[below] -= by * b[at];
+                b[at + 1 + below] -= by * b[at];
             }
         }
         for at in (0..count).rev() {
