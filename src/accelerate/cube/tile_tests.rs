@@ -280,7 +280,7 @@ fn tiles_agree_without_cooperative_matrices() {
 
 #[test]
 #[ignore = "needs a Vulkan device with cooperative matrices"]
-fn tiles_agree() {
+fn cooperative_tiles_agree() {
     let (x, _) = halves(vec![f16::ONE.to_f32(); 8], [1, 8]);
     assert!(
         cooperative(&x.client),
