@@ -41,7 +41,7 @@ pub(super) struct Answers {
     pub(super) receivers: Vec<UnboundedReceiver<Event>>,
     pub(super) reader: AnswerReader,
     pub(super) settings: RequestSettings,
-    /// How probabilities of findings are told, where they are asked for.
+    /// How probabilities of findings are returned, where the request has the field.
     pub(super) findings: Option<AskedFindings>,
     pub(super) tokenizer: Tokenizer,
 }

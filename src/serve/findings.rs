@@ -1,4 +1,4 @@
-//! Probabilities of findings beside an answer: what a model is calibrated for, what a request asks, what it is told.
+//! Probabilities of findings beside an answer: the calibration of a model, the field of a request, and the object in its answer.
 
 use std::path::{Path, PathBuf};
 
@@ -138,7 +138,7 @@ pub(super) struct FindingRequest {
     plain_template: bool,
 }
 
-/// What is told of the probabilities of one answer.
+/// The probabilities of one answer, as its object in the response.
 #[derive(Debug, Clone)]
 pub(super) struct AskedFindings {
     calibration: Option<Box<Calibration>>,

@@ -25,7 +25,7 @@ const ROWS: usize = 8;
 /// Keys of a range that is worth a cube of its own.
 const RANGE: usize = 512;
 
-/// Most pieces that a unit reads at once: with one read behind the other, a step of a decoder waits for the
+/// Most pieces that a unit loads before it uses the first: with one load after another, a decode step waits for
 /// memory most of the time.
 const TOGETHER: usize = 4;
 

@@ -10,7 +10,7 @@ use super::{
 };
 
 /// The inputs of a piece in the order in which [`store_matrix`] leaves the levels of a word: of eight
-/// inputs, each of the first four with the one four behind it; of four, with the one two behind.
+/// inputs, each of the first four with the one four places after it; of four, with the one two places after it.
 #[cube]
 fn ordered(piece: Piece, #[comptime] bits: usize) -> Piece {
     if comptime!(bits == 0) {

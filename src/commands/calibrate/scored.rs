@@ -30,7 +30,7 @@ const FORMAT: u32 = 1;
 #[serde(deny_unknown_fields)]
 pub(super) struct ScoredHeader {
     format: u32,
-    /// The model as it is asked; how a sentence is scored does not matter, all ways are kept.
+    /// Model, adapter, prompt and formats; not the form of the score, since the scores of all forms are stored.
     model: AskedModel,
     /// Type of the weights.
     dtype: String,

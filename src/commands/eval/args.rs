@@ -119,7 +119,7 @@ pub struct EvalArgs {
     #[arg(long, value_name = "OTHER.jsonl")]
     pub compare: Option<PathBuf>,
     /// Key of the rows by whose values the scores are also given, such as the view, age or site; may be repeated.
-    /// Without it, keys whose names say so are taken and told. Ages become bands.
+    /// Without it, keys with the usual names are used, and reported. Ages become bands.
     #[arg(long, value_name = "KEY", conflicts_with = "no_subgroups")]
     pub subgroup: Vec<String>,
     /// Give no scores by subgroup.

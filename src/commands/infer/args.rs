@@ -18,7 +18,7 @@ pub struct InferArgs {
     ///
     /// A row of a data file (.jsonl, .json, .csv, .tsv, .parquet, also .gz) brings its own images, question and system
     /// message. Its last answer is not shown to the model and becomes `reference` in the record, so that `eval OUT.jsonl`
-    /// scores the reports. A row with images alone is asked --prompt.
+    /// scores the reports. A row with images alone gets the question of --prompt.
     #[arg(value_name = "IMAGE|DATA", conflicts_with = "images_dir")]
     pub images: Vec<PathBuf>,
     /// All images of a folder, sorted by name: files with the usual endings, and DICOM files of any name.

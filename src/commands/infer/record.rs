@@ -250,7 +250,7 @@ impl Record {
         self.seconds = (seconds * 1e4).round() / 1e4;
     }
 
-    /// What tells this record from others of its run, if it is one of tasks of this kind.
+    /// The key of this record in its run, if it belongs to a task of this kind.
     pub(super) fn key(&self, kind: TaskKind) -> Option<TaskKey> {
         match (kind, &self.data, self.row) {
             (TaskKind::Images(images), None, None) => {

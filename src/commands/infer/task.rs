@@ -27,7 +27,7 @@ pub(crate) struct RowTask {
     pub(crate) question: Result<Arc<Question>, Arc<str>>,
 }
 
-/// What tells the records of a run apart.
+/// The key of a record: unique in its run.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) enum TaskKey {
     /// Where the images are, however they were named.

@@ -21,7 +21,7 @@ pub(super) struct TableSyntaxFile {
     between: Vec<String>,
     /// Join two findings of which either may be there.
     alternatives: Vec<String>,
-    /// After a finding they open a new thought, so that a cue behind them is not about it.
+    /// After a finding they open a new thought, so that a cue after them is not about it.
     opens: Vec<String>,
     /// Limit a denial to the rest, or to what is new.
     rest: Vec<String>,
@@ -49,11 +49,11 @@ pub(super) struct TableSyntax {
     pub(super) rest: Regex,
     pub(super) abbreviation: Option<Regex>,
     pub(super) place: Regex,
-    /// How far behind a finding a cue may begin.
+    /// Most characters between the end of a finding and a cue after it.
     pub(super) after: usize,
     /// How far a question mark may be.
     pub(super) question: usize,
-    /// How far before and behind a finding its degree may be.
+    /// Most characters before and after a finding where its degree may be.
     pub(super) degree: (usize, usize),
     /// How far apart two sides of one finding may be.
     pub(super) sides: usize,

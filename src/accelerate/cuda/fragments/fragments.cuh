@@ -1,7 +1,7 @@
 // Quantised weights in fragment order, and what the kernels over them share: unpacking, operands, epilogue.
 //
 // 16 rows of W are the tall side of mma m16n8k16. A piece is 16 rows x COLUMNS (64 of 4 bits, 32 of 8), 512 bytes: the A
-// registers of every lane for 4 (2) mma in 16 bytes. Pieces lie [N / 16][K / COLUMNS][lane][16 bytes]. With g = lane / 4,
+// registers of every lane for 4 (2) mma in 16 bytes. Pieces are stored [N / 16][K / COLUMNS][lane][16 bytes]. With g = lane / 4,
 // t = lane % 4, the k order inside 32 columns is permuted alike for W and X, k(j, h, e) = 32 (j / 2) + 8 t + 4 (j % 2) + 2 h + e,
 // so that a lane's 16 bytes of X are the B registers of two mma:
 //   4 bits: word j is mma j. Nibble r of its lower half is element e = 0 of register r, of its upper half e = 1; register r

@@ -213,7 +213,7 @@ impl<B: Ops> Calibration<B> {
         self.targets.push(sample.targets_with_rows());
     }
 
-    /// Steps that `run` tells about.
+    /// Number of times that `run` reports progress.
     pub fn steps(&self, has_limit: bool) -> usize {
         let units = self.config.text_config.num_hidden_layers * UNITS.len();
         if has_limit { 2 * units } else { units }
