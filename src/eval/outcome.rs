@@ -10,7 +10,6 @@ use super::{
     findings::{Finding, LabelledPair, Policies, Status, score::FindingScores},
     judge::JudgeOutcome,
     probability::{comparison::ProbabilityComparison, evaluation::ProbabilityOutcome},
-    subgroups::SubgroupKey,
     text::TextLanguage,
 };
 
@@ -115,6 +114,34 @@ pub struct OtherRun {
     pub confusion: BTreeMap<Finding, Confusion>,
     /// Its cases, in the order of the test set.
     pub reviews: Vec<CaseReview>,
+}
+
+/// Scores of the groups of one key.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct SubgroupKey {
+    /// The key of the rows.
+    pub key: String,
+    /// Whether it was guessed.
+    pub guessed: bool,
+    /// By value, in order; rows without the key last.
+    pub groups: Vec<Subgroup>,
+}
+
+/// Reports that share a value.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Subgroup {
+    /// The value; `None` for rows without the key.
+    pub value: Option<String>,
+    /// Reports.
+    pub reports: usize,
+    /// Studies.
+    pub studies: usize,
+    /// Fewer than ten reports: no intervals.
+    pub few: bool,
+    /// Scores of the model: under `findings.` shares from 0 to 1, `characters.rouge_l` in per cent.
+    pub scores: NamedValues<Interval>,
+    /// The same of the other run, where there is one.
+    pub other: Option<NamedValues<Interval>>,
 }
 
 /// Everything that was found out.

@@ -2,13 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use serde::Serialize;
-
 use super::{
     bootstrap::Interval,
     error::EvaluateError,
     findings::{LabelledPair, evaluation::FindingEvaluation},
-    outcome::{CaseReview, EvalOutcome, EvalSettings, NamedValues},
+    outcome::{CaseReview, EvalOutcome, EvalSettings, NamedValues, Subgroup, SubgroupKey},
 };
 
 /// Fewer reports than this have no interval.
@@ -57,34 +55,6 @@ const GUESSES: [(&str, &[&str]); 4] = [
 ];
 
 const AGE_KEYS: &[&str] = &["age", "patientage", "ageyears", "年龄"];
-
-/// Scores of the groups of one key.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct SubgroupKey {
-    /// The key of the rows.
-    pub key: String,
-    /// Whether it was guessed.
-    pub guessed: bool,
-    /// By value, in order; rows without the key last.
-    pub groups: Vec<Subgroup>,
-}
-
-/// Reports that share a value.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Subgroup {
-    /// The value; `None` for rows without the key.
-    pub value: Option<String>,
-    /// Reports.
-    pub reports: usize,
-    /// Studies.
-    pub studies: usize,
-    /// Fewer than [`FEW`] reports: no intervals.
-    pub few: bool,
-    /// Scores of the model: under `findings.` shares from 0 to 1, `characters.rouge_l` in per cent.
-    pub scores: NamedValues<Interval>,
-    /// The same of the other run, where there is one.
-    pub other: Option<NamedValues<Interval>>,
-}
 
 /// Scores of a group.
 pub const SCORES: [&str; 5] = [

@@ -5,9 +5,9 @@ use std::fmt::Write;
 use super::markup::{english, escape, section};
 use crate::eval::{
     bootstrap::Interval,
-    outcome::{EvalOutcome, NamedValues},
+    outcome::{EvalOutcome, NamedValues, Subgroup},
     report::names::score_name,
-    subgroups::{FEW, SCORES, Subgroup},
+    subgroups::{FEW, SCORES},
 };
 
 pub(super) fn subgroups(page: &mut String, outcome: &EvalOutcome) {
