@@ -3,6 +3,7 @@
 pub(super) mod args;
 mod data;
 mod findings;
+mod findings_args;
 mod images;
 mod journal;
 pub(super) mod output;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::findings::FindingsArgs;
+use super::findings_args::FindingsArgs;
 use crate::commands::shared_args::{GenerationArgs, ModelArgs, ReadingArgs};
 
 /// The question the published system asks.
