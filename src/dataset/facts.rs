@@ -3,11 +3,7 @@
 use rayon::prelude::*;
 use serde::Serialize;
 
-use super::{
-    error::DatasetError,
-    loader::Overlong,
-    samples::{Dataset, SampleSource},
-};
+use super::{data_part::SampleSource, error::DatasetError, loader::Overlong, samples::Dataset};
 use crate::{
     processor::{chat::ImageGrid, supervised::encode_supervised},
     runtime::pipeline::TextAndImages,
