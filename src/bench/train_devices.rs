@@ -88,7 +88,7 @@ impl<B: Accelerator> Bench<B> {
 
         let mut replicas =
             Replicas::start(devices, &[], &trainee, &optimizer, max_grad_norm, patience)?;
-        let mut requests = Requests::new(&self.config, self.mixed, SEED);
+        let mut requests = self.requests();
         let mut window = shared_window(&mut requests, devices.len(), micro_batch, packing)?;
         // The micro-batches of a window that went ahead are no longer in it.
         let facts = |window: &Window| Lap {
