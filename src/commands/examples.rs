@@ -311,7 +311,7 @@ pub const VERSION: &[Example] = &[(
 )];
 
 /// Columns after which a command line is continued on the next: help is wrapped at the width of the terminal, and a
-/// line that was wrapped cannot be typed as it stands.
+/// line that was wrapped cannot be typed as it is.
 const COLUMNS: usize = 72;
 
 /// A command line broken as a shell takes it, never between an option and its value.
@@ -343,7 +343,7 @@ fn broken(command: &str) -> String {
     text
 }
 
-/// The examples as a section of `--help`, with what else stands there.
+/// The examples as a section of `--help`, with what else is there.
 pub fn section(examples: &[Example], rest: &str) -> String {
     let mut text = "Examples:\n".to_string();
     for (what, command) in examples {
