@@ -382,15 +382,6 @@ pub fn head(dir: &Path) -> Result<Head, WeightsError> {
     }
 }
 
-/// Whether the checkpoint in `dir` holds a `lm_head.weight` that differs from the embedding in any element.
-/// A folder without weights, or with those that this program quantised, holds none.
-///
-/// # Errors
-/// [`WeightsError`] names the file and the tensor.
-pub fn holds_another_head(dir: &Path) -> Result<bool, WeightsError> {
-    Ok(head(dir)? == Head::Own)
-}
-
 fn head_of(checkpoint: &Checkpoint) -> Result<Head, WeightsError> {
     let shape = |wanted: &str| {
         let tensors = checkpoint.in_order();
