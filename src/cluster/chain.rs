@@ -46,12 +46,14 @@ impl Chain {
     pub fn open(cluster: &Cluster) -> Result<Self, ClusterError> {
         let (rank, count) = (cluster.rank(), cluster.processes());
         let listener = match rank + 1 < count {
-            true => Some(TcpListener::bind((cluster.own_address(), 0)).map_err(|error| {
-                ClusterError::Bind {
-                    address: cluster.own_address().to_string(),
-                    reason: error.to_string(),
-                }
-            })?),
+            true => Some(
+                TcpListener::bind((cluster.own_address(), 0)).map_err(|error| {
+                    ClusterError::Bind {
+                        address: cluster.own_address().to_string(),
+                        reason: error.to_string(),
+                    }
+                })?,
+            ),
             false => None,
         };
         let mut address = listener
@@ -173,7 +175,10 @@ impl Chain {
         mut keep: Option<&mut Part>,
     ) -> io::Result<()> {
         let mut out = out;
-        let mut input = self.before.as_ref().map(|stream| BufReader::with_capacity(4 * PIECE, stream));
+        let mut input = self
+            .before
+            .as_ref()
+            .map(|stream| BufReader::with_capacity(4 * PIECE, stream));
         let mut there = vec![0u8; lengths.len()];
         if let Some(input) = &mut input {
             input.read_exact(&mut there)?;

@@ -372,12 +372,7 @@ impl Table {
             return;
         }
         let rank = peer.rank;
-        let Ok(out) = serve(
-            &stream,
-            rank,
-            self.options.silence,
-            self.events.clone(),
-        ) else {
+        let Ok(out) = serve(&stream, rank, self.options.silence, self.events.clone()) else {
             return;
         };
         self.seats[rank] = Some(Seat {
@@ -442,7 +437,10 @@ impl Table {
         let mut body = Reader(&frame.body);
         let parts = (body.number(), body.bytes(), body.bytes());
         let (Some(number), Some(what), Some(payload)) = parts else {
-            return Err(format!("{} sent a message that is damaged", self.name(rank)));
+            return Err(format!(
+                "{} sent a message that is damaged",
+                self.name(rank)
+            ));
         };
         let what = String::from_utf8_lossy(what).into_owned();
         match &self.round.what {

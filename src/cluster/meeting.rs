@@ -350,7 +350,8 @@ fn listen(
         let (why, is_worth_waiting) = match resolve(&address) {
             Ok(all) => match TcpListener::bind(&all[..]) {
                 Ok(listener) => {
-                    return Hub::start(listener, options).map_err(|error| failed(error.to_string()));
+                    return Hub::start(listener, options)
+                        .map_err(|error| failed(error.to_string()));
                 }
                 Err(error) => {
                     // An earlier start may still be leaving.

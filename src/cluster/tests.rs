@@ -91,7 +91,10 @@ fn parts_come_in_the_order_of_the_processes() {
             }
             all.push(cluster.gather("counting", &own).unwrap());
         }
-        assert_eq!((cluster.first_device(), cluster.devices()), (cluster.rank(), 4));
+        assert_eq!(
+            (cluster.first_device(), cluster.devices()),
+            (cluster.rank(), 4)
+        );
         cluster.finish().unwrap();
         all
     });
@@ -145,12 +148,19 @@ fn one_that_leaves_fails_or_does_something_else_is_named_everywhere() {
             }
             ended(cluster.gather("counting", &[]))
         });
-        for (rank, text) in results.iter().enumerate().filter(|(rank, _)| *rank != culprit) {
+        for (rank, text) in results
+            .iter()
+            .enumerate()
+            .filter(|(rank, _)| *rank != culprit)
+        {
             assert!(
                 text.contains(&host(culprit)) && text.contains("failed: out of memory"),
                 "{rank}: {text}"
             );
-            assert!(text.ends_with("the last checkpoint is `checkpoint-4`"), "{text}");
+            assert!(
+                text.ends_with("the last checkpoint is `checkpoint-4`"),
+                "{text}"
+            );
         }
     }
     let results = together(3, 60.0, |cluster| match cluster.rank() {
@@ -258,10 +268,10 @@ fn those_that_do_not_belong_are_turned_away_and_the_others_meet() {
         };
         let slow = connect();
         let mut garbage = connect();
-        garbage.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
         garbage
-            .write_all(&[0; 100])
-            .unwrap_or_else(|_| ());
+            .write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            .unwrap();
+        garbage.write_all(&[0; 100]).unwrap_or_else(|_| ());
         let mut rest = Vec::new();
         let _ = garbage.read_to_end(&mut rest);
         // What is sent to a stranger is the greeting and nothing else.
@@ -400,7 +410,10 @@ fn a_sum_has_the_bits_of_one_process_that_adds_in_order() {
                     row.as_ref()
                         .map(|row| row.iter().map(|value| value.to_bits()).collect())
                 };
-                assert!(bits(sum) == bits(right), "{processes} processes, place {place}");
+                assert!(
+                    bits(sum) == bits(right),
+                    "{processes} processes, place {place}"
+                );
             }
         }
     }
@@ -420,6 +433,10 @@ fn a_sum_ends_when_a_process_is_gone() {
     });
     for rank in [0, 2] {
         assert!(results[rank].contains("node 1 (`"), "{}", results[rank]);
-        assert!(results[rank].contains("the power went"), "{}", results[rank]);
+        assert!(
+            results[rank].contains("the power went"),
+            "{}",
+            results[rank]
+        );
     }
 }

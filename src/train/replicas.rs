@@ -133,7 +133,7 @@ impl<B: TrainAccelerator> Replicas<B> {
             None => format!("{:?} (rank {rank})", devices[rank]),
         };
         let all_reduce =
-            B::InnerBackend::all_reduce(devices, patience).map_err(|reason| RankError::Failed {
+            B::InnerBackend::all_reduce(devices, None, patience).map_err(|reason| RankError::Failed {
                 rank: name(0),
                 what: "preparing to add up gradients",
                 reason,

@@ -73,7 +73,8 @@ fn every_launcher_is_read() {
     let inside = read(&format!("{TORCHRUN} PET_NNODES=2 PET_NODE_RANK=1"));
     assert_eq!(place(&inside), place(&torchrun));
 
-    let dlc = read("WORLD_SIZE=2 RANK=1 MASTER_ADDR=dlc-master-0 MASTER_PORT=23456 NPROC_PER_NODE=8");
+    let dlc =
+        read("WORLD_SIZE=2 RANK=1 MASTER_ADDR=dlc-master-0 MASTER_PORT=23456 NPROC_PER_NODE=8");
     assert_eq!(place(&dlc), (1, 2, "dlc-master-0:23456".into()));
     assert_eq!((dlc.local, dlc.devices), (None, Some(8)));
 
@@ -135,25 +136,59 @@ fn contradictions_are_refused_by_name() {
     let none = Flags::default();
     for (flags, variables, pieces) in [
         (flags(2, 2, "n0:1"), "", vec!["number 2 of 2"]),
-        (flags(2, 1, "n0:1"), "NNODES=3", vec!["--nnodes is 2", "NNODES is 3"]),
-        (flags(2, 1, "n0:1"), "NODE_RANK=0", vec!["--node-rank is 1", "NODE_RANK is 0"]),
-        (flags(2, 1, "n0:1"), TORCHRUN, vec!["--nnodes is 2", "WORLD_SIZE 4"]),
+        (
+            flags(2, 1, "n0:1"),
+            "NNODES=3",
+            vec!["--nnodes is 2", "NNODES is 3"],
+        ),
+        (
+            flags(2, 1, "n0:1"),
+            "NODE_RANK=0",
+            vec!["--node-rank is 1", "NODE_RANK is 0"],
+        ),
+        (
+            flags(2, 1, "n0:1"),
+            TORCHRUN,
+            vec!["--nnodes is 2", "WORLD_SIZE 4"],
+        ),
         (flags(2, 1, "n0:http"), "", vec!["--master is `n0:http`"]),
         (
-            Flags { nnodes: Some(2), ..Flags::default() },
+            Flags {
+                nnodes: Some(2),
+                ..Flags::default()
+            },
             "",
             vec!["--nnodes is 2 without --node-rank"],
         ),
         (
-            Flags { node_rank: Some(1), ..Flags::default() },
+            Flags {
+                node_rank: Some(1),
+                ..Flags::default()
+            },
             "",
             vec!["add --nnodes"],
         ),
         (none.clone(), "NNODES=2", vec!["NODE_RANK is not set"]),
-        (none.clone(), "NNODES=2 NODE_RANK=1", vec!["--master", "MASTER_ADDR"]),
-        (none.clone(), "NNODES=2 PET_NNODES=3 NODE_RANK=0", vec!["NNODES is 2", "PET_NNODES is 3"]),
-        (none.clone(), "NNODES=two NODE_RANK=0", vec!["NNODES is `two`"]),
-        (none.clone(), "PET_NNODES=1:4 PET_NODE_RANK=0", vec!["range `1:4`"]),
+        (
+            none.clone(),
+            "NNODES=2 NODE_RANK=1",
+            vec!["--master", "MASTER_ADDR"],
+        ),
+        (
+            none.clone(),
+            "NNODES=2 PET_NNODES=3 NODE_RANK=0",
+            vec!["NNODES is 2", "PET_NNODES is 3"],
+        ),
+        (
+            none.clone(),
+            "NNODES=two NODE_RANK=0",
+            vec!["NNODES is `two`"],
+        ),
+        (
+            none.clone(),
+            "PET_NNODES=1:4 PET_NODE_RANK=0",
+            vec!["range `1:4`"],
+        ),
         (
             none.clone(),
             "NNODES=2 NODE_RANK=0 WORLD_SIZE=5 MASTER_ADDR=n0",
@@ -175,7 +210,11 @@ fn contradictions_are_refused_by_name() {
             vec!["NNODES is 3", "WORLD_SIZE is 4"],
         ),
         (none.clone(), "WORLD_SIZE=2 RANK=1", vec!["MASTER_ADDR"]),
-        (none, "WORLD_SIZE=2 RANK=1 MASTER_ADDR=n0 MASTER_PORT=70000", vec!["MASTER_PORT is 70000"]),
+        (
+            none,
+            "WORLD_SIZE=2 RANK=1 MASTER_ADDR=n0 MASTER_PORT=70000",
+            vec!["MASTER_PORT is 70000"],
+        ),
     ] {
         let text = refused(&flags, variables);
         for piece in pieces {
@@ -188,10 +227,7 @@ fn contradictions_are_refused_by_name() {
 fn devices_follow_the_launcher() {
     let names = |names: &[&str]| -> Vec<String> { names.iter().map(|n| n.to_string()).collect() };
     let node = read("NNODES=2 NODE_RANK=1 MASTER_ADDR=n0 NPROC_PER_NODE=2");
-    assert_eq!(
-        node.devices(&[], None, true).unwrap(),
-        ["cuda:0", "cuda:1"]
-    );
+    assert_eq!(node.devices(&[], None, true).unwrap(), ["cuda:0", "cuda:1"]);
     assert!(node.devices(&[], None, false).unwrap().is_empty());
     let text = node.devices(&names(&["cuda:0"]), None, true).unwrap_err();
     assert!(text.to_string().contains("NPROC_PER_NODE is 2"), "{text}");
