@@ -46,9 +46,10 @@ use crate::{
     train::{
         budget::{Budget, Form},
         config::{TrainConfig, Tuner},
+        options::{Resume, RunOptions},
+        outcome::{Ending, TrainError},
         report_command::Reported,
-        run::{Dashboard, QuietRenderer, Resume, RunOptions, RunResult, train},
-        strategy::{Ending, TrainError},
+        run::{Dashboard, QuietRenderer, RunResult, train},
         words::{clock, counted},
     },
 };

@@ -15,13 +15,14 @@ use super::{
     chart::{chart_rows, training_chart},
     checkpoint::{self, CheckpointError},
     checkpoint_dir::Best,
-    gradients::LossTotals,
     learner::{StepNumbers, StepOutput},
     lines::StepWork,
+    loss::LossTotals,
+    outcome::{Ending, TrainError},
     records::{METRICS, Row, read_rows},
     replicas::Replicas,
     report_command::Reported,
-    strategy::{Components, Ending, LoopState, TrainError},
+    strategy::{Components, LoopState},
     words::counted,
 };
 use crate::{

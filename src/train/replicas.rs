@@ -7,87 +7,26 @@
 //! no weights need to be sent; that they stay the same, bit for bit, is checked at every checkpoint and
 //! validation. Validation batches are divided among the devices as well.
 
-use std::{
-    hash::{DefaultHasher, Hasher},
-    sync::Arc,
-    time::Duration,
-};
+mod flat;
+mod rank;
 
-use burn::{
-    module::{AutodiffModule, Module, ModuleVisitor, Param},
-    optim::{GradientsParams, Optimizer},
-    prelude::*,
-    tensor::{DType, backend::AutodiffBackend},
-    train::{InferenceStep, TrainStep},
-};
+use std::{sync::Arc, time::Duration};
+
+use burn::optim::GradientsParams;
 
 use super::{
-    gradients::LossTotals,
-    learner::{StepReading, Trainee},
+    generation::{Generated, GenerationScorer},
+    learner::Trainee,
+    loss::LossTotals,
     optimizer::AdamW,
     ranks::{RankError, Ranks},
-    strategy::{GenerateBatch, Generated, GenerationScorer},
 };
-use crate::{
-    adapters::lora::merge::merge_unless_quantised,
-    batch::window::Window,
-    ops::{AllReduce, DeviceMemory, DeviceOps, cast::to_f32},
-    runtime::accelerator::TrainAccelerator,
-};
+use crate::{batch::window::Window, ops::DeviceOps, runtime::accelerator::TrainAccelerator};
 
-type Flat<B> = Tensor<<B as AutodiffBackend>::InnerBackend, 1>;
-type Adder<B> = Arc<dyn AllReduce<<B as AutodiffBackend>::InnerBackend>>;
+use flat::{Flat, scatter};
+use rank::{Adder, Answer, Job, Rank};
 
-/// What a rank is to do; in each step in this order.
-enum Job<B: TrainAccelerator> {
-    /// Take a copy of the model and of the optimizer.
-    Load(Box<(Trainee<B>, AdamW<B>)>),
-    /// All-reduce of one number: a failure to communicate shows before the first step.
-    Meet,
-    /// Compute the gradients of a part, or of the one that was sent ahead with the last; the first rank
-    /// gets the Learner's model with it. The part of the next step comes along where it is known.
-    Learn(
-        Option<Box<Trainee<B>>>,
-        Option<Box<Window>>,
-        Option<Box<Window>>,
-    ),
-    /// Return the gradients of the parameters that have one anywhere, summed (all-reduce) if the backend can.
-    Reduce(Arc<Vec<bool>>),
-    /// Clip and step with the sums: those given, or those the rank has of the last [`Job::Reduce`].
-    Step(Option<Vec<Flat<B>>>, f64),
-    /// Compute the loss of a validation batch; the first rank gets the Learner's model with it.
-    Evaluate(Option<Box<Trainee<B>>>, Box<Window>),
-    /// Generate reports of some batches; the first rank gets the Learner's model with it.
-    Generate(
-        Option<Box<Trainee<B>>>,
-        Arc<GenerateBatch<B::InnerBackend>>,
-        Vec<usize>,
-    ),
-    /// Hash the weights, to compare them between ranks; the first rank gets the Learner's model with it.
-    Digest(Option<Box<Trainee<B>>>),
-}
-
-enum Answer<B: TrainAccelerator> {
-    Done,
-    Learnt(Learnt),
-    Gradients(Vec<Flat<B>>),
-    Totals(LossTotals),
-    Generated(Vec<Vec<Generated>>),
-    Digests(Vec<u64>),
-}
-
-/// What a rank reports of its part before gradients are summed.
-#[derive(Debug, Clone)]
-pub struct Learnt {
-    /// Loss sums.
-    pub totals: LossTotals,
-    /// Share of the loss that is minimised.
-    pub objective: f64,
-    /// Memory of the device, where the backend reports it.
-    pub memory: Option<DeviceMemory>,
-    /// For each trained parameter whether it has a gradient.
-    present: Vec<bool>,
-}
+pub use rank::Learnt;
 
 /// Devices that train one model together.
 pub struct Replicas<B: TrainAccelerator> {
@@ -97,20 +36,6 @@ pub struct Replicas<B: TrainAccelerator> {
     present: Arc<Vec<bool>>,
     /// Ranks that were sent a step whose end was not waited for.
     stepping: Vec<usize>,
-}
-
-/// State of one rank's thread.
-struct Rank<B: TrainAccelerator> {
-    device: B::Device,
-    max_grad_norm: f64,
-    all_reduce: Option<Adder<B>>,
-    model: Option<Trainee<B>>,
-    optimizer: Option<AdamW<B>>,
-    grads: GradientsParams,
-    sums: Vec<Flat<B>>,
-    present: Arc<Vec<bool>>,
-    /// The part of the next step.
-    next: Option<Box<Window>>,
 }
 
 impl<B: TrainAccelerator> Replicas<B> {
@@ -142,17 +67,7 @@ impl<B: TrainAccelerator> Replicas<B> {
             .iter()
             .enumerate()
             .map(|(index, device)| {
-                let mut rank = Rank::<B> {
-                    device: device.clone(),
-                    max_grad_norm,
-                    all_reduce: all_reduce.clone(),
-                    model: None,
-                    optimizer: None,
-                    grads: GradientsParams::new(),
-                    sums: Vec::new(),
-                    present: Arc::default(),
-                    next: None,
-                };
+                let mut rank = Rank::<B>::new(device.clone(), max_grad_norm, all_reduce.clone());
                 (name(index), move |job| rank.work(job))
             })
             .collect();
@@ -417,126 +332,6 @@ impl<B: TrainAccelerator> Replicas<B> {
     }
 }
 
-impl<B: TrainAccelerator> Rank<B> {
-    fn work(&mut self, job: Job<B>) -> Result<Answer<B>, String> {
-        const NO_MODEL: &str = "it holds no model";
-        match job {
-            Job::Load(copied) => {
-                let (model, optimizer) = *copied;
-                self.model = Some(model.move_to(&self.device));
-                self.optimizer = Some(optimizer.copy_to(&self.device));
-                self.wait()?;
-                Ok(Answer::Done)
-            }
-            Job::Meet => {
-                if let Some(all_reduce) = &self.all_reduce {
-                    let one = Tensor::ones([1], (&self.device, DType::F32));
-                    let sum = all_reduce.sum(vec![one])?.remove(0);
-                    let sum = sum.into_data().iter::<f32>().next();
-                    let count = all_reduce.len() as f32;
-                    if sum != Some(count) {
-                        return Err(format!("ones of {count} devices add up to {sum:?}"));
-                    }
-                }
-                Ok(Answer::Done)
-            }
-            Job::Learn(model, window, next) => {
-                if let Some(model) = model {
-                    self.model = Some(*model);
-                }
-                let model = self.model.as_ref().ok_or(NO_MODEL)?;
-                let window = window.or_else(|| self.next.take());
-                let output = TrainStep::step(model, *window.ok_or("it has no samples")?);
-                let reading = output.item.read_async(None);
-                if let Some(next) = next {
-                    model.send_ahead(&next);
-                    self.next = Some(next);
-                }
-                let (memory, present) = (
-                    B::InnerBackend::memory_in_use(&self.device),
-                    presence(model, &output.grads),
-                );
-                self.grads = output.grads;
-                // Reading the sums waits for the device: what went wrong on it shows here, before
-                // any other rank waits for this one's gradients.
-                let read = reading.map(StepReading::wait).unwrap_or_default();
-                self.wait()?;
-                Ok(Answer::Learnt(Learnt {
-                    totals: read.totals,
-                    objective: read.objective,
-                    memory,
-                    present,
-                }))
-            }
-            Job::Reduce(present) => {
-                let model = self.model.as_ref().ok_or(NO_MODEL)?;
-                let grads = std::mem::replace(&mut self.grads, GradientsParams::new());
-                let own = gather(model, grads, &present, &self.device);
-                let gradients = match &self.all_reduce {
-                    Some(all_reduce) => all_reduce.sum(own)?,
-                    None => own,
-                };
-                self.present = present;
-                if self.optimizer.is_none() {
-                    // The Learner steps the first rank's model: a handle kept here would keep the
-                    // weights from before the step alive.
-                    self.model = None;
-                } else if self.all_reduce.is_some() {
-                    self.sums = gradients;
-                    return Ok(Answer::Done);
-                }
-                self.wait()?;
-                Ok(Answer::Gradients(gradients))
-            }
-            Job::Step(sums, lr) => {
-                let model = self.model.take().ok_or(NO_MODEL)?;
-                let optimizer = self.optimizer.as_mut().ok_or("it holds no optimizer")?;
-                let sums = sums.unwrap_or_else(|| std::mem::take(&mut self.sums));
-                let grads = scatter(&model, sums, &self.present);
-                let clip = optimizer.clip_next(&model, &grads, self.max_grad_norm);
-                // All devices have the same sums, and so take or leave out the same steps.
-                let leaves_out = model.loss_scale().is_some()
-                    && clip.is_some_and(|clip| !norm_of(clip).is_finite());
-                self.model = Some(match leaves_out {
-                    true => model,
-                    false => optimizer.step(lr, model, grads),
-                });
-                Ok(Answer::Done)
-            }
-            Job::Evaluate(model, window) => {
-                let model = model.as_deref().or(self.model.as_ref()).ok_or(NO_MODEL)?;
-                let output = InferenceStep::step(&model.valid(), *window);
-                Ok(Answer::Totals(output.totals()))
-            }
-            Job::Generate(model, generate, batches) => {
-                let model = model.as_deref().or(self.model.as_ref()).ok_or(NO_MODEL)?;
-                let merged = merge_unless_quantised(model.valid().model);
-                let reports = batches
-                    .into_iter()
-                    .map(|batch| generate(&merged, &self.device, batch))
-                    .collect::<Result<_, _>>()
-                    .map_err(|error| error.to_string())?;
-                Ok(Answer::Generated(reports))
-            }
-            Job::Digest(model) => {
-                let model = model.as_deref().or(self.model.as_ref()).ok_or(NO_MODEL)?;
-                Ok(Answer::Digests(digests(model)))
-            }
-        }
-    }
-
-    /// Waits for all work of the device.
-    fn wait(&self) -> Result<(), String> {
-        B::sync(&self.device).map_err(|error| format!("{error:?}"))
-    }
-}
-
-/// The norm before clipping, of what [`AdamW::clip_next`] gives; waits for the device.
-pub(super) fn norm_of<B: DeviceOps>(clip: Tensor<B, 1>) -> f64 {
-    let values = B::read_async(clip)();
-    values.first().copied().map_or(0.0, f64::from)
-}
-
 /// The gradients among answers.
 fn gradients<B: TrainAccelerator>(answers: Vec<Answer<B>>) -> impl Iterator<Item = Vec<Flat<B>>> {
     answers.into_iter().filter_map(|answer| match answer {
@@ -545,113 +340,11 @@ fn gradients<B: TrainAccelerator>(answers: Vec<Answer<B>>) -> impl Iterator<Item
     })
 }
 
-/// For each trained parameter, in the order of the module tree, a number that its bits decide.
-fn digests<B: TrainAccelerator>(model: &Trainee<B>) -> Vec<u64> {
-    struct Read(Vec<u64>);
-    impl<B: AutodiffBackend> ModuleVisitor<B> for Read {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-            if param.is_require_grad() {
-                let mut hasher = DefaultHasher::new();
-                hasher.write(&param.val().into_data().bytes);
-                self.0.push(hasher.finish());
-            }
-        }
-    }
-    let mut read = Read(Vec::new());
-    model.visit(&mut read);
-    read.0
-}
-
-/// For each trained parameter, in the order of the module tree, whether it has a gradient.
-fn presence<B: TrainAccelerator>(model: &Trainee<B>, grads: &GradientsParams) -> Vec<bool> {
-    struct Look<'a>(&'a GradientsParams, Vec<bool>);
-    impl<B: AutodiffBackend> ModuleVisitor<B> for Look<'_> {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-            if param.is_require_grad() {
-                let found = self.0.get::<B::InnerBackend, D>(param.id).is_some();
-                self.1.push(found);
-            }
-        }
-    }
-    let mut look = Look(grads, Vec::new());
-    model.visit(&mut look);
-    look.1
-}
-
-/// The gradients of the parameters that are `present` somewhere, f32, each in one row; zeros where this
-/// rank has none.
-fn gather<B: TrainAccelerator>(
-    model: &Trainee<B>,
-    grads: GradientsParams,
-    present: &[bool],
-    device: &B::Device,
-) -> Vec<Flat<B>> {
-    struct Gather<'a, B: AutodiffBackend> {
-        grads: GradientsParams,
-        present: std::slice::Iter<'a, bool>,
-        device: &'a B::Device,
-        all: Vec<Flat<B>>,
-    }
-    impl<B: AutodiffBackend> ModuleVisitor<B> for Gather<'_, B> {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-            if !param.is_require_grad() || self.present.next() != Some(&true) {
-                return;
-            }
-            let count = param.lazy_shape().num_elements();
-            self.all
-                .push(match self.grads.remove::<B::InnerBackend, D>(param.id) {
-                    Some(grad) => to_f32(grad).reshape([count]),
-                    None => Tensor::zeros([count], (self.device, DType::F32)),
-                });
-        }
-    }
-    let mut gather = Gather::<B> {
-        grads,
-        present: present.iter(),
-        device,
-        all: Vec::new(),
-    };
-    model.visit(&mut gather);
-    gather.all
-}
-
-/// The inverse of [`gather`].
-fn scatter<B: TrainAccelerator>(
-    model: &Trainee<B>,
-    gradients: Vec<Flat<B>>,
-    present: &[bool],
-) -> GradientsParams {
-    struct Scatter<'a, B: AutodiffBackend> {
-        gradients: std::vec::IntoIter<Flat<B>>,
-        present: std::slice::Iter<'a, bool>,
-        grads: GradientsParams,
-    }
-    impl<B: AutodiffBackend> ModuleVisitor<B> for Scatter<'_, B> {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-            if !param.is_require_grad() || self.present.next() != Some(&true) {
-                return;
-            }
-            if let Some(gradient) = self.gradients.next() {
-                let shape: [usize; D] = param.lazy_shape().dims();
-                let gradient: Tensor<B::InnerBackend, D> = gradient.reshape(shape);
-                self.grads.register(param.id, gradient);
-            }
-        }
-    }
-    let mut scatter = Scatter::<B> {
-        gradients: gradients.into_iter(),
-        present: present.iter(),
-        grads: GradientsParams::new(),
-    };
-    model.visit(&mut scatter);
-    scatter.grads
-}
-
 #[cfg(all(test, feature = "flex"))]
 mod tests {
     use std::path::Path;
 
-    use burn::backend::Autodiff;
+    use burn::{backend::Autodiff, module::Module, tensor::DType};
 
     use super::*;
     use crate::{

@@ -4,16 +4,14 @@ use std::{
     collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
-    sync::{Arc, atomic::AtomicBool},
+    sync::Arc,
 };
 
 use burn::{
     module::{Module, ModuleMapper, Param},
     prelude::*,
     tensor::DType,
-    train::{
-        Interrupter, Learner, SupervisedTraining, TrainingStrategy, renderer::MetricsRenderer,
-    },
+    train::{Learner, SupervisedTraining, TrainingStrategy},
 };
 
 use super::{
@@ -21,17 +19,19 @@ use super::{
     checkpoint_dir::{CheckpointDir, RunLock},
     config::{Reporter, TrainConfig, Tuner},
     data::RunData,
+    generation::GenerationScorer,
     image_facts,
     learner::{Gauge, ScheduleStepper, StepSettings, Trainee},
     lines::StepLines,
     loss_scale::LossScale,
     optimizer::AdamW,
-    outcome::Outcome,
+    options::RunOptions,
+    outcome::{Ending, Outcome, TrainError},
     records::{METRICS, MetricsLog},
     renderers::{RunRenderer, RunSteps},
     report_command::{ReportCommand, Reported, Start},
     resume::{RunFacts, find_checkpoint},
-    strategy::{Components, Ending, GenerationScorer, LoopState, Tell, TrainError, WindowStrategy},
+    strategy::{Components, LoopState, WindowStrategy},
     tfevents::EventWriter,
     words::counted,
 };
@@ -39,11 +39,8 @@ use crate::{
     adapters::lora::{
         attach::attach, base::check_base, config::LoraConfig, files::load_adapter_for_training,
     },
-    base::{
-        files::{FileError, write_atomic},
-        trace::Trace,
-    },
-    dataset::{DataFacts, Dataset, Fetching, loader::WindowLoader},
+    base::files::{FileError, write_atomic},
+    dataset::{DataFacts, Dataset, loader::WindowLoader},
     ops::{memory::MemoryWatch, quantised::Quantization},
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, nn::InitOptions, weights::LoadProgress},
     runtime::{
@@ -53,39 +50,6 @@ use crate::{
 };
 
 pub use super::renderers::{Dashboard, QuietRenderer};
-
-/// Whether a run starts anew or resumes.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Resume {
-    /// A new run; an output folder that holds checkpoints is refused.
-    No,
-    /// From the newest whole checkpoint of the output folder; anew where there is none.
-    Auto,
-    /// From this checkpoint folder.
-    From(PathBuf),
-}
-
-/// What a run needs from the outside.
-pub struct RunOptions {
-    /// Settings.
-    pub config: TrainConfig,
-    /// Whether to resume.
-    pub resume: Resume,
-    /// Called while images are fetched from the web.
-    pub fetching: Option<Fetching>,
-    /// Weights drawn at random in place of those in `model`, whose `config.json` counts.
-    pub random_init: bool,
-    /// Burn's dashboard, or a renderer that prints nothing.
-    pub renderer: Option<Box<dyn MetricsRenderer>>,
-    /// The Learner's stop handle, shared with the dashboard.
-    pub interrupter: Interrupter,
-    /// Set by a signal: save and end.
-    pub interrupted: Arc<AtomicBool>,
-    /// Trace of the host's work over time.
-    pub trace: Trace,
-    /// Plain progress lines.
-    pub tell: Tell,
-}
 
 /// Result of a run.
 pub struct RunResult<B: Backend> {

@@ -15,8 +15,7 @@ use std::{
 };
 
 use burn::{
-    prelude::Backend,
-    tensor::backend::{AutodiffBackend, BackendTypes},
+    tensor::backend::AutodiffBackend,
     train::{
         EventProcessorTraining, Learner, LearnerEvent, LearningComponentsMarker,
         SupervisedLearningStrategy, SupervisedTrainingEventProcessor, TrainLoader, TrainOutput,
@@ -27,18 +26,20 @@ use burn::{
 use super::{
     checkpoint::TrainerState,
     checkpoint_dir::CheckpointDir,
+    generation::GenerationScorer,
     gradients::differing_elements,
     learner::{ScheduleStepper, StepNumbers, StepOutput, StepReading, StepTotals, Trainee},
     lines::{StepLines, StepWork},
     loss_scale::LossScale,
-    optimizer::AdamW,
-    outcome::Outcome,
+    optimizer::{AdamW, norm_of},
+    outcome::{Ending, Outcome, TrainError},
     records::MetricsLog,
     renderers::RunSteps,
-    replicas::{Replicas, norm_of},
+    replicas::Replicas,
     report_command::ReportCommand,
     step_clock::{LaunchTimes, StepClock},
     tfevents::EventWriter,
+    words::Tell,
 };
 use crate::{
     adapters::lora::config::LoraConfig,
@@ -46,47 +47,12 @@ use crate::{
     batch::window::Window,
     dataset::loader::WindowLoader,
     ops::{DeviceMemory, DeviceOps, memory::MemoryWatch},
-    qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig},
+    qwen3_vl::config::Qwen3VlConfig,
     runtime::accelerator::TrainAccelerator,
 };
 
-pub use super::outcome::{Ending, TrainError};
-
 /// The Learner's components for a backend.
 pub type Components<B> = LearningComponentsMarker<B, ScheduleStepper, Trainee<B>, AdamW<B>>;
-
-/// Scores of generated reports, by name.
-pub type GenerationScores = Vec<(&'static str, f64)>;
-
-/// A generated report beside the true one.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Generated {
-    /// The reference report of the data set.
-    pub truth: String,
-    /// The reasoning before the report, for models that think.
-    pub thinking: Option<String>,
-    /// The generated report.
-    pub report: String,
-}
-
-/// Reports of a batch, by its number, with a merged model on a device.
-pub type GenerateBatch<B> = dyn Fn(&Qwen3Vl<B>, &<B as BackendTypes>::Device, usize) -> Result<Vec<Generated>, TrainError>
-    + Send
-    + Sync;
-
-/// Generates reports with the model as it is after some steps and scores them.
-pub struct GenerationScorer<B: Backend> {
-    /// How many batches there are.
-    pub batches: usize,
-    /// Generates one of them; they are shared out among the devices.
-    pub generate: Arc<GenerateBatch<B>>,
-    /// Scores all reports, in the order of the batches.
-    pub score:
-        Box<dyn Fn(Vec<Generated>, usize) -> Result<GenerationScores, TrainError> + Send + Sync>,
-}
-
-/// Prints one line about the progress of the run.
-pub type Tell = Arc<dyn Fn(&str) + Send + Sync>;
 
 /// Everything the loop needs that the Learner does not bring.
 pub struct LoopState<B: AutodiffBackend> {

@@ -1,6 +1,11 @@
-//! Counts and times in messages.
+//! Messages of a run: who takes them; counts and times in them.
+
+use std::sync::Arc;
 
 pub use crate::study::counted;
+
+/// Prints one line about the progress of the run.
+pub type Tell = Arc<dyn Fn(&str) + Send + Sync>;
 
 /// A time as a clock shows it: `0:07`, `12:30`, `1:02:03`.
 pub fn clock(seconds: f64) -> String {
