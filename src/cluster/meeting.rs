@@ -274,6 +274,17 @@ impl Cluster {
         *self.last.lock().unwrap_or_else(PoisonError::into_inner) = last;
     }
 
+    /// What [`Cluster::set_last`] was given last.
+    pub fn last(&self) -> String {
+        let last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        last.clone()
+    }
+
+    /// Whether the work of all has ended before its time.
+    pub fn is_over(&self) -> bool {
+        self.member.verdict(Duration::ZERO).is_some()
+    }
+
     fn with_last(&self, error: ClusterError) -> ClusterError {
         let last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         match error {

@@ -25,6 +25,7 @@ pub mod options;
 pub mod outcome;
 pub mod parameters;
 pub mod plan;
+mod processes;
 pub mod ranks;
 pub mod records;
 mod renderers;

@@ -45,6 +45,7 @@ use crate::{
     adapters::lora::config::LoraConfig,
     base::trace::{HOST, Trace},
     batch::window::Window,
+    cluster::Cluster,
     dataset::loader::WindowLoader,
     ops::{DeviceMemory, DeviceOps, memory::MemoryWatch},
     qwen3_vl::config::Qwen3VlConfig,
@@ -74,6 +75,10 @@ pub struct LoopState<B: AutodiffBackend> {
     pub loss_scale: Option<LossScale>,
     /// Devices of the replicas, the first being the Learner's.
     pub devices: Vec<B::Device>,
+    /// The processes of the run, where it has several.
+    pub cluster: Option<Arc<Cluster>>,
+    /// Whether this process writes: the first one alone does.
+    pub writes: bool,
     /// The run's folder.
     pub checkpoints: CheckpointDir,
     /// `metrics.jsonl`.
@@ -210,7 +215,11 @@ impl<B: TrainAccelerator> LoopState<B> {
                 return Ok(Ending::EarlyStop);
             }
         }
-        if self.state.config.deterministic && self.devices.len() > 1 {
+        if let (Some(replicas), Some(_)) = (&replicas, &self.cluster) {
+            // Weights and adapters that are drawn at random, or read from each machine's own files.
+            replicas.compare(&learner.model(), self.state.step)?;
+        }
+        if self.state.config.deterministic && replicas.is_some() {
             (self.tell)("note: deterministic repeats steps on one device only; nothing is checked");
         }
         let mut windows = loader.iter();
@@ -248,6 +257,9 @@ impl<B: TrainAccelerator> LoopState<B> {
                 ahead = trace.wait_for_data(next_step, || windows.next());
                 is_last = ahead.is_none();
             }
+            if let Some(replicas) = &replicas {
+                replicas.set_stop(stop() || self.interrupted.load(Ordering::Relaxed));
+            }
             let (launched, times) = LaunchTimes::of(|| {
                 trace.span(HOST, "launch", step, || {
                     self.launch(learner, replicas.as_mut(), window, ahead.as_mut())
@@ -258,7 +270,11 @@ impl<B: TrainAccelerator> LoopState<B> {
                 self.complete(previous, processor, &mut clock)?;
             }
             let last = step + 1 == self.total_steps;
-            let interrupted = stop() || self.interrupted.load(Ordering::Relaxed);
+            // Processes stop together or not at all.
+            let interrupted = replicas
+                .as_ref()
+                .and_then(Replicas::stops)
+                .unwrap_or_else(|| stop() || self.interrupted.load(Ordering::Relaxed));
             let due = |every: usize| every > 0 && (step + 1).is_multiple_of(every);
             let pause = last || interrupted || due(self.state.config.eval_steps);
             let known = matches!(&pending, Some(one) if matches!(one.numbers, Numbers::Known(_)));
@@ -316,7 +332,7 @@ impl<B: TrainAccelerator> LoopState<B> {
         &self,
         learner: &Learner<Components<B>>,
     ) -> Result<Option<Replicas<B>>, TrainError> {
-        if self.devices.len() < 2 {
+        if self.devices.len() < 2 && self.cluster.is_none() {
             return Ok(None);
         }
         let config = &self.state.config;
@@ -326,6 +342,7 @@ impl<B: TrainAccelerator> LoopState<B> {
             &learner.model(),
             &self.optimizer,
             config.max_grad_norm,
+            self.cluster.clone(),
             config.patience(),
         )?;
         Ok(Some(replicas))
@@ -386,16 +403,24 @@ impl<B: TrainAccelerator> LoopState<B> {
                 let own = B::InnerBackend::memory_in_use(&self.devices[0]);
                 let parts = replicas.learn(&learner.model(), window, next)?;
                 for (rank, part) in parts.into_iter().enumerate() {
-                    sum.totals.add(part.totals);
-                    sum.objective += part.objective;
+                    for piece in &part.pieces {
+                        sum.totals.add(piece.totals);
+                        sum.objective += piece.objective;
+                    }
                     // The first device also holds what this thread put there: the weights.
-                    let own = own.filter(|_| rank == 0);
+                    let own = own.filter(|_| rank == replicas.first());
                     self.memory.note(part.memory.map(|memory| DeviceMemory {
                         in_use: memory.in_use + own.map_or(0, |own| own.in_use),
                         reserved: memory.reserved + own.map_or(0, |own| own.reserved),
                     }));
                 }
-                debug_assert_eq!(sum.totals.targets, all_targets);
+                if sum.totals.targets != all_targets {
+                    return Err(TrainError::Other(format!(
+                        "step {}: {} of its {all_targets} targets were learnt from",
+                        step + 1,
+                        sum.totals.targets
+                    )));
+                }
                 launched.numbers = Numbers::Known(sum);
                 // A loss that is no number goes before an exchange of gradients that are none.
                 self.check_finite(&launched)?;

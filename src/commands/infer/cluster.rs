@@ -144,7 +144,9 @@ pub(super) fn end(cluster: &Cluster, ended: Result<()>) -> Result<()> {
             cluster.fail(&format!("{error:#}"));
             return Err(error);
         }
-        bail!("{error}; the reports written so far are kept, and the same command on all nodes goes on");
+        bail!(
+            "{error}; the reports written so far are kept, and the same command on all nodes goes on"
+        );
     }
     cluster.finish()?;
     if !cluster.is_first() {
