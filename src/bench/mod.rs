@@ -46,7 +46,7 @@ use crate::{
             weights::{RandomSize, draw},
         },
     },
-    train::{checkpoint::dtype_text, plan::base_parameters},
+    train::{checkpoint::dtype_text, parameters::base_parameters},
 };
 use device::{DeviceFacts, MemoryWatch};
 use operations::OperationLog;

@@ -24,7 +24,7 @@ use burn::{
     tensor::backend::AutodiffBackend,
 };
 
-pub use device::{AllReduce, DeviceMemory, DeviceOps, Reading};
+pub use device::{AllReduce, DeviceMemory, DeviceOps, Others, Reading};
 pub use dropout::Dropout;
 pub use forward::{Activation, ForwardOps, HeadNorm, LowRank};
 pub use kept::Kept;

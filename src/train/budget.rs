@@ -6,7 +6,7 @@
 
 use super::{
     config::{LossReduction, TrainConfig, Tuner},
-    plan::{base_bytes, trained_parameters},
+    parameters::{base_bytes, trained_parameters},
     tape::Recorded,
 };
 use crate::{
@@ -59,7 +59,7 @@ pub struct StepMemory {
 }
 
 /// Rows of logits at once.
-const LOSS_ROWS: u64 = super::gradients::LOSS_ROWS as u64;
+const LOSS_ROWS: u64 = super::loss::LOSS_ROWS as u64;
 
 impl StepMemory {
     /// Of a run, weights in types of `dtype_bytes` or quantised; `longest` is its longest sample in tokens.

@@ -18,7 +18,8 @@ use burn::{
 
 use super::{
     config::{LossReduction, TrainConfig},
-    gradients::{LossSums, LossTotals, add_gradients, evaluate, gradients},
+    gradients::{add_gradients, evaluate, gradients},
+    loss::{LossSums, LossTotals},
     loss_scale::{LossScale, unscaled},
 };
 use crate::{

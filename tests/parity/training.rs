@@ -31,7 +31,8 @@ use xray_qwen3vl::{
     },
     train::{
         config::TrainConfig,
-        gradients::{GradientOptions, LossTotals, add_gradients, evaluate, gradients},
+        gradients::{GradientOptions, add_gradients, evaluate, gradients},
+        loss::LossTotals,
         optimizer::{AdamW, AdamWConfig},
     },
     weights::Weight,

@@ -15,7 +15,7 @@ use crate::{
     qwen3_vl::layer::Projection,
     runtime::pipeline::PipelineError,
     schedule::Schedule,
-    train::{gradients::GradientOptions, optimizer::AdamWConfig, strategy::TrainError},
+    train::{gradients::GradientOptions, optimizer::AdamWConfig, outcome::TrainError},
 };
 
 impl TrainConfig {
