@@ -134,6 +134,7 @@ impl<B: Accelerator> Bench<B> {
                 config: self.config.clone(),
                 train: settings,
                 loss_scale: LossScale::of(self.dtype, None),
+                reference: Default::default(),
             }),
         );
 
@@ -379,6 +380,7 @@ fn without_pixels(window: &Window) -> Window {
             .map(|part| part.iter().map(counted).collect())
             .collect(),
         rows: window.rows.clone(),
+        sequences: window.sequences.clone(),
         ..*window
     }
 }

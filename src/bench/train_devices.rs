@@ -74,6 +74,7 @@ impl<B: Accelerator> Bench<B> {
                 config: self.config.clone(),
                 train: settings,
                 loss_scale: LossScale::of(self.dtype, None),
+                reference: Default::default(),
             }),
         );
         let name = format!(

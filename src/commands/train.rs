@@ -415,6 +415,10 @@ fn print_end<B: Accelerator>(result: &RunResult<B>, seconds: f64, again: &str) {
     let how = match result.ending {
         Ending::Done => "done".to_string(),
         Ending::EarlyStop => "ended early: the validation stopped getting better".to_string(),
+        Ending::RewardsPart => {
+            "ended early: the held-out rewards fall while those trained on rise, so these are gamed"
+                .to_string()
+        }
         Ending::Interrupted => "interrupted and saved".to_string(),
     };
     // The terminal may be gone by now.

@@ -24,8 +24,9 @@ use crate::{
     base::{seeds::mix, trace::Trace},
     batch::{
         images::ImageInput,
-        micro_batch::MicroBatch,
+        micro_batch::{IGNORE_INDEX, MicroBatch},
         positions::PositionError,
+        sequences::{SequenceCounts, Sequences},
         text::{Padding, TextInput},
         window::Window,
     },
@@ -60,6 +61,18 @@ pub enum Overlong {
     Skip,
 }
 
+/// What of each row goes into a window.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum WindowKind {
+    /// Question and answer.
+    #[default]
+    Answers,
+    /// Question with the chosen and with the rejected answer.
+    Pairs,
+    /// Its number alone: answers are drawn later.
+    Rows,
+}
+
 /// How samples become windows.
 #[derive(Debug, Clone, PartialEq)]
 pub struct WindowPlan {
@@ -82,6 +95,8 @@ pub struct WindowPlan {
     pub seed: u64,
     /// Keeps the order of the file: for validation.
     pub in_order: bool,
+    /// What of each row goes into a window.
+    pub kind: WindowKind,
 }
 
 impl WindowPlan {
@@ -123,6 +138,28 @@ impl WindowPlan {
         let from = at * self.window_samples();
         order[from.min(samples)..(from + self.window_samples()).min(samples)].to_vec()
     }
+}
+
+/// Samples as micro-batches.
+#[derive(Debug, Clone, Default)]
+pub struct Batches {
+    /// Tokens of all, padding left out.
+    pub tokens: usize,
+    /// The micro-batches.
+    pub batches: Vec<MicroBatch>,
+    /// The sequences of each.
+    pub sequences: Vec<Sequences>,
+    /// Which groups are in each.
+    pub groups: Vec<Vec<usize>>,
+}
+
+/// Parts of a window, dealt out in turn, so that a partial window is shared as well.
+pub fn dealt_out<T>(all: Vec<T>, devices: usize) -> Vec<Vec<T>> {
+    let mut parts: Vec<Vec<T>> = (0..devices).map(|_| Vec::new()).collect();
+    for (index, one) in all.into_iter().enumerate() {
+        parts[index % devices].push(one);
+    }
+    parts
 }
 
 /// Makes the windows of a run.
@@ -213,8 +250,18 @@ impl WindowLoader {
         let rows = self.plan.rows(step, self.dataset.len());
         let mut samples = Vec::with_capacity(rows.len());
         for row in rows {
-            match self.dataset.encode(row, &self.parts, self.plan.max_length) {
-                Ok(sample) => samples.push((row, sample)),
+            let max_length = self.plan.max_length;
+            let encoded = match self.plan.kind {
+                WindowKind::Pairs => {
+                    (self.dataset.encode_pair(row, &self.parts, max_length)).map(Vec::from)
+                }
+                WindowKind::Answers => {
+                    (self.dataset.encode(row, &self.parts, max_length)).map(|one| vec![one])
+                }
+                WindowKind::Rows => Ok(Vec::new()),
+            };
+            match encoded {
+                Ok(encoded) => samples.push((row, encoded)),
                 Err(DatasetError::TooLong { .. }) if self.plan.overlong == Overlong::Skip => {
                     self.skipped.fetch_add(1, Ordering::Relaxed);
                 }
@@ -222,43 +269,84 @@ impl WindowLoader {
             }
         }
         let rows = samples.iter().map(|(row, _)| *row).collect();
-        let lengths: Vec<usize> = samples
-            .iter()
-            .map(|(_, sample)| sample.input_ids.len())
+        // Both answers of a pair are in one micro-batch.
+        let groups: Vec<Vec<(usize, EncodedSample)>> = samples
+            .into_iter()
+            .filter(|(_, encoded)| !encoded.is_empty())
+            .map(|(row, encoded)| encoded.into_iter().map(|one| (row, one)).collect())
             .collect();
-        let tokens = lengths.iter().sum();
-        let batches = if self.plan.packing_tokens > 0 {
-            fill_rows(&lengths, self.plan.packing_tokens)
-                .into_iter()
-                .map(|places| {
-                    let row: Vec<_> = places.iter().map(|place| &samples[*place]).collect();
-                    self.packed(&row)
-                })
-                .collect::<Result<Vec<_>, _>>()?
-        } else {
-            samples
-                .chunks(self.plan.batch_size)
-                .map(|samples| self.padded(&samples.iter().collect::<Vec<_>>()))
-                .collect::<Result<Vec<_>, _>>()?
+        let Batches {
+            tokens,
+            batches,
+            sequences,
+            ..
+        } = self.batches(&groups)?;
+        let sequences = match self.plan.kind {
+            WindowKind::Pairs => sequences,
+            _ => Vec::new(),
         };
+        let counts = SequenceCounts::of(&sequences);
         let targets = batches.iter().map(MicroBatch::targets).sum();
         let micro_batches = batches.len();
-        // Micro-batches are dealt out in turn, so that a partial window is shared as well.
-        let mut parts = vec![Vec::new(); self.plan.devices];
-        for (index, batch) in batches.into_iter().enumerate() {
-            parts[index % self.plan.devices].push(batch);
-        }
+        let parts = dealt_out(batches, self.plan.devices);
+        let sequences = dealt_out(sequences, self.plan.devices);
         let per_epoch = self.plan.steps_per_epoch(self.dataset.len()).max(1);
         Ok(Window {
             step,
             epoch: (step + 1) as f64 / per_epoch as f64,
             parts,
+            sequences,
+            counts,
             rows,
             targets,
             micro_batches,
             first_micro_batch: 0,
             tokens,
         })
+    }
+
+    /// Joins groups of samples to micro-batches, packed or padded; a group is not divided.
+    ///
+    /// # Errors
+    /// [`DatasetError`] names the row.
+    pub fn batches(&self, groups: &[Vec<(usize, EncodedSample)>]) -> Result<Batches, DatasetError> {
+        let length = |group: &Vec<(usize, EncodedSample)>| -> usize {
+            group.iter().map(|(_, sample)| sample.input_ids.len()).sum()
+        };
+        let lengths: Vec<usize> = groups.iter().map(length).collect();
+        let rows: Vec<Vec<usize>> = match self.plan.packing_tokens {
+            0 => {
+                let places: Vec<usize> = (0..groups.len()).collect();
+                places
+                    .chunks(self.plan.batch_size)
+                    .map(<[usize]>::to_vec)
+                    .collect()
+            }
+            tokens => fill_rows(&lengths, tokens),
+        };
+        let mut made = Batches {
+            tokens: lengths.iter().sum(),
+            batches: Vec::with_capacity(rows.len()),
+            sequences: Vec::with_capacity(rows.len()),
+            groups: Vec::with_capacity(rows.len()),
+        };
+        for places in rows {
+            let row: Vec<_> = places.iter().flat_map(|place| &groups[*place]).collect();
+            made.batches.push(match self.plan.packing_tokens {
+                0 => self.padded(&row)?,
+                _ => self.packed(&row)?,
+            });
+            let targets = row.iter().map(|(_, sample)| {
+                let labels = sample.labels.iter().skip(1);
+                labels.filter(|label| **label != IGNORE_INDEX).count()
+            });
+            made.sequences.push(Sequences {
+                targets: targets.collect(),
+                ..Sequences::default()
+            });
+            made.groups.push(places);
+        }
+        Ok(made)
     }
 
     /// Ids and image grids of some samples, and all their images.
@@ -316,7 +404,7 @@ impl WindowLoader {
             .iter()
             .map(|(_, sample)| {
                 let mut labels = sample.labels.clone();
-                labels.resize(seq, crate::batch::micro_batch::IGNORE_INDEX);
+                labels.resize(seq, IGNORE_INDEX);
                 labels
             })
             .collect();
@@ -488,6 +576,7 @@ mod tests {
             overlong: Overlong::Error,
             seed: 4,
             in_order: false,
+            kind: WindowKind::Answers,
         };
         let data = Dataset::open("phantom:11:0..20:house").unwrap();
         WindowLoader::new(data, Arc::new(parts), plan, 0, 1)

@@ -97,6 +97,8 @@ pub enum Ending {
     Done,
     /// Early stopping.
     EarlyStop,
+    /// Trained and held-out rewards have parted.
+    RewardsPart,
     /// A signal or the dashboard's key.
     Interrupted,
 }
@@ -107,6 +109,7 @@ impl Ending {
         match self {
             Self::Done => "done",
             Self::EarlyStop => "early_stop",
+            Self::RewardsPart => "rewards_part",
             Self::Interrupted => "interrupted",
         }
     }

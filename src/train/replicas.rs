@@ -24,6 +24,7 @@ use burn::{
 use super::{
     gradients::LossTotals,
     learner::{StepReading, Trainee},
+    objective::sums::ObjectiveSums,
     optimizer::AdamW,
     ranks::{RankError, Ranks},
     strategy::{GenerateBatch, Generated, GenerationScorer},
@@ -83,6 +84,8 @@ pub struct Learnt {
     pub totals: LossTotals,
     /// Share of the loss that is minimised.
     pub objective: f64,
+    /// What an objective over sequences came to.
+    pub sequences: Option<ObjectiveSums>,
     /// Memory of the device, where the backend reports it.
     pub memory: Option<DeviceMemory>,
     /// For each trained parameter whether it has a gradient.
@@ -464,6 +467,7 @@ impl<B: TrainAccelerator> Rank<B> {
                 Ok(Answer::Learnt(Learnt {
                     totals: read.totals,
                     objective: read.objective,
+                    sequences: read.sequences,
                     memory,
                     present,
                 }))
@@ -689,6 +693,7 @@ mod tests {
             config: sizes,
             train: config.clone(),
             loss_scale: None,
+            reference: Default::default(),
         };
         let model = Trainee::new(model, Arc::new(settings));
         let data = Dataset::open("phantom:11:0..8:house").unwrap();

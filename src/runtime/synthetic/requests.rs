@@ -176,6 +176,8 @@ impl<'a> Requests<'a> {
                 .map(|sample| sample.prompt.input_ids.len())
                 .sum(),
             parts: vec![batches],
+            sequences: Vec::new(),
+            counts: Default::default(),
         })
     }
 
