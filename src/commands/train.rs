@@ -268,6 +268,7 @@ fn fit_budget<B: Accelerator>(
     let rows = begun.map(|begun| begun.row_tokens().unwrap_or(0));
     let bytes = dtype.size() as u64;
     let weights = (bytes, config.quantization(&config.model)?);
+    let longest = config.longest_as_learnt(longest);
     let form = Form::choose(config, &parts.config, longest, weights, gib, rows)?;
     form.apply(config);
     Ok(form.explain(gib, longest))

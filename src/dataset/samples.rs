@@ -126,7 +126,7 @@ impl DataPart {
             })?;
             let mut unknown = std::mem::take(&mut sample.unknown_keys);
             if options.pairs {
-                unknown.retain(|key| !rejected::KEYS.contains(&key.as_str()));
+                unknown.retain(|key| key != "margin" && !rejected::KEYS.contains(&key.as_str()));
             }
             unused.add(number, unknown);
             samples.push(sample);

@@ -64,6 +64,16 @@ impl TrainConfig {
         }
     }
 
+    /// Tokens of the longest sample as a step takes it, where `longest` tokens are the most that question and true answer
+    /// have: both answers of a pair, or a question with the longest answer that may be drawn.
+    pub fn longest_as_learnt(&self, longest: usize) -> usize {
+        match self.objective {
+            Objective::Sft => longest,
+            Objective::Dpo => 2 * longest,
+            Objective::Grpo => longest + self.max_completion_length,
+        }
+    }
+
     /// Optimizer steps of a rollout; 1 without rollouts.
     pub fn updates_per_rollout(&self) -> usize {
         match self.objective {
