@@ -20,6 +20,7 @@ use crate::{
     processor::{
         image::{DecodeLimits, ImageError, RgbImage, probe},
         message::Part,
+        rejected,
         remark::{Remark, RemarkKind},
         sample::{Conversation, PixelLimits, Sample, SampleError},
         supervised::SupervisedError,
@@ -123,7 +124,11 @@ impl DataPart {
                 row: number,
                 fault,
             })?;
-            unused.add(number, std::mem::take(&mut sample.unknown_keys));
+            let mut unknown = std::mem::take(&mut sample.unknown_keys);
+            if options.pairs {
+                unknown.retain(|key| key != "margin" && !rejected::KEYS.contains(&key.as_str()));
+            }
+            unused.add(number, unknown);
             samples.push(sample);
             lines.push(number);
         }

@@ -117,7 +117,7 @@ fn form(row: &Map<String, Value>) -> (String, String) {
     if has("chosen") && has("rejected") {
         return found(
             "`chosen` and `rejected` (preferences)",
-            "preference training is not supported; put the chosen answer into `messages`",
+            "put the chosen answer into `messages` and the rejected one into `rejected_response`; `train` with `objective = \"dpo\"` learns from both",
         );
     }
     if has("annotations") {

@@ -22,7 +22,7 @@ pub use super::row_images::{ImageSource, ending_of, path_of};
 use super::row_keys::{self, KeyUse};
 pub use super::tags::IMAGE_TAG;
 use super::tags::{self, Tag};
-use super::{row_forms, row_images, row_question, row_tools, row_unknown, strict_json};
+use super::{rejected, row_forms, row_images, row_question, row_tools, row_unknown, strict_json};
 use crate::{base::files::nearest::nearest, study::keys_of};
 
 /// Keys that often hold the path of an image, and are none of those that are read.
@@ -65,6 +65,8 @@ pub struct Sample {
     pub keys: BTreeMap<String, String>,
     /// Keys that nothing reads, such as `hospital` or `messages[0].mood`; they are passed over.
     pub unknown_keys: Vec<String>,
+    /// Keys of the answer that is not to be given.
+    pub(super) rejected: Option<Box<Map<String, Value>>>,
     /// The row, where its text has boxes that depend on the sizes of the images.
     boxed: Option<Box<Map<String, Value>>>,
 }
@@ -423,6 +425,7 @@ fn read(row: &Map<String, Value>, sizes: Option<&[(usize, usize)]>) -> Result<Sa
         marks,
         limits,
         unknown_keys,
+        rejected: rejected::of_row(row),
         boxed: None,
     })
 }

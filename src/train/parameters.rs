@@ -8,7 +8,7 @@ use crate::{
 };
 
 /// Input and output widths of the linear layers that can be adapted, with their published paths.
-fn linear_layers(config: &Qwen3VlConfig) -> Vec<(String, u64, u64)> {
+pub fn linear_layers(config: &Qwen3VlConfig) -> Vec<(String, u64, u64)> {
     let (text, vision) = (&config.text_config, &config.vision_config);
     let mut layers = Vec::new();
     let mut add =

@@ -53,6 +53,7 @@ mod train_default;
 mod train_devices;
 mod train_form;
 mod train_kill;
+mod train_objectives;
 mod train_quantised;
 mod train_resume;
 

@@ -17,6 +17,7 @@ mod generate;
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 mod half;
 mod model;
+mod objectives;
 mod preprocess;
 mod pytorch;
 mod quantized;

@@ -5,7 +5,7 @@ use crate::{adapters::lora::config::TargetModules, ops::quantised::Quantization}
 
 const POSITIVE: &str = "a positive number";
 
-fn check(
+pub(super) fn check(
     ok: bool,
     key: &'static str,
     found: impl ToString,
@@ -155,6 +155,7 @@ impl TrainConfig {
             "a list of names such as [\"q_proj\"], \"all-linear\", or a regular expression over whole paths, which a single name never matches",
         )?;
         self.validate_reports()?;
+        self.validate_objective()?;
         let generated = ["eval_rouge_l", "eval_finding_f1"];
         if let Some(text) = &self.quantize
             && let Err(reason) = text.parse::<Quantization>()

@@ -9,13 +9,16 @@ use crate::{
         quantised::files::of_checkpoint,
     },
     base::hub::repo_of_folder,
-    dataset::loader::WindowPlan,
+    dataset::loader::{WindowKind, WindowPlan},
     ops::quantised::Quantization,
     processor::patches::ImageProcessorConfig,
     qwen3_vl::layer::Projection,
     runtime::pipeline::PipelineError,
     schedule::Schedule,
-    train::{gradients::GradientOptions, optimizer::AdamWConfig, outcome::TrainError},
+    train::{
+        gradients::GradientOptions, objective::settings::Objective, optimizer::AdamWConfig,
+        outcome::TrainError,
+    },
 };
 
 impl TrainConfig {
@@ -83,6 +86,11 @@ impl TrainConfig {
             overlong: self.overlong,
             seed: self.seed,
             in_order: false,
+            kind: match self.objective {
+                Objective::Sft => WindowKind::Answers,
+                Objective::Dpo => WindowKind::Pairs,
+                Objective::Grpo => WindowKind::Rows,
+            },
         }
     }
 
@@ -95,16 +103,32 @@ impl TrainConfig {
             devices: 1,
             packing_tokens: 0,
             in_order: true,
+            kind: WindowKind::Answers,
             ..self.window_plan(1)
         }
     }
 
     /// Optimizer steps over `samples` samples on `devices` devices.
     pub fn total_steps(&self, samples: usize, devices: usize) -> usize {
-        let steps = self.window_plan(devices).total_steps(samples);
+        let steps = match self.objective {
+            Objective::Grpo => {
+                self.prompt_plan(devices).total_steps(samples) * self.updates_per_rollout()
+            }
+            _ => self.window_plan(devices).total_steps(samples),
+        };
         match self.max_steps {
             0 => steps,
             most => steps.min(most),
+        }
+    }
+
+    /// Optimizer steps of an epoch over `samples` samples on `devices` devices.
+    pub fn steps_per_epoch(&self, samples: usize, devices: usize) -> usize {
+        match self.objective {
+            Objective::Grpo => {
+                self.prompt_plan(devices).steps_per_epoch(samples) * self.updates_per_rollout()
+            }
+            _ => self.window_plan(devices).steps_per_epoch(samples),
         }
     }
 
