@@ -7,6 +7,7 @@
 pub mod check;
 mod columns;
 pub mod convert;
+mod data_part;
 mod encode;
 mod error;
 mod facts;

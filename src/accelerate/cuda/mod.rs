@@ -12,6 +12,7 @@ mod compiled;
 mod decode;
 mod driver;
 mod fragments;
+mod frozen_matrix;
 mod gemm;
 mod kernel;
 pub(crate) mod launch;

@@ -6,11 +6,14 @@
 use safetensors::Dtype;
 use serde_json::json;
 
-use super::super::WeightsError;
+use super::super::{
+    WeightsError,
+    stored::{Decode, Groups, groups_fit},
+};
 use super::{
-    Decode, FLOATS, Groups, Taken,
+    FLOATS, Taken,
     config::{Keys, LeftOut},
-    dims, expect, groups_fit,
+    dims, expect,
     numbers::{Floats, Round, Slice},
     wrong,
 };

@@ -7,9 +7,12 @@
 use safetensors::Dtype;
 use serde::Deserialize;
 
-use super::super::{WeightsError, checkpoint::RawTensor};
+use super::super::{
+    WeightsError,
+    stored::{Decode, RawTensor},
+};
 use super::{
-    Decode, Taken,
+    Taken,
     config::{Keys, LeftOut},
     dims, expect,
     numbers::{Floats, Round, Slice},

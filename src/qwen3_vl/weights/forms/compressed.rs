@@ -8,13 +8,15 @@ use std::rc::Rc;
 use safetensors::Dtype;
 use serde_json::json;
 
-use super::super::{WeightsError, checkpoint::RawTensor};
+use super::super::{
+    WeightsError,
+    stored::{Decode, Groups, RawTensor, groups_fit},
+};
 use super::{
-    Decode, FLOATS, Groups, Taken,
+    FLOATS, Taken,
     config::{Keys, LeftOut, Pattern},
     dims, expect,
     gptq::numbers,
-    groups_fit,
     numbers::{Floats, Round, Slice, field},
     scaled::{Element, Grid, Scaled},
     wrong,

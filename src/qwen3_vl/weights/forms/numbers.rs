@@ -6,7 +6,7 @@ use half::{bf16, f16};
 use memmap2::Mmap;
 use safetensors::Dtype;
 
-use super::super::checkpoint::RawTensor;
+use super::super::stored::RawTensor;
 
 /// Bytes of a mapped file.
 #[derive(Clone)]
