@@ -1,9 +1,6 @@
 //! `prefer`: pairs of a better and a worse answer from a model's own samples, by reward.
 
-use std::{
-    io::Write,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use burn::tensor::DType;
