@@ -16,6 +16,8 @@ dtype = "f32"
 seed = 5
 objective = "grpo"
 beta = 0.05
+# The base is sure of its short reports.
+temperature = 2.5
 num_generations = 4
 num_iterations = 2
 steps_per_generation = 2
@@ -116,6 +118,9 @@ fn rewards_are_shown_by_part_and_a_killed_run_goes_on_bit_for_bit() {
     ] {
         assert!(all[4][key].is_number(), "{key} in {}", all[4]);
     }
+    // Answers differ in reward, and something is learnt.
+    let learnt = all.iter().filter(|row| row["grad_norm"].as_f64() > Some(1e-3));
+    assert!(learnt.count() > 4, "{all:?}");
     let sum = all[4]["reward.finding_f1"].as_f64().unwrap()
         + 0.5 * all[4]["reward.repetition"].as_f64().unwrap();
     assert!((all[4]["reward"].as_f64().unwrap() - sum).abs() < 1e-9);
@@ -198,6 +203,8 @@ fn pairs_of_own_answers_are_preferred() {
         "24",
         "--margin",
         "0.01",
+        "--temperature",
+        "2.5",
         "--output",
         "pairs.jsonl",
     ];
@@ -224,6 +231,7 @@ fn pairs_of_own_answers_are_preferred() {
         "held_out_rewards",
         "rollout_steps",
         "max_completion_length",
+        "temperature",
     ];
     let kept = settings.lines().filter(|line| {
         let is_list = line.trim_start().starts_with("{ kind") || *line == "]";

@@ -1,6 +1,6 @@
 //! What the parts of a run take from its settings.
 
-use std::{path::Path, time::Duration};
+use std::{collections::BTreeSet, path::Path, time::Duration};
 
 use super::{TrainConfig, Tuner};
 use crate::{
@@ -119,6 +119,17 @@ impl TrainConfig {
         match self.max_steps {
             0 => steps,
             most => steps.min(most),
+        }
+    }
+
+    /// Rows that the first `steps` optimizer steps on `devices` devices have seen.
+    pub fn rows_before(&self, steps: usize, samples: usize, devices: usize) -> BTreeSet<usize> {
+        match self.objective {
+            Objective::Grpo => {
+                let rollouts = steps.div_ceil(self.updates_per_rollout());
+                self.prompt_plan(devices).rows_before(rollouts, samples)
+            }
+            _ => self.window_plan(devices).rows_before(steps, samples),
         }
     }
 

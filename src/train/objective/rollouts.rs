@@ -335,7 +335,8 @@ impl Rollouts {
             row.insert(name.into(), value.into());
         }
         let every = self.config.rollout_steps;
-        if every > 0 && (first_step == 0 || first_step / every > (first_step - 1) / every) {
+        let last = first_step.checked_sub(self.plan.updates);
+        if every > 0 && last.is_none_or(|last| first_step / every > last / every) {
             self.write(first_step, &answered, [&table, &held_out], &advantages)?;
         }
         let windows = self.windows(&drawing, &drawn, &advantages, first_step, model, device)?;
