@@ -12,6 +12,7 @@ mod error;
 mod facts;
 mod held_out;
 pub mod image_remarks;
+mod folder;
 mod image_store;
 pub mod loader;
 mod mix;
