@@ -12,10 +12,13 @@ use super::{
     budget::StepMemory,
     config::{TrainConfig, Tuner},
     objective::settings::Objective,
-    parameters::{base_bytes, base_parameters, linear_layers, trained_parameters},
+    parameters::{TrainedParameters, base_bytes, base_parameters, linear_layers},
     words::duration,
 };
-use crate::{ops::quantised::Quantization, qwen3_vl::config::Qwen3VlConfig, train::tape::Recorded};
+use crate::{
+    adapters::lora::config::AdapterError, ops::quantised::Quantization,
+    qwen3_vl::config::Qwen3VlConfig, train::tape::Recorded,
+};
 
 /// A throughput that was measured, and what on.
 #[derive(Debug, Clone, PartialEq)]
@@ -103,18 +106,17 @@ fn rollout_memory(
     longest: usize,
     dtype_bytes: u64,
     quantization: Option<Quantization>,
-) -> Result<Vec<(&'static str, u64)>, crate::adapters::lora::config::AdapterError> {
+) -> Result<Vec<(&'static str, u64)>, AdapterError> {
     if config.objective != Objective::Grpo {
         return Ok(Vec::new());
     }
-    let trained = trained_parameters(config, model)?;
-    let each = match config.tuner {
-        Tuner::Lora => 4,
-        Tuner::Full => dtype_bytes,
-    };
+    let trained = TrainedParameters::of(config, model)?;
     let mut parts = vec![
         ("weights", base_bytes(model, quantization, dtype_bytes)),
-        ("trained values, moments", trained * (each + 8)),
+        (
+            "trained values, moments",
+            trained.adapters * 12 + trained.whole * (dtype_bytes + 8),
+        ),
     ];
     if config.tuner == Tuner::Lora && quantization.is_none() {
         // The weights of adapted layers are composed for the time of a rollout.
@@ -150,7 +152,7 @@ impl Plan {
         devices: usize,
         dtype_bytes: u64,
         quantization: Option<Quantization>,
-    ) -> Result<Self, crate::adapters::lora::config::AdapterError> {
+    ) -> Result<Self, AdapterError> {
         let tokens = match config.row_tokens() {
             Some(tokens) => tokens.max(longest),
             None => longest * config.per_device_train_batch_size,
@@ -159,7 +161,7 @@ impl Plan {
             .parts(tokens as u64, Recorded::of(config));
         Ok(Self {
             base_parameters: base_parameters(model),
-            trained_parameters: trained_parameters(config, model)?,
+            trained_parameters: TrainedParameters::of(config, model)?.all(),
             memory,
             rollout: rollout_memory(config, model, longest, dtype_bytes, quantization)?,
             samples,

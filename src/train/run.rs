@@ -44,6 +44,7 @@ use super::{
 use crate::{
     adapters::lora::{
         attach::attach, base::check_base, config::LoraConfig, files::load_adapter_for_training,
+        saved_modules::train_saved,
     },
     base::files::{FileError, write_atomic},
     dataset::{
@@ -137,7 +138,12 @@ fn prepare_model<B: Accelerator>(
                     adapted.notes.iter().for_each(|note| tell(note));
                     (adapted.model, adapted.config)
                 }
-                None => (attach(frozen, &own, config.seed)?.0, own),
+                None => {
+                    let (model, _) = attach(frozen, &own, config.seed)?;
+                    let (model, notes) = train_saved(model, &own)?;
+                    notes.iter().for_each(|note| tell(note));
+                    (model, own)
+                }
             })
         }
     }
