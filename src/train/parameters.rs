@@ -308,8 +308,7 @@ mod tests {
             freeze_aligner: false,
             ..TrainConfig::default()
         };
-        let trained =
-            |config: &TrainConfig| TrainedParameters::of(config, &model).unwrap().all();
+        let trained = |config: &TrainConfig| TrainedParameters::of(config, &model).unwrap().all();
         assert_eq!(trained(&config), parts.aligner);
         config.freeze_vit = false;
         config.freeze_llm = false;
