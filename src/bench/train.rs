@@ -131,6 +131,7 @@ impl<B: Accelerator> Bench<B> {
                 config: self.config.clone(),
                 train: settings,
                 loss_scale: LossScale::of(self.dtype, None),
+                reference: Default::default(),
             }),
         );
 
@@ -376,6 +377,7 @@ fn without_pixels(window: &Window) -> Window {
             .map(|part| part.iter().map(counted).collect())
             .collect(),
         rows: window.rows.clone(),
+        sequences: window.sequences.clone(),
         ..*window
     }
 }

@@ -13,7 +13,10 @@ use super::{
 };
 use crate::{
     phantom::{Dialect, PhantomStudies},
-    processor::sample::{Sample, SampleError},
+    processor::{
+        rejected,
+        sample::{Sample, SampleError},
+    },
     study::counted,
 };
 
@@ -68,7 +71,11 @@ impl DataPart {
                 row: number,
                 fault,
             })?;
-            unused.add(number, std::mem::take(&mut sample.unknown_keys));
+            let mut unknown = std::mem::take(&mut sample.unknown_keys);
+            if options.pairs {
+                unknown.retain(|key| key != "margin" && !rejected::KEYS.contains(&key.as_str()));
+            }
+            unused.add(number, unknown);
             samples.push(sample);
             lines.push(number);
         }

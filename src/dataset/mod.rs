@@ -11,6 +11,7 @@ mod data_part;
 mod encode;
 mod error;
 mod facts;
+mod folder;
 mod held_out;
 pub mod image_remarks;
 mod image_store;

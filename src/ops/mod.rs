@@ -25,7 +25,7 @@ use burn::{
     tensor::backend::AutodiffBackend,
 };
 
-pub use device::{AllReduce, DeviceMemory, DeviceOps, Reading};
+pub use device::{AllReduce, DeviceMemory, DeviceOps, Others, Reading};
 pub use dropout::Dropout;
 pub use forward::ForwardOps;
 pub use kept::Kept;

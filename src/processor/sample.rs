@@ -20,11 +20,13 @@ use super::pixel_limits::pixel_limits;
 pub use super::row_fault::{RowFault, SampleError};
 use super::row_fault::{kind_of, shown};
 pub use super::row_forms::is_training_form;
-pub use super::row_images::{ImageSource, ending_of, path_of};
+pub use super::row_images::{ImageSource, embedded, ending_of, path_of};
 use super::row_keys::{self, KeyUse};
 pub use super::tags::IMAGE_TAG;
 use super::tags::{self, Tag};
-use super::{row_forms, row_images, row_question, row_tools, row_unknown, strict_json};
+use super::{
+    literal, rejected, row_forms, row_images, row_question, row_tools, row_unknown, strict_json,
+};
 use crate::study::keys_of;
 
 /// Keys that often hold the path of an image, and are none of those that are read.
@@ -58,6 +60,8 @@ pub struct Sample {
     pub keys: BTreeMap<String, String>,
     /// Keys that nothing reads, such as `hospital` or `messages[0].mood`; they are passed over.
     pub unknown_keys: Vec<String>,
+    /// Keys of the answer that is not to be given.
+    pub(super) rejected: Option<Box<Map<String, Value>>>,
     /// The row, where its text has boxes that depend on the sizes of the images.
     boxed: Option<Box<Map<String, Value>>>,
 }
@@ -137,7 +141,16 @@ pub fn parse_row(
 /// # Errors
 /// [`RowFault::Json`], or [`RowFault::Form`] for another value.
 pub fn fields_of(line: &str) -> Result<Map<String, Value>, RowFault> {
-    object_of(strict_json::parse(line).map_err(RowFault::Json)?)
+    object_of(strict_json::parse(line).map_err(|reason| {
+        // What Python prints of a dictionary is no JSON.
+        let hint = match literal::parse(line) {
+            Some(Value::Object(_)) if line.contains('\'') => {
+                "; hint: the line is written as Python prints it; write it with `json.dumps(row, ensure_ascii=False)`"
+            }
+            _ => "",
+        };
+        RowFault::Json(format!("{reason}{hint}"))
+    })?)
 }
 
 /// The object that a value is.
@@ -416,6 +429,7 @@ fn read(row: &Map<String, Value>, sizes: Option<&[(usize, usize)]>) -> Result<Sa
         marks,
         limits,
         unknown_keys,
+        rejected: rejected::of_row(row),
         boxed: None,
     })
 }

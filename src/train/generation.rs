@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use burn::{prelude::Backend, tensor::backend::BackendTypes};
+use serde::{Deserialize, Serialize};
 
 use super::outcome::TrainError;
 use crate::qwen3_vl::Qwen3Vl;
@@ -11,7 +12,7 @@ use crate::qwen3_vl::Qwen3Vl;
 pub type GenerationScores = Vec<(&'static str, f64)>;
 
 /// A generated report beside the true one.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Generated {
     /// The reference report of the data set.
     pub truth: String,

@@ -8,7 +8,7 @@ use std::{
 use burn::train::{Interrupter, renderer::MetricsRenderer};
 
 use super::{config::TrainConfig, words::Tell};
-use crate::{base::trace::Trace, dataset::Fetching};
+use crate::{base::trace::Trace, cluster::Cluster, dataset::Fetching};
 
 /// Whether a run starts anew or resumes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,6 +31,8 @@ pub struct RunOptions {
     pub fetching: Option<Fetching>,
     /// Weights drawn at random in place of those in `model`, whose `config.json` counts.
     pub random_init: bool,
+    /// The processes of the run, where it has several.
+    pub cluster: Option<Arc<Cluster>>,
     /// Burn's dashboard, or a renderer that prints nothing.
     pub renderer: Option<Box<dyn MetricsRenderer>>,
     /// The Learner's stop handle, shared with the dashboard.

@@ -7,12 +7,17 @@
 //! no weights need to be sent; that they stay the same, bit for bit, is checked at every checkpoint and
 //! validation. Validation batches are divided among the devices as well.
 
+mod across;
 mod flat;
 mod rank;
 
 use std::{sync::Arc, time::Duration};
 
-use burn::optim::GradientsParams;
+use burn::{
+    optim::GradientsParams,
+    prelude::*,
+    tensor::{DType, TensorData},
+};
 
 use super::{
     generation::{Generated, GenerationScorer},
@@ -21,18 +26,27 @@ use super::{
     optimizer::AdamW,
     ranks::{RankError, Ranks},
 };
-use crate::{batch::window::Window, ops::DeviceOps, runtime::accelerator::TrainAccelerator};
+use crate::{
+    batch::window::Window,
+    cluster::Cluster,
+    ops::{DeviceOps, Others},
+    runtime::accelerator::TrainAccelerator,
+};
 
-use flat::{Flat, scatter};
+use across::Across;
+use flat::{Flat, lengths, scatter};
 use rank::{Adder, Answer, Job, Rank};
 
-pub use rank::Learnt;
+pub(super) use across::Evaluated;
+pub use rank::{Learnt, Piece};
 
 /// Devices that train one model together.
 pub struct Replicas<B: TrainAccelerator> {
     ranks: Ranks<Job<B>, Answer<B>>,
     devices: Vec<B::Device>,
     all_reduce: Option<Adder<B>>,
+    /// The other processes of the run.
+    across: Option<Across>,
     present: Arc<Vec<bool>>,
     /// Ranks that were sent a step whose end was not waited for.
     stepping: Vec<usize>,
@@ -41,7 +55,7 @@ pub struct Replicas<B: TrainAccelerator> {
 impl<B: TrainAccelerator> Replicas<B> {
     /// Copies the model and the optimizer to all devices but the first, where the Learner has them.
     ///
-    /// `names` are the devices' names for messages.
+    /// `names` are the devices' names for messages; `cluster` are the processes of the run, where it has several.
     ///
     /// # Errors
     /// [`RankError`]; also when the devices cannot add up among themselves, as CUDA without NCCL.
@@ -51,23 +65,38 @@ impl<B: TrainAccelerator> Replicas<B> {
         model: &Trainee<B>,
         optimizer: &AdamW<B>,
         max_grad_norm: f64,
+        cluster: Option<Arc<Cluster>>,
         patience: Duration,
     ) -> Result<Self, RankError> {
         let name = |rank: usize| match names.get(rank) {
             Some(name) => format!("`{name}` (rank {rank})"),
             None => format!("{:?} (rank {rank})", devices[rank]),
         };
-        let all_reduce =
-            B::InnerBackend::all_reduce(devices, patience).map_err(|reason| RankError::Failed {
-                rank: name(0),
-                what: "preparing to add up gradients",
-                reason,
-            })?;
+        let all_reduce = match &cluster {
+            Some(cluster) => all_reduce_across::<B>(devices, cluster, patience),
+            // A device alone has nothing to add up.
+            None if devices.len() == 1 => Ok(None),
+            None => B::InnerBackend::all_reduce(devices, None, patience),
+        }
+        .map_err(|reason| RankError::Failed {
+            rank: name(0),
+            what: "preparing to add up gradients",
+            reason,
+        })?;
+        let across = cluster
+            .map(|cluster| Across::join(cluster, all_reduce.is_some()))
+            .transpose()?;
+        let keeps_parts = across.as_ref().is_some_and(Across::uses_sockets);
         let workers = devices
             .iter()
             .enumerate()
             .map(|(index, device)| {
-                let mut rank = Rank::<B>::new(device.clone(), max_grad_norm, all_reduce.clone());
+                let mut rank = Rank::<B>::new(
+                    device.clone(),
+                    max_grad_norm,
+                    all_reduce.clone(),
+                    keeps_parts,
+                );
                 (name(index), move |job| rank.work(job))
             })
             .collect();
@@ -81,6 +110,7 @@ impl<B: TrainAccelerator> Replicas<B> {
             ranks,
             devices: devices.to_vec(),
             all_reduce,
+            across,
             present: Arc::default(),
             stepping: Vec::new(),
         };
@@ -105,9 +135,14 @@ impl<B: TrainAccelerator> Replicas<B> {
     }
 
     fn collect(&self, what: &'static str, ranks: &[usize]) -> Result<Vec<Answer<B>>, RankError> {
-        self.ranks.collect(what, ranks).inspect_err(|_| {
+        self.ranks.collect(what, ranks).map_err(|error| {
             if let Some(all_reduce) = &self.all_reduce {
                 all_reduce.give_up();
+            }
+            match &self.across {
+                // Another process is the likely reason: the first one knows.
+                Some(across) => across.cluster().verdict(error.to_string()).into(),
+                None => error,
             }
         })
     }
@@ -125,7 +160,7 @@ impl<B: TrainAccelerator> Replicas<B> {
         window: Window,
         next: Option<&mut Window>,
     ) -> Result<Vec<Learnt>, RankError> {
-        let count = self.ranks.len();
+        let (count, step) = (self.ranks.len(), window.step);
         let split = |window: Window| -> Vec<Option<Box<Window>>> {
             let mut parts = window.split().into_iter().map(Box::new);
             (0..count).map(|_| parts.next()).collect()
@@ -150,13 +185,16 @@ impl<B: TrainAccelerator> Replicas<B> {
             })
             .collect();
         let answers = self.ranks.ask("working out gradients", jobs)?;
-        let all: Vec<Learnt> = answers
+        let mut all: Vec<Learnt> = answers
             .into_iter()
             .filter_map(|answer| match answer {
                 Answer::Learnt(learnt) => Some(learnt),
                 _ => None,
             })
             .collect();
+        if let Some(across) = &self.across {
+            all = across.learnt(step, all)?;
+        }
         // A parameter without a gradient anywhere is not stepped, as on one device.
         let count = all.first().map_or(0, |learnt| learnt.present.len());
         let anywhere = (0..count)
@@ -175,6 +213,9 @@ impl<B: TrainAccelerator> Replicas<B> {
     pub fn reduce(&mut self, model: &Trainee<B>, lr: f64) -> Result<GradientsParams, RankError> {
         if !self.present.contains(&true) {
             return Ok(GradientsParams::new());
+        }
+        if self.across.as_ref().is_some_and(Across::uses_sockets) {
+            return self.reduce_through_sockets(model, lr);
         }
         let all: Vec<usize> = (0..self.ranks.len()).collect();
         let jobs = all
@@ -206,12 +247,48 @@ impl<B: TrainAccelerator> Replicas<B> {
                 let device = &self.devices[*rank];
                 let copies = sums.iter().cloned();
                 let copies = copies.map(|sum| B::InnerBackend::to_other_device(sum, device));
-                self.ranks
-                    .send(*rank, Job::Step(Some(copies.collect()), lr));
+                let copies = Some((copies.collect(), self.present.clone()));
+                self.ranks.send(*rank, Job::Step(copies, lr));
             }
             sums
         };
         Ok(scatter(model, sums, &self.present))
+    }
+
+    /// [`Replicas::reduce`] over several processes, micro-batch by micro-batch in their order: the bits are those
+    /// of one device that learns from all of them.
+    fn reduce_through_sockets(
+        &mut self,
+        model: &Trainee<B>,
+        lr: f64,
+    ) -> Result<GradientsParams, RankError> {
+        let Some(across) = &self.across else {
+            return Ok(GradientsParams::new());
+        };
+        let all = 0..self.ranks.len();
+        let jobs = all.clone().map(|rank| (rank, Job::Parts)).collect();
+        let answers = self.ranks.ask("handing over gradients", jobs)?;
+        let parts = answers.into_iter().flat_map(|answer| match answer {
+            Answer::Parts(parts) => parts,
+            _ => Vec::new(),
+        });
+        let parts: Vec<_> = parts.collect();
+        let sums = across.sum(&lengths(model), &parts)?;
+        drop(parts);
+        let present: Arc<Vec<bool>> = Arc::new(sums.iter().map(Option::is_some).collect());
+        let on_device = |device: &B::Device| -> Vec<Flat<B>> {
+            let rows = sums.iter().flatten().map(|row| {
+                let data = TensorData::new(row.clone(), [row.len()]);
+                Tensor::from_data(data, (device, DType::F32))
+            });
+            rows.collect()
+        };
+        self.stepping = all.skip(1).collect();
+        for rank in &self.stepping {
+            let copies = Some((on_device(&self.devices[*rank]), present.clone()));
+            self.ranks.send(*rank, Job::Step(copies, lr));
+        }
+        Ok(scatter(model, on_device(&self.devices[0]), &present))
     }
 
     /// Waits until all ranks have taken the step, and the first device what the caller gave it to do.
@@ -263,22 +340,26 @@ impl<B: TrainAccelerator> Replicas<B> {
         model: &Trainee<B>,
         scorer: &GenerationScorer<B::InnerBackend>,
     ) -> Result<Vec<Generated>, RankError> {
-        let count = self.ranks.len();
-        let jobs = (0..count)
+        let (first, count) = (self.first(), self.all());
+        let jobs = (0..self.ranks.len())
             .map(|rank| {
                 let model = (rank == 0).then(|| Box::new(model.clone()));
-                let batches = (rank..scorer.batches).step_by(count).collect();
+                let batches = (first + rank..scorer.batches).step_by(count).collect();
                 (rank, Job::Generate(model, scorer.generate.clone(), batches))
             })
             .collect();
         let answers = self.ranks.ask("generating reports", jobs)?;
-        let mut all: Vec<_> = answers
+        let mut all: Vec<Vec<Vec<Generated>>> = answers
             .into_iter()
             .filter_map(|answer| match answer {
-                Answer::Generated(batches) => Some(batches.into_iter()),
+                Answer::Generated(batches) => Some(batches),
                 _ => None,
             })
             .collect();
+        if let Some(across) = &self.across {
+            all = across.generated(all)?;
+        }
+        let mut all: Vec<_> = all.into_iter().map(Vec::into_iter).collect();
         // Back into the order of the batches.
         let ordered = (0..scorer.batches).filter_map(|batch| all[batch % count].next());
         Ok(ordered.flatten().collect())
@@ -303,14 +384,17 @@ impl<B: TrainAccelerator> Replicas<B> {
                 _ => None,
             })
             .collect();
+        if let (Some(across), Some(own)) = (&self.across, all.first()) {
+            across.compare(own, step)?;
+        }
         for (rank, other) in all.iter().enumerate().skip(1) {
             let differing: Vec<usize> = (0..all[0].len().max(other.len()))
                 .filter(|place| all[0].get(*place) != other.get(*place))
                 .collect();
             if let Some(place) = differing.first() {
                 return Err(RankError::Apart {
-                    rank: self.ranks.name(rank).to_string(),
-                    first: self.ranks.name(0).to_string(),
+                    rank: format!("device {}", self.ranks.name(rank)),
+                    first: format!("device {}", self.ranks.name(0)),
                     step,
                     count: differing.len(),
                     place: place + 1,
@@ -321,7 +405,42 @@ impl<B: TrainAccelerator> Replicas<B> {
         Ok(())
     }
 
-    /// Number of devices.
+    /// The validation batches of all processes in their order; those of this one, where it works alone.
+    ///
+    /// # Errors
+    /// [`RankError`].
+    pub(super) fn evaluated(&self, own: Vec<Evaluated>) -> Result<Vec<Evaluated>, RankError> {
+        match &self.across {
+            Some(across) => across.evaluated(&own),
+            None => Ok(own),
+        }
+    }
+
+    /// Says before a step whether this process wants to stop after it.
+    pub fn set_stop(&self, stop: bool) {
+        if let Some(across) = &self.across {
+            across.set_stop(stop);
+        }
+    }
+
+    /// Whether one of the processes wants to stop after the last step; `None` where there is one process.
+    pub fn stops(&self) -> Option<bool> {
+        self.across.as_ref().map(Across::stops)
+    }
+
+    /// Number of this process's first device among all.
+    pub fn first(&self) -> usize {
+        let across = self.across.as_ref();
+        across.map_or(0, |across| across.cluster().first_device())
+    }
+
+    /// Devices of all processes.
+    pub fn all(&self) -> usize {
+        let across = self.across.as_ref();
+        across.map_or(self.devices.len(), |across| across.cluster().devices())
+    }
+
+    /// Number of devices of this process.
     pub fn len(&self) -> usize {
         self.devices.len()
     }
@@ -330,6 +449,32 @@ impl<B: TrainAccelerator> Replicas<B> {
     pub fn is_empty(&self) -> bool {
         self.devices.is_empty()
     }
+}
+
+/// How these devices add up with those of the other processes.
+fn all_reduce_across<B: TrainAccelerator>(
+    devices: &[B::Device],
+    cluster: &Arc<Cluster>,
+    patience: Duration,
+) -> Result<Option<Adder<B>>, String> {
+    let hand_out = |own: Option<Vec<u8>>| {
+        let parts = cluster.gather("NCCL's id", &own.unwrap_or_default());
+        parts
+            .map(|mut parts| parts.swap_remove(0))
+            .map_err(|error| error.to_string())
+    };
+    let others = Others {
+        first: cluster.first_device(),
+        all: cluster.devices(),
+        hand_out: &hand_out,
+        is_over: &|| cluster.is_over(),
+    };
+    let all_reduce = B::InnerBackend::all_reduce(devices, Some(&others), patience)?;
+    if let Some(all_reduce) = &all_reduce {
+        let all_reduce = all_reduce.clone();
+        cluster.on_end(move |_| all_reduce.give_up());
+    }
+    Ok(all_reduce)
 }
 
 /// The gradients among answers.
@@ -382,6 +527,7 @@ mod tests {
             config: sizes,
             train: config.clone(),
             loss_scale: None,
+            reference: Default::default(),
         };
         let model = Trainee::new(model, Arc::new(settings));
         let data = Dataset::open("phantom:11:0..8:house").unwrap();
@@ -392,6 +538,7 @@ mod tests {
             &model,
             &AdamW::new(config.adamw()),
             1.0,
+            None,
             patience,
         );
         (model, replicas, loader.window(0).unwrap())
@@ -403,7 +550,8 @@ mod tests {
         let mut replicas = replicas.unwrap();
         let learnt = replicas.learn(&model, window.clone(), None).unwrap();
         assert_eq!(learnt.len(), 2);
-        let targets: usize = learnt.iter().map(|part| part.totals.targets).sum();
+        let pieces = learnt.iter().flat_map(|part| &part.pieces);
+        let targets: usize = pieces.map(|piece| piece.totals.targets).sum();
         assert_eq!(targets, window.targets);
         replicas.compare(&model, 0).unwrap();
         let sums = replicas.reduce(&model, 1e-3).unwrap();
@@ -423,7 +571,10 @@ mod tests {
             .unwrap();
         assert_eq!((ahead.parts.len(), ahead.targets), (0, window.targets));
         let second = replicas.learn(&model, ahead, None).unwrap();
-        let loss = |all: &[Learnt]| all.iter().map(|part| part.objective).sum::<f64>();
+        let loss = |all: &[Learnt]| {
+            let pieces = all.iter().flat_map(|part| &part.pieces);
+            pieces.map(|piece| piece.objective).sum::<f64>()
+        };
         assert_eq!(loss(&first), loss(&second));
 
         // No row of the embedding has this number: the second rank's model panics.

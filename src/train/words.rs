@@ -1,6 +1,6 @@
 //! Messages of a run: who takes them; counts and times in them.
 
-use std::sync::Arc;
+use std::{path::Path, sync::Arc};
 
 pub use crate::study::counted;
 
@@ -48,4 +48,9 @@ mod tests {
             ["7.5 s", "12.5 min", "1.25 h"]
         );
     }
+}
+
+/// What is said with the end of a run in several processes.
+pub(super) fn last_checkpoint(path: &Path) -> String {
+    format!("the last checkpoint is `{}`", path.display())
 }

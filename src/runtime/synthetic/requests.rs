@@ -184,6 +184,8 @@ impl<'a> Requests<'a> {
                 .map(|sample| sample.prompt.input_ids.len())
                 .sum(),
             parts: vec![batches],
+            sequences: Vec::new(),
+            counts: Default::default(),
         })
     }
 

@@ -9,7 +9,10 @@ use burn::{
     tensor::{DType, backend::AutodiffBackend},
 };
 
-use crate::{ops::cast::to_f32, runtime::accelerator::TrainAccelerator, train::learner::Trainee};
+use crate::{
+    cluster::chain::Part, ops::cast::to_f32, runtime::accelerator::TrainAccelerator,
+    train::learner::Trainee,
+};
 
 /// A tensor in one row.
 pub(super) type Flat<B> = Tensor<<B as AutodiffBackend>::InnerBackend, 1>;
@@ -48,6 +51,40 @@ pub(super) fn presence<B: TrainAccelerator>(
     let mut look = Look(grads, Vec::new());
     model.visit(&mut look);
     look.1
+}
+
+/// Number of elements of each trained parameter, in the order of the module tree.
+pub(super) fn lengths<B: TrainAccelerator>(model: &Trainee<B>) -> Vec<usize> {
+    struct Count(Vec<usize>);
+    impl<B: AutodiffBackend> ModuleVisitor<B> for Count {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+            if param.is_require_grad() {
+                self.0.push(param.lazy_shape().num_elements());
+            }
+        }
+    }
+    let mut count = Count(Vec::new());
+    model.visit(&mut count);
+    count.0
+}
+
+/// The gradient of each trained parameter on the host, f32, where it has one.
+pub(super) fn on_host<B: TrainAccelerator>(model: &Trainee<B>, grads: GradientsParams) -> Part {
+    struct Read(GradientsParams, Part);
+    impl<B: AutodiffBackend> ModuleVisitor<B> for Read {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+            if param.is_require_grad() {
+                let gradient = self.0.remove::<B::InnerBackend, D>(param.id);
+                self.1.push(gradient.map(|gradient| {
+                    let values = to_f32(gradient).into_data().into_vec::<f32>();
+                    values.unwrap_or_else(|error| panic!("gradients in f32: {error:?}"))
+                }));
+            }
+        }
+    }
+    let mut read = Read(grads, Vec::new());
+    model.visit(&mut read);
+    read.1
 }
 
 /// The gradients of the parameters that are `present` somewhere, f32, each in one row; zeros where this

@@ -10,16 +10,18 @@ use burn::{
     train::{InferenceStep, TrainStep},
 };
 
-use super::flat::{Flat, digests, gather, presence, scatter};
+use super::flat::{Flat, digests, gather, on_host, presence, scatter};
 use crate::{
     adapters::lora::merge::merge_unless_quantised,
     batch::window::Window,
+    cluster::chain::Part,
     ops::{AllReduce, DeviceMemory, DeviceOps},
     runtime::accelerator::TrainAccelerator,
     train::{
         generation::{GenerateBatch, Generated},
         learner::{StepReading, Trainee},
         loss::LossTotals,
+        objective::sums::ObjectiveSums,
         optimizer::{AdamW, norm_of},
     },
 };
@@ -42,8 +44,10 @@ pub(super) enum Job<B: TrainAccelerator> {
     ),
     /// Return the gradients of the parameters that have one anywhere, summed (all-reduce) if the backend can.
     Reduce(Arc<Vec<bool>>),
+    /// Return the gradients of each micro-batch, on the host.
+    Parts,
     /// Clip and step with the sums: those given, or those the rank has of the last [`Job::Reduce`].
-    Step(Option<Vec<Flat<B>>>, f64),
+    Step(Option<(Vec<Flat<B>>, Arc<Vec<bool>>)>, f64),
     /// Compute the loss of a validation batch; the first rank gets the Learner's model with it.
     Evaluate(Option<Box<Trainee<B>>>, Box<Window>),
     /// Generate reports of some batches; the first rank gets the Learner's model with it.
@@ -60,6 +64,7 @@ pub(super) enum Answer<B: TrainAccelerator> {
     Done,
     Learnt(Learnt),
     Gradients(Vec<Flat<B>>),
+    Parts(Vec<Part>),
     Totals(LossTotals),
     Generated(Vec<Vec<Generated>>),
     Digests(Vec<u64>),
@@ -68,14 +73,23 @@ pub(super) enum Answer<B: TrainAccelerator> {
 /// What a rank reports of its part before gradients are summed.
 #[derive(Debug, Clone)]
 pub struct Learnt {
-    /// Loss sums.
-    pub totals: LossTotals,
-    /// Share of the loss that is minimised.
-    pub objective: f64,
+    /// Of each micro-batch where their gradients are kept one by one, else of all together.
+    pub pieces: Vec<Piece>,
     /// Memory of the device, where the backend reports it.
     pub memory: Option<DeviceMemory>,
     /// For each trained parameter whether it has a gradient.
     pub(super) present: Vec<bool>,
+}
+
+/// Loss of some samples.
+#[derive(Debug, Clone, Copy)]
+pub struct Piece {
+    /// Loss sums.
+    pub totals: LossTotals,
+    /// Share of the loss that is minimised.
+    pub objective: f64,
+    /// What an objective over sequences came to.
+    pub sequences: Option<ObjectiveSums>,
 }
 
 /// State of one rank's thread.
@@ -86,6 +100,9 @@ pub(super) struct Rank<B: TrainAccelerator> {
     model: Option<Trainee<B>>,
     optimizer: Option<AdamW<B>>,
     grads: GradientsParams,
+    /// Whether the gradients of each micro-batch are kept one by one, to be added up in their order.
+    keeps_parts: bool,
+    parts: Vec<Part>,
     sums: Vec<Flat<B>>,
     present: Arc<Vec<bool>>,
     /// The part of the next step.
@@ -94,7 +111,12 @@ pub(super) struct Rank<B: TrainAccelerator> {
 
 impl<B: TrainAccelerator> Rank<B> {
     /// A rank without a model.
-    pub(super) fn new(device: B::Device, max_grad_norm: f64, all_reduce: Option<Adder<B>>) -> Self {
+    pub(super) fn new(
+        device: B::Device,
+        max_grad_norm: f64,
+        all_reduce: Option<Adder<B>>,
+        keeps_parts: bool,
+    ) -> Self {
         Self {
             device,
             max_grad_norm,
@@ -102,6 +124,8 @@ impl<B: TrainAccelerator> Rank<B> {
             model: None,
             optimizer: None,
             grads: GradientsParams::new(),
+            keeps_parts,
+            parts: Vec::new(),
             sums: Vec::new(),
             present: Arc::default(),
             next: None,
@@ -137,7 +161,12 @@ impl<B: TrainAccelerator> Rank<B> {
                 }
                 let model = self.model.as_ref().ok_or(NO_MODEL)?;
                 let window = window.or_else(|| self.next.take());
-                let output = TrainStep::step(model, *window.ok_or("it has no samples")?);
+                let window = *window.ok_or("it has no samples")?;
+                if self.keeps_parts {
+                    self.next = next;
+                    return self.learn_one_by_one(window).map(Answer::Learnt);
+                }
+                let output = TrainStep::step(model, window);
                 let reading = output.item.read_async(None);
                 if let Some(next) = next {
                     model.send_ahead(&next);
@@ -153,11 +182,21 @@ impl<B: TrainAccelerator> Rank<B> {
                 let read = reading.map(StepReading::wait).unwrap_or_default();
                 self.wait()?;
                 Ok(Answer::Learnt(Learnt {
-                    totals: read.totals,
-                    objective: read.objective,
+                    pieces: vec![Piece {
+                        totals: read.totals,
+                        objective: read.objective,
+                        sequences: read.sequences,
+                    }],
                     memory,
                     present,
                 }))
+            }
+            Job::Parts => {
+                if self.optimizer.is_none() {
+                    // As in a reduction: the Learner's weights.
+                    self.model = None;
+                }
+                Ok(Answer::Parts(std::mem::take(&mut self.parts)))
             }
             Job::Reduce(present) => {
                 let model = self.model.as_ref().ok_or(NO_MODEL)?;
@@ -182,8 +221,11 @@ impl<B: TrainAccelerator> Rank<B> {
             Job::Step(sums, lr) => {
                 let model = self.model.take().ok_or(NO_MODEL)?;
                 let optimizer = self.optimizer.as_mut().ok_or("it holds no optimizer")?;
-                let sums = sums.unwrap_or_else(|| std::mem::take(&mut self.sums));
-                let grads = scatter(&model, sums, &self.present);
+                let (sums, present) = match sums {
+                    Some((sums, present)) => (sums, present),
+                    None => (std::mem::take(&mut self.sums), self.present.clone()),
+                };
+                let grads = scatter(&model, sums, &present);
                 let clip = optimizer.clip_next(&model, &grads, self.max_grad_norm);
                 // All devices have the same sums, and so take or leave out the same steps.
                 let leaves_out = model.loss_scale().is_some()
@@ -214,6 +256,49 @@ impl<B: TrainAccelerator> Rank<B> {
                 Ok(Answer::Digests(digests(model)))
             }
         }
+    }
+
+    /// Computes the gradients of a window's micro-batches one after the other and keeps each.
+    fn learn_one_by_one(&mut self, window: Window) -> Result<Learnt, String> {
+        let model = self.model.as_ref().ok_or("it holds no model")?;
+        let mut learnt = Learnt {
+            pieces: Vec::new(),
+            memory: None,
+            present: presence(model, &GradientsParams::new()),
+        };
+        self.parts.clear();
+        let mut sequences = window.sequences.iter().flatten();
+        for (place, batch) in window.parts.iter().flatten().enumerate() {
+            let own = sequences.next().cloned();
+            if batch.targets() == 0 {
+                continue;
+            }
+            let output = TrainStep::step(
+                model,
+                Window {
+                    parts: vec![vec![batch.clone()]],
+                    sequences: vec![own.into_iter().collect()],
+                    rows: Vec::new(),
+                    first_micro_batch: window.first_micro_batch + place,
+                    ..window
+                },
+            );
+            let reading = output.item.read_async(None);
+            let read = reading.map(StepReading::wait).unwrap_or_default();
+            learnt.pieces.push(Piece {
+                totals: read.totals,
+                objective: read.objective,
+                sequences: read.sequences,
+            });
+            let part = on_host(model, output.grads);
+            for (present, row) in learnt.present.iter_mut().zip(&part) {
+                *present |= row.is_some();
+            }
+            self.parts.push(part);
+        }
+        self.wait()?;
+        learnt.memory = B::InnerBackend::memory_in_use(&self.device);
+        Ok(learnt)
     }
 
     /// Waits for all work of the device.

@@ -532,7 +532,7 @@ impl DecodeBackend for PagedDecoder {
         if adapted.changes_text {
             return Err(AdapterError::ChangesBase {
                 dir: dir.to_path_buf(),
-                changed: adapted.changed,
+                changed: adapted.changed.iter().map(ToString::to_string).collect(),
                 reason: "sequences of all adapters share the base's weights in a step of this device",
             });
         }

@@ -5,6 +5,7 @@
 //! quantised is seen from their tensors; the lists of the config are checked against that. A key of the
 //! config that is not known, or asks for something else, is an error.
 
+mod affine;
 mod awq;
 mod bnb;
 mod compressed;
