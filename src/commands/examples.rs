@@ -276,6 +276,10 @@ pub const BENCH: &[Example] = &[
         "A server that runs already, under sixteen users",
         "xray-qwen3vl bench serve --users 16 --seconds 20",
     ),
+    (
+        "What several machines would bring to training, from a step of 0.39 s on one",
+        "xray-qwen3vl bench scale --step-seconds 0.39",
+    ),
 ];
 
 /// The examples of `config`.
