@@ -119,7 +119,9 @@ fn rewards_are_shown_by_part_and_a_killed_run_goes_on_bit_for_bit() {
         assert!(all[4][key].is_number(), "{key} in {}", all[4]);
     }
     // Answers differ in reward, and something is learnt.
-    let learnt = all.iter().filter(|row| row["grad_norm"].as_f64() > Some(1e-3));
+    let learnt = all
+        .iter()
+        .filter(|row| row["grad_norm"].as_f64() > Some(1e-3));
     assert!(learnt.count() > 4, "{all:?}");
     let sum = all[4]["reward.finding_f1"].as_f64().unwrap()
         + 0.5 * all[4]["reward.repetition"].as_f64().unwrap();
