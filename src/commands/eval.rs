@@ -43,7 +43,7 @@ use crate::{
         text::TextLanguage,
     },
     study::{StudyFacts, counted},
-    train::{data::RunData, gradients::LossTotals},
+    train::{data::RunData, loss::LossTotals},
 };
 pub use args::{EvalArgs, Uncertain};
 use cases::TestSet;

@@ -5,6 +5,7 @@ pub mod bench_serve;
 pub mod calibrate;
 pub mod check;
 pub mod clean;
+pub mod cluster_args;
 pub mod completions;
 pub mod config;
 pub mod convert;

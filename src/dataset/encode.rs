@@ -3,8 +3,9 @@
 use std::{borrow::Cow, path::PathBuf};
 
 use super::{
+    data_part::SampleSource,
     error::DatasetError,
-    samples::{Dataset, RawSample, SampleSource},
+    samples::{Dataset, RawSample},
 };
 use crate::{
     batch::images::ImageInput,

@@ -112,6 +112,20 @@ pub enum DatasetError {
         /// How long the loader waited.
         seconds: f64,
     },
+    /// A sample is not as long as its image's header and its text say, by which other processes count.
+    #[error(
+        "`{file}` row {row}: {found} when it is read, {measured} by its text and the headers of its images; run `check` on the file"
+    )]
+    Measured {
+        /// The data set.
+        file: String,
+        /// The row, from 1.
+        row: usize,
+        /// Tokens and targets of the sample.
+        found: String,
+        /// Those that it was expected to have.
+        measured: String,
+    },
     /// Every row is longer than allowed, and such rows are left out.
     #[error(
         "`{file}`: {}, and `overlong = \"skip\"` leaves such rows out: nothing is left to learn; raise max_length or lower max_pixels",

@@ -22,8 +22,8 @@ use crate::ops::{
 };
 
 pub(crate) use super::quantised::{
+    matmul::adapted_from_low as adapted_linear_for_backward,
     training::{input_gradient as input_gradient_quantised, target_loss as target_loss_quantised},
-    weight::adapted_from_low as adapted_linear_for_backward,
 };
 
 /// Query rows worked on at once: bounds the score matrix of a large image to some 100 MB.

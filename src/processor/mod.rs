@@ -19,6 +19,7 @@ mod objects;
 mod pack_bits;
 pub mod patches;
 mod percentiles;
+mod pixel_limits;
 pub mod rejected;
 pub mod remark;
 pub mod resize;

@@ -251,7 +251,9 @@ mod tests {
                 .collect()
         };
         let mut all = ImageInput::default();
-        [&one, &one, &other, &one].map(|image| all.extend(image));
+        for image in [&one, &one, &other, &one] {
+            all.extend(image);
+        }
         let (distinct, places) = without_repeats(&all).unwrap();
         assert_eq!(
             (distinct.image_grid_thw.len(), places),

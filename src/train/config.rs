@@ -203,6 +203,9 @@ pub struct TrainConfig {
     /// Which linear layers get an adapter: `"all-linear"` (all in the parts that are not frozen), a regular
     /// expression over whole module paths, or a list of last names.
     pub target_modules: TargetModules,
+    /// Modules that are trained whole beside the adapters and stored with them, by the ends of their paths, such as
+    /// `["lm_head", "embed_tokens"]`; they keep the type of the base. `lora` only.
+    pub modules_to_save: Vec<String>,
     /// Scales by `lora_alpha / sqrt(lora_rank)` instead (rsLoRA).
     pub use_rslora: bool,
     /// Trains the magnitude of each weight row separately (DoRA).
@@ -342,6 +345,7 @@ impl Default for TrainConfig {
             lora_alpha: 32.0,
             lora_dropout: 0.05,
             target_modules: TargetModules::default(),
+            modules_to_save: Vec::new(),
             use_rslora: false,
             use_dora: false,
             freeze_vit: true,

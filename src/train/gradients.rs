@@ -6,21 +6,21 @@
 //! plain backpropagation, one segment a layer is gradient checkpointing per block. The same is done
 //! for the vision tower where it is trained. Where it is frozen, it never sees autodiff.
 
-use super::{
-    manual_backward,
-    scores::{TargetWeights, divided, score_targets},
-    tape::Recorded,
-};
-
 use std::ops::Range;
 
 use burn::{
-    module::{AutodiffModule, Module, ModuleVisitor, Param, ParamId},
+    module::{AutodiffModule, ModuleVisitor, Param, ParamId},
     optim::GradientsParams,
     prelude::*,
     tensor::{DType, activation::log_softmax, backend::AutodiffBackend},
 };
 
+use super::{
+    loss::{LOSS_ROWS, LossSums},
+    manual_backward::{self, is_trained},
+    scores::{TargetWeights, divided, score_targets},
+    tape::Recorded,
+};
 use crate::{
     batch::{images::ImageInput, micro_batch::MicroBatch},
     ops::{cast::to_dtype, plain::target_sums},
@@ -36,9 +36,6 @@ use crate::{
         vision::encode_images,
     },
 };
-
-/// Rows of logits held at once in the loss.
-pub(super) const LOSS_ROWS: usize = 512;
 
 /// What is recomputed in the backward pass, and what decides the dropout masks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,80 +64,6 @@ impl Default for GradientOptions {
             manual_backward: true,
         }
     }
-}
-
-/// Sums over the targets of one micro-batch, on the device until they are read.
-#[derive(Debug, Clone)]
-pub struct LossSums<B: Backend> {
-    /// Sum of the negative log likelihoods, sum of right predictions; `[2]`, f32.
-    sums: Tensor<B, 1>,
-    /// Number of targets.
-    pub targets: usize,
-}
-
-/// Sums over the targets of one or more micro-batches, on the host.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct LossTotals {
-    /// Sum of the negative log likelihoods, in nats.
-    pub nll: f64,
-    /// Targets that are the likeliest token.
-    pub correct: f64,
-    /// Number of targets.
-    pub targets: usize,
-}
-
-impl LossTotals {
-    /// Mean negative log likelihood.
-    pub fn loss(&self) -> f64 {
-        self.nll / self.targets.max(1) as f64
-    }
-
-    /// Share of right predictions.
-    pub fn token_accuracy(&self) -> f64 {
-        self.correct / self.targets.max(1) as f64
-    }
-
-    /// Adds the sums of another part.
-    pub fn add(&mut self, other: Self) {
-        self.nll += other.nll;
-        self.correct += other.correct;
-        self.targets += other.targets;
-    }
-}
-
-impl<B: Backend> LossSums<B> {
-    /// `sums`: negative log likelihood and right predictions, `[2]`, f32.
-    pub(super) fn new(sums: Tensor<B, 1>, targets: usize) -> Self {
-        Self { sums, targets }
-    }
-
-    /// The sums, `[2]`, f32.
-    pub(super) fn tensor(&self) -> Tensor<B, 1> {
-        self.sums.clone()
-    }
-
-    /// Reads the sums back; waits for the device.
-    pub fn totals(&self) -> LossTotals {
-        let values: Vec<f32> = self.sums.to_data().iter::<f32>().collect();
-        LossTotals {
-            nll: f64::from(values[0]),
-            correct: f64::from(values[1]),
-            targets: self.targets,
-        }
-    }
-}
-
-/// Whether any parameter of a module is trained.
-pub fn is_trained<B: Backend, M: Module<B>>(module: &M) -> bool {
-    struct Trained(bool);
-    impl<B: Backend> ModuleVisitor<B> for Trained {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-            self.0 |= param.is_require_grad();
-        }
-    }
-    let mut visitor = Trained(false);
-    module.visit(&mut visitor);
-    visitor.0
 }
 
 /// Adds the gradients of a module's parameters to `into`.

@@ -18,9 +18,8 @@ use burn::{
 
 use super::{
     config::{LossReduction, TrainConfig},
-    gradients::{
-        GradientOptions, LossSums, LossTotals, add_gradients, evaluate, gradients, gradients_of,
-    },
+    gradients::{GradientOptions, add_gradients, evaluate, gradients, gradients_of},
+    loss::{LossSums, LossTotals},
     loss_scale::{LossScale, unscaled},
     objective::{reference::Reference, settings::Objective, sums::ObjectiveSums},
     scores::{TargetWeights, TokenScores, token_scores},

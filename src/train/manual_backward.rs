@@ -6,14 +6,14 @@
 //! backend; tests compare it with autodiff.
 
 use burn::{
-    module::ParamId,
+    module::{Module, ModuleVisitor, Param, ParamId},
     optim::GradientsParams,
     prelude::*,
     tensor::{DType, IndexingUpdateOp, backend::AutodiffBackend},
 };
 
 use super::{
-    gradients::{LOSS_ROWS, LossSums, is_trained},
+    loss::{LOSS_ROWS, LossSums},
     scores::{TargetWeights, divided, score_targets},
     tape::{LayerRecord, LayerTape, Recorded, Tape, adapter, only_group},
 };
@@ -322,4 +322,17 @@ fn head_pass<B: Accelerator>(
         gradient = gradient.select_assign(0, rows, dx, IndexingUpdateOp::Add);
     }
     (gradient, LossSums::new(sums, targets.len()))
+}
+
+/// Whether any parameter of a module is trained.
+pub(super) fn is_trained<B: Backend, M: Module<B>>(module: &M) -> bool {
+    struct Trained(bool);
+    impl<B: Backend> ModuleVisitor<B> for Trained {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+            self.0 |= param.is_require_grad();
+        }
+    }
+    let mut visitor = Trained(false);
+    module.visit(&mut visitor);
+    visitor.0
 }

@@ -9,7 +9,10 @@ use super::{
     records::RecordsError,
     report_command::Reported,
 };
-use crate::{base::files::FileError, dataset::DatasetError, ops::quantised::Quantization};
+use crate::{
+    base::files::FileError, cluster::ClusterError, dataset::DatasetError,
+    ops::quantised::Quantization,
+};
 
 /// What ends a run before its time.
 #[derive(Debug, thiserror::Error)]
@@ -76,6 +79,8 @@ pub enum TrainError {
         "{0}; continue from the last checkpoint with `xray-qwen3vl train --config OUTPUT_DIR/config.toml --resume auto`"
     )]
     Rank(#[from] RankError),
+    #[error("{0}; the same command with `--resume auto` on all nodes goes on from there")]
+    Process(#[from] ClusterError),
     #[error(
         "a thread failed: {0}; continue from the last checkpoint with `xray-qwen3vl train --config OUTPUT_DIR/config.toml --resume auto`"
     )]

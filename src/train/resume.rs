@@ -9,8 +9,8 @@ use super::{
     checkpoint_dir::CheckpointDir,
     config::TrainConfig,
     image_facts::{self, ImageFacts, Written},
-    run::{Resume, RunOptions},
-    strategy::TrainError,
+    options::{Resume, RunOptions},
+    outcome::TrainError,
     words::counted,
 };
 use crate::{

@@ -6,7 +6,7 @@
 
 use burn::prelude::*;
 
-use super::gradients::LOSS_ROWS;
+use super::loss::LOSS_ROWS;
 use crate::{
     batch::micro_batch::MicroBatch,
     ops::plain::target_scores,

@@ -17,8 +17,7 @@ use std::{
 
 use burn::{
     module::AutodiffModule,
-    prelude::Backend,
-    tensor::backend::{AutodiffBackend, BackendTypes},
+    tensor::backend::AutodiffBackend,
     train::{
         EventProcessorTraining, Learner, LearnerEvent, LearningComponentsMarker,
         SupervisedLearningStrategy, SupervisedTrainingEventProcessor, TrainLoader, TrainOutput,
@@ -29,67 +28,35 @@ use burn::{
 use super::{
     checkpoint::TrainerState,
     checkpoint_dir::CheckpointDir,
+    generation::GenerationScorer,
     gradients::differing_elements,
     learner::{ScheduleStepper, StepNumbers, StepOutput, StepReading, StepTotals, Trainee},
     lines::{StepLines, StepWork},
     loss_scale::LossScale,
     objective::{rollouts::Rollouts, sums::ObjectiveSums},
-    optimizer::AdamW,
-    outcome::Outcome,
+    optimizer::{AdamW, norm_of},
+    outcome::{Ending, Outcome, TrainError},
     records::{MetricsLog, Row},
     renderers::RunSteps,
-    replicas::{Replicas, norm_of},
+    replicas::Replicas,
     report_command::ReportCommand,
     step_clock::{LaunchTimes, StepClock},
     tfevents::EventWriter,
+    words::Tell,
 };
 use crate::{
     adapters::lora::{config::LoraConfig, merge::merge_unless_quantised},
     base::trace::{HOST, Trace},
     batch::window::Window,
+    cluster::Cluster,
     dataset::loader::WindowLoader,
     ops::{DeviceMemory, DeviceOps, memory::MemoryWatch},
-    qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig},
+    qwen3_vl::config::Qwen3VlConfig,
     runtime::accelerator::TrainAccelerator,
 };
 
-pub use super::outcome::{Ending, TrainError};
-
 /// The Learner's components for a backend.
 pub type Components<B> = LearningComponentsMarker<B, ScheduleStepper, Trainee<B>, AdamW<B>>;
-
-/// Scores of generated reports, by name.
-pub type GenerationScores = Vec<(&'static str, f64)>;
-
-/// A generated report beside the true one.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Generated {
-    /// The reference report of the data set.
-    pub truth: String,
-    /// The reasoning before the report, for models that think.
-    pub thinking: Option<String>,
-    /// The generated report.
-    pub report: String,
-}
-
-/// Reports of a batch, by its number, with a merged model on a device.
-pub type GenerateBatch<B> = dyn Fn(&Qwen3Vl<B>, &<B as BackendTypes>::Device, usize) -> Result<Vec<Generated>, TrainError>
-    + Send
-    + Sync;
-
-/// Generates reports with the model as it is after some steps and scores them.
-pub struct GenerationScorer<B: Backend> {
-    /// How many batches there are.
-    pub batches: usize,
-    /// Generates one of them; they are shared out among the devices.
-    pub generate: Arc<GenerateBatch<B>>,
-    /// Scores all reports, in the order of the batches.
-    pub score:
-        Box<dyn Fn(Vec<Generated>, usize) -> Result<GenerationScores, TrainError> + Send + Sync>,
-}
-
-/// Prints one line about the progress of the run.
-pub type Tell = Arc<dyn Fn(&str) + Send + Sync>;
 
 /// Everything the loop needs that the Learner does not bring.
 pub struct LoopState<B: AutodiffBackend> {
@@ -117,6 +84,10 @@ pub struct LoopState<B: AutodiffBackend> {
     pub loss_scale: Option<LossScale>,
     /// Devices of the replicas, the first being the Learner's.
     pub devices: Vec<B::Device>,
+    /// The processes of the run, where it has several.
+    pub cluster: Option<Arc<Cluster>>,
+    /// Whether this process writes: the first one alone does.
+    pub writes: bool,
     /// The run's folder.
     pub checkpoints: CheckpointDir,
     /// `metrics.jsonl`.
@@ -256,7 +227,11 @@ impl<B: TrainAccelerator> LoopState<B> {
                 return Ok(Ending::EarlyStop);
             }
         }
-        if self.state.config.deterministic && self.devices.len() > 1 {
+        if let (Some(replicas), Some(_)) = (&replicas, &self.cluster) {
+            // Weights and adapters that are drawn at random, or read from each machine's own files.
+            replicas.compare(&learner.model(), self.state.step)?;
+        }
+        if self.state.config.deterministic && replicas.is_some() {
             (self.tell)("note: deterministic repeats steps on one device only; nothing is checked");
         }
         let mut windows = loader.iter();
@@ -307,6 +282,9 @@ impl<B: TrainAccelerator> LoopState<B> {
                 ahead = trace.wait_for_data(next_step, || windows.next());
                 is_last = ahead.is_none();
             }
+            if let Some(replicas) = &replicas {
+                replicas.set_stop(stop() || self.interrupted.load(Ordering::Relaxed));
+            }
             let (launched, times) = LaunchTimes::of(|| {
                 trace.span(HOST, "launch", step, || {
                     self.launch(learner, replicas.as_mut(), window, ahead.as_mut())
@@ -317,9 +295,14 @@ impl<B: TrainAccelerator> LoopState<B> {
                 self.complete(previous, processor, &mut clock)?;
             }
             let last = step + 1 == self.total_steps;
+            // Processes stop together or not at all.
+            let asked = replicas
+                .as_ref()
+                .and_then(Replicas::stops)
+                .unwrap_or_else(|| stop() || self.interrupted.load(Ordering::Relaxed));
             // A rollout is learnt from to its end: no checkpoint holds its answers.
             let between = self.queue.is_empty();
-            let interrupted = between && (stop() || self.interrupted.load(Ordering::Relaxed));
+            let interrupted = between && asked;
             let due = |every: usize| every > 0 && (step + 1).is_multiple_of(every);
             let pause = last || interrupted || due(self.state.config.eval_steps);
             let known = matches!(&pending, Some(one) if matches!(one.numbers, Numbers::Known(_)));
@@ -425,7 +408,7 @@ impl<B: TrainAccelerator> LoopState<B> {
         &self,
         learner: &Learner<Components<B>>,
     ) -> Result<Option<Replicas<B>>, TrainError> {
-        if self.devices.len() < 2 {
+        if self.devices.len() < 2 && self.cluster.is_none() {
             return Ok(None);
         }
         let config = &self.state.config;
@@ -435,6 +418,7 @@ impl<B: TrainAccelerator> LoopState<B> {
             &learner.model(),
             &self.optimizer,
             config.max_grad_norm,
+            self.cluster.clone(),
             config.patience(),
         )?;
         Ok(Some(replicas))
@@ -495,21 +479,29 @@ impl<B: TrainAccelerator> LoopState<B> {
                 let own = B::InnerBackend::memory_in_use(&self.devices[0]);
                 let parts = replicas.learn(&learner.model(), window, next)?;
                 for (rank, part) in parts.into_iter().enumerate() {
-                    sum.totals.add(part.totals);
-                    sum.objective += part.objective;
-                    if let Some(own) = &part.sequences {
-                        sum.sequences
-                            .get_or_insert_with(ObjectiveSums::default)
-                            .add(own);
+                    for piece in &part.pieces {
+                        sum.totals.add(piece.totals);
+                        sum.objective += piece.objective;
+                        if let Some(own) = &piece.sequences {
+                            sum.sequences
+                                .get_or_insert_with(ObjectiveSums::default)
+                                .add(own);
+                        }
                     }
                     // The first device also holds what this thread put there: the weights.
-                    let own = own.filter(|_| rank == 0);
+                    let own = own.filter(|_| rank == replicas.first());
                     self.memory.note(part.memory.map(|memory| DeviceMemory {
                         in_use: memory.in_use + own.map_or(0, |own| own.in_use),
                         reserved: memory.reserved + own.map_or(0, |own| own.reserved),
                     }));
                 }
-                debug_assert_eq!(sum.totals.targets, all_targets);
+                if sum.totals.targets != all_targets {
+                    return Err(TrainError::Other(format!(
+                        "step {}: {} of its {all_targets} targets were learnt from",
+                        step + 1,
+                        sum.totals.targets
+                    )));
+                }
                 launched.numbers = Numbers::Known(sum);
                 // A loss that is no number goes before an exchange of gradients that are none.
                 self.check_finite(&launched)?;

@@ -34,6 +34,7 @@ mod merge_plan;
 mod picture_forms;
 mod preview;
 mod quantize;
+mod readme;
 mod refusal;
 mod serve;
 mod serve_api;

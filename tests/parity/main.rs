@@ -25,4 +25,5 @@ mod schedule;
 mod text_metrics;
 mod text_processing;
 mod training;
+mod training_saved;
 mod wide;

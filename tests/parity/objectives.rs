@@ -16,7 +16,8 @@ use xray_qwen3vl::{
     },
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig},
     train::{
-        gradients::{GradientOptions, LossTotals, gradients_of},
+        gradients::{GradientOptions, gradients_of},
+        loss::LossTotals,
         objective::{
             dpo::{Dpo, PairLoss},
             grpo::{Grpo, PolicyLoss, RatioLevel},

@@ -36,7 +36,7 @@ use crate::{
         vision::encode_images,
     },
     study::counted,
-    train::gradients::{LossTotals, evaluate},
+    train::{gradients::evaluate, loss::LossTotals},
 };
 
 /// Work for a model on a device.

@@ -17,7 +17,7 @@ use crate::{
     schedule::Schedule,
     train::{
         gradients::GradientOptions, objective::settings::Objective, optimizer::AdamWConfig,
-        strategy::TrainError,
+        outcome::TrainError,
     },
 };
 
@@ -57,6 +57,7 @@ impl TrainConfig {
             lora_alpha: self.lora_alpha,
             lora_dropout: self.lora_dropout,
             target_modules,
+            modules_to_save: self.modules_to_save.clone(),
             use_rslora: self.use_rslora,
             use_dora: self.use_dora,
             base_model_name_or_path: Some(
@@ -194,7 +195,7 @@ impl TrainConfig {
     /// and no graph is recorded.
     pub fn writes_gradients_out(&self) -> bool {
         let text_only = self.freeze_vit && self.freeze_aligner && !self.freeze_llm;
-        self.tuner == Tuner::Lora && text_only && !self.use_dora
+        self.tuner == Tuner::Lora && text_only && !self.use_dora && self.modules_to_save.is_empty()
     }
 
     /// What is recomputed.

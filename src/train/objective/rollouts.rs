@@ -42,10 +42,11 @@ use crate::{
     },
     train::{
         config::{RolloutPlan, TrainConfig},
+        generation::GenerationScorer,
         outcome::TrainError,
         records::Row,
         scores::token_scores,
-        strategy::{GenerationScorer, Tell},
+        words::Tell,
     },
 };
 

@@ -28,16 +28,43 @@ pub struct ObjectiveSums {
 impl ObjectiveSums {
     /// Adds another part.
     pub fn add(&mut self, other: &Self) {
-        self.loss += other.loss;
-        self.sequences += other.sequences;
-        self.targets += other.targets;
-        self.entropy += other.entropy;
-        self.kl += other.kl;
-        self.clipped += other.clipped;
-        self.ratio += other.ratio;
-        self.chosen += other.chosen;
-        self.rejected += other.rejected;
-        self.preferred += other.preferred;
+        let sums: Vec<f64> = (self.fields().iter().zip(other.fields()))
+            .map(|(one, other)| one + other)
+            .collect();
+        *self = Self::of_fields(&sums);
+    }
+
+    /// All sums in the order of their definition.
+    pub fn fields(&self) -> [f64; 10] {
+        [
+            self.loss,
+            self.sequences,
+            self.targets,
+            self.entropy,
+            self.kl,
+            self.clipped,
+            self.ratio,
+            self.chosen,
+            self.rejected,
+            self.preferred,
+        ]
+    }
+
+    /// Of what [`Self::fields`] returned.
+    pub fn of_fields(fields: &[f64]) -> Self {
+        let at = |place: usize| fields.get(place).copied().unwrap_or_default();
+        Self {
+            loss: at(0),
+            sequences: at(1),
+            targets: at(2),
+            entropy: at(3),
+            kl: at(4),
+            clipped: at(5),
+            ratio: at(6),
+            chosen: at(7),
+            rejected: at(8),
+            preferred: at(9),
+        }
     }
 
     /// Means by the names that `metrics.jsonl` and TensorBoard have for them; `pairs` for preferences.
