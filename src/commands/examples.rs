@@ -57,6 +57,10 @@ pub const TRAIN: &[Example] = &[
         "xray-qwen3vl train --config artifacts/short/config.toml --resume auto --set max_steps=60",
     ),
     (
+        "Reinforcement learning on the findings of its own reports, from the first run on",
+        "xray-qwen3vl train --config configs/tiny-grpo.toml",
+    ),
+    (
         "The same data set as files, DoRA, plain lines instead of the dashboard",
         "xray-qwen3vl train --train-data data/sample/train/samples.jsonl --val-data data/sample/val/samples.jsonl --set use_dora=true --set max_steps=40 --no-tui --output-dir artifacts/dora",
     ),
