@@ -18,17 +18,18 @@ use super::{
 use crate::{
     base::files::{sha256_bytes, sha256_file},
     commands::{
-        finding_probabilities::asked_model, pipeline_options::pipeline_options, usage::UsageError,
+        finding_probabilities::{AskedHow, asked_model},
+        pipeline_options::pipeline_options,
+        usage::UsageError,
     },
     eval::{
         findings::{RuleSet, Status},
         probability::{
             calibration::{AskedModel, CALIBRATION_FILE, Calibration, CalibrationError},
+            evidence::{ClassEvidence, of_reports},
             judged::{CONFLICT, UNCALIBRATED, decision_word, form_of, judge, status_word},
-            logit::SentenceContext,
-            sentences::ClassLogProbabilities,
+            logit::{DRAWN_REPORTS, ScoreForm, SentenceContext},
             thresholds::Decision,
-            wordings::fingerprint,
         },
     },
     runtime::pipeline::{PipelineOptions, TextAndImages},
@@ -43,7 +44,8 @@ pub struct FindingsArgs {
     /// Also give the probability of each class of finding, from the model's own logits, and mark where it
     /// contradicts the report.
     ///
-    /// With a calibration each class is present, absent or undecided. A finding that the report leaves out counts
+    /// It is the share of 16 reports, drawn at temperature 1 beside the report itself, that state the finding; a
+    /// calibration may ask otherwise. With a calibration each class is present, absent or undecided. A finding that the report leaves out counts
     /// as denied by it.
     #[arg(long, conflicts_with = "show_tags")]
     pub findings: bool,
@@ -78,9 +80,35 @@ pub(super) struct Basis {
     remark: Option<(&'static str, String)>,
     /// Distinguishes records: what the probabilities depend on besides the model.
     key: String,
+    /// What drawn reports are read with; guessed from them without it.
+    rules: Option<RuleSet>,
 }
 
 impl Basis {
+    /// How the model is asked.
+    pub(super) fn form(&self) -> ScoreForm {
+        form_of(self.calibration.as_ref()).0
+    }
+
+    /// Reports to be drawn of an image.
+    pub(super) fn draws(&self) -> usize {
+        let calibration = self.calibration.as_ref();
+        calibration.map_or(DRAWN_REPORTS, |one| one.model.draws)
+    }
+
+    /// What drawn reports say.
+    pub(super) fn read(&self, reports: &[String]) -> Vec<ClassEvidence> {
+        let guessed;
+        let rules = match &self.rules {
+            Some(rules) => rules,
+            None => {
+                guessed = RuleSet::guess(reports.iter().map(String::as_str));
+                &guessed
+            }
+        };
+        of_reports(rules, reports)
+    }
+
     /// After what the sentences are put.
     pub(super) fn context(&self) -> SentenceContext {
         form_of(self.calibration.as_ref()).1
@@ -121,10 +149,17 @@ pub(super) fn prepare(args: &mut InferArgs, tasks: &[Task]) -> Result<()> {
     let found = find(args, asked.as_ref())?;
     let key = match &found.calibration {
         Some(calibration) => sha256_bytes(serde_json::to_string(calibration)?.as_bytes()),
-        None => format!("uncalibrated {}", fingerprint()),
+        None => format!("uncalibrated {} {DRAWN_REPORTS}", ScoreForm::default()),
     };
+    let named = args.findings.rules.as_deref().map(RuleSet::named);
+    let named = named.transpose()?;
+    let of_calibration = found
+        .calibration
+        .as_ref()
+        .and_then(|one| RuleSet::built_in(&one.model.rules));
     args.findings.basis = Some(Arc::new(Basis {
         key: format!("{rules} {key}"),
+        rules: of_calibration.or(named),
         ..found
     }));
     Ok(())
@@ -158,6 +193,7 @@ fn find(args: &InferArgs, asked: Option<&Asked>) -> Result<Basis> {
         calibration: None,
         remark: Some((UNCALIBRATED, text)),
         key: String::new(),
+        rules: None,
     };
     let uncalibrated = "the probabilities of findings are not calibrated and decide nothing";
     let options = pipeline_options(&args.model, DType::F32);
@@ -224,14 +260,24 @@ fn checked(
     };
     let parts = TextAndImages::load(options)?;
     let made_for = &calibration.model;
+    // A table that is built in is at hand; a file has to be named again.
+    let rules = match (RuleSet::built_in(&made_for.rules), &args.findings.rules) {
+        (None, Some(name)) => RuleSet::named(name)?.identity().to_owned(),
+        (None, None) => "none".to_owned(),
+        (Some(_), _) => made_for.rules.clone(),
+    };
     let here: AskedModel = asked_model(
         options,
         &parts,
-        question,
-        system.as_deref(),
-        &made_for.lead,
-        made_for.context,
-        made_for.form,
+        &AskedHow {
+            prompt: question,
+            system: system.as_deref(),
+            lead: &made_for.lead,
+            context: made_for.context,
+            form: made_for.form,
+            draws: made_for.draws,
+            rules: &rules,
+        },
     )?;
     let mut remark = None;
     if let Err(error) = calibration.check(path, &here) {
@@ -249,6 +295,7 @@ fn checked(
         calibration: Some(calibration),
         remark,
         key: String::new(),
+        rules: None,
     })
 }
 
@@ -257,7 +304,7 @@ pub(super) fn fill(
     record: &mut Record,
     args: &FindingsArgs,
     rules: Option<&RuleSet>,
-    classes: &[ClassLogProbabilities],
+    classes: &[ClassEvidence],
 ) {
     let Some(basis) = &args.basis else {
         return;

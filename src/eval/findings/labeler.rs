@@ -3,12 +3,15 @@
 //! A sentence ends at 。；！？, a clause at a comma or a contrast word. A cue reaches forward to the end of its
 //! clause, or to a stop word; over a comma only where the next clause merely goes on listing.
 
+mod place;
+
 use std::{collections::BTreeSet, ops::Range, sync::LazyLock};
 
 use super::{
+    error::FindingsError,
     finding::{Finding, OtherFinding},
-    labels::{Laterality, Mention, ReportLabels, Severity, Status, Zone},
-    rules::{Cue, FindingRule, FindingsError, WordTable},
+    labels::{Laterality, Mention, ReportLabels, Status},
+    rules::{Cue, FindingRule, WordTable},
     sections::Section,
     syntax::fold,
     text::{Normalised, sentences},
@@ -84,9 +87,13 @@ impl Labeler {
         })
     }
 
+    fn normalised<'t>(&self, report: &'t str) -> Normalised<'t> {
+        Normalised::of(report, self.table.spelling.as_ref())
+    }
+
     /// The sentences of `report`, without blank ones.
     pub fn sentences(&self, report: &str) -> Vec<String> {
-        let normalised = Normalised::of(report);
+        let normalised = self.normalised(report);
         let ranges = sentences(&normalised.text, &self.table.syntax).into_iter();
         let texts = ranges.map(|range| report[normalised.original(range)].trim().to_owned());
         texts.filter(|text| !text.is_empty()).collect()
@@ -97,7 +104,7 @@ impl Labeler {
         let Some(headings) = &self.table.sections else {
             return vec![report.to_owned()];
         };
-        let normalised = Normalised::of(report);
+        let normalised = self.normalised(report);
         let ranges = headings.sections(&normalised.text).into_iter();
         let texts = ranges.map(|(range, _)| report[normalised.original(range)].trim().to_owned());
         texts.filter(|text| !text.is_empty()).collect()
@@ -108,7 +115,7 @@ impl Labeler {
         let Some(headings) = &self.table.sections else {
             return vec![(Section::Unnamed, report.trim().to_owned())];
         };
-        let normalised = Normalised::of(report);
+        let normalised = self.normalised(report);
         let ranges = headings.sections(&normalised.text).into_iter();
         let parts = ranges.map(|(range, section)| {
             let text = &normalised.text[range.clone()];
@@ -121,7 +128,7 @@ impl Labeler {
 
     /// Labels `report`. Byte ranges in the answer are those of `report`.
     pub fn label(&self, report: &str) -> ReportLabels {
-        let mut normalised = Normalised::of(report);
+        let mut normalised = self.normalised(report);
         // Capitals tell a heading.
         let sections = match &self.table.sections {
             Some(headings) => headings.sections(&normalised.text),
@@ -277,22 +284,13 @@ impl Labeler {
             && reach(report, clause, clause.span.end) != Some(Status::Absent)
     }
 
-    /// Zones named before a finding in its clause, else after it.
-    fn zones(&self, report: &str, clause: &Clause, span: &Range<usize>) -> BTreeSet<Zone> {
-        let before = report.get(clause.span.start..span.end).unwrap_or_default();
-        let zones = self.table.zones_in(before);
-        if zones.is_empty() {
-            let after = report.get(span.end..clause.span.end).unwrap_or_default();
-            return self.table.zones_in(after);
-        }
-        zones
-    }
-
     /// Matches of all rules, in text order; words taken by one rule are closed to the later ones.
     fn matches(&self, report: &str, sentences: &[Range<usize>]) -> Vec<Match<'_>> {
         let mut taken: Vec<Range<usize>> = Vec::new();
         let mut matches: Vec<Match> = Vec::new();
-        for rule in &self.table.rules {
+        let candidates = self.table.prefilter.candidates(report);
+        let rules = self.table.rules.iter().zip(candidates);
+        for (rule, _) in rules.filter(|(_, may)| *may) {
             for found in rule.pattern.find_iter(report) {
                 let span = found.range();
                 let sentence = sentences
@@ -402,9 +400,15 @@ impl Labeler {
         {
             return Status::Uncertain;
         }
-        if report[start..end]
-            .trim_end_matches('。')
-            .ends_with(['？', '?'])
+        // 肺不张（异物？）: the question is about what is in the brackets.
+        let aside = after.find(['（', '(']).is_some_and(|at| {
+            let inside = start + at..end;
+            all.iter().any(|m| inside.contains(&m.span.start))
+        });
+        if !aside
+            && report[start..end]
+                .trim_end_matches('。')
+                .ends_with(['？', '?'])
             && syntax.leads_to(after, syntax.question)
         {
             return Status::Uncertain;
@@ -521,122 +525,6 @@ impl Labeler {
         (listed && (only.is_match(&rest) || syntax.only_fillers.is_match(&rest))).then_some(said)
     }
 
-    fn side(
-        &self,
-        report: &str,
-        clauses: &[Clause],
-        all: &[Match],
-        number: usize,
-        span: &Range<usize>,
-        area: &Range<usize>,
-    ) -> Option<Laterality> {
-        let clause = &clauses[number];
-        let before = self.table.sides_in(&report[clause.span.start..span.end]);
-        if let Some((last, side)) = before.last() {
-            // 右上肺及左下肺: two places of one finding. Not when another finding is between them.
-            let both = before.len() > 1 && {
-                let (first, other) = &before[before.len() - 2];
-                let between =
-                    &report[clause.span.start + first.end..clause.span.start + last.start];
-                // 右中叶及左舌叶炎症、不张: the second finding has both places of the first.
-                let (from, to) = (
-                    clause.span.start + first.end,
-                    clause.span.start + last.start,
-                );
-                let separated = all.iter().any(|m| (from..to).contains(&m.span.start));
-                let joined = match self.table.syntax.words {
-                    true => self.table.syntax.list_word.is_match(between),
-                    false => between.contains(['、', '及', '和', '与']),
-                };
-                joined
-                    && between.chars().count() <= self.table.syntax.sides
-                    && (clause.span.start + first.end >= area.start
-                        || (clause.span.start + last.end <= area.start && !separated))
-                    && other != side
-            };
-            // "Moderate left and small right effusions": the words of degree cut the clause.
-            let split = self.table.syntax.words
-                && clause.contrast
-                && before.len() == 1
-                && number.checked_sub(1).is_some_and(|n| {
-                    let earlier = &clauses[n];
-                    let named = all.iter().any(|m| earlier.span.contains(&m.span.start));
-                    let sides = self.table.sides_in(&report[earlier.span.clone()]);
-                    earlier.sentence == clause.sentence
-                        && !named
-                        && sides.last().is_some_and(|(_, other)| other != side)
-                });
-            return Some(match both || split {
-                true => Laterality::Bilateral,
-                false => *side,
-            });
-        }
-        let after = report.get(span.end..area.end).unwrap_or_default();
-        if let Some((_, side)) = self.table.sides_in(after).first() {
-            return Some(*side);
-        }
-        let starts_with_doubt = clause.cues.first().is_some_and(|(cue, kind)| {
-            *kind == Cue::Uncertain && report[clause.span.start..cue.start].chars().count() <= 2
-        });
-        let neighbour = |n: Option<usize>| {
-            n.and_then(|n| clauses.get(n))
-                .filter(|c| c.sentence == clause.sentence)
-        };
-        let inherits = self
-            .table
-            .reading
-            .as_ref()
-            .is_some_and(|reading| reading.inherit_side);
-        if inherits && let Some(side) = self.side_of_sentence(report, clauses, number) {
-            return Some(side);
-        }
-        if let Some(previous) = neighbour(number.checked_sub(1)).filter(|_| starts_with_doubt) {
-            return self
-                .table
-                .sides_in(&report[previous.span.clone()])
-                .last()
-                .map(|(_, side)| *side);
-        }
-        let named = |c: &&Clause| all.iter().any(|m| c.span.contains(&m.span.start));
-        let next = neighbour(Some(number + 1)).filter(|next| !named(next))?;
-        let next = report[next.span.clone()].trim_end_matches(['，', '。']);
-        let syntax = &self.table.syntax;
-        if syntax.place.is_match(next) && next.chars().count() <= syntax.place_length {
-            return self.table.sides_in(next).first().map(|(_, side)| *side);
-        }
-        None
-    }
-
-    /// The side that an earlier clause of the same sentence names, and this one goes on with.
-    fn side_of_sentence(
-        &self,
-        report: &str,
-        clauses: &[Clause],
-        number: usize,
-    ) -> Option<Laterality> {
-        // 左下肺斑片影，结核？炎症？: one question after the other.
-        let asks = |clause: &Clause| {
-            report[clause.span.clone()]
-                .trim_end()
-                .ends_with(['？', '?'])
-        };
-        let mut sentence = clauses[number].sentence;
-        let mut asked = asks(&clauses[number]);
-        let before = clauses[..number].iter().rev();
-        before
-            .take_while(|clause| {
-                if clause.sentence + 1 == sentence && asked && asks(clause) {
-                    sentence = clause.sentence;
-                }
-                asked &= clause.sentence == sentence;
-                clause.sentence == sentence
-            })
-            .find_map(|clause| {
-                let sides = self.table.sides_in(&report[clause.span.clone()]);
-                sides.last().map(|(_, side)| *side)
-            })
-    }
-
     /// Whether a class is denied in so many words: not by a statement of normality, and not of the rest alone.
     fn is_denied(&self, report: &str, clause: &Clause, found: &Match, status: Status) -> bool {
         status == Status::Absent
@@ -646,27 +534,6 @@ impl Labeler {
                 .syntax
                 .rest
                 .is_match(&report[clause.span.clone()])
-    }
-
-    fn severity(&self, report: &str, span: &Range<usize>, area: &Range<usize>) -> Option<Severity> {
-        let before = report
-            .get(area.start..span.end.max(area.start))
-            .unwrap_or_default();
-        let skip = before
-            .chars()
-            .count()
-            .saturating_sub(report[span.clone()].chars().count() + self.table.syntax.degree.0);
-        let near: String = before.chars().skip(skip).collect();
-        let degree = self.table.severities_in(&near).last();
-        degree.or_else(|| {
-            let after: String = report
-                .get(span.end..area.end)
-                .unwrap_or_default()
-                .chars()
-                .take(self.table.syntax.degree.1)
-                .collect();
-            self.table.severities_in(&after).next()
-        })
     }
 }
 

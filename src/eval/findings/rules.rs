@@ -1,61 +1,22 @@
 //! The table of words: read from TOML, checked, compiled.
 
-use std::{collections::BTreeSet, ops::Range};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+};
 
 use regex::Regex;
 use serde::Deserialize;
 
 use super::{
+    error::FindingsError,
     finding::{Finding, OtherFinding},
     labels::{Laterality, Severity, Status, Zone},
-    sections::Headings,
+    prefilter::Prefilter,
+    sections::{Headings, SectionsFile},
     syntax::{Spelling, TableSyntax, TableSyntaxFile},
+    text::WordSpelling,
 };
-
-/// What can be wrong with a table of words or with the labels of the Indiana collection.
-#[derive(Debug, thiserror::Error)]
-pub enum FindingsError {
-    /// The table is not TOML of the expected form.
-    #[error(
-        "cannot read the table of findings; expected `[cues]`, `[sides]`, `[severities]` and `[[rule]]`"
-    )]
-    WordTable(#[from] toml::de::Error),
-    /// A pattern is not a regular expression.
-    #[error(
-        "pattern `{pattern}` of {place} is not a regular expression; hint: look-around is written as `only_before` and the like"
-    )]
-    Pattern {
-        /// Where the pattern is.
-        place: String,
-        /// The pattern.
-        pattern: String,
-        /// What the compiler of patterns says.
-        #[source]
-        cause: Box<regex::Error>,
-    },
-    /// A rule names a class that does not exist.
-    #[error(
-        "rule {rule} names the finding `{name}`; expected a class such as `pneumothorax`, or `other`, or `mask`"
-    )]
-    UnknownFinding {
-        /// Number of the rule, from 1.
-        rule: usize,
-        /// The name.
-        name: String,
-    },
-    /// A table of labels cannot be read.
-    #[error("cannot read the labels in row {row}; expected CSV with the columns `uid` and `MeSH`")]
-    Labels {
-        /// Row, the header being 1.
-        row: u64,
-        /// What the CSV reader says.
-        #[source]
-        cause: csv::Error,
-    },
-    /// A table of labels lacks a column.
-    #[error("the label table has no column `{0}`; hint: it is `indiana_reports.csv`")]
-    MissingColumn(&'static str),
-}
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -67,6 +28,9 @@ struct TableFile {
     severities: SeveritiesFile,
     #[serde(default)]
     zones: ZonesFile,
+    /// Misspelt words and what is meant.
+    #[serde(default)]
+    spelling: BTreeMap<String, String>,
     #[serde(default)]
     sections: SectionsFile,
     reading: Option<ReadingFile>,
@@ -79,19 +43,6 @@ struct ZonesFile {
     upper: Vec<String>,
     middle: Vec<String>,
     lower: Vec<String>,
-}
-
-/// What the parts of a report are called.
-#[derive(Deserialize, Default)]
-#[serde(deny_unknown_fields, default)]
-pub(super) struct SectionsFile {
-    pub(super) findings: Vec<String>,
-    pub(super) impression: Vec<String>,
-    pub(super) history: Vec<String>,
-    pub(super) technique: Vec<String>,
-    pub(super) comparison: Vec<String>,
-    /// Begins a sentence about this film, after a history without another heading.
-    pub(super) begins: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -209,6 +160,8 @@ impl FindingRule {
 pub(super) struct WordTable {
     pub(super) syntax: TableSyntax,
     pub(super) rules: Vec<FindingRule>,
+    /// Which of them can match a text.
+    pub(super) prefilter: Prefilter,
     /// Cues before a finding; the group number says which, in the order pseudo, uncertain, negative, stop.
     pub(super) cues: Regex,
     pub(super) contrast: Regex,
@@ -224,6 +177,7 @@ pub(super) struct WordTable {
     zones: Option<Regex>,
     pub(super) persists: Option<Regex>,
     pub(super) comparison: Option<Regex>,
+    pub(super) spelling: Option<WordSpelling>,
     pub(super) sections: Option<Headings>,
     pub(super) reading: Option<Reading>,
 }
@@ -256,7 +210,7 @@ impl WordTable {
             .iter()
             .enumerate()
             .map(|(n, rule)| compile_rule(spelling, n + 1, rule))
-            .collect::<Result<_, _>>()?;
+            .collect::<Result<Vec<FindingRule>, _>>()?;
         // Chinese says them at the end of the clause; elsewhere the language's distance limits them.
         let after = |words: &[String], name| match spelling {
             Spelling::WORDS => compile(&spelling.any(words), name),
@@ -264,6 +218,7 @@ impl WordTable {
         };
         Ok(Self {
             syntax: TableSyntax::of(file.syntax.as_ref())?,
+            prefilter: Prefilter::of(rules.iter().map(|rule| &rule.pattern)),
             rules,
             // At one place the first group wins: a doubt that holds a negation (不能排除) is no negation.
             cues: groups(
@@ -301,6 +256,7 @@ impl WordTable {
                 .as_deref()
                 .map(|pattern| compile(pattern, "`cues.comparison`"))
                 .transpose()?,
+            spelling: WordSpelling::of(&file.spelling)?,
             sections: Headings::of(&file.sections, spelling)?,
             reading: file
                 .reading

@@ -34,6 +34,9 @@ pub struct GenerationConfig {
     pub sampling: SamplingConfig,
     /// How keys and values are stored.
     pub kv_cache: CacheFormat,
+    /// Answers to each prompt, at least 1. A prompt goes through the model once; the first answer to it has the seed of
+    /// `sampling`, each later one the next. Answer `n` of prompt `p` is row `p * num_return_sequences + n`.
+    pub num_return_sequences: usize,
 }
 
 impl Default for GenerationConfig {
@@ -44,6 +47,7 @@ impl Default for GenerationConfig {
             stop_on_repetition: true,
             sampling: SamplingConfig::default(),
             kv_cache: CacheFormat::default(),
+            num_return_sequences: 1,
         }
     }
 }
@@ -146,7 +150,7 @@ pub struct Timing {
 /// Runs one batch of prompts to the end.
 ///
 /// Every row equals the row alone: rows are padded on the left, padding is hidden, and each row has
-/// its own sampler. `on_token` gets the row and each new token, end token excluded, and says whether
+/// its own sampler. A row is an answer: see [`GenerationConfig::num_return_sequences`]. `on_token` gets the row and each new token, end token excluded, and says whether
 /// to go on: `Some(reason)` ends the row.
 ///
 /// # Errors
@@ -204,8 +208,8 @@ pub fn generate_and_keep<B: Accelerator>(
         (!images.image_grid_thw.is_empty()).then(|| encode_images(model, &images, config, device));
     timing.vision_seconds = lap(device);
 
-    let mut results: Vec<Generation> = prompts
-        .iter()
+    let copies = settings.num_return_sequences.max(1);
+    let mut results: Vec<Generation> = (0..prompts.len() * copies)
         .map(|_| Generation {
             token_ids: Vec::new(),
             finish_reason: FinishReason::Length,
@@ -231,15 +235,26 @@ pub fn generate_and_keep<B: Accelerator>(
             PromptState::of_row(&cache, &hidden, input.seq(), of_row, device)
         }));
     }
-    let logits = logits_on_host(model, hidden)?;
+    let mut logits = logits_on_host(model, hidden)?;
+    let prompt_of = |row: usize| row / copies;
+    if copies > 1 {
+        let sources: Vec<usize> = (0..results.len()).map(prompt_of).collect();
+        cache.select_rows(&sources, device);
+        logits = sources.iter().map(|row| logits[*row].clone()).collect();
+    }
     timing.prefill_seconds = lap(device);
 
-    let mut samplers: Vec<Sampler> = rows
-        .iter()
-        .map(|row| Sampler::new(&settings.sampling, row))
+    let mut samplers: Vec<Sampler> = (0..results.len())
+        .map(|row| {
+            let sampling = SamplingConfig {
+                seed: settings.sampling.seed.wrapping_add((row % copies) as u64),
+                ..settings.sampling.clone()
+            };
+            Sampler::new(&sampling, &rows[prompt_of(row)])
+        })
         .collect();
-    // Rows of the batch that go on, by their place among the prompts.
-    let mut active: Vec<usize> = (0..rows.len()).collect();
+    // Rows of the batch that go on, by their place among the answers.
+    let mut active: Vec<usize> = (0..results.len()).collect();
     let mut next = Next::Logits(logits);
     let mut decoder: Option<Box<dyn Decoder>> = None;
     let mut decoder_tried = !decodes;
@@ -273,7 +288,7 @@ pub fn generate_and_keep<B: Accelerator>(
             break;
         }
         let position = |row: usize, tokens: &[u32]| -> i64 {
-            (rows[row].len() + tokens.len() - 1) as i64 + deltas[row]
+            (rows[prompt_of(row)].len() + tokens.len() - 1) as i64 + deltas[prompt_of(row)]
         };
         let last_token = |row: usize| results[row].token_ids[results[row].token_ids.len() - 1];
         if stays.len() < active.len() && decoder.is_none() {
@@ -301,7 +316,9 @@ pub fn generate_and_keep<B: Accelerator>(
                 seen: if settings.sampling.repetition_penalty == 1.0 {
                     Vec::new()
                 } else {
-                    let seen = |row: &usize| [&rows[*row][..], &results[*row].token_ids].concat();
+                    let seen = |row: &usize| {
+                        [&rows[prompt_of(*row)][..], &results[*row].token_ids].concat()
+                    };
                     active.iter().map(seen).collect()
                 },
             };
@@ -456,6 +473,61 @@ mod tests {
         broken[70] = 99;
         assert!(!goes_round(&broken));
         assert!(!goes_round(&(0..400).collect::<Vec<u32>>()));
+    }
+
+    #[cfg(feature = "flex")]
+    #[test]
+    fn several_answers_to_prompts_are_those_of_each_prompt_and_seed_alone() {
+        use burn_flex::Flex;
+
+        use crate::{qwen3_vl::nn::InitOptions, runtime::synthetic::weights::RandomSize};
+
+        let device = Default::default();
+        let config = RandomSize::Tiny.config(None).unwrap();
+        let model = Qwen3Vl::<Flex>::new(&config, &InitOptions::default(), &device);
+        let prompt = |input_ids: &[u32]| Prompt {
+            input_ids: input_ids.to_vec(),
+            images: ImageInput::default(),
+        };
+        let prompts = [prompt(&[1, 2, 3]), prompt(&[4, 5, 6, 7, 8])];
+        let answers = |prompts: &[Prompt], seed: u64, num_return_sequences: usize| {
+            let settings = GenerationConfig {
+                max_new_tokens: 12,
+                num_return_sequences,
+                sampling: SamplingConfig {
+                    temperature: 1.0,
+                    repetition_penalty: 1.1,
+                    seed,
+                    ..SamplingConfig::default()
+                },
+                ..GenerationConfig::default()
+            };
+            // Rows end at different times.
+            let mut told = vec![0; prompts.len() * num_return_sequences];
+            let (answers, timing) = generate(
+                &model,
+                &config,
+                prompts,
+                &settings,
+                &device,
+                &mut |row, _| {
+                    told[row] += 1;
+                    (told[row] == 5 + row % 3).then_some(FinishReason::Cancelled)
+                },
+            )
+            .unwrap();
+            let tokens = answers.into_iter().map(|one| one.token_ids);
+            (tokens.collect::<Vec<_>>(), timing.prompt_tokens)
+        };
+        let (several, prompt_tokens) = answers(&prompts, 40, 3);
+        assert_eq!((several.len(), prompt_tokens), (6, 8));
+        for (row, found) in several.iter().enumerate() {
+            let (alone, _) = answers(&prompts[row / 3..=row / 3], 40 + (row % 3) as u64, 1);
+            let both = found.len().min(alone[0].len());
+            assert!(both >= 5);
+            assert_eq!(found[..both], alone[0][..both], "row {row}");
+        }
+        assert_ne!(several[0], several[1], "seeds differ");
     }
 
     #[cfg(feature = "flex")]
