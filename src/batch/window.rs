@@ -1,6 +1,9 @@
 //! All samples of one optimizer step.
 
-use super::micro_batch::MicroBatch;
+use super::{
+    micro_batch::MicroBatch,
+    sequences::{SequenceCounts, Sequences},
+};
 
 /// All samples of one optimizer step.
 #[derive(Debug, Clone)]
@@ -11,6 +14,10 @@ pub struct Window {
     pub epoch: f64,
     /// Micro-batches of each device of this process, which follow each other.
     pub parts: Vec<Vec<MicroBatch>>,
+    /// What an objective knows of each micro-batch's sequences, as `parts`; empty where answers are imitated.
+    pub sequences: Vec<Vec<Sequences>>,
+    /// Counts of all sequences, on all devices.
+    pub counts: SequenceCounts,
     /// Rows of the data set in it, from 0.
     pub rows: Vec<usize>,
     /// Targets of all micro-batches, on all devices.
@@ -28,12 +35,14 @@ impl Window {
     pub fn split(self) -> Vec<Self> {
         let parts = self.parts;
         let mut first_micro_batch = self.first_micro_batch;
+        let mut sequences = self.sequences.into_iter();
         parts
             .into_iter()
             .map(|part| {
                 let own = Self {
                     first_micro_batch,
                     parts: vec![part],
+                    sequences: sequences.next().into_iter().collect(),
                     rows: self.rows.clone(),
                     ..self
                 };

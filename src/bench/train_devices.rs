@@ -74,6 +74,7 @@ impl<B: Accelerator> Bench<B> {
                 config: self.config.clone(),
                 train: settings,
                 loss_scale: LossScale::of(self.dtype, None),
+                reference: Default::default(),
             }),
         );
         let name = format!(
@@ -95,7 +96,7 @@ impl<B: Accelerator> Bench<B> {
             None,
             patience,
         )?;
-        let mut requests = Requests::new(&self.config, self.mixed, SEED);
+        let mut requests = self.requests();
         let mut window = shared_window(&mut requests, devices.len(), micro_batch, packing)?;
         // The micro-batches of a window that went ahead are no longer in it.
         let facts = |window: &Window| Lap {
@@ -127,8 +128,11 @@ impl<B: Accelerator> Bench<B> {
                 trainee = optimizer.step(learning_rate, trainee.clone(), grads);
                 let norm = norm.and_then(|norm| norm().first().copied());
                 replicas.finish_step()?;
-                let pieces = learnt.iter().flat_map(|part| &part.pieces);
-                let loss: f64 = pieces.map(|piece| piece.objective).sum();
+                let loss: f64 = learnt
+                    .iter()
+                    .flat_map(|part| &part.pieces)
+                    .map(|piece| piece.objective)
+                    .sum();
                 let norm = norm.map_or(0.0, f64::from);
                 Ok::<_, RankError>((loss, norm))
             }?;

@@ -14,7 +14,7 @@ use crate::{
     runtime::synthetic::weights::RandomSize,
     train::{
         config::{TrainConfig, Tuner},
-        parameters::trained_parameters,
+        parameters::TrainedParameters,
     },
 };
 
@@ -156,7 +156,7 @@ fn parameters(args: &BenchScaleArgs, lora_rank: usize, full: bool) -> Result<u64
         lora_rank,
         ..TrainConfig::default()
     };
-    Ok(trained_parameters(&run, &config)?)
+    Ok(TrainedParameters::of(&run, &config)?.all())
 }
 
 fn model(args: &BenchScaleArgs) -> Result<ScaleModel> {

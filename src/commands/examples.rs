@@ -57,6 +57,10 @@ pub const TRAIN: &[Example] = &[
         "xray-qwen3vl train --config artifacts/short/config.toml --resume auto --set max_steps=60",
     ),
     (
+        "Reinforcement learning on the findings of its own reports, from the first run on",
+        "xray-qwen3vl train --config configs/tiny-grpo.toml",
+    ),
+    (
         "The same data set as files, DoRA, plain lines instead of the dashboard",
         "xray-qwen3vl train --train-data data/sample/train/samples.jsonl --val-data data/sample/val/samples.jsonl --set use_dora=true --set max_steps=40 --no-tui --output-dir artifacts/dora",
     ),
@@ -118,6 +122,18 @@ pub const PLAN: &[Example] = &[
         "xray-qwen3vl plan --config configs/tiny.toml --memory-budget 2",
     ),
 ];
+
+/// The examples of `prefer`.
+pub const PREFER: &[Example] = &[(
+    "Pairs of the tiny model's own answers about the sample data set, judged by their findings",
+    "xray-qwen3vl prefer data/sample/val/samples.jsonl --samples 4 --max-new-tokens 64 --output artifacts/pairs.jsonl",
+)];
+
+/// The examples of `score`.
+pub const SCORE: &[Example] = &[(
+    "How likely the tiny model finds the true reports of the sample data set",
+    "xray-qwen3vl score data/sample/val/samples.jsonl",
+)];
 
 /// The examples of `eval`.
 pub const EVAL: &[Example] = &[
@@ -315,7 +331,7 @@ pub const VERSION: &[Example] = &[(
 )];
 
 /// Columns after which a command line is continued on the next: help is wrapped at the width of the terminal, and a
-/// line that was wrapped cannot be typed as it stands.
+/// line that was wrapped cannot be typed as it is.
 const COLUMNS: usize = 72;
 
 /// A command line broken as a shell takes it, never between an option and its value.
@@ -347,7 +363,7 @@ fn broken(command: &str) -> String {
     text
 }
 
-/// The examples as a section of `--help`, with what else stands there.
+/// The examples as a section of `--help`, with what else is there.
 pub fn section(examples: &[Example], rest: &str) -> String {
     let mut text = "Examples:\n".to_string();
     for (what, command) in examples {

@@ -4,6 +4,7 @@ pub(super) mod args;
 mod cluster;
 mod data;
 mod findings;
+mod findings_args;
 mod images;
 mod journal;
 pub(super) mod output;

@@ -278,6 +278,7 @@ fn fit_budget<B: Accelerator>(
     let rows = begun.map(|begun| begun.row_tokens().unwrap_or(0));
     let bytes = dtype.size() as u64;
     let weights = (bytes, config.quantization(&config.model)?);
+    let longest = config.longest_as_learnt(longest);
     let form = Form::choose(config, &parts.config, longest, weights, gib, rows)?;
     form.apply(config);
     Ok(form.explain(gib, longest))
@@ -468,6 +469,10 @@ fn print_end<B: Accelerator>(result: &RunResult<B>, seconds: f64, again: &str) {
     let how = match result.ending {
         Ending::Done => "done".to_string(),
         Ending::EarlyStop => "ended early: the validation stopped getting better".to_string(),
+        Ending::RewardsPart => {
+            "ended early: the held-out rewards fall while those trained on rise, so these are gamed"
+                .to_string()
+        }
         Ending::Interrupted => "interrupted and saved".to_string(),
     };
     // The terminal may be gone by now.

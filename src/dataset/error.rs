@@ -40,6 +40,11 @@ pub enum DatasetError {
         "{0}; images that are in rows or on the web are kept there; hint: XRAY_CACHE_DIR names another folder"
     )]
     Keep(#[from] FileError),
+    /// Drawn studies have no second answer.
+    #[error(
+        "`{0}` has no rejected answers; `objective = \"dpo\"` learns from rows with `rejected_response`, which `prefer` makes"
+    )]
+    Rejected(String),
     /// There is no row.
     #[error("`{0}` holds no sample")]
     Empty(String),

@@ -3,11 +3,7 @@
 use rayon::prelude::*;
 use serde::Serialize;
 
-use super::{
-    error::DatasetError,
-    loader::Overlong,
-    samples::{Dataset, SampleSource},
-};
+use super::{data_part::SampleSource, error::DatasetError, loader::Overlong, samples::Dataset};
 use crate::{
     batch::micro_batch::IGNORE_INDEX,
     processor::{chat::ImageGrid, supervised::encode_supervised},

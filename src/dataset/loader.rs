@@ -27,8 +27,9 @@ use crate::{
     base::{seeds::mix, trace::Trace},
     batch::{
         images::ImageInput,
-        micro_batch::MicroBatch,
+        micro_batch::{IGNORE_INDEX, MicroBatch},
         positions::PositionError,
+        sequences::{SequenceCounts, Sequences},
         text::{Padding, TextInput},
         window::Window,
     },
@@ -73,6 +74,18 @@ pub enum Overlong {
     Skip,
 }
 
+/// What of each row goes into a window.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum WindowKind {
+    /// Question and answer.
+    #[default]
+    Answers,
+    /// Question with the chosen and with the rejected answer.
+    Pairs,
+    /// Its number alone: answers are drawn later.
+    Rows,
+}
+
 /// How samples become windows.
 #[derive(Debug, Clone, PartialEq)]
 pub struct WindowPlan {
@@ -95,6 +108,8 @@ pub struct WindowPlan {
     pub seed: u64,
     /// Keeps the order of the file: for validation.
     pub in_order: bool,
+    /// What of each row goes into a window.
+    pub kind: WindowKind,
 }
 
 impl WindowPlan {
@@ -136,6 +151,32 @@ impl WindowPlan {
         let from = at * self.window_samples();
         order[from.min(samples)..(from + self.window_samples()).min(samples)].to_vec()
     }
+}
+
+/// Samples as micro-batches.
+#[derive(Debug, Clone, Default)]
+pub struct Batches {
+    /// Tokens of all, padding left out.
+    pub tokens: usize,
+    /// The micro-batches.
+    pub batches: Vec<MicroBatch>,
+    /// The sequences of each.
+    pub sequences: Vec<Sequences>,
+    /// Which groups are in each.
+    pub groups: Vec<Vec<usize>>,
+}
+
+/// Parts of a window for each device, in their order, so that what devices add up one after the other is what one
+/// device would add up; a partial window is shared as well.
+pub fn dealt_out<T>(all: Vec<T>, devices: usize) -> Vec<Vec<T>> {
+    let items = all.len();
+    let mut all = all.into_iter();
+    (0..devices)
+        .map(|device| {
+            let part = Share::part(items, device, devices);
+            all.by_ref().take(part.len()).collect()
+        })
+        .collect()
 }
 
 /// Makes the windows of a run.
@@ -243,38 +284,54 @@ impl WindowLoader {
     /// # Errors
     /// [`DatasetError`] names the row.
     pub fn window(&self, step: usize) -> Result<Window, DatasetError> {
+        match self.plan.kind {
+            WindowKind::Answers => self.window_of_answers(step),
+            WindowKind::Pairs | WindowKind::Rows => self.window_of_groups(step),
+        }
+    }
+
+    /// What `read` makes of the rows of a window, without those that are too long where these are skipped.
+    fn each_row<T>(
+        &self,
+        step: usize,
+        read: impl Fn(usize) -> Result<T, DatasetError>,
+    ) -> Result<Vec<T>, DatasetError> {
         let rows = self.plan.rows(step, self.dataset.len());
-        let mut samples = Vec::with_capacity(rows.len());
+        let mut all = Vec::with_capacity(rows.len());
         for row in rows {
-            match self.sample(row) {
-                Ok(sample) => samples.push(sample),
+            match read(row) {
+                Ok(one) => all.push(one),
                 Err(DatasetError::TooLong { .. }) if self.plan.overlong == Overlong::Skip => {
                     self.skipped.fetch_add(1, Ordering::Relaxed);
                 }
                 Err(error) => return Err(error),
             }
         }
+        Ok(all)
+    }
+
+    /// First and number of the devices of this process.
+    fn own_devices(&self) -> (usize, usize) {
+        match self.share {
+            Some(share) => (share.first, share.count),
+            None => (0, self.plan.devices),
+        }
+    }
+
+    fn epoch(&self, step: usize) -> f64 {
+        let per_epoch = self.plan.steps_per_epoch(self.dataset.len()).max(1);
+        (step + 1) as f64 / per_epoch as f64
+    }
+
+    fn window_of_answers(&self, step: usize) -> Result<Window, DatasetError> {
+        let mut samples = self.each_row(step, |row| self.sample(row))?;
         let rows = samples.iter().map(|sample| sample.row).collect();
         let lengths: Vec<usize> = samples.iter().map(|sample| sample.length.tokens).collect();
-        let tokens = lengths.iter().sum();
-        let batches: Vec<Vec<usize>> = match self.plan.packing_tokens {
-            0 => {
-                let places: Vec<usize> = (0..samples.len()).collect();
-                let batches = places.chunks(self.plan.batch_size);
-                batches.map(<[usize]>::to_vec).collect()
-            }
-            tokens => fill_rows(&lengths, tokens),
-        };
+        let batches = self.places(&lengths);
         let micro_batches = batches.len();
-        // Micro-batches are dealt out in their order, so that what devices add up one after the other is what
-        // one device would add up; a partial window is shared as well.
         let devices = self.plan.devices;
-        let (first, count) = match self.share {
-            Some(share) => (share.first, share.count),
-            None => (0, devices),
-        };
+        let (first, count) = self.own_devices();
         let mut parts = Vec::with_capacity(count);
-        let first_micro_batch = Share::part(micro_batches, first, devices).start;
         for device in first..first + count {
             let own = &batches[Share::part(micro_batches, device, devices)];
             let own = own
@@ -282,18 +339,107 @@ impl WindowLoader {
                 .map(|places| self.micro_batch(&mut samples, places));
             parts.push(own.collect::<Result<Vec<_>, _>>()?);
         }
-        let targets = samples.iter().map(|sample| sample.length.targets).sum();
-        let per_epoch = self.plan.steps_per_epoch(self.dataset.len()).max(1);
         Ok(Window {
             step,
-            epoch: (step + 1) as f64 / per_epoch as f64,
+            epoch: self.epoch(step),
             parts,
+            sequences: Vec::new(),
+            counts: SequenceCounts::default(),
+            rows,
+            targets: samples.iter().map(|sample| sample.length.targets).sum(),
+            micro_batches,
+            first_micro_batch: Share::part(micro_batches, first, devices).start,
+            tokens: lengths.iter().sum(),
+        })
+    }
+
+    /// A window of pairs, or of numbers of rows alone. Every process reads all of it: an objective weighs a sequence
+    /// by all others.
+    fn window_of_groups(&self, step: usize) -> Result<Window, DatasetError> {
+        let samples = self.each_row(step, |row| {
+            let encoded = match self.plan.kind {
+                WindowKind::Pairs => self
+                    .dataset
+                    .encode_pair(row, &self.parts, self.plan.max_length)?
+                    .into(),
+                _ => Vec::new(),
+            };
+            Ok((row, encoded))
+        })?;
+        let rows = samples.iter().map(|(row, _)| *row).collect();
+        // Both answers of a pair are in one micro-batch.
+        let groups: Vec<Vec<(usize, EncodedSample)>> = samples
+            .into_iter()
+            .filter(|(_, encoded)| !encoded.is_empty())
+            .map(|(row, encoded)| encoded.into_iter().map(|one| (row, one)).collect())
+            .collect();
+        let made = self.batches(&groups)?;
+        let counts = SequenceCounts::of(&made.sequences);
+        let targets = made.batches.iter().map(MicroBatch::targets).sum();
+        let micro_batches = made.batches.len();
+        let devices = self.plan.devices;
+        let (first, count) = self.own_devices();
+        let mut parts = dealt_out(made.batches, devices);
+        let mut sequences = dealt_out(made.sequences, devices);
+        Ok(Window {
+            step,
+            epoch: self.epoch(step),
+            parts: parts.drain(first..first + count).collect(),
+            sequences: sequences.drain(first..first + count).collect(),
+            counts,
             rows,
             targets,
             micro_batches,
-            first_micro_batch,
-            tokens,
+            first_micro_batch: Share::part(micro_batches, first, devices).start,
+            tokens: made.tokens,
         })
+    }
+
+    /// Which of samples of these lengths make each micro-batch.
+    fn places(&self, lengths: &[usize]) -> Vec<Vec<usize>> {
+        match self.plan.packing_tokens {
+            0 => {
+                let places: Vec<usize> = (0..lengths.len()).collect();
+                let batches = places.chunks(self.plan.batch_size);
+                batches.map(<[usize]>::to_vec).collect()
+            }
+            tokens => fill_rows(lengths, tokens),
+        }
+    }
+
+    /// Joins groups of samples to micro-batches, packed or padded; a group is not divided.
+    ///
+    /// # Errors
+    /// [`DatasetError`] names the row.
+    pub fn batches(&self, groups: &[Vec<(usize, EncodedSample)>]) -> Result<Batches, DatasetError> {
+        let length = |group: &Vec<(usize, EncodedSample)>| -> usize {
+            group.iter().map(|(_, sample)| sample.input_ids.len()).sum()
+        };
+        let lengths: Vec<usize> = groups.iter().map(length).collect();
+        let rows = self.places(&lengths);
+        let mut made = Batches {
+            tokens: lengths.iter().sum(),
+            batches: Vec::with_capacity(rows.len()),
+            sequences: Vec::with_capacity(rows.len()),
+            groups: Vec::with_capacity(rows.len()),
+        };
+        for places in rows {
+            let row: Vec<_> = places.iter().flat_map(|place| &groups[*place]).collect();
+            made.batches.push(match self.plan.packing_tokens {
+                0 => self.padded(&row)?,
+                _ => self.packed(&row)?,
+            });
+            let targets = row.iter().map(|(_, sample)| {
+                let labels = sample.labels.iter().skip(1);
+                labels.filter(|label| **label != IGNORE_INDEX).count()
+            });
+            made.sequences.push(Sequences {
+                targets: targets.collect(),
+                ..Sequences::default()
+            });
+            made.groups.push(places);
+        }
+        Ok(made)
     }
 
     /// A row as far as this process reads it at once: with a share only how long it is.
@@ -425,7 +571,7 @@ impl WindowLoader {
             .iter()
             .map(|(_, sample)| {
                 let mut labels = sample.labels.clone();
-                labels.resize(seq, crate::batch::micro_batch::IGNORE_INDEX);
+                labels.resize(seq, IGNORE_INDEX);
                 labels
             })
             .collect();

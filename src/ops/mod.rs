@@ -11,6 +11,7 @@ mod forward;
 mod kept;
 mod kernels;
 pub mod memory;
+mod operands;
 pub mod plain;
 pub mod quantised;
 pub mod queue;
@@ -26,14 +27,15 @@ use burn::{
 
 pub use device::{AllReduce, DeviceMemory, DeviceOps, Others, Reading};
 pub use dropout::Dropout;
-pub use forward::{Activation, ForwardOps, HeadNorm, LowRank};
+pub use forward::ForwardOps;
 pub use kept::Kept;
 pub use kernels::{HasKernels, Kernels, KeysAndValues};
-pub use spans::AttentionSpans;
-pub use training::{
-    AdamWStep, AdamWTensor, BackwardMatmul, LowRankBackward, LowRankGradients, Matrix, TargetLoss,
-    TrainingOps,
+pub use operands::{
+    Activation, AdamWStep, AdamWTensor, BackwardMatmul, HeadNorm, LowRank, LowRankBackward,
+    LowRankGradients, Matrix, TargetLoss,
 };
+pub use spans::AttentionSpans;
+pub use training::TrainingOps;
 
 /// A backend with all operations of the model.
 pub trait Ops: ForwardOps + TrainingOps + DeviceOps {}
@@ -60,7 +62,7 @@ pub fn module_to_device<B: Ops, M: Module<B>>(module: M, device: &B::Device) -> 
 }
 
 /// [`DeviceOps::contiguous`] for all parameters of a module.
-pub fn compact<B: Ops, M: Module<B>>(module: M) -> M {
+pub fn contiguous_parameters<B: Ops, M: Module<B>>(module: M) -> M {
     struct Contiguous;
     impl<B: Ops> ModuleMapper<B> for Contiguous {
         fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {

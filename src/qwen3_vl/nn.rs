@@ -76,7 +76,7 @@ impl Default for InitOptions {
 /// A linear layer with the weight as published, `[out, in]`, and an optional low-rank adapter (LoRA).
 ///
 /// The checkpoint's layout is kept (Burn's own `Linear` has `[in, out]`) because a matrix-vector
-/// product over it reads memory in rows, and because nothing has to be transposed at load.
+/// matmul over it reads memory in rows, and because nothing has to be transposed at load.
 #[derive(Module, Debug)]
 pub struct Linear<B: Backend> {
     /// `[out, in]`.
@@ -141,7 +141,7 @@ impl<B: Ops> Linear<B> {
                 let bias = self.bias.as_ref().map(Param::val);
                 self.weight.linear_activated(x, bias, activation)
             }
-            Some(_) => activation.of(self.forward(x, dropout_seed)),
+            Some(_) => B::activate(self.forward(x, dropout_seed), activation),
         }
     }
 

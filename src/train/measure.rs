@@ -19,6 +19,7 @@ use super::{
     learner::{StepNumbers, StepOutput},
     lines::StepWork,
     loss::LossTotals,
+    objective::settings::Objective,
     outcome::{Ending, TrainError},
     records::{METRICS, Row, read_rows},
     replicas::{Evaluated, Replicas},
@@ -53,12 +54,29 @@ impl<B: TrainAccelerator> LoopState<B> {
             "memory_gib": memory.map(|peak| round(peak.gib(), 3)),
             "memory_of": memory.map(|peak| peak.place()),
         });
+        if let Some(sequences) = &numbers.sequences {
+            let pairs = self.state.config.objective == Objective::Dpo;
+            let mut values: Row = Row::new();
+            for (name, value) in sequences.values(pairs) {
+                values.insert(name.into(), value.into());
+            }
+            let first = self.state.step.saturating_sub(1);
+            values.extend(self.rollout_rows.remove(&first).unwrap_or_default());
+            for (name, value) in values {
+                if let Some(value) = value.as_f64() {
+                    self.draw_scalars(step, &[(format!("train/{name}").as_str(), value as f32)])?;
+                }
+                row[name] = value;
+            }
+        }
         if let Some(scale) = numbers.loss_scale {
             row["loss_scale"] = scale.into();
             row["skipped"] = numbers.skipped.into();
             self.draw_scalars(step, &[("train/loss_scale", scale as f32)])?;
         }
-        self.note_row(row.as_object().cloned().unwrap_or_default())?;
+        let row = row.as_object().cloned().unwrap_or_default();
+        let shown = shown_values(&row);
+        self.note_row(row)?;
         self.draw_scalars(
             step,
             &[
@@ -76,7 +94,7 @@ impl<B: TrainAccelerator> LoopState<B> {
         )?;
         let (step, epoch) = (self.state.step, self.state.epoch);
         if let Some(line) = self.lines.add(step, epoch, numbers, work) {
-            (self.tell)(&line);
+            (self.tell)(&format!("{line}{shown}"));
         }
         Ok(())
     }
@@ -370,6 +388,25 @@ impl<B: TrainAccelerator> LoopState<B> {
         })?;
         Ok(())
     }
+}
+
+/// What a progress line shows of an objective.
+fn shown_values(row: &Row) -> String {
+    let names = [
+        "reward",
+        "held_out_reward",
+        "kl",
+        "entropy",
+        "clip_share",
+        "completion_tokens",
+        "reward_margin",
+        "preferred_share",
+    ];
+    let values = names.iter().filter_map(|name| {
+        let value = row.get(*name)?.as_f64()?;
+        Some(format!("  {} {value:.4}", name.replace('_', " ")))
+    });
+    values.collect()
 }
 
 fn round(value: f64, digits: i32) -> f64 {

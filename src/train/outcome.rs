@@ -102,6 +102,8 @@ pub enum Ending {
     Done,
     /// Early stopping.
     EarlyStop,
+    /// Trained and held-out rewards have parted.
+    RewardsPart,
     /// A signal or the dashboard's key.
     Interrupted,
 }
@@ -112,6 +114,7 @@ impl Ending {
         match self {
             Self::Done => "done",
             Self::EarlyStop => "early_stop",
+            Self::RewardsPart => "rewards_part",
             Self::Interrupted => "interrupted",
         }
     }

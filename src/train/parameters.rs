@@ -8,7 +8,7 @@ use crate::{
 };
 
 /// Input and output widths of the linear layers that can be adapted, with their published paths.
-fn linear_layers(config: &Qwen3VlConfig) -> Vec<(String, u64, u64)> {
+pub fn linear_layers(config: &Qwen3VlConfig) -> Vec<(String, u64, u64)> {
     let (text, vision) = (&config.text_config, &config.vision_config);
     let mut layers = Vec::new();
     let mut add =
@@ -68,42 +68,77 @@ pub struct PartParameters {
     pub llm: u64,
 }
 
+/// Paths of all parameters with their sizes, norms and biases included.
+fn parameters(config: &Qwen3VlConfig) -> Vec<(String, u64)> {
+    let (text, vision) = (&config.text_config, &config.vision_config);
+    let mut all = Vec::new();
+    let mut add = |path: &str, leaf: &str, count: usize| {
+        all.push((format!("{path}.{leaf}"), count as u64));
+    };
+    for (path, from, to) in linear_layers(config) {
+        add(&path, "weight", (from * to) as usize);
+        // The vision tower's linear layers have biases, those of attention in the language model by the config.
+        let in_attention = text.attention_bias && path.contains(".self_attn.");
+        if path.starts_with("model.visual") || in_attention {
+            add(&path, "bias", to as usize);
+        }
+    }
+    let hidden = vision.hidden_size;
+    let joined = hidden * vision.spatial_merge_size.pow(2);
+    let mut norm = |path: String, width: usize| {
+        add(&path, "weight", width);
+        add(&path, "bias", width);
+    };
+    for i in 0..vision.depth {
+        norm(format!("model.visual.blocks.{i}.norm1"), hidden);
+        norm(format!("model.visual.blocks.{i}.norm2"), hidden);
+    }
+    norm("model.visual.merger.norm".to_string(), hidden);
+    for i in 0..vision.deepstack_visual_indexes.len() {
+        norm(
+            format!("model.visual.deepstack_merger_list.{i}.norm"),
+            joined,
+        );
+    }
+    let patches = "model.visual.patch_embed.proj";
+    add(patches, "weight", hidden * vision.patch_dim());
+    add(patches, "bias", hidden);
+    let positions = vision.num_position_embeddings * hidden;
+    add("model.visual.pos_embed", "weight", positions);
+    for i in 0..text.num_hidden_layers {
+        let at = format!("model.language_model.layers.{i}");
+        for name in ["input_layernorm", "post_attention_layernorm"] {
+            add(&format!("{at}.{name}"), "weight", text.hidden_size);
+        }
+        for name in ["q_norm", "k_norm"] {
+            add(&format!("{at}.self_attn.{name}"), "weight", text.head_dim);
+        }
+    }
+    add("model.language_model.norm", "weight", text.hidden_size);
+    let table = text.vocab_size * text.hidden_size;
+    add("model.language_model.embed_tokens", "weight", table);
+    if !config.tie_word_embeddings {
+        add("lm_head", "weight", table);
+    }
+    all
+}
+
 impl PartParameters {
     /// Of a model of these sizes.
     pub fn of(config: &Qwen3VlConfig) -> Self {
-        let (text, vision) = (&config.text_config, &config.vision_config);
-        let is_aligner = |path: &str| path.contains(".merger") || path.contains(".deepstack");
         let mut parts = Self {
             vit: 0,
             aligner: 0,
             llm: 0,
         };
-        for (path, from, to) in linear_layers(config) {
-            // The vision tower's linear layers have biases.
+        let is_aligner = |path: &str| path.contains(".merger") || path.contains(".deepstack");
+        for (path, count) in parameters(config) {
             match path.starts_with("model.visual") {
-                true if is_aligner(&path) => parts.aligner += from * to + to,
-                true => parts.vit += from * to + to,
-                false => parts.llm += from * to,
+                true if is_aligner(&path) => parts.aligner += count,
+                true => parts.vit += count,
+                false => parts.llm += count,
             }
         }
-        let hidden = vision.hidden_size as u64;
-        let joined = hidden * (vision.spatial_merge_size as u64).pow(2);
-        parts.vit += vision.depth as u64 * 4 * hidden
-            + hidden * (vision.patch_dim() as u64 + 1)
-            + vision.num_position_embeddings as u64 * hidden;
-        parts.aligner += 2 * hidden + vision.deepstack_visual_indexes.len() as u64 * 2 * joined;
-        let table = (text.vocab_size * text.hidden_size) as u64;
-        let tables = if config.tie_word_embeddings { 1 } else { 2 };
-        let layers = text.num_hidden_layers as u64;
-        let norms =
-            layers * (2 * text.hidden_size + 2 * text.head_dim) as u64 + text.hidden_size as u64;
-        let biases = if text.attention_bias {
-            let heads = (text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim;
-            layers * (heads + text.hidden_size) as u64
-        } else {
-            0
-        };
-        parts.llm += tables * table + norms + biases;
         parts
     }
 
@@ -159,33 +194,67 @@ pub fn base_bytes(
 }
 
 /// Parameters that a run moves.
-///
-/// # Errors
-/// A pattern in `target_modules` that cannot be read.
-pub fn trained_parameters(
-    config: &TrainConfig,
-    model: &Qwen3VlConfig,
-) -> Result<u64, AdapterError> {
-    if config.tuner == Tuner::Full {
-        return Ok(PartParameters::of(model).trained(config));
-    }
-    let lora = config.lora_config();
-    let matcher = lora.matcher()?;
-    let text = &model.text_config;
-    let head = (
-        "lm_head".to_string(),
-        text.hidden_size as u64,
-        text.vocab_size as u64,
-    );
-    Ok(linear_layers(model)
-        .iter()
-        .chain([&head])
-        .filter(|(path, ..)| matcher.matches(path))
-        .map(|(_, from, to)| {
-            let magnitude = if lora.use_dora { *to } else { 0 };
-            lora.r as u64 * (from + to) + magnitude
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct TrainedParameters {
+    /// Of low-rank adapters, f32.
+    pub adapters: u64,
+    /// Of the model itself, in the type of its weights: all that full training moves, or `modules_to_save`.
+    pub whole: u64,
+    /// Of those, what a tied table takes that becomes two.
+    pub copied: u64,
+}
+
+impl TrainedParameters {
+    /// Of a run.
+    ///
+    /// # Errors
+    /// A pattern in `target_modules` that cannot be read.
+    pub fn of(config: &TrainConfig, model: &Qwen3VlConfig) -> Result<Self, AdapterError> {
+        if config.tuner == Tuner::Full {
+            return Ok(Self {
+                whole: PartParameters::of(model).trained(config),
+                ..Self::default()
+            });
+        }
+        let lora = config.lora_config();
+        let matcher = lora.matcher()?;
+        let text = &model.text_config;
+        let table = (text.vocab_size * text.hidden_size) as u64;
+        let head = (
+            "lm_head".to_string(),
+            text.hidden_size as u64,
+            text.vocab_size as u64,
+        );
+        let adapters = linear_layers(model)
+            .iter()
+            .chain([&head])
+            .filter(|(path, ..)| matcher.matches(path))
+            .map(|(_, from, to)| {
+                let magnitude = if lora.use_dora { *to } else { 0 };
+                lora.r as u64 * (from + to) + magnitude
+            })
+            .sum();
+        let saved = |path: &str| lora.saves(path);
+        let tables = ["lm_head", "model.language_model.embed_tokens"];
+        let copied = model.tie_word_embeddings && tables.iter().any(|path| saved(path));
+        let own = parameters(model).into_iter().filter(|(path, _)| {
+            let module = path.rsplit_once('.').map_or("", |(module, _)| module);
+            saved(module)
+        });
+        let own: u64 = own.map(|(_, count)| count).sum();
+        // A tied head is in no list of the base's parameters.
+        let tied_head = model.tie_word_embeddings && saved("lm_head");
+        Ok(Self {
+            adapters,
+            whole: own + if tied_head { table } else { 0 },
+            copied: if copied { table } else { 0 },
         })
-        .sum())
+    }
+
+    /// All of them.
+    pub fn all(self) -> u64 {
+        self.adapters + self.whole
+    }
 }
 
 #[cfg(test)]
@@ -239,7 +308,7 @@ mod tests {
             freeze_aligner: false,
             ..TrainConfig::default()
         };
-        let trained = |config: &TrainConfig| trained_parameters(config, &model).unwrap();
+        let trained = |config: &TrainConfig| TrainedParameters::of(config, &model).unwrap().all();
         assert_eq!(trained(&config), parts.aligner);
         config.freeze_vit = false;
         config.freeze_llm = false;

@@ -10,11 +10,15 @@ use serde_json::Value;
 
 use super::{
     budget::StepMemory,
-    config::TrainConfig,
-    parameters::{base_parameters, trained_parameters},
+    config::{TrainConfig, Tuner},
+    objective::settings::Objective,
+    parameters::{TrainedParameters, base_bytes, base_parameters, linear_layers},
     words::duration,
 };
-use crate::{ops::quantised::Quantization, qwen3_vl::config::Qwen3VlConfig, train::tape::Recorded};
+use crate::{
+    adapters::lora::config::AdapterError, ops::quantised::Quantization,
+    qwen3_vl::config::Qwen3VlConfig, train::tape::Recorded,
+};
 
 /// A throughput that was measured, and what on.
 #[derive(Debug, Clone, PartialEq)]
@@ -87,10 +91,49 @@ pub struct Plan {
     pub trained_parameters: u64,
     /// Device memory by part, in bytes.
     pub memory: Vec<(&'static str, u64)>,
+    /// Device memory by part while answers are drawn, in bytes; empty where none are.
+    pub rollout: Vec<(&'static str, u64)>,
     /// Samples of an epoch.
     pub samples: usize,
     /// Optimizer steps of the run.
     pub steps: usize,
+}
+
+/// Memory while the answers of a rollout are drawn: weights, their merged copy, optimizer, keys and values.
+fn rollout_memory(
+    config: &TrainConfig,
+    model: &Qwen3VlConfig,
+    longest: usize,
+    dtype_bytes: u64,
+    quantization: Option<Quantization>,
+) -> Result<Vec<(&'static str, u64)>, AdapterError> {
+    if config.objective != Objective::Grpo {
+        return Ok(Vec::new());
+    }
+    let trained = TrainedParameters::of(config, model)?;
+    let mut parts = vec![
+        ("weights", base_bytes(model, quantization, dtype_bytes)),
+        (
+            "trained values, moments",
+            trained.adapters * 12 + trained.whole * (dtype_bytes + 8),
+        ),
+    ];
+    if config.tuner == Tuner::Lora && quantization.is_none() {
+        // The weights of adapted layers are composed for the time of a rollout.
+        let matcher = config.lora_config().matcher()?;
+        let adapted = linear_layers(model).into_iter();
+        let adapted = adapted.filter(|(path, ..)| matcher.matches(path));
+        let elements: u64 = adapted.map(|(_, from, to)| from * to).sum();
+        parts.push(("merged weights", elements * dtype_bytes));
+    }
+    let text = &model.text_config;
+    let group = config.num_generations;
+    let answers = (config.per_device_eval_batch_size / group).max(1) * group;
+    let a_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim;
+    let tokens = (answers * longest) as u64;
+    parts.push(("keys and values", tokens * a_token as u64 * dtype_bytes));
+    parts.push(("logits", answers as u64 * text.vocab_size as u64 * 8));
+    Ok(parts)
 }
 
 impl Plan {
@@ -109,7 +152,7 @@ impl Plan {
         devices: usize,
         dtype_bytes: u64,
         quantization: Option<Quantization>,
-    ) -> Result<Self, crate::adapters::lora::config::AdapterError> {
+    ) -> Result<Self, AdapterError> {
         let tokens = match config.row_tokens() {
             Some(tokens) => tokens.max(longest),
             None => longest * config.per_device_train_batch_size,
@@ -118,8 +161,9 @@ impl Plan {
             .parts(tokens as u64, Recorded::of(config));
         Ok(Self {
             base_parameters: base_parameters(model),
-            trained_parameters: trained_parameters(config, model)?,
+            trained_parameters: TrainedParameters::of(config, model)?.all(),
             memory,
+            rollout: rollout_memory(config, model, longest, dtype_bytes, quantization)?,
             samples,
             steps: config.total_steps(samples, devices),
         })
@@ -142,6 +186,17 @@ impl Plan {
         }
         let total: u64 = self.memory.iter().map(|(_, bytes)| bytes).sum();
         let _ = writeln!(text, "  {:<24} {:>9.3} GiB", "together", total as f64 / GIB);
+        if !self.rollout.is_empty() {
+            let _ = writeln!(
+                text,
+                "memory of a device while answers are drawn, estimated:"
+            );
+            for (part, bytes) in &self.rollout {
+                let _ = writeln!(text, "  {part:<24} {:>9.3} GiB", *bytes as f64 / GIB);
+            }
+            let total: u64 = self.rollout.iter().map(|(_, bytes)| bytes).sum();
+            let _ = writeln!(text, "  {:<24} {:>9.3} GiB", "together", total as f64 / GIB);
+        }
         let _ = writeln!(text, "samples      {:>14}", self.samples);
         let _ = writeln!(text, "steps        {:>14}", self.steps);
         match throughput {

@@ -527,6 +527,7 @@ mod tests {
             config: sizes,
             train: config.clone(),
             loss_scale: None,
+            reference: Default::default(),
         };
         let model = Trainee::new(model, Arc::new(settings));
         let data = Dataset::open("phantom:11:0..8:house").unwrap();

@@ -115,8 +115,7 @@ fn changed_images(
             return changed.then(|| "images of the training data have changed".to_string());
         }
     };
-    let plan = options.config.window_plan(devices);
-    let seen = plan.rows_before(state.step, data.len());
+    let seen = options.config.rows_before(state.step, data.len(), devices);
     let ahead = facts
         .images
         .changed_in(&before, data, |row| !seen.contains(&row));

@@ -1,7 +1,7 @@
 //! A whole run: data, model, Learner, strategy; fresh or continued.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     fs,
     path::{Path, PathBuf},
     sync::Arc,
@@ -24,6 +24,11 @@ use super::{
     learner::{Gauge, ScheduleStepper, StepSettings, Trainee},
     lines::StepLines,
     loss_scale::LossScale,
+    objective::{
+        reference::Reference,
+        rollouts::Rollouts,
+        settings::{Objective, ReferenceKey},
+    },
     optimizer::AdamW,
     options::RunOptions,
     outcome::{Ending, Outcome, TrainError},
@@ -39,6 +44,7 @@ use super::{
 use crate::{
     adapters::lora::{
         attach::attach, base::check_base, config::LoraConfig, files::load_adapter_for_training,
+        saved_modules::train_saved,
     },
     base::files::{FileError, write_atomic},
     dataset::{
@@ -132,7 +138,12 @@ fn prepare_model<B: Accelerator>(
                     adapted.notes.iter().for_each(|note| tell(note));
                     (adapted.model, adapted.config)
                 }
-                None => (attach(frozen, &own, config.seed)?.0, own),
+                None => {
+                    let (model, _) = attach(frozen, &own, config.seed)?;
+                    let (model, notes) = train_saved(model, &own)?;
+                    notes.iter().for_each(|note| tell(note));
+                    (model, own)
+                }
             })
         }
     }
@@ -353,6 +364,29 @@ fn train_here<B: TrainAccelerator>(
         // The adapter is where this run begins, not what it claims: a person may mean it.
         (options.tell)(&format!("note: {error}"));
     }
+    if config.objective == Objective::Dpo {
+        // A row that is no pair is named before the first step.
+        (0..data.len()).try_for_each(|row| data.rejected(row).map(|_| ()))?;
+    }
+    if config.objective == Objective::Grpo && share.is_some() {
+        return Err(TrainError::Other(
+            "objective \"grpo\" runs in one process, on any number of its devices; start it without a cluster".into(),
+        ));
+    }
+    let rollout_plan = config.rollout_plan(devices.len())?;
+    if config.objective != Objective::Sft && config.lora_dropout > 0.0 {
+        (options.tell)(&format!(
+            "note: lora_dropout {} is not used with objective {}: log-probabilities are compared",
+            config.lora_dropout,
+            config.objective.name()
+        ));
+    }
+    // Before adapters are attached; without a reference nothing is kept.
+    let needs_reference = config.reference_weight() > 0.0;
+    let start = match (&config.adapter, config.reference) {
+        (Some(dir), ReferenceKey::Start) if needs_reference => Some((dir.clone(), base.clone())),
+        _ => None,
+    };
     let optimizer = AdamW::<B>::new(config.adamw());
     let (model, lora, state) = match &resumed {
         None => {
@@ -369,6 +403,7 @@ fn train_here<B: TrainAccelerator>(
                 images: Some(facts.images.digest()),
                 base: Some(facts.base.clone()),
                 trained_on: facts.trained_on.clone(),
+                reward_watch: None,
                 loss_scale: None,
                 version: env!("CARGO_PKG_VERSION").to_string(),
             };
@@ -398,6 +433,12 @@ fn train_here<B: TrainAccelerator>(
             (model, lora, state)
         }
     };
+    if needs_reference && !lora.modules_to_save.is_empty() {
+        return Err(TrainError::Other(format!(
+            "modules_to_save {:?} are trained whole, and an objective that measures from a reference is the model without its adapter; leave them out, or set beta = 0 with objective \"grpo\"",
+            lora.modules_to_save
+        )));
+    }
     let trained: usize = trained_params(&model).len();
     let total_steps = config.total_steps(data.len(), all_devices);
     (options.tell)(&format!(
@@ -419,14 +460,19 @@ fn train_here<B: TrainAccelerator>(
         }
     ));
 
+    // A window is a rollout's questions where answers are drawn.
+    let updates = config.updates_per_rollout();
     let loader = WindowLoader::new(
         data.clone(),
         parts.clone(),
-        config.window_plan(all_devices),
-        state.step,
+        match rollout_plan {
+            Some(_) => config.prompt_plan(all_devices),
+            None => config.window_plan(all_devices),
+        },
+        state.step / updates,
         config.dataloader_num_workers,
     )
-    .up_to(total_steps)
+    .up_to(total_steps.div_ceil(updates))
     .with_trace(options.trace.clone())
     .shared(share)
     .with_patience((all_devices > 1).then(|| config.patience()));
@@ -460,6 +506,17 @@ fn train_here<B: TrainAccelerator>(
         ));
     }
     write_config(&config)?;
+    let reference = match start {
+        Some((dir, base)) => Reference::kept(base, &dir, run, resumed.is_some())?,
+        None => Reference::base(),
+    };
+    let rollouts = rollout_plan
+        .map(|plan| {
+            let (reference, count) = (reference.clone(), devices.len());
+            let tell = options.tell.clone();
+            Rollouts::new(&config, plan, &data, &parts, reference, count, tell)
+        })
+        .transpose()?;
     // A run that continues in another folder has none there yet.
     if resumed.is_none() || !config.output_dir.join("run.json").exists() {
         let mut hashes = BTreeMap::from([("train", data.fingerprint().to_string())]);
@@ -516,13 +573,14 @@ fn train_here<B: TrainAccelerator>(
         config: model_config.clone(),
         train: config.clone(),
         loss_scale: loss_scale.clone(),
+        reference,
     });
     let learner: Learner<Components<B>> =
         Learner::new(Trainee::new(model, settings), optimizer.clone(), schedule);
     let steps = RunSteps {
         before: state.step,
         total: total_steps,
-        an_epoch: config.window_plan(all_devices).steps_per_epoch(data.len()),
+        an_epoch: config.steps_per_epoch(data.len(), all_devices),
     };
     keep_part_of_epoch(&config.output_dir, &steps)?;
     let strategy = Arc::new(WindowStrategy::new(LoopState {
@@ -532,6 +590,9 @@ fn train_here<B: TrainAccelerator>(
         loader: loader.clone(),
         validation: valid_loaders.clone(),
         scorer,
+        rollouts,
+        queue: VecDeque::new(),
+        rollout_rows: BTreeMap::new(),
         optimizer,
         loss_scale,
         devices,
@@ -571,6 +632,17 @@ fn train_here<B: TrainAccelerator>(
             .with_interrupter(options.interrupter)
             .with_application_logger(None)
             .with_training_strategy(TrainingStrategy::Custom(strategy.clone()));
+    if config.objective != Objective::Sft {
+        training = training.metric_train_numeric(Gauge::entropy());
+    }
+    if config.objective == Objective::Dpo {
+        training = training.metric_train_numeric(Gauge::margin());
+    }
+    if config.objective == Objective::Grpo {
+        training = training
+            .metric_train_numeric(Gauge::reward())
+            .metric_train_numeric(Gauge::divergence());
+    }
     if let Some(renderer) = options.renderer {
         training = training.renderer(RunRenderer::new(renderer, steps));
     }

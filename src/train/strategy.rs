@@ -6,6 +6,7 @@
 //! dashboard, interruption.
 
 use std::{
+    collections::{BTreeMap, VecDeque},
     path::PathBuf,
     sync::{
         Arc, Mutex,
@@ -15,6 +16,7 @@ use std::{
 };
 
 use burn::{
+    module::AutodiffModule,
     tensor::backend::AutodiffBackend,
     train::{
         EventProcessorTraining, Learner, LearnerEvent, LearningComponentsMarker,
@@ -31,9 +33,10 @@ use super::{
     learner::{ScheduleStepper, StepNumbers, StepOutput, StepReading, StepTotals, Trainee},
     lines::{StepLines, StepWork},
     loss_scale::LossScale,
+    objective::{rollouts::Rollouts, sums::ObjectiveSums},
     optimizer::{AdamW, norm_of},
     outcome::{Ending, Outcome, TrainError},
-    records::MetricsLog,
+    records::{MetricsLog, Row},
     renderers::RunSteps,
     replicas::Replicas,
     report_command::ReportCommand,
@@ -42,7 +45,7 @@ use super::{
     words::Tell,
 };
 use crate::{
-    adapters::lora::config::LoraConfig,
+    adapters::lora::{config::LoraConfig, merge::merge_unless_quantised},
     base::trace::{HOST, Trace},
     batch::window::Window,
     cluster::Cluster,
@@ -69,6 +72,12 @@ pub struct LoopState<B: AutodiffBackend> {
     pub validation: Vec<(String, WindowLoader)>,
     /// Generates and scores reports.
     pub scorer: Option<GenerationScorer<B::InnerBackend>>,
+    /// Draws answers and rewards them, where the run learns from rewards.
+    pub rollouts: Option<Rollouts>,
+    /// Windows of the last rollout that no step has learnt from yet.
+    pub queue: VecDeque<Window>,
+    /// What rollouts came to, by their first step (from 0), until that step's row is written.
+    pub rollout_rows: BTreeMap<usize, Row>,
     /// The optimizer, sharing its state with the Learner's.
     pub optimizer: AdamW<B>,
     /// Of the loss, with weights in f16; shared with the Learner's model.
@@ -203,6 +212,9 @@ impl<B: TrainAccelerator> LoopState<B> {
         if patience > 0 && self.state.validations_without_gain >= patience {
             return Ok(Ending::EarlyStop);
         }
+        if self.rewards_part() {
+            return Ok(Ending::RewardsPart);
+        }
         self.enter_epoch(self.steps.epoch(self.state.step), processor);
         let mut replicas = self.replicas(learner)?;
         if self.state.step == 0 && self.scorer.is_some() {
@@ -229,10 +241,23 @@ impl<B: TrainAccelerator> LoopState<B> {
         let mut next_step = self.state.step;
         let mut ahead: Option<Window> = None;
         let mut is_last = false;
-        while let Some(window) = ahead.take().or_else(|| {
-            let next = || trace.wait_for_data(next_step, || windows.next());
-            (!is_last).then(next).flatten()
-        }) {
+        loop {
+            let mut next = ahead.take();
+            if next.is_none() && !is_last && self.rollouts.is_some() {
+                if self.queue.is_empty() {
+                    self.complete_pending(&mut pending, processor, &mut clock)?;
+                    if let Some(rows) = trace.wait_for_data(next_step, || windows.next()) {
+                        self.roll_out(&rows, learner, replicas.as_ref())?;
+                        clock.skip();
+                    }
+                }
+                next = self.queue.pop_front();
+            } else if next.is_none() && !is_last {
+                next = trace.wait_for_data(next_step, || windows.next());
+            }
+            let Some(window) = next else {
+                break;
+            };
             let step = window.step;
             next_step = step + 1;
             let epoch = window.epoch;
@@ -252,7 +277,7 @@ impl<B: TrainAccelerator> LoopState<B> {
                 }
                 continue;
             }
-            if replicas.is_some() {
+            if replicas.is_some() && self.rollouts.is_none() {
                 // Several devices take the next step's images while they work on this one.
                 ahead = trace.wait_for_data(next_step, || windows.next());
                 is_last = ahead.is_none();
@@ -271,10 +296,13 @@ impl<B: TrainAccelerator> LoopState<B> {
             }
             let last = step + 1 == self.total_steps;
             // Processes stop together or not at all.
-            let interrupted = replicas
+            let asked = replicas
                 .as_ref()
                 .and_then(Replicas::stops)
                 .unwrap_or_else(|| stop() || self.interrupted.load(Ordering::Relaxed));
+            // A rollout is learnt from to its end: no checkpoint holds its answers.
+            let between = self.queue.is_empty();
+            let interrupted = between && asked;
             let due = |every: usize| every > 0 && (step + 1).is_multiple_of(every);
             let pause = last || interrupted || due(self.state.config.eval_steps);
             let known = matches!(&pending, Some(one) if matches!(one.numbers, Numbers::Known(_)));
@@ -297,6 +325,13 @@ impl<B: TrainAccelerator> LoopState<B> {
             } else if interrupted || due(self.state.config.save_steps) {
                 self.save(learner)?;
                 clock.skip();
+            }
+            if ending.is_none() && between && self.rewards_part() {
+                if !self.checkpoints.path(step as u64 + 1).exists() {
+                    self.complete_pending(&mut pending, processor, &mut clock)?;
+                    self.save(learner)?;
+                }
+                ending = Some(Ending::RewardsPart);
             }
             if interrupted {
                 ending = Some(Ending::Interrupted);
@@ -325,6 +360,47 @@ impl<B: TrainAccelerator> LoopState<B> {
         self.tell_skipped();
         self.draw()?;
         Ok(Ending::Done)
+    }
+
+    /// Whether the run ends because trained and held-out rewards have parted.
+    fn rewards_part(&self) -> bool {
+        let patience = self.state.config.reward_patience;
+        let parted = self.state.reward_watch.map_or(0, |watch| watch.parted);
+        patience > 0 && parted >= patience
+    }
+
+    /// Draws answers to the questions of `rows` with the weights as they are, and queues the windows that learn from them.
+    fn roll_out(
+        &mut self,
+        rows: &Window,
+        learner: &Learner<Components<B>>,
+        replicas: Option<&Replicas<B>>,
+    ) -> Result<(), TrainError> {
+        let Some(rollouts) = &mut self.rollouts else {
+            return Ok(());
+        };
+        let device = &self.devices[0];
+        let model = learner.model();
+        let drawing = rollouts.draw::<B::InnerBackend>(rows.step, &rows.rows)?;
+        let plain = model.valid();
+        match replicas {
+            Some(replicas) => {
+                replicas.generate(&model, &drawing.scorer)?;
+            }
+            None => {
+                let merged = merge_unless_quantised(plain.model.clone());
+                for batch in 0..drawing.scorer.batches {
+                    (drawing.scorer.generate)(&merged, device, batch)?;
+                }
+            }
+        }
+        let first_step = rows.step * rollouts.updates();
+        let mut watch = self.state.reward_watch.unwrap_or_default();
+        let rollout = rollouts.learn_from(drawing, first_step, &plain.model, device, &mut watch)?;
+        self.state.reward_watch = Some(watch);
+        self.rollout_rows.insert(first_step, rollout.row);
+        self.queue.extend(rollout.windows);
+        Ok(())
     }
 
     /// The other devices with their copies, if there are any.
@@ -406,6 +482,11 @@ impl<B: TrainAccelerator> LoopState<B> {
                     for piece in &part.pieces {
                         sum.totals.add(piece.totals);
                         sum.objective += piece.objective;
+                        if let Some(own) = &piece.sequences {
+                            sum.sequences
+                                .get_or_insert_with(ObjectiveSums::default)
+                                .add(own);
+                        }
                     }
                     // The first device also holds what this thread put there: the weights.
                     let own = own.filter(|_| rank == replicas.first());
@@ -540,6 +621,8 @@ impl<B: TrainAccelerator> LoopState<B> {
             samples_per_second: launched.samples as f64 / seconds,
             tokens_per_second: launched.tokens as f64 / seconds,
             memory_gib: self.memory.peak().map_or(0.0, |peak| peak.gib()),
+            sequences: known.sequences,
+            reward: (self.rollout_rows.get(&step)).and_then(|row| row.get("reward")?.as_f64()),
             starts_validation: false,
         };
         let work = StepWork {

@@ -22,7 +22,7 @@ use crate::{
     },
     dataset::{
         Dataset,
-        loader::{Overlong, WindowLoader, WindowPlan},
+        loader::{Overlong, WindowKind, WindowLoader, WindowPlan},
     },
     eval::{
         baselines::systems::swapped,
@@ -179,6 +179,7 @@ impl ModelWork {
                 overlong: Overlong::Error,
                 seed: 0,
                 in_order: true,
+                kind: WindowKind::Answers,
             };
             WindowLoader::new(self.data.clone(), parts.clone(), plan, 0, 1)
         };

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::findings::FindingsArgs;
+use super::findings_args::FindingsArgs;
 use crate::commands::{
     cluster_args::ClusterArgs,
     shared_args::{GenerationArgs, ModelArgs, ReadingArgs},

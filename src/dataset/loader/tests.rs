@@ -26,6 +26,7 @@ fn loader(packing_tokens: usize, devices: usize) -> WindowLoader {
         overlong: Overlong::Error,
         seed: 4,
         in_order: false,
+        kind: super::WindowKind::Answers,
     };
     let data = Dataset::open("phantom:11:0..20:house").unwrap();
     WindowLoader::new(data, Arc::new(parts), plan, 0, 1)

@@ -14,7 +14,9 @@ use crate::{
         Cluster, ClusterError,
         chain::{Chain, Part},
     },
-    train::{generation::Generated, loss::LossTotals, ranks::RankError},
+    train::{
+        generation::Generated, loss::LossTotals, objective::sums::ObjectiveSums, ranks::RankError,
+    },
 };
 
 /// The other processes of a run.
@@ -39,6 +41,8 @@ struct Report {
 struct DeviceReport {
     /// Bits of the loss sum, of the right predictions, and of the share of the objective; targets.
     pieces: Vec<[u64; 4]>,
+    /// Bits of what an objective came to, for each piece.
+    sequences: Vec<Option<Vec<u64>>>,
     present: Vec<bool>,
 }
 
@@ -52,24 +56,32 @@ impl DeviceReport {
                 piece.totals.targets as u64,
             ]
         });
+        let sequences = learnt.pieces.iter().map(|piece| {
+            let fields = piece.sequences?.fields();
+            Some(fields.iter().map(|field| field.to_bits()).collect())
+        });
         Self {
+            sequences: sequences.collect(),
             pieces: pieces.collect(),
             present: learnt.present.clone(),
         }
     }
 
     fn learnt(self) -> Learnt {
-        let pieces = self
-            .pieces
-            .into_iter()
-            .map(|[nll, correct, objective, targets]| Piece {
+        let pieces = self.pieces.into_iter().zip(self.sequences).map(
+            |([nll, correct, objective, targets], sequences)| Piece {
                 totals: LossTotals {
                     nll: f64::from_bits(nll),
                     correct: f64::from_bits(correct),
                     targets: targets as usize,
                 },
                 objective: f64::from_bits(objective),
-            });
+                sequences: sequences.map(|bits| {
+                    let fields: Vec<f64> = bits.into_iter().map(f64::from_bits).collect();
+                    ObjectiveSums::of_fields(&fields)
+                }),
+            },
+        );
         Learnt {
             pieces: pieces.collect(),
             memory: None,

@@ -21,6 +21,7 @@ use crate::{
         generation::{GenerateBatch, Generated},
         learner::{StepReading, Trainee},
         loss::LossTotals,
+        objective::sums::ObjectiveSums,
         optimizer::{AdamW, norm_of},
     },
 };
@@ -87,6 +88,8 @@ pub struct Piece {
     pub totals: LossTotals,
     /// Share of the loss that is minimised.
     pub objective: f64,
+    /// What an objective over sequences came to.
+    pub sequences: Option<ObjectiveSums>,
 }
 
 /// State of one rank's thread.
@@ -182,6 +185,7 @@ impl<B: TrainAccelerator> Rank<B> {
                     pieces: vec![Piece {
                         totals: read.totals,
                         objective: read.objective,
+                        sequences: read.sequences,
                     }],
                     memory,
                     present,
@@ -263,8 +267,9 @@ impl<B: TrainAccelerator> Rank<B> {
             present: presence(model, &GradientsParams::new()),
         };
         self.parts.clear();
-        let batches = window.parts.iter().flatten().enumerate();
-        for (place, batch) in batches {
+        let mut sequences = window.sequences.iter().flatten();
+        for (place, batch) in window.parts.iter().flatten().enumerate() {
+            let own = sequences.next().cloned();
             if batch.targets() == 0 {
                 continue;
             }
@@ -272,6 +277,7 @@ impl<B: TrainAccelerator> Rank<B> {
                 model,
                 Window {
                     parts: vec![vec![batch.clone()]],
+                    sequences: vec![own.into_iter().collect()],
                     rows: Vec::new(),
                     first_micro_batch: window.first_micro_batch + place,
                     ..window
@@ -282,6 +288,7 @@ impl<B: TrainAccelerator> Rank<B> {
             learnt.pieces.push(Piece {
                 totals: read.totals,
                 objective: read.objective,
+                sequences: read.sequences,
             });
             let part = on_host(model, output.grads);
             for (present, row) in learnt.present.iter_mut().zip(&part) {
