@@ -471,8 +471,13 @@ fn all_reduce_across<B: TrainAccelerator>(
     };
     let all_reduce = B::InnerBackend::all_reduce(devices, Some(&others), patience)?;
     if let Some(all_reduce) = &all_reduce {
-        let all_reduce = all_reduce.clone();
-        cluster.on_end(move |_| all_reduce.give_up());
+        // Communicators end with the replicas, not with the processes' connection.
+        let all_reduce = Arc::downgrade(all_reduce);
+        cluster.on_end(move |_| {
+            if let Some(all_reduce) = all_reduce.upgrade() {
+                all_reduce.give_up();
+            }
+        });
     }
     Ok(all_reduce)
 }
