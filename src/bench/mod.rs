@@ -9,6 +9,7 @@ pub mod device;
 pub mod infer;
 pub mod operations;
 pub mod report;
+pub mod scale;
 pub mod train;
 pub mod train_devices;
 

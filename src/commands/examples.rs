@@ -280,6 +280,10 @@ pub const BENCH: &[Example] = &[
         "A server that runs already, under sixteen users",
         "xray-qwen3vl bench serve --users 16 --seconds 20",
     ),
+    (
+        "What several machines would bring to training, from a step of 0.39 s on one",
+        "xray-qwen3vl bench scale --step-seconds 0.39",
+    ),
 ];
 
 /// The examples of `config`.
@@ -327,7 +331,7 @@ pub const VERSION: &[Example] = &[(
 )];
 
 /// Columns after which a command line is continued on the next: help is wrapped at the width of the terminal, and a
-/// line that was wrapped cannot be typed as it stands.
+/// line that was wrapped cannot be typed as it is.
 const COLUMNS: usize = 72;
 
 /// A command line broken as a shell takes it, never between an option and its value.
@@ -359,7 +363,7 @@ fn broken(command: &str) -> String {
     text
 }
 
-/// The examples as a section of `--help`, with what else stands there.
+/// The examples as a section of `--help`, with what else is there.
 pub fn section(examples: &[Example], rest: &str) -> String {
     let mut text = "Examples:\n".to_string();
     for (what, command) in examples {

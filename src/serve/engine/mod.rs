@@ -82,7 +82,7 @@ pub struct Submission {
     pub prompt_logprobs: Option<usize>,
     /// Which tokens are allowed.
     pub constraint: Option<Box<dyn TokenConstraint>>,
-    /// What is asked of the prompt when the answer is there; the prompt must end in text.
+    /// Continuations whose log-probabilities are computed once the answer is there; the prompt must end in text.
     pub continuations: Option<Continuations>,
     /// When the answer must be there.
     pub deadline: Instant,
