@@ -16,6 +16,7 @@ use anyhow::{Context, Result, bail};
 use burn::tensor::DType;
 
 use super::{
+    drafts::{drafting_for_batches, tell},
     finding_probabilities::{ask, expect_named_weights, sentences},
     infer_server,
     pipeline_options::{pipeline_options, room_for_answers},
@@ -41,7 +42,7 @@ use crate::{
     },
     runtime::{
         accelerator::Accelerator,
-        generate::{GenerationConfig, Prompt, PromptState, Timing},
+        generate::{GenerationConfig, Prompt, PromptState, Timing, drafts::DraftCounts},
         pipeline::Pipeline,
         spread::in_order,
     },
@@ -127,6 +128,7 @@ fn check_sent(args: &InferArgs) -> Result<()> {
         ("--tokenizer", load.gguf.tokenizer.is_some()),
         ("--kv-cache", args.generation.kv_cache != CacheFormat::Float),
         ("--no-repetition-stop", args.generation.no_repetition_stop),
+        ("--drafts", args.generation.drafting.drafts.is_some()),
         ("--findings", args.findings.findings),
     ];
     match unsent.iter().find(|(_, given)| *given) {
@@ -149,7 +151,7 @@ struct Infer {
 impl ReplicatedTask for Infer {
     type Output = Result<()>;
 
-    fn run<B: Accelerator>(self, replicas: Replicas<B>) -> Result<()> {
+    fn run<B: Accelerator>(mut self, replicas: Replicas<B>) -> Result<()> {
         let Replicas { mut devices, dtype } = replicas;
         let mut run = RecordFile::open(&self.args, &self.tasks)?;
         let todo = run.todo(&self.tasks);
@@ -204,6 +206,13 @@ impl ReplicatedTask for Infer {
         for remark in &pipelines[0].parts.remarks {
             eprintln!("{remark}");
         }
+        let parts = &pipelines[0].parts;
+        self.settings.drafts = drafting_for_batches::<B>(
+            &self.args.generation.drafting,
+            &options,
+            &parts.tokenizer,
+            batch_size,
+        )?;
         for device in &devices {
             let config = &pipelines[0].parts.config;
             prepare_kernels::<B>(config, dtype, device, batch_size);
@@ -216,11 +225,12 @@ impl ReplicatedTask for Infer {
             .then(|| Progress::new("reports", todo.len() as u64, Unit::Items));
         let mut done = 0;
         let memory = Mutex::new(MemoryWatch::default());
+        let drafted = Mutex::new(DraftCounts::default());
         in_order(
             &mut pipelines,
             &groups,
             |pipeline, group| {
-                let records = self.answer_group(pipeline, group);
+                let records = self.answer_group(pipeline, group, &drafted);
                 if self.args.verbose
                     && let Ok(mut memory) = memory.lock()
                 {
@@ -242,6 +252,9 @@ impl ReplicatedTask for Infer {
         )?;
         if let Some(progress) = progress {
             progress.finish();
+        }
+        if let Ok(counts) = drafted.into_inner() {
+            tell(self.settings.drafts.as_ref(), &counts);
         }
         if self.args.verbose
             && let Ok(memory) = memory.into_inner()
@@ -311,7 +324,12 @@ impl Infer {
     }
 
     /// Reports of one batch; what fails becomes a record with its error.
-    fn answer_group<B: Accelerator>(&self, pipeline: &Pipeline<B>, group: &[&Task]) -> Vec<Record> {
+    fn answer_group<B: Accelerator>(
+        &self,
+        pipeline: &Pipeline<B>,
+        group: &[&Task],
+        drafted: &Mutex<DraftCounts>,
+    ) -> Vec<Record> {
         let started = Instant::now();
         let mut records: Vec<Record> = group
             .iter()
@@ -362,6 +380,9 @@ impl Infer {
                 if self.args.stream {
                     shown.end();
                 }
+                if let Ok(mut drafted) = drafted.lock() {
+                    drafted.add(timing.drafts);
+                }
                 for (row, answer) in rows.iter().zip(answers) {
                     records[*row].fill(answer, seconds);
                 }
@@ -376,7 +397,7 @@ impl Infer {
             // One prompt that cannot be answered must not take the others with it.
             Err(_) if rows.len() > 1 => {
                 for row in rows {
-                    let alone = self.answer_group(pipeline, &group[row..=row]);
+                    let alone = self.answer_group(pipeline, &group[row..=row], drafted);
                     records.splice(row..=row, alone);
                 }
             }

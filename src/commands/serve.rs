@@ -14,6 +14,7 @@ use clap::Args;
 use tokio::net::TcpListener;
 
 use super::{
+    drafts::drafting,
     models::find,
     pipeline_options::pipeline_options,
     progress::{Progress, Unit, prepare_kernels},
@@ -45,7 +46,7 @@ use crate::{
         App, ServeConfig,
         auth::{ApiKey, KeyError},
         cors::AllowedOrigins,
-        engine::{End, Engine, EngineLimits},
+        engine::{End, Engine, EngineDrafts, EngineLimits},
         findings::FindingFiles,
         http::{self, Transport},
         metrics::Metrics,
@@ -139,6 +140,12 @@ pub struct ServeArgs {
     /// the beginning.
     #[arg(long)]
     pub no_prefix_cache: bool,
+    /// Draft tokens also from the answers that this server has written since its start, those of all clients; up to
+    /// 262,144 tokens of them are kept in memory and nowhere else.
+    ///
+    /// Answers stay the same, but how fast one comes tells whether its like was written before.
+    #[arg(long)]
+    pub drafts_grow: bool,
     /// Maximum number of tokens that a request may ask for; --max-new-tokens is the default.
     #[arg(long, value_name = "N", default_value_t = 8192)]
     pub max_new_tokens_limit: usize,
@@ -223,6 +230,7 @@ pub fn run(mut args: ServeArgs) -> Result<()> {
             args,
             api_keys,
             defaults,
+            drafts: EngineDrafts::default(),
         },
     )?
 }
@@ -372,6 +380,8 @@ struct Serve {
     args: ServeArgs,
     api_keys: Vec<ApiKey>,
     defaults: GenerationConfig,
+    /// Known when the tokenizer is.
+    drafts: EngineDrafts,
 }
 
 impl DeviceTask for Serve {
@@ -394,6 +404,7 @@ impl DeviceTask for Serve {
                 check_base(adapter, &options.model, &options.gguf)?;
             }
         }
+        let adapter = options.adapter.clone();
         let Pipeline {
             model,
             mut parts,
@@ -416,6 +427,22 @@ impl DeviceTask for Serve {
             self.args.cache_tokens = fit.cache_tokens;
         }
         prepare_kernels::<B>(&parts.config, dtype, &device, 0);
+        let drafting_args = &self.args.generation.drafting;
+        let drafting = drafting(
+            drafting_args,
+            adapter.as_deref(),
+            &options.model,
+            &parts.tokenizer,
+        )?;
+        self.drafts = EngineDrafts {
+            base: drafting.drafts,
+            beside_adapters: drafting.found,
+            most: drafting_args.draft_tokens,
+            grow: self.args.drafts_grow,
+        };
+        if let Some(note) = drafting.note {
+            log::info!("{note}");
+        }
         let decoder = self.decoder(model, &parts.config, device, &self.engine_limits())?;
         let files = FindingFiles {
             model: self
@@ -443,6 +470,7 @@ impl Serve {
             max_queue: self.args.max_queue,
             prefill_chunk: self.args.prefill_chunk,
             prefix_cache: !self.args.no_prefix_cache,
+            drafts: self.drafts.clone(),
         }
     }
 
@@ -577,11 +605,13 @@ impl Serve {
         let kv_cache = self.defaults.kv_cache;
         let mut progress = Progress::new("preparing", 0, Unit::Items);
         let room = ServingLimits {
-            max_running: limits.max_running,
+            // One sequence has rows for its drafts.
+            rows: limits.max_running.max(1 + limits.drafts.most),
             cache_tokens: limits.cache_tokens,
             prefill_chunk: limits.prefill_chunk,
             adapters: !self.args.lora.is_empty() || self.args.adapter_dir.is_some(),
             kv_cache,
+            warm_up: true,
         };
         let own = B::serving_decoder(&model, config, &room, &mut |done, total| {
             progress.set(done as u64, total as u64);
@@ -776,6 +806,12 @@ mod tests {
             panic!("the device is gone")
         }
 
+        fn truncate(&mut self, _: SlotId, _: usize) {}
+
+        fn cheap_rows(&self) -> usize {
+            1
+        }
+
         fn free(&mut self, _: SlotId) {}
 
         fn load_adapter(&mut self, _: &Path) -> Result<LoadedAdapter, AdapterError> {
@@ -807,6 +843,7 @@ mod tests {
         let parts = TextAndImages::load(&pipeline_options(&args.model, DType::F32)).unwrap();
         let serve = Serve {
             defaults: generation_config(&args.generation).unwrap(),
+            drafts: EngineDrafts::default(),
             api_keys: Vec::new(),
             args,
         };

@@ -15,7 +15,7 @@ use crate::{
     train::{finished, train, train_well, workspace},
 };
 
-const COMMANDS: [&str; 22] = [
+const COMMANDS: [&str; 23] = [
     "calibrate",
     "preview",
     "pull",
@@ -33,6 +33,7 @@ const COMMANDS: [&str; 22] = [
     "init-tiny",
     "serve",
     "doctor",
+    "drafts",
     "bench",
     "config",
     "completions",
