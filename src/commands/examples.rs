@@ -42,6 +42,18 @@ pub const INFER: &[Example] = &[
     ),
 ];
 
+/// The examples of `drafts`.
+pub const DRAFTS: &[Example] = &[
+    (
+        "From the training data, beside the adapter that was trained on it, where `infer` and `serve` find it",
+        "xray-qwen3vl drafts --data data/sample/train/samples.jsonl --output artifacts/tiny/checkpoint-480",
+    ),
+    (
+        "To a file, with the tokens a step on held-out reports",
+        "xray-qwen3vl drafts --data data/sample/train/samples.jsonl --val data/sample/val/samples.jsonl --output artifacts/drafts.bin",
+    ),
+];
+
 /// The examples of `train`.
 pub const TRAIN: &[Example] = &[
     (

@@ -18,6 +18,7 @@ use anyhow::{Context, Result, bail};
 use burn::tensor::DType;
 
 use super::{
+    drafts::{drafting_for_batches, tell},
     finding_probabilities::{DRAWN_AT_ONCE, ask, draw, expect_named_weights, sentences},
     infer_server,
     pipeline_options::{pipeline_options, room_for_answers},
@@ -44,7 +45,7 @@ use crate::{
     },
     runtime::{
         accelerator::Accelerator,
-        generate::{GenerationConfig, Prompt, PromptState, Timing},
+        generate::{GenerationConfig, Prompt, PromptState, Timing, drafts::DraftCounts},
         pipeline::Pipeline,
         spread::{in_order, in_order_across},
     },
@@ -135,6 +136,7 @@ fn check_sent(args: &InferArgs) -> Result<()> {
         ("--tokenizer", load.gguf.tokenizer.is_some()),
         ("--kv-cache", args.generation.kv_cache != CacheFormat::Float),
         ("--no-repetition-stop", args.generation.no_repetition_stop),
+        ("--drafts", args.generation.drafting.drafts.is_some()),
         ("--findings", args.findings.findings),
     ];
     match unsent.iter().find(|(_, given)| *given) {
@@ -172,7 +174,7 @@ impl ReplicatedTask for Infer {
 impl Infer {
     /// Writes all reports; with a cluster this process's share of them, and the first process the file.
     fn answer_all<B: Accelerator>(
-        self,
+        mut self,
         replicas: Replicas<B>,
         cluster: Option<&Cluster>,
     ) -> Result<()> {
@@ -247,6 +249,13 @@ impl Infer {
         for remark in &pipelines[0].parts.remarks {
             eprintln!("{remark}");
         }
+        let parts = &pipelines[0].parts;
+        self.settings.drafts = drafting_for_batches::<B>(
+            &self.args.generation.drafting,
+            &options,
+            &parts.tokenizer,
+            batch_size,
+        )?;
         for device in &devices {
             let config = &pipelines[0].parts.config;
             prepare_kernels::<B>(config, dtype, device, batch_size);
@@ -259,8 +268,9 @@ impl Infer {
             .then(|| Progress::new("reports", todo.len() as u64, Unit::Items));
         let mut done = 0;
         let memory = Mutex::new(MemoryWatch::default());
+        let drafted = Mutex::new(DraftCounts::default());
         let work = |pipeline: &mut Pipeline<B>, group: &&[&Task]| {
-            let records = self.answer_group(pipeline, group);
+            let records = self.answer_group(pipeline, group, &drafted);
             if self.args.verbose
                 && let Ok(mut memory) = memory.lock()
             {
@@ -287,6 +297,9 @@ impl Infer {
         }
         if let Some(progress) = progress {
             progress.finish();
+        }
+        if let Ok(counts) = drafted.into_inner() {
+            tell(self.settings.drafts.as_ref(), &counts);
         }
         if self.args.verbose
             && let Ok(memory) = memory.into_inner()
@@ -354,7 +367,12 @@ impl Infer {
     }
 
     /// Reports of one batch; what fails becomes a record with its error.
-    fn answer_group<B: Accelerator>(&self, pipeline: &Pipeline<B>, group: &[&Task]) -> Vec<Record> {
+    fn answer_group<B: Accelerator>(
+        &self,
+        pipeline: &Pipeline<B>,
+        group: &[&Task],
+        drafted: &Mutex<DraftCounts>,
+    ) -> Vec<Record> {
         let started = Instant::now();
         let mut records: Vec<Record> = group
             .iter()
@@ -406,6 +424,9 @@ impl Infer {
                 if self.args.stream {
                     shown.end();
                 }
+                if let Ok(mut drafted) = drafted.lock() {
+                    drafted.add(timing.drafts);
+                }
                 for (row, answer) in rows.iter().zip(answers) {
                     records[*row].fill(answer, seconds);
                 }
@@ -420,7 +441,7 @@ impl Infer {
             // One prompt that cannot be answered must not take the others with it.
             Err(_) if rows.len() > 1 => {
                 for row in rows {
-                    let alone = self.answer_group(pipeline, &group[row..=row]);
+                    let alone = self.answer_group(pipeline, &group[row..=row], drafted);
                     records.splice(row..=row, alone);
                 }
             }

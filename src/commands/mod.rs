@@ -11,6 +11,7 @@ pub mod completions;
 pub mod config;
 pub mod convert;
 pub mod doctor;
+pub mod drafts;
 pub mod eval;
 pub mod examples;
 mod finding_probabilities;

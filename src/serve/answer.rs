@@ -266,6 +266,9 @@ pub(super) fn count(usage: &mut Usage, prompt_tokens: usize, done: &Done) {
     usage.prompt_tokens = prompt_tokens;
     usage.completion_tokens += done.completion_tokens;
     usage.total_tokens = prompt_tokens + usage.completion_tokens;
+    let drafted = &mut usage.completion_tokens_details;
+    drafted.accepted_prediction_tokens += done.drafts.accepted;
+    drafted.rejected_prediction_tokens += done.drafts.drafted - done.drafts.accepted;
     let cached = &mut usage.prompt_tokens_details;
     if *cached == PromptTokensDetails::default() {
         cached.cached_tokens = done.cached_tokens;

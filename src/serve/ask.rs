@@ -38,6 +38,9 @@ use crate::{
     runtime::generate::{SamplingConfig, backend::AdapterId, text::StreamOptions},
 };
 
+/// Tokens of a prediction at most: it is searched before each step.
+const MAX_PREDICTED: usize = 16_384;
+
 /// Who asks, and since when.
 pub(super) struct Call {
     pub(super) client: u64,
@@ -105,6 +108,8 @@ pub(super) struct Task<'a> {
     pub(super) max_new_tokens: usize,
     /// Number of the first answer, by which seeds differ.
     pub(super) first: usize,
+    /// Tokens of what the answer is expected to be.
+    pub(super) prediction: Vec<u32>,
 }
 
 /// What is asked of a prompt besides its answer.
@@ -142,6 +147,7 @@ fn submit_draws(
             logprobs: None,
             prompt_logprobs: None,
             constraint: None,
+            prediction: Vec::new(),
             continuations: None,
             deadline: call.deadline(app),
             client: call.client,
@@ -268,6 +274,7 @@ pub(super) fn submit(
             // The same for all answers: the first brings them.
             prompt_logprobs: settings.prompt_logprobs.filter(|_| index == task.first),
             constraint: task.rules.of_answer(settings),
+            prediction: task.prediction.clone(),
             continuations: besides.take(),
             deadline: call.deadline(app),
             client: call.client,
@@ -325,6 +332,7 @@ pub(super) async fn ask(
         Some(FindingWork::Draws(count)) => (None, count),
         None => (None, 0),
     };
+    let prediction = predicted(app, settings.prediction.clone()).await?;
     let prompt = Arc::new(prepared.prompt);
     let tools = &request.tools;
     let rules = Rules::new(app, &settings, tools, prepared.opens_thinking).await?;
@@ -335,6 +343,7 @@ pub(super) async fn ask(
         rules: &rules,
         max_new_tokens,
         first: 0,
+        prediction,
     };
     let mut receivers = submit(app, call, &task, besides, &mut places)?;
     if draws > 0 {
@@ -360,6 +369,36 @@ pub(super) async fn ask(
         findings,
         tokenizer: app.parts.tokenizer.clone(),
     })
+}
+
+/// Tokens of what an answer is expected to be, with the one that ends it.
+///
+/// # Errors
+/// [`ApiError`] of status 400.
+async fn predicted(app: &Arc<App>, text: Option<String>) -> Result<Vec<u32>, ApiError> {
+    let Some(text) = text.filter(|text| !text.is_empty()) else {
+        return Ok(Vec::new());
+    };
+    let app = app.clone();
+    let encoded = tokio::task::spawn_blocking(move || {
+        let ids = app.parts.tokenizer.encode_plain(&text);
+        let end = app.parts.tokenizer.special().im_end;
+        ids.map(|ids| [&ids[..], &[end]].concat())
+    });
+    let ids = encoded
+        .await
+        .map_err(|_| ApiError::internal())?
+        .map_err(|error| ApiError::invalid("prediction", error.to_string()))?;
+    if ids.len() > MAX_PREDICTED {
+        return Err(ApiError::invalid(
+            "prediction",
+            format!(
+                "`prediction` has {} tokens, at most {MAX_PREDICTED} are taken",
+                ids.len()
+            ),
+        ));
+    }
+    Ok(ids)
 }
 
 /// Checks that prompt and answer fit together; returns the number of tokens that was asked for.

@@ -17,6 +17,7 @@ mod data_files;
 mod data_sets;
 mod data_tools;
 mod dicom;
+mod drafts;
 mod eval;
 mod eval_judge;
 mod forms;

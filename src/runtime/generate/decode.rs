@@ -3,6 +3,8 @@
 use burn::{prelude::*, tensor::DType};
 
 use super::{
+    drafted::{generate_drafted, verify_to_end},
+    drafts::{DraftCounts, DraftSession, Drafts},
     prompt_state::PromptState,
     sampler::{Sampler, SamplingConfig},
 };
@@ -40,6 +42,8 @@ pub struct GenerationConfig {
     pub seeds: Vec<u64>,
     /// How keys and values are stored.
     pub kv_cache: CacheFormat,
+    /// What tokens are drafted from, where they are; it changes the speed alone.
+    pub drafts: Option<Drafts>,
 }
 
 impl Default for GenerationConfig {
@@ -52,6 +56,7 @@ impl Default for GenerationConfig {
             num_return_sequences: 1,
             seeds: Vec::new(),
             kv_cache: CacheFormat::default(),
+            drafts: None,
         }
     }
 }
@@ -149,6 +154,8 @@ pub struct Timing {
     pub prompt_tokens: usize,
     /// Tokens generated after the first of each row.
     pub decoded_tokens: usize,
+    /// What was drafted.
+    pub drafts: DraftCounts,
 }
 
 /// Runs one batch of prompts to the end.
@@ -170,7 +177,8 @@ pub fn generate<B: Accelerator>(
     generate_and_keep(model, config, prompts, settings, device, None, on_token)
 }
 
-/// [`generate`], with the prompts as they are after their prefill appended to `kept`, for continuations of them.
+/// [`generate`], with the prompts as they are after their prefill appended to `kept`, for continuations of them; where
+/// tokens are drafted, none is.
 ///
 /// # Errors
 /// As [`generate`].
@@ -184,6 +192,15 @@ pub fn generate_and_keep<B: Accelerator>(
     on_token: &mut dyn FnMut(usize, u32) -> Option<FinishReason>,
 ) -> Result<(Vec<Generation>, Timing), GenerateError> {
     check_prompts(config, prompts, settings)?;
+    let greedy =
+        settings.sampling.temperature == 0.0 && settings.sampling.repetition_penalty == 1.0;
+    let is_alone = settings.num_return_sequences <= 1;
+    let drafts = (settings.drafts.as_ref()).filter(|_| is_alone && is_drafted::<B>(prompts.len()));
+    if let Some(drafts) = drafts
+        && !(B::DECODER_VERIFIES && greedy)
+    {
+        return generate_drafted(model, config, prompts, settings, drafts, device, on_token);
+    }
     let mut timing = Timing::default();
     let mut clock = std::time::Instant::now();
     let mut lap = |device: &B::Device| {
@@ -218,11 +235,7 @@ pub fn generate_and_keep<B: Accelerator>(
     let room = input.seq() + settings.max_new_tokens + DECODER_ROOM;
     let reserved = if decodes { room } else { 0 };
     let mut cache = KeyValueCache::with_format(layers, reserved, settings.kv_cache);
-    let at_once = match model.quantization() {
-        Some(_) => PACKED_PREFILL_TOKENS,
-        None => PREFILL_TOKENS,
-    };
-    let columns = (at_once / rows.len()).max(LEAST_PREFILL_COLUMNS);
+    let columns = (prefilled_at_once(model) / rows.len()).max(LEAST_PREFILL_COLUMNS);
     let hidden = model.prefill(&input, vision.as_ref(), config, &mut cache, columns, device);
     drop(vision);
     if let Some(kept) = kept {
@@ -279,17 +292,7 @@ pub fn generate_and_keep<B: Accelerator>(
             };
             let result = &mut results[row];
             result.token_ids.push(token);
-            let ended = if settings.eos_token_ids.contains(&token) {
-                Some(FinishReason::Stop)
-            } else if let Some(reason) = on_token(row, token) {
-                Some(reason)
-            } else if result.token_ids.len() >= settings.max_new_tokens {
-                Some(FinishReason::Length)
-            } else if settings.stop_on_repetition && goes_round(&result.token_ids) {
-                Some(FinishReason::Repetition)
-            } else {
-                None
-            };
+            let ended = end_of(row, &result.token_ids, settings, on_token);
             match ended {
                 Some(reason) => result.finish_reason = reason,
                 None => stays.push(place),
@@ -307,7 +310,6 @@ pub fn generate_and_keep<B: Accelerator>(
             active = stays.iter().map(|place| active[*place]).collect();
             stays = (0..active.len()).collect();
         }
-        timing.decoded_tokens += stays.len();
         if !decoder_tried {
             decoder_tried = true;
             let start = DecodeStart {
@@ -333,7 +335,19 @@ pub fn generate_and_keep<B: Accelerator>(
             };
             decoder = B::decoder(model, config, &cache, &start);
             places = active.clone();
+            if let (Some(drafts), Some(decoder), [row]) = (drafts, &mut decoder, &places[..])
+                && decoder.most_verified() > 1
+            {
+                let (prompt, result) = (&rows[*row], &mut results[*row]);
+                let vocab = config.text_config.vocab_size;
+                let session = DraftSession::new(drafts, &[], vocab);
+                timing.drafts =
+                    verify_to_end(&mut **decoder, session, prompt, result, settings, on_token)?;
+                timing.decoded_tokens += timing.drafts.tokens;
+                break;
+            }
         }
+        timing.decoded_tokens += stays.len();
         if let Some(decoder) = &mut decoder {
             // The decoder keeps its rows; those that have ended are ignored.
             let stayed: Vec<usize> = stays.iter().map(|place| active[*place]).collect();
@@ -370,6 +384,36 @@ pub fn generate_and_keep<B: Accelerator>(
     Ok((results, timing))
 }
 
+/// Whether tokens are drafted for a batch of so many rows, if there is something to draft from: in a large one the rows
+/// themselves fill a step.
+pub fn is_drafted<B: Accelerator>(rows: usize) -> bool {
+    match B::DECODER_VERIFIES {
+        true => rows == 1,
+        false => 2 * rows <= B::CHEAP_ROWS,
+    }
+}
+
+/// Whether an answer is over with its last token, which `on_token` gets unless it is an end token.
+pub(super) fn end_of(
+    row: usize,
+    tokens: &[u32],
+    settings: &GenerationConfig,
+    on_token: &mut dyn FnMut(usize, u32) -> Option<FinishReason>,
+) -> Option<FinishReason> {
+    let token = *tokens.last()?;
+    if settings.eos_token_ids.contains(&token) {
+        Some(FinishReason::Stop)
+    } else if let Some(reason) = on_token(row, token) {
+        Some(reason)
+    } else if tokens.len() >= settings.max_new_tokens {
+        Some(FinishReason::Length)
+    } else if settings.stop_on_repetition && goes_round(tokens) {
+        Some(FinishReason::Repetition)
+    } else {
+        None
+    }
+}
+
 /// Tokens of all prompts that go through the layers at once: a long context takes no more activations than
 /// that, and a batch of usual prompts still goes in one pass.
 pub const PREFILL_TOKENS: usize = 8192;
@@ -378,6 +422,14 @@ pub const PREFILL_TOKENS: usize = 8192;
 /// all weights are dequantised again.
 const PACKED_PREFILL_TOKENS: usize = 512;
 const LEAST_PREFILL_COLUMNS: usize = 128;
+
+/// Tokens of prompts that go through the layers of a model at once.
+pub(super) fn prefilled_at_once<B: Accelerator>(model: &Qwen3Vl<B>) -> usize {
+    match model.quantization() {
+        Some(_) => PACKED_PREFILL_TOKENS,
+        None => PREFILL_TOKENS,
+    }
+}
 
 /// Tokens a decoder may run ahead of what is read.
 const DECODER_ROOM: usize = 8;
