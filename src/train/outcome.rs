@@ -79,7 +79,7 @@ pub enum TrainError {
         "{0}; continue from the last checkpoint with `xray-qwen3vl train --config OUTPUT_DIR/config.toml --resume auto`"
     )]
     Rank(RankError),
-    #[error("{0}{}", go_on(.0))]
+    #[error("{}{}", .0, go_on(.0))]
     Process(ClusterError),
     #[error(
         "a thread failed: {0}; continue from the last checkpoint with `xray-qwen3vl train --config OUTPUT_DIR/config.toml --resume auto`"

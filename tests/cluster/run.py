@@ -321,16 +321,16 @@ def stall(lab, args):
     """A process that is stopped ends the run within ddp_timeout, with its name."""
     for victim in (1, 0):
         out = lab.work / f"stall-{victim}"
-        processes = lab.nodes(3, out, timeout=6, sets=["max_steps=200", "eval_steps=0"])
+        processes = lab.nodes(3, out, timeout=args.stall, sets=["max_steps=200", "eval_steps=0"])
         wait_for_step(lab, 3)
         processes[victim].send_signal(signal.SIGSTOP)
         # `ip netns exec` replaces itself: the process is the program.
         stopped = time.time()
         others = [process for place, process in enumerate(processes) if place != victim]
-        codes = lab.wait(others, 40)
+        codes = lab.wait(others, 4 * args.stall + 40)
         took = time.time() - stopped
         processes[victim].send_signal(signal.SIGCONT)
-        lab.wait(processes, 40)
+        lab.wait(processes, 60)
         check(all(codes), f"stall of {victim}: {codes}")
         for place in range(3):
             if place != victim:
@@ -604,6 +604,7 @@ def main():
     parser.add_argument("--binary", default=str(ROOT / "target/release/xray-qwen3vl"))
     parser.add_argument("--netem", action="store_true", help="network namespaces with delay and loss; wants root")
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--stall", type=float, default=10, help="ddp_timeout of the runs in which a process is stopped")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--torchrun", help="path of a torchrun")
     parser.add_argument("--keep", action="store_true")
