@@ -192,6 +192,9 @@ fn load_config(args: &TrainArgs) -> Result<TrainConfig> {
     if let Some(generate) = args.eval_generate {
         set("eval_generate", (generate as i64).into());
     }
+    if let Some(objective) = args.objective {
+        set("objective", objective.name().into());
+    }
     if let Some(reduction) = args.loss_reduction {
         let name = clap::ValueEnum::to_possible_value(&reduction);
         set(
