@@ -15,8 +15,10 @@ use crate::{
     train::{finished, train, train_well, workspace},
 };
 
-const COMMANDS: [&str; 23] = [
+const COMMANDS: [&str; 25] = [
     "calibrate",
+    "prefer",
+    "score",
     "preview",
     "pull",
     "label",

@@ -17,6 +17,7 @@ mod draft_tests;
 mod dropout;
 mod launch;
 mod likeliest;
+mod matmul_config;
 mod matrix;
 mod matvec;
 #[cfg(feature = "wgpu")]

@@ -23,7 +23,7 @@ use crate::{
     },
     dataset::{
         Dataset,
-        loader::{Overlong, WindowLoader, WindowPlan},
+        loader::{Overlong, WindowKind, WindowLoader, WindowPlan},
     },
     eval::{
         baselines::systems::swapped,
@@ -37,7 +37,7 @@ use crate::{
         vision::encode_images,
     },
     study::counted,
-    train::gradients::{LossTotals, evaluate},
+    train::{gradients::evaluate, loss::LossTotals},
 };
 
 /// Work for a model on a device.
@@ -184,6 +184,7 @@ impl ModelWork {
                 overlong: Overlong::Error,
                 seed: 0,
                 in_order: true,
+                kind: WindowKind::Answers,
             };
             WindowLoader::new(self.data.clone(), parts.clone(), plan, 0, 1)
         };

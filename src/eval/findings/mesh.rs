@@ -9,11 +9,11 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::{
+    error::FindingsError,
     finding::Finding,
     labeler::Labeler,
     labels::Status,
     pair::UncertainPolicy,
-    rules::FindingsError,
     score::{Average, ClassCounts, macro_average, micro, percent},
 };
 

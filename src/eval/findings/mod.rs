@@ -14,6 +14,7 @@
 //! - Several mentions of one class: present wins over uncertain, uncertain over absent.
 
 pub mod agreement;
+mod error;
 pub mod evaluation;
 pub mod export;
 mod field;
@@ -31,11 +32,11 @@ mod syntax;
 mod tests;
 mod text;
 
+pub use error::FindingsError;
 pub use field::{CHEXPERT_5, Group};
 pub use finding::{Finding, OtherFinding};
 pub use labeler::Labeler;
 pub use labels::{FindingLabel, Laterality, Mention, ReportLabels, Severity, Status, Zone};
 pub use pair::{LabelledPair, Policies, UncertainPolicy};
 pub use rule_set::{RuleSet, RuleSetError};
-pub use rules::FindingsError;
 pub use sections::Section;

@@ -4,7 +4,7 @@ use std::{fs, ops::Deref, path::Path, sync::LazyLock};
 
 use regex::Regex;
 
-use super::{labeler::Labeler, rules::FindingsError};
+use super::{error::FindingsError, labeler::Labeler};
 use crate::eval::text::TextLanguage;
 
 /// Words of machine translation.

@@ -6,56 +6,12 @@ use regex::Regex;
 use serde::Deserialize;
 
 use super::{
+    error::FindingsError,
     finding::{Finding, OtherFinding},
     labels::{Laterality, Severity, Status, Zone},
-    sections::Headings,
+    sections::{Headings, SectionsFile},
     syntax::{Spelling, TableSyntax, TableSyntaxFile},
 };
-
-/// What can be wrong with a table of words or with the labels of the Indiana collection.
-#[derive(Debug, thiserror::Error)]
-pub enum FindingsError {
-    /// The table is not TOML of the expected form.
-    #[error(
-        "cannot read the table of findings; expected `[cues]`, `[sides]`, `[severities]` and `[[rule]]`"
-    )]
-    WordTable(#[from] toml::de::Error),
-    /// A pattern is not a regular expression.
-    #[error(
-        "pattern `{pattern}` of {place} is not a regular expression; hint: look-around is written as `only_before` and the like"
-    )]
-    Pattern {
-        /// Where the pattern is.
-        place: String,
-        /// The pattern.
-        pattern: String,
-        /// What the compiler of patterns says.
-        #[source]
-        cause: Box<regex::Error>,
-    },
-    /// A rule names a class that does not exist.
-    #[error(
-        "rule {rule} names the finding `{name}`; expected a class such as `pneumothorax`, or `other`, or `mask`"
-    )]
-    UnknownFinding {
-        /// Number of the rule, from 1.
-        rule: usize,
-        /// The name.
-        name: String,
-    },
-    /// A table of labels cannot be read.
-    #[error("cannot read the labels in row {row}; expected CSV with the columns `uid` and `MeSH`")]
-    Labels {
-        /// Row, the header being 1.
-        row: u64,
-        /// What the CSV reader says.
-        #[source]
-        cause: csv::Error,
-    },
-    /// A table of labels lacks a column.
-    #[error("the label table has no column `{0}`; hint: it is `indiana_reports.csv`")]
-    MissingColumn(&'static str),
-}
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -79,19 +35,6 @@ struct ZonesFile {
     upper: Vec<String>,
     middle: Vec<String>,
     lower: Vec<String>,
-}
-
-/// What the parts of a report are called.
-#[derive(Deserialize, Default)]
-#[serde(deny_unknown_fields, default)]
-pub(super) struct SectionsFile {
-    pub(super) findings: Vec<String>,
-    pub(super) impression: Vec<String>,
-    pub(super) history: Vec<String>,
-    pub(super) technique: Vec<String>,
-    pub(super) comparison: Vec<String>,
-    /// Begins a sentence about this film, after a history without another heading.
-    pub(super) begins: Option<String>,
 }
 
 #[derive(Deserialize)]

@@ -5,10 +5,7 @@ use std::ops::Range;
 use regex::Regex;
 use serde::{Deserialize, Serialize};
 
-use super::{
-    rules::{FindingsError, SectionsFile},
-    syntax::Spelling,
-};
+use super::{error::FindingsError, syntax::Spelling};
 
 /// A part of a report.
 #[derive(
@@ -44,6 +41,19 @@ impl Section {
     pub fn is_read(self) -> bool {
         matches!(self, Self::Unnamed | Self::Findings | Self::Impression)
     }
+}
+
+/// What the parts of a report are called.
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct SectionsFile {
+    findings: Vec<String>,
+    impression: Vec<String>,
+    history: Vec<String>,
+    technique: Vec<String>,
+    comparison: Vec<String>,
+    /// Begins a sentence about this film, after a history without another heading.
+    begins: Option<String>,
 }
 
 /// The headings of a table, compiled.

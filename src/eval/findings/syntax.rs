@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use regex::Regex;
 use serde::Deserialize;
 
-use super::rules::FindingsError;
+use super::error::FindingsError;
 
 /// `[syntax]` of a table.
 #[derive(Deserialize)]

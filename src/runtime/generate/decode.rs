@@ -34,6 +34,10 @@ pub struct GenerationConfig {
     pub stop_on_repetition: bool,
     /// How tokens are chosen.
     pub sampling: SamplingConfig,
+    /// Answers to each prompt, whose keys and values are computed once; answers to one prompt follow each other.
+    pub samples: usize,
+    /// A seed for each answer in place of the one in `sampling`; empty where all have that one.
+    pub seeds: Vec<u64>,
     /// How keys and values are stored.
     pub kv_cache: CacheFormat,
     /// What tokens are drafted from, where they are; it changes the speed alone.
@@ -47,6 +51,8 @@ impl Default for GenerationConfig {
             eos_token_ids: Vec::new(),
             stop_on_repetition: true,
             sampling: SamplingConfig::default(),
+            samples: 1,
+            seeds: Vec::new(),
             kv_cache: CacheFormat::default(),
             drafts: None,
         }
@@ -202,7 +208,7 @@ pub fn generate_and_keep<B: Accelerator>(
         seconds
     };
 
-    let rows: Vec<Vec<u32>> = prompts
+    let mut rows: Vec<Vec<u32>> = prompts
         .iter()
         .map(|prompt| prompt.input_ids.clone())
         .collect();
@@ -210,7 +216,7 @@ pub fn generate_and_keep<B: Accelerator>(
         .iter()
         .map(|prompt| prompt.images.image_grid_thw.clone())
         .collect();
-    let (input, deltas) = TextInput::padded(&rows, &grids, config, Padding::Left, 0)?;
+    let (input, mut deltas) = TextInput::padded(&rows, &grids, config, Padding::Left, 0)?;
     timing.prompt_tokens = rows.iter().map(Vec::len).sum();
     let mut images = ImageInput::default();
     prompts
@@ -220,13 +226,6 @@ pub fn generate_and_keep<B: Accelerator>(
         (!images.image_grid_thw.is_empty()).then(|| encode_images(model, &images, config, device));
     timing.vision_seconds = lap(device);
 
-    let mut results: Vec<Generation> = prompts
-        .iter()
-        .map(|_| Generation {
-            token_ids: Vec::new(),
-            finish_reason: FinishReason::Length,
-        })
-        .collect();
     let layers = config.text_config.num_hidden_layers;
     // A decoder takes over buffers that hold the whole request.
     let decodes = B::HAS_DECODER;
@@ -243,13 +242,39 @@ pub fn generate_and_keep<B: Accelerator>(
             PromptState::of_row(&cache, &hidden, input.seq(), of_row, device)
         }));
     }
-    let logits = logits_on_host(model, hidden)?;
+    let mut logits = logits_on_host(model, hidden)?;
+    if settings.samples > 1 {
+        let each = |row: usize| std::iter::repeat_n(row, settings.samples);
+        let from: Vec<usize> = (0..rows.len()).flat_map(each).collect();
+        cache.select_rows(&from, device);
+        logits = from.iter().map(|row| logits[*row].clone()).collect();
+        deltas = from.iter().map(|row| deltas[*row]).collect();
+        rows = from.iter().map(|row| rows[*row].clone()).collect();
+    }
     timing.prefill_seconds = lap(device);
 
-    let mut samplers: Vec<Sampler> = rows
-        .iter()
-        .map(|row| Sampler::new(&settings.sampling, row))
-        .collect();
+    assert!(
+        settings.seeds.is_empty() || settings.seeds.len() == rows.len(),
+        "{} seeds for {} answers",
+        settings.seeds.len(),
+        rows.len()
+    );
+    let nothing = Generation {
+        token_ids: Vec::new(),
+        finish_reason: FinishReason::Length,
+    };
+    let mut results = vec![nothing; rows.len()];
+    let sampler = |(index, row): (usize, &Vec<u32>)| match settings.seeds.get(index) {
+        None => Sampler::new(&settings.sampling, row),
+        Some(seed) => {
+            let sampling = SamplingConfig {
+                seed: *seed,
+                ..settings.sampling.clone()
+            };
+            Sampler::new(&sampling, row)
+        }
+    };
+    let mut samplers: Vec<Sampler> = rows.iter().enumerate().map(sampler).collect();
     // Rows of the batch that go on, by their place among the prompts.
     let mut active: Vec<usize> = (0..rows.len()).collect();
     let mut next = Next::Logits(logits);
