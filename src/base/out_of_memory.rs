@@ -44,8 +44,8 @@ impl Failure {
             let number = ["size: ", "memory allocation of "]
                 .iter()
                 .find_map(|before| {
-                    let (_, behind) = lower.split_once(before)?;
-                    let digits: String = behind.chars().take_while(char::is_ascii_digit).collect();
+                    let (_, after) = lower.split_once(before)?;
+                    let digits: String = after.chars().take_while(char::is_ascii_digit).collect();
                     digits.parse().ok()
                 });
             Self { bytes: number }

@@ -10,6 +10,7 @@ pub mod drafts;
 pub mod infer;
 pub mod operations;
 pub mod report;
+pub mod scale;
 pub mod train;
 pub mod train_devices;
 

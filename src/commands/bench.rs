@@ -15,6 +15,7 @@ use burn::{backend::Autodiff, tensor::DType};
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::{
+    bench_scale::{self, BenchScaleArgs},
     bench_serve::{self, BenchServeArgs},
     models::{DownloadArgs, find},
     progress::{Progress, Unit, loading, prepare_kernels},
@@ -63,7 +64,7 @@ pub enum BenchKind {
     Train,
 }
 
-/// `bench KIND …`, or `bench serve …`.
+/// `bench KIND …`, `bench serve …` or `bench scale …`.
 #[derive(Debug, Args)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct BenchCommand {
@@ -80,6 +81,8 @@ pub struct BenchCommand {
 pub enum BenchServer {
     /// Send requests to a server from a number of users or at a fixed rate, and report percentiles.
     Serve(BenchServeArgs),
+    /// Calculate what several machines would bring to training, from a step measured on one.
+    Scale(BenchScaleArgs),
 }
 
 /// Arguments of `bench`.
@@ -186,6 +189,10 @@ pub fn run(command: BenchCommand) -> Result<()> {
             server: Some(BenchServer::Serve(args)),
             ..
         } => bench_serve::run(&args),
+        BenchCommand {
+            server: Some(BenchServer::Scale(args)),
+            ..
+        } => bench_scale::run(&args),
         BenchCommand {
             model: Some(args), ..
         } => bench_model(args),

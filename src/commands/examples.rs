@@ -69,6 +69,10 @@ pub const TRAIN: &[Example] = &[
         "xray-qwen3vl train --config artifacts/short/config.toml --resume auto --set max_steps=60",
     ),
     (
+        "Reinforcement learning on the findings of its own reports, from the first run on",
+        "xray-qwen3vl train --config configs/tiny-grpo.toml",
+    ),
+    (
         "The same data set as files, DoRA, plain lines instead of the dashboard",
         "xray-qwen3vl train --train-data data/sample/train/samples.jsonl --val-data data/sample/val/samples.jsonl --set use_dora=true --set max_steps=40 --no-tui --output-dir artifacts/dora",
     ),
@@ -288,6 +292,10 @@ pub const BENCH: &[Example] = &[
         "A server that runs already, under sixteen users",
         "xray-qwen3vl bench serve --users 16 --seconds 20",
     ),
+    (
+        "What several machines would bring to training, from a step of 0.39 s on one",
+        "xray-qwen3vl bench scale --step-seconds 0.39",
+    ),
 ];
 
 /// The examples of `config`.
@@ -335,7 +343,7 @@ pub const VERSION: &[Example] = &[(
 )];
 
 /// Columns after which a command line is continued on the next: help is wrapped at the width of the terminal, and a
-/// line that was wrapped cannot be typed as it stands.
+/// line that was wrapped cannot be typed as it is.
 const COLUMNS: usize = 72;
 
 /// A command line broken as a shell takes it, never between an option and its value.
@@ -367,7 +375,7 @@ fn broken(command: &str) -> String {
     text
 }
 
-/// The examples as a section of `--help`, with what else stands there.
+/// The examples as a section of `--help`, with what else is there.
 pub fn section(examples: &[Example], rest: &str) -> String {
     let mut text = "Examples:\n".to_string();
     for (what, command) in examples {

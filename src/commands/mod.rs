@@ -1,6 +1,7 @@
 //! Arguments to library calls, one command a file. Only here and in `main` is anything printed.
 
 pub mod bench;
+pub mod bench_scale;
 pub mod bench_serve;
 pub mod calibrate;
 pub mod check;

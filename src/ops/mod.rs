@@ -62,7 +62,7 @@ pub fn module_to_device<B: Ops, M: Module<B>>(module: M, device: &B::Device) -> 
 }
 
 /// [`DeviceOps::contiguous`] for all parameters of a module.
-pub fn compact<B: Ops, M: Module<B>>(module: M) -> M {
+pub fn contiguous_parameters<B: Ops, M: Module<B>>(module: M) -> M {
     struct Contiguous;
     impl<B: Ops> ModuleMapper<B> for Contiguous {
         fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {

@@ -233,11 +233,6 @@ impl<B: Ops> Qwen3Vl<B> {
         }
     }
 
-    /// The head's weight as floats, `[vocab, hidden]`.
-    pub fn head_weight(&self) -> Tensor<B, 2> {
-        self.head().val()
-    }
-
     /// The whole model at once, without a cache: logits of every token, `[n, vocab]`.
     pub fn forward(
         &self,

@@ -76,7 +76,7 @@ impl Default for InitOptions {
 /// A linear layer with the weight as published, `[out, in]`, and an optional low-rank adapter (LoRA).
 ///
 /// The checkpoint's layout is kept (Burn's own `Linear` has `[in, out]`) because a matrix-vector
-/// product over it reads memory in rows, and because nothing has to be transposed at load.
+/// matmul over it reads memory in rows, and because nothing has to be transposed at load.
 #[derive(Module, Debug)]
 pub struct Linear<B: Backend> {
     /// `[out, in]`.

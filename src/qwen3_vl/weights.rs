@@ -70,26 +70,35 @@ pub struct TensorFile {
 /// Bytes a core reads and checks at once: what its cache holds.
 const SHARE_BYTES: usize = 1 << 20;
 
+/// A file, and its bytes in memory as they are read.
+///
+/// # Errors
+/// [`WeightsError::Read`].
+fn mapped(path: &Path) -> Result<(File, Arc<Mmap>), WeightsError> {
+    let read = |cause| WeightsError::Read {
+        path: path.to_path_buf(),
+        cause,
+    };
+    let file = File::open(path).map_err(read)?;
+    // Safety: the map is read-only; a file that is rewritten while it is read gives wrong numbers here as it
+    // would anywhere.
+    #[allow(unsafe_code)]
+    let map = unsafe { Mmap::map(&file) }.map_err(read)?;
+    Ok((file, Arc::new(map)))
+}
+
 impl TensorFile {
     /// Maps a file and checks its header.
     ///
     /// # Errors
     /// [`WeightsError::Read`], [`WeightsError::Format`], [`WeightsError::PyTorch`].
     pub fn open(path: &Path) -> Result<Self, WeightsError> {
-        let read = |cause| WeightsError::Read {
-            path: path.to_path_buf(),
-            cause,
-        };
-        let file = File::open(path).map_err(read)?;
-        // Safety: the map is read-only; a checkpoint that is rewritten while it is read gives
-        // wrong numbers here as it would anywhere.
-        #[allow(unsafe_code)]
-        let map = unsafe { Mmap::map(&file) }.map_err(read)?;
+        let (_file, map) = mapped(path)?;
         let mut this = Self {
             path: path.to_path_buf(),
-            map: Arc::new(map),
+            map,
             #[cfg(unix)]
-            file,
+            file: _file,
             entries: BTreeMap::new(),
         };
         if pytorch::is_named(path) {
@@ -371,15 +380,6 @@ pub fn head(dir: &Path) -> Result<Head, WeightsError> {
         Err(WeightsError::NoFile { .. }) => Ok(Head::Absent),
         Err(error) => Err(error),
     }
-}
-
-/// Whether the checkpoint in `dir` holds a `lm_head.weight` that differs from the embedding in any element.
-/// A folder without weights, or with those that this program quantised, holds none.
-///
-/// # Errors
-/// [`WeightsError`] names the file and the tensor.
-pub fn holds_another_head(dir: &Path) -> Result<bool, WeightsError> {
-    Ok(head(dir)? == Head::Own)
 }
 
 fn head_of(checkpoint: &Checkpoint) -> Result<Head, WeightsError> {

@@ -51,6 +51,7 @@ mod serve_tools;
 mod server;
 mod tools;
 mod train;
+mod train_cluster;
 mod train_default;
 mod train_devices;
 mod train_form;

@@ -34,7 +34,7 @@ export XRAY_CUDA_SMALL=1 RUST_BACKTRACE=0
 
 # Each operation of accelerate::cuda, then whole models. Racecheck follows every access to shared memory:
 # whole models take it too long, and their kernels are those of the single operations.
-operations=(norms rotation pointwise matmuls::products_of_f32 matmuls::products matmuls::adapters attention
+operations=(norms rotation pointwise matmuls::matmuls_of_f32 matmuls::matmuls matmuls::adapters attention
     optimizer loss models::decoding)
 tests=("${operations[@]/#/accelerate::cuda::tests::}")
 # Quantised weights in fragment order.
@@ -54,7 +54,7 @@ if [ $plain -ne 0 ]; then
     exit 1
 fi
 
-# Initcheck names Burn's own copies and products as well, which are not judged here; that nothing unwritten
+# Initcheck names Burn's own copies and matmuls as well, which are not judged here; that nothing unwritten
 # reaches a result is what train::cuda_unwritten_tests show.
 burns='copy_kernel|matmul_entry|kernel_'
 
@@ -101,14 +101,14 @@ for tool in "${tools[@]}"; do
             check racecheck "decoding-$kernel" accelerate::cuda::tests::models::decoding
         done
         filter=()
-        # The products of Ampere.
+        # The matmuls of Ampere.
         export XRAY_CUDA_SM80=1
-        check racecheck products-sm80 accelerate::cuda::tests::matmuls::products
+        check racecheck matmuls-sm80 accelerate::cuda::tests::matmuls::matmuls
         unset XRAY_CUDA_NO_GRAPH XRAY_CUDA_SM80
     else
         check "$tool" all "${tests[@]}" "${whole[@]}"
         export XRAY_CUDA_SM80=1
-        check "$tool" products-sm80 accelerate::cuda::tests::matmuls::products
+        check "$tool" matmuls-sm80 accelerate::cuda::tests::matmuls::matmuls
         unset XRAY_CUDA_SM80
     fi
 done

@@ -1,4 +1,4 @@
-//! Matmul of one to eight rows with float matrices `[out, in]` (matrix-vector), through [`super::products`];
+//! Matmul of one to eight rows with float matrices `[out, in]` (matrix-vector), through [`super::row_kernels`];
 //! of two rows and more in tiles ([`super::tile_matmul`]), where the device has them.
 
 use burn::tensor::{DType, Tensor};
@@ -6,9 +6,9 @@ use burn_cubecl::{CubeRuntime, kernel::into_contiguous};
 use cubecl::client::ComputeClient;
 
 use super::{
-    launch::{Buffer, Cube, array, contiguous, elements, empty, pieces, quads, strided, tensor},
+    launch::{Buffer, Cube, contiguous, strided, tensor},
     matmul_config::{MatmulConfig, Matrices, Stored},
-    products::{one_matrix, swiglu_matrices, three_matrices},
+    row_matmul,
     sums::Group,
     tile_config::{WIDEST, cooperative},
     tile_matmul::{self, Added, Operand},
@@ -175,39 +175,17 @@ pub(super) fn matmul<R: CubeRuntime>(
         return tile_matmul::matmul(x, norm, &operand, Added { bias, residual }, out);
     }
     let [width, _] = weight.meta.shape().dims();
-    let config = MatmulConfig {
-        norm: norm.is_some(),
-        bias: bias.is_some(),
-        residual: residual.is_some(),
-        ..config(x, width, Matrices::One)
-    };
-    let y = empty(x, [config.rows, width], out);
-    // SAFETY: the arrays have the lengths that the config and the widths give; the buffer in place of an
-    // absent operand is not read.
-    #[allow(unsafe_code)]
-    unsafe {
-        one_matrix::launch_unchecked::<R>(
-            &x.client,
-            config.count(width),
-            config.dim(),
-            quads(x),
-            quads(norm.map_or(x, |norm| &norm.weight)),
-            pieces(weight),
-            elements(weight),
-            elements(bias.unwrap_or(&y)),
-            elements(residual.unwrap_or(&y)),
-            array(weight, 4),
-            array(weight, 4),
-            elements(&y),
-            width,
-            0,
-            norm.map_or(0.0, |norm| norm.epsilon as f32),
-            config,
-            Packing::of(out).expect("the kernels support the output type"),
-            [weight.dtype.into(), x.dtype.into(), out.into()],
-        );
-    }
-    y
+    let config = config(x, width, Matrices::One);
+    let (norm, buffers) = (norm.map(InputNorm::parts), (weight, weight));
+    row_matmul::matmul(
+        x,
+        norm,
+        buffers,
+        (bias, residual),
+        None,
+        (width, out),
+        config,
+    )
 }
 
 /// Matmuls of one input with three matrices, concatenated `[rows, out₁ + out₂ + out₃]`.
@@ -230,39 +208,9 @@ pub(super) fn three_matmuls<R: CubeRuntime>(
     {
         return tile_matmul::three_matmuls(x, Some(norm.parts()), [&q, &k, &v]);
     }
-    let width = widths.iter().sum();
-    let config = MatmulConfig {
-        norm: true,
-        ..config(x, width, Matrices::Three)
-    };
-    let y = empty(x, [config.rows, width], x.dtype);
-    // SAFETY: as for `matmul`.
-    #[allow(unsafe_code)]
-    unsafe {
-        three_matrices::launch_unchecked::<R>(
-            &x.client,
-            config.count(width),
-            config.dim(),
-            quads(x),
-            quads(&norm.weight),
-            pieces(weights[0]),
-            elements(weights[0]),
-            pieces(weights[1]),
-            elements(weights[1]),
-            pieces(weights[2]),
-            elements(weights[2]),
-            array(&norm.weight, 4),
-            elements(&y),
-            widths[0],
-            widths[1],
-            widths[2],
-            norm.epsilon as f32,
-            config,
-            Packing::of(x.dtype).expect("`covers` accepted the type"),
-            [x.dtype.into(); 2],
-        );
-    }
-    y
+    let config = config(x, widths.iter().sum(), Matrices::Three);
+    let buffers = weights.map(|weight| (weight, weight));
+    row_matmul::three_matmuls(x, norm.parts(), buffers, widths, config)
 }
 
 /// `silu(norm(x) Gᵀ) · (norm(x) Uᵀ)`.
@@ -278,32 +226,6 @@ pub(super) fn swiglu_matmul<R: CubeRuntime>(
         return tile_matmul::swiglu_matmul(x, Some(norm.parts()), [&gate, &up]);
     }
     let [width, _] = gate.meta.shape().dims();
-    let config = MatmulConfig {
-        norm: true,
-        ..config(x, width, Matrices::Pair)
-    };
-    let y = empty(x, [config.rows, width], x.dtype);
-    // SAFETY: as for `matmul`.
-    #[allow(unsafe_code)]
-    unsafe {
-        swiglu_matrices::launch_unchecked::<R>(
-            &x.client,
-            config.count(width),
-            config.dim(),
-            quads(x),
-            quads(&norm.weight),
-            pieces(gate),
-            elements(gate),
-            pieces(up),
-            elements(up),
-            array(&norm.weight, 4),
-            elements(&y),
-            width,
-            norm.epsilon as f32,
-            config,
-            Packing::of(x.dtype).expect("`covers` accepted the type"),
-            [x.dtype.into(); 2],
-        );
-    }
-    y
+    let config = config(x, width, Matrices::Pair);
+    row_matmul::swiglu_matmul(x, norm.parts(), (gate, gate), (up, up), width, config)
 }

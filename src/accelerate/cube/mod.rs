@@ -22,11 +22,12 @@ mod matrix;
 mod matvec;
 #[cfg(feature = "wgpu")]
 mod pointwise;
-mod products;
 pub(super) mod quantized;
 #[cfg(test)]
 mod quantized_tests;
 mod rotary;
+mod row_kernels;
+mod row_matmul;
 mod rows;
 mod sums;
 #[cfg(all(test, feature = "wgpu"))]

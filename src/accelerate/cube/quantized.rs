@@ -10,11 +10,10 @@ use burn_cubecl::{CubeRuntime, kernel::into_contiguous};
 use cubecl::prelude::*;
 
 use super::{
-    launch::{
-        Buffer, Cube, array, contiguous, cubes, elements, empty, pieces, quads, strided, tensor,
-    },
+    launch::{Buffer, Cube, array, contiguous, cubes, elements, empty, pieces, strided, tensor},
     matmul_config::{MatmulConfig, Matrices, Stored},
-    products::{low_rank, one_matrix, swiglu_matrices, three_matrices},
+    row_kernels::low_rank,
+    row_matmul::{self, Buffers, Norm, Share},
     sums::{Group, UNITS},
     tile_matmul::{self, Added, Operand},
     unpack::{pad_rows, unpack},
@@ -43,12 +42,6 @@ pub(super) struct Quantised<R: CubeRuntime> {
     d_input: usize,
 }
 
-/// A norm fused into the matmul, applied to its input: scale and epsilon.
-pub(super) type Norm<'a, R> = (&'a Buffer<R>, f64);
-
-/// An adapter's low-rank part: `low` `[rows, rank]` already scaled, `up` `[out, rank]`, the rank.
-type Share<R> = (Buffer<R>, Buffer<R>, usize);
-
 impl<R: CubeRuntime> Quantised<R> {
     /// Of a matrix on the device.
     pub(super) fn of(weight: &QuantisedWeight<Cube<R>>) -> Self {
@@ -58,6 +51,11 @@ impl<R: CubeRuntime> Quantised<R> {
             format: weight.format(),
             d_input: weight.dims()[1],
         }
+    }
+
+    /// Words and scales.
+    fn buffers(&self) -> Buffers<'_, R> {
+        (&self.words, &self.scales)
     }
 
     /// Outputs.
@@ -276,46 +274,21 @@ pub(super) fn matmul<R: CubeRuntime>(
         return tile_matmul::matmul(x, norm, &weight.operand(), added, out);
     }
     let width = weight.width();
-    let config = MatmulConfig {
-        norm: norm.is_some(),
-        bias: bias.is_some(),
-        residual: residual.is_some(),
-        adapter: share.is_some(),
-        ..weight.config(x, Matrices::One)
-    };
+    let config = weight.config(x, Matrices::One);
     for (added, shape) in [(bias, &[width][..]), (residual, &[config.rows, width])] {
         let fits = |added: &Buffer<R>| added.dtype == out && added.meta.shape().as_slice() == shape;
         assert!(added.is_none_or(fits), "what is added to the matmul");
     }
-    let y = empty(x, [config.rows, width], out);
-    let none = &weight.scales;
-    let (low, up, rank) = share.map_or((none, none, 0), |(low, up, rank)| (low, up, *rank));
-    // SAFETY: the arrays have the lengths that the config and the widths give; the buffer in place of an
-    // absent operand is not read.
-    #[allow(unsafe_code)]
-    unsafe {
-        one_matrix::launch_unchecked::<R>(
-            &x.client,
-            config.count(width),
-            config.dim(),
-            quads(x),
-            quads(norm.map_or(x, |(norm, _)| norm)),
-            pieces(&weight.words),
-            elements(&weight.scales),
-            elements(bias.unwrap_or(&y)),
-            elements(residual.unwrap_or(&y)),
-            array(low, 4),
-            array(up, 4),
-            elements(&y),
-            width,
-            rank,
-            norm.map_or(0.0, |(_, epsilon)| epsilon as f32),
-            config,
-            Packing::of(out).expect("the kernels support the output type"),
-            [weight.scales.dtype.into(), x.dtype.into(), out.into()],
-        );
-    }
-    y
+    let added = (bias, residual);
+    row_matmul::matmul(
+        x,
+        norm,
+        weight.buffers(),
+        added,
+        share,
+        (width, out),
+        config,
+    )
 }
 
 /// Matmuls of one normalised input with three matrices, concatenated `[rows, out₁ + out₂ + out₃]`.
@@ -341,39 +314,11 @@ pub(super) fn three_matmuls<R: CubeRuntime>(
     if tile_matmul::covers(x) && tile_matmul::whole(operands.each_ref()) {
         return tile_matmul::three_matmuls(x, Some((norm, epsilon)), operands.each_ref());
     }
-    let config = MatmulConfig {
-        norm: true,
-        ..first.config(x, Matrices::Three)
-    };
-    let width = widths.iter().sum();
-    let y = empty(x, [config.rows, width], x.dtype);
-    // SAFETY: as for `matmul`.
-    #[allow(unsafe_code)]
-    unsafe {
-        three_matrices::launch_unchecked::<R>(
-            &x.client,
-            config.count(width),
-            config.dim(),
-            quads(x),
-            quads(norm),
-            pieces(&first.words),
-            elements(&first.scales),
-            pieces(&second.words),
-            elements(&second.scales),
-            pieces(&third.words),
-            elements(&third.scales),
-            array(norm, 4),
-            elements(&y),
-            widths[0],
-            widths[1],
-            widths[2],
-            epsilon as f32,
-            config,
-            Packing::of(x.dtype).expect("`covers` accepted the type"),
-            [first.scales.dtype.into(), x.dtype.into()],
-        );
-    }
-    y
+    let (config, buffers) = (
+        first.config(x, Matrices::Three),
+        weights.map(Quantised::buffers),
+    );
+    row_matmul::three_matmuls(x, (norm, epsilon), buffers, widths, config)
 }
 
 /// `silu(norm(x) Gᵀ) · (norm(x) Uᵀ)`.
@@ -395,35 +340,15 @@ pub(super) fn swiglu_matmul<R: CubeRuntime>(
         let pair = [&gate.operand(), &up.operand()];
         return tile_matmul::swiglu_matmul(x, Some((norm, epsilon)), pair);
     }
-    let width = gate.width();
-    let config = MatmulConfig {
-        norm: true,
-        ..gate.config(x, Matrices::Pair)
-    };
-    let y = empty(x, [config.rows, width], x.dtype);
-    // SAFETY: as for `matmul`.
-    #[allow(unsafe_code)]
-    unsafe {
-        swiglu_matrices::launch_unchecked::<R>(
-            &x.client,
-            config.count(width),
-            config.dim(),
-            quads(x),
-            quads(norm),
-            pieces(&gate.words),
-            elements(&gate.scales),
-            pieces(&up.words),
-            elements(&up.scales),
-            array(norm, 4),
-            elements(&y),
-            width,
-            epsilon as f32,
-            config,
-            Packing::of(x.dtype).expect("`covers` accepted the type"),
-            [gate.scales.dtype.into(), x.dtype.into()],
-        );
-    }
-    y
+    let (width, config) = (gate.width(), gate.config(x, Matrices::Pair));
+    row_matmul::swiglu_matmul(
+        x,
+        (norm, epsilon),
+        gate.buffers(),
+        up.buffers(),
+        width,
+        config,
+    )
 }
 
 /// Rows padded with zeros, to the padded width of the quantised rows.

@@ -18,6 +18,7 @@ mod kernel;
 pub(crate) mod launch;
 mod lora;
 mod loss;
+mod matmul_f32;
 mod memory;
 mod module;
 mod nccl;
@@ -26,7 +27,6 @@ mod optimizer;
 mod plan;
 mod pointwise;
 pub(crate) mod poison;
-mod product;
 mod quantised_training;
 mod recording;
 mod rotary;
@@ -160,7 +160,7 @@ impl HasKernels for Cuda {
         a: &Tensor<Self, D>,
         b: &Tensor<Self, D>,
     ) -> Option<Tensor<Self, D>> {
-        product::matmul(a, b)
+        matmul_f32::matmul(a, b)
     }
 }
 

@@ -20,7 +20,7 @@ use crate::ops::{
 /// Fills a fresh module from the checkpoint in `dir`, converting to `dtype`.
 ///
 /// All names and shapes are compared before the first tensor is read. A `lm_head.weight` that is the copy
-/// of a tied embedding is skipped ([`super::holds_another_head`] distinguishes it from another one).
+/// of a tied embedding is skipped ([`super::head`] distinguishes it from another one).
 /// `on_progress` gets bytes done and in all.
 ///
 /// # Errors

@@ -1,4 +1,4 @@
-//! A prompt after its prefill, for what is asked of it besides its answer.
+//! A prompt after its prefill, for continuations besides its answer.
 
 use burn::prelude::*;
 

@@ -14,7 +14,7 @@ use crate::{
     },
     base::device_name::DeviceKind,
     ops::{
-        compact,
+        contiguous_parameters,
         memory::free_memory,
         quantised::{Format, Packing, Quantization},
     },
@@ -178,7 +178,7 @@ pub fn load_models<B: Accelerator>(
     }
     let checkpoint = Checkpoint::open_with(&options.model, &options.gguf)?;
     load_opened(&mut models, &checkpoint, options.dtype, on_progress)?;
-    Ok(models.into_iter().map(compact).collect())
+    Ok(models.into_iter().map(contiguous_parameters).collect())
 }
 
 /// The process ends when the CPU's memory runs out, so free memory is checked before.

@@ -100,7 +100,7 @@ pub struct Submission {
     pub constraint: Option<Box<dyn TokenConstraint>>,
     /// What the answer is expected to be, to draft from; empty where nothing is.
     pub prediction: Vec<u32>,
-    /// What is asked of the prompt when the answer is there; the prompt must end in text.
+    /// Continuations whose log-probabilities are computed once the answer is there; the prompt must end in text.
     pub continuations: Option<Continuations>,
     /// When the answer must be there.
     pub deadline: Instant,

@@ -74,7 +74,7 @@ pub(super) struct Worker<D: DecodeBackend> {
     joins: u64,
     /// Device calls that failed since one last went well.
     failures: u32,
-    /// Turns of what is asked besides answers.
+    /// Turns of continuations so far.
     scoring_turns: u64,
     /// What is drafted from, for the base and adapters that have something.
     drafts: HashMap<AdapterId, Drafts>,

@@ -1,4 +1,4 @@
-//! What is asked of a prompt besides its answer: log-probabilities of continuations, which share the prompt's keys and
+//! Continuations of a prompt besides its answer: their log-probabilities; they share the prompt's keys and
 //! values.
 //!
 //! The rows of this work are forks of the prompt's slot, so the prompt goes through the model once. They go in steps of

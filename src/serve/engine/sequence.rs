@@ -79,7 +79,7 @@ pub(super) enum Phase {
     Prefill(usize),
     /// The newest token, not in the cache yet.
     Decode(u32),
-    /// The answer is there; what is asked besides is not.
+    /// The answer is complete; its continuations are not.
     Score,
 }
 
@@ -101,9 +101,9 @@ pub(super) struct Sequence {
     /// When its newest token came.
     pub(super) last_token: Option<Instant>,
     pub(super) generated: Vec<u32>,
-    /// What is asked besides the answer, once that is there.
+    /// Continuations of the prompt, once the answer is complete.
     pub(super) scoring: Option<Scoring>,
-    /// The text of the answer so far, where something is asked besides.
+    /// The text of the answer so far, where continuations follow.
     text: String,
     events: UnboundedSender<Event>,
     submission: Submission,
@@ -463,14 +463,14 @@ impl Sequence {
         })
     }
 
-    /// Keeps text that what is asked besides may need.
+    /// Keeps text that continuations may need.
     fn note(&mut self, text: &str) {
         if self.submission.continuations.is_some() {
             self.text.push_str(text);
         }
     }
 
-    /// Goes over from an answer that ended with `done` to what is asked besides; gives `done` back where nothing is.
+    /// Goes over from an answer that ended with `done` to its continuations; gives `done` back where there are none.
     ///
     /// # Errors
     /// [`Failure`], for the reader.

@@ -241,7 +241,7 @@ pub(super) const STRUCTURED_RULES: Rules = &[
     ("whitespace_pattern", Rule::Refused(NO_WHITE_SPACE)),
 ];
 
-/// What stands beside a schema.
+/// What comes beside a schema.
 pub(super) const SCHEMA_RULES: Rules = &[
     ("description", Rule::Harmless),
     ("name", Rule::Harmless),

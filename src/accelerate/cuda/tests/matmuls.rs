@@ -28,7 +28,7 @@ fn host_matmul(a: &T<3>, b: &T<3>) -> T<3> {
 /// f32 is multiplied in f32, forward and backward; TF32 would be some 3e-4 away.
 #[test]
 #[ignore = "needs an NVIDIA GPU"]
-fn products_of_f32() {
+fn matmuls_of_f32() {
     use burn::backend::Autodiff;
     let device = device();
     let mut report = Report::default();
@@ -83,7 +83,7 @@ fn launch_contiguous<const D: usize>(x: T<D>) -> T<D> {
 
 #[test]
 #[ignore = "needs an NVIDIA GPU"]
-fn products() {
+fn matmuls() {
     let device = device();
     let mut report = Report::default();
     let shapes = vec![

@@ -61,7 +61,7 @@ pub(in crate::dataset::convert) fn text_of(path: &Path) -> Result<String, Conver
     Ok(text_file::read_text(path, MOST_BYTES)?.text)
 }
 
-/// What lies between the fields of a table with this first line.
+/// What is between the fields of a table with this first line.
 fn delimiter(first: &str) -> u8 {
     let count = |mark: char| first.matches(mark).count();
     let (commas, tabs, semicolons) = (count(','), count('\t'), count(';'));

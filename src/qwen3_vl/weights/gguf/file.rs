@@ -4,7 +4,6 @@
 
 use std::{
     collections::BTreeMap,
-    fs::File,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -12,7 +11,7 @@ use std::{
 use memmap2::Mmap;
 
 use super::blocks::Kind;
-use crate::qwen3_vl::weights::WeightsError;
+use crate::qwen3_vl::weights::{WeightsError, mapped};
 
 /// Elements that a list of metadata may have; a vocabulary has some 150,000, its merges as many.
 const LIST: u64 = 8_000_000;
@@ -178,22 +177,14 @@ impl GgufFile {
     /// # Errors
     /// [`WeightsError::Read`], [`WeightsError::Gguf`].
     pub(super) fn open(path: &Path) -> Result<Self, WeightsError> {
-        let read = |cause| WeightsError::Read {
-            path: path.to_path_buf(),
-            cause,
-        };
-        let file = File::open(path).map_err(read)?;
-        // Safety: the map is read-only; a file that is rewritten while it is read gives wrong numbers
-        // here as it would anywhere.
-        #[allow(unsafe_code)]
-        let map = unsafe { Mmap::map(&file) }.map_err(read)?;
+        let (_, map) = mapped(path)?;
         let (meta, tensors) = parse(&map).map_err(|reason| WeightsError::Gguf {
             path: path.to_path_buf(),
             reason,
         })?;
         Ok(Self {
             path: path.to_path_buf(),
-            map: Arc::new(map),
+            map,
             meta,
             tensors,
         })

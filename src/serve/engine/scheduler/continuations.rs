@@ -10,7 +10,7 @@ use crate::{
     },
 };
 
-/// Rows of what is asked besides an answer, at most; and those that kept sequences give way to.
+/// Most rows of continuations at once, and how many of them evict kept sequences.
 const MOST_ROWS: usize = 64;
 
 const FEW_ROWS: usize = 8;
@@ -43,7 +43,7 @@ impl<D: DecodeBackend> Worker<D> {
         self.evict_for(0);
     }
 
-    /// One turn of what is asked besides answers, of the sequence whose last turn is longest ago among those that have
+    /// One turn of continuations, of the sequence whose last turn is longest ago among those that have
     /// room.
     pub(super) fn score(&mut self) {
         let waiting = self.running.iter().filter_map(|one| {

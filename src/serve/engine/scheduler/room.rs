@@ -72,7 +72,7 @@ impl<D: DecodeBackend> Worker<D> {
             let taken: usize = staying
                 .iter()
                 .map(|other| {
-                    // Rows besides an answer make way for anybody, but for those of the first.
+                    // Rows of continuations make way for anybody, but for those of the first sequence.
                     let reserved = match other.scoring {
                         Some(_) if Some(other.arrived) != first => cost_of(other.room()),
                         _ => other.reserved,
@@ -163,7 +163,7 @@ impl<D: DecodeBackend> Worker<D> {
         self.running.iter().map(|one| one.arrived).min()
     }
 
-    /// Takes rows of what is asked besides answers away, but for those of the first sequence, until `tokens` more fit
+    /// Frees rows of continuations, but for those of the first sequence, until `tokens` more fit
     /// beside the sequences, if that is enough.
     pub(super) fn release_rows_for(&mut self, tokens: usize) {
         let first = self.first();

@@ -1,4 +1,4 @@
-//! Matmul of f32 matrices in f32: `product.cu`. Burn's own matmul uses TF32 on this backend.
+//! Matmul of f32 matrices in f32: `matmul_f32.cu`. Burn's own matmul uses TF32 on this backend.
 
 use burn::{prelude::*, tensor::DType};
 
@@ -7,7 +7,7 @@ use super::{
     operand::Operand,
 };
 
-const SOURCES: &[&str] = &[include_str!("product.cu")];
+const SOURCES: &[&str] = &[include_str!("matmul_f32.cu")];
 
 /// Rows and columns of a block's tile.
 const TILE: usize = 64;
