@@ -18,7 +18,7 @@ use anyhow::{Context, Result, bail};
 use burn::tensor::DType;
 
 use super::{
-    finding_probabilities::{ask, expect_named_weights, sentences},
+    finding_probabilities::{DRAWN_AT_ONCE, ask, draw, expect_named_weights, sentences},
     infer_server,
     pipeline_options::{pipeline_options, room_for_answers},
     progress::{Progress, Unit, loading, prepare_kernels},
@@ -206,9 +206,13 @@ impl Infer {
         let images = most(|task| task.images.len()).unwrap_or(0);
         // A token is at least a byte.
         let text = most(|task| task.question().map_or(0, Question::text_bytes)).unwrap_or(0);
+        let drawn = self.args.findings.basis.as_ref().map_or(0, |basis| {
+            let draws = basis.draws();
+            draws.min(DRAWN_AT_ONCE)
+        });
         room_for_answers(
             &mut options,
-            self.args.batch_size,
+            self.args.batch_size.max(drawn),
             images,
             text,
             &self.settings,
@@ -381,8 +385,9 @@ impl Infer {
         let prepared = started.elapsed().as_secs_f64();
         let mut shown = Shown::new(pipeline.parts.template.opens_thinking());
         // Keys and values of a quantised cache are not those that calibrations are made with.
-        let keeps =
-            self.args.findings.basis.is_some() && self.settings.kv_cache == CacheFormat::Float;
+        let basis = self.args.findings.basis.as_ref();
+        let keeps = basis.is_some_and(|basis| basis.form().is_of_sentences())
+            && self.settings.kv_cache == CacheFormat::Float;
         let mut kept = Vec::new();
         let answers = pipeline.answer_and_keep(
             &prompts,
@@ -446,6 +451,9 @@ impl Infer {
             SentenceContext::Report => Some(record.report.as_str()),
         };
         let asked = || {
+            if !basis.form().is_of_sentences() {
+                return Ok(basis.read(&draw(pipeline, prompt, basis.draws())?));
+            }
             let sentences = sentences(&pipeline.parts, basis.lead())?;
             let state = match kept {
                 Some(state) => state,

@@ -186,7 +186,7 @@ impl DeviceTask for Preferring {
                     temperature: args.temperature,
                     ..SamplingConfig::default()
                 },
-                samples: args.samples,
+                num_return_sequences: args.samples,
                 seeds: rows.iter().flat_map(each).collect(),
                 ..GenerationConfig::default()
             };

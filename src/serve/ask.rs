@@ -19,11 +19,12 @@ use super::{
     body::{check_json_size, read_body, take},
     content::{Asked, Requester, prepare},
     engine::{
-        Continuations, Event, Failure, PreparedPrompt, QueuePlace, Submission, TokenConstraint,
+        Continuations, Event, Failure, Penalties, PreparedPrompt, QueuePlace, Submission,
+        TokenConstraint,
     },
     error::ApiError,
     fields::{Fields, parse_body},
-    findings::FindingRequest,
+    findings::{FindingRequest, FindingWork},
     form_parser::FormError,
     grammar::Constraint,
     models::ModelEntry,
@@ -32,7 +33,10 @@ use super::{
     token_rules::{BadWords, TokenRules},
     types::{ChatRequest, ToolUse},
 };
-use crate::runtime::generate::{backend::AdapterId, text::StreamOptions};
+use crate::{
+    eval::probability::logit::DRAWN_TOKENS,
+    runtime::generate::{SamplingConfig, backend::AdapterId, text::StreamOptions},
+};
 
 /// Who asks, and since when.
 pub(super) struct Call {
@@ -105,6 +109,47 @@ pub(super) struct Task<'a> {
 
 /// What is asked of a prompt besides its answer.
 type Besides = Option<Continuations>;
+
+/// Submits `count` reports to be drawn about the images of a prompt, as `infer --findings` draws them.
+///
+/// # Errors
+/// [`ApiError`]: a full queue, a server that stops.
+fn submit_draws(
+    app: &App,
+    call: &Call,
+    adapter: AdapterId,
+    prompt: &Arc<PreparedPrompt>,
+    count: usize,
+) -> Result<Vec<UnboundedReceiver<Event>>, ApiError> {
+    let mut places = app.engine.reserve(call.client, count)?;
+    let left = app.context() - prompt.len();
+    let mut receivers = Vec::with_capacity(count);
+    for seed in 0..count as u64 {
+        let submission = Submission {
+            adapter,
+            prompt: prompt.clone(),
+            max_new_tokens: DRAWN_TOKENS.min(left),
+            eos_token_ids: app.parts.eos_token_ids.clone(),
+            sampling: SamplingConfig {
+                temperature: 1.0,
+                seed,
+                ..SamplingConfig::default()
+            },
+            penalties: Penalties::default(),
+            stop: Vec::new(),
+            shown: StreamOptions::default(),
+            stop_on_repetition: true,
+            logprobs: None,
+            prompt_logprobs: None,
+            constraint: None,
+            continuations: None,
+            deadline: call.deadline(app),
+            client: call.client,
+        };
+        receivers.push(app.engine.submit(submission, &mut places, call.started)?);
+    }
+    Ok(receivers)
+}
 
 /// What answers are held to.
 pub(super) struct Rules {
@@ -271,10 +316,15 @@ pub(super) async fn ask(
     let max_new_tokens = room(app, settings.max_new_tokens, prompt_tokens, "messages")?
         .unwrap_or(app.config.default_new_tokens)
         .min(app.context() - prompt_tokens);
-    let (besides, findings) = findings
+    let (work, findings) = findings
         .map(|findings| findings.ask(app, &model, &prepared, max_new_tokens))
         .transpose()?
         .unzip();
+    let (besides, draws) = match work {
+        Some(FindingWork::Sentences(continuations)) => (Some(continuations), 0),
+        Some(FindingWork::Draws(count)) => (None, count),
+        None => (None, 0),
+    };
     let prompt = Arc::new(prepared.prompt);
     let tools = &request.tools;
     let rules = Rules::new(app, &settings, tools, prepared.opens_thinking).await?;
@@ -286,7 +336,10 @@ pub(super) async fn ask(
         max_new_tokens,
         first: 0,
     };
-    let receivers = submit(app, call, &task, besides, &mut places)?;
+    let mut receivers = submit(app, call, &task, besides, &mut places)?;
+    if draws > 0 {
+        receivers.extend(submit_draws(app, call, model.adapter, &prompt, draws)?);
+    }
     // Until it is known to have ended otherwise.
     call.record.facts().outcome = Some("left");
     let mut remarks: Vec<serde_json::Value> = prompt

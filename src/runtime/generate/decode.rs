@@ -32,9 +32,11 @@ pub struct GenerationConfig {
     pub stop_on_repetition: bool,
     /// How tokens are chosen.
     pub sampling: SamplingConfig,
-    /// Answers to each prompt, whose keys and values are computed once; answers to one prompt follow each other.
-    pub samples: usize,
-    /// A seed for each answer in place of the one in `sampling`; empty where all have that one.
+    /// Answers to each prompt, at least 1, whose keys and values are computed once; answers to one prompt follow each
+    /// other.
+    pub num_return_sequences: usize,
+    /// A seed for each answer; empty where the first answer to a prompt has the one in `sampling`, and each later one
+    /// the next.
     pub seeds: Vec<u64>,
     /// How keys and values are stored.
     pub kv_cache: CacheFormat,
@@ -47,7 +49,7 @@ impl Default for GenerationConfig {
             eos_token_ids: Vec::new(),
             stop_on_repetition: true,
             sampling: SamplingConfig::default(),
-            samples: 1,
+            num_return_sequences: 1,
             seeds: Vec::new(),
             kv_cache: CacheFormat::default(),
         }
@@ -231,8 +233,9 @@ pub fn generate_and_keep<B: Accelerator>(
         }));
     }
     let mut logits = logits_on_host(model, hidden)?;
-    if settings.samples > 1 {
-        let each = |row: usize| std::iter::repeat_n(row, settings.samples);
+    let copies = settings.num_return_sequences.max(1);
+    if copies > 1 {
+        let each = |row: usize| std::iter::repeat_n(row, copies);
         let from: Vec<usize> = (0..rows.len()).flat_map(each).collect();
         cache.select_rows(&from, device);
         logits = from.iter().map(|row| logits[*row].clone()).collect();
@@ -252,18 +255,16 @@ pub fn generate_and_keep<B: Accelerator>(
         finish_reason: FinishReason::Length,
     };
     let mut results = vec![nothing; rows.len()];
-    let sampler = |(index, row): (usize, &Vec<u32>)| match settings.seeds.get(index) {
-        None => Sampler::new(&settings.sampling, row),
-        Some(seed) => {
-            let sampling = SamplingConfig {
-                seed: *seed,
-                ..settings.sampling.clone()
-            };
-            Sampler::new(&sampling, row)
-        }
+    let sampler = |(index, row): (usize, &Vec<u32>)| {
+        let next = settings.sampling.seed.wrapping_add((index % copies) as u64);
+        let sampling = SamplingConfig {
+            seed: settings.seeds.get(index).copied().unwrap_or(next),
+            ..settings.sampling.clone()
+        };
+        Sampler::new(&sampling, row)
     };
     let mut samplers: Vec<Sampler> = rows.iter().enumerate().map(sampler).collect();
-    // Rows of the batch that go on, by their place among the prompts.
+    // Rows of the batch that go on, by their place among the answers.
     let mut active: Vec<usize> = (0..rows.len()).collect();
     let mut next = Next::Logits(logits);
     let mut decoder: Option<Box<dyn Decoder>> = None;
@@ -481,6 +482,61 @@ mod tests {
         broken[70] = 99;
         assert!(!goes_round(&broken));
         assert!(!goes_round(&(0..400).collect::<Vec<u32>>()));
+    }
+
+    #[cfg(feature = "flex")]
+    #[test]
+    fn several_answers_to_prompts_are_those_of_each_prompt_and_seed_alone() {
+        use burn_flex::Flex;
+
+        use crate::{qwen3_vl::nn::InitOptions, runtime::synthetic::weights::RandomSize};
+
+        let device = Default::default();
+        let config = RandomSize::Tiny.config(None).unwrap();
+        let model = Qwen3Vl::<Flex>::new(&config, &InitOptions::default(), &device);
+        let prompt = |input_ids: &[u32]| Prompt {
+            input_ids: input_ids.to_vec(),
+            images: ImageInput::default(),
+        };
+        let prompts = [prompt(&[1, 2, 3]), prompt(&[4, 5, 6, 7, 8])];
+        let answers = |prompts: &[Prompt], seed: u64, num_return_sequences: usize| {
+            let settings = GenerationConfig {
+                max_new_tokens: 12,
+                num_return_sequences,
+                sampling: SamplingConfig {
+                    temperature: 1.0,
+                    repetition_penalty: 1.1,
+                    seed,
+                    ..SamplingConfig::default()
+                },
+                ..GenerationConfig::default()
+            };
+            // Rows end at different times.
+            let mut told = vec![0; prompts.len() * num_return_sequences];
+            let (answers, timing) = generate(
+                &model,
+                &config,
+                prompts,
+                &settings,
+                &device,
+                &mut |row, _| {
+                    told[row] += 1;
+                    (told[row] == 5 + row % 3).then_some(FinishReason::Cancelled)
+                },
+            )
+            .unwrap();
+            let tokens = answers.into_iter().map(|one| one.token_ids);
+            (tokens.collect::<Vec<_>>(), timing.prompt_tokens)
+        };
+        let (several, prompt_tokens) = answers(&prompts, 40, 3);
+        assert_eq!((several.len(), prompt_tokens), (6, 8));
+        for (row, found) in several.iter().enumerate() {
+            let (alone, _) = answers(&prompts[row / 3..=row / 3], 40 + (row % 3) as u64, 1);
+            let both = found.len().min(alone[0].len());
+            assert!(both >= 5);
+            assert_eq!(found[..both], alone[0][..both], "row {row}");
+        }
+        assert_ne!(several[0], several[1], "seeds differ");
     }
 
     #[cfg(feature = "flex")]
