@@ -21,6 +21,7 @@ pub mod patches;
 mod percentiles;
 mod pixel_limits;
 pub mod rejected;
+mod rejected_keys;
 pub mod remark;
 pub mod resize;
 mod row_fault;

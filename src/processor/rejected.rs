@@ -5,15 +5,12 @@
 
 use serde_json::{Map, Value, json};
 
+pub use super::rejected_keys::KEYS;
 use super::{
     conversation::Conversation,
     row_fault::{RowFault, kind_of},
-    row_keys,
     sample::{Sample, parse_fields},
 };
-
-/// The keys that name a rejected answer.
-pub const KEYS: [&str; 2] = ["rejected_response", "rejected_messages"];
 
 impl Sample {
     /// The conversation with the rejected answer of a preference row in place of the last one; `None` where the row
@@ -26,17 +23,6 @@ impl Sample {
         own.map(|own| conversation(own, &self.conversation, &self.images))
             .transpose()
     }
-}
-
-/// The keys of a row that belong to its rejected answer; `None` where it has none.
-pub(super) fn of_row(row: &Map<String, Value>) -> Option<Box<Map<String, Value>>> {
-    let own = row.iter().filter(|(key, value)| {
-        (KEYS.contains(&key.as_str()) || *key == "rejected_images") && !row_keys::is_empty(value)
-    });
-    let own: Map<String, Value> = own
-        .map(|(key, value)| (key.clone(), value.clone()))
-        .collect();
-    (!own.is_empty()).then(|| Box::new(own))
 }
 
 /// The conversation with the rejected answer in place of the last one.

@@ -25,7 +25,8 @@ use super::row_keys::{self, KeyUse};
 pub use super::tags::IMAGE_TAG;
 use super::tags::{self, Tag};
 use super::{
-    literal, rejected, row_forms, row_images, row_question, row_tools, row_unknown, strict_json,
+    literal, rejected_keys, row_forms, row_images, row_question, row_tools, row_unknown,
+    strict_json,
 };
 use crate::study::keys_of;
 
@@ -429,7 +430,7 @@ fn read(row: &Map<String, Value>, sizes: Option<&[(usize, usize)]>) -> Result<Sa
         marks,
         limits,
         unknown_keys,
-        rejected: rejected::of_row(row),
+        rejected: rejected_keys::of_row(row),
         boxed: None,
     })
 }
