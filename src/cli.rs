@@ -5,7 +5,7 @@ use clap::{Parser, Subcommand};
 use crate::{
     base::build_info::{LONG_VERSION, VERSION},
     commands::{
-        bench, calibrate, check, clean, completions, config, convert, doctor, eval,
+        bench, calibrate, check, clean, completions, config, convert, doctor, drafts, eval,
         examples::{self, section},
         infer, init_tiny, label, merge, phantoms, plan, prefer, preview, pull, quantize, score,
         serve, train, version,
@@ -82,6 +82,9 @@ pub enum Command {
     /// result is a file that `infer --findings` finds beside the adapter or model.
     #[command(after_help = section(examples::CALIBRATE, ""))]
     Calibrate(calibrate::CalibrateArgs),
+    /// Store answers of a data set, from which `infer`, `serve` and `eval` draft tokens: the same answers, faster.
+    #[command(after_help = section(examples::DRAFTS, ""))]
+    Drafts(drafts::DraftsArgs),
     /// Turn a corpus of chest X-rays and reports, as it is published, or any data set in a known form, into train.jsonl
     /// and val.jsonl.
     #[command(after_help = section(examples::CONVERT, ""))]

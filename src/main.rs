@@ -11,9 +11,9 @@ use xray_qwen3vl::{
     },
     cli::{Cli, Command},
     commands::{
-        bench, calibrate, check, clean, completions, config, convert, doctor, eval, exit_code,
-        infer, init_tiny, label, log_lines, merge, phantoms, plan, prefer, preview, pull, quantize,
-        score, serve, train, version,
+        bench, calibrate, check, clean, completions, config, convert, doctor, drafts, eval,
+        exit_code, infer, init_tiny, label, log_lines, merge, phantoms, plan, prefer, preview,
+        pull, quantize, score, serve, train, version,
     },
 };
 
@@ -83,6 +83,7 @@ fn main() -> ExitCode {
         Command::InitTiny(args) => init_tiny::run(&args),
         Command::Serve(args) => serve::run(args),
         Command::Doctor(args) => doctor::run(args),
+        Command::Drafts(args) => drafts::run(args),
         Command::Bench(command) => bench::run(command),
         Command::Config(args) => config::run(args),
         Command::Completions(args) => completions::run(&args, Cli::command()),

@@ -26,7 +26,7 @@ pub const DECODE_STEPS: usize = 128;
 /// Unmeasured warm-up calls of the short measurements, after the first.
 const WARM_UP: usize = 2;
 /// The same for decode.
-const DECODE_WARM_UP: usize = 1;
+pub(super) const DECODE_WARM_UP: usize = 1;
 
 impl<B: Accelerator> Bench<B> {
     /// Loads the model again and again, each time after freeing the one before; on several devices at
@@ -293,7 +293,14 @@ impl<B: Accelerator> Bench<B> {
             self.finish(&mut record, &laps, load_seconds);
             // Of a decode call the steps are timed, not the request: requests a second would mislead.
             record.samples_per_second = None;
+            let drafted = match self.drafts {
+                Some(forced) => {
+                    self.decode_drafted(model, load_seconds, &prompts, forced, &record)?
+                }
+                None => Vec::new(),
+            };
             records.push(record);
+            records.extend(drafted);
         }
         Ok(records)
     }
@@ -317,7 +324,7 @@ impl<B: Accelerator> Bench<B> {
         generate_on(model, &self.config, &self.device, prompts, new, on_token)
     }
 
-    fn finish(&self, record: &mut Record, laps: &Laps, load_seconds: f64) {
+    pub(super) fn finish(&self, record: &mut Record, laps: &Laps, load_seconds: f64) {
         record.set_laps(laps);
         record.load_seconds = Some(load_seconds);
         self.note_operations(record);

@@ -6,9 +6,11 @@
 pub mod clock;
 pub mod count;
 pub mod device;
+pub mod drafts;
 pub mod infer;
 pub mod operations;
 pub mod report;
+pub mod scale;
 pub mod train;
 pub mod train_devices;
 
@@ -80,6 +82,10 @@ pub enum BenchError {
     Spread(#[from] crate::runtime::spread::SpreadError),
     #[error(transparent)]
     File(#[from] crate::base::files::FileError),
+    #[error(
+        "the text with drafts is not that without: an engine's sums depend on the rows of its steps"
+    )]
+    Drafts,
     #[error("{0}")]
     Size(String),
     #[error(
@@ -185,6 +191,8 @@ pub struct Bench<B: Backend> {
     pub samples: Option<usize>,
     /// How weights are quantised while they are loaded or drawn.
     pub quantize: Option<Quantization>,
+    /// What is drafted besides, in measurements of decoding.
+    pub drafts: Option<drafts::ForcedDrafts>,
     memory: MemoryWatch,
     operations: RefCell<Option<OperationLog>>,
 }
@@ -215,6 +223,7 @@ impl<B: Accelerator> Bench<B> {
             image_side: IMAGE_SIDE,
             samples,
             quantize: None,
+            drafts: None,
             memory,
             operations: RefCell::new(OperationLog::from_environment()),
         })

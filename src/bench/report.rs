@@ -64,6 +64,10 @@ pub struct Record {
     pub samples_per_second: Option<f64>,
     /// Tokens a second; `decode`: new ones after the first of each row.
     pub tokens_per_second: Option<f64>,
+    /// With drafts: tokens that a step gave a row.
+    pub tokens_per_step: Option<f64>,
+    /// With drafts: tokens a second over those of the same batch without, measured in this run.
+    pub times_undrafted: Option<f64>,
     /// The model's floating-point operations in one call.
     pub flop: Option<f64>,
     /// Operations that recomputing adds to a call.
@@ -282,6 +286,12 @@ fn row(record: &Record) -> [String; 10] {
 /// Facts that do not fit the columns.
 fn notes(record: &Record) -> Option<String> {
     let mut parts = Vec::new();
+    if let Some(times) = record.times_undrafted {
+        let tokens = record.tokens_per_step.unwrap_or(1.0);
+        parts.push(format!(
+            "{tokens:.2} tokens a step, {times:.2} times as fast as without drafts"
+        ));
+    }
     if let Some(gib) = record.device_memory_peak_gib {
         parts.push(format!("{gib:.2} GiB of device memory at most"));
     }

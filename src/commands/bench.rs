@@ -15,6 +15,7 @@ use burn::{backend::Autodiff, tensor::DType};
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::{
+    bench_scale::{self, BenchScaleArgs},
     bench_serve::{self, BenchServeArgs},
     models::{DownloadArgs, find},
     progress::{Progress, Unit, loading, prepare_kernels},
@@ -32,6 +33,7 @@ use crate::{
     bench::{
         Bench, BenchError, Source,
         device::measure_ceilings,
+        drafts::ForcedDrafts,
         operations::environment,
         report::{Record, table},
         train::{STEP_SAMPLES, TrainShape},
@@ -62,7 +64,7 @@ pub enum BenchKind {
     Train,
 }
 
-/// `bench KIND …`, or `bench serve …`.
+/// `bench KIND …`, `bench serve …` or `bench scale …`.
 #[derive(Debug, Args)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct BenchCommand {
@@ -79,6 +81,8 @@ pub struct BenchCommand {
 pub enum BenchServer {
     /// Send requests to a server from a number of users or at a fixed rate, and report percentiles.
     Serve(BenchServeArgs),
+    /// Calculate what several machines would bring to training, from a step measured on one.
+    Scale(BenchScaleArgs),
 }
 
 /// Arguments of `bench`.
@@ -155,6 +159,17 @@ pub struct BenchArgs {
     /// `train`: record the activity of the host's threads, in Chrome's tracing format.
     #[arg(long, value_name = "FILE.json")]
     pub trace: Option<PathBuf>,
+    /// `decode`: also with this many tokens drafted in each step for each row.
+    ///
+    /// Random weights and a stranger's data say nothing about how many drafts are right, so that is set: the text that the
+    /// model wrote without drafts is drafted again, as right as --tokens-per-step says. `drafts --val` counts what a store
+    /// brings on reports.
+    #[arg(long, value_name = "N")]
+    pub drafts: Option<usize>,
+    /// With --drafts: tokens that a step gives a row on average; 2.0 is what a store of OpenI's training reports gives on
+    /// held-out ones with 4 drafted.
+    #[arg(long, value_name = "F", default_value_t = 2.0, requires = "drafts")]
+    pub tokens_per_step: f64,
     /// Also list the device's operations with count and time, from a second run that times each one
     /// separately; `cuda` and `wgpu` only.
     #[arg(long)]
@@ -174,6 +189,10 @@ pub fn run(command: BenchCommand) -> Result<()> {
             server: Some(BenchServer::Serve(args)),
             ..
         } => bench_serve::run(&args),
+        BenchCommand {
+            server: Some(BenchServer::Scale(args)),
+            ..
+        } => bench_scale::run(&args),
         BenchCommand {
             model: Some(args), ..
         } => bench_model(args),
@@ -321,6 +340,20 @@ fn check(args: &BenchArgs) -> Result<()> {
                 .into()
         ));
     }
+    if let Some(drafted) = args.drafts {
+        let most = 1.0 + drafted as f64;
+        if args.kind != BenchKind::Decode || args.mixed {
+            bail!(UsageError(
+                "--drafts belongs to `bench decode` without --mixed".into()
+            ));
+        }
+        if drafted == 0 || !(1.0..=most).contains(&args.tokens_per_step) {
+            bail!(UsageError(format!(
+                "--tokens-per-step is {} with {drafted} drafted, expected 1 to {most} and at least one drafted",
+                args.tokens_per_step
+            )));
+        }
+    }
     let has_prompts = matches!(
         args.kind,
         BenchKind::Prefill | BenchKind::Decode | BenchKind::Infer
@@ -393,6 +426,10 @@ fn prepare<B: Accelerator>(args: &BenchArgs, device: B::Device, dtype: DType) ->
     if let Some(side) = args.image_size {
         bench.image_side = side.get();
     }
+    bench.drafts = args.drafts.map(|drafted| ForcedDrafts {
+        drafted,
+        tokens_per_step: args.tokens_per_step,
+    });
     let shortest = bench.requests().shortest();
     if let Some(tokens) = args.tokens.filter(|tokens| *tokens < shortest) {
         bail!(UsageError(format!(

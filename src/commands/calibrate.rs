@@ -6,6 +6,7 @@ use std::{
     collections::BTreeSet,
     io::{Write, stdout},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use anyhow::{Context, Result, bail};
@@ -14,7 +15,7 @@ use clap::{Args, ValueEnum};
 
 use super::{
     eval::Uncertain,
-    finding_probabilities::{ask, asked_model, expect_named_weights, sentences},
+    finding_probabilities::{AskedHow, ask, asked_model, draw, expect_named_weights, sentences},
     infer::DEFAULT_PROMPT,
     pipeline_options::pipeline_options,
     progress::{Progress, Unit, loading, prepare_kernels},
@@ -34,8 +35,10 @@ use crate::{
             calibration::{
                 AskedModel, CALIBRATION_FILE, Calibration, CalibrationData, ClassCases, Fitness,
             },
-            logit::{ScoreForm, SentenceContext},
+            evidence::{ClassEvidence, of_reports},
+            logit::{DRAWN_REPORTS, MOST_DRAWN, ScoreForm, SentenceContext},
             metrics::Ranked,
+            sentences::FindingSentences,
             thresholds::FEWEST_CASES,
             wordings::WORDINGS,
         },
@@ -70,8 +73,9 @@ pub struct CalibrateArgs {
     /// How an uncertain finding of a report is counted.
     #[arg(long, value_enum, default_value = "present")]
     pub uncertain: Uncertain,
-    /// Table of words that findings are read with: `openi` (machine-translated), `hospital`, or a file in the form
-    /// of theirs; guessed from the reports when not given. Phantoms know their findings.
+    /// Table of words that findings are read with, in the reports of the set and in those that the model draws: `openi`
+    /// (machine-translated), `hospital`, `english`, or a file in the form of theirs; guessed from the reports of the set
+    /// when not given. Phantoms know their own findings.
     #[arg(long, value_name = "NAME|FILE.toml")]
     pub rules: Option<String>,
     /// Question to the model; `infer` has to ask the same.
@@ -80,17 +84,20 @@ pub struct CalibrateArgs {
     /// System message.
     #[arg(long, value_name = "TEXT")]
     pub system: Option<String>,
-    /// Beginning of the answer, before each sentence: words after which the reports of the model name findings, such
-    /// as their heading of the impression.
-    #[arg(long, value_name = "TEXT", default_value = "")]
-    pub lead: String,
-    /// After what the sentences of each class are put: at the beginning of the answer alone, or also after each
-    /// clause of the report that the model writes first, which takes some ten times as long.
-    #[arg(long, value_enum, default_value_t = SentenceContext::default())]
-    pub context: SentenceContext,
-    /// How the log-probability of a sentence is made of those of its tokens; all are fitted and compared.
+    /// How the model is asked; forms of sentences are fitted together and compared.
     #[arg(long, value_enum, default_value_t = ScoreForm::default())]
     pub form: ScoreForm,
+    /// With --form drawn: reports that are drawn of each image; 16 by default.
+    #[arg(long, value_name = "N")]
+    pub draws: Option<usize>,
+    /// With forms of sentences: beginning of the answer, before each sentence; words after which the reports of the
+    /// model name findings, such as their heading of the impression.
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    pub lead: String,
+    /// With forms of sentences: after what the sentences of each class are put, at the beginning of the answer alone, or
+    /// also after each clause of the report that the model writes first, which takes some ten times as long.
+    #[arg(long, value_enum, default_value_t = SentenceContext::default())]
+    pub context: SentenceContext,
     /// Use only this many rows, the first.
     #[arg(long, value_name = "N")]
     pub limit: Option<usize>,
@@ -110,6 +117,7 @@ pub fn run(mut args: CalibrateArgs) -> Result<()> {
     if args.limit == Some(0) {
         bail!(UsageError("--limit is 0, expected at least 1".into()));
     }
+    check_form(&args)?;
     args.model.find(Want::Checkpoint)?;
     let options = pipeline_options(&args.model, DType::F32);
     let output = args.output.clone().unwrap_or_else(|| {
@@ -135,17 +143,25 @@ pub fn run(mut args: CalibrateArgs) -> Result<()> {
     }
     let rows = data.len().min(args.limit.unwrap_or(usize::MAX));
     let policy = UncertainPolicy::from(args.uncertain);
-    let (truths, truth) = truths(&data, rows, args.rules.as_deref(), policy)?;
+    let Truths {
+        classes: truths,
+        said_by: truth,
+        rules,
+    } = truths(&data, rows, args.rules.as_deref(), policy)?;
     let parts = TextAndImages::load(&options)?;
     let asked = |form| {
         asked_model(
             &options,
             &parts,
-            &args.prompt,
-            args.system.as_deref(),
-            &args.lead,
-            args.context,
-            form,
+            &AskedHow {
+                prompt: &args.prompt,
+                system: args.system.as_deref(),
+                lead: &args.lead,
+                context: args.context,
+                form,
+                draws: args.draws.unwrap_or(DRAWN_REPORTS),
+                rules: rules.identity(),
+            },
         )
     };
     let model = asked(args.form)?;
@@ -154,6 +170,8 @@ pub fn run(mut args: CalibrateArgs) -> Result<()> {
         data: data.clone(),
         rows,
         asked: model.clone(),
+        rules: rules.clone(),
+        uncertain: policy,
         output: output.clone(),
     };
     let (scored, partial) = run_on(device, args.model.load.dtype.map(DType::from), work)??;
@@ -197,7 +215,7 @@ pub fn run(mut args: CalibrateArgs) -> Result<()> {
     }
     let mut fits = vec![(calibration, cases)];
     for form in ScoreForm::value_variants() {
-        if *form != args.form {
+        if *form != args.form && form.is_of_sentences() == args.form.is_of_sentences() {
             fits.push(fit(*form, asked(*form)?));
         }
     }
@@ -216,15 +234,51 @@ pub fn run(mut args: CalibrateArgs) -> Result<()> {
     Ok(())
 }
 
-/// Which classes each report has, `None` where one is left out; and who says so.
-type Truths = Vec<Vec<(Finding, Option<bool>)>>;
+/// Refuses options that the form has no use for.
+fn check_form(args: &CalibrateArgs) -> Result<()> {
+    if args.form.is_of_sentences() {
+        if args.draws.is_some() {
+            bail!(UsageError(format!(
+                "--draws is for --form drawn, and --form is {}; leave it out",
+                args.form
+            )));
+        }
+        return Ok(());
+    }
+    if !(1..=MOST_DRAWN).contains(&args.draws.unwrap_or(DRAWN_REPORTS)) {
+        bail!(UsageError(format!(
+            "--draws is {}, expected 1 to {MOST_DRAWN}",
+            args.draws.unwrap_or(0)
+        )));
+    }
+    let of_sentences = [
+        ("--lead", !args.lead.is_empty()),
+        ("--context report", args.context != SentenceContext::Start),
+    ];
+    match of_sentences.iter().find(|(_, given)| *given) {
+        Some((option, _)) => bail!(UsageError(format!(
+            "{option} is for forms of sentences, and reports are drawn; leave it out, or name --form sum, mean or stated"
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// What is there, and who says so.
+struct Truths {
+    /// Which classes each report has, `None` where one is left out.
+    classes: Vec<Vec<(Finding, Option<bool>)>>,
+    /// The table of words, or `phantom`.
+    said_by: String,
+    /// What reports that the model draws are read with.
+    rules: Arc<RuleSet>,
+}
 
 fn truths(
     data: &Dataset,
     rows: usize,
     rules: Option<&str>,
     policy: UncertainPolicy,
-) -> Result<(Truths, String)> {
+) -> Result<Truths> {
     let classes = || WORDINGS.iter().map(|class| class.finding);
     if data.drawn_findings(0).is_some() {
         if rules.is_some() {
@@ -244,7 +298,12 @@ fn truths(
                 .map(|class| (class, Some(there.contains(&class))))
                 .collect()
         };
-        return Ok(((0..rows).map(of_row).collect(), "phantom".to_owned()));
+        let reports: Vec<String> = (0..rows).filter_map(|row| data.text(row).answer).collect();
+        return Ok(Truths {
+            classes: (0..rows).map(of_row).collect(),
+            said_by: "phantom".to_owned(),
+            rules: Arc::new(RuleSet::guess(reports.iter().map(String::as_str))),
+        });
     }
     let reports = (0..rows)
         .map(|row| match data.text(row).answer {
@@ -263,7 +322,11 @@ fn truths(
             .map(|class| (class, policy.positive(class, labels.status(class))))
             .collect()
     };
-    Ok((reports.iter().map(of_report).collect(), rules.name.clone()))
+    Ok(Truths {
+        classes: reports.iter().map(of_report).collect(),
+        said_by: rules.name.clone(),
+        rules: Arc::new(rules),
+    })
 }
 
 /// The classes of what a phantom shows, as its report is read: a consolidation is described as an opacity.
@@ -279,24 +342,32 @@ fn classes_of(finding: phantom::Finding) -> &'static [Finding] {
 }
 
 /// Logits beside their truths, by class.
-fn cases(scored: &[Option<Vec<ClassLogits>>], truths: &Truths, form: ScoreForm) -> ClassCases {
+fn cases(
+    scored: &[Option<Vec<ClassLogits>>],
+    truths: &[Vec<(Finding, Option<bool>)>],
+    form: ScoreForm,
+) -> ClassCases {
     let mut cases = ClassCases::new();
     for (classes, truths) in scored.iter().zip(truths) {
         for (class, (finding, truth)) in classes.iter().flatten().zip(truths) {
             debug_assert_eq!(class.finding, *finding);
             let of_class = cases.entry(*finding).or_default();
-            of_class.extend(truth.map(|truth| (class.logit(form), truth)));
+            of_class.extend(class.logit(form).zip(*truth));
         }
     }
     cases
 }
 
-/// Work for a model on a device: the sentences of all classes about the images of each row.
+/// Work for a model on a device: what it says of all classes about the images of each row.
 struct Scoring {
     options: PipelineOptions,
     data: Dataset,
     rows: usize,
     asked: AskedModel,
+    /// What drawn reports are read with.
+    rules: Arc<RuleSet>,
+    /// What a drawn report that doubts a finding counts as.
+    uncertain: UncertainPolicy,
     /// File of the calibration; rows are kept beside it until that is written.
     output: PathBuf,
 }
@@ -307,11 +378,16 @@ impl DeviceTask for Scoring {
     fn run<B: Accelerator>(self, device: B::Device, dtype: DType) -> Self::Output {
         let options = PipelineOptions {
             dtype,
-            ..self.options
+            ..self.options.clone()
         };
         // Before the model is loaded: a file of another run is an error.
         let dtype_name = dtype_text(dtype).to_owned();
-        let header = ScoredHeader::new(&self.asked, dtype_name, self.data.fingerprint());
+        let header = ScoredHeader::new(
+            &self.asked,
+            self.uncertain,
+            dtype_name,
+            self.data.fingerprint(),
+        );
         let mut file = ScoredFile::open(&self.output, &header)?;
         let pipeline = loading(|on_progress| Pipeline::<B>::load(&options, device, on_progress))?;
         expect_named_weights(&options, &pipeline)?;
@@ -348,16 +424,10 @@ impl DeviceTask for Scoring {
                 let patches = patches(parts, &pictures).with_context(context)?;
                 let system = self.asked.system.as_deref();
                 let prompt = parts.prompt(system, &self.asked.prompt, patches)?;
-                let (state, report) = match self.asked.context {
-                    SentenceContext::Start => (pipeline.prompt_state(&prompt)?, None),
-                    SentenceContext::Report => {
-                        let (state, report) = answered(&pipeline, &prompt)?;
-                        (state, Some(report))
-                    }
-                };
-                let asked = ask(&sentences, &pipeline, state, report.as_deref());
-                let classes = asked.with_context(context)?.into_iter();
-                let logits = classes.map(|class| ClassLogits::of(&class, self.asked.context));
+                let classes = self.evidence(&pipeline, &sentences, &prompt);
+                let classes = classes.with_context(context)?.into_iter();
+                let (context, policy) = (self.asked.context, self.uncertain);
+                let logits = classes.map(|class| ClassLogits::of(&class, context, policy));
                 Some(logits.collect::<Vec<_>>())
             };
             file.add(row, images, logits.clone())?;
@@ -369,6 +439,29 @@ impl DeviceTask for Scoring {
             eprintln!("note: {sentence}");
         }
         Ok((scored, file))
+    }
+}
+
+impl Scoring {
+    /// What the model says of all classes about one image.
+    fn evidence<B: Accelerator>(
+        &self,
+        pipeline: &Pipeline<B>,
+        sentences: &FindingSentences,
+        prompt: &Prompt,
+    ) -> Result<Vec<ClassEvidence>> {
+        if !self.asked.form.is_of_sentences() {
+            let reports = draw(pipeline, prompt, self.asked.draws)?;
+            return Ok(of_reports(&self.rules, &reports));
+        }
+        let (state, report) = match self.asked.context {
+            SentenceContext::Start => (pipeline.prompt_state(prompt)?, None),
+            SentenceContext::Report => {
+                let (state, report) = answered(pipeline, prompt)?;
+                (state, Some(report))
+            }
+        };
+        ask(sentences, pipeline, state, report.as_deref())
     }
 }
 
@@ -459,7 +552,12 @@ fn table(fits: &[(Calibration, ClassCases)]) -> String {
             } else {
                 format!(" {:.2}", calibration.temperature)
             };
-            let label = format!("  {form} of tokens, {when}{temperature}");
+            let of = match form {
+                ScoreForm::Drawn => " reports",
+                ScoreForm::Sum | ScoreForm::Mean => " of tokens",
+                ScoreForm::Stated => "",
+            };
+            let label = format!("  {form}{of}, {when}{temperature}");
             text.push_str(&format!(
                 "{label:45} {loss:>8.4} {ece:>8.4} {brier:>8.4} {:>7.1} %\n",
                 100.0 * coverage

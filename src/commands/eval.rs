@@ -356,6 +356,7 @@ fn model_work(
         load: args.load.clone(),
         generation: generation_config(&args.generation)?,
         stop: args.generation.stop.clone(),
+        drafting: args.generation.drafting.clone(),
         batch_size: args.batch_size,
         data,
         rows: set.data_rows()?,

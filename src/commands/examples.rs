@@ -42,6 +42,18 @@ pub const INFER: &[Example] = &[
     ),
 ];
 
+/// The examples of `drafts`.
+pub const DRAFTS: &[Example] = &[
+    (
+        "From the training data, beside the adapter that was trained on it, where `infer` and `serve` find it",
+        "xray-qwen3vl drafts --data data/sample/train/samples.jsonl --output artifacts/tiny/checkpoint-480",
+    ),
+    (
+        "To a file, with the tokens a step on held-out reports",
+        "xray-qwen3vl drafts --data data/sample/train/samples.jsonl --val data/sample/val/samples.jsonl --output artifacts/drafts.bin",
+    ),
+];
+
 /// The examples of `train`.
 pub const TRAIN: &[Example] = &[
     (
@@ -55,6 +67,10 @@ pub const TRAIN: &[Example] = &[
     (
         "That run continued to a later end",
         "xray-qwen3vl train --config artifacts/short/config.toml --resume auto --set max_steps=60",
+    ),
+    (
+        "Reinforcement learning on the findings of its own reports, from the first run on",
+        "xray-qwen3vl train --config configs/tiny-grpo.toml",
     ),
     (
         "The same data set as files, DoRA, plain lines instead of the dashboard",
@@ -275,6 +291,10 @@ pub const BENCH: &[Example] = &[
     (
         "A server that runs already, under sixteen users",
         "xray-qwen3vl bench serve --users 16 --seconds 20",
+    ),
+    (
+        "What several machines would bring to training, from a step of 0.39 s on one",
+        "xray-qwen3vl bench scale --step-seconds 0.39",
     ),
 ];
 

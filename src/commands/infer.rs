@@ -18,7 +18,8 @@ use anyhow::{Context, Result, bail};
 use burn::tensor::DType;
 
 use super::{
-    finding_probabilities::{ask, expect_named_weights, sentences},
+    drafts::{drafting_for_batches, tell},
+    finding_probabilities::{DRAWN_AT_ONCE, ask, draw, expect_named_weights, sentences},
     infer_server,
     pipeline_options::{pipeline_options, room_for_answers},
     progress::{Progress, Unit, loading, prepare_kernels},
@@ -44,7 +45,7 @@ use crate::{
     },
     runtime::{
         accelerator::Accelerator,
-        generate::{GenerationConfig, Prompt, PromptState, Timing},
+        generate::{GenerationConfig, Prompt, PromptState, Timing, drafts::DraftCounts},
         pipeline::Pipeline,
         spread::{in_order, in_order_across},
     },
@@ -135,6 +136,7 @@ fn check_sent(args: &InferArgs) -> Result<()> {
         ("--tokenizer", load.gguf.tokenizer.is_some()),
         ("--kv-cache", args.generation.kv_cache != CacheFormat::Float),
         ("--no-repetition-stop", args.generation.no_repetition_stop),
+        ("--drafts", args.generation.drafting.drafts.is_some()),
         ("--findings", args.findings.findings),
     ];
     match unsent.iter().find(|(_, given)| *given) {
@@ -172,7 +174,7 @@ impl ReplicatedTask for Infer {
 impl Infer {
     /// Writes all reports; with a cluster this process's share of them, and the first process the file.
     fn answer_all<B: Accelerator>(
-        self,
+        mut self,
         replicas: Replicas<B>,
         cluster: Option<&Cluster>,
     ) -> Result<()> {
@@ -206,9 +208,13 @@ impl Infer {
         let images = most(|task| task.images.len()).unwrap_or(0);
         // A token is at least a byte.
         let text = most(|task| task.question().map_or(0, Question::text_bytes)).unwrap_or(0);
+        let drawn = self.args.findings.basis.as_ref().map_or(0, |basis| {
+            let draws = basis.draws();
+            draws.min(DRAWN_AT_ONCE)
+        });
         room_for_answers(
             &mut options,
-            self.args.batch_size,
+            self.args.batch_size.max(drawn),
             images,
             text,
             &self.settings,
@@ -243,6 +249,13 @@ impl Infer {
         for remark in &pipelines[0].parts.remarks {
             eprintln!("{remark}");
         }
+        let parts = &pipelines[0].parts;
+        self.settings.drafts = drafting_for_batches::<B>(
+            &self.args.generation.drafting,
+            &options,
+            &parts.tokenizer,
+            batch_size,
+        )?;
         for device in &devices {
             let config = &pipelines[0].parts.config;
             prepare_kernels::<B>(config, dtype, device, batch_size);
@@ -255,8 +268,9 @@ impl Infer {
             .then(|| Progress::new("reports", todo.len() as u64, Unit::Items));
         let mut done = 0;
         let memory = Mutex::new(MemoryWatch::default());
+        let drafted = Mutex::new(DraftCounts::default());
         let work = |pipeline: &mut Pipeline<B>, group: &&[&Task]| {
-            let records = self.answer_group(pipeline, group);
+            let records = self.answer_group(pipeline, group, &drafted);
             if self.args.verbose
                 && let Ok(mut memory) = memory.lock()
             {
@@ -283,6 +297,9 @@ impl Infer {
         }
         if let Some(progress) = progress {
             progress.finish();
+        }
+        if let Ok(counts) = drafted.into_inner() {
+            tell(self.settings.drafts.as_ref(), &counts);
         }
         if self.args.verbose
             && let Ok(memory) = memory.into_inner()
@@ -350,7 +367,12 @@ impl Infer {
     }
 
     /// Reports of one batch; what fails becomes a record with its error.
-    fn answer_group<B: Accelerator>(&self, pipeline: &Pipeline<B>, group: &[&Task]) -> Vec<Record> {
+    fn answer_group<B: Accelerator>(
+        &self,
+        pipeline: &Pipeline<B>,
+        group: &[&Task],
+        drafted: &Mutex<DraftCounts>,
+    ) -> Vec<Record> {
         let started = Instant::now();
         let mut records: Vec<Record> = group
             .iter()
@@ -381,8 +403,9 @@ impl Infer {
         let prepared = started.elapsed().as_secs_f64();
         let mut shown = Shown::new(pipeline.parts.template.opens_thinking());
         // Keys and values of a quantised cache are not those that calibrations are made with.
-        let keeps =
-            self.args.findings.basis.is_some() && self.settings.kv_cache == CacheFormat::Float;
+        let basis = self.args.findings.basis.as_ref();
+        let keeps = basis.is_some_and(|basis| basis.form().is_of_sentences())
+            && self.settings.kv_cache == CacheFormat::Float;
         let mut kept = Vec::new();
         let answers = pipeline.answer_and_keep(
             &prompts,
@@ -401,6 +424,9 @@ impl Infer {
                 if self.args.stream {
                     shown.end();
                 }
+                if let Ok(mut drafted) = drafted.lock() {
+                    drafted.add(timing.drafts);
+                }
                 for (row, answer) in rows.iter().zip(answers) {
                     records[*row].fill(answer, seconds);
                 }
@@ -415,7 +441,7 @@ impl Infer {
             // One prompt that cannot be answered must not take the others with it.
             Err(_) if rows.len() > 1 => {
                 for row in rows {
-                    let alone = self.answer_group(pipeline, &group[row..=row]);
+                    let alone = self.answer_group(pipeline, &group[row..=row], drafted);
                     records.splice(row..=row, alone);
                 }
             }
@@ -446,6 +472,9 @@ impl Infer {
             SentenceContext::Report => Some(record.report.as_str()),
         };
         let asked = || {
+            if !basis.form().is_of_sentences() {
+                return Ok(basis.read(&draw(pipeline, prompt, basis.draws())?));
+            }
             let sentences = sentences(&pipeline.parts, basis.lead())?;
             let state = match kept {
                 Some(state) => state,

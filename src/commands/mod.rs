@@ -1,6 +1,7 @@
 //! Arguments to library calls, one command a file. Only here and in `main` is anything printed.
 
 pub mod bench;
+pub mod bench_scale;
 pub mod bench_serve;
 pub mod calibrate;
 pub mod check;
@@ -10,6 +11,7 @@ pub mod completions;
 pub mod config;
 pub mod convert;
 pub mod doctor;
+pub mod drafts;
 pub mod eval;
 pub mod examples;
 mod finding_probabilities;

@@ -18,6 +18,7 @@ use crate::{
     accelerate::devices::{DeviceTask, run_on},
     base::{files::write_atomic, hub::Want, seeds::mix},
     dataset::Dataset,
+    eval::text::{lcs, segment::characters},
     processor::{
         message::{Part, split_thinking},
         sample::{Conversation, IMAGE_TAG, escaped},
@@ -185,7 +186,7 @@ impl DeviceTask for Preferring {
                     temperature: args.temperature,
                     ..SamplingConfig::default()
                 },
-                samples: args.samples,
+                num_return_sequences: args.samples,
                 seeds: rows.iter().flat_map(each).collect(),
                 ..GenerationConfig::default()
             };
@@ -217,13 +218,7 @@ impl DeviceTask for Preferring {
                     whole.push(text);
                 }
                 let table = rewards.of(&answered)?;
-                let by = |a: &usize, b: &usize| table.totals[*a].total_cmp(&table.totals[*b]);
-                // Only whole answers are worth learning; an empty one cannot be written as a row.
-                let usable = |index: &usize| !whole[*index].trim().is_empty();
-                let ended = |index: &usize| answered[*index].ended && usable(index);
-                let best = (0..answered.len()).filter(ended).max_by(by);
-                let worst = (0..answered.len()).filter(usable).min_by(by);
-                let (Some(best), Some(worst)) = (best, worst) else {
+                let Some((best, worst)) = best_pair(&table.totals, &answered, &whole) else {
                     same += 1;
                     continue;
                 };
@@ -257,6 +252,27 @@ impl DeviceTask for Preferring {
         );
         Ok(())
     }
+}
+
+/// The best and the worst of some answers; of several that are as good those whose texts have most in common, so that a
+/// pair differs in little but what is rewarded. The better one has ended by itself; an empty text is neither.
+fn best_pair(rewards: &[f64], answered: &[Answered], whole: &[String]) -> Option<(usize, usize)> {
+    let usable = |index: &usize| !whole[*index].trim().is_empty();
+    let all: Vec<usize> = (0..rewards.len()).filter(usable).collect();
+    let ended = all.iter().copied().filter(|index| answered[*index].ended);
+    let of = |index: usize| rewards[index];
+    let most = ended.clone().map(of).max_by(f64::total_cmp)?;
+    let least = all.iter().copied().map(of).min_by(f64::total_cmp)?;
+    let pairs = ended.filter(|index| of(*index) == most).flat_map(|best| {
+        let worst = all.iter().copied().filter(|index| of(*index) == least);
+        worst.map(move |worst| (best, worst))
+    });
+    let alike = |(best, worst): &(usize, usize)| -> usize {
+        let [best, worst] = [best, worst].map(|index| characters(&whole[*index]));
+        // Twice what they share, less what they do not.
+        (4 * lcs::length(&best, &worst)).saturating_sub(best.len() + worst.len())
+    };
+    pairs.max_by_key(alike)
 }
 
 /// A row of a preference file; images by whole paths, since the file may lie elsewhere than the data.
@@ -296,4 +312,37 @@ fn pair(
         "rejected_response": escaped(rejected),
         "margin": (margin * 1e6).round() / 1e6,
     }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_equals_the_most_alike_are_a_pair() {
+        let texts = [
+            "心影不大。左侧气胸。",
+            "心脏大小正常。左侧气胸。",
+            "心影不大。右侧气胸。",
+            "右侧气胸。",
+        ];
+        let whole = texts.map(str::to_owned);
+        let answered = texts.map(|text| Answered {
+            row: 0,
+            truth: String::new(),
+            answer: text.to_owned(),
+            thinking: None,
+            ended: true,
+        });
+        assert_eq!(
+            best_pair(&[1.0, 1.0, 0.0, 0.0], &answered, &whole),
+            Some((0, 2))
+        );
+        let mut cut = answered.clone();
+        cut[0].ended = false;
+        assert_eq!(
+            best_pair(&[1.0, 0.5, 0.0, 0.0], &cut, &whole).map(|pair| pair.0),
+            Some(1)
+        );
+    }
 }

@@ -13,6 +13,7 @@ use anyhow::{Result, bail};
 use burn::tensor::DType;
 
 use super::{
+    drafts::drafting,
     pipeline_options::pipeline_options,
     progress::{Progress, Unit, prepare_kernels},
     shared_args::{found_adapter, generation_config, one_device},
@@ -42,7 +43,7 @@ use crate::{
     serve::{
         App,
         auth::ApiKey,
-        engine::{End, Engine, EngineLimits},
+        engine::{End, Engine, EngineDrafts, EngineLimits},
         finding_basis::FindingFiles,
         metrics::Metrics,
         models::Models,
@@ -90,6 +91,7 @@ pub fn run(mut args: ServeArgs) -> Result<()> {
             args,
             api_keys,
             defaults,
+            drafts: EngineDrafts::default(),
         },
     )?
 }
@@ -105,6 +107,8 @@ struct Serve {
     args: ServeArgs,
     api_keys: Vec<ApiKey>,
     defaults: GenerationConfig,
+    /// Known when the tokenizer is.
+    drafts: EngineDrafts,
 }
 
 impl DeviceTask for Serve {
@@ -127,6 +131,7 @@ impl DeviceTask for Serve {
                 check_base(adapter, &options.model, &options.gguf)?;
             }
         }
+        let adapter = options.adapter.clone();
         let Pipeline {
             model,
             mut parts,
@@ -149,6 +154,22 @@ impl DeviceTask for Serve {
             self.args.cache_tokens = fit.cache_tokens;
         }
         prepare_kernels::<B>(&parts.config, dtype, &device, 0);
+        let drafting_args = &self.args.generation.drafting;
+        let drafting = drafting(
+            drafting_args,
+            adapter.as_deref(),
+            &options.model,
+            &parts.tokenizer,
+        )?;
+        self.drafts = EngineDrafts {
+            base: drafting.drafts,
+            beside_adapters: drafting.found,
+            most: drafting_args.draft_tokens,
+            grow: self.args.drafts_grow,
+        };
+        if let Some(note) = drafting.note {
+            log::info!("{note}");
+        }
         let decoder = self.decoder(model, &parts.config, device, &self.engine_limits())?;
         let files = FindingFiles {
             model: self
@@ -176,6 +197,7 @@ impl Serve {
             max_queue: self.args.max_queue,
             prefill_chunk: self.args.prefill_chunk,
             prefix_cache: !self.args.no_prefix_cache,
+            drafts: self.drafts.clone(),
         }
     }
 
@@ -297,11 +319,13 @@ impl Serve {
         let kv_cache = self.defaults.kv_cache;
         let mut progress = Progress::new("preparing", 0, Unit::Items);
         let room = ServingLimits {
-            max_running: limits.max_running,
+            // One sequence has rows for its drafts.
+            rows: limits.max_running.max(1 + limits.drafts.most),
             cache_tokens: limits.cache_tokens,
             prefill_chunk: limits.prefill_chunk,
             adapters: !self.args.lora.is_empty() || self.args.adapter_dir.is_some(),
             kv_cache,
+            warm_up: true,
         };
         let own = B::serving_decoder(&model, config, &room, &mut |done, total| {
             progress.set(done as u64, total as u64);
@@ -360,6 +384,12 @@ mod tests {
             panic!("the device is gone")
         }
 
+        fn truncate(&mut self, _: SlotId, _: usize) {}
+
+        fn cheap_rows(&self) -> usize {
+            1
+        }
+
         fn free(&mut self, _: SlotId) {}
 
         fn load_adapter(&mut self, _: &Path) -> Result<LoadedAdapter, AdapterError> {
@@ -391,6 +421,7 @@ mod tests {
         let parts = TextAndImages::load(&pipeline_options(&args.model, DType::F32)).unwrap();
         let serve = Serve {
             defaults: generation_config(&args.generation).unwrap(),
+            drafts: EngineDrafts::default(),
             api_keys: Vec::new(),
             args,
         };

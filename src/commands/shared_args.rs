@@ -25,7 +25,7 @@ use crate::{
         quantised::{Packing, cache::CacheFormat},
     },
     qwen3_vl::weights::gguf::GgufParts,
-    runtime::generate::{GenerationConfig, SamplingConfig},
+    runtime::generate::{GenerationConfig, SamplingConfig, drafts::MOST_DRAFTED},
     study::StudyRule,
 };
 
@@ -208,6 +208,24 @@ pub struct GenerationArgs {
     /// Format of the key/value cache; int8 halves its memory, and outside CUDA makes each token slower.
     #[arg(long, value_enum, default_value = "float")]
     pub kv_cache: CacheFormat,
+    /// Drafts.
+    #[command(flatten)]
+    pub drafting: DraftingArgs,
+}
+
+/// What tokens are drafted from.
+#[derive(Debug, Clone, Args)]
+pub struct DraftingArgs {
+    /// Store of answers to draft tokens from, as `drafts` writes it; `prompt` drafts from prompt and answer alone; by
+    /// default the `drafts.bin` beside the adapter or model, if there is one.
+    ///
+    /// Drafted tokens are verified several a step, and only those are kept that would have been chosen: answers come
+    /// faster and stay the same. A batch of many answers is not drafted for.
+    #[arg(long, value_name = "FILE|prompt|off")]
+    pub drafts: Option<String>,
+    /// Tokens drafted for an answer in one step, at most.
+    #[arg(long, value_name = "N", default_value_t = MOST_DRAFTED)]
+    pub draft_tokens: usize,
 }
 
 /// What was typed as the library takes it.
@@ -229,6 +247,11 @@ pub(super) fn generation_config(args: &GenerationArgs) -> Result<GenerationConfi
     if args.max_new_tokens == 0 {
         bail!(UsageError(
             "--max-new-tokens is 0, expected at least 1".into()
+        ));
+    }
+    if args.drafting.draft_tokens == 0 {
+        bail!(UsageError(
+            "--draft-tokens is 0, expected at least 1; `--drafts off` drafts nothing".into()
         ));
     }
     Ok(GenerationConfig {

@@ -38,6 +38,8 @@ const FILES: &[(&str, &[u8])] = files![
     "configs/openi-lora.toml",
     "configs/schema.json",
     "configs/thinking-lora.toml",
+    "configs/tiny-dpo.toml",
+    "configs/tiny-grpo.toml",
     "configs/tiny-partial.toml",
     "configs/tiny-pretrain-2.toml",
     "configs/tiny-pretrain.toml",

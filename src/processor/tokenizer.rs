@@ -228,6 +228,14 @@ impl Tokenizer {
         lengths.max().unwrap_or(1).max(1)
     }
 
+    /// All ids in use, added tokens included, by rising id, each with its text as the vocabulary writes it.
+    pub fn vocabulary(&self) -> Vec<(u32, String)> {
+        let vocabulary = self.inner.get_vocab(true).into_iter();
+        let mut all: Vec<(u32, String)> = vocabulary.map(|(text, id)| (id, text)).collect();
+        all.sort_unstable();
+        all
+    }
+
     /// Number of ids in use, added tokens included; a checkpoint's embedding may have more rows.
     pub fn vocab_size(&self) -> usize {
         self.inner.get_vocab_size(true)

@@ -51,6 +51,23 @@ pub trait Decoder {
     /// # Errors
     /// What the driver says.
     fn next_logits(&mut self, tokens: &[u32]) -> Result<Vec<Vec<f32>>, String>;
+
+    /// Tokens of one sequence that a step can verify at most, where the batch is one row; 0 where it cannot.
+    fn most_verified(&self) -> usize {
+        0
+    }
+
+    /// The likeliest tokens after the given ones, the newest of the sequence and tokens drafted after it; `None` where logits are
+    /// NaN. Which of them stay, [`Decoder::keep`] says. Not together with the other steps.
+    ///
+    /// # Errors
+    /// What the driver says.
+    fn verify(&mut self, _tokens: &[u32]) -> Result<Vec<Option<u32>>, String> {
+        Err("this decoder verifies nothing".into())
+    }
+
+    /// Keeps the first `tokens` of those that were verified last.
+    fn keep(&mut self, _tokens: usize) {}
 }
 
 /// A backend with the operations of the model, and perhaps faster ways through whole models.
@@ -89,6 +106,10 @@ pub trait Accelerator: Ops {
     /// start, and what no token has been written to is never read.
     const HAS_DECODER: bool = false;
 
+    /// Whether a decoder may verify drafted tokens of a single row: it is then faster than a step of
+    /// [`DecodeBackend`](super::generate::backend::DecodeBackend).
+    const DECODER_VERIFIES: bool = false;
+
     /// A faster decoder after a prefill, where there is one for the model.
     fn decoder(
         _model: &Qwen3Vl<Self>,
@@ -98,6 +119,10 @@ pub trait Accelerator: Ops {
     ) -> Option<Box<dyn Decoder>> {
         None
     }
+
+    /// Rows up to which a step of a [`DecodeBackend`](super::generate::backend::DecodeBackend) takes little longer than one of
+    /// one row: weights are read once for all.
+    const CHEAP_ROWS: usize = 8;
 
     /// An engine for serving that is faster than plain operations, where there is one for the model;
     /// `on_progress` gets parts done and all parts of what is made ready beforehand.

@@ -111,7 +111,8 @@ impl<B: Accelerator> Pipeline<B> {
             .collect()
     }
 
-    /// Answers a batch of prompts; `on_text` gets each row's new text as it comes.
+    /// Answers a batch of prompts; `on_text` gets each row's new text as it comes. Several answers to a prompt follow
+    /// one another: see [`GenerationConfig::num_return_sequences`].
     ///
     /// # Errors
     /// [`PipelineError::Generate`].
@@ -155,8 +156,8 @@ impl<B: Accelerator> Pipeline<B> {
         settings
             .eos_token_ids
             .extend_from_slice(&self.parts.eos_token_ids);
-        let mut streams: Vec<TextStream> = prompts
-            .iter()
+        let copies = settings.num_return_sequences.max(1);
+        let mut streams: Vec<TextStream> = (0..prompts.len() * copies)
             .map(|_| TextStream::new(&self.parts.tokenizer, stop))
             .collect();
         let (generations, timing) = generate_and_keep(
@@ -178,9 +179,8 @@ impl<B: Accelerator> Pipeline<B> {
         let answers = generations
             .into_iter()
             .zip(&mut streams)
-            .zip(prompts)
             .enumerate()
-            .map(|(row, ((generation, stream), prompt))| {
+            .map(|(row, (generation, stream))| {
                 let rest = stream.finish();
                 if !rest.is_empty() {
                     on_text(row, &rest);
@@ -190,7 +190,7 @@ impl<B: Accelerator> Pipeline<B> {
                     report,
                     thinking,
                     finish_reason: generation.finish_reason,
-                    prompt_tokens: prompt.input_ids.len(),
+                    prompt_tokens: prompts[row / copies].input_ids.len(),
                     completion_tokens: generation.token_ids.len(),
                 }
             })

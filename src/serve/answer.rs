@@ -13,7 +13,7 @@ use super::{
     audit::RequestRecord,
     engine::{Done, Event, TokenLogprob},
     error::ApiError,
-    findings::AskedFindings,
+    findings::{AskedFindings, FoundFindings},
     reasoning::{self, ReasoningSplitter},
     settings::RequestSettings,
     tool_calls::{CallPiece, CallSplitter},
@@ -38,6 +38,7 @@ pub(super) struct Answers {
     pub(super) remarks: Vec<Value>,
     /// Fields of the request that were passed over.
     pub(super) ignored: Vec<String>,
+    /// Of the answers, and after them of reports that are drawn for probabilities of findings.
     pub(super) receivers: Vec<UnboundedReceiver<Event>>,
     pub(super) reader: AnswerReader,
     pub(super) settings: RequestSettings,
@@ -167,9 +168,18 @@ impl Answers {
     }
 
     /// The probabilities of findings of an answer whose text, without its reasoning, is `report`; what they give a
-    /// client to know is added to the remarks.
-    pub(super) fn findings(&mut self, done: &mut Done, report: &str) -> Option<Value> {
-        let found = done.continuations.take()?;
+    /// client to know is added to the remarks. `drawn` are the reports that were drawn for them.
+    pub(super) fn findings(
+        &mut self,
+        done: &mut Done,
+        drawn: Vec<String>,
+        report: &str,
+    ) -> Option<Value> {
+        let found = match done.continuations.take() {
+            Some(found) => FoundFindings::Sentences(found),
+            None if drawn.is_empty() => return None,
+            None => FoundFindings::Reports(drawn),
+        };
         let (object, remarks) = self.findings.as_ref()?.told(found, report);
         self.remarks.extend(remarks);
         Some(object)
@@ -256,6 +266,9 @@ pub(super) fn count(usage: &mut Usage, prompt_tokens: usize, done: &Done) {
     usage.prompt_tokens = prompt_tokens;
     usage.completion_tokens += done.completion_tokens;
     usage.total_tokens = prompt_tokens + usage.completion_tokens;
+    let drafted = &mut usage.completion_tokens_details;
+    drafted.accepted_prediction_tokens += done.drafts.accepted;
+    drafted.rejected_prediction_tokens += done.drafts.drafted - done.drafts.accepted;
     let cached = &mut usage.prompt_tokens_details;
     if *cached == PromptTokensDetails::default() {
         cached.cached_tokens = done.cached_tokens;

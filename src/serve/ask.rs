@@ -19,11 +19,12 @@ use super::{
     body::{check_json_size, read_body, take},
     content::{Asked, Requester, prepare},
     engine::{
-        Continuations, Event, Failure, PreparedPrompt, QueuePlace, Submission, TokenConstraint,
+        Continuations, Event, Failure, Penalties, PreparedPrompt, QueuePlace, Submission,
+        TokenConstraint,
     },
     error::ApiError,
     fields::{Fields, parse_body},
-    findings::FindingRequest,
+    findings::{FindingRequest, FindingWork},
     form_parser::FormError,
     grammar::Constraint,
     models::ModelEntry,
@@ -32,7 +33,13 @@ use super::{
     token_rules::{BadWords, TokenRules},
     types::{ChatRequest, ToolUse},
 };
-use crate::runtime::generate::{backend::AdapterId, text::StreamOptions};
+use crate::{
+    eval::probability::logit::DRAWN_TOKENS,
+    runtime::generate::{SamplingConfig, backend::AdapterId, text::StreamOptions},
+};
+
+/// Tokens of a prediction at most: it is searched before each step.
+const MAX_PREDICTED: usize = 16_384;
 
 /// Who asks, and since when.
 pub(super) struct Call {
@@ -101,10 +108,54 @@ pub(super) struct Task<'a> {
     pub(super) max_new_tokens: usize,
     /// Number of the first answer, by which seeds differ.
     pub(super) first: usize,
+    /// Tokens of what the answer is expected to be.
+    pub(super) prediction: Vec<u32>,
 }
 
 /// What is asked of a prompt besides its answer.
 type Besides = Option<Continuations>;
+
+/// Submits `count` reports to be drawn about the images of a prompt, as `infer --findings` draws them.
+///
+/// # Errors
+/// [`ApiError`]: a full queue, a server that stops.
+fn submit_draws(
+    app: &App,
+    call: &Call,
+    adapter: AdapterId,
+    prompt: &Arc<PreparedPrompt>,
+    count: usize,
+) -> Result<Vec<UnboundedReceiver<Event>>, ApiError> {
+    let mut places = app.engine.reserve(call.client, count)?;
+    let left = app.context() - prompt.len();
+    let mut receivers = Vec::with_capacity(count);
+    for seed in 0..count as u64 {
+        let submission = Submission {
+            adapter,
+            prompt: prompt.clone(),
+            max_new_tokens: DRAWN_TOKENS.min(left),
+            eos_token_ids: app.parts.eos_token_ids.clone(),
+            sampling: SamplingConfig {
+                temperature: 1.0,
+                seed,
+                ..SamplingConfig::default()
+            },
+            penalties: Penalties::default(),
+            stop: Vec::new(),
+            shown: StreamOptions::default(),
+            stop_on_repetition: true,
+            logprobs: None,
+            prompt_logprobs: None,
+            constraint: None,
+            prediction: Vec::new(),
+            continuations: None,
+            deadline: call.deadline(app),
+            client: call.client,
+        };
+        receivers.push(app.engine.submit(submission, &mut places, call.started)?);
+    }
+    Ok(receivers)
+}
 
 /// What answers are held to.
 pub(super) struct Rules {
@@ -223,6 +274,7 @@ pub(super) fn submit(
             // The same for all answers: the first brings them.
             prompt_logprobs: settings.prompt_logprobs.filter(|_| index == task.first),
             constraint: task.rules.of_answer(settings),
+            prediction: task.prediction.clone(),
             continuations: besides.take(),
             deadline: call.deadline(app),
             client: call.client,
@@ -271,10 +323,16 @@ pub(super) async fn ask(
     let max_new_tokens = room(app, settings.max_new_tokens, prompt_tokens, "messages")?
         .unwrap_or(app.config.default_new_tokens)
         .min(app.context() - prompt_tokens);
-    let (besides, findings) = findings
+    let (work, findings) = findings
         .map(|findings| findings.ask(app, &model, &prepared, max_new_tokens))
         .transpose()?
         .unzip();
+    let (besides, draws) = match work {
+        Some(FindingWork::Sentences(continuations)) => (Some(continuations), 0),
+        Some(FindingWork::Draws(count)) => (None, count),
+        None => (None, 0),
+    };
+    let prediction = predicted(app, settings.prediction.clone()).await?;
     let prompt = Arc::new(prepared.prompt);
     let tools = &request.tools;
     let rules = Rules::new(app, &settings, tools, prepared.opens_thinking).await?;
@@ -285,8 +343,12 @@ pub(super) async fn ask(
         rules: &rules,
         max_new_tokens,
         first: 0,
+        prediction,
     };
-    let receivers = submit(app, call, &task, besides, &mut places)?;
+    let mut receivers = submit(app, call, &task, besides, &mut places)?;
+    if draws > 0 {
+        receivers.extend(submit_draws(app, call, model.adapter, &prompt, draws)?);
+    }
     // Until it is known to have ended otherwise.
     call.record.facts().outcome = Some("left");
     let mut remarks: Vec<serde_json::Value> = prompt
@@ -307,6 +369,36 @@ pub(super) async fn ask(
         findings,
         tokenizer: app.parts.tokenizer.clone(),
     })
+}
+
+/// Tokens of what an answer is expected to be, with the one that ends it.
+///
+/// # Errors
+/// [`ApiError`] of status 400.
+async fn predicted(app: &Arc<App>, text: Option<String>) -> Result<Vec<u32>, ApiError> {
+    let Some(text) = text.filter(|text| !text.is_empty()) else {
+        return Ok(Vec::new());
+    };
+    let app = app.clone();
+    let encoded = tokio::task::spawn_blocking(move || {
+        let ids = app.parts.tokenizer.encode_plain(&text);
+        let end = app.parts.tokenizer.special().im_end;
+        ids.map(|ids| [&ids[..], &[end]].concat())
+    });
+    let ids = encoded
+        .await
+        .map_err(|_| ApiError::internal())?
+        .map_err(|error| ApiError::invalid("prediction", error.to_string()))?;
+    if ids.len() > MAX_PREDICTED {
+        return Err(ApiError::invalid(
+            "prediction",
+            format!(
+                "`prediction` has {} tokens, at most {MAX_PREDICTED} are taken",
+                ids.len()
+            ),
+        ));
+    }
+    Ok(ids)
 }
 
 /// Checks that prompt and answer fit together; returns the number of tokens that was asked for.

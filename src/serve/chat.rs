@@ -10,6 +10,7 @@ use axum::{
     response::Response,
 };
 use serde_json::{Value, json};
+use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::{
     App,
@@ -103,10 +104,10 @@ async fn collect(mut answers: Answers) -> Result<Value, ApiError> {
     let mut choices = Vec::with_capacity(answers.receivers.len());
     let mut usage = Usage::default();
     let mut of_prompt = None;
-    for (index, mut receiver) in std::mem::take(&mut answers.receivers)
-        .into_iter()
-        .enumerate()
-    {
+    let mut receivers = std::mem::take(&mut answers.receivers);
+    let drawn = receivers.split_off(answers.settings.choices.min(receivers.len()));
+    let mut drawn = Some(drawn);
+    for (index, mut receiver) in receivers.into_iter().enumerate() {
         let mut reader = answers.reader.clone();
         let mut message = Message::default();
         let mut logprobs = Vec::new();
@@ -126,7 +127,11 @@ async fn collect(mut answers: Answers) -> Result<Value, ApiError> {
         count(&mut usage, answers.prompt_tokens, &done);
         let calls = message.calls.len();
         let wanted = answers.settings.logprobs;
-        let findings = answers.findings(&mut done, &message.content);
+        let mut reports = Vec::new();
+        for receiver in drawn.take().into_iter().flatten() {
+            reports.push(drawn_report(&answers, receiver).await?);
+        }
+        let findings = answers.findings(&mut done, reports, &message.content);
         let mut choice = json!({
             "index": index,
             "message": message.json(),
@@ -155,6 +160,30 @@ async fn collect(mut answers: Answers) -> Result<Value, ApiError> {
     Ok(answer)
 }
 
+/// A report that was drawn for probabilities of findings, without its reasoning.
+///
+/// # Errors
+/// [`ApiError`], when it broke off.
+async fn drawn_report(
+    answers: &Answers,
+    mut receiver: UnboundedReceiver<Event>,
+) -> Result<String, ApiError> {
+    let mut reader = answers.reader.clone();
+    let mut message = Message::default();
+    loop {
+        match next_event(&mut receiver, &answers.record).await? {
+            Event::Token { text, .. } => message.take(reader.push(&text)),
+            Event::Done(done) => {
+                message.take(reader.push(&done.text));
+                message.take(reader.finish());
+                return Ok(message.content);
+            }
+            Event::Prompt(_) => {}
+            Event::Failed(failure) => return Err(failure.into()),
+        }
+    }
+}
+
 /// Chunks of a stream.
 struct ChatStream {
     answers: Answers,
@@ -163,16 +192,51 @@ struct ChatStream {
     tokens: Vec<usize>,
     /// The text of the answer so far, where its findings are asked for: there is one then.
     report: String,
+    /// Reports that are drawn for probabilities of findings, as far as they are.
+    drawn: Vec<String>,
+    /// Those among them that are not whole.
+    open_draws: usize,
+    /// The end of the answer, which waits for these.
+    waiting: Option<Done>,
 }
 
 impl ChatStream {
+    /// `count` answers and drawn reports.
     fn new(answers: Answers, count: usize) -> Self {
+        let choices = answers.settings.choices.min(count);
         Self {
             readers: vec![answers.reader.clone(); count],
-            tokens: vec![0; count],
+            tokens: vec![0; choices],
             report: String::new(),
+            drawn: vec![String::new(); count - choices],
+            open_draws: count - choices,
+            waiting: None,
             answers,
         }
+    }
+
+    /// More text of the drawn report that comes as answer `index`; `last` ends it.
+    fn take_drawn(&mut self, index: usize, text: &str, last: bool) {
+        let mut pieces = self.readers[index].push(text);
+        if last {
+            pieces.extend(self.readers[index].finish());
+        }
+        let report = &mut self.drawn[index - self.tokens.len()];
+        for piece in pieces {
+            if let Piece::Text(text) = piece {
+                report.push_str(&text);
+            }
+        }
+    }
+
+    /// The last chunk of answer `index`.
+    fn close(&mut self, index: usize, done: &Done, out: &mut Events) {
+        let reason = finish_reason(done.reason, self.readers[index].calls());
+        let finish = Some((reason, stop_reason(done.reason)));
+        let report = std::mem::take(&mut self.report);
+        let drawn = std::mem::take(&mut self.drawn);
+        let findings = self.answers.findings(&mut done.clone(), drawn, &report);
+        self.chunk(index, json!({}), None, finish, findings, out);
     }
 
     fn chunk(
@@ -265,13 +329,17 @@ impl ChatStream {
 
 impl StreamForm for ChatStream {
     fn begin(&mut self, out: &mut Events) {
-        for index in 0..self.readers.len() {
+        for index in 0..self.tokens.len() {
             let delta = json!({"role": "assistant", "content": ""});
             self.chunk(index, delta, None, None, None, out);
         }
     }
 
     fn token(&mut self, index: usize, text: &str, logprob: Option<TokenLogprob>, out: &mut Events) {
+        if index >= self.tokens.len() {
+            self.take_drawn(index, text, false);
+            return;
+        }
         self.tokens[index] += 1;
         let pieces = self.readers[index].push(text);
         let logprobs = logprob.map(|one| json!({"content": [self.answers.entry(&one)]}));
@@ -279,15 +347,27 @@ impl StreamForm for ChatStream {
     }
 
     fn done(&mut self, index: usize, done: &Done, out: &mut Events) {
+        if index >= self.tokens.len() {
+            self.take_drawn(index, &done.text, true);
+            self.open_draws -= 1;
+            if let (0, Some(done)) = (self.open_draws, self.waiting.take()) {
+                self.close(0, &done, out);
+            }
+            return;
+        }
         self.tokens[index] = done.completion_tokens;
         let mut pieces = self.readers[index].push(&done.text);
         pieces.extend(self.readers[index].finish());
         self.pieces(index, pieces, None, out);
-        let reason = finish_reason(done.reason, self.readers[index].calls());
-        let finish = Some((reason, stop_reason(done.reason)));
-        let report = std::mem::take(&mut self.report);
-        let findings = self.answers.findings(&mut done.clone(), &report);
-        self.chunk(index, json!({}), None, finish, findings, out);
+        if self.open_draws > 0 {
+            self.waiting = Some(done.clone());
+            return;
+        }
+        self.close(index, done, out);
+    }
+
+    fn counts(&self, index: usize) -> bool {
+        index < self.tokens.len()
     }
 
     fn end(&mut self, usage: &Usage, out: &mut Events) {

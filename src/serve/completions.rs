@@ -118,6 +118,7 @@ async fn start(
             rules: &rules,
             max_new_tokens: wanted.unwrap_or(DEFAULT_NEW_TOKENS.min(left)),
             first: number * settings.choices,
+            prediction: Vec::new(),
         };
         receivers.extend(submit(app, call, &task, None, &mut places)?);
         let text = match text {

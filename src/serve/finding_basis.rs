@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 
 use crate::{
     adapters::lora::{base::BaseFingerprint, files::adapter_hash},
-    eval::probability::{
-        calibration::{AskedModel, CALIBRATION_FILE, Calibration, CalibrationError},
-        wordings,
+    eval::{
+        findings::RuleSet,
+        probability::calibration::{AskedModel, CALIBRATION_FILE, Calibration, CalibrationError},
     },
     qwen3_vl::weights::gguf::GgufParts,
 };
@@ -62,6 +62,12 @@ impl FindingBasis {
                 "there is no calibration.json beside the model or adapter; `calibrate` makes one",
             );
         };
+        let made_for = &calibration.model;
+        if !made_for.form.is_of_sentences() && RuleSet::built_in(&made_for.rules).is_none() {
+            return none(
+                "its calibration reads drawn reports with a table of words that is a file; make one with a built-in table",
+            );
+        }
         let unread = |reason: String| CalibrationError::Damaged {
             path: path.clone(),
             reason,
@@ -73,7 +79,6 @@ impl FindingBasis {
             base: base.sha256,
             adapter: hash.map_err(|error| unread(error.to_string()))?,
             quantize: files.quantize.clone(),
-            wordings: wordings::fingerprint(),
             ..AskedModel::default()
         };
         Ok(Self::Calibrated {

@@ -13,11 +13,16 @@ use super::{
     types::{AnswerRemark, ChatContent, ChatMessage, ChatPart, ChatRequest},
 };
 use crate::{
-    eval::probability::{
-        calibration::{AskedModel, Calibration},
-        judged::{CONFLICT, UNCALIBRATED, form_of, judge},
-        logit::SentenceContext,
-        sentences::{FindingSentences, by_class},
+    eval::{
+        findings::RuleSet,
+        probability::{
+            calibration::{AskedModel, Calibration},
+            evidence::{ClassEvidence, of_reports, of_sentences},
+            judged::{CONFLICT, UNCALIBRATED, form_of, judge},
+            logit::{DRAWN_REPORTS, SentenceContext},
+            sentences::FindingSentences,
+            wordings,
+        },
     },
     processor::message::split_thinking,
 };
@@ -60,6 +65,22 @@ pub(super) struct FindingRequest {
     question: Option<(Option<String>, String)>,
     /// Variables of the template change the prompt in ways that a calibration does not record.
     plain_template: bool,
+}
+
+/// What the engine has to do for probabilities of findings.
+pub(super) enum FindingWork {
+    /// Log-probabilities of sentences after the prompt.
+    Sentences(Continuations),
+    /// So many reports, drawn at temperature 1 from seed 0 on.
+    Draws(usize),
+}
+
+/// What came of it.
+pub(super) enum FoundFindings {
+    /// `[place][sentence][token]`.
+    Sentences(Vec<Vec<Vec<f32>>>),
+    /// The drawn reports, without their reasoning.
+    Reports(Vec<String>),
 }
 
 /// The probabilities of one answer, as its object in the response.
@@ -123,7 +144,7 @@ impl FindingRequest {
         model: &ModelEntry,
         prepared: &Prepared,
         max_new_tokens: usize,
-    ) -> Result<(Continuations, AskedFindings), ApiError> {
+    ) -> Result<(FindingWork, AskedFindings), ApiError> {
         let (calibration, why) = match &*model.findings {
             FindingBasis::Uncalibrated(why) => (None, Some(why.clone())),
             FindingBasis::Calibrated { calibration, here } => {
@@ -134,7 +155,24 @@ impl FindingRequest {
             }
         };
         let lead = calibration.as_ref().map_or("", |one| &one.model.lead);
-        let (_, context) = form_of(calibration.as_deref());
+        let (form, context) = form_of(calibration.as_deref());
+        if !form.is_of_sentences() {
+            let draws = calibration.as_ref().map(|one| one.model.draws);
+            let draws = draws.unwrap_or(DRAWN_REPORTS);
+            let most = app.engine.limits().max_queue;
+            if draws >= most {
+                return Err(ApiError::invalid(
+                    FIELD,
+                    format!(
+                        "`{FIELD}` needs {draws} drawn reports beside the answer, and this server takes {most} sequences in all; start it with more --max-queue"
+                    ),
+                ));
+            }
+            return Ok((
+                FindingWork::Draws(draws),
+                AskedFindings { calibration, why },
+            ));
+        }
         let opens_thinking = prepared.opens_thinking;
         let sentences =
             FindingSentences::new(&app.parts.tokenizer, opens_thinking, lead).map_err(|error| {
@@ -186,7 +224,10 @@ impl FindingRequest {
                 })
             }),
         };
-        Ok((continuations, AskedFindings { calibration, why }))
+        Ok((
+            FindingWork::Sentences(continuations),
+            AskedFindings { calibration, why },
+        ))
     }
 
     /// Why the calibration is of something else than this request.
@@ -212,6 +253,12 @@ impl FindingRequest {
             lead: made_for.lead.clone(),
             context: made_for.context,
             form: made_for.form,
+            wordings: match made_for.form.is_of_sentences() {
+                true => wordings::fingerprint(),
+                false => String::new(),
+            },
+            draws: made_for.draws,
+            rules: made_for.rules.clone(),
             ..here.clone()
         };
         let differences = made_for.differences(&here);
@@ -226,8 +273,12 @@ impl FindingRequest {
 
 impl AskedFindings {
     /// The object of an answer, and the remarks that belong to it. `report` is the answer without its reasoning.
-    pub(super) fn told(&self, found: Vec<Vec<Vec<f32>>>, report: &str) -> (Value, Vec<Value>) {
-        let judged = judge(&by_class(found), self.calibration.as_deref(), report, None);
+    pub(super) fn told(&self, found: FoundFindings, report: &str) -> (Value, Vec<Value>) {
+        let classes = match found {
+            FoundFindings::Sentences(found) => of_sentences(found),
+            FoundFindings::Reports(reports) => self.read(&reports),
+        };
+        let judged = judge(&classes, self.calibration.as_deref(), report, None);
         let mut classes = Map::new();
         for (finding, one) in &judged.findings {
             let mut entry = json!(one);
@@ -257,6 +308,14 @@ impl AskedFindings {
             "classes": classes,
         });
         (object, remarks)
+    }
+
+    /// What drawn reports say, read with the table of the calibration or the one that their words suggest.
+    fn read(&self, reports: &[String]) -> Vec<ClassEvidence> {
+        let calibration = self.calibration.as_ref();
+        let rules = calibration.and_then(|one| RuleSet::built_in(&one.model.rules));
+        let guessed = || RuleSet::guess(reports.iter().map(String::as_str));
+        of_reports(&rules.unwrap_or_else(guessed), reports)
     }
 }
 
@@ -329,7 +388,10 @@ mod tests {
             calibration: None,
             why: Some(why),
         };
-        let (object, remarks) = asked.told(Vec::new(), "右侧气胸。");
+        let (object, remarks) = asked.told(
+            FoundFindings::Reports(vec!["右侧气胸。".to_owned(); 16]),
+            "右侧气胸。",
+        );
         assert_eq!(object["calibrated"], false);
         assert_eq!(object["classes"].as_object().unwrap().len(), 20);
         let one = &object["classes"]["pneumothorax"];
@@ -338,6 +400,7 @@ mod tests {
             (&one["decision"], &one["in_report"]),
             (&json!("undecided"), &json!("present"))
         );
+        assert_eq!(one["probability"], 0.970588, "16.5 of 17");
         assert_eq!(remarks.len(), 1);
         assert_eq!(remarks[0]["code"], UNCALIBRATED);
     }

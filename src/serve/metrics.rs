@@ -65,6 +65,8 @@ pub struct Metrics {
     pub failed: Counter,
     pub preempted: Counter,
     pub scored_tokens: Counter,
+    pub drafted_tokens: Counter,
+    pub accepted_tokens: Counter,
     resident_memory: Option<Gauge>,
     responses: Family<Status, Counter>,
     first_token: Histogram,
@@ -121,6 +123,11 @@ impl Default for Metrics {
             "findings_tokens",
             "Tokens computed for probabilities of findings, besides prompts and answers",
         );
+        let drafted_tokens = counter("drafted_tokens", "Tokens drafted and computed ahead");
+        let accepted_tokens = counter(
+            "accepted_drafted_tokens",
+            "Of these those that were right, and are among the generated ones",
+        );
         let responses = Family::<Status, Counter>::default();
         // A series that is there from the start can be seen to stay at 0.
         for (_, status) in STATUSES {
@@ -159,6 +166,8 @@ impl Default for Metrics {
             failed,
             preempted,
             scored_tokens,
+            drafted_tokens,
+            accepted_tokens,
             resident_memory,
             responses,
             first_token,

@@ -68,6 +68,8 @@ pub struct RequestSettings {
     pub min_new_tokens: usize,
     /// The only tokens that may be chosen, if not all.
     pub allowed_token_ids: Option<Vec<u32>>,
+    /// What the answer is expected to be, which makes it faster where it is.
+    pub prediction: Option<String>,
 }
 
 impl RequestSettings {
@@ -107,6 +109,7 @@ impl RequestSettings {
             stop_token_ids: token_ids("stop_token_ids", &request.stop_token_ids, vocab_size)?,
             min_new_tokens: min_new_tokens(request, config)?,
             allowed_token_ids: allowed_token_ids(request, vocab_size)?,
+            prediction: request.prediction.clone(),
         })
     }
 

@@ -56,6 +56,11 @@ pub(super) trait StreamForm: Send + 'static {
     /// The end of answer `index`.
     fn done(&mut self, index: usize, done: &Done, out: &mut Events);
 
+    /// Whether what comes as answer `index` is one: its tokens count.
+    fn counts(&self, _index: usize) -> bool {
+        true
+    }
+
     /// The end of all.
     fn end(&mut self, usage: &Usage, out: &mut Events);
 
@@ -166,12 +171,16 @@ impl<F: StreamForm> Running<F> {
         match event {
             Event::Prompt(found) => self.form.prompt(index, &found, &mut self.ready),
             Event::Token { text, logprob } => {
-                self.record.facts().completion_tokens += 1;
+                if self.form.counts(index) {
+                    self.record.facts().completion_tokens += 1;
+                }
                 self.form.token(index, &text, logprob, &mut self.ready);
             }
             Event::Done(done) => {
                 self.form.done(index, &done, &mut self.ready);
-                count(&mut self.usage, self.prompt_tokens, &done);
+                if self.form.counts(index) {
+                    count(&mut self.usage, self.prompt_tokens, &done);
+                }
                 self.open -= 1;
                 if self.open == 0 {
                     self.form.end(&self.usage, &mut self.ready);

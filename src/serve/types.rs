@@ -133,6 +133,8 @@ pub struct GenerationFields {
     pub return_tokens_as_token_ids: bool,
     pub form: Option<AnswerForm>,
     pub ignore_eos: Option<bool>,
+    /// What the answer is expected to be.
+    pub prediction: Option<String>,
 }
 
 /// Form of an answer that is no free text.
@@ -339,6 +341,8 @@ pub struct Usage {
     pub total_tokens: usize,
     #[serde(default)]
     pub prompt_tokens_details: PromptTokensDetails,
+    #[serde(default)]
+    pub completion_tokens_details: CompletionTokensDetails,
 }
 
 /// How a prompt's tokens came about.
@@ -346,6 +350,15 @@ pub struct Usage {
 pub struct PromptTokensDetails {
     /// Taken from the cache.
     pub cached_tokens: usize,
+}
+
+/// How an answer's tokens came about.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CompletionTokensDetails {
+    /// Drafted tokens that are in the answer, out of the request's `prediction` or what the server drafts from.
+    pub accepted_prediction_tokens: usize,
+    /// Drafted tokens that are not.
+    pub rejected_prediction_tokens: usize,
 }
 
 /// Log probability of one token as text.

@@ -215,7 +215,8 @@ fn nothing_unwritten_reaches_the_serving_step() {
     let (config, model) = tiny(&device);
     let limits = ServingLimits {
         kv_cache: Default::default(),
-        max_running: 2,
+        rows: 2,
+        warm_up: true,
         cache_tokens: 1024,
         prefill_chunk: 64,
         adapters: true,

@@ -433,6 +433,12 @@ fn train_here<B: TrainAccelerator>(
             (model, lora, state)
         }
     };
+    if needs_reference && !lora.modules_to_save.is_empty() {
+        return Err(TrainError::Other(format!(
+            "modules_to_save {:?} are trained whole, and an objective that measures from a reference is the model without its adapter; leave them out, or set beta = 0 with objective \"grpo\"",
+            lora.modules_to_save
+        )));
+    }
     let trained: usize = trained_params(&model).len();
     let total_steps = config.total_steps(data.len(), all_devices);
     (options.tell)(&format!(

@@ -89,7 +89,7 @@ fn probabilities_are_calibrated_found_scored_and_drawn() {
     let data = ["--model", &model, "--data", "phantom:31:0..24:house"];
     let (table, told) = calibrate(folder.path(), &data);
     assert!(
-        table.contains("pneumothorax") && table.contains("mean of tokens, after"),
+        table.contains("pneumothorax") && table.contains("drawn reports, after"),
         "{table}"
     );
     assert!(
@@ -302,11 +302,12 @@ fn a_run_that_was_broken_off_goes_on_and_gives_the_same() {
     let folder = tempdir().unwrap();
     phantoms(folder.path());
     let at = |name: &str| folder.path().join(name);
-    let data = ["--data", "set/samples.jsonl"];
+    let data = ["--data", "set/samples.jsonl", "--form", "sum"];
     let whole = calibrate(
         folder.path(),
         &[&data[..], &["--output", "whole.json"]].concat(),
     );
+    assert!(whole.0.contains("mean of tokens, after"), "{}", whole.0);
     assert!(!at("whole.json.partial.jsonl").exists());
     assert!(!whole.1.contains("going on"), "{}", whole.1);
 
@@ -377,5 +378,9 @@ fn a_set_that_cannot_be_calibrated_on_is_an_error() {
     );
     fails(&["--data", data, "--limit", "0"], 2, "--limit is 0");
     fails(&["--data", data, "--rules", "openi"], 2, "phantoms know");
+    fails(&["--data", data, "--draws", "0"], 2, "expected 1 to 256");
+    let form = ["--data", data, "--form", "sum", "--draws", "4"];
+    fails(&form, 2, "--draws is for --form drawn");
+    fails(&["--data", data, "--lead", "印象："], 2, "--lead is for");
     fails(&["--data", "nowhere.jsonl"], 1, "nowhere.jsonl");
 }

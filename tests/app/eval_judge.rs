@@ -293,6 +293,69 @@ fn planted_errors_measure_the_judge() {
     assert!(page.contains("植入") && page.contains("100.0 %"));
 }
 
+/// The same judgement as language models write it: after reasoning, in a fence, with words around, with keys of their
+/// own, with Chinese names of the kinds, corrected once.
+fn in_some_habit(number: usize, judgement: &str) -> String {
+    match number % 6 {
+        0 => format!("<think>\n先看心影，再看胸膜腔{{左、右}}。\n</think>\n\n{judgement}"),
+        1 => format!("```json\n{judgement}\n```"),
+        2 => format!("以下是评审结果：\n\n```json\n{judgement}\n```\n\n如需进一步说明请告知。"),
+        3 => judgement.replacen('{', "{\"explanation\":\"逐句核对\",", 1),
+        4 => judgement
+            .replace("wrong_location", "部位或侧别错误")
+            .replace("invented_comparison", "虚构对比"),
+        _ => format!("{{\"errors\":[],\"matched\":[]}}\n更正如下：{judgement}"),
+    }
+}
+
+#[test]
+fn a_judge_with_the_habits_of_language_models_is_read() {
+    // Rate limits now and then, two kinds of refusal, an answer that is cut off, and else some habit.
+    let judge = Judge::new(|number, body| {
+        let (status, text) = judged(body);
+        let answer: Value = serde_json::from_str(&text).unwrap();
+        let judgement = answer["choices"][0]["message"]["content"].as_str().unwrap();
+        match number % 50 {
+            7 => (
+                429,
+                "{\"error\":{\"code\":\"rate_limit_exceeded\"}}".to_owned(),
+            ),
+            20 => (200, chat("抱歉，我无法评价医学影像报告，请咨询专业医生。")),
+            30 => {
+                let refusal = json!({"content": null, "refusal": "I can't help with that."});
+                (200, json!({"choices": [{"message": refusal}]}).to_string())
+            }
+            40 => (200, chat(&judgement[..judgement.len() / 2])),
+            _ => (status, chat(&in_some_habit(number, judgement))),
+        }
+    });
+    let folder = tempdir().unwrap();
+    predictions(folder.path());
+    let url = judge.url();
+    let args = ["--judge", &url, "--judge-check", "--judge-concurrency", "1"];
+    let (code, stdout, stderr, json) = eval(folder.path(), &args);
+    assert_eq!(code, 0, "{stderr}");
+    // 143 pairs and three rate limits: numbers 20, 30, 40, 70, … up to 145.
+    assert_eq!(judge.asked(), 143 + 3);
+    let check = &json["judge"]["check"];
+    assert_eq!(check["unreadable"], 9, "{check}");
+    assert_eq!(check["judged"], 131);
+    // What was read was read right: nothing is named that was not planted.
+    let mut lost = 20 - check["called_clean"].as_u64().unwrap();
+    for kind in [
+        "wrong_location",
+        "wrong_severity",
+        "invented_comparison",
+        "omitted_comparison",
+    ] {
+        let of = &check["by_kind"][kind];
+        assert_eq!(of["found"], of["named"], "{kind}: {of}");
+        lost += 20 - of["found"].as_u64().unwrap();
+    }
+    assert!(lost <= 9, "{check}");
+    assert!(stdout.contains("9 unreadable"), "{stdout}");
+}
+
 #[test]
 fn the_tiny_model_as_judge_is_unreadable_or_held_to_the_schema() {
     let server = start(&[]);

@@ -19,7 +19,17 @@ fn asked(words: &str) -> Value {
 }
 
 #[test]
-fn probabilities_beside_an_answer_are_those_of_infer() {
+fn sentences_beside_an_answer_are_scored_as_infer_does() {
+    are_those_of_infer("sum");
+}
+
+#[test]
+fn reports_beside_an_answer_are_drawn_as_infer_does() {
+    are_those_of_infer("drawn");
+}
+
+/// Compares the probabilities of `serve` with those of `infer` under a calibration of the form `form`.
+fn are_those_of_infer(form: &str) {
     let folder = tempfile::tempdir().unwrap();
     let model = folder.path().join("model");
     fs::create_dir(&model).unwrap();
@@ -37,6 +47,8 @@ fn probabilities_beside_an_answer_are_those_of_infer() {
         model,
         "--data",
         data,
+        "--form",
+        form,
     ];
     let (code, _, stderr) = run(folder.path(), &[&args[..], &QUICK].concat());
     assert_eq!(code, 0, "{stderr}");
@@ -98,11 +110,17 @@ fn probabilities_beside_an_answer_are_those_of_infer() {
         .filter(|remark| remark["code"] == "finding_conflict");
     assert_eq!(told.count(), conflicts);
 
-    // The prompt went through once, and the sentences after it.
-    let prompt = answer["usage"]["prompt_tokens"].as_u64().unwrap();
-    assert_eq!(server.metric("xray_prompt_tokens_total"), prompt - 1);
-    assert!(server.metric("xray_findings_tokens_total") > 100);
-    assert_eq!(server.metric("xray_time_to_findings_seconds_count"), 1);
+    if form == "sum" {
+        // The prompt went through once, and the sentences after it.
+        let prompt = answer["usage"]["prompt_tokens"].as_u64().unwrap();
+        assert_eq!(server.metric("xray_prompt_tokens_total"), prompt - 1);
+        assert!(server.metric("xray_findings_tokens_total") > 100);
+        assert_eq!(server.metric("xray_time_to_findings_seconds_count"), 1);
+    } else {
+        // The tokens of drawn reports are none of the answer.
+        assert!(answer["usage"]["completion_tokens"].as_u64().unwrap() <= 8);
+        assert!(server.metric("xray_generated_tokens_total") > 8 * 16);
+    }
     assert_eq!(server.metric("xray_images_encoded_total"), 1);
     server.wait_metric("xray_cache_running_tokens", 0);
 

@@ -15,7 +15,7 @@ use crate::{
     train::{finished, train, train_well, workspace},
 };
 
-const COMMANDS: [&str; 24] = [
+const COMMANDS: [&str; 25] = [
     "calibrate",
     "prefer",
     "score",
@@ -35,6 +35,7 @@ const COMMANDS: [&str; 24] = [
     "init-tiny",
     "serve",
     "doctor",
+    "drafts",
     "bench",
     "config",
     "completions",

@@ -364,18 +364,19 @@ pub(super) fn span_attention<R: CubeRuntime>(
         values: &v,
     };
     let [first, end] = spans.ranges().clone().map(|range| range.into_primitive());
-    let y = attended(&q, &cache, &first, &end, keys);
+    let y = attended(&q, &cache, &first, &end, keys, false);
     Some(tensor::<R, 4>(y).swap_dims(1, 2))
 }
 
 /// Attention output `[b, queries, h, d]` of `q` `[b, h, queries, d]`: each query over keys `[first, end)` as
-/// far as there are `keys`.
+/// far as there are `keys`. Of `one_sequence` all of the batch read the first sequence's keys.
 pub(super) fn attended<R: CubeRuntime>(
     q: &Buffer<R>,
     cache: &Cache<'_, R>,
     first: &Buffer<R>,
     end: &Buffer<R>,
     keys: usize,
+    one_sequence: bool,
 ) -> Buffer<R> {
     let [batch, heads, queries, head_dim] = q.meta.shape().dims();
     let key_value_heads = cache.keys.meta.shape()[1];
@@ -402,6 +403,7 @@ pub(super) fn attended<R: CubeRuntime>(
         y.clone()
     };
     let (q_strides, strides) = (q.meta.strides(), cache.keys.meta.strides());
+    let batch_stride = if one_sequence { 0 } else { strides[0] };
     let count = batch * queries.div_ceil(config.queries) * key_value_heads * splits;
     // SAFETY: the strides are those of the buffers, and ranges end at the number of keys; sums are
     // written where the range is split only, and are of their own then.
@@ -426,7 +428,7 @@ pub(super) fn attended<R: CubeRuntime>(
             q_strides[0],
             q_strides[1],
             q_strides[2],
-            strides[0],
+            batch_stride,
             strides[1],
             strides[2],
             (head_dim as f32).powf(-0.5),

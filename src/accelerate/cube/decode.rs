@@ -35,11 +35,18 @@ use crate::{
         nn::{Embedding, Linear, RmsNorm},
         rope::inverse_frequencies,
     },
-    runtime::accelerator::{Accelerator, DecodeStart, Decoder},
+    runtime::{
+        accelerator::{Accelerator, DecodeStart, Decoder},
+        generate::drafts::MOST_DRAFTED,
+    },
 };
 
 /// Steps that may be queued beyond those whose tokens were requested.
 const AHEAD: usize = 1;
+
+/// Rows of a step that verifies drafted tokens, whether there are so many or not: which kernels run, and so how sums are
+/// rounded, is then the same for all drafts.
+const VERIFIED: usize = 1 + MOST_DRAFTED;
 
 /// Steps whose rotary tables are made at once.
 const TABLES: usize = 64;
@@ -67,7 +74,9 @@ struct Engine<R: CubeRuntime> {
     head: Matrix<R>,
     heads: usize,
     frequencies: Vec<f32>,
-    /// First visible key of each row, and a number no row's keys reach.
+    /// First visible key of the first row.
+    first: i32,
+    /// That of each row, and a number no row's keys reach.
     ranges: [Buffer<R>; 2],
     /// Tokens of the next step, one a row.
     tokens: Buffer<R>,
@@ -79,6 +88,8 @@ struct Engine<R: CubeRuntime> {
     cached: usize,
     launched: usize,
     most: usize,
+    /// Rows that tokens of one sequence are verified in; 0 where that is not covered.
+    verified: usize,
     /// Async read of the tokens of the last requested step.
     reading: Option<Reading>,
 }
@@ -149,6 +160,10 @@ where
     Cube<R>: Accelerator,
 {
     let rows = start.tokens.len();
+    let verified = match rows == 1 && covers(model, config, VERIFIED) {
+        true => VERIFIED,
+        false => 0,
+    };
     let room = cache
         .capacity()
         .is_some_and(|capacity| cache.len() + start.most_steps + AHEAD < capacity);
@@ -203,6 +218,7 @@ where
         head: Matrix::of(model.head()),
         heads: config.num_attention_heads,
         frequencies: inverse_frequencies(config.head_dim, config.rope_theta),
+        first: first[0],
         ranges: [
             integers(&first, &device),
             integers(&vec![i32::MAX; rows], &device),
@@ -213,6 +229,7 @@ where
         cached: cache.len(),
         launched: 0,
         most: start.most_steps,
+        verified,
         reading: None,
     }))
 }
@@ -241,15 +258,25 @@ where
         {
             return (tables.clone(), (self.launched - made) * width);
         }
-        let mut values = Vec::with_capacity(TABLES * width);
-        for step in self.launched..self.launched + TABLES {
+        let steps = self.launched..self.launched + TABLES;
+        let tables = self.tables_of(steps.map(|step| {
+            let positions = self.positions.iter();
+            positions.map(|position| position + step as i64).collect()
+        }));
+        self.tables = Some((self.launched, tables.clone()));
+        (tables, 0)
+    }
+
+    /// Cosines and sines of the positions of each step, `[steps, 2, rows, d]`.
+    fn tables_of(&self, steps: impl Iterator<Item = Vec<i64>>) -> Buffer<R> {
+        let mut values = Vec::new();
+        for positions in steps {
             for of in [f32::cos, f32::sin] {
-                for position in &self.positions {
-                    let position = (*position + step as i64) as f32;
+                for position in &positions {
                     let row = self
                         .frequencies
                         .iter()
-                        .map(|frequency| of(position * frequency));
+                        .map(|frequency| of(*position as f32 * frequency));
                     let start = values.len();
                     values.extend(row);
                     values.extend_from_within(start..);
@@ -260,9 +287,35 @@ where
         let device = self.embedding.weight.lazy_device();
         let tables =
             Tensor::<Cube<R>, 1>::from_data(TensorData::new(values, shape), (&device, DType::F32));
-        let tables = contiguous(tables);
-        self.tables = Some((self.launched, tables.clone()));
-        (tables, 0)
+        contiguous(tables)
+    }
+
+    /// Queues a step on tokens of the one sequence, the newest and those drafted after it; returns its logits
+    /// `[verified, vocab]`.
+    fn verify_step(&mut self, tokens: &[u32]) -> Buffer<R> {
+        let (rows, at) = (self.verified, self.cached + self.launched);
+        let padded = |row: usize| tokens[row.min(tokens.len() - 1)] as i32;
+        let ids: Vec<i32> = (0..rows).map(padded).collect();
+        let device = self.tokens.device.clone();
+        let position = self.positions[0] + self.launched as i64;
+        let positions = (position..).take(rows).collect();
+        let tables = self.tables_of(std::iter::once(positions));
+        let ends: Vec<i32> = (at + 1..).take(rows).map(|end| end as i32).collect();
+        let first = vec![self.first; rows];
+        let ranges = [integers(&first, &device), integers(&ends, &device)];
+        let indices = indices(integers(&ids, &device));
+        let x = contiguous(self.embedding.forward(indices));
+        let mut run = FusedStep {
+            engine: self,
+            layer: &self.layers[0],
+            tables: (&tables, 0),
+            ranges: &ranges,
+            rows,
+            at,
+            one_sequence: true,
+        };
+        let x = decoder_layers(&mut run, 0..self.layers.len(), x);
+        self.head.matmul(&x, Some(&self.norm), None, DType::F32)
     }
 
     /// Queues a step on the current tokens; returns its logits `[rows, vocab]`.
@@ -276,8 +329,10 @@ where
             engine: self,
             layer: &self.layers[0],
             tables: (&tables, place),
+            ranges: &self.ranges,
             rows,
             at,
+            one_sequence: false,
         };
         let x = decoder_layers(&mut run, 0..self.layers.len(), x);
         let logits = self.head.matmul(&x, Some(&self.norm), None, DType::F32);
@@ -299,9 +354,13 @@ struct FusedStep<'a, R: CubeRuntime> {
     layer: &'a Layer<R>,
     /// Rotary tables, and the offset of the step's cosines there.
     tables: (&'a Buffer<R>, usize),
+    /// First visible key of each row, and the end of its keys.
+    ranges: &'a [Buffer<R>; 2],
     rows: usize,
     /// Tokens in the cache before the step's.
     at: usize,
+    /// Whether the rows are tokens of one sequence, one after another.
+    one_sequence: bool,
 }
 
 /// The residual stream, whose norm the next matmul applies to its input.
@@ -340,15 +399,18 @@ where
 
     fn rotate(&mut self, qkv: Buffer<R>) -> Buffer<R> {
         let cache = [&self.layer.keys, &self.layer.values];
-        rotary::rotate_into_cache(&qkv, &self.layer.head_norms, self.tables, cache, self.at)
+        let (norms, one) = (&self.layer.head_norms, self.one_sequence);
+        rotary::rotate_into_cache(&qkv, norms, self.tables, cache, self.at, one)
     }
 
     fn attend(&mut self, q: Buffer<R>) -> Buffer<R> {
         let (keys, values) = (&self.layer.keys, &self.layer.values);
         let (rows, heads, head_dim) = (self.rows, self.engine.heads, keys.meta.shape()[3]);
         let q = strided(tensor::<R, 2>(q).reshape([rows, heads, 1, head_dim]));
-        let [first, end] = &self.engine.ranges;
-        let y = attention::attended(&q, &Cache { keys, values }, first, end, self.at + 1);
+        let [first, end] = self.ranges;
+        let (cache, one) = (Cache { keys, values }, self.one_sequence);
+        let held = self.at + if one { self.rows } else { 1 };
+        let y = attention::attended(&q, &cache, first, end, held, one);
         strided(tensor::<R, 4>(y).reshape([rows, heads * head_dim]))
     }
 
@@ -425,5 +487,21 @@ where
         let bytes = wait(read(logits))?;
         let values = bytemuck::pod_collect_to_vec::<u8, f32>(&bytes);
         Ok(values.chunks(vocab).map(<[f32]>::to_vec).collect())
+    }
+
+    fn most_verified(&self) -> usize {
+        self.verified
+    }
+
+    fn verify(&mut self, tokens: &[u32]) -> Result<Vec<Option<u32>>, String> {
+        assert!((1..=self.verified).contains(&tokens.len()), "too many rows");
+        let [_, for_host] = likeliest(&self.verify_step(tokens));
+        let chosen = bytemuck::pod_collect_to_vec::<u8, i32>(&wait(read(for_host))?);
+        let known = |token| u32::try_from(token).ok();
+        Ok(chosen.into_iter().take(tokens.len()).map(known).collect())
+    }
+
+    fn keep(&mut self, tokens: usize) {
+        self.launched += tokens;
     }
 }

@@ -11,6 +11,8 @@ mod attention;
 #[cfg(feature = "wgpu")]
 mod cache;
 pub(super) mod decode;
+#[cfg(all(test, feature = "wgpu"))]
+mod draft_tests;
 #[cfg(feature = "wgpu")]
 mod dropout;
 mod launch;

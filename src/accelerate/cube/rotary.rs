@@ -229,6 +229,7 @@ fn rotate_heads_into_cache<F: Numeric>(
     key_value_heads: usize,
     capacity: usize,
     at: usize,
+    row_step: usize,
     cos: usize,
     sin: usize,
     q_epsilon: f32,
@@ -255,13 +256,13 @@ fn rotate_heads_into_cache<F: Numeric>(
         let (first, second) = head_pair(qkv, k_weight, start, unit, k_epsilon, config);
         if unit < half {
             let (c, s) = (tables[cos + angle], tables[sin + angle]);
-            let slot = (row * key_value_heads + head - heads) * capacity + at;
+            let slot = (head - heads) * capacity + row * row_step + at;
             let out = slot * 2 * half + unit;
             keys[out] = F::cast_from(within(first * c - second * s, config.packing));
             keys[out + half] = F::cast_from(within(second * c + first * s, config.packing));
         }
     } else if unit < half {
-        let slot = (row * key_value_heads + head - heads - key_value_heads) * capacity + at;
+        let slot = (head - heads - key_value_heads) * capacity + row * row_step + at;
         let out = slot * 2 * half + unit;
         values[out] = qkv[start + unit];
         values[out + half] = qkv[start + half + unit];
@@ -278,7 +279,8 @@ pub(super) struct HeadNorms<R: CubeRuntime> {
 }
 
 /// One token a row: queries normalised and rotated into `[rows, heads · d]`, keys likewise and values
-/// unchanged into position `at` of the cache `[rows, key_value_heads, capacity, d]`.
+/// unchanged into position `at` of the cache `[rows, key_value_heads, capacity, d]`; of `one_sequence`, into positions from
+/// `at` on of the first sequence.
 ///
 /// `qkv` is `[rows, (heads + 2 · key_value_heads) · d]`; cosines `[rows, d]` start at `place` of the
 /// tables, sines after them.
@@ -288,13 +290,18 @@ pub(super) fn rotate_into_cache<R: CubeRuntime>(
     (tables, place): (&Buffer<R>, usize),
     [keys, values]: [&Buffer<R>; 2],
     at: usize,
+    one_sequence: bool,
 ) -> Buffer<R> {
     let [rows, width] = qkv.meta.shape().dims();
     let [_, key_value_heads, capacity, head_dim] = keys.meta.shape().dims();
     let heads = width / head_dim - 2 * key_value_heads;
+    let (last, row_step) = match one_sequence {
+        true => (at + rows - 1, 1),
+        false => (at, key_value_heads * capacity),
+    };
     assert!(
-        at < capacity,
-        "token {at} does not fit a cache of {capacity}"
+        last < capacity,
+        "token {last} does not fit a cache of {capacity}"
     );
     let config = RotaryConfig::new(head_dim, qkv.dtype, true)
         .expect("the decoder starts with heads that are covered");
@@ -318,6 +325,7 @@ pub(super) fn rotate_into_cache<R: CubeRuntime>(
             key_value_heads,
             capacity,
             at,
+            row_step,
             place,
             place + rows * head_dim,
             norms.q_epsilon as f32,

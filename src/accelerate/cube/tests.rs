@@ -318,7 +318,14 @@ fn rotation_into_a_cache(dtype: DType, device: &Device, report: &mut Report) {
     };
     let [keys, values] = held.map(contiguous);
     let tables = contiguous(Tensor::cat(vec![cos, sin], 0));
-    let q = rotary::rotate_into_cache(&strided(qkv), &norms, (&tables, 0), [&keys, &values], at);
+    let q = rotary::rotate_into_cache(
+        &strided(qkv),
+        &norms,
+        (&tables, 0),
+        [&keys, &values],
+        at,
+        false,
+    );
     report.close("queries", tensor(q), want_q, dtype);
     report.close("keys in the cache", tensor(keys), want_k, dtype);
     report.close("values in the cache", tensor(values), want_v, dtype);

@@ -98,6 +98,7 @@ impl DeviceOps for Backend {
 
 impl Accelerator for Backend {
     const HAS_DECODER: bool = true;
+    const DECODER_VERIFIES: bool = true;
 
     fn decoder(
         model: &Qwen3Vl<Self>,

@@ -1,6 +1,7 @@
 //! What `calibrate` has computed so far, in a file beside the calibration: a run that was killed goes on from there.
 
 use std::{
+    collections::BTreeMap,
     fs::{File, OpenOptions, remove_file},
     io::{BufRead, BufReader, ErrorKind, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
@@ -12,26 +13,28 @@ use sha2::{Digest, Sha256};
 
 use crate::{
     eval::{
-        findings::Finding,
+        findings::{Finding, UncertainPolicy},
         probability::{
             calibration::AskedModel,
+            evidence::ClassEvidence,
             logit::{ScoreForm, SentenceContext},
-            sentences::ClassLogProbabilities,
         },
     },
     processor::image::RgbImage,
 };
 
 /// Layout number.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// What the logits of a file depend on; its first line.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct ScoredHeader {
     format: u32,
-    /// Model, adapter, prompt and formats; not the form of the score, since the scores of all forms are stored.
+    /// Model, adapter, prompt and formats; of the forms of sentences no particular one, since the scores of all are stored.
     model: AskedModel,
+    /// What a drawn report that doubts a finding counts as.
+    uncertain: UncertainPolicy,
     /// Type of the weights.
     dtype: String,
     /// Hash of the data set, or the generator's name.
@@ -39,11 +42,20 @@ pub(super) struct ScoredHeader {
 }
 
 impl ScoredHeader {
-    pub(super) fn new(model: &AskedModel, dtype: String, data: &str) -> Self {
+    pub(super) fn new(
+        model: &AskedModel,
+        uncertain: UncertainPolicy,
+        dtype: String,
+        data: &str,
+    ) -> Self {
         Self {
             format: FORMAT,
+            uncertain,
             model: AskedModel {
-                form: ScoreForm::default(),
+                form: match model.form.is_of_sentences() {
+                    true => ScoreForm::Sum,
+                    false => model.form,
+                },
                 ..model.clone()
             },
             dtype,
@@ -62,36 +74,39 @@ impl ScoredHeader {
                 all.push(format!("{what} {here} instead of {there}"));
             }
         }
+        if self.uncertain != here.uncertain {
+            all.push("--uncertain".to_owned());
+        }
         all
     }
 }
 
-/// The logits of one class in all forms.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+/// The logits of one class in all forms that what was asked has.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct ClassLogits {
     pub(super) finding: Finding,
-    sum: f64,
-    mean: f64,
-    stated: f64,
+    logits: BTreeMap<ScoreForm, f64>,
 }
 
 impl ClassLogits {
-    pub(super) fn of(class: &ClassLogProbabilities, context: SentenceContext) -> Self {
+    pub(super) fn of(
+        class: &ClassEvidence,
+        context: SentenceContext,
+        policy: UncertainPolicy,
+    ) -> Self {
+        let forms = class.forms().iter();
         Self {
             finding: class.finding,
-            sum: class.logit(ScoreForm::Sum, context),
-            mean: class.logit(ScoreForm::Mean, context),
-            stated: class.logit(ScoreForm::Stated, context),
+            logits: forms
+                .map(|form| (*form, class.logit(*form, context, policy)))
+                .collect(),
         }
     }
 
-    pub(super) fn logit(&self, form: ScoreForm) -> f64 {
-        match form {
-            ScoreForm::Sum => self.sum,
-            ScoreForm::Mean => self.mean,
-            ScoreForm::Stated => self.stated,
-        }
+    /// The logit in a form that was asked for.
+    pub(super) fn logit(&self, form: ScoreForm) -> Option<f64> {
+        self.logits.get(&form).copied()
     }
 }
 
@@ -252,18 +267,15 @@ mod tests {
     use super::*;
 
     fn header(data: &str) -> ScoredHeader {
-        ScoredHeader::new(&AskedModel::default(), "f32".into(), data)
+        let policy = UncertainPolicy::AsPresent;
+        ScoredHeader::new(&AskedModel::default(), policy, "f32".into(), data)
     }
 
     fn logits(sum: f64) -> Option<Vec<ClassLogits>> {
         let finding = Finding::Edema;
-        let (mean, stated) = (sum / 3.0, sum - 1.0);
-        Some(vec![ClassLogits {
-            finding,
-            sum,
-            mean,
-            stated,
-        }])
+        let logits = [(ScoreForm::Sum, sum), (ScoreForm::Mean, sum / 3.0)];
+        let logits = logits.into();
+        Some(vec![ClassLogits { finding, logits }])
     }
 
     #[test]

@@ -14,10 +14,11 @@ use crate::{
     accelerate::devices::DeviceTask,
     adapters::lora::base::quantisation_remark,
     commands::{
+        drafts::{drafting_for_batches, tell},
         pipeline_options::{room_for_answers, with_adapter},
         progress::{Progress, Unit, loading, prepare_kernels},
         question::{image_counts, patches, question_about},
-        shared_args::{AdapterArgs, LoadArgs},
+        shared_args::{AdapterArgs, DraftingArgs, LoadArgs},
         shell::{program, shell_word},
     },
     dataset::{
@@ -31,7 +32,7 @@ use crate::{
     },
     runtime::{
         accelerator::Accelerator,
-        generate::{FinishReason, GenerationConfig},
+        generate::{FinishReason, GenerationConfig, drafts::DraftCounts},
         pipeline::{Answer, Pipeline},
         vision::encode_images,
     },
@@ -46,6 +47,7 @@ pub(super) struct ModelWork {
     pub(super) load: LoadArgs,
     pub(super) generation: GenerationConfig,
     pub(super) stop: Vec<String>,
+    pub(super) drafting: DraftingArgs,
     pub(super) batch_size: usize,
     pub(super) data: Dataset,
     /// Rows of the data set, one a case.
@@ -108,6 +110,9 @@ impl DeviceTask for ModelWork {
         for remark in &pipeline.parts.remarks {
             eprintln!("{remark}");
         }
+        let tokenizer = &pipeline.parts.tokenizer;
+        self.generation.drafts =
+            drafting_for_batches::<B>(&self.drafting, &options, tokenizer, self.batch_size)?;
         let config = &pipeline.parts.config;
         prepare_kernels::<B>(config, dtype, &pipeline.device, self.batch_size);
         let mut run = ModelRun::default();
@@ -223,14 +228,16 @@ impl ModelWork {
     ) -> Result<Vec<Answer>> {
         let mut progress = Progress::new(what, self.rows.len() as u64, Unit::Items);
         let mut answers = Vec::with_capacity(self.rows.len());
+        let mut drafted = DraftCounts::default();
         let places: Vec<usize> = (0..self.rows.len()).collect();
         for group in places.chunks(self.batch_size) {
             let prompts = group
                 .iter()
                 .map(|at| question_about(&self.data, &pipeline.parts, self.rows[*at], shown[*at]))
                 .collect::<Result<Vec<_>>>()?;
-            let (some, _) =
+            let (some, timing) =
                 pipeline.answer(&prompts, &self.generation, &self.stop, &mut |_, _| {})?;
+            drafted.add(timing.drafts);
             for (at, answer) in group.iter().zip(&some) {
                 if let Some(output) = output.as_deref_mut() {
                     output.add(&self.cases[*at], answer)?;
@@ -240,6 +247,7 @@ impl ModelWork {
             progress.set(answers.len() as u64, self.rows.len() as u64);
         }
         progress.finish();
+        tell(self.generation.drafts.as_ref(), &drafted);
         Ok(answers)
     }
 

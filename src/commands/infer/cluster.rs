@@ -1,6 +1,6 @@
 //! A batch run on several machines: every process answers its share, the first writes the file.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
@@ -85,11 +85,12 @@ pub(super) fn agree<'a>(
             hash.update(&question.sha256);
         }
     }
+    // Those that are left over are some of `tasks` themselves.
     let places = todo.map(|todo| {
-        let is_there = |task: &&Task| todo.iter().any(|other| std::ptr::eq(*other, *task));
+        let left: HashSet<*const Task> = todo.into_iter().map(std::ptr::from_ref).collect();
         let places = tasks.iter().enumerate();
         places
-            .filter(|(_, task)| is_there(task))
+            .filter(|(_, task)| left.contains(&std::ptr::from_ref(*task)))
             .map(|(place, _)| place)
             .collect()
     });

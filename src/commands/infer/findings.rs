@@ -14,16 +14,18 @@ use super::{
 use crate::{
     base::files::{sha256_bytes, sha256_file},
     commands::{
-        finding_probabilities::asked_model, pipeline_options::pipeline_options, usage::UsageError,
+        finding_probabilities::{AskedHow, asked_model},
+        pipeline_options::pipeline_options,
+        usage::UsageError,
     },
     eval::{
         findings::{RuleSet, Status},
         probability::{
             calibration::{AskedModel, CALIBRATION_FILE, Calibration, CalibrationError},
+            evidence::ClassEvidence,
             judged::{CONFLICT, UNCALIBRATED, decision_word, judge, status_word},
-            sentences::ClassLogProbabilities,
+            logit::{DRAWN_REPORTS, ScoreForm},
             thresholds::Decision,
-            wordings::fingerprint,
         },
     },
     runtime::pipeline::{PipelineOptions, TextAndImages},
@@ -52,10 +54,17 @@ pub(super) fn prepare(args: &mut InferArgs, tasks: &[Task]) -> Result<()> {
     let found = find(args, asked.as_ref())?;
     let key = match &found.calibration {
         Some(calibration) => sha256_bytes(serde_json::to_string(calibration)?.as_bytes()),
-        None => format!("uncalibrated {}", fingerprint()),
+        None => format!("uncalibrated {} {DRAWN_REPORTS}", ScoreForm::default()),
     };
+    let named = args.findings.rules.as_deref().map(RuleSet::named);
+    let named = named.transpose()?;
+    let of_calibration = found
+        .calibration
+        .as_ref()
+        .and_then(|one| RuleSet::built_in(&one.model.rules));
     args.findings.basis = Some(Arc::new(Basis {
         key: format!("{rules} {key}"),
+        rules: of_calibration.or(named),
         ..found
     }));
     Ok(())
@@ -89,6 +98,7 @@ fn find(args: &InferArgs, asked: Option<&Asked>) -> Result<Basis> {
         calibration: None,
         remark: Some((UNCALIBRATED, text)),
         key: String::new(),
+        rules: None,
     };
     let uncalibrated = "the probabilities of findings are not calibrated and decide nothing";
     let options = pipeline_options(&args.model, DType::F32);
@@ -155,14 +165,24 @@ fn checked(
     };
     let parts = TextAndImages::load(options)?;
     let made_for = &calibration.model;
+    // A table that is built in is at hand; a file has to be named again.
+    let rules = match (RuleSet::built_in(&made_for.rules), &args.findings.rules) {
+        (None, Some(name)) => RuleSet::named(name)?.identity().to_owned(),
+        (None, None) => "none".to_owned(),
+        (Some(_), _) => made_for.rules.clone(),
+    };
     let here: AskedModel = asked_model(
         options,
         &parts,
-        question,
-        system.as_deref(),
-        &made_for.lead,
-        made_for.context,
-        made_for.form,
+        &AskedHow {
+            prompt: question,
+            system: system.as_deref(),
+            lead: &made_for.lead,
+            context: made_for.context,
+            form: made_for.form,
+            draws: made_for.draws,
+            rules: &rules,
+        },
     )?;
     let mut remark = None;
     if let Err(error) = calibration.check(path, &here) {
@@ -180,6 +200,7 @@ fn checked(
         calibration: Some(calibration),
         remark,
         key: String::new(),
+        rules: None,
     })
 }
 
@@ -188,7 +209,7 @@ pub(super) fn fill(
     record: &mut Record,
     args: &FindingsArgs,
     rules: Option<&RuleSet>,
-    classes: &[ClassLogProbabilities],
+    classes: &[ClassEvidence],
 ) {
     let Some(basis) = &args.basis else {
         return;

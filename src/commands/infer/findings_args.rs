@@ -4,7 +4,15 @@ use std::{path::PathBuf, sync::Arc};
 
 use clap::Args;
 
-use crate::eval::probability::{calibration::Calibration, judged::form_of, logit::SentenceContext};
+use crate::eval::{
+    findings::RuleSet,
+    probability::{
+        calibration::Calibration,
+        evidence::{ClassEvidence, of_reports},
+        judged::form_of,
+        logit::{DRAWN_REPORTS, ScoreForm, SentenceContext},
+    },
+};
 
 /// Arguments about the probabilities of findings.
 #[derive(Debug, Clone, Default, Args)]
@@ -12,8 +20,9 @@ pub struct FindingsArgs {
     /// Also give the probability of each class of finding, from the model's own logits, and mark where it
     /// contradicts the report.
     ///
-    /// With a calibration each class is present, absent or undecided. A finding that the report leaves out counts
-    /// as denied by it.
+    /// It is the share of 16 reports, drawn at temperature 1 beside the report itself, that state the finding; a
+    /// calibration may ask otherwise. With a calibration each class is present, absent or undecided. A finding that
+    /// the report leaves out counts as denied by it.
     #[arg(long, conflicts_with = "show_tags")]
     pub findings: bool,
     /// Calibration that `calibrate` wrote; by default calibration.json in the folder of the adapter or model.
@@ -47,9 +56,35 @@ pub(super) struct Basis {
     pub(super) remark: Option<(&'static str, String)>,
     /// Distinguishes records: what the probabilities depend on besides the model.
     pub(super) key: String,
+    /// What drawn reports are read with; guessed from them without it.
+    pub(super) rules: Option<RuleSet>,
 }
 
 impl Basis {
+    /// How the model is asked.
+    pub(super) fn form(&self) -> ScoreForm {
+        form_of(self.calibration.as_ref()).0
+    }
+
+    /// Reports to be drawn of an image.
+    pub(super) fn draws(&self) -> usize {
+        let calibration = self.calibration.as_ref();
+        calibration.map_or(DRAWN_REPORTS, |one| one.model.draws)
+    }
+
+    /// What drawn reports say.
+    pub(super) fn read(&self, reports: &[String]) -> Vec<ClassEvidence> {
+        let guessed;
+        let rules = match &self.rules {
+            Some(rules) => rules,
+            None => {
+                guessed = RuleSet::guess(reports.iter().map(String::as_str));
+                &guessed
+            }
+        };
+        of_reports(rules, reports)
+    }
+
     /// After what the sentences are put.
     pub(super) fn context(&self) -> SentenceContext {
         form_of(self.calibration.as_ref()).1

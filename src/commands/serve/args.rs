@@ -101,6 +101,12 @@ pub struct ServeArgs {
     /// the beginning.
     #[arg(long)]
     pub no_prefix_cache: bool,
+    /// Draft tokens also from the answers that this server has written since its start, those of all clients; up to
+    /// 262,144 tokens of them are kept in memory and nowhere else.
+    ///
+    /// Answers stay the same, but how fast one comes tells whether its like was written before.
+    #[arg(long)]
+    pub drafts_grow: bool,
     /// Maximum number of tokens that a request may ask for; --max-new-tokens is the default.
     #[arg(long, value_name = "N", default_value_t = 8192)]
     pub max_new_tokens_limit: usize,

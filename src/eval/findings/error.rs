@@ -1,4 +1,4 @@
-//! What can be wrong with a table of words or of labels.
+//! What can be wrong with tables of words and labels.
 
 /// What can be wrong with a table of words or with the labels of the Indiana collection.
 #[derive(Debug, thiserror::Error)]
@@ -20,6 +20,16 @@ pub enum FindingsError {
         /// What the compiler of patterns says.
         #[source]
         cause: Box<regex::Error>,
+    },
+    /// A misspelt word and the one that is meant are of different length.
+    #[error(
+        "`spelling` maps `{wrong}` to `{meant}`; expected a word of as many bytes, so that places in the report stay what they are"
+    )]
+    Spelling {
+        /// The misspelt word.
+        wrong: String,
+        /// What is meant.
+        meant: String,
     },
     /// A rule names a class that does not exist.
     #[error(

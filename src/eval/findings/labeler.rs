@@ -75,9 +75,13 @@ impl Labeler {
         })
     }
 
+    fn normalised<'t>(&self, report: &'t str) -> Normalised<'t> {
+        Normalised::of(report, self.table.spelling.as_ref())
+    }
+
     /// The sentences of `report`, without blank ones.
     pub fn sentences(&self, report: &str) -> Vec<String> {
-        let normalised = Normalised::of(report);
+        let normalised = self.normalised(report);
         let ranges = sentences(&normalised.text, &self.table.syntax).into_iter();
         let texts = ranges.map(|range| report[normalised.original(range)].trim().to_owned());
         texts.filter(|text| !text.is_empty()).collect()
@@ -88,7 +92,7 @@ impl Labeler {
         let Some(headings) = &self.table.sections else {
             return vec![report.to_owned()];
         };
-        let normalised = Normalised::of(report);
+        let normalised = self.normalised(report);
         let ranges = headings.sections(&normalised.text).into_iter();
         let texts = ranges.map(|(range, _)| report[normalised.original(range)].trim().to_owned());
         texts.filter(|text| !text.is_empty()).collect()
@@ -99,7 +103,7 @@ impl Labeler {
         let Some(headings) = &self.table.sections else {
             return vec![(Section::Unnamed, report.trim().to_owned())];
         };
-        let normalised = Normalised::of(report);
+        let normalised = self.normalised(report);
         let ranges = headings.sections(&normalised.text).into_iter();
         let parts = ranges.map(|(range, section)| {
             let text = &normalised.text[range.clone()];
@@ -112,7 +116,7 @@ impl Labeler {
 
     /// Labels `report`. Byte ranges in the answer are those of `report`.
     pub fn label(&self, report: &str) -> ReportLabels {
-        let mut normalised = Normalised::of(report);
+        let mut normalised = self.normalised(report);
         // Capitals tell a heading.
         let sections = match &self.table.sections {
             Some(headings) => headings.sections(&normalised.text),

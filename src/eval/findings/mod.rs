@@ -23,6 +23,7 @@ mod labeler;
 mod labels;
 pub mod mesh;
 pub mod pair;
+mod prefilter;
 mod rule_set;
 mod rules;
 pub mod score;

@@ -1,11 +1,11 @@
 //! Which table of words reads a set of reports: named, a file, or guessed from the texts.
 
-use std::{fs, ops::Deref, path::Path, sync::LazyLock};
+use std::{fmt, fs, ops::Deref, path::Path, sync::LazyLock};
 
 use regex::Regex;
 
 use super::{error::FindingsError, labeler::Labeler};
-use crate::eval::text::TextLanguage;
+use crate::{base::files::sha256_bytes, eval::text::TextLanguage};
 
 /// Words of machine translation.
 static TRANSLATED: LazyLock<Regex> = LazyLock::new(|| {
@@ -35,11 +35,19 @@ pub struct RuleSet {
     pub name: String,
     /// Whether the texts decided.
     pub guessed: bool,
+    /// SHA-256 of the file.
+    hash: Option<String>,
 }
 
 enum Source {
     BuiltIn(&'static Labeler),
     File(Box<Labeler>),
+}
+
+impl fmt::Debug for RuleSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("RuleSet").field(&self.name).finish()
+    }
 }
 
 impl Deref for RuleSet {
@@ -85,6 +93,7 @@ impl RuleSet {
     /// # Errors
     /// [`RuleSetError`]: the file cannot be read or is no table.
     pub fn named(name: &str) -> Result<Self, RuleSetError> {
+        let mut hash = None;
         let labeler = match name {
             "openi" => Source::BuiltIn(Labeler::openi()),
             "hospital" => Source::BuiltIn(Labeler::hospital()),
@@ -99,6 +108,7 @@ impl RuleSet {
                     name: name.to_owned(),
                     cause,
                 })?;
+                hash = Some(sha256_bytes(text.as_bytes()));
                 Source::File(Box::new(labeler))
             }
         };
@@ -106,6 +116,7 @@ impl RuleSet {
             labeler,
             name: name.to_owned(),
             guessed: false,
+            hash,
         })
     }
 
@@ -130,6 +141,7 @@ impl RuleSet {
             labeler: Source::BuiltIn(labeler),
             name: name.to_owned(),
             guessed: true,
+            hash: None,
         }
     }
 
@@ -145,6 +157,18 @@ impl RuleSet {
             Some(name) => Self::named(name),
             None => Ok(Self::guess(texts)),
         }
+    }
+
+    /// What distinguishes it from other tables: the name of a built-in one, the hash of a file.
+    pub fn identity(&self) -> &str {
+        self.hash.as_deref().unwrap_or(&self.name)
+    }
+
+    /// The built-in table of an [`Self::identity`]; `None` for that of a file.
+    pub fn built_in(identity: &str) -> Option<Self> {
+        let names = ["openi", "hospital", "english"];
+        let named = names.contains(&identity).then(|| Self::named(identity));
+        named.and_then(Result::ok)
     }
 
     /// A sentence on the table, for people.

@@ -1,6 +1,9 @@
 //! The table of words: read from TOML, checked, compiled.
 
-use std::{collections::BTreeSet, ops::Range};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+};
 
 use regex::Regex;
 use serde::Deserialize;
@@ -9,8 +12,10 @@ use super::{
     error::FindingsError,
     finding::{Finding, OtherFinding},
     labels::{Laterality, Severity, Status, Zone},
+    prefilter::Prefilter,
     sections::{Headings, SectionsFile},
     syntax::{Spelling, TableSyntax, TableSyntaxFile},
+    text::WordSpelling,
 };
 
 #[derive(Deserialize)]
@@ -23,6 +28,9 @@ struct TableFile {
     severities: SeveritiesFile,
     #[serde(default)]
     zones: ZonesFile,
+    /// Misspelt words and what is meant.
+    #[serde(default)]
+    spelling: BTreeMap<String, String>,
     #[serde(default)]
     sections: SectionsFile,
     reading: Option<ReadingFile>,
@@ -152,6 +160,8 @@ impl FindingRule {
 pub(super) struct WordTable {
     pub(super) syntax: TableSyntax,
     pub(super) rules: Vec<FindingRule>,
+    /// Which of them can match a text.
+    pub(super) prefilter: Prefilter,
     /// Cues before a finding; the group number says which, in the order pseudo, uncertain, negative, stop.
     pub(super) cues: Regex,
     pub(super) contrast: Regex,
@@ -167,6 +177,7 @@ pub(super) struct WordTable {
     zones: Option<Regex>,
     pub(super) persists: Option<Regex>,
     pub(super) comparison: Option<Regex>,
+    pub(super) spelling: Option<WordSpelling>,
     pub(super) sections: Option<Headings>,
     pub(super) reading: Option<Reading>,
 }
@@ -199,7 +210,7 @@ impl WordTable {
             .iter()
             .enumerate()
             .map(|(n, rule)| compile_rule(spelling, n + 1, rule))
-            .collect::<Result<_, _>>()?;
+            .collect::<Result<Vec<FindingRule>, _>>()?;
         // Chinese says them at the end of the clause; elsewhere the language's distance limits them.
         let after = |words: &[String], name| match spelling {
             Spelling::WORDS => compile(&spelling.any(words), name),
@@ -207,6 +218,7 @@ impl WordTable {
         };
         Ok(Self {
             syntax: TableSyntax::of(file.syntax.as_ref())?,
+            prefilter: Prefilter::of(rules.iter().map(|rule| &rule.pattern)),
             rules,
             // At one place the first group wins: a doubt that holds a negation (不能排除) is no negation.
             cues: groups(
@@ -244,6 +256,7 @@ impl WordTable {
                 .as_deref()
                 .map(|pattern| compile(pattern, "`cues.comparison`"))
                 .transpose()?,
+            spelling: WordSpelling::of(&file.spelling)?,
             sections: Headings::of(&file.sections, spelling)?,
             reading: file
                 .reading

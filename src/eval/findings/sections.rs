@@ -135,7 +135,8 @@ impl Headings {
                 .next_back();
             // 心影诊断： is no heading: it begins inside a clause.
             let capitals = self.words && !whole.as_str().chars().any(|c| c.is_ascii_lowercase());
-            if !capitals && before.is_some_and(|before| before.is_alphanumeric()) {
+            let in_brackets = whole.as_str().starts_with(['[', '【', '《', '<']);
+            if !capitals && !in_brackets && before.is_some_and(|before| before.is_alphanumeric()) {
                 continue;
             }
             let section = (0..Section::NAMED.len()).find(|n| {
@@ -189,6 +190,10 @@ mod tests {
     fn a_history_without_another_heading_ends_with_its_sentence() {
         let read = Labeler::hospital().label("病史：气胸术后。右侧少量气胸。");
         assert_eq!(read.status(Finding::Pneumothorax), Status::Present);
+        let read =
+            Labeler::hospital().label("【临床】气胸术后 【影像表现】右侧胸腔积液 【结论】积液");
+        assert_eq!(read.status(Finding::Pneumothorax), Status::NotMentioned);
+        assert_eq!(read.status(Finding::PleuralEffusion), Status::Present);
         let read = Labeler::hospital().label("【病史】气胸。\n【诊断】心影增大。");
         assert_eq!(read.status(Finding::Pneumothorax), Status::NotMentioned);
         assert_eq!(read.mentions[0].section, Section::Impression);

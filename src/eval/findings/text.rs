@@ -1,14 +1,24 @@
 //! Text as the tables expect it: half-width, simplified; sentences of it.
 
-use std::{borrow::Cow, collections::HashMap, ops::Range, sync::LazyLock};
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, HashMap},
+    ops::Range,
+    sync::LazyLock,
+};
 
-use super::syntax::TableSyntax;
+use regex::Regex;
+
+use super::{
+    error::FindingsError,
+    syntax::{Spelling, TableSyntax},
+};
 
 /// Traditional characters of radiology reports, each before its simplified form.
 const TRADITIONAL: &str = "腫肿塊块結结節节氣气積积縱纵縮缩擴扩張张側侧雙双兩两號号見见異异現现顯显變变邊边緣缘陰阴癥症狀状實实質质間间網网條条線线點点鈣钙陳陈舊旧惡恶轉转術术後后導导監监護护儀仪釘钉鋼钢鉗钳絲丝夾夹內内體体動动\
     脈脉彎弯關关癒愈閉闭損损壞坏斷断開开頭头頸颈脅胁鎖锁鎮镇無无與与為为於于從从這这個个們们會会來来對对時时說说還还沒没過过進进遠远處处僅仅發发診诊檢检觀观圖图顆颗葉叶紋纹亂乱強强減减輕轻嚴严應应該该給给\
     複复復复療疗藥药論论較较稱称數数據据寬宽長长緊紧鬆松圓圆銳锐鈍钝滲渗潤润濃浓淺浅濕湿癆痨纖纤維维壓压擠挤徵征幾几腦脑膽胆腎肾臟脏腸肠門门靜静傷伤創创傾倾隨随訪访臨临牀床醫医師师請请議议鏡镜鑑鉴別别難难\
-    確确認认證证懷怀慮虑團团狹狭類类遺遗餘余滿满佔占約约層层彌弥黏粘連连纍累壺壶廣广闊阔橫横達达環环雲云霧雾樣样顏颜齊齐勻匀規规則则當当歲岁婦妇產产嬰婴兒儿齡龄報报";
+    確确認认證证懷怀慮虑團团狹狭類类遺遗餘余滿满佔占約约層层彌弥黏粘連连纍累壺壶廣广闊阔橫横達达環环雲云霧雾樣样顏颜齊齐勻匀規规則则當当歲岁婦妇產产嬰婴兒儿齡龄報报瀰弥適适區区盤盘裝装製制屬属鄰邻漸渐遲迟殘残漿浆";
 
 /// Simplified form by traditional character.
 static SIMPLIFIED: LazyLock<HashMap<char, char>> = LazyLock::new(|| {
@@ -19,6 +29,48 @@ static SIMPLIFIED: LazyLock<HashMap<char, char>> = LazyLock::new(|| {
         .collect()
 });
 
+/// Misspelt words of a table, each with the word that is meant, which has as many bytes: places in a text stay what
+/// they are.
+pub(super) struct WordSpelling {
+    wrong: Regex,
+    meant: BTreeMap<String, String>,
+}
+
+impl WordSpelling {
+    /// `None` for a table without misspelt words.
+    ///
+    /// # Errors
+    /// [`FindingsError::Spelling`] for a pair of different length.
+    pub(super) fn of(words: &BTreeMap<String, String>) -> Result<Option<Self>, FindingsError> {
+        if words.is_empty() {
+            return Ok(None);
+        }
+        let unequal = words
+            .iter()
+            .find(|(wrong, meant)| wrong.is_empty() || wrong.len() != meant.len());
+        if let Some((wrong, meant)) = unequal {
+            return Err(FindingsError::Spelling {
+                wrong: wrong.clone(),
+                meant: meant.clone(),
+            });
+        }
+        // At one place the longest word wins.
+        let mut patterns: Vec<String> = words.keys().map(|word| regex::escape(word)).collect();
+        patterns.sort_by_key(|word| std::cmp::Reverse(word.len()));
+        let wrong = Spelling::CHARACTERS.compile(&patterns.join("|"), "`spelling`")?;
+        Ok(Some(Self {
+            wrong,
+            meant: words.clone(),
+        }))
+    }
+
+    fn apply<'t>(&self, text: &'t str) -> Cow<'t, str> {
+        self.wrong.replace_all(text, |found: &regex::Captures| {
+            self.meant[&found[0]].clone()
+        })
+    }
+}
+
 /// A text in the form of the tables, with the way back to the bytes of the original.
 pub(super) struct Normalised<'t> {
     /// The text to read.
@@ -28,8 +80,19 @@ pub(super) struct Normalised<'t> {
 }
 
 impl<'t> Normalised<'t> {
-    /// Full-width letters and digits become half-width, traditional characters simplified.
-    pub(super) fn of(text: &'t str) -> Self {
+    /// Full-width letters and digits become half-width, traditional characters simplified, and words as `spelling`
+    /// has them.
+    pub(super) fn of(text: &'t str, spelling: Option<&WordSpelling>) -> Self {
+        let mut normalised = Self::of_letters(text);
+        if let Some(spelling) = spelling
+            && let Cow::Owned(meant) = spelling.apply(&normalised.text)
+        {
+            normalised.text = Cow::Owned(meant);
+        }
+        normalised
+    }
+
+    fn of_letters(text: &'t str) -> Self {
         if !text.chars().any(|c| normal(c) != c) {
             return Self {
                 text: Cow::Borrowed(text),
@@ -163,12 +226,30 @@ mod tests {
     }
 
     #[test]
+    fn a_misspelt_word_is_read_as_the_word_meant_and_keeps_its_bytes() {
+        let words = [("气凶", "气胸"), ("节结构", "节结构"), ("节结", "结节")];
+        let words = words.map(|(wrong, meant)| (wrong.to_owned(), meant.to_owned()));
+        let spelling = WordSpelling::of(&words.into()).ok().flatten();
+        let text = "右側气凶，节结，关节结构可。";
+        let read = Normalised::of(text, spelling.as_ref());
+        assert_eq!(read.text, "右侧气胸，结节，关节结构可。");
+        let at = read.text.find("气胸").unwrap_or_default();
+        assert_eq!(&text[read.original(at..at + "气胸".len())], "气凶");
+        let unequal = [("气", "气胸")].map(|(a, b)| (a.to_owned(), b.to_owned()));
+        let error = WordSpelling::of(&unequal.into()).err();
+        assert!(error.is_some_and(|error| error.to_string().contains("`气胸`")));
+    }
+
+    #[test]
     fn traditional_and_full_width_text_keeps_its_bytes() {
         let text = "ＣＴ：右側氣胸，約３０％。";
-        let normal = Normalised::of(text);
+        let normal = Normalised::of(text, None);
         assert_eq!(normal.text, "CT：右侧气胸，约30%。");
         let at = normal.text.find("气胸").unwrap_or_default();
         assert_eq!(&text[normal.original(at..at + "气胸".len())], "氣胸");
-        assert!(matches!(Normalised::of("右侧气胸").text, Cow::Borrowed(_)));
+        assert!(matches!(
+            Normalised::of("右侧气胸", None).text,
+            Cow::Borrowed(_)
+        ));
     }
 }

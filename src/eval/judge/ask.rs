@@ -87,7 +87,11 @@ pub fn ask(
                                 }
                                 Verdict::Judged(judgement)
                             }
-                            Err(reason) => Verdict::Unreadable(reason),
+                            Err(reason) if text.trim().is_empty() => Verdict::Unreadable(reason),
+                            Err(reason) => Verdict::Unreadable(format!(
+                                "{reason}; the answer begins `{}`",
+                                beginning(&text)
+                            )),
                         }
                     }
                     Err(Failure::Exhausted(reason)) => {
@@ -127,6 +131,11 @@ pub fn ask(
         pairs: pairs.collect(),
         known: known.into_inner(),
     })
+}
+
+/// Enough of an answer to recognise a refusal by.
+fn beginning(text: &str) -> String {
+    text.trim().chars().take(60).collect()
 }
 
 fn held<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

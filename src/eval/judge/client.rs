@@ -204,7 +204,10 @@ impl Endpoint {
                 Ok(answer) => match answer["choices"][0]["message"]["content"].as_str() {
                     Some(content) => Answer::Text(content.to_owned()),
                     // A refusal, or only reasoning: an answer, though none that can be read.
-                    None if answer["choices"][0].is_object() => Answer::Text(String::new()),
+                    None if answer["choices"][0].is_object() => {
+                        let refusal = answer["choices"][0]["message"]["refusal"].as_str();
+                        Answer::Text(refusal.unwrap_or_default().to_owned())
+                    }
                     None => Answer::Final(format!("no `choices` in its answer: {}", short(&text))),
                 },
                 Err(cause) => Answer::Again(format!("its answer is no JSON: {cause}"), None),

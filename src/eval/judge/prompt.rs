@@ -8,16 +8,22 @@ use serde_json::{Value, json};
 #[serde(rename_all = "snake_case")]
 pub enum ErrorKind {
     /// The answer reports a finding that the reference does not have.
+    #[serde(alias = "误报所见")]
     FalseFinding,
     /// The answer lacks a finding of the reference.
+    #[serde(alias = "漏报所见")]
     MissingFinding,
     /// Another side or place.
+    #[serde(alias = "部位或侧别错误")]
     WrongLocation,
     /// Another degree.
+    #[serde(alias = "程度错误")]
     WrongSeverity,
     /// The answer compares with an earlier film, the reference does not.
+    #[serde(alias = "虚构对比")]
     InventedComparison,
     /// The answer leaves out a change since an earlier film.
+    #[serde(alias = "遗漏对比")]
     OmittedComparison,
 }
 
@@ -57,9 +63,8 @@ impl ErrorKind {
     }
 }
 
-/// One error as a judge names it.
+/// One error as a judge names it. What a judge adds under other keys says nothing about the errors.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct JudgedError {
     /// Which kind.
     pub kind: ErrorKind,
@@ -72,7 +77,6 @@ pub struct JudgedError {
 
 /// What a judge says of one pair of reports.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Judgement {
     /// Errors of the answer.
     pub errors: Vec<JudgedError>,
@@ -91,18 +95,36 @@ impl Judgement {
         matched as f64 / (matched + significant) as f64
     }
 
-    /// Reads the text of an answer; a fence of Markdown around it is no fault.
+    /// Reads the text of an answer. Reasoning before it, words and fences of Markdown around it are no fault; of several
+    /// judgements the last counts, since models correct themselves.
     ///
     /// # Errors
     /// What is wrong with it, as a sentence.
     pub(super) fn read(text: &str) -> Result<Self, String> {
-        let text = text.trim();
-        let inner = text
-            .strip_prefix("```json")
-            .or_else(|| text.strip_prefix("```"))
-            .and_then(|text| text.strip_suffix("```"))
-            .unwrap_or(text);
-        serde_json::from_str(inner).map_err(|cause| cause.to_string())
+        let text = text.rsplit("</think>").next().unwrap_or(text).trim();
+        let mut found = None;
+        let mut fault = None;
+        let mut at = 0;
+        while let Some(brace) = text[at..].find('{') {
+            let start = at + brace;
+            let mut values = serde_json::Deserializer::from_str(&text[start..]).into_iter::<Self>();
+            at = start + 1;
+            match values.next() {
+                Some(Ok(judgement)) => {
+                    at = start + values.byte_offset();
+                    found = Some(judgement);
+                }
+                Some(Err(cause)) => {
+                    fault.get_or_insert(cause.to_string());
+                }
+                None => {}
+            }
+        }
+        let none = || match text.is_empty() {
+            true => "it is empty".to_owned(),
+            false => "it holds no JSON object".to_owned(),
+        };
+        found.ok_or_else(|| fault.unwrap_or_else(none))
     }
 }
 
@@ -176,10 +198,17 @@ mod tests {
         let judged = Judgement::read(text).expect("an answer");
         assert!((judged.green() - 2.0 / 3.0).abs() < 1e-12);
         assert_eq!(Judgement::default().green(), 0.0);
-        assert_eq!(
-            Judgement::read(&format!("```json\n{text}\n```")),
-            Ok(judged)
-        );
+        let corrected = r#"{"errors":[],"matched":["气胸"]}"#;
+        for habit in [
+            format!("```json\n{text}\n```"),
+            format!("<think>先看心影{{…}}。</think>\n{text}"),
+            format!("评审结果如下：\n```json\n{text}\n```\n如有疑问请告知。"),
+            format!("{corrected}\n更正：\n{text}"),
+            text.replace("\"matched\"", "\"summary\":\"一处错误\",\"matched\""),
+            text.replace("wrong_location", "部位或侧别错误"),
+        ] {
+            assert_eq!(Judgement::read(&habit), Ok(judged.clone()), "{habit}");
+        }
     }
 
     #[test]
@@ -189,7 +218,8 @@ mod tests {
             "没有错误",
             "{\"errors\":[]}",
             "{\"errors\":[{\"kind\":\"style\",\"significant\":true}],\"matched\":[]}",
-            "{\"errors\":[],\"matched\":[],\"score\":1}",
+            "{\"errors\":[{\"kind\":\"false_finding\",\"significant\":true,\"te",
+            "抱歉，我不能评价医学报告。",
         ] {
             assert!(Judgement::read(text).is_err(), "{text}");
         }

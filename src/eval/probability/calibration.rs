@@ -50,8 +50,14 @@ pub struct AskedModel {
     pub context: SentenceContext,
     /// How a sentence is scored.
     pub form: ScoreForm,
-    /// Fingerprint of the table of sentences.
+    /// Fingerprint of the table of sentences; empty where none is used.
     pub wordings: String,
+    /// Reports that are drawn of an image; 0 where sentences are asked for.
+    #[serde(default)]
+    pub draws: usize,
+    /// What drawn reports are read with, as [`RuleSet::identity`](crate::eval::findings::RuleSet::identity) says.
+    #[serde(default)]
+    pub rules: String,
 }
 
 impl AskedModel {
@@ -87,6 +93,12 @@ impl AskedModel {
                 "table of sentences",
                 self.wordings.clone(),
                 other.wordings.clone(),
+            ),
+            ("--draws", self.draws.to_string(), other.draws.to_string()),
+            (
+                "--rules for drawn reports",
+                self.rules.clone(),
+                other.rules.clone(),
             ),
         ]
         .into_iter()

@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 
 use super::{
     calibration::Calibration,
+    evidence::ClassEvidence,
     logit::{ScoreForm, SentenceContext, sigmoid},
     read::FindingRecord,
-    sentences::ClassLogProbabilities,
     thresholds::Decision,
 };
-use crate::eval::findings::{Finding, RuleSet, Status};
+use crate::eval::findings::{Finding, RuleSet, Status, UncertainPolicy};
 
 /// Code of the remark that probabilities are not calibrated.
 pub const UNCALIBRATED: &str = "findings_not_calibrated";
@@ -28,15 +28,15 @@ pub struct JudgedFindings {
     pub rules: String,
 }
 
-/// How sentences are scored, and after what they are put: as the calibration was made, or the default.
+/// How the model is asked, and after what sentences are put: as the calibration was made, or the default.
 pub fn form_of(calibration: Option<&Calibration>) -> (ScoreForm, SentenceContext) {
     calibration.map_or_else(Default::default, |one| (one.model.form, one.model.context))
 }
 
-/// Makes probabilities and decisions of log-probabilities and compares them with `report`. Without a calibration
-/// nothing is decided; without `rules` they are guessed from the report.
+/// Makes probabilities and decisions of what the model says, asked as [`form_of`] says, and compares them with
+/// `report`. Without a calibration nothing is decided; without `rules` they are guessed from the report.
 pub fn judge(
-    classes: &[ClassLogProbabilities],
+    classes: &[ClassEvidence],
     calibration: Option<&Calibration>,
     report: &str,
     rules: Option<&RuleSet>,
@@ -51,6 +51,7 @@ pub fn judge(
     };
     let labels = rules.label(report);
     let (form, context) = form_of(calibration);
+    let policy = calibration.map_or(UncertainPolicy::AsPresent, |one| one.data.uncertain);
     let mut findings = BTreeMap::new();
     let mut conflicts = Vec::new();
     let mut add = |finding: Finding, logit: Option<f64>, probability: f64, decision: Decision| {
@@ -77,7 +78,7 @@ pub fn judge(
     };
     let mut found = Vec::with_capacity(classes.len());
     for class in classes {
-        let logit = class.logit(form, context);
+        let logit = class.logit(form, context, policy);
         let (probability, decision) = match calibration {
             Some(calibration) => calibration.apply(class.finding, logit),
             None => (sigmoid(logit), Decision::Undecided),
@@ -147,7 +148,8 @@ pub fn decision_word(decision: Decision) -> &'static str {
 
 #[cfg(test)]
 mod tests {
-    use super::{super::sentences::by_class, *};
+    use super::{super::evidence::of_reports, *};
+    use crate::eval::findings::Labeler;
 
     #[test]
     fn what_is_left_out_counts_as_denied() {
@@ -185,7 +187,12 @@ mod tests {
 
     #[test]
     fn without_a_calibration_all_twenty_are_there_and_nothing_is_decided() {
-        let judged = judge(&by_class(Vec::new()), None, "右侧气胸。", None);
+        let judged = judge(
+            &of_reports(Labeler::hospital(), &[]),
+            None,
+            "右侧气胸。",
+            None,
+        );
         assert_eq!(judged.findings.len(), Finding::ALL.len());
         for (finding, one) in &judged.findings {
             assert_eq!(one.decision, Some(Decision::Undecided), "{finding}");

@@ -1,15 +1,9 @@
-//! The sentences of all classes as tokens, and their log-probabilities by class.
+//! The sentences of all classes as tokens, and the places of an answer that they are put in.
 
 use std::sync::Arc;
 
-use super::{
-    logit::{ScoreForm, SentenceContext, class_logit},
-    wordings::WORDINGS,
-};
-use crate::{
-    eval::findings::Finding,
-    processor::tokenizer::{Tokenizer, TokenizerError},
-};
+use super::wordings::WORDINGS;
+use crate::processor::tokenizer::{Tokenizer, TokenizerError};
 
 /// Most clauses of a report after which classes are asked for: a bound on the time that an endless one takes.
 const MOST_PLACES: usize = 24;
@@ -98,50 +92,12 @@ fn clauses(report: &str) -> Vec<&str> {
     report.split_inclusive(ends).collect()
 }
 
-/// Log-probabilities of the sentences of one class, token by token.
-#[derive(Debug, Clone, PartialEq)]
-pub struct ClassLogProbabilities {
-    /// The class.
-    pub finding: Finding,
-    stated: Vec<Vec<f32>>,
-    denied: Vec<Vec<f32>>,
-}
-
-impl ClassLogProbabilities {
-    /// The logit of the class.
-    pub fn logit(&self, form: ScoreForm, context: SentenceContext) -> f64 {
-        class_logit(form, context, &self.stated, &self.denied)
-    }
-}
-
-/// Sorts log-probabilities, `[place][sentence][token]` with the sentences of [`FindingSentences::tokens`], by class.
-pub fn by_class(places: Vec<Vec<Vec<f32>>>) -> Vec<ClassLogProbabilities> {
-    let mut classes: Vec<ClassLogProbabilities> = WORDINGS
-        .iter()
-        .map(|class| ClassLogProbabilities {
-            finding: class.finding,
-            stated: Vec::new(),
-            denied: Vec::new(),
-        })
-        .collect();
-    for found in places {
-        let mut found = found.into_iter();
-        for (class, wordings) in classes.iter_mut().zip(&WORDINGS) {
-            let stated = found.by_ref().take(wordings.stated.len());
-            class.stated.extend(stated);
-            let denied = found.by_ref().take(wordings.denied.len());
-            class.denied.extend(denied);
-        }
-    }
-    classes
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn sentences_go_to_their_class_and_places_end_at_clauses() {
+    fn places_end_at_clauses() {
         let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("model/tiny");
         let tokenizer = Tokenizer::from_folder(folder).unwrap();
         let sentences = FindingSentences::new(&tokenizer, false, "").unwrap();
@@ -165,18 +121,5 @@ mod tests {
                 .unwrap()
                 .contains("印象：")
         );
-
-        // The number of each sentence as its only log-probability.
-        let numbered = (0..all).map(|at| vec![at as f32]).collect();
-        let classes = by_class(vec![numbered]);
-        let mut next = 0.0;
-        for (class, wordings) in classes.iter().zip(&WORDINGS) {
-            assert_eq!(class.finding, wordings.finding);
-            for found in class.stated.iter().chain(&class.denied) {
-                assert_eq!(found[0], next);
-                next += 1.0;
-            }
-        }
-        assert_eq!(next as usize, all);
     }
 }

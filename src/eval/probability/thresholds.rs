@@ -41,7 +41,8 @@ impl Thresholds {
     /// The thresholds that decide the most of `cases` with at most `target_error` of wrong ones among those called
     /// present, and among those called absent.
     ///
-    /// Both kinds are held to the target, so that many easy negatives do not pay for wrong positives. A class with
+    /// Both kinds are held to the target, so that many easy negatives do not pay for wrong positives. Nothing above one half
+    /// is called absent, and nothing below it present: on few cases the target alone would allow that. A class with
     /// fewer than [`FEWEST_CASES`] cases of either truth gets no threshold: nothing shows that its answers are right.
     pub fn choose(cases: &[(f64, bool)], target_error: f64) -> Self {
         let positives = cases.iter().filter(|(_, truth)| *truth).count();
@@ -59,14 +60,14 @@ impl Thresholds {
         let allowed = |wrong: usize, of: usize| {
             of >= FEWEST_CASES && wrong as f64 <= target_error * of as f64
         };
-        let absent = |at: usize| allowed(below[at][0], below[at][1]);
+        let absent = |at: usize| levels[at].0 <= 0.5 && allowed(below[at][0], below[at][1]);
         let above = |at: usize| -> [usize; 2] {
             let before = if at == 0 { [0, 0] } else { below[at - 1] };
             [sums[0] - before[0], sums[1] - before[1]]
         };
         let present = |at: usize| {
             let [right, of] = above(at);
-            allowed(of - right, of)
+            levels[at].0 >= 0.5 && allowed(of - right, of)
         };
         let highest = (0..levels.len()).rev().find(|at| absent(*at));
         let lowest = (0..levels.len()).find(|at| present(*at));
@@ -177,10 +178,21 @@ mod tests {
 
     #[test]
     fn separated_classes_are_all_decided() {
-        let cases: Vec<(f64, bool)> = (0..40).map(|at| (f64::from(at), at >= 25)).collect();
+        let cases: Vec<(f64, bool)> = (0..40).map(|at| (f64::from(at) / 40.0, at >= 20)).collect();
         let found = Thresholds::choose(&cases, 0.05);
         assert_eq!(counted(&cases, found).decided, 40);
         assert_eq!(counted(&cases, found).errors, 0);
+    }
+
+    #[test]
+    fn what_is_likely_is_not_called_absent() {
+        // Five of two hundred have it, all above one half: few enough for "absent" to reach over them.
+        let cases: Vec<(f64, bool)> = (0..200)
+            .map(|at| (f64::from(at) / 200.0, at >= 190 && at % 2 == 0))
+            .collect();
+        let found = Thresholds::choose(&cases, 0.05);
+        assert_eq!(found.absent_to, Some(0.5));
+        assert_eq!(found.decide(0.8), Decision::Undecided);
     }
 
     #[test]

@@ -363,7 +363,7 @@ fn a_row_of_no_known_form_is_shown_the_line_that_would_be_right() {
             r#"{"chosen":"a","rejected":"b"}"#,
             "preferences",
             r#"`{"messages": ["#,
-            "not supported",
+            "`objective = \"dpo\"`",
         ),
         (
             r#"{"query":"q"}"#,

@@ -68,12 +68,13 @@ pub enum Stepped {
     Token(Option<u32>),
 }
 
-/// One token more for a sequence.
+/// One token more for a sequence. Rows of one slot stand together in a step: its newest token and then tokens drafted after
+/// it, each of which sees those before it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct StepRow {
     /// The sequence.
     pub slot: SlotId,
-    /// Its newest token.
+    /// Its newest token, or a drafted one.
     pub token: u32,
     /// The token's position, the same on all axes.
     pub position: i64,
@@ -84,8 +85,8 @@ pub struct StepRow {
 /// Sizes that a backend's own engine must have memory for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ServingLimits {
-    /// Sequences of a step.
-    pub max_running: usize,
+    /// Rows of a step: sequences, and tokens drafted for them.
+    pub rows: usize,
     /// Tokens of all slots, each slot rounded up to 256.
     pub cache_tokens: usize,
     /// Tokens of a prompt that come at once.
@@ -94,6 +95,8 @@ pub struct ServingLimits {
     pub adapters: bool,
     /// How keys and values are stored.
     pub kv_cache: CacheFormat,
+    /// Whether all that requests may need is compiled and captured beforehand, so that none waits for it.
+    pub warm_up: bool,
 }
 
 /// An engine made for one backend.
@@ -124,8 +127,14 @@ pub trait DecodeBackend {
     /// prompts of other slots may go through before [`DecodeBackend::step`] wants the same rows' results.
     fn begin_step(&mut self, _rows: &[StepRow]) {}
 
-    /// Appends one token to each of several slots and returns what is wanted after each.
+    /// Appends tokens to several slots and returns what is wanted after each.
     fn step(&mut self, rows: &[StepRow]) -> Vec<Stepped>;
+
+    /// Takes the last tokens of a slot back until it holds `tokens`.
+    fn truncate(&mut self, slot: SlotId, tokens: usize);
+
+    /// Rows up to which a step takes little longer than one of one row, so that it is worth drafting that many.
+    fn cheap_rows(&self) -> usize;
 
     /// Frees a slot.
     fn free(&mut self, slot: SlotId);
@@ -165,6 +174,14 @@ impl<T: DecodeBackend + ?Sized> DecodeBackend for Box<T> {
 
     fn step(&mut self, rows: &[StepRow]) -> Vec<Stepped> {
         (**self).step(rows)
+    }
+
+    fn truncate(&mut self, slot: SlotId, tokens: usize) {
+        (**self).truncate(slot, tokens);
+    }
+
+    fn cheap_rows(&self) -> usize {
+        (**self).cheap_rows()
     }
 
     fn free(&mut self, slot: SlotId) {

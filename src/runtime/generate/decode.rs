@@ -3,6 +3,8 @@
 use burn::{prelude::*, tensor::DType};
 
 use super::{
+    drafted::{generate_drafted, verify_to_end},
+    drafts::{DraftCounts, DraftSession, Drafts},
     prompt_state::PromptState,
     sampler::{Sampler, SamplingConfig},
 };
@@ -32,12 +34,16 @@ pub struct GenerationConfig {
     pub stop_on_repetition: bool,
     /// How tokens are chosen.
     pub sampling: SamplingConfig,
-    /// Answers to each prompt, whose keys and values are computed once; answers to one prompt follow each other.
-    pub samples: usize,
-    /// A seed for each answer in place of the one in `sampling`; empty where all have that one.
+    /// Answers to each prompt, at least 1, whose keys and values are computed once; answers to one prompt follow each
+    /// other.
+    pub num_return_sequences: usize,
+    /// A seed for each answer; empty where the first answer to a prompt has the one in `sampling`, and each later one
+    /// the next.
     pub seeds: Vec<u64>,
     /// How keys and values are stored.
     pub kv_cache: CacheFormat,
+    /// What tokens are drafted from, where they are; it changes the speed alone.
+    pub drafts: Option<Drafts>,
 }
 
 impl Default for GenerationConfig {
@@ -47,9 +53,10 @@ impl Default for GenerationConfig {
             eos_token_ids: Vec::new(),
             stop_on_repetition: true,
             sampling: SamplingConfig::default(),
-            samples: 1,
+            num_return_sequences: 1,
             seeds: Vec::new(),
             kv_cache: CacheFormat::default(),
+            drafts: None,
         }
     }
 }
@@ -147,6 +154,8 @@ pub struct Timing {
     pub prompt_tokens: usize,
     /// Tokens generated after the first of each row.
     pub decoded_tokens: usize,
+    /// What was drafted.
+    pub drafts: DraftCounts,
 }
 
 /// Runs one batch of prompts to the end.
@@ -168,7 +177,8 @@ pub fn generate<B: Accelerator>(
     generate_and_keep(model, config, prompts, settings, device, None, on_token)
 }
 
-/// [`generate`], with the prompts as they are after their prefill appended to `kept`, for continuations of them.
+/// [`generate`], with the prompts as they are after their prefill appended to `kept`, for continuations of them; where
+/// tokens are drafted, none is.
 ///
 /// # Errors
 /// As [`generate`].
@@ -182,6 +192,15 @@ pub fn generate_and_keep<B: Accelerator>(
     on_token: &mut dyn FnMut(usize, u32) -> Option<FinishReason>,
 ) -> Result<(Vec<Generation>, Timing), GenerateError> {
     check_prompts(config, prompts, settings)?;
+    let greedy =
+        settings.sampling.temperature == 0.0 && settings.sampling.repetition_penalty == 1.0;
+    let is_alone = settings.num_return_sequences <= 1;
+    let drafts = (settings.drafts.as_ref()).filter(|_| is_alone && is_drafted::<B>(prompts.len()));
+    if let Some(drafts) = drafts
+        && !(B::DECODER_VERIFIES && greedy)
+    {
+        return generate_drafted(model, config, prompts, settings, drafts, device, on_token);
+    }
     let mut timing = Timing::default();
     let mut clock = std::time::Instant::now();
     let mut lap = |device: &B::Device| {
@@ -216,11 +235,7 @@ pub fn generate_and_keep<B: Accelerator>(
     let room = input.seq() + settings.max_new_tokens + DECODER_ROOM;
     let reserved = if decodes { room } else { 0 };
     let mut cache = KeyValueCache::with_format(layers, reserved, settings.kv_cache);
-    let at_once = match model.quantization() {
-        Some(_) => PACKED_PREFILL_TOKENS,
-        None => PREFILL_TOKENS,
-    };
-    let columns = (at_once / rows.len()).max(LEAST_PREFILL_COLUMNS);
+    let columns = (prefilled_at_once(model) / rows.len()).max(LEAST_PREFILL_COLUMNS);
     let hidden = model.prefill(&input, vision.as_ref(), config, &mut cache, columns, device);
     drop(vision);
     if let Some(kept) = kept {
@@ -231,8 +246,9 @@ pub fn generate_and_keep<B: Accelerator>(
         }));
     }
     let mut logits = logits_on_host(model, hidden)?;
-    if settings.samples > 1 {
-        let each = |row: usize| std::iter::repeat_n(row, settings.samples);
+    let copies = settings.num_return_sequences.max(1);
+    if copies > 1 {
+        let each = |row: usize| std::iter::repeat_n(row, copies);
         let from: Vec<usize> = (0..rows.len()).flat_map(each).collect();
         cache.select_rows(&from, device);
         logits = from.iter().map(|row| logits[*row].clone()).collect();
@@ -252,18 +268,16 @@ pub fn generate_and_keep<B: Accelerator>(
         finish_reason: FinishReason::Length,
     };
     let mut results = vec![nothing; rows.len()];
-    let sampler = |(index, row): (usize, &Vec<u32>)| match settings.seeds.get(index) {
-        None => Sampler::new(&settings.sampling, row),
-        Some(seed) => {
-            let sampling = SamplingConfig {
-                seed: *seed,
-                ..settings.sampling.clone()
-            };
-            Sampler::new(&sampling, row)
-        }
+    let sampler = |(index, row): (usize, &Vec<u32>)| {
+        let next = settings.sampling.seed.wrapping_add((index % copies) as u64);
+        let sampling = SamplingConfig {
+            seed: settings.seeds.get(index).copied().unwrap_or(next),
+            ..settings.sampling.clone()
+        };
+        Sampler::new(&sampling, row)
     };
     let mut samplers: Vec<Sampler> = rows.iter().enumerate().map(sampler).collect();
-    // Rows of the batch that go on, by their place among the prompts.
+    // Rows of the batch that go on, by their place among the answers.
     let mut active: Vec<usize> = (0..rows.len()).collect();
     let mut next = Next::Logits(logits);
     let mut decoder: Option<Box<dyn Decoder>> = None;
@@ -278,17 +292,7 @@ pub fn generate_and_keep<B: Accelerator>(
             };
             let result = &mut results[row];
             result.token_ids.push(token);
-            let ended = if settings.eos_token_ids.contains(&token) {
-                Some(FinishReason::Stop)
-            } else if let Some(reason) = on_token(row, token) {
-                Some(reason)
-            } else if result.token_ids.len() >= settings.max_new_tokens {
-                Some(FinishReason::Length)
-            } else if settings.stop_on_repetition && goes_round(&result.token_ids) {
-                Some(FinishReason::Repetition)
-            } else {
-                None
-            };
+            let ended = end_of(row, &result.token_ids, settings, on_token);
             match ended {
                 Some(reason) => result.finish_reason = reason,
                 None => stays.push(place),
@@ -306,7 +310,6 @@ pub fn generate_and_keep<B: Accelerator>(
             active = stays.iter().map(|place| active[*place]).collect();
             stays = (0..active.len()).collect();
         }
-        timing.decoded_tokens += stays.len();
         if !decoder_tried {
             decoder_tried = true;
             let start = DecodeStart {
@@ -332,7 +335,19 @@ pub fn generate_and_keep<B: Accelerator>(
             };
             decoder = B::decoder(model, config, &cache, &start);
             places = active.clone();
+            if let (Some(drafts), Some(decoder), [row]) = (drafts, &mut decoder, &places[..])
+                && decoder.most_verified() > 1
+            {
+                let (prompt, result) = (&rows[*row], &mut results[*row]);
+                let vocab = config.text_config.vocab_size;
+                let session = DraftSession::new(drafts, &[], vocab);
+                timing.drafts =
+                    verify_to_end(&mut **decoder, session, prompt, result, settings, on_token)?;
+                timing.decoded_tokens += timing.drafts.tokens;
+                break;
+            }
         }
+        timing.decoded_tokens += stays.len();
         if let Some(decoder) = &mut decoder {
             // The decoder keeps its rows; those that have ended are ignored.
             let stayed: Vec<usize> = stays.iter().map(|place| active[*place]).collect();
@@ -369,6 +384,36 @@ pub fn generate_and_keep<B: Accelerator>(
     Ok((results, timing))
 }
 
+/// Whether tokens are drafted for a batch of so many rows, if there is something to draft from: in a large one the rows
+/// themselves fill a step.
+pub fn is_drafted<B: Accelerator>(rows: usize) -> bool {
+    match B::DECODER_VERIFIES {
+        true => rows == 1,
+        false => 2 * rows <= B::CHEAP_ROWS,
+    }
+}
+
+/// Whether an answer is over with its last token, which `on_token` gets unless it is an end token.
+pub(super) fn end_of(
+    row: usize,
+    tokens: &[u32],
+    settings: &GenerationConfig,
+    on_token: &mut dyn FnMut(usize, u32) -> Option<FinishReason>,
+) -> Option<FinishReason> {
+    let token = *tokens.last()?;
+    if settings.eos_token_ids.contains(&token) {
+        Some(FinishReason::Stop)
+    } else if let Some(reason) = on_token(row, token) {
+        Some(reason)
+    } else if tokens.len() >= settings.max_new_tokens {
+        Some(FinishReason::Length)
+    } else if settings.stop_on_repetition && goes_round(tokens) {
+        Some(FinishReason::Repetition)
+    } else {
+        None
+    }
+}
+
 /// Tokens of all prompts that go through the layers at once: a long context takes no more activations than
 /// that, and a batch of usual prompts still goes in one pass.
 pub const PREFILL_TOKENS: usize = 8192;
@@ -377,6 +422,14 @@ pub const PREFILL_TOKENS: usize = 8192;
 /// all weights are dequantised again.
 const PACKED_PREFILL_TOKENS: usize = 512;
 const LEAST_PREFILL_COLUMNS: usize = 128;
+
+/// Tokens of prompts that go through the layers of a model at once.
+pub(super) fn prefilled_at_once<B: Accelerator>(model: &Qwen3Vl<B>) -> usize {
+    match model.quantization() {
+        Some(_) => PACKED_PREFILL_TOKENS,
+        None => PREFILL_TOKENS,
+    }
+}
 
 /// Tokens a decoder may run ahead of what is read.
 const DECODER_ROOM: usize = 8;
@@ -481,6 +534,61 @@ mod tests {
         broken[70] = 99;
         assert!(!goes_round(&broken));
         assert!(!goes_round(&(0..400).collect::<Vec<u32>>()));
+    }
+
+    #[cfg(feature = "flex")]
+    #[test]
+    fn several_answers_to_prompts_are_those_of_each_prompt_and_seed_alone() {
+        use burn_flex::Flex;
+
+        use crate::{qwen3_vl::nn::InitOptions, runtime::synthetic::weights::RandomSize};
+
+        let device = Default::default();
+        let config = RandomSize::Tiny.config(None).unwrap();
+        let model = Qwen3Vl::<Flex>::new(&config, &InitOptions::default(), &device);
+        let prompt = |input_ids: &[u32]| Prompt {
+            input_ids: input_ids.to_vec(),
+            images: ImageInput::default(),
+        };
+        let prompts = [prompt(&[1, 2, 3]), prompt(&[4, 5, 6, 7, 8])];
+        let answers = |prompts: &[Prompt], seed: u64, num_return_sequences: usize| {
+            let settings = GenerationConfig {
+                max_new_tokens: 12,
+                num_return_sequences,
+                sampling: SamplingConfig {
+                    temperature: 1.0,
+                    repetition_penalty: 1.1,
+                    seed,
+                    ..SamplingConfig::default()
+                },
+                ..GenerationConfig::default()
+            };
+            // Rows end at different times.
+            let mut told = vec![0; prompts.len() * num_return_sequences];
+            let (answers, timing) = generate(
+                &model,
+                &config,
+                prompts,
+                &settings,
+                &device,
+                &mut |row, _| {
+                    told[row] += 1;
+                    (told[row] == 5 + row % 3).then_some(FinishReason::Cancelled)
+                },
+            )
+            .unwrap();
+            let tokens = answers.into_iter().map(|one| one.token_ids);
+            (tokens.collect::<Vec<_>>(), timing.prompt_tokens)
+        };
+        let (several, prompt_tokens) = answers(&prompts, 40, 3);
+        assert_eq!((several.len(), prompt_tokens), (6, 8));
+        for (row, found) in several.iter().enumerate() {
+            let (alone, _) = answers(&prompts[row / 3..=row / 3], 40 + (row % 3) as u64, 1);
+            let both = found.len().min(alone[0].len());
+            assert!(both >= 5);
+            assert_eq!(found[..both], alone[0][..both], "row {row}");
+        }
+        assert_ne!(several[0], several[1], "seeds differ");
     }
 
     #[cfg(feature = "flex")]

@@ -1,6 +1,6 @@
 //! Logits to a token.
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -169,8 +169,8 @@ pub struct Sampler {
     config: SamplingConfig,
     random: ChaCha8Rng,
     seen: HashSet<u32>,
-    /// The last choice returned, until its token is known.
-    pending: Option<TokenChoice>,
+    /// Choices returned whose tokens are not known yet.
+    pending: VecDeque<TokenChoice>,
 }
 
 impl Sampler {
@@ -180,35 +180,39 @@ impl Sampler {
             random: ChaCha8Rng::seed_from_u64(config.seed),
             seen: prompt.iter().copied().collect(),
             config: config.clone(),
-            pending: None,
+            pending: VecDeque::new(),
         }
     }
 
     /// How the next token is to be chosen; the same until there is one.
     pub fn choice(&mut self) -> TokenChoice {
-        *self.pending.get_or_insert_with(|| {
+        self.choices(1)[0]
+    }
+
+    /// How the next `count` tokens are to be chosen, one after another: what is returned for a place stays the same until
+    /// there is a token.
+    pub fn choices(&mut self, count: usize) -> Vec<TokenChoice> {
+        while self.pending.len() < count {
             let uniform = if self.config.temperature == 0.0 {
                 0.0
             } else {
                 self.random.random::<f32>()
             };
-            TokenChoice::new(&self.config, uniform)
-        })
+            self.pending
+                .push_back(TokenChoice::new(&self.config, uniform));
+        }
+        self.pending.iter().take(count).copied().collect()
     }
 
     /// The uniform numbers of the next draws, for a device that makes them all.
     pub fn draws(mut self, count: usize) -> Vec<f32> {
-        let mut draw = || {
-            let uniform = self.choice().uniform;
-            self.pending = None;
-            uniform
-        };
-        (0..count).map(|_| draw()).collect()
+        let choices = self.choices(count).into_iter();
+        choices.map(|choice| choice.uniform).collect()
     }
 
     /// Takes the token that came of [`Sampler::choice`].
     pub fn take(&mut self, token: u32) {
-        self.pending = None;
+        self.pending.pop_front();
         self.seen.insert(token);
     }
 
@@ -283,6 +287,26 @@ mod tests {
         assert_eq!(draws[0], sampler.choice().uniform);
         sampler.next(&logits);
         assert_eq!(draws[1], sampler.choice().uniform);
+    }
+
+    #[test]
+    fn choices_that_were_looked_at_ahead_come_in_turn() {
+        let config = SamplingConfig {
+            temperature: 1.0,
+            seed: 9,
+            ..SamplingConfig::default()
+        };
+        let draws = Sampler::new(&config, &[]).draws(6);
+        let mut sampler = Sampler::new(&config, &[]);
+        let uniforms = |choices: Vec<TokenChoice>| -> Vec<f32> {
+            choices.into_iter().map(|choice| choice.uniform).collect()
+        };
+        assert_eq!(uniforms(sampler.choices(4)), draws[..4]);
+        sampler.take(1);
+        sampler.take(2);
+        // Two tokens were right and the rest was not kept: its numbers are used again.
+        assert_eq!(sampler.choice().uniform, draws[2]);
+        assert_eq!(uniforms(sampler.choices(4)), draws[2..]);
     }
 
     #[test]

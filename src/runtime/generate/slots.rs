@@ -271,12 +271,18 @@ impl<B: Accelerator> DecodeBackend for PlainDecoder<B> {
         }
         let mut logits = vec![Vec::new(); rows.len()];
         for (adapter, places) in groups {
-            let tokens: Vec<[u32; 1]> = places.iter().map(|place| [rows[*place].token]).collect();
+            let tokens: Vec<u32> = places.iter().map(|place| rows[*place].token).collect();
             let mut positions = Positions::default();
-            let mut group: Vec<(SlotId, &[u32])> = Vec::with_capacity(places.len());
-            for (place, token) in places.iter().zip(&tokens) {
+            for place in &places {
                 positions.push([rows[*place].position; 3]);
-                group.push((rows[*place].slot, token));
+            }
+            // The tokens of a slot go through as those of a prompt do.
+            let mut group: Vec<(SlotId, &[u32])> = Vec::with_capacity(places.len());
+            let mut rest = &tokens[..];
+            for of_slot in places.chunk_by(|a, b| rows[*a].slot == rows[*b].slot) {
+                let (own, others) = rest.split_at(of_slot.len());
+                group.push((rows[of_slot[0]].slot, own));
+                rest = others;
             }
             let wanted: Vec<usize> = (0..places.len()).collect();
             let of_group = self.pass(adapter, &group, &positions, None, &wanted);
@@ -288,6 +294,17 @@ impl<B: Accelerator> DecodeBackend for PlainDecoder<B> {
             self.commit(row.slot, 1);
         }
         logits.into_iter().map(Stepped::Logits).collect()
+    }
+
+    fn truncate(&mut self, slot: SlotId, tokens: usize) {
+        let slot = self.slots.get_mut(&slot).expect("the slot is in use");
+        assert!(tokens <= slot.len, "the slot holds fewer tokens");
+        // What comes next is written over the others.
+        slot.len = tokens;
+    }
+
+    fn cheap_rows(&self) -> usize {
+        B::CHEAP_ROWS
     }
 
     fn free(&mut self, slot: SlotId) {

@@ -36,13 +36,14 @@ use crate::{
     runtime::generate::{
         FinishReason, SamplingConfig,
         backend::{AdapterId, DecodeBackend, LoadedAdapter},
+        drafts::{DraftCounts, Drafts},
         text::StreamOptions,
     },
 };
 use scheduler::Worker;
 
 /// What the engine may take.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct EngineLimits {
     /// Sequences in the batch.
     pub max_running: usize,
@@ -54,6 +55,21 @@ pub struct EngineLimits {
     pub prefill_chunk: usize,
     /// Keeps finished sequences for prompts that begin alike.
     pub prefix_cache: bool,
+    /// What tokens are drafted from.
+    pub drafts: EngineDrafts,
+}
+
+/// What the engine drafts tokens from.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct EngineDrafts {
+    /// For the base; where `beside_adapters` is not set, for adapters too.
+    pub base: Option<Drafts>,
+    /// An adapter is drafted for from the store in its own folder, if there is one.
+    pub beside_adapters: bool,
+    /// Tokens drafted for a sequence in one step, at most.
+    pub most: usize,
+    /// Finished answers are drafted from as well.
+    pub grow: bool,
 }
 
 /// One sequence to be generated.
@@ -82,6 +98,8 @@ pub struct Submission {
     pub prompt_logprobs: Option<usize>,
     /// Which tokens are allowed.
     pub constraint: Option<Box<dyn TokenConstraint>>,
+    /// What the answer is expected to be, to draft from; empty where nothing is.
+    pub prediction: Vec<u32>,
     /// Continuations whose log-probabilities are computed once the answer is there; the prompt must end in text.
     pub continuations: Option<Continuations>,
     /// When the answer must be there.
@@ -134,6 +152,8 @@ pub struct Done {
     pub cached_tokens: usize,
     /// Log-probabilities of the continuations that were asked for, `[place][continuation][token]`.
     pub continuations: Option<Vec<Vec<Vec<f32>>>>,
+    /// Tokens that were drafted for it, and those of them that were right.
+    pub drafts: DraftCounts,
 }
 
 /// Why an answer broke off.

@@ -4,6 +4,8 @@ mod continuations;
 mod room;
 mod steps;
 
+mod drafts;
+
 use std::{
     collections::{HashMap, HashSet, VecDeque},
     panic::{AssertUnwindSafe, catch_unwind},
@@ -22,7 +24,10 @@ use super::{
 use crate::{
     base::panics::panic_text,
     processor::tokenizer::Tokenizer,
-    runtime::generate::backend::{AdapterId, DecodeBackend, SlotId},
+    runtime::generate::{
+        backend::{AdapterId, DecodeBackend, SlotId},
+        drafts::Drafts,
+    },
     serve::metrics::{Metrics, as_gauge},
 };
 
@@ -72,6 +77,10 @@ pub(super) struct Worker<D: DecodeBackend> {
     failures: u32,
     /// Turns of continuations so far.
     scoring_turns: u64,
+    /// What is drafted from, for the base and adapters that have something.
+    drafts: HashMap<AdapterId, Drafts>,
+    /// Ids below this can be drafted.
+    vocab: usize,
 }
 
 impl<D: DecodeBackend> Worker<D> {
@@ -81,7 +90,11 @@ impl<D: DecodeBackend> Worker<D> {
         limits: EngineLimits,
         metrics: Arc<Metrics>,
     ) -> Self {
-        Self {
+        let vocab = tokenizer
+            .vocabulary()
+            .last()
+            .map_or(0, |(id, _)| *id as usize + 1);
+        let mut this = Self {
             device,
             tokenizer,
             limits,
@@ -98,7 +111,12 @@ impl<D: DecodeBackend> Worker<D> {
             joins: 0,
             failures: 0,
             scoring_turns: 0,
-        }
+            drafts: HashMap::new(),
+            vocab,
+        };
+        let base = this.limits.drafts.base.clone();
+        this.set_drafts(AdapterId::BASE, base);
+        this
     }
 
     /// Works until there is nothing to wait for.
@@ -173,6 +191,7 @@ impl<D: DecodeBackend> Worker<D> {
                         continue;
                     }
                     self.arrivals += 1;
+                    let session = self.draft_session(&submission);
                     self.queue.push_back(Queued {
                         sequence: Sequence::new(
                             *submission,
@@ -180,6 +199,7 @@ impl<D: DecodeBackend> Worker<D> {
                             submitted,
                             self.arrivals,
                             &self.tokenizer,
+                            session,
                         ),
                         _place: Some(place),
                     });
@@ -188,11 +208,14 @@ impl<D: DecodeBackend> Worker<D> {
                     let device = &mut self.device;
                     let loaded = guarded(|| device.load_adapter(&dir))
                         .and_then(|loaded| loaded.map_err(|error| error.to_string()));
-                    self.adapters
-                        .extend(loaded.iter().map(|adapter| adapter.id));
+                    if let Ok(adapter) = &loaded {
+                        self.adapters.insert(adapter.id);
+                        self.find_drafts(adapter.id, &dir);
+                    }
                     if let Err(Ok(adapter)) = reply.send(loaded) {
                         // The caller is gone, and nobody else knows its number.
                         self.adapters.remove(&adapter.id);
+                        self.drafts.remove(&adapter.id);
                         let device = &mut self.device;
                         let _ = guarded(|| device.unload_adapter(adapter.id));
                     }
@@ -275,6 +298,7 @@ impl<D: DecodeBackend> Worker<D> {
             let kept = self.prefixes.evict_adapter(adapter);
             self.free(kept);
             self.adapters.remove(&adapter);
+            self.drafts.remove(&adapter);
             let device = &mut self.device;
             let _ = guarded(|| device.unload_adapter(adapter));
             let (_, reply) = self.unloads.swap_remove(place);

@@ -13,12 +13,16 @@ use crate::{
     processor::tokenizer::Tokenizer,
     runtime::generate::{
         FinishReason,
-        backend::{AdapterId, Pick, SlotId, Stepped},
+        backend::{AdapterId, Pick, SlotId, StepRow, Stepped},
         decode::goes_round,
+        drafts::{DraftCounts, DraftSession, SequenceText},
         sampler::Sampler,
         text::TextStream,
     },
 };
+
+/// Tokens drafted for a sequence whose logits come to the host, at most: each row has a vocabulary of them.
+const MOST_DRAFTED_BY_LOGITS: usize = 3;
 
 /// Decides which tokens may come next, for instance those that lead to valid JSON.
 pub trait TokenConstraint: Send {
@@ -104,6 +108,10 @@ pub(super) struct Sequence {
     events: UnboundedSender<Event>,
     submission: Submission,
     sampler: Sampler,
+    /// Where tokens are drafted.
+    session: Option<DraftSession>,
+    /// Tokens drafted in the step that is under way.
+    drafted: Vec<u32>,
     stream: TextStream,
     counts: HashMap<u32, u32>,
     /// Those of the prompt's tokens so far; `None` where they are not wanted, or were sent.
@@ -117,6 +125,7 @@ impl Sequence {
         submitted: Instant,
         arrived: u64,
         tokenizer: &Tokenizer,
+        session: Option<DraftSession>,
     ) -> Self {
         Self {
             adapter: submission.adapter,
@@ -135,6 +144,8 @@ impl Sequence {
             text: String::new(),
             sampler: Sampler::new(&submission.sampling, &submission.prompt.input_ids),
             stream: TextStream::with(tokenizer, &submission.stop, submission.shown),
+            session,
+            drafted: Vec::new(),
             prompt_logprobs: submission.prompt_logprobs.map(|_| Vec::new()),
             counts: HashMap::new(),
             events,
@@ -281,20 +292,87 @@ impl Sequence {
         let _ = self.events.send(Event::Failed(failure));
     }
 
-    /// What the next step returns: logits where they are changed or reported, else the token.
-    pub(super) fn pick(&mut self) -> Pick {
-        let submission = &self.submission;
-        if submission.logprobs.is_some()
-            || submission.constraint.is_some()
-            || submission.penalties != Penalties::default()
-        {
-            Pick::Logits
-        } else {
-            Pick::Token(self.sampler.choice())
-        }
+    /// Rows of the next step for the newest token, `token`, and at most `share` tokens drafted after it.
+    pub(super) fn step_rows(&mut self, slot: SlotId, token: u32, share: usize) -> Vec<StepRow> {
+        let reads_logits = self.reads_logits();
+        let share = match reads_logits {
+            true => share.min(MOST_DRAFTED_BY_LOGITS),
+            false => share,
+        };
+        // The step gives a token beyond the drafted ones, and nobody makes room for what may be wrong.
+        let left = self.submission.max_new_tokens - self.generated.len();
+        let most = share
+            .min(left.saturating_sub(1))
+            .min(self.reserved.saturating_sub(self.len()));
+        let text = SequenceText {
+            prompt: &self.prompt.input_ids,
+            answer: &self.generated,
+        };
+        let session = self.session.as_mut();
+        self.drafted = session.map_or_else(Vec::new, |session| session.propose(text, most));
+        let picks: Vec<Pick> = match reads_logits {
+            true => vec![Pick::Logits; 1 + self.drafted.len()],
+            false => {
+                let choices = self.sampler.choices(1 + self.drafted.len());
+                choices.into_iter().map(Pick::Token).collect()
+            }
+        };
+        let position = self.position();
+        let fed = std::iter::once(token).chain(self.drafted.iter().copied());
+        fed.zip(picks)
+            .zip(position..)
+            .map(|((token, pick), position)| StepRow {
+                slot,
+                token,
+                position,
+                pick,
+            })
+            .collect()
     }
 
-    /// Takes the result of a step; returns `None` when the sequence goes on.
+    /// Whether logits are changed or reported, so that they have to come to the host.
+    fn reads_logits(&self) -> bool {
+        let submission = &self.submission;
+        submission.logprobs.is_some()
+            || submission.constraint.is_some()
+            || submission.penalties != Penalties::default()
+    }
+
+    /// What was drafted so far, and what became of it.
+    pub(super) fn draft_counts(&self) -> DraftCounts {
+        let session = self.session.as_ref();
+        session.map_or_else(DraftCounts::default, DraftSession::counts)
+    }
+
+    /// Takes the results of the rows of a step in turn, up to the first that its drafted token does not equal; returns `None`
+    /// when the sequence goes on.
+    ///
+    /// # Errors
+    /// [`Failure`], for the reader.
+    pub(super) fn advance_all(&mut self, stepped: Vec<Stepped>) -> Result<Option<Done>, Failure> {
+        let drafted = std::mem::take(&mut self.drafted);
+        let computed = stepped.len().saturating_sub(1);
+        let before = self.generated.len();
+        let (mut accepted, mut outcome) = (0, Ok(None));
+        for (at, one) in stepped.into_iter().enumerate() {
+            outcome = self.advance(one);
+            let is_right =
+                self.generated.len() > before + at && self.generated.last() == drafted.get(at);
+            accepted += usize::from(is_right && at < computed);
+            if !is_right || !matches!(outcome, Ok(None)) {
+                break;
+            }
+        }
+        if let Some(session) = &mut self.session {
+            session.note(computed, accepted, self.generated.len() - before);
+        }
+        if let Ok(Some(done)) = &mut outcome {
+            done.drafts = self.draft_counts();
+        }
+        outcome
+    }
+
+    /// Takes the result of a row; returns `None` when the sequence goes on.
     ///
     /// # Errors
     /// [`Failure`], for the reader.
@@ -381,6 +459,7 @@ impl Sequence {
             completion_tokens: self.generated.len(),
             cached_tokens: self.cached_tokens.unwrap_or(0),
             continuations: None,
+            drafts: self.draft_counts(),
         })
     }
 

@@ -4,6 +4,8 @@ mod continuations;
 mod ends;
 mod room;
 
+mod drafts;
+
 use std::{
     path::Path,
     time::{Duration, Instant},
@@ -107,9 +109,12 @@ impl DecodeBackend for Arithmetic {
         seen.largest_step = seen.largest_step.max(rows.len());
         let stepped: Vec<Stepped> = rows
             .iter()
-            .map(|row| {
+            .enumerate()
+            .map(|(place, row)| {
                 let mut tokens = seen.slots[&row.slot].clone();
-                tokens.push(row.token);
+                let before = rows[..place].iter().rev();
+                let ahead = before.take_while(|other| other.slot == row.slot).count();
+                tokens.extend(rows[place - ahead..=place].iter().map(|row| row.token));
                 let logits = logits_of(&tokens);
                 match row.pick {
                     Pick::Logits => {
@@ -131,6 +136,17 @@ impl DecodeBackend for Arithmetic {
             tokens.push(row.token);
         }
         stepped
+    }
+
+    fn truncate(&mut self, slot: SlotId, tokens: usize) {
+        let mut seen = self.seen();
+        let held = seen.slots.get_mut(&slot).unwrap();
+        assert!(tokens <= held.len(), "it holds fewer");
+        held.truncate(tokens);
+    }
+
+    fn cheap_rows(&self) -> usize {
+        16
     }
 
     fn free(&mut self, slot: SlotId) {
@@ -156,6 +172,7 @@ fn limits() -> EngineLimits {
         max_queue: 100,
         prefill_chunk: 8,
         prefix_cache: true,
+        drafts: EngineDrafts::default(),
     }
 }
 
@@ -217,6 +234,7 @@ fn submission(ids: &[u32], new: usize) -> Submission {
         logprobs: Some(0),
         prompt_logprobs: None,
         constraint: None,
+        prediction: Vec::new(),
         continuations: None,
         deadline: Instant::now() + Duration::from_secs(60),
         client: 0,

@@ -89,6 +89,45 @@ impl Reader {
         Ok(generation)
     }
 
+    /// OpenAI's `prediction`: the text that the answer is expected to be.
+    pub(super) fn prediction(&mut self, fields: &mut Fields) -> Result<Option<String>, ApiError> {
+        let Some(mut prediction) = fields.object("prediction")? else {
+            return Ok(None);
+        };
+        let kind = prediction.text("type")?;
+        let name = prediction.name("type");
+        if prediction.needed("type", kind.as_deref())? != "content" {
+            return Err(ApiError::invalid(
+                &name,
+                format!("`{name}` is another than `content`, the only kind there is"),
+            ));
+        }
+        let name = prediction.name("content");
+        let content = prediction.value("content");
+        let text = match prediction.needed("content", content)? {
+            Value::String(text) => text,
+            Value::Array(parts) => {
+                let mut all = String::new();
+                for (place, part) in parts.into_iter().enumerate() {
+                    let mut part = Fields::of(part, &format!("{name}[{place}]"))?;
+                    let kind = part.text("type")?;
+                    if kind.is_some_and(|kind| kind != "text") {
+                        let name = part.name("type");
+                        let reason = format!("`{name}` is another than `text`");
+                        return Err(ApiError::invalid(&name, reason));
+                    }
+                    let text = part.text("text")?;
+                    all.push_str(&part.needed("text", text)?);
+                    self.finish(part, &[])?;
+                }
+                all
+            }
+            other => return Err(wrong_kind(&name, &other, "a text or a list of texts")),
+        };
+        self.finish(prediction, &[])?;
+        Ok(Some(text))
+    }
+
     /// Takes the fields that all kinds of request share.
     pub(super) fn sampling(
         fields: &mut Fields,

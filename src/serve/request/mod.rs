@@ -114,6 +114,7 @@ impl ChatRequest {
         let mut reader = Reader::new(lenient);
         let mut request = reader.conversation(&mut fields)?;
         request.generation = reader.generation(&mut fields)?;
+        request.generation.prediction = reader.prediction(&mut fields)?;
         request.findings = fields.flag(FIELD)? == Some(true);
         let wanted = fields.flag("logprobs")? == Some(true);
         let top = fields.count("top_logprobs")?;

@@ -84,7 +84,6 @@ pub(super) const CHAT_RULES: Rules = &[
         Rule::Refused("did you mean `max_tokens`?"),
     ),
     ("modalities", Rule::Only(&["[\"text\"]"])),
-    ("prediction", Rule::Refused("")),
     ("prompt", Rule::Refused("did you mean `messages`?")),
     ("reasoning_effort", Rule::Refused(NO_REASONING_SETTING)),
     ("system", Rule::Refused("send a message of role `system`")),

@@ -196,7 +196,7 @@ impl Rollouts {
                 temperature: self.config.temperature as f32,
                 ..SamplingConfig::default()
             },
-            samples: group,
+            num_return_sequences: group,
             ..GenerationConfig::default()
         };
         let (slots, model_config) = (drawn.clone(), self.parts.config.clone());

@@ -136,6 +136,7 @@ impl Engine {
             initial.set(Field::End, row, cache.len() as u32 + 1);
             initial.set(Field::First, row, padding.count() as u32);
             initial.set(Field::Table, row, row as u32);
+            initial.set(Field::Mask, row, row as u32);
             if let Some((place, _)) = &adapters {
                 initial.set(Field::Adapter, row, *place as u32);
             }

@@ -337,7 +337,7 @@ ENTRY(const float* logits, const float* best_values, const int* best_indices, u3
         for (int i = threadIdx.x; i < shares; i += THREADS)
             best = better(best, Best{best_values[at * shares + i], best_indices[at * shares + i]});
     } else {
-        u32* mask = seen + (u64)word(CONTROL_TABLE) * p.mask_words;
+        u32* mask = seen + (u64)word(CONTROL_MASK) * p.mask_words;
         const u32 token = word(CONTROL_TOKEN);
         if (threadIdx.x == 0) mask[token >> 5] |= 1u << (token & 31);
         __syncthreads();

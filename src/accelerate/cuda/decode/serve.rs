@@ -10,8 +10,11 @@
 //! not merged, so an adapter costs its own matrices and nothing is computed in a separate step. An adapter that is
 //! served alone is merged when the model is loaded (`--adapter`) and runs as the base.
 
+mod warm_up;
+
 use std::{
     collections::{BTreeMap, HashMap},
+    ops::Range,
     path::Path,
 };
 
@@ -31,9 +34,10 @@ use super::{
 use crate::{
     accelerate::cuda::launch::{Backend, Client},
     adapters::lora::{config::AdapterError, files::attach_adapter},
-    batch::{images::ImageInput, positions::rope_index},
+    batch::images::ImageInput,
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, key_values::KeyValues, vision::VisionOutput},
     runtime::{
+        accelerator::Accelerator,
         generate::{
             backend::{
                 AdapterId, Chunk, DecodeBackend, LoadedAdapter, Pick, ServingDecoder,
@@ -47,6 +51,9 @@ use crate::{
 
 /// Most parts that attention splits a sequence's cache into; the same for every batch size.
 const SPLITS: usize = 16;
+
+/// Rows that matmuls compute at once: fewer take as long. Where nothing is captured beforehand, one step does for all of them.
+const TILE: usize = 8;
 
 /// Least tokens that a sequence counts for in the engine's budget.
 const LEAST_COST: usize = 256;
@@ -92,11 +99,15 @@ struct PagedDecoder {
     models: BTreeMap<AdapterId, Served>,
     slots: HashMap<SlotId, Slot>,
     free_tables: Vec<usize>,
+    /// Tables, and masks of tokens seen before those of rows.
+    table_count: usize,
     table_width: usize,
     vocab: usize,
     config: Qwen3VlConfig,
     device: Device<Backend>,
     next: u64,
+    /// Fewest and most rows that a step is captured for.
+    smallest: usize,
     largest: usize,
     /// Rows of the running step.
     begun: Vec<StepRow>,
@@ -112,15 +123,19 @@ pub(in super::super) fn start(
     if !covers(model, config, false) {
         return Ok(None);
     }
-    let mut decoder = PagedDecoder::new(model, config, limits).map_err(|error| {
-        format!(
+    let made = PagedDecoder::new(model, config, limits);
+    let mut decoder = made.map_err(|error| match limits.warm_up {
+        true => format!(
             "{error}; lower `--cache-tokens` (now {})",
             limits.cache_tokens
-        )
+        ),
+        false => error.to_string(),
     })?;
-    decoder
-        .warm_up(limits, on_progress)
-        .map_err(|error| error.to_string())?;
+    if limits.warm_up {
+        decoder
+            .warm_up(limits, on_progress)
+            .map_err(|error| error.to_string())?;
+    }
     Ok(Some(Box::new(decoder)))
 }
 
@@ -134,7 +149,7 @@ impl PagedDecoder {
         let like = like(model);
         let context = Context::of(like.device.index)?;
         context.enter()?;
-        let largest = limits.max_running.min(LARGEST_BATCH).next_power_of_two();
+        let largest = limits.rows.min(LARGEST_BATCH).next_power_of_two();
         let longest = limits.cache_tokens.min(text.max_position_embeddings);
         // Table 0 belongs to unused rows and holds page 0 only.
         let table_count = limits.cache_tokens.div_ceil(LEAST_COST) + 2;
@@ -161,7 +176,7 @@ impl PagedDecoder {
             pool: PagePool::new(text, limits.cache_tokens, limits.kv_cache, context)?,
             adapters,
             tables: words(table_count * table_width)?,
-            seen: words(table_count * mask_words(text.vocab_size))?,
+            seen: words((table_count + largest) * mask_words(text.vocab_size))?,
             control: words(CONTROL_WORDS)?,
             staging: PinnedMemory::new(context, CONTROL_WORDS * size_of::<u32>())?,
             results: DeviceWords::new(context, largest)?,
@@ -173,11 +188,13 @@ impl PagedDecoder {
             models: BTreeMap::from([(AdapterId::BASE, base)]),
             slots: HashMap::new(),
             free_tables: (1..table_count).rev().collect(),
+            table_count,
             table_width,
             vocab: text.vocab_size,
             config: config.clone(),
             device: like.device.clone(),
             next: 0,
+            smallest: if limits.warm_up { 1 } else { TILE.min(largest) },
             largest,
             begun: Vec::new(),
         })
@@ -196,82 +213,10 @@ impl PagedDecoder {
         }
     }
 
-    /// Compiles and captures what later requests need, and runs it once.
-    fn warm_up(
-        &mut self,
-        limits: &ServingLimits,
-        on_progress: &mut dyn FnMut(usize, usize),
-    ) -> Result<(), DriverError> {
-        let sizes = self.sizes();
-        let adapted_base = self.models[&AdapterId::BASE].place.is_some();
-        let kinds: &[bool] = if limits.adapters || adapted_base {
-            &[false, true]
-        } else {
-            &[false]
-        };
-        let lengths: Vec<usize> = [16, 64, 128, 256, 384, 512, 1024, 2048]
-            .into_iter()
-            .filter(|length| *length < limits.prefill_chunk)
-            .chain([limits.prefill_chunk])
-            .filter(|length| *length < limits.cache_tokens.min(self.table_width * PAGE))
-            .collect();
-        let all = sizes.len() * kinds.len() + lengths.len() + 1;
-        let mut done = 0;
-        let mut went_on = || {
-            done += 1;
-            on_progress(done, all);
-        };
-        for adapted in kinds {
-            for size in &sizes {
-                self.graph(*size, *adapted)?;
-                went_on();
-            }
-        }
-        for length in lengths {
-            self.rehearse(length);
-            went_on();
-        }
-        let vision = &self.config.vision_config;
-        let side = 16.max(vision.spatial_merge_size);
-        let patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size.pow(2);
-        let image = ImageInput {
-            pixel_values: vec![0.0; side * side * patch].into(),
-            image_grid_thw: vec![[1, side, side]],
-        };
-        drop(self.encode_image(AdapterId::BASE, &image));
-        self.sync();
-        went_on();
-        Ok(())
-    }
-
     /// Batch sizes that have a captured step.
     fn sizes(&self) -> Vec<usize> {
         let powers = (0..).map(|power| 1 << power);
         powers.take_while(|size| *size <= self.largest).collect()
-    }
-
-    /// Warm-up: a prompt of this length and one token after it; the result is dropped.
-    fn rehearse(&mut self, length: usize) {
-        let tokens = vec![0; length];
-        let Ok((positions, _)) = rope_index(&tokens, &[], u32::MAX, 2) else {
-            return;
-        };
-        let slot = self.start(AdapterId::BASE, length + 1);
-        let chunk = Chunk {
-            input_ids: &tokens,
-            positions,
-            features: Vec::new(),
-            wants_logits: true,
-        };
-        self.prefill(slot, &chunk);
-        let row = StepRow {
-            slot,
-            token: 0,
-            position: length as i64,
-            pick: Pick::Token(Default::default()),
-        };
-        self.step(&[row]);
-        self.free(slot);
     }
 
     /// The captured step of this batch size.
@@ -300,10 +245,15 @@ impl PagedDecoder {
         Ok(&self.graphs[&(rows, adapted)])
     }
 
-    /// Allocates room for one more token of a sequence, and sends its new pages to the device.
-    fn prepare(&mut self, id: SlotId, pick: &Pick) -> Result<usize, DriverError> {
+    /// Allocates room for the first `tokens` tokens of a sequence, and sends its new pages to the device.
+    fn prepare(
+        &mut self,
+        id: SlotId,
+        tokens: usize,
+        penalised: bool,
+    ) -> Result<usize, DriverError> {
         let slot = self.slots.get_mut(&id).expect("the slot is in use");
-        slot.pages.grow(slot.tokens.len() + 1);
+        slot.pages.grow(tokens);
         let table = match slot.table {
             Some(table) => table,
             None => {
@@ -314,42 +264,65 @@ impl PagedDecoder {
                 table
             }
         };
-        let penalised = matches!(pick, Pick::Token(choice) if choice.repetition_penalty != 1.0);
-        // SAFETY: a table has `table_width` entries, more than the longest sequence has pages; a mask
-        // has its words.
-        #[allow(unsafe_code)]
-        unsafe {
-            let sent = slot.sent_pages;
-            if sent < slot.pages.len() {
-                let at = (table * self.table_width + sent) * size_of::<u32>();
+        let sent = slot.sent_pages;
+        if sent < slot.pages.len() {
+            let at = (table * self.table_width + sent) * size_of::<u32>();
+            // SAFETY: a table has `table_width` entries, more than the longest sequence has pages.
+            #[allow(unsafe_code)]
+            unsafe {
                 self.stream
                     .send(self.tables.address + at as u64, &slot.pages[sent..])?;
-                slot.sent_pages = slot.pages.len();
             }
-            if penalised && !slot.masked {
-                let mask = mask_of(&slot.tokens, self.vocab);
-                let at = (table * mask.len() * size_of::<u32>()) as u64;
-                self.stream.send(self.seen.address + at, &mask)?;
-                slot.masked = true;
-            }
+            slot.sent_pages = slot.pages.len();
+        }
+        if penalised && !slot.masked {
+            slot.masked = true;
+            let mask = mask_of(&slot.tokens, self.vocab);
+            self.send_mask(table, &mask)?;
         }
         Ok(table)
     }
 
-    /// Queues the step of at most [`LARGEST_BATCH`] rows.
-    fn launch(&mut self, rows: &[StepRow]) -> Result<(), DriverError> {
+    /// Writes a mask of tokens seen.
+    fn send_mask(&self, place: usize, mask: &[u32]) -> Result<(), DriverError> {
+        let at = (place * mask.len() * size_of::<u32>()) as u64;
+        // SAFETY: there are masks of this size for all tables and rows.
+        #[allow(unsafe_code)]
+        unsafe {
+            self.stream.send(self.seen.address + at, mask)
+        }
+    }
+
+    /// Queues the step of `range` of the rows, at most [`LARGEST_BATCH`].
+    fn launch(&mut self, rows: &[StepRow], range: Range<usize>) -> Result<(), DriverError> {
         self.context.enter()?;
         // A previous step may still read the control words, if nobody waited for it: synchronise first.
         self.stream.wait()?;
         let mut control = Control::idle();
         let mut adapted = false;
-        for (at, row) in rows.iter().enumerate() {
-            let table = self.prepare(row.slot, &row.pick)?;
+        for (at, place) in range.clone().enumerate() {
+            let row = &rows[place];
+            // Rows of its slot that come before it.
+            let before = rows[..place].iter().rev();
+            let ahead = before.take_while(|other| other.slot == row.slot).count();
+            let end = self.slots[&row.slot].tokens.len() + ahead + 1;
+            let penalised =
+                matches!(row.pick, Pick::Token(choice) if choice.repetition_penalty != 1.0);
+            let table = self.prepare(row.slot, end, penalised)?;
             let slot = &self.slots[&row.slot];
             control.set(Field::Token, at, row.token);
             control.set(Field::Position, at, row.position as u32);
-            control.set(Field::End, at, slot.tokens.len() as u32 + 1);
+            control.set(Field::End, at, end as u32);
             control.set(Field::Table, at, table as u32);
+            control.set(Field::Mask, at, table as u32);
+            if penalised && ahead > 0 {
+                // A row marks its own token. Others of its sequence must not see that yet, so it gets a mask of its own.
+                let drafted = rows[place - ahead..place].iter().map(|row| row.token);
+                let seen: Vec<u32> = slot.tokens.iter().copied().chain(drafted).collect();
+                let own = self.table_count + at;
+                self.send_mask(own, &mask_of(&seen, self.vocab))?;
+                control.set(Field::Mask, at, own as u32);
+            }
             if let Some(place) = self.models[&slot.adapter].place {
                 control.set(Field::Adapter, at, place as u32);
                 adapted = true;
@@ -365,7 +338,7 @@ impl PagedDecoder {
             let staging = self.staging.bytes_mut();
             staging.copy_from_slice(bytemuck::cast_slice(&control.0));
         }
-        let size = rows.len().next_power_of_two();
+        let size = range.len().next_power_of_two().max(self.smallest);
         self.graph(size, adapted)?;
         // SAFETY: the control words have this length.
         #[allow(unsafe_code)]
@@ -499,7 +472,7 @@ impl DecodeBackend for PagedDecoder {
 
     fn begin_step(&mut self, rows: &[StepRow]) {
         // More rows than a step has take several steps, one after another.
-        if rows.len() <= self.largest && self.launch(rows).is_ok() {
+        if rows.len() <= self.largest && self.launch(rows, 0..rows.len()).is_ok() {
             self.begun = rows.to_vec();
         }
     }
@@ -507,17 +480,37 @@ impl DecodeBackend for PagedDecoder {
     fn step(&mut self, rows: &[StepRow]) -> Vec<Stepped> {
         let begun = std::mem::take(&mut self.begun) == rows;
         let mut stepped = Vec::with_capacity(rows.len());
+        let mut from = 0;
         for some in rows.chunks(self.largest) {
-            let launched = if begun { Ok(()) } else { self.launch(some) };
+            let range = from..from + some.len();
+            from = range.end;
+            let launched = if begun {
+                Ok(())
+            } else {
+                self.launch(rows, range)
+            };
             let done = launched.and_then(|()| self.finish(some));
             stepped.extend(done.unwrap_or_else(|error| panic!("{error}")));
         }
-        for row in rows {
-            if let Some(slot) = self.slots.get_mut(&row.slot) {
-                slot.tokens.push(row.token);
+        for of_slot in rows.chunk_by(|a, b| a.slot == b.slot) {
+            if let Some(slot) = self.slots.get_mut(&of_slot[0].slot) {
+                slot.tokens.extend(of_slot.iter().map(|row| row.token));
+                // Its mask has the first of several alone.
+                slot.masked &= of_slot.len() == 1;
             }
         }
         stepped
+    }
+
+    fn truncate(&mut self, slot: SlotId, tokens: usize) {
+        let slot = self.slots.get_mut(&slot).expect("the slot is in use");
+        assert!(tokens <= slot.tokens.len(), "the slot holds fewer tokens");
+        // Its pages stay: the next tokens need them.
+        slot.tokens.truncate(tokens);
+    }
+
+    fn cheap_rows(&self) -> usize {
+        Backend::CHEAP_ROWS.min(self.largest)
     }
 
     fn free(&mut self, slot: SlotId) {

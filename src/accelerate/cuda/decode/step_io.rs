@@ -19,10 +19,11 @@ pub(super) enum Field {
     Penalty,
     Uniform,
     Step,
+    Mask,
 }
 
 /// Control words of all rows.
-pub(super) const CONTROL_WORDS: usize = (Field::Step as usize + 1) * CONTROL_ROWS;
+pub(super) const CONTROL_WORDS: usize = (Field::Mask as usize + 1) * CONTROL_ROWS;
 
 /// The keys and values of one layer.
 #[derive(Debug, Clone, Copy, Default)]
@@ -68,7 +69,7 @@ pub(super) struct StepIo<'a> {
     pub pages: Option<Pages>,
     /// Address of the control words.
     pub control: u64,
-    /// Address of the masks of tokens seen (repetition penalty), one a page table.
+    /// Address of the masks of tokens seen (repetition penalty), which a control word of a row numbers.
     pub seen: u64,
     /// Address of the adapter table, where rows may have an adapter.
     pub adapters: Option<u64>,

@@ -1,5 +1,7 @@
 //! The CUDA serving engine against the plain one, and tokens sampled on the device against the host's.
 
+mod drafts;
+
 use std::{
     collections::{BTreeSet, HashSet},
     ops::Range,
@@ -53,7 +55,8 @@ type Cuda = super::Backend;
 type Features = VisionOutput<Cuda>;
 
 const LIMITS: ServingLimits = ServingLimits {
-    max_running: 40,
+    rows: 40,
+    warm_up: true,
     cache_tokens: 8192,
     prefill_chunk: 64,
     adapters: true,
@@ -409,7 +412,8 @@ fn pages_come_back() {
     let model = model(&config, &device);
     let limits = ServingLimits {
         cache_tokens: 1024,
-        max_running: 2,
+        rows: 2,
+        warm_up: true,
         ..LIMITS
     };
     let mut ours = paged(&model, &config, &limits);

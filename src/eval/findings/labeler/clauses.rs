@@ -28,7 +28,9 @@ impl WordTable {
     pub(super) fn matches(&self, report: &str, sentences: &[Range<usize>]) -> Vec<Match<'_>> {
         let mut taken: Vec<Range<usize>> = Vec::new();
         let mut matches: Vec<Match> = Vec::new();
-        for rule in &self.rules {
+        let candidates = self.prefilter.candidates(report);
+        let rules = self.rules.iter().zip(candidates);
+        for (rule, _) in rules.filter(|(_, may)| *may) {
             for found in rule.pattern.find_iter(report) {
                 let span = found.range();
                 let sentence = sentences

@@ -47,9 +47,15 @@ impl WordTable {
         {
             return Status::Uncertain;
         }
-        if report[start..end]
-            .trim_end_matches('。')
-            .ends_with(['？', '?'])
+        // 肺不张（异物？）: the question is about what is in the brackets.
+        let aside = after.find(['（', '(']).is_some_and(|at| {
+            let inside = start + at..end;
+            all.iter().any(|m| inside.contains(&m.span.start))
+        });
+        if !aside
+            && report[start..end]
+                .trim_end_matches('。')
+                .ends_with(['？', '?'])
             && syntax.leads_to(after, syntax.question)
         {
             return Status::Uncertain;

@@ -105,6 +105,23 @@ fn read_texts(labeler: &Labeler, texts: &str) -> HospitalScores {
 }
 
 #[test]
+fn a_bright_rim_beside_a_pneumothorax_is_no_emphysema() {
+    use Finding::Emphysema;
+    use Status::{NotMentioned, Present};
+    for labeler in [Labeler::hospital(), Labeler::openi()] {
+        for (text, status) in [
+            ("左侧气胸，外带透亮度增加。", NotMentioned),
+            ("右侧气胸，透亮度增高，可见被压缩的肺边缘。", NotMentioned),
+            ("左侧气胸。肺气肿。", Present),
+            ("右侧气胸，双肺肺气肿。", Present),
+            ("双肺透亮度增高。", Present),
+        ] {
+            assert_eq!(labeler.label(text).status(Emphysema), status, "{text}");
+        }
+    }
+}
+
+#[test]
 fn reports_as_hospitals_write_them_are_read_right() {
     let hospital = Labeler::hospital();
     let scores = read_texts(
@@ -131,6 +148,15 @@ fn reports_as_hospitals_write_them_are_read_right() {
     assert!(scores.macro_f1 >= 0.985 && scores.micro_f1 >= 0.985);
     assert!(scores.uncertain >= 0.93 && scores.absent >= 0.98);
     assert!(scores.sides >= 0.98 && scores.clean >= 242);
+    // First runs: round 4 (66 texts) macro 0.952, micro 0.946, 54 without a mistake; round 5 (67) 0.961, 0.955, 60; round 6 (66)
+    // 0.969, 0.963, 57; round 7 (42) 0.911, 0.962, 39; round 8 (24) 0.976, 0.982, 21; none called normal.
+    let scores = read_texts(
+        hospital,
+        include_str!("../../../../tests/fixtures/findings/hospital_wards.jsonl"),
+    );
+    assert!(scores.macro_f1 >= 0.985 && scores.micro_f1 >= 0.985);
+    assert!(scores.uncertain >= 0.93 && scores.absent >= 0.98);
+    assert!(scores.sides >= 0.98 && scores.clean >= 257);
 }
 
 #[test]

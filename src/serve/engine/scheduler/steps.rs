@@ -7,7 +7,10 @@ use rayon::prelude::*;
 use super::{BLOCK, DeviceLost, Worker, guarded};
 use crate::{
     batch::positions::Positions,
-    runtime::generate::backend::{AdapterId, Chunk, DecodeBackend, SlotId, StepRow, Stepped},
+    runtime::generate::{
+        backend::{AdapterId, Chunk, DecodeBackend, SlotId, StepRow, Stepped},
+        drafts::{DraftCounts, share_of_rows},
+    },
     serve::engine::{
         Done, Failure,
         prefix::{SHORTEST, shared_prefix},
@@ -50,8 +53,14 @@ impl<D: DecodeBackend> Worker<D> {
             Ok((tokens, Some(logits))) => {
                 self.failures = 0;
                 self.features.clear();
-                let outcome = advance(&mut self.running[place], Stepped::Logits(logits));
-                self.apply_outcomes(vec![(place, outcome)]);
+                let outcome = advance(&mut self.running[place], vec![Stepped::Logits(logits)]);
+                self.apply_outcomes(vec![Advanced {
+                    place,
+                    tokens: 1,
+                    rows: 1,
+                    drafts: DraftCounts::default(),
+                    outcome,
+                }]);
                 Some(tokens)
             }
             Ok((tokens, None)) => {
@@ -178,21 +187,24 @@ impl<D: DecodeBackend> Worker<D> {
         slot
     }
 
-    /// Lets the device start on one token more for every sequence whose prompt is through.
+    /// Lets the device start on one token more for every sequence whose prompt is through, and on tokens drafted after it as
+    /// far as the step has rows to spare.
     pub(super) fn begin_step(&mut self) -> Vec<StepRow> {
-        let rows: Vec<StepRow> = self
+        let mut decoding: Vec<(&mut Sequence, SlotId, u32)> = self
             .running
             .iter_mut()
             .filter_map(|sequence| match (sequence.phase, sequence.slot) {
-                (Phase::Decode(token), Some(slot)) => Some(StepRow {
-                    slot,
-                    token,
-                    position: sequence.position(),
-                    pick: sequence.pick(),
-                }),
+                (Phase::Decode(token), Some(slot)) => Some((sequence, slot, token)),
                 _ => None,
             })
             .collect();
+        let share = share_of_rows(self.device.cheap_rows(), decoding.len());
+        // Looking up what to draft takes tens of microseconds a sequence.
+        let of_sequences: Vec<Vec<StepRow>> = decoding
+            .par_iter_mut()
+            .map(|(sequence, slot, token)| sequence.step_rows(*slot, *token, share))
+            .collect();
+        let rows = of_sequences.concat();
         if !rows.is_empty() {
             let device = &mut self.device;
             // A failure comes again when the results are read, and is handled there.
@@ -206,23 +218,31 @@ impl<D: DecodeBackend> Worker<D> {
         if step.is_empty() {
             return;
         }
+        let of_slots = step.chunk_by(|a, b| a.slot == b.slot);
         let device = &mut self.device;
-        let computed: Vec<Result<Stepped, Failure>> = match guarded(|| device.step(step)) {
+        let computed: Vec<Result<Vec<Stepped>, Failure>> = match guarded(|| device.step(step)) {
             Ok(stepped) => {
                 self.failures = 0;
-                stepped.into_iter().map(Ok).collect()
+                let mut stepped = stepped.into_iter();
+                let of_slots = of_slots.clone();
+                of_slots
+                    .map(|rows| Ok(stepped.by_ref().take(rows.len()).collect()))
+                    .collect()
             }
             Err(reason) => {
                 log::error!("a step of {} rows failed: {reason}", step.len());
                 let kept = self.prefixes.clear();
                 self.free(kept);
-                self.step_alone(step)
+                // Drafts can wait.
+                let newest: Vec<StepRow> = of_slots.clone().map(|rows| rows[0]).collect();
+                let stepped = self.step_alone(&newest).into_iter();
+                stepped.map(|one| one.map(|one| vec![one])).collect()
             }
         };
         // Prompts have gone through since: places are those of now.
-        let mut stepped: HashMap<SlotId, Result<Stepped, Failure>> =
-            step.iter().map(|row| row.slot).zip(computed).collect();
-        let outcomes: Vec<(usize, Outcome)> = self
+        let mut stepped: HashMap<SlotId, Result<Vec<Stepped>, Failure>> =
+            of_slots.map(|rows| rows[0].slot).zip(computed).collect();
+        let advanced: Vec<Advanced> = self
             .running
             .iter_mut()
             .enumerate()
@@ -233,13 +253,36 @@ impl<D: DecodeBackend> Worker<D> {
             .collect::<Vec<_>>()
             .into_par_iter()
             .map(|(place, sequence, stepped)| {
-                (
+                let drafts = sequence.draft_counts();
+                let before = sequence.generated.len();
+                let rows = stepped.as_ref().map_or(0, Vec::len);
+                let outcome = stepped.and_then(|stepped| advance(sequence, stepped));
+                Advanced {
                     place,
-                    stepped.and_then(|stepped| advance(sequence, stepped)),
-                )
+                    tokens: sequence.generated.len() - before,
+                    rows,
+                    drafts: sequence.draft_counts().since(drafts),
+                    outcome,
+                }
             })
             .collect();
-        self.apply_outcomes(outcomes);
+        for one in &advanced {
+            self.metrics
+                .drafted_tokens
+                .inc_by(one.drafts.drafted as u64);
+            self.metrics
+                .accepted_tokens
+                .inc_by(one.drafts.accepted as u64);
+            let sequence = &self.running[one.place];
+            // What was drafted wrongly goes; the newest token is not there yet.
+            if let (true, true, Some(slot)) =
+                (one.outcome.is_ok(), one.tokens < one.rows, sequence.slot)
+            {
+                let (device, held) = (&mut self.device, sequence.len() - 1);
+                device.truncate(slot, held);
+            }
+        }
+        self.apply_outcomes(advanced);
     }
 
     /// After a step that failed: each row by itself, so that only the guilty one ends.
@@ -308,19 +351,27 @@ impl<D: DecodeBackend> Worker<D> {
     }
 
     /// Counts new tokens and takes sequences that are over out of the batch.
-    fn apply_outcomes(&mut self, mut outcomes: Vec<(usize, Outcome)>) {
+    fn apply_outcomes(&mut self, mut advanced: Vec<Advanced>) {
         let now = Instant::now();
         // From the back, so that places stay true.
-        outcomes.sort_by_key(|(place, _)| std::cmp::Reverse(*place));
-        for (place, outcome) in outcomes {
+        advanced.sort_by_key(|one| std::cmp::Reverse(one.place));
+        for one in advanced {
+            let (place, outcome) = (one.place, one.outcome);
             let sequence = &mut self.running[place];
             if outcome.is_ok() {
-                self.metrics.generated_tokens.inc();
+                self.metrics.generated_tokens.inc_by(one.tokens as u64);
                 match sequence.last_token.replace(now) {
-                    Some(last) => self.metrics.per_token(now - last),
+                    // Tokens of one step share its time.
+                    Some(last) => (0..one.tokens).for_each(|_| {
+                        self.metrics.per_token((now - last) / one.tokens as u32);
+                    }),
                     None => self.metrics.first_token(now - sequence.submitted),
                 }
             }
+            if matches!(outcome, Ok(Some(_))) && self.limits.drafts.grow {
+                self.grow_drafts(place);
+            }
+            let sequence = &mut self.running[place];
             match outcome {
                 Ok(None) => {}
                 Ok(Some(done)) => {
@@ -350,8 +401,18 @@ impl<D: DecodeBackend> Worker<D> {
     }
 }
 
-fn advance(sequence: &mut Sequence, stepped: Stepped) -> Outcome {
-    guarded(|| sequence.advance(stepped)).unwrap_or_else(|reason| {
+/// What a step gave a sequence.
+struct Advanced {
+    place: usize,
+    /// New tokens, and the rows that were computed for them.
+    tokens: usize,
+    rows: usize,
+    drafts: DraftCounts,
+    outcome: Outcome,
+}
+
+fn advance(sequence: &mut Sequence, stepped: Vec<Stepped>) -> Outcome {
+    guarded(|| sequence.advance_all(stepped)).unwrap_or_else(|reason| {
         log::error!("choosing a token failed: {reason}");
         Err(Failure::Internal)
     })
