@@ -28,7 +28,7 @@ fn a_store_makes_the_same_report_in_fewer_steps() {
     let (code, stdout, stderr) = run(folder.path(), &args);
     assert_eq!(code, 0, "{stderr}");
     assert!(
-        stdout.contains("`s.bin`: ") && stdout.contains(" answers, "),
+        stdout.contains("`s.bin`: ") && stdout.contains(" answers of "),
         "{stdout}"
     );
     assert!(stdout.contains("4 drafted at most: "), "{stdout}");
@@ -128,7 +128,7 @@ fn a_server_counts_what_it_drafts() {
     let answer = plain.chat(&predicted);
     assert_eq!(answer.text(), want);
     let (accepted, _) = details(&answer.json());
-    assert!(accepted > 10, "{answer:?}");
+    assert!(accepted >= 4, "{answer:?}");
     assert_eq!(plain.metric("xray_accepted_drafted_tokens_total"), accepted);
     for (wrong, field) in [
         (json!({"type": "text", "content": "x"}), "prediction.type"),

@@ -8,7 +8,7 @@ use super::{
 };
 
 /// Steps in a row whose drafts were all wrong until a sequence is left alone for a while.
-const MOST_MISSES: u32 = 3;
+const MOST_MISSES: u32 = 8;
 
 /// Steps that it is left alone for at first and at most, twice as many each time.
 const PAUSES: [u32; 2] = [4, 64];
@@ -238,11 +238,11 @@ mod tests {
         let counts = session.counts();
         assert_eq!((counts.drafted, counts.accepted), (150, 100));
         assert_eq!((counts.steps, counts.tokens), (50, 150));
-        // Three steps, a pause of 4, three, a pause of 8, …
-        assert_eq!(drafted_steps(&mut session, 3 + 4 + 3 + 8 + 3 + 16, 0), 9);
-        // A drafted step in 67 is what remains in the end, three at a time.
+        // Eight steps, a pause of 4, eight, a pause of 8, …
+        assert_eq!(drafted_steps(&mut session, 8 + 4 + 8 + 8 + 8 + 16, 0), 24);
+        // Eight drafted steps of 72 are what remains in the end.
         drafted_steps(&mut session, 1000, 0);
-        assert!(drafted_steps(&mut session, 670, 0) <= 33);
+        assert!(drafted_steps(&mut session, 720, 0) <= 88);
         while session.propose(NOTHING, 7).is_empty() {}
         session.note(3, 3, 4);
         assert_eq!(drafted_steps(&mut session, 20, 1), 20);
