@@ -7,8 +7,8 @@ use crate::{
     commands::{
         bench, calibrate, check, clean, completions, config, convert, doctor, eval,
         examples::{self, section},
-        infer, init_tiny, label, merge, phantoms, plan, preview, pull, quantize, serve, train,
-        version,
+        infer, init_tiny, label, merge, phantoms, plan, prefer, preview, pull, quantize, score,
+        serve, train, version,
     },
 };
 
@@ -92,6 +92,16 @@ pub enum Command {
     /// Read the findings of reports by rules: present, absent or uncertain, side, degree, and the words.
     #[command(after_help = section(examples::LABEL, ""))]
     Label(label::LabelArgs),
+    /// Draw answers of a model about a data set and write pairs of a better and a worse one, for `train` with `objective = "dpo"`.
+    #[command(after_help = section(examples::PREFER, ""))]
+    Prefer(prefer::PreferArgs),
+    /// Print the log-probabilities of given answers, as training computes them.
+    ///
+    /// A JSON line a row: `row` (from 1), `name`, `answer`, `tokens` (the end token among them), `log_probability` (their
+    /// sum, in nats), `mean_log_probability`, `mean_entropy`, with --tokens `token_log_probabilities` (a list of `id`, `token`,
+    /// `log_probability`), with --rejected `rejected`, an object with the same keys.
+    #[command(after_help = section(examples::SCORE, ""))]
+    Score(score::ScoreArgs),
     /// Validate a data set before a model is loaded.
     #[command(after_help = section(examples::CHECK, ""))]
     Check(check::CheckArgs),

@@ -8,6 +8,8 @@
 
 pub mod base;
 
+pub mod cluster;
+
 pub mod ops;
 
 pub mod batch;

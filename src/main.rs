@@ -12,8 +12,8 @@ use xray_qwen3vl::{
     cli::{Cli, Command},
     commands::{
         bench, calibrate, check, clean, completions, config, convert, doctor, eval, exit_code,
-        infer, init_tiny, label, log_lines, merge, phantoms, plan, preview, pull, quantize, serve,
-        train, version,
+        infer, init_tiny, label, log_lines, merge, phantoms, plan, prefer, preview, pull, quantize,
+        score, serve, train, version,
     },
 };
 
@@ -73,6 +73,8 @@ fn main() -> ExitCode {
         Command::Eval(args) => eval::run(*args),
         Command::Calibrate(args) => calibrate::run(args),
         Command::Label(args) => label::run(&args),
+        Command::Prefer(args) => prefer::run(args),
+        Command::Score(args) => score::run(args),
         Command::Clean(args) => clean::run(&args),
         Command::Convert(args) => convert::run(args),
         Command::Check(args) => check::run(args),

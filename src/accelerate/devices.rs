@@ -172,6 +172,15 @@ pub fn built_backends() -> Vec<&'static str> {
     names
 }
 
+/// Whether CUDA is built in and there is a card for it, without opening one.
+pub fn has_cuda() -> bool {
+    let drivers = ["/dev/nvidiactl", "/dev/dxg"];
+    cfg!(feature = "cuda")
+        && drivers
+            .iter()
+            .any(|path| std::path::Path::new(path).exists())
+}
+
 /// Runs `task` on the named device, or on the best one that answers.
 ///
 /// # Errors

@@ -246,11 +246,50 @@ pub fn decode(path: &Path, bytes: Vec<u8>) -> Result<(String, Charset), TextFile
 
 /// What bytes are that are no text whatever the encoding, and what to do.
 fn other_format(bytes: &[u8]) -> Option<(&'static str, &'static str)> {
-    let formats: [(&[u8], &str, &str); 12] = [
+    if bytes.starts_with(b"PK\x03\x04") {
+        return Some(zip_format(bytes));
+    }
+    if bytes.get(257..262) == Some(b"ustar") {
+        return Some((
+            "a tar archive (a shard of WebDataset?)",
+            "unpack it (`tar -xf FILE -C DIR`) and write a line a sample that names its picture and holds its text: `{\"image\": \"000.png\", \"report\": \"…\"}`, which `convert` reads",
+        ));
+    }
+    let formats: [(&[u8], &str, &str); 18] = [
         (
-            b"PK\x03\x04",
-            "packed (zip; so is an .xlsx table)",
-            "unpack it first (`unzip FILE`); save a table of a spreadsheet as CSV",
+            b"\x80\x04\x95",
+            "a Python pickle",
+            "write its rows as JSON lines in Python, `json.dumps(row, ensure_ascii=False)` a line: a pickle can run anything when it is read",
+        ),
+        (
+            b"\x80\x05\x95",
+            "a Python pickle",
+            "write its rows as JSON lines in Python, `json.dumps(row, ensure_ascii=False)` a line: a pickle can run anything when it is read",
+        ),
+        (
+            b"\x89HDF\r\n",
+            "an HDF5 file",
+            "write its pictures as PNG files and its texts as JSON lines that name them",
+        ),
+        (
+            b"\x93NUMPY",
+            "a NumPy array",
+            "write its pictures as PNG files and their texts as JSON lines that name them",
+        ),
+        (
+            b"%PDF",
+            "a PDF document",
+            "write its texts as JSON lines, or as a table in CSV",
+        ),
+        (
+            b"\xff\xd8\xff",
+            "a JPEG image",
+            "name the file that lists the images",
+        ),
+        (
+            b"{\\rtf",
+            "a document in rich text",
+            "save its texts as a table in CSV",
         ),
         (
             b"\x28\xb5\x2f\xfd",
@@ -283,7 +322,7 @@ fn other_format(bytes: &[u8]) -> Option<(&'static str, &'static str)> {
         (
             b"\xd0\xcf\x11\xe0",
             "a table of an old spreadsheet (.xls)",
-            "save it as CSV",
+            "save it as CSV in UTF-8 (in Excel and WPS under Save As), a study a row with its columns' names in the first; `convert` reads that",
         ),
         (
             b"SQLite format 3\0",
@@ -300,6 +339,22 @@ fn other_format(bytes: &[u8]) -> Option<(&'static str, &'static str)> {
         .into_iter()
         .find(|(magic, ..)| bytes.starts_with(magic))
         .map(|(_, found, cure)| (found, cure))
+}
+
+/// What a zip archive is: the tables and documents of offices are some.
+fn zip_format(bytes: &[u8]) -> (&'static str, &'static str) {
+    // Names of the entries are in the directory at the end, and before each entry.
+    let holds = |name: &[u8]| bytes.windows(name.len()).any(|part| part == name);
+    if holds(b"xl/workbook") || holds(b"opendocument.spreadsheet") {
+        (
+            "a table of a spreadsheet (.xlsx, .ods)",
+            "save it as CSV in UTF-8 (in Excel and WPS under Save As), a study a row with its columns' names in the first; `convert` reads that",
+        )
+    } else if holds(b"word/document") {
+        ("a document (.docx)", "save its texts as a table in CSV")
+    } else {
+        ("packed (zip)", "unpack it first: `unzip FILE`")
+    }
 }
 
 /// UTF-16 by its byte order mark, else by the zero bytes that each ASCII character has: all of them in

@@ -4,5 +4,6 @@ pub mod images;
 pub mod micro_batch;
 pub mod pixels;
 pub mod positions;
+pub mod sequences;
 pub mod text;
 pub mod window;

@@ -8,7 +8,7 @@
 use crate::{
     adapters::lora::config::LoraConfig,
     qwen3_vl::config::{Qwen3VlConfig, TextConfig, VisionConfig},
-    train::plan::base_parameters,
+    train::parameters::base_parameters,
 };
 
 /// Operations and bytes of some work.

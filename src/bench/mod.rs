@@ -42,11 +42,11 @@ use crate::{
         accelerator::Accelerator,
         pipeline::{PipelineError, PipelineOptions, load_models},
         synthetic::{
-            requests::Requests,
+            requests::{IMAGE_SIDE, Requests},
             weights::{RandomSize, draw},
         },
     },
-    train::{checkpoint::dtype_text, plan::base_parameters},
+    train::{checkpoint::dtype_text, parameters::base_parameters},
 };
 use device::{DeviceFacts, MemoryWatch};
 use operations::OperationLog;
@@ -179,6 +179,8 @@ pub struct Bench<B: Backend> {
     pub mixed: bool,
     /// Tokens of every prompt, in place of 368; training has its own lengths.
     pub tokens: Option<usize>,
+    /// Side of every image, in pixels.
+    pub image_side: usize,
     /// Measured calls; each kind of measurement has its own default.
     pub samples: Option<usize>,
     /// How weights are quantised while they are loaded or drawn.
@@ -210,6 +212,7 @@ impl<B: Accelerator> Bench<B> {
             facts,
             mixed,
             tokens: None,
+            image_side: IMAGE_SIDE,
             samples,
             quantize: None,
             memory,
@@ -342,13 +345,19 @@ impl<B: Accelerator> Bench<B> {
     /// A record with all that is known before the measurement; forgets earlier peaks of memory.
     fn record(&self, bench: &str, name: String, batch: usize) -> Record {
         self.memory.take_peak_gib();
+        let image_side = (self.image_side != IMAGE_SIDE).then_some(self.image_side);
         let mut record = Record {
             bench: bench.to_string(),
-            name: if self.mixed {
-                format!("{name}_mixed")
-            } else {
-                name
-            },
+            name: [
+                name,
+                if self.mixed {
+                    "_mixed".into()
+                } else {
+                    String::new()
+                },
+                image_side.map_or_else(String::new, |side| format!("_i{side}")),
+            ]
+            .concat(),
             model: self.source.name(),
             layers: self.config.text_config.num_hidden_layers,
             parameters: base_parameters(&self.config),
@@ -363,15 +372,18 @@ impl<B: Accelerator> Bench<B> {
             ),
             batch,
             mixed: self.mixed,
+            image_side,
             ..Record::default()
         };
         record.set_device(&self.facts);
         record
     }
 
-    /// Requests of the configured lengths.
-    fn requests(&self) -> Requests<'_> {
-        Requests::new(&self.config, self.mixed, SEED).with_tokens(self.tokens)
+    /// Requests of the configured lengths and images.
+    pub fn requests(&self) -> Requests<'_> {
+        Requests::new(&self.config, self.mixed, SEED)
+            .with_image_side(self.image_side)
+            .with_tokens(self.tokens)
     }
 
     /// Measured calls: as configured, or `default`; one where operations are timed.

@@ -38,6 +38,8 @@ pub struct Record {
     pub batch: usize,
     /// Lengths as OpenI-zh has them, in place of one length.
     pub mixed: bool,
+    /// Side of every image in pixels, where it is not 512.
+    pub image_side: Option<usize>,
     /// Training: samples of a micro-batch are packed into one row.
     pub packing: Option<bool>,
     /// Training: every layer is run again in the backward pass.

@@ -30,10 +30,7 @@ use crate::{
     batch::{images::ImageInput, micro_batch::MicroBatch},
     ops::quantised::Quantization,
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig},
-    runtime::{
-        accelerator::{Accelerator, TrainAccelerator},
-        synthetic::requests::Requests,
-    },
+    runtime::accelerator::{Accelerator, TrainAccelerator},
     schedule::Schedule,
     train::{
         budget::{BudgetError, Form},
@@ -134,6 +131,7 @@ impl<B: Accelerator> Bench<B> {
                 config: self.config.clone(),
                 train: settings,
                 loss_scale: LossScale::of(self.dtype, None),
+                reference: Default::default(),
             }),
         );
 
@@ -242,7 +240,7 @@ impl<B: Accelerator> Run<'_, B> {
     where
         A: TrainAccelerator + AutodiffBackend<InnerBackend = B> + Accelerator<Device = B::Device>,
     {
-        let Bench { config, mixed, .. } = self.bench;
+        let mixed = self.bench.mixed;
         let steps = 1 + WARM_UP + self.measured;
         let mut measured = Measured {
             first_seconds: 0.0,
@@ -255,8 +253,8 @@ impl<B: Accelerator> Run<'_, B> {
         thread::scope(|scope| {
             let (sender, windows) = sync_channel(2);
             let trace = self.trace.clone();
+            let mut requests = self.bench.requests();
             scope.spawn(move || {
-                let mut requests = Requests::new(config, *mixed, SEED);
                 let mut make = |step: usize| {
                     trace.span(1, "samples", step, || {
                         requests.window(STEP_SAMPLES, shape.micro_batch, shape.packing)
@@ -265,7 +263,7 @@ impl<B: Accelerator> Run<'_, B> {
                 let first = make(0);
                 for step in 0..steps {
                     let window = match &first {
-                        Ok(window) if step == 0 || !*mixed => Ok(window.clone()),
+                        Ok(window) if step == 0 || !mixed => Ok(window.clone()),
                         _ => make(step),
                     };
                     if sender.send(window).is_err() {
@@ -379,6 +377,7 @@ fn without_pixels(window: &Window) -> Window {
             .map(|part| part.iter().map(counted).collect())
             .collect(),
         rows: window.rows.clone(),
+        sequences: window.sequences.clone(),
         ..*window
     }
 }

@@ -74,6 +74,7 @@ impl<B: Accelerator> Bench<B> {
                 config: self.config.clone(),
                 train: settings,
                 loss_scale: LossScale::of(self.dtype, None),
+                reference: Default::default(),
             }),
         );
         let name = format!(
@@ -86,9 +87,16 @@ impl<B: Accelerator> Bench<B> {
         record.recompute = Some(recompute);
         record.load_seconds = Some(load_seconds);
 
-        let mut replicas =
-            Replicas::start(devices, &[], &trainee, &optimizer, max_grad_norm, patience)?;
-        let mut requests = Requests::new(&self.config, self.mixed, SEED);
+        let mut replicas = Replicas::start(
+            devices,
+            &[],
+            &trainee,
+            &optimizer,
+            max_grad_norm,
+            None,
+            patience,
+        )?;
+        let mut requests = self.requests();
         let mut window = shared_window(&mut requests, devices.len(), micro_batch, packing)?;
         // The micro-batches of a window that went ahead are no longer in it.
         let facts = |window: &Window| Lap {
@@ -120,7 +128,11 @@ impl<B: Accelerator> Bench<B> {
                 trainee = optimizer.step(learning_rate, trainee.clone(), grads);
                 let norm = norm.and_then(|norm| norm().first().copied());
                 replicas.finish_step()?;
-                let loss: f64 = learnt.iter().map(|part| part.objective).sum();
+                let loss: f64 = learnt
+                    .iter()
+                    .flat_map(|part| &part.pieces)
+                    .map(|piece| piece.objective)
+                    .sum();
                 let norm = norm.map_or(0.0, f64::from);
                 Ok::<_, RankError>((loss, norm))
             }?;

@@ -5,6 +5,7 @@ use std::{
     ffi::OsString,
     fs,
     io::Write,
+    num::NonZeroUsize,
     path::{Path, PathBuf},
     process,
 };
@@ -37,10 +38,7 @@ use crate::{
     },
     ops::{memory::free_memory, quantised::Quantization},
     qwen3_vl::weights::gguf::GgufParts,
-    runtime::{
-        accelerator::Accelerator,
-        synthetic::{requests::Requests, weights::RandomSize},
-    },
+    runtime::{accelerator::Accelerator, synthetic::weights::RandomSize},
     train::budget::Budget,
 };
 
@@ -131,6 +129,9 @@ pub struct BenchArgs {
     /// `prefill`, `decode`, `infer`: tokens of every prompt, image included, instead of 368.
     #[arg(long, value_name = "N", conflicts_with = "mixed")]
     pub tokens: Option<usize>,
+    /// Side of every image in pixels, instead of 512.
+    #[arg(long, value_name = "PIXELS")]
+    pub image_size: Option<NonZeroUsize>,
     /// `load`: write the random model there as a checkpoint first, and measure reading it; it is deleted
     /// afterwards. The folder is made if missing.
     #[arg(long, value_name = "DIR", requires = "random_weights")]
@@ -305,6 +306,9 @@ fn check(args: &BenchArgs) -> Result<()> {
     if args.checkpoint_in.is_some() && args.kind != BenchKind::Load {
         bail!(UsageError("--checkpoint-in belongs to `bench load`".into()));
     }
+    if args.image_size.is_some() && args.kind == BenchKind::Load {
+        bail!(UsageError("`bench load` has no --image-size".into()));
+    }
     if args.table && (args.device.contains(&DeviceName::Cpu) || built_backends() == ["cpu"]) {
         bail!(UsageError(
             "--table needs `--device cuda` or `wgpu`: the CPU backend does not time its operations"
@@ -386,7 +390,10 @@ fn prepare<B: Accelerator>(args: &BenchArgs, device: B::Device, dtype: DType) ->
     let mut bench =
         Bench::<B>::new(source, device, dtype, args.mixed, args.samples).map_err(usage)?;
     bench.tokens = args.tokens;
-    let shortest = Requests::shortest(&bench.config);
+    if let Some(side) = args.image_size {
+        bench.image_side = side.get();
+    }
+    let shortest = bench.requests().shortest();
     if let Some(tokens) = args.tokens.filter(|tokens| *tokens < shortest) {
         bail!(UsageError(format!(
             "--tokens {tokens}: a prompt with this model's image has at least {shortest}"

@@ -43,7 +43,7 @@ use crate::{
         text::TextLanguage,
     },
     study::{StudyFacts, counted},
-    train::{data::RunData, gradients::LossTotals},
+    train::{data::RunData, loss::LossTotals},
 };
 pub use args::{EvalArgs, Uncertain};
 use cases::TestSet;
@@ -178,6 +178,15 @@ pub fn run(mut args: EvalArgs) -> Result<()> {
         loss.as_ref(),
         curves,
     );
+    let rollout = args
+        .run
+        .as_deref()
+        .map(run_folder::last_rollout)
+        .transpose()?;
+    let facts = PageFacts {
+        rollout: rollout.flatten(),
+        ..facts
+    };
     write_files(&args, &set, data, &outcome, &facts, &study)
 }
 
@@ -441,6 +450,7 @@ fn facts(
         warnings,
         loss: loss.map(|totals| (totals.loss(), totals.loss().exp(), totals.token_accuracy())),
         curves,
+        rollout: None,
         gallery: args.gallery,
     }
 }

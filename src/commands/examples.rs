@@ -119,6 +119,18 @@ pub const PLAN: &[Example] = &[
     ),
 ];
 
+/// The examples of `prefer`.
+pub const PREFER: &[Example] = &[(
+    "Pairs of the tiny model's own answers about the sample data set, judged by their findings",
+    "xray-qwen3vl prefer data/sample/val/samples.jsonl --samples 4 --max-new-tokens 64 --output artifacts/pairs.jsonl",
+)];
+
+/// The examples of `score`.
+pub const SCORE: &[Example] = &[(
+    "How likely the tiny model finds the true reports of the sample data set",
+    "xray-qwen3vl score data/sample/val/samples.jsonl",
+)];
+
 /// The examples of `eval`.
 pub const EVAL: &[Example] = &[
     (

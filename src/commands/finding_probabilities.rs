@@ -69,12 +69,14 @@ pub(super) fn draw<B: Accelerator>(
     let left = context.saturating_sub(prompt.input_ids.len());
     let mut reports = Vec::with_capacity(count);
     while reports.len() < count {
+        let samples = DRAWN_AT_ONCE.min(count - reports.len());
+        let seeds = reports.len()..reports.len() + samples;
         let settings = GenerationConfig {
             max_new_tokens: DRAWN_TOKENS.min(left),
-            num_return_sequences: DRAWN_AT_ONCE.min(count - reports.len()),
+            samples,
+            seeds: seeds.map(|seed| seed as u64).collect(),
             sampling: SamplingConfig {
                 temperature: 1.0,
-                seed: reports.len() as u64,
                 ..SamplingConfig::default()
             },
             ..GenerationConfig::default()

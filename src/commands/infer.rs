@@ -1,8 +1,10 @@
 //! `infer`: reports about images, one by one, together, or as a batch run that can be resumed.
 
 pub(super) mod args;
+mod cluster;
 mod data;
 mod findings;
+mod findings_args;
 mod images;
 mod journal;
 pub(super) mod output;
@@ -31,6 +33,7 @@ use crate::{
         hub::Want,
     },
     batch::images::ImageInput,
+    cluster::{Cluster, Launch},
     dataset::Question,
     eval::{findings::RuleSet, probability::logit::SentenceContext},
     ops::{memory::MemoryWatch, quantised::cache::CacheFormat},
@@ -43,7 +46,7 @@ use crate::{
         accelerator::Accelerator,
         generate::{GenerationConfig, Prompt, PromptState, Timing},
         pipeline::Pipeline,
-        spread::in_order,
+        spread::{in_order, in_order_across},
     },
     study::counted,
 };
@@ -67,7 +70,11 @@ pub fn run(mut args: InferArgs) -> Result<()> {
             "--stream shows one report as it grows; leave out --batch-size".into()
         ));
     }
-    let devices = args.model.device.clone();
+    let launch = cluster::launch(&args)?;
+    let devices = match &launch {
+        Some(launch) => cluster::devices(launch, &args.model.device)?,
+        None => args.model.device.clone(),
+    };
     if devices.len() > 1 && (args.stream || args.server.is_some()) {
         bail!(UsageError(
             "several devices are for batch runs with a model; leave out --stream and --server, or name one --device".into()
@@ -102,6 +109,7 @@ pub fn run(mut args: InferArgs) -> Result<()> {
             tasks,
             rules,
             remarks: RemarkPrinter::default(),
+            launch,
         },
     )?
 }
@@ -144,24 +152,51 @@ struct Infer {
     /// Words that findings are read with; guessed from each report without one.
     rules: Option<RuleSet>,
     remarks: RemarkPrinter,
+    /// Which process this is of several.
+    launch: Option<Launch>,
 }
 
 impl ReplicatedTask for Infer {
     type Output = Result<()>;
 
-    fn run<B: Accelerator>(self, replicas: Replicas<B>) -> Result<()> {
+    fn run<B: Accelerator>(mut self, replicas: Replicas<B>) -> Result<()> {
+        let Some(launch) = self.launch.take() else {
+            return self.answer_all(replicas, None);
+        };
+        let cluster = cluster::meet(&self.args, launch, replicas.devices.len())?;
+        let ended = self.answer_all(replicas, Some(&cluster));
+        cluster::end(&cluster, ended)
+    }
+}
+
+impl Infer {
+    /// Writes all reports; with a cluster this process's share of them, and the first process the file.
+    fn answer_all<B: Accelerator>(
+        self,
+        replicas: Replicas<B>,
+        cluster: Option<&Cluster>,
+    ) -> Result<()> {
         let Replicas { mut devices, dtype } = replicas;
-        let mut run = RecordFile::open(&self.args, &self.tasks)?;
-        let todo = run.todo(&self.tasks);
-        if let Some(note) = todo.note {
+        let mut run = match cluster.is_none_or(Cluster::is_first) {
+            true => Some(RecordFile::open(&self.args, &self.tasks)?),
+            false => None,
+        };
+        let todo = run.as_ref().map(|run| run.todo(&self.tasks));
+        if let Some(note) = todo.as_ref().and_then(|todo| todo.note.as_ref()) {
             eprintln!("{note}");
         }
-        let todo = todo.tasks;
+        let todo = todo.map(|todo| todo.tasks);
+        let todo = match cluster {
+            Some(cluster) => cluster::agree(cluster, &self.args, &self.tasks, todo)?,
+            None => todo.unwrap_or_default(),
+        };
         if todo.is_empty() {
-            return run.finish();
+            return run.map_or(Ok(()), RecordFile::finish);
         }
         let started = Instant::now();
-        devices.truncate(todo.len().div_ceil(self.args.batch_size));
+        if cluster.is_none() {
+            devices.truncate(todo.len().div_ceil(self.args.batch_size));
+        }
         let mut options = pipeline_options(&self.args.model, dtype);
         self.args
             .model
@@ -189,6 +224,10 @@ impl ReplicatedTask for Infer {
         }
         let fitting = pipelines[0].fit.map_or(usize::MAX, |fit| fit.rows());
         let batch_size = self.args.batch_size.min(fitting);
+        let batch_size = match cluster {
+            Some(cluster) => cluster::smallest(cluster, batch_size)?,
+            None => batch_size,
+        };
         if batch_size < self.args.batch_size {
             let note = format!(
                 "{batch_size} at once in place of {}, for which the memory is too small",
@@ -216,34 +255,36 @@ impl ReplicatedTask for Infer {
         if self.args.verbose {
             eprintln!("load     {:8.2} s", started.elapsed().as_secs_f64());
         }
-        let mut progress = (todo.len() > 1 || self.args.output.is_some())
+        let mut progress = (run.is_some() && (todo.len() > 1 || self.args.output.is_some()))
             .then(|| Progress::new("reports", todo.len() as u64, Unit::Items));
         let mut done = 0;
         let memory = Mutex::new(MemoryWatch::default());
-        in_order(
-            &mut pipelines,
-            &groups,
-            |pipeline, group| {
-                let records = self.answer_group(pipeline, group);
-                if self.args.verbose
-                    && let Ok(mut memory) = memory.lock()
-                {
-                    memory.note(B::memory_in_use(&pipeline.device));
-                }
-                records
-            },
-            |place, records| {
-                done += records.len();
+        let work = |pipeline: &mut Pipeline<B>, group: &&[&Task]| {
+            let records = self.answer_group(pipeline, group);
+            if self.args.verbose
+                && let Ok(mut memory) = memory.lock()
+            {
+                memory.note(B::memory_in_use(&pipeline.device));
+            }
+            records
+        };
+        let mut write = |place: usize, records: Vec<Record>| {
+            done += records.len();
+            if let Some(run) = &mut run {
                 for (task, record) in groups[place].iter().zip(records) {
                     self.remarks.print(&record);
                     run.add(task, &record, &self.args)?;
                 }
-                if let Some(progress) = &mut progress {
-                    progress.set(done as u64, todo.len() as u64);
-                }
-                anyhow::Ok(())
-            },
-        )?;
+            }
+            if let Some(progress) = &mut progress {
+                progress.set(done as u64, todo.len() as u64);
+            }
+            anyhow::Ok(())
+        };
+        match cluster {
+            Some(cluster) => in_order_across(cluster, &mut pipelines, &groups, work, &mut write)?,
+            None => in_order(&mut pipelines, &groups, work, &mut write)?,
+        }
         if let Some(progress) = progress {
             progress.finish();
         }
@@ -257,11 +298,9 @@ impl ReplicatedTask for Infer {
                 peak.place()
             );
         }
-        run.finish()
+        run.map_or(Ok(()), RecordFile::finish)
     }
-}
 
-impl Infer {
     /// Reads the images of a report; what is found out about them goes into its record.
     fn prompt<B: Accelerator>(
         &self,

@@ -98,7 +98,7 @@ pub(super) fn find(typed: &Path, want: Want, args: DownloadArgs) -> Result<PathB
 /// A name that is none was typed wrongly.
 pub(super) fn usage(error: HubError) -> anyhow::Error {
     match error {
-        HubError::Name { .. } => UsageError(error.to_string()).into(),
+        HubError::Name(_) => UsageError(error.to_string()).into(),
         error => error.into(),
     }
 }

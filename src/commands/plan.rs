@@ -94,7 +94,7 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     let device = first_device(&config)?;
     let dtype_bytes = weight_bytes(&config, device);
     let quantization = config.quantization(&model)?;
-    let longest = lengths.at(1.0).min(config.max_length);
+    let longest = config.longest_as_learnt(lengths.at(1.0).min(config.max_length));
     let budget = args.memory_budget;
     if let Some(budget) = budget.or(config.memory_budget.map(Budget::Gib)) {
         let gib = match budget {

@@ -111,7 +111,7 @@ pub fn run(args: PullArgs) -> Result<()> {
 }
 
 fn model_id(args: &PullArgs) -> Result<ModelId> {
-    let mut id = ModelId::parse_strictly(&args.id).map_err(usage)?;
+    let mut id = ModelId::parse_strictly(&args.id).map_err(|error| usage(error.into()))?;
     if let Some(revision) = &args.revision {
         check_revision(revision).map_err(|reason| UsageError(format!("--revision: {reason}")))?;
         if id.revision.as_ref().is_some_and(|named| named != revision) {

@@ -1,23 +1,21 @@
 //! `serve`: one process that many people use.
 
+mod args;
+mod listen;
+
 use std::{
-    future::Future,
-    net::{IpAddr, Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use burn::tensor::DType;
-use clap::Args;
-use tokio::net::TcpListener;
 
 use super::{
-    models::find,
     pipeline_options::pipeline_options,
     progress::{Progress, Unit, prepare_kernels},
-    shared_args::{GenerationArgs, ModelArgs, found_adapter, generation_config, one_device},
+    shared_args::{found_adapter, generation_config, one_device},
     usage::UsageError,
 };
 use crate::{
@@ -25,7 +23,7 @@ use crate::{
     adapters::lora::base::check_base,
     base::{
         hub::{Want, name::expand_home, repo_of_folder},
-        system::{open_files_limit, share_one_heap},
+        system::share_one_heap,
     },
     bench::SEED,
     ops::quantised::Packing,
@@ -42,156 +40,25 @@ use crate::{
         synthetic::weights::{RandomSize, draw},
     },
     serve::{
-        App, ServeConfig,
-        auth::{ApiKey, KeyError},
-        cors::AllowedOrigins,
+        App,
+        auth::ApiKey,
         engine::{End, Engine, EngineLimits},
-        findings::FindingFiles,
-        http::{self, Transport},
+        finding_basis::FindingFiles,
         metrics::Metrics,
-        models::{MAX_ADAPTERS, Models, check_name},
-        router::router,
+        models::Models,
     },
 };
+
+use args::{api_keys, check, found_loras, loras};
+
+pub use args::ServeArgs;
 
 /// Tokens of a cache that let some requests run at once: with less memory the weights are quantised instead.
 const LEAST_CACHE_TOKENS: usize = 8192;
 
-/// The environment's name for `--api-key`.
-const API_KEY: &str = "XRAY_API_KEY";
-
 /// What the exit codes of `serve` mean, for its help.
 pub const EXIT_CODES: &str = "Exit codes: 0 stopped by a signal, 1 could not start or serve, 2 wrong arguments, 3 the device \
                   failed three times in a row, 130 stopped at once by a second signal.";
-
-/// Arguments of `serve`. Those of the network may come from the environment as well.
-#[derive(Debug, Args)]
-pub struct ServeArgs {
-    /// Address to listen on; any address other than loopback needs --api-key or --no-auth.
-    #[arg(long, value_name = "ADDRESS", default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST), env = "XRAY_HOST")]
-    pub host: IpAddr,
-    /// Port to listen on; 0 selects a free one, which is printed.
-    #[arg(long, value_name = "PORT", default_value_t = 7860, env = "XRAY_PORT")]
-    pub port: u16,
-    /// Key that clients have to send; can be given several times, or as a list with commas in the
-    /// environment.
-    #[arg(
-        long,
-        value_name = "KEY",
-        env = API_KEY,
-        hide_env_values = true,
-        value_delimiter = ','
-    )]
-    pub api_key: Vec<String>,
-    /// Accept requests without a key from anybody who reaches the address.
-    #[arg(long, conflicts_with = "api_key")]
-    pub no_auth: bool,
-    /// Host name that clients use, if it is not the address: with a reverse proxy, or for a server without keys;
-    /// can be given several times.
-    #[arg(long, value_name = "NAME")]
-    pub host_name: Vec<String>,
-    /// Origin whose web pages may use the server from a browser, such as `https://viewer.example`, `null`, or
-    /// `*` for any; can be given several times. Without it only the server's own page may.
-    #[arg(long, value_name = "ORIGIN", num_args = 1..)]
-    pub allow_origin: Vec<String>,
-    /// Certificate chain, PEM; switches TLS on.
-    #[arg(long, value_name = "FILE", requires = "tls_key")]
-    pub tls_cert: Option<PathBuf>,
-    /// Key of the certificate, PEM.
-    #[arg(long, value_name = "FILE", requires = "tls_cert")]
-    pub tls_key: Option<PathBuf>,
-    /// Name of the base model in requests; the default is its OWNER/NAME if it was downloaded, else the name
-    /// of its folder.
-    #[arg(long, value_name = "NAME")]
-    pub served_model_name: Option<String>,
-    /// Adapter on the base model, by folder or by its name on a hub, selected by `model` in a request; can be given several
-    /// times. The folder of a run means its best checkpoint.
-    #[arg(long, value_name = "NAME=DIR|ID")]
-    pub lora: Vec<String>,
-    /// Folder whose subfolders can be loaded as adapters at run time.
-    #[arg(long, value_name = "DIR")]
-    pub adapter_dir: Option<PathBuf>,
-    /// Maximum number of loaded adapters, those of --lora included.
-    #[arg(long, value_name = "N", default_value_t = MAX_ADAPTERS)]
-    pub max_adapters: usize,
-    /// Ignore fields of a request that the server does not know or cannot honour, instead of refusing the
-    /// request; the answer lists them in `ignored_fields` and in the header `x-ignored-fields`.
-    #[arg(long)]
-    pub lenient: bool,
-    /// Whether the page keeps a history of reports in the browser, unless its user decides otherwise; the
-    /// default is only when it is opened on the server's own machine.
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
-    pub page_history: Option<bool>,
-    /// Maximum number of requests answered at the same time.
-    #[arg(long, value_name = "N", default_value_t = 32)]
-    pub max_running: usize,
-    /// Maximum number of waiting requests; more get status 429. An eighth is reserved for clients that have
-    /// fewer than that waiting.
-    #[arg(long, value_name = "N", default_value_t = 256)]
-    pub max_queue: usize,
-    /// Tokens of the KV cache, which all requests share.
-    #[arg(long, value_name = "N", default_value_t = 65_536)]
-    pub cache_tokens: usize,
-    /// Tokens of a long prompt that are processed between two steps of the other requests.
-    #[arg(long, value_name = "N", default_value_t = 512)]
-    pub prefill_chunk: usize,
-    /// Drop a request's tokens from the cache when it ends; a second question about an image then starts from
-    /// the beginning.
-    #[arg(long)]
-    pub no_prefix_cache: bool,
-    /// Maximum number of tokens that a request may ask for; --max-new-tokens is the default.
-    #[arg(long, value_name = "N", default_value_t = 8192)]
-    pub max_new_tokens_limit: usize,
-    /// Maximum number of images of a request.
-    #[arg(long, value_name = "N", default_value_t = 8)]
-    pub max_images: usize,
-    /// Largest body of a request, images included.
-    #[arg(long, value_name = "MIB", default_value_t = 64)]
-    pub max_body_mib: usize,
-    /// Largest image, in millions of pixels.
-    #[arg(long, value_name = "MEGAPIXELS", default_value_t = 64)]
-    pub max_image_megapixels: u64,
-    /// Memory for waiting requests: a quarter for bodies, the rest for images and prompts. Requests beyond it
-    /// wait; those whose body does not fit get status 503.
-    #[arg(long, value_name = "MIB", default_value_t = 2048)]
-    pub max_waiting_memory_mib: usize,
-    /// Maximum number of open connections; more get status 503, except on `/healthz`, `/readyz` and
-    /// `/metrics`.
-    #[arg(long, value_name = "N", default_value_t = 1024)]
-    pub max_connections: usize,
-    /// Maximum number of open connections of one address; more get the same status.
-    #[arg(long, value_name = "N", default_value_t = 512)]
-    pub max_connections_per_address: usize,
-    /// Address of a proxy whose `X-Forwarded-For` header has the client's address: clients then share the
-    /// server fairly, and the proxy may open any number of connections; can be given several times.
-    #[arg(long, value_name = "ADDRESS")]
-    pub trusted_proxy: Vec<IpAddr>,
-    /// Time for a request from its arrival to its last token.
-    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
-    pub request_timeout_seconds: u64,
-    /// Time for a client to send a request's head, and again for its body.
-    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
-    pub read_timeout_seconds: u64,
-    /// Time for a client to take what is ready to be sent.
-    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
-    pub write_timeout_seconds: u64,
-    /// Time for running requests to finish after SIGTERM, SIGHUP or Ctrl-C; a second signal ends the server
-    /// at once.
-    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
-    pub drain_seconds: u64,
-    /// Fetch images from public http(s):// addresses.
-    #[arg(long)]
-    pub allow_image_urls: bool,
-    /// Serve a model of this size with random weights, for measurements, with the tokenizer of `--model`.
-    #[arg(long, value_enum, value_name = "SIZE", conflicts_with_all = ["adapter", "lora", "adapter_dir"])]
-    pub random_weights: Option<RandomSize>,
-    /// Model and device.
-    #[command(flatten)]
-    pub model: ModelArgs,
-    /// Defaults of requests.
-    #[command(flatten)]
-    pub generation: GenerationArgs,
-}
 
 /// Runs `serve` until a signal stops it.
 ///
@@ -233,140 +100,6 @@ pub fn run(mut args: ServeArgs) -> Result<()> {
     "the device failed several times in a row and does not work any more; the log above has its error; start the server again"
 )]
 pub struct DeviceLost;
-
-/// Checks the arguments before a model is loaded.
-fn check(args: &ServeArgs) -> Result<()> {
-    let wrong = |text: String| -> Result<()> { bail!(UsageError(text)) };
-    let count = |value: u64| usize::try_from(value).unwrap_or(usize::MAX);
-    if !args.host.is_loopback() && args.api_key.is_empty() && !args.no_auth {
-        return wrong(format!(
-            "--host {} can be reached from other machines; give an --api-key, or --no-auth to let everybody in",
-            args.host
-        ));
-    }
-    for (name, value) in [
-        ("--max-running", args.max_running),
-        ("--max-queue", args.max_queue),
-        ("--prefill-chunk", args.prefill_chunk),
-        ("--max-new-tokens-limit", args.max_new_tokens_limit),
-        ("--max-body-mib", args.max_body_mib),
-        ("--max-images", args.max_images),
-        ("--max-image-megapixels", count(args.max_image_megapixels)),
-        (
-            "--request-timeout-seconds",
-            count(args.request_timeout_seconds),
-        ),
-        ("--read-timeout-seconds", count(args.read_timeout_seconds)),
-        ("--write-timeout-seconds", count(args.write_timeout_seconds)),
-        ("--max-connections", args.max_connections),
-        (
-            "--max-connections-per-address",
-            args.max_connections_per_address,
-        ),
-    ] {
-        if value == 0 {
-            return wrong(format!("{name} is 0, expected at least 1"));
-        }
-    }
-    if args.max_body_mib > 4096 {
-        return wrong(format!(
-            "--max-body-mib is {}, expected at most 4096",
-            args.max_body_mib
-        ));
-    }
-    if args.cache_tokens < 512 {
-        return wrong(format!(
-            "--cache-tokens is {}, expected at least 512",
-            args.cache_tokens
-        ));
-    }
-    if !args.generation.stop.is_empty() {
-        return wrong("--stop belongs to a request here; send it as `stop`".into());
-    }
-    if let Some(dir) = &args.adapter_dir
-        && !dir.is_dir()
-    {
-        bail!("--adapter-dir `{}` is not a folder", dir.display());
-    }
-    if let Err(error) = AllowedOrigins::new(&args.allow_origin) {
-        return wrong(format!("--allow-origin: {error}"));
-    }
-    loras(args)?;
-    #[cfg(not(feature = "tls"))]
-    if args.tls_cert.is_some() {
-        bail!("this program was built without `tls`; build it with `--features tls`");
-    }
-    Ok(())
-}
-
-/// The keys, of the command line or the environment.
-fn api_keys(args: &ServeArgs) -> Result<Vec<ApiKey>> {
-    let given = args.api_key.iter().map(String::as_str);
-    let from_environment = std::env::var(API_KEY).is_ok_and(|text| given.eq(text.split(',')));
-    let source = if from_environment {
-        API_KEY
-    } else {
-        "--api-key"
-    };
-    let several = args.api_key.len() > 1;
-    args.api_key
-        .iter()
-        .enumerate()
-        .map(|(index, text)| {
-            ApiKey::new(text).map_err(|error| {
-                let which = match several {
-                    true => format!("key {} of {source}", index + 1),
-                    false => source.to_owned(),
-                };
-                let cure = match error {
-                    KeyError::Empty if from_environment && !several => {
-                        "unset it, or give it a key, for instance of `openssl rand -hex 24`"
-                    }
-                    KeyError::Empty => "leave it out, or give a key",
-                    _ => "take another, for instance of `openssl rand -hex 24`",
-                };
-                UsageError(format!("{which} {error}; {cure}")).into()
-            })
-        })
-        .collect()
-}
-
-fn loras(args: &ServeArgs) -> Result<Vec<(&str, &Path)>> {
-    if args.lora.len() > args.max_adapters {
-        bail!(UsageError(format!(
-            "--lora is given {} times and --max-adapters is {}; raise it",
-            args.lora.len(),
-            args.max_adapters
-        )));
-    }
-    args.lora
-        .iter()
-        .map(|text| match text.split_once('=') {
-            Some((name, dir)) if !dir.is_empty() => match check_name(name) {
-                Ok(()) => Ok((name, Path::new(dir))),
-                Err(reason) => bail!(UsageError(format!("the name of --lora `{text}` {reason}"))),
-            },
-            _ => bail!(UsageError(format!(
-                "--lora `{text}` is not of the form NAME=DIR or NAME=ID"
-            ))),
-        })
-        .collect()
-}
-
-/// `--lora` with folders in place of names.
-fn found_loras(args: &ServeArgs) -> Result<Vec<String>> {
-    let loras = loras(args)?.into_iter();
-    loras
-        .map(|(name, dir)| {
-            let dir = find(dir, Want::Adapter, args.model.download)
-                .with_context(|| format!("--lora {name}"))?;
-            let dir = dir
-                .to_str()
-                .with_context(|| format!("--lora {name}: `{}` is not UTF-8", dir.display()))?;
-            Ok(format!("{name}={dir}"))
-        })
-        .collect()
-}
 
 struct Serve {
     args: ServeArgs,
@@ -540,19 +273,6 @@ fn random<B: Accelerator>(
     })
 }
 
-/// Files beside the connections: those of the process itself, of images that are fetched, and spare ones.
-const OTHER_FILES: u64 = 64 + http::SPARE_CONNECTIONS as u64;
-
-/// Connections of `wanted` for which `files` open files are enough; a quarter of few.
-fn connections_with(files: u64, wanted: usize) -> usize {
-    let most = files.saturating_sub(OTHER_FILES).max(files / 4).max(1);
-    usize::try_from(most).map_or(wanted, |most| most.min(wanted))
-}
-
-fn lowercase(names: &[String]) -> Vec<String> {
-    names.iter().map(|name| name.to_ascii_lowercase()).collect()
-}
-
 /// The model's name on its hub, if the folder is in a hub's cache, else the folder's own.
 fn base_name(dir: &Path) -> String {
     if let Some(name) = repo_of_folder(dir) {
@@ -597,142 +317,6 @@ impl Serve {
             }
         })
     }
-
-    fn config(&self) -> ServeConfig {
-        let args = &self.args;
-        ServeConfig {
-            max_body_bytes: args.max_body_mib << 20,
-            max_image_pixels: args.max_image_megapixels.saturating_mul(1_000_000),
-            max_images: args.max_images,
-            max_choices: args.max_running.min(args.max_queue).min(8),
-            default_new_tokens: self.defaults.max_new_tokens,
-            max_new_tokens: args.max_new_tokens_limit,
-            sampling: self.defaults.sampling.clone(),
-            stop_on_repetition: self.defaults.stop_on_repetition,
-            request_timeout: Duration::from_secs(args.request_timeout_seconds),
-            read_timeout: Duration::from_secs(args.read_timeout_seconds),
-            write_timeout: Duration::from_secs(args.write_timeout_seconds),
-            max_connections: self.connections(),
-            max_connections_per_address: args.max_connections_per_address,
-            trusted_proxies: args
-                .trusted_proxy
-                .iter()
-                .map(IpAddr::to_canonical)
-                .collect(),
-            waiting_memory_bytes: (args.max_waiting_memory_mib as u64) << 20,
-            allow_image_urls: args.allow_image_urls,
-            api_keys: self.api_keys.clone(),
-            adapter_dir: args.adapter_dir.clone(),
-            lenient: args.lenient,
-            page_history: args.page_history,
-            host_names: self.host_names(),
-            origin_names: lowercase(&args.host_name),
-            // Checked at the start.
-            allow_origins: AllowedOrigins::new(&args.allow_origin).unwrap_or_default(),
-        }
-    }
-
-    /// Connections that can be open, with a warning where the system allows fewer than `--max-connections`.
-    fn connections(&self) -> usize {
-        let wanted = self.args.max_connections;
-        let Some(files) = open_files_limit() else {
-            return wanted;
-        };
-        let taken = connections_with(files, wanted);
-        if taken < wanted {
-            eprintln!(
-                "warning: this process may open {files} files, so {taken} connections are taken instead of {wanted}; \
-                 `ulimit -n {}` allows all",
-                wanted as u64 + OTHER_FILES
-            );
-        }
-        taken
-    }
-
-    /// Names a server without keys answers to; any, when everybody was let in on purpose.
-    fn host_names(&self) -> Vec<String> {
-        let args = &self.args;
-        if !args.api_key.is_empty() || !args.host.is_loopback() {
-            return Vec::new();
-        }
-        let mut names: Vec<String> = ["localhost", "127.0.0.1", "[::1]"].map(Into::into).into();
-        names.push(match args.host {
-            IpAddr::V4(ip) => ip.to_string(),
-            IpAddr::V6(ip) => format!("[{ip}]"),
-        });
-        names.extend(lowercase(&args.host_name));
-        names
-    }
-
-    fn transport(&self) -> Result<(Transport, &'static str)> {
-        #[cfg(feature = "tls")]
-        if let (Some(certificate), Some(key)) = (&self.args.tls_cert, &self.args.tls_key) {
-            let acceptor = crate::serve::tls::acceptor(certificate, key)?;
-            return Ok((Transport::Tls(acceptor), "https"));
-        }
-        Ok((Transport::Plain, "http"))
-    }
-
-    async fn serve(&self, app: Arc<App>) -> Result<()> {
-        for (name, dir) in loras(&self.args)? {
-            app.models
-                .load(&app.engine, name, dir.to_path_buf())
-                .await
-                .with_context(|| format!("--lora {name}={}", dir.display()))?;
-        }
-        let (transport, scheme) = self.transport()?;
-        let address = SocketAddr::new(self.args.host, self.args.port);
-        let listener = TcpListener::bind(address).await.with_context(|| {
-            format!("cannot listen at {address}; is the port in use? --port takes another")
-        })?;
-        let address = listener.local_addr()?;
-        let stop = stop_signal()?;
-        eprintln!(
-            "`{}` at {scheme}://{address}, the API at {scheme}://{address}/v1",
-            app.models.base()
-        );
-        if self.args.no_auth && !self.args.host.is_loopback() {
-            eprintln!("warning: everybody who reaches {address} can use it");
-        }
-        if app.config.allow_origins.any() && self.api_keys.is_empty() {
-            eprintln!(
-                "warning: every web page that is opened where {address} can be reached can use it; give an --api-key"
-            );
-        }
-        let drain = Duration::from_secs(self.args.drain_seconds);
-        http::serve(listener, transport, router(app.clone()), app, stop, drain).await?;
-        Ok(())
-    }
-}
-
-/// Ends with Ctrl-C, SIGTERM or SIGHUP; the next of them ends the process.
-fn stop_signal() -> Result<impl Future<Output = ()>> {
-    #[cfg(unix)]
-    let mut signals = {
-        use tokio::signal::unix::{SignalKind, signal};
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let mut hangup = signal(SignalKind::hangup())?;
-        async move || {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-                _ = hangup.recv() => {}
-            }
-        }
-    };
-    #[cfg(not(unix))]
-    let mut signals = async || {
-        let _ = tokio::signal::ctrl_c().await;
-    };
-    Ok(async move {
-        signals().await;
-        tokio::spawn(async move {
-            signals().await;
-            eprintln!("a second signal to stop: answers are broken off");
-            std::process::exit(130);
-        });
-    })
 }
 
 #[cfg(test)]
@@ -833,15 +417,5 @@ mod tests {
         });
         let error = ended.join().unwrap().unwrap_err();
         assert_eq!(exit_code(&error), 3, "{error:#}");
-    }
-
-    #[test]
-    fn connections_fit_the_files_that_may_be_open() {
-        assert_eq!(connections_with(1 << 20, 1024), 1024);
-        assert_eq!(connections_with(1024 + OTHER_FILES, 1024), 1024);
-        assert_eq!(connections_with(1024, 1024), 928);
-        assert_eq!(connections_with(64, 1024), 16);
-        assert_eq!(connections_with(64, 4), 4);
-        assert_eq!(connections_with(0, 4), 1);
     }
 }

@@ -273,6 +273,7 @@ impl ReadingArgs {
             allow_image_urls: self.allow_image_urls,
             seed: self.seed,
             columns_may_be_absent: false,
+            pairs: false,
             store: ImageStore::default().with_progress(Some(show_fetching)),
         }
     }

@@ -25,6 +25,7 @@ use burn::{
 };
 
 use super::{
+    cluster_args::visible_cards,
     models::find,
     pipeline_options::base_of_run,
     progress::{Progress, Unit, show_fetching},
@@ -34,21 +35,23 @@ use super::{
     usage::UsageError,
 };
 use crate::{
-    accelerate::devices::{Replicas, ReplicatedTask, built_backends, run_on_all},
+    accelerate::devices::{Replicas, ReplicatedTask, built_backends, has_cuda, run_on_all},
     base::{
         device_name::{DeviceName, DtypeName},
         hub::Want,
         trace::Trace,
     },
+    cluster::{Cluster, Launch},
     dataset::{Dataset, data_names},
     ops::memory::free_memory,
     runtime::{accelerator::Accelerator, pipeline::TextAndImages},
     train::{
         budget::{Budget, Form},
         config::{TrainConfig, Tuner},
+        options::{Resume, RunOptions},
+        outcome::{Ending, TrainError},
         report_command::Reported,
-        run::{Dashboard, QuietRenderer, Resume, RunOptions, RunResult, train},
-        strategy::{Ending, TrainError},
+        run::{Dashboard, QuietRenderer, RunResult, train},
         words::{clock, counted},
     },
 };
@@ -96,6 +99,12 @@ pub fn run(args: TrainArgs) -> Result<()> {
     if args.output_dir.is_none() && args.config.is_none() && !names_folder && resume == Resume::No {
         config.output_dir = free_folder(&config.output_dir);
     }
+    let launch = args.cluster.launch()?;
+    if let Some(launch) = &launch {
+        config.device = launch
+            .devices(&config.device, visible_cards().as_deref(), has_cuda())
+            .map_err(|error| UsageError(error.to_string()))?;
+    }
     config
         .validate()
         .map_err(|error| UsageError(error.to_string()))?;
@@ -119,6 +128,7 @@ pub fn run(args: TrainArgs) -> Result<()> {
             args,
             config,
             resume,
+            launch,
         },
     )?
 }
@@ -268,6 +278,7 @@ fn fit_budget<B: Accelerator>(
     let rows = begun.map(|begun| begun.row_tokens().unwrap_or(0));
     let bytes = dtype.size() as u64;
     let weights = (bytes, config.quantization(&config.model)?);
+    let longest = config.longest_as_learnt(longest);
     let form = Form::choose(config, &parts.config, longest, weights, gib, rows)?;
     form.apply(config);
     Ok(form.explain(gib, longest))
@@ -288,6 +299,8 @@ struct Train {
     args: TrainArgs,
     config: TrainConfig,
     resume: Resume,
+    /// Which process this is of several.
+    launch: Option<Launch>,
 }
 
 impl ReplicatedTask for Train {
@@ -303,7 +316,16 @@ impl ReplicatedTask for Train {
         let device = devices[0].clone();
         self.adapt_config::<B>(&device, dtype)?;
         let again = resume_command(&self.config, self.args.random_init);
-        let dashboard = !self.args.no_tui && stdout().is_terminal() && stderr().is_terminal();
+        let cluster = self.meet(devices.len())?;
+        // What a process that does not lead prints is prefixed with its name.
+        let follower = cluster
+            .as_ref()
+            .filter(|cluster| !cluster.is_first())
+            .map(|cluster| cluster.name(cluster.rank()));
+        let dashboard = follower.is_none()
+            && !self.args.no_tui
+            && stdout().is_terminal()
+            && stderr().is_terminal();
         let interrupter = Interrupter::new();
         let trace = Trace::new(self.args.trace.is_some());
         let killed = Arc::new(AtomicBool::new(false));
@@ -313,21 +335,31 @@ impl ReplicatedTask for Train {
         } else {
             Box::new(QuietRenderer)
         };
-        let mut progress = (!dashboard).then(|| Progress::new("loading", 0, Unit::Bytes));
+        let mut progress =
+            (!dashboard && follower.is_none()).then(|| Progress::new("loading", 0, Unit::Bytes));
         let for_later: Arc<Mutex<Vec<String>>> = Arc::default();
         let options = RunOptions {
             fetching: Some(show_fetching),
             config: self.config,
             resume: self.resume,
             random_init: self.args.random_init,
+            cluster: cluster.clone(),
             renderer: Some(renderer),
             interrupter,
             interrupted: watch_signals()?,
             trace: trace.clone(),
             tell: Arc::new({
-                let for_later = for_later.clone();
+                let (for_later, follower) = (for_later.clone(), follower.clone());
                 move |line: &str| {
-                    if !dashboard {
+                    if let Some(name) = &follower {
+                        // The first process prints the progress of all.
+                        if !["step ", "validation at "]
+                            .iter()
+                            .any(|start| line.starts_with(start))
+                        {
+                            say(&format!("{name}: {line}"));
+                        }
+                    } else if !dashboard {
                         say(line);
                     } else if !line.starts_with("step ") {
                         // The dashboard owns the screen; what it does not show is printed afterwards.
@@ -374,6 +406,15 @@ impl ReplicatedTask for Train {
         let written = trace_file.as_ref().map_or(Ok(()), |path| trace.write(path));
         let result = result?;
         written?;
+        if let (Some(name), Some(cluster)) = (&follower, &cluster) {
+            say(&format!(
+                "{name}: {} after {}; {} has written the results",
+                result.ending.name(),
+                counted(result.state.step, "step", "steps"),
+                cluster.name(0)
+            ));
+            return Ok(());
+        }
         say(&trace.summary());
         if let Some(progress) = progress {
             progress.finish();
@@ -388,6 +429,19 @@ impl ReplicatedTask for Train {
 }
 
 impl Train {
+    /// Meets the other processes of the run, where it has several.
+    fn meet(&mut self, devices: usize) -> Result<Option<Arc<Cluster>>> {
+        let Some(launch) = self.launch.take() else {
+            return Ok(None);
+        };
+        let names = match self.config.device.len() {
+            0 => vec!["the best device".to_string(); devices],
+            _ => self.config.device.clone(),
+        };
+        let patience = self.config.patience();
+        self.args.cluster.meet(launch, names, patience).map(Some)
+    }
+
     /// Writes down the dtype, and the form of the step that fits the budget where there is one.
     fn adapt_config<B: Accelerator>(&mut self, device: &B::Device, dtype: DType) -> Result<()> {
         // What was chosen for the user is written down like what was typed.
@@ -415,6 +469,10 @@ fn print_end<B: Accelerator>(result: &RunResult<B>, seconds: f64, again: &str) {
     let how = match result.ending {
         Ending::Done => "done".to_string(),
         Ending::EarlyStop => "ended early: the validation stopped getting better".to_string(),
+        Ending::RewardsPart => {
+            "ended early: the held-out rewards fall while those trained on rise, so these are gamed"
+                .to_string()
+        }
         Ending::Interrupted => "interrupted and saved".to_string(),
     };
     // The terminal may be gone by now.

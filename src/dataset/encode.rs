@@ -3,6 +3,7 @@
 use std::{borrow::Cow, path::PathBuf};
 
 use super::{
+    data_part::SampleSource,
     error::DatasetError,
     samples::{Dataset, RawSample},
 };
@@ -10,7 +11,7 @@ use crate::{
     batch::images::ImageInput,
     processor::{
         patches::ImageProcessor,
-        sample::{PixelLimits, RowFault, SampleError},
+        sample::{Conversation, PixelLimits, RowFault, SampleError},
         supervised::{encode_prompt, encode_supervised},
     },
     runtime::{generate::Prompt, pipeline::TextAndImages},
@@ -40,10 +41,69 @@ impl Dataset {
     ) -> Result<EncodedSample, DatasetError> {
         let raw = self.read(index, parts)?;
         let images = self.patches(index, &raw, parts)?;
+        self.encode_conversation(index, &raw.conversation, images, parts, max_length)
+    }
+
+    /// Reads and encodes the chosen and the rejected answer of one sample.
+    ///
+    /// # Errors
+    /// [`DatasetError`] names the row; a row without a rejected answer is one.
+    pub fn encode_pair(
+        &self,
+        index: usize,
+        parts: &TextAndImages,
+        max_length: usize,
+    ) -> Result<[EncodedSample; 2], DatasetError> {
+        let rejected = self.rejected(index)?;
+        let raw = self.read(index, parts)?;
+        let images = self.patches(index, &raw, parts)?;
+        let encode = |conversation, images| {
+            self.encode_conversation(index, conversation, images, parts, max_length)
+        };
+        Ok([
+            encode(&raw.conversation, images.clone())?,
+            encode(&rejected, images)?,
+        ])
+    }
+
+    /// The conversation of a sample with its rejected answer.
+    ///
+    /// # Errors
+    /// [`DatasetError::Sample`] for a row that has none, [`DatasetError::Rejected`] for drawn ones.
+    pub fn rejected(&self, index: usize) -> Result<Conversation, DatasetError> {
+        let (part, place) = self.part(index);
+        let SampleSource::Rows { samples, .. } = &part.source else {
+            return Err(DatasetError::Rejected(part.name.clone()));
+        };
+        let fault = match samples[place].rejected_conversation() {
+            Ok(Some(rejected)) => return Ok(rejected),
+            Ok(None) => RowFault::key(
+                "rejected_response",
+                "missing",
+                "an answer that is not to be given: `objective = \"dpo\"` learns from pairs; `prefer` makes them",
+            ),
+            Err(fault) => fault,
+        };
+        Err(DatasetError::Sample(SampleError {
+            file: PathBuf::from(self.file(index)),
+            row: self.row(index),
+            fault,
+        }))
+    }
+
+    /// Encodes a conversation about the images of a sample.
+    fn encode_conversation(
+        &self,
+        index: usize,
+        conversation: &Conversation,
+        images: ImageInput,
+        parts: &TextAndImages,
+        max_length: usize,
+    ) -> Result<EncodedSample, DatasetError> {
         let merge = parts.images.config().merge_size;
         let ids = encode_supervised(
             &parts.tokenizer,
-            &raw.conversation,
+            conversation,
             &images.image_grid_thw,
             merge,
         )

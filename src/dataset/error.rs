@@ -40,6 +40,11 @@ pub enum DatasetError {
         "{0}; images that are in rows or on the web are kept there; hint: XRAY_CACHE_DIR names another folder"
     )]
     Keep(#[from] FileError),
+    /// Drawn studies have no second answer.
+    #[error(
+        "`{0}` has no rejected answers; `objective = \"dpo\"` learns from rows with `rejected_response`, which `prefer` makes"
+    )]
+    Rejected(String),
     /// There is no row.
     #[error("`{0}` holds no sample")]
     Empty(String),
@@ -106,6 +111,20 @@ pub enum DatasetError {
         rows: Vec<usize>,
         /// How long the loader waited.
         seconds: f64,
+    },
+    /// A sample is not as long as its image's header and its text say, by which other processes count.
+    #[error(
+        "`{file}` row {row}: {found} when it is read, {measured} by its text and the headers of its images; run `check` on the file"
+    )]
+    Measured {
+        /// The data set.
+        file: String,
+        /// The row, from 1.
+        row: usize,
+        /// Tokens and targets of the sample.
+        found: String,
+        /// Those that it was expected to have.
+        measured: String,
     },
     /// Every row is longer than allowed, and such rows are left out.
     #[error(

@@ -3,15 +3,32 @@
 use rayon::prelude::*;
 use serde::Serialize;
 
-use super::{
-    error::DatasetError,
-    loader::Overlong,
-    samples::{Dataset, SampleSource},
-};
+use super::{data_part::SampleSource, error::DatasetError, loader::Overlong, samples::Dataset};
 use crate::{
+    batch::micro_batch::IGNORE_INDEX,
     processor::{chat::ImageGrid, supervised::encode_supervised},
     runtime::pipeline::TextAndImages,
 };
+
+/// How long a sample is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct SampleLength {
+    /// Tokens, those of images included.
+    pub(super) tokens: usize,
+    /// Those that are targets.
+    pub(super) targets: usize,
+}
+
+impl SampleLength {
+    pub(super) fn of(input_ids: &[u32], labels: &[i64]) -> Self {
+        // Nothing predicts the first token.
+        let targets = labels.iter().skip(1);
+        Self {
+            tokens: input_ids.len(),
+            targets: targets.filter(|label| **label != IGNORE_INDEX).count(),
+        }
+    }
+}
 
 /// Rows that a run leaves out because they are longer than allowed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -104,8 +121,17 @@ impl Dataset {
         })
     }
 
-    /// Tokens of one sample; of images in files only the headers are read.
+    /// Tokens of one sample.
     fn tokens(&self, index: usize, parts: &TextAndImages) -> Result<usize, DatasetError> {
+        Ok(self.measure(index, parts)?.tokens)
+    }
+
+    /// How long a sample is, without its pixels: of images in files only the headers are read.
+    pub(super) fn measure(
+        &self,
+        index: usize,
+        parts: &TextAndImages,
+    ) -> Result<SampleLength, DatasetError> {
         let (part, place) = self.part(index);
         let (conversation, sizes, limits) = match &part.source {
             SampleSource::Rows {
@@ -137,7 +163,7 @@ impl Dataset {
         let grids = grids.collect::<Result<Vec<ImageGrid>, _>>()?;
         let merge = parts.images.config().merge_size;
         encode_supervised(&parts.tokenizer, &conversation, &grids, merge)
-            .map(|ids| ids.input_ids.len())
+            .map(|ids| SampleLength::of(&ids.input_ids, &ids.labels))
             .map_err(|cause| self.encode_error(index, cause))
     }
 

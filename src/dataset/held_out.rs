@@ -3,9 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::{
-    error::DatasetError,
-    python_random::PythonRandom,
-    samples::{Dataset, SampleSource},
+    data_part::SampleSource, error::DatasetError, python_random::PythonRandom, samples::Dataset,
     split::hold_out,
 };
 use crate::study::{Studies, StudyRow, StudyRule};

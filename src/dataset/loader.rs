@@ -1,6 +1,9 @@
 //! Windows of samples, one an optimizer step, made by worker threads ahead of the device.
 
 mod packing;
+mod share;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::BTreeSet,
@@ -19,13 +22,14 @@ use burn::{
 use rand::{SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
 
-use super::{encode::EncodedSample, error::DatasetError, samples::Dataset};
+use super::{encode::EncodedSample, error::DatasetError, facts::SampleLength, samples::Dataset};
 use crate::{
     base::{seeds::mix, trace::Trace},
     batch::{
         images::ImageInput,
-        micro_batch::MicroBatch,
+        micro_batch::{IGNORE_INDEX, MicroBatch},
         positions::PositionError,
+        sequences::{SequenceCounts, Sequences},
         text::{Padding, TextInput},
         window::Window,
     },
@@ -33,8 +37,18 @@ use crate::{
 };
 use packing::fill_rows;
 
+pub use share::Share;
+
 /// Frames, rows and columns of each image of a sample, in patches.
 type Grids = Vec<[usize; 3]>;
+
+/// A row of a window.
+struct WindowSample {
+    row: usize,
+    length: SampleLength,
+    /// Until it is taken into a micro-batch; `None` also where it is not read yet.
+    encoded: Option<EncodedSample>,
+}
 
 /// Windows that each worker makes in advance.
 const AHEAD: usize = 2;
@@ -60,6 +74,18 @@ pub enum Overlong {
     Skip,
 }
 
+/// What of each row goes into a window.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum WindowKind {
+    /// Question and answer.
+    #[default]
+    Answers,
+    /// Question with the chosen and with the rejected answer.
+    Pairs,
+    /// Its number alone: answers are drawn later.
+    Rows,
+}
+
 /// How samples become windows.
 #[derive(Debug, Clone, PartialEq)]
 pub struct WindowPlan {
@@ -82,6 +108,8 @@ pub struct WindowPlan {
     pub seed: u64,
     /// Keeps the order of the file: for validation.
     pub in_order: bool,
+    /// What of each row goes into a window.
+    pub kind: WindowKind,
 }
 
 impl WindowPlan {
@@ -125,6 +153,32 @@ impl WindowPlan {
     }
 }
 
+/// Samples as micro-batches.
+#[derive(Debug, Clone, Default)]
+pub struct Batches {
+    /// Tokens of all, padding left out.
+    pub tokens: usize,
+    /// The micro-batches.
+    pub batches: Vec<MicroBatch>,
+    /// The sequences of each.
+    pub sequences: Vec<Sequences>,
+    /// Which groups are in each.
+    pub groups: Vec<Vec<usize>>,
+}
+
+/// Parts of a window for each device, in their order, so that what devices add up one after the other is what one
+/// device would add up; a partial window is shared as well.
+pub fn dealt_out<T>(all: Vec<T>, devices: usize) -> Vec<Vec<T>> {
+    let items = all.len();
+    let mut all = all.into_iter();
+    (0..devices)
+        .map(|device| {
+            let part = Share::part(items, device, devices);
+            all.by_ref().take(part.len()).collect()
+        })
+        .collect()
+}
+
 /// Makes the windows of a run.
 #[derive(Debug, Clone)]
 pub struct WindowLoader {
@@ -136,6 +190,10 @@ pub struct WindowLoader {
     /// Step after the last.
     end: usize,
     workers: usize,
+    /// Of each window, what this process reads.
+    share: Option<Share>,
+    /// Of the windows, which this process makes at all.
+    dealt: Option<Share>,
     patience: Option<Duration>,
     trace: Trace,
     skipped: Arc<AtomicUsize>,
@@ -159,6 +217,8 @@ impl WindowLoader {
             start,
             end,
             workers: workers.max(1),
+            share: None,
+            dealt: None,
             patience: None,
             trace: Trace::default(),
             skipped: Arc::default(),
@@ -170,6 +230,20 @@ impl WindowLoader {
     #[must_use]
     pub fn up_to(mut self, steps: usize) -> Self {
         self.end = self.end.min(steps);
+        self
+    }
+
+    /// Reads only what the devices of this process take of each window; the rest is counted by text and headers.
+    #[must_use]
+    pub fn shared(mut self, share: Option<Share>) -> Self {
+        self.share = share;
+        self
+    }
+
+    /// Makes only the windows that fall to this process when they are dealt out in turn, each of them whole.
+    #[must_use]
+    pub fn dealt(mut self, share: Option<Share>) -> Self {
+        self.dealt = share;
         self
     }
 
@@ -210,55 +284,236 @@ impl WindowLoader {
     /// # Errors
     /// [`DatasetError`] names the row.
     pub fn window(&self, step: usize) -> Result<Window, DatasetError> {
+        match self.plan.kind {
+            WindowKind::Answers => self.window_of_answers(step),
+            WindowKind::Pairs | WindowKind::Rows => self.window_of_groups(step),
+        }
+    }
+
+    /// What `read` makes of the rows of a window, without those that are too long where these are skipped.
+    fn each_row<T>(
+        &self,
+        step: usize,
+        read: impl Fn(usize) -> Result<T, DatasetError>,
+    ) -> Result<Vec<T>, DatasetError> {
         let rows = self.plan.rows(step, self.dataset.len());
-        let mut samples = Vec::with_capacity(rows.len());
+        let mut all = Vec::with_capacity(rows.len());
         for row in rows {
-            match self.dataset.encode(row, &self.parts, self.plan.max_length) {
-                Ok(sample) => samples.push((row, sample)),
+            match read(row) {
+                Ok(one) => all.push(one),
                 Err(DatasetError::TooLong { .. }) if self.plan.overlong == Overlong::Skip => {
                     self.skipped.fetch_add(1, Ordering::Relaxed);
                 }
                 Err(error) => return Err(error),
             }
         }
-        let rows = samples.iter().map(|(row, _)| *row).collect();
-        let lengths: Vec<usize> = samples
-            .iter()
-            .map(|(_, sample)| sample.input_ids.len())
-            .collect();
-        let tokens = lengths.iter().sum();
-        let batches = if self.plan.packing_tokens > 0 {
-            fill_rows(&lengths, self.plan.packing_tokens)
-                .into_iter()
-                .map(|places| {
-                    let row: Vec<_> = places.iter().map(|place| &samples[*place]).collect();
-                    self.packed(&row)
-                })
-                .collect::<Result<Vec<_>, _>>()?
-        } else {
-            samples
-                .chunks(self.plan.batch_size)
-                .map(|samples| self.padded(&samples.iter().collect::<Vec<_>>()))
-                .collect::<Result<Vec<_>, _>>()?
-        };
-        let targets = batches.iter().map(MicroBatch::targets).sum();
-        let micro_batches = batches.len();
-        // Micro-batches are dealt out in turn, so that a partial window is shared as well.
-        let mut parts = vec![Vec::new(); self.plan.devices];
-        for (index, batch) in batches.into_iter().enumerate() {
-            parts[index % self.plan.devices].push(batch);
+        Ok(all)
+    }
+
+    /// First and number of the devices of this process.
+    fn own_devices(&self) -> (usize, usize) {
+        match self.share {
+            Some(share) => (share.first, share.count),
+            None => (0, self.plan.devices),
         }
+    }
+
+    fn epoch(&self, step: usize) -> f64 {
         let per_epoch = self.plan.steps_per_epoch(self.dataset.len()).max(1);
+        (step + 1) as f64 / per_epoch as f64
+    }
+
+    fn window_of_answers(&self, step: usize) -> Result<Window, DatasetError> {
+        let mut samples = self.each_row(step, |row| self.sample(row))?;
+        let rows = samples.iter().map(|sample| sample.row).collect();
+        let lengths: Vec<usize> = samples.iter().map(|sample| sample.length.tokens).collect();
+        let batches = self.places(&lengths);
+        let micro_batches = batches.len();
+        let devices = self.plan.devices;
+        let (first, count) = self.own_devices();
+        let mut parts = Vec::with_capacity(count);
+        for device in first..first + count {
+            let own = &batches[Share::part(micro_batches, device, devices)];
+            let own = own
+                .iter()
+                .map(|places| self.micro_batch(&mut samples, places));
+            parts.push(own.collect::<Result<Vec<_>, _>>()?);
+        }
         Ok(Window {
             step,
-            epoch: (step + 1) as f64 / per_epoch as f64,
+            epoch: self.epoch(step),
             parts,
+            sequences: Vec::new(),
+            counts: SequenceCounts::default(),
+            rows,
+            targets: samples.iter().map(|sample| sample.length.targets).sum(),
+            micro_batches,
+            first_micro_batch: Share::part(micro_batches, first, devices).start,
+            tokens: lengths.iter().sum(),
+        })
+    }
+
+    /// A window of pairs, or of numbers of rows alone. Every process reads all of it: an objective weighs a sequence
+    /// by all others.
+    fn window_of_groups(&self, step: usize) -> Result<Window, DatasetError> {
+        let samples = self.each_row(step, |row| {
+            let encoded = match self.plan.kind {
+                WindowKind::Pairs => self
+                    .dataset
+                    .encode_pair(row, &self.parts, self.plan.max_length)?
+                    .into(),
+                _ => Vec::new(),
+            };
+            Ok((row, encoded))
+        })?;
+        let rows = samples.iter().map(|(row, _)| *row).collect();
+        // Both answers of a pair are in one micro-batch.
+        let groups: Vec<Vec<(usize, EncodedSample)>> = samples
+            .into_iter()
+            .filter(|(_, encoded)| !encoded.is_empty())
+            .map(|(row, encoded)| encoded.into_iter().map(|one| (row, one)).collect())
+            .collect();
+        let made = self.batches(&groups)?;
+        let counts = SequenceCounts::of(&made.sequences);
+        let targets = made.batches.iter().map(MicroBatch::targets).sum();
+        let micro_batches = made.batches.len();
+        let devices = self.plan.devices;
+        let (first, count) = self.own_devices();
+        let mut parts = dealt_out(made.batches, devices);
+        let mut sequences = dealt_out(made.sequences, devices);
+        Ok(Window {
+            step,
+            epoch: self.epoch(step),
+            parts: parts.drain(first..first + count).collect(),
+            sequences: sequences.drain(first..first + count).collect(),
+            counts,
             rows,
             targets,
             micro_batches,
-            first_micro_batch: 0,
-            tokens,
+            first_micro_batch: Share::part(micro_batches, first, devices).start,
+            tokens: made.tokens,
         })
+    }
+
+    /// Which of samples of these lengths make each micro-batch.
+    fn places(&self, lengths: &[usize]) -> Vec<Vec<usize>> {
+        match self.plan.packing_tokens {
+            0 => {
+                let places: Vec<usize> = (0..lengths.len()).collect();
+                let batches = places.chunks(self.plan.batch_size);
+                batches.map(<[usize]>::to_vec).collect()
+            }
+            tokens => fill_rows(lengths, tokens),
+        }
+    }
+
+    /// Joins groups of samples to micro-batches, packed or padded; a group is not divided.
+    ///
+    /// # Errors
+    /// [`DatasetError`] names the row.
+    pub fn batches(&self, groups: &[Vec<(usize, EncodedSample)>]) -> Result<Batches, DatasetError> {
+        let length = |group: &Vec<(usize, EncodedSample)>| -> usize {
+            group.iter().map(|(_, sample)| sample.input_ids.len()).sum()
+        };
+        let lengths: Vec<usize> = groups.iter().map(length).collect();
+        let rows = self.places(&lengths);
+        let mut made = Batches {
+            tokens: lengths.iter().sum(),
+            batches: Vec::with_capacity(rows.len()),
+            sequences: Vec::with_capacity(rows.len()),
+            groups: Vec::with_capacity(rows.len()),
+        };
+        for places in rows {
+            let row: Vec<_> = places.iter().flat_map(|place| &groups[*place]).collect();
+            made.batches.push(match self.plan.packing_tokens {
+                0 => self.padded(&row)?,
+                _ => self.packed(&row)?,
+            });
+            let targets = row.iter().map(|(_, sample)| {
+                let labels = sample.labels.iter().skip(1);
+                labels.filter(|label| **label != IGNORE_INDEX).count()
+            });
+            made.sequences.push(Sequences {
+                targets: targets.collect(),
+                ..Sequences::default()
+            });
+            made.groups.push(places);
+        }
+        Ok(made)
+    }
+
+    /// A row as far as this process reads it at once: with a share only how long it is.
+    fn sample(&self, row: usize) -> Result<WindowSample, DatasetError> {
+        if self.share.is_none() {
+            let encoded = self
+                .dataset
+                .encode(row, &self.parts, self.plan.max_length)?;
+            return Ok(WindowSample {
+                row,
+                length: SampleLength::of(&encoded.input_ids, &encoded.labels),
+                encoded: Some(encoded),
+            });
+        }
+        let length = self.dataset.measure(row, &self.parts)?;
+        if length.tokens > self.plan.max_length {
+            if self.plan.overlong == Overlong::Error {
+                // Its own error says more.
+                self.dataset
+                    .encode(row, &self.parts, self.plan.max_length)?;
+            }
+            return Err(DatasetError::TooLong {
+                file: self.dataset.file(row),
+                row: self.dataset.row(row),
+                tokens: length.tokens,
+                image: 0,
+                max_length: self.plan.max_length,
+            });
+        }
+        Ok(WindowSample {
+            row,
+            length,
+            encoded: None,
+        })
+    }
+
+    /// Some samples of a window as a micro-batch; those that were only measured are read.
+    fn micro_batch(
+        &self,
+        samples: &mut [WindowSample],
+        places: &[usize],
+    ) -> Result<MicroBatch, DatasetError> {
+        let mut own = Vec::with_capacity(places.len());
+        for place in places {
+            let WindowSample {
+                row,
+                length,
+                encoded,
+            } = &mut samples[*place];
+            let encoded = match encoded.take() {
+                Some(encoded) => encoded,
+                None => self
+                    .dataset
+                    .encode(*row, &self.parts, self.plan.max_length)?,
+            };
+            let found = SampleLength::of(&encoded.input_ids, &encoded.labels);
+            if found != *length {
+                let text = |length: &SampleLength| {
+                    format!("{} tokens with {} targets", length.tokens, length.targets)
+                };
+                return Err(DatasetError::Measured {
+                    file: self.dataset.file(*row),
+                    row: self.dataset.row(*row),
+                    found: text(&found),
+                    measured: text(length),
+                });
+            }
+            own.push((*row, encoded));
+        }
+        let own: Vec<_> = own.iter().collect();
+        match self.plan.packing_tokens {
+            0 => self.padded(&own),
+            _ => self.packed(&own),
+        }
     }
 
     /// Ids and image grids of some samples, and all their images.
@@ -316,7 +571,7 @@ impl WindowLoader {
             .iter()
             .map(|(_, sample)| {
                 let mut labels = sample.labels.clone();
-                labels.resize(seq, crate::batch::micro_batch::IGNORE_INDEX);
+                labels.resize(seq, IGNORE_INDEX);
                 labels
             })
             .collect();
@@ -340,12 +595,18 @@ impl WindowLoader {
             .collect();
         WindowStream {
             channels,
-            next: self.start,
-            start: self.start,
-            end: self.end,
+            steps: self.steps(),
+            next: 0,
             stop,
             loader: self.clone(),
         }
+    }
+
+    /// The steps whose windows are made.
+    fn steps(&self) -> Vec<usize> {
+        let steps = self.start..self.end;
+        let takes = |step: &usize| self.dealt.is_none_or(|dealt| dealt.takes(*step));
+        steps.filter(takes).collect()
     }
 
     fn work(
@@ -354,7 +615,7 @@ impl WindowLoader {
         sender: &SyncSender<Result<Window, DatasetError>>,
         stop: &AtomicBool,
     ) {
-        for step in (self.start + worker..self.end).step_by(self.workers) {
+        for step in self.steps().into_iter().skip(worker).step_by(self.workers) {
             if stop.load(Ordering::Relaxed) {
                 return;
             }
@@ -369,9 +630,9 @@ impl WindowLoader {
 /// The windows of a run in order; an error ends it (see [`WindowLoader::take_error`]).
 pub struct WindowStream {
     channels: Vec<Receiver<Result<Window, DatasetError>>>,
-    start: usize,
+    steps: Vec<usize>,
+    /// Place of the next one in `steps`.
     next: usize,
-    end: usize,
     stop: Arc<AtomicBool>,
     loader: WindowLoader,
 }
@@ -388,10 +649,11 @@ impl WindowStream {
             Err(RecvTimeoutError::Disconnected) => None,
             Err(RecvTimeoutError::Timeout) => {
                 let WindowLoader { plan, dataset, .. } = &self.loader;
-                let rows = plan.rows(self.next, dataset.len());
+                let step = self.steps[self.next];
+                let rows = plan.rows(step, dataset.len());
                 Some(Err(DatasetError::Slow {
                     file: dataset.name().to_string(),
-                    step: self.next + 1,
+                    step: step + 1,
                     rows: rows.into_iter().map(|row| dataset.row(row)).collect(),
                     seconds: patience.as_secs_f64(),
                 }))
@@ -404,11 +666,11 @@ impl Iterator for WindowStream {
     type Item = Window;
 
     fn next(&mut self) -> Option<Window> {
-        if self.next >= self.end {
+        if self.next >= self.steps.len() {
             return None;
         }
         // Worker `k` makes every k-th window: receiving in turn keeps the order.
-        let worker = (self.next - self.start) % self.channels.len();
+        let worker = self.next % self.channels.len();
         match self.receive(worker)? {
             Ok(window) => {
                 self.next += 1;
@@ -428,7 +690,7 @@ impl Iterator for WindowStream {
 
 impl DataLoaderIterator<Window> for WindowStream {
     fn progress(&self) -> Progress {
-        Progress::new(self.next, self.end)
+        Progress::new(self.next, self.steps.len())
     }
 }
 
@@ -457,60 +719,5 @@ impl<B: Backend> DataLoader<B, Window> for WindowLoader {
 impl Drop for WindowStream {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::runtime::pipeline::PipelineOptions;
-
-    fn loader(packing_tokens: usize, devices: usize) -> WindowLoader {
-        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
-        let parts = TextAndImages::load(&PipelineOptions {
-            model: root.join("model/tiny"),
-            adapter: None,
-            dtype: burn::tensor::DType::F32,
-            quantize: None,
-            min_pixels: None,
-            max_pixels: None,
-            gguf: Default::default(),
-            memory: None,
-        })
-        .unwrap();
-        let plan = WindowPlan {
-            epochs: 2.0,
-            batch_size: 2,
-            accumulation: 3,
-            devices,
-            packing_tokens,
-            max_length: 512,
-            overlong: Overlong::Error,
-            seed: 4,
-            in_order: false,
-        };
-        let data = Dataset::open("phantom:11:0..20:house").unwrap();
-        WindowLoader::new(data, Arc::new(parts), plan, 0, 1)
-    }
-
-    #[test]
-    fn a_packed_window_holds_the_samples_and_targets_of_the_padded_one() {
-        for devices in [1, 2] {
-            let (padded, packed) = (loader(0, devices), loader(512, devices));
-            assert_eq!(padded.end(), packed.end());
-            for step in 0..padded.end() {
-                let (a, b) = (padded.window(step).unwrap(), packed.window(step).unwrap());
-                assert_eq!(
-                    (&a.rows, a.targets, a.tokens),
-                    (&b.rows, b.targets, b.tokens)
-                );
-                assert_eq!((a.step, a.epoch), (b.step, b.epoch));
-                assert!(b.micro_batches < a.rows.len(), "nothing was joined");
-                for batch in b.parts.iter().flatten() {
-                    assert_eq!(batch.text.batch(), 1);
-                    assert!(batch.text.seq() <= 512);
-                }
-            }
-        }
     }
 }

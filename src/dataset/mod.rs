@@ -7,9 +7,11 @@
 pub mod check;
 mod columns;
 pub mod convert;
+mod data_part;
 mod encode;
 mod error;
 mod facts;
+mod folder;
 mod held_out;
 pub mod image_remarks;
 mod image_store;

@@ -21,6 +21,8 @@ pub struct DataOptions {
     pub columns_may_be_absent: bool,
     /// Whether images are fetched from addresses on the web.
     pub allow_image_urls: bool,
+    /// Whether rows are pairs of a chosen and a rejected answer.
+    pub pairs: bool,
     /// Draws rows where a data set counts with a part of them.
     pub seed: u64,
     /// Where images are kept that are in rows or on the web.

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use super::folder;
 pub use super::table::Rows;
 use super::table::{csv_rows, delimiter, parquet_rows};
 use crate::base::files::{sha256_bytes, sha256_file};
@@ -91,6 +92,13 @@ impl DataFile {
 
     fn read_limited(path: &Path, limit: u64) -> Result<Self, DataFileError> {
         let failed = |error| text_error(path, error);
+        if path.is_dir() {
+            return Err(DataFileError::Rows(RowsError {
+                path: path.to_owned(),
+                line: 0,
+                reason: folder::describe(path),
+            }));
+        }
         if starts_as_parquet(path) {
             let mut file = Self {
                 path: path.to_owned(),
@@ -106,7 +114,22 @@ impl DataFile {
             })?;
             return Ok(file);
         }
-        let raw = read_limited(path, limit).map_err(failed)?;
+        let raw = read_limited(path, limit).map_err(|error| {
+            let error = text_error(path, error);
+            match (error, path.exists()) {
+                (DataFileError::Read { path, cause }, false) => DataFileError::Read {
+                    cause: match folder::absent(&path) {
+                        Some(hint) => std::io::Error::new(
+                            cause.kind(),
+                            format!("there is no such file; {hint}"),
+                        ),
+                        None => cause,
+                    },
+                    path,
+                },
+                (error, _) => error,
+            }
+        })?;
         let sha256 = sha256_bytes(&raw);
         let packed = is_gzip(&raw);
         // Rows pack to a tenth; what unpacks to a thousand times its size is no data file.
@@ -173,7 +196,7 @@ impl DataFile {
 }
 
 /// Whether a file begins as Parquet does; one that cannot be read is named when it is read.
-fn starts_as_parquet(path: &Path) -> bool {
+pub(super) fn starts_as_parquet(path: &Path) -> bool {
     use std::io::Read;
     // A pipe would lose what is read here.
     if !path.is_file() {

@@ -25,7 +25,7 @@ impl UnusedKeys {
                 count => format!(", nor in {} other rows", count - 1),
             };
             let hint = if is_kept(&key) {
-                "it belongs to preference training, and only the answer in `messages` is learnt"
+                "it belongs to preference training (`objective = \"dpo\"`), and only the answer in `messages` is learnt"
             } else {
                 "hint: begin its name with `_` if it is meant for you alone"
             };

@@ -41,6 +41,18 @@ pub trait AllReduce<B: Backend>: Send + Sync {
     }
 }
 
+/// Processes whose devices add up together with those of this one.
+pub struct Others<'a> {
+    /// Devices of the processes before this one.
+    pub first: usize,
+    /// Devices of all of them.
+    pub all: usize,
+    /// Gives every process the bytes that the first one brings; all call it together.
+    pub hand_out: &'a (dyn Fn(Option<Vec<u8>>) -> Result<Vec<u8>, String> + Sync),
+    /// Whether one of them has ended.
+    pub is_over: &'a (dyn Fn() -> bool + Sync),
+}
+
 /// Values that are on their way to the host.
 pub type Reading = Box<dyn FnOnce() -> Vec<f32> + Send>;
 
@@ -91,13 +103,14 @@ pub trait DeviceOps: Backend + Sized {
         work()
     }
 
-    /// How these devices sum tensors among themselves; `None` where tensors have to be copied to one.
-    /// `patience` bounds the wait of a device for the others.
+    /// How these devices sum tensors among themselves, and with those of `others`; `None` where tensors have to
+    /// be copied to one. `patience` bounds the wait of a device for the others.
     ///
     /// # Errors
     /// What is missing on a machine whose devices could.
     fn all_reduce(
         _devices: &[Self::Device],
+        _others: Option<&Others<'_>>,
         _patience: Duration,
     ) -> Result<Option<Arc<dyn AllReduce<Self>>>, String> {
         Ok(None)

@@ -3,52 +3,11 @@
 use burn::{prelude::*, tensor::DType};
 
 use super::{
-    AttentionSpans, Dropout, HasKernels,
+    Activation, AttentionSpans, Dropout, HasKernels, HeadNorm, LowRank,
     cast::to_f32,
     plain,
     quantised::{self, QuantisedWeight},
 };
-
-/// Activation function after a linear layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Activation {
-    /// GELU in the tanh form.
-    GeluTanh,
-    /// GELU with the error function.
-    GeluExact,
-}
-
-impl Activation {
-    /// Applies it to each element, computed in f32; `[n, width]`.
-    pub fn of<B: ForwardOps>(self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        match self {
-            Self::GeluTanh => B::gelu_tanh(x),
-            Self::GeluExact => B::gelu_exact(x),
-        }
-    }
-}
-
-/// One low-rank adapter as an operand: `y += scaling · drop(x) Aᵀ Bᵀ`.
-#[derive(Debug, Clone)]
-pub struct LowRank<B: Backend> {
-    /// `[r, in]`, f32.
-    pub a: Tensor<B, 2>,
-    /// `[out, r]`, f32.
-    pub b: Tensor<B, 2>,
-    /// Factor on the low-rank matmul, `alpha / r`.
-    pub scaling: f64,
-    /// Set in training only.
-    pub dropout: Option<Dropout>,
-}
-
-/// A root-mean-square norm over each head.
-#[derive(Debug, Clone)]
-pub struct HeadNorm<B: Backend> {
-    /// `[head_dim]`.
-    pub weight: Tensor<B, 1>,
-    /// Added to the mean square.
-    pub epsilon: f64,
-}
 
 /// Operations of a forward pass. All backends have these: what differs is [`HasKernels`].
 ///
@@ -81,7 +40,7 @@ pub trait ForwardOps: HasKernels {
         activation: Activation,
     ) -> Tensor<Self, 2> {
         (Self::KERNELS.linear_activated)(&x, &weight, bias.as_ref(), activation)
-            .unwrap_or_else(|| activation.of(Self::linear_add(x, weight, bias, None)))
+            .unwrap_or_else(|| Self::activate(Self::linear_add(x, weight, bias, None), activation))
     }
 
     /// Rows `start .. start + count` of a quantised matrix as floats, `[count, in]`.
@@ -117,7 +76,7 @@ pub trait ForwardOps: HasKernels {
         indices: Tensor<Self, 1, Int>,
     ) -> Tensor<Self, 2> {
         (Self::KERNELS.select_quantised)(weight, &indices)
-            .unwrap_or_else(|| quantised::weight::select(weight, indices))
+            .unwrap_or_else(|| quantised::matmul::select(weight, indices))
     }
 
     /// [`ForwardOps::linear_add`] with a quantised matrix.
@@ -128,7 +87,7 @@ pub trait ForwardOps: HasKernels {
         residual: Option<Tensor<Self, 2>>,
     ) -> Tensor<Self, 2> {
         (Self::KERNELS.linear_quantised)(&x, weight, bias.as_ref(), residual.as_ref())
-            .unwrap_or_else(|| quantised::weight::linear(x, weight, bias, residual))
+            .unwrap_or_else(|| quantised::matmul::linear(x, weight, bias, residual))
     }
 
     /// [`ForwardOps::linear_quantised`] plus an adapter's share: the matrix itself is not changed.
@@ -139,13 +98,13 @@ pub trait ForwardOps: HasKernels {
         residual: Option<Tensor<Self, 2>>,
     ) -> Tensor<Self, 2> {
         (Self::KERNELS.adapted_linear_quantised)(&x, weight, adapter, residual.as_ref())
-            .unwrap_or_else(|| quantised::weight::adapted(x, weight, adapter, residual))
+            .unwrap_or_else(|| quantised::matmul::adapted(x, weight, adapter, residual))
     }
 
     /// [`ForwardOps::logits`] with a quantised head.
     fn logits_quantised(hidden: Tensor<Self, 2>, head: &QuantisedWeight<Self>) -> Tensor<Self, 2> {
         (Self::KERNELS.logits_quantised)(&hidden, head)
-            .unwrap_or_else(|| quantised::weight::logits(hidden, head))
+            .unwrap_or_else(|| quantised::matmul::logits(hidden, head))
     }
 
     /// `drop(x) Aᵀ` of adapters that share their input `x` `[n, in]`: `[n, r]` each; the backward pass
@@ -256,6 +215,14 @@ pub trait ForwardOps: HasKernels {
     /// GELU with the error function, computed in f32; `[n, width]`.
     fn gelu_exact(x: Tensor<Self, 2>) -> Tensor<Self, 2> {
         (Self::KERNELS.gelu_exact)(&x).unwrap_or_else(|| plain::gelu_exact(x))
+    }
+
+    /// An activation, computed in f32; `[n, width]`.
+    fn activate(x: Tensor<Self, 2>, activation: Activation) -> Tensor<Self, 2> {
+        match activation {
+            Activation::GeluTanh => Self::gelu_tanh(x),
+            Activation::GeluExact => Self::gelu_exact(x),
+        }
     }
 
     /// Writes new keys and values `[b, h, new, d]` into the buffers `[b, h, capacity, d]` of a cache from

@@ -11,6 +11,7 @@ mod forward;
 mod kept;
 mod kernels;
 pub mod memory;
+mod operands;
 pub mod plain;
 pub mod quantised;
 pub mod queue;
@@ -24,16 +25,17 @@ use burn::{
     tensor::backend::AutodiffBackend,
 };
 
-pub use device::{AllReduce, DeviceMemory, DeviceOps, Reading};
+pub use device::{AllReduce, DeviceMemory, DeviceOps, Others, Reading};
 pub use dropout::Dropout;
-pub use forward::{Activation, ForwardOps, HeadNorm, LowRank};
+pub use forward::ForwardOps;
 pub use kept::Kept;
 pub use kernels::{HasKernels, Kernels, KeysAndValues};
-pub use spans::AttentionSpans;
-pub use training::{
-    AdamWStep, AdamWTensor, BackwardMatmul, LowRankBackward, LowRankGradients, Matrix, TargetLoss,
-    TrainingOps,
+pub use operands::{
+    Activation, AdamWStep, AdamWTensor, BackwardMatmul, HeadNorm, LowRank, LowRankBackward,
+    LowRankGradients, Matrix, TargetLoss,
 };
+pub use spans::AttentionSpans;
+pub use training::TrainingOps;
 
 /// A backend with all operations of the model.
 pub trait Ops: ForwardOps + TrainingOps + DeviceOps {}

@@ -22,8 +22,8 @@ use crate::ops::{
 };
 
 pub(crate) use super::quantised::{
+    matmul::adapted_from_low as adapted_linear_for_backward,
     training::{input_gradient as input_gradient_quantised, target_loss as target_loss_quantised},
-    weight::adapted_from_low as adapted_linear_for_backward,
 };
 
 /// Query rows worked on at once: bounds the score matrix of a large image to some 100 MB.
@@ -382,6 +382,25 @@ pub(crate) fn logits<B: ForwardOps>(hidden: Tensor<B, 2>, weight: Tensor<B, 2>) 
         })
         .collect();
     Tensor::cat(parts, 1)
+}
+
+/// Of each target its log-probability, the entropy of its distribution, both in nats, and whether it is the
+/// likeliest token (1 or 0).
+///
+/// # Shapes
+/// - `logits`: `[targets, vocab]`, `ids`: `[targets]`
+/// - returns: `[3, targets]`
+pub fn target_scores<B: Backend>(logits: Tensor<B, 2>, ids: Tensor<B, 1, Int>) -> Tensor<B, 2> {
+    let best = logits.clone().argmax(1).squeeze_dim::<1>(1);
+    let all = log_softmax(logits, 1);
+    let picked = all.clone().gather(1, ids.clone().unsqueeze_dim(1));
+    let entropy = (all.clone().exp() * all).sum_dim(1).neg();
+    let rows = [
+        picked.squeeze_dim::<1>(1),
+        entropy.squeeze_dim::<1>(1),
+        best.equal(ids).float(),
+    ];
+    Tensor::stack(rows.to_vec(), 0)
 }
 
 /// Negative log likelihoods and right predictions of the targets, summed.

@@ -1,8 +1,9 @@
 //! Upload of tensors from host memory to one device or several, filled in the buffer that is copied.
 
-use burn::tensor::{Bytes, DType, Shape, TensorData, ops::FloatTensor};
-
-use crate::ops::DeviceOps;
+use burn::{
+    prelude::Backend,
+    tensor::{Bytes, DType, Shape, TensorData, ops::FloatTensor},
+};
 
 /// Bytes on their way to a device before the host waits for it: a device takes copies faster than it
 /// empties them, and each holds host memory.
@@ -34,7 +35,7 @@ impl Upload {
 pub type Fill<'a, E> = &'a mut dyn FnMut(usize, usize, &mut [u8]) -> Result<(), E>;
 
 /// Sends through Burn's own `from_data`, each tensor in one piece.
-pub(super) fn through_tensor_data<B: DeviceOps, E>(
+pub(super) fn through_tensor_data<B: Backend, E>(
     devices: &[B::Device],
     tensors: &[Upload],
     fill: Fill<'_, E>,

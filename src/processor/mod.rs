@@ -19,6 +19,8 @@ mod objects;
 mod pack_bits;
 pub mod patches;
 mod percentiles;
+mod pixel_limits;
+pub mod rejected;
 pub mod remark;
 pub mod resize;
 mod row_fault;

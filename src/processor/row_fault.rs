@@ -100,7 +100,7 @@ pub enum RowFault {
 }
 
 impl RowFault {
-    pub(super) fn key(
+    pub(crate) fn key(
         key: impl Into<String>,
         found: impl Into<String>,
         expected: impl Into<String>,

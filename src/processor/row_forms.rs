@@ -14,8 +14,14 @@ use super::row_fault::{RowFault, kind_of};
 use super::row_parts::{LIMITS, PartImages};
 use super::{literal, row_keys};
 
-/// Keys of a conversation.
-pub(super) const CONVERSATIONS: [&str; 3] = ["messages", "conversations", "conversation"];
+/// Keys of a conversation; `conversatons` is how LLaVA-Med's files spell it, and `texts` are The Cauldron's pairs.
+pub(super) const CONVERSATIONS: [&str; 5] = [
+    "messages",
+    "conversations",
+    "conversation",
+    "conversatons",
+    "texts",
+];
 
 /// Keys of a question and of an answer, in rows without a conversation; the first of each is ms-swift's own.
 pub(super) const QUERY: [&str; 6] = [
@@ -223,6 +229,8 @@ fn conversation(key: &str, entries: Value) -> Result<Value, RowFault> {
             let content = fields.shift_remove(name).unwrap_or_default();
             pair.push(json!({"role": role, "content": content}));
         }
+        // Of The Cauldron's pairs, the collection that each comes from.
+        fields.shift_remove("source");
         if let Some((name, value)) = fields
             .into_iter()
             .find(|(_, value)| !row_keys::is_empty(value))
@@ -296,6 +304,10 @@ fn question_and_answer(row: &mut Map<String, Value>) -> Result<(), RowFault> {
         )),
         other => Err(RowFault::key(key, kind_of(&other), "a text")),
     };
+    if let Some(messages) = turns(row, query.as_deref(), &response)? {
+        row.insert("messages".to_owned(), messages);
+        return Ok(());
+    }
     let answer = text(&response, row.shift_remove(&response).unwrap_or_default())?;
     let mut messages = history(row.shift_remove("history"))?;
     if let Some(query) = query {
@@ -314,6 +326,32 @@ fn question_and_answer(row: &mut Map<String, Value>) -> Result<(), RowFault> {
     }
     row.insert("messages".to_owned(), messages.into());
     Ok(())
+}
+
+/// `prompt` and `completion` as lists of messages, which TRL's trainers take: one conversation.
+fn turns(
+    row: &mut Map<String, Value>,
+    query: Option<&str>,
+    response: &str,
+) -> Result<Option<Value>, RowFault> {
+    let of_messages = |key: &str| {
+        let entries = row.get(key).and_then(Value::as_array);
+        entries.is_some_and(|entries| {
+            let mut entries = entries.iter();
+            entries.len() > 0 && entries.all(|entry| entry.get("role").is_some())
+        })
+    };
+    let Some(query) = query.filter(|query| of_messages(query) && of_messages(response)) else {
+        return Ok(None);
+    };
+    let mut messages = Vec::new();
+    for key in [query, response] {
+        let entries = row.shift_remove(key).unwrap_or_default();
+        if let Value::Array(mut entries) = conversation(key, entries)? {
+            messages.append(&mut entries);
+        }
+    }
+    Ok(Some(messages.into()))
 }
 
 /// The turns before the last: a list of pairs.

@@ -154,6 +154,15 @@ fn from_fields(
     }
 }
 
+/// The bytes of an image that is in the row itself, with its name; `None` for a path or an address.
+pub fn embedded(entry: &Value) -> Option<(String, Vec<u8>)> {
+    let found = image("image", entry, &mut Vec::new()).ok()?;
+    match found.source? {
+        ImageSource::Bytes(bytes) => Some((found.name, bytes)),
+        ImageSource::Address(_) | ImageSource::Kept(_) => None,
+    }
+}
+
 /// The bytes of a data URI or of bare base64.
 fn decoded(text: &str) -> Option<Vec<u8>> {
     match text.strip_prefix("data:") {

@@ -93,8 +93,8 @@ const HARMLESS: &[&str] = &[
 ];
 
 /// A second text or picture set of a row, for another kind of training than that of answers.
-const PREFERENCES: &str = "preference training (DPO, KTO, reward models) is not supported; keep the answer to be learnt in `messages` and take the key out";
-const RL: &str = "reinforcement learning is not supported; put the answer to be learnt into `messages` and take the key out";
+const PREFERENCES: &str = "preferences are read in ms-swift's form: the answer to be given in `messages`, the other one in `rejected_response`, and `objective = \"dpo\"`; single verdicts (KTO, reward models) are not supported";
+const RL: &str = "with `objective = \"grpo\"` rewards compare with the last answer in `messages`; put the true report there and take the key out";
 const NO_VIDEO: &str =
     "videos are not read; give single frames as `images`, or take the row out of the file";
 const NO_AUDIO: &str = "sound is not read; take the row out of the file";

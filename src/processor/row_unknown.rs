@@ -57,6 +57,11 @@ struct KnownLine {
 
 /// The line that would be right for this row, its texts shortened; `None` where no text looks like a report.
 fn line(row: &Map<String, Value>) -> Option<KnownLine> {
+    // A picture that is in the row has no text that could be shown.
+    let embedded = row.iter().find(|(_, value)| {
+        let fields = value.as_object();
+        fields.is_some_and(|fields| fields.contains_key("bytes") && fields.contains_key("path"))
+    });
     let like = |key: &str, names: &[&str]| {
         let key = key.to_lowercase();
         names.iter().any(|name| key.contains(name))
@@ -72,14 +77,22 @@ fn line(row: &Map<String, Value>) -> Option<KnownLine> {
         let text = text.to_lowercase();
         ENDINGS.iter().any(|ending| text.ends_with(ending))
     };
-    let image = texts
-        .clone()
-        .find(|(key, text)| is_path(text) || like(key, &IMAGE_KEYS));
-    let others = texts.filter(|(key, _)| image.is_none_or(|(image, _)| *key != image));
+    let image = embedded.map(|(key, _)| (key, "…")).or_else(|| {
+        texts
+            .clone()
+            .find(|(key, text)| is_path(text) || like(key, &IMAGE_KEYS))
+    });
+    let others = texts.filter(|(key, _)| {
+        image.is_none_or(|(image, _)| *key != image)
+            && !(like(key, &IMAGE_KEYS) && embedded.is_some())
+    });
     let report = others
         .clone()
         .find(|(key, _)| like(key, &REPORT_KEYS))
-        .or_else(|| others.clone().max_by_key(|(_, text)| text.chars().count()))?;
+        .or_else(|| {
+            let texts = others.clone().filter(|(key, _)| !is_number(key));
+            texts.max_by_key(|(_, text)| text.chars().count())
+        })?;
     if report.1.trim().is_empty() || (image.is_none() && !like(report.0, &REPORT_KEYS)) {
         return None;
     }
@@ -94,10 +107,16 @@ fn line(row: &Map<String, Value>) -> Option<KnownLine> {
     Some(KnownLine {
         line: messages.to_string(),
         image: image
-            .filter(|(_, text)| is_path(text))
+            .filter(|(key, text)| (is_path(text) || embedded.is_some()) && !is_path(key))
             .map(|(key, _)| key.clone()),
         report: report.0.clone(),
     })
+}
+
+/// Whether a key is named as the number of a row is.
+fn is_number(key: &str) -> bool {
+    let key = key.to_lowercase();
+    ["id", "uid", "index", "split"].contains(&key.as_str()) || key.ends_with("_id")
 }
 
 /// The beginning of a text.
@@ -117,8 +136,11 @@ fn form(row: &Map<String, Value>) -> (String, String) {
     if has("chosen") && has("rejected") {
         return found(
             "`chosen` and `rejected` (preferences)",
-            "preference training is not supported; put the chosen answer into `messages`",
+            "put the chosen answer into `messages` and the rejected one into `rejected_response`; `train` with `objective = \"dpo\"` learns from both",
         );
+    }
+    if let Some(described) = described_files(row) {
+        return described;
     }
     if has("annotations") {
         return found(
@@ -126,16 +148,44 @@ fn form(row: &Map<String, Value>) -> (String, String) {
             "`convert` reads it, with `--images DIR` and `--output OUT`",
         );
     }
-    if has("image_id") && has("caption") {
+    if has("image_id") && has("caption") && !row.values().any(Value::is_object) {
         return found(
             "`image_id` and `caption` (a row of OpenI-zh)",
             "`convert` reads such rows, with `--image-key image_id` and `--report-key caption`",
         );
     }
-    if has("file_name") || row.values().any(|value| value.get("file_name").is_some()) {
+    if has("file_name") {
         return found(
-            "a description of data sets (dataset_info.json of LLaMA-Factory)",
-            "name the data file itself",
+            "`file_name` (the metadata of an image folder)",
+            "`convert` reads it, and draws a question for each picture",
+        );
+    }
+    if has("custom_id") && has("body") {
+        return found(
+            "a request of OpenAI's batch API, which has no answer",
+            "put `messages` of its `body` and the answer that is to be learnt into one row",
+        );
+    }
+    if let Some(nested) = nested_rows(row) {
+        return nested;
+    }
+    let is_path = |key: &&String| {
+        let key = key.to_lowercase();
+        ENDINGS.iter().any(|ending| key.ends_with(ending))
+    };
+    if let Some(key) = row.keys().find(is_path) {
+        return found(
+            &format!("a column named `{key}`: a table without a line of names"),
+            "put the columns' names into its first line, such as `image,report`; `convert` reads that",
+        );
+    }
+    let is_report = |key: &&String| {
+        ["report", "findings", "impression", "caption"].contains(&key.to_lowercase().as_str())
+    };
+    if let Some(key) = row.keys().find(is_report) {
+        return found(
+            &format!("`{key}` and no question"),
+            "`convert` reads rows of an image and a report, findings and impression together, and draws the questions",
         );
     }
     if has("query") || has("prompt") || has("question") || has("instruction") {
@@ -161,4 +211,95 @@ fn form(row: &Map<String, Value>) -> (String, String) {
         "put question and answer into `messages` and the paths of the pictures into `images`, or let `convert` do it, with `--image-key` and `--report-key`"
             .to_owned(),
     )
+}
+
+/// A file that describes data files in place of holding rows: `dataset_info.json` of LLaMA-Factory, or the meta file
+/// of InternVL.
+fn described_files(row: &Map<String, Value>) -> Option<(String, String)> {
+    let of_key = |key: &str| -> Vec<(&String, &Map<String, Value>, &str)> {
+        row.iter()
+            .filter_map(|(name, value)| {
+                let fields = value.as_object()?;
+                Some((name, fields, fields.get(key)?.as_str()?))
+            })
+            .collect()
+    };
+    let (factory, intern) = (of_key("file_name"), of_key("annotation"));
+    let (words, files) = if factory.is_empty() {
+        (
+            "a description of data sets (the meta file of InternVL)",
+            intern,
+        )
+    } else {
+        (
+            "a description of data sets (dataset_info.json of LLaMA-Factory)",
+            factory,
+        )
+    };
+    let (_, fields, _) = files.first()?;
+    let named: Vec<String> = files
+        .iter()
+        .take(3)
+        .map(|(name, _, file)| format!("{name}={file}"))
+        .collect();
+    // Names under which a file of the same form is read anyway.
+    let standard = [
+        "messages",
+        "conversations",
+        "images",
+        "image",
+        "instruction",
+        "input",
+        "output",
+        "system",
+        "tools",
+        "history",
+    ];
+    let columns: Vec<String> = fields
+        .get("columns")
+        .and_then(Value::as_object)
+        .into_iter()
+        .flatten()
+        .filter_map(|(ours, theirs)| Some((ours, theirs.as_str()?)))
+        .filter(|(_, theirs)| !standard.contains(theirs))
+        .map(|(ours, theirs)| {
+            let ours = if ours == "prompt" { "query" } else { ours };
+            format!("{ours}={theirs}")
+        })
+        .collect();
+    let columns = match columns.is_empty() {
+        true => String::new(),
+        false => format!(" --columns {}", columns.join(",")),
+    };
+    Some((
+        words.to_owned(),
+        format!(
+            "name the data files themselves: `--train-data {}{columns}`",
+            named.join(",")
+        ),
+    ))
+}
+
+/// Rows in the places of keys, or columns in the places of rows.
+fn nested_rows(row: &Map<String, Value>) -> Option<(String, String)> {
+    if row.is_empty() || !row.values().all(Value::is_object) {
+        return None;
+    }
+    let is_number = |key: &String| key.parse::<u64>().is_ok();
+    let of_columns = |value: &Value| {
+        let mut fields = value.as_object().into_iter().flat_map(Map::keys);
+        fields.clone().next().is_some() && fields.all(is_number)
+    };
+    if row.values().all(of_columns) {
+        return Some((
+            "columns in place of rows (pandas' `to_json`)".to_owned(),
+            "write a row a line: `df.to_json(FILE, orient=\"records\", lines=True, force_ascii=False)`"
+                .to_owned(),
+        ));
+    }
+    Some((
+        "an object of rows by their names".to_owned(),
+        "write a row a line: `jq -c '.[]' FILE > rows.jsonl`; `to_entries[] | .value + {id: .key}` in place of `.[]` keeps the names"
+            .to_owned(),
+    ))
 }

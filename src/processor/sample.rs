@@ -15,15 +15,19 @@ use serde_json::{Map, Value, json};
 pub use super::conversation::{Conversation, Turn};
 use super::message::{Content, Part, Role};
 use super::objects::Objects;
+pub use super::pixel_limits::PixelLimits;
+use super::pixel_limits::pixel_limits;
 pub use super::row_fault::{RowFault, SampleError};
 use super::row_fault::{kind_of, shown};
 pub use super::row_forms::is_training_form;
-pub use super::row_images::{ImageSource, ending_of, path_of};
+pub use super::row_images::{ImageSource, embedded, ending_of, path_of};
 use super::row_keys::{self, KeyUse};
 pub use super::tags::IMAGE_TAG;
 use super::tags::{self, Tag};
-use super::{row_forms, row_images, row_question, row_tools, row_unknown, strict_json};
-use crate::{base::files::nearest::nearest, study::keys_of};
+use super::{
+    literal, rejected, row_forms, row_images, row_question, row_tools, row_unknown, strict_json,
+};
+use crate::study::keys_of;
 
 /// Keys that often hold the path of an image, and are none of those that are read.
 const LIKE_IMAGES: [&str; 9] = [
@@ -37,15 +41,6 @@ const LIKE_IMAGES: [&str; 9] = [
     "img_url",
     "filename",
 ];
-
-/// Pixel limits of a row's images, in place of those of the run.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct PixelLimits {
-    /// Smallest width times height after scaling.
-    pub min_pixels: Option<usize>,
-    /// Largest width times height after scaling.
-    pub max_pixels: Option<usize>,
-}
 
 /// One checked line of a training file.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,6 +60,8 @@ pub struct Sample {
     pub keys: BTreeMap<String, String>,
     /// Keys that nothing reads, such as `hospital` or `messages[0].mood`; they are passed over.
     pub unknown_keys: Vec<String>,
+    /// Keys of the answer that is not to be given.
+    pub(super) rejected: Option<Box<Map<String, Value>>>,
     /// The row, where its text has boxes that depend on the sizes of the images.
     boxed: Option<Box<Map<String, Value>>>,
 }
@@ -144,7 +141,16 @@ pub fn parse_row(
 /// # Errors
 /// [`RowFault::Json`], or [`RowFault::Form`] for another value.
 pub fn fields_of(line: &str) -> Result<Map<String, Value>, RowFault> {
-    object_of(strict_json::parse(line).map_err(RowFault::Json)?)
+    object_of(strict_json::parse(line).map_err(|reason| {
+        // What Python prints of a dictionary is no JSON.
+        let hint = match literal::parse(line) {
+            Some(Value::Object(_)) if line.contains('\'') => {
+                "; hint: the line is written as Python prints it; write it with `json.dumps(row, ensure_ascii=False)`"
+            }
+            _ => "",
+        };
+        RowFault::Json(format!("{reason}{hint}"))
+    })?)
 }
 
 /// The object that a value is.
@@ -423,6 +429,7 @@ fn read(row: &Map<String, Value>, sizes: Option<&[(usize, usize)]>) -> Result<Sa
         marks,
         limits,
         unknown_keys,
+        rejected: rejected::of_row(row),
         boxed: None,
     })
 }
@@ -473,46 +480,6 @@ fn learns(fields: &Map<String, Value>, place: &str) -> Result<Option<bool>, RowF
         (None, None) => None,
         (loss, scale) => Some(loss.unwrap_or(true) && scale.unwrap_or(true)),
     })
-}
-
-/// `min_pixels` and `max_pixels` of `chat_template_kwargs`.
-fn pixel_limits(kwargs: Option<&Value>) -> Result<PixelLimits, RowFault> {
-    const KEYS: [&str; 2] = ["min_pixels", "max_pixels"];
-    let mut limits = PixelLimits::default();
-    let fields = match kwargs {
-        None => return Ok(limits),
-        Some(value) if row_keys::is_empty(value) => return Ok(limits),
-        Some(Value::Object(fields)) => fields,
-        Some(other) => {
-            let key = "chat_template_kwargs";
-            return Err(RowFault::key(key, kind_of(other), "an object"));
-        }
-    };
-    for (name, value) in fields {
-        if row_keys::is_empty(value) {
-            continue;
-        }
-        let key = format!("chat_template_kwargs.{name}");
-        let limit = match name.as_str() {
-            "min_pixels" => &mut limits.min_pixels,
-            "max_pixels" => &mut limits.max_pixels,
-            _ => match nearest(name, KEYS) {
-                Some(nearest) => return Err(RowFault::Slip { key, nearest }),
-                None => {
-                    let cure = "of these settings only `min_pixels` and `max_pixels` have a meaning in training; take it out";
-                    return Err(RowFault::Refused { key, cure });
-                }
-            },
-        };
-        let pixels = value
-            .as_u64()
-            .and_then(|pixels| usize::try_from(pixels).ok());
-        *limit =
-            Some(pixels.filter(|pixels| *pixels > 0).ok_or_else(|| {
-                RowFault::key(key, shown(value), "a whole number of pixels above 0")
-            })?);
-    }
-    Ok(limits)
 }
 
 /// A text as words and places of images; objects are put in.

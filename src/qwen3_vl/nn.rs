@@ -141,7 +141,7 @@ impl<B: Ops> Linear<B> {
                 let bias = self.bias.as_ref().map(Param::val);
                 self.weight.linear_activated(x, bias, activation)
             }
-            Some(_) => activation.of(self.forward(x, dropout_seed)),
+            Some(_) => B::activate(self.forward(x, dropout_seed), activation),
         }
     }
 

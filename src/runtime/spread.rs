@@ -1,4 +1,5 @@
-//! Jobs divided among workers, results in order: one model a device, one job at a time each.
+//! Jobs divided among workers, of one process or several, results in order: one model a device, one job at a
+//! time each.
 //!
 //! Knows nothing of models. A worker that is done takes the next job, so that none waits for a slower
 //! one; what is done early is kept until its turn, so that a file of results is always a beginning of
@@ -12,10 +13,14 @@ use std::{
         mpsc::channel,
     },
     thread,
+    time::Duration,
 };
+
+use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
     base::panics::{device_reason, panic_text},
+    cluster::{Cluster, ClusterError},
     ops::queue::Queue,
 };
 
@@ -98,9 +103,116 @@ pub fn in_order<W: Send, J: Sync, R: Send, E: From<SpreadError>>(
     })
 }
 
+/// How long the first process waits for results before it looks for workers that failed.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// [`in_order`] over the workers of several processes, all of which call it with the same jobs: each worker takes
+/// the next job that nobody has, and the first process alone passes on the results.
+///
+/// # Errors
+/// As there; or that another process ended before its time.
+pub fn in_order_across<W, J, R, E>(
+    cluster: &Cluster,
+    workers: &mut [W],
+    jobs: &[J],
+    work: impl Fn(&mut W, &J) -> R + Sync,
+    mut take: impl FnMut(usize, R) -> Result<(), E>,
+) -> Result<(), E>
+where
+    W: Send,
+    J: Sync,
+    R: Serialize + DeserializeOwned,
+    E: From<SpreadError> + From<ClusterError>,
+{
+    let count = workers.len();
+    let stop = AtomicBool::new(false);
+    let (failed, failures) = channel::<Result<(), SpreadError>>();
+    let queue = Queue::current();
+    thread::scope(|scope| {
+        for (number, worker) in workers.iter_mut().enumerate() {
+            let (failed, stop, work) = (failed.clone(), &stop, &work);
+            let work_on = move || {
+                while !stop.load(Ordering::Relaxed) {
+                    // The end of the others is seen by whoever waits for this worker.
+                    let Ok(place) = cluster.take() else { return };
+                    let Some(job) = jobs.get(place as usize) else {
+                        return;
+                    };
+                    match catch_unwind(AssertUnwindSafe(|| work(worker, job))) {
+                        Ok(result) => match serde_json::to_vec(&(place, result)) {
+                            Ok(body) => cluster.post(body),
+                            Err(error) => {
+                                let reason = error.to_string();
+                                let _ = failed.send(Err(SpreadError {
+                                    worker: number + 1,
+                                    workers: count,
+                                    reason,
+                                }));
+                                return;
+                            }
+                        },
+                        Err(payload) => {
+                            let _ = failed.send(Err(SpreadError {
+                                worker: number + 1,
+                                workers: count,
+                                reason: device_reason(&panic_text(payload.as_ref())),
+                            }));
+                            return;
+                        }
+                    }
+                }
+            };
+            scope.spawn(move || queue.run(work_on));
+        }
+        drop(failed);
+        let ended = if cluster.is_first() {
+            let looked = || failures.try_iter().find_map(Result::err);
+            collect(cluster, jobs.len(), looked, &mut take)
+        } else {
+            failures
+                .iter()
+                .find_map(Result::err)
+                .map_or(Ok(()), |error| Err(error.into()))
+        };
+        stop.store(true, Ordering::Relaxed);
+        ended
+    })
+}
+
+/// Passes on the results that processes send, in the order of the jobs.
+fn collect<R: DeserializeOwned, E: From<SpreadError> + From<ClusterError>>(
+    cluster: &Cluster,
+    jobs: usize,
+    failed: impl Fn() -> Option<SpreadError>,
+    take: &mut impl FnMut(usize, R) -> Result<(), E>,
+) -> Result<(), E> {
+    let mut early: BTreeMap<u64, R> = BTreeMap::new();
+    let mut turn = 0;
+    while turn < jobs {
+        if let Some(error) = failed() {
+            return Err(error.into());
+        }
+        let Some((rank, body)) = cluster.next_post(LOOK)? else {
+            continue;
+        };
+        let (place, result) = serde_json::from_slice(&body).map_err(|error| {
+            ClusterError::Ended(format!(
+                "{} sent a damaged result: {error}",
+                cluster.name(rank)
+            ))
+        })?;
+        early.insert(place, result);
+        while let Some(result) = early.remove(&(turn as u64)) {
+            take(turn, result)?;
+            turn += 1;
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
-    use std::{sync::Mutex, time::Duration};
+    use std::sync::Mutex;
 
     use super::*;
 

@@ -23,7 +23,8 @@ use crate::{
     },
 };
 
-/// Runs the vision tower over all images of a batch.
+/// Runs the vision tower over all images of a batch. Images that follow themselves, as those of the answers to one
+/// question, go through it once.
 pub fn encode_images<B: Accelerator>(
     model: &Qwen3Vl<B>,
     images: &ImageInput,
@@ -32,7 +33,14 @@ pub fn encode_images<B: Accelerator>(
 ) -> VisionOutput<B> {
     let tower = &model.model.visual;
     let sizes = &config.vision_config;
-    let (layout, sent) = match take_sent::<B>(images, device) {
+    let sent = take_sent::<B>(images, device);
+    if sent.is_none()
+        && let Some((distinct, places)) = without_repeats(images)
+    {
+        let output = encode_images(model, &distinct, config, device);
+        return repeated(output, &distinct, &places, sizes, device);
+    }
+    let (layout, sent) = match sent {
         Some(SentImages { layout, pixels }) => (layout, Some(pixels)),
         None => (shared_layout(&images.image_grid_thw, sizes, device), None),
     };
@@ -42,6 +50,63 @@ pub fn encode_images<B: Accelerator>(
             .unwrap_or_else(|| pixel_tensor(images, sizes.patch_dim(), tower.dtype(), device));
         tower.forward(pixels, &layout, None)
     })
+}
+
+/// The images without those that follow themselves, and the place of each image among them; `None` where there is none.
+fn without_repeats(images: &ImageInput) -> Option<(ImageInput, Vec<usize>)> {
+    let patches = images.patches();
+    if images.image_grid_thw.len() < 2 || patches == 0 {
+        return None;
+    }
+    let width = images.pixel_values.len() / patches;
+    let (mut places, mut start) = (Vec::new(), 0);
+    let mut kept: Vec<([usize; 3], &[f32])> = Vec::new();
+    for grid in &images.image_grid_thw {
+        let values = grid.iter().product::<usize>() * width;
+        let own = (*grid, &images.pixel_values[start..start + values]);
+        start += values;
+        if kept.last() != Some(&own) {
+            kept.push(own);
+        }
+        places.push(kept.len() - 1);
+    }
+    if kept.len() == places.len() {
+        return None;
+    }
+    let values = kept.iter().flat_map(|(_, values)| values.iter().copied());
+    let distinct = ImageInput {
+        pixel_values: values.collect(),
+        image_grid_thw: kept.iter().map(|(grid, _)| *grid).collect(),
+    };
+    Some((distinct, places))
+}
+
+/// Features of `distinct` images, in the places of all that are equal to them.
+fn repeated<B: Accelerator>(
+    output: VisionOutput<B>,
+    distinct: &ImageInput,
+    places: &[usize],
+    sizes: &VisionConfig,
+    device: &B::Device,
+) -> VisionOutput<B> {
+    let merged = sizes.spatial_merge_size.pow(2);
+    let mut start = 0;
+    let ranges = distinct.image_grid_thw.iter().map(|grid| {
+        let range = start..start + (grid.iter().product::<usize>() / merged) as i32;
+        start = range.end;
+        range
+    });
+    let ranges: Vec<std::ops::Range<i32>> = ranges.collect();
+    let rows: Vec<i32> = places
+        .iter()
+        .flat_map(|place| ranges[*place].clone())
+        .collect();
+    let rows = Tensor::<B, 1, Int>::from_ints(rows.as_slice(), device);
+    let all = |features: Tensor<B, 2>| features.select(0, rows.clone());
+    VisionOutput {
+        merged: all(output.merged),
+        deepstack: output.deepstack.into_iter().map(all).collect(),
+    }
 }
 
 /// Sends the images of a batch that this thread will show the vision tower next, so that the device has
@@ -169,6 +234,54 @@ mod tests {
         let of_others = see(&others);
         assert_ne!(of_others, expected);
         assert_eq!(see(&images), expected);
+    }
+
+    #[test]
+    fn an_image_that_follows_itself_is_encoded_once_and_seen_each_time() {
+        let config: Qwen3VlConfig = RandomSize::Tiny.config(None).unwrap();
+        let device = Default::default();
+        let model =
+            crate::runtime::synthetic::weights::draw::<Flex>(&config, 3, DType::F32, None, &device);
+        let mut requests = crate::runtime::synthetic::requests::Requests::new(&config, false, 5);
+        let (one, other) = (requests.image(), requests.image());
+        let see = |images: &ImageInput| -> Vec<f32> {
+            let output = encode_images(&model, images, &config, &device);
+            let all = std::iter::once(output.merged).chain(output.deepstack);
+            all.flat_map(|features| features.into_data().to_vec::<f32>().unwrap())
+                .collect()
+        };
+        let mut all = ImageInput::default();
+        for image in [&one, &one, &other, &one] {
+            all.extend(image);
+        }
+        let (distinct, places) = without_repeats(&all).unwrap();
+        assert_eq!(
+            (distinct.image_grid_thw.len(), places),
+            (3, vec![0, 0, 1, 2])
+        );
+        let (alone, beside, together) = (see(&one), see(&other), see(&all));
+        let sets = together.len() / (3 * alone.len() + beside.len());
+        assert_eq!(sets, 1);
+        let parts = 1 + config.vision_config.deepstack_visual_indexes.len();
+        let (a, b) = (alone.len() / parts, beside.len() / parts);
+        for part in 0..parts {
+            let own = &together[part * (3 * a + b)..];
+            for (at, want) in [
+                (0, &alone[part * a..][..a]),
+                (a, &alone[part * a..][..a]),
+                (2 * a, &beside[part * b..][..b]),
+                (2 * a + b, &alone[part * a..][..a]),
+            ] {
+                for (x, y) in own[at..].iter().zip(want) {
+                    // Batched matmuls sum in another order.
+                    assert!(
+                        (x - y).abs() < 1e-4 + 1e-4 * y.abs(),
+                        "part {part}: {x} {y}"
+                    );
+                }
+            }
+        }
+        assert!(without_repeats(&one).is_none());
     }
 
     /// Pixels in the place of others in memory, as many of them, are not taken for them.

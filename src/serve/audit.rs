@@ -11,7 +11,7 @@ use std::{
 
 use axum::extract::{MatchedPath, Request};
 
-use super::{auth::Peer, router::API_ALIASES};
+use super::{auth::Peer, routes::API_ALIASES};
 
 /// Lines of the budget: so many at once, and so many more a second.
 const BURST: f64 = 50.0;
@@ -19,10 +19,6 @@ const PER_SECOND: f64 = 10.0;
 
 /// Longest id of a request that is taken from its client.
 const LONGEST_ID: usize = 128;
-
-/// Code of a response's error, for the log.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct ErrorCode(pub(super) &'static str);
 
 /// The budget of lines.
 #[derive(Debug)]

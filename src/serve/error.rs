@@ -10,10 +10,11 @@ use axum::{
 };
 use serde_json::{Value, json};
 
-use super::{
-    audit::ErrorCode,
-    engine::{Failure, Refusal},
-};
+use super::engine::{Failure, Refusal};
+
+/// Code of a response's error, for the log.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ErrorCode(pub(super) &'static str);
 
 /// One refused or failed request.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -1,7 +1,5 @@
 //! Probabilities of findings beside an answer: the calibration of a model, the field of a request, and the object in its answer.
 
-use std::path::{Path, PathBuf};
-
 use serde_json::{Map, Value, json};
 
 use super::{
@@ -9,104 +7,28 @@ use super::{
     content::Prepared,
     engine::{Continuations, Places, cost_of},
     error::ApiError,
+    finding_basis::FindingBasis,
     models::ModelEntry,
     settings::RequestSettings,
     types::{AnswerRemark, ChatContent, ChatMessage, ChatPart, ChatRequest},
 };
 use crate::{
-    adapters::lora::{base::BaseFingerprint, files::adapter_hash},
-    eval::findings::RuleSet,
-    eval::probability::{
-        calibration::{AskedModel, CALIBRATION_FILE, Calibration, CalibrationError},
-        evidence::{ClassEvidence, of_reports, of_sentences},
-        judged::{CONFLICT, UNCALIBRATED, form_of, judge},
-        logit::{DRAWN_REPORTS, SentenceContext},
-        sentences::FindingSentences,
-        wordings,
+    eval::{
+        findings::RuleSet,
+        probability::{
+            calibration::{AskedModel, Calibration},
+            evidence::{ClassEvidence, of_reports, of_sentences},
+            judged::{CONFLICT, UNCALIBRATED, form_of, judge},
+            logit::{DRAWN_REPORTS, DRAWN_TOKENS, SentenceContext},
+            sentences::FindingSentences,
+            wordings,
+        },
     },
     processor::message::split_thinking,
-    qwen3_vl::weights::gguf::GgufParts,
 };
 
 /// Name of the field that asks for them.
 pub(super) const FIELD: &str = "findings";
-
-/// What probabilities of a model rest on.
-#[derive(Debug, Clone)]
-pub enum FindingBasis {
-    /// A calibration, and the model as it is here.
-    Calibrated {
-        /// The calibration.
-        calibration: Box<Calibration>,
-        /// Weights and settings of the model; prompt and system message are those of a request.
-        here: Box<AskedModel>,
-    },
-    /// None, and why.
-    Uncalibrated(String),
-}
-
-/// Where a model's files are.
-#[derive(Debug, Clone, Default)]
-pub struct FindingFiles {
-    /// Folder of the base; `None` for weights that were drawn.
-    pub model: Option<PathBuf>,
-    /// Files that go with the base in GGUF.
-    pub gguf: GgufParts,
-    /// Folder of the adapter that was merged into the base at the start.
-    pub merged: Option<PathBuf>,
-    /// Quantisation at load time, by name.
-    pub quantize: Option<String>,
-}
-
-impl FindingBasis {
-    /// Finds the calibration of the base, or with `adapter` of that on the base.
-    ///
-    /// # Errors
-    /// A calibration that is damaged, weights that cannot be read.
-    pub fn find(files: &FindingFiles, adapter: Option<&Path>) -> Result<Self, CalibrationError> {
-        let none = |why: &str| Ok(Self::Uncalibrated(why.to_owned()));
-        let Some(model) = &files.model else {
-            return none("the weights of this model are random");
-        };
-        if adapter.is_some() && files.merged.is_some() {
-            return none("an adapter on a base that has another one merged is not calibrated");
-        }
-        let adapter = adapter.or(files.merged.as_deref());
-        let folder = adapter.unwrap_or(model);
-        if !folder.is_dir() {
-            return none("a model in one file has no calibration.json beside it that is its own");
-        }
-        let path = folder.join(CALIBRATION_FILE);
-        let Some(calibration) = Calibration::load(&path)? else {
-            return none(
-                "there is no calibration.json beside the model or adapter; `calibrate` makes one",
-            );
-        };
-        let made_for = &calibration.model;
-        if !made_for.form.is_of_sentences() && RuleSet::built_in(&made_for.rules).is_none() {
-            return none(
-                "its calibration reads drawn reports with a table of words that is a file; make one with a built-in table",
-            );
-        }
-        let unread = |reason: String| CalibrationError::Damaged {
-            path: path.clone(),
-            reason,
-        };
-        let base =
-            BaseFingerprint::of(model, &files.gguf).map_err(|error| unread(error.to_string()))?;
-        let hash = adapter.map(adapter_hash).transpose();
-        let here = AskedModel {
-            base: base.sha256,
-            adapter: hash.map_err(|error| unread(error.to_string()))?,
-            quantize: files.quantize.clone(),
-            ..AskedModel::default()
-        };
-        Ok(Self::Calibrated {
-            calibration: Box::new(calibration),
-            here: Box::new(here),
-        })
-    }
-}
 
 /// System message and question of a conversation that is one question about images, these first.
 fn question_of(messages: &[ChatMessage]) -> Option<(Option<String>, String)> {
@@ -136,6 +58,23 @@ fn question_of(messages: &[ChatMessage]) -> Option<(Option<String>, String)> {
         }
         _ => None,
     }
+}
+
+/// Refuses what does not fit: the answer and one sequence more, of `needed` tokens each.
+///
+/// # Errors
+/// [`ApiError`] of status 400.
+fn expect_room(app: &App, needed: usize) -> Result<(), ApiError> {
+    let most = app.engine.limits().cache_tokens;
+    if needed <= app.context() && 2 * cost_of(needed) <= most {
+        return Ok(());
+    }
+    let reason = format!(
+        "`{FIELD}` needs room for two sequences of {needed} tokens; this server takes {} in one and {most} in all; \
+         send a smaller image or a smaller `max_tokens`, or start the server with more --cache-tokens",
+        app.context()
+    );
+    Err(ApiError::invalid(FIELD, reason).with_code("context_length_exceeded"))
 }
 
 /// What a request asks about findings, before its messages are made into a prompt.
@@ -246,6 +185,9 @@ impl FindingRequest {
                     ),
                 ));
             }
+            let prompt = prepared.prompt.len();
+            let left = app.context().saturating_sub(prompt);
+            expect_room(app, prompt + DRAWN_TOKENS.min(left))?;
             return Ok((
                 FindingWork::Draws(draws),
                 AskedFindings { calibration, why },
@@ -264,19 +206,7 @@ impl FindingRequest {
         };
         let prompt = prepared.prompt.len();
         let needed = prompt + opening + of_report + sentences.longest() + 1;
-        let rooms = 2 * cost_of(needed);
-        if needed > app.context() || rooms > app.engine.limits().cache_tokens {
-            return Err(ApiError::invalid(
-                FIELD,
-                format!(
-                    "`{FIELD}` needs room for two sequences of {needed} tokens; this server takes {} in one and {} in all; \
-                     send a smaller image or a smaller `max_tokens`, or start the server with more --cache-tokens",
-                    app.context(),
-                    app.engine.limits().cache_tokens
-                ),
-            )
-            .with_code("context_length_exceeded"));
-        }
+        expect_room(app, needed)?;
         if !prepared.prompt.ends_in_text() {
             return Err(ApiError::invalid(
                 FIELD,
@@ -400,7 +330,10 @@ impl AskedFindings {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::serve::types::{ImageSize, ImageUrl};
+    use crate::serve::{
+        finding_basis::FindingFiles,
+        types::{ImageSize, ImageUrl},
+    };
 
     fn message(role: &str, content: ChatContent) -> ChatMessage {
         ChatMessage {

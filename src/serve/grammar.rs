@@ -3,42 +3,31 @@
 use std::sync::Arc;
 
 use llguidance::{
-    Matcher, ParserFactory,
+    Matcher,
     api::TopLevelGrammar,
-    toktrie::{ApproximateTokEnv, InferenceCapabilities, TokEnv, TokRxInfo, TokTrie},
+    toktrie::{ApproximateTokEnv, TokEnv, TokRxInfo, TokTrie},
 };
 use serde_json::{Value, json};
 
 use super::{
     engine::TokenConstraint,
+    form_parser::{FormError, FormParser, check_size},
     gbnf::to_lark,
     schema::close_objects,
     token_rules::BadWords,
-    tool_grammar::of_tools,
+    tool_grammar::{calls, of_tools},
     types::{AnswerForm, AnswerRemark, ToolUse},
 };
 use crate::processor::{tokenizer::Tokenizer, tools::CALL_OPEN};
 
-/// Longest schema, in bytes of JSON; as much for an expression or a list of choices.
-const LONGEST_SCHEMA: usize = 64 << 10;
-
 /// Makes constraints for one tokenizer.
 pub struct GrammarFactory {
-    parsers: ParserFactory,
+    parser: FormParser,
     env: TokEnv,
     eos: u32,
     think_end: u32,
     /// The token that opens a call, where the vocabulary has it.
     call_open: Option<u32>,
-}
-
-/// A form that cannot be followed.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct FormError {
-    /// The field at fault.
-    pub param: String,
-    /// In a sentence.
-    pub reason: String,
 }
 
 /// What an answer is held to.
@@ -79,11 +68,8 @@ impl GrammarFactory {
         let info = TokRxInfo::new(vocab_size as u32, special.im_end);
         let trie = TokTrie::from(&info, &words);
         let env: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
-        let mut parsers = ParserFactory::new(&env, InferenceCapabilities::default(), &[])
-            .map_err(|error| error.to_string())?;
-        parsers.quiet();
         Ok(Self {
-            parsers,
+            parser: FormParser::new(&env)?,
             env,
             eos: special.im_end,
             think_end: special.think_end,
@@ -108,7 +94,7 @@ impl GrammarFactory {
         after_thinking: bool,
     ) -> Result<Constraint, FormError> {
         let mut remarks = Vec::new();
-        let calls = self.calls(tools, &mut remarks)?;
+        let calls = calls(&self.parser, tools, &mut remarks)?;
         let of_form = |reason: String| {
             let what = match form {
                 Some(AnswerForm::Regex(_)) => "the regular expression",
@@ -127,18 +113,18 @@ impl GrammarFactory {
             (None, None) => None,
             (Some(form), None) => {
                 let grammar = grammar(form, &mut remarks).map_err(of_form)?;
-                Some(self.matcher(grammar).map_err(of_form)?)
+                Some(self.parser.matcher(grammar).map_err(of_form)?)
             }
             (_, Some(calls)) if tools.is_forced() => {
                 let start = format!("start: \"{CALL_OPEN}\" calls\n{calls}");
                 let grammar = TopLevelGrammar::from_lark(start);
-                Some(self.matcher(grammar).map_err(of_tools)?)
+                Some(self.parser.matcher(grammar).map_err(of_tools)?)
             }
             (Some(form), Some(calls)) => {
                 let answer = answer_rule(form, &mut remarks).map_err(of_form)?;
                 let start = format!("start: answer | \"{CALL_OPEN}\" calls\n{answer}\n{calls}");
                 let grammar = TopLevelGrammar::from_lark(start);
-                Some(self.matcher(grammar).map_err(of_form)?)
+                Some(self.parser.matcher(grammar).map_err(of_form)?)
             }
             // Words until a call is opened. Without a token for that, whatever is written is read.
             (None, Some(calls)) => match self.call_open {
@@ -146,7 +132,7 @@ impl GrammarFactory {
                 Some(open) => {
                     waits_for.push(open);
                     let grammar = TopLevelGrammar::from_lark(format!("start: calls\n{calls}"));
-                    Some(self.matcher(grammar).map_err(of_tools)?)
+                    Some(self.parser.matcher(grammar).map_err(of_tools)?)
                 }
             },
         };
@@ -156,29 +142,6 @@ impl GrammarFactory {
             waits_for,
         });
         Ok(Constraint { form, remarks })
-    }
-
-    /// The parser of a grammar that can be followed.
-    ///
-    /// # Errors
-    /// Why it cannot.
-    pub(super) fn matcher(&self, grammar: TopLevelGrammar) -> Result<Matcher, String> {
-        let mut matcher = Matcher::new(self.parsers.create_parser(grammar));
-        if let Some(error) = matcher.get_error() {
-            return Err(in_words(&error));
-        }
-        // The first mask shows whether anything can be written at all.
-        let mask = matcher.compute_mask();
-        mask.map_err(|error| in_words(&error.to_string()))?;
-        Ok(matcher)
-    }
-}
-
-/// Refuses what is too long to be read.
-pub(super) fn check_size(what: &str, bytes: usize) -> Result<(), String> {
-    match bytes > LONGEST_SCHEMA {
-        true => Err(format!("{what} has more than {LONGEST_SCHEMA} bytes")),
-        false => Ok(()),
     }
 }
 
@@ -266,54 +229,6 @@ fn answer_rule(form: &AnswerForm, remarks: &mut Vec<AnswerRemark>) -> Result<Str
             "it cannot stand beside `tools`; send `tool_choice` of `none`, or no grammar".into(),
         ),
     }
-}
-
-/// The parser's reason in a sentence, without its internal state.
-fn in_words(error: &str) -> String {
-    if error.contains("oneOf constraints are not supported") {
-        return "the alternatives of a `oneOf` may hold at once; make them exclude each other, \
-                or use `anyOf`"
-            .into();
-    }
-    let first = error.lines().next().unwrap_or_default().trim();
-    let inside = [
-        "<state>", "Bias", "Token", "Lexer", "lexer", "grammar", "⟦", "::",
-    ];
-    if first.is_empty()
-        || inside.iter().any(|word| error.contains(word)) && !speaks_of_schema(first)
-    {
-        log::info!("a form that cannot be followed: {first}");
-        return "no answer of an end can be written by it, or it is too large".into();
-    }
-    // A regular expression is shown with a mark under it, and the reason in the last line.
-    let why = error
-        .lines()
-        .find_map(|line| line.trim().strip_prefix("error: "))
-        .filter(|_| first.ends_with(':'));
-    let whole = match why {
-        Some(why) => format!("{first} {why}"),
-        None => first.to_owned(),
-    };
-    let mut text: String = whole.chars().take(200).collect();
-    if text.starts_with(|letter: char| letter.is_ascii_uppercase()) {
-        text[..1].make_ascii_lowercase();
-    }
-    text
-}
-
-/// Whether a reason is about the words of a schema.
-fn speaks_of_schema(reason: &str) -> bool {
-    [
-        "Unimplemented",
-        "Unsatisfiable",
-        "Invalid type",
-        "must be",
-        "Expected",
-        "format",
-        "regex",
-    ]
-    .iter()
-    .any(|word| reason.contains(word))
 }
 
 struct FormConstraint {

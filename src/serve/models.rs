@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use super::{
     engine::Engine,
     error::ApiError,
-    findings::{FindingBasis, FindingFiles},
+    finding_basis::{FindingBasis, FindingFiles},
 };
 use crate::{
     adapters::lora::{base::check_base, files::trained_pixel_limits, folder::find_adapter},

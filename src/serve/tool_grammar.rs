@@ -4,7 +4,7 @@ use llguidance::api::TopLevelGrammar;
 use serde_json::{Map, Value, json};
 
 use super::{
-    grammar::{FormError, GrammarFactory, check_size},
+    form_parser::{FormError, FormParser, check_size},
     schema::close_objects,
     types::{AnswerRemark, Tool, ToolChoice, ToolUse},
 };
@@ -24,101 +24,99 @@ pub(super) fn of_tools(reason: String) -> FormError {
     }
 }
 
-impl GrammarFactory {
-    /// Rules of what follows the opening of the first call; `None` where no function can be called.
-    pub(super) fn calls(
-        &self,
-        tools: &ToolUse,
-        remarks: &mut Vec<AnswerRemark>,
-    ) -> Result<Option<String>, FormError> {
-        let callable = tools.callable();
-        if callable.is_empty() {
-            return Ok(None);
-        }
-        let mut rules = String::new();
-        let mut names = Vec::with_capacity(callable.len());
-        for (index, tool) in callable {
-            let schema = self.arguments(index, tool, remarks)?;
-            let head = format!("\n{{\"name\": {}, \"arguments\": ", json!(tool.name));
-            rules.push_str(&format!(
-                "tool{index}: {} arguments{index}\narguments{index}: %json {schema}\n",
-                json!(head)
-            ));
-            names.push(format!("tool{index}"));
-        }
-        if rules.len() > LONGEST_SCHEMAS {
-            return Err(of_tools(format!(
-                "their schemas have more than {LONGEST_SCHEMAS} bytes together"
-            )));
-        }
-        let close = json!(format!("}}\n{CALL_CLOSE}"));
-        let next = json!(format!("\n{CALL_OPEN}"));
-        // A function that is named is called once, as OpenAI does it.
-        let may_repeat = tools.parallel && !matches!(tools.choice, ToolChoice::Named(_));
-        let more = match may_repeat {
-            true => format!(" ({next} call){{0,{}}}", MAX_CALLS - 1),
-            false => String::new(),
-        };
-        Ok(Some(format!(
-            "calls: call{more}\ncall: ({}) {close}\n{rules}",
-            names.join(" | ")
-        )))
+/// Rules of what follows the opening of the first call; `None` where no function can be called.
+pub(super) fn calls(
+    parser: &FormParser,
+    tools: &ToolUse,
+    remarks: &mut Vec<AnswerRemark>,
+) -> Result<Option<String>, FormError> {
+    let callable = tools.callable();
+    if callable.is_empty() {
+        return Ok(None);
     }
+    let mut rules = String::new();
+    let mut names = Vec::with_capacity(callable.len());
+    for (index, tool) in callable {
+        let schema = arguments(parser, index, tool, remarks)?;
+        let head = format!("\n{{\"name\": {}, \"arguments\": ", json!(tool.name));
+        rules.push_str(&format!(
+            "tool{index}: {} arguments{index}\narguments{index}: %json {schema}\n",
+            json!(head)
+        ));
+        names.push(format!("tool{index}"));
+    }
+    if rules.len() > LONGEST_SCHEMAS {
+        return Err(of_tools(format!(
+            "their schemas have more than {LONGEST_SCHEMAS} bytes together"
+        )));
+    }
+    let close = json!(format!("}}\n{CALL_CLOSE}"));
+    let next = json!(format!("\n{CALL_OPEN}"));
+    // A function that is named is called once, as OpenAI does it.
+    let may_repeat = tools.parallel && !matches!(tools.choice, ToolChoice::Named(_));
+    let more = match may_repeat {
+        true => format!(" ({next} call){{0,{}}}", MAX_CALLS - 1),
+        false => String::new(),
+    };
+    Ok(Some(format!(
+        "calls: call{more}\ncall: ({}) {close}\n{rules}",
+        names.join(" | ")
+    )))
+}
 
-    /// The schema of a function's arguments. One that cannot be followed is an error where the function is
-    /// strict, and else any object with a remark.
-    fn arguments(
-        &self,
-        index: usize,
-        tool: &Tool,
-        remarks: &mut Vec<AnswerRemark>,
-    ) -> Result<Value, FormError> {
-        let mut object = match &tool.parameters {
-            Some(Value::Object(schema)) => schema.clone(),
-            _ => Map::new(),
-        };
-        object.entry("type").or_insert("object".into());
-        if tool.parameters.is_none() {
-            object.insert("properties".into(), json!({}));
-        }
-        let closed = close_objects(&mut object);
-        // As calls were written in the model's training.
-        let separators = json!({
-            "whitespace_flexible": false,
-            "item_separator": ", ",
-            "key_separator": ": ",
-        });
-        object.insert("x-guidance".into(), separators.clone());
-        let schema = Value::from(object);
-        let checked = check_size("the schema", schema.to_string().len())
-            .and_then(|()| self.matcher(TopLevelGrammar::from_json_schema(schema.clone())));
-        match checked {
-            Ok(_) => {
-                if closed && tool.parameters.is_some() {
-                    remarks.push(AnswerRemark::closed(&format!(
-                        "arguments of `{}`",
-                        tool.name
-                    )));
-                }
-                Ok(schema)
+/// The schema of a function's arguments. One that cannot be followed is an error where the function is
+/// strict, and else any object with a remark.
+fn arguments(
+    parser: &FormParser,
+    index: usize,
+    tool: &Tool,
+    remarks: &mut Vec<AnswerRemark>,
+) -> Result<Value, FormError> {
+    let mut object = match &tool.parameters {
+        Some(Value::Object(schema)) => schema.clone(),
+        _ => Map::new(),
+    };
+    object.entry("type").or_insert("object".into());
+    if tool.parameters.is_none() {
+        object.insert("properties".into(), json!({}));
+    }
+    let closed = close_objects(&mut object);
+    // As calls were written in the model's training.
+    let separators = json!({
+        "whitespace_flexible": false,
+        "item_separator": ", ",
+        "key_separator": ": ",
+    });
+    object.insert("x-guidance".into(), separators.clone());
+    let schema = Value::from(object);
+    let checked = check_size("the schema", schema.to_string().len())
+        .and_then(|()| parser.matcher(TopLevelGrammar::from_json_schema(schema.clone())));
+    match checked {
+        Ok(_) => {
+            if closed && tool.parameters.is_some() {
+                remarks.push(AnswerRemark::closed(&format!(
+                    "arguments of `{}`",
+                    tool.name
+                )));
             }
-            Err(reason) if tool.strict => Err(FormError {
-                param: format!("tools[{index}].function.parameters"),
-                reason: format!(
-                    "the arguments of `{}` cannot be followed: {reason}",
+            Ok(schema)
+        }
+        Err(reason) if tool.strict => Err(FormError {
+            param: format!("tools[{index}].function.parameters"),
+            reason: format!(
+                "the arguments of `{}` cannot be followed: {reason}",
+                tool.name
+            ),
+        }),
+        Err(reason) => {
+            remarks.push(AnswerRemark {
+                code: "schema_not_followed",
+                text: format!(
+                    "the arguments of `{}` are a JSON object, and may differ from its schema: {reason}",
                     tool.name
                 ),
-            }),
-            Err(reason) => {
-                remarks.push(AnswerRemark {
-                    code: "schema_not_followed",
-                    text: format!(
-                        "the arguments of `{}` are a JSON object, and may differ from its schema: {reason}",
-                        tool.name
-                    ),
-                });
-                Ok(json!({"type": "object", "x-guidance": separators}))
-            }
+            });
+            Ok(json!({"type": "object", "x-guidance": separators}))
         }
     }
 }

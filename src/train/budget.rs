@@ -6,7 +6,7 @@
 
 use super::{
     config::{LossReduction, TrainConfig, Tuner},
-    plan::{base_bytes, trained_parameters},
+    parameters::{TrainedParameters, base_bytes},
     tape::Recorded,
 };
 use crate::{
@@ -59,7 +59,7 @@ pub struct StepMemory {
 }
 
 /// Rows of logits at once.
-const LOSS_ROWS: u64 = super::gradients::LOSS_ROWS as u64;
+const LOSS_ROWS: u64 = super::loss::LOSS_ROWS as u64;
 
 impl StepMemory {
     /// Of a run, weights in types of `dtype_bytes` or quantised; `longest` is its longest sample in tokens.
@@ -75,7 +75,7 @@ impl StepMemory {
     ) -> Result<Self, AdapterError> {
         let (text, vision) = (&model.text_config, &model.vision_config);
         let base = base_bytes(model, quantization, dtype_bytes);
-        let trained = trained_parameters(config, model)?;
+        let trained = TrainedParameters::of(config, model)?;
         let hidden = text.hidden_size as u64;
         let wide = text.intermediate_size as u64;
         let queries = (text.num_attention_heads * text.head_dim) as u64;
@@ -97,11 +97,11 @@ impl StepMemory {
             working = (elements(Recorded::Everything) + gradients + image) * dtype_bytes;
             fixed = vec![
                 (frozen, base),
-                ("adapters, f32", trained * 4),
-                ("gradients, f32", trained * 4),
-                ("optimizer moments, f32", trained * 8),
+                ("adapters, f32", trained.adapters * 4),
+                ("gradients, f32", trained.adapters * 4),
+                ("optimizer moments, f32", trained.adapters * 8),
                 // New values and moments beside the old ones.
-                ("optimizer step, f32", trained * 12),
+                ("optimizer step, f32", trained.adapters * 12),
             ];
         } else {
             // Inputs of the projections and norms, rotated heads, gate, up and their SwiGLU, and three
@@ -114,18 +114,17 @@ impl StepMemory {
                 Tuner::Lora => (frozen, base),
                 Tuner::Full => ("weights", base),
             };
-            let each = match config.tuner {
-                Tuner::Lora => 4,
-                Tuner::Full => dtype_bytes,
-            };
             fixed = vec![
                 weights,
                 (
                     "trained values",
-                    trained * 4 * u64::from(config.tuner == Tuner::Lora),
+                    trained.adapters * 4 + trained.copied * dtype_bytes,
                 ),
-                ("gradients", trained * each),
-                ("optimizer moments, f32", trained * 8),
+                (
+                    "gradients",
+                    trained.adapters * 4 + trained.whole * dtype_bytes,
+                ),
+                ("optimizer moments, f32", trained.all() * 8),
             ];
         }
         if quantization.is_some() {

@@ -1,5 +1,7 @@
 //! The curves of a training run as one figure.
 
+use std::collections::BTreeSet;
+
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -28,6 +30,9 @@ pub struct ChartRow {
     pub learning_rate: Option<f64>,
     /// Norm of the gradient before clipping.
     pub grad_norm: Option<f64>,
+    /// All other values by name; those of an objective are drawn.
+    #[serde(flatten)]
+    pub others: Row,
 }
 
 /// The rows of a `metrics.jsonl` that can be drawn; those of another form are left out.
@@ -61,6 +66,7 @@ pub fn training_chart(rows: &[ChartRow]) -> String {
     };
     let mut panels = vec![loss, accuracy, rate_panel(rows)];
     panels.extend(score_panel(rows));
+    panels.extend(objective_panels(rows));
     figure(&panels)
 }
 
@@ -132,6 +138,81 @@ fn score_panel(rows: &[ChartRow]) -> Option<Panel> {
     })
 }
 
+/// What an objective measures: rewards by part, those held out, divergence, entropy, length, clipped share; empty where
+/// answers are imitated.
+fn objective_panels(rows: &[ChartRow]) -> Vec<Panel> {
+    const COLORS: [&str; 6] = [GREEN, ORANGE, BLUE, "#8c564b", "#9467bd", "#7f7f7f"];
+    let values = |name: &str| -> Vec<(f64, f64)> {
+        let value = |row: &ChartRow| Some((row.step as f64, row.others.get(name)?.as_f64()?));
+        rows.iter().filter_map(value).collect()
+    };
+    let keys = rows.iter().flat_map(|row| row.others.keys());
+    let parts: BTreeSet<&str> = keys
+        .map(String::as_str)
+        .filter(|key| key.starts_with("reward.") || *key == "held_out_reward")
+        .collect();
+    let mut panels = Vec::new();
+    let mut add = |title: &str, label: &str, named: &[(&str, &str)]| {
+        let lines = named.iter().enumerate().filter_map(|(index, (name, key))| {
+            let points = smooth(&values(key));
+            let color = COLORS[index % COLORS.len()];
+            (!points.is_empty()).then(|| series((name, color, Mark::Line, points)))
+        });
+        let lines: Vec<Series> = lines.collect();
+        if !lines.is_empty() {
+            panels.push(Panel {
+                title: title.into(),
+                x_label: X_LABEL.into(),
+                y_label: label.into(),
+                series: lines,
+                ..Panel::default()
+            });
+        }
+    };
+    let mut rewards = vec![("sum", "reward")];
+    rewards.extend(parts.iter().map(|key| {
+        let name = key
+            .strip_prefix("reward.")
+            .unwrap_or("held out, not trained on");
+        (name, *key)
+    }));
+    add(
+        "Rewards of drawn answers, smoothed",
+        "mean reward",
+        &rewards,
+    );
+    add(
+        "Divergence from the reference",
+        "nats per token",
+        &[("estimated KL", "kl"), ("entropy", "entropy")],
+    );
+    add(
+        "Length of drawn answers",
+        "tokens",
+        &[("mean", "completion_tokens")],
+    );
+    add(
+        "Shares",
+        "share",
+        &[
+            ("clipped tokens", "clip_share"),
+            ("answers that ended", "ended_share"),
+            ("groups of one reward", "same_reward_share"),
+            ("pairs preferred rightly", "preferred_share"),
+        ],
+    );
+    add(
+        "Implicit rewards",
+        "beta times log-ratio",
+        &[
+            ("chosen", "reward_chosen"),
+            ("rejected", "reward_rejected"),
+            ("margin", "reward_margin"),
+        ],
+    );
+    panels
+}
+
 /// Exponential moving average that starts unbiased; it spans some 2% of the run.
 fn smooth(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let decay = 1.0 - 1.0 / (points.len() as f64 / 50.0).clamp(3.0, 50.0);
@@ -181,6 +262,13 @@ mod tests {
         let svg = training_chart(&[row]);
         assert_eq!(svg.matches("no data").count(), 2);
         assert!(training_chart(&[]).matches("no data").count() == 3);
+        let rewarded =
+            r#"{"step":1,"reward":0.5,"reward.finding_f1":0.4,"held_out_reward":0.3,"kl":0.01}"#;
+        let row: ChartRow = serde_json::from_str(rewarded).unwrap();
+        let svg = training_chart(&[row]);
+        for part in ["finding_f1", "held out, not trained on", "estimated KL"] {
+            assert!(svg.contains(part), "no {part}");
+        }
         let scored = r#"{"step":0,"eval_rouge_l":0.5,"eval_finding_f1":0.25}"#;
         let row: ChartRow = serde_json::from_str(scored).unwrap();
         assert!(training_chart(&[row]).contains("Reports about held-out studies"));

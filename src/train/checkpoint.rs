@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     config::{TrainConfig, Tuner},
     loss_scale::LossScaleState,
+    objective::rollouts::RewardWatch,
     optimizer::{AdamW, Moments},
 };
 use crate::{
@@ -107,6 +108,9 @@ pub struct TrainerState {
     /// checkpoints from before it was kept.
     #[serde(default)]
     pub trained_on: Option<BaseFingerprint>,
+    /// Trained and held-out rewards so far.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reward_watch: Option<RewardWatch>,
     /// Of the loss, with weights in f16.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss_scale: Option<LossScaleState>,

@@ -3,6 +3,7 @@
 mod checks;
 mod derived;
 mod messages;
+mod objective;
 pub mod schema;
 
 use std::{
@@ -14,7 +15,14 @@ use std::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::data_key;
+use super::{
+    data_key,
+    objective::{
+        advantages::ScaleRewards,
+        rewards::{RewardConfig, RewardError},
+        settings::{LossType, Objective, RatioLevelKey, ReferenceKey},
+    },
+};
 use crate::{
     adapters::lora::config::TargetModules,
     dataset::{Columns, DataOptions, loader::Overlong},
@@ -24,6 +32,7 @@ use crate::{
 
 pub use crate::base::files::nearest::nearest;
 pub use messages::{explain, unknown_key};
+pub use objective::RolloutPlan;
 
 /// Errors in a run's settings.
 #[derive(Debug, thiserror::Error)]
@@ -57,6 +66,9 @@ pub enum TrainConfigError {
     /// A format of quantised weights that there is not.
     #[error("key `quantize`: {0}")]
     Quantize(String),
+    /// A reward in one of the lists.
+    #[error("key `rewards` or `held_out_rewards`: {0}")]
+    Reward(RewardError),
 }
 
 /// What is trained.
@@ -136,6 +148,50 @@ pub struct TrainConfig {
     /// Decides the order of the samples, the initial adapters and the dropout masks.
     pub seed: u64,
 
+    /// What is minimised: `sft` the cross-entropy of the answers in the data, `dpo` a preference loss over rows with
+    /// `rejected_response` or `rejected_messages`, `grpo` a policy loss over rewards of the model's own answers.
+    pub objective: Objective,
+    /// How strongly the reference holds: 0.1 with `dpo`, 0.04 with `grpo` where it is absent; 0 needs no reference.
+    pub beta: Option<f64>,
+    /// Form of the loss: `sigmoid` (the default) or `ipo` with `dpo`; `grpo` (the default), `dr_grpo` or `dapo` with `grpo`.
+    pub loss_type: Option<LossType>,
+    /// Weights that an objective measures from: `start`, those that the run starts from, or `base`, without any adapter.
+    pub reference: ReferenceKey,
+    /// `dpo`: share of pairs that are taken to be the wrong way round.
+    pub label_smoothing: f64,
+    /// `dpo`: weight of the cross-entropy of the chosen answers beside the preference loss.
+    pub rpo_alpha: f64,
+    /// `grpo`: answers drawn for each question; they are compared with each other.
+    pub num_generations: usize,
+    /// `grpo`: passes over the answers of a rollout.
+    pub num_iterations: usize,
+    /// `grpo`: optimizer steps that the answers of a rollout are divided into.
+    pub steps_per_generation: usize,
+    /// `grpo`: probability ratios below `1 - epsilon` are clipped, and above `1 + epsilon` where `epsilon_high` is absent.
+    pub epsilon: f64,
+    /// `grpo`: probability ratios above `1 + epsilon_high` are clipped.
+    pub epsilon_high: Option<f64>,
+    /// `grpo`: what has one probability ratio: each `token`, or each `sequence` (GSPO).
+    pub importance_sampling_level: RatioLevelKey,
+    /// `grpo`: what differences from a group's mean reward are divided by: the standard deviation of the `group` or of the
+    /// `batch`, or `none` (Dr. GRPO).
+    pub scale_rewards: ScaleRewards,
+    /// `grpo`: temperature of the draws, and of the probabilities that are trained.
+    pub temperature: f64,
+    /// `grpo`: most tokens of a drawn answer.
+    pub max_completion_length: usize,
+    /// `grpo`: what is rewarded, as a list of `{ kind = "finding_f1", weight = 1.0 }`.
+    pub rewards: Vec<RewardConfig>,
+    /// `grpo`: rewards that are measured beside and not trained on: they show when a reward is gamed.
+    pub held_out_rewards: Vec<RewardConfig>,
+    /// `grpo`: table of words that reads findings, `openi`, `hospital`, `english` or a file; guessed from the data where absent.
+    pub reward_rules: Option<String>,
+    /// `grpo`: ends the run after this many rollouts in a row in which the held-out rewards are below their best while the
+    /// trained ones are above what they were then; 0 never does.
+    pub reward_patience: usize,
+    /// `grpo`: steps between two samples of rollouts with their rewards in the run's folder; 0 writes none.
+    pub rollout_steps: usize,
+
     /// Whether adapters or the parameters themselves are trained.
     pub tuner: Tuner,
     /// Rank of the adapters.
@@ -147,6 +203,9 @@ pub struct TrainConfig {
     /// Which linear layers get an adapter: `"all-linear"` (all in the parts that are not frozen), a regular
     /// expression over whole module paths, or a list of last names.
     pub target_modules: TargetModules,
+    /// Modules that are trained whole beside the adapters and stored with them, by the ends of their paths, such as
+    /// `["lm_head", "embed_tokens"]`; they keep the type of the base. `lora` only.
+    pub modules_to_save: Vec<String>,
     /// Scales by `lora_alpha / sqrt(lora_rank)` instead (rsLoRA).
     pub use_rslora: bool,
     /// Trains the magnitude of each weight row separately (DoRA).
@@ -261,11 +320,32 @@ impl Default for TrainConfig {
             dtype: None,
             quantize: None,
             seed: 42,
+            objective: Objective::Sft,
+            beta: None,
+            loss_type: None,
+            reference: ReferenceKey::Start,
+            label_smoothing: 0.0,
+            rpo_alpha: 0.0,
+            num_generations: 8,
+            num_iterations: 1,
+            steps_per_generation: 1,
+            epsilon: 0.2,
+            epsilon_high: None,
+            importance_sampling_level: RatioLevelKey::Token,
+            scale_rewards: ScaleRewards::Group,
+            temperature: 1.0,
+            max_completion_length: 512,
+            rewards: Vec::new(),
+            held_out_rewards: Vec::new(),
+            reward_rules: None,
+            reward_patience: 0,
+            rollout_steps: 50,
             tuner: Tuner::Lora,
             lora_rank: 8,
             lora_alpha: 32.0,
             lora_dropout: 0.05,
             target_modules: TargetModules::default(),
+            modules_to_save: Vec::new(),
             use_rslora: false,
             use_dora: false,
             freeze_vit: true,
@@ -340,6 +420,7 @@ const FREE_ON_RESUME: &[&str] = &[
     "memory_budget",
     "deterministic",
     "vit_gradient_checkpointing",
+    "rollout_steps",
 ];
 
 impl TrainConfig {
@@ -390,6 +471,7 @@ impl TrainConfig {
             columns: self.columns.clone(),
             allow_image_urls: self.allow_image_urls,
             seed: self.seed,
+            pairs: self.objective == Objective::Dpo,
             ..DataOptions::default()
         }
     }

@@ -6,17 +6,21 @@
 //! plain backpropagation, one segment a layer is gradient checkpointing per block. The same is done
 //! for the vision tower where it is trained. Where it is frozen, it never sees autodiff.
 
-use super::{manual_backward, tape::Recorded};
-
 use std::ops::Range;
 
 use burn::{
-    module::{AutodiffModule, Module, ModuleVisitor, Param, ParamId},
+    module::{AutodiffModule, ModuleVisitor, Param, ParamId},
     optim::GradientsParams,
     prelude::*,
-    tensor::{DType, backend::AutodiffBackend},
+    tensor::{DType, activation::log_softmax, backend::AutodiffBackend},
 };
 
+use super::{
+    loss::{LOSS_ROWS, LossSums},
+    manual_backward::{self, is_trained},
+    scores::{TargetWeights, divided, score_targets},
+    tape::Recorded,
+};
 use crate::{
     batch::{images::ImageInput, micro_batch::MicroBatch},
     ops::{cast::to_dtype, plain::target_sums},
@@ -32,9 +36,6 @@ use crate::{
         vision::encode_images,
     },
 };
-
-/// Rows of logits held at once in the loss.
-pub(super) const LOSS_ROWS: usize = 512;
 
 /// What is recomputed in the backward pass, and what decides the dropout masks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,80 +64,6 @@ impl Default for GradientOptions {
             manual_backward: true,
         }
     }
-}
-
-/// Sums over the targets of one micro-batch, on the device until they are read.
-#[derive(Debug, Clone)]
-pub struct LossSums<B: Backend> {
-    /// Sum of the negative log likelihoods, sum of right predictions; `[2]`, f32.
-    sums: Tensor<B, 1>,
-    /// Number of targets.
-    pub targets: usize,
-}
-
-/// Sums over the targets of one or more micro-batches, on the host.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct LossTotals {
-    /// Sum of the negative log likelihoods, in nats.
-    pub nll: f64,
-    /// Targets that are the likeliest token.
-    pub correct: f64,
-    /// Number of targets.
-    pub targets: usize,
-}
-
-impl LossTotals {
-    /// Mean negative log likelihood.
-    pub fn loss(&self) -> f64 {
-        self.nll / self.targets.max(1) as f64
-    }
-
-    /// Share of right predictions.
-    pub fn token_accuracy(&self) -> f64 {
-        self.correct / self.targets.max(1) as f64
-    }
-
-    /// Adds the sums of another part.
-    pub fn add(&mut self, other: Self) {
-        self.nll += other.nll;
-        self.correct += other.correct;
-        self.targets += other.targets;
-    }
-}
-
-impl<B: Backend> LossSums<B> {
-    /// `sums`: negative log likelihood and right predictions, `[2]`, f32.
-    pub(super) fn new(sums: Tensor<B, 1>, targets: usize) -> Self {
-        Self { sums, targets }
-    }
-
-    /// The sums, `[2]`, f32.
-    pub(super) fn tensor(&self) -> Tensor<B, 1> {
-        self.sums.clone()
-    }
-
-    /// Reads the sums back; waits for the device.
-    pub fn totals(&self) -> LossTotals {
-        let values: Vec<f32> = self.sums.to_data().iter::<f32>().collect();
-        LossTotals {
-            nll: f64::from(values[0]),
-            correct: f64::from(values[1]),
-            targets: self.targets,
-        }
-    }
-}
-
-/// Whether any parameter of a module is trained.
-pub fn is_trained<B: Backend, M: Module<B>>(module: &M) -> bool {
-    struct Trained(bool);
-    impl<B: Backend> ModuleVisitor<B> for Trained {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-            self.0 |= param.is_require_grad();
-        }
-    }
-    let mut visitor = Trained(false);
-    module.visit(&mut visitor);
-    visitor.0
 }
 
 /// Adds the gradients of a module's parameters to `into`.
@@ -217,6 +144,20 @@ pub fn gradients<B: TrainAccelerator>(
     options: &GradientOptions,
     device: &B::Device,
 ) -> (GradientsParams, LossSums<B::InnerBackend>) {
+    let weights = TargetWeights::Same(weight);
+    gradients_of(model, inner, config, batch, weights, options, device)
+}
+
+/// [`gradients`] of any loss over the log-probabilities of the targets.
+pub fn gradients_of<B: TrainAccelerator>(
+    model: &Qwen3Vl<B>,
+    inner: &Qwen3Vl<B::InnerBackend>,
+    config: &Qwen3VlConfig,
+    batch: &MicroBatch,
+    weights: TargetWeights<'_>,
+    options: &GradientOptions,
+    device: &B::Device,
+) -> (GradientsParams, LossSums<B::InnerBackend>) {
     let mut total = GradientsParams::new();
     let vision = (!batch.images.image_grid_thw.is_empty())
         .then(|| VisionPass::forward(model, inner, config, &batch.images, options, device));
@@ -227,7 +168,7 @@ pub fn gradients<B: TrainAccelerator>(
         let context = TextContext::<B::InnerBackend>::new(&batch.text, config, seed, device);
         let recorded = Recorded::from_flags(options.checkpoint_text, options.recompute_pointwise);
         let pass =
-            manual_backward::text_pass(inner, batch, features, &context, weight, recorded, device);
+            manual_backward::text_pass(inner, batch, features, &context, weights, recorded, device);
         total = pass.grads;
         if let Some(vision) = vision.filter(VisionPass::is_trained) {
             let gradients = pass.feature_gradients.into_iter().map(Some).collect();
@@ -325,7 +266,7 @@ pub fn gradients<B: TrainAccelerator>(
             None => {
                 let hidden = model.norm(output);
                 let (objective, loss_sums) =
-                    loss_objective(model, batch, hidden, weight, &mut total, device);
+                    loss_objective(model, inner, batch, hidden, weights, &mut total, device);
                 sums = Some(loss_sums);
                 objective
             }
@@ -357,9 +298,10 @@ pub fn gradients<B: TrainAccelerator>(
 /// backpropagated to the hidden states at once and dropped.
 fn loss_objective<B: TrainAccelerator>(
     model: &Qwen3Vl<B>,
+    inner: &Qwen3Vl<B::InnerBackend>,
     batch: &MicroBatch,
     hidden: Tensor<B, 2>,
-    weight: f64,
+    weights: TargetWeights<'_>,
     total: &mut GradientsParams,
     device: &B::Device,
 ) -> (Tensor<B, 1>, LossSums<B::InnerBackend>) {
@@ -369,9 +311,26 @@ fn loss_objective<B: TrainAccelerator>(
         return (hidden.sum() * 0.0, LossSums { sums, targets: 0 });
     }
     let rows: Vec<i32> = targets.iter().map(|(row, _)| *row).collect();
-    let selected = hidden.select(0, Tensor::from_ints(rows.as_slice(), device));
+    let selected = hidden
+        .clone()
+        .select(0, Tensor::from_ints(rows.as_slice(), device));
     let mut pieces = Vec::new();
     let mut sums: Option<Tensor<B::InnerBackend, 1>> = None;
+    let each = match weights {
+        TargetWeights::Same(_) => None,
+        TargetWeights::Each {
+            temperature,
+            derivative,
+        } => {
+            let plain = hidden.inner();
+            let rows = |rows| plain.clone().select(0, rows);
+            let scores = score_targets(inner, &targets, temperature, rows, device);
+            let nll: f32 = scores.log_probabilities.iter().map(|log| -log).sum();
+            let known = [nll, scores.correct as f32];
+            sums = Some(Tensor::from_floats(known, device));
+            Some((temperature, derivative(&scores)))
+        }
+    };
     for (index, piece) in targets.chunks(LOSS_ROWS).enumerate() {
         let ids: Vec<i32> = piece.iter().map(|(_, id)| *id).collect();
         let ids = Tensor::<B, 1, Int>::from_ints(ids.as_slice(), device);
@@ -380,6 +339,21 @@ fn loss_objective<B: TrainAccelerator>(
             .inner()
             .narrow(0, index * LOSS_ROWS, piece.len());
         let leaf = Tensor::<B, 2>::from_inner(leaf).require_grad();
+        if let Some((temperature, derivatives)) = &each {
+            let own = &derivatives[index * LOSS_ROWS..][..piece.len()];
+            let own = Tensor::<B, 1>::from_floats(own, device);
+            let logits = model.logits(divided(leaf.clone(), *temperature));
+            let logs = log_softmax(logits, 1).gather(1, ids.unsqueeze_dim(1));
+            let mut tape = (logs.squeeze_dim::<1>(1) * own).sum().backward();
+            if let Some(gradient) = leaf.grad_remove(&mut tape) {
+                pieces.push(gradient);
+            }
+            add_gradients(model, GradientsParams::from_grads(tape, model), total);
+            continue;
+        }
+        let TargetWeights::Same(weight) = weights else {
+            unreachable!("every other loss has derivatives");
+        };
         let logits = model.logits(leaf.clone());
         let (nll, correct) = target_sums(&logits, ids);
         let both = Tensor::cat(vec![nll.clone().inner(), correct.inner()], 0);

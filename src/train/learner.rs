@@ -1,6 +1,6 @@
 //! The model as Burn's Learner sees it, and the metrics of its dashboard.
 
-use std::sync::Arc;
+use std::{cell::RefCell, sync::Arc};
 
 use burn::{
     module::AutodiffModule,
@@ -18,8 +18,11 @@ use burn::{
 
 use super::{
     config::{LossReduction, TrainConfig},
-    gradients::{LossSums, LossTotals, add_gradients, evaluate, gradients},
+    gradients::{GradientOptions, add_gradients, evaluate, gradients, gradients_of},
+    loss::{LossSums, LossTotals},
     loss_scale::{LossScale, unscaled},
+    objective::{reference::Reference, settings::Objective, sums::ObjectiveSums},
+    scores::{TargetWeights, TokenScores, token_scores},
 };
 use crate::{
     adapters::quantised::model_to_device,
@@ -43,6 +46,8 @@ pub struct StepSettings {
     pub train: TrainConfig,
     /// Of the loss, with weights in f16.
     pub loss_scale: Option<LossScale>,
+    /// What an objective measures from.
+    pub reference: Reference,
 }
 
 /// The model with what its steps need.
@@ -101,13 +106,17 @@ impl<B: TrainAccelerator> Trainee<B> {
 
 /// Loss sums of one device's micro-batches with their weights, still on the device.
 #[derive(Debug)]
-pub struct PartSums<B: Backend>(Vec<(LossSums<B>, f64)>);
+pub struct PartSums<B: Backend> {
+    micro_batches: Vec<(LossSums<B>, f64)>,
+    /// What an objective came to: it has been read already.
+    objective: Option<ObjectiveSums>,
+}
 
 impl<B: Accelerator> PartSums<B> {
     /// Reads the sums back.
     pub fn totals(&self) -> LossTotals {
         let mut totals = LossTotals::default();
-        self.0
+        self.micro_batches
             .iter()
             .for_each(|(sums, _)| totals.add(sums.totals()));
         totals
@@ -116,20 +125,24 @@ impl<B: Accelerator> PartSums<B> {
     /// Starts an async read of the sums and, after them, of the norm in `clip` (see
     /// [`clip_scale`](crate::ops::TrainingOps::clip_scale)).
     pub fn read_async(&self, clip: Option<Tensor<B, 1>>) -> StepReading {
-        let values: Vec<_> = (self.0.iter().map(|(sums, _)| sums.tensor()))
+        let values: Vec<_> = (self.micro_batches.iter().map(|(sums, _)| sums.tensor()))
             .chain(clip)
             .collect();
         StepReading {
             reading: (!values.is_empty()).then(|| B::read_async(Tensor::cat(values, 0))),
-            parts: (self.0.iter())
+            parts: (self.micro_batches.iter())
                 .map(|(sums, weight)| (sums.targets, *weight))
                 .collect(),
+            objective: self.objective,
         }
     }
 
     /// This part's share of the loss that is minimised.
     fn objective(&self) -> f64 {
-        self.0
+        if let Some(objective) = &self.objective {
+            return objective.loss;
+        }
+        self.micro_batches
             .iter()
             .map(|(sums, weight)| sums.totals().nll * weight)
             .sum()
@@ -141,6 +154,7 @@ pub struct StepReading {
     reading: Option<Reading>,
     /// Targets and weight of each micro-batch.
     parts: Vec<(usize, f64)>,
+    objective: Option<ObjectiveSums>,
 }
 
 /// Results of a step's async read.
@@ -152,6 +166,8 @@ pub struct StepTotals {
     pub objective: f64,
     /// Norm of the gradient before clipping.
     pub norm: f64,
+    /// What an objective came to; `None` where answers are imitated.
+    pub sequences: Option<ObjectiveSums>,
 }
 
 impl StepReading {
@@ -161,6 +177,7 @@ impl StepReading {
         let (sums, clip) = values.split_at(values.len().min(2 * self.parts.len()));
         let mut result = StepTotals {
             norm: clip.first().copied().map_or(0.0, f64::from),
+            sequences: self.objective,
             ..StepTotals::default()
         };
         for (sums, (targets, weight)) in sums.chunks(2).zip(self.parts) {
@@ -171,6 +188,9 @@ impl StepReading {
                 targets,
             });
             result.objective += nll * weight;
+        }
+        if let Some(sequences) = &result.sequences {
+            result.objective = sequences.loss;
         }
         result
     }
@@ -199,6 +219,10 @@ pub struct StepNumbers {
     pub tokens_per_second: f64,
     /// Most memory so far in GiB, of the device where it reports it; 0 where it is not known.
     pub memory_gib: f64,
+    /// What an objective came to; `None` where answers are imitated.
+    pub sequences: Option<ObjectiveSums>,
+    /// Mean reward of the rollout that the step learns from.
+    pub reward: Option<f64>,
     /// Whether this is the first batch of a validation: the means of the one before end here, also within
     /// an epoch.
     pub starts_validation: bool,
@@ -232,6 +256,61 @@ impl<B: Accelerator> ItemLazy for StepOutput<B> {
     }
 }
 
+impl<B: TrainAccelerator> Trainee<B> {
+    /// Gradients of a micro-batch of sequences under the run's objective, times `factor`, and what it came to.
+    ///
+    /// One forward pass gives the log-probabilities that the loss is a function of; they are read, its derivative is
+    /// worked out on the host, and the backward pass begins with it.
+    fn objective_gradients(
+        &self,
+        inner: &Qwen3Vl<B::InnerBackend>,
+        window: &Window,
+        place: usize,
+        factor: f64,
+        options: &GradientOptions,
+    ) -> (GradientsParams, LossSums<B::InnerBackend>, ObjectiveSums) {
+        let StepSettings {
+            config,
+            train,
+            reference,
+            ..
+        } = self.settings.as_ref();
+        let device = self.device();
+        let batch = (window.parts.iter().flatten().nth(place)).expect("it is one of the window's");
+        let known = window.sequences.iter().flatten().nth(place);
+        let mut sequences = known.cloned().expect("an objective has sequences");
+        let temperature = match train.objective {
+            Objective::Grpo => train.temperature,
+            _ => 1.0,
+        };
+        let came_to = RefCell::new(ObjectiveSums::default());
+        let (new, sums) = B::in_exact_memory(&device, Some(&batch.sizes()), || {
+            if train.reference_weight() > 0.0 && sequences.reference.is_empty() {
+                let model = reference.apply(inner);
+                let scores = token_scores(&model, config, batch, temperature, &device);
+                sequences.reference = scores.log_probabilities;
+            }
+            let derivative = |scores: &TokenScores| {
+                let (mut derivative, sums) = match train.objective {
+                    Objective::Grpo => train.grpo().derivative(&sequences, &window.counts, scores),
+                    _ => train.dpo().derivative(&sequences, &window.counts, scores),
+                };
+                *came_to.borrow_mut() = sums;
+                for one in &mut derivative {
+                    *one *= factor as f32;
+                }
+                derivative
+            };
+            let weights = TargetWeights::Each {
+                temperature,
+                derivative: &derivative,
+            };
+            gradients_of(&self.model, inner, config, batch, weights, options, &device)
+        });
+        (new, sums, came_to.into_inner())
+    }
+}
+
 impl<B: TrainAccelerator> TrainStep for Trainee<B> {
     type Input = Window;
     type Output = StepOutput<B::InnerBackend>;
@@ -242,12 +321,14 @@ impl<B: TrainAccelerator> TrainStep for Trainee<B> {
             config,
             train,
             loss_scale,
+            ..
         } = self.settings.as_ref();
         let scale = loss_scale.as_ref().map(LossScale::factor);
         let device = self.device();
         let inner = self.model.valid();
         let mut grads = GradientsParams::new();
         let mut all_sums = Vec::new();
+        let mut objective = None;
         for (place, batch) in window.parts.iter().flatten().enumerate() {
             if batch.targets() == 0 {
                 continue;
@@ -258,11 +339,24 @@ impl<B: TrainAccelerator> TrainStep for Trainee<B> {
                     1.0 / (batch.targets() * window.micro_batches.max(1)) as f64
                 }
             };
-            let dropout_seed = (train.lora_dropout > 0.0).then(|| {
+            // Masks would make probability ratios of what is one and the same.
+            let has_dropout = train.lora_dropout > 0.0 && train.objective == Objective::Sft;
+            let dropout_seed = has_dropout.then(|| {
                 let step = mix(train.seed, window.step as u64);
                 mix(step, (window.first_micro_batch + place) as u64)
             });
             let options = train.gradient_options(dropout_seed);
+            if train.objective != Objective::Sft {
+                let factor = scale.unwrap_or(1.0);
+                let (new, sums, came_to) =
+                    self.objective_gradients(&inner, &window, place, factor, &options);
+                add_gradients(&self.model, new, &mut grads);
+                objective
+                    .get_or_insert_with(ObjectiveSums::default)
+                    .add(&came_to);
+                all_sums.push((sums, 0.0));
+                continue;
+            }
             let sums = B::in_exact_memory(&device, Some(&batch.sizes()), || {
                 let (new, sums) = gradients(
                     &self.model,
@@ -283,7 +377,10 @@ impl<B: TrainAccelerator> TrainStep for Trainee<B> {
         }
         TrainOutput {
             grads,
-            item: StepOutput::Sums(PartSums(all_sums)),
+            item: StepOutput::Sums(PartSums {
+                micro_batches: all_sums,
+                objective,
+            }),
         }
     }
 }
@@ -307,7 +404,10 @@ impl<B: Accelerator> InferenceStep for Trainee<B> {
                 (sums, weight)
             })
             .collect();
-        StepOutput::Sums(PartSums(sums))
+        StepOutput::Sums(PartSums {
+            micro_batches: sums,
+            objective: None,
+        })
     }
 }
 
@@ -408,12 +508,48 @@ impl Gauge {
         })
     }
 
+    /// Mean reward of the rollout that a step learns from.
+    pub fn reward() -> Self {
+        Self::new("Reward", None, true, 4, |numbers| {
+            numbers.reward.unwrap_or(f64::NAN)
+        })
+    }
+
+    /// Estimated divergence from the reference, a token.
+    pub fn divergence() -> Self {
+        Self::new("KL", None, false, 5, |numbers| {
+            of_targets(numbers, |sums| sums.kl)
+        })
+    }
+
+    /// Entropy at the targets, a token.
+    pub fn entropy() -> Self {
+        Self::new("Entropy", None, true, 4, |numbers| {
+            of_targets(numbers, |sums| sums.entropy)
+        })
+    }
+
+    /// Mean margin between the implicit rewards of the answers of a pair.
+    pub fn margin() -> Self {
+        Self::new("Reward margin", None, true, 4, |numbers| {
+            numbers.sequences.map_or(f64::NAN, |sums| {
+                (sums.chosen - sums.rejected) / sums.sequences.max(1.0)
+            })
+        })
+    }
+
     /// Most memory so far in GiB.
     pub fn memory() -> Self {
         Self::new("Memory", Some(" GiB"), false, 2, |numbers| {
             numbers.memory_gib
         })
     }
+}
+
+/// A mean over targets; no number where a step has none.
+fn of_targets(numbers: &StepNumbers, sum: fn(&ObjectiveSums) -> f64) -> f64 {
+    let mean = |sums: ObjectiveSums| sum(&sums) / sums.targets.max(1.0);
+    numbers.sequences.map_or(f64::NAN, mean)
 }
 
 impl Adaptor<StepNumbers> for StepNumbers {

@@ -6,19 +6,23 @@
 //! backend; tests compare it with autodiff.
 
 use burn::{
-    module::ParamId,
+    module::{Module, ModuleVisitor, Param, ParamId},
     optim::GradientsParams,
     prelude::*,
     tensor::{DType, IndexingUpdateOp, backend::AutodiffBackend},
 };
 
 use super::{
-    gradients::{LOSS_ROWS, LossSums, is_trained},
+    loss::{LOSS_ROWS, LossSums},
+    scores::{TargetWeights, divided, score_targets},
     tape::{LayerRecord, LayerTape, Recorded, Tape, adapter, only_group},
 };
 use crate::{
     batch::micro_batch::MicroBatch,
-    ops::{BackwardMatmul, LowRankBackward, Matrix, Ops, cast::to_dtype},
+    ops::{
+        BackwardMatmul, LowRankBackward, Matrix, Ops,
+        cast::{to_dtype, to_f32},
+    },
     qwen3_vl::{
         ImageFeatures, Qwen3Vl,
         heads::{heads_first, split_heads, tokens_first},
@@ -26,6 +30,7 @@ use crate::{
         nn::Linear,
         vision::VisionOutput,
     },
+    runtime::accelerator::Accelerator,
 };
 
 /// Whether the manual backward pass covers everything the language model trains.
@@ -204,12 +209,12 @@ pub(super) struct TextPass<B: Backend> {
 /// Runs the language model forward and backward.
 ///
 /// `vision` holds the features of the batch's images, `[m, hidden]` each.
-pub(super) fn text_pass<B: Ops>(
+pub(super) fn text_pass<B: Accelerator>(
     model: &Qwen3Vl<B>,
     batch: &MicroBatch,
     vision: Option<VisionOutput<B>>,
     context: &TextContext<B>,
-    weight: f64,
+    weights: TargetWeights<'_>,
     recorded: Recorded,
     device: &B::Device,
 ) -> TextPass<B> {
@@ -220,7 +225,7 @@ pub(super) fn text_pass<B: Ops>(
     let output = decoder_layers(&mut run, 0..layers.len(), x);
     let records = run.into_records();
 
-    let (mut gradient, sums) = head_pass(model, batch, output, weight, device);
+    let (mut gradient, sums) = head_pass(model, batch, output, weights, device);
     let mut grads = AdapterGradients(Vec::new());
     let mut feature_gradients = Vec::new();
     for (index, record) in records.into_iter().enumerate().rev() {
@@ -255,11 +260,14 @@ pub(super) fn text_pass<B: Ops>(
 ///
 /// # Shapes
 /// - `output`: `[n, hidden]`, and so is the gradient
-fn head_pass<B: Ops>(
+///
+/// A loss with one weight a target takes two passes through the head: the log-probabilities decide the weights. Each
+/// row of the gradient is linear in its target's weight, so the same kernels serve it.
+fn head_pass<B: Accelerator>(
     model: &Qwen3Vl<B>,
     batch: &MicroBatch,
     output: Tensor<B, 2>,
-    weight: f64,
+    weights: TargetWeights<'_>,
     device: &B::Device,
 ) -> (Tensor<B, 2>, LossSums<B>) {
     let norm = &model.model.language_model.norm;
@@ -267,18 +275,41 @@ fn head_pass<B: Ops>(
     let targets = batch.targets_with_rows();
     let mut gradient = output.zeros_like();
     let mut sums = Tensor::zeros([2], (device, DType::F32));
-    for piece in targets.chunks(LOSS_ROWS) {
+    let (weight, temperature, each) = match weights {
+        TargetWeights::Same(weight) => (weight, 1.0, None),
+        TargetWeights::Each {
+            temperature,
+            derivative,
+        } => {
+            let rows = |rows| norm.forward(output.clone().select(0, rows));
+            let scores = score_targets(model, &targets, temperature, rows, device);
+            let nll: f32 = scores.log_probabilities.iter().map(|log| -log).sum();
+            sums = Tensor::from_floats([nll, scores.correct as f32], device);
+            (1.0, temperature, Some(derivative(&scores)))
+        }
+    };
+    for (index, piece) in targets.chunks(LOSS_ROWS).enumerate() {
         let rows: Vec<i32> = piece.iter().map(|(row, _)| *row).collect();
         let ids: Vec<i32> = piece.iter().map(|(_, id)| *id).collect();
         let rows = Tensor::<B, 1, Int>::from_ints(rows.as_slice(), device);
         let ids = Tensor::<B, 1, Int>::from_ints(ids.as_slice(), device);
         let x = output.clone().select(0, rows.clone());
-        let hidden = norm.forward(x.clone());
-        let loss = match &head {
+        let hidden = divided(norm.forward(x.clone()), temperature);
+        let mut loss = match &head {
             Matrix::Dense(head) => B::target_loss(hidden, head.clone(), ids, weight),
             Matrix::Quantised(head) => B::target_loss_quantised(hidden, head, ids, weight),
         };
-        sums = sums + loss.sums;
+        match &each {
+            None => sums = sums + loss.sums,
+            Some(derivatives) => {
+                // The kernel's gradient is that of the negative log likelihood, of logits that are divided.
+                let own = derivatives[index * LOSS_ROWS..][..piece.len()].iter();
+                let own: Vec<f32> = own.map(|one| -one / temperature as f32).collect();
+                let own = Tensor::<B, 1>::from_floats(own.as_slice(), device).unsqueeze_dim(1);
+                let dtype = loss.hidden_gradient.dtype();
+                loss.hidden_gradient = to_dtype(to_f32(loss.hidden_gradient) * own, dtype);
+            }
+        }
         let nothing = x.zeros_like();
         let dx = B::rms_norm_backward(
             x,
@@ -291,4 +322,17 @@ fn head_pass<B: Ops>(
         gradient = gradient.select_assign(0, rows, dx, IndexingUpdateOp::Add);
     }
     (gradient, LossSums::new(sums, targets.len()))
+}
+
+/// Whether any parameter of a module is trained.
+pub(super) fn is_trained<B: Backend, M: Module<B>>(module: &M) -> bool {
+    struct Trained(bool);
+    impl<B: Backend> ModuleVisitor<B> for Trained {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+            self.0 |= param.is_require_grad();
+        }
+    }
+    let mut visitor = Trained(false);
+    module.visit(&mut visitor);
+    visitor.0
 }

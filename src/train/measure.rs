@@ -3,6 +3,7 @@
 use std::{fs, path::Path, time::Instant};
 
 use burn::{
+    data::dataloader::{DataLoaderIterator, Progress},
     module::AutodiffModule,
     train::{
         EventProcessorTraining, InferenceStep, Learner, LearnerEvent,
@@ -15,14 +16,16 @@ use super::{
     chart::{chart_rows, training_chart},
     checkpoint::{self, CheckpointError},
     checkpoint_dir::Best,
-    gradients::LossTotals,
     learner::{StepNumbers, StepOutput},
     lines::StepWork,
+    loss::LossTotals,
+    objective::settings::Objective,
+    outcome::{Ending, TrainError},
     records::{METRICS, Row, read_rows},
-    replicas::Replicas,
+    replicas::{Evaluated, Replicas},
     report_command::Reported,
-    strategy::{Components, Ending, LoopState, TrainError},
-    words::counted,
+    strategy::{Components, LoopState},
+    words::{counted, last_checkpoint},
 };
 use crate::{
     adapters::lora::merge::merge_unless_quantised,
@@ -51,12 +54,29 @@ impl<B: TrainAccelerator> LoopState<B> {
             "memory_gib": memory.map(|peak| round(peak.gib(), 3)),
             "memory_of": memory.map(|peak| peak.place()),
         });
+        if let Some(sequences) = &numbers.sequences {
+            let pairs = self.state.config.objective == Objective::Dpo;
+            let mut values: Row = Row::new();
+            for (name, value) in sequences.values(pairs) {
+                values.insert(name.into(), value.into());
+            }
+            let first = self.state.step.saturating_sub(1);
+            values.extend(self.rollout_rows.remove(&first).unwrap_or_default());
+            for (name, value) in values {
+                if let Some(value) = value.as_f64() {
+                    self.draw_scalars(step, &[(format!("train/{name}").as_str(), value as f32)])?;
+                }
+                row[name] = value;
+            }
+        }
         if let Some(scale) = numbers.loss_scale {
             row["loss_scale"] = scale.into();
             row["skipped"] = numbers.skipped.into();
             self.draw_scalars(step, &[("train/loss_scale", scale as f32)])?;
         }
-        self.note_row(row.as_object().cloned().unwrap_or_default())?;
+        let row = row.as_object().cloned().unwrap_or_default();
+        let shown = shown_values(&row);
+        self.note_row(row)?;
         self.draw_scalars(
             step,
             &[
@@ -74,7 +94,7 @@ impl<B: TrainAccelerator> LoopState<B> {
         )?;
         let (step, epoch) = (self.state.step, self.state.epoch);
         if let Some(line) = self.lines.add(step, epoch, numbers, work) {
-            (self.tell)(&line);
+            (self.tell)(&format!("{line}{shown}"));
         }
         Ok(())
     }
@@ -156,12 +176,35 @@ impl<B: TrainAccelerator> LoopState<B> {
         for (label, validation) in &self.validation {
             let mut own = LossTotals::default();
             let mut batches = validation.stream();
+            let mut evaluated: Vec<Evaluated> = Vec::new();
+            let mut note = |(_, sums, tokens): Evaluated, seconds: f64, progress| {
+                own.add(sums);
+                let numbers = StepNumbers {
+                    loss: sums.loss(),
+                    token_acc: sums.token_accuracy(),
+                    targets: sums.targets,
+                    tokens_per_second: tokens as f64 / seconds,
+                    starts_validation: std::mem::take(&mut starts_validation),
+                    ..StepNumbers::default()
+                };
+                processor.process_valid(LearnerEvent::ProcessedItem(TrainingItem::new(
+                    StepOutput::Numbers(numbers),
+                    progress,
+                    epochs.clone(),
+                    Some(self.state.step),
+                    None,
+                )));
+            };
+            let begun = Instant::now();
             loop {
                 let windows: Vec<Window> = batches.by_ref().take(at_once).collect();
                 if windows.is_empty() {
                     break;
                 }
-                let tokens: Vec<usize> = windows.iter().map(|window| window.tokens).collect();
+                let facts: Vec<(usize, usize)> = windows
+                    .iter()
+                    .map(|window| (window.step, window.tokens))
+                    .collect();
                 let clock = Instant::now();
                 let all_sums = match replicas {
                     Some(replicas) => replicas.evaluate(&learner.model(), windows)?,
@@ -171,33 +214,30 @@ impl<B: TrainAccelerator> LoopState<B> {
                         .collect(),
                 };
                 let seconds = clock.elapsed().as_secs_f64();
-                for (sums, tokens) in all_sums.into_iter().zip(tokens) {
-                    own.add(sums);
-                    let numbers = StepNumbers {
-                        loss: sums.loss(),
-                        token_acc: sums.token_accuracy(),
-                        targets: sums.targets,
-                        tokens_per_second: tokens as f64 / seconds,
-                        starts_validation: std::mem::take(&mut starts_validation),
-                        ..StepNumbers::default()
-                    };
-                    processor.process_valid(LearnerEvent::ProcessedItem(TrainingItem::new(
-                        StepOutput::Numbers(numbers),
-                        burn::data::dataloader::DataLoaderIterator::progress(&batches),
-                        epochs.clone(),
-                        Some(self.state.step),
-                        None,
-                    )));
+                for (sums, (number, tokens)) in all_sums.into_iter().zip(facts) {
+                    let one = (number, sums, tokens);
+                    match self.cluster {
+                        // In the order of all processes, once they are there.
+                        Some(_) => evaluated.push(one),
+                        None => note(one, seconds, DataLoaderIterator::progress(&batches)),
+                    }
                 }
             }
             if let Some(error) = validation.take_error() {
                 return Err(error.into());
             }
-            let done = burn::data::dataloader::DataLoaderIterator::progress(&batches);
+            let done = DataLoaderIterator::progress(&batches);
             if done.items_processed < done.items_total {
                 return Err(TrainError::Thread(
                     "the thread that prepares validation samples ended before its time".to_string(),
                 ));
+            }
+            if let (Some(replicas), Some(_)) = (replicas, &self.cluster) {
+                let all = replicas.evaluated(evaluated)?;
+                let (count, seconds) = (all.len(), begun.elapsed().as_secs_f64());
+                for (place, one) in all.into_iter().enumerate() {
+                    note(one, seconds / count as f64, Progress::new(place + 1, count));
+                }
             }
             totals.add(own);
             if self.validation.len() > 1 {
@@ -287,6 +327,9 @@ impl<B: TrainAccelerator> LoopState<B> {
     }
 
     pub(super) fn save(&self, learner: &Learner<Components<B>>) -> Result<(), TrainError> {
+        if !self.writes {
+            return Ok(());
+        }
         let step = self.state.step as u64;
         let model = learner.model();
         self.checkpoints.save(step, |dir| {
@@ -312,6 +355,9 @@ impl<B: TrainAccelerator> LoopState<B> {
         }
         self.checkpoints
             .prune(self.state.config.save_total_limit, step)?;
+        if let Some(cluster) = &self.cluster {
+            cluster.set_last(last_checkpoint(&self.checkpoints.path(step)));
+        }
         self.draw()
     }
 
@@ -342,6 +388,25 @@ impl<B: TrainAccelerator> LoopState<B> {
         })?;
         Ok(())
     }
+}
+
+/// What a progress line shows of an objective.
+fn shown_values(row: &Row) -> String {
+    let names = [
+        "reward",
+        "held_out_reward",
+        "kl",
+        "entropy",
+        "clip_share",
+        "completion_tokens",
+        "reward_margin",
+        "preferred_share",
+    ];
+    let values = names.iter().filter_map(|name| {
+        let value = row.get(*name)?.as_f64()?;
+        Some(format!("  {} {value:.4}", name.replace('_', " ")))
+    });
+    values.collect()
 }
 
 fn round(value: f64, digits: i32) -> f64 {

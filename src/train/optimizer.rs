@@ -348,6 +348,12 @@ fn clip_on_device<B: TrainAccelerator, M: AutodiffModule<B>>(
     (!gathered.flat.is_empty()).then(|| B::InnerBackend::clip_scale(gathered.flat, max_norm))
 }
 
+/// The norm before clipping, of what [`AdamW::clip_next`] gives; waits for the device.
+pub(super) fn norm_of<B: DeviceOps>(clip: Tensor<B, 1>) -> f64 {
+    let values = B::read_async(clip)();
+    values.first().copied().map_or(0.0, f64::from)
+}
+
 #[cfg(all(test, feature = "flex"))]
 mod tests {
     use burn::backend::Autodiff;

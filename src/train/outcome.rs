@@ -9,7 +9,10 @@ use super::{
     records::RecordsError,
     report_command::Reported,
 };
-use crate::{base::files::FileError, dataset::DatasetError, ops::quantised::Quantization};
+use crate::{
+    base::files::FileError, cluster::ClusterError, dataset::DatasetError,
+    ops::quantised::Quantization,
+};
 
 /// What ends a run before its time.
 #[derive(Debug, thiserror::Error)]
@@ -76,6 +79,8 @@ pub enum TrainError {
         "{0}; continue from the last checkpoint with `xray-qwen3vl train --config OUTPUT_DIR/config.toml --resume auto`"
     )]
     Rank(#[from] RankError),
+    #[error("{0}; the same command with `--resume auto` on all nodes goes on from there")]
+    Process(#[from] ClusterError),
     #[error(
         "a thread failed: {0}; continue from the last checkpoint with `xray-qwen3vl train --config OUTPUT_DIR/config.toml --resume auto`"
     )]
@@ -97,6 +102,8 @@ pub enum Ending {
     Done,
     /// Early stopping.
     EarlyStop,
+    /// Trained and held-out rewards have parted.
+    RewardsPart,
     /// A signal or the dashboard's key.
     Interrupted,
 }
@@ -107,6 +114,7 @@ impl Ending {
         match self {
             Self::Done => "done",
             Self::EarlyStop => "early_stop",
+            Self::RewardsPart => "rewards_part",
             Self::Interrupted => "interrupted",
         }
     }

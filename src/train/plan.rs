@@ -11,13 +11,13 @@ use serde_json::Value;
 use super::{
     budget::StepMemory,
     config::{TrainConfig, Tuner},
+    objective::settings::Objective,
+    parameters::{TrainedParameters, base_bytes, base_parameters, linear_layers},
     words::duration,
 };
 use crate::{
-    adapters::quantised::format_of,
-    ops::quantised::Quantization,
-    qwen3_vl::{config::Qwen3VlConfig, layer::Projection},
-    train::tape::Recorded,
+    adapters::lora::config::AdapterError, ops::quantised::Quantization,
+    qwen3_vl::config::Qwen3VlConfig, train::tape::Recorded,
 };
 
 /// A throughput that was measured, and what on.
@@ -91,191 +91,49 @@ pub struct Plan {
     pub trained_parameters: u64,
     /// Device memory by part, in bytes.
     pub memory: Vec<(&'static str, u64)>,
+    /// Device memory by part while answers are drawn, in bytes; empty where none are.
+    pub rollout: Vec<(&'static str, u64)>,
     /// Samples of an epoch.
     pub samples: usize,
     /// Optimizer steps of the run.
     pub steps: usize,
 }
 
-/// Input and output widths of the linear layers that can be adapted, with their published paths.
-fn linear_layers(config: &Qwen3VlConfig) -> Vec<(String, u64, u64)> {
-    let (text, vision) = (&config.text_config, &config.vision_config);
-    let mut layers = Vec::new();
-    let mut add =
-        |path: String, from: usize, to: usize| layers.push((path, from as u64, to as u64));
-    let joined = vision.hidden_size * vision.spatial_merge_size.pow(2);
-    for i in 0..vision.depth {
-        let at = format!("model.visual.blocks.{i}");
-        add(
-            format!("{at}.attn.qkv"),
-            vision.hidden_size,
-            3 * vision.hidden_size,
-        );
-        add(
-            format!("{at}.attn.proj"),
-            vision.hidden_size,
-            vision.hidden_size,
-        );
-        add(
-            format!("{at}.mlp.linear_fc1"),
-            vision.hidden_size,
-            vision.intermediate_size,
-        );
-        add(
-            format!("{at}.mlp.linear_fc2"),
-            vision.intermediate_size,
-            vision.hidden_size,
-        );
-    }
-    let deepstack = (0..vision.deepstack_visual_indexes.len())
-        .map(|i| format!("model.visual.deepstack_merger_list.{i}"));
-    for at in std::iter::once("model.visual.merger".to_string()).chain(deepstack) {
-        add(format!("{at}.linear_fc1"), joined, joined);
-        add(format!("{at}.linear_fc2"), joined, vision.out_hidden_size);
-    }
-    for i in 0..text.num_hidden_layers {
-        for projection in Projection::ALL {
-            let [d_output, d_input] = projection.shape(text);
-            let path = projection.path();
-            add(
-                format!("model.language_model.layers.{i}.{path}"),
-                d_input,
-                d_output,
-            );
-        }
-    }
-    layers
-}
-
-/// Parameters of a model by what the freeze flags hold, norms and biases included.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct PartParameters {
-    /// The vision tower without its mergers: `freeze_vit`.
-    pub vit: u64,
-    /// The mergers: `freeze_aligner`.
-    pub aligner: u64,
-    /// The language model, embedding and head: `freeze_llm`.
-    pub llm: u64,
-}
-
-impl PartParameters {
-    /// Of a model of these sizes.
-    pub fn of(config: &Qwen3VlConfig) -> Self {
-        let (text, vision) = (&config.text_config, &config.vision_config);
-        let is_aligner = |path: &str| path.contains(".merger") || path.contains(".deepstack");
-        let mut parts = Self {
-            vit: 0,
-            aligner: 0,
-            llm: 0,
-        };
-        for (path, from, to) in linear_layers(config) {
-            // The vision tower's linear layers have biases.
-            match path.starts_with("model.visual") {
-                true if is_aligner(&path) => parts.aligner += from * to + to,
-                true => parts.vit += from * to + to,
-                false => parts.llm += from * to,
-            }
-        }
-        let hidden = vision.hidden_size as u64;
-        let joined = hidden * (vision.spatial_merge_size as u64).pow(2);
-        parts.vit += vision.depth as u64 * 4 * hidden
-            + hidden * (vision.patch_dim() as u64 + 1)
-            + vision.num_position_embeddings as u64 * hidden;
-        parts.aligner += 2 * hidden + vision.deepstack_visual_indexes.len() as u64 * 2 * joined;
-        let table = (text.vocab_size * text.hidden_size) as u64;
-        let tables = if config.tie_word_embeddings { 1 } else { 2 };
-        let layers = text.num_hidden_layers as u64;
-        let norms =
-            layers * (2 * text.hidden_size + 2 * text.head_dim) as u64 + text.hidden_size as u64;
-        let biases = if text.attention_bias {
-            let heads = (text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim;
-            layers * (heads + text.hidden_size) as u64
-        } else {
-            0
-        };
-        parts.llm += tables * table + norms + biases;
-        parts
-    }
-
-    /// All of them.
-    pub fn all(&self) -> u64 {
-        self.vit + self.aligner + self.llm
-    }
-
-    /// Those that full training of a config moves.
-    fn trained(&self, config: &TrainConfig) -> u64 {
-        [
-            (config.freeze_vit, self.vit),
-            (config.freeze_aligner, self.aligner),
-            (config.freeze_llm, self.llm),
-        ]
-        .iter()
-        .filter(|(frozen, _)| !frozen)
-        .map(|(_, count)| count)
-        .sum()
-    }
-}
-
-/// Parameters of both towers, norms and biases included.
-pub fn base_parameters(config: &Qwen3VlConfig) -> u64 {
-    PartParameters::of(config).all()
-}
-
-/// Bytes of the base on a device, `dtype_bytes` an element where it is not quantised.
-pub fn base_bytes(
-    config: &Qwen3VlConfig,
-    quantization: Option<Quantization>,
-    dtype_bytes: u64,
-) -> u64 {
-    let text = &config.text_config;
-    let floats = base_parameters(config) * dtype_bytes;
-    let Some(quantization) = quantization else {
-        return floats;
-    };
-    let tables = match config.tie_word_embeddings {
-        true => &["model.language_model.embed_tokens"][..],
-        false => &["model.language_model.embed_tokens", "lm_head"],
-    };
-    let (width, vocab) = (text.hidden_size as u64, text.vocab_size as u64);
-    let tables = tables.iter().map(|path| (path.to_string(), width, vocab));
-    (linear_layers(config).into_iter().chain(tables)).fold(floats, |bytes, (path, from, to)| {
-        match format_of(quantization, &format!("{path}.weight")) {
-            Some(format) => {
-                bytes - from * to * dtype_bytes + format.bytes(to as usize, from as usize) as u64
-            }
-            None => bytes,
-        }
-    })
-}
-
-/// Parameters that a run moves.
-///
-/// # Errors
-/// A pattern in `target_modules` that cannot be read.
-pub fn trained_parameters(
+/// Memory while the answers of a rollout are drawn: weights, their merged copy, optimizer, keys and values.
+fn rollout_memory(
     config: &TrainConfig,
     model: &Qwen3VlConfig,
-) -> Result<u64, crate::adapters::lora::config::AdapterError> {
-    if config.tuner == Tuner::Full {
-        return Ok(PartParameters::of(model).trained(config));
+    longest: usize,
+    dtype_bytes: u64,
+    quantization: Option<Quantization>,
+) -> Result<Vec<(&'static str, u64)>, AdapterError> {
+    if config.objective != Objective::Grpo {
+        return Ok(Vec::new());
     }
-    let lora = config.lora_config();
-    let matcher = lora.matcher()?;
+    let trained = TrainedParameters::of(config, model)?;
+    let mut parts = vec![
+        ("weights", base_bytes(model, quantization, dtype_bytes)),
+        (
+            "trained values, moments",
+            trained.adapters * 12 + trained.whole * (dtype_bytes + 8),
+        ),
+    ];
+    if config.tuner == Tuner::Lora && quantization.is_none() {
+        // The weights of adapted layers are composed for the time of a rollout.
+        let matcher = config.lora_config().matcher()?;
+        let adapted = linear_layers(model).into_iter();
+        let adapted = adapted.filter(|(path, ..)| matcher.matches(path));
+        let elements: u64 = adapted.map(|(_, from, to)| from * to).sum();
+        parts.push(("merged weights", elements * dtype_bytes));
+    }
     let text = &model.text_config;
-    let head = (
-        "lm_head".to_string(),
-        text.hidden_size as u64,
-        text.vocab_size as u64,
-    );
-    Ok(linear_layers(model)
-        .iter()
-        .chain([&head])
-        .filter(|(path, ..)| matcher.matches(path))
-        .map(|(_, from, to)| {
-            let magnitude = if lora.use_dora { *to } else { 0 };
-            lora.r as u64 * (from + to) + magnitude
-        })
-        .sum())
+    let group = config.num_generations;
+    let answers = (config.per_device_eval_batch_size / group).max(1) * group;
+    let a_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim;
+    let tokens = (answers * longest) as u64;
+    parts.push(("keys and values", tokens * a_token as u64 * dtype_bytes));
+    parts.push(("logits", answers as u64 * text.vocab_size as u64 * 8));
+    Ok(parts)
 }
 
 impl Plan {
@@ -294,7 +152,7 @@ impl Plan {
         devices: usize,
         dtype_bytes: u64,
         quantization: Option<Quantization>,
-    ) -> Result<Self, crate::adapters::lora::config::AdapterError> {
+    ) -> Result<Self, AdapterError> {
         let tokens = match config.row_tokens() {
             Some(tokens) => tokens.max(longest),
             None => longest * config.per_device_train_batch_size,
@@ -303,8 +161,9 @@ impl Plan {
             .parts(tokens as u64, Recorded::of(config));
         Ok(Self {
             base_parameters: base_parameters(model),
-            trained_parameters: trained_parameters(config, model)?,
+            trained_parameters: TrainedParameters::of(config, model)?.all(),
             memory,
+            rollout: rollout_memory(config, model, longest, dtype_bytes, quantization)?,
             samples,
             steps: config.total_steps(samples, devices),
         })
@@ -327,6 +186,17 @@ impl Plan {
         }
         let total: u64 = self.memory.iter().map(|(_, bytes)| bytes).sum();
         let _ = writeln!(text, "  {:<24} {:>9.3} GiB", "together", total as f64 / GIB);
+        if !self.rollout.is_empty() {
+            let _ = writeln!(
+                text,
+                "memory of a device while answers are drawn, estimated:"
+            );
+            for (part, bytes) in &self.rollout {
+                let _ = writeln!(text, "  {part:<24} {:>9.3} GiB", *bytes as f64 / GIB);
+            }
+            let total: u64 = self.rollout.iter().map(|(_, bytes)| bytes).sum();
+            let _ = writeln!(text, "  {:<24} {:>9.3} GiB", "together", total as f64 / GIB);
+        }
         let _ = writeln!(text, "samples      {:>14}", self.samples);
         let _ = writeln!(text, "steps        {:>14}", self.steps);
         match throughput {
@@ -365,60 +235,6 @@ mod tests {
         assert_eq!(plan.trained_parameters, 36 * a_layer);
         assert_eq!(plan.steps, 573);
         assert!((plan.base_parameters as f64 / 8.77e9 - 1.0).abs() < 0.01);
-    }
-
-    #[test]
-    #[cfg(feature = "flex")]
-    fn parameters_are_counted_as_the_module_has_them() {
-        use crate::{
-            adapters::quantised::memory::weight_bytes,
-            qwen3_vl::{Qwen3Vl, nn::InitOptions, weights::parameter_shapes},
-        };
-        for size in ["2b", "4b", "8b", "32b"] {
-            let config = Qwen3VlConfig::published(size).unwrap();
-            let model = Qwen3Vl::<burn_flex::Flex>::new(
-                &config,
-                &InitOptions::default(),
-                &Default::default(),
-            );
-            let count: u64 = parameter_shapes(&model)
-                .values()
-                .map(|shape| shape.iter().product::<usize>() as u64)
-                .sum();
-            assert_eq!(base_parameters(&config), count, "{size}");
-            for quantization in [None, "int8".parse().ok(), "int4:32".parse().ok()] {
-                let bytes = weight_bytes(&parameter_shapes(&model), quantization, 2) as u64;
-                assert_eq!(base_bytes(&config, quantization, 2), bytes, "{size}");
-            }
-            let of = |wanted: fn(&str) -> bool| -> u64 {
-                parameter_shapes(&model)
-                    .iter()
-                    .filter(|(path, _)| wanted(path))
-                    .map(|(_, shape)| shape.iter().product::<usize>() as u64)
-                    .sum()
-            };
-            let parts = PartParameters::of(&config);
-            let aligner = of(|path| path.contains("visual.merger.") || path.contains("deepstack"));
-            assert_eq!(parts.aligner, aligner, "{size}");
-            assert_eq!(parts.vit + aligner, of(|path| path.contains("visual.")));
-        }
-    }
-
-    #[test]
-    fn full_training_counts_what_no_flag_freezes() {
-        let model = Qwen3VlConfig::published("2b").unwrap();
-        let parts = PartParameters::of(&model);
-        let mut config = TrainConfig {
-            tuner: Tuner::Full,
-            freeze_llm: true,
-            freeze_aligner: false,
-            ..TrainConfig::default()
-        };
-        let plan = |config: &TrainConfig| Plan::new(config, &model, 10, 300, 1, 2, None).unwrap();
-        assert_eq!(plan(&config).trained_parameters, parts.aligner);
-        config.freeze_vit = false;
-        config.freeze_llm = false;
-        assert_eq!(plan(&config).trained_parameters, base_parameters(&model));
     }
 
     #[test]

@@ -12,7 +12,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::base::panics::{device_reason, panic_text};
+use crate::{
+    base::panics::{device_reason, panic_text},
+    cluster::ClusterError,
+};
 
 /// How long threads that are still running are waited for once nobody wants their answers.
 const GRACE: Duration = Duration::from_secs(5);
@@ -43,9 +46,12 @@ pub enum RankError {
         /// How long they were waited for.
         seconds: f64,
     },
+    /// Another process of the run.
+    #[error(transparent)]
+    Process(#[from] ClusterError),
     /// The copies of the model are no longer the same.
     #[error(
-        "after step {step} the weights of device {rank} are not those of device {first}: {count} \
+        "after step {step} the weights of {rank} are not those of {first}: {count} \
          tensors differ, first number {place} of {all}; one of the devices calculates or adds up \
          wrongly. Go on from the checkpoint before; if it comes again, leave the device out"
     )]

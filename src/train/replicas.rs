@@ -7,116 +7,55 @@
 //! no weights need to be sent; that they stay the same, bit for bit, is checked at every checkpoint and
 //! validation. Validation batches are divided among the devices as well.
 
-use std::{
-    hash::{DefaultHasher, Hasher},
-    sync::Arc,
-    time::Duration,
-};
+mod across;
+mod flat;
+mod rank;
+
+use std::{sync::Arc, time::Duration};
 
 use burn::{
-    module::{AutodiffModule, Module, ModuleVisitor, Param},
-    optim::{GradientsParams, Optimizer},
+    optim::GradientsParams,
     prelude::*,
-    tensor::{DType, backend::AutodiffBackend},
-    train::{InferenceStep, TrainStep},
+    tensor::{DType, TensorData},
 };
 
 use super::{
-    gradients::LossTotals,
-    learner::{StepReading, Trainee},
+    generation::{Generated, GenerationScorer},
+    learner::Trainee,
+    loss::LossTotals,
     optimizer::AdamW,
     ranks::{RankError, Ranks},
-    strategy::{GenerateBatch, Generated, GenerationScorer},
 };
 use crate::{
-    adapters::lora::merge::merge_unless_quantised,
     batch::window::Window,
-    ops::{AllReduce, DeviceMemory, DeviceOps, cast::to_f32},
+    cluster::Cluster,
+    ops::{DeviceOps, Others},
     runtime::accelerator::TrainAccelerator,
 };
 
-type Flat<B> = Tensor<<B as AutodiffBackend>::InnerBackend, 1>;
-type Adder<B> = Arc<dyn AllReduce<<B as AutodiffBackend>::InnerBackend>>;
+use across::Across;
+use flat::{Flat, lengths, scatter};
+use rank::{Adder, Answer, Job, Rank};
 
-/// What a rank is to do; in each step in this order.
-enum Job<B: TrainAccelerator> {
-    /// Take a copy of the model and of the optimizer.
-    Load(Box<(Trainee<B>, AdamW<B>)>),
-    /// All-reduce of one number: a failure to communicate shows before the first step.
-    Meet,
-    /// Compute the gradients of a part, or of the one that was sent ahead with the last; the first rank
-    /// gets the Learner's model with it. The part of the next step comes along where it is known.
-    Learn(
-        Option<Box<Trainee<B>>>,
-        Option<Box<Window>>,
-        Option<Box<Window>>,
-    ),
-    /// Return the gradients of the parameters that have one anywhere, summed (all-reduce) if the backend can.
-    Reduce(Arc<Vec<bool>>),
-    /// Clip and step with the sums: those given, or those the rank has of the last [`Job::Reduce`].
-    Step(Option<Vec<Flat<B>>>, f64),
-    /// Compute the loss of a validation batch; the first rank gets the Learner's model with it.
-    Evaluate(Option<Box<Trainee<B>>>, Box<Window>),
-    /// Generate reports of some batches; the first rank gets the Learner's model with it.
-    Generate(
-        Option<Box<Trainee<B>>>,
-        Arc<GenerateBatch<B::InnerBackend>>,
-        Vec<usize>,
-    ),
-    /// Hash the weights, to compare them between ranks; the first rank gets the Learner's model with it.
-    Digest(Option<Box<Trainee<B>>>),
-}
-
-enum Answer<B: TrainAccelerator> {
-    Done,
-    Learnt(Learnt),
-    Gradients(Vec<Flat<B>>),
-    Totals(LossTotals),
-    Generated(Vec<Vec<Generated>>),
-    Digests(Vec<u64>),
-}
-
-/// What a rank reports of its part before gradients are summed.
-#[derive(Debug, Clone)]
-pub struct Learnt {
-    /// Loss sums.
-    pub totals: LossTotals,
-    /// Share of the loss that is minimised.
-    pub objective: f64,
-    /// Memory of the device, where the backend reports it.
-    pub memory: Option<DeviceMemory>,
-    /// For each trained parameter whether it has a gradient.
-    present: Vec<bool>,
-}
+pub(super) use across::Evaluated;
+pub use rank::{Learnt, Piece};
 
 /// Devices that train one model together.
 pub struct Replicas<B: TrainAccelerator> {
     ranks: Ranks<Job<B>, Answer<B>>,
     devices: Vec<B::Device>,
     all_reduce: Option<Adder<B>>,
+    /// The other processes of the run.
+    across: Option<Across>,
     present: Arc<Vec<bool>>,
     /// Ranks that were sent a step whose end was not waited for.
     stepping: Vec<usize>,
 }
 
-/// State of one rank's thread.
-struct Rank<B: TrainAccelerator> {
-    device: B::Device,
-    max_grad_norm: f64,
-    all_reduce: Option<Adder<B>>,
-    model: Option<Trainee<B>>,
-    optimizer: Option<AdamW<B>>,
-    grads: GradientsParams,
-    sums: Vec<Flat<B>>,
-    present: Arc<Vec<bool>>,
-    /// The part of the next step.
-    next: Option<Box<Window>>,
-}
-
 impl<B: TrainAccelerator> Replicas<B> {
     /// Copies the model and the optimizer to all devices but the first, where the Learner has them.
     ///
-    /// `names` are the devices' names for messages.
+    /// `names` are the devices' names for messages; `cluster` are the processes of the run, where it has several.
     ///
     /// # Errors
     /// [`RankError`]; also when the devices cannot add up among themselves, as CUDA without NCCL.
@@ -126,33 +65,38 @@ impl<B: TrainAccelerator> Replicas<B> {
         model: &Trainee<B>,
         optimizer: &AdamW<B>,
         max_grad_norm: f64,
+        cluster: Option<Arc<Cluster>>,
         patience: Duration,
     ) -> Result<Self, RankError> {
         let name = |rank: usize| match names.get(rank) {
             Some(name) => format!("`{name}` (rank {rank})"),
             None => format!("{:?} (rank {rank})", devices[rank]),
         };
-        let all_reduce =
-            B::InnerBackend::all_reduce(devices, patience).map_err(|reason| RankError::Failed {
-                rank: name(0),
-                what: "preparing to add up gradients",
-                reason,
-            })?;
+        let all_reduce = match &cluster {
+            Some(cluster) => all_reduce_across::<B>(devices, cluster, patience),
+            // A device alone has nothing to add up.
+            None if devices.len() == 1 => Ok(None),
+            None => B::InnerBackend::all_reduce(devices, None, patience),
+        }
+        .map_err(|reason| RankError::Failed {
+            rank: name(0),
+            what: "preparing to add up gradients",
+            reason,
+        })?;
+        let across = cluster
+            .map(|cluster| Across::join(cluster, all_reduce.is_some()))
+            .transpose()?;
+        let keeps_parts = across.as_ref().is_some_and(Across::uses_sockets);
         let workers = devices
             .iter()
             .enumerate()
             .map(|(index, device)| {
-                let mut rank = Rank::<B> {
-                    device: device.clone(),
+                let mut rank = Rank::<B>::new(
+                    device.clone(),
                     max_grad_norm,
-                    all_reduce: all_reduce.clone(),
-                    model: None,
-                    optimizer: None,
-                    grads: GradientsParams::new(),
-                    sums: Vec::new(),
-                    present: Arc::default(),
-                    next: None,
-                };
+                    all_reduce.clone(),
+                    keeps_parts,
+                );
                 (name(index), move |job| rank.work(job))
             })
             .collect();
@@ -166,6 +110,7 @@ impl<B: TrainAccelerator> Replicas<B> {
             ranks,
             devices: devices.to_vec(),
             all_reduce,
+            across,
             present: Arc::default(),
             stepping: Vec::new(),
         };
@@ -190,9 +135,14 @@ impl<B: TrainAccelerator> Replicas<B> {
     }
 
     fn collect(&self, what: &'static str, ranks: &[usize]) -> Result<Vec<Answer<B>>, RankError> {
-        self.ranks.collect(what, ranks).inspect_err(|_| {
+        self.ranks.collect(what, ranks).map_err(|error| {
             if let Some(all_reduce) = &self.all_reduce {
                 all_reduce.give_up();
+            }
+            match &self.across {
+                // Another process is the likely reason: the first one knows.
+                Some(across) => across.cluster().verdict(error.to_string()).into(),
+                None => error,
             }
         })
     }
@@ -210,7 +160,7 @@ impl<B: TrainAccelerator> Replicas<B> {
         window: Window,
         next: Option<&mut Window>,
     ) -> Result<Vec<Learnt>, RankError> {
-        let count = self.ranks.len();
+        let (count, step) = (self.ranks.len(), window.step);
         let split = |window: Window| -> Vec<Option<Box<Window>>> {
             let mut parts = window.split().into_iter().map(Box::new);
             (0..count).map(|_| parts.next()).collect()
@@ -235,13 +185,16 @@ impl<B: TrainAccelerator> Replicas<B> {
             })
             .collect();
         let answers = self.ranks.ask("working out gradients", jobs)?;
-        let all: Vec<Learnt> = answers
+        let mut all: Vec<Learnt> = answers
             .into_iter()
             .filter_map(|answer| match answer {
                 Answer::Learnt(learnt) => Some(learnt),
                 _ => None,
             })
             .collect();
+        if let Some(across) = &self.across {
+            all = across.learnt(step, all)?;
+        }
         // A parameter without a gradient anywhere is not stepped, as on one device.
         let count = all.first().map_or(0, |learnt| learnt.present.len());
         let anywhere = (0..count)
@@ -260,6 +213,9 @@ impl<B: TrainAccelerator> Replicas<B> {
     pub fn reduce(&mut self, model: &Trainee<B>, lr: f64) -> Result<GradientsParams, RankError> {
         if !self.present.contains(&true) {
             return Ok(GradientsParams::new());
+        }
+        if self.across.as_ref().is_some_and(Across::uses_sockets) {
+            return self.reduce_through_sockets(model, lr);
         }
         let all: Vec<usize> = (0..self.ranks.len()).collect();
         let jobs = all
@@ -291,12 +247,48 @@ impl<B: TrainAccelerator> Replicas<B> {
                 let device = &self.devices[*rank];
                 let copies = sums.iter().cloned();
                 let copies = copies.map(|sum| B::InnerBackend::to_other_device(sum, device));
-                self.ranks
-                    .send(*rank, Job::Step(Some(copies.collect()), lr));
+                let copies = Some((copies.collect(), self.present.clone()));
+                self.ranks.send(*rank, Job::Step(copies, lr));
             }
             sums
         };
         Ok(scatter(model, sums, &self.present))
+    }
+
+    /// [`Replicas::reduce`] over several processes, micro-batch by micro-batch in their order: the bits are those
+    /// of one device that learns from all of them.
+    fn reduce_through_sockets(
+        &mut self,
+        model: &Trainee<B>,
+        lr: f64,
+    ) -> Result<GradientsParams, RankError> {
+        let Some(across) = &self.across else {
+            return Ok(GradientsParams::new());
+        };
+        let all = 0..self.ranks.len();
+        let jobs = all.clone().map(|rank| (rank, Job::Parts)).collect();
+        let answers = self.ranks.ask("handing over gradients", jobs)?;
+        let parts = answers.into_iter().flat_map(|answer| match answer {
+            Answer::Parts(parts) => parts,
+            _ => Vec::new(),
+        });
+        let parts: Vec<_> = parts.collect();
+        let sums = across.sum(&lengths(model), &parts)?;
+        drop(parts);
+        let present: Arc<Vec<bool>> = Arc::new(sums.iter().map(Option::is_some).collect());
+        let on_device = |device: &B::Device| -> Vec<Flat<B>> {
+            let rows = sums.iter().flatten().map(|row| {
+                let data = TensorData::new(row.clone(), [row.len()]);
+                Tensor::from_data(data, (device, DType::F32))
+            });
+            rows.collect()
+        };
+        self.stepping = all.skip(1).collect();
+        for rank in &self.stepping {
+            let copies = Some((on_device(&self.devices[*rank]), present.clone()));
+            self.ranks.send(*rank, Job::Step(copies, lr));
+        }
+        Ok(scatter(model, on_device(&self.devices[0]), &present))
     }
 
     /// Waits until all ranks have taken the step, and the first device what the caller gave it to do.
@@ -348,22 +340,26 @@ impl<B: TrainAccelerator> Replicas<B> {
         model: &Trainee<B>,
         scorer: &GenerationScorer<B::InnerBackend>,
     ) -> Result<Vec<Generated>, RankError> {
-        let count = self.ranks.len();
-        let jobs = (0..count)
+        let (first, count) = (self.first(), self.all());
+        let jobs = (0..self.ranks.len())
             .map(|rank| {
                 let model = (rank == 0).then(|| Box::new(model.clone()));
-                let batches = (rank..scorer.batches).step_by(count).collect();
+                let batches = (first + rank..scorer.batches).step_by(count).collect();
                 (rank, Job::Generate(model, scorer.generate.clone(), batches))
             })
             .collect();
         let answers = self.ranks.ask("generating reports", jobs)?;
-        let mut all: Vec<_> = answers
+        let mut all: Vec<Vec<Vec<Generated>>> = answers
             .into_iter()
             .filter_map(|answer| match answer {
-                Answer::Generated(batches) => Some(batches.into_iter()),
+                Answer::Generated(batches) => Some(batches),
                 _ => None,
             })
             .collect();
+        if let Some(across) = &self.across {
+            all = across.generated(all)?;
+        }
+        let mut all: Vec<_> = all.into_iter().map(Vec::into_iter).collect();
         // Back into the order of the batches.
         let ordered = (0..scorer.batches).filter_map(|batch| all[batch % count].next());
         Ok(ordered.flatten().collect())
@@ -388,14 +384,17 @@ impl<B: TrainAccelerator> Replicas<B> {
                 _ => None,
             })
             .collect();
+        if let (Some(across), Some(own)) = (&self.across, all.first()) {
+            across.compare(own, step)?;
+        }
         for (rank, other) in all.iter().enumerate().skip(1) {
             let differing: Vec<usize> = (0..all[0].len().max(other.len()))
                 .filter(|place| all[0].get(*place) != other.get(*place))
                 .collect();
             if let Some(place) = differing.first() {
                 return Err(RankError::Apart {
-                    rank: self.ranks.name(rank).to_string(),
-                    first: self.ranks.name(0).to_string(),
+                    rank: format!("device {}", self.ranks.name(rank)),
+                    first: format!("device {}", self.ranks.name(0)),
                     step,
                     count: differing.len(),
                     place: place + 1,
@@ -406,7 +405,42 @@ impl<B: TrainAccelerator> Replicas<B> {
         Ok(())
     }
 
-    /// Number of devices.
+    /// The validation batches of all processes in their order; those of this one, where it works alone.
+    ///
+    /// # Errors
+    /// [`RankError`].
+    pub(super) fn evaluated(&self, own: Vec<Evaluated>) -> Result<Vec<Evaluated>, RankError> {
+        match &self.across {
+            Some(across) => across.evaluated(&own),
+            None => Ok(own),
+        }
+    }
+
+    /// Says before a step whether this process wants to stop after it.
+    pub fn set_stop(&self, stop: bool) {
+        if let Some(across) = &self.across {
+            across.set_stop(stop);
+        }
+    }
+
+    /// Whether one of the processes wants to stop after the last step; `None` where there is one process.
+    pub fn stops(&self) -> Option<bool> {
+        self.across.as_ref().map(Across::stops)
+    }
+
+    /// Number of this process's first device among all.
+    pub fn first(&self) -> usize {
+        let across = self.across.as_ref();
+        across.map_or(0, |across| across.cluster().first_device())
+    }
+
+    /// Devices of all processes.
+    pub fn all(&self) -> usize {
+        let across = self.across.as_ref();
+        across.map_or(self.devices.len(), |across| across.cluster().devices())
+    }
+
+    /// Number of devices of this process.
     pub fn len(&self) -> usize {
         self.devices.len()
     }
@@ -417,124 +451,30 @@ impl<B: TrainAccelerator> Replicas<B> {
     }
 }
 
-impl<B: TrainAccelerator> Rank<B> {
-    fn work(&mut self, job: Job<B>) -> Result<Answer<B>, String> {
-        const NO_MODEL: &str = "it holds no model";
-        match job {
-            Job::Load(copied) => {
-                let (model, optimizer) = *copied;
-                self.model = Some(model.move_to(&self.device));
-                self.optimizer = Some(optimizer.copy_to(&self.device));
-                self.wait()?;
-                Ok(Answer::Done)
-            }
-            Job::Meet => {
-                if let Some(all_reduce) = &self.all_reduce {
-                    let one = Tensor::ones([1], (&self.device, DType::F32));
-                    let sum = all_reduce.sum(vec![one])?.remove(0);
-                    let sum = sum.into_data().iter::<f32>().next();
-                    let count = all_reduce.len() as f32;
-                    if sum != Some(count) {
-                        return Err(format!("ones of {count} devices add up to {sum:?}"));
-                    }
-                }
-                Ok(Answer::Done)
-            }
-            Job::Learn(model, window, next) => {
-                if let Some(model) = model {
-                    self.model = Some(*model);
-                }
-                let model = self.model.as_ref().ok_or(NO_MODEL)?;
-                let window = window.or_else(|| self.next.take());
-                let output = TrainStep::step(model, *window.ok_or("it has no samples")?);
-                let reading = output.item.read_async(None);
-                if let Some(next) = next {
-                    model.send_ahead(&next);
-                    self.next = Some(next);
-                }
-                let (memory, present) = (
-                    B::InnerBackend::memory_in_use(&self.device),
-                    presence(model, &output.grads),
-                );
-                self.grads = output.grads;
-                // Reading the sums waits for the device: what went wrong on it shows here, before
-                // any other rank waits for this one's gradients.
-                let read = reading.map(StepReading::wait).unwrap_or_default();
-                self.wait()?;
-                Ok(Answer::Learnt(Learnt {
-                    totals: read.totals,
-                    objective: read.objective,
-                    memory,
-                    present,
-                }))
-            }
-            Job::Reduce(present) => {
-                let model = self.model.as_ref().ok_or(NO_MODEL)?;
-                let grads = std::mem::replace(&mut self.grads, GradientsParams::new());
-                let own = gather(model, grads, &present, &self.device);
-                let gradients = match &self.all_reduce {
-                    Some(all_reduce) => all_reduce.sum(own)?,
-                    None => own,
-                };
-                self.present = present;
-                if self.optimizer.is_none() {
-                    // The Learner steps the first rank's model: a handle kept here would keep the
-                    // weights from before the step alive.
-                    self.model = None;
-                } else if self.all_reduce.is_some() {
-                    self.sums = gradients;
-                    return Ok(Answer::Done);
-                }
-                self.wait()?;
-                Ok(Answer::Gradients(gradients))
-            }
-            Job::Step(sums, lr) => {
-                let model = self.model.take().ok_or(NO_MODEL)?;
-                let optimizer = self.optimizer.as_mut().ok_or("it holds no optimizer")?;
-                let sums = sums.unwrap_or_else(|| std::mem::take(&mut self.sums));
-                let grads = scatter(&model, sums, &self.present);
-                let clip = optimizer.clip_next(&model, &grads, self.max_grad_norm);
-                // All devices have the same sums, and so take or leave out the same steps.
-                let leaves_out = model.loss_scale().is_some()
-                    && clip.is_some_and(|clip| !norm_of(clip).is_finite());
-                self.model = Some(match leaves_out {
-                    true => model,
-                    false => optimizer.step(lr, model, grads),
-                });
-                Ok(Answer::Done)
-            }
-            Job::Evaluate(model, window) => {
-                let model = model.as_deref().or(self.model.as_ref()).ok_or(NO_MODEL)?;
-                let output = InferenceStep::step(&model.valid(), *window);
-                Ok(Answer::Totals(output.totals()))
-            }
-            Job::Generate(model, generate, batches) => {
-                let model = model.as_deref().or(self.model.as_ref()).ok_or(NO_MODEL)?;
-                let merged = merge_unless_quantised(model.valid().model);
-                let reports = batches
-                    .into_iter()
-                    .map(|batch| generate(&merged, &self.device, batch))
-                    .collect::<Result<_, _>>()
-                    .map_err(|error| error.to_string())?;
-                Ok(Answer::Generated(reports))
-            }
-            Job::Digest(model) => {
-                let model = model.as_deref().or(self.model.as_ref()).ok_or(NO_MODEL)?;
-                Ok(Answer::Digests(digests(model)))
-            }
-        }
+/// How these devices add up with those of the other processes.
+fn all_reduce_across<B: TrainAccelerator>(
+    devices: &[B::Device],
+    cluster: &Arc<Cluster>,
+    patience: Duration,
+) -> Result<Option<Adder<B>>, String> {
+    let hand_out = |own: Option<Vec<u8>>| {
+        let parts = cluster.gather("NCCL's id", &own.unwrap_or_default());
+        parts
+            .map(|mut parts| parts.swap_remove(0))
+            .map_err(|error| error.to_string())
+    };
+    let others = Others {
+        first: cluster.first_device(),
+        all: cluster.devices(),
+        hand_out: &hand_out,
+        is_over: &|| cluster.is_over(),
+    };
+    let all_reduce = B::InnerBackend::all_reduce(devices, Some(&others), patience)?;
+    if let Some(all_reduce) = &all_reduce {
+        let all_reduce = all_reduce.clone();
+        cluster.on_end(move |_| all_reduce.give_up());
     }
-
-    /// Waits for all work of the device.
-    fn wait(&self) -> Result<(), String> {
-        B::sync(&self.device).map_err(|error| format!("{error:?}"))
-    }
-}
-
-/// The norm before clipping, of what [`AdamW::clip_next`] gives; waits for the device.
-pub(super) fn norm_of<B: DeviceOps>(clip: Tensor<B, 1>) -> f64 {
-    let values = B::read_async(clip)();
-    values.first().copied().map_or(0.0, f64::from)
+    Ok(all_reduce)
 }
 
 /// The gradients among answers.
@@ -545,113 +485,11 @@ fn gradients<B: TrainAccelerator>(answers: Vec<Answer<B>>) -> impl Iterator<Item
     })
 }
 
-/// For each trained parameter, in the order of the module tree, a number that its bits decide.
-fn digests<B: TrainAccelerator>(model: &Trainee<B>) -> Vec<u64> {
-    struct Read(Vec<u64>);
-    impl<B: AutodiffBackend> ModuleVisitor<B> for Read {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-            if param.is_require_grad() {
-                let mut hasher = DefaultHasher::new();
-                hasher.write(&param.val().into_data().bytes);
-                self.0.push(hasher.finish());
-            }
-        }
-    }
-    let mut read = Read(Vec::new());
-    model.visit(&mut read);
-    read.0
-}
-
-/// For each trained parameter, in the order of the module tree, whether it has a gradient.
-fn presence<B: TrainAccelerator>(model: &Trainee<B>, grads: &GradientsParams) -> Vec<bool> {
-    struct Look<'a>(&'a GradientsParams, Vec<bool>);
-    impl<B: AutodiffBackend> ModuleVisitor<B> for Look<'_> {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-            if param.is_require_grad() {
-                let found = self.0.get::<B::InnerBackend, D>(param.id).is_some();
-                self.1.push(found);
-            }
-        }
-    }
-    let mut look = Look(grads, Vec::new());
-    model.visit(&mut look);
-    look.1
-}
-
-/// The gradients of the parameters that are `present` somewhere, f32, each in one row; zeros where this
-/// rank has none.
-fn gather<B: TrainAccelerator>(
-    model: &Trainee<B>,
-    grads: GradientsParams,
-    present: &[bool],
-    device: &B::Device,
-) -> Vec<Flat<B>> {
-    struct Gather<'a, B: AutodiffBackend> {
-        grads: GradientsParams,
-        present: std::slice::Iter<'a, bool>,
-        device: &'a B::Device,
-        all: Vec<Flat<B>>,
-    }
-    impl<B: AutodiffBackend> ModuleVisitor<B> for Gather<'_, B> {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-            if !param.is_require_grad() || self.present.next() != Some(&true) {
-                return;
-            }
-            let count = param.lazy_shape().num_elements();
-            self.all
-                .push(match self.grads.remove::<B::InnerBackend, D>(param.id) {
-                    Some(grad) => to_f32(grad).reshape([count]),
-                    None => Tensor::zeros([count], (self.device, DType::F32)),
-                });
-        }
-    }
-    let mut gather = Gather::<B> {
-        grads,
-        present: present.iter(),
-        device,
-        all: Vec::new(),
-    };
-    model.visit(&mut gather);
-    gather.all
-}
-
-/// The inverse of [`gather`].
-fn scatter<B: TrainAccelerator>(
-    model: &Trainee<B>,
-    gradients: Vec<Flat<B>>,
-    present: &[bool],
-) -> GradientsParams {
-    struct Scatter<'a, B: AutodiffBackend> {
-        gradients: std::vec::IntoIter<Flat<B>>,
-        present: std::slice::Iter<'a, bool>,
-        grads: GradientsParams,
-    }
-    impl<B: AutodiffBackend> ModuleVisitor<B> for Scatter<'_, B> {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-            if !param.is_require_grad() || self.present.next() != Some(&true) {
-                return;
-            }
-            if let Some(gradient) = self.gradients.next() {
-                let shape: [usize; D] = param.lazy_shape().dims();
-                let gradient: Tensor<B::InnerBackend, D> = gradient.reshape(shape);
-                self.grads.register(param.id, gradient);
-            }
-        }
-    }
-    let mut scatter = Scatter::<B> {
-        gradients: gradients.into_iter(),
-        present: present.iter(),
-        grads: GradientsParams::new(),
-    };
-    model.visit(&mut scatter);
-    scatter.grads
-}
-
 #[cfg(all(test, feature = "flex"))]
 mod tests {
     use std::path::Path;
 
-    use burn::backend::Autodiff;
+    use burn::{backend::Autodiff, module::Module, tensor::DType};
 
     use super::*;
     use crate::{
@@ -689,6 +527,7 @@ mod tests {
             config: sizes,
             train: config.clone(),
             loss_scale: None,
+            reference: Default::default(),
         };
         let model = Trainee::new(model, Arc::new(settings));
         let data = Dataset::open("phantom:11:0..8:house").unwrap();
@@ -699,6 +538,7 @@ mod tests {
             &model,
             &AdamW::new(config.adamw()),
             1.0,
+            None,
             patience,
         );
         (model, replicas, loader.window(0).unwrap())
@@ -710,7 +550,8 @@ mod tests {
         let mut replicas = replicas.unwrap();
         let learnt = replicas.learn(&model, window.clone(), None).unwrap();
         assert_eq!(learnt.len(), 2);
-        let targets: usize = learnt.iter().map(|part| part.totals.targets).sum();
+        let pieces = learnt.iter().flat_map(|part| &part.pieces);
+        let targets: usize = pieces.map(|piece| piece.totals.targets).sum();
         assert_eq!(targets, window.targets);
         replicas.compare(&model, 0).unwrap();
         let sums = replicas.reduce(&model, 1e-3).unwrap();
@@ -730,7 +571,10 @@ mod tests {
             .unwrap();
         assert_eq!((ahead.parts.len(), ahead.targets), (0, window.targets));
         let second = replicas.learn(&model, ahead, None).unwrap();
-        let loss = |all: &[Learnt]| all.iter().map(|part| part.objective).sum::<f64>();
+        let loss = |all: &[Learnt]| {
+            let pieces = all.iter().flat_map(|part| &part.pieces);
+            pieces.map(|piece| piece.objective).sum::<f64>()
+        };
         assert_eq!(loss(&first), loss(&second));
 
         // No row of the embedding has this number: the second rank's model panics.

@@ -18,7 +18,10 @@ use std::{
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::{records::Row, strategy::Tell, words::counted};
+use super::{
+    records::Row,
+    words::{Tell, counted},
+};
 use crate::base::build_info::VERSION;
 
 /// Name of the file in the run's folder that takes what the program prints.

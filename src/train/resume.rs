@@ -9,8 +9,8 @@ use super::{
     checkpoint_dir::CheckpointDir,
     config::TrainConfig,
     image_facts::{self, ImageFacts, Written},
-    run::{Resume, RunOptions},
-    strategy::TrainError,
+    options::{Resume, RunOptions},
+    outcome::TrainError,
     words::counted,
 };
 use crate::{
@@ -115,8 +115,7 @@ fn changed_images(
             return changed.then(|| "images of the training data have changed".to_string());
         }
     };
-    let plan = options.config.window_plan(devices);
-    let seen = plan.rows_before(state.step, data.len());
+    let seen = options.config.rows_before(state.step, data.len(), devices);
     let ahead = facts
         .images
         .changed_in(&before, data, |row| !seen.contains(&row));

@@ -1,19 +1,17 @@
 //! A whole run: data, model, Learner, strategy; fresh or continued.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     fs,
     path::{Path, PathBuf},
-    sync::{Arc, atomic::AtomicBool},
+    sync::Arc,
 };
 
 use burn::{
     module::{Module, ModuleMapper, Param},
     prelude::*,
     tensor::DType,
-    train::{
-        Interrupter, Learner, SupervisedTraining, TrainingStrategy, renderer::MetricsRenderer,
-    },
+    train::{Learner, SupervisedTraining, TrainingStrategy},
 };
 
 use super::{
@@ -21,29 +19,38 @@ use super::{
     checkpoint_dir::{CheckpointDir, RunLock},
     config::{Reporter, TrainConfig, Tuner},
     data::RunData,
+    generation::GenerationScorer,
     image_facts,
     learner::{Gauge, ScheduleStepper, StepSettings, Trainee},
     lines::StepLines,
     loss_scale::LossScale,
+    objective::{
+        reference::Reference,
+        rollouts::Rollouts,
+        settings::{Objective, ReferenceKey},
+    },
     optimizer::AdamW,
-    outcome::Outcome,
+    options::RunOptions,
+    outcome::{Ending, Outcome, TrainError},
+    processes::{self, Scratch},
     records::{METRICS, MetricsLog},
     renderers::{RunRenderer, RunSteps},
     report_command::{ReportCommand, Reported, Start},
     resume::{RunFacts, find_checkpoint},
-    strategy::{Components, Ending, GenerationScorer, LoopState, Tell, TrainError, WindowStrategy},
+    strategy::{Components, LoopState, WindowStrategy},
     tfevents::EventWriter,
-    words::counted,
+    words::{counted, last_checkpoint},
 };
 use crate::{
     adapters::lora::{
         attach::attach, base::check_base, config::LoraConfig, files::load_adapter_for_training,
+        saved_modules::train_saved,
     },
-    base::{
-        files::{FileError, write_atomic},
-        trace::Trace,
+    base::files::{FileError, write_atomic},
+    dataset::{
+        DataFacts, Dataset,
+        loader::{Share, WindowLoader},
     },
-    dataset::{DataFacts, Dataset, Fetching, loader::WindowLoader},
     ops::{memory::MemoryWatch, quantised::Quantization},
     qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, nn::InitOptions, weights::LoadProgress},
     runtime::{
@@ -53,39 +60,6 @@ use crate::{
 };
 
 pub use super::renderers::{Dashboard, QuietRenderer};
-
-/// Whether a run starts anew or resumes.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Resume {
-    /// A new run; an output folder that holds checkpoints is refused.
-    No,
-    /// From the newest whole checkpoint of the output folder; anew where there is none.
-    Auto,
-    /// From this checkpoint folder.
-    From(PathBuf),
-}
-
-/// What a run needs from the outside.
-pub struct RunOptions {
-    /// Settings.
-    pub config: TrainConfig,
-    /// Whether to resume.
-    pub resume: Resume,
-    /// Called while images are fetched from the web.
-    pub fetching: Option<Fetching>,
-    /// Weights drawn at random in place of those in `model`, whose `config.json` counts.
-    pub random_init: bool,
-    /// Burn's dashboard, or a renderer that prints nothing.
-    pub renderer: Option<Box<dyn MetricsRenderer>>,
-    /// The Learner's stop handle, shared with the dashboard.
-    pub interrupter: Interrupter,
-    /// Set by a signal: save and end.
-    pub interrupted: Arc<AtomicBool>,
-    /// Trace of the host's work over time.
-    pub trace: Trace,
-    /// Plain progress lines.
-    pub tell: Tell,
-}
 
 /// Result of a run.
 pub struct RunResult<B: Backend> {
@@ -164,7 +138,12 @@ fn prepare_model<B: Accelerator>(
                     adapted.notes.iter().for_each(|note| tell(note));
                     (adapted.model, adapted.config)
                 }
-                None => (attach(frozen, &own, config.seed)?.0, own),
+                None => {
+                    let (model, _) = attach(frozen, &own, config.seed)?;
+                    let (model, notes) = train_saved(model, &own)?;
+                    notes.iter().for_each(|note| tell(note));
+                    (model, own)
+                }
             })
         }
     }
@@ -243,7 +222,8 @@ fn keep_part_of_epoch(run: &Path, steps: &RunSteps) -> Result<(), TrainError> {
     Ok(())
 }
 
-/// Trains on `devices`, the first of which holds the optimizer.
+/// Trains on `devices`, the first of which holds the optimizer, together with the other processes of
+/// `options.cluster`, where the run has several.
 ///
 /// `scorer` makes the scores of generated reports when the run's config wants them.
 ///
@@ -260,38 +240,93 @@ pub fn train<B: TrainAccelerator>(
     ) -> GenerationScorer<B::InnerBackend>,
     on_progress: LoadProgress<'_>,
 ) -> Result<RunResult<B::InnerBackend>, TrainError> {
+    let Some(cluster) = options.cluster.clone() else {
+        return train_here::<B>(options, devices, dtype, scorer, on_progress);
+    };
+    let trained = train_here::<B>(options, devices, dtype, scorer, on_progress);
+    match &trained {
+        // One that was ended by another says nothing more.
+        Err(error) => cluster.fail(&error.to_string()),
+        Ok(_) => cluster.finish()?,
+    }
+    trained
+}
+
+/// This process's part of [`train`].
+fn train_here<B: TrainAccelerator>(
+    options: RunOptions,
+    devices: Vec<B::Device>,
+    dtype: DType,
+    scorer: impl FnOnce(
+        &TrainConfig,
+        &Arc<TextAndImages>,
+        &Dataset,
+    ) -> GenerationScorer<B::InnerBackend>,
+    on_progress: LoadProgress<'_>,
+) -> Result<RunResult<B::InnerBackend>, TrainError> {
     options.config.validate()?;
-    let config = options.config.clone();
+    let mut config = options.config.clone();
+    let cluster = options.cluster.clone();
+    let share = cluster.as_ref().map(|cluster| Share {
+        first: cluster.first_device(),
+        count: devices.len(),
+        of: cluster.devices(),
+    });
+    let all_devices = share.map_or(devices.len(), |share| share.of);
+    let writes = cluster.as_ref().is_none_or(|cluster| cluster.is_first());
     let quantization = config.quantization(&config.model)?;
     if options.random_init && quantization.is_some() {
         return Err(TrainError::QuantisedRandom);
     }
     let device = devices[0].clone();
-    let RunData {
-        train: data,
-        validation,
-        notes,
-    } = RunData::open(&config, options.fetching)?;
-    notes.iter().for_each(|note| (options.tell)(note));
-    let run = &config.output_dir;
-    // Held to the end of the run. A folder that is not there yet is made once all has been checked.
-    let lock = run.is_dir().then(|| RunLock::take(run)).transpose()?;
+    let run_data = RunData::open(&config, options.fetching)?;
     let random_init = options.random_init;
     let facts = RunFacts::gather(
         &config,
         random_init,
         quantization,
-        &data,
-        validation.as_ref(),
+        &run_data.train,
+        run_data.validation.as_ref(),
     )?;
-    let resumed = find_checkpoint(
-        &options,
-        &data,
-        validation.as_ref(),
-        &facts,
-        devices.len(),
-        dtype,
-    )?;
+    if let Some(cluster) = &cluster {
+        processes::compare(cluster, &config, random_init, &run_data, &facts)?;
+    }
+    // One process writes; what the others would write is for nobody.
+    let scratch = match &cluster {
+        Some(cluster) if !writes => Some(Scratch::create(cluster.rank())?),
+        _ => None,
+    };
+    if let Some(scratch) = &scratch {
+        config.output_dir = scratch.path().to_path_buf();
+        config.report_to.clear();
+    }
+    let config = config;
+    let RunData {
+        train: data,
+        validation,
+        notes,
+    } = run_data;
+    notes.iter().for_each(|note| (options.tell)(note));
+    let run = &config.output_dir;
+    // Held to the end of the run. A folder that is not there yet is made once all has been checked.
+    let lock = run.is_dir().then(|| RunLock::take(run)).transpose()?;
+    let mut resumed = match writes {
+        true => find_checkpoint(
+            &options,
+            &data,
+            validation.as_ref(),
+            &facts,
+            all_devices,
+            dtype,
+        )?,
+        false => None,
+    };
+    if let Some(cluster) = &cluster {
+        resumed = processes::same_checkpoint(cluster, resumed, run)?;
+        if let Some((dir, _)) = resumed.as_ref().filter(|_| writes) {
+            cluster.set_last(last_checkpoint(dir));
+        }
+    }
 
     let [min_pixels, max_pixels] = config.pixel_limits();
     let pipeline = PipelineOptions {
@@ -329,6 +364,29 @@ pub fn train<B: TrainAccelerator>(
         // The adapter is where this run begins, not what it claims: a person may mean it.
         (options.tell)(&format!("note: {error}"));
     }
+    if config.objective == Objective::Dpo {
+        // A row that is no pair is named before the first step.
+        (0..data.len()).try_for_each(|row| data.rejected(row).map(|_| ()))?;
+    }
+    if config.objective == Objective::Grpo && share.is_some() {
+        return Err(TrainError::Other(
+            "objective \"grpo\" runs in one process, on any number of its devices; start it without a cluster".into(),
+        ));
+    }
+    let rollout_plan = config.rollout_plan(devices.len())?;
+    if config.objective != Objective::Sft && config.lora_dropout > 0.0 {
+        (options.tell)(&format!(
+            "note: lora_dropout {} is not used with objective {}: log-probabilities are compared",
+            config.lora_dropout,
+            config.objective.name()
+        ));
+    }
+    // Before adapters are attached; without a reference nothing is kept.
+    let needs_reference = config.reference_weight() > 0.0;
+    let start = match (&config.adapter, config.reference) {
+        (Some(dir), ReferenceKey::Start) if needs_reference => Some((dir.clone(), base.clone())),
+        _ => None,
+    };
     let optimizer = AdamW::<B>::new(config.adamw());
     let (model, lora, state) = match &resumed {
         None => {
@@ -338,13 +396,14 @@ pub fn train<B: TrainAccelerator>(
                 best: None,
                 validations_without_gain: 0,
                 validation_due: false,
-                devices: devices.len(),
+                devices: all_devices,
                 dtype: dtype_text(dtype).to_string(),
                 config: config.clone(),
                 train_data: data.fingerprint().to_string(),
                 images: Some(facts.images.digest()),
                 base: Some(facts.base.clone()),
                 trained_on: facts.trained_on.clone(),
+                reward_watch: None,
                 loss_scale: None,
                 version: env!("CARGO_PKG_VERSION").to_string(),
             };
@@ -375,7 +434,7 @@ pub fn train<B: TrainAccelerator>(
         }
     };
     let trained: usize = trained_params(&model).len();
-    let total_steps = config.total_steps(data.len(), devices.len());
+    let total_steps = config.total_steps(data.len(), all_devices);
     (options.tell)(&format!(
         "{}, {}, {}{}{}",
         counted(data.len(), "sample", "samples"),
@@ -395,23 +454,30 @@ pub fn train<B: TrainAccelerator>(
         }
     ));
 
+    // A window is a rollout's questions where answers are drawn.
+    let updates = config.updates_per_rollout();
     let loader = WindowLoader::new(
         data.clone(),
         parts.clone(),
-        config.window_plan(devices.len()),
-        state.step,
+        match rollout_plan {
+            Some(_) => config.prompt_plan(all_devices),
+            None => config.window_plan(all_devices),
+        },
+        state.step / updates,
         config.dataloader_num_workers,
     )
-    .up_to(total_steps)
+    .up_to(total_steps.div_ceil(updates))
     .with_trace(options.trace.clone())
-    .with_patience((devices.len() > 1).then(|| config.patience()));
+    .shared(share)
+    .with_patience((all_devices > 1).then(|| config.patience()));
     // A batch of several data sets would belong to none in their own losses.
     let valid_loaders: Vec<(String, WindowLoader)> = validation
         .iter()
         .flat_map(Dataset::split_by_name)
         .map(|(label, data)| {
             let plan = config.validation_plan();
-            (label, WindowLoader::new(data, parts.clone(), plan, 0, 1))
+            let loader = WindowLoader::new(data, parts.clone(), plan, 0, 1);
+            (label, loader.dealt(share))
         })
         .collect();
     let scorer = match &validation {
@@ -434,6 +500,17 @@ pub fn train<B: TrainAccelerator>(
         ));
     }
     write_config(&config)?;
+    let reference = match start {
+        Some((dir, base)) => Reference::kept(base, &dir, run, resumed.is_some())?,
+        None => Reference::base(),
+    };
+    let rollouts = rollout_plan
+        .map(|plan| {
+            let (reference, count) = (reference.clone(), devices.len());
+            let tell = options.tell.clone();
+            Rollouts::new(&config, plan, &data, &parts, reference, count, tell)
+        })
+        .transpose()?;
     // A run that continues in another folder has none there yet.
     if resumed.is_none() || !config.output_dir.join("run.json").exists() {
         let mut hashes = BTreeMap::from([("train", data.fingerprint().to_string())]);
@@ -490,15 +567,14 @@ pub fn train<B: TrainAccelerator>(
         config: model_config.clone(),
         train: config.clone(),
         loss_scale: loss_scale.clone(),
+        reference,
     });
     let learner: Learner<Components<B>> =
         Learner::new(Trainee::new(model, settings), optimizer.clone(), schedule);
     let steps = RunSteps {
         before: state.step,
         total: total_steps,
-        an_epoch: config
-            .window_plan(devices.len())
-            .steps_per_epoch(data.len()),
+        an_epoch: config.steps_per_epoch(data.len(), all_devices),
     };
     keep_part_of_epoch(&config.output_dir, &steps)?;
     let strategy = Arc::new(WindowStrategy::new(LoopState {
@@ -508,9 +584,14 @@ pub fn train<B: TrainAccelerator>(
         loader: loader.clone(),
         validation: valid_loaders.clone(),
         scorer,
+        rollouts,
+        queue: VecDeque::new(),
+        rollout_rows: BTreeMap::new(),
         optimizer,
         loss_scale,
         devices,
+        cluster,
+        writes,
         checkpoints: checkpoints.clone(),
         metrics,
         events,
@@ -545,6 +626,17 @@ pub fn train<B: TrainAccelerator>(
             .with_interrupter(options.interrupter)
             .with_application_logger(None)
             .with_training_strategy(TrainingStrategy::Custom(strategy.clone()));
+    if config.objective != Objective::Sft {
+        training = training.metric_train_numeric(Gauge::entropy());
+    }
+    if config.objective == Objective::Dpo {
+        training = training.metric_train_numeric(Gauge::margin());
+    }
+    if config.objective == Objective::Grpo {
+        training = training
+            .metric_train_numeric(Gauge::reward())
+            .metric_train_numeric(Gauge::divergence());
+    }
     if let Some(renderer) = options.renderer {
         training = training.renderer(RunRenderer::new(renderer, steps));
     }

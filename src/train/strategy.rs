@@ -6,6 +6,7 @@
 //! dashboard, interruption.
 
 use std::{
+    collections::{BTreeMap, VecDeque},
     path::PathBuf,
     sync::{
         Arc, Mutex,
@@ -15,8 +16,8 @@ use std::{
 };
 
 use burn::{
-    prelude::Backend,
-    tensor::backend::{AutodiffBackend, BackendTypes},
+    module::AutodiffModule,
+    tensor::backend::AutodiffBackend,
     train::{
         EventProcessorTraining, Learner, LearnerEvent, LearningComponentsMarker,
         SupervisedLearningStrategy, SupervisedTrainingEventProcessor, TrainLoader, TrainOutput,
@@ -27,66 +28,35 @@ use burn::{
 use super::{
     checkpoint::TrainerState,
     checkpoint_dir::CheckpointDir,
+    generation::GenerationScorer,
     gradients::differing_elements,
     learner::{ScheduleStepper, StepNumbers, StepOutput, StepReading, StepTotals, Trainee},
     lines::{StepLines, StepWork},
     loss_scale::LossScale,
-    optimizer::AdamW,
-    outcome::Outcome,
-    records::MetricsLog,
+    objective::{rollouts::Rollouts, sums::ObjectiveSums},
+    optimizer::{AdamW, norm_of},
+    outcome::{Ending, Outcome, TrainError},
+    records::{MetricsLog, Row},
     renderers::RunSteps,
-    replicas::{Replicas, norm_of},
+    replicas::Replicas,
     report_command::ReportCommand,
     step_clock::{LaunchTimes, StepClock},
     tfevents::EventWriter,
+    words::Tell,
 };
 use crate::{
-    adapters::lora::config::LoraConfig,
+    adapters::lora::{config::LoraConfig, merge::merge_unless_quantised},
     base::trace::{HOST, Trace},
     batch::window::Window,
+    cluster::Cluster,
     dataset::loader::WindowLoader,
     ops::{DeviceMemory, DeviceOps, memory::MemoryWatch},
-    qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig},
+    qwen3_vl::config::Qwen3VlConfig,
     runtime::accelerator::TrainAccelerator,
 };
 
-pub use super::outcome::{Ending, TrainError};
-
 /// The Learner's components for a backend.
 pub type Components<B> = LearningComponentsMarker<B, ScheduleStepper, Trainee<B>, AdamW<B>>;
-
-/// Scores of generated reports, by name.
-pub type GenerationScores = Vec<(&'static str, f64)>;
-
-/// A generated report beside the true one.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Generated {
-    /// The reference report of the data set.
-    pub truth: String,
-    /// The reasoning before the report, for models that think.
-    pub thinking: Option<String>,
-    /// The generated report.
-    pub report: String,
-}
-
-/// Reports of a batch, by its number, with a merged model on a device.
-pub type GenerateBatch<B> = dyn Fn(&Qwen3Vl<B>, &<B as BackendTypes>::Device, usize) -> Result<Vec<Generated>, TrainError>
-    + Send
-    + Sync;
-
-/// Generates reports with the model as it is after some steps and scores them.
-pub struct GenerationScorer<B: Backend> {
-    /// How many batches there are.
-    pub batches: usize,
-    /// Generates one of them; they are shared out among the devices.
-    pub generate: Arc<GenerateBatch<B>>,
-    /// Scores all reports, in the order of the batches.
-    pub score:
-        Box<dyn Fn(Vec<Generated>, usize) -> Result<GenerationScores, TrainError> + Send + Sync>,
-}
-
-/// Prints one line about the progress of the run.
-pub type Tell = Arc<dyn Fn(&str) + Send + Sync>;
 
 /// Everything the loop needs that the Learner does not bring.
 pub struct LoopState<B: AutodiffBackend> {
@@ -102,12 +72,22 @@ pub struct LoopState<B: AutodiffBackend> {
     pub validation: Vec<(String, WindowLoader)>,
     /// Generates and scores reports.
     pub scorer: Option<GenerationScorer<B::InnerBackend>>,
+    /// Draws answers and rewards them, where the run learns from rewards.
+    pub rollouts: Option<Rollouts>,
+    /// Windows of the last rollout that no step has learnt from yet.
+    pub queue: VecDeque<Window>,
+    /// What rollouts came to, by their first step (from 0), until that step's row is written.
+    pub rollout_rows: BTreeMap<usize, Row>,
     /// The optimizer, sharing its state with the Learner's.
     pub optimizer: AdamW<B>,
     /// Of the loss, with weights in f16; shared with the Learner's model.
     pub loss_scale: Option<LossScale>,
     /// Devices of the replicas, the first being the Learner's.
     pub devices: Vec<B::Device>,
+    /// The processes of the run, where it has several.
+    pub cluster: Option<Arc<Cluster>>,
+    /// Whether this process writes: the first one alone does.
+    pub writes: bool,
     /// The run's folder.
     pub checkpoints: CheckpointDir,
     /// `metrics.jsonl`.
@@ -232,6 +212,9 @@ impl<B: TrainAccelerator> LoopState<B> {
         if patience > 0 && self.state.validations_without_gain >= patience {
             return Ok(Ending::EarlyStop);
         }
+        if self.rewards_part() {
+            return Ok(Ending::RewardsPart);
+        }
         self.enter_epoch(self.steps.epoch(self.state.step), processor);
         let mut replicas = self.replicas(learner)?;
         if self.state.step == 0 && self.scorer.is_some() {
@@ -244,7 +227,11 @@ impl<B: TrainAccelerator> LoopState<B> {
                 return Ok(Ending::EarlyStop);
             }
         }
-        if self.state.config.deterministic && self.devices.len() > 1 {
+        if let (Some(replicas), Some(_)) = (&replicas, &self.cluster) {
+            // Weights and adapters that are drawn at random, or read from each machine's own files.
+            replicas.compare(&learner.model(), self.state.step)?;
+        }
+        if self.state.config.deterministic && replicas.is_some() {
             (self.tell)("note: deterministic repeats steps on one device only; nothing is checked");
         }
         let mut windows = loader.iter();
@@ -254,10 +241,23 @@ impl<B: TrainAccelerator> LoopState<B> {
         let mut next_step = self.state.step;
         let mut ahead: Option<Window> = None;
         let mut is_last = false;
-        while let Some(window) = ahead.take().or_else(|| {
-            let next = || trace.wait_for_data(next_step, || windows.next());
-            (!is_last).then(next).flatten()
-        }) {
+        loop {
+            let mut next = ahead.take();
+            if next.is_none() && !is_last && self.rollouts.is_some() {
+                if self.queue.is_empty() {
+                    self.complete_pending(&mut pending, processor, &mut clock)?;
+                    if let Some(rows) = trace.wait_for_data(next_step, || windows.next()) {
+                        self.roll_out(&rows, learner, replicas.as_ref())?;
+                        clock.skip();
+                    }
+                }
+                next = self.queue.pop_front();
+            } else if next.is_none() && !is_last {
+                next = trace.wait_for_data(next_step, || windows.next());
+            }
+            let Some(window) = next else {
+                break;
+            };
             let step = window.step;
             next_step = step + 1;
             let epoch = window.epoch;
@@ -277,10 +277,13 @@ impl<B: TrainAccelerator> LoopState<B> {
                 }
                 continue;
             }
-            if replicas.is_some() {
+            if replicas.is_some() && self.rollouts.is_none() {
                 // Several devices take the next step's images while they work on this one.
                 ahead = trace.wait_for_data(next_step, || windows.next());
                 is_last = ahead.is_none();
+            }
+            if let Some(replicas) = &replicas {
+                replicas.set_stop(stop() || self.interrupted.load(Ordering::Relaxed));
             }
             let (launched, times) = LaunchTimes::of(|| {
                 trace.span(HOST, "launch", step, || {
@@ -292,7 +295,14 @@ impl<B: TrainAccelerator> LoopState<B> {
                 self.complete(previous, processor, &mut clock)?;
             }
             let last = step + 1 == self.total_steps;
-            let interrupted = stop() || self.interrupted.load(Ordering::Relaxed);
+            // Processes stop together or not at all.
+            let asked = replicas
+                .as_ref()
+                .and_then(Replicas::stops)
+                .unwrap_or_else(|| stop() || self.interrupted.load(Ordering::Relaxed));
+            // A rollout is learnt from to its end: no checkpoint holds its answers.
+            let between = self.queue.is_empty();
+            let interrupted = between && asked;
             let due = |every: usize| every > 0 && (step + 1).is_multiple_of(every);
             let pause = last || interrupted || due(self.state.config.eval_steps);
             let known = matches!(&pending, Some(one) if matches!(one.numbers, Numbers::Known(_)));
@@ -315,6 +325,13 @@ impl<B: TrainAccelerator> LoopState<B> {
             } else if interrupted || due(self.state.config.save_steps) {
                 self.save(learner)?;
                 clock.skip();
+            }
+            if ending.is_none() && between && self.rewards_part() {
+                if !self.checkpoints.path(step as u64 + 1).exists() {
+                    self.complete_pending(&mut pending, processor, &mut clock)?;
+                    self.save(learner)?;
+                }
+                ending = Some(Ending::RewardsPart);
             }
             if interrupted {
                 ending = Some(Ending::Interrupted);
@@ -345,12 +362,53 @@ impl<B: TrainAccelerator> LoopState<B> {
         Ok(Ending::Done)
     }
 
+    /// Whether the run ends because trained and held-out rewards have parted.
+    fn rewards_part(&self) -> bool {
+        let patience = self.state.config.reward_patience;
+        let parted = self.state.reward_watch.map_or(0, |watch| watch.parted);
+        patience > 0 && parted >= patience
+    }
+
+    /// Draws answers to the questions of `rows` with the weights as they are, and queues the windows that learn from them.
+    fn roll_out(
+        &mut self,
+        rows: &Window,
+        learner: &Learner<Components<B>>,
+        replicas: Option<&Replicas<B>>,
+    ) -> Result<(), TrainError> {
+        let Some(rollouts) = &mut self.rollouts else {
+            return Ok(());
+        };
+        let device = &self.devices[0];
+        let model = learner.model();
+        let drawing = rollouts.draw::<B::InnerBackend>(rows.step, &rows.rows)?;
+        let plain = model.valid();
+        match replicas {
+            Some(replicas) => {
+                replicas.generate(&model, &drawing.scorer)?;
+            }
+            None => {
+                let merged = merge_unless_quantised(plain.model.clone());
+                for batch in 0..drawing.scorer.batches {
+                    (drawing.scorer.generate)(&merged, device, batch)?;
+                }
+            }
+        }
+        let first_step = rows.step * rollouts.updates();
+        let mut watch = self.state.reward_watch.unwrap_or_default();
+        let rollout = rollouts.learn_from(drawing, first_step, &plain.model, device, &mut watch)?;
+        self.state.reward_watch = Some(watch);
+        self.rollout_rows.insert(first_step, rollout.row);
+        self.queue.extend(rollout.windows);
+        Ok(())
+    }
+
     /// The other devices with their copies, if there are any.
     fn replicas(
         &self,
         learner: &Learner<Components<B>>,
     ) -> Result<Option<Replicas<B>>, TrainError> {
-        if self.devices.len() < 2 {
+        if self.devices.len() < 2 && self.cluster.is_none() {
             return Ok(None);
         }
         let config = &self.state.config;
@@ -360,6 +418,7 @@ impl<B: TrainAccelerator> LoopState<B> {
             &learner.model(),
             &self.optimizer,
             config.max_grad_norm,
+            self.cluster.clone(),
             config.patience(),
         )?;
         Ok(Some(replicas))
@@ -420,16 +479,29 @@ impl<B: TrainAccelerator> LoopState<B> {
                 let own = B::InnerBackend::memory_in_use(&self.devices[0]);
                 let parts = replicas.learn(&learner.model(), window, next)?;
                 for (rank, part) in parts.into_iter().enumerate() {
-                    sum.totals.add(part.totals);
-                    sum.objective += part.objective;
+                    for piece in &part.pieces {
+                        sum.totals.add(piece.totals);
+                        sum.objective += piece.objective;
+                        if let Some(own) = &piece.sequences {
+                            sum.sequences
+                                .get_or_insert_with(ObjectiveSums::default)
+                                .add(own);
+                        }
+                    }
                     // The first device also holds what this thread put there: the weights.
-                    let own = own.filter(|_| rank == 0);
+                    let own = own.filter(|_| rank == replicas.first());
                     self.memory.note(part.memory.map(|memory| DeviceMemory {
                         in_use: memory.in_use + own.map_or(0, |own| own.in_use),
                         reserved: memory.reserved + own.map_or(0, |own| own.reserved),
                     }));
                 }
-                debug_assert_eq!(sum.totals.targets, all_targets);
+                if sum.totals.targets != all_targets {
+                    return Err(TrainError::Other(format!(
+                        "step {}: {} of its {all_targets} targets were learnt from",
+                        step + 1,
+                        sum.totals.targets
+                    )));
+                }
                 launched.numbers = Numbers::Known(sum);
                 // A loss that is no number goes before an exchange of gradients that are none.
                 self.check_finite(&launched)?;
@@ -549,6 +621,8 @@ impl<B: TrainAccelerator> LoopState<B> {
             samples_per_second: launched.samples as f64 / seconds,
             tokens_per_second: launched.tokens as f64 / seconds,
             memory_gib: self.memory.peak().map_or(0.0, |peak| peak.gib()),
+            sequences: known.sequences,
+            reward: (self.rollout_rows.get(&step)).and_then(|row| row.get("reward")?.as_f64()),
             starts_validation: false,
         };
         let work = StepWork {

@@ -1,6 +1,11 @@
-//! Counts and times in messages.
+//! Messages of a run: who takes them; counts and times in them.
+
+use std::{path::Path, sync::Arc};
 
 pub use crate::study::counted;
+
+/// Prints one line about the progress of the run.
+pub type Tell = Arc<dyn Fn(&str) + Send + Sync>;
 
 /// A time as a clock shows it: `0:07`, `12:30`, `1:02:03`.
 pub fn clock(seconds: f64) -> String {
@@ -43,4 +48,9 @@ mod tests {
             ["7.5 s", "12.5 min", "1.25 h"]
         );
     }
+}
+
+/// What is said with the end of a run in several processes.
+pub(super) fn last_checkpoint(path: &Path) -> String {
+    format!("the last checkpoint is `{}`", path.display())
 }

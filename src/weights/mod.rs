@@ -139,7 +139,7 @@ impl<B: Ops> Weight<B> {
     ) -> Tensor<B, 2> {
         match self {
             Self::Dense(param) => B::linear_activated(x, param.val(), bias, activation),
-            Self::Packed(_) => activation.of(self.linear(x, bias, None)),
+            Self::Packed(_) => B::activate(self.linear(x, bias, None), activation),
         }
     }
 

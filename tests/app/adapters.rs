@@ -208,7 +208,6 @@ fn a_served_folder_leads_to_its_adapter_and_not_out_of_it() {
 #[test]
 fn training_takes_a_tied_head_and_refuses_the_rest_by_name() {
     let folder = workspace();
-    write_norm(&folder.path().join("norm"), 2.0);
     let set = |pair: &'static str| {
         [
             "--set",
@@ -229,21 +228,16 @@ fn training_takes_a_tied_head_and_refuses_the_rest_by_name() {
         let message = train_badly(folder.path(), &set(names));
         assert_says(&message, &[layer, "not trained here"]);
     }
+    // A weight of the base that no key says is trained.
+    write_norm(&folder.path().join("norm"), 2.0);
+    edit(&folder.path().join("norm"), |tree| {
+        tree["modules_to_save"] = Value::Null
+    });
     let message = train_badly(
         folder.path(),
         &["--adapter", "norm", "--set", "max_steps=2"],
     );
-    assert_says(
-        &message,
-        &[
-            "language_model.norm.weight",
-            "modules_to_save",
-            "merge --adapter",
-        ],
-    );
-    let (code, _, stderr) = train(folder.path(), &["--set", r#"modules_to_save=["lm_head"]"#]);
-    assert_eq!(code, 2);
-    assert_says(&stderr, &["unknown key `modules_to_save`"]);
+    assert_says(&message, &["language_model.norm.weight", "merge --adapter"]);
     // The head of a tied model gets an adapter of its own, which loads as PEFT's do.
     train_well(
         folder.path(),
@@ -270,4 +264,100 @@ fn training_takes_a_tied_head_and_refuses_the_rest_by_name() {
     ]
     .concat();
     train_well(folder.path(), &further);
+}
+
+/// Values of a tensor of an adapter, in the type it is stored in.
+fn stored(folder: &Path, name: &str) -> (Dtype, Vec<u8>) {
+    let bytes = fs::read(folder.join("adapter_model.safetensors")).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let tensor = tensors.tensor(&format!("base_model.model.{name}")).unwrap();
+    (tensor.dtype(), tensor.data().to_vec())
+}
+
+#[test]
+fn whole_modules_are_trained_beside_adapters_resumed_and_used() {
+    let folder = workspace();
+    let names = r#"modules_to_save=["lm_head", "embed_tokens"]"#;
+    let set = |steps: &'static str| {
+        [
+            "--set",
+            names,
+            "--set",
+            steps,
+            "--set",
+            "save_steps=2",
+            "--set",
+            "dtype=\"bf16\"",
+        ]
+    };
+    train_well(folder.path(), &set("max_steps=4"));
+    let run = folder.path().join("run");
+    let [half, whole] = ["checkpoint-2", "checkpoint-4"].map(|name| run.join(name));
+    let config = fs::read_to_string(whole.join("adapter_config.json")).unwrap();
+    let config: Value = serde_json::from_str(&config).unwrap();
+    assert_eq!(
+        config["modules_to_save"],
+        json!(["lm_head", "embed_tokens"])
+    );
+    // A tied table is two from here on, both in the type of the base, and both are moved.
+    let table = "model.language_model.embed_tokens.weight";
+    for name in ["lm_head.weight", table] {
+        let [before, after] = [&half, &whole].map(|folder| stored(folder, name));
+        assert_eq!(before.0, Dtype::BF16);
+        assert_ne!(before.1, after.1, "{name}");
+    }
+    assert_ne!(stored(&whole, "lm_head.weight"), stored(&whole, table));
+    // A run that was interrupted goes on to the very same weights.
+    let first = stored(&whole, table);
+    fs::remove_dir_all(&whole).unwrap();
+    train_well(
+        folder.path(),
+        &[&set("max_steps=4")[..], &["--resume", "auto"]].concat(),
+    );
+    assert_eq!(stored(&whole, table), first);
+    // It is trained on, merged and used as PEFT's own.
+    let further = ["--adapter", "run/checkpoint-4", "--output-dir", "further"];
+    train_well(
+        folder.path(),
+        &[
+            &further[..],
+            &["--set", "max_steps=2", "--set", "save_steps=2"],
+        ]
+        .concat(),
+    );
+    assert_ne!(
+        stored(
+            &folder.path().join("further/checkpoint-2"),
+            "lm_head.weight"
+        ),
+        stored(&whole, "lm_head.weight")
+    );
+    infer_well(
+        folder.path(),
+        &["--max-new-tokens", "4", "--adapter", text(&whole)],
+    );
+    let (code, _, stderr) = merge(folder.path(), &tiny_model(), &whole, "merged");
+    assert_eq!(code, 0, "{stderr}");
+    assert!(shape(&folder.path().join("merged"), "lm_head.weight").is_some());
+    for (pairs, pieces) in [
+        (
+            vec![r#"modules_to_save=["lm_haed"]"#],
+            ["lm_haed", "did you mean `lm_head`"],
+        ),
+        (
+            vec![
+                r#"modules_to_save=["q_proj"]"#,
+                r#"target_modules=["proj"]"#,
+            ],
+            ["not trained here", "proj"],
+        ),
+        (vec![names, r#"tuner="full""#], ["modules_to_save", "full"]),
+    ] {
+        let to = ["--output-dir", "refused"];
+        let args = pairs.iter().flat_map(|pair| ["--set", *pair]).chain(to);
+        let args: Vec<&str> = args.collect();
+        let (code, _, stderr) = train(folder.path(), &args);
+        assert_ne!(code, 0);
+        assert_says(&stderr, &pieces);
+    }
 }

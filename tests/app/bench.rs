@@ -107,6 +107,7 @@ fn several_devices_stand_beside_the_first_alone() {
         "--samples",
         "1",
     ];
+    let small = ["--image-size", "64"];
     let bench = |more: &[&str]| -> Vec<Record> {
         let folder = tempfile::tempdir().unwrap();
         let device = ["--device", "cpu,cpu", "--json"];
@@ -119,22 +120,23 @@ fn several_devices_stand_beside_the_first_alone() {
             .map(|line| serde_json::from_value(line).unwrap());
         records.collect()
     };
-    let [one, two] = &bench(&["train", "--batch", "8", "--packing"])[..] else {
+    let [one, two] = &bench(&[&["train", "--batch", "8", "--packing"][..], &small].concat())[..]
+    else {
         panic!("expected two records")
     };
     assert_eq!(
         (one.name.as_str(), two.name.as_str()),
-        ("train_m8x2", "train_m8x2_d2")
+        ("train_m8x2_i64", "train_m8x2_d2_i64")
     );
     assert!(near(one.samples_per_second, 16.0 / one.median_seconds));
     assert!(near(two.samples_per_second, 32.0 / two.median_seconds));
     assert_eq!((one.finite, two.finite), (Some(true), Some(true)));
-    let [one, two] = &bench(&["infer", "--batch", "2"])[..] else {
+    let [one, two] = &bench(&[&["infer", "--batch", "2"][..], &small].concat())[..] else {
         panic!("expected two records")
     };
     assert_eq!(
         (one.name.as_str(), two.name.as_str()),
-        ("infer_b2", "infer_b2_d2")
+        ("infer_b2_i64", "infer_b2_d2_i64")
     );
     // Four batches of two a device.
     assert!(near(one.samples_per_second, 8.0 / one.median_seconds));
@@ -183,12 +185,14 @@ fn train_takes_whole_steps_of_sixteen() {
         "4",
         "--samples",
         "1",
+        "--image-size",
+        "64",
     ]);
     let [record] = &records[..] else {
         panic!("{records:?}")
     };
     check(record);
-    assert_eq!(record.name, "train_m4x4_mixed");
+    assert_eq!(record.name, "train_m4x4_mixed_i64");
     assert!(near(
         record.samples_per_second,
         16.0 / record.median_seconds
@@ -251,6 +255,7 @@ fn what_does_not_go_together_is_wrong_usage() {
         ("load --batch 2", "--batch"),
         ("load --random-weights 8b --layers 2", "3 (one for each"),
         ("vision --table", "does not time its operations"),
+        ("load --image-size 64", "--image-size"),
         ("load --layers 2", "--random-weights"),
         ("load --random-weights 3b", "3b"),
     ] {

@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 
+use serde_json::Value;
 use tempfile::tempdir;
 
 use crate::corpora::{answers, convert, convert_args, copy, corpus, images, keys};
@@ -331,4 +332,45 @@ fn vindr_cxr_becomes_questions_for_boxes() {
         .unwrap();
     assert_eq!(marked["objects"]["bbox_type"], "norm1");
     assert_eq!(marked["objects"]["bbox"][0][0], 8.0 / 40.0);
+}
+
+#[test]
+fn tables_of_the_hugging_face_hub_keep_their_parts_and_bring_their_images() {
+    let hub = convert("hub/data", &[]);
+    assert_eq!(hub.counts(), [3, 1, 1]);
+    let rows = hub.all();
+    let answer = |row: &Value| row["messages"][1]["content"].as_str().unwrap().to_owned();
+    let of = |study: &str| rows.iter().find(|row| row["study"] == study).unwrap();
+    assert_eq!(
+        answer(of("s25")),
+        "Findings: The lungs are clear, study 25.\nImpression: No acute disease."
+    );
+    assert_eq!(
+        answer(of("s40")),
+        "Findings: The lungs are clear, study 40."
+    );
+    assert_eq!(of("s25")["patient"], "p25");
+    assert_eq!(of("s85"), &hub.rows("test")[0]);
+    // The pictures are files of the output, byte for byte.
+    for row in &rows {
+        let image = row["images"][0].as_str().unwrap();
+        assert!(image.starts_with("images/"), "{image}");
+        let picture = fs::read(hub.folder.path().join("out").join(image)).unwrap();
+        assert!(picture.starts_with(b"\x89PNG"), "{image}");
+    }
+    // One table alone is divided as any other, and columns can be named.
+    let one = convert(
+        "hub/data/train-00000-of-00001.parquet",
+        &[
+            "--image-key",
+            "image",
+            "--report-key",
+            "findings",
+            "--val-ratio",
+            "0.34",
+        ],
+    );
+    assert_eq!(one.all().len(), 3);
+    let keys = one.rows("train");
+    assert!(answer(&keys[0]).starts_with("The lungs are clear"));
 }

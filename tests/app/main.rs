@@ -34,6 +34,7 @@ mod merge_plan;
 mod picture_forms;
 mod preview;
 mod quantize;
+mod readme;
 mod refusal;
 mod serve;
 mod serve_api;
@@ -53,6 +54,7 @@ mod train_default;
 mod train_devices;
 mod train_form;
 mod train_kill;
+mod train_objectives;
 mod train_quantised;
 mod train_resume;
 

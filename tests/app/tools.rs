@@ -15,8 +15,10 @@ use crate::{
     train::{finished, train, train_well, workspace},
 };
 
-const COMMANDS: [&str; 22] = [
+const COMMANDS: [&str; 24] = [
     "calibrate",
+    "prefer",
+    "score",
     "preview",
     "pull",
     "label",

@@ -34,12 +34,13 @@ export XRAY_CUDA_SMALL=1 RUST_BACKTRACE=0
 
 # Each operation of accelerate::cuda, then whole models. Racecheck follows every access to shared memory:
 # whole models take it too long, and their kernels are those of the single operations.
-operations=(norms rotation pointwise products_of_f32 products adapters attention optimizer loss decoding)
+operations=(norms rotation pointwise matmuls::products_of_f32 matmuls::products matmuls::adapters attention
+    optimizer loss models::decoding)
 tests=("${operations[@]/#/accelerate::cuda::tests::}")
 # Quantised weights in fragment order.
 fragments=(arranged_matrices_hold_the_same_values matmuls_with_fragments)
 tests+=("${fragments[@]/#/accelerate::cuda::fragments::tests::}")
-tests+=(accelerate::cuda::tests::decoding_with_quantised_weights)
+tests+=(accelerate::cuda::tests::models::decoding_with_quantised_weights)
 whole=(train::cuda_unwritten_tests::nothing_unwritten_reaches_inference
     train::cuda_unwritten_tests::nothing_unwritten_reaches_the_serving_step
     train::cuda_unwritten_tests::nothing_unwritten_reaches_a_packed_training_step)
@@ -89,7 +90,7 @@ for tool in "${tools[@]}"; do
         # a graph are watched as one, so they come one by one.
         export XRAY_CUDA_NO_GRAPH=1
         for name in "${operations[@]}"; do
-            [ "$name" = decoding ] || check racecheck "$name" "accelerate::cuda::tests::$name"
+            [ "$name" = models::decoding ] || check racecheck "$name" "accelerate::cuda::tests::$name"
         done
         for name in "${fragments[@]}"; do
             check racecheck "$name" "accelerate::cuda::fragments::tests::$name"
@@ -97,17 +98,17 @@ for tool in "${tools[@]}"; do
         # Watched whole, this test does not end: its kernels are watched one by one.
         for kernel in rms_norm gemv skinny EMBED HEADS attention_decode PICK CHOOSE; do
             filter=(--kernel-name "kernel_substring=$kernel")
-            check racecheck "decoding-$kernel" accelerate::cuda::tests::decoding
+            check racecheck "decoding-$kernel" accelerate::cuda::tests::models::decoding
         done
         filter=()
         # The products of Ampere.
         export XRAY_CUDA_SM80=1
-        check racecheck products-sm80 accelerate::cuda::tests::products
+        check racecheck products-sm80 accelerate::cuda::tests::matmuls::products
         unset XRAY_CUDA_NO_GRAPH XRAY_CUDA_SM80
     else
         check "$tool" all "${tests[@]}" "${whole[@]}"
         export XRAY_CUDA_SM80=1
-        check "$tool" products-sm80 accelerate::cuda::tests::products
+        check "$tool" products-sm80 accelerate::cuda::tests::matmuls::products
         unset XRAY_CUDA_SM80
     fi
 done

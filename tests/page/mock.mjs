@@ -71,7 +71,7 @@ async function bodyOf(request) {
 
 /**
  * Starts the mock on loopback. The returned `state` may be changed at any time:
- * `models`, `key` (or null), `preview` (`png`, `missing`, `refused`), `ready`, `report`, `thinking`,
+ * `models`, `loadRemarks` (lists by model), `key` (or null), `preview` (`png`, `missing`, `refused`), `ready`, `report`, `thinking`,
  * `delay` (milliseconds between pieces), `busy` (how many requests are refused with 429),
  * `status` (of the next answer alone, or null: `{ code, message, name, retry }`), `limits` (or null),
  * `remarks`, `stop` (reason, or null), `cutAfter` (pieces until the connection breaks, or
@@ -81,6 +81,7 @@ async function bodyOf(request) {
 export async function startMock(port = 0) {
   const state = {
     models: ["xray-8b", "xray-8b-thinking"],
+    loadRemarks: {},
     key: null,
     preview: "png",
     ready: true,
@@ -198,7 +199,7 @@ export async function startMock(port = 0) {
       }
       if (pathname === "/v1/models") {
         response.writeHead(200, { "content-type": "application/json" });
-        const data = state.models.map((id) => ({ id, object: "model" }));
+        const data = state.models.map((id) => ({ id, object: "model", remarks: state.loadRemarks[id] ?? [] }));
         return response.end(JSON.stringify({ object: "list", data }));
       }
       if (pathname === "/v1/limits" && state.limits !== null) {

@@ -51,6 +51,21 @@ test("the questions are those of the published training", async () => {
   );
 });
 
+test("the help says how each model was loaded", async () => {
+  const remark = "252 matrices are stored as 4-bit AWQ and dequantised while they are loaded, to 13.9 GB in 16 bits";
+  mock.state.loadRemarks["xray-8b"] = [remark, "the adapter was trained in another layout"];
+  await page.reload();
+  await page.waitForSelector("#ready[data-state=ready]");
+  await page.click("#open-help");
+  await page.waitForSelector("#help-models-part:not([hidden])");
+  const names = await page.locator("#help-models dt").allTextContents();
+  assert.deepEqual(names, ["xray-8b", "xray-8b-thinking"]);
+  const facts = await page.locator("#help-models dd").allTextContents();
+  assert.deepEqual(facts, [remark, "the adapter was trained in another layout", "原样载入，无需说明。"]);
+  await accessible("help-models");
+  await picture("help-models");
+});
+
 test("a film is chosen, the report streams in, the thinking folds", async () => {
   mock.state.thinking = true;
   mock.state.delay = 8;

@@ -37,7 +37,7 @@ use xray_qwen3vl::{
 use crate::backend::{TestBackend, device};
 
 /// Forms with one file beside `rest.safetensors`.
-pub const FORMS: [&str; 14] = [
+pub const FORMS: [&str; 17] = [
     "plain",
     "fp8",
     "awq",
@@ -45,6 +45,9 @@ pub const FORMS: [&str; 14] = [
     "gptq-4-order",
     "gptq-8",
     "gptq-3",
+    "gptq-3-v1",
+    "gptq-3-v1-sym",
+    "gptq-3-older",
     "compressed-pack",
     "compressed-int8",
     "compressed-fp8",

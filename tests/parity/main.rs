@@ -17,6 +17,7 @@ mod generate;
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 mod half;
 mod model;
+mod objectives;
 mod preprocess;
 mod pytorch;
 mod quantized;
@@ -24,4 +25,5 @@ mod schedule;
 mod text_metrics;
 mod text_processing;
 mod training;
+mod training_saved;
 mod wide;

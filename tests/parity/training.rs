@@ -31,7 +31,8 @@ use xray_qwen3vl::{
     },
     train::{
         config::TrainConfig,
-        gradients::{GradientOptions, LossTotals, add_gradients, evaluate, gradients},
+        gradients::{GradientOptions, add_gradients, evaluate, gradients},
+        loss::LossTotals,
         optimizer::{AdamW, AdamWConfig},
     },
     weights::Weight,
@@ -45,7 +46,7 @@ use crate::{
 
 type AB = Autodiff<TestBackend>;
 
-const PLAIN: GradientOptions = GradientOptions {
+pub const PLAIN: GradientOptions = GradientOptions {
     checkpoint_text: false,
     recompute_pointwise: false,
     checkpoint_vision: false,
@@ -113,7 +114,7 @@ fn batch(
     }
 }
 
-fn one_image(config: &Qwen3VlConfig) -> MicroBatch {
+pub fn one_image(config: &Qwen3VlConfig) -> MicroBatch {
     let reference = Reference::open("text.safetensors");
     let ids = reference.id_rows("one_image.input_ids");
     let mask = vec![vec![1; ids[0].len()]];
@@ -169,7 +170,7 @@ fn micro_batches(config: &Qwen3VlConfig) -> Vec<MicroBatch> {
         .collect()
 }
 
-fn run(
+pub fn run(
     model: &Qwen3Vl<AB>,
     config: &Qwen3VlConfig,
     micro: &MicroBatch,

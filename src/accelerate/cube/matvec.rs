@@ -7,7 +7,8 @@ use cubecl::client::ComputeClient;
 
 use super::{
     launch::{Buffer, Cube, array, contiguous, elements, empty, pieces, quads, strided, tensor},
-    products::{MatmulConfig, Matrices, Stored, one_matrix, swiglu_matrices, three_matrices},
+    matmul_config::{MatmulConfig, Matrices, Stored},
+    products::{one_matrix, swiglu_matrices, three_matrices},
     sums::Group,
     tile_config::{WIDEST, cooperative},
     tile_matmul::{self, Added, Operand},

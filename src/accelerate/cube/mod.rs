@@ -15,6 +15,7 @@ pub(super) mod decode;
 mod dropout;
 mod launch;
 mod likeliest;
+mod matmul_config;
 mod matrix;
 mod matvec;
 #[cfg(feature = "wgpu")]

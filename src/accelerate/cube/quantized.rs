@@ -13,9 +13,8 @@ use super::{
     launch::{
         Buffer, Cube, array, contiguous, cubes, elements, empty, pieces, quads, strided, tensor,
     },
-    products::{
-        MatmulConfig, Matrices, Stored, low_rank, one_matrix, swiglu_matrices, three_matrices,
-    },
+    matmul_config::{MatmulConfig, Matrices, Stored},
+    products::{low_rank, one_matrix, swiglu_matrices, three_matrices},
     sums::{Group, UNITS},
     tile_matmul::{self, Added, Operand},
     unpack::{pad_rows, unpack},

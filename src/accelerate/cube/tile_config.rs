@@ -8,7 +8,7 @@ use cubecl::{
 };
 
 use super::{
-    products::{Matrices, Stored},
+    matmul_config::{Matrices, Stored},
     sums::Group,
 };
 

@@ -5,7 +5,7 @@ use burn_cubecl::CubeRuntime;
 
 use super::{
     launch::{Buffer, elements, empty, pieces},
-    products::{Matrices, Stored},
+    matmul_config::{Matrices, Stored},
     rows,
     tile_config::{HALVES, NORMED, TileConfig, WIDEST, cooperative, reads},
     tiles::tiled,

@@ -4,7 +4,7 @@ use cubecl::prelude::*;
 use half::f16;
 
 use super::{
-    products::Matrices,
+    matmul_config::Matrices,
     tile_config::{HALVES, LANES, PLANES, SIDE, TileConfig, UNITS},
     words::{Packing, Piece, pair, within},
 };

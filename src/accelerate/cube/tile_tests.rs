@@ -15,8 +15,8 @@ use rand_chacha::ChaCha8Rng;
 
 use super::{
     launch::contiguous,
+    matmul_config::Matrices,
     matvec::{self, InputNorm},
-    products::Matrices,
     quantized::{self, Quantised},
     tile_config::cooperative,
     tile_matmul::{Added, Operand, launch},

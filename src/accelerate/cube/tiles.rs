@@ -11,7 +11,7 @@ use cubecl::{cmma, prelude::*};
 use half::f16;
 
 use super::{
-    products::Matrices,
+    matmul_config::Matrices,
     tile_config::{AREA, HALVES, LANES, PLANES, SIDE, TileConfig, UNITS},
     tile_stage::{find_roots, load_input, load_matrix, store_input, store_matrix},
     words::{Packing, Piece, pair, within},

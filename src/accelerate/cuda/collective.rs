@@ -1,4 +1,4 @@
-//! Several CUDA devices of one process: NCCL all-reduce, copies between devices, device memory.
+//! Several CUDA devices, of one process or several: NCCL all-reduce, copies between devices, device memory.
 //!
 //! cubecl offers a sum and copies through NCCL of its own, but errors there are only logged:
 //! a failed sum would leave every device with its own gradients. Here each call returns its
@@ -23,9 +23,9 @@ use cudarc::driver::{DriverError, result, sys};
 
 use super::{
     launch::{Buffer, contiguous, empty, tensor},
-    nccl::{Communicator, Nccl},
+    nccl::{Communicator, Nccl, UniqueId},
 };
-use crate::ops::{AllReduce, DeviceMemory};
+use crate::ops::{AllReduce, DeviceMemory, Others};
 
 /// How long a device is polled without sleeping; a sum of adapters' gradients takes less.
 const SPIN: Duration = Duration::from_millis(20);
@@ -153,6 +153,8 @@ struct Group {
     /// In the order of `devices`.
     members: Vec<Mutex<Member>>,
     devices: Vec<usize>,
+    /// Devices that add up together, those of other processes included.
+    all: usize,
     patience: Duration,
     given_up: AtomicBool,
 }
@@ -164,6 +166,7 @@ struct Group {
 /// When the library is missing, or the devices do not connect.
 pub(super) fn all_reduce(
     devices: &[CudaDevice],
+    others: Option<&Others<'_>>,
     patience: Duration,
 ) -> Result<Option<Arc<dyn AllReduce<Cuda>>>, String> {
     let ids: Vec<usize> = devices.iter().map(|device| device.index).collect();
@@ -176,7 +179,11 @@ pub(super) fn all_reduce(
     for id in &ids {
         enter(*id)?;
     }
-    let communicators = nccl.communicators(&numbers)?;
+    let all = others.map_or(ids.len(), |others| others.all);
+    let communicators = match others {
+        None => nccl.communicators(&numbers)?,
+        Some(others) => meet(nccl, &ids, others, patience)?,
+    };
     let mut members = Vec::with_capacity(ids.len());
     for (device, communicator) in ids.iter().copied().zip(communicators) {
         enter(device)?;
@@ -193,9 +200,55 @@ pub(super) fn all_reduce(
         nccl,
         members,
         devices: ids,
+        all,
         patience,
         given_up: AtomicBool::new(false),
     })))
+}
+
+/// Communicators with the devices of other processes; all processes call it together.
+fn meet(
+    nccl: &'static Nccl,
+    ids: &[usize],
+    others: &Others<'_>,
+    patience: Duration,
+) -> Result<Vec<Communicator>, String> {
+    // Only the first process's address counts.
+    let own = match others.first {
+        0 => Some(nccl.unique_id()?.bytes().to_vec()),
+        _ => None,
+    };
+    let id = UniqueId::of(&(others.hand_out)(own)?)?;
+    let made = nccl.begin_across(ids, [others.first, others.all], id, |device| {
+        enter(device).map(|_| ())
+    })?;
+    let end = Instant::now() + patience;
+    let mut failed = None;
+    while failed.is_none() {
+        let mut is_busy = false;
+        for communicator in &made {
+            match nccl.is_busy(*communicator) {
+                Ok(busy) => is_busy |= busy,
+                Err(reason) => failed = Some(reason),
+            }
+        }
+        if !is_busy && failed.is_none() {
+            return Ok(made);
+        }
+        if (others.is_over)() {
+            failed = Some("another process ended".into());
+        } else if Instant::now() > end {
+            failed = Some(format!(
+                "the devices of all processes did not connect within {} s; NCCL_SOCKET_IFNAME names the network interface",
+                patience.as_secs_f64()
+            ));
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    for communicator in made {
+        nccl.end(communicator, true);
+    }
+    Err(failed.unwrap_or_default())
 }
 
 impl Group {
@@ -218,14 +271,18 @@ impl Group {
         }
         let started = Instant::now();
         loop {
-            // SAFETY: the stream is the member's own.
-            #[allow(unsafe_code)]
-            match unsafe { sys::cuStreamQuery(member.stream) } {
-                sys::CUresult::CUDA_SUCCESS => return self.nccl.state(member.communicator),
-                sys::CUresult::CUDA_ERROR_NOT_READY => {}
-                error => return Err(format!("device cuda:{}: {error:?}", member.device)),
+            // Across processes the sum reaches the stream some time after the call that queues it.
+            if !self.nccl.is_busy(member.communicator)? {
+                // SAFETY: the stream is the member's own.
+                #[allow(unsafe_code)]
+                match unsafe { sys::cuStreamQuery(member.stream) } {
+                    sys::CUresult::CUDA_SUCCESS => {
+                        return self.nccl.is_busy(member.communicator).map(|_| ());
+                    }
+                    sys::CUresult::CUDA_ERROR_NOT_READY => {}
+                    error => return Err(format!("device cuda:{}: {error:?}", member.device)),
+                }
             }
-            self.nccl.state(member.communicator)?;
             if self.given_up.load(Ordering::Relaxed) {
                 return Err("another device failed".to_string());
             }
@@ -276,7 +333,7 @@ impl AllReduce<Cuda> for Group {
     }
 
     fn len(&self) -> usize {
-        self.devices.len()
+        self.all
     }
 }
 
@@ -313,7 +370,7 @@ mod tests {
     fn devices_add_up_to_the_same_bits() {
         let devices = two();
         let patience = Duration::from_secs(60);
-        let group = all_reduce(&devices, patience).unwrap().unwrap();
+        let group = all_reduce(&devices, None, patience).unwrap().unwrap();
         assert_eq!(group.len(), 2);
         for count in [1, 3, 4097, 5_000_000] {
             let sums: Vec<[Vec<f32>; 2]> = std::thread::scope(|scope| {

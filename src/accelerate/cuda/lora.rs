@@ -6,10 +6,11 @@
 use burn::{prelude::*, tensor::DType};
 
 use super::{
+    frozen_matrix,
     gemm::{self, Epilogue, WeightLayout},
     launch::{Backend, Buffer, Kernel, Parameters, contiguous, empty, float_bits, launch, tensor},
     operand::Operand,
-    plan, quantised_training,
+    plan,
 };
 use crate::ops::{BackwardMatmul, Dropout, LowRank, LowRankBackward, LowRankGradients};
 
@@ -38,7 +39,7 @@ pub(super) fn covers(adapter: &LowRank<Backend>, dtype: DType) -> bool {
 
 /// Whether the kernels cover the backward pass of a matmul and its adapter.
 fn covers_backward(matmul: &BackwardMatmul<Backend>) -> bool {
-    quantised_training::covers_matrix(&matmul.dy, &matmul.weight)
+    frozen_matrix::covers_matrix(&matmul.dy, &matmul.weight)
         && matmul.adapter.as_ref().is_none_or(|(low, adapter)| {
             covers(adapter, matmul.dy.dtype()) && low.dtype() == DType::BF16
         })
@@ -382,12 +383,7 @@ fn outer(x: &Buffer, lows: &[Buffer], dropouts: &[Option<Dropout>]) -> Vec<Buffe
 fn weights_input_gradient(matmuls: &[BackwardMatmul<Backend>]) -> Buffer {
     let pairs: Vec<_> = matmuls
         .iter()
-        .map(|matmul| {
-            (
-                matmul.dy.clone(),
-                quantised_training::floats(&matmul.weight),
-            )
-        })
+        .map(|matmul| (matmul.dy.clone(), frozen_matrix::floats(&matmul.weight)))
         .collect();
     contiguous(gemm::input_gradient(&pairs))
 }

@@ -12,6 +12,7 @@ mod compiled;
 mod decode;
 mod driver;
 mod fragments;
+mod frozen_matrix;
 mod gemm;
 mod kernel;
 pub(crate) mod launch;
@@ -53,7 +54,7 @@ use crate::{
     base::device_name::DeviceKind,
     batch::images::ImageInput,
     ops::{
-        AllReduce, DeviceMemory, DeviceOps, HasKernels, Kernels, Reading,
+        AllReduce, DeviceMemory, DeviceOps, HasKernels, Kernels, Others, Reading,
         upload::{Fill, Upload, UploadError},
     },
     qwen3_vl::{
@@ -192,9 +193,10 @@ impl DeviceOps for Cuda {
 
     fn all_reduce(
         devices: &[Self::Device],
+        others: Option<&Others<'_>>,
         patience: Duration,
     ) -> Result<Option<Arc<dyn AllReduce<Self>>>, String> {
-        collective::all_reduce(devices, patience)
+        collective::all_reduce(devices, others, patience)
     }
 
     fn to_other_device<const D: usize>(

@@ -34,15 +34,60 @@ type AllReduce = unsafe extern "C" fn(
     Communicator,
     *mut c_void,
 ) -> c_int;
+type GetUniqueId = unsafe extern "C" fn(*mut UniqueId) -> c_int;
+type InitRankConfig =
+    unsafe extern "C" fn(*mut Communicator, c_int, UniqueId, c_int, *const Config) -> c_int;
 type OfCommunicator = unsafe extern "C" fn(Communicator) -> c_int;
 type AsyncError = unsafe extern "C" fn(Communicator, *mut c_int) -> c_int;
 type ErrorText = unsafe extern "C" fn(c_int) -> *const c_char;
 type Group = unsafe extern "C" fn() -> c_int;
 type LastError = unsafe extern "C" fn(Communicator) -> *const c_char;
 
+/// Where communicators of one group meet: an address of the process that made it.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct UniqueId([u8; 128]);
+
+impl UniqueId {
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// # Errors
+    /// The bytes are none.
+    pub(super) fn of(bytes: &[u8]) -> Result<Self, String> {
+        bytes
+            .try_into()
+            .map(Self)
+            .map_err(|_| format!("NCCL's id has {} bytes, expected 128", bytes.len()))
+    }
+}
+
+/// `ncclConfig_t` as of NCCL 2.14; later versions take its version into account.
+#[repr(C)]
+struct Config {
+    size: usize,
+    magic: u32,
+    version: u32,
+    blocking: c_int,
+}
+
+impl Config {
+    /// Calls return at once, so that a wait for another process can be given up.
+    const ASYNC: Self = Self {
+        size: size_of::<Self>(),
+        magic: 0xcafe_beef,
+        version: 21400,
+        blocking: 0,
+    };
+}
+
 /// The loaded library.
 pub(super) struct Nccl {
     init_all: InitAll,
+    unique_id: GetUniqueId,
+    /// From NCCL 2.14 on.
+    init_rank: Option<InitRankConfig>,
     all_reduce: AllReduce,
     group_start: Group,
     group_end: Group,
@@ -106,6 +151,8 @@ impl Nccl {
         unsafe {
             Ok(Self {
                 init_all: find(&library, "ncclCommInitAll")?,
+                unique_id: find(&library, "ncclGetUniqueId")?,
+                init_rank: find(&library, "ncclCommInitRankConfig").ok(),
                 all_reduce: find(&library, "ncclAllReduce")?,
                 group_start: find(&library, "ncclGroupStart")?,
                 group_end: find(&library, "ncclGroupEnd")?,
@@ -165,6 +212,56 @@ impl Nccl {
         Ok(made)
     }
 
+    /// Where the communicators of a group are to meet.
+    ///
+    /// # Errors
+    /// NCCL's, for instance no network interface that it may use.
+    pub(super) fn unique_id(&self) -> Result<UniqueId, String> {
+        let mut id = UniqueId([0; 128]);
+        // SAFETY: there is room for the 128 bytes of the id.
+        #[allow(unsafe_code)]
+        let code = unsafe { (self.unique_id)(&mut id) };
+        self.check("opening a port to meet at", code)?;
+        Ok(id)
+    }
+
+    /// Begins communicators of some devices, numbers `first..` of a group of `all` in several processes;
+    /// `enter` makes a device's context current. They may be used once [`Nccl::is_busy`] says that they are
+    /// not.
+    ///
+    /// # Errors
+    /// NCCL's; that it is older than 2.14.
+    pub(super) fn begin_across(
+        &self,
+        devices: &[usize],
+        [first, all]: [usize; 2],
+        id: UniqueId,
+        enter: impl Fn(usize) -> Result<(), String>,
+    ) -> Result<Vec<Communicator>, String> {
+        const DOING: &str = "bringing the devices of several processes together";
+        let init_rank = self.init_rank.ok_or(
+            "NCCL is older than 2.14, and devices of several processes need its calls that do not block; install a newer one",
+        )?;
+        let mut made = vec![std::ptr::null_mut(); devices.len()];
+        // SAFETY: as the fields say; a group that was started is ended in any case.
+        #[allow(unsafe_code)]
+        unsafe {
+            self.check(DOING, (self.group_start)())?;
+            let begun = devices.iter().zip(&mut made).enumerate().try_for_each(
+                |(place, (device, made))| {
+                    enter(*device)?;
+                    let rank = (first + place) as c_int;
+                    let code = init_rank(made, all as c_int, id, rank, &Config::ASYNC);
+                    self.check(DOING, code)
+                },
+            );
+            let ended = (self.group_end)();
+            begun?;
+            self.check(DOING, ended)?;
+        }
+        Ok(made)
+    }
+
     /// Queues all-reduce sums of f32 tensors over all devices on a stream: address, address of the sum,
     /// and number of elements of each.
     ///
@@ -199,14 +296,15 @@ impl Nccl {
         self.check("adding up", ended)
     }
 
-    /// Asynchronous errors of earlier calls.
-    pub(super) fn state(&self, communicator: Communicator) -> Result<(), String> {
+    /// Whether an earlier call is still being carried out; its error once it failed.
+    pub(super) fn is_busy(&self, communicator: Communicator) -> Result<bool, String> {
         let mut code = SUCCESS;
         // SAFETY: the communicator is alive.
         #[allow(unsafe_code)]
         let returned = unsafe { (self.async_error)(communicator, &mut code) };
         self.check("adding up", returned)?;
-        self.check("adding up", code)
+        self.check("adding up", code)?;
+        Ok(code == IN_PROGRESS)
     }
 
     /// Destroys a communicator; `abort` ends its running operations.

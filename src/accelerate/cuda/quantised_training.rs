@@ -9,40 +9,12 @@ use cubecl::Runtime;
 use cubecl_cuda::CudaRuntime;
 
 use super::{
+    frozen_matrix::{covers, whole},
     gemm::{self, Epilogue, WeightLayout},
     launch::{Backend, contiguous, tensor},
     lora, loss, memory,
 };
-use crate::ops::{ForwardOps, LowRank, Matrix, TargetLoss, quantised::QuantisedWeight};
-
-/// Whether the matmuls cover `dy W` and `x Wᵀ` with a quantised matrix dequantised as bf16; `x` has its inputs or
-/// outputs.
-pub(super) fn covers(x: &Tensor<Backend, 2>, weight: &QuantisedWeight<Backend>) -> bool {
-    super::supported(x)
-        && x.dtype() == DType::BF16
-        && x.dims()[0] > 0
-        && weight.dims().iter().all(|width| width.is_multiple_of(8))
-}
-
-/// Whether the matmuls cover `dy W`.
-pub(super) fn covers_matrix(dy: &Tensor<Backend, 2>, weight: &Matrix<Backend>) -> bool {
-    match weight {
-        Matrix::Dense(weight) => gemm::covers(dy, weight),
-        Matrix::Quantised(weight) => covers(dy, weight),
-    }
-}
-
-/// The matrix in bf16, `[out, in]`.
-pub(super) fn floats(weight: &Matrix<Backend>) -> Tensor<Backend, 2> {
-    match weight {
-        Matrix::Dense(weight) => weight.clone(),
-        Matrix::Quantised(weight) => whole(weight),
-    }
-}
-
-fn whole(weight: &QuantisedWeight<Backend>) -> Tensor<Backend, 2> {
-    Backend::dequantise_for_matmul(weight, 0, weight.dims()[0], DType::BF16)
-}
+use crate::ops::{ForwardOps, LowRank, TargetLoss, quantised::QuantisedWeight};
 
 /// [`ForwardOps::dequantise_for_matmul`]: in memory of the exact size. Burn's persistent allocation would end
 /// that of the step around it.
@@ -124,7 +96,7 @@ mod tests {
             draws,
         },
         ops::{
-            BackwardMatmul, DeviceOps, TrainingOps,
+            BackwardMatmul, DeviceOps, Matrix, TrainingOps,
             quantised::{Format, pack::pack},
         },
     };

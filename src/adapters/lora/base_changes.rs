@@ -24,11 +24,29 @@ use crate::{
 use parameters::{biases, parameters};
 use tables::{embeddings, patches, tokens};
 
+/// A weight of the base that an adapter brings another for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Change {
+    /// Path of the weight.
+    pub path: String,
+    /// Key of `adapter_config.json` that asks for it.
+    pub key: &'static str,
+}
+
+impl std::fmt::Display for Change {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "`{}` by `{}`", self.path, self.key)
+    }
+}
+
+/// The key of modules that are stored whole.
+pub(super) const MODULES_TO_SAVE: &str = "modules_to_save";
+
 /// What was changed, and what a person should know about it.
 #[derive(Debug, Default)]
 pub(super) struct Changes {
-    /// Each weight with the key that asks for it.
-    pub(super) weights: Vec<String>,
+    /// Each weight.
+    pub(super) weights: Vec<Change>,
     /// Whether one of them belongs to the language model or its head.
     pub(super) text: bool,
     /// Sentences.
@@ -36,9 +54,10 @@ pub(super) struct Changes {
 }
 
 impl Changes {
-    fn add(&mut self, path: &str, key: &str) {
+    fn add(&mut self, path: &str, key: &'static str) {
         self.text |= !path.starts_with("model.visual.");
-        self.weights.push(format!("`{path}` by `{key}`"));
+        let path = path.to_owned();
+        self.weights.push(Change { path, key });
     }
 }
 
@@ -86,13 +105,16 @@ pub(super) fn change_base<B: Ops>(
 /// Whether a tied head becomes one of its own: what is changed is changed in one of the two only.
 fn head_leaves(config: &LoraConfig, keys: &Keys) -> bool {
     let weight = || Part::Parameter("weight".to_owned());
+    // With `ensure_weight_tying` PEFT writes one table under both names.
+    let is_one = config.ensure_weight_tying && config.saves(EMBED_TOKENS);
     let of_head = keys.get(LM_HEAD, Part::A).is_some()
-        || keys
-            .get(LM_HEAD, weight())
-            .is_some_and(|name| !name.contains(".base_layer."));
+        || !is_one
+            && keys
+                .get(LM_HEAD, weight())
+                .is_some_and(|name| !name.contains(".base_layer."));
     let of_embedding = !config.ensure_weight_tying
         && (keys.get(EMBED_TOKENS, Part::EmbeddingA).is_some()
-            || (keys.get(EMBED_TOKENS, weight()).is_some() && is_saved(config, EMBED_TOKENS)));
+            || (keys.get(EMBED_TOKENS, weight()).is_some() && config.saves(EMBED_TOKENS)));
     let tokens = |table| indices(config, table);
     let apart = match (tokens(EMBED_TOKENS), tokens(LM_HEAD)) {
         (None, Some(_)) => true,
@@ -100,14 +122,6 @@ fn head_leaves(config: &LoraConfig, keys: &Keys) -> bool {
         _ => false,
     };
     of_head || of_embedding || apart
-}
-
-/// Whether `modules_to_save` names the module at `path`; PEFT compares ends of paths.
-fn is_saved(config: &LoraConfig, path: &str) -> bool {
-    config
-        .modules_to_save
-        .iter()
-        .any(|name| path.ends_with(name.as_str()))
 }
 
 /// The token indices that `trainable_token_indices` has for a table.
@@ -119,7 +133,7 @@ fn indices<'a>(config: &'a LoraConfig, table: &str) -> Option<&'a Vec<usize>> {
 }
 
 /// Shapes of all parameters, quantised matrices included.
-fn all_shapes<B: Ops>(model: &Qwen3Vl<B>) -> BTreeMap<String, Vec<usize>> {
+pub(super) fn all_shapes<B: Ops>(model: &Qwen3Vl<B>) -> BTreeMap<String, Vec<usize>> {
     let mut shapes = parameter_shapes(model);
     for (path, linear) in model.linears() {
         let shape = linear.weight.lazy_shape().to_vec();

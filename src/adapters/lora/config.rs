@@ -341,7 +341,7 @@ impl LoraConfig {
 
     /// The text of an `adapter_config.json` that PEFT and ms-swift read.
     pub fn to_json(&self) -> String {
-        let tree = json!({
+        let mut tree = json!({
             "alpha_pattern": self.alpha_pattern,
             "auto_mapping": null,
             "base_model_name_or_path": self.base_model_name_or_path,
@@ -359,7 +359,7 @@ impl LoraConfig {
             "lora_dropout": self.lora_dropout,
             "megatron_config": null,
             "megatron_core": "megatron.core",
-            "modules_to_save": self.modules_to_save,
+            "modules_to_save": (!self.modules_to_save.is_empty()).then_some(&self.modules_to_save),
             "peft_type": "LORA",
             "r": self.r,
             "rank_pattern": self.rank_pattern,
@@ -369,6 +369,10 @@ impl LoraConfig {
             "use_dora": self.use_dora,
             "use_rslora": self.use_rslora,
         });
+        // A key that older releases of PEFT do not know, where it says something.
+        if let Some(tree) = tree.as_object_mut().filter(|_| self.ensure_weight_tying) {
+            tree.insert("ensure_weight_tying".to_owned(), true.into());
+        }
         let mut text = serde_json::to_string_pretty(&tree).unwrap_or_default();
         text.push('\n');
         text
@@ -386,6 +390,15 @@ impl LoraConfig {
             self.layers_to_transform.as_deref(),
             &self.layers_pattern,
         )
+    }
+
+    /// Whether `modules_to_save` names the module at `path` or one around it; PEFT compares ends of paths.
+    pub fn saves(&self, path: &str) -> bool {
+        let around = path.match_indices('.').map(|(at, _)| &path[..at]);
+        around.chain([path]).any(|module| {
+            let mut names = self.modules_to_save.iter();
+            names.any(|name| module.ends_with(name.as_str()))
+        })
     }
 
     /// Rank of the layer at `path`.

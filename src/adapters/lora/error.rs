@@ -81,6 +81,25 @@ pub enum AdapterError {
         /// What it is.
         kind: &'static str,
     },
+    /// `modules_to_save` names no module.
+    #[error(
+        "`modules_to_save` names `{name}`, which is no module of this model{}; expected the end of a module's path, such as `lm_head`, `embed_tokens` or `visual.merger`",
+        .nearest.as_ref().map_or(String::new(), |nearest| format!("; did you mean `{nearest}`?"))
+    )]
+    NoModule {
+        /// As given.
+        name: String,
+        /// The most similar one.
+        nearest: Option<String>,
+    },
+    /// A layer is trained whole and has a low-rank adapter.
+    #[error(
+        "`modules_to_save` names layer `{layer}`, which has a low-rank adapter as well; a layer is trained in one way: leave it out of `modules_to_save` or of `target_modules`"
+    )]
+    Both {
+        /// Path of the layer.
+        layer: String,
+    },
     /// A layer has an adapter already.
     #[error(
         "layer `{layer}` has an adapter already; on quantised weights adapters stay apart, and a layer takes one: leave out --adapter, or merge it before quantising"

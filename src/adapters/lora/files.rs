@@ -11,9 +11,10 @@ use serde_json::Value;
 use super::{
     attach::LinearMapper,
     base::quantisation_remark,
-    base_changes::change_base,
+    base_changes::{Change, MODULES_TO_SAVE, change_base},
     config::{AdapterError, LoraConfig},
     keys::{Keys, PREFIX, Part},
+    saved_modules::{saved_tensors, train_saved},
     source::Source,
     targets::{OTHER_LAYERS, TargetMatcher},
 };
@@ -195,8 +196,8 @@ pub struct Adapted<B: Backend> {
     pub config: LoraConfig,
     /// What a person should know about how the files were read.
     pub notes: Vec<String>,
-    /// Weights of the base that the adapter brings others for, each with the key that asks for it.
-    pub changed: Vec<String>,
+    /// Weights of the base that the adapter brings others for.
+    pub changed: Vec<Change>,
     /// Whether some of them belong to the language model or its head.
     pub changes_text: bool,
 }
@@ -224,8 +225,8 @@ pub fn attach_adapter<B: Ops>(model: Qwen3Vl<B>, dir: &Path) -> Result<Adapted<B
 /// Attaches the adapter in `dir` to be trained on with the given dropout.
 ///
 /// # Errors
-/// As [`load_adapter`]; [`AdapterError::ChangesBase`] for one with more than low-rank matrices of linear layers,
-/// which alone are trained.
+/// As [`load_adapter`]; [`AdapterError::ChangesBase`] for one with more than low-rank matrices of linear layers and
+/// whole modules (`modules_to_save`), which alone are trained.
 pub fn load_adapter_for_training<B: Ops>(
     model: Qwen3Vl<B>,
     dir: &Path,
@@ -235,8 +236,12 @@ pub fn load_adapter_for_training<B: Ops>(
         lora_dropout: dropout,
         ..LoraConfig::from_dir(dir)?
     };
-    let adapted = attach_tensors(model, config, dir)?;
-    let mut changed = adapted.changed.clone();
+    let mut adapted = attach_tensors(model, config, dir)?;
+    let others = adapted.changed.iter();
+    let mut changed: Vec<String> = others
+        .filter(|change| change.key != MODULES_TO_SAVE)
+        .map(Change::to_string)
+        .collect();
     if adapted.config.initial.is_some() {
         changed.push("all adapted layers by `init_lora_weights`".to_owned());
     }
@@ -244,9 +249,12 @@ pub fn load_adapter_for_training<B: Ops>(
         return Err(AdapterError::ChangesBase {
             dir: dir.to_path_buf(),
             changed,
-            reason: "training moves the low-rank matrices of linear layers only",
+            reason: "training moves low-rank matrices of linear layers and whole modules (`modules_to_save`) only",
         });
     }
+    let (model, notes) = train_saved(adapted.model, &adapted.config)?;
+    adapted.model = model;
+    adapted.notes.extend(notes);
     Ok(adapted)
 }
 
@@ -303,7 +311,7 @@ fn attach_tensors<B: Ops>(
     };
     if let Some(matcher) = &matcher
         && let Some((layer, _)) = OTHER_LAYERS.iter().find(|(layer, _)| {
-            matcher.matches(layer) && !changes.weights.iter().any(|made| made.contains(layer))
+            matcher.matches(layer) && !changes.weights.iter().any(|made| made.path.contains(layer))
         })
     {
         return Err(source.mismatch(format!(
@@ -352,7 +360,7 @@ fn open(dir: &Path) -> Result<TensorFile, AdapterError> {
     Ok(TensorFile::open(found.unwrap_or(&files[0]))?)
 }
 
-/// All adapter tensors of a model under PEFT's names, in order of name.
+/// The low-rank matrices and magnitudes of a model under PEFT's names, in order of name.
 pub fn adapter_tensors<B: Backend>(model: &Qwen3Vl<B>) -> Vec<LazyTensor> {
     fn lazy<B: Backend, const D: usize>(name: String, param: &Param<Tensor<B, D>>) -> LazyTensor {
         let tensor = param.val();
@@ -404,7 +412,8 @@ pub fn save_adapter<B: Backend>(
     config: &LoraConfig,
     dir: &Path,
 ) -> Result<(), AdapterError> {
-    let tensors = adapter_tensors(model);
+    let mut tensors = adapter_tensors(model);
+    tensors.extend(saved_tensors(model, config));
     write_safetensors(&dir.join(TENSORS), &tensors.iter().collect::<Vec<_>>())?;
     write_atomic(&dir.join("adapter_config.json"), |out: &mut dyn Write| {
         out.write_all(config.to_json().as_bytes())

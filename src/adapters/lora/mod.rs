@@ -14,5 +14,6 @@ pub mod files;
 pub mod folder;
 mod keys;
 pub mod merge;
+pub mod saved_modules;
 mod source;
 mod targets;

@@ -2,22 +2,15 @@
 
 use std::{io, path::PathBuf};
 
-use super::name::{Hub, ModelId};
+use super::name::{Hub, ModelId, NameError};
 use crate::base::files::{FileError, size_text};
 
 /// Why a name gives no folder.
 #[derive(Debug, thiserror::Error)]
 pub enum HubError {
     /// A name with a hub's prefix, or typed for `pull`, that is none.
-    #[error(
-        "`{text}` is no name of a model on a hub: {reason}; expected OWNER/NAME, OWNER/NAME@REVISION, or one of them with the prefix `hf:` or `ms:`"
-    )]
-    Name {
-        /// What was typed.
-        text: String,
-        /// What is wrong with it.
-        reason: String,
-    },
+    #[error(transparent)]
+    Name(#[from] NameError),
     /// A name of a hub that is neither a folder nor downloaded.
     #[error("`{id}` is neither a folder here nor downloaded{}", looked_at(.looked))]
     Absent {

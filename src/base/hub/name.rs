@@ -5,10 +5,20 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::HubError;
-
 /// Longest id, as Hugging Face limits it.
 const LONGEST_ID: usize = 96;
+
+/// What cannot be the name of a model.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "`{text}` is no name of a model on a hub: {reason}; expected OWNER/NAME, OWNER/NAME@REVISION, or one of them with the prefix `hf:` or `ms:`"
+)]
+pub struct NameError {
+    /// What was typed.
+    text: String,
+    /// What is wrong with it.
+    reason: String,
+}
 
 /// Where models are published.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,8 +84,8 @@ impl ModelId {
     /// Reads a name; `None` where it has the form of a path and no prefix of a hub.
     ///
     /// # Errors
-    /// [`HubError::Name`] for text after `hf:` or `ms:` that is no name.
-    pub fn parse(text: &str) -> Result<Option<Self>, HubError> {
+    /// [`NameError`] for text after `hf:` or `ms:` that is no name.
+    pub fn parse(text: &str) -> Result<Option<Self>, NameError> {
         let hubs = [Hub::HuggingFace, Hub::ModelScope];
         let named = hubs
             .into_iter()
@@ -87,7 +97,7 @@ impl ModelId {
         match (read(rest, hub), hub) {
             (Ok((id, revision)), _) => Ok(Some(Self { hub, id, revision })),
             (Err(_), None) => Ok(None),
-            (Err(reason), Some(_)) => Err(HubError::Name {
+            (Err(reason), Some(_)) => Err(NameError {
                 text: text.to_owned(),
                 reason,
             }),
@@ -97,11 +107,11 @@ impl ModelId {
     /// [`Self::parse`] where nothing else than a name can be meant.
     ///
     /// # Errors
-    /// [`HubError::Name`].
-    pub fn parse_strictly(text: &str) -> Result<Self, HubError> {
+    /// [`NameError`].
+    pub fn parse_strictly(text: &str) -> Result<Self, NameError> {
         match Self::parse(text)? {
             Some(id) => Ok(id),
-            None => Err(HubError::Name {
+            None => Err(NameError {
                 text: text.to_owned(),
                 reason: read(text, None).err().unwrap_or_default(),
             }),

@@ -22,7 +22,7 @@ use crate::{
     },
     dataset::{
         Dataset,
-        loader::{Overlong, WindowLoader, WindowPlan},
+        loader::{Overlong, WindowKind, WindowLoader, WindowPlan},
     },
     eval::{
         baselines::systems::swapped,
@@ -36,7 +36,7 @@ use crate::{
         vision::encode_images,
     },
     study::counted,
-    train::gradients::{LossTotals, evaluate},
+    train::{gradients::evaluate, loss::LossTotals},
 };
 
 /// Work for a model on a device.
@@ -179,6 +179,7 @@ impl ModelWork {
                 overlong: Overlong::Error,
                 seed: 0,
                 in_order: true,
+                kind: WindowKind::Answers,
             };
             WindowLoader::new(self.data.clone(), parts.clone(), plan, 0, 1)
         };

@@ -8,6 +8,7 @@ use serde_json::Value;
 use super::args::EvalArgs;
 use crate::{
     commands::progress::show_fetching,
+    eval::report::page::PageRollout,
     train::{
         chart::{chart_rows, training_chart},
         config::{TrainConfig, Tuner},
@@ -27,6 +28,36 @@ pub(super) fn curves(dir: &Path) -> Result<String> {
         );
     }
     Ok(training_chart(&rows))
+}
+
+/// The rollout of a run that was written last; `None` where the run draws no answers.
+pub(super) fn last_rollout(dir: &Path) -> Result<Option<PageRollout>> {
+    /// Answers on the page.
+    const SHOWN: usize = 16;
+    let Ok(entries) = std::fs::read_dir(dir.join("rollouts")) else {
+        return Ok(None);
+    };
+    let step_of = |path: &Path| -> Option<usize> {
+        let name = path.file_name()?.to_str()?;
+        name.strip_prefix("step-")?
+            .strip_suffix(".jsonl")?
+            .parse()
+            .ok()
+    };
+    let paths = entries.filter_map(|entry| {
+        let path = entry.ok()?.path();
+        Some((step_of(&path)?, path))
+    });
+    let Some((step, path)) = paths.max() else {
+        return Ok(None);
+    };
+    let wrong = || format!("`{}` is damaged; remove it", path.display());
+    let text = std::fs::read_to_string(&path).with_context(wrong)?;
+    let answers = text.lines().take(SHOWN).map(serde_json::from_str);
+    Ok(Some(PageRollout {
+        step,
+        answers: answers.collect::<Result<_, _>>().with_context(wrong)?,
+    }))
 }
 
 /// Takes model, adapter and data sets of a run where none are named; gives the data of one that held its validation

@@ -4,8 +4,11 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::findings::FindingsArgs;
-use crate::commands::shared_args::{GenerationArgs, ModelArgs, ReadingArgs};
+use super::findings_args::FindingsArgs;
+use crate::commands::{
+    cluster_args::ClusterArgs,
+    shared_args::{GenerationArgs, ModelArgs, ReadingArgs},
+};
 
 /// The question the published system asks.
 pub const DEFAULT_PROMPT: &str = "通过这张胸部X光影像可以诊断出什么？";
@@ -87,6 +90,12 @@ pub struct InferArgs {
     /// API key for the server.
     #[arg(long, value_name = "KEY", env = "XRAY_API_KEY", hide_env_values = true)]
     pub api_key: Option<String>,
+    /// Several machines, which write the reports of one --output.
+    #[command(flatten)]
+    pub cluster: ClusterArgs,
+    /// Seconds that nodes wait for each other before all end with an error.
+    #[arg(long, value_name = "SECONDS", default_value_t = 1800.0)]
+    pub cluster_timeout: f64,
 }
 
 impl InferArgs {

@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 
 use super::{
     args::InferArgs,
-    findings::settings_key,
+    findings_args::settings_key,
     task::{Task, TaskKey, TaskKind},
 };
 use crate::{

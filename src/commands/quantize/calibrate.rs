@@ -20,7 +20,7 @@ use crate::{
     },
     dataset::{
         Dataset,
-        loader::{Overlong, WindowLoader, WindowPlan},
+        loader::{Overlong, WindowKind, WindowLoader, WindowPlan},
     },
     qwen3_vl::{config::Qwen3VlConfig, weights::Checkpoint},
     runtime::{accelerator::Accelerator, pipeline::TextAndImages},
@@ -126,6 +126,7 @@ pub(super) fn calibrate<B: Accelerator>(
         overlong: Overlong::Error,
         seed: 0,
         in_order: true,
+        kind: WindowKind::Answers,
     };
     let mut calibration =
         Calibration::<B>::new(checkpoint.clone(), config, formats, dtype, device)?;

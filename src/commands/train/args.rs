@@ -6,7 +6,7 @@ use clap::Args;
 
 use crate::{
     base::device_name::DtypeName,
-    commands::{models::DownloadArgs, shared_args::GgufArgs},
+    commands::{cluster_args::ClusterArgs, models::DownloadArgs, shared_args::GgufArgs},
     dataset::Columns,
     train::{budget::Budget, config::LossReduction},
 };
@@ -105,4 +105,7 @@ pub struct TrainArgs {
     /// Number of held-out reports to print beside the model's at the end.
     #[arg(long, value_name = "N", default_value_t = 3)]
     pub show: usize,
+    /// Several machines, which train one model together.
+    #[command(flatten)]
+    pub cluster: ClusterArgs,
 }

@@ -33,9 +33,10 @@ use crate::{
     },
     train::{
         config::TrainConfig,
+        generation::{Generated, GenerationScorer, GenerationScores},
+        outcome::TrainError,
         records::{METRICS, Row, read_rows},
         run::RunResult,
-        strategy::{Generated, GenerationScorer, GenerationScores, TrainError},
         words::counted,
     },
 };

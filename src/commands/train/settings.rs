@@ -93,10 +93,60 @@ const ELSEWHERE: &[(&str, &str)] = &[
     ("early_stop_interval", "--set early_stopping_patience"),
 ];
 
+/// Flags of other trainers that are not needed here, and why.
+const NEEDLESS: &[(&str, &str)] = &[
+    (
+        "model_type",
+        "`config.json` in the model's folder says what it is",
+    ),
+    ("template", "the chat template is the model's own"),
+    ("template_type", "the chat template is the model's own"),
+    ("attn_impl", "the device decides how attention is computed"),
+    (
+        "use_flash_attn",
+        "the device decides how attention is computed",
+    ),
+    ("flash_attn", "the device decides how attention is computed"),
+    (
+        "deepspeed",
+        "a device holds a whole model: `--device cuda:0,cuda:1` takes several, `--set quantize=int4` takes less memory",
+    ),
+    ("bf16", "`--dtype bf16` is the type of the weights"),
+    ("fp16", "`--dtype f16` is the type of the weights"),
+    ("do_train", "`train` trains"),
+    ("stage", "`train` does supervised fine-tuning"),
+    ("dataset_dir", "`--train-data` takes the path of a file"),
+    (
+        "dataset_info",
+        "`--train-data` takes the path of a file, `--columns` names its columns",
+    ),
+];
+
+/// Flags of other programs for what `infer` takes as it is.
+const GIVEN_TO_INFER: [&str; 6] = [
+    "val_dataset",
+    "dataset",
+    "data",
+    "eval_data",
+    "images",
+    "image",
+];
+
+/// What to write in place of a flag of other programs that `infer` does not have.
+fn infer_hint(name: &str, value: &str) -> Option<String> {
+    let key = name.replace('-', "_");
+    GIVEN_TO_INFER.contains(&key.as_str()).then(|| {
+        format!(
+            "`--{name}` is no flag: data files and images are named as they are, `infer {value}`"
+        )
+    })
+}
+
 /// What to write in place of a flag that `train` and `plan` do not have; `None` where clap's own words do.
 pub fn flag_hint(error: &clap::Error, typed: &[String]) -> Option<String> {
     let command = typed.get(1).map(String::as_str);
-    if error.kind() != ErrorKind::UnknownArgument || !matches!(command, Some("train" | "plan")) {
+    let has_hints = matches!(command, Some("train" | "plan" | "infer"));
+    if error.kind() != ErrorKind::UnknownArgument || !has_hints {
         return None;
     }
     let Some(ContextValue::String(flag)) = error.get(ContextKind::InvalidArg) else {
@@ -117,6 +167,9 @@ pub fn flag_hint(error: &clap::Error, typed: &[String]) -> Option<String> {
             .filter(|word| !word.starts_with("--")),
     };
     let value = value.unwrap_or("VALUE");
+    if command == Some("infer") {
+        return infer_hint(name, value);
+    }
     let key = name.replace('-', "_");
     let flags: Vec<String> = own
         .get_arguments()
@@ -137,6 +190,9 @@ pub fn flag_hint(error: &clap::Error, typed: &[String]) -> Option<String> {
     if let Some((_, there)) = ELSEWHERE.iter().find(|(name, _)| *name == key) {
         let joined = if there.starts_with("--set") { '=' } else { ' ' };
         return Some(format!("`--{name}` is here `{there}{joined}{value}`"));
+    }
+    if let Some((_, why)) = NEEDLESS.iter().find(|(name, _)| *name == key) {
+        return Some(format!("`--{name}` is not needed here: {why}"));
     }
     let words = keys.iter().map(String::as_str);
     let found = nearest(&key, words)?;
@@ -191,6 +247,14 @@ mod tests {
                 "did you mean `--set learning_rate=1`?",
             ),
             (["plan", "--max_steps", "5"], "`--set max_steps=5`"),
+            (
+                ["train", "--model_type", "qwen3_vl"],
+                "not needed here: `config.json`",
+            ),
+            (
+                ["infer", "--val_dataset", "a.jsonl"],
+                "named as they are, `infer a.jsonl`",
+            ),
             (
                 ["train", "--lr", "1e-4"],
                 "is here `--set learning_rate=1e-4`",

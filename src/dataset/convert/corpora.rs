@@ -12,6 +12,7 @@ mod mimic;
 mod mimic_sections;
 mod named;
 mod padchest;
+mod parquet;
 mod record;
 mod roco;
 mod table;
@@ -27,6 +28,7 @@ use super::form::CorpusForm;
 use super::options::ConvertOptions;
 use super::selection::{Part, Sections, Views};
 use super::training::training_rows;
+use crate::dataset::rows::starts_as_parquet;
 use detect::{Detected, detect};
 use json::JsonCorpus;
 pub(super) use language::BOX_PROMPTS;
@@ -74,6 +76,7 @@ pub(super) fn read(
     let Detected { form, files } = detect(input, wanted, &options.output)?;
     let main = files.first().cloned().unwrap_or_else(|| input.clone());
     let root = root_of(input);
+    let store = &options.reading.store;
     if wanted.is_none_or(|wanted| wanted == CorpusForm::Messages)
         && matches!(
             form,
@@ -91,10 +94,13 @@ pub(super) fn read(
         CorpusForm::Roco => (form, roco::read(&files)?),
         CorpusForm::VindrCxr => (form, vindr::read(&files)?),
         CorpusForm::MimicCxr => (form, mimic::read(&root)?),
-        CorpusForm::Table => (form, named::table(&main)?),
+        CorpusForm::Rows | CorpusForm::Table | CorpusForm::Keys if starts_as_parquet(&main) => {
+            parquet::read(&files, options.keys.as_ref(), store)?
+        }
+        CorpusForm::Table => (form, named::table(&main, store)?),
         _ => {
             // A guess by the start of the file is made again by the whole of it.
-            match json::read(&main, options.keys.as_ref(), wanted)? {
+            match json::read(&main, options.keys.as_ref(), wanted, store)? {
                 JsonCorpus::Messages(rows) => {
                     return messages(options, main.as_path().into(), root, rows);
                 }

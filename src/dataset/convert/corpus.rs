@@ -43,6 +43,8 @@ pub(super) struct CorpusRow {
     pub(super) unused: Vec<String>,
     /// Where the corpus' own split has it.
     pub(super) part: Option<Part>,
+    /// Files of images that were in the row or on the web, by their places.
+    pub(super) kept: BTreeMap<usize, PathBuf>,
     pub(super) body: Body,
 }
 
@@ -54,13 +56,7 @@ impl CorpusRow {
 
     /// The file of an image that was in the row or on the web.
     pub(super) fn kept(&self, index: usize) -> Option<&PathBuf> {
-        match &self.body {
-            Body::Messages { sample, .. } => match sample.sources.get(&index)? {
-                ImageSource::Kept(path) => Some(path),
-                _ => None,
-            },
-            Body::Report(_) | Body::Objects { .. } => None,
-        }
+        self.kept.get(&index)
     }
 
     /// The report: the answer of the last turn.
@@ -123,6 +119,14 @@ pub(super) fn messages_row(
         part: None,
         number,
         images: sample.images.clone(),
+        kept: sample
+            .sources
+            .iter()
+            .filter_map(|(index, source)| match source {
+                ImageSource::Kept(path) => Some((*index, path.clone())),
+                _ => None,
+            })
+            .collect(),
         keys: sample.keys.clone(),
         unused: sample.unknown_keys.clone(),
         body: Body::Messages {

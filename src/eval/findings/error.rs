@@ -1,4 +1,4 @@
-//! What can be wrong with tables of words and labels.
+//! What can be wrong with a table of words or of labels.
 
 /// What can be wrong with a table of words or with the labels of the Indiana collection.
 #[derive(Debug, thiserror::Error)]

@@ -7,19 +7,6 @@ use serde::{Deserialize, Serialize};
 
 use super::{error::FindingsError, syntax::Spelling};
 
-/// What the parts of a report are called.
-#[derive(Deserialize, Default)]
-#[serde(deny_unknown_fields, default)]
-pub(super) struct SectionsFile {
-    findings: Vec<String>,
-    impression: Vec<String>,
-    history: Vec<String>,
-    technique: Vec<String>,
-    comparison: Vec<String>,
-    /// Begins a sentence about this film, after a history without another heading.
-    pub(super) begins: Option<String>,
-}
-
 /// A part of a report.
 #[derive(
     Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
@@ -54,6 +41,19 @@ impl Section {
     pub fn is_read(self) -> bool {
         matches!(self, Self::Unnamed | Self::Findings | Self::Impression)
     }
+}
+
+/// What the parts of a report are called.
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct SectionsFile {
+    findings: Vec<String>,
+    impression: Vec<String>,
+    history: Vec<String>,
+    technique: Vec<String>,
+    comparison: Vec<String>,
+    /// Begins a sentence about this film, after a history without another heading.
+    begins: Option<String>,
 }
 
 /// The headings of a table, compiled.
@@ -190,7 +190,8 @@ mod tests {
     fn a_history_without_another_heading_ends_with_its_sentence() {
         let read = Labeler::hospital().label("病史：气胸术后。右侧少量气胸。");
         assert_eq!(read.status(Finding::Pneumothorax), Status::Present);
-        let read = Labeler::hospital().label("【临床】气胸术后 【影像表现】右侧胸腔积液 【结论】积液");
+        let read =
+            Labeler::hospital().label("【临床】气胸术后 【影像表现】右侧胸腔积液 【结论】积液");
         assert_eq!(read.status(Finding::Pneumothorax), Status::NotMentioned);
         assert_eq!(read.status(Finding::PleuralEffusion), Status::Present);
         let read = Labeler::hospital().label("【病史】气胸。\n【诊断】心影增大。");

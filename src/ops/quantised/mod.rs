@@ -19,6 +19,7 @@
 
 pub mod cache;
 mod fragments;
+pub(crate) mod matmul;
 pub mod pack;
 pub(super) mod training;
 pub mod weight;

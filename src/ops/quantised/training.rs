@@ -2,7 +2,7 @@
 
 use burn::prelude::*;
 
-use super::{QuantisedWeight, weight::by_rows};
+use super::{QuantisedWeight, matmul::by_rows};
 use crate::ops::{
     TargetLoss, TrainingOps,
     cast::{to_dtype, to_f32},

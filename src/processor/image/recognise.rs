@@ -30,7 +30,25 @@ fn foreign(head: &[u8]) -> Option<Foreign> {
     const PFM: &str =
         "convert it to PNG, for instance with netpbm's `pfmtopam IN | pamtopng > OUT.png`";
     const UNPACK: &str = "unpack it first with `gunzip`";
-    const SIGNATURES: [(usize, &[u8], &str, &str); 14] = [
+    const VIDEO: &str =
+        "take a picture from it, for instance with `ffmpeg -i IN -frames:v 1 OUT.png`";
+    const LFS: &str = "bring the file itself with `git lfs pull`, or download it again";
+    const SIGNATURES: [(usize, &[u8], &str, &str); 24] = [
+        (
+            0,
+            b"version https://git-lfs",
+            "a pointer of git-lfs in place of a file",
+            LFS,
+        ),
+        (4, b"ftypisom", "a video", VIDEO),
+        (4, b"ftypmp4", "a video", VIDEO),
+        (4, b"ftypqt", "a video", VIDEO),
+        (0, b"\x1aE\xdf\xa3", "a video", VIDEO),
+        (0, b"8BPS", "a document of Photoshop", BY_PILLOW),
+        (0, b"%!PS", "PostScript", BY_PILLOW),
+        (0, b"\x0a\x05\x01\x08", "PCX", BY_PILLOW),
+        (0, b"\x01\xda", "SGI", BY_PILLOW),
+        (0, b"icns", "an icon", BY_PILLOW),
         (4, b"ftypavif", "AVIF", AVIF),
         (4, b"ftypavis", "AVIF", AVIF),
         (4, b"ftypheic", "HEIC", HEIF),
@@ -52,6 +70,9 @@ fn foreign(head: &[u8]) -> Option<Foreign> {
         (0, b"Pf\n", "PFM", PFM),
         (0, b"PF\n", "PFM", PFM),
     ];
+    if let Some(text) = foreign_text(head) {
+        return Some(text);
+    }
     let found = SIGNATURES.iter().find(|(at, signature, ..)| {
         head.get(*at..)
             .is_some_and(|rest| rest.starts_with(signature))
@@ -60,6 +81,35 @@ fn foreign(head: &[u8]) -> Option<Foreign> {
         name: found.2,
         hint: found.3,
     })
+}
+
+/// Text under the name of a picture: what a server answers in place of one, or a drawing.
+fn foreign_text(head: &[u8]) -> Option<Foreign> {
+    const AGAIN: &str = "look at it in an editor, it may say why the picture was not given, and download the picture again";
+    const SVG: &str = "convert it to PNG, for instance with librsvg's `rsvg-convert IN -o OUT.png`";
+    let head = head.strip_prefix(b"\xef\xbb\xbf").unwrap_or(head);
+    let start = head.trim_ascii_start().to_ascii_lowercase();
+    let begins = |word: &str| start.starts_with(word.as_bytes());
+    let holds = |word: &str| {
+        start
+            .windows(word.len())
+            .any(|part| part == word.as_bytes())
+    };
+    let (name, hint) = if begins("<svg") || begins("<?xml") && holds("<svg") {
+        ("SVG, a drawing", SVG)
+    } else if begins("<!doctype html") || begins("<html") {
+        (
+            "a web page (HTML), most likely an error of a download",
+            AGAIN,
+        )
+    } else if begins("<?xml") {
+        ("XML, most likely an error of a download", AGAIN)
+    } else if begins("{\"") || begins("[{\"") {
+        ("JSON, most likely an error of a download", AGAIN)
+    } else {
+        return None;
+    };
+    Some(Foreign { name, hint })
 }
 
 impl PictureFormat {

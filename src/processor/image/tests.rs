@@ -406,6 +406,28 @@ fn formats_that_are_not_read_are_named() {
         (b"ObjectType = Image\nNDims = 2\n", "MetaImage", "OUT.nrrd"),
         (b"\x1f\x8b\x08\0\0\0\0\0", "compressed with gzip", "gunzip"),
         (b"P7\nWIDTH 1\n", "PAM", "pamtopng"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
+            "a pointer of git-lfs",
+            "git lfs pull",
+        ),
+        (
+            b"\n<!DOCTYPE html><title>403</title>",
+            "a web page",
+            "download the picture again",
+        ),
+        (
+            b"{\"error\": \"gone\"}",
+            "JSON",
+            "download the picture again",
+        ),
+        (
+            b"<?xml version=\"1.0\"?>\n<svg width=\"9\"/>",
+            "SVG",
+            "rsvg-convert",
+        ),
+        (b"\0\0\0\x20ftypisom\0\0\0\0", "a video", "ffmpeg"),
+        (b"8BPS\0\x01", "a document of Photoshop", "Pillow"),
     ] {
         let text = read(head).unwrap_err().to_string();
         assert!(

@@ -19,9 +19,10 @@ use crate::ops::quantised::{Format, GROUPS, pack::QuantisedMatrix};
 use super::{
     HEAD, TensorFile, WeightsError, checkpoint_files,
     convert::{Problem, convert},
-    forms::{self, Decode, Groups, Scheme},
+    forms::{self, Scheme},
     gguf::{self, GgufParts},
     keys::canonical,
+    stored::{Decode, Groups, RawTensor, RawTensors, Source, Stored, columns},
 };
 
 /// Rows of a quantised matrix that one core dequantises at once.
@@ -33,39 +34,6 @@ pub struct Checkpoint {
     tensors: BTreeMap<String, Stored>,
     remarks: Vec<String>,
 }
-
-/// A tensor of a checkpoint.
-pub(super) struct Stored {
-    /// Its file, for messages.
-    pub(super) path: PathBuf,
-    /// Shape of the floats.
-    pub(super) shape: Vec<usize>,
-    /// Place of its bytes: file and offset, the order of reading.
-    pub(super) place: (usize, usize),
-    /// Where the elements come from.
-    pub(super) source: Source,
-}
-
-/// Where the elements of a tensor come from.
-pub(super) enum Source {
-    /// Floats in the file under this key.
-    Plain(Arc<TensorFile>, String),
-    /// Dequantised, row by row.
-    Decoded(Box<dyn Decode>),
-}
-
-/// A tensor as a file holds it, before it is known what it belongs to.
-pub(super) struct RawTensor {
-    /// Its file.
-    pub(super) file: Arc<TensorFile>,
-    /// Number of the file.
-    pub(super) number: usize,
-    /// Key in the file.
-    pub(super) key: String,
-}
-
-/// All tensors of the files, by their name in the module tree.
-pub(super) type RawTensors = BTreeMap<String, RawTensor>;
 
 impl Checkpoint {
     /// Opens the checkpoint in a folder, or the GGUF file `model`.
@@ -358,7 +326,7 @@ fn decode_into(
     dtype: DType,
     out: &mut [u8],
 ) -> Result<(), Problem> {
-    let (size, columns) = (dtype.size(), forms::columns(shape));
+    let (size, columns) = (dtype.size(), columns(shape));
     let mut pieces = Vec::new();
     let (mut rest, mut at) = (out, first);
     while !rest.is_empty() {
@@ -389,27 +357,6 @@ fn decode_into(
         })
         .collect();
     decoded.into_iter().collect()
-}
-
-impl RawTensor {
-    /// Type, shape and bytes in the file.
-    pub(super) fn stored(&self) -> Result<(Dtype, &[usize], &[u8]), WeightsError> {
-        let entry = self.file.entry(&self.key)?;
-        if entry.strides.is_some() {
-            return Err(WeightsError::PyTorch {
-                path: self.file.path.clone(),
-                reason: format!(
-                    "tensor `{}` of quantised weights is stored as a view with its elements in another order; save the checkpoint in safetensors form",
-                    self.key
-                ),
-            });
-        }
-        Ok((
-            entry.dtype,
-            &entry.shape,
-            &self.file.map[entry.bytes.clone()],
-        ))
-    }
 }
 
 impl Scheme {

@@ -32,11 +32,12 @@ pub struct GenerationConfig {
     pub stop_on_repetition: bool,
     /// How tokens are chosen.
     pub sampling: SamplingConfig,
+    /// Answers to each prompt, whose keys and values are computed once; answers to one prompt follow each other.
+    pub samples: usize,
+    /// A seed for each answer in place of the one in `sampling`; empty where all have that one.
+    pub seeds: Vec<u64>,
     /// How keys and values are stored.
     pub kv_cache: CacheFormat,
-    /// Answers to each prompt, at least 1. A prompt goes through the model once; the first answer to it has the seed of
-    /// `sampling`, each later one the next. Answer `n` of prompt `p` is row `p * num_return_sequences + n`.
-    pub num_return_sequences: usize,
 }
 
 impl Default for GenerationConfig {
@@ -46,8 +47,9 @@ impl Default for GenerationConfig {
             eos_token_ids: Vec::new(),
             stop_on_repetition: true,
             sampling: SamplingConfig::default(),
+            samples: 1,
+            seeds: Vec::new(),
             kv_cache: CacheFormat::default(),
-            num_return_sequences: 1,
         }
     }
 }
@@ -150,7 +152,7 @@ pub struct Timing {
 /// Runs one batch of prompts to the end.
 ///
 /// Every row equals the row alone: rows are padded on the left, padding is hidden, and each row has
-/// its own sampler. A row is an answer: see [`GenerationConfig::num_return_sequences`]. `on_token` gets the row and each new token, end token excluded, and says whether
+/// its own sampler. `on_token` gets the row and each new token, end token excluded, and says whether
 /// to go on: `Some(reason)` ends the row.
 ///
 /// # Errors
@@ -190,7 +192,7 @@ pub fn generate_and_keep<B: Accelerator>(
         seconds
     };
 
-    let rows: Vec<Vec<u32>> = prompts
+    let mut rows: Vec<Vec<u32>> = prompts
         .iter()
         .map(|prompt| prompt.input_ids.clone())
         .collect();
@@ -198,7 +200,7 @@ pub fn generate_and_keep<B: Accelerator>(
         .iter()
         .map(|prompt| prompt.images.image_grid_thw.clone())
         .collect();
-    let (input, deltas) = TextInput::padded(&rows, &grids, config, Padding::Left, 0)?;
+    let (input, mut deltas) = TextInput::padded(&rows, &grids, config, Padding::Left, 0)?;
     timing.prompt_tokens = rows.iter().map(Vec::len).sum();
     let mut images = ImageInput::default();
     prompts
@@ -208,13 +210,6 @@ pub fn generate_and_keep<B: Accelerator>(
         (!images.image_grid_thw.is_empty()).then(|| encode_images(model, &images, config, device));
     timing.vision_seconds = lap(device);
 
-    let copies = settings.num_return_sequences.max(1);
-    let mut results: Vec<Generation> = (0..prompts.len() * copies)
-        .map(|_| Generation {
-            token_ids: Vec::new(),
-            finish_reason: FinishReason::Length,
-        })
-        .collect();
     let layers = config.text_config.num_hidden_layers;
     // A decoder takes over buffers that hold the whole request.
     let decodes = B::HAS_DECODER;
@@ -236,25 +231,40 @@ pub fn generate_and_keep<B: Accelerator>(
         }));
     }
     let mut logits = logits_on_host(model, hidden)?;
-    let prompt_of = |row: usize| row / copies;
-    if copies > 1 {
-        let sources: Vec<usize> = (0..results.len()).map(prompt_of).collect();
-        cache.select_rows(&sources, device);
-        logits = sources.iter().map(|row| logits[*row].clone()).collect();
+    if settings.samples > 1 {
+        let each = |row: usize| std::iter::repeat_n(row, settings.samples);
+        let from: Vec<usize> = (0..rows.len()).flat_map(each).collect();
+        cache.select_rows(&from, device);
+        logits = from.iter().map(|row| logits[*row].clone()).collect();
+        deltas = from.iter().map(|row| deltas[*row]).collect();
+        rows = from.iter().map(|row| rows[*row].clone()).collect();
     }
     timing.prefill_seconds = lap(device);
 
-    let mut samplers: Vec<Sampler> = (0..results.len())
-        .map(|row| {
+    assert!(
+        settings.seeds.is_empty() || settings.seeds.len() == rows.len(),
+        "{} seeds for {} answers",
+        settings.seeds.len(),
+        rows.len()
+    );
+    let nothing = Generation {
+        token_ids: Vec::new(),
+        finish_reason: FinishReason::Length,
+    };
+    let mut results = vec![nothing; rows.len()];
+    let sampler = |(index, row): (usize, &Vec<u32>)| match settings.seeds.get(index) {
+        None => Sampler::new(&settings.sampling, row),
+        Some(seed) => {
             let sampling = SamplingConfig {
-                seed: settings.sampling.seed.wrapping_add((row % copies) as u64),
+                seed: *seed,
                 ..settings.sampling.clone()
             };
-            Sampler::new(&sampling, &rows[prompt_of(row)])
-        })
-        .collect();
-    // Rows of the batch that go on, by their place among the answers.
-    let mut active: Vec<usize> = (0..results.len()).collect();
+            Sampler::new(&sampling, row)
+        }
+    };
+    let mut samplers: Vec<Sampler> = rows.iter().enumerate().map(sampler).collect();
+    // Rows of the batch that go on, by their place among the prompts.
+    let mut active: Vec<usize> = (0..rows.len()).collect();
     let mut next = Next::Logits(logits);
     let mut decoder: Option<Box<dyn Decoder>> = None;
     let mut decoder_tried = !decodes;
@@ -288,7 +298,7 @@ pub fn generate_and_keep<B: Accelerator>(
             break;
         }
         let position = |row: usize, tokens: &[u32]| -> i64 {
-            (rows[prompt_of(row)].len() + tokens.len() - 1) as i64 + deltas[prompt_of(row)]
+            (rows[row].len() + tokens.len() - 1) as i64 + deltas[row]
         };
         let last_token = |row: usize| results[row].token_ids[results[row].token_ids.len() - 1];
         if stays.len() < active.len() && decoder.is_none() {
@@ -316,9 +326,7 @@ pub fn generate_and_keep<B: Accelerator>(
                 seen: if settings.sampling.repetition_penalty == 1.0 {
                     Vec::new()
                 } else {
-                    let seen = |row: &usize| {
-                        [&rows[prompt_of(*row)][..], &results[*row].token_ids].concat()
-                    };
+                    let seen = |row: &usize| [&rows[*row][..], &results[*row].token_ids].concat();
                     active.iter().map(seen).collect()
                 },
             };
@@ -473,61 +481,6 @@ mod tests {
         broken[70] = 99;
         assert!(!goes_round(&broken));
         assert!(!goes_round(&(0..400).collect::<Vec<u32>>()));
-    }
-
-    #[cfg(feature = "flex")]
-    #[test]
-    fn several_answers_to_prompts_are_those_of_each_prompt_and_seed_alone() {
-        use burn_flex::Flex;
-
-        use crate::{qwen3_vl::nn::InitOptions, runtime::synthetic::weights::RandomSize};
-
-        let device = Default::default();
-        let config = RandomSize::Tiny.config(None).unwrap();
-        let model = Qwen3Vl::<Flex>::new(&config, &InitOptions::default(), &device);
-        let prompt = |input_ids: &[u32]| Prompt {
-            input_ids: input_ids.to_vec(),
-            images: ImageInput::default(),
-        };
-        let prompts = [prompt(&[1, 2, 3]), prompt(&[4, 5, 6, 7, 8])];
-        let answers = |prompts: &[Prompt], seed: u64, num_return_sequences: usize| {
-            let settings = GenerationConfig {
-                max_new_tokens: 12,
-                num_return_sequences,
-                sampling: SamplingConfig {
-                    temperature: 1.0,
-                    repetition_penalty: 1.1,
-                    seed,
-                    ..SamplingConfig::default()
-                },
-                ..GenerationConfig::default()
-            };
-            // Rows end at different times.
-            let mut told = vec![0; prompts.len() * num_return_sequences];
-            let (answers, timing) = generate(
-                &model,
-                &config,
-                prompts,
-                &settings,
-                &device,
-                &mut |row, _| {
-                    told[row] += 1;
-                    (told[row] == 5 + row % 3).then_some(FinishReason::Cancelled)
-                },
-            )
-            .unwrap();
-            let tokens = answers.into_iter().map(|one| one.token_ids);
-            (tokens.collect::<Vec<_>>(), timing.prompt_tokens)
-        };
-        let (several, prompt_tokens) = answers(&prompts, 40, 3);
-        assert_eq!((several.len(), prompt_tokens), (6, 8));
-        for (row, found) in several.iter().enumerate() {
-            let (alone, _) = answers(&prompts[row / 3..=row / 3], 40 + (row % 3) as u64, 1);
-            let both = found.len().min(alone[0].len());
-            assert!(both >= 5);
-            assert_eq!(found[..both], alone[0][..both], "row {row}");
-        }
-        assert_ne!(several[0], several[1], "seeds differ");
     }
 
     #[cfg(feature = "flex")]

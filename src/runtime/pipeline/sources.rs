@@ -2,7 +2,10 @@
 
 use std::path::Path;
 
-use super::{LimitsFrom, PipelineError, PipelineOptions};
+use super::{
+    error::PipelineError,
+    options::{LimitsFrom, PipelineOptions},
+};
 use crate::{
     adapters::quantised::load::kept_remark,
     processor::{

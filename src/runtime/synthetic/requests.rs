@@ -1,4 +1,5 @@
-//! Requests and training windows in the shape of OpenI: one 512×512 image and a short report each.
+//! Requests and training windows in the shape of OpenI: one square image, by default of 512×512 pixels, and a
+//! short report each.
 //!
 //! Tokens and pixels are random; only their number matters to the time.
 
@@ -18,8 +19,8 @@ use crate::{
     runtime::generate::Prompt,
 };
 
-/// Side of the image, in pixels.
-const IMAGE_SIDE: usize = 512;
+/// Side of the image, in pixels, where nothing else is asked for.
+pub const IMAGE_SIDE: usize = 512;
 /// Text tokens in front of the image's start token.
 const BEFORE_IMAGE: usize = 3;
 
@@ -33,6 +34,7 @@ pub struct Requests<'a> {
     pixels: Vec<f32>,
     /// Tokens of every prompt, in place of those of `lengths`.
     tokens: Option<usize>,
+    image_side: usize,
 }
 
 /// A conversation with its answer.
@@ -58,7 +60,14 @@ impl<'a> Requests<'a> {
             random: ChaCha8Rng::seed_from_u64(seed),
             pixels: Vec::new(),
             tokens: None,
+            image_side: IMAGE_SIDE,
         }
+    }
+
+    /// Images of so many pixels a side, at least one merged patch.
+    pub fn with_image_side(mut self, pixels: usize) -> Self {
+        self.image_side = pixels;
+        self
     }
 
     /// Prompts of so many tokens, at least [`Self::shortest`].
@@ -68,17 +77,16 @@ impl<'a> Requests<'a> {
     }
 
     /// Tokens of an image with its marks, of the text before it and one token after.
-    pub fn shortest(config: &Qwen3VlConfig) -> usize {
-        let requests = Requests::new(config, false, 0);
-        let merge = config.vision_config.spatial_merge_size;
-        (requests.grid_side() / merge).pow(2) + BEFORE_IMAGE + 3
+    pub fn shortest(&self) -> usize {
+        let merge = self.config.vision_config.spatial_merge_size;
+        (self.grid_side() / merge).pow(2) + BEFORE_IMAGE + 3
     }
 
     /// Patches on each side of the image.
     fn grid_side(&self) -> usize {
         let vision = &self.config.vision_config;
         let merged = vision.patch_size * vision.spatial_merge_size;
-        (IMAGE_SIDE / merged).max(1) * vision.spatial_merge_size
+        (self.image_side / merged).max(1) * vision.spatial_merge_size
     }
 
     /// One image: at patch size 16, 1,024 patches.
@@ -176,6 +184,8 @@ impl<'a> Requests<'a> {
                 .map(|sample| sample.prompt.input_ids.len())
                 .sum(),
             parts: vec![batches],
+            sequences: Vec::new(),
+            counts: Default::default(),
         })
     }
 

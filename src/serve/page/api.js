@@ -95,10 +95,10 @@ async function send(path, options = {}) {
   }
 }
 
-/** Names of the models, the first being the server's own. */
+/** `{ name, remarks }` of the models, the first being the server's own; remarks say how it was loaded. */
 export async function models() {
   const { data } = await (await send("/v1/models")).json();
-  return data.map((model) => model.id);
+  return data.map(({ id, remarks }) => ({ name: id, remarks: remarks ?? [] }));
 }
 
 /** What the server takes, and how it is set up for the page; an empty object where it does not say. */

@@ -330,8 +330,10 @@ let modelsKnown = false;
 
 async function showModels() {
   try {
-    const names = await models();
+    const all = await models();
+    const names = all.map(({ name }) => name);
     modelsKnown = true;
+    showLoadRemarks(all);
     await showLimits();
     $("model").replaceChildren(...names.map((name) => el("option", { value: name }, name)));
     if (names.includes(settings.model)) $("model").value = settings.model;
@@ -341,6 +343,21 @@ async function showModels() {
     $("model").disabled = true;
   }
   showKey();
+}
+
+/** How each model was loaded, in the help dialog. */
+function showLoadRemarks(all) {
+  const entry = ({ name, remarks }) =>
+    el(
+      "div",
+      {},
+      el("dt", {}, name),
+      ...(remarks.length > 0
+        ? remarks.map((remark) => el("dd", { lang: "en" }, remark))
+        : [el("dd", { t: "help.as_published" })]),
+    );
+  $("help-models").replaceChildren(...all.map(entry));
+  $("help-models-part").hidden = all.length === 0;
 }
 
 /** Says what the server takes before anything is sent. */

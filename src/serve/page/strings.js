@@ -210,6 +210,8 @@ const zh = {
   "help.original":
     "窗宽窗位、反相、缩放只影响显示：模型收到的始终是原始文件。数值是显示的 8 位灰度（0–255），不是原始像素值。",
   "help.privacy": "影像只发送到提供本页的服务器，不发送到别处。",
+  "help.models": "模型的载入情况",
+  "help.as_published": "原样载入，无需说明。",
   "help.everywhere": "页面",
   "help.film": "影像（先用 Tab 或点击选中）",
   "keys.open": "选择影像",
@@ -433,6 +435,8 @@ const en = {
   "help.original":
     "Window, level, inversion and zoom change the display only: the model always gets the original file. The numbers are the displayed 8-bit greys (0–255), not stored pixel values.",
   "help.privacy": "Films are sent to the server of this page and nowhere else.",
+  "help.models": "How the models were loaded",
+  "help.as_published": "As published; nothing to remark.",
   "help.everywhere": "Page",
   "help.film": "Film (select it first, with Tab or a click)",
   "keys.open": "choose films",

@@ -5,7 +5,7 @@ use crate::{adapters::lora::config::TargetModules, ops::quantised::Quantization}
 
 const POSITIVE: &str = "a positive number";
 
-fn check(
+pub(super) fn check(
     ok: bool,
     key: &'static str,
     found: impl ToString,
@@ -154,7 +154,27 @@ impl TrainConfig {
             format!("\"{}\"", bare.unwrap_or_default()),
             "a list of names such as [\"q_proj\"], \"all-linear\", or a regular expression over whole paths, which a single name never matches",
         )?;
+        let names = &self.modules_to_save;
+        check(
+            names.iter().all(|name| !name.trim().is_empty()),
+            "modules_to_save",
+            format!("{names:?}"),
+            "names such as \"lm_head\"",
+        )?;
+        check(
+            self.tuner == Tuner::Lora || names.is_empty(),
+            "modules_to_save",
+            format!("{names:?}"),
+            "it absent with `tuner = \"full\"`, which trains all modules that no freeze key holds",
+        )?;
+        check(
+            self.adapter.is_none() || names.is_empty(),
+            "modules_to_save",
+            format!("{names:?}"),
+            "it absent with `adapter`: those that its own `adapter_config.json` names are trained on",
+        )?;
         self.validate_reports()?;
+        self.validate_objective()?;
         let generated = ["eval_rouge_l", "eval_finding_f1"];
         if let Some(text) = &self.quantize
             && let Err(reason) = text.parse::<Quantization>()

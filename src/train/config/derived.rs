@@ -1,6 +1,6 @@
 //! What the parts of a run take from its settings.
 
-use std::{path::Path, time::Duration};
+use std::{collections::BTreeSet, path::Path, time::Duration};
 
 use super::{TrainConfig, Tuner};
 use crate::{
@@ -9,13 +9,16 @@ use crate::{
         quantised::files::of_checkpoint,
     },
     base::hub::repo_of_folder,
-    dataset::loader::WindowPlan,
+    dataset::loader::{WindowKind, WindowPlan},
     ops::quantised::Quantization,
     processor::patches::ImageProcessorConfig,
     qwen3_vl::layer::Projection,
     runtime::pipeline::PipelineError,
     schedule::Schedule,
-    train::{gradients::GradientOptions, optimizer::AdamWConfig, strategy::TrainError},
+    train::{
+        gradients::GradientOptions, objective::settings::Objective, optimizer::AdamWConfig,
+        outcome::TrainError,
+    },
 };
 
 impl TrainConfig {
@@ -54,6 +57,7 @@ impl TrainConfig {
             lora_alpha: self.lora_alpha,
             lora_dropout: self.lora_dropout,
             target_modules,
+            modules_to_save: self.modules_to_save.clone(),
             use_rslora: self.use_rslora,
             use_dora: self.use_dora,
             base_model_name_or_path: Some(
@@ -83,6 +87,11 @@ impl TrainConfig {
             overlong: self.overlong,
             seed: self.seed,
             in_order: false,
+            kind: match self.objective {
+                Objective::Sft => WindowKind::Answers,
+                Objective::Dpo => WindowKind::Pairs,
+                Objective::Grpo => WindowKind::Rows,
+            },
         }
     }
 
@@ -95,16 +104,43 @@ impl TrainConfig {
             devices: 1,
             packing_tokens: 0,
             in_order: true,
+            kind: WindowKind::Answers,
             ..self.window_plan(1)
         }
     }
 
     /// Optimizer steps over `samples` samples on `devices` devices.
     pub fn total_steps(&self, samples: usize, devices: usize) -> usize {
-        let steps = self.window_plan(devices).total_steps(samples);
+        let steps = match self.objective {
+            Objective::Grpo => {
+                self.prompt_plan(devices).total_steps(samples) * self.updates_per_rollout()
+            }
+            _ => self.window_plan(devices).total_steps(samples),
+        };
         match self.max_steps {
             0 => steps,
             most => steps.min(most),
+        }
+    }
+
+    /// Rows that the first `steps` optimizer steps on `devices` devices have seen.
+    pub fn rows_before(&self, steps: usize, samples: usize, devices: usize) -> BTreeSet<usize> {
+        match self.objective {
+            Objective::Grpo => {
+                let rollouts = steps.div_ceil(self.updates_per_rollout());
+                self.prompt_plan(devices).rows_before(rollouts, samples)
+            }
+            _ => self.window_plan(devices).rows_before(steps, samples),
+        }
+    }
+
+    /// Optimizer steps of an epoch over `samples` samples on `devices` devices.
+    pub fn steps_per_epoch(&self, samples: usize, devices: usize) -> usize {
+        match self.objective {
+            Objective::Grpo => {
+                self.prompt_plan(devices).steps_per_epoch(samples) * self.updates_per_rollout()
+            }
+            _ => self.window_plan(devices).steps_per_epoch(samples),
         }
     }
 
@@ -159,7 +195,7 @@ impl TrainConfig {
     /// and no graph is recorded.
     pub fn writes_gradients_out(&self) -> bool {
         let text_only = self.freeze_vit && self.freeze_aligner && !self.freeze_llm;
-        self.tuner == Tuner::Lora && text_only && !self.use_dora
+        self.tuner == Tuner::Lora && text_only && !self.use_dora && self.modules_to_save.is_empty()
     }
 
     /// What is recomputed.

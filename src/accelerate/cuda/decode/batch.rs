@@ -8,7 +8,8 @@ use super::{
     adapters::AdapterTable,
     covers, linears, mask_of,
     module::{DriverError, driver},
-    plan::{Ending, Field, LayerCache, StepIo, mask_words, step},
+    plan::step,
+    step_io::{CONTROL_WORDS, Ending, Field, LayerCache, StepIo, mask_words},
     stream::{Context, DeviceMemory, DeviceWords, Event, Repeated, Stream},
     weights::{Addresses, Scratch, Weights, like},
 };
@@ -109,7 +110,7 @@ impl Engine {
         let (layers, kept) = layers_of(cache, text, rows, &like)?;
 
         let words = |count: usize| DeviceMemory::zeroed(context, count * size_of::<u32>());
-        let control = words(super::plan::CONTROL_WORDS)?;
+        let control = words(CONTROL_WORDS)?;
         // Beside quantised weights an adapter is not merged.
         let mut adapters = None;
         if linears(model).any(|linear| linear.lora.is_some()) {

@@ -14,6 +14,7 @@ mod batch;
 mod pages;
 mod plan;
 mod serve;
+mod step_io;
 #[cfg(test)]
 pub(super) mod tests;
 mod weights;
@@ -35,7 +36,7 @@ pub(super) use batch::start;
 pub(super) use serve::start as serve;
 
 /// Most sequences of one step.
-const LARGEST_BATCH: usize = plan::CONTROL_ROWS;
+const LARGEST_BATCH: usize = step_io::CONTROL_ROWS;
 
 /// Whether the kernels cover the model: its text layers are bf16 matrices, or all quantised in fragment order; `alone` for
 /// one sequence (matrix-vector kernels), which has fewer conditions.
@@ -172,7 +173,7 @@ pub(super) fn prepare(text: &TextConfig, device: usize, largest: usize) {
 
 /// Bit `id % 32` of word `id / 32` for each of these tokens.
 fn mask_of(tokens: &[u32], vocab: usize) -> Vec<u32> {
-    let mut mask = vec![0u32; plan::mask_words(vocab)];
+    let mut mask = vec![0u32; step_io::mask_words(vocab)];
     for token in tokens {
         if let Some(word) = mask.get_mut(*token as usize / 32) {
             *word |= 1 << (token % 32);
@@ -187,21 +188,21 @@ struct Control(Vec<u32>);
 impl Control {
     /// Unused rows: one token of table 0, greedy sampling.
     fn idle() -> Self {
-        let mut control = Self(vec![0; plan::CONTROL_WORDS]);
-        for row in 0..plan::CONTROL_ROWS {
-            control.set(plan::Field::End, row, 1);
-            control.set(plan::Field::Adapter, row, u32::MAX);
+        let mut control = Self(vec![0; step_io::CONTROL_WORDS]);
+        for row in 0..step_io::CONTROL_ROWS {
+            control.set(step_io::Field::End, row, 1);
+            control.set(step_io::Field::Adapter, row, u32::MAX);
             control.set_choice(row, &Default::default());
         }
         control
     }
 
-    fn set(&mut self, field: plan::Field, row: usize, word: u32) {
-        self.0[field as usize * plan::CONTROL_ROWS + row] = word;
+    fn set(&mut self, field: step_io::Field, row: usize, word: u32) {
+        self.0[field as usize * step_io::CONTROL_ROWS + row] = word;
     }
 
     fn set_choice(&mut self, row: usize, choice: &crate::runtime::generate::sampler::TokenChoice) {
-        use plan::Field;
+        use step_io::Field;
         self.set(Field::TopK, row, choice.top_k as u32);
         for (field, value) in [
             (Field::Temperature, choice.temperature),

@@ -9,7 +9,7 @@ use burn::{prelude::*, tensor::DType};
 
 use super::{
     module::DriverError,
-    plan::LayerCache,
+    step_io::LayerCache,
     stream::{Context, DeviceMemory, Stream},
 };
 use crate::{

@@ -1,15 +1,11 @@
 //! The launches of one decode step, in order, with all their pointers.
 
-use burn::tensor::DType;
+mod matmuls;
 
 use super::{
-    super::{
-        fragments::{FragmentLaunch, FragmentMatmul, Fused},
-        launch::{Defines, Kernel, float_bits},
-        plan::card,
-        rows,
-    },
+    super::launch::{Kernel, float_bits},
     module::{DriverError, load, load_all},
+    step_io::{Ending, Field, LayerCache, StepIo, mask_words},
     stream::Step,
     weights::{LAYER_MATRICES, LayerWeights, Matrix, SHARES, Scratch, Weights},
 };
@@ -18,11 +14,11 @@ use crate::qwen3_vl::{
     layer::{Executor, Projection, StreamNorm, decoder_layers},
 };
 
+use matmuls::Matmul;
+
 const SCALAR: &str = include_str!("../scalar.cuh");
 const ADAPTER: &str = include_str!("adapter.cuh");
 const OVERLAP: &str = include_str!("overlap.cuh");
-const GEMV: &[&str] = &[SCALAR, OVERLAP, include_str!("gemv.cu")];
-const SKINNY: &[&str] = &[SCALAR, ADAPTER, include_str!("skinny.cu")];
 const EMBED: &[&str] = &[SCALAR, OVERLAP, include_str!("../fragments/embed.cu")];
 const STEP: &[&str] = &[SCALAR, ADAPTER, OVERLAP, include_str!("step.cu")];
 const SAMPLE: &[&str] = &[
@@ -37,129 +33,6 @@ const ATTENTION: &[&str] = &[
     OVERLAP,
     include_str!("../attention_decode.cu"),
 ];
-
-/// Rows of the control words; `CONTROL_ROWS` of `control.cuh`.
-pub(super) const CONTROL_ROWS: usize = 64;
-
-/// The control words of a row, in the order of `control.cuh`.
-#[derive(Debug, Clone, Copy)]
-pub(super) enum Field {
-    Token,
-    Position,
-    End,
-    First,
-    Table,
-    Adapter,
-    TopK,
-    Temperature,
-    TopP,
-    MinP,
-    Penalty,
-    Uniform,
-    Step,
-}
-
-/// Control words of all rows.
-pub(super) const CONTROL_WORDS: usize = (Field::Step as usize + 1) * CONTROL_ROWS;
-
-/// The keys and values of one layer.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct LayerCache {
-    pub keys: u64,
-    pub values: u64,
-    /// Of a sequence (or a page), a head and a token, in elements.
-    pub key_strides: [u64; 3],
-    pub value_strides: [u64; 3],
-    /// Of a quantised cache: scales of keys and of values, one for each row.
-    pub scales: Option<[u64; 2]>,
-    /// Tokens a sequence may hold.
-    pub capacity: usize,
-}
-
-/// Page tables, where the cache is paged.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Pages {
-    /// Tokens of a page.
-    pub tokens: usize,
-    /// `[tables, width]`.
-    pub tables: u64,
-    pub width: usize,
-}
-
-/// Where the sampled tokens go.
-#[derive(Debug, Clone, Copy)]
-pub(super) enum Ending {
-    /// To the host only.
-    Host,
-    /// Into the next step's input as well; the host reads them from a ring of `slots` steps.
-    Feedback { uniforms: u64, slots: usize },
-}
-
-/// A step's inputs and outputs besides weights and scratch: cache, control words, results.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct StepIo<'a> {
-    /// Rows of the batch, one token each.
-    pub rows: usize,
-    /// Key/value cache, one entry a layer.
-    pub cache: &'a [LayerCache],
-    /// Page tables of a paged cache.
-    pub pages: Option<Pages>,
-    /// Address of the control words.
-    pub control: u64,
-    /// Address of the masks of tokens seen (repetition penalty), one a page table.
-    pub seen: u64,
-    /// Address of the adapter table, where rows may have an adapter.
-    pub adapters: Option<u64>,
-    /// Address of the sampled tokens.
-    pub results: u64,
-    /// Whether the tokens are fed back into the next step.
-    pub ending: Ending,
-    /// Whether a single row uses the matrix-vector kernel (`gemv.cu`): 6 % faster, and not bit for bit
-    /// the same as in a batch.
-    pub gemv: bool,
-}
-
-impl<'a> StepIo<'a> {
-    /// For a batch after a prefilled cache; the addresses are zero until the caller sets them.
-    pub(super) fn of_batch(rows: usize, cache: &'a [LayerCache]) -> Self {
-        Self {
-            rows,
-            cache,
-            pages: None,
-            control: 0,
-            seen: 0,
-            adapters: None,
-            results: 0,
-            ending: Ending::Feedback {
-                uniforms: 0,
-                slots: 0,
-            },
-            gemv: true,
-        }
-    }
-
-    fn field(&self, field: Field) -> u64 {
-        self.control + (field as usize * CONTROL_ROWS * size_of::<u32>()) as u64
-    }
-}
-
-/// 32-bit words of a mask of tokens.
-pub(super) fn mask_words(vocab: usize) -> usize {
-    vocab.div_ceil(32)
-}
-
-/// Options of a matmul: what is fused before and after it.
-#[derive(Default, Clone, Copy)]
-struct Matmul {
-    norm: Option<(u64, f64)>,
-    gate: bool,
-    residual: Option<u64>,
-    /// Weight of the norm that is applied to the result.
-    next: Option<u64>,
-    out_f32: bool,
-    /// Index of its first matrix among those that may have an adapter.
-    matrix: usize,
-}
 
 /// A launch whose kernel is not loaded yet.
 struct Launch {
@@ -235,171 +108,6 @@ impl Builder<'_> {
             })
         });
         steps.collect()
-    }
-
-    /// `y = x [W…]ᵀ`, `x` `[rows, k]`.
-    fn matmul(&mut self, x: u64, k: usize, matrices: &[Matrix], y: u64, matmul: Matmul) {
-        if let Some(of) = FragmentMatmul::of(matrices, k, matmul.gate, self.io.rows) {
-            self.quantised_matmul(x, matrices, y, matmul, of);
-            return;
-        }
-        let mut defines: Defines = vec![
-            ("SCALAR_BF16", 1),
-            ("WEIGHTS", matrices.len() as i64),
-            ("GATE", i64::from(matmul.gate)),
-            ("RESIDUAL", i64::from(matmul.residual.is_some())),
-            ("OUT_F32", i64::from(matmul.out_f32)),
-        ];
-        let rows_of = |at: usize| matrices.get(at).map_or(0, |matrix| matrix.rows as u64);
-        let count: usize = if matmul.gate {
-            matrices[0].rows
-        } else {
-            matrices.iter().map(|matrix| matrix.rows).sum()
-        };
-        let addresses = matrices.iter().map(|matrix| matrix.address);
-        let mut parameters = vec![k as u64, rows_of(0), rows_of(1), rows_of(2)];
-        let rows = self.io.rows;
-        if self.io.gemv && rows == 1 {
-            defines.push(("NORM", i64::from(matmul.norm.is_some())));
-            let pointers = [x]
-                .into_iter()
-                .chain(matmul.norm.map(|norm| norm.0))
-                .chain(addresses)
-                .chain(matmul.residual)
-                .chain([y])
-                .collect();
-            parameters.push(float_bits(matmul.norm.map_or(0.0, |norm| norm.1)));
-            let kernel = Kernel::new("gemv", GEMV, defines, 256);
-            let a_block = if matmul.gate { 2 } else { 4 };
-            let grid = [count.div_ceil(a_block), 1, 1];
-            self.push_early(kernel, grid, pointers, parameters);
-            return;
-        }
-        let mut input = x;
-        if let Some((weight, epsilon)) = matmul.norm {
-            input = self.scratch.normed;
-            self.push(
-                rows::kernel("rms_norm", "NORM_RMS", k, DType::BF16),
-                [rows, 1, 1],
-                vec![x, weight, input],
-                vec![rows as u64, float_bits(epsilon)],
-            );
-        }
-        let mut adapter = Vec::new();
-        parameters.push(rows as u64);
-        if let Some(table) = self.io.adapters {
-            let place = self.adapter_place(matmul);
-            parameters.extend(place.map(|place| place as u64));
-            adapter = self.shrink(input, k, matrices.len(), table, place, None);
-        }
-        defines.push(("ADAPTERS", i64::from(!adapter.is_empty())));
-        defines.push(("TILES", rows.div_ceil(8) as i64));
-        // A sum's order depends on the warps: they are chosen by the matrix, never by the batch.
-        let few = !matmul.gate && count / 16 <= 2 * self.weights.processors;
-        let warps = if few { 8 } else { 4 };
-        defines.push(("BLOCK_WARPS", warps));
-        defines.push(("WHOLE", i64::from(k.is_multiple_of(128))));
-        let pointers = [input]
-            .into_iter()
-            .chain(addresses)
-            .chain(matmul.residual)
-            .chain(adapter)
-            .chain([y])
-            .collect();
-        let kernel = Kernel::new("skinny", SKINNY, defines, 32 * warps as u32);
-        self.push(kernel, [count / 16, 1, 1], pointers, parameters);
-    }
-
-    /// [`Builder::matmul`] with quantised matrices: the norm before it is part of it, and the one after it of the
-    /// result's epilogue (`fragments.cuh`).
-    fn quantised_matmul(
-        &mut self,
-        x: u64,
-        matrices: &[Matrix],
-        y: u64,
-        matmul: Matmul,
-        of: FragmentMatmul,
-    ) {
-        let scratch = self.scratch;
-        let fused = Fused {
-            norm: matmul.norm.is_some(),
-            next: matmul.next.is_some(),
-            bias: false,
-            residual: matmul.residual.is_some(),
-            out_f32: matmul.out_f32,
-            adapters: self.io.adapters.is_some(),
-        };
-        let input = if fused.norm { scratch.normed } else { x };
-        let squares = fused.norm.then_some(scratch.squares);
-        let epsilon = matmul.norm.map_or(0.0, |(_, epsilon)| epsilon);
-        let mut adapter = Vec::new();
-        let place = self.adapter_place(matmul);
-        if let Some(table) = self.io.adapters {
-            let norm = squares.map(|squares| (squares, epsilon));
-            adapter = self.shrink(input, of.k, matrices.len(), table, place, norm);
-        }
-        let FragmentLaunch {
-            kernel,
-            grid,
-            splits,
-        } = of.launch(fused, &card(self.weights.device));
-        let matrices = matrices.iter().flat_map(|matrix| {
-            let scales = matrix.quantised.map(|(scales, _)| scales);
-            [matrix.address].into_iter().chain(scales)
-        });
-        let exchanged = splits.then_some([scratch.sums, scratch.counters]);
-        let next = matmul
-            .next
-            .map(|weight| [weight, scratch.normed, scratch.squares]);
-        let pointers = [input]
-            .into_iter()
-            .chain(matrices)
-            .chain(squares)
-            .chain(matmul.residual)
-            .chain(adapter)
-            .chain(exchanged.into_iter().flatten())
-            .chain([y])
-            .chain(next.into_iter().flatten())
-            .collect();
-        let parameters = of.parameters(epsilon, fused.adapters.then_some(place));
-        self.push_early(kernel, grid, pointers, parameters);
-    }
-
-    /// Number of matrices of a table of adapters, and the index of a matmul's first.
-    fn adapter_place(&self, matmul: Matmul) -> [usize; 2] {
-        [self.weights.matrices(), matmul.matrix]
-    }
-
-    /// `x Aᵀ` of each row's adapter for the matmuls of one input, with the factor of a norm where one is applied to `x`.
-    /// Returns what a matmul's epilogue reads.
-    fn shrink(
-        &mut self,
-        x: u64,
-        k: usize,
-        matmuls: usize,
-        table: u64,
-        place: [usize; 2],
-        norm: Option<(u64, f64)>,
-    ) -> Vec<u64> {
-        let adapter_of = self.io.field(Field::Adapter);
-        let low = self.scratch.low;
-        let epsilon = norm.map_or(0.0, |(_, epsilon)| epsilon);
-        let mut parameters = small(k, [0; 2], [0; 3], epsilon, 0);
-        parameters.extend(place.map(|place| place as u64));
-        let pointers = [x, table, adapter_of]
-            .into_iter()
-            .chain(norm.map(|(squares, _)| squares))
-            .chain([low])
-            .collect();
-        let defines = vec![
-            ("SHRINK", 1),
-            ("SCALAR_BF16", 1),
-            ("NORMED", i64::from(norm.is_some())),
-        ];
-        let kernel = Kernel::new("SHRINK", STEP, defines, 256);
-        let grid = [4, matmuls, self.io.rows];
-        self.push_early(kernel, grid, pointers, parameters);
-        vec![table, adapter_of, low]
     }
 
     /// The token vectors of the rows.

@@ -23,7 +23,8 @@ use super::{
     covers, linears, mask_of,
     module::{DriverError, driver},
     pages::{HeldPages, PAGE, PagePool},
-    plan::{Ending, Field, Pages, StepIo, mask_words, step},
+    plan::step,
+    step_io::{CONTROL_WORDS, Ending, Field, Pages, StepIo, mask_words},
     stream::{Context, DeviceMemory, DeviceWords, PinnedMemory, Repeated, Stream},
     weights::{Scratch, Weights, like},
 };
@@ -161,8 +162,8 @@ impl PagedDecoder {
             adapters,
             tables: words(table_count * table_width)?,
             seen: words(table_count * mask_words(text.vocab_size))?,
-            control: words(super::plan::CONTROL_WORDS)?,
-            staging: PinnedMemory::new(context, super::plan::CONTROL_WORDS * size_of::<u32>())?,
+            control: words(CONTROL_WORDS)?,
+            staging: PinnedMemory::new(context, CONTROL_WORDS * size_of::<u32>())?,
             results: DeviceWords::new(context, largest)?,
             scratch,
             weights,
@@ -531,7 +532,7 @@ impl DecodeBackend for PagedDecoder {
         if adapted.changes_text {
             return Err(AdapterError::ChangesBase {
                 dir: dir.to_path_buf(),
-                changed: adapted.changed,
+                changed: adapted.changed.iter().map(ToString::to_string).collect(),
                 reason: "sequences of all adapters share the base's weights in a step of this device",
             });
         }

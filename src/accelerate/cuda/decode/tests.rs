@@ -17,7 +17,7 @@ use super::{
         launch::Kernel,
         tests::{Report, T, device, drawn, quantised_pair},
     },
-    plan, weights,
+    plan, step_io, weights,
 };
 use crate::{
     accelerate::draws,
@@ -436,13 +436,13 @@ fn kernels_compiled_ahead_are_those_of_a_step() {
     let model = model(&config, &device);
     let like = weights::like(&model);
     let weights = weights::Weights::new(&model, &config, &like.client).unwrap();
-    let cache = vec![plan::LayerCache::default(); text.num_hidden_layers];
+    let cache = vec![step_io::LayerCache::default(); text.num_hidden_layers];
     let entries = |kernels: &mut dyn Iterator<Item = Kernel>| -> BTreeSet<_> {
         kernels.map(|kernel| kernel.identity().id).collect()
     };
     for rows in [1, 3, 8, 30, 64] {
         let scratch = weights::Scratch::new(&weights, rows, 4, &like).unwrap();
-        let io = plan::StepIo::of_batch(rows, &cache);
+        let io = step_io::StepIo::of_batch(rows, &cache);
         let step = plan::launches(&weights, &scratch, io);
         let of_step = entries(&mut step.kernels().cloned());
         let ahead = entries(&mut plan::kernels(text, device.index, rows).into_iter());

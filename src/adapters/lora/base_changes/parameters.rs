@@ -8,11 +8,11 @@ use burn::{
     tensor::{DType, TensorData},
 };
 
-use super::{Changes, all_shapes, is_saved};
+use super::{Changes, MODULES_TO_SAVE, all_shapes};
 use crate::{
     adapters::lora::{
         attach::LinearMapper,
-        config::{AdapterError, Bias, LoraConfig},
+        config::{AdapterError, Bias},
         keys::{Keys, Part},
         source::Source,
         targets::{EMBED_TOKENS, LM_HEAD, PATCH_EMBED},
@@ -49,8 +49,8 @@ pub(super) fn parameters<B: Ops>(
             )));
         };
         source.expect(&name, expected)?;
-        let key = if is_within_saved(source.config, &module) {
-            Some("modules_to_save")
+        let key = if source.config.saves(&module) {
+            Some(MODULES_TO_SAVE)
         } else if leaf == "bias" && source.config.bias != Bias::None {
             Some("bias")
         } else {
@@ -76,12 +76,6 @@ pub(super) fn parameters<B: Ops>(
         Some(error) => Err(error),
         None => Ok(model),
     }
-}
-
-/// Whether `modules_to_save` names a module or one around it.
-fn is_within_saved(config: &LoraConfig, module: &str) -> bool {
-    let around = module.match_indices('.').map(|(at, _)| &module[..at]);
-    around.chain([module]).any(|path| is_saved(config, path))
 }
 
 fn parameter_keys(keys: &Keys) -> Vec<(String, String)> {

@@ -10,6 +10,7 @@
 
 pub mod budget;
 mod layer;
+mod moments;
 mod report;
 pub mod solve;
 
@@ -53,7 +54,8 @@ use crate::{
 };
 use budget::{Choice, TooLarge, choose};
 use layer::{Calibrating, Sequences, UNITS, on_host};
-use solve::{Moments, solve};
+use moments::Moments;
+use solve::solve;
 
 /// Rows of logits that are measured at once.
 const LOGIT_ROWS: usize = 128;

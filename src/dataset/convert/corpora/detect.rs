@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use super::super::error::ConvertError;
 use super::super::files::is_folder;
 use super::super::form::CorpusForm;
-use super::{mimic, named, table};
+use super::{mimic, named, parquet, table};
 use crate::base::files::expect_file;
 
 /// Folders so deep below the root may hold the files of a corpus.
@@ -143,7 +143,10 @@ fn chosen(
         }),
         _ => {}
     }
-    let of_parts = matches!(form, CorpusForm::Roco | CorpusForm::VindrCxr);
+    // Tables of one data set on the Hugging Face hub.
+    let is_parquet = |file: &PathBuf| file.extension().is_some_and(|ending| ending == "parquet");
+    let of_parts = matches!(form, CorpusForm::Roco | CorpusForm::VindrCxr)
+        || form == CorpusForm::Rows && files.iter().all(is_parquet);
     if files.len() > 1 && !of_parts {
         let names: Vec<String> = files
             .iter()
@@ -217,7 +220,7 @@ fn files_of(root: &Path, output: &Path) -> Vec<PathBuf> {
 fn ending(name: &str) -> Option<&str> {
     let name = name.strip_suffix(".gz").unwrap_or(name);
     let (_, ending) = name.rsplit_once('.')?;
-    ["json", "jsonl", "ndjson", "csv", "tsv", "txt"]
+    ["json", "jsonl", "ndjson", "csv", "tsv", "txt", "parquet"]
         .contains(&ending)
         .then_some(ending)
 }
@@ -248,6 +251,14 @@ fn by_content(path: &Path) -> Option<CorpusForm> {
     match ending(name)? {
         "csv" | "tsv" => by_columns(&table::columns_of(path)?),
         "txt" => None,
+        "parquet" => {
+            let columns = parquet::columns_of(path)?;
+            if columns.iter().any(|column| column == "messages") {
+                Some(CorpusForm::Messages)
+            } else {
+                named::are_known(columns.iter()).then_some(CorpusForm::Rows)
+            }
+        }
         _ => by_keys(&table::start_of(path)?),
     }
 }

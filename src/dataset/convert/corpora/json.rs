@@ -13,6 +13,7 @@ use super::super::selection::Part;
 use super::named::{KeyNames, are_known, record};
 use super::record::Records;
 use super::table::text_of;
+use crate::dataset::image_store::ImageStore;
 use crate::processor::strict_json;
 
 /// What a JSON file holds.
@@ -31,6 +32,7 @@ pub(super) fn read(
     path: &Path,
     keys: Option<&CorpusKeys>,
     wanted: Option<CorpusForm>,
+    store: &ImageStore,
 ) -> Result<JsonCorpus, ConvertError> {
     let text = text_of(path)?;
     let file: Arc<Path> = path.into();
@@ -95,7 +97,7 @@ pub(super) fn read(
         ..Records::default()
     };
     for (number, part, row) in &rows {
-        let record = record(&file, *number, row, names, *part, form)?;
+        let record = record(&file, *number, row, names, *part, form, store)?;
         found.records.push(record);
     }
     if form == CorpusForm::R2gen {

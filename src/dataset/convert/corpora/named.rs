@@ -11,13 +11,16 @@ use super::super::form::CorpusForm;
 use super::super::selection::Part;
 use super::record::{Picture, Projection, Record, Records, Report, View, clean};
 use super::table::Table;
+use crate::dataset::image_store::ImageStore;
 use crate::processor::row_keys::{KeyUse, of_row};
+use crate::processor::sample::embedded;
 use crate::study::keys_of;
 
 /// Names of columns, in lower case without spaces, `_` and `-`; the first that a row has counts.
-const IMAGES: [&str; 28] = [
+const IMAGES: [&str; 29] = [
     "images",
     "image",
+    "imgfrontal",
     "imagepath",
     "imagepaths",
     "imagefile",
@@ -233,6 +236,7 @@ pub(super) fn record(
     names: KeyNames<'_>,
     part: Option<Part>,
     form: CorpusForm,
+    store: &ImageStore,
 ) -> Result<Record, ConvertError> {
     let wrong = |what: String, expected: &str| ConvertError::Form {
         path: file.to_path_buf(),
@@ -253,8 +257,7 @@ pub(super) fn record(
         Some((key, value)) => {
             read.push(key);
             let expected = "a path, or a list of paths";
-            let paths = paths_of(value).ok_or_else(|| wrong(format!("`{key}`"), expected))?;
-            paths.into_iter().map(Picture::Path).collect()
+            pictures_of(value, store)?.ok_or_else(|| wrong(format!("`{key}`"), expected))?
         }
         None => match (names, found(fields, &NUMBERS)) {
             (KeyNames::Given { image, .. }, _) => {
@@ -348,20 +351,31 @@ pub(super) fn record(
     Ok(record)
 }
 
-/// Paths under a key: a text, a list of texts, or a list of `{"path"}`.
-fn paths_of(value: &Value) -> Option<Vec<String>> {
-    let one = |value: &Value| {
-        let value = value.get("path").unwrap_or(value);
-        text_of(value)
+/// Images under a key: a path, `{"path"}`, or the image itself, which is kept; one or a list. `None` for anything else.
+fn pictures_of(value: &Value, store: &ImageStore) -> Result<Option<Vec<Picture>>, ConvertError> {
+    let entries = match value {
+        Value::Array(entries) => &entries[..],
+        value => std::slice::from_ref(value),
     };
-    match value {
-        Value::Array(paths) => paths.iter().map(one).collect(),
-        value => one(value).map(|path| vec![path]),
+    let mut pictures = Vec::with_capacity(entries.len());
+    for entry in entries {
+        let picture = match embedded(entry) {
+            Some((name, bytes)) => Picture::Kept {
+                name,
+                path: store.keep(&bytes)?,
+            },
+            None => match text_of(entry.get("path").unwrap_or(entry)) {
+                Some(path) => Picture::Path(path),
+                None => return Ok(None),
+            },
+        };
+        pictures.push(picture);
     }
+    Ok(Some(pictures))
 }
 
 /// Reads a table of known columns.
-pub(super) fn table(path: &Path) -> Result<Records, ConvertError> {
+pub(super) fn table(path: &Path, store: &ImageStore) -> Result<Records, ConvertError> {
     let table = Table::read(path)?;
     if !are_known(table.columns.iter()) {
         return Err(ConvertError::Form {
@@ -396,6 +410,7 @@ pub(super) fn table(path: &Path) -> Result<Records, ConvertError> {
             KeyNames::Known,
             None,
             CorpusForm::Table,
+            store,
         )?);
     }
     Ok(found)
@@ -408,7 +423,17 @@ mod tests {
 
     fn read(row: Value) -> Record {
         let file: Arc<Path> = Path::new("a.json").into();
-        record(&file, 1, &row, KeyNames::Known, None, CorpusForm::Rows).unwrap()
+        let store = ImageStore::default();
+        record(
+            &file,
+            1,
+            &row,
+            KeyNames::Known,
+            None,
+            CorpusForm::Rows,
+            &store,
+        )
+        .unwrap()
     }
 
     #[test]
@@ -449,6 +474,7 @@ mod tests {
             KeyNames::Known,
             Some(Part::Test),
             CorpusForm::R2gen,
+            &ImageStore::default(),
         );
         assert_eq!(record.unwrap().study.as_deref(), Some("CXR2384"));
     }

@@ -1,7 +1,7 @@
 //! What every corpus is read into, and what of it becomes rows.
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
@@ -44,6 +44,13 @@ pub(super) enum Picture {
     Path(String),
     /// By the number of its examination, which files or a folder begin with.
     Number(String),
+    /// In the row itself, kept as a file.
+    Kept {
+        /// As the row calls it, or `sha256:…`.
+        name: String,
+        /// The file.
+        path: PathBuf,
+    },
 }
 
 /// One image of a study.
@@ -264,7 +271,7 @@ pub(super) fn rows_of(
         if answer.contains(IMAGE_TAG) {
             return Err(ConvertError::Form {
                 path: record.file.to_path_buf(),
-                row: views.first().map_or(1, |view| view.0),
+                row: views.first().map_or(1, |view| view.number),
                 what: "the report".into(),
                 expected: "a report without `<image>`".into(),
             });
@@ -274,9 +281,9 @@ pub(super) fn rows_of(
             Views::Frontal => {
                 let (frontal, other): (Vec<_>, Vec<_>) = views
                     .into_iter()
-                    .partition(|(_, _, projection)| *projection == Projection::Frontal);
+                    .partition(|view| view.projection == Projection::Frontal);
                 for view in other {
-                    let words = match view.2 {
+                    let words = match view.projection {
                         Projection::Unknown => "view not known",
                         _ => "not frontal",
                     };
@@ -286,7 +293,7 @@ pub(super) fn rows_of(
                 frontal
             }
         };
-        let groups: Vec<Vec<(usize, String, Projection)>> = match wanted.views {
+        let groups: Vec<Vec<Shown>> = match wanted.views {
             Views::All => vec![kept],
             _ if kept.is_empty() && wanted.views == Views::Frontal => Vec::new(),
             _ if kept.is_empty() => vec![kept],
@@ -300,12 +307,7 @@ pub(super) fn rows_of(
     Ok(found)
 }
 
-fn row(
-    record: &Record,
-    views: &[(usize, String, Projection)],
-    answer: &str,
-    wanted: Wanted,
-) -> CorpusRow {
+fn row(record: &Record, views: &[Shown], answer: &str, wanted: Wanted) -> CorpusRow {
     let mut keys = record.keys.clone();
     if wanted.by_study {
         for (key, value) in [("study", &record.study), ("patient", &record.patient)] {
@@ -316,8 +318,13 @@ fn row(
     }
     CorpusRow {
         file: record.file.clone(),
-        number: views.first().map_or(1, |(number, ..)| *number),
-        images: views.iter().map(|(_, path, _)| path.clone()).collect(),
+        number: views.first().map_or(1, |view| view.number),
+        images: views.iter().map(|view| view.name.clone()).collect(),
+        kept: views
+            .iter()
+            .enumerate()
+            .filter_map(|(index, view)| Some((index, view.kept.clone()?)))
+            .collect(),
         keys,
         unused: record.unused.clone(),
         part: record.part,
@@ -331,25 +338,36 @@ fn row(
     }
 }
 
+/// An image of a row.
+struct Shown {
+    /// Row of the corpus that names it.
+    number: usize,
+    /// Its path or name.
+    name: String,
+    /// Its file, where the row itself held it.
+    kept: Option<PathBuf>,
+    projection: Projection,
+}
+
 /// Views with the paths of their images; a number of an examination becomes all its files.
-fn expanded(
-    views: Vec<View>,
-    index: &mut FileIndex,
-) -> Result<Vec<(usize, String, Projection)>, ConvertError> {
+fn expanded(views: Vec<View>, index: &mut FileIndex) -> Result<Vec<Shown>, ConvertError> {
     let mut found = Vec::with_capacity(views.len());
     for view in views {
+        let shown = |name, kept| Shown {
+            number: view.number,
+            name,
+            kept,
+            projection: view.projection,
+        };
         match view.picture {
-            Picture::Path(path) => found.push((view.number, path, view.projection)),
+            Picture::Path(path) => found.push(shown(path, None)),
+            Picture::Kept { name, path } => found.push(shown(name, Some(path))),
             Picture::Number(name) => {
                 let mut paths = index.of_number(&name)?;
                 if paths.is_empty() {
                     paths.push(name);
                 }
-                found.extend(
-                    paths
-                        .into_iter()
-                        .map(|path| (view.number, path, view.projection)),
-                );
+                found.extend(paths.into_iter().map(|path| shown(path, None)));
             }
         }
     }
@@ -357,13 +375,7 @@ fn expanded(
 }
 
 /// Lists what would have been rows as left out.
-fn left(
-    found: &mut Rows,
-    record: &Record,
-    views: &[(usize, String, Projection)],
-    wanted: Views,
-    reason: LeftReason,
-) {
+fn left(found: &mut Rows, record: &Record, views: &[Shown], wanted: Views, reason: LeftReason) {
     let mut list = |number, image| {
         found.left_out.push(LeftRow {
             file: record.file.clone(),
@@ -373,14 +385,14 @@ fn left(
         });
     };
     if wanted == Views::All || views.is_empty() {
-        let images: Vec<&str> = views.iter().map(|(_, path, _)| path.as_str()).collect();
+        let images: Vec<&str> = views.iter().map(|view| view.name.as_str()).collect();
         list(
-            views.first().map_or(1, |(number, ..)| *number),
+            views.first().map_or(1, |view| view.number),
             images.join(" "),
         );
     } else {
-        for (number, path, _) in views {
-            list(*number, path.clone());
+        for view in views {
+            list(view.number, view.name.clone());
         }
     }
 }

@@ -1,33 +1,14 @@
-//! Where a finding is and how much of it: zones, side and degree of the words around it.
+//! Where a finding is and of what degree: side, zones of the lung, severity.
 
 use std::{collections::BTreeSet, ops::Range};
 
-use super::{
-    super::{
-        labels::{Laterality, Severity, Zone},
-        rules::Cue,
-    },
-    Clause, Labeler, Match,
+use super::clauses::{Clause, Match};
+use crate::eval::findings::{
+    labels::{Laterality, Severity, Zone},
+    rules::{Cue, WordTable},
 };
 
-impl Labeler {
-    /// Zones named before a finding in its clause, else after it.
-    pub(super) fn zones(
-        &self,
-        report: &str,
-        clause: &Clause,
-        span: &Range<usize>,
-    ) -> BTreeSet<Zone> {
-        let before = report.get(clause.span.start..span.end).unwrap_or_default();
-        let zones = self.table.zones_in(before);
-        if zones.is_empty() {
-            let after = report.get(span.end..clause.span.end).unwrap_or_default();
-            return self.table.zones_in(after);
-        }
-        zones
-    }
-
-    /// The side of a finding at `span` of clause `number`; `area` are the words between its neighbours.
+impl WordTable {
     pub(super) fn side(
         &self,
         report: &str,
@@ -38,7 +19,7 @@ impl Labeler {
         area: &Range<usize>,
     ) -> Option<Laterality> {
         let clause = &clauses[number];
-        let before = self.table.sides_in(&report[clause.span.start..span.end]);
+        let before = self.sides_in(&report[clause.span.start..span.end]);
         if let Some((last, side)) = before.last() {
             // 右上肺及左下肺: two places of one finding. Not when another finding is between them.
             let both = before.len() > 1 && {
@@ -51,24 +32,24 @@ impl Labeler {
                     clause.span.start + last.start,
                 );
                 let separated = all.iter().any(|m| (from..to).contains(&m.span.start));
-                let joined = match self.table.syntax.words {
-                    true => self.table.syntax.list_word.is_match(between),
+                let joined = match self.syntax.words {
+                    true => self.syntax.list_word.is_match(between),
                     false => between.contains(['、', '及', '和', '与']),
                 };
                 joined
-                    && between.chars().count() <= self.table.syntax.sides
+                    && between.chars().count() <= self.syntax.sides
                     && (clause.span.start + first.end >= area.start
                         || (clause.span.start + last.end <= area.start && !separated))
                     && other != side
             };
             // "Moderate left and small right effusions": the words of degree cut the clause.
-            let split = self.table.syntax.words
+            let split = self.syntax.words
                 && clause.contrast
                 && before.len() == 1
                 && number.checked_sub(1).is_some_and(|n| {
                     let earlier = &clauses[n];
                     let named = all.iter().any(|m| earlier.span.contains(&m.span.start));
-                    let sides = self.table.sides_in(&report[earlier.span.clone()]);
+                    let sides = self.sides_in(&report[earlier.span.clone()]);
                     earlier.sentence == clause.sentence
                         && !named
                         && sides.last().is_some_and(|(_, other)| other != side)
@@ -79,7 +60,7 @@ impl Labeler {
             });
         }
         let after = report.get(span.end..area.end).unwrap_or_default();
-        if let Some((_, side)) = self.table.sides_in(after).first() {
+        if let Some((_, side)) = self.sides_in(after).first() {
             return Some(*side);
         }
         let starts_with_doubt = clause.cues.first().is_some_and(|(cue, kind)| {
@@ -90,7 +71,6 @@ impl Labeler {
                 .filter(|c| c.sentence == clause.sentence)
         };
         let inherits = self
-            .table
             .reading
             .as_ref()
             .is_some_and(|reading| reading.inherit_side);
@@ -99,7 +79,6 @@ impl Labeler {
         }
         if let Some(previous) = neighbour(number.checked_sub(1)).filter(|_| starts_with_doubt) {
             return self
-                .table
                 .sides_in(&report[previous.span.clone()])
                 .last()
                 .map(|(_, side)| *side);
@@ -107,9 +86,9 @@ impl Labeler {
         let named = |c: &&Clause| all.iter().any(|m| c.span.contains(&m.span.start));
         let next = neighbour(Some(number + 1)).filter(|next| !named(next))?;
         let next = report[next.span.clone()].trim_end_matches(['，', '。']);
-        let syntax = &self.table.syntax;
+        let syntax = &self.syntax;
         if syntax.place.is_match(next) && next.chars().count() <= syntax.place_length {
-            return self.table.sides_in(next).first().map(|(_, side)| *side);
+            return self.sides_in(next).first().map(|(_, side)| *side);
         }
         None
     }
@@ -139,12 +118,27 @@ impl Labeler {
                 clause.sentence == sentence
             })
             .find_map(|clause| {
-                let sides = self.table.sides_in(&report[clause.span.clone()]);
+                let sides = self.sides_in(&report[clause.span.clone()]);
                 sides.last().map(|(_, side)| *side)
             })
     }
 
-    /// The degree nearest before a finding, else after it.
+    /// Zones named before a finding in its clause, else after it.
+    pub(super) fn zones(
+        &self,
+        report: &str,
+        clause: &Clause,
+        span: &Range<usize>,
+    ) -> BTreeSet<Zone> {
+        let before = report.get(clause.span.start..span.end).unwrap_or_default();
+        let zones = self.zones_in(before);
+        if zones.is_empty() {
+            let after = report.get(span.end..clause.span.end).unwrap_or_default();
+            return self.zones_in(after);
+        }
+        zones
+    }
+
     pub(super) fn severity(
         &self,
         report: &str,
@@ -157,17 +151,17 @@ impl Labeler {
         let skip = before
             .chars()
             .count()
-            .saturating_sub(report[span.clone()].chars().count() + self.table.syntax.degree.0);
+            .saturating_sub(report[span.clone()].chars().count() + self.syntax.degree.0);
         let near: String = before.chars().skip(skip).collect();
-        let degree = self.table.severities_in(&near).last();
+        let degree = self.severities_in(&near).last();
         degree.or_else(|| {
             let after: String = report
                 .get(span.end..area.end)
                 .unwrap_or_default()
                 .chars()
-                .take(self.table.syntax.degree.1)
+                .take(self.syntax.degree.1)
                 .collect();
-            self.table.severities_in(&after).next()
+            self.severities_in(&after).next()
         })
     }
 }

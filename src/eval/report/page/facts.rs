@@ -1,5 +1,6 @@
 //! What a page says besides the scores.
 
+use super::rollouts::PageRollout;
 use crate::eval::caveat::Caveat;
 
 /// What a page says besides the scores.
@@ -13,6 +14,8 @@ pub struct PageFacts {
     pub loss: Option<(f64, f64, f64)>,
     /// Curves of the training run, as SVG.
     pub curves: Option<String>,
+    /// Answers that the training run has drawn and rewarded last.
+    pub rollout: Option<PageRollout>,
     /// Most cases of the gallery.
     pub gallery: usize,
 }

@@ -8,7 +8,7 @@ use super::{
     gallery::{self, CaseImages},
     head, judge,
     markup::section,
-    probabilities, scores, subgroups,
+    probabilities, rollouts, scores, subgroups,
 };
 use crate::eval::outcome::EvalOutcome;
 
@@ -38,6 +38,9 @@ pub fn html(
     probabilities::probabilities(&mut page, outcome);
     judge::judge(&mut page, outcome);
     gallery::write(&mut page, outcome, facts.gallery, images);
+    if let Some(rollout) = &facts.rollout {
+        rollouts::write(&mut page, rollout);
+    }
     if let Some(curves) = &facts.curves {
         section(&mut page, "训练曲线", "training curves");
         let _ = writeln!(page, "<div class=\"card curves\">{curves}</div>");

@@ -8,9 +8,11 @@ mod html;
 mod judge;
 pub(super) mod markup;
 mod probabilities;
+mod rollouts;
 mod scores;
 mod subgroups;
 
 pub use facts::PageFacts;
 pub use gallery::CaseImages;
 pub use html::html;
+pub use rollouts::PageRollout;

@@ -6,11 +6,15 @@
 use safetensors::Dtype;
 use serde_json::json;
 
-use super::super::WeightsError;
+use super::super::{
+    WeightsError,
+    stored::{Decode, Groups, groups_fit},
+};
 use super::{
-    Decode, FLOATS, Groups, Taken,
+    FLOATS, Taken,
+    affine::{Affine, GroupOf},
     config::{Keys, LeftOut},
-    dims, expect, groups_fit,
+    dims, expect,
     numbers::{Floats, Round, Slice},
     wrong,
 };
@@ -181,14 +185,27 @@ impl Decode for Rows {
 
     fn rows(&self, first: usize, out: &mut [f32]) {
         let count = out.len() / self.inputs;
+        // A word has eight outputs: those of one group of inputs and all outputs are copied together.
+        let (start, end) = (first / 8, (first + count).div_ceil(8));
+        let mut words = Vec::new();
+        let mut numbers = vec![0; self.group];
         for group in 0..self.inputs / self.group {
+            let inputs = group * self.group..(group + 1) * self.group;
+            words.clear();
+            for input in inputs.clone() {
+                let row = input * (self.outputs / 8);
+                words.extend(self.values.words(row + start, end - start));
+            }
             for at in 0..count {
                 let output = first + at;
-                let (scale, zero) = (self.scale(group, output), self.zero(group, output));
-                for input in group * self.group..(group + 1) * self.group {
-                    let value = self.nibble(&self.values, input, output) as f32 - zero;
-                    out[at * self.inputs + input] = self.round.apply(value * scale);
+                let shift = 4 * PLACE[output % 8];
+                let own = words[output / 8 - start..].iter().step_by(end - start);
+                for (number, word) in numbers.iter_mut().zip(own) {
+                    *number = (word >> shift & 15) as u8;
                 }
+                let pair = [(self.scale(group, output), self.zero(group, output))];
+                let row = Affine::new(4, self.round, &pair, GroupOf::Columns(self.group));
+                row.values(0, &numbers, &mut out[at * self.inputs..][inputs.clone()]);
             }
         }
     }

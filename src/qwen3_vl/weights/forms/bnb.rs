@@ -7,9 +7,13 @@
 use safetensors::Dtype;
 use serde::Deserialize;
 
-use super::super::{WeightsError, checkpoint::RawTensor};
+use super::super::{
+    WeightsError,
+    stored::{Decode, RawTensor},
+};
 use super::{
-    Decode, Taken,
+    Taken,
+    affine::look_up,
     config::{Keys, LeftOut},
     dims, expect,
     numbers::{Floats, Round, Slice},
@@ -234,18 +238,24 @@ struct Codes {
 
 impl Decode for Codes {
     fn rows(&self, first: usize, out: &mut [f32]) {
-        let start = first * self.columns;
         let bytes = self.codes.bytes();
-        let mut block = usize::MAX;
-        let mut scale = 0.0;
-        for (at, out) in (start..).zip(out) {
-            if at / self.blocksize != block {
-                block = at / self.blocksize;
-                scale = self.scales.get(block);
+        let mut codes = vec![0; self.blocksize.min(out.len())];
+        let (mut at, end) = (first * self.columns, first * self.columns + out.len());
+        let mut rest = out;
+        while at < end {
+            let block = at / self.blocksize;
+            let next = (block + 1).saturating_mul(self.blocksize).min(end);
+            let (out, after) = rest.split_at_mut(next - at);
+            let codes = &mut codes[..next - at];
+            for (place, code) in (at..next).zip(&mut *codes) {
+                // The first of two is in the upper half.
+                *code = bytes[place / 2] >> (4 * (1 - place % 2));
             }
-            let byte = bytes[at / 2];
-            let code = if at % 2 == 0 { byte >> 4 } else { byte & 15 };
-            *out = self.round.apply(self.map[usize::from(code)] * scale);
+            let scale = self.scales.get(block);
+            let mut table = self.map.map(|value| value * scale);
+            self.round.all(&mut table);
+            look_up(&table, codes, out);
+            (rest, at) = (after, next);
         }
     }
 }

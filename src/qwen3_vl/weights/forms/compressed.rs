@@ -8,13 +8,16 @@ use std::rc::Rc;
 use safetensors::Dtype;
 use serde_json::json;
 
-use super::super::{WeightsError, checkpoint::RawTensor};
+use super::super::{
+    WeightsError,
+    stored::{Decode, Groups, RawTensor, groups_fit},
+};
 use super::{
-    Decode, FLOATS, Groups, Taken,
+    FLOATS, Taken,
+    affine::{Affine, GroupOf, unpack},
     config::{Keys, LeftOut, Pattern},
     dims, expect,
     gptq::numbers,
-    groups_fit,
     numbers::{Floats, Round, Slice, field},
     scaled::{Element, Grid, Scaled},
     wrong,
@@ -457,27 +460,20 @@ impl Decode for Packed {
 
     fn rows(&self, first: usize, out: &mut [f32]) {
         let mut groups = vec![(0.0, 0.0); self.grid.across];
+        let mut numbers = vec![0; self.columns];
+        let of = match &self.order {
+            Some(order) => GroupOf::Order(order),
+            None => GroupOf::Columns(self.grid.columns),
+        };
         for (row, out) in (first..).zip(out.chunks_mut(self.columns)) {
             let block = row / self.grid.rows;
             for (at, group) in groups.iter_mut().enumerate() {
                 let scale = self.scales.get(block * self.grid.across + at);
                 *group = (scale, self.zero(block, at));
             }
-            for (column, out) in out.iter_mut().enumerate() {
-                let group = match &self.order {
-                    Some(order) => order[column] as usize,
-                    None => column / self.grid.columns,
-                };
-                let (scale, zero) = groups[group];
-                let value = field(
-                    &self.values,
-                    row * self.words,
-                    1,
-                    column * self.bits,
-                    self.bits,
-                );
-                *out = self.round.apply((value as f32 - zero) * scale);
-            }
+            let words = self.values.words(row * self.words, self.words);
+            unpack(words, self.bits, &mut numbers);
+            Affine::new(self.bits, self.round, &groups, of).values(0, &numbers, out);
         }
     }
 }

@@ -4,7 +4,7 @@ use std::{cell::RefCell, collections::BTreeSet, path::Path};
 
 use serde_json::{Map, Value};
 
-use super::super::{WeightsError, checkpoint::RawTensor};
+use super::super::{WeightsError, stored::RawTensor};
 
 /// The keys of one object, and which of them were read.
 pub(super) struct Keys<'a> {

@@ -1,18 +1,24 @@
 //! AutoGPTQ's and GPTQModel's layout: `X.qweight` `[in · bits / 32, out]`, `X.qzeros` `[groups, out · bits /
 //! 32]`, `X.scales` `[groups, out]` and, where inputs were ordered by activation, `X.g_idx` `[in]`.
 //!
-//! Version 1 (`gptq`) stores each zero point less one, version 2 (`gptq_v2`) as it is.
+//! Version 1 (`gptq`) stores each zero point less one, version 2 (`gptq_v2`) as it is. With 3 bits there are two
+//! versions 1: GPTQModel before 6.1 took other numbers off its words, and files that it wrote need these back.
 //!
-//! Source: `PackableQuantLinear.dequantize_weight` and `convert_gptq_v1_to_v2_format_module`, GPTQModel.
+//! Source: `PackableQuantLinear.dequantize_weight` and `convert_gptq_v1_to_v2_format_module`, GPTQModel 7.3; its
+//! release 6.0 for the older files of 3 bits.
 
 use safetensors::Dtype;
 use serde_json::json;
 
-use super::super::WeightsError;
+use super::super::{
+    WeightsError,
+    stored::{Decode, Groups, groups_fit},
+};
 use super::{
-    Decode, FLOATS, Groups, Taken,
+    FLOATS, Taken,
+    affine::{Affine, GroupOf, unpack},
     config::{Keys, LeftOut},
-    dims, expect, groups_fit,
+    dims, expect,
     numbers::{Floats, Round, Slice, field},
     wrong,
 };
@@ -23,8 +29,46 @@ pub(in super::super) struct Gptq {
     /// Bits of a value.
     pub(super) bits: usize,
     group: usize,
-    minus_one: bool,
+    zeros: ZeroPoints,
+    /// Symmetric weights have the middle of the range as their zero, which tells the two versions 1 apart.
+    symmetric: bool,
     left_out: LeftOut,
+}
+
+/// How zero points are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum ZeroPoints {
+    /// As they are (version 2).
+    AsTheyAre,
+    /// Each less one (version 1).
+    LessOne,
+    /// Words of 3-bit fields less [`OLDER_3_BITS`].
+    OlderWords,
+}
+
+/// What GPTQModel before 6.1 took off the words of 3-bit zero points, three words in turn. It meant one of each
+/// field, but the first and the last are exchanged.
+const OLDER_3_BITS: [u32; 3] = [0x2492_4924, 0x9249_2492, 0x4924_9249];
+
+/// The first release of GPTQModel that takes one off each field of 3 bits.
+const LOGICAL_3_BITS: [usize; 2] = [6, 1];
+
+/// Whether a release of GPTQModel before [`LOGICAL_3_BITS`] is among the programs in `meta.quantizer`, which are
+/// `name:version`.
+fn older_gptqmodel(meta: Option<&serde_json::Value>) -> bool {
+    let programs = match meta.and_then(|meta| meta.get("quantizer")) {
+        Some(serde_json::Value::Array(programs)) => programs.clone(),
+        Some(one) => vec![one.clone()],
+        None => Vec::new(),
+    };
+    programs.iter().filter_map(|one| one.as_str()).any(|one| {
+        let Some(version) = one.strip_prefix("gptqmodel:") else {
+            return false;
+        };
+        let mut numbers = version.split(['.', '-', '+']).map(str::parse::<usize>);
+        let mut number = || numbers.next().and_then(Result::ok).unwrap_or(0);
+        [number(), number()] < LOGICAL_3_BITS
+    })
 }
 
 impl Gptq {
@@ -44,10 +88,12 @@ impl Gptq {
         keys.only("pack_dtype", &[json!("int32")])?;
         keys.only("is_marlin_format", &[json!(false)])?;
         let format = keys.text("checkpoint_format")?.or(keys.text("format")?);
-        let minus_one = format.as_deref() != Some("gptq_v2");
-        if minus_one && bits == 3 {
-            return Err(keys.value("checkpoint_format", "`gptq_v2` with 3 bits"));
-        }
+        let zeros = match format.as_deref() {
+            Some("gptq_v2") => ZeroPoints::AsTheyAre,
+            _ if bits == 3 && older_gptqmodel(keys.get("meta")) => ZeroPoints::OlderWords,
+            _ => ZeroPoints::LessOne,
+        };
+        let symmetric = keys.flag("sym")?.unwrap_or(false);
         // Exceptions of single layers: those that are left out have no `qweight`; others need their own sizes.
         if let Some(dynamic) = keys.get("dynamic") {
             let leaves_out = |(name, rule): (&String, &serde_json::Value)| {
@@ -64,7 +110,6 @@ impl Gptq {
         // in the tensors.
         keys.without_effect(&[
             "quant_method",
-            "sym",
             "desc_act",
             "static_groups",
             "true_sequential",
@@ -121,7 +166,8 @@ impl Gptq {
         Ok(Self {
             bits,
             group,
-            minus_one,
+            zeros,
+            symmetric,
             left_out: LeftOut::read(keys, "modules_to_not_convert")?,
         })
     }
@@ -166,11 +212,11 @@ impl Gptq {
             else {
                 return Err(wrong(&scales, "floats"));
             };
-            let decoder = Rows {
+            let mut decoder = Rows {
                 bits: self.bits,
                 values,
                 zeros,
-                minus_one: self.minus_one,
+                stored: self.zeros,
                 round: floats.rounding(),
                 scales: floats,
                 order,
@@ -179,6 +225,20 @@ impl Gptq {
                 group,
                 groups,
             };
+            if self.symmetric && self.bits == 3 && self.zeros != ZeroPoints::AsTheyAre {
+                // What `meta` says may be of a program that only copied the file.
+                let ways = [self.zeros, ZeroPoints::LessOne, ZeroPoints::OlderWords];
+                let fits = ways.into_iter().find(|way| {
+                    decoder.stored = *way;
+                    decoder.is_symmetric()
+                });
+                if fits.is_none() {
+                    return Err(wrong(
+                        &qzeros,
+                        "the zero point 4 everywhere, as `sym` is true",
+                    ));
+                }
+            }
             taken.put(&layer, &qweight, [outputs, inputs], decoder);
         }
         Ok(())
@@ -201,14 +261,14 @@ pub(super) fn numbers(tensor: &super::RawTensor) -> Result<Vec<i64>, WeightsErro
     })
 }
 
-/// Inputs of all rows that are read before the next.
+/// Inputs of all rows that are read before the next; their fields fill whole words, whatever their bits.
 const AT_ONCE: usize = 128;
 
 struct Rows {
     bits: usize,
     values: Slice,
     zeros: Slice,
-    minus_one: bool,
+    stored: ZeroPoints,
     scales: Floats,
     round: Round,
     /// Group of each input, where they are not in order.
@@ -221,27 +281,42 @@ struct Rows {
 
 impl Rows {
     /// The zero point of an output in a group. The conversion of version 1 adds one to each field of a
-    /// word, and carries from a field that is full into the next.
+    /// word, and carries from a field that is full into the next; of 3 bits, to each field by itself.
     fn zero(&self, group: usize, output: usize) -> f32 {
         let row = group * (self.outputs * self.bits / 32);
-        let at = output * self.bits;
-        if !self.minus_one {
-            return field(&self.zeros, row, 1, at, self.bits) as f32;
-        }
-        let mask = (1u32 << self.bits) - 1;
-        let word = self.zeros.word(row + at / 32).wrapping_add(u32::MAX / mask);
-        ((word >> (at % 32)) & mask) as f32
+        let (at, mask) = (output * self.bits, (1u32 << self.bits) - 1);
+        let plain = || field(&self.zeros, row, 1, at, self.bits);
+        let value = match self.stored {
+            ZeroPoints::AsTheyAre => plain(),
+            ZeroPoints::LessOne if self.bits == 3 => (plain() + 1) & mask,
+            ZeroPoints::LessOne => {
+                let word = self.zeros.word(row + at / 32).wrapping_add(u32::MAX / mask);
+                (word >> (at % 32)) & mask
+            }
+            ZeroPoints::OlderWords => {
+                let word = |number: usize| {
+                    let word = self.zeros.word(row + number);
+                    u64::from(word.wrapping_add(OLDER_3_BITS[number % 3]))
+                };
+                let (number, shift) = (at / 32, at % 32);
+                let next = if shift > 29 { word(number + 1) } else { 0 };
+                ((word(number) | next << 32) >> shift) as u32 & mask
+            }
+        };
+        value as f32
+    }
+
+    /// Whether all zero points are the middle of the range.
+    fn is_symmetric(&self) -> bool {
+        let middle = (1u32 << (self.bits - 1)) as f32;
+        let mut all =
+            (0..self.groups).flat_map(|group| (0..self.outputs).map(move |output| (group, output)));
+        all.all(|(group, output)| self.zero(group, output) == middle)
     }
 }
 
 impl Decode for Rows {
     fn keeps(&self, format: Format) -> bool {
-        let middle = (1u32 << (self.bits - 1)) as f32;
-        let is_symmetric = || {
-            let mut all = (0..self.groups)
-                .flat_map(|group| (0..self.outputs).map(move |output| (group, output)));
-            all.all(|(group, output)| self.zero(group, output) == middle)
-        };
         let in_order = |order: &Vec<u32>| {
             let mut order = order.iter().enumerate();
             order.all(|(input, group)| input / self.group == *group as usize)
@@ -250,7 +325,7 @@ impl Decode for Rows {
             && self.order.as_ref().is_none_or(in_order)
             && groups_fit(self.group, self.inputs, format)
             && (format == Format::Int8 || self.scales.fit_f16())
-            && (!format.is_symmetric() || is_symmetric())
+            && (!format.is_symmetric() || self.is_symmetric())
     }
 
     fn levels(&self, row: usize, format: Format, levels: &mut [u32], groups: Groups<'_>) {
@@ -279,23 +354,33 @@ impl Decode for Rows {
                 (scale, self.zero(group, output))
             })
         };
-        let scales: Vec<(f32, f32)> = (first..first + count).flat_map(of_output).collect();
-        // Neighbours of a word belong to other outputs: some inputs of all of them share the cache.
+        let groups: Vec<(f32, f32)> = (first..first + count).flat_map(of_output).collect();
+        let of = match &self.order {
+            Some(order) => GroupOf::Order(order),
+            None => GroupOf::Columns(self.group),
+        };
+        let rows: Vec<Affine<'_>> = groups
+            .chunks_exact(self.groups)
+            .map(|groups| Affine::new(self.bits, self.round, groups, of))
+            .collect();
+        // Neighbours of a word belong to other outputs: words of some inputs and all outputs are copied together.
+        let mut words = Vec::new();
+        let mut numbers = [0; AT_ONCE];
         for start in (0..self.inputs).step_by(AT_ONCE) {
             let end = (start + AT_ONCE).min(self.inputs);
-            for at in 0..count {
-                let scales = &scales[at * self.groups..][..self.groups];
-                let row = &mut out[at * self.inputs..][..self.inputs];
-                for (input, out) in (start..end).zip(&mut row[start..end]) {
-                    let group = match &self.order {
-                        Some(order) => order[input] as usize,
-                        None => input / self.group,
-                    };
-                    let (scale, zero) = scales[group];
-                    let place = input * self.bits;
-                    let value = field(&self.values, first + at, self.outputs, place, self.bits);
-                    *out = self.round.apply((value as f32 - zero) * scale);
-                }
+            words.clear();
+            for word in start * self.bits / 32..(end * self.bits).div_ceil(32) {
+                words.extend(self.values.words(word * self.outputs + first, count));
+            }
+            let numbers = &mut numbers[..end - start];
+            for (at, row) in rows.iter().enumerate() {
+                unpack(
+                    words[at..].iter().step_by(count).copied(),
+                    self.bits,
+                    numbers,
+                );
+                let out = &mut out[at * self.inputs..][start..end];
+                row.values(start, numbers, out);
             }
         }
     }

@@ -5,6 +5,7 @@
 //! quantised is seen from their tensors; the lists of the config are checked against that. A key of the
 //! config that is not known, or asks for something else, is an error.
 
+mod affine;
 mod awq;
 mod bnb;
 mod compressed;
@@ -16,81 +17,17 @@ mod scaled;
 
 use std::{collections::BTreeMap, path::Path};
 
-use burn::tensor::DType;
 use serde_json::Value;
-
-use crate::ops::quantised::Format;
 
 use super::{
     WeightsError,
-    checkpoint::{RawTensor, RawTensors, Source, Stored},
+    stored::{Decode, RawTensor, RawTensors, Source, Stored},
 };
 use config::Keys;
 pub(super) use numbers::Slice;
 
 /// Name of this program's own method, whose tensors stay packed.
 pub const OWN_METHOD: &str = "xray-qwen3vl";
-
-/// Gives the floats of a matrix.
-pub(super) trait Decode: Send + Sync {
-    /// Writes whole rows from `first` on, as many as `out` holds.
-    fn rows(&self, first: usize, out: &mut [f32]);
-
-    /// Type of the floats in the file, where they are stored as floats.
-    fn dtype(&self) -> Option<DType> {
-        None
-    }
-
-    /// Whether `format` holds whole numbers and scales as they are stored.
-    fn keeps(&self, _format: Format) -> bool {
-        false
-    }
-
-    /// The stored numbers of a row, each plus the offset of `format` where that is symmetric, the scale of
-    /// each of its groups and, where the format has them, their zero points. Called where [`Decode::keeps`]
-    /// is true.
-    fn levels(&self, _row: usize, _format: Format, _levels: &mut [u32], _groups: Groups<'_>) {}
-}
-
-/// What the groups of a row have, to be written.
-pub(super) struct Groups<'a> {
-    /// Scales.
-    pub(super) scales: &'a mut [f32],
-    /// Zero points; empty where the format is symmetric.
-    pub(super) zeros: &'a mut [f32],
-}
-
-impl Groups<'_> {
-    /// Fills both from the first column of each group of `format`, in rows of `columns`.
-    fn fill(
-        self,
-        format: Format,
-        columns: usize,
-        scale: impl Fn(usize) -> f32,
-        zero: impl Fn(usize) -> f32,
-    ) {
-        let group = format.group(columns);
-        for (at, out) in self.scales.iter_mut().enumerate() {
-            *out = scale(at * group);
-        }
-        for (at, out) in self.zeros.iter_mut().enumerate() {
-            *out = zero(at * group);
-        }
-    }
-}
-
-/// Whether groups of `own` columns that share a scale are whole groups of `format`, in rows of `columns`.
-fn groups_fit(own: usize, columns: usize, format: Format) -> bool {
-    own == columns || own.is_multiple_of(format.group(columns))
-}
-
-/// Length of a row as [`Decode`] counts: all but the first dimension; of a vector, all of it.
-pub(super) fn columns(shape: &[usize]) -> usize {
-    match shape {
-        [_, rest @ ..] if !rest.is_empty() => rest.iter().product::<usize>().max(1),
-        _ => shape.iter().product::<usize>().max(1),
-    }
-}
 
 /// How the weights of a checkpoint are quantised.
 pub(super) enum Scheme {

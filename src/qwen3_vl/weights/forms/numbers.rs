@@ -2,11 +2,11 @@
 
 use std::{ops::Range, sync::Arc};
 
-use half::{bf16, f16};
+use half::{bf16, f16, slice::HalfFloatSliceExt};
 use memmap2::Mmap;
 use safetensors::Dtype;
 
-use super::super::checkpoint::RawTensor;
+use super::super::stored::RawTensor;
 
 /// Bytes of a mapped file.
 #[derive(Clone)]
@@ -34,6 +34,12 @@ impl Slice {
     /// All of them.
     pub(in super::super) fn bytes(&self) -> &[u8] {
         &self.map[self.range.clone()]
+    }
+
+    /// 32-bit words, `count` of them from one on.
+    pub(super) fn words(&self, first: usize, count: usize) -> impl Iterator<Item = u32> + '_ {
+        let bytes = self.bytes()[4 * first..4 * (first + count)].chunks_exact(4);
+        bytes.map(|bytes| u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
     }
 
     /// A 32-bit word, by its number.
@@ -133,6 +139,26 @@ impl Round {
             Self::F32 => value,
             Self::F16 => f16::from_f32(value).to_f32(),
             Self::BF16 => bf16::from_f32(value).to_f32(),
+        }
+    }
+
+    /// The nearest numbers of the type, many at a time.
+    pub(super) fn all(self, values: &mut [f32]) {
+        match self {
+            Self::F32 => {}
+            Self::F16 => {
+                let mut halves = [f16::ZERO; 128];
+                for values in values.chunks_mut(halves.len()) {
+                    let halves = &mut halves[..values.len()];
+                    halves.convert_from_f32_slice(values);
+                    halves.convert_to_f32_slice(values);
+                }
+            }
+            Self::BF16 => {
+                for value in values {
+                    *value = bf16::from_f32(*value).to_f32();
+                }
+            }
         }
     }
 }

@@ -4,10 +4,8 @@ use safetensors::Dtype;
 
 use crate::ops::quantised::Format;
 
-use super::{
-    Decode, Groups,
-    numbers::{Floats, Round, Slice, e4m3, e5m2},
-};
+use super::super::stored::{Decode, Groups};
+use super::numbers::{Floats, Round, Slice, e4m3, e5m2};
 
 /// What is stored for an element.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -7,7 +7,10 @@ use half::{bf16, f16};
 
 use crate::{
     ops::quantised::Format,
-    qwen3_vl::weights::forms::{Decode, Groups, Slice},
+    qwen3_vl::weights::{
+        forms::Slice,
+        stored::{Decode, Groups},
+    },
 };
 
 /// Type of a tensor that is read here.

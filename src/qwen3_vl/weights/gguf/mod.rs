@@ -14,9 +14,9 @@ use std::{
 
 use super::{
     WeightsError,
-    checkpoint::{Source, Stored},
-    forms::{Slice, columns},
+    forms::Slice,
     single_or_index,
+    stored::{Source, Stored, columns},
 };
 use blocks::{Blocks, PatchEmbed};
 pub use config::ImageKeys;
