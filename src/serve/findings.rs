@@ -19,7 +19,7 @@ use crate::{
             calibration::{AskedModel, Calibration},
             evidence::{ClassEvidence, of_reports, of_sentences},
             judged::{CONFLICT, UNCALIBRATED, form_of, judge},
-            logit::{DRAWN_REPORTS, SentenceContext},
+            logit::{DRAWN_REPORTS, DRAWN_TOKENS, SentenceContext},
             sentences::FindingSentences,
             wordings,
         },
@@ -58,6 +58,23 @@ fn question_of(messages: &[ChatMessage]) -> Option<(Option<String>, String)> {
         }
         _ => None,
     }
+}
+
+/// Refuses what does not fit: the answer and one sequence more, of `needed` tokens each.
+///
+/// # Errors
+/// [`ApiError`] of status 400.
+fn expect_room(app: &App, needed: usize) -> Result<(), ApiError> {
+    let most = app.engine.limits().cache_tokens;
+    if needed <= app.context() && 2 * cost_of(needed) <= most {
+        return Ok(());
+    }
+    let reason = format!(
+        "`{FIELD}` needs room for two sequences of {needed} tokens; this server takes {} in one and {most} in all; \
+         send a smaller image or a smaller `max_tokens`, or start the server with more --cache-tokens",
+        app.context()
+    );
+    Err(ApiError::invalid(FIELD, reason).with_code("context_length_exceeded"))
 }
 
 /// What a request asks about findings, before its messages are made into a prompt.
@@ -168,6 +185,9 @@ impl FindingRequest {
                     ),
                 ));
             }
+            let prompt = prepared.prompt.len();
+            let left = app.context().saturating_sub(prompt);
+            expect_room(app, prompt + DRAWN_TOKENS.min(left))?;
             return Ok((
                 FindingWork::Draws(draws),
                 AskedFindings { calibration, why },
@@ -186,19 +206,7 @@ impl FindingRequest {
         };
         let prompt = prepared.prompt.len();
         let needed = prompt + opening + of_report + sentences.longest() + 1;
-        let rooms = 2 * cost_of(needed);
-        if needed > app.context() || rooms > app.engine.limits().cache_tokens {
-            return Err(ApiError::invalid(
-                FIELD,
-                format!(
-                    "`{FIELD}` needs room for two sequences of {needed} tokens; this server takes {} in one and {} in all; \
-                     send a smaller image or a smaller `max_tokens`, or start the server with more --cache-tokens",
-                    app.context(),
-                    app.engine.limits().cache_tokens
-                ),
-            )
-            .with_code("context_length_exceeded"));
-        }
+        expect_room(app, needed)?;
         if !prepared.prompt.ends_in_text() {
             return Err(ApiError::invalid(
                 FIELD,
