@@ -30,6 +30,11 @@ pub fn duration(seconds: f64) -> String {
     }
 }
 
+/// What is said with the end of a run in several processes.
+pub(super) fn last_checkpoint(path: &Path) -> String {
+    format!("the last checkpoint is `{}`", path.display())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -48,9 +53,4 @@ mod tests {
             ["7.5 s", "12.5 min", "1.25 h"]
         );
     }
-}
-
-/// What is said with the end of a run in several processes.
-pub(super) fn last_checkpoint(path: &Path) -> String {
-    format!("the last checkpoint is `{}`", path.display())
 }

@@ -3,13 +3,13 @@
 use rayon::prelude::*;
 
 use super::{
+    answer::{
+        FinishReason, GenerateError, Generation, GenerationConfig, Prompt, Timing, end_of,
+        prefilled_at_once,
+    },
     backend::{
         AdapterId, Chunk, DecodeBackend, Pick, ServingDecoder, ServingLimits, SlotId, StepRow,
         Stepped,
-    },
-    decode::{
-        FinishReason, GenerateError, Generation, GenerationConfig, Prompt, Timing, end_of,
-        prefilled_at_once,
     },
     drafts::{DraftCounts, DraftSession, Drafts, SequenceText, share_of_rows},
     sampler::Sampler,

@@ -2,6 +2,7 @@
 //!
 //! Knows the model and ids; text comes in only in [`text`], through the tokenizer.
 
+mod answer;
 pub mod backend;
 pub mod decode;
 mod drafted;
@@ -11,10 +12,11 @@ pub mod sampler;
 pub mod slots;
 pub mod text;
 
-pub(in crate::runtime) use decode::check_prompts;
-pub use decode::{
+pub(crate) use answer::goes_round;
+pub use answer::{
     FinishReason, GenerateError, Generation, GenerationConfig, PREFILL_TOKENS, Prompt, Timing,
-    generate, generate_and_keep, is_drafted,
 };
+pub(in crate::runtime) use decode::check_prompts;
+pub use decode::{generate, generate_and_keep, is_drafted};
 pub use prompt_state::PromptState;
 pub use sampler::SamplingConfig;

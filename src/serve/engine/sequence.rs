@@ -14,8 +14,8 @@ use crate::{
     runtime::generate::{
         FinishReason,
         backend::{AdapterId, Pick, SlotId, StepRow, Stepped},
-        decode::goes_round,
         drafts::{DraftCounts, DraftSession, SequenceText},
+        goes_round,
         sampler::Sampler,
         text::TextStream,
     },

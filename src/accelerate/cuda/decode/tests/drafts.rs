@@ -47,7 +47,7 @@ fn drafted_and_single(
         .collect();
     let (single, drafted) = (ours.fork(source, length, 0), ours.fork(source, length, 0));
     let tokens = [5, 9, 8, 7, 6];
-    let mut one = |ours: &mut ServingDecoder<Cuda>, token, at| {
+    let one = |ours: &mut ServingDecoder<Cuda>, token, at| {
         logits(ours.step(&[row(single, token, at, Pick::Logits)]).remove(0))
     };
     let want: Vec<Vec<f32>> = tokens
@@ -72,7 +72,7 @@ fn drafted_and_single(
         row(drafted, 12, length + 3, Pick::Logits),
     ];
     let got: Vec<Vec<f32>> = ours.step(&again).into_iter().map(logits).collect();
-    let mut one = |ours: &mut ServingDecoder<Cuda>, token, at| {
+    let one = |ours: &mut ServingDecoder<Cuda>, token, at| {
         logits(ours.step(&[row(single, token, at, Pick::Logits)]).remove(0))
     };
     let want = [
