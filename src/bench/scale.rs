@@ -35,7 +35,7 @@ pub struct ScaleModel {
     pub micro_batches: usize,
     /// Trained parameters.
     pub parameters: u64,
-    /// Buckets that the gradients are summed in; the decoder's layers, say.
+    /// Most buckets that the gradients are summed in; the decoder's layers, say.
     pub buckets: usize,
     /// Seconds from one node to the next for the smallest message.
     pub latency_seconds: f64,
@@ -125,11 +125,18 @@ impl ScaleModel {
         }
     }
 
-    /// Seconds by which the sum outlasts the backward pass, where each bucket is summed once it is there.
+    /// Seconds by which the sum outlasts the backward pass, in as many buckets as are best: each costs its messages.
+    fn exposed(&self, nodes: usize, bytes_per_second: f64) -> f64 {
+        let counts = 1..=self.buckets.max(1);
+        counts
+            .map(|buckets| self.exposed_in(buckets, nodes, bytes_per_second))
+            .fold(f64::INFINITY, f64::min)
+    }
+
+    /// The same in so many buckets, each summed once it is there.
     ///
     /// Only the last micro-batch's backward pass completes gradients.
-    fn exposed(&self, nodes: usize, bytes_per_second: f64) -> f64 {
-        let buckets = self.buckets.max(1);
+    fn exposed_in(&self, buckets: usize, nodes: usize, bytes_per_second: f64) -> f64 {
         let [bucket_seconds, _] = self.sum(self.bytes() / buckets as f64, nodes, bytes_per_second);
         let backward = self.step_seconds / self.micro_batches.max(1) as f64 * BACKWARD_SHARE;
         let mut end = 0f64;
@@ -235,6 +242,13 @@ mod tests {
             (exposed - (0.4 + 0.24 / 36.0 - 0.24)).abs() < 1e-9,
             "{slow:?}"
         );
+        // Where messages cost more than bytes, fewer buckets are better, and never worse than none.
+        let distant = ScaleModel {
+            latency_seconds: 1e-3,
+            ..model()
+        };
+        let step = distant.step(64, 1000.0);
+        assert!(step.overlapped_seconds <= step.step_seconds, "{step:?}");
         // With one bucket nothing overlaps.
         let one = ScaleModel {
             buckets: 1,

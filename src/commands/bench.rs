@@ -423,13 +423,13 @@ fn prepare<B: Accelerator>(args: &BenchArgs, device: B::Device, dtype: DType) ->
     let mut bench =
         Bench::<B>::new(source, device, dtype, args.mixed, args.samples).map_err(usage)?;
     bench.tokens = args.tokens;
+    if let Some(side) = args.image_size {
+        bench.image_side = side.get();
+    }
     bench.drafts = args.drafts.map(|drafted| ForcedDrafts {
         drafted,
         tokens_per_step: args.tokens_per_step,
     });
-    if let Some(side) = args.image_size {
-        bench.image_side = side.get();
-    }
     let shortest = bench.requests().shortest();
     if let Some(tokens) = args.tokens.filter(|tokens| *tokens < shortest) {
         bail!(UsageError(format!(

@@ -384,6 +384,12 @@ mod tests {
             panic!("the device is gone")
         }
 
+        fn truncate(&mut self, _: SlotId, _: usize) {}
+
+        fn cheap_rows(&self) -> usize {
+            1
+        }
+
         fn free(&mut self, _: SlotId) {}
 
         fn load_adapter(&mut self, _: &Path) -> Result<LoadedAdapter, AdapterError> {

@@ -3,6 +3,7 @@
 mod args;
 mod reports;
 pub(super) mod settings;
+mod signals;
 
 use std::{
     io::{IsTerminal, Write as _, stderr, stdout},
@@ -59,6 +60,7 @@ pub use args::TrainArgs;
 use reports::{HeldOutScores, image_remarks, scorer, show_examples};
 pub use settings::flag_hint;
 use settings::{from_table, set_keys};
+use signals::watch_signals;
 
 /// The model of the published recipe.
 const REAL_MODEL: &str = "Qwen/Qwen3-VL-8B-Instruct";
@@ -189,6 +191,9 @@ fn load_config(args: &TrainArgs) -> Result<TrainConfig> {
     }
     if let Some(generate) = args.eval_generate {
         set("eval_generate", (generate as i64).into());
+    }
+    if let Some(objective) = args.objective {
+        set("objective", objective.name().into());
     }
     if let Some(reduction) = args.loss_reduction {
         let name = clap::ValueEnum::to_possible_value(&reduction);
@@ -434,10 +439,8 @@ impl Train {
         let Some(launch) = self.launch.take() else {
             return Ok(None);
         };
-        let names = match self.config.device.len() {
-            0 => vec!["the best device".to_string(); devices],
-            _ => self.config.device.clone(),
-        };
+        let mut names = self.config.device.clone();
+        names.resize(devices, "the best device".into());
         let patience = self.config.patience();
         self.args.cluster.meet(launch, names, patience).map(Some)
     }
@@ -598,42 +601,4 @@ fn dtype_flag(dtype: DType) -> &'static str {
         DType::F16 => "f16",
         _ => "f32",
     }
-}
-
-/// Turns the first SIGINT, SIGTERM or SIGHUP into a wish to stop; a second one ends the process at once.
-fn watch_signals() -> Result<Arc<AtomicBool>> {
-    use signal_hook::{
-        consts::{SIGINT, SIGTERM},
-        iterator::Signals,
-    };
-    let flag = Arc::new(AtomicBool::new(false));
-    let seen = flag.clone();
-    #[allow(unused_mut, reason = "some systems have no further signal")]
-    let mut watched = vec![SIGINT, SIGTERM];
-    #[cfg(unix)]
-    if !ignores_hangup() {
-        watched.push(signal_hook::consts::SIGHUP);
-    }
-    let mut signals = Signals::new(watched).context("cannot watch for signals")?;
-    std::thread::spawn(move || {
-        for signal in signals.forever() {
-            if seen.swap(true, Ordering::Relaxed) {
-                std::process::exit(128 + signal);
-            }
-            say("stopping after this step and saving; once more to stop at once");
-        }
-    });
-    Ok(flag)
-}
-
-/// Whether the process was started to outlive its terminal, as `nohup` does; also where that cannot be found out.
-#[cfg(unix)]
-fn ignores_hangup() -> bool {
-    let Ok(status) = std::fs::read_to_string("/proc/self/status") else {
-        return true;
-    };
-    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
-    // The first bit is that of signal 1.
-    mask.is_none_or(|mask| mask & 1 == 1)
 }

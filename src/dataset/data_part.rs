@@ -14,7 +14,7 @@ use super::{
 use crate::{
     phantom::{Dialect, PhantomStudies},
     processor::{
-        rejected,
+        row_keys::REJECTED_KEYS,
         sample::{Sample, SampleError},
     },
     study::counted,
@@ -73,7 +73,7 @@ impl DataPart {
             })?;
             let mut unknown = std::mem::take(&mut sample.unknown_keys);
             if options.pairs {
-                unknown.retain(|key| key != "margin" && !rejected::KEYS.contains(&key.as_str()));
+                unknown.retain(|key| key != "margin" && !REJECTED_KEYS.contains(&key.as_str()));
             }
             unused.add(number, unknown);
             samples.push(sample);

@@ -2,6 +2,7 @@
 
 mod packing;
 mod share;
+mod stream;
 #[cfg(test)]
 mod tests;
 
@@ -10,19 +11,19 @@ use std::{
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering},
-        mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
+        mpsc::{SyncSender, sync_channel},
     },
     time::Duration,
 };
 
 use burn::{
-    data::dataloader::{DataLoader, DataLoaderIterator, Progress},
+    data::dataloader::{DataLoader, DataLoaderIterator},
     prelude::Backend,
 };
 use rand::{SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
 
-use super::{encode::EncodedSample, error::DatasetError, facts::SampleLength, samples::Dataset};
+use super::{encode::EncodedSample, error::DatasetError, length::SampleLength, samples::Dataset};
 use crate::{
     base::{seeds::mix, trace::Trace},
     batch::{
@@ -38,6 +39,7 @@ use crate::{
 use packing::fill_rows;
 
 pub use share::Share;
+pub use stream::WindowStream;
 
 /// Frames, rows and columns of each image of a sample, in patches.
 type Grids = Vec<[usize; 3]>;
@@ -627,73 +629,6 @@ impl WindowLoader {
     }
 }
 
-/// The windows of a run in order; an error ends it (see [`WindowLoader::take_error`]).
-pub struct WindowStream {
-    channels: Vec<Receiver<Result<Window, DatasetError>>>,
-    steps: Vec<usize>,
-    /// Place of the next one in `steps`.
-    next: usize,
-    stop: Arc<AtomicBool>,
-    loader: WindowLoader,
-}
-
-impl WindowStream {
-    /// Waits for the next window of a worker; `None` if the worker is gone.
-    fn receive(&self, worker: usize) -> Option<Result<Window, DatasetError>> {
-        let channel = &self.channels[worker];
-        let Some(patience) = self.loader.patience else {
-            return channel.recv().ok();
-        };
-        match channel.recv_timeout(patience) {
-            Ok(window) => Some(window),
-            Err(RecvTimeoutError::Disconnected) => None,
-            Err(RecvTimeoutError::Timeout) => {
-                let WindowLoader { plan, dataset, .. } = &self.loader;
-                let step = self.steps[self.next];
-                let rows = plan.rows(step, dataset.len());
-                Some(Err(DatasetError::Slow {
-                    file: dataset.name().to_string(),
-                    step: step + 1,
-                    rows: rows.into_iter().map(|row| dataset.row(row)).collect(),
-                    seconds: patience.as_secs_f64(),
-                }))
-            }
-        }
-    }
-}
-
-impl Iterator for WindowStream {
-    type Item = Window;
-
-    fn next(&mut self) -> Option<Window> {
-        if self.next >= self.steps.len() {
-            return None;
-        }
-        // Worker `k` makes every k-th window: receiving in turn keeps the order.
-        let worker = self.next % self.channels.len();
-        match self.receive(worker)? {
-            Ok(window) => {
-                self.next += 1;
-                Some(window)
-            }
-            Err(error) => {
-                *self
-                    .loader
-                    .error
-                    .lock()
-                    .unwrap_or_else(|lock| lock.into_inner()) = Some(error);
-                None
-            }
-        }
-    }
-}
-
-impl DataLoaderIterator<Window> for WindowStream {
-    fn progress(&self) -> Progress {
-        Progress::new(self.next, self.steps.len())
-    }
-}
-
 impl<B: Backend> DataLoader<B, Window> for WindowLoader {
     fn iter<'a>(&'a self) -> Box<dyn DataLoaderIterator<Window> + 'a> {
         Box::new(self.stream())
@@ -713,11 +648,5 @@ impl<B: Backend> DataLoader<B, Window> for WindowLoader {
         part.end = (self.start + end).min(self.end);
         part.start = self.start + start;
         Arc::new(part)
-    }
-}
-
-impl Drop for WindowStream {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
     }
 }

@@ -20,7 +20,7 @@ mod pack_bits;
 pub mod patches;
 mod percentiles;
 mod pixel_limits;
-pub mod rejected;
+mod rejected;
 pub mod remark;
 pub mod resize;
 mod row_fault;

@@ -8,12 +8,9 @@ use serde_json::{Map, Value, json};
 use super::{
     conversation::Conversation,
     row_fault::{RowFault, kind_of},
-    row_keys,
+    row_keys::REJECTED_KEYS,
     sample::{Sample, parse_fields},
 };
-
-/// The keys that name a rejected answer.
-pub const KEYS: [&str; 2] = ["rejected_response", "rejected_messages"];
 
 impl Sample {
     /// The conversation with the rejected answer of a preference row in place of the last one; `None` where the row
@@ -26,17 +23,6 @@ impl Sample {
         own.map(|own| conversation(own, &self.conversation, &self.images))
             .transpose()
     }
-}
-
-/// The keys of a row that belong to its rejected answer; `None` where it has none.
-pub(super) fn of_row(row: &Map<String, Value>) -> Option<Box<Map<String, Value>>> {
-    let own = row.iter().filter(|(key, value)| {
-        (KEYS.contains(&key.as_str()) || *key == "rejected_images") && !row_keys::is_empty(value)
-    });
-    let own: Map<String, Value> = own
-        .map(|(key, value)| (key.clone(), value.clone()))
-        .collect();
-    (!own.is_empty()).then(|| Box::new(own))
 }
 
 /// The conversation with the rejected answer in place of the last one.
@@ -55,11 +41,11 @@ fn conversation(
             "it absent: both answers of a pair are about the images of the row",
         ));
     }
-    let [response, messages] = KEYS.map(|key| own.get(key));
+    let [response, messages] = REJECTED_KEYS.map(|key| own.get(key));
     let rejected = match (response, messages) {
         (Some(_), Some(_)) => {
             return Err(RowFault::key(
-                KEYS[0],
+                REJECTED_KEYS[0],
                 "given beside `rejected_messages`",
                 "one of the two",
             ));
@@ -77,12 +63,14 @@ fn conversation(
             row.insert("messages".to_owned(), messages.cloned().unwrap_or_default());
             row.insert("images".to_owned(), json!(images));
             let mut rejected = parse_fields(row)
-                .map_err(|fault| RowFault::key(KEYS[1], fault.to_string(), "a whole conversation"))?
+                .map_err(|fault| {
+                    RowFault::key(REJECTED_KEYS[1], fault.to_string(), "a whole conversation")
+                })?
                 .0
                 .conversation;
             if rejected.last_answer().is_none() {
                 return Err(RowFault::key(
-                    KEYS[1],
+                    REJECTED_KEYS[1],
                     "without an answer",
                     "a whole conversation",
                 ));
@@ -95,7 +83,11 @@ fn conversation(
     };
     if rejected == *chosen {
         return Err(RowFault::key(
-            if response.is_some() { KEYS[0] } else { KEYS[1] },
+            if response.is_some() {
+                REJECTED_KEYS[0]
+            } else {
+                REJECTED_KEYS[1]
+            },
             "the chosen answer again",
             "another answer",
         ));
@@ -105,7 +97,13 @@ fn conversation(
 
 /// The answer that `rejected_response` holds.
 fn answer_of(response: &Value) -> Result<String, RowFault> {
-    let wrong = |found: &str| RowFault::key(KEYS[0], found, "a text, or messages of `assistant`");
+    let wrong = |found: &str| {
+        RowFault::key(
+            REJECTED_KEYS[0],
+            found,
+            "a text, or messages of `assistant`",
+        )
+    };
     let text = match response {
         Value::String(text) => text.clone(),
         Value::Array(messages) => {
@@ -122,7 +120,7 @@ fn answer_of(response: &Value) -> Result<String, RowFault> {
     };
     if text.trim().is_empty() {
         return Err(RowFault::EmptyAnswer {
-            key: KEYS[0].to_owned(),
+            key: REJECTED_KEYS[0].to_owned(),
         });
     }
     // With the tags and escapes of an answer.
@@ -134,7 +132,7 @@ fn answer_of(response: &Value) -> Result<String, RowFault> {
         return Ok(text);
     };
     let (sample, _) = parse_fields(row)
-        .map_err(|fault| RowFault::key(KEYS[0], fault.to_string(), "an answer"))?;
+        .map_err(|fault| RowFault::key(REJECTED_KEYS[0], fault.to_string(), "an answer"))?;
     Ok(sample
         .conversation
         .last_answer()

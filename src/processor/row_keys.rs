@@ -8,7 +8,7 @@
 //! Source of the keys with a meaning: `RowPreprocessor.standard_keys` and `_check_messages`,
 //! ms-swift 4.6, `dataset/preprocessor/core.py`.
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::{
     base::files::nearest::nearest,
@@ -170,6 +170,21 @@ pub fn of_row(key: &str, value: &Value) -> KeyUse {
 /// Whether `key` belongs to preference training: the answer that is not to be given, and by how much.
 pub fn is_kept(key: &str) -> bool {
     key.starts_with("rejected_") || key == "margin"
+}
+
+/// The keys that name a rejected answer.
+pub const REJECTED_KEYS: [&str; 2] = ["rejected_response", "rejected_messages"];
+
+/// What a row says of its rejected answer; `None` where it has none.
+pub(super) fn rejected_of(row: &Map<String, Value>) -> Option<Box<Map<String, Value>>> {
+    let own = row.iter().filter(|(key, value)| {
+        let belongs = REJECTED_KEYS.contains(&key.as_str()) || *key == "rejected_images";
+        belongs && !is_empty(value)
+    });
+    let own: Map<String, Value> = own
+        .map(|(key, value)| (key.clone(), value.clone()))
+        .collect();
+    (!own.is_empty()).then(|| Box::new(own))
 }
 
 /// Whether `key` holds what may be the answer of a row, under a name that is not read.

@@ -24,9 +24,7 @@ pub use super::row_images::{ImageSource, embedded, ending_of, path_of};
 use super::row_keys::{self, KeyUse};
 pub use super::tags::IMAGE_TAG;
 use super::tags::{self, Tag};
-use super::{
-    literal, rejected, row_forms, row_images, row_question, row_tools, row_unknown, strict_json,
-};
+use super::{literal, row_forms, row_images, row_question, row_tools, row_unknown, strict_json};
 use crate::study::keys_of;
 
 /// Keys that often hold the path of an image, and are none of those that are read.
@@ -429,7 +427,7 @@ fn read(row: &Map<String, Value>, sizes: Option<&[(usize, usize)]>) -> Result<Sa
         marks,
         limits,
         unknown_keys,
-        rejected: rejected::of_row(row),
+        rejected: row_keys::rejected_of(row),
         boxed: None,
     })
 }

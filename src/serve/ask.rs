@@ -327,12 +327,12 @@ pub(super) async fn ask(
         .map(|findings| findings.ask(app, &model, &prepared, max_new_tokens))
         .transpose()?
         .unzip();
-    let prediction = predicted(app, settings.prediction.clone()).await?;
     let (besides, draws) = match work {
         Some(FindingWork::Sentences(continuations)) => (Some(continuations), 0),
         Some(FindingWork::Draws(count)) => (None, count),
         None => (None, 0),
     };
+    let prediction = predicted(app, settings.prediction.clone()).await?;
     let prompt = Arc::new(prepared.prompt);
     let tools = &request.tools;
     let rules = Rules::new(app, &settings, tools, prepared.opens_thinking).await?;

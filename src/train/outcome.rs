@@ -78,9 +78,9 @@ pub enum TrainError {
     #[error(
         "{0}; continue from the last checkpoint with `xray-qwen3vl train --config OUTPUT_DIR/config.toml --resume auto`"
     )]
-    Rank(#[from] RankError),
-    #[error("{0}; the same command with `--resume auto` on all nodes goes on from there")]
-    Process(#[from] ClusterError),
+    Rank(RankError),
+    #[error("{}{}", .0, go_on(.0))]
+    Process(ClusterError),
     #[error(
         "a thread failed: {0}; continue from the last checkpoint with `xray-qwen3vl train --config OUTPUT_DIR/config.toml --resume auto`"
     )]
@@ -93,6 +93,30 @@ pub enum TrainError {
     RunExists(PathBuf),
     #[error("{0}")]
     Other(String),
+}
+
+/// What to do where the processes of a run have ended together.
+fn go_on(error: &ClusterError) -> &'static str {
+    match error {
+        ClusterError::Ended(_) => "; the same command with `--resume auto` on all nodes goes on",
+        _ => "",
+    }
+}
+
+// Not by `#[from]`: their texts are in that of the variant, and would be printed a second time as its cause.
+impl From<RankError> for TrainError {
+    fn from(error: RankError) -> Self {
+        match error {
+            RankError::Process(error) => Self::Process(error),
+            error => Self::Rank(error),
+        }
+    }
+}
+
+impl From<ClusterError> for TrainError {
+    fn from(error: ClusterError) -> Self {
+        Self::Process(error)
+    }
 }
 
 /// How a run ended.

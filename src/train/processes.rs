@@ -50,7 +50,9 @@ const PIECE: u64 = 4 << 20;
 /// One thing that has to be the same everywhere.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Fact {
-    /// The key, or the file that a hash stands for.
+    /// What it is, the same in all processes.
+    key: String,
+    /// What the process calls it: the key, or the file that a hash stands for.
     name: String,
     value: String,
     /// Whether the value says something to a reader.
@@ -94,7 +96,7 @@ pub(super) fn compare(
 /// In what a process differs from the first, as the rest of a sentence.
 fn difference(first: &[Fact], other: &[Fact]) -> Option<String> {
     for fact in first {
-        match other.iter().find(|other| other.name == fact.name) {
+        match other.iter().find(|other| other.key == fact.key) {
             Some(same) if same.value == fact.value => {}
             Some(differs) if fact.is_shown => {
                 return Some(format!(
@@ -108,13 +110,13 @@ fn difference(first: &[Fact], other: &[Fact]) -> Option<String> {
                     fact.name
                 ));
             }
-            None => return Some(format!("has no `{}`, and NODE_0 has", fact.name)),
+            None => return Some(format!("has no `{}`, and NODE_0 has", fact.key)),
         }
     }
     let more = other
         .iter()
-        .find(|fact| !first.iter().any(|first| first.name == fact.name))?;
-    Some(format!("has `{}`, and NODE_0 has none", more.name))
+        .find(|fact| !first.iter().any(|first| first.key == fact.key))?;
+    Some(format!("has `{}`, and NODE_0 has none", more.key))
 }
 
 fn facts_of(
@@ -123,7 +125,8 @@ fn facts_of(
     data: &RunData,
     facts: &RunFacts,
 ) -> Vec<Fact> {
-    let file = |name: &str, value: String| Fact {
+    let file = |key: &str, name: &str, value: String| Fact {
+        key: key.to_string(),
         name: name.to_string(),
         value,
         is_shown: false,
@@ -131,33 +134,44 @@ fn facts_of(
     let name_of = |data: &str| format!("`{data}`");
     let train = &config.train_data;
     let mut all = vec![
-        file(&name_of(train), data.train.fingerprint().to_string()),
         file(
+            "training data",
+            &name_of(train),
+            data.train.fingerprint().to_string(),
+        ),
+        file(
+            "images",
             &format!("set of images beside `{train}`"),
             facts.images.digest(),
         ),
-        file("base model", facts.base.clone()),
+        file("base model", "base model", facts.base.clone()),
     ];
     if let Some(validation) = &data.validation {
         let name = config.val_data.as_deref().unwrap_or("validation data");
         all.push(file(
+            "validation data",
             &format!("`{name}` (validation)"),
             validation.fingerprint().to_string(),
         ));
-        all.push(file("set of validation images", facts.val_images.digest()));
+        all.push(file(
+            "validation images",
+            "set of validation images",
+            facts.val_images.digest(),
+        ));
     }
-    // Paths may differ, and what they hold is told by its hash; the name in the fact is that of the first.
     let table = toml::Table::try_from(config).unwrap_or_default();
     let keys = table
         .iter()
         .filter(|(key, _)| !OWN.contains(&key.as_str()))
         .map(|(key, value)| Fact {
+            key: key.clone(),
             name: key.clone(),
             value: value.to_string(),
             is_shown: true,
         });
     all.extend(keys);
     all.push(Fact {
+        key: "random_init".into(),
         name: "random_init".into(),
         value: random_init.to_string(),
         is_shown: true,
@@ -319,6 +333,12 @@ mod tests {
 
     fn fact(name: &str, value: &str, is_shown: bool) -> Fact {
         Fact {
+            key: name
+                .trim_matches('`')
+                .split('/')
+                .next_back()
+                .unwrap()
+                .into(),
             name: name.into(),
             value: value.into(),
             is_shown,
@@ -334,7 +354,8 @@ mod tests {
         assert_eq!(difference(&first, &first), None);
         for (other, says) in [
             (
-                vec![fact("`train.jsonl`", "bb", false), first[1].clone()],
+                // The name is that of the first process.
+                vec![fact("`other/train.jsonl`", "bb", false), first[1].clone()],
                 "has another `train.jsonl` than NODE_0",
             ),
             (

@@ -247,7 +247,14 @@ fn pairs_of_own_answers_are_preferred() {
     fs::write(folder.path().join("run.toml"), settings).unwrap();
     well(
         folder.path(),
-        &["--set", "max_steps=6", "--set", "save_steps=0"],
+        &[
+            "--set",
+            "max_steps=6",
+            "--set",
+            "save_steps=0",
+            "--set",
+            "num_train_epochs=40",
+        ],
     );
     let all = rows(folder.path());
     // The reference is the start: no answer is preferred yet.

@@ -5,12 +5,13 @@
     sudo python3 tests/cluster/run.py --netem            # network namespaces, 10 ms delay, 1 % loss
     python3 tests/cluster/run.py equal strangers         # some of it, over the loopback
 
-Each process runs in a network namespace of its own behind a bridge, with delay and loss on its way out; without
---netem all share the loopback. What is compared is compared bit by bit: losses and norms of every step, the adapter and
+Each process runs in a network namespace of its own, with delay and loss on the way to the others; without --netem all
+share the loopback. What is compared is compared bit by bit: losses and norms of every step, the adapter and
 the optimizer's moments, with those of one process whose accumulation is multiplied.
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ import random
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -51,25 +53,70 @@ def check(holds, text):
 
 
 class Net:
-    """Where the processes run: namespaces behind a bridge, or the loopback."""
+    """Where the processes run: network namespaces with delay and loss between them, or the loopback.
+
+    Packets of a namespace go through a TUN device to this program, which drops some and passes the others on late:
+    a kernel without netem does as well.
+    """
+
+    DELAY, LOSS = 0.010, 0.01
 
     def __init__(self, netem, count):
         self.netem, self.count = netem, count
         self.names = [f"xraynet{place}" for place in range(count)]
-        if netem:
-            self.close()
-            self.ip("link", "add", "xraybr", "type", "bridge")
-            self.ip("link", "set", "xraybr", "up")
-            for place, name in enumerate(self.names):
-                self.ip("netns", "add", name)
-                self.ip("link", "add", f"xrayv{place}", "type", "veth", "peer", "name", "eth0", "netns", name)
-                self.ip("link", "set", f"xrayv{place}", "master", "xraybr", "up")
-                inside = ["ip", "-n", name]
-                self.sh(*inside, "addr", "add", f"10.77.0.{place + 1}/24", "dev", "eth0")
-                self.sh(*inside, "link", "set", "eth0", "up")
-                self.sh(*inside, "link", "set", "lo", "up")
-                self.sh("tc", "-n", name, "qdisc", "add", "dev", "eth0", "root", "netem",
-                        "delay", "10ms", "loss", "1%")
+        self.passed = self.dropped = 0
+        if not netem:
+            return
+        self.close()
+        self.files, self.late, self.turn = [], [], threading.Condition()
+        for place, name in enumerate(self.names):
+            device = f"xraytun{place}"
+            file = os.open("/dev/net/tun", os.O_RDWR)
+            # TUNSETIFF, with IFF_TUN and IFF_NO_PI.
+            fcntl.ioctl(file, 0x400454CA, struct.pack("16sH22x", device.encode(), 0x0001 | 0x1000))
+            self.files.append(file)
+            self.ip("netns", "add", name)
+            self.ip("link", "set", device, "netns", name)
+            inside = ["ip", "-n", name]
+            self.sh(*inside, "addr", "add", f"{self.address(place)}/24", "dev", device)
+            self.sh(*inside, "link", "set", device, "up", "mtu", "1500")
+            self.sh(*inside, "link", "set", "lo", "up")
+        for file in self.files:
+            threading.Thread(target=self.take, args=(file,), daemon=True).start()
+        threading.Thread(target=self.deliver, daemon=True).start()
+
+    def take(self, file):
+        generator = random.Random(file)
+        while True:
+            try:
+                packet = os.read(file, 2048)
+            except OSError:
+                return
+            # IPv4 to 10.77.0.N; other packets are the system's own.
+            if packet[0] >> 4 != 4 or packet[16:19] != bytes([10, 77, 0]) or not 1 <= packet[19] <= self.count:
+                continue
+            if generator.random() < self.LOSS:
+                self.dropped += 1
+                continue
+            with self.turn:
+                self.late.append((time.monotonic() + self.DELAY, self.files[packet[19] - 1], packet))
+                self.turn.notify()
+
+    def deliver(self):
+        while True:
+            with self.turn:
+                while not self.late:
+                    self.turn.wait()
+                # All wait as long: the first to come is the first to go.
+                due, file, packet = self.late.pop(0)
+            left = due - time.monotonic()
+            if left > 0:
+                time.sleep(left)
+            try:
+                os.write(file, packet)
+                self.passed += 1
+            except OSError:
+                pass
 
     @staticmethod
     def sh(*words):
@@ -86,9 +133,10 @@ class Net:
 
     def close(self):
         if self.netem:
+            if self.passed:
+                print(f"{self.passed + self.dropped} packets, {self.dropped} of them dropped, {1e3 * self.DELAY:.0f} ms each way")
             for name in self.names:
                 subprocess.run(["ip", "netns", "del", name], stderr=subprocess.DEVNULL)
-            subprocess.run(["ip", "link", "del", "xraybr"], stderr=subprocess.DEVNULL)
 
 
 class Lab:
@@ -198,7 +246,7 @@ def equal(lab, args):
         same(result(out), lab.reference(count * MICRO_BATCHES), f"{count} processes")
         others = [path for path in lab.work.glob("*rank-*")]
         check(not others, f"left behind: {others}")
-        print(f"  {count} processes: the bits of one, {time.time() - started:.1f} s")
+        print(f"  {count} processes: the bits of one, {time.time() - started:.1f} s", flush=True)
     for name, sets in (("packed", ["packing=true", "packing_tokens=512"]), ("skipped", ['overlong="skip"', "max_length=330"])):
         out = lab.work / f"equal-{name}"
         processes = lab.nodes(2, out, sets=sets)
@@ -230,22 +278,23 @@ def generate(lab, args):
 def kill(lab, args):
     """kill -9 of any process at any moment: all end with its name; resumed, the bits are those of an unbroken run."""
     count = 3
-    wanted = lab.reference(count * MICRO_BATCHES)
+    sets = ["max_steps=5", "save_steps=1", "eval_steps=0", "val_data=data/sample/val/samples.jsonl#4"]
+    wanted = lab.reference(count, sets)
     out = lab.work / "timing"
     started = time.time()
-    check(lab.wait(lab.nodes(count, out)) == [0] * count, lab.logs(count))
+    check(lab.wait(lab.nodes(count, out, 1, sets=sets)) == [0] * count, lab.logs(count))
     whole = time.time() - started
     generator = random.Random(args.seed)
     ended, slowest = 0, 0.0
     for attempt in range(args.kills):
         out = lab.work / f"kill-{attempt}"
         victim, moment = generator.randrange(count), generator.uniform(0.05, whole)
-        processes = lab.nodes(count, out, words=("--resume", "auto"), timeout=20)
+        processes = lab.nodes(count, out, 1, words=("--resume", "auto"), timeout=30, sets=sets)
         time.sleep(moment)
         was_running = processes[victim].poll() is None
         processes[victim].send_signal(signal.SIGKILL)
         killed = time.time()
-        codes = lab.wait(processes, 60)
+        codes = lab.wait(processes, 90)
         slowest = max(slowest, time.time() - killed)
         survivors = [place for place in range(count) if place != victim]
         all_done = all(codes[place] == 0 for place in survivors)
@@ -257,10 +306,12 @@ def kill(lab, args):
                 # One that had not met the others yet, or had left them already.
                 before = "does not answer" in text or codes[place] == 0
                 check(named or before, f"attempt {attempt}: node {place} does not name node {victim}:\n{text}")
-        processes = lab.nodes(count, out, words=("--resume", "auto"))
+        processes = lab.nodes(count, out, 1, words=("--resume", "auto"), sets=sets)
         check(lab.wait(processes) == [0] * count, f"attempt {attempt}, resumed:\n" + lab.logs(count))
         found = result(out)
         same(found, wanted, f"attempt {attempt} (node {victim} at {moment:.2f} s)")
+        print(f"    {attempt + 1}: node {victim} at {moment:.2f} s of {whole:.1f}: exit codes {codes}; resumed, the same bits",
+              flush=True)
         shutil.rmtree(out)
     print(f"  {args.kills} kills of random processes in {whole:.1f} s of a run: {ended} ended it, all with the name, "
           f"at most {slowest:.1f} s later; all resumed to the same bits")
@@ -270,16 +321,16 @@ def stall(lab, args):
     """A process that is stopped ends the run within ddp_timeout, with its name."""
     for victim in (1, 0):
         out = lab.work / f"stall-{victim}"
-        processes = lab.nodes(3, out, timeout=6, sets=["max_steps=200", "eval_steps=0"])
+        processes = lab.nodes(3, out, timeout=args.stall, sets=["max_steps=200", "eval_steps=0"])
         wait_for_step(lab, 3)
         processes[victim].send_signal(signal.SIGSTOP)
         # `ip netns exec` replaces itself: the process is the program.
         stopped = time.time()
         others = [process for place, process in enumerate(processes) if place != victim]
-        codes = lab.wait(others, 40)
+        codes = lab.wait(others, 4 * args.stall + 40)
         took = time.time() - stopped
         processes[victim].send_signal(signal.SIGCONT)
-        lab.wait(processes, 40)
+        lab.wait(processes, 60)
         check(all(codes), f"stall of {victim}: {codes}")
         for place in range(3):
             if place != victim:
@@ -367,7 +418,7 @@ def strangers(lab, args):
         for stream in held:
             stream.close()
 
-    # From a namespace of the bridge where there are namespaces.
+    # From a namespace of its own where there are namespaces.
     processes = lab.nodes(2, out)
     if lab.net.netem:
         source = Path(__file__).resolve()
@@ -380,9 +431,10 @@ def strangers(lab, args):
     if stranger:
         stranger.kill()
     check(codes == [0, 0], lab.logs(2))
+    said = lab.log(0)
     same(result(out), lab.reference(2 * MICRO_BATCHES), "with strangers")
-    check("was turned away" in lab.log(0), lab.log(0))
-    print(f"  garbage, half greetings and silence at the port ({lab.log(0).count('was turned away')} told of): the same bits")
+    check("was turned away" in said, said)
+    print(f"  garbage, half greetings and silence at the port ({said.count('was turned away')} told of): the same bits")
 
 
 def strange(target):
@@ -455,8 +507,9 @@ def launchers(lab, args):
             env = {**of(port), **per_place(place)}
             processes.append(lab.start(place, lab.train(out, MICRO_BATCHES), env))
         check(lab.wait(processes) == [0, 0], f"{name}:\n" + lab.logs(2))
+        said = lab.log(1).splitlines()[0][:140]
         same(result(out), lab.reference(2 * MICRO_BATCHES), name)
-        print(f"  {name}: {lab.log(1).splitlines()[0][:140]}")
+        print(f"  {name}: {said}")
 
     host = lab.net.address(0)
     run("kubeflow", lambda port: {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "auto", "PET_MASTER_ADDR": host,
@@ -489,8 +542,8 @@ def torchrun(lab, args):
     children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "train"], capture_output=True, text=True)
     os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
     check(lab.wait([process]) == [0], lab.logs(1))
-    same(result(out), lab.reference(2 * MICRO_BATCHES), "torchrun")
     text = lab.log(0)
+    same(result(out), lab.reference(2 * MICRO_BATCHES), "torchrun")
     check(text.count("process 1 of 2") >= 2, text)
     print("  torchrun with 2 processes, one killed, restarted by it: the same bits")
     out = lab.work / "torchrun-nodes"
@@ -551,6 +604,7 @@ def main():
     parser.add_argument("--binary", default=str(ROOT / "target/release/xray-qwen3vl"))
     parser.add_argument("--netem", action="store_true", help="network namespaces with delay and loss; wants root")
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--stall", type=float, default=10, help="ddp_timeout of the runs in which a process is stopped")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--torchrun", help="path of a torchrun")
     parser.add_argument("--keep", action="store_true")

@@ -8,7 +8,7 @@ use crate::{
     base::device_name::DtypeName,
     commands::{cluster_args::ClusterArgs, models::DownloadArgs, shared_args::GgufArgs},
     dataset::Columns,
-    train::{budget::Budget, config::LossReduction},
+    train::{budget::Budget, config::LossReduction, objective::settings::Objective},
 };
 
 /// Arguments of `train`; everything else is a key of the config file.
@@ -65,6 +65,10 @@ pub struct TrainArgs {
     /// the images swapped between studies, at the end.
     #[arg(long, value_name = "N")]
     pub eval_generate: Option<usize>,
+    /// What is minimised: sft imitates the answers of the data, dpo prefers one answer of a row to another, grpo rewards
+    /// the model's own answers (the config names the rewards).
+    #[arg(long, value_enum)]
+    pub objective: Option<Objective>,
     /// What the loss of a step is averaged over.
     #[arg(long, value_enum)]
     pub loss_reduction: Option<LossReduction>,

@@ -194,7 +194,8 @@ pub fn generate_and_keep<B: Accelerator>(
     check_prompts(config, prompts, settings)?;
     let greedy =
         settings.sampling.temperature == 0.0 && settings.sampling.repetition_penalty == 1.0;
-    let drafts = (settings.drafts.as_ref()).filter(|_| is_drafted::<B>(prompts.len()));
+    let is_alone = settings.num_return_sequences <= 1;
+    let drafts = (settings.drafts.as_ref()).filter(|_| is_alone && is_drafted::<B>(prompts.len()));
     if let Some(drafts) = drafts
         && !(B::DECODER_VERIFIES && greedy)
     {

@@ -59,7 +59,7 @@ fn the_degree_counts_where_it_is_asked_for() {
 #[test]
 fn what_cannot_be_read_earns_nothing() {
     let read = answered("左侧胸腔积液。", "左侧胸腔积液。");
-    let vague = answered("左侧胸腔积液。", "左侧胸腔积液。右肺见奇异病灶样异常改变。");
+    let vague = answered("左侧胸腔积液。", "左侧胸腔积液。右肺见一奇特征。");
     let found = values(kind(RewardKind::FindingF1), &[read, vague]);
     assert!(found[1] < found[0], "{found:?}");
 }
