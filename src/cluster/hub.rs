@@ -15,7 +15,7 @@ use std::{
 
 use super::{
     key::Key,
-    meeting::{Peer, Tell},
+    peer::{Peer, Tell},
     pending::Pending,
     wire::{
         By, Frame, GREETING, Greeting, Kind, MAX_HELLO, Reader, Writer, admit, read_frame,

@@ -8,18 +8,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use serde::{Deserialize, Serialize};
-
 use super::{
     ClusterError, Key, Launch,
     hub::{Hub, HubOptions, PURPOSE},
     launch::Address,
     member::Member,
+    peer::{Peer, Tell},
     wire::{By, Frame, Greeting, Kind, introduce, read_frame, reason, write_frame},
 };
-
-/// Prints one line.
-pub type Tell = Arc<dyn Fn(&str) + Send + Sync>;
 
 /// Longest silence of a process that lives, however long processes wait for each other.
 const LONGEST_SILENCE: Duration = Duration::from_secs(120);
@@ -27,33 +23,6 @@ const LONGEST_SILENCE: Duration = Duration::from_secs(120);
 const ATTEMPT: Duration = Duration::from_secs(5);
 /// How long a port that an earlier start still holds is waited for.
 const RELEASE: Duration = Duration::from_secs(10);
-
-/// What a process says of itself.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Peer {
-    /// Its number, from 0.
-    pub rank: usize,
-    /// How many it was told there are.
-    pub processes: usize,
-    /// Its machine's name.
-    pub host: String,
-    /// Program and version.
-    pub program: String,
-    /// Its devices, as they are named there.
-    pub devices: Vec<String>,
-    /// What the launcher calls this start.
-    pub id: Option<String>,
-    /// `node` or `process`, as the first one says.
-    pub noun: String,
-}
-
-impl Peer {
-    /// What messages call it.
-    pub fn name(&self) -> String {
-        format!("{} {} (`{}`)", self.noun, self.rank, self.host)
-    }
-}
 
 /// What a process brings to the meeting.
 pub struct Meeting {

@@ -14,6 +14,7 @@ pub mod key;
 pub mod launch;
 mod meeting;
 mod member;
+mod peer;
 mod pending;
 #[cfg(test)]
 mod tests;
@@ -22,4 +23,5 @@ mod wire;
 pub use errors::ClusterError;
 pub use key::Key;
 pub use launch::{Flags, Launch, LaunchError};
-pub use meeting::{Cluster, Meeting, Peer};
+pub use meeting::{Cluster, Meeting};
+pub use peer::Peer;

@@ -9,8 +9,11 @@ use std::{
 /// Most connections that are being greeted at once; for one more, the oldest is closed.
 const MOST: usize = 64;
 
+/// The number of the next connection, and those that are being greeted with theirs.
+type Greeted = (u64, VecDeque<(u64, TcpStream)>);
+
 #[derive(Clone, Default)]
-pub(super) struct Pending(Arc<Mutex<(u64, VecDeque<(u64, TcpStream)>)>>);
+pub(super) struct Pending(Arc<Mutex<Greeted>>);
 
 impl Pending {
     /// Notes a connection; gives its number.

@@ -3,32 +3,14 @@
 use rayon::prelude::*;
 use serde::Serialize;
 
-use super::{data_part::SampleSource, error::DatasetError, loader::Overlong, samples::Dataset};
+use super::{
+    data_part::SampleSource, error::DatasetError, length::SampleLength, loader::Overlong,
+    samples::Dataset,
+};
 use crate::{
-    batch::micro_batch::IGNORE_INDEX,
     processor::{chat::ImageGrid, supervised::encode_supervised},
     runtime::pipeline::TextAndImages,
 };
-
-/// How long a sample is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct SampleLength {
-    /// Tokens, those of images included.
-    pub(super) tokens: usize,
-    /// Those that are targets.
-    pub(super) targets: usize,
-}
-
-impl SampleLength {
-    pub(super) fn of(input_ids: &[u32], labels: &[i64]) -> Self {
-        // Nothing predicts the first token.
-        let targets = labels.iter().skip(1);
-        Self {
-            tokens: input_ids.len(),
-            targets: targets.filter(|label| **label != IGNORE_INDEX).count(),
-        }
-    }
-}
 
 /// Rows that a run leaves out because they are longer than allowed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

@@ -23,7 +23,7 @@ use burn::{
 use rand::{SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
 
-use super::{encode::EncodedSample, error::DatasetError, facts::SampleLength, samples::Dataset};
+use super::{encode::EncodedSample, error::DatasetError, length::SampleLength, samples::Dataset};
 use crate::{
     base::{seeds::mix, trace::Trace},
     batch::{

@@ -15,6 +15,7 @@ mod folder;
 mod held_out;
 pub mod image_remarks;
 mod image_store;
+mod length;
 pub mod loader;
 mod mix;
 mod python_random;

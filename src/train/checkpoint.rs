@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     config::{TrainConfig, Tuner},
     loss_scale::LossScaleState,
-    objective::rollouts::RewardWatch,
+    objective::watch::RewardWatch,
     optimizer::{AdamW, Moments},
 };
 use crate::{

@@ -1,10 +1,9 @@
 //! The worker's loop: who joins the batch, whose prompt goes on, one step for all the others.
 
 mod continuations;
+mod drafts;
 mod room;
 mod steps;
-
-mod drafts;
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},

@@ -1,10 +1,9 @@
 //! The worker with a device made of arithmetic: who runs when, and who is not hurt by whom.
 
 mod continuations;
+mod drafts;
 mod ends;
 mod room;
-
-mod drafts;
 
 use std::{
     path::Path,

@@ -8,3 +8,4 @@ pub mod rewards;
 pub mod rollouts;
 pub mod settings;
 pub mod sums;
+pub mod watch;

@@ -26,6 +26,9 @@ use crate::{
     },
 };
 
+/// Sums of gradients, and which parameters have one.
+pub(super) type Sums<B> = (Vec<Flat<B>>, Arc<Vec<bool>>);
+
 /// Adds up gradients among the devices.
 pub(super) type Adder<B> = Arc<dyn AllReduce<<B as AutodiffBackend>::InnerBackend>>;
 
@@ -47,7 +50,7 @@ pub(super) enum Job<B: TrainAccelerator> {
     /// Return the gradients of each micro-batch, on the host.
     Parts,
     /// Clip and step with the sums: those given, or those the rank has of the last [`Job::Reduce`].
-    Step(Option<(Vec<Flat<B>>, Arc<Vec<bool>>)>, f64),
+    Step(Option<Sums<B>>, f64),
     /// Compute the loss of a validation batch; the first rank gets the Learner's model with it.
     Evaluate(Option<Box<Trainee<B>>>, Box<Window>),
     /// Generate reports of some batches; the first rank gets the Learner's model with it.
