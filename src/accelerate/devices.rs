@@ -9,8 +9,7 @@ use crate::{
 };
 
 #[cfg(feature = "wgpu")]
-use std::sync::Mutex;
-
+use super::wgpu_setup::wgpu_setup;
 use burn::{prelude::*, tensor::DType};
 
 /// Why a device cannot be used.
@@ -217,7 +216,7 @@ pub fn run_on<T: DeviceTask>(
                 use burn::{backend::wgpu::WgpuDevice, tensor::backend::Backend as _};
                 type Vulkan = burn::backend::Vulkan;
                 let device = _index.map_or(WgpuDevice::DefaultDevice, WgpuDevice::DiscreteGpu);
-                let adapter = wgpu_adapter(&device).map_err(|reason| DeviceError::NotThere {
+                let adapter = wgpu_setup(&device).map_err(|reason| DeviceError::NotThere {
                     device: name,
                     reason,
                 })?;
@@ -264,36 +263,8 @@ fn best_device() -> DeviceName {
 #[cfg(feature = "wgpu")]
 fn has_vulkan_gpu() -> bool {
     let device = burn::backend::wgpu::WgpuDevice::DefaultDevice;
-    wgpu_adapter(&device).is_ok_and(|adapter| !is_software(&adapter))
+    wgpu_setup(&device).is_ok_and(|adapter| !is_software(&adapter))
         && probe::<burn::backend::Vulkan>(&device).is_ok()
-}
-
-/// The wgpu adapter of a device, opened once; its driver reports more than burn does.
-///
-/// # Errors
-/// The message of a missing driver or adapter.
-#[cfg(feature = "wgpu")]
-pub(super) fn wgpu_adapter(
-    device: &burn::backend::wgpu::WgpuDevice,
-) -> Result<burn::backend::wgpu::WgpuSetup, String> {
-    use burn::backend::wgpu::{
-        RuntimeOptions, WgpuDevice, WgpuSetup, graphics::AutoGraphicsApi, init_setup,
-    };
-    type Opened = Vec<(WgpuDevice, Result<WgpuSetup, String>)>;
-    static OPENED: Mutex<Opened> = Mutex::new(Vec::new());
-    let mut opened = OPENED.lock().unwrap_or_else(|lock| lock.into_inner());
-    if let Some((_, adapter)) = opened.iter().find(|(name, _)| name == device) {
-        return adapter.clone();
-    }
-    // Launches that go to the queue together: half as many submissions as by default. Above 63, cubecl waits
-    // for the device in between.
-    let options = || RuntimeOptions {
-        tasks_max: 60,
-        ..RuntimeOptions::default()
-    };
-    let adapter = quietly(|| init_setup::<AutoGraphicsApi>(device, options()));
-    opened.push((device.clone(), adapter.clone()));
-    adapter
 }
 
 /// Whether an adapter is a program on the CPU.

@@ -112,14 +112,14 @@ mod vulkan {
     use cubecl::{Runtime, ir::StorageType};
 
     use super::{DeviceName, ListedDevice, gib};
-    use crate::accelerate::devices::wgpu_adapter;
+    use crate::accelerate::wgpu_setup::wgpu_setup;
 
     /// Discrete cards by number; where there is none, the best adapter.
     pub(super) fn list() -> Result<Vec<ListedDevice>, String> {
         let mut devices = Vec::new();
         for index in 0.. {
             let device = WgpuDevice::DiscreteGpu(index);
-            match wgpu_adapter(&device) {
+            match wgpu_setup(&device) {
                 Ok(setup) => {
                     let name = DeviceName::Wgpu(Some(index));
                     devices.push(describe(name, &setup, &device));
@@ -129,7 +129,7 @@ mod vulkan {
         }
         if devices.is_empty() {
             let device = WgpuDevice::DefaultDevice;
-            let setup = wgpu_adapter(&device)
+            let setup = wgpu_setup(&device)
                 .map_err(|_| "no Vulkan adapter; is a Vulkan driver installed?".to_string())?;
             devices.push(describe(DeviceName::Wgpu(None), &setup, &device));
         }

@@ -5,6 +5,9 @@ pub mod devices;
 mod draws;
 pub mod list;
 
+#[cfg(feature = "wgpu")]
+mod wgpu_setup;
+
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 pub mod cube;
 #[cfg(feature = "cuda")]

@@ -517,7 +517,8 @@ fn measure_calls<B: Accelerator>(
         BenchKind::Vision | BenchKind::Prefill => 0,
         _ => decoded.iter().copied().max().unwrap_or(0),
     };
-    prepare_kernels::<B>(&bench.config, dtype, &bench.device, largest);
+    let weights = (dtype, model.quantization());
+    prepare_kernels::<B>(&bench.config, weights, &bench.device, largest);
     Ok(match args.kind {
         BenchKind::Vision => bench.vision(&model, seconds, &batches(args, &[1])),
         BenchKind::Prefill => bench.prefill(&model, seconds, &batches(args, &[1]))?,

@@ -395,7 +395,8 @@ impl DeviceTask for Scoring {
         if let Some(limits) = parts.pixel_limits_to_know() {
             eprintln!("{limits}");
         }
-        prepare_kernels::<B>(&parts.config, dtype, &pipeline.device, 1);
+        let weights = (dtype, pipeline.model.quantization());
+        prepare_kernels::<B>(&parts.config, weights, &pipeline.device, 1);
         let sentences = sentences(parts, &self.asked.lead)?;
         let mut progress = Progress::new("findings", self.rows as u64, Unit::Items);
         if file.rows() > 0 {

@@ -257,8 +257,11 @@ impl Infer {
             batch_size,
         )?;
         for device in &devices {
-            let config = &pipelines[0].parts.config;
-            prepare_kernels::<B>(config, dtype, device, batch_size);
+            let (config, form) = (
+                &pipelines[0].parts.config,
+                pipelines[0].model.quantization(),
+            );
+            prepare_kernels::<B>(config, (dtype, form), device, batch_size);
             let _ = B::sync(device);
         }
         if self.args.verbose {

@@ -153,7 +153,8 @@ impl DeviceTask for Preferring {
             eprintln!("note: {note}");
         }
         let parts = &pipeline.parts;
-        prepare_kernels::<B>(&parts.config, dtype, &pipeline.device, args.batch_size);
+        let weights = (dtype, pipeline.model.quantization());
+        prepare_kernels::<B>(&parts.config, weights, &pipeline.device, args.batch_size);
         let count = data.len().min(args.limit.unwrap_or(usize::MAX));
         let truths: Vec<String> = (0..count).filter_map(|row| data.text(row).answer).collect();
         if truths.len() < count {

@@ -9,7 +9,10 @@ use std::{
 use burn::tensor::DType;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::{qwen3_vl::config::Qwen3VlConfig, runtime::accelerator::Accelerator};
+use crate::{
+    ops::quantised::Quantization, qwen3_vl::config::Qwen3VlConfig,
+    runtime::accelerator::Accelerator,
+};
 
 /// Time between plain lines.
 const LINE_EVERY: Duration = Duration::from_secs(10);
@@ -125,12 +128,12 @@ pub(crate) fn loading<T>(load: impl FnOnce(&mut dyn FnMut(u64, u64)) -> T) -> T 
 /// Batches of up to `largest_batch` are to be decoded; none where a serving engine does it.
 pub(crate) fn prepare_kernels<B: Accelerator>(
     config: &Qwen3VlConfig,
-    dtype: DType,
+    weights: (DType, Option<Quantization>),
     device: &B::Device,
     largest_batch: usize,
 ) {
     let mut progress = Progress::new("compiling kernels, once a card", 0, Unit::Items);
-    B::prepare(config, dtype, device, largest_batch, &mut |done, all| {
+    B::prepare(config, weights, device, largest_batch, &mut |done, all| {
         progress.set(done, all)
     });
     progress.finish();

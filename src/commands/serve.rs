@@ -153,7 +153,7 @@ impl DeviceTask for Serve {
         if let Some(fit) = fit {
             self.args.cache_tokens = fit.cache_tokens;
         }
-        prepare_kernels::<B>(&parts.config, dtype, &device, 0);
+        prepare_kernels::<B>(&parts.config, (dtype, model.quantization()), &device, 0);
         let drafting_args = &self.args.generation.drafting;
         let drafting = drafting(
             drafting_args,

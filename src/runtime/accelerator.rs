@@ -11,7 +11,7 @@ use super::generate::{
 };
 use crate::{
     batch::images::ImageInput,
-    ops::Ops,
+    ops::{Ops, quantised::Quantization},
     qwen3_vl::{
         Qwen3Vl,
         config::Qwen3VlConfig,
@@ -78,11 +78,11 @@ pub trait Accelerator: Ops {
     }
 
     /// Compiles what a request of any length may need, so that none has to wait for it; what decoding
-    /// batches of up to `largest_batch` takes, in the background. `on_progress` gets kernels done and in
-    /// all.
+    /// batches of up to `largest_batch` takes, in the background, for weights in this form. `on_progress` gets
+    /// kernels done and in all.
     fn prepare(
         _config: &Qwen3VlConfig,
-        _dtype: DType,
+        _weights: (DType, Option<Quantization>),
         _device: &Self::Device,
         _largest_batch: usize,
         _on_progress: &mut dyn FnMut(u64, u64),

@@ -10,8 +10,9 @@ use burn_cubecl::{CubeRuntime, kernel::into_contiguous};
 use cubecl::prelude::*;
 
 use super::{
-    launch::{Buffer, Cube, cubes, elements, empty, pieces, tensor, with_contiguous_heads},
+    launch::{Buffer, Cube, array, cubes, elements, empty, pieces, tensor, with_contiguous_heads},
     sums::cube_sum,
+    tile_attention,
     words::{Packing, Piece, pair, within},
 };
 use crate::ops::AttentionSpans;
@@ -22,8 +23,11 @@ const UNITS: usize = 256;
 /// Most rows (queries times heads) of a cube, as the units' registers hold them.
 const ROWS: usize = 8;
 
-/// Keys of a range that is worth a cube of its own.
-const RANGE: usize = 512;
+/// Keys of a range that is worth a cube of its own: one row has eight key heads, and a large card 132 multiprocessors.
+const RANGE: usize = 64;
+
+/// Cubes of a launch up to which ranges are split.
+const MOST_CUBES: usize = 512;
 
 /// Most pieces that a unit loads before it uses the first: with one load after another, a decode step waits for
 /// memory most of the time.
@@ -47,6 +51,8 @@ struct AttentionConfig {
     packing: Packing,
     /// Whether the range is split: sums are written as they are.
     split: bool,
+    /// Whether the device knows the number of keys: the step's place and one.
+    stepped: bool,
 }
 
 impl AttentionConfig {
@@ -88,13 +94,14 @@ fn attend<F: Numeric>(
     values: &Array<Piece>,
     first: &Array<i32>,
     end: &Array<i32>,
+    step: &Array<u32>,
     y: &mut Array<F>,
     sums: &mut Array<f32>,
     key_value_heads: usize,
     queries: usize,
     splits: usize,
     count: usize,
-    held: usize,
+    known: usize,
     q_batch_stride: usize,
     q_head_stride: usize,
     q_row_stride: usize,
@@ -115,6 +122,10 @@ fn attend<F: Numeric>(
     let row_pieces = comptime!(config.pieces());
     let lanes = comptime!(config.lanes());
     let unit = UNIT_POS as usize;
+    let mut held = known;
+    if config.stepped {
+        held = step[0] as usize + 1;
+    }
 
     // Cubes past the last repeat its work, so that all reach the barriers.
     let place = min(CUBE_POS, count - 1);
@@ -364,26 +375,30 @@ pub(super) fn span_attention<R: CubeRuntime>(
         values: &v,
     };
     let [first, end] = spans.ranges().clone().map(|range| range.into_primitive());
-    let y = attended(&q, &cache, &first, &end, keys, false);
+    let y = attended(&q, &cache, [&first, &end], (keys, None), false);
     Some(tensor::<R, 4>(y).swap_dims(1, 2))
 }
 
 /// Attention output `[b, queries, h, d]` of `q` `[b, h, queries, d]`: each query over keys `[first, end)` as
-/// far as there are `keys`. Of `one_sequence` all of the batch read the first sequence's keys.
+/// far as there are `keys`; with the place of a step on the device, as far as that, which is never more. Of
+/// `one_sequence` all of the batch read the first sequence's keys.
 pub(super) fn attended<R: CubeRuntime>(
     q: &Buffer<R>,
     cache: &Cache<'_, R>,
-    first: &Buffer<R>,
-    end: &Buffer<R>,
-    keys: usize,
+    [first, end]: [&Buffer<R>; 2],
+    (keys, step): (usize, Option<&Buffer<R>>),
     one_sequence: bool,
 ) -> Buffer<R> {
     let [batch, heads, queries, head_dim] = q.meta.shape().dims();
+    if !one_sequence && tile_attention::covers(q, cache) {
+        return tile_attention::attended(q, cache, [first, end], keys, true);
+    }
     let key_value_heads = cache.keys.meta.shape()[1];
     let group = heads / key_value_heads;
     let packing = Packing::of(q.dtype).expect("the kernel covers the type");
     let splits = if queries == 1 {
-        (keys / RANGE).clamp(1, 16)
+        let cubes = (batch * key_value_heads).max(1);
+        (keys / RANGE).min(MOST_CUBES / cubes).clamp(1, 16)
     } else {
         1
     };
@@ -395,6 +410,7 @@ pub(super) fn attended<R: CubeRuntime>(
         queries: if queries == 1 { 1 } else { ROWS / group },
         packing,
         split: splits > 1,
+        stepped: step.is_some(),
     };
     let y = empty(q, [batch, queries, heads, head_dim], q.dtype);
     let sums = if config.split {
@@ -418,6 +434,7 @@ pub(super) fn attended<R: CubeRuntime>(
             pieces(cache.values),
             elements(first),
             elements(end),
+            array(step.unwrap_or(end), 4),
             elements(&y),
             elements(&sums),
             key_value_heads,

@@ -6,6 +6,7 @@
 
 use std::{
     future::{Future, ready},
+    ops::Range,
     pin::Pin,
     task::{Context, Poll, Waker},
 };
@@ -23,7 +24,7 @@ use super::{
     likeliest::likeliest,
     matrix::Matrix,
     matvec::{self, InputNorm},
-    rotary::{self, HeadNorms},
+    rotary::{self, HeadNorms, Place},
     words::Packing,
 };
 use crate::{
@@ -52,20 +53,20 @@ const VERIFIED: usize = 1 + MOST_DRAFTED;
 const TABLES: usize = 64;
 
 /// A layer's weights and its part of the cache.
-struct Layer<R: CubeRuntime> {
-    input_norm: InputNorm<R>,
-    qkv: [Matrix<R>; 3],
-    head_norms: HeadNorms<R>,
-    output: Matrix<R>,
-    mlp_norm: InputNorm<R>,
-    gate: Matrix<R>,
-    up: Matrix<R>,
-    down: Matrix<R>,
-    keys: Buffer<R>,
-    values: Buffer<R>,
+pub(super) struct Layer<R: CubeRuntime> {
+    pub(super) input_norm: InputNorm<R>,
+    pub(super) qkv: [Matrix<R>; 3],
+    pub(super) head_norms: HeadNorms<R>,
+    pub(super) output: Matrix<R>,
+    pub(super) mlp_norm: InputNorm<R>,
+    pub(super) gate: Matrix<R>,
+    pub(super) up: Matrix<R>,
+    pub(super) down: Matrix<R>,
+    pub(super) keys: Buffer<R>,
+    pub(super) values: Buffer<R>,
 }
 
-type Reading = Pin<Box<dyn Future<Output = Result<Vec<Bytes>, ServerError>> + Send>>;
+pub(super) type Reading = Pin<Box<dyn Future<Output = Result<Vec<Bytes>, ServerError>> + Send>>;
 
 struct Engine<R: CubeRuntime> {
     layers: Vec<Layer<R>>,
@@ -94,7 +95,7 @@ struct Engine<R: CubeRuntime> {
     reading: Option<Reading>,
 }
 
-fn norm<R: CubeRuntime>(norm: &RmsNorm<Cube<R>>) -> InputNorm<R>
+pub(super) fn norm<R: CubeRuntime>(norm: &RmsNorm<Cube<R>>) -> InputNorm<R>
 where
     Cube<R>: Accelerator,
 {
@@ -149,21 +150,19 @@ where
         })
 }
 
-/// The engine for a prefilled cache; `None` where the kernels do not cover the model.
-pub(in crate::accelerate) fn start<R: CubeRuntime>(
+/// The layers with a prefilled cache, and the first visible key of each row; `None` where the kernels do not cover
+/// the model.
+#[allow(clippy::type_complexity)]
+pub(super) fn layers<R: CubeRuntime>(
     model: &Qwen3Vl<Cube<R>>,
     config: &Qwen3VlConfig,
     cache: &KeyValueCache<Cube<R>>,
     start: &DecodeStart,
-) -> Option<Box<dyn Decoder>>
+) -> Option<(Vec<Layer<R>>, Vec<i32>)>
 where
     Cube<R>: Accelerator,
 {
     let rows = start.tokens.len();
-    let verified = match rows == 1 && covers(model, config, VERIFIED) {
-        true => VERIFIED,
-        false => 0,
-    };
     let room = cache
         .capacity()
         .is_some_and(|capacity| cache.len() + start.most_steps + AHEAD < capacity);
@@ -203,12 +202,32 @@ where
             })
         })
         .collect::<Option<Vec<_>>>()?;
-    let device = contiguous(text.norm.weight.val()).device;
     let first: Vec<i32> = cache
         .segments
         .iter()
         .map(|row| row.iter().take_while(|segment| **segment < 0).count() as i32)
         .collect();
+    Some((layers, first))
+}
+
+/// The engine for a prefilled cache; `None` where the kernels do not cover the model.
+pub(in crate::accelerate) fn start<R: CubeRuntime>(
+    model: &Qwen3Vl<Cube<R>>,
+    config: &Qwen3VlConfig,
+    cache: &KeyValueCache<Cube<R>>,
+    start: &DecodeStart,
+) -> Option<Box<dyn Decoder>>
+where
+    Cube<R>: Accelerator,
+{
+    let (layers, first) = layers(model, config, cache, start)?;
+    let text = &model.model.language_model;
+    let rows = start.tokens.len();
+    let verified = match rows == 1 && covers(model, config, VERIFIED) {
+        true => VERIFIED,
+        false => 0,
+    };
+    let device = contiguous(text.norm.weight.val()).device;
     let tokens: Vec<i32> = start.tokens.iter().map(|token| *token as i32).collect();
     let config = &config.text_config;
     Some(Box::new(Engine {
@@ -234,7 +253,7 @@ where
     }))
 }
 
-fn integers<R: CubeRuntime>(values: &[i32], device: &R::Device) -> Buffer<R> {
+pub(super) fn integers<R: CubeRuntime>(values: &[i32], device: &R::Device) -> Buffer<R> {
     Tensor::<Cube<R>, 1, Int>::from_data(
         TensorData::new(values.to_vec(), [values.len()]),
         (device, DType::I32),
@@ -244,6 +263,29 @@ fn integers<R: CubeRuntime>(values: &[i32], device: &R::Device) -> Buffer<R> {
 
 fn indices<R: CubeRuntime>(buffer: Buffer<R>) -> Tensor<Cube<R>, 1, Int> {
     Tensor::from_primitive(buffer)
+}
+
+/// Cosines and sines of some steps `[steps, 2, rows, d]` after these positions of each row.
+pub(super) fn rotary_tables<R: CubeRuntime>(
+    frequencies: &[f32],
+    positions: &[i64],
+    steps: Range<usize>,
+    device: &R::Device,
+) -> Buffer<R> {
+    let mut values = Vec::with_capacity(steps.len() * 4 * positions.len() * frequencies.len());
+    for step in steps {
+        for of in [f32::cos, f32::sin] {
+            for position in positions {
+                let position = (*position + step as i64) as f32;
+                let start = values.len();
+                values.extend(frequencies.iter().map(|one| of(position * one)));
+                values.extend_from_within(start..);
+            }
+        }
+    }
+    let shape = [values.len()];
+    let data = TensorData::new(values, shape);
+    contiguous(Tensor::<Cube<R>, 1>::from_data(data, (device, DType::F32)))
 }
 
 impl<R: CubeRuntime> Engine<R>
@@ -259,35 +301,10 @@ where
             return (tables.clone(), (self.launched - made) * width);
         }
         let steps = self.launched..self.launched + TABLES;
-        let tables = self.tables_of(steps.map(|step| {
-            let positions = self.positions.iter();
-            positions.map(|position| position + step as i64).collect()
-        }));
+        let device = self.tokens.device.clone();
+        let tables = rotary_tables(&self.frequencies, &self.positions, steps, &device);
         self.tables = Some((self.launched, tables.clone()));
         (tables, 0)
-    }
-
-    /// Cosines and sines of the positions of each step, `[steps, 2, rows, d]`.
-    fn tables_of(&self, steps: impl Iterator<Item = Vec<i64>>) -> Buffer<R> {
-        let mut values = Vec::new();
-        for positions in steps {
-            for of in [f32::cos, f32::sin] {
-                for position in &positions {
-                    let row = self
-                        .frequencies
-                        .iter()
-                        .map(|frequency| of(*position as f32 * frequency));
-                    let start = values.len();
-                    values.extend(row);
-                    values.extend_from_within(start..);
-                }
-            }
-        }
-        let shape = [values.len()];
-        let device = self.embedding.weight.lazy_device();
-        let tables =
-            Tensor::<Cube<R>, 1>::from_data(TensorData::new(values, shape), (&device, DType::F32));
-        contiguous(tables)
     }
 
     /// Queues a step on tokens of the one sequence, the newest and those drafted after it; returns its logits
@@ -298,20 +315,22 @@ where
         let ids: Vec<i32> = (0..rows).map(padded).collect();
         let device = self.tokens.device.clone();
         let position = self.positions[0] + self.launched as i64;
-        let positions = (position..).take(rows).collect();
-        let tables = self.tables_of(std::iter::once(positions));
+        let positions: Vec<i64> = (position..).take(rows).collect();
+        let tables = rotary_tables(&self.frequencies, &positions, 0..1, &device);
         let ends: Vec<i32> = (at + 1..).take(rows).map(|end| end as i32).collect();
         let first = vec![self.first; rows];
         let ranges = [integers(&first, &device), integers(&ends, &device)];
         let indices = indices(integers(&ids, &device));
         let x = contiguous(self.embedding.forward(indices));
         let mut run = FusedStep {
-            engine: self,
+            layers: &self.layers,
             layer: &self.layers[0],
-            tables: (&tables, 0),
+            heads: self.heads,
             ranges: &ranges,
+            tables: &tables,
+            place: Place::Known { at, cosines: 0 },
             rows,
-            at,
+            keys: at + rows,
             one_sequence: true,
         };
         let x = decoder_layers(&mut run, 0..self.layers.len(), x);
@@ -320,18 +339,20 @@ where
 
     /// Queues a step on the current tokens; returns its logits `[rows, vocab]`.
     fn step(&mut self) -> Buffer<R> {
-        let (tables, place) = self.table();
+        let (tables, cosines) = self.table();
         let at = self.cached + self.launched;
         let indices = indices(self.tokens.clone());
         let x = contiguous(self.embedding.forward(indices));
         let [rows, _] = x.meta.shape().dims();
         let mut run = FusedStep {
-            engine: self,
+            layers: &self.layers,
             layer: &self.layers[0],
-            tables: (&tables, place),
+            heads: self.heads,
             ranges: &self.ranges,
+            tables: &tables,
+            place: Place::Known { at, cosines },
             rows,
-            at,
+            keys: at + 1,
             one_sequence: false,
         };
         let x = decoder_layers(&mut run, 0..self.layers.len(), x);
@@ -349,30 +370,29 @@ where
 }
 
 /// The layers of one step in fused launches.
-struct FusedStep<'a, R: CubeRuntime> {
-    engine: &'a Engine<R>,
-    layer: &'a Layer<R>,
-    /// Rotary tables, and the offset of the step's cosines there.
-    tables: (&'a Buffer<R>, usize),
+pub(super) struct FusedStep<'a, R: CubeRuntime> {
+    pub(super) layers: &'a [Layer<R>],
+    pub(super) layer: &'a Layer<R>,
+    /// Query heads.
+    pub(super) heads: usize,
     /// First visible key of each row, and the end of its keys.
-    ranges: &'a [Buffer<R>; 2],
-    rows: usize,
-    /// Tokens in the cache before the step's.
-    at: usize,
+    pub(super) ranges: &'a [Buffer<R>; 2],
+    pub(super) tables: &'a Buffer<R>,
+    pub(super) place: Place<'a, R>,
+    pub(super) rows: usize,
+    /// Keys with the step's own, or the most there will be.
+    pub(super) keys: usize,
     /// Whether the rows are tokens of one sequence, one after another.
-    one_sequence: bool,
+    pub(super) one_sequence: bool,
 }
 
 /// The residual stream, whose norm the next matmul applies to its input.
-struct Normed<'a, R: CubeRuntime> {
+pub(super) struct Normed<'a, R: CubeRuntime> {
     x: Buffer<R>,
     norm: &'a InputNorm<R>,
 }
 
-impl<'a, R: CubeRuntime> Executor for FusedStep<'a, R>
-where
-    Cube<R>: Accelerator,
-{
+impl<'a, R: CubeRuntime> Executor for FusedStep<'a, R> {
     type Hidden = Buffer<R>;
     type Normed = Normed<'a, R>;
     type Projected = Buffer<R>;
@@ -382,7 +402,7 @@ where
     type Activated = Buffer<R>;
 
     fn enter(&mut self, layer: usize) {
-        self.layer = &self.engine.layers[layer];
+        self.layer = &self.layers[layer];
     }
 
     fn norm(&mut self, norm: StreamNorm, x: &Buffer<R>) -> Normed<'a, R> {
@@ -400,17 +420,19 @@ where
     fn rotate(&mut self, qkv: Buffer<R>) -> Buffer<R> {
         let cache = [&self.layer.keys, &self.layer.values];
         let (norms, one) = (&self.layer.head_norms, self.one_sequence);
-        rotary::rotate_into_cache(&qkv, norms, self.tables, cache, self.at, one)
+        rotary::rotate_into_cache(&qkv, norms, self.tables, &self.place, cache, one)
     }
 
     fn attend(&mut self, q: Buffer<R>) -> Buffer<R> {
         let (keys, values) = (&self.layer.keys, &self.layer.values);
-        let (rows, heads, head_dim) = (self.rows, self.engine.heads, keys.meta.shape()[3]);
+        let (rows, heads, head_dim) = (self.rows, self.heads, keys.meta.shape()[3]);
         let q = strided(tensor::<R, 2>(q).reshape([rows, heads, 1, head_dim]));
-        let [first, end] = self.ranges;
+        let step = match &self.place {
+            Place::Known { .. } => None,
+            Place::OnDevice(step) => Some(*step),
+        };
         let (cache, one) = (Cache { keys, values }, self.one_sequence);
-        let held = self.at + if one { self.rows } else { 1 };
-        let y = attention::attended(&q, &cache, first, end, held, one);
+        let y = attention::attended(&q, &cache, self.ranges.each_ref(), (self.keys, step), one);
         strided(tensor::<R, 4>(y).reshape([rows, heads * head_dim]))
     }
 
@@ -432,7 +454,7 @@ where
 }
 
 /// Queues the copy of a buffer to the host.
-fn read<R: CubeRuntime>(buffer: Buffer<R>) -> Reading {
+pub(super) fn read<R: CubeRuntime>(buffer: Buffer<R>) -> Reading {
     let Buffer { client, handle, .. } = buffer;
     let mut reading: Reading = Box::pin(async move { client.read_async(vec![handle]).await });
     // The first poll queues the copy, before any later work is queued.
@@ -445,7 +467,7 @@ fn read<R: CubeRuntime>(buffer: Buffer<R>) -> Reading {
     }
 }
 
-fn wait(reading: Reading) -> Result<Bytes, String> {
+pub(super) fn wait(reading: Reading) -> Result<Bytes, String> {
     let read = cubecl::future::block_on(reading).map_err(|error| error.to_string())?;
     read.into_iter()
         .next()

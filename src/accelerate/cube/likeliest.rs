@@ -4,7 +4,7 @@ use burn::tensor::DType;
 use burn_cubecl::CubeRuntime;
 use cubecl::prelude::*;
 
-use super::launch::{Buffer, elements, empty};
+use super::launch::{Buffer, array, elements, empty};
 
 /// Units of a cube, as far as the adapter allows.
 const UNITS: u32 = 1024;
@@ -14,8 +14,11 @@ fn find_likeliest(
     logits: &Array<f32>,
     next: &mut Array<i32>,
     for_host: &mut Array<i32>,
+    step: &mut Array<u32>,
     vocab: usize,
+    table: u32,
     #[comptime] units: usize,
+    #[comptime] stepped: bool,
 ) {
     let unit = UNIT_POS as usize;
     let start = CUBE_POS * vocab;
@@ -60,16 +63,34 @@ fn find_likeliest(
         let found = min(places[0], vocab as u32 - 1) as i32;
         next[CUBE_POS] = found;
         for_host[CUBE_POS] = select(breaks[0] == 0, found, -1i32);
+        if stepped {
+            if CUBE_POS == 0 {
+                step[0] += 1;
+                step[1] += table;
+            }
+        }
     }
 }
 
 /// Tokens that go into the next step, and the same for the host, -1 where the logits hold a NaN;
 /// `logits` `[rows, vocab]`, f32.
 pub(super) fn likeliest<R: CubeRuntime>(logits: &Buffer<R>) -> [Buffer<R>; 2] {
+    let [rows, _] = logits.meta.shape().dims::<2>();
+    let both = [(); 2].map(|()| empty(logits, [rows], DType::I32));
+    likeliest_into(logits, both.each_ref(), None);
+    both
+}
+
+/// [`likeliest`] into these buffers; the place of the step on the device moves on to the next one, whose cosines come
+/// so many elements later.
+pub(super) fn likeliest_into<R: CubeRuntime>(
+    logits: &Buffer<R>,
+    [next, for_host]: [&Buffer<R>; 2],
+    step: Option<(&Buffer<R>, usize)>,
+) {
     let [rows, vocab] = logits.meta.shape().dims();
     let most = logits.client.properties().hardware.max_units_per_cube;
     let units = UNITS.min(most).min(vocab.next_power_of_two() as u32);
-    let [next, for_host] = [(); 2].map(|()| empty(logits, [rows], DType::I32));
     // SAFETY: a cube a row of logits.
     #[allow(unsafe_code)]
     unsafe {
@@ -78,11 +99,13 @@ pub(super) fn likeliest<R: CubeRuntime>(logits: &Buffer<R>) -> [Buffer<R>; 2] {
             CubeCount::Static(rows as u32, 1, 1),
             CubeDim::new_1d(units),
             elements(logits),
-            elements(&next),
-            elements(&for_host),
+            elements(next),
+            elements(for_host),
+            array(step.map_or(next, |(step, _)| step), 4),
             vocab,
+            step.map_or(0, |(_, table)| table as u32),
             units as usize,
+            step.is_some(),
         );
     }
-    [next, for_host]
 }

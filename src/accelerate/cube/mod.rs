@@ -15,6 +15,8 @@ pub(super) mod decode;
 mod draft_tests;
 #[cfg(feature = "wgpu")]
 mod dropout;
+#[cfg(feature = "wgpu")]
+mod embed;
 mod launch;
 mod likeliest;
 mod matmul_config;
@@ -25,6 +27,10 @@ mod pointwise;
 pub(super) mod quantized;
 #[cfg(test)]
 mod quantized_tests;
+#[cfg(feature = "wgpu")]
+mod recorded;
+#[cfg(feature = "wgpu")]
+mod recording;
 mod rotary;
 mod row_kernels;
 mod row_matmul;
@@ -32,6 +38,7 @@ mod rows;
 mod sums;
 #[cfg(all(test, feature = "wgpu"))]
 mod tests;
+mod tile_attention;
 mod tile_config;
 mod tile_matmul;
 mod tile_stage;

@@ -53,6 +53,25 @@ impl<R: CubeRuntime> Quantised<R> {
         }
     }
 
+    /// Words, scales and format.
+    pub(super) fn parts(&self) -> (&Buffer<R>, &Buffer<R>, Format) {
+        (&self.words, &self.scales, self.format)
+    }
+
+    /// The same matrix with buffers of another runtime.
+    #[cfg(feature = "wgpu")]
+    pub(super) fn with_buffers<S: CubeRuntime>(
+        &self,
+        buffer: impl Fn(&Buffer<R>) -> Buffer<S>,
+    ) -> Quantised<S> {
+        Quantised {
+            words: buffer(&self.words),
+            scales: buffer(&self.scales),
+            format: self.format,
+            d_input: self.d_input,
+        }
+    }
+
     /// Words and scales.
     fn buffers(&self) -> Buffers<'_, R> {
         (&self.words, &self.scales)

@@ -17,10 +17,11 @@ use crate::{
     runtime::accelerator::Accelerator,
 };
 
-const FORMATS: [Format; 3] = [
+const FORMATS: [Format; 4] = [
     Format::Int8,
     Format::Int4 { group: 32 },
     Format::Int4 { group: 64 },
+    Format::Int4 { group: 128 },
 ];
 
 fn values(random: &mut ChaCha8Rng, count: usize) -> Vec<f32> {
@@ -212,7 +213,8 @@ fn matmuls_agree<B: Accelerator>() {
 fn rows_unpack<B: Accelerator>() {
     let device = Default::default();
     let mut random = ChaCha8Rng::seed_from_u64(5);
-    for format in FORMATS {
+    let zeros = [32, 64, 128].map(|group| Format::Int4Zeros { group });
+    for format in FORMATS.into_iter().chain(zeros) {
         for (rows, d_input) in [(7, 64), (5, 100), (3, 4304), (2, 30)] {
             let matrix = quantised(&values(&mut random, rows * d_input), d_input, format);
             let wanted = unpack(&matrix, d_input, format);
@@ -282,12 +284,14 @@ mod vulkan {
     #[test]
     #[ignore = "needs a Vulkan device"]
     fn matmuls_agree() {
+        super::super::tests::device();
         super::matmuls_agree::<Vulkan>();
     }
 
     #[test]
     #[ignore = "needs a Vulkan device"]
     fn rows_unpack() {
+        super::super::tests::device();
         super::rows_unpack::<Vulkan>();
     }
 

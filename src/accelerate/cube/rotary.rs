@@ -5,7 +5,9 @@ use burn_cubecl::CubeRuntime;
 use cubecl::prelude::*;
 
 use super::{
-    launch::{Buffer, Cube, contiguous, cubes, elements, empty, tensor, with_contiguous_heads},
+    launch::{
+        Buffer, Cube, array, contiguous, cubes, elements, empty, tensor, with_contiguous_heads,
+    },
     sums::cube_sum,
     words::{Packing, within},
 };
@@ -225,20 +227,29 @@ fn rotate_heads_into_cache<F: Numeric>(
     q: &mut Array<F>,
     keys: &mut Array<F>,
     values: &mut Array<F>,
+    step: &Array<u32>,
     heads: usize,
     key_value_heads: usize,
     capacity: usize,
-    at: usize,
+    known_at: usize,
     row_step: usize,
-    cos: usize,
-    sin: usize,
+    known_cos: usize,
+    table: usize,
     q_epsilon: f32,
     k_epsilon: f32,
     #[comptime] config: RotaryConfig,
+    #[comptime] stepped: bool,
     #[define(F)] _dtype: StorageType,
 ) {
     let half = comptime!(config.half);
     let unit = UNIT_POS as usize;
+    let mut at = known_at;
+    let mut cos = known_cos;
+    if stepped {
+        at = step[0] as usize;
+        cos = step[1] as usize;
+    }
+    let sin = cos + table;
     let all = heads + 2 * key_value_heads;
     let row = CUBE_POS / all;
     let head = CUBE_POS % all;
@@ -278,23 +289,41 @@ pub(super) struct HeadNorms<R: CubeRuntime> {
     pub k_epsilon: f64,
 }
 
+/// Where a decode step is: tokens in the cache before its own, and where its cosines start in the tables.
+#[derive(Debug)]
+pub(super) enum Place<'a, R: CubeRuntime> {
+    /// As the host knows.
+    Known {
+        /// Tokens in the cache.
+        at: usize,
+        /// Where the cosines start.
+        cosines: usize,
+    },
+    /// Both on the device, u32 `[2]`.
+    OnDevice(&'a Buffer<R>),
+}
+
 /// One token a row: queries normalised and rotated into `[rows, heads · d]`, keys likewise and values
-/// unchanged into position `at` of the cache `[rows, key_value_heads, capacity, d]`; of `one_sequence`, into positions from
-/// `at` on of the first sequence.
+/// unchanged into the place of the step in the cache `[rows, key_value_heads, capacity, d]`; of `one_sequence`, into places
+/// from there on of the first sequence.
 ///
-/// `qkv` is `[rows, (heads + 2 · key_value_heads) · d]`; cosines `[rows, d]` start at `place` of the
-/// tables, sines after them.
+/// `qkv` is `[rows, (heads + 2 · key_value_heads) · d]`; in the tables, sines come after the cosines `[rows, d]`.
+/// On the device a place must be within cache and tables.
 pub(super) fn rotate_into_cache<R: CubeRuntime>(
     qkv: &Buffer<R>,
     norms: &HeadNorms<R>,
-    (tables, place): (&Buffer<R>, usize),
+    tables: &Buffer<R>,
+    place: &Place<'_, R>,
     [keys, values]: [&Buffer<R>; 2],
-    at: usize,
     one_sequence: bool,
 ) -> Buffer<R> {
     let [rows, width] = qkv.meta.shape().dims();
     let [_, key_value_heads, capacity, head_dim] = keys.meta.shape().dims();
     let heads = width / head_dim - 2 * key_value_heads;
+    let (at, cosines, step) = match place {
+        Place::Known { at, cosines } => (*at, *cosines, None),
+        Place::OnDevice(step) => (0, 0, Some(*step)),
+    };
     let (last, row_step) = match one_sequence {
         true => (at + rows - 1, 1),
         false => (at, key_value_heads * capacity),
@@ -321,16 +350,18 @@ pub(super) fn rotate_into_cache<R: CubeRuntime>(
             elements(&q),
             elements(keys),
             elements(values),
+            array(step.unwrap_or(tables), 4),
             heads,
             key_value_heads,
             capacity,
             at,
             row_step,
-            place,
-            place + rows * head_dim,
+            cosines,
+            rows * head_dim,
             norms.q_epsilon as f32,
             norms.k_epsilon as f32,
             config,
+            step.is_some(),
             qkv.dtype.into(),
         );
     }

@@ -15,27 +15,40 @@ use burn::{
 };
 
 use super::{
+    super::wgpu_setup::wgpu_setup,
+    decode,
     matvec::{self, InputNorm},
-    rotary::{self, HeadNorms},
+    recorded,
+    rotary::{self, HeadNorms, Place},
     vulkan::{Backend, contiguous, strided, tensor},
 };
 use crate::{
     accelerate::draws,
+    batch::text::{Padding, TextInput},
     ops::{
         AttentionSpans, Dropout, ForwardOps, HeadNorm, LowRank,
         cast::{to_dtype, to_f32},
         plain,
         plain::{gelu_exact, gelu_tanh},
+        quantised::cache::CacheFormat,
+    },
+    qwen3_vl::{config::Qwen3VlConfig, key_values::KeyValueCache},
+    runtime::{
+        accelerator::{DecodeStart, Decoder},
+        generate::SamplingConfig,
+        synthetic::weights::{RandomSize, draw},
     },
 };
 
 type T<const D: usize> = Tensor<Backend, D>;
 type Device = <Backend as BackendTypes>::Device;
 
-/// The device, or `None` with a message.
-fn device() -> Device {
+/// The device, opened as `--device wgpu` opens it.
+pub(super) fn device() -> Device {
     draws::begin();
-    Device::default()
+    let device = Device::default();
+    wgpu_setup(&device).expect("the first use of the device in this process");
+    device
 }
 
 /// Types of the device that are compared.
@@ -321,9 +334,9 @@ fn rotation_into_a_cache(dtype: DType, device: &Device, report: &mut Report) {
     let q = rotary::rotate_into_cache(
         &strided(qkv),
         &norms,
-        (&tables, 0),
+        &tables,
+        &Place::Known { at, cosines: 0 },
         [&keys, &values],
-        at,
         false,
     );
     report.close("queries", tensor(q), want_q, dtype);
@@ -529,4 +542,81 @@ fn large_activations_stay_finite() {
         report.close(name, got, want, DType::F16);
     }
     report.finish();
+}
+
+/// The same kernels in the same order: not a bit differs, of tokens and of logits.
+#[test]
+#[ignore = "needs a Vulkan device"]
+fn a_recorded_step_is_a_launched_one() {
+    let device = device();
+    let config: Qwen3VlConfig = RandomSize::Tiny.config(None).unwrap();
+    let vocab = config.text_config.vocab_size as u32;
+    let layers = config.text_config.num_hidden_layers;
+    let forms = [None, Some("int8"), Some("int4")];
+    for dtype in dtypes(&device) {
+        for form in forms {
+            let quantization = form.map(|form| form.parse().unwrap());
+            let model = draw::<Backend>(&config, 3, dtype, quantization, &device);
+            // The last has its keys in two ranges.
+            for (rows, longest) in [(1, 20), (3, 34), (1, 1100)] {
+                let name = format!("{form:?} {dtype:?}, {rows} rows of {longest}");
+                let prompts: Vec<Vec<u32>> = (0..rows as u32)
+                    .map(|row| {
+                        let tokens = 0..longest - 7 * row;
+                        tokens
+                            .map(|at| (at * 37 + row * 11) % (vocab - 24))
+                            .collect()
+                    })
+                    .collect();
+                let grids = vec![vec![]; rows];
+                let (input, deltas) =
+                    TextInput::padded(&prompts, &grids, &config, Padding::Left, 0).unwrap();
+                let start = DecodeStart {
+                    tokens: (0..rows as u32).map(|row| 5 + row).collect(),
+                    positions: (prompts.iter().zip(&deltas))
+                        .map(|(prompt, delta)| prompt.len() as i64 + delta)
+                        .collect(),
+                    most_steps: 12,
+                    sampling: SamplingConfig::default(),
+                    draws: Vec::new(),
+                    seen: Vec::new(),
+                };
+                let cache = || {
+                    let format = CacheFormat::Float;
+                    let mut cache = KeyValueCache::with_format(layers, input.seq() + 32, format);
+                    model.hidden_states(&input, None, &config, Some(&mut cache), None, &device);
+                    cache
+                };
+                let caches = [cache(), cache()];
+                let both = || -> [Box<dyn Decoder>; 2] {
+                    let [one, other] = &caches;
+                    let recorded = recorded::start(&model, &config, one, &start);
+                    let launched = decode::start(&model, &config, other, &start);
+                    [recorded.expect(&name), launched.expect(&name)]
+                };
+                let mut seen = std::collections::BTreeSet::new();
+                let [mut recorded, mut launched] = both();
+                for step in 0..12 {
+                    let tokens = recorded.next_tokens().unwrap();
+                    assert_eq!(
+                        tokens,
+                        launched.next_tokens().unwrap(),
+                        "{name}, step {step}"
+                    );
+                    seen.extend(tokens);
+                }
+                assert!(seen.len() > 2, "{name}: always the same tokens");
+                drop((recorded, launched));
+                // Over the same places of the caches, with tokens from outside.
+                let [mut recorded, mut launched] = both();
+                for step in 0..3u32 {
+                    let tokens: Vec<u32> =
+                        (0..rows as u32).map(|row| 40 + 9 * row + step).collect();
+                    let logits = recorded.next_logits(&tokens).unwrap();
+                    let want = launched.next_logits(&tokens).unwrap();
+                    assert_eq!(logits, want, "{name}, logits of step {step}");
+                }
+            }
+        }
+    }
 }

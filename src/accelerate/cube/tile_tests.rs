@@ -57,7 +57,7 @@ fn values(random: &mut ChaCha8Rng, count: usize) -> Vec<f32> {
 fn halves<const D: usize>(values: Vec<f32>, shape: [usize; D]) -> (Buffer, Vec<f32>) {
     let data = TensorData::new(values, shape).convert_dtype(DType::F16);
     let rounded = data.iter::<f32>().collect();
-    let device = Default::default();
+    let device = super::tests::device();
     let tensor = Tensor::<Vulkan, D>::from_data(data, (&device, DType::F16));
     (contiguous(tensor), rounded)
 }

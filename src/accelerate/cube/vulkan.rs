@@ -12,7 +12,7 @@ use super::{
     launch::Buffer as AnyBuffer,
     matvec,
     pointwise::{self, Operation},
-    quantized, rotary, rows,
+    quantized, recorded, rotary, rows,
 };
 use crate::{
     base::device_name::DeviceKind,
@@ -106,6 +106,7 @@ impl Accelerator for Backend {
         cache: &KeyValueCache<Self>,
         start: &DecodeStart,
     ) -> Option<Box<dyn Decoder>> {
-        decode::start(model, config, cache, start)
+        recorded::start(model, config, cache, start)
+            .or_else(|| decode::start(model, config, cache, start))
     }
 }

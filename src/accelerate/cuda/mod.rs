@@ -10,6 +10,7 @@ mod cache;
 mod collective;
 mod compiled;
 mod decode;
+mod dequantised;
 mod driver;
 mod fragments;
 mod frozen_matrix;
@@ -55,6 +56,7 @@ use crate::{
     batch::images::ImageInput,
     ops::{
         AllReduce, DeviceMemory, DeviceOps, HasKernels, Kernels, Others, Reading,
+        quantised::Quantization,
         upload::{Fill, Upload, UploadError},
     },
     qwen3_vl::{
@@ -105,20 +107,24 @@ impl HasKernels for Cuda {
         },
         dequantise_rows: |weight, start, count, dtype| match weight.is_arranged() {
             true => fragments::dequantise_rows(weight, start, count, dtype),
-            false => quantized::dequantise_rows(weight, start, count, dtype),
+            false => fragments::row_floats(weight, start, count, dtype)
+                .or_else(|| quantized::dequantise_rows(weight, start, count, dtype)),
         },
-        dequantise_for_matmul: |weight, start, count, dtype| match weight.is_arranged() {
-            true => None,
-            false => quantised_training::dequantise_for_matmul(weight, start, count, dtype),
-        },
+        dequantise_for_matmul: dequantised::for_matmul,
         select_quantised: fragments::select_rows,
-        linear_quantised: |x, weight, bias, residual| match weight.is_arranged() {
-            true => fragments::linear(x, weight, bias, residual),
-            false => quantized::linear_quantised(x, weight, bias, residual),
+        linear_quantised: |x, weight, bias, residual| {
+            let few = match weight.is_arranged() {
+                true => fragments::linear(x, weight, bias, residual),
+                false => quantized::linear_quantised(x, weight, bias, residual),
+            };
+            few.or_else(|| dequantised::linear(x, weight, bias, residual))
         },
-        adapted_linear_quantised: |x, weight, adapter, residual| match weight.is_arranged() {
-            true => None,
-            false => quantized::adapted_linear_quantised(x, weight, adapter, residual),
+        adapted_linear_quantised: |x, weight, adapter, residual| {
+            let few = match weight.is_arranged() {
+                true => None,
+                false => quantized::adapted_linear_quantised(x, weight, adapter, residual),
+            };
+            few.or_else(|| dequantised::adapted(x, weight, adapter, residual))
         },
         logits_quantised: |hidden, head| match head.is_arranged() {
             true => fragments::logits(hidden, head),
@@ -140,7 +146,7 @@ impl HasKernels for Cuda {
         low_rank_backward: lora::low_rank_backward,
         input_gradient: lora::input_gradient,
         input_gradient_quantised: quantised_training::input_gradient,
-        adapted_linear_for_backward: quantised_training::adapted_linear,
+        adapted_linear_for_backward: dequantised::adapted_from_low,
         swiglu_input_gradient: lora::swiglu_input_gradient,
         rms_norm_backward: rows::rms_norm_backward,
         rotate_heads_backward: |x, norm, cos, sin, dy| rotary::rotate(x, norm, cos, sin, Some(dy)),
@@ -228,7 +234,7 @@ impl Accelerator for Cuda {
 
     fn prepare(
         config: &Qwen3VlConfig,
-        dtype: DType,
+        (dtype, quantization): (DType, Option<Quantization>),
         device: &Self::Device,
         largest_batch: usize,
         on_progress: &mut dyn FnMut(u64, u64),
@@ -251,7 +257,8 @@ impl Accelerator for Cuda {
                 let all = tiles + widths.len();
                 on_progress((tiles + done + 1) as u64, all as u64);
             }
-            decode::prepare(&config.text_config, device.index, largest_batch);
+            let text = &config.text_config;
+            decode::prepare(text, quantization, device.index, largest_batch);
         }
     }
 
@@ -261,10 +268,10 @@ impl Accelerator for Cuda {
         layout: &VisionLayout<Self>,
         run: impl Fn() -> VisionOutput<Self>,
     ) -> VisionOutput<Self> {
-        if tower
-            .linears()
-            .any(|linear| linear.weight.packed().is_some())
-        {
+        // Matmuls of few rows read quantised words by kernels of cubecl, which cannot be recorded.
+        let mut weights = tower.linears().map(|linear| &linear.weight);
+        let merged = images.patches() / 4;
+        if merged <= dequantised::FEW_ROWS && weights.any(|weight| weight.packed().is_some()) {
             return run();
         }
         vision::run(tower, images, layout, run)

@@ -1,47 +1,18 @@
-//! Training on quantised weights: matrices are dequantised for one matmul of `gemm.rs` and dropped.
+//! Training on quantised weights: gradients through matrices that are dequantised for one matmul ([`super::dequantised`]).
 //!
-//! A matrix goes whole, as bf16 (96 MiB for the largest of the 8B): a launch then has as many tiles as with
-//! stored floats and sums over all outputs in f32, so that a step gives the bits of training on the same
+//! The input's gradient sums over all outputs in f32 at once, so that a step gives the bits of training on the same
 //! weights in bf16. The head goes in pieces.
 
 use burn::{prelude::*, tensor::DType};
-use cubecl::Runtime;
-use cubecl_cuda::CudaRuntime;
 
 use super::{
+    dequantised::pieces,
     frozen_matrix::{covers, whole},
     gemm::{self, Epilogue, WeightLayout},
     launch::{Backend, contiguous, tensor},
-    lora, loss, memory,
+    loss,
 };
-use crate::ops::{ForwardOps, LowRank, TargetLoss, quantised::QuantisedWeight};
-
-/// [`ForwardOps::dequantise_for_matmul`]: in memory of the exact size. Burn's persistent allocation would end
-/// that of the step around it.
-pub(super) fn dequantise_for_matmul(
-    weight: &QuantisedWeight<Backend>,
-    start: usize,
-    count: usize,
-    dtype: DType,
-) -> Option<Tensor<Backend, 2>> {
-    let client = CudaRuntime::client(&weight.device());
-    let dequantise = || Backend::dequantise_rows(weight, start, count, dtype);
-    Some(memory::exact(&client, dequantise))
-}
-
-/// [`TrainingOps::adapted_linear_for_backward`](crate::ops::TrainingOps::adapted_linear_for_backward).
-pub(super) fn adapted_linear(
-    x: &Tensor<Backend, 2>,
-    weight: &QuantisedWeight<Backend>,
-    low: &Tensor<Backend, 2>,
-    adapter: &LowRank<Backend>,
-    residual: Option<&Tensor<Backend, 2>>,
-) -> Option<Tensor<Backend, 2>> {
-    if !covers(x, weight) || !lora::covers(adapter, x.dtype()) {
-        return None;
-    }
-    lora::adapted_linear(x, &whole(weight), low, adapter, residual)
-}
+use crate::ops::{TargetLoss, quantised::QuantisedWeight};
 
 /// [`TrainingOps::input_gradient_quantised`](crate::ops::TrainingOps::input_gradient_quantised).
 pub(super) fn input_gradient(
@@ -61,19 +32,14 @@ pub(super) fn target_loss(
     if !covers(hidden, head) {
         return None;
     }
-    let pieces: Vec<(usize, usize)> = head.row_pieces(DType::BF16).collect();
-    let rows = |(start, count)| Backend::dequantise_for_matmul(head, start, count, DType::BF16);
-    let logits = pieces
-        .iter()
-        .map(|piece| gemm::logits(hidden, &rows(*piece)));
+    let logits = pieces(head).map(|(_, rows)| gemm::logits(hidden, &rows));
     let logits = contiguous(Tensor::cat(logits.collect::<Option<Vec<_>>>()?, 1));
     let (sums, gradient) = loss::softmax_loss(&logits, ids, weight);
     drop(logits);
     // Summed in f32, as one matmul over the whole head would.
-    let parts = pieces.iter().map(|piece| {
-        let (start, count) = *piece;
+    let parts = pieces(head).map(|((start, count), rows)| {
         let dy = contiguous(gradient.clone().narrow(1, start, count));
-        let rows = contiguous(rows(*piece));
+        let rows = contiguous(rows);
         let pair = [(&dy, &rows)];
         let dx = gemm::matmul(&pair, WeightLayout::InOut, Epilogue::default(), DType::F32);
         tensor::<2>(dx)
@@ -96,7 +62,7 @@ mod tests {
             draws,
         },
         ops::{
-            BackwardMatmul, DeviceOps, Matrix, TrainingOps,
+            BackwardMatmul, DeviceOps, ForwardOps, LowRank, Matrix, TrainingOps,
             quantised::{Format, pack::pack},
         },
     };

@@ -114,7 +114,8 @@ impl DeviceTask for ModelWork {
         self.generation.drafts =
             drafting_for_batches::<B>(&self.drafting, &options, tokenizer, self.batch_size)?;
         let config = &pipeline.parts.config;
-        prepare_kernels::<B>(config, dtype, &pipeline.device, self.batch_size);
+        let weights = (dtype, pipeline.model.quantization());
+        prepare_kernels::<B>(config, weights, &pipeline.device, self.batch_size);
         let mut run = ModelRun::default();
         let used_on = pipeline.model.quantization();
         let remark = (self.adapter.adapter.as_deref())

@@ -23,10 +23,11 @@ use burn::tensor::DType;
 
 use super::{fragments, launch::Backend, module, stream};
 use crate::{
-    ops::quantised::Format,
+    ops::quantised::{Format, Quantization},
     qwen3_vl::{
         Qwen3Vl, Qwen3VlModel, TextModel,
         config::{Qwen3VlConfig, TextConfig},
+        layer::Projection,
         nn::{Embedding, Linear},
     },
     weights::Weight,
@@ -137,6 +138,13 @@ pub(super) fn arrange(model: Qwen3Vl<Backend>, config: &Qwen3VlConfig) -> Qwen3V
     }
 }
 
+/// Whether matrices of these shapes can be arranged in this format.
+fn covers_format(text: &TextConfig, format: Format) -> bool {
+    let mut shapes = Projection::ALL.iter().map(|one| one.shape(text));
+    shapes.all(|shape| fragments::covers(format, shape))
+        && fragments::covers(Format::Int8, [text.vocab_size, text.hidden_size])
+}
+
 /// Whether the kernels cover matrices of these shapes.
 fn covers_sizes(text: &TextConfig, device: usize, alone: bool) -> bool {
     let widths = [
@@ -160,13 +168,21 @@ fn covers_sizes(text: &TextConfig, device: usize, alone: bool) -> bool {
 }
 
 /// Compiles in the background what batches of up to `largest` rows are decoded with.
-pub(super) fn prepare(text: &TextConfig, device: usize, largest: usize) {
+pub(super) fn prepare(
+    text: &TextConfig,
+    quantization: Option<Quantization>,
+    device: usize,
+    largest: usize,
+) {
+    if quantization.is_some_and(|quantization| !covers_format(text, quantization.layers)) {
+        return;
+    }
     let eights = (1..=largest.min(LARGEST_BATCH).div_ceil(8)).map(|eights| eights * 8);
     let kernels: Vec<_> = std::iter::once(1)
         .chain(eights)
         .take(largest)
         .filter(|rows| covers_sizes(text, device, *rows == 1))
-        .flat_map(|rows| plan::kernels(text, device, rows))
+        .flat_map(|rows| plan::kernels(text, quantization, device, rows))
         .collect();
     module::load_in_background(kernels, device);
 }

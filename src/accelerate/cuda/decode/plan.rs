@@ -9,9 +9,12 @@ use super::{
     stream::Step,
     weights::{LAYER_MATRICES, LayerWeights, Matrix, SHARES, Scratch, Weights},
 };
-use crate::qwen3_vl::{
-    config::TextConfig,
-    layer::{Executor, Projection, StreamNorm, decoder_layers},
+use crate::{
+    ops::quantised::Quantization,
+    qwen3_vl::{
+        config::TextConfig,
+        layer::{Executor, Projection, StreamNorm, decoder_layers},
+    },
 };
 
 use matmuls::Matmul;
@@ -308,8 +311,13 @@ pub(super) fn step(
 }
 
 /// The kernels of a step of so many rows over a contiguous cache.
-pub(super) fn kernels(text: &TextConfig, device: usize, rows: usize) -> Vec<Kernel> {
-    let weights = Weights::nowhere(text, device);
+pub(super) fn kernels(
+    text: &TextConfig,
+    quantization: Option<Quantization>,
+    device: usize,
+    rows: usize,
+) -> Vec<Kernel> {
+    let weights = Weights::nowhere(text, quantization, device);
     let cache = [LayerCache::default()];
     let io = StepIo::of_batch(rows, &cache);
     launches(&weights, &Scratch::default(), io)

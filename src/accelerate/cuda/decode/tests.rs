@@ -449,7 +449,7 @@ fn kernels_compiled_ahead_are_those_of_a_step() {
         let io = step_io::StepIo::of_batch(rows, &cache);
         let step = plan::launches(&weights, &scratch, io);
         let of_step = entries(&mut step.kernels().cloned());
-        let ahead = entries(&mut plan::kernels(text, device.index, rows).into_iter());
+        let ahead = entries(&mut plan::kernels(text, None, device.index, rows).into_iter());
         assert_eq!(ahead, of_step, "{rows} rows");
     }
 }

@@ -12,7 +12,7 @@ use super::{
     module::{DriverError, architecture, driver},
 };
 use crate::{
-    ops::quantised::Format,
+    ops::quantised::{Format, Quantization},
     qwen3_vl::{
         Qwen3Vl,
         config::{Qwen3VlConfig, TextConfig},
@@ -261,16 +261,23 @@ impl Weights {
         })
     }
 
-    /// One layer with null addresses, whose launches use the same kernels as a loaded model's.
-    pub(super) fn nowhere(text: &TextConfig, device: usize) -> Self {
+    /// One layer with null addresses, whose launches use the same kernels as a loaded model's; quantised ones
+    /// in fragment order.
+    pub(super) fn nowhere(
+        text: &TextConfig,
+        quantization: Option<Quantization>,
+        device: usize,
+    ) -> Self {
+        let of_layers = quantization.map(|quantization| (0, quantization.layers));
         let layer = LayerWeights {
             input_norm: (0, 0.0),
             q_norm: (0, 0.0),
             k_norm: 0,
             post_norm: (0, 0.0),
             matrices: Projection::ALL.map(|projection| Matrix {
+                address: 0,
                 rows: projection.shape(text)[0],
-                ..Matrix::default()
+                quantised: of_layers,
             }),
         };
         Self {
@@ -281,13 +288,14 @@ impl Weights {
             begins_early: card(device).begins_early(),
             table: Table {
                 address: 0,
-                quantised: None,
+                quantised: quantization.map(|_| (0, false)),
             },
             layers: vec![layer],
             norm: (0, 0.0),
             head: Matrix {
+                address: 0,
                 rows: text.vocab_size,
-                ..Matrix::default()
+                quantised: quantization.map(|_| (0, Format::Int8)),
             },
             frequencies: 0,
             _kept: Vec::new(),

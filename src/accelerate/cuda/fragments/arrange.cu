@@ -6,7 +6,9 @@
 //   PUT      `to` <- words, 16 bytes a thread; what the other two wrote goes to where it came from
 //   FLOATS   rows start .. start + count in fragment order -> floats [count, K]; a warp a piece, 16 bytes of a row a store
 //   PICK     rows by index in fragment order -> floats [count, K]; a thread 8 columns
-// and BITS; FLOATS and PICK: SCALAR_BF16 (or f32) and GROUP (0 for 8 bits).
+//   ROWS     rows start .. start + count of row-major words -> floats [count, K], K a multiple of 8; a thread 8 columns,
+//            four times; ZEROS = 1: with zero points f16 in the shape of the scales
+// and BITS; FLOATS, PICK and ROWS: SCALAR_BF16 (or f32) and GROUP (0 for 8 bits).
 // Limit: memory. All layers of the 8B are arranged in some 10 ms.
 
 struct Parameters {
@@ -14,7 +16,7 @@ struct Parameters {
     u64 k;
     u64 groups;  // scales of a row
     u64 start, count;
-    u64 offset;  // PUT: first 16 bytes in `to`; ARRANGE, SCALES: first word in `from`
+    u64 offset;  // PUT: first 16 bytes in `to`; ARRANGE, SCALES: first word in `from`; ROWS: words of a row
 };
 
 #define COLUMNS (BITS == 8 ? 32 : 64)
@@ -68,16 +70,27 @@ extern "C" __global__ void __launch_bounds__(256) ENTRY(const uint4* from, uint4
 }
 #endif
 
-#if FLOATS || PICK
-#if BITS == 8
-typedef float Scale;
-#else
-typedef u32 Scale;
 __device__ __forceinline__ float half_to_float(u16 bits) {
     float value;
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
     return value;
 }
+
+__device__ __forceinline__ void store_eight(scalar* to, const float (&values)[8]) {
+#pragma unroll
+    for (int v = 0; v < 8 / VECTOR; v++) {
+        float some[VECTOR];
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++) some[i] = values[v * VECTOR + i];
+        store_vector(to + v * VECTOR, some);
+    }
+}
+
+#if FLOATS || PICK
+#if BITS == 8
+typedef float Scale;
+#else
+typedef u32 Scale;
 #endif
 
 // Eight neighbours of row `half * 8 + g` of a tile: columns 32 part + 8 t and on of the piece that `words` is a lane's share of.
@@ -101,16 +114,6 @@ __device__ __forceinline__ float scale_of(const Scale* scales, u64 tile, int g, 
 #else
     return half_to_float((u16)(scales[(tile * p.groups + column / GROUP) * 8 + g] >> (16 * half)));
 #endif
-}
-
-__device__ __forceinline__ void store_eight(scalar* to, const float (&values)[8]) {
-#pragma unroll
-    for (int v = 0; v < 8 / VECTOR; v++) {
-        float some[VECTOR];
-#pragma unroll
-        for (int i = 0; i < VECTOR; i++) some[i] = values[v * VECTOR + i];
-        store_vector(to + v * VECTOR, some);
-    }
 }
 #endif
 
@@ -149,6 +152,62 @@ ENTRY(const uint4* words, const Scale* scales, const int* rows, scalar* y, const
         float values[8];
         eight(own, column % COLUMNS / 32, half, scale_of(scales, tile, g, half, column, p), values);
         store_eight(y + i * 8, values);
+    }
+}
+#endif
+
+#if ROWS
+#if BITS == 8
+typedef float RowScale;
+#else
+typedef u16 RowScale;
+#endif
+
+__device__ __forceinline__ float row_value(RowScale value) {
+#if BITS == 8
+    return value;
+#else
+    return half_to_float(value);
+#endif
+}
+
+extern "C" __global__ void __launch_bounds__(256) ENTRY(const u32* __restrict__ words, const RowScale* __restrict__ scales,
+#if ZEROS
+                                                        const RowScale* __restrict__ zeros,
+#endif
+                                                        scalar* __restrict__ y, const __grid_constant__ Parameters p) {
+    constexpr int EACH = 4, WORDS = BITS / 4;
+    const u32 eights = (u32)p.k / 8, total = (u32)p.count * eights;
+    for (u32 base = blockIdx.x * 256 * EACH + threadIdx.x; base < total; base += gridDim.x * 256 * EACH) {
+        u32 own[EACH][WORDS];
+        float scale[EACH], zero[EACH];
+        // All reads of a turn are under way before the first is used.
+#pragma unroll
+        for (int j = 0; j < EACH; j++) {
+            const u32 i = min(base + j * 256, total - 1);
+            const u64 row = p.start + i / eights;
+            const u32 eight = i % eights;
+#pragma unroll
+            for (int word = 0; word < WORDS; word++) own[j][word] = words[row * p.offset + eight * WORDS + word];
+            const u64 group = row * p.groups + (GROUP ? eight * 8 / (GROUP ? GROUP : 1) : 0);
+            scale[j] = row_value(scales[group]);
+#if ZEROS
+            zero[j] = row_value(zeros[group]);
+#else
+            zero[j] = (float)(1 << (BITS - 1));
+#endif
+        }
+#pragma unroll
+        for (int j = 0; j < EACH; j++) {
+            const u32 i = base + j * 256;
+            float values[8];
+#pragma unroll
+            for (int v = 0; v < 8; v++) {
+                const u32 level = own[j][v * BITS / 32] >> (v * BITS % 32) & ((1u << BITS) - 1);
+                values[v] = ((float)level - zero[j]) * scale[j];
+            }
+            if (i < total) store_eight(y + (u64)i * 8, values);
+        }
     }
 }
 #endif

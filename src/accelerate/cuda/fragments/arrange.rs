@@ -33,9 +33,10 @@ fn kernel(which: &'static str, format: Format, d_input: usize, bf16: bool) -> Ke
         ("BITS", format.bits() as i64),
         ("GROUP", group as i64),
     ];
-    for name in ["ARRANGE", "SCALES", "PUT", "FLOATS", "PICK"] {
+    for name in ["ARRANGE", "SCALES", "PUT", "FLOATS", "PICK", "ROWS"] {
         defines.push((name, i64::from(name == which)));
     }
+    defines.push(("ZEROS", i64::from(!format.is_symmetric())));
     Kernel::new(which, SOURCES, defines, 256)
 }
 
@@ -228,6 +229,57 @@ pub(in super::super) fn select_rows(
         kernel("PICK", matrix.format, d_input, stored == DType::BF16),
         grid(count * d_input / 8, 256),
         &[words, scales, rows, to],
+        sizes.words(),
+    );
+    Some(to_dtype(tensor(y), dtype))
+}
+
+/// [`ForwardOps::dequantise_rows`](crate::ops::ForwardOps::dequantise_rows) of a matrix that is row by row, with zero
+/// points or without.
+///
+/// # Panics
+/// If the rows are out of range.
+pub(in super::super) fn row_floats(
+    weight: &QuantisedWeight<Backend>,
+    start: usize,
+    count: usize,
+    dtype: DType,
+) -> Option<Tensor<Backend, 2>> {
+    let (format, [out, d_input]) = (weight.format(), weight.dims());
+    let covered = super::super::plan::card(weight.device().index).is_supported()
+        && weight.scales().dtype() == format.scale_dtype()
+        && d_input.is_multiple_of(8)
+        // Numbers of eight values are counted in 32 bits.
+        && count.checked_mul(d_input / 8).is_some_and(|eights| eights < 1 << 31);
+    if !covered || count == 0 {
+        return None;
+    }
+    assert!(start + count <= out, "rows to unpack");
+    let words = contiguous_words(weight.words().clone());
+    let scales = contiguous(weight.scales().clone());
+    let zeros = weight.zeros().cloned().map(contiguous);
+    let stored = stored_type(dtype);
+    let y = empty(&words, [count, d_input], stored);
+    let sizes = Sizes {
+        start,
+        count,
+        offset: format.words(d_input),
+        ..Sizes::of((format, weight.dims()))
+    };
+    let groups = [out, format.scales(d_input)];
+    let mut operands = vec![
+        Operand::contiguous(&words, DType::I32, [out, format.words(d_input)]),
+        Operand::contiguous(&scales, format.scale_dtype(), groups),
+    ];
+    operands.extend(
+        (zeros.as_ref()).map(|zeros| Operand::contiguous(zeros, format.scale_dtype(), groups)),
+    );
+    operands.push(Operand::contiguous(&y, stored, [count, d_input]));
+    launch(
+        &y.client,
+        kernel("ROWS", format, d_input, stored == DType::BF16),
+        grid(count * d_input / 8, 4 * 256),
+        &operands,
         sizes.words(),
     );
     Some(to_dtype(tensor(y), dtype))

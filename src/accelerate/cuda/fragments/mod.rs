@@ -12,7 +12,7 @@ mod tests;
 
 use burn::tensor::{DType, Int, Tensor};
 
-pub(super) use arrange::{arranged, can_arrange, dequantise_rows, select_rows};
+pub(super) use arrange::{arranged, can_arrange, dequantise_rows, row_floats, select_rows};
 pub(super) use plan::{FragmentLaunch, FragmentMatmul, Fused, MOST_VECTORS};
 
 use super::{
