@@ -132,6 +132,7 @@ fn a_row_without_an_answer_is_a_question() {
             // Control tokens, images and sizes are looked at when the prompt is made.
             "control_token_in_text.jsonl",
             "empty_assistant.jsonl",
+            "hub_findings.parquet",
             "image_path_is_folder.jsonl",
             "loss_false_all.jsonl",
             "loss_scale_0_5.jsonl",
