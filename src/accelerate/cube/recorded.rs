@@ -289,8 +289,8 @@ impl Decoder for Engine {
     }
 
     fn most_verified(&self) -> usize {
-        let of = |verifier: &Box<dyn Decoder>| verifier.most_verified();
-        self.verifier.as_ref().map_or(0, of)
+        let verifier = self.verifier.as_deref();
+        verifier.map_or(0, Decoder::most_verified)
     }
 
     fn verify(&mut self, tokens: &[u32]) -> Result<Vec<Option<u32>>, String> {

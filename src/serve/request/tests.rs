@@ -102,7 +102,6 @@ fn the_document_has_the_fields_that_are_read() {
             {"role": "tool", "tool_call_id": "c", "content": "1"},
         ],
         "stream_options": {"include_usage": true},
-        "prediction": {"type": "content", "content": "?"},
         "chat_template_kwargs": {"enable_thinking": false},
         "mm_processor_kwargs": {"size": {"longest_edge": 1}},
         "tools": [{"type": "function", "function": function}],
@@ -122,6 +121,7 @@ fn the_document_has_the_fields_that_are_read() {
         let mut body = base.clone();
         body[name] = form;
         body["tool_choice"] = choice;
+        body["prediction"] = json!({"type": "content", "content": "?"});
         read(body, false).unwrap();
     }
     check_against_document("ChatRequest");

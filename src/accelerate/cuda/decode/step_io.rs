@@ -18,8 +18,8 @@ pub(super) enum Field {
     MinP,
     Penalty,
     Uniform,
-    Step,
-    Mask,
+    /// Before it comes `CONTROL_STEP`, which the device alone reads and writes.
+    Mask = 13,
 }
 
 /// Control words of all rows.
