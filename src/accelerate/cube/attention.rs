@@ -10,7 +10,9 @@ use burn_cubecl::{CubeRuntime, kernel::into_contiguous};
 use cubecl::prelude::*;
 
 use super::{
-    launch::{Buffer, Cube, array, cubes, elements, empty, pieces, tensor, with_contiguous_heads},
+    launch::{
+        Buffer, Cache, Cube, array, cubes, elements, empty, pieces, tensor, with_contiguous_heads,
+    },
     sums::cube_sum,
     tile_attention,
     words::{Packing, Piece, pair, within},
@@ -78,12 +80,6 @@ impl AttentionConfig {
     const fn lanes(&self) -> usize {
         self.units / self.pieces()
     }
-}
-
-/// Keys and values, `[b, key_value_heads, keys, d]`, heads contiguous, both with the same strides.
-pub(super) struct Cache<'a, R: CubeRuntime> {
-    pub keys: &'a Buffer<R>,
-    pub values: &'a Buffer<R>,
 }
 
 #[cube(launch_unchecked)]

@@ -19,8 +19,8 @@ use burn_cubecl::CubeRuntime;
 use cubecl::{bytes::Bytes, server::ServerError};
 
 use super::{
-    attention::{self, Cache},
-    launch::{Buffer, Cube, contiguous, strided, tensor},
+    attention,
+    launch::{Buffer, Cache, Cube, contiguous, strided, tensor},
     likeliest::likeliest,
     matrix::Matrix,
     matvec::{self, InputNorm},

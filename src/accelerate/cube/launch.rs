@@ -82,3 +82,9 @@ pub(super) fn cubes(count: usize) -> CubeCount {
     let rows = count.div_ceil(WIDEST);
     CubeCount::Static(count.div_ceil(rows) as u32, rows as u32, 1)
 }
+
+/// Keys and values, `[b, key_value_heads, keys, d]`, heads contiguous, both with the same strides.
+pub(super) struct Cache<'a, R: CubeRuntime> {
+    pub keys: &'a Buffer<R>,
+    pub values: &'a Buffer<R>,
+}

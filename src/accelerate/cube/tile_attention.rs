@@ -10,8 +10,7 @@ use cubecl::{cmma, prelude::*};
 use half::f16;
 
 use super::{
-    attention::Cache,
-    launch::{Buffer, cubes, elements, empty, pieces},
+    launch::{Buffer, Cache, cubes, elements, empty, pieces},
     tile_config::{AREA, HALVES, LANES, PLANES, SIDE, UNITS, cooperative},
     words::{Packing, Piece, pair, within},
 };

@@ -67,18 +67,18 @@ impl ClassEvidence {
 /// Sorts log-probabilities, `[place][sentence][token]` with the sentences of
 /// [`FindingSentences::tokens`](super::sentences::FindingSentences::tokens), by class.
 pub fn of_sentences(places: Vec<Vec<Vec<f32>>>) -> Vec<ClassEvidence> {
-    let mut classes: Vec<(Vec<Vec<f32>>, Vec<Vec<f32>>)> =
-        vec![(Vec::new(), Vec::new()); WORDINGS.len()];
+    let none: [Vec<Vec<f32>>; 2] = Default::default();
+    let mut classes = vec![none; WORDINGS.len()];
     for found in places {
         let mut found = found.into_iter();
-        for ((stated, denied), wordings) in classes.iter_mut().zip(&WORDINGS) {
+        for ([stated, denied], wordings) in classes.iter_mut().zip(&WORDINGS) {
             stated.extend(found.by_ref().take(wordings.stated.len()));
             denied.extend(found.by_ref().take(wordings.denied.len()));
         }
     }
     let sorted = WORDINGS.iter().zip(classes);
     sorted
-        .map(|(wordings, (stated, denied))| ClassEvidence {
+        .map(|(wordings, [stated, denied])| ClassEvidence {
             finding: wordings.finding,
             said: Said::Sentences { stated, denied },
         })

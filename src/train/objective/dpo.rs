@@ -147,7 +147,7 @@ mod tests {
             };
             let (pairs, counts, scores) = pairs();
             let (derivative, _) = dpo.derivative(&pairs, &counts, &scores);
-            for at in 0..derivative.len() {
+            for (at, found) in derivative.iter().enumerate() {
                 let moved = |by: f32| {
                     let mut scores = scores.clone();
                     scores.log_probabilities[at] += by;
@@ -155,7 +155,7 @@ mod tests {
                 };
                 let step = 1.0 / 256.0;
                 let slope = (moved(step) - moved(-step)) / (2.0 * f64::from(step));
-                let found = f64::from(derivative[at]);
+                let found = f64::from(*found);
                 assert!(
                     (slope - found).abs() < 1e-4,
                     "{loss:?} {at}: {slope} {found}"

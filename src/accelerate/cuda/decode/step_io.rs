@@ -18,6 +18,8 @@ pub(super) enum Field {
     MinP,
     Penalty,
     Uniform,
+    /// Steps done; the kernels count them.
+    #[expect(dead_code, reason = "only the kernels read and write it")]
     Step,
     Mask,
 }

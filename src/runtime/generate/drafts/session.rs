@@ -251,10 +251,10 @@ mod tests {
     #[test]
     fn a_replayed_text_is_drafted_from_its_like() {
         let text: Vec<u32> = (0..30).collect();
-        let drafts = Drafts::from_store(crate::runtime::generate::drafts::DraftStore::new(&[
-            text.clone()
-        ]));
-        let known = replay(&drafts, &[text.clone()]);
+        let drafts = Drafts::from_store(crate::runtime::generate::drafts::DraftStore::new(
+            std::slice::from_ref(&text),
+        ));
+        let known = replay(&drafts, std::slice::from_ref(&text));
         // 29 tokens in steps of 8, the last of 5.
         assert_eq!((known.steps, known.tokens, known.accepted), (4, 29, 25));
         let unknown = replay(&drafts, &[(100..130).collect()]);

@@ -134,7 +134,9 @@ fn samples_with_penalties_rules_and_a_seed_are_the_same() {
         let (want, none) = sampled(EngineDrafts::default(), change);
         assert_eq!(none, Default::default());
         let drafts = EngineDrafts {
-            base: Some(Drafts::from_store(DraftStore::new(&[want.clone()]))),
+            base: Some(Drafts::from_store(DraftStore::new(std::slice::from_ref(
+                &want,
+            )))),
             ..EngineDrafts::default()
         };
         let (got, counts) = sampled(drafts, change);
