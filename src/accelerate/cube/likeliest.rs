@@ -14,6 +14,10 @@ use super::launch::{Buffer, array, elements, empty};
 const UNITS: u32 = 1024;
 
 #[cube(launch_unchecked)]
+#[allow(
+    clippy::collapsible_if,
+    reason = "the outer condition is decided when the kernel is compiled"
+)]
 fn find_likeliest(
     logits: &Array<f32>,
     next: &mut Array<i32>,

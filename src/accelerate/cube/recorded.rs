@@ -5,7 +5,10 @@
 
 use std::ops::Range;
 
-use burn::{backend::wgpu::WgpuRuntime, tensor::DType};
+use burn::{
+    backend::{Vulkan as Backend, wgpu::WgpuRuntime},
+    tensor::DType,
+};
 use cubecl::{client::ComputeClient, wgpu::WgpuResource};
 use cubecl_runtime::storage::ManagedResource;
 
@@ -19,7 +22,6 @@ use super::{
     matvec::InputNorm,
     recording::{Recorder, Replay, can_record, record, resource, to_device, to_recorder},
     rotary::{HeadNorms, Place},
-    vulkan::Backend,
 };
 use crate::{
     qwen3_vl::{
@@ -289,8 +291,8 @@ impl Decoder for Engine {
     }
 
     fn most_verified(&self) -> usize {
-        let verifier = self.verifier.as_deref();
-        verifier.map_or(0, Decoder::most_verified)
+        let verifier = self.verifier.as_ref();
+        verifier.map_or(0, |verifier| verifier.most_verified())
     }
 
     fn verify(&mut self, tokens: &[u32]) -> Result<Vec<Option<u32>>, String> {

@@ -2,7 +2,7 @@
 //!
 //! Knows the model and ids; text comes in only in [`text`], through the tokenizer.
 
-mod answer;
+pub mod answer;
 pub mod backend;
 pub mod decode;
 mod drafted;

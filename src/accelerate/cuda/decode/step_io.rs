@@ -18,8 +18,10 @@ pub(super) enum Field {
     MinP,
     Penalty,
     Uniform,
-    /// Before it comes `CONTROL_STEP`, which the device alone reads and writes.
-    Mask = 13,
+    /// Steps done; the kernels count them.
+    #[expect(dead_code, reason = "only the kernels read and write it")]
+    Step,
+    Mask,
 }
 
 /// Control words of all rows.
