@@ -7,7 +7,8 @@
 #   MODEL_DIR  folder with the 8B's config.json and tokenizer; made from the tiny model's tokenizer and
 #              the published sizes without. Weights are random in any case.
 #
-# STEPS (20), LAYERS (all), PACKING (1024: the short samples of a step fill a row a card), OUT (a temporary folder). NCCL has to be found (README, "Several GPUs").
+# STEPS (20), LAYERS (all), PACKING (1024: 16 of the short samples fill a row), ACCUMULATION (6 such rows a card make a step as
+# long as the recipe's), OUT (a temporary folder). NCCL has to be found (README, "Several GPUs").
 set -euo pipefail
 
 program=$(realpath "${1:?the program}")
@@ -41,7 +42,7 @@ fi
 
 common=(train --config configs/tiny.toml --model "$model" --random-init --no-tui --show 0 --dtype bf16
     --set "max_steps=$steps" --set save_steps=0 --set eval_steps=0 --set eval_generate=0 --set logging_steps=1
-    --set 'val_data="data/sample/val/samples.jsonl#8"' --set gradient_accumulation_steps=1
+    --set 'val_data="data/sample/val/samples.jsonl#8"' --set "gradient_accumulation_steps=${ACCUMULATION:-6}"
     --set per_device_train_batch_size=16 --set packing=true --set "packing_tokens=${PACKING:-1024}"
     --set gradient_checkpointing=false --set dataloader_num_workers=4 --set ddp_timeout=300
     --set learning_rate=1e-4)
