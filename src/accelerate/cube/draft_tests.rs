@@ -2,7 +2,7 @@
 
 use burn::tensor::DType;
 
-use super::vulkan::Backend;
+use super::{tests::device, vulkan::Backend};
 use crate::runtime::{
     generate::{
         GenerationConfig, Prompt,
@@ -15,7 +15,7 @@ use crate::runtime::{
 #[test]
 #[ignore = "needs a Vulkan device"]
 fn drafted_text_is_the_same_token_for_token() {
-    let device = Default::default();
+    let device = device();
     let config = RandomSize::Tiny.config(None).unwrap();
     for quantize in [None, Some("int4".parse().unwrap())] {
         let model = draw::<Backend>(&config, 3, DType::F32, quantize, &device);
