@@ -328,11 +328,10 @@ fn logits_on_host<B: Accelerator>(
     Ok(values.chunks(vocab).map(<[f32]>::to_vec).collect())
 }
 
-#[cfg(test)]
+#[cfg(all(test, feature = "flex"))]
 mod tests {
     use super::*;
 
-    #[cfg(feature = "flex")]
     #[test]
     fn several_answers_to_prompts_are_those_of_each_prompt_and_seed_alone() {
         use burn_flex::Flex;
@@ -387,7 +386,6 @@ mod tests {
         assert_ne!(several[0], several[1], "seeds differ");
     }
 
-    #[cfg(feature = "flex")]
     #[test]
     fn an_answer_that_repeats_ends_unless_that_is_switched_off() {
         use burn::module::{Module, ModuleMapper, Param};
