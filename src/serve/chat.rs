@@ -350,7 +350,9 @@ impl StreamForm for ChatStream {
         if index >= self.tokens.len() {
             self.take_drawn(index, &done.text, true);
             self.open_draws -= 1;
-            if let (0, Some(done)) = (self.open_draws, self.waiting.take()) {
+            if self.open_draws == 0
+                && let Some(done) = self.waiting.take()
+            {
                 self.close(0, &done, out);
             }
             return;
