@@ -576,7 +576,7 @@ mod tests {
     type T<const D: usize> = Tensor<Backend, D>;
 
     #[test]
-    #[ignore = "needs a Vulkan device"]
+    #[ignore = "needs a Vulkan device with cooperative matrices"]
     fn attention_in_tiles() {
         let device = super::super::tests::device();
         if !Backend::supports_dtype(&device, DType::F16) {
