@@ -1,4 +1,4 @@
-//! The wgpu device behind burn's, opened with this program's options.
+//! The wgpu device that Burn's backend uses, initialised with this program's options.
 
 use std::sync::Mutex;
 

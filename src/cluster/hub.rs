@@ -25,7 +25,7 @@ use super::{
 
 /// How long the last messages may take to leave.
 const FLUSH: Duration = Duration::from_secs(3);
-/// Strangers that are told of.
+/// Most rejected connections that are logged.
 const TOLD_STRANGERS: usize = 10;
 /// When missing processes are named for the first time, and how often from then on.
 const FIRST_WORD: Duration = Duration::from_secs(5);

@@ -11,7 +11,7 @@ mod tests;
 
 use std::fmt;
 
-/// Where torch's launchers meet unless they are told otherwise.
+/// Default rendezvous port of torch's launchers.
 const DEFAULT_PORT: u16 = 29500;
 
 /// What is wrong with the flags or the variables.

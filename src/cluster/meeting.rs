@@ -432,7 +432,7 @@ impl Entry<'_> {
         let stream = self.connect().map_err(Attempt::Again)?;
         introduce(&stream, self.key, PURPOSE).map_err(|error| match error {
             Greeting::Broken(why) => Attempt::Again(why),
-            // What an earlier start left behind may hold the port for a while.
+            // A socket of an earlier process may hold the port for a while.
             Greeting::Wrong(why) if why.starts_with("it is another") => Attempt::Again(why),
             Greeting::Wrong(reason) => Attempt::Never(ClusterError::Refused {
                 address: self.address(),

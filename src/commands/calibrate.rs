@@ -84,7 +84,7 @@ pub struct CalibrateArgs {
     /// System message.
     #[arg(long, value_name = "TEXT")]
     pub system: Option<String>,
-    /// How the model is asked; forms of sentences are fitted together and compared.
+    /// Form of the score; forms over sentences are fitted together and compared.
     #[arg(long, value_enum, default_value_t = ScoreForm::default())]
     pub form: ScoreForm,
     /// With --form drawn: reports that are drawn of each image; 16 by default.

@@ -105,7 +105,7 @@ pub(super) fn expect_named_weights<B: Accelerator>(
     Ok(())
 }
 
-/// How a model is asked about findings.
+/// Prompt and form of the score that findings are computed with.
 pub(super) struct AskedHow<'a> {
     /// The question.
     pub(super) prompt: &'a str,

@@ -276,7 +276,7 @@ fn best_pair(rewards: &[f64], answered: &[Answered], whole: &[String]) -> Option
     pairs.max_by_key(alike)
 }
 
-/// A row of a preference file; images by whole paths, since the file may lie elsewhere than the data.
+/// A row of a preference file; image paths are absolute, since the file may be in another folder than the data.
 fn pair(
     conversation: &Conversation,
     images: &[PathBuf],

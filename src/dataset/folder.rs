@@ -80,7 +80,7 @@ pub(super) fn describe(path: &Path) -> String {
     format!("is a folder and no data file; hint: {hint}")
 }
 
-/// What to do about a data file that is not there, where its name tells.
+/// Hint for a missing data file, where its name allows one.
 pub(super) fn absent(path: &Path) -> Option<String> {
     let text = path.to_str()?;
     if let Some((scheme, _)) = text.split_once("://") {

@@ -61,7 +61,7 @@ pub(super) struct Basis {
 }
 
 impl Basis {
-    /// How the model is asked.
+    /// Form of the score.
     pub(super) fn form(&self) -> ScoreForm {
         form_of(self.calibration.as_ref()).0
     }

@@ -104,7 +104,7 @@ pub struct ServeArgs {
     /// Draft tokens also from the answers that this server has written since its start, those of all clients; up to
     /// 262,144 tokens of them are kept in memory and nowhere else.
     ///
-    /// Answers stay the same, but how fast one comes tells whether its like was written before.
+    /// Answers do not change, but their speed reveals to a client whether similar text was generated before.
     #[arg(long)]
     pub drafts_grow: bool,
     /// Maximum number of tokens that a request may ask for; --max-new-tokens is the default.
