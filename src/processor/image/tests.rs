@@ -6,6 +6,7 @@ use std::io::Cursor;
 
 use image::codecs::{jpeg::JpegEncoder, png::PngEncoder, webp::WebPEncoder};
 use image::{ExtendedColorType, ImageEncoder, ImageFormat};
+use tiff::encoder::{TiffEncoder, colortype};
 
 use super::*;
 
@@ -19,8 +20,28 @@ const FORMATS: [ImageFormat; 5] = [
 
 fn encode(picture: &DynamicImage, format: ImageFormat) -> Vec<u8> {
     let mut bytes = Cursor::new(Vec::new());
-    picture.write_to(&mut bytes, format).unwrap();
+    if format == ImageFormat::Tiff {
+        write_tiff(picture, &mut bytes);
+    } else {
+        picture.write_to(&mut bytes, format).unwrap();
+    }
     bytes.into_inner()
+}
+
+fn write_tiff(picture: &DynamicImage, bytes: &mut Cursor<Vec<u8>>) {
+    let mut file = TiffEncoder::new(bytes).unwrap();
+    let (width, height) = (picture.width(), picture.height());
+    match picture {
+        DynamicImage::ImageRgb8(image) => file.write_image::<colortype::RGB8>(width, height, image),
+        DynamicImage::ImageRgba8(image) => {
+            file.write_image::<colortype::RGBA8>(width, height, image)
+        }
+        DynamicImage::ImageLuma16(image) => {
+            file.write_image::<colortype::Gray16>(width, height, image)
+        }
+        other => panic!("no TIFF of {:?} is written here", other.color()),
+    }
+    .unwrap();
 }
 
 /// A picture in which no two pixels and no two channels are alike.
