@@ -4,9 +4,9 @@ mod hostile;
 
 use std::io::Cursor;
 
+use ::tiff::encoder::{TiffEncoder, colortype};
 use image::codecs::{jpeg::JpegEncoder, png::PngEncoder, webp::WebPEncoder};
 use image::{ExtendedColorType, ImageEncoder, ImageFormat};
-use tiff::encoder::{TiffEncoder, colortype};
 
 use super::*;
 
