@@ -39,6 +39,12 @@ const CORPUS_STUDIES: u64 = 4000;
 /// # Errors
 /// The folder cannot be written.
 pub fn run(args: &InitTinyArgs) -> Result<()> {
+    if std::fs::read_dir(&args.output).is_ok_and(|mut entries| entries.next().is_some()) {
+        bail!(
+            "`{}` is there and not empty; name a new folder with --output",
+            args.output.display()
+        );
+    }
     let dialects = [Dialect::Plain, Dialect::House];
     let all = CORPUS_STUDIES * dialects.len() as u64;
     let mut progress = Progress::new("drawing studies", all, Unit::Items);
@@ -59,12 +65,6 @@ pub fn run(args: &InitTinyArgs) -> Result<()> {
         corpus.len()
     );
     let trained = train_tokenizer(corpus.iter().map(String::as_str), vocab)?;
-    if std::fs::read_dir(&args.output).is_ok_and(|mut entries| entries.next().is_some()) {
-        bail!(
-            "`{}` is there and not empty; name a new folder with --output",
-            args.output.display()
-        );
-    }
     std::fs::create_dir_all(&args.output)
         .with_context(|| format!("cannot make the folder `{}`", args.output.display()))?;
     trained.save(&args.output)?;
