@@ -96,7 +96,10 @@ pub struct VisionAttention<B: Backend> {
 }
 
 impl<B: Ops> VisionAttention<B> {
-    /// `[n, hidden]` → `[n, hidden]`, plus `residual`.
+    /// Attention within each image, plus `residual`.
+    ///
+    /// # Shapes
+    /// - `x`, `residual` and result: `[n, hidden]`
     pub fn forward(
         &self,
         x: Tensor<B, 2>,
@@ -124,7 +127,10 @@ pub struct VisionMlp<B: Backend> {
 }
 
 impl<B: Ops> VisionMlp<B> {
-    /// `[n, hidden]` → `[n, hidden]`, plus `residual`.
+    /// The feed-forward block, plus `residual`.
+    ///
+    /// # Shapes
+    /// - `x`, `residual` and result: `[n, hidden]`
     pub fn forward(
         &self,
         x: Tensor<B, 2>,
@@ -170,7 +176,10 @@ impl<B: Ops> VisionBlock<B> {
         }
     }
 
-    /// `[n, hidden]` → `[n, hidden]`.
+    /// Attention, then the feed-forward block.
+    ///
+    /// # Shapes
+    /// - `x` and result: `[n, hidden]`
     pub fn forward(
         &self,
         x: Tensor<B, 2>,
@@ -217,7 +226,11 @@ impl<B: Ops> PatchMerger<B> {
         }
     }
 
-    /// `[n, hidden]` → `[m, out_hidden]`.
+    /// Joins the patches of each square to a feature.
+    ///
+    /// # Shapes
+    /// - `x`: `[n, hidden]`
+    /// - returns: `[m, out_hidden]`, `m` a fourth of `n` for squares of two by two
     pub fn forward(&self, x: Tensor<B, 2>, dropout_seed: Option<u64>) -> Tensor<B, 2> {
         let [patches, hidden] = x.dims();
         let joined = self.linear_fc1.weight.lazy_shape()[1];
@@ -271,7 +284,10 @@ pub struct VisionOutput<B: Backend> {
 }
 
 impl<B: Backend> VisionOutput<B> {
-    /// The features `indices` `[n]`, in that order.
+    /// Some features, in the order of `indices`.
+    ///
+    /// # Shapes
+    /// - `indices`: `[n]`
     pub fn select(&self, indices: Tensor<B, 1, Int>) -> Self {
         let select = |x: &Tensor<B, 2>| x.clone().select(0, indices.clone());
         Self {
@@ -485,8 +501,11 @@ impl<B: Ops> VisionModel<B> {
         to_dtype(sum.expect("a patch has four corners"), dtype)
     }
 
-    /// Input of the first block: `pixel_values` `[n, patch_dim]` → patch embedding plus position,
-    /// `[n, hidden]`.
+    /// Input of the first block: patch embedding plus position.
+    ///
+    /// # Shapes
+    /// - `pixel_values`: `[n, patch_dim]`
+    /// - returns: `[n, hidden]`
     pub fn embed(&self, pixel_values: Tensor<B, 2>, layout: &VisionLayout<B>) -> Tensor<B, 2> {
         self.patch_embed
             .forward(pixel_values, Some(self.position_embeddings(layout)))
@@ -529,7 +548,10 @@ impl<B: Ops> VisionModel<B> {
     }
 
     /// All blocks and mergers over the result of [`VisionModel::embed`]; `on_input` gets the input of each
-    /// block and at last that of the main merger, `[n, hidden]` each.
+    /// block and at last that of the main merger.
+    ///
+    /// # Shapes
+    /// - `x` and what `on_input` gets: `[n, hidden]`
     pub fn run_blocks(
         &self,
         mut x: Tensor<B, 2>,
